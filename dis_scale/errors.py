@@ -1,0 +1,35 @@
+"""The error family: what went wrong, where, what was got and expected, what to do; one or two lines, no traceback.
+
+`UserError` is the user's to mend (exit code 2); any other `DisScaleError` is a failure (exit code 1).
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class DisScaleError(Exception):
+    """A failure with a message for people; ends the command with exit code 1."""
+
+    exit_code = 1
+
+
+class UserError(DisScaleError):
+    """A mistake in what the user gave; ends the command with exit code 2."""
+
+    exit_code = 2
+
+
+class StorageError(DisScaleError):
+    """Storage cannot be reached, read or written, or holds something damaged."""
+
+
+class Preempted(DisScaleError):
+    """The stage was asked to stop, saved what it could and can be started again."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """' (did you mean X?)' for the known name nearest to `word`, or '' where none is near."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

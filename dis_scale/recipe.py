@@ -1,0 +1,454 @@
+"""The recipe: what a sweep is, as frozen typed data; YAML plus `--set a.b=value`, checked across parts before anything is spent.
+
+Every setting of the system stands here, a class for each part, so that this page is the whole vocabulary of a recipe and reading
+one costs no heavy import. A field is *identity* (two sweeps of one name may not differ in it) unless it is marked *extent* (may
+grow) or *runtime* (may change freely). Read next: sweep.py for what is done with it, configs/digits.yaml for one.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dis_scale.errors import UserError, nearest
+
+FORMAT = 1
+"""Version of the stored recipe; this code reads FORMAT and FORMAT - 1."""
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def runtime(default: Any, **limits: Any) -> Any:
+    """A field that may change freely between two starts of one sweep."""
+    return Field(default, json_schema_extra={"role": "runtime"}, **limits)
+
+
+def extent(**limits: Any) -> Any:
+    """A field that may grow between two starts of one sweep."""
+    return Field(json_schema_extra={"role": "extent"}, **limits)
+
+
+class Settings(BaseModel):
+    """Frozen, strict, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class LatentShape(NamedTuple):
+    """What the backbone sees: `channels` maps of `size` x `size`."""
+
+    channels: int
+    size: int
+
+
+# -- images and latents ------------------------------------------------------------------------------------------------
+
+
+class DigitsSource(Settings):
+    """scikit-learn's 1,797 handwritten digits, 8x8, in 10 classes; ships inside the package."""
+
+    kind: Literal["digits"]
+
+
+class FolderSource(Settings):
+    """A folder of class folders, local or any fsspec URL; labels are the sorted folder names."""
+
+    kind: Literal["folder"]
+    url: str
+
+
+class Data(Settings):
+    """Labelled images, brought to `resolution` x `resolution` by centre crop and resize."""
+
+    source: Annotated[DigitsSource | FolderSource, Field(discriminator="kind")]
+    resolution: Count
+    num_classes: Count
+    undecodable: Literal["refuse", "skip"] = "refuse"
+    mirror: bool = True
+    """Whether training draws the mirror image half of the time."""
+
+
+class TrainedVae(Settings):
+    """A small diffusers AutoencoderKL, trained on the sweep's own images by the prepare stage."""
+
+    kind: Literal["trained"]
+    widths: tuple[Count, ...] = (16, 32, 32)
+    latent_channels: Count = 4
+    steps: Count = 600
+    batch_images: Count = 64
+    learning_rate: float = 2e-3
+    kl_weight: float = Field(1e-4, ge=0)
+
+
+class PretrainedVae(Settings):
+    """A ready AutoencoderKL in diffusers' layout: a local folder or a hub id."""
+
+    kind: Literal["pretrained"]
+    path: str
+    subfolder: str | None = None
+
+
+class Precompute(Settings):
+    """Latent shards: how images are grouped (identity) and who encodes them (runtime)."""
+
+    shard_images: Count = 1024
+    encode_images: Count = 64
+    workers: Count = runtime(1)
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+class Dis(Settings):
+    """DiS: bidirectional Mamba blocks with long skips (arXiv 2402.05608)."""
+
+    kind: Literal["dis"]
+    width: Count
+    depth: Annotated[int, Field(ge=2, multiple_of=2)]
+    """Blocks beside the middle one: depth / 2 in-blocks, 1 middle block, depth / 2 out-blocks."""
+    patch: Count
+    state_size: Count = 16
+    drop_path: Fraction = 0.1
+    init: Literal["ours", "official"] = "ours"
+    """`official` keeps the published code's zero bias in the backward direction's dt projection."""
+    halve_sum: bool = False
+    """Average the two directions instead of summing them (Vim, pull request 90)."""
+    conditioning: Literal["tokens", "adaln_zero"] = "tokens"
+    zero_final: bool = False
+
+
+class DiffuSsm(Settings):
+    """DiffuSSM: gated bidirectional S4D with hourglass layers (arXiv 2311.18257), as specified in docs/models.md."""
+
+    kind: Literal["diffussm"]
+    width: Count
+    depth: Count
+    state_size: Annotated[int, Field(ge=2, multiple_of=2)] = 64
+    hourglass: Count = 2
+    bidirectional: bool = True
+    tied: bool = False
+    init: Literal["lin", "inv", "legs"] = "lin"
+    dt_min: float = Field(1e-3, gt=0)
+    dt_max: float = Field(1e-1, gt=0)
+
+
+class Dit(Settings):
+    """DiT, the yardstick: attention with adaLN-Zero (arXiv 2212.09748)."""
+
+    kind: Literal["dit"]
+    width: Count
+    depth: Count
+    heads: Count
+    patch: Count
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}: choose heads that divide it")
+        return self
+
+
+Model = Annotated[Dis | DiffuSsm | Dit, Field(discriminator="kind")]
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "DiS-S": {"kind": "dis", "width": 384, "depth": 24},
+    "DiS-S368": {"kind": "dis", "width": 368, "depth": 24},
+    "DiS-B": {"kind": "dis", "width": 768, "depth": 24},
+    "DiS-M": {"kind": "dis", "width": 768, "depth": 48},
+    "DiS-L": {"kind": "dis", "width": 1024, "depth": 48},
+    "DiS-H": {"kind": "dis", "width": 1536, "depth": 48},
+    "DiT-S": {"kind": "dit", "width": 384, "depth": 12, "heads": 6},
+    "DiT-B": {"kind": "dit", "width": 768, "depth": 12, "heads": 12},
+    "DiT-L": {"kind": "dit", "width": 1024, "depth": 24, "heads": 16},
+    "DiT-XL": {"kind": "dit", "width": 1152, "depth": 28, "heads": 16},
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    f"{name}/{patch}": sizes | {"patch": patch} for name, sizes in _PRESETS.items() for patch in (2, 4, 8)
+} | {
+    "DiffuSSM-S": {"kind": "diffussm", "width": 384, "depth": 12},
+    "DiffuSSM-L": {"kind": "diffussm", "width": 768, "depth": 24},
+    "DiffuSSM-XL": {"kind": "diffussm", "width": 1152, "depth": 29},
+}
+"""Published sizes by name, for example `DiS-S/2`; DiS-S in the paper's width (384) and as S368 in the public code's."""
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The settings of a published size; UserError with the nearest name for an unknown one."""
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}")
+    return dict(PRESETS[name])
+
+
+# -- diffusion, training, evaluation -----------------------------------------------------------------------------------
+
+
+class Gaussian(Settings):
+    """DDPM: noise prediction with a learned range variance (Nichol and Dhariwal 2021)."""
+
+    kind: Literal["gaussian"]
+    betas: Literal["linear", "cosine"] = "linear"
+    steps: Count = 1000
+    min_snr_gamma: float | None = None
+    """Weight the MSE by min(SNR, gamma) / SNR (Hang et al. 2023)."""
+
+
+class Flow(Settings):
+    """Linear path, velocity prediction (SiT, arXiv 2401.08740)."""
+
+    kind: Literal["flow"]
+    times: Literal["uniform", "logit_normal"] = "uniform"
+    shift: float = Field(1.0, gt=0)
+    """Time shift for resolution: t <- shift t / (1 + (shift - 1) t) (Esser et al. 2024)."""
+
+
+class Train(Settings):
+    """One training run a model; images seen are the clock."""
+
+    publish_images: tuple[Annotated[int, Field(ge=0)], ...] = extent(min_length=1)
+    """Image counts at which EMA weights are published; training ends at the last."""
+    batch_images: Count
+    lanes: Count
+    """Micro-batches that the global batch always splits into; a world size must divide it."""
+    workers: Count = runtime(1)
+    zero_stage: Literal[1, 2, 3] = runtime(1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpointing: Literal["none", "block"] = runtime("none")
+    """Activation checkpointing: recompute each block in the backward pass, or nothing."""
+    scan: str = runtime("auto")
+    """Backend of the selective scan by name; `auto` takes the fastest that the device has."""
+    learning_rate: float = Field(1e-4, gt=0)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_images: int = Field(0, ge=0)
+    decay: Literal["none", "linear", "cosine"] = "none"
+    decay_from: Fraction = 0.0
+    """Share of the training after which the learning rate falls to zero."""
+    clip: float = Field(1.0, gt=0)
+    ema: Fraction = 0.9999
+    """Decay of the exponential moving average of the weights, per step."""
+    label_dropout: Fraction = 0.1
+    resume_every_images: Count = runtime(100_000)
+    keep_resume: Count = runtime(2)
+    restarts: int = runtime(3, ge=0)
+    """Attempts after a worker is lost, within one job."""
+
+    @property
+    def images(self) -> int:
+        """Images seen at the end."""
+        return self.publish_images[-1]
+
+    @model_validator(mode="after")
+    def _counts_fit(self) -> Self:
+        if self.batch_images % self.lanes:
+            raise ValueError(f"batch_images {self.batch_images} is not a multiple of lanes {self.lanes}")
+        if self.lanes % self.workers:
+            raise ValueError(
+                f"lanes {self.lanes} is not a multiple of workers {self.workers}: the world size must divide the lanes"
+            )
+        if list(self.publish_images) != sorted(set(self.publish_images)):
+            raise ValueError(f"publish_images must rise: got {list(self.publish_images)}")
+        for name, images in [("publish_images", n) for n in self.publish_images] + [
+            ("resume_every_images", self.resume_every_images)
+        ]:
+            if images % self.batch_images:
+                raise ValueError(f"{name}: {images} is not a multiple of batch_images {self.batch_images}")
+        return self
+
+
+class TrainedExtractor(Settings):
+    """A small classifier trained on the sweep's own images; its features give `fd_<name>`."""
+
+    kind: Literal["trained"]
+    name: str = Field(pattern=r"^[a-z0-9]+$")
+    steps: Count = 600
+
+
+class InceptionExtractor(Settings):
+    """Inception-v3 with the 2015 TensorFlow weights, as torch-fidelity ships them; gives FID."""
+
+    kind: Literal["inception"]
+    weights: str | None = runtime(None)
+    """Path of weights-inception-2015-12-05-6726825d.pth, or nothing for torch-fidelity's download."""
+
+
+class Evaluate(Settings):
+    """What is drawn from each published checkpoint and what it is compared with."""
+
+    samples: Count
+    sampler: Literal["ddpm", "ddim", "dpm_solver", "euler", "heun"]
+    steps: Count
+    guidance: float = Field(1.5, ge=0)
+    extractor: Annotated[TrainedExtractor | InceptionExtractor, Field(discriminator="kind")]
+    block_images: Count = 250
+    """Samples drawn as one unit by one worker."""
+    workers: Count = runtime(1)
+    give_up_after_s: Annotated[float, Field(gt=0)] = runtime(86_400.0)
+    """Ends with an error when training publishes nothing new for so long."""
+
+
+class Storage(Settings):
+    """Where state lives: a folder or any fsspec URL; latents are shared by the sweeps below one root."""
+
+    root: str = runtime("outputs")
+
+
+class Tracking(Settings):
+    """MLflow's tracking URI; nothing means an SQLite file beside the sweep."""
+
+    uri: str | None = runtime(None)
+
+
+class Recipe(Settings):
+    """A sweep."""
+
+    format: Literal[1] = 1
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = runtime("auto")
+    grace_s: float = runtime(30.0, gt=0)
+    """How long a job has between the wish to stop and its end."""
+    storage: Storage = Storage()
+    tracking: Tracking = Tracking()
+    data: Data
+    vae: Annotated[TrainedVae | PretrainedVae, Field(discriminator="kind")]
+    precompute: Precompute = Precompute()
+    diffusion: Annotated[Gaussian | Flow, Field(discriminator="kind")]
+    models: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")], Model] = extent(min_length=1)
+    train: Train
+    evaluate: Evaluate
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        flow_sampler = self.evaluate.sampler in ("euler", "heun")
+        if flow_sampler != (self.diffusion.kind == "flow"):
+            raise ValueError(f"sampler {self.evaluate.sampler} does not fit the process {self.diffusion.kind}")
+        if self.diffusion.kind == "gaussian" and self.evaluate.steps > self.diffusion.steps:
+            raise ValueError(f"evaluate.steps {self.evaluate.steps} exceeds diffusion.steps {self.diffusion.steps}")
+        if self.data.source.kind == "digits" and self.data.num_classes != 10:
+            raise ValueError(f"data.num_classes: the digits have 10 classes, got {self.data.num_classes}")
+        return self
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML reads `1e-4` as a string (YAML 1.1); this one reads it as a number (YAML 1.2)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe at `path` with `a.b=value` overrides; UserError names file, key, what was got and what is expected."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror or error}") from error
+    return parse(text, str(path), overrides)
+
+
+def parse(text: str, where: str, overrides: list[str] | None = None) -> Recipe:
+    """As `load`, from YAML text that came from `where`."""
+    try:
+        data = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: expected a mapping of settings, got {type(data).__name__}")
+    if data.get("format", FORMAT) not in (FORMAT, FORMAT - 1):
+        raise UserError(f"{where}: format {data['format']} of a recipe is not read by this version (it reads {FORMAT})")
+    for override in overrides or []:
+        _set(data, override)
+    for name, model in (data.get("models") or {}).items():
+        if isinstance(model, dict) and "preset" in model:
+            data["models"][name] = preset(model["preset"]) | {k: v for k, v in model.items() if k != "preset"}
+    try:
+        return Recipe.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        raise UserError("\n".join(f"{where}: {line}" for line in _lines(error))) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML that `parse` reads back to an equal one."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def _set(data: dict[str, Any], override: str) -> None:
+    key, sign, value = override.partition("=")
+    if not sign or not all(key.split(".")):
+        raise UserError(f"--set {override!r}: expected a.b=value, for example --set train.workers=4")
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise UserError(f"--set {override!r}: {parent!r} is not a group of settings")
+    data[last] = yaml.load(value, _Loader)
+
+
+def _lines(error: ValidationError) -> Iterator[str]:
+    """One line for each fault: where, what was got, what was expected."""
+    for fault in error.errors():
+        place = [str(part) for part in fault["loc"]]
+        key, got = ".".join(place), repr(fault["input"])[:60]
+        if fault["type"] == "extra_forbidden":
+            yield f"{key}: unknown key{nearest(place[-1], _keys_beside(place))}"
+        elif fault["type"] == "missing":
+            yield f"{key}: missing, and there is no default"
+        elif fault["type"] == "value_error":
+            yield f"{key}: {fault['ctx']['error']}" if key else str(fault["ctx"]["error"])
+        else:
+            yield f"{key}: got {got}, expected: {fault['msg'].removeprefix('Input should be ')}"
+
+
+def _keys_beside(place: list[str]) -> set[str]:
+    """The known keys where an unknown one stood: follows field names, and union tags, from the recipe down."""
+    known: set[type[BaseModel]] = {Recipe}
+    for part in place[:-1]:
+        inner = {c for cls in known if part in cls.model_fields for c in _classes(cls.model_fields[part].annotation)}
+        tagged = {c for c in known if "kind" in c.model_fields and part in repr(c.model_fields["kind"].annotation)}
+        known = inner or tagged or known
+    return {name for cls in known for name in cls.model_fields}
+
+
+def _classes(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in getattr(annotation, "__args__", ()):
+        yield from _classes(inner)
+
+
+# -- two recipes under one name ------------------------------------------------------------------------------------------
+
+
+def identity_differences(stored: Recipe, given: Recipe) -> list[str]:
+    """What `given` may not change of the sweep that `stored` began, a line each; empty when it may go on."""
+    lines = [f"{key}: stored {old}, given {new}" for key, old, new in _differences(stored, given)]
+    for name in stored.models.keys() & given.models.keys():
+        lines += [f"models.{name}.{k}: stored {o}, given {n}" for k, o, n in _differences(stored.models[name], given.models[name])]
+    grown, begun = set(given.train.publish_images), set(stored.train.publish_images)
+    if stored.train.decay != "none" and given.train.images != stored.train.images:
+        lines.append(f"train.publish_images: the {stored.train.decay} decay ends at {stored.train.images}, given {given.train.images}")
+    elif max(grown) < max(begun):
+        lines.append(f"train.publish_images: stored up to {max(begun)}, given only up to {max(grown)}")
+    return sorted(lines)
+
+
+def _differences(stored: Settings, given: Settings, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if type(stored) is not type(given):
+        yield prefix.rstrip("."), stored, given
+        return
+    for name, field in type(stored).model_fields.items():
+        old, new = getattr(stored, name), getattr(given, name)
+        role = (field.json_schema_extra or {}).get("role") if isinstance(field.json_schema_extra, Mapping) else None
+        if isinstance(old, Settings) and isinstance(new, Settings):
+            yield from _differences(old, new, f"{prefix}{name}.")
+        elif role is None and old != new:
+            yield f"{prefix}{name}", old, new
