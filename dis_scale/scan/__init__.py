@@ -1,0 +1,157 @@
+"""The selective scan and the causal convolution of a state-space mixer, on the best backend that the device has.
+
+`reference` is the definition, a plain loop; `native` the C++ code for CPUs; `chunked` plain PyTorch for any device.
+`auto` takes the fastest and says why: `choose`. All take any float dtype (native refuses float64), hold the state in
+float32 (float64 for float64 inputs), give outputs in the first input's dtype, and are differentiable in every tensor.
+
+Axes: B batch, L time, E channels, N states, W taps of the convolution.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dis_scale.errors import UserError, nearest
+from dis_scale.scan import chunked, native, reference
+from dis_scale.scan.backend import Backend, Direction
+
+__all__ = [
+    "Choice",
+    "Direction",
+    "causal_conv_silu",
+    "choose",
+    "selective_scan",
+    "two_way_conv_silu",
+    "two_way_scan",
+]
+
+BACKENDS = {"reference": reference.backend, "native": native.backend, "chunked": chunked.backend}
+
+
+class Choice(NamedTuple):
+    """A backend's name and why it was taken; prints as `native (auto: cpu, avx512)`."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+def selective_scan(
+    u_BLE: Tensor,
+    delta_BLE: Tensor,
+    A_EN: Tensor,
+    B_BLN: Tensor,
+    C_BLN: Tensor,
+    D_E: Tensor,
+    delta_bias_E: Tensor,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """y_BLE of h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, y_t = C_t . h_t + D u_t (Gu and Dao 2023, Algorithm 2).
+
+    `delta` comes raw: delta_t = softplus(delta_BLE + delta_bias_E). A is negative. `reverse` scans from the end to the
+    start, which equals flip, scan, flip.
+    """
+    direction = Direction(u_BLE, delta_BLE, A_EN, B_BLN, C_BLN, D_E, delta_bias_E)
+    _check_direction("selective_scan", direction)
+    return _backend(backend, u_BLE.device.type).selective_scan(direction, reverse)
+
+
+def two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None, backend: str = "auto") -> Tensor:
+    """(scan of `forward` + reversed scan of `backward`) * SiLU(z), or the sum alone where z is None."""
+    _check_direction("two_way_scan, forward", forward)
+    _check_direction("two_way_scan, backward", backward)
+    shape, device = forward.u_BLE.shape, forward.u_BLE.device
+    _check("two_way_scan, backward: u_BLE", backward.u_BLE, shape, device)
+    if z_BLE is not None:
+        _check("two_way_scan: z_BLE", z_BLE, shape, device)
+    return _backend(backend, device.type).two_way_scan(forward, backward, z_BLE)
+
+
+def causal_conv_silu(
+    x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, reverse: bool = False, backend: str = "auto"
+) -> Tensor:
+    """SiLU of the depthwise causal convolution; `reverse` equals flip, convolve, flip."""
+    _check_conv("causal_conv_silu", x_BLE, weight_EW, bias_E)
+    return _backend(backend, x_BLE.device.type).causal_conv_silu(x_BLE, weight_EW, bias_E, reverse)
+
+
+def two_way_conv_silu(
+    x_BLE: Tensor,
+    weight_EW: Tensor,
+    bias_E: Tensor,
+    back_weight_EW: Tensor,
+    back_bias_E: Tensor,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`causal_conv_silu` in both directions of the same x, read once: (forward, backward)."""
+    _check_conv("two_way_conv_silu, forward", x_BLE, weight_EW, bias_E)
+    _check_conv("two_way_conv_silu, backward", x_BLE, back_weight_EW, back_bias_E)
+    convolve = _backend(backend, x_BLE.device.type).two_way_conv_silu
+    return convolve(x_BLE, weight_EW, bias_E, back_weight_EW, back_bias_E)
+
+
+def choose(name: str, device: torch.device | str) -> Choice:
+    """The backend that `name` means on `device`, once a process. A UserError or DisScaleError where it cannot run."""
+    return _choose(name, torch.device(device).type)
+
+
+@functools.cache
+def _choose(name: str, device: str) -> Choice:
+    if name == "auto":
+        return _automatic(device)
+    if name not in BACKENDS:
+        raise UserError(f"no scan backend {name!r}{nearest(name, BACKENDS)}: there are auto, {', '.join(BACKENDS)}")
+    if name == "native" and device != "cpu":
+        raise UserError(f"the native scan is for the CPU, got tensors on {device}: set the backend to auto or chunked")
+    if name == "native" and (problem := native.problem()):
+        raise problem
+    return Choice(name, "as asked")
+
+
+def _automatic(device: str) -> Choice:
+    if device != "cpu":
+        return Choice("chunked", f"auto: {device}")
+    if problem := native.problem():
+        return Choice("chunked", f"auto: {problem}")
+    return Choice("native", f"auto: cpu, {native.instruction_set()}")
+
+
+@functools.cache
+def _backend(name: str, device: str) -> Backend:
+    return BACKENDS[_choose(name, device).name]
+
+
+def _check_direction(where: str, direction: Direction) -> None:
+    u_BLE, A_EN = direction.u_BLE, direction.A_EN
+    if u_BLE.ndim != 3 or A_EN.ndim != 2 or 0 in u_BLE.shape:
+        raise UserError(
+            f"{where}: u_BLE is {tuple(u_BLE.shape)} and A_EN {tuple(A_EN.shape)}, expected 3 and 2 axes, none empty"
+        )
+    (B, L, E), N, device = u_BLE.shape, A_EN.shape[1], u_BLE.device
+    shapes = (u_BLE.shape, (B, L, E), (E, N), (B, L, N), (B, L, N), (E,), (E,))
+    for name, x, shape in zip(Direction._fields, direction, shapes, strict=True):
+        _check(f"{where}: {name}", x, shape, device)
+
+
+def _check_conv(where: str, x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor) -> None:
+    if x_BLE.ndim != 3 or weight_EW.ndim != 2 or 0 in x_BLE.shape:
+        raise UserError(
+            f"{where}: x_BLE is {tuple(x_BLE.shape)} and the weight {tuple(weight_EW.shape)}, expected 3 and 2 axes, "
+            "none empty"
+        )
+    E, device = x_BLE.shape[2], x_BLE.device
+    _check(f"{where}: x_BLE", x_BLE, x_BLE.shape, device)
+    _check(f"{where}: the weight", weight_EW, (E, weight_EW.shape[1]), device)
+    _check(f"{where}: the bias", bias_E, (E,), device)
+
+
+def _check(what: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if x.shape != shape or x.device != device or not x.is_floating_point():
+        raise UserError(
+            f"{what} is {tuple(x.shape)} {x.dtype} on {x.device}, expected {tuple(shape)} of floats on {device}"
+        )

@@ -1,0 +1,54 @@
+"""What a backend of the scan is: four functions, of which two may be derived from the other two.
+
+Axes: B batch, L time, E channels, N states, W taps of the convolution.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ruff: noqa: N815 (fields end in their axes: u_BLE)
+
+
+class Direction(NamedTuple):
+    """One direction's inputs. `delta` is raw: its bias is added and softplus taken inside; A is negative."""
+
+    u_BLE: Tensor
+    delta_BLE: Tensor
+    A_EN: Tensor
+    B_BLN: Tensor
+    C_BLN: Tensor
+    D_E: Tensor
+    delta_bias_E: Tensor
+
+
+class Backend(NamedTuple):
+    """`selective_scan(direction, reverse)`, `two_way_scan(forward, backward, z)`, and the convolution's same two."""
+
+    selective_scan: Callable[[Direction, bool], Tensor]
+    two_way_scan: Callable[[Direction, Direction, Tensor | None], Tensor]
+    causal_conv_silu: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+    two_way_conv_silu: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def from_one_way(
+    scan: Callable[[Direction, bool], Tensor], conv: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+) -> Backend:
+    """A backend whose two-way functions are their own definition."""
+
+    def two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None) -> Tensor:
+        dtype = forward.u_BLE.dtype
+        wide = torch.promote_types(dtype, torch.float32)  # the sum and the gate are not rounded in between
+        forward, backward = (d._replace(u_BLE=d.u_BLE.to(wide)) for d in (forward, backward))
+        y_BLE = scan(forward, False) + scan(backward, True)
+        return (y_BLE if z_BLE is None else y_BLE * F.silu(z_BLE.to(wide))).to(dtype)
+
+    def two_way_conv_silu(
+        x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, back_weight_EW: Tensor, back_bias_E: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return conv(x_BLE, weight_EW, bias_E, False), conv(x_BLE, back_weight_EW, back_bias_E, True)
+
+    return Backend(scan, two_way_scan, conv, two_way_conv_silu)

@@ -1,0 +1,259 @@
+// The arithmetic of the scan and of the convolution, over one batch row and LANES channels, time step after time step.
+// native.cpp includes this file once for each instruction set, inside a namespace and with NAME and LANES set; nothing here
+// touches PyTorch or the standard library's templates, so nothing compiled for one processor leaks to another.
+//
+// A direction is a sign: scanning backwards is a view that begins at the last row and has a negative stride.
+// Symbols as in Gu and Dao 2023: h the state, u the input, delta the step, A, B, C, D. `N` states, `K` taps.
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec load(const float* at) { return *reinterpret_cast<const loose*>(at); }
+INLINE void store(float* at, vec x) { *reinterpret_cast<loose*>(at) = x; }
+INLINE vec splat(float x) { return x + vec{}; }
+
+// 2^x for x below 128; results under 2^-125 become 2^-125. A minimax polynomial of 2^f - 1 on [-1/2, 1/2] without a
+// constant term: 9.2e-8 relative, and exactly 1 at 0, so a slow decay keeps its distance from 1. NaN stays NaN.
+INLINE vec exp2(vec x) {
+  const vec least = splat(-125.0f), shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  x = least > x ? least : x;
+  const vec rounded = x + shift, f = x - (rounded - shift);
+  vec p = f * 0.001326472731307149f + 0.009671512991189957f;
+  p = p * f + 0.05550733581185341f;
+  p = p * f + 0.24022242426872253f;
+  p = p * f + 0.6931470036506653f;
+  p = p * f + 1.0f;
+  return (vec)((ivec)p + ((ivec)rounded << 23));
+}
+
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+
+INLINE vec positive(vec x) { return x < 0.0f ? vec{} : x; }
+INLINE vec magnitude(vec x) { return (vec)((ivec)x & 0x7fffffff); }
+
+// log(1 + t) for t in [0, 1]: t times a minimax polynomial, 3.0e-8 relative.
+INLINE vec log1p(vec t) {
+  vec p = t * 0.005232630763202906f - 0.029504967853426933f;
+  p = p * t + 0.07822547852993011f;
+  p = p * t - 0.1366320252418518f;
+  p = p * t + 0.19105982780456543f;
+  p = p * t - 0.24842974543571472f;
+  p = p * t + 0.3331909477710724f;
+  p = p * t - 0.4999949336051941f;
+  p = p * t + 0.9999999403953552f;
+  return p * t;
+}
+
+INLINE vec softplus(vec x) { return positive(x) + log1p(exp2(magnitude(x) * -LOG2E)); }
+
+INLINE vec sigmoid(vec x) {
+  const vec e = exp2(magnitude(x) * -LOG2E), small = e / (e + 1.0f);
+  return x < 0.0f ? small : 1.0f - small;
+}
+
+INLINE vec silu(vec x) { return x * sigmoid(x); }
+
+// FIXED is the number of states where the compiler may unroll over it, or 0: any number up to MOST_STATES.
+template <int FIXED>
+static void scan_forward(const Scan& s, Rows out, bool add) {
+  const int N = FIXED ? FIXED : s.states;
+  const vec D = load(s.weights + N * LANES), bias = load(s.weights + (N + 1) * LANES);
+  vec h[FIXED ? FIXED : MOST_STATES];
+  for (int n = 0; n < N; n++) h[n] = vec{};
+  for (int64_t t = 0; t < s.length; t++) {
+    const vec u = load(s.u[t]), delta = softplus(load(s.delta[t]) + bias), delta_u = delta * u;
+    const float *B = s.B[t], *C = s.C[t];
+    vec y = D * u;
+#pragma GCC unroll 16
+    for (int n = 0; n < N; n++) {
+      h[n] = exp2(delta * load(s.weights + n * LANES)) * h[n] + delta_u * B[n];
+      y += h[n] * C[n];
+    }
+    if (add) y += load(out[t]);
+    if (s.z.at) y *= silu(load(s.z[t]));
+    store(out[t], y);
+  }
+}
+
+// The states at the beginning of each chunk but the first: the whole memory of the past that the backward pass keeps.
+template <int FIXED>
+static void chunk_starts(const Scan& s, float* starts) {
+  const int N = FIXED ? FIXED : s.states;
+  const vec bias = load(s.weights + (N + 1) * LANES);
+  vec h[FIXED ? FIXED : MOST_STATES];
+  for (int n = 0; n < N; n++) h[n] = vec{};
+  const int64_t last = (s.length - 1) / CHUNK;
+  for (int64_t t = 0; t < last * CHUNK; t++) {
+    if (t % CHUNK == 0)
+      for (int n = 0; n < N; n++) store(starts + (t / CHUNK * N + n) * LANES, h[n]);
+    const vec delta = softplus(load(s.delta[t]) + bias), delta_u = delta * load(s.u[t]);
+    const float* B = s.B[t];
+#pragma GCC unroll 16
+    for (int n = 0; n < N; n++) h[n] = exp2(delta * load(s.weights + n * LANES)) * h[n] + delta_u * B[n];
+  }
+  for (int n = 0; n < N; n++) store(starts + (last * N + n) * LANES, h[n]);
+}
+
+// One chunk once more, forwards: decays and states for the way back, and what does not depend on the future (z, D).
+template <int FIXED>
+static void replay(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end, bool add_z) {
+  const int N = FIXED ? FIXED : s.states;
+  const vec D = load(s.weights + N * LANES), bias = load(s.weights + (N + 1) * LANES);
+  vec h[FIXED ? FIXED : MOST_STATES];
+  for (int n = 0; n < N; n++) {
+    h[n] = load(w.starts + (begin / CHUNK * N + n) * LANES);
+    store(w.states + n * LANES, h[n]);
+  }
+  for (int64_t t = begin; t < end; t++) {
+    const int64_t row = t - begin;
+    const vec u = load(s.u[t]), raw = load(s.delta[t]) + bias, delta = softplus(raw), delta_u = delta * u;
+    const float *B = s.B[t], *C = s.C[t];
+    float *decay = w.decays + row * N * LANES, *state = w.states + (row + 1) * N * LANES;
+    vec y = D * u, dy = load(g.y[t]);
+#pragma GCC unroll 16
+    for (int n = 0; n < N; n++) {
+      const vec a = exp2(delta * load(s.weights + n * LANES));
+      h[n] = a * h[n] + delta_u * B[n];
+      y += h[n] * C[n];
+      store(decay + n * LANES, a);
+      store(state + n * LANES, h[n]);
+    }
+    if (s.z.at) {
+      const vec z = load(s.z[t]), gate = sigmoid(z), dz = dy * y * gate * (1.0f + z * (1.0f - gate));
+      store(g.z[t], add_z ? load(g.z[t]) + dz : dz);
+      dy *= z * gate;
+    }
+    store(w.delta + row * LANES, delta);
+    store(w.slope + row * LANES, sigmoid(raw));
+    store(w.dy + row * LANES, dy);
+  }
+}
+
+// The way back through one chunk. `carry` is the gradient that the later steps send to the state, one vector a state.
+template <int FIXED>
+static void retreat(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end) {
+  const int N = FIXED ? FIXED : s.states;
+  const vec D = load(s.weights + N * LANES);
+  vec dD = load(g.weights + N * LANES), dbias = load(g.weights + (N + 1) * LANES);
+  vec carry[FIXED ? FIXED : MOST_STATES], dA[FIXED ? FIXED : MOST_STATES];
+  for (int n = 0; n < N; n++) {
+    carry[n] = load(w.carry + n * LANES);
+    dA[n] = load(g.weights + n * LANES);
+  }
+  for (int64_t t = end - 1; t >= begin; t--) {
+    const int64_t row = t - begin;
+    const vec u = load(s.u[t]), delta = load(w.delta + row * LANES), delta_u = delta * u;
+    const vec dy = load(w.dy + row * LANES);
+    const float *B = s.B[t], *C = s.C[t], *decay = w.decays + row * N * LANES, *state = w.states + row * N * LANES;
+    float *dB = w.dB + t * N * LANES, *dC = w.dC + t * N * LANES;
+    vec d_delta_u = {}, d_delta = {};
+#pragma GCC unroll 16
+    for (int n = 0; n < N; n++) {
+      const vec dh = carry[n] + dy * C[n];
+      store(dC + n * LANES, load(dC + n * LANES) + dy * load(state + (N + n) * LANES));
+      store(dB + n * LANES, load(dB + n * LANES) + dh * delta_u);
+      d_delta_u += dh * B[n];
+      carry[n] = dh * load(decay + n * LANES);
+      const vec d_exponent = carry[n] * load(state + n * LANES);
+      d_delta += d_exponent * load(s.weights + n * LANES);
+      dA[n] += d_exponent * delta;
+    }
+    const vec d_raw = (d_delta * LN2 + d_delta_u * u) * load(w.slope + row * LANES);  // weights hold A / ln 2
+    store(g.delta[t], d_raw);
+    store(g.u[t], d_delta_u * delta + D * dy);
+    dD += dy * u;
+    dbias += d_raw;
+  }
+  for (int n = 0; n < N; n++) {
+    store(w.carry + n * LANES, carry[n]);
+    store(g.weights + n * LANES, dA[n]);
+  }
+  store(g.weights + N * LANES, dD);
+  store(g.weights + (N + 1) * LANES, dbias);
+}
+
+template <int FIXED>
+static void scan_backward(const Scan& s, const Gradients& g, const Scratch& w, bool add_z) {
+  chunk_starts<FIXED>(s, w.starts);
+  for (int n = 0; n < s.states; n++) store(w.carry + n * LANES, vec{});
+  for (int64_t begin = (s.length - 1) / CHUNK * CHUNK; begin >= 0; begin -= CHUNK) {
+    const int64_t end = begin + CHUNK < s.length ? begin + CHUNK : s.length;
+    replay<FIXED>(s, g, w, begin, end, add_z);
+    retreat<FIXED>(s, g, w, begin, end);
+  }
+}
+
+// Sums over the lanes of each of `count` vectors.
+static void sum_lanes(const float* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; i++) {
+    const vec x = load(from + i * LANES);
+    float sum = 0.0f;
+    for (int lane = 0; lane < LANES; lane++) sum += x[lane];
+    to[i] = sum;
+  }
+}
+
+template <int FIXED>
+static void conv_forward(const Conv& c, Rows y) {
+  const int K = FIXED ? FIXED : c.taps;
+  const vec bias = load(c.weights + K * LANES);
+  vec past[FIXED ? FIXED : MOST_TAPS];
+  for (int k = 0; k < K; k++) past[k] = vec{};
+  for (int64_t t = 0; t < c.length; t++) {
+    vec sum = bias;
+    for (int k = 0; k + 1 < K; k++) past[k] = past[k + 1];
+    past[K - 1] = load(c.x[t]);
+    for (int k = 0; k < K; k++) sum += past[k] * load(c.weights + k * LANES);
+    store(y[t], silu(sum));
+  }
+}
+
+// dx[t - K + 1] is complete when step t's gradient is known; K - 1 steps past the end bring out the last ones.
+template <int FIXED>
+static void conv_backward(const Conv& c, Rows dy, Rows dx, float* dweights, bool add) {
+  const int K = FIXED ? FIXED : c.taps;
+  const vec bias = load(c.weights + K * LANES);
+  vec past[FIXED ? FIXED : MOST_TAPS], dsum[FIXED ? FIXED : MOST_TAPS], dw[(FIXED ? FIXED : MOST_TAPS) + 1];
+  for (int k = 0; k < K; k++) past[k] = dsum[k] = vec{};
+  for (int k = 0; k <= K; k++) dw[k] = load(dweights + k * LANES);
+  for (int64_t t = 0; t < c.length + K - 1; t++) {
+    const bool inside = t < c.length;
+    vec sum = bias, gradient = {};
+    for (int k = 0; k + 1 < K; k++) past[k] = past[k + 1], dsum[k] = dsum[k + 1];
+    past[K - 1] = inside ? load(c.x[t]) : vec{};
+    if (inside) {
+      for (int k = 0; k < K; k++) sum += past[k] * load(c.weights + k * LANES);
+      const vec gate = sigmoid(sum);
+      gradient = load(dy[t]) * gate * (1.0f + sum * (1.0f - gate));
+    }
+    dsum[K - 1] = gradient;
+    for (int k = 0; k < K; k++) dw[k] += gradient * past[k];
+    dw[K] += gradient;
+    if (t < K - 1) continue;
+    vec d = {};
+    for (int k = 0; k < K; k++) d += dsum[K - 1 - k] * load(c.weights + k * LANES);
+    float* out = dx[t - K + 1];
+    store(out, add ? load(out) + d : d);
+  }
+  for (int k = 0; k <= K; k++) store(dweights + k * LANES, dw[k]);
+}
+
+static void forward(const Scan& s, Rows y, bool add) {
+  s.states == 16 ? scan_forward<16>(s, y, add) : scan_forward<0>(s, y, add);
+}
+
+static void backward(const Scan& s, const Gradients& g, const Scratch& w, bool add_z) {
+  s.states == 16 ? scan_backward<16>(s, g, w, add_z) : scan_backward<0>(s, g, w, add_z);
+}
+
+static void convolve(const Conv& c, Rows y) { c.taps == 4 ? conv_forward<4>(c, y) : conv_forward<0>(c, y); }
+
+static void convolve_backward(const Conv& c, Rows dy, Rows dx, float* dweights, bool add) {
+  c.taps == 4 ? conv_backward<4>(c, dy, dx, dweights, add) : conv_backward<0>(c, dy, dx, dweights, add);
+}
+
+static const Kernels kernels = {NAME, LANES, forward, backward, sum_lanes, convolve, convolve_backward};
+
+#undef INLINE

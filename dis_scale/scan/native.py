@@ -1,0 +1,111 @@
+"""The native CPU backend: builds native.cpp on first use, loads it, and calls its operators.
+
+Computes in float32: float16 and bfloat16 inputs are converted (a copy), the outputs converted back; float64 is refused.
+Inputs may be views whose last axis is contiguous, such as chunks and splits of a product; anything else costs a copy.
+Results are the same bits at any number of threads. `DIS_SCALE_ISA=plain|avx2|avx512` forces an instruction set.
+The library is kept in `$XDG_CACHE_HOME/dis_scale` (or `~/.cache/dis_scale`) under a hash of what it was made from.
+"""
+
+import functools
+import hashlib
+import os
+import platform
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dis_scale.errors import DisScaleError, UserError
+from dis_scale.scan.backend import Backend, Direction
+
+SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "kernels.cpp")]
+FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+COMPILER_LINES = 8
+
+
+@functools.cache
+def problem() -> DisScaleError | None:
+    """Builds and loads the library, once a process; what stands in the way, or None."""
+    try:
+        _load(cached_library())
+        instruction_set()
+    except ValueError as error:
+        return UserError(str(error))
+    except DisScaleError as error:
+        return error
+    return None
+
+
+def instruction_set() -> str:
+    return torch.ops.dis_scale.instruction_set()
+
+
+def cached_library() -> Path:
+    made_from = [path.read_text() for path in SOURCES] + [*FLAGS, torch.__version__, platform.machine()]
+    key = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "dis_scale" / f"native-{key}.so"
+
+
+def _load(library: Path) -> None:
+    try:
+        torch.ops.load_library(library)
+    except OSError:  # not there, or damaged
+        _build(library)
+
+
+def _build(library: Path) -> None:
+    """Builds, loads and then publishes by one rename: a builder that dies leaves no lock, several do not meet."""
+    from torch.utils import cpp_extension  # half a second, and only here
+
+    # The ninja that pip installed stands beside this interpreter, which need not be on the path.
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
+            cpp_extension.load(
+                "native", str(SOURCES[0]), extra_cflags=FLAGS, build_directory=folder, is_python_module=False
+            )
+            (Path(folder) / "native.so").replace(library)
+    except (RuntimeError, OSError) as error:
+        raise DisScaleError(_why(str(error))) from error
+
+
+def _why(error: str) -> str:
+    """The compiler's first error and the last lines of what was said, and what to do."""
+    lines = [line for line in error.splitlines() if line.strip() and "ninja: build stopped" not in line]
+    said = "\n  ".join(lines[-COMPILER_LINES:])
+    return (
+        f"the native scan cannot be built; the last that its build said:\n  {said}\n"
+        "install a C++ compiler (g++ 11 or newer) and ninja, or set the backend to chunked"
+    )
+
+
+def _floats(*tensors: Tensor) -> list[Tensor]:
+    for x in tensors:
+        if x.dtype == torch.float64:
+            raise UserError("the native scan computes in float32, got float64: convert, or set the backend to chunked")
+    return list(tensors)
+
+
+def _selective_scan(direction: Direction, reverse: bool) -> Tensor:
+    return torch.ops.dis_scale.scan(_floats(*direction), reverse)
+
+
+def _two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None) -> Tensor:
+    gate = () if z_BLE is None else (z_BLE,)
+    return torch.ops.dis_scale.scan(_floats(*forward, *backward, *gate), False)
+
+
+def _causal_conv_silu(x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, reverse: bool) -> Tensor:
+    return torch.ops.dis_scale.conv_silu(_floats(x_BLE, weight_EW, bias_E), reverse)[0]
+
+
+def _two_way_conv_silu(x_BLE: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    forward, backward = torch.ops.dis_scale.conv_silu(_floats(x_BLE, *weights), False)
+    return forward, backward
+
+
+backend = Backend(_selective_scan, _two_way_scan, _causal_conv_silu, _two_way_conv_silu)
