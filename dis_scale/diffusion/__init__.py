@@ -1,0 +1,13 @@
+"""Diffusion processes, their losses and samplers. Read next: gaussian.py, flow.py, samplers.py, guidance.py."""
+
+from dis_scale.diffusion.flow import FlowMatching
+from dis_scale.diffusion.gaussian import GaussianDiffusion
+from dis_scale.diffusion.process import Losses, ModelFn, Process
+from dis_scale.recipe import Flow, Gaussian
+
+__all__ = ["FlowMatching", "GaussianDiffusion", "Losses", "ModelFn", "Process", "build"]
+
+
+def build(settings: Gaussian | Flow) -> GaussianDiffusion | FlowMatching:
+    """The process of a recipe."""
+    return GaussianDiffusion(settings) if isinstance(settings, Gaussian) else FlowMatching(settings)

@@ -1,0 +1,195 @@
+"""DDPM: noise prediction with a learned range variance (Ho et al. 2020; Nichol and Dhariwal 2021, "ADM family").
+
+x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps. Tables are float64 and cast to the images' type at use, float32 at least.
+Axes: B samples, C channels, H W height and width, K steps of a chain. Read next: samplers.py.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dis_scale.diffusion.process import Losses, ModelFn, mean_flat
+from dis_scale.errors import UserError
+from dis_scale.recipe import Gaussian
+
+Table = NDArray[np.floating]
+LOG_2 = math.log(2.0)
+
+
+class Coefficients(NamedTuple):
+    """A step's factors, each (B, 1, 1, 1): x_t = signal x_0 + sigma eps; posterior mean = x0 x_0 + xt x_t."""
+
+    signal: Tensor
+    sigma: Tensor
+    x0: Tensor
+    xt: Tensor
+    min_log: Tensor
+    max_log: Tensor
+
+
+class Chain:
+    """A Markov chain of K Gaussian steps from `end` of the signal's power (1: all of it) down to `alpha_bars_K[-1]`.
+
+    `times_K` are the times that the model sees, 0 to 1000. Posterior as in Ho et al. equations 6 and 7.
+    """
+
+    def __init__(self, times_K: Table, alpha_bars_K: Table, end: float = 1.0):
+        self.times_K, self.alpha_bars_K = times_K, alpha_bars_K
+        self.before_K = np.append(end, alpha_bars_K[:-1])
+        """alpha_bar after a step of sampling."""
+        self.betas_K = 1 - alpha_bars_K / self.before_K
+        self.posterior_variance_K = self.betas_K * (1 - self.before_K) / (1 - alpha_bars_K)
+        # The first posterior variance is 0: ADM puts the second one's logarithm in its place.
+        first = self.posterior_variance_K[1:2] if len(alpha_bars_K) > 1 else self.betas_K[:1]
+        clipped_K = np.append(first, self.posterior_variance_K[1:])
+        columns = (
+            np.sqrt(alpha_bars_K),
+            np.sqrt(1 - alpha_bars_K),
+            self.betas_K * np.sqrt(self.before_K) / (1 - alpha_bars_K),
+            (1 - self.before_K) * np.sqrt(1 - self.betas_K) / (1 - alpha_bars_K),
+            np.log(clipped_K),
+            np.log(self.betas_K),
+        )
+        self._tables = torch.from_numpy(np.stack(columns))
+
+    def __len__(self) -> int:
+        return len(self.times_K)
+
+    def at(self, k_B: Tensor, like_BCHW: Tensor) -> Coefficients:
+        """The coefficients of steps `k_B`, on the images' device and in their type, float32 at least."""
+        if self._tables.device != like_BCHW.device:
+            self._tables = self._tables.to(like_BCHW.device)
+        dtype = torch.promote_types(like_BCHW.dtype, torch.float32)
+        values = self._tables[:, k_B].to(dtype).reshape(len(self._tables), -1, *[1] * (like_BCHW.ndim - 1))
+        return Coefficients(*values.unbind())
+
+    def model_times(self, k_B: Tensor) -> Tensor:
+        """The times (B,) that the model sees at steps `k_B`."""
+        return torch.from_numpy(self.times_K).to(k_B.device, torch.float32)[k_B]
+
+
+def predict_x0(c: Coefficients, xt_BCHW: Tensor, eps_BCHW: Tensor) -> Tensor:
+    """The image that the predicted noise stands for."""
+    return (xt_BCHW - c.sigma * eps_BCHW) / c.signal
+
+
+def learned_log_variance(c: Coefficients, v_BCHW: Tensor) -> Tensor:
+    """v in [-1, 1] interpolates between the posterior's and beta's logarithm (Nichol and Dhariwal, equation 15)."""
+    share = (v_BCHW + 1) / 2
+    return share * c.max_log + (1 - share) * c.min_log
+
+
+class GaussianDiffusion:
+    """Training's chain, its loss, and the shorter chains that samplers walk."""
+
+    def __init__(self, settings: Gaussian):
+        self.settings = settings
+        betas = (linear_betas if settings.betas == "linear" else cosine_betas)(settings.steps)
+        # Times are those of a chain of 1000, whatever its length: the scale that the model's features are made for.
+        times_K = np.arange(settings.steps) * (1000 / settings.steps)
+        self.chain = Chain(times_K, np.cumprod(1 - betas))
+
+    @property
+    def num_steps(self) -> int:
+        """Length of training's chain."""
+        return self.settings.steps
+
+    def draw_times(self, rng: np.random.Generator, n: int) -> Tensor:
+        """Steps (n,), uniform, int64."""
+        return torch.from_numpy(rng.integers(self.num_steps, size=n))
+
+    def losses(self, model_fn: ModelFn, x0_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Losses:
+        """MSE of the noise, min-SNR weighted if set so, plus the bound (bits a dimension) on the variance alone."""
+        c = self.chain.at(t_B, x0_BCHW)
+        xt_BCHW = c.signal * x0_BCHW + c.sigma * noise_BCHW
+        eps_BCHW, v_BCHW = model_fn(xt_BCHW, self.chain.model_times(t_B)).to(xt_BCHW.dtype).chunk(2, dim=1)
+        mse_B = mean_flat((noise_BCHW - eps_BCHW).square())
+        if self.settings.min_snr_gamma is not None:
+            mse_B = mse_B * min_snr_weight(c, self.settings.min_snr_gamma)
+        vb_B = variational_bound(c, x0_BCHW, xt_BCHW, eps_BCHW.detach(), v_BCHW, t_B == 0)
+        return Losses(mse_B + vb_B, mse_B, vb_B)
+
+    def respaced(self, count: int) -> Chain:
+        """A chain of `count` of the steps, the ends among them, as ADM's SpacedDiffusion."""
+        used = spaced_times(self.num_steps, count)
+        return Chain(self.chain.times_K[used], self.chain.alpha_bars_K[used])
+
+    def log_snr_chain(self, count: int) -> Chain:
+        """`count` steps of equal size in log-SNR, from the noisiest alpha_bar down to alpha_bar[0], short of 1.
+
+        The grid of DPM-Solver's analysis: the jump from alpha_bar[0] to 1 has an error that no number of steps mends.
+        """
+        log_snr = np.log(self.chain.alpha_bars_K / (1 - self.chain.alpha_bars_K))
+        grid = np.linspace(log_snr[0], log_snr[-1], count + 1)
+        alpha_bars = 1 / (1 + np.exp(-grid))
+        times_K = np.interp(-grid[1:], -log_snr, self.chain.times_K)
+        return Chain(times_K, alpha_bars[1:], end=float(alpha_bars[0]))
+
+
+def linear_betas(steps: int) -> Table:
+    """1e-4 to 0.02 over 1000 steps (Ho et al.), scaled so that a chain of another length ends as noisy (ADM)."""
+    scale = 1000 / steps
+    return np.minimum(np.linspace(scale * 1e-4, scale * 0.02, steps), 0.999)
+
+
+def cosine_betas(steps: int) -> Table:
+    """abar(u) = cos^2((u + 0.008) / 1.008 pi / 2), betas at most 0.999 (Nichol and Dhariwal, equation 17)."""
+    abar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - abar[1:] / abar[:-1], 0.999)
+
+
+def spaced_times(steps: int, count: int) -> list[int]:
+    """`count` of `steps` times at equal distance, both ends among them, rounded as ADM's `space_timesteps` does."""
+    if not 1 <= count <= steps:
+        raise UserError(f"steps {count}: expected 1 to {steps}, the length of the chain")
+    stride = (steps - 1) / (count - 1) if count > 1 else 1.0
+    place, times = 0.0, []
+    for _ in range(count):
+        times.append(round(place))
+        place += stride
+    return times
+
+
+def min_snr_weight(c: Coefficients, gamma: float) -> Tensor:
+    """min(SNR, gamma) / SNR for noise prediction (Hang et al. 2023), (B,)."""
+    snr_B = (c.signal / c.sigma).square().flatten()
+    return snr_B.clamp(max=gamma) / snr_B
+
+
+def variational_bound(
+    c: Coefficients, x0_BCHW: Tensor, xt_BCHW: Tensor, eps_BCHW: Tensor, v_BCHW: Tensor, first_B: Tensor
+) -> Tensor:
+    """KL of the posterior from the model's step, in bits a dimension; at the first step the decoder's likelihood.
+
+    Give the noise detached, so that the bound trains the variance alone (Nichol and Dhariwal's L_hybrid).
+    """
+    error_BCHW = c.x0 * (x0_BCHW - predict_x0(c, xt_BCHW, eps_BCHW))  # posterior mean minus the model's
+    log_variance = learned_log_variance(c, v_BCHW)
+    ratio = c.min_log - log_variance
+    kl_B = mean_flat(0.5 * (ratio.exp() - 1 - ratio + error_BCHW.square() * (-log_variance).exp())) / LOG_2
+    if not bool(first_B.any()):
+        return kl_B
+    # x_0 minus the model's mean: at the first step the posterior's mean is x_0 itself.
+    decoder_B = mean_flat(-discretised_log_likelihood(x0_BCHW, error_BCHW, 0.5 * log_variance)) / LOG_2
+    return torch.where(first_B, decoder_B, kl_B)
+
+
+def discretised_log_likelihood(x_BCHW: Tensor, error_BCHW: Tensor, log_scale_BCHW: Tensor) -> Tensor:
+    """Log-probability of the bin of width 2 / 255 around x, open at -1 and 1, under a normal at x - error.
+
+    Ho et al., equation 13, with ADM's approximation of the normal's integral. The bins are those of 8-bit images;
+    ADM, DiT and DiS keep them for latents.
+    """
+    inverse = (-log_scale_BCHW).exp()
+    below_upper = _normal_cdf(inverse * (error_BCHW + 1 / 255))
+    below_lower = _normal_cdf(inverse * (error_BCHW - 1 / 255))
+    inside = torch.where(x_BCHW > 0.999, 1 - below_lower, below_upper - below_lower)
+    return torch.where(x_BCHW < -0.999, below_upper, inside).clamp(min=1e-12).log()
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

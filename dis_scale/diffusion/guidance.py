@@ -1,0 +1,54 @@
+"""Classifier-free guidance (Ho and Salimans 2022): one doubled batch, with and without labels.
+
+Axes: B samples, C channels, H W height and width.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dis_scale.diffusion.process import ModelFn, check_labels
+from dis_scale.errors import UserError
+
+OFFICIAL_CHANNELS = 3
+"""What the public code of DiT and DiS guides, of a latent's four channels; here all are unless this is asked for."""
+
+
+class Labelled(Protocol):
+    """A model that takes labels, `num_classes` standing for none."""
+
+    num_classes: int | None
+
+    def __call__(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None, /) -> Tensor: ...
+
+
+def guided(
+    model: Labelled,
+    y_B: Tensor | None,
+    scale: float,
+    channels: int | None = None,
+    interval: tuple[float, float] | None = None,
+) -> ModelFn:
+    """A model function u + scale (c - u) on the first `channels` channels (all the noise channels by default).
+
+    Scale 1 is the conditional model. `interval` limits guidance to model times low <= t <= high (Kynkaanniemi et al.
+    2024); the variance channels are the conditional ones. UserError for labels out of range or that do not fit the
+    model.
+    """
+    if y_B is None or model.num_classes is None:
+        if y_B is not None or model.num_classes is not None:
+            raise UserError(f"labels and model do not fit: num_classes is {model.num_classes}, labels are {y_B}")
+        return lambda x_BCHW, t_B: model(x_BCHW, t_B)
+    check_labels(y_B, model.num_classes)
+    both_2B = torch.cat([y_B, torch.full_like(y_B, model.num_classes)])
+
+    def model_fn(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        if scale == 1 or (interval is not None and not interval[0] <= float(t_B[0]) <= interval[1]):
+            return model(x_BCHW, t_B, y_B)
+        n = x_BCHW.shape[1] if channels is None else channels
+        with_BCHW, without_BCHW = model(torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), both_2B).chunk(2)
+        noise_BCHW = torch.lerp(without_BCHW[:, :n], with_BCHW[:, :n], scale)
+        return torch.cat([noise_BCHW, with_BCHW[:, n:]], dim=1)
+
+    return model_fn

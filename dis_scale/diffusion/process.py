@@ -1,0 +1,58 @@
+"""What a diffusion process is to training and to the samplers: the names that gaussian.py and flow.py share.
+
+Axes: B samples, C channels, H W height and width, K steps. A model function takes noisy images and the model's own
+times (0 to 1000) and gives (B, 2C, H, W).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from dis_scale.errors import UserError
+
+ModelFn = Callable[[Tensor, Tensor], Tensor]
+"""(x_BCHW, t_B) to (B, 2C, H, W)."""
+
+
+class Losses(NamedTuple):
+    """Loss of each sample, (B,) in float32 or better, and its named parts; `vb` is zero where the process has none."""
+
+    total: Tensor
+    mse: Tensor
+    vb: Tensor
+
+
+class Process(Protocol):
+    """What the training loop needs of a process."""
+
+    @property
+    def num_steps(self) -> int:
+        """Length of the chain, 0 for continuous time."""
+        ...
+
+    def draw_times(self, rng: np.random.Generator, n: int) -> Tensor:
+        """Times (n,) for training, from the caller's generator."""
+        ...
+
+    def losses(self, model_fn: ModelFn, x0_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Losses:
+        """The loss of each sample at the given times and noise; nothing is drawn here."""
+        ...
+
+
+def per_sample(values_B: Tensor, like_BCHW: Tensor) -> Tensor:
+    """(B,) to (B, 1, 1, 1): a number a sample beside images."""
+    return values_B.reshape(-1, *[1] * (like_BCHW.ndim - 1))
+
+
+def mean_flat(x_BCHW: Tensor) -> Tensor:
+    """Mean over all but the batch."""
+    return x_BCHW.flatten(1).mean(dim=1)
+
+
+def check_labels(y_B: Tensor, num_classes: int) -> None:
+    """UserError for a label outside 0..num_classes; num_classes itself is the null class."""
+    if y_B.numel() and not 0 <= int(y_B.min()) <= int(y_B.max()) <= num_classes:
+        wrong = y_B[(y_B < 0) | (y_B > num_classes)][0].item()
+        raise UserError(f"label {wrong} is out of range: expected 0 to {num_classes - 1}, or {num_classes} for none")

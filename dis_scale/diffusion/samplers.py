@@ -1,0 +1,157 @@
+"""From noise to latents: one interface over three samplers for the Gaussian process and three for the linear path.
+
+A sampler is deterministic given `x_T` and the noise source, which is asked by step, never a generator with a history.
+Axes: B samples, C channels, H W height and width, K steps. Read next: guidance.py, generate.py.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dis_scale.diffusion.flow import FlowMatching, velocity
+from dis_scale.diffusion.gaussian import Chain, Coefficients, GaussianDiffusion, learned_log_variance, predict_x0
+from dis_scale.diffusion.process import ModelFn
+from dis_scale.errors import UserError, nearest
+
+NoiseSource = Callable[[int, Sequence[int]], Tensor]
+"""(step, shape) to standard normal noise; steps count from 0 at the noisiest."""
+Progress = Callable[[int, int], None]
+"""Told (steps done, steps in all) after each step."""
+
+GAUSSIAN = ("ddpm", "ddim", "dpm_solver")
+FLOW = ("euler", "heun", "euler_maruyama")
+
+
+def check_sampler(name: str, process: GaussianDiffusion | FlowMatching) -> None:
+    """UserError for an unknown sampler, or one that does not fit the process."""
+    if name not in GAUSSIAN + FLOW:
+        raise UserError(
+            f"unknown sampler {name!r}{nearest(name, GAUSSIAN + FLOW)}; known: {', '.join(GAUSSIAN + FLOW)}"
+        )
+    kind, fitting = ("gaussian", GAUSSIAN) if isinstance(process, GaussianDiffusion) else ("flow", FLOW)
+    if name not in fitting:
+        raise UserError(f"sampler {name} does not fit the process {kind}: choose {', '.join(fitting)}")
+
+
+def sample(
+    model_fn: ModelFn,
+    process: GaussianDiffusion | FlowMatching,
+    name: str,
+    steps: int | Chain,
+    x_T: Tensor,
+    noise: NoiseSource | None = None,
+    progress: Progress | None = None,
+    eta: float = 0.0,
+) -> Tensor:
+    """Latents (B, C, H, W) from the noise `x_T`, in its type and on its device.
+
+    `steps` is a number of steps, or a chain of the caller's for a Gaussian process; `eta` is DDIM's share of noise.
+    UserError before any work for a sampler that does not fit, a wrong number of steps, or noise needed and not given.
+    """
+    check_sampler(name, process)
+    if isinstance(steps, int) and steps < 1:
+        raise UserError(f"steps {steps}: expected 1 or more")
+    if noise is None:
+        if name in ("ddpm", "euler_maruyama") or (name == "ddim" and eta):
+            raise UserError(f"sampler {name} is stochastic: give it a noise source")
+        noise = _no_noise
+    with torch.no_grad():
+        if isinstance(process, FlowMatching):
+            if not isinstance(steps, int):
+                raise UserError("a chain does not fit the process flow: give a number of steps")
+            return _flow(model_fn, process.grid(steps).tolist(), name, x_T, noise, progress)
+        chain = process.respaced(steps) if isinstance(steps, int) else steps
+        return _gaussian(model_fn, chain, name, x_T, noise, progress, eta)
+
+
+def _no_noise(step: int, shape: Sequence[int]) -> Tensor:
+    raise AssertionError(f"a deterministic sampler asked for noise at step {step}, shape {tuple(shape)}")
+
+
+def _gaussian(
+    model_fn: ModelFn, chain: Chain, name: str, x_T: Tensor, noise: NoiseSource, progress: Progress | None, eta: float
+) -> Tensor:
+    x_BCHW, x0_before = x_T, None
+    for step, k in enumerate(reversed(range(len(chain)))):
+        c = chain.at(torch.tensor([k], device=x_T.device), x_T)
+        time_B = torch.full((len(x_T),), chain.times_K[k], dtype=_real(x_T), device=x_T.device)
+        eps_BCHW, v_BCHW = model_fn(x_BCHW, time_B).to(x_T.dtype).chunk(2, dim=1)
+        x0_BCHW = predict_x0(c, x_BCHW, eps_BCHW)
+        if name == "ddpm":
+            x_BCHW = _ddpm(c, x_BCHW, x0_BCHW, v_BCHW, noise, step, last=k == 0)
+        elif name == "ddim":
+            x_BCHW = _ddim(chain, k, x0_BCHW, eps_BCHW, noise, step, eta)
+        else:
+            x_BCHW = _dpm_solver(chain, k, x_BCHW, x0_BCHW, x0_before)
+        x0_before = x0_BCHW
+        if progress is not None:
+            progress(step + 1, len(chain))
+    return x_BCHW
+
+
+def _ddpm(c: Coefficients, x: Tensor, x0: Tensor, v: Tensor, noise: NoiseSource, step: int, last: bool) -> Tensor:
+    """Ancestral step with the learned variance; no noise at the last (Ho et al., algorithm 2)."""
+    mean = c.x0 * x0 + c.xt * x
+    if last:
+        return mean
+    return mean + (0.5 * learned_log_variance(c, v)).exp() * noise(step, x.shape).to(x)
+
+
+def _ddim(chain: Chain, k: int, x0: Tensor, eps: Tensor, noise: NoiseSource, step: int, eta: float) -> Tensor:
+    """Song, Meng and Ermon 2020, equations 12 and 16."""
+    after = float(chain.before_K[k])
+    sigma = eta * float(chain.posterior_variance_K[k]) ** 0.5
+    x = after**0.5 * x0 + (1 - after - sigma**2) ** 0.5 * eps
+    return x + sigma * noise(step, x.shape).to(x) if sigma else x
+
+
+def _dpm_solver(chain: Chain, k: int, x: Tensor, x0: Tensor, x0_before: Tensor | None) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): first order at first, the data itself where no noise is left."""
+    now, after = float(chain.alpha_bars_K[k]), float(chain.before_K[k])
+    if after == 1.0:
+        return x0
+    h = _half_log_snr(after) - _half_log_snr(now)
+    if x0_before is not None:
+        r = (_half_log_snr(now) - _half_log_snr(float(chain.alpha_bars_K[k + 1]))) / h
+        x0 = (1 + 0.5 / r) * x0 - 0.5 / r * x0_before
+    return ((1 - after) / (1 - now)) ** 0.5 * x - after**0.5 * np.expm1(-h) * x0
+
+
+def _half_log_snr(alpha_bar: float) -> float:
+    return 0.5 * float(np.log(alpha_bar / (1 - alpha_bar)))
+
+
+def _flow(
+    model_fn: ModelFn, grid: Sequence[float], name: str, x_T: Tensor, noise: NoiseSource, progress: Progress | None
+) -> Tensor:
+    x_BCHW, steps = x_T, len(grid) - 1
+    for step, (now, after) in enumerate(pairwise(grid)):
+        now_B, after_B = (torch.full((len(x_T),), t, dtype=_real(x_T), device=x_T.device) for t in (now, after))
+        v_BCHW = velocity(model_fn, x_BCHW, now_B)
+        if name == "euler_maruyama":
+            x_BCHW = _euler_maruyama(x_BCHW, v_BCHW, now, after, noise, step)
+        elif name == "heun":
+            guess_BCHW = x_BCHW + (after - now) * v_BCHW
+            x_BCHW = x_BCHW + (after - now) / 2 * (v_BCHW + velocity(model_fn, guess_BCHW, after_B))
+        else:
+            x_BCHW = x_BCHW + (after - now) * v_BCHW
+        if progress is not None:
+            progress(step + 1, steps)
+    return x_BCHW
+
+
+def _euler_maruyama(x: Tensor, v: Tensor, now: float, after: float, noise: NoiseSource, step: int) -> Tensor:
+    """The reverse SDE with diffusion w(t) = t (SiT, equation 5, "sigma"); no noise at the last step.
+
+    The score is -(x + (1 - t) v) / t, since eps = x + (1 - t) v; times w(t) it has no pole at t = 0.
+    """
+    drift = v + 0.5 * (x + (1 - now) * v)
+    mean = x + (after - now) * drift
+    return mean if after == 0 else mean + (now * (now - after)) ** 0.5 * noise(step, x.shape).to(x)
+
+
+def _real(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

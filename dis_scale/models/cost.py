@@ -1,0 +1,153 @@
+"""What a model costs: parameters, multiply-adds and activation bytes of one image, by part, without memory.
+
+Counting rules are those of the reference: products and convolutions exactly, the scan at 9 FLOPs a channel, state,
+token and direction, the skip D u and the gate at one multiply-add an element and direction, two multiply-adds being
+four FLOPs. Attention counts its two products, a real FFT of n points 2.5 n log2 n FLOPs. Norms, activations and sums
+count nothing. Symbols: L tokens, T patches, D width, E = 2D, N states, R rank of the time step, C channels, P = C
+p^2. Read next: dis.py.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dis_scale.errors import UserError
+from dis_scale.models import construct
+from dis_scale.models.dis import TAPS, inner_width, step_rank
+from dis_scale.models.dit import FREQUENCIES
+from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape
+
+SCAN_MACS = 4.5
+"""Multiply-adds a channel, state, token and direction: 9 FLOPs, the reference's convention."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Multiply-adds of one kind of work in one forward pass; `passes` is what training multiplies them by.
+
+    A pass backward costs one product for the weights and one for the input; the latter is not made for data (passes 2).
+    """
+
+    name: str
+    macs: float
+    passes: int = 3
+    in_block: bool = True
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one image costs. `gmacs_*` are 10^9 multiply-adds, the axis "Gflops" of DiT's convention."""
+
+    parameters: int
+    tokens: int
+    parts: tuple[Part, ...]
+    activation_elements: dict[str, int]
+    """Numbers kept for the backward pass, by checkpointing mode."""
+    kernel_gmacs: float = 0.0
+    """Work that a micro-batch does once whatever its size: DiffuSSM's kernels."""
+    paper_gflops: float | None = None
+    """The DiS paper's Gflops column: what thop x 2 sees, which is not the mixers."""
+
+    @property
+    def gmacs_forward(self) -> float:
+        """One forward pass."""
+        return sum(part.macs for part in self.parts) / 1e9
+
+    @property
+    def gmacs_training(self) -> float:
+        """Forward and backward, nothing recomputed."""
+        return sum(part.macs * part.passes for part in self.parts) / 1e9
+
+    @property
+    def gmacs_training_block(self) -> float:
+        """Forward and backward with every block run twice (checkpointing "block")."""
+        return self.gmacs_training + sum(part.macs for part in self.parts if part.in_block) / 1e9
+
+    def activation_bytes(self, checkpointing: str = "none", element_bytes: int = 4) -> int:
+        """Bytes kept for the backward pass, numbers of `element_bytes` each."""
+        return self.activation_elements[checkpointing] * element_bytes
+
+
+def cost(settings: Dis | DiffuSsm | Dit, shape: LatentShape, num_classes: int | None) -> Cost:
+    """The cost of one image; parameters are counted on the module itself, on the meta device."""
+    with torch.device("meta"):
+        model = construct(settings, shape, num_classes)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    match settings:
+        case Dis():
+            return _dis(settings, shape, num_classes, parameters)
+        case Dit():
+            return _dit(settings, shape, parameters)
+        case DiffuSsm():
+            raise UserError("the cost of DiffuSSM cannot be counted yet")
+
+
+def _dis(settings: Dis, shape: LatentShape, num_classes: int | None, parameters: int) -> Cost:
+    T = (shape.size // settings.patch) ** 2
+    L = T + (1 if num_classes is None else 2)
+    parts = tuple(_dis_parts(settings, shape, num_classes, T, L))
+    blocks, kept = settings.depth + 1, dis_block_elements(settings, L)
+    stream = 2 * L * settings.width
+    return Cost(
+        parameters,
+        L,
+        parts,
+        {"none": blocks * kept, "block": blocks * stream + kept},
+        paper_gflops=_paper_gflops(settings, shape, num_classes, T, L),
+    )
+
+
+def _dis_parts(settings: Dis, shape: LatentShape, num_classes: int | None, T: int, L: int) -> Iterator[Part]:
+    D, N, E, R = settings.width, settings.state_size, inner_width(settings.width), step_rank(settings.width)
+    P, blocks = shape.channels * settings.patch**2, settings.depth + 1
+    yield Part("patches", T * P * D, passes=2, in_block=False)
+    yield Part("time: first", 4 * D * D, passes=2, in_block=False)
+    yield Part("time: second", 4 * D * D, in_block=False)
+    yield Part("skip", (settings.depth // 2) * L * 2 * D * D)
+    yield Part("in_proj", blocks * L * D * 2 * E)
+    yield Part("conv", blocks * 2 * L * E * TAPS)
+    yield Part("x_proj", blocks * 2 * L * E * (R + 2 * N))
+    yield Part("dt_proj", blocks * 2 * L * R * E)
+    yield Part("scan", blocks * 2 * L * E * N * SCAN_MACS)
+    yield Part("D u and gate", blocks * (2 * L * E + 2 * L * E))
+    yield Part("out_proj", blocks * L * E * D)
+    if settings.conditioning == "adaln_zero":
+        yield Part("modulation", blocks * 3 * D * D)
+    if num_classes is not None:
+        yield Part("final modulation", 2 * D * D, in_block=False)
+    yield Part("final", T * D * 2 * P, in_block=False)
+
+
+def dis_block_elements(settings: Dis, L: int) -> int:
+    """Numbers that a block of DiS keeps: stream, norm, x and z, both sides' operands, sum, half the skips' input."""
+    D, N, E, R = settings.width, settings.state_size, inner_width(settings.width), step_rank(settings.width)
+    sides = 2 * (2 * E + R + 2 * N)  # u, delta, (step, B, C)
+    return L * (D + D + 2 * E + sides + E + D)
+
+
+def _paper_gflops(settings: Dis, shape: LatentShape, num_classes: int | None, T: int, L: int) -> float:
+    """thop x 2 on the public code: module calls alone (so no mixer), a layer norm at 2 an element."""
+    D, P = settings.width, shape.channels * settings.patch**2
+    macs = T * P * D + 8 * D * D + (settings.depth // 2) * L * 2 * D * D + L * D * 2 * P + 2 * L * D
+    return 2 * (macs + (0 if num_classes is None else 2 * D * D)) / 1e9
+
+
+def _dit(settings: Dit, shape: LatentShape, parameters: int) -> Cost:
+    T = (shape.size // settings.patch) ** 2
+    D, depth = settings.width, settings.depth
+    P = shape.channels * settings.patch**2
+    parts = (
+        Part("patches", T * P * D, passes=2, in_block=False),
+        Part("time: first", FREQUENCIES * D, passes=2, in_block=False),
+        Part("time: second", D * D, in_block=False),
+        Part("modulation", depth * 6 * D * D),
+        Part("qkv", depth * T * 3 * D * D),
+        Part("attention", depth * 2 * T * T * D),
+        Part("attention out", depth * T * D * D),
+        Part("mlp", depth * T * 8 * D * D),
+        Part("final modulation", 2 * D * D, in_block=False),
+        Part("final", T * D * 2 * P, in_block=False),
+    )
+    kept = T * D * 26
+    return Cost(parameters, T, parts, {"none": depth * kept, "block": depth * T * D + kept})

@@ -1,0 +1,203 @@
+"""DiS: bidirectional Mamba blocks with long skips (Fei et al., arXiv 2402.05608), as the public code runs it.
+
+Axes: B samples, C channels, L tokens (label, time, patches), D width, E = 2D inner width, N states, R rank of the
+time step, W taps of the convolution. The residual stream is float32 whatever the weights are. Read next: official.py,
+../scan.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dis_scale.models.tokens import Backbone, PatchEmbed, TimeEmbedding, modulate, unpatchify, zero_
+from dis_scale.recipe import Dis, LatentShape
+from dis_scale.scan import Direction, two_way_conv_silu, two_way_scan
+
+TAPS = 4
+"""Width of the causal convolution (Mamba's d_conv)."""
+EPS = 1e-5
+"""RMSNorm's epsilon in the public code."""
+
+
+def inner_width(width: int) -> int:
+    """E: channels of the scan."""
+    return 2 * width
+
+
+def step_rank(width: int) -> int:
+    """R: rank of the projection that gives the time step (Mamba's `dt_rank = "auto"`)."""
+    return math.ceil(width / 16)
+
+
+def uniform(*shape: int, bound: float) -> nn.Parameter:
+    """Uniform in [-bound, bound]; 1 / sqrt(fan_in) is PyTorch's default for a product or a convolution."""
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
+class Side(nn.Module):
+    """One direction's projections: the convolved u_BLE to the scan's operands (Gu and Dao 2023, Algorithm 2)."""
+
+    def __init__(self, settings: Dis, reverse: bool):
+        super().__init__()
+        E, N, R = inner_width(settings.width), settings.state_size, step_rank(settings.width)
+        self.sizes = [R, N, N]
+        self.x_proj = uniform(R + 2 * N, E, bound=E**-0.5)
+        self.dt_proj = uniform(E, R, bound=R**-0.5)
+        # The published code forgets the backward direction's bias: softplus(0) = 0.69 keeps one or two tokens.
+        forgotten = reverse and settings.init == "official"
+        self.dt_bias = nn.Parameter(torch.zeros(E) if forgotten else _log_uniform_steps(E))
+        self.A_log = nn.Parameter(torch.arange(1, N + 1, dtype=torch.float32).log().repeat(E, 1))
+        self.D = nn.Parameter(torch.ones(E))
+
+    def forward(self, u_BLE: Tensor) -> Direction:
+        step_BLR, B_BLN, C_BLN = F.linear(u_BLE, self.x_proj).split(self.sizes, dim=-1)
+        delta_BLE = F.linear(step_BLR, self.dt_proj)
+        return Direction(u_BLE, delta_BLE, -self.A_log.exp(), B_BLN, C_BLN, self.D, self.dt_bias)
+
+
+def _log_uniform_steps(E: int, low: float = 1e-3, high: float = 0.1, floor: float = 1e-4) -> Tensor:
+    """Biases whose softplus is log-uniform in [low, high] (Mamba's initialisation)."""
+    steps_E = torch.empty(E).uniform_(math.log(low), math.log(high)).exp().clamp(min=floor)
+    return steps_E + torch.log(-torch.expm1(-steps_E))
+
+
+class Mixer(nn.Module):
+    """The bidirectional mixer ("bimamba v2"): (s_f + s_b) SiLU(z) between two products, summed, not averaged."""
+
+    def __init__(self, settings: Dis, scan: str):
+        super().__init__()
+        D, E = settings.width, inner_width(settings.width)
+        self.scan, self.halve = scan, settings.halve_sum
+        self.in_proj = uniform(2 * E, D, bound=D**-0.5)
+        self.conv_weight, self.conv_bias = _taps(E)
+        self.back_conv_weight, self.back_conv_bias = _taps(E)
+        self.rightward = Side(settings, reverse=False)
+        self.leftward = Side(settings, reverse=True)
+        self.out_proj = uniform(D, E, bound=(E * settings.depth) ** -0.5)  # GPT-2's 1 / sqrt(depth)
+
+    def forward(self, h_BLD: Tensor) -> Tensor:
+        x_BLE, z_BLE = F.linear(h_BLD, self.in_proj).chunk(2, dim=-1)
+        convs = (self.conv_weight, self.conv_bias, self.back_conv_weight, self.back_conv_bias)
+        right_BLE, left_BLE = two_way_conv_silu(x_BLE, *convs, backend=self.scan)
+        y_BLE = two_way_scan(self.rightward(right_BLE), self.leftward(left_BLE), z_BLE, backend=self.scan)
+        return F.linear(y_BLE * 0.5 if self.halve else y_BLE, self.out_proj)
+
+
+def _taps(E: int) -> tuple[nn.Parameter, nn.Parameter]:
+    return uniform(E, TAPS, bound=TAPS**-0.5), uniform(E, bound=TAPS**-0.5)
+
+
+class Block(nn.Module):
+    """Add to the stream, normalise, mix: (branch h, stream r) to (branch h, stream r); no MLP."""
+
+    def __init__(self, settings: Dis, scan: str, skip: bool):
+        super().__init__()
+        D = settings.width
+        self.norm = nn.Parameter(torch.ones(D))
+        self.mixer = Mixer(settings, scan)
+        self.skip = _zero_bias(nn.Linear(2 * D, D)) if skip else None
+        self.modulation = nn.Linear(D, 3 * D) if settings.conditioning == "adaln_zero" else None
+        if self.modulation is not None:
+            zero_(self.modulation)
+
+    def forward(
+        self, h_BLD: Tensor, r_BLD: Tensor | None, c_BD: Tensor, skip_BLD: Tensor | None, drop_B: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.skip is not None and skip_BLD is not None:
+            h_BLD = self.skip(torch.cat([h_BLD, skip_BLD], dim=-1))
+        r_BLD = add_to_stream(r_BLD, h_BLD, drop_B)
+        n_BLD = rms_norm(r_BLD, self.norm).to(h_BLD.dtype)
+        if self.modulation is None:
+            return self.mixer(n_BLD), r_BLD
+        shift_BD, scale_BD, gate_BD = self.modulation(F.silu(c_BD)).chunk(3, dim=1)
+        return gate_BD.unsqueeze(1) * self.mixer(modulate(n_BLD, shift_BD, scale_BD)), r_BLD
+
+
+def add_to_stream(r_BLD: Tensor | None, h_BLD: Tensor, drop_B: Tensor | None) -> Tensor:
+    """r + drop(h), in float32 or better; the first block's stream is the tokens themselves."""
+    if r_BLD is None:
+        return h_BLD.to(torch.promote_types(h_BLD.dtype, torch.float32))
+    return r_BLD + (h_BLD if drop_B is None else h_BLD * drop_B.to(h_BLD.dtype)[:, None, None])
+
+
+def rms_norm(r_BLD: Tensor, weight_D: Tensor) -> Tensor:
+    """x / rms(x) * weight, in the type of the stream."""
+    return F.rms_norm(r_BLD, weight_D.shape, weight_D.to(r_BLD.dtype), EPS)
+
+
+def _zero_bias(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class DiS(Backbone):
+    """depth / 2 in-blocks, a middle one, depth / 2 out-blocks that take the in-blocks' branches last in, first out."""
+
+    def __init__(self, settings: Dis, shape: LatentShape, num_classes: int | None, scan: str, checkpointing: str):
+        super().__init__(shape, num_classes, settings.patch)
+        self.settings, self.checkpointing = settings, checkpointing
+        D, half = settings.width, settings.depth // 2
+        self.patches = PatchEmbed(shape.channels, settings.patch, D)
+        self.time = TimeEmbedding(D, 4 * D, D)
+        self.label = None if num_classes is None else nn.Embedding(num_classes + 1, D)
+        self.extras = 1 if num_classes is None else 2
+        self.position = nn.Parameter(torch.zeros(1, self.extras + (shape.size // settings.patch) ** 2, D))
+        self.blocks = nn.ModuleList(Block(settings, scan, skip=i > half) for i in range(2 * half + 1))
+        self.norm = nn.Parameter(torch.ones(D))
+        self.modulation = None if num_classes is None else nn.Linear(D, 2 * D)
+        self.final = nn.Linear(D, settings.patch**2 * 2 * shape.channels)
+        # Block i adds the branch of block i - 1 at the rate that the public code gives block i; the first adds none.
+        if settings.drop_path:
+            rates = torch.linspace(0, settings.drop_path, settings.depth, device="cpu").tolist()
+            self.drop_rates = (*rates, settings.drop_path)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for layer in (self.time.up, self.time.down, self.modulation, self.final):
+            if layer is not None:
+                nn.init.zeros_(layer.bias)
+        if self.label is not None:
+            nn.init.normal_(self.label.weight, std=0.02)
+        if self.settings.zero_final:
+            zero_(self.final, *([] if self.modulation is None else [self.modulation]))
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
+        self.check(x_BCHW, y_B)
+        c_BD = time_BD = self.time(t_B)
+        tokens = [time_BD.unsqueeze(1), self.patches(x_BCHW)]
+        if self.label is not None and y_B is not None:
+            label_BD = self.label(y_B)
+            c_BD = time_BD + label_BD
+            tokens = [label_BD.unsqueeze(1), *tokens]
+        h_BLD = torch.cat(tokens, dim=1) + self.position
+        drops: list[Tensor | None] = [None] * (len(self.blocks) + 1)
+        if drop is not None and self.drop_rates:
+            drops[1:] = drop.unbind()
+        h_BLD, r_BLD = self._run(h_BLD, c_BD, drops)
+        return self._image(add_to_stream(r_BLD, h_BLD, drops[-1]), c_BD, h_BLD.dtype)
+
+    def _run(self, h_BLD: Tensor, c_BD: Tensor, drops: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        half = len(self.blocks) // 2
+        skips: list[Tensor] = []
+        r_BLD: Tensor | None = None
+        for i, block in enumerate(self.blocks):
+            inputs = (h_BLD, r_BLD, c_BD, skips.pop() if i > half else None, drops[i])
+            if self.checkpointing == "block" and torch.is_grad_enabled():
+                h_BLD, r_BLD = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h_BLD, r_BLD = block(*inputs)
+            if i < half:
+                skips.append(h_BLD)
+        return h_BLD, r_BLD
+
+    def _image(self, r_BLD: Tensor, c_BD: Tensor, dtype: torch.dtype) -> Tensor:
+        """The stream to (B, 2C, H, W): both norms, the final modulation where there are classes, one product."""
+        x_BTD = rms_norm(r_BLD[:, self.extras :], self.norm).to(dtype)
+        x_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6)
+        if self.modulation is not None:
+            shift_BD, scale_BD = self.modulation(F.silu(c_BD)).chunk(2, dim=1)
+            x_BTD = modulate(x_BTD, shift_BD, scale_BD)
+        return unpatchify(self.final(x_BTD), self.patch)

@@ -1,0 +1,108 @@
+"""What the three backbones share at their two ends: images to tokens, times and labels to vectors, tokens to images.
+
+Axes: B samples, C channels, H W height and width, T patches, L tokens, D width, P values of a patch. Read next: dis.py.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dis_scale.diffusion.process import check_labels
+from dis_scale.errors import UserError
+from dis_scale.recipe import LatentShape
+
+
+class Backbone(nn.Module):
+    """What every backbone promises: `model(x_BCHW, t_B, y_B=None, drop=None) -> (B, 2C, H, W)`, noise beside variance.
+
+    `drop_rates` are the drop path's rates; `drop` holds a multiplier (0 or 1 / keep) for each branch and sample,
+    drawn by the caller. Nothing is drawn in `forward`, so it is the same function in training and in evaluation.
+    """
+
+    drop_rates: tuple[float, ...] = ()
+
+    def __init__(self, shape: LatentShape, num_classes: int | None, patch: int):
+        super().__init__()
+        if shape.size % patch:
+            raise UserError(f"size {shape.size} is not divisible by patch {patch}: choose a patch that divides it")
+        self.shape, self.num_classes, self.patch = shape, num_classes, patch
+
+    @property
+    def drop_branches(self) -> int:
+        """How many branches the drop path may drop."""
+        return len(self.drop_rates)
+
+    def check(self, x_BCHW: Tensor, y_B: Tensor | None) -> None:
+        """UserError for an input that does not fit the model; labels are looked at where that costs no device stall."""
+        channels, size = self.shape
+        if x_BCHW.shape[1:] != (channels, size, size):
+            raise UserError(f"input of shape {tuple(x_BCHW.shape)}: expected (batch, {channels}, {size}, {size})")
+        if (y_B is None) != (self.num_classes is None):
+            need = "has no classes, pass no labels" if self.num_classes is None else "is conditional, pass labels"
+            raise UserError(f"the model {need} (num_classes is {self.num_classes})")
+        if y_B is not None and self.num_classes is not None and y_B.device.type == "cpu":
+            check_labels(y_B, self.num_classes)
+
+
+def time_features(t_B: Tensor, dim: int) -> Tensor:
+    """Sinusoidal features (B, dim) of times that may be fractional: cosines first, max period 10,000 (GLIDE)."""
+    dtype = torch.promote_types(t_B.dtype, torch.float32)
+    half = dim // 2
+    frequencies = torch.arange(half, dtype=dtype, device=t_B.device).mul(-math.log(10000.0) / half).exp()
+    angles = t_B.to(dtype)[:, None] * frequencies
+    features = torch.cat([angles.cos(), angles.sin()], dim=1)
+    return F.pad(features, (0, 1)) if dim % 2 else features
+
+
+class TimeEmbedding(nn.Module):
+    """Times (B,) to vectors (B, width): sinusoidal features, then a two-layer MLP."""
+
+    def __init__(self, features: int, hidden: int, width: int):
+        super().__init__()
+        self.features = features
+        self.up = nn.Linear(features, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        features_BF = time_features(t_B, self.features).to(self.up.bias.dtype)
+        return self.down(F.silu(self.up(features_BF)))
+
+
+class PatchEmbed(nn.Linear):
+    """Image (B, C, H, W) to patches (B, T, D), row by row: the public models' strided convolution as one product."""
+
+    def __init__(self, channels: int, patch: int, width: int):
+        super().__init__(channels * patch * patch, width)
+        self.patch = patch
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return super().forward(patchify(x_BCHW.to(self.bias.dtype), self.patch))
+
+
+def patchify(x_BCHW: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) to (B, T, C p p), values in the order of a convolution's weight."""
+    B, C, H, W = x_BCHW.shape
+    x = x_BCHW.reshape(B, C, H // patch, patch, W // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, (H // patch) * (W // patch), C * patch * patch)
+
+
+def unpatchify(x_BTP: Tensor, patch: int) -> Tensor:
+    """(B, T, p p C) of a square image to (B, C, H, W); a patch's values run over row, column, channel, as in DiT."""
+    B, T, P = x_BTP.shape
+    side, C = math.isqrt(T), P // (patch * patch)
+    x = x_BTP.reshape(B, side, side, patch, patch, C)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, side * patch, side * patch)
+
+
+def modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    """Adaptive layer norm's affine part (DiT): x (1 + scale) + shift."""
+    return torch.addcmul(shift_BD.unsqueeze(1), x_BLD, (1 + scale_BD).unsqueeze(1))
+
+
+def zero_(*layers: nn.Linear) -> None:
+    """Zero weights and biases: a layer that begins by saying nothing."""
+    for layer in layers:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)

@@ -1,0 +1,88 @@
+"""Samples by number: the same noise at any batch split; guidance; one clear line for what does not fit."""
+
+import pytest
+import torch
+
+from dis_scale.diffusion import build
+from dis_scale.diffusion.generate import SampleNoise, generate
+from dis_scale.diffusion.guidance import OFFICIAL_CHANNELS, guided
+from dis_scale.diffusion.samplers import FLOW, GAUSSIAN, sample
+from dis_scale.errors import UserError
+from dis_scale.recipe import Flow, Gaussian, LatentShape
+
+PROCESSES = {"gaussian": build(Gaussian(kind="gaussian")), "flow": build(Flow(kind="flow"))}
+SAMPLERS = [("gaussian", name) for name in GAUSSIAN] + [("flow", name) for name in FLOW]
+
+
+class Toy:
+    """A backbone in one line, that sees each sample alone."""
+
+    num_classes, shape = 10, LatentShape(4, 3)
+    calls: int = 0
+
+    def __call__(self, x, t, y=None):
+        self.calls += len(x)
+        return torch.cat([0.1 * x + (0.01 * y + 1e-4 * t)[:, None, None, None], torch.zeros_like(x)], dim=1)
+
+
+def test_noise_is_the_same_bit_for_bit_at_any_split():
+    whole = SampleNoise(0, range(5))
+    parts = [SampleNoise(0, [0]), SampleNoise(0, [1, 2, 3]), SampleNoise(0, [4])]
+    shape = (4, 3, 3)
+    for draw in (lambda s: s(7, (len(s.numbers), *shape)), lambda s: s.start((len(s.numbers), *shape))):
+        assert torch.equal(draw(whole), torch.cat([draw(part) for part in parts]))
+    assert not torch.equal(whole(7, (5, *shape)), whole(8, (5, *shape)))
+
+
+@pytest.mark.parametrize(("kind", "name"), SAMPLERS)
+def test_samples_do_not_depend_on_the_split(kind, name):
+    draw = lambda labels, numbers: generate(  # noqa: E731
+        Toy(), PROCESSES[kind], labels, numbers, sampler=name, steps=4, guidance=1.5, seed=3
+    )
+    whole = draw([1, 7, 2, 10], [0, 1, 2, 3])
+    assert torch.equal(whole, torch.cat([draw([1], [0]), draw([7, 2, 10], [1, 2, 3])]))
+    assert bool(torch.isfinite(whole).all())
+
+
+def test_progress_is_told():
+    told = []
+    generate(Toy(), PROCESSES["flow"], [1], [0], sampler="euler", steps=3, progress=lambda *at: told.append(at))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_guidance_covers_all_noise_channels_or_the_official_three():
+    model, y = Toy(), torch.tensor([1, 2])
+    x, t = torch.randn(2, 4, 3, 3), torch.full((2,), 500.0)
+    with_labels, without = model(x, t, y), model(x, t, torch.tensor([10, 10]))
+    out = guided(model, y, 3.0)(x, t)
+    assert torch.allclose(out[:, :4], without[:, :4] + 3 * (with_labels - without)[:, :4], atol=1e-6)
+    assert torch.equal(out[:, 4:], with_labels[:, 4:])
+    three = guided(model, y, 3.0, channels=OFFICIAL_CHANNELS)(x, t)
+    assert torch.equal(three[:, :3], out[:, :3])
+    assert torch.equal(three[:, 3:], with_labels[:, 3:])
+    assert torch.equal(guided(model, y, 3.0, interval=(0, 400))(x, t), with_labels)
+    assert torch.equal(guided(model, y, 3.0, interval=(400, 600))(x, t), out)
+
+
+def test_guidance_of_one_costs_one_pass():
+    model = Toy()
+    guided(model, torch.tensor([1, 2]), 1.0)(torch.randn(2, 4, 3, 3), torch.zeros(2))
+    assert model.calls == 2
+
+
+def test_bad_input_is_one_clear_line_before_any_work():
+    model = Toy()
+    for kwargs, message in [
+        ({"sampler": "euler"}, "sampler euler does not fit the process gaussian: choose ddpm, ddim, dpm_solver"),
+        ({"sampler": "ddmp"}, "unknown sampler 'ddmp' .did you mean 'ddpm'"),
+        ({"sampler": "ddpm", "steps": 0}, "steps 0: expected 1 or more"),
+        ({"sampler": "ddpm", "steps": 1001}, "steps 1001: expected 1 to 1000"),
+        ({"sampler": "ddpm", "labels": [11]}, r"label 11 is out of range: expected 0 to 9"),
+        ({"sampler": "ddpm", "labels": None}, "labels and model do not fit"),
+    ]:
+        arguments = {"labels": [1], "numbers": [0], "steps": 2} | kwargs
+        with pytest.raises(UserError, match=message):
+            generate(model, PROCESSES["gaussian"], **arguments)
+    with pytest.raises(UserError, match="sampler ddpm is stochastic: give it a noise source"):
+        sample(model, PROCESSES["gaussian"], "ddpm", 2, torch.randn(1, 4, 3, 3))
+    assert model.calls == 0
