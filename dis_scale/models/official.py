@@ -1,0 +1,207 @@
+"""The public codes' layouts: weights of DiS (feizc/DiS) and DiT (facebookresearch/DiT) in and out, sizes read off.
+
+A round trip is bit for bit. Nothing is unpickled beyond tensors. Read next: dis.py, dit.py, export.py.
+"""
+
+import argparse
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dis_scale.errors import UserError
+from dis_scale.models import Backbone, DiS, DiT, check_finite, construct
+from dis_scale.models.dit import position_table
+from dis_scale.recipe import PRESETS, Dis, Dit, LatentShape
+
+StateDict = Mapping[str, Tensor]
+
+SIDES = {"rightward": ("conv", "", "A_log", "D"), "leftward": ("back_conv", "_b", "A_b_log", "D_b")}
+"""Our names of a direction's parts and the public code's suffix and names."""
+DIS = {
+    "position": "pos_embed",
+    "norm": "norm_f.weight",
+    "label.weight": "label_emb.embedding_table.weight",
+    "patches": "patch_embed.proj",
+    "time.up": "time_embed.0",
+    "time.down": "time_embed.2",
+    "modulation": "final_layer.adaLN_modulation.1",
+    "final": "final_layer.linear",
+}
+DIT = {
+    "label.weight": "y_embedder.embedding_table.weight",
+    "patches": "x_embedder.proj",
+    "time.up": "t_embedder.mlp.0",
+    "time.down": "t_embedder.mlp.2",
+    "modulation": "final_layer.adaLN_modulation.1",
+    "final": "final_layer.linear",
+}
+DIT_BLOCK = {
+    "qkv": "attn.qkv",
+    "out": "attn.proj",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+    "modulation": "adaLN_modulation.1",
+}
+
+
+class Place(NamedTuple):
+    """Where the public layout keeps a weight, and in what shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a public `.pt` file: its EMA where it holds a training state, else itself. UserError if none."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"cannot read weights from {path}: {' '.join(str(error).split())[:200]}") from None
+    weights = data.get("ema", data) if isinstance(data, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{path} holds no state dict: expected tensors by name, or a training state with 'ema'")
+    return weights
+
+
+def from_official(state_dict: StateDict) -> DiS:
+    """A DiS from the public code's state dict; UserError names what is missing, extra, misshapen or not finite."""
+    patch_weight, norm = _sized(state_dict, "patch_embed.proj.weight", 4), _sized(state_dict, "norm_f.weight", 1)
+    position = _sized(state_dict, "pos_embed", 3)
+    label = state_dict.get("label_emb.embedding_table.weight")
+    side = math.isqrt(max(position.shape[1] - (1 if label is None else 2), 0))
+    settings = Dis(
+        kind="dis",
+        width=len(norm),
+        depth=2 * max(_count(state_dict, "out_blocks"), 1),
+        patch=patch_weight.shape[-1],
+        state_size=_sized(state_dict, "mid_block.mixer.A_log", 2).shape[1],
+    )
+    shape = LatentShape(patch_weight.shape[1], side * settings.patch)
+    with torch.device("meta"):
+        model = construct(settings, shape, None if label is None else len(label) - 1)
+    assert isinstance(model, DiS)
+    _load(model, state_dict)
+    return model
+
+
+def from_official_dit(state_dict: StateDict, heads: int | None = None) -> DiT:
+    """A DiT from the published state dict; `heads`, which weights do not tell, by the published width if not given."""
+    patch_weight = _sized(state_dict, "x_embedder.proj.weight", 4)
+    position, label = _sized(state_dict, "pos_embed", 3), _sized(state_dict, "y_embedder.embedding_table.weight", 2)
+    width, patch = patch_weight.shape[0], patch_weight.shape[-1]
+    if heads is None:
+        known = {p["width"]: p["heads"] for p in PRESETS.values() if p["kind"] == "dit"}
+        if width not in known:
+            raise UserError(f"a DiT of width {width} is not a published one: say its number of heads")
+        heads = known[width]
+    settings = Dit(kind="dit", width=width, depth=max(_count(state_dict, "blocks"), 1), heads=heads, patch=patch)
+    side = math.isqrt(position.shape[1])
+    with torch.device("meta"):
+        model = construct(settings, LatentShape(patch_weight.shape[1], side * patch), len(label) - 1)
+    assert isinstance(model, DiT)
+    model.position = position_table(side, width)
+    if position.shape != model.position.shape or not torch.allclose(position.float(), model.position, atol=1e-5):
+        raise UserError("pos_embed is not DiT's fixed sine-cosine table: these weights belong to another model")
+    _load(model, {name: weight for name, weight in state_dict.items() if name != "pos_embed"})
+    return model
+
+
+def to_official(model: Backbone) -> dict[str, Tensor]:
+    """The model's weights in the public code's names and shapes; UserError for an option that it does not know."""
+    weights = model.state_dict()
+    out = {place.name: weights[ours].detach().reshape(place.shape).clone() for ours, place in layout(model).items()}
+    return out | ({"pos_embed": model.get_buffer("position").clone()} if isinstance(model, DiT) else {})
+
+
+def layout(model: Backbone) -> dict[str, Place]:
+    """The public place of each of the model's weights."""
+    if isinstance(model, DiS):
+        if model.settings.conditioning != "tokens" or model.settings.halve_sum:
+            raise UserError("the public layout of DiS has no adaLN-Zero blocks and no halved sum: export another way")
+        rename = _dis_name
+    elif isinstance(model, DiT):
+        rename = _dit_name
+    else:
+        raise UserError(f"{type(model).__name__} has no public layout: none was released")
+    shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    return {ours: Place(rename(ours, model), _shape(ours, shape, model)) for ours, shape in shapes.items()}
+
+
+def _shape(ours: str, shape: tuple[int, ...], model: Backbone) -> tuple[int, ...]:
+    """Convolutions keep an axis that products do not."""
+    if ours == "patches.weight":
+        return (shape[0], model.shape.channels, model.patch, model.patch)
+    return (shape[0], 1, shape[1]) if ours.endswith("conv_weight") else shape
+
+
+def _dis_name(ours: str, model: Backbone) -> str:
+    if not ours.startswith("blocks."):
+        return _renamed(ours, DIS)
+    _, index, rest = ours.split(".", 2)
+    assert isinstance(model, DiS)
+    place = int(index) - model.settings.depth // 2  # before, at or after the middle block
+    block = f"in_blocks.{index}" if place < 0 else "mid_block" if place == 0 else f"out_blocks.{place - 1}"
+    return f"{block}.{_dis_block_name(rest)}"
+
+
+def _dis_block_name(rest: str) -> str:
+    names = {"norm": "norm.weight", "mixer.in_proj": "mixer.in_proj.weight", "mixer.out_proj": "mixer.out_proj.weight"}
+    for side, (conv, suffix, A_log, D) in SIDES.items():
+        ours = f"mixer.{side}."
+        names |= {ours + "A_log": f"mixer.{A_log}", ours + "D": f"mixer.{D}"}
+        names |= {ours + "x_proj": f"mixer.x_proj{suffix}.weight", ours + "dt_proj": f"mixer.dt_proj{suffix}.weight"}
+        names |= {ours + "dt_bias": f"mixer.dt_proj{suffix}.bias"}
+        names |= {f"mixer.{conv}_{kind}": f"mixer.conv1d{suffix}.{kind}" for kind in ("weight", "bias")}
+    return names[rest] if rest in names else _renamed(rest, {"skip": "skip_linear"})
+
+
+def _dit_name(ours: str, model: Backbone) -> str:  # noqa: ARG001
+    if not ours.startswith("blocks."):
+        return _renamed(ours, DIT)
+    _, index, rest = ours.split(".", 2)
+    return f"blocks.{index}.{_renamed(rest, DIT_BLOCK)}"
+
+
+def _renamed(ours: str, names: Mapping[str, str]) -> str:
+    """The public name of a weight, or of the layer whose weight or bias it is."""
+    if ours in names:
+        return names[ours]
+    layer, _, kind = ours.rpartition(".")
+    return f"{names[layer]}.{kind}"
+
+
+def _load(model: Backbone, state_dict: StateDict) -> None:
+    places = layout(model)
+    expected = {place.name: place.shape for place in places.values()}
+    faults = [f"{name} is missing" for name in expected if name not in state_dict]
+    faults += [f"{name} is not known" for name in state_dict if name not in expected]
+    for name, shape in expected.items():
+        if name in state_dict and tuple(state_dict[name].shape) != shape:
+            faults.append(f"{name} has shape {tuple(state_dict[name].shape)}, expected {shape}")
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise UserError(f"not a {type(model).__name__} in the public layout: {'; '.join(faults[:3])}{more}")
+    shapes = {ours: tuple(weight.shape) for ours, weight in model.state_dict().items()}
+    weights = {ours: state_dict[place.name].reshape(shapes[ours]).clone() for ours, place in places.items()}
+    model.load_state_dict(weights, assign=True)
+    check_finite(model)
+
+
+def _sized(state_dict: StateDict, name: str, axes: int) -> Tensor:
+    """The weight that tells a size; UserError if it is missing or has other axes."""
+    if name not in state_dict:
+        raise UserError(f"not a state dict in the public layout: {name} is missing")
+    if state_dict[name].ndim != axes:
+        raise UserError(f"{name} has shape {tuple(state_dict[name].shape)}, expected {axes} axes")
+    return state_dict[name]
+
+
+def _count(state_dict: StateDict, prefix: str) -> int:
+    """How many blocks stand under a prefix."""
+    numbers = [int(name.split(".")[1]) for name in state_dict if name.startswith(prefix + ".")]
+    return max(numbers, default=-1) + 1

@@ -1,0 +1,164 @@
+"""Equal to the public code of DiS, restated plainly beside this file, and to DiT as diffusers has it."""
+
+import argparse
+
+import pytest
+import torch
+from public_dis import PublicDiS
+
+from dis_scale.errors import UserError
+from dis_scale.models import build
+from dis_scale.models.official import from_official, from_official_dit, layout, read_weights, to_official
+from dis_scale.recipe import Dis, Dit, LatentShape
+
+CASES = pytest.mark.parametrize(
+    ("D", "depth", "p", "C", "size", "classes"),
+    [(48, 4, 2, 4, 8, 10), (40, 2, 4, 3, 16, None), (33, 4, 8, 3, 16, 5)],
+    ids=["latent", "pixel-unconditional", "odd-width"],
+)
+DIT = Dit(kind="dit", width=64, depth=3, heads=4, patch=2)
+
+
+def public_model(D, depth, p, C, size, classes):
+    """Every weight moved away from where it began, so that none that is left out goes unseen."""
+    torch.manual_seed(0)
+    model = PublicDiS(D, depth, p, C, size, classes)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight += torch.randn_like(weight) * (0.02 if "A_" in name else 0.1)
+    return model
+
+
+def inputs(C, size, classes, batch=3):
+    torch.manual_seed(1)
+    y = None if classes is None else torch.tensor([0, classes // 2, classes])
+    return torch.randn(batch, C, size, size), torch.tensor([0.0, 250.5, 999.0]), y
+
+
+def near(got, expected):
+    """Within 1e-5 of the largest output, which is about 1."""
+    return float((got - expected).abs().max()) < 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+@CASES
+@pytest.mark.parametrize("scan", ["auto", "reference"])
+def test_outputs_and_gradients_are_the_public_codes(D, depth, p, C, size, classes, scan):
+    public = public_model(D, depth, p, C, size, classes)
+    ours = from_official(public.state_dict())
+    for block in ours.blocks:
+        block.mixer.scan = scan
+    x, t, y = inputs(C, size, classes)
+    expected, got = public(x, t, y), ours(x, t, y)
+    assert near(got.detach(), expected.detach())
+    weight = torch.randn_like(expected)
+    (expected * weight).sum().backward()
+    (got * weight).sum().backward()
+    for name, place in layout(ours).items():
+        gradient, theirs = ours.get_parameter(name).grad, public.get_parameter(place.name).grad
+        assert float((gradient.reshape(place.shape) - theirs).norm() / theirs.norm()) < 1e-4, name
+
+
+@CASES
+def test_round_trip_is_bit_for_bit(D, depth, p, C, size, classes):
+    state = public_model(D, depth, p, C, size, classes).state_dict()
+    back = to_official(from_official(state))
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) and back[name].shape == state[name].shape for name in state)
+
+
+def test_faults_are_named():
+    state = public_model(48, 4, 2, 4, 8, 10).state_dict()
+    name = "out_blocks.1.mixer.dt_proj_b.bias"
+    faults = [
+        ({k: v for k, v in state.items() if k != name}, f"{name} is missing"),
+        (state | {"mid_block.skip_linear.bias": torch.zeros(48)}, "mid_block.skip_linear.bias is not known"),
+        (state | {name: torch.zeros(95)}, rf"{name} has shape \(95,\), expected \(96,\)"),
+        (state | {name: torch.full((96,), float("nan"))}, "blocks.4.mixer.leftward.dt_bias is not finite"),
+        ({}, "patch_embed.proj.weight is missing"),
+    ]
+    for broken, message in faults:
+        with pytest.raises(UserError, match=message):
+            from_official(broken)
+
+
+def test_options_that_the_public_code_does_not_know_are_refused():
+    model = build(Dis(kind="dis", width=32, depth=2, patch=2, conditioning="adaln_zero"), LatentShape(4, 8), 10)
+    with pytest.raises(UserError, match="no adaLN-Zero"):
+        to_official(model)
+
+
+def test_published_files_are_read_without_unpickling_code(tmp_path):
+    state = public_model(48, 2, 2, 4, 8, 10).state_dict()
+    torch.save({"model": {}, "ema": state, "opt": {}, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "train.pt")
+    assert from_official(read_weights(tmp_path / "train.pt")).settings.width == 48
+    torch.save({"ema": print}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="cannot read weights from"):
+        read_weights(tmp_path / "evil.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="holds no state dict"):
+        read_weights(tmp_path / "list.pt")
+
+
+def dit_model():
+    model = build(DIT, LatentShape(4, 8), 10)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += torch.randn_like(weight) * 0.05
+    return model
+
+
+def test_dit_round_trip_and_its_published_names():
+    model = dit_model()
+    state = to_official(model)
+    assert state["x_embedder.proj.weight"].shape == (64, 4, 2, 2)
+    assert {"pos_embed", "blocks.2.attn.qkv.bias", "blocks.0.mlp.fc2.weight", "t_embedder.mlp.2.bias"} <= state.keys()
+    again = from_official_dit(state, heads=4)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    x, t, y = inputs(4, 8, 10)
+    assert torch.equal(model(x, t, y), again(x, t, y))
+    with pytest.raises(UserError, match="a DiT of width 64 is not a published one"):
+        from_official_dit(state)
+    with pytest.raises(UserError, match="pos_embed is not DiT's"):
+        from_official_dit(state | {"pos_embed": state["pos_embed"] + 1}, heads=4)
+
+
+def test_dit_equals_diffusers():
+    from diffusers import DiTTransformer2DModel
+
+    model = dit_model()
+    theirs = DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=3, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=10, norm_eps=1e-6,
+    ).eval()  # fmt: skip
+    missing, unexpected = theirs.load_state_dict(_for_diffusers(to_official(model), depth=3), strict=False)
+    assert not missing
+    assert not unexpected
+    for block in theirs.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0  # the published DiT's frequencies
+    x, t, y = inputs(4, 8, 10)
+    with torch.no_grad():
+        expected = theirs(x, timestep=t, class_labels=y).sample
+        assert near(model(x, t, y), expected)
+
+
+def _for_diffusers(state, depth):
+    """Published names to diffusers': one embedder a block, the query, key and value apart."""
+    out = {f"pos_embed.proj.{kind}": state[f"x_embedder.proj.{kind}"] for kind in ("weight", "bias")}
+    for kind in ("weight", "bias"):
+        out[f"proj_out_1.{kind}"] = state[f"final_layer.adaLN_modulation.1.{kind}"]
+        out[f"proj_out_2.{kind}"] = state[f"final_layer.linear.{kind}"]
+        for i in range(depth):
+            ours, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
+            for name, part in zip("qkv", state[f"{ours}.attn.qkv.{kind}"].chunk(3), strict=True):
+                out[f"{theirs}.attn1.to_{name}.{kind}"] = part
+            out[f"{theirs}.attn1.to_out.0.{kind}"] = state[f"{ours}.attn.proj.{kind}"]
+            out[f"{theirs}.ff.net.0.proj.{kind}"] = state[f"{ours}.mlp.fc1.{kind}"]
+            out[f"{theirs}.ff.net.2.{kind}"] = state[f"{ours}.mlp.fc2.{kind}"]
+            out[f"{theirs}.norm1.linear.{kind}"] = state[f"{ours}.adaLN_modulation.1.{kind}"]
+            embedder = f"{theirs}.norm1.emb.timestep_embedder.linear"
+            out[f"{embedder}_1.{kind}"] = state[f"t_embedder.mlp.0.{kind}"]
+            out[f"{embedder}_2.{kind}"] = state[f"t_embedder.mlp.2.{kind}"]
+            table = f"{theirs}.norm1.emb.class_embedder.embedding_table.weight"
+            out[table] = state["y_embedder.embedding_table.weight"]
+    return out
