@@ -82,7 +82,8 @@ class TrainedVae(Settings):
     steps: Count = 600
     batch_images: Count = 64
     learning_rate: float = 2e-3
-    kl_weight: float = Field(1e-4, ge=0)
+    kl_weight: float = Field(1e-2, ge=0)
+    """Weight of the KL divergence in nats a pixel value, beside the mean squared error."""
 
 
 class PretrainedVae(Settings):
@@ -432,10 +433,15 @@ def identity_differences(stored: Recipe, given: Recipe) -> list[str]:
     """What `given` may not change of the sweep that `stored` began, a line each; empty when it may go on."""
     lines = [f"{key}: stored {old}, given {new}" for key, old, new in _differences(stored, given)]
     for name in stored.models.keys() & given.models.keys():
-        lines += [f"models.{name}.{k}: stored {o}, given {n}" for k, o, n in _differences(stored.models[name], given.models[name])]
+        lines += [
+            f"models.{name}.{k}: stored {o}, given {n}"
+            for k, o, n in _differences(stored.models[name], given.models[name])
+        ]
     grown, begun = set(given.train.publish_images), set(stored.train.publish_images)
     if stored.train.decay != "none" and given.train.images != stored.train.images:
-        lines.append(f"train.publish_images: the {stored.train.decay} decay ends at {stored.train.images}, given {given.train.images}")
+        lines.append(
+            f"train.publish_images: the {stored.train.decay} decay ends at {stored.train.images}, given {given.train.images}"
+        )
     elif max(grown) < max(begun):
         lines.append(f"train.publish_images: stored up to {max(begun)}, given only up to {max(grown)}")
     return sorted(lines)

@@ -1,14 +1,15 @@
-"""The backbones: `build` makes one from its settings. Read next: dis.py, dit.py; cost.py for what they cost."""
+"""The backbones: `build` makes one from its settings. Read next: dis.py, dit.py, diffussm.py; cost.py for what they cost."""
 
 import torch
 
 from dis_scale.errors import UserError, nearest
+from dis_scale.models.diffussm import DiffuSSM
 from dis_scale.models.dis import DiS
 from dis_scale.models.dit import DiT
 from dis_scale.models.tokens import Backbone
 from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape
 
-__all__ = ["Backbone", "DiS", "DiT", "build", "check_finite", "construct"]
+__all__ = ["Backbone", "DiS", "DiT", "DiffuSSM", "build", "check_finite", "construct"]
 
 
 def build(
@@ -48,7 +49,7 @@ def construct(
         case Dit():
             return DiT(settings, shape, num_classes, checkpointing)
         case DiffuSsm():
-            raise UserError("DiffuSSM cannot be built yet")
+            return DiffuSSM(settings, shape, num_classes, checkpointing)
 
 
 def check_finite(model: torch.nn.Module) -> None:

@@ -7,12 +7,12 @@ count nothing. Symbols: L tokens, T patches, D width, E = 2D, N states, R rank o
 p^2. Read next: dis.py.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from dis_scale.errors import UserError
 from dis_scale.models import construct
 from dis_scale.models.dis import TAPS, inner_width, step_rank
 from dis_scale.models.dit import FREQUENCIES
@@ -80,7 +80,7 @@ def cost(settings: Dis | DiffuSsm | Dit, shape: LatentShape, num_classes: int | 
         case Dit():
             return _dit(settings, shape, parameters)
         case DiffuSsm():
-            raise UserError("the cost of DiffuSSM cannot be counted yet")
+            return _diffussm(settings, shape, parameters)
 
 
 def _dis(settings: Dis, shape: LatentShape, num_classes: int | None, parameters: int) -> Cost:
@@ -151,3 +151,34 @@ def _dit(settings: Dit, shape: LatentShape, parameters: int) -> Cost:
     )
     kept = T * D * 26
     return Cost(parameters, T, parts, {"none": depth * kept, "block": depth * T * D + kept})
+
+
+def _diffussm(settings: DiffuSsm, shape: LatentShape, parameters: int) -> Cost:
+    """Reference diffussm.md: products and two data FFTs a direction; the kernels, once a micro-batch, apart."""
+    D, M, C, L, depth = settings.width, settings.hourglass, shape.channels, shape.size**2, settings.depth
+    G, S = L // M, (2 if settings.bidirectional else 1) * D
+    kernels = depth * D * (2 if settings.bidirectional and not settings.tied else 1)
+    parts = (
+        Part("embed", G * C * M * D, passes=2, in_block=False),
+        Part("time: first", FREQUENCIES * D, passes=2, in_block=False),
+        Part("time: second", D * D, in_block=False),
+        Part("modulation", depth * 3 * D * D),
+        Part("W0, W1, W3, W4", depth * G * 4 * D * D),
+        Part("W2", depth * G * 2 * D * D),
+        Part("W_up", depth * L * D * S),
+        Part("W_down", depth * L * S * (2 * D // M)),
+        Part("FFT", depth * S * 2 * _fft_macs(2 * L)),
+        Part("spectra's product", depth * S * 4 * (L + 1)),
+        Part("final modulation", 2 * D * D, in_block=False),
+        Part("final", G * D * M * 2 * C, in_block=False),
+    )
+    # A complex power (4) and a real part of a complex product (2) a mode and tap, then one FFT of the kernel.
+    kernel = kernels * (settings.state_size // 2 * L * 6 + _fft_macs(2 * L))
+    kept = 7 * G * D + 2 * L * S + 4 * (L + 1) * S
+    activations = {"none": depth * kept, "block": depth * G * D + kept}
+    return Cost(parameters, L, parts, activations, kernel_gmacs=kernel / 1e9)
+
+
+def _fft_macs(n: int) -> float:
+    """Multiply-adds of a real FFT of n points: half of 2.5 n log2 n FLOPs."""
+    return 1.25 * n * math.log2(n)

@@ -14,18 +14,56 @@ INLINE vec load(const float* at) { return *reinterpret_cast<const loose*>(at); }
 INLINE void store(float* at, vec x) { *reinterpret_cast<loose*>(at) = x; }
 INLINE vec splat(float x) { return x + vec{}; }
 
+template <int P0, int P1, int P2, int P3, int... LANE>
+INLINE vec shuffle(vec x, vec y, std::integer_sequence<int, LANE...>) {
+  constexpr int from[] = {P0, P1, P2, P3};
+  return __builtin_shuffle(x, y, ivec{(LANE / 4 * 4 + from[LANE % 4] % 4 + from[LANE % 4] / 4 * LANES)...});
+}
+
+// In each four neighbouring lanes: the first of 0..3 from x, 4..7 from y, and so on.
+template <int P0, int P1, int P2, int P3>
+INLINE vec shuffle(vec x, vec y) {
+  return shuffle<P0, P1, P2, P3>(x, y, std::make_integer_sequence<int, LANES>());
+}
+
+// Four vectors to one: lane j of each four neighbouring lanes becomes the sum of those lanes of x[j].
+INLINE vec fold(const vec* x) {
+  const vec a = shuffle<0, 4, 1, 5>(x[0], x[1]) + shuffle<2, 6, 3, 7>(x[0], x[1]);
+  const vec b = shuffle<0, 4, 1, 5>(x[2], x[3]) + shuffle<2, 6, 3, 7>(x[2], x[3]);
+  return shuffle<0, 1, 4, 5>(a, b) + shuffle<2, 3, 6, 7>(a, b);
+}
+
+// The second where one is NaN.
+INLINE vec maximum(vec x, vec y) {
+#if LANES == 16
+  return (vec)_mm512_max_ps((__m512)x, (__m512)y);
+#elif LANES == 8
+  return (vec)_mm256_max_ps((__m256)x, (__m256)y);
+#else
+  return x > y ? x : y;
+#endif
+}
+
 // 2^x for x below 128; results under 2^-125 become 2^-125. A minimax polynomial of 2^f - 1 on [-1/2, 1/2] without a
 // constant term: 9.2e-8 relative, and exactly 1 at 0, so a slow decay keeps its distance from 1. NaN stays NaN.
 INLINE vec exp2(vec x) {
+#if LANES == 16
+  const vec rounded = (vec)_mm512_roundscale_ps((__m512)x, 0), f = x - rounded;
+#else
   const vec least = splat(-125.0f), shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  x = least > x ? least : x;
+  x = maximum(least, x);
   const vec rounded = x + shift, f = x - (rounded - shift);
+#endif
   vec p = f * 0.001326472731307149f + 0.009671512991189957f;
   p = p * f + 0.05550733581185341f;
   p = p * f + 0.24022242426872253f;
   p = p * f + 0.6931470036506653f;
   p = p * f + 1.0f;
+#if LANES == 16
+  return (vec)_mm512_scalef_ps((__m512)p, (__m512)rounded);
+#else
   return (vec)((ivec)p + ((ivec)rounded << 23));
+#endif
 }
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
@@ -55,6 +93,11 @@ INLINE vec sigmoid(vec x) {
 
 INLINE vec silu(vec x) { return x * sigmoid(x); }
 
+// Rows of a wide matrix lie pages apart, where the processor's own prefetching does not follow. Past the end is harmless.
+INLINE void ahead(Rows rows, int64_t t) {
+  if (rows.at) __builtin_prefetch(rows[t + 4]);
+}
+
 // FIXED is the number of states where the compiler may unroll over it, or 0: any number up to MOST_STATES.
 template <int FIXED>
 static void scan_forward(const Scan& s, Rows out, bool add) {
@@ -63,6 +106,9 @@ static void scan_forward(const Scan& s, Rows out, bool add) {
   vec h[FIXED ? FIXED : MOST_STATES];
   for (int n = 0; n < N; n++) h[n] = vec{};
   for (int64_t t = 0; t < s.length; t++) {
+    if (s.starts && t && t % CHUNK == 0)
+      for (int n = 0; n < N; n++) store(s.starts + ((t / CHUNK - 1) * N + n) * LANES, h[n]);
+    ahead(s.u, t), ahead(s.delta, t), ahead(s.z, t), ahead(out, t);
     const vec u = load(s.u[t]), delta = softplus(load(s.delta[t]) + bias), delta_u = delta * u;
     const float *B = s.B[t], *C = s.C[t];
     vec y = D * u;
@@ -77,25 +123,6 @@ static void scan_forward(const Scan& s, Rows out, bool add) {
   }
 }
 
-// The states at the beginning of each chunk but the first: the whole memory of the past that the backward pass keeps.
-template <int FIXED>
-static void chunk_starts(const Scan& s, float* starts) {
-  const int N = FIXED ? FIXED : s.states;
-  const vec bias = load(s.weights + (N + 1) * LANES);
-  vec h[FIXED ? FIXED : MOST_STATES];
-  for (int n = 0; n < N; n++) h[n] = vec{};
-  const int64_t last = (s.length - 1) / CHUNK;
-  for (int64_t t = 0; t < last * CHUNK; t++) {
-    if (t % CHUNK == 0)
-      for (int n = 0; n < N; n++) store(starts + (t / CHUNK * N + n) * LANES, h[n]);
-    const vec delta = softplus(load(s.delta[t]) + bias), delta_u = delta * load(s.u[t]);
-    const float* B = s.B[t];
-#pragma GCC unroll 16
-    for (int n = 0; n < N; n++) h[n] = exp2(delta * load(s.weights + n * LANES)) * h[n] + delta_u * B[n];
-  }
-  for (int n = 0; n < N; n++) store(starts + (last * N + n) * LANES, h[n]);
-}
-
 // One chunk once more, forwards: decays and states for the way back, and what does not depend on the future (z, D).
 template <int FIXED>
 static void replay(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end, bool add_z) {
@@ -103,11 +130,12 @@ static void replay(const Scan& s, const Gradients& g, const Scratch& w, int64_t 
   const vec D = load(s.weights + N * LANES), bias = load(s.weights + (N + 1) * LANES);
   vec h[FIXED ? FIXED : MOST_STATES];
   for (int n = 0; n < N; n++) {
-    h[n] = load(w.starts + (begin / CHUNK * N + n) * LANES);
+    h[n] = begin ? load(s.starts + ((begin / CHUNK - 1) * N + n) * LANES) : vec{};
     store(w.states + n * LANES, h[n]);
   }
   for (int64_t t = begin; t < end; t++) {
     const int64_t row = t - begin;
+    ahead(s.u, t), ahead(s.delta, t), ahead(s.z, t), ahead(g.y, t), ahead(g.z, t), ahead(g.u, t), ahead(g.delta, t);
     const vec u = load(s.u[t]), raw = load(s.delta[t]) + bias, delta = softplus(raw), delta_u = delta * u;
     const float *B = s.B[t], *C = s.C[t];
     float *decay = w.decays + row * N * LANES, *state = w.states + (row + 1) * N * LANES;
@@ -136,6 +164,7 @@ template <int FIXED>
 static void retreat(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end) {
   const int N = FIXED ? FIXED : s.states;
   const vec D = load(s.weights + N * LANES);
+  const int quads = (N + 3) / 4;
   vec dD = load(g.weights + N * LANES), dbias = load(g.weights + (N + 1) * LANES);
   vec carry[FIXED ? FIXED : MOST_STATES], dA[FIXED ? FIXED : MOST_STATES];
   for (int n = 0; n < N; n++) {
@@ -147,18 +176,26 @@ static void retreat(const Scan& s, const Gradients& g, const Scratch& w, int64_t
     const vec u = load(s.u[t]), delta = load(w.delta + row * LANES), delta_u = delta * u;
     const vec dy = load(w.dy + row * LANES);
     const float *B = s.B[t], *C = s.C[t], *decay = w.decays + row * N * LANES, *state = w.states + row * N * LANES;
-    float *dB = w.dB + t * N * LANES, *dC = w.dC + t * N * LANES;
     vec d_delta_u = {}, d_delta = {};
-#pragma GCC unroll 16
-    for (int n = 0; n < N; n++) {
-      const vec dh = carry[n] + dy * C[n];
-      store(dC + n * LANES, load(dC + n * LANES) + dy * load(state + (N + n) * LANES));
-      store(dB + n * LANES, load(dB + n * LANES) + dh * delta_u);
-      d_delta_u += dh * B[n];
-      carry[n] = dh * load(decay + n * LANES);
-      const vec d_exponent = carry[n] * load(state + n * LANES);
-      d_delta += d_exponent * load(s.weights + n * LANES);
-      dA[n] += d_exponent * delta;
+#pragma GCC unroll 4
+    for (int quad = 0; quad < N; quad += 4) {
+      vec b[4] = {}, c[4] = {};
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        const int n = quad + i;
+        if (n >= N) break;
+        const vec dh = carry[n] + dy * C[n];
+        c[i] = dy * load(state + (N + n) * LANES);
+        b[i] = dh * delta_u;
+        d_delta_u += dh * B[n];
+        carry[n] = dh * load(decay + n * LANES);
+        const vec d_exponent = carry[n] * load(state + n * LANES);
+        d_delta += d_exponent * load(s.weights + n * LANES);
+        dA[n] += d_exponent * delta;
+      }
+      float *dB = w.dB + (t * quads + quad / 4) * LANES, *dC = w.dC + (t * quads + quad / 4) * LANES;
+      store(dB, load(dB) + fold(b));
+      store(dC, load(dC) + fold(c));
     }
     const vec d_raw = (d_delta * LN2 + d_delta_u * u) * load(w.slope + row * LANES);  // weights hold A / ln 2
     store(g.delta[t], d_raw);
@@ -176,7 +213,6 @@ static void retreat(const Scan& s, const Gradients& g, const Scratch& w, int64_t
 
 template <int FIXED>
 static void scan_backward(const Scan& s, const Gradients& g, const Scratch& w, bool add_z) {
-  chunk_starts<FIXED>(s, w.starts);
   for (int n = 0; n < s.states; n++) store(w.carry + n * LANES, vec{});
   for (int64_t begin = (s.length - 1) / CHUNK * CHUNK; begin >= 0; begin -= CHUNK) {
     const int64_t end = begin + CHUNK < s.length ? begin + CHUNK : s.length;
@@ -185,13 +221,12 @@ static void scan_backward(const Scan& s, const Gradients& g, const Scratch& w, b
   }
 }
 
-// Sums over the lanes of each of `count` vectors.
-static void sum_lanes(const float* from, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; i++) {
-    const vec x = load(from + i * LANES);
+// What `fold` left: one step's sums over the lanes, for each state.
+static void sum_lanes(const float* from, float* to, int64_t states) {
+  for (int64_t n = 0; n < states; n++) {
     float sum = 0.0f;
-    for (int lane = 0; lane < LANES; lane++) sum += x[lane];
-    to[i] = sum;
+    for (int lane = n % 4; lane < LANES; lane += 4) sum += from[n / 4 * LANES + lane];
+    to[n] = sum;
   }
 }
 

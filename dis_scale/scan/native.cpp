@@ -15,10 +15,13 @@
 #include <cstring>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 constexpr int MOST_STATES = 256, MOST_TAPS = 16;
-constexpr int64_t CHUNK = 16;  // steps whose states and decays are held at once: 32 KiB at 16 states and 16 lanes
+// Steps between the states that the forward pass keeps, N / CHUNK of u's size in all, and that the backward pass replays
+// at once: 128 KiB of states and decays at 16 states and 16 lanes, which stay in a core's second cache.
+constexpr int64_t CHUNK = 64;
 
 // A matrix of rows for some channels: row t begins at `at + t * stride`; the stride is negative for a backward scan.
 struct Rows {
@@ -31,6 +34,7 @@ struct Scan {  // one direction of one batch row and one block of channels
   int64_t length, states;
   Rows u, delta, B, C, z;  // z.at is null where another direction applies the gate, or nobody
   const float* weights;    // vectors over the block's channels: A / ln 2 for each state, D, delta's bias
+  float* starts;           // states at the beginning of each chunk but the first; null where no gradient is wanted
 };
 
 struct Gradients {  // of the same block; y is read, u and delta written, the rest added to
@@ -39,8 +43,8 @@ struct Gradients {  // of the same block; y is read, u and delta written, the re
 };
 
 struct Scratch {  // a thread's own memory
-  float *starts, *decays, *states, *delta, *slope, *dy, *carry;
-  float *dB, *dC;  // vectors over the lanes for each step and state, summed over a group's blocks of channels
+  float *decays, *states, *delta, *slope, *dy, *carry;
+  float *dB, *dC;  // a vector for each step and four states, folded over lanes, summed over a group's blocks
 };
 
 struct Conv {
@@ -69,6 +73,7 @@ namespace plain {
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define DISPATCH 1
+#include <immintrin.h>
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
@@ -220,11 +225,11 @@ Tensor unpack(const Tensor& sums, const Tensor& like, const Blocks& blocks, int6
 
 // ---- the scan
 
-constexpr int64_t GROUP_CHANNELS = 128;  // share one partial sum of dB and dC, so that these cost 1/4 of u at 16 states
+constexpr int64_t GROUP_CHANNELS = 192;  // share one partial sum of dB and dC: these cost 1/6 of u at 16 states
 constexpr int64_t GROUP_STEPS = 128;     // at least so many share one partial sum of dA: these cost at most 1/7 of u
 
 struct Direction {
-  Tensor u, delta, B, C, weights;
+  Tensor u, delta, B, C, weights, starts;
   bool reverse;
   View u_view, delta_view, B_view, C_view;
 
@@ -247,7 +252,8 @@ struct Direction {
             B_view.rows(b, 0, reverse),
             C_view.rows(b, 0, reverse),
             z.rows(b, channel, reverse),
-            weights.data_ptr<float>() + block * (B.size(2) + 2) * blocks.lanes};
+            weights.data_ptr<float>() + block * (B.size(2) + 2) * blocks.lanes,
+            starts.defined() ? starts.data_ptr<float>() + (b * blocks.count + block) * starts.stride(1) : nullptr};
   }
 };
 
@@ -266,6 +272,9 @@ struct Job {
   int64_t batch() const { return directions[0].u.size(0); }
   int64_t length() const { return directions[0].u.size(1); }
   int64_t states() const { return directions[0].B.size(2); }
+  Tensor new_starts() const {
+    return at::empty({batch(), blocks.count, (length() - 1) / CHUNK, states(), blocks.lanes}, directions[0].weights.options());
+  }
 };
 
 void pad(Carver& memory, Scan& s, int64_t channels, int lanes) {
@@ -296,7 +305,6 @@ void forward_block(const Job& job, const View& y, int64_t b, int64_t block) {
 Tensor scan_forward(const Job& job) {
   const Tensor& u = job.directions[0].u;
   Tensor y = at::empty(u.sizes(), u.options().memory_format(at::MemoryFormat::Contiguous));
-  if (y.numel() == 0) return y;
   const View view(y);
   at::parallel_for(0, job.batch() * job.blocks.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) forward_block(job, view, i / job.blocks.count, i % job.blocks.count);
@@ -370,17 +378,18 @@ class Backward {
   int64_t lanes, length, states, groups, batch_groups;
   std::vector<Sums> sums;
 
+  int64_t folded() const { return (states + 3) / 4 * lanes; }
+
   Scratch carve(Carver& memory) const {
     const int64_t state = states * lanes;
-    return {memory.take((length + CHUNK - 1) / CHUNK * state),
-            memory.take(CHUNK * state),
+    return {memory.take(CHUNK * state),
             memory.take((CHUNK + 1) * state),
             memory.take(CHUNK * lanes),
             memory.take(CHUNK * lanes),
             memory.take(CHUNK * lanes),
             memory.take(state),
-            memory.take(length * state),
-            memory.take(length * state)};
+            memory.take(length * folded()),
+            memory.take(length * folded())};
   }
 
   // One direction of one group of batch rows and one group of channels.
@@ -393,8 +402,8 @@ class Backward {
     Carver memory{scratch(count.used + padding)};
     const Scratch work = carve(memory);
     for (int64_t b = first; b < end; b++) {
-      std::memset(work.dB, 0, length * states * lanes * sizeof(float));
-      std::memset(work.dC, 0, length * states * lanes * sizeof(float));
+      std::memset(work.dB, 0, length * folded() * sizeof(float));
+      std::memset(work.dC, 0, length * folded() * sizeof(float));
       for (int64_t block = group * group_blocks; block < last; block++) one_block(i, b, batch_group, block, work, memory);
       collect(work.dB, sums[i].dB[group][b], job.directions[i].reverse);
       collect(work.dC, sums[i].dC[group][b], job.directions[i].reverse);
@@ -422,20 +431,38 @@ class Backward {
   void collect(const float* vectors, const Tensor& to_LN, bool reverse) const {
     float* to = to_LN.data_ptr<float>();
     for (int64_t t = 0; t < length; t++)
-      kernels().sum_lanes(vectors + t * states * lanes, to + (reverse ? length - 1 - t : t) * states, states);
+      kernels().sum_lanes(vectors + t * folded(), to + (reverse ? length - 1 - t : t) * states, states);
   }
 };
 
+// Nothing here has a gradient of its own: differentiating twice must fail, not give zeros.
+void refuse_second_order() {
+  TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled(), "the native scan is differentiable once: for second "
+                              "derivatives (create_graph=True) set the backend to chunked");
+}
+
+bool wants_gradient(at::TensorList inputs) {
+  return at::GradMode::is_enabled() &&
+         std::any_of(inputs.begin(), inputs.end(), [](const Tensor& x) { return x.requires_grad(); });
+}
+
 struct ScanFunction : torch::autograd::Function<ScanFunction> {
   static Tensor forward(AutogradContext* context, at::TensorList inputs, bool reverse) {
-    context->save_for_backward(inputs.vec());
+    Job job(inputs, reverse);
+    variable_list saved = inputs.vec();
+    for (Direction& direction : job.directions) saved.push_back(direction.starts = job.new_starts());
+    context->save_for_backward(std::move(saved));
     context->saved_data["reverse"] = reverse;
-    return scan_forward(Job(inputs, reverse)).to(inputs[0].scalar_type());
+    return scan_forward(job).to(inputs[0].scalar_type());
   }
 
   static variable_list backward(AutogradContext* context, variable_list dy) {
-    const variable_list inputs = context->get_saved_variables();
-    const Job job(inputs, context->saved_data["reverse"].toBool());
+    refuse_second_order();
+    const variable_list saved = context->get_saved_variables();
+    const size_t directions = saved.size() / 8;  // seven inputs and the starts, and perhaps the gate
+    const at::TensorList inputs = at::TensorList(saved).slice(0, saved.size() - directions);
+    Job job(inputs, context->saved_data["reverse"].toBool());
+    for (size_t i = 0; i < directions; i++) job.directions[i].starts = saved[inputs.size() + i];
     Backward backward(job, dy[0]);
     backward.run();
     variable_list gradients = backward.gradients(inputs);
@@ -444,7 +471,10 @@ struct ScanFunction : torch::autograd::Function<ScanFunction> {
   }
 };
 
-Tensor scan(at::TensorList inputs, bool reverse) { return ScanFunction::apply(inputs, reverse); }
+Tensor scan(at::TensorList inputs, bool reverse) {
+  if (wants_gradient(inputs)) return ScanFunction::apply(inputs, reverse);
+  return scan_forward(Job(inputs, reverse)).to(inputs[0].scalar_type());
+}
 
 // ---- the convolution
 
@@ -482,14 +512,13 @@ void conv_forward_block(const ConvJob& job, const Conv& conv, Rows y, int64_t ch
   unpad(out, y, conv.length, channels);
 }
 
-variable_list conv_forward(const ConvJob& job) {
+variable_list conv_forward(const ConvJob& job, at::ScalarType type) {
   variable_list outputs;
   std::vector<View> views;
   for (size_t i = 0; i < job.weights.size(); i++) {
     outputs.push_back(at::empty(job.x.sizes(), job.x.options().memory_format(at::MemoryFormat::Contiguous)));
     views.emplace_back(outputs[i]);
   }
-  if (job.x.numel() == 0) return outputs;
   at::parallel_for(0, job.x.size(0) * job.blocks.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; item++)
       for (size_t i = 0; i < views.size(); i++) {
@@ -498,6 +527,7 @@ variable_list conv_forward(const ConvJob& job) {
         conv_forward_block(job, job.block(i, b, block), y, job.blocks.width(block));
       }
   });
+  for (Tensor& y : outputs) y = y.to(type);
   return outputs;
 }
 
@@ -545,12 +575,11 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
   static variable_list forward(AutogradContext* context, at::TensorList inputs, bool reverse) {
     context->save_for_backward(inputs.vec());
     context->saved_data["reverse"] = reverse;
-    variable_list outputs = conv_forward(ConvJob(inputs, reverse));
-    for (Tensor& y : outputs) y = y.to(inputs[0].scalar_type());
-    return outputs;
+    return conv_forward(ConvJob(inputs, reverse), inputs[0].scalar_type());
   }
 
   static variable_list backward(AutogradContext* context, variable_list dy) {
+    refuse_second_order();
     const variable_list inputs = context->get_saved_variables();
     const ConvJob job(inputs, context->saved_data["reverse"].toBool());
     variable_list gradients = conv_backward(job, inputs, dy);
@@ -559,7 +588,10 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
   }
 };
 
-variable_list conv_silu(at::TensorList inputs, bool reverse) { return ConvFunction::apply(inputs, reverse); }
+variable_list conv_silu(at::TensorList inputs, bool reverse) {
+  if (wants_gradient(inputs)) return ConvFunction::apply(inputs, reverse);
+  return conv_forward(ConvJob(inputs, reverse), inputs[0].scalar_type());
+}
 
 std::string instruction_set() { return kernels().name; }
 

@@ -1,0 +1,226 @@
+"""Resume points and published weights: whole or absent, at any world size.
+
+A resume point is one folder an attempt and image count. Each rank clones its own partitions at a step boundary and a thread writes
+them as 1-D safetensors segments, then the rank's sidecar; rank 0's thread waits for all sidecars and writes the manifest. There is
+no gather and no collective off the training thread. Loading reassembles by range. Nothing is ever unpickled.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from dis_scale import manifest
+from dis_scale.engine import KINDS, WEIGHTS, Engine, Segment
+from dis_scale.errors import StorageError
+from dis_scale.storage import Folder
+
+SIDECAR_WAIT_S = 600.0
+WEIGHTS_FILE = "weights.safetensors"
+
+
+def images_name(images: int) -> str:
+    """Image counts in names have twelve digits, so that names sort as counts."""
+    return f"{images:012d}"
+
+
+def published(run: Folder) -> list[int]:
+    """The image counts that this run has published whole, rising."""
+    counts = [int(name) for name in (run / "published").list() if name.isdigit()]
+    return [n for n in counts if manifest.find(run / "published" / images_name(n))]
+
+
+def load_published(run: Folder, images: int) -> dict[str, torch.Tensor]:
+    """The EMA weights by parameter; StorageError names what is missing or damaged."""
+    folder = run / "published" / images_name(images)
+    found = manifest.find(folder)
+    if found is None:
+        raise StorageError(f"{folder}: not published (no {manifest.NAME})")
+    return safetensors.torch.load(manifest.read(folder, WEIGHTS_FILE, found))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A whole resume point."""
+
+    folder: Folder
+    manifest: dict[str, Any]
+    _files: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        return int(self.manifest["images"])
+
+    @property
+    def adam_step(self) -> int:
+        return int(self.manifest["adam_step"])
+
+    def verify(self) -> None:
+        """Reads all files back against the manifest; StorageError names the first that does not agree."""
+        for name in self.manifest["files"]:
+            manifest.read(self.folder, name, self.manifest)
+
+    def read(self, kind: str, name: str, start: int, end: int) -> torch.Tensor:
+        """Elements [start, end) of one of `KINDS` of the parameter `name`, from whichever ranks wrote them."""
+        out, found = torch.empty(end - start), 0
+        for file, table in self.manifest["tables"].items():
+            if not file.startswith(f"{kind}-") or name not in table:
+                continue
+            low, high = max(table[name][0], start), min(table[name][1], end)
+            if low < high:
+                out[low - start : high - start] = self._file(file)[name][low - table[name][0] : high - table[name][0]]
+                found += high - low
+        if found != end - start:
+            raise StorageError(f"{self.folder}: holds {found} of elements {start}..{end} of {kind} {name}")
+        return out
+
+    def _file(self, name: str) -> dict[str, torch.Tensor]:
+        if name not in self._files:
+            self._files[name] = safetensors.torch.load(manifest.read(self.folder, name, self.manifest))
+        return self._files[name]
+
+
+def newest(run: Folder, say: Callable[[str], None]) -> Stored | None:
+    """The newest whole resume point; a damaged one is named through `say` and the one before is taken."""
+    for name in reversed((run / "resume").list()):
+        try:
+            found = manifest.find(run / "resume" / name)
+            if found is None:
+                continue
+            stored = Stored(run / "resume" / name, found)
+            stored.verify()
+        except StorageError as error:
+            say(f"resume point passed over: {error}")
+            continue
+        return stored
+    return None
+
+
+@dataclass
+class Saver:
+    """Writes one run's resume points and published weights beside training, at most one at a time.
+
+    `held` is asked before each manifest whether this attempt still owns the run; where it does not, saving stops with an error.
+    """
+
+    run: Folder
+    attempt: int
+    rank: int
+    world: int
+    held: Callable[[], bool]
+    keep: int
+    _thread: threading.Thread | None = None
+    _error: BaseException | None = None
+
+    def save(self, engine: Engine, images: int, facts: dict[str, Any]) -> float:
+        """Starts a resume point of this step boundary; returns the seconds that training stood still for it."""
+        self.finish()
+        begin = time.monotonic()
+        clones = {kind: engine.segments(kind) for kind in KINDS}
+        pause_s = time.monotonic() - begin
+        self._start(lambda: self._write(clones, images, facts))
+        return pause_s
+
+    def publish(self, engine: Engine, images: int, facts: dict[str, Any]) -> None:
+        """Starts publishing the EMA weights, where this count was not published before; collective."""
+        folder = self.run / "published" / images_name(images)
+        self.finish()
+        weights = engine.full_ema()
+        if weights is not None and not folder.exists(manifest.NAME):
+            self._start(lambda: self._seal(folder, {WEIGHTS_FILE: safetensors.torch.save(weights)}, images, facts))
+
+    def finish(self) -> None:
+        """Waits for the save in flight; raises what went wrong with it."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            raise self._error
+
+    def _start(self, write: Callable[[], None]) -> None:
+        def guarded() -> None:
+            try:
+                write()
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=guarded, name="save")
+        self._thread.start()
+
+    def _seal(self, folder: Folder, files: dict[str, bytes], images: int, facts: dict[str, Any]) -> None:
+        for name, data in files.items():
+            folder.write(name, data)
+        self._require_held(folder)
+        manifest.seal(
+            folder, {n: manifest.digest(d) for n, d in files.items()}, images=images, attempt=self.attempt, **facts
+        )
+
+    def _write(self, clones: dict[str, dict[Segment, torch.Tensor]], images: int, facts: dict[str, Any]) -> None:
+        folder = self.run / "resume" / f"{images_name(images)}-{self.attempt:04d}"
+        sidecar: dict[str, Any] = {"files": {}, "tables": {}}
+        for kind, segments in clones.items():
+            name = f"{kind}-{self.rank:05d}.safetensors"
+            data = safetensors.torch.save({s.name: tensor for s, tensor in segments.items()})
+            folder.write(name, data)
+            sidecar["files"][name] = manifest.digest(data)
+            sidecar["tables"][name] = {s.name: [s.start, s.end] for s in segments}
+        folder.write_json(_sidecar(self.rank), sidecar)
+        if self.rank == 0:
+            self._write_manifest(folder, images, facts)
+            self._prune()
+
+    def _write_manifest(self, folder: Folder, images: int, facts: dict[str, Any]) -> None:
+        sidecars = [_await_json(folder, _sidecar(rank)) for rank in range(self.world)]
+        files = {name: digest for s in sidecars for name, digest in s["files"].items()}
+        tables = {name: table for s in sidecars for name, table in s["tables"].items()}
+        self._require_held(folder)
+        manifest.seal(folder, files, images=images, attempt=self.attempt, world=self.world, tables=tables, **facts)
+
+    def _require_held(self, folder: Folder) -> None:
+        if not self.held():
+            raise StorageError(
+                f"{folder}: another attempt has taken over this run; this one (attempt {self.attempt}) stops"
+            )
+
+    def _prune(self) -> None:
+        """Keeps the last `keep` whole resume points; removes the manifest first, so that no torn one is ever taken."""
+        resume = self.run / "resume"
+        whole = [name for name in resume.list() if resume.exists(f"{name}/{manifest.NAME}")]
+        for name in whole[: -self.keep]:
+            (resume / name).delete(manifest.NAME)
+        for name in set(resume.list()) - set(whole[-self.keep :]):
+            (resume / name).delete()
+
+
+def fresh(model: torch.nn.Module) -> Callable[[str, str, int, int], torch.Tensor]:
+    """What `Stored.read` is for a run that begins: the model's own weights, zero moments."""
+
+    @cache
+    def flat(name: str) -> torch.Tensor:
+        return weights[name].flatten()
+
+    weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+    return lambda kind, name, start, end: (
+        flat(name)[start:end] if kind in (WEIGHTS, "ema") else torch.zeros(end - start)
+    )
+
+
+def _sidecar(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
+
+
+def _await_json(folder: Folder, name: str) -> Any:
+    deadline = time.monotonic() + SIDECAR_WAIT_S
+    while time.monotonic() < deadline:
+        if folder.exists(name):
+            return json.loads(folder.read(name))
+        time.sleep(0.05)
+    raise StorageError(
+        f"{folder}/{name}: not written within {SIDECAR_WAIT_S:.0f} s; this resume point stays incomplete"
+    )

@@ -1,0 +1,74 @@
+"""The `dis-scale` command. Exit code 0, 2 for the user's mistake, 1 for a failure, 75 when stopped as asked."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from dis_scale.errors import DisScaleError
+
+EMBEDDED = Path(__file__).parent.parent / "configs" / "digits.yaml"
+app = typer.Typer(
+    help="Scaling sweeps of diffusion models with a state-space backbone.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[
+    Path | None, typer.Argument(help="A recipe; configs/digits.yaml where none is given.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a setting: a.b=value. May be given often.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def sweep(recipe: RecipePath = None, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Train, evaluate and report a sweep; given again, do what is left."""
+    from dis_scale import recipe as recipes
+    from dis_scale import sweep as sweeps
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    with _errors(debug):
+        if recipe is None:
+            console.print(f"recipe   {EMBEDDED.name} (none was given: the embedded example)", highlight=False)
+        sweeps.run(recipes.load(recipe or EMBEDDED, overrides), console)
+
+
+@app.command()
+def plan(recipe: RecipePath = None, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Show what a sweep will cost, and start nothing."""
+    from dis_scale import plan as plans
+    from dis_scale import recipe as recipes
+    from dis_scale import vae
+
+    with _errors(debug):
+        found = recipes.load(recipe or EMBEDDED, overrides)
+        Console().print(plans.table(plans.plan(found, vae.latent_shape(found.vae, found.data.resolution))))
+
+
+class _errors:
+    """Turns the error family into one line and its exit code."""
+
+    def __init__(self, debug: bool) -> None:
+        self.debug = debug
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, DisScaleError) and not self.debug:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(error.exit_code) from None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command; `python -m dis_scale.sweep` comes here too."""
+    app(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Latent shards: tars of posterior moments in object storage, each with a sidecar, and one manifest last. The door to WebDataset.
+
+Shard s holds the images of positions [s S, (s + 1) S) of the source. Its bytes are a function of (source, VAE, resolution, shard
+size, encode batch, device kind, torch version), so that it does not matter who made it or how often. Read next: latents.py.
+"""
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import webdataset as wds
+
+from dis_scale import manifest
+from dis_scale.errors import StorageError, UserError
+from dis_scale.recipe import Recipe
+from dis_scale.storage import Folder
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image's posterior: `moments` is float16 (2, 2C, h, w), mean and log-variance of the image and of its mirror image."""
+
+    position: int
+    name: str
+    label: int
+    moments: np.ndarray
+
+
+class Shard(NamedTuple):
+    """A shard in memory: `moments` float16 (n, 2, 2C, h, w), `labels` int64 (n)."""
+
+    moments: np.ndarray
+    labels: np.ndarray
+
+
+def latents_folder(sweep: Folder, recipe: Recipe, vae_identity: str) -> Folder:
+    """Where the latents of this declared source under this VAE live: beside the sweeps, which share them."""
+    key = [
+        recipe.data.source.model_dump(mode="json"), recipe.data.resolution, recipe.data.undecodable, vae_identity,
+        recipe.precompute.shard_images, recipe.precompute.encode_images, manifest.FORMAT,
+    ]  # fmt: skip
+    return (
+        Folder(sweep.url.rsplit("/sweeps/", 1)[0])
+        / f"latents/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
+    )
+
+
+def shard_name(number: int) -> str:
+    return f"{number:06d}"
+
+
+def pack(samples: list[Sample]) -> bytes:
+    """The shard's tar; the same bytes each time."""
+    buffer = io.BytesIO()
+    with wds.TarWriter(buffer, mtime=0, user="dis-scale", group="dis-scale", mode=0o444) as tar:
+        for sample in samples:
+            facts = {"label": sample.label, "name": sample.name}
+            tar.write({"__key__": f"{sample.position:012d}", "moments.npy": sample.moments, "json": facts})
+    return buffer.getvalue()
+
+
+def unpack(data: bytes, where: str) -> Shard:
+    """The shard of a tar's bytes; StorageError where it is not one."""
+    try:
+        files = wds.tariterators.tar_file_iterator(io.BytesIO(data))
+        moments, labels = [], []
+        for sample in wds.tariterators.group_by_keys(files):
+            moments.append(np.load(io.BytesIO(sample["moments.npy"])))
+            labels.append(json.loads(sample["json"])["label"])
+        return Shard(np.stack(moments), np.array(labels, dtype=np.int64))
+    except (KeyError, ValueError, OSError) as error:
+        raise StorageError(f"{where}: not a latent shard: {error}") from error
+
+
+def put_shard(latents: Folder, number: int, samples: list[Sample], refused: list[str]) -> None:
+    """Writes a shard and then its sidecar: digest, count, and the moments' sums for the statistics."""
+    data = pack(samples)
+    latents.write(f"{shard_name(number)}.tar", data)
+    sidecar = {"format": manifest.FORMAT, "count": len(samples), **manifest.digest(data), "refused": refused}
+    latents.write_json(f"{shard_name(number)}.json", sidecar | {"sums": _sums(samples)})
+
+
+def finished(latents: Folder, numbers: range) -> set[int]:
+    """The shards that need not be made again: tar and sidecar stand and agree."""
+    there = set(latents.list())
+    return {n for n in numbers if {f"{shard_name(n)}.tar", f"{shard_name(n)}.json"} <= there and _agrees(latents, n)}
+
+
+def seal(latents: Folder, numbers: range, facts: dict[str, Any]) -> dict[str, Any]:
+    """Writes the manifest over all sidecars, last of all."""
+    sidecars = {n: latents.read_json(f"{shard_name(n)}.json") for n in numbers}
+    shards = [
+        {"name": f"{shard_name(n)}.tar", **{k: s[k] for k in ("count", "bytes", "sha256")}} for n, s in sidecars.items()
+    ]
+    mean, std = _statistics([s["sums"] for s in sidecars.values()])
+    value = {
+        "format": manifest.FORMAT, **facts,
+        "count": sum(s["count"] for s in shards), "mean": mean, "std": std,
+        "refused": [name for s in sidecars.values() for name in s["refused"]], "shards": shards,
+    }  # fmt: skip
+    latents.write_json(manifest.NAME, value)
+    return value
+
+
+def require_manifest(latents: Folder, vae_identity: str) -> dict[str, Any]:
+    """The manifest, checked against the VAE that training will decode with."""
+    found = manifest.find(latents)
+    if found is None:
+        raise UserError(f"{latents}: no latents there (no {manifest.NAME}): the precompute stage has not finished")
+    if found["vae"] != vae_identity:
+        raise UserError(
+            f"{latents}: latents of another VAE: theirs is {found['vae'][:12]}, the sweep's is {vae_identity[:12]}; "
+            "use the VAE that made them, or another storage root"
+        )
+    return found
+
+
+def _agrees(latents: Folder, number: int) -> bool:
+    name = shard_name(number)
+    try:
+        manifest.verified(latents, f"{name}.tar", latents.read_json(f"{name}.json"))
+    except StorageError:
+        return False
+    return True
+
+
+def _sums(samples: list[Sample]) -> dict[str, Any]:
+    """Count, mean and M2 by channel of the posterior means of the unmirrored images, to be merged exactly."""
+    if not samples:
+        return {"count": 0, "mean": [], "m2": []}
+    means = np.stack([s.moments[0, : s.moments.shape[1] // 2] for s in samples]).astype(np.float64)
+    return {
+        "count": means[:, 0].size,
+        "mean": means.mean((0, 2, 3)).tolist(),
+        "m2": (means.var((0, 2, 3)) * means[:, 0].size).tolist(),
+    }
+
+
+def _statistics(sums: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation by channel from the shards' sums (Chan, Golub and LeVeque 1983), in shard order."""
+    count, mean, m2 = 0, np.zeros(1), np.zeros(1)
+    for s in sums:
+        if not s["count"]:
+            continue
+        delta, total = np.array(s["mean"]) - mean, count + s["count"]
+        m2 = m2 + np.array(s["m2"]) + delta**2 * count * s["count"] / total
+        mean, count = mean + delta * s["count"] / total, total
+    return mean.tolist(), np.sqrt(m2 / max(count, 1)).tolist()

@@ -1,0 +1,193 @@
+"""The door to DeepSpeed: start it, take a sharded step, reach the float32 partitions that this rank owns.
+
+State is reached as *flats*: the float32 partitions of weights, Adam's two moments and our EMA, with a table that says which range
+of which parameter lies where. ZeRO stages 1, 2 and 3 differ here and nowhere else.
+
+Learnt the hard way: stage 0 hides gradient norm and state (use 1 on one process, too); the CPU accelerator compiles a shared-memory
+op at its first start unless that op is declared incompatible; with bf16 the float32 flats start from rounded weights, so they
+are written over from the exact ones; `safe_set_full_*` fails in stage 3 at odd sizes, writing the flats by our own table does not.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dis_scale.recipe import Train
+
+WEIGHTS, EMA, MOMENTS = "weights", "ema", ("exp_avg", "exp_avg_sq")
+KINDS = (WEIGHTS, *MOMENTS, EMA)
+"""The four states of a parameter that training needs to go on."""
+
+
+class Segment(NamedTuple):
+    """Elements [start, end) of the flattened parameter `name` lie at `offset` of this rank's flat number `flat`."""
+
+    name: str
+    start: int
+    end: int
+    flat: int
+    offset: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+
+Read = Callable[[str, str, int, int], torch.Tensor]
+"""`read(kind, name, start, end)`: that range of a stored state of a parameter, float32, 1-D."""
+
+
+@dataclass
+class Engine:
+    """A model under DeepSpeed, with this rank's flats and the table of what is in them."""
+
+    deepspeed: Any
+    optimizer: torch.optim.Optimizer
+    flats: list[torch.Tensor]
+    ema: list[torch.Tensor]
+    table: list[Segment]
+    shapes: dict[str, torch.Size]
+
+    def micro_step(self, loss: torch.Tensor) -> None:
+        """Backward of one micro-batch, and the optimizer's step on the last of the step."""
+        self.deepspeed.backward(loss)
+        self.deepspeed.step()
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last step was skipped on all ranks, its gradient not being finite."""
+        return bool(getattr(self.deepspeed.optimizer, "overflow", False))
+
+    @property
+    def gradient_norm(self) -> float:
+        """Norm of the last step's whole gradient, before clipping."""
+        return float(self.deepspeed.get_global_grad_norm() or 0.0)
+
+    @torch.no_grad()
+    def update_ema(self, decay: float) -> None:
+        torch._foreach_lerp_(self.ema, self.flats, 1 - decay)
+
+    def state(self, kind: str) -> list[torch.Tensor]:
+        """This rank's flats of one of `KINDS`."""
+        if kind == WEIGHTS:
+            return self.flats
+        return self.ema if kind == EMA else [self.optimizer.state[flat][kind] for flat in self.flats]
+
+    @torch.no_grad()
+    def segments(self, kind: str) -> dict[Segment, torch.Tensor]:
+        """A clone on the host of this rank's part of one of `KINDS`, by segment."""
+        flats = [flat.detach().to("cpu", copy=True) for flat in self.state(kind)]
+        return {s: flats[s.flat][s.offset : s.offset + s.size] for s in self.table}
+
+    @torch.no_grad()
+    def full_ema(self) -> dict[str, torch.Tensor] | None:
+        """The EMA weights by parameter on rank 0, None elsewhere; collective."""
+        ours = (self.table, [flat.cpu() for flat in self.ema])
+        parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(ours, parts)
+        if parts is None:
+            return None
+        full = {name: torch.empty(shape.numel()) for name, shape in self.shapes.items()}
+        for table, flats in parts:
+            for s in table:
+                full[s.name][s.start : s.end] = flats[s.flat][s.offset : s.offset + s.size]
+        return {name: tensor.view(self.shapes[name]) for name, tensor in full.items()}
+
+    @torch.no_grad()
+    def fill(self, read: Read, adam_step: int) -> None:
+        """Overwrites this rank's part of all states with stored ones, reached by range, so at any world size and stage."""
+        for flat in self.flats:
+            self.optimizer.state[flat] = {"step": torch.tensor(float(adam_step))} | {
+                moment: torch.zeros_like(flat) for moment in MOMENTS
+            }
+        for kind in KINDS:
+            into = self.state(kind)
+            for s in self.table:
+                into[s.flat][s.offset : s.offset + s.size].copy_(read(kind, s.name, s.start, s.end))
+
+
+def connect(device: torch.device) -> None:
+    """Joins the process group that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)."""
+    deepspeed = _deepspeed(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+def start(model: nn.Module, settings: Train, device: torch.device, read: Read, adam_step: int) -> Engine:
+    """Shards `model`, which already holds the stored weights, and fills all states through `read`."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay, fused=True
+    )
+    names = {id(p): name for name, p in model.named_parameters()}
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    sharded, *_ = _deepspeed(device).initialize(
+        model=model, optimizer=optimizer, config=_config(settings), dist_init_required=False
+    )
+    zero = sharded.optimizer
+    if settings.zero_stage == 3:
+        flats, table = zero.fp32_partitioned_groups_flat, list(_table_of_stage_3(zero, names))
+    else:
+        flats, table = zero.single_partition_of_fp32_groups, list(_table_of_stages_1_and_2(zero, names))
+    engine = Engine(sharded, zero.optimizer, flats, [torch.zeros_like(f).detach() for f in flats], table, shapes)
+    engine.fill(read, adam_step)
+    return engine
+
+
+def _deepspeed(device: torch.device) -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _config(settings: Train) -> dict[str, Any]:
+    """DeepSpeed's dictionary, computed so that no file can disagree with the recipe."""
+    return {
+        "train_micro_batch_size_per_gpu": settings.batch_images // settings.lanes,
+        "gradient_accumulation_steps": settings.lanes // dist.get_world_size(),
+        "gradient_clipping": settings.clip,
+        "zero_optimization": {"stage": settings.zero_stage},
+        "bf16": {"enabled": settings.precision == "bf16", "check_grad_overflow": True},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def _table_of_stages_1_and_2(zero: Any, names: dict[int, str]) -> Iterator[Segment]:
+    """The parameters lie end to end in one flat buffer, which the ranks share in equal parts."""
+    rank = dist.get_rank()
+    for flat, (group, part) in enumerate(zip(zero.round_robin_bit16_groups, zero.partition_size, strict=True)):
+        first, last = rank * part, (rank + 1) * part
+        bounds = [0]
+        for parameter in group:
+            bounds.append(bounds[-1] + parameter.numel())
+        for parameter, (begin, end) in zip(group, pairwise(bounds), strict=True):
+            low, high = max(begin, first), min(end, last)
+            if low < high:
+                yield Segment(names[id(parameter)], low - begin, high - begin, flat, low - first)
+
+
+def _table_of_stage_3(zero: Any, names: dict[int, str]) -> Iterator[Segment]:
+    """Each parameter is split in equal parts, padded at the end; a rank's parts of all lie end to end."""
+    rank = dist.get_rank()
+    for flat, group in enumerate(zero.fp16_groups):
+        offset = 0
+        for parameter in group:
+            part = parameter.ds_tensor.numel()
+            low, high = rank * part, min((rank + 1) * part, parameter.ds_numel)
+            if low < high:
+                yield Segment(names[id(parameter)], low, high, flat, offset)
+            offset += part

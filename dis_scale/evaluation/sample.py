@@ -1,0 +1,114 @@
+"""Blocks of samples: block b of a published checkpoint is a function of (recipe, published weights, b), whoever draws it.
+
+A block holds samples [b S, (b + 1) S): their features, the judge's verdicts, and of the first ones the pictures for the grid.
+"""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dis_scale import checkpoint, diffusion, models
+from dis_scale.diffusion.generate import generate
+from dis_scale.errors import StorageError
+from dis_scale.evaluation.features import JUDGE, Extractor, load_classifier
+from dis_scale.models import Backbone
+from dis_scale.recipe import LatentShape, Recipe, TrainedExtractor
+from dis_scale.storage import Folder
+from dis_scale.vae import Vae, to_unit
+
+GRID = 100
+DECODE = 50
+"""Images decoded at once."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Features (S, d); `right` (S) whether the judge sees the class that was asked for, -1 without a judge; grid pictures."""
+
+    features: np.ndarray
+    right: np.ndarray
+    pictures: np.ndarray
+
+    def to_bytes(self) -> bytes:
+        buffer = io.BytesIO()
+        np.savez(buffer, features=self.features, right=self.right, pictures=self.pictures)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> "Block":
+        try:
+            with np.load(io.BytesIO(data)) as z:
+                return cls(z["features"], z["right"], z["pictures"])
+        except (ValueError, KeyError, OSError, EOFError) as error:
+            raise StorageError(f"{where}: damaged: {error}") from error
+
+
+@dataclass(frozen=True)
+class Studio:
+    """What drawing needs beside the weights: decoder, extractor and judge, loaded once a worker."""
+
+    recipe: Recipe
+    sweep: Folder
+    vae: Vae
+    extractor: Extractor
+    device: torch.device
+
+    def model(self, name: str, images: int) -> Backbone:
+        """A published model in evaluation; StorageError names a damaged one."""
+        weights = checkpoint.load_published(self.sweep / "runs" / name, images)
+        shape = self.vae.latent(self.recipe.data.resolution)
+        return load_model(self.recipe, name, shape, weights).to(self.device)
+
+    def draw(self, model: Backbone, name: str, block: int) -> Block:
+        """Samples of one block, guided, decoded and looked at."""
+        settings, classes = self.recipe.evaluate, self.recipe.data.num_classes
+        numbers = block_numbers(settings.samples, settings.block_images, block)
+        labels = [n % classes for n in numbers]
+        with torch.no_grad():
+            latents = generate(
+                model, diffusion.build(self.recipe.diffusion), labels, list(numbers), sampler=settings.sampler,
+                steps=settings.steps, guidance=settings.guidance, seed=self.recipe.seed, device=self.device,
+            )  # fmt: skip
+        pixels = np.concatenate([self.vae.decode(part) for part in latents.split(DECODE)])
+        return Block(self.extractor(pixels), self._judged(pixels, labels), pixels[: max(0, GRID - numbers.start)])
+
+    def _judged(self, pixels: np.ndarray, labels: list[int]) -> np.ndarray:
+        if not isinstance(self.recipe.evaluate.extractor, TrainedExtractor):
+            return np.full(len(labels), -1, np.int8)
+        judge, _ = load_classifier(self.sweep, JUDGE)
+        with torch.no_grad():
+            seen = judge(to_unit(pixels)).argmax(1).numpy()
+        return (seen == np.array(labels)).astype(np.int8)
+
+
+def load_model(recipe: Recipe, name: str, shape: LatentShape, weights: dict[str, torch.Tensor]) -> Backbone:
+    """A model with published weights, in evaluation."""
+    model = models.build(recipe.models[name], shape, recipe.data.num_classes, scan=recipe.train.scan)
+    model.load_state_dict(weights, strict=False)
+    missing = {n for n, _ in model.named_parameters()} ^ weights.keys()
+    if missing:
+        raise StorageError(f"published weights do not fit {name}: {sorted(missing)[:3]}")
+    return model.eval().requires_grad_(False)
+
+
+def block_numbers(samples: int, block_images: int, block: int) -> range:
+    return range(block * block_images, min((block + 1) * block_images, samples))
+
+
+def grid(pictures: np.ndarray, columns: int) -> bytes:
+    """A PNG of uint8 pictures (N, H, W, 3), row by row."""
+    n, height, width, _ = pictures.shape
+    rows = -(-n // columns)
+    sheet = np.zeros((rows * height, columns * width, 3), np.uint8)
+    for i, picture in enumerate(pictures):
+        y, x = divmod(i, columns)
+        sheet[y * height : (y + 1) * height, x * width : (x + 1) * width] = picture
+    buffer = io.BytesIO()
+    scale = max(1, 64 // height)
+    Image.fromarray(sheet).resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST).save(
+        buffer, "PNG"
+    )
+    return buffer.getvalue()

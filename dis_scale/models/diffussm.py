@@ -1,0 +1,121 @@
+"""DiffuSSM as specified here: gated bidirectional S4D with hourglass layers (after Yan, Gu and Rush, arXiv 2311.18257).
+
+No code was released; W4, the depths of S and L, and the zero-initialised final layer are ours. Axes: B samples, C channels,
+L pixels of the latent in raster order, G = L / M groups of M pixels, D width, S = 2D both directions side by side.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dis_scale.errors import UserError
+from dis_scale.models.dit import FREQUENCIES
+from dis_scale.models.s4d import S4D, convolve
+from dis_scale.models.tokens import Backbone, TimeEmbedding, modulate, zero_
+from dis_scale.recipe import DiffuSsm, LatentShape
+
+
+class BiS4D(nn.Module):
+    """Both directions' convolutions of (B, L, S), the first D channels forward, the others backward."""
+
+    def __init__(self, settings: DiffuSsm):
+        super().__init__()
+        self.rightward = S4D(settings.width, settings)
+        apart = settings.bidirectional and not settings.tied
+        self.leftward = S4D(settings.width, settings) if apart else None
+        self.bidirectional = settings.bidirectional
+
+    def forward(self, u_BLS: Tensor) -> Tensor:
+        spectrum, skip = self.rightward(u_BLS.shape[1])
+        if self.bidirectional:
+            back_spectrum, back_skip = (spectrum, skip) if self.leftward is None else self.leftward(u_BLS.shape[1])
+            spectrum = torch.cat([spectrum, back_spectrum.conj()], dim=1)
+            skip = torch.cat([skip, back_skip])
+        return convolve(u_BLS, spectrum, skip)
+
+
+class SlotLinear(nn.Module):
+    """A product of its own for each of the M slots of a group: (B, G, M, in) to (B, G, M, out)."""
+
+    def __init__(self, slots: int, inputs: int, outputs: int):
+        super().__init__()
+        bound = inputs**-0.5
+        self.weight = nn.Parameter(torch.empty(slots, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(slots, outputs).uniform_(-bound, bound))
+
+    def forward(self, y_BGMS: Tensor) -> Tensor:
+        return torch.einsum("bgmi,mio->bgmo", y_BGMS, self.weight) + self.bias
+
+
+class Block(nn.Module):
+    """Hourglass up, both scans at full length, hourglass down, gate; names as in the paper, W4 ours."""
+
+    def __init__(self, settings: DiffuSsm):
+        super().__init__()
+        D, self.M = settings.width, settings.hourglass
+        S = (2 if settings.bidirectional else 1) * D
+        self.W0 = nn.Linear(D, D)
+        self.W_up = nn.Linear(D, self.M * S)  # one product for all slots: they see the same group
+        self.scan = BiS4D(settings)
+        self.W_down = SlotLinear(self.M, S, 2 * D // self.M)
+        self.W1 = nn.Linear(D, D)
+        self.W2 = nn.Linear(2 * D, D)
+        self.W3 = nn.Linear(D, D)
+        self.W4 = nn.Linear(D, D)
+        self.modulation = nn.Linear(D, 3 * D)
+        zero_(self.modulation)
+
+    def forward(self, I_BGD: Tensor, c_BD: Tensor) -> Tensor:
+        shift_BD, scale_BD, gate_BD = self.modulation(F.silu(c_BD)).chunk(3, dim=1)
+        h_BGD = modulate(_norm(I_BGD), shift_BD, scale_BD)
+        B, G, D = h_BGD.shape
+        U_BLS = F.gelu(self.W_up(F.gelu(self.W0(h_BGD)))).reshape(B, G * self.M, -1)
+        Y_BGMS = self.scan(U_BLS).reshape(B, G, self.M, -1)
+        down_BGE = F.gelu(self.W_down(Y_BGMS)).reshape(B, G, 2 * D)
+        O_BGD = self.W4(self.W3(F.gelu(self.W2(down_BGE)) * F.gelu(self.W1(h_BGD))))
+        return torch.addcmul(I_BGD, gate_BD.unsqueeze(1), O_BGD)
+
+
+def _norm(x_BGD: Tensor) -> Tensor:
+    return F.layer_norm(x_BGD, x_BGD.shape[-1:], eps=1e-6)
+
+
+class DiffuSSM(Backbone):
+    """The model: no patches, but groups of M neighbours in raster order outside the scan."""
+
+    def __init__(self, settings: DiffuSsm, shape: LatentShape, num_classes: int | None, checkpointing: str):
+        super().__init__(shape, num_classes, patch=1)
+        D, M, C = settings.width, settings.hourglass, shape.channels
+        if shape.size**2 % M or 2 * D % M:
+            raise UserError(
+                f"hourglass {M} divides not both size x size = {shape.size**2} and twice the width = {2 * D}: "
+                "choose one that does"
+            )
+        self.settings, self.checkpointing = settings, checkpointing
+        self.embed = nn.Linear(C * M, D)
+        self.time = TimeEmbedding(FREQUENCIES, D, D)
+        self.label = None if num_classes is None else nn.Embedding(num_classes + 1, D)
+        self.blocks = nn.ModuleList([Block(settings) for _ in range(settings.depth)])
+        self.modulation = nn.Linear(D, 2 * D)
+        self.final = nn.Linear(D, M * 2 * C)
+        if self.label is not None:
+            nn.init.normal_(self.label.weight, std=0.02)
+        zero_(self.modulation, self.final)
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None, drop: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        self.check(x_BCHW, y_B)
+        c_BD = self.time(t_B)
+        if self.label is not None and y_B is not None:
+            c_BD = c_BD + self.label(y_B)
+        B, C, H, W = x_BCHW.shape
+        raster_BLC = x_BCHW.to(self.embed.bias.dtype).flatten(2).transpose(1, 2)
+        I_BGD = self.embed(raster_BLC.reshape(B, -1, C * self.settings.hourglass))
+        for block in self.blocks:
+            if self.checkpointing == "block" and torch.is_grad_enabled():
+                I_BGD = checkpoint(block, I_BGD, c_BD, use_reentrant=False, preserve_rng_state=False)
+            else:
+                I_BGD = block(I_BGD, c_BD)
+        shift_BD, scale_BD = self.modulation(F.silu(c_BD)).chunk(2, dim=1)
+        out_BGP = self.final(modulate(_norm(I_BGD), shift_BD, scale_BD))
+        return out_BGP.reshape(B, H * W, 2 * C).transpose(1, 2).reshape(B, 2 * C, H, W)

@@ -1,0 +1,128 @@
+"""S4D: a diagonal state space as a long convolution (Gu, Gupta, Goel and Re 2022), and its recurrence, the definition.
+
+N real states are N / 2 complex modes, conjugates counted by the factor 2 Re. Parameters are real; kernel and FFT are float32
+(float64 for float64 weights). Axes: B samples, L time, H channels, M modes. Read next: diffussm.py.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dis_scale.recipe import DiffuSsm
+
+CHUNK = 2**24
+"""Complex numbers of the Vandermonde product held at once: 128 MB; all of it is 1.2 GB at 1152 channels and 4096 taps."""
+
+
+def initial_modes(init: str, N: int) -> tuple[Tensor, Tensor]:
+    """A and B (M,), complex128, of the initialisations lin, inv and legs of the S4D paper.
+
+    legs takes the eigenvalues of the normal part of HiPPO-LegS; B's phases are left out there: C's are random.
+    """
+    n = torch.arange(N // 2, dtype=torch.float64)
+    if init == "legs":
+        frequencies, weights = _legs(N)
+        return torch.complex(torch.full_like(n, -0.5), torch.from_numpy(frequencies)), torch.from_numpy(weights) + 0j
+    imaginary = math.pi * n if init == "lin" else N / math.pi * (N / (2 * n + 1) - 1)
+    return torch.complex(torch.full_like(n, -0.5), imaginary), torch.ones_like(n) + 0j
+
+
+def _legs(N: int) -> tuple[np.ndarray, np.ndarray]:
+    """Frequencies (M,), rising, and |V* B| of HiPPO-LegS: A + P P^T = -1/2 + a skew matrix, P = sqrt(n + 1/2)."""
+    root = np.sqrt(2 * np.arange(N, dtype=np.float64) + 1)
+    products = np.outer(root, root) / 2
+    skew = np.triu(products, 1) - np.tril(products, -1)
+    frequencies, vectors = np.linalg.eigh(-1j * skew)
+    return frequencies[N // 2 :], np.abs(vectors.conj().T @ root)[N // 2 :]
+
+
+class S4D(nn.Module):
+    """One direction's H independent state spaces; `forward` gives the kernel's spectrum, `recurrence` is the reference."""
+
+    def __init__(self, channels: int, settings: DiffuSsm):
+        super().__init__()
+        H, M = channels, settings.state_size // 2
+        A_M, B_M = initial_modes(settings.init, settings.state_size)
+        low, high = math.log(settings.dt_min), math.log(settings.dt_max)
+        self.log_dt = nn.Parameter(torch.empty(H).uniform_(low, high))
+        self.log_neg_re = nn.Parameter(_rows((-A_M.real).log(), H))
+        self.im = nn.Parameter(_rows(A_M.imag, H))
+        self.B = nn.Parameter(_rows(torch.view_as_real(B_M), H))
+        self.C = nn.Parameter(torch.randn(H, M, 2) * 0.5**0.5)
+        self.D = nn.Parameter(torch.randn(H))
+
+    def forward(self, length: int) -> tuple[Tensor, Tensor]:
+        """The spectrum (L + 1, H) of the kernel padded to 2L, and the skip D (H)."""
+        kernel_HL = self.kernel(length)
+        return torch.fft.rfft(kernel_HL, n=2 * length).T, self.D.to(kernel_HL.dtype)
+
+    def kernel(self, length: int) -> Tensor:
+        """K (H, L): 2 Re sum_n C_n B_n (exp(dt A_n) - 1) / A_n exp(l dt A_n), in chunks over n."""
+        dtA_HM, dB_HM = self.discrete()
+        weights_HM = _complex(self.C) * dB_HM
+        taps_L = torch.arange(length, dtype=self._dtype(), device=self.D.device)
+        H, M = weights_HM.shape
+        size = max(1, CHUNK // (H * length))
+        if size >= M:
+            return _vandermonde(weights_HM, dtA_HM, taps_L)
+        # Kept for the backward pass, the chunks would be as large as the whole: each is computed again there.
+        pairs = zip(weights_HM.split(size, 1), dtA_HM.split(size, 1), strict=True)
+        terms = [
+            checkpoint(_vandermonde, w, a, taps_L, use_reentrant=False, preserve_rng_state=False) for w, a in pairs
+        ]
+        return torch.stack(terms).sum(0)
+
+    def discrete(self) -> tuple[Tensor, Tensor]:
+        """dt A and B's zero-order hold, (H, M) complex."""
+        dtype = self._dtype()
+        A_HM = torch.complex(-self.log_neg_re.to(dtype).exp(), self.im.to(dtype))
+        dtA_HM = self.log_dt.to(dtype).exp()[:, None] * A_HM
+        return dtA_HM, _complex(self.B) * _expm1(dtA_HM) / A_HM
+
+    def recurrence(self, u_BLH: Tensor) -> Tensor:
+        """y (B, L, H), step by step: x <- dA x + dB u; y = 2 Re(C x) + D u, read from the updated state."""
+        dtA_HM, dB_HM = self.discrete()
+        dA_HM, C_HM = dtA_HM.exp(), _complex(self.C)
+        x_BHM, ys = torch.zeros_like(dB_HM).expand(len(u_BLH), -1, -1), []
+        for u_BH in u_BLH.unbind(1):
+            x_BHM = dA_HM * x_BHM + dB_HM * u_BH[:, :, None]
+            ys.append(2 * (C_HM * x_BHM).sum(2).real + self.D * u_BH)
+        return torch.stack(ys, dim=1)
+
+    def _dtype(self) -> torch.dtype:
+        return torch.promote_types(self.D.dtype, torch.float32)
+
+
+def convolve(u_BLH: Tensor, spectrum_KH: Tensor, D_H: Tensor) -> Tensor:
+    """The convolution with a kernel of that spectrum, plus D u, in u's type.
+
+    The conjugate spectrum runs it backward: flip, convolve, flip, inclusive (the tap 0 at the position itself in both).
+    """
+    L = u_BLH.shape[1]
+    wide_BLH = u_BLH.to(D_H.dtype)
+    y_BLH = torch.fft.irfft(torch.fft.rfft(wide_BLH, n=2 * L, dim=1) * spectrum_KH, n=2 * L, dim=1)[:, :L]
+    return torch.addcmul(y_BLH, D_H, wide_BLH).to(u_BLH.dtype)
+
+
+def _vandermonde(weights_HM: Tensor, dtA_HM: Tensor, taps_L: Tensor) -> Tensor:
+    powers_HML = torch.exp(dtA_HM[:, :, None] * taps_L)
+    return 2 * torch.einsum("hm,hml->hl", weights_HM, powers_HML).real
+
+
+def _expm1(z: Tensor) -> Tensor:
+    """exp(z) - 1 without the cancellation at small z, which float32 would feel at dt = 1e-3."""
+    half_sine = torch.sin(z.imag / 2)
+    real = torch.expm1(z.real) * torch.cos(z.imag) - 2 * half_sine * half_sine
+    return torch.complex(real, z.real.exp() * torch.sin(z.imag))
+
+
+def _complex(x_HM2: Tensor) -> Tensor:
+    return torch.view_as_complex(x_HM2.to(torch.promote_types(x_HM2.dtype, torch.float32)).contiguous())
+
+
+def _rows(row: Tensor, H: int) -> Tensor:
+    """The same row for each channel, float32."""
+    return row.to(torch.get_default_dtype()).to(torch.empty(0).device).expand(H, *row.shape).clone()

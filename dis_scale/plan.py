@@ -1,0 +1,62 @@
+"""What a sweep will cost, said before it starts. Nothing here is measured: counts and arithmetic."""
+
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from dis_scale.engine import KINDS
+from dis_scale.models.cost import Cost, cost
+from dis_scale.recipe import LatentShape, Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The price of each model, by name, in the recipe's order."""
+
+    recipe: Recipe
+    shape: LatentShape
+    costs: dict[str, Cost]
+
+    def parameters(self) -> dict[str, dict[str, object]]:
+        """What MLflow keeps of each model."""
+        train = self.recipe.train
+        return {
+            name: {
+                "gmacs_forward": round(c.gmacs_forward, 6), "parameters": c.parameters, "tokens": c.tokens,
+                "global_batch": train.batch_images, "seed": self.recipe.seed, "kind": self.recipe.models[name].kind,
+                "images": train.images,
+            }
+            for name, c in self.costs.items()
+        }  # fmt: skip
+
+
+def plan(recipe: Recipe, shape: LatentShape) -> Plan:
+    """The plan of a recipe whose latents have this shape; UserError for a model that does not fit them."""
+    return Plan(
+        recipe, shape, {name: cost(model, shape, recipe.data.num_classes) for name, model in recipe.models.items()}
+    )
+
+
+def table(plan: Plan) -> Table:
+    """A row a model: what it is, what one image costs, what its training costs, what a resume point takes."""
+    train = plan.recipe.train
+    steps = train.images // train.batch_images
+    caption = (
+        f"batch {train.batch_images} = {train.workers} workers x {train.lanes // train.workers} accumulated x "
+        f"{train.batch_images // train.lanes}; {train.images:,} images = {steps:,} steps; ZeRO stage {train.zero_stage}, "
+        f"{train.precision}; Gflops are multiply-adds (DiT's convention)"
+    )
+    out = Table(
+        title=f"plan of {plan.recipe.name}: latents {plan.shape.channels}x{plan.shape.size}x{plan.shape.size}",
+        caption=caption,
+    )
+    for column in ("model", "kind", "parameters", "tokens", "Gflops", "training PFLOP", "resume point"):
+        out.add_column(column, justify="left" if column in ("model", "kind") else "right")
+    for name, c in plan.costs.items():
+        petaflop = 2 * c.gmacs_training * train.images / 1e6
+        state = c.parameters * 4 * len(KINDS)
+        out.add_row(
+            name, plan.recipe.models[name].kind, f"{c.parameters:,}", str(c.tokens), f"{c.gmacs_forward:.4g}",
+            f"{petaflop:.3g}", f"{state / 1e6:,.1f} MB",
+        )  # fmt: skip
+    return out

@@ -1,0 +1,222 @@
+"""The door to object storage: read, write, list; put whole or not at all; create only if absent; retry what passes.
+
+A sweep's state is files below one URL (a local path, `s3://bucket/prefix`, any fsspec store) and lives nowhere else. What is
+written appears whole: on disk through a temporary file and a rename, in an object store by its nature.
+
+Learnt the hard way: fsspec's local `mode="create"` is not atomic, so disk goes through `os.link`; Ceph's gateway answers a lost
+`If-None-Match` race with a 412 that s3fs raises as OSError(EINVAL) instead of FileExistsError; a multipart upload ignores
+`If-None-Match` there, so `create` is for small objects.
+"""
+
+import errno
+import json
+import os
+import random
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+from dis_scale.errors import DisScaleError, StorageError, UserError
+
+T = TypeVar("T")
+
+_TRIES = 5
+_FIRST_PAUSE_S = 0.2
+_TEMPORARY = ".part-"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder in storage, named by its URL; `folder / "a/b"` is one inside it. Paths given to its methods are relative to it.
+
+    Every method raises StorageError with the object and the cause; a missing object is a FileNotFoundError.
+    """
+
+    url: str
+
+    def __truediv__(self, name: str) -> "Folder":
+        return Folder(f"{self.url}/{name}")
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        return self.url.rsplit("/", 1)[-1]
+
+    @property
+    def local(self) -> Path | None:
+        """The folder as a local path, or None in an object store."""
+        return (
+            Path(self.url.removeprefix("file://")) if "://" not in self.url or self.url.startswith("file://") else None
+        )
+
+    def read(self, path: str) -> bytes:
+        return self._do("read", path, lambda fs, full: fs.cat_file(full))
+
+    def read_json(self, path: str) -> Any:
+        data = self.read(path)
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise StorageError(f"{self.url}/{path}: damaged: not JSON ({error})") from error
+
+    def write(self, path: str, data: bytes) -> None:
+        """Puts the object whole or not at all, over an older one if there is one."""
+        if self.local:
+            self._do("write", path, lambda _, full: _replace(Path(full), data))
+        else:
+            self._do("write", path, lambda fs, full: fs.pipe_file(full, data))
+
+    def write_json(self, path: str, value: Any) -> None:
+        self.write(path, (json.dumps(value, indent=1) + "\n").encode())
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Puts the object only where there is none; False where another was first. For small objects."""
+        try:
+            if self.local:
+                self._do("create", path, lambda _, full: _link(Path(full), data))
+            else:
+                self._do("create", path, lambda fs, full: fs.pipe_file(full, data, mode="create"))
+        except FileExistsError:
+            return False
+        return True
+
+    def exists(self, path: str) -> bool:
+        return self._do("look up", path, lambda fs, full: fs.exists(full))
+
+    def list(self, path: str = "") -> list[str]:
+        """Sorted names directly below `path`; nothing where it does not exist. Half-written files are not listed."""
+        try:
+            found = self._do("list", path, lambda fs, full: fs.ls(full, detail=False))
+        except FileNotFoundError:
+            return []
+        names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in found if not entry.endswith(f"/{path}/")}
+        return sorted(name for name in names if _TEMPORARY not in name)
+
+    def delete(self, path: str = "") -> None:
+        """Deletes an object or a folder with all below it; nothing where there is none."""
+        try:
+            self._do("delete", path, lambda fs, full: fs.rm(full, recursive=True))
+        except FileNotFoundError:
+            return
+
+    def require_usable(self) -> None:
+        """Raises UserError where the folder cannot be written, read or cannot create only if absent."""
+        probe, data = f".probe-{uuid.uuid4().hex}", b"dis-scale looks whether it can write here\n"
+        try:
+            first, second = self.create(probe, data), self.create(probe, data)
+            same = self.read(probe) == data
+            self.delete(probe)
+        except (DisScaleError, OSError, ValueError, TypeError) as error:
+            raise UserError(f"storage {self.url} cannot be used: {_cause(error)}") from error
+        if not (first and same) or second:
+            raise UserError(
+                f"storage {self.url} does not create objects only if absent (If-None-Match), which keeps two runs from "
+                "writing over each other: use a local folder, S3 or Ceph"
+            )
+
+    def _do(self, verb: str, path: str, action: Callable[[Any, str], T]) -> T:
+        full = f"{self.url}/{path}" if path else self.url
+        try:
+            fs, _, (inner,) = fsspec.get_fs_token_paths(full, storage_options=_options(full))
+        except (ImportError, ValueError) as error:
+            raise UserError(f"storage {full}: {error}") from error
+        return _with_retries(lambda: action(fs, inner), f"cannot {verb} {full}")
+
+
+def folder(url: str | os.PathLike) -> Folder:
+    """The folder at a URL or local path (made absolute)."""
+    text = os.fspath(url).rstrip("/")
+    if text.startswith("file://") or "://" not in text:
+        text = str(Path(text.removeprefix("file://")).expanduser().absolute())
+    return Folder(text)
+
+
+def _options(url: str) -> dict[str, Any]:
+    """A listing must show what other processes wrote a moment ago; one layer less of retries below ours and s3fs's own."""
+    retries = {"retries": {"mode": "standard", "total_max_attempts": 1}, "connect_timeout": 10}
+    return {"use_listings_cache": False, "config_kwargs": retries} if url.startswith("s3://") else {}
+
+
+def _with_retries(action: Callable[[], T], what: str) -> T:
+    for attempt in range(_TRIES):
+        try:
+            return action()
+        except (FileNotFoundError, FileExistsError):
+            raise
+        except Exception as error:
+            if _precondition_failed(error):
+                raise FileExistsError(what) from error
+            if attempt == _TRIES - 1 or not _may_pass(error):
+                raise StorageError(f"{what}: {_cause(error)}") from error
+        time.sleep(_FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))  # full jitter: many workers meet one store
+    raise AssertionError("unreachable")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether trying again can help: not for a wrong key, a full disk or a programming mistake."""
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    status = _http_status(error)
+    if status is not None:
+        return status >= 500 or status in (408, 429)
+    return type(error).__module__.startswith(("botocore", "aiohttp")) or getattr(error, "errno", None) == errno.EIO
+
+
+def _http_status(error: BaseException) -> int | None:
+    for link in (error, error.__cause__):
+        response = getattr(link, "response", None)
+        if isinstance(response, dict):
+            return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return None
+
+
+def _precondition_failed(error: Exception) -> bool:
+    return _http_status(error) in (409, 412)
+
+
+def _cause(error: BaseException) -> str:
+    if isinstance(error, DisScaleError):
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return "there is no such bucket or folder, and it cannot be made"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "no space left on the device: free some, then give the same command again"
+    if isinstance(error, PermissionError) or _http_status(error) == 403:
+        return f"permission denied: check the key and its rights ({' '.join(str(error).split())})"
+    if type(error).__name__ == "NoCredentialsError":
+        return "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _temporary(path: Path, data: bytes) -> Path:
+    """The data beside `path` under a name that no listing shows, on the disk and not only in its cache."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}{_TEMPORARY}{uuid.uuid4().hex}")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    return part
+
+
+def _replace(path: Path, data: bytes) -> None:
+    _temporary(path, data).replace(path)
+
+
+def _link(path: Path, data: bytes) -> None:
+    part = _temporary(path, data)
+    try:
+        os.link(part, path)
+    finally:
+        part.unlink()

@@ -1,0 +1,224 @@
+"""The whole way, stage by stage: labelled images to the curve of Gflops against distance. `python -m dis_scale.sweep RECIPE`.
+
+Again is safe: the same command, given again after any accident, does what is left and nothing twice. Each stage is a Ray job
+(pipelines/); what is done is read from storage and nowhere else. Read next: recipe.py, pipelines/train.py, train.py.
+"""
+
+import contextlib
+import json
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from dis_scale import plan as plans
+from dis_scale import recipe as recipes
+from dis_scale import report as reports
+from dis_scale import tracking, vae
+from dis_scale.errors import DisScaleError, Preempted, UserError
+from dis_scale.evaluation import results
+from dis_scale.plan import Plan
+from dis_scale.progress import Board
+from dis_scale.recipe import Recipe
+from dis_scale.storage import Folder, folder
+from pipelines import jobs
+from pipelines.jobs import Cluster, Job
+from pipelines.stage import PROGRESS
+
+LOOK_EVERY_S = 0.5
+STORED = "recipe.yaml"
+
+
+@dataclass
+class Sweep:
+    """One sweep under way."""
+
+    recipe: Recipe
+    folder: Folder
+    plan: Plan
+    board: Board
+    jobs: list[Job] = field(default_factory=list)
+    asked_to_stop: bool = False
+
+
+def run(recipe: Recipe, console: Console) -> None:
+    """Runs what is left of a sweep and makes its report; DisScaleError where a stage or a model failed."""
+    recipe, store = _resolve(recipe)
+    sweep_folder = store / "sweeps" / recipe.name
+    console.print(f"sweep    {sweep_folder}", highlight=False, soft_wrap=True)
+    _require_same_identity(sweep_folder, recipe)
+    plan = plans.plan(recipe, vae.latent_shape(recipe.vae, recipe.data.resolution))
+    console.print(plans.table(plan))
+    with Board(console) as board:
+        sweep = Sweep(recipe, sweep_folder, plan, board)
+        if results.finished(sweep_folder, recipe) and sweep_folder.exists(f"report/{reports.NAME}.csv"):
+            board.say("nothing to do: every model is trained and evaluated at every published count")
+        else:
+            _work(sweep, store)
+    _closing_words(sweep, console)
+
+
+def _work(sweep: Sweep, store: Folder) -> None:
+    """All stages, on the Ray that this process runs on or on one of our own."""
+    store.require_usable()
+    sweep.folder.write(STORED, recipes.dump(sweep.recipe).encode())
+    uri = sweep.recipe.tracking.uri or tracking.default_uri(store)
+    tracking.begin(sweep.folder, uri, sweep.plan.parameters())
+    sweep.board.say(f"tracking {uri}")
+    with _obeying_signals(sweep), jobs.cluster(sweep.recipe) as cluster:
+        sweep.board.say(f"ray      {cluster.described}")
+        try:
+            _stage(sweep, cluster, "prepare")
+            _stage(sweep, cluster, "precompute")
+            failed = _train_and_evaluate(sweep, cluster)
+        except BaseException:
+            grace_s = (
+                sweep.recipe.grace_s + 5 if cluster.ours else 0.0
+            )  # a Ray of our own ends with us: wait for its jobs
+            jobs.stop(sweep.jobs, grace_s)
+            raise
+    _report(sweep)
+    if failed:
+        raise DisScaleError(
+            "; ".join(f"{name} failed: {why}" for name, why in failed.items())
+            + "; give the same command again to go on"
+        )
+
+
+def _stage(sweep: Sweep, cluster: Cluster, name: str) -> None:
+    """Runs one stage to its end."""
+    job = _submit(sweep, cluster, name)
+    while not job.ended():
+        _look(sweep, job, name)
+        time.sleep(LOOK_EVERY_S)
+    _look(sweep, job, name)
+    if job.status() != "SUCCEEDED":
+        raise DisScaleError(f"{name} failed: {job.why()}")
+
+
+def _train_and_evaluate(sweep: Sweep, cluster: Cluster) -> dict[str, str]:
+    """Models in the recipe's order, as many at once as there is room for, and the evaluation beside them; (what failed, why)."""
+    waiting = [m for m in sweep.recipe.models if not _trained(sweep, m)]
+    for model in waiting:
+        (sweep.folder / "runs" / model).delete(results.ENDED)
+    evaluation = _submit(sweep, cluster, "evaluate")
+    training: dict[str, Job] = {}
+    failed: dict[str, str] = {}
+    while waiting or training or not evaluation.ended():
+        while waiting and len(training) < cluster.room:
+            model = waiting.pop(0)
+            training[model] = _submit(sweep, cluster, "train", model)
+        time.sleep(LOOK_EVERY_S)
+        _look(sweep, evaluation, "evaluate")
+        for model, job in list(training.items()):
+            over = job.ended()
+            _look(sweep, job, f"train {model}")
+            if over:
+                del training[model]
+                if job.status() != "SUCCEEDED":
+                    failed[model] = job.why()
+                    sweep.board.say(f"train {model} failed: {failed[model]}")
+                    (sweep.folder / "runs" / model).write_json(results.ENDED, {"why": failed[model]})
+    if evaluation.status() != "SUCCEEDED":
+        failed["evaluate"] = evaluation.why()
+    return failed
+
+
+def _submit(sweep: Sweep, cluster: Cluster, stage: str, *arguments: str) -> Job:
+    job = jobs.submit(cluster, sweep.recipe, sweep.folder, stage, *arguments)
+    sweep.jobs.append(job)
+    sweep.board.say(
+        f"{' '.join([stage, *arguments])}: Ray job {job.id}{'' if job.ours else ' (running already: joined)'}"
+    )
+    return job
+
+
+def _look(sweep: Sweep, job: Job, name: str) -> None:
+    """Shows what the job said since the last look; leaves where somebody asked this process to stop."""
+    if sweep.asked_to_stop:
+        raise Preempted("stopped as asked; give the same command again to go on")
+    for line in job.lines():
+        if line.startswith(PROGRESS):
+            sweep.board.update(name, **json.loads(line.removeprefix(PROGRESS)))
+        elif not line.startswith("error: "):
+            sweep.board.say(f"  {line}")
+
+
+def _trained(sweep: Sweep, model: str) -> bool:
+    last = sweep.folder / "runs" / model / "published" / f"{sweep.recipe.train.images:012d}"
+    return last.exists("manifest.json")
+
+
+def _report(sweep: Sweep) -> None:
+    found = reports.collect(sweep.folder, sweep.plan)
+    files = reports.write(sweep.folder, found)
+    projection = tracking.Projection(sweep.folder, None)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, data in files.items():
+            (Path(scratch) / name).write_bytes(data)
+            projection.send_file(Path(scratch) / name, "report")
+    if not found.failed:
+        projection.finish("FINISHED")
+
+
+def _closing_words(sweep: Sweep, console: Console) -> None:
+    console.print(reports.table(reports.collect(sweep.folder, sweep.plan)))
+    uri = sweep.folder.read_json(tracking.FILE)["uri"]
+    console.print(f"figure   {sweep.folder}/report/{reports.NAME}.png", highlight=False, soft_wrap=True)
+    console.print(
+        f"mlflow   {Path(sys.executable).with_name('mlflow')} ui --backend-store-uri {uri}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _resolve(recipe: Recipe) -> tuple[Recipe, Folder]:
+    """The recipe with an absolute storage root, and that root; says so where a root was moved."""
+    store = folder(jobs.require_root(recipe))
+    return recipe.model_copy(update={"storage": recipe.storage.model_copy(update={"root": store.url})}), store
+
+
+def _require_same_identity(sweep: Folder, recipe: Recipe) -> None:
+    """UserError with the differences where the sweep of this name was begun as another one."""
+    try:
+        if not sweep.exists(STORED):
+            return
+        stored = recipes.parse(sweep.read(STORED).decode(), f"{sweep}/{STORED}")
+    except UserError as error:
+        raise UserError(f"{error}; the stored recipe is from another version: give this sweep another name") from error
+    except DisScaleError as error:
+        raise UserError(f"storage cannot be used: {error}") from error
+    if differences := recipes.identity_differences(stored, recipe):
+        shown = "\n".join(f"  {line}" for line in differences[:10])
+        raise UserError(
+            f"{sweep} was begun with another recipe; give this one another name, or the stored values:\n{shown}"
+        )
+
+
+@contextlib.contextmanager
+def _obeying_signals(sweep: Sweep) -> Iterator[None]:
+    """SIGTERM and SIGINT ask the sweep to stop its jobs and leave; a second one is obeyed at once."""
+
+    def ask(number: int, _: FrameType | None) -> None:
+        if sweep.asked_to_stop:
+            signal.default_int_handler(number, None)
+        sweep.asked_to_stop = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    from dis_scale.cli import main
+
+    main(["sweep", *sys.argv[1:]])

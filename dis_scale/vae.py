@@ -1,0 +1,134 @@
+"""The door to diffusers: an AutoencoderKL that encodes images to posterior moments and decodes latents.
+
+Whether it was trained by the sweep or is Stable Diffusion's makes no difference from here on.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from diffusers import AutoencoderKL
+
+from dis_scale import manifest
+from dis_scale.errors import UserError
+from dis_scale.recipe import LatentShape, PretrainedVae, TrainedVae
+from dis_scale.storage import Folder
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Vae:
+    """An AutoencoderKL in evaluation, with its latents' scale and shift: z <- (z - shift) scale."""
+
+    net: AutoencoderKL
+
+    @property
+    def scale(self) -> float:
+        return float(self.net.config.scaling_factor)
+
+    @property
+    def shift(self) -> float:
+        return float(self.net.config.get("shift_factor") or 0.0)
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent position."""
+        return 2 ** (len(self.net.config.block_out_channels) - 1)
+
+    def latent(self, resolution: int) -> LatentShape:
+        """The latents' shape for images of `resolution` pixels a side."""
+        return LatentShape(int(self.net.config.latent_channels), resolution // self.factor)
+
+    def identity(self) -> str:
+        """sha256 over the configuration and the weights."""
+        config = {k: v for k, v in sorted(self.net.config.items()) if not k.startswith("_")}
+        total = hashlib.sha256(json.dumps(config, default=str).encode())
+        for name, tensor in sorted(self.net.state_dict().items()):
+            total.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return total.hexdigest()
+
+    @torch.no_grad()
+    def encode(self, pixels_BHWC: np.ndarray) -> torch.Tensor:
+        """Posterior moments (B, 2C, h, w), mean and log-variance, of uint8 images (B, H, W, 3)."""
+        moments = self.net.encode(to_unit(pixels_BHWC).to(self.net.device)).latent_dist
+        return torch.cat([moments.mean, moments.logvar], dim=1)
+
+    @torch.no_grad()
+    def decode(self, latents_BCHW: torch.Tensor) -> np.ndarray:
+        """uint8 images (B, H, W, 3) of scaled latents."""
+        images = self.net.decode(latents_BCHW / self.scale + self.shift).sample
+        return to_pixels(images)
+
+
+def to_unit(pixels_BHWC: np.ndarray) -> torch.Tensor:
+    """uint8 (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels_BHWC.transpose(0, 3, 1, 2))).float().div_(127.5).sub_(1)
+
+
+def to_pixels(images_BCHW: torch.Tensor) -> np.ndarray:
+    """float (B, 3, H, W) in [-1, 1] to uint8 (B, H, W, 3)."""
+    return images_BCHW.add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def new(settings: TrainedVae, resolution: int) -> AutoencoderKL:
+    """An untrained small autoencoder; its factor is 2 ** (len(widths) - 1)."""
+    levels = len(settings.widths)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=settings.widths, latent_channels=settings.latent_channels, layers_per_block=1,
+        norm_num_groups=8, sample_size=resolution,
+    )  # fmt: skip
+
+
+def save(folder: Folder, net: AutoencoderKL) -> None:
+    """Puts the autoencoder into storage in diffusers' layout."""
+    config = json.dumps(
+        {k: v for k, v in net.config.items() if not k.startswith("_")} | {"_class_name": "AutoencoderKL"}, indent=1
+    )
+    weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+    manifest.put(folder, {CONFIG: config.encode(), WEIGHTS: safetensors.torch.save(weights)})
+
+
+def latent_shape(settings: TrainedVae | PretrainedVae, resolution: int) -> LatentShape:
+    """The latents' shape before there is a VAE, from its settings or its configuration; UserError where the images do not fit."""
+    if isinstance(settings, TrainedVae):
+        channels, levels = settings.latent_channels, len(settings.widths)
+    else:
+        config = _from_path(AutoencoderKL.load_config, settings)
+        channels, levels = config["latent_channels"], len(config["block_out_channels"])
+    factor = 2 ** (levels - 1)
+    if resolution % factor:
+        raise UserError(f"data.resolution: {resolution} is not a multiple of the VAE's factor {factor}")
+    return LatentShape(channels, resolution // factor)
+
+
+def load(settings: TrainedVae | PretrainedVae, sweep: Folder) -> Vae:
+    """The sweep's autoencoder: what the prepare stage stored, or a ready one from a local folder or hub id."""
+    if isinstance(settings, TrainedVae):
+        net = _stored(sweep / "vae")
+    else:
+        net = _from_path(AutoencoderKL.from_pretrained, settings)
+    return Vae(net.eval().requires_grad_(False))
+
+
+def _stored(folder: Folder) -> AutoencoderKL:
+    found = manifest.find(folder)
+    if found is None:
+        raise UserError(f"{folder}: no VAE there: the prepare stage has not finished")
+    net = AutoencoderKL.from_config(json.loads(manifest.read(folder, CONFIG, found)))
+    net.load_state_dict(safetensors.torch.load(manifest.read(folder, WEIGHTS, found)))
+    return net
+
+
+def _from_path(read: Callable[..., Any], settings: PretrainedVae) -> Any:
+    try:
+        return read(settings.path, subfolder=settings.subfolder)
+    except (OSError, ValueError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise UserError(f"vae.path: no AutoencoderKL at {settings.path!r} (folder or hub id): {first}") from error

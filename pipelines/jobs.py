@@ -1,0 +1,256 @@
+"""Ray's job API: start a Ray of our own or take the one that we run on, submit stages, watch and stop them.
+
+Learnt the hard way: two raylets on one machine collide on the dashboard agent's port unless each gets its own; a job's driver has 3 s
+between SIGTERM and SIGKILL unless RAY_JOB_STOP_WAIT_TIME_S is in its environment; an id stays taken after its job has ended; a child
+job without a runtime environment runs in the cluster's own folder, on other code. We never run `ray stop`: it ends every Ray here.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from dis_scale.errors import DisScaleError, UserError
+from dis_scale.recipe import Recipe
+from dis_scale.storage import Folder
+
+START_TIMEOUT_S = 90.0
+ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
+
+
+@dataclass
+class Cluster:
+    """A Ray that jobs can be submitted to."""
+
+    client: JobSubmissionClient
+    runtime_env: dict[str, Any]
+    described: str
+    ours: bool
+    room: int
+    """How many trainings fit beside each other."""
+
+
+@dataclass
+class Job:
+    """A stage's job; `ours` is false where another sweep submitted it first and this one only looks on."""
+
+    cluster: Cluster
+    id: str
+    ours: bool
+    _read: int = 0
+    _tail: list[str] = field(default_factory=list)
+
+    def status(self) -> JobStatus:
+        return self.cluster.client.get_job_status(self.id)
+
+    def ended(self) -> bool:
+        return self.status() in ENDED
+
+    def lines(self) -> list[str]:
+        """Whole lines that the job has printed since the last call."""
+        try:
+            text = self.cluster.client.get_job_logs(self.id)
+        except RuntimeError:
+            return []  # its agent is starting or has gone; the status says which
+        end = text.rfind("\n") + 1
+        fresh, self._read = text[self._read : end].splitlines(), end
+        self._tail = (self._tail + fresh)[-30:]
+        return fresh
+
+    def why(self) -> str:
+        """What a job that ended says of it: its own error line, else Ray's."""
+        self.lines()
+        errors = [line.removeprefix("error: ") for line in self._tail if line.startswith("error: ")]
+        return errors[-1] if errors else (self.cluster.client.get_job_info(self.id).message or "no message").strip()
+
+    def stop(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self.cluster.client.stop_job(self.id)
+
+
+@contextlib.contextmanager
+def cluster(recipe: Recipe) -> Iterator[Cluster]:
+    """The Ray that this process runs on (RAY_ADDRESS), else one of our own that ends with this block and with this process."""
+    if address := os.environ.get("RAY_ADDRESS"):
+        yield _joined(address, recipe)
+        return
+    folder = Path(tempfile.mkdtemp(prefix="dis-scale-ray-", dir="/tmp"))  # Ray's sockets need a short path
+    head = None
+    try:
+        head, dashboard = _start_head(recipe, folder)
+        yield Cluster(_client(dashboard), {}, f"a local Ray that this command started ({dashboard})", True, 1)
+    finally:
+        if head:
+            head.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                head.wait(20)
+            head.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def submit(cluster: Cluster, recipe: Recipe, sweep: Folder, stage: str, *arguments: str) -> Job:
+    """Submits the stage's next attempt, or joins the one that runs.
+
+    Ray admits one of several that submit an id; the others join it. No id is ever used again.
+    """
+    key = hashlib.sha256(sweep.url.encode()).hexdigest()[:8]
+    prefix = "-".join([recipe.name, key, stage, *arguments])
+    attempts = {
+        int(job.submission_id.rsplit("-", 1)[1]): job
+        for job in cluster.client.list_jobs()
+        if job.submission_id and job.submission_id.rpartition("-")[0] == prefix
+    }
+    last = max(attempts, default=0)
+    if last and attempts[last].status not in ENDED:
+        return Job(cluster, f"{prefix}-{last}", ours=False)
+    return _submit(cluster, recipe, f"{prefix}-{last + 1}", [f"pipelines.{stage}", sweep.url, *arguments])
+
+
+def _submit(cluster: Cluster, recipe: Recipe, name: str, command: list[str]) -> Job:
+    variables = cluster.runtime_env.get("env_vars", {}) | {
+        "RAY_JOB_STOP_WAIT_TIME_S": str(int(recipe.grace_s)), "PYTHONUNBUFFERED": "1",
+    }  # fmt: skip
+    try:
+        cluster.client.submit_job(
+            entrypoint=shlex.join([sys.executable, "-m", *command]),
+            submission_id=name,
+            runtime_env=cluster.runtime_env | {"env_vars": variables},
+        )
+    except (RuntimeError, ValueError) as error:
+        if "already" in str(error):
+            return Job(cluster, name, ours=False)
+        raise DisScaleError(f"Ray did not take the job {name}: {' '.join(str(error).split())[:300]}") from error
+    return Job(cluster, name, ours=True)
+
+
+def stop(jobs: list[Job], wait_s: float) -> None:
+    """Asks Ray to stop the jobs that we submitted and waits up to `wait_s` for their end."""
+    for job in jobs:
+        if job.ours:
+            job.stop()
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline and not all(job.ended() for job in jobs if job.ours):
+        time.sleep(0.3)
+
+
+def one_node() -> bool:
+    """Whether the cluster that this process runs on has a single node."""
+    import ray
+
+    _connect()
+    return sum(node["Alive"] for node in ray.nodes()) == 1
+
+
+def in_ray_job() -> bool:
+    """Whether this process is the driver of a Ray job, whose working folder is a copy that goes with it."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _connect() -> None:
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False)
+
+
+def _joined(address: str, recipe: Recipe) -> Cluster:
+    """The cluster at RAY_ADDRESS; children get this job's own code package."""
+    import ray
+
+    _connect()
+    parent = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
+    resources = ray.cluster_resources()
+    slots = resources.get("train") or resources.get("GPU") or resources.get("CPU", 1)
+    room = max(1, int(slots) // recipe.train.workers)
+    keep = {
+        key: value for key, value in parent.items() if key in ("working_dir", "py_modules", "pip", "uv", "env_vars")
+    }
+    return Cluster(JobSubmissionClient(), keep, f"the Ray cluster at {address}", False, room)
+
+
+def _start_head(recipe: Recipe, folder: Path) -> tuple[subprocess.Popen, str]:
+    """A Ray head on loopback with free ports, that dies with this process; (its process, the dashboard's URL)."""
+    port, dashboard, agent = _free_ports(3)
+    resources = {
+        "prepare": 1, "precompute": recipe.precompute.workers, "train": recipe.train.workers, "evaluate": recipe.evaluate.workers,
+    }  # fmt: skip
+    command = [
+        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats",
+        "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--include-dashboard=true",
+        f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+        f"--temp-dir={folder}", f"--resources={json.dumps(resources)}", f"--object-store-memory={256 * 2**20}",
+        f"--num-cpus={max(os.cpu_count() or 1, recipe.train.workers)}",
+    ]  # fmt: skip
+    said = (folder / "start.log").open("wb")
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_DISABLE_IMPORT_WARNING": "1"}
+    head = subprocess.Popen(
+        command,
+        stdout=said,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        preexec_fn=_die_with_parent,
+        start_new_session=True,
+    )
+    url = f"http://127.0.0.1:{dashboard}"
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while head.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(ConnectionError, RuntimeError):
+            _client(url).list_jobs()
+            return head, url
+        time.sleep(0.3)
+    head.kill()
+    tail = " ".join((folder / "start.log").read_text(errors="replace").split())[-300:]
+    raise DisScaleError(
+        f"a local Ray would not start within {START_TIMEOUT_S:.0f} s (ports {port}, {dashboard}, {agent}): {tail}"
+    )
+
+
+def _client(url: str) -> JobSubmissionClient:
+    try:
+        return JobSubmissionClient(url)
+    except ConnectionError as error:
+        raise ConnectionError(f"no Ray answers at {url}") from error
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _die_with_parent() -> None:
+    """Linux: the kernel ends this child when its parent dies, also by -9; Ray's own processes follow their head in the same way."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def require_root(recipe: Recipe) -> str:
+    """The storage root's URL; inside a Ray job a relative one is put below this node's home, which one node alone may do."""
+    root = recipe.storage.root
+    if "://" in root and not root.startswith("file://"):
+        return root
+    if not in_ray_job():
+        return root
+    if not one_node():
+        raise UserError(
+            f"storage.root: {root!r} is a folder of one node, and this cluster has several: "
+            "give a root that all reach, for example --set storage.root=s3://bucket/prefix"
+        )
+    return root if Path(root).is_absolute() else str(Path.home() / "dis-scale" / root)

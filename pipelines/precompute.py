@@ -1,0 +1,115 @@
+"""Precompute, a Ray job: workers encode images to posterior moments and put latent shards; the driver seals them with the manifest.
+
+Which worker makes a shard changes nothing in it: encode batches have a fixed size, are cut at shard borders, the last is padded.
+"""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from dis_scale import manifest, vae
+from dis_scale.data import shards
+from dis_scale.data.shards import Sample
+from dis_scale.data.sources import Source, open_source
+from dis_scale.errors import StorageError, UserError
+from dis_scale.recipe import Recipe
+from dis_scale.storage import Folder
+from dis_scale.vae import Vae
+from pipelines import stage
+
+BEGUN = "begun.json"
+
+
+@ray.remote(max_concurrency=3)
+class Encoder(stage.Worker):
+    """Encodes shards by number; progress counts images."""
+
+    def encode(self, sweep: Folder, latents: Folder, recipe: Recipe, device: str, numbers: list[int]) -> None:
+        torch.set_num_threads(1)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        source, encoder = open_source(recipe.data), vae.load(recipe.vae, sweep)
+        encoder.net.to(device)
+        for number in numbers:
+            if self._wish.is_set():
+                return
+            images, refused = _decode(source, recipe, number)
+            shards.put_shard(
+                latents, number, _encode(encoder, source, images, recipe.precompute.encode_images), refused
+            )
+            self._done += len(images) + len(refused)
+
+
+def precompute(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
+    """Makes the shards that are not there yet and writes the manifest last."""
+    stage.connect()
+    device, why = stage.choose_device(recipe)
+    source, encoder = open_source(recipe.data), vae.load(recipe.vae, sweep)
+    latents = shards.latents_folder(sweep, recipe, encoder.identity())
+    print(f"latents  {latents} on {device} ({why})", flush=True)
+    _require_one_kind(latents, device)
+    numbers = range(-(-len(source) // recipe.precompute.shard_images))
+    done = shards.finished(latents, numbers)
+    left = [n for n in numbers if n not in done]
+    count = min(recipe.precompute.workers, max(1, len(left)))
+    if left:
+        workers = [Encoder.options(**stage.resources("precompute", device, 1)).remote() for _ in range(count)]
+        parts = [w.encode.remote(sweep, latents, recipe, device, left[i::count]) for i, w in enumerate(workers)]
+        before = len(done) * recipe.precompute.shard_images
+        stage.watch(workers, parts, lambda d: stage.progress(min(before + sum(d), len(source)), len(source), "images"))
+        stage.leave_if_asked()
+    found = shards.seal(latents, numbers, _facts(recipe, source, encoder, device))
+    print(f"{found['count']} latents in {len(numbers)} shards, {len(found['refused'])} images refused", flush=True)
+
+
+def _decode(source: Source, recipe: Recipe, number: int) -> tuple[dict[int, np.ndarray], list[str]]:
+    """The shard's images by position, and the names of those that cannot be decoded (an error, unless the recipe skips them)."""
+    first = number * recipe.precompute.shard_images
+    images, refused = {}, []
+    for position in range(first, min(first + recipe.precompute.shard_images, len(source))):
+        try:
+            images[position] = source.pixels(position, recipe.data.resolution)
+        except StorageError as error:
+            if recipe.data.undecodable == "refuse":
+                raise StorageError(f"{error}; mend or remove it, or --set data.undecodable=skip") from error
+            refused.append(source.names[position])
+    return images, refused
+
+
+def _encode(encoder: Vae, source: Source, images: dict[int, np.ndarray], batch: int) -> list[Sample]:
+    positions, samples = list(images), []
+    for i in range(0, len(positions), batch):
+        part = positions[i : i + batch]
+        pixels = np.stack([images[p] for p in part] + [images[part[-1]]] * (batch - len(part)))
+        sides = [encoder.encode(side).half().cpu().numpy() for side in (pixels, pixels[:, :, ::-1])]
+        moments = np.stack(sides, axis=1)
+        samples += [Sample(p, source.names[p], source.labels[p], moments[j]) for j, p in enumerate(part)]
+    return samples
+
+
+def _require_one_kind(latents: Folder, device: str) -> None:
+    """Hardware or a PyTorch of another kind may not fill one set: its last digits differ."""
+    ours = {"format": manifest.FORMAT, "device": device, "torch": torch.__version__}
+    latents.create(BEGUN, repr(sorted(ours.items())).encode())
+    theirs = latents.read(BEGUN).decode()
+    if theirs != repr(sorted(ours.items())):
+        raise UserError(
+            f"{latents}: begun by {theirs}, this is {sorted(ours.items())}: use the same kind, or another root"
+        )
+
+
+def _facts(recipe: Recipe, source: Source, encoder: Vae, device: str) -> dict[str, Any]:
+    listing = hashlib.sha256("\n".join(f"{n}\t{y}" for n, y in zip(source.names, source.labels, strict=True)).encode())
+    return {
+        "source": recipe.data.source.model_dump(mode="json"), "listing": listing.hexdigest(), "resolution": recipe.data.resolution,
+        "vae": encoder.identity(), "scale": encoder.scale, "shift": encoder.shift,
+        "latent": list(encoder.latent(recipe.data.resolution)), "num_classes": recipe.data.num_classes,
+        "label_names": source.label_names, "shard_images": recipe.precompute.shard_images,
+        "encode_images": recipe.precompute.encode_images, "device": device, "torch": torch.__version__,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    stage.main(precompute)

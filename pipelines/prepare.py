@@ -1,0 +1,107 @@
+"""Prepare, a Ray job: the small autoencoder where the recipe trains one, the classifiers, and the real images' statistics.
+
+Each exists when its manifest does, so that this job given again does what is left.
+"""
+
+from typing import Any
+
+import ray
+import torch
+
+from dis_scale import digits, manifest, vae
+from dis_scale.data.sources import open_source
+from dis_scale.evaluation import reference
+from dis_scale.evaluation.features import JUDGE, load_extractor, store_classifier
+from dis_scale.recipe import Recipe, TrainedExtractor, TrainedVae
+from dis_scale.storage import Folder
+from pipelines import stage
+
+CPUS = 2
+
+
+@ray.remote(max_concurrency=3)
+class Preparer(stage.Worker):
+    """Does what is missing, one thing after another; progress counts optimizer steps."""
+
+    def prepare(self, sweep: Folder, recipe: Recipe) -> list[str]:
+        torch.set_num_threads(CPUS)
+        self._images: Any = None
+        said = []
+        if _vae_missing(sweep, recipe):
+            said.append(self._vae(sweep, recipe))
+        for name, kind in _classifiers_missing(sweep, recipe):
+            said.append(self._classifier(sweep, recipe, name, kind))
+        said.append(self._reference(sweep, recipe))
+        return said
+
+    def _vae(self, sweep: Folder, recipe: Recipe) -> str:
+        assert isinstance(recipe.vae, TrainedVae)
+        pixels, _ = self._pixels(recipe)
+        net = digits.train_vae(recipe.vae, pixels, recipe.seed, self._report(self._done))
+        vae.save(sweep / "vae", net)
+        return f"autoencoder: mean squared error {digits.reconstruction_error(net, pixels):.2g}"
+
+    def _classifier(self, sweep: Folder, recipe: Recipe, name: str, kind: str) -> str:
+        pixels, labels = self._pixels(recipe)
+        steps, classes = _classifier_steps(recipe), recipe.data.num_classes
+        net, accuracy = digits.train_classifier(
+            kind, pixels, labels, classes, steps, recipe.seed, self._report(self._done)
+        )
+        store_classifier(sweep, name, net, accuracy)
+        return f"{kind}: {accuracy:.1%} on images held out"
+
+    def _reference(self, sweep: Folder, recipe: Recipe) -> str:
+        extractor = load_extractor(recipe.evaluate.extractor, sweep, torch.device("cpu"))
+        if not sweep.exists(reference.path(recipe.data, extractor)):
+            found = reference.compute(open_source(recipe.data), recipe.data, extractor)
+            reference.store(sweep, recipe.data, extractor, found)
+        floor = reference.load(sweep, recipe.data, extractor).floor
+        return f"reference: {extractor.metric} between two halves of the real images is {floor:.3g}"
+
+    def _pixels(self, recipe: Recipe) -> Any:
+        if self._images is None:
+            skip = recipe.data.undecodable == "skip"
+            self._images = digits.sample_images(open_source(recipe.data), recipe.data.resolution, skip)
+        return self._images
+
+    def _report(self, before: int) -> digits.Report:
+        def report(steps: int) -> None:
+            self._done = before + steps
+            if self._wish.is_set():
+                raise SystemExit  # nothing is half-written: what is not finished is made again
+
+        return report
+
+
+def prepare(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
+    """Trains and computes what the sweep does not have yet."""
+    stage.connect()
+    total = recipe.vae.steps if isinstance(recipe.vae, TrainedVae) and _vae_missing(sweep, recipe) else 0
+    total += _classifier_steps(recipe) * len(_classifiers_missing(sweep, recipe))
+    cpus = min(CPUS, int(ray.cluster_resources().get("CPU", 1)))
+    worker = Preparer.options(**stage.resources("prepare", "cpu", cpus)).remote()
+    (said,) = stage.watch(
+        [worker], [worker.prepare.remote(sweep, recipe)], lambda d: stage.progress(d[0], total, "steps")
+    )
+    for line in said:
+        print(line, flush=True)
+
+
+def _vae_missing(sweep: Folder, recipe: Recipe) -> bool:
+    return isinstance(recipe.vae, TrainedVae) and manifest.find(sweep / "vae") is None
+
+
+def _classifiers_missing(sweep: Folder, recipe: Recipe) -> list[tuple[str, str]]:
+    """(name, kind) of the classifiers still to be trained; none under Inception features."""
+    if not isinstance(recipe.evaluate.extractor, TrainedExtractor):
+        return []
+    wanted = [(recipe.evaluate.extractor.name, "extractor"), (JUDGE, "judge")]
+    return [(name, kind) for name, kind in wanted if manifest.find(sweep / "extractors" / name) is None]
+
+
+def _classifier_steps(recipe: Recipe) -> int:
+    return recipe.evaluate.extractor.steps if isinstance(recipe.evaluate.extractor, TrainedExtractor) else 0
+
+
+if __name__ == "__main__":
+    stage.main(prepare)

@@ -1,0 +1,131 @@
+"""Train, a Ray job a model: a placement group of DeepSpeed workers, restarted from the last resume point when one is lost.
+
+The driver holds the run's lease, hands on the wish to stop, projects rows into MLflow, and leaves last.
+"""
+
+import os
+import socket
+import time
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from dis_scale import lease
+from dis_scale.errors import DisScaleError
+from dis_scale.recipe import Recipe
+from dis_scale.storage import Folder
+from dis_scale.tracking import Projection, Rows
+from pipelines import stage
+
+PROJECT_EVERY_S = 5.0
+
+
+@ray.remote(max_concurrency=4)
+class Trainer(stage.Worker):
+    """One rank."""
+
+    def address(self) -> tuple[str, int]:
+        """Where rank 0 will listen."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return ray.util.get_node_ip_address(), free.getsockname()[1]
+
+    def train(
+        self, place: dict[str, Any], sweep: Folder, recipe: Recipe, model: str, held_lease: lease.Lease, device: str
+    ) -> int:
+        os.environ.update({key: str(value) for key, value in place.items()})
+        import torch
+
+        from dis_scale import engine, vae
+        from dis_scale.data import shards
+        from dis_scale.train import Run, train
+
+        if device == "cpu":
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // place["WORLD_SIZE"]))
+        where = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
+        engine.connect(where)
+        decoder = vae.load(recipe.vae, sweep)
+        latents = shards.latents_folder(sweep, recipe, decoder.identity())
+        shards.require_manifest(latents, decoder.identity())
+        return train(
+            Run(
+                recipe, model, sweep, latents, held_lease.number, where, held_lease.held, self._wish.is_set,
+                lambda images: setattr(self, "_done", images), lambda line: print(line, flush=True),
+            )
+        )  # fmt: skip
+
+
+def train_model(sweep: Folder, recipe: Recipe, arguments: list[str]) -> None:
+    """Trains one model to its last published count; a lost worker costs an attempt, of which the recipe allows some."""
+    (model,) = arguments
+    stage.connect()
+    device, why = stage.choose_device(recipe)
+    print(f"{model}: device {device} ({why})", flush=True)
+    projection, rows = Projection(sweep, model), Rows(sweep / "runs" / model / "log")
+    for restart in range(recipe.train.restarts + 1):
+        try:
+            images = _attempt(sweep, recipe, model, device, projection, rows)
+            break
+        except ray.exceptions.RayActorError as error:
+            if restart == recipe.train.restarts:
+                raise DisScaleError(f"{model}: workers were lost {restart + 1} times: {_line(error)}") from error
+            print(f"{model}: a worker was lost ({_line(error)}); going on from the last resume point", flush=True)
+    projection.send(rows.new())
+    if images < recipe.train.images:
+        stage.leave_if_asked()
+    projection.finish("FINISHED")
+
+
+def _attempt(sweep: Folder, recipe: Recipe, model: str, device: str, projection: Projection, rows: Rows) -> int:
+    """One attempt at a fixed world size, under a lease of its own; returns the images seen."""
+    held, world = lease.take(sweep / "runs" / model / "lease"), recipe.train.workers
+    bundle = stage.resources("train", device, 1)
+    custom = bundle.get("resources", {}) | {"CPU": 1} | ({"GPU": 1} if device == "cuda" else {})
+    group = placement_group([custom] * world, strategy="PACK")
+    try:
+        _await(group, world)
+        options = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(world)]
+        workers = [Trainer.options(**bundle, scheduling_strategy=option).remote() for option in options]
+        host, port = ray.get(workers[0].address.remote())
+        place = {"WORLD_SIZE": world, "MASTER_ADDR": host, "MASTER_PORT": port, "LOCAL_RANK": 0}
+        results = [
+            worker.train.remote(place | {"RANK": rank}, sweep, recipe, model, held, device)
+            for rank, worker in enumerate(workers)
+        ]
+        return min(stage.watch(workers, results, _reporter(recipe, projection, rows)))
+    finally:
+        remove_placement_group(group)
+        held.release()
+
+
+def _reporter(recipe: Recipe, projection: Projection, rows: Rows) -> Any:
+    due = time.monotonic()
+
+    def report(done: list[int]) -> None:
+        nonlocal due
+        stage.progress(max(done), recipe.train.images, "images")
+        if time.monotonic() >= due:
+            projection.send(rows.new())
+            due = time.monotonic() + PROJECT_EVERY_S
+
+    return report
+
+
+def _await(group: Any, world: int) -> None:
+    """Waits for room; says what it waits for."""
+    ready, said = group.ready(), False
+    while not ray.wait([ready], timeout=1)[0]:
+        stage.leave_if_asked()
+        if not said:
+            print(f"waiting for room for {world} workers: the cluster has {ray.available_resources()} free", flush=True)
+            said = True
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+if __name__ == "__main__":
+    stage.main(train_model)
