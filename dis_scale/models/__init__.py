@@ -1,4 +1,7 @@
-"""The backbones: `build` makes one from its settings. Read next: dis.py, dit.py, diffussm.py; cost.py for what they cost."""
+"""The backbones: `build` makes one from its settings.
+
+Read next: dis.py, dit.py, diffussm.py; cost.py for what they cost, official.py and export.py for the ways in and out.
+"""
 
 import torch
 

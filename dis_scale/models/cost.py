@@ -18,6 +18,8 @@ from dis_scale.models.dis import TAPS, inner_width, step_rank
 from dis_scale.models.dit import FREQUENCIES
 from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape
 
+DIFFUSSM_XL_GMACS = {32: 280.3, 64: 1066.2}
+"""Published for latents of this size (results of arXiv 2311.18257 as quoted by others)."""
 SCAN_MACS = 4.5
 """Multiply-adds a channel, state, token and direction: 9 FLOPs, the reference's convention."""
 
@@ -48,6 +50,8 @@ class Cost:
     """Work that a micro-batch does once whatever its size: DiffuSSM's kernels."""
     paper_gflops: float | None = None
     """The DiS paper's Gflops column: what thop x 2 sees, which is not the mixers."""
+    published_gmacs: float | None = None
+    """DiffuSSM-XL's published count, a quotient of rounded totals that no count by parts meets at both sizes."""
 
     @property
     def gmacs_forward(self) -> float:
@@ -176,7 +180,9 @@ def _diffussm(settings: DiffuSsm, shape: LatentShape, parameters: int) -> Cost:
     kernel = kernels * (settings.state_size // 2 * L * 6 + _fft_macs(2 * L))
     kept = 7 * G * D + 2 * L * S + 4 * (L + 1) * S
     activations = {"none": depth * kept, "block": depth * G * D + kept}
-    return Cost(parameters, L, parts, activations, kernel_gmacs=kernel / 1e9)
+    xl = (D, depth, M) == (1152, 29, 2)
+    published = DIFFUSSM_XL_GMACS.get(shape.size) if xl else None
+    return Cost(parameters, L, parts, activations, kernel_gmacs=kernel / 1e9, published_gmacs=published)
 
 
 def _fft_macs(n: int) -> float:

@@ -1,7 +1,7 @@
 """DiffuSSM as specified here: gated bidirectional S4D with hourglass layers (after Yan, Gu and Rush, arXiv 2311.18257).
 
-No code was released; W4, the depths of S and L, and the zero-initialised final layer are ours. Axes: B samples, C channels,
-L pixels of the latent in raster order, G = L / M groups of M pixels, D width, S = 2D both directions side by side.
+No code was released; W4, the depths of S and L, and the zero-initialised final layer are ours. Axes: B samples, C
+channels, L pixels of the latent in raster order, G = L / M groups of M pixels, D width, S = 2D both directions.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """S4D: a diagonal state space as a long convolution (Gu, Gupta, Goel and Re 2022), and its recurrence, the definition.
 
-N real states are N / 2 complex modes, conjugates counted by the factor 2 Re. Parameters are real; kernel and FFT are float32
-(float64 for float64 weights). Axes: B samples, L time, H channels, M modes. Read next: diffussm.py.
+N real states are N / 2 complex modes, conjugates counted by the factor 2 Re. Parameters are real; kernel and FFT are
+float32 (float64 for float64 weights). Axes: B samples, L time, H channels, M modes. Read next: diffussm.py.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from dis_scale.recipe import DiffuSsm
 
 CHUNK = 2**24
-"""Complex numbers of the Vandermonde product held at once: 128 MB; all of it is 1.2 GB at 1152 channels and 4096 taps."""
+"""Complex numbers of the Vandermonde product held at once, 128 MB; at 1152 channels and 4096 taps all is 1.2 GB."""
 
 
 def initial_modes(init: str, N: int) -> tuple[Tensor, Tensor]:
@@ -40,17 +40,18 @@ def _legs(N: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class S4D(nn.Module):
-    """One direction's H independent state spaces; `forward` gives the kernel's spectrum, `recurrence` is the reference."""
+    """One direction's H independent state spaces; `forward` gives the spectrum, `recurrence` is the reference."""
 
     def __init__(self, channels: int, settings: DiffuSsm):
         super().__init__()
         H, M = channels, settings.state_size // 2
-        A_M, B_M = initial_modes(settings.init, settings.state_size)
+        with torch.device("cpu"):
+            A_M, B_M = initial_modes(settings.init, settings.state_size)
         low, high = math.log(settings.dt_min), math.log(settings.dt_max)
         self.log_dt = nn.Parameter(torch.empty(H).uniform_(low, high))
-        self.log_neg_re = nn.Parameter(_rows((-A_M.real).log(), H))
-        self.im = nn.Parameter(_rows(A_M.imag, H))
-        self.B = nn.Parameter(_rows(torch.view_as_real(B_M), H))
+        self.log_neg_re = _rows((-A_M.real).log(), H)
+        self.im = _rows(A_M.imag, H)
+        self.B = _rows(torch.view_as_real(B_M), H)
         self.C = nn.Parameter(torch.randn(H, M, 2) * 0.5**0.5)
         self.D = nn.Parameter(torch.randn(H))
 
@@ -123,6 +124,6 @@ def _complex(x_HM2: Tensor) -> Tensor:
     return torch.view_as_complex(x_HM2.to(torch.promote_types(x_HM2.dtype, torch.float32)).contiguous())
 
 
-def _rows(row: Tensor, H: int) -> Tensor:
-    """The same row for each channel, float32."""
-    return row.to(torch.get_default_dtype()).to(torch.empty(0).device).expand(H, *row.shape).clone()
+def _rows(row: Tensor, H: int) -> nn.Parameter:
+    """The same row for each channel, in the default type and on the current device."""
+    return nn.Parameter(torch.empty(H, *row.shape).copy_(row))

@@ -5,12 +5,13 @@ import torch
 
 from dis_scale.errors import UserError
 from dis_scale.models import build, check_finite
-from dis_scale.recipe import Dis, Dit, LatentShape
+from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape
 
 SHAPE = LatentShape(4, 8)
 DIS = Dis(kind="dis", width=32, depth=4, patch=2)
 DIT = Dit(kind="dit", width=32, depth=2, heads=2, patch=2)
-MODELS = pytest.mark.parametrize("settings", [DIS, DIT], ids=["dis", "dit"])
+DIFFUSSM = DiffuSsm(kind="diffussm", width=32, depth=2, state_size=8)
+MODELS = pytest.mark.parametrize("settings", [DIS, DIT, DIFFUSSM], ids=["dis", "dit", "diffussm"])
 
 
 def inputs(batch=3, shape=SHAPE, seed=1):
@@ -24,7 +25,8 @@ def inputs(batch=3, shape=SHAPE, seed=1):
 @pytest.mark.parametrize("shape", [LatentShape(4, 8), LatentShape(3, 24)], ids=str)
 @pytest.mark.parametrize("num_classes", [None, 10])
 def test_output_has_twice_the_channels(settings, patch, shape, num_classes):
-    model = build(settings.model_copy(update={"patch": patch}), shape, num_classes)
+    size = {"hourglass": patch} if settings.kind == "diffussm" else {"patch": patch}
+    model = build(settings.model_copy(update=size), shape, num_classes)
     x, t, y = inputs(2, shape)
     assert model(x, t, y if num_classes else None).shape == (2, 2 * shape.channels, shape.size, shape.size)
 
@@ -39,7 +41,7 @@ def test_initial_weights_are_a_function_of_the_seed_alone(settings):
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = build(settings, SHAPE, 10, seed=4).state_dict()
-    assert not torch.equal(other["patches.weight"], first["patches.weight"])
+    assert not torch.equal(other["time.up.weight"], first["time.up.weight"])
 
 
 @MODELS

@@ -1,0 +1,98 @@
+"""DiffuSSM against the specification: sizes, work, and its block written out index by index."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dis_scale.errors import UserError
+from dis_scale.models import build
+from dis_scale.models.cost import cost
+from dis_scale.recipe import DiffuSsm, LatentShape, preset
+
+SHAPE = LatentShape(4, 8)
+
+
+def model(**options):
+    """A small one with every weight away from zero."""
+    built = build(DiffuSsm(**{"kind": "diffussm", "width": 8, "depth": 2, "state_size": 4} | options), SHAPE, 10)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in built.parameters():
+            weight += torch.randn_like(weight) * 0.05
+    return built.double()
+
+
+def inputs():
+    torch.manual_seed(1)
+    return torch.randn(3, 4, 8, 8, dtype=torch.float64), torch.tensor([0.0, 10.5, 999.0]), torch.tensor([0, 3, 10])
+
+
+def test_xl_has_the_specifications_parameters_and_work():
+    xl = DiffuSsm(**preset("DiffuSSM-XL"))
+    small, large = cost(xl, LatentShape(4, 32), 1000), cost(xl, LatentShape(4, 64), 1000)
+    assert small.parameters == 673_155_088
+    assert small.gmacs_forward == pytest.approx(280.04, rel=1e-4)
+    assert large.gmacs_forward == pytest.approx(1122.5, rel=1e-3)
+    assert (small.published_gmacs, large.published_gmacs) == (280.3, 1066.2)
+    assert small.kernel_gmacs > 0
+
+
+@pytest.mark.parametrize("M", [1, 2, 4])
+def test_block_equals_the_specification_index_by_index(M):
+    built = model(hourglass=M)
+    block, D = built.blocks[0], 8
+    torch.manual_seed(2)
+    I_BGD, c_BD = torch.randn(2, 6, D, dtype=torch.float64), torch.randn(2, D, dtype=torch.float64)
+    shift, scale, gate = block.modulation(F.silu(c_BD)).chunk(3, dim=1)
+    h = F.layer_norm(I_BGD, (D,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    U = torch.zeros(2, 6 * M, 2 * D, dtype=torch.float64)
+    for position in range(6 * M):
+        j, k = divmod(position, M)
+        slot = slice(k * 2 * D, (k + 1) * 2 * D)
+        up = F.linear(F.gelu(block.W0(h[:, j])), block.W_up.weight[slot], block.W_up.bias[slot])
+        U[:, position] = F.gelu(up)
+    forward = block.scan.rightward.recurrence(U[:, :, :D])
+    backward = block.scan.leftward.recurrence(U[:, :, D:].flip(1)).flip(1)
+    Y = torch.cat([forward, backward], dim=2)
+    W_down = block.W_down
+    down = torch.cat([F.gelu(Y[:, k::M] @ W_down.weight[k] + W_down.bias[k]) for k in range(M)], dim=2)
+    expected = I_BGD + gate[:, None] * block.W4(block.W3(F.gelu(block.W2(down)) * F.gelu(block.W1(h))))
+    assert torch.allclose(block(I_BGD, c_BD), expected, atol=1e-12)
+
+
+def test_pixels_are_grouped_in_raster_order():
+    built = model(depth=1, hourglass=4)
+    torch.nn.init.zeros_(built.blocks[0].W4.weight)
+    torch.nn.init.zeros_(built.blocks[0].W4.bias)
+    x, t, y = inputs()
+    changed = x.clone()
+    changed[:, :, 2, 5] += 1
+    moved = (built(changed, t, y) - built(x, t, y)).abs().sum(dim=(0, 1)).nonzero().tolist()
+    assert moved == [[2, 4], [2, 5], [2, 6], [2, 7]]
+
+
+@pytest.mark.parametrize(
+    "options", [{"bidirectional": False}, {"tied": True}, {"init": "legs"}, {"init": "inv"}], ids=str
+)
+def test_options_run_and_tell_their_size(options):
+    plain, optional = model(), model(**options)
+    x, t, y = inputs()
+    assert optional(x, t, y).shape == (3, 8, 8, 8)
+    count = lambda built: sum(p.numel() for p in built.parameters())  # noqa: E731
+    assert (count(optional) < count(plain)) == ("init" not in options)
+
+
+def test_one_direction_alone_does_not_see_ahead():
+    built = model(bidirectional=False)
+    x, t, y = inputs()
+    changed = x.clone()
+    changed[:, :, 4:] += 1
+    before = built(x, t, y)
+    assert torch.allclose(built(changed, t, y)[:, :, :4], before[:, :, :4], atol=1e-12)
+    two_way = model()
+    assert not torch.allclose(two_way(changed, t, y)[:, :, :4], two_way(x, t, y)[:, :, :4], atol=1e-6)
+
+
+def test_an_hourglass_that_does_not_divide_is_refused():
+    with pytest.raises(UserError, match="hourglass 3 divides not both"):
+        model(hourglass=3)
