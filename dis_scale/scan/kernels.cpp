@@ -6,7 +6,7 @@
 // Symbols as in Gu and Dao 2023: h the state, u the input, delta the step, A, B, C, D. `N` states, `K` taps.
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 #define INLINE static inline __attribute__((always_inline))
 
@@ -98,48 +98,59 @@ INLINE void ahead(Rows rows, int64_t t) {
   if (rows.at) __builtin_prefetch(rows[t + 4]);
 }
 
+// What needs no state goes first, a chunk at a time: its long chains of dependent operations overlap there, where between
+// two steps of the recurrence they would make it wait.
+INLINE void take_steps(const Scan& s, vec bias, int64_t begin, int64_t end, vec* delta) {
+  for (int64_t t = begin; t < end; t++) delta[t - begin] = softplus(load(s.delta[t]) + bias);
+}
+
+INLINE int64_t chunk_end(const Scan& s, int64_t begin) { return begin + CHUNK < s.length ? begin + CHUNK : s.length; }
+
 // FIXED is the number of states where the compiler may unroll over it, or 0: any number up to MOST_STATES.
 template <int FIXED>
 static void scan_forward(const Scan& s, Rows out, bool add) {
   const int N = FIXED ? FIXED : s.states;
   const vec D = load(s.weights + N * LANES), bias = load(s.weights + (N + 1) * LANES);
-  vec h[FIXED ? FIXED : MOST_STATES];
+  vec h[FIXED ? FIXED : MOST_STATES], deltas[CHUNK];
   for (int n = 0; n < N; n++) h[n] = vec{};
-  for (int64_t t = 0; t < s.length; t++) {
-    if (s.starts && t && t % CHUNK == 0)
-      for (int n = 0; n < N; n++) store(s.starts + ((t / CHUNK - 1) * N + n) * LANES, h[n]);
-    ahead(s.u, t), ahead(s.delta, t), ahead(s.z, t), ahead(out, t);
-    const vec u = load(s.u[t]), delta = softplus(load(s.delta[t]) + bias), delta_u = delta * u;
-    const float *B = s.B[t], *C = s.C[t];
-    vec y = D * u;
+  for (int64_t begin = 0; begin < s.length; begin += CHUNK) {
+    const int64_t end = chunk_end(s, begin);
+    for (int n = 0; begin && s.starts && n < N; n++) store(s.starts + ((begin / CHUNK - 1) * N + n) * LANES, h[n]);
+    take_steps(s, bias, begin, end, deltas);
+    for (int64_t t = begin; t < end; t++) {
+      ahead(s.u, t), ahead(s.z, t), ahead(out, t);
+      const vec u = load(s.u[t]), delta = deltas[t - begin], delta_u = delta * u;
+      const float *__restrict B = s.B[t], *__restrict C = s.C[t];
+      vec y = D * u;
+      if (add) y += load(out[t]);
 #pragma GCC unroll 16
-    for (int n = 0; n < N; n++) {
-      h[n] = exp2(delta * load(s.weights + n * LANES)) * h[n] + delta_u * B[n];
-      y += h[n] * C[n];
+      for (int n = 0; n < N; n++) {
+        h[n] = exp2(delta * load(s.weights + n * LANES)) * h[n] + delta_u * B[n];
+        y += h[n] * C[n];
+      }
+      store(out[t], y);
     }
-    if (add) y += load(out[t]);
-    if (s.z.at) y *= silu(load(s.z[t]));
-    store(out[t], y);
+    for (int64_t t = begin; s.z.at && t < end; t++) store(out[t], load(out[t]) * silu(load(s.z[t])));
   }
 }
 
-// One chunk once more, forwards: decays and states for the way back, and what does not depend on the future (z, D).
+// One chunk once more, forwards: decays and states for the way back, and what does not depend on the future.
 template <int FIXED>
 static void replay(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end, bool add_z) {
   const int N = FIXED ? FIXED : s.states;
-  const vec D = load(s.weights + N * LANES), bias = load(s.weights + (N + 1) * LANES);
+  const vec D = load(s.weights + N * LANES);
   vec h[FIXED ? FIXED : MOST_STATES];
   for (int n = 0; n < N; n++) {
     h[n] = begin ? load(s.starts + ((begin / CHUNK - 1) * N + n) * LANES) : vec{};
     store(w.states + n * LANES, h[n]);
   }
   for (int64_t t = begin; t < end; t++) {
+    ahead(s.u, t), ahead(g.u, t), ahead(g.delta, t);
     const int64_t row = t - begin;
-    ahead(s.u, t), ahead(s.delta, t), ahead(s.z, t), ahead(g.y, t), ahead(g.z, t), ahead(g.u, t), ahead(g.delta, t);
-    const vec u = load(s.u[t]), raw = load(s.delta[t]) + bias, delta = softplus(raw), delta_u = delta * u;
-    const float *B = s.B[t], *C = s.C[t];
+    const vec u = load(s.u[t]), delta = load(w.delta + row * LANES), delta_u = delta * u;
+    const float *__restrict B = s.B[t], *__restrict C = s.C[t];
     float *decay = w.decays + row * N * LANES, *state = w.states + (row + 1) * N * LANES;
-    vec y = D * u, dy = load(g.y[t]);
+    vec y = D * u;
 #pragma GCC unroll 16
     for (int n = 0; n < N; n++) {
       const vec a = exp2(delta * load(s.weights + n * LANES));
@@ -148,14 +159,26 @@ static void replay(const Scan& s, const Gradients& g, const Scratch& w, int64_t 
       store(decay + n * LANES, a);
       store(state + n * LANES, h[n]);
     }
-    if (s.z.at) {
-      const vec z = load(s.z[t]), gate = sigmoid(z), dz = dy * y * gate * (1.0f + z * (1.0f - gate));
-      store(g.z[t], add_z ? load(g.z[t]) + dz : dz);
-      dy *= z * gate;
-    }
-    store(w.delta + row * LANES, delta);
-    store(w.slope + row * LANES, sigmoid(raw));
-    store(w.dy + row * LANES, dy);
+    if (!s.z.at) continue;
+    const vec dz = y * load(w.dz + row * LANES);
+    store(g.z[t], add_z ? load(g.z[t]) + dz : dz);
+  }
+}
+
+// For each step of a chunk: delta and its slope by the raw delta, y's gradient before the gate, and what times y is z's.
+INLINE void take_gradients(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end) {
+  const vec bias = load(s.weights + (s.states + 1) * LANES);
+  for (int64_t t = begin; t < end; t++) {
+    ahead(s.delta, t), ahead(g.y, t), ahead(s.z, t), ahead(g.z, t);
+    const int64_t row = (t - begin) * LANES;
+    const vec raw = load(s.delta[t]) + bias, dy = load(g.y[t]);
+    store(w.delta + row, softplus(raw));
+    store(w.slope + row, sigmoid(raw));
+    store(w.dy + row, dy);
+    if (!s.z.at) continue;
+    const vec z = load(s.z[t]), gate = sigmoid(z);
+    store(w.dz + row, dy * gate * (1.0f + z * (1.0f - gate)));
+    store(w.dy + row, dy * z * gate);
   }
 }
 
@@ -215,7 +238,8 @@ template <int FIXED>
 static void scan_backward(const Scan& s, const Gradients& g, const Scratch& w, bool add_z) {
   for (int n = 0; n < s.states; n++) store(w.carry + n * LANES, vec{});
   for (int64_t begin = (s.length - 1) / CHUNK * CHUNK; begin >= 0; begin -= CHUNK) {
-    const int64_t end = begin + CHUNK < s.length ? begin + CHUNK : s.length;
+    const int64_t end = chunk_end(s, begin);
+    take_gradients(s, g, w, begin, end);
     replay<FIXED>(s, g, w, begin, end, add_z);
     retreat<FIXED>(s, g, w, begin, end);
   }

@@ -43,7 +43,7 @@ struct Gradients {  // of the same block; y is read, u and delta written, the re
 };
 
 struct Scratch {  // a thread's own memory
-  float *decays, *states, *delta, *slope, *dy, *carry;
+  float *decays, *states, *delta, *slope, *dy, *dz, *carry;
   float *dB, *dC;  // a vector for each step and four states, folded over lanes, summed over a group's blocks
 };
 
@@ -384,6 +384,7 @@ class Backward {
     const int64_t state = states * lanes;
     return {memory.take(CHUNK * state),
             memory.take((CHUNK + 1) * state),
+            memory.take(CHUNK * lanes),
             memory.take(CHUNK * lanes),
             memory.take(CHUNK * lanes),
             memory.take(CHUNK * lanes),
