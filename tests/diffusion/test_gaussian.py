@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from gaussian_data import eps_model
+from scipy.stats import norm
 
 from dis_scale.diffusion import build
-from dis_scale.diffusion.gaussian import spaced_times
+from dis_scale.diffusion.gaussian import discretised_log_likelihood, spaced_times
 from dis_scale.errors import UserError
 from dis_scale.recipe import Gaussian
 
@@ -80,3 +82,35 @@ def test_min_snr_weighs_the_mse():
     snr = PROCESS.chain.alpha_bars_K[t] / (1 - PROCESS.chain.alpha_bars_K[t])
     assert np.allclose(weighed.mse / plain.mse, np.minimum(snr, 5) / snr)
     assert torch.equal(weighed.vb, plain.vb)
+
+
+def test_the_first_steps_bound_is_the_likelihood_of_8_bit_bins():
+    grid = torch.linspace(-1, 1, 256, dtype=torch.float64)
+    mean, scale = 0.3, torch.full((256,), np.log(0.05), dtype=torch.float64)
+    log_probability = discretised_log_likelihood(grid, grid - mean, scale)
+    assert float(log_probability.exp().sum()) == pytest.approx(1, abs=1e-6)
+    exact = np.diff(norm.cdf((np.arange(-1, 256) * 2 / 255 - 1 + 1 / 255 - mean) / 0.05))[1:-1]
+    assert np.allclose(log_probability.exp()[1:-1], exact, atol=1e-4)
+
+
+def test_perfect_denoisers_loss_is_the_variance_that_noise_leaves():
+    s, t = 0.5, torch.tensor([1, 250, 999])
+    one = torch.ones(3, 1, 1, 1, dtype=torch.float64)
+    # The error is linear in x_0 and in the noise, so that their squares at unit impulses add to its expectation.
+    parts = [PROCESS.losses(eps_model(PROCESS.chain), s * one * a, t, one * b).mse for a, b in ((1, 0), (0, 1))]
+    abar = PROCESS.chain.alpha_bars_K[t]
+    assert np.allclose(sum(parts), abar * s**2 / (abar * s**2 + 1 - abar), rtol=1e-10)
+
+
+def test_posterior_against_bayes_rule():
+    """q(x_{t-1} | x_t, x_0) by multiplying the two densities, for a respaced chain."""
+    chain = PROCESS.respaced(50)
+    k = 20
+    c = chain.at(torch.tensor([k]), torch.zeros(1, 1, 1, 1, dtype=torch.float64))
+    before, beta = chain.before_K[k], chain.betas_K[k]
+    precision = (1 - beta) / beta + 1 / (1 - before)
+    assert chain.posterior_variance_K[k] == pytest.approx(1 / precision, rel=1e-12)
+    assert float(c.min_log) == pytest.approx(-np.log(precision), rel=1e-12)
+    assert float(c.max_log) == pytest.approx(np.log(beta), rel=1e-12)
+    assert float(c.xt) == pytest.approx(np.sqrt(1 - beta) / beta / precision, rel=1e-12)
+    assert float(c.x0) == pytest.approx(np.sqrt(before) / (1 - before) / precision, rel=1e-12)

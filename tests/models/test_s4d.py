@@ -28,7 +28,7 @@ def published():
         layer.log_dt.copy_(torch.tensor([0.01, 0.05], dtype=torch.float64).log())
         layer.log_neg_re.fill_(math.log(0.5))
         layer.im.copy_(math.pi * torch.arange(2, dtype=torch.float64))
-        layer.C.copy_(torch.tensor([[[1, 0], [0.5, -0.25]], [[0.3, 0.7], [-1, 0]]]))
+        layer.C.copy_(torch.tensor([[[1, 0], [0.5, -0.25]], [[0.3, 0.7], [-1, 0]]], dtype=torch.float64))
         layer.B.copy_(torch.tensor([1.0, 0.0]))
     return layer
 
@@ -75,8 +75,8 @@ def test_kernel_in_chunks_is_the_same_with_the_same_gradients(published, monkeyp
 def test_float32_kernel_is_near_float64s():
     torch.manual_seed(0)
     layer = S4D(8, settings(state_size=64))
-    single = layer.kernel(1024)
-    double = layer.double().kernel(1024)
+    single = layer.kernel(1024).detach()
+    double = layer.double().kernel(1024).detach()
     assert float((single - double).abs().max() / double.abs().max()) < 1e-4
 
 

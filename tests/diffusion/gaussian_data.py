@@ -1,0 +1,69 @@
+"""Gaussian data of standard deviation s: its perfect denoiser is known, so samplers are tested without a network."""
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+S = 0.5
+"""Standard deviation of the data."""
+
+
+def eps_model(chain_of_training, s=S):
+    """The perfect noise prediction, and the share of the learned range that gives the reverse step's true variance.
+
+    Model times may lie between the chain's: alpha_bar is interpolated in log-SNR, as the log-SNR grid's times are made.
+    """
+    log_snr = np.log(chain_of_training.alpha_bars_K / (1 - chain_of_training.alpha_bars_K))
+
+    def model_fn(x, t):
+        abar = 1 / (1 + np.exp(-np.interp(t.numpy(), chain_of_training.times_K, log_snr)))
+        abar = torch.from_numpy(abar).reshape(-1, 1, 1, 1)
+        eps = (1 - abar).sqrt() * x / (abar * s**2 + 1 - abar)
+        return torch.cat([eps, -torch.ones_like(eps)], dim=1)
+
+    return model_fn
+
+
+def exact_variance(chain, model_fn, s=S):
+    """`model_fn` with the learned range at the true variance of each reverse step of `chain`."""
+    abar, before, beta = chain.alpha_bars_K, chain.before_K, chain.betas_K
+    posterior = chain.posterior_variance_K
+    left = s**2 * (1 - abar) / (abar * s**2 + 1 - abar)  # variance of x_0 given x_t
+    true = posterior + (np.sqrt(before) * beta / (1 - abar)) ** 2 * left
+    log_small = np.log(np.append(posterior[1], posterior[1:]))
+    shares = 2 * (np.log(true) - log_small) / (np.log(beta) - log_small) - 1
+
+    def with_variance(x, t):
+        out = model_fn(x, t)
+        k = int(np.argmin(np.abs(chain.times_K - float(t[0]))))
+        out[:, out.shape[1] // 2 :] = shares[k]
+        return out
+
+    return with_variance
+
+
+def velocity_model(s=S):
+    """The perfect velocity on the linear path; the model's time is 1000 t."""
+
+    def model_fn(x, t):
+        t = (t.double() / 1000).reshape(-1, 1, 1, 1)
+        v = (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2) * x
+        return torch.cat([v, torch.zeros_like(v)], dim=1)
+
+    return model_fn
+
+
+def final_variance(draw, variance_T, steps):
+    """Of `draw(x_T, noise)`, exactly: sampling is linear in x_T and in each step's noise, so unit impulses carry it.
+
+    Sample 0 starts from 1 and hears no noise; sample i + 1 starts from 0 and hears the noise of step i alone.
+    """
+    rows = torch.eye(steps + 1, dtype=torch.float64).reshape(steps + 1, steps + 1, 1, 1, 1)
+    gains = draw(rows[0], lambda step, shape: rows[step + 1].reshape(shape)).flatten().numpy()
+    return gains[0] ** 2 * variance_T + float(np.square(gains[1:]).sum())
+
+
+def slopes(errors):
+    """Orders of accuracy between doublings of the number of steps."""
+    return [float(np.log2(a / b)) for a, b in pairwise(errors)]

@@ -1,0 +1,59 @@
+"""The linear path: its loss, its times and their shift."""
+
+import numpy as np
+import pytest
+import torch
+from gaussian_data import velocity_model
+from scipy.stats import kstest
+
+from dis_scale.diffusion import build
+from dis_scale.recipe import Flow
+
+PROCESS = build(Flow(kind="flow"))
+
+
+def test_perfect_velocitys_loss():
+    s, t = 0.5, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    one = torch.ones(3, 1, 1, 1, dtype=torch.float64)
+    parts = [PROCESS.losses(velocity_model(s), s * one * a, t, one * b).total for a, b in ((1, 0), (0, 1))]
+    assert np.allclose(sum(parts), s**2 / ((1 - t) ** 2 * s**2 + t**2), rtol=1e-10)
+
+
+def test_the_model_sees_a_thousand_times_t_and_gives_velocity_first():
+    seen = []
+
+    def model_fn(x, t):
+        seen.append(t)
+        return torch.cat([torch.full_like(x, 2.0), torch.full_like(x, 1e6)], dim=1)
+
+    x0, noise = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
+    losses = PROCESS.losses(model_fn, x0, torch.tensor([0.25]), noise)
+    assert seen[0].tolist() == [250.0]
+    assert (losses.total.item(), losses.vb.item()) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("times", "law"),
+    [("uniform", lambda t: t), ("logit_normal", lambda t: _normal_cdf(np.log(t / (1 - t))))],
+)
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_times_have_their_law(times, law, shift):
+    process = build(Flow(kind="flow", times=times, shift=shift))
+    t = process.draw_times(np.random.default_rng(0), 20_000).double().numpy()
+    assert kstest(law(t / (shift - (shift - 1) * t)), "uniform").pvalue > 0.01
+
+
+def _normal_cdf(x):
+    return torch.special.ndtr(torch.from_numpy(x)).numpy()
+
+
+def test_the_grid_runs_from_noise_to_data_and_is_shifted():
+    assert PROCESS.grid(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    shifted = build(Flow(kind="flow", shift=3.0)).grid(2)
+    assert shifted.tolist() == [1, pytest.approx(0.75), 0]
+
+
+def test_times_come_from_the_callers_generator():
+    draws = [PROCESS.draw_times(np.random.default_rng(5), 8) for _ in range(2)]
+    assert torch.equal(*draws)
+    assert draws[0].dtype == torch.float32

@@ -1,0 +1,130 @@
+"""Orders of accuracy and exact variances of the samplers on Gaussian data, in float64; and diffusers' steps."""
+
+import numpy as np
+import pytest
+import torch
+from gaussian_data import S, eps_model, exact_variance, final_variance, slopes, velocity_model
+
+from dis_scale.diffusion import build
+from dis_scale.diffusion.gaussian import Chain
+from dis_scale.diffusion.samplers import sample
+from dis_scale.recipe import Flow, Gaussian
+
+GAUSSIAN, FLOW = build(Gaussian(kind="gaussian")), build(Flow(kind="flow"))
+EPS = eps_model(GAUSSIAN.chain)
+ONE = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+KS = (40, 80, 160)
+
+
+def deviation(alpha_bar):
+    """Of noisy data where this much of the signal's power is left: the flow map scales by its quotients."""
+    return (alpha_bar * S**2 + 1 - alpha_bar) ** 0.5
+
+
+def test_ddim_is_first_order():
+    exact = S / deviation(GAUSSIAN.chain.alpha_bars_K[-1])
+    errors = [abs(sample(EPS, GAUSSIAN, "ddim", K, ONE).item() - exact) for K in KS]
+    assert slopes(errors) == pytest.approx([1, 1], abs=0.15)
+
+
+def test_dpm_solver_is_second_order_short_of_the_last_jump():
+    abar = GAUSSIAN.chain.alpha_bars_K
+    exact = deviation(abar[0]) / deviation(abar[-1])
+    errors = [abs(sample(EPS, GAUSSIAN, "dpm_solver", GAUSSIAN.log_snr_chain(K), ONE).item() - exact) for K in KS]
+    assert slopes(errors) == pytest.approx([2, 2], abs=0.15)
+
+
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2)])
+def test_flow_samplers_orders(name, order):
+    errors = [abs(sample(velocity_model(), FLOW, name, K, ONE).item() - S) for K in KS]
+    assert slopes(errors) == pytest.approx([order, order], abs=0.15)
+
+
+def test_ancestral_steps_with_the_true_variance_reach_the_datas():
+    chain = GAUSSIAN.respaced(10)
+    start = deviation(chain.alpha_bars_K[-1]) ** 2
+    draw = lambda model: lambda x_T, noise: sample(model, GAUSSIAN, "ddpm", 10, x_T, noise)  # noqa: E731
+    # The last step adds no noise, so the variance left at alpha_bar[0] = 0.9999 is missing.
+    assert final_variance(draw(exact_variance(chain, EPS)), start, 10) == pytest.approx(0.25, abs=2e-4)
+
+
+def test_the_fixed_small_variance_is_wrong_at_ten_steps():
+    start = deviation(GAUSSIAN.respaced(10).alpha_bars_K[-1]) ** 2
+    small = final_variance(lambda x_T, noise: sample(EPS, GAUSSIAN, "ddpm", 10, x_T, noise), start, 10)
+    assert small == pytest.approx(0.104, abs=5e-4)
+
+
+def test_ddim_with_eta_converges_to_the_datas_variance():
+    errors = []
+    for K in KS:
+        start = deviation(GAUSSIAN.respaced(K).alpha_bars_K[-1]) ** 2
+        draw = lambda x_T, noise, K=K: sample(EPS, GAUSSIAN, "ddim", K, x_T, noise, eta=1.0)  # noqa: E731
+        errors.append(abs(final_variance(draw, start, K) - S**2))
+    assert slopes(errors) == pytest.approx([1, 1], abs=0.3)
+
+
+def test_euler_maruyama_converges_to_the_datas_variance():
+    errors = []
+    for K in KS:
+        draw = lambda x_T, noise, K=K: sample(velocity_model(), FLOW, "euler_maruyama", K, x_T, noise)  # noqa: E731
+        errors.append(abs(final_variance(draw, 1.0, K) - S**2))
+    assert slopes(errors) == pytest.approx([1, 1], abs=0.15)
+
+
+def wavy_model(x, t):
+    """The perfect noise, and a variance that moves between the ends of its range."""
+    return torch.cat([EPS(x, t).chunk(2, dim=1)[0], torch.cos(3 * x + t.reshape(-1, 1, 1, 1))], dim=1)
+
+
+def noise(step, shape):
+    rng = torch.Generator().manual_seed(step)
+    return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+
+def in_float64(scheduler):
+    """diffusers' formulas on tables in float64 instead of its float32."""
+    scheduler.betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    scheduler.alphas = 1 - scheduler.betas
+    scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
+    scheduler.one = scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
+    return scheduler
+
+
+def diffusers_loop(scheduler, x, monkeypatch, eta=None):
+    """diffusers' own loop; its noise is ours, by step."""
+    for step, t in enumerate(scheduler.timesteps):
+        for module in ("ddpm", "ddim"):
+            name = f"diffusers.schedulers.scheduling_{module}.randn_tensor"
+            monkeypatch.setattr(name, lambda shape, step=step, **_: noise(step, shape))
+        out = wavy_model(x, torch.full((len(x),), float(t), dtype=torch.float64))
+        extra = {} if eta is None else {"eta": eta}
+        x = scheduler.step(out if eta is None else out.chunk(2, dim=1)[0], t, x, **extra).prev_sample
+    return x
+
+
+BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
+
+
+@pytest.mark.parametrize("K", [10, 250, 1000])
+def test_ddpm_equals_diffusers(K, monkeypatch):
+    from diffusers import DDPMScheduler
+
+    theirs = in_float64(DDPMScheduler(variance_type="learned_range", timestep_spacing="linspace", **BETAS))
+    theirs.set_timesteps(K)
+    x_T = noise(10_000, (2, 3, 4, 4))
+    expected = diffusers_loop(theirs, x_T, monkeypatch)
+    assert torch.allclose(sample(wavy_model, GAUSSIAN, "ddpm", K, x_T, noise), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_ddim_equals_diffusers(eta, monkeypatch):
+    from diffusers import DDIMScheduler
+
+    theirs = in_float64(DDIMScheduler(timestep_spacing="leading", **BETAS))
+    theirs.set_timesteps(50)
+    x_T = noise(10_000, (2, 3, 4, 4))
+    expected = diffusers_loop(theirs, x_T, monkeypatch, eta)
+    leading = np.arange(0, 1000, 20)
+    chain = Chain(GAUSSIAN.chain.times_K[leading], GAUSSIAN.chain.alpha_bars_K[leading])
+    got = sample(wavy_model, GAUSSIAN, "ddim", chain, x_T, noise, eta=eta)
+    assert torch.allclose(got, expected, atol=1e-9)
