@@ -8,7 +8,8 @@ p^2. Read next: dis.py.
 """
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,9 @@ from dis_scale.models.dit import FREQUENCIES
 from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape
 
 DIFFUSSM_XL_GMACS = {32: 280.3, 64: 1066.2}
-"""Published for latents of this size (results of arXiv 2311.18257 as quoted by others)."""
+"""Published for latents of this size (arXiv 2311.18257, as others quote it)."""
+SCAN_CHUNK = 64
+"""Steps between the states that the scan keeps for its backward pass."""
 SCAN_MACS = 4.5
 """Multiply-adds a channel, state, token and direction: 9 FLOPs, the reference's convention."""
 
@@ -28,7 +31,7 @@ SCAN_MACS = 4.5
 class Part:
     """Multiply-adds of one kind of work in one forward pass; `passes` is what training multiplies them by.
 
-    A pass backward costs one product for the weights and one for the input; the latter is not made for data (passes 2).
+    A pass backward costs one product for the weights and one for the input; data want only the former (passes 2).
     """
 
     name: str
@@ -38,20 +41,41 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Numbers kept for the backward pass: of one block, what it passes on, and all outside of the blocks."""
+
+    blocks: int
+    block: int
+    boundary: int
+    skips: int
+    ends: int
+
+    def by_part(self, checkpointing: str) -> dict[str, int]:
+        """At the worst moment: with checkpointing, one block's all and the others' boundaries."""
+        if checkpointing == "none":
+            return {"blocks": self.blocks * self.block, "skips": self.skips, "ends": self.ends}
+        return {"boundaries": self.blocks * self.boundary, "one block": self.block, "ends": self.ends}
+
+
+@dataclass(frozen=True)
 class Cost:
     """What one image costs. `gmacs_*` are 10^9 multiply-adds, the axis "Gflops" of DiT's convention."""
 
-    parameters: int
+    parameters_by_part: dict[str, int]
     tokens: int
     parts: tuple[Part, ...]
-    activation_elements: dict[str, int]
-    """Numbers kept for the backward pass, by checkpointing mode."""
+    kept: "Kept"
     kernel_gmacs: float = 0.0
     """Work that a micro-batch does once whatever its size: DiffuSSM's kernels."""
     paper_gflops: float | None = None
     """The DiS paper's Gflops column: what thop x 2 sees, which is not the mixers."""
     published_gmacs: float | None = None
     """DiffuSSM-XL's published count, a quotient of rounded totals that no count by parts meets at both sizes."""
+
+    @property
+    def parameters(self) -> int:
+        """All that is trained."""
+        return sum(self.parameters_by_part.values())
 
     @property
     def gmacs_forward(self) -> float:
@@ -69,15 +93,15 @@ class Cost:
         return self.gmacs_training + sum(part.macs for part in self.parts if part.in_block) / 1e9
 
     def activation_bytes(self, checkpointing: str = "none", element_bytes: int = 4) -> int:
-        """Bytes kept for the backward pass, numbers of `element_bytes` each."""
-        return self.activation_elements[checkpointing] * element_bytes
+        """Bytes kept for the backward pass of one image, numbers of `element_bytes` each; within 5 % on the CPU."""
+        return sum(self.kept.by_part(checkpointing).values()) * element_bytes
 
 
 def cost(settings: Dis | DiffuSsm | Dit, shape: LatentShape, num_classes: int | None) -> Cost:
     """The cost of one image; parameters are counted on the module itself, on the meta device."""
     with torch.device("meta"):
         model = construct(settings, shape, num_classes)
-    parameters = sum(weight.numel() for weight in model.parameters())
+    parameters = _by_part((name, weight.numel()) for name, weight in model.named_parameters())
     match settings:
         case Dis():
             return _dis(settings, shape, num_classes, parameters)
@@ -87,19 +111,28 @@ def cost(settings: Dis | DiffuSsm | Dit, shape: LatentShape, num_classes: int | 
             return _diffussm(settings, shape, parameters)
 
 
-def _dis(settings: Dis, shape: LatentShape, num_classes: int | None, parameters: int) -> Cost:
+def _by_part(counts: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Parameters by name, the same in all blocks together: `blocks.3.mixer.in_proj` counts under `mixer.in_proj`."""
+    parts: dict[str, int] = {}
+    for name, count in counts:
+        part = re.sub(r"^blocks\.\d+\.|\.(weight|bias)$", "", name)
+        parts[part] = parts.get(part, 0) + count
+    return parts
+
+
+def _dis(settings: Dis, shape: LatentShape, num_classes: int | None, parameters: dict[str, int]) -> Cost:
     T = (shape.size // settings.patch) ** 2
     L = T + (1 if num_classes is None else 2)
     parts = tuple(_dis_parts(settings, shape, num_classes, T, L))
-    blocks, kept = settings.depth + 1, dis_block_elements(settings, L)
-    stream = 2 * L * settings.width
-    return Cost(
-        parameters,
-        L,
-        parts,
-        {"none": blocks * kept, "block": blocks * stream + kept},
-        paper_gflops=_paper_gflops(settings, shape, num_classes, T, L),
+    D = settings.width
+    kept = Kept(
+        blocks=settings.depth + 1,
+        block=_dis_block_elements(settings, L),
+        boundary=2 * L * D,  # branch and stream; the skips are branches
+        skips=settings.depth // 2 * 2 * L * D,
+        ends=5 * T * D,
     )
+    return Cost(parameters, L, parts, kept, paper_gflops=_paper_gflops(settings, shape, num_classes, T, L))
 
 
 def _dis_parts(settings: Dis, shape: LatentShape, num_classes: int | None, T: int, L: int) -> Iterator[Part]:
@@ -123,11 +156,11 @@ def _dis_parts(settings: Dis, shape: LatentShape, num_classes: int | None, T: in
     yield Part("final", T * D * 2 * P, in_block=False)
 
 
-def dis_block_elements(settings: Dis, L: int) -> int:
-    """Numbers that a block of DiS keeps: stream, norm, x and z, both sides' operands, sum, half the skips' input."""
+def _dis_block_elements(settings: Dis, L: int) -> int:
+    """Stream and norm (3 D), x and z, both sides' u, delta and (step, B, C), the scan's states, the gated sum."""
     D, N, E, R = settings.width, settings.state_size, inner_width(settings.width), step_rank(settings.width)
-    sides = 2 * (2 * E + R + 2 * N)  # u, delta, (step, B, C)
-    return L * (D + D + 2 * E + sides + E + D)
+    states = 2 * E * N * ((L - 1) // SCAN_CHUNK)
+    return L * (3 * D + 2 * E + 2 * (2 * E + R + 2 * N) + E) + states
 
 
 def _paper_gflops(settings: Dis, shape: LatentShape, num_classes: int | None, T: int, L: int) -> float:
@@ -137,7 +170,7 @@ def _paper_gflops(settings: Dis, shape: LatentShape, num_classes: int | None, T:
     return 2 * (macs + (0 if num_classes is None else 2 * D * D)) / 1e9
 
 
-def _dit(settings: Dit, shape: LatentShape, parameters: int) -> Cost:
+def _dit(settings: Dit, shape: LatentShape, parameters: dict[str, int]) -> Cost:
     T = (shape.size // settings.patch) ** 2
     D, depth = settings.width, settings.depth
     P = shape.channels * settings.patch**2
@@ -153,11 +186,12 @@ def _dit(settings: Dit, shape: LatentShape, parameters: int) -> Cost:
         Part("final modulation", 2 * D * D, in_block=False),
         Part("final", T * D * 2 * P, in_block=False),
     )
-    kept = T * D * 26
-    return Cost(parameters, T, parts, {"none": depth * kept, "block": depth * T * D + kept})
+    # Both norms, their modulation and both gates (8), the stream, q k v (3), attention's output, the MLP (8).
+    kept = Kept(blocks=depth, block=20 * T * D, boundary=T * D, skips=0, ends=4 * T * D)
+    return Cost(parameters, T, parts, kept)
 
 
-def _diffussm(settings: DiffuSsm, shape: LatentShape, parameters: int) -> Cost:
+def _diffussm(settings: DiffuSsm, shape: LatentShape, parameters: dict[str, int]) -> Cost:
     """Reference diffussm.md: products and two data FFTs a direction; the kernels, once a micro-batch, apart."""
     D, M, C, L, depth = settings.width, settings.hourglass, shape.channels, shape.size**2, settings.depth
     G, S = L // M, (2 if settings.bidirectional else 1) * D
@@ -178,11 +212,11 @@ def _diffussm(settings: DiffuSsm, shape: LatentShape, parameters: int) -> Cost:
     )
     # A complex power (4) and a real part of a complex product (2) a mode and tap, then one FFT of the kernel.
     kernel = kernels * (settings.state_size // 2 * L * 6 + _fft_macs(2 * L))
-    kept = 7 * G * D + 2 * L * S + 4 * (L + 1) * S
-    activations = {"none": depth * kept, "block": depth * G * D + kept}
+    # The kernels' own numbers, once a micro-batch, are not counted.
+    kept = Kept(blocks=depth, block=16 * G * D + 7 * L * S, boundary=G * D, skips=0, ends=4 * G * D)
     xl = (D, depth, M) == (1152, 29, 2)
     published = DIFFUSSM_XL_GMACS.get(shape.size) if xl else None
-    return Cost(parameters, L, parts, activations, kernel_gmacs=kernel / 1e9, published_gmacs=published)
+    return Cost(parameters, L, parts, kept, kernel_gmacs=kernel / 1e9, published_gmacs=published)
 
 
 def _fft_macs(n: int) -> float:

@@ -3,7 +3,11 @@
 import time
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+from dis_scale.models import build, construct, dis
 from dis_scale.models.cost import Cost, cost
 from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, preset
 
@@ -87,3 +91,124 @@ def test_the_largest_is_counted_in_under_a_second():
     start = time.perf_counter()
     cost_of("DiS-H/2"), cost_of("DiT-XL/2")
     assert time.perf_counter() - start < 1
+
+
+SETTINGS = {
+    "dis": Dis(kind="dis", width=64, depth=4, patch=2),
+    "dit": Dit(kind="dit", width=64, depth=4, heads=4, patch=2),
+    "diffussm": DiffuSsm(kind="diffussm", width=64, depth=4),
+    "diffussm-4": DiffuSsm(kind="diffussm", width=64, depth=4, hourglass=4),
+}
+NOT_PRODUCTS = ("conv", "scan", "D u and gate", "FFT", "spectra's product")
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """torch's own count on the meta device of one sample more; the scan, which it cannot see, left out.
+
+    What a micro-batch does once falls out: DiffuSSM's kernels, whose complex products torch counts as real ones.
+    """
+    monkeypatch.setattr(dis, "two_way_scan", lambda f, b, z, **_: (f.delta_BLE + b.delta_BLE) * _read(f, b) * z)
+    monkeypatch.setattr(dis, "two_way_conv_silu", _convolutions)
+
+    def count(settings, backward):
+        two, one = _macs(settings, 2, backward), _macs(settings, 1, backward)
+        return {kind: two[kind] - one[kind] for kind in one}
+
+    return count
+
+
+def _macs(settings, batch, backward):
+    with torch.device("meta"):
+        model = construct(settings, LatentShape(4, 16), 10)
+        inputs = torch.empty(batch, 4, 16, 16), torch.empty(batch), torch.empty(batch, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        out = model(*inputs)
+        if backward:
+            out.sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    convolution = sum(flops for operator, flops in counts.items() if "conv" in str(operator))
+    return {"convolution": convolution / 2, "product": (sum(counts.values()) - convolution) / 2}
+
+
+def _read(f, b):
+    """A use of B and C that costs no product, so that their gradients are made."""
+    return (f.B_BLN * f.C_BLN + b.B_BLN * b.C_BLN).sum(-1, keepdim=True)
+
+
+def _convolutions(x_BLE, w_f, b_f, w_b, b_b, **_):
+    x_BEL = F.pad(x_BLE.transpose(1, 2), (3, 0))
+    return tuple(F.conv1d(x_BEL, w[:, None], b, groups=len(b)).transpose(1, 2) for w, b in ((w_f, b_f), (w_b, b_b)))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_forward_agrees_with_torchs_counter(name, counted):
+    """Products, forward convolutions, and attention, which the meta device runs as products; FFTs it counts as 0."""
+    macs = {part.name: part.macs for part in cost(SETTINGS[name], LatentShape(4, 16), 10).parts}
+    theirs = counted(SETTINGS[name], backward=False)
+    assert theirs["product"] == sum(macs[part] for part in macs if part not in NOT_PRODUCTS)
+    assert theirs["convolution"] == macs.get("conv", 0)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_training_agrees_with_torchs_counter(name, counted):
+    """Products and attention; not convolutions, as below."""
+    parts = cost(SETTINGS[name], LatentShape(4, 16), 10).parts
+    expected = sum(part.macs * part.passes for part in parts if part.name not in NOT_PRODUCTS)
+    assert counted(SETTINGS[name], backward=True)["product"] == expected
+
+
+def test_what_torchs_counter_gets_wrong():
+    """Why the cost is computed, not counted: if one of these changes, so may the tests above."""
+
+    def flops(run, *tensors):
+        with FlopCounterMode(display=False) as counter:
+            run(*tensors)
+        return counter.get_total_flops()
+
+    q = torch.randn(1, 2, 8, 4)
+    assert flops(F.scaled_dot_product_attention, q, q, q) == 0  # fused, on the CPU
+    assert flops(torch.fft.rfft, q) == 0
+    z = torch.randn(8, 8, dtype=torch.complex64)
+    assert flops(torch.mm, z, z) == 2 * 8**3  # of four times as many real ones
+    x, w = torch.randn(1, 16, 35, requires_grad=True), torch.randn(16, 1, 4, requires_grad=True)
+    forward = flops(lambda: F.conv1d(x, w, groups=16))
+    both = flops(lambda: F.conv1d(x, w, groups=16).sum().backward())
+    assert forward == 2 * 16 * 32 * 4
+    assert (both - forward) / (2 * forward) > 8  # depthwise: a pass backward counts every pair of channels
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_activation_bytes_are_what_autograd_keeps(name):
+    settings, shape = SETTINGS[name], LatentShape(4, 16)
+    kept = [_kept_elements(settings, shape, batch) for batch in (2, 4)]
+    a_sample = (kept[1] - kept[0]) / 2  # what a micro-batch keeps once falls out
+    assert cost(settings, shape, 10).activation_bytes("none") / 4 == pytest.approx(a_sample, rel=0.05)
+
+
+def _kept_elements(settings, shape, batch):
+    model = build(settings, shape, 10)
+    own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(torch.randn(batch, 4, shape.size, shape.size), torch.rand(batch), torch.arange(batch))
+    assert out.requires_grad
+    return sum(tensor.untyped_storage().nbytes() // 4 for place, tensor in kept.items() if place not in own)
+
+
+def test_checkpointing_keeps_one_block_and_the_boundaries():
+    h = cost_of("DiS-H/2")
+    assert h.activation_bytes("block") < h.activation_bytes("none") / 6
+    assert h.gmacs_training_block == pytest.approx(h.gmacs_training + h.gmacs_forward, rel=1e-3)
+    assert h.gmacs_training == pytest.approx(3 * h.gmacs_forward, rel=1e-3)
+
+
+def test_parameters_by_part_of_h():
+    parts = cost_of("DiS-H/2").parameters_by_part
+    assert parts["mixer.in_proj"] == 49 * 1536 * 6144
+    assert parts["skip"] == 24 * (2 * 1536 * 1536 + 1536)
