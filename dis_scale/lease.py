@@ -4,12 +4,14 @@ Creating only if absent admits one of several that try. A holder that died on th
 when its beat has stood still. The owner looks for n + 1 before each manifest. The number is the attempt's own.
 """
 
+import contextlib
 import json
 import os
 import socket
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +30,38 @@ class Lease:
 
     folder: Folder
     number: int
-    _ended: threading.Event = field(default_factory=threading.Event)
 
     def held(self) -> bool:
         return _latest(self.folder) == self.number
 
-    def release(self) -> None:
-        self._ended.set()
-        self.folder.write(f"{self.number:04d}.end", b"")
 
-    def _beat(self) -> None:
-        beats = 0
-        while not self._ended.wait(BEAT_S):
-            beats += 1
-            try:
-                self.folder.write(f"{self.number:04d}.beat", str(beats).encode())
-            except DisScaleError:
-                continue  # storage away for a while: whoever takes over creates the next number, which `held` sees
-
-
-def take(folder: Folder) -> Lease:
-    """Takes the run; DisScaleError says who holds it."""
+@contextlib.contextmanager
+def hold(folder: Folder) -> Iterator[Lease]:
+    """Takes the run, keeps the lease's beat going and gives it back at the end; DisScaleError says who else holds it."""
     latest = _latest(folder)
     if latest and (holder := _living_holder(folder, latest)):
         raise DisScaleError(
             f"{folder}: held by process {holder['pid']} on {holder['host']}, which is alive: one writer a run"
         )
-    if not folder.create(f"{latest + 1:04d}", json.dumps(_me()).encode()):
-        raise DisScaleError(f"{folder}: another attempt was first to take it: one writer a run")
     lease = Lease(folder, latest + 1)
-    threading.Thread(target=lease._beat, daemon=True, name="lease").start()
-    return lease
+    if not folder.create(f"{lease.number:04d}", json.dumps(_me()).encode()):
+        raise DisScaleError(f"{folder}: another attempt was first to take it: one writer a run")
+    ended = threading.Event()
+    threading.Thread(target=_beat, args=(lease, ended), daemon=True, name="lease").start()
+    try:
+        yield lease
+    finally:
+        ended.set()
+        folder.write(f"{lease.number:04d}.end", b"")
+
+
+def _beat(lease: Lease, ended: threading.Event) -> None:
+    beats = 0
+    while not ended.wait(BEAT_S):
+        beats += 1
+        # Storage away for a while: whoever takes over creates the next number, which `held` sees.
+        with contextlib.suppress(DisScaleError):
+            lease.folder.write(f"{lease.number:04d}.beat", str(beats).encode())
 
 
 def _latest(folder: Folder) -> int:

@@ -29,7 +29,7 @@ from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder, folder
 from pipelines import jobs
 from pipelines.jobs import Cluster, Job
-from pipelines.stage import PROGRESS
+from pipelines.stage import PROGRESS, SAY
 
 LOOK_EVERY_S = 0.5
 STORED = "recipe.yaml"
@@ -146,8 +146,8 @@ def _look(sweep: Sweep, job: Job, name: str) -> None:
     for line in job.lines():
         if line.startswith(PROGRESS):
             sweep.board.update(name, **json.loads(line.removeprefix(PROGRESS)))
-        elif not line.startswith("error: "):
-            sweep.board.say(f"  {line}")
+        elif line.startswith(SAY):
+            sweep.board.say(f"  {line.removeprefix(SAY)}")
 
 
 def _trained(sweep: Sweep, model: str) -> bool:

@@ -83,7 +83,7 @@ class Evaluation:
         folder.write_json(results.METRICS, {"format": 1, "model": model, "images": images, **values})
         self._log(model, images, values, picture)
         shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, float))
-        print(f"{model} at {images} images: {shown}", flush=True)
+        stage.say(f"{model} at {images} images: {shown}")
 
     def _measure(self, blocks: list[Block]) -> dict[str, Any]:
         features = np.concatenate([b.features for b in blocks])
@@ -122,7 +122,7 @@ def evaluate(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
     """Evaluates each (model, published count) once, until all are done or their training has ended for good."""
     stage.connect()
     device, why = stage.choose_device(recipe)
-    print(f"evaluation on {device} ({why})", flush=True)
+    stage.say(f"evaluation on {device} ({why})")
     extractor = load_extractor(recipe.evaluate.extractor, sweep, torch.device("cpu"))
     options = stage.resources("evaluate", device, 0)
     workers = [Evaluator.options(**options).remote(sweep, recipe, device) for _ in range(recipe.evaluate.workers)]
@@ -146,7 +146,7 @@ def evaluate(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
         try:
             evaluation.evaluate(*todo[0])
         except StorageError as error:
-            print(f"passed over: {error}", flush=True)
+            stage.say(f"passed over: {error}")
             passed_over.add(todo[0])
     if passed_over:
         raise DisScaleError(
@@ -156,7 +156,3 @@ def evaluate(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
 
 def block_name(block: int) -> str:
     return f"block-{block:05d}.npz"
-
-
-if __name__ == "__main__":
-    stage.main(evaluate)

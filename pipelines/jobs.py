@@ -118,7 +118,7 @@ def submit(cluster: Cluster, recipe: Recipe, sweep: Folder, stage: str, *argumen
     last = max(attempts, default=0)
     if last and attempts[last].status not in ENDED:
         return Job(cluster, f"{prefix}-{last}", ours=False)
-    return _submit(cluster, recipe, f"{prefix}-{last + 1}", [f"pipelines.{stage}", sweep.url, *arguments])
+    return _submit(cluster, recipe, f"{prefix}-{last + 1}", ["pipelines", stage, sweep.url, *arguments])
 
 
 def _submit(cluster: Cluster, recipe: Recipe, name: str, command: list[str]) -> Job:

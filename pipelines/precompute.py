@@ -28,8 +28,7 @@ class Encoder(stage.Worker):
     """Encodes shards by number; progress counts images."""
 
     def encode(self, sweep: Folder, latents: Folder, recipe: Recipe, device: str, numbers: list[int]) -> None:
-        torch.set_num_threads(1)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        _compute_exactly()
         source, encoder = open_source(recipe.data), vae.load(recipe.vae, sweep)
         encoder.net.to(device)
         for number in numbers:
@@ -48,7 +47,7 @@ def precompute(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
     device, why = stage.choose_device(recipe)
     source, encoder = open_source(recipe.data), vae.load(recipe.vae, sweep)
     latents = shards.latents_folder(sweep, recipe, encoder.identity())
-    print(f"latents  {latents} on {device} ({why})", flush=True)
+    stage.say(f"latents  {latents} on {device} ({why})")
     _require_one_kind(latents, device)
     numbers = range(-(-len(source) // recipe.precompute.shard_images))
     done = shards.finished(latents, numbers)
@@ -61,7 +60,13 @@ def precompute(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
         stage.watch(workers, parts, lambda d: stage.progress(min(before + sum(d), len(source)), len(source), "images"))
         stage.leave_if_asked()
     found = shards.seal(latents, numbers, _facts(recipe, source, encoder, device))
-    print(f"{found['count']} latents in {len(numbers)} shards, {len(found['refused'])} images refused", flush=True)
+    stage.say(f"{found['count']} latents in {len(numbers)} shards, {len(found['refused'])} images refused")
+
+
+def _compute_exactly() -> None:
+    """One thread a worker and no TF32: the same sums whoever encodes. (No part of the actor: Ray cannot pickle `torch.backends`.)"""
+    torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def _decode(source: Source, recipe: Recipe, number: int) -> tuple[dict[int, np.ndarray], list[str]]:
@@ -109,7 +114,3 @@ def _facts(recipe: Recipe, source: Source, encoder: Vae, device: str) -> dict[st
         "label_names": source.label_names, "shard_images": recipe.precompute.shard_images,
         "encode_images": recipe.precompute.encode_images, "device": device, "torch": torch.__version__,
     }  # fmt: skip
-
-
-if __name__ == "__main__":
-    stage.main(precompute)

@@ -84,7 +84,7 @@ def prepare(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
         [worker], [worker.prepare.remote(sweep, recipe)], lambda d: stage.progress(d[0], total, "steps")
     )
     for line in said:
-        print(line, flush=True)
+        stage.say(line)
 
 
 def _vae_missing(sweep: Folder, recipe: Recipe) -> bool:
@@ -101,7 +101,3 @@ def _classifiers_missing(sweep: Folder, recipe: Recipe) -> list[tuple[str, str]]
 
 def _classifier_steps(recipe: Recipe) -> int:
     return recipe.evaluate.extractor.steps if isinstance(recipe.evaluate.extractor, TrainedExtractor) else 0
-
-
-if __name__ == "__main__":
-    stage.main(prepare)

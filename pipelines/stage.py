@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 
@@ -22,8 +22,8 @@ from dis_scale.errors import DisScaleError, Preempted
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder, folder
 
-PROGRESS = "@progress "
-"""Begins a line of a job's log that says how far the stage is, as JSON: done, total, unit."""
+PROGRESS, SAY = "@progress ", "@say "
+"""Begin the lines of a job's log that the sweep shows: how far the stage is, as JSON (done, total, unit), and words for people."""
 wish = threading.Event()
 """Set when somebody asked this job to stop."""
 
@@ -37,20 +37,18 @@ def main(program: Callable[[Folder, Recipe, list[str]], None]) -> None:
     sweep, arguments = folder(sys.argv[1]), sys.argv[2:]
     try:
         program(sweep, load_recipe(sweep), arguments)
-    except DisScaleError as error:
-        print(f"error: {error}", flush=True)
-        os._exit(error.exit_code)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.as_instanceof_cause()
-        ours = isinstance(cause, DisScaleError)
-        if not ours:
-            print(error, flush=True)
-        print(f"error: {str(error.cause) if ours else str(cause).strip().splitlines()[-1]}", flush=True)
-        os._exit(1)
     except Exception as error:
-        traceback.print_exc()
-        print(f"error: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
-        os._exit(1)
+        _end_with(error.cause if isinstance(error, ray.exceptions.RayTaskError) else error, error)
+
+
+def _end_with(cause: BaseException, error: BaseException) -> NoReturn:
+    """Ends this job with the cause's line; with the whole traceback before it where the cause is not one of ours."""
+    if isinstance(cause, DisScaleError):
+        print(f"error: {cause}", flush=True)
+        os._exit(cause.exit_code)
+    traceback.print_exception(error, file=sys.stdout)
+    print(f"error: {type(cause).__name__}: {(str(cause).splitlines() or [''])[0][:300]}", flush=True)
+    os._exit(1)
 
 
 def load_recipe(sweep: Folder) -> Recipe:
@@ -60,23 +58,23 @@ def load_recipe(sweep: Folder) -> Recipe:
 
 def connect() -> None:
     """Joins the cluster that this job runs on."""
-    ray.init(log_to_driver=True, logging_level="ERROR")
+    ray.init(log_to_driver=False, logging_level="ERROR")
 
 
 class Worker:
-    """An actor's common part: its progress can be asked and its wish to stop be set while its work runs in another thread."""
+    """An actor's common part: while its work runs in one thread, others tell it to stop and ask how far it is."""
 
     def __init__(self) -> None:
         self._wish, self._done = threading.Event(), 0
+        self._said: list[str] = []
 
     def stop(self) -> None:
         self._wish.set()
 
-    def done(self) -> int:
-        return self._done
-
-    def ready(self) -> bool:
-        return True
+    def look(self) -> tuple[int, list[str]]:
+        """What is done, and the lines said since the last look."""
+        said, self._said = self._said, []
+        return self._done, said
 
 
 def resources(name: str, device: str, cpus: float) -> dict[str, Any]:
@@ -100,6 +98,10 @@ def progress(done: int, total: int, unit: str) -> None:
     print(PROGRESS + json.dumps({"done": done, "total": total, "unit": unit}), flush=True)
 
 
+def say(line: str) -> None:
+    print(SAY + line, flush=True)
+
+
 def watch(
     workers: Sequence[Any], results: Sequence[Any], report: Callable[[list[int]], None], every_s: float = 1.0
 ) -> list[Any]:
@@ -117,9 +119,12 @@ def watch(
 
 
 def _progress_of(workers: Sequence[Any]) -> list[int]:
-    asked = [worker.done.remote() for worker in workers]
-    answered, _ = ray.wait(asked, num_returns=len(asked), timeout=1)
-    return [ray.get(a) if a in answered else 0 for a in asked]
+    asked = [worker.look.remote() for worker in workers]
+    answered, _ = ray.wait(asked, num_returns=len(asked), timeout=10)
+    looks = [ray.get(a) if a in answered else (0, []) for a in asked]
+    for line in [line for _, lines in looks for line in lines]:
+        say(line)
+    return [done for done, _ in looks]
 
 
 def leave_if_asked() -> None:

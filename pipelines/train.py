@@ -52,7 +52,7 @@ class Trainer(stage.Worker):
         return train(
             Run(
                 recipe, model, sweep, latents, held_lease.number, where, held_lease.held, self._wish.is_set,
-                lambda images: setattr(self, "_done", images), lambda line: print(line, flush=True),
+                lambda images: setattr(self, "_done", images), lambda line: self._said.append(line),
             )
         )  # fmt: skip
 
@@ -62,7 +62,7 @@ def train_model(sweep: Folder, recipe: Recipe, arguments: list[str]) -> None:
     (model,) = arguments
     stage.connect()
     device, why = stage.choose_device(recipe)
-    print(f"{model}: device {device} ({why})", flush=True)
+    stage.say(f"{model}: device {device} ({why})")
     projection, rows = Projection(sweep, model), Rows(sweep / "runs" / model / "log")
     for restart in range(recipe.train.restarts + 1):
         try:
@@ -71,7 +71,7 @@ def train_model(sweep: Folder, recipe: Recipe, arguments: list[str]) -> None:
         except ray.exceptions.RayActorError as error:
             if restart == recipe.train.restarts:
                 raise DisScaleError(f"{model}: workers were lost {restart + 1} times: {_line(error)}") from error
-            print(f"{model}: a worker was lost ({_line(error)}); going on from the last resume point", flush=True)
+            stage.say(f"{model}: a worker was lost ({_line(error)}); going on from the last resume point")
     projection.send(rows.new())
     if images < recipe.train.images:
         stage.leave_if_asked()
@@ -80,7 +80,7 @@ def train_model(sweep: Folder, recipe: Recipe, arguments: list[str]) -> None:
 
 def _attempt(sweep: Folder, recipe: Recipe, model: str, device: str, projection: Projection, rows: Rows) -> int:
     """One attempt at a fixed world size, under a lease of its own; returns the images seen."""
-    held, world = lease.take(sweep / "runs" / model / "lease"), recipe.train.workers
+    world = recipe.train.workers
     bundle = stage.resources("train", device, 1)
     custom = bundle.get("resources", {}) | {"CPU": 1} | ({"GPU": 1} if device == "cuda" else {})
     group = placement_group([custom] * world, strategy="PACK")
@@ -90,14 +90,14 @@ def _attempt(sweep: Folder, recipe: Recipe, model: str, device: str, projection:
         workers = [Trainer.options(**bundle, scheduling_strategy=option).remote() for option in options]
         host, port = ray.get(workers[0].address.remote())
         place = {"WORLD_SIZE": world, "MASTER_ADDR": host, "MASTER_PORT": port, "LOCAL_RANK": 0}
-        results = [
-            worker.train.remote(place | {"RANK": rank}, sweep, recipe, model, held, device)
-            for rank, worker in enumerate(workers)
-        ]
-        return min(stage.watch(workers, results, _reporter(recipe, projection, rows)))
+        with lease.hold(sweep / "runs" / model / "lease") as held:
+            results = [
+                worker.train.remote(place | {"RANK": rank}, sweep, recipe, model, held, device)
+                for rank, worker in enumerate(workers)
+            ]
+            return min(stage.watch(workers, results, _reporter(recipe, projection, rows)))
     finally:
         remove_placement_group(group)
-        held.release()
 
 
 def _reporter(recipe: Recipe, projection: Projection, rows: Rows) -> Any:
@@ -119,13 +119,9 @@ def _await(group: Any, world: int) -> None:
     while not ray.wait([ready], timeout=1)[0]:
         stage.leave_if_asked()
         if not said:
-            print(f"waiting for room for {world} workers: the cluster has {ray.available_resources()} free", flush=True)
+            stage.say(f"waiting for room for {world} workers: the cluster has {ray.available_resources()} free")
             said = True
 
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
-
-
-if __name__ == "__main__":
-    stage.main(train_model)

@@ -67,7 +67,7 @@ def unpack(data: bytes, where: str) -> Shard:
     try:
         files = wds.tariterators.tar_file_iterator(io.BytesIO(data))
         moments, labels = [], []
-        for sample in wds.tariterators.group_by_keys(files):
+        for sample in wds.tariterators.group_by_keys(file | {"__url__": where} for file in files):
             moments.append(np.load(io.BytesIO(sample["moments.npy"])))
             labels.append(json.loads(sample["json"])["label"])
         return Shard(np.stack(moments), np.array(labels, dtype=np.int64))

@@ -67,6 +67,7 @@ def two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None, 
     _check_direction("two_way_scan, backward", backward)
     shape, device = forward.u_BLE.shape, forward.u_BLE.device
     _check("two_way_scan, backward: u_BLE", backward.u_BLE, shape, device)
+    _check("two_way_scan, backward: A_EN", backward.A_EN, forward.A_EN.shape, device)
     if z_BLE is not None:
         _check("two_way_scan: z_BLE", z_BLE, shape, device)
     return _backend(backend, device.type).two_way_scan(forward, backward, z_BLE)
@@ -90,7 +91,8 @@ def two_way_conv_silu(
 ) -> tuple[Tensor, Tensor]:
     """`causal_conv_silu` in both directions of the same x, read once: (forward, backward)."""
     _check_conv("two_way_conv_silu, forward", x_BLE, weight_EW, bias_E)
-    _check_conv("two_way_conv_silu, backward", x_BLE, back_weight_EW, back_bias_E)
+    _check("two_way_conv_silu, backward: the weight", back_weight_EW, weight_EW.shape, x_BLE.device)
+    _check("two_way_conv_silu, backward: the bias", back_bias_E, bias_E.shape, x_BLE.device)
     convolve = _backend(backend, x_BLE.device.type).two_way_conv_silu
     return convolve(x_BLE, weight_EW, bias_E, back_weight_EW, back_bias_E)
 
@@ -128,7 +130,7 @@ def _backend(name: str, device: str) -> Backend:
 
 def _check_direction(where: str, direction: Direction) -> None:
     u_BLE, A_EN = direction.u_BLE, direction.A_EN
-    if u_BLE.ndim != 3 or A_EN.ndim != 2 or 0 in u_BLE.shape:
+    if u_BLE.ndim != 3 or A_EN.ndim != 2 or 0 in u_BLE.shape + A_EN.shape:
         raise UserError(
             f"{where}: u_BLE is {tuple(u_BLE.shape)} and A_EN {tuple(A_EN.shape)}, expected 3 and 2 axes, none empty"
         )
@@ -139,7 +141,7 @@ def _check_direction(where: str, direction: Direction) -> None:
 
 
 def _check_conv(where: str, x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor) -> None:
-    if x_BLE.ndim != 3 or weight_EW.ndim != 2 or 0 in x_BLE.shape:
+    if x_BLE.ndim != 3 or weight_EW.ndim != 2 or 0 in x_BLE.shape + weight_EW.shape:
         raise UserError(
             f"{where}: x_BLE is {tuple(x_BLE.shape)} and the weight {tuple(weight_EW.shape)}, expected 3 and 2 axes, "
             "none empty"

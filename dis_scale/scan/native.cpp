@@ -1,6 +1,8 @@
 // The native CPU backend as PyTorch operators, with their gradients: memory, threads, views, the choice of instruction
 // set. The arithmetic stands in kernels.cpp. native.py builds and loads this file.
 //
+// native.py sets MOST_STATES and MOST_TAPS.
+//
 // The work is cut by shape alone, never by the number of threads, and partial sums are added in a fixed order: results
 // are the same bits at any number of threads.
 
@@ -13,12 +15,12 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
-constexpr int MOST_STATES = 256, MOST_TAPS = 16;
 // Steps between the states that the forward pass keeps, N / CHUNK of u's size in all, and that the backward pass replays
 // at once: 128 KiB of states and decays at 16 states and 16 lanes, which stay in a core's second cache.
 constexpr int64_t CHUNK = 64;
@@ -103,26 +105,31 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-const Kernels& detect() {
+const Kernels* chosen = nullptr;
+
+const Kernels& kernels() { return *chosen; }
+
+// Takes the named instruction set, or the best that the processor has where the name is empty; gives its name. What a
+// forward pass keeps is laid out for one instruction set: its backward pass must run under the same.
+std::string use_instruction_set(const std::string& name) {
+  std::vector<const Kernels*> known{&plain::kernels}, here{&plain::kernels};
 #ifdef DISPATCH
-  const char* forced = std::getenv("DIS_SCALE_ISA");
-  const std::string isa = forced ? forced : "";
-  TORCH_CHECK_VALUE(isa.empty() || isa == "plain" || isa == "avx2" || isa == "avx512", "DIS_SCALE_ISA is '", isa,
-                    "': expected plain, avx2 or avx512");
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-  TORCH_CHECK_VALUE((isa != "avx2" || has_avx2) && (isa != "avx512" || has_avx512), "DIS_SCALE_ISA is '", isa,
-                    "', which this processor does not have: unset it");
-  if (has_avx512 && (isa.empty() || isa == "avx512")) return avx512::kernels;
-  if (has_avx2 && (isa.empty() || isa == "avx2")) return avx2::kernels;
+  known.insert(known.end(), {&avx2::kernels, &avx512::kernels});
+  if (has_avx2) here.push_back(&avx2::kernels);
+  if (has_avx512) here.push_back(&avx512::kernels);
 #endif
-  return plain::kernels;
-}
-
-const Kernels& kernels() {
-  static const Kernels& chosen = detect();
-  return chosen;
+  const auto find = [&](const std::vector<const Kernels*>& among) {
+    return std::find_if(among.begin(), among.end(), [&](const Kernels* k) { return name == k->name; });
+  };
+  TORCH_CHECK_VALUE(name.empty() || find(known) != known.end(), "no instruction set '", name,
+                    "': there are plain, avx2 and avx512");
+  TORCH_CHECK_VALUE(name.empty() || find(here) != here.end(), "this processor has no ", name, ", only ",
+                    here.back()->name);
+  chosen = name.empty() ? here.back() : *find(here);
+  return chosen->name;
 }
 
 // ---- memory
@@ -138,6 +145,8 @@ float* scratch(int64_t floats) {
     TORCH_CHECK(held, "selective scan: no memory for ", floats, " floats of scratch");
     size = floats;
   }
+  if (at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory())
+    std::fill_n(held.get(), floats, std::numeric_limits<float>::quiet_NaN());
   return held.get();
 }
 
@@ -294,7 +303,7 @@ void forward_block(const Job& job, const View& y, int64_t b, int64_t block) {
       kernels().forward(scan, out, i > 0);
       continue;
     }
-    Carver memory{scratch(4 * scan.length * lanes)};
+    Carver memory{scratch(4 * (scan.length * lanes + 16))};
     pad(memory, scan, channels, lanes);
     const Rows copy = padded(memory, out, scan.length, channels, lanes);
     kernels().forward(scan, copy, i > 0);
@@ -312,7 +321,7 @@ Tensor scan_forward(const Job& job) {
   return y;
 }
 
-// The partial sums and full gradients of one direction. `groups` are the channels' groups.
+// One direction's gradients: du and ddelta whole, dB and dC in parts by group of channels, dweights by group of batch rows.
 struct Sums {
   Tensor du, ddelta, dB, dC, dweights;
   View du_view, ddelta_view;
@@ -399,15 +408,16 @@ class Backward {
     const int64_t group_blocks = GROUP_CHANNELS / lanes, last = std::min((group + 1) * group_blocks, job.blocks.count);
     Carver count;
     carve(count);
-    const int64_t padding = 7 * length * lanes;
+    const int64_t padding = 7 * (length * lanes + 16);
     Carver memory{scratch(count.used + padding)};
     const Scratch work = carve(memory);
     for (int64_t b = first; b < end; b++) {
       std::memset(work.dB, 0, length * folded() * sizeof(float));
       std::memset(work.dC, 0, length * folded() * sizeof(float));
       for (int64_t block = group * group_blocks; block < last; block++) one_block(i, b, batch_group, block, work, memory);
-      collect(work.dB, sums[i].dB[group][b], job.directions[i].reverse);
-      collect(work.dC, sums[i].dC[group][b], job.directions[i].reverse);
+      const int64_t matrix = (group * job.batch() + b) * length * states;
+      collect(work.dB, sums[i].dB.data_ptr<float>() + matrix, job.directions[i].reverse);
+      collect(work.dC, sums[i].dC.data_ptr<float>() + matrix, job.directions[i].reverse);
     }
   }
 
@@ -429,8 +439,7 @@ class Backward {
     unpad(copies.z, out.z, length, channels);
   }
 
-  void collect(const float* vectors, const Tensor& to_LN, bool reverse) const {
-    float* to = to_LN.data_ptr<float>();
+  void collect(const float* vectors, float* to, bool reverse) const {
     for (int64_t t = 0; t < length; t++)
       kernels().sum_lanes(vectors + t * folded(), to + (reverse ? length - 1 - t : t) * states, states);
   }
@@ -506,7 +515,7 @@ struct ConvJob {
 void conv_forward_block(const ConvJob& job, const Conv& conv, Rows y, int64_t channels) {
   const int lanes = job.blocks.lanes;
   if (channels == lanes) return kernels().convolve(conv, y);
-  Carver memory{scratch(2 * conv.length * lanes)};
+  Carver memory{scratch(2 * (conv.length * lanes + 16))};
   const Conv copy{conv.length, conv.taps, padded(memory, conv.x, conv.length, channels, lanes), conv.weights};
   const Rows out = padded(memory, y, conv.length, channels, lanes);
   kernels().convolve(copy, out);
@@ -534,7 +543,7 @@ variable_list conv_forward(const ConvJob& job, at::ScalarType type) {
 
 void conv_backward_block(const Conv& conv, Rows dy, Rows dx, float* dweights, bool add, int64_t channels, int lanes) {
   if (channels == lanes) return kernels().convolve_backward(conv, dy, dx, dweights, add);
-  Carver memory{scratch(3 * conv.length * lanes)};
+  Carver memory{scratch(3 * (conv.length * lanes + 16))};
   const auto copy = [&](Rows from) { return padded(memory, from, conv.length, channels, lanes); };
   const Conv copied{conv.length, conv.taps, copy(conv.x), conv.weights};
   const Rows dx_copy = copy(dx);
@@ -594,12 +603,10 @@ variable_list conv_silu(at::TensorList inputs, bool reverse) {
   return conv_forward(ConvJob(inputs, reverse), inputs[0].scalar_type());
 }
 
-std::string instruction_set() { return kernels().name; }
-
 }  // namespace
 
 TORCH_LIBRARY(dis_scale, library) {
   library.def("scan(Tensor[] inputs, bool reverse) -> Tensor", &scan);
   library.def("conv_silu(Tensor[] inputs, bool reverse) -> Tensor[]", &conv_silu);
-  library.def("instruction_set() -> str", &instruction_set);
+  library.def("use_instruction_set(str name) -> str", &use_instruction_set);
 }

@@ -21,7 +21,9 @@ from dis_scale.errors import DisScaleError, UserError
 from dis_scale.scan.backend import Backend, Direction
 
 SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "kernels.cpp")]
+MOST_STATES, MOST_TAPS = 256, 16
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += [f"-DMOST_STATES={MOST_STATES}", f"-DMOST_TAPS={MOST_TAPS}"]
 COMPILER_LINES = 8
 
 
@@ -31,15 +33,23 @@ def problem() -> DisScaleError | None:
     try:
         _load(cached_library())
         instruction_set()
-    except ValueError as error:
-        return UserError(str(error))
     except DisScaleError as error:
         return error
     return None
 
 
+@functools.cache
 def instruction_set() -> str:
-    return torch.ops.dis_scale.instruction_set()
+    """What the library runs on: `DIS_SCALE_ISA`, or the best that this processor has."""
+    try:
+        return use_instruction_set(os.environ.get("DIS_SCALE_ISA", ""))
+    except ValueError as error:
+        raise UserError(f"DIS_SCALE_ISA: {error}") from error
+
+
+def use_instruction_set(name: str) -> str:
+    """Forces an instruction set for calls from now on; not between a forward pass and its backward pass."""
+    return torch.ops.dis_scale.use_instruction_set(name)
 
 
 def cached_library() -> Path:
@@ -74,13 +84,18 @@ def _build(library: Path) -> None:
 
 
 def _why(error: str) -> str:
-    """The compiler's first error and the last lines of what was said, and what to do."""
+    """The last lines that the build said, and what to do."""
     lines = [line for line in error.splitlines() if line.strip() and "ninja: build stopped" not in line]
     said = "\n  ".join(lines[-COMPILER_LINES:])
     return (
         f"the native scan cannot be built; the last that its build said:\n  {said}\n"
         "install a C++ compiler (g++ 11 or newer) and ninja, or set the backend to chunked"
     )
+
+
+def _check_limit(what: str, got: int, most: int) -> None:
+    if got > most:
+        raise UserError(f"the native scan takes at most {most} {what}, got {got}: set the backend to chunked")
 
 
 def _floats(*tensors: Tensor) -> list[Tensor]:
@@ -91,19 +106,23 @@ def _floats(*tensors: Tensor) -> list[Tensor]:
 
 
 def _selective_scan(direction: Direction, reverse: bool) -> Tensor:
+    _check_limit("states", direction.A_EN.shape[1], MOST_STATES)
     return torch.ops.dis_scale.scan(_floats(*direction), reverse)
 
 
 def _two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None) -> Tensor:
+    _check_limit("states", max(forward.A_EN.shape[1], backward.A_EN.shape[1]), MOST_STATES)
     gate = () if z_BLE is None else (z_BLE,)
     return torch.ops.dis_scale.scan(_floats(*forward, *backward, *gate), False)
 
 
 def _causal_conv_silu(x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, reverse: bool) -> Tensor:
+    _check_limit("taps", weight_EW.shape[1], MOST_TAPS)
     return torch.ops.dis_scale.conv_silu(_floats(x_BLE, weight_EW, bias_E), reverse)[0]
 
 
 def _two_way_conv_silu(x_BLE: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    _check_limit("taps", weights[0].shape[1], MOST_TAPS)
     forward, backward = torch.ops.dis_scale.conv_silu(_floats(x_BLE, *weights), False)
     return forward, backward
 
