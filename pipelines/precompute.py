@@ -48,6 +48,12 @@ def precompute(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
     source, encoder = open_source(recipe.data), vae.load(recipe.vae, sweep)
     latents = shards.latents_folder(sweep, recipe, encoder.identity())
     stage.say(f"latents  {latents} on {device} ({why})")
+    if manifest.find(latents) is None:
+        _make(sweep, latents, recipe, source, encoder, device)
+    shards.point_to(sweep, latents, encoder.identity())
+
+
+def _make(sweep: Folder, latents: Folder, recipe: Recipe, source: Source, encoder: Vae, device: str) -> None:
     _require_one_kind(latents, device)
     numbers = range(-(-len(source) // recipe.precompute.shard_images))
     done = shards.finished(latents, numbers)

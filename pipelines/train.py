@@ -38,7 +38,7 @@ class Trainer(stage.Worker):
         os.environ.update({key: str(value) for key, value in place.items()})
         import torch
 
-        from dis_scale import engine, vae
+        from dis_scale import engine
         from dis_scale.data import shards
         from dis_scale.train import Run, train
 
@@ -46,12 +46,9 @@ class Trainer(stage.Worker):
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // place["WORLD_SIZE"]))
         where = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
         engine.connect(where)
-        decoder = vae.load(recipe.vae, sweep)
-        latents = shards.latents_folder(sweep, recipe, decoder.identity())
-        shards.require_manifest(latents, decoder.identity())
         return train(
             Run(
-                recipe, model, sweep, latents, held_lease.number, where, held_lease.held, self._wish.is_set,
+                recipe, model, sweep, shards.latents_of(sweep), held_lease.number, where, held_lease.held, self._wish.is_set,
                 lambda images: setattr(self, "_done", images), lambda line: self._said.append(line),
             )
         )  # fmt: skip

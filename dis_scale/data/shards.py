@@ -18,6 +18,8 @@ from dis_scale.errors import StorageError, UserError
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder
 
+POINTER = "latents.json"
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -105,17 +107,30 @@ def seal(latents: Folder, numbers: range, facts: dict[str, Any]) -> dict[str, An
     return value
 
 
-def require_manifest(latents: Folder, vae_identity: str) -> dict[str, Any]:
-    """The manifest, checked against the VAE that training will decode with."""
+def point_to(sweep: Folder, latents: Folder, vae_identity: str) -> None:
+    """Notes which latents the sweep uses and under which VAE, so that training need not load a VAE to find them."""
+    sweep.write_json(POINTER, {"folder": f"latents/{latents.name}", "vae": vae_identity})
+
+
+def latents_of(sweep: Folder) -> Folder:
+    """The sweep's sealed latents; UserError where they are missing or made with another VAE than the sweep decodes with."""
+    if not sweep.exists(POINTER):
+        raise UserError(f"{sweep}: no latents noted (no {POINTER}): the precompute stage has not finished")
+    pointer = sweep.read_json(POINTER)
+    latents = _store(sweep) / pointer["folder"]
     found = manifest.find(latents)
     if found is None:
         raise UserError(f"{latents}: no latents there (no {manifest.NAME}): the precompute stage has not finished")
-    if found["vae"] != vae_identity:
+    if found["vae"] != pointer["vae"]:
         raise UserError(
-            f"{latents}: latents of another VAE: theirs is {found['vae'][:12]}, the sweep's is {vae_identity[:12]}; "
+            f"{latents}: latents of another VAE: theirs is {found['vae'][:12]}, the sweep's is {pointer['vae'][:12]}; "
             "use the VAE that made them, or another storage root"
         )
-    return found
+    return latents
+
+
+def _store(sweep: Folder) -> Folder:
+    return Folder(sweep.url.rsplit("/sweeps/", 1)[0])
 
 
 def _agrees(latents: Folder, number: int) -> bool:

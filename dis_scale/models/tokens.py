@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dis_scale.diffusion.process import check_labels
 from dis_scale.errors import UserError
-from dis_scale.recipe import LatentShape
+from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape
 
 
 class Backbone(nn.Module):
@@ -21,6 +21,7 @@ class Backbone(nn.Module):
     drawn by the caller. Nothing is drawn in `forward`, so it is the same function in training and in evaluation.
     """
 
+    settings: Dis | DiffuSsm | Dit
     drop_rates: tuple[float, ...] = ()
 
     def __init__(self, shape: LatentShape, num_classes: int | None, patch: int):

@@ -1,0 +1,166 @@
+"""Ways out: one safetensors file that says what it holds, and a folder that diffusers' DiffusionPipeline samples from.
+
+    DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)(class_labels=[1, 7])
+
+The folder's two Python files are written from here; they need dis-scale and diffusers installed, this module only the
+former. Read next: official.py for the public codes' layouts.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors
+import safetensors.torch
+from pydantic import TypeAdapter, ValidationError
+
+from dis_scale import diffusion
+from dis_scale.errors import UserError
+from dis_scale.models import Backbone, build, check_finite
+from dis_scale.recipe import Flow, Gaussian, LatentShape, Model
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+"""diffusers' name for a component's weights."""
+
+BACKBONE_PY = '''\
+"""The denoiser as a diffusers model; its code is dis-scale's, its settings stand in config.json."""
+
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+
+from dis_scale.models.export import from_description
+
+
+class DisScaleBackbone(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self, description: dict, diffusion: dict):
+        super().__init__()
+        self.net = from_description(description)
+
+    def forward(self, x, t, y=None):
+        return self.net(x, t, y)
+'''
+
+PIPELINE_PY = '''\
+"""Samples images from a dis-scale backbone: noise is a function of the seed and the image's number alone."""
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+
+from dis_scale.models.export import process_of, sampler_for
+
+
+class DisScalePipeline(DiffusionPipeline):
+    _optional_components = ["vae"]
+
+    def __init__(self, backbone, vae: AutoencoderKL = None):
+        super().__init__()
+        self.register_modules(backbone=backbone, vae=vae)
+
+    @torch.no_grad()
+    def __call__(
+        self, class_labels=None, num_images=1, guidance_scale=1.5, num_inference_steps=50, sampler=None, seed=0,
+        output_type="pil",
+    ):
+        from dis_scale.diffusion.generate import generate
+
+        process = process_of(self.backbone.config.diffusion)
+        count = num_images if class_labels is None else len(class_labels)
+        images = generate(
+            self.backbone.net, process, class_labels, range(count), sampler=sampler or sampler_for(process),
+            steps=num_inference_steps, guidance=guidance_scale, seed=seed, device=self.backbone.device,
+        )
+        if self.vae is not None:
+            shift = self.vae.config.get("shift_factor") or 0.0
+            images = self.vae.decode(images / self.vae.config.scaling_factor + shift).sample
+        return ImagePipelineOutput(VaeImageProcessor().postprocess(images, output_type=output_type))
+'''
+
+
+class Saved(Protocol):
+    """A diffusers component: an AutoencoderKL."""
+
+    def save_pretrained(self, folder: Path, /) -> Any: ...
+
+
+def describe(model: Backbone) -> dict[str, Any]:
+    """What `from_description` needs to build the model: settings, shape and number of classes, as plain data."""
+    return {
+        "model": model.settings.model_dump(mode="json"),
+        "shape": list(model.shape),
+        "num_classes": model.num_classes,
+    }
+
+
+def from_description(description: dict[str, Any]) -> Backbone:
+    """The model with initial weights; UserError for a description that is none."""
+    try:
+        settings = TypeAdapter[Any](Model).validate_json(json.dumps(description["model"]))
+        shape = LatentShape(*map(int, description["shape"]))
+        return build(settings, shape, description["num_classes"])
+    except (KeyError, TypeError, ValueError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
+        raise UserError(f"not the description of a model: {reason}") from None
+
+
+def save(model: Backbone, path: str | Path) -> None:
+    """One safetensors file: weights by our names, the description in its metadata."""
+    check_finite(model)
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
+    safetensors.torch.save_file(weights, path, {"dis_scale": json.dumps(describe(model))})
+
+
+def load(path: str | Path) -> Backbone:
+    """The model in evaluation from `save`'s file; UserError for any other file, or weights that are not finite."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot read weights from {path}: {error}") from None
+    if "dis_scale" not in metadata:
+        raise UserError(f"{path} does not say what model it holds: import a public layout with models.official instead")
+    model = from_description(json.loads(metadata["dis_scale"]))
+    if weights.keys() != model.state_dict().keys():
+        strange = sorted(weights.keys() ^ model.state_dict().keys())
+        raise UserError(f"{path}: weights do not fit their description: {', '.join(strange[:3])}")
+    model.load_state_dict(weights)
+    check_finite(model)
+    return model.eval()
+
+
+def save_pipeline(folder: str | Path, model: Backbone, process: Gaussian | Flow, vae: Saved | None = None) -> None:
+    """A diffusers-style folder: model_index.json, backbone, and the VAE unless the model sees pixels."""
+    check_finite(model)
+    folder = Path(folder)
+    backbone = folder / "backbone"
+    backbone.mkdir(parents=True, exist_ok=True)
+    config = {"_class_name": "DisScaleBackbone", "description": describe(model)}
+    config["diffusion"] = process.model_dump(mode="json")
+    index: dict[str, Any] = {
+        "_class_name": ["pipeline", "DisScalePipeline"],
+        "backbone": ["backbone", "DisScaleBackbone"],
+        "vae": ["diffusers", "AutoencoderKL"] if vae is not None else [None, None],
+    }
+    weights = {f"net.{name}": weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
+    safetensors.torch.save_file(weights, backbone / WEIGHTS, {"format": "pt"})
+    for path, text in (
+        (backbone / "config.json", json.dumps(config, indent=2)),
+        (backbone / "backbone.py", BACKBONE_PY),
+        (folder / "pipeline.py", PIPELINE_PY),
+        (folder / "model_index.json", json.dumps(index, indent=2)),
+    ):
+        path.write_text(text + "\n")
+    if vae is not None:
+        vae.save_pretrained(folder / "vae")
+
+
+def process_of(settings: dict[str, Any]) -> Any:
+    """The diffusion process of an exported folder."""
+    return diffusion.build(TypeAdapter[Any](Gaussian | Flow).validate_json(json.dumps(settings)))
+
+
+def sampler_for(process: Any) -> str:
+    """A sampler that fits the process: the published one."""
+    return "heun" if process.settings.kind == "flow" else "ddpm"
