@@ -1,0 +1,121 @@
+"""Which backend runs, and what is said where one cannot: the words that a user meets."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dis_scale.errors import DisScaleError, UserError
+from dis_scale.scan import Direction, _backend, _choose, causal_conv_silu, choose, native, selective_scan, two_way_scan
+
+
+def random_direction(B: int, L: int, E: int, N: int) -> Direction:
+    rows = [torch.randn(B, L, X) for X in (E, E, N, N)]
+    return Direction(rows[0], rows[1], -torch.rand(E, N), rows[2], rows[3], torch.randn(E), torch.randn(E))
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
+    """As a new process with an empty cache: nothing chosen, nothing built."""
+    caches = (_choose, _backend, native.problem)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for cache in caches:
+        cache.cache_clear()
+    yield monkeypatch
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_the_choice_says_why() -> None:
+    assert str(choose("auto", "cpu")) == f"native (auto: cpu, {native.instruction_set()})"
+    assert str(choose("chunked", "cpu")) == "chunked (as asked)"
+    assert str(choose("auto", "meta")) == "chunked (auto: meta)"
+
+
+def test_an_unknown_name_offers_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"no scan backend 'natve' \(did you mean 'native'\?\): there are auto, ref"):
+        choose("natve", "cpu")
+
+
+def test_native_elsewhere_says_what_to_do() -> None:
+    with pytest.raises(UserError, match="the native scan is for the CPU, got tensors on cuda: set the backend to auto"):
+        choose("native", "cuda")
+
+
+def test_a_failed_build_names_the_compilers_lines_once_and_auto_goes_on(
+    fresh: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = tmp_path / "broken.cpp"
+    source.write_text("int main( { return nothing; }\n")
+    fresh.setattr(native, "SOURCES", [source])
+    with pytest.raises(DisScaleError) as error:
+        choose("native", "cpu")
+    assert "the native scan cannot be built" in str(error.value)
+    assert "broken.cpp:1" in str(error.value)
+    assert "install a C++ compiler" in str(error.value)
+    fresh.setattr(native, "_build", lambda _: pytest.fail("built twice"))
+    assert choose("auto", "cpu").name == "chunked"
+    assert str(choose("auto", "cpu")).startswith("chunked (auto: the native scan cannot be built")
+    assert selective_scan(*random_direction(1, 3, 2, 4)).shape == (1, 3, 2)
+    assert [path.name for path in (tmp_path / "dis_scale").iterdir()] == []  # no lock, no half of a library
+
+
+def test_no_compiler_is_the_same_failure(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv("CXX", "/nonexistent/c++")
+    with pytest.raises(DisScaleError, match=r"cannot be built(.|\n)*nonexistent(.|\n)*set the backend to chunked"):
+        choose("native", "cpu")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"half a library"], ids=["missing", "empty", "torn"])
+def test_a_library_that_does_not_load_is_built_anew(
+    fresh: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None
+) -> None:
+    built: list[Path] = []
+    fresh.setattr(native, "_build", built.append)
+    library = tmp_path / "native.so"
+    if content is not None:
+        library.write_bytes(content)
+    native._load(library)
+    assert built == [library]
+
+
+def test_the_library_is_known_by_what_it_is_made_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = native.cached_library()
+    assert native.cached_library() == before
+    monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, "-g"])
+    assert native.cached_library() != before
+
+
+def test_an_instruction_set_that_is_not_there() -> None:
+    choose("native", "cpu")
+    with pytest.raises(ValueError, match="no instruction set 'sse9': there are plain, avx2 and avx512"):
+        native.use_instruction_set("sse9")
+
+
+def test_wrong_shapes_are_named() -> None:
+    direction = random_direction(2, 5, 3, 4)
+    with pytest.raises(UserError) as error:
+        selective_scan(*direction._replace(B_BLN=torch.ones(2, 5, 3)))
+    assert str(error.value) == (
+        "selective_scan: B_BLN is (2, 5, 3) torch.float32 on cpu, expected (2, 5, 4) of floats on cpu"
+    )
+    with pytest.raises(UserError, match=r"selective_scan: u_BLE is \(6, 5\) and A_EN \(3, 4\), expected 3 and 2 axes"):
+        selective_scan(*direction._replace(u_BLE=torch.ones(6, 5)))
+    with pytest.raises(UserError, match=r"two_way_scan: z_BLE is \(2, 5, 6\)"):
+        two_way_scan(direction, direction, torch.ones(2, 5, 6))
+    with pytest.raises(UserError, match=r"two_way_scan, backward: D_E is \(3,\) torch.int64"):
+        two_way_scan(direction, direction._replace(D_E=torch.ones(3, dtype=torch.int64)), None)
+    with pytest.raises(UserError, match=r"causal_conv_silu: the bias is \(4,\)"):
+        causal_conv_silu(torch.ones(2, 5, 3), torch.ones(3, 4), torch.ones(4))
+
+
+def test_the_native_limits_are_named() -> None:
+    direction = random_direction(1, 3, 2, 257)
+    with pytest.raises(UserError, match="takes at most 256 states, got 257: set the backend to chunked"):
+        selective_scan(*direction, backend="native")
+    with pytest.raises(UserError, match="computes in float32, got float64"):
+        selective_scan(*(x.double() for x in random_direction(1, 3, 2, 4)), backend="native")
+    tensors = [x.requires_grad_() for x in random_direction(1, 3, 2, 4)]
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        torch.autograd.grad(selective_scan(*tensors, backend="native").sum(), tensors, create_graph=True)
