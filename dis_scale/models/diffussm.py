@@ -84,6 +84,8 @@ def _norm(x_BGD: Tensor) -> Tensor:
 class DiffuSSM(Backbone):
     """The model: no patches, but groups of M neighbours in raster order outside the scan."""
 
+    settings: DiffuSsm
+
     def __init__(self, settings: DiffuSsm, shape: LatentShape, num_classes: int | None, checkpointing: str):
         super().__init__(shape, num_classes, patch=1)
         D, M, C = settings.width, settings.hourglass, shape.channels

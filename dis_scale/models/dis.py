@@ -136,6 +136,8 @@ def _zero_bias(layer: nn.Linear) -> nn.Linear:
 class DiS(Backbone):
     """depth / 2 in-blocks, a middle one, depth / 2 out-blocks that take the in-blocks' branches last in, first out."""
 
+    settings: Dis
+
     def __init__(self, settings: Dis, shape: LatentShape, num_classes: int | None, scan: str, checkpointing: str):
         super().__init__(shape, num_classes, settings.patch)
         self.settings, self.checkpointing = settings, checkpointing

@@ -56,6 +56,8 @@ def position_table(side: int, width: int) -> Tensor:
 class DiT(Backbone):
     """The model; without classes the condition is the time alone."""
 
+    settings: Dit
+
     def __init__(self, settings: Dit, shape: LatentShape, num_classes: int | None, checkpointing: str):
         super().__init__(shape, num_classes, settings.patch)
         self.settings, self.checkpointing = settings, checkpointing

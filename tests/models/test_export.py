@@ -1,0 +1,86 @@
+"""The ways out: a file that says what it holds, and a folder that diffusers samples from."""
+
+import pytest
+import safetensors.torch
+import torch
+
+from dis_scale.diffusion import build as build_process
+from dis_scale.diffusion.generate import generate
+from dis_scale.errors import UserError
+from dis_scale.models import build
+from dis_scale.models.export import load, save, save_pipeline
+from dis_scale.recipe import DiffuSsm, Dis, Dit, Flow, Gaussian, LatentShape
+
+DIS = Dis(kind="dis", width=32, depth=2, patch=2)
+SETTINGS = [
+    DIS,
+    Dit(kind="dit", width=32, depth=1, heads=2, patch=2),
+    DiffuSsm(kind="diffussm", width=16, depth=1, state_size=4),
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s.kind)
+def test_a_file_brings_back_the_model(settings, tmp_path):
+    model = build(settings, LatentShape(4, 8), 10, seed=3)
+    save(model, tmp_path / "model.safetensors")
+    again = load(tmp_path / "model.safetensors")
+    assert (again.settings, again.shape, again.num_classes) == (settings, LatentShape(4, 8), 10)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_other_files_are_refused(tmp_path):
+    safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="does not say what model it holds"):
+        load(tmp_path / "other.safetensors")
+    (tmp_path / "torn.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match="cannot read weights from"):
+        load(tmp_path / "torn.safetensors")
+    model = build(DIS, LatentShape(4, 8), 10)
+    with torch.no_grad():
+        model.final.bias[0] = float("nan")
+    with pytest.raises(UserError, match=r"weight final.bias is not finite"):
+        save(model, tmp_path / "nan.safetensors")
+
+
+def small_vae():
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, block_out_channels=[8, 8],
+        latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=16, scaling_factor=0.5,
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "diffusion", "in_pixels"),
+    [
+        (SETTINGS[0], Gaussian(kind="gaussian"), False),
+        (SETTINGS[1], Flow(kind="flow"), False),
+        (SETTINGS[2], Gaussian(kind="gaussian"), True),
+    ],
+    ids=["dis", "dit-flow", "diffussm-pixels"],
+)
+def test_diffusers_samples_from_the_folder(settings, diffusion, in_pixels, tmp_path, monkeypatch):
+    import diffusers.utils.dynamic_modules_utils as dynamic
+    from diffusers import DiffusionPipeline
+
+    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    shape = LatentShape(3 if in_pixels else 4, 8)
+    model, vae = build(settings, shape, 10, seed=3), None if in_pixels else small_vae()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.05 * torch.randn_like(weight)
+    save_pipeline(tmp_path / "export", model, diffusion, vae)
+    folder = str(tmp_path / "export")
+    pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    images = pipeline(class_labels=[1, 7], num_inference_steps=3, output_type="pt", seed=5).images
+    side = 8 if in_pixels else 16
+    assert images.shape == (2, 3, side, side)
+    sampler = "ddpm" if diffusion.kind == "gaussian" else "heun"
+    with torch.no_grad():
+        expected = generate(
+            model, build_process(diffusion), [1, 7], [0, 1], sampler=sampler, steps=3, guidance=1.5, seed=5
+        )
+        expected = expected if vae is None else vae.decode(expected / 0.5).sample
+    assert torch.allclose(images, (expected / 2 + 0.5).clamp(0, 1), atol=1e-5)
