@@ -197,7 +197,14 @@ def _start_head(recipe: Recipe, folder: Path) -> tuple[subprocess.Popen, str]:
         f"--num-cpus={max(os.cpu_count() or 1, recipe.train.workers)}",
     ]  # fmt: skip
     said = (folder / "start.log").open("wb")
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_DISABLE_IMPORT_WARNING": "1"}
+    environment = (
+        os.environ
+        | {
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux, too: without it Ray swaps 127.0.0.1 for the machine's address
+            "RAY_worker_niceness": "0",  # Ray's 15 leaves training no room above the evaluation's 19
+        }
+    )
     head = subprocess.Popen(
         command,
         stdout=said,

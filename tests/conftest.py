@@ -1,0 +1,56 @@
+"""Fixtures that many tests share: a tiny recipe of real parts, and a real object store where the machine has one."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dis_scale import recipe as recipes
+from dis_scale.recipe import Recipe
+from tests import object_store
+
+TINY = Path(__file__).parent / "tiny.yaml"
+
+
+def pytest_report_header() -> str:
+    """The first lines say which tests will be skipped, and why."""
+    missing = object_store.missing()
+    if missing:
+        return (
+            f"object storage: SKIPPED, this machine lacks {', '.join(missing)} "
+            "(apt-get install --no-install-recommends radosgw ceph-mon ceph-osd)"
+        )
+    return "object storage: tested against Ceph's gateway"
+
+
+@pytest.fixture
+def tiny() -> Recipe:
+    """The smallest sweep: one DiS and one DiT of a few thousand parameters, a few steps each."""
+    return recipes.load(TINY)
+
+
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[object_store.ObjectStore]:
+    if object_store.missing():
+        pytest.skip("Ceph's gateway is not installed")
+    before = dict(os.environ)
+    store = object_store.ObjectStore().start()
+    os.environ.update(store.environment)
+    yield store
+    store.stop()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def bucket(ceph: object_store.ObjectStore) -> str:
+    """A fresh bucket's URL."""
+    return object_store.make_bucket(ceph, f"bucket-{uuid.uuid4().hex[:12]}")
+
+
+@pytest.fixture(params=["disk", "s3"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A place on disk and one in the object store: what holds for one holds for the other."""
+    return str(tmp_path) if request.param == "disk" else request.getfixturevalue("bucket")

@@ -1,0 +1,169 @@
+"""A real S3 server for tests: Ceph's object gateway over one monitor and one in-memory OSD, on loopback.
+
+    apt-get install --no-install-recommends radosgw ceph-mon ceph-osd
+
+A start sometimes hangs on a busy machine; `start` then begins anew.
+"""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.request
+import uuid
+from pathlib import Path
+
+KEY, SECRET = "testkey", "testsecret"
+PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "monmaptool", "ceph")
+CONFIG = """
+[global]
+fsid = {fsid}
+mon host = v1:127.0.0.1:{monitor_port}
+mon initial members = a
+public addr = 127.0.0.1
+auth cluster required = none
+auth service required = none
+auth client required = none
+run dir = {folder}
+admin socket = {folder}/$name.asok
+log file = {folder}/$name.log
+pid file = {folder}/$name.daemon
+osd pool default size = 1
+osd pool default min size = 1
+osd pool default pg num = 4
+osd pool default pgp num = 4
+osd pool default pg autoscale mode = off
+mon allow pool size one = true
+osd crush chooseleaf type = 0
+ms bind ipv6 = false
+paxos propose interval = 0.05
+paxos min wait = 0.01
+[mon.a]
+mon data = {folder}/mon
+mon data avail crit = 1
+mon data avail warn = 2
+mon max pg per osd = 1000
+[osd.0]
+osd data = {folder}/osd
+osd objectstore = memstore
+osd memory target = 939524096
+memstore device bytes = 4294967296
+osd class load list = *
+osd class default list = *
+[client.rgw.a]
+rgw frontends = beast endpoint=127.0.0.1:{port} tcp_nodelay=1
+rgw data = {folder}/rgw
+rgw enable usage log = false
+rgw thread pool size = 32
+"""
+
+
+def missing() -> list[str]:
+    """The programs that this machine lacks."""
+    return [program for program in PROGRAMS if shutil.which(program) is None]
+
+
+class ObjectStore:
+    """A running gateway; `environment` holds what a client needs."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="ceph-", dir="/tmp"))
+        self._daemons: list[subprocess.Popen[bytes]] = []
+        self.port = 0
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def start(self, tries: int = 4) -> "ObjectStore":
+        for _ in range(tries):
+            with contextlib.suppress(subprocess.SubprocessError, TimeoutError):
+                self._start()
+                return self
+            self._halt()
+        raise RuntimeError(f"Ceph's gateway would not start in {tries} tries; logs in {self.folder}")
+
+    def stop(self) -> None:
+        self._halt()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for name in ("mon", "osd", "rgw"):
+            (self.folder / name).mkdir(parents=True)
+        self.port, monitor_port = _free_ports(2)
+        fsid, osd = str(uuid.uuid4()), str(uuid.uuid4())
+        config = CONFIG.format(fsid=fsid, monitor_port=monitor_port, port=self.port, folder=self.folder)
+        (self.folder / "ceph.conf").write_text(config)
+        monmap = str(self.folder / "monmap")
+        self._run("monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v1:127.0.0.1:{monitor_port}]", monmap)
+        self._run("ceph-mon", "-i", "a", "--mkfs", "--monmap", monmap)
+        self._daemon("ceph-mon", "-i", "a", "-f", "--setuser", "root")
+        _wait(lambda: self._answers("ceph", "mon", "stat"))
+        self._run("ceph", "osd", "new", osd, "0")
+        self._run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
+        self._run("ceph", "osd", "crush", "add", "osd.0", "1.0", "root=default", "host=h")
+        self._daemon("ceph-osd", "-i", "0", "-f")
+        _wait(lambda: b" 1 up" in self._run("ceph", "osd", "stat"))
+        user = ["user", "create", "--uid=test", "--display-name=test", f"--access-key={KEY}", f"--secret={SECRET}"]
+        self._run("radosgw-admin", *user)
+        self._daemon("radosgw", "-n", "client.rgw.a", "-f")
+        _wait(lambda: urllib.request.urlopen(f"http://127.0.0.1:{self.port}/", timeout=2).status == 200)
+
+    def _command(self, program: str, *arguments: str) -> list[str]:
+        configured = [] if program == "monmaptool" else ["-c", str(self.folder / "ceph.conf")]
+        return [program, *configured, *arguments]
+
+    def _run(self, program: str, *arguments: str) -> bytes:
+        command = self._command(program, *arguments)
+        return subprocess.run(command, check=True, capture_output=True, timeout=20).stdout
+
+    def _answers(self, program: str, *arguments: str) -> bool:
+        return subprocess.run(self._command(program, *arguments), capture_output=True, timeout=5).returncode == 0
+
+    def _daemon(self, program: str, *arguments: str) -> None:
+        with (self.folder / f"{program}.out").open("ab") as out:
+            command = self._command(program, *arguments)
+            self._daemons.append(subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL))
+
+    def _halt(self) -> None:
+        for daemon in reversed(self._daemons):
+            daemon.kill()
+            daemon.wait()
+        self._daemons = []
+
+
+def _wait(true: object, timeout_s: float = 15.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            if true():  # type: ignore[operator]
+                return
+        time.sleep(0.1)
+    raise TimeoutError("not ready in time")
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def make_bucket(store: ObjectStore, name: str) -> str:
+    """The URL of a new bucket."""
+    import s3fs
+
+    os.environ.update(store.environment)
+    s3fs.S3FileSystem().mkdir(name)
+    return f"s3://{name}"

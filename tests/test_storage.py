@@ -1,0 +1,103 @@
+"""Object storage on disk and in Ceph: whole or not at all, one winner of many, errors that name object and cause."""
+
+import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from dis_scale.errors import StorageError, UserError
+from dis_scale.storage import Folder, folder
+
+
+def test_what_is_written_is_read_listed_and_deleted(store_url: str) -> None:
+    root = folder(store_url) / "root"
+    root.write("a/b/c", b"one")
+    root.write("a/d", b"two")
+    root.write("a/d", b"three")
+    assert (root.read("a/b/c"), root.read("a/d")) == (b"one", b"three")
+    assert (root.list(), root.list("a"), (root / "a").list(), root.list("none")) == (["a"], ["b", "d"], ["b", "d"], [])
+    assert root.exists("a/d")
+    assert not root.exists("a/e")
+    root.delete("a")
+    root.delete("a")
+    assert root.list() == []
+
+
+def test_a_missing_object_is_a_file_not_found(store_url: str) -> None:
+    with pytest.raises(FileNotFoundError):
+        folder(store_url).read("nothing")
+
+
+def test_one_of_many_creators_wins(store_url: str) -> None:
+    root = folder(store_url)
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda i: root.create("lease", str(i).encode()), range(8)))
+    assert sum(won) == 1
+    assert root.read("lease") == str(won.index(True)).encode()
+
+
+def test_a_usable_store_leaves_no_trace_of_the_probe(store_url: str) -> None:
+    root = folder(store_url) / "new"
+    root.require_usable()
+    assert root.list() == []
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_to_mend() -> None:
+    with pytest.raises(UserError, match="storage /proc/none cannot be used: there is no such bucket or folder"):
+        folder("/proc/none").require_usable()
+
+
+def test_an_unknown_protocol_is_named() -> None:
+    with pytest.raises(UserError, match="Protocol not known: nowhere"):
+        folder("nowhere://x").require_usable()
+
+
+def test_a_wrong_key_is_named_and_not_retried(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(UserError, match=f"storage {bucket} cannot be used: .*permission denied: check the key"):
+        folder(bucket).require_usable()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_missing_bucket_is_named(ceph: object) -> None:
+    with pytest.raises(UserError, match="there is no such bucket or folder"):
+        folder("s3://no-such-bucket-here/x").require_usable()
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=f"cannot write {tmp_path}/x: no space left on the device: free some"):
+        folder(tmp_path).write("x", b"data")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_passes_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, failures = folder(tmp_path), iter([TimeoutError("slow"), ConnectionError("away")])
+    root.write("x", b"data")
+    monkeypatch.setattr("dis_scale.storage._FIRST_PAUSE_S", 0.0)
+
+    def flaky(verb: str, path: str, action: object) -> bytes:
+        from dis_scale.storage import _with_retries
+
+        def once() -> bytes:
+            for failure in failures:
+                raise failure
+            return (tmp_path / path).read_bytes()
+
+        return _with_retries(once, verb)
+
+    monkeypatch.setattr(Folder, "_do", lambda self, verb, path, action: flaky(verb, path, action))
+    assert root.read("x") == b"data"
+
+
+def test_a_half_written_file_is_not_listed(tmp_path: Path) -> None:
+    (tmp_path / "x.part-0123").write_bytes(b"half")
+    assert folder(tmp_path).list() == []
