@@ -53,6 +53,7 @@ class Chain:
             (1 - self.before_K) * np.sqrt(1 - self.betas_K) / (1 - alpha_bars_K),
             np.log(clipped_K),
             np.log(self.betas_K),
+            times_K,
         )
         self._tables = torch.from_numpy(np.stack(columns))
 
@@ -61,15 +62,23 @@ class Chain:
 
     def at(self, k_B: Tensor, like_BCHW: Tensor) -> Coefficients:
         """The coefficients of steps `k_B`, on the images' device and in their type, float32 at least."""
-        if self._tables.device != like_BCHW.device:
-            self._tables = self._tables.to(like_BCHW.device)
         dtype = torch.promote_types(like_BCHW.dtype, torch.float32)
-        values = self._tables[:, k_B].to(dtype).reshape(len(self._tables), -1, *[1] * (like_BCHW.ndim - 1))
+        values = (
+            self._tables_on(like_BCHW.device)[:-1, k_B]
+            .to(dtype)
+            .reshape(len(Coefficients._fields), -1, *[1] * (like_BCHW.ndim - 1))
+        )
         return Coefficients(*values.unbind())
 
     def model_times(self, k_B: Tensor) -> Tensor:
         """The times (B,) that the model sees at steps `k_B`."""
-        return torch.from_numpy(self.times_K).to(k_B.device, torch.float32)[k_B]
+        return self._tables_on(k_B.device)[-1, k_B].float()
+
+    def _tables_on(self, device: torch.device) -> Tensor:
+        """Moved once: a copy at each step would make the device wait."""
+        if self._tables.device != device:
+            self._tables = self._tables.to(device)
+        return self._tables
 
 
 def predict_x0(c: Coefficients, xt_BCHW: Tensor, eps_BCHW: Tensor) -> Tensor:
@@ -171,7 +180,7 @@ def variational_bound(
     log_variance = learned_log_variance(c, v_BCHW)
     ratio = c.min_log - log_variance
     kl_B = mean_flat(0.5 * (ratio.exp() - 1 - ratio + error_BCHW.square() * (-log_variance).exp())) / LOG_2
-    if not bool(first_B.any()):
+    if first_B.device.type == "cpu" and not bool(first_B.any()):  # elsewhere, to ask would cost more than to compute
         return kl_B
     # x_0 minus the model's mean: at the first step the posterior's mean is x_0 itself.
     decoder_B = mean_flat(-discretised_log_likelihood(x0_BCHW, error_BCHW, 0.5 * log_variance)) / LOG_2

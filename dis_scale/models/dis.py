@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dis_scale.models.tokens import Backbone, PatchEmbed, TimeEmbedding, modulate, unpatchify, zero_
+from dis_scale.models.tokens import Backbone, PatchEmbed, TimeEmbedding, modulate, unpatchify, wide, zero_
 from dis_scale.recipe import Dis, LatentShape
 from dis_scale.scan import Direction, two_way_conv_silu, two_way_scan
 
@@ -55,7 +55,7 @@ class Side(nn.Module):
     def forward(self, u_BLE: Tensor) -> Direction:
         step_BLR, B_BLN, C_BLN = F.linear(u_BLE, self.x_proj).split(self.sizes, dim=-1)
         delta_BLE = F.linear(step_BLR, self.dt_proj)
-        return Direction(u_BLE, delta_BLE, -self.A_log.exp(), B_BLN, C_BLN, self.D, self.dt_bias)
+        return Direction(u_BLE, delta_BLE, -wide(self.A_log).exp(), B_BLN, C_BLN, self.D, self.dt_bias)
 
 
 def _log_uniform_steps(E: int, low: float = 1e-3, high: float = 0.1, floor: float = 1e-4) -> Tensor:
@@ -119,7 +119,7 @@ class Block(nn.Module):
 def add_to_stream(r_BLD: Tensor | None, h_BLD: Tensor, drop_B: Tensor | None) -> Tensor:
     """r + drop(h), in float32 or better; the first block's stream is the tokens themselves."""
     if r_BLD is None:
-        return h_BLD.to(torch.promote_types(h_BLD.dtype, torch.float32))
+        return wide(h_BLD)
     return r_BLD + (h_BLD if drop_B is None else h_BLD * drop_B.to(h_BLD.dtype)[:, None, None])
 
 

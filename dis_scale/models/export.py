@@ -1,4 +1,4 @@
-"""Ways out: one safetensors file that says what it holds, and a folder that diffusers' DiffusionPipeline samples from.
+"""Ways out: one safetensors file that says what it holds, and a folder that diffusers samples from; `open_checkpoint`.
 
     DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)(class_labels=[1, 7])
 
@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from dis_scale import diffusion
 from dis_scale.errors import UserError
 from dis_scale.models import Backbone, build, check_finite
+from dis_scale.models.official import from_official, from_official_dit, read_weights
 from dis_scale.recipe import Flow, Gaussian, LatentShape, Model
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -127,6 +128,15 @@ def load(path: str | Path) -> Backbone:
         raise UserError(f"{path}: weights do not fit their description: {', '.join(strange[:3])}")
     model.load_state_dict(weights)
     check_finite(model)
+    return model.eval()
+
+
+def open_checkpoint(path: str | Path, heads: int | None = None) -> Backbone:
+    """A model in evaluation from `save`'s file or a public `.pt` of DiS or DiT, told apart by what stands in it."""
+    if Path(path).suffix == ".safetensors":
+        return load(path)
+    weights = read_weights(path)
+    model = from_official_dit(weights, heads) if "x_embedder.proj.weight" in weights else from_official(weights)
     return model.eval()
 
 

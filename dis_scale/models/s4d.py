@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dis_scale.models.tokens import wide
 from dis_scale.recipe import DiffuSsm
 
 CHUNK = 2**24
@@ -58,13 +59,13 @@ class S4D(nn.Module):
     def forward(self, length: int) -> tuple[Tensor, Tensor]:
         """The spectrum (L + 1, H) of the kernel padded to 2L, and the skip D (H)."""
         kernel_HL = self.kernel(length)
-        return torch.fft.rfft(kernel_HL, n=2 * length).T, self.D.to(kernel_HL.dtype)
+        return torch.fft.rfft(kernel_HL, n=2 * length).T, wide(self.D)
 
     def kernel(self, length: int) -> Tensor:
         """K (H, L): 2 Re sum_n C_n B_n (exp(dt A_n) - 1) / A_n exp(l dt A_n), in chunks over n."""
         dtA_HM, dB_HM = self.discrete()
         weights_HM = _complex(self.C) * dB_HM
-        taps_L = torch.arange(length, dtype=self._dtype(), device=self.D.device)
+        taps_L = torch.arange(length, dtype=dtA_HM.real.dtype, device=self.D.device)
         H, M = weights_HM.shape
         size = max(1, CHUNK // (H * length))
         if size >= M:
@@ -78,9 +79,8 @@ class S4D(nn.Module):
 
     def discrete(self) -> tuple[Tensor, Tensor]:
         """dt A and B's zero-order hold, (H, M) complex."""
-        dtype = self._dtype()
-        A_HM = torch.complex(-self.log_neg_re.to(dtype).exp(), self.im.to(dtype))
-        dtA_HM = self.log_dt.to(dtype).exp()[:, None] * A_HM
+        A_HM = torch.complex(-wide(self.log_neg_re).exp(), wide(self.im))
+        dtA_HM = wide(self.log_dt).exp()[:, None] * A_HM
         return dtA_HM, _complex(self.B) * _expm1(dtA_HM) / A_HM
 
     def recurrence(self, u_BLH: Tensor) -> Tensor:
@@ -92,9 +92,6 @@ class S4D(nn.Module):
             x_BHM = dA_HM * x_BHM + dB_HM * u_BH[:, :, None]
             ys.append(2 * (C_HM * x_BHM).sum(2).real + self.D * u_BH)
         return torch.stack(ys, dim=1)
-
-    def _dtype(self) -> torch.dtype:
-        return torch.promote_types(self.D.dtype, torch.float32)
 
 
 def convolve(u_BLH: Tensor, spectrum_KH: Tensor, D_H: Tensor) -> Tensor:
@@ -121,7 +118,7 @@ def _expm1(z: Tensor) -> Tensor:
 
 
 def _complex(x_HM2: Tensor) -> Tensor:
-    return torch.view_as_complex(x_HM2.to(torch.promote_types(x_HM2.dtype, torch.float32)).contiguous())
+    return torch.view_as_complex(wide(x_HM2).contiguous())
 
 
 def _rows(row: Tensor, H: int) -> nn.Parameter:

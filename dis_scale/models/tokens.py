@@ -47,12 +47,16 @@ class Backbone(nn.Module):
             check_labels(y_B, self.num_classes)
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32 or better: for what must not be rounded to the weights' type."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
 def time_features(t_B: Tensor, dim: int) -> Tensor:
     """Sinusoidal features (B, dim) of times that may be fractional: cosines first, max period 10,000 (GLIDE)."""
-    dtype = torch.promote_types(t_B.dtype, torch.float32)
-    half = dim // 2
-    frequencies = torch.arange(half, dtype=dtype, device=t_B.device).mul(-math.log(10000.0) / half).exp()
-    angles = t_B.to(dtype)[:, None] * frequencies
+    t_B, half = wide(t_B), dim // 2
+    frequencies = torch.arange(half, dtype=t_B.dtype, device=t_B.device).mul(-math.log(10000.0) / half).exp()
+    angles = t_B[:, None] * frequencies
     features = torch.cat([angles.cos(), angles.sin()], dim=1)
     return F.pad(features, (0, 1)) if dim % 2 else features
 

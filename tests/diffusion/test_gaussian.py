@@ -62,6 +62,10 @@ def test_loss_against_float64_formulas():
         kl = 0.5 * (log_variance - np.log(small) - 1 + small / np.exp(log_variance) + error**2 / np.exp(log_variance))
         assert float(losses.vb[i]) == pytest.approx(kl.mean() / np.log(2), rel=1e-9)
         assert float(losses.mse[i]) == pytest.approx(((noise[i].numpy() - e) ** 2).mean(), rel=1e-12)
+    log_scale = 0.5 * ((v[0] + 1) / 2 * np.log(1e-4) + (1 - v[0]) / 2 * np.log(PROCESS.chain.posterior_variance_K[1]))
+    error = np.sqrt(1e-4 / (1 - 1e-4)) * (eps[0] - noise[0])
+    decoder = -discretised_log_likelihood(x0[0], error, log_scale).mean() / np.log(2)
+    assert float(losses.vb[0]) == pytest.approx(float(decoder), rel=1e-9)
     assert torch.equal(losses.total, losses.mse + losses.vb)
 
 

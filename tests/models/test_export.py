@@ -8,7 +8,8 @@ from dis_scale.diffusion import build as build_process
 from dis_scale.diffusion.generate import generate
 from dis_scale.errors import UserError
 from dis_scale.models import build
-from dis_scale.models.export import load, save, save_pipeline
+from dis_scale.models.export import load, open_checkpoint, save, save_pipeline
+from dis_scale.models.official import to_official
 from dis_scale.recipe import DiffuSsm, Dis, Dit, Flow, Gaussian, LatentShape
 
 DIS = Dis(kind="dis", width=32, depth=2, patch=2)
@@ -26,6 +27,16 @@ def test_a_file_brings_back_the_model(settings, tmp_path):
     again = load(tmp_path / "model.safetensors")
     assert (again.settings, again.shape, again.num_classes) == (settings, LatentShape(4, 8), 10)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("settings", SETTINGS[:2], ids=lambda s: s.kind)
+def test_a_checkpoint_is_known_by_what_stands_in_it(settings, tmp_path):
+    model = build(settings, LatentShape(4, 8), 10, seed=3)
+    save(model, tmp_path / "model.safetensors")
+    torch.save(to_official(model), tmp_path / "model.pt")
+    for name in ("model.safetensors", "model.pt"):
+        again = open_checkpoint(tmp_path / name, heads=2)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
 def test_other_files_are_refused(tmp_path):

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from dis_scale.diffusion import build as build_process
+from dis_scale.diffusion.generate import generate
 from dis_scale.errors import UserError
 from dis_scale.models import build, check_finite
-from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape
+from dis_scale.recipe import DiffuSsm, Dis, Dit, Flow, Gaussian, LatentShape
 
 SHAPE = LatentShape(4, 8)
 DIS = Dis(kind="dis", width=32, depth=4, patch=2)
@@ -110,3 +112,75 @@ def test_bfloat16_weights_run_and_stay_near(settings):
     near = model.to(torch.bfloat16)(*inputs())
     assert near.dtype == torch.bfloat16
     assert torch.allclose(near.float(), exact, atol=0.1)
+
+
+def test_time_and_decay_are_not_rounded_with_the_weights():
+    """bfloat16 knows neither 999 nor the decays between: both are kept in float32."""
+    model = build(DIS, SHAPE, 10).to(torch.bfloat16)
+    x, _, y = inputs(1)
+    assert not torch.equal(model(x, torch.tensor([998.0]), y), model(x, torch.tensor([999.0]), y))
+    side = model.blocks[0].mixer.rightward
+    assert side(torch.zeros(1, 2, 64, dtype=torch.bfloat16)).A_EN.dtype == torch.float32
+
+
+def sides(**options):
+    mixer = build(DIS.model_copy(update=options), SHAPE, 10).blocks[2].mixer
+    return mixer.rightward, mixer.leftward
+
+
+@torch.no_grad()
+def test_dis_begins_as_the_public_code_does_but_for_its_defect():
+    model = build(DIS.model_copy(update={"width": 128}), SHAPE, 10)
+    assert {layer.bias.abs().max().item() for layer in (model.time.up, model.final, model.modulation)} == {0}
+    assert float(model.label.weight.std()) == pytest.approx(0.02, rel=0.1)
+    assert float(model.position.abs().max()) == 0
+    mixer = model.blocks[0].mixer
+    assert float(mixer.out_proj.abs().max()) == pytest.approx((256 * 4) ** -0.5, rel=1e-3)
+    assert float(mixer.in_proj.abs().max()) == pytest.approx(128**-0.5, rel=1e-3)
+    assert mixer.leftward.A_log[3].exp().tolist() == pytest.approx(range(1, 17))
+    for side in (mixer.rightward, mixer.leftward):
+        steps = torch.nn.functional.softplus(side.dt_bias)
+        assert 1e-3 * 0.99 < float(steps.min()) < 3e-3
+        assert 0.03 < float(steps.max()) < 0.1 * 1.01
+        assert float(side.D.min()) == float(side.D.max()) == 1
+    rightward, leftward = sides(init="official")
+    assert float(leftward.dt_bias.abs().max()) == 0
+    assert float(rightward.dt_bias.abs().min()) > 0
+
+
+def test_halved_sum_is_half_of_the_output():
+    plain, halved = (build(DIS.model_copy(update={"halve_sum": on}), SHAPE, 10).blocks[0].mixer for on in (False, True))
+    h_BLD = torch.randn(2, 18, 32)
+    assert torch.allclose(halved(h_BLD), plain(h_BLD) / 2, atol=1e-6)
+
+
+def test_adaln_zero_begins_with_blocks_that_add_nothing_and_learn():
+    model = build(DIS.model_copy(update={"conditioning": "adaln_zero"}), SHAPE, 10)
+    h_BLD, c_BD = torch.randn(2, 18, 32), torch.randn(2, 32)
+    branch, stream = model.blocks[0](h_BLD, None, c_BD, None, None)
+    assert float(branch.abs().max()) == 0
+    assert torch.equal(stream, h_BLD)
+    model(*inputs()).square().mean().backward()
+    assert float(model.blocks[0].modulation.weight.grad.abs().max()) > 0
+
+
+def test_zero_final_begins_with_zero():
+    assert float(build(DIS.model_copy(update={"zero_final": True}), SHAPE, 10)(*inputs()).abs().max()) == 0
+
+
+@MODELS
+@pytest.mark.parametrize(("process", "sampler"), [(Gaussian(kind="gaussian"), "ddpm"), (Flow(kind="flow"), "heun")])
+def test_samples_are_the_same_pixels_at_any_split(settings, process, sampler):
+    """Noise is equal bit for bit; sums inside a model may differ in the last digits, far below 1/255."""
+    model = build(settings, SHAPE, 10).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel()))
+
+    def draw(numbers):
+        labels = [number % 10 for number in numbers]
+        kwargs = {"sampler": sampler, "steps": 10, "guidance": 1.5, "seed": 1}
+        return generate(model, build_process(process), labels, numbers, **kwargs).clamp(-1, 1)
+
+    whole, parts = draw(range(5)), torch.cat([draw([0, 1]), draw([2]), draw([3, 4])])
+    assert float((whole - parts).abs().max()) < 1 / 255
