@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from gaussian_data import velocity_model
 from scipy.stats import kstest
 
 from dis_scale.diffusion import build
 from dis_scale.recipe import Flow
+from tests.diffusion.gaussian_data import velocity_model
 
 PROCESS = build(Flow(kind="flow"))
 

@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from gaussian_data import eps_model
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import norm
 
 from dis_scale.diffusion import build
 from dis_scale.diffusion.gaussian import discretised_log_likelihood, spaced_times
+from dis_scale.diffusion.samplers import sample
 from dis_scale.errors import UserError
 from dis_scale.recipe import Gaussian
+from tests.diffusion.gaussian_data import eps_model
 
 PROCESS = build(Gaussian(kind="gaussian"))
 
@@ -35,6 +38,22 @@ def test_respacing_keeps_both_ends_and_the_signal_left():
     assert np.allclose(np.cumprod(1 - chain.betas_K), chain.alpha_bars_K)
     with pytest.raises(UserError, match="steps 1001: expected 1 to 1000"):
         PROCESS.respaced(1001)
+
+
+@given(st.integers(1, 1000), st.data())
+def test_respaced_times_rise_from_end_to_end(steps, data):
+    count = data.draw(st.integers(1, steps))
+    times = spaced_times(steps, count)
+    assert times == sorted(set(times))
+    assert len(times) == count
+    assert (times[0], times[-1]) == (0, steps - 1 if count > 1 else 0)
+
+
+def test_one_step_is_a_chain_too():
+    x_T = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    for name in ("ddpm", "ddim", "dpm_solver"):
+        x0 = sample(eps_model(PROCESS.chain), PROCESS, name, 1, x_T, noise=lambda *_: None)
+        assert bool(torch.isfinite(x0).all())
 
 
 def test_times_come_from_the_callers_generator():

@@ -4,12 +4,12 @@ import argparse
 
 import pytest
 import torch
-from public_dis import PublicDiS
 
 from dis_scale.errors import UserError
 from dis_scale.models import build
 from dis_scale.models.official import from_official, from_official_dit, layout, read_weights, to_official
-from dis_scale.recipe import Dis, Dit, LatentShape
+from dis_scale.recipe import Dis, Dit, LatentShape, preset
+from tests.models.public_dis import PublicDiS
 
 CASES = pytest.mark.parametrize(
     ("D", "depth", "p", "C", "size", "classes"),
@@ -121,6 +121,16 @@ def test_dit_round_trip_and_its_published_names():
         from_official_dit(state)
     with pytest.raises(UserError, match="pos_embed is not DiT's"):
         from_official_dit(state | {"pos_embed": state["pos_embed"] + 1}, heads=4)
+
+
+def test_published_dit_tells_its_heads_by_its_width():
+    published = build(Dit(kind="dit", width=384, depth=1, heads=6, patch=8), LatentShape(4, 32), 1000)
+    assert from_official_dit(to_official(published)).settings.heads == 6
+
+
+def test_published_count_of_dit_includes_the_fixed_table():
+    state = to_official(build(Dit(**preset("DiT-S/2")), LatentShape(4, 32), 1000))
+    assert sum(weight.numel() for weight in state.values()) / 1e6 == pytest.approx(32.963, abs=5e-4)
 
 
 def test_dit_equals_diffusers():
