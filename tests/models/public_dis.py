@@ -57,10 +57,10 @@ class Block(nn.Module):
         self.mixer, self.norm = Mamba(D), RMSNorm(D)
         self.skip_linear = nn.Linear(2 * D, D) if skip else None
 
-    def forward(self, hidden, residual, skip=None):
+    def forward(self, hidden, residual, skip=None, drop=1.0):
         if self.skip_linear is not None:
             hidden = self.skip_linear(torch.cat([hidden, skip], dim=-1))
-        residual = hidden if residual is None else residual + hidden
+        residual = hidden if residual is None else residual + drop * hidden
         return self.mixer(self.norm(residual)), residual
 
 
@@ -99,7 +99,8 @@ class PublicDiS(nn.Module):
         self.norm_f = RMSNorm(D)
         self.final_layer = Final(D, p * p * 2 * C, classes is not None)
 
-    def forward(self, x, t, y=None):
+    def forward(self, x, t, y=None, drops=None):
+        """`drops`: drop path's multiplier (B, 1, 1) of each block, in order, and of the last branch."""
         half = self.D // 2
         angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(half) / half)
         features = F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, self.D % 2))
@@ -109,13 +110,14 @@ class PublicDiS(nn.Module):
             label = self.label_emb.embedding_table(y)[:, None]
             tokens = torch.cat([label, tokens], dim=1)
         hidden, residual, skips = tokens + self.pos_embed, None, []
+        drops = [1.0] * (2 * len(self.in_blocks) + 2) if drops is None else list(drops)
         for block in self.in_blocks:
-            hidden, residual = block(hidden, residual)
+            hidden, residual = block(hidden, residual, drop=drops.pop(0))
             skips.append(hidden)
-        hidden, residual = self.mid_block(hidden, residual)
+        hidden, residual = self.mid_block(hidden, residual, drop=drops.pop(0))
         for block in self.out_blocks:
-            hidden, residual = block(hidden, residual, skips.pop())
-        out = F.layer_norm(self.norm_f(residual + hidden), (self.D,), eps=1e-6)
+            hidden, residual = block(hidden, residual, skips.pop(), drop=drops.pop(0))
+        out = F.layer_norm(self.norm_f(residual + drops.pop() * hidden), (self.D,), eps=1e-6)
         if y is not None:
             shift, scale = self.final_layer.adaLN_modulation(time[:, 0] + label[:, 0]).chunk(2, dim=1)
             out = out * (1 + scale[:, None]) + shift[:, None]

@@ -58,6 +58,15 @@ def test_outputs_and_gradients_are_the_public_codes(D, depth, p, C, size, classe
         assert float((gradient.reshape(place.shape) - theirs).norm() / theirs.norm()) < 1e-4, name
 
 
+def test_drop_path_falls_where_the_public_codes_does():
+    public = public_model(48, 4, 2, 4, 8, 10)
+    ours, (x, t, y) = from_official(public.state_dict()), inputs(4, 8, 10)
+    drop = torch.bernoulli(torch.full((ours.drop_branches, 3), 0.5), generator=torch.Generator().manual_seed(0)) * 2
+    # The first block adds nothing to the stream, so its own mask is never used.
+    expected = public(x, t, y, [torch.ones(3, 1, 1), *drop[:, :, None, None]])
+    assert near(ours(x, t, y, drop).detach(), expected.detach())
+
+
 @CASES
 def test_round_trip_is_bit_for_bit(D, depth, p, C, size, classes):
     state = public_model(D, depth, p, C, size, classes).state_dict()
