@@ -40,9 +40,10 @@ def selective_scan(direction: Direction, reverse: bool) -> Tensor:
 
 def _scan(decay: Tensor, inputs: Tensor, dim: int) -> Tensor:
     """h_t = decay_t h_{t-1} + inputs_t along `dim`."""
-    h = [inputs.select(dim, 0)]
-    for t in range(1, inputs.shape[dim]):
-        h.append(decay.select(dim, t) * h[-1] + inputs.select(dim, t))
+    decays, (first, *rest) = decay.unbind(dim), inputs.unbind(dim)
+    h = [first]
+    for decay_t, input_t in zip(decays[1:], rest, strict=True):
+        h.append(decay_t * h[-1] + input_t)
     return torch.stack(h, dim)
 
 

@@ -161,9 +161,11 @@ struct Carver {
   }
 };
 
+Tensor cast(const Tensor& x, at::ScalarType type) { return x.scalar_type() == type ? x : x.to(type); }
+
 // float32 with neighbouring channels: itself where it is so already, a copy where not.
 Tensor rowwise(const Tensor& x) {
-  const Tensor floats = x.scalar_type() == at::kFloat ? x : x.to(at::kFloat);
+  const Tensor floats = cast(x, at::kFloat);
   return floats.size(-1) == 1 || floats.stride(-1) == 1 ? floats : floats.contiguous();
 }
 
@@ -207,7 +209,7 @@ struct Blocks {
 
 // (blocks, columns, lanes) of the columns of matrix_EK times `scale`, beginning at column `first`.
 void pack(const Tensor& matrix_EK, float scale, const Blocks& blocks, int64_t columns, int64_t first, float* to) {
-  const Tensor floats = matrix_EK.to(at::kFloat).contiguous();
+  const Tensor floats = cast(matrix_EK, at::kFloat).contiguous();
   const float* from = floats.data_ptr<float>();
   const int64_t count = floats.numel() / blocks.channels;
   for (int64_t e = 0; e < blocks.channels; e++)
@@ -229,7 +231,7 @@ Tensor unpack(const Tensor& sums, const Tensor& like, const Blocks& blocks, int6
       for (int64_t g = 0; g < groups; g++) sum += at[g * group];
       to[e * count + k] = sum;
     }
-  return out.to(like.scalar_type());
+  return cast(out, like.scalar_type());
 }
 
 // ---- the scan
@@ -242,9 +244,14 @@ struct Direction {
   bool reverse;
   View u_view, delta_view, B_view, C_view;
 
-  Direction(at::TensorList inputs, bool reverse, const Blocks& blocks)
+  // `kept` are the weights and starts of a forward pass, or nothing.
+  Direction(at::TensorList inputs, bool reverse, const Blocks& blocks, at::TensorList kept)
       : u(rowwise(inputs[0])), delta(rowwise(inputs[1])), B(rowwise(inputs[3])), C(rowwise(inputs[4])),
         reverse(reverse), u_view(u), delta_view(delta), B_view(B), C_view(C) {
+    if (!kept.empty()) {
+      weights = kept[0], starts = kept[1];
+      return;
+    }
     const int64_t states = B.size(2);
     weights = at::zeros({blocks.count, states + 2, blocks.lanes}, u.options());
     pack(inputs[2], 1.4426950408889634f, blocks, states + 2, 0, weights.data_ptr<float>());
@@ -273,9 +280,10 @@ struct Job {
   Tensor z;
   View z_view;
 
-  Job(at::TensorList inputs, bool reverse) : blocks(inputs[0].size(2)) {
+  Job(at::TensorList inputs, bool reverse, at::TensorList kept = {}) : blocks(inputs[0].size(2)) {
     for (size_t i = 0; i < inputs.size() / 7; i++)
-      directions.emplace_back(inputs.slice(7 * i, 7), i ? !reverse : reverse, blocks);
+      directions.emplace_back(inputs.slice(7 * i, 7), i ? !reverse : reverse, blocks,
+                              kept.empty() ? kept : kept.slice(2 * i, 2));
     if (inputs.size() % 7) z = rowwise(inputs.back()), z_view = View(z);
   }
   int64_t batch() const { return directions[0].u.size(0); }
@@ -374,9 +382,9 @@ class Backward {
       };
       for (const Tensor& gradient : {s.du, s.ddelta, weight(2, 0), sum_groups(s.dB), sum_groups(s.dC),
                                      weight(5, states), weight(6, states + 1)})
-        out.push_back(gradient.to(in[out.size() % 7].scalar_type()));
+        out.push_back(cast(gradient, in[out.size() % 7].scalar_type()));
     }
-    if (dz.defined()) out.push_back(dz.to(inputs.back().scalar_type()));
+    if (dz.defined()) out.push_back(cast(dz, inputs.back().scalar_type()));
     return out;
   }
 
@@ -460,19 +468,22 @@ struct ScanFunction : torch::autograd::Function<ScanFunction> {
   static Tensor forward(AutogradContext* context, at::TensorList inputs, bool reverse) {
     Job job(inputs, reverse);
     variable_list saved = inputs.vec();
-    for (Direction& direction : job.directions) saved.push_back(direction.starts = job.new_starts());
+    for (Direction& direction : job.directions) {
+      direction.starts = job.new_starts();
+      saved.insert(saved.end(), {direction.weights, direction.starts});
+    }
     context->save_for_backward(std::move(saved));
     context->saved_data["reverse"] = reverse;
-    return scan_forward(job).to(inputs[0].scalar_type());
+    return cast(scan_forward(job), inputs[0].scalar_type());
   }
 
   static variable_list backward(AutogradContext* context, variable_list dy) {
     refuse_second_order();
+    const at::AutoDispatchBelowADInplaceOrView below;
     const variable_list saved = context->get_saved_variables();
-    const size_t directions = saved.size() / 8;  // seven inputs and the starts, and perhaps the gate
-    const at::TensorList inputs = at::TensorList(saved).slice(0, saved.size() - directions);
-    Job job(inputs, context->saved_data["reverse"].toBool());
-    for (size_t i = 0; i < directions; i++) job.directions[i].starts = saved[inputs.size() + i];
+    const size_t kept = saved.size() / 9 * 2;  // a direction is seven inputs, weights and starts; then perhaps the gate
+    const at::TensorList all(saved), inputs = all.slice(0, all.size() - kept);
+    const Job job(inputs, context->saved_data["reverse"].toBool(), all.slice(all.size() - kept));
     Backward backward(job, dy[0]);
     backward.run();
     variable_list gradients = backward.gradients(inputs);
@@ -483,7 +494,7 @@ struct ScanFunction : torch::autograd::Function<ScanFunction> {
 
 Tensor scan(at::TensorList inputs, bool reverse) {
   if (wants_gradient(inputs)) return ScanFunction::apply(inputs, reverse);
-  return scan_forward(Job(inputs, reverse)).to(inputs[0].scalar_type());
+  return cast(scan_forward(Job(inputs, reverse)), inputs[0].scalar_type());
 }
 
 // ---- the convolution
@@ -537,7 +548,7 @@ variable_list conv_forward(const ConvJob& job, at::ScalarType type) {
         conv_forward_block(job, job.block(i, b, block), y, job.blocks.width(block));
       }
   });
-  for (Tensor& y : outputs) y = y.to(type);
+  for (Tensor& y : outputs) y = cast(y, type);
   return outputs;
 }
 
@@ -573,7 +584,7 @@ variable_list conv_backward(const ConvJob& job, at::TensorList inputs, at::Tenso
                               sums[i].data_ptr<float>() + item * columns * lanes, i > 0, job.blocks.width(block), lanes);
     }
   });
-  variable_list out{dx.to(inputs[0].scalar_type())};
+  variable_list out{cast(dx, inputs[0].scalar_type())};
   for (size_t i = 0; i < sums.size(); i++) {
     out.push_back(unpack(sums[i], inputs[1 + 2 * i], job.blocks, groups, columns, 0));
     out.push_back(unpack(sums[i], inputs[2 + 2 * i], job.blocks, groups, columns, job.taps));
@@ -590,6 +601,7 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
 
   static variable_list backward(AutogradContext* context, variable_list dy) {
     refuse_second_order();
+    const at::AutoDispatchBelowADInplaceOrView below;
     const variable_list inputs = context->get_saved_variables();
     const ConvJob job(inputs, context->saved_data["reverse"].toBool());
     variable_list gradients = conv_backward(job, inputs, dy);

@@ -16,14 +16,12 @@ def selective_scan(direction: Direction, reverse: bool) -> Tensor:
     """h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t;  y_t = C_t . h_t + D u_t;  delta = softplus(raw + bias)."""
     state = torch.promote_types(direction.u_BLE.dtype, torch.float32)
     u, raw, A, B, C, D, bias = (x.to(state) for x in direction)
-    delta = F.softplus(raw + bias)
-    h_BEN = u.new_zeros(u.shape[0], *A.shape)
-    y = [u[:, 0]] * u.shape[1]
-    for t in reversed(range(len(y))) if reverse else range(len(y)):
-        decay_BEN = torch.exp(delta[:, t, :, None] * A)
-        h_BEN = decay_BEN * h_BEN + (delta[:, t] * u[:, t])[..., None] * B[:, t, None]
-        y[t] = (h_BEN * C[:, t, None]).sum(-1) + D * u[:, t]
-    return torch.stack(y, dim=1).to(direction.u_BLE.dtype)
+    steps = list(zip(u.unbind(1), F.softplus(raw + bias).unbind(1), B.unbind(1), C.unbind(1), strict=True))
+    h_BEN, y = u.new_zeros(u.shape[0], *A.shape), []
+    for u_BE, delta_BE, B_BN, C_BN in reversed(steps) if reverse else steps:
+        h_BEN = torch.exp(delta_BE[..., None] * A) * h_BEN + (delta_BE * u_BE)[..., None] * B_BN[:, None]
+        y.append((h_BEN * C_BN[:, None]).sum(-1) + D * u_BE)
+    return torch.stack(y[::-1] if reverse else y, dim=1).to(direction.u_BLE.dtype)
 
 
 def causal_conv_silu(x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, reverse: bool) -> Tensor:

@@ -1,0 +1,198 @@
+"""How fast the scan is, against peers in the same run: `python -m benchmarks.scan [rounds]`.
+
+One JSON line a row, then a table. All jobs are timed in turn, round after round, and the least time of each counts:
+what else the machine does can only add. Goals are ratios, so that they hold on another machine of the same kind.
+"""
+
+import ctypes
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dis_scale.scan import Direction, choose, native, selective_scan, two_way_conv_silu, two_way_scan
+
+B, L, E, N, TAPS = 4, 258, 736, 16, 4  # DiS-S/2 of the public code at 32x32 latents, four images
+SMALL = (32, 18, 128)  # B, L, E of the embedded example
+ISAS = ("plain", "avx2", "avx512")
+
+Job = Callable[[], Any]
+
+
+class Row(NamedTuple):
+    """`ratio` of the peer's time and ours, the larger the better where `at_least`, else ours and the peer's."""
+
+    name: str
+    job: str
+    peer: str
+    goal: float | None
+    at_least: bool
+
+
+ROWS = [
+    Row("forward, against the public loop", "forward", "forward, public loop", 80, True),
+    Row("forward, against our reference", "forward", "forward, reference", None, True),
+    Row("forward+backward, against the public loop", "training", "training, public loop", 500, True),
+    Row("forward+backward, against our reference", "training", "training, reference", None, True),
+    Row("forward+backward, against chunked", "training", "training, chunked", None, True),
+    Row("two-way with conv and gate, against in_proj", "mixer", "in_proj", 1.5, False),
+    Row("AVX2, against AVX-512", "training, avx2", "training", 2.5, False),
+    Row("plain, against AVX-512", "training, plain", "training", None, False),
+    Row("two threads, against one", "training", "training, one thread", 1.8, True),
+    Row("small two-way with conv, against in_proj, one thread", "small mixer", "small in_proj", None, False),
+]
+
+
+def direction(B: int, L: int, E: int) -> Direction:
+    """As early in training: A = -1..-N, delta around 0.05."""
+    A_EN = -torch.arange(1.0, N + 1).repeat(E, 1)
+    rows = [torch.randn(B, L, X) for X in (E, E, N, N)]
+    tensors = Direction(rows[0], rows[1], A_EN, rows[2], rows[3], torch.ones(E), torch.full((E,), -3.0))
+    return Direction(*(x.requires_grad_() for x in tensors))
+
+
+def forward(d: Direction, backend: str) -> None:
+    with torch.no_grad():
+        selective_scan(*d, backend=backend)
+
+
+def training(d: Direction, dy_BLE: Tensor, backend: str) -> None:
+    torch.autograd.grad(selective_scan(*d, backend=backend), d, dy_BLE)
+
+
+def public_loop(d: Direction) -> Tensor:
+    """As state-spaces/mamba's selective_scan_ref, what its users have on a CPU: all decays first, then the loop."""
+    delta = torch.nn.functional.softplus(d.delta_BLE + d.delta_bias_E)
+    decay_BLEN = torch.exp(torch.einsum("ble,en->blen", delta, d.A_EN))
+    input_BLEN = torch.einsum("ble,bln,ble->blen", delta, d.B_BLN, d.u_BLE)
+    h_BEN, y = d.u_BLE.new_zeros(len(d.u_BLE), *d.A_EN.shape), []
+    for t in range(d.u_BLE.shape[1]):
+        h_BEN = decay_BLEN[:, t] * h_BEN + input_BLEN[:, t]
+        y.append(torch.einsum("ben,bn->be", h_BEN, d.C_BLN[:, t]))
+    return torch.stack(y, dim=1) + d.u_BLE * d.D_E
+
+
+def mixer(B: int, L: int, E: int) -> Job:
+    """What the mixer does between its products, forward and backward: convolution, softplus, both scans, gate."""
+    x, z = (half.detach().requires_grad_() for half in torch.randn(B, L, 2 * E).chunk(2, -1))
+    w, b, w_back, b_back = (torch.randn(shape, requires_grad=True) for shape in ((E, TAPS), (E,)) * 2)
+    front, back, dy = direction(B, L, E), direction(B, L, E), torch.randn(B, L, E)
+    wanted = [x, z, w, b, w_back, b_back, *front[1:], *back[1:]]
+
+    def job() -> None:
+        u, u_back = two_way_conv_silu(x, w, b, w_back, b_back)
+        y = two_way_scan(front._replace(u_BLE=u), back._replace(u_BLE=u_back), z)
+        torch.autograd.grad(y, wanted, dy)
+
+    return job
+
+
+def product(tokens: int, E: int) -> Job:
+    x, weight = torch.randn(tokens, E // 2), torch.randn(2 * E, E // 2)
+    return lambda: torch.nn.functional.linear(x, weight)
+
+
+def on_one_thread(job: Job) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    job()
+    torch.set_num_threads(before)
+
+
+def on(isa: str, job: Job) -> None:
+    native.use_instruction_set(isa)
+    job()
+    native.use_instruction_set(native.instruction_set())
+
+
+def jobs() -> dict[str, Job]:
+    d, dy = direction(B, L, E), torch.randn(B, L, E)
+    ours = functools.partial(training, d, dy, "native")
+    result: dict[str, Job] = {
+        "forward": lambda: forward(d, "native"),
+        "forward, public loop": torch.no_grad()(lambda: public_loop(d)),
+        "forward, reference": lambda: forward(d, "reference"),
+        "training": ours,
+        "training, public loop": lambda: torch.autograd.grad(public_loop(d), d, dy),
+        "training, reference": lambda: training(d, dy, "reference"),
+        "training, chunked": lambda: training(d, dy, "chunked"),
+        "training, one thread": lambda: on_one_thread(ours),
+        "mixer": mixer(B, L, E),
+        "in_proj": product(B * L, E),
+        "small mixer": functools.partial(on_one_thread, mixer(*SMALL)),
+        "small in_proj": functools.partial(on_one_thread, product(SMALL[0] * SMALL[1], SMALL[2])),
+    }
+    for isa in ISAS[:-1]:
+        result[f"training, {isa}"] = functools.partial(on, isa, ours)
+    return result
+
+
+def least_times(jobs: dict[str, Job], rounds: int) -> dict[str, float]:
+    """Seconds. A job runs up to ten times and half a second in each round; one that takes longer runs once in all."""
+    least = dict.fromkeys(jobs, float("inf"))
+    for turn in range(rounds):
+        for name, job in jobs.items():
+            deadline = time.perf_counter() + 0.5
+            for _ in range(10 if turn == 0 or least[name] < 0.5 else 0):
+                start = time.perf_counter()
+                job()
+                least[name] = min(least[name], time.perf_counter() - start)
+                if time.perf_counter() > deadline:
+                    break
+    return least
+
+
+def resident_bytes(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith(field)).split()[1])
+
+
+def peak_memory() -> float:
+    """The peak of forward and backward over inputs, outputs and gradients together; Linux only."""
+    d, dy = direction(4 * B, L, E), torch.randn(4 * B, L, E)
+    inputs = sum(x.nbytes for x in d)
+    training(d, dy, "native")
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident_bytes("VmRSS")
+    training(d, dy, "native")
+    added = resident_bytes("VmHWM") - before
+    needed = 2 * inputs + 2 * dy.nbytes  # inputs and their gradients, y and its gradient
+    return (inputs + dy.nbytes + added) / needed
+
+
+def verdict(ratio: float, goal: float | None, at_least: bool) -> str:
+    if goal is None:
+        return ""
+    met = ratio >= goal if at_least else ratio <= goal
+    return f"{'>=' if at_least else '<='} {goal:g} {'met' if met else 'MISSED'}"
+
+
+def main(rounds: int = 5) -> None:
+    torch.manual_seed(0)
+    print(json.dumps({"scan": str(choose("auto", "cpu")), "threads": torch.get_num_threads(), "B L E N": [B, L, E, N]}))
+    least = least_times(jobs(), rounds)
+    table = []
+    for row in ROWS:
+        ours, peer = least[row.job], least[row.peer]
+        ratio = peer / ours if row.at_least else ours / peer
+        print(json.dumps({**row._asdict(), "ms": 1e3 * ours, "peer_ms": 1e3 * peer, "ratio": ratio}))
+        table.append((row.name, 1e3 * ours, 1e3 * peer, ratio, verdict(ratio, row.goal, row.at_least)))
+    memory = peak_memory()
+    print(json.dumps({"name": "peak memory over inputs, outputs, gradients", "ratio": memory, "goal": 1.1}))
+    print(f"\n{'':54} {'ms':>9} {'peer ms':>9} {'ratio':>8}  goal")
+    for name, ms, peer_ms, ratio, goal in table:
+        print(f"{name:54} {ms:9.3f} {peer_ms:9.3f} {ratio:8.2f}  {goal}")
+    print(
+        f"{'peak memory over inputs, outputs, gradients':54} {'':9} {'':9} {memory:8.2f}  {verdict(memory, 1.1, False)}"
+    )
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
