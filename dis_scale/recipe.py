@@ -364,10 +364,10 @@ def parse(text: str, where: str, overrides: list[str] | None = None) -> Recipe:
         raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise UserError(f"{where}: expected a mapping of settings, got {type(data).__name__}")
-    if data.get("format", FORMAT) not in (FORMAT, FORMAT - 1):
-        raise UserError(f"{where}: format {data['format']} of a recipe is not read by this version (it reads {FORMAT})")
     for override in overrides or []:
         _set(data, override)
+    if data.get("format", FORMAT) not in (FORMAT, FORMAT - 1):
+        raise UserError(f"{where}: format {data['format']} of a recipe is not read by this version (it reads {FORMAT})")
     for name, model in (data.get("models") or {}).items():
         if isinstance(model, dict) and "preset" in model:
             data["models"][name] = preset(model["preset"]) | {k: v for k, v in model.items() if k != "preset"}

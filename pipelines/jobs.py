@@ -123,8 +123,10 @@ def submit(cluster: Cluster, recipe: Recipe, sweep: Folder, stage: str, *argumen
 
 def _submit(cluster: Cluster, recipe: Recipe, name: str, command: list[str]) -> Job:
     variables = cluster.runtime_env.get("env_vars", {}) | {
-        "RAY_JOB_STOP_WAIT_TIME_S": str(int(recipe.grace_s)), "PYTHONUNBUFFERED": "1",
-    }  # fmt: skip
+        "RAY_JOB_STOP_WAIT_TIME_S": str(int(recipe.grace_s)),
+        "PYTHONUNBUFFERED": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",  # on a shared machine, threads that spin for a core make a step five times as long
+    }
     try:
         cluster.client.submit_job(
             entrypoint=shlex.join([sys.executable, "-m", *command]),

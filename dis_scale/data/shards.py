@@ -7,6 +7,7 @@ size, encode batch, device kind, torch version), so that it does not matter who 
 import hashlib
 import io
 import json
+import tarfile
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -73,7 +74,7 @@ def unpack(data: bytes, where: str) -> Shard:
             moments.append(np.load(io.BytesIO(sample["moments.npy"])))
             labels.append(json.loads(sample["json"])["label"])
         return Shard(np.stack(moments), np.array(labels, dtype=np.int64))
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, OSError, tarfile.TarError) as error:
         raise StorageError(f"{where}: not a latent shard: {error}") from error
 
 

@@ -1,0 +1,154 @@
+"""Shards are the same bytes each time; the order is a permutation an epoch, whoever reads and from wherever."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dis_scale import manifest
+from dis_scale.data import shards
+from dis_scale.data.latents import Latents, Order, micro_batch, prefetch
+from dis_scale.data.shards import Sample
+from dis_scale.errors import StorageError, UserError
+from dis_scale.storage import Folder, folder
+
+CLASSES = 5
+
+
+def samples(first: int, count: int) -> list[Sample]:
+    rng = np.random.default_rng(first)
+    return [
+        Sample(
+            first + i, f"image-{first + i}", (first + i) % CLASSES, rng.standard_normal((2, 4, 3, 3)).astype(np.float16)
+        )
+        for i in range(count)
+    ]
+
+
+def make(at: Folder, counts: list[int]) -> Folder:
+    for number, count in enumerate(counts):
+        shards.put_shard(at, number, samples(sum(counts[:number]), count), [])
+    facts = {"vae": "v" * 64, "scale": 0.5, "shift": 0.25, "latent": [2, 3], "num_classes": CLASSES}
+    shards.seal(at, range(len(counts)), facts)
+    return at
+
+
+def test_a_shard_is_the_same_bytes_each_time_and_reads_back() -> None:
+    made = samples(0, 7)
+    assert shards.pack(made) == shards.pack(made)
+    read = shards.unpack(shards.pack(made), "here")
+    np.testing.assert_array_equal(read.moments, np.stack([s.moments for s in made]))
+    assert read.labels.tolist() == [0, 1, 2, 3, 4, 0, 1]
+
+
+def test_what_is_no_shard_is_named() -> None:
+    with pytest.raises(StorageError, match="there: not a latent shard"):
+        shards.unpack(b"x" * 10240, "there")
+
+
+def test_finished_shards_are_known_and_damaged_or_orphaned_ones_are_not(store_url: str) -> None:
+    at = folder(store_url)
+    for number in range(4):
+        shards.put_shard(at, number, samples(number * 3, 3), [])
+    at.delete("000001.json")
+    at.write("000002.tar", b"damaged")
+    assert shards.finished(at, range(4)) == {0, 3}
+
+
+def test_statistics_merge_to_those_of_all_samples(tmp_path: Path) -> None:
+    make(folder(tmp_path), [4, 7, 2])
+    found = manifest.find(folder(tmp_path))
+    assert found is not None
+    everything = np.stack([s.moments[0, :2] for first, n in [(0, 4), (4, 7), (11, 2)] for s in samples(first, n)])
+    np.testing.assert_allclose(found["mean"], everything.astype(np.float64).mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(found["std"], everything.astype(np.float64).std((0, 2, 3)), rtol=1e-12)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(0, 3), st.integers(1, 5))
+def test_each_epoch_shows_each_sample_once(counts: list[int], seed: int, block: int) -> None:
+    order, total = Order(counts, seed, block), sum(counts)
+    for epoch in range(2):
+        seen = [order[p] for p in range(epoch * total, (epoch + 1) * total)]
+        assert sorted(seen) == [(s, r) for s in range(len(counts)) for r in range(counts[s])]
+
+
+@given(st.integers(0, 10_000), st.integers(0, 3))
+def test_a_position_does_not_depend_on_what_was_read_before(position: int, seed: int) -> None:
+    counts = [5, 3, 8, 1, 5, 6]
+    walked = Order(counts, seed)
+    for before in range(max(0, position - 20), position):
+        walked[before]
+    assert walked[position] == Order(counts, seed)[position]
+
+
+def test_shards_are_read_block_by_block() -> None:
+    order = Order([10] * 12, seed=0, block_shards=3)
+    for block in range(4):
+        assert len({order[p].shard for p in range(block * 30, (block + 1) * 30)}) == 3
+
+
+def test_epochs_and_seeds_differ() -> None:
+    first = [Order([8] * 4, 0)[p] for p in range(32)]
+    assert first != [Order([8] * 4, 0)[p] for p in range(32, 64)]
+    assert first != [Order([8] * 4, 1)[p] for p in range(32)]
+
+
+def test_a_lane_is_the_same_whoever_reads_it(tmp_path: Path) -> None:
+    make(folder(tmp_path), [6, 6, 5])
+    options = {"batch": 8, "lanes": 4, "seed": 3, "mirror": True, "label_dropout": 0.3}
+    ahead = Latents(folder(tmp_path), seed=3)
+    for step in range(5):
+        micro_batch(ahead, step, 0, **options)
+    first, second = (micro_batch(r, 5, 2, **options) for r in (ahead, Latents(folder(tmp_path), seed=3)))
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one.numpy(), other.numpy())
+
+
+def test_latents_are_posterior_samples_shifted_and_scaled(tmp_path: Path) -> None:
+    """Over many draws of one sample: mean (mean - shift) scale, deviation std scale."""
+    one = samples(0, 1)[0]
+    shards.put_shard(folder(tmp_path), 0, [one], [])
+    facts = {"vae": "v", "scale": 0.5, "shift": 0.25, "latent": [2, 3], "num_classes": CLASSES}
+    shards.seal(folder(tmp_path), range(1), facts)
+    batch = micro_batch(
+        Latents(folder(tmp_path), 0), 0, 0, batch=4000, lanes=1, seed=0, mirror=False, label_dropout=0.25
+    )
+    mean, log_variance = one.moments[0, :2].astype(np.float64), one.moments[0, 2:].astype(np.float64)
+    deviation = 0.5 * np.exp(0.5 * log_variance)
+    # Five standard errors of a mean of 4,000 draws.
+    assert (np.abs(batch.x_BCHW.mean(0).numpy() - (mean - 0.25) * 0.5) < 5 * deviation / 4000**0.5).all()
+    np.testing.assert_allclose(batch.x_BCHW.std(0).numpy(), deviation, rtol=0.08)
+    assert abs(float((batch.y_B == CLASSES).float().mean()) - 0.25) < 5 * (0.25 * 0.75 / 4000) ** 0.5
+
+
+def test_training_does_not_read_a_damaged_shard(tmp_path: Path) -> None:
+    at = make(folder(tmp_path), [4])
+    data = bytearray(at.read("000000.tar"))
+    data[700] ^= 1
+    at.write("000000.tar", bytes(data))
+    with pytest.raises(StorageError, match=r"000000.tar: damaged: its sha256 differs"):
+        Latents(at, 0)[0]
+
+
+def test_latents_of_another_vae_are_refused(tmp_path: Path) -> None:
+    sweep = folder(tmp_path) / "sweeps/s"
+    at = make(folder(tmp_path) / "latents/abc", [4])
+    shards.point_to(sweep, at, "v" * 64)
+    assert shards.latents_of(sweep) == at
+    shards.point_to(sweep, at, "w" * 64)
+    with pytest.raises(UserError, match="latents of another VAE: theirs is vvvvvvvvvvvv, the sweep's is wwwwwwwwwwww"):
+        shards.latents_of(sweep)
+
+
+def test_prefetch_keeps_order_and_hands_on_what_went_wrong() -> None:
+    def items() -> object:
+        yield from range(5)
+        raise ValueError("broken source")
+
+    got = []
+    with pytest.raises(ValueError, match="broken source"):
+        for item in prefetch(items()):  # type: ignore[arg-type]
+            got.append(item)
+    assert got == list(range(5))

@@ -1,0 +1,109 @@
+"""A recipe's mistakes are named with key, what was got and what was expected; two recipes of one name are told apart."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dis_scale import recipe as recipes
+from dis_scale.errors import UserError
+from dis_scale.recipe import Recipe
+from tests.conftest import TINY
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_recipe_is_valid_flat_and_says_how_to_run_it(path: Path) -> None:
+    text = path.read_text()
+    recipes.load(path)
+    assert len(text.splitlines()) <= 60
+    assert f"python -m dis_scale.sweep configs/{path.name}" in text
+
+
+def test_a_recipe_survives_storage(tiny: Recipe) -> None:
+    assert recipes.parse(recipes.dump(tiny), "stored") == tiny
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.lane=4", "train.lane: unknown key (did you mean 'lanes'?)"),
+        ("models.dis.widht=8", "models.dis.dis.widht: unknown key (did you mean 'width'?)"),
+        ("data.sorce.kind=digits", "data.sorce: unknown key (did you mean 'source'?)"),
+        ("train.lanes=two", "train.lanes: got 'two', expected: a valid integer"),
+        ("train.lanes=2.5", "train.lanes: got 2.5, expected: a valid integer"),
+        ("train.workers=3", "lanes 4 is not a multiple of workers 3: the world size must divide the lanes"),
+        ("train.lanes=5", "batch_images 16 is not a multiple of lanes 5"),
+        ("train.publish_images=[0, 17]", "publish_images: 17 is not a multiple of batch_images 16"),
+        ("train.zero_stage=0", "train.zero_stage: got 0, expected: 1, 2 or 3"),
+        ("evaluate.sampler=euler", "sampler euler does not fit the process gaussian"),
+        ("models.dit.heads=3", "width 16 is not a multiple of heads 3"),
+        ("data.num_classes=9", "the digits have 10 classes, got 9"),
+        ("format=7", "format 7 of a recipe is not read by this version"),
+        ("train.x.y", "expected a.b=value"),
+    ],
+)
+def test_mistakes_are_named(override: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        recipes.load(TINY, [override])
+    assert said in str(caught.value)
+
+
+def test_a_missing_recipe_is_named() -> None:
+    with pytest.raises(UserError, match=r"cannot read the recipe none.yaml: No such file"):
+        recipes.load("none.yaml")
+
+
+def test_what_is_not_yaml_is_said(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match=r"r.yaml: not YAML"):
+        recipes.load(tmp_path / "r.yaml")
+
+
+def test_numbers_with_exponents_are_numbers() -> None:
+    assert recipes.load(TINY, ["train.learning_rate=3e-4"]).train.learning_rate == 3e-4
+
+
+def test_a_preset_gives_the_published_size_and_can_be_changed() -> None:
+    data = yaml.safe_load(TINY.read_text())
+    data["models"] = {"b": {"preset": "DiS-B/2", "drop_path": 0.0}}
+    model = recipes.parse(yaml.safe_dump(data), "here").models["b"]
+    assert model.model_dump(include={"width", "depth", "patch", "drop_path"}) == {
+        "width": 768, "depth": 24, "patch": 2, "drop_path": 0.0
+    }  # fmt: skip
+
+
+def test_an_unknown_preset_offers_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"unknown preset 'DiS-B/3' \(did you mean 'DiS-B/"):
+        recipes.preset("DiS-B/3")
+
+
+@pytest.mark.parametrize(
+    "allowed", ["train.workers=4", "storage.root=x", "train.publish_images=[0,160,320,480]", "device=cpu"]
+)
+def test_runtime_and_extent_may_change(tiny: Recipe, allowed: str) -> None:
+    assert recipes.identity_differences(tiny, recipes.load(TINY, [allowed])) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("seed=1", "seed: stored 0, given 1"),
+        ("train.batch_images=32", "train.batch_images: stored 16, given 32"),
+        ("models.dis.width=32", "models.dis.width: stored 16, given 32"),
+        ("vae.steps=30", "vae.steps: stored 20, given 30"),
+        ("train.publish_images=[0, 160]", "train.publish_images: stored up to 320, given only up to 160"),
+    ],
+)
+def test_identity_may_not_change(tiny: Recipe, changed: str, said: str) -> None:
+    differences = recipes.identity_differences(tiny, recipes.load(TINY, [changed, "train.resume_every_images=160"]))
+    assert said in differences
+
+
+def test_longer_training_is_refused_where_the_schedule_has_an_end() -> None:
+    begun = recipes.load(TINY, ["train.decay=linear"])
+    longer = recipes.load(TINY, ["train.decay=linear", "train.publish_images=[0, 160, 320, 640]"])
+    assert recipes.identity_differences(begun, longer) == [
+        "train.publish_images: the linear decay ends at 320, given 640"
+    ]

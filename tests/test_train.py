@@ -1,0 +1,117 @@
+"""Stop anywhere and go on: bit-equal to the undisturbed run, for each stage and precision, and at another world size."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dis_scale import checkpoint, manifest
+from dis_scale import recipe as recipes
+from dis_scale.recipe import Train
+from dis_scale.storage import folder
+from dis_scale.tracking import Row, Rows
+from dis_scale.train import learning_rate
+from tests import training
+from tests.conftest import TINY
+
+LAST = 320
+
+
+def weights(root: Path, model: str = "dis", images: int = LAST) -> dict[str, torch.Tensor]:
+    return checkpoint.load_published(folder(root) / "sweep/runs" / model, images)
+
+
+def losses(root: Path, model: str = "dis") -> list[tuple[int, float]]:
+    rows: list[Row] = Rows(folder(root) / "sweep/runs" / model / "log").new()
+    return [(row.images, row.value) for row in rows if row.name == "loss"]
+
+
+def assert_bit_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["train.zero_stage=1"],
+        ["train.zero_stage=2", "train.checkpointing=block"],
+        ["train.zero_stage=3", "train.precision=bf16"],
+    ],
+    ids=["stage 1, fp32", "stage 2, checkpointing", "stage 3, bf16"],
+)
+def test_a_stopped_run_ends_as_the_undisturbed_one(tmp_path: Path, settings: list[str]) -> None:
+    recipe = recipes.load(TINY, settings)
+    training.run(recipe, "dis", tmp_path / "calm", attempt=1)
+    training.run(recipe, "dis", tmp_path / "stopped", attempt=1, stop_at=112)
+    run = folder(tmp_path / "stopped/sweep/runs/dis")
+    assert checkpoint.published(run) == [0]
+    assert max(int(name.split("-")[0]) for name in (run / "resume").list()) < 160
+    training.run(recipe, "dis", tmp_path / "stopped", attempt=2)
+    assert checkpoint.published(run) == [0, 160, 320]
+    assert_bit_equal(weights(tmp_path / "calm"), weights(tmp_path / "stopped"))
+    assert losses(tmp_path / "calm") == losses(tmp_path / "stopped") != []
+
+
+def test_another_world_size_and_stage_see_the_same_images(tmp_path: Path) -> None:
+    """Sums are made in another order: float32 losses agree to 1e-4 of their size over 20 steps."""
+    two = recipes.load(TINY, ["train.zero_stage=3"])
+    one = recipes.load(TINY, ["train.workers=1", "train.zero_stage=1"])
+    training.run(two, "dis", tmp_path / "calm", attempt=1)
+    training.run(two, "dis", tmp_path / "moved", attempt=1, stop_at=112)
+    training.run(one, "dis", tmp_path / "moved", attempt=2)
+    calm, moved = losses(tmp_path / "calm"), losses(tmp_path / "moved")
+    assert [images for images, _ in calm] == [images for images, _ in moved]
+    assert [v for _, v in moved] == pytest.approx([v for _, v in calm], rel=1e-4)
+    for name, tensor in weights(tmp_path / "calm").items():
+        torch.testing.assert_close(weights(tmp_path / "moved")[name], tensor, rtol=1e-2, atol=1e-4)
+
+
+def test_a_damaged_resume_point_is_named_and_the_one_before_taken(tmp_path: Path) -> None:
+    recipe = recipes.load(TINY, ["models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}"])
+    training.run(recipe, "dit", tmp_path, attempt=1)
+    run, said = folder(tmp_path / "sweep/runs/dit"), list[str]()
+    newest = checkpoint.newest(run, said.append)
+    assert newest is not None
+    assert (newest.images, said) == (LAST, [])
+    name = f"{newest.folder.name}/weights-00001.safetensors"
+    data = bytearray((run / "resume").read(name))
+    data[-1] ^= 1
+    (run / "resume").write(name, bytes(data))
+    before = checkpoint.newest(run, said.append)
+    assert before is not None
+    assert before.images == 240
+    assert len(said) == 1
+    assert f"{name}: damaged: its sha256 differs" in said[0]
+
+
+def test_only_the_last_resume_points_are_kept_and_none_without_its_manifest(tmp_path: Path) -> None:
+    recipe = recipes.load(TINY, ["train.workers=1", "train.keep_resume=2"])
+    training.run(recipe, "dis", tmp_path, attempt=1)
+    resume = folder(tmp_path / "sweep/runs/dis/resume")
+    assert resume.list() == ["000000000240-0001", "000000000320-0001"]
+    assert all(manifest.find(resume / name) for name in resume.list())
+
+
+@pytest.mark.parametrize(
+    ("decay", "images", "expected"),
+    [("none", 1000, 1.0), ("linear", 600, 0.8), ("linear", 1000, 0.0), ("cosine", 750, 0.5), ("cosine", 400, 1.0)],
+)
+def test_the_learning_rate_falls_after_the_plateau(decay: str, images: int, expected: float) -> None:
+    settings = Train(
+        publish_images=(0, 1000),
+        batch_images=10,
+        lanes=1,
+        resume_every_images=10,
+        learning_rate=1.0,
+        decay=decay,
+        decay_from=0.5,
+    )  # type: ignore[arg-type]
+    assert learning_rate(settings, images) == pytest.approx(expected)
+
+
+def test_the_learning_rate_warms_up_in_images() -> None:
+    settings = Train(
+        publish_images=(0, 1000), batch_images=10, lanes=1, resume_every_images=10, learning_rate=1.0, warmup_images=100
+    )
+    assert [learning_rate(settings, n) for n in (0, 40, 90, 500)] == pytest.approx([0.1, 0.5, 1.0, 1.0])

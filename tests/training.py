@@ -1,0 +1,71 @@
+"""Training without Ray, for tests: ranks as processes over gloo on synthetic latents, with faults given from outside."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+
+from dis_scale.data import shards
+from dis_scale.data.shards import Sample
+from dis_scale.recipe import Recipe
+from dis_scale.storage import Folder, folder
+
+LATENTS = 48
+
+
+def make_latents(at: Folder, recipe: Recipe) -> Folder:
+    """A small sealed set of latents that fits the tiny recipe."""
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        part = [
+            Sample(number * 16 + i, f"{i}", i % 10, rng.standard_normal((2, 8, 8, 8)).astype(np.float16))
+            for i in range(16)
+        ]
+        shards.put_shard(at, number, part, [])
+    facts = {"vae": "v", "scale": 1.0, "shift": 0.0, "latent": [4, 8], "num_classes": recipe.data.num_classes}
+    shards.seal(at, range(3), facts)
+    return at
+
+
+def run(recipe: Recipe, model: str, root: Path, attempt: int, stop_at: int | None = None) -> None:
+    """Trains in `recipe.train.workers` processes; with `stop_at`, rank 1 (or 0) wishes to stop from that image count on."""
+    world = recipe.train.workers
+    latents = folder(root) / "latents"
+    if not latents.exists("manifest.json"):
+        make_latents(latents, recipe)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_rank, (world, port, recipe, model, str(root), attempt, stop_at), world)
+
+
+def _rank(
+    rank: int, world: int, port: int, recipe: Recipe, model: str, root: str, attempt: int, stop_at: int | None
+) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()})
+    torch.set_num_threads(1)
+    from dis_scale import engine
+    from dis_scale.train import Run, train
+
+    device = torch.device("cpu")
+    engine.connect(device)
+    steps = iter(range(1, 10**9))
+
+    def wish() -> bool:
+        """Asked once a step before it begins."""
+        return stop_at is not None and rank == world - 1 and next(steps) * recipe.train.batch_images > stop_at
+
+    sweep = folder(root) / "sweep"
+    train(Run(recipe, model, sweep, folder(root) / "latents", attempt, device, lambda: True, wish, _nothing, print))
+
+
+def _nothing(_: Any) -> None: ...
+
+
+Say = Callable[[str], None]
