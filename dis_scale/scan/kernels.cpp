@@ -1,6 +1,6 @@
 // The arithmetic of the scan and of the convolution, over one batch row and LANES channels, time step after time step.
-// native.cpp includes this file once for each instruction set, inside a namespace and with NAME and LANES set; nothing here
-// touches PyTorch or the standard library's templates, so nothing compiled for one processor leaks to another.
+// native.cpp includes this file once for each instruction set, inside a namespace and with NAME and LANES set; nothing
+// here touches PyTorch or the standard library's functions, so nothing compiled for one processor leaks to another.
 //
 // A direction is a sign: scanning backwards is a view that begins at the last row and has a negative stride.
 // Symbols as in Gu and Dao 2023: h the state, u the input, delta the step, A, B, C, D. `N` states, `K` taps.
@@ -93,13 +93,13 @@ INLINE vec sigmoid(vec x) {
 
 INLINE vec silu(vec x) { return x * sigmoid(x); }
 
-// Rows of a wide matrix lie pages apart, where the processor's own prefetching does not follow. Past the end is harmless.
+// Rows of a wide matrix lie pages apart, where the processor's own prefetching does not follow. Past the end is no harm.
 INLINE void ahead(Rows rows, int64_t t) {
   if (rows.at) __builtin_prefetch(rows[t + 4]);
 }
 
-// What needs no state goes first, a chunk at a time: its long chains of dependent operations overlap there, where between
-// two steps of the recurrence they would make it wait.
+// What needs no state goes first, a chunk at a time: its long chains of dependent operations overlap there, while in
+// the recurrence each step would wait for them.
 INLINE void take_steps(const Scan& s, vec bias, int64_t begin, int64_t end, vec* delta) {
   for (int64_t t = begin; t < end; t++) delta[t - begin] = softplus(load(s.delta[t]) + bias);
 }
@@ -165,7 +165,7 @@ static void replay(const Scan& s, const Gradients& g, const Scratch& w, int64_t 
   }
 }
 
-// For each step of a chunk: delta and its slope by the raw delta, y's gradient before the gate, and what times y is z's.
+// For each step of a chunk: delta, its slope by the raw delta, y's gradient before the gate, and what times y is z's.
 INLINE void take_gradients(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end) {
   const vec bias = load(s.weights + (s.states + 1) * LANES);
   for (int64_t t = begin; t < end; t++) {

@@ -20,7 +20,7 @@ from torch import Tensor
 from dis_scale.errors import DisScaleError, UserError
 from dis_scale.scan.backend import Backend, Direction
 
-SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "kernels.cpp")]
+SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("native", "kernels", "memory", "scan", "conv")]
 MOST_STATES, MOST_TAPS = 256, 16
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += [f"-DMOST_STATES={MOST_STATES}", f"-DMOST_TAPS={MOST_TAPS}"]
@@ -67,7 +67,10 @@ def _load(library: Path) -> None:
 
 
 def _build(library: Path) -> None:
-    """Builds, loads and then publishes by one rename: a builder that dies leaves no lock, several do not meet."""
+    """Builds, loads and then publishes by one rename: a builder that dies leaves no lock, several do not meet.
+
+    To load the library twice, under two names, would end the process: its operators are there already.
+    """
     from torch.utils import cpp_extension  # half a second, and only here
 
     # The ninja that pip installed stands beside this interpreter, which need not be on the path.

@@ -1,5 +1,6 @@
 """Which backend runs, and what is said where one cannot: the words that a user meets."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,14 +18,14 @@ def random_direction(B: int, L: int, E: int, N: int) -> Direction:
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
-    """As a new process with an empty cache: nothing chosen, nothing built."""
-    caches = (_choose, _backend, native.problem)
+    """As a new process with an empty cache: nothing chosen, nothing built. What is loaded stays so afterwards."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cache in caches:
-        cache.cache_clear()
+    monkeypatch.setattr(native, "problem", functools.cache(native.problem.__wrapped__))
+    _choose.cache_clear()
+    _backend.cache_clear()
     yield monkeypatch
-    for cache in caches:
-        cache.cache_clear()
+    _choose.cache_clear()
+    _backend.cache_clear()
 
 
 def test_the_choice_says_why() -> None:

@@ -1,0 +1,118 @@
+// The causal convolution with SiLU, in one direction or two, with its gradient. A part of native.cpp.
+
+// x once, and for each direction a weight and a bias.
+struct ConvJob {
+  Blocks blocks;
+  Tensor x;
+  View x_view;
+  int64_t taps;
+  bool reverse;
+  std::vector<Tensor> weights;
+
+  ConvJob(at::TensorList inputs, bool reverse)
+      : blocks(inputs[0].size(2)), x(rowwise(inputs[0])), x_view(x), taps(inputs[1].size(1)), reverse(reverse) {
+    for (size_t i = 1; i < inputs.size(); i += 2) {
+      weights.push_back(at::zeros({blocks.count, taps + 1, blocks.lanes}, x.options()));
+      pack(inputs[i], 1.0f, blocks, taps + 1, 0, weights.back().data_ptr<float>());
+      pack(inputs[i + 1], 1.0f, blocks, taps + 1, taps, weights.back().data_ptr<float>());
+    }
+  }
+  bool reversed(size_t i) const { return i ? !reverse : reverse; }
+  Conv block(size_t i, int64_t b, int64_t block) const {
+    return {x.size(1), taps, x_view.rows(b, block * blocks.lanes, reversed(i)),
+            weights[i].data_ptr<float>() + block * (taps + 1) * blocks.lanes};
+  }
+};
+
+void conv_forward_block(const ConvJob& job, const Conv& conv, Rows y, int64_t channels) {
+  const int lanes = job.blocks.lanes;
+  if (channels == lanes) return kernels().convolve(conv, y);
+  Carver memory{thread_memory(2 * (conv.length * lanes + 16))};
+  const Conv copy{conv.length, conv.taps, padded(memory, conv.x, conv.length, channels, lanes), conv.weights};
+  const Rows out = padded(memory, y, conv.length, channels, lanes);
+  kernels().convolve(copy, out);
+  unpad(out, y, conv.length, channels);
+}
+
+variable_list conv_forward(const ConvJob& job, at::ScalarType type) {
+  variable_list outputs;
+  std::vector<View> views;
+  for (size_t i = 0; i < job.weights.size(); i++) {
+    outputs.push_back(at::empty(job.x.sizes(), job.x.options().memory_format(at::MemoryFormat::Contiguous)));
+    views.emplace_back(outputs[i]);
+  }
+  at::parallel_for(0, job.x.size(0) * job.blocks.count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; item++)
+      for (size_t i = 0; i < views.size(); i++) {
+        const int64_t b = item / job.blocks.count, block = item % job.blocks.count;
+        const Rows y = views[i].rows(b, block * job.blocks.lanes, job.reversed(i));
+        conv_forward_block(job, job.block(i, b, block), y, job.blocks.width(block));
+      }
+  });
+  for (Tensor& y : outputs) y = cast(y, type);
+  return outputs;
+}
+
+void conv_backward_block(const Conv& conv, Rows dy, Rows dx, float* dweights, bool add, int64_t channels, int lanes) {
+  if (channels == lanes) return kernels().convolve_backward(conv, dy, dx, dweights, add);
+  Carver memory{thread_memory(3 * (conv.length * lanes + 16))};
+  const auto copy = [&](Rows from) { return padded(memory, from, conv.length, channels, lanes); };
+  const Conv copied{conv.length, conv.taps, copy(conv.x), conv.weights};
+  const Rows dx_copy = copy(dx);
+  kernels().convolve_backward(copied, copy(dy), dx_copy, dweights, add);
+  unpad(dx_copy, dx, conv.length, channels);
+}
+
+variable_list conv_backward(const ConvJob& job, at::TensorList inputs, at::TensorList dy) {
+  Tensor dx = at::empty(job.x.sizes(), job.x.options().memory_format(at::MemoryFormat::Contiguous));
+  const int64_t batch = job.x.size(0), columns = job.taps + 1, count = job.blocks.count, lanes = job.blocks.lanes;
+  const int64_t groups = std::clamp<int64_t>(batch * job.x.size(1) / GROUP_STEPS, 1, batch);
+  const View dx_view(dx);
+  std::vector<Tensor> dys, sums;
+  std::vector<View> dy_views;
+  for (const Tensor& d : dy) {
+    dys.push_back(rowwise(d));
+    dy_views.emplace_back(dys.back());
+    sums.push_back(at::zeros({groups, count, columns, lanes}, job.x.options()));
+  }
+  at::parallel_for(0, groups * count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; item++) {
+      const int64_t group = item / count, block = item % count;
+      for (int64_t b = group * batch / groups; b < (group + 1) * batch / groups; b++)
+        for (size_t i = 0; i < sums.size(); i++) {
+          const auto rows = [&](const View& view) { return view.rows(b, block * lanes, job.reversed(i)); };
+          conv_backward_block(job.block(i, b, block), rows(dy_views[i]), rows(dx_view),
+                              sums[i].data_ptr<float>() + item * columns * lanes, i > 0, job.blocks.width(block), lanes);
+        }
+    }
+  });
+  variable_list out{cast(dx, inputs[0].scalar_type())};
+  for (size_t i = 0; i < sums.size(); i++) {
+    out.push_back(unpack(sums[i], inputs[1 + 2 * i], job.blocks, groups, columns, 0));
+    out.push_back(unpack(sums[i], inputs[2 + 2 * i], job.blocks, groups, columns, job.taps));
+  }
+  return out;
+}
+
+struct ConvFunction : torch::autograd::Function<ConvFunction> {
+  static variable_list forward(AutogradContext* context, at::TensorList inputs, bool reverse) {
+    context->save_for_backward(inputs.vec());
+    context->saved_data["reverse"] = reverse;
+    return conv_forward(ConvJob(inputs, reverse), inputs[0].scalar_type());
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list dy) {
+    refuse_second_order();
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const variable_list inputs = context->get_saved_variables();
+    const ConvJob job(inputs, context->saved_data["reverse"].toBool());
+    variable_list gradients = conv_backward(job, inputs, dy);
+    gradients.emplace_back();  // reverse has none
+    return gradients;
+  }
+};
+
+variable_list conv_silu(at::TensorList inputs, bool reverse) {
+  if (wants_gradient(inputs)) return ConvFunction::apply(inputs, reverse);
+  return conv_forward(ConvJob(inputs, reverse), inputs[0].scalar_type());
+}

@@ -1,0 +1,101 @@
+// Memory, views and layouts between PyTorch's tensors and the kernels. A part of native.cpp.
+
+// A thread's floats, kept from call to call: fresh pages would cost more than a small scan.
+float* thread_memory(int64_t floats) {
+  struct Free { void operator()(float* p) const { std::free(p); } };
+  static thread_local std::unique_ptr<float, Free> held;
+  static thread_local int64_t size = 0;
+  if (floats > size) {
+    held.reset();
+    held.reset(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64)));
+    TORCH_CHECK(held, "selective scan: no memory for ", floats, " floats of scratch");
+    size = floats;
+  }
+  if (at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory())
+    std::fill_n(held.get(), floats, std::numeric_limits<float>::quiet_NaN());
+  return held.get();
+}
+
+// Hands out pieces of one allocation, each at a multiple of 64 bytes; with no memory behind it, it counts.
+struct Carver {
+  float* at = nullptr;
+  int64_t used = 0;
+  float* take(int64_t floats) {
+    float* piece = at ? at + used : nullptr;
+    used += (floats + 15) / 16 * 16;
+    return piece;
+  }
+};
+
+Tensor cast(const Tensor& x, at::ScalarType type) { return x.scalar_type() == type ? x : x.to(type); }
+
+// float32 with neighbouring channels: itself where it is so already, a copy where not.
+Tensor rowwise(const Tensor& x) {
+  const Tensor floats = cast(x, at::kFloat);
+  return floats.size(-1) == 1 || floats.stride(-1) == 1 ? floats : floats.contiguous();
+}
+
+struct View {  // a (batch, length, channels) tensor as float rows
+  float* data = nullptr;
+  int64_t batch = 0, row = 0, length = 0;
+  View() = default;
+  explicit View(const Tensor& x)
+      : data(x.data_ptr<float>()), batch(x.stride(0)), row(x.stride(1)), length(x.size(1)) {}
+  Rows rows(int64_t b, int64_t channel, bool reverse) const {
+    if (!data) return {};
+    float* first = data + b * batch + channel;
+    return reverse ? Rows{first + (length - 1) * row, -row} : Rows{first, row};
+  }
+};
+
+// Odd widths: the last block of channels is worked on in padded copies.
+
+Rows padded(Carver& memory, Rows from, int64_t length, int64_t channels, int lanes) {
+  if (!from.at) return {};
+  Rows to{memory.take(length * lanes), lanes};
+  for (int64_t t = 0; memory.at && t < length; t++) {
+    std::memcpy(to[t], from[t], channels * sizeof(float));
+    std::memset(to[t] + channels, 0, (lanes - channels) * sizeof(float));
+  }
+  return to;
+}
+
+void unpad(Rows from, Rows to, int64_t length, int64_t channels) {
+  for (int64_t t = 0; to.at && t < length; t++) std::memcpy(to[t], from[t], channels * sizeof(float));
+}
+
+// Channels in blocks of one vector each.
+struct Blocks {
+  int64_t channels, lanes, count;
+  explicit Blocks(int64_t channels)
+      : channels(channels), lanes(kernels().lanes), count((channels + lanes - 1) / lanes) {}
+  int64_t width(int64_t block) const { return std::min(lanes, channels - block * lanes); }
+};
+
+// Parameters become vectors over a block's channels, padded by zeros: (blocks, columns, lanes). Writes `scale` times the
+// columns of matrix_EK, from column `first` on.
+void pack(const Tensor& matrix_EK, float scale, const Blocks& blocks, int64_t columns, int64_t first, float* to) {
+  const Tensor floats = cast(matrix_EK, at::kFloat).contiguous();
+  const float* from = floats.data_ptr<float>();
+  const int64_t count = floats.numel() / blocks.channels;
+  for (int64_t e = 0; e < blocks.channels; e++)
+    for (int64_t k = 0; k < count; k++)
+      to[(e / blocks.lanes * columns + first + k) * blocks.lanes + e % blocks.lanes] = from[e * count + k] * scale;
+}
+
+// The gradient of such a matrix: summed over the partial sums of `groups` groups of batch rows, in order.
+Tensor unpack(const Tensor& sums, const Tensor& like, const Blocks& blocks, int64_t groups, int64_t columns,
+              int64_t first) {
+  Tensor out = at::empty(like.sizes(), like.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
+  const int64_t count = out.numel() / blocks.channels, group = blocks.count * columns * blocks.lanes;
+  const float* from = sums.data_ptr<float>();
+  float* to = out.data_ptr<float>();
+  for (int64_t e = 0; e < blocks.channels; e++)
+    for (int64_t k = 0; k < count; k++) {
+      const float* at = from + (e / blocks.lanes * columns + first + k) * blocks.lanes + e % blocks.lanes;
+      float sum = 0.0f;
+      for (int64_t g = 0; g < groups; g++) sum += at[g * group];
+      to[e * count + k] = sum;
+    }
+  return cast(out, like.scalar_type());
+}

@@ -1,0 +1,256 @@
+// The scan, in one direction or two, with its gradient. A part of native.cpp.
+
+constexpr int64_t GROUP_CHANNELS = 192;  // share one partial sum of dB and dC: these cost 1/6 of u at 16 states
+constexpr int64_t GROUP_STEPS = 128;     // at least so many share one partial sum of dA: these cost at most 1/7 of u
+
+struct Direction {
+  Tensor u, delta, B, C, weights, starts;
+  bool reverse;
+  View u_view, delta_view, B_view, C_view;
+
+  // `kept` are the weights and starts of a forward pass, or nothing.
+  Direction(at::TensorList inputs, bool reverse, const Blocks& blocks, at::TensorList kept)
+      : u(rowwise(inputs[0])), delta(rowwise(inputs[1])), B(rowwise(inputs[3])), C(rowwise(inputs[4])),
+        reverse(reverse), u_view(u), delta_view(delta), B_view(B), C_view(C) {
+    if (!kept.empty()) {
+      weights = kept[0], starts = kept[1];
+      TORCH_CHECK(weights.size(2) == blocks.lanes, "the instruction set changed between forward and backward");
+      return;
+    }
+    const int64_t states = B.size(2);
+    weights = at::zeros({blocks.count, states + 2, blocks.lanes}, u.options());
+    pack(inputs[2], 1.4426950408889634f, blocks, states + 2, 0, weights.data_ptr<float>());
+    pack(inputs[5], 1.0f, blocks, states + 2, states, weights.data_ptr<float>());
+    pack(inputs[6], 1.0f, blocks, states + 2, states + 1, weights.data_ptr<float>());
+  }
+
+  Scan block(int64_t b, int64_t block, const Blocks& blocks, const View& z) const {
+    const int64_t channel = block * blocks.lanes;
+    return {u.size(1),
+            B.size(2),
+            u_view.rows(b, channel, reverse),
+            delta_view.rows(b, channel, reverse),
+            B_view.rows(b, 0, reverse),
+            C_view.rows(b, 0, reverse),
+            z.rows(b, channel, reverse),
+            weights.data_ptr<float>() + block * (B.size(2) + 2) * blocks.lanes,
+            starts.defined() ? starts.data_ptr<float>() + (b * blocks.count + block) * starts.stride(1) : nullptr};
+  }
+};
+
+// The inputs of the operator: seven tensors a direction, then the gate z where there is one.
+struct Job {
+  Blocks blocks;
+  std::vector<Direction> directions;
+  Tensor z;
+  View z_view;
+
+  Job(at::TensorList inputs, bool reverse, at::TensorList kept = {}) : blocks(inputs[0].size(2)) {
+    for (size_t i = 0; i < inputs.size() / 7; i++)
+      directions.emplace_back(inputs.slice(7 * i, 7), i ? !reverse : reverse, blocks,
+                              kept.empty() ? kept : kept.slice(2 * i, 2));
+    if (inputs.size() % 7) z = rowwise(inputs.back()), z_view = View(z);
+  }
+  int64_t batch() const { return directions[0].u.size(0); }
+  int64_t length() const { return directions[0].u.size(1); }
+  int64_t states() const { return directions[0].B.size(2); }
+  Tensor new_starts() const {
+    return at::empty({batch(), blocks.count, (length() - 1) / CHUNK, states(), blocks.lanes},
+                     directions[0].weights.options());
+  }
+};
+
+void pad(Carver& memory, Scan& s, int64_t channels, int lanes) {
+  s.u = padded(memory, s.u, s.length, channels, lanes);
+  s.delta = padded(memory, s.delta, s.length, channels, lanes);
+  s.z = padded(memory, s.z, s.length, channels, lanes);
+}
+
+void forward_block(const Job& job, const View& y, int64_t b, int64_t block) {
+  const int lanes = kernels().lanes;
+  const int64_t channels = job.blocks.width(block), last = job.directions.size() - 1;
+  for (int64_t i = 0; i <= last; i++) {
+    const Direction& direction = job.directions[i];
+    Scan scan = direction.block(b, block, job.blocks, i == last ? job.z_view : View());
+    const Rows out = y.rows(b, block * lanes, direction.reverse);
+    if (channels == lanes) {
+      kernels().forward(scan, out, i > 0);
+      continue;
+    }
+    Carver memory{thread_memory(4 * (scan.length * lanes + 16))};
+    pad(memory, scan, channels, lanes);
+    const Rows copy = padded(memory, out, scan.length, channels, lanes);
+    kernels().forward(scan, copy, i > 0);
+    unpad(copy, out, scan.length, channels);
+  }
+}
+
+Tensor scan_forward(const Job& job) {
+  const Tensor& u = job.directions[0].u;
+  Tensor y = at::empty(u.sizes(), u.options().memory_format(at::MemoryFormat::Contiguous));
+  const View view(y);
+  at::parallel_for(0, job.batch() * job.blocks.count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) forward_block(job, view, i / job.blocks.count, i % job.blocks.count);
+  });
+  return y;
+}
+
+// One direction's gradients: du and ddelta whole, dB and dC in a part for each group of channels, dweights in a part
+// for each group of batch rows.
+struct Sums {
+  Tensor du, ddelta, dB, dC, dweights;
+  View du_view, ddelta_view;
+
+  Sums(const Direction& d, int64_t groups, int64_t batch_groups)
+      : du(at::empty(d.u.sizes(), d.u.options().memory_format(at::MemoryFormat::Contiguous))),
+        ddelta(at::empty_like(du)),
+        dB(at::empty({groups, d.B.size(0), d.B.size(1), d.B.size(2)}, d.B.options())),
+        dC(at::empty_like(dB)),
+        dweights(at::zeros({batch_groups, d.weights.size(0), d.weights.size(1), d.weights.size(2)}, d.u.options())),
+        du_view(du), ddelta_view(ddelta) {}
+};
+
+Tensor sum_groups(const Tensor& parts) {
+  if (parts.size(0) == 1) return parts[0];
+  Tensor sum = parts[0] + parts[1];
+  for (int64_t g = 2; g < parts.size(0); g++) sum += parts[g];
+  return sum;
+}
+
+class Backward {
+ public:
+  Backward(const Job& job, const Tensor& dy)
+      : job(job), dy(rowwise(dy)), dy_view(this->dy), lanes(job.blocks.lanes), length(job.length()),
+        states(job.states()), groups((job.blocks.channels + GROUP_CHANNELS - 1) / GROUP_CHANNELS),
+        batch_groups(std::clamp<int64_t>(job.batch() * length / GROUP_STEPS, 1, job.batch())) {
+    for (const Direction& direction : job.directions) sums.emplace_back(direction, groups, batch_groups);
+    if (job.z.defined()) {
+      dz = at::empty(job.z.sizes(), job.z.options().memory_format(at::MemoryFormat::Contiguous));
+      dz_view = View(dz);
+    }
+  }
+
+  void run() {
+    at::parallel_for(0, groups * batch_groups, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; item++)
+        for (size_t i = 0; i < sums.size(); i++) work(item / groups, item % groups, i);
+    });
+  }
+
+  // In the order of the operator's inputs, in their types.
+  variable_list gradients(at::TensorList inputs) const {
+    variable_list out;
+    const int64_t columns = states + 2;
+    for (size_t i = 0; i < sums.size(); i++) {
+      const Sums& s = sums[i];
+      const auto in = inputs.slice(7 * i, 7);
+      const auto weight = [&](int k, int64_t first) {
+        return unpack(s.dweights, in[k], job.blocks, batch_groups, columns, first);
+      };
+      for (const Tensor& gradient : {s.du, s.ddelta, weight(2, 0), sum_groups(s.dB), sum_groups(s.dC),
+                                     weight(5, states), weight(6, states + 1)})
+        out.push_back(cast(gradient, in[out.size() % 7].scalar_type()));
+    }
+    if (dz.defined()) out.push_back(cast(dz, inputs.back().scalar_type()));
+    return out;
+  }
+
+ private:
+  const Job& job;
+  Tensor dy, dz;
+  View dy_view, dz_view;
+  int64_t lanes, length, states, groups, batch_groups;
+  std::vector<Sums> sums;
+
+  int64_t folded() const { return (states + 3) / 4 * lanes; }
+
+  Scratch carve(Carver& memory) const {
+    const int64_t state = states * lanes;
+    return {memory.take(CHUNK * state),
+            memory.take((CHUNK + 1) * state),
+            memory.take(CHUNK * lanes),
+            memory.take(CHUNK * lanes),
+            memory.take(CHUNK * lanes),
+            memory.take(CHUNK * lanes),
+            memory.take(state),
+            memory.take(length * folded()),
+            memory.take(length * folded())};
+  }
+
+  // One direction of one group of batch rows and one group of channels.
+  void work(int64_t batch_group, int64_t group, int64_t i) {
+    const int64_t begin = batch_group * job.batch() / batch_groups;
+    const int64_t end = (batch_group + 1) * job.batch() / batch_groups;
+    const int64_t first = group * (GROUP_CHANNELS / lanes);
+    const int64_t last = std::min(first + GROUP_CHANNELS / lanes, job.blocks.count);
+    Carver count;
+    carve(count);
+    const int64_t padding = 7 * (length * lanes + 16);
+    Carver memory{thread_memory(count.used + padding)};
+    const Scratch scratch = carve(memory);
+    for (int64_t b = begin; b < end; b++) {
+      std::memset(scratch.dB, 0, length * folded() * sizeof(float));
+      std::memset(scratch.dC, 0, length * folded() * sizeof(float));
+      for (int64_t block = first; block < last; block++) one_block(i, b, batch_group, block, scratch, memory);
+      const int64_t matrix = (group * job.batch() + b) * length * states;
+      collect(scratch.dB, sums[i].dB.data_ptr<float>() + matrix, job.directions[i].reverse);
+      collect(scratch.dC, sums[i].dC.data_ptr<float>() + matrix, job.directions[i].reverse);
+    }
+  }
+
+  void one_block(int64_t i, int64_t b, int64_t batch_group, int64_t block, const Scratch& scratch, Carver memory) {
+    const Direction& direction = job.directions[i];
+    Scan scan = direction.block(b, block, job.blocks, job.z_view);
+    const int64_t channel = block * lanes, channels = job.blocks.width(block), columns = states + 2;
+    const auto rows = [&](const View& view) { return view.rows(b, channel, direction.reverse); };
+    const Gradients out{rows(dy_view), rows(sums[i].du_view), rows(sums[i].ddelta_view), rows(dz_view),
+                        sums[i].dweights.data_ptr<float>() +
+                            (batch_group * job.blocks.count + block) * columns * lanes};
+    if (channels == lanes) return kernels().backward(scan, out, scratch, i > 0);
+    pad(memory, scan, channels, lanes);
+    const auto copy = [&](Rows from) { return padded(memory, from, length, channels, lanes); };
+    const Gradients copies{copy(out.y), copy(out.u), copy(out.delta), copy(out.z), out.weights};
+    kernels().backward(scan, copies, scratch, i > 0);
+    unpad(copies.u, out.u, length, channels);
+    unpad(copies.delta, out.delta, length, channels);
+    unpad(copies.z, out.z, length, channels);
+  }
+
+  void collect(const float* vectors, float* to, bool reverse) const {
+    for (int64_t t = 0; t < length; t++)
+      kernels().sum_lanes(vectors + t * folded(), to + (reverse ? length - 1 - t : t) * states, states);
+  }
+};
+
+struct ScanFunction : torch::autograd::Function<ScanFunction> {
+  static Tensor forward(AutogradContext* context, at::TensorList inputs, bool reverse) {
+    Job job(inputs, reverse);
+    variable_list saved = inputs.vec();
+    for (Direction& direction : job.directions) {
+      direction.starts = job.new_starts();
+      saved.insert(saved.end(), {direction.weights, direction.starts});
+    }
+    context->save_for_backward(std::move(saved));
+    context->saved_data["reverse"] = reverse;
+    return cast(scan_forward(job), inputs[0].scalar_type());
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list dy) {
+    refuse_second_order();
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const variable_list saved = context->get_saved_variables();
+    const size_t kept = saved.size() / 9 * 2;  // a direction is seven inputs, weights and starts; then perhaps the gate
+    const at::TensorList all(saved), inputs = all.slice(0, all.size() - kept);
+    const Job job(inputs, context->saved_data["reverse"].toBool(), all.slice(all.size() - kept));
+    Backward backward(job, dy[0]);
+    backward.run();
+    variable_list gradients = backward.gradients(inputs);
+    gradients.emplace_back();  // reverse has none
+    return gradients;
+  }
+};
+
+Tensor scan(at::TensorList inputs, bool reverse) {
+  if (wants_gradient(inputs)) return ScanFunction::apply(inputs, reverse);
+  return cast(scan_forward(Job(inputs, reverse)), inputs[0].scalar_type());
+}
