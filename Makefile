@@ -1,0 +1,38 @@
+# Two commands do everything, set-up included: `make demo` and `make test`. A virtual environment in .venv is made once, and again
+# only where pyproject.toml or constraints.txt has changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --editable
+
+.PHONY: demo test lint venv
+
+demo: $(VENV)/installed
+	$(BIN)/python -m dis_scale.sweep configs/digits.yaml
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -v  # -v takes back pytest's -q of pyproject.toml, which hides the lines on what is skipped
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+venv: $(VENV)/installed
+
+$(BIN)/python:
+	@command -v $(PYTHON) > /dev/null || { echo "error: no $(PYTHON) here: install Python 3.11 or 3.12, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || { \
+		echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), expected Python 3.11 or 3.12: name one, for example make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
+		echo "error: $(PYTHON) cannot make virtual environments: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps come last: an installation that was broken off is begun again.
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) . --constraint constraints.txt
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) '.[dev]' --constraint constraints.txt
+	@touch $@
