@@ -81,8 +81,9 @@ variable_list conv_backward(const ConvJob& job, at::TensorList inputs, at::Tenso
       for (int64_t b = group * batch / groups; b < (group + 1) * batch / groups; b++)
         for (size_t i = 0; i < sums.size(); i++) {
           const auto rows = [&](const View& view) { return view.rows(b, block * lanes, job.reversed(i)); };
-          conv_backward_block(job.block(i, b, block), rows(dy_views[i]), rows(dx_view),
-                              sums[i].data_ptr<float>() + item * columns * lanes, i > 0, job.blocks.width(block), lanes);
+          float* dweights = sums[i].data_ptr<float>() + item * columns * lanes;
+          conv_backward_block(job.block(i, b, block), rows(dy_views[i]), rows(dx_view), dweights, i > 0,
+                              job.blocks.width(block), lanes);
         }
     }
   });

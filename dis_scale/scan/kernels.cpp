@@ -93,7 +93,7 @@ INLINE vec sigmoid(vec x) {
 
 INLINE vec silu(vec x) { return x * sigmoid(x); }
 
-// Rows of a wide matrix lie pages apart, where the processor's own prefetching does not follow. Past the end is no harm.
+// Rows of a wide matrix lie pages apart, where the processor's own prefetching does not follow. Past the end is fine.
 INLINE void ahead(Rows rows, int64_t t) {
   if (rows.at) __builtin_prefetch(rows[t + 4]);
 }

@@ -72,8 +72,8 @@ struct Blocks {
   int64_t width(int64_t block) const { return std::min(lanes, channels - block * lanes); }
 };
 
-// Parameters become vectors over a block's channels, padded by zeros: (blocks, columns, lanes). Writes `scale` times the
-// columns of matrix_EK, from column `first` on.
+// Parameters become vectors over a block's channels, padded by zeros: (blocks, columns, lanes). Writes `scale`
+// times the columns of matrix_EK, from column `first` on.
 void pack(const Tensor& matrix_EK, float scale, const Blocks& blocks, int64_t columns, int64_t first, float* to) {
   const Tensor floats = cast(matrix_EK, at::kFloat).contiguous();
   const float* from = floats.data_ptr<float>();

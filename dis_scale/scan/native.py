@@ -10,8 +10,10 @@ import functools
 import hashlib
 import os
 import platform
+import shutil
 import sysconfig
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -77,6 +79,7 @@ def _build(library: Path) -> None:
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
+        _clear(library.parent)
         with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
             cpp_extension.load(
                 "native", str(SOURCES[0]), extra_cflags=FLAGS, build_directory=folder, is_python_module=False
@@ -84,6 +87,13 @@ def _build(library: Path) -> None:
             (Path(folder) / "native.so").replace(library)
     except (RuntimeError, OSError) as error:
         raise DisScaleError(_why(str(error))) from error
+
+
+def _clear(cache: Path) -> None:
+    """Removes what killed builders left; an hour is longer than any build."""
+    for folder in cache.glob("build-*"):
+        if time.time() - folder.stat().st_mtime > 3600:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _why(error: str) -> str:

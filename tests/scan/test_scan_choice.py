@@ -1,6 +1,8 @@
 """Which backend runs, and what is said where one cannot: the words that a user meets."""
 
 import functools
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +68,14 @@ def test_no_compiler_is_the_same_failure(fresh: pytest.MonkeyPatch) -> None:
     fresh.setenv("CXX", "/nonexistent/c++")
     with pytest.raises(DisScaleError, match=r"cannot be built(.|\n)*nonexistent(.|\n)*set the backend to chunked"):
         choose("native", "cpu")
+
+
+def test_what_killed_builders_left_is_cleared(tmp_path: Path) -> None:
+    for name, age_s in (("build-old", 4000), ("build-now", 0)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age_s,) * 2)
+    native._clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["build-now"]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"half a library"], ids=["missing", "empty", "torn"])
