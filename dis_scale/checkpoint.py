@@ -173,7 +173,7 @@ class Saver:
         folder.write_json(_sidecar(self.rank), sidecar)
         if self.rank == 0:
             self._write_manifest(folder, images, facts)
-            self._prune()
+            self._prune(images)
 
     def _write_manifest(self, folder: Folder, images: int, facts: dict[str, Any]) -> None:
         sidecars = [_await_json(folder, _sidecar(rank)) for rank in range(self.world)]
@@ -188,13 +188,17 @@ class Saver:
                 f"{folder}: another attempt has taken over this run; this one (attempt {self.attempt}) stops"
             )
 
-    def _prune(self) -> None:
-        """Keeps the last `keep` whole resume points; removes the manifest first, so that no torn one is ever taken."""
+    def _prune(self, images: int) -> None:
+        """Keeps the last `keep` whole resume points and what a faster rank has begun beyond `images`.
+
+        Removes a manifest first, so that no torn resume point is ever taken.
+        """
         resume = self.run / "resume"
-        whole = [name for name in resume.list() if resume.exists(f"{name}/{manifest.NAME}")]
+        passed = [name for name in resume.list() if int(name.split("-")[0]) <= images]
+        whole = [name for name in passed if resume.exists(f"{name}/{manifest.NAME}")]
         for name in whole[: -self.keep]:
             (resume / name).delete(manifest.NAME)
-        for name in set(resume.list()) - set(whole[-self.keep :]):
+        for name in set(passed) - set(whole[-self.keep :]):
             (resume / name).delete()
 
 

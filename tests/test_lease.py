@@ -32,7 +32,10 @@ def test_a_living_holder_is_named(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()
-        with pytest.raises(DisScaleError, match=f"held by process {holder.pid} on .*, which is alive"), lease.hold(folder(tmp_path)):
+        with (
+            pytest.raises(DisScaleError, match=f"held by process {holder.pid} on .*, which is alive"),
+            lease.hold(folder(tmp_path)),
+        ):
             pass
         holder.kill()
     with lease.hold(folder(tmp_path)) as ours:
@@ -40,7 +43,9 @@ def test_a_living_holder_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("beating", [True, False])
-def test_a_holder_elsewhere_is_alive_while_its_beat_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beating: bool) -> None:
+def test_a_holder_elsewhere_is_alive_while_its_beat_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beating: bool
+) -> None:
     place = folder(tmp_path)
     place.create("0001", json.dumps({"host": "elsewhere", "boot": "x", "pid": os.getpid(), "started": 0.0}).encode())
     monkeypatch.setattr(lease, "STILL_S", 0.2)

@@ -93,6 +93,17 @@ def test_only_the_last_resume_points_are_kept_and_none_without_its_manifest(tmp_
     assert all(manifest.find(resume / name) for name in resume.list())
 
 
+def test_pruning_spares_what_a_faster_rank_has_begun(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    for images, files in [(80, {"a": b""}), (160, {"a": b""}), (240, None)]:
+        place = run / "resume" / f"{images:012d}-0001"
+        place.write("weights-00001.safetensors", b"begun")
+        if files is not None:
+            manifest.put(place, files, images=images)
+    checkpoint.Saver(run, attempt=1, rank=0, world=2, held=lambda: True, keep=1)._prune(160)
+    assert (run / "resume").list() == ["000000000160-0001", "000000000240-0001"]
+
+
 @pytest.mark.parametrize(
     ("decay", "images", "expected"),
     [("none", 1000, 1.0), ("linear", 600, 0.8), ("linear", 1000, 0.0), ("cosine", 750, 0.5), ("cosine", 400, 1.0)],

@@ -1,8 +1,8 @@
 """Training without Ray, for tests: ranks as processes over gloo on synthetic latents, with faults given from outside."""
 
+import multiprocessing
 import os
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from dis_scale.data.shards import Sample
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder, folder
 
-LATENTS = 48
+os.environ["DS_ACCELERATOR"] = "cpu"
+multiprocessing.set_forkserver_preload(["deepspeed", "torch._dynamo", "dis_scale.train"])
 
 
 def make_latents(at: Folder, recipe: Recipe) -> Folder:
@@ -41,7 +42,8 @@ def run(recipe: Recipe, model: str, root: Path, attempt: int, stop_at: int | Non
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_rank, (world, port, recipe, model, str(root), attempt, stop_at), world)
+    arguments = (world, port, recipe, model, str(root), attempt, stop_at)
+    mp.start_processes(_rank, arguments, world, start_method="forkserver")
 
 
 def _rank(
@@ -66,6 +68,3 @@ def _rank(
 
 
 def _nothing(_: Any) -> None: ...
-
-
-Say = Callable[[str], None]

@@ -1,0 +1,97 @@
+"""The command as a user gives it, in a process of its own, and what it leaves in storage."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from dis_scale import checkpoint, manifest
+from dis_scale import recipe as recipes
+from dis_scale.evaluation import results
+from dis_scale.storage import Folder, folder
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "tests" / "tiny.yaml"
+TIMEOUT_S = 400
+
+
+def command(root: str, *settings: str) -> list[str]:
+    overrides = [word for setting in (f"storage.root={root}", *settings) for word in ("--set", setting)]
+    return [sys.executable, "-m", "dis_scale.sweep", str(TINY), *overrides]
+
+
+def run(root: str, *settings: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The sweep to its end."""
+    return subprocess.run(
+        command(root, *settings),
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+
+
+def start(root: str, *settings: str, log: Path) -> subprocess.Popen[bytes]:
+    """The sweep in the background, its own process group, so that a test can kill it with all its children."""
+    with log.open("wb") as out:
+        return subprocess.Popen(command(root, *settings), cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+
+
+def wait_until(true: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not true():
+        assert process.poll() is None, f"the sweep ended too early:\n{log.read_text()}"
+        assert time.monotonic() < deadline, f"it did not come:\n{log.read_text()}"
+        time.sleep(0.05)
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """-9 to the command and to every descendant: nothing gets a chance to clean up."""
+    import psutil
+
+    for child in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        try:
+            child.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+
+
+def sweep_folder(root: str) -> Folder:
+    return folder(root) / "sweeps/tiny"
+
+
+def times(root: str) -> dict[str, float]:
+    """When each thing that is made once was made, by name (on disk)."""
+    base = Path(root)
+    patterns = (
+        "latents/*/*.tar",
+        "sweeps/tiny/runs/*/published/*/*",
+        "sweeps/tiny/evaluation/*/*/metrics.json",
+        "sweeps/tiny/vae/*",
+    )
+    return {str(path.relative_to(base)): path.stat().st_mtime for pattern in patterns for path in base.glob(pattern)}
+
+
+def assert_whole(root: str) -> None:
+    """Every shard, published folder and evaluation of the tiny recipe is there, once, and agrees with its manifest."""
+    sweep, recipe = sweep_folder(root), recipes.load(TINY)
+    for model in recipe.models:
+        assert checkpoint.published(sweep / "runs" / model) == [0, 160, 320]
+        for images in (0, 160, 320):
+            checkpoint.load_published(sweep / "runs" / model, images)
+        measured = results.evaluated(sweep, model)
+        assert sorted(measured) == [0, 160, 320]
+        assert all(values["fd_digits"] > 0 for values in measured.values())
+    (latents,) = (folder(root) / "latents").list()
+    place = folder(root) / "latents" / latents
+    found = manifest.find(place)
+    assert found is not None
+    assert found["count"] == 1797
+    for shard in found["shards"]:
+        manifest.verified(place, shard["name"], shard)
+    assert sweep.list("report") == ["gflops_fid.csv", "gflops_fid.png", "gflops_fid.svg"]

@@ -1,0 +1,106 @@
+"""On a cluster that a user started: the sweep as a Ray job, stopped by Ray, given again; evaluation that starts before training."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dis_scale import recipe as recipes
+from dis_scale.evaluation import results
+from dis_scale.storage import folder
+from pipelines import jobs
+from tests.e2e import sweeps
+
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+@pytest.fixture
+def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A plain `ray start --head` of two CPUs with no named resources; its dashboard's URL."""
+    port, dashboard, agent = jobs._free_ports(3)
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    command = [
+        RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}", f"--temp-dir=/tmp/ray-test-{port}", "--disable-usage-stats",
+        "--node-ip-address=127.0.0.1", "--object-store-memory=200000000",
+    ]  # fmt: skip
+    with (tmp_path / "head.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    url, deadline = f"http://127.0.0.1:{dashboard}", time.monotonic() + 90
+    while True:
+        try:
+            jobs._client(url).list_jobs()
+            break
+        except (ConnectionError, RuntimeError):
+            assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
+            time.sleep(0.3)
+    yield url
+    sweeps.kill_all(process)
+
+
+def submit(url: str, name: str, *settings: str) -> subprocess.CompletedProcess[str]:
+    """`ray job submit` as the README gives it, and what it printed at the end."""
+    overrides = [word for setting in settings for word in ("--set", setting)]
+    command = [RAY, "job", "submit", "--address", url, "--working-dir", ".", "--submission-id", name, "--"]
+    command += [sys.executable, "-m", "dis_scale.sweep", "tests/tiny.yaml", *overrides]
+    return subprocess.run(command, cwd=sweeps.ROOT, env=os.environ.copy(), capture_output=True, text=True, timeout=400)
+
+
+def test_submitted_stopped_and_submitted_again(head: str, tmp_path: Path) -> None:
+    """Ends on the head's own home, as a relative root on one node does; `ray job stop` on the sweep stops its stages."""
+    client = jobs._client(head)
+    overrides = ["--set", "storage.root=store", "--set", "train.resume_every_images=16"]
+    entry = [sys.executable, "-m", "dis_scale.sweep", "tests/tiny.yaml", *overrides]
+    client.submit_job(
+        entrypoint=" ".join(entry),
+        submission_id="first",
+        runtime_env={"working_dir": str(sweeps.ROOT), "excludes": [".git", ".venv"]},
+    )
+    root = tmp_path / "home/dis-scale/store"
+    resume = folder(root) / "sweeps/tiny/runs/dis/resume"
+    deadline = time.monotonic() + 300
+    while len(resume.list()) < 2:
+        assert time.monotonic() < deadline, client.get_job_logs("first")
+        assert client.get_job_status("first") not in jobs.ENDED, client.get_job_logs("first")
+        time.sleep(0.2)
+    client.stop_job("first")
+    while not all(job.status in jobs.ENDED for job in client.list_jobs()):
+        assert time.monotonic() < deadline, client.list_jobs()
+        time.sleep(0.2)
+    assert client.get_job_status("first") == "STOPPED"
+    assert not folder(root).exists("sweeps/tiny/runs/dis/published/000000000320/manifest.json")
+    done = submit(head, "second", "storage.root=store")
+    assert done.returncode == 0, done.stdout + done.stderr
+    sweeps.assert_whole(str(root))
+
+
+def test_evaluation_that_starts_first_does_not_keep_training_waiting(tmp_path: Path) -> None:
+    recipe = recipes.load(sweeps.TINY, [f"storage.root={tmp_path}"])
+    recipe = recipe.model_copy(update={"models": {"dit": recipe.models["dit"]}})
+    sweep = sweeps.sweep_folder(str(tmp_path))
+    sweep.write("recipe.yaml", recipes.dump(recipe).encode())
+    with jobs.cluster(recipe) as cluster:
+        for stage in ("prepare", "precompute"):
+            assert _end(jobs.submit(cluster, recipe, sweep, stage)) == "SUCCEEDED"
+        evaluation = jobs.submit(cluster, recipe, sweep, "evaluate")
+        while not any("evaluation on" in line for line in evaluation.lines()):
+            time.sleep(0.3)
+        joined = jobs.submit(cluster, recipe, sweep, "evaluate")
+        assert (joined.id, joined.ours) == (evaluation.id, False)
+        training = jobs.submit(cluster, recipe, sweep, "train", "dit")
+        assert _end(training) == "SUCCEEDED", training.why()
+        assert _end(evaluation) == "SUCCEEDED", evaluation.why()
+    assert sorted(results.evaluated(sweep, "dit")) == [0, 160, 320]
+    assert json.loads(sweep.read("evaluation/dit/000000000320/metrics.json"))["samples"] == 60
+
+
+def _end(job: jobs.Job) -> str:
+    while not job.ended():
+        time.sleep(0.3)
+    return str(job.status())
