@@ -1,6 +1,8 @@
 """The `dis-scale` command. Exit code 0, 2 for the user's mistake, 1 for a failure, 75 when stopped as asked."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -51,18 +53,16 @@ def plan(recipe: RecipePath = None, overrides: Overrides = None, debug: Debug = 
         Console().print(plans.table(plans.plan(found, vae.latent_shape(found.vae, found.data.resolution))))
 
 
-class _errors:
+@contextlib.contextmanager
+def _errors(debug: bool) -> Iterator[None]:
     """Turns the error family into one line and its exit code."""
-
-    def __init__(self, debug: bool) -> None:
-        self.debug = debug
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, DisScaleError) and not self.debug:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(error.exit_code) from None
+    try:
+        yield
+    except DisScaleError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -125,10 +125,9 @@ def _draw_count(axes: Axes, report: Report, images: int, shade: float) -> None:
         family = sorted((p for p in report.points if p.images == images and p.kind == kind), key=lambda p: p.gmacs)
         if not family:
             continue
-        axes.errorbar(
-            [p.gmacs for p in family], [p.values[report.metric] for p in family],
-            yerr=[p.values[f"{report.metric}_error"] for p in family], marker=MARKERS[kind], capsize=2, color=str(shade), label=label,
-        )  # fmt: skip
+        gmacs, distances = [p.gmacs for p in family], [p.values[report.metric] for p in family]
+        errors = [p.values[f"{report.metric}_error"] for p in family]
+        axes.errorbar(gmacs, distances, errors, marker=MARKERS[kind], capsize=2, color=str(shade), label=label)
         label = None
 
 

@@ -1,8 +1,8 @@
 """Metric rows in storage, and their projection into MLflow. The door to MLflow.
 
 Rows in storage are the truth. MLflow gets each row once, with the row's own first time, and can be filled again from the folder;
-when it is away nothing stops. Learnt the hard way: three processes that open a fresh SQLite file kill each other, so the sweep alone
-creates experiment and runs and keeps their ids; a row logged again with a new time doubles, a changed parameter raises.
+when it is away nothing stops. Learnt the hard way: three processes that open a fresh SQLite file kill each other, so the sweep
+alone creates experiment and runs and keeps their ids; a row logged again with a new time doubles, a changed parameter raises.
 """
 
 import json

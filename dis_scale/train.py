@@ -202,8 +202,11 @@ def _drop_masks(rates: tuple[float, ...], n: int, *where: int) -> torch.Tensor |
 
 def _to_device(draw: Draw, device: torch.device) -> Draw:
     micro, t_B, drop = draw
-    move = {"device": device, "non_blocking": True}
-    return Micro(*(x.to(**move) for x in micro)), t_B.to(**move), None if drop is None else drop.to(**move)
+
+    def move(x: torch.Tensor) -> torch.Tensor:
+        return x.to(device, non_blocking=True)
+
+    return Micro(*map(move, micro)), move(t_B), None if drop is None else move(drop)
 
 
 def _loss(sharded: Any, process: Process, micro: Micro, t_B: torch.Tensor, drop: Any) -> torch.Tensor:

@@ -19,6 +19,8 @@ from dis_scale.errors import UserError
 from dis_scale.recipe import LatentShape, PretrainedVae, TrainedVae
 from dis_scale.storage import Folder
 
+__all__ = ["AutoencoderKL", "Vae", "latent_shape", "load", "new", "save", "to_pixels", "to_unit"]
+
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 

@@ -5,20 +5,27 @@ import sys
 from pipelines import stage
 
 
-def main() -> None:
-    name = sys.argv.pop(1)
+def program(name: str) -> stage.Program:
+    """The program of a stage; imports that stage alone."""
     match name:
         case "prepare":
-            from pipelines.prepare import prepare as program
+            from pipelines.prepare import prepare
+
+            return prepare
         case "precompute":
-            from pipelines.precompute import precompute as program
+            from pipelines.precompute import precompute
+
+            return precompute
         case "train":
-            from pipelines.train import train_model as program
+            from pipelines.train import train_model
+
+            return train_model
         case "evaluate":
-            from pipelines.evaluate import evaluate as program
-        case _:
-            raise SystemExit(f"unknown stage {name!r}: expected prepare, precompute, train or evaluate")
-    stage.main(program)
+            from pipelines.evaluate import evaluate
+
+            return evaluate
+    raise SystemExit(f"unknown stage {name!r}: expected prepare, precompute, train or evaluate")
 
 
-main()
+if __name__ == "__main__":
+    stage.main(program(sys.argv[1]), *sys.argv[2:])

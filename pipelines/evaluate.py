@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 
 from dis_scale import vae
@@ -30,7 +29,6 @@ LOOK_EVERY_S = 2.0
 NICE = 19
 
 
-@ray.remote(max_concurrency=3)
 class Evaluator(stage.Worker):
     """Draws blocks; progress counts blocks."""
 
@@ -49,7 +47,7 @@ class Evaluator(stage.Worker):
         for block in blocks:
             if self._wish.is_set():
                 return
-            folder.write(block_name(block), self.studio.draw(drawn, model, block).to_bytes())
+            folder.write(block_name(block), self.studio.draw(drawn, block).to_bytes())
             self._done += 1
 
 
@@ -125,7 +123,7 @@ def evaluate(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
     stage.say(f"evaluation on {device} ({why})")
     extractor = load_extractor(recipe.evaluate.extractor, sweep, torch.device("cpu"))
     options = stage.resources("evaluate", device, 0)
-    workers = [Evaluator.options(**options).remote(sweep, recipe, device) for _ in range(recipe.evaluate.workers)]
+    workers = [stage.spawn(Evaluator, options, sweep, recipe, device) for _ in range(recipe.evaluate.workers)]
     real = reference.load(sweep, recipe.data, extractor)
     evaluation = Evaluation(sweep, recipe, workers, extractor.metric, real)
     passed_over: set[tuple[str, int]] = set()

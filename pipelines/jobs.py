@@ -1,8 +1,8 @@
 """Ray's job API: start a Ray of our own or take the one that we run on, submit stages, watch and stop them.
 
-Learnt the hard way: two raylets on one machine collide on the dashboard agent's port unless each gets its own; a job's driver has 3 s
-between SIGTERM and SIGKILL unless RAY_JOB_STOP_WAIT_TIME_S is in its environment; an id stays taken after its job has ended; a child
-job without a runtime environment runs in the cluster's own folder, on other code. We never run `ray stop`: it ends every Ray here.
+Learnt the hard way: two raylets on one machine collide on the dashboard agent's port unless each gets its own; a job's driver has
+3 s between SIGTERM and SIGKILL unless RAY_JOB_STOP_WAIT_TIME_S is in its environment; an id stays taken after its job has ended; a
+child job without a runtime environment runs in the cluster's own folder, on other code. We never run `ray stop`: it ends all Rays.
 """
 
 import contextlib

@@ -7,7 +7,6 @@ import hashlib
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 
 from dis_scale import manifest, vae
@@ -23,7 +22,6 @@ from pipelines import stage
 BEGUN = "begun.json"
 
 
-@ray.remote(max_concurrency=3)
 class Encoder(stage.Worker):
     """Encodes shards by number; progress counts images."""
 
@@ -60,7 +58,7 @@ def _make(sweep: Folder, latents: Folder, recipe: Recipe, source: Source, encode
     left = [n for n in numbers if n not in done]
     count = min(recipe.precompute.workers, max(1, len(left)))
     if left:
-        workers = [Encoder.options(**stage.resources("precompute", device, 1)).remote() for _ in range(count)]
+        workers = [stage.spawn(Encoder, stage.resources("precompute", device, 1)) for _ in range(count)]
         parts = [w.encode.remote(sweep, latents, recipe, device, left[i::count]) for i, w in enumerate(workers)]
         before = len(done) * recipe.precompute.shard_images
         stage.watch(workers, parts, lambda d: stage.progress(min(before + sum(d), len(source)), len(source), "images"))
@@ -70,7 +68,7 @@ def _make(sweep: Folder, latents: Folder, recipe: Recipe, source: Source, encode
 
 
 def _compute_exactly() -> None:
-    """One thread a worker and no TF32: the same sums whoever encodes. (No part of the actor: Ray cannot pickle `torch.backends`.)"""
+    """One thread a worker and no TF32: the same sums whoever encodes. Not in the actor, as Ray cannot pickle `torch.backends`."""
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 

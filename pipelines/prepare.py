@@ -19,7 +19,6 @@ from pipelines import stage
 CPUS = 2
 
 
-@ray.remote(max_concurrency=3)
 class Preparer(stage.Worker):
     """Does what is missing, one thing after another; progress counts optimizer steps."""
 
@@ -79,7 +78,7 @@ def prepare(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
     total = recipe.vae.steps if isinstance(recipe.vae, TrainedVae) and _vae_missing(sweep, recipe) else 0
     total += _classifier_steps(recipe) * len(_classifiers_missing(sweep, recipe))
     cpus = min(CPUS, int(ray.cluster_resources().get("CPU", 1)))
-    worker = Preparer.options(**stage.resources("prepare", "cpu", cpus)).remote()
+    worker = stage.spawn(Preparer, stage.resources("prepare", "cpu", cpus))
     (said,) = stage.watch(
         [worker], [worker.prepare.remote(sweep, recipe)], lambda d: stage.progress(d[0], total, "steps")
     )

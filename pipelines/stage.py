@@ -28,15 +28,19 @@ wish = threading.Event()
 """Set when somebody asked this job to stop."""
 
 
-def main(program: Callable[[Folder, Recipe, list[str]], None]) -> None:
-    """Runs a stage's program with (sweep, recipe, further arguments); errors become one line and an exit code."""
+Program = Callable[[Folder, Recipe, list[str]], None]
+"""What a stage does, given the sweep's folder, its recipe and further arguments."""
+
+
+def main(program: Program, url: str, *arguments: str) -> None:
+    """Runs a stage's program on the sweep at `url`; errors become one line and an exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("ray").setLevel(logging.ERROR)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: wish.set())
-    sweep, arguments = folder(sys.argv[1]), sys.argv[2:]
+    sweep = folder(url)
     try:
-        program(sweep, load_recipe(sweep), arguments)
+        program(sweep, load_recipe(sweep), list(arguments))
     except Exception as error:
         _end_with(error.cause if isinstance(error, ray.exceptions.RayTaskError) else error, error)
 
@@ -75,6 +79,11 @@ class Worker:
         """What is done, and the lines said since the last look."""
         said, self._said = self._said, []
         return self._done, said
+
+
+def spawn(kind: type[Worker], options: dict[str, Any], *arguments: Any) -> Any:
+    """A worker as a Ray actor; its work, `look` and `stop` run in threads of their own."""
+    return ray.remote(max_concurrency=4)(kind).options(**options).remote(*arguments)
 
 
 def resources(name: str, device: str, cpus: float) -> dict[str, Any]:

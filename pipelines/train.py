@@ -22,7 +22,6 @@ from pipelines import stage
 PROJECT_EVERY_S = 5.0
 
 
-@ray.remote(max_concurrency=4)
 class Trainer(stage.Worker):
     """One rank."""
 
@@ -84,7 +83,7 @@ def _attempt(sweep: Folder, recipe: Recipe, model: str, device: str, projection:
     try:
         _await(group, world)
         options = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(world)]
-        workers = [Trainer.options(**bundle, scheduling_strategy=option).remote() for option in options]
+        workers = [stage.spawn(Trainer, bundle | {"scheduling_strategy": option}) for option in options]
         host, port = ray.get(workers[0].address.remote())
         place = {"WORLD_SIZE": world, "MASTER_ADDR": host, "MASTER_PORT": port, "LOCAL_RANK": 0}
         with lease.hold(sweep / "runs" / model / "lease") as held:

@@ -6,7 +6,7 @@ the world size and wherever a run starts.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import lru_cache
 from queue import Queue
 from typing import Any, NamedTuple, TypeVar
@@ -111,7 +111,7 @@ def micro_batch(
     return Micro(torch.from_numpy(scaled), torch.from_numpy(labels), torch.from_numpy(noise))
 
 
-def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:
+def prefetch(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
     """The same items, made by a thread that stays up to `depth` ahead; its exception is raised where the item would have come."""
     queue: Queue[Any] = Queue(depth)
     closed = threading.Event()

@@ -91,6 +91,7 @@ def _downloaded() -> Path:
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256[:8], progress=False)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"Inception weights cannot be downloaded ({error}); get {INCEPTION_URL} and give its path as evaluate.extractor.weights"
+                f"Inception weights cannot be downloaded ({error}); "
+                f"get {INCEPTION_URL} and give its path as evaluate.extractor.weights"
             ) from error
     return path

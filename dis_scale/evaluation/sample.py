@@ -62,7 +62,7 @@ class Studio:
         shape = self.vae.latent(self.recipe.data.resolution)
         return load_model(self.recipe, name, shape, weights).to(self.device)
 
-    def draw(self, model: Backbone, name: str, block: int) -> Block:
+    def draw(self, model: Backbone, block: int) -> Block:
         """Samples of one block, guided, decoded and looked at."""
         settings, classes = self.recipe.evaluate, self.recipe.data.num_classes
         numbers = block_numbers(settings.samples, settings.block_images, block)

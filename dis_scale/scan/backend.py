@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ruff: noqa: N815 (fields end in their axes: u_BLE)
-
 
 class Direction(NamedTuple):
     """One direction's inputs. `delta` is raw: its bias is added and softplus taken inside; A is negative."""
