@@ -1,0 +1,145 @@
+"""The words are true: the README's commands, map and recipe, the prices of recipes, and no place of ours in any file."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from dis_scale import recipe as recipes
+from dis_scale.cli import app
+from dis_scale.models.cost import cost
+from dis_scale.recipe import LatentShape, Recipe, TrainedVae
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PRICED = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "digits")
+"""Recipes whose first lines hold a table of their price; the digits' is what the plan prints."""
+SD_FACTOR = 8
+"""Pixels a latent position of Stable Diffusion's autoencoder, whose latents have 4 channels."""
+
+TREE = subprocess.run(
+    ["git", "-c", "safe.directory=*", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+).stdout.splitlines()
+FILES = [ROOT / name for name in TREE if (ROOT / name).is_file()]
+OURS = ["/" + "work/", "/opt/" + "ds", "/root/" + ".pyenv"]
+HOSTS = [
+    "pypi" + ".org",
+    "python" + "hosted",
+    "download." + "pytorch",
+    "docker" + ".io",
+    "ghcr" + ".io",
+    "quay" + ".io",
+]
+HOSTS += ["nvcr" + ".io", "gcr" + ".io", "--index" + "-url", "--extra-index" + "-url", "find" + "-links"]
+
+
+def blocks(text: str) -> list[str]:
+    """The README's code, fenced and indented."""
+    fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    rest = re.sub(r"^```\w*\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return fenced + re.findall(r"(?:^    .*\n)+", rest, re.MULTILINE)
+
+
+def commands() -> Iterator[list[str]]:
+    """Its commands that are ours, without the path of the environment's programs and what a Ray job wraps around them."""
+    for line in "\n".join(blocks(README)).splitlines():
+        if found := re.match(r" *(?:\.venv/bin/|ray job submit .* -- )?((?:make|python|dis-scale) .*)", line):
+            yield shlex.split(found[1], comments=True)
+
+
+SNIPPETS = {name: text for text in blocks(README) for name in re.findall(r"\A# (\S+\.yaml)\n", text)}
+"""Recipes in the README by the file name in their first line."""
+
+
+def load(path: str, overrides: list[str]) -> Recipe:
+    if path in SNIPPETS:
+        return recipes.parse(SNIPPETS[path], path, overrides)
+    return recipes.load(ROOT / path, overrides)
+
+
+def targets() -> set[str]:
+    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def require_known(command: str, arguments: list[str]) -> None:
+    """The command's options exist, and its recipe loads with its overrides."""
+    known = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
+    options = {name for parameter in known.params for name in parameter.opts}
+    assert {word for word in arguments if word.startswith("--")} <= options
+    overrides = [value for flag, value in pairwise(arguments) if flag == "--set"]
+    load(arguments[0], overrides)
+
+
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
+def test_commands_name_what_is_there(words: list[str]) -> None:
+    match words:
+        case ["make", target, *variables]:
+            assert target in targets()
+            assert all(re.match(r"PYTHON=", variable) for variable in variables)
+        case ["python", "-m", "dis_scale.sweep", *arguments]:
+            assert importlib.util.find_spec("dis_scale.sweep")
+            require_known("sweep", arguments)
+        case ["dis-scale", command, *arguments]:
+            require_known(command, arguments)
+        case _:
+            pytest.fail(f"the README has a command that no test knows: {' '.join(words)}")
+
+
+def test_the_two_commands_are_there_and_ci_runs_the_second() -> None:
+    assert {("make", "demo"), ("make", "test")} <= {tuple(words) for words in commands()}
+    assert re.search(r"^make test\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert {"demo", "test", "lint", "venv"} <= targets()
+
+
+def test_the_map_is_the_repository() -> None:
+    (text,) = [block for block in blocks(README) if block.startswith("dis_scale/")]
+    outer = {line.split()[0] for line in text.splitlines() if not line.startswith(" ")}
+    inner = {line.split()[0] for line in text.splitlines() if line.startswith(" ")}
+    assert outer == {shown(name) for name in TREE if not name.startswith(".")}
+    mine = {shown(name.removeprefix("dis_scale/")) for name in TREE if name.startswith("dis_scale/")}
+    assert inner == mine - {"__init__.py"}
+
+
+def shown(name: str) -> str:
+    """A file's first folder, with its slash, or the file."""
+    first, slash, _ = name.partition("/")
+    return first + slash
+
+
+def test_links_lead_somewhere() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    pictures = (ROOT / "docs" / "images").exists()
+    assert links
+    assert [link for link in links if not (ROOT / link).exists() and (pictures or "images/" not in link)] == []
+
+
+def test_the_recipe_for_own_images_is_one() -> None:
+    assert SNIPPETS
+    for name in SNIPPETS:
+        assert f"{load(name, []).name}.yaml" == name
+
+
+@pytest.mark.parametrize("path", PRICED, ids=lambda p: p.stem)
+def test_a_recipe_says_its_own_price(path: Path) -> None:
+    recipe, text = recipes.load(path), path.read_text()
+    factor = 2 ** (len(recipe.vae.widths) - 1) if isinstance(recipe.vae, TrainedVae) else SD_FACTOR
+    shape = LatentShape(4, recipe.data.resolution // factor)
+    passes = 1 if recipe.evaluate.guidance == 1 else 2
+    for name, model in recipe.models.items():
+        found = cost(model, shape, recipe.data.num_classes)
+        trained = 2 * found.gmacs_training * recipe.train.images / 1e9
+        drawn = 2 * found.gmacs_forward * passes * recipe.evaluate.steps * recipe.evaluate.samples / 1e9
+        row = f"# {name} {found.parameters:,} {found.gmacs_forward:.4g} {trained:.3g} {drawn:.3g}"
+        assert row in [" ".join(line.split()) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_file_names_a_place_of_ours_or_a_registry(path: Path) -> None:
+    data = path.read_bytes()
+    assert [word for word in OURS + HOSTS if word.encode() in data] == []
