@@ -10,8 +10,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --editable
 demo: $(VENV)/installed
 	$(BIN)/python -m dis_scale.sweep configs/digits.yaml
 
+# -v takes back the -q of pyproject.toml, under which pytest hides its first lines: what is skipped, and why.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -v  # -v takes back pytest's -q of pyproject.toml, which hides the lines on what is skipped
+	$(BIN)/python -m pytest -v
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
