@@ -127,13 +127,17 @@ class Saver:
         self._start(lambda: self._write(clones, images, facts))
         return pause_s
 
-    def publish(self, engine: Engine, images: int, facts: dict[str, Any]) -> None:
-        """Starts publishing the EMA weights, where this count was not published before; collective."""
+    def publish(self, engine: Engine, images: int, facts: dict[str, Any], description: str) -> None:
+        """Starts publishing the EMA weights, where this count was not published before; collective.
+
+        `description` goes into the weights' file, which then says by itself what model it holds.
+        """
         folder = self.run / "published" / images_name(images)
         self.finish()
         weights = engine.full_ema()
         if weights is not None and not folder.exists(manifest.NAME):
-            self._start(lambda: self._seal(folder, {WEIGHTS_FILE: safetensors.torch.save(weights)}, images, facts))
+            data = safetensors.torch.save(weights, {"dis_scale": description})
+            self._start(lambda: self._seal(folder, {WEIGHTS_FILE: data}, images, facts))
 
     def finish(self) -> None:
         """Waits for the save in flight; raises what went wrong with it."""

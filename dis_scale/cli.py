@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dis_scale.errors import DisScaleError
+from dis_scale.errors import DisScaleError, UserError
 
 EMBEDDED = Path(__file__).parent.parent / "configs" / "digits.yaml"
 app = typer.Typer(
@@ -51,6 +51,46 @@ def plan(recipe: RecipePath = None, overrides: Overrides = None, debug: Debug = 
     with _errors(debug):
         found = recipes.load(recipe or EMBEDDED, overrides)
         Console().print(plans.table(plans.plan(found, vae.latent_shape(found.vae, found.data.resolution))))
+
+
+@app.command()
+def sample(
+    checkpoint: Annotated[Path, typer.Option(help="A published folder, a .safetensors file, or a public .pt.")],
+    classes: Annotated[
+        str | None, typer.Option(help="Labels, for example 1,7; none for a model without classes.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(help="Images; one a label where it is not given.", min=1)] = None,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
+    guidance: Annotated[float, typer.Option(min=0)] = 1.5,
+    sampler: Annotated[str, typer.Option(help="ddpm, ddim, dpm_solver; for flow matching euler, heun.")] = "ddim",
+    steps: Annotated[int, typer.Option(min=1)] = 40,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Images drawn at once; changes nothing in them.", min=1)] = 64,
+    vae: Annotated[str | None, typer.Option(help="AutoencoderKL folder or hub id; a sweep's own by default.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads, for a public DiT of unusual size.", min=1)] = None,
+    debug: Debug = False,
+) -> None:
+    """Draw a grid of images from one checkpoint."""
+    from dis_scale.evaluation.draw import draw, open_for_drawing
+    from dis_scale.evaluation.sample import grid
+
+    with _errors(debug):
+        labels = _labels(classes)
+        opened = open_for_drawing(checkpoint, vae, heads)
+        wanted = count or len(labels or [0])
+        images = draw(
+            opened, labels, wanted, sampler=sampler, steps=steps, guidance=guidance, seed=seed, batch=batch
+        )  # fmt: skip
+        out.write_bytes(grid(images, columns=min(10, wanted)))
+        Console().print(f"{wanted} images in {out}", highlight=False)
+
+
+def _labels(classes: str | None) -> list[int] | None:
+    if classes is None:
+        return None
+    if not all(word.strip().isdigit() for word in classes.split(",")):
+        raise UserError(f"--classes {classes!r}: expected labels with commas between them, for example 1,7")
+    return [int(word) for word in classes.split(",")]
 
 
 @contextlib.contextmanager

@@ -234,6 +234,7 @@ class Train(Settings):
     """Decay of the exponential moving average of the weights, per step."""
     label_dropout: Fraction = 0.1
     resume_every_images: Count = runtime(100_000)
+    """Distance of resume points, rounded up to whole steps."""
     keep_resume: Count = runtime(2)
     restarts: int = runtime(3, ge=0)
     """Attempts after a worker is lost, within one job."""
@@ -253,11 +254,9 @@ class Train(Settings):
             )
         if list(self.publish_images) != sorted(set(self.publish_images)):
             raise ValueError(f"publish_images must rise: got {list(self.publish_images)}")
-        for name, images in [("publish_images", n) for n in self.publish_images] + [
-            ("resume_every_images", self.resume_every_images)
-        ]:
+        for images in self.publish_images:
             if images % self.batch_images:
-                raise ValueError(f"{name}: {images} is not a multiple of batch_images {self.batch_images}")
+                raise ValueError(f"publish_images: {images} is not a multiple of batch_images {self.batch_images}")
         return self
 
 
@@ -281,7 +280,7 @@ class Evaluate(Settings):
     """What is drawn from each published checkpoint and what it is compared with."""
 
     samples: Count
-    sampler: Literal["ddpm", "ddim", "dpm_solver", "euler", "heun"]
+    sampler: Literal["ddpm", "ddim", "dpm_solver", "euler", "heun", "euler_maruyama"]
     steps: Count
     guidance: float = Field(1.5, ge=0)
     extractor: Annotated[TrainedExtractor | InceptionExtractor, Field(discriminator="kind")]
@@ -290,6 +289,14 @@ class Evaluate(Settings):
     workers: Count = runtime(1)
     give_up_after_s: Annotated[float, Field(gt=0)] = runtime(86_400.0)
     """Ends with an error when training publishes nothing new for so long."""
+
+    @property
+    def metric(self) -> str:
+        """The distance's name: `fid` is Inception and 50,000 samples, `fid_5k` says fewer, other features are `fd_<name>`."""
+        if isinstance(self.extractor, TrainedExtractor):
+            return f"fd_{self.extractor.name}"
+        count = f"{self.samples // 1000}k" if self.samples % 1000 == 0 else str(self.samples)
+        return "fid" if self.samples == 50_000 else f"fid_{count}"
 
 
 class Storage(Settings):
@@ -325,7 +332,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        flow_sampler = self.evaluate.sampler in ("euler", "heun")
+        flow_sampler = self.evaluate.sampler in ("euler", "heun", "euler_maruyama")
         if flow_sampler != (self.diffusion.kind == "flow"):
             raise ValueError(f"sampler {self.evaluate.sampler} does not fit the process {self.diffusion.kind}")
         if self.diffusion.kind == "gaussian" and self.evaluate.steps > self.diffusion.steps:

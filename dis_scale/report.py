@@ -46,8 +46,7 @@ class Report:
 
 def collect(sweep: Folder, plan: Plan) -> Report:
     """Everything that was evaluated."""
-    extractor = plan.recipe.evaluate.extractor
-    metric = "fid" if extractor.kind == "inception" else f"fd_{extractor.name}"
+    metric = plan.recipe.evaluate.metric
     points = [
         Point(name, plan.recipe.models[name].kind, c.gmacs_forward, c.parameters, images, values)
         for name, c in plan.costs.items()

@@ -4,6 +4,7 @@
 data/latents.py (what step s sees) and diffusion/ (the loss). Runs on every rank of a process group. Read next: pipelines/train.py.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from dis_scale.diffusion.process import Process
 from dis_scale.engine import Engine
 from dis_scale.errors import DisScaleError
 from dis_scale.models import Backbone
+from dis_scale.models.export import describe
 from dis_scale.recipe import Recipe, Train
 from dis_scale.storage import Folder
 from dis_scale.tracking import Log
@@ -66,6 +68,7 @@ def train(run: Run) -> int:
     state, model, images = _start(run, latents)
     saver = Saver(run.folder, run.attempt, rank, world, run.held, settings.keep_resume)
     log, agreement = Log(run.folder / "log", run.attempt), Agreement(run.device)
+    description = json.dumps(describe(model))
     lanes = range(rank * settings.lanes // world, (rank + 1) * settings.lanes // world)
     began, flushed, saved, paused_s, bad = (time.monotonic(), images), time.monotonic(), images, 0.0, 0
 
@@ -74,7 +77,7 @@ def train(run: Run) -> int:
         return {"adam_step": _adam_step(state), "model": run.model}
 
     if images == 0 and 0 in settings.publish_images:
-        saver.publish(state, 0, facts())
+        saver.publish(state, 0, facts(), description)
     with closing(prefetch(_micro_batches(run, latents, model.drop_rates, images, lanes))) as micro_batches:
         while images < settings.images and not agreement.stop(run.wish()):
             losses = []
@@ -97,8 +100,8 @@ def train(run: Run) -> int:
                     log.add(images, values)
                     run.report(images)
             if images in settings.publish_images:
-                saver.publish(state, images, facts())
-            if images % settings.resume_every_images == 0:
+                saver.publish(state, images, facts(), description)
+            if images % settings.resume_every_images < settings.batch_images:
                 paused_s, saved = paused_s + saver.save(state, images, facts()), images
             if time.monotonic() > flushed + FLUSH_EVERY_S:
                 log.flush()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 
 from dis_scale import vae
@@ -27,6 +28,8 @@ from pipelines import stage
 
 LOOK_EVERY_S = 2.0
 NICE = 19
+COLUMNS = 10
+"""Of the grid; with ten classes, one a class."""
 
 
 class Evaluator(stage.Worker):
@@ -58,7 +61,6 @@ class Evaluation:
     sweep: Folder
     recipe: Recipe
     workers: list[Any]
-    metric: str
     reference: reference.Reference
 
     @property
@@ -75,41 +77,38 @@ class Evaluation:
         stage.watch(self.workers, parts, lambda done: self._report(sum(done)))
         stage.leave_if_asked()
         blocks = [Block.from_bytes(folder.read(block_name(b)), f"{folder}/{block_name(b)}") for b in range(self.blocks)]
-        picture = grid(np.concatenate([b.pictures for b in blocks])[:GRID], self.recipe.data.num_classes)
-        values = self._measure(blocks)
-        folder.write(results.GRID, picture)
-        folder.write_json(results.METRICS, {"format": 1, "model": model, "images": images, **values})
-        self._log(model, images, values, picture)
-        shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if isinstance(v, float))
+        measured = self._measure(blocks)
+        folder.write(results.GRID, grid(np.concatenate([b.pictures for b in blocks])[:GRID], COLUMNS))
+        folder.write_json(results.METRICS, self._facts(model, images) | measured)
+        self.log(model, images)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
         stage.say(f"{model} at {images} images: {shown}")
 
-    def _measure(self, blocks: list[Block]) -> dict[str, Any]:
+    def log(self, model: str, images: int) -> None:
+        """Mirrors one evaluation into MLflow, where it is not there yet."""
+        folder, projection = results.folder(self.sweep, model, images), Projection(self.sweep, model)
+        values, metric = folder.read_json(results.METRICS), self.recipe.evaluate.metric
+        names = [name for name in (metric, f"{metric}_error", "class_accuracy") if name in values]
+        projection.send([Row(name, values[name], images, values["time"]) for name in names])
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / f"samples-{images_name(images)}.png"
+            path.write_bytes(folder.read(results.GRID))
+            projection.send_file(path, "samples")
+
+    def _measure(self, blocks: list[Block]) -> dict[str, float]:
         features = np.concatenate([b.features for b in blocks])
         right = np.concatenate([b.right for b in blocks])
-        values: dict[str, Any] = {
-            self.metric: metrics.frechet(metrics.fit(features), self.reference.gaussian),
-            f"{self.metric}_error": metrics.frechet_error(features, self.reference.gaussian),
-            f"{self.metric}_floor": self.reference.floor,
-        }
+        metric, real = self.recipe.evaluate.metric, self.reference
         judged = {"class_accuracy": float((right == 1).mean())} if (right >= 0).all() else {}
-        settings = self.recipe.evaluate
-        drawn = {
-            "samples": len(features),
-            "sampler": settings.sampler,
-            "steps": settings.steps,
-            "guidance": settings.guidance,
-        }
-        return values | judged | drawn
+        return {
+            metric: metrics.frechet(metrics.fit(features), real.gaussian),
+            f"{metric}_error": metrics.frechet_error(features, real.gaussian),
+            f"{metric}_floor": real.floor,
+        } | judged
 
-    def _log(self, model: str, images: int, values: dict[str, Any], picture: bytes) -> None:
-        projection, now = Projection(self.sweep, model), time.time()
-        projection.send(
-            [Row(k, v, images, now) for k, v in values.items() if isinstance(v, float) and not k.endswith("_floor")]
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"samples-{images_name(images)}.png"
-            path.write_bytes(picture)
-            projection.send_file(path, "samples")
+    def _facts(self, model: str, images: int) -> dict[str, Any]:
+        drawn = self.recipe.evaluate.model_dump(include={"samples", "sampler", "steps", "guidance"})
+        return {"format": 1, "model": model, "images": images, "time": time.time()} | drawn
 
     def _report(self, done: int) -> None:
         wanted = len(self.recipe.models) * len(self.recipe.train.publish_images) * self.blocks
@@ -121,35 +120,57 @@ def evaluate(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
     stage.connect()
     device, why = stage.choose_device(recipe)
     stage.say(f"evaluation on {device} ({why})")
-    extractor = load_extractor(recipe.evaluate.extractor, sweep, torch.device("cpu"))
-    options = stage.resources("evaluate", device, 0)
-    workers = [stage.spawn(Evaluator, options, sweep, recipe, device) for _ in range(recipe.evaluate.workers)]
-    real = reference.load(sweep, recipe.data, extractor)
-    evaluation = Evaluation(sweep, recipe, workers, extractor.metric, real)
     passed_over: set[tuple[str, int]] = set()
-    news = time.monotonic()
-    while True:
-        stage.leave_if_asked()
-        todo = [pair for pair in results.published_but_not_evaluated(sweep, recipe) if pair not in passed_over]
-        if not todo and results.nothing_more_to_come(sweep, recipe):
-            break
-        if not todo:
-            if time.monotonic() - news > recipe.evaluate.give_up_after_s:
-                raise DisScaleError(
-                    f"nothing was published for {recipe.evaluate.give_up_after_s:.0f} s: is training running?"
-                )
-            stage.pause(LOOK_EVERY_S)
-            continue
-        news = time.monotonic()
-        try:
-            evaluation.evaluate(*todo[0])
-        except StorageError as error:
-            stage.say(f"passed over: {error}")
-            passed_over.add(todo[0])
+    stage.with_restarts(recipe, "evaluate", lambda: _evaluate_all(sweep, recipe, device, passed_over))
     if passed_over:
         raise DisScaleError(
             f"{len(passed_over)} published checkpoints could not be evaluated: {sorted(passed_over)[:3]}"
         )
+
+
+def _evaluate_all(sweep: Folder, recipe: Recipe, device: str, passed_over: set[tuple[str, int]]) -> None:
+    """Takes each new published folder as it comes; a damaged one is named, passed over and noted in `passed_over`."""
+    extractor = load_extractor(recipe.evaluate.extractor, sweep, torch.device("cpu"))
+    options = _options(recipe, device)
+    workers = [stage.spawn(Evaluator, options, sweep, recipe, device) for _ in range(recipe.evaluate.workers)]
+    evaluation = Evaluation(sweep, recipe, workers, reference.load(sweep, recipe.data, extractor))
+    for model in recipe.models:
+        for images in results.evaluated(sweep, model):
+            evaluation.log(model, images)
+    news = time.monotonic()
+    while True:
+        stage.leave_if_asked()
+        over = results.nothing_more_to_come(sweep, recipe)  # asked first: what is published meanwhile is still seen
+        todo = [pair for pair in results.published_but_not_evaluated(sweep, recipe) if pair not in passed_over]
+        if todo:
+            _evaluate_one(evaluation, todo[0], passed_over)
+            news = time.monotonic()
+        elif over:
+            return
+        elif time.monotonic() - news > recipe.evaluate.give_up_after_s:
+            raise DisScaleError(
+                f"nothing was published for {recipe.evaluate.give_up_after_s:.0f} s: is training running?"
+            )
+        else:
+            stage.pause(LOOK_EVERY_S)
+
+
+def _evaluate_one(evaluation: Evaluation, pair: tuple[str, int], passed_over: set[tuple[str, int]]) -> None:
+    try:
+        evaluation.evaluate(*pair)
+    except StorageError as error:
+        stage.say(f"passed over: {error}")
+        passed_over.add(pair)
+
+
+def _options(recipe: Recipe, device: str) -> dict[str, Any]:
+    """What an evaluator asks for: a GPU of its own where training leaves one, else a share of one, which Ray is not told."""
+    options = stage.resources("evaluate", device, 0)
+    spare = int(ray.cluster_resources().get("GPU", 0)) - recipe.train.workers
+    if device == "cuda" and spare < recipe.evaluate.workers:
+        visible = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
+        return options | {"num_gpus": 0, "runtime_env": visible}
+    return options
 
 
 def block_name(block: int) -> str:

@@ -54,17 +54,22 @@ def precompute(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
 def _make(sweep: Folder, latents: Folder, recipe: Recipe, source: Source, encoder: Vae, device: str) -> None:
     _require_one_kind(latents, device)
     numbers = range(-(-len(source) // recipe.precompute.shard_images))
-    done = shards.finished(latents, numbers)
-    left = [n for n in numbers if n not in done]
-    count = min(recipe.precompute.workers, max(1, len(left)))
-    if left:
-        workers = [stage.spawn(Encoder, stage.resources("precompute", device, 1)) for _ in range(count)]
-        parts = [w.encode.remote(sweep, latents, recipe, device, left[i::count]) for i, w in enumerate(workers)]
-        before = len(done) * recipe.precompute.shard_images
-        stage.watch(workers, parts, lambda d: stage.progress(min(before + sum(d), len(source)), len(source), "images"))
-        stage.leave_if_asked()
+    stage.with_restarts(
+        recipe, "precompute", lambda: _encode_missing(sweep, latents, recipe, len(source), device, numbers)
+    )
+    stage.leave_if_asked()
     found = shards.seal(latents, numbers, _facts(recipe, source, encoder, device))
     stage.say(f"{found['count']} latents in {len(numbers)} shards, {len(found['refused'])} images refused")
+
+
+def _encode_missing(sweep: Folder, latents: Folder, recipe: Recipe, images: int, device: str, numbers: range) -> None:
+    """Workers make the shards that are not whole yet, each its share by number."""
+    done = shards.finished(latents, numbers)
+    left = [n for n in numbers if n not in done]
+    count, before = min(recipe.precompute.workers, len(left)), len(done) * recipe.precompute.shard_images
+    workers = [stage.spawn(Encoder, stage.resources("precompute", device, 1)) for _ in range(count)]
+    parts = [w.encode.remote(sweep, latents, recipe, device, left[i::count]) for i, w in enumerate(workers)]
+    stage.watch(workers, parts, lambda d: stage.progress(min(before + sum(d), images), images, "images"))
 
 
 def _compute_exactly() -> None:

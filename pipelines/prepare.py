@@ -10,6 +10,7 @@ import torch
 
 from dis_scale import digits, manifest, vae
 from dis_scale.data.sources import open_source
+from dis_scale.errors import Preempted
 from dis_scale.evaluation import reference
 from dis_scale.evaluation.features import JUDGE, load_extractor, store_classifier
 from dis_scale.recipe import Recipe, TrainedExtractor, TrainedVae
@@ -20,9 +21,9 @@ CPUS = 2
 
 
 class Preparer(stage.Worker):
-    """Does what is missing, one thing after another; progress counts optimizer steps."""
+    """Does what is missing, one thing after another; progress counts optimizer steps and reference images."""
 
-    def prepare(self, sweep: Folder, recipe: Recipe) -> list[str]:
+    def prepare(self, sweep: Folder, recipe: Recipe, device: str) -> list[str]:
         torch.set_num_threads(CPUS)
         self._images: Any = None
         said = []
@@ -30,7 +31,7 @@ class Preparer(stage.Worker):
             said.append(self._vae(sweep, recipe))
         for name, kind in _classifiers_missing(sweep, recipe):
             said.append(self._classifier(sweep, recipe, name, kind))
-        said.append(self._reference(sweep, recipe))
+        said.append(self._reference(sweep, recipe, device))
         return said
 
     def _vae(self, sweep: Folder, recipe: Recipe) -> str:
@@ -49,13 +50,13 @@ class Preparer(stage.Worker):
         store_classifier(sweep, name, net, accuracy)
         return f"{kind}: {accuracy:.1%} on images held out"
 
-    def _reference(self, sweep: Folder, recipe: Recipe) -> str:
-        extractor = load_extractor(recipe.evaluate.extractor, sweep, torch.device("cpu"))
+    def _reference(self, sweep: Folder, recipe: Recipe, device: str) -> str:
+        extractor = load_extractor(recipe.evaluate.extractor, sweep, torch.device(device))
         if not sweep.exists(reference.path(recipe.data, extractor)):
-            found = reference.compute(open_source(recipe.data), recipe.data, extractor)
+            found = reference.compute(open_source(recipe.data), recipe.data, extractor, self._report(self._done))
             reference.store(sweep, recipe.data, extractor, found)
         floor = reference.load(sweep, recipe.data, extractor).floor
-        return f"reference: {extractor.metric} between two halves of the real images is {floor:.3g}"
+        return f"reference: {recipe.evaluate.metric} between two halves of the real images is {floor:.3g}"
 
     def _pixels(self, recipe: Recipe) -> Any:
         if self._images is None:
@@ -67,7 +68,7 @@ class Preparer(stage.Worker):
         def report(steps: int) -> None:
             self._done = before + steps
             if self._wish.is_set():
-                raise SystemExit  # nothing is half-written: what is not finished is made again
+                raise Preempted("stopped as asked; what was not finished is made again")
 
         return report
 
@@ -76,12 +77,13 @@ def prepare(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
     """Trains and computes what the sweep does not have yet."""
     stage.connect()
     total = recipe.vae.steps if isinstance(recipe.vae, TrainedVae) and _vae_missing(sweep, recipe) else 0
-    total += _classifier_steps(recipe) * len(_classifiers_missing(sweep, recipe))
+    total += _classifier_steps(recipe) * len(_classifiers_missing(sweep, recipe)) + len(open_source(recipe.data))
+    # The small networks are trained on the CPU; only Inception's features of all real images are worth a GPU.
+    device = "cpu" if isinstance(recipe.evaluate.extractor, TrainedExtractor) else stage.choose_device(recipe)[0]
     cpus = min(CPUS, int(ray.cluster_resources().get("CPU", 1)))
-    worker = stage.spawn(Preparer, stage.resources("prepare", "cpu", cpus))
-    (said,) = stage.watch(
-        [worker], [worker.prepare.remote(sweep, recipe)], lambda d: stage.progress(d[0], total, "steps")
-    )
+    worker = stage.spawn(Preparer, stage.resources("prepare", device, cpus))
+    result = worker.prepare.remote(sweep, recipe, device)
+    (said,) = stage.watch([worker], [result], lambda done: stage.progress(done[0], total, "steps and images"))
     for line in said:
         stage.say(line)
 

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import ray
 
@@ -22,6 +22,7 @@ from dis_scale.errors import DisScaleError, Preempted
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder, folder
 
+T = TypeVar("T")
 PROGRESS, SAY = "@progress ", "@say "
 """Begin the lines of a job's log that the sweep shows: how far the stage is, as JSON (done, total, unit), and words for people."""
 wish = threading.Event()
@@ -134,6 +135,19 @@ def _progress_of(workers: Sequence[Any]) -> list[int]:
     for line in [line for _, lines in looks for line in lines]:
         say(line)
     return [done for done, _ in looks]
+
+
+def with_restarts(recipe: Recipe, what: str, attempt: Callable[[], T]) -> T:
+    """The attempt's result; a lost worker costs an attempt, of which the recipe allows some."""
+    for left in range(recipe.train.restarts, -1, -1):
+        try:
+            return attempt()
+        except ray.exceptions.RayActorError as error:
+            lost = " ".join(str(error).split())[:200]
+            if not left:
+                raise DisScaleError(f"{what}: workers were lost {recipe.train.restarts + 1} times: {lost}") from error
+            say(f"{what}: a worker was lost ({lost}); going on from what is stored, {left} attempts left")
+    raise AssertionError("unreachable")
 
 
 def leave_if_asked() -> None:

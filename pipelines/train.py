@@ -13,7 +13,6 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dis_scale import lease
-from dis_scale.errors import DisScaleError
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder
 from dis_scale.tracking import Projection, Rows
@@ -60,14 +59,7 @@ def train_model(sweep: Folder, recipe: Recipe, arguments: list[str]) -> None:
     device, why = stage.choose_device(recipe)
     stage.say(f"{model}: device {device} ({why})")
     projection, rows = Projection(sweep, model), Rows(sweep / "runs" / model / "log")
-    for restart in range(recipe.train.restarts + 1):
-        try:
-            images = _attempt(sweep, recipe, model, device, projection, rows)
-            break
-        except ray.exceptions.RayActorError as error:
-            if restart == recipe.train.restarts:
-                raise DisScaleError(f"{model}: workers were lost {restart + 1} times: {_line(error)}") from error
-            stage.say(f"{model}: a worker was lost ({_line(error)}); going on from the last resume point")
+    images = stage.with_restarts(recipe, model, lambda: _attempt(sweep, recipe, model, device, projection, rows))
     projection.send(rows.new())
     if images < recipe.train.images:
         stage.leave_if_asked()
@@ -117,7 +109,3 @@ def _await(group: Any, world: int) -> None:
         if not said:
             stage.say(f"waiting for room for {world} workers: the cluster has {ray.available_resources()} free")
             said = True
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -26,10 +26,10 @@ INCEPTION_URL = (
 
 
 class Extractor:
-    """`metric` names the distance under these features; `identity` changes when they do."""
+    """Images to features; `identity` changes when the features do."""
 
-    def __init__(self, metric: str, identity: str, net: nn.Module, device: torch.device) -> None:
-        self.metric, self.identity, self._net, self._device = metric, identity, net.to(device).eval(), device
+    def __init__(self, identity: str, net: nn.Module, device: torch.device) -> None:
+        self.identity, self._net, self._device = identity, net.to(device).eval(), device
 
     @torch.no_grad()
     def __call__(self, pixels_BHWC: np.ndarray) -> np.ndarray:
@@ -47,8 +47,8 @@ def load_extractor(settings: TrainedExtractor | InceptionExtractor, sweep: Folde
     """The recipe's extractor, its weights checked by hash."""
     if isinstance(settings, TrainedExtractor):
         net, identity = load_classifier(sweep, settings.name)
-        return Extractor(f"fd_{settings.name}", identity, net, device)
-    return Extractor("fid", INCEPTION_SHA256, _inception(settings.weights), device)
+        return Extractor(identity, net, device)
+    return Extractor(INCEPTION_SHA256, _inception(settings.weights), device)
 
 
 def store_classifier(sweep: Folder, name: str, net: Classifier, accuracy: float) -> None:

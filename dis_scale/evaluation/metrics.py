@@ -22,15 +22,43 @@ class Gaussian:
     covariance: np.ndarray
 
 
+class Sums:
+    """Count, sum and sum of outer products of features, in float64; of bounded size whatever the number of samples."""
+
+    def __init__(self) -> None:
+        self.count, self._sum, self._outer = 0, np.zeros(1), np.zeros((1, 1))
+
+    def add(self, features_ND: np.ndarray) -> None:
+        """Adds features; DisScaleError names the first sample that is not finite."""
+        if not np.isfinite(features_ND).all():
+            row = self.count + int(np.flatnonzero(~np.isfinite(features_ND).all(1))[0])
+            raise DisScaleError(f"features of sample {row} are not finite: the images or the extractor are damaged")
+        features_ND = features_ND.astype(np.float64)
+        self.count += len(features_ND)
+        self._sum = self._sum + features_ND.sum(0)
+        self._outer = self._outer + features_ND.T @ features_ND
+
+    def merge(self, other: "Sums") -> "Sums":
+        """The sums of both sets."""
+        both = Sums()
+        both.count = self.count + other.count
+        both._sum, both._outer = self._sum + other._sum, self._outer + other._outer
+        return both
+
+    def gaussian(self) -> Gaussian:
+        """Mean and covariance; DisScaleError where the samples are too few."""
+        if self.count < 2:
+            raise DisScaleError(f"a covariance needs at least 2 samples, got {self.count}")
+        mean = self._sum / self.count
+        covariance = (self._outer - self.count * np.outer(mean, mean)) / (self.count - 1)
+        return Gaussian(self.count, mean, covariance)
+
+
 def fit(features_ND: np.ndarray) -> Gaussian:
     """The Gaussian of some features; DisScaleError where they are too few or not finite."""
-    if len(features_ND) < 2:
-        raise DisScaleError(f"a covariance needs at least 2 samples, got {len(features_ND)}")
-    if not np.isfinite(features_ND).all():
-        row = int(np.flatnonzero(~np.isfinite(features_ND).all(1))[0])
-        raise DisScaleError(f"features of sample {row} are not finite: the images or the extractor are damaged")
-    features_ND = features_ND.astype(np.float64)
-    return Gaussian(len(features_ND), features_ND.mean(0), np.cov(features_ND, rowvar=False))
+    sums = Sums()
+    sums.add(features_ND)
+    return sums.gaussian()
 
 
 def frechet(a: Gaussian, b: Gaussian) -> float:
@@ -46,11 +74,6 @@ def frechet_error(features_ND: np.ndarray, reference: Gaussian) -> float:
     group = np.arange(len(features_ND)) * FOLDS // len(features_ND)
     left_out = np.array([frechet(fit(features_ND[group != g]), reference) for g in range(FOLDS)])
     return float(np.sqrt((FOLDS - 1) / FOLDS * ((left_out - left_out.mean()) ** 2).sum()))
-
-
-def halves_distance(features_ND: np.ndarray) -> float:
-    """The distance between the even and the odd half of a real set: what a perfect model would reach with so many samples."""
-    return frechet(fit(features_ND[::2]), fit(features_ND[1::2]))
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

@@ -3,18 +3,22 @@
 import hashlib
 import io
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 
 from dis_scale.data.sources import Source
 from dis_scale.errors import StorageError
 from dis_scale.evaluation.features import Extractor
-from dis_scale.evaluation.metrics import Gaussian, fit, halves_distance
+from dis_scale.evaluation.metrics import Gaussian, Sums, frechet
 from dis_scale.recipe import Data
 from dis_scale.storage import Folder
 
 BATCH = 64
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,20 +29,31 @@ class Reference:
     floor: float
 
 
-def compute(source: Source, data: Data, extractor: Extractor) -> Reference:
-    """Statistics over the whole source; images that cannot be decoded are refused or skipped as the recipe says."""
-    features, batch = [], []
+def compute(source: Source, data: Data, extractor: Extractor, report: Callable[[int], None]) -> Reference:
+    """Statistics over the whole source in bounded memory; what cannot be decoded is refused or skipped as the recipe says."""
+    halves = (Sums(), Sums())
+    for batch in batched(_images(source, data, report), 2 * BATCH):
+        for half, sums in enumerate(halves):
+            if len(batch) > half:
+                sums.add(extractor(np.stack(batch[half::2])))
+    even, odd = halves
+    return Reference(even.merge(odd).gaussian(), frechet(even.gaussian(), odd.gaussian()))
+
+
+def _images(source: Source, data: Data, report: Callable[[int], None]) -> Iterator[np.ndarray]:
     for i in range(len(source)):
         try:
-            batch.append(source.pixels(i, data.resolution))
+            yield source.pixels(i, data.resolution)
         except StorageError:
             if data.undecodable == "refuse":
                 raise
-        if batch and (len(batch) == BATCH or i == len(source) - 1):
-            features.append(extractor(np.stack(batch)))
-            batch = []
-    features_ND = np.concatenate(features)
-    return Reference(fit(features_ND), halves_distance(features_ND))
+        report(i + 1)
+
+
+def batched(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one shorter (`itertools.batched` of Python 3.12)."""
+    while batch := list(islice(items, size)):
+        yield batch
 
 
 def store(sweep: Folder, data: Data, extractor: Extractor, reference: Reference) -> None:
@@ -58,5 +73,5 @@ def load(sweep: Folder, data: Data, extractor: Extractor) -> Reference:
 
 def path(data: Data, extractor: Extractor) -> str:
     """`reference/<fingerprint>.npz`, by the images' source and size and the extractor's weights."""
-    key = [data.source.model_dump(mode="json"), data.resolution, data.undecodable, extractor.metric, extractor.identity]
+    key = [data.source.model_dump(mode="json"), data.resolution, data.undecodable, extractor.identity]
     return f"reference/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.npz"

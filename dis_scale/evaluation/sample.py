@@ -91,6 +91,7 @@ def load_model(recipe: Recipe, name: str, shape: LatentShape, weights: dict[str,
     missing = {n for n, _ in model.named_parameters()} ^ weights.keys()
     if missing:
         raise StorageError(f"published weights do not fit {name}: {sorted(missing)[:3]}")
+    models.check_finite(model)
     return model.eval().requires_grad_(False)
 
 

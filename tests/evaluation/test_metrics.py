@@ -5,7 +5,7 @@ import pytest
 from scipy.linalg import sqrtm
 
 from dis_scale.errors import DisScaleError
-from dis_scale.evaluation.metrics import Gaussian, fit, frechet, frechet_error, halves_distance
+from dis_scale.evaluation.metrics import Gaussian, Sums, fit, frechet, frechet_error
 
 
 def random_gaussian(seed: int, d: int = 6) -> Gaussian:
@@ -43,9 +43,15 @@ def test_the_jackknife_error_is_the_spread_of_repeated_draws() -> None:
     )  # 200 draws know the spread to 5 %, 20 groups the error to 3 % over 40
 
 
-def test_two_halves_of_one_set_are_close() -> None:
-    features = np.random.default_rng(0).standard_normal((4000, 4))
-    assert 0 < halves_distance(features) < 0.02
+def test_sums_merge_to_the_statistics_of_all() -> None:
+    features = np.random.default_rng(0).standard_normal((101, 4)) * 3 + 10
+    parts = [Sums(), Sums()]
+    parts[0].add(features[:40])
+    parts[1].add(features[40:70])
+    parts[1].add(features[70:])
+    merged = parts[0].merge(parts[1]).gaussian()
+    np.testing.assert_allclose(merged.mean, features.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(merged.covariance, np.cov(features, rowvar=False), rtol=1e-10)
 
 
 def test_too_few_samples_are_said() -> None:

@@ -1,0 +1,75 @@
+"""Pictures from one checkpoint, whoever made it: a sweep's published weights, an exported file, or a public `.pt`.
+
+Noise is a function of the seed and the sample's number, so the same pictures come at any batch split.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dis_scale import diffusion, vae
+from dis_scale import recipe as recipes
+from dis_scale.checkpoint import WEIGHTS_FILE
+from dis_scale.diffusion.generate import generate
+from dis_scale.diffusion.process import check_labels
+from dis_scale.errors import UserError
+from dis_scale.models import Backbone
+from dis_scale.models.export import open_checkpoint
+from dis_scale.recipe import Flow, Gaussian, PretrainedVae
+from dis_scale.storage import folder
+from dis_scale.vae import Vae
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model, the process that it was trained for, and what decodes its latents."""
+
+    model: Backbone
+    process: Gaussian | Flow
+    decoder: Vae
+
+
+def open_for_drawing(path: Path, vae_path: str | None, heads: int | None = None) -> Opened:
+    """The model at `path`: a published folder of a sweep brings its VAE and process along, any other needs `vae_path`."""
+    file = path / WEIGHTS_FILE if path.is_dir() else path
+    if not file.exists():
+        raise UserError(f"no checkpoint at {path}: expected a published folder, a .safetensors file or a public .pt")
+    model = open_checkpoint(file, heads)
+    sweep = next((parent for parent in file.absolute().parents if (parent / "recipe.yaml").exists()), None)
+    recipe = recipes.load(sweep / "recipe.yaml") if sweep else None
+    if vae_path is not None:
+        decoder = vae.load(PretrainedVae(kind="pretrained", path=vae_path), folder(path))
+    elif sweep is not None and recipe is not None:
+        decoder = vae.load(recipe.vae, folder(sweep))
+    else:
+        raise UserError(f"{path} lies in no sweep, so say what decodes its latents: --vae FOLDER or hub id")
+    return Opened(model, recipe.diffusion if recipe else Gaussian(kind="gaussian"), decoder)
+
+
+def draw(
+    opened: Opened,
+    classes: list[int] | None,
+    count: int,
+    *,
+    sampler: str,
+    steps: int,
+    guidance: float,
+    seed: int,
+    batch: int,
+) -> np.ndarray:
+    """uint8 images (count, H, W, 3), the classes in turn, `batch` at a time; UserError for a label out of range."""
+    labels = None if classes is None else [classes[i % len(classes)] for i in range(count)]
+    if labels is not None and opened.model.num_classes is not None:
+        check_labels(torch.tensor(labels), opened.model.num_classes)
+    process, images = diffusion.build(opened.process), []
+    for first in range(0, count, batch):
+        numbers = range(first, min(first + batch, count))
+        part = None if labels is None else [labels[n] for n in numbers]
+        with torch.no_grad():
+            latents = generate(
+                opened.model, process, part, list(numbers), sampler=sampler, steps=steps, guidance=guidance, seed=seed
+            )
+        images.append(opened.decoder.decode(latents))
+    return np.concatenate(images)

@@ -1,0 +1,64 @@
+"""`dis-scale sample`: the same pictures at any batch split, and one line for each mistake."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from dis_scale import models, vae
+from dis_scale.cli import app
+from dis_scale.evaluation.draw import draw, open_for_drawing
+from dis_scale.models.export import save
+from dis_scale.recipe import LatentShape, Recipe, TrainedVae
+
+
+@pytest.fixture
+def files(tmp_path: Path, tiny: Recipe) -> tuple[Path, Path]:
+    """An exported model and an autoencoder's folder."""
+    model = models.build(tiny.models["dis"], LatentShape(4, 8), 10)
+    save(model, tmp_path / "model.safetensors")
+    vae.new(TrainedVae(kind="trained", widths=(8, 8, 8)), 32).save_pretrained(tmp_path / "vae")
+    return tmp_path / "model.safetensors", tmp_path / "vae"
+
+
+def test_pixels_agree_at_any_batch_split(files: tuple[Path, Path]) -> None:
+    opened = open_for_drawing(files[0], str(files[1]))
+    options = {"sampler": "ddpm", "steps": 5, "guidance": 1.5, "seed": 3}
+    whole = draw(opened, [1, 7], 6, batch=6, **options)  # type: ignore[arg-type]
+    split = draw(opened, [1, 7], 6, batch=4, **options)  # type: ignore[arg-type]
+    assert whole.shape == (6, 32, 32, 3)
+    assert np.abs(whole.astype(int) - split.astype(int)).max() <= 1  # float32 sums of another batch size
+    other = draw(opened, [1, 7], 6, batch=6, **(options | {"seed": 4}))  # type: ignore[arg-type]
+    assert not np.array_equal(whole, other)
+
+
+def test_the_command_writes_a_grid(files: tuple[Path, Path], tmp_path: Path) -> None:
+    command = ["sample", "--checkpoint", str(files[0]), "--vae", str(files[1]), "--classes", "1,7", "--steps", "2"]
+    done = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "grid.png")])
+    assert done.exit_code == 0, done.output
+    assert Image.open(tmp_path / "grid.png").size == (2 * 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--classes", "1,x"], "--classes '1,x': expected labels with commas between them"),
+        (["--classes", "11"], "label 11 is out of range: expected 0 to 9"),
+        (["--classes", "1", "--sampler", "euler"], "euler"),
+        (["--classes", "1", "--checkpoint", "none.pt"], "no checkpoint at none.pt"),
+        (["--classes", "1", "--vae", "/nowhere"], "vae.path: no AutoencoderKL at '/nowhere'"),
+    ],
+)
+def test_mistakes_are_one_line(files: tuple[Path, Path], tmp_path: Path, arguments: list[str], said: str) -> None:
+    base = ["sample", "--checkpoint", str(files[0]), "--vae", str(files[1]), "--out", str(tmp_path / "none.png")]
+    done = CliRunner().invoke(app, base + arguments)
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_weights_outside_a_sweep_need_a_vae(files: tuple[Path, Path]) -> None:
+    done = CliRunner().invoke(app, ["sample", "--checkpoint", str(files[0]), "--classes", "1"])
+    assert (done.exit_code, "lies in no sweep, so say what decodes its latents" in done.stderr) == (2, True)
