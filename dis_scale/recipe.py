@@ -342,6 +342,15 @@ class Recipe(Settings):
         return self
 
 
+def choose_device(recipe: Recipe, gpus: int) -> tuple[str, str]:
+    """(device, reason) on a cluster with so many GPUs: `auto` takes them where there is one for each training worker."""
+    workers = recipe.train.workers
+    if recipe.device != "auto":
+        return recipe.device, "the recipe names it"
+    reason = f"auto: {gpus} GPUs for {workers} workers"
+    return ("cuda" if gpus >= workers else "cpu"), reason
+
+
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from dis_scale import plan as plans
 from dis_scale import recipe as recipes
 from dis_scale import report as reports
 from dis_scale import tracking, vae
+from dis_scale.data.shards import find_latents
 from dis_scale.errors import DisScaleError, Preempted, UserError
 from dis_scale.evaluation import results
 from dis_scale.plan import Plan
@@ -29,6 +30,7 @@ from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder, folder
 from pipelines import jobs
 from pipelines.jobs import Cluster, Job
+from pipelines.prepare import prepared
 from pipelines.stage import PROGRESS, SAY
 
 LOOK_EVERY_S = 0.5
@@ -73,9 +75,13 @@ def _work(sweep: Sweep, store: Folder) -> None:
     sweep.board.say(f"tracking {uri}")
     with _obeying_signals(sweep), jobs.cluster(sweep.recipe) as cluster:
         sweep.board.say(f"ray      {cluster.described}")
+        device, why = recipes.choose_device(sweep.recipe, cluster.gpus)
+        sweep.board.say(f"device   {device} ({why})")
         try:
-            _stage(sweep, cluster, "prepare")
-            _stage(sweep, cluster, "precompute")
+            if not prepared(sweep.folder, sweep.recipe):
+                _stage(sweep, cluster, "prepare")
+            if find_latents(sweep.folder) is None:
+                _stage(sweep, cluster, "precompute")
             failed = _train_and_evaluate(sweep, cluster)
         except BaseException:
             grace_s = (

@@ -25,6 +25,7 @@ from dis_scale.errors import DisScaleError
 from dis_scale.models import Backbone
 from dis_scale.models.export import describe
 from dis_scale.recipe import Recipe, Train
+from dis_scale.scan import choose
 from dis_scale.storage import Folder
 from dis_scale.tracking import Log
 
@@ -164,7 +165,8 @@ def _start(run: Run, latents: Latents) -> tuple[Engine, Backbone, int]:
     state.set_learning_rate(learning_rate(settings, images))
     if dist.get_rank() == 0:
         where = f"from {stored.folder.name}" if stored else "from the beginning"
-        run.say(f"{run.model}: attempt {run.attempt}, {dist.get_world_size()} workers, {where}")
+        scan = f", scan {choose(settings.scan, run.device)}" if run.recipe.models[run.model].kind == "dis" else ""
+        run.say(f"{run.model}: attempt {run.attempt}, {dist.get_world_size()} workers, {where}{scan}")
     return state, model, images
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from dis_scale.errors import DisScaleError, UserError
@@ -43,6 +44,7 @@ class Cluster:
     ours: bool
     room: int
     """How many trainings fit beside each other."""
+    gpus: int
 
 
 @dataclass
@@ -93,7 +95,14 @@ def cluster(recipe: Recipe) -> Iterator[Cluster]:
     head = None
     try:
         head, dashboard = _start_head(recipe, folder)
-        yield Cluster(_client(dashboard), {}, f"a local Ray that this command started ({dashboard})", True, 1)
+        yield Cluster(
+            _client(dashboard),
+            {},
+            f"a local Ray that this command started ({dashboard})",
+            True,
+            1,
+            torch.cuda.device_count(),
+        )
     finally:
         if head:
             head.send_signal(signal.SIGTERM)
@@ -182,7 +191,9 @@ def _joined(address: str, recipe: Recipe) -> Cluster:
     keep = {
         key: value for key, value in parent.items() if key in ("working_dir", "py_modules", "pip", "uv", "env_vars")
     }
-    return Cluster(JobSubmissionClient(), keep, f"the Ray cluster at {address}", False, room)
+    return Cluster(
+        JobSubmissionClient(), keep, f"the Ray cluster at {address}", False, room, int(resources.get("GPU", 0))
+    )
 
 
 def _start_head(recipe: Recipe, folder: Path) -> tuple[subprocess.Popen, str]:

@@ -88,6 +88,12 @@ def prepare(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
         stage.say(line)
 
 
+def prepared(sweep: Folder, recipe: Recipe) -> bool:
+    """Whether the sweep has all that this stage makes."""
+    models = not _vae_missing(sweep, recipe) and not _classifiers_missing(sweep, recipe)
+    return models and bool((sweep / "reference").list())
+
+
 def _vae_missing(sweep: Folder, recipe: Recipe) -> bool:
     return isinstance(recipe.vae, TrainedVae) and manifest.find(sweep / "vae") is None
 

@@ -95,13 +95,8 @@ def resources(name: str, device: str, cpus: float) -> dict[str, Any]:
 
 
 def choose_device(recipe: Recipe) -> tuple[str, str]:
-    """(device, reason): `auto` takes GPUs where the cluster has enough of them for one worker each."""
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    if recipe.device != "auto":
-        return recipe.device, "the recipe names it"
-    if gpus >= recipe.train.workers:
-        return "cuda", f"auto: the cluster has {gpus} GPUs"
-    return "cpu", f"auto: the cluster has {gpus} GPUs, training asks for {recipe.train.workers}"
+    """(device, reason) by the GPUs that the cluster has now."""
+    return recipes.choose_device(recipe, int(ray.cluster_resources().get("GPU", 0)))
 
 
 def progress(done: int, total: int, unit: str) -> None:

@@ -113,20 +113,26 @@ def point_to(sweep: Folder, latents: Folder, vae_identity: str) -> None:
     sweep.write_json(POINTER, {"folder": f"latents/{latents.name}", "vae": vae_identity})
 
 
-def latents_of(sweep: Folder) -> Folder:
-    """The sweep's sealed latents; UserError where they are missing or made with another VAE than the sweep decodes with."""
+def find_latents(sweep: Folder) -> Folder | None:
+    """The sweep's sealed latents, or None; UserError where they were made with another VAE than the sweep decodes with."""
     if not sweep.exists(POINTER):
-        raise UserError(f"{sweep}: no latents noted (no {POINTER}): the precompute stage has not finished")
+        return None
     pointer = sweep.read_json(POINTER)
     latents = _store(sweep) / pointer["folder"]
     found = manifest.find(latents)
-    if found is None:
-        raise UserError(f"{latents}: no latents there (no {manifest.NAME}): the precompute stage has not finished")
-    if found["vae"] != pointer["vae"]:
+    if found is not None and found["vae"] != pointer["vae"]:
         raise UserError(
             f"{latents}: latents of another VAE: theirs is {found['vae'][:12]}, the sweep's is {pointer['vae'][:12]}; "
             "use the VAE that made them, or another storage root"
         )
+    return latents if found is not None else None
+
+
+def latents_of(sweep: Folder) -> Folder:
+    """The sweep's sealed latents; UserError where there are none."""
+    latents = find_latents(sweep)
+    if latents is None:
+        raise UserError(f"{sweep}: no sealed latents: the precompute stage has not finished")
     return latents
 
 
