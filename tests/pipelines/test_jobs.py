@@ -1,0 +1,34 @@
+"""Where state may live when the sweep runs inside a Ray job, and what a dead Ray says."""
+
+from pathlib import Path
+
+import pytest
+
+from dis_scale import recipe as recipes
+from dis_scale.errors import UserError
+from pipelines import jobs
+from tests.conftest import TINY
+
+
+def root(monkeypatch: pytest.MonkeyPatch, given: str, in_job: bool, one_node: bool = True) -> str:
+    monkeypatch.setattr(jobs, "in_ray_job", lambda: in_job)
+    monkeypatch.setattr(jobs, "one_node", lambda: one_node)
+    return jobs.require_root(recipes.load(TINY, [f"storage.root={given}"]))
+
+
+def test_a_relative_root_on_several_nodes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        UserError, match=r"storage.root: 'outputs' is a folder of one node, and this cluster has several: .*s3://"
+    ):
+        root(monkeypatch, "outputs", in_job=True, one_node=False)
+
+
+def test_in_a_job_on_one_node_it_lies_below_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert root(monkeypatch, "outputs", in_job=True) == str(Path.home() / "dis-scale/outputs")
+
+
+@pytest.mark.parametrize(
+    ("given", "in_job"), [("outputs", False), ("s3://bucket/prefix", True), ("/shared/disk", True)]
+)
+def test_any_other_root_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch, given: str, in_job: bool) -> None:
+    assert root(monkeypatch, given, in_job) == given
