@@ -158,6 +158,7 @@ class Saver:
         self._thread.start()
 
     def _seal(self, folder: Folder, files: dict[str, bytes], images: int, facts: dict[str, Any]) -> None:
+        self._require_held(folder)  # before, too: this folder is not this attempt's alone
         for name, data in files.items():
             folder.write(name, data)
         self._require_held(folder)

@@ -62,8 +62,8 @@ def sample(
     count: Annotated[int | None, typer.Option(help="Images; one a label where it is not given.", min=1)] = None,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
     guidance: Annotated[float, typer.Option(min=0)] = 1.5,
-    sampler: Annotated[str, typer.Option(help="ddpm, ddim, dpm_solver; for flow matching euler, heun.")] = "ddim",
-    steps: Annotated[int, typer.Option(min=1)] = 40,
+    sampler: Annotated[str | None, typer.Option(help="As the sweep evaluates with, or 250 steps of ddpm.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1)] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     batch: Annotated[int, typer.Option(help="Images drawn at once; changes nothing in them.", min=1)] = 64,
     vae: Annotated[str | None, typer.Option(help="AutoencoderKL folder or hub id; a sweep's own by default.")] = None,
@@ -76,11 +76,12 @@ def sample(
 
     with _errors(debug):
         labels = _labels(classes)
+        if not out.absolute().parent.is_dir():
+            raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
         opened = open_for_drawing(checkpoint, vae, heads)
         wanted = count or len(labels or [0])
-        images = draw(
-            opened, labels, wanted, sampler=sampler, steps=steps, guidance=guidance, seed=seed, batch=batch
-        )  # fmt: skip
+        how = {"sampler": sampler or opened.sampler, "steps": steps or opened.steps}
+        images = draw(opened, labels, wanted, **how, guidance=guidance, seed=seed, batch=batch)  # type: ignore[arg-type]
         out.write_bytes(grid(images, columns=min(10, wanted)))
         Console().print(f"{wanted} images in {out}", highlight=False)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dis_scale import seeds, vae
 from dis_scale.data.sources import Source
-from dis_scale.errors import StorageError
+from dis_scale.errors import UndecodableImage
 from dis_scale.recipe import TrainedVae
 from dis_scale.vae import AutoencoderKL, to_unit
 
@@ -31,7 +31,7 @@ def sample_images(source: Source, resolution: int, skip_undecodable: bool) -> tu
     for i in range(0, len(source), step):
         try:
             images.append(source.pixels(i, resolution))
-        except StorageError:
+        except UndecodableImage:
             if not skip_undecodable:
                 raise
             continue

@@ -23,6 +23,10 @@ class StorageError(DisScaleError):
     """Storage cannot be reached, read or written, or holds something damaged."""
 
 
+class UndecodableImage(StorageError):
+    """An image that was read but is none, or a damaged one."""
+
+
 class Preempted(DisScaleError):
     """The stage was asked to stop, saved what it could and can be started again."""
 

@@ -68,7 +68,7 @@ class Data(Settings):
     source: Annotated[DigitsSource | FolderSource, Field(discriminator="kind")]
     resolution: Count
     num_classes: Count
-    undecodable: Literal["refuse", "skip"] = "refuse"
+    undecodable: Literal["refuse", "skip"] = runtime("refuse")
     mirror: bool = True
     """Whether training draws the mirror image half of the time."""
 
@@ -367,8 +367,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """The recipe at `path` with `a.b=value` overrides; UserError names file, key, what was got and what is expected."""
     try:
         text = Path(path).read_text()
-    except OSError as error:
-        raise UserError(f"cannot read the recipe {path}: {error.strerror or error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from error
     return parse(text, str(path), overrides)
 
 
@@ -384,9 +384,10 @@ def parse(text: str, where: str, overrides: list[str] | None = None) -> Recipe:
         _set(data, override)
     if data.get("format", FORMAT) not in (FORMAT, FORMAT - 1):
         raise UserError(f"{where}: format {data['format']} of a recipe is not read by this version (it reads {FORMAT})")
-    for name, model in (data.get("models") or {}).items():
+    models = data.get("models")
+    for name, model in models.items() if isinstance(models, dict) else ():
         if isinstance(model, dict) and "preset" in model:
-            data["models"][name] = preset(model["preset"]) | {k: v for k, v in model.items() if k != "preset"}
+            data["models"][name] = preset(str(model["preset"])) | {k: v for k, v in model.items() if k != "preset"}
     try:
         return Recipe.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
@@ -407,7 +408,10 @@ def _set(data: dict[str, Any], override: str) -> None:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
             raise UserError(f"--set {override!r}: {parent!r} is not a group of settings")
-    data[last] = yaml.load(value, _Loader)
+    try:
+        data[last] = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: not YAML: {' '.join(str(error).split())}") from error
 
 
 def _lines(error: ValidationError) -> Iterator[str]:
@@ -460,6 +464,10 @@ def identity_differences(stored: Recipe, given: Recipe) -> list[str]:
         )
     elif max(grown) < max(begun):
         lines.append(f"train.publish_images: stored up to {max(begun)}, given only up to {max(grown)}")
+    elif passed := sorted(n for n in grown - begun if n < max(begun)):
+        lines.append(
+            f"train.publish_images: {passed[0]} lies before {max(begun)}, where training may have been already"
+        )
     return sorted(lines)
 
 

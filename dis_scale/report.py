@@ -94,7 +94,7 @@ def to_csv(report: Report) -> bytes:
 
 
 def figure(report: Report) -> Figure:
-    """Gflops against distance, both logarithmic: a line for each image count through the first family's models, a point a model."""
+    """Gflops against distance, both logarithmic: for each image count a line through each family's models, a point a model."""
     drawing = Figure(figsize=(7.2, 4.8), layout="constrained")
     axes = drawing.add_subplot()
     counts = sorted({p.images for p in report.points if p.images})
@@ -110,6 +110,7 @@ def figure(report: Report) -> Figure:
             va="bottom",
             fontsize=8,
         )
+    axes.margins(x=0.12)
     axes.set(xscale="log", yscale="log", xlabel="Gflops (multiply-adds, DiT's convention)", ylabel=report.metric)
     _annotate_models(axes, report, counts)
     if report.points:
@@ -140,13 +141,14 @@ def _annotate_models(axes: Axes, report: Report, counts: list[int]) -> None:
 
 
 def write(sweep: Folder, report: Report) -> dict[str, bytes]:
-    """Puts CSV, PNG and SVG below `report/`; returns them by name."""
-    files = {f"{NAME}.csv": to_csv(report)}
+    """Puts PNG, SVG and, last, the CSV below `report/`; returns them by name."""
+    files = {}
     drawing = figure(report)
     for kind in ("png", "svg"):
         buffer = io.BytesIO()
         drawing.savefig(buffer, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
         files[f"{NAME}.{kind}"] = buffer.getvalue()
+    files[f"{NAME}.csv"] = to_csv(report)
     for name, data in files.items():
         (sweep / "report").write(name, data)
     return files

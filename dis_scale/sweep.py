@@ -22,8 +22,10 @@ from dis_scale import recipe as recipes
 from dis_scale import report as reports
 from dis_scale import tracking, vae
 from dis_scale.data.shards import find_latents
+from dis_scale.data.sources import open_source
 from dis_scale.errors import DisScaleError, Preempted, UserError
 from dis_scale.evaluation import results
+from dis_scale.evaluation.features import require_weights
 from dis_scale.plan import Plan
 from dis_scale.progress import Board
 from dis_scale.recipe import Recipe
@@ -57,44 +59,59 @@ def run(recipe: Recipe, console: Console) -> None:
     _require_same_identity(sweep_folder, recipe)
     plan = plans.plan(recipe, vae.latent_shape(recipe.vae, recipe.data.resolution))
     console.print(plans.table(plan))
+    failed: dict[str, str] = {}
     with Board(console) as board:
         sweep = Sweep(recipe, sweep_folder, plan, board)
         if results.finished(sweep_folder, recipe) and sweep_folder.exists(f"report/{reports.NAME}.csv"):
             board.say("nothing to do: every model is trained and evaluated at every published count")
         else:
-            _work(sweep, store)
+            failed = _work(sweep, store)
+            _report(sweep, failed)
     _closing_words(sweep, console)
+    if failed:
+        reasons = "; ".join(f"{name} failed: {why}" for name, why in failed.items())
+        raise DisScaleError(f"{reasons}; give the same command again to go on")
 
 
-def _work(sweep: Sweep, store: Folder) -> None:
-    """All stages, on the Ray that this process runs on or on one of our own."""
+def _work(sweep: Sweep, store: Folder) -> dict[str, str]:
+    """All stages, on the Ray that this process runs on or on one of our own; (what failed, why)."""
     store.require_usable()
+    open_source(sweep.recipe.data)
+    require_weights(sweep.recipe.evaluate.extractor)
     sweep.folder.write(STORED, recipes.dump(sweep.recipe).encode())
-    uri = sweep.recipe.tracking.uri or tracking.default_uri(store)
-    tracking.begin(sweep.folder, uri, sweep.plan.parameters())
-    sweep.board.say(f"tracking {uri}")
+    _begin_tracking(sweep, sweep.recipe.tracking.uri or tracking.default_uri(store))
     with _obeying_signals(sweep), jobs.cluster(sweep.recipe) as cluster:
         sweep.board.say(f"ray      {cluster.described}")
         device, why = recipes.choose_device(sweep.recipe, cluster.gpus)
         sweep.board.say(f"device   {device} ({why})")
+        if device == "cuda" and cluster.ours and cluster.gpus < sweep.recipe.train.workers:
+            raise UserError(
+                f"device: cuda for {sweep.recipe.train.workers} workers, but this machine has {cluster.gpus} GPUs"
+            )
         try:
             if not prepared(sweep.folder, sweep.recipe):
                 _stage(sweep, cluster, "prepare")
             if find_latents(sweep.folder) is None:
                 _stage(sweep, cluster, "precompute")
-            failed = _train_and_evaluate(sweep, cluster)
+            return _train_and_evaluate(sweep, cluster)
         except BaseException:
             grace_s = (
                 sweep.recipe.grace_s + 5 if cluster.ours else 0.0
             )  # a Ray of our own ends with us: wait for its jobs
             jobs.stop(sweep.jobs, grace_s)
             raise
-    _report(sweep)
-    if failed:
-        raise DisScaleError(
-            "; ".join(f"{name} failed: {why}" for name, why in failed.items())
-            + "; give the same command again to go on"
-        )
+
+
+def _begin_tracking(sweep: Sweep, uri: str) -> None:
+    """MLflow is a mirror: where it cannot be reached the sweep says so and goes on."""
+    try:
+        tracking.begin(sweep.folder, uri, sweep.plan.parameters())
+        sweep.board.say(f"tracking {uri}")
+    except DisScaleError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        sweep.board.say(f"tracking MLflow cannot be reached at {uri}, results are in storage alone: {why}")
 
 
 def _stage(sweep: Sweep, cluster: Cluster, name: str) -> None:
@@ -105,7 +122,7 @@ def _stage(sweep: Sweep, cluster: Cluster, name: str) -> None:
         time.sleep(LOOK_EVERY_S)
     _look(sweep, job, name)
     if job.status() != "SUCCEEDED":
-        raise DisScaleError(f"{name} failed: {job.why()}")
+        raise job.error(f"{name} failed: {job.why()}")
 
 
 def _train_and_evaluate(sweep: Sweep, cluster: Cluster) -> dict[str, str]:
@@ -131,8 +148,9 @@ def _train_and_evaluate(sweep: Sweep, cluster: Cluster) -> dict[str, str]:
                     failed[model] = job.why()
                     sweep.board.say(f"train {model} failed: {failed[model]}")
                     (sweep.folder / "runs" / model).write_json(results.ENDED, {"why": failed[model]})
-    if evaluation.status() != "SUCCEEDED":
-        failed["evaluate"] = evaluation.why()
+        if "evaluate" not in failed and evaluation.ended() and evaluation.status() != "SUCCEEDED":
+            failed["evaluate"] = evaluation.why()
+            sweep.board.say(f"evaluate failed: {failed['evaluate']}; training goes on")
     return failed
 
 
@@ -161,31 +179,31 @@ def _trained(sweep: Sweep, model: str) -> bool:
     return last.exists("manifest.json")
 
 
-def _report(sweep: Sweep) -> None:
-    found = reports.collect(sweep.folder, sweep.plan)
-    files = reports.write(sweep.folder, found)
-    projection = tracking.Projection(sweep.folder, None)
+def _report(sweep: Sweep, failed: dict[str, str]) -> None:
+    """Makes the report, and mirrors it and the end of each run into MLflow."""
+    files = reports.write(sweep.folder, reports.collect(sweep.folder, sweep.plan))
+    mirror = tracking.Projection(sweep.folder, None)
     with tempfile.TemporaryDirectory() as scratch:
         for name, data in files.items():
             (Path(scratch) / name).write_bytes(data)
-            projection.send_file(Path(scratch) / name, "report")
-    if not found.failed:
-        projection.finish("FINISHED")
+            mirror.send_file(Path(scratch) / name, "report")
+    mirror.finish("FAILED" if failed else "FINISHED")
+    for model in failed.keys() & sweep.recipe.models.keys():
+        tracking.Projection(sweep.folder, model).finish("FAILED")
 
 
 def _closing_words(sweep: Sweep, console: Console) -> None:
     console.print(reports.table(reports.collect(sweep.folder, sweep.plan)))
-    uri = sweep.folder.read_json(tracking.FILE)["uri"]
     console.print(f"figure   {sweep.folder}/report/{reports.NAME}.png", highlight=False, soft_wrap=True)
-    console.print(
-        f"mlflow   {Path(sys.executable).with_name('mlflow')} ui --backend-store-uri {uri}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    if not sweep.folder.exists(tracking.FILE):
+        return
+    uri = sweep.folder.read_json(tracking.FILE)["uri"]
+    command = f"{Path(sys.executable).with_name('mlflow')} ui --backend-store-uri {uri}"
+    console.print(f"mlflow   {uri if uri.startswith('http') else command}", highlight=False, soft_wrap=True)
 
 
 def _resolve(recipe: Recipe) -> tuple[Recipe, Folder]:
-    """The recipe with an absolute storage root, and that root; says so where a root was moved."""
+    """The recipe with an absolute storage root, and that root."""
     store = folder(jobs.require_root(recipe))
     return recipe.model_copy(update={"storage": recipe.storage.model_copy(update={"root": store.url})}), store
 

@@ -80,36 +80,52 @@ def default_uri(root: Folder) -> str:
 
 
 def client(uri: str) -> Any:
-    for noisy in ("mlflow", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
     # An unreachable server is to cost seconds: rows wait in storage and are sent by the next one that reaches it.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     import mlflow
+    import mlflow.store.db.utils
 
+    for name in ("mlflow", "mlflow.store.db.utils", "alembic"):  # each speaks at INFO of tables that it makes
+        logging.getLogger(name).setLevel(logging.WARNING)
     return mlflow.MlflowClient(tracking_uri=uri)
 
 
 def begin(sweep: Folder, uri: str, parameters: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Creates the experiment, the sweep's run and a run a model with its parameters, where they are not there; returns the ids.
 
-    Called by the sweep alone.
+    Called by the sweep alone. Raises whatever MLflow raises; the sweep then goes on without it.
     """
     found = sweep.read_json(FILE) if sweep.exists(FILE) else {}
-    if found.get("uri") != uri:
+    if found.get("uri") != uri or not _run_exists(uri, found["sweep"]):
         found = {"uri": uri, "experiment": _experiment(uri, sweep), "models": {}}
-    mlflow = client(uri)
-    if "sweep" not in found:
-        found["sweep"] = mlflow.create_run(found["experiment"], run_name=sweep.name).info.run_id
-        mlflow.set_tag(found["sweep"], "dis_scale.sweep", sweep.url)
+        found["sweep"] = _create_run(found, sweep.name, {"dis_scale.sweep": sweep.url}, {})
+        sweep.write_json(FILE, found)
     for model in parameters.keys() - found["models"].keys():
-        tags = {"mlflow.parentRunId": found["sweep"]}
-        run = mlflow.create_run(found["experiment"], run_name=model, tags=tags).info.run_id
-        for name, value in parameters[model].items():
-            mlflow.log_param(run, name, value)
-        found["models"][model] = run
-    sweep.write_json(FILE, found)
+        found["models"][model] = _create_run(found, model, {"mlflow.parentRunId": found["sweep"]}, parameters[model])
+        sweep.write_json(FILE, found)
     return found
+
+
+def _create_run(found: dict[str, Any], name: str, tags: dict[str, str], parameters: dict[str, Any]) -> str:
+    mlflow = client(found["uri"])
+    run: str = mlflow.create_run(found["experiment"], run_name=name, tags=tags).info.run_id
+    for key, value in parameters.items():
+        mlflow.log_param(run, key, value)
+    return run
+
+
+def _run_exists(uri: str, run: str) -> bool:
+    """Whether MLflow still knows the run: its database may be another one than when the sweep began."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client(uri).get_run(run)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+    return True
 
 
 def _experiment(uri: str, sweep: Folder) -> str:
@@ -145,8 +161,8 @@ class Projection:
         self._try(lambda mlflow, run: mlflow.log_artifact(run, str(path), folder))
 
     def finish(self, status: str) -> None:
-        """Marks the run FINISHED, FAILED or RUNNING."""
-        self._try(lambda mlflow, run: mlflow.update_run(run, status=status))
+        """Ends the run as FINISHED or FAILED."""
+        self._try(lambda mlflow, run: mlflow.set_terminated(run, status))
 
     def _try(self, action: Any) -> bool:
         try:

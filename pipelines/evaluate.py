@@ -17,10 +17,11 @@ import torch
 
 from dis_scale import vae
 from dis_scale.checkpoint import images_name
+from dis_scale.data import shards
 from dis_scale.errors import DisScaleError, StorageError
 from dis_scale.evaluation import metrics, reference, results
 from dis_scale.evaluation.features import load_extractor
-from dis_scale.evaluation.sample import GRID, Block, Studio, grid
+from dis_scale.evaluation.sample import GRID, Block, grid, open_studio
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder
 from dis_scale.tracking import Projection, Row
@@ -41,8 +42,9 @@ class Evaluator(stage.Worker):
         torch.set_num_threads(1)
         where = torch.device(device)
         decoder = vae.load(recipe.vae, sweep)
+        shards.require_vae(sweep, decoder.identity())
         decoder.net.to(where)
-        self.studio = Studio(recipe, sweep, decoder, load_extractor(recipe.evaluate.extractor, sweep, where), where)
+        self.studio = open_studio(recipe, sweep, decoder, where)
 
     def draw(self, model: str, images: int, blocks: list[int]) -> None:
         torch.set_num_threads(1)
@@ -70,13 +72,12 @@ class Evaluation:
     def evaluate(self, model: str, images: int) -> None:
         """Draws what is missing of one published checkpoint and writes its grid and, last, its metrics."""
         folder = results.folder(self.sweep, model, images)
-        there = set(folder.list())
-        left = [b for b in range(self.blocks) if block_name(b) not in there]
+        left = [b for b in range(self.blocks) if _whole_block(folder, b) is None]
         share = len(self.workers)
         parts = [w.draw.remote(model, images, left[i::share]) for i, w in enumerate(self.workers)]
         stage.watch(self.workers, parts, lambda done: self._report(sum(done)))
         stage.leave_if_asked()
-        blocks = [Block.from_bytes(folder.read(block_name(b)), f"{folder}/{block_name(b)}") for b in range(self.blocks)]
+        blocks = [_read_block(folder, b) for b in range(self.blocks)]
         measured = self._measure(blocks)
         folder.write(results.GRID, grid(np.concatenate([b.pictures for b in blocks])[:GRID], COLUMNS))
         folder.write_json(results.METRICS, self._facts(model, images) | measured)
@@ -171,6 +172,21 @@ def _options(recipe: Recipe, device: str) -> dict[str, Any]:
         visible = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
         return options | {"num_gpus": 0, "runtime_env": visible}
     return options
+
+
+def _read_block(folder: Folder, block: int) -> Block:
+    return Block.from_bytes(folder.read(block_name(block)), f"{folder}/{block_name(block)}")
+
+
+def _whole_block(folder: Folder, block: int) -> Block | None:
+    """A block that an earlier evaluation left whole; a damaged one is named and will be drawn again."""
+    try:
+        return _read_block(folder, block)
+    except FileNotFoundError:
+        return None
+    except StorageError as error:
+        stage.say(f"drawn again: {error}")
+        return None
 
 
 def block_name(block: int) -> str:

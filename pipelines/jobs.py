@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from dis_scale.errors import DisScaleError, UserError
+from dis_scale.errors import DisScaleError, Preempted, UserError
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder
 
@@ -79,6 +79,12 @@ class Job:
         self.lines()
         errors = [line.removeprefix("error: ") for line in self._tail if line.startswith("error: ")]
         return errors[-1] if errors else (self.cluster.client.get_job_info(self.id).message or "no message").strip()
+
+    def error(self, words: str) -> DisScaleError:
+        """The error of a job that ended: the user's mistake and a stop keep their exit codes."""
+        code = self.cluster.client.get_job_info(self.id).driver_exit_code
+        kinds: dict[int | None, type[DisScaleError]] = {UserError.exit_code: UserError, Preempted.exit_code: Preempted}
+        return kinds.get(code, DisScaleError)(words)
 
     def stop(self) -> None:
         with contextlib.suppress(RuntimeError):
@@ -176,7 +182,13 @@ def _connect() -> None:
     import ray
 
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False)
+        try:
+            ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False)
+        except (ConnectionError, ValueError) as error:
+            address = os.environ.get("RAY_ADDRESS")
+            raise UserError(
+                f"no Ray answers at RAY_ADDRESS={address}: start it, or unset the variable to run here"
+            ) from error
 
 
 def _joined(address: str, recipe: Recipe) -> Cluster:
@@ -207,7 +219,7 @@ def _start_head(recipe: Recipe, folder: Path) -> tuple[subprocess.Popen, str]:
         "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--include-dashboard=true",
         f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
         f"--temp-dir={folder}", f"--resources={json.dumps(resources)}", f"--object-store-memory={256 * 2**20}",
-        f"--num-cpus={max(os.cpu_count() or 1, recipe.train.workers)}",
+        f"--num-cpus={max(os.cpu_count() or 1, recipe.train.workers, recipe.precompute.workers)}",
     ]  # fmt: skip
     said = (folder / "start.log").open("wb")
     environment = (
@@ -262,15 +274,18 @@ def _die_with_parent() -> None:
 
 
 def require_root(recipe: Recipe) -> str:
-    """The storage root's URL; inside a Ray job a relative one is put below this node's home, which one node alone may do."""
+    """The storage root's URL; a folder of one node will not do on a cluster of several.
+
+    Inside a Ray job, whose working folder is a copy that goes with it, a relative one is put below the node's home.
+    """
     root = recipe.storage.root
-    if "://" in root and not root.startswith("file://"):
-        return root
-    if not in_ray_job():
+    on_disk = "://" not in root or root.startswith("file://")
+    if not on_disk or "RAY_ADDRESS" not in os.environ:
         return root
     if not one_node():
         raise UserError(
             f"storage.root: {root!r} is a folder of one node, and this cluster has several: "
             "give a root that all reach, for example --set storage.root=s3://bucket/prefix"
         )
-    return root if Path(root).is_absolute() else str(Path.home() / "dis-scale" / root)
+    moved = in_ray_job() and not root.startswith(("/", "file://"))
+    return str(Path.home() / "dis-scale" / root) if moved else root

@@ -4,16 +4,18 @@ Which worker makes a shard changes nothing in it: encode batches have a fixed si
 """
 
 import hashlib
+import json
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 
 from dis_scale import manifest, vae
 from dis_scale.data import shards
 from dis_scale.data.shards import Sample
 from dis_scale.data.sources import Source, open_source
-from dis_scale.errors import StorageError, UserError
+from dis_scale.errors import UndecodableImage, UserError
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder
 from dis_scale.vae import Vae
@@ -52,7 +54,7 @@ def precompute(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
 
 
 def _make(sweep: Folder, latents: Folder, recipe: Recipe, source: Source, encoder: Vae, device: str) -> None:
-    _require_one_kind(latents, device)
+    _require_one_kind(latents, device, _listing(source))
     numbers = range(-(-len(source) // recipe.precompute.shard_images))
     stage.with_restarts(
         recipe, "precompute", lambda: _encode_missing(sweep, latents, recipe, len(source), device, numbers)
@@ -66,7 +68,8 @@ def _encode_missing(sweep: Folder, latents: Folder, recipe: Recipe, images: int,
     """Workers make the shards that are not whole yet, each its share by number."""
     done = shards.finished(latents, numbers)
     left = [n for n in numbers if n not in done]
-    count, before = min(recipe.precompute.workers, len(left)), len(done) * recipe.precompute.shard_images
+    room = int(ray.cluster_resources().get("GPU" if device == "cuda" else "CPU", 1))
+    count, before = min(recipe.precompute.workers, len(left), room), len(done) * recipe.precompute.shard_images
     workers = [stage.spawn(Encoder, stage.resources("precompute", device, 1)) for _ in range(count)]
     parts = [w.encode.remote(sweep, latents, recipe, device, left[i::count]) for i, w in enumerate(workers)]
     stage.watch(workers, parts, lambda d: stage.progress(min(before + sum(d), images), images, "images"))
@@ -85,9 +88,9 @@ def _decode(source: Source, recipe: Recipe, number: int) -> tuple[dict[int, np.n
     for position in range(first, min(first + recipe.precompute.shard_images, len(source))):
         try:
             images[position] = source.pixels(position, recipe.data.resolution)
-        except StorageError as error:
+        except UndecodableImage:
             if recipe.data.undecodable == "refuse":
-                raise StorageError(f"{error}; mend or remove it, or --set data.undecodable=skip") from error
+                raise
             refused.append(source.names[position])
     return images, refused
 
@@ -103,21 +106,26 @@ def _encode(encoder: Vae, source: Source, images: dict[int, np.ndarray], batch: 
     return samples
 
 
-def _require_one_kind(latents: Folder, device: str) -> None:
-    """Hardware or a PyTorch of another kind may not fill one set: its last digits differ."""
-    ours = {"format": manifest.FORMAT, "device": device, "torch": torch.__version__}
-    latents.create(BEGUN, repr(sorted(ours.items())).encode())
-    theirs = latents.read(BEGUN).decode()
-    if theirs != repr(sorted(ours.items())):
+def _require_one_kind(latents: Folder, device: str, listing: str) -> None:
+    """One set is filled from one listing of images by one kind of hardware and PyTorch: else its bytes would differ."""
+    ours = {"format": manifest.FORMAT, "device": device, "torch": torch.__version__, "listing": listing}
+    latents.create(BEGUN, json.dumps(ours).encode())
+    theirs = latents.read_json(BEGUN)
+    if different := [f"{key} {theirs.get(key)!r}, now {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]:
         raise UserError(
-            f"{latents}: begun by {theirs}, this is {sorted(ours.items())}: use the same kind, or another root"
+            f"{latents}: begun with {'; '.join(different)}: finish it as it was begun, or delete it, or use another root"
         )
 
 
+def _listing(source: Source) -> str:
+    """sha256 over names and labels in their order."""
+    lines = "\n".join(f"{name}\t{label}" for name, label in zip(source.names, source.labels, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
 def _facts(recipe: Recipe, source: Source, encoder: Vae, device: str) -> dict[str, Any]:
-    listing = hashlib.sha256("\n".join(f"{n}\t{y}" for n, y in zip(source.names, source.labels, strict=True)).encode())
     return {
-        "source": recipe.data.source.model_dump(mode="json"), "listing": listing.hexdigest(), "resolution": recipe.data.resolution,
+        "source": recipe.data.source.model_dump(mode="json"), "listing": _listing(source), "resolution": recipe.data.resolution,
         "vae": encoder.identity(), "scale": encoder.scale, "shift": encoder.shift,
         "latent": list(encoder.latent(recipe.data.resolution)), "num_classes": recipe.data.num_classes,
         "label_names": source.label_names, "shard_images": recipe.precompute.shard_images,

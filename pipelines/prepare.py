@@ -81,10 +81,13 @@ def prepare(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
     # The small networks are trained on the CPU; only Inception's features of all real images are worth a GPU.
     device = "cpu" if isinstance(recipe.evaluate.extractor, TrainedExtractor) else stage.choose_device(recipe)[0]
     cpus = min(CPUS, int(ray.cluster_resources().get("CPU", 1)))
-    worker = stage.spawn(Preparer, stage.resources("prepare", device, cpus))
-    result = worker.prepare.remote(sweep, recipe, device)
-    (said,) = stage.watch([worker], [result], lambda done: stage.progress(done[0], total, "steps and images"))
-    for line in said:
+
+    def attempt() -> list[str]:
+        worker = stage.spawn(Preparer, stage.resources("prepare", device, cpus))
+        result = worker.prepare.remote(sweep, recipe, device)
+        return stage.watch([worker], [result], lambda done: stage.progress(done[0], total, "steps and images"))[0]
+
+    for line in stage.with_restarts(recipe, "prepare", attempt):
         stage.say(line)
 
 

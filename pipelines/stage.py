@@ -25,6 +25,10 @@ from dis_scale.storage import Folder, folder
 T = TypeVar("T")
 PROGRESS, SAY = "@progress ", "@say "
 """Begin the lines of a job's log that the sweep shows: how far the stage is, as JSON (done, total, unit), and words for people."""
+PROGRESS_EVERY_S = 2.0
+SETTLE_S = 10.0
+"""How long the other workers have to end when one has failed."""
+_told = (-1, -1, 0.0)
 wish = threading.Event()
 """Set when somebody asked this job to stop."""
 
@@ -37,6 +41,10 @@ def main(program: Program, url: str, *arguments: str) -> None:
     """Runs a stage's program on the sweep at `url`; errors become one line and an exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("ray").setLevel(logging.ERROR)
+    words = logging.StreamHandler(sys.stdout)
+    words.setFormatter(logging.Formatter(f"{SAY}%(message)s"))
+    logging.getLogger("dis_scale").addHandler(words)
+    logging.getLogger("dis_scale").propagate = False
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: wish.set())
     sweep = folder(url)
@@ -100,6 +108,12 @@ def choose_device(recipe: Recipe) -> tuple[str, str]:
 
 
 def progress(done: int, total: int, unit: str) -> None:
+    """Tells the sweep how far the stage is, where that has changed and not too often: the log of a job of days stays small."""
+    global _told
+    now = time.monotonic()
+    if (done, total) == _told[:2] or (done < total and now < _told[2] + PROGRESS_EVERY_S):
+        return
+    _told = (done, total, now)
     print(PROGRESS + json.dumps({"done": done, "total": total, "unit": unit}), flush=True)
 
 
@@ -114,13 +128,30 @@ def watch(
     waiting, told = list(results), False
     while waiting:
         finished, waiting = ray.wait(waiting, timeout=every_s)
-        ray.get(finished)
+        _raise_failure(finished, results)
         if wish.is_set() and not told:
             told = True
             for worker in workers:
                 worker.stop.remote()
         report(_progress_of(workers))
     return ray.get(list(results))
+
+
+def _raise_failure(finished: Sequence[Any], results: Sequence[Any]) -> None:
+    """Raises what failed; of several failures the lost worker, since its peers only report the broken connection."""
+    if not any(map(_failure, finished)):
+        return
+    ended, _ = ray.wait(list(results), num_returns=len(results), timeout=SETTLE_S)
+    failures = [failure for failure in map(_failure, ended) if failure]
+    raise next((f for f in failures if isinstance(f, ray.exceptions.RayActorError)), failures[0])
+
+
+def _failure(result: Any) -> Exception | None:
+    try:
+        ray.get(result)
+    except ray.exceptions.RayError as error:
+        return error
+    return None
 
 
 def _progress_of(workers: Sequence[Any]) -> list[int]:
@@ -138,6 +169,7 @@ def with_restarts(recipe: Recipe, what: str, attempt: Callable[[], T]) -> T:
         try:
             return attempt()
         except ray.exceptions.RayActorError as error:
+            leave_if_asked()
             lost = " ".join(str(error).split())[:200]
             if not left:
                 raise DisScaleError(f"{what}: workers were lost {recipe.train.restarts + 1} times: {lost}") from error

@@ -3,9 +3,11 @@
 The driver holds the run's lease, hands on the wish to stop, projects rows into MLflow, and leaves last.
 """
 
+import contextlib
 import os
 import socket
-import time
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -13,6 +15,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dis_scale import lease
+from dis_scale.errors import StorageError
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder
 from dis_scale.tracking import Projection, Rows
@@ -59,14 +62,14 @@ def train_model(sweep: Folder, recipe: Recipe, arguments: list[str]) -> None:
     device, why = stage.choose_device(recipe)
     stage.say(f"{model}: device {device} ({why})")
     projection, rows = Projection(sweep, model), Rows(sweep / "runs" / model / "log")
-    images = stage.with_restarts(recipe, model, lambda: _attempt(sweep, recipe, model, device, projection, rows))
-    projection.send(rows.new())
+    with _mirroring(projection, rows):
+        images = stage.with_restarts(recipe, model, lambda: _attempt(sweep, recipe, model, device))
     if images < recipe.train.images:
         stage.leave_if_asked()
     projection.finish("FINISHED")
 
 
-def _attempt(sweep: Folder, recipe: Recipe, model: str, device: str, projection: Projection, rows: Rows) -> int:
+def _attempt(sweep: Folder, recipe: Recipe, model: str, device: str) -> int:
     """One attempt at a fixed world size, under a lease of its own; returns the images seen."""
     world = recipe.train.workers
     bundle = stage.resources("train", device, 1)
@@ -83,22 +86,31 @@ def _attempt(sweep: Folder, recipe: Recipe, model: str, device: str, projection:
                 worker.train.remote(place | {"RANK": rank}, sweep, recipe, model, held, device)
                 for rank, worker in enumerate(workers)
             ]
-            return min(stage.watch(workers, results, _reporter(recipe, projection, rows)))
+            total = recipe.train.images
+            return min(stage.watch(workers, results, lambda done: stage.progress(max(done), total, "images")))
     finally:
         remove_placement_group(group)
 
 
-def _reporter(recipe: Recipe, projection: Projection, rows: Rows) -> Any:
-    due = time.monotonic()
+@contextlib.contextmanager
+def _mirroring(projection: Projection, rows: Rows) -> Iterator[None]:
+    """Sends rows to MLflow from a thread of its own while training runs: a mirror that hangs holds nothing up."""
+    over = threading.Event()
 
-    def report(done: list[int]) -> None:
-        nonlocal due
-        stage.progress(max(done), recipe.train.images, "images")
-        if time.monotonic() >= due:
-            projection.send(rows.new())
-            due = time.monotonic() + PROJECT_EVERY_S
+    def mirror() -> None:
+        while not over.wait(PROJECT_EVERY_S):
+            with contextlib.suppress(StorageError):
+                projection.send(rows.new())
 
-    return report
+    thread = threading.Thread(target=mirror, daemon=True, name="mirror")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(PROJECT_EVERY_S)
+    if not thread.is_alive():
+        projection.send(rows.new())
 
 
 def _await(group: Any, world: int) -> None:

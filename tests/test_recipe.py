@@ -42,6 +42,9 @@ def test_a_recipe_survives_storage(tiny: Recipe) -> None:
         ("data.num_classes=9", "the digits have 10 classes, got 9"),
         ("format=7", "format 7 of a recipe is not read by this version"),
         ("train.x.y", "expected a.b=value"),
+        ("train.lanes=[1", "--set 'train.lanes=[1': not YAML"),
+        ("models=[a]", "models: got ['a'], expected"),
+        ("models.dis.preset=[1]", "unknown preset '[1]'"),
     ],
 )
 def test_mistakes_are_named(override: str, said: str) -> None:
@@ -80,7 +83,14 @@ def test_an_unknown_preset_offers_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    "allowed", ["train.workers=4", "storage.root=x", "train.publish_images=[0,160,320,480]", "device=cpu"]
+    "allowed",
+    [
+        "train.workers=4",
+        "storage.root=x",
+        "train.publish_images=[0,160,320,480]",
+        "device=cpu",
+        "data.undecodable=skip",
+    ],
 )
 def test_runtime_and_extent_may_change(tiny: Recipe, allowed: str) -> None:
     assert recipes.identity_differences(tiny, recipes.load(TINY, [allowed])) == []
@@ -94,6 +104,10 @@ def test_runtime_and_extent_may_change(tiny: Recipe, allowed: str) -> None:
         ("models.dis.width=32", "models.dis.width: stored 16, given 32"),
         ("vae.steps=30", "vae.steps: stored 20, given 30"),
         ("train.publish_images=[0, 160]", "train.publish_images: stored up to 320, given only up to 160"),
+        (
+            "train.publish_images=[0, 80, 160, 320]",
+            "train.publish_images: 80 lies before 320, where training may have been already",
+        ),
     ],
 )
 def test_identity_may_not_change(tiny: Recipe, changed: str, said: str) -> None:

@@ -128,6 +128,16 @@ def find_latents(sweep: Folder) -> Folder | None:
     return latents if found is not None else None
 
 
+def require_vae(sweep: Folder, vae_identity: str) -> None:
+    """UserError where the sweep's latents were made with another VAE than this one."""
+    noted = sweep.read_json(POINTER)["vae"]
+    if noted != vae_identity:
+        raise UserError(
+            f"{sweep}: latents of another VAE: theirs is {noted[:12]}, the one given now is {vae_identity[:12]}; "
+            "use the VAE that made them, or another storage root"
+        )
+
+
 def latents_of(sweep: Folder) -> Folder:
     """The sweep's sealed latents; UserError where there are none."""
     latents = find_latents(sweep)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dis_scale.errors import StorageError, UserError
+from dis_scale.errors import StorageError, UndecodableImage, UserError
 from dis_scale.recipe import Data, DigitsSource, FolderSource
 from dis_scale.storage import folder
 
@@ -30,11 +30,19 @@ class Source:
         return len(self.names)
 
     def pixels(self, i: int, resolution: int) -> np.ndarray:
-        """Image i as uint8 (resolution, resolution, 3); StorageError names one that cannot be decoded."""
+        """Image i as uint8 (resolution, resolution, 3).
+
+        UndecodableImage names one that is no image; storage that is away is another StorageError, never a broken image.
+        """
         try:
             return square(self.open(i), resolution)
+        except FileNotFoundError as error:
+            raise StorageError(f"image {self.names[i]} is gone: it was there when the source was listed") from error
         except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-            raise StorageError(f"image {self.names[i]} cannot be decoded: {' '.join(str(error).split())}") from error
+            why = " ".join(str(error).split())
+            raise UndecodableImage(
+                f"image {self.names[i]} cannot be decoded: {why}; mend or remove it, or --set data.undecodable=skip"
+            ) from error
 
 
 def open_source(data: Data) -> Source:

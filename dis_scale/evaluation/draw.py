@@ -29,6 +29,9 @@ class Opened:
     model: Backbone
     process: Gaussian | Flow
     decoder: Vae
+    sampler: str = "ddpm"
+    steps: int = 250
+    """How the sweep draws, or the published 250 steps."""
 
 
 def open_for_drawing(path: Path, vae_path: str | None, heads: int | None = None) -> Opened:
@@ -45,7 +48,9 @@ def open_for_drawing(path: Path, vae_path: str | None, heads: int | None = None)
         decoder = vae.load(recipe.vae, folder(sweep))
     else:
         raise UserError(f"{path} lies in no sweep, so say what decodes its latents: --vae FOLDER or hub id")
-    return Opened(model, recipe.diffusion if recipe else Gaussian(kind="gaussian"), decoder)
+    if recipe is None:
+        return Opened(model, Gaussian(kind="gaussian"), decoder)
+    return Opened(model, recipe.diffusion, decoder, recipe.evaluate.sampler, recipe.evaluate.steps)
 
 
 def draw(

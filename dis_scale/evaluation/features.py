@@ -51,6 +51,12 @@ def load_extractor(settings: TrainedExtractor | InceptionExtractor, sweep: Folde
     return Extractor(INCEPTION_SHA256, _inception(settings.weights), device)
 
 
+def require_weights(settings: TrainedExtractor | InceptionExtractor) -> None:
+    """UserError where the recipe names Inception weights that are not there or are others; before anything is spent."""
+    if isinstance(settings, InceptionExtractor) and settings.weights:
+        _check_weights(Path(settings.weights))
+
+
 def store_classifier(sweep: Folder, name: str, net: Classifier, accuracy: float) -> None:
     """Puts a classifier below `extractors/`."""
     weights = safetensors.torch.save(net.state_dict())
@@ -73,6 +79,11 @@ def _inception(weights: str | None) -> nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     path = Path(weights) if weights else _downloaded()
+    _check_weights(path)
+    return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+
+
+def _check_weights(path: Path) -> None:
     if not path.exists():
         raise UserError(f"evaluate.extractor.weights: no file {path}; get {INCEPTION_URL} and name its path here")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -80,7 +91,6 @@ def _inception(weights: str | None) -> nn.Module:
         raise UserError(
             f"{path}: not the Inception weights that FID is defined by: sha256 {found}, expected {INCEPTION_SHA256}"
         )
-    return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
 
 
 def _downloaded() -> Path:

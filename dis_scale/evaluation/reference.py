@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from dis_scale.data.sources import Source
-from dis_scale.errors import StorageError
+from dis_scale.errors import StorageError, UndecodableImage
 from dis_scale.evaluation.features import Extractor
 from dis_scale.evaluation.metrics import Gaussian, Sums, frechet
 from dis_scale.recipe import Data
@@ -44,7 +44,7 @@ def _images(source: Source, data: Data, report: Callable[[int], None]) -> Iterat
     for i in range(len(source)):
         try:
             yield source.pixels(i, data.resolution)
-        except StorageError:
+        except UndecodableImage:
             if data.undecodable == "refuse":
                 raise
         report(i + 1)

@@ -4,6 +4,7 @@ A block holds samples [b S, (b + 1) S): their features, the judge's verdicts, an
 """
 
 import io
+import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +13,9 @@ from PIL import Image
 
 from dis_scale import checkpoint, diffusion, models
 from dis_scale.diffusion.generate import generate
+from dis_scale.digits import Classifier
 from dis_scale.errors import StorageError
-from dis_scale.evaluation.features import JUDGE, Extractor, load_classifier
+from dis_scale.evaluation.features import JUDGE, Extractor, load_classifier, load_extractor
 from dis_scale.models import Backbone
 from dis_scale.recipe import LatentShape, Recipe, TrainedExtractor
 from dis_scale.storage import Folder
@@ -42,7 +44,7 @@ class Block:
         try:
             with np.load(io.BytesIO(data)) as z:
                 return cls(z["features"], z["right"], z["pictures"])
-        except (ValueError, KeyError, OSError, EOFError) as error:
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise StorageError(f"{where}: damaged: {error}") from error
 
 
@@ -54,6 +56,7 @@ class Studio:
     sweep: Folder
     vae: Vae
     extractor: Extractor
+    judge: Classifier | None
     device: torch.device
 
     def model(self, name: str, images: int) -> Backbone:
@@ -76,12 +79,19 @@ class Studio:
         return Block(self.extractor(pixels), self._judged(pixels, labels), pixels[: max(0, GRID - numbers.start)])
 
     def _judged(self, pixels: np.ndarray, labels: list[int]) -> np.ndarray:
-        if not isinstance(self.recipe.evaluate.extractor, TrainedExtractor):
+        if self.judge is None:
             return np.full(len(labels), -1, np.int8)
-        judge, _ = load_classifier(self.sweep, JUDGE)
         with torch.no_grad():
-            seen = judge(to_unit(pixels)).argmax(1).numpy()
+            seen = self.judge(to_unit(pixels)).argmax(1).numpy()
         return (seen == np.array(labels)).astype(np.int8)
+
+
+def open_studio(recipe: Recipe, sweep: Folder, decoder: Vae, device: torch.device) -> Studio:
+    """The sweep's studio; a judge there is where the sweep trained one."""
+    extractor = load_extractor(recipe.evaluate.extractor, sweep, device)
+    trained = isinstance(recipe.evaluate.extractor, TrainedExtractor)
+    judge = load_classifier(sweep, JUDGE)[0] if trained else None
+    return Studio(recipe, sweep, decoder, extractor, judge, device)
 
 
 def load_model(recipe: Recipe, name: str, shape: LatentShape, weights: dict[str, torch.Tensor]) -> Backbone:

@@ -38,7 +38,7 @@ def in_precompute(_: Folder, root: Path) -> bool:
 
 
 def in_training(sweep: Folder, _: Path) -> bool:
-    return 160 in checkpoint.published(sweep / "runs/dis")
+    return len((sweep / "runs/dis/resume").list()) > 1 and 320 not in checkpoint.published(sweep / "runs/dis")
 
 
 def in_evaluation(sweep: Folder, _: Path) -> bool:
@@ -48,8 +48,9 @@ def in_evaluation(sweep: Folder, _: Path) -> bool:
 def test_killed_in_every_stage_in_turn_it_still_makes_each_thing_once(tmp_path: Path) -> None:
     root, log = tmp_path / "store", tmp_path / "log"
     before: dict[str, float] = {}
-    stages: list[Callable[[Folder, Path], bool]] = [in_prepare, in_precompute, in_evaluation, in_training]
+    stages: list[Callable[[Folder, Path], bool]] = [in_prepare, in_precompute, in_training, in_evaluation]
     for stage in stages:
+        assert not stage(sweeps.sweep_folder(str(root)), root), f"{stage.__name__} was passed before"
         process = sweeps.start(str(root), *SLOW, log=log)
         sweeps.wait_until(lambda stage=stage: stage(sweeps.sweep_folder(str(root)), root), process, log)
         sweeps.kill_all(process)

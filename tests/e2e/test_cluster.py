@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dis_scale import recipe as recipes
@@ -80,8 +81,9 @@ def test_submitted_stopped_and_submitted_again(head: str, tmp_path: Path) -> Non
     sweeps.assert_whole(str(root))
 
 
-def test_evaluation_that_starts_first_does_not_keep_training_waiting(tmp_path: Path) -> None:
-    recipe = recipes.load(sweeps.TINY, [f"storage.root={tmp_path}"])
+def test_evaluation_first_keeps_no_training_waiting_and_a_killed_worker_is_replaced(tmp_path: Path) -> None:
+    longer = "train.publish_images=[0, 160, 16000]"
+    recipe = recipes.load(sweeps.TINY, [f"storage.root={tmp_path}", longer, "train.resume_every_images=160"])
     recipe = recipe.model_copy(update={"models": {"dit": recipe.models["dit"]}})
     sweep = sweeps.sweep_folder(str(tmp_path))
     sweep.write("recipe.yaml", recipes.dump(recipe).encode())
@@ -94,10 +96,21 @@ def test_evaluation_that_starts_first_does_not_keep_training_waiting(tmp_path: P
         joined = jobs.submit(cluster, recipe, sweep, "evaluate")
         assert (joined.id, joined.ours) == (evaluation.id, False)
         training = jobs.submit(cluster, recipe, sweep, "train", "dit")
+        while len((sweep / "runs/dit/resume").list()) < 2:
+            assert not training.ended(), training.why()
+            time.sleep(0.05)
+        _kill_one_trainer()
         assert _end(training) == "SUCCEEDED", training.why()
+        assert any("a worker was lost" in line for line in training.lines())
         assert _end(evaluation) == "SUCCEEDED", evaluation.why()
-    assert sorted(results.evaluated(sweep, "dit")) == [0, 160, 320]
-    assert json.loads(sweep.read("evaluation/dit/000000000320/metrics.json"))["samples"] == 60
+    assert sorted(results.evaluated(sweep, "dit")) == [0, 160, 16000]
+    assert json.loads(sweep.read("evaluation/dit/000000016000/metrics.json"))["samples"] == 60
+
+
+def _kill_one_trainer() -> None:
+    workers = [p for p in psutil.Process().children(recursive=True) if "Trainer" in p.name() + " ".join(p.cmdline())]
+    assert len(workers) == 2
+    workers[1].kill()
 
 
 def _end(job: jobs.Job) -> str:

@@ -1,4 +1,4 @@
-"""Where state may live when the sweep runs inside a Ray job, and what a dead Ray says."""
+"""Where state may live when the sweep runs on a cluster."""
 
 from pathlib import Path
 
@@ -12,15 +12,20 @@ from tests.conftest import TINY
 
 def root(monkeypatch: pytest.MonkeyPatch, given: str, in_job: bool, one_node: bool = True) -> str:
     monkeypatch.setattr(jobs, "in_ray_job", lambda: in_job)
+    if in_job or not one_node:
+        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    else:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(jobs, "one_node", lambda: one_node)
     return jobs.require_root(recipes.load(TINY, [f"storage.root={given}"]))
 
 
-def test_a_relative_root_on_several_nodes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_job", [True, False])
+def test_a_root_of_one_node_is_refused_on_several(monkeypatch: pytest.MonkeyPatch, in_job: bool) -> None:
     with pytest.raises(
         UserError, match=r"storage.root: 'outputs' is a folder of one node, and this cluster has several: .*s3://"
     ):
-        root(monkeypatch, "outputs", in_job=True, one_node=False)
+        root(monkeypatch, "outputs", in_job=in_job, one_node=False)
 
 
 def test_in_a_job_on_one_node_it_lies_below_the_home(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from dis_scale import recipe as recipes
 from dis_scale import vae
 from dis_scale.data.sources import open_source
-from dis_scale.errors import StorageError, UserError
+from dis_scale.errors import StorageError, UndecodableImage, UserError
 from dis_scale.recipe import Recipe, TrainedVae
 from dis_scale.storage import Folder, folder
 from pipelines import precompute
@@ -56,10 +56,21 @@ def test_a_broken_image_is_refused_by_name_and_nothing_is_half_written(
 ) -> None:
     (tmp_path / "photos/a/00.png").write_bytes(b"broken")
     with pytest.raises(
-        StorageError, match=r"image a/00.png cannot be decoded: .*; mend or remove it, or --set data.undecodable=skip"
+        UndecodableImage,
+        match=r"image a/00.png cannot be decoded: .*; mend or remove it, or --set data.undecodable=skip",
     ):
         shards_by(1, sweep, photos, folder(tmp_path) / "one")
     assert (folder(tmp_path) / "one").list() == []
+
+
+def test_an_image_that_is_gone_is_no_broken_image(sweep: Folder, photos: Recipe, tmp_path: Path) -> None:
+    """Skipping is for what cannot be decoded: storage that is away must not thin the set out."""
+    skipping = photos.model_copy(update={"data": photos.data.model_copy(update={"undecodable": "skip"})})
+    source = open_source(skipping.data)
+    (tmp_path / "photos/a/00.png").unlink()
+    with pytest.raises(StorageError, match=r"image a/00.png is gone") as caught:
+        precompute._decode(source, skipping, 0)
+    assert not isinstance(caught.value, UndecodableImage)
 
 
 def test_a_broken_image_is_skipped_and_counted_by_choice(sweep: Folder, photos: Recipe, tmp_path: Path) -> None:
@@ -72,10 +83,12 @@ def test_a_broken_image_is_skipped_and_counted_by_choice(sweep: Folder, photos: 
 
 
 def test_hardware_of_another_kind_may_not_fill_one_set(tmp_path: Path) -> None:
-    precompute._require_one_kind(folder(tmp_path), "cpu")
-    precompute._require_one_kind(folder(tmp_path), "cpu")
-    with pytest.raises(UserError, match=r"begun by .*'cpu'.*, this is .*'cuda'"):
-        precompute._require_one_kind(folder(tmp_path), "cuda")
+    precompute._require_one_kind(folder(tmp_path), "cpu", "listing")
+    precompute._require_one_kind(folder(tmp_path), "cpu", "listing")
+    with pytest.raises(UserError, match=r"begun with device 'cpu', now 'cuda': finish it as it was begun"):
+        precompute._require_one_kind(folder(tmp_path), "cuda", "listing")
+    with pytest.raises(UserError, match=r"begun with listing 'listing', now 'with more images'"):
+        precompute._require_one_kind(folder(tmp_path), "cpu", "with more images")
 
 
 def test_the_padding_of_the_last_batch_changes_no_other_sample(sweep: Folder, photos: Recipe) -> None:
