@@ -17,7 +17,7 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed else "", style="cyan")
+        return Text(f"{speed:,.1f} {task.fields['unit']}/s" if speed else "", style="cyan")
 
 
 @dataclass

@@ -1,0 +1,70 @@
+"""What the sweep does when something around it is missing; its way through the stages is in tests/e2e."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from dis_scale import plan as plans
+from dis_scale import recipe as recipes
+from dis_scale import sweep as sweeps
+from dis_scale import tracking
+from dis_scale.errors import UserError
+from dis_scale.progress import Board
+from dis_scale.recipe import LatentShape, Recipe
+from dis_scale.storage import folder
+from dis_scale.sweep import Sweep
+from tests.conftest import TINY
+
+
+def begin(recipe: Recipe, root: Path) -> Sweep:
+    console = Console(file=io.StringIO(), width=200, record=True)
+    return Sweep(recipe, folder(root) / "sweeps/tiny", plans.plan(recipe, LatentShape(4, 8)), Board(console))
+
+
+def test_mlflow_away_is_said_and_stops_nothing(tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: Any) -> None:
+        raise ConnectionError("connection refused")
+
+    monkeypatch.setattr(tracking, "begin", away)
+    sweep = begin(tiny, tmp_path)
+    sweeps._begin_tracking(sweep, "http://nowhere:1")
+    said = sweep.board.console.export_text()
+    assert "MLflow cannot be reached at http://nowhere:1, results are in storage alone: connection refused" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["data.source={kind: folder, url: /nowhere}"], "no images in class folders below /nowhere"),
+        (["evaluate.extractor={kind: inception, weights: /nowhere.pth}"], "no file /nowhere.pth; get https://"),
+    ],
+)
+def test_what_is_missing_is_found_before_the_sweep_has_an_identity(
+    tmp_path: Path, settings: list[str], said: str
+) -> None:
+    recipe = recipes.load(TINY, [*settings, f"storage.root={tmp_path}"])
+    with pytest.raises(UserError, match=said):
+        sweeps.run(recipe, Console(file=io.StringIO()))
+    assert not (tmp_path / "sweeps").exists()
+
+
+def test_a_stored_recipe_of_another_identity_is_refused_with_the_difference(tiny: Recipe, tmp_path: Path) -> None:
+    place = folder(tmp_path) / "sweeps/tiny"
+    place.write("recipe.yaml", recipes.dump(tiny).encode())
+    other = recipes.load(TINY, ["seed=5", f"storage.root={tmp_path}"])
+    with pytest.raises(UserError, match=r"was begun with another recipe; .*\n  seed: stored 0, given 5"):
+        sweeps.run(other, Console(file=io.StringIO()))
+
+
+def test_an_emptied_mlflow_gets_its_runs_again(tmp_path: Path) -> None:
+    place = folder(tmp_path) / "sweeps/s"
+    first = tracking.begin(place, f"sqlite:///{tmp_path}/one.db", {"dis": {"seed": 0}})
+    place.write_json(tracking.FILE, first | {"uri": f"sqlite:///{tmp_path}/two.db"})
+    tracking.begin(folder(tmp_path) / "sweeps/t", f"sqlite:///{tmp_path}/two.db", {})
+    again = tracking.begin(place, f"sqlite:///{tmp_path}/two.db", {"dis": {"seed": 0}})
+    assert again["sweep"] != first["sweep"]
+    run = tracking.client(again["uri"]).get_run(again["models"]["dis"])
+    assert run.data.params == {"seed": "0"}
