@@ -16,6 +16,8 @@ from dis_scale.storage import Folder, folder
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "tiny.yaml"
 TIMEOUT_S = 400
+SLOW = ("train.publish_images=[0, 160, 3200]", "train.resume_every_images=160")
+"""Training that lasts for seconds, so that a test can fall into the midst of it."""
 
 
 def command(root: str, *settings: str) -> list[str]:
@@ -77,15 +79,16 @@ def times(root: str) -> dict[str, float]:
     return {str(path.relative_to(base)): path.stat().st_mtime for pattern in patterns for path in base.glob(pattern)}
 
 
-def assert_whole(root: str) -> None:
+def assert_whole(root: str, *settings: str) -> None:
     """Every shard, published folder and evaluation of the tiny recipe is there, once, and agrees with its manifest."""
-    sweep, recipe = sweep_folder(root), recipes.load(TINY)
+    sweep, recipe = sweep_folder(root), recipes.load(TINY, list(settings))
+    counts = list(recipe.train.publish_images)
     for model in recipe.models:
-        assert checkpoint.published(sweep / "runs" / model) == [0, 160, 320]
-        for images in (0, 160, 320):
+        assert checkpoint.published(sweep / "runs" / model) == counts
+        for images in counts:
             checkpoint.load_published(sweep / "runs" / model, images)
         measured = results.evaluated(sweep, model)
-        assert sorted(measured) == [0, 160, 320]
+        assert sorted(measured) == counts
         assert all(values["fd_digits"] > 0 for values in measured.values())
     (latents,) = (folder(root) / "latents").list()
     place = folder(root) / "latents" / latents

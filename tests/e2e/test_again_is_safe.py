@@ -10,21 +10,19 @@ from dis_scale import checkpoint
 from dis_scale.storage import Folder
 from tests.e2e import sweeps
 
-SLOW = ("train.publish_images=[0, 160, 320]", "train.resume_every_images=16")
-
 
 def test_stop_is_obeyed_and_the_same_command_goes_on(tmp_path: Path) -> None:
     root, log = str(tmp_path / "store"), tmp_path / "log"
-    sweep = sweeps.start(root, *SLOW, log=log)
+    sweep = sweeps.start(root, *sweeps.SLOW, log=log)
     run = sweeps.sweep_folder(root) / "runs/dis"
     sweeps.wait_until(lambda: len((run / "resume").list()) > 1, sweep, log)
     sweep.send_signal(signal.SIGTERM)
     assert sweep.wait(60) == 75, log.read_text()
     assert "stopped as asked; give the same command again to go on" in log.read_text()
     before = sweeps.times(root)
-    done = sweeps.run(root)
+    done = sweeps.run(root, *sweeps.SLOW)
     assert done.returncode == 0, done.stdout + done.stderr
-    sweeps.assert_whole(root)
+    sweeps.assert_whole(root, *sweeps.SLOW)
     after = sweeps.times(root)
     assert {name: after[name] for name in before} == before
 
@@ -38,11 +36,11 @@ def in_precompute(_: Folder, root: Path) -> bool:
 
 
 def in_training(sweep: Folder, _: Path) -> bool:
-    return len((sweep / "runs/dis/resume").list()) > 1 and 320 not in checkpoint.published(sweep / "runs/dis")
+    return len((sweep / "runs/dis/resume").list()) > 1 and 3200 not in checkpoint.published(sweep / "runs/dis")
 
 
 def in_evaluation(sweep: Folder, _: Path) -> bool:
-    return (sweep / "evaluation/dis/000000000000").exists("block-00000.npz")
+    return (sweep / "evaluation/dis/000000003200").exists("block-00000.npz")
 
 
 def test_killed_in_every_stage_in_turn_it_still_makes_each_thing_once(tmp_path: Path) -> None:
@@ -51,15 +49,15 @@ def test_killed_in_every_stage_in_turn_it_still_makes_each_thing_once(tmp_path: 
     stages: list[Callable[[Folder, Path], bool]] = [in_prepare, in_precompute, in_training, in_evaluation]
     for stage in stages:
         assert not stage(sweeps.sweep_folder(str(root)), root), f"{stage.__name__} was passed before"
-        process = sweeps.start(str(root), *SLOW, log=log)
+        process = sweeps.start(str(root), *sweeps.SLOW, log=log)
         sweeps.wait_until(lambda stage=stage: stage(sweeps.sweep_folder(str(root)), root), process, log)
         sweeps.kill_all(process)
         whole = _whole(root)
         assert {name: whole[name] for name in before} == before, f"made again after a kill in {stage.__name__}"
         before = whole
-    done = sweeps.run(str(root))
+    done = sweeps.run(str(root), *sweeps.SLOW)
     assert done.returncode == 0, done.stdout + done.stderr
-    sweeps.assert_whole(str(root))
+    sweeps.assert_whole(str(root), *sweeps.SLOW)
     after = sweeps.times(str(root))
     assert {name: after[name] for name in before} == before
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -56,10 +57,10 @@ def submit(url: str, name: str, *settings: str) -> subprocess.CompletedProcess[s
 def test_submitted_stopped_and_submitted_again(head: str, tmp_path: Path) -> None:
     """Ends on the head's own home, as a relative root on one node does; `ray job stop` on the sweep stops its stages."""
     client = jobs._client(head)
-    overrides = ["--set", "storage.root=store", "--set", "train.resume_every_images=16"]
+    overrides = ["--set", "storage.root=store", *[word for setting in sweeps.SLOW for word in ("--set", setting)]]
     entry = [sys.executable, "-m", "dis_scale.sweep", "tests/tiny.yaml", *overrides]
     client.submit_job(
-        entrypoint=" ".join(entry),
+        entrypoint=shlex.join(entry),
         submission_id="first",
         runtime_env={"working_dir": str(sweeps.ROOT), "excludes": [".git", ".venv"]},
     )
@@ -75,10 +76,10 @@ def test_submitted_stopped_and_submitted_again(head: str, tmp_path: Path) -> Non
         assert time.monotonic() < deadline, client.list_jobs()
         time.sleep(0.2)
     assert client.get_job_status("first") == "STOPPED"
-    assert not folder(root).exists("sweeps/tiny/runs/dis/published/000000000320/manifest.json")
-    done = submit(head, "second", "storage.root=store")
+    assert not folder(root).exists("sweeps/tiny/runs/dis/published/000000003200/manifest.json")
+    done = submit(head, "second", "storage.root=store", *sweeps.SLOW)
     assert done.returncode == 0, done.stdout + done.stderr
-    sweeps.assert_whole(str(root))
+    sweeps.assert_whole(str(root), *sweeps.SLOW)
 
 
 def test_evaluation_first_keeps_no_training_waiting_and_a_killed_worker_is_replaced(tmp_path: Path) -> None:
