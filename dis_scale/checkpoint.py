@@ -5,19 +5,17 @@ them as 1-D safetensors segments, then the rank's sidecar; rank 0's thread waits
 no gather and no collective off the training thread. Loading reassembles by range. Nothing is ever unpickled.
 """
 
-import json
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import safetensors.torch
 import torch
 
 from dis_scale import manifest
-from dis_scale.engine import KINDS, WEIGHTS, Engine, Segment
+from dis_scale.engine import KINDS, MOMENTS, Engine, Segment
 from dis_scale.errors import StorageError
 from dis_scale.storage import Folder
 
@@ -209,15 +207,8 @@ class Saver:
 
 def fresh(model: torch.nn.Module) -> Callable[[str, str, int, int], torch.Tensor]:
     """What `Stored.read` is for a run that begins: the model's own weights, zero moments."""
-
-    @cache
-    def flat(name: str) -> torch.Tensor:
-        return weights[name].flatten()
-
-    weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
-    return lambda kind, name, start, end: (
-        flat(name)[start:end] if kind in (WEIGHTS, "ema") else torch.zeros(end - start)
-    )
+    flat = {name: p.detach().float().clone().flatten() for name, p in model.named_parameters()}
+    return lambda kind, name, start, end: torch.zeros(end - start) if kind in MOMENTS else flat[name][start:end]
 
 
 def _sidecar(rank: int) -> str:
@@ -228,7 +219,7 @@ def _await_json(folder: Folder, name: str) -> Any:
     deadline = time.monotonic() + SIDECAR_WAIT_S
     while time.monotonic() < deadline:
         if folder.exists(name):
-            return json.loads(folder.read(name))
+            return folder.read_json(name)
         time.sleep(0.05)
     raise StorageError(
         f"{folder}/{name}: not written within {SIDECAR_WAIT_S:.0f} s; this resume point stays incomplete"

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dis_scale.errors import UserError, nearest
 
+FILE = "recipe.yaml"
+"""The recipe's name in a sweep's folder."""
 FORMAT = 1
 """Version of the stored recipe; this code reads FORMAT and FORMAT - 1."""
 

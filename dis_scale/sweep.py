@@ -36,7 +36,6 @@ from pipelines.prepare import prepared
 from pipelines.stage import PROGRESS, SAY
 
 LOOK_EVERY_S = 0.5
-STORED = "recipe.yaml"
 
 
 @dataclass
@@ -78,7 +77,7 @@ def _work(sweep: Sweep, store: Folder) -> dict[str, str]:
     store.require_usable()
     open_source(sweep.recipe.data)
     require_weights(sweep.recipe.evaluate.extractor)
-    sweep.folder.write(STORED, recipes.dump(sweep.recipe).encode())
+    sweep.folder.write(recipes.FILE, recipes.dump(sweep.recipe).encode())
     _begin_tracking(sweep, sweep.recipe.tracking.uri or tracking.default_uri(store))
     with _obeying_signals(sweep), jobs.cluster(sweep.recipe) as cluster:
         sweep.board.say(f"ray      {cluster.described}")
@@ -95,10 +94,8 @@ def _work(sweep: Sweep, store: Folder) -> dict[str, str]:
                 _stage(sweep, cluster, "precompute")
             return _train_and_evaluate(sweep, cluster)
         except BaseException:
-            grace_s = (
-                sweep.recipe.grace_s + 5 if cluster.ours else 0.0
-            )  # a Ray of our own ends with us: wait for its jobs
-            jobs.stop(sweep.jobs, grace_s)
+            # A Ray of our own ends with us: wait for its jobs.
+            jobs.stop(sweep.jobs, wait_s=sweep.recipe.grace_s + 5 if cluster.ours else 0.0)
             raise
 
 
@@ -127,7 +124,7 @@ def _stage(sweep: Sweep, cluster: Cluster, name: str) -> None:
 
 def _train_and_evaluate(sweep: Sweep, cluster: Cluster) -> dict[str, str]:
     """Models in the recipe's order, as many at once as there is room for, and the evaluation beside them; (what failed, why)."""
-    waiting = [m for m in sweep.recipe.models if not _trained(sweep, m)]
+    waiting = [m for m in sweep.recipe.models if not results.trained(sweep.folder, sweep.recipe, m)]
     for model in waiting:
         (sweep.folder / "runs" / model).delete(results.ENDED)
     evaluation = _submit(sweep, cluster, "evaluate")
@@ -174,11 +171,6 @@ def _look(sweep: Sweep, job: Job, name: str) -> None:
             sweep.board.say(f"  {line.removeprefix(SAY)}")
 
 
-def _trained(sweep: Sweep, model: str) -> bool:
-    last = sweep.folder / "runs" / model / "published" / f"{sweep.recipe.train.images:012d}"
-    return last.exists("manifest.json")
-
-
 def _report(sweep: Sweep, failed: dict[str, str]) -> None:
     """Makes the report, and mirrors it and the end of each run into MLflow."""
     files = reports.write(sweep.folder, reports.collect(sweep.folder, sweep.plan))
@@ -211,9 +203,9 @@ def _resolve(recipe: Recipe) -> tuple[Recipe, Folder]:
 def _require_same_identity(sweep: Folder, recipe: Recipe) -> None:
     """UserError with the differences where the sweep of this name was begun as another one."""
     try:
-        if not sweep.exists(STORED):
+        if not sweep.exists(recipes.FILE):
             return
-        stored = recipes.parse(sweep.read(STORED).decode(), f"{sweep}/{STORED}")
+        stored = recipes.parse(sweep.read(recipes.FILE).decode(), f"{sweep}/{recipes.FILE}")
     except UserError as error:
         raise UserError(f"{error}; the stored recipe is from another version: give this sweep another name") from error
     except DisScaleError as error:

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,7 @@ class Vae:
         """The latents' shape for images of `resolution` pixels a side."""
         return LatentShape(int(self.net.config.latent_channels), resolution // self.factor)
 
+    @cached_property
     def identity(self) -> str:
         """sha256 over the configuration and the weights."""
         config = {k: v for k, v in sorted(self.net.config.items()) if not k.startswith("_")}

@@ -42,7 +42,7 @@ class Evaluator(stage.Worker):
         torch.set_num_threads(1)
         where = torch.device(device)
         decoder = vae.load(recipe.vae, sweep)
-        shards.require_vae(sweep, decoder.identity())
+        shards.require_vae(sweep, decoder.identity)
         decoder.net.to(where)
         self.studio = open_studio(recipe, sweep, decoder, where)
 
@@ -72,12 +72,13 @@ class Evaluation:
     def evaluate(self, model: str, images: int) -> None:
         """Draws what is missing of one published checkpoint and writes its grid and, last, its metrics."""
         folder = results.folder(self.sweep, model, images)
-        left = [b for b in range(self.blocks) if _whole_block(folder, b) is None]
+        kept = {b: _whole_block(folder, b) for b in range(self.blocks)}
+        left = [b for b, block in kept.items() if block is None]
         share = len(self.workers)
         parts = [w.draw.remote(model, images, left[i::share]) for i, w in enumerate(self.workers)]
         stage.watch(self.workers, parts, lambda done: self._report(sum(done)))
         stage.leave_if_asked()
-        blocks = [_read_block(folder, b) for b in range(self.blocks)]
+        blocks = [block or _read_block(folder, b) for b, block in kept.items()]
         measured = self._measure(blocks)
         folder.write(results.GRID, grid(np.concatenate([b.pictures for b in blocks])[:GRID], COLUMNS))
         folder.write_json(results.METRICS, self._facts(model, images) | measured)
@@ -136,7 +137,7 @@ def _evaluate_all(sweep: Folder, recipe: Recipe, device: str, passed_over: set[t
     workers = [stage.spawn(Evaluator, options, sweep, recipe, device) for _ in range(recipe.evaluate.workers)]
     evaluation = Evaluation(sweep, recipe, workers, reference.load(sweep, recipe.data, extractor))
     for model in recipe.models:
-        for images in results.evaluated(sweep, model):
+        for images in results.evaluated_counts(sweep, model):
             evaluation.log(model, images)
     news = time.monotonic()
     while True:

@@ -102,7 +102,7 @@ def cluster(recipe: Recipe) -> Iterator[Cluster]:
     try:
         head, dashboard = _start_head(recipe, folder)
         yield Cluster(
-            _client(dashboard),
+            JobSubmissionClient(dashboard),
             {},
             f"a local Ray that this command started ({dashboard})",
             True,
@@ -210,7 +210,7 @@ def _joined(address: str, recipe: Recipe) -> Cluster:
 
 def _start_head(recipe: Recipe, folder: Path) -> tuple[subprocess.Popen, str]:
     """A Ray head on loopback with free ports, that dies with this process; (its process, the dashboard's URL)."""
-    port, dashboard, agent = _free_ports(3)
+    port, dashboard, agent = free_ports(3)
     resources = {
         "prepare": 1, "precompute": recipe.precompute.workers, "train": recipe.train.workers, "evaluate": recipe.evaluate.workers,
     }  # fmt: skip
@@ -242,7 +242,7 @@ def _start_head(recipe: Recipe, folder: Path) -> tuple[subprocess.Popen, str]:
     deadline = time.monotonic() + START_TIMEOUT_S
     while head.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(ConnectionError, RuntimeError):
-            _client(url).list_jobs()
+            JobSubmissionClient(url).list_jobs()
             return head, url
         time.sleep(0.3)
     head.kill()
@@ -252,14 +252,8 @@ def _start_head(recipe: Recipe, folder: Path) -> tuple[subprocess.Popen, str]:
     )
 
 
-def _client(url: str) -> JobSubmissionClient:
-    try:
-        return JobSubmissionClient(url)
-    except ConnectionError as error:
-        raise ConnectionError(f"no Ray answers at {url}") from error
-
-
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody listens on now."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

@@ -46,21 +46,22 @@ def precompute(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
     stage.connect()
     device, why = stage.choose_device(recipe)
     source, encoder = open_source(recipe.data), vae.load(recipe.vae, sweep)
-    latents = shards.latents_folder(sweep, recipe, encoder.identity())
+    latents = shards.latents_folder(sweep, recipe, encoder.identity)
     stage.say(f"latents  {latents} on {device} ({why})")
     if manifest.find(latents) is None:
         _make(sweep, latents, recipe, source, encoder, device)
-    shards.point_to(sweep, latents, encoder.identity())
+    shards.point_to(sweep, latents, encoder.identity)
 
 
 def _make(sweep: Folder, latents: Folder, recipe: Recipe, source: Source, encoder: Vae, device: str) -> None:
-    _require_one_kind(latents, device, _listing(source))
+    listing = _listing(source)
+    _require_one_kind(latents, device, listing)
     numbers = range(-(-len(source) // recipe.precompute.shard_images))
     stage.with_restarts(
         recipe, "precompute", lambda: _encode_missing(sweep, latents, recipe, len(source), device, numbers)
     )
     stage.leave_if_asked()
-    found = shards.seal(latents, numbers, _facts(recipe, source, encoder, device))
+    found = shards.seal(latents, numbers, _facts(recipe, source, listing, encoder, device))
     stage.say(f"{found['count']} latents in {len(numbers)} shards, {len(found['refused'])} images refused")
 
 
@@ -123,10 +124,10 @@ def _listing(source: Source) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _facts(recipe: Recipe, source: Source, encoder: Vae, device: str) -> dict[str, Any]:
+def _facts(recipe: Recipe, source: Source, listing: str, encoder: Vae, device: str) -> dict[str, Any]:
     return {
-        "source": recipe.data.source.model_dump(mode="json"), "listing": _listing(source), "resolution": recipe.data.resolution,
-        "vae": encoder.identity(), "scale": encoder.scale, "shift": encoder.shift,
+        "source": recipe.data.source.model_dump(mode="json"), "listing": listing, "resolution": recipe.data.resolution,
+        "vae": encoder.identity, "scale": encoder.scale, "shift": encoder.shift,
         "latent": list(encoder.latent(recipe.data.resolution)), "num_classes": recipe.data.num_classes,
         "label_names": source.label_names, "shard_images": recipe.precompute.shard_images,
         "encode_images": recipe.precompute.encode_images, "device": device, "torch": torch.__version__,

@@ -23,16 +23,14 @@ CPUS = 2
 class Preparer(stage.Worker):
     """Does what is missing, one thing after another; progress counts optimizer steps and reference images."""
 
-    def prepare(self, sweep: Folder, recipe: Recipe, device: str) -> list[str]:
+    def prepare(self, sweep: Folder, recipe: Recipe, device: str) -> None:
         torch.set_num_threads(CPUS)
         self._images: Any = None
-        said = []
         if _vae_missing(sweep, recipe):
-            said.append(self._vae(sweep, recipe))
+            self._said.append(self._vae(sweep, recipe))
         for name, kind in _classifiers_missing(sweep, recipe):
-            said.append(self._classifier(sweep, recipe, name, kind))
-        said.append(self._reference(sweep, recipe, device))
-        return said
+            self._said.append(self._classifier(sweep, recipe, name, kind))
+        self._said.append(self._reference(sweep, recipe, device))
 
     def _vae(self, sweep: Folder, recipe: Recipe) -> str:
         assert isinstance(recipe.vae, TrainedVae)
@@ -82,13 +80,12 @@ def prepare(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
     device = "cpu" if isinstance(recipe.evaluate.extractor, TrainedExtractor) else stage.choose_device(recipe)[0]
     cpus = min(CPUS, int(ray.cluster_resources().get("CPU", 1)))
 
-    def attempt() -> list[str]:
+    def attempt() -> None:
         worker = stage.spawn(Preparer, stage.resources("prepare", device, cpus))
         result = worker.prepare.remote(sweep, recipe, device)
-        return stage.watch([worker], [result], lambda done: stage.progress(done[0], total, "steps and images"))[0]
+        stage.watch([worker], [result], lambda done: stage.progress(done[0], total, "steps and images"))
 
-    for line in stage.with_restarts(recipe, "prepare", attempt):
-        stage.say(line)
+    stage.with_restarts(recipe, "prepare", attempt)
 
 
 def prepared(sweep: Folder, recipe: Recipe) -> bool:

@@ -66,7 +66,7 @@ def _end_with(cause: BaseException, error: BaseException) -> NoReturn:
 
 def load_recipe(sweep: Folder) -> Recipe:
     """The recipe as the sweep stored it."""
-    return recipes.parse(sweep.read("recipe.yaml").decode(), f"{sweep}/recipe.yaml")
+    return recipes.parse(sweep.read(recipes.FILE).decode(), f"{sweep}/{recipes.FILE}")
 
 
 def connect() -> None:

@@ -8,13 +8,14 @@ A start sometimes hangs on a busy machine; `start` then begins anew.
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
 import urllib.request
 import uuid
 from pathlib import Path
+
+from pipelines.jobs import free_ports
 
 KEY, SECRET = "testkey", "testsecret"
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "monmaptool", "ceph")
@@ -100,7 +101,7 @@ class ObjectStore:
         shutil.rmtree(self.folder, ignore_errors=True)
         for name in ("mon", "osd", "rgw"):
             (self.folder / name).mkdir(parents=True)
-        self.port, monitor_port = _free_ports(2)
+        self.port, monitor_port = free_ports(2)
         fsid, osd = str(uuid.uuid4()), str(uuid.uuid4())
         config = CONFIG.format(fsid=fsid, monitor_port=monitor_port, port=self.port, folder=self.folder)
         (self.folder / "ceph.conf").write_text(config)
@@ -150,14 +151,6 @@ def _wait(true: object, timeout_s: float = 15.0) -> None:
                 return
         time.sleep(0.1)
     raise TimeoutError("not ready in time")
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def make_bucket(store: ObjectStore, name: str) -> str:

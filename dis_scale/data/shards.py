@@ -120,20 +120,20 @@ def find_latents(sweep: Folder) -> Folder | None:
     pointer = sweep.read_json(POINTER)
     latents = _store(sweep) / pointer["folder"]
     found = manifest.find(latents)
-    if found is not None and found["vae"] != pointer["vae"]:
-        raise UserError(
-            f"{latents}: latents of another VAE: theirs is {found['vae'][:12]}, the sweep's is {pointer['vae'][:12]}; "
-            "use the VAE that made them, or another storage root"
-        )
+    if found is not None:
+        _require_same_vae(latents, found["vae"], pointer["vae"])
     return latents if found is not None else None
 
 
 def require_vae(sweep: Folder, vae_identity: str) -> None:
     """UserError where the sweep's latents were made with another VAE than this one."""
-    noted = sweep.read_json(POINTER)["vae"]
-    if noted != vae_identity:
+    _require_same_vae(sweep, sweep.read_json(POINTER)["vae"], vae_identity)
+
+
+def _require_same_vae(latents: Folder, theirs: str, ours: str) -> None:
+    if theirs != ours:
         raise UserError(
-            f"{sweep}: latents of another VAE: theirs is {noted[:12]}, the one given now is {vae_identity[:12]}; "
+            f"{latents}: latents of another VAE: theirs is {theirs[:12]}, the sweep's is {ours[:12]}; "
             "use the VAE that made them, or another storage root"
         )
 

@@ -40,8 +40,8 @@ def open_for_drawing(path: Path, vae_path: str | None, heads: int | None = None)
     if not file.exists():
         raise UserError(f"no checkpoint at {path}: expected a published folder, a .safetensors file or a public .pt")
     model = open_checkpoint(file, heads)
-    sweep = next((parent for parent in file.absolute().parents if (parent / "recipe.yaml").exists()), None)
-    recipe = recipes.load(sweep / "recipe.yaml") if sweep else None
+    sweep = next((parent for parent in file.absolute().parents if (parent / recipes.FILE).exists()), None)
+    recipe = recipes.load(sweep / recipes.FILE) if sweep else None
     if vae_path is not None:
         decoder = vae.load(PretrainedVae(kind="pretrained", path=vae_path), folder(path))
     elif sweep is not None and recipe is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray.job_submission import JobSubmissionClient
 
 from dis_scale import recipe as recipes
 from dis_scale.evaluation import results
@@ -24,7 +25,7 @@ RAY = str(Path(sys.executable).with_name("ray"))
 @pytest.fixture
 def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A plain `ray start --head` of two CPUs with no named resources; its dashboard's URL."""
-    port, dashboard, agent = jobs._free_ports(3)
+    port, dashboard, agent = jobs.free_ports(3)
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     command = [
@@ -37,7 +38,7 @@ def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     url, deadline = f"http://127.0.0.1:{dashboard}", time.monotonic() + 90
     while True:
         try:
-            jobs._client(url).list_jobs()
+            JobSubmissionClient(url).list_jobs()
             break
         except (ConnectionError, RuntimeError):
             assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
@@ -56,7 +57,7 @@ def submit(url: str, name: str, *settings: str) -> subprocess.CompletedProcess[s
 
 def test_submitted_stopped_and_submitted_again(head: str, tmp_path: Path) -> None:
     """Ends on the head's own home, as a relative root on one node does; `ray job stop` on the sweep stops its stages."""
-    client = jobs._client(head)
+    client = JobSubmissionClient(head)
     overrides = ["--set", "storage.root=store", *[word for setting in sweeps.SLOW for word in ("--set", setting)]]
     entry = [sys.executable, "-m", "dis_scale.sweep", "tests/tiny.yaml", *overrides]
     client.submit_job(
