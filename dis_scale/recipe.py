@@ -271,11 +271,37 @@ class TrainedExtractor(Settings):
 
 
 class InceptionExtractor(Settings):
-    """Inception-v3 with the 2015 TensorFlow weights, as torch-fidelity ships them; gives FID."""
+    """Inception-v3 with the 2015 TensorFlow weights, as torch-fidelity ships them; gives FID, sFID and Inception Score."""
 
     kind: Literal["inception"]
     weights: str | None = runtime(None)
-    """Path of weights-inception-2015-12-05-6726825d.pth, or nothing for torch-fidelity's download."""
+    """Path or URL of weights-inception-2015-12-05-6726825d.pth, or nothing for torch-fidelity's download."""
+
+    @property
+    def name(self) -> str:
+        return "inception"
+
+
+class TorchScriptExtractor(Settings):
+    """Any TorchScript file: takes uint8 images (B, 3, H, W), and its first output, the features (B, d), gives `fd_<name>`."""
+
+    kind: Literal["torchscript"]
+    name: str = Field(pattern=r"^[a-z0-9]+$")
+    path: str = runtime(...)
+    """Path or URL of the file."""
+    size: Count | None = None
+    """Pixels a side that it wants; images of another size are resized, antialiased. Nothing: it takes them as they are."""
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+
+
+ExtractorSettings = Annotated[TrainedExtractor | InceptionExtractor | TorchScriptExtractor, Field(discriminator="kind")]
+Metric = Literal[
+    "distance", "sfid", "inception_score", "inception_score_adm", "kid", "precision_recall", "distance_infinity"
+]
+
+
+_DIMENSIONS = {"inception": 2048, "trained": 64}
+"""Features of an extractor whose number is known before it is opened."""
 
 
 class Evaluate(Settings):
@@ -285,7 +311,14 @@ class Evaluate(Settings):
     sampler: Literal["ddpm", "ddim", "dpm_solver", "euler", "heun", "euler_maruyama"]
     steps: Count
     guidance: float = Field(1.5, ge=0)
-    extractor: Annotated[TrainedExtractor | InceptionExtractor, Field(discriminator="kind")]
+    extractor: ExtractorSettings
+    """Its distance is the main metric."""
+    also: tuple[ExtractorSettings, ...] = ()
+    """Other extractors, in the same pass over the same images."""
+    metrics: tuple[Metric, ...] = Field(("distance",), json_schema_extra={"role": "extent"})
+    """What is measured under each extractor; sFID and the Inception Scores under Inception alone."""
+    reference: str | None = None
+    """An ADM reference `.npz` (path or URL) instead of the source images' statistics."""
     block_images: Count = 250
     """Samples drawn as one unit by one worker."""
     workers: Count = runtime(1)
@@ -293,12 +326,54 @@ class Evaluate(Settings):
     """Ends with an error when training publishes nothing new for so long."""
 
     @property
+    def extractors(self) -> tuple[ExtractorSettings, ...]:
+        """The main one first."""
+        return (self.extractor, *self.also)
+
+    @property
+    def trained(self) -> TrainedExtractor | None:
+        """The extractor that the sweep trains itself, if it has one."""
+        return next((extractor for extractor in self.extractors if isinstance(extractor, TrainedExtractor)), None)
+
+    @property
     def metric(self) -> str:
-        """The distance's name: `fid` is Inception and 50,000 samples, `fid_5k` says fewer, other features are `fd_<name>`."""
-        if isinstance(self.extractor, TrainedExtractor):
-            return f"fd_{self.extractor.name}"
+        """The main distance's name."""
+        return self.metric_name("fid", self.extractor.name)
+
+    def metric_name(self, stem: str, extractor: str) -> str:
+        """The field's term under Inception, with the extractor's name under any other; the number of samples but for 50,000.
+
+        `fid` is Inception and 50,000 samples, `fid_5k` fewer, `fd_digits_1k` and `kid_digits_1k` other features.
+        """
+        if extractor != "inception":
+            ours = {"fid": f"fd_{extractor}", "fid_infinity": f"fd_{extractor}_infinity"}
+            stem = ours.get(stem, f"{stem}_{extractor}")
         count = f"{self.samples // 1000}k" if self.samples % 1000 == 0 else str(self.samples)
-        return "fid" if self.samples == 50_000 else f"fid_{count}"
+        return stem if self.samples == 50_000 else f"{stem}_{count}"
+
+    @model_validator(mode="after")
+    def _measurable(self) -> Self:
+        names = [extractor.name for extractor in self.extractors]
+        if len(set(names)) < len(names) or any(
+            e.name == "inception" and e.kind != "inception" for e in self.extractors
+        ):
+            raise ValueError(f"also: extractors need names of their own, other than inception: got {names}")
+        if sum(extractor.kind == "trained" for extractor in self.extractors) > 1:
+            raise ValueError(f"also: one trained extractor at most: got {names}")
+        if "distance" not in self.metrics:
+            raise ValueError("metrics: distance is always measured: add it to the list")
+        only = {"sfid", "inception_score", "inception_score_adm"} & set(self.metrics)
+        if only and "inception" not in names:
+            raise ValueError(f"metrics: {sorted(only)[0]} needs Inception: add {{kind: inception}} to also")
+        if self.reference and set(names) != {"inception"}:
+            raise ValueError(f"reference: an ADM file has Inception's statistics alone, and the extractors are {names}")
+        for extractor in self.extractors:
+            if self.samples <= (d := _DIMENSIONS.get(extractor.kind, 0)):
+                raise ValueError(
+                    f"samples: {self.samples} are too few for the covariance of {d:,} features ({extractor.name}): "
+                    f"expected at least {d + 1:,}"
+                )
+        return self
 
 
 class Storage(Settings):

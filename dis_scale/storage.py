@@ -138,6 +138,12 @@ def folder(url: str | os.PathLike) -> Folder:
     return Folder(text)
 
 
+def locate(url: str) -> tuple[Folder, str]:
+    """The folder and the name of one file at a URL or local path."""
+    parent, _, name = url.rpartition("/")
+    return folder(parent or "."), name
+
+
 def _options(url: str) -> dict[str, Any]:
     """A listing must show what other processes wrote a moment ago; one layer less of retries below ours and s3fs's own."""
     retries = {"retries": {"mode": "standard", "total_max_attempts": 1}, "connect_timeout": 10}

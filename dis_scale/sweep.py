@@ -76,7 +76,8 @@ def _work(sweep: Sweep, store: Folder) -> dict[str, str]:
     """All stages, on the Ray that this process runs on or on one of our own; (what failed, why)."""
     store.require_usable()
     open_source(sweep.recipe.data)
-    require_weights(sweep.recipe.evaluate.extractor)
+    for extractor in sweep.recipe.evaluate.extractors:
+        require_weights(extractor)
     sweep.folder.write(recipes.FILE, recipes.dump(sweep.recipe).encode())
     _begin_tracking(sweep, sweep.recipe.tracking.uri or tracking.default_uri(store))
     with _obeying_signals(sweep), jobs.cluster(sweep.recipe) as cluster:

@@ -19,8 +19,8 @@ from dis_scale import vae
 from dis_scale.checkpoint import images_name
 from dis_scale.data import shards
 from dis_scale.errors import DisScaleError, StorageError
-from dis_scale.evaluation import metrics, reference, results
-from dis_scale.evaluation.features import load_extractor
+from dis_scale.evaluation import reference, results
+from dis_scale.evaluation.measure import measure
 from dis_scale.evaluation.sample import GRID, Block, grid, open_studio
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder
@@ -58,12 +58,12 @@ class Evaluator(stage.Worker):
 
 @dataclass
 class Evaluation:
-    """One sweep's evaluation: its workers and the reference."""
+    """One sweep's evaluation: its workers and the references by extractor."""
 
     sweep: Folder
     recipe: Recipe
     workers: list[Any]
-    reference: reference.Reference
+    references: dict[str, reference.Reference]
 
     @property
     def blocks(self) -> int:
@@ -98,15 +98,7 @@ class Evaluation:
             projection.send_file(path, "samples")
 
     def _measure(self, blocks: list[Block]) -> dict[str, float]:
-        features = np.concatenate([b.features for b in blocks])
-        right = np.concatenate([b.right for b in blocks])
-        metric, real = self.recipe.evaluate.metric, self.reference
-        judged = {"class_accuracy": float((right == 1).mean())} if (right >= 0).all() else {}
-        return {
-            metric: metrics.frechet(metrics.fit(features), real.gaussian),
-            f"{metric}_error": metrics.frechet_error(features, real.gaussian),
-            f"{metric}_floor": real.floor,
-        } | judged
+        return measure(blocks, self.references, self.recipe.evaluate)
 
     def _facts(self, model: str, images: int) -> dict[str, Any]:
         drawn = self.recipe.evaluate.model_dump(include={"samples", "sampler", "steps", "guidance"})
@@ -132,10 +124,9 @@ def evaluate(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
 
 def _evaluate_all(sweep: Folder, recipe: Recipe, device: str, passed_over: set[tuple[str, int]]) -> None:
     """Takes each new published folder as it comes; a damaged one is named, passed over and noted in `passed_over`."""
-    extractor = load_extractor(recipe.evaluate.extractor, sweep, torch.device("cpu"))
     options = _options(recipe, device)
     workers = [stage.spawn(Evaluator, options, sweep, recipe, device) for _ in range(recipe.evaluate.workers)]
-    evaluation = Evaluation(sweep, recipe, workers, reference.load(sweep, recipe.data, extractor))
+    evaluation = Evaluation(sweep, recipe, workers, reference.load_all(sweep, recipe))
     for model in recipe.models:
         for images in results.evaluated_counts(sweep, model):
             evaluation.log(model, images)

@@ -12,7 +12,7 @@ from dis_scale import digits, manifest, vae
 from dis_scale.data.sources import open_source
 from dis_scale.errors import Preempted
 from dis_scale.evaluation import reference
-from dis_scale.evaluation.features import JUDGE, load_extractor, store_classifier
+from dis_scale.evaluation.features import JUDGE, load_extractors, store_classifier
 from dis_scale.recipe import Recipe, TrainedExtractor, TrainedVae
 from dis_scale.storage import Folder
 from pipelines import stage
@@ -49,11 +49,11 @@ class Preparer(stage.Worker):
         return f"{kind}: {accuracy:.1%} on images held out"
 
     def _reference(self, sweep: Folder, recipe: Recipe, device: str) -> str:
-        extractor = load_extractor(recipe.evaluate.extractor, sweep, torch.device(device))
-        if not sweep.exists(reference.path(recipe.data, extractor)):
-            found = reference.compute(open_source(recipe.data), recipe.data, extractor, self._report(self._done))
-            reference.store(sweep, recipe.data, extractor, found)
-        floor = reference.load(sweep, recipe.data, extractor).floor
+        extractors = load_extractors(recipe.evaluate, sweep, torch.device(device))
+        reference.prepare(sweep, recipe, open_source(recipe.data), extractors, self._report(self._done))
+        floor = reference.load_all(sweep, recipe)[recipe.evaluate.extractor.name].floor
+        if floor is None:
+            return f"reference: {recipe.evaluate.reference}"
         return f"reference: {recipe.evaluate.metric} between two halves of the real images is {floor:.3g}"
 
     def _pixels(self, recipe: Recipe) -> Any:
@@ -76,8 +76,9 @@ def prepare(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
     stage.connect()
     total = recipe.vae.steps if isinstance(recipe.vae, TrainedVae) and _vae_missing(sweep, recipe) else 0
     total += _classifier_steps(recipe) * len(_classifiers_missing(sweep, recipe)) + len(open_source(recipe.data))
-    # The small networks are trained on the CPU; only Inception's features of all real images are worth a GPU.
-    device = "cpu" if isinstance(recipe.evaluate.extractor, TrainedExtractor) else stage.choose_device(recipe)[0]
+    # The small networks are trained on the CPU; only a large extractor's features of all real images are worth a GPU.
+    only_trained = all(isinstance(extractor, TrainedExtractor) for extractor in recipe.evaluate.extractors)
+    device = "cpu" if only_trained else stage.choose_device(recipe)[0]
     cpus = min(CPUS, int(ray.cluster_resources().get("CPU", 1)))
 
     def attempt() -> None:
@@ -91,7 +92,7 @@ def prepare(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
 def prepared(sweep: Folder, recipe: Recipe) -> bool:
     """Whether the sweep has all that this stage makes."""
     models = not _vae_missing(sweep, recipe) and not _classifiers_missing(sweep, recipe)
-    return models and bool((sweep / "reference").list())
+    return models and reference.stored(sweep, recipe)
 
 
 def _vae_missing(sweep: Folder, recipe: Recipe) -> bool:
@@ -99,12 +100,12 @@ def _vae_missing(sweep: Folder, recipe: Recipe) -> bool:
 
 
 def _classifiers_missing(sweep: Folder, recipe: Recipe) -> list[tuple[str, str]]:
-    """(name, kind) of the classifiers still to be trained; none under Inception features."""
-    if not isinstance(recipe.evaluate.extractor, TrainedExtractor):
+    """(name, kind) of the classifiers still to be trained; none where no extractor is trained."""
+    if recipe.evaluate.trained is None:
         return []
-    wanted = [(recipe.evaluate.extractor.name, "extractor"), (JUDGE, "judge")]
+    wanted = [(recipe.evaluate.trained.name, "extractor"), (JUDGE, "judge")]
     return [(name, kind) for name, kind in wanted if manifest.find(sweep / "extractors" / name) is None]
 
 
 def _classifier_steps(recipe: Recipe) -> int:
-    return recipe.evaluate.extractor.steps if isinstance(recipe.evaluate.extractor, TrainedExtractor) else 0
+    return recipe.evaluate.trained.steps if recipe.evaluate.trained else 0

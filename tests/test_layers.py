@@ -28,7 +28,7 @@ DOORS = {
     "webdataset": "dis_scale/data/shards.py",
     "mlflow": "dis_scale/tracking.py",
     "diffusers": "dis_scale/vae.py",
-    "torch_fidelity": "dis_scale/evaluation/features.py",
+    "torch_fidelity": "dis_scale/evaluation/inception.py",
     "fsspec": "dis_scale/storage.py",
     "s3fs": "dis_scale/storage.py",
     "sklearn": "dis_scale/data/sources.py",

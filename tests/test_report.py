@@ -19,11 +19,11 @@ def sweep(tmp_path: Path) -> Folder:
     made = folder(tmp_path) / "sweeps/tiny"
     for model, images, distance in [("dis", 0, 90.0), ("dis", 160, 9.0), ("dit", 160, 7.0)]:
         values = {
-            "fd_digits": distance,
-            "fd_digits_error": 0.5,
-            "fd_digits_floor": 0.25,
+            "fd_digits_80": distance,
+            "fd_digits_80_error": 0.5,
+            "fd_digits_80_floor": 0.25,
             "class_accuracy": 0.5,
-            "samples": 60,
+            "samples": 80,
         }
         results.folder(made, model, images).write_json(results.METRICS, values)
     (made / "runs/dit").write_json(results.ENDED, {"why": "a worker was lost 4 times"})
@@ -37,7 +37,7 @@ def collect(sweep: Folder, recipe: Recipe) -> reports.Report:
 def test_points_carry_true_cost_and_distance(sweep: Folder, tiny: Recipe) -> None:
     report = collect(sweep, tiny)
     rows = list(csv.DictReader(io.StringIO(reports.to_csv(report).decode())))
-    assert [(r["model"], r["images"], r["fd_digits"]) for r in rows] == [
+    assert [(r["model"], r["images"], r["fd_digits_80"]) for r in rows] == [
         ("dis", "0", "90.0"),
         ("dis", "160", "9.0"),
         ("dit", "160", "7.0"),

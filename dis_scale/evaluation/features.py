@@ -1,60 +1,136 @@
-"""Images to features: the sweep's own classifier, or Inception-v3 for FID. The door to torch-fidelity.
+"""Images to features, by extractors with a name: Inception-v3, the sweep's own classifier, any TorchScript file.
 
-Learnt the hard way: torch-fidelity neither checks the hash of the Inception weights nor loads them safely, so both happen here.
+Read next: inception.py for the first, measure.py for what becomes of the features.
 """
 
 import hashlib
-from pathlib import Path
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import safetensors.torch
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from dis_scale import manifest
 from dis_scale.digits import Classifier
 from dis_scale.errors import StorageError, UserError
-from dis_scale.recipe import InceptionExtractor, TrainedExtractor
-from dis_scale.storage import Folder
-from dis_scale.vae import to_unit
+from dis_scale.evaluation import inception
+from dis_scale.recipe import Evaluate, ExtractorSettings, InceptionExtractor, TorchScriptExtractor, TrainedExtractor
+from dis_scale.storage import Folder, locate
 
 JUDGE = "judge"
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-INCEPTION_URL = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-)
+BATCH_IMAGES = 50
+"""Images looked at at once: fixed, so that features are a function of the block alone."""
+Net = Callable[[Tensor], tuple[Tensor, ...]]
 
 
+@dataclass(frozen=True)
+class Features:
+    """What one extractor sees in B images, float32: `pooled` (B, d); Inception adds `spatial` (B, 2023), `logits` (B, 1008)."""
+
+    identity: str
+    pooled: np.ndarray
+    spatial: np.ndarray | None = None
+    logits: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.pooled)
+
+
+@dataclass(frozen=True)
 class Extractor:
-    """Images to features; `identity` changes when the features do."""
+    """uint8 images (B, H, W, 3) to `Features`; `identity` is the sha256 of its weights and changes when the features do."""
 
-    def __init__(self, identity: str, net: nn.Module, device: torch.device) -> None:
-        self.identity, self._net, self._device = identity, net.to(device).eval(), device
+    name: str
+    identity: str
+    net: Net
+    """uint8 (B, 3, H, W) to one tensor (B, d) or Inception's three."""
+    device: torch.device
 
     @torch.no_grad()
-    def __call__(self, pixels_BHWC: np.ndarray) -> np.ndarray:
-        """Features, float32 (B, d), of uint8 images (B, H, W, 3)."""
-        if isinstance(self._net, Classifier):
-            features = self._net.features(to_unit(pixels_BHWC).to(self._device))
-        else:
-            (features,) = self._net(
-                torch.from_numpy(np.ascontiguousarray(pixels_BHWC.transpose(0, 3, 1, 2))).to(self._device)
-            )
-        return features.float().cpu().numpy()
+    def __call__(self, pixels_BHWC: np.ndarray) -> Features:
+        images = torch.from_numpy(np.ascontiguousarray(pixels_BHWC.transpose(0, 3, 1, 2)))
+        seen = [self.net(part.to(self.device)) for part in images.split(BATCH_IMAGES)]
+        return Features(self.identity, *(torch.cat(parts).float().cpu().numpy() for parts in zip(*seen, strict=True)))
 
 
-def load_extractor(settings: TrainedExtractor | InceptionExtractor, sweep: Folder, device: torch.device) -> Extractor:
-    """The recipe's extractor, its weights checked by hash."""
+def load_extractors(settings: Evaluate, sweep: Folder, device: torch.device) -> list[Extractor]:
+    """The recipe's extractors, the main one first, each one's weights checked by hash."""
+    return [load_extractor(extractor, sweep, device) for extractor in settings.extractors]
+
+
+def load_extractor(settings: ExtractorSettings, sweep: Folder, device: torch.device) -> Extractor:
+    """One extractor; UserError or StorageError where its weights are missing or others."""
+    found, net = identity(settings, sweep), _net(settings, sweep, device)
+    return Extractor(settings.name, found, net, device)
+
+
+def identity(settings: ExtractorSettings, sweep: Folder) -> str:
+    """The sha256 of an extractor's weights, without opening them."""
+    if isinstance(settings, InceptionExtractor):
+        return inception.PUBLISHED.sha256
     if isinstance(settings, TrainedExtractor):
-        net, identity = load_classifier(sweep, settings.name)
-        return Extractor(identity, net, device)
-    return Extractor(INCEPTION_SHA256, _inception(settings.weights), device)
+        return _classifier_manifest(sweep / "extractors" / settings.name)["files"]["weights.safetensors"]["sha256"]
+    how = f"{settings.size}" if settings.size else ""
+    return hashlib.sha256(_script(settings)).hexdigest() + how
 
 
-def require_weights(settings: TrainedExtractor | InceptionExtractor) -> None:
-    """UserError where the recipe names Inception weights that are not there or are others; before anything is spent."""
+def require_weights(settings: ExtractorSettings) -> None:
+    """UserError where the recipe names weights that are not there or are others; before anything is spent."""
     if isinstance(settings, InceptionExtractor) and settings.weights:
-        _check_weights(Path(settings.weights))
+        inception.read_weights(settings.weights)
+    elif isinstance(settings, TorchScriptExtractor):
+        _script(settings)
+
+
+def _net(settings: ExtractorSettings, sweep: Folder, device: torch.device) -> Net:
+    if isinstance(settings, InceptionExtractor):
+        return inception.load(settings.weights).to(device)
+    if isinstance(settings, TorchScriptExtractor):
+        return _scripted(settings, device)
+    classifier = load_classifier(sweep, settings.name).to(device)
+    return lambda x_BCHW: (classifier.features(x_BCHW.float().div(127.5).sub(1)),)
+
+
+def _scripted(settings: TorchScriptExtractor, device: torch.device) -> Net:
+    try:
+        net = torch.jit.load(io.BytesIO(_script(settings)), map_location=device).eval()
+    except RuntimeError as error:
+        raise UserError(f"{settings.path}: not a TorchScript file: {str(error).splitlines()[0]}") from error
+
+    def run(x_BCHW: Tensor) -> tuple[Tensor]:
+        output = net(_resized(x_BCHW, settings.size))
+        features = output[0] if isinstance(output, tuple | list) else output
+        if features.shape[:1] != x_BCHW.shape[:1] or features.ndim != 2:
+            raise UserError(
+                f"{settings.path}: features of shape {tuple(features.shape)} for {len(x_BCHW)} images, "
+                f"expected ({len(x_BCHW)}, d) as its first output"
+            )
+        return (features,)
+
+    return run
+
+
+def _resized(x_BCHW: Tensor, size: int | None) -> Tensor:
+    if size is None or x_BCHW.shape[-2:] == (size, size):
+        return x_BCHW
+    resized = F.interpolate(x_BCHW.float(), (size, size), mode="bilinear", antialias=True)
+    return resized.round().clamp(0, 255).byte()
+
+
+def _script(settings: TorchScriptExtractor) -> bytes:
+    place, name = locate(settings.path)
+    try:
+        data = place.read(name)
+    except FileNotFoundError as error:
+        raise UserError(f"extractor {settings.name}: no file {settings.path}") from error
+    found = hashlib.sha256(data).hexdigest()
+    if settings.sha256 not in (None, found):
+        raise UserError(f"{settings.path}: sha256 {found}, the recipe expects {settings.sha256}")
+    return data
 
 
 def store_classifier(sweep: Folder, name: str, net: Classifier, accuracy: float) -> None:
@@ -64,44 +140,17 @@ def store_classifier(sweep: Folder, name: str, net: Classifier, accuracy: float)
     manifest.put(sweep / "extractors" / name, {"weights.safetensors": weights}, **facts)
 
 
-def load_classifier(sweep: Folder, name: str) -> tuple[Classifier, str]:
-    """A stored classifier in evaluation, and its weights' sha256."""
-    folder = sweep / "extractors" / name
-    found = manifest.find(folder)
-    if found is None:
-        raise StorageError(f"{folder}: no classifier there: the prepare stage has not finished")
+def load_classifier(sweep: Folder, name: str) -> Classifier:
+    """A stored classifier in evaluation."""
+    place = sweep / "extractors" / name
+    found = _classifier_manifest(place)
     net = Classifier(found["kind"], found["num_classes"])
-    net.load_state_dict(safetensors.torch.load(manifest.read(folder, "weights.safetensors", found)))
-    return net.eval(), found["files"]["weights.safetensors"]["sha256"]
+    net.load_state_dict(safetensors.torch.load(manifest.read(place, "weights.safetensors", found)))
+    return net.eval()
 
 
-def _inception(weights: str | None) -> nn.Module:
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    path = Path(weights) if weights else _downloaded()
-    _check_weights(path)
-    return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
-
-
-def _check_weights(path: Path) -> None:
-    if not path.exists():
-        raise UserError(f"evaluate.extractor.weights: no file {path}; get {INCEPTION_URL} and name its path here")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != INCEPTION_SHA256:
-        raise UserError(
-            f"{path}: not the Inception weights that FID is defined by: sha256 {found}, expected {INCEPTION_SHA256}"
-        )
-
-
-def _downloaded() -> Path:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(INCEPTION_URL).name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256[:8], progress=False)
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"Inception weights cannot be downloaded ({error}); "
-                f"get {INCEPTION_URL} and give its path as evaluate.extractor.weights"
-            ) from error
-    return path
+def _classifier_manifest(place: Folder) -> dict:
+    found = manifest.find(place)
+    if found is None:
+        raise StorageError(f"{place}: no classifier there: the prepare stage has not finished")
+    return found

@@ -4,7 +4,7 @@ A block holds samples [b S, (b + 1) S): their features, the judge's verdicts, an
 """
 
 import io
-import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,48 +14,56 @@ from PIL import Image
 from dis_scale import checkpoint, diffusion, models
 from dis_scale.diffusion.generate import generate
 from dis_scale.digits import Classifier
-from dis_scale.errors import StorageError
-from dis_scale.evaluation.features import JUDGE, Extractor, load_classifier, load_extractor
+from dis_scale.errors import DisScaleError, StorageError
+from dis_scale.evaluation import sealed
+from dis_scale.evaluation.features import JUDGE, Extractor, Features, load_classifier, load_extractors
 from dis_scale.models import Backbone
-from dis_scale.recipe import LatentShape, Recipe, TrainedExtractor
+from dis_scale.recipe import LatentShape, Recipe
 from dis_scale.storage import Folder
 from dis_scale.vae import Vae, to_unit
 
 GRID = 100
 DECODE = 50
 """Images decoded at once."""
+FIELDS = ("identity", "pooled", "spatial", "logits")
+"""Of `Features`, as a block's file names them."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Features (S, d); `right` (S) whether the judge sees the class that was asked for, -1 without a judge; grid pictures."""
+    """Features by extractor; `right` (S) whether the judge sees the class that was asked for, -1 without; grid pictures."""
 
-    features: np.ndarray
+    features: Mapping[str, Features]
     right: np.ndarray
     pictures: np.ndarray
 
     def to_bytes(self) -> bytes:
-        buffer = io.BytesIO()
-        np.savez(buffer, features=self.features, right=self.right, pictures=self.pictures)
-        return buffer.getvalue()
+        arrays = {"right": self.right, "pictures": self.pictures}
+        for name, seen in self.features.items():
+            parts = {field: getattr(seen, field) for field in FIELDS}
+            arrays |= {f"{name}.{field}": np.asarray(part) for field, part in parts.items() if part is not None}
+        return sealed.to_bytes(arrays)
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "Block":
-        try:
-            with np.load(io.BytesIO(data)) as z:
-                return cls(z["features"], z["right"], z["pictures"])
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise StorageError(f"{where}: damaged: {error}") from error
+        """The block in `data`; StorageError names a damaged one."""
+        arrays = sealed.from_bytes(data, where)
+        parts: dict[str, dict[str, np.ndarray]] = {}
+        for key in arrays.keys() - {"right", "pictures"}:
+            name, field = key.split(".")
+            parts.setdefault(name, {})[field] = arrays[key]
+        features = {name: Features(**(part | {"identity": str(part["identity"])})) for name, part in parts.items()}  # type: ignore[arg-type]
+        return cls(features, arrays["right"], arrays["pictures"])
 
 
 @dataclass(frozen=True)
 class Studio:
-    """What drawing needs beside the weights: decoder, extractor and judge, loaded once a worker."""
+    """What drawing needs beside the weights: decoder, extractors and judge, loaded once a worker."""
 
     recipe: Recipe
     sweep: Folder
     vae: Vae
-    extractor: Extractor
+    extractors: list[Extractor]
     judge: Classifier | None
     device: torch.device
 
@@ -75,8 +83,10 @@ class Studio:
                 model, diffusion.build(self.recipe.diffusion), labels, list(numbers), sampler=settings.sampler,
                 steps=settings.steps, guidance=settings.guidance, seed=self.recipe.seed, device=self.device,
             )  # fmt: skip
+        require_finite(latents, numbers)
         pixels = np.concatenate([self.vae.decode(part) for part in latents.split(DECODE)])
-        return Block(self.extractor(pixels), self._judged(pixels, labels), pixels[: max(0, GRID - numbers.start)])
+        seen = {extractor.name: extractor(pixels) for extractor in self.extractors}
+        return Block(seen, self._judged(pixels, labels), pixels[: max(0, GRID - numbers.start)])
 
     def _judged(self, pixels: np.ndarray, labels: list[int]) -> np.ndarray:
         if self.judge is None:
@@ -88,10 +98,17 @@ class Studio:
 
 def open_studio(recipe: Recipe, sweep: Folder, decoder: Vae, device: torch.device) -> Studio:
     """The sweep's studio; a judge there is where the sweep trained one."""
-    extractor = load_extractor(recipe.evaluate.extractor, sweep, device)
-    trained = isinstance(recipe.evaluate.extractor, TrainedExtractor)
-    judge = load_classifier(sweep, JUDGE)[0] if trained else None
-    return Studio(recipe, sweep, decoder, extractor, judge, device)
+    judge = load_classifier(sweep, JUDGE) if recipe.evaluate.trained else None
+    return Studio(recipe, sweep, decoder, load_extractors(recipe.evaluate, sweep, device), judge, device)
+
+
+def require_finite(latents_BCHW: torch.Tensor, numbers: range) -> None:
+    """DisScaleError names the samples that are not finite: as pixels they would pass for black images."""
+    bad = [numbers[i] for i in (~latents_BCHW.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()]
+    if bad:
+        raise DisScaleError(
+            f"{len(bad)} samples are not finite, the first number {bad[0]}: did this model's training diverge?"
+        )
 
 
 def load_model(recipe: Recipe, name: str, shape: LatentShape, weights: dict[str, torch.Tensor]) -> Backbone:

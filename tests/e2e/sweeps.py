@@ -89,7 +89,7 @@ def assert_whole(root: str, *settings: str) -> None:
             checkpoint.load_published(sweep / "runs" / model, images)
         measured = results.evaluated(sweep, model)
         assert sorted(measured) == counts
-        assert all(values["fd_digits"] > 0 for values in measured.values())
+        assert all(values[recipe.evaluate.metric] > 0 for values in measured.values())
     (latents,) = (folder(root) / "latents").list()
     place = folder(root) / "latents" / latents
     found = manifest.find(place)

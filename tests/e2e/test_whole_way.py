@@ -51,7 +51,7 @@ def _assert_mlflow_has_everything(root: str) -> None:
         assert {"gmacs_forward", "parameters", "tokens", "global_batch", "seed"} <= run.data.params.keys()
         losses = client.get_metric_history(run_id, "loss")
         assert sorted(m.step for m in losses) == [160, 320]
-        distances = client.get_metric_history(run_id, "fd_digits")
+        distances = client.get_metric_history(run_id, recipe.evaluate.metric)
         assert sorted(m.step for m in distances) == [0, 160, 320]
         assert len(client.list_artifacts(run_id, "samples")) == 3
     assert [a.path for a in client.list_artifacts(ids["sweep"], "report")] == [

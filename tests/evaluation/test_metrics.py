@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 from scipy.linalg import sqrtm
+from scipy.stats import linregress
 
 from dis_scale.errors import DisScaleError
-from dis_scale.evaluation.metrics import Gaussian, Sums, fit, frechet, frechet_error
+from dis_scale.evaluation import metrics
+from dis_scale.evaluation.metrics import Frechet, Gaussian, Groups, Sums, fit, frechet, infinity
 
 
 def random_gaussian(seed: int, d: int = 6) -> Gaussian:
@@ -34,13 +36,63 @@ def test_is_zero_for_the_same_and_symmetric() -> None:
 
 
 def test_the_jackknife_error_is_the_spread_of_repeated_draws() -> None:
-    reference, rng = Gaussian(10**6, np.zeros(3), np.eye(3)), np.random.default_rng(0)
+    reference, rng = Frechet(Gaussian(10**6, np.zeros(3), np.eye(3))), np.random.default_rng(0)
     draws = [rng.standard_normal((600, 3)) + 0.5 for _ in range(200)]
-    spread = np.std([frechet(fit(x), reference) for x in draws])
-    estimate = np.mean([frechet_error(x, reference) for x in draws[:40]])
-    assert estimate == pytest.approx(
-        spread, rel=0.15
-    )  # 200 draws know the spread to 5 %, 20 groups the error to 3 % over 40
+    spread = np.std([reference(fit(x)) for x in draws])
+    errors = [grouped(x).distance(reference)[1] for x in draws[:40]]
+    # 200 draws know the spread to 5 %, 20 groups the error to 3 % over 40
+    assert np.mean(errors) == pytest.approx(spread, rel=0.15)  # type: ignore[arg-type]
+
+
+def grouped(features: np.ndarray, cut: int = 7) -> Groups:
+    groups = Groups(len(features))
+    groups.add(features[:cut])
+    groups.add(features[cut:])
+    return groups
+
+
+def test_the_jackknife_leaves_out_each_twentieth() -> None:
+    features, reference = np.random.default_rng(1).standard_normal((107, 4)), Frechet(random_gaussian(4, 4))
+    group = np.arange(107) * 20 // 107
+    left_out = np.array([reference(fit(features[group != g])) for g in range(20)])
+    expected = np.sqrt(19 / 20 * ((left_out - left_out.mean()) ** 2).sum())
+    whole, error = grouped(features).distance(reference)
+    assert whole == pytest.approx(reference(fit(features)), rel=1e-12)
+    assert error == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("samples", "has_error"), [(21, False), (22, True)])
+def test_no_error_where_a_left_out_set_has_a_singular_covariance(samples: int, has_error: bool) -> None:
+    features = np.random.default_rng(1).standard_normal((samples, 19))  # leaves 19 and 20 samples
+    assert (grouped(features).distance(Frechet(random_gaussian(4, 19)))[1] is not None) == has_error
+
+
+def test_too_few_samples_for_the_covariance_say_how_many() -> None:
+    with pytest.raises(
+        DisScaleError, match="6 samples are too few for the covariance of 6 features: expected at least 7"
+    ):
+        grouped(np.random.default_rng(0).standard_normal((6, 6)), 3).distance(Frechet(random_gaussian(4)))
+
+
+def test_infinity_takes_off_the_bias_of_few_samples() -> None:
+    reference, rng = Frechet(Gaussian(10**6, np.zeros(8), np.eye(8))), np.random.default_rng(0)
+    draws = [rng.standard_normal((400, 8)) for _ in range(40)]
+    plain = np.mean([reference(fit(x)) for x in draws])
+    limits, errors = zip(*(infinity(x, reference, 0) for x in draws), strict=True)
+    assert abs(np.mean(limits)) < 0.2 * plain  # the truth is 0
+    assert 0 < np.mean(errors) < plain
+
+
+def test_the_regression_is_the_least_squares_line() -> None:
+    rng = np.random.default_rng(0)
+    x, y = 1 / np.linspace(100, 1000, 15), rng.standard_normal(15) * 0.1 + 3
+    fitted = linregress(x, y)
+    assert metrics._intercept(x, y) == pytest.approx((fitted.intercept, fitted.intercept_stderr), rel=1e-9)
+
+
+def test_infinity_says_how_many_samples_it_needs() -> None:
+    with pytest.raises(DisScaleError, match="39 samples are too few for 8 features: expected at least 40"):
+        infinity(np.zeros((39, 8)), Frechet(random_gaussian(0, 8)), 0)
 
 
 def test_sums_merge_to_the_statistics_of_all() -> None:
