@@ -1,0 +1,197 @@
+"""Inception's features and all metrics against torch-fidelity itself, and weights that are refused before they are opened.
+
+Inception looks at 299 x 299 pixels; where many images are needed both sides look at 75 x 75, its smallest, for time's sake.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+from torch_fidelity import calculate_metrics
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from dis_scale.errors import UserError
+from dis_scale.evaluation import inception, kernel, metrics, neighbours, score
+from dis_scale.evaluation.features import Extractor
+from dis_scale.evaluation.inception import PUBLISHED, Inception, read_weights
+from tests.evaluation import seeded_inception
+from tests.evaluation.seeded_inception import as_tensor, blobs
+
+IMAGES, REAL_IMAGES = 205, 200
+CPU = torch.device("cpu")
+
+
+class Images(TensorDataset):
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return super().__getitem__(i)[0]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)
+
+
+@pytest.fixture(scope="module")
+def sets() -> tuple[np.ndarray, np.ndarray]:
+    """Generated and real images that overlap without being the same: the generated ones are darker, most of them."""
+    shade = np.linspace(0.4, 1, IMAGES)[:, None, None, None]
+    return (blobs(IMAGES, 10) * shade).astype(np.uint8), blobs(REAL_IMAGES, 11)
+
+
+def extractor() -> Extractor:
+    return Extractor("inception", "seeded", Inception(seeded_inception.state()), CPU)
+
+
+@pytest.fixture(scope="module")
+def theirs(sets: tuple[np.ndarray, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """torch-fidelity's own loop over both sets, distance and kernel on 192 features: fewer than the images."""
+    path, _ = seeded_inception.write(tmp_path_factory.mktemp("weights"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)
+        return calculate_metrics(
+            input1=Images(as_tensor(sets[0])), input2=Images(as_tensor(sets[1])), cuda=False, verbose=False, isc=True,
+            fid=True, kid=True, prc=True, feature_extractor="inception-v3-compat", feature_layer_fid="192",
+            kid_subset_size=100, feature_extractor_weights_path=str(path), save_cpu_ram=True,
+        )  # fmt: skip
+
+
+def test_everything_equals_calculate_metrics(
+    sets: tuple[np.ndarray, np.ndarray], theirs: dict[str, float], small: None
+) -> None:
+    ours = extractor()
+    generated, real = ours(sets[0]), ours(sets[1])
+    splits = score.Score(score.shuffled_splits(IMAGES), inception.CLASSES)
+    splits.add(generated.logits)
+    assert splits.result()[0] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
+    assert theirs["inception_score_mean"] > 1.5
+    kid = kernel.kid(generated.pooled, real.pooled, images=100)
+    assert kid == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)
+    found = neighbours.precision_recall(generated.pooled, real.pooled)
+    assert found == pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-5)
+    assert all(0.05 < share < 0.95 for share in found)
+
+
+def test_the_distance_equals_calculate_metrics(
+    sets: tuple[np.ndarray, np.ndarray], theirs: dict[str, float], small: None
+) -> None:
+    ours = Inception(seeded_inception.state())
+    ours.net.features_list = ["192"]  # more images than features
+    with torch.no_grad():
+        a, b = (torch.cat([ours.net(part)[0] for part in as_tensor(x).split(50)]).numpy() for x in sets)
+    assert metrics.frechet(metrics.fit(a), metrics.fit(b)) == pytest.approx(
+        theirs["frechet_inception_distance"], rel=1e-5
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_all_2048_features_equal_calculate_metrics(tmp_path: Path, small: None) -> None:
+    """More images than features, and torch-fidelity's own defaults: 100 subsets of 1,000."""
+    shade, path = np.linspace(0.4, 1, 2100)[:, None, None, None], str(seeded_inception.write(tmp_path)[0])
+    generated, real = (blobs(2100, 10) * shade).astype(np.uint8), blobs(2060, 11)
+    theirs = calculate_metrics(
+        input1=Images(as_tensor(generated)), input2=Images(as_tensor(real)), cuda=False, verbose=False, isc=True, fid=True,
+        kid=True, prc=True, feature_extractor="inception-v3-compat", feature_extractor_weights_path=path, save_cpu_ram=True,
+    )  # fmt: skip
+    ours = extractor()
+    a, b = ours(generated), ours(real)
+    splits = score.Score(score.shuffled_splits(2100), inception.CLASSES)
+    splits.add(a.logits)
+    found = {
+        "frechet_inception_distance": metrics.frechet(metrics.fit(a.pooled), metrics.fit(b.pooled)),
+        "inception_score_mean": splits.result()[0],
+        "kernel_inception_distance_mean": kernel.kid(a.pooled, b.pooled),
+    } | dict(zip(("precision", "recall"), neighbours.precision_recall(a.pooled, b.pooled), strict=True))
+    print({name: (value, theirs[name], value / theirs[name] - 1) for name, value in found.items()})
+    assert found == pytest.approx({name: theirs[name] for name in found}, rel=1e-5)
+
+
+def test_features_are_torch_fidelitys_and_spatial_ones_a_hooks(tmp_path: Path) -> None:
+    """At full size; float32 sums in another memory layout."""
+    path, _ = seeded_inception.write(tmp_path)
+    outputs = ["2048", "logits_unbiased"]
+    their = FeatureExtractorInceptionV3("inception-v3-compat", outputs, feature_extractor_weights_path=str(path))
+    seen: list[torch.Tensor] = []
+    their.Mixed_6d.register_forward_hook(lambda _, __, output: seen.append(output))
+    pixels = blobs(3, 5, 64)
+    pooled, logits = (x.numpy() for x in their(as_tensor(pixels)))
+    ours = extractor()(pixels)
+    np.testing.assert_allclose(ours.pooled, pooled, atol=1e-3 * pooled.std())
+    assert ours.logits is not None
+    np.testing.assert_allclose(ours.logits, logits, atol=1e-3 * logits.std())
+    assert ours.spatial is not None
+    assert ours.spatial.shape == (3, inception.SPATIAL)
+    # branch1x1 comes first in the concatenation of Mixed_6d
+    expected = np.stack([[[seen[0][b, :7, h, w].numpy() for w in range(17)] for h in range(17)] for b in range(3)])
+    assert expected.min() == 0 < expected.std()
+    np.testing.assert_allclose(ours.spatial, expected.reshape(3, -1), atol=1e-3 * expected.std())
+
+
+def test_metrics_of_the_same_features_equal_torch_fidelitys() -> None:
+    """Many samples at their own default sizes, features as skewed as Inception's."""
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((64, 64)) / 8
+    a, b = (
+        np.maximum(rng.standard_normal((n, 64)) @ mix + m, 0).astype(np.float32) for n, m in ((1300, 0.3), (1200, 0.2))
+    )
+    x, y = torch.from_numpy(a), torch.from_numpy(b)
+    statistics = [fid_features_to_statistics(features) for features in (x, y)]
+    distance = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert metrics.frechet(metrics.fit(a), metrics.fit(b)) == pytest.approx(distance, rel=1e-5)
+    their_kid = kid_features_to_metric(x, y, verbose=False)["kernel_inception_distance_mean"]
+    assert kernel.kid(a, b) == pytest.approx(their_kid, rel=1e-5)
+    their_prc = prc_features_to_metric(x, y, verbose=False, save_cpu_ram=False)
+    assert neighbours.precision_recall(a, b) == pytest.approx((their_prc["precision"], their_prc["recall"]), rel=1e-5)
+    ours = score.Score(score.shuffled_splits(1300), 64)
+    for part in (a[:17] * 9, a[17:] * 9):
+        ours.add(part)
+    assert ours.result()[0] == pytest.approx(isc_features_to_metric(x * 9)["inception_score_mean"], rel=1e-5)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> tuple[Path, inception.WeightsFile]:
+    return seeded_inception.write(tmp_path)
+
+
+def test_weights_are_those_expected(weights: tuple[Path, inception.WeightsFile]) -> None:
+    path, expected = weights
+    found = read_weights(str(path), expected)
+    assert found.keys() == seeded_inception.state().keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in seeded_inception.state().items())
+
+
+def test_other_weights_are_refused_unopened(weights: tuple[Path, inception.WeightsFile], monkeypatch) -> None:
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened before it was hashed"))
+    with pytest.raises(
+        UserError, match=r"not the Inception weights that FID is defined by: .*expected 95,628,359 bytes"
+    ):
+        inception.load(str(weights[0]))
+    data = bytearray(weights[0].read_bytes())
+    data[1000] ^= 1
+    weights[0].write_bytes(data)
+    with pytest.raises(UserError, match="not the Inception weights that FID is defined by"):
+        read_weights(str(weights[0]), weights[1])
+
+
+def test_missing_weights_say_where_to_get_them(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"cannot read .*none.pth; get {PUBLISHED.url} and give its path here"):
+        read_weights(str(tmp_path / "none.pth"))
+
+
+def test_no_download_says_where_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(
+        UserError, match=f"cannot be downloaded .no route to host.; get {PUBLISHED.url} and give its path as"
+    ):
+        inception.load(None)
