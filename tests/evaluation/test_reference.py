@@ -1,0 +1,239 @@
+"""The real images' statistics: computed once for all extractors, and refused where they are of other images or features."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dis_scale import recipe as recipes
+from dis_scale.data.sources import Source, open_source
+from dis_scale.errors import StorageError, UserError
+from dis_scale.evaluation import reference
+from dis_scale.evaluation.features import Extractor, load_extractor, load_extractors
+from dis_scale.evaluation.metrics import fit, frechet
+from dis_scale.recipe import Recipe, TorchScriptExtractor
+from dis_scale.storage import Folder, folder
+from tests.conftest import TINY
+
+CPU = torch.device("cpu")
+DINO = TorchScriptExtractor(kind="torchscript", name="dino", path="none")
+
+
+class Means(nn.Module):
+    """Four means an image, and a second output that nobody asked for."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.float()[:, 0, ::16, ::16].flatten(1), x
+
+
+def script(path: Path, net: nn.Module | None = None) -> Path:
+    torch.jit.script(net or Means()).save(path)
+    return path
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Folder:
+    return folder(tmp_path) / "sweep"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    """The digits under one TorchScript file alone."""
+    path = script(tmp_path / "dino.pt")
+    return recipes.load(TINY, [f"evaluate.extractor={{kind: torchscript, name: dino, path: '{path}'}}"])
+
+
+@pytest.fixture(scope="module")
+def source() -> Source:
+    return open_source(recipes.load(TINY).data)
+
+
+def pixels(source: Source) -> np.ndarray:
+    return np.stack([source.pixels(i, 32) for i in range(len(source))])
+
+
+class Counted:
+    """A source that counts how often an image is opened."""
+
+    def __init__(self, source: Source) -> None:
+        self._source, self.opened = source, 0
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def pixels(self, i: int, resolution: int) -> np.ndarray:
+        self.opened += 1
+        return self._source.pixels(i, resolution)
+
+
+def stub(name: str, columns: slice) -> Extractor:
+    return Extractor(name, f"weights of {name}", lambda x: (x.float()[:, 0, columns, ::16].flatten(1),), CPU)
+
+
+def test_one_pass_serves_all_extractors(source: Source, recipe: Recipe, sweep: Folder) -> None:
+    counted, extractors = Counted(source), [stub("a", slice(0, 32, 16)), stub("b", slice(8, 32, 8))]
+    seen: list[int] = []
+    reference.prepare(sweep, recipe, counted, extractors, seen.append)  # type: ignore[arg-type]
+    reference.prepare(sweep, recipe, counted, extractors, seen.append)  # type: ignore[arg-type]
+    assert (counted.opened, seen[-1]) == (1797, 1797)
+    for extractor in extractors:
+        features, found = (
+            extractor(pixels(source)).pooled,
+            reference.load(sweep, recipe, extractor.name, extractor.identity),
+        )
+        np.testing.assert_allclose(found.gaussian.mean, features.mean(0, np.float64), rtol=1e-12)
+        np.testing.assert_allclose(found.gaussian.covariance, np.cov(features.T), rtol=1e-9)
+        assert found.floor == pytest.approx(frechet(fit(features[::2]), fit(features[1::2])), rel=1e-9)
+        assert found.kept is not None
+        assert np.array_equal(found.kept, features)  # fewer than are kept
+
+
+def test_of_many_images_a_fixed_choice_is_kept(source: Source, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "KEPT", 100)
+    extractor = stub("a", slice(0, 32, 16))
+    kept = [reference.compute(source, recipe.data, [extractor], lambda _: None)["a"].kept for _ in range(2)]
+    assert kept[0] is not None
+    assert kept[1] is not None
+    assert np.array_equal(kept[0], kept[1])
+    everything = {row.tobytes() for row in extractor(pixels(source)).pooled}
+    assert len(kept[0]) == 100
+    assert {row.tobytes() for row in kept[0]} <= everything
+
+
+def test_a_torchscript_file_is_an_extractor(recipe: Recipe, sweep: Folder, source: Source) -> None:
+    (extractor,) = load_extractors(recipe.evaluate, sweep, CPU)
+    images = pixels(source)[:70]  # more than are looked at at once
+    assert np.array_equal(extractor(images).pooled, images[:, ::16, ::16, 0].reshape(70, -1).astype(np.float32))
+    assert extractor.identity == hashlib.sha256(Path(recipe.evaluate.extractor.path).read_bytes()).hexdigest()  # type: ignore[union-attr]
+
+
+def test_a_torchscript_file_gets_the_size_that_it_wants(tmp_path: Path, sweep: Folder, source: Source) -> None:
+    settings = DINO.model_copy(update={"path": str(script(tmp_path / "dino.pt")), "size": 64})
+    assert load_extractor(settings, sweep, CPU)(pixels(source)[:2]).pooled.shape == (2, 16)
+
+
+def test_torchscript_files_that_do_not_fit_are_refused(tmp_path: Path, sweep: Folder, source: Source) -> None:
+    path = script(tmp_path / "dino.pt")
+    with pytest.raises(UserError, match=f"extractor dino: no file {tmp_path}/none.pt"):
+        load_extractor(DINO.model_copy(update={"path": str(tmp_path / "none.pt")}), sweep, CPU)
+    with pytest.raises(UserError, match=f"dino.pt: sha256 [0-9a-f]+, the recipe expects {'0' * 64}"):
+        load_extractor(DINO.model_copy(update={"path": str(path), "sha256": "0" * 64}), sweep, CPU)
+    (tmp_path / "text.pt").write_text("no archive")
+    with pytest.raises(UserError, match=r"text.pt: not a TorchScript file"):
+        load_extractor(DINO.model_copy(update={"path": str(tmp_path / "text.pt")}), sweep, CPU)
+    maps = load_extractor(DINO.model_copy(update={"path": str(script(tmp_path / "maps.pt", nn.ReLU()))}), sweep, CPU)
+    with pytest.raises(UserError, match=r"features of shape \(2, 3, 32, 32\) for 2 images, expected \(2, d\)"):
+        maps(pixels(source)[:2])
+
+
+def test_statistics_of_others_are_refused_by_name(recipe: Recipe, sweep: Folder, source: Source) -> None:
+    extractor = load_extractors(recipe.evaluate, sweep, CPU)[0]
+    with pytest.raises(
+        StorageError,
+        match=r"no statistics of these images at 32 x 32 under extractor dino \(weights [0-9a-f]{12}\): run",
+    ):
+        reference.load_all(sweep, recipe)
+    reference.prepare(sweep, recipe, source, [extractor], lambda _: None)
+    assert reference.stored(sweep, recipe)
+    larger = recipe.model_copy(update={"data": recipe.data.model_copy(update={"resolution": 64})})
+    with pytest.raises(StorageError, match=r"at 64 x 64 under extractor dino .*, though there are others: run prepare"):
+        reference.load_all(sweep, larger)
+    data = sweep.read(reference.path(recipe, "dino", extractor.identity))
+    sweep.write(reference.path(larger, "dino", extractor.identity), data)
+    with pytest.raises(StorageError, match=r"of resolution 32, this recipe's is 64: delete it and run prepare"):
+        reference.load_all(sweep, larger)
+    sweep.write(reference.path(recipe, "dino", "other weights"), data)
+    with pytest.raises(StorageError, match=f"of weights {extractor.identity}, this recipe's is other weights"):
+        reference.load(sweep, recipe, "dino", "other weights")
+    sweep.write(reference.path(recipe, "dino", extractor.identity), data[:-1])
+    with pytest.raises(StorageError, match=r"reference/[0-9a-f]{16}\.npz: damaged"):
+        reference.load_all(sweep, recipe)
+
+
+# -- ADM's file ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adm_arrays() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "arr_0": rng.integers(0, 256, (70, 32, 32, 3), dtype=np.uint8),
+        "mu": rng.standard_normal(2048), "sigma": np.diag(rng.uniform(1, 2, 2048)).astype(np.float32),
+        "mu_s": rng.standard_normal(2023), "sigma_s": np.eye(2023, dtype=np.float32),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def judge() -> Extractor:
+    """What sees images as Inception would, in 2048 numbers."""
+    return Extractor("inception", "seeded", lambda x: (x.flatten(1)[:, :2048].float(),), CPU)
+
+
+def adm(tmp_path: Path, arrays: dict[str, np.ndarray], *metrics: str) -> Recipe:
+    path = tmp_path / "VIRTUAL_reference.npz"
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    settings = ["evaluate.extractor={kind: inception}", "evaluate.samples=5000", f"evaluate.reference='{path}'"]
+    return recipes.load(TINY, [*settings, f"evaluate.metrics=[{', '.join(('distance', *metrics))}]"])
+
+
+def test_adms_file_gives_statistics_and_images(
+    tmp_path: Path, sweep: Folder, source: Source, adm_arrays: dict[str, np.ndarray], judge: Extractor
+) -> None:
+    recipe = adm(tmp_path, adm_arrays, "sfid", "kid", "precision_recall")
+    reference.prepare(sweep, recipe, source, [judge], lambda _: None)
+    found = reference.load(sweep, recipe, "inception", "seeded")
+    assert found.spatial is not None
+    assert found.kept is not None
+    for gaussian, end in ((found.gaussian, ""), (found.spatial, "_s")):
+        assert np.array_equal(gaussian.mean, adm_arrays[f"mu{end}"])
+        assert np.array_equal(gaussian.covariance, adm_arrays[f"sigma{end}"])
+    assert found.floor is None
+    assert np.array_equal(found.kept, judge(adm_arrays["arr_0"]).pooled)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "metric", "said"),
+    [
+        ("arr_0", "kid", r"VIRTUAL_reference.npz: no images \(arr_0\), which kid needs"),
+        ("arr_0", "precision_recall", r"no images \(arr_0\), which precision_recall needs"),
+        ("sigma_s", "sfid", "no mu_s and sigma_s, which sfid needs"),
+        ("mu", "kid", "no mu and sigma, which a distance needs"),
+    ],
+)
+def test_what_is_asked_for_and_absent_is_an_error(
+    tmp_path: Path, sweep: Folder, source: Source, adm_arrays: dict[str, np.ndarray], judge: Extractor,
+    lacking: str, metric: str, said: str,
+) -> None:  # fmt: skip
+    recipe = adm(tmp_path, {name: a for name, a in adm_arrays.items() if name != lacking}, metric)
+    with pytest.raises(StorageError, match=said):
+        reference.prepare(sweep, recipe, source, [judge], lambda _: None)
+    assert sweep.list("reference") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "said"),
+    [
+        ("arr_0", np.zeros((5, 64, 64, 3), np.uint8), r"uint8 images of shape \(64, 64, 3\).* expects uint8 \(32, 32, 3\)"),
+        ("arr_0", np.zeros((5, 32, 32, 3), np.float32), "arr_0 holds float32 images"),
+        ("mu", np.zeros(64), r"mu \(64,\) and sigma \(2048, 2048\) are of other features: expected \(2048,\)"),
+        ("mu_s", np.zeros(2048), r"mu_s \(2048,\) and sigma_s \(2023, 2023\) are of other features: expected \(2023,\)"),
+        ("mu", np.full(2048, np.nan), "mu or sigma is not finite: the file is damaged"),
+    ],
+)  # fmt: skip
+def test_a_file_of_other_images_or_features_is_refused(
+    tmp_path: Path, sweep: Folder, source: Source, adm_arrays: dict[str, np.ndarray], judge: Extractor,
+    name: str, array: np.ndarray, said: str,
+) -> None:  # fmt: skip
+    with pytest.raises(UserError, match=said):
+        reference.prepare(sweep, adm(tmp_path, adm_arrays | {name: array}), source, [judge], lambda _: None)
+
+
+def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluate.reference: no file .*none.npz"):
+        reference.open_reference(str(tmp_path / "none.npz"))
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(UserError, match=r"text.npz is no ADM reference .npz: File is not a zip file"):
+        reference.open_reference(str(tmp_path / "text.npz"))
