@@ -7,16 +7,17 @@ no gather and no collective off the training thread. Loading reassembles by rang
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch
 import torch
 
-from dis_scale import manifest
-from dis_scale.engine import KINDS, MOMENTS, Engine, Segment
-from dis_scale.errors import StorageError
+from dis_scale import ema, manifest
+from dis_scale.ema import Snapshot
+from dis_scale.engine import MOMENTS, WEIGHTS, Engine, Segment
+from dis_scale.errors import StorageError, UserError
 from dis_scale.storage import Folder
 
 SIDECAR_WAIT_S = 600.0
@@ -43,6 +44,39 @@ def load_published(run: Folder, images: int) -> dict[str, torch.Tensor]:
     return safetensors.torch.load(manifest.read(folder, WEIGHTS_FILE, found))
 
 
+def load_average(
+    run: Folder, images: int, batch_images: int, widths: Sequence[float], width: float
+) -> dict[str, torch.Tensor]:
+    """The weights averaged with a power function of relative width `width`, rebuilt from the tracked `widths`' snapshots so far.
+
+    The more published counts lie before `images`, the nearer it comes to the average that training would have tracked.
+    """
+    snapshots = [Snapshot(n // batch_images, w) for n in published(run) if 0 < n <= images for w in widths]
+    if not snapshots:
+        return load_published(run, images)  # nothing was trained: all averages are the initial weights
+    shares = ema.coefficients(snapshots, Snapshot(images // batch_images, width))
+    total: dict[str, torch.Tensor] = {}
+    for snapshot, share in zip(snapshots, shares.tolist(), strict=True):
+        for name, tensor in _load_snapshot(run, snapshot, batch_images).items():
+            total[name] = total.get(name, 0) + share * tensor.double()
+    return {name: tensor.float() for name, tensor in total.items()}
+
+
+def _load_snapshot(run: Folder, snapshot: Snapshot, batch_images: int) -> dict[str, torch.Tensor]:
+    folder = run / "published" / images_name(snapshot.step * batch_images)
+    found, name = manifest.find(folder), average_file(ema.power_name(snapshot.width))
+    if found is None or name not in found["files"]:
+        raise UserError(
+            f"{folder}: no average {name} there: power-function averages are tracked where train.power_ema says so"
+        )
+    return safetensors.torch.load(manifest.read(folder, name, found))
+
+
+def average_file(name: str) -> str:
+    """Where an average is published; the exponential one is the weights that everybody loads."""
+    return WEIGHTS_FILE if name == ema.EXPONENTIAL else f"{name}.safetensors"
+
+
 @dataclass(frozen=True)
 class Stored:
     """A whole resume point."""
@@ -65,7 +99,7 @@ class Stored:
             manifest.read(self.folder, name, self.manifest)
 
     def read(self, kind: str, name: str, start: int, end: int) -> torch.Tensor:
-        """Elements [start, end) of one of `KINDS` of the parameter `name`, from whichever ranks wrote them."""
+        """Elements [start, end) of one of `engine.kinds` of the parameter `name`, from whichever ranks wrote them."""
         out, found = torch.empty(end - start), 0
         for file, table in self.manifest["tables"].items():
             if not file.startswith(f"{kind}-") or name not in table:
@@ -120,22 +154,22 @@ class Saver:
         """Starts a resume point of this step boundary; returns the seconds that training stood still for it."""
         self.finish()
         begin = time.monotonic()
-        clones = {kind: engine.segments(kind) for kind in KINDS}
+        clones = {kind: engine.segments(kind) for kind in (WEIGHTS, *MOMENTS, *engine.averages)}
         pause_s = time.monotonic() - begin
         self._start(lambda: self._write(clones, images, facts))
         return pause_s
 
     def publish(self, engine: Engine, images: int, facts: dict[str, Any], description: str) -> None:
-        """Starts publishing the EMA weights, where this count was not published before; collective.
+        """Starts publishing the averaged weights, where this count was not published before; collective.
 
-        `description` goes into the weights' file, which then says by itself what model it holds.
+        `description` goes into the weights' files, which then say by themselves what model they hold.
         """
         folder = self.run / "published" / images_name(images)
         self.finish()
-        weights = engine.full_ema()
-        if weights is not None and not folder.exists(manifest.NAME):
-            data = safetensors.torch.save(weights, {"dis_scale": description})
-            self._start(lambda: self._seal(folder, {WEIGHTS_FILE: data}, images, facts))
+        averages = {average_file(name): engine.full_average(name) for name in engine.averages}
+        if self.rank == 0 and not folder.exists(manifest.NAME):
+            files = {name: safetensors.torch.save(w, {"dis_scale": description}) for name, w in averages.items() if w}
+            self._start(lambda: self._seal(folder, files, images, facts))
 
     def finish(self) -> None:
         """Waits for the save in flight; raises what went wrong with it."""

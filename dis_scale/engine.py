@@ -1,7 +1,7 @@
 """The door to DeepSpeed: start it, take a sharded step, reach the float32 partitions that this rank owns.
 
-State is reached as *flats*: the float32 partitions of weights, Adam's two moments and our EMA, with a table that says which range
-of which parameter lies where. ZeRO stages 1, 2 and 3 differ here and nowhere else.
+State is reached as *flats*: the float32 partitions of weights, Adam's two moments and our averages, with a table that says which
+range of which parameter lies where. ZeRO stages 1, 2 and 3 differ here and nowhere else.
 
 Learnt the hard way: stage 0 hides gradient norm and state (use 1 on one process, too); the CPU accelerator compiles a shared-memory
 op at its first start unless that op is declared incompatible; with bf16 the float32 flats start from rounded weights, so they
@@ -18,11 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dis_scale import ema
 from dis_scale.recipe import Train
 
-WEIGHTS, EMA, MOMENTS = "weights", "ema", ("exp_avg", "exp_avg_sq")
-KINDS = (WEIGHTS, *MOMENTS, EMA)
-"""The four states of a parameter that training needs to go on."""
+WEIGHTS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
 
 
 class Segment(NamedTuple):
@@ -39,6 +38,11 @@ class Segment(NamedTuple):
         return self.end - self.start
 
 
+def kinds(settings: Train) -> tuple[str, ...]:
+    """The states of a parameter that training needs to go on: weights, moments, averages."""
+    return (WEIGHTS, *MOMENTS, *ema.names(settings))
+
+
 Read = Callable[[str, str, int, int], torch.Tensor]
 """`read(kind, name, start, end)`: that range of a stored state of a parameter, float32, 1-D."""
 
@@ -50,7 +54,7 @@ class Engine:
     deepspeed: Any
     optimizer: torch.optim.Optimizer
     flats: list[torch.Tensor]
-    ema: list[torch.Tensor]
+    averages: dict[str, list[torch.Tensor]]
     table: list[Segment]
     shapes: dict[str, torch.Size]
 
@@ -74,25 +78,26 @@ class Engine:
         return float(self.deepspeed.get_global_grad_norm() or 0.0)
 
     @torch.no_grad()
-    def update_ema(self, decay: float) -> None:
-        torch._foreach_lerp_(self.ema, self.flats, 1 - decay)
+    def update_averages(self, decays: dict[str, float]) -> None:
+        for name, decay in decays.items():
+            torch._foreach_lerp_(self.averages[name], self.flats, 1 - decay)
 
     def state(self, kind: str) -> list[torch.Tensor]:
-        """This rank's flats of one of `KINDS`."""
+        """This rank's flats of one of `kinds`."""
         if kind == WEIGHTS:
             return self.flats
-        return self.ema if kind == EMA else [self.optimizer.state[flat][kind] for flat in self.flats]
+        return self.averages.get(kind) or [self.optimizer.state[flat][kind] for flat in self.flats]
 
     @torch.no_grad()
     def segments(self, kind: str) -> dict[Segment, torch.Tensor]:
-        """A clone on the host of this rank's part of one of `KINDS`, by segment."""
+        """A clone on the host of this rank's part of one of `kinds`, by segment."""
         flats = [flat.detach().to("cpu", copy=True) for flat in self.state(kind)]
         return {s: flats[s.flat][s.offset : s.offset + s.size] for s in self.table}
 
     @torch.no_grad()
-    def full_ema(self) -> dict[str, torch.Tensor] | None:
-        """The EMA weights by parameter on rank 0, None elsewhere; collective."""
-        ours = (self.table, [flat.cpu() for flat in self.ema])
+    def full_average(self, name: str) -> dict[str, torch.Tensor] | None:
+        """An average's weights by parameter on rank 0, None elsewhere; collective."""
+        ours = (self.table, [flat.cpu() for flat in self.averages[name]])
         parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(ours, parts)
         if parts is None:
@@ -110,7 +115,7 @@ class Engine:
             self.optimizer.state[flat] = {"step": torch.tensor(float(adam_step))} | {
                 moment: torch.zeros_like(flat) for moment in MOMENTS
             }
-        for kind in KINDS:
+        for kind in (WEIGHTS, *MOMENTS, *self.averages):
             into = self.state(kind)
             for s in self.table:
                 into[s.flat][s.offset : s.offset + s.size].copy_(read(kind, s.name, s.start, s.end))
@@ -138,7 +143,8 @@ def start(model: nn.Module, settings: Train, device: torch.device, read: Read, a
         flats, table = zero.fp32_partitioned_groups_flat, list(_table_of_stage_3(zero, names))
     else:
         flats, table = zero.single_partition_of_fp32_groups, list(_table_of_stages_1_and_2(zero, names))
-    engine = Engine(sharded, zero.optimizer, flats, [torch.zeros_like(f).detach() for f in flats], table, shapes)
+    averages = {name: [torch.zeros_like(f).detach() for f in flats] for name in ema.names(settings)}
+    engine = Engine(sharded, zero.optimizer, flats, averages, table, shapes)
     engine.fill(read, adam_step)
     return engine
 

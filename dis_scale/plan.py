@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from dis_scale.engine import KINDS
+from dis_scale.engine import kinds
 from dis_scale.models.cost import Cost, cost
 from dis_scale.recipe import LatentShape, Recipe
 
@@ -54,7 +54,7 @@ def table(plan: Plan) -> Table:
         out.add_column(column, justify="left" if column in ("model", "kind") else "right")
     for name, c in plan.costs.items():
         petaflop = 2 * c.gmacs_training * train.images / 1e6
-        state = c.parameters * 4 * len(KINDS)
+        state = c.parameters * 4 * len(kinds(train))
         out.add_row(
             name, plan.recipe.models[name].kind, f"{c.parameters:,}", str(c.tokens), f"{c.gmacs_forward:.4g}",
             f"{petaflop:.3g}", f"{state / 1e6:,.1f} MB",

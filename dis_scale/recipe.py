@@ -234,6 +234,8 @@ class Train(Settings):
     clip: float = Field(1.0, gt=0)
     ema: Fraction = 0.9999
     """Decay of the exponential moving average of the weights, per step."""
+    power_ema: tuple[Fraction, Fraction] | None = None
+    """Relative widths of two power-function averages to track, too (0.05 and 0.1 are usual); any other is rebuilt from them."""
     label_dropout: Fraction = 0.1
     resume_every_images: Count = runtime(100_000)
     """Distance of resume points, rounded up to whole steps."""

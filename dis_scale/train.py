@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dis_scale import checkpoint, diffusion, engine, models, seeds
+from dis_scale import checkpoint, diffusion, ema, engine, models, seeds
 from dis_scale.checkpoint import Saver, Stored
 from dis_scale.data.latents import Latents, Micro, micro_batch, prefetch
 from dis_scale.diffusion.process import Process
@@ -88,7 +88,7 @@ def train(run: Run) -> int:
                 state.micro_step(loss)
                 losses.append(loss.detach())
             images += settings.batch_images
-            state.update_ema(settings.ema)
+            state.update_averages(ema.decays(settings, images // settings.batch_images))
             state.set_learning_rate(learning_rate(settings, images))
             bad = bad + 1 if state.skipped else 0
             if bad == BAD_STEPS:

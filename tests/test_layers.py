@@ -14,7 +14,7 @@ FILES = sorted(path for folder in ("dis_scale", "pipelines") for path in (ROOT /
 
 LAYERS = [
     "errors seeds recipe storage manifest",
-    "scan diffusion data tracking lease vae",
+    "scan diffusion data tracking lease vae ema",
     "models checkpoint engine",
     "train evaluation digits",
     "plan report progress",

@@ -15,6 +15,7 @@ from tests import training
 from tests.conftest import TINY
 
 LAST = 320
+BOTH = ("calm", "stopped")
 
 
 def weights(root: Path, model: str = "dis", images: int = LAST) -> dict[str, torch.Tensor]:
@@ -35,10 +36,10 @@ def assert_bit_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
     "settings",
     [
         ["train.zero_stage=1"],
-        ["train.zero_stage=2", "train.checkpointing=block"],
+        ["train.zero_stage=2", "train.checkpointing=block", "train.power_ema=[0.05, 0.1]"],
         ["train.zero_stage=3", "train.precision=bf16"],
     ],
-    ids=["stage 1, fp32", "stage 2, checkpointing", "stage 3, bf16"],
+    ids=["stage 1, fp32", "stage 2, checkpointing, power-function averages", "stage 3, bf16"],
 )
 def test_a_stopped_run_ends_as_the_undisturbed_one(tmp_path: Path, settings: list[str]) -> None:
     recipe = recipes.load(TINY, settings)
@@ -50,6 +51,12 @@ def test_a_stopped_run_ends_as_the_undisturbed_one(tmp_path: Path, settings: lis
     training.run(recipe, "dis", tmp_path / "stopped", attempt=2)
     assert checkpoint.published(run) == [0, 160, 320]
     assert_bit_equal(weights(tmp_path / "calm"), weights(tmp_path / "stopped"))
+    if widths := recipe.train.power_ema:
+        rebuilt = [
+            checkpoint.load_average(folder(tmp_path / at / "sweep/runs/dis"), LAST, 16, widths, 0.07) for at in BOTH
+        ]
+        assert_bit_equal(*rebuilt)
+        assert any(not torch.equal(rebuilt[0][name], tensor) for name, tensor in weights(tmp_path / "calm").items())
     assert losses(tmp_path / "calm") == losses(tmp_path / "stopped") != []
 
 

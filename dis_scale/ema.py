@@ -1,0 +1,62 @@
+"""Averages of the weights over training: the exponential one that is published, and power-function ones of any width.
+
+Two power-function averages are tracked; from their snapshots at the published counts the average of any other relative width is
+rebuilt after training (Karras et al. 2023, arXiv 2312.02696, section 3). Widths are relative: the standard deviation of the
+averaging profile over the training so far. Time is counted in optimizer steps. Read next: engine.py, checkpoint.py.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dis_scale.errors import UserError
+from dis_scale.recipe import Train
+
+EXPONENTIAL = "ema"
+NARROWEST, WIDEST = 0.005, 0.28
+"""Widths that a power function has: 0.289 would be the plain mean over all of training."""
+
+
+class Snapshot(NamedTuple):
+    """A power-function average of relative width `width` after `step` optimizer steps."""
+
+    step: int
+    width: float
+
+
+def names(settings: Train) -> tuple[str, ...]:
+    """The averages that training tracks; each is the name of its state and of its published file."""
+    return (EXPONENTIAL, *(power_name(width) for width in settings.power_ema or ()))
+
+
+def power_name(width: float) -> str:
+    return f"power-{width:.3f}"
+
+
+def decays(settings: Train, step: int) -> dict[str, float]:
+    """What each average keeps of itself at step number `step`, which counts from 1."""
+    powers = {power_name(width): (1 - 1 / step) ** (exponent(width) + 1) for width in settings.power_ema or ()}
+    return {EXPONENTIAL: settings.ema} | powers
+
+
+def exponent(width: float) -> float:
+    """The power g whose profile t^g has this relative width: w^2 = (g + 1) / ((g + 2)^2 (g + 3)) (Algorithm 2)."""
+    if not NARROWEST <= width <= WIDEST:
+        raise UserError(f"average of width {width}: expected a relative width from {NARROWEST} to {WIDEST}")
+    roots = np.roots([1, 7, 16 - width**-2, 12 - width**-2])
+    return float(roots.real.max())
+
+
+def coefficients(snapshots: Sequence[Snapshot], wanted: Snapshot) -> np.ndarray:
+    """The snapshots' weights in the average that comes nearest to the wanted one, by least squares (Algorithm 3); float64."""
+    grams = np.array([[_inner(a, b) for b in snapshots] for a in snapshots])
+    return np.linalg.lstsq(grams, np.array([_inner(a, wanted) for a in snapshots]))[0]
+
+
+def _inner(a: Snapshot, b: Snapshot) -> float:
+    """Integral of two profiles' product over the time both have seen; a profile is (g + 1) t^g / T^(g + 1) on [0, T]."""
+    g, h = exponent(a.width), exponent(b.width)
+    shared, total = min(a.step, b.step), g + h + 1
+    ratio = (shared / a.step) ** (g + 1) * (shared / b.step) ** (h + 1)
+    return (g + 1) * (h + 1) * ratio / (shared * total)
