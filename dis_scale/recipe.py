@@ -73,6 +73,8 @@ class Data(Settings):
     undecodable: Literal["refuse", "skip"] = runtime("refuse")
     mirror: bool = True
     """Whether training draws the mirror image half of the time."""
+    held_out_images: int = Field(0, ge=0)
+    """Images that training never sees, drawn by the seed; their loss is measured for each published count."""
 
 
 class TrainedVae(Settings):

@@ -64,7 +64,7 @@ def train(run: Run) -> int:
     Returns the images seen. Bit-equal to an undisturbed run at the same world size, stage, device kind, threads and versions.
     """
     settings, rank, world = run.recipe.train, dist.get_rank(), dist.get_world_size()
-    latents = Latents(run.latents, run.recipe.seed)
+    latents = Latents(run.latents, run.recipe.seed, run.recipe.data.held_out_images)
     process = diffusion.build(run.recipe.diffusion)
     state, model, images = _start(run, latents)
     saver = Saver(run.folder, run.attempt, rank, world, run.held, settings.keep_resume)

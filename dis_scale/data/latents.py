@@ -16,6 +16,7 @@ import torch
 
 from dis_scale import manifest, seeds
 from dis_scale.data.shards import Shard, unpack
+from dis_scale.errors import UserError
 from dis_scale.recipe import LatentShape
 from dis_scale.storage import Folder
 
@@ -31,10 +32,14 @@ class Place(NamedTuple):
 
 
 class Order:
-    """The endless sequence of samples; position p lies in epoch p // N."""
+    """The endless sequence of samples without those held out; position p lies in epoch p // N."""
 
-    def __init__(self, counts: list[int], seed: int, block_shards: int = BLOCK_SHARDS) -> None:
-        self.counts, self.seed, self.block_shards = np.array(counts), seed, block_shards
+    def __init__(self, counts: list[int], seed: int, block_shards: int = BLOCK_SHARDS, held_out: int = 0) -> None:
+        self.seed, self.block_shards = seed, block_shards
+        self.rows = np.array(counts)
+        self.held_out = self._hold_out(held_out)
+        held = np.bincount([place.shard for place in self.held_out], minlength=len(counts))
+        self.counts = self.rows - held
         self.total = int(self.counts.sum())
         self._epoch = lru_cache(2)(self._epoch_blocks)
         self._block = lru_cache(4)(self._block_places)
@@ -44,6 +49,15 @@ class Order:
         starts, _ = self._epoch(epoch)
         block = int(np.searchsorted(starts, place, side="right")) - 1
         return Place(*self._block(epoch, block)[place - starts[block]].tolist())
+
+    def _hold_out(self, count: int) -> list[Place]:
+        """Samples drawn by the seed alone, in the order of the set."""
+        starts, total = np.cumsum(self.rows) - self.rows, int(self.rows.sum())
+        if count >= total:
+            raise UserError(f"data.held_out_images: {count} of {total} images would leave none to train on")
+        chosen = np.sort(seeds.generator("held out", self.seed).choice(total, count, replace=False))
+        shards = np.searchsorted(starts, chosen, side="right") - 1
+        return [Place(int(shard), int(i - starts[shard])) for shard, i in zip(shards, chosen, strict=True)]
 
     def _epoch_blocks(self, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """The first position of each block, and the shards in it."""
@@ -55,24 +69,38 @@ class Order:
     def _block_places(self, epoch: int, block: int) -> np.ndarray:
         """The block's samples in their order, (n, 2) of shard and row."""
         shards = self._epoch(epoch)[1][block]
-        places = np.array([(shard, row) for shard in shards for row in range(self.counts[shard])])
+        places = np.array([(shard, row) for shard in shards for row in self._rows_of(shard)])
         return seeds.generator("samples", self.seed, epoch, block).permutation(places)
+
+    def _rows_of(self, shard: int) -> np.ndarray:
+        held = [place.row for place in self.held_out if place.shard == shard]
+        return np.setdiff1d(np.arange(self.rows[shard]), held)
 
 
 class Latents:
     """A sealed set of latent shards, read by position, each shard verified once and kept while its block lasts."""
 
-    def __init__(self, folder: Folder, seed: int) -> None:
+    def __init__(self, folder: Folder, seed: int, held_out: int = 0) -> None:
         found = manifest.find(folder)
         assert found is not None, "the caller has checked that the latents exist"
         self.folder, self.manifest = folder, found
         self.shape = LatentShape(*found["latent"])
-        self.order = Order([shard["count"] for shard in found["shards"]], seed)
+        self.order = Order([shard["count"] for shard in found["shards"]], seed, held_out=held_out)
         self._shard = lru_cache(2 * BLOCK_SHARDS)(self._read_shard)
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
         """Moments, float16 (2, 2C, h, w), and label of the sample at a position of the endless sequence."""
-        place = self.order[position]
+        return self._at(self.order[position])
+
+    def held_out(self) -> Iterator[tuple[np.ndarray, int]]:
+        """Moments and label of each sample that training never sees."""
+        return map(self._at, self.order.held_out)
+
+    def scaled(self, sample: np.ndarray) -> np.ndarray:
+        """Latents as the backbone sees them: (z - shift) scale, float32."""
+        return (sample - np.float32(self.manifest["shift"])) * np.float32(self.manifest["scale"])
+
+    def _at(self, place: Place) -> tuple[np.ndarray, int]:
         shard = self._shard(place.shard)
         return shard.moments[place.row], int(shard.labels[place.row])
 
@@ -101,14 +129,18 @@ def micro_batch(
         return seeds.generator(what, seed, step, lane)
 
     flip = draw("mirror").integers(0, 2, micro) if mirror else np.zeros(micro, np.int64)
-    moments = np.stack([pair[0][side] for pair, side in zip(pairs, flip, strict=True)]).astype(np.float32)
-    mean, log_variance = np.split(moments, 2, axis=1)
-    sample = mean + np.exp(0.5 * log_variance) * draw("posterior").standard_normal(mean.shape, np.float32)
+    moments = np.stack([pair[0][side] for pair, side in zip(pairs, flip, strict=True)])
+    sample = draw_posterior(moments, draw("posterior"))
     labels = np.array([pair[1] for pair in pairs])
     labels[draw("label dropout").random(micro) < label_dropout] = latents.manifest["num_classes"]
-    scaled = (sample - np.float32(latents.manifest["shift"])) * np.float32(latents.manifest["scale"])
-    noise = draw("noise").standard_normal(mean.shape, np.float32)
-    return Micro(torch.from_numpy(scaled), torch.from_numpy(labels), torch.from_numpy(noise))
+    noise = draw("noise").standard_normal(sample.shape, np.float32)
+    return Micro(torch.from_numpy(latents.scaled(sample)), torch.from_numpy(labels), torch.from_numpy(noise))
+
+
+def draw_posterior(moments_BCHW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A sample (B, C, h, w), float32, of posteriors given as moments (B, 2C, h, w): mean and log-variance."""
+    mean, log_variance = np.split(moments_BCHW.astype(np.float32), 2, axis=1)
+    return mean + np.exp(0.5 * log_variance) * rng.standard_normal(mean.shape, np.float32)
 
 
 def prefetch(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:

@@ -74,6 +74,22 @@ def test_each_epoch_shows_each_sample_once(counts: list[int], seed: int, block: 
         assert sorted(seen) == [(s, r) for s in range(len(counts)) for r in range(counts[s])]
 
 
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=12), st.integers(0, 3), st.data())
+def test_what_is_held_out_is_never_dealt_and_all_else_once_an_epoch(
+    counts: list[int], seed: int, data: st.DataObject
+) -> None:
+    held = data.draw(st.integers(1, sum(counts) - 1))
+    order = Order(counts, seed, held_out=held)
+    assert len(set(order.held_out)) == held
+    seen = [order[p] for p in range(order.total, 2 * order.total)]
+    assert sorted([*seen, *order.held_out]) == [(s, r) for s in range(len(counts)) for r in range(counts[s])]
+
+
+def test_holding_out_everything_is_refused() -> None:
+    with pytest.raises(UserError, match="held_out_images: 8 of 8 images would leave none to train on"):
+        Order([5, 3], 0, held_out=8)
+
+
 @given(st.integers(0, 10_000), st.integers(0, 3))
 def test_a_position_does_not_depend_on_what_was_read_before(position: int, seed: int) -> None:
     counts = [5, 3, 8, 1, 5, 6]

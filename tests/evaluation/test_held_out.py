@@ -1,0 +1,59 @@
+"""The held-out loss sees exactly the images held out, with the same noise each time."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dis_scale import diffusion
+from dis_scale.data.latents import Latents
+from dis_scale.evaluation import held_out
+from dis_scale.recipe import Flow, Gaussian, Recipe
+from dis_scale.storage import folder
+from tests.training import make_latents
+
+
+class Echo(torch.nn.Module):
+    """Answers with a multiple of what it sees, and notes the labels that it was shown."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(scale))
+        self.seen = list[int]()
+
+    def forward(self, x_BCHW: torch.Tensor, t_B: torch.Tensor, y_B: torch.Tensor) -> torch.Tensor:
+        self.seen += y_B.tolist()
+        return torch.cat([self.scale * x_BCHW, torch.zeros_like(x_BCHW)], 1)
+
+
+@pytest.fixture
+def latents(tiny: Recipe, tmp_path: Path) -> Latents:
+    return Latents(make_latents(folder(tmp_path), tiny), seed=0, held_out=11)
+
+
+def measure(
+    latents: Latents, batch: int, scale: float = 0.0, process: Flow | Gaussian | None = None
+) -> dict[str, float]:
+    built = diffusion.build(process or Flow(kind="flow"))
+    return held_out.losses(Echo(scale), built, latents, seed=0, batch=batch)  # type: ignore[arg-type]
+
+
+def test_each_held_out_image_is_seen_at_each_level(latents: Latents) -> None:
+    model = Echo(0.0)
+    held_out.losses(model, diffusion.build(Flow(kind="flow")), latents, seed=0, batch=4)  # type: ignore[arg-type]
+    assert model.seen == held_out.LEVELS * [label for _, label in latents.held_out()]
+
+
+def test_the_same_noise_at_any_batch(latents: Latents) -> None:
+    once, again = measure(latents, batch=4), measure(latents, batch=11)
+    assert once == pytest.approx(again, rel=1e-6)
+    assert sorted(once)[:3] == ["held_out_loss", "held_out_loss/t0062", "held_out_loss/t0188"]
+
+
+def test_the_loss_is_the_models(latents: Latents) -> None:
+    """A model that says nothing is wrong by the mean square of velocity (or of noise); the mean is that of the levels."""
+    silent = measure(latents, batch=11)
+    assert silent["held_out_loss/t0062"] == pytest.approx(silent["held_out_loss/t0938"], rel=1e-6)
+    assert measure(latents, batch=11, scale=1.0)["held_out_loss"] > silent["held_out_loss"]
+    noise = measure(latents, batch=11, process=Gaussian(kind="gaussian"))
+    assert noise["held_out_loss"] == pytest.approx(sum(v for k, v in noise.items() if "/" in k) / held_out.LEVELS)
