@@ -9,7 +9,7 @@ from typing import Any
 from dis_scale.errors import StorageError
 from dis_scale.storage import Folder
 
-FORMAT = 1
+FORMAT = 2
 """Version of every manifest and sidecar; this code reads FORMAT and FORMAT - 1."""
 NAME = "manifest.json"
 

@@ -18,6 +18,8 @@ from dis_scale.errors import UserError, nearest
 
 FILE = "recipe.yaml"
 """The recipe's name in a sweep's folder."""
+MAIN = ""
+"""The name of the main way to draw, beside the variants' own."""
 FORMAT = 1
 """Version of the stored recipe; this code reads FORMAT and FORMAT - 1."""
 
@@ -308,13 +310,40 @@ _DIMENSIONS = {"inception": 2048, "trained": 64}
 """Features of an extractor whose number is known before it is opened."""
 
 
+Sampler = Literal["ddpm", "ddim", "dpm_solver", "euler", "heun", "euler_maruyama"]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,39}$")]
+Interval = tuple[float, float]
+"""From and to, in the model's times: 0 without noise, 1000 noise alone."""
+
+
+class Variant(Settings):
+    """Another way to draw from the same checkpoints; what is left out is as in the main one."""
+
+    sampler: Sampler | None = None
+    steps: Count | None = None
+    guidance: float | None = Field(None, ge=0)
+    guidance_interval: Interval | None = None
+    ema_width: Fraction | None = None
+    precision: Literal["fp32", "bf16"] | None = None
+
+
 class Evaluate(Settings):
     """What is drawn from each published checkpoint and what it is compared with."""
 
     samples: Count
-    sampler: Literal["ddpm", "ddim", "dpm_solver", "euler", "heun", "euler_maruyama"]
+    sampler: Sampler
     steps: Count
     guidance: float = Field(1.5, ge=0)
+    guidance_interval: Interval | None = None
+    """Guide only between these times (Kynkaanniemi et al. 2024); everywhere where nothing is said."""
+    ema_width: Fraction | None = None
+    """Draw from the power-function average of this relative width, rebuilt; from the exponential one where nothing is said."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the model while it draws; decoding and features are float32."""
+    variants: dict[Name, Variant] = Field(default_factory=dict, json_schema_extra={"role": "extent"})
+    """Further ways to draw from each checkpoint, each a metric of its own, `<metric>/<name>`."""
+    order: Literal["oldest_first", "newest_first"] = runtime("oldest_first")
+    """Which published checkpoint comes first where several wait."""
     extractor: ExtractorSettings
     """Its distance is the main metric."""
     also: tuple[ExtractorSettings, ...] = ()
@@ -324,7 +353,9 @@ class Evaluate(Settings):
     reference: str | None = None
     """An ADM reference `.npz` (path or URL) instead of the source images' statistics."""
     block_images: Count = 250
-    """Samples drawn as one unit by one worker."""
+    """Samples drawn as one unit by one worker, and kept."""
+    batch_images: Count = 50
+    """Samples drawn, decoded and looked at together, within a block."""
     workers: Count = runtime(1)
     give_up_after_s: Annotated[float, Field(gt=0)] = runtime(86_400.0)
     """Ends with an error when training publishes nothing new for so long."""
@@ -379,6 +410,12 @@ class Evaluate(Settings):
                 )
         return self
 
+    @property
+    def drawings(self) -> dict[str, Self]:
+        """Each way to draw by its name: the main one, whose name is empty, then the variants."""
+        changes = {name: variant.model_dump(exclude_none=True) for name, variant in self.variants.items()}
+        return {MAIN: self} | {name: self.model_copy(update=change) for name, change in changes.items()}
+
 
 class Storage(Settings):
     """Where state lives: a folder or any fsspec URL; latents are shared by the sweeps below one root."""
@@ -413,14 +450,20 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        flow_sampler = self.evaluate.sampler in ("euler", "heun", "euler_maruyama")
-        if flow_sampler != (self.diffusion.kind == "flow"):
-            raise ValueError(f"sampler {self.evaluate.sampler} does not fit the process {self.diffusion.kind}")
-        if self.diffusion.kind == "gaussian" and self.evaluate.steps > self.diffusion.steps:
-            raise ValueError(f"evaluate.steps {self.evaluate.steps} exceeds diffusion.steps {self.diffusion.steps}")
+        for name, drawing in self.evaluate.drawings.items():
+            self._drawing_fits(f"evaluate.variants.{name}" if name else "evaluate", drawing)
         if self.data.source.kind == "digits" and self.data.num_classes != 10:
             raise ValueError(f"data.num_classes: the digits have 10 classes, got {self.data.num_classes}")
         return self
+
+    def _drawing_fits(self, where: str, drawing: Evaluate) -> None:
+        flow_sampler = drawing.sampler in ("euler", "heun", "euler_maruyama")
+        if flow_sampler != (self.diffusion.kind == "flow"):
+            raise ValueError(f"{where}: sampler {drawing.sampler} does not fit the process {self.diffusion.kind}")
+        if self.diffusion.kind == "gaussian" and drawing.steps > self.diffusion.steps:
+            raise ValueError(f"{where}.steps {drawing.steps} exceeds diffusion.steps {self.diffusion.steps}")
+        if drawing.ema_width is not None and self.train.power_ema is None:
+            raise ValueError(f"{where}.ema_width needs the averages that train.power_ema tracks, and it names none")
 
 
 def choose_device(recipe: Recipe, gpus: int) -> tuple[str, str]:
@@ -533,11 +576,8 @@ def _classes(annotation: Any) -> Iterator[type[BaseModel]]:
 def identity_differences(stored: Recipe, given: Recipe) -> list[str]:
     """What `given` may not change of the sweep that `stored` began, a line each; empty when it may go on."""
     lines = [f"{key}: stored {old}, given {new}" for key, old, new in _differences(stored, given)]
-    for name in stored.models.keys() & given.models.keys():
-        lines += [
-            f"models.{name}.{k}: stored {o}, given {n}"
-            for k, o, n in _differences(stored.models[name], given.models[name])
-        ]
+    lines += _named_differences("models", stored.models, given.models)
+    lines += _named_differences("evaluate.variants", stored.evaluate.variants, given.evaluate.variants)
     grown, begun = set(given.train.publish_images), set(stored.train.publish_images)
     if stored.train.decay != "none" and given.train.images != stored.train.images:
         lines.append(
@@ -550,6 +590,15 @@ def identity_differences(stored: Recipe, given: Recipe) -> list[str]:
             f"train.publish_images: {passed[0]} lies before {max(begun)}, where training may have been already"
         )
     return sorted(lines)
+
+
+def _named_differences(where: str, stored: Mapping[str, Settings], given: Mapping[str, Settings]) -> list[str]:
+    """Parts that have names may come and go, but not change under a name."""
+    return [
+        f"{where}.{name}.{key}: stored {old}, given {new}"
+        for name in stored.keys() & given.keys()
+        for key, old, new in _differences(stored[name], given[name])
+    ]
 
 
 def _differences(stored: Settings, given: Settings, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -61,11 +61,13 @@ def run(recipe: Recipe, console: Console) -> None:
     failed: dict[str, str] = {}
     with Board(console) as board:
         sweep = Sweep(recipe, sweep_folder, plan, board)
-        if results.finished(sweep_folder, recipe) and sweep_folder.exists(f"report/{reports.NAME}.csv"):
+        if results.finished(sweep_folder, recipe) and sweep_folder.exists(f"report/{reports.CSV}"):
             board.say("nothing to do: every model is trained and evaluated at every published count")
         else:
             failed = _work(sweep, store)
             _report(sweep, failed)
+            for (model, images), why in results.damaged(sweep_folder, recipe).items():
+                failed[f"evaluation of {model} at {images} images"] = why
     _closing_words(sweep, console)
     if failed:
         reasons = "; ".join(f"{name} failed: {why}" for name, why in failed.items())
@@ -187,7 +189,8 @@ def _report(sweep: Sweep, failed: dict[str, str]) -> None:
 
 def _closing_words(sweep: Sweep, console: Console) -> None:
     console.print(reports.table(reports.collect(sweep.folder, sweep.plan)))
-    console.print(f"figure   {sweep.folder}/report/{reports.NAME}.png", highlight=False, soft_wrap=True)
+    console.print(f"figure   {sweep.folder}/report/gflops_fid.png", highlight=False, soft_wrap=True)
+    console.print(f"page     {sweep.folder}/report/{reports.PAGE}", highlight=False, soft_wrap=True)
     if not sweep.folder.exists(tracking.FILE):
         return
     uri = sweep.folder.read_json(tracking.FILE)["uri"]

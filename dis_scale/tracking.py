@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +71,32 @@ class Rows:
         known = key in self._seen_rows
         self._seen_rows.add(key)
         return not known
+
+
+ATTEMPT = "attempt"
+"""The row that begins an attempt: its number, at the images that it goes on from."""
+
+
+def goodput(folder: Folder) -> dict[int, float]:
+    """By images seen: the share of the time since the first attempt began that went into steps which no later one repeated.
+
+    Waiting for machines, start-up, and steps lost with a worker all count as lost.
+    """
+    rows = sorted(_all_rows(folder), key=lambda row: row.time)
+    begins = [row for row in rows if row.name == ATTEMPT]
+    shares, good_s = dict[int, float](), 0.0
+    for begin, after in zip(begins, [*begins, None][1:], strict=True):
+        own = [row for row in rows if row.time >= begin.time and (after is None or row.time < after.time)]
+        kept = [row for row in own if after is None or row.images <= after.images]
+        shares |= {r.images: (good_s + r.time - begin.time) / max(r.time - begins[0].time, 1e-9) for r in kept}
+        good_s += max((row.time for row in kept), default=begin.time) - begin.time
+    return shares
+
+
+def _all_rows(folder: Folder) -> Iterator[Row]:
+    for name in folder.list():
+        if name.endswith(".jsonl"):
+            yield from (Row(**json.loads(line)) for line in folder.read(name).splitlines())
 
 
 def default_uri(root: Folder) -> str:

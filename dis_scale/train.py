@@ -27,7 +27,7 @@ from dis_scale.models.export import describe
 from dis_scale.recipe import Recipe, Train
 from dis_scale.scan import choose
 from dis_scale.storage import Folder
-from dis_scale.tracking import Log
+from dis_scale.tracking import ATTEMPT, Log
 
 ROWS_EVERY_STEPS = 10
 FLUSH_EVERY_S = 10.0
@@ -77,6 +77,8 @@ def train(run: Run) -> int:
         log.flush()  # a resume point never stands without the rows before it
         return {"adam_step": _adam_step(state), "model": run.model}
 
+    if rank == 0:
+        log.add(images, {ATTEMPT: run.attempt})
     if images == 0 and 0 in settings.publish_images:
         saver.publish(state, 0, facts(), description)
     with closing(prefetch(_micro_batches(run, latents, model.drop_rates, images, lanes))) as micro_batches:

@@ -7,6 +7,7 @@ workers ask for no CPU and run at low priority: one that asked for a CPU first w
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,26 +16,25 @@ import numpy as np
 import ray
 import torch
 
-from dis_scale import vae
+from dis_scale import diffusion, manifest, vae
 from dis_scale.checkpoint import images_name
 from dis_scale.data import shards
+from dis_scale.data.latents import Latents
 from dis_scale.errors import DisScaleError, StorageError
-from dis_scale.evaluation import reference, results
-from dis_scale.evaluation.measure import measure
-from dis_scale.evaluation.sample import GRID, Block, grid, open_studio
-from dis_scale.recipe import Recipe
+from dis_scale.evaluation import held_out, measure, reference, results
+from dis_scale.evaluation.results import Drawn
+from dis_scale.evaluation.sample import COLUMNS, Block, grid, open_studio
+from dis_scale.recipe import MAIN, Evaluate, Recipe
 from dis_scale.storage import Folder
 from dis_scale.tracking import Projection, Row
 from pipelines import stage
 
 LOOK_EVERY_S = 2.0
 NICE = 19
-COLUMNS = 10
-"""Of the grid; with ten classes, one a class."""
 
 
 class Evaluator(stage.Worker):
-    """Draws blocks; progress counts blocks."""
+    """Draws blocks and measures the held-out loss; progress counts blocks."""
 
     def __init__(self, sweep: Folder, recipe: Recipe, device: str) -> None:
         super().__init__()
@@ -46,97 +46,117 @@ class Evaluator(stage.Worker):
         decoder.net.to(where)
         self.studio = open_studio(recipe, sweep, decoder, where)
 
-    def draw(self, model: str, images: int, blocks: list[int]) -> None:
+    def draw(self, drawn: Drawn, drawing: Evaluate, blocks: list[int]) -> dict[str, float]:
+        """Draws and keeps blocks; returns the seconds that each part took, and the samples drawn as `images`."""
         torch.set_num_threads(1)
-        drawn, folder = self.studio.model(model, images), results.folder(self.studio.sweep, model, images)
+        studio, folder, images = self.studio, results.folder(self.studio.sweep, drawn), 0
+        model, before = studio.model(drawn.model, drawn.images, drawing), dict(studio.seconds)
         for block in blocks:
             if self._wish.is_set():
-                return
-            folder.write(block_name(block), self.studio.draw(drawn, block).to_bytes())
-            self._done += 1
+                break
+            made = studio.draw(model, drawing, block)
+            folder.write(block_name(block), made.to_bytes())
+            self._done, images = self._done + 1, images + len(made.right)
+        return {part: seconds - before[part] for part, seconds in studio.seconds.items()} | {"images": images}
+
+    def held_out(self, drawn: Drawn) -> dict[str, float]:
+        """The loss on the images that training never saw."""
+        torch.set_num_threads(1)
+        recipe, settings = self.studio.recipe, self.studio.recipe.evaluate
+        latents = Latents(shards.latents_of(self.studio.sweep), recipe.seed, recipe.data.held_out_images)
+        model = self.studio.model(drawn.model, drawn.images, settings)
+        return held_out.losses(model, diffusion.build(recipe.diffusion), latents, recipe.seed, settings.batch_images)
 
 
 @dataclass
 class Evaluation:
-    """One sweep's evaluation: its workers and the references by extractor."""
+    """One sweep's evaluation: its workers, the references by extractor, and each way to draw by name."""
 
     sweep: Folder
     recipe: Recipe
     workers: list[Any]
     references: dict[str, reference.Reference]
+    drawings: dict[str, Evaluate]
 
-    @property
-    def blocks(self) -> int:
-        return -(-self.recipe.evaluate.samples // self.recipe.evaluate.block_images)
-
-    def evaluate(self, model: str, images: int) -> None:
-        """Draws what is missing of one published checkpoint and writes its grid and, last, its metrics."""
-        folder = results.folder(self.sweep, model, images)
-        kept = {b: _whole_block(folder, b) for b in range(self.blocks)}
-        left = [b for b, block in kept.items() if block is None]
+    def evaluate(self, drawn: Drawn) -> dict[str, float]:
+        """Draws what is missing of one published checkpoint and writes its grid and, last, its metrics; returns them."""
+        folder, drawing = results.folder(self.sweep, drawn), self.drawings[drawn.variant]
+        left = [b for b in range(_block_count(drawing)) if not _whole(folder, b)]
         share = len(self.workers)
-        parts = [w.draw.remote(model, images, left[i::share]) for i, w in enumerate(self.workers)]
-        stage.watch(self.workers, parts, lambda done: self._report(sum(done)))
+        parts = [w.draw.remote(drawn, drawing, left[i::share]) for i, w in enumerate(self.workers)]
+        spent = stage.watch(self.workers, parts, lambda done: self._report(sum(done)))
+        values = self._held_out(drawn)
         stage.leave_if_asked()
-        blocks = [block or _read_block(folder, b) for b, block in kept.items()]
-        measured = self._measure(blocks)
-        folder.write(results.GRID, grid(np.concatenate([b.pictures for b in blocks])[:GRID], COLUMNS))
-        folder.write_json(results.METRICS, self._facts(model, images) | measured)
-        self.log(model, images)
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
-        stage.say(f"{model} at {images} images: {shown}")
+        began = time.monotonic()
+        measured, pictures = self._measure(folder, drawing)
+        values |= measured
+        folder.write(results.GRID, grid(pictures, COLUMNS))
+        notes = measure.notes(self.references, drawing)
+        seconds = _seconds(spent) | {"metrics": time.monotonic() - began}
+        folder.write_json(results.METRICS, _facts(drawn, drawing) | {"notes": notes, "values": values, "seconds": seconds})
+        folder.delete(results.DAMAGED)
+        self.log(drawn)
+        return values
 
-    def log(self, model: str, images: int) -> None:
+    def log(self, drawn: Drawn) -> None:
         """Mirrors one evaluation into MLflow, where it is not there yet."""
-        folder, projection = results.folder(self.sweep, model, images), Projection(self.sweep, model)
-        values, metric = folder.read_json(results.METRICS), self.recipe.evaluate.metric
-        names = [name for name in (metric, f"{metric}_error", "class_accuracy") if name in values]
-        projection.send([Row(name, values[name], images, values["time"]) for name in names])
+        folder, projection = results.folder(self.sweep, drawn), Projection(self.sweep, drawn.model)
+        found, suffix = folder.read_json(results.METRICS), f"/{drawn.variant}" if drawn.variant else ""
+        named = found["values"] | {f"evaluation/{name}": value for name, value in found["seconds"].items()}
+        rows = [Row(f"{name}{suffix}", value, drawn.images, found["time"]) for name, value in named.items()]
+        projection.send([row for row in rows if not row.name.endswith("_floor")])
         with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / f"samples-{images_name(images)}.png"
+            path = Path(scratch) / f"samples-{images_name(drawn.images)}.png"
             path.write_bytes(folder.read(results.GRID))
-            projection.send_file(path, "samples")
+            projection.send_file(path, f"samples{suffix}")
 
-    def _measure(self, blocks: list[Block]) -> dict[str, float]:
-        return measure(blocks, self.references, self.recipe.evaluate)
+    def _held_out(self, drawn: Drawn) -> dict[str, float]:
+        """The held-out loss belongs to the checkpoint, however samples are drawn: it stands beside the main ones."""
+        if drawn.variant or not self.recipe.data.held_out_images:
+            return {}
+        (values,) = stage.watch(self.workers, [self.workers[0].held_out.remote(drawn)], lambda _: None)
+        return values
 
-    def _facts(self, model: str, images: int) -> dict[str, Any]:
-        drawn = self.recipe.evaluate.model_dump(include={"samples", "sampler", "steps", "guidance"})
-        return {"format": 1, "model": model, "images": images, "time": time.time()} | drawn
+    def _measure(self, folder: Folder, drawing: Evaluate) -> tuple[dict[str, float], np.ndarray]:
+        """All metrics, and the grid's pictures, with one block in memory at a time."""
+        pictures = []
+
+        def blocks() -> Iterator[Block]:
+            for b in range(_block_count(drawing)):
+                block = _read_block(folder, b)
+                pictures.append(block.pictures)
+                yield block
+
+        return measure.measure(blocks(), self.references, drawing), np.concatenate(pictures)
 
     def _report(self, done: int) -> None:
-        wanted = len(self.recipe.models) * len(self.recipe.train.publish_images) * self.blocks
-        stage.progress(done, wanted, "blocks")
+        checkpoints = len(self.recipe.models) * len(self.recipe.train.publish_images)
+        stage.progress(done, checkpoints * sum(map(_block_count, self.drawings.values())), "blocks")
 
 
 def evaluate(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
-    """Evaluates each (model, published count) once, until all are done or their training has ended for good."""
+    """Evaluates each (model, published count) once in each way, until all are done or their training has ended for good."""
     stage.connect()
     device, why = stage.choose_device(recipe)
     stage.say(f"evaluation on {device} ({why})")
-    passed_over: set[tuple[str, int]] = set()
-    stage.with_restarts(recipe, "evaluate", lambda: _evaluate_all(sweep, recipe, device, passed_over))
-    if passed_over:
-        raise DisScaleError(
-            f"{len(passed_over)} published checkpoints could not be evaluated: {sorted(passed_over)[:3]}"
-        )
+    skipped: set[Drawn] = set()
+    stage.with_restarts(recipe, "evaluate", lambda: _evaluate_all(sweep, recipe, device, skipped))
 
 
-def _evaluate_all(sweep: Folder, recipe: Recipe, device: str, passed_over: set[tuple[str, int]]) -> None:
-    """Takes each new published folder as it comes; a damaged one is named, passed over and noted in `passed_over`."""
-    options = _options(recipe, device)
-    workers = [stage.spawn(Evaluator, options, sweep, recipe, device) for _ in range(recipe.evaluate.workers)]
-    evaluation = Evaluation(sweep, recipe, workers, reference.load_all(sweep, recipe))
+def _evaluate_all(sweep: Folder, recipe: Recipe, device: str, skipped: set[Drawn]) -> None:
+    """Takes each new published folder as it comes; a damaged one is named, noted in storage and in `skipped`, and passed over."""
+    evaluation = open_evaluation(sweep, recipe, device, recipe.evaluate.drawings)
     for model in recipe.models:
-        for images in results.evaluated_counts(sweep, model):
-            evaluation.log(model, images)
+        for variant in recipe.evaluate.drawings:
+            for images in results.evaluated_counts(sweep, model, variant):
+                evaluation.log(Drawn(model, images, variant))
     news = time.monotonic()
     while True:
         stage.leave_if_asked()
         over = results.nothing_more_to_come(sweep, recipe)  # asked first: what is published meanwhile is still seen
-        todo = [pair for pair in results.published_but_not_evaluated(sweep, recipe) if pair not in passed_over]
+        todo = [drawn for drawn in results.to_do(sweep, recipe) if drawn not in skipped]
         if todo:
-            _evaluate_one(evaluation, todo[0], passed_over)
+            _evaluate_one(evaluation, todo[0], skipped)
             news = time.monotonic()
         elif over:
             return
@@ -148,12 +168,41 @@ def _evaluate_all(sweep: Folder, recipe: Recipe, device: str, passed_over: set[t
             stage.pause(LOOK_EVERY_S)
 
 
-def _evaluate_one(evaluation: Evaluation, pair: tuple[str, int], passed_over: set[tuple[str, int]]) -> None:
+def open_evaluation(sweep: Folder, recipe: Recipe, device: str, drawings: dict[str, Evaluate]) -> Evaluation:
+    """The evaluation with its workers on Ray."""
+    options = _options(recipe, device)
+    workers = [stage.spawn(Evaluator, options, sweep, recipe, device) for _ in range(recipe.evaluate.workers)]
+    return Evaluation(sweep, recipe, workers, reference.load_all(sweep, recipe), drawings)
+
+
+def _evaluate_one(evaluation: Evaluation, drawn: Drawn, skipped: set[Drawn]) -> None:
     try:
-        evaluation.evaluate(*pair)
+        values = evaluation.evaluate(drawn)
     except StorageError as error:
-        stage.say(f"passed over: {error}")
-        passed_over.add(pair)
+        stage.say(f"skipped: {error}")
+        results.folder(evaluation.sweep, drawn._replace(variant=MAIN)).write_json(results.DAMAGED, {"why": str(error)})
+        skipped.add(drawn)
+        return
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name)
+    variant = f" ({drawn.variant})" if drawn.variant else ""
+    stage.say(f"{drawn.model} at {drawn.images} images{variant}: {shown}")
+
+
+def _facts(drawn: Drawn, drawing: Evaluate) -> dict[str, Any]:
+    settings = {"samples", "sampler", "steps", "guidance", "guidance_interval", "ema_width", "precision", "metrics"}
+    facts = {"format": manifest.FORMAT, "model": drawn.model, "images": drawn.images, "time": time.time()}
+    return facts | drawing.model_dump(mode="json", include=settings)
+
+
+def _seconds(spent: list[dict[str, float]]) -> dict[str, float]:
+    """Worker seconds of each part, and samples a second and worker while drawing; nothing where all blocks were there."""
+    total = {part: sum(each[part] for each in spent) for part in spent[0]}
+    images, sampling = total.pop("images"), total["sampling"]
+    return total | {"images_per_s": images / sampling} if images else {}
+
+
+def _block_count(drawing: Evaluate) -> int:
+    return -(-drawing.samples // drawing.block_images)
 
 
 def _options(recipe: Recipe, device: str) -> dict[str, Any]:
@@ -170,15 +219,16 @@ def _read_block(folder: Folder, block: int) -> Block:
     return Block.from_bytes(folder.read(block_name(block)), f"{folder}/{block_name(block)}")
 
 
-def _whole_block(folder: Folder, block: int) -> Block | None:
-    """A block that an earlier evaluation left whole; a damaged one is named and will be drawn again."""
+def _whole(folder: Folder, block: int) -> bool:
+    """Whether an earlier evaluation left this block whole; a damaged one is named and will be drawn again."""
     try:
-        return _read_block(folder, block)
+        _read_block(folder, block)
     except FileNotFoundError:
-        return None
+        return False
     except StorageError as error:
         stage.say(f"drawn again: {error}")
-        return None
+        return False
+    return True
 
 
 def block_name(block: int) -> str:

@@ -8,7 +8,9 @@ import hashlib
 import io
 import json
 import tarfile
+from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,8 +84,12 @@ def put_shard(latents: Folder, number: int, samples: list[Sample], refused: list
     """Writes a shard and then its sidecar: digest, count, and the moments' sums for the statistics."""
     data = pack(samples)
     latents.write(f"{shard_name(number)}.tar", data)
-    sidecar = {"format": manifest.FORMAT, "count": len(samples), **manifest.digest(data), "refused": refused}
-    latents.write_json(f"{shard_name(number)}.json", sidecar | {"sums": _sums(samples)})
+    labels = Counter(sample.label for sample in samples)
+    sidecar = {
+        "format": manifest.FORMAT, "count": len(samples), **manifest.digest(data), "refused": refused,
+        "labels": sorted(labels.items()), "sums": _sums(samples),
+    }  # fmt: skip
+    latents.write_json(f"{shard_name(number)}.json", sidecar)
 
 
 def finished(latents: Folder, numbers: range) -> set[int]:
@@ -102,6 +108,7 @@ def seal(latents: Folder, numbers: range, facts: dict[str, Any]) -> dict[str, An
     value = {
         "format": manifest.FORMAT, **facts,
         "count": sum(s["count"] for s in shards), "mean": mean, "std": std,
+        "label_counts": _label_counts(list(sidecars.values()), facts["num_classes"]),
         "refused": [name for s in sidecars.values() for name in s["refused"]], "shards": shards,
     }  # fmt: skip
     latents.write_json(manifest.NAME, value)
@@ -138,6 +145,13 @@ def _require_same_vae(latents: Folder, theirs: str, ours: str) -> None:
         )
 
 
+def latents_manifest(sweep: Folder) -> dict[str, Any]:
+    """What the manifest of the sweep's latents says; UserError where there are none."""
+    found = manifest.find(latents_of(sweep))
+    assert found is not None, "sealed latents have a manifest"
+    return found
+
+
 def latents_of(sweep: Folder) -> Folder:
     """The sweep's sealed latents; UserError where there are none."""
     latents = find_latents(sweep)
@@ -157,6 +171,13 @@ def _agrees(latents: Folder, number: int) -> bool:
     except StorageError:
         return False
     return True
+
+
+def _label_counts(sidecars: list[dict[str, Any]], num_classes: int) -> list[int]:
+    counts = [0] * num_classes
+    for label, count in chain.from_iterable(s["labels"] for s in sidecars):
+        counts[label] += count
+    return counts
 
 
 def _sums(samples: list[Sample]) -> dict[str, Any]:

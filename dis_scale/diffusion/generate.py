@@ -56,6 +56,7 @@ def generate(
     sampler: str,
     steps: int,
     guidance: float = 1.0,
+    interval: tuple[float, float] | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
@@ -68,6 +69,6 @@ def generate(
     check_sampler(sampler, process)
     noise = SampleNoise(seed, numbers)
     y_B = None if labels is None else torch.tensor(list(labels), dtype=torch.int64, device=device)
-    model_fn = guided(model, y_B, guidance)
+    model_fn = guided(model, y_B, guidance, interval=interval)
     x_T = noise.start((len(numbers), model.shape.channels, model.shape.size, model.shape.size)).to(device)
     return sample(model_fn, process, sampler, steps, x_T, noise, progress)

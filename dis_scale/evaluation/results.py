@@ -1,38 +1,52 @@
-"""What was evaluated and what is still to come, as storage tells it."""
+"""What was evaluated and what is still to come, as storage tells it.
 
-from typing import Any
+One evaluation is a folder: `evaluation/<model>/<images>/` of the main way to draw, a folder below it for each variant.
+"""
+
+from typing import Any, NamedTuple
 
 from dis_scale import checkpoint
 from dis_scale.checkpoint import images_name
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import MAIN, Recipe
 from dis_scale.storage import Folder
 
-METRICS, GRID, ENDED = "metrics.json", "samples.png", "ended.json"
+METRICS, GRID, ENDED, DAMAGED = "metrics.json", "samples.png", "ended.json", "damaged.json"
 
 
-def folder(sweep: Folder, model: str, images: int) -> Folder:
-    return sweep / "evaluation" / model / images_name(images)
+class Drawn(NamedTuple):
+    """One checkpoint drawn in one way: the unit of evaluation."""
+
+    model: str
+    images: int
+    variant: str = MAIN
 
 
-def evaluated_counts(sweep: Folder, model: str) -> list[int]:
+def folder(sweep: Folder, drawn: Drawn) -> Folder:
+    base = sweep / "evaluation" / drawn.model / images_name(drawn.images)
+    return base / drawn.variant if drawn.variant else base
+
+
+def evaluated_counts(sweep: Folder, model: str, variant: str = MAIN) -> list[int]:
     """The image counts at which a model is evaluated, rising."""
     counts = [int(name) for name in (sweep / "evaluation" / model).list() if name.isdigit()]
-    return [images for images in counts if folder(sweep, model, images).exists(METRICS)]
+    return [images for images in counts if folder(sweep, Drawn(model, images, variant)).exists(METRICS)]
 
 
-def evaluated(sweep: Folder, model: str) -> dict[int, dict[str, Any]]:
-    """The metrics of a model by images seen."""
-    return {images: folder(sweep, model, images).read_json(METRICS) for images in evaluated_counts(sweep, model)}
+def evaluated(sweep: Folder, model: str, variant: str = MAIN) -> dict[int, dict[str, Any]]:
+    """What stands in a model's metrics by images seen."""
+    counts = evaluated_counts(sweep, model, variant)
+    return {images: folder(sweep, Drawn(model, images, variant)).read_json(METRICS) for images in counts}
 
 
-def published_but_not_evaluated(sweep: Folder, recipe: Recipe) -> list[tuple[str, int]]:
-    """(model, images) in the recipe's order, fewest images first."""
-    pairs = []
+def to_do(sweep: Folder, recipe: Recipe) -> list[Drawn]:
+    """What is published and not evaluated: the main way to draw before the variants, then by images in the recipe's order."""
+    left = []
     for model in recipe.models:
-        done = evaluated_counts(sweep, model)
-        counts = checkpoint.published(sweep / "runs" / model)
-        pairs += [(model, n) for n in counts if n in recipe.train.publish_images and n not in done]
-    return sorted(pairs, key=lambda pair: pair[1])
+        counts = set(checkpoint.published(sweep / "runs" / model)) & set(recipe.train.publish_images)
+        for variant in recipe.evaluate.drawings:
+            left += [Drawn(model, n, variant) for n in counts - set(evaluated_counts(sweep, model, variant))]
+    sign = -1 if recipe.evaluate.order == "newest_first" else 1
+    return sorted(left, key=lambda drawn: (drawn.variant != MAIN, sign * drawn.images))
 
 
 def nothing_more_to_come(sweep: Folder, recipe: Recipe) -> bool:
@@ -51,6 +65,18 @@ def ended(sweep: Folder, model: str) -> str | None:
     return run.read_json(ENDED)["why"] if run.exists(ENDED) else None
 
 
+def damaged(sweep: Folder, recipe: Recipe) -> dict[tuple[str, int], str]:
+    """The published checkpoints that evaluation had to skip, and what was wrong with each."""
+    pairs = [(model, images) for model in recipe.models for images in recipe.train.publish_images]
+    places = {pair: folder(sweep, Drawn(*pair)) for pair in pairs}
+    return {pair: place.read_json(DAMAGED)["why"] for pair, place in places.items() if place.exists(DAMAGED)}
+
+
 def finished(sweep: Folder, recipe: Recipe) -> bool:
-    """Whether every model is evaluated at every published count."""
-    return all(set(recipe.train.publish_images) <= set(evaluated_counts(sweep, model)) for model in recipe.models)
+    """Whether every model is evaluated at every published count in every way."""
+    wanted = set(recipe.train.publish_images)
+    return all(
+        wanted <= set(evaluated_counts(sweep, model, variant))
+        for model in recipe.models
+        for variant in recipe.evaluate.drawings
+    )

@@ -1,30 +1,35 @@
 """Blocks of samples: block b of a published checkpoint is a function of (recipe, published weights, b), whoever draws it.
 
-A block holds samples [b S, (b + 1) S): their features, the judge's verdicts, and of the first ones the pictures for the grid.
+A block holds samples [b S, (b + 1) S): their features, the judge's verdicts, and the pictures of those that the grid shows. It is
+drawn in micro-batches of a fixed size, since the last digits of a model's sums depend on it.
 """
 
+import contextlib
 import io
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from PIL import Image
 
-from dis_scale import checkpoint, diffusion, models
+from dis_scale import checkpoint, diffusion, models, seeds
+from dis_scale.data import shards
 from dis_scale.diffusion.generate import generate
 from dis_scale.digits import Classifier
 from dis_scale.errors import DisScaleError, StorageError
 from dis_scale.evaluation import sealed
 from dis_scale.evaluation.features import JUDGE, Extractor, Features, load_classifier, load_extractors
 from dis_scale.models import Backbone
-from dis_scale.recipe import LatentShape, Recipe
+from dis_scale.recipe import Evaluate, LatentShape, Recipe
 from dis_scale.storage import Folder
 from dis_scale.vae import Vae, to_unit
 
-GRID = 100
-DECODE = 50
-"""Images decoded at once."""
+COLUMNS, ROWS = 10, 10
+"""Of the grid: classes, and samples of each."""
+PARTS = ("sampling", "decoding", "features")
+"""What drawing spends its time on."""
 FIELDS = ("identity", "pooled", "spatial", "logits")
 """Of `Features`, as a block's file names them."""
 
@@ -56,50 +61,74 @@ class Block:
         return cls(features, arrays["right"], arrays["pictures"])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Studio:
-    """What drawing needs beside the weights: decoder, extractors and judge, loaded once a worker."""
+    """What drawing needs beside the weights: decoder, extractors and judge, loaded once a worker; and where its time went."""
 
     recipe: Recipe
     sweep: Folder
     vae: Vae
     extractors: list[Extractor]
     judge: Classifier | None
+    labels: np.ndarray
     device: torch.device
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
-    def model(self, name: str, images: int) -> Backbone:
-        """A published model in evaluation; StorageError names a damaged one."""
-        weights = checkpoint.load_published(self.sweep / "runs" / name, images)
-        shape = self.vae.latent(self.recipe.data.resolution)
-        return load_model(self.recipe, name, shape, weights).to(self.device)
+    def model(self, name: str, images: int, drawing: Evaluate) -> Backbone:
+        """A published model in evaluation, averaged as the drawing says; StorageError names a damaged one."""
+        run, train = self.sweep / "runs" / name, self.recipe.train
+        if drawing.ema_width is None:
+            weights = checkpoint.load_published(run, images)
+        else:
+            weights = checkpoint.load_average(run, images, train.batch_images, train.power_ema or (), drawing.ema_width)
+        model = load_model(self.recipe, name, self.vae.latent(self.recipe.data.resolution), weights).to(self.device)
+        return model.bfloat16() if drawing.precision == "bf16" else model
 
-    def draw(self, model: Backbone, block: int) -> Block:
+    def draw(self, model: Backbone, drawing: Evaluate, block: int) -> Block:
         """Samples of one block, guided, decoded and looked at."""
-        settings, classes = self.recipe.evaluate, self.recipe.data.num_classes
-        numbers = block_numbers(settings.samples, settings.block_images, block)
-        labels = [n % classes for n in numbers]
-        with torch.no_grad():
-            latents = generate(
-                model, diffusion.build(self.recipe.diffusion), labels, list(numbers), sampler=settings.sampler,
-                steps=settings.steps, guidance=settings.guidance, seed=self.recipe.seed, device=self.device,
-            )  # fmt: skip
-        require_finite(latents, numbers)
-        pixels = np.concatenate([self.vae.decode(part) for part in latents.split(DECODE)])
-        seen = {extractor.name: extractor(pixels) for extractor in self.extractors}
-        return Block(seen, self._judged(pixels, labels), pixels[: max(0, GRID - numbers.start)])
+        numbers = block_numbers(drawing.samples, drawing.block_images, block)
+        micro = drawing.batch_images
+        parts = [self._pixels(model, drawing, numbers[i : i + micro]) for i in range(0, len(numbers), micro)]
+        pixels, labels = np.concatenate(parts), self.labels[numbers.start : numbers.stop]
+        with self._timed("features"):
+            seen, right = {e.name: e(pixels) for e in self.extractors}, self._judged(pixels, labels)
+        shown = set(grid_numbers(self.labels))
+        return Block(seen, right, pixels[[number in shown for number in numbers]])
 
-    def _judged(self, pixels: np.ndarray, labels: list[int]) -> np.ndarray:
+    def _pixels(self, model: Backbone, drawing: Evaluate, numbers: range) -> np.ndarray:
+        """The images of a micro-batch, uint8 (B, H, W, 3)."""
+        labels = self.labels[numbers.start : numbers.stop].tolist()
+        with self._timed("sampling"), torch.no_grad():
+            latents = generate(
+                model, diffusion.build(self.recipe.diffusion), labels, numbers, sampler=drawing.sampler,
+                steps=drawing.steps, guidance=drawing.guidance, interval=drawing.guidance_interval,
+                seed=self.recipe.seed, device=self.device,
+            )  # fmt: skip
+            require_finite(latents, numbers)
+        with self._timed("decoding"):
+            return self.vae.decode(latents)
+
+    def _judged(self, pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
         if self.judge is None:
             return np.full(len(labels), -1, np.int8)
         with torch.no_grad():
             seen = self.judge(to_unit(pixels)).argmax(1).numpy()
-        return (seen == np.array(labels)).astype(np.int8)
+        return (seen == labels).astype(np.int8)
+
+    @contextlib.contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[part] += time.monotonic() - began
 
 
 def open_studio(recipe: Recipe, sweep: Folder, decoder: Vae, device: torch.device) -> Studio:
-    """The sweep's studio; a judge there is where the sweep trained one."""
+    """The sweep's studio; a judge there is where the sweep trained one, labels come as often as in the training set."""
     judge = load_classifier(sweep, JUDGE) if recipe.evaluate.trained else None
-    return Studio(recipe, sweep, decoder, load_extractors(recipe.evaluate, sweep, device), judge, device)
+    labels = sample_labels(recipe, shards.latents_manifest(sweep)["label_counts"])
+    return Studio(recipe, sweep, decoder, load_extractors(recipe.evaluate, sweep, device), judge, labels, device)
 
 
 def require_finite(latents_BCHW: torch.Tensor, numbers: range) -> None:
@@ -120,6 +149,21 @@ def load_model(recipe: Recipe, name: str, shape: LatentShape, weights: dict[str,
         raise StorageError(f"published weights do not fit {name}: {sorted(missing)[:3]}")
     models.check_finite(model)
     return model.eval().requires_grad_(False)
+
+
+def sample_labels(recipe: Recipe, counts: Sequence[int]) -> np.ndarray:
+    """The label of each sample (samples), drawn by the training set's `counts` of labels; the same whatever their number."""
+    shares = np.cumsum(counts) / np.sum(counts)
+    draws = seeds.generator("sample labels", recipe.seed).random(recipe.evaluate.samples)
+    return np.searchsorted(shares, draws, side="right")
+
+
+def grid_numbers(labels: np.ndarray) -> list[int]:
+    """The samples that the grid shows, row by row: a column for each of some classes, as many rows as all of them fill."""
+    present = np.unique(labels)
+    shown = present[np.linspace(0, len(present) - 1, min(COLUMNS, len(present))).round().astype(int)]
+    columns = [np.flatnonzero(labels == label)[:ROWS] for label in shown]
+    return np.stack([column[: min(map(len, columns))] for column in columns], axis=1).flatten().tolist()
 
 
 def block_numbers(samples: int, block_images: int, block: int) -> range:

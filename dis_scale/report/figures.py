@@ -1,0 +1,179 @@
+"""The curves. Families differ by marker and line, image counts by grey, so that they can be read in black and white."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dis_scale.report import fits
+from dis_scale.report.collect import Point, Report
+from dis_scale.report.published import PUBLISHED
+
+MARKERS = {"dis": "o", "diffussm": "^", "dit": "s"}
+LINES = {"dis": "-", "diffussm": "-.", "dit": "--"}
+PUBLISHED_MARKERS = {"DiT": "1", "SiT": "2", "DiG": "3"}
+GFLOPS = "Gflops (multiply-adds, DiT's convention)"
+SIZE = (7.2, 4.8)
+
+
+def gflops_distance(report: Report, published: bool = False) -> Figure:
+    """Gflops against distance at each image count: a line through each family, the fit at the last count as a thin one."""
+    drawing, axes = _axes(report, GFLOPS)
+    shades = np.linspace(0.7, 0.0, len(report.counts)) if len(report.counts) > 1 else [0.0]
+    for images, shade in zip(report.counts, shades, strict=False):
+        for kind in report.families:
+            _line(axes, report, report.family(kind, images), kind, str(shade), f"{kind} at {images:,}", "gmacs")
+    _fit(axes, report)
+    if published:
+        _published(axes)
+    _name_last(axes, report, "gmacs")
+    return _finish(drawing, axes, report)
+
+
+def compute_distance(report: Report) -> Figure:
+    """Training compute against distance: each model's way, and the lower hull of all."""
+    drawing, axes = _axes(report, "training compute (EFLOP, two operations a multiply-add)")
+    trained = [p for p in report.main if p.images]
+    for model, points in _by_model(trained).items():
+        _line(axes, report, points, points[0].kind, _shade(report, model), model, "eflops")
+    if trained:
+        hull = fits.lower_hull([p.eflops for p in trained], [report.distance(p) for p in trained])
+        best = [trained[i] for i in hull]
+        axes.plot(
+            [p.eflops for p in best], [report.distance(p) for p in best], color="black", linewidth=4, alpha=0.25,
+            label="lower hull", solid_capstyle="round",
+        )  # fmt: skip
+    _name_last(axes, report, "eflops")
+    return _finish(drawing, axes, report)
+
+
+def distance_images(report: Report) -> Figure:
+    """Distance over images seen, a line a model, the untrained model left out."""
+    drawing, axes = _axes(report, "images seen")
+    for model, points in _by_model([p for p in report.main if p.images]).items():
+        _line(axes, report, points, points[0].kind, _shade(report, model), model, "images")
+    _name_last(axes, report, "images")
+    return _finish(drawing, axes, report)
+
+
+def curve(
+    title: str, setting: str, values: Sequence[float], distances: Sequence[float], errors: Sequence[float]
+) -> Figure:
+    """One model's distance against one setting of how it is drawn."""
+    drawing = Figure(figsize=SIZE, layout="constrained")
+    axes = drawing.add_subplot()
+    axes.errorbar(values, distances, errors, marker="o", capsize=2, color="black")
+    axes.set(xlabel=setting, ylabel=title.rsplit(" ", 1)[-1], title=title)
+    return drawing
+
+
+def render(drawing: Figure) -> dict[str, bytes]:
+    """The figure's PNG and SVG, by ending; the same bytes from the same figure."""
+    files = {}
+    for ending in ("png", "svg"):
+        buffer = io.BytesIO()
+        drawing.savefig(buffer, format=ending, dpi=160, metadata={"Date": None} if ending == "svg" else None)
+        files[ending] = buffer.getvalue()
+    return files
+
+
+def correlations(report: Report) -> list[str]:
+    """A line for each image count and family of three models or more: Pearson's r on log Gflops; then the power law."""
+    said = []
+    for images in report.counts:
+        for kind in report.families:
+            points = report.family(kind, images)
+            r = fits.pearson([p.gmacs for p in points], [report.distance(p) for p in points])
+            if r is not None:
+                few = " (few points)" if len(points) <= fits.FEW else ""
+                said.append(f"{kind} at {images:,} images: r = {r:.2f} on log Gflops, n = {len(points)}{few}")
+    for kind, law in _laws(report):
+        said.append(
+            f"{kind} at {report.counts[-1]:,} images: fitted power law {report.metric} = {law.factor:.3g} x "
+            f"Gflops^{law.exponent:.2f} (95 % interval of the exponent {law.low:.2f} to {law.high:.2f})"
+        )
+    return said
+
+
+def _laws(report: Report) -> list[tuple[str, fits.PowerLaw]]:
+    """Each family's fit at the last count, where it has points enough."""
+    if not report.counts:
+        return []
+    families = [(kind, report.family(kind, report.counts[-1])) for kind in report.families]
+    laws = [(k, fits.power_law([p.gmacs for p in ps], [report.distance(p) for p in ps])) for k, ps in families if ps]
+    return [(kind, law) for kind, law in laws if law]
+
+
+def _axes(report: Report, xlabel: str) -> tuple[Figure, Axes]:
+    drawing = Figure(figsize=SIZE, layout="constrained")
+    axes = drawing.add_subplot()
+    axes.margins(x=0.12)
+    axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=report.metric, title=report.sweep)
+    return drawing, axes
+
+
+def _finish(drawing: Figure, axes: Axes, report: Report) -> Figure:
+    """The floor, and the legend."""
+    if report.floor is not None:
+        axes.axhline(report.floor, linestyle=":", color="black", linewidth=1)
+        axes.annotate(
+            "two halves of the real images", (0.99, report.floor), xycoords=("axes fraction", "data"),
+            ha="right", va="bottom", fontsize=8,
+        )  # fmt: skip
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
+    return drawing
+
+
+def _line(axes: Axes, report: Report, points: list[Point], kind: str, shade: str, label: str, along: str) -> None:
+    """A family's or a model's points with their errors."""
+    if points:
+        axes.errorbar(
+            [getattr(p, along) for p in points], [report.distance(p) for p in points], [report.error(p) for p in points],
+            marker=MARKERS[kind], linestyle=LINES[kind], capsize=2, color=shade, label=label,
+        )  # fmt: skip
+
+
+def _fit(axes: Axes, report: Report) -> None:
+    """The power laws, thin and named as fits."""
+    for kind, law in _laws(report):
+        costs = np.geomspace(*_ends([p.gmacs for p in report.family(kind, report.counts[-1])]), 50)
+        axes.plot(costs, law.at(costs), color="black", linewidth=0.8, linestyle=(0, (1, 3)), label=f"fit: {kind}")
+
+
+def _published(axes: Axes) -> None:
+    """Others' figures as crosses without a line."""
+    for family, marker in PUBLISHED_MARKERS.items():
+        points = [p for p in PUBLISHED if p.family == family]
+        axes.plot(
+            [p.gmacs for p in points], [p.fid for p in points], marker, color="black", markersize=9,
+            label=f"{family}, published (102.4M images, no guidance)",
+        )  # fmt: skip
+
+
+def _name_last(axes: Axes, report: Report, along: str) -> None:
+    """Each model's name beside its last point."""
+    for points in _by_model([p for p in report.main if p.images]).values():
+        last = points[-1]
+        place = (getattr(last, along), report.distance(last))
+        axes.annotate(last.model, place, xytext=(5, -11), textcoords="offset points", fontsize=8)
+
+
+def _by_model(points: list[Point]) -> dict[str, list[Point]]:
+    return {
+        model: sorted((p for p in points if p.model == model), key=lambda p: p.images)
+        for model in dict.fromkeys(p.model for p in points)
+    }
+
+
+def _shade(report: Report, model: str) -> str:
+    """Darker the more a model costs."""
+    costs = {p.model: p.gmacs for p in report.main}
+    rank = sorted(costs, key=lambda name: costs[name]).index(model)
+    return str(0.7 * (1 - rank / max(1, len(costs) - 1)))
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    return min(values), max(values)

@@ -1,0 +1,62 @@
+"""How distance goes with cost: correlation, a power law with its interval, the lower hull."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+FEW = 4
+"""Up to so many points a correlation says little, and is marked."""
+
+
+def pearson(gmacs: Sequence[float], distances: Sequence[float]) -> float | None:
+    """Pearson's r of distance with log Gflops, as the DiT and DiS papers give it; None for fewer than 3 points or no spread."""
+    if len(gmacs) < 3 or np.ptp(gmacs) == 0 or np.ptp(distances) == 0:
+        return None
+    return float(np.corrcoef(np.log(gmacs), distances)[0, 1])
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """distance = factor x cost^exponent, fitted to logarithms; `low` and `high` bound the exponent at 95 %."""
+
+    factor: float
+    exponent: float
+    low: float
+    high: float
+
+    def at(self, cost: np.ndarray) -> np.ndarray:
+        return self.factor * cost**self.exponent
+
+
+def power_law(costs: Sequence[float], distances: Sequence[float]) -> PowerLaw | None:
+    """Least squares on logarithms with Student's interval; None for fewer than 4 points, of one cost, or distances not positive."""
+    if len(costs) < 4 or np.ptp(costs) == 0 or min(distances) <= 0:
+        return None
+    fit = stats.linregress(np.log(costs), np.log(distances))
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(costs) - 2) * fit.stderr
+    return PowerLaw(float(np.exp(fit.intercept)), float(fit.slope), float(fit.slope - reach), float(fit.slope + reach))
+
+
+def lower_hull(costs: Sequence[float], distances: Sequence[float]) -> list[int]:
+    """The points, by rising cost, that the best line from below touches in logarithms, down to the lowest distance.
+
+    What a budget buys at best: the lower convex hull (Andrew's monotone chain), cut off where distance would rise again.
+    """
+    x, y = np.log(costs), np.log(distances)
+    hull: list[int] = []
+    for i in np.lexsort((y, x)).tolist():
+        if hull and x[hull[-1]] == x[i]:
+            continue
+        while len(hull) > 1 and not _turns_up(x, y, hull[-2], hull[-1], i):
+            hull.pop()
+        hull.append(i)
+    best = int(np.argmin([y[i] for i in hull])) if hull else 0
+    return hull[: best + 1]
+
+
+def _turns_up(x: np.ndarray, y: np.ndarray, a: int, b: int, c: int) -> bool:
+    """Whether the way from a over b to c bends upwards."""
+    return bool((x[b] - x[a]) * (y[c] - y[a]) > (y[b] - y[a]) * (x[c] - x[a]))

@@ -1,0 +1,31 @@
+"""What others have published, to be drawn beside a sweep's own points: marked as published, never in a fit.
+
+FID-50K on ImageNet 256x256 without guidance after 400K steps of 256 images, against multiply-adds of one forward pass.
+"""
+
+from typing import NamedTuple
+
+
+class Published(NamedTuple):
+    """One published model; `gmacs` in 10^9."""
+
+    family: str
+    model: str
+    gmacs: float
+    fid: float
+
+
+IMAGES = 400_000 * 256
+PUBLISHED = [
+    # Peebles and Xie 2022 (arXiv 2212.09748), table 4; multiply-adds from its table 1
+    Published("DiT", "DiT-S/2", 6.06, 68.4),
+    Published("DiT", "DiT-B/2", 23.0, 43.5),
+    Published("DiT", "DiT-L/2", 80.7, 23.3),
+    Published("DiT", "DiT-XL/2", 118.6, 19.5),
+    # Ma et al. 2024 (arXiv 2401.08740): DiT's backbones under flow matching
+    Published("SiT", "SiT-B/2", 23.0, 33.0),
+    Published("SiT", "SiT-L/2", 80.7, 18.8),
+    Published("SiT", "SiT-XL/2", 118.6, 17.2),
+    # Zhu et al. 2024 (arXiv 2405.18428); of its smaller sizes we know distances but no multiply-adds
+    Published("DiG", "DiG-XL/2", 89.4, 18.5),
+]

@@ -1,0 +1,48 @@
+"""Correlation, power law and hull against what they must be on points that are known."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dis_scale.report.fits import lower_hull, pearson, power_law
+
+
+def test_correlation_is_on_log_gflops() -> None:
+    assert pearson([1, 10, 100], [3, 2, 1]) == pytest.approx(-1)
+    assert pearson([1, 2], [2, 1]) is None
+    assert pearson([5, 5, 5], [3, 2, 1]) is None
+
+
+def test_a_power_law_is_found_with_its_interval() -> None:
+    costs = np.array([1.0, 3, 10, 30, 100])
+    exact = power_law(costs, 7 * costs**-0.4)
+    assert exact is not None
+    assert (exact.factor, exact.exponent) == pytest.approx((7, -0.4))
+    assert exact.high - exact.low < 1e-6
+    assert power_law(costs[:3], [3.0, 2.0, 1.0]) is None
+
+
+def test_the_interval_holds_the_exponent_as_often_as_it_says() -> None:
+    rng, costs, held = np.random.default_rng(0), np.geomspace(1, 100, 6), 0
+    for _ in range(400):
+        law = power_law(costs, 7 * costs**-0.4 * np.exp(0.1 * rng.standard_normal(6)))
+        assert law is not None
+        held += law.low <= -0.4 <= law.high
+    assert 0.92 < held / 400 < 0.98  # 95 % within three binomial errors of 400 tries
+
+
+def test_the_hull_leaves_out_what_a_line_from_below_does_not_touch() -> None:
+    costs, distances = [1, 2, 10, 50, 100, 200], [100, 90, 10, 9.5, 5, 6]
+    assert lower_hull(costs, distances) == [0, 2, 4]
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 1e4), st.floats(0.1, 1e4)), min_size=1, max_size=20))
+def test_no_point_lies_below_the_hull(points: list[tuple[float, float]]) -> None:
+    costs, distances = zip(*points, strict=True)
+    hull = lower_hull(costs, distances)
+    x, y = np.log(costs), np.log(distances)
+    assert list(x[hull]) == sorted(x[hull])
+    assert y[hull[-1]] == y.min()
+    inside = (x >= x[hull[0]]) & (x <= x[hull[-1]])
+    assert (y[inside] >= np.interp(x[inside], x[hull], y[hull]) - 1e-9).all()

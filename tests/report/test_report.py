@@ -1,0 +1,174 @@
+"""The report is made from what was evaluated, says what is missing, and stands on its own."""
+
+import csv
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from dis_scale import plan as plans
+from dis_scale import report as reports
+from dis_scale import tracking
+from dis_scale.errors import UserError
+from dis_scale.evaluation import results
+from dis_scale.evaluation.results import Drawn
+from dis_scale.evaluation.sample import grid
+from dis_scale.recipe import LatentShape, Recipe
+from dis_scale.report import compare, figures
+from dis_scale.report.published import PUBLISHED
+from dis_scale.storage import Folder, folder
+from dis_scale.tracking import Log
+
+SHAPE = LatentShape(4, 8)
+
+
+def put(sweep: Folder, metric: str, drawn: Drawn, distance: float, error: float = 0.5) -> None:
+    values = {metric: distance, f"{metric}_error": error, f"{metric}_floor": 0.25, "class_accuracy": 0.5}
+    facts = {"samples": 60, "sampler": "ddim", "steps": 3, "guidance": 1.5, "time": 1.0}
+    place = results.folder(sweep, drawn)
+    place.write_json(results.METRICS, facts | {"values": values})
+    place.write(results.GRID, grid(np.zeros((2, 8, 8, 3), np.uint8), 2))
+
+
+@pytest.fixture
+def recipe(tiny: Recipe) -> Recipe:
+    """The tiny recipe with three sizes of DiS, and a variant."""
+    text = tiny.model_dump(mode="json")
+    text["models"] |= {f"dis{width}": text["models"]["dis"] | {"width": width} for width in (32, 64)}
+    text["evaluate"]["variants"] = {"plain": {"guidance": 1.0}}
+    return Recipe.model_validate(text, strict=False)
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, recipe: Recipe) -> Folder:
+    made = folder(tmp_path) / "sweeps/tiny"
+    for model, images, distance in [("dis", 0, 90.0), ("dis", 160, 9.0), ("dis32", 160, 6.0), ("dis64", 160, 5.0)]:
+        put(made, recipe.evaluate.metric, Drawn(model, images), distance)
+    put(made, recipe.evaluate.metric, Drawn("dis", 160, "plain"), 12.0)
+    (made / "runs/dit").write_json(results.ENDED, {"why": "a worker was lost 4 times"})
+    results.folder(made, Drawn("dis", 320)).write_json(results.DAMAGED, {"why": "weights.safetensors: damaged"})
+    return made
+
+
+def collect(sweep: Folder, recipe: Recipe) -> reports.Report:
+    return reports.collect(sweep, plans.plan(recipe, SHAPE))
+
+
+def shown(table: Table) -> str:
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
+
+
+def test_the_csv_has_each_point_with_its_cost_facts_and_values(sweep: Folder, recipe: Recipe) -> None:
+    files = reports.write(sweep, collect(sweep, recipe))
+    rows = list(csv.DictReader(io.StringIO(files[reports.CSV].decode())))
+    metric = recipe.evaluate.metric
+    assert [(r["model"], r["variant"], r["images"], r[metric]) for r in rows] == [
+        ("dis", "", "0", "90.0"),
+        ("dis", "", "160", "9.0"),
+        ("dis", "plain", "160", "12.0"),
+        ("dis32", "", "160", "6.0"),
+        ("dis64", "", "160", "5.0"),
+    ]
+    cost = plans.plan(recipe, SHAPE).costs["dis"]
+    assert float(rows[1]["gmacs_forward"]) == pytest.approx(cost.gmacs_forward, rel=1e-5)
+    assert float(rows[1]["training_eflops"]) == pytest.approx(2 * cost.gmacs_training * 160 / 1e9, rel=1e-5)
+    assert float(rows[1]["paper_gflops"]) == cost.paper_gflops
+    assert (rows[1]["sampler"], rows[1]["guidance"]) == ("ddim", "1.5")
+
+
+def test_the_figures_draw_each_family_each_model_and_the_floor(sweep: Folder, recipe: Recipe) -> None:
+    report = collect(sweep, recipe)
+    curve = figures.gflops_distance(report).axes[0]
+    assert {(9.0, 6.0, 5.0), (0.25, 0.25)} <= {tuple(line.get_ydata()) for line in curve.lines}
+    assert [text.get_text() for text in curve.get_legend().get_texts()] == ["dis at 160"]
+    assert {"dis", "dis32", "dis64"} <= {text.get_text() for text in curve.texts}
+    compute = figures.compute_distance(report).axes[0]
+    hull = next(line for line in compute.lines if line.get_label() == "lower hull")
+    assert tuple(hull.get_ydata()) == (9.0, 6.0, 5.0)
+    over_images = figures.distance_images(report).axes[0]
+    assert {(9.0,), (6.0,), (5.0,)} <= {tuple(line.get_ydata()) for line in over_images.lines}
+
+
+def test_published_points_are_marked_and_never_in_the_fit(sweep: Folder, recipe: Recipe) -> None:
+    report = collect(sweep, recipe)
+    alone, beside = (figures.gflops_distance(report, published).axes[0] for published in (False, True))
+    names = {text.get_text() for text in beside.get_legend().get_texts()}
+    assert {"DiT, published (102.4M images, no guidance)", "DiG, published (102.4M images, no guidance)"} <= names
+    added = {tuple(line.get_ydata()) for line in beside.lines} - {tuple(line.get_ydata()) for line in alone.lines}
+    assert added == {tuple(p.fid for p in PUBLISHED if p.family == family) for family in ("DiT", "SiT", "DiG")}
+    assert figures.correlations(report) == ["dis at 160 images: r = -0.95 on log Gflops, n = 3 (few points)"]
+
+
+def test_what_is_missing_is_said(sweep: Folder, recipe: Recipe) -> None:
+    text = shown(reports.table(collect(sweep, recipe)))
+    assert "dit failed: a worker was lost 4 times" in text
+    assert "dis at 320 images skipped: weights.safetensors: damaged" in text
+    assert "9 ± 0.5" in text
+
+
+def test_the_page_needs_nothing_beside_itself(sweep: Folder, recipe: Recipe) -> None:
+    text = reports.write(sweep, collect(sweep, recipe))[reports.PAGE].decode()
+    assert text.count("<svg") == 3
+    assert text.count("data:image/png;base64,") == 3
+    assert "n = 3 (few points)" in text
+    assert "dit failed" in text
+    assert [link for link in re.findall(r"(?:src|href)=['\"]([^'\"#]+)", text) if not link.startswith("data:")] == []
+    assert sorted((sweep / "report").list()) == sorted(
+        [reports.CSV, reports.PAGE]
+        + [f"{name}.{ending}" for name in ("gflops_fid", "compute_fid", "fid_images") for ending in ("png", "svg")]
+    )
+
+
+def test_nothing_evaluated_yet_is_a_report_too(tmp_path: Path, recipe: Recipe) -> None:
+    empty = folder(tmp_path) / "sweeps/tiny"
+    assert len(reports.write(empty, collect(empty, recipe))) == 8
+
+
+def test_two_sweeps_differ_by_their_errors(sweep: Folder, tmp_path: Path, recipe: Recipe) -> None:
+    other = folder(tmp_path) / "sweeps/other"
+    put(other, recipe.evaluate.metric, Drawn("dis", 160), 4.0, error=1.2)
+    put(other, recipe.evaluate.metric, Drawn("dis64", 160), 5.5, error=1.2)
+    a, b = collect(sweep, recipe), collect(other, recipe)
+    assert [(d.a.model, d.change, d.error) for d in compare.differences(a, b)] == [
+        ("dis", -5.0, pytest.approx(1.3)),
+        ("dis64", 0.5, pytest.approx(1.3)),
+    ]
+    text = " ".join(shown(compare.table(a, b)).split())
+    assert "-5 ± 1.3" in text
+    assert "-3.8" in text
+    assert "3 points stand in one sweep alone" in text
+
+
+def test_sweeps_that_cannot_be_compared_are_refused(sweep: Folder, tmp_path: Path, recipe: Recipe) -> None:
+    a, empty = collect(sweep, recipe), collect(folder(tmp_path) / "sweeps/empty", recipe)
+    with pytest.raises(UserError, match="tiny and empty have no model at one image count in common"):
+        compare.differences(a, empty)
+    other = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"samples": 61})})
+    if other.evaluate.metric != recipe.evaluate.metric:
+        with pytest.raises(UserError, match="these cannot be compared"):
+            compare.differences(a, collect(sweep, other))
+
+
+def test_goodput_counts_what_no_later_attempt_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attempt 1 runs from 0 s to 10 s and is lost at 100 images; attempt 2 goes on at 20 s from 60 and reaches 120 at 26 s."""
+    for attempt, rows in [(1, [(0, 0), (6, 60), (10, 100)]), (2, [(20, 60), (24, 100), (26, 120)])]:
+        log = Log(folder(tmp_path), attempt)
+        for i, (time_s, images) in enumerate(rows):
+            monkeypatch.setattr(tracking.time, "time", lambda time_s=time_s: 1000.0 + time_s)
+            log.add(images, {tracking.ATTEMPT: attempt} if i == 0 else {"loss": 1.0})
+        log.flush()
+    shares = tracking.goodput(folder(tmp_path))
+    assert shares[60] == pytest.approx(6 / 20)
+    assert shares[120] == pytest.approx((6 + 6) / 26)
+
+
+def test_the_plan_derives_the_batch_and_names_the_price(tiny: Recipe) -> None:
+    text = " ".join(shown(plans.table(plans.plan(tiny, SHAPE))).split())
+    assert "batch 16 = 2 workers x 2 accumulated x 4; 320 images = 20 steps; ZeRO stage 1, fp32" in text
+    assert "22,304" in text
