@@ -25,6 +25,9 @@ RecipePath = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override a setting: a.b=value. May be given often.")
 ]
+SweepUrl = Annotated[str, typer.Argument(help="A sweep's folder or URL, for example outputs/sweeps/digits.")]
+Model = Annotated[str, typer.Argument(help="A model of the sweep.")]
+At = Annotated[int | None, typer.Option(help="The published image count; the last where it is not given.", min=0)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -34,7 +37,7 @@ def sweep(recipe: RecipePath = None, overrides: Overrides = None, debug: Debug =
     from dis_scale import recipe as recipes
     from dis_scale import sweep as sweeps
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = _console()
     with _errors(debug):
         if recipe is None:
             console.print(f"recipe   {EMBEDDED.name} (none was given: the embedded example)", highlight=False)
@@ -51,6 +54,81 @@ def plan(recipe: RecipePath = None, overrides: Overrides = None, debug: Debug = 
     with _errors(debug):
         found = recipes.load(recipe or EMBEDDED, overrides)
         Console().print(plans.table(plans.plan(found, vae.latent_shape(found.vae, found.data.resolution))))
+
+
+@app.command()
+def report(
+    sweep: SweepUrl,
+    published: Annotated[
+        bool, typer.Option("--published", help="Draw published points of DiT, SiT and DiG beside.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Make a sweep's table, figures and page anew from what was evaluated."""
+    from dis_scale import report as reports
+    from dis_scale.sweep import open_sweep
+
+    with _errors(debug):
+        folder, plan = open_sweep(sweep)
+        found = reports.collect(folder, plan)
+        reports.write(folder, found, published)
+        _console().print(reports.table(found))
+        _console().print(f"page     {folder}/report/{reports.PAGE}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compare(a: SweepUrl, b: SweepUrl, debug: Debug = False) -> None:
+    """Show two sweeps side by side, with the errors of their differences."""
+    from dis_scale import report as reports
+    from dis_scale.report import compare as comparing
+    from dis_scale.sweep import open_sweep
+
+    with _errors(debug):
+        _console().print(comparing.table(*(reports.collect(*open_sweep(url)) for url in (a, b))))
+
+
+@app.command()
+def sweep_guidance(
+    sweep: SweepUrl,
+    model: Model,
+    scales: Annotated[str, typer.Option(help="Guidance scales with commas between them.")] = "1,1.25,1.5,2,3",
+    at: At = None,
+    debug: Debug = False,
+) -> None:
+    """Draw one checkpoint at several guidance scales: the curve of guidance against distance."""
+    from dis_scale.vary import GUIDANCE
+
+    with _errors(debug):
+        _vary(sweep, model, at, GUIDANCE, _numbers("--scales", scales))
+
+
+@app.command()
+def sweep_ema(
+    sweep: SweepUrl,
+    model: Model,
+    widths: Annotated[str, typer.Option(help="Relative widths with commas between them.")] = "0.03,0.05,0.07,0.1,0.15",
+    at: At = None,
+    debug: Debug = False,
+) -> None:
+    """Draw one checkpoint from averages of several widths, rebuilt after training: the curve of width against distance."""
+    from dis_scale.vary import WIDTH
+
+    with _errors(debug):
+        _vary(sweep, model, at, WIDTH, _numbers("--widths", widths))
+
+
+def _vary(url: str, model: str, at: int | None, setting: str, values: list[float]) -> None:
+    from dis_scale.sweep import open_sweep
+    from dis_scale.vary import vary
+
+    vary(*open_sweep(url), model, at, setting, values, _console())
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text!r}: expected numbers with commas between them, for example 1,1.5,2") from None
 
 
 @app.command()
@@ -84,6 +162,11 @@ def sample(
         images = draw(opened, labels, wanted, **how, guidance=guidance, seed=seed, batch=batch)  # type: ignore[arg-type]
         out.write_bytes(grid(images, columns=min(10, wanted)))
         Console().print(f"{wanted} images in {out}", highlight=False)
+
+
+def _console() -> Console:
+    """The terminal, or 120 characters where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def _labels(classes: str | None) -> list[int] | None:

@@ -25,6 +25,8 @@ FORMAT = 1
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Width = Annotated[float, Field(ge=0.005, le=0.28)]
+"""Relative width of a power-function average, see ema.py."""
 
 
 def runtime(default: Any, **limits: Any) -> Any:
@@ -238,7 +240,7 @@ class Train(Settings):
     clip: float = Field(1.0, gt=0)
     ema: Fraction = 0.9999
     """Decay of the exponential moving average of the weights, per step."""
-    power_ema: tuple[Fraction, Fraction] | None = None
+    power_ema: tuple[Width, Width] | None = None
     """Relative widths of two power-function averages to track, too (0.05 and 0.1 are usual); any other is rebuilt from them."""
     label_dropout: Fraction = 0.1
     resume_every_images: Count = runtime(100_000)
@@ -323,7 +325,7 @@ class Variant(Settings):
     steps: Count | None = None
     guidance: float | None = Field(None, ge=0)
     guidance_interval: Interval | None = None
-    ema_width: Fraction | None = None
+    ema_width: Width | None = None
     precision: Literal["fp32", "bf16"] | None = None
 
 
@@ -336,7 +338,7 @@ class Evaluate(Settings):
     guidance: float = Field(1.5, ge=0)
     guidance_interval: Interval | None = None
     """Guide only between these times (Kynkaanniemi et al. 2024); everywhere where nothing is said."""
-    ema_width: Fraction | None = None
+    ema_width: Width | None = None
     """Draw from the power-function average of this relative width, rebuilt; from the exponential one where nothing is said."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the model while it draws; decoding and features are float32."""

@@ -50,6 +50,17 @@ class Sweep:
     asked_to_stop: bool = False
 
 
+def open_sweep(url: str) -> tuple[Folder, Plan]:
+    """The sweep at a URL or path, and the plan of the recipe that it stored; UserError where there is none."""
+    found = folder(url)
+    if not found.exists(recipes.FILE):
+        raise UserError(
+            f"no sweep at {found}: expected a folder with {recipes.FILE}, for example outputs/sweeps/digits"
+        )
+    recipe = recipes.parse(found.read(recipes.FILE).decode(), f"{found}/{recipes.FILE}")
+    return found, plans.plan(recipe, vae.latent_shape(recipe.vae, recipe.data.resolution))
+
+
 def run(recipe: Recipe, console: Console) -> None:
     """Runs what is left of a sweep and makes its report; DisScaleError where a stage or a model failed."""
     recipe, store = _resolve(recipe)
@@ -82,7 +93,7 @@ def _work(sweep: Sweep, store: Folder) -> dict[str, str]:
         require_weights(extractor)
     sweep.folder.write(recipes.FILE, recipes.dump(sweep.recipe).encode())
     _begin_tracking(sweep, sweep.recipe.tracking.uri or tracking.default_uri(store))
-    with _obeying_signals(sweep), jobs.cluster(sweep.recipe) as cluster:
+    with obeying_signals(sweep), jobs.cluster(sweep.recipe) as cluster:
         sweep.board.say(f"ray      {cluster.described}")
         device, why = recipes.choose_device(sweep.recipe, cluster.gpus)
         sweep.board.say(f"device   {device} ({why})")
@@ -92,9 +103,9 @@ def _work(sweep: Sweep, store: Folder) -> dict[str, str]:
             )
         try:
             if not prepared(sweep.folder, sweep.recipe):
-                _stage(sweep, cluster, "prepare")
+                run_stage(sweep, cluster, "prepare")
             if find_latents(sweep.folder) is None:
-                _stage(sweep, cluster, "precompute")
+                run_stage(sweep, cluster, "precompute")
             return _train_and_evaluate(sweep, cluster)
         except BaseException:
             # A Ray of our own ends with us: wait for its jobs.
@@ -114,9 +125,9 @@ def _begin_tracking(sweep: Sweep, uri: str) -> None:
         sweep.board.say(f"tracking MLflow cannot be reached at {uri}, results are in storage alone: {why}")
 
 
-def _stage(sweep: Sweep, cluster: Cluster, name: str) -> None:
-    """Runs one stage to its end."""
-    job = _submit(sweep, cluster, name)
+def run_stage(sweep: Sweep, cluster: Cluster, name: str, *arguments: str) -> None:
+    """Runs one stage to its end; DisScaleError says why it failed."""
+    job = _submit(sweep, cluster, name, *arguments)
     while not job.ended():
         _look(sweep, job, name)
         time.sleep(LOOK_EVERY_S)
@@ -222,7 +233,7 @@ def _require_same_identity(sweep: Folder, recipe: Recipe) -> None:
 
 
 @contextlib.contextmanager
-def _obeying_signals(sweep: Sweep) -> Iterator[None]:
+def obeying_signals(sweep: Sweep) -> Iterator[None]:
     """SIGTERM and SIGINT ask the sweep to stop its jobs and leave; a second one is obeyed at once."""
 
     def ask(number: int, _: FrameType | None) -> None:

@@ -24,7 +24,11 @@ def program(name: str) -> stage.Program:
             from pipelines.evaluate import evaluate
 
             return evaluate
-    raise SystemExit(f"unknown stage {name!r}: expected prepare, precompute, train or evaluate")
+        case "vary":
+            from pipelines.evaluate import vary
+
+            return vary
+    raise SystemExit(f"unknown stage {name!r}: expected prepare, precompute, train, evaluate or vary")
 
 
 if __name__ == "__main__":

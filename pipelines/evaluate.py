@@ -77,6 +77,7 @@ class Evaluation:
     workers: list[Any]
     references: dict[str, reference.Reference]
     drawings: dict[str, Evaluate]
+    checkpoints: int
 
     def evaluate(self, drawn: Drawn) -> dict[str, float]:
         """Draws what is missing of one published checkpoint and writes its grid and, last, its metrics; returns them."""
@@ -130,8 +131,7 @@ class Evaluation:
         return measure.measure(blocks(), self.references, drawing), np.concatenate(pictures)
 
     def _report(self, done: int) -> None:
-        checkpoints = len(self.recipe.models) * len(self.recipe.train.publish_images)
-        stage.progress(done, checkpoints * sum(map(_block_count, self.drawings.values())), "blocks")
+        stage.progress(done, self.checkpoints * sum(map(_block_count, self.drawings.values())), "blocks")
 
 
 def evaluate(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
@@ -143,9 +143,23 @@ def evaluate(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
     stage.with_restarts(recipe, "evaluate", lambda: _evaluate_all(sweep, recipe, device, skipped))
 
 
+def vary(sweep: Folder, recipe: Recipe, arguments: list[str]) -> None:
+    """Draws one published checkpoint with other values of one setting, each a variant of its own; finished ones are kept."""
+    model, images, setting, *values = arguments
+    stage.connect()
+    device, _ = stage.choose_device(recipe)
+    drawings = results.varied(recipe.evaluate, setting, [float(value) for value in values])
+    evaluation = open_evaluation(sweep, recipe, device, drawings, checkpoints=1)
+    for variant in drawings:
+        drawn = Drawn(model, int(images), variant)
+        if not results.folder(sweep, drawn).exists(results.METRICS):
+            stage.say(_shown(drawn, evaluation.evaluate(drawn)))
+
+
 def _evaluate_all(sweep: Folder, recipe: Recipe, device: str, skipped: set[Drawn]) -> None:
     """Takes each new published folder as it comes; a damaged one is named, noted in storage and in `skipped`, and passed over."""
-    evaluation = open_evaluation(sweep, recipe, device, recipe.evaluate.drawings)
+    checkpoints = len(recipe.models) * len(recipe.train.publish_images)
+    evaluation = open_evaluation(sweep, recipe, device, recipe.evaluate.drawings, checkpoints)
     for model in recipe.models:
         for variant in recipe.evaluate.drawings:
             for images in results.evaluated_counts(sweep, model, variant):
@@ -168,11 +182,13 @@ def _evaluate_all(sweep: Folder, recipe: Recipe, device: str, skipped: set[Drawn
             stage.pause(LOOK_EVERY_S)
 
 
-def open_evaluation(sweep: Folder, recipe: Recipe, device: str, drawings: dict[str, Evaluate]) -> Evaluation:
+def open_evaluation(
+    sweep: Folder, recipe: Recipe, device: str, drawings: dict[str, Evaluate], checkpoints: int
+) -> Evaluation:
     """The evaluation with its workers on Ray."""
     options = _options(recipe, device)
     workers = [stage.spawn(Evaluator, options, sweep, recipe, device) for _ in range(recipe.evaluate.workers)]
-    return Evaluation(sweep, recipe, workers, reference.load_all(sweep, recipe), drawings)
+    return Evaluation(sweep, recipe, workers, reference.load_all(sweep, recipe), drawings, checkpoints)
 
 
 def _evaluate_one(evaluation: Evaluation, drawn: Drawn, skipped: set[Drawn]) -> None:
@@ -183,9 +199,13 @@ def _evaluate_one(evaluation: Evaluation, drawn: Drawn, skipped: set[Drawn]) -> 
         results.folder(evaluation.sweep, drawn._replace(variant=MAIN)).write_json(results.DAMAGED, {"why": str(error)})
         skipped.add(drawn)
         return
+    stage.say(_shown(drawn, values))
+
+
+def _shown(drawn: Drawn, values: dict[str, float]) -> str:
     shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name)
     variant = f" ({drawn.variant})" if drawn.variant else ""
-    stage.say(f"{drawn.model} at {drawn.images} images{variant}: {shown}")
+    return f"{drawn.model} at {drawn.images} images{variant}: {shown}"
 
 
 def _facts(drawn: Drawn, drawing: Evaluate) -> dict[str, Any]:

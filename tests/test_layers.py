@@ -19,7 +19,7 @@ LAYERS = [
     "train evaluation digits",
     "plan report progress",
     "pipelines",
-    "sweep cli",
+    "sweep cli vary",
 ]
 """From the lowest up; a part may import parts of its own layer and of those above it in this table."""
 DOORS = {
@@ -35,7 +35,7 @@ DOORS = {
     "matplotlib": "dis_scale/report/figures.py",
     "scipy": "dis_scale/report/fits.py dis_scale/evaluation",
     "typer": "dis_scale/cli.py",
-    "rich": "dis_scale/plan.py dis_scale/report dis_scale/progress.py dis_scale/cli.py dis_scale/sweep.py",
+    "rich": "dis_scale/plan.py dis_scale/report dis_scale/progress.py dis_scale/cli.py dis_scale/sweep.py dis_scale/vary.py",
     "psutil": "dis_scale/lease.py",
     "mamba_ssm": "dis_scale/scan",
     "causal_conv1d": "dis_scale/scan",

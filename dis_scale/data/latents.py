@@ -93,8 +93,8 @@ class Latents:
         return self._at(self.order[position])
 
     def held_out(self) -> Iterator[tuple[np.ndarray, int]]:
-        """Moments and label of each sample that training never sees."""
-        return map(self._at, self.order.held_out)
+        """Moments, float16 (2C, h, w), of the unmirrored image and label of each sample that training never sees."""
+        return ((moments[0], label) for moments, label in map(self._at, self.order.held_out))
 
     def scaled(self, sample: np.ndarray) -> np.ndarray:
         """Latents as the backbone sees them: (z - shift) scale, float32."""

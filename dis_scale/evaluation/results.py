@@ -3,11 +3,12 @@
 One evaluation is a folder: `evaluation/<model>/<images>/` of the main way to draw, a folder below it for each variant.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dis_scale import checkpoint
 from dis_scale.checkpoint import images_name
-from dis_scale.recipe import MAIN, Recipe
+from dis_scale.recipe import MAIN, Evaluate, Recipe
 from dis_scale.storage import Folder
 
 METRICS, GRID, ENDED, DAMAGED = "metrics.json", "samples.png", "ended.json", "damaged.json"
@@ -19,6 +20,11 @@ class Drawn(NamedTuple):
     model: str
     images: int
     variant: str = MAIN
+
+
+def varied(main: Evaluate, setting: str, values: Sequence[float]) -> dict[str, Evaluate]:
+    """The main way to draw with other values of one setting, by name: `guidance-1.25`."""
+    return {f"{setting.replace('_', '-')}-{value:g}": main.model_copy(update={setting: value}) for value in values}
 
 
 def folder(sweep: Folder, drawn: Drawn) -> Folder:

@@ -64,6 +64,11 @@ class Report:
         return list(dict.fromkeys(p.kind for p in self.main))
 
     @property
+    def drawings(self) -> dict[str, Point]:
+        """A point of each way to draw, by its name."""
+        return {p.variant: p for p in self.points}
+
+    @property
     def floor(self) -> float | None:
         """The distance between two halves of the real images."""
         return self.points[0].values.get(f"{self.metric}_floor") if self.points else None
@@ -89,7 +94,8 @@ def collect(sweep: Folder, plan: Plan) -> Report:
             for images, found in results.evaluated(sweep, model, variant).items():
                 facts = {key: value for key, value in found.items() if key not in ("values", "format")}
                 kind = recipe.models[model].kind
-                known = max((n for n in goodput if 0 < n <= images), default=0)
-                points.append(Point(model, kind, variant, images, cost, found["values"], facts, goodput.get(known)))
+                known = max((n for n in goodput if 0 < n <= images), default=None)
+                share = None if known is None else goodput[known]
+                points.append(Point(model, kind, variant, images, cost, found["values"], facts, share))
     failed = {model: why for model in plan.costs if (why := results.ended(sweep, model))}
     return Report(sweep.name, recipe.evaluate.metric, points, failed, results.damaged(sweep, recipe))

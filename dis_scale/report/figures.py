@@ -59,13 +59,13 @@ def distance_images(report: Report) -> Figure:
 
 
 def curve(
-    title: str, setting: str, values: Sequence[float], distances: Sequence[float], errors: Sequence[float]
+    title: str, metric: str, setting: str, values: Sequence[float], distances: Sequence[float], errors: Sequence[float]
 ) -> Figure:
     """One model's distance against one setting of how it is drawn."""
     drawing = Figure(figsize=SIZE, layout="constrained")
     axes = drawing.add_subplot()
     axes.errorbar(values, distances, errors, marker="o", capsize=2, color="black")
-    axes.set(xlabel=setting, ylabel=title.rsplit(" ", 1)[-1], title=title)
+    axes.set(xlabel=setting, ylabel=metric, title=title)
     return drawing
 
 

@@ -1,5 +1,6 @@
 """The report's files below `report/`: figures, the CSV, the page."""
 
+from dis_scale.errors import UserError
 from dis_scale.evaluation import results
 from dis_scale.evaluation.results import Drawn
 from dis_scale.report import figures
@@ -14,8 +15,12 @@ CSV, PAGE = "gflops_fid.csv", "index.html"
 def write(sweep: Folder, report: Report, published: bool = False) -> dict[str, bytes]:
     """Puts the figures, the page and, last, the CSV below `report/`; returns them by name.
 
-    `published` draws others' points beside ours; they are FID, so only where ours are, too.
+    `published` draws others' points beside ours; UserError where ours are not FID, too.
     """
+    if published and report.metric != "fid":
+        raise UserError(
+            f"--published: others' points are FID of 50,000 samples under Inception features, {report.sweep} has {report.metric}"
+        )
     drawn = {
         "gflops_fid": (figures.gflops_distance(report, published), "Gflops against distance at each image count"),
         "compute_fid": (figures.compute_distance(report), "Training compute against distance, with its lower hull"),

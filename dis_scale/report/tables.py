@@ -40,7 +40,7 @@ def row(report: Report, p: Point) -> list[str]:
     goodput = "" if p.goodput is None else f"{p.goodput:.0%}"
     return [
         p.model, f"{p.cost.parameters:,}", f"{p.gmacs:.4g}", *paper, f"{p.images:,}", f"{p.eflops:.3g}", goodput,
-        distance(report, p), *judged, drawn(p),
+        distance(report, p), *judged, p.variant or "main",
     ]  # fmt: skip
 
 
@@ -50,15 +50,17 @@ def distance(report: Report, p: Point) -> str:
     return f"{report.distance(p):.4g}" + (f" ± {error:.2g}" if error else "")
 
 
-def drawn(p: Point) -> str:
-    """How the samples were made: sampler, steps, guidance, and the variant's name."""
-    words = [f"{p.facts.get('sampler', '')} {p.facts.get('steps', '')}", f"guidance {p.facts.get('guidance', '')}"]
-    return ", ".join([*([p.variant] if p.variant else []), *words])
-
-
 def notes(report: Report) -> list[str]:
     """What has to be said of all rows together."""
     said = ["Gflops are multiply-adds of one forward pass (DiT's convention), ± is one standard error"]
+    for variant, p in report.drawings.items():
+        how = p.facts
+        average = f", average of width {how['ema_width']}" if how.get("ema_width") else ""
+        within = f" between times {how['guidance_interval']}" if how.get("guidance_interval") else ""
+        said.append(
+            f"{variant or 'main'}: {how['samples']:,} samples, {how['sampler']}, {how['steps']} steps, "
+            f"guidance {how['guidance']}{within}{average}, {how['precision']}"
+        )
     if report.floor is not None:
         said.append(f"floor (two halves of the real images): {report.floor:.4g}")
     return said

@@ -22,6 +22,7 @@ class Echo(torch.nn.Module):
         self.seen = list[int]()
 
     def forward(self, x_BCHW: torch.Tensor, t_B: torch.Tensor, y_B: torch.Tensor) -> torch.Tensor:
+        assert x_BCHW.shape == (len(y_B), 4, 8, 8)
         self.seen += y_B.tolist()
         return torch.cat([self.scale * x_BCHW, torch.zeros_like(x_BCHW)], 1)
 

@@ -1,0 +1,93 @@
+"""One published checkpoint drawn with other values of one setting: guidance, or the average's width, against distance.
+
+Runs as a Ray job, as every stage does; each value is kept as a variant, so that given again it does what is left.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from dis_scale import checkpoint, ema
+from dis_scale import sweep as sweeps
+from dis_scale.errors import UserError
+from dis_scale.evaluation import results
+from dis_scale.evaluation.results import Drawn
+from dis_scale.plan import Plan
+from dis_scale.progress import Board
+from dis_scale.recipe import Recipe
+from dis_scale.report import figures
+from dis_scale.storage import Folder
+from pipelines import jobs
+
+GUIDANCE, WIDTH = "guidance", "ema_width"
+"""The settings that can be varied, as the recipe calls them."""
+
+
+def vary(
+    sweep: Folder, plan: Plan, model: str, images: int | None, setting: str, values: Sequence[float], console: Console
+) -> None:
+    """Draws what is missing, then puts table and figure below `report/`; UserError for what cannot be drawn."""
+    at = _published(sweep, plan.recipe, model, images)
+    _require_drawable(plan.recipe, setting, values)
+    with Board(console) as board:
+        running = sweeps.Sweep(plan.recipe, sweep, plan, board)
+        with sweeps.obeying_signals(running), jobs.cluster(plan.recipe) as cluster:
+            sweeps.run_stage(running, cluster, "vary", model, str(at), setting, *(f"{value:g}" for value in values))
+    _report(sweep, plan.recipe, model, at, setting, sorted(values), console)
+
+
+def _published(sweep: Folder, recipe: Recipe, model: str, images: int | None) -> int:
+    if model not in recipe.models:
+        raise UserError(f"{sweep} has no model {model!r}: it has {', '.join(recipe.models)}")
+    counts = checkpoint.published(sweep / "runs" / model)
+    if not counts or (images is not None and images not in counts):
+        wanted = "anything" if images is None else f"{images:,} images"
+        raise UserError(f"{model} has not published {wanted}: published are {', '.join(map(str, counts)) or 'none'}")
+    return counts[-1] if images is None else images
+
+
+def _require_drawable(recipe: Recipe, setting: str, values: Sequence[float]) -> None:
+    if setting == WIDTH and recipe.train.power_ema is None:
+        raise UserError(
+            "the sweep tracked no power-function averages: train.power_ema names none, so no width can be rebuilt"
+        )
+    for value in values:
+        if setting == WIDTH:
+            ema.exponent(value)
+        elif value < 0:
+            raise UserError(f"{setting} {value:g}: expected 0 or more")
+
+
+def _report(
+    sweep: Folder, recipe: Recipe, model: str, images: int, setting: str, values: Sequence[float], console: Console
+) -> None:
+    metric, found = recipe.evaluate.metric, list[dict[str, float]]()
+    for variant in results.varied(recipe.evaluate, setting, values):
+        found.append(results.folder(sweep, Drawn(model, images, variant)).read_json(results.METRICS)["values"])
+    title = f"{model} after {images:,} images: {metric}"
+    distances, errors = [f[metric] for f in found], [f.get(f"{metric}_error", 0.0) for f in found]
+    name = f"{setting.replace('_', '-')}-{model}-{checkpoint.images_name(images)}"
+    drawing = figures.curve(title, metric, setting, values, distances, errors)
+    files = {f"{name}.{ending}": data for ending, data in figures.render(drawing).items()}
+    for file, data in (files | {f"{name}.csv": _csv(setting, values, found)}).items():
+        (sweep / "report").write(file, data)
+    out = Table(title=title)
+    for column in (setting, metric):
+        out.add_column(column, justify="right")
+    for value, distance, error in zip(values, distances, errors, strict=True):
+        best = "bold" if distance == min(distances) else ""
+        out.add_row(f"{value:g}", f"{distance:.4g} ± {error:.2g}", style=best)
+    console.print(out)
+    console.print(f"figure   {sweep}/report/{name}.png", highlight=False, soft_wrap=True)
+
+
+def _csv(setting: str, values: Sequence[float], found: Sequence[dict[str, float]]) -> bytes:
+    names = list(dict.fromkeys(name for each in found for name in each))
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow([setting, *names])
+    rows.writerows([value, *(each.get(name, "") for name in names)] for value, each in zip(values, found, strict=True))
+    return text.getvalue().encode()

@@ -1,0 +1,49 @@
+"""What can be varied is refused by name before a Ray is started."""
+
+from pathlib import Path
+
+import pytest
+
+from dis_scale import manifest
+from dis_scale import recipe as recipes
+from dis_scale.recipe import Recipe
+from dis_scale.storage import folder
+from tests.test_cli import invoke
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, tiny: Recipe) -> Path:
+    """A sweep with one published checkpoint, which nothing here opens."""
+    at = folder(tmp_path) / "sweeps/tiny"
+    at.write(recipes.FILE, recipes.dump(tiny).encode())
+    manifest.put(at / "runs/dis/published/000000000160", {"weights.safetensors": b""}, images=160)
+    return tmp_path / "sweeps/tiny"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["sweep-guidance", "{}", "dos"], "has no model 'dos': it has dis, dit"),
+        (["sweep-guidance", "{}", "dit"], "dit has not published anything: published are none"),
+        (["sweep-guidance", "{}", "dis", "--at", "320"], "dis has not published 320 images: published are 160"),
+        (["sweep-guidance", "{}", "dis", "--scales", "1,-2"], "guidance -2: expected 0 or more"),
+        (["sweep-guidance", "{}", "dis", "--scales", "one"], "--scales 'one': expected numbers with commas"),
+        (["sweep-ema", "{}", "dis", "--widths", "0.5"], "expected a relative width from 0.005 to 0.28"),
+        (["sweep-ema", "{}/none", "dis"], "/none: expected a folder with recipe.yaml"),
+        (["report", "{}/none"], "/none: expected a folder with recipe.yaml"),
+        (["report", "{}", "--published"], "others' points are FID of 50,000 samples under Inception features"),
+        (["compare", "{}", "{}"], "tiny and tiny have no model at one image count in common"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(sweep: Path, arguments: list[str], line: str) -> None:
+    code, output = invoke(*(word.format(sweep) for word in arguments))
+    assert code == 2
+    assert line in output
+
+
+def test_without_tracked_averages_no_width_can_be_rebuilt(sweep: Path, tiny: Recipe) -> None:
+    bare = tiny.model_copy(update={"train": tiny.train.model_copy(update={"power_ema": None})})
+    bare = bare.model_copy(update={"evaluate": bare.evaluate.model_copy(update={"variants": {}})})
+    folder(sweep).write(recipes.FILE, recipes.dump(bare).encode())
+    code, output = invoke("sweep-ema", str(sweep), "dis")
+    assert (code, "tracked no power-function averages" in output) == (2, True)
