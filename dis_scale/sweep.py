@@ -70,6 +70,7 @@ def run(recipe: Recipe, console: Console) -> None:
     plan = plans.plan(recipe, vae.latent_shape(recipe.vae, recipe.data.resolution))
     console.print(plans.table(plan))
     failed: dict[str, str] = {}
+    results.forget_outdated(sweep_folder, recipe)
     with Board(console) as board:
         sweep = Sweep(recipe, sweep_folder, plan, board)
         if results.finished(sweep_folder, recipe) and sweep_folder.exists(f"report/{reports.CSV}"):

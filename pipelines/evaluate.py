@@ -94,7 +94,9 @@ class Evaluation:
         folder.write(results.GRID, grid(pictures, COLUMNS))
         notes = measure.notes(self.references, drawing)
         seconds = _seconds(spent) | {"metrics": time.monotonic() - began}
-        folder.write_json(results.METRICS, _facts(drawn, drawing) | {"notes": notes, "values": values, "seconds": seconds})
+        folder.write_json(
+            results.METRICS, _facts(drawn, drawing) | {"notes": notes, "values": values, "seconds": seconds}
+        )
         folder.delete(results.DAMAGED)
         self.log(drawn)
         return values

@@ -39,7 +39,10 @@ def test_mlflow_away_is_said_and_stops_nothing(tiny: Recipe, tmp_path: Path, mon
     ("settings", "said"),
     [
         (["data.source={kind: folder, url: /nowhere}"], "no images in class folders below /nowhere"),
-        (["evaluate.extractor={kind: inception, weights: /nowhere.pth}"], "no file /nowhere.pth; get https://"),
+        (
+            ["evaluate.extractor={kind: inception, weights: /nowhere.pth}", "evaluate.samples=2100"],
+            "cannot read /nowhere.pth; get https://",
+        ),
     ],
 )
 def test_what_is_missing_is_found_before_the_sweep_has_an_identity(

@@ -55,6 +55,15 @@ def to_do(sweep: Folder, recipe: Recipe) -> list[Drawn]:
     return sorted(left, key=lambda drawn: (drawn.variant != MAIN, sign * drawn.images))
 
 
+def forget_outdated(sweep: Folder, recipe: Recipe) -> None:
+    """Deletes metrics that lack one which the recipe asks for since: they are measured again, from the blocks that are kept."""
+    for model in recipe.models:
+        for variant, drawing in recipe.evaluate.drawings.items():
+            for images, found in evaluated(sweep, model, variant).items():
+                if not set(drawing.metrics) <= set(found["metrics"]):
+                    folder(sweep, Drawn(model, images, variant)).delete(METRICS)
+
+
 def nothing_more_to_come(sweep: Folder, recipe: Recipe) -> bool:
     """Whether each model has published its last count or its training has ended for good."""
     return all(trained(sweep, recipe, model) or ended(sweep, model) for model in recipe.models)

@@ -61,6 +61,7 @@ def notes(report: Report) -> list[str]:
             f"{variant or 'main'}: {how['samples']:,} samples, {how['sampler']}, {how['steps']} steps, "
             f"guidance {how['guidance']}{within}{average}, {how['precision']}"
         )
+    said += dict.fromkeys(note for p in report.points for note in p.facts.get("notes", ()))
     if report.floor is not None:
         said.append(f"floor (two halves of the real images): {report.floor:.4g}")
     return said

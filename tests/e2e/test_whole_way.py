@@ -53,6 +53,7 @@ def _assert_mlflow_has_everything(root: str) -> None:
         assert sorted(m.step for m in losses) == [160, 320]
         distances = client.get_metric_history(run_id, recipe.evaluate.metric)
         assert sorted(m.step for m in distances) == [0, 160, 320]
-        assert len(client.list_artifacts(run_id, "samples")) == 3
+        grids = [a.path for folder in ("samples", "samples/wide") for a in client.list_artifacts(run_id, folder)]
+        assert len([path for path in grids if path.endswith(".png")]) == 6
     stored = [f"report/{name}" for name in sweeps.sweep_folder(root).list("report")]
     assert [a.path for a in client.list_artifacts(ids["sweep"], "report")] == stored
