@@ -21,14 +21,16 @@ def precision_recall(generated_ND: np.ndarray, real_MD: np.ndarray) -> tuple[flo
             f"precision_recall: {NEIGHBOURS} neighbours need at least {NEIGHBOURS + 1} images of each set"
         )
     generated, real = torch.from_numpy(generated_ND), torch.from_numpy(real_MD)
-    return _covered(generated, real, _radii(real)), _covered(real, generated, _radii(generated))
+    radii_N, radii_M = _radii(generated), _radii(real)
+    precise, recalled = [], torch.zeros(len(real), dtype=torch.bool)
+    for rows, radii in zip(generated.split(ROWS), radii_N.split(ROWS), strict=True):
+        distances = torch.cdist(rows, real)
+        precise.append((distances <= radii_M).any(1))
+        recalled |= (distances <= radii[:, None]).any(0)
+    return float(torch.cat(precise).double().mean()), float(recalled.double().mean())
 
 
 def _radii(x_ND: Tensor) -> Tensor:
     """(N) distances to the `NEIGHBOURS`-th nearest other sample; the nearest of all is the sample itself."""
-    return torch.cat([torch.cdist(rows, x_ND).kthvalue(NEIGHBOURS + 1).values for rows in x_ND.split(ROWS)])
-
-
-def _covered(x_ND: Tensor, centres_MD: Tensor, radii_M: Tensor) -> float:
-    inside = [(torch.cdist(rows, centres_MD) <= radii_M).any(1) for rows in x_ND.split(ROWS)]
-    return float(torch.cat(inside).double().mean())
+    nearest = [torch.cdist(rows, x_ND).topk(NEIGHBOURS + 1, largest=False).values[:, -1] for rows in x_ND.split(ROWS)]
+    return torch.cat(nearest)
