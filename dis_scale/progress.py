@@ -1,6 +1,7 @@
 """How far each stage is: bars with rate and time left on a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 PLAIN_EVERY_S = 15.0
+LISTED_EVERY_S = 5.0
 
 
 class _Rate(ProgressColumn):
@@ -81,3 +83,16 @@ class Board:
         )
         self.say(f"{name}: {stage.done:,}/{total:,} {unit}{left}")
         stage.said = float("inf") if stage.done >= total else now
+
+
+def listing_words(say: Callable[[str], None]) -> Callable[[int], None]:
+    """Says now and then how many images of a source have been listed; a small source passes in silence."""
+    said = time.monotonic()
+
+    def report(images: int) -> None:
+        nonlocal said
+        if time.monotonic() >= said + LISTED_EVERY_S:
+            said = time.monotonic()
+            say(f"listing  {images:,} images so far")
+
+    return report

@@ -61,20 +61,65 @@ class DigitsSource(Settings):
     kind: Literal["digits"]
 
 
-class FolderSource(Settings):
-    """A folder of class folders, local or any fsspec URL; labels are the sorted folder names."""
+class Stored(Settings):
+    """Images in storage, local or at any fsspec URL. A declared source is listed once; a new `version` lists it anew."""
+
+    url: str
+    version: str | None = None
+    """Any word; give another one when images were added, removed or replaced under the same URL."""
+
+
+class FolderSource(Stored):
+    """A folder of class folders (ImageNet's layout); labels are the sorted folder names."""
 
     kind: Literal["folder"]
-    url: str
+
+
+class TarSource(Stored):
+    """Tar files of images, WebDataset's shards among them: a folder of them, or a single `.tar`."""
+
+    kind: Literal["tar"]
+    files: str = "*.tar"
+    """Which files of the folder, as a shell pattern."""
+    label: Literal["cls", "json", "folder", "tar"] = "cls"
+    """Where an image's class stands: `<key>.cls` or `<key>.json` beside it, its folder in the tar, or the tar's own name."""
+    json_key: str = "label"
+    """The key of the class in `<key>.json`."""
+
+
+class ParquetSource(Stored):
+    """Parquet files with image bytes (Hugging Face's layout): a folder of them, or a single `.parquet`."""
+
+    kind: Literal["parquet"]
+    files: str = "*.parquet"
+    """Which files of the folder, as a shell pattern: `train-*.parquet` leaves other splits out."""
+    image: str = "image"
+    """The column of images: bytes, or a struct with a field `bytes`."""
+    label: str = "label"
+    """The column of classes, integers or names."""
+
+
+class CsvSource(Stored):
+    """A CSV file with a header, a line an image; relative paths count from the file's own folder."""
+
+    kind: Literal["csv"]
+    path: str = "path"
+    """The column of paths or URLs."""
+    label: str = "label"
+    """The column of classes, integers or names."""
+
+
+Source = DigitsSource | FolderSource | TarSource | ParquetSource | CsvSource
 
 
 class Data(Settings):
     """Labelled images, brought to `resolution` x `resolution` by centre crop and resize."""
 
-    source: Annotated[DigitsSource | FolderSource, Field(discriminator="kind")]
+    source: Annotated[Source, Field(discriminator="kind")]
     resolution: Count
     num_classes: Count
     undecodable: Literal["refuse", "skip"] = runtime("refuse")
+    """What becomes of an empty, damaged or bomb-sized image: an error that names it, or it is skipped, counted and listed."""
     mirror: bool = True
     """Whether training draws the mirror image half of the time."""
     held_out_images: int = Field(0, ge=0)
@@ -102,12 +147,23 @@ class PretrainedVae(Settings):
     subfolder: str | None = None
 
 
+class NoVae(Settings):
+    """Pixel space: a latent is the image itself, 3 channels in [-1, 1], and decoding changes nothing."""
+
+    kind: Literal["none"]
+
+
+VaeSettings = TrainedVae | PretrainedVae | NoVae
+
+
 class Precompute(Settings):
     """Latent shards: how images are grouped (identity) and who encodes them (runtime)."""
 
     shard_images: Count = 1024
     encode_images: Count = 64
     workers: Count = runtime(1)
+    decoders: Count = runtime(4)
+    """Threads a worker that read and decode images ahead of the VAE."""
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -443,7 +499,7 @@ class Recipe(Settings):
     storage: Storage = Storage()
     tracking: Tracking = Tracking()
     data: Data
-    vae: Annotated[TrainedVae | PretrainedVae, Field(discriminator="kind")]
+    vae: Annotated[VaeSettings, Field(discriminator="kind")]
     precompute: Precompute = Precompute()
     diffusion: Annotated[Gaussian | Flow, Field(discriminator="kind")]
     models: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")], Model] = extent(min_length=1)

@@ -9,6 +9,7 @@ Learnt the hard way: fsspec's local `mode="create"` is not atomic, so disk goes 
 """
 
 import errno
+import io
 import json
 import os
 import random
@@ -56,8 +57,17 @@ class Folder:
             Path(self.url.removeprefix("file://")) if "://" not in self.url or self.url.startswith("file://") else None
         )
 
-    def read(self, path: str) -> bytes:
-        return self._do("read", path, lambda fs, full: fs.cat_file(full))
+    def read(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        """The object, or its bytes [start, end)."""
+        return self._do("read", path, lambda fs, full: fs.cat_file(full, start=start, end=end))
+
+    def open(self, path: str, buffer_bytes: int = 2**20) -> io.BufferedReader:
+        """The object as a seekable file, read by ranges of at least `buffer_bytes`."""
+        return io.BufferedReader(_Ranges(self, path, self.size(path)), buffer_bytes)
+
+    def size(self, path: str) -> int:
+        """The object's bytes."""
+        return self._do("look up", path, lambda fs, full: fs.size(full))
 
     def read_json(self, path: str) -> Any:
         data = self.read(path)
@@ -92,12 +102,18 @@ class Folder:
 
     def list(self, path: str = "") -> list[str]:
         """Sorted names directly below `path`; nothing where it does not exist. Half-written files are not listed."""
+        return sorted({_base(entry) for entry in self._entries(path, detail=False) if _shown(entry, path)})
+
+    def sizes(self, path: str = "") -> dict[str, int]:
+        """As `list`, each name with its bytes; a folder's mean nothing."""
+        found = self._entries(path, detail=True)
+        return {_base(entry["name"]): entry.get("size") or 0 for entry in found if _shown(entry["name"], path)}
+
+    def _entries(self, path: str, detail: bool) -> Any:
         try:
-            found = self._do("list", path, lambda fs, full: fs.ls(full, detail=False))
+            return self._do("list", path, lambda fs, full: fs.ls(full, detail=detail))
         except FileNotFoundError:
             return []
-        names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in found if not entry.endswith(f"/{path}/")}
-        return sorted(name for name in names if _TEMPORARY not in name)
 
     def delete(self, path: str = "") -> None:
         """Deletes an object or a folder with all below it; nothing where there is none."""
@@ -130,6 +146,33 @@ class Folder:
         return _with_retries(lambda: action(fs, inner), f"cannot {verb} {full}")
 
 
+class _Ranges(io.RawIOBase):
+    """An object read by ranges, each with the folder's retries; buffered by `Folder.open`."""
+
+    def __init__(self, folder: Folder, path: str, size: int) -> None:
+        self._folder, self._path, self._size, self._at = folder, path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._at + len(buffer), self._size)
+        data = self._folder.read(self._path, self._at, end) if self._at < end else b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
 def folder(url: str | os.PathLike) -> Folder:
     """The folder at a URL or local path (made absolute)."""
     text = os.fspath(url).rstrip("/")
@@ -142,6 +185,15 @@ def locate(url: str) -> tuple[Folder, str]:
     """The folder and the name of one file at a URL or local path."""
     parent, _, name = url.rpartition("/")
     return folder(parent or "."), name
+
+
+def _base(entry: str) -> str:
+    return entry.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _shown(entry: str, path: str) -> bool:
+    """Not the listed folder's own marker, and nothing half-written."""
+    return not entry.endswith(f"/{path}/") and _TEMPORARY not in entry
 
 
 def _options(url: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from dis_scale.errors import DisScaleError, Preempted, UserError
 from dis_scale.evaluation import results
 from dis_scale.evaluation.features import require_weights
 from dis_scale.plan import Plan
-from dis_scale.progress import Board
+from dis_scale.progress import Board, listing_words
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder, folder
 from pipelines import jobs
@@ -89,7 +89,7 @@ def run(recipe: Recipe, console: Console) -> None:
 def _work(sweep: Sweep, store: Folder) -> dict[str, str]:
     """All stages, on the Ray that this process runs on or on one of our own; (what failed, why)."""
     store.require_usable()
-    open_source(sweep.recipe.data)
+    open_source(sweep.recipe.data, store, listing_words(sweep.board.say))
     for extractor in sweep.recipe.evaluate.extractors:
         require_weights(extractor)
     sweep.folder.write(recipes.FILE, recipes.dump(sweep.recipe).encode())

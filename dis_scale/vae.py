@@ -1,6 +1,6 @@
-"""The door to diffusers: an AutoencoderKL that encodes images to posterior moments and decodes latents.
+"""The door to diffusers: an AutoencoderKL that encodes images to posterior moments and decodes latents, or none at all.
 
-Whether it was trained by the sweep or is Stable Diffusion's makes no difference from here on.
+Whether it was trained by the sweep, is Stable Diffusion's, or the latents are the pixels makes no difference from here on.
 """
 
 import hashlib
@@ -14,14 +14,17 @@ import numpy as np
 import safetensors.torch
 import torch
 from diffusers import AutoencoderKL
+from torch import nn
 
 from dis_scale import manifest
 from dis_scale.errors import UserError
-from dis_scale.recipe import LatentShape, PretrainedVae, TrainedVae
+from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, TrainedVae, VaeSettings
 from dis_scale.storage import Folder
 
-__all__ = ["AutoencoderKL", "Vae", "latent_shape", "load", "new", "save", "to_pixels", "to_unit"]
+__all__ = ["AutoencoderKL", "Pixels", "Vae", "latent_shape", "load", "new", "save", "to_pixels", "to_unit"]
 
+NO_VARIANCE = float(torch.finfo(torch.float16).min)
+"""A log-variance whose deviation, exp(half of it), is exactly 0 in float32: a sample of the posterior is its mean."""
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 
@@ -70,6 +73,42 @@ class Vae:
         return to_pixels(images)
 
 
+@dataclass(frozen=True)
+class Pixels(Vae):
+    """No VAE: a latent is the image in [-1, 1], 3 channels, factor 1; its posterior has no variance and decoding changes nothing.
+
+    It fits the shards' contract: 3 channels of pixels, of which float16 keeps all 256 values apart, and 3 of `NO_VARIANCE`.
+    """
+
+    net: nn.Module
+
+    @property
+    def scale(self) -> float:
+        return 1.0
+
+    @property
+    def shift(self) -> float:
+        return 0.0
+
+    @property
+    def factor(self) -> int:
+        return 1
+
+    @cached_property
+    def identity(self) -> str:
+        return hashlib.sha256(b"pixels in [-1, 1]").hexdigest()
+
+    def latent(self, resolution: int) -> LatentShape:
+        return LatentShape(3, resolution)
+
+    def encode(self, pixels_BHWC: np.ndarray) -> torch.Tensor:
+        unit = to_unit(pixels_BHWC)
+        return torch.cat([unit, torch.full_like(unit, NO_VARIANCE)], dim=1)
+
+    def decode(self, latents_BCHW: torch.Tensor) -> np.ndarray:
+        return to_pixels(latents_BCHW)
+
+
 def to_unit(pixels_BHWC: np.ndarray) -> torch.Tensor:
     """uint8 (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(pixels_BHWC.transpose(0, 3, 1, 2))).float().div_(127.5).sub_(1)
@@ -99,8 +138,10 @@ def save(folder: Folder, net: AutoencoderKL) -> None:
     manifest.put(folder, {CONFIG: config.encode(), WEIGHTS: safetensors.torch.save(weights)})
 
 
-def latent_shape(settings: TrainedVae | PretrainedVae, resolution: int) -> LatentShape:
+def latent_shape(settings: VaeSettings, resolution: int) -> LatentShape:
     """The latents' shape before there is a VAE, from its settings or its configuration; UserError where the images do not fit."""
+    if isinstance(settings, NoVae):
+        return LatentShape(3, resolution)
     if isinstance(settings, TrainedVae):
         channels, levels = settings.latent_channels, len(settings.widths)
     else:
@@ -112,8 +153,10 @@ def latent_shape(settings: TrainedVae | PretrainedVae, resolution: int) -> Laten
     return LatentShape(channels, resolution // factor)
 
 
-def load(settings: TrainedVae | PretrainedVae, sweep: Folder) -> Vae:
-    """The sweep's autoencoder: what the prepare stage stored, or a ready one from a local folder or hub id."""
+def load(settings: VaeSettings, sweep: Folder) -> Vae:
+    """The sweep's autoencoder: what the prepare stage stored, a ready one from a local folder or hub id, or none."""
+    if isinstance(settings, NoVae):
+        return Pixels(nn.Identity())
     if isinstance(settings, TrainedVae):
         net = _stored(sweep / "vae")
     else:

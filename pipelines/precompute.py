@@ -1,110 +1,117 @@
 """Precompute, a Ray job: workers encode images to posterior moments and put latent shards; the driver seals them with the manifest.
 
-Which worker makes a shard changes nothing in it: encode batches have a fixed size, are cut at shard borders, the last is padded.
+Workers take shards by number from one dealer as they get to them, so that a slow one holds nobody. Which worker makes a shard
+changes nothing in it: dis_scale/data/encode.py.
 """
 
-import hashlib
 import json
+import threading
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 
 from dis_scale import manifest, vae
 from dis_scale.data import shards
-from dis_scale.data.shards import Sample
-from dis_scale.data.sources import Source, open_source
-from dis_scale.errors import UndecodableImage, UserError
+from dis_scale.data.encode import Setup, compute_exactly, put_shards
+from dis_scale.data.sources import open_source
+from dis_scale.errors import Preempted, UserError
+from dis_scale.progress import listing_words
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder
-from dis_scale.vae import Vae
 from pipelines import stage
 
 BEGUN = "begun.json"
 
 
+class Dealer:
+    """Deals numbers to whoever asks, each once; None when there are no more."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        self._left, self._one_at_a_time = iter(numbers), threading.Lock()
+
+    def next(self) -> int | None:
+        with self._one_at_a_time:
+            return next(self._left, None)
+
+
 class Encoder(stage.Worker):
     """Encodes shards by number; progress counts images."""
 
-    def encode(self, sweep: Folder, latents: Folder, recipe: Recipe, device: str, numbers: list[int]) -> None:
-        _compute_exactly()
-        source, encoder = open_source(recipe.data), vae.load(recipe.vae, sweep)
-        encoder.net.to(device)
-        for number in numbers:
-            if self._wish.is_set():
-                return
-            images, refused = _decode(source, recipe, number)
-            shards.put_shard(
-                latents, number, _encode(encoder, source, images, recipe.precompute.encode_images), refused
-            )
-            self._done += len(images) + len(refused)
+    def encode(
+        self, sweep: Folder, latents: Folder, recipe: Recipe, device: str, deal: Callable[[], int | None]
+    ) -> None:
+        compute_exactly()
+        setup = Setup(open_source(recipe.data, shards.store_of(sweep)), vae.load(recipe.vae, sweep), recipe)
+        setup.vae.net.to(device)
+        put_shards(setup, latents, iter(deal, None), self._count)
+
+    def _count(self, images: int) -> None:
+        self._done += images
+        if self._wish.is_set():
+            raise Preempted("stopped as asked; the shard under way is made again")
 
 
 def precompute(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
     """Makes the shards that are not there yet and writes the manifest last."""
     stage.connect()
     device, why = stage.choose_device(recipe)
-    source, encoder = open_source(recipe.data), vae.load(recipe.vae, sweep)
+    encoder = vae.load(recipe.vae, sweep)
     latents = shards.latents_folder(sweep, recipe, encoder.identity)
     stage.say(f"latents  {latents} on {device} ({why})")
     if manifest.find(latents) is None:
-        _make(sweep, latents, recipe, source, encoder, device)
+        store = shards.store_of(sweep)
+        make(
+            sweep,
+            latents,
+            Setup(open_source(recipe.data, store, listing_words(stage.say)), encoder, recipe),
+            device,
+            on_ray,
+        )
     shards.point_to(sweep, latents, encoder.identity)
 
 
-def _make(sweep: Folder, latents: Folder, recipe: Recipe, source: Source, encoder: Vae, device: str) -> None:
-    listing = _listing(source)
-    _require_one_kind(latents, device, listing)
-    numbers = range(-(-len(source) // recipe.precompute.shard_images))
-    stage.with_restarts(
-        recipe, "precompute", lambda: _encode_missing(sweep, latents, recipe, len(source), device, numbers)
-    )
+Encode = Callable[[Folder, Folder, Setup, str, list[int]], None]
+"""Makes the shards of these numbers."""
+
+
+def make(sweep: Folder, latents: Folder, setup: Setup, device: str, encode: Encode) -> None:
+    """Begins or goes on with a set and seals it."""
+    _require_one_kind(latents, device, setup.source.listing.facts["sha256"])
+    for name in shards.clear_strays(latents, setup.numbers):
+        stage.say(f"{name} lies beyond the set: deleted")
+
+    def attempt() -> None:
+        done = shards.finished(latents, setup.numbers)
+        encode(sweep, latents, setup, device, [n for n in setup.numbers if n not in done])
+
+    stage.with_restarts(setup.recipe, "precompute", attempt)
     stage.leave_if_asked()
-    found = shards.seal(latents, numbers, _facts(recipe, source, listing, encoder, device))
-    stage.say(f"{found['count']} latents in {len(numbers)} shards, {len(found['refused'])} images refused")
+    found = shards.seal(latents, setup.numbers, _facts(setup, device))
+    stage.say(f"{found['count']} latents in {len(setup.numbers)} shards, {len(found['refused'])} images refused")
 
 
-def _encode_missing(sweep: Folder, latents: Folder, recipe: Recipe, images: int, device: str, numbers: range) -> None:
-    """Workers make the shards that are not whole yet, each its share by number."""
-    done = shards.finished(latents, numbers)
-    left = [n for n in numbers if n not in done]
+def on_ray(sweep: Folder, latents: Folder, setup: Setup, device: str, left: list[int]) -> None:
+    """Makes the shards in workers on Ray, as many as the recipe says and there is room for."""
+    recipe, images = setup.recipe, len(setup.source)
     room = int(ray.cluster_resources().get("GPU" if device == "cuda" else "CPU", 1))
-    count, before = min(recipe.precompute.workers, len(left), room), len(done) * recipe.precompute.shard_images
-    workers = [stage.spawn(Encoder, stage.resources("precompute", device, 1)) for _ in range(count)]
-    parts = [w.encode.remote(sweep, latents, recipe, device, left[i::count]) for i, w in enumerate(workers)]
-    stage.watch(workers, parts, lambda d: stage.progress(min(before + sum(d), images), images, "images"))
+    before = images - sum(len(setup.positions(n)) for n in left)
+    dealer = ray.remote(num_cpus=0)(Dealer).remote(left)
+    options = stage.resources("precompute", device, 1)
+    workers = [stage.spawn(Encoder, options) for _ in range(min(recipe.precompute.workers, len(left), room))]
+    results = [w.encode.remote(sweep, latents, recipe, device, _Ask(dealer)) for w in workers]
+    stage.watch(workers, results, lambda done: stage.progress(min(before + sum(done), images), images, "images"))
 
 
-def _compute_exactly() -> None:
-    """One thread a worker and no TF32: the same sums whoever encodes. Not in the actor, as Ray cannot pickle `torch.backends`."""
-    torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+class _Ask:
+    """The dealer's next number, from afar."""
 
+    def __init__(self, dealer: Any) -> None:
+        self._dealer = dealer
 
-def _decode(source: Source, recipe: Recipe, number: int) -> tuple[dict[int, np.ndarray], list[str]]:
-    """The shard's images by position, and the names of those that cannot be decoded (an error, unless the recipe skips them)."""
-    first = number * recipe.precompute.shard_images
-    images, refused = {}, []
-    for position in range(first, min(first + recipe.precompute.shard_images, len(source))):
-        try:
-            images[position] = source.pixels(position, recipe.data.resolution)
-        except UndecodableImage:
-            if recipe.data.undecodable == "refuse":
-                raise
-            refused.append(source.names[position])
-    return images, refused
-
-
-def _encode(encoder: Vae, source: Source, images: dict[int, np.ndarray], batch: int) -> list[Sample]:
-    positions, samples = list(images), []
-    for i in range(0, len(positions), batch):
-        part = positions[i : i + batch]
-        pixels = np.stack([images[p] for p in part] + [images[part[-1]]] * (batch - len(part)))
-        sides = [encoder.encode(side).half().cpu().numpy() for side in (pixels, pixels[:, :, ::-1])]
-        moments = np.stack(sides, axis=1)
-        samples += [Sample(p, source.names[p], source.labels[p], moments[j]) for j, p in enumerate(part)]
-    return samples
+    def __call__(self) -> int | None:
+        return ray.get(self._dealer.next.remote())
 
 
 def _require_one_kind(latents: Folder, device: str, listing: str) -> None:
@@ -118,17 +125,13 @@ def _require_one_kind(latents: Folder, device: str, listing: str) -> None:
         )
 
 
-def _listing(source: Source) -> str:
-    """sha256 over names and labels in their order."""
-    lines = "\n".join(f"{name}\t{label}" for name, label in zip(source.names, source.labels, strict=True))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _facts(recipe: Recipe, source: Source, listing: str, encoder: Vae, device: str) -> dict[str, Any]:
+def _facts(setup: Setup, device: str) -> dict[str, Any]:
+    recipe, encoder, listing = setup.recipe, setup.vae, setup.source.listing
     return {
-        "source": recipe.data.source.model_dump(mode="json"), "listing": listing, "resolution": recipe.data.resolution,
+        "source": recipe.data.source.model_dump(mode="json"), "listing": listing.facts["sha256"],
+        "resolution": recipe.data.resolution, "images": len(listing),
         "vae": encoder.identity, "scale": encoder.scale, "shift": encoder.shift,
         "latent": list(encoder.latent(recipe.data.resolution)), "num_classes": recipe.data.num_classes,
-        "label_names": source.label_names, "shard_images": recipe.precompute.shard_images,
+        "label_names": setup.source.label_names, "shard_images": recipe.precompute.shard_images,
         "encode_images": recipe.precompute.encode_images, "device": device, "torch": torch.__version__,
     }  # fmt: skip

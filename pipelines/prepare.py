@@ -9,7 +9,8 @@ import ray
 import torch
 
 from dis_scale import digits, manifest, vae
-from dis_scale.data.sources import open_source
+from dis_scale.data.shards import store_of
+from dis_scale.data.sources import Source, open_source
 from dis_scale.errors import Preempted
 from dis_scale.evaluation import reference
 from dis_scale.evaluation.features import JUDGE, load_extractors, store_classifier
@@ -34,13 +35,13 @@ class Preparer(stage.Worker):
 
     def _vae(self, sweep: Folder, recipe: Recipe) -> str:
         assert isinstance(recipe.vae, TrainedVae)
-        pixels, _ = self._pixels(recipe)
+        pixels, _ = self._pixels(sweep, recipe)
         net = digits.train_vae(recipe.vae, pixels, recipe.seed, self._report(self._done))
         vae.save(sweep / "vae", net)
         return f"autoencoder: mean squared error {digits.reconstruction_error(net, pixels):.2g}"
 
     def _classifier(self, sweep: Folder, recipe: Recipe, name: str, kind: str) -> str:
-        pixels, labels = self._pixels(recipe)
+        pixels, labels = self._pixels(sweep, recipe)
         steps, classes = _classifier_steps(recipe), recipe.data.num_classes
         net, accuracy = digits.train_classifier(
             kind, pixels, labels, classes, steps, recipe.seed, self._report(self._done)
@@ -49,17 +50,17 @@ class Preparer(stage.Worker):
         return f"{kind}: {accuracy:.1%} on images held out"
 
     def _reference(self, sweep: Folder, recipe: Recipe, device: str) -> str:
-        extractors = load_extractors(recipe.evaluate, sweep, torch.device(device))
-        reference.prepare(sweep, recipe, open_source(recipe.data), extractors, self._report(self._done))
+        extractors, source = load_extractors(recipe.evaluate, sweep, torch.device(device)), _source(sweep, recipe)
+        reference.prepare(sweep, recipe, source, extractors, self._report(self._done))
         floor = reference.load_all(sweep, recipe)[recipe.evaluate.extractor.name].floor
         if floor is None:
             return f"reference: {recipe.evaluate.reference}"
         return f"reference: {recipe.evaluate.metric} between two halves of the real images is {floor:.3g}"
 
-    def _pixels(self, recipe: Recipe) -> Any:
+    def _pixels(self, sweep: Folder, recipe: Recipe) -> Any:
         if self._images is None:
             skip = recipe.data.undecodable == "skip"
-            self._images = digits.sample_images(open_source(recipe.data), recipe.data.resolution, skip)
+            self._images = digits.sample_images(_source(sweep, recipe), recipe.data.resolution, skip)
         return self._images
 
     def _report(self, before: int) -> digits.Report:
@@ -75,7 +76,7 @@ def prepare(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
     """Trains and computes what the sweep does not have yet."""
     stage.connect()
     total = recipe.vae.steps if isinstance(recipe.vae, TrainedVae) and _vae_missing(sweep, recipe) else 0
-    total += _classifier_steps(recipe) * len(_classifiers_missing(sweep, recipe)) + len(open_source(recipe.data))
+    total += _classifier_steps(recipe) * len(_classifiers_missing(sweep, recipe)) + len(_source(sweep, recipe))
     # The small networks are trained on the CPU; only a large extractor's features of all real images are worth a GPU.
     only_trained = all(isinstance(extractor, TrainedExtractor) for extractor in recipe.evaluate.extractors)
     device = "cpu" if only_trained else stage.choose_device(recipe)[0]
@@ -87,6 +88,10 @@ def prepare(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
         stage.watch([worker], [result], lambda done: stage.progress(done[0], total, "steps and images"))
 
     stage.with_restarts(recipe, "prepare", attempt)
+
+
+def _source(sweep: Folder, recipe: Recipe) -> Source:
+    return open_source(recipe.data, store_of(sweep))
 
 
 def prepared(sweep: Folder, recipe: Recipe) -> bool:

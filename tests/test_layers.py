@@ -31,6 +31,7 @@ DOORS = {
     "torch_fidelity": "dis_scale/evaluation/inception.py",
     "fsspec": "dis_scale/storage.py",
     "s3fs": "dis_scale/storage.py",
+    "pyarrow": "dis_scale/data/parquet.py",
     "sklearn": "dis_scale/data/sources.py",
     "matplotlib": "dis_scale/report/figures.py",
     "scipy": "dis_scale/report/fits.py dis_scale/evaluation",

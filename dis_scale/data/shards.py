@@ -7,8 +7,10 @@ size, encode batch, device kind, torch version), so that it does not matter who 
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -22,6 +24,9 @@ from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder
 
 POINTER = "latents.json"
+SHARD = re.compile(r"\d{6,}\.(tar|json)")
+READS_AT_ONCE = 8
+"""Shards or sidecars that one process reads at a time."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,7 @@ def latents_folder(sweep: Folder, recipe: Recipe, vae_identity: str) -> Folder:
         recipe.data.source.model_dump(mode="json"), recipe.data.resolution, recipe.data.undecodable, vae_identity,
         recipe.precompute.shard_images, recipe.precompute.encode_images, manifest.FORMAT,
     ]  # fmt: skip
-    return (
-        Folder(sweep.url.rsplit("/sweeps/", 1)[0])
-        / f"latents/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
-    )
+    return store_of(sweep) / f"latents/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
 
 
 def shard_name(number: int) -> str:
@@ -93,14 +95,26 @@ def put_shard(latents: Folder, number: int, samples: list[Sample], refused: list
 
 
 def finished(latents: Folder, numbers: range) -> set[int]:
-    """The shards that need not be made again: tar and sidecar stand and agree."""
+    """The shards that need not be made again: tar and sidecar stand and agree, hashes too."""
     there = set(latents.list())
-    return {n for n in numbers if {f"{shard_name(n)}.tar", f"{shard_name(n)}.json"} <= there and _agrees(latents, n)}
+    whole = [n for n in numbers if {f"{shard_name(n)}.tar", f"{shard_name(n)}.json"} <= there]
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        return {n for n, agrees in zip(whole, pool.map(lambda n: _agrees(latents, n), whole), strict=True) if agrees}
+
+
+def clear_strays(latents: Folder, numbers: range) -> list[str]:
+    """Deletes tars and sidecars with a number beyond the set, and names them."""
+    ours = {f"{shard_name(n)}.{kind}" for n in numbers for kind in ("tar", "json")}
+    strays = [name for name in latents.list() if SHARD.fullmatch(name) and name not in ours]
+    for name in strays:
+        latents.delete(name)
+    return strays
 
 
 def seal(latents: Folder, numbers: range, facts: dict[str, Any]) -> dict[str, Any]:
-    """Writes the manifest over all sidecars, last of all."""
-    sidecars = {n: latents.read_json(f"{shard_name(n)}.json") for n in numbers}
+    """Writes the manifest over all sidecars, last of all; StorageError where a shard is not as long as its sidecar says."""
+    sidecars = _sidecars(latents, numbers)
+    _require_sizes(latents, sidecars)
     shards = [
         {"name": f"{shard_name(n)}.tar", **{k: s[k] for k in ("count", "bytes", "sha256")}} for n, s in sidecars.items()
     ]
@@ -111,8 +125,28 @@ def seal(latents: Folder, numbers: range, facts: dict[str, Any]) -> dict[str, An
         "label_counts": _label_counts(list(sidecars.values()), facts["num_classes"]),
         "refused": [name for s in sidecars.values() for name in s["refused"]], "shards": shards,
     }  # fmt: skip
+    if not value["count"]:
+        raise UserError(
+            f"{latents}: no image could be decoded; the first of {len(value['refused'])}: {value['refused'][:1]}"
+        )
     latents.write_json(manifest.NAME, value)
     return value
+
+
+def _sidecars(latents: Folder, numbers: range) -> dict[int, dict[str, Any]]:
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        found = pool.map(lambda n: latents.read_json(f"{shard_name(n)}.json"), numbers)
+        return dict(zip(numbers, found, strict=True))
+
+
+def _require_sizes(latents: Folder, sidecars: dict[int, dict[str, Any]]) -> None:
+    sizes = latents.sizes()
+    for n, sidecar in sidecars.items():
+        if (size := sizes.get(f"{shard_name(n)}.tar")) != sidecar["bytes"]:
+            raise StorageError(
+                f"{latents}/{shard_name(n)}.tar: {size or 0} bytes, its sidecar says {sidecar['bytes']}: "
+                "give the same command again, and it is made anew"
+            )
 
 
 def point_to(sweep: Folder, latents: Folder, vae_identity: str) -> None:
@@ -125,7 +159,7 @@ def find_latents(sweep: Folder) -> Folder | None:
     if not sweep.exists(POINTER):
         return None
     pointer = sweep.read_json(POINTER)
-    latents = _store(sweep) / pointer["folder"]
+    latents = store_of(sweep) / pointer["folder"]
     found = manifest.find(latents)
     if found is not None:
         _require_same_vae(latents, found["vae"], pointer["vae"])
@@ -160,7 +194,8 @@ def latents_of(sweep: Folder) -> Folder:
     return latents
 
 
-def _store(sweep: Folder) -> Folder:
+def store_of(sweep: Folder) -> Folder:
+    """The root that a sweep shares with others: latents and listings lie there."""
     return Folder(sweep.url.rsplit("/sweeps/", 1)[0])
 
 

@@ -1,91 +1,208 @@
-"""Images from anywhere become the same square array in one order, and what cannot be decoded is named."""
+"""Images from anywhere come in one order, by position and without reading the rest; what is wrong is named."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from dis_scale.data.sources import open_source, square
-from dis_scale.errors import StorageError, UserError
-from dis_scale.recipe import Data
-
-
-def folder_data(url: Path | str, num_classes: int = 2) -> Data:
-    return Data.model_validate(
-        {"source": {"kind": "folder", "url": str(url)}, "resolution": 16, "num_classes": num_classes}
-    )
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    for name, colour in [("cat/b.png", 10), ("cat/a.png", 20), ("dog/c.png", 30)]:
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (20, 30), (colour, 0, 0)).save(path)
-    return tmp_path
+from dis_scale.data import images
+from dis_scale.data.sources import open_source
+from dis_scale.errors import DisScaleError, StorageError, UndecodableImage, UserError
+from dis_scale.storage import Folder, folder
+from tests.data import labelled
+from tests.data.labelled import CLASSES, KINDS, LABELS, data, png
 
 
 def test_the_digits_are_all_there() -> None:
-    source = open_source(Data.model_validate({"source": {"kind": "digits"}, "resolution": 32, "num_classes": 10}))
+    source = open_source(data({"kind": "digits"}, 10))
     assert (len(source), source.labels[:3], source.pixels(0, 32).shape) == (1797, [0, 1, 2], (32, 32, 3))
 
 
-def test_class_folders_are_sorted_and_labelled(images: Path) -> None:
-    source = open_source(folder_data(images))
-    assert source.names == ["cat/a.png", "cat/b.png", "dog/c.png"]
-    assert (source.labels, source.label_names) == ([0, 0, 1], ["cat", "dog"])
-    assert source.pixels(2, 16)[0, 0].tolist() == [30, 0, 0]
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_the_same_pictures_in_the_same_order(kind: str, store_url: str) -> None:
+    source = open_source(data(KINDS[kind](folder(store_url) / "images")))
+    assert list(source.labels) == LABELS
+    assert source.label_names == (["0", "1"] if kind == "webdataset_cls" else CLASSES)
+    assert len(set(source.names)) == len(LABELS)
+    expected = [images.decode(png(i), "", 16) for i in range(len(LABELS))]
+    stretches = list(source.stretches(range(1, 7), most=4))
+    assert [i for stretch in stretches for i in stretch] == list(range(1, 7))
+    walked = [image for stretch in stretches for image in source.decoded(stretch, 16)]
+    for i, image in enumerate(walked, 1):
+        np.testing.assert_array_equal(image, expected[i])
+        np.testing.assert_array_equal(source.pixels(i, 16), expected[i])
 
 
-def test_an_image_that_cannot_be_decoded_is_named(images: Path) -> None:
-    (images / "dog/broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    source = open_source(folder_data(images))
-    with pytest.raises(StorageError, match=r"image dog/broken.png cannot be decoded"):
-        source.pixels(source.names.index("dog/broken.png"), 16)
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """(path, bytes) of each read from storage from now on."""
+    seen, read = [], Folder.read
+
+    def counted(self: Folder, path: str, *span: int) -> bytes:
+        found = read(self, path, *span)
+        seen.append((path, len(found)))
+        return found
+
+    monkeypatch.setattr(Folder, "read", counted)
+    return seen
 
 
-def test_a_truncated_image_is_named(images: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(images / "dog/cut.png")
-    data = (images / "dog/cut.png").read_bytes()
-    (images / "dog/cut.png").write_bytes(data[: len(data) // 2])
-    source = open_source(folder_data(images))
-    with pytest.raises(StorageError, match=r"image dog/cut.png cannot be decoded"):
-        source.pixels(source.names.index("dog/cut.png"), 16)
+def test_a_stretch_of_a_tar_is_one_read_of_its_bytes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(data(labelled.webdataset_cls(folder(tmp_path))))
+    seen = reads(monkeypatch)
+    source.decoded(range(1, 4), 16)
+    ((name, size),) = seen
+    assert name == "a.tar"
+    assert size < sum(len(png(i)) + 3 * 1024 for i in range(1, 4))
+    seen.clear()
+    source.pixels(5, 16)
+    assert seen == [("b.tar", len(png(5)))]
 
 
-def test_a_missing_folder_is_the_users_to_mend(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"no images in class folders below .*/none; expected .*/none/<class>/<image>.png"
-    ):
-        open_source(folder_data(tmp_path / "none"))
+def test_a_row_group_is_read_once_by_a_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder(tmp_path)
+    big = [np.random.default_rng(i).bytes(2**21) for i in range(6)]
+    root.write("x.parquet", labelled.parquet([(b, 0) for b in big]))
+    source = open_source(data({"kind": "parquet", "url": root.url}))
+    seen = reads(monkeypatch)
+    assert [source.read([entry])[0] for entry in source.listing] == big
+    assert sum(size for _, size in seen) < 2 * sum(map(len, big))
 
 
-def test_other_classes_than_the_recipe_says_are_refused(images: Path) -> None:
+def test_labels_that_are_numbers_stand_for_themselves_and_names_are_sorted(tmp_path: Path) -> None:
+    root = folder(tmp_path)
+    root.write("n.csv", b"path,label\na.png,10\nb.png,2\n")
+    root.write("w.csv", b"path,label\na.png,z10\nb.png,z2\n")
+    assert list(open_source(data({"kind": "csv", "url": f"{root}/n.csv"}, 11)).labels) == [10, 2]
+    words = open_source(data({"kind": "csv", "url": f"{root}/w.csv"}))
+    assert (list(words.labels), words.label_names) == ([0, 1], ["z10", "z2"])
+
+
+def test_paths_of_a_csv_may_be_urls(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/x.png").write_bytes(png(0))
+    lines = ["path,label", f"{tmp_path}/elsewhere/x.png,0", f"file://{tmp_path}/elsewhere/x.png,1"]
+    folder(tmp_path).write("lists/l.csv", "\n".join(lines).encode())
+    source = open_source(data({"kind": "csv", "url": f"{tmp_path}/lists/l.csv"}))
+    np.testing.assert_array_equal(source.pixels(0, 16), source.pixels(1, 16))
+
+
+def bad(root: Folder, what: str) -> dict[str, Any]:
+    """A source with one mistake."""
+    url, files = root.url, dict[str, bytes]()
+    match what:
+        case "no folder" | "no tars" | "no parquet" | "no csv":
+            kind = what.removeprefix("no ").removesuffix("s")
+            return {"kind": kind, "url": f"{url}/none.csv" if kind == "csv" else f"{url}/none"}
+        case "no label in tar":
+            files = {"a.tar": labelled.tar({"1.png": png(1)})}
+        case "label not in json":
+            files = {"a.tar": labelled.tar({"1.png": png(1), "1.json": b'{"class": 1}'})}
+        case "cut tar":
+            files = {"a.tar": labelled.tar({"1.png": png(1), "1.cls": b"0"})[:700]}
+        case "csv column":
+            files = {"a.csv": b"path,class\n1.png,0\n"}
+        case "csv line":
+            files = {"a.csv": b"path,label\n1.png,0\n2.png\n"}
+        case "numbers and names":
+            files = {"a.csv": b"path,label\n1.png,0\n2.png,cat\n"}
+        case "parquet column":
+            files = {"a.parquet": labelled.parquet([(png(1), 0)])}
+            return write(root, files) | {"kind": "parquet", "url": url, "label": "class"}
+        case "no bytes":
+            files = {"a.parquet": labelled.parquet([(png(1), 0)])}
+            return write(root, files) | {"kind": "parquet", "url": url, "image": "label"}
+        case "no parquet file":
+            files = {"a.parquet": b"PAR1 nothing"}
+        case "label beyond the names":
+            files = {"a.parquet": labelled.parquet([(png(1), 2)])}
+        case "label beyond the classes":
+            files = {"a.csv": b"path,label\n1.png,7\n"}
+    write(root, files)
+    kind = next(iter(files)).rpartition(".")[2]
+    label = {"label": "json"} if what == "label not in json" else {}
+    return {"kind": kind, "url": f"{url}/a.csv" if kind == "csv" else url, **label}
+
+
+def write(root: Folder, files: dict[str, bytes]) -> dict[str, Any]:
+    for name, content in files.items():
+        root.write(name, content)
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        (
+            "no folder",
+            r"data.source.url: no images in class folders below .*/none; expected .*/none/<class>/<image>.png",
+        ),
+        ("no tars", r"data.source.url: no files '\*.tar' in .*/none; expected .*/none/<name>.tar"),
+        ("no parquet", r"data.source.url: no files '\*.parquet' in .*/none; expected .*/none/<name>.parquet"),
+        ("no csv", r"data.source.url: no file .*/none.csv"),
+        ("no label in tar", r"a.tar: image 1.png has no label: expected a .cls beside it, or say where labels stand"),
+        ("label not in json", r"a.tar: 1.json: no label 'label' there: KeyError: 'label'"),
+        ("cut tar", r"a.tar: not a whole tar: unexpected end of data"),
+        ("csv column", r"data.source.label: no column 'label' in .*a.csv; it has path, class"),
+        ("csv line", r"a.csv: line 3: expected a path and a label, got \['2.png', None\]"),
+        ("numbers and names", r"image 2.png: label 'cat', expected either a name or a number from 0 in all"),
+        ("parquet column", r"data.source.label: no column 'class' in .*a.parquet; it has image, label"),
+        ("no bytes", r"data.source.image: column 'label' of .*a.parquet is int64, expected bytes of images"),
+        ("no parquet file", r"a.parquet: not a whole Parquet file: "),
+        ("label beyond the names", r"image a.parquet#0: label 2, expected a class from 0 to 1"),
+        ("label beyond the classes", r"data.num_classes: got 2, but .*a.csv has labels up to 7"),
+    ],
+)
+def test_what_is_wrong_with_a_source_is_said(tmp_path: Path, what: str, words: str) -> None:
+    with pytest.raises(DisScaleError, match=words):
+        open_source(data(bad(folder(tmp_path), what)))
+
+
+def test_other_classes_than_the_recipe_says_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.num_classes: got 3, but the source has 2 classes \(cat, dog"):
-        open_source(folder_data(images, num_classes=3))
+        open_source(data(labelled.class_folders(folder(tmp_path)), 3))
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
-def test_every_mode_becomes_rgb(mode: str) -> None:
-    assert square(Image.new(mode, (40, 24)), 16).shape == (16, 16, 3)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_broken_image_is_named_and_its_neighbours_are_read(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = png
+    monkeypatch.setattr(labelled, "png", lambda i: b"" if i == 2 else whole(i))
+    source = open_source(data(KINDS[kind](folder(tmp_path))))
+    found = [image for stretch in source.stretches(range(7), 16) for image in source.decoded(stretch, 16)]
+    ((place, error),) = [(i, image) for i, image in enumerate(found) if isinstance(image, UndecodableImage)]
+    assert place == 2
+    assert f"image {source.names[2]} cannot be decoded: it is empty (0 bytes); mend or remove it" in str(error)
 
 
-def test_rotation_by_exif_is_applied() -> None:
-    image = Image.new("RGB", (16, 16))
-    image.paste((255, 0, 0), (0, 0, 16, 8))  # red above
-    exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
-    image.info["exif"] = exif.tobytes()
-    image.getexif()[0x0112] = 3
-    assert square(image, 16)[15, 8, 0] == 255
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_gone_since_is_no_broken_image(kind: str, tmp_path: Path) -> None:
+    source = open_source(data(KINDS[kind](folder(tmp_path))))
+    for path in tmp_path.rglob("*.*"):
+        path.unlink()
+    with pytest.raises(
+        StorageError, match=r" is gone: it was there when the source was listed; .*data.source.version"
+    ) as caught:
+        source.pixels(3, 16)
+    assert not isinstance(caught.value, UndecodableImage)
 
 
-def test_large_images_are_halved_by_box_before_the_bicubic_step() -> None:
-    """ADM's `center_crop_arr`, written out."""
-    pixels = np.random.default_rng(1).integers(0, 255, (100, 70, 3), dtype=np.uint8)
-    expected = Image.fromarray(pixels).resize((35, 50), Image.Resampling.BOX).resize((17, 25), Image.Resampling.BOX)
-    expected = expected.resize((16, round(25 * 16 / 17)), Image.Resampling.BICUBIC)
-    top = (expected.height - 16) // 2
-    np.testing.assert_array_equal(square(Image.fromarray(pixels), 16), np.asarray(expected)[top : top + 16])
+def test_hugging_face_without_class_names_gives_numbers(tmp_path: Path) -> None:
+    root = folder(tmp_path)
+    root.write("x.parquet", labelled.parquet([(png(0), 1)], metadata=None))
+    assert open_source(data({"kind": "parquet", "url": root.url})).label_names == ["0", "1"]
+    root.write("x.parquet", labelled.parquet([(png(0), "b"), (png(1), "a")], metadata=None))
+    named = open_source(data({"kind": "parquet", "url": root.url}))
+    assert (list(named.labels), named.label_names) == ([1, 0], ["a", "b"])
+
+
+def test_labels_in_json_may_be_numbers_but_not_lists(tmp_path: Path) -> None:
+    root = folder(tmp_path)
+    source = {"kind": "tar", "url": root.url, "label": "json"}
+    root.write("x.tar", labelled.tar({"1.png": png(1), "1.json": json.dumps({"label": 1}).encode()}))
+    assert list(open_source(data(source)).labels) == [1]
+    root.write("x.tar", labelled.tar({"1.png": png(1), "1.json": json.dumps({"label": [1]}).encode()}))
+    with pytest.raises(UserError, match=r"x.tar: 1.json: label \[1\], expected a number or a name"):
+        open_source(data(source))

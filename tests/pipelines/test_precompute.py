@@ -1,19 +1,25 @@
 """Who encodes a shard changes nothing in it; what cannot be decoded is refused by name, or skipped and counted."""
 
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dis_scale import manifest, vae
 from dis_scale import recipe as recipes
-from dis_scale import vae
+from dis_scale.data import shards
+from dis_scale.data.encode import Setup, encode
+from dis_scale.data.encode import make as make_shards
 from dis_scale.data.sources import open_source
-from dis_scale.errors import StorageError, UndecodableImage, UserError
+from dis_scale.errors import Preempted, StorageError, UndecodableImage, UserError
 from dis_scale.recipe import Recipe, TrainedVae
 from dis_scale.storage import Folder, folder
-from pipelines import precompute
-from pipelines.precompute import Encoder
+from pipelines import precompute, stage
+from pipelines.precompute import Dealer, Encode, Encoder
 from tests.conftest import TINY
 
 
@@ -39,8 +45,12 @@ def sweep(tmp_path: Path, photos: Recipe) -> Folder:
 
 
 def shards_by(workers: int, sweep: Folder, recipe: Recipe, at: Folder) -> dict[str, bytes]:
-    for worker in range(workers):
-        Encoder().encode(sweep, at, recipe, "cpu", list(range(3))[worker::workers])
+    """The three shards as made by so many workers at once."""
+    dealer = Dealer([0, 1, 2])
+    with ThreadPoolExecutor(workers) as pool:
+        done = [pool.submit(Encoder().encode, sweep, at, recipe, "cpu", dealer.next) for _ in range(workers)]
+    for each in done:
+        each.result()
     return {name: at.read(name) for name in at.list()}
 
 
@@ -65,21 +75,25 @@ def test_a_broken_image_is_refused_by_name_and_nothing_is_half_written(
 
 def test_an_image_that_is_gone_is_no_broken_image(sweep: Folder, photos: Recipe, tmp_path: Path) -> None:
     """Skipping is for what cannot be decoded: storage that is away must not thin the set out."""
-    skipping = photos.model_copy(update={"data": photos.data.model_copy(update={"undecodable": "skip"})})
-    source = open_source(skipping.data)
+    open_source(photos.data, shards.store_of(sweep))
     (tmp_path / "photos/a/00.png").unlink()
     with pytest.raises(StorageError, match=r"image a/00.png is gone") as caught:
-        precompute._decode(source, skipping, 0)
+        shards_by(1, sweep, skipping(photos), folder(tmp_path) / "one")
     assert not isinstance(caught.value, UndecodableImage)
 
 
-def test_a_broken_image_is_skipped_and_counted_by_choice(sweep: Folder, photos: Recipe, tmp_path: Path) -> None:
+def test_a_broken_image_is_skipped_counted_and_listed_by_choice(sweep: Folder, photos: Recipe, tmp_path: Path) -> None:
     (tmp_path / "photos/a/00.png").write_bytes(b"broken")
-    skipping = photos.model_copy(update={"data": photos.data.model_copy(update={"undecodable": "skip"})})
-    place = folder(tmp_path) / "one"
-    shards_by(1, sweep, skipping, place)
-    sidecar = place.read_json("000000.json")
-    assert (sidecar["count"], sidecar["refused"]) == (9, ["a/00.png"])
+    found = made(sweep, skipping(photos))
+    assert (found["count"], found["images"], found["refused"]) == (25, 26, ["a/00.png"])
+    assert [shard["count"] for shard in found["shards"]] == [9, 10, 6]
+
+
+def test_a_set_without_an_image_is_refused(sweep: Folder, photos: Recipe, tmp_path: Path) -> None:
+    for path in (tmp_path / "photos").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"no image could be decoded; the first of 26: \['a/00.png'\]"):
+        made(sweep, skipping(photos))
 
 
 def test_hardware_of_another_kind_may_not_fill_one_set(tmp_path: Path) -> None:
@@ -93,18 +107,136 @@ def test_hardware_of_another_kind_may_not_fill_one_set(tmp_path: Path) -> None:
 
 def test_the_padding_of_the_last_batch_changes_no_other_sample(sweep: Folder, photos: Recipe) -> None:
     source, encoder = open_source(photos.data), vae.load(photos.vae, sweep)
-    images = {i: source.pixels(i, 32) for i in range(6)}
-    padded = precompute._encode(encoder, source, images, 4)
-    full = precompute._encode(encoder, source, {i: images[i] for i in range(4)}, 4)
-    for one, other in zip(padded[:4], full, strict=True):
-        np.testing.assert_array_equal(one.moments, other.moments)
-    assert [s.position for s in padded] == list(range(6))
+    images = np.stack([source.pixels(i, 32) for i in range(4)])
+    np.testing.assert_array_equal(encode(encoder, images[:3], 4), encode(encoder, images, 4)[:3])
 
 
 def test_the_mirror_image_is_encoded_beside_the_image(sweep: Folder, photos: Recipe) -> None:
     source, encoder = open_source(photos.data), vae.load(photos.vae, sweep)
-    image = source.pixels(0, 32)
-    (sample,) = precompute._encode(encoder, source, {0: image}, 1)
-    mirrored = encoder.encode(image[None, :, ::-1]).half().numpy()[0]
-    np.testing.assert_array_equal(sample.moments[1], mirrored)
-    assert not np.array_equal(sample.moments[0], sample.moments[1])
+    image = source.pixels(0, 32)[None]
+    (moments,) = encode(encoder, image, 1)
+    np.testing.assert_array_equal(moments[1], encoder.encode(image[:, :, ::-1]).half().numpy()[0])
+    assert not np.array_equal(moments[0], moments[1])
+
+
+def test_every_shard_holds_its_positions_in_their_order(sweep: Folder, photos: Recipe) -> None:
+    """Whatever the read-ahead: 26 images in shards of ten, batches of four."""
+    setup = Setup(open_source(photos.data), vae.load(photos.vae, sweep), photos)
+    reports: list[int] = []
+    content = list(make_shards(setup, [2, 0], reports.append))
+    assert [(m.number, [s.position for s in m.samples]) for m in content] == [(2, [*range(20, 26)]), (0, [*range(10)])]
+    assert reports == [4, 2, 4, 4, 2]
+    for sample in content[1].samples:
+        assert (sample.name, sample.label) == (
+            setup.source.names[sample.position],
+            setup.source.labels[sample.position],
+        )
+
+
+# -- again, after any accident -----------------------------------------------------------------------------------------
+
+
+def here(sweep: Folder, latents: Folder, setup: Setup, device: str, left: list[int]) -> None:
+    """Workers as on Ray, in this process."""
+    Encoder().encode(sweep, latents, setup.recipe, device, Dealer(left).next)
+
+
+def place_of(sweep: Folder, recipe: Recipe) -> Folder:
+    return shards.latents_folder(sweep, recipe, vae.load(recipe.vae, sweep).identity)
+
+
+def made(sweep: Folder, recipe: Recipe, how: Encode = here) -> dict[str, Any]:
+    """The sealed set's manifest."""
+    latents = place_of(sweep, recipe)
+    setup = Setup(open_source(recipe.data, shards.store_of(sweep)), vae.load(recipe.vae, sweep), recipe)
+    precompute.make(sweep, latents, setup, "cpu", how)
+    found = manifest.find(latents)
+    assert found is not None
+    return found
+
+
+def skipping(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"undecodable": "skip"})})
+
+
+class Killed(Exception):
+    pass
+
+
+def test_what_a_killed_worker_left_is_taken_up_to_the_same_bytes(
+    sweep: Folder, photos: Recipe, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after one shard, and between a tar and its sidecar; damage, a torn pair and strays meanwhile."""
+    other = folder(store_url) / "elsewhere/sweeps/other"
+    vae.save(other / "vae", vae.load(photos.vae, sweep).net)
+    undisturbed, latents = made(sweep, photos), place_of(other, photos)
+    put = Folder.write_json
+
+    def killed(self: Folder, path: str, value: Any) -> None:
+        if path == "000001.json":
+            raise Killed
+        put(self, path, value)
+
+    monkeypatch.setattr(Folder, "write_json", killed)
+    with pytest.raises(Killed):
+        made(other, photos)
+    monkeypatch.undo()
+    assert latents.list() == ["000000.json", "000000.tar", "000001.tar", "begun.json"]
+    for name in ("000002.json", "000003.json", "000003.tar"):
+        latents.write(name, b"{}")
+    asked: list[list[int]] = []
+
+    def counted(*arguments: Any) -> None:
+        asked.append(arguments[-1])
+        here(*arguments)
+
+    assert made(other, photos, counted) == undisturbed
+    assert asked == [[1, 2]]
+    names = [f"00000{n}.{kind}" for n in range(3) for kind in ("json", "tar")]
+    assert latents.list() == sorted([*names, "begun.json", manifest.NAME])
+    mine = place_of(sweep, photos)
+    assert [latents.read(name) for name in names] == [mine.read(name) for name in names]
+
+
+def test_two_precomputes_at_once_end_well(sweep: Folder, photos: Recipe, store_url: str) -> None:
+    other = folder(store_url) / "elsewhere/sweeps/other"
+    vae.save(other / "vae", vae.load(photos.vae, sweep).net)
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda _: made(other, photos), range(2))
+    assert one == two == made(sweep, photos)
+    latents = place_of(other, photos)
+    assert shards.finished(latents, range(3)) == {0, 1, 2}
+
+
+def test_a_shard_that_shrank_before_the_seal_is_not_sealed(sweep: Folder, photos: Recipe) -> None:
+    def torn(sweep: Folder, latents: Folder, *rest: Any) -> None:
+        here(sweep, latents, *rest)
+        latents.write("000001.tar", b"short")
+
+    with pytest.raises(StorageError, match=r"000001.tar: 5 bytes, its sidecar says \d+: give the same command again"):
+        made(sweep, photos, torn)
+    assert manifest.find(place_of(sweep, photos)) is None
+    assert made(sweep, photos)["count"] == 26
+
+
+def test_a_second_sweep_on_the_same_images_and_vae_makes_nothing(
+    sweep: Folder, photos: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its training finds the latents at once; the images need not even be there any more."""
+    made(sweep, photos)
+    second = folder(tmp_path) / "sweeps/second"
+    vae.save(second / "vae", vae.load(photos.vae, sweep).net)
+    shutil.rmtree(tmp_path / "photos")
+    monkeypatch.setattr(stage, "connect", lambda: None)
+    monkeypatch.setattr(stage, "choose_device", lambda _: ("cpu", "test"))
+    precompute.precompute(second, photos, [])
+    assert shards.latents_of(second) == place_of(sweep, photos)
+
+
+def test_who_wishes_to_stop_is_obeyed_within_a_batch(sweep: Folder, photos: Recipe, tmp_path: Path) -> None:
+    encoder = Encoder()
+    encoder.stop()
+    with pytest.raises(Preempted, match="stopped as asked"):
+        encoder.encode(sweep, folder(tmp_path) / "one", photos, "cpu", Dealer([0, 1, 2]).next)
+    assert encoder.look()[0] == 4
+    assert (folder(tmp_path) / "one").list() == []

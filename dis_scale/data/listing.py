@@ -1,0 +1,238 @@
+"""What a source holds, in one order: compact, in parts of bounded size, kept in storage so that it is made once.
+
+A declared source (its settings, `version` among them) is listed by whoever needs it first; all later stages, workers and sweeps of
+that store read the same listing, part by part. It exists when its manifest does, and the first manifest counts. Which kinds of
+source there are is sources.py's.
+"""
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from typing import Any, Generic, NamedTuple, TypeVar, overload
+
+import numpy as np
+
+from dis_scale import manifest
+from dis_scale.errors import StorageError, UserError
+from dis_scale.storage import Folder
+
+PART = 2**17
+"""Entries a part: a part is some 20 MB in memory while it is read, ImageNet is ten of them."""
+REPORT_EVERY = 1000
+Report = Callable[[int], None]
+T = TypeVar("T")
+
+
+class Entry(NamedTuple):
+    """An image: its name, its class as the source writes it, and where its bytes lie.
+
+    `file` is empty where the name is the file; `place` is a byte offset and length in a tar, a row group and row in Parquet.
+    """
+
+    name: str
+    label: int | str
+    file: str = ""
+    place: tuple[int, int] = (0, 0)
+
+
+class Found(NamedTuple):
+    """What listing a source gives: class names where they are known beforehand, and the entries in their order."""
+
+    entries: Iterable[Entry]
+    label_names: list[str] | None = None
+
+
+def number_or_name(text: str) -> int | str:
+    """A class as text: a number stands for itself, anything else is a name."""
+    text = text.strip()
+    return int(text) if text.isascii() and text.isdigit() else text
+
+
+class Listing(Sequence[Entry]):
+    """The entries of a source by position, labels as integers; `facts` are what the manifest says of them."""
+
+    def __init__(self, facts: dict[str, Any], load: Callable[[int], bytes], where: str) -> None:
+        self.facts, self._load, self._where = facts, load, where
+        self._part = lru_cache(2)(self._unpacked)
+        self._final = facts["final_labels"]
+
+    def __len__(self) -> int:
+        return self.facts["count"]
+
+    @overload
+    def __getitem__(self, i: int) -> Entry: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Entry]: ...
+    def __getitem__(self, i: int | slice) -> Entry | list[Entry]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self._where}: entry {i} of {len(self)}")
+        part, row = divmod(i, PART)
+        entry = self._part(part)[row]
+        return entry if self._final is None else entry._replace(label=self._final[int(entry.label)])
+
+    def _unpacked(self, number: int) -> "_Part":
+        try:
+            return _Part.from_bytes(self._load(number))
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise StorageError(f"{self._where}: part {number} is damaged: {error}") from error
+
+
+@dataclass(frozen=True)
+class Column(Sequence[T], Generic[T]):
+    """One field of a listing's entries, by position."""
+
+    listing: Listing
+    field: Callable[[Entry], T]
+
+    def __len__(self) -> int:
+        return len(self.listing)
+
+    @overload
+    def __getitem__(self, i: int) -> T: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[T]: ...
+    def __getitem__(self, i: int | slice) -> T | list[T]:
+        found = self.listing[i]
+        return [self.field(entry) for entry in found] if isinstance(found, list) else self.field(found)
+
+
+def build(found: Found, put: Callable[[int, bytes], None], report: Report, where: str) -> dict[str, Any]:
+    """Hands each part's bytes to `put` as the entries stream by; the facts of the whole. UserError for labels that are none."""
+    labels, total, count = _Labels(where, found.label_names), hashlib.sha256(), 0
+    for number, entries in enumerate(_batched(_counted(found.entries, report), PART)):
+        ids = [labels.id_of(entry) for entry in entries]
+        for entry in entries:
+            total.update(os.fsencode(f"{entry.name}\t{entry.label}\t{entry.file}\t{entry.place}\n"))
+        put(number, _Part.of(entries, ids).to_bytes())
+        count += len(entries)
+    return {"count": count, "sha256": total.hexdigest(), **labels.facts()}
+
+
+def in_memory(found: Found, report: Report, where: str) -> Listing:
+    """The listing of what was found, not kept in storage."""
+    parts: dict[int, bytes] = {}
+    return Listing(build(found, parts.__setitem__, report, where), parts.__getitem__, where)
+
+
+def stored(
+    store: Folder, key: Any, find: Callable[[], Found], check: Callable[[Listing], None], report: Report
+) -> Listing:
+    """The store's listing of the source that `key` declares; made where there is none, and kept where `check` lets it pass.
+
+    Of two that list at once the first manifest counts, for both: parts are named by their content, so neither tears the other's.
+    """
+    place = store / "listings" / hashlib.sha256(json.dumps([key, manifest.FORMAT]).encode()).hexdigest()[:16]
+    if manifest.find(place) is None:
+        files: dict[str, dict[str, Any]] = {}
+
+        def put(_: int, data: bytes) -> None:
+            name = f"{hashlib.sha256(data).hexdigest()[:16]}.npz"
+            place.write(name, data)
+            files[name] = manifest.digest(data)
+
+        facts = build(find(), put, report, str(place))
+        made = {"format": manifest.FORMAT, "source": key, **facts, "files": files}
+        check(_open(place, made))
+        place.create(manifest.NAME, (json.dumps(made, indent=1) + "\n").encode())
+    found = manifest.find(place)
+    assert found is not None, "it was there, or has been written just now"
+    listing = _open(place, found)
+    check(listing)
+    return listing
+
+
+def _open(place: Folder, found: dict[str, Any]) -> Listing:
+    names = list(found["files"])
+    return Listing(found, lambda number: manifest.read(place, names[number], found), str(place))
+
+
+class _Labels:
+    """Classes as they come by: numbers stand for themselves, names are numbered as first seen and sorted at the end."""
+
+    def __init__(self, where: str, names: list[str] | None) -> None:
+        self._where, self._known = where, names
+        self._ids: dict[str, int] = {}
+        self._largest = -1
+
+    def id_of(self, entry: Entry) -> int:
+        label = entry.label
+        if isinstance(label, str):
+            if self._largest < 0:
+                return self._ids.setdefault(label, len(self._ids))
+        elif not self._ids and 0 <= label < (2**31 if self._known is None else len(self._known)):
+            self._largest = max(self._largest, label)
+            return label
+        expected = (
+            f"a class from 0 to {len(self._known) - 1}" if self._known else "either a name or a number from 0 in all"
+        )
+        raise UserError(f"{self._where}: image {entry.name}: label {label!r}, expected {expected}")
+
+    def facts(self) -> dict[str, Any]:
+        """`label_names` (none for bare numbers), the final label of each id (none where it is the id), the largest number."""
+        if not self._ids:
+            return {"label_names": self._known, "final_labels": None, "largest": self._largest}
+        names = sorted(self._ids)
+        rank = {name: i for i, name in enumerate(names)}
+        return {"label_names": names, "final_labels": [rank[name] for name in self._ids], "largest": len(names) - 1}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Up to `PART` entries as arrays: names end to end, and for each where it ends, its label, its file's number and its place."""
+
+    names: bytes
+    ends: np.ndarray
+    labels: np.ndarray
+    files: list[str]
+    file_of: np.ndarray
+    places: np.ndarray
+
+    def __getitem__(self, row: int) -> Entry:
+        start = int(self.ends[row - 1]) if row else 0
+        name = os.fsdecode(self.names[start : int(self.ends[row])])
+        offset, length = self.places[row].tolist()
+        return Entry(name, int(self.labels[row]), self.files[self.file_of[row]], (offset, length))
+
+    @classmethod
+    def of(cls, entries: list[Entry], ids: list[int]) -> "_Part":
+        names = [os.fsencode(entry.name) for entry in entries]
+        numbers: dict[str, int] = {}
+        file_of = np.array([numbers.setdefault(entry.file, len(numbers)) for entry in entries], np.int32)
+        ends = np.cumsum([len(name) for name in names], dtype=np.uint32)
+        places = np.array([entry.place for entry in entries], np.int64)
+        return cls(b"".join(names), ends, np.array(ids, np.int32), list(numbers), file_of, places)
+
+    def to_bytes(self) -> bytes:
+        buffer = io.BytesIO()
+        np.savez_compressed(
+            buffer, names=np.frombuffer(self.names, np.uint8), ends=self.ends, labels=self.labels, file_of=self.file_of,
+            files=np.frombuffer(os.fsencode("\0".join(self.files)), np.uint8), places=self.places,
+        )  # fmt: skip
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "_Part":
+        with np.load(io.BytesIO(data)) as z:
+            files = os.fsdecode(z["files"].tobytes()).split("\0")
+            return cls(z["names"].tobytes(), z["ends"], z["labels"], files, z["file_of"], z["places"])
+
+
+def _counted(entries: Iterable[Entry], report: Report) -> Iterator[Entry]:
+    for number, entry in enumerate(entries, 1):
+        yield entry
+        if number % REPORT_EVERY == 0:
+            report(number)
+
+
+def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch

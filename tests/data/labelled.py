@@ -1,0 +1,107 @@
+"""Small labelled images of two classes, laid out as each kind of source: the same pictures whatever holds them."""
+
+import io
+import json
+import tarfile
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from dis_scale.recipe import Data
+from dis_scale.storage import Folder
+
+CLASSES = ["cat", "dog"]
+LABELS = [0, 0, 0, 1, 1, 1, 1]
+FEATURES = {"info": {"features": {"label": {"names": CLASSES, "_type": "ClassLabel"}}}}
+
+
+def png(i: int) -> bytes:
+    """Picture i: noise of its own."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(i).integers(0, 255, (24, 20, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def tar(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as out:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            out.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def parquet(rows: list[tuple[bytes | None, Any]], group: int = 2, metadata: dict[str, Any] | None = FEATURES) -> bytes:
+    images = pa.array(
+        [{"bytes": data, "path": None} for data, _ in rows], pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    )
+    table = pa.table({"image": images, "label": pa.array([label for _, label in rows])})
+    if metadata:
+        table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, row_group_size=group)
+    return buffer.getvalue()
+
+
+def class_folders(root: Folder) -> dict[str, Any]:
+    for i, label in enumerate(LABELS):
+        root.write(f"{CLASSES[label]}/{i}.png", png(i))
+    return {"kind": "folder", "url": root.url}
+
+
+def csv_file(root: Folder) -> dict[str, Any]:
+    for i in range(len(LABELS)):
+        root.write(f"pictures/{i}.png", png(i))
+    lines = [f"{CLASSES[label]},pictures/{i}.png" for i, label in enumerate(LABELS)]
+    root.write("labels.csv", "\n".join(["what,file", *lines]).encode())
+    return {"kind": "csv", "url": f"{root}/labels.csv", "path": "file", "label": "what"}
+
+
+def _shards(root: Folder, beside: Any) -> None:
+    """Two tars, the later named first; each picture with what stands beside it."""
+    for name, part in (("b.tar", range(4, 7)), ("a.tar", range(4))):
+        root.write(name, tar({k: v for i in part for k, v in ({f"d/{i}.x.png": png(i)} | beside(i)).items()}))
+
+
+def webdataset_cls(root: Folder) -> dict[str, Any]:
+    _shards(root, lambda i: {f"d/{i}.cls": str(LABELS[i]).encode(), f"d/{i}.txt": b"unused"})
+    return {"kind": "tar", "url": root.url}
+
+
+def webdataset_json(root: Folder) -> dict[str, Any]:
+    _shards(root, lambda i: {f"d/{i}.json": json.dumps({"animal": CLASSES[LABELS[i]]}).encode()})
+    return {"kind": "tar", "url": root.url, "label": "json", "json_key": "animal"}
+
+
+def folders_in_a_tar(root: Folder) -> dict[str, Any]:
+    root.write("all.tar", tar({f"train/{CLASSES[label]}/{i}.PNG": png(i) for i, label in enumerate(LABELS)}))
+    return {"kind": "tar", "url": f"{root}/all.tar", "label": "folder"}
+
+
+def a_tar_a_class(root: Folder) -> dict[str, Any]:
+    for label, name in enumerate(CLASSES):
+        root.write(f"{name}.tar", tar({f"{i}.png": png(i) for i, of in enumerate(LABELS) if of == label}))
+    return {"kind": "tar", "url": root.url, "label": "tar"}
+
+
+def hugging_face(root: Folder) -> dict[str, Any]:
+    for name, part in (("train-1.parquet", range(5, 7)), ("train-0.parquet", range(5))):
+        root.write(name, parquet([(png(i), LABELS[i]) for i in part]))
+    root.write("test-0.parquet", parquet([(png(9), -1)]))
+    return {"kind": "parquet", "url": root.url, "files": "train-*.parquet"}
+
+
+KINDS = {
+    function.__name__: function
+    for function in (
+        class_folders, csv_file, webdataset_cls, webdataset_json, folders_in_a_tar, a_tar_a_class, hugging_face
+    )
+}  # fmt: skip
+
+
+def data(source: dict[str, Any], num_classes: int = 2, **more: Any) -> Data:
+    return Data.model_validate({"source": source, "resolution": 16, "num_classes": num_classes, **more})

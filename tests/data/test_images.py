@@ -1,0 +1,128 @@
+"""One image: every mode to RGB, upright, cropped and resized as ADM does; what is no image is named."""
+
+import hashlib
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dis_scale.data.images import decode, square
+from dis_scale.errors import UndecodableImage
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(height: int, width: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(1).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "PA", "CMYK", "YCbCr", "1", "I;16", "I;16B"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    assert square(Image.new(mode, (40, 24)), 16).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_of_grey_are_scaled_and_not_clipped(kind: str) -> None:
+    values = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16)
+    grey = decode(saved(Image.fromarray(values), kind), "x", 16)
+    np.testing.assert_array_equal(grey[:, :, 0].ravel(), np.arange(256))
+
+
+def test_alpha_is_dropped_and_a_transparent_palette_warns_nobody() -> None:
+    image = Image.new("P", (16, 16))
+    image.putpalette([200, 100, 50] + [0] * 765)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = decode(saved(image, "PNG", transparency=b"\x00\x10"), "x", 16)
+    assert found[0, 0].tolist() == [200, 100, 50]
+    assert square(Image.new("RGBA", (16, 16), (9, 8, 7, 0)), 16)[0, 0].tolist() == [9, 8, 7]
+
+
+def test_cmyk_jpegs_keep_their_colours() -> None:
+    found = decode(saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"), "x", 16)
+    assert found[8, 8, 0] > 240
+    assert found[8, 8, 1] < 15
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_of_an_animation_the_first_frame_counts(kind: str) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    data = saved(frames[0], kind, save_all=True, append_images=frames[1:], **lossless)
+    assert decode(data, "x", 16)[8, 8].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("orientation", "where"), [(1, (0, 0)), (2, (0, 15)), (3, (15, 15)), (4, (15, 0)), (6, (0, 15)), (8, (15, 0))]
+)
+def test_rotation_by_exif_is_applied(orientation: int, where: tuple[int, int]) -> None:
+    """The stored picture's red corner is the upper left one."""
+    image = Image.new("RGB", (16, 16))
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    found = decode(saved(image, "PNG", exif=exif.tobytes()), "x", 16)
+    assert np.argwhere(found[:, :, 0] == 255).tolist() == [list(where)]
+
+
+def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
+    """As in guided-diffusion's image_datasets.py (MIT), which DiT took over."""
+    while min(*pil_image.size) >= 2 * image_size:
+        pil_image = pil_image.resize(tuple(x // 2 for x in pil_image.size), resample=Image.Resampling.BOX)
+    scale = image_size / min(*pil_image.size)
+    pil_image = pil_image.resize(tuple(round(x * scale) for x in pil_image.size), resample=Image.Resampling.BICUBIC)
+    arr = np.array(pil_image)
+    crop_y = (arr.shape[0] - image_size) // 2
+    crop_x = (arr.shape[1] - image_size) // 2
+    return arr[crop_y : crop_y + image_size, crop_x : crop_x + image_size]
+
+
+@pytest.mark.parametrize("shape", [(100, 70), (70, 100), (16, 16), (15, 40), (33, 31), (200, 33), (5, 9)])
+def test_crop_and_resize_are_the_public_codes(shape: tuple[int, int]) -> None:
+    image = noise(*shape)
+    np.testing.assert_array_equal(square(image, 16), center_crop_arr(image, 16))
+
+
+def test_crop_and_resize_stay_what_they_are() -> None:
+    """Latents already stored hang on these bytes: another Pillow that changes them is another data set."""
+    assert hashlib.sha256(square(noise(100, 70), 16).tobytes()).hexdigest()[:16] == "f1b0785cebb88265"
+
+
+def bomb() -> bytes:
+    """A PNG of 60 bytes whose header claims 30,000 x 30,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", r"it is empty \(0 bytes\)"),
+        (b"no picture", "cannot identify image file"),
+        (b"\x89PNG\r\n\x1a\n broken", "cannot identify image file|broken PNG"),
+        (saved(noise(64, 64), "PNG")[:6000], "truncated|unexpected end"),
+        (saved(noise(64, 64), "JPEG")[:1500], "truncated"),
+        (bomb(), "exceeds limit of .* pixels, could be decompression bomb"),
+        (
+            saved(Image.fromarray(np.eye(8, dtype=np.float32)), "TIFF"),
+            r"mode F\) have no range that says what is white",
+        ),
+    ],
+    ids=["empty", "words", "broken", "cut PNG", "cut JPEG", "bomb", "floats"],
+)
+def test_what_is_no_image_is_named_with_its_reason(data: bytes, why: str) -> None:
+    words = rf"image a/b.png cannot be decoded: .*({why}).*; mend or remove it, or --set data.undecodable=skip"
+    with pytest.raises(UndecodableImage, match=words):
+        decode(data, "a/b.png", 16)

@@ -1,0 +1,123 @@
+"""A source is listed once for all, in bounded memory; the first listing counts, and a new version makes a new one."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from dis_scale import manifest
+from dis_scale.data import listing
+from dis_scale.data.listing import Entry, Found
+from dis_scale.data.sources import open_source
+from dis_scale.errors import StorageError, UserError
+from dis_scale.storage import folder
+from tests.data import labelled
+from tests.data.labelled import CLASSES, data, png
+
+IMAGENET = 1_281_167
+ROOT = Path(__file__).parents[2]
+
+
+def entries(count: int) -> Iterator[Entry]:
+    return (
+        Entry(f"n{i % 997:08d}/n{i % 997:08d}_{i}.JPEG", i % 1000, f"{i // 1000}.tar", (i, 2 * i)) for i in range(count)
+    )
+
+
+def test_what_was_listed_comes_back_by_position_over_the_borders_of_parts() -> None:
+    count = listing.PART + 3
+    made = listing.in_memory(Found(entries(count)), lambda _: None, "here")
+    expected = list(entries(count))
+    for i in (0, 1, listing.PART - 1, listing.PART, count - 1):
+        assert made[i] == expected[i]
+    assert made[listing.PART - 2 : listing.PART + 2] == expected[listing.PART - 2 : listing.PART + 2]
+    with pytest.raises(IndexError, match=f"here: entry {count} of {count}"):
+        made[count]
+
+
+def test_names_of_any_bytes_survive() -> None:
+    odd = Entry("caf\udce9/\u65e5\u672c.png", 0, "a b.tar")
+    assert listing.in_memory(Found([odd]), lambda _: None, "here")[0] == odd
+
+
+def test_the_hash_is_of_content_and_order() -> None:
+    def sha(items: list[Entry]) -> str:
+        return str(listing.in_memory(Found(items), lambda _: None, "here").facts["sha256"])
+
+    one, two = list(entries(2))
+    assert sha([one, two]) == sha([one, two])
+    assert len({sha(x) for x in ([one, two], [two, one], [one], [one._replace(label=3), two])}) == 4
+
+
+def list_imagenet(where: str) -> None:
+    """In a process of its own: lists, reads the ends, prints the reports' number and the most memory that it ever held."""
+    reports: list[int] = []
+    made = listing.stored(folder(where), "imagenet", lambda: Found(entries(IMAGENET)), lambda _: None, reports.append)
+    first, last = made[0], made[IMAGENET - 1]
+    assert (first, last.label, last.place[0]) == (next(entries(1)), (IMAGENET - 1) % 1000, IMAGENET - 1)
+    # Not getrusage's ru_maxrss, which a child takes over from the process that began it.
+    status = Path("/proc/self/status").read_text()
+    print(len(reports), 1024 * int(status.partition("VmHWM:")[2].split()[0]))
+
+
+def test_a_million_images_are_listed_and_read_in_little_memory(tmp_path: Path) -> None:
+    """ImageNet's number, in a quarter of a GiB with Python and all: what is held at a time is a part."""
+    code = f"from tests.data.test_listing import list_imagenet; list_imagenet({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    reports, peak_bytes = map(int, done.stdout.split())
+    assert reports == IMAGENET // listing.REPORT_EVERY
+    assert peak_bytes < 2**28
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.npz")) < 2**25
+
+
+def test_a_declared_source_is_listed_once_and_a_new_version_anew(store_url: str, tmp_path: Path) -> None:
+    store, images = folder(store_url) / "store", folder(tmp_path) / "images"
+    source = labelled.class_folders(images)
+    first = open_source(data(source), store)
+    images.write("dog/7.png", png(7))
+    again = open_source(data(source), store)
+    assert (len(first), len(again), again.listing.facts["sha256"]) == (7, 7, first.listing.facts["sha256"])
+    assert len(open_source(data(source | {"version": "2"}), store)) == 8
+    assert len(store.list("listings")) == 2
+
+
+def test_a_listing_that_does_not_fit_the_recipe_is_not_kept(tmp_path: Path) -> None:
+    """So that mending the source and trying again is all that it takes."""
+    store, images = folder(tmp_path) / "store", folder(tmp_path) / "images"
+    source = labelled.class_folders(images)
+    with pytest.raises(UserError, match=r"data.num_classes: got 3, but the source has 2 classes"):
+        open_source(data(source, 3), store)
+    images.write("owl/1.png", png(1))
+    assert open_source(data(source, 3), store).label_names == [*CLASSES, "owl"]
+
+
+def test_of_two_that_list_at_once_the_first_counts_for_both(tmp_path: Path) -> None:
+    """The source changes between them; neither reads a mixture."""
+    store = folder(tmp_path)
+
+    def slow(count: int) -> Iterator[Entry]:
+        for entry in entries(count):
+            time.sleep(0.01)
+            yield entry
+
+    def run(count: int) -> list[Entry]:
+        return list(listing.stored(store, "key", lambda: Found(slow(count)), lambda _: None, lambda _: None))
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(run, (10, 11))
+    assert one == other
+    assert one == list(entries(len(one)))
+
+
+def test_a_damaged_listing_is_named(tmp_path: Path) -> None:
+    store = folder(tmp_path)
+    open_source(data(labelled.class_folders(folder(tmp_path) / "images")), store)
+    (place,) = store.list("listings")
+    (name,) = [n for n in (store / "listings" / place).list() if n != manifest.NAME]
+    (store / "listings" / place).write(name, b"x")
+    with pytest.raises(StorageError, match=f"{place}/{name}: damaged: 1 bytes, its manifest says"):
+        open_source(data(labelled.class_folders(folder(tmp_path) / "images")), store).names[0]
