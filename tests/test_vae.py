@@ -1,0 +1,120 @@
+"""Autoencoders of any channels and factor, scale and shift as their config says; and none, where latents are pixels."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dis_scale import recipe as recipes
+from dis_scale import vae
+from dis_scale.data.encode import Setup
+from dis_scale.data.latents import Latents, micro_batch
+from dis_scale.data.sources import open_source
+from dis_scale.errors import UserError
+from dis_scale.evaluation.draw import draw, open_for_drawing
+from dis_scale.evaluation.sample import open_studio
+from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, Recipe
+from dis_scale.storage import Folder, folder
+from dis_scale.vae import AutoencoderKL, to_pixels
+from pipelines import precompute
+from pipelines.precompute import Dealer, Encoder
+from pipelines.prepare import Preparer
+from tests import training
+from tests.conftest import TINY
+
+KINDS = {
+    "SD, f8": {"latent_channels": 4, "scaling_factor": 0.18215, "levels": 4},
+    "SD3, f8": {
+        "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, "levels": 4,
+        "use_quant_conv": False, "use_post_quant_conv": False,
+    },
+    "f16": {"latent_channels": 8, "scaling_factor": 0.9, "levels": 5},
+}  # fmt: skip
+
+
+def saved(where: Path, levels: int, **config: object) -> PretrainedVae:
+    """An untrained autoencoder in diffusers' layout, with a config as that of published ones."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
+    net = AutoencoderKL(block_out_channels=(8,) * levels, layers_per_block=1, norm_num_groups=8, **blocks, **config)
+    net.save_pretrained(where)
+    return PretrainedVae(kind="pretrained", path=str(where))
+
+
+def encode_digits(sweep: Folder, latents: Folder, recipe: Recipe) -> None:
+    def here(sweep: Folder, latents: Folder, setup: Setup, device: str, left: list[int]) -> None:
+        Encoder().encode(sweep, latents, setup.recipe, device, Dealer(left).next)
+
+    setup = Setup(open_source(recipe.data), vae.load(recipe.vae, sweep), recipe)
+    precompute.make(sweep, latents, setup, "cpu", here)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_channels_factor_scale_and_shift(kind: str, tmp_path: Path) -> None:
+    config = KINDS[kind]
+    settings = saved(tmp_path / "vae", **config)  # type: ignore[arg-type]
+    shape = vae.latent_shape(settings, 64)
+    assert shape == (config["latent_channels"], 64 // 2 ** (config["levels"] - 1))
+    encoder = vae.load(settings, folder(tmp_path))
+    assert encoder.latent(64) == shape
+    assert (encoder.scale, encoder.shift) == (config["scaling_factor"], config.get("shift_factor", 0.0))
+    image = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)
+    moments = encoder.encode(image)
+    assert moments.shape == (2, 2 * shape.channels, shape.size, shape.size)
+    mean = moments[:, : shape.channels]
+    decoded = encoder.decode((mean - encoder.shift) * encoder.scale)
+    plain = to_pixels(encoder.net.decode(mean).sample)
+    assert np.abs(decoded.astype(int) - plain.astype(int)).max() <= 1  # one rounding more
+
+
+def test_scale_and_shift_stand_in_the_manifest_and_training_applies_them(tmp_path: Path) -> None:
+    settings = saved(tmp_path / "vae", **KINDS["SD3, f8"])  # type: ignore[arg-type]
+    recipe = recipes.load(TINY, [f"vae={{kind: pretrained, path: {settings.path}}}", "precompute.shard_images=900"])
+    encode_digits(folder(tmp_path) / "sweep", folder(tmp_path) / "latents", recipe)
+    latents = Latents(folder(tmp_path) / "latents", seed=0)
+    assert [latents.manifest[key] for key in ("scale", "shift", "latent")] == [1.5305, 0.0609, [16, 4]]
+    options = {"batch": 8, "lanes": 1, "seed": 0, "mirror": False, "label_dropout": 0.0}
+    batch = micro_batch(latents, 0, 0, **options)  # type: ignore[arg-type]
+    mean, log_variance = np.split(np.stack([latents[i][0][0] for i in range(8)]).astype(np.float32), 2, axis=1)
+    undone = batch.x_BCHW.numpy() / 1.5305 + 0.0609
+    assert (np.abs(undone - mean) < 6 * np.exp(0.5 * log_variance)).all()
+
+
+def test_an_image_that_does_not_fit_the_factor_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data.resolution: 40 is not a multiple of the VAE's factor 16"):
+        vae.latent_shape(saved(tmp_path, **KINDS["f16"]), 40)  # type: ignore[arg-type]
+
+
+def test_without_a_vae_every_value_of_a_pixel_comes_back() -> None:
+    settings = NoVae(kind="none")
+    assert vae.latent_shape(settings, 40) == LatentShape(3, 40)
+    pixels = vae.load(settings, Folder("unused"))
+    image = np.arange(3 * 256, dtype=np.uint8).reshape(1, 16, 16, 3)
+    moments = pixels.encode(image).half().float()
+    deviation = np.exp(np.float32(0.5) * moments[:, 3:].numpy())
+    assert (deviation == 0).all()
+    np.testing.assert_array_equal(pixels.decode(moments[:, :3]), image)
+
+
+def test_the_whole_way_in_pixel_space(tmp_path: Path) -> None:
+    """Precompute, training, evaluation and `dis-scale sample`, each below Ray: prepare trains no autoencoder."""
+    recipe = recipes.load(TINY, ["vae={kind: none}", "data.resolution=16", "train.workers=1", "evaluate.block_images=20"])
+    sweep, latents = folder(tmp_path) / "sweep", folder(tmp_path) / "latents"
+    sweep.write(recipes.FILE, recipes.dump(recipe).encode())
+    Preparer().prepare(sweep, recipe, "cpu")
+    assert not sweep.exists("vae")
+    encode_digits(sweep, latents, recipe)
+    reader = Latents(latents, seed=0)
+    assert reader.shape == (3, 16)
+    options = {"batch": 4, "lanes": 1, "seed": 0, "mirror": False, "label_dropout": 0.0}
+    batch = micro_batch(reader, 0, 0, **options)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(batch.x_BCHW.numpy(), np.stack([reader[i][0][0, :3] for i in range(4)]))
+
+    training.run(recipe, "dis", tmp_path, attempt=1)
+    studio = open_studio(recipe, sweep, vae.load(recipe.vae, sweep), torch.device("cpu"))
+    block = studio.draw(studio.model("dis", 320), 0)
+    assert block.pictures.shape == (20, 16, 16, 3)
+    opened = open_for_drawing(tmp_path / "sweep/runs/dis/published/000000000320", None)
+    drawn = draw(opened, [3], 2, sampler="ddim", steps=2, guidance=1.0, seed=0, batch=2)
+    assert drawn.shape == (2, 16, 16, 3)
