@@ -154,8 +154,7 @@ def sample(
 
     with _errors(debug):
         labels = _labels(classes)
-        if not out.absolute().parent.is_dir():
-            raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
+        _require_folder(out)
         opened = open_for_drawing(checkpoint, vae, heads)
         wanted = count or len(labels or [0])
         how = {"sampler": sampler or opened.sampler, "steps": steps or opened.steps}
@@ -167,6 +166,77 @@ def sample(
 def _console() -> Console:
     """The terminal, or 120 characters where there is none."""
     return Console(width=None if sys.stdout.isatty() else 120)
+
+
+data = typer.Typer(help="Look after a sweep's latents.", no_args_is_help=True)
+app.add_typer(data, name="data")
+Latents = Annotated[str, typer.Argument(help="A sweep's folder, or a folder of latents; local or any fsspec URL.")]
+
+
+@data.command()
+def verify(
+    url: Latents,
+    fast: Annotated[bool, typer.Option("--fast", help="Compare sizes alone, and read nothing back.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Read all shards back against the manifest and name each damaged one; exit code 1 where there is one."""
+    from dis_scale.data import care
+    from dis_scale.progress import Board
+
+    with _errors(debug), Board(Console()) as board:
+        sweep, latents = care.find(url)
+        found = care.verify(latents, fast, lambda done, total: board.update("verify", done, total, "shards"))
+        for words in found.values():
+            board.say(f"damaged  {words}")
+        care.require_whole(latents, found, sweep)
+        board.say(f"whole    {latents}{' by its sizes' if fast else ''}")
+
+
+@data.command()
+def repair(
+    sweep: Annotated[str, typer.Argument(help="The sweep's folder: its recipe says where images and VAE are.")],
+    debug: Debug = False,
+) -> None:
+    """Make exactly the damaged shards anew, byte for byte as they were."""
+    from dis_scale.data import care
+    from dis_scale.progress import Board, listing_words
+
+    with _errors(debug), Board(Console()) as board:
+        made = care.repair(
+            sweep,
+            lambda done, total: board.update("verify", done, total, "shards"),
+            listing_words(board.say),
+        )
+        board.say(f"repaired {', '.join(made)}" if made else "nothing to repair: every shard is whole")
+
+
+@data.command()
+def show(
+    url: Latents,
+    out: Annotated[Path, typer.Option(help="The PNG of decoded images to write.")] = Path("latents.png"),
+    vae: Annotated[str | None, typer.Option(help="AutoencoderKL folder or hub id; a sweep's own by default.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Show totals, labels, statistics and identity of latents, and write a grid of decoded images."""
+    from dis_scale.data import care
+    from dis_scale.evaluation.sample import grid
+
+    with _errors(debug):
+        sweep, latents = care.find(url)
+        for line in care.described(latents):
+            Console(soft_wrap=True).print(line, highlight=False, markup=False)
+        decoder = care.decoder(sweep, latents, vae)
+        if decoder is None:
+            Console().print("grid     none: give the sweep's folder, or --vae, which decodes them", highlight=False)
+            return
+        _require_folder(out)
+        out.write_bytes(grid(care.pictures(latents, decoder), columns=10))
+        Console().print(f"grid     {out}", highlight=False, soft_wrap=True)
+
+
+def _require_folder(out: Path) -> None:
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
 
 
 def _labels(classes: str | None) -> list[int] | None:

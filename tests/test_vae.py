@@ -99,7 +99,9 @@ def test_without_a_vae_every_value_of_a_pixel_comes_back() -> None:
 
 def test_the_whole_way_in_pixel_space(tmp_path: Path) -> None:
     """Precompute, training, evaluation and `dis-scale sample`, each below Ray: prepare trains no autoencoder."""
-    recipe = recipes.load(TINY, ["vae={kind: none}", "data.resolution=16", "train.workers=1", "evaluate.block_images=20"])
+    recipe = recipes.load(
+        TINY, ["vae={kind: none}", "data.resolution=16", "train.workers=1", "evaluate.block_images=20"]
+    )
     sweep, latents = folder(tmp_path) / "sweep", folder(tmp_path) / "latents"
     sweep.write(recipes.FILE, recipes.dump(recipe).encode())
     Preparer().prepare(sweep, recipe, "cpu")

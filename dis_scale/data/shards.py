@@ -12,7 +12,6 @@ import tarfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,15 +82,12 @@ def unpack(data: bytes, where: str) -> Shard:
 
 
 def put_shard(latents: Folder, number: int, samples: list[Sample], refused: list[str]) -> None:
-    """Writes a shard and then its sidecar: digest, count, and the moments' sums for the statistics."""
+    """Writes a shard and then its sidecar: digest, count, images by label, and the moments' sums for the statistics."""
     data = pack(samples)
     latents.write(f"{shard_name(number)}.tar", data)
-    labels = Counter(sample.label for sample in samples)
-    sidecar = {
-        "format": manifest.FORMAT, "count": len(samples), **manifest.digest(data), "refused": refused,
-        "labels": sorted(labels.items()), "sums": _sums(samples),
-    }  # fmt: skip
-    latents.write_json(f"{shard_name(number)}.json", sidecar)
+    sidecar = {"format": manifest.FORMAT, "count": len(samples), **manifest.digest(data), "refused": refused}
+    labels = {str(label): count for label, count in sorted(Counter(s.label for s in samples).items())}
+    latents.write_json(f"{shard_name(number)}.json", sidecar | {"labels": labels, "sums": _sums(samples)})
 
 
 def finished(latents: Folder, numbers: range) -> set[int]:
@@ -122,7 +118,7 @@ def seal(latents: Folder, numbers: range, facts: dict[str, Any]) -> dict[str, An
     value = {
         "format": manifest.FORMAT, **facts,
         "count": sum(s["count"] for s in shards), "mean": mean, "std": std,
-        "label_counts": _label_counts(list(sidecars.values()), facts["num_classes"]),
+        "labels": _label_counts([s["labels"] for s in sidecars.values()]),
         "refused": [name for s in sidecars.values() for name in s["refused"]], "shards": shards,
     }  # fmt: skip
     if not value["count"]:
@@ -131,6 +127,12 @@ def seal(latents: Folder, numbers: range, facts: dict[str, Any]) -> dict[str, An
         )
     latents.write_json(manifest.NAME, value)
     return value
+
+
+def _label_counts(counts: list[dict[str, int]]) -> dict[str, int]:
+    """Images by label, labels rising."""
+    total = sum(map(Counter, counts), Counter[str]())
+    return {label: total[label] for label in sorted(total, key=int)}
 
 
 def _sidecars(latents: Folder, numbers: range) -> dict[int, dict[str, Any]]:
@@ -162,16 +164,17 @@ def find_latents(sweep: Folder) -> Folder | None:
     latents = store_of(sweep) / pointer["folder"]
     found = manifest.find(latents)
     if found is not None:
-        _require_same_vae(latents, found["vae"], pointer["vae"])
+        require_same_vae(latents, found["vae"], pointer["vae"])
     return latents if found is not None else None
 
 
 def require_vae(sweep: Folder, vae_identity: str) -> None:
     """UserError where the sweep's latents were made with another VAE than this one."""
-    _require_same_vae(sweep, sweep.read_json(POINTER)["vae"], vae_identity)
+    require_same_vae(sweep, sweep.read_json(POINTER)["vae"], vae_identity)
 
 
-def _require_same_vae(latents: Folder, theirs: str, ours: str) -> None:
+def require_same_vae(latents: Folder, theirs: str, ours: str) -> None:
+    """UserError where the latents were made with another VAE than ours, both by their identities."""
     if theirs != ours:
         raise UserError(
             f"{latents}: latents of another VAE: theirs is {theirs[:12]}, the sweep's is {ours[:12]}; "
@@ -206,13 +209,6 @@ def _agrees(latents: Folder, number: int) -> bool:
     except StorageError:
         return False
     return True
-
-
-def _label_counts(sidecars: list[dict[str, Any]], num_classes: int) -> list[int]:
-    counts = [0] * num_classes
-    for label, count in chain.from_iterable(s["labels"] for s in sidecars):
-        counts[label] += count
-    return counts
 
 
 def _sums(samples: list[Sample]) -> dict[str, Any]:

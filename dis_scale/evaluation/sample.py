@@ -127,7 +127,8 @@ class Studio:
 def open_studio(recipe: Recipe, sweep: Folder, decoder: Vae, device: torch.device) -> Studio:
     """The sweep's studio; a judge there is where the sweep trained one, labels come as often as in the training set."""
     judge = load_classifier(sweep, JUDGE) if recipe.evaluate.trained else None
-    labels = sample_labels(recipe, shards.latents_manifest(sweep)["label_counts"])
+    images = shards.latents_manifest(sweep)["labels"]
+    labels = sample_labels(recipe, [images.get(str(label), 0) for label in range(recipe.data.num_classes)])
     return Studio(recipe, sweep, decoder, load_extractors(recipe.evaluate, sweep, device), judge, labels, device)
 
 

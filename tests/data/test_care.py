@@ -1,0 +1,149 @@
+"""`dis-scale data`: what is damaged is named, made anew byte for byte, and shown for what it is."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from dis_scale import recipe as recipes
+from dis_scale import vae
+from dis_scale.cli import app
+from dis_scale.data import shards
+from dis_scale.data.encode import Setup, compute_exactly, put_shards
+from dis_scale.data.sources import open_source
+from dis_scale.recipe import TrainedVae
+from dis_scale.storage import Folder, folder
+from pipelines import precompute
+from tests.conftest import TINY
+from tests.data.labelled import png
+
+SIZES = ("data.num_classes=2", "precompute.shard_images=10", "precompute.encode_images=4")
+
+
+def photos(store: Folder, images: Path, how: str = "{kind: trained, widths: [8, 8, 8]}") -> tuple[Folder, Folder]:
+    """(sweep, its sealed latents) of 26 images in three shards, one of them refused."""
+    for i in range(26):
+        folder(images).write(f"{'ab'[i % 2]}/{i:02d}.png", png(i) if i != 8 else b"broken")
+    source = f"data.source={{kind: folder, url: {images}}}"
+    recipe = recipes.load(TINY, [source, *SIZES, f"vae={how}", "data.undecodable=skip"])
+    sweep = store / "sweeps/photos"
+    sweep.write(recipes.FILE, recipes.dump(recipe).encode())
+    if isinstance(recipe.vae, TrainedVae):
+        torch.manual_seed(0)
+        vae.save(sweep / "vae", vae.new(recipe.vae, 32))
+    encoder = vae.load(recipe.vae, sweep)
+    latents = shards.latents_folder(sweep, recipe, encoder.identity)
+    compute_exactly()
+    setup = Setup(open_source(recipe.data, store), encoder, recipe)
+
+    def here(*arguments: object) -> None:
+        put_shards(setup, latents, arguments[-1], lambda _: None)  # type: ignore[arg-type]
+
+    precompute.make(sweep, latents, setup, "cpu", here)
+    shards.point_to(sweep, latents, encoder.identity)
+    return sweep, latents
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["data", *arguments])
+    return done.exit_code, done.output
+
+
+def test_damage_is_named_mended_and_the_bytes_are_the_same(store_url: str, tmp_path: Path) -> None:
+    sweep, latents = photos(folder(store_url) / "store", tmp_path / "images")
+    assert (
+        run("verify", sweep.url)
+        == run("verify", latents.url)
+        == (0, f"verify: 1/3 shards\nverify: 3/3 shards\nwhole    {latents}\n")
+    )
+    before = {name: latents.read(name) for name in latents.list()}
+
+    flipped = bytearray(before["000001.tar"])
+    flipped[700] ^= 1
+    latents.write("000001.tar", bytes(flipped))
+    latents.delete("000002.tar")
+    code, output = run("verify", sweep.url)
+    assert code == 1
+    assert f"damaged  {latents}/000001.tar: damaged: its sha256 differs from the manifest's\n" in output
+    assert f"damaged  {latents}/000002.tar: missing, though its manifest names it\n" in output
+    assert f"2 of 3 shards are damaged; to make them anew: dis-scale data repair {sweep}" in output
+    code, output = run("verify", "--fast", sweep.url)
+    assert (code, "000001" in output, "000002.tar: missing" in output) == (1, False, True)
+
+    code, output = run("repair", sweep.url)
+    assert (code, output.splitlines()[-1]) == (0, "repaired 000001.tar, 000002.tar")
+    assert {name: latents.read(name) for name in latents.list()} == before
+    assert run("repair", sweep.url)[1].endswith("nothing to repair: every shard is whole\n")
+    assert run("verify", "--fast", sweep.url) == (0, f"whole    {latents} by its sizes\n")
+
+
+def test_a_short_shard_is_seen_by_its_size(tmp_path: Path) -> None:
+    sweep, latents = photos(folder(tmp_path) / "store", tmp_path / "images")
+    size = len(latents.read("000000.tar"))
+    latents.write("000000.tar", latents.read("000000.tar")[:-1])
+    assert f"000000.tar: {size - 1} bytes, its manifest says {size}" in run("verify", "--fast", sweep.url)[1]
+
+
+def test_what_cannot_be_made_the_same_is_not_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep, latents = photos(folder(tmp_path) / "store", tmp_path / "images")
+    latents.write("000000.tar", b"damaged")
+    (tmp_path / "images/a/00.png").write_bytes(png(99))
+    code, output = run("repair", sweep.url)
+    assert code == 1
+    assert "000000.tar: made anew it would be other bytes" in output
+    assert "an image of it has changed since" in output
+    assert latents.read("000000.tar") == b"damaged"
+
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    code, output = run("repair", sweep.url)
+    assert code == 2
+    assert "now 9.9: a shard made anew would not be the same bytes" in output
+
+
+def test_a_folder_of_latents_cannot_say_where_its_images_are(tmp_path: Path) -> None:
+    _, latents = photos(folder(tmp_path) / "store", tmp_path / "images")
+    code, output = run("repair", latents.url)
+    assert (code, "a folder of latents: give the sweep's folder" in output) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["verify", "repair", "show"])
+def test_what_is_no_set_of_latents_is_said(command: str, tmp_path: Path) -> None:
+    code, output = run(command, str(tmp_path))
+    assert code == 2
+    assert f"{tmp_path}: neither a sweep whose latents are sealed, nor a folder of sealed latents" in output
+
+
+def test_a_set_is_shown_with_its_images(tmp_path: Path) -> None:
+    sweep, latents = photos(folder(tmp_path) / "store", tmp_path / "images")
+    code, output = run("show", sweep.url, "--out", str(tmp_path / "grid.png"))
+    assert code == 0
+    lines = dict(line.split(None, 1) for line in output.splitlines())
+    size = sum(len(latents.read(f"00000{n}.tar")) for n in range(3)) / 1e6
+    assert lines["images"] == f"25 in 3 shards, {size:.1f} MB, 1 refused: a/08.png"
+    assert lines["latent"] == "4x8x8, float16 moments of image and mirror image"
+    assert lines["labels"] == "2 of 2 classes: a 12, b 13"
+    assert lines["source"].startswith(f"url {tmp_path}/images, kind folder; listing ")
+    assert lines["vae"] == vae.load(TrainedVae(kind="trained"), sweep).identity[:12]
+    assert lines["grid"] == f"{tmp_path}/grid.png"
+    assert Image.open(tmp_path / "grid.png").size == (10 * 64, 3 * 64)
+
+    code, output = run("show", latents.url)
+    assert (code, output.splitlines()[-1]) == (
+        0,
+        "grid     none: give the sweep's folder, or --vae, which decodes them",
+    )
+    vae.new(TrainedVae(kind="trained", widths=(8, 8)), 32).save_pretrained(tmp_path / "other")
+    code, output = run("show", latents.url, "--vae", str(tmp_path / "other"))
+    assert (code, "latents of another VAE" in output) == (2, True)
+
+
+def test_pixels_are_shown_without_a_vae(tmp_path: Path) -> None:
+    """The grid holds the very pictures that went in."""
+    _, latents = photos(folder(tmp_path) / "store", tmp_path / "images", "{kind: none}")
+    code, _ = run("show", latents.url, "--out", str(tmp_path / "grid.png"))
+    assert code == 0
+    recipe = recipes.load(TINY, [f"data.source={{kind: folder, url: {tmp_path}/images}}", "data.num_classes=2"])
+    first = Image.fromarray(open_source(recipe.data).pixels(0, 32)).resize((64, 64), Image.Resampling.NEAREST)
+    assert Image.open(tmp_path / "grid.png").crop((0, 0, 64, 64)).tobytes() == first.tobytes()
