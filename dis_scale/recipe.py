@@ -364,6 +364,8 @@ Metric = Literal[
 ]
 
 
+_KID_IMAGES = 1000
+"""In a subset of the kernel distance, as torch-fidelity has it."""
 _DIMENSIONS = {"inception": 2048, "trained": 64}
 """Features of an extractor whose number is known before it is opened."""
 
@@ -455,6 +457,8 @@ class Evaluate(Settings):
             raise ValueError(f"also: one trained extractor at most: got {names}")
         if "distance" not in self.metrics:
             raise ValueError("metrics: distance is always measured: add it to the list")
+        if "kid" in self.metrics and self.samples < _KID_IMAGES:
+            raise ValueError(f"metrics: kid draws subsets of {_KID_IMAGES:,} images, and samples is {self.samples}")
         only = {"sfid", "inception_score", "inception_score_adm"} & set(self.metrics)
         if only and "inception" not in names:
             raise ValueError(f"metrics: {sorted(only)[0]} needs Inception: add {{kind: inception}} to also")

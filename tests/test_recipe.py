@@ -1,5 +1,6 @@
 """A recipe's mistakes are named with key, what was got and what was expected; two recipes of one name are told apart."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,28 @@ def test_longer_training_is_refused_where_the_schedule_has_an_end() -> None:
     assert recipes.identity_differences(begun, longer) == [
         "train.publish_images: the linear decay ends at 320, given 640"
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (["evaluate.metrics=[distance, kid]"], "kid draws subsets of 1,000 images, and samples is 80"),
+        (["evaluate.variants={fast: {steps: 2000}}"], "evaluate.variants.fast.steps 2000 exceeds diffusion.steps 1000"),
+        (
+            ["evaluate.variants={flow: {sampler: heun}}"],
+            "evaluate.variants.flow: sampler heun does not fit the process",
+        ),
+        (["train.power_ema=null"], "evaluate.variants.wide.ema_width needs the averages that train.power_ema tracks"),
+        (["evaluate.ema_width=0.5"], "evaluate.ema_width: got 0.5, expected: less than or equal to 0.28"),
+    ],
+)
+def test_what_cannot_be_measured_or_drawn_is_refused(settings: list[str], line: str) -> None:
+    with pytest.raises(UserError, match=re.escape(line)):
+        recipes.load(TINY, settings)
+
+
+def test_a_way_to_draw_may_come_but_not_change_under_its_name() -> None:
+    stored, more = recipes.load(TINY), recipes.load(TINY, ["evaluate.variants.plain={guidance: 1.0}"])
+    assert recipes.identity_differences(stored, more) == []
+    other = recipes.load(TINY, ["evaluate.variants.wide.guidance=2.0"])
+    assert recipes.identity_differences(stored, other) == ["evaluate.variants.wide.guidance: stored 1.0, given 2.0"]

@@ -39,7 +39,7 @@ def test_a_metric_asked_for_since_is_measured_again(sweep: Folder, tiny: Recipe)
     results.folder(sweep, done).write_json(results.METRICS, {"metrics": ["distance"], "values": {}})
     results.forget_outdated(sweep, tiny)
     assert done not in results.to_do(sweep, tiny)
-    results.forget_outdated(sweep, recipes.load(TINY, ["evaluate.metrics=[distance, kid]"]))
+    results.forget_outdated(sweep, recipes.load(TINY, ["evaluate.metrics=[distance, precision_recall]"]))
     assert done in results.to_do(sweep, tiny)
 
 
