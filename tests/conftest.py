@@ -11,6 +11,9 @@ from dis_scale import recipe as recipes
 from dis_scale.recipe import Recipe
 from tests import object_store
 
+# As for jobs: threads of OpenMP that spin while they wait make everything many times slower on a machine that others use, too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 TINY = Path(__file__).parent / "tiny.yaml"
 
 

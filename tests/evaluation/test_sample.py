@@ -1,0 +1,95 @@
+"""A block is a function of (recipe, published weights, its number): the same bits whoever draws it, in whatever order."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from dis_scale import manifest, models, vae
+from dis_scale import recipe as recipes
+from dis_scale.data import shards
+from dis_scale.digits import Classifier
+from dis_scale.evaluation.features import JUDGE, store_classifier
+from dis_scale.evaluation.sample import PARTS, Studio, grid_numbers, open_studio, sample_labels
+from dis_scale.recipe import LatentShape, Recipe, TrainedVae
+from dis_scale.storage import Folder, folder
+from dis_scale.vae import Vae
+from tests.conftest import TINY
+from tests.training import make_latents
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As evaluation's workers have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return recipes.load(TINY, ["evaluate.samples=70", "evaluate.variants={bf16: {precision: bf16}}"])
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, recipe: Recipe) -> Folder:
+    """All that drawing needs, untrained: autoencoder, extractor, judge, latents and one published model."""
+    made = folder(tmp_path) / "sweeps/tiny"
+    torch.manual_seed(0)
+    vae.save(made / "vae", vae.new(TrainedVae(kind="trained", widths=(8, 8, 8)), 32))
+    store_classifier(made, "digits", Classifier("extractor", 10), 0.1)
+    store_classifier(made, JUDGE, Classifier("judge", 10), 0.1)
+    shards.point_to(made, make_latents(folder(tmp_path) / "latents/some", recipe), "v")
+    model = models.build(recipe.models["dis"], LatentShape(4, 8), 10, seed=1)
+    weights = {name: torch.randn_like(p) * 0.1 for name, p in model.named_parameters()}
+    place = made / "runs/dis/published/000000000160"
+    manifest.put(place, {"weights.safetensors": safetensors.torch.save(weights)}, images=160)
+    return made
+
+
+def studio(recipe: Recipe, sweep: Folder) -> Studio:
+    decoder: Vae = vae.load(recipe.vae, sweep)
+    return open_studio(recipe, sweep, decoder, torch.device("cpu"))
+
+
+def draw(recipe: Recipe, sweep: Folder, order: list[int], variant: str = "") -> dict[int, bytes]:
+    """The blocks as one worker makes them, in its order."""
+    one, drawing = studio(recipe, sweep), recipe.evaluate.drawings[variant]
+    model = one.model("dis", 160, drawing)
+    return {block: one.draw(model, drawing, block).to_bytes() for block in order}
+
+
+def test_one_worker_or_two_in_any_order_draw_the_same_bits(recipe: Recipe, sweep: Folder) -> None:
+    alone = draw(recipe, sweep, [0, 1])
+    shared = draw(recipe, sweep, [1]) | draw(recipe, sweep, [0])
+    assert alone == shared
+    assert alone[0] != alone[1]
+
+
+def test_other_weights_and_another_precision_are_other_pictures(recipe: Recipe, sweep: Folder) -> None:
+    assert draw(recipe, sweep, [0], "bf16") != draw(recipe, sweep, [0])
+
+
+def test_the_time_of_each_part_is_known(recipe: Recipe, sweep: Folder) -> None:
+    one = studio(recipe, sweep)
+    one.draw(one.model("dis", 160, recipe.evaluate), recipe.evaluate, 0)
+    assert list(one.seconds) == list(PARTS)
+    assert all(seconds > 0 for seconds in one.seconds.values())
+
+
+def test_labels_come_as_often_as_in_training_whatever_the_number_of_samples(recipe: Recipe) -> None:
+    many = recipes.load(TINY, ["evaluate.samples=20000"])
+    counts = [0, 300, 100, 0, 600, 0, 0, 0, 0, 0]
+    labels = sample_labels(many, counts)
+    np.testing.assert_allclose(np.bincount(labels, minlength=10) / 20000, np.array(counts) / 1000, atol=0.012)
+    np.testing.assert_array_equal(sample_labels(recipe, counts), labels[:70])
+
+
+def test_the_grid_has_a_class_a_column() -> None:
+    labels = np.array([2, 2, 7, 2, 5, 7, 7, 5])
+    assert grid_numbers(labels) == [0, 4, 2, 1, 7, 5]
+    assert len(grid_numbers(np.repeat(np.arange(1000), 5))) == 10 * 5

@@ -1,0 +1,51 @@
+"""A published checkpoint that cannot be read is named, noted and passed over; an evaluation that finds nothing ends."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dis_scale import recipe as recipes
+from dis_scale.errors import DisScaleError, StorageError
+from dis_scale.evaluation import results
+from dis_scale.evaluation.results import Drawn
+from dis_scale.recipe import Recipe
+from dis_scale.storage import Folder, folder
+from pipelines import evaluate
+from tests.conftest import TINY
+
+
+class Failing:
+    """An evaluation whose checkpoints are all damaged."""
+
+    def __init__(self, sweep: Folder) -> None:
+        self.sweep = sweep
+
+    def evaluate(self, drawn: Drawn) -> dict[str, float]:
+        raise StorageError(f"{drawn.model}/weights.safetensors: damaged: its sha256 differs")
+
+
+def test_a_damaged_checkpoint_is_skipped_and_noted(
+    tmp_path: Path, tiny: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep, skipped, drawn = folder(tmp_path), set[Drawn](), Drawn("dis", 160, "wide")
+    evaluate._evaluate_one(Failing(sweep), drawn, skipped)  # type: ignore[arg-type]
+    assert skipped == {drawn}
+    assert "skipped: dis/weights.safetensors: damaged" in capsys.readouterr().out
+    assert results.damaged(sweep, tiny) == {("dis", 160): "dis/weights.safetensors: damaged: its sha256 differs"}
+
+
+def test_nothing_published_for_long_is_a_clear_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipes.load(TINY, ["evaluate.give_up_after_s=0.3"])
+    opened: list[Any] = []
+    monkeypatch.setattr(evaluate, "open_evaluation", lambda *arguments: opened.append(arguments))
+    monkeypatch.setattr(evaluate, "LOOK_EVERY_S", 0.1)
+    with pytest.raises(DisScaleError, match="nothing was published for 0 s: is training running"):
+        evaluate._evaluate_all(folder(tmp_path), recipe, "cpu", set())
+    assert len(opened) == 1
+
+
+def test_seconds_add_up_and_name_the_rate() -> None:
+    spent = [{"sampling": 2.0, "decoding": 1.0, "images": 30}, {"sampling": 4.0, "decoding": 1.0, "images": 30}]
+    assert evaluate._seconds(spent) == {"sampling": 6.0, "decoding": 2.0, "images_per_s": 10.0}
+    assert evaluate._seconds([{"sampling": 0.0, "images": 0}]) == {}
