@@ -29,11 +29,14 @@ def measure(blocks: Iterable[Block], references: Mapping[str, Reference], settin
     and features that are not finite.
     """
     passes = {e.name: _Pass(e.name, references[e.name], settings) for e in settings.extractors}
-    right = []
+    right: list[np.ndarray] = []
     for number, block in enumerate(blocks):
+        right.append(block.right)
+        if sum(map(len, right)) > settings.samples:
+            break
         for name, one in passes.items():
             one.add(_seen(block, number, name, references[name]))
-        right.append(block.right)
+    _require_all(sum(map(len, right)), settings.samples)
     measured: dict[str, float] = {}
     for one in passes.values():
         measured |= one.named()
@@ -53,6 +56,12 @@ def notes(references: Mapping[str, Reference], settings: Evaluate) -> list[str]:
                 f"{metric}: no error: a twentieth less of {settings.samples:,} samples are not more than {d:,} features"
             )
     return lines
+
+
+def _require_all(samples: int, expected: int) -> None:
+    """StorageError where the blocks hold other than all samples: a figure's name says how many it is of."""
+    if samples != expected:
+        raise StorageError(f"the blocks hold {samples:,} samples, the recipe's evaluate.samples expects {expected:,}")
 
 
 class _Pass:

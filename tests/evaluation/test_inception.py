@@ -3,7 +3,12 @@
 Inception looks at 299 x 299 pixels; where many images are needed both sides look at 75 x 75, its smallest, for time's sake.
 """
 
+import hashlib
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import pytest
@@ -164,6 +169,32 @@ def test_weights_are_those_expected(weights: tuple[Path, inception.WeightsFile])
     found = read_weights(str(path), expected)
     assert found.keys() == seeded_inception.state().keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in seeded_inception.state().items())
+
+
+def test_weights_come_from_a_url_too(weights: tuple[Path, inception.WeightsFile]) -> None:
+    serve = partial(SimpleHTTPRequestHandler, directory=str(weights[0].parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert read_weights(f"{address}/{weights[0].name}", weights[1]).keys() == seeded_inception.state().keys()
+        with pytest.raises(UserError, match=r"cannot read http.*none\.pth; get "):
+            read_weights(f"{address}/none.pth", weights[1])
+        server.shutdown()
+
+
+def test_code_in_a_weights_file_is_never_run(tmp_path: Path) -> None:
+    """Even if its hash were the one expected."""
+    path, mark = tmp_path / "evil.pth", tmp_path / "mark"
+
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (mark,)
+
+    torch.save({"weight": Evil()}, path)
+    data = path.read_bytes()
+    with pytest.raises(UnpicklingError):
+        read_weights(str(path), inception.WeightsFile("any", len(data), hashlib.sha256(data).hexdigest()))
+    assert not mark.exists()
 
 
 def test_other_weights_are_refused_unopened(weights: tuple[Path, inception.WeightsFile], monkeypatch) -> None:

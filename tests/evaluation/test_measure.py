@@ -181,6 +181,14 @@ def test_blocks_of_other_weights_or_without_an_extractor_are_refused() -> None:
         measure(blocks([80], dino=other), real, evaluate())
 
 
+@pytest.mark.parametrize("samples", [79, 81])
+def test_blocks_that_are_not_all_are_refused(samples: int) -> None:
+    with pytest.raises(
+        StorageError, match=f"the blocks hold {samples} samples, the recipe's evaluate.samples expects 80"
+    ):
+        measure(blocks([40, samples - 40], digits=seen(samples, 0)), {"digits": reference(seen(90, 1))}, evaluate())
+
+
 def test_too_few_images_for_a_metric_say_how_many() -> None:
     settings = evaluate(metrics=("distance", "kid"))
     with pytest.raises(
