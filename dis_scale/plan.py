@@ -24,7 +24,7 @@ class Plan:
             name: {
                 "gmacs_forward": round(c.gmacs_forward, 6), "parameters": c.parameters, "tokens": c.tokens,
                 "global_batch": train.batch_images, "seed": self.recipe.seed, "kind": self.recipe.models[name].kind,
-                "images": train.images,
+                "images": train.images, "metric": self.recipe.evaluate.metric,
             }
             for name, c in self.costs.items()
         }  # fmt: skip

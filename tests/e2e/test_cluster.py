@@ -106,7 +106,7 @@ def test_evaluation_first_keeps_no_training_waiting_and_a_killed_worker_is_repla
         assert any("a worker was lost" in line for line in training.lines())
         assert _end(evaluation) == "SUCCEEDED", evaluation.why()
     assert sorted(results.evaluated(sweep, "dit")) == [0, 160, 16000]
-    assert json.loads(sweep.read("evaluation/dit/000000016000/metrics.json"))["samples"] == 60
+    assert json.loads(sweep.read("evaluation/dit/000000016000/metrics.json"))["samples"] == recipe.evaluate.samples
 
 
 def _kill_one_trainer() -> None:
