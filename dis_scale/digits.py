@@ -5,6 +5,7 @@ architecture and seed, judges whether a sample is of the class that was asked fo
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,7 +16,10 @@ from dis_scale import seeds, vae
 from dis_scale.data.sources import Source
 from dis_scale.errors import UndecodableImage
 from dis_scale.recipe import TrainedVae
-from dis_scale.vae import AutoencoderKL, to_unit
+from dis_scale.vae import to_unit
+
+if TYPE_CHECKING:
+    from dis_scale.vae import AutoencoderKL
 
 MOST_IMAGES = 8192
 """Small networks are trained on so many images at most, taken evenly from the source."""
@@ -39,7 +43,7 @@ def sample_images(source: Source, resolution: int, skip_undecodable: bool) -> tu
     return np.stack(images), np.array(labels, dtype=np.int64)
 
 
-def train_vae(settings: TrainedVae, images: np.ndarray, seed: int, report: Report) -> AutoencoderKL:
+def train_vae(settings: TrainedVae, images: np.ndarray, seed: int, report: Report) -> "AutoencoderKL":
     """An autoencoder whose scaled latents have unit variance: mean squared error and a little KL, as Stable Diffusion's."""
     with torch.random.fork_rng():
         torch.manual_seed(seeds.seed("vae", seed) % 2**63)
@@ -59,7 +63,7 @@ def train_vae(settings: TrainedVae, images: np.ndarray, seed: int, report: Repor
     return net
 
 
-def reconstruction_error(net: AutoencoderKL, images: np.ndarray) -> float:
+def reconstruction_error(net: "AutoencoderKL", images: np.ndarray) -> float:
     """Mean squared error of decode(encode(x)) in [-1, 1]."""
     with torch.no_grad():
         errors = [

@@ -8,20 +8,20 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.torch
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 
 from dis_scale import manifest
-from dis_scale.errors import UserError
+from dis_scale.errors import DisScaleError, UserError
 from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, TrainedVae, VaeSettings
 from dis_scale.storage import Folder
 
-__all__ = ["AutoencoderKL", "Pixels", "Vae", "latent_shape", "load", "new", "save", "to_pixels", "to_unit"]
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL as AutoencoderKL
 
 NO_VARIANCE = float(torch.finfo(torch.float16).min)
 """A log-variance whose deviation, exp(half of it), is exactly 0 in float32: a sample of the posterior is its mean."""
@@ -32,7 +32,7 @@ CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 class Vae:
     """An AutoencoderKL in evaluation, with its latents' scale and shift: z <- (z - shift) scale."""
 
-    net: AutoencoderKL
+    net: "AutoencoderKL"
 
     @property
     def scale(self) -> float:
@@ -68,8 +68,10 @@ class Vae:
 
     @torch.no_grad()
     def decode(self, latents_BCHW: torch.Tensor) -> np.ndarray:
-        """uint8 images (B, H, W, 3) of scaled latents."""
+        """uint8 images (B, H, W, 3) of scaled latents; DisScaleError where one is not finite: as pixels it would pass for black."""
         images = self.net.decode(latents_BCHW / self.scale + self.shift).sample
+        if bad := int((~images.isfinite()).flatten(1).any(1).sum()):
+            raise DisScaleError(f"the VAE decoded {bad} of {len(images)} latents to values that are not finite")
         return to_pixels(images)
 
 
@@ -119,17 +121,24 @@ def to_pixels(images_BCHW: torch.Tensor) -> np.ndarray:
     return images_BCHW.add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def new(settings: TrainedVae, resolution: int) -> AutoencoderKL:
+def _autoencoder() -> Any:
+    """diffusers' class; imported where it is needed, as it takes seconds and most of a sweep's processes open no VAE."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL
+
+
+def new(settings: TrainedVae, resolution: int) -> "AutoencoderKL":
     """An untrained small autoencoder; its factor is 2 ** (len(widths) - 1)."""
     levels = len(settings.widths)
-    return AutoencoderKL(
+    return _autoencoder()(
         down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=settings.widths, latent_channels=settings.latent_channels, layers_per_block=1,
         norm_num_groups=8, sample_size=resolution,
     )  # fmt: skip
 
 
-def save(folder: Folder, net: AutoencoderKL) -> None:
+def save(folder: Folder, net: "AutoencoderKL") -> None:
     """Puts the autoencoder into storage in diffusers' layout."""
     config = json.dumps(
         {k: v for k, v in net.config.items() if not k.startswith("_")} | {"_class_name": "AutoencoderKL"}, indent=1
@@ -145,7 +154,7 @@ def latent_shape(settings: VaeSettings, resolution: int) -> LatentShape:
     if isinstance(settings, TrainedVae):
         channels, levels = settings.latent_channels, len(settings.widths)
     else:
-        config = _from_path(AutoencoderKL.load_config, settings)
+        config = _from_path(_autoencoder().load_config, settings)
         channels, levels = config["latent_channels"], len(config["block_out_channels"])
     factor = 2 ** (levels - 1)
     if resolution % factor:
@@ -160,15 +169,15 @@ def load(settings: VaeSettings, sweep: Folder) -> Vae:
     if isinstance(settings, TrainedVae):
         net = _stored(sweep / "vae")
     else:
-        net = _from_path(AutoencoderKL.from_pretrained, settings)
+        net = _from_path(_autoencoder().from_pretrained, settings)
     return Vae(net.eval().requires_grad_(False))
 
 
-def _stored(folder: Folder) -> AutoencoderKL:
+def _stored(folder: Folder) -> "AutoencoderKL":
     found = manifest.find(folder)
     if found is None:
         raise UserError(f"{folder}: no VAE there: the prepare stage has not finished")
-    net = AutoencoderKL.from_config(json.loads(manifest.read(folder, CONFIG, found)))
+    net = _autoencoder().from_config(json.loads(manifest.read(folder, CONFIG, found)))
     net.load_state_dict(safetensors.torch.load(manifest.read(folder, WEIGHTS, found)))
     return net
 

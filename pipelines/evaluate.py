@@ -20,7 +20,7 @@ from dis_scale import diffusion, manifest, vae
 from dis_scale.checkpoint import images_name
 from dis_scale.data import shards
 from dis_scale.data.latents import Latents
-from dis_scale.errors import DisScaleError, StorageError
+from dis_scale.errors import DisScaleError, Preempted, StorageError, UserError
 from dis_scale.evaluation import held_out, measure, reference, results
 from dis_scale.evaluation.results import Drawn
 from dis_scale.evaluation.sample import COLUMNS, Block, grid, open_studio
@@ -159,7 +159,7 @@ def vary(sweep: Folder, recipe: Recipe, arguments: list[str]) -> None:
 
 
 def _evaluate_all(sweep: Folder, recipe: Recipe, device: str, skipped: set[Drawn]) -> None:
-    """Takes each new published folder as it comes; a damaged one is named, noted in storage and in `skipped`, and passed over."""
+    """Takes each new published folder as it comes; what cannot be measured is named, noted in storage and skipped."""
     checkpoints = len(recipe.models) * len(recipe.train.publish_images)
     evaluation = open_evaluation(sweep, recipe, device, recipe.evaluate.drawings, checkpoints)
     for model in recipe.models:
@@ -196,7 +196,9 @@ def open_evaluation(
 def _evaluate_one(evaluation: Evaluation, drawn: Drawn, skipped: set[Drawn]) -> None:
     try:
         values = evaluation.evaluate(drawn)
-    except StorageError as error:
+    except (Preempted, UserError):
+        raise
+    except DisScaleError as error:
         stage.say(f"skipped: {error}")
         results.folder(evaluation.sweep, drawn._replace(variant=MAIN)).write_json(results.DAMAGED, {"why": str(error)})
         skipped.add(drawn)

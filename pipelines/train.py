@@ -21,7 +21,8 @@ from dis_scale.storage import Folder
 from dis_scale.tracking import Projection, Rows
 from pipelines import stage
 
-PROJECT_EVERY_S = 5.0
+PROJECT_EVERY_S, PROJECT_LAST_S = 5.0, 60.0
+"""Between two looks for new rows; and for a look that is under way when training ends, whose rows would else be lost to MLflow."""
 
 
 class Trainer(stage.Worker):
@@ -108,7 +109,7 @@ def _mirroring(projection: Projection, rows: Rows) -> Iterator[None]:
         yield
     finally:
         over.set()
-        thread.join(PROJECT_EVERY_S)
+        thread.join(PROJECT_LAST_S)
     if not thread.is_alive():
         projection.send(rows.new())
 

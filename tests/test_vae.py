@@ -5,18 +5,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from dis_scale import recipe as recipes
 from dis_scale import vae
+from dis_scale.data import shards
 from dis_scale.data.encode import Setup
 from dis_scale.data.latents import Latents, micro_batch
 from dis_scale.data.sources import open_source
-from dis_scale.errors import UserError
+from dis_scale.errors import DisScaleError, UserError
 from dis_scale.evaluation.draw import draw, open_for_drawing
 from dis_scale.evaluation.sample import open_studio
 from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, Recipe
 from dis_scale.storage import Folder, folder
-from dis_scale.vae import AutoencoderKL, to_pixels
+from dis_scale.vae import to_pixels
 from pipelines import precompute
 from pipelines.precompute import Dealer, Encoder
 from pipelines.prepare import Preparer
@@ -102,11 +104,14 @@ def test_the_whole_way_in_pixel_space(tmp_path: Path) -> None:
     recipe = recipes.load(
         TINY, ["vae={kind: none}", "data.resolution=16", "train.workers=1", "evaluate.block_images=20"]
     )
-    sweep, latents = folder(tmp_path) / "sweep", folder(tmp_path) / "latents"
+    sweep = folder(tmp_path) / "sweep"
+    latents = sweep / "latents/pixels"
     sweep.write(recipes.FILE, recipes.dump(recipe).encode())
     Preparer().prepare(sweep, recipe, "cpu")
     assert not sweep.exists("vae")
     encode_digits(sweep, latents, recipe)
+    shards.point_to(sweep, latents, vae.load(recipe.vae, sweep).identity)
+    (tmp_path / "latents").symlink_to(latents.url)  # where training without Ray looks
     reader = Latents(latents, seed=0)
     assert reader.shape == (3, 16)
     options = {"batch": 4, "lanes": 1, "seed": 0, "mirror": False, "label_dropout": 0.0}
@@ -115,8 +120,17 @@ def test_the_whole_way_in_pixel_space(tmp_path: Path) -> None:
 
     training.run(recipe, "dis", tmp_path, attempt=1)
     studio = open_studio(recipe, sweep, vae.load(recipe.vae, sweep), torch.device("cpu"))
-    block = studio.draw(studio.model("dis", 320), 0)
-    assert block.pictures.shape == (20, 16, 16, 3)
+    block = studio.draw(studio.model("dis", 320, recipe.evaluate), recipe.evaluate, 0)
+    assert block.pictures.shape[1:] == (16, 16, 3)
+    assert len(block.right) == 20
     opened = open_for_drawing(tmp_path / "sweep/runs/dis/published/000000000320", None)
     drawn = draw(opened, [3], 2, sampler="ddim", steps=2, guidance=1.0, seed=0, batch=2)
     assert drawn.shape == (2, 16, 16, 3)
+
+
+def test_what_decodes_to_nothing_finite_is_no_black_image(tmp_path: Path) -> None:
+    found = vae.load(saved(tmp_path / "vae", 4), folder(tmp_path))
+    latents = torch.zeros(3, 4, 4, 4)
+    latents[1] = float("nan")
+    with pytest.raises(DisScaleError, match="the VAE decoded 1 of 3 latents to values that are not finite"):
+        found.decode(latents)

@@ -1,12 +1,13 @@
 """A published checkpoint that cannot be read is named, noted and passed over; an evaluation that finds nothing ends."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dis_scale import recipe as recipes
-from dis_scale.errors import DisScaleError, StorageError
+from dis_scale.errors import DisScaleError, Preempted, StorageError
 from dis_scale.evaluation import results
 from dis_scale.evaluation.results import Drawn
 from dis_scale.recipe import Recipe
@@ -15,24 +16,33 @@ from pipelines import evaluate
 from tests.conftest import TINY
 
 
+@dataclass
 class Failing:
-    """An evaluation whose checkpoints are all damaged."""
+    """An evaluation of which nothing can be measured."""
 
-    def __init__(self, sweep: Folder) -> None:
-        self.sweep = sweep
+    sweep: Folder
+    error: DisScaleError
 
-    def evaluate(self, drawn: Drawn) -> dict[str, float]:
-        raise StorageError(f"{drawn.model}/weights.safetensors: damaged: its sha256 differs")
+    def evaluate(self, _: Drawn) -> dict[str, float]:
+        raise self.error
 
 
-def test_a_damaged_checkpoint_is_skipped_and_noted(
-    tmp_path: Path, tiny: Recipe, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "error", [StorageError("weights.safetensors: damaged"), DisScaleError("3 samples are not finite")], ids=str
+)
+def test_what_cannot_be_measured_is_skipped_and_noted(
+    tmp_path: Path, tiny: Recipe, capsys: pytest.CaptureFixture[str], error: DisScaleError
 ) -> None:
     sweep, skipped, drawn = folder(tmp_path), set[Drawn](), Drawn("dis", 160, "wide")
-    evaluate._evaluate_one(Failing(sweep), drawn, skipped)  # type: ignore[arg-type]
+    evaluate._evaluate_one(Failing(sweep, error), drawn, skipped)  # type: ignore[arg-type]
     assert skipped == {drawn}
-    assert "skipped: dis/weights.safetensors: damaged" in capsys.readouterr().out
-    assert results.damaged(sweep, tiny) == {("dis", 160): "dis/weights.safetensors: damaged: its sha256 differs"}
+    assert f"skipped: {error}" in capsys.readouterr().out
+    assert results.damaged(sweep, tiny) == {("dis", 160): str(error)}
+
+
+def test_a_wish_to_stop_skips_nothing(tmp_path: Path) -> None:
+    with pytest.raises(Preempted):
+        evaluate._evaluate_one(Failing(folder(tmp_path), Preempted("stop")), Drawn("dis", 0), set())  # type: ignore[arg-type]
 
 
 def test_nothing_published_for_long_is_a_clear_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
