@@ -30,6 +30,7 @@ COLUMNS, ROWS = 10, 10
 """Of the grid: classes, and samples of each."""
 PARTS = ("sampling", "decoding", "features")
 """What drawing spends its time on."""
+GOLDEN = (5**0.5 - 1) / 2
 FIELDS = ("identity", "pooled", "spatial", "logits")
 """Of `Features`, as a block's file names them."""
 
@@ -153,10 +154,14 @@ def load_model(recipe: Recipe, name: str, shape: LatentShape, weights: dict[str,
 
 
 def sample_labels(recipe: Recipe, counts: Sequence[int]) -> np.ndarray:
-    """The label of each sample (samples), drawn by the training set's `counts` of labels; the same whatever their number."""
-    shares = np.cumsum(counts) / np.sum(counts)
-    draws = seeds.generator("sample labels", recipe.seed).random(recipe.evaluate.samples)
-    return np.searchsorted(shares, draws, side="right")
+    """The label of each sample (samples), as often as among the training set's `counts`; the same whatever their number.
+
+    Shares are hit by steps of the golden ratio (a Kronecker sequence), so that any stretch of samples has nearly the right ones:
+    labels drawn at random would add their own noise to every distance.
+    """
+    start = seeds.generator("sample labels", recipe.seed).random()
+    points = (start + np.arange(recipe.evaluate.samples) * GOLDEN) % 1
+    return np.searchsorted(np.cumsum(counts) / np.sum(counts), points, side="right")
 
 
 def grid_numbers(labels: np.ndarray) -> list[int]:
