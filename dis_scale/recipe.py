@@ -470,6 +470,11 @@ class Evaluate(Settings):
                     f"samples: {self.samples} are too few for the covariance of {d:,} features ({extractor.name}): "
                     f"expected at least {d + 1:,}"
                 )
+            if "distance_infinity" in self.metrics and self.samples < 5 * d:
+                raise ValueError(
+                    f"metrics: distance_infinity of {d:,} features ({extractor.name}) needs at least {5 * d:,} samples, "
+                    f"got {self.samples:,}"
+                )
         return self
 
     @property

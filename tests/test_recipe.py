@@ -128,6 +128,10 @@ def test_longer_training_is_refused_where_the_schedule_has_an_end() -> None:
     ("settings", "line"),
     [
         (["evaluate.metrics=[distance, kid]"], "kid draws subsets of 1,000 images, and samples is 80"),
+        (
+            ["evaluate.metrics=[distance, distance_infinity]"],
+            "distance_infinity of 64 features (digits) needs at least 320 samples, got 80",
+        ),
         (["evaluate.variants={fast: {steps: 2000}}"], "evaluate.variants.fast.steps 2000 exceeds diffusion.steps 1000"),
         (
             ["evaluate.variants={flow: {sampler: heun}}"],
