@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer.main
@@ -18,6 +19,7 @@ from dis_scale.recipe import LatentShape, Recipe, TrainedVae
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+DATA = (ROOT / "docs" / "data.md").read_text()
 PRICED = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "digits")
 """Recipes whose first lines hold a table of their price; the digits' is what the plan prints."""
 SD_FACTOR = 8
@@ -39,8 +41,8 @@ def blocks(text: str) -> list[str]:
 
 
 def commands() -> Iterator[list[str]]:
-    """Its commands that are ours, without the path of the environment's programs and what a Ray job wraps around them."""
-    for line in "\n".join(blocks(README)).splitlines():
+    """The commands that are ours, without the path of the environment's programs and what a Ray job wraps around them."""
+    for line in "\n".join(blocks(README) + blocks(DATA)).splitlines():
         if found := re.match(r" *(?:\.venv/bin/|ray job submit .* -- )?((?:make|python|dis-scale) .*)", line):
             yield shlex.split(found[1], comments=True)
 
@@ -68,6 +70,24 @@ def require_known(command: str, arguments: list[str]) -> None:
     load(arguments[0], overrides)
 
 
+def sources() -> list[str]:
+    """Each `source: {...}` of the README's and docs' code, whole recipes apart."""
+    return [line for text in blocks(README) + blocks(DATA) for line in re.findall(r"^source: {.*}", text, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("line", sources())
+def test_every_source_shown_is_one(line: str) -> None:
+    recipes.load(ROOT / "configs" / "imagenet256.yaml", [f"data.{line.replace(': ', '=', 1)}"])
+
+
+def test_the_data_page_names_every_kind_of_source_and_vae() -> None:
+    kinds = {
+        get_args(kind.model_fields["kind"].annotation)[0]
+        for kind in (*get_args(recipes.Source), *get_args(recipes.VaeSettings))
+    }
+    assert {kind for kind in kinds if f"| `{kind}` |" not in DATA} == set()
+
+
 @pytest.mark.parametrize("words", list(commands()), ids=" ".join)
 def test_commands_name_what_is_there(words: list[str]) -> None:
     match words:
@@ -77,6 +97,9 @@ def test_commands_name_what_is_there(words: list[str]) -> None:
         case ["python", "-m", "dis_scale.sweep", *arguments]:
             assert importlib.util.find_spec("dis_scale.sweep")
             require_known("sweep", arguments)
+        case ["dis-scale", "data", command, "SWEEP", *arguments]:
+            known = typer.main.get_command(app).commands["data"].commands[command]  # type: ignore[attr-defined]
+            assert set(arguments) <= {name for parameter in known.params for name in parameter.opts}
         case ["dis-scale", command, *arguments]:
             require_known(command, arguments)
         case _:

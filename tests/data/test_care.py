@@ -53,11 +53,9 @@ def run(*arguments: str) -> tuple[int, str]:
 
 def test_damage_is_named_mended_and_the_bytes_are_the_same(store_url: str, tmp_path: Path) -> None:
     sweep, latents = photos(folder(store_url) / "store", tmp_path / "images")
-    assert (
-        run("verify", sweep.url)
-        == run("verify", latents.url)
-        == (0, f"verify: 1/3 shards\nverify: 3/3 shards\nwhole    {latents}\n")
-    )
+    for url in (sweep.url, latents.url):
+        code, output = run("verify", url)
+        assert (code, output.splitlines()[-2:]) == (0, ["verify: 3/3 shards", f"whole    {latents}"])
     before = {name: latents.read(name) for name in latents.list()}
 
     flipped = bytearray(before["000001.tar"])

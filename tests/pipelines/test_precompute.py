@@ -1,6 +1,10 @@
 """Who encodes a shard changes nothing in it; what cannot be decoded is refused by name, or skipped and counted."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -54,11 +58,11 @@ def shards_by(workers: int, sweep: Folder, recipe: Recipe, at: Folder) -> dict[s
     return {name: at.read(name) for name in at.list()}
 
 
-def test_two_encoders_make_the_same_bytes_as_one(sweep: Folder, photos: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [2, 8])
+def test_many_encoders_make_the_same_bytes_as_one(workers: int, sweep: Folder, photos: Recipe, tmp_path: Path) -> None:
     one = shards_by(1, sweep, photos, folder(tmp_path) / "one")
-    two = shards_by(2, sweep, photos, folder(tmp_path) / "two")
     assert sorted(one) == [f"00000{n}.{kind}" for n in range(3) for kind in ("json", "tar")]
-    assert one == two
+    assert one == shards_by(workers, sweep, photos, folder(tmp_path) / "many")
 
 
 def test_a_broken_image_is_refused_by_name_and_nothing_is_half_written(
@@ -196,6 +200,35 @@ def test_what_a_killed_worker_left_is_taken_up_to_the_same_bytes(
     assert latents.list() == sorted([*names, "begun.json", manifest.NAME])
     mine = place_of(sweep, photos)
     assert [latents.read(name) for name in names] == [mine.read(name) for name in names]
+
+
+def die_between_tar_and_sidecar(sweep: str) -> None:
+    """In a process of its own: kill -9 when the fourth shard's tar stands and its sidecar does not."""
+    put = Folder.write_json
+
+    def put_or_die(self: Folder, path: str, value: Any) -> None:
+        if path == "000003.json":
+            os.kill(os.getpid(), signal.SIGKILL)
+        put(self, path, value)
+
+    Folder.write_json = put_or_die  # type: ignore[method-assign]
+    made(folder(sweep), stage.load_recipe(folder(sweep)))
+
+
+def test_a_process_killed_with_9_is_taken_up_to_the_same_bytes(sweep: Folder, photos: Recipe) -> None:
+    small = photos.model_copy(update={"precompute": photos.precompute.model_copy(update={"shard_images": 2})})
+    sweep.write(recipes.FILE, recipes.dump(small).encode())
+    code = f"from tests.pipelines import test_precompute as t; t.die_between_tar_and_sidecar({sweep.url!r})"
+    died = subprocess.run([sys.executable, "-c", code], cwd=TINY.parents[1], capture_output=True)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    latents = place_of(sweep, small)
+    assert len(shards.finished(latents, range(13))) == 3
+    elsewhere = folder(f"{sweep.url}/elsewhere/sweeps/calm")
+    vae.save(elsewhere / "vae", vae.load(small.vae, sweep).net)
+    assert made(sweep, small) == made(elsewhere, small)
+    calm = place_of(elsewhere, small)
+    assert latents.list() == calm.list()
+    assert [latents.read(name) for name in latents.list()] == [calm.read(name) for name in calm.list()]
 
 
 def test_two_precomputes_at_once_end_well(sweep: Folder, photos: Recipe, store_url: str) -> None:

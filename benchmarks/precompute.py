@@ -1,0 +1,183 @@
+"""How near precompute comes to the VAE alone, and to other ways to decode ahead: `python -m benchmarks.precompute [rounds]`.
+
+One JSON line a row, then a table. The yardstick is the VAE on decoded tensors; each way is given the same JPEGs of ImageNet's size
+and one thread for the VAE. Ours does all of it, packing and writing shards included; the peers only hand decoded batches to the
+VAE. All are timed in turn, round after round, and the least time of each counts: what else the machine does can only add.
+"""
+
+import functools
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dis_scale import recipe as recipes
+from dis_scale import vae
+from dis_scale.data import images
+from dis_scale.data.ahead import in_order
+from dis_scale.data.encode import STRETCH, Setup, compute_exactly, encode, put_shards
+from dis_scale.data.sources import open_source
+from dis_scale.recipe import Recipe, TrainedVae
+from dis_scale.storage import Folder, folder
+from dis_scale.vae import Vae
+
+IMAGES, CLASSES, RESOLUTION, BATCH = 128, 2, 64, 32
+WIDTHS = (32, 64, 64)
+"""A VAE that takes some four times as long over an image and its mirror image as one core takes to decode it."""
+GOAL = 0.9
+EMBEDDED = Path(__file__).parent.parent / "configs" / "digits.yaml"
+Job = Callable[[], None]
+
+
+def photos(root: Folder) -> None:
+    """JPEGs of 500 x 375 pixels and some 80 kB: smooth shapes and a little noise."""
+    rng = np.random.default_rng(0)
+    for i in range(IMAGES):
+        shapes = Image.fromarray(rng.integers(0, 255, (47, 63, 3), dtype=np.uint8)).resize((500, 375))
+        noisy = np.asarray(shapes).astype(int) + rng.integers(-12, 12, (375, 500, 3))
+        buffer = io.BytesIO()
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+        root.write(f"{'ab'[i % CLASSES]}/{i:04d}.jpg", buffer.getvalue())
+
+
+def recipe_for(root: Folder) -> Recipe:
+    settings = [
+        f"data.source={{kind: folder, url: {root}}}", f"data.num_classes={CLASSES}", f"data.resolution={RESOLUTION}",
+        "precompute={shard_images: 64, encode_images: 32, decoders: 2}",  # BATCH
+    ]  # fmt: skip
+    return recipes.load(EMBEDDED, settings)
+
+
+def read_and_decode(root: Folder, names: list[str]) -> np.ndarray:
+    return np.stack([images.decode(root.read(name), name, RESOLUTION) for name in names])
+
+
+def chunks(names: list[str], size: int) -> list[list[str]]:
+    return [names[i : i + size] for i in range(0, len(names), size)]
+
+
+def feed(encoder: Vae, batch: int, pieces: Iterator[np.ndarray]) -> None:
+    """Encodes what comes in batches of `batch`."""
+    waiting: list[np.ndarray] = []
+    for piece in pieces:
+        waiting.append(piece)
+        if sum(map(len, waiting)) >= batch:
+            encode(encoder, np.concatenate(waiting), batch)
+            waiting = []
+
+
+def alone(encoder: Vae, decoded: np.ndarray, batch: int) -> None:
+    for i in range(0, len(decoded), batch):
+        encode(encoder, decoded[i : i + batch], batch)
+
+
+def ours(setup: Setup) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        put_shards(setup, folder(scratch), setup.numbers, lambda _: None)
+
+
+def one_after_another(setup: Setup, decode: Callable[[list[str]], np.ndarray], names: list[str]) -> None:
+    feed(setup.vae, BATCH, map(decode, chunks(names, STRETCH)))
+
+
+def threads(setup: Setup, decode: Callable[[list[str]], np.ndarray], names: list[str]) -> None:
+    feed(setup.vae, BATCH, in_order(chunks(names, STRETCH), decode, 2))
+
+
+def processes(
+    pool: ProcessPoolExecutor, setup: Setup, decode: Callable[[list[str]], np.ndarray], names: list[str]
+) -> None:
+    feed(setup.vae, BATCH, pool.map(decode, chunks(names, STRETCH)))
+
+
+def ray_tasks(setup: Setup, decode: Callable[[list[str]], np.ndarray], names: list[str]) -> None:
+    import ray
+
+    task = ray.remote(num_cpus=0.5)(read_and_decode)
+    references = [task.remote(*decode.args, part) for part in chunks(names, STRETCH)]  # type: ignore[attr-defined]
+    feed(setup.vae, BATCH, map(ray.get, references))
+
+
+def ray_data(setup: Setup, decode: Callable[[list[str]], np.ndarray], names: list[str]) -> None:
+    import ray
+
+    listed = ray.data.from_items([{"name": name} for name in names], override_num_blocks=len(names) // STRETCH)
+    pixels = listed.map_batches(lambda batch: {"pixels": decode(list(batch["name"]))}, batch_size=STRETCH, num_cpus=0.5)
+    batches = pixels.iter_batches(batch_size=BATCH, prefetch_batches=2)
+    feed(setup.vae, BATCH, (batch["pixels"] for batch in batches))
+
+
+def start_ray() -> None:
+    import logging
+
+    import ray
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    here = str(Path(__file__).parent.parent)
+    ray.init(
+        num_cpus=max(2, os.cpu_count() or 1), include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        runtime_env={"env_vars": {"PYTHONPATH": here}},
+    )  # fmt: skip
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+
+
+def least_times(jobs: dict[str, Job], rounds: int) -> dict[str, float]:
+    """Seconds; the first round warms up."""
+    least = dict.fromkeys(jobs, float("inf"))
+    for turn in range(rounds + 1):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            least[name] = min(least[name], time.perf_counter() - start if turn else float("inf"))
+    return least
+
+
+def main(rounds: int = 8) -> None:
+    compute_exactly()
+    with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        root = folder(scratch) / "photos"
+        photos(root)
+        recipe = recipe_for(root)
+        net = vae.new(TrainedVae(kind="trained", widths=WIDTHS), RESOLUTION).eval().requires_grad_(False)
+        setup = Setup(open_source(recipe.data), Vae(net), recipe)
+        names = list(setup.source.names)
+        decode = functools.partial(read_and_decode, root)
+        decoded = decode(names)
+        start_ray()
+        peers = {
+            "threads": threads, "processes": functools.partial(processes, pool), "Ray tasks": ray_tasks, "Ray Data": ray_data,
+            "nothing ahead": one_after_another,
+        }  # fmt: skip
+        jobs: dict[str, Job] = {
+            "VAE alone": lambda: alone(setup.vae, decoded, BATCH),
+            "precompute, shards written (ours)": lambda: ours(setup),
+            "decoding alone, one thread": lambda: [decode(part) for part in chunks(names, STRETCH)] and None,
+        } | {f"{name} ahead": functools.partial(job, setup, decode, names) for name, job in peers.items()}
+        jobs["nothing ahead"] = jobs.pop("nothing ahead ahead")
+        show({name: IMAGES / seconds for name, seconds in least_times(jobs, rounds).items()})
+
+
+def show(rates: dict[str, float]) -> None:
+    for name, rate in rates.items():
+        goal = GOAL if "ours" in name else None
+        print(json.dumps({"name": name, "images_s": rate, "ratio": rate / rates["VAE alone"], "goal": goal}))
+    print(f"\n{'':36} {'images/s':>9} {'of the VAE alone':>17}  goal")
+    for name, rate in rates.items():
+        ratio = rate / rates["VAE alone"]
+        verdict = f">= {GOAL:g} {'met' if ratio >= GOAL else 'MISSED'}" if "ours" in name else ""
+        print(f"{name:36} {rate:9.1f} {ratio:17.2f}  {verdict}")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
