@@ -89,7 +89,10 @@ def run(recipe: Recipe, console: Console) -> None:
 def _work(sweep: Sweep, store: Folder) -> dict[str, str]:
     """All stages, on the Ray that this process runs on or on one of our own; (what failed, why)."""
     store.require_usable()
-    open_source(sweep.recipe.data, store, listing_words(sweep.board.say))
+    source = open_source(sweep.recipe.data, store, listing_words(sweep.board.say))
+    sweep.board.say(
+        f"source   {len(source):,} images in {len(source.label_names)} classes, as listed in {source.listing.where}"
+    )
     for extractor in sweep.recipe.evaluate.extractors:
         require_weights(extractor)
     sweep.folder.write(recipes.FILE, recipes.dump(sweep.recipe).encode())

@@ -55,10 +55,10 @@ def number_or_name(text: str) -> int | str:
 
 
 class Listing(Sequence[Entry]):
-    """The entries of a source by position, labels as integers; `facts` are what the manifest says of them."""
+    """The entries of a source by position, labels as integers; `facts` are what the manifest says of them, `where` its place."""
 
     def __init__(self, facts: dict[str, Any], load: Callable[[int], bytes], where: str) -> None:
-        self.facts, self._load, self._where = facts, load, where
+        self.facts, self._load, self.where = facts, load, where
         self._part = lru_cache(2)(self._unpacked)
         self._final = facts["final_labels"]
 
@@ -73,7 +73,7 @@ class Listing(Sequence[Entry]):
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
         if not 0 <= i < len(self):
-            raise IndexError(f"{self._where}: entry {i} of {len(self)}")
+            raise IndexError(f"{self.where}: entry {i} of {len(self)}")
         part, row = divmod(i, PART)
         entry = self._part(part)[row]
         return entry if self._final is None else entry._replace(label=self._final[int(entry.label)])
@@ -82,7 +82,7 @@ class Listing(Sequence[Entry]):
         try:
             return _Part.from_bytes(self._load(number))
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise StorageError(f"{self._where}: part {number} is damaged: {error}") from error
+            raise StorageError(f"{self.where}: part {number} is damaged: {error}") from error
 
 
 @dataclass(frozen=True)
