@@ -74,7 +74,8 @@ def _report(
     files = {f"{name}.{ending}": data for ending, data in figures.render(drawing).items()}
     for file, data in (files | {f"{name}.csv": _csv(setting, values, found)}).items():
         (sweep / "report").write(file, data)
-    out = Table(title=title)
+    console.print(title, highlight=False)
+    out = Table()
     for column in (setting, metric):
         out.add_column(column, justify="right")
     for value, distance, error in zip(values, distances, errors, strict=True):
