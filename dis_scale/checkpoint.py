@@ -7,7 +7,7 @@ no gather and no collective off the training thread. Loading reassembles by rang
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from dis_scale import ema, manifest
 from dis_scale.ema import Snapshot
 from dis_scale.engine import MOMENTS, WEIGHTS, Engine, Segment
 from dis_scale.errors import StorageError, UserError
+from dis_scale.recipe import Train
 from dis_scale.storage import Folder
 
 SIDECAR_WAIT_S = 600.0
@@ -44,20 +45,24 @@ def load_published(run: Folder, images: int) -> dict[str, torch.Tensor]:
     return safetensors.torch.load(manifest.read(folder, WEIGHTS_FILE, found))
 
 
-def load_average(
-    run: Folder, images: int, batch_images: int, widths: Sequence[float], width: float
-) -> dict[str, torch.Tensor]:
-    """The weights averaged with a power function of relative width `width`, rebuilt from the tracked `widths`' snapshots so far.
+def snapshots(run: Folder, images: int, train: Train) -> list[Snapshot]:
+    """The published power-function averages of a run up to `images`, from which any other can be rebuilt."""
+    counts = [n for n in published(run) if 0 < n <= images]
+    return [Snapshot(n // train.batch_images, width) for n in counts for width in train.power_ema or ()]
 
-    The more published counts lie before `images`, the nearer it comes to the average that training would have tracked.
+
+def load_average(run: Folder, images: int, train: Train, width: float) -> dict[str, torch.Tensor]:
+    """The weights averaged with a power function of relative width `width`, rebuilt from the run's `snapshots`.
+
+    The more counts were published before `images`, the nearer it comes to what training would have tracked: see `ema.misfit`.
     """
-    snapshots = [Snapshot(n // batch_images, w) for n in published(run) if 0 < n <= images for w in widths]
-    if not snapshots:
+    known = snapshots(run, images, train)
+    if not known:
         return load_published(run, images)  # nothing was trained: all averages are the initial weights
-    shares = ema.coefficients(snapshots, Snapshot(images // batch_images, width))
+    shares = ema.coefficients(known, Snapshot(images // train.batch_images, width))
     total: dict[str, torch.Tensor] = {}
-    for snapshot, share in zip(snapshots, shares.tolist(), strict=True):
-        for name, tensor in _load_snapshot(run, snapshot, batch_images).items():
+    for snapshot, share in zip(known, shares.tolist(), strict=True):
+        for name, tensor in _load_snapshot(run, snapshot, train.batch_images).items():
             total[name] = total.get(name, 0) + share * tensor.double()
     return {name: tensor.float() for name, tensor in total.items()}
 

@@ -49,9 +49,29 @@ def exponent(width: float) -> float:
 
 
 def coefficients(snapshots: Sequence[Snapshot], wanted: Snapshot) -> np.ndarray:
-    """The snapshots' weights in the average that comes nearest to the wanted one, by least squares (Algorithm 3); float64."""
-    grams = np.array([[_inner(a, b) for b in snapshots] for a in snapshots])
-    return np.linalg.lstsq(grams, np.array([_inner(a, wanted) for a in snapshots]))[0]
+    """The snapshots' shares in the average that comes nearest to the wanted one, by least squares (Algorithm 3); float64.
+
+    They add up to 1, as profiles do (a Lagrange multiplier, which the paper has not): a share too much or too little would
+    scale all weights, and with few snapshots that harms far more than a profile a little off.
+    """
+    n = len(snapshots)
+    system = np.ones((n + 1, n + 1))
+    system[:n, :n], system[n, n] = _grams(snapshots), 0
+    right = np.array([*(_inner(a, wanted) for a in snapshots), 1])
+    return np.linalg.lstsq(system, right)[0][:n]
+
+
+def misfit(snapshots: Sequence[Snapshot], wanted: Snapshot) -> float:
+    """How far the profile of `coefficients` is from the wanted one, relative to it: 0 is exact, 1 as far as nothing at all."""
+    shares = coefficients(snapshots, wanted)
+    grams = _grams(snapshots)
+    crossed = np.array([_inner(a, wanted) for a in snapshots])
+    square = _inner(wanted, wanted) - 2 * shares @ crossed + shares @ grams @ shares
+    return float(np.sqrt(max(0.0, square) / _inner(wanted, wanted)))
+
+
+def _grams(snapshots: Sequence[Snapshot]) -> np.ndarray:
+    return np.array([[_inner(a, b) for b in snapshots] for a in snapshots])
 
 
 def _inner(a: Snapshot, b: Snapshot) -> float:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dis_scale import checkpoint, ema
 from dis_scale import sweep as sweeps
+from dis_scale.ema import Snapshot
 from dis_scale.errors import UserError
 from dis_scale.evaluation import results
 from dis_scale.evaluation.results import Drawn
@@ -24,6 +25,8 @@ from pipelines import jobs
 
 GUIDANCE, WIDTH = "guidance", "ema_width"
 """The settings that can be varied, as the recipe calls them."""
+MOST_MISFIT = 0.25
+"""How far a rebuilt average's profile may be from the one that its width names."""
 
 
 def vary(
@@ -31,7 +34,7 @@ def vary(
 ) -> None:
     """Draws what is missing, then puts table and figure below `report/`; UserError for what cannot be drawn."""
     at = _published(sweep, plan.recipe, model, images)
-    _require_drawable(plan.recipe, setting, values)
+    _require_drawable(sweep, plan.recipe, model, at, setting, values)
     with Board(console) as board:
         running = sweeps.Sweep(plan.recipe, sweep, plan, board)
         with sweeps.obeying_signals(running), jobs.cluster(plan.recipe) as cluster:
@@ -49,16 +52,25 @@ def _published(sweep: Folder, recipe: Recipe, model: str, images: int | None) ->
     return counts[-1] if images is None else images
 
 
-def _require_drawable(recipe: Recipe, setting: str, values: Sequence[float]) -> None:
+def _require_drawable(
+    sweep: Folder, recipe: Recipe, model: str, images: int, setting: str, values: Sequence[float]
+) -> None:
+    known = checkpoint.snapshots(sweep / "runs" / model, images, recipe.train)
     if setting == WIDTH and recipe.train.power_ema is None:
         raise UserError(
             "the sweep tracked no power-function averages: train.power_ema names none, so no width can be rebuilt"
         )
     for value in values:
-        if setting == WIDTH:
-            ema.exponent(value)
-        elif value < 0:
+        if setting == GUIDANCE and value < 0:
             raise UserError(f"{setting} {value:g}: expected 0 or more")
+        misfit = (
+            ema.misfit(known, Snapshot(images // recipe.train.batch_images, value)) if setting == WIDTH and known else 0
+        )
+        if misfit > MOST_MISFIT:
+            raise UserError(
+                f"width {value:g}: from the {len(known)} averages published so far it can be rebuilt to within {misfit:.0%} only "
+                f"(expected {MOST_MISFIT:.0%}): choose one nearer to {recipe.train.power_ema}, or publish more often"
+            )
 
 
 def _report(

@@ -41,7 +41,16 @@ def test_any_width_is_rebuilt_from_two(width: float) -> None:
     shares = ema.coefficients(snapshots, Snapshot(1000, width))
     rebuilt = sum(share * np.pad(profile(*s), (0, 1000 - s.step)) for share, s in zip(shares, snapshots, strict=True))
     wanted = profile(1000, width)
-    assert np.linalg.norm(rebuilt - wanted) < 0.05 * np.linalg.norm(wanted)
+    missed = np.linalg.norm(rebuilt - wanted) / np.linalg.norm(wanted)
+    assert missed < 0.05
+    assert ema.misfit(snapshots, Snapshot(1000, width)) == pytest.approx(missed, abs=2e-3)
+
+
+def test_a_width_far_from_those_tracked_cannot_be_rebuilt_from_one_count() -> None:
+    once = [Snapshot(1000, 0.05), Snapshot(1000, 0.1)]
+    assert ema.misfit(once, Snapshot(1000, 0.07)) < 0.1
+    assert ema.misfit(once, Snapshot(1000, 0.02)) > 0.3
+    assert ema.coefficients(once, Snapshot(1000, 0.07)).sum() == pytest.approx(1)
 
 
 def test_a_tracked_width_is_its_own_snapshot() -> None:

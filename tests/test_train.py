@@ -51,9 +51,9 @@ def test_a_stopped_run_ends_as_the_undisturbed_one(tmp_path: Path, settings: lis
     training.run(recipe, "dis", tmp_path / "stopped", attempt=2)
     assert checkpoint.published(run) == [0, 160, 320]
     assert_bit_equal(weights(tmp_path / "calm"), weights(tmp_path / "stopped"))
-    if widths := recipe.train.power_ema:
+    if recipe.train.power_ema:
         rebuilt = [
-            checkpoint.load_average(folder(tmp_path / at / "sweep/runs/dis"), LAST, 16, widths, 0.07) for at in BOTH
+            checkpoint.load_average(folder(tmp_path / at / "sweep/runs/dis"), LAST, recipe.train, 0.07) for at in BOTH
         ]
         assert_bit_equal(*rebuilt)
         assert any(not torch.equal(rebuilt[0][name], tensor) for name, tensor in weights(tmp_path / "calm").items())

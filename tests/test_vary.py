@@ -29,6 +29,10 @@ def sweep(tmp_path: Path, tiny: Recipe) -> Path:
         (["sweep-guidance", "{}", "dis", "--scales", "1,-2"], "guidance -2: expected 0 or more"),
         (["sweep-guidance", "{}", "dis", "--scales", "one"], "--scales 'one': expected numbers with commas"),
         (["sweep-ema", "{}", "dis", "--widths", "0.5"], "expected a relative width from 0.005 to 0.28"),
+        (
+            ["sweep-ema", "{}", "dis", "--widths", "0.02"],
+            "from the 2 averages published so far it can be rebuilt to within",
+        ),
         (["sweep-ema", "{}/none", "dis"], "/none: expected a folder with recipe.yaml"),
         (["report", "{}/none"], "/none: expected a folder with recipe.yaml"),
         (["report", "{}", "--published"], "others' points are FID of 50,000 samples under Inception features"),

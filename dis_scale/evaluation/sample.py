@@ -81,7 +81,7 @@ class Studio:
         if drawing.ema_width is None:
             weights = checkpoint.load_published(run, images)
         else:
-            weights = checkpoint.load_average(run, images, train.batch_images, train.power_ema or (), drawing.ema_width)
+            weights = checkpoint.load_average(run, images, train, drawing.ema_width)
         model = load_model(self.recipe, name, self.vae.latent(self.recipe.data.resolution), weights).to(self.device)
         return model.bfloat16() if drawing.precision == "bf16" else model
 
