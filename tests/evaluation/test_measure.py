@@ -246,7 +246,7 @@ def test_a_recipe_that_cannot_be_measured_is_refused(settings: list[str], said: 
 
 
 def test_metrics_may_grow_and_extractors_may_not(tiny: Recipe) -> None:
-    more = recipes.load(TINY, ["evaluate.metrics=[distance, kid]"])
+    more = recipes.load(TINY, ["evaluate.metrics=[distance, precision_recall]"])
     assert recipes.identity_differences(tiny, more) == []
     other = recipes.load(TINY, ["evaluate.also=[{kind: torchscript, name: dino, path: x}]"])
     assert len(recipes.identity_differences(tiny, other)) == 1
