@@ -239,6 +239,31 @@ def _require_folder(out: Path) -> None:
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
 
 
+mlflow = typer.Typer(help="MLflow, the mirror of what storage holds.", no_args_is_help=True)
+app.add_typer(mlflow, name="mlflow")
+
+
+@mlflow.command()
+def sync(
+    sweep: SweepUrl,
+    uri: Annotated[str | None, typer.Option(help="Of the MLflow to fill; the one it is tracked in by default.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Fill MLflow from storage: an empty one gets all, one that was away what it missed."""
+    from dis_scale import mirror, tracking
+    from dis_scale.sweep import open_sweep
+
+    with _errors(debug):
+        folder, plan = open_sweep(sweep)
+        into = uri or (folder.read_json(tracking.FILE)["uri"] if folder.exists(tracking.FILE) else None)
+        if into is None:
+            raise UserError(f"{folder} was never tracked: say where to, --uri sqlite:///mlflow.db or http://...")
+        rows = mirror.everything(folder, plan, into)
+        _console().print(
+            f"{rows:,} rows of training and all evaluations are in {into}", highlight=False, soft_wrap=True
+        )
+
+
 def _labels(classes: str | None) -> list[int] | None:
     if classes is None:
         return None

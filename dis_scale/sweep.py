@@ -8,7 +8,6 @@ import contextlib
 import json
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,10 +16,10 @@ from types import FrameType
 
 from rich.console import Console
 
+from dis_scale import mirror, tracking, vae
 from dis_scale import plan as plans
 from dis_scale import recipe as recipes
 from dis_scale import report as reports
-from dis_scale import tracking, vae
 from dis_scale.data.shards import find_latents
 from dis_scale.data.sources import open_source
 from dis_scale.errors import DisScaleError, Preempted, UserError
@@ -191,13 +190,8 @@ def _look(sweep: Sweep, job: Job, name: str) -> None:
 
 def _report(sweep: Sweep, failed: dict[str, str]) -> None:
     """Makes the report, and mirrors it and the end of each run into MLflow."""
-    files = reports.write(sweep.folder, reports.collect(sweep.folder, sweep.plan))
-    mirror = tracking.Projection(sweep.folder, None)
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, data in files.items():
-            (Path(scratch) / name).write_bytes(data)
-            mirror.send_file(Path(scratch) / name, "report")
-    mirror.finish("FAILED" if failed else "FINISHED")
+    reports.write(sweep.folder, reports.collect(sweep.folder, sweep.plan))
+    mirror.report(sweep.folder, "FAILED" if failed else "FINISHED")
     for model in failed.keys() & sweep.recipe.models.keys():
         tracking.Projection(sweep.folder, model).finish("FAILED")
 

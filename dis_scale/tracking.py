@@ -176,7 +176,7 @@ class Projection:
     _sent: set[tuple[str, int]] = field(default_factory=set)
     _asked: set[str] = field(default_factory=set)
     _waiting: list[Row] = field(default_factory=list)
-    _away: bool = False
+    away: bool = False
 
     def send(self, rows: Iterable[Row]) -> None:
         self._waiting += rows
@@ -195,11 +195,11 @@ class Projection:
             ids = self.sweep.read_json(FILE)
             action(client(ids["uri"]), ids["models"][self.model] if self.model else ids["sweep"])
         except Exception as error:  # whatever MLflow raises: results are in storage, and it is only their mirror
-            if not self._away:
+            if not self.away:
                 log.warning("MLflow cannot be reached, rows wait in storage: %s", " ".join(str(error).split())[:200])
-            self._away = True
+            self.away = True
             return False
-        self._away = False
+        self.away = False
         return True
 
     def _send(self, mlflow: Any, run: str, rows: list[Row]) -> None:

@@ -5,19 +5,16 @@ workers ask for no CPU and run at low priority: one that asked for a CPU first w
 """
 
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 import torch
 
-from dis_scale import diffusion, manifest, vae
-from dis_scale.checkpoint import images_name
+from dis_scale import diffusion, manifest, mirror, vae
 from dis_scale.data import shards
 from dis_scale.data.latents import Latents
 from dis_scale.errors import DisScaleError, Preempted, StorageError, UserError
@@ -26,7 +23,6 @@ from dis_scale.evaluation.results import Drawn
 from dis_scale.evaluation.sample import COLUMNS, Block, grid, open_studio
 from dis_scale.recipe import MAIN, Evaluate, Recipe
 from dis_scale.storage import Folder
-from dis_scale.tracking import Projection, Row
 from pipelines import stage
 
 LOOK_EVERY_S = 2.0
@@ -98,20 +94,8 @@ class Evaluation:
             results.METRICS, _facts(drawn, drawing) | {"notes": notes, "values": values, "seconds": seconds}
         )
         folder.delete(results.DAMAGED)
-        self.log(drawn)
+        mirror.evaluation(self.sweep, drawn)
         return values
-
-    def log(self, drawn: Drawn) -> None:
-        """Mirrors one evaluation into MLflow, where it is not there yet."""
-        folder, projection = results.folder(self.sweep, drawn), Projection(self.sweep, drawn.model)
-        found, suffix = folder.read_json(results.METRICS), f"/{drawn.variant}" if drawn.variant else ""
-        named = found["values"] | {f"evaluation/{name}": value for name, value in found["seconds"].items()}
-        rows = [Row(f"{name}{suffix}", value, drawn.images, found["time"]) for name, value in named.items()]
-        projection.send([row for row in rows if not row.name.endswith("_floor")])
-        with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / f"samples-{images_name(drawn.images)}.png"
-            path.write_bytes(folder.read(results.GRID))
-            projection.send_file(path, f"samples{suffix}")
 
     def _held_out(self, drawn: Drawn) -> dict[str, float]:
         """The held-out loss belongs to the checkpoint, however samples are drawn: it stands beside the main ones."""
@@ -165,7 +149,7 @@ def _evaluate_all(sweep: Folder, recipe: Recipe, device: str, skipped: set[Drawn
     for model in recipe.models:
         for variant in recipe.evaluate.drawings:
             for images in results.evaluated_counts(sweep, model, variant):
-                evaluation.log(Drawn(model, images, variant))
+                mirror.evaluation(sweep, Drawn(model, images, variant))
     news = time.monotonic()
     while True:
         stage.leave_if_asked()

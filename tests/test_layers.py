@@ -17,7 +17,7 @@ LAYERS = [
     "scan diffusion data tracking lease vae ema",
     "models checkpoint engine",
     "train evaluation digits",
-    "plan report progress",
+    "plan report progress mirror",
     "pipelines",
     "sweep cli vary",
 ]
