@@ -57,6 +57,24 @@ def plan(recipe: RecipePath = None, overrides: Overrides = None, debug: Debug = 
 
 
 @app.command()
+def stop(
+    sweep: SweepUrl,
+    address: Annotated[
+        str | None, typer.Option(help="Ray's dashboard, http://HOST:8265; found by itself where it can be.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Ask a running sweep to save and stop, wherever it runs; the same sweep command goes on later."""
+    from dis_scale.sweep import open_sweep
+    from dis_scale.sweep import stop as stop_sweep
+
+    with _errors(debug):
+        folder, _ = open_sweep(sweep)
+        stopped = stop_sweep(folder, address)
+        _console().print(f"asked to stop: {', '.join(stopped)}" if stopped else "nothing to stop: no job of it runs")
+
+
+@app.command()
 def report(
     sweep: SweepUrl,
     published: Annotated[

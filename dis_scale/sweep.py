@@ -6,7 +6,9 @@ Again is safe: the same command, given again after any accident, does what is le
 
 import contextlib
 import json
+import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -35,6 +37,8 @@ from pipelines.prepare import prepared
 from pipelines.stage import PROGRESS, SAY
 
 LOOK_EVERY_S = 0.5
+RAY = "ray.json"
+"""Where the sweep last ran: a Ray of its own is known by it alone."""
 
 
 @dataclass
@@ -98,6 +102,7 @@ def _work(sweep: Sweep, store: Folder) -> dict[str, str]:
     _begin_tracking(sweep, sweep.recipe.tracking.uri or tracking.default_uri(store))
     with obeying_signals(sweep), jobs.cluster(sweep.recipe) as cluster:
         sweep.board.say(f"ray      {cluster.described}")
+        sweep.folder.write_json(RAY, {"address": cluster.address, "host": socket.gethostname()})
         device, why = recipes.choose_device(sweep.recipe, cluster.gpus)
         sweep.board.say(f"device   {device} ({why})")
         if device == "cuda" and cluster.ours and cluster.gpus < sweep.recipe.train.workers:
@@ -159,13 +164,34 @@ def _train_and_evaluate(sweep: Sweep, cluster: Cluster) -> dict[str, str]:
             if over:
                 del training[model]
                 if job.status() != "SUCCEEDED":
+                    _leave_if_stopped(job, model)
                     failed[model] = job.why()
                     sweep.board.say(f"train {model} failed: {failed[model]}")
                     (sweep.folder / "runs" / model).write_json(results.ENDED, {"why": failed[model]})
         if "evaluate" not in failed and evaluation.ended() and evaluation.status() != "SUCCEEDED":
+            _leave_if_stopped(evaluation, "evaluate")
             failed["evaluate"] = evaluation.why()
             sweep.board.say(f"evaluate failed: {failed['evaluate']}; training goes on")
     return failed
+
+
+def _leave_if_stopped(job: Job, name: str) -> None:
+    """Somebody stopped this job from outside, which is no failure: the sweep leaves as if it had been asked itself."""
+    if isinstance(
+        error := job.error(f"{name} was stopped from outside; give the same command again to go on"), Preempted
+    ):
+        raise error
+
+
+def stop(sweep: Folder, address: str | None) -> list[str]:
+    """Stops the sweep's jobs wherever they run; their ids. UserError where no Ray is known or none answers."""
+    if address is None and "RAY_ADDRESS" not in os.environ:
+        known = sweep.read_json(RAY) if sweep.exists(RAY) else {}
+        address = known.get("address")
+        if address is None or known["host"] != socket.gethostname():
+            where = f" (it last ran on {known['host']})" if known else ""
+            raise UserError(f"{sweep}: no Ray is known here{where}: --address http://HOST:8265, or set RAY_ADDRESS")
+    return jobs.stop_all(sweep, address)
 
 
 def _submit(sweep: Sweep, cluster: Cluster, stage: str, *arguments: str) -> Job:

@@ -45,6 +45,8 @@ class Cluster:
     room: int
     """How many trainings fit beside each other."""
     gpus: int
+    address: str | None = None
+    """Of a Ray of our own, its dashboard; others find a cluster by RAY_ADDRESS."""
 
 
 @dataclass
@@ -84,7 +86,8 @@ class Job:
         """The error of a job that ended: the user's mistake and a stop keep their exit codes."""
         code = self.cluster.client.get_job_info(self.id).driver_exit_code
         kinds: dict[int | None, type[DisScaleError]] = {UserError.exit_code: UserError, Preempted.exit_code: Preempted}
-        return kinds.get(code, DisScaleError)(words)
+        stopped = self.status() == JobStatus.STOPPED  # by `dis-scale stop` or `ray job stop`, in time or not
+        return Preempted(words) if stopped else kinds.get(code, DisScaleError)(words)
 
     def stop(self) -> None:
         with contextlib.suppress(RuntimeError):
@@ -108,6 +111,7 @@ def cluster(recipe: Recipe) -> Iterator[Cluster]:
             True,
             1,
             torch.cuda.device_count(),
+            dashboard,
         )
     finally:
         if head:
@@ -123,8 +127,7 @@ def submit(cluster: Cluster, recipe: Recipe, sweep: Folder, stage: str, *argumen
 
     Ray admits one of several that submit an id; the others join it. No id is ever used again.
     """
-    key = hashlib.sha256(sweep.url.encode()).hexdigest()[:8]
-    prefix = "-".join([recipe.name, key, stage, *arguments])
+    prefix = "-".join([_prefix(sweep), stage, *arguments])
     attempts = {
         int(job.submission_id.rsplit("-", 1)[1]): job
         for job in cluster.client.list_jobs()
@@ -134,6 +137,25 @@ def submit(cluster: Cluster, recipe: Recipe, sweep: Folder, stage: str, *argumen
     if last and attempts[last].status not in ENDED:
         return Job(cluster, f"{prefix}-{last}", ours=False)
     return _submit(cluster, recipe, f"{prefix}-{last + 1}", ["pipelines", stage, sweep.url, *arguments])
+
+
+def _prefix(sweep: Folder) -> str:
+    """What the ids of all jobs of a sweep begin with."""
+    return f"{sweep.name}-{hashlib.sha256(sweep.url.encode()).hexdigest()[:8]}"
+
+
+def stop_all(sweep: Folder, address: str | None) -> list[str]:
+    """Asks Ray to stop every job of the sweep that runs, whoever submitted it; returns their ids."""
+    try:
+        client = JobSubmissionClient(address)
+        running = [job.submission_id for job in client.list_jobs() if job.status not in ENDED and job.submission_id]
+    except (ConnectionError, RuntimeError) as error:
+        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+        raise UserError(f"no Ray answers at {where}: has the sweep ended already? (--address names another)") from error
+    ours = [job for job in running if job.startswith(f"{_prefix(sweep)}-")]
+    for job in ours:
+        client.stop_job(job)
+    return ours
 
 
 def _submit(cluster: Cluster, recipe: Recipe, name: str, command: list[str]) -> Job:

@@ -1,4 +1,4 @@
-"""What can be varied is refused by name before a Ray is started."""
+"""What cannot be drawn, compared or stopped is refused in a line, and before a Ray is started."""
 
 from pathlib import Path
 
@@ -34,12 +34,17 @@ def sweep(tmp_path: Path, tiny: Recipe) -> Path:
             "from the 2 averages published so far it can be rebuilt to within",
         ),
         (["sweep-ema", "{}/none", "dis"], "/none: expected a folder with recipe.yaml"),
+        (["stop", "{}"], "no Ray is known here: --address http://HOST:8265, or set RAY_ADDRESS"),
+        (["stop", "{}", "--address", "http://127.0.0.1:9"], "no Ray answers at http://127.0.0.1:9"),
         (["report", "{}/none"], "/none: expected a folder with recipe.yaml"),
         (["report", "{}", "--published"], "others' points are FID of 50,000 samples under Inception features"),
         (["compare", "{}", "{}"], "tiny and tiny have no model at one image count in common"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_line(sweep: Path, arguments: list[str], line: str) -> None:
+def test_what_cannot_be_is_refused_in_a_line(
+    sweep: Path, arguments: list[str], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     code, output = invoke(*(word.format(sweep) for word in arguments))
     assert code == 2
     assert line in output

@@ -16,6 +16,12 @@ def test_stop_is_obeyed_and_the_same_command_goes_on(tmp_path: Path) -> None:
     sweep = sweeps.start(root, *sweeps.SLOW, log=log)
     run = sweeps.sweep_folder(root) / "runs/dis"
     sweeps.wait_until(lambda: len((run / "resume").list()) > 1, sweep, log)
+    assert sweeps.cli("stop", f"{root}/sweeps/tiny").startswith("asked to stop: tiny-")
+    assert sweep.wait(60) == 75, log.read_text()
+    assert "was stopped from outside; give the same command again to go on" in log.read_text()
+    kept = (run / "resume").list()
+    sweep = sweeps.start(root, *sweeps.SLOW, log=log)
+    sweeps.wait_until(lambda: (run / "resume").list() != kept, sweep, log)
     sweep.send_signal(signal.SIGTERM)
     assert sweep.wait(60) == 75, log.read_text()
     assert "stopped as asked; give the same command again to go on" in log.read_text()
