@@ -326,6 +326,18 @@ class Train(Settings):
         return self
 
 
+class Reader(Settings):
+    """How a training worker reads latents: what it keeps in memory, and its node's cache on disk."""
+
+    memory_gib: float | None = runtime(None, ge=0)
+    """What the whole set may take of one worker's memory; nothing means half of what is free, shared by the workers.
+    A larger set is read by blocks."""
+    cache_gib: float = runtime(20.0, ge=0)
+    """Disk that each node gives to shards, shared by its workers; 0 for none. Latents on a local path are not cached."""
+    cache_folder: str | None = runtime(None)
+    """Where; nothing means a folder of the user's own in the system's temporary one."""
+
+
 class TrainedExtractor(Settings):
     """A small classifier trained on the sweep's own images; its features give `fd_<name>`."""
 
@@ -513,6 +525,7 @@ class Recipe(Settings):
     diffusion: Annotated[Gaussian | Flow, Field(discriminator="kind")]
     models: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")], Model] = extent(min_length=1)
     train: Train
+    reader: Reader = Reader()
     evaluate: Evaluate
 
     @model_validator(mode="after")

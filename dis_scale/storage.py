@@ -16,7 +16,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from dis_scale.errors import DisScaleError, StorageError, UserError
 T = TypeVar("T")
 
 _TRIES = 5
+_PATIENT_TRIES = 9
 _FIRST_PAUSE_S = 0.2
 _TEMPORARY = ".part-"
 
@@ -39,9 +40,10 @@ class Folder:
     """
 
     url: str
+    tries: int = field(default=_TRIES, compare=False, repr=False)
 
     def __truediv__(self, name: str) -> "Folder":
-        return Folder(f"{self.url}/{name}")
+        return replace(self, url=f"{self.url}/{name}")
 
     def __str__(self) -> str:
         return self.url
@@ -49,6 +51,11 @@ class Folder:
     @property
     def name(self) -> str:
         return self.url.rsplit("/", 1)[-1]
+
+    @property
+    def patient(self) -> "Folder":
+        """The same folder for one who can wait: tries for a minute before it gives up, long enough for a server to restart."""
+        return replace(self, tries=_PATIENT_TRIES)
 
     @property
     def local(self) -> Path | None:
@@ -143,7 +150,7 @@ class Folder:
             fs, _, (inner,) = fsspec.get_fs_token_paths(full, storage_options=_options(full))
         except (ImportError, ValueError) as error:
             raise UserError(f"storage {full}: {error}") from error
-        return _with_retries(lambda: action(fs, inner), f"cannot {verb} {full}")
+        return _with_retries(lambda: action(fs, inner), f"cannot {verb} {full}", self.tries)
 
 
 class _Ranges(io.RawIOBase):
@@ -202,8 +209,8 @@ def _options(url: str) -> dict[str, Any]:
     return {"use_listings_cache": False, "config_kwargs": retries} if url.startswith("s3://") else {}
 
 
-def _with_retries(action: Callable[[], T], what: str) -> T:
-    for attempt in range(_TRIES):
+def _with_retries(action: Callable[[], T], what: str, tries: int) -> T:
+    for attempt in range(tries):
         try:
             return action()
         except (FileNotFoundError, FileExistsError):
@@ -211,7 +218,7 @@ def _with_retries(action: Callable[[], T], what: str) -> T:
         except Exception as error:
             if _precondition_failed(error):
                 raise FileExistsError(what) from error
-            if attempt == _TRIES - 1 or not _may_pass(error):
+            if attempt == tries - 1 or not _may_pass(error):
                 raise StorageError(f"{what}: {_cause(error)}") from error
         time.sleep(_FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))  # full jitter: many workers meet one store
     raise AssertionError("unreachable")

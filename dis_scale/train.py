@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from dis_scale import checkpoint, diffusion, ema, engine, models, seeds
 from dis_scale.checkpoint import Saver, Stored
-from dis_scale.data.latents import Latents, Micro, micro_batch, prefetch
+from dis_scale.data.latents import Latents, Micro, micro_batch, open_latents, prefetch
 from dis_scale.diffusion.process import Process
 from dis_scale.engine import Engine
 from dis_scale.errors import DisScaleError
@@ -64,7 +64,7 @@ def train(run: Run) -> int:
     Returns the images seen. Bit-equal to an undisturbed run at the same world size, stage, device kind, threads and versions.
     """
     settings, rank, world = run.recipe.train, dist.get_rank(), dist.get_world_size()
-    latents = Latents(run.latents, run.recipe.seed, run.recipe.data.held_out_images)
+    latents, how = open_latents(run.latents, run.recipe, world, run.say)
     process = diffusion.build(run.recipe.diffusion)
     state, model, images = _start(run, latents)
     saver = Saver(run.folder, run.attempt, rank, world, run.held, settings.keep_resume)
@@ -78,6 +78,7 @@ def train(run: Run) -> int:
         return {"adam_step": _adam_step(state), "model": run.model}
 
     if rank == 0:
+        run.say(f"{run.model}: {how}")
         log.add(images, {ATTEMPT: run.attempt})
     if images == 0 and 0 in settings.publish_images:
         saver.publish(state, 0, facts(), description)
@@ -194,7 +195,7 @@ def _micro_batches(run: Run, latents: Latents, rates: tuple[float, ...], images:
             )  # fmt: skip
             n = len(micro.y_B)
             t_B = process.draw_times(seeds.generator("time", recipe.seed, step, lane), n)
-            yield micro, t_B, _drop_masks(rates, n, recipe.seed, step, lane)
+            yield _pinned((micro, t_B, _drop_masks(rates, n, recipe.seed, step, lane)), run.device)
 
 
 def _drop_masks(rates: tuple[float, ...], n: int, *where: int) -> torch.Tensor | None:
@@ -205,6 +206,14 @@ def _drop_masks(rates: tuple[float, ...], n: int, *where: int) -> torch.Tensor |
     return (
         torch.from_numpy(seeds.generator("drop path", *where).random((len(rates), n), dtype="float32")) < keep
     ) / keep
+
+
+def _pinned(draw: Draw, device: torch.device) -> Draw:
+    """In memory that a GPU copies from while it computes; as it is where there is none."""
+    if device.type != "cuda":
+        return draw
+    micro, t_B, drop = draw
+    return Micro(*(x.pin_memory() for x in micro)), t_B.pin_memory(), None if drop is None else drop.pin_memory()
 
 
 def _to_device(draw: Draw, device: torch.device) -> Draw:

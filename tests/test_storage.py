@@ -92,7 +92,7 @@ def test_what_passes_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 raise failure
             return (tmp_path / path).read_bytes()
 
-        return _with_retries(once, verb)
+        return _with_retries(once, verb, 5)
 
     monkeypatch.setattr(Folder, "_do", lambda self, verb, path, action: flaky(verb, path, action))
     assert root.read("x") == b"data"

@@ -78,7 +78,7 @@ def test_scale_and_shift_stand_in_the_manifest_and_training_applies_them(tmp_pat
     assert [latents.manifest[key] for key in ("scale", "shift", "latent")] == [1.5305, 0.0609, [16, 4]]
     options = {"batch": 8, "lanes": 1, "seed": 0, "mirror": False, "label_dropout": 0.0}
     batch = micro_batch(latents, 0, 0, **options)  # type: ignore[arg-type]
-    mean, log_variance = np.split(np.stack([latents[i][0][0] for i in range(8)]).astype(np.float32), 2, axis=1)
+    mean, log_variance = np.split(latents.read(np.arange(8), np.zeros(8, int))[0].astype(np.float32), 2, axis=1)
     undone = batch.x_BCHW.numpy() / 1.5305 + 0.0609
     assert (np.abs(undone - mean) < 6 * np.exp(0.5 * log_variance)).all()
 
@@ -116,7 +116,7 @@ def test_the_whole_way_in_pixel_space(tmp_path: Path) -> None:
     assert reader.shape == (3, 16)
     options = {"batch": 4, "lanes": 1, "seed": 0, "mirror": False, "label_dropout": 0.0}
     batch = micro_batch(reader, 0, 0, **options)  # type: ignore[arg-type]
-    np.testing.assert_array_equal(batch.x_BCHW.numpy(), np.stack([reader[i][0][0, :3] for i in range(4)]))
+    np.testing.assert_array_equal(batch.x_BCHW.numpy(), reader.read(np.arange(4), np.zeros(4, int))[0][:, :3])
 
     training.run(recipe, "dis", tmp_path, attempt=1)
     studio = open_studio(recipe, sweep, vae.load(recipe.vae, sweep), torch.device("cpu"))

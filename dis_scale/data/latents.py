@@ -1,13 +1,12 @@
-"""The reader: which images step s takes, and their latents with all the step's random draws.
+"""The reader: the latents of step s with all the step's random draws, the same at any world size and from wherever a run starts.
 
-Epoch e is a two-level permutation from (seed, e): shards permuted, then samples permuted within blocks of K shards. So each image
-comes once an epoch, a shard is read about once, memory is bounded by a block, and any position is found in O(shards), whatever
-the world size and wherever a run starts.
+Shards of the block to come are loaded by threads while this one is read, through the node's cache where latents are in an object
+store; each is held against the manifest's hash before it is looked at. Read next: order.py, cache.py and shelf.py for the parts.
 """
 
 import threading
-from collections.abc import Generator, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from queue import Queue
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,98 +14,92 @@ import numpy as np
 import torch
 
 from dis_scale import manifest, seeds
+from dis_scale.data.cache import Cache, default_folder
+from dis_scale.data.order import BLOCK_SHARDS, Order, Places
 from dis_scale.data.shards import Shard, unpack
-from dis_scale.errors import UserError
-from dis_scale.recipe import LatentShape
+from dis_scale.data.shelf import Shelf, free_memory_bytes
+from dis_scale.recipe import LatentShape, Reader, Recipe
 from dis_scale.storage import Folder
 
-BLOCK_SHARDS = 4
+GIB = 2**30
 T = TypeVar("T")
 
 
-class Place(NamedTuple):
-    """A sample: row of a shard, by the shard's index in the manifest."""
-
-    shard: int
-    row: int
-
-
-class Order:
-    """The endless sequence of samples without those held out; position p lies in epoch p // N."""
-
-    def __init__(self, counts: list[int], seed: int, block_shards: int = BLOCK_SHARDS, held_out: int = 0) -> None:
-        self.seed, self.block_shards = seed, block_shards
-        self.rows = np.array(counts)
-        self.held_out = self._hold_out(held_out)
-        held = np.bincount([place.shard for place in self.held_out], minlength=len(counts))
-        self.counts = self.rows - held
-        self.total = int(self.counts.sum())
-        self._epoch = lru_cache(2)(self._epoch_blocks)
-        self._block = lru_cache(4)(self._block_places)
-
-    def __getitem__(self, position: int) -> Place:
-        epoch, place = divmod(position, self.total)
-        starts, _ = self._epoch(epoch)
-        block = int(np.searchsorted(starts, place, side="right")) - 1
-        return Place(*self._block(epoch, block)[place - starts[block]].tolist())
-
-    def _hold_out(self, count: int) -> list[Place]:
-        """Samples drawn by the seed alone, in the order of the set."""
-        starts, total = np.cumsum(self.rows) - self.rows, int(self.rows.sum())
-        if count >= total:
-            raise UserError(f"data.held_out_images: {count} of {total} images would leave none to train on")
-        chosen = np.sort(seeds.generator("held out", self.seed).choice(total, count, replace=False))
-        shards = np.searchsorted(starts, chosen, side="right") - 1
-        return [Place(int(shard), int(i - starts[shard])) for shard, i in zip(shards, chosen, strict=True)]
-
-    def _epoch_blocks(self, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The first position of each block, and the shards in it."""
-        shards = seeds.generator("shards", self.seed, epoch).permutation(len(self.counts))
-        blocks = [shards[i : i + self.block_shards] for i in range(0, len(shards), self.block_shards)]
-        sizes = [int(self.counts[block].sum()) for block in blocks]
-        return np.concatenate([[0], np.cumsum(sizes)[:-1]]), blocks
-
-    def _block_places(self, epoch: int, block: int) -> np.ndarray:
-        """The block's samples in their order, (n, 2) of shard and row."""
-        shards = self._epoch(epoch)[1][block]
-        places = np.array([(shard, row) for shard in shards for row in self._rows_of(shard)])
-        return seeds.generator("samples", self.seed, epoch, block).permutation(places)
-
-    def _rows_of(self, shard: int) -> np.ndarray:
-        held = [place.row for place in self.held_out if place.shard == shard]
-        return np.setdiff1d(np.arange(self.rows[shard]), held)
-
-
 class Latents:
-    """A sealed set of latent shards, read by position, each shard verified once and kept while its block lasts."""
+    """A sealed set of latent shards, read by position; those not kept stay only while their block lasts. For one thread."""
 
-    def __init__(self, folder: Folder, seed: int, held_out: int = 0) -> None:
+    def __init__(
+        self, folder: Folder, seed: int, held_out: int = 0, *, cache: Cache | None = None, keep_all: bool = False
+    ) -> None:
         found = manifest.find(folder)
         assert found is not None, "the caller has checked that the latents exist"
-        self.folder, self.manifest = folder, found
+        self.folder, self.manifest = folder.patient, found
         self.shape = LatentShape(*found["latent"])
         self.order = Order([shard["count"] for shard in found["shards"]], seed, held_out=held_out)
-        self._shard = lru_cache(2 * BLOCK_SHARDS)(self._read_shard)
+        self._cache, self._shelf = cache, Shelf(self._load, keep_all)
 
-    def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
-        """Moments, float16 (2, 2C, h, w), and label of the sample at a position of the endless sequence."""
-        return self._at(self.order[position])
+    def read(self, positions: np.ndarray, sides: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Moments, float16 (n, 2C, h, w), and labels (n) at positions in rising order; side 0 is the image, 1 its mirror image."""
+        self._shelf.want(self.order.shards_near(int(positions[0]), int(positions[-1])))
+        return self._gather(self.order.places(positions), sides)
 
     def held_out(self) -> Iterator[tuple[np.ndarray, int]]:
         """Moments, float16 (2C, h, w), of the unmirrored image and label of each sample that training never sees."""
-        return ((moments[0], label) for moments, label in map(self._at, self.order.held_out))
+        shards, rows = self.order.held_out
+        touched = np.unique(shards).tolist()
+        for i, shard in enumerate(touched):
+            self._shelf.want(touched[i : i + BLOCK_SHARDS])
+            inside = rows[shards == shard]
+            found = self._gather(Places(np.full_like(inside, shard), inside), np.zeros_like(inside))
+            yield from zip(found[0], found[1].tolist(), strict=True)
 
     def scaled(self, sample: np.ndarray) -> np.ndarray:
         """Latents as the backbone sees them: (z - shift) scale, float32."""
         return (sample - np.float32(self.manifest["shift"])) * np.float32(self.manifest["scale"])
 
-    def _at(self, place: Place) -> tuple[np.ndarray, int]:
-        shard = self._shard(place.shard)
-        return shard.moments[place.row], int(shard.labels[place.row])
+    def _gather(self, places: Places, sides: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        channels, size = self.shape
+        moments = np.empty((len(sides), 2 * channels, size, size), np.float16)
+        labels = np.empty(len(sides), np.int64)
+        for index in np.unique(places.shards).tolist():
+            at, shard = places.shards == index, self._shelf[index]
+            moments[at] = shard.moments[places.rows[at], sides[at]]
+            labels[at] = shard.labels[places.rows[at]]
+        return moments, labels
 
-    def _read_shard(self, index: int) -> Shard:
+    def _load(self, index: int) -> Shard:
         entry: dict[str, Any] = self.manifest["shards"][index]
-        return unpack(manifest.verified(self.folder, entry["name"], entry), f"{self.folder}/{entry['name']}")
+
+        def fetch() -> bytes:
+            return manifest.verified(self.folder, entry["name"], entry)
+
+        data = self._cache.get(entry, fetch) if self._cache else fetch()
+        return unpack(data, f"{self.folder}/{entry['name']}")
+
+
+def open_latents(folder: Folder, recipe: Recipe, workers: int, say: Callable[[str], None]) -> tuple[Latents, str]:
+    """The reader as the recipe has it, one of `workers`, and how it reads in a line; `say` is told if its cache fails."""
+    found = manifest.find(folder)
+    assert found is not None, "the caller has checked that the latents exist"
+    set_bytes = sum(shard["bytes"] for shard in found["shards"])
+    keep_all, how = choose_keeping(recipe.reader, set_bytes, workers)
+    cache = None
+    if folder.local is None and recipe.reader.cache_gib:
+        where = recipe.reader.cache_folder
+        cache = Cache(Path(where).expanduser() if where else default_folder(), int(recipe.reader.cache_gib * GIB), say)
+        how += f"; cache {cache.folder}, up to {recipe.reader.cache_gib:g} GiB"
+    return Latents(folder, recipe.seed, recipe.data.held_out_images, cache=cache, keep_all=keep_all), how
+
+
+def choose_keeping(reader: Reader, set_bytes: int, workers: int) -> tuple[bool, str]:
+    """Whether a worker keeps the whole set in memory, and the choice with its reason."""
+    if reader.memory_gib is None:
+        room, source = free_memory_bytes() // 2 // workers, f"auto: half of the free memory by {workers} workers"
+    else:
+        room, source = int(reader.memory_gib * GIB), "reader.memory_gib"
+    keep = set_bytes <= room
+    way = "kept in memory" if keep else f"read by blocks of {BLOCK_SHARDS} shards"
+    return keep, f"latents {way}: {set_bytes / GIB:.3g} GiB, room for {room / GIB:.3g} a worker ({source})"
 
 
 class Micro(NamedTuple):
@@ -122,16 +115,14 @@ def micro_batch(
 ) -> Micro:
     """Lane `lane` of step `step`: positions [step B + lane m, ... + m), m = B / lanes; every draw is made here, on the CPU."""
     micro = batch // lanes
-    first = step * batch + lane * micro
-    pairs = [latents[position] for position in range(first, first + micro)]
+    positions = np.arange(micro) + step * batch + lane * micro
 
     def draw(what: str) -> np.random.Generator:
         return seeds.generator(what, seed, step, lane)
 
     flip = draw("mirror").integers(0, 2, micro) if mirror else np.zeros(micro, np.int64)
-    moments = np.stack([pair[0][side] for pair, side in zip(pairs, flip, strict=True)])
+    moments, labels = latents.read(positions, flip)
     sample = draw_posterior(moments, draw("posterior"))
-    labels = np.array([pair[1] for pair in pairs])
     labels[draw("label dropout").random(micro) < label_dropout] = latents.manifest["num_classes"]
     noise = draw("noise").standard_normal(sample.shape, np.float32)
     return Micro(torch.from_numpy(latents.scaled(sample)), torch.from_numpy(labels), torch.from_numpy(noise))
@@ -139,7 +130,8 @@ def micro_batch(
 
 def draw_posterior(moments_BCHW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A sample (B, C, h, w), float32, of posteriors given as moments (B, 2C, h, w): mean and log-variance."""
-    mean, log_variance = np.split(moments_BCHW.astype(np.float32), 2, axis=1)
+    moments = torch.from_numpy(moments_BCHW).float().numpy()  # exact, and many times as fast as numpy's conversion
+    mean, log_variance = np.split(moments, 2, axis=1)
     return mean + np.exp(0.5 * log_variance) * rng.standard_normal(mean.shape, np.float32)
 
 

@@ -26,6 +26,10 @@ POINTER = "latents.json"
 SHARD = re.compile(r"\d{6,}\.(tar|json)")
 READS_AT_ONCE = 8
 """Shards or sidecars that one process reads at a time."""
+_BLOCK, _KEY = 512, 12
+"""Bytes of a tar's unit, and of a key."""
+_VARIES = np.r_[0:_KEY, 124:136, 148:156, _BLOCK : 2 * _BLOCK + _KEY, 2 * _BLOCK + 148 : 2 * _BLOCK + 156]
+"""What differs between samples: key, size and checksum of the label, the label itself, key and checksum of the moments."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +73,51 @@ def pack(samples: list[Sample]) -> bytes:
 
 
 def unpack(data: bytes, where: str) -> Shard:
-    """The shard of a tar's bytes; StorageError where it is not one."""
+    """The shard of a tar's bytes, where it can be as a read-only view of them; StorageError where it is not one."""
     try:
-        files = wds.tariterators.tar_file_iterator(io.BytesIO(data))
-        moments, labels = [], []
-        for sample in wds.tariterators.group_by_keys(file | {"__url__": where} for file in files):
-            moments.append(np.load(io.BytesIO(sample["moments.npy"])))
-            labels.append(json.loads(sample["json"])["label"])
-        return Shard(np.stack(moments), np.array(labels, dtype=np.int64))
+        return _strided(data) or _parsed(data, where)
     except (KeyError, ValueError, OSError, tarfile.TarError) as error:
         raise StorageError(f"{where}: not a latent shard: {error}") from error
+
+
+def _strided(data: bytes) -> Shard | None:
+    """What `pack` writes: each sample is two headers and two files at equal distances, so that all moments are one view.
+
+    None where the tar is laid out in another way: by another writer, or with a name too long for one block of a tar.
+    """
+    try:
+        file = tarfile.TarInfo.frombuf(data[2 * _BLOCK : 3 * _BLOCK], "ascii", "strict")
+        npy = io.BytesIO(data[3 * _BLOCK : 4 * _BLOCK])
+        np.lib.format.read_magic(npy)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(npy)
+    except (tarfile.HeaderError, ValueError):
+        return None
+    first, stride = 3 * _BLOCK + npy.tell(), 3 * _BLOCK + -(-file.size // _BLOCK) * _BLOCK
+    everything = np.frombuffer(data, np.uint8)
+    slots = everything[: len(data) // stride * stride].reshape(-1, stride)
+    parts = slots[: int(np.append(slots[:, 0], 0).argmin())]
+    if dtype != np.float16 or everything[parts.size :].any() or not len(parts) or not _alike(parts[:, :first]):
+        return None
+    moments = parts[:, first : 3 * _BLOCK + file.size].view(dtype).reshape(-1, *shape)
+    labels = [json.loads(label.tobytes().rstrip(b"\0"))["label"] for label in parts[:, _BLOCK : 2 * _BLOCK]]
+    return Shard(moments, np.array(labels, dtype=np.int64))
+
+
+def _alike(heads: np.ndarray) -> bool:
+    """Whether all samples have the first one's headers, but for key, checksums and what stands in the label's file."""
+    constant = np.delete(heads, _VARIES, axis=1)
+    keys = heads[:, :_KEY], heads[:, 2 * _BLOCK : 2 * _BLOCK + _KEY]
+    return bool((constant == constant[0]).all() and (keys[0] == keys[1]).all())
+
+
+def _parsed(data: bytes, where: str) -> Shard:
+    """Any WebDataset tar with the same members."""
+    files = wds.tariterators.tar_file_iterator(io.BytesIO(data))
+    moments, labels = [], []
+    for sample in wds.tariterators.group_by_keys(file | {"__url__": where} for file in files):
+        moments.append(np.load(io.BytesIO(sample["moments.npy"])))
+        labels.append(json.loads(sample["json"])["label"])
+    return Shard(np.stack(moments), np.array(labels, dtype=np.int64))
 
 
 def put_shard(latents: Folder, number: int, samples: list[Sample], refused: list[str]) -> None:

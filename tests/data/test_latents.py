@@ -4,12 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dis_scale import manifest
 from dis_scale.data import shards
-from dis_scale.data.latents import Latents, Order, micro_batch, prefetch
+from dis_scale.data.latents import Latents, micro_batch, prefetch
 from dis_scale.data.shards import Sample
 from dis_scale.errors import StorageError, UserError
 from dis_scale.storage import Folder, folder
@@ -66,51 +64,6 @@ def test_statistics_merge_to_those_of_all_samples(tmp_path: Path) -> None:
     np.testing.assert_allclose(found["std"], everything.astype(np.float64).std((0, 2, 3)), rtol=1e-12)
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(0, 3), st.integers(1, 5))
-def test_each_epoch_shows_each_sample_once(counts: list[int], seed: int, block: int) -> None:
-    order, total = Order(counts, seed, block), sum(counts)
-    for epoch in range(2):
-        seen = [order[p] for p in range(epoch * total, (epoch + 1) * total)]
-        assert sorted(seen) == [(s, r) for s in range(len(counts)) for r in range(counts[s])]
-
-
-@given(st.lists(st.integers(1, 9), min_size=2, max_size=12), st.integers(0, 3), st.data())
-def test_what_is_held_out_is_never_dealt_and_all_else_once_an_epoch(
-    counts: list[int], seed: int, data: st.DataObject
-) -> None:
-    held = data.draw(st.integers(1, sum(counts) - 1))
-    order = Order(counts, seed, held_out=held)
-    assert len(set(order.held_out)) == held
-    seen = [order[p] for p in range(order.total, 2 * order.total)]
-    assert sorted([*seen, *order.held_out]) == [(s, r) for s in range(len(counts)) for r in range(counts[s])]
-
-
-def test_holding_out_everything_is_refused() -> None:
-    with pytest.raises(UserError, match="held_out_images: 8 of 8 images would leave none to train on"):
-        Order([5, 3], 0, held_out=8)
-
-
-@given(st.integers(0, 10_000), st.integers(0, 3))
-def test_a_position_does_not_depend_on_what_was_read_before(position: int, seed: int) -> None:
-    counts = [5, 3, 8, 1, 5, 6]
-    walked = Order(counts, seed)
-    for before in range(max(0, position - 20), position):
-        walked[before]
-    assert walked[position] == Order(counts, seed)[position]
-
-
-def test_shards_are_read_block_by_block() -> None:
-    order = Order([10] * 12, seed=0, block_shards=3)
-    for block in range(4):
-        assert len({order[p].shard for p in range(block * 30, (block + 1) * 30)}) == 3
-
-
-def test_epochs_and_seeds_differ() -> None:
-    first = [Order([8] * 4, 0)[p] for p in range(32)]
-    assert first != [Order([8] * 4, 0)[p] for p in range(32, 64)]
-    assert first != [Order([8] * 4, 1)[p] for p in range(32)]
-
-
 def test_a_lane_is_the_same_whoever_reads_it(tmp_path: Path) -> None:
     make(folder(tmp_path), [6, 6, 5])
     options = {"batch": 8, "lanes": 4, "seed": 3, "mirror": True, "label_dropout": 0.3}
@@ -145,7 +98,7 @@ def test_training_does_not_read_a_damaged_shard(tmp_path: Path) -> None:
     data[700] ^= 1
     at.write("000000.tar", bytes(data))
     with pytest.raises(StorageError, match=r"000000.tar: damaged: its sha256 differs"):
-        Latents(at, 0)[0]
+        Latents(at, 0).read(np.arange(1), np.zeros(1, int))
 
 
 def test_latents_of_another_vae_are_refused(tmp_path: Path) -> None:
