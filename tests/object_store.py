@@ -1,4 +1,4 @@
-"""A real S3 server for tests: Ceph's object gateway over one monitor and one in-memory OSD, on loopback.
+"""A real S3 server for tests: Ceph's object gateway over one monitor and one OSD, in memory or on disk, on loopback.
 
     apt-get install --no-install-recommends radosgw ceph-mon ceph-osd
 
@@ -49,9 +49,10 @@ mon data avail warn = 2
 mon max pg per osd = 1000
 [osd.0]
 osd data = {folder}/osd
-osd objectstore = memstore
+osd objectstore = {kind}
 osd memory target = 939524096
 memstore device bytes = 4294967296
+bluestore block size = 4294967296
 osd class load list = *
 osd class default list = *
 [client.rgw.a]
@@ -68,9 +69,10 @@ def missing() -> list[str]:
 
 
 class ObjectStore:
-    """A running gateway; `environment` holds what a client needs."""
+    """A running gateway; `environment` holds what a client needs. One on disk starts in 7 s, not 2, and outlives `kill`."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_disk: bool = False) -> None:
+        self.kind = "bluestore" if on_disk else "memstore"
         self.folder = Path(tempfile.mkdtemp(prefix="ceph-", dir="/tmp"))
         self._daemons: list[subprocess.Popen[bytes]] = []
         self.port = 0
@@ -93,6 +95,15 @@ class ObjectStore:
             self._halt()
         raise RuntimeError(f"Ceph's gateway would not start in {tries} tries; logs in {self.folder}")
 
+    def kill(self) -> None:
+        """The power cut."""
+        self._halt()
+
+    def resume(self) -> None:
+        """The way back, at the same port with the same objects."""
+        self._monitor()
+        self._serve()
+
     def stop(self) -> None:
         self._halt()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -103,20 +114,27 @@ class ObjectStore:
             (self.folder / name).mkdir(parents=True)
         self.port, monitor_port = free_ports(2)
         fsid, osd = str(uuid.uuid4()), str(uuid.uuid4())
-        config = CONFIG.format(fsid=fsid, monitor_port=monitor_port, port=self.port, folder=self.folder)
+        config = CONFIG.format(kind=self.kind, fsid=fsid, monitor_port=monitor_port, port=self.port, folder=self.folder)
         (self.folder / "ceph.conf").write_text(config)
         monmap = str(self.folder / "monmap")
         self._run("monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v1:127.0.0.1:{monitor_port}]", monmap)
         self._run("ceph-mon", "-i", "a", "--mkfs", "--monmap", monmap)
-        self._daemon("ceph-mon", "-i", "a", "-f", "--setuser", "root")
-        _wait(lambda: self._answers("ceph", "mon", "stat"))
+        self._monitor()
         self._run("ceph", "osd", "new", osd, "0")
         self._run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
         self._run("ceph", "osd", "crush", "add", "osd.0", "1.0", "root=default", "host=h")
+        self._serve("user", "create", "--uid=test", "--display-name=test", f"--access-key={KEY}", f"--secret={SECRET}")
+
+    def _monitor(self) -> None:
+        self._daemon("ceph-mon", "-i", "a", "-f", "--setuser", "root")
+        _wait(lambda: self._answers("ceph", "mon", "stat"))
+
+    def _serve(self, *administration: str) -> None:
+        """The store and the gateway, with something for its administration to do in between."""
         self._daemon("ceph-osd", "-i", "0", "-f")
         _wait(lambda: b" 1 up" in self._run("ceph", "osd", "stat"))
-        user = ["user", "create", "--uid=test", "--display-name=test", f"--access-key={KEY}", f"--secret={SECRET}"]
-        self._run("radosgw-admin", *user)
+        if administration:
+            self._run("radosgw-admin", *administration)
         self._daemon("radosgw", "-n", "client.rgw.a", "-f")
         _wait(lambda: urllib.request.urlopen(f"http://127.0.0.1:{self.port}/", timeout=2).status == 200)
 

@@ -1,5 +1,6 @@
-"""Shards are the same bytes each time; the order is a permutation an epoch, whoever reads and from wherever."""
+"""Shards are the same bytes each time, and others read them, too; a lane of a step is the same whoever reads it."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -8,29 +9,9 @@ import pytest
 from dis_scale import manifest
 from dis_scale.data import shards
 from dis_scale.data.latents import Latents, micro_batch, prefetch
-from dis_scale.data.shards import Sample
 from dis_scale.errors import StorageError, UserError
-from dis_scale.storage import Folder, folder
-
-CLASSES = 5
-
-
-def samples(first: int, count: int) -> list[Sample]:
-    rng = np.random.default_rng(first)
-    return [
-        Sample(
-            first + i, f"image-{first + i}", (first + i) % CLASSES, rng.standard_normal((2, 4, 3, 3)).astype(np.float16)
-        )
-        for i in range(count)
-    ]
-
-
-def make(at: Folder, counts: list[int]) -> Folder:
-    for number, count in enumerate(counts):
-        shards.put_shard(at, number, samples(sum(counts[:number]), count), [])
-    facts = {"vae": "v" * 64, "scale": 0.5, "shift": 0.25, "latent": [2, 3], "num_classes": CLASSES}
-    shards.seal(at, range(len(counts)), facts)
-    return at
+from dis_scale.storage import folder
+from tests.data.reading import CLASSES, make, read, samples
 
 
 def test_a_shard_is_the_same_bytes_each_time_and_reads_back() -> None:
@@ -41,9 +22,51 @@ def test_a_shard_is_the_same_bytes_each_time_and_reads_back() -> None:
     assert read.labels.tolist() == [0, 1, 2, 3, 4, 0, 1]
 
 
-def test_what_is_no_shard_is_named() -> None:
+@pytest.mark.parametrize("cut", [1, 512, 700, 1536, 2000, 3000, 10_000])
+def test_a_piece_of_a_shard_is_none(cut: int) -> None:
+    """Whatever a damaged object is, it is told by its hash before; this holds without it."""
+    whole = shards.pack(samples(0, 7))
     with pytest.raises(StorageError, match="there: not a latent shard"):
-        shards.unpack(b"x" * 10240, "there")
+        shards.unpack(whole[:cut], "there")
+
+
+@pytest.mark.parametrize("data", [b"x" * 10240, b"", b"\0" * 10240, b"\0" * 511])
+def test_what_is_no_shard_is_named(data: bytes) -> None:
+    with pytest.raises(StorageError, match="there: not a latent shard"):
+        shards.unpack(data, "there")
+
+
+def test_a_shard_is_a_view_of_its_bytes_and_parses_to_the_same() -> None:
+    data = shards.pack(samples(0, 7))
+    view, parsed = shards._strided(data), shards._parsed(data, "here")
+    assert view is not None
+    assert not view.moments.flags.owndata
+    for one, other in zip(view, parsed, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("at", [0, 3, 6])
+def test_a_shard_of_another_layout_is_read_all_the_same(at: int) -> None:
+    """A name that fills more than one block of the tar moves all that follow."""
+    made = samples(0, 7)
+    made[at] = dataclasses.replace(made[at], name="n" * 600)
+    data = shards.pack(made)
+    assert shards._strided(data) is None
+    read_back = shards.unpack(data, "here")
+    np.testing.assert_array_equal(read_back.moments, np.stack([s.moments for s in made]))
+    assert read_back.labels.tolist() == [s.label for s in made]
+
+
+def test_webdataset_reads_our_shards(tmp_path: Path) -> None:
+    """As its users do, with the library's own decoder."""
+    import webdataset as wds
+
+    make(folder(tmp_path), [3, 2])
+    found = list(wds.WebDataset(str(tmp_path / "{000000..000001}.tar"), shardshuffle=False).decode())
+    assert [sample["__key__"] for sample in found] == [f"{i:012d}" for i in range(5)]
+    for sample, made in zip(found, samples(0, 3) + samples(3, 2), strict=True):
+        np.testing.assert_array_equal(sample["moments.npy"], made.moments)
+        assert sample["json"] == {"label": made.label, "name": made.name}
 
 
 def test_finished_shards_are_known_and_damaged_or_orphaned_ones_are_not(store_url: str) -> None:
@@ -98,7 +121,7 @@ def test_training_does_not_read_a_damaged_shard(tmp_path: Path) -> None:
     data[700] ^= 1
     at.write("000000.tar", bytes(data))
     with pytest.raises(StorageError, match=r"000000.tar: damaged: its sha256 differs"):
-        Latents(at, 0).read(np.arange(1), np.zeros(1, int))
+        read(Latents(at, 0), 0, 1)
 
 
 def test_latents_of_another_vae_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,111 @@
+"""The cache is shared, bounded and verified; whatever happens to its folder, what is read is what the manifest names."""
+
+import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dis_scale import manifest
+from dis_scale.data.cache import Cache, default_folder
+from dis_scale.errors import StorageError
+
+SHARDS = [bytes([i]) * 1000 for i in range(8)]
+
+
+class Storage:
+    """Counts what is fetched."""
+
+    def __init__(self) -> None:
+        self.fetched: list[int] = []
+
+    def get(self, cache: Cache, i: int) -> bytes:
+        def fetch() -> bytes:
+            self.fetched.append(i)
+            return SHARDS[i]
+
+        return cache.get(manifest.digest(SHARDS[i]), fetch)
+
+
+def files(at: Path) -> set[str]:
+    return {path.name for path in at.iterdir() if not path.name.startswith("lock-")}
+
+
+def name(i: int) -> str:
+    return str(manifest.digest(SHARDS[i])["sha256"])
+
+
+def test_a_shard_is_fetched_by_one_of_many(tmp_path: Path) -> None:
+    storage = Storage()
+    caches = [Cache(tmp_path, 10_000, pytest.fail) for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda cache: storage.get(cache, 3), caches)) == {SHARDS[3]}
+    assert storage.fetched == [3]
+    assert files(tmp_path) == {name(3)}
+
+
+def test_a_damaged_file_is_fetched_again(tmp_path: Path) -> None:
+    cache, storage = Cache(tmp_path, 10_000, pytest.fail), Storage()
+    storage.get(cache, 1)
+    (tmp_path / name(1)).write_bytes(SHARDS[1][:-1] + b"x")
+    assert [storage.get(cache, 1) for _ in range(2)] == [SHARDS[1]] * 2
+    assert storage.fetched == [1, 1]
+
+
+def test_the_least_recently_used_leave_first_and_the_bound_holds(tmp_path: Path) -> None:
+    cache, storage = Cache(tmp_path, 3500, pytest.fail), Storage()
+    for i in (0, 1, 2, 0, 3, 0, 4):
+        storage.get(cache, i)
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 3500
+    assert files(tmp_path) == {name(0), name(3), name(4)}
+    assert storage.fetched == [0, 1, 2, 3, 4]
+
+
+def test_what_is_larger_than_the_cache_passes_through(tmp_path: Path) -> None:
+    cache, storage = Cache(tmp_path, 999, pytest.fail), Storage()
+    assert storage.get(cache, 0) == SHARDS[0]
+    assert files(tmp_path) == set()
+
+
+def test_what_a_dead_writer_left_goes(tmp_path: Path) -> None:
+    (tmp_path / f"{name(5)}.part").write_bytes(b"half")
+    Storage().get(Cache(tmp_path, 10_000, pytest.fail), 0)
+    assert files(tmp_path) == {name(0)}
+
+
+def test_a_full_disk_is_said_once_and_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, storage = list[str](), Storage()
+    cache = Cache(tmp_path, 10_000, said.append)
+    storage.get(cache, 0)
+
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert [storage.get(cache, i) for i in (1, 2, 0)] == [SHARDS[1], SHARDS[2], SHARDS[0]]
+    assert said == [f"cache {tmp_path}: No space left on device: training goes on without it"]
+    assert storage.fetched == [0, 1, 2]
+    assert files(tmp_path) == {name(0)}
+
+
+def test_a_folder_that_cannot_be_made_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    said, storage = list[str](), Storage()
+    cache = Cache(tmp_path / "file/cache", 10_000, said.append)
+    assert [storage.get(cache, i) for i in range(3)] == SHARDS[:3]
+    assert said == [f"cache {tmp_path}/file/cache: Not a directory: training goes on without it"]
+
+
+def test_what_goes_wrong_in_storage_is_not_the_caches_fault(tmp_path: Path) -> None:
+    def fetch() -> Any:
+        raise StorageError("there: damaged")
+
+    with pytest.raises(StorageError, match="there: damaged"):
+        Cache(tmp_path, 10_000, pytest.fail).get(manifest.digest(b"x"), fetch)
+    assert files(tmp_path) == set()
+
+
+def test_the_folder_is_the_users_own() -> None:
+    assert str(os.getuid()) in str(default_folder())

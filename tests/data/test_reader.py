@@ -1,0 +1,247 @@
+"""The reader: a shard is read about once an epoch and node, before it is needed; faults pass or are named, never trained on."""
+
+import multiprocessing
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dis_scale import manifest
+from dis_scale.data import latents as reader
+from dis_scale.data.latents import Latents, choose_keeping, open_latents
+from dis_scale.data.order import BLOCK_SHARDS
+from dis_scale.data.shards import Shard
+from dis_scale.data.shelf import Shelf, free_memory_bytes
+from dis_scale.errors import StorageError
+from dis_scale.recipe import Reader, Recipe
+from dis_scale.storage import folder
+from tests import object_store
+from tests.data.reading import make, read, read_epoch
+from tests.flaky import FlakyFileSystem, busy, bytes_read, reads
+
+COUNTS = [6, 5, 7, 6, 0, 6, 6, 3, 6, 6, 6]
+FULL = [count for count in COUNTS if count]
+
+
+@pytest.fixture
+def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A set in flaky storage, at peace; waiting for it costs no time."""
+    make(folder(tmp_path / "set"), COUNTS)
+    monkeypatch.setattr("dis_scale.storage._FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(FlakyFileSystem, "faults", [])
+    return tmp_path / "set"
+
+
+def flaky(at: Path) -> str:
+    return f"flaky://{at}"
+
+
+def test_two_processes_of_a_node_read_each_shard_once_an_epoch(at: Path, tmp_path: Path) -> None:
+    work = [(rank, 2, flaky(at), tmp_path / "cache", 4) for rank in range(2)]
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        parts = pool.starmap(read_epoch, work)
+    assert sorted(reads(at).values()) == [1] * len(FULL)
+    assert bytes_read(at) == sum(path.stat().st_size for path in at.glob("*.tar")) - (at / "000004.tar").stat().st_size
+    alone = read_epoch(0, 1, str(at), None, 4)
+    np.testing.assert_array_equal(
+        np.concatenate(alone),
+        np.concatenate([m for step in range(len(alone)) for m in parts[step % 2][step // 2 :][:1]]),
+    )
+
+
+def test_one_process_without_a_cache_reads_each_shard_once_and_the_next_epochs_first_block(at: Path) -> None:
+    read_epoch(0, 1, flaky(at), None, 4)
+    assert reads(at).keys() == {f"{n:06d}.tar" for n, count in enumerate(COUNTS) if count}
+    assert len(FULL) <= sum(reads(at).values()) <= len(FULL) + BLOCK_SHARDS
+
+
+def test_what_is_kept_in_memory_is_read_once_for_ever(at: Path) -> None:
+    latents = Latents(folder(flaky(at)), 0, keep_all=True)
+    for first in range(0, 3 * sum(COUNTS), 8):
+        read(latents, first, first + 8)
+    assert sorted(reads(at).values()) == [1] * len(FULL)
+
+
+def wait_until(true: object, timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.01)
+
+
+def test_training_does_not_wait_once_it_has_begun(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads of 0.2 s under steps that take longer: without reading ahead, each block would cost 0.2 s at least."""
+    monkeypatch.setattr(FlakyFileSystem, "latency_s", 0.2)
+    latents, waited_s = Latents(folder(flaky(at)), 0), []
+    for first in range(0, sum(COUNTS), 3):
+        began = time.monotonic()
+        read(latents, first, first + 3)
+        waited_s.append(time.monotonic() - began)
+        time.sleep(0.06)
+    assert waited_s[0] >= 0.2
+    assert sum(waited_s[1:]) < 0.2
+
+
+def test_memory_holds_the_block_at_hand_and_the_next(at: Path) -> None:
+    latents = Latents(folder(at), 0)
+    for first in range(0, 2 * sum(COUNTS), 2):
+        read(latents, first, first + 2)
+        assert len(latents._shelf._found) <= 3 * BLOCK_SHARDS  # a micro-batch may lie in two blocks
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [[busy(503), busy(500)], [TimeoutError("slow"), ConnectionError("away")], [busy(429)] * 8],
+    ids=["500s", "timeouts", "told to slow down, for long"],
+)
+def test_what_passes_is_waited_for(at: Path, faults: list[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = read(Latents(folder(at), 0), 0, 8)
+    monkeypatch.setattr(FlakyFileSystem, "faults", list(faults))
+    for got, wanted in zip(read(Latents(folder(flaky(at)), 0), 0, 8), expected, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    assert FlakyFileSystem.faults == []
+
+
+def test_what_does_not_pass_is_named(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FlakyFileSystem, "faults", [busy(503)] * 1000)
+    with pytest.raises(
+        StorageError, match=rf"cannot read flaky://{at}/0000\d\d.tar: OSError: .*Please reduce your request rate"
+    ):
+        read(Latents(folder(flaky(at)), 0), 0, 8)
+
+
+def damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "missing":
+        path.unlink()
+    elif how == "short":
+        path.write_bytes(data[:-512])
+    else:
+        data[1700] ^= 1
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("missing", "000006.tar: missing, though its manifest names it"),
+        ("short", r"000006.tar: damaged: \d+ bytes, its manifest says \d+"),
+        ("flipped", "000006.tar: damaged: its sha256 differs from the manifest's"),
+    ],
+)
+def test_a_damaged_shard_stops_training_where_it_is_needed_and_not_before(at: Path, how: str, words: str) -> None:
+    damage(at / "000006.tar", how)
+    latents = Latents(folder(flaky(at)), 0)
+    reached = next(p for p in range(sum(COUNTS)) if latents.order.places(np.arange(p, p + 1)).shards[0] == 6)
+    for position in range(reached):
+        read(latents, position, position + 1)
+    with pytest.raises(StorageError, match=words):
+        read(latents, reached, reached + 1)
+
+
+def test_what_failed_ahead_is_tried_again_when_it_is_needed() -> None:
+    asked, shard = list[int](), Shard(np.zeros(1), np.zeros(1))
+
+    def load(index: int) -> Shard:
+        asked.append(index)
+        if len(asked) == 1:
+            raise StorageError("away")
+        return shard
+
+    shelf = Shelf(load, keep_all=False)
+    shelf.want([3])
+    wait_until(lambda: shelf._found[3].done())
+    assert shelf[3] is shard
+    assert asked == [3, 3]
+
+
+def test_at_most_a_few_shards_are_loaded_at_once() -> None:
+    busy_now, most, gate = set[int](), list[int](), threading.Event()
+
+    def load(index: int) -> Shard:
+        busy_now.add(index)
+        most.append(len(busy_now))
+        gate.wait(0.02)
+        busy_now.discard(index)
+        return Shard(np.zeros(1), np.full(1, index))
+
+    shelf = Shelf(load, keep_all=True)
+    shelf.want(list(range(12)))
+    assert [int(shelf[i].labels[0]) for i in range(12)] == list(range(12))
+    assert max(most) <= 4
+
+
+def test_the_choice_is_said_with_its_reason(tiny: Recipe, at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "free_memory_bytes", lambda: 2**33)
+    assert choose_keeping(Reader(), 2**30, 4) == (
+        True,
+        "latents kept in memory: 1 GiB, room for 1 a worker (auto: half of the free memory by 4 workers)",
+    )
+    assert choose_keeping(Reader(), 2**30 + 1, 4)[1].startswith("latents read by blocks of 4 shards: 1 GiB, room")
+    assert choose_keeping(Reader(memory_gib=0), 1, 1)[1].endswith("room for 0 a worker (reader.memory_gib)")
+    small = tiny.model_copy(update={"reader": Reader(memory_gib=0, cache_gib=1.5, cache_folder="/data/cache")})
+    assert open_latents(folder(flaky(at)), small, 2, print)[1].endswith("; cache /data/cache, up to 1.5 GiB")
+    assert "cache" not in open_latents(folder(at), small, 2, print)[1]
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux says what is free, others do not")
+def test_free_memory_is_no_more_than_the_machine_has() -> None:
+    total_kib = int(Path("/proc/meminfo").read_text().split()[1])
+    assert 0 < free_memory_bytes() < 1024 * total_kib
+
+
+def test_a_wrong_key_stops_with_object_and_cause(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    latents = Latents(make(folder(bucket), [3]), 0)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(StorageError, match=f"cannot read {bucket}/000000.tar: permission denied: check the key"):
+        read(latents, 0, 3)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def restartable(monkeypatch: pytest.MonkeyPatch) -> Iterator[object_store.ObjectStore]:
+    """A store of this test's own, on disk; s3fs keeps its connections by arguments, which do not tell one store from another."""
+    import s3fs
+
+    if object_store.missing():
+        pytest.skip("Ceph's gateway is not installed")
+    store = object_store.ObjectStore(on_disk=True).start()
+    for key, value in store.environment.items():
+        monkeypatch.setenv(key, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield store
+    s3fs.S3FileSystem.clear_instance_cache()
+    store.stop()
+
+
+def test_a_server_that_dies_and_comes_back_is_waited_for(restartable: object_store.ObjectStore, tmp_path: Path) -> None:
+    at = make(folder(object_store.make_bucket(restartable, "restarted")), COUNTS)
+    make(folder(tmp_path), COUNTS)
+    expected = read(Latents(folder(tmp_path), 0), 0, sum(COUNTS))
+    latents = Latents(at, 0)
+    got = [read(latents, 0, 6)]
+    wait_until(lambda: all(found.done() for found in latents._shelf._found.values()))
+    restartable.kill()
+    back = threading.Timer(1.0, restartable.resume)
+    back.start()
+    for first in range(6, sum(COUNTS), 3):
+        got.append(read(latents, first, first + 3))
+        alive = back.finished.is_set()
+    assert alive, "what was read ahead lasted for the whole epoch"
+    for column, wanted in zip(zip(*got, strict=True), expected, strict=True):
+        np.testing.assert_array_equal(np.concatenate(column), wanted)
+
+
+def test_a_set_that_was_deleted_under_a_run_is_named(at: Path) -> None:
+    latents = Latents(folder(at), 0)
+    assert manifest.find(folder(at)) is not None
+    shutil.rmtree(at)
+    with pytest.raises(StorageError, match="missing, though its manifest names it"):
+        read(latents, 0, 1)

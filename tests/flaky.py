@@ -1,0 +1,61 @@
+"""Storage whose reads are counted, across processes, and fail when told: a folder behind fsspec's door as `flaky://<path>`."""
+
+import os
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+from botocore.exceptions import ClientError
+from fsspec.implementations.local import LocalFileSystem
+from s3fs.errors import translate_boto_error
+
+LOG = "reads.log"
+"""Beside the objects: a line for each read of a shard that came through."""
+
+
+class FlakyFileSystem(LocalFileSystem):
+    """`faults` are raised by as many reads of shards, the first ones, before any comes through; a read takes `latency_s`."""
+
+    protocol = "flaky"
+    faults: ClassVar[list[Exception]] = []
+    latency_s: ClassVar[float] = 0.0
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        return super()._strip_protocol(str(path).removeprefix("flaky://"))
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        if not path.endswith(".tar"):
+            return super().cat_file(path, start, end, **options)
+        if self.faults:
+            raise self.faults.pop(0)
+        threading.Event().wait(self.latency_s)
+        data = super().cat_file(path, start, end, **options)
+        descriptor = os.open(Path(path).parent / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(descriptor, f"{Path(path).name} {len(data)}\n".encode())
+        os.close(descriptor)
+        return data
+
+
+fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
+
+
+def busy(status: int = 503) -> Exception:
+    """What s3fs raises for such an answer of the server."""
+    error = {"Code": "SlowDown", "Message": "Please reduce your request rate."}
+    response = {"Error": error, "ResponseMetadata": {"HTTPStatusCode": status}}
+    cause = ClientError(response, "GetObject")  # type: ignore[arg-type]
+    raised = translate_boto_error(cause)
+    raised.__cause__ = cause
+    return raised
+
+
+def reads(at: Path) -> Counter[str]:
+    """How often each shard was read."""
+    return Counter(line.split()[0] for line in (at / LOG).read_text().splitlines())
+
+
+def bytes_read(at: Path) -> int:
+    return sum(int(line.split()[1]) for line in (at / LOG).read_text().splitlines())
