@@ -20,7 +20,7 @@ from dis_scale.data.latents import Latents
 from dis_scale.errors import DisScaleError, Preempted, StorageError, UserError
 from dis_scale.evaluation import held_out, measure, reference, results
 from dis_scale.evaluation.results import Drawn
-from dis_scale.evaluation.sample import COLUMNS, Block, grid, open_studio
+from dis_scale.evaluation.sample import COLUMNS, Block, arranged, grid, labels_of, open_studio
 from dis_scale.recipe import MAIN, Evaluate, Recipe
 from dis_scale.storage import Folder
 from pipelines import stage
@@ -73,6 +73,7 @@ class Evaluation:
     workers: list[Any]
     references: dict[str, reference.Reference]
     drawings: dict[str, Evaluate]
+    labels: np.ndarray
     checkpoints: int
 
     def evaluate(self, drawn: Drawn) -> dict[str, float]:
@@ -87,7 +88,7 @@ class Evaluation:
         began = time.monotonic()
         measured, pictures = self._measure(folder, drawing)
         values |= measured
-        folder.write(results.GRID, grid(pictures, COLUMNS))
+        folder.write(results.GRID, grid(arranged(pictures, self.labels), COLUMNS))
         notes = measure.notes(self.references, drawing)
         seconds = _seconds(spent) | {"metrics": time.monotonic() - began}
         folder.write_json(
@@ -174,7 +175,9 @@ def open_evaluation(
     """The evaluation with its workers on Ray."""
     options = _options(recipe, device)
     workers = [stage.spawn(Evaluator, options, sweep, recipe, device) for _ in range(recipe.evaluate.workers)]
-    return Evaluation(sweep, recipe, workers, reference.load_all(sweep, recipe), drawings, checkpoints)
+    return Evaluation(
+        sweep, recipe, workers, reference.load_all(sweep, recipe), drawings, labels_of(sweep, recipe), checkpoints
+    )
 
 
 def _evaluate_one(evaluation: Evaluation, drawn: Drawn, skipped: set[Drawn]) -> None:

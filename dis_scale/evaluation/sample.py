@@ -128,9 +128,8 @@ class Studio:
 def open_studio(recipe: Recipe, sweep: Folder, decoder: Vae, device: torch.device) -> Studio:
     """The sweep's studio; a judge there is where the sweep trained one, labels come as often as in the training set."""
     judge = load_classifier(sweep, JUDGE) if recipe.evaluate.trained else None
-    images = shards.latents_manifest(sweep)["labels"]
-    labels = sample_labels(recipe, [images.get(str(label), 0) for label in range(recipe.data.num_classes)])
-    return Studio(recipe, sweep, decoder, load_extractors(recipe.evaluate, sweep, device), judge, labels, device)
+    extractors = load_extractors(recipe.evaluate, sweep, device)
+    return Studio(recipe, sweep, decoder, extractors, judge, labels_of(sweep, recipe), device)
 
 
 def require_finite(latents_BCHW: torch.Tensor, numbers: range) -> None:
@@ -153,6 +152,12 @@ def load_model(recipe: Recipe, name: str, shape: LatentShape, weights: dict[str,
     return model.eval().requires_grad_(False)
 
 
+def labels_of(sweep: Folder, recipe: Recipe) -> np.ndarray:
+    """The label of each of the sweep's samples."""
+    images = shards.latents_manifest(sweep)["labels"]
+    return sample_labels(recipe, [images.get(str(label), 0) for label in range(recipe.data.num_classes)])
+
+
 def sample_labels(recipe: Recipe, counts: Sequence[int]) -> np.ndarray:
     """The label of each sample (samples), as often as among the training set's `counts`; the same whatever their number.
 
@@ -170,6 +175,11 @@ def grid_numbers(labels: np.ndarray) -> list[int]:
     shown = present[np.linspace(0, len(present) - 1, min(COLUMNS, len(present))).round().astype(int)]
     columns = [np.flatnonzero(labels == label)[:ROWS] for label in shown]
     return np.stack([column[: min(map(len, columns))] for column in columns], axis=1).flatten().tolist()
+
+
+def arranged(pictures: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Pictures that came by rising sample number, in the grid's order."""
+    return pictures[np.argsort(np.argsort(grid_numbers(labels)))]
 
 
 def block_numbers(samples: int, block_images: int, block: int) -> range:

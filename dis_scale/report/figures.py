@@ -122,6 +122,10 @@ def _finish(drawing: Figure, axes: Axes, report: Report) -> Figure:
             "two halves of the real images", (0.99, report.floor), xycoords=("axes fraction", "data"),
             ha="right", va="bottom", fontsize=8,
         )  # fmt: skip
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_data_interval()
+        if 0 < low <= high < 1.5 * low:  # a single point, or nearly: logarithmic axes would show a hair's breadth
+            axis.set_view_interval(low / 2, high * 2, ignore=True)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
     return drawing
@@ -172,7 +176,7 @@ def _shade(report: Report, model: str) -> str:
     """Darker the more a model costs."""
     costs = {p.model: p.gmacs for p in report.main}
     rank = sorted(costs, key=lambda name: costs[name]).index(model)
-    return str(0.7 * (1 - rank / max(1, len(costs) - 1)))
+    return str(0.7 * (1 - (rank + 1) / len(costs)))
 
 
 def _ends(values: Sequence[float]) -> tuple[float, float]:

@@ -12,7 +12,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
-figure { margin: 1.5rem 0; } figure svg, figure img { max-width: 100%; height: auto; }
+figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; }
 figcaption, .note { color: #555; font-size: .9rem; } .missing { color: #a00; }
 """
 
@@ -24,13 +24,13 @@ def page(report: Report, drawings: dict[str, bytes], grids: dict[str, bytes]) ->
         f"<meta name='viewport' content='width=device-width'><style>{STYLE}</style></head><body>",
         f"<h1>{escape(report.sweep)}: Gflops against {escape(report.metric)}</h1>",
         *(f"<p class='missing'>{escape(line)}</p>" for line in tables.missing(report)),
-        *(_figure(caption, _inline(svg)) for caption, svg in drawings.items()),
+        *(_figure(caption, _picture(svg, "svg+xml")) for caption, svg in drawings.items()),
         *(f"<p>{escape(line)}</p>" for line in figures.correlations(report)),
         "<h2>Every point</h2>",
         _table(report),
         *(f"<p class='note'>{escape(line)}</p>" for line in tables.notes(report)),
         "<h2>Samples at the last count</h2>" if grids else "",
-        *(_figure(caption, _picture(png)) for caption, png in grids.items()),
+        *(_figure(caption, _picture(png, "png")) for caption, png in grids.items()),
         "</body></html>\n",
     ]
     return "\n".join(parts).encode()
@@ -40,14 +40,9 @@ def _figure(caption: str, inner: str) -> str:
     return f"<figure>{inner}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _inline(svg: bytes) -> str:
-    """The drawing without its XML head, which has no place inside a page."""
-    text = svg.decode()
-    return text[text.index("<svg") :]
-
-
-def _picture(png: bytes) -> str:
-    return f"<img alt='samples' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
+def _picture(data: bytes, kind: str) -> str:
+    """Each in a document of its own: drawings side by side in one would share the names of their parts."""
+    return f"<img alt='' src='data:image/{kind};base64,{base64.b64encode(data).decode()}'>"
 
 
 def _table(report: Report) -> str:

@@ -73,7 +73,9 @@ def test_the_shards_near_are_those_of_the_blocks_at_hand_and_the_next(
     assert touched <= set(near)
     assert len(near) == len(set(near)) <= block * (width + 3)
     assert all(counts[shard] for shard in near)
-    around = dealt(order, max(0, first - size), first + 2 * size + width)  # a block's shard may have been dealt before `first`
+    around = dealt(
+        order, max(0, first - size), first + 2 * size + width
+    )  # a block's shard may have been dealt before `first`
     assert {shard for shard, _ in around} >= set(near)
 
 

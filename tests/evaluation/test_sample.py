@@ -13,7 +13,7 @@ from dis_scale import recipe as recipes
 from dis_scale.data import shards
 from dis_scale.digits import Classifier
 from dis_scale.evaluation.features import JUDGE, store_classifier
-from dis_scale.evaluation.sample import PARTS, Studio, grid_numbers, open_studio, sample_labels
+from dis_scale.evaluation.sample import PARTS, Studio, arranged, grid_numbers, open_studio, sample_labels
 from dis_scale.recipe import LatentShape, Recipe, TrainedVae
 from dis_scale.storage import Folder, folder
 from dis_scale.vae import Vae
@@ -94,4 +94,6 @@ def test_labels_come_as_often_as_in_training_whatever_the_number_of_samples(reci
 def test_the_grid_has_a_class_a_column() -> None:
     labels = np.array([2, 2, 7, 2, 5, 7, 7, 5])
     assert grid_numbers(labels) == [0, 4, 2, 1, 7, 5]
+    as_they_came = np.array([0, 1, 2, 4, 5, 7])
+    assert arranged(as_they_came, labels).tolist() == grid_numbers(labels)
     assert len(grid_numbers(np.repeat(np.arange(1000), 5))) == 10 * 5
