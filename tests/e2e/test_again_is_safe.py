@@ -1,20 +1,22 @@
 """Stopped, or killed with -9 in any stage with all its children, and given again: every thing is made once."""
 
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from dis_scale import checkpoint
+from dis_scale import checkpoint, tracking
+from dis_scale import recipe as recipes
 from dis_scale.storage import Folder
 from tests.e2e import sweeps
 
 
-def test_stop_is_obeyed_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_stopped_twice_and_given_again_to_the_end_and_beyond(tmp_path: Path) -> None:
     root, log = str(tmp_path / "store"), tmp_path / "log"
-    sweep = sweeps.start(root, *sweeps.SLOW, log=log)
     run = sweeps.sweep_folder(root) / "runs/dis"
+    sweep = sweeps.start(root, *sweeps.SLOW, log=log)
     sweeps.wait_until(lambda: len((run / "resume").list()) > 1, sweep, log)
     assert sweeps.cli("stop", f"{root}/sweeps/tiny").startswith("asked to stop: tiny-")
     assert sweep.wait(60) == 75, log.read_text()
@@ -26,11 +28,45 @@ def test_stop_is_obeyed_and_the_same_command_goes_on(tmp_path: Path) -> None:
     assert sweep.wait(60) == 75, log.read_text()
     assert "stopped as asked; give the same command again to go on" in log.read_text()
     before = sweeps.times(root)
+
     done = sweeps.run(root, *sweeps.SLOW)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.index("plan of tiny") < done.stdout.index("Ray job")
+    assert f"page     {root}/sweeps/tiny/report/index.html" in done.stdout
     sweeps.assert_whole(root, *sweeps.SLOW)
     after = sweeps.times(root)
     assert {name: after[name] for name in before} == before
+    _assert_mlflow_has_everything(root)
+
+    begin = time.monotonic()
+    again = sweeps.run(root, *sweeps.SLOW)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "nothing to do: every model is trained and evaluated" in again.stdout
+    assert time.monotonic() - begin < 30
+    assert sweeps.times(root) == after
+    other = sweeps.run(root, *sweeps.SLOW, "seed=1")
+    assert other.returncode == 2
+    assert "seed: stored 0, given 1" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def _assert_mlflow_has_everything(root: str) -> None:
+    ids = sweeps.sweep_folder(root).read_json(tracking.FILE)
+    client = tracking.client(ids["uri"])
+    recipe = recipes.load(sweeps.TINY, list(sweeps.SLOW))
+    assert set(ids["models"]) == set(recipe.models)
+    for run_id in ids["models"].values():
+        run = client.get_run(run_id)
+        assert run.info.status == "FINISHED"
+        assert {"gmacs_forward", "parameters", "tokens", "global_batch", "seed"} <= run.data.params.keys()
+        losses = client.get_metric_history(run_id, "loss")
+        assert sorted(m.step for m in losses) == list(range(160, 3201, 160)), "each row once, whatever was stopped"
+        distances = client.get_metric_history(run_id, recipe.evaluate.metric)
+        assert sorted(m.step for m in distances) == [0, 160, 3200]
+        grids = [a.path for folder in ("samples", "samples/wide") for a in client.list_artifacts(run_id, folder)]
+        assert len([path for path in grids if path.endswith(".png")]) == 6
+    stored = [f"report/{name}" for name in sweeps.sweep_folder(root).list("report")]
+    assert [a.path for a in client.list_artifacts(ids["sweep"], "report")] == stored
 
 
 def in_prepare(sweep: Folder, _: Path) -> bool:
