@@ -17,7 +17,7 @@ import torch
 from dis_scale import ema, manifest
 from dis_scale.ema import Snapshot
 from dis_scale.engine import MOMENTS, WEIGHTS, Engine, Segment
-from dis_scale.errors import StorageError, UserError
+from dis_scale.errors import StorageError
 from dis_scale.recipe import Train
 from dis_scale.storage import Folder
 
@@ -33,7 +33,7 @@ def images_name(images: int) -> str:
 def published(run: Folder) -> list[int]:
     """The image counts that this run has published whole, rising."""
     counts = [int(name) for name in (run / "published").list() if name.isdigit()]
-    return [n for n in counts if manifest.find(run / "published" / images_name(n))]
+    return [n for n in counts if (run / "published" / images_name(n)).exists(manifest.NAME)]
 
 
 def load_published(run: Folder, images: int) -> dict[str, torch.Tensor]:
@@ -71,7 +71,7 @@ def _load_snapshot(run: Folder, snapshot: Snapshot, batch_images: int) -> dict[s
     folder = run / "published" / images_name(snapshot.step * batch_images)
     found, name = manifest.find(folder), average_file(ema.power_name(snapshot.width))
     if found is None or name not in found["files"]:
-        raise UserError(
+        raise StorageError(
             f"{folder}: no average {name} there: power-function averages are tracked where train.power_ema says so"
         )
     return safetensors.torch.load(manifest.read(folder, name, found))

@@ -28,12 +28,13 @@ def evaluation(sweep: Folder, drawn: Drawn) -> bool:
     return not projection.away
 
 
-def report(sweep: Folder, status: str) -> bool:
-    """The report's files, and the end of the sweep's own run as FINISHED or FAILED; whether MLflow took them."""
+def report(sweep: Folder, status: str | None) -> bool:
+    """The report's files, and the end of the sweep's own run, FINISHED or FAILED, if it has ended; whether MLflow took them."""
     projection = Projection(sweep, None)
     for name in (sweep / "report").list():
         _send_file(projection, name, (sweep / "report").read(name), "report")
-    projection.finish(status)
+    if status:
+        projection.finish(status)
     return not projection.away
 
 
@@ -45,8 +46,10 @@ def everything(sweep: Folder, plan: Plan, uri: str) -> int:
         raise DisScaleError(f"MLflow cannot be reached at {uri}: {' '.join(str(error).split())[:200]}") from error
     rows = {model: Rows(sweep / "runs" / model / "log").new() for model in plan.recipe.models}
     arrived = [_model(sweep, plan, model, rows[model]) for model in plan.recipe.models]
-    if results.finished(sweep, plan.recipe):
-        arrived.append(report(sweep, "FINISHED"))
+    whole = results.finished(sweep, plan.recipe)
+    ended = any(results.ended(sweep, model) for model in plan.recipe.models) or results.skipped(sweep, plan.recipe)
+    if (sweep / "report").list():
+        arrived.append(report(sweep, "FINISHED" if whole else "FAILED" if ended else None))
     if not all(arrived):
         raise DisScaleError(f"MLflow at {uri} did not take everything: give the same command again")
     return sum(map(len, rows.values()))
@@ -56,11 +59,15 @@ def _model(sweep: Folder, plan: Plan, model: str, rows: list[Row]) -> bool:
     """One model's run: rows of training, evaluations, and how it ended."""
     projection = Projection(sweep, model)
     projection.send(rows)
-    arrived = [
-        evaluation(sweep, Drawn(model, images, variant))
+    drawn = [
+        Drawn(model, images, variant)
         for variant in plan.recipe.evaluate.drawings
         for images in results.evaluated_counts(sweep, model, variant)
     ]
+    drawn += [
+        one for images in results.evaluated_counts(sweep, model) for one in results.varied_there(sweep, model, images)
+    ]
+    arrived = [evaluation(sweep, one) for one in drawn]
     if results.ended(sweep, model):
         projection.finish("FAILED")
     elif results.trained(sweep, plan.recipe, model):

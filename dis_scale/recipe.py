@@ -465,6 +465,8 @@ class Evaluate(Settings):
             e.name == "inception" and e.kind != "inception" for e in self.extractors
         ):
             raise ValueError(f"also: extractors need names of their own, other than inception: got {names}")
+        if any(e.kind == "trained" and e.name == "judge" for e in self.extractors):
+            raise ValueError("extractor: judge is the name of the classifier that judges samples: choose another")
         if sum(extractor.kind == "trained" for extractor in self.extractors) > 1:
             raise ValueError(f"also: one trained extractor at most: got {names}")
         if "distance" not in self.metrics:
@@ -542,6 +544,8 @@ class Recipe(Settings):
             raise ValueError(f"{where}: sampler {drawing.sampler} does not fit the process {self.diffusion.kind}")
         if self.diffusion.kind == "gaussian" and drawing.steps > self.diffusion.steps:
             raise ValueError(f"{where}.steps {drawing.steps} exceeds diffusion.steps {self.diffusion.steps}")
+        if (times := drawing.guidance_interval) is not None and not 0 <= times[0] < times[1] <= 1000:
+            raise ValueError(f"{where}.guidance_interval: got {list(times)}, expected two rising times from 0 to 1000")
         if drawing.ema_width is not None and self.train.power_ema is None:
             raise ValueError(f"{where}.ema_width needs the averages that train.power_ema tracks, and it names none")
 

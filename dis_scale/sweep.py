@@ -73,16 +73,16 @@ def run(recipe: Recipe, console: Console) -> None:
     plan = plans.plan(recipe, vae.latent_shape(recipe.vae, recipe.data.resolution))
     console.print(plans.table(plan))
     failed: dict[str, str] = {}
-    results.forget_outdated(sweep_folder, recipe)
     with Board(console) as board:
         sweep = Sweep(recipe, sweep_folder, plan, board)
-        if results.finished(sweep_folder, recipe) and sweep_folder.exists(f"report/{reports.CSV}"):
+        done = results.finished(sweep_folder, recipe) and not results.outdated(sweep_folder, recipe)
+        if done and sweep_folder.exists(f"report/{reports.CSV}"):
             board.say("nothing to do: every model is trained and evaluated at every published count")
         else:
             failed = _work(sweep, store)
             _report(sweep, failed)
-            for (model, images), why in results.damaged(sweep_folder, recipe).items():
-                failed[f"evaluation of {model} at {images} images"] = why
+            for drawn, why in results.skipped(sweep_folder, recipe).items():
+                failed[f"evaluation of {drawn}"] = why
     _closing_words(sweep, console)
     if failed:
         reasons = "; ".join(f"{name} failed: {why}" for name, why in failed.items())

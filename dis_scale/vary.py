@@ -5,6 +5,7 @@ Runs as a Ray job, as every stage does; each value is kept as a variant, so that
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -20,6 +21,7 @@ from dis_scale.plan import Plan
 from dis_scale.progress import Board
 from dis_scale.recipe import Recipe
 from dis_scale.report import figures
+from dis_scale.report.tables import with_error
 from dis_scale.storage import Folder
 from pipelines import jobs
 
@@ -33,13 +35,13 @@ def vary(
     sweep: Folder, plan: Plan, model: str, images: int | None, setting: str, values: Sequence[float], console: Console
 ) -> None:
     """Draws what is missing, then puts table and figure below `report/`; UserError for what cannot be drawn."""
-    at = _published(sweep, plan.recipe, model, images)
+    at, values = _published(sweep, plan.recipe, model, images), sorted({float(f"{value:g}") for value in values})
     _require_drawable(sweep, plan.recipe, model, at, setting, values)
     with Board(console) as board:
         running = sweeps.Sweep(plan.recipe, sweep, plan, board)
         with sweeps.obeying_signals(running), jobs.cluster(plan.recipe) as cluster:
             sweeps.run_stage(running, cluster, "vary", model, str(at), setting, *(f"{value:g}" for value in values))
-    _report(sweep, plan.recipe, model, at, setting, sorted(values), console)
+    _report(sweep, plan.recipe, model, at, setting, values, console)
 
 
 def _published(sweep: Folder, recipe: Recipe, model: str, images: int | None) -> int:
@@ -61,7 +63,7 @@ def _require_drawable(
             "the sweep tracked no power-function averages: train.power_ema names none, so no width can be rebuilt"
         )
     for value in values:
-        if setting == GUIDANCE and value < 0:
+        if not 0 <= value < math.inf:
             raise UserError(f"{setting} {value:g}: expected 0 or more")
         misfit = (
             ema.misfit(known, Snapshot(images // recipe.train.batch_images, value)) if setting == WIDTH and known else 0
@@ -80,9 +82,9 @@ def _report(
     for variant in results.varied(recipe.evaluate, setting, values):
         found.append(results.folder(sweep, Drawn(model, images, variant)).read_json(results.METRICS)["values"])
     title = f"{model} after {images:,} images: {metric}"
-    distances, errors = [f[metric] for f in found], [f.get(f"{metric}_error", 0.0) for f in found]
+    distances, errors = [f[metric] for f in found], [f.get(f"{metric}_error") for f in found]
     name = f"{setting.replace('_', '-')}-{model}-{checkpoint.images_name(images)}"
-    drawing = figures.curve(title, metric, setting, values, distances, errors)
+    drawing = figures.curve(title, metric, setting, values, distances, [error or 0.0 for error in errors])
     files = {f"{name}.{ending}": data for ending, data in figures.render(drawing).items()}
     for file, data in (files | {f"{name}.csv": _csv(setting, values, found)}).items():
         (sweep / "report").write(file, data)
@@ -92,7 +94,7 @@ def _report(
         out.add_column(column, justify="right")
     for value, distance, error in zip(values, distances, errors, strict=True):
         best = "bold" if distance == min(distances) else ""
-        out.add_row(f"{value:g}", f"{distance:.4g} ± {error:.2g}", style=best)
+        out.add_row(f"{value:g}", with_error(distance, error), style=best)
     console.print(out)
     console.print(f"figure   {sweep}/report/{name}.png", highlight=False, soft_wrap=True)
 

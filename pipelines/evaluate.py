@@ -5,23 +5,27 @@ workers ask for no CPU and run at low priority: one that asked for a CPU first w
 """
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import ray
 import torch
 
-from dis_scale import diffusion, manifest, mirror, vae
+from dis_scale import checkpoint, diffusion, ema, manifest, mirror, vae
 from dis_scale.data import shards
+from dis_scale.data.encode import compute_exactly
 from dis_scale.data.latents import Latents
-from dis_scale.errors import DisScaleError, Preempted, StorageError, UserError
+from dis_scale.ema import Snapshot
+from dis_scale.errors import DisScaleError, Preempted, StorageError
 from dis_scale.evaluation import held_out, measure, reference, results
 from dis_scale.evaluation.results import Drawn
-from dis_scale.evaluation.sample import COLUMNS, Block, arranged, grid, labels_of, open_studio
-from dis_scale.recipe import MAIN, Evaluate, Recipe
+from dis_scale.evaluation.sample import Block, arranged, grid, grid_columns, labels_of, open_studio
+from dis_scale.recipe import Evaluate, Recipe
 from dis_scale.storage import Folder
 from pipelines import stage
 
@@ -35,7 +39,8 @@ class Evaluator(stage.Worker):
     def __init__(self, sweep: Folder, recipe: Recipe, device: str) -> None:
         super().__init__()
         os.nice(NICE)
-        torch.set_num_threads(1)
+        compute_exactly()
+        self._drawing, self._cancelled = threading.Lock(), threading.Event()
         where = torch.device(device)
         decoder = vae.load(recipe.vae, sweep)
         shards.require_vae(sweep, decoder.identity)
@@ -44,24 +49,32 @@ class Evaluator(stage.Worker):
 
     def draw(self, drawn: Drawn, drawing: Evaluate, blocks: list[int]) -> dict[str, float]:
         """Draws and keeps blocks; returns the seconds that each part took, and the samples drawn as `images`."""
-        torch.set_num_threads(1)
-        studio, folder, images = self.studio, results.folder(self.studio.sweep, drawn), 0
-        model, before = studio.model(drawn.model, drawn.images, drawing), dict(studio.seconds)
-        for block in blocks:
-            if self._wish.is_set():
-                break
-            made = studio.draw(model, drawing, block)
-            folder.write(block_name(block), made.to_bytes())
-            self._done, images = self._done + 1, images + len(made.right)
-        return {part: seconds - before[part] for part, seconds in studio.seconds.items()} | {"images": images}
+        with self._drawing:  # one that was cancelled may still be at its last block
+            self._cancelled.clear()
+            compute_exactly()  # threads are a thread's own setting
+            studio, folder, images = self.studio, results.folder(self.studio.sweep, drawn), 0
+            before = dict(studio.seconds)
+            model = cache(lambda: studio.model(drawn.model, drawn.images, drawing))  # none where all blocks are kept
+            for block in blocks:
+                if self._wish.is_set() or self._cancelled.is_set():
+                    break
+                made = studio.draw(model(), drawing, block)
+                folder.write(block_name(block), made.to_bytes())
+                self._done, images = self._done + 1, images + len(made.right)
+            return {part: seconds - before[part] for part, seconds in studio.seconds.items()} | {"images": images}
+
+    def cancel(self) -> None:
+        """Ends the drawing under way after its block: another worker has failed at the same checkpoint."""
+        self._cancelled.set()
 
     def held_out(self, drawn: Drawn) -> dict[str, float]:
         """The loss on the images that training never saw."""
-        torch.set_num_threads(1)
-        recipe, settings = self.studio.recipe, self.studio.recipe.evaluate
-        latents = Latents(shards.latents_of(self.studio.sweep), recipe.seed, recipe.data.held_out_images)
-        model = self.studio.model(drawn.model, drawn.images, settings)
-        return held_out.losses(model, diffusion.build(recipe.diffusion), latents, recipe.seed, settings.batch_images)
+        with self._drawing:
+            compute_exactly()
+            recipe, settings = self.studio.recipe, self.studio.recipe.evaluate
+            latents = Latents(shards.latents_of(self.studio.sweep), recipe.seed, recipe.data.held_out_images)
+            model, process = self.studio.model(drawn.model, drawn.images, settings), diffusion.build(recipe.diffusion)
+            return held_out.losses(model, process, latents, recipe.seed, settings.batch_images)
 
 
 @dataclass
@@ -80,23 +93,41 @@ class Evaluation:
         """Draws what is missing of one published checkpoint and writes its grid and, last, its metrics; returns them."""
         folder, drawing = results.folder(self.sweep, drawn), self.drawings[drawn.variant]
         left = [b for b in range(_block_count(drawing)) if not _whole(folder, b)]
-        share = len(self.workers)
-        parts = [w.draw.remote(drawn, drawing, left[i::share]) for i, w in enumerate(self.workers)]
-        spent = stage.watch(self.workers, parts, lambda done: self._report(sum(done)))
+        spent = self._draw(drawn, drawing, left)
+        stage.leave_if_asked()
         values = self._held_out(drawn)
         stage.leave_if_asked()
         began = time.monotonic()
         measured, pictures = self._measure(folder, drawing)
         values |= measured
-        folder.write(results.GRID, grid(arranged(pictures, self.labels), COLUMNS))
-        notes = measure.notes(self.references, drawing)
+        folder.write(results.GRID, grid(arranged(pictures, self.labels), grid_columns(self.labels)))
+        notes = measure.notes(self.references, drawing) + self._average_note(drawn, drawing)
         seconds = _seconds(spent) | {"metrics": time.monotonic() - began}
         folder.write_json(
             results.METRICS, _facts(drawn, drawing) | {"notes": notes, "values": values, "seconds": seconds}
         )
-        folder.delete(results.DAMAGED)
+        folder.delete(results.SKIPPED)
         mirror.evaluation(self.sweep, drawn)
         return values
+
+    def _draw(self, drawn: Drawn, drawing: Evaluate, blocks: list[int]) -> list[dict[str, float]]:
+        """The blocks by all workers; where one fails, the others end their block and leave before its failure is raised."""
+        share = len(self.workers)
+        parts = [w.draw.remote(drawn, drawing, blocks[i::share]) for i, w in enumerate(self.workers)]
+        try:
+            return stage.watch(self.workers, parts, lambda done: self._report(sum(done)))
+        except ray.exceptions.RayTaskError:
+            ray.get([w.cancel.remote() for w in self.workers])
+            raise
+
+    def _average_note(self, drawn: Drawn, drawing: Evaluate) -> list[str]:
+        """How well an average that was not tracked could be rebuilt."""
+        train = self.recipe.train
+        known = checkpoint.snapshots(self.sweep / "runs" / drawn.model, drawn.images, train)
+        if drawing.ema_width is None or not known:
+            return []
+        misfit = ema.misfit(known, Snapshot(drawn.images // train.batch_images, drawing.ema_width))
+        return [f"{drawn}: the average of width {drawing.ema_width:g} was rebuilt to within {misfit:.0%}"]
 
     def _held_out(self, drawn: Drawn) -> dict[str, float]:
         """The held-out loss belongs to the checkpoint, however samples are drawn: it stands beside the main ones."""
@@ -145,13 +176,13 @@ def vary(sweep: Folder, recipe: Recipe, arguments: list[str]) -> None:
 
 def _evaluate_all(sweep: Folder, recipe: Recipe, device: str, skipped: set[Drawn]) -> None:
     """Takes each new published folder as it comes; what cannot be measured is named, noted in storage and skipped."""
+    sweep = sweep.patient
     checkpoints = len(recipe.models) * len(recipe.train.publish_images)
     evaluation = open_evaluation(sweep, recipe, device, recipe.evaluate.drawings, checkpoints)
-    for model in recipe.models:
-        for variant in recipe.evaluate.drawings:
-            for images in results.evaluated_counts(sweep, model, variant):
-                mirror.evaluation(sweep, Drawn(model, images, variant))
-    news = time.monotonic()
+    _mirror_what_is_there(sweep, recipe)
+    for drawn in results.outdated(sweep, recipe):
+        _evaluate_one(evaluation, drawn, skipped)
+    news, before = time.monotonic(), None
     while True:
         stage.leave_if_asked()
         over = results.nothing_more_to_come(sweep, recipe)  # asked first: what is published meanwhile is still seen
@@ -162,11 +193,28 @@ def _evaluate_all(sweep: Folder, recipe: Recipe, device: str, skipped: set[Drawn
         elif over:
             return
         elif time.monotonic() - news > recipe.evaluate.give_up_after_s:
-            raise DisScaleError(
-                f"nothing was published for {recipe.evaluate.give_up_after_s:.0f} s: is training running?"
-            )
+            if before == (now := _traces(sweep, recipe)):
+                raise DisScaleError(
+                    f"nothing was published or saved for {recipe.evaluate.give_up_after_s:.0f} s: is training running?"
+                )
+            news, before = time.monotonic(), now
         else:
             stage.pause(LOOK_EVERY_S)
+
+
+def _mirror_what_is_there(sweep: Folder, recipe: Recipe) -> None:
+    """Sends earlier evaluations that MLflow may have missed; where it is away, once is enough to know."""
+    for model in recipe.models:
+        for variant in recipe.evaluate.drawings:
+            for images in results.evaluated_counts(sweep, model, variant):
+                stage.leave_if_asked()
+                if not mirror.evaluation(sweep, Drawn(model, images, variant)):
+                    return
+
+
+def _traces(sweep: Folder, recipe: Recipe) -> list[list[str]]:
+    """What training leaves as it goes on."""
+    return [(sweep / "runs" / model).list("resume") for model in recipe.models]
 
 
 def open_evaluation(
@@ -183,11 +231,12 @@ def open_evaluation(
 def _evaluate_one(evaluation: Evaluation, drawn: Drawn, skipped: set[Drawn]) -> None:
     try:
         values = evaluation.evaluate(drawn)
-    except (Preempted, UserError):
+    except Preempted:
         raise
     except DisScaleError as error:
-        stage.say(f"skipped: {error}")
-        results.folder(evaluation.sweep, drawn._replace(variant=MAIN)).write_json(results.DAMAGED, {"why": str(error)})
+        why = str(stage.cause_of(error))
+        stage.say(f"skipped: {drawn}: {why}")
+        results.folder(evaluation.sweep, drawn).write_json(results.SKIPPED, {"why": why})
         skipped.add(drawn)
         return
     stage.say(_shown(drawn, values))
@@ -195,8 +244,7 @@ def _evaluate_one(evaluation: Evaluation, drawn: Drawn, skipped: set[Drawn]) -> 
 
 def _shown(drawn: Drawn, values: dict[str, float]) -> str:
     shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name)
-    variant = f" ({drawn.variant})" if drawn.variant else ""
-    return f"{drawn.model} at {drawn.images} images{variant}: {shown}"
+    return f"{drawn}: {shown}"
 
 
 def _facts(drawn: Drawn, drawing: Evaluate) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import ray
 import torch
 
 from dis_scale import digits, manifest, vae
+from dis_scale.data.encode import compute_exactly
 from dis_scale.data.shards import store_of
 from dis_scale.data.sources import Source, open_source
 from dis_scale.errors import Preempted
@@ -25,6 +26,7 @@ class Preparer(stage.Worker):
     """Does what is missing, one thing after another; progress counts optimizer steps and reference images."""
 
     def prepare(self, sweep: Folder, recipe: Recipe, device: str) -> None:
+        compute_exactly()
         torch.set_num_threads(CPUS)
         self._images: Any = None
         if _vae_missing(sweep, recipe):

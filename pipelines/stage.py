@@ -51,7 +51,7 @@ def main(program: Program, url: str, *arguments: str) -> None:
     try:
         program(sweep, load_recipe(sweep), list(arguments))
     except Exception as error:
-        _end_with(error.cause if isinstance(error, ray.exceptions.RayTaskError) else error, error)
+        _end_with(cause_of(error), error)
 
 
 def _end_with(cause: BaseException, error: BaseException) -> NoReturn:
@@ -62,6 +62,11 @@ def _end_with(cause: BaseException, error: BaseException) -> NoReturn:
     traceback.print_exception(error, file=sys.stdout)
     print(f"error: {type(cause).__name__}: {(str(cause).splitlines() or [''])[0][:300]}", flush=True)
     os._exit(1)
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What a worker raised, without the traceback and the addresses that Ray puts around it."""
+    return error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
 
 
 def load_recipe(sweep: Folder) -> Recipe:

@@ -27,6 +27,7 @@ def sweep(tmp_path: Path, tiny: Recipe) -> Path:
         (["sweep-guidance", "{}", "dit"], "dit has not published anything: published are none"),
         (["sweep-guidance", "{}", "dis", "--at", "320"], "dis has not published 320 images: published are 160"),
         (["sweep-guidance", "{}", "dis", "--scales", "1,-2"], "guidance -2: expected 0 or more"),
+        (["sweep-guidance", "{}", "dis", "--scales", "1,inf"], "guidance inf: expected 0 or more"),
         (["sweep-guidance", "{}", "dis", "--scales", "one"], "--scales 'one': expected numbers with commas"),
         (["sweep-ema", "{}", "dis", "--widths", "0.5"], "expected a relative width from 0.005 to 0.28"),
         (
@@ -37,7 +38,10 @@ def sweep(tmp_path: Path, tiny: Recipe) -> Path:
         (["stop", "{}"], "no Ray is known here: --address http://HOST:8265, or set RAY_ADDRESS"),
         (["stop", "{}", "--address", "http://127.0.0.1:9"], "no Ray answers at http://127.0.0.1:9"),
         (["report", "{}/none"], "/none: expected a folder with recipe.yaml"),
-        (["report", "{}", "--published"], "others' points are FID of 50,000 samples under Inception features"),
+        (
+            ["report", "{}", "--published"],
+            "points are FID of 50,000 samples on ImageNet 256 x 256, tiny has fd_digits_80",
+        ),
         (["compare", "{}", "{}"], "tiny and tiny have no model at one image count in common"),
     ],
 )

@@ -162,15 +162,21 @@ def infinity(features_ND: np.ndarray, frechet: Frechet, seed: int) -> tuple[floa
     error tells how straight the line is and is no bound for another draw of samples. DisScaleError where they are too few.
     """
     samples, d = features_ND.shape
-    least = int(np.ceil(max(INFINITY_SHARE * samples, INFINITY_RATIO * d)))
-    if samples < 2 * least:
-        raise DisScaleError(
-            f"distance_infinity: {samples:,} samples are too few for {d:,} features: expected at least "
-            f"{int(np.ceil(2 * INFINITY_RATIO * d)):,}; raise evaluate.samples"
-        )
+    least = require_infinity(samples, d)
     sizes = np.linspace(least, samples, INFINITY_POINTS).astype(int)
     distances = [frechet(fit(features_ND[_subset(seed, samples, size)])) for size in sizes]
     return _intercept(1 / sizes, np.array(distances))
+
+
+def require_infinity(samples: int, features: int) -> int:
+    """The size of the smallest set that `infinity` draws; DisScaleError where so many samples are too few for it."""
+    least = int(np.ceil(max(INFINITY_SHARE * samples, INFINITY_RATIO * features)))
+    if samples < 2 * least:
+        raise DisScaleError(
+            f"distance_infinity: {samples:,} samples are too few for {features:,} features: expected at least "
+            f"{int(np.ceil(2 * INFINITY_RATIO * features)):,}; raise evaluate.samples"
+        )
+    return least
 
 
 def _subset(seed: int, samples: int, size: int) -> np.ndarray:

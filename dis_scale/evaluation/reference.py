@@ -14,16 +14,19 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dis_scale import seeds
+from dis_scale.data.ahead import in_order
 from dis_scale.data.sources import Source
 from dis_scale.errors import StorageError, UndecodableImage
-from dis_scale.evaluation import features, sealed
+from dis_scale.evaluation import features, kernel, sealed
 from dis_scale.evaluation.adm import open_reference
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor, Features
-from dis_scale.evaluation.metrics import Gaussian, Sums, frechet, require_finite
+from dis_scale.evaluation.metrics import Gaussian, Sums, frechet, require_finite, require_infinity, require_samples
 from dis_scale.recipe import Data, Recipe
 from dis_scale.storage import Folder
 
 FORMAT = 2
+STRETCH, DECODERS = 64, 4
+"""Images read in one go, and threads that read and decode ahead of the extractors."""
 KEPT = 10_000
 """Images whose features are kept: as many as ADM's references hold; drawn by a fixed seed where the source has more."""
 Report = Callable[[int], None]
@@ -132,10 +135,23 @@ def read_adm(url: str, resolution: int, extractor: Extractor, report: Report) ->
 
 
 def require(name: str, reference: Reference, recipe: Recipe) -> None:
-    """StorageError where the recipe's metrics need what the reference under extractor `name` lacks."""
-    where = recipe.evaluate.reference or f"reference under {name}"
+    """StorageError where the recipe's metrics need what the reference under extractor `name` lacks, before anything is drawn."""
+    where, samples = recipe.evaluate.reference or f"reference under {name}", recipe.evaluate.samples
+    d, kept = len(reference.gaussian.mean), reference.kept
+    require_samples(samples, d)
+    if 0 < reference.gaussian.count <= d:  # an ADM file does not say of how many images it is
+        raise StorageError(
+            f"{where}: {reference.gaussian.count:,} images are too few for the covariance of {d:,} features"
+        )
+    if "distance_infinity" in recipe.evaluate.metrics:
+        require_infinity(samples, d)
+    if "kid" in recipe.evaluate.metrics and kept is not None and len(kept) < kernel.SUBSET_IMAGES:
+        raise StorageError(
+            f"{where}: kid draws subsets of {kernel.SUBSET_IMAGES:,} images, here are {len(kept):,}: "
+            "take it off evaluate.metrics"
+        )
     for metric in recipe.evaluate.metrics:
-        if metric in ("kid", "precision_recall") and reference.kept is None:
+        if metric in ("kid", "precision_recall") and kept is None:
             raise StorageError(f"{where}: no images (arr_0), which {metric} needs: take it off evaluate.metrics")
         if metric == "sfid" and name == "inception" and reference.spatial is None:
             raise StorageError(f"{where}: no mu_s and sigma_s, which {metric} needs: take it off evaluate.metrics")
@@ -179,14 +195,14 @@ def stored(sweep: Folder, recipe: Recipe) -> bool:
 
 
 def path(recipe: Recipe, name: str, identity: str) -> str:
-    """`reference/<fingerprint>.npz`, by the images' source, size and crop and the extractor's weights."""
+    """`reference/<fingerprint>.npz`, by the images' source and size and the extractor's weights."""
     key = json.dumps(_facts(recipe, name, identity), sort_keys=True)
     return f"reference/{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
 
 
 def _facts(recipe: Recipe, name: str, identity: str) -> dict[str, str]:
     """What the statistics are a function of; all are written beside them."""
-    drawn_from = recipe.data.model_dump(mode="json", include={"source", "crop", "undecodable"})
+    drawn_from = recipe.data.model_dump(mode="json", include={"source", "undecodable"})
     images = recipe.evaluate.reference or json.dumps(drawn_from, sort_keys=True)
     return {
         "format": str(FORMAT), "extractor": name, "weights": identity, "resolution": str(recipe.data.resolution),
@@ -199,13 +215,15 @@ def _kept(count: int) -> np.ndarray:
 
 
 def _images(source: Source, data: Data, report: Report) -> Iterator[tuple[int, np.ndarray]]:
-    for i in range(len(source)):
-        try:
-            yield i, source.pixels(i, data.resolution)
-        except UndecodableImage:
-            if data.undecodable == "refuse":
-                raise
-        report(i + 1)
+    """Each image with its position, read and decoded ahead in threads."""
+    stretches = source.stretches(range(len(source)), STRETCH)
+    for positions, images in in_order(stretches, lambda p: (p, source.decoded(p, data.resolution)), DECODERS):
+        for position, image in zip(positions, images, strict=True):
+            if not isinstance(image, UndecodableImage):
+                yield position, image
+            elif data.undecodable == "refuse":
+                raise image
+        report(positions.stop)
 
 
 def batched(items: Iterator[T], size: int) -> Iterator[list[T]]:

@@ -11,7 +11,9 @@ from dis_scale.checkpoint import images_name
 from dis_scale.recipe import MAIN, Evaluate, Recipe
 from dis_scale.storage import Folder
 
-METRICS, GRID, ENDED, DAMAGED = "metrics.json", "samples.png", "ended.json", "damaged.json"
+METRICS, GRID, ENDED, SKIPPED = "metrics.json", "samples.png", "ended.json", "skipped.json"
+VARIED = "vary"
+"""Below one evaluation: what `vary.py` drew beside the recipe's variants."""
 
 
 class Drawn(NamedTuple):
@@ -21,10 +23,20 @@ class Drawn(NamedTuple):
     images: int
     variant: str = MAIN
 
+    def __str__(self) -> str:
+        return f"{self.model} at {self.images:,} images" + (f" ({self.variant})" if self.variant else "")
+
 
 def varied(main: Evaluate, setting: str, values: Sequence[float]) -> dict[str, Evaluate]:
-    """The main way to draw with other values of one setting, by name: `guidance-1.25`."""
-    return {f"{setting.replace('_', '-')}-{value:g}": main.model_copy(update={setting: value}) for value in values}
+    """The main way to draw with other values of one setting, by name: `vary/guidance-1.25`."""
+    return {f"{VARIED}/{setting.replace('_', '-')}-{v:g}": main.model_copy(update={setting: v}) for v in values}
+
+
+def varied_there(sweep: Folder, model: str, images: int) -> list[Drawn]:
+    """What was drawn of a checkpoint beside the recipe's ways."""
+    place = folder(sweep, Drawn(model, images))
+    there = [Drawn(model, images, f"{VARIED}/{name}") for name in place.list(VARIED)]
+    return [drawn for drawn in there if folder(sweep, drawn).exists(METRICS)]
 
 
 def folder(sweep: Folder, drawn: Drawn) -> Folder:
@@ -55,13 +67,15 @@ def to_do(sweep: Folder, recipe: Recipe) -> list[Drawn]:
     return sorted(left, key=lambda drawn: (drawn.variant != MAIN, sign * drawn.images))
 
 
-def forget_outdated(sweep: Folder, recipe: Recipe) -> None:
-    """Deletes metrics that lack one which the recipe asks for since: they are measured again, from the blocks that are kept."""
-    for model in recipe.models:
-        for variant, drawing in recipe.evaluate.drawings.items():
-            for images, found in evaluated(sweep, model, variant).items():
-                if not set(drawing.metrics) <= set(found["metrics"]):
-                    folder(sweep, Drawn(model, images, variant)).delete(METRICS)
+def outdated(sweep: Folder, recipe: Recipe) -> list[Drawn]:
+    """Evaluations that lack a metric which the recipe asks for since: to be measured again, from the blocks that are kept."""
+    return [
+        Drawn(model, images, variant)
+        for model in recipe.models
+        for variant, drawing in recipe.evaluate.drawings.items()
+        for images, found in evaluated(sweep, model, variant).items()
+        if not set(drawing.metrics) <= set(found["metrics"])
+    ]
 
 
 def nothing_more_to_come(sweep: Folder, recipe: Recipe) -> bool:
@@ -80,11 +94,11 @@ def ended(sweep: Folder, model: str) -> str | None:
     return run.read_json(ENDED)["why"] if run.exists(ENDED) else None
 
 
-def damaged(sweep: Folder, recipe: Recipe) -> dict[tuple[str, int], str]:
-    """The published checkpoints that evaluation had to skip, and what was wrong with each."""
-    pairs = [(model, images) for model in recipe.models for images in recipe.train.publish_images]
-    places = {pair: folder(sweep, Drawn(*pair)) for pair in pairs}
-    return {pair: place.read_json(DAMAGED)["why"] for pair, place in places.items() if place.exists(DAMAGED)}
+def skipped(sweep: Folder, recipe: Recipe) -> dict[Drawn, str]:
+    """What evaluation had to skip, and why."""
+    counts, variants = recipe.train.publish_images, recipe.evaluate.drawings
+    every = [Drawn(model, n, variant) for model in recipe.models for n in counts for variant in variants]
+    return {one: folder(sweep, one).read_json(SKIPPED)["why"] for one in every if folder(sweep, one).exists(SKIPPED)}
 
 
 def finished(sweep: Folder, recipe: Recipe) -> bool:

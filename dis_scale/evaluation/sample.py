@@ -18,7 +18,7 @@ from dis_scale import checkpoint, diffusion, models, seeds
 from dis_scale.data import shards
 from dis_scale.diffusion.generate import generate
 from dis_scale.digits import Classifier
-from dis_scale.errors import DisScaleError, StorageError
+from dis_scale.errors import DisScaleError, StorageError, UserError
 from dis_scale.evaluation import sealed
 from dis_scale.evaluation.features import JUDGE, Extractor, Features, load_classifier, load_extractors
 from dis_scale.models import Backbone
@@ -148,7 +148,10 @@ def load_model(recipe: Recipe, name: str, shape: LatentShape, weights: dict[str,
     missing = {n for n, _ in model.named_parameters()} ^ weights.keys()
     if missing:
         raise StorageError(f"published weights do not fit {name}: {sorted(missing)[:3]}")
-    models.check_finite(model)
+    try:
+        models.check_finite(model)
+    except UserError as error:
+        raise StorageError(f"published weights of {name}: {error}") from error
     return model.eval().requires_grad_(False)
 
 
@@ -175,6 +178,11 @@ def grid_numbers(labels: np.ndarray) -> list[int]:
     shown = present[np.linspace(0, len(present) - 1, min(COLUMNS, len(present))).round().astype(int)]
     columns = [np.flatnonzero(labels == label)[:ROWS] for label in shown]
     return np.stack([column[: min(map(len, columns))] for column in columns], axis=1).flatten().tolist()
+
+
+def grid_columns(labels: np.ndarray) -> int:
+    """One a class that the grid shows."""
+    return len(np.unique(labels[grid_numbers(labels)]))
 
 
 def arranged(pictures: np.ndarray, labels: np.ndarray) -> np.ndarray:

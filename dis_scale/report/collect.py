@@ -5,6 +5,7 @@ from typing import Any
 
 from dis_scale import tracking
 from dis_scale.evaluation import results
+from dis_scale.evaluation.results import Drawn
 from dis_scale.models.cost import Cost
 from dis_scale.plan import Plan
 from dis_scale.recipe import MAIN
@@ -41,18 +42,20 @@ class Point:
 
 @dataclass(frozen=True)
 class Report:
-    """All points of a sweep under one metric; `failed` and `damaged` say what is missing and why."""
+    """All points of a sweep under one metric; `failed` and `skipped` say what is missing and why."""
 
     sweep: str
     metric: str
     points: list[Point]
     failed: dict[str, str]
-    damaged: dict[tuple[str, int], str]
+    skipped: dict[Drawn, str]
+    resolution: int
+    num_classes: int
 
     @property
     def main(self) -> list[Point]:
-        """The points of the main way to draw: those of the curve."""
-        return [p for p in self.points if p.variant == MAIN]
+        """The points of the main way to draw that logarithmic axes can show: those of the curves."""
+        return [p for p in self.points if p.variant == MAIN and self.distance(p) > 0]
 
     @property
     def counts(self) -> list[int]:
@@ -76,9 +79,9 @@ class Report:
     def distance(self, point: Point) -> float:
         return point.values[self.metric]
 
-    def error(self, point: Point) -> float:
-        """The distance's standard error; 0 where none could be estimated."""
-        return point.values.get(f"{self.metric}_error", 0.0)
+    def error(self, point: Point) -> float | None:
+        """The distance's standard error, where one could be estimated."""
+        return point.values.get(f"{self.metric}_error")
 
     def family(self, kind: str, images: int) -> list[Point]:
         """A family's points at one count, by rising cost."""
@@ -98,4 +101,12 @@ def collect(sweep: Folder, plan: Plan) -> Report:
                 share = None if known is None else goodput[known]
                 points.append(Point(model, kind, variant, images, cost, found["values"], facts, share))
     failed = {model: why for model in plan.costs if (why := results.ended(sweep, model))}
-    return Report(sweep.name, recipe.evaluate.metric, points, failed, results.damaged(sweep, recipe))
+    return Report(
+        sweep.name,
+        recipe.evaluate.metric,
+        points,
+        failed,
+        results.skipped(sweep, recipe),
+        recipe.data.resolution,
+        recipe.data.num_classes,
+    )

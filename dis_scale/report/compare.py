@@ -7,15 +7,16 @@ from rich.table import Table
 
 from dis_scale.errors import UserError
 from dis_scale.report.collect import Point, Report
+from dis_scale.report.tables import FACTS
 
 
 class Difference(NamedTuple):
-    """One model at one count in both sweeps: b - a, and the standard error of that."""
+    """One model at one count in both sweeps: b - a, and the standard error of that where both have one."""
 
     a: Point
     b: Point
     change: float
-    error: float
+    error: float | None
 
 
 def differences(a: Report, b: Report) -> list[Difference]:
@@ -26,26 +27,33 @@ def differences(a: Report, b: Report) -> list[Difference]:
     pairs = [(p, theirs[key]) for p in a.points if (key := (p.model, p.variant, p.images)) in theirs]
     if not pairs:
         raise UserError(f"{a.sweep} and {b.sweep} have no model at one image count in common")
-    return [
-        Difference(p, q, b.distance(q) - a.distance(p), math.hypot(a.error(p), b.error(q))) for p, q in pairs
-    ]  # fmt: skip
+    return [Difference(p, q, b.distance(q) - a.distance(p), _error(a.error(p), b.error(q))) for p, q in pairs]
+
+
+def _error(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else math.hypot(a, b)
 
 
 def table(a: Report, b: Report) -> Table:
     """A row a common point; bold where the difference is beyond twice its error."""
     found = differences(a, b)
-    out = Table(title=f"{a.sweep} against {b.sweep}: {a.metric}", caption=_left_out(a, b, len(found)))
+    out = Table(title=f"{a.sweep} against {b.sweep}: {a.metric}", caption="\n".join(_notes(a, b, found)))
     for column in ("model", "drawn", "images", a.sweep, b.sweep, "difference", "in errors"):
         out.add_column(column, justify="left" if column in ("model", "drawn") else "right")
     for p, q, change, error in found:
         beyond = f"{change / error:+.1f}" if error else ""
         out.add_row(
             p.model, p.variant or "main", f"{p.images:,}", f"{a.distance(p):.4g}", f"{b.distance(q):.4g}",
-            f"{change:+.3g} ± {error:.2g}", beyond, style="bold" if error and abs(change) > 2 * error else "",
+            f"{change:+.3g}" + (f" ± {error:.2g}" if error else ""), beyond,
+            style="bold" if error and abs(change) > 2 * error else "",
         )  # fmt: skip
     return out
 
 
-def _left_out(a: Report, b: Report, common: int) -> str:
-    alone = len(a.points) + len(b.points) - 2 * common
-    return "bold: beyond two standard errors" + (f"; {alone} points stand in one sweep alone" if alone else "")
+def _notes(a: Report, b: Report, found: list[Difference]) -> list[str]:
+    """What stands in one sweep alone, and where the two were not drawn alike."""
+    said = ["bold: beyond two standard errors"]
+    if alone := len(a.points) + len(b.points) - 2 * len(found):
+        said.append(f"{alone} points stand in one sweep alone")
+    unlike = {(key, str(p.facts.get(key)), str(q.facts.get(key))) for p, q, *_ in found for key in FACTS}
+    return said + [f"{key} differs: {x} and {y}" for key, x, y in sorted(unlike) if x != y]

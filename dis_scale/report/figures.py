@@ -4,6 +4,7 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -72,10 +73,11 @@ def curve(
 def render(drawing: Figure) -> dict[str, bytes]:
     """The figure's PNG and SVG, by ending; the same bytes from the same figure."""
     files = {}
-    for ending in ("png", "svg"):
-        buffer = io.BytesIO()
-        drawing.savefig(buffer, format=ending, dpi=160, metadata={"Date": None} if ending == "svg" else None)
-        files[ending] = buffer.getvalue()
+    with rc_context({"svg.hashsalt": "dis-scale"}):
+        for ending in ("png", "svg"):
+            buffer = io.BytesIO()
+            drawing.savefig(buffer, format=ending, dpi=160, metadata={"Date": None} if ending == "svg" else None)
+            files[ending] = buffer.getvalue()
     return files
 
 
@@ -135,7 +137,7 @@ def _line(axes: Axes, report: Report, points: list[Point], kind: str, shade: str
     """A family's or a model's points with their errors."""
     if points:
         axes.errorbar(
-            [getattr(p, along) for p in points], [report.distance(p) for p in points], [report.error(p) for p in points],
+            [getattr(p, along) for p in points], [report.distance(p) for p in points], [report.error(p) or 0.0 for p in points],
             marker=MARKERS[kind], linestyle=LINES[kind], capsize=2, color=shade, label=label,
         )  # fmt: skip
 
@@ -153,7 +155,7 @@ def _published(axes: Axes) -> None:
         points = [p for p in PUBLISHED if p.family == family]
         axes.plot(
             [p.gmacs for p in points], [p.fid for p in points], marker, color="black", markersize=9,
-            label=f"{family}, published (102.4M images, no guidance)",
+            label=f"{family}, published (ImageNet 256, 102.4M images, no guidance)",
         )  # fmt: skip
 
 

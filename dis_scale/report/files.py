@@ -15,11 +15,12 @@ CSV, PAGE = "gflops_fid.csv", "index.html"
 def write(sweep: Folder, report: Report, published: bool = False) -> dict[str, bytes]:
     """Puts the figures, the page and, last, the CSV below `report/`; returns them by name.
 
-    `published` draws others' points beside ours; UserError where ours are not FID, too.
+    `published` draws others' points beside ours; UserError where ours are not FID on the same images.
     """
-    if published and report.metric != "fid":
+    if published and (report.metric, report.resolution, report.num_classes) != ("fid", 256, 1000):
         raise UserError(
-            f"--published: others' points are FID of 50,000 samples under Inception features, {report.sweep} has {report.metric}"
+            f"--published: others' points are FID of 50,000 samples on ImageNet 256 x 256, {report.sweep} has {report.metric} at "
+            f"{report.resolution} pixels and {report.num_classes} classes"
         )
     drawn = {
         "gflops_fid": (figures.gflops_distance(report, published), "Gflops against distance at each image count"),

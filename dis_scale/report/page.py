@@ -11,7 +11,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #111; max-width: 60rem; marg
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; }
 figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; }
 figcaption, .note { color: #555; font-size: .9rem; } .missing { color: #a00; }
 """

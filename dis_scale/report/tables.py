@@ -19,7 +19,7 @@ def table(report: Report) -> Table:
     caption = Text("\n".join(notes(report))).append("".join(f"\n{line}" for line in missing(report)), style="red")
     out = Table(title=f"{report.sweep}: Gflops against {report.metric}", caption=caption)
     for column in columns(report):
-        out.add_column(column, justify="left" if column in ("model", "drawn") else "right")
+        out.add_column(column, justify="left" if column in ("model", "drawn", "sampler") else "right")
     for point in report.points:
         out.add_row(*row(report, point))
     return out
@@ -29,7 +29,8 @@ def columns(report: Report) -> list[str]:
     """Short enough for a terminal of 120 characters."""
     judged = ["class acc."] if _judged(report) else []
     cost = ["parameters", "Gflops", "paper's"] if _papers(report) else ["parameters", "Gflops"]
-    return ["model", *cost, "images", "EFLOP", "goodput", report.metric, *judged, "drawn"]
+    drawn = ["drawn"] if len(report.drawings) > 1 else []
+    return ["model", *drawn, *cost, "images", "EFLOP", "goodput", report.metric, *judged, "sampler", "guidance"]
 
 
 def row(report: Report, p: Point) -> list[str]:
@@ -38,16 +39,17 @@ def row(report: Report, p: Point) -> list[str]:
     judged = ["" if accuracy is None else f"{accuracy:.1%}"] if _judged(report) else []
     paper = [f"{p.cost.paper_gflops:.4g}" if p.cost.paper_gflops else ""] if _papers(report) else []
     goodput = "" if p.goodput is None else f"{p.goodput:.0%}"
+    drawn = [p.variant or "main"] if len(report.drawings) > 1 else []
     return [
-        p.model, f"{p.cost.parameters:,}", f"{p.gmacs:.4g}", *paper, f"{p.images:,}", f"{p.eflops:.3g}", goodput,
-        distance(report, p), *judged, p.variant or "main",
+        p.model, *drawn, f"{p.cost.parameters:,}", f"{p.gmacs:.4g}", *paper, f"{p.images:,}", f"{p.eflops:.3g}", goodput,
+        with_error(report.distance(p), report.error(p)), *judged, f"{p.facts['sampler']} {p.facts['steps']}",
+        f"{p.facts['guidance']:g}",
     ]  # fmt: skip
 
 
-def distance(report: Report, p: Point) -> str:
-    """With its standard error, where there is one."""
-    error = report.error(p)
-    return f"{report.distance(p):.4g}" + (f" ± {error:.2g}" if error else "")
+def with_error(distance: float, error: float | None) -> str:
+    """A distance and its standard error, where there is one."""
+    return f"{distance:.4g}" + ("" if error is None else f" ± {error:.2g}")
 
 
 def notes(report: Report) -> list[str]:
@@ -69,8 +71,8 @@ def notes(report: Report) -> list[str]:
 
 def missing(report: Report) -> list[str]:
     """A line for each model that failed and each checkpoint that could not be evaluated."""
-    damaged = [f"{model} at {images:,} images skipped: {why}" for (model, images), why in report.damaged.items()]
-    return [f"{model} failed: {why}" for model, why in report.failed.items()] + damaged
+    skipped = [f"{drawn} skipped: {why}" for drawn, why in report.skipped.items()]
+    return [f"{model} failed: {why}" for model, why in report.failed.items()] + skipped
 
 
 def to_csv(report: Report) -> bytes:

@@ -37,12 +37,6 @@ def run(root: str, *settings: str, **environment: str) -> subprocess.CompletedPr
     )
 
 
-def cli(*arguments: str) -> str:
-    """What the `dis-scale` command prints."""
-    command = [sys.executable, "-m", "dis_scale.cli", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=TIMEOUT_S).stdout
-
-
 def start(root: str, *settings: str, log: Path) -> subprocess.Popen[bytes]:
     """The sweep in the background, its own process group, so that a test can kill it with all its children."""
     with log.open("wb") as out:

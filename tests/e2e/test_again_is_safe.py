@@ -10,6 +10,7 @@ import pytest
 from dis_scale import checkpoint, tracking
 from dis_scale import recipe as recipes
 from dis_scale.storage import Folder
+from dis_scale.sweep import stop
 from tests.e2e import sweeps
 
 
@@ -18,12 +19,12 @@ def test_stopped_twice_and_given_again_to_the_end_and_beyond(tmp_path: Path) -> 
     run = sweeps.sweep_folder(root) / "runs/dis"
     sweep = sweeps.start(root, *sweeps.SLOW, log=log)
     sweeps.wait_until(lambda: len((run / "resume").list()) > 1, sweep, log)
-    assert sweeps.cli("stop", f"{root}/sweeps/tiny").startswith("asked to stop: tiny-")
+    assert all(job.startswith("tiny-") for job in stop(sweeps.sweep_folder(root), None))
     assert sweep.wait(60) == 75, log.read_text()
     assert "was stopped from outside; give the same command again to go on" in log.read_text()
-    kept = (run / "resume").list()
+    other, kept = sweeps.sweep_folder(root) / "runs/dit", (sweeps.sweep_folder(root) / "runs/dit/resume").list()
     sweep = sweeps.start(root, *sweeps.SLOW, log=log)
-    sweeps.wait_until(lambda: (run / "resume").list() != kept, sweep, log)
+    sweeps.wait_until(lambda: (other / "resume").list() != kept, sweep, log)
     sweep.send_signal(signal.SIGTERM)
     assert sweep.wait(60) == 75, log.read_text()
     assert "stopped as asked; give the same command again to go on" in log.read_text()

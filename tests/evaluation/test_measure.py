@@ -109,7 +109,7 @@ def test_the_splits_are_torch_fidelitys_and_adms() -> None:
     assert np.bincount(score.adm_splits(12_000)).tolist() == [5000, 5000, 2000]
 
 
-def test_the_same_bits_whoever_drew_the_blocks_and_whenever_they_came(images: tuple[Features, Features]) -> None:
+def test_blocks_go_through_storage_and_back_to_the_same_bits(images: tuple[Features, Features]) -> None:
     """Eight workers' blocks, stored and read again in another order, against one worker's."""
     generated, real = images
     settings, real_ones = inception_settings(samples=1200, metrics=EVERY), {"inception": reference(real)}

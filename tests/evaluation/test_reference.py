@@ -1,6 +1,7 @@
 """The real images' statistics: computed once for all extractors, and refused where they are of other images or features."""
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,10 @@ from torch import nn
 
 from dis_scale import recipe as recipes
 from dis_scale.data.sources import Source, open_source
-from dis_scale.errors import StorageError, UserError
+from dis_scale.errors import DisScaleError, StorageError, UndecodableImage, UserError
 from dis_scale.evaluation import reference
 from dis_scale.evaluation.features import Extractor, load_extractor, load_extractors
-from dis_scale.evaluation.metrics import fit, frechet
+from dis_scale.evaluation.metrics import Gaussian, fit, frechet
 from dis_scale.recipe import Recipe, TorchScriptExtractor
 from dis_scale.storage import Folder, folder
 from tests.conftest import TINY
@@ -64,9 +65,12 @@ class Counted:
     def __len__(self) -> int:
         return len(self._source)
 
-    def pixels(self, i: int, resolution: int) -> np.ndarray:
-        self.opened += 1
-        return self._source.pixels(i, resolution)
+    def stretches(self, positions: range, most: int) -> Iterator[range]:
+        return self._source.stretches(positions, most)
+
+    def decoded(self, positions: range, resolution: int) -> list[np.ndarray | UndecodableImage]:
+        self.opened += len(positions)
+        return self._source.decoded(positions, resolution)
 
 
 def stub(name: str, columns: slice) -> Extractor:
@@ -182,7 +186,7 @@ def adm(tmp_path: Path, arrays: dict[str, np.ndarray], *metrics: str) -> Recipe:
 def test_adms_file_gives_statistics_and_images(
     tmp_path: Path, sweep: Folder, source: Source, adm_arrays: dict[str, np.ndarray], judge: Extractor
 ) -> None:
-    recipe = adm(tmp_path, adm_arrays, "sfid", "kid", "precision_recall")
+    recipe = adm(tmp_path, adm_arrays, "sfid", "precision_recall")
     reference.prepare(sweep, recipe, source, [judge], lambda _: None)
     found = reference.load(sweep, recipe, "inception", "seeded")
     assert found.spatial is not None
@@ -237,3 +241,15 @@ def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(UserError, match=r"text.npz is no ADM reference .npz: File is not a zip file"):
         reference.open_reference(str(tmp_path / "text.npz"))
+
+
+def test_what_cannot_be_measured_is_known_before_anything_is_drawn(recipe: Recipe) -> None:
+    few = reference.Reference("w", Gaussian(5, np.zeros(6), np.eye(6)), kept=np.zeros((5, 6)))
+    with pytest.raises(StorageError, match="5 images are too few for the covariance of 6 features"):
+        reference.require("digits", few, recipe)
+    wide = reference.Reference("w", Gaussian(500, np.zeros(80), np.eye(80)), kept=np.zeros((500, 80)))
+    with pytest.raises(DisScaleError, match="80 samples are too few for the covariance of 80 features"):
+        reference.require("digits", wide, recipe)
+    more = recipes.load(TINY, ["evaluate.samples=1000", "evaluate.metrics=[distance, kid]"])
+    with pytest.raises(StorageError, match="kid draws subsets of 1,000 images, here are 500"):
+        reference.require("digits", wide, more)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from dis_scale import manifest
+from dis_scale import checkpoint, manifest
 from dis_scale import recipe as recipes
+from dis_scale.errors import StorageError
 from dis_scale.evaluation import results
 from dis_scale.evaluation.results import Drawn
 from dis_scale.recipe import Recipe
@@ -37,10 +38,9 @@ def test_the_main_way_comes_before_the_variants_and_counts_in_order(sweep: Folde
 def test_a_metric_asked_for_since_is_measured_again(sweep: Folder, tiny: Recipe) -> None:
     done = Drawn("dis", 160)
     results.folder(sweep, done).write_json(results.METRICS, {"metrics": ["distance"], "values": {}})
-    results.forget_outdated(sweep, tiny)
-    assert done not in results.to_do(sweep, tiny)
-    results.forget_outdated(sweep, recipes.load(TINY, ["evaluate.metrics=[distance, precision_recall]"]))
-    assert done in results.to_do(sweep, tiny)
+    assert results.outdated(sweep, tiny) == []
+    assert results.outdated(sweep, recipes.load(TINY, ["evaluate.metrics=[distance, precision_recall]"])) == [done]
+    assert done not in results.to_do(sweep, tiny), "the old figures stay until there are new ones"
 
 
 def test_a_sweep_is_finished_when_each_way_is_drawn(sweep: Folder, tiny: Recipe) -> None:
@@ -55,5 +55,12 @@ def test_a_sweep_is_finished_when_each_way_is_drawn(sweep: Folder, tiny: Recipe)
 
 
 def test_what_had_to_be_skipped_is_known(sweep: Folder, tiny: Recipe) -> None:
-    results.folder(sweep, Drawn("dit", 0)).write_json(results.DAMAGED, {"why": "a flipped byte"})
-    assert results.damaged(sweep, tiny) == {("dit", 0): "a flipped byte"}
+    results.folder(sweep, Drawn("dit", 0, "wide")).write_json(results.SKIPPED, {"why": "a flipped byte"})
+    assert results.skipped(sweep, tiny) == {Drawn("dit", 0, "wide"): "a flipped byte"}
+
+
+def test_a_damaged_manifest_is_found_when_it_is_drawn_not_by_the_list(sweep: Folder, tiny: Recipe) -> None:
+    (sweep / "runs/dis/published/000000000160").write(manifest.NAME, b'{"form')
+    assert Drawn("dis", 160) in results.to_do(sweep, tiny)
+    with pytest.raises(StorageError, match="damaged: not JSON"):
+        checkpoint.load_published(sweep / "runs/dis", 160)

@@ -1,13 +1,15 @@
 """A published checkpoint that cannot be read is named, noted and passed over; an evaluation that finds nothing ends."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from dis_scale import recipe as recipes
-from dis_scale.errors import DisScaleError, Preempted, StorageError
+from dis_scale.errors import DisScaleError, Preempted, StorageError, UserError
 from dis_scale.evaluation import results
 from dis_scale.evaluation.results import Drawn
 from dis_scale.recipe import Recipe
@@ -27,17 +29,25 @@ class Failing:
         raise self.error
 
 
+def from_a_worker(error: DisScaleError) -> Any:
+    """The error as Ray brings it: of the same class, with a traceback and addresses around it."""
+    return RayTaskError("draw", "Traceback ...", error, pid=1, ip="192.0.2.1").as_instanceof_cause()
+
+
 @pytest.mark.parametrize(
-    "error", [StorageError("weights.safetensors: damaged"), DisScaleError("3 samples are not finite")], ids=str
+    "error",
+    [StorageError("weights.safetensors: damaged"), DisScaleError("3 samples are not finite"), UserError("not finite")],
+    ids=str,
 )
+@pytest.mark.parametrize("wrap", [lambda error: error, from_a_worker], ids=["here", "in a worker"])
 def test_what_cannot_be_measured_is_skipped_and_noted(
-    tmp_path: Path, tiny: Recipe, capsys: pytest.CaptureFixture[str], error: DisScaleError
+    tmp_path: Path, tiny: Recipe, capsys: pytest.CaptureFixture[str], error: DisScaleError, wrap: Callable[[Any], Any]
 ) -> None:
     sweep, skipped, drawn = folder(tmp_path), set[Drawn](), Drawn("dis", 160, "wide")
-    evaluate._evaluate_one(Failing(sweep, error), drawn, skipped)  # type: ignore[arg-type]
+    evaluate._evaluate_one(Failing(sweep, wrap(error)), drawn, skipped)  # type: ignore[arg-type]
     assert skipped == {drawn}
-    assert f"skipped: {error}" in capsys.readouterr().out
-    assert results.damaged(sweep, tiny) == {("dis", 160): str(error)}
+    assert f"skipped: dis at 160 images (wide): {error}\n" in capsys.readouterr().out
+    assert results.skipped(sweep, tiny) == {drawn: str(error)}
 
 
 def test_a_wish_to_stop_skips_nothing(tmp_path: Path) -> None:
@@ -50,7 +60,7 @@ def test_nothing_published_for_long_is_a_clear_end(tmp_path: Path, monkeypatch: 
     opened: list[Any] = []
     monkeypatch.setattr(evaluate, "open_evaluation", lambda *arguments: opened.append(arguments))
     monkeypatch.setattr(evaluate, "LOOK_EVERY_S", 0.1)
-    with pytest.raises(DisScaleError, match="nothing was published for 0 s: is training running"):
+    with pytest.raises(DisScaleError, match="nothing was published or saved for 0 s: is training running"):
         evaluate._evaluate_all(folder(tmp_path), recipe, "cpu", set())
     assert len(opened) == 1
 

@@ -39,7 +39,7 @@ def put(sweep: Folder, metric: str, drawn: Drawn, distance: float, error: float 
 def recipe(tiny: Recipe) -> Recipe:
     """The tiny recipe with three sizes of DiS, and a variant."""
     text = tiny.model_dump(mode="json")
-    text["models"] |= {f"dis{width}": text["models"]["dis"] | {"width": width} for width in (32, 64)}
+    text["models"] |= {f"dis{width}": text["models"]["dis"] | {"width": width} for width in (32, 64, 128)}
     text["evaluate"]["variants"] = {"plain": {"guidance": 1.0}}
     return Recipe.model_validate(text, strict=False)
 
@@ -47,11 +47,17 @@ def recipe(tiny: Recipe) -> Recipe:
 @pytest.fixture
 def sweep(tmp_path: Path, recipe: Recipe) -> Folder:
     made = folder(tmp_path) / "sweeps/tiny"
-    for model, images, distance in [("dis", 0, 90.0), ("dis", 160, 9.0), ("dis32", 160, 6.0), ("dis64", 160, 5.0)]:
+    for model, images, distance in [
+        ("dis", 0, 90.0),
+        ("dis", 160, 9.0),
+        ("dis32", 160, 6.0),
+        ("dis64", 160, 5.0),
+        ("dis128", 160, 4.5),
+    ]:
         put(made, recipe.evaluate.metric, Drawn(model, images), distance)
     put(made, recipe.evaluate.metric, Drawn("dis", 160, "plain"), 12.0)
     (made / "runs/dit").write_json(results.ENDED, {"why": "a worker was lost 4 times"})
-    results.folder(made, Drawn("dis", 320)).write_json(results.DAMAGED, {"why": "weights.safetensors: damaged"})
+    results.folder(made, Drawn("dis", 320)).write_json(results.SKIPPED, {"why": "weights.safetensors: damaged"})
     return made
 
 
@@ -75,6 +81,7 @@ def test_the_csv_has_each_point_with_its_cost_facts_and_values(sweep: Folder, re
         ("dis", "plain", "160", "12.0"),
         ("dis32", "", "160", "6.0"),
         ("dis64", "", "160", "5.0"),
+        ("dis128", "", "160", "4.5"),
     ]
     cost = plans.plan(recipe, SHAPE).costs["dis"]
     assert float(rows[1]["gmacs_forward"]) == pytest.approx(cost.gmacs_forward, rel=1e-5)
@@ -86,12 +93,12 @@ def test_the_csv_has_each_point_with_its_cost_facts_and_values(sweep: Folder, re
 def test_the_figures_draw_each_family_each_model_and_the_floor(sweep: Folder, recipe: Recipe) -> None:
     report = collect(sweep, recipe)
     curve = figures.gflops_distance(report).axes[0]
-    assert {(9.0, 6.0, 5.0), (0.25, 0.25)} <= {tuple(line.get_ydata()) for line in curve.lines}
-    assert [text.get_text() for text in curve.get_legend().get_texts()] == ["dis at 160"]
+    assert {(9.0, 6.0, 5.0, 4.5), (0.25, 0.25)} <= {tuple(line.get_ydata()) for line in curve.lines}
+    assert [text.get_text() for text in curve.get_legend().get_texts()] == ["fit: dis", "dis at 160"]
     assert {"dis", "dis32", "dis64"} <= {text.get_text() for text in curve.texts}
     compute = figures.compute_distance(report).axes[0]
     hull = next(line for line in compute.lines if line.get_label() == "lower hull")
-    assert tuple(hull.get_ydata()) == (9.0, 6.0, 5.0)
+    assert {9.0, 4.5} <= set(hull.get_ydata()) <= {9.0, 6.0, 5.0, 4.5}
     over_images = figures.distance_images(report).axes[0]
     assert {(9.0,), (6.0,), (5.0,)} <= {tuple(line.get_ydata()) for line in over_images.lines}
 
@@ -100,10 +107,18 @@ def test_published_points_are_marked_and_never_in_the_fit(sweep: Folder, recipe:
     report = collect(sweep, recipe)
     alone, beside = (figures.gflops_distance(report, published).axes[0] for published in (False, True))
     names = {text.get_text() for text in beside.get_legend().get_texts()}
-    assert {"DiT, published (102.4M images, no guidance)", "DiG, published (102.4M images, no guidance)"} <= names
+    assert {
+        "DiT, published (ImageNet 256, 102.4M images, no guidance)",
+        "DiG, published (ImageNet 256, 102.4M images, no guidance)",
+    } <= names
     added = {tuple(line.get_ydata()) for line in beside.lines} - {tuple(line.get_ydata()) for line in alone.lines}
     assert added == {tuple(p.fid for p in PUBLISHED if p.family == family) for family in ("DiT", "SiT", "DiG")}
-    assert figures.correlations(report) == ["dis at 160 images: r = -0.95 on log Gflops, n = 3 (few points)"]
+    fitted = {
+        tuple(line.get_ydata()) for axes in (alone, beside) for line in axes.lines if line.get_label() == "fit: dis"
+    }
+    assert len(fitted) == 1, "the same fit with the published points and without"
+    assert figures.correlations(report)[:1] == ["dis at 160 images: r = -0.91 on log Gflops, n = 4 (few points)"]
+    assert "fitted power law fd_digits_80 = " in figures.correlations(report)[1]
 
 
 def test_what_is_missing_is_said(sweep: Folder, recipe: Recipe) -> None:
@@ -118,8 +133,8 @@ def test_what_is_missing_is_said(sweep: Folder, recipe: Recipe) -> None:
 def test_the_page_needs_nothing_beside_itself(sweep: Folder, recipe: Recipe) -> None:
     text = reports.write(sweep, collect(sweep, recipe))[reports.PAGE].decode()
     assert text.count("data:image/svg+xml;base64,") == 3
-    assert text.count("data:image/png;base64,") == 3
-    assert "n = 3 (few points)" in text
+    assert text.count("data:image/png;base64,") == 4
+    assert "n = 4 (few points)" in text
     assert "dit failed" in text
     assert [link for link in re.findall(r"(?:src|href)=['\"]([^'\"#]+)", text) if not link.startswith("data:")] == []
     assert sorted((sweep / "report").list()) == sorted(
@@ -145,17 +160,16 @@ def test_two_sweeps_differ_by_their_errors(sweep: Folder, tmp_path: Path, recipe
     text = " ".join(shown(compare.table(a, b)).split())
     assert "-5 ± 1.3" in text
     assert "-3.8" in text
-    assert "3 points stand in one sweep alone" in text
+    assert "4 points stand in one sweep alone" in text
 
 
 def test_sweeps_that_cannot_be_compared_are_refused(sweep: Folder, tmp_path: Path, recipe: Recipe) -> None:
     a, empty = collect(sweep, recipe), collect(folder(tmp_path) / "sweeps/empty", recipe)
     with pytest.raises(UserError, match="tiny and empty have no model at one image count in common"):
         compare.differences(a, empty)
-    other = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"samples": 61})})
-    if other.evaluate.metric != recipe.evaluate.metric:
-        with pytest.raises(UserError, match="these cannot be compared"):
-            compare.differences(a, collect(sweep, other))
+    other = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"samples": 81})})
+    with pytest.raises(UserError, match="tiny was measured by fd_digits_80, tiny by fd_digits_81: these cannot"):
+        compare.differences(a, collect(folder(tmp_path) / "sweeps/tiny", other))
 
 
 def test_goodput_counts_what_no_later_attempt_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
