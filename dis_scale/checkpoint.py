@@ -139,6 +139,13 @@ def newest(run: Folder, say: Callable[[str], None]) -> Stored | None:
     return None
 
 
+def newest_images(run: Folder) -> int:
+    """The images of the newest resume point that has a manifest; 0 where there is none. Reads nothing back."""
+    resume = run / "resume"
+    whole = (name for name in reversed(resume.list()) if resume.exists(f"{name}/{manifest.NAME}"))
+    return next((int(name.split("-")[0]) for name in whole), 0)
+
+
 @dataclass
 class Saver:
     """Writes one run's resume points and published weights beside training, at most one at a time.
@@ -152,17 +159,23 @@ class Saver:
     world: int
     held: Callable[[], bool]
     keep: int
+    paused_s: float = 0.0
+    """How long training has stood still for resume points, a save before that was still in flight included."""
+    longest_s: float = 0.0
+    """The longest of these pauses."""
+    took_s: float = 0.0
+    """From the last resume point's first byte to its end."""
     _thread: threading.Thread | None = None
     _error: BaseException | None = None
 
-    def save(self, engine: Engine, images: int, facts: dict[str, Any]) -> float:
-        """Starts a resume point of this step boundary; returns the seconds that training stood still for it."""
-        self.finish()
+    def save(self, engine: Engine, images: int, facts: dict[str, Any]) -> None:
+        """Starts a resume point of this step boundary; training stands still for the clone, and for a save still in flight."""
         begin = time.monotonic()
+        self.finish()
         clones = {kind: engine.segments(kind) for kind in (WEIGHTS, *MOMENTS, *engine.averages)}
         pause_s = time.monotonic() - begin
+        self.paused_s, self.longest_s = self.paused_s + pause_s, max(self.longest_s, pause_s)
         self._start(lambda: self._write(clones, images, facts))
-        return pause_s
 
     def publish(self, engine: Engine, images: int, facts: dict[str, Any], description: str) -> None:
         """Starts publishing the averaged weights, where this count was not published before; collective.
@@ -206,6 +219,7 @@ class Saver:
     def _write(self, clones: dict[str, dict[Segment, torch.Tensor]], images: int, facts: dict[str, Any]) -> None:
         folder = self.run / "resume" / f"{images_name(images)}-{self.attempt:04d}"
         sidecar: dict[str, Any] = {"files": {}, "tables": {}}
+        begin = time.monotonic()
         for kind, segments in clones.items():
             name = f"{kind}-{self.rank:05d}.safetensors"
             data = safetensors.torch.save({s.name: tensor for s, tensor in segments.items()})
@@ -216,6 +230,7 @@ class Saver:
         if self.rank == 0:
             self._write_manifest(folder, images, facts)
             self._prune(images)
+        self.took_s = time.monotonic() - begin
 
     def _write_manifest(self, folder: Folder, images: int, facts: dict[str, Any]) -> None:
         sidecars = [_await_json(folder, _sidecar(rank)) for rank in range(self.world)]

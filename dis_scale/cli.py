@@ -106,6 +106,29 @@ def compare(a: SweepUrl, b: SweepUrl, debug: Debug = False) -> None:
 
 
 @app.command()
+def fork(
+    sweep: SweepUrl,
+    model: Model,
+    at: Annotated[int, typer.Option(help="Images seen at a resume point of the model.", min=0)],
+    new: Annotated[str, typer.Option("--as", help="The new run's name.")],
+    debug: Debug = False,
+) -> None:
+    """Start a new run from another's resume point; to roll back is to fork from before."""
+    from dis_scale.fork import fork as fork_run
+    from dis_scale.storage import folder
+
+    with _errors(debug):
+        made = fork_run(folder(sweep), model, at, new)
+        _console().print(f"forked   {made}: goes on from {at} images", highlight=False, soft_wrap=True)
+        _console().print(
+            f"next     give {new} the settings of {model} under models: in your recipe, and run it again; or\n"
+            f"         python -m dis_scale.sweep {folder(sweep)}/recipe.yaml",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@app.command()
 def sweep_guidance(
     sweep: SweepUrl,
     model: Model,

@@ -23,6 +23,10 @@ class StorageError(DisScaleError):
     """Storage cannot be reached, read or written, or holds something damaged."""
 
 
+class StorageAway(StorageError):
+    """Storage did not answer, though asked again and again: it may be back later."""
+
+
 class UndecodableImage(StorageError):
     """An image that was read but is none, or a damaged one."""
 

@@ -38,25 +38,28 @@ def plan(recipe: Recipe, shape: LatentShape) -> Plan:
 
 
 def table(plan: Plan) -> Table:
-    """A row a model: what it is, what one image costs, what its training costs, what a resume point takes."""
+    """A row a model: what it is, what one image costs, what its training costs, what a resume point takes.
+
+    Saving one takes host memory: a clone of all states, and of one state at a time its bytes twice.
+    """
     train = plan.recipe.train
     steps = train.images // train.batch_images
     caption = (
-        f"batch {train.batch_images} = {train.workers} workers x {train.lanes // train.workers} accumulated x "
+        f"batch {train.batch_images} = {train.most_workers} workers x {train.lanes // train.most_workers} accumulated x "
         f"{train.batch_images // train.lanes}; {train.images:,} images = {steps:,} steps; ZeRO stage {train.zero_stage}, "
-        f"{train.precision}; Gflops are multiply-adds (DiT's convention)"
+        f"{train.precision}; Gflops are multiply-adds (DiT's convention); host memory while saving is over all workers"
     )
     out = Table(
         title=f"plan of {plan.recipe.name}: latents {plan.shape.channels}x{plan.shape.size}x{plan.shape.size}",
         caption=caption,
     )
-    for column in ("model", "kind", "parameters", "tokens", "Gflops", "training PFLOP", "resume point"):
+    for column in ("model", "kind", "parameters", "tokens", "Gflops", "training PFLOP", "resume point", "saving takes"):
         out.add_column(column, justify="left" if column in ("model", "kind") else "right")
     for name, c in plan.costs.items():
         petaflop = 2 * c.gmacs_training * train.images / 1e6
-        state = c.parameters * 4 * len(kinds(train))
+        state, serialised = c.parameters * 4 * len(kinds(train)), 2 * c.parameters * 4
         out.add_row(
             name, plan.recipe.models[name].kind, f"{c.parameters:,}", str(c.tokens), f"{c.gmacs_forward:.4g}",
-            f"{petaflop:.3g}", f"{state / 1e6:,.1f} MB",
+            f"{petaflop:.3g}", f"{state / 1e6:,.1f} MB", f"{(state + serialised) / 1e6:,.1f} MB",
         )  # fmt: skip
     return out

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dis_scale.errors import UserError, nearest
 
@@ -271,6 +271,15 @@ class Flow(Settings):
     """Time shift for resolution: t <- shift t / (1 + (shift - 1) t) (Esser et al. 2024)."""
 
 
+def _count_or_range(value: Any) -> Any:
+    if (isinstance(value, int) and value > 0) or re.fullmatch(r"[1-9]\d*\.\.[1-9]\d*", str(value)):
+        return value
+    raise ValueError(f"got {value!r}, expected: a number of workers, or a range of them such as 2..8")
+
+
+Workers = Annotated[int | str, BeforeValidator(_count_or_range)]
+
+
 class Train(Settings):
     """One training run a model; images seen are the clock."""
 
@@ -279,7 +288,10 @@ class Train(Settings):
     batch_images: Count
     lanes: Count
     """Micro-batches that the global batch always splits into; a world size must divide it."""
-    workers: Count = runtime(1)
+    workers: Workers = runtime(1)
+    """Their number, or a range, `2..8`: each attempt then takes as many as are to be had and divide the lanes."""
+    grow_after_s: Annotated[float, Field(gt=0)] = runtime(600.0)
+    """An attempt on fewer workers than the range allows goes on for so long before it stops at a resume point to grow."""
     zero_stage: Literal[1, 2, 3] = runtime(1)
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpointing: Literal["none", "block"] = runtime("none")
@@ -303,18 +315,32 @@ class Train(Settings):
     """Distance of resume points, rounded up to whole steps."""
     keep_resume: Count = runtime(2)
     restarts: int = runtime(3, ge=0)
-    """Attempts after a worker is lost, within one job."""
+    """Attempts in a row that may be lost without a new resume point, within one job."""
+    hang_after_s: Annotated[float, Field(gt=0)] = runtime(900.0)
+    """An attempt in which no step ends for so long hangs: its stacks are shown and it is started again."""
+    skips_in_a_row: Count = runtime(20)
+    """Steps skipped in a row, their gradients not being finite, after which a run stops."""
 
     @property
     def images(self) -> int:
         """Images seen at the end."""
         return self.publish_images[-1]
 
+    @property
+    def world_sizes(self) -> list[int]:
+        """The numbers of workers that an attempt may have, falling: those that divide the lanes."""
+        least, _, most = str(self.workers).partition("..")
+        return [n for n in range(int(most or least), int(least) - 1, -1) if self.lanes % n == 0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.world_sizes[0]
+
     @model_validator(mode="after")
     def _counts_fit(self) -> Self:
         if self.batch_images % self.lanes:
             raise ValueError(f"batch_images {self.batch_images} is not a multiple of lanes {self.lanes}")
-        if self.lanes % self.workers:
+        if not self.world_sizes:
             raise ValueError(
                 f"lanes {self.lanes} is not a multiple of workers {self.workers}: the world size must divide the lanes"
             )
@@ -552,7 +578,7 @@ class Recipe(Settings):
 
 def choose_device(recipe: Recipe, gpus: int) -> tuple[str, str]:
     """(device, reason) on a cluster with so many GPUs: `auto` takes them where there is one for each training worker."""
-    workers = recipe.train.workers
+    workers = recipe.train.world_sizes[-1]
     if recipe.device != "auto":
         return recipe.device, "the recipe names it"
     reason = f"auto: {gpus} GPUs for {workers} workers"
@@ -605,6 +631,13 @@ def parse(text: str, where: str, overrides: list[str] | None = None) -> Recipe:
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML that `parse` reads back to an equal one."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def with_model(recipe: Recipe, name: str, model: Model) -> Recipe:
+    """The recipe with one more model; UserError where it cannot have that name."""
+    data = recipe.model_dump(mode="json")
+    data["models"][name] = model.model_dump(mode="json")
+    return parse(yaml.safe_dump(data, sort_keys=False), f"a model named {name}")
 
 
 def _set(data: dict[str, Any], override: str) -> None:

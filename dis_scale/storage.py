@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from dis_scale.errors import DisScaleError, StorageError, UserError
+from dis_scale import faults
+from dis_scale.errors import DisScaleError, StorageAway, StorageError, UserError
 
 T = TypeVar("T")
 
@@ -150,7 +151,15 @@ class Folder:
             fs, _, (inner,) = fsspec.get_fs_token_paths(full, storage_options=_options(full))
         except (ImportError, ValueError) as error:
             raise UserError(f"storage {full}: {error}") from error
-        return _with_retries(lambda: action(fs, inner), f"cannot {verb} {full}", self.tries)
+
+        def once() -> T:
+            faults.at(verb, path=full)
+            return action(fs, inner)
+
+        done = _with_retries(once, f"cannot {verb} {full}", self.tries)
+        if verb in ("write", "create"):
+            faults.at("written", path=full)
+        return done
 
 
 class _Ranges(io.RawIOBase):
@@ -218,8 +227,10 @@ def _with_retries(action: Callable[[], T], what: str, tries: int) -> T:
         except Exception as error:
             if _precondition_failed(error):
                 raise FileExistsError(what) from error
-            if attempt == tries - 1 or not _may_pass(error):
+            if not _may_pass(error):
                 raise StorageError(f"{what}: {_cause(error)}") from error
+            if attempt == tries - 1:
+                raise StorageAway(f"{what}: {_cause(error)}") from error
         time.sleep(_FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))  # full jitter: many workers meet one store
     raise AssertionError("unreachable")
 

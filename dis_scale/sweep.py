@@ -105,7 +105,7 @@ def _work(sweep: Sweep, store: Folder) -> dict[str, str]:
         sweep.folder.write_json(RAY, {"address": cluster.address, "host": socket.gethostname()})
         device, why = recipes.choose_device(sweep.recipe, cluster.gpus)
         sweep.board.say(f"device   {device} ({why})")
-        if device == "cuda" and cluster.ours and cluster.gpus < sweep.recipe.train.workers:
+        if device == "cuda" and cluster.ours and cluster.gpus < sweep.recipe.train.world_sizes[-1]:
             raise UserError(
                 f"device: cuda for {sweep.recipe.train.workers} workers, but this machine has {cluster.gpus} GPUs"
             )

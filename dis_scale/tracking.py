@@ -75,6 +75,8 @@ class Rows:
 
 ATTEMPT = "attempt"
 """The row that begins an attempt: its number, at the images that it goes on from."""
+GOODPUT = "goodput"
+"""The row that ends one: `goodput` up to there."""
 
 
 def goodput(folder: Folder) -> dict[int, float]:

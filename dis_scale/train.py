@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dis_scale import checkpoint, diffusion, ema, engine, models, seeds
+from dis_scale import checkpoint, diffusion, ema, engine, evidence, faults, models, seeds
 from dis_scale.checkpoint import Saver, Stored
 from dis_scale.data.latents import Latents, Micro, micro_batch, open_latents, prefetch
 from dis_scale.diffusion.process import Process
@@ -27,12 +27,10 @@ from dis_scale.models.export import describe
 from dis_scale.recipe import Recipe, Train
 from dis_scale.scan import choose
 from dis_scale.storage import Folder
-from dis_scale.tracking import ATTEMPT, Log
+from dis_scale.tracking import ATTEMPT, GOODPUT, Log, goodput
 
 ROWS_EVERY_STEPS = 10
 FLUSH_EVERY_S = 10.0
-BAD_STEPS = 20
-"""Steps skipped in a row, their gradients not being finite, after which a run stops."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,12 @@ class Run:
     wish: Callable[[], bool]
     """Whether somebody has asked to stop."""
     report: Callable[[int], None]
-    """Told the images seen, now and then."""
+    """Told the images seen after each step, on every rank."""
     say: Callable[[str], None]
+    wanted: float
+    """When this attempt was wanted (Unix seconds): at the start, or when the loss of the one before was noticed."""
+    noticed_s: float | None = None
+    """How long after its last step the loss of the attempt before was noticed; None where none was lost."""
 
     @property
     def folder(self) -> Folder:
@@ -71,7 +73,7 @@ def train(run: Run) -> int:
     log, agreement = Log(run.folder / "log", run.attempt), Agreement(run.device)
     description = json.dumps(describe(model))
     lanes = range(rank * settings.lanes // world, (rank + 1) * settings.lanes // world)
-    began, flushed, saved, paused_s, bad = (time.monotonic(), images), time.monotonic(), images, 0.0, 0
+    began, flushed, saved, bad = (time.monotonic(), images), time.monotonic(), images, 0
 
     def facts() -> dict[str, Any]:
         log.flush()  # a resume point never stands without the rows before it
@@ -82,41 +84,55 @@ def train(run: Run) -> int:
         log.add(images, {ATTEMPT: run.attempt})
     if images == 0 and 0 in settings.publish_images:
         saver.publish(state, 0, facts(), description)
+    if images == 0:
+        saver.save(state, 0, facts())
+        _compare_with_grace(run, saver)
     with closing(prefetch(_micro_batches(run, latents, model.drop_rates, images, lanes))) as micro_batches:
         while images < settings.images and not agreement.stop(run.wish()):
-            losses = []
-            for draw in islice(micro_batches, len(lanes)):
+            faults.at("step", images=images)
+            draws, losses = list(islice(micro_batches, len(lanes))), []
+            for draw in draws:
                 micro, t_B, drop = _to_device(draw, run.device)
                 loss = _loss(state.deepspeed, process, micro, t_B, drop)
+                faults.at("loss", images=images, loss=loss)
                 state.micro_step(loss)
                 losses.append(loss.detach())
             images += settings.batch_images
             state.update_averages(ema.decays(settings, images // settings.batch_images))
             state.set_learning_rate(learning_rate(settings, images))
+            run.report(images)
             bad = bad + 1 if state.skipped else 0
-            if bad == BAD_STEPS:
+            if bad and rank == 0:
+                run.say(f"{run.model}: the step to {images} images was skipped: its gradient is not finite")
+            if bad == settings.skips_in_a_row:
+                kept = evidence.keep(run.folder, run.attempt, images, draws, losses, state)
                 raise DisScaleError(
-                    f"{run.model}: the gradient was not finite in {bad} steps in a row, up to {images} images"
+                    f"{run.model}: the gradient was not finite in {bad} steps in a row, up to {images} images: the last "
+                    f"step's batch, losses and weights are in {kept}"
                 )
+            if rank == 0 and images == began[1] + settings.batch_images:
+                log.add(images, _first_step(run))
             if images // settings.batch_images % ROWS_EVERY_STEPS == 0:
-                values = _row(state, losses, settings, began, images)
+                values = _row(state, losses, settings, began, images, saver.paused_s)
                 if rank == 0:
                     log.add(images, values)
-                    run.report(images)
             if images in settings.publish_images:
                 saver.publish(state, images, facts(), description)
             if images % settings.resume_every_images < settings.batch_images:
-                paused_s, saved = paused_s + saver.save(state, images, facts()), images
+                saver.save(state, images, facts())
+                saved = images
             if time.monotonic() > flushed + FLUSH_EVERY_S:
                 log.flush()
                 flushed = time.monotonic()
-    if images != saved:
-        saver.save(state, images, facts())
     saver.finish()
+    if images != saved and agreement.leaves(saver.took_s, run.recipe.grace_s):
+        saver.save(state, images, facts())
+        saver.finish()
     log.flush()
-    run.report(images)
     if rank == 0:
-        run.say(f"{run.model}: {images} images; training stood still {paused_s:.2f} s for resume points")
+        log.add(images, {GOODPUT: goodput(run.folder / "log").get(images, 0.0)})
+        log.flush()
+        run.say(_closing_words(run, images, began, saver))
     return images
 
 
@@ -140,9 +156,18 @@ class Agreement:
 
     def __init__(self, device: torch.device) -> None:
         self._wish, self._work = torch.zeros(1, device=device), None
+        self._asked = float("inf")
+
+    def leaves(self, seconds: float, grace_s: float) -> bool:
+        """Whether so much of the grace is left on every rank, as it always is where nobody asked to stop; collective."""
+        left = torch.tensor([self._asked + grace_s - time.monotonic() - seconds], device=self._wish.device)
+        dist.all_reduce(left, dist.ReduceOp.MIN)
+        return left.item() > 0
 
     def stop(self, wish: bool) -> bool:
         """Whether any rank wished to stop one call ago; called once a step on every rank."""
+        if wish:
+            self._asked = min(self._asked, time.monotonic())
         if self._work is not None:
             self._work.wait()
         agreed = bool(self._wish.item())
@@ -234,12 +259,42 @@ def _loss(sharded: Any, process: Process, micro: Micro, t_B: torch.Tensor, drop:
     return process.losses(model_fn, micro.x_BCHW, t_B, micro.noise_BCHW).total.mean()
 
 
+def _first_step(run: Run) -> dict[str, float]:
+    """The rows of an attempt's first step, which are said, too: how long it took from when the attempt was wanted."""
+    seconds = time.time() - run.wanted
+    if run.noticed_s is None:
+        return {"start_s": seconds}
+    run.say(
+        f"{run.model}: loss noticed {run.noticed_s:.1f} s after the last step seen, first new step {seconds:.1f} s later"
+    )
+    return {"restart_s": seconds, "noticed_s": run.noticed_s}
+
+
+def _compare_with_grace(run: Run, saver: Saver) -> None:
+    """Waits for the first resume point and warns where a stop would have no time for one."""
+    saver.finish()
+    if dist.get_rank() == 0 and saver.took_s > run.recipe.grace_s:
+        run.say(
+            f"{run.model}: warning: a resume point takes {saver.took_s:.1f} s and grace_s is {run.recipe.grace_s:g} s: "
+            f"a stop would lose the steps since the last one; give --set grace_s={2 * saver.took_s:.0f} or more"
+        )
+
+
+def _closing_words(run: Run, images: int, began: tuple[float, int], saver: Saver) -> str:
+    spent_s, steps = time.monotonic() - began[0], (images - began[1]) // run.recipe.train.batch_images
+    return (
+        f"{run.model}: {images} images; training stood still {saver.paused_s:.2f} s for resume points "
+        f"({saver.paused_s / spent_s:.2%} of the time), {saver.longest_s * 1000:.0f} ms at most, where a step takes "
+        f"{1000 * spent_s / max(steps, 1):.0f} ms"
+    )
+
+
 def _adam_step(state: Engine) -> int:
     return int(state.optimizer.state[state.flats[0]]["step"])
 
 
 def _row(
-    state: Engine, losses: list[torch.Tensor], settings: Train, began: tuple[float, int], images: int
+    state: Engine, losses: list[torch.Tensor], settings: Train, began: tuple[float, int], images: int, paused_s: float
 ) -> dict[str, float]:
     """The step's metrics, its loss meaned over all lanes of all ranks; collective."""
     total = torch.stack(losses).sum()
@@ -249,5 +304,6 @@ def _row(
         "gradient_norm": state.gradient_norm,
         "learning_rate": state.optimizer.param_groups[0]["lr"],
         "images_per_s": (images - began[1]) / (time.monotonic() - began[0]),
-        "skipped": float(state.skipped),
+        "skipped": float(images // settings.batch_images - _adam_step(state)),
+        "paused": paused_s / (time.monotonic() - began[0]),
     }

@@ -158,7 +158,10 @@ def evaluate(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
     device, why = stage.choose_device(recipe)
     stage.say(f"evaluation on {device} ({why})")
     skipped: set[Drawn] = set()
-    stage.with_restarts(recipe, "evaluate", lambda: _evaluate_all(sweep, recipe, device, skipped))
+    stage.with_restarts(
+        recipe, "evaluate", lambda _: _evaluate_all(sweep, recipe, device, skipped),
+        lambda: sum(len(results.evaluated(sweep, model)) for model in recipe.models),
+    )  # fmt: skip
 
 
 def vary(sweep: Folder, recipe: Recipe, arguments: list[str]) -> None:
@@ -267,7 +270,7 @@ def _block_count(drawing: Evaluate) -> int:
 def _options(recipe: Recipe, device: str) -> dict[str, Any]:
     """What an evaluator asks for: a GPU of its own where training leaves one, else a share of one, which Ray is not told."""
     options = stage.resources("evaluate", device, 0)
-    spare = int(ray.cluster_resources().get("GPU", 0)) - recipe.train.workers
+    spare = int(ray.cluster_resources().get("GPU", 0)) - recipe.train.most_workers
     if device == "cuda" and spare < recipe.evaluate.workers:
         visible = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
         return options | {"num_gpus": 0, "runtime_env": visible}

@@ -221,7 +221,7 @@ def _joined(address: str, recipe: Recipe) -> Cluster:
     parent = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
     resources = ray.cluster_resources()
     slots = resources.get("train") or resources.get("GPU") or resources.get("CPU", 1)
-    room = max(1, int(slots) // recipe.train.workers)
+    room = max(1, int(slots) // recipe.train.most_workers)
     keep = {
         key: value for key, value in parent.items() if key in ("working_dir", "py_modules", "pip", "uv", "env_vars")
     }
@@ -234,14 +234,15 @@ def _start_head(recipe: Recipe, folder: Path) -> tuple[subprocess.Popen, str]:
     """A Ray head on loopback with free ports, that dies with this process; (its process, the dashboard's URL)."""
     port, dashboard, agent = free_ports(3)
     resources = {
-        "prepare": 1, "precompute": recipe.precompute.workers, "train": recipe.train.workers, "evaluate": recipe.evaluate.workers,
+        "prepare": 1, "precompute": recipe.precompute.workers, "train": recipe.train.most_workers,
+        "evaluate": recipe.evaluate.workers,
     }  # fmt: skip
     command = [
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats",
         "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--include-dashboard=true",
         f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
         f"--temp-dir={folder}", f"--resources={json.dumps(resources)}", f"--object-store-memory={256 * 2**20}",
-        f"--num-cpus={max(os.cpu_count() or 1, recipe.train.workers, recipe.precompute.workers)}",
+        f"--num-cpus={max(os.cpu_count() or 1, recipe.train.most_workers, recipe.precompute.workers)}",
     ]  # fmt: skip
     said = (folder / "start.log").open("wb")
     environment = (

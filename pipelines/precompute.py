@@ -82,11 +82,11 @@ def make(sweep: Folder, latents: Folder, setup: Setup, device: str, encode: Enco
     for name in shards.clear_strays(latents, setup.numbers):
         stage.say(f"{name} lies beyond the set: deleted")
 
-    def attempt() -> None:
+    def attempt(_: stage.Lost | None) -> None:
         done = shards.finished(latents, setup.numbers)
         encode(sweep, latents, setup, device, [n for n in setup.numbers if n not in done])
 
-    stage.with_restarts(setup.recipe, "precompute", attempt)
+    stage.with_restarts(setup.recipe, "precompute", attempt, lambda: len(latents.list()))
     stage.leave_if_asked()
     found = shards.seal(latents, setup.numbers, _facts(setup, device))
     stage.say(f"{found['count']} latents in {len(setup.numbers)} shards, {len(found['refused'])} images refused")

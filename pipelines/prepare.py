@@ -84,12 +84,12 @@ def prepare(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
     device = "cpu" if only_trained else stage.choose_device(recipe)[0]
     cpus = min(CPUS, int(ray.cluster_resources().get("CPU", 1)))
 
-    def attempt() -> None:
+    def attempt(_: stage.Lost | None) -> None:
         worker = stage.spawn(Preparer, stage.resources("prepare", device, cpus))
         result = worker.prepare.remote(sweep, recipe, device)
         stage.watch([worker], [result], lambda done: stage.progress(done[0], total, "steps and images"))
 
-    stage.with_restarts(recipe, "prepare", attempt)
+    stage.with_restarts(recipe, "prepare", attempt, lambda: 0)
 
 
 def _source(sweep: Folder, recipe: Recipe) -> Source:

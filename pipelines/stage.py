@@ -4,11 +4,14 @@ Plain actors and a placement group rather than Ray Train: the driver tells its w
 another world size, and a killed worker is known in 60 ms and replaced in seconds where Ray Train's controller takes ten.
 """
 
+import faulthandler
 import json
 import logging
 import os
+import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -17,8 +20,9 @@ from typing import Any, NoReturn, TypeVar
 
 import ray
 
+from dis_scale import faults
 from dis_scale import recipe as recipes
-from dis_scale.errors import DisScaleError, Preempted
+from dis_scale.errors import DisScaleError, Preempted, StorageAway
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder, folder
 
@@ -26,11 +30,26 @@ T = TypeVar("T")
 PROGRESS, SAY = "@progress ", "@say "
 """Begin the lines of a job's log that the sweep shows: how far the stage is, as JSON (done, total, unit), and words for people."""
 PROGRESS_EVERY_S = 2.0
+LOOK_EVERY_S = 1.0
 SETTLE_S = 10.0
 """How long the other workers have to end when one has failed."""
+FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 2.0, 60.0
+"""Between two attempts of which the first brought nothing: doubled from one to the next."""
+STACKS_S = 10.0
+"""How long a worker that hangs has to show its stacks."""
+BROKEN = re.compile(r"gloo|NCCL|Dist(Backend|Network|Store)Error|Socket Timeout|Connection (closed|reset)")
+"""In the errors of a process group that lost a member."""
 _told = (-1, -1, 0.0)
 wish = threading.Event()
 """Set when somebody asked this job to stop."""
+
+
+class Lost(DisScaleError):
+    """An attempt ended by an accident, which another one may survive: a lost worker, a broken connection, a hang."""
+
+    def __init__(self, words: str, done: int = 0, silent_s: float = 0.0) -> None:
+        super().__init__(words)
+        self.done, self.silent_s, self.at = done, silent_s, time.time()
 
 
 Program = Callable[[Folder, Recipe, list[str]], None]
@@ -94,6 +113,13 @@ class Worker:
         said, self._said = self._said, []
         return self._done, said
 
+    def stacks(self) -> str:
+        """Where each thread of this worker stands."""
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            return file.read()
+
 
 def spawn(kind: type[Worker], options: dict[str, Any], *arguments: Any) -> Any:
     """A worker as a Ray actor; its work, `look` and `stop` run in threads of their own."""
@@ -127,28 +153,46 @@ def say(line: str) -> None:
 
 
 def watch(
-    workers: Sequence[Any], results: Sequence[Any], report: Callable[[list[int]], None], every_s: float = 1.0
+    workers: Sequence[Any],
+    results: Sequence[Any],
+    report: Callable[[list[int]], None],
+    hang_after_s: float = float("inf"),
+    enough: Callable[[], bool] = lambda: False,
 ) -> list[Any]:
-    """Waits for all results, reporting each worker's progress; hands the wish to stop on. Raises the first failure at once."""
+    """Waits for all results, reporting each worker's progress; hands on the wish to stop, or that it is `enough`.
+
+    Raises the first failure at once, `Lost` where another attempt may do better: as for a hang, when no worker has got on for
+    `hang_after_s`, whose stacks are shown.
+    """
     waiting, told = list(results), False
+    done, moved = 0, time.monotonic()
     while waiting:
-        finished, waiting = ray.wait(waiting, timeout=every_s)
-        _raise_failure(finished, results)
-        if wish.is_set() and not told:
+        finished, waiting = ray.wait(waiting, timeout=LOOK_EVERY_S)
+        looks = _progress_of(workers)
+        if sum(looks) > done:
+            done, moved = sum(looks), time.monotonic()
+        silent_s = time.monotonic() - moved
+        _raise_failure(finished, results, max(looks), silent_s)
+        if silent_s > hang_after_s:
+            _show_stacks(workers)
+            raise Lost(f"no step ended for {silent_s:.0f} s: hanging", max(looks), silent_s)
+        if (wish.is_set() or enough()) and not told:
             told = True
             for worker in workers:
                 worker.stop.remote()
-        report(_progress_of(workers))
+        report(looks)
+        faults.at("look", images=max(looks))
     return ray.get(list(results))
 
 
-def _raise_failure(finished: Sequence[Any], results: Sequence[Any]) -> None:
+def _raise_failure(finished: Sequence[Any], results: Sequence[Any], done: int, silent_s: float) -> None:
     """Raises what failed; of several failures the lost worker, since its peers only report the broken connection."""
     if not any(map(_failure, finished)):
         return
     ended, _ = ray.wait(list(results), num_returns=len(results), timeout=SETTLE_S)
     failures = [failure for failure in map(_failure, ended) if failure]
-    raise next((f for f in failures if isinstance(f, ray.exceptions.RayActorError)), failures[0])
+    worst = next((f for f in failures if isinstance(f, ray.exceptions.RayActorError)), failures[0])
+    raise Lost(_words(worst), done, silent_s) if _may_pass(worst) else worst
 
 
 def _failure(result: Any) -> Exception | None:
@@ -159,27 +203,86 @@ def _failure(result: Any) -> Exception | None:
     return None
 
 
+def _may_pass(error: Exception) -> bool:
+    """Whether another attempt may do better: a lost worker or node, a connection that broke with one, storage that is away."""
+    if isinstance(error, ray.exceptions.RayActorError):
+        return True
+    cause = getattr(error, "cause", None)
+    return isinstance(cause, StorageAway) or (
+        isinstance(cause, RuntimeError) and bool(BROKEN.search(f"{type(cause).__name__}: {cause}"))
+    )
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, ray.exceptions.RayActorError):
+        return f"a worker was lost ({' '.join(str(error).split())[:200]})"
+    return " ".join(str(getattr(error, "cause", error)).split())[:300]
+
+
 def _progress_of(workers: Sequence[Any]) -> list[int]:
-    asked = [worker.look.remote() for worker in workers]
-    answered, _ = ray.wait(asked, num_returns=len(asked), timeout=10)
-    looks = [ray.get(a) if a in answered else (0, []) for a in asked]
+    looks: list[tuple[int, list[str]]] = [
+        found or (0, []) for found in _ask([worker.look.remote() for worker in workers])
+    ]
     for line in [line for _, lines in looks for line in lines]:
         say(line)
     return [done for done, _ in looks]
 
 
-def with_restarts(recipe: Recipe, what: str, attempt: Callable[[], T]) -> T:
-    """The attempt's result; a lost worker costs an attempt, of which the recipe allows some."""
-    for left in range(recipe.train.restarts, -1, -1):
+def _ask(asked: Sequence[Any]) -> list[Any]:
+    """What each worker answers within `STACKS_S`, None where it does not."""
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=STACKS_S)
+    return [ray.get(a) if a in answered and not _failure(a) else None for a in asked]
+
+
+def _show_stacks(workers: Sequence[Any]) -> None:
+    """Prints each worker's stacks into the job's log."""
+    for rank, stacks in enumerate(_ask([worker.stacks.remote() for worker in workers])):
+        print(f"stacks of worker {rank}:\n{stacks or 'no answer: the process is gone or stands still'}", flush=True)
+
+
+def with_restarts(recipe: Recipe, what: str, attempt: Callable[[Lost | None], T], kept: Callable[[], int]) -> T:
+    """The attempt's result. One that is lost is followed by another, which is given the loss, as often as the recipe allows.
+
+    Attempts that leave more behind than those before (`kept`) count as nothing: only those in a row that do not are counted,
+    and wait for each other, longer each time.
+    """
+    lost: list[Lost] = []
+    before = _kept_or(0, kept)
+    while True:
         try:
-            return attempt()
-        except ray.exceptions.RayActorError as error:
+            return attempt(lost[-1] if lost else None)
+        except (Lost, StorageAway, ray.exceptions.RayError) as error:
+            if isinstance(error, ray.exceptions.RayError) and not _may_pass(error):
+                raise
             leave_if_asked()
-            lost = " ".join(str(error).split())[:200]
-            if not left:
-                raise DisScaleError(f"{what}: workers were lost {recipe.train.restarts + 1} times: {lost}") from error
-            say(f"{what}: a worker was lost ({lost}); going on from what is stored, {left} attempts left")
-    raise AssertionError("unreachable")
+            found = error if isinstance(error, Lost) else Lost(_words(error))
+        now = _kept_or(before, kept)
+        lost, before = ([found] if now > before else [*lost, found]), now
+        if len(lost) > recipe.train.restarts:
+            raise DisScaleError(_gave_up(what, lost)) from found
+        wait_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (len(lost) - 2)) if len(lost) > 1 else 0.0
+        left = recipe.train.restarts - len(lost)
+        say(f"{what}: {found}; going on from what is stored in {wait_s:.0f} s, {left} more attempts without progress")
+        pause(wait_s)
+        leave_if_asked()
+
+
+def _kept_or(before: int, kept: Callable[[], int]) -> int:
+    """What is kept now; as before where storage does not say."""
+    try:
+        return kept()
+    except DisScaleError:
+        return before
+
+
+def _gave_up(what: str, lost: Sequence[Lost]) -> str:
+    places = {each.done for each in lost}
+    if len(places) == 1 and len(lost) > 1 and (place := places.pop()):
+        return (
+            f"{what}: crashed {len(lost)} times at the same place, {place} done, which is no accident; see this job's log, "
+            f"the last time: {lost[-1]}"
+        )
+    return f"{what}: {len(lost)} attempts in a row were lost without progress: {lost[-1]}"
 
 
 def leave_if_asked() -> None:

@@ -7,7 +7,8 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
@@ -15,12 +16,14 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dis_scale import lease
+from dis_scale.checkpoint import newest_images
 from dis_scale.errors import StorageError
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder
 from dis_scale.tracking import Projection, Rows
 from pipelines import stage
 
+ROOM_WAIT_S = 10.0
 PROJECT_EVERY_S, PROJECT_LAST_S = 5.0, 60.0
 """Between two looks for new rows; and for a look that is under way when training ends, whose rows would else be lost to MLflow."""
 
@@ -35,7 +38,14 @@ class Trainer(stage.Worker):
             return ray.util.get_node_ip_address(), free.getsockname()[1]
 
     def train(
-        self, place: dict[str, Any], sweep: Folder, recipe: Recipe, model: str, held_lease: lease.Lease, device: str
+        self,
+        place: dict[str, Any],
+        sweep: Folder,
+        recipe: Recipe,
+        model: str,
+        held_lease: lease.Lease,
+        device: str,
+        wanted: tuple[float, float | None],
     ) -> int:
         os.environ.update({key: str(value) for key, value in place.items()})
         import torch
@@ -52,6 +62,7 @@ class Trainer(stage.Worker):
             Run(
                 recipe, model, sweep, shards.latents_of(sweep), held_lease.number, where, held_lease.held, self._wish.is_set,
                 lambda images: setattr(self, "_done", images), lambda line: self._said.append(line),
+                *wanted,
             )
         )  # fmt: skip
 
@@ -62,19 +73,28 @@ def train_model(sweep: Folder, recipe: Recipe, arguments: list[str]) -> None:
     stage.connect()
     device, why = stage.choose_device(recipe)
     stage.say(f"{model}: device {device} ({why})")
-    projection, rows = Projection(sweep, model), Rows(sweep / "runs" / model / "log")
+    run = sweep / "runs" / model
+    projection, rows = Projection(sweep, model), Rows(run / "log")
+
+    def attempts(lost: stage.Lost | None) -> int:
+        images = _attempt(sweep, recipe, model, device, lost)
+        while images < recipe.train.images and not stage.wish.is_set():
+            images = _attempt(sweep, recipe, model, device, None)  # it stopped to grow
+        return images
+
     with _mirroring(projection, rows):
-        images = stage.with_restarts(recipe, model, lambda: _attempt(sweep, recipe, model, device))
+        images = stage.with_restarts(recipe, model, attempts, lambda: newest_images(run))
     if images < recipe.train.images:
         stage.leave_if_asked()
     projection.finish("FINISHED")
 
 
-def _attempt(sweep: Folder, recipe: Recipe, model: str, device: str) -> int:
-    """One attempt at a fixed world size, under a lease of its own; returns the images seen."""
-    world = recipe.train.workers
+def _attempt(sweep: Folder, recipe: Recipe, model: str, device: str, lost: stage.Lost | None) -> int:
+    """One attempt at a fixed world size, under a lease of its own; returns the images seen, fewer where it stopped to grow."""
+    began = time.time()
     bundle = stage.resources("train", device, 1)
     custom = bundle.get("resources", {}) | {"CPU": 1} | ({"GPU": 1} if device == "cuda" else {})
+    world = _world_size(recipe, custom)
     group = placement_group([custom] * world, strategy="PACK")
     try:
         _await(group, world)
@@ -82,15 +102,53 @@ def _attempt(sweep: Folder, recipe: Recipe, model: str, device: str) -> int:
         workers = [stage.spawn(Trainer, bundle | {"scheduling_strategy": option}) for option in options]
         host, port = ray.get(workers[0].address.remote())
         place = {"WORLD_SIZE": world, "MASTER_ADDR": host, "MASTER_PORT": port, "LOCAL_RANK": 0}
+        wanted = (lost.at, lost.silent_s) if lost else (began, None)
         with lease.hold(sweep / "runs" / model / "lease") as held:
             results = [
-                worker.train.remote(place | {"RANK": rank}, sweep, recipe, model, held, device)
+                worker.train.remote(place | {"RANK": rank}, sweep, recipe, model, held, device, wanted)
                 for rank, worker in enumerate(workers)
             ]
-            total = recipe.train.images
-            return min(stage.watch(workers, results, lambda done: stage.progress(max(done), total, "images")))
+            total, due = recipe.train.images, time.time() + recipe.train.grow_after_s
+            return min(
+                stage.watch(
+                    workers, results, lambda done: stage.progress(max(done), total, "images"),
+                    recipe.train.hang_after_s, lambda: time.time() > due and _more_fit(recipe, custom, world),
+                )
+            )  # fmt: skip
     finally:
         remove_placement_group(group)
+
+
+def _world_size(recipe: Recipe, bundle: dict[str, float]) -> int:
+    """The largest of the recipe's world sizes for which there is room, else its smallest, which then waits.
+
+    What an attempt before has left comes free a moment later: waits for it where the cluster has it.
+    """
+    sizes, deadline = recipe.train.world_sizes, time.monotonic() + ROOM_WAIT_S
+    while True:
+        to_be_had = _largest(sizes, bundle, ray.cluster_resources())
+        free = _largest(sizes, bundle, ray.available_resources())
+        if free == to_be_had or time.monotonic() > deadline or stage.wish.is_set():
+            return free or sizes[-1]
+        stage.pause(0.2)
+
+
+def _largest(sizes: Sequence[int], bundle: dict[str, float], resources: dict[str, float]) -> int:
+    """The largest of the falling `sizes` that fits into the resources; 0 where none does."""
+    room = min(int(resources.get(name, 0) // amount) for name, amount in bundle.items())
+    return next((size for size in sizes if size <= room), 0)
+
+
+def _more_fit(recipe: Recipe, bundle: dict[str, float], world: int) -> bool:
+    """Whether a larger world size has room now, the running workers' own included."""
+    if world == recipe.train.world_sizes[0]:
+        return False
+    free = ray.available_resources()
+    with_ours = {name: free.get(name, 0) + amount * world for name, amount in bundle.items()}
+    larger = _largest(recipe.train.world_sizes, bundle, with_ours)
+    if larger > world:
+        stage.say(f"there is room for {larger} workers: {world} stop at a resume point, to go on as {larger}")
+    return larger > world
 
 
 @contextlib.contextmanager

@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(path for folder in ("dis_scale", "pipelines") for path in (ROOT / folder).rglob("*.py"))
 
 LAYERS = [
-    "errors seeds recipe storage manifest",
+    "errors seeds recipe faults storage manifest",
     "scan diffusion data tracking lease vae ema",
-    "models checkpoint engine",
-    "train evaluation digits",
+    "models checkpoint engine evidence",
+    "train evaluation digits fork",
     "plan report progress mirror",
     "pipelines",
     "sweep cli vary",

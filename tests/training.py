@@ -2,7 +2,10 @@
 
 import multiprocessing
 import os
+import signal
 import socket
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +36,13 @@ def make_latents(at: Folder, recipe: Recipe) -> Folder:
     return at
 
 
-def run(recipe: Recipe, model: str, root: Path, attempt: int, stop_at: int | None = None) -> None:
-    """Trains in `recipe.train.workers` processes; with `stop_at`, rank 1 (or 0) wishes to stop from that image count on."""
+def run(
+    recipe: Recipe, model: str, root: Path, attempt: int, stop_at: int | None = None, faults: Path | None = None
+) -> None:
+    """Trains in `recipe.train.workers` processes; with `stop_at`, rank 1 (or 0) wishes to stop from that image count on.
+
+    `faults` is a plan of accidents; SIGTERM to a rank is its wish to stop.
+    """
     world = recipe.train.workers
     latents = folder(root) / "latents"
     if not latents.exists("manifest.json"):
@@ -42,29 +50,35 @@ def run(recipe: Recipe, model: str, root: Path, attempt: int, stop_at: int | Non
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = (world, port, recipe, model, str(root), attempt, stop_at)
+    arguments = (world, port, recipe, model, str(root), attempt, stop_at, faults)
     mp.start_processes(_rank, arguments, world, start_method="forkserver")
 
 
 def _rank(
-    rank: int, world: int, port: int, recipe: Recipe, model: str, root: str, attempt: int, stop_at: int | None
-) -> None:
+    rank: int, world: int, port: int, recipe: Recipe, model: str, root: str, attempt: int, stop_at: int | None,
+    plan: Path | None,
+) -> None:  # fmt: skip
     place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in place.items()})
     torch.set_num_threads(1)
-    from dis_scale import engine
+    from dis_scale import engine, faults
     from dis_scale.train import Run, train
 
+    faults.use(plan)
+    asked = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked.set())
     device = torch.device("cpu")
     engine.connect(device)
     steps = iter(range(1, 10**9))
 
     def wish() -> bool:
         """Asked once a step before it begins."""
-        return stop_at is not None and rank == world - 1 and next(steps) * recipe.train.batch_images > stop_at
+        due = stop_at is not None and rank == world - 1 and next(steps) * recipe.train.batch_images > stop_at
+        return due or asked.is_set()
 
     sweep = folder(root) / "sweep"
-    train(Run(recipe, model, sweep, folder(root) / "latents", attempt, device, lambda: True, wish, _nothing, print))
+    latents, wanted = folder(root) / "latents", time.time()
+    train(Run(recipe, model, sweep, latents, attempt, device, lambda: True, wish, _nothing, print, wanted))
 
 
 def _nothing(_: Any) -> None: ...
