@@ -9,12 +9,12 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from dis_scale import recipe as recipes
-from dis_scale.errors import DisScaleError, Preempted, StorageError, UserError
+from dis_scale.errors import DisScaleError, Preempted, StorageAway, StorageError, UserError
 from dis_scale.evaluation import results
 from dis_scale.evaluation.results import Drawn
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder, folder
-from pipelines import evaluate
+from pipelines import evaluate, stage
 from tests.conftest import TINY
 
 
@@ -50,9 +50,12 @@ def test_what_cannot_be_measured_is_skipped_and_noted(
     assert results.skipped(sweep, tiny) == {drawn: str(error)}
 
 
-def test_a_wish_to_stop_skips_nothing(tmp_path: Path) -> None:
-    with pytest.raises(Preempted):
-        evaluate._evaluate_one(Failing(folder(tmp_path), Preempted("stop")), Drawn("dis", 0), set())  # type: ignore[arg-type]
+@pytest.mark.parametrize("error", [Preempted("stop"), StorageAway("503"), stage.Lost("a worker was lost")], ids=str)
+def test_what_is_not_the_checkpoints_fault_skips_nothing(tmp_path: Path, error: DisScaleError) -> None:
+    skipped: set[Drawn] = set()
+    with pytest.raises(type(error)):
+        evaluate._evaluate_one(Failing(folder(tmp_path), error), Drawn("dis", 0), skipped)  # type: ignore[arg-type]
+    assert skipped == set()
 
 
 def test_nothing_published_for_long_is_a_clear_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
