@@ -70,6 +70,19 @@ def require_known(command: str, arguments: list[str]) -> None:
     load(arguments[0], overrides)
 
 
+def require_shape(words: list[str]) -> None:
+    """The command and its options exist, and it takes so many arguments."""
+    known = typer.main.get_command(app)
+    while hasattr(known, "commands"):
+        known = known.commands[words[0]]
+        words = words[1:]
+    flags = {name: option.is_flag for option in known.params for name in option.opts if name.startswith("--")}  # type: ignore[attr-defined]
+    given = [word for word in words if word.startswith("--")]
+    assert set(given) <= flags.keys()
+    values = sum(not flags[flag] for flag in given)
+    assert len(words) - len(given) - values == sum(p.param_type_name == "argument" for p in known.params)
+
+
 def sources() -> list[str]:
     """Each `source: {...}` of the README's and docs' code, whole recipes apart."""
     return [line for text in blocks(README) + blocks(DATA) for line in re.findall(r"^source: {.*}", text, re.MULTILINE)]
@@ -97,9 +110,8 @@ def test_commands_name_what_is_there(words: list[str]) -> None:
         case ["python", "-m", "dis_scale.sweep", *arguments]:
             assert importlib.util.find_spec("dis_scale.sweep")
             require_known("sweep", arguments)
-        case ["dis-scale", "data", command, "SWEEP", *arguments]:
-            known = typer.main.get_command(app).commands["data"].commands[command]  # type: ignore[attr-defined]
-            assert set(arguments) <= {name for parameter in known.params for name in parameter.opts}
+        case ["dis-scale", *arguments] if "SWEEP" in arguments:
+            require_shape(arguments)
         case ["dis-scale", command, *arguments]:
             require_known(command, arguments)
         case _:
