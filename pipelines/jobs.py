@@ -164,17 +164,21 @@ def _submit(cluster: Cluster, recipe: Recipe, name: str, command: list[str]) -> 
         "PYTHONUNBUFFERED": "1",
         "OMP_WAIT_POLICY": "PASSIVE",  # on a shared machine, threads that spin for a core make a step five times as long
     }
-    try:
-        cluster.client.submit_job(
-            entrypoint=shlex.join([sys.executable, "-m", *command]),
-            submission_id=name,
-            runtime_env=cluster.runtime_env | {"env_vars": variables},
-        )
-    except (RuntimeError, ValueError) as error:
-        if "already" in str(error):
-            return Job(cluster, name, ours=False)
-        raise DisScaleError(f"Ray did not take the job {name}: {' '.join(str(error).split())[:300]}") from error
-    return Job(cluster, name, ours=True)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            cluster.client.submit_job(
+                entrypoint=shlex.join([sys.executable, "-m", *command]),
+                submission_id=name,
+                runtime_env=cluster.runtime_env | {"env_vars": variables},
+            )
+            return Job(cluster, name, ours=True)
+        except (RuntimeError, ValueError) as error:
+            if "already" in str(error):
+                return Job(cluster, name, ours=False)
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise DisScaleError(f"Ray did not take the job {name}: {' '.join(str(error).split())[:300]}") from error
+        time.sleep(1)  # a Ray that has just started, on a busy machine: its agent comes up after its dashboard
 
 
 def stop(jobs: list[Job], wait_s: float) -> None:
