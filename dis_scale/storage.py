@@ -108,6 +108,13 @@ class Folder:
     def exists(self, path: str) -> bool:
         return self._do("look up", path, lambda fs, full: fs.exists(full))
 
+    def folders(self, path: str = "") -> list[str]:
+        """As `list`, of folders alone."""
+        found = self._entries(path, detail=True)
+        return sorted(
+            _base(entry["name"]) for entry in found if entry["type"] == "directory" and _shown(entry["name"], path)
+        )
+
     def list(self, path: str = "") -> list[str]:
         """Sorted names directly below `path`; nothing where it does not exist. Half-written files are not listed."""
         return sorted({_base(entry) for entry in self._entries(path, detail=False) if _shown(entry, path)})
@@ -242,7 +249,8 @@ def _may_pass(error: Exception) -> bool:
     status = _http_status(error)
     if status is not None:
         return status >= 500 or status in (408, 429)
-    return type(error).__module__.startswith(("botocore", "aiohttp")) or getattr(error, "errno", None) == errno.EIO
+    known = ("botocore", "aiohttp", "requests", "httpx", "urllib3")
+    return type(error).__module__.startswith(known) or getattr(error, "errno", None) == errno.EIO
 
 
 def _http_status(error: BaseException) -> int | None:
@@ -250,6 +258,8 @@ def _http_status(error: BaseException) -> int | None:
         response = getattr(link, "response", None)
         if isinstance(response, dict):
             return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        if isinstance(status := getattr(response, "status_code", None), int):
+            return status
     return None
 
 

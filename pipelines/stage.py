@@ -4,6 +4,7 @@ Plain actors and a placement group rather than Ray Train: the driver tells its w
 another world size, and a killed worker is known in 60 ms and replaced in seconds where Ray Train's controller takes ten.
 """
 
+import contextlib
 import faulthandler
 import json
 import logging
@@ -15,7 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import ray
@@ -124,6 +125,16 @@ class Worker:
 def spawn(kind: type[Worker], options: dict[str, Any], *arguments: Any) -> Any:
     """A worker as a Ray actor; its work, `look` and `stop` run in threads of their own."""
     return ray.remote(max_concurrency=4)(kind).options(**options).remote(*arguments)
+
+
+@contextlib.contextmanager
+def ended(*actors: Any) -> Iterator[None]:
+    """Ends the actors with the block: one that outlived a failed attempt would keep what the next one needs."""
+    try:
+        yield
+    finally:
+        for actor in actors:
+            ray.kill(actor)
 
 
 def resources(name: str, device: str, cpus: float) -> dict[str, Any]:

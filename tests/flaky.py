@@ -15,6 +15,9 @@ LOG = "reads.log"
 """Beside the objects: a line for each read of a shard that came through."""
 
 
+_ONE_AT_A_TIME = threading.Lock()
+
+
 class FlakyFileSystem(LocalFileSystem):
     """`faults` are raised by as many reads of shards, the first ones, before any comes through; a read takes `latency_s`."""
 
@@ -29,8 +32,10 @@ class FlakyFileSystem(LocalFileSystem):
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
         if not path.endswith(".tar"):
             return super().cat_file(path, start, end, **options)
-        if self.faults:
-            raise self.faults.pop(0)
+        with _ONE_AT_A_TIME:
+            fault = self.faults.pop(0) if self.faults else None
+        if fault:
+            raise fault
         threading.Event().wait(self.latency_s)
         data = super().cat_file(path, start, end, **options)
         descriptor = os.open(Path(path).parent / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT)

@@ -6,14 +6,17 @@ what the manifest names. Nothing here can stop a run: on a full or broken disk i
 
 import fcntl
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from dis_scale import manifest
 
+_OURS = re.compile(r"[0-9a-f]{64}(\.part)?")
+"""The cache's own files: whatever else lies in its folder is not counted and not touched."""
 _LOCKS = 64
 """Files that shards share as locks, by hash: enough for the few that are fetched at once."""
 
@@ -45,7 +48,8 @@ class Cache:
         try:
             data = path.read_bytes()
             if manifest.digest(data)["sha256"] == entry["sha256"]:
-                os.utime(path)
+                with suppress(OSError):  # another process may have evicted it: the bytes are good all the same
+                    os.utime(path)
                 return data
             path.unlink()
         except FileNotFoundError:
@@ -69,7 +73,7 @@ class Cache:
                 self._give_up(error)
 
     def _make_room(self, size_bytes: int) -> None:
-        found = [(e.stat(), e) for e in os.scandir(self.folder) if not e.name.startswith("lock-")]
+        found = [(e.stat(), e) for e in os.scandir(self.folder) if _OURS.fullmatch(e.name)]
         used = sum(stat.st_size for stat, _ in found)
         for stat, entry in sorted(found, key=lambda f: (not f[1].name.endswith(".part"), f[0].st_mtime_ns)):
             if used + size_bytes <= self.bound_bytes and not entry.name.endswith(".part"):
@@ -84,7 +88,7 @@ class Cache:
         try:
             if not self._given_up:
                 self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-                file = (self.folder / name).open("wb")
+                file = (self.folder / name).open("ab")
                 fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             self._give_up(error)

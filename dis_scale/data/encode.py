@@ -18,7 +18,7 @@ from dis_scale.data import shards
 from dis_scale.data.ahead import in_order
 from dis_scale.data.shards import Sample
 from dis_scale.data.sources import Source
-from dis_scale.errors import UndecodableImage
+from dis_scale.errors import DisScaleError, UndecodableImage
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder
 from dis_scale.vae import Vae
@@ -125,6 +125,10 @@ def _encoded(setup: Setup, images: Iterator[tuple[int, np.ndarray]], report: Cal
         positions, pixels = zip(*batch, strict=True)
         moments = encode(setup.vae, np.stack(pixels), size)
         for position, one in zip(positions, moments, strict=True):
+            if not np.isfinite(one).all():
+                raise DisScaleError(
+                    f"latents of image {setup.source.names[position]} are not finite in float16: is this its VAE?"
+                )
             entry = setup.source.listing[position]
             samples.append(Sample(position, entry.name, int(entry.label), one))
         report(len(batch))

@@ -37,6 +37,10 @@ def square(image: Image.Image, resolution: int) -> np.ndarray:
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
+    if max(image.size) * scale * resolution > (limit := Image.MAX_IMAGE_PIXELS or 2**27):
+        raise ValueError(
+            f"{image.width} x {image.height} is too thin: brought to {resolution} it has over {limit:,} pixels"
+        )
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
     return np.asarray(image)[top : top + resolution, left : left + resolution]

@@ -18,6 +18,7 @@ from dis_scale.data.cache import Cache, default_folder
 from dis_scale.data.order import BLOCK_SHARDS, Order, Places
 from dis_scale.data.shards import Shard, unpack
 from dis_scale.data.shelf import Shelf, free_memory_bytes
+from dis_scale.errors import UserError
 from dis_scale.recipe import LatentShape, Reader, Recipe
 from dis_scale.storage import Folder
 
@@ -82,6 +83,10 @@ def open_latents(folder: Folder, recipe: Recipe, workers: int, say: Callable[[st
     found = manifest.find(folder)
     assert found is not None, "the caller has checked that the latents exist"
     set_bytes = sum(shard["bytes"] for shard in found["shards"])
+    if (theirs := found["num_classes"]) != recipe.data.num_classes:
+        raise UserError(
+            f"{folder}: latents of {theirs} classes, data.num_classes is {recipe.data.num_classes}: use another root"
+        )
     keep_all, how = choose_keeping(recipe.reader, set_bytes, workers)
     cache = None
     if folder.local is None and recipe.reader.cache_gib:

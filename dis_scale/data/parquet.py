@@ -41,8 +41,7 @@ class Rows:
     def _read_group(self, name: str, group: int) -> pa.ChunkedArray:
         with _opened(self._root, name) as file:
             leaf = self._settings.image if _is_bytes(file, self._settings) else f"{self._settings.image}.bytes"
-            table = file.read_row_group(group, columns=[leaf]).flatten()
-            return table.column(0)
+            return _read(file, group, leaf, f"{self._root}/{name}").flatten().column(0)
 
 
 def near(first: Entry, entry: Entry) -> bool:
@@ -56,7 +55,7 @@ def _entries(root: Folder, name: str, settings: ParquetSource) -> Iterator[Entry
         _require_columns(file, where, settings)
         row = 0
         for group in range(file.num_row_groups):
-            labels = file.read_row_group(group, columns=[settings.label]).column(0).to_pylist()
+            labels = _read(file, group, settings.label, where).column(0).to_pylist()
             for i, label in enumerate(labels):
                 if not isinstance(label, int | str):
                     raise UserError(f"{where}: row {row + i}: label {label!r}, expected a number or a name")
@@ -89,6 +88,16 @@ def _is_bytes(file: pq.ParquetFile, settings: ParquetSource) -> bool:
 
 def _has_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+
+
+def _read(file: pq.ParquetFile, group: int, column: str, where: str) -> pa.Table:
+    """A column of a row group; StorageError where its pages are damaged."""
+    try:
+        return file.read_row_group(group, columns=[column])
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(f"{where}: row group {group} is damaged: {' '.join(str(error).split())}") from error
 
 
 def _opened(root: Folder, name: str) -> pq.ParquetFile:

@@ -18,7 +18,7 @@ import numpy as np
 import webdataset as wds
 
 from dis_scale import manifest
-from dis_scale.errors import StorageError, UserError
+from dis_scale.errors import StorageAway, StorageError, UserError
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder
 
@@ -245,7 +245,9 @@ def _agrees(latents: Folder, number: int) -> bool:
     name = shard_name(number)
     try:
         manifest.verified(latents, f"{name}.tar", latents.read_json(f"{name}.json"))
-    except StorageError:
+    except StorageAway:
+        raise  # nothing is known of the shard
+    except (StorageError, KeyError, TypeError):
         return False
     return True
 

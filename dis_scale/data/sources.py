@@ -189,7 +189,7 @@ def _gone(what: str) -> StorageError:
 
 def _find_class_folders(root: Folder) -> Found:
     """Class by class, so that a million names are never in memory at once."""
-    classes = [name for name in root.list() if not name.startswith(".")]
+    classes = [name for name in root.folders() if not name.startswith(".")]
     return Found(
         (
             Entry(f"{name}/{file}", label)

@@ -70,7 +70,7 @@ class _Member(tarfile.TarInfo):
 
 def _members(file: BinaryIO) -> Iterator[_Member]:
     with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as tar:
-        while (member := tar.next()) is not None:
+        while (member := _next(tar, file)) is not None:
             tar.members = []  # type: ignore[attr-defined]  # else it keeps them all
             if not member.isreg():
                 continue
@@ -79,6 +79,16 @@ def _members(file: BinaryIO) -> Iterator[_Member]:
                 file.seek(member.offset_data)
                 member.data = file.read(member.size)
             yield member
+
+
+def _next(tar: tarfile.TarFile, file: BinaryIO) -> tarfile.TarInfo | None:
+    """The next member; ReadError where the tar stops otherwise than with a block of zeros, which `tarfile` takes for its end."""
+    member = tar.next()
+    if member is None:
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"damaged or cut at byte {tar.offset}")
+    return member
 
 
 def _labelled(members: Iterator[_Member], tar: str, where: str, settings: TarSource) -> Iterator[Entry]:

@@ -109,3 +109,13 @@ def test_what_goes_wrong_in_storage_is_not_the_caches_fault(tmp_path: Path) -> N
 
 def test_the_folder_is_the_users_own() -> None:
     assert str(os.getuid()) in str(default_folder())
+
+
+def test_what_is_not_the_caches_own_is_neither_counted_nor_touched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_bytes(b"x" * 900)
+    (tmp_path / "folder").mkdir()
+    data = b"y" * 500
+    cache = Cache(tmp_path, 600, print)
+    assert cache.get(manifest.digest(data), lambda: data) == data
+    assert (tmp_path / "thesis.txt").stat().st_size == 900
+    assert cache.get(manifest.digest(data), lambda: b"fetched again") == data
