@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --editable
 
-.PHONY: demo test lint venv
+.PHONY: demo test faults soak lint venv
 
 demo: $(VENV)/installed
 	$(BIN)/python -m dis_scale.sweep configs/digits.yaml
@@ -13,6 +13,13 @@ demo: $(VENV)/installed
 # -v takes back the -q of pyproject.toml, under which pytest hides its first lines: what is skipped, and why.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -v
+
+# The whole table of faults, Ray's part too; and random kills: `make soak KILLS=20 SEED=1`.
+faults: $(VENV)/installed-dev
+	$(BIN)/python -m pytest tests/faults -v -m "faults or not faults"
+
+soak: $(VENV)/installed-dev
+	$(BIN)/python -m tests.faults.soak --kills $(or $(KILLS),100) $(if $(SEED),--seed $(SEED))
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -13,7 +13,8 @@ processes of the machine that share the plan, so that a restarted attempt does n
     hang at step rank=0 images=160              the process stands still for good
     nan at loss images=160 times=2              the loss's gradient is not a number
 
-Points: `step` and `loss` (train.py), `look` (a stage's driver, once a second), each storage verb before it, `written` after one.
+Points: `step` and `loss` (train.py), `look` (a stage's driver, once a second; `path` is the stage), each storage
+verb before it, `written` after one.
 """
 
 import errno

@@ -175,6 +175,21 @@ def watch(
     Raises the first failure at once, `Lost` where another attempt may do better: as for a hang, when no worker has got on for
     `hang_after_s`, whose stacks are shown.
     """
+    try:
+        return _watch(workers, results, report, hang_after_s, enough)
+    except (Lost, ray.exceptions.RayError):
+        for worker in workers:  # the next attempt needs their room, and a trace may keep their handles for long
+            ray.kill(worker)
+        raise
+
+
+def _watch(
+    workers: Sequence[Any],
+    results: Sequence[Any],
+    report: Callable[[list[int]], None],
+    hang_after_s: float,
+    enough: Callable[[], bool],
+) -> list[Any]:
     waiting, told = list(results), False
     done, moved = 0, time.monotonic()
     while waiting:
@@ -192,7 +207,7 @@ def watch(
             for worker in workers:
                 worker.stop.remote()
         report(looks)
-        faults.at("look", images=max(looks))
+        faults.at("look", images=max(looks), path=" ".join(sys.argv[1:2]))
     return ray.get(list(results))
 
 

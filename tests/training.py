@@ -51,7 +51,9 @@ def run(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = (world, port, recipe, model, str(root), attempt, stop_at, faults)
-    mp.start_processes(_rank, arguments, world, start_method="forkserver")
+    ranks = mp.start_processes(_rank, arguments, world, join=False, start_method="forkserver")
+    while not ranks.join(grace_period=1):  # for the others when one has died: to them SIGTERM is but a wish
+        pass
 
 
 def _rank(

@@ -1,13 +1,19 @@
 """Every fault in training ends with one question: is what the run leaves bit-equal to the undisturbed one's, and made once?"""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch.multiprocessing as mp
 
+from dis_scale import faults, manifest
 from dis_scale import recipe as recipes
+from dis_scale.errors import UserError
 from dis_scale.recipe import Recipe
+from tests import training
 from tests.conftest import TINY
 from tests.faults import table
 
@@ -59,12 +65,45 @@ def rows() -> list[Any]:
     return [pytest.param(*FAULTS[name], id=name, marks=[] if name in FEW else [pytest.mark.faults]) for name in FAULTS]
 
 
-@pytest.mark.parametrize(("faults", "ends"), rows())
+@pytest.mark.parametrize(("plan", "ends"), rows())
 def test_training_ends_as_undisturbed(
-    tmp_path: Path, recipe: Recipe, calm: dict[str, Any], faults: str, ends: str | None
+    tmp_path: Path, recipe: Recipe, calm: dict[str, Any], plan: str, ends: str | None
 ) -> None:
-    ended = table.train_through(recipe, tmp_path, faults)
+    ended = table.train_through(recipe, tmp_path, plan)
     assert table.left(tmp_path) == []
     assert bool(ended) == (ends is not None), ended
     assert all(re.search(ends or "", words) for words in ended), ended
     assert table.made(tmp_path, recipe) == calm
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted_and_the_clock_moves_on(
+    tmp_path: Path, recipe: Recipe
+) -> None:
+    assert table.train_through(recipe, tmp_path, "nan at loss rank=1 images=112") == []
+    made = table.made(tmp_path, recipe)
+    images, adam_steps, _ = made["state"]
+    assert (images, adam_steps) == (320, 19)
+    assert [row for row in made["rows"] if row[0] == "skipped"] == [("skipped", 160, 1.0), ("skipped", 320, 1.0)]
+
+
+def test_too_many_in_a_row_stop_the_run_and_the_evidence_is_kept(tmp_path: Path) -> None:
+    recipe = recipes.load(TINY, ["train.skips_in_a_row=3"])
+    (tmp_path / "faults").write_text("nan at loss rank=1 images=112 times=6")
+    with pytest.raises(
+        mp.ProcessRaisedException, match="not finite in 3 steps in a row, up to 160 images: the last step's"
+    ):
+        training.run(recipe, table.MODEL, tmp_path, 1, faults=tmp_path / "faults")
+    kept = table.run_folder(tmp_path) / "evidence/000000000160-0001"
+    found = manifest.find(kept)
+    assert found is not None
+    assert len(found["files"]) == 6
+    step = json.loads(manifest.read(kept, "step-00001.json", found))
+    assert (len(step["loss_by_lane"]), step["weights_not_finite"]) == (2, [])
+    batch = safetensors.torch.load(manifest.read(kept, "batch-00001.safetensors", found))
+    assert batch["1/x_BCHW"].shape == (4, 4, 8, 8)
+
+
+@pytest.mark.parametrize("line", ["kil at step", "kill step rank=1", "kill at step rnk=1", "kill at step rank=one"])
+def test_a_fault_that_is_none_is_refused(line: str) -> None:
+    with pytest.raises(UserError, match=f"fault {line!r}: "):
+        faults.parse(line)
