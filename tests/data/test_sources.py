@@ -102,12 +102,8 @@ def bad(root: Folder, what: str) -> dict[str, Any]:
         case "cut tar":
             files = {"a.tar": labelled.tar({"1.png": png(1), "1.cls": b"0"})[:700]}
         case "tar with a damaged header":
-            whole = bytearray(
-                labelled.tar(
-                    {f"{i}.{kind}": png(i) if kind == "png" else b"0" for i in (1, 2) for kind in ("png", "cls")}
-                )
-            )
-            whole[1024 + 148] ^= 1
+            whole = bytearray(labelled.tar({"1.png": png(1), "1.cls": b"0"}))
+            whole[whole.index(b"1.cls")] ^= 1
             files = {"a.tar": bytes(whole)}
         case "csv column":
             files = {"a.csv": b"path,class\n1.png,0\n"}
@@ -152,7 +148,7 @@ def write(root: Folder, files: dict[str, bytes]) -> dict[str, Any]:
         ("no label in tar", r"a.tar: image 1.png has no label: expected a .cls beside it, or say where labels stand"),
         ("label not in json", r"a.tar: 1.json: no label 'label' there: KeyError: 'label'"),
         ("cut tar", r"a.tar: not a whole tar: unexpected end of data"),
-        ("tar with a damaged header", r"a.tar: not a whole tar: .*damaged or cut at byte 1024"),
+        ("tar with a damaged header", r"a.tar: not a whole tar: .*damaged or cut at byte "),
         ("csv column", r"data.source.label: no column 'label' in .*a.csv; it has path, class"),
         ("csv line", r"a.csv: line 3: expected a path and a label, got \['2.png', None\]"),
         ("numbers and names", r"image 2.png: label 'cat', expected either a name or a number from 0 in all"),
