@@ -101,8 +101,7 @@ def on_ray(sweep: Folder, latents: Folder, setup: Setup, device: str, left: list
     options = stage.resources("precompute", device, 1)
     workers = [stage.spawn(Encoder, options) for _ in range(min(recipe.precompute.workers, len(left), room))]
     results = [w.encode.remote(sweep, latents, recipe, device, _Ask(dealer)) for w in workers]
-    with stage.ended(*workers, dealer):
-        stage.watch(workers, results, lambda done: stage.progress(min(before + sum(done), images), images, "images"))
+    stage.watch(workers, results, lambda done: stage.progress(min(before + sum(done), images), images, "images"))
 
 
 class _Ask:

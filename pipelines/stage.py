@@ -4,7 +4,6 @@ Plain actors and a placement group rather than Ray Train: the driver tells its w
 another world size, and a killed worker is known in 60 ms and replaced in seconds where Ray Train's controller takes ten.
 """
 
-import contextlib
 import faulthandler
 import json
 import logging
@@ -16,7 +15,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import ray
@@ -127,16 +126,6 @@ def spawn(kind: type[Worker], options: dict[str, Any], *arguments: Any) -> Any:
     return ray.remote(max_concurrency=4)(kind).options(**options).remote(*arguments)
 
 
-@contextlib.contextmanager
-def ended(*actors: Any) -> Iterator[None]:
-    """Ends the actors with the block: one that outlived a failed attempt would keep what the next one needs."""
-    try:
-        yield
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-
-
 def resources(name: str, device: str, cpus: float) -> dict[str, Any]:
     """What one worker asks for: the stage's named resource where the nodes declare it, a GPU where it computes on one."""
     declared = ray.cluster_resources().get(name)
@@ -177,7 +166,7 @@ def watch(
     """
     try:
         return _watch(workers, results, report, hang_after_s, enough)
-    except (Lost, ray.exceptions.RayError):
+    except Lost:
         for worker in workers:  # the next attempt needs their room, and a trace may keep their handles for long
             ray.kill(worker)
         raise
