@@ -3,6 +3,7 @@
 import csv
 import io
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -17,9 +18,11 @@ FACTS = ("samples", "sampler", "steps", "guidance", "guidance_interval", "ema_wi
 def table(report: Report) -> Table:
     """A row a point; below it what has to be said, and what failed or was damaged."""
     caption = Text("\n".join(notes(report))).append("".join(f"\n{line}" for line in missing(report)), style="red")
-    out = Table(title=f"{report.sweep}: Gflops against {report.metric}", caption=caption)
+    out = Table(
+        title=f"{report.sweep}: Gflops against {report.metric}", caption=caption, box=box.SIMPLE_HEAD, padding=0
+    )
     for column in columns(report):
-        out.add_column(column, justify="left" if column in ("model", "drawn", "sampler") else "right")
+        out.add_column(column, justify="left" if column in ("model", "drawn", "sampler") else "right", no_wrap=True)
     for point in report.points:
         out.add_row(*row(report, point))
     return out
@@ -37,11 +40,11 @@ def row(report: Report, p: Point) -> list[str]:
     """The cells of one point, as `columns` names them."""
     accuracy = p.values.get("class_accuracy")
     judged = ["" if accuracy is None else f"{accuracy:.1%}"] if _judged(report) else []
-    paper = [f"{p.cost.paper_gflops:.4g}" if p.cost.paper_gflops else ""] if _papers(report) else []
+    paper = [f"{p.cost.paper_gflops:.3g}" if p.cost.paper_gflops else ""] if _papers(report) else []
     goodput = "" if p.goodput is None else f"{p.goodput:.0%}"
     drawn = [p.variant or "main"] if len(report.drawings) > 1 else []
     return [
-        p.model, *drawn, f"{p.cost.parameters:,}", f"{p.gmacs:.4g}", *paper, f"{p.images:,}", f"{p.eflops:.3g}", goodput,
+        p.model, *drawn, f"{p.cost.parameters:,}", f"{p.gmacs:.3g}", *paper, f"{p.images:,}", f"{p.eflops:.3g}", goodput,
         with_error(report.distance(p), report.error(p)), *judged, f"{p.facts['sampler']} {p.facts['steps']}",
         f"{p.facts['guidance']:g}",
     ]  # fmt: skip
