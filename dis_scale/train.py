@@ -6,6 +6,7 @@ data/latents.py (what step s sees) and diffusion/ (the loss). Runs on every rank
 
 import json
 import math
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -66,7 +67,7 @@ def train(run: Run) -> int:
     Returns the images seen. Bit-equal to an undisturbed run at the same world size, stage, device kind, threads and versions.
     """
     settings, rank, world = run.recipe.train, dist.get_rank(), dist.get_world_size()
-    latents, how = open_latents(run.latents, run.recipe, world, run.say)
+    latents, how = open_latents(run.latents, run.recipe, _workers_here(world), run.say)
     process = diffusion.build(run.recipe.diffusion)
     state, model, images = _start(run, latents)
     saver = Saver(run.folder, run.attempt, rank, world, run.held, settings.keep_resume)
@@ -134,6 +135,13 @@ def train(run: Run) -> int:
         log.flush()
         run.say(_closing_words(run, images, began, saver))
     return images
+
+
+def _workers_here(world: int) -> int:
+    """The workers on this node, which share its memory; collective."""
+    hosts: list[str] = [""] * world
+    dist.all_gather_object(hosts, socket.gethostname())
+    return hosts.count(socket.gethostname())
 
 
 def learning_rate(settings: Train, images: int) -> float:

@@ -257,10 +257,10 @@ def _facts(drawn: Drawn, drawing: Evaluate) -> dict[str, Any]:
 
 
 def _seconds(spent: list[dict[str, float]]) -> dict[str, float]:
-    """Worker seconds of each part, and samples a second and worker while drawing; nothing where all blocks were there."""
+    """Worker seconds of each part, and its images a second and worker; nothing where all blocks were there."""
     total = {part: sum(each[part] for each in spent) for part in spent[0]}
-    images, sampling = total.pop("images"), total["sampling"]
-    return total | {"images_per_s": images / sampling} if images else {}
+    images = total.pop("images")
+    return total | {f"{part}_images_per_s": images / s for part, s in total.items() if s} if images else {}
 
 
 def _block_count(drawing: Evaluate) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from dis_scale import manifest, vae
 from dis_scale.data import shards
-from dis_scale.data.encode import Setup, compute_exactly, put_shards
+from dis_scale.data.encode import Setup, compute_exactly, put_shards, require_same_hardware
 from dis_scale.data.sources import open_source
 from dis_scale.errors import Preempted, UserError
 from dis_scale.progress import listing_words
@@ -43,6 +43,7 @@ class Encoder(stage.Worker):
         self, sweep: Folder, latents: Folder, recipe: Recipe, device: str, deal: Callable[[], int | None]
     ) -> None:
         compute_exactly()
+        require_same_hardware(latents, device)
         setup = Setup(open_source(recipe.data, shards.store_of(sweep)), vae.load(recipe.vae, sweep), recipe)
         setup.vae.net.to(device)
         put_shards(setup, latents, iter(deal, None), self._count)

@@ -5,6 +5,7 @@ Threads, since Pillow and PyTorch leave Python's lock while they work and images
 them against processes, Ray tasks and Ray Data, docs/data.md has the figures. Read next: shards.py, pipelines/precompute.py.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from dis_scale.data import shards
 from dis_scale.data.ahead import in_order
 from dis_scale.data.shards import Sample
 from dis_scale.data.sources import Source
-from dis_scale.errors import DisScaleError, UndecodableImage
+from dis_scale.errors import DisScaleError, UndecodableImage, UserError
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder
 from dis_scale.vae import Vae
 
+HARDWARE = "hardware.json"
 STRETCH = 16
 """Images that one thread reads and decodes at a time, at most."""
 
@@ -64,6 +66,16 @@ def compute_exactly() -> None:
     """One thread for PyTorch and no TF32: the same sums whoever encodes."""
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def require_same_hardware(latents: Folder, device: str) -> None:
+    """UserError where another kind of hardware than this worker's began the set: its sums, and so its bytes, would differ."""
+    ours = torch.cuda.get_device_name() if device == "cuda" else f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+    latents.create(HARDWARE, json.dumps(ours).encode())
+    if (theirs := latents.read_json(HARDWARE)) != ours:
+        raise UserError(
+            f"{latents}: begun on {theirs!r}, this worker has {ours!r}: finish it on one kind, or use another root"
+        )
 
 
 def put_shards(setup: Setup, latents: Folder, numbers: Iterable[int], report: Callable[[int], None]) -> None:

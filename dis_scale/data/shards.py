@@ -18,6 +18,7 @@ import numpy as np
 import webdataset as wds
 
 from dis_scale import manifest
+from dis_scale.data.ahead import in_order
 from dis_scale.errors import StorageAway, StorageError, UserError
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder
@@ -148,17 +149,19 @@ def clear_strays(latents: Folder, numbers: range) -> list[str]:
 
 def seal(latents: Folder, numbers: range, facts: dict[str, Any]) -> dict[str, Any]:
     """Writes the manifest over all sidecars, last of all; StorageError where a shard is not as long as its sidecar says."""
-    sidecars = _sidecars(latents, numbers)
-    _require_sizes(latents, sidecars)
-    shards = [
-        {"name": f"{shard_name(n)}.tar", **{k: s[k] for k in ("count", "bytes", "sha256")}} for n, s in sidecars.items()
-    ]
-    mean, std = _statistics([s["sums"] for s in sidecars.values()])
+    shards, sums, refused, labels, sizes = [], [], list[str](), Counter[str](), latents.sizes()
+    read = in_order(numbers, lambda n: latents.read_json(f"{shard_name(n)}.json"), READS_AT_ONCE)
+    for n, sidecar in zip(numbers, read, strict=True):  # one by one: of a hundred thousand each names a thousand labels
+        _require_size(latents, n, sidecar, sizes)
+        shards.append({"name": f"{shard_name(n)}.tar", **{k: sidecar[k] for k in ("count", "bytes", "sha256")}})
+        sums.append(sidecar["sums"])
+        refused += sidecar["refused"]
+        labels.update(sidecar["labels"])
+    mean, std = _statistics(sums)
     value = {
         "format": manifest.FORMAT, **facts,
         "count": sum(s["count"] for s in shards), "mean": mean, "std": std,
-        "labels": _label_counts([s["labels"] for s in sidecars.values()]),
-        "refused": [name for s in sidecars.values() for name in s["refused"]], "shards": shards,
+        "labels": {label: labels[label] for label in sorted(labels, key=int)}, "refused": refused, "shards": shards,
     }  # fmt: skip
     if not value["count"]:
         raise UserError(
@@ -168,26 +171,12 @@ def seal(latents: Folder, numbers: range, facts: dict[str, Any]) -> dict[str, An
     return value
 
 
-def _label_counts(counts: list[dict[str, int]]) -> dict[str, int]:
-    """Images by label, labels rising."""
-    total = sum(map(Counter, counts), Counter[str]())
-    return {label: total[label] for label in sorted(total, key=int)}
-
-
-def _sidecars(latents: Folder, numbers: range) -> dict[int, dict[str, Any]]:
-    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        found = pool.map(lambda n: latents.read_json(f"{shard_name(n)}.json"), numbers)
-        return dict(zip(numbers, found, strict=True))
-
-
-def _require_sizes(latents: Folder, sidecars: dict[int, dict[str, Any]]) -> None:
-    sizes = latents.sizes()
-    for n, sidecar in sidecars.items():
-        if (size := sizes.get(f"{shard_name(n)}.tar")) != sidecar["bytes"]:
-            raise StorageError(
-                f"{latents}/{shard_name(n)}.tar: {size or 0} bytes, its sidecar says {sidecar['bytes']}: "
-                "give the same command again, and it is made anew"
-            )
+def _require_size(latents: Folder, number: int, sidecar: dict[str, Any], sizes: dict[str, int]) -> None:
+    if (size := sizes.get(f"{shard_name(number)}.tar")) != sidecar["bytes"]:
+        raise StorageError(
+            f"{latents}/{shard_name(number)}.tar: {size or 0} bytes, its sidecar says {sidecar['bytes']}: "
+            "give the same command again, and it is made anew"
+        )
 
 
 def point_to(sweep: Folder, latents: Folder, vae_identity: str) -> None:

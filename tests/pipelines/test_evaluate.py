@@ -70,5 +70,7 @@ def test_nothing_published_for_long_is_a_clear_end(tmp_path: Path, monkeypatch: 
 
 def test_seconds_add_up_and_name_the_rate() -> None:
     spent = [{"sampling": 2.0, "decoding": 1.0, "images": 30}, {"sampling": 4.0, "decoding": 1.0, "images": 30}]
-    assert evaluate._seconds(spent) == {"sampling": 6.0, "decoding": 2.0, "images_per_s": 10.0}
+    assert evaluate._seconds(spent) == {
+        "sampling": 6.0, "decoding": 2.0, "sampling_images_per_s": 10.0, "decoding_images_per_s": 30.0,
+    }  # fmt: skip
     assert evaluate._seconds([{"sampling": 0.0, "images": 0}]) == {}

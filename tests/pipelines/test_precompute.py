@@ -16,7 +16,7 @@ from PIL import Image
 from dis_scale import manifest, vae
 from dis_scale import recipe as recipes
 from dis_scale.data import shards
-from dis_scale.data.encode import Setup, encode
+from dis_scale.data.encode import HARDWARE, Setup, encode, require_same_hardware
 from dis_scale.data.encode import make as make_shards
 from dis_scale.data.sources import open_source
 from dis_scale.errors import Preempted, StorageError, UndecodableImage, UserError
@@ -55,7 +55,7 @@ def shards_by(workers: int, sweep: Folder, recipe: Recipe, at: Folder) -> dict[s
         done = [pool.submit(Encoder().encode, sweep, at, recipe, "cpu", dealer.next) for _ in range(workers)]
     for each in done:
         each.result()
-    return {name: at.read(name) for name in at.list()}
+    return {name: at.read(name) for name in at.list() if name != HARDWARE}
 
 
 @pytest.mark.parametrize("workers", [2, 8])
@@ -74,7 +74,7 @@ def test_a_broken_image_is_refused_by_name_and_nothing_is_half_written(
         match=r"image a/00.png cannot be decoded: .*; mend or remove it, or --set data.undecodable=skip",
     ):
         shards_by(1, sweep, photos, folder(tmp_path) / "one")
-    assert (folder(tmp_path) / "one").list() == []
+    assert (folder(tmp_path) / "one").list() == [HARDWARE]
 
 
 def test_an_image_that_is_gone_is_no_broken_image(sweep: Folder, photos: Recipe, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_what_a_killed_worker_left_is_taken_up_to_the_same_bytes(
     with pytest.raises(Killed):
         made(other, photos)
     monkeypatch.undo()
-    assert latents.list() == ["000000.json", "000000.tar", "000001.tar", "begun.json"]
+    assert latents.list() == ["000000.json", "000000.tar", "000001.tar", "begun.json", HARDWARE]
     for name in ("000002.json", "000003.json", "000003.tar"):
         latents.write(name, b"{}")
     asked: list[list[int]] = []
@@ -197,7 +197,7 @@ def test_what_a_killed_worker_left_is_taken_up_to_the_same_bytes(
     assert made(other, photos, counted) == undisturbed
     assert asked == [[1, 2]]
     names = [f"00000{n}.{kind}" for n in range(3) for kind in ("json", "tar")]
-    assert latents.list() == sorted([*names, "begun.json", manifest.NAME])
+    assert latents.list() == sorted([*names, "begun.json", HARDWARE, manifest.NAME])
     mine = place_of(sweep, photos)
     assert [latents.read(name) for name in names] == [mine.read(name) for name in names]
 
@@ -272,4 +272,13 @@ def test_who_wishes_to_stop_is_obeyed_within_a_batch(sweep: Folder, photos: Reci
     with pytest.raises(Preempted, match="stopped as asked"):
         encoder.encode(sweep, folder(tmp_path) / "one", photos, "cpu", Dealer([0, 1, 2]).next)
     assert encoder.look()[0] == 4
-    assert (folder(tmp_path) / "one").list() == []
+    assert (folder(tmp_path) / "one").list() == [HARDWARE]
+
+
+def test_another_kind_of_hardware_may_not_fill_a_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents = folder(tmp_path)
+    require_same_hardware(latents, "cpu")
+    require_same_hardware(latents, "cpu")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "a slide rule")
+    with pytest.raises(UserError, match=r"begun on 'CPU with .*', this worker has 'CPU with a slide rule'"):
+        require_same_hardware(latents, "cpu")
