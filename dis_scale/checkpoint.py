@@ -7,7 +7,7 @@ no gather and no collective off the training thread. Loading reassembles by rang
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 from dis_scale import ema, manifest
 from dis_scale.ema import Snapshot
-from dis_scale.engine import MOMENTS, WEIGHTS, Engine, Segment
+from dis_scale.engine import MOMENTS, Engine, Segment
 from dis_scale.errors import StorageError
 from dis_scale.recipe import Train
 from dis_scale.storage import Folder
@@ -141,9 +141,13 @@ def newest(run: Folder, say: Callable[[str], None]) -> Stored | None:
 
 def newest_images(run: Folder) -> int:
     """The images of the newest resume point that has a manifest; 0 where there is none. Reads nothing back."""
-    resume = run / "resume"
-    whole = (name for name in reversed(resume.list()) if resume.exists(f"{name}/{manifest.NAME}"))
+    whole = whole_points(run, reversed((run / "resume").list()))
     return next((int(name.split("-")[0]) for name in whole), 0)
+
+
+def whole_points(run: Folder, names: Iterable[str]) -> Iterator[str]:
+    """Of resume points by name those that have a manifest, looked up one by one as they are asked for."""
+    return (name for name in names if (run / "resume").exists(f"{name}/{manifest.NAME}"))
 
 
 @dataclass
@@ -172,7 +176,7 @@ class Saver:
         """Starts a resume point of this step boundary; training stands still for the clone, and for a save still in flight."""
         begin = time.monotonic()
         self.finish()
-        clones = {kind: engine.segments(kind) for kind in (WEIGHTS, *MOMENTS, *engine.averages)}
+        clones = {kind: engine.segments(kind) for kind in engine.kinds}
         pause_s = time.monotonic() - begin
         self.paused_s, self.longest_s = self.paused_s + pause_s, max(self.longest_s, pause_s)
         self._start(lambda: self._write(clones, images, facts))
@@ -252,7 +256,7 @@ class Saver:
         """
         resume = self.run / "resume"
         passed = [name for name in resume.list() if int(name.split("-")[0]) <= images]
-        whole = [name for name in passed if resume.exists(f"{name}/{manifest.NAME}")]
+        whole = list(whole_points(self.run, passed))
         for name in whole[: -self.keep]:
             (resume / name).delete(manifest.NAME)
         for name in set(passed) - set(whole[-self.keep :]):

@@ -115,14 +115,15 @@ def fork(
 ) -> None:
     """Start a new run from another's resume point; to roll back is to fork from before."""
     from dis_scale.fork import fork as fork_run
-    from dis_scale.storage import folder
+    from dis_scale.sweep import open_sweep
 
     with _errors(debug):
-        made = fork_run(folder(sweep), model, at, new)
+        folder, _ = open_sweep(sweep)
+        made = fork_run(folder, model, at, new)
         _console().print(f"forked   {made}: goes on from {at} images", highlight=False, soft_wrap=True)
         _console().print(
             f"next     give {new} the settings of {model} under models: in your recipe, and run it again; or\n"
-            f"         python -m dis_scale.sweep {folder(sweep)}/recipe.yaml",
+            f"         python -m dis_scale.sweep {folder}/recipe.yaml",
             highlight=False,
             soft_wrap=True,
         )

@@ -63,6 +63,11 @@ class Engine:
         self.deepspeed.backward(loss)
         self.deepspeed.step()
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The states that it holds: `kinds` of its settings."""
+        return (WEIGHTS, *MOMENTS, *self.averages)
+
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -115,7 +120,7 @@ class Engine:
             self.optimizer.state[flat] = {"step": torch.tensor(float(adam_step))} | {
                 moment: torch.zeros_like(flat) for moment in MOMENTS
             }
-        for kind in (WEIGHTS, *MOMENTS, *self.averages):
+        for kind in self.kinds:
             into = self.state(kind)
             for s in self.table:
                 into[s.flat][s.offset : s.offset + s.size].copy_(read(kind, s.name, s.start, s.end))

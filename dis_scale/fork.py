@@ -57,7 +57,7 @@ def _require_new(sweep: Folder, recipe: Recipe, origin: dict[str, Any], new: str
 
 def _resume_point(run: Folder, model: str, images: int) -> Stored:
     """The newest attempt's whole resume point at this image count; UserError names the counts that there are."""
-    whole = [name for name in (run / "resume").list() if (run / "resume").exists(f"{name}/{manifest.NAME}")]
+    whole = list(checkpoint.whole_points(run, (run / "resume").list()))
     names = [name for name in whole if int(name.split("-")[0]) == images]
     found = manifest.find(run / "resume" / names[-1]) if names else None
     if found is None:

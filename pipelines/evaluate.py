@@ -160,7 +160,7 @@ def evaluate(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
     skipped: set[Drawn] = set()
     stage.with_restarts(
         recipe, "evaluate", lambda _: _evaluate_all(sweep, recipe, device, skipped),
-        lambda: sum(len(results.evaluated(sweep, model)) for model in recipe.models),
+        lambda: sum(len(results.evaluated_counts(sweep, model)) for model in recipe.models),
     )  # fmt: skip
 
 
