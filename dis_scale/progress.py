@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 PLAIN_EVERY_S = 15.0
-LISTED_EVERY_S = 5.0
+SAID_EVERY_S = 5.0
 
 
 class _Rate(ProgressColumn):
@@ -85,14 +85,19 @@ class Board:
         stage.said = float("inf") if stage.done >= total else now
 
 
-def listing_words(say: Callable[[str], None]) -> Callable[[int], None]:
-    """Says now and then how many images of a source have been listed; a small source passes in silence."""
+def listing_words(say: Callable[[str], None]) -> Callable[..., None]:
+    """Says now and then how many images of a source have been listed."""
+    return now_and_then(say, "listing  {:,} images so far")
+
+
+def now_and_then(say: Callable[[str], None], words: str) -> Callable[..., None]:
+    """Takes numbers and says `words` filled with them every few seconds; what is done sooner passes in silence."""
     said = time.monotonic()
 
-    def report(images: int) -> None:
+    def report(*numbers: int) -> None:
         nonlocal said
-        if time.monotonic() >= said + LISTED_EVERY_S:
+        if time.monotonic() >= said + SAID_EVERY_S:
             said = time.monotonic()
-            say(f"listing  {images:,} images so far")
+            say(words.format(*numbers))
 
     return report

@@ -81,6 +81,8 @@ class TarSource(Stored):
     kind: Literal["tar"]
     files: str = "*.tar"
     """Which files of the folder, as a shell pattern."""
+    image: str | None = None
+    """What an image's name ends in after its key, where a sample has several: `jpg` beside `seg.png`. By default any image."""
     label: Literal["cls", "json", "folder", "tar"] = "cls"
     """Where an image's class stands: `<key>.cls` or `<key>.json` beside it, its folder in the tar, or the tar's own name."""
     json_key: str = "label"

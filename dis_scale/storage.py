@@ -3,9 +3,10 @@
 A sweep's state is files below one URL (a local path, `s3://bucket/prefix`, any fsspec store) and lives nowhere else. What is
 written appears whole: on disk through a temporary file and a rename, in an object store by its nature.
 
-Learnt the hard way: fsspec's local `mode="create"` is not atomic, so disk goes through `os.link`; Ceph's gateway answers a lost
-`If-None-Match` race with a 412 that s3fs raises as OSError(EINVAL) instead of FileExistsError; a multipart upload ignores
-`If-None-Match` there, so `create` is for small objects.
+Learnt the hard way: s3fs reads what is longer than its block size by ranges, ten at once, and a range that came short is zeros in
+the whole, which only a hash shows; its listing of a folder is whole in memory, some kB an object; fsspec's local `mode="create"` is
+not atomic, so disk goes through `os.link`; Ceph's gateway answers a lost `If-None-Match` race with a 412 that s3fs raises as
+OSError(EINVAL) instead of FileExistsError; a multipart upload ignores `If-None-Match` there, so `create` is for small objects.
 """
 
 import errno
@@ -15,8 +16,9 @@ import os
 import random
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +33,9 @@ _TRIES = 5
 _PATIENT_TRIES = 9
 _FIRST_PAUSE_S = 0.2
 _TEMPORARY = ".part-"
+_RANGE_BYTES = 16 * 2**20
+"""What is longer is read from S3 by ranges of this size, several at once: one connection is slower than a network card."""
+_READ_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,28 @@ class Folder:
     def list(self, path: str = "") -> list[str]:
         """Sorted names directly below `path`; nothing where it does not exist. Half-written files are not listed."""
         return sorted({_base(entry) for entry in self._entries(path, detail=False) if _shown(entry, path)})
+
+    def files(self, path: str) -> Iterator[str]:
+        """Names of the files directly below `path` in rising order; from S3 page by page, so that a million are never in memory."""
+        if self.url.startswith("s3://"):
+            return self._paged_files(path)
+        return iter(sorted(_base(e["name"]) for e in self._entries(path, detail=True) if e["type"] == "file"))
+
+    def _paged_files(self, path: str) -> Iterator[str]:
+        more, last = dict[str, str](), ""
+        while True:
+            prefix, page = self._do("list", path, partial(_page, more=more))
+            for name in (entry["Key"].removeprefix(prefix) for entry in page.get("Contents", [])):
+                if name < last:
+                    raise StorageError(
+                        f"{self.url}/{path}: listed in no order ({name} after {last}): use another bucket"
+                    )
+                if name and _TEMPORARY not in name:
+                    yield name
+                last = name
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def sizes(self, path: str = "") -> dict[str, int]:
         """As `list`, each name with its bytes; a folder's mean nothing."""
@@ -219,10 +246,24 @@ def _shown(entry: str, path: str) -> bool:
     return not entry.endswith(f"/{path}/") and _TEMPORARY not in entry
 
 
+def _page(fs: Any, full: str, more: dict[str, str]) -> tuple[str, dict[str, Any]]:
+    """What all names of a folder in S3 begin with, and up to a thousand of them in the order of their UTF-8."""
+    bucket, key, _ = fs.split_path(full)
+    prefix = f"{key}/" if key else ""
+    return prefix, fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/", **more)
+
+
 def _options(url: str) -> dict[str, Any]:
     """A listing must show what other processes wrote a moment ago; one layer less of retries below ours and s3fs's own."""
-    retries = {"retries": {"mode": "standard", "total_max_attempts": 1}, "connect_timeout": 10}
-    return {"use_listings_cache": False, "config_kwargs": retries} if url.startswith("s3://") else {}
+    if not url.startswith("s3://"):
+        return {}
+    retries = {"mode": "standard", "total_max_attempts": 1}
+    timeouts = {"connect_timeout": 10, "read_timeout": _READ_TIMEOUT_S}
+    return {
+        "use_listings_cache": False,
+        "default_block_size": _RANGE_BYTES,
+        "config_kwargs": {"retries": retries} | timeouts,
+    }
 
 
 def _with_retries(action: Callable[[], T], what: str, tries: int) -> T:

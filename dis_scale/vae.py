@@ -4,6 +4,7 @@ Whether it was trained by the sweep, is Stable Diffusion's, or the latents are t
 """
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,8 +54,11 @@ class Vae:
 
     @cached_property
     def identity(self) -> str:
-        """sha256 over the configuration and the weights."""
-        config = {k: v for k, v in sorted(self.net.config.items()) if not k.startswith("_")}
+        """sha256 over the weights and what the configuration says beyond diffusers' defaults: those grow with its releases."""
+        defaults = {name: given.default for name, given in inspect.signature(type(self.net)).parameters.items()}
+        config = {
+            k: v for k, v in sorted(self.net.config.items()) if k[0] != "_" and _plain(v) != _plain(defaults.get(k))
+        }
         total = hashlib.sha256(json.dumps(config, default=str).encode())
         for name, tensor in sorted(self.net.state_dict().items()):
             total.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -109,6 +113,11 @@ class Pixels(Vae):
 
     def decode(self, latents_BCHW: torch.Tensor) -> np.ndarray:
         return to_pixels(latents_BCHW)
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON gives it back: tuples are lists there."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def to_unit(pixels_BHWC: np.ndarray) -> torch.Tensor:

@@ -17,12 +17,13 @@ from dis_scale.data import shards
 from dis_scale.data.encode import Setup, compute_exactly, put_shards, require_same_hardware
 from dis_scale.data.sources import open_source
 from dis_scale.errors import Preempted, UserError
-from dis_scale.progress import listing_words
+from dis_scale.progress import listing_words, now_and_then
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder
 from pipelines import stage
 
 BEGUN = "begun.json"
+CHECKING = "latents  {:,} of {:,} finished shards checked"
 
 
 class Dealer:
@@ -84,7 +85,7 @@ def make(sweep: Folder, latents: Folder, setup: Setup, device: str, encode: Enco
         stage.say(f"{name} lies beyond the set: deleted")
 
     def attempt(_: stage.Lost | None) -> None:
-        done = shards.finished(latents, setup.numbers)
+        done = shards.finished(latents, setup.numbers, now_and_then(stage.say, CHECKING))
         encode(sweep, latents, setup, device, [n for n in setup.numbers if n not in done])
 
     stage.with_restarts(setup.recipe, "precompute", attempt, lambda: len(latents.list()))

@@ -9,7 +9,8 @@ import pytest
 
 from dis_scale import recipe as recipes
 from dis_scale.recipe import Recipe
-from tests import object_store
+from tests import faulty_gateway, object_store
+from tests.faulty_gateway import Gateway
 
 # As for jobs: threads of OpenMP that spin while they wait make everything many times slower on a machine that others use, too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -51,6 +52,19 @@ def ceph() -> Iterator[object_store.ObjectStore]:
 def bucket(ceph: object_store.ObjectStore) -> str:
     """A fresh bucket's URL."""
     return object_store.make_bucket(ceph, f"bucket-{uuid.uuid4().hex[:12]}")
+
+
+@pytest.fixture
+def gateway(ceph: object_store.ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
+    """All requests of this test to the object store go through it."""
+    import s3fs
+
+    with faulty_gateway.before(ceph.port) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr("dis_scale.storage._FIRST_PAUSE_S", 0.0)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield server
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(params=["disk", "s3"])

@@ -9,6 +9,7 @@ import pytest
 
 from dis_scale.errors import StorageError, UserError
 from dis_scale.storage import Folder, folder
+from tests.faulty_gateway import Gateway
 
 
 def test_what_is_written_is_read_listed_and_deleted(store_url: str) -> None:
@@ -101,3 +102,25 @@ def test_what_passes_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_half_written_file_is_not_listed(tmp_path: Path) -> None:
     (tmp_path / "x.part-0123").write_bytes(b"half")
     assert folder(tmp_path).list() == []
+
+
+def test_files_come_in_order_without_folders_and_what_is_half_written(store_url: str) -> None:
+    at = folder(store_url) / "many"
+    for name in ("b.png", "a.png", "c/d.png", "Z.png", "e\u00e9.png"):
+        at.write(f"class/{name}", b"x")
+    assert list(at.files("class")) == ["Z.png", "a.png", "b.png", "e\u00e9.png"]
+    assert list(at.files("none")) == []
+
+
+def test_a_folder_of_many_is_listed_page_by_page(bucket: str, gateway: Gateway) -> None:
+    """And a page that failed is asked for again."""
+    names = [f"{i:04d}.png" for i in range(1001)]
+    store = folder(bucket)
+    store._do("write", "class", lambda fs, full: fs.pipe({f"{full}/{name}": b"x" for name in names}))
+    gateway.seen.clear()
+    gateway.faults = [503]
+    listed = store.files("class")
+    assert next(listed) == "0000.png"
+    assert len(gateway.seen) == 2, "the page that failed and the first"
+    assert list(listed) == names[1:]
+    assert len(gateway.seen) == 3

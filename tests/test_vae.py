@@ -1,5 +1,6 @@
 """Autoencoders of any channels and factor, scale and shift as their config says; and none, where latents are pixels."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,18 @@ def test_scale_and_shift_stand_in_the_manifest_and_training_applies_them(tmp_pat
     mean, log_variance = np.split(latents.read(np.arange(8), np.zeros(8, int))[0].astype(np.float32), 2, axis=1)
     undone = batch.x_BCHW.numpy() / 1.5305 + 0.0609
     assert (np.abs(undone - mean) < 6 * np.exp(0.5 * log_variance)).all()
+
+
+def test_a_setting_that_diffusers_adds_with_a_default_leaves_the_identity_as_it_is(tmp_path: Path) -> None:
+    settings = saved(tmp_path, **KINDS["f16"])  # type: ignore[arg-type]
+    encoder = vae.load(settings, folder(tmp_path))
+    file = Path(settings.path) / vae.CONFIG
+    config = json.loads(file.read_text())
+    assert config.pop("use_post_quant_conv") is True  # diffusers' default
+    file.write_text(json.dumps(config))
+    assert vae.load(settings, folder(tmp_path)).identity == encoder.identity
+    file.write_text(json.dumps(config | {"scaling_factor": 0.5}))
+    assert vae.load(settings, folder(tmp_path)).identity != encoder.identity
 
 
 def test_an_image_that_does_not_fit_the_factor_is_refused(tmp_path: Path) -> None:

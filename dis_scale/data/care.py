@@ -22,6 +22,8 @@ from dis_scale.vae import Pixels, Vae
 
 GRID = 100
 """Images of the grid that shows a set, from up to ten shards."""
+AT_ONCE = 8
+"""Images that are decoded together: some GB of memory at Stable Diffusion's size."""
 Report = Callable[[int, int], None]
 
 
@@ -128,7 +130,8 @@ def pictures(latents: Folder, decoder: Vae) -> np.ndarray:
         moments = shards.unpack(manifest.verified(latents, entry["name"], entry), f"{latents}/{entry['name']}").moments
         rows = moments[:: max(1, len(moments) // (GRID // len(chosen)))][: GRID // len(chosen), 0]
         mean = np.split(rows.astype(np.float32), 2, axis=1)[0]
-        images.append(decoder.decode(torch.from_numpy((mean - decoder.shift) * decoder.scale)))
+        few = torch.from_numpy((mean - decoder.shift) * decoder.scale).split(AT_ONCE)
+        images += [decoder.decode(latents_BCHW) for latents_BCHW in few]
     return np.concatenate(images)
 
 

@@ -6,6 +6,7 @@ store; each is held against the manifest's hash before it is looked at. Read nex
 
 import threading
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 from typing import Any, NamedTuple, TypeVar
@@ -23,6 +24,8 @@ from dis_scale.recipe import LatentShape, Reader, Recipe
 from dis_scale.storage import Folder
 
 GIB = 2**30
+_DRAWING = ThreadPoolExecutor(1, "noise")
+"""Draws the noise beside what else makes a micro-batch; a thread of its own, since numpy leaves Python's lock meanwhile."""
 T = TypeVar("T")
 
 
@@ -55,8 +58,10 @@ class Latents:
             yield from zip(found[0], found[1].tolist(), strict=True)
 
     def scaled(self, sample: np.ndarray) -> np.ndarray:
-        """Latents as the backbone sees them: (z - shift) scale, float32."""
-        return (sample - np.float32(self.manifest["shift"])) * np.float32(self.manifest["scale"])
+        """Latents as the backbone sees them, in the sample's own memory: (z - shift) scale, float32."""
+        sample -= np.float32(self.manifest["shift"])
+        sample *= np.float32(self.manifest["scale"])
+        return sample
 
     def _gather(self, places: Places, sides: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         channels, size = self.shape
@@ -125,19 +130,25 @@ def micro_batch(
     def draw(what: str) -> np.random.Generator:
         return seeds.generator(what, seed, step, lane)
 
+    channels, size = latents.shape
+    noise = _DRAWING.submit(draw("noise").standard_normal, (micro, channels, size, size), np.float32)
     flip = draw("mirror").integers(0, 2, micro) if mirror else np.zeros(micro, np.int64)
     moments, labels = latents.read(positions, flip)
     sample = draw_posterior(moments, draw("posterior"))
     labels[draw("label dropout").random(micro) < label_dropout] = latents.manifest["num_classes"]
-    noise = draw("noise").standard_normal(sample.shape, np.float32)
-    return Micro(torch.from_numpy(latents.scaled(sample)), torch.from_numpy(labels), torch.from_numpy(noise))
+    return Micro(torch.from_numpy(latents.scaled(sample)), torch.from_numpy(labels), torch.from_numpy(noise.result()))
 
 
 def draw_posterior(moments_BCHW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A sample (B, C, h, w), float32, of posteriors given as moments (B, 2C, h, w): mean and log-variance."""
     moments = torch.from_numpy(moments_BCHW).float().numpy()  # exact, and many times as fast as numpy's conversion
-    mean, log_variance = np.split(moments, 2, axis=1)
-    return mean + np.exp(0.5 * log_variance) * rng.standard_normal(mean.shape, np.float32)
+    mean, deviation = np.split(moments, 2, axis=1)
+    deviation *= 0.5
+    np.exp(deviation, out=deviation)
+    sample = rng.standard_normal(mean.shape, np.float32)
+    sample *= deviation
+    sample += mean
+    return sample
 
 
 def prefetch(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:

@@ -10,7 +10,7 @@ import json
 import re
 import tarfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -130,12 +130,19 @@ def put_shard(latents: Folder, number: int, samples: list[Sample], refused: list
     latents.write_json(f"{shard_name(number)}.json", sidecar | {"labels": labels, "sums": _sums(samples)})
 
 
-def finished(latents: Folder, numbers: range) -> set[int]:
-    """The shards that need not be made again: tar and sidecar stand and agree, hashes too."""
+def finished(latents: Folder, numbers: range, report: Callable[[int, int], None] = lambda *_: None) -> set[int]:
+    """The shards that need not be made again: tar and sidecar stand and agree, hashes too.
+
+    `report` gets how many have been looked at, and of how many.
+    """
     there = set(latents.list())
     whole = [n for n in numbers if {f"{shard_name(n)}.tar", f"{shard_name(n)}.json"} <= there]
-    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        return {n for n, agrees in zip(whole, pool.map(lambda n: _agrees(latents, n), whole), strict=True) if agrees}
+    agree = in_order(whole, lambda n: _agrees(latents, n), READS_AT_ONCE)
+    good = set()
+    for i, (n, agrees) in enumerate(zip(whole, agree, strict=True), 1):
+        good |= {n} if agrees else set()
+        report(i, len(whole))
+    return good
 
 
 def clear_strays(latents: Folder, numbers: range) -> list[str]:

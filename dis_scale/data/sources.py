@@ -188,13 +188,13 @@ def _gone(what: str) -> StorageError:
 
 
 def _find_class_folders(root: Folder) -> Found:
-    """Class by class, so that a million names are never in memory at once."""
+    """Class by class and, in an object store, page by page: a million names are never in memory at once."""
     classes = [name for name in root.folders() if not name.startswith(".")]
     return Found(
         (
             Entry(f"{name}/{file}", label)
             for label, name in enumerate(classes)
-            for file in root.list(name)
+            for file in root.files(name)
             if file.lower().endswith(images.SUFFIXES) and not file.startswith(".")
         ),
         classes,

@@ -6,7 +6,7 @@ later for a shard's worth of images is their own stretch of the tar, never the w
 
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from typing import BinaryIO
 
@@ -18,6 +18,8 @@ from dis_scale.recipe import TarSource
 from dis_scale.storage import Folder
 
 TARS_AT_ONCE = 8
+LARGE_BYTES = 8 * 2**30
+"""A tar beyond it is indexed by itself."""
 SPAN_BYTES = 8 * 2**20
 """Images that lie so close are read in one go."""
 
@@ -36,9 +38,16 @@ def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]
 
 
 def find(root: Folder, names: list[str], settings: TarSource) -> Found:
-    """Every image of the tars, in the order of their names and of their members."""
-    tars = in_order(names, lambda name: _entries(root, name, settings), TARS_AT_ONCE)
-    return Found(entry for tar in tars for entry in tar)
+    """Every image of the tars, in the order of their names and of their members.
+
+    Several tars are indexed at once, but for large ones, whose members come as they are read: a tar may hold ten million.
+    """
+
+    def index(name: str) -> Iterable[Entry]:
+        entries = _entries(root, name, settings)
+        return entries if root.size(name) > LARGE_BYTES else list(entries)
+
+    return Found(entry for tar in in_order(names, index, TARS_AT_ONCE) for entry in tar)
 
 
 def read(root: Folder, entries: Sequence[Entry]) -> list[bytes]:
@@ -53,11 +62,11 @@ def near(first: Entry, entry: Entry) -> bool:
     return first.file == entry.file and sum(entry.place) - first.place[0] <= SPAN_BYTES
 
 
-def _entries(root: Folder, name: str, settings: TarSource) -> list[Entry]:
+def _entries(root: Folder, name: str, settings: TarSource) -> Iterator[Entry]:
     where = f"{root}/{name}"
     try:
         with root.open(name) as file:
-            return list(_labelled(_members(file), name, where, settings))
+            yield from _labelled(_members(file), name, where, settings)
     except (tarfile.TarError, EOFError) as error:
         raise StorageError(f"{where}: not a whole tar: {error}; mend it or take it out of data.source.files") from error
 
@@ -102,7 +111,7 @@ def _labelled(members: Iterator[_Member], tar: str, where: str, settings: TarSou
         if f"{folder}/{stem}" != key:
             yield from _together(images, label, tar, where, settings)
             key, images, label = f"{folder}/{stem}", [], None
-        if f".{kind.lower()}".endswith(SUFFIXES):
+        if kind == settings.image or (settings.image is None and f".{kind.lower()}".endswith(SUFFIXES)):
             images.append(member)
         elif kind == settings.label:
             label = _label(member, f"{where}: {member.name}", settings)
@@ -112,6 +121,11 @@ def _labelled(members: Iterator[_Member], tar: str, where: str, settings: TarSou
 def _together(
     images: list[_Member], label: int | str | None, tar: str, where: str, settings: TarSource
 ) -> Iterator[Entry]:
+    if len(images) > 1 and settings.label in ("cls", "json"):
+        raise UserError(
+            f"{where}: {images[0].name} and {images[1].name} are two images of one sample: "
+            f"say which is the image, for example data.source.image = {images[0].name.rpartition('.')[2]}"
+        )
     for image in images:
         found = _from_name(image.name, tar, settings) if settings.label in ("folder", "tar") else label
         if found is None or found == "":
@@ -128,12 +142,13 @@ def _from_name(name: str, tar: str, settings: TarSource) -> str:
 
 
 def _label(member: _Member, where: str, settings: TarSource) -> int | str:
+    sought = "as text" if settings.label == "cls" else repr(settings.json_key)
     try:
         if settings.label == "cls":
             return number_or_name(member.data.decode())
         found = json.loads(member.data)[settings.json_key]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: no label {settings.json_key!r} there: {type(error).__name__}: {error}") from error
+        raise UserError(f"{where}: no label {sought} there: {type(error).__name__}: {error}") from error
     if isinstance(found, bool) or not isinstance(found, int | str):
         raise UserError(f"{where}: label {found!r}, expected a number or a name")
     return found

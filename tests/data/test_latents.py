@@ -75,7 +75,9 @@ def test_finished_shards_are_known_and_damaged_or_orphaned_ones_are_not(store_ur
         shards.put_shard(at, number, samples(number * 3, 3), [])
     at.delete("000001.json")
     at.write("000002.tar", b"damaged")
-    assert shards.finished(at, range(4)) == {0, 3}
+    reports: list[tuple[int, int]] = []
+    assert shards.finished(at, range(4), lambda *numbers: reports.append(numbers)) == {0, 3}
+    assert reports[-1] == (len(reports), len(reports))
 
 
 def test_statistics_merge_to_those_of_all_samples(tmp_path: Path) -> None:

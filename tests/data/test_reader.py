@@ -22,6 +22,7 @@ from dis_scale.recipe import Reader, Recipe
 from dis_scale.storage import folder
 from tests import object_store
 from tests.data.reading import CLASSES, make, read, read_epoch
+from tests.faulty_gateway import Gateway
 from tests.flaky import FlakyFileSystem, busy, bytes_read, reads
 
 COUNTS = [6, 5, 7, 6, 0, 6, 6, 3, 6, 6, 6]
@@ -253,3 +254,29 @@ def test_a_set_that_was_deleted_under_a_run_is_named(at: Path) -> None:
     shutil.rmtree(at)
     with pytest.raises(StorageError, match="missing, though its manifest names it"):
         read(latents, 0, 1)
+
+
+@pytest.mark.parametrize("faults", [[500, 503], ["cut"], ["closed", "closed"], ["hangs"], [429] * 8], ids=str)
+def test_what_a_real_client_meets_on_the_way_passes(
+    faults: list[int | str], bucket: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same through s3fs and a real gateway, where timeouts are a second's."""
+    monkeypatch.setattr("dis_scale.storage._READ_TIMEOUT_S", 1)
+    latents = Latents(make(folder(bucket), [3]), 0)
+    gateway.concerns = lambda request: request.method == "GET" and request.path.endswith(".tar")
+    gateway.faults = list(faults)
+    assert sorted(read(latents, 0, 3)[1].tolist()) == [0, 1, 2]
+    assert not gateway.faults
+
+
+def test_a_large_shard_comes_by_ranges_and_a_range_that_failed_is_asked_for_again(
+    bucket: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dis_scale.storage._RANGE_BYTES", 2048)
+    at = make(folder(bucket), [6])
+    gateway.concerns = lambda request: request.range is not None
+    gateway.faults = [503]
+    assert sorted(read(Latents(at, 0), 0, 6)[1].tolist()) == sorted(i % CLASSES for i in range(6))
+    size = at.size("000000.tar")
+    asked = {request.range for request in gateway.seen if request.range}
+    assert asked == {f"bytes={start}-{min(start + 2048, size) - 1}" for start in range(0, size, 2048)}

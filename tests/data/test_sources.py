@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dis_scale.data import images
+from dis_scale.data import images, tars
 from dis_scale.data.sources import open_source
 from dis_scale.errors import DisScaleError, StorageError, UndecodableImage, UserError
 from dis_scale.storage import Folder, folder
@@ -97,6 +97,10 @@ def bad(root: Folder, what: str) -> dict[str, Any]:
             return {"kind": kind, "url": f"{url}/none.csv" if kind == "csv" else f"{url}/none"}
         case "no label in tar":
             files = {"a.tar": labelled.tar({"1.png": png(1)})}
+        case "label no text":
+            files = {"a.tar": labelled.tar({"1.png": png(1), "1.cls": b"\xff"})}
+        case "two images of a sample":
+            files = {"a.tar": labelled.tar({"1.jpg": png(1), "1.seg.png": png(2), "1.cls": b"0"})}
         case "label not in json":
             files = {"a.tar": labelled.tar({"1.png": png(1), "1.json": b'{"class": 1}'})}
         case "cut tar":
@@ -147,6 +151,11 @@ def write(root: Folder, files: dict[str, bytes]) -> dict[str, Any]:
         ("no csv", r"data.source.url: no file .*/none.csv"),
         ("no label in tar", r"a.tar: image 1.png has no label: expected a .cls beside it, or say where labels stand"),
         ("label not in json", r"a.tar: 1.json: no label 'label' there: KeyError: 'label'"),
+        ("label no text", r"a.tar: 1.cls: no label as text there: UnicodeDecodeError: "),
+        (
+            "two images of a sample",
+            r"a.tar: 1.jpg and 1.seg.png are two images of one sample: say which .* data.source.image = jpg",
+        ),
         ("cut tar", r"a.tar: not a whole tar: unexpected end of data"),
         ("tar with a damaged header", r"a.tar: not a whole tar: .*damaged or cut at byte "),
         ("csv column", r"data.source.label: no column 'label' in .*a.csv; it has path, class"),
@@ -162,6 +171,15 @@ def write(root: Folder, files: dict[str, bytes]) -> dict[str, Any]:
 def test_what_is_wrong_with_a_source_is_said(tmp_path: Path, what: str, words: str) -> None:
     with pytest.raises(DisScaleError, match=words):
         open_source(data(bad(folder(tmp_path), what)))
+
+
+def test_of_several_images_of_a_sample_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a tar that is indexed as it is read, too."""
+    monkeypatch.setattr(tars, "LARGE_BYTES", 0)
+    members = {f"{i}.{kind}": png(i) for i in range(2) for kind in ("jpg", "seg.png")} | {"0.cls": b"0", "1.cls": b"1"}
+    folder(tmp_path).write("a.tar", labelled.tar(dict(sorted(members.items()))))
+    source = open_source(data({"kind": "tar", "url": str(tmp_path), "image": "jpg"}))
+    assert list(source.names) == ["a.tar/0.jpg", "a.tar/1.jpg"]
 
 
 def test_other_classes_than_the_recipe_says_are_refused(tmp_path: Path) -> None:

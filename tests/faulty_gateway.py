@@ -1,0 +1,90 @@
+"""A server between a client and an S3 gateway that notes each request, and fails those that it is told to fail."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
+
+
+class Request(NamedTuple):
+    method: str
+    path: str
+    range: str | None
+
+
+class Gateway(ThreadingHTTPServer):
+    """Passes requests on to `port`. Each of `faults` strikes the next request that `concerns` it, and is gone.
+
+    A number is the status of the answer; "cut" breaks off half-way, "closed" before an answer, "hangs" when the server ends.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, port: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.behind, self.seen = port, list[Request]()
+        self.faults: list[int | str] = []
+        self.concerns: Callable[[Request], bool] = lambda _: True
+        self.ending = threading.Event()
+        self._one_at_a_time = threading.Lock()
+
+    def fault_for(self, request: Request) -> int | str | None:
+        with self._one_at_a_time:
+            self.seen.append(request)
+            return self.faults.pop(0) if self.faults and self.concerns(request) else None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Gateway
+
+    def _serve(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = self.server.fault_for(Request(self.command, self.path, self.headers.get("Range")))
+        if fault == "hangs":
+            self.server.ending.wait()
+        if fault in ("closed", "hangs"):
+            self.close_connection = True
+        elif isinstance(fault, int):
+            self._answer(fault, {}, b"<Error><Code>InternalError</Code><Message>told to fail</Message></Error>")
+        else:
+            self._pass_on(body, cut=fault == "cut")
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _serve
+
+    def _pass_on(self, body: bytes, cut: bool) -> None:
+        there = HTTPConnection("127.0.0.1", self.server.behind)
+        there.request(self.command, self.path, body, dict(self.headers))
+        answer = there.getresponse()
+        data = answer.read()
+        headers = {k: v for k, v in answer.getheaders() if k.lower() not in ("transfer-encoding", "connection")}
+        headers.setdefault("Content-Length", str(len(data)))
+        self._answer(answer.status, headers, data[: len(data) // 2] if cut else data)
+        self.close_connection |= cut
+        there.close()
+
+    def _answer(self, status: int, headers: dict[str, str], data: bytes) -> None:
+        self.send_response_only(status)
+        for key, value in ({"Content-Length": str(len(data))} | headers).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Not to the terminal."""
+
+
+@contextmanager
+def before(port: int) -> Iterator[Gateway]:
+    """A gateway in front of the one at `port`, while the block lasts."""
+    server = Gateway(port)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.ending.set()
+        server.shutdown()
+        server.server_close()
