@@ -174,6 +174,32 @@ def _numbers(option: str, text: str) -> list[float]:
 
 
 @app.command()
+def train(
+    sweep: SweepUrl,
+    model: Model,
+    steps: Annotated[int, typer.Option(help="Steps that count.", min=1)] = 10,
+    profile: Annotated[
+        Path | None, typer.Option(help="Write one step more into this Chrome trace (chrome://tracing, Perfetto).")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Try training steps on this machine: rates, memory, a profile. Nothing is kept; it is `sweep` that trains."""
+    from dis_scale.sweep import open_sweep
+    from dis_scale.trial import trial
+
+    with _errors(debug):
+        if profile is not None:
+            _require_folder(profile, "--profile")
+        folder, plan = open_sweep(sweep)
+        console = Console(soft_wrap=True)
+        trial(
+            folder, plan.recipe, model, steps, profile, lambda line: console.print(line, highlight=False, markup=False)
+        )
+        if profile is not None:
+            console.print(f"profile  {profile}", highlight=False)
+
+
+@app.command()
 def sample(
     checkpoint: Annotated[Path, typer.Option(help="A published folder, a .safetensors file, or a public .pt.")],
     classes: Annotated[
@@ -276,9 +302,9 @@ def show(
         Console().print(f"grid     {out}", highlight=False, soft_wrap=True)
 
 
-def _require_folder(out: Path) -> None:
+def _require_folder(out: Path, option: str = "--out") -> None:
     if not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.absolute().parent}")
+        raise UserError(f"{option} {out}: there is no folder {out.absolute().parent}")
 
 
 mlflow = typer.Typer(help="MLflow, the mirror of what storage holds.", no_args_is_help=True)

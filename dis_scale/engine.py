@@ -51,6 +51,7 @@ Read = Callable[[str, str, int, int], torch.Tensor]
 class Engine:
     """A model under DeepSpeed, with this rank's flats and the table of what is in them."""
 
+    device: torch.device
     deepspeed: Any
     optimizer: torch.optim.Optimizer
     flats: list[torch.Tensor]
@@ -149,7 +150,7 @@ def start(model: nn.Module, settings: Train, device: torch.device, read: Read, a
     else:
         flats, table = zero.single_partition_of_fp32_groups, list(_table_of_stages_1_and_2(zero, names))
     averages = {name: [torch.zeros_like(f).detach() for f in flats] for name in ema.names(settings)}
-    engine = Engine(sharded, zero.optimizer, flats, averages, table, shapes)
+    engine = Engine(device, sharded, zero.optimizer, flats, averages, table, shapes)
     engine.fill(read, adam_step)
     return engine
 

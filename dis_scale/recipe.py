@@ -279,6 +279,16 @@ def _count_or_range(value: Any) -> Any:
     raise ValueError(f"got {value!r}, expected: a number of workers, or a range of them such as 2..8")
 
 
+CHECKPOINTING = re.compile(r"none|block|selective|every_([2-9]|[1-9]\d+)")
+
+
+def _known_checkpointing(value: Any) -> Any:
+    if isinstance(value, str) and CHECKPOINTING.fullmatch(value):
+        return value
+    raise ValueError(f"got {value!r}, expected: none, block, selective, or every_2, every_3, ...")
+
+
+Checkpointing = Annotated[str, BeforeValidator(_known_checkpointing)]
 Workers = Annotated[int | str, BeforeValidator(_count_or_range)]
 
 
@@ -296,8 +306,10 @@ class Train(Settings):
     """An attempt on fewer workers than the range allows goes on for so long before it stops at a resume point to grow."""
     zero_stage: Literal[1, 2, 3] = runtime(1)
     precision: Literal["fp32", "bf16"] = "fp32"
-    checkpointing: Literal["none", "block"] = runtime("none")
-    """Activation checkpointing: recompute each block in the backward pass, or nothing."""
+    checkpointing: Checkpointing = runtime("none")
+    """Activation checkpointing: `none`, `block`, each second or third (`every_2`, ...), `selective`: models/checkpointing.py."""
+    compile: bool = runtime(False)
+    """Blocks through torch.compile; the scan stays as it is and breaks the graph of a DiS block at its borders."""
     scan: str = runtime("auto")
     """Backend of the selective scan by name; `auto` takes the fastest that the device has."""
     learning_rate: float = Field(1e-4, gt=0)
@@ -329,6 +341,11 @@ class Train(Settings):
         return self.publish_images[-1]
 
     @property
+    def micro_images(self) -> int:
+        """Images of a micro-batch."""
+        return self.batch_images // self.lanes
+
+    @property
     def world_sizes(self) -> list[int]:
         """The numbers of workers that an attempt may have, falling: those that divide the lanes."""
         least, _, most = str(self.workers).partition("..")
@@ -342,6 +359,8 @@ class Train(Settings):
     def _counts_fit(self) -> Self:
         if self.batch_images % self.lanes:
             raise ValueError(f"batch_images {self.batch_images} is not a multiple of lanes {self.lanes}")
+        if self.compile and self.checkpointing == "selective":
+            raise ValueError("compile: selective checkpointing cannot be compiled: choose one of them")
         if not self.world_sizes:
             raise ValueError(
                 f"lanes {self.lanes} is not a multiple of workers {self.workers}: the world size must divide the lanes"

@@ -24,7 +24,9 @@ from dis_scale.diffusion.process import Process
 from dis_scale.engine import Engine
 from dis_scale.errors import DisScaleError
 from dis_scale.models import Backbone
+from dis_scale.models.cost import cost
 from dis_scale.models.export import describe
+from dis_scale.pace import open_pace
 from dis_scale.recipe import Recipe, Train
 from dis_scale.scan import choose
 from dis_scale.storage import Folder
@@ -69,9 +71,11 @@ def train(run: Run) -> int:
     settings, rank, world = run.recipe.train, dist.get_rank(), dist.get_world_size()
     latents, how = open_latents(run.latents, run.recipe, _workers_here(world), run.say)
     process = diffusion.build(run.recipe.diffusion)
-    state, model, images = _start(run, latents)
+    price = cost(run.recipe.models[run.model], latents.shape, run.recipe.data.num_classes)
+    state, model, images = start(run, latents)
     saver = Saver(run.folder, run.attempt, rank, world, run.held, settings.keep_resume)
-    log, agreement = Log(run.folder / "log", run.attempt), Agreement(run.device)
+    log, agreement = Log(run.folder / "log", run.attempt), Agreement()
+    pace = open_pace(price, settings, world, run.device, run.say if rank == 0 else lambda _: None)
     description = json.dumps(describe(model))
     lanes = range(rank * settings.lanes // world, (rank + 1) * settings.lanes // world)
     began, flushed, saved, bad = (time.monotonic(), images), time.monotonic(), images, 0
@@ -88,19 +92,12 @@ def train(run: Run) -> int:
     if images == 0:
         saver.save(state, 0, facts())
         _compare_with_grace(run, saver)
-    with closing(prefetch(_micro_batches(run, latents, model.drop_rates, images, lanes))) as micro_batches:
+    with closing(prefetch(micro_batches(run, latents, model.drop_rates, images, lanes))) as batches:
         while images < settings.images and not agreement.stop(run.wish()):
             faults.at("step", images=images)
-            draws, losses = list(islice(micro_batches, len(lanes))), []
-            for draw in draws:
-                micro, t_B, drop = _to_device(draw, run.device)
-                loss = _loss(state.deepspeed, process, micro, t_B, drop)
-                faults.at("loss", images=images, loss=loss)
-                state.micro_step(loss)
-                losses.append(loss.detach())
+            draws = list(islice(batches, len(lanes)))
+            losses = step(state, process, settings, draws, images)
             images += settings.batch_images
-            state.update_averages(ema.decays(settings, images // settings.batch_images))
-            state.set_learning_rate(learning_rate(settings, images))
             run.report(images)
             bad = bad + 1 if state.skipped else 0
             if bad and rank == 0:
@@ -111,12 +108,14 @@ def train(run: Run) -> int:
                     f"{run.model}: the gradient was not finite in {bad} steps in a row, up to {images} images: the last "
                     f"step's batch, losses and weights are in {kept}"
                 )
-            if rank == 0 and images == began[1] + settings.batch_images:
-                log.add(images, _first_step(run))
-            if images // settings.batch_images % ROWS_EVERY_STEPS == 0:
-                values = _row(state, losses, settings, began, images, saver.paused_s)
+            if images == began[1] + settings.batch_images:
+                pace.begin(images)
                 if rank == 0:
-                    log.add(images, values)
+                    log.add(images, _first_step(run))
+            if images // settings.batch_images % ROWS_EVERY_STEPS == 0:
+                values = _row(state, losses, settings, images) | pace.rows(images)
+                if rank == 0:
+                    log.add(images, values | {"paused": saver.paused_s / (time.monotonic() - began[0])})
             if images in settings.publish_images:
                 saver.publish(state, images, facts(), description)
             if images % settings.resume_every_images < settings.batch_images:
@@ -135,6 +134,21 @@ def train(run: Run) -> int:
         log.flush()
         run.say(_closing_words(run, images, began, saver))
     return images
+
+
+def step(state: Engine, process: Process, settings: Train, draws: list["Draw"], images: int) -> list[torch.Tensor]:
+    """One step from `images` on: this rank's micro-batches, the optimizer, the averages; the loss of each micro-batch."""
+    losses = []
+    for draw in draws:
+        micro, t_B, drop = _to_device(draw, state.device)
+        loss = _loss(state.deepspeed, process, micro, t_B, drop)
+        faults.at("loss", images=images, loss=loss)
+        state.micro_step(loss)
+        losses.append(loss.detach())
+    images += settings.batch_images
+    state.update_averages(ema.decays(settings, images // settings.batch_images))
+    state.set_learning_rate(learning_rate(settings, images))
+    return losses
 
 
 def _workers_here(world: int) -> int:
@@ -160,16 +174,19 @@ def learning_rate(settings: Train, images: int) -> float:
 
 
 class Agreement:
-    """One rank wishes, all obey at the same step: a reduction started at one step is read at the next, so that nobody waits."""
+    """One rank wishes, all obey at the same step: a reduction started at one step is read at the next, so that nobody waits.
 
-    def __init__(self, device: torch.device) -> None:
-        self._wish, self._work = torch.zeros(1, device=device), None
+    Between the hosts, by gloo: read from a GPU, it would wait for all that the GPU was given.
+    """
+
+    def __init__(self) -> None:
+        self._wish, self._work, self._hosts = torch.zeros(1), None, dist.new_group(backend="gloo")
         self._asked = float("inf")
 
     def leaves(self, seconds: float, grace_s: float) -> bool:
         """Whether so much of the grace is left on every rank, as it always is where nobody asked to stop; collective."""
-        left = torch.tensor([self._asked + grace_s - time.monotonic() - seconds], device=self._wish.device)
-        dist.all_reduce(left, dist.ReduceOp.MIN)
+        left = torch.tensor([self._asked + grace_s - time.monotonic() - seconds])
+        dist.all_reduce(left, dist.ReduceOp.MIN, self._hosts)
         return left.item() > 0
 
     def stop(self, wish: bool) -> bool:
@@ -180,17 +197,19 @@ class Agreement:
             self._work.wait()
         agreed = bool(self._wish.item())
         self._wish.fill_(float(wish))
-        self._work = dist.all_reduce(self._wish, dist.ReduceOp.MAX, async_op=True)
+        self._work = dist.all_reduce(self._wish, dist.ReduceOp.MAX, self._hosts, async_op=True)
         return agreed
 
 
-def _start(run: Run, latents: Latents) -> tuple[Engine, Backbone, int]:
+def start(run: Run, latents: Latents) -> tuple[Engine, Backbone, int]:
     """The sharded model in the state of the newest whole resume point, or in its first."""
     settings = run.recipe.train
     model = models.build(
         run.recipe.models[run.model], latents.shape, run.recipe.data.num_classes, scan=settings.scan,
         checkpointing=settings.checkpointing, seed=seeds.seed("init", run.recipe.seed) % 2**63,
     )  # fmt: skip
+    if settings.compile:
+        model.compile_blocks()
     stored = _agreed_resume_point(run)
     images, adam_step = (stored.images, stored.adam_step) if stored else (0, 0)
     read = stored.read if stored else checkpoint.fresh(model)
@@ -216,7 +235,7 @@ def _agreed_resume_point(run: Run) -> Stored | None:
 Draw = tuple[Micro, torch.Tensor, torch.Tensor | None]
 
 
-def _micro_batches(run: Run, latents: Latents, rates: tuple[float, ...], images: int, lanes: range) -> Iterator[Draw]:
+def micro_batches(run: Run, latents: Latents, rates: tuple[float, ...], images: int, lanes: range) -> Iterator[Draw]:
     """This rank's micro-batches from `images` on, in order, with their times and drop-path masks."""
     recipe, settings = run.recipe, run.recipe.train
     process = diffusion.build(recipe.diffusion)
@@ -301,9 +320,7 @@ def _adam_step(state: Engine) -> int:
     return int(state.optimizer.state[state.flats[0]]["step"])
 
 
-def _row(
-    state: Engine, losses: list[torch.Tensor], settings: Train, began: tuple[float, int], images: int, paused_s: float
-) -> dict[str, float]:
+def _row(state: Engine, losses: list[torch.Tensor], settings: Train, images: int) -> dict[str, float]:
     """The step's metrics, its loss meaned over all lanes of all ranks; collective."""
     total = torch.stack(losses).sum()
     dist.all_reduce(total)
@@ -311,7 +328,5 @@ def _row(
         "loss": total.item() / settings.lanes,
         "gradient_norm": state.gradient_norm,
         "learning_rate": state.optimizer.param_groups[0]["lr"],
-        "images_per_s": (images - began[1]) / (time.monotonic() - began[0]),
         "skipped": float(images // settings.batch_images - _adam_step(state)),
-        "paused": paused_s / (time.monotonic() - began[0]),
     }

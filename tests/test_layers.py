@@ -15,8 +15,8 @@ FILES = sorted(path for folder in ("dis_scale", "pipelines") for path in (ROOT /
 LAYERS = [
     "errors seeds recipe faults storage manifest",
     "scan diffusion data tracking lease vae ema",
-    "models checkpoint engine evidence",
-    "train evaluation digits fork",
+    "models checkpoint engine evidence pace",
+    "train trial evaluation digits fork",
     "plan report progress mirror",
     "pipelines",
     "sweep cli vary",

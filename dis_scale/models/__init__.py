@@ -1,11 +1,13 @@
 """The backbones: `build` makes one from its settings.
 
-Read next: dis.py, dit.py, diffussm.py; cost.py for what they cost, official.py and export.py for the ways in and out.
+Read next: dis.py, dit.py, diffussm.py; checkpointing.py for what their blocks keep, cost.py for what they cost, official.py and
+export.py for the ways in and out.
 """
 
 import torch
 
-from dis_scale.errors import UserError, nearest
+from dis_scale.errors import UserError
+from dis_scale.models.checkpointing import require_known
 from dis_scale.models.diffussm import DiffuSSM
 from dis_scale.models.dis import DiS
 from dis_scale.models.dit import DiT
@@ -26,8 +28,8 @@ def build(
 ) -> Backbone:
     """A model with initial weights on the CPU: a function of the arguments alone; no generator of the caller's moves.
 
-    `scan` names the backend of the selective scan, `checkpointing` is "none" or "block". UserError for what does not
-    fit.
+    `scan` names the backend of the selective scan, `checkpointing` what is kept for the backward pass
+    (checkpointing.py). UserError for what does not fit.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would seed every GPU too
@@ -43,9 +45,7 @@ def construct(
     checkpointing: str = "none",
 ) -> Backbone:
     """As `build`, on the current device and from the current generator; on the meta device it costs no memory."""
-    if checkpointing not in ("none", "block"):
-        known = ("none", "block")
-        raise UserError(f"unknown checkpointing {checkpointing!r}{nearest(checkpointing, known)}; known: none, block")
+    require_known(checkpointing)
     match settings:
         case Dis():
             return DiS(settings, shape, num_classes, scan, checkpointing)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from dis_scale.models import construct
+from dis_scale.models.checkpointing import every
 from dis_scale.models.dis import TAPS, inner_width, step_rank
 from dis_scale.models.dit import FREQUENCIES
 from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape
@@ -42,19 +43,30 @@ class Part:
 
 @dataclass(frozen=True)
 class Kept:
-    """Numbers kept for the backward pass: of one block, what it passes on, and all outside of the blocks."""
+    """Numbers kept for the backward pass: of one block, what it passes on, its costly products, and all outside of the blocks."""
 
     blocks: int
     block: int
     boundary: int
+    products: int
     skips: int
     ends: int
 
     def by_part(self, checkpointing: str) -> dict[str, int]:
-        """At the worst moment: with checkpointing, one block's all and the others' boundaries."""
-        if checkpointing == "none":
-            return {"blocks": self.blocks * self.block, "skips": self.skips, "ends": self.ends}
-        return {"boundaries": self.blocks * self.boundary, "one block": self.block, "ends": self.ends}
+        """At the worst moment: with checkpointing, one block's all and the others' boundaries.
+
+        Skips are boundaries of blocks that are recomputed; selective checkpointing keeps their products beside them.
+        """
+        k = every(checkpointing)
+        again = len(range(0, self.blocks, k)) if k else 0
+        return {
+            "blocks": (self.blocks - again) * self.block,
+            "skips": self.skips * (self.blocks - again) // self.blocks,
+            "boundaries": again * self.boundary,
+            "products": again * self.products if checkpointing == "selective" else 0,
+            "one block": self.block if again else 0,
+            "ends": self.ends,
+        }
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,10 @@ class Cost:
     def gmacs_training(self) -> float:
         """Forward and backward, nothing recomputed."""
         return sum(part.macs * part.passes for part in self.parts) / 1e9
+
+    def training_flops(self, micro_images: int) -> float:
+        """True FLOPs of an image's forward and backward pass, its share of a micro-batch's kernels included."""
+        return 2e9 * (self.gmacs_training + 3 * self.kernel_gmacs / micro_images)
 
     @property
     def gmacs_training_block(self) -> float:
@@ -129,6 +145,7 @@ def _dis(settings: Dis, shape: LatentShape, num_classes: int | None, parameters:
         blocks=settings.depth + 1,
         block=_dis_block_elements(settings, L),
         boundary=2 * L * D,  # branch and stream; the skips are branches
+        products=_dis_product_elements(settings, L),
         skips=settings.depth // 2 * 2 * L * D,
         ends=5 * T * D,
     )
@@ -163,6 +180,12 @@ def _dis_block_elements(settings: Dis, L: int) -> int:
     return L * (3 * D + 2 * E + 2 * (2 * E + R + 2 * N) + E) + states
 
 
+def _dis_product_elements(settings: Dis, L: int) -> int:
+    """x and z, both sides' (step, B, C), and in half of the blocks the skip's; out_proj's is passed on."""
+    D, N, E, R = settings.width, settings.state_size, inner_width(settings.width), step_rank(settings.width)
+    return L * (2 * E + 2 * (R + 2 * N) + D * (settings.depth // 2) // (settings.depth + 1))
+
+
 def _paper_gflops(settings: Dis, shape: LatentShape, num_classes: int | None, T: int, L: int) -> float:
     """thop x 2 on the public code: module calls alone (so no mixer), a layer norm at 2 an element."""
     D, P = settings.width, shape.channels * settings.patch**2
@@ -186,8 +209,9 @@ def _dit(settings: Dit, shape: LatentShape, parameters: dict[str, int]) -> Cost:
         Part("final modulation", 2 * D * D, in_block=False),
         Part("final", T * D * 2 * P, in_block=False),
     )
-    # Both norms, their modulation and both gates (8), the stream, q k v (3), attention's output, the MLP (8).
-    kept = Kept(blocks=depth, block=20 * T * D, boundary=T * D, skips=0, ends=4 * T * D)
+    # Both norms, their modulation and both gates (8), the stream, q k v (3), attention's output, the MLP (8);
+    # products: q k v, attention, its projection, the MLP's inner numbers (4) and output.
+    kept = Kept(blocks=depth, block=20 * T * D, boundary=T * D, products=10 * T * D, skips=0, ends=4 * T * D)
     return Cost(parameters, T, parts, kept)
 
 
@@ -213,7 +237,9 @@ def _diffussm(settings: DiffuSsm, shape: LatentShape, parameters: dict[str, int]
     # A complex power (4) and a real part of a complex product (2) a mode and tap, then one FFT of the kernel.
     kernel = kernels * (settings.state_size // 2 * L * 6 + _fft_macs(2 * L))
     # The kernels' own numbers, once a micro-batch, are not counted.
-    kept = Kept(blocks=depth, block=16 * G * D + 7 * L * S, boundary=G * D, skips=0, ends=4 * G * D)
+    kept = Kept(
+        blocks=depth, block=16 * G * D + 7 * L * S, boundary=G * D, products=7 * G * D + L * S, skips=0, ends=4 * G * D
+    )
     xl = (D, depth, M) == (1152, 29, 2)
     published = DIFFUSSM_XL_GMACS.get(shape.size) if xl else None
     return Cost(parameters, L, parts, kept, kernel_gmacs=kernel / 1e9, published_gmacs=published)

@@ -7,9 +7,9 @@ channels, L pixels of the latent in raster order, G = L / M groups of M pixels, 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dis_scale.errors import UserError
+from dis_scale.models import checkpointing as keeping
 from dis_scale.models.dit import FREQUENCIES
 from dis_scale.models.s4d import S4D, convolve
 from dis_scale.models.tokens import Backbone, TimeEmbedding, modulate, zero_
@@ -113,11 +113,8 @@ class DiffuSSM(Backbone):
         B, C, H, W = x_BCHW.shape
         raster_BLC = x_BCHW.to(self.embed.bias.dtype).flatten(2).transpose(1, 2)
         I_BGD = self.embed(raster_BLC.reshape(B, -1, C * self.settings.hourglass))
-        for block in self.blocks:
-            if self.checkpointing == "block" and torch.is_grad_enabled():
-                I_BGD = checkpoint(block, I_BGD, c_BD, use_reentrant=False, preserve_rng_state=False)
-            else:
-                I_BGD = block(I_BGD, c_BD)
+        for i, block in enumerate(self.blocks):
+            I_BGD = keeping.run(self.checkpointing, i, block, I_BGD, c_BD)
         shift_BD, scale_BD = self.modulation(F.silu(c_BD)).chunk(2, dim=1)
         out_BGP = self.final(modulate(_norm(I_BGD), shift_BD, scale_BD))
         return out_BGP.reshape(B, H * W, 2 * C).transpose(1, 2).reshape(B, 2 * C, H, W)

@@ -10,8 +10,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from dis_scale.models import checkpointing as keeping
 from dis_scale.models.tokens import Backbone, PatchEmbed, TimeEmbedding, modulate, unpatchify, wide, zero_
 from dis_scale.recipe import Dis, LatentShape
 from dis_scale.scan import Direction, two_way_conv_silu, two_way_scan
@@ -187,10 +187,7 @@ class DiS(Backbone):
         r_BLD: Tensor | None = None
         for i, block in enumerate(self.blocks):
             inputs = (h_BLD, r_BLD, c_BD, skips.pop() if i > half else None, drops[i])
-            if self.checkpointing == "block" and torch.is_grad_enabled():
-                h_BLD, r_BLD = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                h_BLD, r_BLD = block(*inputs)
+            h_BLD, r_BLD = keeping.run(self.checkpointing, i, block, *inputs)
             if i < half:
                 skips.append(h_BLD)
         return h_BLD, r_BLD

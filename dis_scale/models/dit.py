@@ -6,8 +6,8 @@ Axes: B samples, C channels, T patches, D width. Read next: official.py for the 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from dis_scale.models import checkpointing as keeping
 from dis_scale.models.tokens import Backbone, PatchEmbed, TimeEmbedding, modulate, unpatchify, zero_
 from dis_scale.recipe import Dit, LatentShape
 
@@ -93,10 +93,7 @@ class DiT(Backbone):
             c_BD = c_BD + self.label(y_B)
         x_BTD = self.patches(x_BCHW)
         x_BTD = x_BTD + self.position.to(x_BTD.dtype)
-        for block in self.blocks:
-            if self.checkpointing == "block" and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, c_BD, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_BTD = block(x_BTD, c_BD)
+        for i, block in enumerate(self.blocks):
+            x_BTD = keeping.run(self.checkpointing, i, block, x_BTD, c_BD)
         shift_BD, scale_BD = self.modulation(F.silu(c_BD)).chunk(2, dim=1)
         return unpatchify(self.final(modulate(_norm(x_BTD), shift_BD, scale_BD)), self.patch)

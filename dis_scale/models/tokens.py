@@ -35,6 +35,12 @@ class Backbone(nn.Module):
         """How many branches the drop path may drop."""
         return len(self.drop_rates)
 
+    def compile_blocks(self) -> None:
+        """Has each block compiled where it is first run; the same code serves all of one shape."""
+        assert isinstance(self.blocks, nn.ModuleList)
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
     def check(self, x_BCHW: Tensor, y_B: Tensor | None) -> None:
         """UserError for an input that does not fit the model; labels are looked at where that costs no device stall."""
         channels, size = self.shape

@@ -61,6 +61,7 @@ def selective_scan(
     return _backend(backend, u_BLE.device.type).selective_scan(direction, reverse)
 
 
+@torch.compiler.disable
 def two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None, backend: str = "auto") -> Tensor:
     """(scan of `forward` + reversed scan of `backward`) * SiLU(z), or the sum alone where z is None."""
     _check_direction("two_way_scan, forward", forward)
@@ -81,6 +82,7 @@ def causal_conv_silu(
     return _backend(backend, x_BLE.device.type).causal_conv_silu(x_BLE, weight_EW, bias_E, reverse)
 
 
+@torch.compiler.disable
 def two_way_conv_silu(
     x_BLE: Tensor,
     weight_EW: Tensor,

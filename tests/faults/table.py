@@ -12,7 +12,18 @@ from dis_scale.tracking import Rows
 from tests import training
 
 MODEL = "dit"
-TIMED = {"attempt", "images_per_s", "paused", "start_s", "restart_s", "noticed_s", "goodput"}
+TIMED = {
+    "attempt",
+    "images_per_s",
+    "tokens_per_s",
+    "mfu",
+    "memory_gib",
+    "paused",
+    "start_s",
+    "restart_s",
+    "noticed_s",
+    "goodput",
+}
 """Rows that measure the machine, not the run."""
 
 

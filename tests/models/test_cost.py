@@ -5,9 +5,11 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from dis_scale.models import build, construct, dis
+from dis_scale.models.checkpointing import WORTH_KEEPING_MACS
 from dis_scale.models.cost import Cost, cost
 from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, preset
 
@@ -199,6 +201,24 @@ def _kept_elements(settings, shape, batch):
         out = model(torch.randn(batch, 4, shape.size, shape.size), torch.rand(batch), torch.arange(batch))
     assert out.requires_grad
     return sum(tensor.untyped_storage().nbytes() // 4 for place, tensor in kept.items() if place not in own)
+
+
+@pytest.mark.parametrize("mode", ["block", "every_2", "selective"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_activation_bytes_are_what_a_forward_pass_leaves_allocated(name, mode):
+    large = {"width": 2 * WORTH_KEEPING_MACS, "depth": 8}
+    settings, shape = SETTINGS[name].model_copy(update=large), LatentShape(4, 16)
+    left = [_left_bytes(build(settings, shape, 10, checkpointing=mode), batch) for batch in (2, 4)]
+    parts = cost(settings, shape, 10).kept.by_part(mode)
+    assert (left[1] - left[0]) / 2 == pytest.approx(4 * (sum(parts.values()) - parts["one block"]), rel=0.1)
+
+
+def _left_bytes(model, batch):
+    inputs = torch.randn(batch, 4, 16, 16), torch.rand(batch), torch.arange(batch)
+    with profile(profile_memory=True) as seen:
+        out = model(*inputs)
+    assert out.requires_grad
+    return sum(event.self_cpu_memory_usage for event in seen.key_averages())
 
 
 def test_checkpointing_keeps_one_block_and_the_boundaries():
