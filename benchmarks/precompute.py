@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.timing import least_times
 from dis_scale import recipe as recipes
 from dis_scale import vae
 from dis_scale.data import images
@@ -148,17 +149,6 @@ def start_ray() -> None:
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-
-
-def least_times(jobs: dict[str, Job], rounds: int) -> dict[str, float]:
-    """Seconds; the first round warms up."""
-    least = dict.fromkeys(jobs, float("inf"))
-    for turn in range(rounds + 1):
-        for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
-            least[name] = min(least[name], time.perf_counter() - start if turn else float("inf"))
-    return least
 
 
 def main(rounds: int = 5, which: str = "all") -> None:
