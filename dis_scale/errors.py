@@ -5,6 +5,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class DisScaleError(Exception):
@@ -25,6 +26,16 @@ class StorageError(DisScaleError):
 
 class StorageAway(StorageError):
     """Storage did not answer, though asked again and again: it may be back later."""
+
+
+class Held(DisScaleError):
+    """Somebody who is alive has what this process was to write; `holder` is what their lease says."""
+
+    exit_code = 69  # EX_UNAVAILABLE of sysexits.h
+
+    def __init__(self, words: str, holder: dict[str, Any] | None = None) -> None:
+        super().__init__(words)
+        self.holder = holder or {}
 
 
 class UndecodableImage(StorageError):

@@ -1,7 +1,9 @@
-"""One writer: a training attempt holds `lease/<n>`; to take a run over is to create `<n + 1>`.
+"""One writer: who writes holds `<n>` of a lease's folder; to take over is to create `<n + 1>`.
+
+A sweep, its preparation, its evaluation and each run have a lease of their own.
 
 Creating only if absent admits one of several that try. A holder that died on this machine is free at once; one elsewhere is free
-when its beat has stood still. The owner looks for n + 1 before each manifest. The number is the attempt's own.
+when its beat has stood still. A run's owner looks for n + 1 before each manifest, and the number is the attempt's own.
 """
 
 import contextlib
@@ -17,16 +19,18 @@ from typing import Any
 
 import psutil
 
-from dis_scale.errors import DisScaleError
+from dis_scale.errors import DisScaleError, Held
 from dis_scale.storage import Folder
 
+FOLDER = "leases"
+"""In a sweep's folder: its own lease and those of stages; a run's stands in the run's folder."""
 BEAT_S = 5.0
 STILL_S = 20.0
 
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to write one run, until another number is there."""
+    """The right to write one thing, until another number is there."""
 
     folder: Folder
     number: int
@@ -36,16 +40,20 @@ class Lease:
 
 
 @contextlib.contextmanager
-def hold(folder: Folder) -> Iterator[Lease]:
-    """Takes the run, keeps the lease's beat going and gives it back at the end; DisScaleError says who else holds it."""
+def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
+    """Takes the lease, keeps its beat going and gives it back at the end; Held says who else has it, and on which cluster."""
     latest = _latest(folder)
     if latest and (holder := _living_holder(folder, latest)):
-        raise DisScaleError(
-            f"{folder}: held by process {holder['pid']} on {holder['host']}, which is alive: one writer a run"
+        raise Held(
+            f"{folder}: held by process {holder['pid']} on {holder['host']}, which is alive: one writer at a time",
+            holder,
         )
-    lease = Lease(folder, latest + 1)
-    if not folder.create(f"{lease.number:04d}", json.dumps(_me()).encode()):
-        raise DisScaleError(f"{folder}: another attempt was first to take it: one writer a run")
+    lease, mine = Lease(folder, latest + 1), _me() | {"cluster": cluster}
+    if not folder.create(f"{lease.number:04d}", json.dumps(mine).encode()):
+        first = folder.read_json(f"{lease.number:04d}")
+        raise Held(
+            f"{folder}: process {first['pid']} on {first['host']} was first to take it: one writer at a time", first
+        )
     ended = threading.Event()
     threading.Thread(target=_beat, args=(lease, ended), daemon=True, name="lease").start()
     try:

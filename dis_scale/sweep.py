@@ -18,13 +18,13 @@ from types import FrameType
 
 from rich.console import Console
 
-from dis_scale import mirror, tracking, vae
+from dis_scale import lease, mirror, tracking, vae
 from dis_scale import plan as plans
 from dis_scale import recipe as recipes
 from dis_scale import report as reports
 from dis_scale.data.shards import find_latents
 from dis_scale.data.sources import open_source
-from dis_scale.errors import DisScaleError, Preempted, UserError
+from dis_scale.errors import DisScaleError, Held, Preempted, UserError
 from dis_scale.evaluation import results
 from dis_scale.evaluation.features import require_weights
 from dis_scale.plan import Plan
@@ -98,10 +98,10 @@ def _work(sweep: Sweep, store: Folder) -> dict[str, str]:
     )
     for extractor in sweep.recipe.evaluate.extractors:
         require_weights(extractor)
-    sweep.folder.write(recipes.FILE, recipes.dump(sweep.recipe).encode())
-    _begin_tracking(sweep, sweep.recipe.tracking.uri or tracking.default_uri(store))
-    with obeying_signals(sweep), jobs.cluster(sweep.recipe) as cluster:
+    with obeying_signals(sweep), jobs.cluster(sweep.recipe) as cluster, _one_at_a_time(sweep, cluster):
         sweep.board.say(f"ray      {cluster.described}")
+        sweep.folder.write(recipes.FILE, recipes.dump(sweep.recipe).encode())
+        _begin_tracking(sweep, sweep.recipe.tracking.uri or tracking.default_uri(store))
         sweep.folder.write_json(RAY, {"address": cluster.address, "host": socket.gethostname()})
         device, why = recipes.choose_device(sweep.recipe, cluster.gpus)
         sweep.board.say(f"device   {device} ({why})")
@@ -119,6 +119,19 @@ def _work(sweep: Sweep, store: Folder) -> dict[str, str]:
             # A Ray of our own ends with us: wait for its jobs.
             jobs.stop(sweep.jobs, wait_s=sweep.recipe.grace_s + 5 if cluster.ours else 0.0)
             raise
+
+
+@contextlib.contextmanager
+def _one_at_a_time(sweep: Sweep, cluster: Cluster) -> Iterator[None]:
+    """A second sweep of one name joins the first one's jobs on the same Ray; on another it is refused before it writes."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lease.hold(sweep.folder / lease.FOLDER / "sweep", cluster.id))
+        except Held as error:
+            if error.holder.get("cluster") != cluster.id:
+                raise
+            sweep.board.say(f"joined   process {error.holder['pid']}, which runs this sweep on the same Ray")
+        yield
 
 
 def _begin_tracking(sweep: Sweep, uri: str) -> None:
@@ -164,23 +177,23 @@ def _train_and_evaluate(sweep: Sweep, cluster: Cluster) -> dict[str, str]:
             if over:
                 del training[model]
                 if job.status() != "SUCCEEDED":
-                    _leave_if_stopped(job, model)
+                    _leave_if_not_ours(job, model)
                     failed[model] = job.why()
                     sweep.board.say(f"train {model} failed: {failed[model]}")
                     (sweep.folder / "runs" / model).write_json(results.ENDED, {"why": failed[model]})
         if "evaluate" not in failed and evaluation.ended() and evaluation.status() != "SUCCEEDED":
-            _leave_if_stopped(evaluation, "evaluate")
+            _leave_if_not_ours(evaluation, "evaluate")
             failed["evaluate"] = evaluation.why()
             sweep.board.say(f"evaluate failed: {failed['evaluate']}; training goes on")
     return failed
 
 
-def _leave_if_stopped(job: Job, name: str) -> None:
-    """Somebody stopped this job from outside, which is no failure: the sweep leaves as if it had been asked itself."""
-    if isinstance(
-        error := job.error(f"{name} was stopped from outside; give the same command again to go on"), Preempted
-    ):
+def _leave_if_not_ours(job: Job, name: str) -> None:
+    """Somebody stopped this job from outside, or another sweep does its work: no failure, and nothing to note in storage."""
+    if isinstance(error := job.error(f"{name}: {job.why()}"), Held):
         raise error
+    if isinstance(error, Preempted):
+        raise Preempted(f"{name} was stopped from outside; give the same command again to go on")
 
 
 def stop(sweep: Folder, address: str | None) -> list[str]:

@@ -87,8 +87,8 @@ def train(run: Run) -> int:
     if rank == 0:
         run.say(f"{run.model}: {how}")
         log.add(images, {ATTEMPT: run.attempt})
-    if images == 0 and 0 in settings.publish_images:
-        saver.publish(state, 0, facts(), description)
+    if images in settings.publish_images:  # at 0; and where what was published at a resume point's count is gone
+        saver.publish(state, images, facts(), description)
     if images == 0:
         saver.save(state, 0, facts())
         _compare_with_grace(run, saver)

@@ -16,7 +16,7 @@ import numpy as np
 import ray
 import torch
 
-from dis_scale import checkpoint, diffusion, ema, manifest, mirror, vae
+from dis_scale import checkpoint, diffusion, ema, lease, manifest, mirror, vae
 from dis_scale.data import shards
 from dis_scale.data.encode import compute_exactly
 from dis_scale.data.latents import Latents
@@ -158,10 +158,11 @@ def evaluate(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
     device, why = stage.choose_device(recipe)
     stage.say(f"evaluation on {device} ({why})")
     skipped: set[Drawn] = set()
-    stage.with_restarts(
-        recipe, "evaluate", lambda _: _evaluate_all(sweep, recipe, device, skipped),
-        lambda: sum(len(results.evaluated_counts(sweep, model)) for model in recipe.models),
-    )  # fmt: skip
+    with lease.hold(sweep / lease.FOLDER / "evaluate"):
+        stage.with_restarts(
+            recipe, "evaluate", lambda _: _evaluate_all(sweep, recipe, device, skipped),
+            lambda: sum(len(results.evaluated_counts(sweep, model)) for model in recipe.models),
+        )  # fmt: skip
 
 
 def vary(sweep: Folder, recipe: Recipe, arguments: list[str]) -> None:
@@ -179,7 +180,6 @@ def vary(sweep: Folder, recipe: Recipe, arguments: list[str]) -> None:
 
 def _evaluate_all(sweep: Folder, recipe: Recipe, device: str, skipped: set[Drawn]) -> None:
     """Takes each new published folder as it comes; what cannot be measured is named, noted in storage and skipped."""
-    sweep = sweep.patient
     checkpoints = len(recipe.models) * len(recipe.train.publish_images)
     evaluation = open_evaluation(sweep, recipe, device, recipe.evaluate.drawings, checkpoints)
     _mirror_what_is_there(sweep, recipe)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from dis_scale.errors import DisScaleError, Preempted, UserError
+from dis_scale.errors import DisScaleError, Held, Preempted, UserError
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder
 
@@ -45,6 +45,8 @@ class Cluster:
     room: int
     """How many trainings fit beside each other."""
     gpus: int
+    id: str
+    """What tells it from every other."""
     address: str | None = None
     """Of a Ray of our own, its dashboard; others find a cluster by RAY_ADDRESS."""
 
@@ -83,9 +85,9 @@ class Job:
         return errors[-1] if errors else (self.cluster.client.get_job_info(self.id).message or "no message").strip()
 
     def error(self, words: str) -> DisScaleError:
-        """The error of a job that ended: the user's mistake and a stop keep their exit codes."""
+        """The error of a job that ended: a mistake, a stop and a refusal keep their exit codes."""
         code = self.cluster.client.get_job_info(self.id).driver_exit_code
-        kinds: dict[int | None, type[DisScaleError]] = {UserError.exit_code: UserError, Preempted.exit_code: Preempted}
+        kinds: dict[int | None, type[DisScaleError]] = {kind.exit_code: kind for kind in (UserError, Preempted, Held)}
         stopped = self.status() == JobStatus.STOPPED  # by `dis-scale stop` or `ray job stop`, in time or not
         return Preempted(words) if stopped else kinds.get(code, DisScaleError)(words)
 
@@ -111,6 +113,7 @@ def cluster(recipe: Recipe) -> Iterator[Cluster]:
             True,
             1,
             torch.cuda.device_count(),
+            folder.name,
             dashboard,
         )
     finally:
@@ -230,8 +233,9 @@ def _joined(address: str, recipe: Recipe) -> Cluster:
         key: value for key, value in parent.items() if key in ("working_dir", "py_modules", "pip", "uv", "env_vars")
     }
     return Cluster(
-        JobSubmissionClient(), keep, f"the Ray cluster at {address}", False, room, int(resources.get("GPU", 0))
-    )
+        JobSubmissionClient(), keep, f"the Ray cluster at {address}", False, room, int(resources.get("GPU", 0)),
+        ray.get_runtime_context().get_session_name(),
+    )  # fmt: skip
 
 
 def _start_head(recipe: Recipe, folder: Path) -> tuple[subprocess.Popen, str]:

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 import torch
 
-from dis_scale import digits, manifest, vae
+from dis_scale import digits, lease, manifest, vae
 from dis_scale.data.encode import compute_exactly
 from dis_scale.data.shards import store_of
 from dis_scale.data.sources import Source, open_source
@@ -89,7 +89,8 @@ def prepare(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
         result = worker.prepare.remote(sweep, recipe, device)
         stage.watch([worker], [result], lambda done: stage.progress(done[0], total, "steps and images"))
 
-    stage.with_restarts(recipe, "prepare", attempt, lambda: 0)
+    with lease.hold(sweep / lease.FOLDER / "prepare"):
+        stage.with_restarts(recipe, "prepare", attempt, lambda: 0)
 
 
 def _source(sweep: Folder, recipe: Recipe) -> Source:

@@ -57,7 +57,7 @@ Program = Callable[[Folder, Recipe, list[str]], None]
 
 
 def main(program: Program, url: str, *arguments: str) -> None:
-    """Runs a stage's program on the sweep at `url`; errors become one line and an exit code."""
+    """Runs a stage's program on the sweep at `url`, patient with storage; errors become one line and an exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("ray").setLevel(logging.ERROR)
     words = logging.StreamHandler(sys.stdout)
@@ -66,7 +66,7 @@ def main(program: Program, url: str, *arguments: str) -> None:
     logging.getLogger("dis_scale").propagate = False
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: wish.set())
-    sweep = folder(url)
+    sweep = folder(url).patient
     try:
         program(sweep, load_recipe(sweep), list(arguments))
     except Exception as error:
@@ -133,6 +133,17 @@ def resources(name: str, device: str, cpus: float) -> dict[str, Any]:
     return options | ({"resources": {name: 1}} if declared else {})
 
 
+def nodes_that_stay(by_node: dict[str, dict[str, float]]) -> list[dict[str, float]]:
+    """Of resources by node those of nodes that are not being drained: Ray goes on to count these, and places nothing there."""
+    going = draining()
+    return [resources for node, resources in by_node.items() if node not in going]
+
+
+def draining() -> set[str]:
+    """The nodes that will be taken away: by `ray drain-node`, KubeRay, an autoscaler or a spot notice, which end here alike."""
+    return set(ray._private.state.state.get_draining_nodes())
+
+
 def choose_device(recipe: Recipe) -> tuple[str, str]:
     """(device, reason) by the GPUs that the cluster has now."""
     return recipes.choose_device(recipe, int(ray.cluster_resources().get("GPU", 0)))
@@ -191,7 +202,7 @@ def _watch(
         if silent_s > hang_after_s:
             _show_stacks(workers)
             raise Lost(f"no step ended for {silent_s:.0f} s: hanging", max(looks), silent_s)
-        if (wish.is_set() or enough()) and not told:
+        if not told and (wish.is_set() or enough()):
             told = True
             for worker in workers:
                 worker.stop.remote()

@@ -8,11 +8,12 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray._private import state
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dis_scale import lease
@@ -79,7 +80,7 @@ def train_model(sweep: Folder, recipe: Recipe, arguments: list[str]) -> None:
     def attempts(lost: stage.Lost | None) -> int:
         images = _attempt(sweep, recipe, model, device, lost)
         while images < recipe.train.images and not stage.wish.is_set():
-            images = _attempt(sweep, recipe, model, device, None)  # it stopped to grow
+            images = _attempt(sweep, recipe, model, device, None)  # it stopped to grow, or to leave a node
         return images
 
     with _mirroring(projection, rows):
@@ -90,7 +91,7 @@ def train_model(sweep: Folder, recipe: Recipe, arguments: list[str]) -> None:
 
 
 def _attempt(sweep: Folder, recipe: Recipe, model: str, device: str, lost: stage.Lost | None) -> int:
-    """One attempt at a fixed world size, under a lease of its own; returns the images seen, fewer where it stopped to grow."""
+    """One attempt at a fixed world size, under a lease of its own; returns the images seen, fewer where it stopped to move."""
     began = time.time()
     bundle = stage.resources("train", device, 1)
     custom = bundle.get("resources", {}) | {"CPU": 1} | ({"GPU": 1} if device == "cuda" else {})
@@ -108,13 +109,16 @@ def _attempt(sweep: Folder, recipe: Recipe, model: str, device: str, lost: stage
                 worker.train.remote(place | {"RANK": rank}, sweep, recipe, model, held, device, wanted)
                 for rank, worker in enumerate(workers)
             ]
-            total, due = recipe.train.images, time.time() + recipe.train.grow_after_s
-            return min(
-                stage.watch(
-                    workers, results, lambda done: stage.progress(max(done), total, "images"),
-                    recipe.train.hang_after_s, lambda: time.time() > due and _more_fit(recipe, custom, world),
-                )
-            )  # fmt: skip
+            nodes = set(placement_group_table(group)["bundles_to_node_id"].values())
+            total, due = recipe.train.images, time.monotonic() + recipe.train.grow_after_s
+
+            def moves() -> bool:
+                return _node_goes(model, nodes) or (time.monotonic() > due and _more_fit(recipe, custom, world))
+
+            def report(done: list[int]) -> None:
+                stage.progress(max(done), total, "images")
+
+            return min(stage.watch(workers, results, report, recipe.train.hang_after_s, moves))
     finally:
         remove_placement_group(group)
 
@@ -126,26 +130,41 @@ def _world_size(recipe: Recipe, bundle: dict[str, float]) -> int:
     """
     sizes, deadline = recipe.train.world_sizes, time.monotonic() + ROOM_WAIT_S
     while True:
-        to_be_had = _largest(sizes, bundle, ray.cluster_resources())
-        free = _largest(sizes, bundle, ray.available_resources())
+        to_be_had = _largest(sizes, _room(bundle, stage.nodes_that_stay(state.total_resources_per_node())))
+        free = _largest(sizes, _free(bundle))
         if free == to_be_had or time.monotonic() > deadline or stage.wish.is_set():
             return free or sizes[-1]
         stage.pause(0.2)
 
 
-def _largest(sizes: Sequence[int], bundle: dict[str, float], resources: dict[str, float]) -> int:
-    """The largest of the falling `sizes` that fits into the resources; 0 where none does."""
-    room = min(int(resources.get(name, 0) // amount) for name, amount in bundle.items())
+def _largest(sizes: Sequence[int], room: int) -> int:
+    """The largest of the falling `sizes` for which there is room; 0 where there is for none."""
     return next((size for size in sizes if size <= room), 0)
+
+
+def _room(bundle: dict[str, float], nodes: Iterable[dict[str, float]]) -> int:
+    """How many workers of these resources the nodes hold; one worker's lie on one node."""
+    return sum(min(int(node.get(name, 0) // amount) for name, amount in bundle.items()) for node in nodes)
+
+
+def _free(bundle: dict[str, float]) -> int:
+    """How many more workers fit now on nodes that stay."""
+    return _room(bundle, stage.nodes_that_stay(state.available_resources_per_node()))
+
+
+def _node_goes(model: str, nodes: set[str]) -> bool:
+    """Whether one of the attempt's nodes is being drained: while it stands, its workers can still save."""
+    going = bool(nodes & stage.draining())
+    if going:
+        stage.say(f"{model}: a node of its workers is being drained: they stop at a resume point, to go on elsewhere")
+    return going
 
 
 def _more_fit(recipe: Recipe, bundle: dict[str, float], world: int) -> bool:
     """Whether a larger world size has room now, the running workers' own included."""
     if world == recipe.train.world_sizes[0]:
         return False
-    free = ray.available_resources()
-    with_ours = {name: free.get(name, 0) + amount * world for name, amount in bundle.items()}
-    larger = _largest(recipe.train.world_sizes, bundle, with_ours)
+    larger = _largest(recipe.train.world_sizes, world + _free(bundle))
     if larger > world:
         stage.say(f"there is room for {larger} workers: {world} stop at a resume point, to go on as {larger}")
     return larger > world

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dis_scale import lease
-from dis_scale.errors import DisScaleError
+from dis_scale.errors import Held
 from dis_scale.storage import folder
 
 
@@ -33,7 +33,7 @@ def test_a_living_holder_is_named(tmp_path: Path) -> None:
         assert holder.stdout is not None
         holder.stdout.readline()
         with (
-            pytest.raises(DisScaleError, match=f"held by process {holder.pid} on .*, which is alive"),
+            pytest.raises(Held, match=f"held by process {holder.pid} on .*, which is alive"),
             lease.hold(folder(tmp_path)),
         ):
             pass
@@ -53,7 +53,7 @@ def test_a_holder_elsewhere_is_alive_while_its_beat_moves(
     monkeypatch.setattr(lease, "_beat_of", lambda *_: str(next(beats) if beating else 0).encode())
     monkeypatch.setattr(lease.time, "sleep", lambda _: None)
     if beating:
-        with pytest.raises(DisScaleError, match="held by process"), lease.hold(place):
+        with pytest.raises(Held, match="held by process"), lease.hold(place):
             pass
     else:
         with lease.hold(place) as ours:

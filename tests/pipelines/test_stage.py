@@ -8,7 +8,7 @@ from dis_scale.errors import DisScaleError, StorageAway, StorageError
 from dis_scale.recipe import Recipe
 from pipelines import stage
 from pipelines.stage import Lost, Worker
-from pipelines.train import _largest
+from pipelines.train import _largest, _room
 from tests.conftest import TINY
 
 
@@ -90,5 +90,10 @@ def test_an_attempt_takes_the_largest_divisor_of_the_lanes_for_which_there_is_ro
     sizes = recipes.load(TINY, ["train.lanes=8", "train.workers=2..6"]).train.world_sizes
     assert sizes == [4, 2]
     bundle = {"CPU": 1, "train": 1.0}
-    assert [_largest(sizes, bundle, {"CPU": cpus, "train": 8}) for cpus in (9, 5, 3, 1)] == [4, 4, 2, 0]
-    assert _largest(sizes, bundle, {"CPU": 8.0}) == 0
+    assert [_largest(sizes, _room(bundle, [{"CPU": cpus, "train": 8}])) for cpus in (9, 5, 3, 1)] == [4, 4, 2, 0]
+    assert _room(bundle, [{"CPU": 8.0}]) == 0
+
+
+def test_one_workers_resources_lie_on_one_node() -> None:
+    bundle = {"CPU": 2, "train": 1.0}
+    assert _room(bundle, [{"CPU": 3, "train": 2}, {"CPU": 1, "train": 1}, {"CPU": 4, "train": 1}]) == 2
