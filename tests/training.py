@@ -19,7 +19,8 @@ from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder, folder
 
 os.environ["DS_ACCELERATOR"] = "cpu"
-multiprocessing.set_forkserver_preload(["deepspeed", "torch._dynamo", "dis_scale.train"])
+PRELOAD = ["deepspeed", "torch._dynamo", "dis_scale.train"]
+multiprocessing.set_forkserver_preload(PRELOAD)
 
 
 def make_latents(at: Folder, recipe: Recipe) -> Folder:
