@@ -28,6 +28,10 @@ class StorageAway(StorageError):
     """Storage did not answer, though asked again and again: it may be back later."""
 
 
+class StorageFull(StorageError):
+    """There is no space left to write to: nothing is wrong with what was to be written."""
+
+
 class Held(DisScaleError):
     """Somebody who is alive has what this process was to write; `holder` is what their lease says."""
 

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from dis_scale import faults
-from dis_scale.errors import DisScaleError, StorageAway, StorageError, UserError
+from dis_scale.errors import DisScaleError, StorageAway, StorageError, StorageFull, UserError
 
 T = TypeVar("T")
 
@@ -276,7 +276,8 @@ def _with_retries(action: Callable[[], T], what: str, tries: int) -> T:
             if _precondition_failed(error):
                 raise FileExistsError(what) from error
             if not _may_pass(error):
-                raise StorageError(f"{what}: {_cause(error)}") from error
+                kind = StorageFull if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else StorageError
+                raise kind(f"{what}: {_cause(error)}") from error
             if attempt == tries - 1:
                 raise StorageAway(f"{what}: {_cause(error)}") from error
         time.sleep(_FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))  # full jitter: many workers meet one store
@@ -313,7 +314,7 @@ def _cause(error: BaseException) -> str:
         return str(error)
     if isinstance(error, FileNotFoundError):
         return "there is no such bucket or folder, and it cannot be made"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "no space left on the device: free some, then give the same command again"
     if isinstance(error, PermissionError) or _http_status(error) == 403:
         return f"permission denied: check the key and its rights ({' '.join(str(error).split())})"

@@ -21,7 +21,7 @@ from dis_scale.data import shards
 from dis_scale.data.encode import compute_exactly
 from dis_scale.data.latents import Latents
 from dis_scale.ema import Snapshot
-from dis_scale.errors import DisScaleError, Preempted, StorageAway, StorageError
+from dis_scale.errors import DisScaleError, Preempted, StorageAway, StorageError, StorageFull
 from dis_scale.evaluation import held_out, measure, reference, results
 from dis_scale.evaluation.results import Drawn
 from dis_scale.evaluation.sample import Block, arranged, grid, grid_columns, labels_of, open_studio
@@ -234,7 +234,7 @@ def open_evaluation(
 def _evaluate_one(evaluation: Evaluation, drawn: Drawn, skipped: set[Drawn]) -> None:
     try:
         values = evaluation.evaluate(drawn)
-    except (Preempted, StorageAway, stage.Lost):
+    except (Preempted, StorageAway, StorageFull, stage.Lost):
         raise  # nothing is wrong with the checkpoint
     except DisScaleError as error:
         why = str(stage.cause_of(error))

@@ -1,5 +1,6 @@
 """Training without Ray, for tests: ranks as processes over gloo on synthetic latents, with faults given from outside."""
 
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -42,7 +43,7 @@ def run(
 ) -> None:
     """Trains in `recipe.train.workers` processes; with `stop_at`, rank 1 (or 0) wishes to stop from that image count on.
 
-    `faults` is a plan of accidents; SIGTERM to a rank is its wish to stop.
+    `faults` is a plan of accidents; SIGTERM to a rank is its wish to stop. `inputs` then tells what the steps saw.
     """
     world = recipe.train.workers
     latents = folder(root) / "latents"
@@ -72,6 +73,7 @@ def _rank(
     signal.signal(signal.SIGTERM, lambda *_: asked.set())
     device = torch.device("cpu")
     engine.connect(device)
+    _note_inputs(Path(root) / "inputs", rank)
     steps = iter(range(1, 10**9))
 
     def wish() -> bool:
@@ -82,6 +84,37 @@ def _rank(
     sweep = folder(root) / "sweep"
     latents, wanted = folder(root) / "latents", time.time()
     train(Run(recipe, model, sweep, latents, attempt, device, lambda: True, wish, _nothing, print, wanted))
+
+
+def inputs(root: Path) -> dict[int, list[str]]:
+    """By images seen before it, what each step drew: a hash a lane of images, labels, noise, times and masks, in lane order."""
+    lines = [line.split() for file in sorted((root / "inputs").glob("*")) for line in file.read_text().splitlines()]
+    steps: dict[int, list[str]] = {}
+    for images, digest in sorted(((int(images), digest) for images, digest in lines), key=lambda line: line[0]):
+        steps.setdefault(images, []).append(digest)
+    return steps
+
+
+def _note_inputs(place: Path, rank: int) -> None:
+    """Writes a line a micro-batch on its way to the device; a rank's lanes come in order, and so do the ranks."""
+    from dis_scale import train
+
+    place.mkdir(exist_ok=True)
+    move, at, now = train._to_device, train.faults.at, [0]
+
+    def noted(draw: Any, device: torch.device) -> Any:
+        micro, t_B, drop = draw
+        tensors = [x for x in (*micro, t_B, drop) if x is not None]
+        digest = hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in tensors)).hexdigest()
+        with (place / f"{rank}").open("a") as file:
+            file.write(f"{now[0]} {digest}\n")
+        return move(draw, device)
+
+    def clocked(point: str, **where: Any) -> None:
+        now[0] = where.get("images", now[0])
+        at(point, **where)
+
+    train._to_device, train.faults.at = noted, clocked
 
 
 def _nothing(_: Any) -> None: ...

@@ -11,7 +11,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -234,7 +234,7 @@ def latents_of(sweep: Folder) -> Folder:
 
 def store_of(sweep: Folder) -> Folder:
     """The root that a sweep shares with others: latents and listings lie there."""
-    return Folder(sweep.url.rsplit("/sweeps/", 1)[0])
+    return replace(sweep, url=sweep.url.rsplit("/sweeps/", 1)[0])
 
 
 def _agrees(latents: Folder, number: int) -> bool:

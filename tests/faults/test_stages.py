@@ -82,7 +82,7 @@ FAULTS: dict[str, tuple[str, str, list[int], str]] = {
     "prepare: the clock jumps back an hour": ("prepare", "jump at written path=vae/ seconds=-3600", [0], ""),
     "precompute: killed between tar and sidecar": ("precompute", "kill at written path=000001.tar", KILLED, ""),
     "precompute: the driver dies before the manifest": (
-        "precompute", "kill at write path=latents/ nth=11", KILLED, "",
+        "precompute", "kill at write path=manifest.json", KILLED, "",
     ),
     "precompute: asked to stop": ("precompute", "stop at written path=000001.tar", STOPPED, "stopped as asked"),
     "precompute: storage fails three times": ("precompute", "fail at write path=.tar times=3", [0], ""),

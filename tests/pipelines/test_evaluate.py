@@ -9,7 +9,7 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from dis_scale import recipe as recipes
-from dis_scale.errors import DisScaleError, Preempted, StorageAway, StorageError, UserError
+from dis_scale.errors import DisScaleError, Preempted, StorageAway, StorageError, StorageFull, UserError
 from dis_scale.evaluation import results
 from dis_scale.evaluation.results import Drawn
 from dis_scale.recipe import Recipe
@@ -27,6 +27,9 @@ class Failing:
 
     def evaluate(self, _: Drawn) -> dict[str, float]:
         raise self.error
+
+
+OTHERS = [Preempted("stop"), StorageAway("503"), StorageFull("no space left"), stage.Lost("a worker was lost")]
 
 
 def from_a_worker(error: DisScaleError) -> Any:
@@ -50,7 +53,7 @@ def test_what_cannot_be_measured_is_skipped_and_noted(
     assert results.skipped(sweep, tiny) == {drawn: str(error)}
 
 
-@pytest.mark.parametrize("error", [Preempted("stop"), StorageAway("503"), stage.Lost("a worker was lost")], ids=str)
+@pytest.mark.parametrize("error", OTHERS, ids=str)
 def test_what_is_not_the_checkpoints_fault_skips_nothing(tmp_path: Path, error: DisScaleError) -> None:
     skipped: set[Drawn] = set()
     with pytest.raises(type(error)):
