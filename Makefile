@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --editable
 
-.PHONY: demo test faults soak lint venv
+.PHONY: demo test faults soak drills lint venv
 
 demo: $(VENV)/installed
 	$(BIN)/python -m dis_scale.sweep configs/digits.yaml
@@ -20,6 +20,10 @@ faults: $(VENV)/installed-dev
 
 soak: $(VENV)/installed-dev
 	$(BIN)/python -m tests.faults.soak --kills $(or $(KILLS),100) $(if $(SEED),--seed $(SEED))
+
+# The accidents of ops/runbooks/ and their cures, all or some: `make drills DRILLS="disk-full stuck-job"`.
+drills: $(VENV)/installed
+	$(BIN)/python -m ops.drills $(DRILLS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -2,7 +2,8 @@
 
 Learnt the hard way: two raylets on one machine collide on the dashboard agent's port unless each gets its own; a job's driver has
 3 s between SIGTERM and SIGKILL unless RAY_JOB_STOP_WAIT_TIME_S is in its environment; an id stays taken after its job has ended; a
-child job without a runtime environment runs in the cluster's own folder, on other code. We never run `ray stop`: it ends all Rays.
+child job without a runtime environment runs in the cluster's own folder, on other code; `ray.init` puts its own handler of SIGTERM
+in place of ours. We never run `ray stop`: it ends all Rays.
 """
 
 import contextlib
@@ -212,12 +213,25 @@ def _connect() -> None:
 
     if not ray.is_initialized():
         try:
-            ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False)
+            with keeping_handlers():
+                ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False)
         except (ConnectionError, ValueError) as error:
             address = os.environ.get("RAY_ADDRESS")
             raise UserError(
                 f"no Ray answers at RAY_ADDRESS={address}: start it, or unset the variable to run here"
             ) from error
+
+
+@contextlib.contextmanager
+def keeping_handlers() -> Iterator[None]:
+    """Puts the handlers of SIGTERM and SIGINT back: after Ray's own, a stop would end this process before anything is saved."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # None: not installed from Python, and not ours
+                signal.signal(number, handler)
 
 
 def _joined(address: str, recipe: Recipe) -> Cluster:

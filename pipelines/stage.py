@@ -25,6 +25,7 @@ from dis_scale import recipe as recipes
 from dis_scale.errors import DisScaleError, Preempted, StorageAway
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder, folder
+from pipelines.jobs import keeping_handlers
 
 T = TypeVar("T")
 PROGRESS, SAY = "@progress ", "@say "
@@ -95,7 +96,8 @@ def load_recipe(sweep: Folder) -> Recipe:
 
 def connect() -> None:
     """Joins the cluster that this job runs on."""
-    ray.init(log_to_driver=False, logging_level="ERROR")
+    with keeping_handlers():
+        ray.init(log_to_driver=False, logging_level="ERROR")
 
 
 class Worker:

@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -95,10 +95,8 @@ def _attempt(sweep: Folder, recipe: Recipe, model: str, device: str, lost: stage
     began = time.time()
     bundle = stage.resources("train", device, 1)
     custom = bundle.get("resources", {}) | {"CPU": 1} | ({"GPU": 1} if device == "cuda" else {})
-    world = _world_size(recipe, custom)
-    group = placement_group([custom] * world, strategy="PACK")
+    world, group = _place(recipe, custom)
     try:
-        _await(group, world)
         options = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(world)]
         workers = [stage.spawn(Trainer, bundle | {"scheduling_strategy": option}) for option in options]
         host, port = ray.get(workers[0].address.remote())
@@ -121,6 +119,33 @@ def _attempt(sweep: Folder, recipe: Recipe, model: str, device: str, lost: stage
             return min(stage.watch(workers, results, report, recipe.train.hang_after_s, moves))
     finally:
         remove_placement_group(group)
+
+
+def _place(recipe: Recipe, bundle: dict[str, float]) -> tuple[int, Any]:
+    """(world size, its placement group), the size chosen anew where what it was to have is gone before it had it."""
+    while True:
+        world = _world_size(recipe, bundle)
+        group = placement_group([bundle] * world, strategy="PACK")
+        try:
+            if _placed(group, world, lambda: _largest(recipe.train.world_sizes, _free(bundle))):
+                return world, group
+        except BaseException:
+            remove_placement_group(group)
+            raise
+        remove_placement_group(group)
+
+
+def _placed(group: Any, world: int, to_be_had: Callable[[], int]) -> bool:
+    """Waits for room and says what it waits for; False where there is room for fewer now, as after the loss of a node."""
+    ready, said = group.ready(), False
+    while not ray.wait([ready], timeout=1)[0]:
+        stage.leave_if_asked()
+        if 0 < to_be_had() < world:
+            return False
+        if not said:
+            stage.say(f"waiting for room for {world} workers: the cluster has {ray.available_resources()} free")
+            said = True
+    return True
 
 
 def _world_size(recipe: Recipe, bundle: dict[str, float]) -> int:
@@ -189,13 +214,3 @@ def _mirroring(projection: Projection, rows: Rows) -> Iterator[None]:
         thread.join(PROJECT_LAST_S)
     if not thread.is_alive():
         projection.send(rows.new())
-
-
-def _await(group: Any, world: int) -> None:
-    """Waits for room; says what it waits for."""
-    ready, said = group.ready(), False
-    while not ray.wait([ready], timeout=1)[0]:
-        stage.leave_if_asked()
-        if not said:
-            stage.say(f"waiting for room for {world} workers: the cluster has {ray.available_resources()} free")
-            said = True

@@ -139,6 +139,38 @@ def shown(name: str) -> str:
     return first + slash
 
 
+RUNBOOKS = {path.stem: path.read_text() for path in (ROOT / "ops" / "runbooks").glob("*.md")}
+
+
+def test_each_runbook_has_its_drill() -> None:
+    from ops.drills.__main__ import DRILLS
+
+    assert DRILLS.keys() == RUNBOOKS.keys()
+    assert [name for name, text in RUNBOOKS.items() if f"Drill: `python -m ops.drills {name}`\n" not in text] == []
+    assert (ROOT / "ops" / "drills" / "drill.yaml").exists()
+    assert "drills" in targets()
+
+
+def told(text: str) -> list[str]:
+    """The commands of ours in a runbook's code."""
+    return [
+        line.strip()
+        for block in blocks(text)
+        for line in block.splitlines()
+        if re.match(r" *(python|dis-scale) ", line)
+    ]
+
+
+@pytest.mark.parametrize("name", RUNBOOKS)
+def test_a_runbooks_commands_and_links_are_there(name: str) -> None:
+    commands = [shlex.split(line, comments=True) for line in told(RUNBOOKS[name])]
+    assert commands or name == "stuck-job"
+    for words in commands:
+        require_shape(words[1:] if words[0] == "dis-scale" else ["sweep", *words[3:]])
+    links = re.findall(r"\]\(([^)]+)\)", RUNBOOKS[name])
+    assert [link for link in links if not (ROOT / "ops" / "runbooks" / link).exists()] == []
+
+
 def test_links_lead_somewhere() -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
     pictures = (ROOT / "docs" / "images").exists()

@@ -22,6 +22,9 @@ def test_stopped_twice_and_given_again_to_the_end_and_beyond(tmp_path: Path) -> 
     assert all(job.startswith("tiny-") for job in stop(sweeps.sweep_folder(root), None))
     assert sweep.wait(60) == 75, log.read_text()
     assert "was stopped from outside; give the same command again to go on" in log.read_text()
+    assert any(row.name == tracking.GOODPUT for row in tracking.Rows(run / "log").new()), (
+        "it agreed on a step and saved"
+    )
     other, kept = sweeps.sweep_folder(root) / "runs/dit", (sweeps.sweep_folder(root) / "runs/dit/resume").list()
     sweep = sweeps.start(root, *sweeps.SLOW, log=log)
     sweeps.wait_until(lambda: (other / "resume").list() != kept, sweep, log)
