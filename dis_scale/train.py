@@ -303,7 +303,7 @@ def _compare_with_grace(run: Run, saver: Saver) -> None:
     if dist.get_rank() == 0 and saver.took_s > run.recipe.grace_s:
         run.say(
             f"{run.model}: warning: a resume point takes {saver.took_s:.1f} s and grace_s is {run.recipe.grace_s:g} s: "
-            f"a stop would lose the steps since the last one; give --set grace_s={2 * saver.took_s:.0f} or more"
+            f"a stop would lose the steps since the last one; give --set grace_s={math.ceil(2 * saver.took_s)} or more"
         )
 
 

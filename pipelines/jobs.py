@@ -272,6 +272,7 @@ def _start_head(recipe: Recipe, folder: Path) -> tuple[subprocess.Popen, str]:
         | {
             "RAY_AUTH_MODE": "disabled",
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux, too: without it Ray swaps 127.0.0.1 for the machine's address
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # its jobs have ended before it is asked to
             "RAY_worker_niceness": "0",  # Ray's 15 leaves training no room above the evaluation's 19
         }
     )

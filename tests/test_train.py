@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dis_scale import checkpoint, manifest
+from dis_scale import checkpoint, manifest, train
 from dis_scale import recipe as recipes
-from dis_scale.recipe import Train
+from dis_scale.recipe import Recipe, Train
 from dis_scale.storage import folder
 from dis_scale.tracking import Row, Rows
 from dis_scale.train import learning_rate
@@ -109,6 +109,23 @@ def test_pruning_spares_what_a_faster_rank_has_begun(tmp_path: Path) -> None:
             manifest.put(place, files, images=images)
     checkpoint.Saver(run, attempt=1, rank=0, world=2, held=lambda: True, keep=1)._prune(160)
     assert (run / "resume").list() == ["000000000160-0001", "000000000240-0001"]
+
+
+@pytest.mark.parametrize(("took_s", "said"), [(4.2, []), (45.5, ["45.5 s and grace_s is 30 s"])])
+def test_a_save_longer_than_the_grace_is_said_at_the_start(
+    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch, took_s: float, said: list[str]
+) -> None:
+    monkeypatch.setattr(train.dist, "get_rank", lambda: 0)
+    place, lines = folder(tmp_path), list[str]()
+    run = train.Run(
+        tiny, "dit", place, place, 1, torch.device("cpu"), lambda: True, lambda: False, print, lines.append, 0.0
+    )
+    saver = checkpoint.Saver(place, attempt=1, rank=0, world=1, held=run.held, keep=2, took_s=took_s)
+    train._compare_with_grace(run, saver)
+    assert len(lines) == len(said)
+    assert all(
+        words in line and "give --set grace_s=91 or more" in line for words, line in zip(said, lines, strict=True)
+    )
 
 
 @pytest.mark.parametrize(

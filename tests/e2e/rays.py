@@ -58,10 +58,13 @@ class Rays:
         """For jobs that are submitted one by one."""
         return Cluster(JobSubmissionClient(self.url), {}, self.url, False, 1, 0, self.folder)
 
-    def alive(self) -> list[dict[str, Any]]:
-        """The nodes that are up, by Ray's own list."""
+    def alive(self, within: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """The nodes that are up, by Ray's own list, asked on the head's machine."""
         listed = subprocess.run(
-            [sys.executable, "-c", LIST, self.address], env=os.environ | ENVIRONMENT, capture_output=True, check=True
+            [*within, sys.executable, "-c", LIST, self.address],
+            env=os.environ | ENVIRONMENT,
+            capture_output=True,
+            check=True,
         )
         return [node for node in json.loads(listed.stdout.splitlines()[-1]) if node["Alive"]]
 

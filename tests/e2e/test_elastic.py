@@ -50,17 +50,18 @@ def test_workers_shrink_grow_and_leave_a_drained_node(rays: Rays, tmp_path: Path
     sweeps.kill_all(node)
     said.wait("a worker was lost")
     assert began(said.wait("workers, from"))[0] == 1
-    rays.node(cpus=1)
+    node = rays.node(cpus=1)
     said.wait("there is room for 2 workers: 1 stop at a resume point")
     workers, _ = began(said.wait("workers, from"))
     assert workers == 2
 
+    node.terminate()  # as an evicted pod: Ray drains the node
+    _leaves_with_all_its_steps(said)
+    rays.node(cpus=1)
+    assert began(said.wait("workers, from"))[0] == 2
     (other,) = [each for each in rays.alive() if "node:__internal_head__" not in each["Resources"]]
     rays.drain(other["NodeID"])
-    said.wait("a node of its workers is being drained: they stop at a resume point")
-    stopped_at = int(said.wait(" images; training stood still").split("dit: ")[1].split()[0])
-    workers, where = began(said.wait("workers, from"))
-    assert (workers, int(where.split("-")[0])) == (1, stopped_at), "every step that was taken counts"
+    _leaves_with_all_its_steps(said)
 
     driver(sweep, "train").terminate()
     stopped_at = int(said.wait(" images; training stood still").split("dit: ")[1].split()[0])
@@ -68,3 +69,10 @@ def test_workers_shrink_grow_and_leave_a_drained_node(rays: Rays, tmp_path: Path
         pass
     assert newest(sweep) == stopped_at
     assert isinstance(job.error("stopped"), Preempted)
+
+
+def _leaves_with_all_its_steps(said: Said) -> None:
+    said.wait("a node of its workers is being drained: they stop at a resume point")
+    stopped_at = int(said.wait(" images; training stood still").split("dit: ")[1].split()[0])
+    workers, where = began(said.wait("workers, from"))
+    assert (workers, int(where.split("-")[0])) == (1, stopped_at)

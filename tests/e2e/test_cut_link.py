@@ -1,0 +1,76 @@
+"""Three machines, as network namespaces on one bridge: Ray's head and two workers; one loses its link and its processes."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dis_scale import checkpoint
+from pipelines import jobs
+from tests.e2e import sweeps
+from tests.e2e.rays import Rays, Said, sweep_to_train
+
+BRIDGE, NAMES, SUBNET = "ds-bridge", ("ds-head", "ds-one", "ds-two"), "10.233.77"
+SETTINGS = (
+    "models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}", "train.publish_images=[0, 8000]",
+    "train.workers=1..2", "train.resume_every_images=160",
+)  # fmt: skip
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def links() -> Iterator[dict[str, str]]:
+    """The address of each namespace; its end of the link is `eth0` inside and has the namespace's name outside."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces want root and `ip` (apt-get install iproute2)")
+    addresses = {name: f"{SUBNET}.{number}" for number, name in enumerate(NAMES, 2)}
+    try:
+        ip("link", "add", BRIDGE, "type", "bridge")
+        ip("addr", "add", f"{SUBNET}.1/24", "dev", BRIDGE)
+        ip("link", "set", BRIDGE, "up")
+        for name, address in addresses.items():
+            ip("netns", "add", name)
+            ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
+            ip("link", "set", name, "master", BRIDGE, "up")
+            for words in (["addr", "add", f"{address}/24", "dev", "eth0"], ["link", "set", "eth0", "up"]):
+                ip("-n", name, *words)
+            ip("-n", name, "link", "set", "lo", "up")
+        yield addresses
+    finally:
+        for name in NAMES:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True)
+
+
+def within(name: str) -> list[str]:
+    return ["ip", "netns", "exec", name]
+
+
+@pytest.mark.faults
+def test_a_node_whose_link_is_cut_costs_an_attempt(links: dict[str, str], tmp_path: Path) -> None:
+    sweep, recipe = sweep_to_train(tmp_path, *SETTINGS)
+    head, one, two = NAMES
+    rays = Rays(0, links[head], within(head))
+    try:
+        for name in (one, two):
+            node = rays.node(1, links[name], within(name), GLOO_SOCKET_IFNAME="eth0")
+        while len(rays.alive(within(head))) < 3:
+            assert node.poll() is None
+        said = Said(job := jobs.submit(rays.cluster(), recipe, sweep, "train", "dit"))
+        assert "2 workers, from the beginning" in said.wait("workers, from")
+        while checkpoint.newest_images(sweep / "runs/dit") == 0:
+            assert not job.ended(), job.why()
+        ip("link", "set", two, "down")
+        sweeps.kill_all(node)
+        said.wait("a worker was lost")
+        assert "1 workers, from 0000" in said.wait("workers, from")
+        said.wait("8000 images; training stood still")
+    finally:
+        rays.stop()
+    assert checkpoint.published(sweep / "runs/dit") == [0, 8000]
