@@ -1,4 +1,7 @@
-"""Rays for tests: a head and further nodes as processes of this machine, each of which can be killed, drained or cut off."""
+"""Rays for tests: a head and further nodes as processes of this machine, each of which can be killed, drained or cut off.
+
+They listen at the machine's own address: Ray wants several nodes nowhere on loopback.
+"""
 
 import json
 import os
@@ -8,9 +11,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
+import ray
 from ray.job_submission import JobSubmissionClient
 
 from dis_scale import recipe as recipes
@@ -23,14 +26,15 @@ from tests import training
 from tests.e2e import sweeps
 
 RAY = str(Path(sys.executable).with_name("ray"))
-ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled", "OMP_WAIT_POLICY": "PASSIVE"}
+ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "OMP_WAIT_POLICY": "PASSIVE"}
 Node = subprocess.Popen[bytes]
 
 
 class Rays:
     """One Ray cluster; its nodes run this tree's code. `address` is what RAY_ADDRESS wants."""
 
-    def __init__(self, cpus: int, ip: str = "127.0.0.1", within: Sequence[str] = ()) -> None:
+    def __init__(self, cpus: int, ip: str = "", within: Sequence[str] = ()) -> None:
+        ip = ip or ray.util.get_node_ip_address()
         self.port, dashboard = jobs.free_ports(2)
         self.address, self.url = f"{ip}:{self.port}", f"http://{ip}:{dashboard}"
         self.folder = tempfile.mkdtemp(prefix="ray-test-", dir="/tmp")  # Ray's sockets need a short path
@@ -39,8 +43,9 @@ class Rays:
         self._start([*place, f"--temp-dir={self.folder}"], cpus, ip, within)
         self._await_jobs()
 
-    def node(self, cpus: int, ip: str = "127.0.0.1", within: Sequence[str] = (), **environment: str) -> Node:
+    def node(self, cpus: int, ip: str = "", within: Sequence[str] = (), **environment: str) -> Node:
         """One more node, behind the command `within`."""
+        ip = ip or self.address.partition(":")[0]
         return self._start([f"--address={self.address}"], cpus, ip, within, **environment)
 
     def drain(self, node_id: str) -> None:
@@ -58,15 +63,15 @@ class Rays:
         """For jobs that are submitted one by one."""
         return Cluster(JobSubmissionClient(self.url), {}, self.url, False, 1, 0, self.folder)
 
-    def alive(self, within: Sequence[str] = ()) -> list[dict[str, Any]]:
-        """The nodes that are up, by Ray's own list, asked on the head's machine."""
+    def alive(self, within: Sequence[str] = ()) -> set[str]:
+        """The ids of the nodes that are up, by Ray's own list, asked on the head's machine."""
         listed = subprocess.run(
             [*within, sys.executable, "-c", LIST, self.address],
             env=os.environ | ENVIRONMENT,
             capture_output=True,
             check=True,
         )
-        return [node for node in json.loads(listed.stdout.splitlines()[-1]) if node["Alive"]]
+        return {node["NodeID"] for node in json.loads(listed.stdout.splitlines()[-1]) if node["Alive"]}
 
     def _start(self, place: list[str], cpus: int, ip: str, within: Sequence[str], **environment: str) -> Node:
         (agent,) = jobs.free_ports(1)

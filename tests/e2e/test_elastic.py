@@ -41,7 +41,7 @@ def test_workers_shrink_grow_and_leave_a_drained_node(rays: Rays, tmp_path: Path
     sweep, recipe = sweep_to_train(tmp_path, *FOR_LONG)
     node = rays.node(cpus=1)
     while len(rays.alive()) < 2:
-        pass
+        assert node.poll() is None
     said = Said(job := jobs.submit(rays.cluster(), recipe, sweep, "train", "dit"))
     assert began(said.wait("workers, from")) == (2, "the beginning")
     while newest(sweep) == 0:
@@ -57,10 +57,10 @@ def test_workers_shrink_grow_and_leave_a_drained_node(rays: Rays, tmp_path: Path
 
     node.terminate()  # as an evicted pod: Ray drains the node
     _leaves_with_all_its_steps(said)
+    before = rays.alive()
     rays.node(cpus=1)
     assert began(said.wait("workers, from"))[0] == 2
-    (other,) = [each for each in rays.alive() if "node:__internal_head__" not in each["Resources"]]
-    rays.drain(other["NodeID"])
+    rays.drain(*(rays.alive() - before))
     _leaves_with_all_its_steps(said)
 
     driver(sweep, "train").terminate()
