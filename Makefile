@@ -17,6 +17,7 @@ test: $(VENV)/installed-dev
 # The whole table of faults, Ray's part too; and random kills: `make soak KILLS=20 SEED=1`.
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/faults -v -m "faults or not faults"
+	$(BIN)/python -m pytest tests/e2e -v -m faults
 
 soak: $(VENV)/installed-dev
 	$(BIN)/python -m tests.faults.soak --kills $(or $(KILLS),100) $(if $(SEED),--seed $(SEED))

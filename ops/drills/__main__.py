@@ -191,22 +191,32 @@ def flipped(data: bytes) -> bytes:
     return data[:-1] + bytes([data[-1] ^ 1])
 
 
-def main(names: list[str], scratch: Path) -> None:
-    """The drills of these names, or all, each on a copy of a sweep that is prepared and not yet trained."""
-    if unknown := set(names) - DRILLS.keys():
-        sys.exit(f"no drill {', '.join(unknown)}: there are {', '.join(DRILLS)}")
+def undisturbed(scratch: Path) -> Path:
+    """The storage of a sweep that nothing happens to."""
     print("an undisturbed sweep, to compare with", flush=True)
     (scratch / "calm").mkdir()
     Drill(scratch / "calm", scratch / "calm/store").give()
+    return scratch / "calm/store"
+
+
+def perform(name: str, calm: Path, root: Path) -> None:
+    """One drill, on a copy of the undisturbed sweep as it was before training."""
+    began = time.monotonic()
+    print(f"{name}: ops/runbooks/{name}.md", flush=True)
+    shutil.copytree(calm, root / "store", ignore=shutil.ignore_patterns(*MADE_BY_TRAINING, "mlflow.db*"))
+    drill = Drill(root, calm)
+    DRILLS[name](drill)
+    drill.same()
+    print(f"  cured, {time.monotonic() - began:.0f} s", flush=True)
+
+
+def main(names: list[str], scratch: Path) -> None:
+    """The drills of these names, or all."""
+    if unknown := set(names) - DRILLS.keys():
+        sys.exit(f"no drill {', '.join(unknown)}: there are {', '.join(DRILLS)}")
+    calm = undisturbed(scratch)
     for name in names or DRILLS:
-        began, root = time.monotonic(), scratch / name
-        print(f"{name}: ops/runbooks/{name}.md", flush=True)
-        unmade = shutil.ignore_patterns(*MADE_BY_TRAINING, "mlflow.db*")
-        shutil.copytree(scratch / "calm/store", root / "store", ignore=unmade)
-        drill = Drill(root, scratch / "calm/store")
-        DRILLS[name](drill)
-        drill.same()
-        print(f"  cured, {time.monotonic() - began:.0f} s", flush=True)
+        perform(name, calm, scratch / name)
 
 
 if __name__ == "__main__":

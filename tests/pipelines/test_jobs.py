@@ -1,5 +1,6 @@
 """Where state may live when the sweep runs on a cluster."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,10 @@ def test_in_a_job_on_one_node_it_lies_below_the_home(monkeypatch: pytest.MonkeyP
 )
 def test_any_other_root_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch, given: str, in_job: bool) -> None:
     assert root(monkeypatch, given, in_job) == given
+
+
+def test_handlers_of_signals_stay_ours() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with jobs.keeping_handlers():
+        signal.signal(signal.SIGTERM, lambda *_: None)
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -1,0 +1,22 @@
+"""Each runbook's drill: the accident, the words that the page promises, the cure, and weights bit-equal to the undisturbed ones."""
+
+from pathlib import Path
+
+import pytest
+
+from ops.drills import __main__ as drills
+
+QUICK = "disk-full"
+"""In `make test`; the others are in `make faults`."""
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return drills.undisturbed(tmp_path_factory.mktemp("drills"))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == QUICK else [pytest.mark.faults]) for n in drills.DRILLS]
+)
+def test_the_cure_cures(tmp_path: Path, calm: Path, name: str) -> None:
+    drills.perform(name, calm, tmp_path)
