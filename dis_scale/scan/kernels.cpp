@@ -33,11 +33,36 @@ INLINE vec fold(const vec* x) {
   return shuffle<0, 1, 4, 5>(a, b) + shuffle<2, 3, 6, 7>(a, b);
 }
 
+#if LANES == 16
+
+// 2^(i/32) / 16, rounded once; two registers hold them all.
+struct Roots {
+  float at[32];
+  constexpr Roots() : at() {
+    double root = 1.0 / 16.0;
+    for (float& value : at) value = static_cast<float>(root), root *= 1.0218971486541166;
+  }
+};
+alignas(64) static constexpr Roots ROOTS;
+
+// 2^x for x below 128: x is cut into a multiple of 1/32, of which a table knows the fraction's power, and a rest f of at
+// most 1/64. 16 2^f is 16 + 16 ln 2 f + 8 ln^2 2 f^2 + f^3, but for 2.7e-8: 1.7e-7 relative in all, exactly 1 at 0 and
+// near it true to 1e-6 of the distance from 1, which is what a slow decay adds up. A leading coefficient of 1 costs an
+// addition in place of a multiplication, and multiplications set the speed. NaN stays NaN.
+INLINE vec exp2(vec x) {
+  const vec low = *reinterpret_cast<const vec*>(ROOTS.at), high = *reinterpret_cast<const vec*>(ROOTS.at + 16);
+  const vec rounded = (vec)_mm512_roundscale_ps((__m512)x, 0x50), f = x - rounded;
+  const vec index = rounded + splat(393216.0f);  // 1.5 * 2^23 / 32: the multiple comes to stand in the lowest bits
+  const vec root = (vec)_mm512_permutex2var_ps((__m512)low, (__m512i)index, (__m512)high);
+  const vec p = ((f + 3.843624111345611f) * f + 11.090354888959125f) * f + 16.0f;
+  return (vec)_mm512_scalef_ps((__m512)(p * root), (__m512)rounded);  // takes the whole part of `rounded`
+}
+
+#else
+
 // The second where one is NaN.
 INLINE vec maximum(vec x, vec y) {
-#if LANES == 16
-  return (vec)_mm512_max_ps((__m512)x, (__m512)y);
-#elif LANES == 8
+#if LANES == 8
   return (vec)_mm256_max_ps((__m256)x, (__m256)y);
 #else
   return x > y ? x : y;
@@ -45,26 +70,20 @@ INLINE vec maximum(vec x, vec y) {
 }
 
 // 2^x for x below 128; results under 2^-125 become 2^-125. A minimax polynomial of 2^f - 1 on [-1/2, 1/2] without a
-// constant term: 9.2e-8 relative, and exactly 1 at 0, so a slow decay keeps its distance from 1. NaN stays NaN.
+// constant term: 9.2e-8 relative, and exactly 1 at 0, as above. NaN stays NaN.
 INLINE vec exp2(vec x) {
-#if LANES == 16
-  const vec rounded = (vec)_mm512_roundscale_ps((__m512)x, 0), f = x - rounded;
-#else
   const vec least = splat(-125.0f), shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   x = maximum(least, x);
   const vec rounded = x + shift, f = x - (rounded - shift);
-#endif
   vec p = f * 0.001326472731307149f + 0.009671512991189957f;
   p = p * f + 0.05550733581185341f;
   p = p * f + 0.24022242426872253f;
   p = p * f + 0.6931470036506653f;
   p = p * f + 1.0f;
-#if LANES == 16
-  return (vec)_mm512_scalef_ps((__m512)p, (__m512)rounded);
-#else
   return (vec)((ivec)p + ((ivec)rounded << 23));
-#endif
 }
+
+#endif
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
@@ -86,10 +105,13 @@ INLINE vec log1p(vec t) {
 
 INLINE vec softplus(vec x) { return positive(x) + log1p(exp2(magnitude(x) * -LOG2E)); }
 
-INLINE vec sigmoid(vec x) {
-  const vec e = exp2(magnitude(x) * -LOG2E), small = e / (e + 1.0f);
+// With e = exp(-|x|), which softplus needs, too.
+INLINE vec sigmoid(vec x, vec e) {
+  const vec small = e / (e + 1.0f);
   return x < 0.0f ? small : 1.0f - small;
 }
+
+INLINE vec sigmoid(vec x) { return sigmoid(x, exp2(magnitude(x) * -LOG2E)); }
 
 INLINE vec silu(vec x) { return x * sigmoid(x); }
 
@@ -134,47 +156,20 @@ static void scan_forward(const Scan& s, Rows out, bool add) {
   }
 }
 
-// One chunk once more, forwards: decays and states for the way back, and what does not depend on the future.
-template <int FIXED>
-static void replay(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end, bool add_z) {
-  const int N = FIXED ? FIXED : s.states;
-  const vec D = load(s.weights + N * LANES);
-  vec h[FIXED ? FIXED : MOST_STATES];
-  for (int n = 0; n < N; n++) {
-    h[n] = begin ? load(s.starts + ((begin / CHUNK - 1) * N + n) * LANES) : vec{};
-    store(w.states + n * LANES, h[n]);
-  }
-  for (int64_t t = begin; t < end; t++) {
-    ahead(s.u, t), ahead(g.u, t), ahead(g.delta, t);
-    const int64_t row = t - begin;
-    const vec u = load(s.u[t]), delta = load(w.delta + row * LANES), delta_u = delta * u;
-    const float *__restrict B = s.B[t], *__restrict C = s.C[t];
-    float *decay = w.decays + row * N * LANES, *state = w.states + (row + 1) * N * LANES;
-    vec y = D * u;
-#pragma GCC unroll 16
-    for (int n = 0; n < N; n++) {
-      const vec a = exp2(delta * load(s.weights + n * LANES));
-      h[n] = a * h[n] + delta_u * B[n];
-      y += h[n] * C[n];
-      store(decay + n * LANES, a);
-      store(state + n * LANES, h[n]);
-    }
-    if (!s.z.at) continue;
-    const vec dz = y * load(w.dz + row * LANES);
-    store(g.z[t], add_z ? load(g.z[t]) + dz : dz);
-  }
-}
-
-// For each step of a chunk: delta, its slope by the raw delta, y's gradient before the gate, and what times y is z's.
+// For each step of a chunk what all its states share: delta, its slope by the raw delta, y's gradient before the gate,
+// and what times y is z's; with sums over the states that begin at zero.
 INLINE void take_gradients(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end) {
   const vec bias = load(s.weights + (s.states + 1) * LANES);
   for (int64_t t = begin; t < end; t++) {
-    ahead(s.delta, t), ahead(g.y, t), ahead(s.z, t), ahead(g.z, t);
+    ahead(s.u, t), ahead(s.delta, t), ahead(g.y, t), ahead(s.z, t);
     const int64_t row = (t - begin) * LANES;
-    const vec raw = load(s.delta[t]) + bias, dy = load(g.y[t]);
-    store(w.delta + row, softplus(raw));
-    store(w.slope + row, sigmoid(raw));
+    const vec raw = load(s.delta[t]) + bias, e = exp2(magnitude(raw) * -LOG2E), dy = load(g.y[t]);
+    const vec delta = positive(raw) + log1p(e);
+    store(w.delta + row, delta);
+    store(w.delta_u + row, delta * load(s.u[t]));
+    store(w.slope + row, sigmoid(raw, e));
     store(w.dy + row, dy);
+    for (float* sum : {w.y, w.d_delta_u, w.d_delta}) store(sum + row, vec{});
     if (!s.z.at) continue;
     const vec z = load(s.z[t]), gate = sigmoid(z);
     store(w.dz + row, dy * gate * (1.0f + z * (1.0f - gate)));
@@ -182,74 +177,121 @@ INLINE void take_gradients(const Scan& s, const Gradients& g, const Scratch& w, 
   }
 }
 
-// The way back through one chunk. `carry` is the gradient that the later steps send to the state, one vector a state.
-template <int FIXED>
-static void retreat(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end) {
-  const int N = FIXED ? FIXED : s.states;
-  const vec D = load(s.weights + N * LANES);
-  const int quads = (N + 3) / 4;
-  vec dD = load(g.weights + N * LANES), dbias = load(g.weights + (N + 1) * LANES);
-  vec carry[FIXED ? FIXED : MOST_STATES], dA[FIXED ? FIXED : MOST_STATES];
-  for (int n = 0; n < N; n++) {
-    carry[n] = load(w.carry + n * LANES);
-    dA[n] = load(g.weights + n * LANES);
+// A chunk's decays and states once more, forwards, for COUNT states from `first` on: few enough for a core's first
+// cache to hold them until the way back. Adds to y where a gate needs it.
+template <int COUNT, bool GATED>
+static void replay(const Scan& s, const Scratch& w, int first, int64_t begin, int64_t end) {
+  const float* start = s.starts + ((begin / CHUNK - 1) * s.states + first) * LANES;
+  vec h[COUNT], A[COUNT];
+  for (int i = 0; i < COUNT; i++) {
+    h[i] = begin ? load(start + i * LANES) : vec{};
+    A[i] = load(s.weights + (first + i) * LANES);
+    store(w.states + i * LANES, h[i]);
   }
-  for (int64_t t = end - 1; t >= begin; t--) {
-    const int64_t row = t - begin;
-    const vec u = load(s.u[t]), delta = load(w.delta + row * LANES), delta_u = delta * u;
-    const vec dy = load(w.dy + row * LANES);
-    const float *B = s.B[t], *C = s.C[t], *decay = w.decays + row * N * LANES, *state = w.states + row * N * LANES;
-    vec d_delta_u = {}, d_delta = {};
+  for (int64_t t = begin; t < end; t++) {
+    const int64_t row = (t - begin) * LANES;
+    const vec delta = load(w.delta + row), delta_u = load(w.delta_u + row);
+    const float *__restrict B = s.B[t] + first, *__restrict C = s.C[t] + first;
+    float *decay = w.decays + row * COUNT, *state = w.states + (row + LANES) * COUNT;
+    vec y = GATED ? load(w.y + row) : vec{};
 #pragma GCC unroll 4
-    for (int quad = 0; quad < N; quad += 4) {
-      vec b[4] = {}, c[4] = {};
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) {
-        const int n = quad + i;
-        if (n >= N) break;
-        const vec dh = carry[n] + dy * C[n];
-        c[i] = dy * load(state + (N + n) * LANES);
-        b[i] = dh * delta_u;
-        d_delta_u += dh * B[n];
-        carry[n] = dh * load(decay + n * LANES);
-        const vec d_exponent = carry[n] * load(state + n * LANES);
-        d_delta += d_exponent * load(s.weights + n * LANES);
-        dA[n] += d_exponent * delta;
-      }
-      float *dB = w.dB + (t * quads + quad / 4) * LANES, *dC = w.dC + (t * quads + quad / 4) * LANES;
-      store(dB, load(dB) + fold(b));
-      store(dC, load(dC) + fold(c));
+    for (int i = 0; i < COUNT; i++) {
+      const vec a = exp2(delta * A[i]);
+      h[i] = a * h[i] + delta_u * B[i];
+      if (GATED) y += h[i] * C[i];
+      store(decay + i * LANES, a);
+      store(state + i * LANES, h[i]);
     }
-    const vec d_raw = (d_delta * LN2 + d_delta_u * u) * load(w.slope + row * LANES);  // weights hold A / ln 2
-    store(g.delta[t], d_raw);
-    store(g.u[t], d_delta_u * delta + D * dy);
-    dD += dy * u;
-    dbias += d_raw;
+    if (GATED) store(w.y + row, y);
   }
-  for (int n = 0; n < N; n++) {
-    store(w.carry + n * LANES, carry[n]);
-    store(g.weights + n * LANES, dA[n]);
-  }
-  store(g.weights + N * LANES, dD);
-  store(g.weights + (N + 1) * LANES, dbias);
 }
 
-template <int FIXED>
+// The way back through the same. `carry` is the gradient that the later steps send to the state.
+template <int COUNT>
+static void retreat(const Scan& s, const Gradients& g, const Scratch& w, int first, int64_t begin, int64_t end) {
+  vec carry[COUNT], A[COUNT], dA[COUNT];
+  for (int i = 0; i < COUNT; i++) {
+    carry[i] = load(w.carry + (first + i) * LANES);
+    A[i] = load(s.weights + (first + i) * LANES);
+    dA[i] = load(g.weights + (first + i) * LANES);
+  }
+  for (int64_t t = end - 1; t >= begin; t--) {
+    const int64_t row = (t - begin) * LANES;
+    const vec delta = load(w.delta + row), delta_u = load(w.delta_u + row), dy = load(w.dy + row);
+    const float *B = s.B[t] + first, *C = s.C[t] + first, *decay = w.decays + row * COUNT, *state = w.states + row * COUNT;
+    vec d_delta_u = load(w.d_delta_u + row), d_delta = load(w.d_delta + row), b[4] = {}, c[4] = {};
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT; i++) {
+      const vec dh = carry[i] + dy * C[i];
+      c[i] = dy * load(state + (COUNT + i) * LANES);
+      b[i] = dh * delta_u;
+      d_delta_u += dh * B[i];
+      carry[i] = dh * load(decay + i * LANES);
+      const vec d_exponent = carry[i] * load(state + i * LANES);
+      d_delta += d_exponent * A[i];
+      dA[i] += d_exponent * delta;
+    }
+    store(w.d_delta_u + row, d_delta_u);
+    store(w.d_delta + row, d_delta);
+    float *dB = w.dB + (first / 4 * s.length + t) * LANES, *dC = w.dC + (first / 4 * s.length + t) * LANES;
+    store(dB, load(dB) + fold(b));
+    store(dC, load(dC) + fold(c));
+  }
+  for (int i = 0; i < COUNT; i++) {
+    store(w.carry + (first + i) * LANES, carry[i]);
+    store(g.weights + (first + i) * LANES, dA[i]);
+  }
+}
+
+template <int COUNT>
+static void there_and_back(const Scan& s, const Gradients& g, const Scratch& w, int first, int64_t begin, int64_t end) {
+  s.z.at ? replay<COUNT, true>(s, w, first, begin, end) : replay<COUNT, false>(s, w, first, begin, end);
+  retreat<COUNT>(s, g, w, first, begin, end);
+}
+
+// From the sums over the states to the gradients of u, delta, z, D and delta's bias.
+INLINE void give_gradients(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end, bool add_z) {
+  float *D_at = g.weights + s.states * LANES, *bias_at = D_at + LANES;
+  const vec D = load(s.weights + s.states * LANES);
+  vec dD = load(D_at), dbias = load(bias_at);
+  for (int64_t t = begin; t < end; t++) {
+    ahead(g.u, t), ahead(g.delta, t), ahead(g.z, t);
+    const int64_t row = (t - begin) * LANES;
+    const vec u = load(s.u[t]), dy = load(w.dy + row), d_delta_u = load(w.d_delta_u + row);
+    const vec d_raw = (load(w.d_delta + row) * LN2 + d_delta_u * u) * load(w.slope + row);  // weights hold A / ln 2
+    store(g.delta[t], d_raw);
+    store(g.u[t], d_delta_u * load(w.delta + row) + D * dy);
+    dD += dy * u;
+    dbias += d_raw;
+    if (!s.z.at) continue;
+    const vec dz = (load(w.y + row) + D * u) * load(w.dz + row);
+    store(g.z[t], add_z ? load(g.z[t]) + dz : dz);
+  }
+  store(D_at, dD);
+  store(bias_at, dbias);
+}
+
 static void scan_backward(const Scan& s, const Gradients& g, const Scratch& w, bool add_z) {
   for (int n = 0; n < s.states; n++) store(w.carry + n * LANES, vec{});
   for (int64_t begin = (s.length - 1) / CHUNK * CHUNK; begin >= 0; begin -= CHUNK) {
     const int64_t end = chunk_end(s, begin);
     take_gradients(s, g, w, begin, end);
-    replay<FIXED>(s, g, w, begin, end, add_z);
-    retreat<FIXED>(s, g, w, begin, end);
+    int first = 0;
+    for (; first + 4 <= s.states; first += 4) there_and_back<4>(s, g, w, first, begin, end);
+    switch (s.states - first) {
+      case 1: there_and_back<1>(s, g, w, first, begin, end); break;
+      case 2: there_and_back<2>(s, g, w, first, begin, end); break;
+      case 3: there_and_back<3>(s, g, w, first, begin, end);
+    }
+    give_gradients(s, g, w, begin, end, add_z);
   }
 }
 
-// What `fold` left: one step's sums over the lanes, for each state.
-static void sum_lanes(const float* from, float* to, int64_t states) {
+// What `fold` left, one step's vectors `stride` floats apart: its sums over the lanes, for each state.
+static void sum_lanes(const float* from, int64_t stride, float* to, int64_t states) {
   for (int64_t n = 0; n < states; n++) {
     float sum = 0.0f;
-    for (int lane = n % 4; lane < LANES; lane += 4) sum += from[n / 4 * LANES + lane];
+    for (int lane = n % 4; lane < LANES; lane += 4) sum += from[n / 4 * stride + lane];
     to[n] = sum;
   }
 }
@@ -303,16 +345,12 @@ static void forward(const Scan& s, Rows y, bool add) {
   s.states == 16 ? scan_forward<16>(s, y, add) : scan_forward<0>(s, y, add);
 }
 
-static void backward(const Scan& s, const Gradients& g, const Scratch& w, bool add_z) {
-  s.states == 16 ? scan_backward<16>(s, g, w, add_z) : scan_backward<0>(s, g, w, add_z);
-}
-
 static void convolve(const Conv& c, Rows y) { c.taps == 4 ? conv_forward<4>(c, y) : conv_forward<0>(c, y); }
 
 static void convolve_backward(const Conv& c, Rows dy, Rows dx, float* dweights, bool add) {
   c.taps == 4 ? conv_backward<4>(c, dy, dx, dweights, add) : conv_backward<0>(c, dy, dx, dweights, add);
 }
 
-static const Kernels kernels = {NAME, LANES, forward, backward, sum_lanes, convolve, convolve_backward};
+static const Kernels kernels = {NAME, LANES, forward, scan_backward, sum_lanes, convolve, convolve_backward};
 
 #undef INLINE

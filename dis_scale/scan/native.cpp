@@ -44,7 +44,9 @@ struct Gradients {  // of the same block; y is read, u and delta written, the re
 };
 
 struct Scratch {  // a thread's own memory
-  float *decays, *states, *delta, *slope, *dy, *dz, *carry;
+  float *decays, *states;                                         // for four states
+  float *delta, *delta_u, *slope, *dy, *dz, *y, *d_delta_u, *d_delta;  // for each step of a chunk
+  float* carry;
   float *dB, *dC;  // a vector for each step and four states, folded over lanes, summed over a group's blocks
 };
 
@@ -59,7 +61,7 @@ struct Kernels {
   int lanes;
   void (*forward)(const Scan&, Rows y, bool add);
   void (*backward)(const Scan&, const Gradients&, const Scratch&, bool add_z);
-  void (*sum_lanes)(const float* from, float* to, int64_t count);
+  void (*sum_lanes)(const float* from, int64_t stride, float* to, int64_t states);
   void (*convolve)(const Conv&, Rows y);
   void (*convolve_backward)(const Conv&, Rows dy, Rows dx, float* dweights, bool add);
 };

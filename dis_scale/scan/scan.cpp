@@ -165,16 +165,15 @@ class Backward {
   int64_t folded() const { return (states + 3) / 4 * lanes; }
 
   Scratch carve(Carver& memory) const {
-    const int64_t state = states * lanes;
-    return {memory.take(CHUNK * state),
-            memory.take((CHUNK + 1) * state),
-            memory.take(CHUNK * lanes),
-            memory.take(CHUNK * lanes),
-            memory.take(CHUNK * lanes),
-            memory.take(CHUNK * lanes),
-            memory.take(state),
-            memory.take(length * folded()),
-            memory.take(length * folded())};
+    const auto steps = [&](int64_t vectors) { return memory.take(vectors * lanes); };
+    Scratch scratch{steps(CHUNK * 4), steps((CHUNK + 1) * 4)};
+    for (float** piece : {&scratch.delta, &scratch.delta_u, &scratch.slope, &scratch.dy, &scratch.dz, &scratch.y,
+                          &scratch.d_delta_u, &scratch.d_delta})
+      *piece = steps(CHUNK);
+    scratch.carry = steps(states);
+    scratch.dB = memory.take(length * folded());
+    scratch.dC = memory.take(length * folded());
+    return scratch;
   }
 
   // One direction of one group of batch rows and one group of channels.
@@ -218,7 +217,7 @@ class Backward {
 
   void collect(const float* vectors, float* to, bool reverse) const {
     for (int64_t t = 0; t < length; t++)
-      kernels().sum_lanes(vectors + t * folded(), to + (reverse ? length - 1 - t : t) * states, states);
+      kernels().sum_lanes(vectors + t * lanes, length * lanes, to + (reverse ? length - 1 - t : t) * states, states);
   }
 };
 
