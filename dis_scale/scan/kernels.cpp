@@ -115,9 +115,10 @@ INLINE vec sigmoid(vec x) { return sigmoid(x, exp2(magnitude(x) * -LOG2E)); }
 
 INLINE vec silu(vec x) { return x * sigmoid(x); }
 
-// Rows of a wide matrix lie pages apart, where the processor's own prefetching does not follow. Past the end is fine.
-INLINE void ahead(Rows rows, int64_t t) {
-  if (rows.at) __builtin_prefetch(rows[t + 4]);
+// Rows of a wide matrix lie pages apart, where the processor's own prefetching does not follow. The next block of
+// channels comes next, and lies beside this one: it is fetched while this one computes. Past the end is fine.
+INLINE void fetch_next(Rows rows, int64_t t) {
+  if (rows.at) __builtin_prefetch(rows[t] + LANES, 0, 2);
 }
 
 // What needs no state goes first, a chunk at a time: its long chains of dependent operations overlap there, while in
@@ -140,7 +141,7 @@ static void scan_forward(const Scan& s, Rows out, bool add) {
     for (int n = 0; begin && s.starts && n < N; n++) store(s.starts + ((begin / CHUNK - 1) * N + n) * LANES, h[n]);
     take_steps(s, bias, begin, end, deltas);
     for (int64_t t = begin; t < end; t++) {
-      ahead(s.u, t), ahead(s.z, t), ahead(out, t);
+      fetch_next(s.u, t), fetch_next(s.delta, t), fetch_next(s.z, t), fetch_next(out, t);
       const vec u = load(s.u[t]), delta = deltas[t - begin], delta_u = delta * u;
       const float *__restrict B = s.B[t], *__restrict C = s.C[t];
       vec y = D * u;
@@ -161,7 +162,6 @@ static void scan_forward(const Scan& s, Rows out, bool add) {
 INLINE void take_gradients(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end) {
   const vec bias = load(s.weights + (s.states + 1) * LANES);
   for (int64_t t = begin; t < end; t++) {
-    ahead(s.u, t), ahead(s.delta, t), ahead(g.y, t), ahead(s.z, t);
     const int64_t row = (t - begin) * LANES;
     const vec raw = load(s.delta[t]) + bias, e = exp2(magnitude(raw) * -LOG2E), dy = load(g.y[t]);
     const vec delta = positive(raw) + log1p(e);
@@ -180,7 +180,9 @@ INLINE void take_gradients(const Scan& s, const Gradients& g, const Scratch& w, 
 // A chunk's decays and states once more, forwards, for COUNT states from `first` on: few enough for a core's first
 // cache to hold them until the way back. Adds to y where a gate needs it.
 template <int COUNT, bool GATED>
-static void replay(const Scan& s, const Scratch& w, int first, int64_t begin, int64_t end) {
+static void replay(const Scan& s, const Gradients& g, const Scratch& w, int first, int64_t begin, int64_t end) {
+  const Rows streams[][2] = {{s.u, s.delta}, {g.y, s.z}, {g.u, g.delta}, {g.z, {}}};
+  const Rows *next = streams[first / 4 % 4];
   const float* start = s.starts + ((begin / CHUNK - 1) * s.states + first) * LANES;
   vec h[COUNT], A[COUNT];
   for (int i = 0; i < COUNT; i++) {
@@ -193,6 +195,7 @@ static void replay(const Scan& s, const Scratch& w, int first, int64_t begin, in
     const vec delta = load(w.delta + row), delta_u = load(w.delta_u + row);
     const float *__restrict B = s.B[t] + first, *__restrict C = s.C[t] + first;
     float *decay = w.decays + row * COUNT, *state = w.states + (row + LANES) * COUNT;
+    fetch_next(next[0], t), fetch_next(next[1], t);
     vec y = GATED ? load(w.y + row) : vec{};
 #pragma GCC unroll 4
     for (int i = 0; i < COUNT; i++) {
@@ -245,7 +248,7 @@ static void retreat(const Scan& s, const Gradients& g, const Scratch& w, int fir
 
 template <int COUNT>
 static void there_and_back(const Scan& s, const Gradients& g, const Scratch& w, int first, int64_t begin, int64_t end) {
-  s.z.at ? replay<COUNT, true>(s, w, first, begin, end) : replay<COUNT, false>(s, w, first, begin, end);
+  s.z.at ? replay<COUNT, true>(s, g, w, first, begin, end) : replay<COUNT, false>(s, g, w, first, begin, end);
   retreat<COUNT>(s, g, w, first, begin, end);
 }
 
@@ -255,7 +258,6 @@ INLINE void give_gradients(const Scan& s, const Gradients& g, const Scratch& w, 
   const vec D = load(s.weights + s.states * LANES);
   vec dD = load(D_at), dbias = load(bias_at);
   for (int64_t t = begin; t < end; t++) {
-    ahead(g.u, t), ahead(g.delta, t), ahead(g.z, t);
     const int64_t row = (t - begin) * LANES;
     const vec u = load(s.u[t]), dy = load(w.dy + row), d_delta_u = load(w.d_delta_u + row);
     const vec d_raw = (load(w.d_delta + row) * LN2 + d_delta_u * u) * load(w.slope + row);  // weights hold A / ln 2
@@ -306,6 +308,7 @@ static void conv_forward(const Conv& c, Rows y) {
     vec sum = bias;
     for (int k = 0; k + 1 < K; k++) past[k] = past[k + 1];
     past[K - 1] = load(c.x[t]);
+    fetch_next(c.x, t), fetch_next(y, t);
     for (int k = 0; k < K; k++) sum += past[k] * load(c.weights + k * LANES);
     store(y[t], silu(sum));
   }
@@ -325,6 +328,7 @@ static void conv_backward(const Conv& c, Rows dy, Rows dx, float* dweights, bool
     for (int k = 0; k + 1 < K; k++) past[k] = past[k + 1], dsum[k] = dsum[k + 1];
     past[K - 1] = inside ? load(c.x[t]) : vec{};
     if (inside) {
+      fetch_next(c.x, t), fetch_next(dy, t), fetch_next(dx, t);
       for (int k = 0; k < K; k++) sum += past[k] * load(c.weights + k * LANES);
       const vec gate = sigmoid(sum);
       gradient = load(dy[t]) * gate * (1.0f + sum * (1.0f - gate));

@@ -1,5 +1,14 @@
 // Memory, views and layouts between PyTorch's tensors and the kernels. A part of native.cpp.
 
+// A training step frees what the next one asks for again. The C library would give large pieces back to the system each
+// time, to be faulted in anew page by page, which takes as long as a scan; now it keeps up to 256 MiB. Process-wide.
+void keep_freed_memory() {
+#ifdef __GLIBC__
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the most that it takes
+  mallopt(M_TRIM_THRESHOLD, 256 << 20);
+#endif
+}
+
 // A thread's floats, kept from call to call: fresh pages would cost more than a small scan.
 float* thread_memory(int64_t floats) {
   struct Free { void operator()(float* p) const { std::free(p); } };

@@ -132,8 +132,7 @@ class Backward {
 
   void run() {
     at::parallel_for(0, groups * batch_groups, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; item++)
-        for (size_t i = 0; i < sums.size(); i++) work(item / groups, item % groups, i);
+      for (int64_t item = begin; item < end; item++) work(item / groups, item % groups);
     });
   }
 
@@ -164,20 +163,21 @@ class Backward {
 
   int64_t folded() const { return (states + 3) / 4 * lanes; }
 
-  Scratch carve(Carver& memory) const {
-    const auto steps = [&](int64_t vectors) { return memory.take(vectors * lanes); };
-    Scratch scratch{steps(CHUNK * 4), steps((CHUNK + 1) * 4)};
+  // One for each direction; they share all but the sums for B and C.
+  std::vector<Scratch> carve(Carver& memory) const {
+    Scratch scratch{memory.take(CHUNK * 4 * lanes), memory.take((CHUNK + 1) * 4 * lanes)};
     for (float** piece : {&scratch.delta, &scratch.delta_u, &scratch.slope, &scratch.dy, &scratch.dz, &scratch.y,
                           &scratch.d_delta_u, &scratch.d_delta})
-      *piece = steps(CHUNK);
-    scratch.carry = steps(states);
-    scratch.dB = memory.take(length * folded());
-    scratch.dC = memory.take(length * folded());
-    return scratch;
+      *piece = memory.take(CHUNK * lanes);
+    scratch.carry = memory.take(states * lanes);
+    std::vector<Scratch> all(sums.size(), scratch);
+    for (Scratch& one : all) one.dB = memory.take(length * folded()), one.dC = memory.take(length * folded());
+    return all;
   }
 
-  // One direction of one group of batch rows and one group of channels.
-  void work(int64_t batch_group, int64_t group, int64_t i) {
+  // One group of batch rows and one group of channels. Both directions of a block go one after the other: the gate and
+  // its gradient lie in a near cache then.
+  void work(int64_t batch_group, int64_t group) {
     const int64_t begin = batch_group * job.batch() / batch_groups;
     const int64_t end = (batch_group + 1) * job.batch() / batch_groups;
     const int64_t first = group * (GROUP_CHANNELS / lanes);
@@ -186,18 +186,21 @@ class Backward {
     carve(count);
     const int64_t padding = 7 * (length * lanes + 16);
     Carver memory{thread_memory(count.used + padding)};
-    const Scratch scratch = carve(memory);
+    const std::vector<Scratch> scratch = carve(memory);
     for (int64_t b = begin; b < end; b++) {
-      std::memset(scratch.dB, 0, length * folded() * sizeof(float));
-      std::memset(scratch.dC, 0, length * folded() * sizeof(float));
-      for (int64_t block = first; block < last; block++) one_block(i, b, batch_group, block, scratch, memory);
+      for (const Scratch& one : scratch)
+        for (float* sum : {one.dB, one.dC}) std::memset(sum, 0, length * folded() * sizeof(float));
+      for (int64_t block = first; block < last; block++)
+        for (size_t i = 0; i < sums.size(); i++) one_block(i, b, batch_group, block, scratch[i], memory);
       const int64_t matrix = (group * job.batch() + b) * length * states;
-      collect(scratch.dB, sums[i].dB.data_ptr<float>() + matrix, job.directions[i].reverse);
-      collect(scratch.dC, sums[i].dC.data_ptr<float>() + matrix, job.directions[i].reverse);
+      for (size_t i = 0; i < sums.size(); i++) {
+        collect(scratch[i].dB, sums[i].dB.data_ptr<float>() + matrix, job.directions[i].reverse);
+        collect(scratch[i].dC, sums[i].dC.data_ptr<float>() + matrix, job.directions[i].reverse);
+      }
     }
   }
 
-  void one_block(int64_t i, int64_t b, int64_t batch_group, int64_t block, const Scratch& scratch, Carver memory) {
+  void one_block(size_t i, int64_t b, int64_t batch_group, int64_t block, const Scratch& scratch, Carver memory) {
     const Direction& direction = job.directions[i];
     Scan scan = direction.block(b, block, job.blocks, job.z_view);
     const int64_t channel = block * lanes, channels = job.blocks.width(block), columns = states + 2;
