@@ -1,20 +1,24 @@
 """The selective scan and the causal convolution of a state-space mixer, on the best backend that the device has.
 
-`reference` is the definition, a plain loop; `native` the C++ code for CPUs; `chunked` plain PyTorch for any device.
-`auto` takes the fastest and says why: `choose`. All take any float dtype (native refuses float64), hold the state in
-float32 (float64 for float64 inputs), give outputs in the first input's dtype, and are differentiable in every tensor.
+`reference` is the definition, a plain loop; `native` the C++ code for CPUs; `triton` our kernels and `mamba` the published
+ones for NVIDIA GPUs; `chunked` plain PyTorch for any device. `auto` takes the fastest and says why: `choose`. All take any
+float dtype (but for native, triton and mamba not float64), hold the state in float32 (float64 for float64 inputs), give
+outputs in the first input's dtype, and are differentiable in every tensor. Tensors may have any strides; what a backend
+copies, its module says.
 
 Axes: B batch, L time, E channels, N states, W taps of the convolution.
 """
 
 import functools
+import importlib
+import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dis_scale.errors import UserError, nearest
-from dis_scale.scan import chunked, native, reference
+from dis_scale.errors import DisScaleError, UserError, nearest
+from dis_scale.scan import native
 from dis_scale.scan.backend import Backend, Direction
 
 __all__ = [
@@ -27,7 +31,13 @@ __all__ = [
     "two_way_scan",
 ]
 
-BACKENDS = {"reference": reference.backend, "native": native.backend, "chunked": chunked.backend}
+BACKENDS = ("reference", "native", "triton", "mamba", "chunked")
+"""Each a module of this folder, imported where it is used: two of them need packages that not every machine has."""
+GPU_BACKENDS = {
+    "triton": "triton, which comes with PyTorch's builds for Linux: pip install triton",
+    "mamba": "mamba-ssm and causal-conv1d: on a machine with nvcc, pip install --no-build-isolation 'dis-scale[gpu]'",
+}
+"""What they need, and how to get it."""
 
 
 class Choice(NamedTuple):
@@ -110,24 +120,46 @@ def _choose(name: str, device: str) -> Choice:
         return _automatic(device)
     if name not in BACKENDS:
         raise UserError(f"no scan backend {name!r}{nearest(name, BACKENDS)}: there are auto, {', '.join(BACKENDS)}")
-    if name == "native" and device != "cpu":
-        raise UserError(f"the native scan is for the CPU, got tensors on {device}: set the backend to auto or chunked")
-    if name == "native" and (problem := native.problem()):
+    if problem := _problem(name, device):
         raise problem
     return Choice(name, "as asked")
 
 
 def _automatic(device: str) -> Choice:
-    if device != "cpu":
+    best = {"cpu": "native", "cuda": "triton"}.get(device)
+    if best is None:
         return Choice("chunked", f"auto: {device}")
-    if problem := native.problem():
+    if problem := _problem(best, device):
         return Choice("chunked", f"auto: {problem}")
-    return Choice("native", f"auto: cpu, {native.instruction_set()}")
+    return Choice(best, f"auto: {device}, {native.instruction_set() if best == 'native' else 'an NVIDIA GPU'}")
+
+
+def _problem(name: str, device: str) -> DisScaleError | None:
+    """What keeps a backend from running on a device, or None."""
+    if name == "native":
+        wrong = UserError(
+            f"the native scan is for the CPU, got tensors on {device}: set the backend to auto or chunked"
+        )
+        return native.problem() if device == "cpu" else wrong
+    if name not in GPU_BACKENDS:
+        return None
+    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device != "cuda" and not interpreted:
+        return UserError(f"the {name} scan is for NVIDIA GPUs, got tensors on {device}: set the backend to auto")
+    try:
+        _module(name)
+    except ImportError as error:
+        return UserError(f"the {name} scan needs {GPU_BACKENDS[name]} (got: {error})")
+    return None
+
+
+def _module(name: str) -> Backend:
+    return importlib.import_module(f"dis_scale.scan.{name}").backend
 
 
 @functools.cache
 def _backend(name: str, device: str) -> Backend:
-    return BACKENDS[_choose(name, device).name]
+    return _module(_choose(name, device).name)
 
 
 def _check_direction(where: str, direction: Direction) -> None:

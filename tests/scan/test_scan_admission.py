@@ -78,7 +78,7 @@ def outputs_and_gradients(call: str, tensors: list[Tensor], backend: str) -> lis
     """Outputs, then the gradients of a fixed random weighting of them by every tensor that the call uses."""
     outputs = CALLS[call](tensors, backend)
     torch.manual_seed(1)
-    weights = [torch.randn(y.shape).to(y.dtype) for y in outputs]
+    weights = [torch.randn(y.shape).to(y) for y in outputs]
     gradients = torch.autograd.grad(outputs, tensors, weights, allow_unused=True)
     return [y.detach() for y in outputs] + [g for g in gradients if g is not None]
 
@@ -93,11 +93,17 @@ def truth(call: str, sizes: tuple[int, int, int, int], dtype: torch.dtype) -> li
     return [y.detach() for y in outputs] + [g for g in gradients if g is not None]
 
 
-def admit(call: str, sizes: tuple[int, int, int, int], dtype: torch.dtype, got: list[Tensor]) -> None:
+def admit(
+    call: str,
+    sizes: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    got: list[Tensor],
+    tolerance: dict[torch.dtype, float] = TOLERANCE,
+) -> None:
     for i, (x, expected) in enumerate(zip(got, truth(call, sizes, dtype), strict=True)):
         assert x.dtype == dtype
         error, largest = (x.double() - expected).abs().max(), expected.abs().max()
-        assert error <= TOLERANCE[dtype] * largest, f"tensor {i} is off by {error:.1e}, its largest number is {largest}"
+        assert error <= tolerance[dtype] * largest, f"tensor {i} is off by {error:.1e}, its largest number is {largest}"
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,11 @@
 
 import functools
 import os
+import sys
 import time
+import tomllib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ import torch
 
 from dis_scale.errors import DisScaleError, UserError
 from dis_scale.scan import Direction, _backend, _choose, causal_conv_silu, choose, native, selective_scan, two_way_scan
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def random_direction(B: int, L: int, E: int, N: int) -> Direction:
@@ -44,6 +49,37 @@ def test_an_unknown_name_offers_the_nearest() -> None:
 def test_native_elsewhere_says_what_to_do() -> None:
     with pytest.raises(UserError, match="the native scan is for the CPU, got tensors on cuda: set the backend to auto"):
         choose("native", "cuda")
+
+
+def test_gpu_backends_elsewhere_say_what_to_do() -> None:
+    for name in ("triton", "mamba"):
+        with pytest.raises(
+            UserError, match=f"the {name} scan is for NVIDIA GPUs, got tensors on cpu: set the backend to"
+        ):
+            choose(name, "cpu")
+
+
+@pytest.mark.skipif(find_spec("mamba_ssm") is not None, reason="mamba-ssm is installed")
+def test_without_mamba_ssm_its_backend_says_how_to_get_it() -> None:
+    with pytest.raises(UserError) as error:
+        choose("mamba", "cuda")
+    assert str(error.value) == (
+        "the mamba scan needs mamba-ssm and causal-conv1d: on a machine with nvcc, pip install --no-build-isolation "
+        "'dis-scale[gpu]' (got: No module named 'causal_conv1d')"
+    )
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
+    assert {name.split("==")[0] for name in extras} == {"mamba-ssm", "causal-conv1d"}
+    assert "--build-arg EXTRAS=gpu" in (ROOT / "cluster" / "Dockerfile").read_text()
+
+
+def test_a_gpu_runs_triton_or_says_why_not(fresh: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    assert str(choose("auto", "cuda")) == "triton (auto: cuda, an NVIDIA GPU)"
+    _choose.cache_clear()
+    fresh.setitem(sys.modules, "dis_scale.scan.triton", None)
+    assert str(choose("auto", "cuda")).startswith(
+        "chunked (auto: the triton scan needs triton, which comes with PyTorch's builds for Linux: pip install triton (got:"
+    )
 
 
 def test_a_failed_build_names_the_compilers_lines_once_and_auto_goes_on(

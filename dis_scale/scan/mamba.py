@@ -1,0 +1,64 @@
+"""The published CUDA kernels, as the public code runs them: mamba-ssm's selective scan and causal-conv1d's convolution.
+
+The door to both packages, which the `gpu` extra installs; importing this module without them fails. They keep time last:
+every tensor with a time axis is copied to that layout, flipped for the reversed direction, and the result copied back. In
+half precision each direction is gated and rounded before the sum. mamba-ssm adds some gradients atomically: runs with this
+backend are not equal to the bit.
+
+Axes: B batch, L time, E channels, N states, W taps of the convolution.
+"""
+
+import torch
+from causal_conv1d import causal_conv1d_fn
+from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+from torch import Tensor
+
+from dis_scale.errors import UserError
+from dis_scale.scan.backend import Backend, Direction
+
+TAPS = (2, 3, 4)
+"""The widths that causal-conv1d has kernels for."""
+
+
+def _time_last(x_BLX: Tensor, reverse: bool) -> Tensor:
+    return (x_BLX.flip(1) if reverse else x_BLX).transpose(1, 2).contiguous()
+
+
+def _time_second(x_BXL: Tensor, reverse: bool) -> Tensor:
+    x_BLX = x_BXL.transpose(1, 2)
+    return x_BLX.flip(1) if reverse else x_BLX.contiguous()
+
+
+def _gated(direction: Direction, z_BLE: Tensor | None, reverse: bool) -> Tensor:
+    u, delta, A, B, C, D, bias = direction
+    if u.dtype == torch.float64:
+        raise UserError("the mamba scan computes in float32, got float64: convert, or set the backend to chunked")
+    u, delta, B, C = (_time_last(x.to(u.dtype), reverse) for x in (u, delta, B, C))
+    z = None if z_BLE is None else _time_last(z_BLE.to(u.dtype), reverse)
+    y = selective_scan_fn(u, delta, A.float(), B, C, D.float(), z=z, delta_bias=bias.float(), delta_softplus=True)
+    return _time_second(y, reverse)
+
+
+def selective_scan(direction: Direction, reverse: bool) -> Tensor:
+    return _gated(direction, None, reverse)
+
+
+def two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None) -> Tensor:
+    return _gated(forward, z_BLE, False) + _gated(backward, z_BLE, True)
+
+
+def causal_conv_silu(x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, reverse: bool) -> Tensor:
+    if weight_EW.shape[1] not in TAPS:
+        raise UserError(f"causal-conv1d takes 2, 3 or 4 taps, got {weight_EW.shape[1]}: set the backend to triton")
+    x = _time_last(x_BLE, reverse)
+    return _time_second(causal_conv1d_fn(x, weight_EW.to(x.dtype), bias_E.to(x.dtype), activation="silu"), reverse)
+
+
+def two_way_conv_silu(
+    x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, back_weight_EW: Tensor, back_bias_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    forward = causal_conv_silu(x_BLE, weight_EW, bias_E, False)
+    return forward, causal_conv_silu(x_BLE, back_weight_EW, back_bias_E, True)
+
+
+backend = Backend(selective_scan, two_way_scan, causal_conv_silu, two_way_conv_silu)
