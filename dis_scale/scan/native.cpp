@@ -140,7 +140,7 @@ std::string use_instruction_set(const std::string& name) {
 // Nothing here has a gradient of its own: differentiating twice must fail, not give zeros.
 void refuse_second_order() {
   TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled(), "the native scan is differentiable once: for second "
-                              "derivatives (create_graph=True) set the backend to chunked");
+                              "derivatives (create_graph=True) set the backend to reference");
 }
 
 bool wants_gradient(at::TensorList inputs) {
