@@ -1,38 +1,25 @@
 """How fast the scan is, against peers in the same run: `python -m benchmarks.scan [rounds]`.
 
-One JSON line a row, then a table. All jobs are timed in turn, round after round, and the least time of each counts:
-what else the machine does can only add. Goals are ratios, so that they hold on another machine of the same kind.
+On the CPU; each row is a median of pairs (rows.py), and what takes more than three seconds runs once.
 """
 
 import ctypes
 import functools
 import json
+import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.rows import Job, Row, measure, on_threads, report
 from dis_scale.scan import Direction, choose, native, selective_scan, two_way_conv_silu, two_way_scan
 
 B, L, E, N, TAPS = 4, 258, 736, 16, 4  # DiS-S/2 of the public code at 32x32 latents, four images
 SMALL = (32, 18, 128)  # B, L, E of the embedded example
 ISAS = ("plain", "avx2", "avx512")
-
-Job = Callable[[], Any]
-
-
-class Row(NamedTuple):
-    """`ratio` of the peer's time and ours, the larger the better where `at_least`, else ours and the peer's."""
-
-    name: str
-    job: str
-    peer: str
-    goal: float | None
-    at_least: bool
+LENGTHS = {66: 62, 258: 16, 1026: 4, 4098: 1}  # and so many sequences: about as many tokens each time
 
 
 ROWS = [
@@ -98,13 +85,6 @@ def product(tokens: int, E: int) -> Job:
     return lambda: torch.nn.functional.linear(x, weight)
 
 
-def on_one_thread(job: Job) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    job()
-    torch.set_num_threads(before)
-
-
 def on(isa: str, job: Job) -> None:
     native.use_instruction_set(isa)
     job()
@@ -122,30 +102,26 @@ def jobs() -> dict[str, Job]:
         "training, public loop": lambda: torch.autograd.grad(public_loop(d), d, dy),
         "training, reference": lambda: training(d, dy, "reference"),
         "training, chunked": lambda: training(d, dy, "chunked"),
-        "training, one thread": lambda: on_one_thread(ours),
+        "training, one thread": on_threads(1, ours),
         "mixer": mixer(B, L, E),
         "in_proj": product(B * L, E),
-        "small mixer": functools.partial(on_one_thread, mixer(*SMALL)),
-        "small in_proj": functools.partial(on_one_thread, product(SMALL[0] * SMALL[1], SMALL[2])),
+        "small mixer": on_threads(1, mixer(*SMALL)),
+        "small in_proj": on_threads(1, product(SMALL[0] * SMALL[1], SMALL[2])),
     }
     for isa in ISAS[:-1]:
         result[f"training, {isa}"] = functools.partial(on, isa, ours)
+    for length, batch in LENGTHS.items():
+        result[f"mixer, {length} tokens"] = mixer(batch, length, E)
     return result
 
 
-def least_times(jobs: dict[str, Job], rounds: int) -> dict[str, float]:
-    """Seconds. A job runs up to ten times and half a second in each round; one of more than three seconds runs once."""
-    least = dict.fromkeys(jobs, float("inf"))
-    for turn in range(rounds):
-        for name, job in jobs.items():
-            deadline = time.perf_counter() + 0.5
-            for _ in range(10 if turn == 0 or least[name] < 3 else 0):
-                start = time.perf_counter()
-                job()
-                least[name] = min(least[name], time.perf_counter() - start)
-                if time.perf_counter() > deadline:
-                    break
-    return least
+def flatness(times: dict[str, list[float]]) -> tuple[str, float, float]:
+    """The dearest length's time a token over the cheapest's, the median of the rounds."""
+    rounds = []
+    for turn in zip(*(times[f"mixer, {length} tokens"] for length in LENGTHS), strict=True):
+        a_token = [s / (length * batch) for s, (length, batch) in zip(turn, LENGTHS.items(), strict=True)]
+        rounds.append(max(a_token) / min(a_token))
+    return "time a token, dearest of 66..4098 over cheapest", statistics.median(rounds), 1.15
 
 
 def resident_bytes(field: str) -> int:
@@ -167,31 +143,12 @@ def peak_memory() -> float:
     return (inputs + dy.nbytes + added) / needed
 
 
-def verdict(ratio: float, goal: float | None, at_least: bool) -> str:
-    if goal is None:
-        return ""
-    met = ratio >= goal if at_least else ratio <= goal
-    return f"{'>=' if at_least else '<='} {goal:g} {'met' if met else 'MISSED'}"
-
-
 def main(rounds: int = 5) -> None:
     torch.manual_seed(0)
     print(json.dumps({"scan": str(choose("auto", "cpu")), "threads": torch.get_num_threads(), "B L E N": [B, L, E, N]}))
     memory = peak_memory()
-    least = least_times(jobs(), rounds)
-    table = []
-    for row in ROWS:
-        ours, peer = least[row.job], least[row.peer]
-        ratio = peer / ours if row.at_least else ours / peer
-        print(json.dumps({**row._asdict(), "ms": 1e3 * ours, "peer_ms": 1e3 * peer, "ratio": ratio}))
-        table.append((row.name, 1e3 * ours, 1e3 * peer, ratio, verdict(ratio, row.goal, row.at_least)))
-    print(json.dumps({"name": "peak memory over inputs, outputs, gradients", "ratio": memory, "goal": 1.1}))
-    print(f"\n{'':54} {'ms':>9} {'peer ms':>9} {'ratio':>8}  goal")
-    for name, ms, peer_ms, ratio, goal in table:
-        print(f"{name:54} {ms:9.3f} {peer_ms:9.3f} {ratio:8.2f}  {goal}")
-    print(
-        f"{'peak memory over inputs, outputs, gradients':54} {'':9} {'':9} {memory:8.2f}  {verdict(memory, 1.1, False)}"
-    )
+    times = measure(jobs(), rounds)
+    report(ROWS, times, [("peak memory over inputs, outputs, gradients", memory, 1.1), flatness(times)])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,98 @@
+"""Rows of a benchmark: jobs timed in turn, ratios of pairs, one JSON line a row and a table at the end.
+
+In each round every job runs up to ten times, its least time counts, and a row's pair stands side by side in time; the row's
+ratio is the median of the rounds' ratios. Goals are ratios, so that they hold on another machine of the same kind.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+Job = Callable[[], Any]
+SLOW_S = 3.0
+"""A job that takes longer runs once in all."""
+
+
+class Row(NamedTuple):
+    """`ratio` of the peer's time and ours, the larger the better where `at_least`, else ours and the peer's.
+
+    Both times are divided by their job's work, where `work` names it: multiply-adds, tokens.
+    """
+
+    name: str
+    job: str
+    peer: str
+    goal: float | None
+    at_least: bool
+    work: tuple[float, float] = (1.0, 1.0)
+
+    def ratio(self, ours_s: float, peer_s: float) -> float:
+        ours_s, peer_s = ours_s / self.work[0], peer_s / self.work[1]
+        return peer_s / ours_s if self.at_least else ours_s / peer_s
+
+
+def on_threads(count: int, job: Job) -> Job:
+    """The job on so many threads."""
+
+    def run() -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        job()
+        torch.set_num_threads(before)
+
+    return run
+
+
+def measure(jobs: dict[str, Job], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each job, one number a round. A job runs for half a second in each round, and ten times at most."""
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for name, job in jobs.items():
+        first = _timed(job)
+        if first > SLOW_S:
+            times[name].append(first)
+    quick = {name: job for name, job in jobs.items() if not times[name]}
+    for _ in range(rounds):
+        for name, job in quick.items():
+            deadline, least = time.perf_counter() + 0.5, float("inf")
+            for _ in range(10):
+                least = min(least, _timed(job))
+                if time.perf_counter() > deadline:
+                    break
+            times[name].append(least)
+    return times
+
+
+def _timed(job: Job) -> float:
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
+
+
+def report(rows: list[Row], times: dict[str, list[float]], more: list[tuple[str, float, float]] | None = None) -> None:
+    """Prints the rows; `more` are ratios measured otherwise: a name, the ratio, the most that it may be."""
+    table = []
+    for row in rows:
+        pairs = [row.ratio(*pair) for pair in zip(times[row.job], times[row.peer], strict=False)]
+        ratio, ours, peer = (statistics.median(x) for x in (pairs, times[row.job], times[row.peer]))
+        facts = {"ms": 1e3 * ours, "peer_ms": 1e3 * peer, "ratio": ratio, "pairs": len(pairs)}
+        print(json.dumps(row._asdict() | facts))
+        table.append(
+            (row.name, f"{1e3 * ours:9.3f}", f"{1e3 * peer:9.3f}", ratio, verdict(ratio, row.goal, row.at_least))
+        )
+    for name, ratio, goal in more or []:
+        print(json.dumps({"name": name, "ratio": ratio, "goal": goal}))
+        table.append((name, "", "", ratio, verdict(ratio, goal, False)))
+    print(f"\n{'':54} {'ms':>9} {'peer ms':>9} {'ratio':>8}  goal")
+    for name, ms, peer_ms, ratio, goal_met in table:
+        print(f"{name:54} {ms:>9} {peer_ms:>9} {ratio:8.2f}  {goal_met}")
+
+
+def verdict(ratio: float, goal: float | None, at_least: bool) -> str:
+    if goal is None:
+        return ""
+    met = ratio >= goal if at_least else ratio <= goal
+    return f"{'>=' if at_least else '<='} {goal:g} {'met' if met else 'MISSED'}"
