@@ -28,10 +28,10 @@ void conv_forward_block(const ConvJob& job, const Conv& conv, Rows y, int64_t ch
   const int lanes = job.blocks.lanes;
   if (channels == lanes) return kernels().convolve(conv, y);
   Carver memory{thread_memory(2 * (conv.length * lanes + 16))};
-  const Conv copy{conv.length, conv.taps, padded(memory, conv.x, conv.length, channels, lanes), conv.weights};
-  const Rows out = padded(memory, y, conv.length, channels, lanes);
+  const Conv copy{conv.length, conv.taps, padded(memory, conv.x, {0, conv.length}, channels, lanes), conv.weights};
+  const Rows out = padded(memory, y, {0, conv.length}, channels, lanes);
   kernels().convolve(copy, out);
-  unpad(out, y, conv.length, channels);
+  unpad(out, y, {0, conv.length}, channels);
 }
 
 variable_list conv_forward(const ConvJob& job, at::ScalarType type) {
@@ -56,11 +56,11 @@ variable_list conv_forward(const ConvJob& job, at::ScalarType type) {
 void conv_backward_block(const Conv& conv, Rows dy, Rows dx, float* dweights, bool add, int64_t channels, int lanes) {
   if (channels == lanes) return kernels().convolve_backward(conv, dy, dx, dweights, add);
   Carver memory{thread_memory(3 * (conv.length * lanes + 16))};
-  const auto copy = [&](Rows from) { return padded(memory, from, conv.length, channels, lanes); };
+  const auto copy = [&](Rows from) { return padded(memory, from, {0, conv.length}, channels, lanes); };
   const Conv copied{conv.length, conv.taps, copy(conv.x), conv.weights};
   const Rows dx_copy = copy(dx);
   kernels().convolve_backward(copied, copy(dy), dx_copy, dweights, add);
-  unpad(dx_copy, dx, conv.length, channels);
+  unpad(dx_copy, dx, {0, conv.length}, channels);
 }
 
 variable_list conv_backward(const ConvJob& job, at::TensorList inputs, at::TensorList dy) {

@@ -127,6 +127,9 @@ INLINE void take_steps(const Scan& s, vec bias, int64_t begin, int64_t end, vec*
   for (int64_t t = begin; t < end; t++) delta[t - begin] = softplus(load(s.delta[t]) + bias);
 }
 
+// The states at the beginning of a chunk, but for the first one.
+INLINE float* start_of(const Scan& s, int64_t begin) { return s.starts + (begin / CHUNK - 1) * s.start_stride; }
+
 INLINE int64_t chunk_end(const Scan& s, int64_t begin) { return begin + CHUNK < s.length ? begin + CHUNK : s.length; }
 
 // FIXED is the number of states where the compiler may unroll over it, or 0: any number up to MOST_STATES.
@@ -138,7 +141,7 @@ static void scan_forward(const Scan& s, Rows out, bool add) {
   for (int n = 0; n < N; n++) h[n] = vec{};
   for (int64_t begin = 0; begin < s.length; begin += CHUNK) {
     const int64_t end = chunk_end(s, begin);
-    for (int n = 0; begin && s.starts && n < N; n++) store(s.starts + ((begin / CHUNK - 1) * N + n) * LANES, h[n]);
+    for (int n = 0; begin && s.starts && n < N; n++) store(start_of(s, begin) + n * LANES, h[n]);
     take_steps(s, bias, begin, end, deltas);
     for (int64_t t = begin; t < end; t++) {
       fetch_next(s.u, t), fetch_next(s.delta, t), fetch_next(s.z, t), fetch_next(out, t);
@@ -158,7 +161,7 @@ static void scan_forward(const Scan& s, Rows out, bool add) {
 }
 
 // For each step of a chunk what all its states share: delta, its slope by the raw delta, y's gradient before the gate,
-// and what times y is z's; with sums over the states that begin at zero.
+// and what times y is z's.
 INLINE void take_gradients(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end) {
   const vec bias = load(s.weights + (s.states + 1) * LANES);
   for (int64_t t = begin; t < end; t++) {
@@ -169,7 +172,6 @@ INLINE void take_gradients(const Scan& s, const Gradients& g, const Scratch& w, 
     store(w.delta_u + row, delta * load(s.u[t]));
     store(w.slope + row, sigmoid(raw, e));
     store(w.dy + row, dy);
-    for (float* sum : {w.y, w.d_delta_u, w.d_delta}) store(sum + row, vec{});
     if (!s.z.at) continue;
     const vec z = load(s.z[t]), gate = sigmoid(z);
     store(w.dz + row, dy * gate * (1.0f + z * (1.0f - gate)));
@@ -178,12 +180,12 @@ INLINE void take_gradients(const Scan& s, const Gradients& g, const Scratch& w, 
 }
 
 // A chunk's decays and states once more, forwards, for COUNT states from `first` on: few enough for a core's first
-// cache to hold them until the way back. Adds to y where a gate needs it.
+// cache to hold them until the way back. Sums y over the states where a gate needs it.
 template <int COUNT, bool GATED>
 static void replay(const Scan& s, const Gradients& g, const Scratch& w, int first, int64_t begin, int64_t end) {
   const Rows streams[][2] = {{s.u, s.delta}, {g.y, s.z}, {g.u, g.delta}, {g.z, {}}};
   const Rows *next = streams[first / 4 % 4];
-  const float* start = s.starts + ((begin / CHUNK - 1) * s.states + first) * LANES;
+  const float* start = start_of(s, begin) + first * LANES;
   vec h[COUNT], A[COUNT];
   for (int i = 0; i < COUNT; i++) {
     h[i] = begin ? load(start + i * LANES) : vec{};
@@ -196,7 +198,7 @@ static void replay(const Scan& s, const Gradients& g, const Scratch& w, int firs
     const float *__restrict B = s.B[t] + first, *__restrict C = s.C[t] + first;
     float *decay = w.decays + row * COUNT, *state = w.states + (row + LANES) * COUNT;
     fetch_next(next[0], t), fetch_next(next[1], t);
-    vec y = GATED ? load(w.y + row) : vec{};
+    vec y = GATED && first ? load(w.y + row) : vec{};
 #pragma GCC unroll 4
     for (int i = 0; i < COUNT; i++) {
       const vec a = exp2(delta * A[i]);
@@ -209,7 +211,8 @@ static void replay(const Scan& s, const Gradients& g, const Scratch& w, int firs
   }
 }
 
-// The way back through the same. `carry` is the gradient that the later steps send to the state.
+// The way back through the same, adding to the sums over the states. `carry` is the gradient that the later steps send
+// to the state.
 template <int COUNT>
 static void retreat(const Scan& s, const Gradients& g, const Scratch& w, int first, int64_t begin, int64_t end) {
   vec carry[COUNT], A[COUNT], dA[COUNT];
@@ -222,7 +225,8 @@ static void retreat(const Scan& s, const Gradients& g, const Scratch& w, int fir
     const int64_t row = (t - begin) * LANES;
     const vec delta = load(w.delta + row), delta_u = load(w.delta_u + row), dy = load(w.dy + row);
     const float *B = s.B[t] + first, *C = s.C[t] + first, *decay = w.decays + row * COUNT, *state = w.states + row * COUNT;
-    vec d_delta_u = load(w.d_delta_u + row), d_delta = load(w.d_delta + row), b[4] = {}, c[4] = {};
+    vec d_delta_u = first ? load(w.d_delta_u + row) : vec{}, d_delta = first ? load(w.d_delta + row) : vec{};
+    vec b[4] = {}, c[4] = {};
 #pragma GCC unroll 4
     for (int i = 0; i < COUNT; i++) {
       const vec dh = carry[i] + dy * C[i];
@@ -236,7 +240,7 @@ static void retreat(const Scan& s, const Gradients& g, const Scratch& w, int fir
     }
     store(w.d_delta_u + row, d_delta_u);
     store(w.d_delta + row, d_delta);
-    float *dB = w.dB + (first / 4 * s.length + t) * LANES, *dC = w.dC + (first / 4 * s.length + t) * LANES;
+    float *dB = w.dB + first / 4 * CHUNK * LANES + row, *dC = w.dC + first / 4 * CHUNK * LANES + row;
     store(dB, load(dB) + fold(b));
     store(dC, load(dC) + fold(c));
   }
@@ -273,20 +277,17 @@ INLINE void give_gradients(const Scan& s, const Gradients& g, const Scratch& w, 
   store(bias_at, dbias);
 }
 
-static void scan_backward(const Scan& s, const Gradients& g, const Scratch& w, bool add_z) {
-  for (int n = 0; n < s.states; n++) store(w.carry + n * LANES, vec{});
-  for (int64_t begin = (s.length - 1) / CHUNK * CHUNK; begin >= 0; begin -= CHUNK) {
-    const int64_t end = chunk_end(s, begin);
-    take_gradients(s, g, w, begin, end);
-    int first = 0;
-    for (; first + 4 <= s.states; first += 4) there_and_back<4>(s, g, w, first, begin, end);
-    switch (s.states - first) {
-      case 1: there_and_back<1>(s, g, w, first, begin, end); break;
-      case 2: there_and_back<2>(s, g, w, first, begin, end); break;
-      case 3: there_and_back<3>(s, g, w, first, begin, end);
-    }
-    give_gradients(s, g, w, begin, end, add_z);
+// One chunk; the later ones have been done, and left `carry`.
+static void scan_backward(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end, bool add_z) {
+  take_gradients(s, g, w, begin, end);
+  int first = 0;
+  for (; first + 4 <= s.states; first += 4) there_and_back<4>(s, g, w, first, begin, end);
+  switch (s.states - first) {
+    case 1: there_and_back<1>(s, g, w, first, begin, end); break;
+    case 2: there_and_back<2>(s, g, w, first, begin, end); break;
+    case 3: there_and_back<3>(s, g, w, first, begin, end);
   }
+  give_gradients(s, g, w, begin, end, add_z);
 }
 
 // What `fold` left, one step's vectors `stride` floats apart: its sums over the lanes, for each state.

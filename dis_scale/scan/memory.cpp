@@ -59,18 +59,22 @@ struct View {  // a (batch, length, channels) tensor as float rows
 
 // Odd widths: the last block of channels is worked on in padded copies.
 
-Rows padded(Carver& memory, Rows from, int64_t length, int64_t channels, int lanes) {
+struct Span {  // steps
+  int64_t begin, end;
+};
+
+Rows padded(Carver& memory, Rows from, Span steps, int64_t channels, int lanes) {
   if (!from.at) return {};
-  Rows to{memory.take(length * lanes), lanes};
-  for (int64_t t = 0; memory.at && t < length; t++) {
+  const Rows to{memory.take((steps.end - steps.begin) * lanes) - steps.begin * lanes, lanes};
+  for (int64_t t = steps.begin; t < steps.end; t++) {
     std::memcpy(to[t], from[t], channels * sizeof(float));
     std::memset(to[t] + channels, 0, (lanes - channels) * sizeof(float));
   }
   return to;
 }
 
-void unpad(Rows from, Rows to, int64_t length, int64_t channels) {
-  for (int64_t t = 0; to.at && t < length; t++) std::memcpy(to[t], from[t], channels * sizeof(float));
+void unpad(Rows from, Rows to, Span steps, int64_t channels) {
+  for (int64_t t = steps.begin; to.at && t < steps.end; t++) std::memcpy(to[t], from[t], channels * sizeof(float));
 }
 
 // Channels in blocks of one vector each.

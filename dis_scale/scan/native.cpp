@@ -39,7 +39,8 @@ struct Scan {  // one direction of one batch row and one block of channels
   int64_t length, states;
   Rows u, delta, B, C, z;  // z.at is null where another direction applies the gate, or nobody
   const float* weights;    // vectors over the block's channels: A / ln 2 for each state, D, delta's bias
-  float* starts;           // states at the beginning of each chunk but the first; null where no gradient is wanted
+  float* starts;           // states at the beginning of the second chunk; null where no gradient is wanted
+  int64_t start_stride;    // from there to the next chunk's
 };
 
 struct Gradients {  // of the same block; y is read, u and delta written, the rest added to
@@ -48,10 +49,10 @@ struct Gradients {  // of the same block; y is read, u and delta written, the re
 };
 
 struct Scratch {  // a thread's own memory
-  float *decays, *states;                                         // for four states
+  float *decays, *states;  // for four states
   float *delta, *delta_u, *slope, *dy, *dz, *y, *d_delta_u, *d_delta;  // for each step of a chunk
-  float* carry;
-  float *dB, *dC;  // a vector for each step and four states, folded over lanes, summed over a group's blocks
+  float *dB, *dC;  // for four states and each step of a chunk, folded over lanes and summed over a group's blocks
+  float* carry;    // for each block of a group, what the later chunks send to its states
 };
 
 struct Conv {
@@ -64,7 +65,7 @@ struct Kernels {
   const char* name;
   int lanes;
   void (*forward)(const Scan&, Rows y, bool add);
-  void (*backward)(const Scan&, const Gradients&, const Scratch&, bool add_z);
+  void (*backward)(const Scan&, const Gradients&, const Scratch&, int64_t begin, int64_t end, bool add_z);
   void (*sum_lanes)(const float* from, int64_t stride, float* to, int64_t states);
   void (*convolve)(const Conv&, Rows y);
   void (*convolve_backward)(const Conv&, Rows dy, Rows dx, float* dweights, bool add);

@@ -34,7 +34,8 @@ struct Direction {
             C_view.rows(b, 0, reverse),
             z.rows(b, channel, reverse),
             weights.data_ptr<float>() + block * (B.size(2) + 2) * blocks.lanes,
-            starts.defined() ? starts.data_ptr<float>() + (b * blocks.count + block) * starts.stride(1) : nullptr};
+            starts.defined() ? starts.data_ptr<float>() + b * starts.stride(0) + block * starts.stride(2) : nullptr,
+            starts.defined() ? starts.stride(1) : 0};
   }
 };
 
@@ -55,15 +56,15 @@ struct Job {
   int64_t length() const { return directions[0].u.size(1); }
   int64_t states() const { return directions[0].B.size(2); }
   Tensor new_starts() const {
-    return at::empty({batch(), blocks.count, (length() - 1) / CHUNK, states(), blocks.lanes},
+    return at::empty({batch(), (length() - 1) / CHUNK, blocks.count, states(), blocks.lanes},
                      directions[0].weights.options());
   }
 };
 
-void pad(Carver& memory, Scan& s, int64_t channels, int lanes) {
-  s.u = padded(memory, s.u, s.length, channels, lanes);
-  s.delta = padded(memory, s.delta, s.length, channels, lanes);
-  s.z = padded(memory, s.z, s.length, channels, lanes);
+void pad(Carver& memory, Scan& s, Span steps, int64_t channels, int lanes) {
+  s.u = padded(memory, s.u, steps, channels, lanes);
+  s.delta = padded(memory, s.delta, steps, channels, lanes);
+  s.z = padded(memory, s.z, steps, channels, lanes);
 }
 
 void forward_block(const Job& job, const View& y, int64_t b, int64_t block) {
@@ -78,10 +79,11 @@ void forward_block(const Job& job, const View& y, int64_t b, int64_t block) {
       continue;
     }
     Carver memory{thread_memory(4 * (scan.length * lanes + 16))};
-    pad(memory, scan, channels, lanes);
-    const Rows copy = padded(memory, out, scan.length, channels, lanes);
+    const Span all{0, scan.length};
+    pad(memory, scan, all, channels, lanes);
+    const Rows copy = padded(memory, out, all, channels, lanes);
     kernels().forward(scan, copy, i > 0);
-    unpad(copy, out, scan.length, channels);
+    unpad(copy, out, all, channels);
   }
 }
 
@@ -161,46 +163,49 @@ class Backward {
   int64_t lanes, length, states, groups, batch_groups;
   std::vector<Sums> sums;
 
-  int64_t folded() const { return (states + 3) / 4 * lanes; }
+  int64_t folded() const { return (states + 3) / 4 * CHUNK * lanes; }
+  int64_t group_blocks() const { return GROUP_CHANNELS / lanes; }
 
-  // One for each direction; they share all but the sums for B and C.
-  std::vector<Scratch> carve(Carver& memory) const {
+  Scratch carve(Carver& memory) const {
     Scratch scratch{memory.take(CHUNK * 4 * lanes), memory.take((CHUNK + 1) * 4 * lanes)};
     for (float** piece : {&scratch.delta, &scratch.delta_u, &scratch.slope, &scratch.dy, &scratch.dz, &scratch.y,
                           &scratch.d_delta_u, &scratch.d_delta})
       *piece = memory.take(CHUNK * lanes);
-    scratch.carry = memory.take(states * lanes);
-    std::vector<Scratch> all(sums.size(), scratch);
-    for (Scratch& one : all) one.dB = memory.take(length * folded()), one.dC = memory.take(length * folded());
-    return all;
+    scratch.dB = memory.take(folded());
+    scratch.dC = memory.take(folded());
+    scratch.carry = memory.take(group_blocks() * states * lanes);
+    return scratch;
   }
 
-  // One group of batch rows and one group of channels. Both directions of a block go one after the other: the gate and
-  // its gradient lie in a near cache then.
+  // One group of batch rows and one group of channels, chunk after chunk from the last one: all the group's blocks of a
+  // chunk lie side by side, and so the sums over them never leave the caches however long the sequence.
   void work(int64_t batch_group, int64_t group) {
-    const int64_t begin = batch_group * job.batch() / batch_groups;
-    const int64_t end = (batch_group + 1) * job.batch() / batch_groups;
-    const int64_t first = group * (GROUP_CHANNELS / lanes);
-    const int64_t last = std::min(first + GROUP_CHANNELS / lanes, job.blocks.count);
     Carver count;
     carve(count);
-    const int64_t padding = 7 * (length * lanes + 16);
-    Carver memory{thread_memory(count.used + padding)};
-    const std::vector<Scratch> scratch = carve(memory);
-    for (int64_t b = begin; b < end; b++) {
-      for (const Scratch& one : scratch)
-        for (float* sum : {one.dB, one.dC}) std::memset(sum, 0, length * folded() * sizeof(float));
-      for (int64_t block = first; block < last; block++)
-        for (size_t i = 0; i < sums.size(); i++) one_block(i, b, batch_group, block, scratch[i], memory);
-      const int64_t matrix = (group * job.batch() + b) * length * states;
+    Carver memory{thread_memory(count.used + 7 * (CHUNK * lanes + 16))};
+    const Scratch scratch = carve(memory);
+    for (int64_t b = batch_group * job.batch() / batch_groups; b < (batch_group + 1) * job.batch() / batch_groups; b++)
       for (size_t i = 0; i < sums.size(); i++) {
-        collect(scratch[i].dB, sums[i].dB.data_ptr<float>() + matrix, job.directions[i].reverse);
-        collect(scratch[i].dC, sums[i].dC.data_ptr<float>() + matrix, job.directions[i].reverse);
+        std::fill_n(scratch.carry, group_blocks() * states * lanes, 0.0f);
+        for (int64_t begin = (length - 1) / CHUNK * CHUNK; begin >= 0; begin -= CHUNK)
+          one_chunk(i, b, batch_group, group, {begin, std::min(begin + CHUNK, length)}, scratch, memory);
       }
-    }
   }
 
-  void one_block(size_t i, int64_t b, int64_t batch_group, int64_t block, const Scratch& scratch, Carver memory) {
+  void one_chunk(size_t i, int64_t b, int64_t batch_group, int64_t group, Span steps, Scratch scratch, Carver memory) {
+    for (float* sum : {scratch.dB, scratch.dC}) std::fill_n(sum, folded(), 0.0f);
+    const int64_t first = group * group_blocks();
+    for (int64_t block = first; block < std::min(first + group_blocks(), job.blocks.count); block++) {
+      one_block(i, b, batch_group, block, steps, scratch, memory);
+      scratch.carry += states * lanes;
+    }
+    const int64_t matrix = (group * job.batch() + b) * length * states;
+    collect(scratch.dB, sums[i].dB.data_ptr<float>() + matrix, steps, job.directions[i].reverse);
+    collect(scratch.dC, sums[i].dC.data_ptr<float>() + matrix, steps, job.directions[i].reverse);
+  }
+
+  void one_block(size_t i, int64_t b, int64_t batch_group, int64_t block, Span steps, const Scratch& scratch,
+                 Carver memory) {
     const Direction& direction = job.directions[i];
     Scan scan = direction.block(b, block, job.blocks, job.z_view);
     const int64_t channel = block * lanes, channels = job.blocks.width(block), columns = states + 2;
@@ -208,19 +213,20 @@ class Backward {
     const Gradients out{rows(dy_view), rows(sums[i].du_view), rows(sums[i].ddelta_view), rows(dz_view),
                         sums[i].dweights.data_ptr<float>() +
                             (batch_group * job.blocks.count + block) * columns * lanes};
-    if (channels == lanes) return kernels().backward(scan, out, scratch, i > 0);
-    pad(memory, scan, channels, lanes);
-    const auto copy = [&](Rows from) { return padded(memory, from, length, channels, lanes); };
+    if (channels == lanes) return kernels().backward(scan, out, scratch, steps.begin, steps.end, i > 0);
+    pad(memory, scan, steps, channels, lanes);
+    const auto copy = [&](Rows from) { return padded(memory, from, steps, channels, lanes); };
     const Gradients copies{copy(out.y), copy(out.u), copy(out.delta), copy(out.z), out.weights};
-    kernels().backward(scan, copies, scratch, i > 0);
-    unpad(copies.u, out.u, length, channels);
-    unpad(copies.delta, out.delta, length, channels);
-    unpad(copies.z, out.z, length, channels);
+    kernels().backward(scan, copies, scratch, steps.begin, steps.end, i > 0);
+    unpad(copies.u, out.u, steps, channels);
+    unpad(copies.delta, out.delta, steps, channels);
+    unpad(copies.z, out.z, steps, channels);
   }
 
-  void collect(const float* vectors, float* to, bool reverse) const {
-    for (int64_t t = 0; t < length; t++)
-      kernels().sum_lanes(vectors + t * lanes, length * lanes, to + (reverse ? length - 1 - t : t) * states, states);
+  void collect(const float* vectors, float* to, Span steps, bool reverse) const {
+    for (int64_t t = steps.begin; t < steps.end; t++)
+      kernels().sum_lanes(vectors + (t - steps.begin) * lanes, CHUNK * lanes,
+                          to + (reverse ? length - 1 - t : t) * states, states);
   }
 };
 
