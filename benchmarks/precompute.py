@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.timing import least_times
+from benchmarks.rows import Job, least_times
 from dis_scale import recipe as recipes
 from dis_scale import vae
 from dis_scale.data import images
@@ -38,7 +38,6 @@ WIDTHS = (32, 64, 64)
 """A VAE that takes some four times as long over an image and its mirror image as one core takes to decode it."""
 GOAL = 0.9
 EMBEDDED = Path(__file__).parent.parent / "configs" / "digits.yaml"
-Job = Callable[[], None]
 
 
 def photos(root: Folder) -> None:

@@ -66,13 +66,26 @@ def measure(jobs: dict[str, Job], rounds: int) -> dict[str, list[float]]:
     return times
 
 
+def least_times(jobs: dict[str, Job], rounds: int) -> dict[str, float]:
+    """Seconds, one number a job: its least, since other work can only add; the first round warms up."""
+    least = dict.fromkeys(jobs, float("inf"))
+    for turn in range(rounds + 1):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            least[name] = min(least[name], time.perf_counter() - start if turn else float("inf"))
+    return least
+
+
 def _timed(job: Job) -> float:
     start = time.perf_counter()
     job()
     return time.perf_counter() - start
 
 
-def report(rows: list[Row], times: dict[str, list[float]], more: list[tuple[str, float, float]] | None = None) -> None:
+def report(
+    rows: list[Row], times: dict[str, list[float]], more: list[tuple[str, float, float | None]] | None = None
+) -> None:
     """Prints the rows; `more` are ratios measured otherwise: a name, the ratio, the most that it may be."""
     table = []
     for row in rows:

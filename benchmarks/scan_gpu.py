@@ -1,0 +1,91 @@
+"""The two-way scan on a GPU, against mamba-ssm's run twice with flips: `python -m benchmarks.scan_gpu [rounds]`.
+
+bf16, B32 L258 E2048 N16, which is DiS-L/2 at 256 pixels; forward and backward, softplus and gate included, the convolution not.
+The share of bandwidth is of the bytes that must move, each input, output and gradient once, and of what a copy reaches.
+"""
+
+import json
+import sys
+
+import torch
+from torch import Tensor
+
+from benchmarks.rows import Job, Row, measure, report
+from dis_scale.errors import DisScaleError
+from dis_scale.scan import Direction, choose, two_way_scan
+
+B, L, E, N = 32, 258, 2048, 16
+LENGTHS = {66: 125, 258: 32, 1026: 8, 4098: 2}
+"""And so many sequences: about as many tokens each time."""
+REPEATS = 20
+"""Calls between two looks at the clock, which wait for the GPU."""
+DEVICE, DTYPE = "cuda", torch.bfloat16
+
+
+def direction(batch: int, length: int) -> Direction:
+    """As early in training: A = -1..-N, delta around 0.05."""
+    rows = [torch.randn(batch, length, width, device=DEVICE, dtype=DTYPE) for width in (E, E, N, N)]
+    A_EN = -torch.arange(1.0, N + 1, device=DEVICE).repeat(E, 1)
+    ends = torch.ones(E, device=DEVICE), torch.full((E,), -3.0, device=DEVICE)
+    return Direction(*(x.requires_grad_() for x in (rows[0], rows[1], A_EN, rows[2], rows[3], *ends)))
+
+
+def repeated(job: Job) -> Job:
+    def run() -> None:
+        for _ in range(REPEATS):
+            job()
+        torch.cuda.synchronize()
+
+    return run
+
+
+def operands(batch: int, length: int) -> tuple[Direction, Direction, Tensor, Tensor]:
+    z, dy = (torch.randn(batch, length, E, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    return direction(batch, length), direction(batch, length), z.requires_grad_(), dy
+
+
+def scan(backend: str, batch: int, length: int) -> Job:
+    """Forward and backward of the gated two-way scan."""
+    front, back, z, dy = operands(batch, length)
+    return repeated(lambda: torch.autograd.grad(two_way_scan(front, back, z, backend=backend), [*front, *back, z], dy))
+
+
+def moved_bytes() -> int:
+    """Inputs read in both passes, y written, dy read, every gradient written."""
+    front, back, z, dy = operands(B, L)
+    inputs = sum(x.nbytes for x in (*front, *back, z))
+    return 3 * inputs + 2 * dy.nbytes
+
+
+def copy(size: int) -> Job:
+    """Reads and writes `size` bytes in all."""
+    source = torch.empty(size // 2, dtype=torch.uint8, device=DEVICE)
+    into = torch.empty_like(source)
+    return repeated(lambda: into.copy_(source))
+
+
+def main(rounds: int = 5) -> None:
+    torch.manual_seed(0)
+    print(
+        json.dumps({"gpu": torch.cuda.get_device_name(), "scan": str(choose("auto", DEVICE)), "B L E N": [B, L, E, N]})
+    )
+    moved = moved_bytes()
+    jobs = {"two-way": scan("triton", B, L), "copy": copy(moved)}
+    rows = [Row("two-way, share of a copy's bandwidth", "two-way", "copy", 0.5, True)]
+    try:
+        choose("mamba", DEVICE)
+        jobs["mamba-ssm twice"] = scan("mamba", B, L)
+        rows.insert(0, Row("two-way, against mamba-ssm twice with flips", "two-way", "mamba-ssm twice", 1.5, True))
+    except DisScaleError as error:
+        print(json.dumps({"name": "mamba-ssm twice", "not measured": str(error)}))
+    for length, batch in LENGTHS.items():
+        jobs[f"length {length}"] = scan("triton", batch, length)
+        work = float(batch * length), float(B * L)
+        rows.append(Row(f"time a token, {length} against {L}", f"length {length}", f"length {L}", 1.15, False, work))
+    times = measure(jobs, rounds)
+    report(rows, {name: [t / REPEATS for t in found] for name, found in times.items()})
+    print(json.dumps({"name": "bandwidth of a copy", "tb_per_s": moved * REPEATS / min(times["copy"]) / 1e12}))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
