@@ -204,7 +204,7 @@ def _kept_elements(settings, shape, batch):
 
 
 @pytest.mark.parametrize("mode", ["block", "every_2", "selective"])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ["dis", "dit", "diffussm"])
 def test_activation_bytes_are_what_a_forward_pass_leaves_allocated(name, mode):
     large = {"width": 2 * WORTH_KEEPING_MACS, "depth": 8}
     settings, shape = SETTINGS[name].model_copy(update=large), LatentShape(4, 16)
