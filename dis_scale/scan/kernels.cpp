@@ -292,10 +292,12 @@ static void scan_backward(const Scan& s, const Gradients& g, const Scratch& w, i
 
 // What `fold` left, one step's vectors `stride` floats apart: its sums over the lanes, for each state.
 static void sum_lanes(const float* from, int64_t stride, float* to, int64_t states) {
-  for (int64_t n = 0; n < states; n++) {
-    float sum = 0.0f;
-    for (int lane = n % 4; lane < LANES; lane += 4) sum += from[n / 4 * stride + lane];
-    to[n] = sum;
+  typedef float four __attribute__((vector_size(16), aligned(4)));
+  for (int64_t first = 0; first < states; first += 4, from += stride) {
+    four sum = {};
+    for (int lane = 0; lane < LANES; lane += 4) sum += *reinterpret_cast<const four*>(from + lane);
+    if (first + 4 <= states) *reinterpret_cast<four*>(to + first) = sum;
+    for (int64_t n = first; first + 4 > states && n < states; n++) to[n] = sum[n - first];
   }
 }
 

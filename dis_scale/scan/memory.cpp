@@ -91,9 +91,12 @@ void pack(const Tensor& matrix_EK, float scale, const Blocks& blocks, int64_t co
   const Tensor floats = cast(matrix_EK, at::kFloat).contiguous();
   const float* from = floats.data_ptr<float>();
   const int64_t count = floats.numel() / blocks.channels;
-  for (int64_t e = 0; e < blocks.channels; e++)
-    for (int64_t k = 0; k < count; k++)
-      to[(e / blocks.lanes * columns + first + k) * blocks.lanes + e % blocks.lanes] = from[e * count + k] * scale;
+  for (int64_t block = 0; block < blocks.count; block++)
+    for (int64_t k = 0; k < count; k++) {
+      float* vector = to + (block * columns + first + k) * blocks.lanes;
+      const float* column = from + block * blocks.lanes * count + k;
+      for (int64_t lane = 0; lane < blocks.width(block); lane++) vector[lane] = column[lane * count] * scale;
+    }
 }
 
 // The gradient of such a matrix: summed over the partial sums of `groups` groups of batch rows, in order.
@@ -103,12 +106,15 @@ Tensor unpack(const Tensor& sums, const Tensor& like, const Blocks& blocks, int6
   const int64_t count = out.numel() / blocks.channels, group = blocks.count * columns * blocks.lanes;
   const float* from = sums.data_ptr<float>();
   float* to = out.data_ptr<float>();
-  for (int64_t e = 0; e < blocks.channels; e++)
+  for (int64_t block = 0; block < blocks.count; block++)
     for (int64_t k = 0; k < count; k++) {
-      const float* at = from + (e / blocks.lanes * columns + first + k) * blocks.lanes + e % blocks.lanes;
-      float sum = 0.0f;
-      for (int64_t g = 0; g < groups; g++) sum += at[g * group];
-      to[e * count + k] = sum;
+      const float* vector = from + (block * columns + first + k) * blocks.lanes;
+      float* column = to + block * blocks.lanes * count + k;
+      for (int64_t lane = 0; lane < blocks.width(block); lane++) {
+        float sum = 0.0f;
+        for (int64_t g = 0; g < groups; g++) sum += vector[g * group + lane];
+        column[lane * count] = sum;
+      }
     }
   return cast(out, like.scalar_type());
 }

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dis_scale.scan import choose
-from tests.scan.test_scan_admission import CALLS, TOLERANCE, admit, draw, outputs_and_gradients, poison
+from tests.scan.test_scan_admission import CALLS, TOLERANCE, admit, draw, outputs_and_gradients, poison, views
 
 __all__ = ["poison"]
 
@@ -43,10 +43,8 @@ def test_half_precision_is_rounded_once(call: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("call", ["two-way scan", "two-way conv"])
 def test_views_give_the_bits_of_contiguous_tensors(call: str) -> None:
     sizes = (2, 5, 3, 4)
-    views = [torch.cat([x, x], -1)[..., : x.shape[-1]].detach().requires_grad_() for x in draw(sizes)]
-    strided = [x.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_() for x in draw(sizes)]
     expected = outputs_and_gradients(call, draw(sizes), "triton")
-    for tensors in (views, strided):
+    for tensors in views(sizes):
         for x, y in zip(outputs_and_gradients(call, tensors, "triton"), expected, strict=True):
             assert torch.equal(x, y)
 

@@ -144,16 +144,26 @@ def test_half_precision_is_rounded_once(backend: str, call: str, dtype: torch.dt
     admit(call, sizes, dtype, outputs_and_gradients(call, draw(sizes, dtype), backend))
 
 
+def views(sizes: tuple[int, int, int, int]) -> Iterator[list[Tensor]]:
+    """The drawn tensors as chunks and splits of a product give them, and with their last axis strided."""
+    yield [torch.cat([x, x], -1)[..., : x.shape[-1]].detach().requires_grad_() for x in draw(sizes)]
+    yield [x.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_() for x in draw(sizes)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("call", CALLS)
-def test_views_give_the_bits_of_contiguous_tensors(call: str) -> None:
-    """Chunks and splits of a product, and tensors whose last axis is strided."""
+def test_views_are_taken(call: str, backend: str) -> None:
     sizes = (2, 66, 33, 16)
-    plain = draw(sizes)
-    views = [torch.cat([x, x], -1)[..., : x.shape[-1]].detach().requires_grad_() for x in draw(sizes)]
-    strided = [x.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_() for x in draw(sizes)]
-    assert not views[0].is_contiguous()
-    expected = outputs_and_gradients(call, plain, "native")
-    for tensors in (views, strided):
+    for tensors in views(sizes):
+        assert not tensors[0].is_contiguous()
+        admit(call, sizes, torch.float32, outputs_and_gradients(call, tensors, backend))
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_native_gives_the_bits_of_contiguous_tensors_for_views(call: str) -> None:
+    sizes = (2, 66, 33, 16)
+    expected = outputs_and_gradients(call, draw(sizes), "native")
+    for tensors in views(sizes):
         for x, y in zip(outputs_and_gradients(call, tensors, "native"), expected, strict=True):
             assert torch.equal(x, y)
 

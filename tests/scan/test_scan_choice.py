@@ -13,7 +13,17 @@ import pytest
 import torch
 
 from dis_scale.errors import DisScaleError, UserError
-from dis_scale.scan import Direction, _backend, _choose, causal_conv_silu, choose, native, selective_scan, two_way_scan
+from dis_scale.scan import (
+    Direction,
+    _backend,
+    _choose,
+    causal_conv_silu,
+    choose,
+    native,
+    selective_scan,
+    two_way_conv_silu,
+    two_way_scan,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -155,6 +165,22 @@ def test_wrong_shapes_are_named() -> None:
         two_way_scan(direction, direction._replace(D_E=torch.ones(3, dtype=torch.int64)), None)
     with pytest.raises(UserError, match=r"causal_conv_silu: the bias is \(4,\)"):
         causal_conv_silu(torch.ones(2, 5, 3), torch.ones(3, 4), torch.ones(4))
+
+
+def test_other_devices_and_types_are_named() -> None:
+    direction = random_direction(2, 5, 3, 4)
+    with pytest.raises(UserError) as error:
+        selective_scan(*direction._replace(C_BLN=torch.ones(2, 5, 4, device="meta")))
+    assert str(error.value) == (
+        "selective_scan: C_BLN is (2, 5, 4) torch.float32 on meta, expected (2, 5, 4) of floats on cpu"
+    )
+    with pytest.raises(UserError, match=r"two_way_scan: z_BLE is \(2, 5, 3\) torch.float32 on meta, expected"):
+        two_way_scan(direction, direction, torch.ones(2, 5, 3, device="meta"))
+    with pytest.raises(UserError, match=r"selective_scan: u_BLE is \(2, 5, 3\) torch.complex64 on cpu, expected"):
+        selective_scan(*direction._replace(u_BLE=torch.ones(2, 5, 3, dtype=torch.complex64)))
+    with pytest.raises(UserError, match=r"two_way_conv_silu, backward: the weight is \(3, 2\)"):
+        x, weight, bias = torch.ones(2, 5, 3), torch.ones(3, 4), torch.ones(3)
+        two_way_conv_silu(x, weight, bias, torch.ones(3, 2), bias)
 
 
 def test_the_native_limits_are_named() -> None:

@@ -9,7 +9,8 @@ from tests.scan.test_scan_admission import CALLS, SIZES, TOLERANCE, WIDE, admit,
 
 __all__ = ["poison"]
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+if not torch.cuda.is_available():
+    pytest.skip("no NVIDIA GPU here", allow_module_level=True)
 
 MAMBA = pytest.mark.skipif(find_spec("mamba_ssm") is None, reason="mamba-ssm is not installed")
 BACKENDS = ["triton", pytest.param("mamba", marks=MAMBA)]
