@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 Job = Callable[[], Any]
-SLOW_S = 3.0
+SLOW_S = 6.0
 """A job that takes longer runs once in all."""
 
 

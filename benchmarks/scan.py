@@ -1,6 +1,6 @@
 """How fast the scan is, against peers in the same run: `python -m benchmarks.scan [rounds]`.
 
-On the CPU; each row is a median of pairs (rows.py), and what takes more than three seconds runs once.
+On the CPU; each row is a median of pairs (rows.py), and what takes more than six seconds runs once.
 """
 
 import ctypes

@@ -31,7 +31,7 @@ LANES = 32
 """Channels a program: one a thread of one warp. So a thread reads back what it wrote itself, and sums need no barrier."""
 CHUNK = 12
 """Steps between the states that the forward pass keeps; the backward pass holds as many in registers."""
-ROWS = 8
+ROWS = 4
 """Steps of the convolution at a time."""
 
 

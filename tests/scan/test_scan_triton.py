@@ -40,11 +40,12 @@ KERNELS = {
     "scan_forward": (SCAN | {"REVERSE": False, "TWO_WAY": True, "KEEP": True}, 0),
     "scan_backward": (SCAN | {"REVERSE": True, "WRITE_DZ": True}, 200),
     "conv_forward": (CONV, 0),
-    "conv_backward": (CONV, 16),
+    "conv_backward": (CONV, 0),
 }
 
 
 def compiled(name: str, capability: int, dtype: str) -> Any:
+    """As a launch on DiS-L/2 compiles it: all pointers and distances are multiples of 16."""
     kernel, (constants, _) = getattr(kernels, name), KERNELS[name]
     signature = {
         argument: "constexpr"
@@ -57,7 +58,8 @@ def compiled(name: str, capability: int, dtype: str) -> Any:
         for argument in kernel.arg_names
     }
     places = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
-    source = ASTSource(kernel, signature=signature, constexprs=places)
+    wide = {(i,): [["tt.divisibility", 16]] for i, key in enumerate(kernel.arg_names) if key not in constants}
+    source = ASTSource(kernel, signature=signature, constexprs=places, attrs=wide)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": LANES // 32})
 
 
@@ -72,10 +74,10 @@ def test_the_interpreter_gives_the_loops_outputs_and_gradients() -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("name", KERNELS)
 def test_it_compiles_ahead(name: str, capability: int, tmp_path: Path) -> None:
-    """For an A100 and an H100 or H200. One warp without shared memory; no atomics; few registers spilled."""
+    """For an A100 and an H100 or H200: no atomics, little shared memory, few registers spilled."""
     program = compiled(name, capability, "bf16")
     assert f".target sm_{capability}" in program.asm["ptx"]
-    assert program.metadata.shared == 0
+    assert program.metadata.shared <= 2048
     assert not re.search(r"\b(atom|red)\.", program.asm["ptx"])
     cubin = tmp_path / "cubin"
     cubin.write_bytes(program.asm["cubin"])
@@ -83,5 +85,5 @@ def test_it_compiles_ahead(name: str, capability: int, tmp_path: Path) -> None:
     said = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", said)
     assert found, said
-    print(f"{name} sm_{capability}: {found[1]} registers, {found[2]} bytes spilled")
+    print(f"{name} sm_{capability}: {found[1]} registers, {found[2]} bytes spilled, {program.metadata.shared} shared")
     assert int(found[2]) <= KERNELS[name][1]
