@@ -70,7 +70,7 @@ FAULTS = {
     "precompute's driver dies": ("kill at look path=precompute", [1, 0]),
     "rank 0 killed in a save": ("kill at written path=resume/000000000160 rank=0 nth=3", [0]),
     "training's driver dies": ("kill at look path=train images=16", [1, 0]),
-    "training's driver is asked to stop": ("stop at look path=train images=16", [75, 0]),
+    "training's driver is asked to stop": ("stop at look path=train", [75, 0]),
     "a rank hangs": ("hang at step rank=1 images=112", [0]),
     "storage is gone for 20 s while publishing": ("gone at write path=published/000000000160 seconds=20", [0]),
     "disk full in a save": ("full at write path=resume/000000000240", [1, 0]),
