@@ -1,27 +1,49 @@
 """What the sweep does when something around it is missing; its way through the stages is in tests/e2e."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 
+from dis_scale import lease, tracking
 from dis_scale import plan as plans
 from dis_scale import recipe as recipes
 from dis_scale import sweep as sweeps
-from dis_scale import tracking
-from dis_scale.errors import UserError
+from dis_scale.errors import Held, UserError
 from dis_scale.progress import Board
 from dis_scale.recipe import LatentShape, Recipe
 from dis_scale.storage import folder
 from dis_scale.sweep import Sweep
+from pipelines.jobs import Cluster
 from tests.conftest import TINY
 
 
 def begin(recipe: Recipe, root: Path) -> Sweep:
     console = Console(file=io.StringIO(), width=200, record=True)
     return Sweep(recipe, folder(root) / "sweeps/tiny", plans.plan(recipe, LatentShape(4, 8)), Board(console))
+
+
+def cluster(name: str) -> Cluster:
+    return Cluster(None, {}, name, False, 1, 0, name)  # type: ignore[arg-type]
+
+
+def test_a_second_sweep_joins_on_the_same_ray_and_is_refused_on_another(tiny: Recipe, tmp_path: Path) -> None:
+    sweep, other = begin(tiny, tmp_path), psutil.Process().parent()
+    assert other
+    holder = lease._me() | {"pid": other.pid, "started": other.create_time(), "cluster": "here"}
+    sweep.folder.create("leases/sweep/0001", json.dumps(holder).encode())
+    with sweeps._one_at_a_time(sweep, cluster("here")):
+        assert f"joined   process {other.pid}, which runs this sweep" in sweep.board.console.export_text()
+    with (
+        pytest.raises(Held, match=f"leases/sweep: held by process {other.pid} on .*: one writer at a time"),
+        sweeps._one_at_a_time(sweep, cluster("elsewhere")),
+    ):
+        pass
+    assert sweep.folder.list("leases/sweep") == ["0001"]
 
 
 def test_mlflow_away_is_said_and_stops_nothing(tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
