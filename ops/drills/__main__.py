@@ -157,7 +157,7 @@ def disk_full(drill: Drill) -> None:
 
 
 def another_cluster(drill: Drill) -> None:
-    """Each command starts a Ray of its own: two clusters. The first one's training stands still, so that it is there when it matters."""
+    """Each command starts a Ray of its own: two clusters. The first one's training stands still until it is stopped."""
     first = drill.start("grace_s=5", faults="hang at step rank=0 images=480")
     drill.until_saved(first, 2)
     drill.give(ends=HELD)
