@@ -5,6 +5,7 @@ They listen at the machine's own address: Ray wants several nodes nowhere on loo
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,7 @@ class Rays:
         for node in reversed(self.nodes):
             if node.poll() is None:
                 sweeps.kill_all(node)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def cluster(self) -> Cluster:
         """For jobs that are submitted one by one."""
