@@ -20,6 +20,7 @@ from dis_scale.recipe import LatentShape, Recipe, TrainedVae
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DATA = (ROOT / "docs" / "data.md").read_text()
+PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
 PRICED = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "digits")
 """Recipes whose first lines hold a table of their price; the digits' is what the plan prints."""
 SD_FACTOR = 8
@@ -42,7 +43,7 @@ def blocks(text: str) -> list[str]:
 
 def commands() -> Iterator[list[str]]:
     """The commands that are ours, without the path of the environment's programs and what a Ray job wraps around them."""
-    for line in "\n".join(blocks(README) + blocks(DATA)).splitlines():
+    for line in "\n".join(block for page in PAGES for block in blocks(page)).splitlines():
         if found := re.match(r" *(?:\.venv/bin/|ray job submit .* -- )?((?:make|python|dis-scale) .*)", line):
             yield shlex.split(found[1], comments=True)
 
@@ -106,10 +107,13 @@ def test_commands_name_what_is_there(words: list[str]) -> None:
     match words:
         case ["make", target, *variables]:
             assert target in targets()
-            assert all(re.match(r"PYTHON=", variable) for variable in variables)
+            assert all(re.match(r"(PYTHON|KILLS|SEED|DRILLS)=", variable) for variable in variables)
         case ["python", "-m", "dis_scale.sweep", *arguments]:
             assert importlib.util.find_spec("dis_scale.sweep")
             require_known("sweep", arguments)
+        case ["python", "-m", module, *modules] if module.startswith("benchmarks."):
+            named = [f"benchmarks.{name}" for name in modules[1:]] if module == "benchmarks.record" else []
+            assert all(importlib.util.find_spec(name) for name in [module, *named])
         case ["dis-scale", *arguments] if "SWEEP" in arguments:
             require_shape(arguments)
         case ["dis-scale", command, *arguments]:
