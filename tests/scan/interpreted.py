@@ -28,7 +28,7 @@ def test_outputs_and_gradients_are_the_loops(call: str) -> None:
 
 
 @pytest.mark.parametrize("call", ["two-way scan", "two-way conv"])
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 4), (1, 12, 2, 4), (2, 13, 3, 6)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 4), (1, 12, 2, 4), (2, 13, 3, 2)], ids=str)
 def test_other_sizes(sizes: tuple[int, int, int, int], call: str) -> None:
     admit(call, sizes, torch.float32, outputs_and_gradients(call, draw(sizes), "triton"))
 
@@ -36,13 +36,13 @@ def test_other_sizes(sizes: tuple[int, int, int, int], call: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("call", ["two-way scan", "two-way conv"])
 def test_half_precision_is_rounded_once(call: str, dtype: torch.dtype) -> None:
-    sizes = (1, 6, 3, 4)
+    sizes = (1, 6, 3, 2)
     admit(call, sizes, dtype, outputs_and_gradients(call, draw(sizes, dtype), "triton"), TOLERANCE_HERE)
 
 
 @pytest.mark.parametrize("call", ["two-way scan", "two-way conv"])
 def test_views_give_the_bits_of_contiguous_tensors(call: str) -> None:
-    sizes = (2, 5, 3, 4)
+    sizes = (2, 5, 3, 2)
     expected = outputs_and_gradients(call, draw(sizes), "triton")
     for tensors in views(sizes):
         for x, y in zip(outputs_and_gradients(call, tensors, "triton"), expected, strict=True):
