@@ -57,6 +57,7 @@ def _deliver(y, z, out, sums, z_row, row, e, E, late, TWO_WAY: tl.constexpr, GAT
     """Writes y; of two directions the first to come leaves its part in `sums`, the `late` one completes it there."""
     inside = e < E
     if TWO_WAY:
+        tl.debug_barrier()  # what the other direction wrote is there, in the middle since this step or the last one
         y += tl.load(sums + row * E + e, mask=inside & late, other=0.0)
         tl.store(sums + row * E + e, y, mask=inside)
         inside = inside & late
@@ -107,7 +108,6 @@ def scan_forward(
             h1, y1 = _advance(
                 h1, u1, delta1, B1, C1, u1_row, delta1_row, B1_row, C1_row, A1_ne, D1_e, bias1_e, row1, e, n, E, N
             )
-            tl.debug_barrier()  # in the middle both directions meet in one step
             _deliver(y1, z, out, sums, z_row, row1, e, E, 2 * i >= L - 1, TWO_WAY, GATED)
 
 
