@@ -241,8 +241,8 @@ static void retreat(const Scan& s, const Gradients& g, const Scratch& w, int fir
     store(w.d_delta_u + row, d_delta_u);
     store(w.d_delta + row, d_delta);
     float *dB = w.dB + first / 4 * CHUNK * LANES + row, *dC = w.dC + first / 4 * CHUNK * LANES + row;
-    store(dB, load(dB) + fold(b));
-    store(dC, load(dC) + fold(c));
+    store(dB, w.begun ? load(dB) + fold(b) : fold(b));
+    store(dC, w.begun ? load(dC) + fold(c) : fold(c));
   }
   for (int i = 0; i < COUNT; i++) {
     store(w.carry + (first + i) * LANES, carry[i]);

@@ -110,11 +110,10 @@ Tensor unpack(const Tensor& sums, const Tensor& like, const Blocks& blocks, int6
     for (int64_t k = 0; k < count; k++) {
       const float* vector = from + (block * columns + first + k) * blocks.lanes;
       float* column = to + block * blocks.lanes * count + k;
-      for (int64_t lane = 0; lane < blocks.width(block); lane++) {
-        float sum = 0.0f;
-        for (int64_t g = 0; g < groups; g++) sum += vector[g * group + lane];
-        column[lane * count] = sum;
-      }
+      float sum[16] = {};
+      for (int64_t g = 0; g < groups; g++)
+        for (int64_t lane = 0; lane < blocks.lanes; lane++) sum[lane] += vector[g * group + lane];
+      for (int64_t lane = 0; lane < blocks.width(block); lane++) column[lane * count] = sum[lane];
     }
   return cast(out, like.scalar_type());
 }

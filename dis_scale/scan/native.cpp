@@ -52,6 +52,7 @@ struct Scratch {  // a thread's own memory
   float *decays, *states;  // for four states
   float *delta, *delta_u, *slope, *dy, *dz, *y, *d_delta_u, *d_delta;  // for each step of a chunk
   float *dB, *dC;  // for four states and each step of a chunk, folded over lanes and summed over a group's blocks
+  bool begun;      // whether an earlier block of the group has left such sums
   float* carry;    // for each block of a group, what the later chunks send to its states
 };
 

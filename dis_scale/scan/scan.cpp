@@ -114,8 +114,13 @@ struct Sums {
 
 Tensor sum_groups(const Tensor& parts) {
   if (parts.size(0) == 1) return parts[0];
-  Tensor sum = parts[0] + parts[1];
-  for (int64_t g = 2; g < parts.size(0); g++) sum += parts[g];
+  Tensor sum = at::empty_like(parts[0]);
+  const float* from = parts.data_ptr<float>();
+  float* to = sum.data_ptr<float>();
+  const int64_t count = sum.numel();
+  for (int64_t i = 0; i < count; i++) to[i] = from[i] + from[count + i];
+  for (int64_t g = 2; g < parts.size(0); g++)
+    for (int64_t i = 0; i < count; i++) to[i] += from[g * count + i];
   return sum;
 }
 
@@ -193,9 +198,9 @@ class Backward {
   }
 
   void one_chunk(size_t i, int64_t b, int64_t batch_group, int64_t group, Span steps, Scratch scratch, Carver memory) {
-    for (float* sum : {scratch.dB, scratch.dC}) std::fill_n(sum, folded(), 0.0f);
     const int64_t first = group * group_blocks();
     for (int64_t block = first; block < std::min(first + group_blocks(), job.blocks.count); block++) {
+      scratch.begun = block > first;
       one_block(i, b, batch_group, block, steps, scratch, memory);
       scratch.carry += states * lanes;
     }
