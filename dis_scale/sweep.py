@@ -92,6 +92,7 @@ def run(recipe: Recipe, console: Console) -> None:
 def _work(sweep: Sweep, store: Folder) -> dict[str, str]:
     """All stages, on the Ray that this process runs on or on one of our own; (what failed, why)."""
     store.require_usable()
+    sweep.folder = sweep.folder.patient  # from here on a store that does not answer is away, not mistaken
     source = open_source(sweep.recipe.data, store, listing_words(sweep.board.say))
     sweep.board.say(
         f"source   {len(source):,} images in {len(source.label_names)} classes, as listed in {source.listing.where}"
