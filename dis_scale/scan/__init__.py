@@ -122,7 +122,9 @@ def _choose(name: str, device: str) -> Choice:
         raise UserError(f"no scan backend {name!r}{nearest(name, BACKENDS)}: there are auto, {', '.join(BACKENDS)}")
     if problem := _problem(name, device):
         raise problem
-    return Choice(name, "as asked")
+    return Choice(
+        name, "as asked; it adds gradients atomically, so no run is equal to the bit" if name == "mamba" else "as asked"
+    )
 
 
 def _automatic(device: str) -> Choice:

@@ -6,8 +6,7 @@ import pytest
 
 from ops.drills import __main__ as drills
 
-QUICK = "disk-full"
-"""In `make test`; the others are in `make faults`."""
+pytestmark = pytest.mark.faults
 
 
 @pytest.fixture(scope="module")
@@ -15,8 +14,6 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return drills.undisturbed(tmp_path_factory.mktemp("drills"))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n == QUICK else [pytest.mark.faults]) for n in drills.DRILLS]
-)
+@pytest.mark.parametrize("name", list(drills.DRILLS))
 def test_the_cure_cures(tmp_path: Path, calm: Path, name: str) -> None:
     drills.perform(name, calm, tmp_path)
