@@ -33,7 +33,12 @@ def pauses(at: Path) -> None:
     """Trains each size; the job's last line says how long it stood still, and how long a step takes."""
     for width, depth in WIDTHS.items():
         model = f"models={{dit: {{kind: dit, width: {width}, depth: {depth}, heads: 6, patch: 2}}}}"
-        how = ["train.publish_images=[0, 640]", "train.resume_every_images=160", "train.power_ema=null"]
+        how = [
+            "train.publish_images=[0, 640]",
+            "train.resume_every_images=160",
+            "train.power_ema=null",
+            "evaluate.variants={}",
+        ]
         recipe = recipes.load(TINY, [model, *how])
         print(f"width {width}:", flush=True)
         training.run(recipe, "dit", at / str(width), attempt=1)
