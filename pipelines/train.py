@@ -24,7 +24,7 @@ from dis_scale.storage import Folder
 from dis_scale.tracking import Projection, Rows
 from pipelines import stage
 
-ROOM_WAIT_S = 10.0
+ROOM_WAIT_S = 5.0
 PROJECT_EVERY_S, PROJECT_LAST_S = 5.0, 60.0
 """Between two looks for new rows; and for a look that is under way when training ends, whose rows would else be lost to MLflow."""
 
