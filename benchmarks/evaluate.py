@@ -8,9 +8,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -23,6 +22,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from benchmarks.rows import Job, verdict
 from dis_scale.evaluation import kernel, neighbours, score
 from dis_scale.evaluation.features import Extractor
 from dis_scale.evaluation.inception import CLASSES, Inception
@@ -30,8 +30,6 @@ from dis_scale.evaluation.metrics import Frechet, Groups, fit, frechet
 
 SIZE, FEATURES = 64, 512  # pixels a side; features of the metrics' rows, where 2,048 would take minutes
 WIDE = 2200  # samples of the rows without a network
-
-Job = Callable[[], Any]
 
 
 class Row(NamedTuple):
@@ -137,11 +135,10 @@ def main(images: int = 128, rounds: int = 3) -> None:
         ours_s, peer_s = least[row.job], least[row.peer]
         ratio = peer_s / ours_s
         print(json.dumps({**row._asdict(), "s": ours_s, "peer_s": peer_s, "ratio": ratio}))
-        verdict = "" if row.goal is None else f">= {row.goal:g} {'met' if ratio >= row.goal else 'MISSED'}"
-        table.append((row.name, ours_s, peer_s, ratio, verdict))
+        table.append((row.name, ours_s, peer_s, ratio, verdict(ratio, row.goal, True)))
     print(f"\n{'':50} {'s':>9} {'peer s':>9} {'ratio':>8}  goal")
-    for name, ours_s, peer_s, ratio, verdict in table:
-        print(f"{name:50} {ours_s:9.3f} {peer_s:9.3f} {ratio:8.2f}  {verdict}")
+    for name, ours_s, peer_s, ratio, met in table:
+        print(f"{name:50} {ours_s:9.3f} {peer_s:9.3f} {ratio:8.2f}  {met}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.rows import Job, least_times
+from benchmarks.rows import Job, least_times, verdict
 from dis_scale import recipe as recipes
 from dis_scale import vae
 from dis_scale.data import images
@@ -189,8 +189,7 @@ def show(rates: dict[str, float], waited: float) -> None:
     print(f"\n{'':36} {'images/s':>9} {'of the VAE alone':>17}  goal")
     for name, rate in rates.items():
         ratio = rate / rates["VAE alone"]
-        verdict = f">= {GOAL:g} {'met' if ratio >= GOAL else 'MISSED'}" if "ours" in name else ""
-        print(f"{name:36} {rate:9.1f} {ratio:17.2f}  {verdict}")
+        print(f"{name:36} {rate:9.1f} {ratio:17.2f}  {verdict(ratio, GOAL if 'ours' in name else None, True)}")
     print(f"{'the VAE waits (ours)':36} {'':9} {waited:17.2f}")
 
 

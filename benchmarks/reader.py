@@ -32,6 +32,7 @@ import torch
 import webdataset as wds
 from torch.utils.data import DataLoader
 
+from benchmarks.rows import verdict
 from dis_scale import diffusion, models
 from dis_scale import recipe as recipes
 from dis_scale.data import shards
@@ -151,7 +152,7 @@ def training_step() -> tuple[str, float]:
 
 
 def images_per_s(recipe: recipes.Recipe, name: str, least_s: float = 1.0) -> float:
-    shape, n = LatentShape(SMALL[1] // 2, SMALL[-1]), recipe.train.batch_images // recipe.train.lanes
+    shape, n = LatentShape(SMALL[1] // 2, SMALL[-1]), recipe.train.micro_images
     model = models.build(recipe.models[name], shape, 10, scan="auto", checkpointing="none", seed=0)
     process, optimizer = diffusion.build(recipe.diffusion), torch.optim.AdamW(model.parameters(), fused=True)
     x, noise, y = torch.randn(n, *shape[:1], shape.size, shape.size), torch.randn(n, 4, 8, 8), torch.zeros(n).long()
@@ -283,8 +284,7 @@ def main(rounds: int = 5) -> None:
         label = f"{mine}, against {peer.rpartition(', ')[2]}"[:60]
         if found := compared(speeds, mine, peer):
             rate, ratio = statistics.median(speeds[mine]), found[1]
-            verdict = f">= {goal:g} {'met' if ratio >= goal else 'MISSED'}"
-            print(f"{label:60} {rate:10,.0f} {found[0]:10,.0f} {ratio:7.2f}  {verdict}")
+            print(f"{label:60} {rate:10,.0f} {found[0]:10,.0f} {ratio:7.2f}  {verdict(ratio, goal, True)}")
         else:
             print(f"{label:60} not installed")
 

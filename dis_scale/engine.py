@@ -51,7 +51,6 @@ Read = Callable[[str, str, int, int], torch.Tensor]
 class Engine:
     """A model under DeepSpeed, with this rank's flats and the table of what is in them."""
 
-    device: torch.device
     deepspeed: Any
     optimizer: torch.optim.Optimizer
     flats: list[torch.Tensor]
@@ -63,6 +62,10 @@ class Engine:
         """Backward of one micro-batch, and the optimizer's step on the last of the step."""
         self.deepspeed.backward(loss)
         self.deepspeed.step()
+
+    @property
+    def device(self) -> torch.device:
+        return self.flats[0].device
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -150,7 +153,7 @@ def start(model: nn.Module, settings: Train, device: torch.device, read: Read, a
     else:
         flats, table = zero.single_partition_of_fp32_groups, list(_table_of_stages_1_and_2(zero, names))
     averages = {name: [torch.zeros_like(f).detach() for f in flats] for name in ema.names(settings)}
-    engine = Engine(device, sharded, zero.optimizer, flats, averages, table, shapes)
+    engine = Engine(sharded, zero.optimizer, flats, averages, table, shapes)
     engine.fill(read, adam_step)
     return engine
 
@@ -168,7 +171,7 @@ def _deepspeed(device: torch.device) -> Any:
 def _config(settings: Train) -> dict[str, Any]:
     """DeepSpeed's dictionary, computed so that no file can disagree with the recipe."""
     return {
-        "train_micro_batch_size_per_gpu": settings.batch_images // settings.lanes,
+        "train_micro_batch_size_per_gpu": settings.micro_images,
         "gradient_accumulation_steps": settings.lanes // dist.get_world_size(),
         "gradient_clipping": settings.clip,
         "zero_optimization": {"stage": settings.zero_stage},

@@ -46,7 +46,7 @@ def table(plan: Plan) -> Table:
     steps = train.images // train.batch_images
     caption = (
         f"batch {train.batch_images} = {train.most_workers} workers x {train.lanes // train.most_workers} accumulated x "
-        f"{train.batch_images // train.lanes}; {train.images:,} images = {steps:,} steps; ZeRO stage {train.zero_stage}, "
+        f"{train.micro_images}; {train.images:,} images = {steps:,} steps; ZeRO stage {train.zero_stage}, "
         f"{train.precision}; Gflops are multiply-adds (DiT's convention); host memory while saving is over all workers"
     )
     out = Table(

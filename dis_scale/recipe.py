@@ -309,7 +309,7 @@ class Train(Settings):
     checkpointing: Checkpointing = runtime("none")
     """Activation checkpointing: `none`, `block`, each second or third (`every_2`, ...), `selective`: models/checkpointing.py."""
     compile: bool = runtime(False)
-    """Blocks through torch.compile; the scan stays as it is and breaks the graph of a DiS block at its borders."""
+    """Blocks through torch.compile; scans and convolutions stay as they are and break a block's graph at their borders."""
     scan: str = runtime("auto")
     """Backend of the selective scan by name; `auto` takes the fastest that the device has."""
     learning_rate: float = Field(1e-4, gt=0)

@@ -16,7 +16,7 @@ import os
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -128,7 +128,18 @@ class Folder:
         """Names of the files directly below `path` in rising order; from S3 page by page, so that a million are never in memory."""
         if self.url.startswith("s3://"):
             return self._paged_files(path)
-        return iter(sorted(_base(e["name"]) for e in self._entries(path, detail=True) if e["type"] == "file"))
+        names = self._local_files(path) if self.local else self._other_files(path)
+        return iter(sorted(_base(name) for name in names if _shown(name, path)))
+
+    def _local_files(self, path: str) -> Iterable[str]:
+        """All but folders, links too, wherever they lead: what is gone is named when it is read. Nothing is looked up but names."""
+        try:
+            return self._do("list", path, lambda _, full: [e.path for e in os.scandir(full) if not e.is_dir()])
+        except FileNotFoundError:
+            return []
+
+    def _other_files(self, path: str) -> Iterable[str]:
+        return [entry["name"] for entry in self._entries(path, detail=True) if entry["type"] != "directory"]
 
     def _paged_files(self, path: str) -> Iterator[str]:
         more, last = dict[str, str](), ""

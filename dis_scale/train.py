@@ -75,7 +75,9 @@ def train(run: Run) -> int:
     state, model, images = start(run, latents)
     saver = Saver(run.folder, run.attempt, rank, world, run.held, settings.keep_resume)
     log, agreement = Log(run.folder / "log", run.attempt), Agreement()
-    pace = open_pace(price, settings, world, run.device, run.say if rank == 0 else lambda _: None)
+    pace = open_pace(
+        price, settings, world, run.device, lambda line: run.say(f"{run.model}: {line}") if rank == 0 else None
+    )
     description = json.dumps(describe(model))
     lanes = range(rank * settings.lanes // world, (rank + 1) * settings.lanes // world)
     began, flushed, saved, bad = (time.monotonic(), images), time.monotonic(), images, 0

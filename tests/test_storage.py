@@ -112,6 +112,16 @@ def test_files_come_in_order_without_folders_and_what_is_half_written(store_url:
     assert list(at.files("none")) == []
 
 
+def test_links_are_files_wherever_they_lead_and_half_written_ones_are_none(tmp_path: Path) -> None:
+    at = folder(tmp_path)
+    at.write("elsewhere/1.png", b"x")
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class/1.png").symlink_to(tmp_path / "elsewhere/1.png")
+    (tmp_path / "class/gone.png").symlink_to(tmp_path / "elsewhere/gone.png")
+    (tmp_path / "class/2.png.part-ab").write_bytes(b"x")
+    assert list(at.files("class")) == ["1.png", "gone.png"]
+
+
 def test_a_folder_of_many_is_listed_page_by_page(bucket: str, gateway: Gateway) -> None:
     """And a page that failed is asked for again."""
     names = [f"{i:04d}.png" for i in range(1001)]

@@ -26,6 +26,7 @@ class BiS4D(nn.Module):
         self.leftward = S4D(settings.width, settings) if apart else None
         self.bidirectional = settings.bidirectional
 
+    @torch.compiler.disable  # torch.compile lays an FFT's output out otherwise than the FFT does, and stops
     def forward(self, u_BLS: Tensor) -> Tensor:
         spectrum, skip = self.rightward(u_BLS.shape[1])
         if self.bidirectional:
