@@ -13,6 +13,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 
 from dis_scale import ema, manifest
 from dis_scale.ema import Snapshot
@@ -188,8 +189,12 @@ class Saver:
         """
         folder = self.run / "published" / images_name(images)
         self.finish()
+        missing = [self.rank == 0 and not folder.exists(manifest.NAME)]
+        dist.broadcast_object_list(missing)
+        if not missing[0]:
+            return
         averages = {average_file(name): engine.full_average(name) for name in engine.averages}
-        if self.rank == 0 and not folder.exists(manifest.NAME):
+        if self.rank == 0:
             files = {name: safetensors.torch.save(w, {"dis_scale": description}) for name, w in averages.items() if w}
             self._start(lambda: self._seal(folder, files, images, facts))
 
