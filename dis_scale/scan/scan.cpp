@@ -118,9 +118,11 @@ Tensor sum_groups(const Tensor& parts) {
   const float* from = parts.data_ptr<float>();
   float* to = sum.data_ptr<float>();
   const int64_t count = sum.numel();
-  for (int64_t i = 0; i < count; i++) to[i] = from[i] + from[count + i];
-  for (int64_t g = 2; g < parts.size(0); g++)
-    for (int64_t i = 0; i < count; i++) to[i] += from[g * count + i];
+  at::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) to[i] = from[i] + from[count + i];
+    for (int64_t g = 2; g < parts.size(0); g++)
+      for (int64_t i = begin; i < end; i++) to[i] += from[g * count + i];
+  });
   return sum;
 }
 
@@ -198,9 +200,11 @@ class Backward {
   }
 
   void one_chunk(size_t i, int64_t b, int64_t batch_group, int64_t group, Span steps, Scratch scratch, Carver memory) {
-    const int64_t first = group * group_blocks();
-    for (int64_t block = first; block < std::min(first + group_blocks(), job.blocks.count); block++) {
+    const int64_t first = group * group_blocks(), last = std::min(first + group_blocks(), job.blocks.count) - 1;
+    const Place next_block{0, lanes}, next_chunk{steps.begin ? -CHUNK : 0, (first - last) * lanes};
+    for (int64_t block = first; block <= last; block++) {
       scratch.begun = block > first;
+      scratch.next = block < last ? next_block : next_chunk;
       one_block(i, b, batch_group, block, steps, scratch, memory);
       scratch.carry += states * lanes;
     }
