@@ -18,20 +18,25 @@ struct ConvJob {
     }
   }
   bool reversed(size_t i) const { return i ? !reverse : reverse; }
-  Conv block(size_t i, int64_t b, int64_t block) const {
+  Conv block(size_t i, int64_t b, int64_t block, Place next) const {
     return {x.size(1), taps, x_view.rows(b, block * blocks.lanes, reversed(i)),
-            weights[i].data_ptr<float>() + block * (taps + 1) * blocks.lanes};
+            weights[i].data_ptr<float>() + block * (taps + 1) * blocks.lanes, next};
   }
 };
 
-void conv_forward_block(const ConvJob& job, const Conv& conv, Rows y, int64_t channels) {
-  const int lanes = job.blocks.lanes;
-  if (channels == lanes) return kernels().convolve(conv, y);
-  Carver memory{thread_memory(2 * (conv.length * lanes + 16))};
-  const Conv copy{conv.length, conv.taps, padded(memory, conv.x, {0, conv.length}, channels, lanes), conv.weights};
-  const Rows out = padded(memory, y, {0, conv.length}, channels, lanes);
-  kernels().convolve(copy, out);
-  unpad(out, y, {0, conv.length}, channels);
+// The steps whose rows a chunk touches, `before` and `after` it, too.
+Span around(Span steps, int64_t before, int64_t after, int64_t length) {
+  return {std::max<int64_t>(steps.begin - before, 0), std::min(steps.end + after, length)};
+}
+
+void conv_forward_block(const Conv& conv, Rows y, Span steps, int64_t channels, int lanes) {
+  if (channels == lanes) return kernels().convolve(conv, y, steps);
+  float room[(2 * CHUNK + MOST_TAPS) * 16];
+  Carver memory{room};
+  const Rows x = padded(memory, conv.x, around(steps, conv.taps - 1, 0, conv.length), channels, lanes);
+  const Rows out = padded(memory, y, steps, channels, lanes);
+  kernels().convolve({conv.length, conv.taps, x, conv.weights, {}}, out, steps);
+  unpad(out, y, steps, channels);
 }
 
 variable_list conv_forward(const ConvJob& job, at::ScalarType type) {
@@ -41,26 +46,29 @@ variable_list conv_forward(const ConvJob& job, at::ScalarType type) {
     outputs.push_back(at::empty(job.x.sizes(), job.x.options().memory_format(at::MemoryFormat::Contiguous)));
     views.emplace_back(outputs[i]);
   }
-  at::parallel_for(0, job.x.size(0) * job.blocks.count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; item++)
-      for (size_t i = 0; i < views.size(); i++) {
-        const int64_t b = item / job.blocks.count, block = item % job.blocks.count;
-        const Rows y = views[i].rows(b, block * job.blocks.lanes, job.reversed(i));
-        conv_forward_block(job, job.block(i, b, block), y, job.blocks.width(block));
-      }
+  const int64_t lanes = job.blocks.lanes, length = job.x.size(1);
+  for_runs(job.x.size(0), job.blocks, [&](int64_t b, Span run) {
+    for (size_t i = 0; i < views.size(); i++)
+      for_chunks(length, lanes, run, [&](int64_t block, Span steps, Place next) {
+        const Rows y = views[i].rows(b, block * lanes, job.reversed(i));
+        conv_forward_block(job.block(i, b, block, next), y, steps, job.blocks.width(block), lanes);
+      });
   });
   for (Tensor& y : outputs) y = cast(y, type);
   return outputs;
 }
 
-void conv_backward_block(const Conv& conv, Rows dy, Rows dx, float* dweights, bool add, int64_t channels, int lanes) {
-  if (channels == lanes) return kernels().convolve_backward(conv, dy, dx, dweights, add);
-  Carver memory{thread_memory(3 * (conv.length * lanes + 16))};
-  const auto copy = [&](Rows from) { return padded(memory, from, {0, conv.length}, channels, lanes); };
-  const Conv copied{conv.length, conv.taps, copy(conv.x), conv.weights};
-  const Rows dx_copy = copy(dx);
-  kernels().convolve_backward(copied, copy(dy), dx_copy, dweights, add);
-  unpad(dx_copy, dx, {0, conv.length}, channels);
+void conv_backward_block(const Conv& conv, Rows dy, Rows dx, float* dweights, Span steps, bool add, int64_t channels,
+                         int lanes) {
+  if (channels == lanes) return kernels().convolve_backward(conv, dy, dx, dweights, steps, add);
+  float room[(3 * CHUNK + 3 * MOST_TAPS) * 16];
+  Carver memory{room};
+  const int64_t more = conv.taps - 1;
+  const Rows x = padded(memory, conv.x, around(steps, more, more, conv.length), channels, lanes);
+  const Rows dy_copy = padded(memory, dy, around(steps, 0, more, conv.length), channels, lanes);
+  const Rows dx_copy = padded(memory, dx, steps, channels, lanes);
+  kernels().convolve_backward({conv.length, conv.taps, x, conv.weights, {}}, dy_copy, dx_copy, dweights, steps, add);
+  unpad(dx_copy, dx, steps, channels);
 }
 
 variable_list conv_backward(const ConvJob& job, at::TensorList inputs, at::TensorList dy) {
@@ -75,17 +83,15 @@ variable_list conv_backward(const ConvJob& job, at::TensorList inputs, at::Tenso
     dy_views.emplace_back(dys.back());
     sums.push_back(at::zeros({groups, count, columns, lanes}, job.x.options()));
   }
-  at::parallel_for(0, groups * count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; item++) {
-      const int64_t group = item / count, block = item % count;
-      for (int64_t b = group * batch / groups; b < (group + 1) * batch / groups; b++)
-        for (size_t i = 0; i < sums.size(); i++) {
+  for_runs(groups, job.blocks, [&](int64_t group, Span run) {
+    for (int64_t b = group * batch / groups; b < (group + 1) * batch / groups; b++)
+      for (size_t i = 0; i < sums.size(); i++)
+        for_chunks(job.x.size(1), lanes, run, [&](int64_t block, Span steps, Place next) {
           const auto rows = [&](const View& view) { return view.rows(b, block * lanes, job.reversed(i)); };
-          float* dweights = sums[i].data_ptr<float>() + item * columns * lanes;
-          conv_backward_block(job.block(i, b, block), rows(dy_views[i]), rows(dx_view), dweights, i > 0,
+          float* dweights = sums[i].data_ptr<float>() + (group * count + block) * columns * lanes;
+          conv_backward_block(job.block(i, b, block, next), rows(dy_views[i]), rows(dx_view), dweights, steps, i > 0,
                               job.blocks.width(block), lanes);
-        }
-    }
+        });
   });
   variable_list out{cast(dx, inputs[0].scalar_type())};
   for (size_t i = 0; i < sums.size(); i++) {

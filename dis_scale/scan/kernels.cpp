@@ -119,7 +119,7 @@ INLINE vec silu(vec x) { return x * sigmoid(x); }
 
 // Rows of a wide matrix lie pages apart, where the processor's own prefetching does not follow: while this block of
 // channels computes, the rows of what comes next are fetched. Past the end is fine.
-INLINE void fetch_next(Rows rows, int64_t t, Place next = {0, LANES}) {
+INLINE void fetch(Rows rows, int64_t t, Place next) {
   if (rows.at) __builtin_prefetch(rows[t + next.steps] + next.channels, 0, 2);
 }
 
@@ -132,34 +132,30 @@ INLINE void take_steps(const Scan& s, vec bias, int64_t begin, int64_t end, vec*
 // The states at the beginning of a chunk, but for the first one.
 INLINE float* start_of(const Scan& s, int64_t begin) { return s.starts + (begin / CHUNK - 1) * s.start_stride; }
 
-INLINE int64_t chunk_end(const Scan& s, int64_t begin) { return begin + CHUNK < s.length ? begin + CHUNK : s.length; }
-
 // FIXED is the number of states where the compiler may unroll over it, or 0: any number up to MOST_STATES.
 template <int FIXED>
-static void scan_forward(const Scan& s, Rows out, bool add) {
+static void scan_forward(const Scan& s, Rows out, float* carry, Span steps, bool add) {
   const int N = FIXED ? FIXED : s.states;
   const vec D = load(s.weights + N * LANES), bias = load(s.weights + (N + 1) * LANES);
   vec h[FIXED ? FIXED : MOST_STATES], deltas[CHUNK];
-  for (int n = 0; n < N; n++) h[n] = vec{};
-  for (int64_t begin = 0; begin < s.length; begin += CHUNK) {
-    const int64_t end = chunk_end(s, begin);
-    for (int n = 0; begin && s.starts && n < N; n++) store(start_of(s, begin) + n * LANES, h[n]);
-    take_steps(s, bias, begin, end, deltas);
-    for (int64_t t = begin; t < end; t++) {
-      fetch_next(s.u, t), fetch_next(s.delta, t), fetch_next(s.z, t), fetch_next(out, t);
-      const vec u = load(s.u[t]), delta = deltas[t - begin], delta_u = delta * u;
-      const float *__restrict B = s.B[t], *__restrict C = s.C[t];
-      vec y = D * u;
-      if (add) y += load(out[t]);
+  for (int n = 0; n < N; n++) h[n] = load(carry + n * LANES);
+  for (int n = 0; steps.begin && s.starts && n < N; n++) store(start_of(s, steps.begin) + n * LANES, h[n]);
+  take_steps(s, bias, steps.begin, steps.end, deltas);
+  for (int64_t t = steps.begin; t < steps.end; t++) {
+    fetch(s.u, t, s.next), fetch(s.delta, t, s.next), fetch(s.z, t, s.next), fetch(out, t, s.next);
+    const vec u = load(s.u[t]), delta = deltas[t - steps.begin], delta_u = delta * u;
+    const float *__restrict B = s.B[t], *__restrict C = s.C[t];
+    vec y = D * u;
+    if (add) y += load(out[t]);
 #pragma GCC unroll 16
-      for (int n = 0; n < N; n++) {
-        h[n] = exp2(delta * load(s.weights + n * LANES)) * h[n] + delta_u * B[n];
-        y += h[n] * C[n];
-      }
-      store(out[t], y);
+    for (int n = 0; n < N; n++) {
+      h[n] = exp2(delta * load(s.weights + n * LANES)) * h[n] + delta_u * B[n];
+      y += h[n] * C[n];
     }
-    for (int64_t t = begin; s.z.at && t < end; t++) store(out[t], load(out[t]) * silu(load(s.z[t])));
+    store(out[t], y);
   }
+  for (int64_t t = steps.begin; s.z.at && t < steps.end; t++) store(out[t], load(out[t]) * silu(load(s.z[t])));
+  for (int n = 0; n < N; n++) store(carry + n * LANES, h[n]);
 }
 
 // For each step of a chunk what all its states share: delta, its slope by the raw delta, y's gradient before the gate,
@@ -199,7 +195,7 @@ static void replay(const Scan& s, const Gradients& g, const Scratch& w, int firs
     const vec delta = load(w.delta + row), delta_u = load(w.delta_u + row);
     const float *__restrict B = s.B[t] + first, *__restrict C = s.C[t] + first;
     float *decay = w.decays + row * COUNT, *state = w.states + (row + LANES) * COUNT;
-    fetch_next(next[0], t, w.next), fetch_next(next[1], t, w.next);
+    fetch(next[0], t, s.next), fetch(next[1], t, s.next);
     vec y = GATED && first ? load(w.y + row) : vec{};
 #pragma GCC unroll 4
     for (int i = 0; i < COUNT; i++) {
@@ -280,7 +276,8 @@ INLINE void give_gradients(const Scan& s, const Gradients& g, const Scratch& w, 
 }
 
 // One chunk; the later ones have been done, and left `carry`.
-static void scan_backward(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end, bool add_z) {
+static void scan_backward(const Scan& s, const Gradients& g, const Scratch& w, Span steps, bool add_z) {
+  const auto [begin, end] = steps;
   take_gradients(s, g, w, begin, end);
   int first = 0;
   for (; first + 4 <= s.states; first += 4) there_and_back<4>(s, g, w, first, begin, end);
@@ -304,44 +301,46 @@ static void sum_lanes(const float* from, int64_t stride, float* to, int64_t stat
 }
 
 template <int FIXED>
-static void conv_forward(const Conv& c, Rows y) {
+static void conv_forward(const Conv& c, Rows y, Span steps) {
   const int K = FIXED ? FIXED : c.taps;
   const vec bias = load(c.weights + K * LANES);
   vec past[FIXED ? FIXED : MOST_TAPS];
-  for (int k = 0; k < K; k++) past[k] = vec{};
-  for (int64_t t = 0; t < c.length; t++) {
+  for (int k = 1; k < K; k++) past[k] = steps.begin + k < K ? vec{} : load(c.x[steps.begin + k - K]);
+  for (int64_t t = steps.begin; t < steps.end; t++) {
     vec sum = bias;
     for (int k = 0; k + 1 < K; k++) past[k] = past[k + 1];
     past[K - 1] = load(c.x[t]);
-    fetch_next(c.x, t), fetch_next(y, t);
+    fetch(c.x, t, c.next), fetch(y, t, c.next);
     for (int k = 0; k < K; k++) sum += past[k] * load(c.weights + k * LANES);
     store(y[t], silu(sum));
   }
 }
 
-// dx[t - K + 1] is complete when step t's gradient is known; K - 1 steps past the end bring out the last ones.
+// dx[t - K + 1] is complete when step t's gradient is known: K - 1 steps past the end bring out the last ones.
 template <int FIXED>
-static void conv_backward(const Conv& c, Rows dy, Rows dx, float* dweights, bool add) {
+static void conv_backward(const Conv& c, Rows dy, Rows dx, float* dweights, Span steps, bool add) {
   const int K = FIXED ? FIXED : c.taps;
   const vec bias = load(c.weights + K * LANES);
   vec past[FIXED ? FIXED : MOST_TAPS], dsum[FIXED ? FIXED : MOST_TAPS], dw[(FIXED ? FIXED : MOST_TAPS) + 1];
-  for (int k = 0; k < K; k++) past[k] = dsum[k] = vec{};
+  for (int k = 0; k < K; k++) dsum[k] = vec{};
+  for (int k = 1; k < K; k++) past[k] = steps.begin + k < K ? vec{} : load(c.x[steps.begin + k - K]);
   for (int k = 0; k <= K; k++) dw[k] = load(dweights + k * LANES);
-  for (int64_t t = 0; t < c.length + K - 1; t++) {
-    const bool inside = t < c.length;
+  for (int64_t t = steps.begin; t < steps.end + K - 1; t++) {
     vec sum = bias, gradient = {};
     for (int k = 0; k + 1 < K; k++) past[k] = past[k + 1], dsum[k] = dsum[k + 1];
-    past[K - 1] = inside ? load(c.x[t]) : vec{};
-    if (inside) {
-      fetch_next(c.x, t), fetch_next(dy, t), fetch_next(dx, t);
+    if (t < c.length) {
+      past[K - 1] = load(c.x[t]);
+      fetch(c.x, t, c.next), fetch(dy, t, c.next), fetch(dx, t, c.next);
       for (int k = 0; k < K; k++) sum += past[k] * load(c.weights + k * LANES);
       const vec gate = sigmoid(sum);
       gradient = load(dy[t]) * gate * (1.0f + sum * (1.0f - gate));
     }
     dsum[K - 1] = gradient;
-    for (int k = 0; k < K; k++) dw[k] += gradient * past[k];
-    dw[K] += gradient;
-    if (t < K - 1) continue;
+    if (t < steps.end) {  // what comes after is the next chunk's
+      for (int k = 0; k < K; k++) dw[k] += gradient * past[k];
+      dw[K] += gradient;
+    }
+    if (t < steps.begin + K - 1) continue;
     vec d = {};
     for (int k = 0; k < K; k++) d += dsum[K - 1 - k] * load(c.weights + k * LANES);
     float* out = dx[t - K + 1];
@@ -350,14 +349,16 @@ static void conv_backward(const Conv& c, Rows dy, Rows dx, float* dweights, bool
   for (int k = 0; k <= K; k++) store(dweights + k * LANES, dw[k]);
 }
 
-static void forward(const Scan& s, Rows y, bool add) {
-  s.states == 16 ? scan_forward<16>(s, y, add) : scan_forward<0>(s, y, add);
+static void forward(const Scan& s, Rows y, float* h, Span steps, bool add) {
+  s.states == 16 ? scan_forward<16>(s, y, h, steps, add) : scan_forward<0>(s, y, h, steps, add);
 }
 
-static void convolve(const Conv& c, Rows y) { c.taps == 4 ? conv_forward<4>(c, y) : conv_forward<0>(c, y); }
+static void convolve(const Conv& c, Rows y, Span steps) {
+  c.taps == 4 ? conv_forward<4>(c, y, steps) : conv_forward<0>(c, y, steps);
+}
 
-static void convolve_backward(const Conv& c, Rows dy, Rows dx, float* dweights, bool add) {
-  c.taps == 4 ? conv_backward<4>(c, dy, dx, dweights, add) : conv_backward<0>(c, dy, dx, dweights, add);
+static void convolve_backward(const Conv& c, Rows dy, Rows dx, float* dweights, Span steps, bool add) {
+  c.taps == 4 ? conv_backward<4>(c, dy, dx, dweights, steps, add) : conv_backward<0>(c, dy, dx, dweights, steps, add);
 }
 
 static const Kernels kernels = {NAME, LANES, forward, scan_backward, sum_lanes, convolve, convolve_backward};

@@ -59,10 +59,6 @@ struct View {  // a (batch, length, channels) tensor as float rows
 
 // Odd widths: the last block of channels is worked on in padded copies.
 
-struct Span {  // steps
-  int64_t begin, end;
-};
-
 Rows padded(Carver& memory, Rows from, Span steps, int64_t channels, int lanes) {
   if (!from.at) return {};
   const Rows to{memory.take((steps.end - steps.begin) * lanes) - steps.begin * lanes, lanes};
@@ -84,6 +80,30 @@ struct Blocks {
       : channels(channels), lanes(kernels().lanes), count((channels + lanes - 1) / lanes) {}
   int64_t width(int64_t block) const { return std::min(lanes, channels - block * lanes); }
 };
+
+// work(row, blocks) by all threads, for runs of neighbouring blocks of each row.
+template <typename Work>
+void for_runs(int64_t rows, const Blocks& blocks, const Work& work) {
+  at::parallel_for(0, rows * blocks.count, 1, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t first = begin % blocks.count, last = std::min(first + end - begin, blocks.count);
+      work(begin / blocks.count, Span{first, last});
+      begin += last - first;
+    }
+  });
+}
+
+// A run goes chunk by chunk, and within a chunk block by block: what has been fetched meanwhile is still in the second
+// cache when its turn comes, and its pages in the table of addresses, however long the sequence.
+// work(block, steps, what to fetch meanwhile)
+template <typename Work>
+void for_chunks(int64_t length, int64_t lanes, Span run, const Work& work) {
+  for (int64_t begin = 0; begin < length; begin += CHUNK)
+    for (int64_t block = run.begin; block < run.end; block++) {
+      const Place next_chunk{begin + CHUNK < length ? CHUNK : 0, (run.begin - block) * lanes};
+      work(block, Span{begin, std::min(begin + CHUNK, length)}, block + 1 < run.end ? Place{0, lanes} : next_chunk);
+    }
+}
 
 // Parameters become vectors over a block's channels, padded by zeros: (blocks, columns, lanes). Writes `scale`
 // times the columns of matrix_EK, from column `first` on.

@@ -40,12 +40,17 @@ struct Place {  // from here
   int64_t steps, channels;
 };
 
+struct Span {  // steps
+  int64_t begin, end;
+};
+
 struct Scan {  // one direction of one batch row and one block of channels
   int64_t length, states;
   Rows u, delta, B, C, z;  // z.at is null where another direction applies the gate, or nobody
   const float* weights;    // vectors over the block's channels: A / ln 2 for each state, D, delta's bias
   float* starts;           // states at the beginning of the second chunk; null where no gradient is wanted
   int64_t start_stride;    // from there to the next chunk's
+  Place next;              // what to fetch meanwhile
 };
 
 struct Gradients {  // of the same block; y is read, u and delta written, the rest added to
@@ -58,7 +63,6 @@ struct Scratch {  // a thread's own memory
   float *delta, *delta_u, *slope, *dy, *dz, *y, *d_delta_u, *d_delta;  // for each step of a chunk
   float *dB, *dC;  // for four states and each step of a chunk, folded over lanes and summed over a group's blocks
   bool begun;      // whether an earlier block of the group has left such sums
-  Place next;      // what to fetch meanwhile
   float* carry;    // for each block of a group, what the later chunks send to its states
 };
 
@@ -66,16 +70,17 @@ struct Conv {
   int64_t length, taps;
   Rows x;
   const float* weights;  // vectors over the block's channels: one for each tap, then the bias
+  Place next;            // what to fetch meanwhile
 };
 
 struct Kernels {
   const char* name;
   int lanes;
-  void (*forward)(const Scan&, Rows y, bool add);
-  void (*backward)(const Scan&, const Gradients&, const Scratch&, int64_t begin, int64_t end, bool add_z);
+  void (*forward)(const Scan&, Rows y, float* h, Span steps, bool add);
+  void (*backward)(const Scan&, const Gradients&, const Scratch&, Span steps, bool add_z);
   void (*sum_lanes)(const float* from, int64_t stride, float* to, int64_t states);
-  void (*convolve)(const Conv&, Rows y);
-  void (*convolve_backward)(const Conv&, Rows dy, Rows dx, float* dweights, bool add);
+  void (*convolve)(const Conv&, Rows y, Span steps);
+  void (*convolve_backward)(const Conv&, Rows dy, Rows dx, float* dweights, Span steps, bool add);
 };
 
 namespace plain {

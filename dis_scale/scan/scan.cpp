@@ -24,7 +24,7 @@ struct Direction {
     pack(inputs[6], 1.0f, blocks, states + 2, states + 1, weights.data_ptr<float>());
   }
 
-  Scan block(int64_t b, int64_t block, const Blocks& blocks, const View& z) const {
+  Scan block(int64_t b, int64_t block, const Blocks& blocks, const View& z, Place next) const {
     const int64_t channel = block * blocks.lanes;
     return {u.size(1),
             B.size(2),
@@ -35,7 +35,8 @@ struct Direction {
             z.rows(b, channel, reverse),
             weights.data_ptr<float>() + block * (B.size(2) + 2) * blocks.lanes,
             starts.defined() ? starts.data_ptr<float>() + b * starts.stride(0) + block * starts.stride(2) : nullptr,
-            starts.defined() ? starts.stride(1) : 0};
+            starts.defined() ? starts.stride(1) : 0,
+            next};
   }
 };
 
@@ -67,32 +68,34 @@ void pad(Carver& memory, Scan& s, Span steps, int64_t channels, int lanes) {
   s.z = padded(memory, s.z, steps, channels, lanes);
 }
 
-void forward_block(const Job& job, const View& y, int64_t b, int64_t block) {
-  const int lanes = kernels().lanes;
-  const int64_t channels = job.blocks.width(block), last = job.directions.size() - 1;
-  for (int64_t i = 0; i <= last; i++) {
-    const Direction& direction = job.directions[i];
-    Scan scan = direction.block(b, block, job.blocks, i == last ? job.z_view : View());
-    const Rows out = y.rows(b, block * lanes, direction.reverse);
-    if (channels == lanes) {
-      kernels().forward(scan, out, i > 0);
-      continue;
-    }
-    Carver memory{thread_memory(4 * (scan.length * lanes + 16))};
-    const Span all{0, scan.length};
-    pad(memory, scan, all, channels, lanes);
-    const Rows copy = padded(memory, out, all, channels, lanes);
-    kernels().forward(scan, copy, i > 0);
-    unpad(copy, out, all, channels);
-  }
+void forward_block(const Job& job, size_t i, const View& y, int64_t b, int64_t block, float* h, Span steps, Place next) {
+  const int lanes = job.blocks.lanes;
+  const int64_t channels = job.blocks.width(block);
+  const Direction& direction = job.directions[i];
+  Scan scan = direction.block(b, block, job.blocks, i + 1 == job.directions.size() ? job.z_view : View(), next);
+  const Rows out = y.rows(b, block * lanes, direction.reverse);
+  if (channels == lanes) return kernels().forward(scan, out, h, steps, i > 0);
+  float room[4 * CHUNK * 16];
+  Carver memory{room};
+  pad(memory, scan, steps, channels, lanes);
+  const Rows copy = padded(memory, out, steps, channels, lanes);
+  kernels().forward(scan, copy, h, steps, i > 0);
+  unpad(copy, out, steps, channels);
 }
 
 Tensor scan_forward(const Job& job) {
   const Tensor& u = job.directions[0].u;
   Tensor y = at::empty(u.sizes(), u.options().memory_format(at::MemoryFormat::Contiguous));
   const View view(y);
-  at::parallel_for(0, job.batch() * job.blocks.count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) forward_block(job, view, i / job.blocks.count, i % job.blocks.count);
+  const int64_t lanes = job.blocks.lanes, states = job.states() * lanes;
+  for_runs(job.batch(), job.blocks, [&](int64_t b, Span run) {
+    float* h = thread_memory((run.end - run.begin) * states);
+    for (size_t i = 0; i < job.directions.size(); i++) {
+      std::fill_n(h, (run.end - run.begin) * states, 0.0f);
+      for_chunks(job.length(), lanes, run, [&](int64_t block, Span steps, Place next) {
+        forward_block(job, i, view, b, block, h + (block - run.begin) * states, steps, next);
+      });
+    }
   });
   return y;
 }
@@ -204,8 +207,7 @@ class Backward {
     const Place next_block{0, lanes}, next_chunk{steps.begin ? -CHUNK : 0, (first - last) * lanes};
     for (int64_t block = first; block <= last; block++) {
       scratch.begun = block > first;
-      scratch.next = block < last ? next_block : next_chunk;
-      one_block(i, b, batch_group, block, steps, scratch, memory);
+      one_block(i, b, batch_group, block, steps, scratch, memory, block < last ? next_block : next_chunk);
       scratch.carry += states * lanes;
     }
     const int64_t matrix = (group * job.batch() + b) * length * states;
@@ -214,19 +216,19 @@ class Backward {
   }
 
   void one_block(size_t i, int64_t b, int64_t batch_group, int64_t block, Span steps, const Scratch& scratch,
-                 Carver memory) {
+                 Carver memory, Place next) {
     const Direction& direction = job.directions[i];
-    Scan scan = direction.block(b, block, job.blocks, job.z_view);
+    Scan scan = direction.block(b, block, job.blocks, job.z_view, next);
     const int64_t channel = block * lanes, channels = job.blocks.width(block), columns = states + 2;
     const auto rows = [&](const View& view) { return view.rows(b, channel, direction.reverse); };
     const Gradients out{rows(dy_view), rows(sums[i].du_view), rows(sums[i].ddelta_view), rows(dz_view),
                         sums[i].dweights.data_ptr<float>() +
                             (batch_group * job.blocks.count + block) * columns * lanes};
-    if (channels == lanes) return kernels().backward(scan, out, scratch, steps.begin, steps.end, i > 0);
+    if (channels == lanes) return kernels().backward(scan, out, scratch, steps, i > 0);
     pad(memory, scan, steps, channels, lanes);
     const auto copy = [&](Rows from) { return padded(memory, from, steps, channels, lanes); };
     const Gradients copies{copy(out.y), copy(out.u), copy(out.delta), copy(out.z), out.weights};
-    kernels().backward(scan, copies, scratch, steps.begin, steps.end, i > 0);
+    kernels().backward(scan, copies, scratch, steps, i > 0);
     unpad(copies.u, out.u, steps, channels);
     unpad(copies.delta, out.delta, steps, channels);
     unpad(copies.z, out.z, steps, channels);
