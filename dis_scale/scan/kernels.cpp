@@ -46,7 +46,7 @@ struct Roots {
 };
 alignas(64) static constexpr Roots ROOTS;
 
-// 2^x for x below 128: x is cut into a multiple of 1/16, of which a table knows the fraction's power, and a rest f of at
+// 2^x: x is cut into a multiple of 1/16, of which a table knows the fraction's power, and a rest f of at
 // most 1/32. SCALE 2^f is f^3 + 4.33 f^2 + 12.49 f + SCALE, but for 2.5e-9: 1.5e-7 relative in all, exactly 1 at 0 and
 // near it true to 1.2e-7 of the distance from 1, which is what a slow decay adds up. A leading coefficient of 1 costs an
 // addition in place of a multiplication, and multiplications set the speed: a table of two registers would, too, since
@@ -62,20 +62,20 @@ INLINE vec exp2(vec x) {
 
 #else
 
-// The second where one is NaN.
-INLINE vec maximum(vec x, vec y) {
+// The third where it is NaN.
+INLINE vec clamp(vec least, vec most, vec x) {
 #if LANES == 8
-  return (vec)_mm256_max_ps((__m256)x, (__m256)y);
+  return (vec)_mm256_max_ps((__m256)least, _mm256_min_ps((__m256)most, (__m256)x));
 #else
-  return x > y ? x : y;
+  return x < least ? least : x > most ? most : x;
 #endif
 }
 
-// 2^x for x below 128; results under 2^-125 become 2^-125. A minimax polynomial of 2^f - 1 on [-1/2, 1/2] without a
-// constant term: 9.2e-8 relative, and exactly 1 at 0, as above. NaN stays NaN.
+// 2^x; results beyond 2^-125 and 2^126 become these. A minimax polynomial of 2^f - 1 on [-1/2, 1/2] without a constant
+// term: 9.2e-8 relative, and exactly 1 at 0, as above. NaN stays NaN.
 INLINE vec exp2(vec x) {
-  const vec least = splat(-125.0f), shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  x = maximum(least, x);
+  const vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  x = clamp(splat(-125.0f), splat(126.0f), x);
   const vec rounded = x + shift, f = x - (rounded - shift);
   vec p = f * 0.001326472731307149f + 0.009671512991189957f;
   p = p * f + 0.05550733581185341f;

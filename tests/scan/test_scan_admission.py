@@ -17,12 +17,13 @@ ISAS = ["plain", "avx2", "avx512"]
 # most half a unit in the last place: 2^-8 and 2^-11 relative, and nothing is larger than the largest.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8 + 1e-5, torch.float16: 2**-11 + 1e-5}
 
-# B, L, E, N: around a chunk's 64 steps, a vector's 4, 8 and 16 channels, a group's 192; long ones narrow for the loop.
+# B, L, E, N: around a chunk's 86 steps, a vector's 4, 8 and 16 channels, a group's 192; long ones narrow for the loop.
 SIZES = [
     (1, 1, 1, 1),
     (2, 1, 16, 16),
     (2, 63, 33, 16),
     (3, 66, 21, 5),
+    (1, 87, 5, 3),
     (2, 258, 17, 16),
     (1, 1000, 3, 4),
     (1, 1026, 16, 16),
@@ -173,6 +174,21 @@ def test_native_gives_the_bits_of_contiguous_tensors_for_views(call: str) -> Non
 def test_every_instruction_set(isa: str, call: str, sizes: tuple[int, int, int, int]) -> None:
     assert native.use_instruction_set(isa) == isa
     admit(call, sizes, torch.float32, outputs_and_gradients(call, draw(sizes), "native"))
+
+
+def test_every_instruction_set_keeps_its_gates_at_the_extremes(isa: str) -> None:
+    """SiLU of inputs from where it is the input to where it is nothing, its exponential far out of range on the way."""
+    sizes = (1, 9, 17, 4)
+    got, expected = draw(sizes), draw(sizes)
+    for tensors in (got, expected):
+        with torch.no_grad():
+            for x in (tensors[0], tensors[14]):
+                x[0] = torch.tensor([-1e4, -300, -128, -100, 0, 88, 100, 300, 1e4])[:, None]
+    for call in ("two-way scan", "conv", "two-way conv"):
+        for y, loops in zip(CALLS[call](got, "native"), CALLS[call](expected, "reference"), strict=True):
+            torch.testing.assert_close(y, loops, rtol=1e-4, atol=1e-25)
+    gated = outputs_and_gradients("two-way scan", [*draw(sizes)[:14], got[14]], "native")
+    assert all(x.isfinite().all() for x in gated)
 
 
 @pytest.mark.parametrize("call", CALLS)
