@@ -105,17 +105,29 @@ INLINE vec log1p(vec t) {
   return p * t;
 }
 
-INLINE vec softplus(vec x) { return positive(x) + log1p(exp2(magnitude(x) * -LOG2E)); }
+struct Softplus {
+  vec value, slope;
+};
 
-// With e = exp(-|x|), which softplus needs, too.
-INLINE vec sigmoid(vec x, vec e) {
-  const vec small = e / (e + 1.0f);
-  return x < 0.0f ? small : 1.0f - small;
+INLINE Softplus softplus_and_slope(vec x) {
+  const vec e = exp2(magnitude(x) * -LOG2E);
+  return {positive(x) + log1p(e), (x < 0.0f ? e : splat(1.0f)) / (1.0f + e)};
 }
+
+INLINE vec softplus(vec x) { return softplus_and_slope(x).value; }
 
 INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exp2(x * -LOG2E)); }
 
 INLINE vec silu(vec x) { return x * sigmoid(x); }
+
+struct Silu {
+  vec value, slope;
+};
+
+INLINE Silu silu_and_slope(vec x) {
+  const vec gate = sigmoid(x);
+  return {x * gate, gate * (1.0f + x * (1.0f - gate))};
+}
 
 // Rows of a wide matrix lie pages apart, where the processor's own prefetching does not follow: while this block of
 // channels computes, the rows of what comes next are fetched. Past the end is fine.
@@ -123,10 +135,17 @@ INLINE void fetch(Rows rows, int64_t t, Place next) {
   if (rows.at) __builtin_prefetch(rows[t + next.steps] + next.channels, 0, 2);
 }
 
-// What needs no state goes first, a chunk at a time: its long chains of dependent operations overlap there, while in
-// the recurrence each step would wait for them.
-INLINE void take_steps(const Scan& s, vec bias, int64_t begin, int64_t end, vec* delta) {
-  for (int64_t t = begin; t < end; t++) delta[t - begin] = softplus(load(s.delta[t]) + bias);
+// give(t, f(take(t))) for each step, four side by side: a processor looks ahead no further than one or two of f's long
+// chains of dependent operations. So what needs no state goes first, a chunk at a time.
+template <typename Take, typename F, typename Give>
+INLINE void map(int64_t begin, int64_t end, Take take, F f, Give give) {
+  int64_t t = begin;
+  for (; t + 4 <= end; t += 4) {
+    const auto x0 = take(t), x1 = take(t + 1), x2 = take(t + 2), x3 = take(t + 3);
+    const auto y0 = f(x0), y1 = f(x1), y2 = f(x2), y3 = f(x3);
+    give(t, y0), give(t + 1, y1), give(t + 2, y2), give(t + 3, y3);
+  }
+  for (; t < end; t++) give(t, f(take(t)));
 }
 
 // The states at the beginning of a chunk, but for the first one.
@@ -140,7 +159,8 @@ static void scan_forward(const Scan& s, Rows out, float* carry, Span steps, bool
   vec h[FIXED ? FIXED : MOST_STATES], deltas[CHUNK];
   for (int n = 0; n < N; n++) h[n] = load(carry + n * LANES);
   for (int n = 0; steps.begin && s.starts && n < N; n++) store(start_of(s, steps.begin) + n * LANES, h[n]);
-  take_steps(s, bias, steps.begin, steps.end, deltas);
+  map(steps.begin, steps.end, [&](int64_t t) { return load(s.delta[t]) + bias; }, softplus,
+      [&](int64_t t, vec delta) { deltas[t - steps.begin] = delta; });
   for (int64_t t = steps.begin; t < steps.end; t++) {
     fetch(s.u, t, s.next), fetch(s.delta, t, s.next), fetch(s.z, t, s.next), fetch(out, t, s.next);
     const vec u = load(s.u[t]), delta = deltas[t - steps.begin], delta_u = delta * u;
@@ -154,7 +174,9 @@ static void scan_forward(const Scan& s, Rows out, float* carry, Span steps, bool
     }
     store(out[t], y);
   }
-  for (int64_t t = steps.begin; s.z.at && t < steps.end; t++) store(out[t], load(out[t]) * silu(load(s.z[t])));
+  if (s.z.at)
+    map(steps.begin, steps.end, [&](int64_t t) { return load(s.z[t]); }, silu,
+        [&](int64_t t, vec gate) { store(out[t], load(out[t]) * gate); });
   for (int n = 0; n < N; n++) store(carry + n * LANES, h[n]);
 }
 
@@ -162,19 +184,21 @@ static void scan_forward(const Scan& s, Rows out, float* carry, Span steps, bool
 // and what times y is z's.
 INLINE void take_gradients(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end) {
   const vec bias = load(s.weights + (s.states + 1) * LANES);
-  for (int64_t t = begin; t < end; t++) {
-    const int64_t row = (t - begin) * LANES;
-    const vec raw = load(s.delta[t]) + bias, e = exp2(magnitude(raw) * -LOG2E), dy = load(g.y[t]);
-    const vec delta = positive(raw) + log1p(e);
-    store(w.delta + row, delta);
-    store(w.delta_u + row, delta * load(s.u[t]));
-    store(w.slope + row, sigmoid(raw, e));
-    store(w.dy + row, dy);
-    if (!s.z.at) continue;
-    const vec z = load(s.z[t]), gate = sigmoid(z);
-    store(w.dz + row, dy * gate * (1.0f + z * (1.0f - gate)));
-    store(w.dy + row, dy * z * gate);
-  }
+  map(begin, end, [&](int64_t t) { return load(s.delta[t]) + bias; }, softplus_and_slope,
+      [&](int64_t t, Softplus delta) {
+        const int64_t row = (t - begin) * LANES;
+        store(w.delta + row, delta.value);
+        store(w.delta_u + row, delta.value * load(s.u[t]));
+        store(w.slope + row, delta.slope);
+        if (!s.z.at) store(w.dy + row, load(g.y[t]));
+      });
+  if (s.z.at)
+    map(begin, end, [&](int64_t t) { return load(s.z[t]); }, silu_and_slope, [&](int64_t t, Silu gate) {
+      const int64_t row = (t - begin) * LANES;
+      const vec dy = load(g.y[t]);
+      store(w.dz + row, dy * gate.slope);
+      store(w.dy + row, dy * gate.value);
+    });
 }
 
 // A chunk's decays and states once more, forwards, for COUNT states from `first` on: few enough for a core's first
@@ -300,51 +324,54 @@ static void sum_lanes(const float* from, int64_t stride, float* to, int64_t stat
   }
 }
 
+// The convolution at steps from `begin` on, before SiLU.
 template <int FIXED>
-static void conv_forward(const Conv& c, Rows y, Span steps) {
+INLINE void sums_of_taps(const Conv& c, int64_t begin, int64_t end, float* sums) {
   const int K = FIXED ? FIXED : c.taps;
   const vec bias = load(c.weights + K * LANES);
   vec past[FIXED ? FIXED : MOST_TAPS];
-  for (int k = 1; k < K; k++) past[k] = steps.begin + k < K ? vec{} : load(c.x[steps.begin + k - K]);
-  for (int64_t t = steps.begin; t < steps.end; t++) {
+  for (int k = 1; k < K; k++) past[k] = begin + k < K ? vec{} : load(c.x[begin + k - K]);
+  for (int64_t t = begin; t < end; t++) {
     vec sum = bias;
     for (int k = 0; k + 1 < K; k++) past[k] = past[k + 1];
     past[K - 1] = load(c.x[t]);
-    fetch(c.x, t, c.next), fetch(y, t, c.next);
+    fetch(c.x, t, c.next);
     for (int k = 0; k < K; k++) sum += past[k] * load(c.weights + k * LANES);
-    store(y[t], silu(sum));
+    store(sums + (t - begin) * LANES, sum);
   }
 }
 
-// dx[t - K + 1] is complete when step t's gradient is known: K - 1 steps past the end bring out the last ones.
+template <int FIXED>
+static void conv_forward(const Conv& c, Rows y, Span steps) {
+  float sums[CHUNK * LANES];
+  sums_of_taps<FIXED>(c, steps.begin, steps.end, sums);
+  map(steps.begin, steps.end, [&](int64_t t) { return load(sums + (t - steps.begin) * LANES); }, silu,
+      [&](int64_t t, vec out) { fetch(y, t, c.next), store(y[t], out); });
+}
+
+// dx of a step needs the gradients of the K - 1 steps after it, too.
 template <int FIXED>
 static void conv_backward(const Conv& c, Rows dy, Rows dx, float* dweights, Span steps, bool add) {
   const int K = FIXED ? FIXED : c.taps;
-  const vec bias = load(c.weights + K * LANES);
-  vec past[FIXED ? FIXED : MOST_TAPS], dsum[FIXED ? FIXED : MOST_TAPS], dw[(FIXED ? FIXED : MOST_TAPS) + 1];
-  for (int k = 0; k < K; k++) dsum[k] = vec{};
-  for (int k = 1; k < K; k++) past[k] = steps.begin + k < K ? vec{} : load(c.x[steps.begin + k - K]);
+  const int64_t begin = steps.begin, last = steps.end + K - 1, end = last < c.length ? last : c.length;
+  float gradients[(CHUNK + MOST_TAPS) * LANES];
+  const auto gradient = [&](int64_t t) { return gradients + (t - begin) * LANES; };
+  sums_of_taps<FIXED>(c, begin, end, gradients);
+  map(begin, end, [&](int64_t t) { return load(gradient(t)); }, [](vec sum) { return silu_and_slope(sum).slope; },
+      [&](int64_t t, vec slope) { fetch(dy, t, c.next), store(gradient(t), load(dy[t]) * slope); });
+  for (int64_t t = end; t < last; t++) store(gradient(t), vec{});
+  vec dw[(FIXED ? FIXED : MOST_TAPS) + 1];
   for (int k = 0; k <= K; k++) dw[k] = load(dweights + k * LANES);
-  for (int64_t t = steps.begin; t < steps.end + K - 1; t++) {
-    vec sum = bias, gradient = {};
-    for (int k = 0; k + 1 < K; k++) past[k] = past[k + 1], dsum[k] = dsum[k + 1];
-    if (t < c.length) {
-      past[K - 1] = load(c.x[t]);
-      fetch(c.x, t, c.next), fetch(dy, t, c.next), fetch(dx, t, c.next);
-      for (int k = 0; k < K; k++) sum += past[k] * load(c.weights + k * LANES);
-      const vec gate = sigmoid(sum);
-      gradient = load(dy[t]) * gate * (1.0f + sum * (1.0f - gate));
-    }
-    dsum[K - 1] = gradient;
-    if (t < steps.end) {  // what comes after is the next chunk's
-      for (int k = 0; k < K; k++) dw[k] += gradient * past[k];
-      dw[K] += gradient;
-    }
-    if (t < steps.begin + K - 1) continue;
+  for (int64_t t = begin; t < steps.end; t++) {
+    const vec here = load(gradient(t));
     vec d = {};
-    for (int k = 0; k < K; k++) d += dsum[K - 1 - k] * load(c.weights + k * LANES);
-    float* out = dx[t - K + 1];
-    store(out, add ? load(out) + d : d);
+    fetch(dx, t, c.next);
+    for (int k = 0; k < K; k++) {
+      if (t + k >= K - 1) dw[k] += here * load(c.x[t + k - K + 1]);
+      d += load(gradient(t + K - 1 - k)) * load(c.weights + k * LANES);
+    }
+    dw[K] += here;
+    store(dx[t], add ? load(dx[t]) + d : d);
   }
   for (int k = 0; k <= K; k++) store(dweights + k * LANES, dw[k]);
 }
