@@ -1,4 +1,4 @@
-"""The Triton backend for NVIDIA GPUs: the two-way scan and the two-way convolution, each one kernel a pass.
+"""The Triton backend for NVIDIA GPUs: the two-way scan and the two-way convolution.
 
 Takes float16, bfloat16 and float32 (float64 is refused), holds the state in float32, rounds outputs once. The last axis of
 an input must be contiguous and its batch rows evenly spaced, as in chunks and splits of a product; anything else costs a
@@ -6,17 +6,19 @@ copy. Nothing is added atomically: gradients of B and C are summed over groups o
 batch rows, in a buffer first; results are the same bits at each run. `TRITON_INTERPRET=1`, set before Triton is imported,
 runs all of it on the CPU, slowly.
 
-The two directions of a channel go towards each other in one loop: where the second to come to a step finds the first's
-output, it adds, gates and writes, so that z is read once and nothing is flipped. The backward pass goes through each
-direction alone, from states that the forward pass kept; convolved values are computed again.
+A scan is a kernel a direction; the first leaves its output to the second in float32, which adds, gates and writes, so that
+nothing is flipped. Of the forward pass only the inputs are kept. The backward pass scans once more and leaves the states of
+every 16th step where the gradients of u and delta will be written, so that it needs next to no memory of its own; then it
+goes back through each direction alone. y's gradient before the gate is computed again for each: to keep it for the second
+would move as many bytes as to read z and dy again. Convolved values are computed again, too.
 
-Axes: B batch, L time, E channels, N states, W taps of the convolution, K chunks. Read next: triton_kernels.py.
+Axes: B batch, L time, E channels, N states, W taps of the convolution, G groups of channels. Read next: triton_kernels.py.
 """
 
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,9 +30,11 @@ from dis_scale.scan import triton_kernels as kernels
 from dis_scale.scan.backend import Backend, Direction
 
 LANES = 32
-"""Channels a program: one a thread of one warp. So a thread reads back what it wrote itself, and sums need no barrier."""
-CHUNK = 12
-"""Steps between the states that the forward pass keeps; the backward pass holds as many in registers."""
+"""Channels a warp: one a thread. So a thread reads back what it wrote itself."""
+WARPS = 4
+"""Warps of a scan's program, whose parts of the gradients of B and C are summed before they leave it."""
+CHUNK = LANES // 2
+"""Steps between the states that are kept, as many as stand in registers: each has a lane for B's gradient and one for C's."""
 ROWS = 4
 """Steps of the convolution at a time."""
 
@@ -51,102 +55,125 @@ def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: An
         kernel[grid](*arguments, **constants)
 
 
+def _grid(x_BLE: Tensor, channels: int, *more: int) -> tuple[int, ...]:
+    return triton.cdiv(x_BLE.shape[2], channels), x_BLE.shape[0], *more
+
+
 class _Operands:
-    """One direction as the kernels take it: pointers, and the distances of their rows."""
+    """One direction as the kernels take it."""
 
-    def __init__(self, direction: Direction):
+    def __init__(self, direction: Direction, reverse: bool):
         u, delta, A, B, C, D, bias = direction
-        self.u, self.delta, self.B, self.C = (_rows(x) for x in (u, delta, B, C))
-        self.A = (A.float() / math.log(2)).t().contiguous()
-        self.D, self.bias = D.contiguous(), bias.contiguous()
+        self.u, self.delta, self.reverse = _rows(u), _rows(delta), reverse
+        A_NE = (A.float() / math.log(2)).t().contiguous()
+        self.pointers = self.u, self.delta, A_NE, self._by_state(B, C), D.contiguous(), bias.contiguous()
 
-    def pointers(self) -> tuple[Tensor, ...]:
-        return self.u, self.delta, self.A, self.B, self.C, self.D, self.bias
+    def _steps(self) -> slice:
+        """Where the sequence lies in a whole number of chunks: at the beginning, or reversed at the end."""
+        L = self.u.shape[1]
+        return slice(-L, None) if self.reverse else slice(L)
 
-    def distances(self) -> tuple[int, ...]:
-        return tuple(x.stride(1) for x in (self.u, self.delta, self.B, self.C))
+    def _by_state(self, B: Tensor, C: Tensor) -> Tensor:
+        """(B, 2, N, L): each state's B and C in float32, step beside step, with zeros up to a whole number of chunks."""
+        batch, L, N = B.shape
+        both = B.new_zeros(batch, 2, N, triton.cdiv(L, CHUNK) * CHUNK, dtype=torch.float32)
+        for i, x in enumerate((B, C)):
+            both[:, i, :, self._steps()] = x.transpose(1, 2)
+        return both
 
-    def arguments(self) -> tuple[Any, ...]:
-        return *self.pointers(), *self.distances()
+    def from_states(self, both: Tensor) -> list[Tensor]:
+        """Back from there."""
+        return [x[..., self._steps()].transpose(1, 2) for x in both.unbind(1)]
 
-    def starts(self, keep: bool) -> Tensor:
-        """(B, K, N, E): the states at each chunk's beginning, or nothing."""
-        (B, L, E), N = self.u.shape, self.A.shape[0]
-        return self.u.new_empty((B, triton.cdiv(L, CHUNK), N, E) if keep else 0, dtype=torch.float32)
+    def constants(self, z: Tensor, dy: Tensor) -> dict[str, int]:
+        (_, L, E), N = self.u.shape, self.pointers[2].shape[0]
+        named = {"u_row": self.u, "delta_row": self.delta, "z_row": z, "dy_row": dy}
+        rows = {name: x.stride(1) for name, x in named.items()}
+        tile = {"LANES": LANES, "WARPS": WARPS, "CHUNK": CHUNK, "num_warps": WARPS}
+        return {"E": E, "L": L, "N": N, "REVERSE": self.reverse, **rows, **tile}
 
 
-def _grid(x_BLE: Tensor, *more: int) -> tuple[int, ...]:
-    return triton.cdiv(x_BLE.shape[2], LANES), x_BLE.shape[0], *more
+class _Gradients(NamedTuple):
+    """A direction's gradients of u and delta. Until they are written they have room for other things."""
 
+    du: Tensor
+    ddelta: Tensor
 
-def _sizes(operands: _Operands) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """E, L and N; and the kernels' constants."""
-    (_, L, E), N = operands.u.shape, operands.A.shape[0]
-    constants = {"LANES": LANES, "STATES": triton.next_power_of_2(N), "CHUNK": CHUNK, "num_warps": LANES // 32}
-    return (E, L, N), constants
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """For a float32 number a channel and step: one of them, or where they are narrow half of it in each."""
+        for x in self:
+            if x.dtype == torch.float32:
+                return x, x
+        return self.du.view(torch.int16), self.ddelta.view(torch.int16)
+
+    def starts(self, N: int) -> tuple[tuple[Tensor, Tensor], int]:
+        """For the states after each chunk, and how many rows a chunk has: its own, or of a buffer if they are too few."""
+        if N <= CHUNK:
+            return self.halves(), CHUNK
+        B, L, E = self.du.shape
+        buffer = self.du.new_empty(B, triton.cdiv(L, CHUNK), N, E, dtype=torch.float32)
+        return (buffer, buffer), N
 
 
 class _Scan(torch.autograd.Function):
-    """`reverse` is the first direction's; a second one runs against it. z is None or the gate of both.
-
-    Without `keep` nothing is held for a backward pass.
-    """
+    """`reverse` is the first direction's; a second one runs against it. z is None or the gate of both."""
 
     @staticmethod
-    def run(reverse: bool, z: Tensor | None, *inputs: Tensor) -> Tensor:
-        wanted = any(x is not None and x.requires_grad for x in (z, *inputs))
-        return _Scan.apply(reverse, torch.is_grad_enabled() and wanted, z, *inputs)
-
-    @staticmethod
-    def forward(ctx: Any, reverse: bool, keep: bool, z: Tensor | None, *inputs: Tensor) -> Tensor:
-        ways = [_Operands(Direction(*inputs[i : i + 7])) for i in range(0, len(inputs), 7)]
-        first, last, two_way = ways[0], ways[-1], len(ways) == 2
-        starts = [way.starts(keep) for way in ways]
-        out, sums = _fresh(first.u), _fresh(first.u, torch.float32) if two_way else first.u
-        gate = first.u if z is None else _rows(z)
-        sizes, constants = _sizes(first)
-        _launch(
-            kernels.scan_forward, _grid(first.u),
-            *first.arguments(), *last.arguments(), gate, out, sums, starts[0], starts[-1], gate.stride(1), *sizes,
-            REVERSE=reverse, TWO_WAY=two_way, GATED=z is not None, KEEP=keep, **constants,
-        )  # fmt: skip
-        if keep:
-            ctx.reverse, ctx.gated = reverse, z is not None
-            ctx.save_for_backward(*inputs, gate, sums, *starts)
+    def forward(ctx: Any, reverse: bool, z: Tensor | None, *inputs: Tensor) -> Tensor:
+        ways = _ways(reverse, inputs)
+        out, gate = _fresh(ways[0].u), ways[0].u if z is None else _rows(z)
+        sums = _fresh(out, torch.float32) if len(ways) == 2 else out
+        for i, way in enumerate(ways):
+            _launch(
+                kernels.scan_forward, _grid(out, LANES * WARPS), *way.pointers, gate, gate, out, sums, sums, sums, sums,
+                **way.constants(gate, gate), LEAVE=i + 1 < len(ways), JOIN=i > 0, GATED=z is not None,
+                AGAIN=False, ROOM=CHUNK,
+            )  # fmt: skip
+        ctx.reverse = reverse
+        ctx.save_for_backward(z, *inputs)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        *inputs, gate, sums = ctx.saved_tensors[: len(ctx.saved_tensors) // 8 * 7 + 2]
-        starts, dy = ctx.saved_tensors[len(inputs) + 2 :], _rows(dy)
-        dz = _fresh(gate) if ctx.gated else None
+        z, *inputs = ctx.saved_tensors
+        ways, dy, dz = _ways(ctx.reverse, inputs), _rows(dy), None if z is None else _fresh(z)
+        rooms = [_Gradients(_fresh(way.u), _fresh(way.delta)) for way in ways]
         gradients: list[Tensor] = []
-        for i, kept in enumerate(starts):
-            direction = Direction(*inputs[7 * i : 7 * i + 7])
-            gradients += _one_way_gradients(direction, ctx.reverse != bool(i), gate, dy, sums, kept, dz, first=i == 0)
-        return None, None, dz, *gradients
+        z = None if z is None else _rows(z)
+        for i, (way, room) in enumerate(zip(ways, rooms, strict=True)):
+            turn = {"LEAVE": i + 1 < len(ways), "JOIN": i > 0}
+            found = _one_way_gradients(way, z, dy, dz, room, rooms[-1].halves(), turn)
+            gradients += [g.to(x.dtype) for g, x in zip(found, inputs[7 * i : 7 * i + 7], strict=True)]
+        return None, dz, *gradients
+
+
+def _ways(reverse: bool, inputs: Sequence[Tensor]) -> list[_Operands]:
+    starts = range(0, len(inputs), 7)
+    return [_Operands(Direction(*inputs[i : i + 7]), reverse != bool(i)) for i in starts]
 
 
 def _one_way_gradients(
-    direction: Direction, reverse: bool, gate: Tensor, dy: Tensor, sums: Tensor, starts: Tensor,
-    dz: Tensor | None, first: bool,
+    way: _Operands, z: Tensor | None, dy: Tensor, dz: Tensor | None, room: _Gradients, y: tuple[Tensor, Tensor],
+    turn: dict[str, bool],
 ) -> list[Tensor]:  # fmt: skip
-    """A direction's gradients in its order and types; the first direction writes dz, too."""
-    way = _Operands(direction)
-    (B, L, E), N = way.u.shape, way.A.shape[0]
-    sizes, constants = _sizes(way)
-    du, ddelta = _fresh(way.u), _fresh(way.delta)
-    wide = functools.partial(torch.empty, dtype=torch.float32, device=way.u.device)
-    dA, dB, dC, dD, dbias = wide(B, N, E), *(wide(_grid(way.u)[0], B, L, N) for _ in "BC"), wide(B, E), wide(B, E)
+    """A direction's gradients in its order; `y` is where the first one leaves its output to the second, which writes dz."""
+    B, N, E = way.u.shape[0], *way.pointers[2].shape
+    gate, grid = dy if z is None else z, _grid(way.u, LANES * WARPS)
+    starts, rows = room.starts(N)
+    constants = way.constants(gate, dy) | {"GATED": z is not None, "ROOM": rows}
     _launch(
-        kernels.scan_backward, _grid(way.u),
-        *way.arguments(), gate, dy, sums, starts, gate.stride(1), dy.stride(1),
-        du, ddelta, gate if dz is None else dz, dA, dB, dC, dD, dbias, *sizes,
-        REVERSE=reverse, GATED=dz is not None, WRITE_DZ=first, **constants,
+        kernels.scan_forward, grid, *way.pointers, gate, dy, dy if dz is None else dz, *y, *starts,
+        **constants, **turn, AGAIN=True,
     )  # fmt: skip
-    gradients = [du, ddelta, dA.sum(0).t(), dB.sum(0), dC.sum(0), dD.sum(0), dbias.sum(0)]
-    return [g.to(x.dtype) for g, x in zip(gradients, direction, strict=True)]
+    wide = functools.partial(torch.empty, dtype=torch.float32, device=way.u.device)
+    carries, warp_sums, dBC = wide(B, N, E), wide(*grid, N, WARPS * LANES), wide(grid[0], *way.pointers[3].shape)
+    dA, dD, dbias = wide(B, N, E), wide(B, E), wide(B, E)
+    _launch(
+        kernels.scan_backward, grid, *way.pointers, gate, dy, *starts, carries, warp_sums, *room, dA, dBC, dD, dbias,
+        **constants, STATES=triton.next_power_of_2(N),
+    )  # fmt: skip
+    return [*room, dA.sum(0).t(), *way.from_states(dBC.sum(0)), dD.sum(0), dbias.sum(0)]
 
 
 class _Conv(torch.autograd.Function):
@@ -158,7 +185,7 @@ class _Conv(torch.autograd.Function):
         ways = {"BACK": weights[0] is not None, "ON": weights[2] is not None}
         outs = [_fresh(x) if way else None for way in ways.values()]
         _launch(
-            kernels.conv_forward, _grid(x, triton.cdiv(x.shape[1], ROWS)),
+            kernels.conv_forward, _grid(x, LANES, triton.cdiv(x.shape[1], ROWS)),
             x, *pointers, *(x if out is None else out for out in outs), x.stride(1), x.shape[2], x.shape[1],
             **ways, ROWS=ROWS, LANES=LANES, TAPS=pointers[0].shape[1], num_warps=LANES // 32,
         )  # fmt: skip
@@ -175,7 +202,7 @@ class _Conv(torch.autograd.Function):
         taps = pointers[0].shape[1]
         sums = [x.new_empty(x.shape[0], x.shape[2], taps + 1, dtype=torch.float32) for _ in rows]
         _launch(
-            kernels.conv_backward, _grid(x),
+            kernels.conv_backward, _grid(x, LANES),
             x, *pointers, *rows, dx, *sums, x.stride(1), *(dy.stride(1) for dy in rows), x.shape[2], x.shape[1],
             **ctx.ways, ROWS=ROWS, LANES=LANES, TAPS=taps, num_warps=LANES // 32,
         )  # fmt: skip
@@ -204,12 +231,12 @@ def _check(*tensors: Tensor | None) -> None:
 
 def _selective_scan(direction: Direction, reverse: bool) -> Tensor:
     _check(*direction)
-    return _Scan.run(reverse, None, *direction)
+    return _Scan.apply(reverse, None, *direction)
 
 
 def _two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None) -> Tensor:
     _check(*forward, *backward, z_BLE)
-    return _Scan.run(False, z_BLE, *forward, *backward)
+    return _Scan.apply(False, z_BLE, *forward, *backward)
 
 
 def _causal_conv_silu(x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, reverse: bool) -> Tensor:

@@ -1,0 +1,136 @@
+"""What the scan's Triton kernels cost by the count of their instructions: `python -m benchmarks.instructions`. Needs no GPU.
+
+Compiled ahead for sm_90, bf16, L258 E2048 N16, which is DiS-L/2 at 256 pixels. Counted a state, step and warp of 32 channels,
+from the loops of the machine code; a warp's instruction takes a cycle of its scheduler, on the special-function units (MUFU)
+8, and in the load-store unit (LSU), which four schedulers share, 4. The largest of the three is a lower bound of the time, as
+are the bytes over 4.8 TB/s; both are given for B32 on an H200. Latencies are in neither.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dis_scale.scan import triton_kernels as kernels
+from dis_scale.scan.triton import CHUNK, LANES, ROWS, WARPS
+
+B, L, E, N = 32, 258, 2048, 16
+SCHEDULERS, CLOCK_HZ, BYTES_PER_S = 132 * 4, 1.755e9, 4.8e12
+CYCLES = {"MUFU": 8, "LSU": 4}
+UNITS = {"MUFU": "MUFU", **dict.fromkeys(("LDG", "STG", "LDS", "STS", "LDL", "STL", "SHFL"), "LSU")}
+SCAN = {"LANES": LANES, "WARPS": WARPS, "CHUNK": CHUNK, "E": E, "L": L, "N": N, "GATED": True, "ROOM": CHUNK}
+SCAN |= dict.fromkeys(("u_row", "delta_row", "z_row", "dy_row"), 2 * E)
+CONV = {"LANES": LANES, "ROWS": ROWS, "TAPS": 4, "L": L, "BACK": True, "ON": True}
+FLOAT32 = {"A", "BC", "carries", "warp_sums", "dA", "dBC", "dD", "dbias", "sums0", "sums1"}
+
+
+def forward(join: bool, again: bool) -> dict[str, Any]:
+    return SCAN | {"REVERSE": join, "LEAVE": not join, "JOIN": join, "AGAIN": again}
+
+
+KERNELS: dict[str, dict[str, Any]] = {
+    "scan_forward, first": forward(False, False),
+    "scan_forward, second": forward(True, False),
+    "scan_forward, first, again": forward(False, True),
+    "scan_forward, second, again": forward(True, True),
+    "scan_backward": SCAN | {"REVERSE": True, "STATES": N},
+    "conv_forward": CONV,
+    "conv_backward": CONV,
+}
+"""What they are compiled with."""
+BYTES = {
+    "scan_forward, first": 8,  # u, delta; y for the second
+    "scan_forward, second": 12,  # u, delta, z; y of the first, out
+    "scan_forward, first, again": 12,  # u, delta; y; states
+    "scan_forward, second, again": 18,  # u, delta, z, dy; y of the first, dz; states
+    "scan_backward": 36,  # u, delta, z, dy; states, du, ddelta; parts of dB and dC, 128 channels in one; both directions
+}
+"""Read and written, an element of (B, L, E); what is read twice within a chunk comes from a cache."""
+
+
+def compiled(name: str, capability: int, dtype: str) -> Any:
+    """As a launch on DiS-L/2 compiles it: all pointers are multiples of 16 bytes."""
+    kernel, constants = getattr(kernels, name.split(",")[0]), KERNELS[name]
+    halves = "*fp32" if dtype == "fp32" or constants.get("AGAIN") is False else "*i16"
+    signature = {
+        argument: "constexpr"
+        if argument in constants
+        else "i32"
+        if argument == "E" or argument.endswith("_row")
+        else halves
+        if argument.endswith(("high", "low"))
+        else "*fp32"
+        if argument in FLOAT32
+        else f"*{dtype}"
+        for argument in kernel.arg_names
+    }
+    places = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
+    wide = {(i,): [["tt.divisibility", 16]] for i, key in enumerate(kernel.arg_names) if key not in constants}
+    source = ASTSource(kernel, signature=signature, constexprs=places, attrs=wide)
+    warps = constants.get("WARPS", 1)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+
+
+def disassembled(program: Any, *options: str) -> str:
+    tool = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(program.asm["cubin"])
+        cubin.flush()
+        return subprocess.run([tool, *options, cubin.name], capture_output=True, text=True, check=True).stdout
+
+
+class Registers(NamedTuple):
+    used: int
+    spilled_bytes: int
+
+
+def registers(program: Any) -> Registers:
+    """Of a thread."""
+    found = re.search(r"REG:(\d+) STACK:(\d+)", disassembled(program, "-res-usage"))
+    assert found
+    return Registers(int(found[1]), int(found[2]))
+
+
+def counted(program: Any, steps: int) -> dict[str, float]:
+    """Cycles a state, step and warp, all and by unit. The outer loop is over chunks; in the inner one are the `steps` of a
+    state, and of all of them unless it is a whole chunk."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9]+)(.*?);", disassembled(program, "-sass"))
+    code = [(int(at, 16), op, rest) for at, op, rest in lines]
+    targets = [(at, re.search(r"0x([0-9a-f]+)", rest)) for at, op, rest in code if op == "BRA"]
+    loops = [(int(to[1], 16), at) for at, to in targets if to and int(to[1], 16) < at]
+    work = {1: CHUNK * N, 2: steps if steps == CHUNK else steps * N}
+    cycles = {"issued": 0.0, "MUFU": 0.0, "LSU": 0.0}
+    for at, op, _ in code:
+        if depth := sum(begin <= at <= end for begin, end in loops):
+            cycles["issued"] += 1 / work[depth]
+            if unit := UNITS.get(op):
+                cycles[unit] += CYCLES[unit] / work[depth]
+    return cycles
+
+
+def main() -> None:
+    warps, elements = B * L * N * E / LANES, B * L * E
+    table = []
+    for name, moved in BYTES.items():
+        program, directions = compiled(name, 90, "bf16"), 2 if name == "scan_backward" else 1
+        cycles = counted(program, CHUNK if name == "scan_backward" else 4)
+        least_us = 1e6 * max(cycles.values()) * directions * warps / SCHEDULERS / CLOCK_HZ
+        bytes_us = 1e6 * moved * elements / BYTES_PER_S
+        used = registers(program)
+        facts = {"cycles": cycles, "us": least_us, "bytes_an_element": moved, "bytes_us": bytes_us}
+        print(json.dumps({"name": name, **used._asdict(), "shared_bytes": program.metadata.shared} | facts))
+        table.append((name, *used, *cycles.values(), least_us, bytes_us))
+    print(f"\n{'':30} {'registers':>9} {'spilled':>8} {'issued':>8} {'MUFU':>8} {'LSU':>8} {'us':>8} {'bytes us':>8}")
+    for name, count, spilled, *numbers in table:
+        print(f"{name:30} {count:9} {spilled:8}", *(f"{x:8.1f}" for x in numbers))
+    print(f"{'together':75}", *(f"{sum(row[i] for row in table):8.1f}" for i in (6, 7)))
+
+
+if __name__ == "__main__":
+    main()
