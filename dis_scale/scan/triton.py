@@ -142,7 +142,7 @@ class _Scan(torch.autograd.Function):
         gradients: list[Tensor] = []
         z = None if z is None else _rows(z)
         for i, (way, room) in enumerate(zip(ways, rooms, strict=True)):
-            turn = {"LEAVE": i + 1 < len(ways), "JOIN": i > 0}
+            turn = {"LEAVE": dz is not None and i + 1 < len(ways), "JOIN": dz is not None and i > 0}
             found = _one_way_gradients(way, z, dy, dz, room, rooms[-1].halves(), turn)
             gradients += [g.to(x.dtype) for g, x in zip(found, inputs[7 * i : 7 * i + 7], strict=True)]
         return None, dz, *gradients
