@@ -168,12 +168,13 @@ def _one_way_gradients(
     )  # fmt: skip
     wide = functools.partial(torch.empty, dtype=torch.float32, device=way.u.device)
     carries, warp_sums, dBC = wide(B, N, E), wide(*grid, N, WARPS * LANES), wide(grid[0], *way.pointers[3].shape)
-    dA, dD, dbias = wide(B, N, E), wide(B, E), wide(B, E)
+    parameters = wide(B, N + 2, E)
     _launch(
-        kernels.scan_backward, grid, *way.pointers, gate, dy, *starts, carries, warp_sums, *room, dA, dBC, dD, dbias,
+        kernels.scan_backward, grid, *way.pointers, gate, dy, *starts, carries, warp_sums, *room, dBC, parameters,
         **constants, STATES=triton.next_power_of_2(N),
     )  # fmt: skip
-    return [*room, dA.sum(0).t(), *way.from_states(dBC.sum(0)), dD.sum(0), dbias.sum(0)]
+    dA, dD, dbias = parameters.sum(0).split((N, 1, 1))
+    return [*room, dA.t(), *way.from_states(dBC.sum(0)), dD[0], dbias[0]]
 
 
 class _Conv(torch.autograd.Function):

@@ -338,12 +338,13 @@ def _gradients(
 
 @triton.jit
 def scan_backward(
-    u, delta, A, BC, D, bias, z, dy, high, low, carries, warp_sums, du, ddelta, dA, dBC, dD, dbias,
+    u, delta, A, BC, D, bias, z, dy, high, low, carries, warp_sums, du, ddelta, dBC, parameters,
     u_row: tl.constexpr, delta_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
     E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr, ROOM: tl.constexpr,
     LANES: tl.constexpr, WARPS: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One direction's gradients, chunk by chunk from the last one, after scan_forward has left the states."""
+    """One direction's gradients, chunk by chunk from the last one, after scan_forward has left the states. `parameters` has
+    N rows for A's, one for D's and one for the bias's."""
     e, batch = _channels(LANES, WARPS), tl.program_id(1).to(tl.int64)
     inside, rows, program = e < E, batch * L, tl.program_id(0) * tl.num_programs(1) + batch
     CHUNKS: tl.constexpr = (L + CHUNK - 1) // CHUNK
@@ -352,7 +353,7 @@ def scan_backward(
     u, delta, BC = u + rows * u_row, delta + rows * delta_row, BC + batch * BOTH
     z, dy, du, ddelta = z + rows * z_row, dy + rows * dy_row, du + rows * E, ddelta + rows * E
     high, low = _starts(high, low, batch, E, L, ROOM, CHUNK)
-    carries, dA = carries + batch * N * E, dA + batch * N * E
+    carries, dA = carries + batch * N * E, parameters + batch * (N + 2) * E
     warp_sums, dBC = warp_sums + program * N * WARPS * LANES, dBC + program * BOTH
     D_e = tl.load(D + e, mask=inside, other=0.0).to(tl.float32)
     bias_e = tl.load(bias + e, mask=inside, other=0.0).to(tl.float32)
@@ -391,8 +392,8 @@ def scan_backward(
         )  # fmt: skip
         dD_e += more_D_e
         dbias_e += more_bias_e
-    tl.store(dD + batch * E + e, dD_e, mask=inside)
-    tl.store(dbias + batch * E + e, dbias_e, mask=inside)
+    tl.store(dA + N * E + e, dD_e, mask=inside)
+    tl.store(dA + (N + 1) * E + e, dbias_e, mask=inside)
 
 
 @triton.jit
