@@ -27,7 +27,7 @@ UNITS = {"MUFU": "MUFU", **dict.fromkeys(("LDG", "STG", "LDS", "STS", "LDL", "ST
 SCAN = {"LANES": LANES, "WARPS": WARPS, "CHUNK": CHUNK, "E": E, "L": L, "N": N, "GATED": True, "ROOM": CHUNK}
 SCAN |= dict.fromkeys(("u_row", "delta_row", "z_row", "dy_row"), 2 * E)
 CONV = {"LANES": LANES, "ROWS": ROWS, "TAPS": 4, "L": L, "BACK": True, "ON": True}
-FLOAT32 = {"A", "BC", "carries", "warp_sums", "dBC", "parameters", "sums0", "sums1"}
+FLOAT32 = {"A", "BC", "warp_sums", "dBC", "parameters", "sums0", "sums1"}
 
 
 def forward(join: bool, again: bool) -> dict[str, Any]:

@@ -167,13 +167,13 @@ def _one_way_gradients(
         **constants, **turn, AGAIN=True,
     )  # fmt: skip
     wide = functools.partial(torch.empty, dtype=torch.float32, device=way.u.device)
-    carries, warp_sums, dBC = wide(B, N, E), wide(*grid, N, WARPS * LANES), wide(grid[0], *way.pointers[3].shape)
-    parameters = wide(B, N + 2, E)
+    warp_sums, dBC = wide(*grid, N, WARPS * LANES), wide(grid[0], *way.pointers[3].shape)
+    parameters = wide(B, 2 * N + 2, E)
     _launch(
-        kernels.scan_backward, grid, *way.pointers, gate, dy, *starts, carries, warp_sums, *room, dBC, parameters,
+        kernels.scan_backward, grid, *way.pointers, gate, dy, *starts, warp_sums, *room, dBC, parameters,
         **constants, STATES=triton.next_power_of_2(N),
     )  # fmt: skip
-    dA, dD, dbias = parameters.sum(0).split((N, 1, 1))
+    dA, dD, dbias = parameters[:, : N + 2].sum(0).split((N, 1, 1))
     return [*room, dA.t(), *way.from_states(dBC.sum(0)), dD[0], dbias[0]]
 
 

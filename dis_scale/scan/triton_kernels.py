@@ -281,8 +281,8 @@ def _sum_over_lanes(parts):
 
 @triton.jit
 def _waiting(
-    A, high, low, carries, dA, n, first, e, inside,
-    E: tl.constexpr, L: tl.constexpr, REVERSE: tl.constexpr, ROOM: tl.constexpr, CHUNK: tl.constexpr,
+    A, high, low, dA, n, first, e, inside,
+    E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, ROOM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """What a state brings to a chunk: A, itself, what the chunk after sent back, and the sum for A's gradient."""
     at, after = n * E + e, inside & (first + CHUNK < L)
@@ -290,7 +290,7 @@ def _waiting(
     return (
         tl.load(A + at, mask=inside, other=0.0),
         _load_halves(high + start, low + start, inside & (first > 0)),
-        tl.load(carries + at, mask=after, other=0.0),
+        tl.load(dA + at + (N + 2) * E, mask=after, other=0.0),
         tl.load(dA + at, mask=after, other=0.0),
     )
 
@@ -338,13 +338,13 @@ def _gradients(
 
 @triton.jit
 def scan_backward(
-    u, delta, A, BC, D, bias, z, dy, high, low, carries, warp_sums, du, ddelta, dBC, parameters,
+    u, delta, A, BC, D, bias, z, dy, high, low, warp_sums, du, ddelta, dBC, parameters,
     u_row: tl.constexpr, delta_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
     E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr, ROOM: tl.constexpr,
     LANES: tl.constexpr, WARPS: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One direction's gradients, chunk by chunk from the last one, after scan_forward has left the states. `parameters` has
-    N rows for A's, one for D's and one for the bias's."""
+    N rows for A's, one for D's, one for the bias's, and N for what the states send from chunk to chunk."""
     e, batch = _channels(LANES, WARPS), tl.program_id(1).to(tl.int64)
     inside, rows, program = e < E, batch * L, tl.program_id(0) * tl.num_programs(1) + batch
     CHUNKS: tl.constexpr = (L + CHUNK - 1) // CHUNK
@@ -353,7 +353,7 @@ def scan_backward(
     u, delta, BC = u + rows * u_row, delta + rows * delta_row, BC + batch * BOTH
     z, dy, du, ddelta = z + rows * z_row, dy + rows * dy_row, du + rows * E, ddelta + rows * E
     high, low = _starts(high, low, batch, E, L, ROOM, CHUNK)
-    carries, dA = carries + batch * N * E, parameters + batch * (N + 2) * E
+    dA = parameters + batch * (2 * N + 2) * E
     warp_sums, dBC = warp_sums + program * N * WARPS * LANES, dBC + program * BOTH
     D_e = tl.load(D + e, mask=inside, other=0.0).to(tl.float32)
     bias_e = tl.load(bias + e, mask=inside, other=0.0).to(tl.float32)
@@ -369,19 +369,19 @@ def scan_backward(
                 dy_e *= z_e * _sigmoid(z_e)
             delta_us, dys = delta_us + (deltas[j] * us[j],), dys + (dy_e,)
             d_delta_us, d_deltas = d_delta_us + (tl.zeros_like(D_e),), d_deltas + (tl.zeros_like(D_e),)
-        coming = _waiting(A, high, low, carries, dA, 0, first, e, inside, E, L, REVERSE, ROOM, CHUNK)
+        coming = _waiting(A, high, low, dA, 0, first, e, inside, E, L, N, REVERSE, ROOM, CHUNK)
         for n in range(N):
             A_e, h_e, carry_e, dA_e = coming  # the next state's are on their way while this one computes
             next_n = min(n + 1, N - 1)
-            coming = _waiting(A, high, low, carries, dA, next_n, first, e, inside, E, L, REVERSE, ROOM, CHUNK)
+            coming = _waiting(A, high, low, dA, next_n, first, e, inside, E, L, N, REVERSE, ROOM, CHUNK)
             B_t = _of_steps(BC + n * LENGTH, first, e, CHUNK, LENGTH, REVERSE)
             C_t = _of_steps(BC + (N + n) * LENGTH, first, e, CHUNK, LENGTH, REVERSE)
             decays, states = _replay(h_e, A_e, B_t, deltas, delta_us)
             carry_e, dA_e, d_delta_us, d_deltas, parts = _retreat(
                 carry_e, dA_e, A_e, B_t, C_t, deltas, delta_us, dys, decays, states, d_delta_us, d_deltas, REVERSE
             )
-            tl.store(carries + n * E + e, carry_e, mask=inside)
-            tl.store(dA + n * E + e, dA_e, mask=inside)
+            tl.store(dA + (n * E + e) + (N + 2) * E, carry_e, mask=inside)
+            tl.store(dA + (n * E + e), dA_e, mask=inside)
             tl.store(warp_sums + n * (LANES * WARPS) + _local(e), _sum_over_lanes(parts))
         tl.debug_barrier()  # the other warps' sums are there
         _add_warps(warp_sums, dBC, first, L, N, REVERSE, LANES, WARPS, STATES, CHUNK)
