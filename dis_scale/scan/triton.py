@@ -10,9 +10,9 @@ A scan is a kernel a direction; the first leaves its output to the second in flo
 nothing is flipped. Of the forward pass only the inputs are kept. The backward pass scans once more and leaves the states of
 every 16th step where the gradients of u and delta will be written, so that it needs next to no memory of its own; then it
 goes back through each direction alone. y's gradient before the gate is computed again for each: to keep it for the second
-would move as many bytes as to read z and dy again. Convolved values are computed again, too.
+would move as many bytes as to read z and dy again, or in bf16 twice as many. Convolved values are computed again, too.
 
-Axes: B batch, L time, E channels, N states, W taps of the convolution, G groups of channels. Read next: triton_kernels.py.
+Axes: B batch, L time, E channels, N states, W taps of the convolution. Read next: triton_kernels.py.
 """
 
 import functools
