@@ -1,12 +1,11 @@
 #!/bin/sh
 # All that needs a GPU, in under ten minutes: the tests of its kernels, then the benchmarks into benchmarks/results/NAME.json.
-# Most of the tests' time goes into compiling, a minute a size and dtype: without pytest-xdist they take half an hour.
+# Most of the tests' time goes into compiling, half a minute a size and dtype: eight do it at once. Needs the dev extra.
 #     sh benchmarks/gpu.sh h200            with another interpreter: PYTHON=.venv/bin/python sh benchmarks/gpu.sh h200
 set -e
 name=${1:?usage: sh benchmarks/gpu.sh NAME, for example h200}
 python=${PYTHON:-python}
 cd "$(dirname "$0")/.."
 "$python" -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "error: no GPU here that PyTorch sees")'
-"$python" -c 'import xdist' 2>/dev/null && workers="-n 8" || workers=
-"$python" -m pytest -q $workers tests/scan/test_scan_gpu.py
+"$python" -m pytest -q -n 8 tests/scan/test_scan_gpu.py
 "$python" -m benchmarks.record "$name" scan_gpu step
