@@ -201,8 +201,8 @@ INLINE void take_gradients(const Scan& s, const Gradients& g, const Scratch& w, 
     });
 }
 
-// A chunk's decays and states once more, forwards, for COUNT states from `first` on: few enough for a core's first
-// cache to hold them until the way back. Sums y over the states where a gate needs it.
+// A chunk's decays and states once more, forwards, for COUNT states from `first` on: as many as the way back has registers
+// for. Sums y over the states where a gate needs it.
 template <int COUNT, bool GATED>
 static void replay(const Scan& s, const Gradients& g, const Scratch& w, int first, int64_t begin, int64_t end) {
   const Rows streams[][2] = {{s.u, s.delta}, {g.y, s.z}, {g.u, g.delta}, {g.z, {}}};
