@@ -31,8 +31,7 @@ Span around(Span steps, int64_t before, int64_t after, int64_t length) {
 
 void conv_forward_block(const Conv& conv, Rows y, Span steps, int64_t channels, int lanes) {
   if (channels == lanes) return kernels().convolve(conv, y, steps);
-  float room[(2 * CHUNK + MOST_TAPS) * 16];
-  Carver memory{room};
+  Carver memory{thread_memory(2 * ((CHUNK + conv.taps) * lanes + 16))};
   const Rows x = padded(memory, conv.x, around(steps, conv.taps - 1, 0, conv.length), channels, lanes);
   const Rows out = padded(memory, y, steps, channels, lanes);
   kernels().convolve({conv.length, conv.taps, x, conv.weights, {}}, out, steps);
@@ -61,8 +60,7 @@ variable_list conv_forward(const ConvJob& job, at::ScalarType type) {
 void conv_backward_block(const Conv& conv, Rows dy, Rows dx, float* dweights, Span steps, bool add, int64_t channels,
                          int lanes) {
   if (channels == lanes) return kernels().convolve_backward(conv, dy, dx, dweights, steps, add);
-  float room[(3 * CHUNK + 3 * MOST_TAPS) * 16];
-  Carver memory{room};
+  Carver memory{thread_memory(3 * ((CHUNK + 2 * conv.taps) * lanes + 16))};
   const int64_t more = conv.taps - 1;
   const Rows x = padded(memory, conv.x, around(steps, more, more, conv.length), channels, lanes);
   const Rows dy_copy = padded(memory, dy, around(steps, 0, more, conv.length), channels, lanes);

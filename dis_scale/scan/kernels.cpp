@@ -105,29 +105,23 @@ INLINE vec log1p(vec t) {
   return p * t;
 }
 
-struct Softplus {
+struct Sloped {
   vec value, slope;
 };
 
-INLINE Softplus softplus_and_slope(vec x) {
+INLINE Sloped softplus_and_slope(vec x) {
   const vec e = exp2(magnitude(x) * -LOG2E);
   return {positive(x) + log1p(e), (x < 0.0f ? e : splat(1.0f)) / (1.0f + e)};
 }
 
 INLINE vec softplus(vec x) { return softplus_and_slope(x).value; }
 
-INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exp2(x * -LOG2E)); }
-
-INLINE vec silu(vec x) { return x * sigmoid(x); }
-
-struct Silu {
-  vec value, slope;
-};
-
-INLINE Silu silu_and_slope(vec x) {
-  const vec gate = sigmoid(x);
+INLINE Sloped silu_and_slope(vec x) {
+  const vec gate = 1.0f / (1.0f + exp2(x * -LOG2E));
   return {x * gate, gate * (1.0f + x * (1.0f - gate))};
 }
+
+INLINE vec silu(vec x) { return silu_and_slope(x).value; }
 
 // Rows of a wide matrix lie pages apart, where the processor's own prefetching does not follow: while this block of
 // channels computes, the rows of what comes next are fetched. Past the end is fine.
@@ -185,7 +179,7 @@ static void scan_forward(const Scan& s, Rows out, float* carry, Span steps, bool
 INLINE void take_gradients(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end) {
   const vec bias = load(s.weights + (s.states + 1) * LANES);
   map(begin, end, [&](int64_t t) { return load(s.delta[t]) + bias; }, softplus_and_slope,
-      [&](int64_t t, Softplus delta) {
+      [&](int64_t t, Sloped delta) {
         const int64_t row = (t - begin) * LANES;
         store(w.delta + row, delta.value);
         store(w.delta_u + row, delta.value * load(s.u[t]));
@@ -193,7 +187,7 @@ INLINE void take_gradients(const Scan& s, const Gradients& g, const Scratch& w, 
         if (!s.z.at) store(w.dy + row, load(g.y[t]));
       });
   if (s.z.at)
-    map(begin, end, [&](int64_t t) { return load(s.z[t]); }, silu_and_slope, [&](int64_t t, Silu gate) {
+    map(begin, end, [&](int64_t t) { return load(s.z[t]); }, silu_and_slope, [&](int64_t t, Sloped gate) {
       const int64_t row = (t - begin) * LANES;
       const vec dy = load(g.y[t]);
       store(w.dz + row, dy * gate.slope);

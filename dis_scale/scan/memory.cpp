@@ -93,16 +93,20 @@ void for_runs(int64_t rows, const Blocks& blocks, const Work& work) {
   });
 }
 
+// What follows a block in its run: the next one, or after the last the first one's next chunk, so many steps away.
+Place after(int64_t block, Span run, int64_t lanes, int64_t steps) {
+  return block + 1 < run.end ? Place{0, lanes} : Place{steps, (run.begin - block) * lanes};
+}
+
 // A run goes chunk by chunk, and within a chunk block by block: what has been fetched meanwhile is still in the second
 // cache when its turn comes, and its pages in the table of addresses, however long the sequence.
 // work(block, steps, what to fetch meanwhile)
 template <typename Work>
 void for_chunks(int64_t length, int64_t lanes, Span run, const Work& work) {
   for (int64_t begin = 0; begin < length; begin += CHUNK)
-    for (int64_t block = run.begin; block < run.end; block++) {
-      const Place next_chunk{begin + CHUNK < length ? CHUNK : 0, (run.begin - block) * lanes};
-      work(block, Span{begin, std::min(begin + CHUNK, length)}, block + 1 < run.end ? Place{0, lanes} : next_chunk);
-    }
+    for (int64_t block = run.begin; block < run.end; block++)
+      work(block, Span{begin, std::min(begin + CHUNK, length)},
+           after(block, run, lanes, begin + CHUNK < length ? CHUNK : 0));
 }
 
 // Parameters become vectors over a block's channels, padded by zeros: (blocks, columns, lanes). Writes `scale`

@@ -40,12 +40,12 @@ struct Place {  // from here
   int64_t steps, channels;
 };
 
-struct Span {  // steps
+struct Span {  // of steps, or of blocks
   int64_t begin, end;
 };
 
 struct Scan {  // one direction of one batch row and one block of channels
-  int64_t length, states;
+  int64_t states;
   Rows u, delta, B, C, z;  // z.at is null where another direction applies the gate, or nobody
   const float* weights;    // vectors over the block's channels: A / ln 2 for each state, D, delta's bias
   float* starts;           // states at the beginning of the second chunk; null where no gradient is wanted

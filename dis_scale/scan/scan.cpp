@@ -26,8 +26,7 @@ struct Direction {
 
   Scan block(int64_t b, int64_t block, const Blocks& blocks, const View& z, Place next) const {
     const int64_t channel = block * blocks.lanes;
-    return {u.size(1),
-            B.size(2),
+    return {B.size(2),
             u_view.rows(b, channel, reverse),
             delta_view.rows(b, channel, reverse),
             B_view.rows(b, 0, reverse),
@@ -68,15 +67,14 @@ void pad(Carver& memory, Scan& s, Span steps, int64_t channels, int lanes) {
   s.z = padded(memory, s.z, steps, channels, lanes);
 }
 
-void forward_block(const Job& job, size_t i, const View& y, int64_t b, int64_t block, float* h, Span steps, Place next) {
+void forward_block(const Job& job, size_t i, const View& y, int64_t b, int64_t block, float* h, Span steps, Place next,
+                   Carver memory) {
   const int lanes = job.blocks.lanes;
   const int64_t channels = job.blocks.width(block);
   const Direction& direction = job.directions[i];
   Scan scan = direction.block(b, block, job.blocks, i + 1 == job.directions.size() ? job.z_view : View(), next);
   const Rows out = y.rows(b, block * lanes, direction.reverse);
   if (channels == lanes) return kernels().forward(scan, out, h, steps, i > 0);
-  float room[4 * CHUNK * 16];
-  Carver memory{room};
   pad(memory, scan, steps, channels, lanes);
   const Rows copy = padded(memory, out, steps, channels, lanes);
   kernels().forward(scan, copy, h, steps, i > 0);
@@ -89,11 +87,13 @@ Tensor scan_forward(const Job& job) {
   const View view(y);
   const int64_t lanes = job.blocks.lanes, states = job.states() * lanes;
   for_runs(job.batch(), job.blocks, [&](int64_t b, Span run) {
-    float* h = thread_memory((run.end - run.begin) * states);
+    const int64_t held = (run.end - run.begin) * states;
+    Carver memory{thread_memory(held + 16 + 4 * (CHUNK * lanes + 16))};
+    float* h = memory.take(held);
     for (size_t i = 0; i < job.directions.size(); i++) {
-      std::fill_n(h, (run.end - run.begin) * states, 0.0f);
+      std::fill_n(h, held, 0.0f);
       for_chunks(job.length(), lanes, run, [&](int64_t block, Span steps, Place next) {
-        forward_block(job, i, view, b, block, h + (block - run.begin) * states, steps, next);
+        forward_block(job, i, view, b, block, h + (block - run.begin) * states, steps, next, memory);
       });
     }
   });
@@ -203,11 +203,11 @@ class Backward {
   }
 
   void one_chunk(size_t i, int64_t b, int64_t batch_group, int64_t group, Span steps, Scratch scratch, Carver memory) {
-    const int64_t first = group * group_blocks(), last = std::min(first + group_blocks(), job.blocks.count) - 1;
-    const Place next_block{0, lanes}, next_chunk{steps.begin ? -CHUNK : 0, (first - last) * lanes};
-    for (int64_t block = first; block <= last; block++) {
-      scratch.begun = block > first;
-      one_block(i, b, batch_group, block, steps, scratch, memory, block < last ? next_block : next_chunk);
+    const int64_t first = group * group_blocks();
+    const Span run{first, std::min(first + group_blocks(), job.blocks.count)};
+    for (int64_t block = run.begin; block < run.end; block++) {
+      scratch.begun = block > run.begin;
+      one_block(i, b, batch_group, block, steps, scratch, memory, after(block, run, lanes, steps.begin ? -CHUNK : 0));
       scratch.carry += states * lanes;
     }
     const int64_t matrix = (group * job.batch() + b) * length * states;
