@@ -123,6 +123,15 @@ INLINE Sloped silu_and_slope(vec x) {
 
 INLINE vec silu(vec x) { return silu_and_slope(x).value; }
 
+// The gate's gradient takes y from the output, so the gate never is 0: z stays this far away from it, with no sign.
+INLINE vec beside_zero(vec z) { return magnitude(z) < 1e-30f ? splat(1e-30f) : z; }
+
+// With the slope of the gate's logarithm. Where silu is so small that the output is 0, so is z's gradient.
+INLINE Sloped gate_and_log_slope(vec z) {
+  const vec gate = 1.0f / (1.0f + exp2(z * -LOG2E));
+  return {z * gate, 1.0f / z + (1.0f - gate)};
+}
+
 // Rows of a wide matrix lie pages apart, where the processor's own prefetching does not follow: while this block of
 // channels computes, the rows of what comes next are fetched. Past the end is fine.
 INLINE void fetch(Rows rows, int64_t t, Place next) {
@@ -169,13 +178,13 @@ static void scan_forward(const Scan& s, Rows out, float* carry, Span steps, bool
     store(out[t], y);
   }
   if (s.z.at)
-    map(steps.begin, steps.end, [&](int64_t t) { return load(s.z[t]); }, silu,
+    map(steps.begin, steps.end, [&](int64_t t) { return beside_zero(load(s.z[t])); }, silu,
         [&](int64_t t, vec gate) { store(out[t], load(out[t]) * gate); });
   for (int n = 0; n < N; n++) store(carry + n * LANES, h[n]);
 }
 
-// For each step of a chunk what all its states share: delta, its slope by the raw delta, y's gradient before the gate,
-// and what times y is z's.
+// For each step of a chunk what all its states share: delta, its slope by the raw delta, y's gradient before the gate.
+// Gives z's gradient at once.
 INLINE void take_gradients(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end) {
   const vec bias = load(s.weights + (s.states + 1) * LANES);
   map(begin, end, [&](int64_t t) { return load(s.delta[t]) + bias; }, softplus_and_slope,
@@ -186,20 +195,22 @@ INLINE void take_gradients(const Scan& s, const Gradients& g, const Scratch& w, 
         store(w.slope + row, delta.slope);
         if (!s.z.at) store(w.dy + row, load(g.y[t]));
       });
-  if (s.z.at)
-    map(begin, end, [&](int64_t t) { return load(s.z[t]); }, silu_and_slope, [&](int64_t t, Sloped gate) {
-      const int64_t row = (t - begin) * LANES;
-      const vec dy = load(g.y[t]);
-      store(w.dz + row, dy * gate.slope);
-      store(w.dy + row, dy * gate.value);
+  const auto z = [&](int64_t t) { return beside_zero(load(s.z[t])); };
+  const auto dy = [&](int64_t t) { return w.dy + (t - begin) * LANES; };
+  if (g.z.at)
+    map(begin, end, z, gate_and_log_slope, [&](int64_t t, Sloped gate) {
+      store(dy(t), load(g.y[t]) * gate.value);
+      store(g.z[t], load(g.y[t]) * load(g.out[t]) * gate.slope);
     });
+  else if (s.z.at)
+    map(begin, end, z, silu, [&](int64_t t, vec gate) { store(dy(t), load(g.y[t]) * gate); });
 }
 
 // A chunk's decays and states once more, forwards, for COUNT states from `first` on: as many as the way back has registers
-// for. Sums y over the states where a gate needs it.
-template <int COUNT, bool GATED>
+// for.
+template <int COUNT>
 static void replay(const Scan& s, const Gradients& g, const Scratch& w, int first, int64_t begin, int64_t end) {
-  const Rows streams[][2] = {{s.u, s.delta}, {g.y, s.z}, {g.u, g.delta}, {g.z, {}}};
+  const Rows streams[][2] = {{s.u, s.delta}, {g.y, s.z}, {g.u, g.delta}, {g.z, g.out}};
   const Rows *next = streams[first / 4 % 4];
   const float* start = start_of(s, begin) + first * LANES;
   vec h[COUNT], A[COUNT];
@@ -211,19 +222,16 @@ static void replay(const Scan& s, const Gradients& g, const Scratch& w, int firs
   for (int64_t t = begin; t < end; t++) {
     const int64_t row = (t - begin) * LANES;
     const vec delta = load(w.delta + row), delta_u = load(w.delta_u + row);
-    const float *__restrict B = s.B[t] + first, *__restrict C = s.C[t] + first;
+    const float* __restrict B = s.B[t] + first;
     float *decay = w.decays + row * COUNT, *state = w.states + (row + LANES) * COUNT;
     fetch(next[0], t, s.next), fetch(next[1], t, s.next);
-    vec y = GATED && first ? load(w.y + row) : vec{};
 #pragma GCC unroll 4
     for (int i = 0; i < COUNT; i++) {
       const vec a = exp2(delta * A[i]);
       h[i] = a * h[i] + delta_u * B[i];
-      if (GATED) y += h[i] * C[i];
       store(decay + i * LANES, a);
       store(state + i * LANES, h[i]);
     }
-    if (GATED) store(w.y + row, y);
   }
 }
 
@@ -268,12 +276,12 @@ static void retreat(const Scan& s, const Gradients& g, const Scratch& w, int fir
 
 template <int COUNT>
 static void there_and_back(const Scan& s, const Gradients& g, const Scratch& w, int first, int64_t begin, int64_t end) {
-  s.z.at ? replay<COUNT, true>(s, g, w, first, begin, end) : replay<COUNT, false>(s, g, w, first, begin, end);
+  replay<COUNT>(s, g, w, first, begin, end);
   retreat<COUNT>(s, g, w, first, begin, end);
 }
 
-// From the sums over the states to the gradients of u, delta, z, D and delta's bias.
-INLINE void give_gradients(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end, bool add_z) {
+// From the sums over the states to the gradients of u, delta, D and delta's bias.
+INLINE void give_gradients(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end) {
   float *D_at = g.weights + s.states * LANES, *bias_at = D_at + LANES;
   const vec D = load(s.weights + s.states * LANES);
   vec dD = load(D_at), dbias = load(bias_at);
@@ -285,16 +293,13 @@ INLINE void give_gradients(const Scan& s, const Gradients& g, const Scratch& w, 
     store(g.u[t], d_delta_u * load(w.delta + row) + D * dy);
     dD += dy * u;
     dbias += d_raw;
-    if (!s.z.at) continue;
-    const vec dz = (load(w.y + row) + D * u) * load(w.dz + row);
-    store(g.z[t], add_z ? load(g.z[t]) + dz : dz);
   }
   store(D_at, dD);
   store(bias_at, dbias);
 }
 
 // One chunk; the later ones have been done, and left `carry`.
-static void scan_backward(const Scan& s, const Gradients& g, const Scratch& w, Span steps, bool add_z) {
+static void scan_backward(const Scan& s, const Gradients& g, const Scratch& w, Span steps) {
   const auto [begin, end] = steps;
   take_gradients(s, g, w, begin, end);
   int first = 0;
@@ -304,7 +309,7 @@ static void scan_backward(const Scan& s, const Gradients& g, const Scratch& w, S
     case 2: there_and_back<2>(s, g, w, first, begin, end); break;
     case 3: there_and_back<3>(s, g, w, first, begin, end);
   }
-  give_gradients(s, g, w, begin, end, add_z);
+  give_gradients(s, g, w, begin, end);
 }
 
 // What `fold` left, one step's vectors `stride` floats apart: its sums over the lanes, for each state.

@@ -53,14 +53,15 @@ struct Scan {  // one direction of one batch row and one block of channels
   Place next;              // what to fetch meanwhile
 };
 
-struct Gradients {  // of the same block; y is read, u and delta written, the rest added to
-  Rows y, u, delta, z;
+struct Gradients {  // of the same block; y is read, u, delta and z written, the weights' added to
+  Rows y, u, delta, z;     // z.at is null where another direction gives z's, or nobody
+  Rows out;                // what the forward pass gave; read for z's
   float* weights;
 };
 
 struct Scratch {  // a thread's own memory
   float *decays, *states;  // for four states
-  float *delta, *delta_u, *slope, *dy, *dz, *y, *d_delta_u, *d_delta;  // for each step of a chunk
+  float *delta, *delta_u, *slope, *dy, *d_delta_u, *d_delta;  // for each step of a chunk
   float *dB, *dC;  // for four states and each step of a chunk, folded over lanes and summed over a group's blocks
   bool begun;      // whether an earlier block of the group has left such sums
   float* carry;    // for each block of a group, what the later chunks send to its states
@@ -77,7 +78,7 @@ struct Kernels {
   const char* name;
   int lanes;
   void (*forward)(const Scan&, Rows y, float* h, Span steps, bool add);
-  void (*backward)(const Scan&, const Gradients&, const Scratch&, Span steps, bool add_z);
+  void (*backward)(const Scan&, const Gradients&, const Scratch&, Span steps);
   void (*sum_lanes)(const float* from, int64_t stride, float* to, int64_t states);
   void (*convolve)(const Conv&, Rows y, Span steps);
   void (*convolve_backward)(const Conv&, Rows dy, Rows dx, float* dweights, Span steps, bool add);

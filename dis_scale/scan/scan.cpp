@@ -131,14 +131,15 @@ Tensor sum_groups(const Tensor& parts) {
 
 class Backward {
  public:
-  Backward(const Job& job, const Tensor& dy)
+  // `out` is what the forward pass gave, where there is a gate.
+  Backward(const Job& job, const Tensor& out, const Tensor& dy)
       : job(job), dy(rowwise(dy)), dy_view(this->dy), lanes(job.blocks.lanes), length(job.length()),
         states(job.states()), groups((job.blocks.channels + GROUP_CHANNELS - 1) / GROUP_CHANNELS),
         batch_groups(std::clamp<int64_t>(job.batch() * length / GROUP_STEPS, 1, job.batch())) {
     for (const Direction& direction : job.directions) sums.emplace_back(direction, groups, batch_groups);
     if (job.z.defined()) {
       dz = at::empty(job.z.sizes(), job.z.options().memory_format(at::MemoryFormat::Contiguous));
-      dz_view = View(dz);
+      dz_view = View(dz), out_view = View(out);
     }
   }
 
@@ -169,7 +170,7 @@ class Backward {
  private:
   const Job& job;
   Tensor dy, dz;
-  View dy_view, dz_view;
+  View dy_view, dz_view, out_view;
   int64_t lanes, length, states, groups, batch_groups;
   std::vector<Sums> sums;
 
@@ -178,8 +179,8 @@ class Backward {
 
   Scratch carve(Carver& memory) const {
     Scratch scratch{memory.take(CHUNK * 4 * lanes), memory.take((CHUNK + 1) * 4 * lanes)};
-    for (float** piece : {&scratch.delta, &scratch.delta_u, &scratch.slope, &scratch.dy, &scratch.dz, &scratch.y,
-                          &scratch.d_delta_u, &scratch.d_delta})
+    for (float** piece : {&scratch.delta, &scratch.delta_u, &scratch.slope, &scratch.dy, &scratch.d_delta_u,
+                          &scratch.d_delta})
       *piece = memory.take(CHUNK * lanes);
     scratch.dB = memory.take(folded());
     scratch.dC = memory.take(folded());
@@ -192,7 +193,7 @@ class Backward {
   void work(int64_t batch_group, int64_t group) {
     Carver count;
     carve(count);
-    Carver memory{thread_memory(count.used + 7 * (CHUNK * lanes + 16))};
+    Carver memory{thread_memory(count.used + 8 * (CHUNK * lanes + 16))};
     const Scratch scratch = carve(memory);
     for (int64_t b = batch_group * job.batch() / batch_groups; b < (batch_group + 1) * job.batch() / batch_groups; b++)
       for (size_t i = 0; i < sums.size(); i++) {
@@ -221,14 +222,16 @@ class Backward {
     Scan scan = direction.block(b, block, job.blocks, job.z_view, next);
     const int64_t channel = block * lanes, channels = job.blocks.width(block), columns = states + 2;
     const auto rows = [&](const View& view) { return view.rows(b, channel, direction.reverse); };
-    const Gradients out{rows(dy_view), rows(sums[i].du_view), rows(sums[i].ddelta_view), rows(dz_view),
+    const Gradients out{rows(dy_view), rows(sums[i].du_view), rows(sums[i].ddelta_view),
+                        i ? Rows{} : rows(dz_view), i ? Rows{} : rows(out_view),
                         sums[i].dweights.data_ptr<float>() +
                             (batch_group * job.blocks.count + block) * columns * lanes};
-    if (channels == lanes) return kernels().backward(scan, out, scratch, steps, i > 0);
+    if (channels == lanes) return kernels().backward(scan, out, scratch, steps);
     pad(memory, scan, steps, channels, lanes);
     const auto copy = [&](Rows from) { return padded(memory, from, steps, channels, lanes); };
-    const Gradients copies{copy(out.y), copy(out.u), copy(out.delta), copy(out.z), out.weights};
-    kernels().backward(scan, copies, scratch, steps, i > 0);
+    const Gradients copies{copy(out.y), copy(out.u), copy(out.delta), copy(out.z),
+                           copy(out.out), out.weights};
+    kernels().backward(scan, copies, scratch, steps);
     unpad(copies.u, out.u, steps, channels);
     unpad(copies.delta, out.delta, steps, channels);
     unpad(copies.z, out.z, steps, channels);
@@ -249,19 +252,22 @@ struct ScanFunction : torch::autograd::Function<ScanFunction> {
       direction.starts = job.new_starts();
       saved.insert(saved.end(), {direction.weights, direction.starts});
     }
+    const Tensor y = scan_forward(job);
+    if (job.z.defined()) saved.push_back(y);
     context->save_for_backward(std::move(saved));
     context->saved_data["reverse"] = reverse;
-    return cast(scan_forward(job), inputs[0].scalar_type());
+    return cast(y, inputs[0].scalar_type());
   }
 
   static variable_list backward(AutogradContext* context, variable_list dy) {
     refuse_second_order();
     const at::AutoDispatchBelowADInplaceOrView below;
     const variable_list saved = context->get_saved_variables();
-    const size_t kept = saved.size() / 9 * 2;  // a direction is seven inputs, weights and starts; then perhaps the gate
-    const at::TensorList all(saved), inputs = all.slice(0, all.size() - kept);
-    const Job job(inputs, context->saved_data["reverse"].toBool(), all.slice(all.size() - kept));
-    Backward backward(job, dy[0]);
+    // A direction is seven inputs, weights and starts; a gate is z, the last input, and what the forward pass gave.
+    const size_t directions = saved.size() / 9, gate = saved.size() % 9 / 2;
+    const at::TensorList all(saved), inputs = all.slice(0, 7 * directions + gate);
+    const Job job(inputs, context->saved_data["reverse"].toBool(), all.slice(inputs.size(), 2 * directions));
+    Backward backward(job, saved.back(), dy[0]);
     backward.run();
     variable_list gradients = backward.gradients(inputs);
     gradients.emplace_back();  // reverse has none
