@@ -18,7 +18,12 @@ struct ConvJob {
     }
   }
   bool reversed(size_t i) const { return i ? !reverse : reverse; }
+  // The same steps as direction i counts them.
+  Span seen(size_t i, Span steps) const {
+    return reversed(i) ? Span{x.size(1) - steps.end, x.size(1) - steps.begin} : steps;
+  }
   Conv block(size_t i, int64_t b, int64_t block, Place next) const {
+    if (reversed(i)) next.steps = -next.steps;
     return {x.size(1), taps, x_view.rows(b, block * blocks.lanes, reversed(i)),
             weights[i].data_ptr<float>() + block * (taps + 1) * blocks.lanes, next};
   }
@@ -47,11 +52,12 @@ variable_list conv_forward(const ConvJob& job, at::ScalarType type) {
   }
   const int64_t lanes = job.blocks.lanes, length = job.x.size(1);
   for_runs(job.x.size(0), job.blocks, [&](int64_t b, Span run) {
-    for (size_t i = 0; i < views.size(); i++)
-      for_chunks(length, lanes, run, [&](int64_t block, Span steps, Place next) {
+    for_chunks(length, lanes, run, [&](int64_t block, Span steps, Place next) {
+      for (size_t i = 0; i < views.size(); i++) {
         const Rows y = views[i].rows(b, block * lanes, job.reversed(i));
-        conv_forward_block(job.block(i, b, block, next), y, steps, job.blocks.width(block), lanes);
-      });
+        conv_forward_block(job.block(i, b, block, next), y, job.seen(i, steps), job.blocks.width(block), lanes);
+      }
+    });
   });
   for (Tensor& y : outputs) y = cast(y, type);
   return outputs;
@@ -83,13 +89,14 @@ variable_list conv_backward(const ConvJob& job, at::TensorList inputs, at::Tenso
   }
   for_runs(groups, job.blocks, [&](int64_t group, Span run) {
     for (int64_t b = group * batch / groups; b < (group + 1) * batch / groups; b++)
-      for (size_t i = 0; i < sums.size(); i++)
-        for_chunks(job.x.size(1), lanes, run, [&](int64_t block, Span steps, Place next) {
+      for_chunks(job.x.size(1), lanes, run, [&](int64_t block, Span steps, Place next) {
+        for (size_t i = 0; i < sums.size(); i++) {
           const auto rows = [&](const View& view) { return view.rows(b, block * lanes, job.reversed(i)); };
           float* dweights = sums[i].data_ptr<float>() + (group * count + block) * columns * lanes;
-          conv_backward_block(job.block(i, b, block, next), rows(dy_views[i]), rows(dx_view), dweights, steps, i > 0,
-                              job.blocks.width(block), lanes);
-        });
+          conv_backward_block(job.block(i, b, block, next), rows(dy_views[i]), rows(dx_view), dweights,
+                              job.seen(i, steps), i > 0, job.blocks.width(block), lanes);
+        }
+      });
   });
   variable_list out{cast(dx, inputs[0].scalar_type())};
   for (size_t i = 0; i < sums.size(); i++) {
