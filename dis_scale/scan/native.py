@@ -2,8 +2,9 @@
 
 Computes in float32: float16 and bfloat16 inputs are converted (a copy), the outputs converted back; float64 is refused.
 Inputs may be views whose last axis is contiguous, such as chunks and splits of a product; anything else costs a copy.
-A gate keeps the output, from which the backward pass takes y; so |z| counts as 1e-30 at least, and the output must not be
-changed in place. Results are the same bits at any number of threads. `DIS_SCALE_ISA=plain|avx2|avx512` forces an instruction set.
+A gate keeps the output, from which the backward pass takes y: |z| counts as 1e-30 at least, and the output must not be
+changed in place. Results are the same bits at any number of threads.
+`DIS_SCALE_ISA=plain|avx2|avx512` forces an instruction set.
 Once loaded, freed memory of up to 256 MiB stays with the process (glibc only): see memory.cpp.
 The library is kept in `$XDG_CACHE_HOME/dis_scale` (or `~/.cache/dis_scale`) under a hash of what it was made from.
 """
