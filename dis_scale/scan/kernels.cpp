@@ -116,19 +116,21 @@ INLINE Sloped softplus_and_slope(vec x) {
 
 INLINE vec softplus(vec x) { return softplus_and_slope(x).value; }
 
-INLINE Sloped silu_and_slope(vec x) {
-  const vec gate = 1.0f / (1.0f + exp2(x * -LOG2E));
-  return {x * gate, gate * (1.0f + x * (1.0f - gate))};
-}
+INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exp2(x * -LOG2E)); }
 
-INLINE vec silu(vec x) { return silu_and_slope(x).value; }
+INLINE vec silu(vec x) { return x * sigmoid(x); }
+
+INLINE vec silu_slope(vec x) {
+  const vec gate = sigmoid(x);
+  return gate * (1.0f + x * (1.0f - gate));
+}
 
 // The gate's gradient takes y from the output, so the gate never is 0: z stays this far away from it, with no sign.
 INLINE vec beside_zero(vec z) { return magnitude(z) < 1e-30f ? splat(1e-30f) : z; }
 
 // With the slope of the gate's logarithm. Where silu is so small that the output is 0, so is z's gradient.
 INLINE Sloped gate_and_log_slope(vec z) {
-  const vec gate = 1.0f / (1.0f + exp2(z * -LOG2E));
+  const vec gate = sigmoid(z);
   return {z * gate, 1.0f / z + (1.0f - gate)};
 }
 
@@ -356,7 +358,7 @@ static void conv_backward(const Conv& c, Rows dy, Rows dx, float* dweights, Span
   float gradients[(CHUNK + MOST_TAPS) * LANES];
   const auto gradient = [&](int64_t t) { return gradients + (t - begin) * LANES; };
   sums_of_taps<FIXED>(c, begin, end, gradients);
-  map(begin, end, [&](int64_t t) { return load(gradient(t)); }, [](vec sum) { return silu_and_slope(sum).slope; },
+  map(begin, end, [&](int64_t t) { return load(gradient(t)); }, silu_slope,
       [&](int64_t t, vec slope) { fetch(dy, t, c.next), store(gradient(t), load(dy[t]) * slope); });
   for (int64_t t = end; t < last; t++) store(gradient(t), vec{});
   vec dw[(FIXED ? FIXED : MOST_TAPS) + 1];
