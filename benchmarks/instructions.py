@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dis_scale.scan import triton_kernels as kernels
+from dis_scale.scan import triton_conv, triton_scan
 from dis_scale.scan.triton import CHUNK, LANES, ROWS, WARPS
 
 B, L, E, N = 32, 258, 2048, 16
@@ -56,7 +56,8 @@ BYTES = {
 
 def compiled(name: str, capability: int, dtype: str) -> Any:
     """As a launch on DiS-L/2 compiles it: all pointers are multiples of 16 bytes."""
-    kernel, constants = getattr(kernels, name.split(",")[0]), KERNELS[name]
+    module = triton_scan if name.startswith("scan") else triton_conv
+    kernel, constants = getattr(module, name.split(",")[0]), KERNELS[name]
     halves = "*fp32" if dtype == "fp32" or constants.get("AGAIN") is False else "*i16"
     signature = {
         argument: "constexpr"

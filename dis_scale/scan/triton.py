@@ -12,7 +12,7 @@ every 16th step where the gradients of u and delta will be written, so that it n
 goes back through each direction alone. y's gradient before the gate is computed again for each: to keep it for the second
 would move as many bytes as to read z and dy again, or in bf16 twice as many. Convolved values are computed again, too.
 
-Axes: B batch, L time, E channels, N states, W taps of the convolution. Read next: triton_kernels.py.
+Axes: B batch, L time, E channels, N states, W taps of the convolution. Read next: triton_scan.py.
 """
 
 import functools
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dis_scale.errors import UserError
-from dis_scale.scan import triton_kernels as kernels
+from dis_scale.scan import triton_conv, triton_scan
 from dis_scale.scan.backend import Backend, Direction
 
 LANES = 32
@@ -125,7 +125,7 @@ class _Scan(torch.autograd.Function):
         sums = _fresh(out, torch.float32) if len(ways) == 2 else out
         for i, way in enumerate(ways):
             _launch(
-                kernels.scan_forward, _grid(out, LANES * WARPS), *way.pointers, gate, gate, out, sums, sums, sums, sums,
+                triton_scan.scan_forward, _grid(out, LANES * WARPS), *way.pointers, gate, gate, out, sums, sums, sums, sums,
                 **way.constants(gate, gate), LEAVE=i + 1 < len(ways), JOIN=i > 0, GATED=z is not None,
                 AGAIN=False, ROOM=CHUNK,
             )  # fmt: skip
@@ -163,14 +163,14 @@ def _one_way_gradients(
     starts, rows = room.starts(N)
     constants = way.constants(gate, dy) | {"GATED": z is not None, "ROOM": rows}
     _launch(
-        kernels.scan_forward, grid, *way.pointers, gate, dy, dy if dz is None else dz, *y, *starts,
+        triton_scan.scan_forward, grid, *way.pointers, gate, dy, dy if dz is None else dz, *y, *starts,
         **constants, **turn, AGAIN=True,
     )  # fmt: skip
     wide = functools.partial(torch.empty, dtype=torch.float32, device=way.u.device)
     warp_sums, dBC = wide(*grid, N, WARPS * LANES), wide(grid[0], *way.pointers[3].shape)
     parameters = wide(B, 2 * N + 2, E)
     _launch(
-        kernels.scan_backward, grid, *way.pointers, gate, dy, *starts, warp_sums, *room, dBC, parameters,
+        triton_scan.scan_backward, grid, *way.pointers, gate, dy, *starts, warp_sums, *room, dBC, parameters,
         **constants, STATES=triton.next_power_of_2(N),
     )  # fmt: skip
     dA, dD, dbias = parameters[:, : N + 2].sum(0).split((N, 1, 1))
@@ -186,7 +186,7 @@ class _Conv(torch.autograd.Function):
         ways = {"BACK": weights[0] is not None, "ON": weights[2] is not None}
         outs = [_fresh(x) if way else None for way in ways.values()]
         _launch(
-            kernels.conv_forward, _grid(x, LANES, triton.cdiv(x.shape[1], ROWS)),
+            triton_conv.conv_forward, _grid(x, LANES, triton.cdiv(x.shape[1], ROWS)),
             x, *pointers, *(x if out is None else out for out in outs), x.stride(1), x.shape[2], x.shape[1],
             **ways, ROWS=ROWS, LANES=LANES, TAPS=pointers[0].shape[1], num_warps=LANES // 32,
         )  # fmt: skip
@@ -203,7 +203,7 @@ class _Conv(torch.autograd.Function):
         taps = pointers[0].shape[1]
         sums = [x.new_empty(x.shape[0], x.shape[2], taps + 1, dtype=torch.float32) for _ in rows]
         _launch(
-            kernels.conv_backward, _grid(x, LANES),
+            triton_conv.conv_backward, _grid(x, LANES),
             x, *pointers, *rows, dx, *sums, x.stride(1), *(dy.stride(1) for dy in rows), x.shape[2], x.shape[1],
             **ctx.ways, ROWS=ROWS, LANES=LANES, TAPS=taps, num_warps=LANES // 32,
         )  # fmt: skip
