@@ -35,29 +35,29 @@ INLINE vec fold(const vec* x) {
 
 #if LANES == 16
 
-// 2^(i/16) / 18.016, rounded once, in one register.
-constexpr float SCALE = 18.016036987304688f;  // near 6 / ln^3 2; rounding its inverse costs 1e-12, its neighbours' 1e-8
+// 2^(i/16) / POWER_OF_0, rounded once, in one register; times 2 or 4, whatever SHIFT takes from the exponent.
+constexpr float SHIFT = 1.4375f, POWER_OF_0 = 17.95180892944336f;  // rounding its inverse costs 1e-9
 struct Roots {
   float at[16];
   constexpr Roots() : at() {
-    double root = 1.0 / SCALE;
-    for (float& value : at) value = static_cast<float>(root), root *= 1.0442737824274138;
+    double root = 4.0 / POWER_OF_0;
+    for (int i = 0; i < 16; i++, root *= 1.0442737824274138) at[i] = static_cast<float>(i < 7 ? root : root / 2);
   }
 };
 alignas(64) static constexpr Roots ROOTS;
 
-// 2^x: x is cut into a multiple of 1/16, of which a table knows the fraction's power, and a rest f of at
-// most 1/32. SCALE 2^f is f^3 + 4.33 f^2 + 12.49 f + SCALE, but for 2.5e-9: 1.5e-7 relative in all, exactly 1 at 0 and
-// near it true to 1.2e-7 of the distance from 1, which is what a slow decay adds up. A leading coefficient of 1 costs an
-// addition in place of a multiplication, and multiplications set the speed: a table of two registers would, too, since
-// their shuffle takes a multiplier's turn on Zen 4. NaN stays NaN.
+// 2^x: x is cut into a multiple of 1/16, of which a table knows the fraction's power, and a rest f of at most 1/32. About
+// 1 / ln 2 the cubic in g = f + SHIFT has no square, and the table takes the factor before the cube: multiplications and
+// additions alike set the speed (so does a table of two registers, whose shuffle takes a multiplier's turn on Zen 4).
+// 2.7e-7 relative at most, exactly 1 at 0, and near it without a bias, which a slow decay would add up. NaN stays NaN.
 INLINE vec exp2(vec x) {
   const vec roots = *reinterpret_cast<const vec*>(ROOTS.at);
-  const vec rounded = (vec)_mm512_roundscale_ps((__m512)x, 0x40), f = x - rounded;
-  const vec index = rounded + splat(786432.0f);  // 1.5 * 2^23 / 16: the multiple comes to stand in the lowest bits
+  asm("" : "+v"(x));  // fused with the product that x is, each of the next sums would cost a multiplication more
+  const vec index = x + splat(786432.0f);  // 1.5 * 2^23 / 16: rounds to the multiple, and its lowest bits are the fraction
+  const vec shifted = index - splat(786432.0f + SHIFT), g = x - shifted;
   const vec root = (vec)_mm512_permutexvar_ps((__m512i)index, (__m512)roots);
-  const vec p = ((f + 4.328056812286377f) * f + 12.487765312194824f) * f + SCALE;
-  return (vec)_mm512_scalef_ps((__m512)(p * root), (__m512)rounded);  // takes the whole part of `rounded`
+  const vec p = (g * g + 6.244026184082031f) * g + 6.005561828613281f;
+  return (vec)_mm512_scalef_ps((__m512)(p * root), (__m512)shifted);  // takes the whole part of `shifted`
 }
 
 #else
