@@ -198,14 +198,14 @@ INLINE void take_gradients(const Scan& s, const Gradients& g, const Scratch& w, 
         if (!s.z.at) store(w.dy + row, load(g.y[t]));
       });
   const auto z = [&](int64_t t) { return beside_zero(load(s.z[t])); };
-  const auto dy = [&](int64_t t) { return w.dy + (t - begin) * LANES; };
   if (g.z.at)
     map(begin, end, z, gate_and_log_slope, [&](int64_t t, Sloped gate) {
-      store(dy(t), load(g.y[t]) * gate.value);
-      store(g.z[t], load(g.y[t]) * load(g.out[t]) * gate.slope);
+      const vec d_out = load(g.y[t]);
+      store(w.dy + (t - begin) * LANES, d_out * gate.value);
+      store(g.z[t], d_out * load(g.out[t]) * gate.slope);
     });
   else if (s.z.at)
-    map(begin, end, z, silu, [&](int64_t t, vec gate) { store(dy(t), load(g.y[t]) * gate); });
+    map(begin, end, z, silu, [&](int64_t t, vec gate) { store(w.dy + (t - begin) * LANES, load(g.y[t]) * gate); });
 }
 
 // A chunk's decays and states once more, forwards, for COUNT states from `first` on: as many as the way back has registers

@@ -54,8 +54,8 @@ struct Scan {  // one direction of one batch row and one block of channels
 };
 
 struct Gradients {  // of the same block; y is read, u, delta and z written, the weights' added to
-  Rows y, u, delta, z;     // z.at is null where another direction gives z's, or nobody
-  Rows out;                // what the forward pass gave; read for z's
+  Rows y, u, delta, z;  // z.at is null where another direction gives z's, or nobody
+  Rows out;             // what the forward pass gave; read for z's
   float* weights;
 };
 

@@ -229,8 +229,7 @@ class Backward {
     if (channels == lanes) return kernels().backward(scan, out, scratch, steps);
     pad(memory, scan, steps, channels, lanes);
     const auto copy = [&](Rows from) { return padded(memory, from, steps, channels, lanes); };
-    const Gradients copies{copy(out.y), copy(out.u), copy(out.delta), copy(out.z),
-                           copy(out.out), out.weights};
+    const Gradients copies{copy(out.y), copy(out.u), copy(out.delta), copy(out.z), copy(out.out), out.weights};
     kernels().backward(scan, copies, scratch, steps);
     unpad(copies.u, out.u, steps, channels);
     unpad(copies.delta, out.delta, steps, channels);
