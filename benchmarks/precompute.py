@@ -30,7 +30,7 @@ from dis_scale.data.ahead import in_order
 from dis_scale.data.encode import STRETCH, Setup, compute_exactly, encode, put_shards
 from dis_scale.data.sources import open_source
 from dis_scale.recipe import Recipe, TrainedVae
-from dis_scale.storage import Folder, folder
+from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.vae import Vae
 
 IMAGES, CLASSES, RESOLUTION, BATCH = 192, 2, 64, 32
@@ -99,7 +99,7 @@ def ours(setup: Setup, waited: list[float]) -> None:
     """All of precompute; notes the share of its time in which the VAE did not work."""
     watched, start = Watched(setup.vae.net), time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        put_shards(replace(setup, vae=watched), folder(scratch), setup.numbers, lambda _: None)
+        put_shards(replace(setup, vae=watched), open_folder(scratch), setup.numbers, lambda _: None)
     waited.append(1 - sum(watched.seconds) / (time.perf_counter() - start))
 
 
@@ -154,7 +154,7 @@ def main(rounds: int = 5, which: str = "all") -> None:
     """`which`: `all`, or `ours` for the VAE alone and precompute without the peers."""
     compute_exactly()
     with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        root = folder(scratch) / "photos"
+        root = open_folder(scratch) / "photos"
         photos(root)
         recipe = recipe_for(root)
         net = vae.new(TrainedVae(kind="trained", widths=WIDTHS), RESOLUTION).eval().requires_grad_(False)

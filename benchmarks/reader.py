@@ -40,8 +40,8 @@ from dis_scale.data.cache import Cache
 from dis_scale.data.latents import Latents, micro_batch
 from dis_scale.data.shards import Sample
 from dis_scale.recipe import LatentShape
-from dis_scale.storage import Folder, folder
-from tests import object_store
+from dis_scale.storage.folder import Folder, open_folder
+from tests.support import object_store
 
 SHARDS, SHARD, BATCH = 16, 512, 64
 SHAPE, SMALL = (2, 8, 32, 32), (2, 8, 8, 8)
@@ -115,7 +115,7 @@ def drained(loader: Iterable[Any]) -> int:
 def write_streaming(at: Path) -> None:
     from streaming import MDSWriter
 
-    latents = Latents(folder(at / "latents"), 0, keep_all=True)
+    latents = Latents(open_folder(at / "latents"), 0, keep_all=True)
     columns = {"moments": f"ndarray:float16:{','.join(map(str, SHAPE))}", "label": "int"}
     with MDSWriter(out=str(at / "mds"), columns=columns, size_limit=SHARD * 2 * int(np.prod(SHAPE))) as writer:
         for first in range(0, latents.order.total, BATCH):
@@ -173,7 +173,7 @@ def images_per_s(recipe: recipes.Recipe, name: str, least_s: float = 1.0) -> flo
 
 def jobs(at: Path, bucket: str | None) -> dict[str, Job]:
     """By name; peers that stand in for each other differ in the words after the last comma."""
-    made, small = make(folder(at / "latents"), SHAPE), make(folder(at / "small"), SMALL)
+    made, small = make(open_folder(at / "latents"), SHAPE), make(open_folder(at / "small"), SMALL)
     kept = Latents(made, 0, keep_all=True)
     has_streaming = importlib.util.find_spec("streaming") is not None
     result: dict[str, Job] = {
@@ -190,7 +190,7 @@ def jobs(at: Path, bucket: str | None) -> dict[str, Job]:
         for workers in (0, 2):
             result[f"disk, Streaming, {workers} workers"] = partial(streaming, str(at / "mds"), workers)
     if bucket:
-        remote = folder(bucket) / "latents"
+        remote = open_folder(bucket) / "latents"
         copy(at / "latents", remote)
         cache = Cache(at / "cache", 2**40, print)
         result["s3, ours"] = partial(ours, remote)
@@ -198,7 +198,7 @@ def jobs(at: Path, bucket: str | None) -> dict[str, Job]:
         for workers in (0, 2):
             result[f"s3, WebDataset, {workers} workers"] = partial(webdataset, remote, workers)
         if has_streaming:
-            copy(at / "mds", folder(bucket) / "mds")
+            copy(at / "mds", open_folder(bucket) / "mds")
             for workers in (0, 2):
                 result[f"s3, Streaming, {workers} workers"] = partial(streaming, f"{bucket}/mds", workers)
     return result

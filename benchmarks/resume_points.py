@@ -15,11 +15,11 @@ from typing import TypeVar
 import safetensors.torch
 import torch
 
-from dis_scale import manifest
 from dis_scale import recipe as recipes
-from dis_scale.storage import Folder, folder
-from tests import training
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder, open_folder
 from tests.conftest import TINY
+from tests.support import ranks
 
 WIDTHS = {48: 2, 192: 4, 384: 6}
 """Width and depth of the models that are trained."""
@@ -41,7 +41,7 @@ def pauses(at: Path) -> None:
         ]
         recipe = recipes.load(TINY, [model, *how])
         print(f"width {width}:", flush=True)
-        training.run(recipe, "dit", at / str(width), attempt=1)
+        ranks.run(recipe, "dit", at / str(width), attempt=1)
 
 
 def rates(at: Folder) -> dict[str, float]:
@@ -74,7 +74,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         at = Path(sys.argv[1] if len(sys.argv) > 1 else scratch)
         pauses(at)
-        found = rates(folder(at))
+        found = rates(open_folder(at))
         for part, rate in found.items():
             print(f"{part:14} {rate / 1e9:6.2f} GB/s")
         for ranks in RANKS:

@@ -17,9 +17,9 @@ from benchmarks.rows import Job, Row, least_times, report
 from dis_scale import models
 from dis_scale.models import Backbone
 from dis_scale.models.cost import cost
-from dis_scale.pace import peak_flops, synchronize
 from dis_scale.recipe import Dis, Dit, LatentShape, preset
 from dis_scale.scan import choose
+from dis_scale.training.throughput import peak_flops, synchronize
 
 SHAPE, CLASSES = LatentShape(4, 32), 1000
 KINDS = ("none", "block", "every_2", "selective")

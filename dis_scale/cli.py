@@ -114,8 +114,8 @@ def fork(
     debug: Debug = False,
 ) -> None:
     """Start a new run from another's resume point; to roll back is to fork from before."""
-    from dis_scale.fork import fork as fork_run
     from dis_scale.sweep import open_sweep
+    from dis_scale.training.fork import fork as fork_run
 
     with _errors(debug):
         folder, _ = open_sweep(sweep)
@@ -185,7 +185,7 @@ def train(
 ) -> None:
     """Try training steps on this machine: rates, memory, a profile. Nothing is kept; it is `sweep` that trains."""
     from dis_scale.sweep import open_sweep
-    from dis_scale.trial import trial
+    from dis_scale.training.profile import trial
 
     with _errors(debug):
         if profile is not None:

@@ -8,13 +8,13 @@ import tempfile
 from pathlib import Path
 
 from dis_scale import tracking
-from dis_scale.checkpoint import images_name
 from dis_scale.errors import DisScaleError
 from dis_scale.evaluation import results
 from dis_scale.evaluation.results import Drawn
 from dis_scale.plan import Plan
-from dis_scale.storage import Folder
+from dis_scale.storage.folder import Folder
 from dis_scale.tracking import Projection, Row, Rows
+from dis_scale.training.checkpoint import images_name
 
 
 def evaluation(sweep: Folder, drawn: Drawn) -> bool:

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from dis_scale.engine import kinds
 from dis_scale.models.cost import Cost, cost
 from dis_scale.recipe import LatentShape, Recipe
+from dis_scale.training.engine import kinds
 
 
 @dataclass(frozen=True)

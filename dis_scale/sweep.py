@@ -18,7 +18,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from dis_scale import lease, mirror, tracking, vae
+from dis_scale import mirror, tracking, vae
 from dis_scale import plan as plans
 from dis_scale import recipe as recipes
 from dis_scale import report as reports
@@ -30,7 +30,8 @@ from dis_scale.evaluation.features import require_weights
 from dis_scale.plan import Plan
 from dis_scale.progress import Board, listing_words
 from dis_scale.recipe import Recipe
-from dis_scale.storage import Folder, folder
+from dis_scale.storage import lease
+from dis_scale.storage.folder import Folder, open_folder
 from pipelines import jobs
 from pipelines.jobs import Cluster, Job
 from pipelines.prepare import prepared
@@ -55,7 +56,7 @@ class Sweep:
 
 def open_sweep(url: str) -> tuple[Folder, Plan]:
     """The sweep at a URL or path, and the plan of the recipe that it stored; UserError where there is none."""
-    found = folder(url)
+    found = open_folder(url)
     if not found.exists(recipes.FILE):
         raise UserError(
             f"no sweep at {found}: expected a folder with {recipes.FILE}, for example outputs/sweeps/digits"
@@ -249,7 +250,7 @@ def _closing_words(sweep: Sweep, console: Console) -> None:
 
 def _resolve(recipe: Recipe) -> tuple[Recipe, Folder]:
     """The recipe with an absolute storage root, and that root."""
-    store = folder(jobs.require_root(recipe))
+    store = open_folder(jobs.require_root(recipe))
     return recipe.model_copy(update={"storage": recipe.storage.model_copy(update={"root": store.url})}), store
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dis_scale.storage import Folder
+from dis_scale.storage.folder import Folder
 
 FILE = "tracking.json"
 log = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from dis_scale import manifest
 from dis_scale.errors import DisScaleError, UserError
 from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, TrainedVae, VaeSettings
-from dis_scale.storage import Folder
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL as AutoencoderKL

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from dis_scale import checkpoint, ema
 from dis_scale import sweep as sweeps
-from dis_scale.ema import Snapshot
 from dis_scale.errors import UserError
 from dis_scale.evaluation import results
 from dis_scale.evaluation.results import Drawn
@@ -22,7 +20,9 @@ from dis_scale.progress import Board
 from dis_scale.recipe import Recipe
 from dis_scale.report import figures
 from dis_scale.report.tables import with_error
-from dis_scale.storage import Folder
+from dis_scale.storage.folder import Folder
+from dis_scale.training import checkpoint, ema
+from dis_scale.training.ema import Snapshot
 from pipelines import jobs
 
 GUIDANCE, WIDTH = "guidance", "ema_width"

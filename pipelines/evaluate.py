@@ -16,17 +16,19 @@ import numpy as np
 import ray
 import torch
 
-from dis_scale import checkpoint, diffusion, ema, lease, manifest, mirror, vae
+from dis_scale import diffusion, mirror, vae
 from dis_scale.data import shards
 from dis_scale.data.encode import compute_exactly
 from dis_scale.data.latents import Latents
-from dis_scale.ema import Snapshot
 from dis_scale.errors import DisScaleError, Preempted, StorageAway, StorageError, StorageFull
 from dis_scale.evaluation import held_out, measure, reference, results
 from dis_scale.evaluation.results import Drawn
 from dis_scale.evaluation.sample import Block, arranged, grid, grid_columns, labels_of, open_studio
 from dis_scale.recipe import Evaluate, Recipe
-from dis_scale.storage import Folder
+from dis_scale.storage import lease, manifest
+from dis_scale.storage.folder import Folder
+from dis_scale.training import checkpoint, ema
+from dis_scale.training.ema import Snapshot
 from pipelines import stage
 
 LOOK_EVERY_S = 2.0

@@ -29,7 +29,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from dis_scale.errors import DisScaleError, Held, Preempted, UserError
 from dis_scale.recipe import Recipe
-from dis_scale.storage import Folder
+from dis_scale.storage.folder import Folder
 
 START_TIMEOUT_S = 90.0
 ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}

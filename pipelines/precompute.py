@@ -12,14 +12,15 @@ from typing import Any
 import ray
 import torch
 
-from dis_scale import manifest, vae
+from dis_scale import vae
 from dis_scale.data import shards
 from dis_scale.data.encode import Setup, compute_exactly, put_shards, require_same_hardware
 from dis_scale.data.sources import open_source
 from dis_scale.errors import Preempted, UserError
 from dis_scale.progress import listing_words, now_and_then
 from dis_scale.recipe import Recipe
-from dis_scale.storage import Folder
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder
 from pipelines import stage
 
 BEGUN = "begun.json"

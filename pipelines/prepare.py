@@ -8,7 +8,7 @@ from typing import Any
 import ray
 import torch
 
-from dis_scale import digits, lease, manifest, vae
+from dis_scale import digits, vae
 from dis_scale.data.encode import compute_exactly
 from dis_scale.data.shards import store_of
 from dis_scale.data.sources import Source, open_source
@@ -16,7 +16,8 @@ from dis_scale.errors import Preempted
 from dis_scale.evaluation import reference
 from dis_scale.evaluation.features import JUDGE, load_extractors, store_classifier
 from dis_scale.recipe import Recipe, TrainedExtractor, TrainedVae
-from dis_scale.storage import Folder
+from dis_scale.storage import lease, manifest
+from dis_scale.storage.folder import Folder
 from pipelines import stage
 
 CPUS = 2

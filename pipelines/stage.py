@@ -24,7 +24,7 @@ from dis_scale import faults
 from dis_scale import recipe as recipes
 from dis_scale.errors import DisScaleError, Preempted, StorageAway
 from dis_scale.recipe import Recipe
-from dis_scale.storage import Folder, folder
+from dis_scale.storage.folder import Folder, open_folder
 from pipelines.jobs import keeping_handlers
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ def main(program: Program, url: str, *arguments: str) -> None:
     logging.getLogger("dis_scale").propagate = False
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: wish.set())
-    sweep = folder(url).patient
+    sweep = open_folder(url).patient
     try:
         program(sweep, load_recipe(sweep), list(arguments))
     except Exception as error:

@@ -16,12 +16,12 @@ from ray._private import state
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from dis_scale import lease
-from dis_scale.checkpoint import newest_images
 from dis_scale.errors import StorageError
 from dis_scale.recipe import Recipe
-from dis_scale.storage import Folder
+from dis_scale.storage import lease
+from dis_scale.storage.folder import Folder
 from dis_scale.tracking import Projection, Rows
+from dis_scale.training.checkpoint import newest_images
 from pipelines import stage
 
 ROOM_WAIT_S = 5.0
@@ -51,9 +51,9 @@ class Trainer(stage.Worker):
         os.environ.update({key: str(value) for key, value in place.items()})
         import torch
 
-        from dis_scale import engine
         from dis_scale.data import shards
-        from dis_scale.train import Run, train
+        from dis_scale.training import engine
+        from dis_scale.training.loop import Run, train
 
         if device == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // place["WORLD_SIZE"]))

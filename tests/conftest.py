@@ -9,13 +9,13 @@ import pytest
 
 from dis_scale import recipe as recipes
 from dis_scale.recipe import Recipe
-from tests import faulty_gateway, object_store
-from tests.faulty_gateway import Gateway
+from tests.support import faulty_gateway, object_store
+from tests.support.faulty_gateway import Gateway
 
 # As for jobs: threads of OpenMP that spin while they wait make everything many times slower on a machine that others use, too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-TINY = Path(__file__).parent / "tiny.yaml"
+TINY = Path(__file__).parent / "support/tiny.yaml"
 
 
 def pytest_report_header() -> str:
@@ -61,7 +61,7 @@ def gateway(ceph: object_store.ObjectStore, monkeypatch: pytest.MonkeyPatch) -> 
 
     with faulty_gateway.before(ceph.port) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        monkeypatch.setattr("dis_scale.storage._FIRST_PAUSE_S", 0.0)
+        monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
         s3fs.S3FileSystem.clear_instance_cache()
         yield server
     s3fs.S3FileSystem.clear_instance_cache()

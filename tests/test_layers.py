@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(path for folder in ("dis_scale", "pipelines") for path in (ROOT / folder).rglob("*.py"))
 
 LAYERS = [
-    "errors seeds recipe faults storage manifest",
-    "scan diffusion data tracking lease vae ema",
-    "models checkpoint engine evidence pace",
-    "train trial evaluation digits fork",
+    "errors seeds recipe faults storage",
+    "scan diffusion data tracking vae",
+    "models training",
+    "evaluation digits",
     "plan report progress mirror",
     "pipelines",
     "sweep cli vary",
@@ -24,20 +24,20 @@ LAYERS = [
 """From the lowest up; a part may import parts of its own layer and of those above it in this table."""
 DOORS = {
     "ray": "pipelines",
-    "deepspeed": "dis_scale/engine.py",
+    "deepspeed": "dis_scale/training/engine.py",
     "webdataset": "dis_scale/data/shards.py",
     "mlflow": "dis_scale/tracking.py",
     "diffusers": "dis_scale/vae.py",
     "torch_fidelity": "dis_scale/evaluation/inception.py",
-    "fsspec": "dis_scale/storage.py",
-    "s3fs": "dis_scale/storage.py",
+    "fsspec": "dis_scale/storage/folder.py",
+    "s3fs": "dis_scale/storage/folder.py",
     "pyarrow": "dis_scale/data/parquet.py",
     "sklearn": "dis_scale/data/sources.py",
     "matplotlib": "dis_scale/report/figures.py",
     "scipy": "dis_scale/report/fits.py dis_scale/evaluation",
     "typer": "dis_scale/cli.py",
     "rich": "dis_scale/plan.py dis_scale/report dis_scale/progress.py dis_scale/cli.py dis_scale/sweep.py dis_scale/vary.py",
-    "psutil": "dis_scale/lease.py",
+    "psutil": "dis_scale/storage/lease.py",
     "mamba_ssm": "dis_scale/scan",
     "causal_conv1d": "dis_scale/scan",
     "triton": "dis_scale/scan",
@@ -115,9 +115,9 @@ def test_reading_a_recipe_costs_no_heavy_import() -> None:
     ("part", "source", "higher"),
     [
         ("data", "from dis_scale import models", ["models"]),
-        ("data", "def f():\n    from dis_scale.train import train", ["train"]),
+        ("data", "def f():\n    from dis_scale.training.loop import train", ["training"]),
         ("report", "import pipelines.jobs", ["pipelines"]),
-        ("train", "from dis_scale.data.latents import Latents", []),
+        ("training", "from dis_scale.data.latents import Latents", []),
         ("models", "CODE = 'from dis_scale import sweep'", []),
     ],
 )

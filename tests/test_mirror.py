@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dis_scale import manifest, mirror, tracking
+from dis_scale import mirror, tracking
 from dis_scale import plan as plans
 from dis_scale import recipe as recipes
 from dis_scale.errors import DisScaleError
@@ -13,7 +13,8 @@ from dis_scale.evaluation import results
 from dis_scale.evaluation.results import Drawn
 from dis_scale.plan import Plan
 from dis_scale.recipe import LatentShape
-from dis_scale.storage import Folder, folder
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.tracking import Log, Projection, Rows
 from tests.conftest import TINY
 from tests.test_cli import invoke
@@ -27,7 +28,7 @@ def plan() -> Plan:
 @pytest.fixture
 def sweep(tmp_path: Path, plan: Plan) -> Folder:
     """A finished sweep: two attempts' rows, one published count, each way to draw evaluated, a report."""
-    made = folder(tmp_path) / "sweeps/tiny"
+    made = open_folder(tmp_path) / "sweeps/tiny"
     made.write(recipes.FILE, recipes.dump(plan.recipe).encode())
     for model in plan.recipe.models:
         for attempt in (1, 2):

@@ -9,14 +9,15 @@ import psutil
 import pytest
 from rich.console import Console
 
-from dis_scale import lease, tracking
 from dis_scale import plan as plans
 from dis_scale import recipe as recipes
 from dis_scale import sweep as sweeps
+from dis_scale import tracking
 from dis_scale.errors import Held, UserError
 from dis_scale.progress import Board
 from dis_scale.recipe import LatentShape, Recipe
-from dis_scale.storage import folder
+from dis_scale.storage import lease
+from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
 from pipelines.jobs import Cluster
 from tests.conftest import TINY
@@ -24,7 +25,7 @@ from tests.conftest import TINY
 
 def begin(recipe: Recipe, root: Path) -> Sweep:
     console = Console(file=io.StringIO(), width=200, record=True)
-    return Sweep(recipe, folder(root) / "sweeps/tiny", plans.plan(recipe, LatentShape(4, 8)), Board(console))
+    return Sweep(recipe, open_folder(root) / "sweeps/tiny", plans.plan(recipe, LatentShape(4, 8)), Board(console))
 
 
 def cluster(name: str) -> Cluster:
@@ -77,7 +78,7 @@ def test_what_is_missing_is_found_before_the_sweep_has_an_identity(
 
 
 def test_a_stored_recipe_of_another_identity_is_refused_with_the_difference(tiny: Recipe, tmp_path: Path) -> None:
-    place = folder(tmp_path) / "sweeps/tiny"
+    place = open_folder(tmp_path) / "sweeps/tiny"
     place.write("recipe.yaml", recipes.dump(tiny).encode())
     other = recipes.load(TINY, ["seed=5", f"storage.root={tmp_path}"])
     with pytest.raises(UserError, match=r"was begun with another recipe; .*\n  seed: stored 0, given 5"):
@@ -85,10 +86,10 @@ def test_a_stored_recipe_of_another_identity_is_refused_with_the_difference(tiny
 
 
 def test_an_emptied_mlflow_gets_its_runs_again(tmp_path: Path) -> None:
-    place = folder(tmp_path) / "sweeps/s"
+    place = open_folder(tmp_path) / "sweeps/s"
     first = tracking.begin(place, f"sqlite:///{tmp_path}/one.db", {"dis": {"seed": 0}})
     place.write_json(tracking.FILE, first | {"uri": f"sqlite:///{tmp_path}/two.db"})
-    tracking.begin(folder(tmp_path) / "sweeps/t", f"sqlite:///{tmp_path}/two.db", {})
+    tracking.begin(open_folder(tmp_path) / "sweeps/t", f"sqlite:///{tmp_path}/two.db", {})
     again = tracking.begin(place, f"sqlite:///{tmp_path}/two.db", {"dis": {"seed": 0}})
     assert again["sweep"] != first["sweep"]
     run = tracking.client(again["uri"]).get_run(again["models"]["dis"])

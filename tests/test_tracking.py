@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 
 from dis_scale import tracking
-from dis_scale.storage import Folder, folder
+from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.tracking import Log, Projection, Row, Rows
 
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tracking.default_uri(folder(tmp_path_factory.mktemp("mlflow")))
+    return tracking.default_uri(open_folder(tmp_path_factory.mktemp("mlflow")))
 
 
 @pytest.fixture
 def sweep(tmp_path: Path, uri: str) -> Folder:
-    made = folder(tmp_path) / "sweeps/s"
+    made = open_folder(tmp_path) / "sweeps/s"
     tracking.begin(made, uri, {"dis": {"gmacs_forward": 1.5, "seed": 0}})
     return made
 
@@ -30,7 +30,7 @@ def history(sweep: Folder, uri: str, name: str) -> list[tuple[int, float]]:
 
 
 def test_rows_of_two_attempts_merge_and_the_first_wins(tmp_path: Path) -> None:
-    place = folder(tmp_path)
+    place = open_folder(tmp_path)
     first, second = Log(place, 1), Log(place, 2)
     first.add(10, {"loss": 1.0})
     first.add(20, {"loss": 0.9})

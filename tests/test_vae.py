@@ -18,13 +18,13 @@ from dis_scale.errors import DisScaleError, UserError
 from dis_scale.evaluation.draw import draw, open_for_drawing
 from dis_scale.evaluation.sample import open_studio
 from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, Recipe
-from dis_scale.storage import Folder, folder
+from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.vae import to_pixels
 from pipelines import precompute
 from pipelines.precompute import Dealer, Encoder
 from pipelines.prepare import Preparer
-from tests import training
 from tests.conftest import TINY
+from tests.support import ranks
 
 KINDS = {
     "SD, f8": {"latent_channels": 4, "scaling_factor": 0.18215, "levels": 4},
@@ -59,7 +59,7 @@ def test_any_channels_factor_scale_and_shift(kind: str, tmp_path: Path) -> None:
     settings = saved(tmp_path / "vae", **config)  # type: ignore[arg-type]
     shape = vae.latent_shape(settings, 64)
     assert shape == (config["latent_channels"], 64 // 2 ** (config["levels"] - 1))
-    encoder = vae.load(settings, folder(tmp_path))
+    encoder = vae.load(settings, open_folder(tmp_path))
     assert encoder.latent(64) == shape
     assert (encoder.scale, encoder.shift) == (config["scaling_factor"], config.get("shift_factor", 0.0))
     image = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)
@@ -74,8 +74,8 @@ def test_any_channels_factor_scale_and_shift(kind: str, tmp_path: Path) -> None:
 def test_scale_and_shift_stand_in_the_manifest_and_training_applies_them(tmp_path: Path) -> None:
     settings = saved(tmp_path / "vae", **KINDS["SD3, f8"])  # type: ignore[arg-type]
     recipe = recipes.load(TINY, [f"vae={{kind: pretrained, path: {settings.path}}}", "precompute.shard_images=900"])
-    encode_digits(folder(tmp_path) / "sweep", folder(tmp_path) / "latents", recipe)
-    latents = Latents(folder(tmp_path) / "latents", seed=0)
+    encode_digits(open_folder(tmp_path) / "sweep", open_folder(tmp_path) / "latents", recipe)
+    latents = Latents(open_folder(tmp_path) / "latents", seed=0)
     assert [latents.manifest[key] for key in ("scale", "shift", "latent")] == [1.5305, 0.0609, [16, 4]]
     options = {"batch": 8, "lanes": 1, "seed": 0, "mirror": False, "label_dropout": 0.0}
     batch = micro_batch(latents, 0, 0, **options)  # type: ignore[arg-type]
@@ -86,14 +86,14 @@ def test_scale_and_shift_stand_in_the_manifest_and_training_applies_them(tmp_pat
 
 def test_a_setting_that_diffusers_adds_with_a_default_leaves_the_identity_as_it_is(tmp_path: Path) -> None:
     settings = saved(tmp_path, **KINDS["f16"])  # type: ignore[arg-type]
-    encoder = vae.load(settings, folder(tmp_path))
+    encoder = vae.load(settings, open_folder(tmp_path))
     file = Path(settings.path) / vae.CONFIG
     config = json.loads(file.read_text())
     assert config.pop("use_post_quant_conv") is True  # diffusers' default
     file.write_text(json.dumps(config))
-    assert vae.load(settings, folder(tmp_path)).identity == encoder.identity
+    assert vae.load(settings, open_folder(tmp_path)).identity == encoder.identity
     file.write_text(json.dumps(config | {"scaling_factor": 0.5}))
-    assert vae.load(settings, folder(tmp_path)).identity != encoder.identity
+    assert vae.load(settings, open_folder(tmp_path)).identity != encoder.identity
 
 
 def test_an_image_that_does_not_fit_the_factor_is_refused(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_the_whole_way_in_pixel_space(tmp_path: Path) -> None:
     recipe = recipes.load(
         TINY, ["vae={kind: none}", "data.resolution=16", "train.workers=1", "evaluate.block_images=20"]
     )
-    sweep = folder(tmp_path) / "sweep"
+    sweep = open_folder(tmp_path) / "sweep"
     latents = sweep / "latents/pixels"
     sweep.write(recipes.FILE, recipes.dump(recipe).encode())
     Preparer().prepare(sweep, recipe, "cpu")
@@ -131,7 +131,7 @@ def test_the_whole_way_in_pixel_space(tmp_path: Path) -> None:
     batch = micro_batch(reader, 0, 0, **options)  # type: ignore[arg-type]
     np.testing.assert_array_equal(batch.x_BCHW.numpy(), reader.read(np.arange(4), np.zeros(4, int))[0][:, :3])
 
-    training.run(recipe, "dis", tmp_path, attempt=1)
+    ranks.run(recipe, "dis", tmp_path, attempt=1)
     studio = open_studio(recipe, sweep, vae.load(recipe.vae, sweep), torch.device("cpu"))
     block = studio.draw(studio.model("dis", 320, recipe.evaluate), recipe.evaluate, 0)
     assert block.pictures.shape[1:] == (16, 16, 3)
@@ -142,7 +142,7 @@ def test_the_whole_way_in_pixel_space(tmp_path: Path) -> None:
 
 
 def test_what_decodes_to_nothing_finite_is_no_black_image(tmp_path: Path) -> None:
-    found = vae.load(saved(tmp_path / "vae", 4), folder(tmp_path))
+    found = vae.load(saved(tmp_path / "vae", 4), open_folder(tmp_path))
     latents = torch.zeros(3, 4, 4, 4)
     latents[1] = float("nan")
     with pytest.raises(DisScaleError, match="the VAE decoded 1 of 3 latents to values that are not finite"):

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dis_scale import manifest
+from dis_scale.storage import manifest
 
 _OURS = re.compile(r"[0-9a-f]{64}(\.part)?")
 """The cache's own files: whatever else lies in its folder is not counted and not touched."""

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from dis_scale import manifest, vae
 from dis_scale import recipe as recipes
+from dis_scale import vae
 from dis_scale.data import shards
 from dis_scale.data.encode import Made, Setup, compute_exactly, make
 from dis_scale.data.sources import open_source
 from dis_scale.errors import StorageError, UserError
 from dis_scale.recipe import PretrainedVae, Recipe
-from dis_scale.storage import Folder, folder
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.vae import Pixels, Vae
 
 GRID = 100
@@ -29,7 +30,7 @@ Report = Callable[[int, int], None]
 
 def find(url: str) -> tuple[Folder | None, Folder]:
     """(sweep, its sealed latents), or (None, latents) where the URL is a folder of latents itself."""
-    given = folder(url)
+    given = open_folder(url)
     if given.exists(shards.POINTER):
         return given, shards.latents_of(given)
     found = manifest.find(given)

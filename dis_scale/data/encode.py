@@ -21,7 +21,7 @@ from dis_scale.data.shards import Sample
 from dis_scale.data.sources import Source
 from dis_scale.errors import DisScaleError, UndecodableImage, UserError
 from dis_scale.recipe import Recipe
-from dis_scale.storage import Folder
+from dis_scale.storage.folder import Folder
 from dis_scale.vae import Vae
 
 HARDWARE = "hardware.json"

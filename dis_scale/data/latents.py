@@ -14,14 +14,15 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from dis_scale import manifest, seeds
+from dis_scale import seeds
 from dis_scale.data.cache import Cache, default_folder
 from dis_scale.data.order import BLOCK_SHARDS, Order, Places
 from dis_scale.data.shards import Shard, unpack
 from dis_scale.data.shelf import Shelf, free_memory_bytes
 from dis_scale.errors import UserError
 from dis_scale.recipe import LatentShape, Reader, Recipe
-from dis_scale.storage import Folder
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder
 
 GIB = 2**30
 _DRAWING = ThreadPoolExecutor(1, "noise")

@@ -18,9 +18,9 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 
-from dis_scale import manifest
 from dis_scale.errors import StorageError, UserError
-from dis_scale.storage import Folder
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder
 
 PART = 2**17
 """Entries a part: a part is some 20 MB in memory while it is read, ImageNet is ten of them."""

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from dis_scale.data.listing import Entry, Found
 from dis_scale.errors import StorageError, UserError
 from dis_scale.recipe import ParquetSource
-from dis_scale.storage import Folder
+from dis_scale.storage.folder import Folder
 
 
 def find(root: Folder, names: list[str], settings: ParquetSource) -> Found:

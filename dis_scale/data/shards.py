@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import webdataset as wds
 
-from dis_scale import manifest
 from dis_scale.data.ahead import in_order
 from dis_scale.errors import StorageAway, StorageError, UserError
 from dis_scale.recipe import Recipe
-from dis_scale.storage import Folder
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder
 
 POINTER = "latents.json"
 SHARD = re.compile(r"\d{6,}\.(tar|json)")

@@ -17,7 +17,7 @@ from dis_scale.data import images, listing, parquet, tars
 from dis_scale.data.listing import Column, Entry, Found, Listing, Report, number_or_name
 from dis_scale.errors import StorageError, UndecodableImage, UserError
 from dis_scale.recipe import CsvSource, Data, DigitsSource, FolderSource, ParquetSource, TarSource
-from dis_scale.storage import Folder, folder
+from dis_scale.storage.folder import Folder, open_folder
 
 
 @dataclass(frozen=True)
@@ -110,26 +110,26 @@ def _open_kind(settings: DigitsSource | FolderSource | TarSource | ParquetSource
         case DigitsSource():
             return _Kind("scikit-learn's digits", _find_digits, _each(_read_digit), _anywhere, "")
         case FolderSource(url=url):
-            root = folder(url)
+            root = open_folder(url)
             missing = f"no images in class folders below {root}; expected {root}/<class>/<image>.png"
             return _Kind(
                 root.url, lambda: _find_class_folders(root), _each(lambda e: root.read(e.name)), _anywhere, missing
             )
         case CsvSource(url=url):
-            file = folder(url)
+            file = open_folder(url)
             root = Folder(file.url.rpartition("/")[0])
             read = _each(lambda e: _read_anywhere(root, e.name))
             return _Kind(
                 file.url, lambda: Found(_csv_entries(root, file.name, settings)), read, _anywhere, f"no lines in {file}"
             )
         case TarSource(url=url):
-            root, names = tars.files_of(folder(url), settings.files, ".tar")
+            root, names = tars.files_of(open_folder(url), settings.files, ".tar")
             missing = f"no images ({', '.join(images.SUFFIXES)}) in the tars of {root}"
             return _Kind(
                 root.url, lambda: tars.find(root, names, settings), lambda e: tars.read(root, e), tars.near, missing
             )
         case ParquetSource(url=url):
-            root, names = tars.files_of(folder(url), settings.files, ".parquet")
+            root, names = tars.files_of(open_folder(url), settings.files, ".parquet")
             rows = parquet.Rows(root, settings)
             find = lambda: parquet.find(root, names, settings)  # noqa: E731
             return _Kind(root.url, find, rows.read, parquet.near, f"no rows in the Parquet files of {root}")

@@ -15,7 +15,7 @@ from dis_scale.data.images import SUFFIXES
 from dis_scale.data.listing import Entry, Found, number_or_name
 from dis_scale.errors import StorageError, UserError
 from dis_scale.recipe import TarSource
-from dis_scale.storage import Folder
+from dis_scale.storage.folder import Folder
 
 TARS_AT_ONCE = 8
 LARGE_BYTES = 8 * 2**30

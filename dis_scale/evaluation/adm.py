@@ -14,7 +14,7 @@ import numpy as np
 from dis_scale.errors import StorageError, UserError
 from dis_scale.evaluation.inception import FEATURES, SPATIAL
 from dis_scale.evaluation.metrics import Gaussian
-from dis_scale.storage import locate
+from dis_scale.storage.folder import locate
 
 IMAGES = "arr_0"
 

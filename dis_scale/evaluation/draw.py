@@ -11,14 +11,14 @@ import torch
 
 from dis_scale import diffusion, vae
 from dis_scale import recipe as recipes
-from dis_scale.checkpoint import WEIGHTS_FILE
 from dis_scale.diffusion.generate import generate
 from dis_scale.diffusion.process import check_labels
 from dis_scale.errors import UserError
 from dis_scale.models import Backbone
 from dis_scale.models.export import open_checkpoint
 from dis_scale.recipe import Flow, Gaussian, PretrainedVae
-from dis_scale.storage import folder
+from dis_scale.storage.folder import open_folder
+from dis_scale.training.checkpoint import WEIGHTS_FILE
 from dis_scale.vae import Vae
 
 
@@ -43,9 +43,9 @@ def open_for_drawing(path: Path, vae_path: str | None, heads: int | None = None)
     sweep = next((parent for parent in file.absolute().parents if (parent / recipes.FILE).exists()), None)
     recipe = recipes.load(sweep / recipes.FILE) if sweep else None
     if vae_path is not None:
-        decoder = vae.load(PretrainedVae(kind="pretrained", path=vae_path), folder(path))
+        decoder = vae.load(PretrainedVae(kind="pretrained", path=vae_path), open_folder(path))
     elif sweep is not None and recipe is not None:
-        decoder = vae.load(recipe.vae, folder(sweep))
+        decoder = vae.load(recipe.vae, open_folder(sweep))
     else:
         raise UserError(f"{path} lies in no sweep, so say what decodes its latents: --vae FOLDER or hub id")
     if recipe is None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dis_scale.errors import StorageError, UserError
-from dis_scale.storage import locate
+from dis_scale.storage.folder import locate
 
 UNVERIFIED = "not verified against published tables"
 """Said beside every absolute FID until these weights have reproduced a published one here."""

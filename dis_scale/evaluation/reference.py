@@ -22,7 +22,7 @@ from dis_scale.evaluation.adm import open_reference
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor, Features
 from dis_scale.evaluation.metrics import Gaussian, Sums, frechet, require_finite, require_infinity, require_samples
 from dis_scale.recipe import Data, Recipe
-from dis_scale.storage import Folder
+from dis_scale.storage.folder import Folder
 
 FORMAT = 2
 STRETCH, DECODERS = 64, 4

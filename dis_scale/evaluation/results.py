@@ -6,10 +6,10 @@ One evaluation is a folder: `evaluation/<model>/<images>/` of the main way to dr
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from dis_scale import checkpoint
-from dis_scale.checkpoint import images_name
 from dis_scale.recipe import MAIN, Evaluate, Recipe
-from dis_scale.storage import Folder
+from dis_scale.storage.folder import Folder
+from dis_scale.training import checkpoint
+from dis_scale.training.checkpoint import images_name
 
 METRICS, GRID, ENDED, SKIPPED = "metrics.json", "samples.png", "ended.json", "skipped.json"
 VARIED = "vary"

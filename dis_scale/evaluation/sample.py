@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dis_scale import checkpoint, diffusion, models, seeds
+from dis_scale import diffusion, models, seeds
 from dis_scale.data import shards
 from dis_scale.diffusion.generate import generate
 from dis_scale.digits import Classifier
@@ -23,7 +23,8 @@ from dis_scale.evaluation import sealed
 from dis_scale.evaluation.features import JUDGE, Extractor, Features, load_classifier, load_extractors
 from dis_scale.models import Backbone
 from dis_scale.recipe import Evaluate, LatentShape, Recipe
-from dis_scale.storage import Folder
+from dis_scale.storage.folder import Folder
+from dis_scale.training import checkpoint
 from dis_scale.vae import Vae, to_unit
 
 COLUMNS, ROWS = 10, 10

@@ -9,7 +9,7 @@ from dis_scale.evaluation.results import Drawn
 from dis_scale.models.cost import Cost
 from dis_scale.plan import Plan
 from dis_scale.recipe import MAIN
-from dis_scale.storage import Folder
+from dis_scale.storage.folder import Folder
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dis_scale.report import figures
 from dis_scale.report.collect import Report
 from dis_scale.report.page import page
 from dis_scale.report.tables import to_csv
-from dis_scale.storage import Folder
+from dis_scale.storage.folder import Folder
 
 CSV, PAGE = "gflops_fid.csv", "index.html"
 

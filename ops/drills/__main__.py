@@ -17,8 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dis_scale import checkpoint, manifest
-from dis_scale.storage import Folder, folder
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.training import checkpoint
 
 RECIPE = Path(__file__).with_name("drill.yaml")
 DONE, FAILED, MISTAKE, HELD, STOPPED = 0, 1, 2, 69, 75
@@ -37,7 +38,7 @@ class Drill:
 
     @property
     def sweep(self) -> Folder:
-        return folder(self.root / "store/sweeps/drill")
+        return open_folder(self.root / "store/sweeps/drill")
 
     def give(self, *settings: str, faults: str = "", ends: int = DONE) -> None:
         """The sweep's command to its end, which has this exit code."""
@@ -87,7 +88,7 @@ class Drill:
 
     def same(self, model: str = "dit") -> None:
         """Requires that all that is published is bit-equal to the undisturbed sweep's."""
-        ours, calm = published(self.sweep, model), published(folder(self.calm) / "sweeps/drill", "dit")
+        ours, calm = published(self.sweep, model), published(open_folder(self.calm) / "sweeps/drill", "dit")
         require(ours == calm, f"published weights differ from the undisturbed sweep's: {ours} and {calm}")
         print(f"    published at {', '.join(ours)} images: bit-equal to the undisturbed sweep's", flush=True)
 

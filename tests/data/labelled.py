@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from dis_scale.recipe import Data
-from dis_scale.storage import Folder
+from dis_scale.storage.folder import Folder
 
 CLASSES = ["cat", "dog"]
 LABELS = [0, 0, 0, 1, 1, 1, 1]

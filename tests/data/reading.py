@@ -8,7 +8,7 @@ from dis_scale.data import shards
 from dis_scale.data.cache import Cache
 from dis_scale.data.latents import Latents
 from dis_scale.data.shards import Sample
-from dis_scale.storage import Folder, folder
+from dis_scale.storage.folder import Folder, open_folder
 
 CLASSES = 5
 
@@ -39,7 +39,7 @@ def read(latents: Latents, first: int, last: int) -> tuple[np.ndarray, np.ndarra
 def read_epoch(rank: int, world: int, url: str, cache: Path | None, micro: int) -> list[np.ndarray]:
     """Every `world`-th micro-batch of the first epoch, from this rank's on; what a training process does."""
     if url.startswith("flaky://"):
-        import tests.flaky  # noqa: F401
-    latents = Latents(folder(url), 0, cache=Cache(cache, 2**30, print) if cache else None)
+        import tests.support.flaky_store  # noqa: F401
+    latents = Latents(open_folder(url), 0, cache=Cache(cache, 2**30, print) if cache else None)
     firsts = range(rank * micro, latents.order.total, world * micro)
     return [read(latents, first, min(first + micro, latents.order.total))[0] for first in firsts]

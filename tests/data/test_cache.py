@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from dis_scale import manifest
 from dis_scale.data.cache import Cache, default_folder
 from dis_scale.errors import StorageError
+from dis_scale.storage import manifest
 
 SHARDS = [bytes([i]) * 1000 for i in range(8)]
 

@@ -14,7 +14,7 @@ from dis_scale.data import shards
 from dis_scale.data.encode import Setup, compute_exactly, put_shards
 from dis_scale.data.sources import open_source
 from dis_scale.recipe import TrainedVae
-from dis_scale.storage import Folder, folder
+from dis_scale.storage.folder import Folder, open_folder
 from pipelines import precompute
 from tests.conftest import TINY
 from tests.data.labelled import png
@@ -25,7 +25,7 @@ SIZES = ("data.num_classes=2", "precompute.shard_images=10", "precompute.encode_
 def photos(store: Folder, images: Path, how: str = "{kind: trained, widths: [8, 8, 8]}") -> tuple[Folder, Folder]:
     """(sweep, its sealed latents) of 26 images in three shards, one of them refused."""
     for i in range(26):
-        folder(images).write(f"{'ab'[i % 2]}/{i:02d}.png", png(i) if i != 8 else b"broken")
+        open_folder(images).write(f"{'ab'[i % 2]}/{i:02d}.png", png(i) if i != 8 else b"broken")
     source = f"data.source={{kind: folder, url: {images}}}"
     recipe = recipes.load(TINY, [source, *SIZES, f"vae={how}", "data.undecodable=skip"])
     sweep = store / "sweeps/photos"
@@ -52,7 +52,7 @@ def run(*arguments: str) -> tuple[int, str]:
 
 
 def test_damage_is_named_mended_and_the_bytes_are_the_same(store_url: str, tmp_path: Path) -> None:
-    sweep, latents = photos(folder(store_url) / "store", tmp_path / "images")
+    sweep, latents = photos(open_folder(store_url) / "store", tmp_path / "images")
     for url in (sweep.url, latents.url):
         code, output = run("verify", url)
         assert (code, output.splitlines()[-2:]) == (0, ["verify: 3/3 shards", f"whole    {latents}"])
@@ -78,14 +78,14 @@ def test_damage_is_named_mended_and_the_bytes_are_the_same(store_url: str, tmp_p
 
 
 def test_a_short_shard_is_seen_by_its_size(tmp_path: Path) -> None:
-    sweep, latents = photos(folder(tmp_path) / "store", tmp_path / "images")
+    sweep, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images")
     size = len(latents.read("000000.tar"))
     latents.write("000000.tar", latents.read("000000.tar")[:-1])
     assert f"000000.tar: {size - 1} bytes, its manifest says {size}" in run("verify", "--fast", sweep.url)[1]
 
 
 def test_what_cannot_be_made_the_same_is_not_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep, latents = photos(folder(tmp_path) / "store", tmp_path / "images")
+    sweep, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images")
     latents.write("000000.tar", b"damaged")
     (tmp_path / "images/a/00.png").write_bytes(png(99))
     code, output = run("repair", sweep.url)
@@ -101,7 +101,7 @@ def test_what_cannot_be_made_the_same_is_not_put(tmp_path: Path, monkeypatch: py
 
 
 def test_a_folder_of_latents_cannot_say_where_its_images_are(tmp_path: Path) -> None:
-    _, latents = photos(folder(tmp_path) / "store", tmp_path / "images")
+    _, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images")
     code, output = run("repair", latents.url)
     assert (code, "a folder of latents: give the sweep's folder" in output) == (2, True)
 
@@ -114,7 +114,7 @@ def test_what_is_no_set_of_latents_is_said(command: str, tmp_path: Path) -> None
 
 
 def test_a_set_is_shown_with_its_images(tmp_path: Path) -> None:
-    sweep, latents = photos(folder(tmp_path) / "store", tmp_path / "images")
+    sweep, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images")
     code, output = run("show", sweep.url, "--out", str(tmp_path / "grid.png"))
     assert code == 0
     lines = dict(line.split(None, 1) for line in output.splitlines())
@@ -139,7 +139,7 @@ def test_a_set_is_shown_with_its_images(tmp_path: Path) -> None:
 
 def test_pixels_are_shown_without_a_vae(tmp_path: Path) -> None:
     """The grid holds the very pictures that went in."""
-    _, latents = photos(folder(tmp_path) / "store", tmp_path / "images", "{kind: none}")
+    _, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images", "{kind: none}")
     code, _ = run("show", latents.url, "--out", str(tmp_path / "grid.png"))
     assert code == 0
     recipe = recipes.load(TINY, [f"data.source={{kind: folder, url: {tmp_path}/images}}", "data.num_classes=2"])

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dis_scale import manifest
 from dis_scale.data import shards
 from dis_scale.data.latents import Latents, micro_batch, prefetch
 from dis_scale.errors import StorageError, UserError
-from dis_scale.storage import folder
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import open_folder
 from tests.data.reading import CLASSES, make, read, samples
 
 
@@ -61,7 +61,7 @@ def test_webdataset_reads_our_shards(tmp_path: Path) -> None:
     """As its users do, with the library's own decoder."""
     import webdataset as wds
 
-    make(folder(tmp_path), [3, 2])
+    make(open_folder(tmp_path), [3, 2])
     found = list(wds.WebDataset(str(tmp_path / "{000000..000001}.tar"), shardshuffle=False).decode())
     assert [sample["__key__"] for sample in found] == [f"{i:012d}" for i in range(5)]
     for sample, made in zip(found, samples(0, 3) + samples(3, 2), strict=True):
@@ -70,7 +70,7 @@ def test_webdataset_reads_our_shards(tmp_path: Path) -> None:
 
 
 def test_finished_shards_are_known_and_damaged_or_orphaned_ones_are_not(store_url: str) -> None:
-    at = folder(store_url)
+    at = open_folder(store_url)
     for number in range(4):
         shards.put_shard(at, number, samples(number * 3, 3), [])
     at.delete("000001.json")
@@ -81,8 +81,8 @@ def test_finished_shards_are_known_and_damaged_or_orphaned_ones_are_not(store_ur
 
 
 def test_statistics_merge_to_those_of_all_samples(tmp_path: Path) -> None:
-    make(folder(tmp_path), [4, 7, 2])
-    found = manifest.find(folder(tmp_path))
+    make(open_folder(tmp_path), [4, 7, 2])
+    found = manifest.find(open_folder(tmp_path))
     assert found is not None
     everything = np.stack([s.moments[0, :2] for first, n in [(0, 4), (4, 7), (11, 2)] for s in samples(first, n)])
     np.testing.assert_allclose(found["mean"], everything.astype(np.float64).mean((0, 2, 3)), rtol=1e-12)
@@ -90,12 +90,12 @@ def test_statistics_merge_to_those_of_all_samples(tmp_path: Path) -> None:
 
 
 def test_a_lane_is_the_same_whoever_reads_it(tmp_path: Path) -> None:
-    make(folder(tmp_path), [6, 6, 5])
+    make(open_folder(tmp_path), [6, 6, 5])
     options = {"batch": 8, "lanes": 4, "seed": 3, "mirror": True, "label_dropout": 0.3}
-    ahead = Latents(folder(tmp_path), seed=3)
+    ahead = Latents(open_folder(tmp_path), seed=3)
     for step in range(5):
         micro_batch(ahead, step, 0, **options)
-    first, second = (micro_batch(r, 5, 2, **options) for r in (ahead, Latents(folder(tmp_path), seed=3)))
+    first, second = (micro_batch(r, 5, 2, **options) for r in (ahead, Latents(open_folder(tmp_path), seed=3)))
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(one.numpy(), other.numpy())
 
@@ -103,11 +103,11 @@ def test_a_lane_is_the_same_whoever_reads_it(tmp_path: Path) -> None:
 def test_latents_are_posterior_samples_shifted_and_scaled(tmp_path: Path) -> None:
     """Over many draws of one sample: mean (mean - shift) scale, deviation std scale."""
     one = samples(0, 1)[0]
-    shards.put_shard(folder(tmp_path), 0, [one], [])
+    shards.put_shard(open_folder(tmp_path), 0, [one], [])
     facts = {"vae": "v", "scale": 0.5, "shift": 0.25, "latent": [2, 3], "num_classes": CLASSES}
-    shards.seal(folder(tmp_path), range(1), facts)
+    shards.seal(open_folder(tmp_path), range(1), facts)
     batch = micro_batch(
-        Latents(folder(tmp_path), 0), 0, 0, batch=4000, lanes=1, seed=0, mirror=False, label_dropout=0.25
+        Latents(open_folder(tmp_path), 0), 0, 0, batch=4000, lanes=1, seed=0, mirror=False, label_dropout=0.25
     )
     mean, log_variance = one.moments[0, :2].astype(np.float64), one.moments[0, 2:].astype(np.float64)
     deviation = 0.5 * np.exp(0.5 * log_variance)
@@ -118,7 +118,7 @@ def test_latents_are_posterior_samples_shifted_and_scaled(tmp_path: Path) -> Non
 
 
 def test_training_does_not_read_a_damaged_shard(tmp_path: Path) -> None:
-    at = make(folder(tmp_path), [4])
+    at = make(open_folder(tmp_path), [4])
     data = bytearray(at.read("000000.tar"))
     data[700] ^= 1
     at.write("000000.tar", bytes(data))
@@ -127,8 +127,8 @@ def test_training_does_not_read_a_damaged_shard(tmp_path: Path) -> None:
 
 
 def test_latents_of_another_vae_are_refused(tmp_path: Path) -> None:
-    sweep = folder(tmp_path) / "sweeps/s"
-    at = make(folder(tmp_path) / "latents/abc", [4])
+    sweep = open_folder(tmp_path) / "sweeps/s"
+    at = make(open_folder(tmp_path) / "latents/abc", [4])
     shards.point_to(sweep, at, "v" * 64)
     assert shards.latents_of(sweep) == at
     shards.point_to(sweep, at, "w" * 64)

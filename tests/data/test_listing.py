@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from dis_scale import manifest
 from dis_scale.data import listing
 from dis_scale.data.listing import Entry, Found
 from dis_scale.data.sources import open_source
 from dis_scale.errors import StorageError, UserError
-from dis_scale.storage import folder
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import open_folder
 from tests.data import labelled
 from tests.data.labelled import CLASSES, data, png
 
@@ -56,7 +56,9 @@ def test_the_hash_is_of_content_and_order() -> None:
 def list_imagenet(where: str) -> None:
     """In a process of its own: lists, reads the ends, prints the reports' number and the most memory that it ever held."""
     reports: list[int] = []
-    made = listing.stored(folder(where), "imagenet", lambda: Found(entries(IMAGENET)), lambda _: None, reports.append)
+    made = listing.stored(
+        open_folder(where), "imagenet", lambda: Found(entries(IMAGENET)), lambda _: None, reports.append
+    )
     first, last = made[0], made[IMAGENET - 1]
     assert (first, last.label, last.place[0]) == (next(entries(1)), (IMAGENET - 1) % 1000, IMAGENET - 1)
     # Not getrusage's ru_maxrss, which a child takes over from the process that began it.
@@ -75,7 +77,7 @@ def test_a_million_images_are_listed_and_read_in_little_memory(tmp_path: Path) -
 
 
 def test_a_declared_source_is_listed_once_and_a_new_version_anew(store_url: str, tmp_path: Path) -> None:
-    store, images = folder(store_url) / "store", folder(tmp_path) / "images"
+    store, images = open_folder(store_url) / "store", open_folder(tmp_path) / "images"
     source = labelled.class_folders(images)
     first = open_source(data(source), store)
     images.write("dog/7.png", png(7))
@@ -87,7 +89,7 @@ def test_a_declared_source_is_listed_once_and_a_new_version_anew(store_url: str,
 
 def test_a_listing_that_does_not_fit_the_recipe_is_not_kept(tmp_path: Path) -> None:
     """So that mending the source and trying again is all that it takes."""
-    store, images = folder(tmp_path) / "store", folder(tmp_path) / "images"
+    store, images = open_folder(tmp_path) / "store", open_folder(tmp_path) / "images"
     source = labelled.class_folders(images)
     with pytest.raises(UserError, match=r"data.num_classes: got 3, but the source has 2 classes"):
         open_source(data(source, 3), store)
@@ -97,7 +99,7 @@ def test_a_listing_that_does_not_fit_the_recipe_is_not_kept(tmp_path: Path) -> N
 
 def test_of_two_that_list_at_once_the_first_counts_for_both(tmp_path: Path) -> None:
     """The source changes between them; neither reads a mixture."""
-    store = folder(tmp_path)
+    store = open_folder(tmp_path)
 
     def slow(count: int) -> Iterator[Entry]:
         for entry in entries(count):
@@ -114,10 +116,10 @@ def test_of_two_that_list_at_once_the_first_counts_for_both(tmp_path: Path) -> N
 
 
 def test_a_damaged_listing_is_named(tmp_path: Path) -> None:
-    store = folder(tmp_path)
-    open_source(data(labelled.class_folders(folder(tmp_path) / "images")), store)
+    store = open_folder(tmp_path)
+    open_source(data(labelled.class_folders(open_folder(tmp_path) / "images")), store)
     (place,) = store.list("listings")
     (name,) = [n for n in (store / "listings" / place).list() if n != manifest.NAME]
     (store / "listings" / place).write(name, b"x")
     with pytest.raises(StorageError, match=f"{place}/{name}: damaged: 1 bytes, its manifest says"):
-        open_source(data(labelled.class_folders(folder(tmp_path) / "images")), store).names[0]
+        open_source(data(labelled.class_folders(open_folder(tmp_path) / "images")), store).names[0]

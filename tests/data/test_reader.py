@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dis_scale import manifest
 from dis_scale.data import latents as reader
 from dis_scale.data.latents import Latents, choose_keeping, open_latents
 from dis_scale.data.order import BLOCK_SHARDS
@@ -19,11 +18,12 @@ from dis_scale.data.shards import Shard
 from dis_scale.data.shelf import Shelf, free_memory_bytes
 from dis_scale.errors import StorageError, UserError
 from dis_scale.recipe import Reader, Recipe
-from dis_scale.storage import folder
-from tests import object_store
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import open_folder
 from tests.data.reading import CLASSES, make, read, read_epoch
-from tests.faulty_gateway import Gateway
-from tests.flaky import FlakyFileSystem, busy, bytes_read, reads
+from tests.support import object_store
+from tests.support.faulty_gateway import Gateway
+from tests.support.flaky_store import FlakyFileSystem, busy, bytes_read, reads
 
 COUNTS = [6, 5, 7, 6, 0, 6, 6, 3, 6, 6, 6]
 FULL = [count for count in COUNTS if count]
@@ -32,8 +32,8 @@ FULL = [count for count in COUNTS if count]
 @pytest.fixture
 def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A set in flaky storage, at peace; waiting for it costs no time."""
-    make(folder(tmp_path / "set"), COUNTS)
-    monkeypatch.setattr("dis_scale.storage._FIRST_PAUSE_S", 0.0)
+    make(open_folder(tmp_path / "set"), COUNTS)
+    monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
     monkeypatch.setattr(FlakyFileSystem, "faults", [])
     return tmp_path / "set"
 
@@ -62,7 +62,7 @@ def test_one_process_without_a_cache_reads_each_shard_once_and_the_next_epochs_f
 
 
 def test_what_is_kept_in_memory_is_read_once_for_ever(at: Path) -> None:
-    latents = Latents(folder(flaky(at)), 0, keep_all=True)
+    latents = Latents(open_folder(flaky(at)), 0, keep_all=True)
     for first in range(0, 3 * sum(COUNTS), 8):
         read(latents, first, first + 8)
     assert sorted(reads(at).values()) == [1] * len(FULL)
@@ -78,7 +78,7 @@ def wait_until(true: object, timeout_s: float = 10.0) -> None:
 def test_training_does_not_wait_once_it_has_begun(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads of 0.2 s under steps that take longer: without reading ahead, each block would cost 0.2 s at least."""
     monkeypatch.setattr(FlakyFileSystem, "latency_s", 0.2)
-    latents, waited_s = Latents(folder(flaky(at)), 0), []
+    latents, waited_s = Latents(open_folder(flaky(at)), 0), []
     for first in range(0, sum(COUNTS), 3):
         began = time.monotonic()
         read(latents, first, first + 3)
@@ -89,7 +89,7 @@ def test_training_does_not_wait_once_it_has_begun(at: Path, monkeypatch: pytest.
 
 
 def test_memory_holds_the_block_at_hand_and_the_next(at: Path) -> None:
-    many = make(folder(at) / "many", [2] * 8 * BLOCK_SHARDS)
+    many = make(open_folder(at) / "many", [2] * 8 * BLOCK_SHARDS)
     latents = Latents(many, 0)
     for first in range(0, 2 * 16 * BLOCK_SHARDS, 2):
         read(latents, first, first + 2)
@@ -102,9 +102,9 @@ def test_memory_holds_the_block_at_hand_and_the_next(at: Path) -> None:
     ids=["500s", "timeouts", "told to slow down, for long"],
 )
 def test_what_passes_is_waited_for(at: Path, faults: list[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = read(Latents(folder(at), 0), 0, 8)
+    expected = read(Latents(open_folder(at), 0), 0, 8)
     monkeypatch.setattr(FlakyFileSystem, "faults", list(faults))
-    for got, wanted in zip(read(Latents(folder(flaky(at)), 0), 0, 8), expected, strict=True):
+    for got, wanted in zip(read(Latents(open_folder(flaky(at)), 0), 0, 8), expected, strict=True):
         np.testing.assert_array_equal(got, wanted)
     assert FlakyFileSystem.faults == []
 
@@ -114,7 +114,7 @@ def test_what_does_not_pass_is_named(at: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(
         StorageError, match=rf"cannot read flaky://{at}/0000\d\d.tar: OSError: .*Please reduce your request rate"
     ):
-        read(Latents(folder(flaky(at)), 0), 0, 8)
+        read(Latents(open_folder(flaky(at)), 0), 0, 8)
 
 
 def damage(path: Path, how: str) -> None:
@@ -138,7 +138,7 @@ def damage(path: Path, how: str) -> None:
 )
 def test_a_damaged_shard_stops_training_where_it_is_needed_and_not_before(at: Path, how: str, words: str) -> None:
     damage(at / "000006.tar", how)
-    latents = Latents(folder(flaky(at)), 0)
+    latents = Latents(open_folder(flaky(at)), 0)
     reached = next(p for p in range(sum(COUNTS)) if latents.order.places(np.arange(p, p + 1)).shards[0] == 6)
     for position in range(reached):
         read(latents, position, position + 1)
@@ -189,10 +189,10 @@ def test_the_choice_is_said_with_its_reason(tiny: Recipe, at: Path, monkeypatch:
     data = tiny.data.model_copy(update={"num_classes": CLASSES})
     reading = Reader(memory_gib=0, cache_gib=1.5, cache_folder="/data/cache")
     small = tiny.model_copy(update={"reader": reading, "data": data})
-    assert open_latents(folder(flaky(at)), small, 2, print)[1].endswith("; cache /data/cache, up to 1.5 GiB")
-    assert "cache" not in open_latents(folder(at), small, 2, print)[1]
+    assert open_latents(open_folder(flaky(at)), small, 2, print)[1].endswith("; cache /data/cache, up to 1.5 GiB")
+    assert "cache" not in open_latents(open_folder(at), small, 2, print)[1]
     with pytest.raises(UserError, match=r"latents of 5 classes, data\.num_classes is 10: use another root"):
-        open_latents(folder(at), tiny, 2, print)
+        open_latents(open_folder(at), tiny, 2, print)
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux says what is free, others do not")
@@ -204,7 +204,7 @@ def test_free_memory_is_no_more_than_the_machine_has() -> None:
 def test_a_wrong_key_stops_with_object_and_cause(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import s3fs
 
-    latents = Latents(make(folder(bucket), [3]), 0)
+    latents = Latents(make(open_folder(bucket), [3]), 0)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(StorageError, match=f"cannot read {bucket}/000000.tar: permission denied: check the key"):
@@ -229,9 +229,9 @@ def restartable(monkeypatch: pytest.MonkeyPatch) -> Iterator[object_store.Object
 
 
 def test_a_server_that_dies_and_comes_back_is_waited_for(restartable: object_store.ObjectStore, tmp_path: Path) -> None:
-    at = make(folder(object_store.make_bucket(restartable, "restarted")), COUNTS)
-    make(folder(tmp_path), COUNTS)
-    expected = read(Latents(folder(tmp_path), 0), 0, sum(COUNTS))
+    at = make(open_folder(object_store.make_bucket(restartable, "restarted")), COUNTS)
+    make(open_folder(tmp_path), COUNTS)
+    expected = read(Latents(open_folder(tmp_path), 0), 0, sum(COUNTS))
     latents = Latents(at, 0)
     got = [read(latents, 0, 6)]
     wait_until(lambda: all(found.done() for found in latents._shelf._found.values()))
@@ -249,8 +249,8 @@ def test_a_server_that_dies_and_comes_back_is_waited_for(restartable: object_sto
 
 
 def test_a_set_that_was_deleted_under_a_run_is_named(at: Path) -> None:
-    latents = Latents(folder(at), 0)
-    assert manifest.find(folder(at)) is not None
+    latents = Latents(open_folder(at), 0)
+    assert manifest.find(open_folder(at)) is not None
     shutil.rmtree(at)
     with pytest.raises(StorageError, match="missing, though its manifest names it"):
         read(latents, 0, 1)
@@ -261,8 +261,8 @@ def test_what_a_real_client_meets_on_the_way_passes(
     faults: list[int | str], bucket: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same through s3fs and a real gateway, where timeouts are a second's."""
-    monkeypatch.setattr("dis_scale.storage._READ_TIMEOUT_S", 1)
-    latents = Latents(make(folder(bucket), [3]), 0)
+    monkeypatch.setattr("dis_scale.storage.folder._READ_TIMEOUT_S", 1)
+    latents = Latents(make(open_folder(bucket), [3]), 0)
     gateway.concerns = lambda request: request.method == "GET" and request.path.endswith(".tar")
     gateway.faults = list(faults)
     assert sorted(read(latents, 0, 3)[1].tolist()) == [0, 1, 2]
@@ -272,8 +272,8 @@ def test_what_a_real_client_meets_on_the_way_passes(
 def test_a_large_shard_comes_by_ranges_and_a_range_that_failed_is_asked_for_again(
     bucket: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dis_scale.storage._RANGE_BYTES", 2048)
-    at = make(folder(bucket), [6])
+    monkeypatch.setattr("dis_scale.storage.folder._RANGE_BYTES", 2048)
+    at = make(open_folder(bucket), [6])
     gateway.concerns = lambda request: request.range is not None
     gateway.faults = [503]
     assert sorted(read(Latents(at, 0), 0, 6)[1].tolist()) == sorted(i % CLASSES for i in range(6))

@@ -10,7 +10,7 @@ import pytest
 from dis_scale.data import images, tars
 from dis_scale.data.sources import open_source
 from dis_scale.errors import DisScaleError, StorageError, UndecodableImage, UserError
-from dis_scale.storage import Folder, folder
+from dis_scale.storage.folder import Folder, open_folder
 from tests.data import labelled
 from tests.data.labelled import CLASSES, KINDS, LABELS, data, png
 
@@ -22,7 +22,7 @@ def test_the_digits_are_all_there() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_gives_the_same_pictures_in_the_same_order(kind: str, store_url: str) -> None:
-    source = open_source(data(KINDS[kind](folder(store_url) / "images")))
+    source = open_source(data(KINDS[kind](open_folder(store_url) / "images")))
     assert list(source.labels) == LABELS
     assert source.label_names == (["0", "1"] if kind == "webdataset_cls" else CLASSES)
     assert len(set(source.names)) == len(LABELS)
@@ -49,7 +49,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 
 def test_a_stretch_of_a_tar_is_one_read_of_its_bytes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_source(data(labelled.webdataset_cls(folder(tmp_path))))
+    source = open_source(data(labelled.webdataset_cls(open_folder(tmp_path))))
     seen = reads(monkeypatch)
     source.decoded(range(1, 4), 16)
     ((name, size),) = seen
@@ -61,7 +61,7 @@ def test_a_stretch_of_a_tar_is_one_read_of_its_bytes_alone(tmp_path: Path, monke
 
 
 def test_a_row_group_is_read_once_by_a_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = folder(tmp_path)
+    root = open_folder(tmp_path)
     big = [np.random.default_rng(i).bytes(2**21) for i in range(6)]
     root.write("x.parquet", labelled.parquet([(b, 0) for b in big]))
     source = open_source(data({"kind": "parquet", "url": root.url}))
@@ -71,7 +71,7 @@ def test_a_row_group_is_read_once_by_a_walk(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_labels_that_are_numbers_stand_for_themselves_and_names_are_sorted(tmp_path: Path) -> None:
-    root = folder(tmp_path)
+    root = open_folder(tmp_path)
     root.write("n.csv", b"path,label\na.png,10\nb.png,2\n")
     root.write("w.csv", b"path,label\na.png,z10\nb.png,z2\n")
     assert list(open_source(data({"kind": "csv", "url": f"{root}/n.csv"}, 11)).labels) == [10, 2]
@@ -83,7 +83,7 @@ def test_paths_of_a_csv_may_be_urls(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/x.png").write_bytes(png(0))
     lines = ["path,label", f"{tmp_path}/elsewhere/x.png,0", f"file://{tmp_path}/elsewhere/x.png,1"]
-    folder(tmp_path).write("lists/l.csv", "\n".join(lines).encode())
+    open_folder(tmp_path).write("lists/l.csv", "\n".join(lines).encode())
     source = open_source(data({"kind": "csv", "url": f"{tmp_path}/lists/l.csv"}))
     np.testing.assert_array_equal(source.pixels(0, 16), source.pixels(1, 16))
 
@@ -170,21 +170,21 @@ def write(root: Folder, files: dict[str, bytes]) -> dict[str, Any]:
 )
 def test_what_is_wrong_with_a_source_is_said(tmp_path: Path, what: str, words: str) -> None:
     with pytest.raises(DisScaleError, match=words):
-        open_source(data(bad(folder(tmp_path), what)))
+        open_source(data(bad(open_folder(tmp_path), what)))
 
 
 def test_of_several_images_of_a_sample_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a tar that is indexed as it is read, too."""
     monkeypatch.setattr(tars, "LARGE_BYTES", 0)
     members = {f"{i}.{kind}": png(i) for i in range(2) for kind in ("jpg", "seg.png")} | {"0.cls": b"0", "1.cls": b"1"}
-    folder(tmp_path).write("a.tar", labelled.tar(dict(sorted(members.items()))))
+    open_folder(tmp_path).write("a.tar", labelled.tar(dict(sorted(members.items()))))
     source = open_source(data({"kind": "tar", "url": str(tmp_path), "image": "jpg"}))
     assert list(source.names) == ["a.tar/0.jpg", "a.tar/1.jpg"]
 
 
 def test_other_classes_than_the_recipe_says_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.num_classes: got 3, but the source has 2 classes \(cat, dog"):
-        open_source(data(labelled.class_folders(folder(tmp_path)), 3))
+        open_source(data(labelled.class_folders(open_folder(tmp_path)), 3))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -193,7 +193,7 @@ def test_a_broken_image_is_named_and_its_neighbours_are_read(
 ) -> None:
     whole = png
     monkeypatch.setattr(labelled, "png", lambda i: b"" if i == 2 else whole(i))
-    source = open_source(data(KINDS[kind](folder(tmp_path))))
+    source = open_source(data(KINDS[kind](open_folder(tmp_path))))
     found = [image for stretch in source.stretches(range(7), 16) for image in source.decoded(stretch, 16)]
     ((place, error),) = [(i, image) for i, image in enumerate(found) if isinstance(image, UndecodableImage)]
     assert place == 2
@@ -202,7 +202,7 @@ def test_a_broken_image_is_named_and_its_neighbours_are_read(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_gone_since_is_no_broken_image(kind: str, tmp_path: Path) -> None:
-    source = open_source(data(KINDS[kind](folder(tmp_path))))
+    source = open_source(data(KINDS[kind](open_folder(tmp_path))))
     for path in tmp_path.rglob("*.*"):
         path.unlink()
     with pytest.raises(
@@ -213,7 +213,7 @@ def test_what_is_gone_since_is_no_broken_image(kind: str, tmp_path: Path) -> Non
 
 
 def test_hugging_face_without_class_names_gives_numbers(tmp_path: Path) -> None:
-    root = folder(tmp_path)
+    root = open_folder(tmp_path)
     root.write("x.parquet", labelled.parquet([(png(0), 1)], metadata=None))
     assert open_source(data({"kind": "parquet", "url": root.url})).label_names == ["0", "1"]
     root.write("x.parquet", labelled.parquet([(png(0), "b"), (png(1), "a")], metadata=None))
@@ -222,7 +222,7 @@ def test_hugging_face_without_class_names_gives_numbers(tmp_path: Path) -> None:
 
 
 def test_labels_in_json_may_be_numbers_but_not_lists(tmp_path: Path) -> None:
-    root = folder(tmp_path)
+    root = open_folder(tmp_path)
     source = {"kind": "tar", "url": root.url, "label": "json"}
     root.write("x.tar", labelled.tar({"1.png": png(1), "1.json": json.dumps({"label": 1}).encode()}))
     assert list(open_source(data(source)).labels) == [1]

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from dis_scale import checkpoint, tracking
 from dis_scale import recipe as recipes
-from dis_scale.storage import Folder
+from dis_scale import tracking
+from dis_scale.storage.folder import Folder
 from dis_scale.sweep import stop
-from tests.e2e import sweeps
+from dis_scale.training import checkpoint
+from tests.support import sweeps
 
 
 def test_stopped_twice_and_given_again_to_the_end_and_beyond(tmp_path: Path) -> None:

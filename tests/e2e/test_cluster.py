@@ -15,9 +15,9 @@ from ray.job_submission import JobSubmissionClient
 
 from dis_scale import recipe as recipes
 from dis_scale.evaluation import results
-from dis_scale.storage import folder
+from dis_scale.storage.folder import open_folder
 from pipelines import jobs
-from tests.e2e import sweeps
+from tests.support import sweeps
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -51,7 +51,7 @@ def submit(url: str, name: str, *settings: str) -> subprocess.CompletedProcess[s
     """`ray job submit` as the README gives it, and what it printed at the end."""
     overrides = [word for setting in settings for word in ("--set", setting)]
     command = [RAY, "job", "submit", "--address", url, "--working-dir", ".", "--submission-id", name, "--"]
-    command += [sys.executable, "-m", "dis_scale.sweep", "tests/tiny.yaml", *overrides]
+    command += [sys.executable, "-m", "dis_scale.sweep", "tests/support/tiny.yaml", *overrides]
     return subprocess.run(command, cwd=sweeps.ROOT, env=os.environ.copy(), capture_output=True, text=True, timeout=400)
 
 
@@ -59,14 +59,14 @@ def test_submitted_stopped_and_submitted_again(head: str, tmp_path: Path) -> Non
     """Ends on the head's own home, as a relative root on one node does; `ray job stop` on the sweep stops its stages."""
     client = JobSubmissionClient(head)
     overrides = ["--set", "storage.root=store", *[word for setting in sweeps.SLOW for word in ("--set", setting)]]
-    entry = [sys.executable, "-m", "dis_scale.sweep", "tests/tiny.yaml", *overrides]
+    entry = [sys.executable, "-m", "dis_scale.sweep", "tests/support/tiny.yaml", *overrides]
     client.submit_job(
         entrypoint=shlex.join(entry),
         submission_id="first",
         runtime_env={"working_dir": str(sweeps.ROOT), "excludes": [".git", ".venv"]},
     )
     root = tmp_path / "home/dis-scale/store"
-    resume = folder(root) / "sweeps/tiny/runs/dis/resume"
+    resume = open_folder(root) / "sweeps/tiny/runs/dis/resume"
     deadline = time.monotonic() + 300
     while len(resume.list()) < 2:
         assert time.monotonic() < deadline, client.get_job_logs("first")
@@ -77,7 +77,7 @@ def test_submitted_stopped_and_submitted_again(head: str, tmp_path: Path) -> Non
         assert time.monotonic() < deadline, client.list_jobs()
         time.sleep(0.2)
     assert client.get_job_status("first") == "STOPPED"
-    assert not folder(root).exists("sweeps/tiny/runs/dis/published/000000003200/manifest.json")
+    assert not open_folder(root).exists("sweeps/tiny/runs/dis/published/000000003200/manifest.json")
     done = submit(head, "second", "storage.root=store", *sweeps.SLOW)
     assert done.returncode == 0, done.stdout + done.stderr
     sweeps.assert_whole(str(root), *sweeps.SLOW)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dis_scale import checkpoint
+from dis_scale.training import checkpoint
 from pipelines import jobs
-from tests.e2e import sweeps
-from tests.e2e.rays import Rays, Said, sweep_to_train
+from tests.support import sweeps
+from tests.support.clusters import Rays, Said, sweep_to_train
 
 BRIDGE, NAMES, SUBNET = "ds-bridge", ("ds-head", "ds-one", "ds-two"), "10.233.77"
 SETTINGS = (

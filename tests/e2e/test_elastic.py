@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from dis_scale.errors import Preempted
-from dis_scale.storage import Folder
+from dis_scale.storage.folder import Folder
 from pipelines import jobs
-from tests.e2e import sweeps
-from tests.e2e.rays import Rays, Said, driver, sweep_to_train
+from tests.support import sweeps
+from tests.support.clusters import Rays, Said, driver, sweep_to_train
 
 FOR_LONG = (
     "models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}", "train.publish_images=[0, 1600000]",

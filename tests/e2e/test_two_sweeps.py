@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from dis_scale.evaluation import results
-from dis_scale.storage import Folder
-from tests.e2e import sweeps
-from tests.e2e.rays import Rays, driver
+from dis_scale.storage.folder import Folder
+from tests.support import sweeps
+from tests.support.clusters import Rays, driver
 
 ONE_MODEL = "models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}"
 LONG = (ONE_MODEL, "train.publish_images=[0, 160, 16000]", "train.resume_every_images=160")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.e2e import sweeps
+from tests.support import sweeps
 
 
 def test_in_an_object_store(bucket: str, tmp_path: Path) -> None:

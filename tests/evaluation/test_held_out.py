@@ -9,8 +9,8 @@ from dis_scale import diffusion
 from dis_scale.data.latents import Latents
 from dis_scale.evaluation import held_out
 from dis_scale.recipe import Flow, Gaussian, Recipe
-from dis_scale.storage import folder
-from tests.training import make_latents
+from dis_scale.storage.folder import open_folder
+from tests.support.ranks import make_latents
 
 
 class Echo(torch.nn.Module):
@@ -29,7 +29,7 @@ class Echo(torch.nn.Module):
 
 @pytest.fixture
 def latents(tiny: Recipe, tmp_path: Path) -> Latents:
-    return Latents(make_latents(folder(tmp_path), tiny), seed=0, held_out=11)
+    return Latents(make_latents(open_folder(tmp_path), tiny), seed=0, held_out=11)
 
 
 def measure(

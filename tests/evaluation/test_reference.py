@@ -16,7 +16,7 @@ from dis_scale.evaluation import reference
 from dis_scale.evaluation.features import Extractor, load_extractor, load_extractors
 from dis_scale.evaluation.metrics import Gaussian, fit, frechet
 from dis_scale.recipe import Recipe, TorchScriptExtractor
-from dis_scale.storage import Folder, folder
+from dis_scale.storage.folder import Folder, open_folder
 from tests.conftest import TINY
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def script(path: Path, net: nn.Module | None = None) -> Path:
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Folder:
-    return folder(tmp_path) / "sweep"
+    return open_folder(tmp_path) / "sweep"
 
 
 @pytest.fixture

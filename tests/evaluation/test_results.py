@@ -4,19 +4,20 @@ from pathlib import Path
 
 import pytest
 
-from dis_scale import checkpoint, manifest
 from dis_scale import recipe as recipes
 from dis_scale.errors import StorageError
 from dis_scale.evaluation import results
 from dis_scale.evaluation.results import Drawn
 from dis_scale.recipe import Recipe
-from dis_scale.storage import Folder, folder
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.training import checkpoint
 from tests.conftest import TINY
 
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Folder:
-    made = folder(tmp_path) / "sweeps/tiny"
+    made = open_folder(tmp_path) / "sweeps/tiny"
     for model, images in [("dis", 0), ("dis", 160), ("dit", 0), ("dit", 7)]:
         manifest.put(made / f"runs/{model}/published/{images:012d}", {"weights.safetensors": b""}, images=images)
     return made

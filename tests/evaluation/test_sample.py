@@ -8,17 +8,18 @@ import pytest
 import safetensors.torch
 import torch
 
-from dis_scale import manifest, models, vae
+from dis_scale import models, vae
 from dis_scale import recipe as recipes
 from dis_scale.data import shards
 from dis_scale.digits import Classifier
 from dis_scale.evaluation.features import JUDGE, store_classifier
 from dis_scale.evaluation.sample import PARTS, Studio, arranged, grid_numbers, open_studio, sample_labels
 from dis_scale.recipe import LatentShape, Recipe, TrainedVae
-from dis_scale.storage import Folder, folder
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.vae import Vae
 from tests.conftest import TINY
-from tests.training import make_latents
+from tests.support.ranks import make_latents
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +39,12 @@ def recipe() -> Recipe:
 @pytest.fixture
 def sweep(tmp_path: Path, recipe: Recipe) -> Folder:
     """All that drawing needs, untrained: autoencoder, extractor, judge, latents and one published model."""
-    made = folder(tmp_path) / "sweeps/tiny"
+    made = open_folder(tmp_path) / "sweeps/tiny"
     torch.manual_seed(0)
     vae.save(made / "vae", vae.new(TrainedVae(kind="trained", widths=(8, 8, 8)), 32))
     store_classifier(made, "digits", Classifier("extractor", 10), 0.1)
     store_classifier(made, JUDGE, Classifier("judge", 10), 0.1)
-    shards.point_to(made, make_latents(folder(tmp_path) / "latents/some", recipe), "v")
+    shards.point_to(made, make_latents(open_folder(tmp_path) / "latents/some", recipe), "v")
     model = models.build(recipe.models["dis"], LatentShape(4, 8), 10, seed=1)
     weights = {name: torch.randn_like(p) * 0.1 for name, p in model.named_parameters()}
     place = made / "runs/dis/published/000000000160"

@@ -15,7 +15,7 @@ from pathlib import Path
 from dis_scale import recipe as recipes
 from dis_scale.recipe import Recipe
 from tests.conftest import TINY
-from tests.faults import table
+from tests.support import fault_plans
 
 KILLS_A_RUN = 10
 FILES_A_SAVE = 7
@@ -48,14 +48,14 @@ def main() -> None:
     print(f"soak: seed {options.seed}, {options.kills} kills", flush=True)
     draw, recipe, began = random.Random(options.seed), recipes.load(TINY, ["train.keep_resume=3"]), time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
-        table.train_through(recipe, Path(scratch) / "calm", "")
-        calm, struck, runs = table.made(Path(scratch) / "calm", recipe), 0, 0
+        fault_plans.train_through(recipe, Path(scratch) / "calm", "")
+        calm, struck, runs = fault_plans.made(Path(scratch) / "calm", recipe), 0, 0
         while struck < options.kills:
             root, runs = Path(scratch) / f"{runs:03d}", runs + 1
             kills = min(KILLS_A_RUN, options.kills - struck)
-            table.train_through(recipe, root, plan(draw, recipe, kills), attempts=2 * kills + 1)
-            struck += kills - len(table.left(root))
-            if table.made(root, recipe) != calm:
+            fault_plans.train_through(recipe, root, plan(draw, recipe, kills), attempts=2 * kills + 1)
+            struck += kills - len(fault_plans.left(root))
+            if fault_plans.made(root, recipe) != calm:
                 sys.exit(f"soak: run {runs} differs from the undisturbed one: --seed {options.seed}")
             print(f"soak: {struck} kills in {runs} runs, all bit-equal, {time.monotonic() - began:.0f} s", flush=True)
 

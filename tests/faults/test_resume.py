@@ -7,11 +7,10 @@ import pytest
 
 from dis_scale import recipe as recipes
 from dis_scale.recipe import Recipe
-from dis_scale.storage import folder
+from dis_scale.storage.folder import open_folder
 from dis_scale.tracking import Rows
-from tests import training
 from tests.conftest import TINY
-from tests.faults import table
+from tests.support import fault_plans, ranks
 
 SHORT = ["models={dit: {kind: dit, width: 24, depth: 2, heads: 2, patch: 4}}", "train.publish_images=[0, 160]"]
 """Two blocks, of which checkpointing keeps the borders alone; sizes that ranks cannot share evenly."""
@@ -31,12 +30,12 @@ def test_the_same_world_goes_on_bit_for_bit(
     """Weights, moments, averages and logged losses."""
     how = [f"train.zero_stage={stage}", f"train.precision={precision}", f"train.lanes={lanes}"]
     recipe = short(*how, f"train.checkpointing={checkpointing}")
-    training.run(recipe, table.MODEL, tmp_path / "calm", attempt=1)
-    training.run(recipe, table.MODEL, tmp_path / "stopped", attempt=1, stop_at=48)
-    assert not table.done(tmp_path / "stopped", recipe)
-    training.run(recipe, table.MODEL, tmp_path / "stopped", attempt=2)
-    assert table.made(tmp_path / "stopped", recipe) == table.made(tmp_path / "calm", recipe)
-    assert training.inputs(tmp_path / "stopped") == training.inputs(tmp_path / "calm")
+    ranks.run(recipe, fault_plans.MODEL, tmp_path / "calm", attempt=1)
+    ranks.run(recipe, fault_plans.MODEL, tmp_path / "stopped", attempt=1, stop_at=48)
+    assert not fault_plans.done(tmp_path / "stopped", recipe)
+    ranks.run(recipe, fault_plans.MODEL, tmp_path / "stopped", attempt=2)
+    assert fault_plans.made(tmp_path / "stopped", recipe) == fault_plans.made(tmp_path / "calm", recipe)
+    assert ranks.inputs(tmp_path / "stopped") == ranks.inputs(tmp_path / "calm")
 
 
 MOVES = {
@@ -54,18 +53,18 @@ def test_another_world_sees_the_same_images_and_noise(tmp_path: Path, parts: tup
     """Each step's inputs are bit-equal. Float32 sums over ranks and lanes are made in another order, which is an error of 1e-7 a
     sum; over the steps that follow it grows with the learning rate (1e-3, the largest of our recipes): 1e-4 is ten times what
     was seen."""
-    training.run(short(*parts[0]), table.MODEL, tmp_path / "calm", attempt=1)
+    ranks.run(short(*parts[0]), fault_plans.MODEL, tmp_path / "calm", attempt=1)
     for attempt, settings in enumerate(parts, 1):
         last = attempt == len(parts)
-        training.run(short(*settings), table.MODEL, tmp_path / "moved", attempt, None if last else 48 * attempt)
-    assert table.done(tmp_path / "moved", short())
-    assert training.inputs(tmp_path / "moved") == training.inputs(tmp_path / "calm")
-    assert len(training.inputs(tmp_path / "calm")) == 160 // 16
+        ranks.run(short(*settings), fault_plans.MODEL, tmp_path / "moved", attempt, None if last else 48 * attempt)
+    assert fault_plans.done(tmp_path / "moved", short())
+    assert ranks.inputs(tmp_path / "moved") == ranks.inputs(tmp_path / "calm")
+    assert len(ranks.inputs(tmp_path / "calm")) == 160 // 16
     calm, moved = losses(tmp_path / "calm"), losses(tmp_path / "moved")
     assert moved.keys() == calm.keys() == {160}
     assert moved[160] == pytest.approx(calm[160], rel=1e-4)
 
 
 def losses(root: Path) -> dict[int, float]:
-    rows = Rows(folder(table.run_folder(root).url) / "log").new()
+    rows = Rows(open_folder(fault_plans.run_folder(root).url) / "log").new()
     return {row.images: row.value for row in rows if row.name == "loss"}

@@ -10,12 +10,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from dis_scale import manifest, models
+from dis_scale import models
 from dis_scale import recipe as recipes
 from dis_scale.recipe import LatentShape
-from dis_scale.storage import Folder, folder
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder, open_folder
 from tests.conftest import TINY
-from tests.faults import stages, table
+from tests.support import fault_plans, stages
 
 SMALL = [
     "models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}", "train.publish_images=[0, 160]",
@@ -25,7 +26,7 @@ STAGES = ("prepare", "precompute", "evaluate")
 
 
 def sweep_of(root: Path) -> Folder:
-    return folder(root) / "store/sweeps/tiny"
+    return open_folder(root) / "store/sweeps/tiny"
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def test_the_stage_ends_as_undisturbed(
 ) -> None:
     shutil.copytree(calm(stage), tmp_path / "root")
     ended, said = through(stage, tmp_path / "root", plan)
-    assert table.left(tmp_path / "root") == [], said
+    assert fault_plans.left(tmp_path / "root") == [], said
     assert ended == codes, said
     assert re.search(words, said), said
     assert stages.made(tmp_path / "root/store") == expected(calm, stage)

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from dis_scale.storage import folder
+from dis_scale.storage.folder import open_folder
 from dis_scale.tracking import Row, Rows
-from tests.e2e import sweeps
-from tests.faults import table
+from tests.support import fault_plans, sweeps
 
 SETTINGS = ("models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}", "train.hang_after_s=30")
 
@@ -39,11 +38,11 @@ def made(root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {str(p.relative_to(store)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
     for path in store.glob("*/*/evaluation/**/metrics.json"):
         found[str(path.relative_to(store))] = json.loads(path.read_text())["values"]
-    return found | {"rows": sorted((r.name, r.images, r.value) for r in rows(root) if r.name not in table.TIMED)}
+    return found | {"rows": sorted((r.name, r.images, r.value) for r in rows(root) if r.name not in fault_plans.TIMED)}
 
 
 def rows(root: Path) -> list[Row]:
-    return Rows(folder(root / "store/sweeps/tiny/runs/dit/log")).new()
+    return Rows(open_folder(root / "store/sweeps/tiny/runs/dit/log")).new()
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +82,7 @@ FAULTS = {
 @pytest.mark.parametrize(("plan", "codes"), FAULTS.values(), ids=FAULTS)
 def test_the_sweep_ends_as_undisturbed(tmp_path: Path, calm: dict[str, Any], plan: str, codes: list[int]) -> None:
     ended, said = run(tmp_path, plan)
-    assert table.left(tmp_path) == [], said
+    assert fault_plans.left(tmp_path) == [], said
     assert ended == codes, said
     assert made(tmp_path) == calm
     if "hang" in plan:

@@ -9,13 +9,13 @@ import pytest
 import safetensors.torch
 import torch.multiprocessing as mp
 
-from dis_scale import faults, manifest
+from dis_scale import faults
 from dis_scale import recipe as recipes
 from dis_scale.errors import UserError
 from dis_scale.recipe import Recipe
-from tests import training
+from dis_scale.storage import manifest
 from tests.conftest import TINY
-from tests.faults import table
+from tests.support import fault_plans, ranks
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,8 @@ def recipe() -> Recipe:
 def calm(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> dict[str, Any]:
     """What the undisturbed run leaves."""
     root = tmp_path_factory.mktemp("calm")
-    assert table.train_through(recipe, root, "") == []
-    return table.made(root, recipe)
+    assert fault_plans.train_through(recipe, root, "") == []
+    return fault_plans.made(root, recipe)
 
 
 FAULTS = {
@@ -69,18 +69,18 @@ def rows() -> list[Any]:
 def test_training_ends_as_undisturbed(
     tmp_path: Path, recipe: Recipe, calm: dict[str, Any], plan: str, ends: str | None
 ) -> None:
-    ended = table.train_through(recipe, tmp_path, plan)
-    assert table.left(tmp_path) == []
+    ended = fault_plans.train_through(recipe, tmp_path, plan)
+    assert fault_plans.left(tmp_path) == []
     assert bool(ended) == (ends is not None), ended
     assert all(re.search(ends or "", words) for words in ended), ended
-    assert table.made(tmp_path, recipe) == calm
+    assert fault_plans.made(tmp_path, recipe) == calm
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted_and_the_clock_moves_on(
     tmp_path: Path, recipe: Recipe
 ) -> None:
-    assert table.train_through(recipe, tmp_path, "nan at loss rank=1 images=112") == []
-    made = table.made(tmp_path, recipe)
+    assert fault_plans.train_through(recipe, tmp_path, "nan at loss rank=1 images=112") == []
+    made = fault_plans.made(tmp_path, recipe)
     images, adam_steps, _ = made["state"]
     assert (images, adam_steps) == (320, 19)
     assert [row for row in made["rows"] if row[0] == "skipped"] == [("skipped", 160, 1.0), ("skipped", 320, 1.0)]
@@ -92,8 +92,8 @@ def test_too_many_in_a_row_stop_the_run_and_the_evidence_is_kept(tmp_path: Path)
     with pytest.raises(
         mp.ProcessRaisedException, match="not finite in 3 steps in a row, up to 160 images: the last step's"
     ):
-        training.run(recipe, table.MODEL, tmp_path, 1, faults=tmp_path / "faults")
-    kept = table.run_folder(tmp_path) / "evidence/000000000160-0001"
+        ranks.run(recipe, fault_plans.MODEL, tmp_path, 1, faults=tmp_path / "faults")
+    kept = fault_plans.run_folder(tmp_path) / "evidence/000000000160-0001"
     found = manifest.find(kept)
     assert found is not None
     assert len(found["files"]) == 6

@@ -13,7 +13,7 @@ from dis_scale.errors import DisScaleError, Preempted, StorageAway, StorageError
 from dis_scale.evaluation import results
 from dis_scale.evaluation.results import Drawn
 from dis_scale.recipe import Recipe
-from dis_scale.storage import Folder, folder
+from dis_scale.storage.folder import Folder, open_folder
 from pipelines import evaluate, stage
 from tests.conftest import TINY
 
@@ -46,7 +46,7 @@ def from_a_worker(error: DisScaleError) -> Any:
 def test_what_cannot_be_measured_is_skipped_and_noted(
     tmp_path: Path, tiny: Recipe, capsys: pytest.CaptureFixture[str], error: DisScaleError, wrap: Callable[[Any], Any]
 ) -> None:
-    sweep, skipped, drawn = folder(tmp_path), set[Drawn](), Drawn("dis", 160, "wide")
+    sweep, skipped, drawn = open_folder(tmp_path), set[Drawn](), Drawn("dis", 160, "wide")
     evaluate._evaluate_one(Failing(sweep, wrap(error)), drawn, skipped)  # type: ignore[arg-type]
     assert skipped == {drawn}
     assert f"skipped: dis at 160 images (wide): {error}\n" in capsys.readouterr().out
@@ -57,7 +57,7 @@ def test_what_cannot_be_measured_is_skipped_and_noted(
 def test_what_is_not_the_checkpoints_fault_skips_nothing(tmp_path: Path, error: DisScaleError) -> None:
     skipped: set[Drawn] = set()
     with pytest.raises(type(error)):
-        evaluate._evaluate_one(Failing(folder(tmp_path), error), Drawn("dis", 0), skipped)  # type: ignore[arg-type]
+        evaluate._evaluate_one(Failing(open_folder(tmp_path), error), Drawn("dis", 0), skipped)  # type: ignore[arg-type]
     assert skipped == set()
 
 
@@ -67,7 +67,7 @@ def test_nothing_published_for_long_is_a_clear_end(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(evaluate, "open_evaluation", lambda *arguments: opened.append(arguments))
     monkeypatch.setattr(evaluate, "LOOK_EVERY_S", 0.1)
     with pytest.raises(DisScaleError, match="nothing was published or saved for 0 s: is training running"):
-        evaluate._evaluate_all(folder(tmp_path), recipe, "cpu", set())
+        evaluate._evaluate_all(open_folder(tmp_path), recipe, "cpu", set())
     assert len(opened) == 1
 
 

@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dis_scale import manifest, vae
 from dis_scale import recipe as recipes
+from dis_scale import vae
 from dis_scale.data import shards
 from dis_scale.data.encode import HARDWARE, Setup, encode, require_same_hardware
 from dis_scale.data.encode import make as make_shards
 from dis_scale.data.sources import open_source
 from dis_scale.errors import Preempted, StorageError, UndecodableImage, UserError
 from dis_scale.recipe import Recipe, TrainedVae
-from dis_scale.storage import Folder, folder
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder, open_folder
 from pipelines import precompute, stage
 from pipelines.precompute import Dealer, Encode, Encoder
 from tests.conftest import TINY
@@ -42,7 +43,7 @@ def photos(tmp_path: Path) -> Recipe:
 
 @pytest.fixture
 def sweep(tmp_path: Path, photos: Recipe) -> Folder:
-    made = folder(tmp_path) / "sweeps/photos"
+    made = open_folder(tmp_path) / "sweeps/photos"
     assert isinstance(photos.vae, TrainedVae)
     vae.save(made / "vae", vae.new(photos.vae, photos.data.resolution))
     return made
@@ -60,9 +61,9 @@ def shards_by(workers: int, sweep: Folder, recipe: Recipe, at: Folder) -> dict[s
 
 @pytest.mark.parametrize("workers", [2, 8])
 def test_many_encoders_make_the_same_bytes_as_one(workers: int, sweep: Folder, photos: Recipe, tmp_path: Path) -> None:
-    one = shards_by(1, sweep, photos, folder(tmp_path) / "one")
+    one = shards_by(1, sweep, photos, open_folder(tmp_path) / "one")
     assert sorted(one) == [f"00000{n}.{kind}" for n in range(3) for kind in ("json", "tar")]
-    assert one == shards_by(workers, sweep, photos, folder(tmp_path) / "many")
+    assert one == shards_by(workers, sweep, photos, open_folder(tmp_path) / "many")
 
 
 def test_a_broken_image_is_refused_by_name_and_nothing_is_half_written(
@@ -73,8 +74,8 @@ def test_a_broken_image_is_refused_by_name_and_nothing_is_half_written(
         UndecodableImage,
         match=r"image a/00.png cannot be decoded: .*; mend or remove it, or --set data.undecodable=skip",
     ):
-        shards_by(1, sweep, photos, folder(tmp_path) / "one")
-    assert (folder(tmp_path) / "one").list() == [HARDWARE]
+        shards_by(1, sweep, photos, open_folder(tmp_path) / "one")
+    assert (open_folder(tmp_path) / "one").list() == [HARDWARE]
 
 
 def test_an_image_that_is_gone_is_no_broken_image(sweep: Folder, photos: Recipe, tmp_path: Path) -> None:
@@ -82,7 +83,7 @@ def test_an_image_that_is_gone_is_no_broken_image(sweep: Folder, photos: Recipe,
     open_source(photos.data, shards.store_of(sweep))
     (tmp_path / "photos/a/00.png").unlink()
     with pytest.raises(StorageError, match=r"image a/00.png is gone") as caught:
-        shards_by(1, sweep, skipping(photos), folder(tmp_path) / "one")
+        shards_by(1, sweep, skipping(photos), open_folder(tmp_path) / "one")
     assert not isinstance(caught.value, UndecodableImage)
 
 
@@ -101,12 +102,12 @@ def test_a_set_without_an_image_is_refused(sweep: Folder, photos: Recipe, tmp_pa
 
 
 def test_hardware_of_another_kind_may_not_fill_one_set(tmp_path: Path) -> None:
-    precompute._require_one_kind(folder(tmp_path), "cpu", "listing")
-    precompute._require_one_kind(folder(tmp_path), "cpu", "listing")
+    precompute._require_one_kind(open_folder(tmp_path), "cpu", "listing")
+    precompute._require_one_kind(open_folder(tmp_path), "cpu", "listing")
     with pytest.raises(UserError, match=r"begun with device 'cpu', now 'cuda': finish it as it was begun"):
-        precompute._require_one_kind(folder(tmp_path), "cuda", "listing")
+        precompute._require_one_kind(open_folder(tmp_path), "cuda", "listing")
     with pytest.raises(UserError, match=r"begun with listing 'listing', now 'with more images'"):
-        precompute._require_one_kind(folder(tmp_path), "cpu", "with more images")
+        precompute._require_one_kind(open_folder(tmp_path), "cpu", "with more images")
 
 
 def test_the_padding_of_the_last_batch_changes_no_other_sample(sweep: Folder, photos: Recipe) -> None:
@@ -171,7 +172,7 @@ def test_what_a_killed_worker_left_is_taken_up_to_the_same_bytes(
     sweep: Folder, photos: Recipe, store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after one shard, and between a tar and its sidecar; damage, a torn pair and strays meanwhile."""
-    other = folder(store_url) / "elsewhere/sweeps/other"
+    other = open_folder(store_url) / "elsewhere/sweeps/other"
     vae.save(other / "vae", vae.load(photos.vae, sweep).net)
     undisturbed, latents = made(sweep, photos), place_of(other, photos)
     put = Folder.write_json
@@ -212,7 +213,7 @@ def die_between_tar_and_sidecar(sweep: str) -> None:
         put(self, path, value)
 
     Folder.write_json = put_or_die  # type: ignore[method-assign]
-    made(folder(sweep), stage.load_recipe(folder(sweep)))
+    made(open_folder(sweep), stage.load_recipe(open_folder(sweep)))
 
 
 def test_a_process_killed_with_9_is_taken_up_to_the_same_bytes(sweep: Folder, photos: Recipe) -> None:
@@ -223,7 +224,7 @@ def test_a_process_killed_with_9_is_taken_up_to_the_same_bytes(sweep: Folder, ph
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
     latents = place_of(sweep, small)
     assert len(shards.finished(latents, range(13))) == 3
-    elsewhere = folder(f"{sweep.url}/elsewhere/sweeps/calm")
+    elsewhere = open_folder(f"{sweep.url}/elsewhere/sweeps/calm")
     vae.save(elsewhere / "vae", vae.load(small.vae, sweep).net)
     assert made(sweep, small) == made(elsewhere, small)
     calm = place_of(elsewhere, small)
@@ -232,7 +233,7 @@ def test_a_process_killed_with_9_is_taken_up_to_the_same_bytes(sweep: Folder, ph
 
 
 def test_two_precomputes_at_once_end_well(sweep: Folder, photos: Recipe, store_url: str) -> None:
-    other = folder(store_url) / "elsewhere/sweeps/other"
+    other = open_folder(store_url) / "elsewhere/sweeps/other"
     vae.save(other / "vae", vae.load(photos.vae, sweep).net)
     with ThreadPoolExecutor(2) as pool:
         one, two = pool.map(lambda _: made(other, photos), range(2))
@@ -257,7 +258,7 @@ def test_a_second_sweep_on_the_same_images_and_vae_makes_nothing(
 ) -> None:
     """Its training finds the latents at once; the images need not even be there any more."""
     made(sweep, photos)
-    second = folder(tmp_path) / "sweeps/second"
+    second = open_folder(tmp_path) / "sweeps/second"
     vae.save(second / "vae", vae.load(photos.vae, sweep).net)
     shutil.rmtree(tmp_path / "photos")
     monkeypatch.setattr(stage, "connect", lambda: None)
@@ -270,13 +271,13 @@ def test_who_wishes_to_stop_is_obeyed_within_a_batch(sweep: Folder, photos: Reci
     encoder = Encoder()
     encoder.stop()
     with pytest.raises(Preempted, match="stopped as asked"):
-        encoder.encode(sweep, folder(tmp_path) / "one", photos, "cpu", Dealer([0, 1, 2]).next)
+        encoder.encode(sweep, open_folder(tmp_path) / "one", photos, "cpu", Dealer([0, 1, 2]).next)
     assert encoder.look()[0] == 4
-    assert (folder(tmp_path) / "one").list() == [HARDWARE]
+    assert (open_folder(tmp_path) / "one").list() == [HARDWARE]
 
 
 def test_another_kind_of_hardware_may_not_fill_a_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    latents = folder(tmp_path)
+    latents = open_folder(tmp_path)
     require_same_hardware(latents, "cpu")
     require_same_hardware(latents, "cpu")
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "a slide rule")

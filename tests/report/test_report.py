@@ -20,7 +20,7 @@ from dis_scale.evaluation.sample import grid
 from dis_scale.recipe import LatentShape, Recipe
 from dis_scale.report import compare, figures
 from dis_scale.report.published import PUBLISHED
-from dis_scale.storage import Folder, folder
+from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.tracking import Log
 
 SHAPE = LatentShape(4, 8)
@@ -46,7 +46,7 @@ def recipe(tiny: Recipe) -> Recipe:
 
 @pytest.fixture
 def sweep(tmp_path: Path, recipe: Recipe) -> Folder:
-    made = folder(tmp_path) / "sweeps/tiny"
+    made = open_folder(tmp_path) / "sweeps/tiny"
     for model, images, distance in [
         ("dis", 0, 90.0),
         ("dis", 160, 9.0),
@@ -144,12 +144,12 @@ def test_the_page_needs_nothing_beside_itself(sweep: Folder, recipe: Recipe) -> 
 
 
 def test_nothing_evaluated_yet_is_a_report_too(tmp_path: Path, recipe: Recipe) -> None:
-    empty = folder(tmp_path) / "sweeps/tiny"
+    empty = open_folder(tmp_path) / "sweeps/tiny"
     assert len(reports.write(empty, collect(empty, recipe))) == 8
 
 
 def test_two_sweeps_differ_by_their_errors(sweep: Folder, tmp_path: Path, recipe: Recipe) -> None:
-    other = folder(tmp_path) / "sweeps/other"
+    other = open_folder(tmp_path) / "sweeps/other"
     put(other, recipe.evaluate.metric, Drawn("dis", 160), 4.0, error=1.2)
     put(other, recipe.evaluate.metric, Drawn("dis64", 160), 5.5, error=1.2)
     a, b = collect(sweep, recipe), collect(other, recipe)
@@ -164,23 +164,23 @@ def test_two_sweeps_differ_by_their_errors(sweep: Folder, tmp_path: Path, recipe
 
 
 def test_sweeps_that_cannot_be_compared_are_refused(sweep: Folder, tmp_path: Path, recipe: Recipe) -> None:
-    a, empty = collect(sweep, recipe), collect(folder(tmp_path) / "sweeps/empty", recipe)
+    a, empty = collect(sweep, recipe), collect(open_folder(tmp_path) / "sweeps/empty", recipe)
     with pytest.raises(UserError, match="tiny and empty have no model at one image count in common"):
         compare.differences(a, empty)
     other = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"samples": 81})})
     with pytest.raises(UserError, match="tiny was measured by fd_digits_80, tiny by fd_digits_81: these cannot"):
-        compare.differences(a, collect(folder(tmp_path) / "sweeps/tiny", other))
+        compare.differences(a, collect(open_folder(tmp_path) / "sweeps/tiny", other))
 
 
 def test_goodput_counts_what_no_later_attempt_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attempt 1 runs from 0 s to 10 s and is lost at 100 images; attempt 2 goes on at 20 s from 60 and reaches 120 at 26 s."""
     for attempt, rows in [(1, [(0, 0), (6, 60), (10, 100)]), (2, [(20, 60), (24, 100), (26, 120)])]:
-        log = Log(folder(tmp_path), attempt)
+        log = Log(open_folder(tmp_path), attempt)
         for i, (time_s, images) in enumerate(rows):
             monkeypatch.setattr(tracking.time, "time", lambda time_s=time_s: 1000.0 + time_s)
             log.add(images, {tracking.ATTEMPT: attempt} if i == 0 else {"loss": 1.0})
         log.flush()
-    shares = tracking.goodput(folder(tmp_path))
+    shares = tracking.goodput(open_folder(tmp_path))
     assert shares[60] == pytest.approx(6 / 20)
     assert shares[120] == pytest.approx((6 + 6) / 26)
 

@@ -11,17 +11,17 @@ from dis_scale import recipe as recipes
 from dis_scale.cli import app
 from dis_scale.data import shards
 from dis_scale.recipe import Recipe
-from dis_scale.storage import Folder, folder
-from dis_scale.trial import one_share
+from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.training.profile import one_share
 from tests.conftest import TINY
-from tests.training import make_latents
+from tests.support.ranks import make_latents
 
 
 def made(root: Path, recipe: Recipe) -> Folder:
     """A sweep with latents, before training."""
-    sweep = folder(root) / "sweeps/tiny"
+    sweep = open_folder(root) / "sweeps/tiny"
     sweep.write(recipes.FILE, recipes.dump(recipe).encode())
-    shards.point_to(sweep, make_latents(folder(root) / "latents/some", recipe), "v")
+    shards.point_to(sweep, make_latents(open_folder(root) / "latents/some", recipe), "v")
     return sweep
 
 

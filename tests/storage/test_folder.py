@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from dis_scale.errors import StorageError, UserError
-from dis_scale.storage import Folder, folder
-from tests.faulty_gateway import Gateway
+from dis_scale.storage.folder import Folder, open_folder
+from tests.support.faulty_gateway import Gateway
 
 
 def test_what_is_written_is_read_listed_and_deleted(store_url: str) -> None:
-    root = folder(store_url) / "root"
+    root = open_folder(store_url) / "root"
     root.write("a/b/c", b"one")
     root.write("a/d", b"two")
     root.write("a/d", b"three")
@@ -28,11 +28,11 @@ def test_what_is_written_is_read_listed_and_deleted(store_url: str) -> None:
 
 def test_a_missing_object_is_a_file_not_found(store_url: str) -> None:
     with pytest.raises(FileNotFoundError):
-        folder(store_url).read("nothing")
+        open_folder(store_url).read("nothing")
 
 
 def test_one_of_many_creators_wins(store_url: str) -> None:
-    root = folder(store_url)
+    root = open_folder(store_url)
     with ThreadPoolExecutor(8) as pool:
         won = list(pool.map(lambda i: root.create("lease", str(i).encode()), range(8)))
     assert sum(won) == 1
@@ -40,19 +40,19 @@ def test_one_of_many_creators_wins(store_url: str) -> None:
 
 
 def test_a_usable_store_leaves_no_trace_of_the_probe(store_url: str) -> None:
-    root = folder(store_url) / "new"
+    root = open_folder(store_url) / "new"
     root.require_usable()
     assert root.list() == []
 
 
 def test_a_folder_that_cannot_be_made_is_the_users_to_mend() -> None:
     with pytest.raises(UserError, match="storage /proc/none cannot be used: there is no such bucket or folder"):
-        folder("/proc/none").require_usable()
+        open_folder("/proc/none").require_usable()
 
 
 def test_an_unknown_protocol_is_named() -> None:
     with pytest.raises(UserError, match="Protocol not known: nowhere"):
-        folder("nowhere://x").require_usable()
+        open_folder("nowhere://x").require_usable()
 
 
 def test_a_wrong_key_is_named_and_not_retried(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,13 +61,13 @@ def test_a_wrong_key_is_named_and_not_retried(bucket: str, monkeypatch: pytest.M
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(UserError, match=f"storage {bucket} cannot be used: .*permission denied: check the key"):
-        folder(bucket).require_usable()
+        open_folder(bucket).require_usable()
     s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_a_missing_bucket_is_named(ceph: object) -> None:
     with pytest.raises(UserError, match="there is no such bucket or folder"):
-        folder("s3://no-such-bucket-here/x").require_usable()
+        open_folder("s3://no-such-bucket-here/x").require_usable()
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,17 +76,17 @@ def test_a_full_disk_is_said_and_leaves_nothing_behind(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match=f"cannot write {tmp_path}/x: no space left on the device: free some"):
-        folder(tmp_path).write("x", b"data")
+        open_folder(tmp_path).write("x", b"data")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_passes_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, failures = folder(tmp_path), iter([TimeoutError("slow"), ConnectionError("away")])
+    root, failures = open_folder(tmp_path), iter([TimeoutError("slow"), ConnectionError("away")])
     root.write("x", b"data")
-    monkeypatch.setattr("dis_scale.storage._FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
 
     def flaky(verb: str, path: str, action: object) -> bytes:
-        from dis_scale.storage import _with_retries
+        from dis_scale.storage.folder import _with_retries
 
         def once() -> bytes:
             for failure in failures:
@@ -101,11 +101,11 @@ def test_what_passes_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_half_written_file_is_not_listed(tmp_path: Path) -> None:
     (tmp_path / "x.part-0123").write_bytes(b"half")
-    assert folder(tmp_path).list() == []
+    assert open_folder(tmp_path).list() == []
 
 
 def test_files_come_in_order_without_folders_and_what_is_half_written(store_url: str) -> None:
-    at = folder(store_url) / "many"
+    at = open_folder(store_url) / "many"
     for name in ("b.png", "a.png", "c/d.png", "Z.png", "e\u00e9.png"):
         at.write(f"class/{name}", b"x")
     assert list(at.files("class")) == ["Z.png", "a.png", "b.png", "e\u00e9.png"]
@@ -113,7 +113,7 @@ def test_files_come_in_order_without_folders_and_what_is_half_written(store_url:
 
 
 def test_links_are_files_wherever_they_lead_and_half_written_ones_are_none(tmp_path: Path) -> None:
-    at = folder(tmp_path)
+    at = open_folder(tmp_path)
     at.write("elsewhere/1.png", b"x")
     (tmp_path / "class").mkdir()
     (tmp_path / "class/1.png").symlink_to(tmp_path / "elsewhere/1.png")
@@ -125,7 +125,7 @@ def test_links_are_files_wherever_they_lead_and_half_written_ones_are_none(tmp_p
 def test_a_folder_of_many_is_listed_page_by_page(bucket: str, gateway: Gateway) -> None:
     """And a page that failed is asked for again."""
     names = [f"{i:04d}.png" for i in range(1001)]
-    store = folder(bucket)
+    store = open_folder(bucket)
     store._do("write", "class", lambda fs, full: fs.pipe({f"{full}/{name}": b"x" for name in names}))
     gateway.seen.clear()
     gateway.faults = [503]

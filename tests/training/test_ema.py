@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from dis_scale import ema
-from dis_scale.ema import Snapshot
 from dis_scale.errors import UserError
 from dis_scale.recipe import Train
+from dis_scale.training import ema
+from dis_scale.training.ema import Snapshot
 
 SETTINGS = Train(publish_images=(0, 1000), batch_images=10, lanes=1, ema=0.99, power_ema=(0.05, 0.1))
 

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from dis_scale import manifest
 from dis_scale.errors import StorageError
-from dis_scale.storage import Folder, folder
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder, open_folder
 
 
 @pytest.fixture
 def thing(tmp_path: Path) -> Folder:
-    made = folder(tmp_path / "thing")
+    made = open_folder(tmp_path / "thing")
     manifest.put(made, {"a": b"alpha", "b": b"beta"}, images=7)
     return made
 
@@ -23,7 +23,7 @@ def test_files_are_read_back_against_the_manifest(thing: Folder) -> None:
 
 
 def test_without_a_manifest_there_is_nothing(tmp_path: Path) -> None:
-    torn = folder(tmp_path)
+    torn = open_folder(tmp_path)
     torn.write("a", b"alpha")
     assert manifest.find(torn) is None
 

@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from dis_scale import pace
 from dis_scale.models.cost import cost
-from dis_scale.pace import Pace, peak_flops
 from dis_scale.recipe import DiffuSsm, Dit, LatentShape, preset
+from dis_scale.training import throughput
+from dis_scale.training.throughput import Pace, peak_flops
 
 CPU = torch.device("cpu")
 
 
 def test_rates_are_of_the_time_since_the_last_look(monkeypatch: pytest.MonkeyPatch) -> None:
     price, said, clock = cost(Dit(**preset("DiT-S/2")), LatentShape(4, 32), 1000), list[str](), [100.0]
-    monkeypatch.setattr(pace.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(throughput.time, "monotonic", lambda: clock[0])
     ours = Pace(price, 8, 2, CPU, 1e14, "datasheet, bf16", said.append)
     assert ours.rows(64) == {}, "no step yet"
     ours.begin(64)

@@ -5,11 +5,13 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
-from dis_scale import checkpoint, faults, manifest
+from dis_scale import faults
 from dis_scale.recipe import Recipe
-from dis_scale.storage import Folder, folder
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.tracking import Rows
-from tests import training
+from dis_scale.training import checkpoint
+from tests.support import ranks
 
 MODEL = "dit"
 TIMED = {
@@ -28,7 +30,7 @@ TIMED = {
 
 
 def run_folder(root: Path) -> Folder:
-    return folder(root) / "sweep/runs" / MODEL
+    return open_folder(root) / "sweep/runs" / MODEL
 
 
 def done(root: Path, recipe: Recipe) -> bool:
@@ -42,7 +44,7 @@ def train_through(recipe: Recipe, root: Path, plan: str, attempts: int = 8) -> l
     ended: list[str] = []
     for attempt in range(1, attempts + 1):
         try:
-            training.run(recipe, MODEL, root, attempt, faults=root / "faults")
+            ranks.run(recipe, MODEL, root, attempt, faults=root / "faults")
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
             ended.append(str(error).strip().splitlines()[-1])
         if done(root, recipe):

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dis_scale import ema
 from dis_scale.recipe import Train
+from dis_scale.training import ema
 
 WEIGHTS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
 

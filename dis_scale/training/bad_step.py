@@ -11,10 +11,10 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
-from dis_scale import manifest
-from dis_scale.checkpoint import images_name
-from dis_scale.engine import WEIGHTS, Engine
-from dis_scale.storage import Folder
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder
+from dis_scale.training.checkpoint import images_name
+from dis_scale.training.engine import WEIGHTS, Engine
 
 
 def keep(

@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dis_scale import checkpoint, manifest
 from dis_scale import recipe as recipes
 from dis_scale.evaluation import results
-from dis_scale.storage import Folder, folder
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.training import checkpoint
 
 ROOT = Path(__file__).parents[2]
-TINY = ROOT / "tests" / "tiny.yaml"
+TINY = ROOT / "tests/support/tiny.yaml"
 TIMEOUT_S = 400
 SLOW = ("train.publish_images=[0, 160, 3200]", "train.resume_every_images=160")
 """Training that lasts for seconds, so that a test can fall into the midst of it."""
@@ -64,7 +65,7 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
 
 
 def sweep_folder(root: str) -> Folder:
-    return folder(root) / "sweeps/tiny"
+    return open_folder(root) / "sweeps/tiny"
 
 
 def times(root: str) -> dict[str, float]:
@@ -90,8 +91,8 @@ def assert_whole(root: str, *settings: str) -> None:
         measured = results.evaluated(sweep, model)
         assert sorted(measured) == counts
         assert all(found["values"][recipe.evaluate.metric] > 0 for found in measured.values())
-    (latents,) = (folder(root) / "latents").list()
-    place = folder(root) / "latents" / latents
+    (latents,) = (open_folder(root) / "latents").list()
+    place = open_folder(root) / "latents" / latents
     found = manifest.find(place)
     assert found is not None
     assert found["count"] == 1797

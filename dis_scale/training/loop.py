@@ -17,20 +17,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dis_scale import checkpoint, diffusion, ema, engine, evidence, faults, models, seeds
-from dis_scale.checkpoint import Saver, Stored
+from dis_scale import diffusion, faults, models, seeds
 from dis_scale.data.latents import Latents, Micro, micro_batch, open_latents, prefetch
 from dis_scale.diffusion.process import Process
-from dis_scale.engine import Engine
 from dis_scale.errors import DisScaleError
 from dis_scale.models import Backbone
 from dis_scale.models.cost import cost
 from dis_scale.models.export import describe
-from dis_scale.pace import open_pace
 from dis_scale.recipe import Recipe, Train
 from dis_scale.scan import choose
-from dis_scale.storage import Folder
+from dis_scale.storage.folder import Folder
 from dis_scale.tracking import ATTEMPT, GOODPUT, Log, goodput
+from dis_scale.training import bad_step, checkpoint, ema, engine
+from dis_scale.training.checkpoint import Saver, Stored
+from dis_scale.training.engine import Engine
+from dis_scale.training.throughput import open_pace
 
 ROWS_EVERY_STEPS = 10
 FLUSH_EVERY_S = 10.0
@@ -105,7 +106,7 @@ def train(run: Run) -> int:
             if bad and rank == 0:
                 run.say(f"{run.model}: the step to {images} images was skipped: its gradient is not finite")
             if bad == settings.skips_in_a_row:
-                kept = evidence.keep(run.folder, run.attempt, images, draws, losses, state)
+                kept = bad_step.keep(run.folder, run.attempt, images, draws, losses, state)
                 raise DisScaleError(
                     f"{run.model}: the gradient was not finite in {bad} steps in a row, up to {images} images: the last "
                     f"step's batch, losses and weights are in {kept}"

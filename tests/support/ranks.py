@@ -17,10 +17,10 @@ import torch.multiprocessing as mp
 from dis_scale.data import shards
 from dis_scale.data.shards import Sample
 from dis_scale.recipe import Recipe
-from dis_scale.storage import Folder, folder
+from dis_scale.storage.folder import Folder, open_folder
 
 os.environ["DS_ACCELERATOR"] = "cpu"
-PRELOAD = ["deepspeed", "torch._dynamo", "dis_scale.train"]
+PRELOAD = ["deepspeed", "torch._dynamo", "dis_scale.training.loop"]
 multiprocessing.set_forkserver_preload(PRELOAD)
 
 
@@ -46,7 +46,7 @@ def run(
     `faults` is a plan of accidents; SIGTERM to a rank is its wish to stop. `inputs` then tells what the steps saw.
     """
     world = recipe.train.workers
-    latents = folder(root) / "latents"
+    latents = open_folder(root) / "latents"
     if not latents.exists("manifest.json"):
         make_latents(latents, recipe)
     with socket.socket() as free:
@@ -65,8 +65,9 @@ def _rank(
     place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in place.items()})
     torch.set_num_threads(1)
-    from dis_scale import engine, faults
-    from dis_scale.train import Run, train
+    from dis_scale import faults
+    from dis_scale.training import engine
+    from dis_scale.training.loop import Run, train
 
     faults.use(plan)
     asked = threading.Event()
@@ -81,8 +82,8 @@ def _rank(
         due = stop_at is not None and rank == world - 1 and next(steps) * recipe.train.batch_images > stop_at
         return due or asked.is_set()
 
-    sweep = folder(root) / "sweep"
-    latents, wanted = folder(root) / "latents", time.time()
+    sweep = open_folder(root) / "sweep"
+    latents, wanted = open_folder(root) / "latents", time.time()
     train(Run(recipe, model, sweep, latents, attempt, device, lambda: True, wish, _nothing, print, wanted))
 
 
@@ -97,10 +98,10 @@ def inputs(root: Path) -> dict[int, list[str]]:
 
 def _note_inputs(place: Path, rank: int) -> None:
     """Writes a line a micro-batch on its way to the device; a rank's lanes come in order, and so do the ranks."""
-    from dis_scale import train
+    from dis_scale.training import loop
 
     place.mkdir(exist_ok=True)
-    move, at, now = train._to_device, train.faults.at, [0]
+    move, at, now = loop._to_device, loop.faults.at, [0]
 
     def noted(draw: Any, device: torch.device) -> Any:
         micro, t_B, drop = draw
@@ -114,7 +115,7 @@ def _note_inputs(place: Path, rank: int) -> None:
         now[0] = where.get("images", now[0])
         at(point, **where)
 
-    train._to_device, train.faults.at = noted, clocked
+    loop._to_device, loop.faults.at = noted, clocked
 
 
 def _nothing(_: Any) -> None: ...

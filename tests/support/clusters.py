@@ -20,11 +20,10 @@ from ray.job_submission import JobSubmissionClient
 from dis_scale import recipe as recipes
 from dis_scale.data import shards
 from dis_scale.recipe import Recipe
-from dis_scale.storage import Folder, folder
+from dis_scale.storage.folder import Folder, open_folder
 from pipelines import jobs
 from pipelines.jobs import Cluster, Job
-from tests import training
-from tests.e2e import sweeps
+from tests.support import ranks, sweeps
 
 RAY = str(Path(sys.executable).with_name("ray"))
 ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -108,7 +107,7 @@ def sweep_to_train(root: Path, *settings: str) -> tuple[Folder, Recipe]:
     recipe = recipes.load(sweeps.TINY, [f"storage.root={root}", *settings])
     sweep = sweeps.sweep_folder(str(root))
     sweep.write(recipes.FILE, recipes.dump(recipe).encode())
-    shards.point_to(sweep, training.make_latents(folder(root) / "latents/some", recipe), "v")
+    shards.point_to(sweep, ranks.make_latents(open_folder(root) / "latents/some", recipe), "v")
     return sweep, recipe
 
 

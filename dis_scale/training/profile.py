@@ -15,15 +15,16 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dis_scale import diffusion, engine
+from dis_scale import diffusion
 from dis_scale.data import shards
 from dis_scale.data.latents import open_latents, prefetch
 from dis_scale.errors import UserError, nearest
 from dis_scale.models.cost import cost
-from dis_scale.pace import open_pace, synchronize
 from dis_scale.recipe import Recipe
-from dis_scale.storage import Folder, folder
-from dis_scale.train import Run, micro_batches, start, step
+from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.training import engine
+from dis_scale.training.loop import Run, micro_batches, start, step
+from dis_scale.training.throughput import open_pace, synchronize
 
 WARM_STEPS = 2
 """Steps before any is counted: the first compiles and allocates."""
@@ -55,7 +56,7 @@ def trial(
     say(f"{model}: one worker's share of a step, {settings.lanes} x {settings.micro_images} images, on {device}")
     with tempfile.TemporaryDirectory() as scratch, _alone(device):
         run = Run(
-            recipe, model, folder(scratch), latents, 0, device,
+            recipe, model, open_folder(scratch), latents, 0, device,
             held=lambda: True, wish=lambda: False, report=lambda _: None, say=say, wanted=time.time(),
         )  # fmt: skip
         reader, _ = open_latents(latents, recipe, 1, say)

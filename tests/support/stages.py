@@ -15,14 +15,14 @@ from dis_scale.evaluation import reference
 from dis_scale.evaluation.results import Drawn
 from dis_scale.evaluation.sample import labels_of
 from dis_scale.recipe import Evaluate, Recipe
-from dis_scale.storage import Folder
+from dis_scale.storage.folder import Folder
 from pipelines import evaluate, precompute, stage
 from pipelines.evaluate import Evaluation, Evaluator
 from pipelines.precompute import Dealer, Encoder
 from pipelines.prepare import Preparer
-from tests import training
+from tests.support import ranks
 
-multiprocessing.set_forkserver_preload([*training.PRELOAD, __name__])
+multiprocessing.set_forkserver_preload([*ranks.PRELOAD, __name__])
 UNLIKE = (".part-", "/leases/")
 """In the names of files that nobody reads, or that say who wrote when."""
 

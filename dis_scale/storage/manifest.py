@@ -7,7 +7,7 @@ import hashlib
 from typing import Any
 
 from dis_scale.errors import StorageError
-from dis_scale.storage import Folder
+from dis_scale.storage.folder import Folder
 
 FORMAT = 2
 """Version of every manifest and sidecar; this code reads FORMAT and FORMAT - 1."""

@@ -5,12 +5,13 @@ The sweep's stored recipe gains the model under the new name; the run it came fr
 
 from typing import Any
 
-from dis_scale import checkpoint, manifest
 from dis_scale import recipe as recipes
-from dis_scale.checkpoint import Stored, images_name
 from dis_scale.errors import UserError, nearest
 from dis_scale.recipe import Recipe
-from dis_scale.storage import Folder
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder
+from dis_scale.training import checkpoint
+from dis_scale.training.checkpoint import Stored, images_name
 
 ORIGIN = "origin.json"
 """In a forked run's folder: which run, images and attempt it came from."""

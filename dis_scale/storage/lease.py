@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from dis_scale.errors import DisScaleError, Held
-from dis_scale.storage import Folder
+from dis_scale.storage.folder import Folder
 
 FOLDER = "leases"
 """In a sweep's folder: its own lease and those of stages; a run's stands in the run's folder."""

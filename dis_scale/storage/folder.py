@@ -234,7 +234,7 @@ class _Ranges(io.RawIOBase):
         return len(data)
 
 
-def folder(url: str | os.PathLike) -> Folder:
+def open_folder(url: str | os.PathLike) -> Folder:
     """The folder at a URL or local path (made absolute)."""
     text = os.fspath(url).rstrip("/")
     if text.startswith("file://") or "://" not in text:
@@ -245,7 +245,7 @@ def folder(url: str | os.PathLike) -> Folder:
 def locate(url: str) -> tuple[Folder, str]:
     """The folder and the name of one file at a URL or local path."""
     parent, _, name = url.rpartition("/")
-    return folder(parent or "."), name
+    return open_folder(parent or "."), name
 
 
 def _base(entry: str) -> str:

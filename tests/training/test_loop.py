@@ -5,25 +5,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from dis_scale import checkpoint, manifest, train
 from dis_scale import recipe as recipes
 from dis_scale.recipe import Recipe, Train
-from dis_scale.storage import folder
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import open_folder
 from dis_scale.tracking import Row, Rows
-from dis_scale.train import learning_rate
-from tests import training
+from dis_scale.training import checkpoint, loop
+from dis_scale.training.loop import learning_rate
 from tests.conftest import TINY
+from tests.support import ranks
 
 LAST = 320
 BOTH = ("calm", "stopped")
 
 
 def weights(root: Path, model: str = "dis", images: int = LAST) -> dict[str, torch.Tensor]:
-    return checkpoint.load_published(folder(root) / "sweep/runs" / model, images)
+    return checkpoint.load_published(open_folder(root) / "sweep/runs" / model, images)
 
 
 def losses(root: Path, model: str = "dis") -> list[tuple[int, float]]:
-    rows: list[Row] = Rows(folder(root) / "sweep/runs" / model / "log").new()
+    rows: list[Row] = Rows(open_folder(root) / "sweep/runs" / model / "log").new()
     return [(row.images, row.value) for row in rows if row.name == "loss"]
 
 
@@ -43,17 +44,18 @@ def assert_bit_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
 )
 def test_a_stopped_run_ends_as_the_undisturbed_one(tmp_path: Path, settings: list[str]) -> None:
     recipe = recipes.load(TINY, settings)
-    training.run(recipe, "dis", tmp_path / "calm", attempt=1)
-    training.run(recipe, "dis", tmp_path / "stopped", attempt=1, stop_at=112)
-    run = folder(tmp_path / "stopped/sweep/runs/dis")
+    ranks.run(recipe, "dis", tmp_path / "calm", attempt=1)
+    ranks.run(recipe, "dis", tmp_path / "stopped", attempt=1, stop_at=112)
+    run = open_folder(tmp_path / "stopped/sweep/runs/dis")
     assert checkpoint.published(run) == [0]
     assert max(int(name.split("-")[0]) for name in (run / "resume").list()) < 160
-    training.run(recipe, "dis", tmp_path / "stopped", attempt=2)
+    ranks.run(recipe, "dis", tmp_path / "stopped", attempt=2)
     assert checkpoint.published(run) == [0, 160, 320]
     assert_bit_equal(weights(tmp_path / "calm"), weights(tmp_path / "stopped"))
     if recipe.train.power_ema:
         rebuilt = [
-            checkpoint.load_average(folder(tmp_path / at / "sweep/runs/dis"), LAST, recipe.train, 0.07) for at in BOTH
+            checkpoint.load_average(open_folder(tmp_path / at / "sweep/runs/dis"), LAST, recipe.train, 0.07)
+            for at in BOTH
         ]
         assert_bit_equal(*rebuilt)
         assert any(not torch.equal(rebuilt[0][name], tensor) for name, tensor in weights(tmp_path / "calm").items())
@@ -62,8 +64,8 @@ def test_a_stopped_run_ends_as_the_undisturbed_one(tmp_path: Path, settings: lis
 
 def test_a_damaged_resume_point_is_named_and_the_one_before_taken(tmp_path: Path) -> None:
     recipe = recipes.load(TINY, ["models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}"])
-    training.run(recipe, "dit", tmp_path, attempt=1)
-    run, said = folder(tmp_path / "sweep/runs/dit"), list[str]()
+    ranks.run(recipe, "dit", tmp_path, attempt=1)
+    run, said = open_folder(tmp_path / "sweep/runs/dit"), list[str]()
     newest = checkpoint.newest(run, said.append)
     assert newest is not None
     assert (newest.images, said) == (LAST, [])
@@ -80,14 +82,14 @@ def test_a_damaged_resume_point_is_named_and_the_one_before_taken(tmp_path: Path
 
 def test_only_the_last_resume_points_are_kept_and_none_without_its_manifest(tmp_path: Path) -> None:
     recipe = recipes.load(TINY, ["train.workers=1", "train.keep_resume=2"])
-    training.run(recipe, "dis", tmp_path, attempt=1)
-    resume = folder(tmp_path / "sweep/runs/dis/resume")
+    ranks.run(recipe, "dis", tmp_path, attempt=1)
+    resume = open_folder(tmp_path / "sweep/runs/dis/resume")
     assert resume.list() == ["000000000240-0001", "000000000320-0001"]
     assert all(manifest.find(resume / name) for name in resume.list())
 
 
 def test_pruning_spares_what_a_faster_rank_has_begun(tmp_path: Path) -> None:
-    run = folder(tmp_path)
+    run = open_folder(tmp_path)
     for images, files in [(80, {"a": b""}), (160, {"a": b""}), (240, None)]:
         place = run / "resume" / f"{images:012d}-0001"
         place.write("weights-00001.safetensors", b"begun")
@@ -101,13 +103,13 @@ def test_pruning_spares_what_a_faster_rank_has_begun(tmp_path: Path) -> None:
 def test_a_save_longer_than_the_grace_is_said_at_the_start(
     tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch, took_s: float, said: list[str]
 ) -> None:
-    monkeypatch.setattr(train.dist, "get_rank", lambda: 0)
-    place, lines = folder(tmp_path), list[str]()
-    run = train.Run(
+    monkeypatch.setattr(loop.dist, "get_rank", lambda: 0)
+    place, lines = open_folder(tmp_path), list[str]()
+    run = loop.Run(
         tiny, "dit", place, place, 1, torch.device("cpu"), lambda: True, lambda: False, print, lines.append, 0.0
     )
     saver = checkpoint.Saver(place, attempt=1, rank=0, world=1, held=run.held, keep=2, took_s=took_s)
-    train._compare_with_grace(run, saver)
+    loop._compare_with_grace(run, saver)
     assert len(lines) == len(said)
     assert all(
         words in line and "give --set grace_s=91 or more" in line for words, line in zip(said, lines, strict=True)

@@ -2,21 +2,21 @@
 
 import pytest
 
-from dis_scale import checkpoint
 from dis_scale import recipe as recipes
 from dis_scale.errors import UserError
-from dis_scale.fork import fork
-from dis_scale.storage import Folder, folder
-from tests import training
+from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.training import checkpoint
+from dis_scale.training.fork import fork
 from tests.conftest import TINY
+from tests.support import ranks
 
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """A sweep whose dit has been trained to its end, all its resume points kept."""
     root, recipe = tmp_path_factory.mktemp("origin"), recipes.load(TINY, ["train.keep_resume=9"])
-    training.run(recipe, "dit", root, attempt=1)
-    made = folder(root) / "sweep"
+    ranks.run(recipe, "dit", root, attempt=1)
+    made = open_folder(root) / "sweep"
     made.write(recipes.FILE, recipes.dump(recipe).encode())
     return made
 
@@ -30,7 +30,7 @@ def test_a_fork_trains_on_to_the_bit(sweep: Folder) -> None:
     assert made.read_json("origin.json")["resume_point"] == "000000000240-0001"
     assert checkpoint.newest_images(made) == 240
     assert sweep.local
-    training.run(recipe, "again", sweep.local.parent, attempt=1)
+    ranks.run(recipe, "again", sweep.local.parent, attempt=1)
     ends = [checkpoint.newest(sweep / "runs" / name, print) for name in ("dit", "again")]
     assert ends[0] is not None
     assert ends[1] is not None

@@ -15,12 +15,13 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
-from dis_scale import ema, manifest
-from dis_scale.ema import Snapshot
-from dis_scale.engine import MOMENTS, Engine, Segment
 from dis_scale.errors import StorageError
 from dis_scale.recipe import Train
-from dis_scale.storage import Folder
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder
+from dis_scale.training import ema
+from dis_scale.training.ema import Snapshot
+from dis_scale.training.engine import MOMENTS, Engine, Segment
 
 SIDECAR_WAIT_S = 600.0
 WEIGHTS_FILE = "weights.safetensors"

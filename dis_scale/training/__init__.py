@@ -1,0 +1,1 @@
+"""Training one model: the loop, DeepSpeed, resume points, averages, throughput."""
