@@ -18,7 +18,8 @@ from dis_scale import scan
 from dis_scale.models import build
 from dis_scale.models.cost import cost
 from dis_scale.models.dis import Block
-from dis_scale.recipe import Dis, Dit, LatentShape, preset
+from dis_scale.recipe import Dis, Dit, LatentShape
+from dis_scale.recipe.presets import preset
 from dis_scale.scan import Direction, choose, reference
 from dis_scale.scan.backend import from_one_way
 

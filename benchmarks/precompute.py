@@ -23,13 +23,12 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.rows import Job, least_times, verdict
-from dis_scale import recipe as recipes
 from dis_scale import vae
 from dis_scale.data import images
 from dis_scale.data.ahead import in_order
 from dis_scale.data.encode import STRETCH, Setup, compute_exactly, encode, put_shards
 from dis_scale.data.sources import open_source
-from dis_scale.recipe import Recipe, TrainedVae
+from dis_scale.recipe import Recipe, TrainedVae, reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.vae import Vae
 
@@ -56,7 +55,7 @@ def recipe_for(root: Folder) -> Recipe:
         f"data.source={{kind: folder, url: {root}}}", f"data.num_classes={CLASSES}", f"data.resolution={RESOLUTION}",
         "precompute={shard_images: 64, encode_images: 32, decoders: 2}",  # BATCH
     ]  # fmt: skip
-    return recipes.load(EMBEDDED, settings)
+    return reading.load(EMBEDDED, settings)
 
 
 def read_and_decode(root: Folder, names: list[str]) -> np.ndarray:

@@ -34,12 +34,11 @@ from torch.utils.data import DataLoader
 
 from benchmarks.rows import verdict
 from dis_scale import diffusion, models
-from dis_scale import recipe as recipes
 from dis_scale.data import shards
 from dis_scale.data.cache import Cache
 from dis_scale.data.latents import Latents, micro_batch
 from dis_scale.data.shards import Sample
-from dis_scale.recipe import LatentShape
+from dis_scale.recipe import LatentShape, Recipe, reading
 from dis_scale.storage.folder import Folder, open_folder
 from tests.support import object_store
 
@@ -145,13 +144,13 @@ def as_pairs(samples: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]
 
 def training_step() -> tuple[str, float]:
     """The model of the embedded example with the most images/s forward, backward and AdamW; batch and threads as its rank has."""
-    recipe = recipes.load(DIGITS)
+    recipe = reading.load(DIGITS)
     found = {name: images_per_s(recipe, name) for name in recipe.models}
     name = max(found, key=found.__getitem__)
     return name, found[name]
 
 
-def images_per_s(recipe: recipes.Recipe, name: str, least_s: float = 1.0) -> float:
+def images_per_s(recipe: Recipe, name: str, least_s: float = 1.0) -> float:
     shape, n = LatentShape(SMALL[1] // 2, SMALL[-1]), recipe.train.micro_images
     model = models.build(recipe.models[name], shape, 10, scan="auto", checkpointing="none", seed=0)
     process, optimizer = diffusion.build(recipe.diffusion), torch.optim.AdamW(model.parameters(), fused=True)

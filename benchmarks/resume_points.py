@@ -15,7 +15,7 @@ from typing import TypeVar
 import safetensors.torch
 import torch
 
-from dis_scale import recipe as recipes
+from dis_scale.recipe import reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from tests.conftest import TINY
@@ -39,7 +39,7 @@ def pauses(at: Path) -> None:
             "train.power_ema=null",
             "evaluate.variants={}",
         ]
-        recipe = recipes.load(TINY, [model, *how])
+        recipe = reading.load(TINY, [model, *how])
         print(f"width {width}:", flush=True)
         ranks.run(recipe, "dit", at / str(width), attempt=1)
 

@@ -17,7 +17,8 @@ from benchmarks.rows import Job, Row, least_times, report
 from dis_scale import models
 from dis_scale.models import Backbone
 from dis_scale.models.cost import cost
-from dis_scale.recipe import Dis, Dit, LatentShape, preset
+from dis_scale.recipe import Dis, Dit, LatentShape
+from dis_scale.recipe.presets import preset
 from dis_scale.scan import choose
 from dis_scale.training.throughput import peak_flops, synchronize
 

@@ -34,25 +34,25 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 @app.command()
 def sweep(recipe: RecipePath = None, overrides: Overrides = None, debug: Debug = False) -> None:
     """Train, evaluate and report a sweep; given again, do what is left."""
-    from dis_scale import recipe as recipes
     from dis_scale import sweep as sweeps
+    from dis_scale.recipe import reading
 
     console = _console()
     with _errors(debug):
         if recipe is None:
             console.print(f"recipe   {EMBEDDED.name} (none was given: the embedded example)", highlight=False)
-        sweeps.run(recipes.load(recipe or EMBEDDED, overrides), console)
+        sweeps.run(reading.load(recipe or EMBEDDED, overrides), console)
 
 
 @app.command()
 def plan(recipe: RecipePath = None, overrides: Overrides = None, debug: Debug = False) -> None:
     """Show what a sweep will cost, and start nothing."""
     from dis_scale import plan as plans
-    from dis_scale import recipe as recipes
     from dis_scale import vae
+    from dis_scale.recipe import reading
 
     with _errors(debug):
-        found = recipes.load(recipe or EMBEDDED, overrides)
+        found = reading.load(recipe or EMBEDDED, overrides)
         Console().print(plans.table(plans.plan(found, vae.latent_shape(found.vae, found.data.resolution))))
 
 

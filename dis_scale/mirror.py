@@ -61,7 +61,7 @@ def _model(sweep: Folder, plan: Plan, model: str, rows: list[Row]) -> bool:
     projection.send(rows)
     drawn = [
         Drawn(model, images, variant)
-        for variant in plan.recipe.evaluate.drawings
+        for variant in plan.recipe.evaluate.samplings
         for images in results.evaluated_counts(sweep, model, variant)
     ]
     drawn += [

@@ -20,7 +20,6 @@ from rich.console import Console
 
 from dis_scale import mirror, tracking, vae
 from dis_scale import plan as plans
-from dis_scale import recipe as recipes
 from dis_scale import report as reports
 from dis_scale.data.shards import find_latents
 from dis_scale.data.sources import open_source
@@ -29,7 +28,8 @@ from dis_scale.evaluation import results
 from dis_scale.evaluation.features import require_weights
 from dis_scale.plan import Plan
 from dis_scale.progress import Board, listing_words
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Recipe, reading
+from dis_scale.recipe.identity import identity_differences
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
 from pipelines import jobs
@@ -57,11 +57,11 @@ class Sweep:
 def open_sweep(url: str) -> tuple[Folder, Plan]:
     """The sweep at a URL or path, and the plan of the recipe that it stored; UserError where there is none."""
     found = open_folder(url)
-    if not found.exists(recipes.FILE):
+    if not found.exists(reading.FILE):
         raise UserError(
-            f"no sweep at {found}: expected a folder with {recipes.FILE}, for example outputs/sweeps/digits"
+            f"no sweep at {found}: expected a folder with {reading.FILE}, for example outputs/sweeps/digits"
         )
-    recipe = recipes.parse(found.read(recipes.FILE).decode(), f"{found}/{recipes.FILE}")
+    recipe = reading.parse(found.read(reading.FILE).decode(), f"{found}/{reading.FILE}")
     return found, plans.plan(recipe, vae.latent_shape(recipe.vae, recipe.data.resolution))
 
 
@@ -102,10 +102,10 @@ def _work(sweep: Sweep, store: Folder) -> dict[str, str]:
         require_weights(extractor)
     with obeying_signals(sweep), jobs.cluster(sweep.recipe) as cluster, _one_at_a_time(sweep, cluster):
         sweep.board.say(f"ray      {cluster.described}")
-        sweep.folder.write(recipes.FILE, recipes.dump(sweep.recipe).encode())
+        sweep.folder.write(reading.FILE, reading.dump(sweep.recipe).encode())
         _begin_tracking(sweep, sweep.recipe.tracking.uri or tracking.default_uri(store))
         sweep.folder.write_json(RAY, {"address": cluster.address, "host": socket.gethostname()})
-        device, why = recipes.choose_device(sweep.recipe, cluster.gpus)
+        device, why = jobs.choose_device(sweep.recipe, cluster.gpus)
         sweep.board.say(f"device   {device} ({why})")
         if device == "cuda" and cluster.ours and cluster.gpus < sweep.recipe.train.world_sizes[-1]:
             raise UserError(
@@ -257,14 +257,14 @@ def _resolve(recipe: Recipe) -> tuple[Recipe, Folder]:
 def _require_same_identity(sweep: Folder, recipe: Recipe) -> None:
     """UserError with the differences where the sweep of this name was begun as another one."""
     try:
-        if not sweep.exists(recipes.FILE):
+        if not sweep.exists(reading.FILE):
             return
-        stored = recipes.parse(sweep.read(recipes.FILE).decode(), f"{sweep}/{recipes.FILE}")
+        stored = reading.parse(sweep.read(reading.FILE).decode(), f"{sweep}/{reading.FILE}")
     except UserError as error:
         raise UserError(f"{error}; the stored recipe is from another version: give this sweep another name") from error
     except DisScaleError as error:
         raise UserError(f"storage cannot be used: {error}") from error
-    if differences := recipes.identity_differences(stored, recipe):
+    if differences := identity_differences(stored, recipe):
         shown = "\n".join(f"  {line}" for line in differences[:10])
         raise UserError(
             f"{sweep} was begun with another recipe; give this one another name, or the stored values:\n{shown}"

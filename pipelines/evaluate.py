@@ -87,13 +87,13 @@ class Evaluation:
     recipe: Recipe
     workers: list[Any]
     references: dict[str, reference.Reference]
-    drawings: dict[str, Evaluate]
+    samplings: dict[str, Evaluate]
     labels: np.ndarray
     checkpoints: int
 
     def evaluate(self, drawn: Drawn) -> dict[str, float]:
         """Draws what is missing of one published checkpoint and writes its grid and, last, its metrics; returns them."""
-        folder, drawing = results.folder(self.sweep, drawn), self.drawings[drawn.variant]
+        folder, drawing = results.folder(self.sweep, drawn), self.samplings[drawn.variant]
         left = [b for b in range(_block_count(drawing)) if not _whole(folder, b)]
         spent = self._draw(drawn, drawing, left)
         stage.leave_if_asked()
@@ -151,7 +151,7 @@ class Evaluation:
         return measure.measure(blocks(), self.references, drawing), np.concatenate(pictures)
 
     def _report(self, done: int) -> None:
-        stage.progress(done, self.checkpoints * sum(map(_block_count, self.drawings.values())), "blocks")
+        stage.progress(done, self.checkpoints * sum(map(_block_count, self.samplings.values())), "blocks")
 
 
 def evaluate(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
@@ -172,9 +172,9 @@ def vary(sweep: Folder, recipe: Recipe, arguments: list[str]) -> None:
     model, images, setting, *values = arguments
     stage.connect()
     device, _ = stage.choose_device(recipe)
-    drawings = results.varied(recipe.evaluate, setting, [float(value) for value in values])
-    evaluation = open_evaluation(sweep, recipe, device, drawings, checkpoints=1)
-    for variant in drawings:
+    samplings = results.varied(recipe.evaluate, setting, [float(value) for value in values])
+    evaluation = open_evaluation(sweep, recipe, device, samplings, checkpoints=1)
+    for variant in samplings:
         drawn = Drawn(model, int(images), variant)
         if not results.folder(sweep, drawn).exists(results.METRICS):
             stage.say(_shown(drawn, evaluation.evaluate(drawn)))
@@ -183,7 +183,7 @@ def vary(sweep: Folder, recipe: Recipe, arguments: list[str]) -> None:
 def _evaluate_all(sweep: Folder, recipe: Recipe, device: str, skipped: set[Drawn]) -> None:
     """Takes each new published folder as it comes; what cannot be measured is named, noted in storage and skipped."""
     checkpoints = len(recipe.models) * len(recipe.train.publish_images)
-    evaluation = open_evaluation(sweep, recipe, device, recipe.evaluate.drawings, checkpoints)
+    evaluation = open_evaluation(sweep, recipe, device, recipe.evaluate.samplings, checkpoints)
     _mirror_what_is_there(sweep, recipe)
     for drawn in results.outdated(sweep, recipe):
         _evaluate_one(evaluation, drawn, skipped)
@@ -210,7 +210,7 @@ def _evaluate_all(sweep: Folder, recipe: Recipe, device: str, skipped: set[Drawn
 def _mirror_what_is_there(sweep: Folder, recipe: Recipe) -> None:
     """Sends earlier evaluations that MLflow may have missed; where it is away, once is enough to know."""
     for model in recipe.models:
-        for variant in recipe.evaluate.drawings:
+        for variant in recipe.evaluate.samplings:
             for images in results.evaluated_counts(sweep, model, variant):
                 stage.leave_if_asked()
                 if not mirror.evaluation(sweep, Drawn(model, images, variant)):
@@ -223,13 +223,13 @@ def _traces(sweep: Folder, recipe: Recipe) -> list[list[str]]:
 
 
 def open_evaluation(
-    sweep: Folder, recipe: Recipe, device: str, drawings: dict[str, Evaluate], checkpoints: int
+    sweep: Folder, recipe: Recipe, device: str, samplings: dict[str, Evaluate], checkpoints: int
 ) -> Evaluation:
     """The evaluation with its workers on Ray."""
     options = _options(recipe, device)
     workers = [stage.spawn(Evaluator, options, sweep, recipe, device) for _ in range(recipe.evaluate.workers)]
     return Evaluation(
-        sweep, recipe, workers, reference.load_all(sweep, recipe), drawings, labels_of(sweep, recipe), checkpoints
+        sweep, recipe, workers, reference.load_all(sweep, recipe), samplings, labels_of(sweep, recipe), checkpoints
     )
 
 

@@ -126,6 +126,15 @@ def cluster(recipe: Recipe) -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def choose_device(recipe: Recipe, gpus: int) -> tuple[str, str]:
+    """Return (device, reason) on a cluster of `gpus` GPUs: `auto` takes them if each training worker gets one."""
+    workers = recipe.train.world_sizes[-1]
+    if recipe.device != "auto":
+        return recipe.device, "the recipe names it"
+    reason = f"auto: {gpus} GPUs for {workers} workers"
+    return ("cuda" if gpus >= workers else "cpu"), reason
+
+
 def submit(cluster: Cluster, recipe: Recipe, sweep: Folder, stage: str, *arguments: str) -> Job:
     """Submits the stage's next attempt, or joins the one that runs.
 

@@ -21,10 +21,10 @@ from typing import Any, NoReturn, TypeVar
 import ray
 
 from dis_scale import faults
-from dis_scale import recipe as recipes
 from dis_scale.errors import DisScaleError, Preempted, StorageAway
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import Folder, open_folder
+from pipelines import jobs
 from pipelines.jobs import keeping_handlers
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ def cause_of(error: BaseException) -> BaseException:
 
 def load_recipe(sweep: Folder) -> Recipe:
     """The recipe as the sweep stored it."""
-    return recipes.parse(sweep.read(recipes.FILE).decode(), f"{sweep}/{recipes.FILE}")
+    return reading.parse(sweep.read(reading.FILE).decode(), f"{sweep}/{reading.FILE}")
 
 
 def connect() -> None:
@@ -148,7 +148,7 @@ def draining() -> set[str]:
 
 def choose_device(recipe: Recipe) -> tuple[str, str]:
     """(device, reason) by the GPUs that the cluster has now."""
-    return recipes.choose_device(recipe, int(ray.cluster_resources().get("GPU", 0)))
+    return jobs.choose_device(recipe, int(ray.cluster_resources().get("GPU", 0)))
 
 
 def progress(done: int, total: int, unit: str) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dis_scale import recipe as recipes
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Recipe, reading
 from tests.support import faulty_gateway, object_store
 from tests.support.faulty_gateway import Gateway
 
@@ -32,7 +31,7 @@ def pytest_report_header() -> str:
 @pytest.fixture
 def tiny() -> Recipe:
     """The smallest sweep: one DiS and one DiT of a few thousand parameters, a few steps each."""
-    return recipes.load(TINY)
+    return reading.load(TINY)
 
 
 @pytest.fixture(scope="session")

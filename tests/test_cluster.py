@@ -13,8 +13,7 @@ import pytest
 import ray
 import yaml
 
-from dis_scale import recipe as recipes
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Recipe, reading
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster"
@@ -50,7 +49,7 @@ def recipe_of(command: str) -> Recipe:
     program, dash_m, module, path, *options = shlex.split(command)
     assert (program, dash_m, module) == ("python", "-m", "dis_scale.sweep")
     assert options[::2] == ["--set"] * (len(options) // 2)
-    return recipes.load(ROOT / path, options[1::2])
+    return reading.load(ROOT / path, options[1::2])
 
 
 def pod(group: dict[str, Any]) -> dict[str, Any]:

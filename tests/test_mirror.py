@@ -7,12 +7,11 @@ import pytest
 
 from dis_scale import mirror, tracking
 from dis_scale import plan as plans
-from dis_scale import recipe as recipes
 from dis_scale.errors import DisScaleError
 from dis_scale.evaluation import results
 from dis_scale.evaluation.results import Drawn
 from dis_scale.plan import Plan
-from dis_scale.recipe import LatentShape
+from dis_scale.recipe import LatentShape, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.tracking import Log, Projection, Rows
@@ -22,21 +21,21 @@ from tests.test_cli import invoke
 
 @pytest.fixture
 def plan() -> Plan:
-    return plans.plan(recipes.load(TINY, ["train.publish_images=[160]"]), LatentShape(4, 8))
+    return plans.plan(reading.load(TINY, ["train.publish_images=[160]"]), LatentShape(4, 8))
 
 
 @pytest.fixture
 def sweep(tmp_path: Path, plan: Plan) -> Folder:
     """A finished sweep: two attempts' rows, one published count, each way to draw evaluated, a report."""
     made = open_folder(tmp_path) / "sweeps/tiny"
-    made.write(recipes.FILE, recipes.dump(plan.recipe).encode())
+    made.write(reading.FILE, reading.dump(plan.recipe).encode())
     for model in plan.recipe.models:
         for attempt in (1, 2):
             log = Log(made / f"runs/{model}/log", attempt)
             log.add(80 * attempt, {"loss": 1.0 / attempt, tracking.ATTEMPT: attempt})
             log.flush()
         manifest.put(made / f"runs/{model}/published/000000000160", {"weights.safetensors": b""}, images=160)
-        for variant in plan.recipe.evaluate.drawings:
+        for variant in plan.recipe.evaluate.samplings:
             place = results.folder(made, Drawn(model, 160, variant))
             values = {"fd_digits_80": 9.0, "fd_digits_80_error": 0.5, "fd_digits_80_floor": 0.1}
             found = {"values": values, "seconds": {"sampling": 2.5}, "time": 7.25, "metrics": ["distance"]}
@@ -66,7 +65,7 @@ def test_an_emptied_mlflow_is_filled_to_the_first_one(sweep: Folder, plan: Plan,
     tracking.begin(sweep, first, plan.parameters())
     for model in plan.recipe.models:
         Projection(sweep, model).send(Rows(sweep / f"runs/{model}/log").new())
-        for variant in plan.recipe.evaluate.drawings:
+        for variant in plan.recipe.evaluate.samplings:
             assert mirror.evaluation(sweep, Drawn(model, 160, variant))
         Projection(sweep, model).finish("FINISHED")
     assert mirror.report(sweep, "FINISHED")

@@ -10,12 +10,11 @@ import pytest
 from rich.console import Console
 
 from dis_scale import plan as plans
-from dis_scale import recipe as recipes
 from dis_scale import sweep as sweeps
 from dis_scale import tracking
 from dis_scale.errors import Held, UserError
 from dis_scale.progress import Board
-from dis_scale.recipe import LatentShape, Recipe
+from dis_scale.recipe import LatentShape, Recipe, reading
 from dis_scale.storage import lease
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
@@ -71,7 +70,7 @@ def test_mlflow_away_is_said_and_stops_nothing(tiny: Recipe, tmp_path: Path, mon
 def test_what_is_missing_is_found_before_the_sweep_has_an_identity(
     tmp_path: Path, settings: list[str], said: str
 ) -> None:
-    recipe = recipes.load(TINY, [*settings, f"storage.root={tmp_path}"])
+    recipe = reading.load(TINY, [*settings, f"storage.root={tmp_path}"])
     with pytest.raises(UserError, match=said):
         sweeps.run(recipe, Console(file=io.StringIO()))
     assert not (tmp_path / "sweeps").exists()
@@ -79,8 +78,8 @@ def test_what_is_missing_is_found_before_the_sweep_has_an_identity(
 
 def test_a_stored_recipe_of_another_identity_is_refused_with_the_difference(tiny: Recipe, tmp_path: Path) -> None:
     place = open_folder(tmp_path) / "sweeps/tiny"
-    place.write("recipe.yaml", recipes.dump(tiny).encode())
-    other = recipes.load(TINY, ["seed=5", f"storage.root={tmp_path}"])
+    place.write("recipe.yaml", reading.dump(tiny).encode())
+    other = reading.load(TINY, ["seed=5", f"storage.root={tmp_path}"])
     with pytest.raises(UserError, match=r"was begun with another recipe; .*\n  seed: stored 0, given 5"):
         sweeps.run(other, Console(file=io.StringIO()))
 

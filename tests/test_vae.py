@@ -8,7 +8,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from dis_scale import recipe as recipes
 from dis_scale import vae
 from dis_scale.data import shards
 from dis_scale.data.encode import Setup
@@ -17,7 +16,7 @@ from dis_scale.data.sources import open_source
 from dis_scale.errors import DisScaleError, UserError
 from dis_scale.evaluation.draw import draw, open_for_drawing
 from dis_scale.evaluation.sample import open_studio
-from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, Recipe
+from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, Recipe, reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.vae import to_pixels
 from pipelines import precompute
@@ -73,7 +72,7 @@ def test_any_channels_factor_scale_and_shift(kind: str, tmp_path: Path) -> None:
 
 def test_scale_and_shift_stand_in_the_manifest_and_training_applies_them(tmp_path: Path) -> None:
     settings = saved(tmp_path / "vae", **KINDS["SD3, f8"])  # type: ignore[arg-type]
-    recipe = recipes.load(TINY, [f"vae={{kind: pretrained, path: {settings.path}}}", "precompute.shard_images=900"])
+    recipe = reading.load(TINY, [f"vae={{kind: pretrained, path: {settings.path}}}", "precompute.shard_images=900"])
     encode_digits(open_folder(tmp_path) / "sweep", open_folder(tmp_path) / "latents", recipe)
     latents = Latents(open_folder(tmp_path) / "latents", seed=0)
     assert [latents.manifest[key] for key in ("scale", "shift", "latent")] == [1.5305, 0.0609, [16, 4]]
@@ -114,12 +113,12 @@ def test_without_a_vae_every_value_of_a_pixel_comes_back() -> None:
 
 def test_the_whole_way_in_pixel_space(tmp_path: Path) -> None:
     """Precompute, training, evaluation and `dis-scale sample`, each below Ray: prepare trains no autoencoder."""
-    recipe = recipes.load(
+    recipe = reading.load(
         TINY, ["vae={kind: none}", "data.resolution=16", "train.workers=1", "evaluate.block_images=20"]
     )
     sweep = open_folder(tmp_path) / "sweep"
     latents = sweep / "latents/pixels"
-    sweep.write(recipes.FILE, recipes.dump(recipe).encode())
+    sweep.write(reading.FILE, reading.dump(recipe).encode())
     Preparer().prepare(sweep, recipe, "cpu")
     assert not sweep.exists("vae")
     encode_digits(sweep, latents, recipe)

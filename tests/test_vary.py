@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dis_scale import recipe as recipes
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from tests.test_cli import invoke
@@ -15,7 +14,7 @@ from tests.test_cli import invoke
 def sweep(tmp_path: Path, tiny: Recipe) -> Path:
     """A sweep with one published checkpoint, which nothing here opens."""
     at = open_folder(tmp_path) / "sweeps/tiny"
-    at.write(recipes.FILE, recipes.dump(tiny).encode())
+    at.write(reading.FILE, reading.dump(tiny).encode())
     manifest.put(at / "runs/dis/published/000000000160", {"weights.safetensors": b""}, images=160)
     return tmp_path / "sweeps/tiny"
 
@@ -58,6 +57,6 @@ def test_what_cannot_be_is_refused_in_a_line(
 def test_without_tracked_averages_no_width_can_be_rebuilt(sweep: Path, tiny: Recipe) -> None:
     bare = tiny.model_copy(update={"train": tiny.train.model_copy(update={"power_ema": None})})
     bare = bare.model_copy(update={"evaluate": bare.evaluate.model_copy(update={"variants": {}})})
-    open_folder(sweep).write(recipes.FILE, recipes.dump(bare).encode())
+    open_folder(sweep).write(reading.FILE, reading.dump(bare).encode())
     code, output = invoke("sweep-ema", str(sweep), "dis")
     assert (code, "tracked no power-function averages" in output) == (2, True)

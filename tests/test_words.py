@@ -12,10 +12,9 @@ from typing import get_args
 import pytest
 import typer.main
 
-from dis_scale import recipe as recipes
 from dis_scale.cli import app
 from dis_scale.models.cost import cost
-from dis_scale.recipe import LatentShape, Recipe, TrainedVae
+from dis_scale.recipe import LatentShape, Recipe, Source, TrainedVae, VaeSettings, reading
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -54,8 +53,8 @@ SNIPPETS = {name: text for text in blocks(README) for name in re.findall(r"\A# (
 
 def load(path: str, overrides: list[str]) -> Recipe:
     if path in SNIPPETS:
-        return recipes.parse(SNIPPETS[path], path, overrides)
-    return recipes.load(ROOT / path, overrides)
+        return reading.parse(SNIPPETS[path], path, overrides)
+    return reading.load(ROOT / path, overrides)
 
 
 def targets() -> set[str]:
@@ -91,14 +90,11 @@ def sources() -> list[str]:
 
 @pytest.mark.parametrize("line", sources())
 def test_every_source_shown_is_one(line: str) -> None:
-    recipes.load(ROOT / "configs" / "imagenet256.yaml", [f"data.{line.replace(': ', '=', 1)}"])
+    reading.load(ROOT / "configs" / "imagenet256.yaml", [f"data.{line.replace(': ', '=', 1)}"])
 
 
 def test_the_data_page_names_every_kind_of_source_and_vae() -> None:
-    kinds = {
-        get_args(kind.model_fields["kind"].annotation)[0]
-        for kind in (*get_args(recipes.Source), *get_args(recipes.VaeSettings))
-    }
+    kinds = {get_args(kind.model_fields["kind"].annotation)[0] for kind in (*get_args(Source), *get_args(VaeSettings))}
     assert {kind for kind in kinds if f"| `{kind}` |" not in DATA} == set()
 
 
@@ -190,7 +186,7 @@ def test_the_recipe_for_own_images_is_one() -> None:
 
 @pytest.mark.parametrize("path", PRICED, ids=lambda p: p.stem)
 def test_a_recipe_says_its_own_price(path: Path) -> None:
-    recipe, text = recipes.load(path), path.read_text()
+    recipe, text = reading.load(path), path.read_text()
     factor = 2 ** (len(recipe.vae.widths) - 1) if isinstance(recipe.vae, TrainedVae) else SD_FACTOR
     shape = LatentShape(4, recipe.data.resolution // factor)
     passes = 1 if recipe.evaluate.guidance == 1 else 2

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from dis_scale import recipe as recipes
 from dis_scale import vae
 from dis_scale.data import shards
 from dis_scale.data.encode import Made, Setup, compute_exactly, make
 from dis_scale.data.sources import open_source
 from dis_scale.errors import StorageError, UserError
-from dis_scale.recipe import PretrainedVae, Recipe
+from dis_scale.recipe import PretrainedVae, Recipe, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.vae import Pixels, Vae
@@ -143,7 +142,7 @@ def _manifest(latents: Folder) -> dict[str, Any]:
 
 
 def _recipe(sweep: Folder) -> Recipe:
-    return recipes.parse(sweep.read(recipes.FILE).decode(), f"{sweep}/{recipes.FILE}")
+    return reading.parse(sweep.read(reading.FILE).decode(), f"{sweep}/{reading.FILE}")
 
 
 def _wrong(latents: Folder, entry: dict[str, Any]) -> str | None:

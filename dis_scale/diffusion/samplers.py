@@ -15,23 +15,21 @@ from dis_scale.diffusion.flow import FlowMatching, velocity
 from dis_scale.diffusion.gaussian import Chain, Coefficients, GaussianDiffusion, learned_log_variance, predict_x0
 from dis_scale.diffusion.process import ModelFn
 from dis_scale.errors import UserError, nearest
+from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
 
 NoiseSource = Callable[[int, Sequence[int]], Tensor]
 """(step, shape) to standard normal noise; steps count from 0 at the noisiest."""
 Progress = Callable[[int, int], None]
 """Told (steps done, steps in all) after each step."""
 
-GAUSSIAN = ("ddpm", "ddim", "dpm_solver")
-FLOW = ("euler", "heun", "euler_maruyama")
-
 
 def check_sampler(name: str, process: GaussianDiffusion | FlowMatching) -> None:
     """UserError for an unknown sampler, or one that does not fit the process."""
-    if name not in GAUSSIAN + FLOW:
-        raise UserError(
-            f"unknown sampler {name!r}{nearest(name, GAUSSIAN + FLOW)}; known: {', '.join(GAUSSIAN + FLOW)}"
-        )
-    kind, fitting = ("gaussian", GAUSSIAN) if isinstance(process, GaussianDiffusion) else ("flow", FLOW)
+    known = GAUSSIAN_SAMPLERS + FLOW_SAMPLERS
+    if name not in known:
+        raise UserError(f"unknown sampler {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+    gaussian = isinstance(process, GaussianDiffusion)
+    kind, fitting = ("gaussian", GAUSSIAN_SAMPLERS) if gaussian else ("flow", FLOW_SAMPLERS)
     if name not in fitting:
         raise UserError(f"sampler {name} does not fit the process {kind}: choose {', '.join(fitting)}")
 

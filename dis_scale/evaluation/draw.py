@@ -10,13 +10,12 @@ import numpy as np
 import torch
 
 from dis_scale import diffusion, vae
-from dis_scale import recipe as recipes
 from dis_scale.diffusion.generate import generate
 from dis_scale.diffusion.process import check_labels
 from dis_scale.errors import UserError
 from dis_scale.models import Backbone
 from dis_scale.models.export import open_checkpoint
-from dis_scale.recipe import Flow, Gaussian, PretrainedVae
+from dis_scale.recipe import Flow, Gaussian, PretrainedVae, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.training.checkpoint import WEIGHTS_FILE
 from dis_scale.vae import Vae
@@ -40,8 +39,8 @@ def open_for_drawing(path: Path, vae_path: str | None, heads: int | None = None)
     if not file.exists():
         raise UserError(f"no checkpoint at {path}: expected a published folder, a .safetensors file or a public .pt")
     model = open_checkpoint(file, heads)
-    sweep = next((parent for parent in file.absolute().parents if (parent / recipes.FILE).exists()), None)
-    recipe = recipes.load(sweep / recipes.FILE) if sweep else None
+    sweep = next((parent for parent in file.absolute().parents if (parent / reading.FILE).exists()), None)
+    recipe = reading.load(sweep / reading.FILE) if sweep else None
     if vae_path is not None:
         decoder = vae.load(PretrainedVae(kind="pretrained", path=vae_path), open_folder(path))
     elif sweep is not None and recipe is not None:

@@ -61,7 +61,7 @@ def to_do(sweep: Folder, recipe: Recipe) -> list[Drawn]:
     left = []
     for model in recipe.models:
         counts = set(checkpoint.published(sweep / "runs" / model)) & set(recipe.train.publish_images)
-        for variant in recipe.evaluate.drawings:
+        for variant in recipe.evaluate.samplings:
             left += [Drawn(model, n, variant) for n in counts - set(evaluated_counts(sweep, model, variant))]
     sign = -1 if recipe.evaluate.order == "newest_first" else 1
     return sorted(left, key=lambda drawn: (drawn.variant != MAIN, sign * drawn.images))
@@ -72,7 +72,7 @@ def outdated(sweep: Folder, recipe: Recipe) -> list[Drawn]:
     return [
         Drawn(model, images, variant)
         for model in recipe.models
-        for variant, drawing in recipe.evaluate.drawings.items()
+        for variant, drawing in recipe.evaluate.samplings.items()
         for images, found in evaluated(sweep, model, variant).items()
         if not set(drawing.metrics) <= set(found["metrics"])
     ]
@@ -96,7 +96,7 @@ def ended(sweep: Folder, model: str) -> str | None:
 
 def skipped(sweep: Folder, recipe: Recipe) -> dict[Drawn, str]:
     """What evaluation had to skip, and why."""
-    counts, variants = recipe.train.publish_images, recipe.evaluate.drawings
+    counts, variants = recipe.train.publish_images, recipe.evaluate.samplings
     every = [Drawn(model, n, variant) for model in recipe.models for n in counts for variant in variants]
     return {one: folder(sweep, one).read_json(SKIPPED)["why"] for one in every if folder(sweep, one).exists(SKIPPED)}
 
@@ -107,5 +107,5 @@ def finished(sweep: Folder, recipe: Recipe) -> bool:
     return all(
         wanted <= set(evaluated_counts(sweep, model, variant))
         for model in recipe.models
-        for variant in recipe.evaluate.drawings
+        for variant in recipe.evaluate.samplings
     )

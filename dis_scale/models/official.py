@@ -15,7 +15,8 @@ from torch import Tensor
 from dis_scale.errors import UserError
 from dis_scale.models import Backbone, DiS, DiT, check_finite, construct
 from dis_scale.models.dit import position_table
-from dis_scale.recipe import PRESETS, Dis, Dit, LatentShape
+from dis_scale.recipe import Dis, Dit, LatentShape
+from dis_scale.recipe.presets import PRESETS
 
 StateDict = Mapping[str, Tensor]
 

@@ -67,7 +67,7 @@ class Report:
         return list(dict.fromkeys(p.kind for p in self.main))
 
     @property
-    def drawings(self) -> dict[str, Point]:
+    def samplings(self) -> dict[str, Point]:
         """A point of each way to draw, by its name."""
         return {p.variant: p for p in self.points}
 
@@ -93,7 +93,7 @@ def collect(sweep: Folder, plan: Plan) -> Report:
     recipe, points = plan.recipe, list[Point]()
     for model, cost in plan.costs.items():
         goodput = tracking.goodput(sweep / "runs" / model / "log")
-        for variant in recipe.evaluate.drawings:
+        for variant in recipe.evaluate.samplings:
             for images, found in results.evaluated(sweep, model, variant).items():
                 facts = {key: value for key, value in found.items() if key not in ("values", "format")}
                 kind = recipe.models[model].kind

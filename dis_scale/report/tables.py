@@ -32,7 +32,7 @@ def columns(report: Report) -> list[str]:
     """Short enough for a terminal of 120 characters."""
     judged = ["class acc."] if _judged(report) else []
     cost = ["parameters", "Gflops", "paper's"] if _papers(report) else ["parameters", "Gflops"]
-    drawn = ["drawn"] if len(report.drawings) > 1 else []
+    drawn = ["drawn"] if len(report.samplings) > 1 else []
     return ["model", *drawn, *cost, "images", "EFLOP", "goodput", report.metric, *judged, "sampler", "guidance"]
 
 
@@ -42,7 +42,7 @@ def row(report: Report, p: Point) -> list[str]:
     judged = ["" if accuracy is None else f"{accuracy:.1%}"] if _judged(report) else []
     paper = [f"{p.cost.paper_gflops:.3g}" if p.cost.paper_gflops else ""] if _papers(report) else []
     goodput = "" if p.goodput is None else f"{p.goodput:.0%}"
-    drawn = [p.variant or "main"] if len(report.drawings) > 1 else []
+    drawn = [p.variant or "main"] if len(report.samplings) > 1 else []
     return [
         p.model, *drawn, f"{p.cost.parameters:,}", f"{p.gmacs:.3g}", *paper, f"{p.images:,}", f"{p.eflops:.3g}", goodput,
         with_error(report.distance(p), report.error(p)), *judged, f"{p.facts['sampler']} {p.facts['steps']}",
@@ -58,7 +58,7 @@ def with_error(distance: float, error: float | None) -> str:
 def notes(report: Report) -> list[str]:
     """What has to be said of all rows together."""
     said = ["Gflops are multiply-adds of one forward pass (DiT's convention), ± is one standard error"]
-    for variant, p in report.drawings.items():
+    for variant, p in report.samplings.items():
         how = p.facts
         average = f", average of width {how['ema_width']}" if how.get("ema_width") else ""
         within = f" between times {how['guidance_interval']}" if how.get("guidance_interval") else ""

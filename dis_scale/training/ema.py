@@ -12,10 +12,9 @@ import numpy as np
 
 from dis_scale.errors import UserError
 from dis_scale.recipe import Train
+from dis_scale.recipe.settings import NARROWEST_EMA, WIDEST_EMA
 
 EXPONENTIAL = "ema"
-NARROWEST, WIDEST = 0.005, 0.28
-"""Widths that a power function has: 0.289 would be the plain mean over all of training."""
 
 
 class Snapshot(NamedTuple):
@@ -42,8 +41,8 @@ def decays(settings: Train, step: int) -> dict[str, float]:
 
 def exponent(width: float) -> float:
     """The power g whose profile t^g has this relative width: w^2 = (g + 1) / ((g + 2)^2 (g + 3)) (Algorithm 2)."""
-    if not NARROWEST <= width <= WIDEST:
-        raise UserError(f"average of width {width}: expected a relative width from {NARROWEST} to {WIDEST}")
+    if not NARROWEST_EMA <= width <= WIDEST_EMA:
+        raise UserError(f"average of width {width}: expected a relative width from {NARROWEST_EMA} to {WIDEST_EMA}")
     roots = np.roots([1, 7, 16 - width**-2, 12 - width**-2])
     return float(roots.real.max())
 

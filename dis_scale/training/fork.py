@@ -5,9 +5,8 @@ The sweep's stored recipe gains the model under the new name; the run it came fr
 
 from typing import Any
 
-from dis_scale import recipe as recipes
 from dis_scale.errors import UserError, nearest
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.training import checkpoint
@@ -24,19 +23,19 @@ def fork(sweep: Folder, model: str, images: int, new: str) -> Folder:
 
     Published weights up to there are copied, too. Given again it does what is left; UserError where it cannot be done.
     """
-    recipe = recipes.parse(sweep.read(recipes.FILE).decode(), f"{sweep}/{recipes.FILE}")
+    recipe = reading.parse(sweep.read(reading.FILE).decode(), f"{sweep}/{reading.FILE}")
     origin = {"model": model, "images": images}
     _require_known(recipe, model)
     _require_new(sweep, recipe, origin, new)
     run, made = sweep / "runs" / model, sweep / "runs" / new
     stored = _resume_point(run, model, images)
     stored.verify()
-    with_new = recipes.with_model(recipe, new, recipe.models[model])
+    with_new = reading.with_model(recipe, new, recipe.models[model])
     made.write_json(ORIGIN, {"format": manifest.FORMAT, **origin, "resume_point": stored.folder.name})
     for count in [n for n in checkpoint.published(run) if n <= images]:
         _copy(run / "published" / images_name(count), made / "published" / images_name(count), new)
     _copy(stored.folder, made / "resume" / f"{images_name(images)}-{ATTEMPT:04d}", new)
-    sweep.write(recipes.FILE, recipes.dump(with_new).encode())
+    sweep.write(reading.FILE, reading.dump(with_new).encode())
     return made
 
 

@@ -7,13 +7,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from dis_scale import recipe as recipes
 from dis_scale import vae
 from dis_scale.cli import app
 from dis_scale.data import shards
 from dis_scale.data.encode import Setup, compute_exactly, put_shards
 from dis_scale.data.sources import open_source
-from dis_scale.recipe import TrainedVae
+from dis_scale.recipe import TrainedVae, reading
 from dis_scale.storage.folder import Folder, open_folder
 from pipelines import precompute
 from tests.conftest import TINY
@@ -27,9 +26,9 @@ def photos(store: Folder, images: Path, how: str = "{kind: trained, widths: [8, 
     for i in range(26):
         open_folder(images).write(f"{'ab'[i % 2]}/{i:02d}.png", png(i) if i != 8 else b"broken")
     source = f"data.source={{kind: folder, url: {images}}}"
-    recipe = recipes.load(TINY, [source, *SIZES, f"vae={how}", "data.undecodable=skip"])
+    recipe = reading.load(TINY, [source, *SIZES, f"vae={how}", "data.undecodable=skip"])
     sweep = store / "sweeps/photos"
-    sweep.write(recipes.FILE, recipes.dump(recipe).encode())
+    sweep.write(reading.FILE, reading.dump(recipe).encode())
     if isinstance(recipe.vae, TrainedVae):
         torch.manual_seed(0)
         vae.save(sweep / "vae", vae.new(recipe.vae, 32))
@@ -142,6 +141,6 @@ def test_pixels_are_shown_without_a_vae(tmp_path: Path) -> None:
     _, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images", "{kind: none}")
     code, _ = run("show", latents.url, "--out", str(tmp_path / "grid.png"))
     assert code == 0
-    recipe = recipes.load(TINY, [f"data.source={{kind: folder, url: {tmp_path}/images}}", "data.num_classes=2"])
+    recipe = reading.load(TINY, [f"data.source={{kind: folder, url: {tmp_path}/images}}", "data.num_classes=2"])
     first = Image.fromarray(open_source(recipe.data).pixels(0, 32)).resize((64, 64), Image.Resampling.NEAREST)
     assert Image.open(tmp_path / "grid.png").crop((0, 0, 64, 64)).tobytes() == first.tobytes()

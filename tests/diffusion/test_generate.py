@@ -6,12 +6,13 @@ import torch
 from dis_scale.diffusion import build
 from dis_scale.diffusion.generate import SampleNoise, generate
 from dis_scale.diffusion.guidance import OFFICIAL_CHANNELS, guided
-from dis_scale.diffusion.samplers import FLOW, GAUSSIAN, sample
+from dis_scale.diffusion.samplers import sample
 from dis_scale.errors import UserError
 from dis_scale.recipe import Flow, Gaussian, LatentShape
+from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
 
 PROCESSES = {"gaussian": build(Gaussian(kind="gaussian")), "flow": build(Flow(kind="flow"))}
-SAMPLERS = [("gaussian", name) for name in GAUSSIAN] + [("flow", name) for name in FLOW]
+SAMPLERS = [("gaussian", name) for name in GAUSSIAN_SAMPLERS] + [("flow", name) for name in FLOW_SAMPLERS]
 
 
 class Toy:

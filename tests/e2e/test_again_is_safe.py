@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dis_scale import recipe as recipes
 from dis_scale import tracking
+from dis_scale.recipe import reading
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import stop
 from dis_scale.training import checkpoint
@@ -58,7 +58,7 @@ def test_stopped_twice_and_given_again_to_the_end_and_beyond(tmp_path: Path) -> 
 def _assert_mlflow_has_everything(root: str) -> None:
     ids = sweeps.sweep_folder(root).read_json(tracking.FILE)
     client = tracking.client(ids["uri"])
-    recipe = recipes.load(sweeps.TINY, list(sweeps.SLOW))
+    recipe = reading.load(sweeps.TINY, list(sweeps.SLOW))
     assert set(ids["models"]) == set(recipe.models)
     for run_id in ids["models"].values():
         run = client.get_run(run_id)

@@ -13,8 +13,8 @@ import psutil
 import pytest
 from ray.job_submission import JobSubmissionClient
 
-from dis_scale import recipe as recipes
 from dis_scale.evaluation import results
+from dis_scale.recipe import reading
 from dis_scale.storage.folder import open_folder
 from pipelines import jobs
 from tests.support import sweeps
@@ -85,10 +85,10 @@ def test_submitted_stopped_and_submitted_again(head: str, tmp_path: Path) -> Non
 
 def test_evaluation_first_keeps_no_training_waiting_and_a_killed_worker_is_replaced(tmp_path: Path) -> None:
     longer = "train.publish_images=[0, 160, 16000]"
-    recipe = recipes.load(sweeps.TINY, [f"storage.root={tmp_path}", longer, "train.resume_every_images=160"])
+    recipe = reading.load(sweeps.TINY, [f"storage.root={tmp_path}", longer, "train.resume_every_images=160"])
     recipe = recipe.model_copy(update={"models": {"dit": recipe.models["dit"]}})
     sweep = sweeps.sweep_folder(str(tmp_path))
-    sweep.write("recipe.yaml", recipes.dump(recipe).encode())
+    sweep.write("recipe.yaml", reading.dump(recipe).encode())
     with jobs.cluster(recipe) as cluster:
         for stage in ("prepare", "precompute"):
             assert _end(jobs.submit(cluster, recipe, sweep, stage)) == "SUCCEEDED"

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from dis_scale import recipe as recipes
 from dis_scale.errors import DisScaleError, StorageError, UserError
 from dis_scale.evaluation import kernel, metrics, neighbours, score
 from dis_scale.evaluation.features import Features
@@ -16,7 +15,8 @@ from dis_scale.evaluation.measure import measure, notes
 from dis_scale.evaluation.metrics import Frechet, fit, frechet
 from dis_scale.evaluation.reference import Reference
 from dis_scale.evaluation.sample import Block, require_finite
-from dis_scale.recipe import Evaluate, Recipe
+from dis_scale.recipe import Evaluate, InceptionExtractor, Recipe, TorchScriptExtractor, reading
+from dis_scale.recipe.identity import identity_differences
 from tests.conftest import TINY
 
 EVERY = ("distance", "sfid", "inception_score", "inception_score_adm", "kid", "precision_recall", "distance_infinity")
@@ -24,12 +24,12 @@ EVERY = ("distance", "sfid", "inception_score", "inception_score_adm", "kid", "p
 
 def evaluate(**changed: Any) -> Evaluate:
     """The tiny recipe's settings with others, unchecked: figures of fewer samples than Inception has features."""
-    base = recipes.load(TINY).evaluate
+    base = reading.load(TINY).evaluate
     return base.model_copy(update=changed)
 
 
 def inception_settings(**changed: Any) -> Evaluate:
-    return evaluate(extractor=recipes.InceptionExtractor(kind="inception"), **changed)
+    return evaluate(extractor=InceptionExtractor(kind="inception"), **changed)
 
 
 def seen(count: int, seed: int, d: int = 8, shift: float = 0.0, spatial: bool = False) -> Features:
@@ -120,7 +120,7 @@ def test_blocks_go_through_storage_and_back_to_the_same_bits(images: tuple[Featu
 
 
 def test_two_extractors_in_one_pass_each_under_its_name() -> None:
-    script = recipes.TorchScriptExtractor(kind="torchscript", name="dino", path="none")
+    script = TorchScriptExtractor(kind="torchscript", name="dino", path="none")
     settings = evaluate(samples=2000, also=(script,), metrics=("distance", "precision_recall"))
     generated = {"digits": seen(2000, 0, shift=0.2), "dino": seen(2000, 2, d=4, shift=1.0)}
     real = {"digits": reference(seen(900, 1)), "dino": reference(seen(900, 3, d=4), floor=None)}
@@ -234,22 +234,22 @@ def test_samples_that_are_not_finite_are_named_before_they_become_pixels() -> No
         (["evaluate.extractor={kind: inception}", "evaluate.samples=2048"], "too few for the covariance of 2,048 features"),
         (["evaluate.metrics=[distance, sfid]"], "sfid needs Inception: add {kind: inception} to also"),
         (["evaluate.metrics=[kid]"], "metrics: distance is always measured"),
-        (["evaluate.reference=x.npz"], "an ADM file has Inception's statistics alone, and the extractors are ['digits']"),
+        (["evaluate.reference=x.npz"], "an ADM file has Inception's statistics only, and the extractors are ['digits']"),
         (["evaluate.also=[{kind: torchscript, name: digits, path: x}]"], "extractors need names of their own"),
         (["evaluate.also=[{kind: trained, name: more}]"], "one trained extractor at most"),
     ],
 )  # fmt: skip
 def test_a_recipe_that_cannot_be_measured_is_refused(settings: list[str], said: str) -> None:
     with pytest.raises(UserError) as caught:
-        recipes.load(TINY, settings)
+        reading.load(TINY, settings)
     assert said in str(caught.value)
 
 
 def test_metrics_may_grow_and_extractors_may_not(tiny: Recipe) -> None:
-    more = recipes.load(TINY, ["evaluate.metrics=[distance, precision_recall]"])
-    assert recipes.identity_differences(tiny, more) == []
-    other = recipes.load(TINY, ["evaluate.also=[{kind: torchscript, name: dino, path: x}]"])
-    assert len(recipes.identity_differences(tiny, other)) == 1
+    more = reading.load(TINY, ["evaluate.metrics=[distance, precision_recall]"])
+    assert identity_differences(tiny, more) == []
+    other = reading.load(TINY, ["evaluate.also=[{kind: torchscript, name: dino, path: x}]"])
+    assert len(identity_differences(tiny, other)) == 1
 
 
 def test_the_distance_is_measured_in_one_pass_over_a_generator(tmp_path: Path) -> None:

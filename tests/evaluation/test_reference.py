@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from dis_scale import recipe as recipes
 from dis_scale.data.sources import Source, open_source
 from dis_scale.errors import DisScaleError, StorageError, UndecodableImage, UserError
 from dis_scale.evaluation import reference
 from dis_scale.evaluation.features import Extractor, load_extractor, load_extractors
 from dis_scale.evaluation.metrics import Gaussian, fit, frechet
-from dis_scale.recipe import Recipe, TorchScriptExtractor
+from dis_scale.recipe import Recipe, TorchScriptExtractor, reading
 from dis_scale.storage.folder import Folder, open_folder
 from tests.conftest import TINY
 
@@ -44,12 +43,12 @@ def sweep(tmp_path: Path) -> Folder:
 def recipe(tmp_path: Path) -> Recipe:
     """The digits under one TorchScript file alone."""
     path = script(tmp_path / "dino.pt")
-    return recipes.load(TINY, [f"evaluate.extractor={{kind: torchscript, name: dino, path: '{path}'}}"])
+    return reading.load(TINY, [f"evaluate.extractor={{kind: torchscript, name: dino, path: '{path}'}}"])
 
 
 @pytest.fixture(scope="module")
 def source() -> Source:
-    return open_source(recipes.load(TINY).data)
+    return open_source(reading.load(TINY).data)
 
 
 def pixels(source: Source) -> np.ndarray:
@@ -180,7 +179,7 @@ def adm(tmp_path: Path, arrays: dict[str, np.ndarray], *metrics: str) -> Recipe:
     path = tmp_path / "VIRTUAL_reference.npz"
     np.savez(path, **arrays)  # type: ignore[arg-type]
     settings = ["evaluate.extractor={kind: inception}", "evaluate.samples=5000", f"evaluate.reference='{path}'"]
-    return recipes.load(TINY, [*settings, f"evaluate.metrics=[{', '.join(('distance', *metrics))}]"])
+    return reading.load(TINY, [*settings, f"evaluate.metrics=[{', '.join(('distance', *metrics))}]"])
 
 
 def test_adms_file_gives_statistics_and_images(
@@ -250,6 +249,6 @@ def test_what_cannot_be_measured_is_known_before_anything_is_drawn(recipe: Recip
     wide = reference.Reference("w", Gaussian(500, np.zeros(80), np.eye(80)), kept=np.zeros((500, 80)))
     with pytest.raises(DisScaleError, match="80 samples are too few for the covariance of 80 features"):
         reference.require("digits", wide, recipe)
-    more = recipes.load(TINY, ["evaluate.samples=1000", "evaluate.metrics=[distance, kid]"])
+    more = reading.load(TINY, ["evaluate.samples=1000", "evaluate.metrics=[distance, kid]"])
     with pytest.raises(StorageError, match="kid draws subsets of 1,000 images, here are 500"):
         reference.require("digits", wide, more)

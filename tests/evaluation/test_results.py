@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from dis_scale import recipe as recipes
 from dis_scale.errors import StorageError
 from dis_scale.evaluation import results
 from dis_scale.evaluation.results import Drawn
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.training import checkpoint
@@ -32,7 +31,7 @@ def test_the_main_way_comes_before_the_variants_and_counts_in_order(sweep: Folde
         Drawn("dit", 0, "wide"),
         Drawn("dis", 160, "wide"),
     ]
-    newest = recipes.load(TINY, ["evaluate.order=newest_first"])
+    newest = reading.load(TINY, ["evaluate.order=newest_first"])
     assert results.to_do(sweep, newest)[:3] == [Drawn("dis", 160), Drawn("dis", 0), Drawn("dit", 0)]
 
 
@@ -40,7 +39,7 @@ def test_a_metric_asked_for_since_is_measured_again(sweep: Folder, tiny: Recipe)
     done = Drawn("dis", 160)
     results.folder(sweep, done).write_json(results.METRICS, {"metrics": ["distance"], "values": {}})
     assert results.outdated(sweep, tiny) == []
-    assert results.outdated(sweep, recipes.load(TINY, ["evaluate.metrics=[distance, precision_recall]"])) == [done]
+    assert results.outdated(sweep, reading.load(TINY, ["evaluate.metrics=[distance, precision_recall]"])) == [done]
     assert done not in results.to_do(sweep, tiny), "the old figures stay until there are new ones"
 
 

@@ -9,12 +9,11 @@ import safetensors.torch
 import torch
 
 from dis_scale import models, vae
-from dis_scale import recipe as recipes
 from dis_scale.data import shards
 from dis_scale.digits import Classifier
 from dis_scale.evaluation.features import JUDGE, store_classifier
 from dis_scale.evaluation.sample import PARTS, Studio, arranged, grid_numbers, open_studio, sample_labels
-from dis_scale.recipe import LatentShape, Recipe, TrainedVae
+from dis_scale.recipe import LatentShape, Recipe, TrainedVae, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.vae import Vae
@@ -33,7 +32,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def recipe() -> Recipe:
-    return recipes.load(TINY, ["evaluate.samples=70", "evaluate.variants={bf16: {precision: bf16}}"])
+    return reading.load(TINY, ["evaluate.samples=70", "evaluate.variants={bf16: {precision: bf16}}"])
 
 
 @pytest.fixture
@@ -59,7 +58,7 @@ def studio(recipe: Recipe, sweep: Folder) -> Studio:
 
 def draw(recipe: Recipe, sweep: Folder, order: list[int], variant: str = "") -> dict[int, bytes]:
     """The blocks as one worker makes them, in its order."""
-    one, drawing = studio(recipe, sweep), recipe.evaluate.drawings[variant]
+    one, drawing = studio(recipe, sweep), recipe.evaluate.samplings[variant]
     model = one.model("dis", 160, drawing)
     return {block: one.draw(model, drawing, block).to_bytes() for block in order}
 
@@ -83,7 +82,7 @@ def test_the_time_of_each_part_is_known(recipe: Recipe, sweep: Folder) -> None:
 
 
 def test_labels_come_as_often_as_in_training_whatever_the_number_of_samples(recipe: Recipe) -> None:
-    many = recipes.load(TINY, ["evaluate.samples=20000"])
+    many = reading.load(TINY, ["evaluate.samples=20000"])
     counts = [0, 300, 100, 0, 600, 0, 0, 0, 0, 0]
     labels = sample_labels(many, counts)
     for stretch in (labels, labels[:200], labels[7000:7200]):

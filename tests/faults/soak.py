@@ -12,8 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from dis_scale import recipe as recipes
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Recipe, reading
 from tests.conftest import TINY
 from tests.support import fault_plans
 
@@ -46,7 +45,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     options = parser.parse_args()
     print(f"soak: seed {options.seed}, {options.kills} kills", flush=True)
-    draw, recipe, began = random.Random(options.seed), recipes.load(TINY, ["train.keep_resume=3"]), time.monotonic()
+    draw, recipe, began = random.Random(options.seed), reading.load(TINY, ["train.keep_resume=3"]), time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         fault_plans.train_through(recipe, Path(scratch) / "calm", "")
         calm, struck, runs = fault_plans.made(Path(scratch) / "calm", recipe), 0, 0

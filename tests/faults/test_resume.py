@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dis_scale import recipe as recipes
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.tracking import Rows
 from tests.conftest import TINY
@@ -19,7 +18,7 @@ MATRIX = list(product((1, 2, 3), ("fp32", "bf16"), (2, 4), ("none", "block")))
 
 
 def short(*settings: str) -> Recipe:
-    return recipes.load(TINY, [*SHORT, *settings])
+    return reading.load(TINY, [*SHORT, *settings])
 
 
 @pytest.mark.faults

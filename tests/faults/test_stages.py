@@ -11,8 +11,7 @@ import safetensors.torch
 import torch
 
 from dis_scale import models
-from dis_scale import recipe as recipes
-from dis_scale.recipe import LatentShape
+from dis_scale.recipe import LatentShape, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from tests.conftest import TINY
@@ -33,9 +32,9 @@ def sweep_of(root: Path) -> Folder:
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Where the undisturbed sweep stood before a stage; and after the last, before `end`."""
     base = tmp_path_factory.mktemp("calm")
-    plan, now, recipe = base / "faults", base / "now", recipes.load(TINY, SMALL)
+    plan, now, recipe = base / "faults", base / "now", reading.load(TINY, SMALL)
     plan.write_text("")
-    sweep_of(now).write(recipes.FILE, recipes.dump(recipe).encode())
+    sweep_of(now).write(reading.FILE, reading.dump(recipe).encode())
     torch.manual_seed(0)
     for images in recipe.train.publish_images:
         model = models.build(recipe.models["dit"], LatentShape(4, 8), 10, seed=images)

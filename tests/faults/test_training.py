@@ -10,9 +10,8 @@ import safetensors.torch
 import torch.multiprocessing as mp
 
 from dis_scale import faults
-from dis_scale import recipe as recipes
 from dis_scale.errors import UserError
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import manifest
 from tests.conftest import TINY
 from tests.support import fault_plans, ranks
@@ -20,7 +19,7 @@ from tests.support import fault_plans, ranks
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    return recipes.load(TINY, ["train.keep_resume=3"])
+    return reading.load(TINY, ["train.keep_resume=3"])
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +86,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted_and_the_clock_moves_on
 
 
 def test_too_many_in_a_row_stop_the_run_and_the_evidence_is_kept(tmp_path: Path) -> None:
-    recipe = recipes.load(TINY, ["train.skips_in_a_row=3"])
+    recipe = reading.load(TINY, ["train.skips_in_a_row=3"])
     (tmp_path / "faults").write_text("nan at loss rank=1 images=112 times=6")
     with pytest.raises(
         mp.ProcessRaisedException, match="not finite in 3 steps in a row, up to 160 images: the last step's"

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dis_scale.models import build, construct, dis
 from dis_scale.models.checkpointing import WORTH_KEEPING_MACS
 from dis_scale.models.cost import Cost, cost
-from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, preset
+from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape
+from dis_scale.recipe.presets import preset
 
 PARAMETERS = {
     "DiS-S368/2": 29_132_752, "DiS-S368/4": 29_115_184, "DiS-S368/8": 29_309_872,

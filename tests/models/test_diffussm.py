@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from dis_scale.errors import UserError
 from dis_scale.models import build
 from dis_scale.models.cost import cost
-from dis_scale.recipe import DiffuSsm, LatentShape, preset
+from dis_scale.recipe import DiffuSsm, LatentShape
+from dis_scale.recipe.presets import preset
 
 SHAPE = LatentShape(4, 8)
 

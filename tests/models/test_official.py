@@ -8,7 +8,8 @@ import torch
 from dis_scale.errors import UserError
 from dis_scale.models import build
 from dis_scale.models.official import from_official, from_official_dit, layout, read_weights, to_official
-from dis_scale.recipe import Dis, Dit, LatentShape, preset
+from dis_scale.recipe import Dis, Dit, LatentShape
+from dis_scale.recipe.presets import preset
 from tests.models.public_dis import PublicDiS
 
 CASES = pytest.mark.parametrize(

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 from ray.exceptions import RayTaskError
 
-from dis_scale import recipe as recipes
 from dis_scale.errors import DisScaleError, Preempted, StorageAway, StorageError, StorageFull, UserError
 from dis_scale.evaluation import results
 from dis_scale.evaluation.results import Drawn
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import Folder, open_folder
 from pipelines import evaluate, stage
 from tests.conftest import TINY
@@ -62,7 +61,7 @@ def test_what_is_not_the_checkpoints_fault_skips_nothing(tmp_path: Path, error: 
 
 
 def test_nothing_published_for_long_is_a_clear_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = recipes.load(TINY, ["evaluate.give_up_after_s=0.3"])
+    recipe = reading.load(TINY, ["evaluate.give_up_after_s=0.3"])
     opened: list[Any] = []
     monkeypatch.setattr(evaluate, "open_evaluation", lambda *arguments: opened.append(arguments))
     monkeypatch.setattr(evaluate, "LOOK_EVERY_S", 0.1)

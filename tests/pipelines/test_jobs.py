@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dis_scale import recipe as recipes
 from dis_scale.errors import UserError
+from dis_scale.recipe import reading
 from pipelines import jobs
 from tests.conftest import TINY
 
@@ -18,7 +18,7 @@ def root(monkeypatch: pytest.MonkeyPatch, given: str, in_job: bool, one_node: bo
     else:
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(jobs, "one_node", lambda: one_node)
-    return jobs.require_root(recipes.load(TINY, [f"storage.root={given}"]))
+    return jobs.require_root(reading.load(TINY, [f"storage.root={given}"]))
 
 
 @pytest.mark.parametrize("in_job", [True, False])

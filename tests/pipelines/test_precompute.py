@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dis_scale import recipe as recipes
 from dis_scale import vae
 from dis_scale.data import shards
 from dis_scale.data.encode import HARDWARE, Setup, encode, require_same_hardware
 from dis_scale.data.encode import make as make_shards
 from dis_scale.data.sources import open_source
 from dis_scale.errors import Preempted, StorageError, UndecodableImage, UserError
-from dis_scale.recipe import Recipe, TrainedVae
+from dis_scale.recipe import Recipe, TrainedVae, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from pipelines import precompute, stage
@@ -38,7 +37,7 @@ def photos(tmp_path: Path) -> Recipe:
         Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(path)
     source = f"data.source={{kind: folder, url: {tmp_path}/photos}}"
     sizes = ["precompute.shard_images=10", "precompute.encode_images=4", "data.num_classes=2"]
-    return recipes.load(TINY, [source, *sizes])
+    return reading.load(TINY, [source, *sizes])
 
 
 @pytest.fixture
@@ -218,9 +217,9 @@ def die_between_tar_and_sidecar(sweep: str) -> None:
 
 def test_a_process_killed_with_9_is_taken_up_to_the_same_bytes(sweep: Folder, photos: Recipe) -> None:
     small = photos.model_copy(update={"precompute": photos.precompute.model_copy(update={"shard_images": 2})})
-    sweep.write(recipes.FILE, recipes.dump(small).encode())
+    sweep.write(reading.FILE, reading.dump(small).encode())
     code = f"from tests.pipelines import test_precompute as t; t.die_between_tar_and_sidecar({sweep.url!r})"
-    died = subprocess.run([sys.executable, "-c", code], cwd=TINY.parents[1], capture_output=True)
+    died = subprocess.run([sys.executable, "-c", code], cwd=TINY.parents[2], capture_output=True)
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
     latents = place_of(sweep, small)
     assert len(shards.finished(latents, range(13))) == 3

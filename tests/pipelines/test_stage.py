@@ -3,9 +3,8 @@
 import pytest
 import ray
 
-from dis_scale import recipe as recipes
 from dis_scale.errors import DisScaleError, StorageAway, StorageError
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Recipe, reading
 from pipelines import stage
 from pipelines.stage import Lost, Worker
 from pipelines.train import _largest, _room
@@ -87,7 +86,7 @@ def test_stacks_name_the_function_that_stands_still() -> None:
 
 
 def test_an_attempt_takes_the_largest_divisor_of_the_lanes_for_which_there_is_room() -> None:
-    sizes = recipes.load(TINY, ["train.lanes=8", "train.workers=2..6"]).train.world_sizes
+    sizes = reading.load(TINY, ["train.lanes=8", "train.workers=2..6"]).train.world_sizes
     assert sizes == [4, 2]
     bundle = {"CPU": 1, "train": 1.0}
     assert [_largest(sizes, _room(bundle, [{"CPU": cpus, "train": 8}])) for cpus in (9, 5, 3, 1)] == [4, 4, 2, 0]

@@ -17,9 +17,8 @@ import psutil
 import ray
 from ray.job_submission import JobSubmissionClient
 
-from dis_scale import recipe as recipes
 from dis_scale.data import shards
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import Folder, open_folder
 from pipelines import jobs
 from pipelines.jobs import Cluster, Job
@@ -104,9 +103,9 @@ LIST = "import ray, sys, json; ray.init(sys.argv[1], log_to_driver=False, loggin
 
 def sweep_to_train(root: Path, *settings: str) -> tuple[Folder, Recipe]:
     """A sweep whose latents are there: all that a training job needs."""
-    recipe = recipes.load(sweeps.TINY, [f"storage.root={root}", *settings])
+    recipe = reading.load(sweeps.TINY, [f"storage.root={root}", *settings])
     sweep = sweeps.sweep_folder(str(root))
-    sweep.write(recipes.FILE, recipes.dump(recipe).encode())
+    sweep.write(reading.FILE, reading.dump(recipe).encode())
     shards.point_to(sweep, ranks.make_latents(open_folder(root) / "latents/some", recipe), "v")
     return sweep, recipe
 

@@ -75,11 +75,11 @@ class Alone(Evaluation):
 
 def _evaluate(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
     def alone(
-        sweep: Folder, recipe: Recipe, device: str, drawings: dict[str, Evaluate], checkpoints: int
+        sweep: Folder, recipe: Recipe, device: str, samplings: dict[str, Evaluate], checkpoints: int
     ) -> Evaluation:
         worker = _obeying(Evaluator(sweep, recipe, device))
         references = reference.load_all(sweep, recipe)
-        return Alone(sweep, recipe, [worker], references, drawings, labels_of(sweep, recipe), checkpoints)
+        return Alone(sweep, recipe, [worker], references, samplings, labels_of(sweep, recipe), checkpoints)
 
     evaluate.open_evaluation = alone
     stage.with_restarts(recipe, "evaluate", lambda _: evaluate._evaluate_all(sweep, recipe, "cpu", set()), lambda: 0)

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dis_scale import recipe as recipes
 from dis_scale.evaluation import results
+from dis_scale.recipe import reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.training import checkpoint
@@ -82,7 +82,7 @@ def times(root: str) -> dict[str, float]:
 
 def assert_whole(root: str, *settings: str) -> None:
     """Every shard, published folder and evaluation of the tiny recipe is there, once, and agrees with its manifest."""
-    sweep, recipe = sweep_folder(root), recipes.load(TINY, list(settings))
+    sweep, recipe = sweep_folder(root), reading.load(TINY, list(settings))
     counts = list(recipe.train.publish_images)
     for model in recipe.models:
         assert checkpoint.published(sweep / "runs" / model) == counts

@@ -2,8 +2,8 @@
 
 import pytest
 
-from dis_scale import recipe as recipes
 from dis_scale.errors import UserError
+from dis_scale.recipe import reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.training import checkpoint
 from dis_scale.training.fork import fork
@@ -14,17 +14,17 @@ from tests.support import ranks
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """A sweep whose dit has been trained to its end, all its resume points kept."""
-    root, recipe = tmp_path_factory.mktemp("origin"), recipes.load(TINY, ["train.keep_resume=9"])
+    root, recipe = tmp_path_factory.mktemp("origin"), reading.load(TINY, ["train.keep_resume=9"])
     ranks.run(recipe, "dit", root, attempt=1)
     made = open_folder(root) / "sweep"
-    made.write(recipes.FILE, recipes.dump(recipe).encode())
+    made.write(reading.FILE, reading.dump(recipe).encode())
     return made
 
 
 def test_a_fork_trains_on_to_the_bit(sweep: Folder) -> None:
     for _ in range(2):  # given again, it does what is left
         made = fork(sweep, "dit", 240, "again")
-    recipe = recipes.parse(sweep.read(recipes.FILE).decode(), "stored")
+    recipe = reading.parse(sweep.read(reading.FILE).decode(), "stored")
     assert list(recipe.models.items()) == [*list(recipe.models.items())[:2], ("again", recipe.models["dit"])]
     assert checkpoint.published(made) == [0, 160]
     assert made.read_json("origin.json")["resume_point"] == "000000000240-0001"

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dis_scale import recipe as recipes
-from dis_scale.recipe import Recipe, Train
+from dis_scale.recipe import Recipe, Train, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.tracking import Row, Rows
@@ -43,7 +42,7 @@ def assert_bit_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
     ids=["stage 1, fp32", "stage 2, checkpointing, power-function averages", "stage 3, bf16"],
 )
 def test_a_stopped_run_ends_as_the_undisturbed_one(tmp_path: Path, settings: list[str]) -> None:
-    recipe = recipes.load(TINY, settings)
+    recipe = reading.load(TINY, settings)
     ranks.run(recipe, "dis", tmp_path / "calm", attempt=1)
     ranks.run(recipe, "dis", tmp_path / "stopped", attempt=1, stop_at=112)
     run = open_folder(tmp_path / "stopped/sweep/runs/dis")
@@ -63,7 +62,7 @@ def test_a_stopped_run_ends_as_the_undisturbed_one(tmp_path: Path, settings: lis
 
 
 def test_a_damaged_resume_point_is_named_and_the_one_before_taken(tmp_path: Path) -> None:
-    recipe = recipes.load(TINY, ["models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}"])
+    recipe = reading.load(TINY, ["models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}"])
     ranks.run(recipe, "dit", tmp_path, attempt=1)
     run, said = open_folder(tmp_path / "sweep/runs/dit"), list[str]()
     newest = checkpoint.newest(run, said.append)
@@ -81,7 +80,7 @@ def test_a_damaged_resume_point_is_named_and_the_one_before_taken(tmp_path: Path
 
 
 def test_only_the_last_resume_points_are_kept_and_none_without_its_manifest(tmp_path: Path) -> None:
-    recipe = recipes.load(TINY, ["train.workers=1", "train.keep_resume=2"])
+    recipe = reading.load(TINY, ["train.workers=1", "train.keep_resume=2"])
     ranks.run(recipe, "dis", tmp_path, attempt=1)
     resume = open_folder(tmp_path / "sweep/runs/dis/resume")
     assert resume.list() == ["000000000240-0001", "000000000320-0001"]

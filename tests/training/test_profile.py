@@ -7,10 +7,9 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from dis_scale import recipe as recipes
 from dis_scale.cli import app
 from dis_scale.data import shards
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.training.profile import one_share
 from tests.conftest import TINY
@@ -20,13 +19,13 @@ from tests.support.ranks import make_latents
 def made(root: Path, recipe: Recipe) -> Folder:
     """A sweep with latents, before training."""
     sweep = open_folder(root) / "sweeps/tiny"
-    sweep.write(recipes.FILE, recipes.dump(recipe).encode())
+    sweep.write(reading.FILE, reading.dump(recipe).encode())
     shards.point_to(sweep, make_latents(open_folder(root) / "latents/some", recipe), "v")
     return sweep
 
 
 def test_steps_are_taken_timed_and_traced_and_nothing_is_kept(tmp_path: Path) -> None:
-    sweep = made(tmp_path, recipes.load(TINY, ["data.held_out_images=0"]))
+    sweep = made(tmp_path, reading.load(TINY, ["data.held_out_images=0"]))
     before = sorted(tmp_path.rglob("*"))
     command = [sys.executable, "-m", "dis_scale.cli", "train", str(sweep), "dis", "--steps", "3"]
     trace = tmp_path / "trace.json"
@@ -41,7 +40,7 @@ def test_steps_are_taken_timed_and_traced_and_nothing_is_kept(tmp_path: Path) ->
 
 
 def test_what_cannot_be_tried_is_said(tmp_path: Path) -> None:
-    sweep = made(tmp_path, recipes.load(TINY))
+    sweep = made(tmp_path, reading.load(TINY))
     run = CliRunner().invoke(app, ["train", str(sweep), "dos"])
     assert (run.exit_code, run.stderr) == (
         2,

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dis_scale.models.cost import cost
-from dis_scale.recipe import DiffuSsm, Dit, LatentShape, preset
+from dis_scale.recipe import DiffuSsm, Dit, LatentShape
+from dis_scale.recipe.presets import preset
 from dis_scale.training import throughput
 from dis_scale.training.throughput import Pace, peak_flops
 

@@ -6,31 +6,32 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dis_scale import recipe as recipes
 from dis_scale.errors import UserError
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Recipe, reading
+from dis_scale.recipe.identity import identity_differences
+from dis_scale.recipe.presets import preset
 from tests.conftest import TINY
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_recipe_is_valid_flat_and_says_how_to_run_it(path: Path) -> None:
     text = path.read_text()
-    recipes.load(path)
+    reading.load(path)
     assert len(text.splitlines()) <= 60
     assert f"python -m dis_scale.sweep configs/{path.name}" in text
 
 
 def test_a_recipe_survives_storage(tiny: Recipe) -> None:
-    assert recipes.parse(recipes.dump(tiny), "stored") == tiny
+    assert reading.parse(reading.dump(tiny), "stored") == tiny
 
 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
         ("train.lane=4", "train.lane: unknown key (did you mean 'lanes'?)"),
-        ("models.dis.widht=8", "models.dis.dis.widht: unknown key (did you mean 'width'?)"),
+        ("models.dis.widht=8", "models.dis.widht: unknown key (did you mean 'width'?)"),
         ("data.sorce.kind=digits", "data.sorce: unknown key (did you mean 'source'?)"),
         ("train.lanes=two", "train.lanes: got 'two', expected: a valid integer"),
         ("train.lanes=2.5", "train.lanes: got 2.5, expected: a valid integer"),
@@ -39,9 +40,9 @@ def test_a_recipe_survives_storage(tiny: Recipe) -> None:
         ("train.publish_images=[0, 17]", "publish_images: 17 is not a multiple of batch_images 16"),
         ("train.zero_stage=0", "train.zero_stage: got 0, expected: 1, 2 or 3"),
         ("evaluate.sampler=euler", "sampler euler does not fit the process gaussian"),
-        ("models.dit.heads=3", "width 16 is not a multiple of heads 3"),
+        ("models.dit.heads=3", "models.dit: width 16 is not a multiple of heads 3"),
         ("data.num_classes=9", "the digits have 10 classes, got 9"),
-        ("format=7", "format 7 of a recipe is not read by this version"),
+        ("format=7", "this version reads recipes of format 1, got format 7"),
         ("train.x.y", "expected a.b=value"),
         ("train.lanes=[1", "--set 'train.lanes=[1': not YAML"),
         ("models=[a]", "models: got ['a'], expected"),
@@ -50,29 +51,29 @@ def test_a_recipe_survives_storage(tiny: Recipe) -> None:
 )
 def test_mistakes_are_named(override: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
-        recipes.load(TINY, [override])
+        reading.load(TINY, [override])
     assert said in str(caught.value)
 
 
 def test_a_missing_recipe_is_named() -> None:
     with pytest.raises(UserError, match=r"cannot read the recipe none.yaml: No such file"):
-        recipes.load("none.yaml")
+        reading.load("none.yaml")
 
 
 def test_what_is_not_yaml_is_said(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("a: [1")
     with pytest.raises(UserError, match=r"r.yaml: not YAML"):
-        recipes.load(tmp_path / "r.yaml")
+        reading.load(tmp_path / "r.yaml")
 
 
 def test_numbers_with_exponents_are_numbers() -> None:
-    assert recipes.load(TINY, ["train.learning_rate=3e-4"]).train.learning_rate == 3e-4
+    assert reading.load(TINY, ["train.learning_rate=3e-4"]).train.learning_rate == 3e-4
 
 
 def test_a_preset_gives_the_published_size_and_can_be_changed() -> None:
     data = yaml.safe_load(TINY.read_text())
     data["models"] = {"b": {"preset": "DiS-B/2", "drop_path": 0.0}}
-    model = recipes.parse(yaml.safe_dump(data), "here").models["b"]
+    model = reading.parse(yaml.safe_dump(data), "here").models["b"]
     assert model.model_dump(include={"width", "depth", "patch", "drop_path"}) == {
         "width": 768, "depth": 24, "patch": 2, "drop_path": 0.0
     }  # fmt: skip
@@ -80,7 +81,7 @@ def test_a_preset_gives_the_published_size_and_can_be_changed() -> None:
 
 def test_an_unknown_preset_offers_the_nearest() -> None:
     with pytest.raises(UserError, match=r"unknown preset 'DiS-B/3' \(did you mean 'DiS-B/"):
-        recipes.preset("DiS-B/3")
+        preset("DiS-B/3")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_an_unknown_preset_offers_the_nearest() -> None:
     ],
 )
 def test_runtime_and_extent_may_change(tiny: Recipe, allowed: str) -> None:
-    assert recipes.identity_differences(tiny, recipes.load(TINY, [allowed])) == []
+    assert identity_differences(tiny, reading.load(TINY, [allowed])) == []
 
 
 @pytest.mark.parametrize(
@@ -107,27 +108,25 @@ def test_runtime_and_extent_may_change(tiny: Recipe, allowed: str) -> None:
         ("train.publish_images=[0, 160]", "train.publish_images: stored up to 320, given only up to 160"),
         (
             "train.publish_images=[0, 80, 160, 320]",
-            "train.publish_images: 80 lies before 320, where training may have been already",
+            "train.publish_images: 80 is before 320, which training may have passed",
         ),
     ],
 )
 def test_identity_may_not_change(tiny: Recipe, changed: str, said: str) -> None:
-    differences = recipes.identity_differences(tiny, recipes.load(TINY, [changed, "train.resume_every_images=160"]))
+    differences = identity_differences(tiny, reading.load(TINY, [changed, "train.resume_every_images=160"]))
     assert said in differences
 
 
 def test_longer_training_is_refused_where_the_schedule_has_an_end() -> None:
-    begun = recipes.load(TINY, ["train.decay=linear"])
-    longer = recipes.load(TINY, ["train.decay=linear", "train.publish_images=[0, 160, 320, 640]"])
-    assert recipes.identity_differences(begun, longer) == [
-        "train.publish_images: the linear decay ends at 320, given 640"
-    ]
+    begun = reading.load(TINY, ["train.decay=linear"])
+    longer = reading.load(TINY, ["train.decay=linear", "train.publish_images=[0, 160, 320, 640]"])
+    assert identity_differences(begun, longer) == ["train.publish_images: the linear decay ends at 320, given 640"]
 
 
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        (["evaluate.metrics=[distance, kid]"], "kid draws subsets of 1,000 images, and samples is 80"),
+        (["evaluate.metrics=[distance, kid]"], "kid uses subsets of 1,000 images, and samples is 80"),
         (
             ["evaluate.metrics=[distance, distance_infinity]"],
             "distance_infinity of 64 features (digits) needs at least 320 samples, got 80",
@@ -137,17 +136,17 @@ def test_longer_training_is_refused_where_the_schedule_has_an_end() -> None:
             ["evaluate.variants={flow: {sampler: heun}}"],
             "evaluate.variants.flow: sampler heun does not fit the process",
         ),
-        (["train.power_ema=null"], "evaluate.variants.wide.ema_width needs the averages that train.power_ema tracks"),
+        (["train.power_ema=null"], "evaluate.variants.wide.ema_width needs power-function averages, and train.power_ema tracks none"),
         (["evaluate.ema_width=0.5"], "evaluate.ema_width: got 0.5, expected: less than or equal to 0.28"),
     ],
 )
 def test_what_cannot_be_measured_or_drawn_is_refused(settings: list[str], line: str) -> None:
     with pytest.raises(UserError, match=re.escape(line)):
-        recipes.load(TINY, settings)
+        reading.load(TINY, settings)
 
 
 def test_a_way_to_draw_may_come_but_not_change_under_its_name() -> None:
-    stored, more = recipes.load(TINY), recipes.load(TINY, ["evaluate.variants.plain={guidance: 1.0}"])
-    assert recipes.identity_differences(stored, more) == []
-    other = recipes.load(TINY, ["evaluate.variants.wide.guidance=2.0"])
-    assert recipes.identity_differences(stored, other) == ["evaluate.variants.wide.guidance: stored 1.0, given 2.0"]
+    stored, more = reading.load(TINY), reading.load(TINY, ["evaluate.variants.plain={guidance: 1.0}"])
+    assert identity_differences(stored, more) == []
+    other = reading.load(TINY, ["evaluate.variants.wide.guidance=2.0"])
+    assert identity_differences(stored, other) == ["evaluate.variants.wide.guidance: stored 1.0, given 2.0"]

@@ -1,0 +1,101 @@
+"""The recipe: a sweep as frozen, typed data, checked across its parts before anything is spent.
+
+One class per part, in the file of its subject: data, models, train, evaluate. A field belongs to the sweep's *identity* (may not
+change under one name) unless it is marked *extent* (may grow) or *runtime* (may change freely). No heavy import: reading a recipe
+is cheap. Read next: reading.py (YAML and `--set`), identity.py, configs/digits.yaml.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from dis_scale.recipe.data import (
+    CsvSource,
+    Data,
+    DigitsSource,
+    FolderSource,
+    LatentShape,
+    NoVae,
+    ParquetSource,
+    Precompute,
+    PretrainedVae,
+    Source,
+    StoredSource,
+    TarSource,
+    TrainedVae,
+    VaeSettings,
+)
+from dis_scale.recipe.evaluate import (
+    FLOW_SAMPLERS,
+    MAIN,
+    Evaluate,
+    ExtractorSettings,
+    InceptionExtractor,
+    TorchScriptExtractor,
+    TrainedExtractor,
+    Variant,
+)
+from dis_scale.recipe.models import DiffuSsm, Dis, Dit, Model
+from dis_scale.recipe.settings import Settings, extent, runtime
+from dis_scale.recipe.train import CHECKPOINTING, Flow, Gaussian, Reader, Train
+
+__all__ = [
+    "CHECKPOINTING", "MAIN", "CsvSource", "Data", "DiffuSsm", "DigitsSource", "Dis", "Dit", "Evaluate",
+    "ExtractorSettings", "Flow", "FolderSource", "Gaussian", "InceptionExtractor", "LatentShape", "Model", "NoVae",
+    "ParquetSource", "Precompute", "PretrainedVae", "Reader", "Recipe", "Settings", "Source", "StoredSource",
+    "TarSource", "TorchScriptExtractor", "Train", "TrainedExtractor", "TrainedVae", "VaeSettings", "Variant",
+]  # fmt: skip
+
+FORMAT = 1
+"""Version of the stored recipe; this code reads FORMAT and FORMAT - 1."""
+
+
+class Storage(Settings):
+    """Location of all state: a folder or any fsspec URL; sweeps below one root share latents."""
+
+    root: str = runtime("outputs")
+
+
+class Tracking(Settings):
+    """MLflow's tracking URI; default: an SQLite file next to the sweeps."""
+
+    uri: str | None = runtime(None)
+
+
+class Recipe(Settings):
+    """A sweep."""
+
+    format: Literal[1] = 1
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = runtime("auto")
+    grace_s: float = runtime(30.0, gt=0)
+    """Seconds between a stop request and the end of a job."""
+    storage: Storage = Storage()
+    tracking: Tracking = Tracking()
+    data: Data
+    vae: Annotated[VaeSettings, Field(discriminator="kind")]
+    precompute: Precompute = Precompute()
+    diffusion: Annotated[Gaussian | Flow, Field(discriminator="kind")]
+    models: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")], Model] = extent(min_length=1)
+    train: Train
+    reader: Reader = Reader()
+    evaluate: Evaluate
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        for name, settings in self.evaluate.samplings.items():
+            self._sampling_fits(f"evaluate.variants.{name}" if name else "evaluate", settings)
+        if self.data.source.kind == "digits" and self.data.num_classes != 10:
+            raise ValueError(f"data.num_classes: the digits have 10 classes, got {self.data.num_classes}")
+        return self
+
+    def _sampling_fits(self, where: str, settings: Evaluate) -> None:
+        if (settings.sampler in FLOW_SAMPLERS) != (self.diffusion.kind == "flow"):
+            raise ValueError(f"{where}: sampler {settings.sampler} does not fit the process {self.diffusion.kind}")
+        if self.diffusion.kind == "gaussian" and settings.steps > self.diffusion.steps:
+            raise ValueError(f"{where}.steps {settings.steps} exceeds diffusion.steps {self.diffusion.steps}")
+        if (times := settings.guidance_interval) is not None and not 0 <= times[0] < times[1] <= 1000:
+            raise ValueError(f"{where}.guidance_interval: got {list(times)}, expected two rising times from 0 to 1000")
+        if settings.ema_width is not None and self.train.power_ema is None:
+            raise ValueError(f"{where}.ema_width needs power-function averages, and train.power_ema tracks none")

@@ -1,0 +1,127 @@
+"""Settings of images and latents: the source, the VAE, and how latent shards are made."""
+
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field
+
+from dis_scale.recipe.settings import Count, Settings, runtime
+
+
+class LatentShape(NamedTuple):
+    """Input of the backbone: `channels` maps of `size` x `size`."""
+
+    channels: int
+    size: int
+
+
+class DigitsSource(Settings):
+    """scikit-learn's 1,797 handwritten digits, 8x8, in 10 classes; part of the package."""
+
+    kind: Literal["digits"]
+
+
+class StoredSource(Settings):
+    """Images in storage, local or at any fsspec URL. A declared source is listed once; a new `version` lists it again."""
+
+    url: str
+    version: str | None = None
+    """Any word; change it if images were added, removed or replaced under the same URL."""
+
+
+class FolderSource(StoredSource):
+    """A folder of class folders (ImageNet's layout); labels are the sorted folder names."""
+
+    kind: Literal["folder"]
+
+
+class TarSource(StoredSource):
+    """Tar files of images, such as WebDataset shards: a folder of them, or a single `.tar`."""
+
+    kind: Literal["tar"]
+    files: str = "*.tar"
+    """Files of the folder to read, as a shell pattern."""
+    image: str | None = None
+    """End of an image's name after its key, if a sample has several images: `jpg` beside `seg.png`. Default: any image."""
+    label: Literal["cls", "json", "folder", "tar"] = "cls"
+    """Source of an image's class: `<key>.cls` or `<key>.json` beside it, its folder in the tar, or the tar's own name."""
+    json_key: str = "label"
+    """Key of the class in `<key>.json`."""
+
+
+class ParquetSource(StoredSource):
+    """Parquet files with image bytes (Hugging Face's layout): a folder of them, or a single `.parquet`."""
+
+    kind: Literal["parquet"]
+    files: str = "*.parquet"
+    """Files of the folder to read, as a shell pattern: `train-*.parquet` leaves other splits out."""
+    image: str = "image"
+    """Column of images: bytes, or a struct with a field `bytes`."""
+    label: str = "label"
+    """Column of classes, integers or names."""
+
+
+class CsvSource(StoredSource):
+    """A CSV file with a header and one row per image; relative paths start at the file's own folder."""
+
+    kind: Literal["csv"]
+    path: str = "path"
+    """Column of paths or URLs."""
+    label: str = "label"
+    """Column of classes, integers or names."""
+
+
+Source = DigitsSource | FolderSource | TarSource | ParquetSource | CsvSource
+
+
+class Data(Settings):
+    """Labelled images, resized to `resolution` x `resolution` after a centre crop."""
+
+    source: Annotated[Source, Field(discriminator="kind")]
+    resolution: Count
+    num_classes: Count
+    undecodable: Literal["refuse", "skip"] = runtime("refuse")
+    """Treatment of empty, damaged or bomb-sized images: stop with an error that names it, or skip, count and list it."""
+    mirror: bool = True
+    """Flip each image horizontally with probability 1/2 in training."""
+    held_out_images: int = Field(0, ge=0)
+    """Images that training never sees, selected by the seed; their loss is measured at each published count."""
+
+
+class TrainedVae(Settings):
+    """A small diffusers AutoencoderKL, trained on the sweep's own images by the prepare stage."""
+
+    kind: Literal["trained"]
+    widths: tuple[Count, ...] = (16, 32, 32)
+    latent_channels: Count = 4
+    steps: Count = 600
+    batch_images: Count = 64
+    learning_rate: float = 2e-3
+    kl_weight: float = Field(1e-2, ge=0)
+    """Weight of the KL divergence (nats per pixel value), added to the mean squared error."""
+
+
+class PretrainedVae(Settings):
+    """An AutoencoderKL in diffusers' layout: a local folder or a hub id."""
+
+    kind: Literal["pretrained"]
+    path: str
+    subfolder: str | None = None
+
+
+class NoVae(Settings):
+    """Pixel space: a latent is the image itself, 3 channels in [-1, 1]; decoding is the identity."""
+
+    kind: Literal["none"]
+
+
+VaeSettings = TrainedVae | PretrainedVae | NoVae
+
+
+class Precompute(Settings):
+    """Latent shards: how images are grouped (identity) and who encodes them (runtime)."""
+
+    shard_images: Count = 1024
+    encode_images: Count = 64
+    workers: Count = runtime(1)
+    decoders: Count = runtime(4)
+    """Threads per worker that read and decode images ahead of the VAE."""

@@ -1,0 +1,195 @@
+"""Settings of evaluation: how a checkpoint is sampled, and what its samples are compared with."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from dis_scale.recipe.settings import Count, Settings, Width, runtime
+
+MAIN = ""
+"""Name of the main sampling settings, next to the variants' names."""
+KID_SUBSET_IMAGES = 1000
+"""Images in a subset of the kernel distance (torch-fidelity's number)."""
+FEATURE_DIMENSIONS = {"inception": 2048, "trained": 64}
+"""Features of the extractors whose number is known before they are loaded."""
+INFINITY_SAMPLES_PER_FEATURE = 5
+"""Samples per feature that the extrapolation to endless samples needs."""
+GAUSSIAN_SAMPLERS = ("ddpm", "ddim", "dpm_solver")
+FLOW_SAMPLERS = ("euler", "heun", "euler_maruyama")
+
+Sampler = Literal["ddpm", "ddim", "dpm_solver", "euler", "heun", "euler_maruyama"]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,39}$")]
+Interval = tuple[float, float]
+"""From and to, in the model's times: 0 is without noise, 1000 is noise alone."""
+
+
+class TrainedExtractor(Settings):
+    """A small classifier trained on the sweep's own images; its features give `fd_<name>`."""
+
+    kind: Literal["trained"]
+    name: str = Field(pattern=r"^[a-z0-9]+$")
+    steps: Count = 600
+
+
+class InceptionExtractor(Settings):
+    """Inception-v3 with the 2015 TensorFlow weights, as in torch-fidelity; gives FID, sFID and Inception Score."""
+
+    kind: Literal["inception"]
+    weights: str | None = runtime(None)
+    """Path or URL of weights-inception-2015-12-05-6726825d.pth; default: torch-fidelity's download."""
+
+    @property
+    def name(self) -> str:
+        return "inception"
+
+
+class TorchScriptExtractor(Settings):
+    """Any TorchScript file: takes uint8 images (B, 3, H, W); its first output, features (B, d), gives `fd_<name>`."""
+
+    kind: Literal["torchscript"]
+    name: str = Field(pattern=r"^[a-z0-9]+$")
+    path: str = runtime(...)
+    """Path or URL of the file."""
+    size: Count | None = None
+    """Pixels per side of its input; other images are resized, antialiased. Default: images are not resized."""
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+
+
+ExtractorSettings = Annotated[TrainedExtractor | InceptionExtractor | TorchScriptExtractor, Field(discriminator="kind")]
+Metric = Literal[
+    "distance", "sfid", "inception_score", "inception_score_adm", "kid", "precision_recall", "distance_infinity"
+]
+INCEPTION_METRICS = {"sfid", "inception_score", "inception_score_adm"}
+
+
+class Variant(Settings):
+    """Other sampling settings for the same checkpoints; what is left out is as in the main ones."""
+
+    sampler: Sampler | None = None
+    steps: Count | None = None
+    guidance: float | None = Field(None, ge=0)
+    guidance_interval: Interval | None = None
+    ema_width: Width | None = None
+    precision: Literal["fp32", "bf16"] | None = None
+
+
+class Evaluate(Settings):
+    """How each published checkpoint is sampled, and what the samples are compared with."""
+
+    samples: Count
+    sampler: Sampler
+    steps: Count
+    guidance: float = Field(1.5, ge=0)
+    guidance_interval: Interval | None = None
+    """Guide only between these times (Kynkaanniemi et al. 2024); default: at all times."""
+    ema_width: Width | None = None
+    """Sample from the rebuilt power-function average of this relative width; default: from the exponential average."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the model while it samples; decoding and features are float32."""
+    variants: dict[Name, Variant] = Field(default_factory=dict, json_schema_extra={"role": "extent"})
+    """Further sampling settings for each checkpoint; each gives a metric of its own, `<metric>/<name>`."""
+    order: Literal["oldest_first", "newest_first"] = runtime("oldest_first")
+    """Which published checkpoint is evaluated first if several wait."""
+    extractor: ExtractorSettings
+    """Its distance is the main metric."""
+    also: tuple[ExtractorSettings, ...] = ()
+    """Other extractors, in the same pass over the same images."""
+    metrics: tuple[Metric, ...] = Field(("distance",), json_schema_extra={"role": "extent"})
+    """Metrics under each extractor; sFID and the Inception Scores under Inception only."""
+    reference: str | None = None
+    """An ADM reference `.npz` (path or URL) instead of the source images' statistics."""
+    block_images: Count = 250
+    """Samples of a block: the unit of work of one worker, which is kept."""
+    batch_images: Count = 50
+    """Samples generated, decoded and measured together, within a block."""
+    workers: Count = runtime(1)
+    give_up_after_s: Annotated[float, Field(gt=0)] = runtime(86_400.0)
+    """Seconds without a new publication or resume point after which evaluation ends with an error."""
+
+    @property
+    def extractors(self) -> tuple[ExtractorSettings, ...]:
+        """The main extractor, then the others."""
+        return (self.extractor, *self.also)
+
+    @property
+    def trained(self) -> TrainedExtractor | None:
+        """The extractor that the sweep trains itself, if any."""
+        return next((extractor for extractor in self.extractors if isinstance(extractor, TrainedExtractor)), None)
+
+    @property
+    def metric(self) -> str:
+        """The main distance's name."""
+        return self.metric_name("fid", self.extractor.name)
+
+    def metric_name(self, stem: str, extractor: str) -> str:
+        """Return the field's term under Inception, otherwise one with the extractor's name; with the samples unless 50,000.
+
+        `fid` is Inception and 50,000 samples, `fid_5k` fewer, `fd_digits_1k` and `kid_digits_1k` other features.
+        """
+        if extractor != "inception":
+            ours = {"fid": f"fd_{extractor}", "fid_infinity": f"fd_{extractor}_infinity"}
+            stem = ours.get(stem, f"{stem}_{extractor}")
+        count = f"{self.samples // 1000}k" if self.samples % 1000 == 0 else str(self.samples)
+        return stem if self.samples == 50_000 else f"{stem}_{count}"
+
+    @property
+    def samplings(self) -> dict[str, Self]:
+        """Sampling settings by name: the main ones, whose name is empty, then the variants."""
+        changes = {name: variant.model_dump(exclude_none=True) for name, variant in self.variants.items()}
+        return {MAIN: self} | {name: self.model_copy(update=change) for name, change in changes.items()}
+
+    @model_validator(mode="after")
+    def _extractors_have_names_of_their_own(self) -> Self:
+        names = [extractor.name for extractor in self.extractors]
+        if len(set(names)) < len(names) or any(
+            e.name == "inception" and e.kind != "inception" for e in self.extractors
+        ):
+            raise ValueError(f"also: extractors need names of their own, other than inception: got {names}")
+        if any(e.kind == "trained" and e.name == "judge" for e in self.extractors):
+            raise ValueError("extractor: judge is the name of the classifier that judges samples: choose another")
+        return self
+
+    @model_validator(mode="after")
+    def _one_extractor_is_trained_at_most(self) -> Self:
+        if sum(extractor.kind == "trained" for extractor in self.extractors) > 1:
+            names = [extractor.name for extractor in self.extractors]
+            raise ValueError(f"also: one trained extractor at most: got {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _metrics_have_their_extractor(self) -> Self:
+        names = {extractor.name for extractor in self.extractors}
+        if "distance" not in self.metrics:
+            raise ValueError("metrics: distance is always measured: add it to the list")
+        only = INCEPTION_METRICS & set(self.metrics)
+        if only and "inception" not in names:
+            raise ValueError(f"metrics: {sorted(only)[0]} needs Inception: add {{kind: inception}} to also")
+        return self
+
+    @model_validator(mode="after")
+    def _a_reference_is_inceptions(self) -> Self:
+        names = [extractor.name for extractor in self.extractors]
+        if self.reference and set(names) != {"inception"}:
+            raise ValueError(f"reference: an ADM file has Inception's statistics only, and the extractors are {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _samples_are_enough(self) -> Self:
+        if "kid" in self.metrics and self.samples < KID_SUBSET_IMAGES:
+            raise ValueError(
+                f"metrics: kid uses subsets of {KID_SUBSET_IMAGES:,} images, and samples is {self.samples}"
+            )
+        for extractor in self.extractors:
+            d = FEATURE_DIMENSIONS.get(extractor.kind, 0)
+            if self.samples <= d:
+                raise ValueError(
+                    f"samples: {self.samples} are too few for the covariance of {d:,} features ({extractor.name}): "
+                    f"expected at least {d + 1:,}"
+                )
+            least = INFINITY_SAMPLES_PER_FEATURE * d
+            if "distance_infinity" in self.metrics and self.samples < least:
+                raise ValueError(
+                    f"metrics: distance_infinity of {d:,} features ({extractor.name}) needs at least {least:,} samples, "
+                    f"got {self.samples:,}"
+                )
+        return self

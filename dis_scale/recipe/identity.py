@@ -1,0 +1,50 @@
+"""Comparison of two recipes under one name: what differs in the sweep's identity."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dis_scale.recipe import Recipe
+from dis_scale.recipe.settings import Settings
+
+
+def identity_differences(stored: Recipe, given: Recipe) -> list[str]:
+    """Return one line for each change that `given` may not make to the sweep `stored`; empty if it may continue."""
+    lines = [f"{key}: stored {old}, given {new}" for key, old, new in _differences(stored, given)]
+    lines += _named_differences("models", stored.models, given.models)
+    lines += _named_differences("evaluate.variants", stored.evaluate.variants, given.evaluate.variants)
+    lines += _published_differences(stored, given)
+    return sorted(lines)
+
+
+def _published_differences(stored: Recipe, given: Recipe) -> list[str]:
+    """Published counts may only be added after the last one; with a decay, none at all."""
+    before, now = set(stored.train.publish_images), set(given.train.publish_images)
+    last = max(before)
+    if stored.train.decay != "none" and given.train.images != stored.train.images:
+        return [f"train.publish_images: the {stored.train.decay} decay ends at {last}, given {given.train.images}"]
+    if max(now) < last:
+        return [f"train.publish_images: stored up to {last}, given only up to {max(now)}"]
+    passed = sorted(n for n in now - before if n < last)
+    return [f"train.publish_images: {passed[0]} is before {last}, which training may have passed"] if passed else []
+
+
+def _named_differences(where: str, stored: Mapping[str, Settings], given: Mapping[str, Settings]) -> list[str]:
+    """Named parts may be added and removed, but not change under their name."""
+    return [
+        f"{where}.{name}.{key}: stored {old}, given {new}"
+        for name in stored.keys() & given.keys()
+        for key, old, new in _differences(stored[name], given[name])
+    ]
+
+
+def _differences(stored: Settings, given: Settings, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if type(stored) is not type(given):
+        yield prefix.rstrip("."), stored, given
+        return
+    for name, field in type(stored).model_fields.items():
+        old, new = getattr(stored, name), getattr(given, name)
+        role = (field.json_schema_extra or {}).get("role") if isinstance(field.json_schema_extra, Mapping) else None
+        if isinstance(old, Settings) and isinstance(new, Settings):
+            yield from _differences(old, new, f"{prefix}{name}.")
+        elif role is None and old != new:
+            yield f"{prefix}{name}", old, new

@@ -1,0 +1,59 @@
+"""Settings of the three backbones."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from dis_scale.recipe.settings import Count, Fraction, Settings
+
+
+class Dis(Settings):
+    """DiS: bidirectional Mamba blocks with long skips (arXiv 2402.05608)."""
+
+    kind: Literal["dis"]
+    width: Count
+    depth: Annotated[int, Field(ge=2, multiple_of=2)]
+    """Blocks in addition to the middle one: depth / 2 in-blocks, 1 middle block, depth / 2 out-blocks."""
+    patch: Count
+    state_size: Count = 16
+    drop_path: Fraction = 0.1
+    init: Literal["ours", "official"] = "ours"
+    """`official` keeps the published code's zero bias in the backward direction's dt projection."""
+    halve_sum: bool = False
+    """Average the two directions instead of summing them (Vim, pull request 90)."""
+    conditioning: Literal["tokens", "adaln_zero"] = "tokens"
+    zero_final: bool = False
+
+
+class DiffuSsm(Settings):
+    """DiffuSSM: gated bidirectional S4D with hourglass layers (arXiv 2311.18257), as specified in docs/models.md."""
+
+    kind: Literal["diffussm"]
+    width: Count
+    depth: Count
+    state_size: Annotated[int, Field(ge=2, multiple_of=2)] = 64
+    hourglass: Count = 2
+    bidirectional: bool = True
+    tied: bool = False
+    init: Literal["lin", "inv", "legs"] = "lin"
+    dt_min: float = Field(1e-3, gt=0)
+    dt_max: float = Field(1e-1, gt=0)
+
+
+class Dit(Settings):
+    """DiT, the baseline: attention with adaLN-Zero (arXiv 2212.09748)."""
+
+    kind: Literal["dit"]
+    width: Count
+    depth: Count
+    heads: Count
+    patch: Count
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}: choose heads that divide it")
+        return self
+
+
+Model = Annotated[Dis | DiffuSsm | Dit, Field(discriminator="kind")]

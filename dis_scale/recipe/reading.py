@@ -1,0 +1,129 @@
+"""Recipes as YAML: read with `--set a.b=value` overrides, write, and one clear line for each mistake."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dis_scale.errors import UserError, nearest
+from dis_scale.recipe import FORMAT, Model, Recipe
+from dis_scale.recipe.presets import preset
+
+FILE = "recipe.yaml"
+"""Name of the recipe in a sweep's folder."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML reads `1e-4` as a string (YAML 1.1); this one reads it as a number (YAML 1.2)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Return the recipe at `path` with `a.b=value` overrides; UserError names file, key, got and expected."""
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from error
+    return parse(text, str(path), overrides)
+
+
+def parse(text: str, where: str, overrides: list[str] | None = None) -> Recipe:
+    """Return the recipe in YAML text that came from `where`; errors as in `load`."""
+    try:
+        data = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: expected a mapping of settings, got {type(data).__name__}")
+    for override in overrides or []:
+        _set(data, override)
+    if data.get("format", FORMAT) not in (FORMAT, FORMAT - 1):
+        raise UserError(f"{where}: this version reads recipes of format {FORMAT}, got format {data['format']}")
+    models = data.get("models")
+    for name, model in models.items() if isinstance(models, dict) else ():
+        if isinstance(model, dict) and "preset" in model:
+            data["models"][name] = preset(str(model["preset"])) | {k: v for k, v in model.items() if k != "preset"}
+    try:
+        return Recipe.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        raise UserError("\n".join(f"{where}: {line}" for line in _lines(error, data))) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """Return the recipe as YAML that `parse` reads back to an equal one."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def with_model(recipe: Recipe, name: str, model: Model) -> Recipe:
+    """Return the recipe with one more model; UserError if the name is invalid."""
+    data = recipe.model_dump(mode="json")
+    data["models"][name] = model.model_dump(mode="json")
+    return parse(yaml.safe_dump(data, sort_keys=False), f"a model named {name}")
+
+
+def _set(data: dict[str, Any], override: str) -> None:
+    key, sign, value = override.partition("=")
+    if not sign or not all(key.split(".")):
+        raise UserError(f"--set {override!r}: expected a.b=value, for example --set train.workers=4")
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise UserError(f"--set {override!r}: {parent!r} is not a group of settings")
+    try:
+        data[last] = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: not YAML: {' '.join(str(error).split())}") from error
+
+
+def _lines(error: ValidationError, data: Any) -> Iterator[str]:
+    """One line for each mistake: where, got, expected."""
+    for mistake in error.errors():
+        path, missing = [str(part) for part in mistake["loc"]], mistake["type"] == "missing"
+        key = ".".join([*_as_written(path[:-1] if missing else path, data), *path[-1:] * missing])
+        got = repr(mistake["input"])[:60]
+        if mistake["type"] == "extra_forbidden":
+            yield f"{key}: unknown key{nearest(path[-1], _keys_beside(path))}"
+        elif missing:
+            yield f"{key}: missing, and there is no default"
+        elif mistake["type"] == "value_error":
+            yield f"{key}: {mistake['ctx']['error']}" if key else str(mistake["ctx"]["error"])
+        else:
+            yield f"{key}: got {got}, expected: {mistake['msg'].removeprefix('Input should be ')}"
+
+
+def _as_written(path: list[str], data: Any) -> Iterator[str]:
+    """The part of the path that is in the data: pydantic's union tags are not (`models.a.dis.width` for `models.a.width`)."""
+    for part in path:
+        if isinstance(data, dict) and part in data:
+            data = data[part]
+        elif isinstance(data, list) and part.isdigit() and int(part) < len(data):
+            data = data[int(part)]
+        else:
+            continue
+        yield part
+
+
+def _keys_beside(path: list[str]) -> set[str]:
+    """Known keys next to an unknown one, by field names and union tags from the recipe down."""
+    known: set[type[BaseModel]] = {Recipe}
+    for part in path[:-1]:
+        inner = {c for cls in known if part in cls.model_fields for c in _classes(cls.model_fields[part].annotation)}
+        tagged = {c for c in known if "kind" in c.model_fields and part in repr(c.model_fields["kind"].annotation)}
+        known = inner or tagged or known
+    return {name for cls in known for name in cls.model_fields}
+
+
+def _classes(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in getattr(annotation, "__args__", ()):
+        yield from _classes(inner)

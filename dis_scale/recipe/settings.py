@@ -1,0 +1,29 @@
+"""What all settings have in common: frozen, strict, and a role that says whether a field may change under one name."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+NARROWEST_EMA, WIDEST_EMA = 0.005, 0.28
+"""Relative widths that a power-function average can have; 0.289 would be the plain mean over all of training."""
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Width = Annotated[float, Field(ge=NARROWEST_EMA, le=WIDEST_EMA)]
+"""Relative width of a power-function average, see training/ema.py."""
+
+
+def runtime(default: Any, **limits: Any) -> Any:
+    """Declare a field that may change freely between two starts of a sweep."""
+    return Field(default, json_schema_extra={"role": "runtime"}, **limits)
+
+
+def extent(**limits: Any) -> Any:
+    """Declare a field that may grow between two starts of a sweep."""
+    return Field(json_schema_extra={"role": "extent"}, **limits)
+
+
+class Settings(BaseModel):
+    """Frozen, strict, no unknown keys. A field without a role belongs to the sweep's identity and may not change."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)

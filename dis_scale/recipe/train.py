@@ -1,0 +1,140 @@
+"""Settings of the diffusion process, of training and of the latents' reader."""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from dis_scale.recipe.settings import Count, Fraction, Settings, Width, extent, runtime
+
+
+class Gaussian(Settings):
+    """DDPM: noise prediction with a learned range variance (Nichol and Dhariwal 2021)."""
+
+    kind: Literal["gaussian"]
+    betas: Literal["linear", "cosine"] = "linear"
+    steps: Count = 1000
+    min_snr_gamma: float | None = None
+    """Weight the MSE by min(SNR, gamma) / SNR (Hang et al. 2023)."""
+
+
+class Flow(Settings):
+    """Linear path, velocity prediction (SiT, arXiv 2401.08740)."""
+
+    kind: Literal["flow"]
+    times: Literal["uniform", "logit_normal"] = "uniform"
+    shift: float = Field(1.0, gt=0)
+    """Time shift for resolution: t <- shift t / (1 + (shift - 1) t) (Esser et al. 2024)."""
+
+
+def _count_or_range(value: Any) -> Any:
+    if (isinstance(value, int) and value > 0) or re.fullmatch(r"[1-9]\d*\.\.[1-9]\d*", str(value)):
+        return value
+    raise ValueError(f"got {value!r}, expected: a number of workers, or a range of them such as 2..8")
+
+
+CHECKPOINTING = re.compile(r"none|block|selective|every_([2-9]|[1-9]\d+)")
+
+
+def _known_checkpointing(value: Any) -> Any:
+    if isinstance(value, str) and CHECKPOINTING.fullmatch(value):
+        return value
+    raise ValueError(f"got {value!r}, expected: none, block, selective, or every_2, every_3, ...")
+
+
+Checkpointing = Annotated[str, BeforeValidator(_known_checkpointing)]
+Workers = Annotated[int | str, BeforeValidator(_count_or_range)]
+
+
+class Train(Settings):
+    """One training run per model; images seen are the clock."""
+
+    publish_images: tuple[Annotated[int, Field(ge=0)], ...] = extent(min_length=1)
+    """Image counts at which EMA weights are published; training ends at the last."""
+    batch_images: Count
+    lanes: Count
+    """Micro-batches that the global batch always splits into; the world size must divide it."""
+    workers: Workers = runtime(1)
+    """A number, or a range such as `2..8`: each attempt takes the largest available number that divides the lanes."""
+    grow_after_s: Annotated[float, Field(gt=0)] = runtime(600.0)
+    """Seconds that an attempt on fewer workers than possible runs before it may stop at a resume point to grow."""
+    zero_stage: Literal[1, 2, 3] = runtime(1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpointing: Checkpointing = runtime("none")
+    """Activation checkpointing: `none`, `block`, every second or third block (`every_2`, ...), or `selective`."""
+    compile: bool = runtime(False)
+    """Run blocks through torch.compile; scans and convolutions stay as they are and break the graph at their borders."""
+    scan: str = runtime("auto")
+    """Backend of the selective scan by name; `auto` takes the fastest that the device has."""
+    learning_rate: float = Field(1e-4, gt=0)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_images: int = Field(0, ge=0)
+    decay: Literal["none", "linear", "cosine"] = "none"
+    decay_from: Fraction = 0.0
+    """Share of the training after which the learning rate falls to zero."""
+    clip: float = Field(1.0, gt=0)
+    ema: Fraction = 0.9999
+    """Decay per step of the exponential moving average of the weights."""
+    power_ema: tuple[Width, Width] | None = None
+    """Relative widths of two power-function averages to track as well (0.05 and 0.1 are usual); others are rebuilt from them."""
+    label_dropout: Fraction = 0.1
+    resume_every_images: Count = runtime(100_000)
+    """Images between resume points, rounded up to complete steps."""
+    keep_resume: Count = runtime(2)
+    """Resume points that are kept."""
+    restarts: int = runtime(3, ge=0)
+    """Consecutive attempts within one job that may fail without a new resume point."""
+    hang_after_s: Annotated[float, Field(gt=0)] = runtime(900.0)
+    """Seconds without a finished step after which an attempt counts as hanging: its stacks are logged and it restarts."""
+    skips_in_a_row: Count = runtime(20)
+    """Consecutive steps skipped for gradients that are not finite, after which a run stops."""
+
+    @property
+    def images(self) -> int:
+        """Images seen at the end."""
+        return self.publish_images[-1]
+
+    @property
+    def micro_images(self) -> int:
+        """Images of a micro-batch."""
+        return self.batch_images // self.lanes
+
+    @property
+    def world_sizes(self) -> list[int]:
+        """Numbers of workers that an attempt may have, falling: those that divide the lanes."""
+        least, _, most = str(self.workers).partition("..")
+        return [n for n in range(int(most or least), int(least) - 1, -1) if self.lanes % n == 0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.world_sizes[0]
+
+    @model_validator(mode="after")
+    def _counts_fit(self) -> Self:
+        if self.batch_images % self.lanes:
+            raise ValueError(f"batch_images {self.batch_images} is not a multiple of lanes {self.lanes}")
+        if self.compile and self.checkpointing == "selective":
+            raise ValueError("compile: selective checkpointing cannot be compiled: choose one of them")
+        if not self.world_sizes:
+            raise ValueError(
+                f"lanes {self.lanes} is not a multiple of workers {self.workers}: the world size must divide the lanes"
+            )
+        if list(self.publish_images) != sorted(set(self.publish_images)):
+            raise ValueError(f"publish_images must rise: got {list(self.publish_images)}")
+        for images in self.publish_images:
+            if images % self.batch_images:
+                raise ValueError(f"publish_images: {images} is not a multiple of batch_images {self.batch_images}")
+        return self
+
+
+class Reader(Settings):
+    """How a training worker reads latents: what it keeps in memory, and its node's cache on disk."""
+
+    memory_gib: float | None = runtime(None, ge=0)
+    """Memory per worker for the latents; default: half of what is free, shared by the node's workers.
+    A larger set is read in blocks."""
+    cache_gib: float = runtime(20.0, ge=0)
+    """Disk per node for cached shards, shared by its workers; 0 for none. Latents on a local path are not cached."""
+    cache_folder: str | None = runtime(None)
+    """Folder of the cache; default: a folder per user in the system's temporary folder."""
