@@ -16,7 +16,7 @@ from benchmarks.rows import Job, Row, measure, on_threads, report
 from benchmarks.scan import public_loop
 from dis_scale import scan
 from dis_scale.models import build
-from dis_scale.models.cost import cost
+from dis_scale.models.cost import price_model
 from dis_scale.models.dis import Block
 from dis_scale.recipe import Dis, Dit, LatentShape, preset
 from dis_scale.scan import Direction, choose, reference
@@ -81,7 +81,7 @@ def main(rounds: int = 5) -> None:
         "block, reference": block("reference"),
         "block, public loop": on_the_public_loop(block("reference")),
     }
-    work = cost(DIS, SHAPE, CLASSES).gmacs_training, cost(DIT, SHAPE, CLASSES).gmacs_training
+    work = price_model(DIS, SHAPE, CLASSES).gmacs_training, price_model(DIT, SHAPE, CLASSES).gmacs_training
     rows = [
         Row("DiS-S/2, a block, against the public loop", "block", "block, public loop", 50, True),
         Row("DiS-S/2, a block, against our reference", "block", "block, reference", None, True),

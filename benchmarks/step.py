@@ -16,7 +16,7 @@ from torch.profiler import profile
 from benchmarks.rows import Job, Row, least_times, report
 from dis_scale import models
 from dis_scale.models import Backbone
-from dis_scale.models.cost import cost
+from dis_scale.models.cost import price_model
 from dis_scale.pace import peak_flops, synchronize
 from dis_scale.recipe import Dis, Dit, LatentShape, preset
 from dis_scale.scan import choose
@@ -87,7 +87,7 @@ def main(rounds: int = 10) -> None:
     added = {kind: added_bytes(dis, kind) for kind in KINDS}
     print(json.dumps({"added_gib": {kind: size / 2**30 for kind, size in added.items()}}))
     seconds = least_times({kind: step(dis, kind) for kind in KINDS} | {"DiT": step(model(DIT), "none")}, rounds)
-    work = [BATCH * cost(settings, SHAPE, CLASSES).gmacs_training for settings in (DIS, DIT)]
+    work = [BATCH * price_model(settings, SHAPE, CLASSES).gmacs_training for settings in (DIS, DIT)]
     rows = [Row(f"checkpointing {kind}, time", kind, "none", TIME.get(kind), False) for kind in KINDS[1:]]
     rows += [
         Row(

@@ -24,7 +24,7 @@ from dis_scale.diffusion.process import Process
 from dis_scale.engine import Engine
 from dis_scale.errors import DisScaleError
 from dis_scale.models import Backbone
-from dis_scale.models.cost import cost
+from dis_scale.models.cost import price_model
 from dis_scale.models.export import describe
 from dis_scale.pace import open_pace
 from dis_scale.recipe import Recipe, Train
@@ -71,7 +71,7 @@ def train(run: Run) -> int:
     settings, rank, world = run.recipe.train, dist.get_rank(), dist.get_world_size()
     latents, how = open_latents(run.latents, run.recipe, _workers_here(world), run.say)
     process = diffusion.build(run.recipe.diffusion)
-    price = cost(run.recipe.models[run.model], latents.shape, run.recipe.data.num_classes)
+    price = price_model(run.recipe.models[run.model], latents.shape, run.recipe.data.num_classes)
     state, model, images = start(run, latents)
     saver = Saver(run.folder, run.attempt, rank, world, run.held, settings.keep_resume)
     log, agreement = Log(run.folder / "log", run.attempt), Agreement()

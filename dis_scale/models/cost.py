@@ -113,7 +113,7 @@ class Cost:
         return sum(self.kept.by_part(checkpointing).values()) * element_bytes
 
 
-def cost(settings: Dis | DiffuSsm | Dit, shape: LatentShape, num_classes: int | None) -> Cost:
+def price_model(settings: Dis | DiffuSsm | Dit, shape: LatentShape, num_classes: int | None) -> Cost:
     """The cost of one image; parameters are counted on the module itself, on the meta device."""
     with torch.device("meta"):
         model = construct(settings, shape, num_classes)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dis_scale.models import build, construct, dis
 from dis_scale.models.checkpointing import WORTH_KEEPING_MACS
-from dis_scale.models.cost import Cost, cost
+from dis_scale.models.cost import Cost, price_model
 from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, preset
 
 PARAMETERS = {
@@ -35,7 +35,7 @@ GMACS_512 = {"DiS-S368/2": 30.1, "DiS-B/2": 121.6, "DiS-M/2": 238.9, "DiS-L/2": 
 
 def cost_of(name: str, size: int = 32, channels: int = 4, num_classes: int | None = 1000) -> Cost:
     kinds = {"dis": Dis, "dit": Dit, "diffussm": DiffuSsm}
-    return cost(kinds[preset(name)["kind"]](**preset(name)), LatentShape(channels, size), num_classes)
+    return price_model(kinds[preset(name)["kind"]](**preset(name)), LatentShape(channels, size), num_classes)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -146,7 +146,7 @@ def _convolutions(x_BLE, w_f, b_f, w_b, b_b, **_):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_forward_agrees_with_torchs_counter(name, counted):
     """Products, forward convolutions, and attention, which the meta device runs as products; FFTs it counts as 0."""
-    macs = {part.name: part.macs for part in cost(SETTINGS[name], LatentShape(4, 16), 10).parts}
+    macs = {part.name: part.macs for part in price_model(SETTINGS[name], LatentShape(4, 16), 10).parts}
     theirs = counted(SETTINGS[name], backward=False)
     assert theirs["product"] == sum(macs[part] for part in macs if part not in NOT_PRODUCTS)
     assert theirs["convolution"] == macs.get("conv", 0)
@@ -155,7 +155,7 @@ def test_forward_agrees_with_torchs_counter(name, counted):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_training_agrees_with_torchs_counter(name, counted):
     """Products and attention; not convolutions, as below."""
-    parts = cost(SETTINGS[name], LatentShape(4, 16), 10).parts
+    parts = price_model(SETTINGS[name], LatentShape(4, 16), 10).parts
     expected = sum(part.macs * part.passes for part in parts if part.name not in NOT_PRODUCTS)
     assert counted(SETTINGS[name], backward=True)["product"] == expected
 
@@ -185,7 +185,7 @@ def test_activation_bytes_are_what_autograd_keeps(name):
     settings, shape = SETTINGS[name], LatentShape(4, 16)
     kept = [_kept_elements(settings, shape, batch) for batch in (2, 4)]
     a_sample = (kept[1] - kept[0]) / 2  # what a micro-batch keeps once falls out
-    assert cost(settings, shape, 10).activation_bytes("none") / 4 == pytest.approx(a_sample, rel=0.05)
+    assert price_model(settings, shape, 10).activation_bytes("none") / 4 == pytest.approx(a_sample, rel=0.05)
 
 
 def _kept_elements(settings, shape, batch):
@@ -209,7 +209,7 @@ def test_activation_bytes_are_what_a_forward_pass_leaves_allocated(name, mode):
     large = {"width": 2 * WORTH_KEEPING_MACS, "depth": 8}
     settings, shape = SETTINGS[name].model_copy(update=large), LatentShape(4, 16)
     left = [_left_bytes(build(settings, shape, 10, checkpointing=mode), batch) for batch in (2, 4)]
-    parts = cost(settings, shape, 10).kept.by_part(mode)
+    parts = price_model(settings, shape, 10).kept.by_part(mode)
     assert (left[1] - left[0]) / 2 == pytest.approx(4 * (sum(parts.values()) - parts["one block"]), rel=0.1)
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from dis_scale.errors import UserError
 from dis_scale.models import build
-from dis_scale.models.cost import cost
+from dis_scale.models.cost import price_model
 from dis_scale.recipe import DiffuSsm, LatentShape, preset
 
 SHAPE = LatentShape(4, 8)
@@ -29,7 +29,7 @@ def inputs():
 
 def test_xl_has_the_specifications_parameters_and_work():
     xl = DiffuSsm(**preset("DiffuSSM-XL"))
-    small, large = cost(xl, LatentShape(4, 32), 1000), cost(xl, LatentShape(4, 64), 1000)
+    small, large = price_model(xl, LatentShape(4, 32), 1000), price_model(xl, LatentShape(4, 64), 1000)
     assert small.parameters == 673_155_088
     assert small.gmacs_forward == pytest.approx(280.04, rel=1e-4)
     assert large.gmacs_forward == pytest.approx(1122.5, rel=1e-3)
