@@ -17,7 +17,7 @@ from benchmarks.scan import public_loop
 from dis_scale import scan
 from dis_scale.models import build
 from dis_scale.models.cost import price_model
-from dis_scale.models.dis import Block
+from dis_scale.models.dis import DiSBlock
 from dis_scale.recipe import Dis, Dit, LatentShape, preset
 from dis_scale.scan import Direction, choose, reference
 from dis_scale.scan.backend import from_one_way
@@ -45,7 +45,7 @@ def step(settings: Dis | Dit) -> Job:
 def block(backend: str) -> Job:
     """Forward and backward of one block of the DiS, the residual stream included."""
     torch.manual_seed(0)
-    one = Block(DIS, backend, skip=False)
+    one = DiSBlock(DIS, backend, skip=False)
     h, r = (torch.randn(IMAGES, 258, DIS.width, requires_grad=True) for _ in range(2))
     wanted = [h, r, *one.parameters()]
 

@@ -40,7 +40,7 @@ def model(settings: Dis | Dit) -> Backbone:
     return made
 
 
-def step(model: Backbone, checkpointing: str) -> Job:
+def step_job(model: Backbone, checkpointing: str) -> Job:
     """Forward and backward."""
     x = torch.randn(BATCH, *SHAPE[:1], SHAPE.size, SHAPE.size, device=DEVICE)
     t, y = torch.rand(BATCH, device=DEVICE), torch.zeros(BATCH, dtype=torch.int64, device=DEVICE)
@@ -55,7 +55,7 @@ def step(model: Backbone, checkpointing: str) -> Job:
 
 def added_bytes(dis: Backbone, checkpointing: str) -> int:
     """What a step adds at its peak, as PyTorch's allocator counts it."""
-    job = step(dis, checkpointing)
+    job = step_job(dis, checkpointing)
     job()
     if DEVICE.type == "cpu":
         return peak_of_a_cpu(job)
@@ -86,7 +86,7 @@ def main(rounds: int = 10) -> None:
     dis = model(DIS)
     added = {kind: added_bytes(dis, kind) for kind in KINDS}
     print(json.dumps({"added_gib": {kind: size / 2**30 for kind, size in added.items()}}))
-    seconds = least_times({kind: step(dis, kind) for kind in KINDS} | {"DiT": step(model(DIT), "none")}, rounds)
+    seconds = least_times({kind: step_job(dis, kind) for kind in KINDS} | {"DiT": step_job(model(DIT), "none")}, rounds)
     work = [BATCH * price_model(settings, SHAPE, CLASSES).gmacs_training for settings in (DIS, DIT)]
     rows = [Row(f"checkpointing {kind}, time", kind, "none", TIME.get(kind), False) for kind in KINDS[1:]]
     rows += [

@@ -46,14 +46,14 @@ def require_known(mode: str) -> None:
         )
 
 
-def every(mode: str) -> int:
+def recompute_every(mode: str) -> int:
     """Each how manieth block is recomputed; 0 for none."""
     return int(mode.removeprefix("every_")) if mode.startswith("every_") else int(mode != "none")
 
 
-def run(mode: str, number: int, block: Callable[..., Any], *inputs: Tensor | None) -> Any:
+def run_block(mode: str, number: int, block: Callable[..., Any], *inputs: Tensor | None) -> Any:
     """Block `number` of the model applied to its inputs, which keeps what the mode says."""
-    if mode == "none" or number % every(mode) or not torch.is_grad_enabled():
+    if mode == "none" or number % recompute_every(mode) or not torch.is_grad_enabled():
         return block(*inputs)
     rerun = partial(checkpoint, block, *inputs, use_reentrant=False, preserve_rng_state=False)
     return rerun(context_fn=partial(create_selective_checkpoint_contexts, _policy)) if mode == "selective" else rerun()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from dis_scale.models import construct
-from dis_scale.models.checkpointing import every
+from dis_scale.models.checkpointing import recompute_every
 from dis_scale.models.dis import TAPS, inner_width, step_rank
 from dis_scale.models.dit import FREQUENCIES
 from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape
@@ -57,7 +57,7 @@ class Kept:
 
         Skips are boundaries of blocks that are recomputed; selective checkpointing keeps their products beside them.
         """
-        k = every(checkpointing)
+        k = recompute_every(checkpointing)
         again = len(range(0, self.blocks, k)) if k else 0
         return {
             "blocks": (self.blocks - again) * self.block,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dis_scale.errors import UserError
-from dis_scale.models import checkpointing as keeping
+from dis_scale.models.checkpointing import run_block
 from dis_scale.models.dit import FREQUENCIES
 from dis_scale.models.s4d import S4D, convolve
 from dis_scale.models.tokens import Backbone, TimeEmbedding, modulate, zero_
@@ -49,7 +49,7 @@ class SlotLinear(nn.Module):
         return torch.einsum("bgmi,mio->bgmo", y_BGMS, self.weight) + self.bias
 
 
-class Block(nn.Module):
+class DiffuSSMBlock(nn.Module):
     """Hourglass up, both scans at full length, hourglass down, gate; names as in the paper, W4 ours."""
 
     def __init__(self, settings: DiffuSsm):
@@ -99,7 +99,7 @@ class DiffuSSM(Backbone):
         self.embed = nn.Linear(C * M, D)
         self.time = TimeEmbedding(FREQUENCIES, D, D)
         self.label = None if num_classes is None else nn.Embedding(num_classes + 1, D)
-        self.blocks = nn.ModuleList([Block(settings) for _ in range(settings.depth)])
+        self.blocks = nn.ModuleList([DiffuSSMBlock(settings) for _ in range(settings.depth)])
         self.modulation = nn.Linear(D, 2 * D)
         self.final = nn.Linear(D, M * 2 * C)
         if self.label is not None:
@@ -115,7 +115,7 @@ class DiffuSSM(Backbone):
         raster_BLC = x_BCHW.to(self.embed.bias.dtype).flatten(2).transpose(1, 2)
         I_BGD = self.embed(raster_BLC.reshape(B, -1, C * self.settings.hourglass))
         for i, block in enumerate(self.blocks):
-            I_BGD = keeping.run(self.checkpointing, i, block, I_BGD, c_BD)
+            I_BGD = run_block(self.checkpointing, i, block, I_BGD, c_BD)
         shift_BD, scale_BD = self.modulation(F.silu(c_BD)).chunk(2, dim=1)
         out_BGP = self.final(modulate(_norm(I_BGD), shift_BD, scale_BD))
         return out_BGP.reshape(B, H * W, 2 * C).transpose(1, 2).reshape(B, 2 * C, H, W)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dis_scale.models import checkpointing as keeping
+from dis_scale.models.checkpointing import run_block
 from dis_scale.models.tokens import Backbone, PatchEmbed, TimeEmbedding, modulate, unpatchify, wide, zero_
 from dis_scale.recipe import Dis, LatentShape
 from dis_scale.scan import Direction, two_way_conv_silu, two_way_scan
@@ -90,7 +90,7 @@ def _taps(E: int) -> tuple[nn.Parameter, nn.Parameter]:
     return uniform(E, TAPS, bound=TAPS**-0.5), uniform(E, bound=TAPS**-0.5)
 
 
-class Block(nn.Module):
+class DiSBlock(nn.Module):
     """Add to the stream, normalise, mix: (branch h, stream r) to (branch h, stream r); no MLP."""
 
     def __init__(self, settings: Dis, scan: str, skip: bool):
@@ -147,7 +147,7 @@ class DiS(Backbone):
         self.label = None if num_classes is None else nn.Embedding(num_classes + 1, D)
         self.extras = 1 if num_classes is None else 2
         self.position = nn.Parameter(torch.zeros(1, self.extras + (shape.size // settings.patch) ** 2, D))
-        self.blocks = nn.ModuleList(Block(settings, scan, skip=i > half) for i in range(2 * half + 1))
+        self.blocks = nn.ModuleList(DiSBlock(settings, scan, skip=i > half) for i in range(2 * half + 1))
         self.norm = nn.Parameter(torch.ones(D))
         self.modulation = None if num_classes is None else nn.Linear(D, 2 * D)
         self.final = nn.Linear(D, settings.patch**2 * 2 * shape.channels)
@@ -187,7 +187,7 @@ class DiS(Backbone):
         r_BLD: Tensor | None = None
         for i, block in enumerate(self.blocks):
             inputs = (h_BLD, r_BLD, c_BD, skips.pop() if i > half else None, drops[i])
-            h_BLD, r_BLD = keeping.run(self.checkpointing, i, block, *inputs)
+            h_BLD, r_BLD = run_block(self.checkpointing, i, block, *inputs)
             if i < half:
                 skips.append(h_BLD)
         return h_BLD, r_BLD
