@@ -19,11 +19,10 @@ from dis_scale.models.checkpointing import recompute_every
 from dis_scale.models.dis import TAPS, inner_width, step_rank
 from dis_scale.models.dit import FREQUENCIES
 from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape
+from dis_scale.scan.backend import NATIVE_CHUNK
 
 DIFFUSSM_XL_GMACS = {32: 280.3, 64: 1066.2}
 """Published for latents of this size (arXiv 2311.18257, as others quote it)."""
-SCAN_CHUNK = 86
-"""Steps between the states that the native scan keeps for its backward pass; Triton's keeps none."""
 SCAN_MACS = 4.5
 """Multiply-adds a channel, state, token and direction: 9 FLOPs, the reference's convention."""
 
@@ -176,7 +175,7 @@ def _dis_parts(settings: Dis, shape: LatentShape, num_classes: int | None, T: in
 def _dis_block_elements(settings: Dis, L: int) -> int:
     """Stream and norm (3 D), x and z, both sides' u, delta and (step, B, C), the scan's states, the gated sum."""
     D, N, E, R = settings.width, settings.state_size, inner_width(settings.width), step_rank(settings.width)
-    states = 2 * E * N * ((L - 1) // SCAN_CHUNK)
+    states = 2 * E * N * ((L - 1) // NATIVE_CHUNK)
     return L * (3 * D + 2 * E + 2 * (2 * E + R + 2 * N) + E) + states
 
 

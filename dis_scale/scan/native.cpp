@@ -1,6 +1,6 @@
 // The native CPU backend as PyTorch operators: native.py builds this file, which takes in the others, and sets
 // MOST_STATES and MOST_TAPS. Here stand the contract with the kernels, the instruction sets and the operators; the
-// arithmetic in kernels.cpp, tensors and memory in memory.cpp, threads and gradients in scan.cpp and conv.cpp.
+// arithmetic in kernels.inl, tensors and memory in memory.inl, threads and gradients in scan.inl and conv.inl.
 //
 // The work is cut by shape alone, never by the number of threads, and partial sums are added in a fixed order: results
 // are the same bits at any number of threads.
@@ -27,7 +27,7 @@
 // Steps between the states that the forward pass keeps, N / CHUNK of u's size in all, and that the backward pass
 // replays at once, four states at a time. Images of 8, 16, 32 or 64 patches a side make 66, 258, 1026 or 4098 tokens
 // with time and label: of 86 steps no little rest is left, which would cost nearly as much as a whole chunk.
-constexpr int64_t CHUNK = 86;
+constexpr int64_t CHUNK = NATIVE_CHUNK;
 
 // A matrix of rows for some channels: row t begins at `at + t * stride`; the stride is negative for a backward scan.
 struct Rows {
@@ -87,7 +87,7 @@ struct Kernels {
 namespace plain {
 #define NAME "plain"
 #define LANES 4
-#include "kernels.cpp"
+#include "kernels.inl"
 #undef LANES
 #undef NAME
 }  // namespace plain
@@ -100,7 +100,7 @@ namespace plain {
 namespace avx2 {
 #define NAME "avx2"
 #define LANES 8
-#include "kernels.cpp"
+#include "kernels.inl"
 #undef LANES
 #undef NAME
 }  // namespace avx2
@@ -111,7 +111,7 @@ namespace avx2 {
 namespace avx512 {
 #define NAME "avx512"
 #define LANES 16
-#include "kernels.cpp"
+#include "kernels.inl"
 #undef LANES
 #undef NAME
 }  // namespace avx512
@@ -162,11 +162,11 @@ bool wants_gradient(at::TensorList inputs) {
          std::any_of(inputs.begin(), inputs.end(), [](const Tensor& x) { return x.requires_grad(); });
 }
 
-#include "memory.cpp"
+#include "memory.inl"
 
-#include "scan.cpp"
+#include "scan.inl"
 
-#include "conv.cpp"
+#include "conv.inl"
 
 }  // namespace
 

@@ -5,7 +5,7 @@ Inputs may be views whose last axis is contiguous, such as chunks and splits of 
 A gate keeps the output, from which the backward pass takes y: |z| counts as 1e-30 at least, and the output must not be
 changed in place. Results are the same bits at any number of threads.
 `DIS_SCALE_ISA=plain|avx2|avx512` forces an instruction set.
-Once loaded, freed memory of up to 256 MiB stays with the process (glibc only): see memory.cpp.
+Once loaded, freed memory of up to 256 MiB stays with the process (glibc only): see memory.inl.
 The library is kept in `$XDG_CACHE_HOME/dis_scale` (or `~/.cache/dis_scale`) under a hash of what it was made from.
 """
 
@@ -23,12 +23,15 @@ import torch
 from torch import Tensor
 
 from dis_scale.errors import DisScaleError, UserError
-from dis_scale.scan.backend import Backend, Direction
+from dis_scale.scan.backend import NATIVE_CHUNK, Backend, Direction
 
-SOURCES = [Path(__file__).with_name(f"{name}.cpp") for name in ("native", "kernels", "memory", "scan", "conv")]
+SOURCES = [
+    Path(__file__).with_name(name) for name in ("native.cpp", "kernels.inl", "memory.inl", "scan.inl", "conv.inl")
+]
+"""The one translation unit, then the files that it includes. A change of any of them rebuilds the library."""
 MOST_STATES, MOST_TAPS = 256, 16
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += [f"-DMOST_STATES={MOST_STATES}", f"-DMOST_TAPS={MOST_TAPS}"]
+FLAGS += [f"-DMOST_STATES={MOST_STATES}", f"-DMOST_TAPS={MOST_TAPS}", f"-DNATIVE_CHUNK={NATIVE_CHUNK}"]
 if platform.machine() == "x86_64":
     # The order of instructions alone, and registers filled without a detour; 5 to 10 %, on AMD's processors, too.
     FLAGS += ["-mtune=skylake-avx512", "-fschedule-insns", "-fsched-pressure", "-fno-tree-loop-distribute-patterns"]

@@ -7,7 +7,7 @@ from scipy.stats import kstest
 
 from dis_scale.diffusion import build
 from dis_scale.recipe import Flow
-from tests.diffusion.gaussian_data import velocity_model
+from tests.support.gaussian_data import velocity_model
 
 PROCESS = build(Flow(kind="flow"))
 

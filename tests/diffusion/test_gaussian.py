@@ -12,7 +12,7 @@ from dis_scale.diffusion.gaussian import discretised_log_likelihood, spaced_time
 from dis_scale.diffusion.samplers import sample
 from dis_scale.errors import UserError
 from dis_scale.recipe import Gaussian
-from tests.diffusion.gaussian_data import eps_model
+from tests.support.gaussian_data import eps_model
 
 PROCESS = build(Gaussian(kind="gaussian"))
 

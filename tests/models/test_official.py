@@ -9,7 +9,7 @@ from dis_scale.errors import UserError
 from dis_scale.models import build
 from dis_scale.models.official import from_official, from_official_dit, layout, read_weights, to_official
 from dis_scale.recipe import Dis, Dit, LatentShape, preset
-from tests.models.public_dis import PublicDiS
+from tests.support.public_dis import PublicDiS
 
 CASES = pytest.mark.parametrize(
     ("D", "depth", "p", "C", "size", "classes"),

@@ -142,6 +142,8 @@ def test_the_library_is_known_by_what_it_is_made_from(monkeypatch: pytest.Monkey
     assert native.cached_library() == before
     monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, "-g"])
     assert native.cached_library() != before
+    files = {path for pattern in ("*.cpp", "*.inl") for path in Path(native.__file__).parent.glob(pattern)}
+    assert files == set(native.SOURCES)
 
 
 def test_an_instruction_set_that_is_not_there() -> None:

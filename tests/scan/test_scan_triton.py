@@ -20,12 +20,13 @@ from dis_scale.scan import Direction
 from dis_scale.scan import triton as scan_triton
 
 # One of scan_forward's four is enough: the one that does most.
+INTERPRETED = Path(__file__).parent.parent / "support" / "interpreted_triton.py"
 COMPILED = ["scan_forward, second, again", "scan_backward", "conv_forward", "conv_backward"]
 
 
 def test_the_interpreter_gives_the_loops_outputs_and_gradients() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", str(Path(__file__).with_name("interpreted.py"))],
+        [sys.executable, "-m", "pytest", str(INTERPRETED)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]

@@ -1,6 +1,6 @@
 """The Triton kernels under Triton's interpreter, which must be asked for before Triton is imported: a process of its own.
 
-`TRITON_INTERPRET=1 python -m pytest tests/scan/interpreted.py`; test_scan_triton.py runs it so.
+`TRITON_INTERPRET=1 python -m pytest tests/support/interpreted_triton.py`; test_scan_triton.py runs it so.
 """
 
 import pytest
