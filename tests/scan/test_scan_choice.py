@@ -120,7 +120,7 @@ def test_what_killed_builders_left_is_cleared(tmp_path: Path) -> None:
     for name, age_s in (("build-old", 4000), ("build-now", 0)):
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, (time.time() - age_s,) * 2)
-    native._clear(tmp_path)
+    native._remove_stale_builds(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["build-now"]
 
 
