@@ -24,21 +24,21 @@ B, L, E, N = 32, 258, 2048, 16
 SCHEDULERS, CLOCK_HZ, BYTES_PER_S = 132 * 4, 1.755e9, 4.8e12
 CYCLES = {"MUFU": 8, "LSU": 4}
 UNITS = {"MUFU": "MUFU", **dict.fromkeys(("LDG", "STG", "LDS", "STS", "LDL", "STL", "SHFL"), "LSU")}
-SCAN = {"LANES": LANES, "WARPS": WARPS, "CHUNK": CHUNK, "E": E, "L": L, "N": N, "GATED": True, "ROOM": CHUNK}
+SCAN = {"LANES": LANES, "WARPS": WARPS, "CHUNK": CHUNK, "E": E, "L": L, "N": N, "GATED": True, "STATE_ROWS": CHUNK}
 SCAN |= dict.fromkeys(("u_row", "delta_row", "z_row", "dy_row"), 2 * E)
-CONV = {"LANES": LANES, "ROWS": ROWS, "TAPS": 4, "L": L, "BACK": True, "ON": True}
+CONV = {"LANES": LANES, "ROWS": ROWS, "TAPS": 4, "L": L, "FORWARD": True, "BACKWARD": True}
 FLOAT32 = {"A", "BC", "warp_sums", "dBC", "parameters", "sums0", "sums1"}
 
 
-def forward(join: bool, again: bool) -> dict[str, Any]:
-    return SCAN | {"REVERSE": join, "LEAVE": not join, "JOIN": join, "AGAIN": again}
+def forward(second: bool, for_backward: bool) -> dict[str, Any]:
+    return SCAN | {"REVERSE": second, "FIRST": not second, "SECOND": second, "FOR_BACKWARD": for_backward}
 
 
 KERNELS: dict[str, dict[str, Any]] = {
     "scan_forward, first": forward(False, False),
     "scan_forward, second": forward(True, False),
-    "scan_forward, first, again": forward(False, True),
-    "scan_forward, second, again": forward(True, True),
+    "scan_forward, first, for backward": forward(False, True),
+    "scan_forward, second, for backward": forward(True, True),
     "scan_backward": SCAN | {"REVERSE": True, "STATES": N},
     "conv_forward": CONV,
     "conv_backward": CONV,
@@ -47,8 +47,8 @@ KERNELS: dict[str, dict[str, Any]] = {
 BYTES = {
     "scan_forward, first": 8,  # u, delta; y for the second
     "scan_forward, second": 12,  # u, delta, z; y of the first, out
-    "scan_forward, first, again": 12,  # u, delta; y; states
-    "scan_forward, second, again": 18,  # u, delta, z, dy; y of the first, dz; states
+    "scan_forward, first, for backward": 12,  # u, delta; y; states
+    "scan_forward, second, for backward": 18,  # u, delta, z, dy; y of the first, dz; states
     "scan_backward": 36,  # u, delta, z, dy; states, du, ddelta; parts of dB and dC, 128 channels in one; both directions
 }
 """Read and written, an element of (B, L, E); what is read twice within a chunk comes from a cache."""
@@ -58,7 +58,7 @@ def compiled(name: str, capability: int, dtype: str) -> Any:
     """As a launch on DiS-L/2 compiles it: all pointers are multiples of 16 bytes."""
     module = triton_scan if name.startswith("scan") else triton_conv
     kernel, constants = getattr(module, name.split(",")[0]), KERNELS[name]
-    halves = "*fp32" if dtype == "fp32" or constants.get("AGAIN") is False else "*i16"
+    halves = "*fp32" if dtype == "fp32" or constants.get("FOR_BACKWARD") is False else "*i16"
     signature = {
         argument: "constexpr"
         if argument in constants

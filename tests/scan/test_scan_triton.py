@@ -21,7 +21,7 @@ from dis_scale.scan import triton as scan_triton
 
 # One of scan_forward's four is enough: the one that does most.
 INTERPRETED = Path(__file__).parent.parent / "support" / "interpreted_triton.py"
-COMPILED = ["scan_forward, second, again", "scan_backward", "conv_forward", "conv_backward"]
+COMPILED = ["scan_forward, second, for backward", "scan_backward", "conv_forward", "conv_backward"]
 
 
 def test_the_interpreter_gives_the_loops_outputs_and_gradients() -> None:
