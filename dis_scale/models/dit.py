@@ -1,4 +1,4 @@
-"""DiT, the yardstick: attention with adaLN-Zero (Peebles and Xie, arXiv 2212.09748), as published.
+"""DiT, the baseline: attention with adaLN-Zero (Peebles and Xie, arXiv 2212.09748), as published.
 
 Axes: B samples, C channels, T patches, D width. Read next: official.py for the published weights' layout.
 """
@@ -54,7 +54,7 @@ def position_table(side: int, width: int) -> Tensor:
 
 
 class DiT(Backbone):
-    """The model; without classes the condition is the time alone."""
+    """The model. Without classes it is conditioned on the time only."""
 
     settings: Dit
 
@@ -65,7 +65,7 @@ class DiT(Backbone):
         self.patches = PatchEmbed(shape.channels, settings.patch, D)
         self.time = TimeEmbedding(FREQUENCIES, D, D)
         self.label = None if num_classes is None else nn.Embedding(num_classes + 1, D)
-        # Computed, not learned: no part of the weights, so that the state dict holds exactly what is trained.
+        # Computed, not learned: not persistent, so that the state dict holds exactly what is trained.
         self.register_buffer("position", position_table(shape.size // settings.patch, D), persistent=False)
         blocks = [DiTBlock(settings) for _ in range(settings.depth)]
         self.blocks = nn.ModuleList(blocks)

@@ -94,5 +94,5 @@ def test_one_direction_alone_does_not_see_ahead():
 
 
 def test_an_hourglass_that_does_not_divide_is_refused():
-    with pytest.raises(UserError, match="hourglass 3 divides not both"):
+    with pytest.raises(UserError, match="hourglass 3 must divide both"):
         model(hourglass=3)

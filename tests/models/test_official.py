@@ -53,9 +53,9 @@ def test_outputs_and_gradients_are_the_public_codes(D, depth, p, C, size, classe
     weight = torch.randn_like(expected)
     (expected * weight).sum().backward()
     (got * weight).sum().backward()
-    for name, place in layout(ours).items():
-        gradient, theirs = ours.get_parameter(name).grad, public.get_parameter(place.name).grad
-        assert float((gradient.reshape(place.shape) - theirs).norm() / theirs.norm()) < 1e-4, name
+    for name, public_weight in layout(ours).items():
+        gradient, theirs = ours.get_parameter(name).grad, public.get_parameter(public_weight.name).grad
+        assert float((gradient.reshape(public_weight.shape) - theirs).norm() / theirs.norm()) < 1e-4, name
 
 
 def test_drop_path_falls_where_the_public_codes_does():
