@@ -156,7 +156,7 @@ def images_per_s(recipe: recipes.Recipe, name: str, least_s: float = 1.0) -> flo
     model = models.build(recipe.models[name], shape, 10, scan="auto", checkpointing="none", seed=0)
     process, optimizer = diffusion.build(recipe.diffusion), torch.optim.AdamW(model.parameters(), fused=True)
     x, noise, y = torch.randn(n, *shape[:1], shape.size, shape.size), torch.randn(n, 4, 8, 8), torch.zeros(n).long()
-    t_B = process.draw_times(np.random.default_rng(0), n)
+    t_B = process.sample_times(np.random.default_rng(0), n)
 
     def step() -> None:
         process.losses(lambda x_BCHW, t: model(x_BCHW, t, y), x, t_B, noise).total.mean().backward()

@@ -248,7 +248,7 @@ def micro_batches(run: Run, latents: Latents, rates: tuple[float, ...], images: 
                 mirror=recipe.data.mirror, label_dropout=settings.label_dropout,
             )  # fmt: skip
             n = len(micro.y_B)
-            t_B = process.draw_times(seeds.generator("time", recipe.seed, step, lane), n)
+            t_B = process.sample_times(seeds.generator("time", recipe.seed, step, lane), n)
             yield _pinned((micro, t_B, _drop_masks(rates, n, recipe.seed, step, lane)), run.device)
 
 

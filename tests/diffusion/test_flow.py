@@ -39,7 +39,7 @@ def test_the_model_sees_a_thousand_times_t_and_gives_velocity_first():
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_times_have_their_law(times, law, shift):
     process = build(Flow(kind="flow", times=times, shift=shift))
-    t = process.draw_times(np.random.default_rng(0), 20_000).double().numpy()
+    t = process.sample_times(np.random.default_rng(0), 20_000).double().numpy()
     assert kstest(law(t / (shift - (shift - 1) * t)), "uniform").pvalue > 0.01
 
 
@@ -54,6 +54,6 @@ def test_the_grid_runs_from_noise_to_data_and_is_shifted():
 
 
 def test_times_come_from_the_callers_generator():
-    draws = [PROCESS.draw_times(np.random.default_rng(5), 8) for _ in range(2)]
+    draws = [PROCESS.sample_times(np.random.default_rng(5), 8) for _ in range(2)]
     assert torch.equal(*draws)
     assert draws[0].dtype == torch.float32

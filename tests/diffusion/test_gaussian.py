@@ -57,7 +57,7 @@ def test_one_step_is_a_chain_too():
 
 
 def test_times_come_from_the_callers_generator():
-    draw = lambda: PROCESS.draw_times(np.random.default_rng(5), 4000)  # noqa: E731
+    draw = lambda: PROCESS.sample_times(np.random.default_rng(5), 4000)  # noqa: E731
     assert torch.equal(draw(), draw())
     assert (int(draw().min()), int(draw().max())) == (0, 999)
 
