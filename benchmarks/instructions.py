@@ -1,9 +1,9 @@
-"""What the scan's Triton kernels cost by the count of their instructions: `python -m benchmarks.instructions`. Needs no GPU.
+"""Cost of the scan's Triton kernels by counting their instructions: `python -m benchmarks.instructions`. Needs no GPU.
 
-Compiled ahead for sm_90, bf16, L258 E2048 N16, which is DiS-L/2 at 256 pixels. Counted a state, step and warp of 32 channels,
-from the loops of the machine code; a warp's instruction takes a cycle of its scheduler, on the special-function units (MUFU)
-8, and in the load-store unit (LSU), which four schedulers share, 4. The largest of the three is a lower bound of the time, as
-are the bytes over 4.8 TB/s; both are given for B32 on an H200. Latencies are in neither.
+The kernels are compiled ahead for sm_90, bf16, L258 E2048 N16 (DiS-L/2 at 256 pixels). Counts are per state, step and warp of
+32 channels, from the loops of the machine code. An instruction of a warp takes one cycle of its scheduler, 8 on the
+special-function units (MUFU), and 4 in the load-store unit (LSU), which four schedulers share. The largest of the three sums
+is a lower bound of the time; the bytes at 4.8 TB/s are another. Both are given for B32 on an H200. Neither includes latency.
 """
 
 import json
@@ -43,7 +43,7 @@ KERNELS: dict[str, dict[str, Any]] = {
     "conv_forward": CONV,
     "conv_backward": CONV,
 }
-"""What they are compiled with."""
+"""Compile-time constants of each kernel."""
 BYTES = {
     "scan_forward, first": 8,  # u, delta; y for the second
     "scan_forward, second": 12,  # u, delta, z; y of the first, out
@@ -51,11 +51,11 @@ BYTES = {
     "scan_forward, second, for backward": 18,  # u, delta, z, dy; y of the first, dz; states
     "scan_backward": 36,  # u, delta, z, dy; states, du, ddelta; parts of dB and dC, 128 channels in one; both directions
 }
-"""Read and written, an element of (B, L, E); what is read twice within a chunk comes from a cache."""
+"""Bytes read and written per element of (B, L, E). A second read within a chunk comes from a cache and does not count."""
 
 
 def compiled(name: str, capability: int, dtype: str) -> Any:
-    """As a launch on DiS-L/2 compiles it: all pointers are multiples of 16 bytes."""
+    """Compile a kernel as a launch with DiS-L/2 does: all pointers are multiples of 16 bytes."""
     module = triton_scan if name.startswith("scan") else triton_conv
     kernel, constants = getattr(module, name.split(",")[0]), KERNELS[name]
     halves = "*fp32" if dtype == "fp32" or constants.get("FOR_BACKWARD") is False else "*i16"
@@ -92,15 +92,15 @@ class Registers(NamedTuple):
 
 
 def registers(program: Any) -> Registers:
-    """Of a thread."""
-    found = re.search(r"REG:(\d+) STACK:(\d+)", disassembled(program, "-res-usage"))
-    assert found
-    return Registers(int(found[1]), int(found[2]))
+    """Registers of a thread, and spilled bytes."""
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", disassembled(program, "-res-usage"))
+    assert usage
+    return Registers(int(usage[1]), int(usage[2]))
 
 
 def counted(program: Any, steps: int) -> dict[str, float]:
-    """Cycles a state, step and warp, all and by unit. The outer loop is over chunks; in the inner one are the `steps` of a
-    state, and of all of them unless it is a whole chunk."""
+    """Cycles per state, step and warp: in total and by unit. The outer loop is over chunks. The inner loop covers `steps`
+    steps, of one state if that is a whole chunk, otherwise of all states."""
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9]+)(.*?);", disassembled(program, "-sass"))
     code = [(int(at, 16), op, rest) for at, op, rest in lines]
     targets = [(at, re.search(r"0x([0-9a-f]+)", rest)) for at, op, rest in code if op == "BRA"]

@@ -1,7 +1,7 @@
-"""What a step costs by what is recomputed, and against DiT: `python -m benchmarks.step [rounds]`.
+"""Cost of a step by checkpointing mode, and compared with DiT: `python -m benchmarks.step [rounds]`.
 
-Forward and backward at 256 pixels: on a GPU DiS-L/2 and DiT-L/2, 32 images in bf16; on a CPU S/2, four in fp32. Memory is what the
-two add to the model and its gradients, by the allocator's count.
+Forward and backward at 256 pixels: on a GPU DiS-L/2 and DiT-L/2, 32 images in bf16; on a CPU S/2, four in fp32. Memory is the peak
+that a step adds to the model and its gradients, as counted by the allocator.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from dis_scale.scan import choose
 SHAPE, CLASSES = LatentShape(4, 32), 1000
 KINDS = ("none", "block", "every_2", "selective")
 TIME, MEMORY = {"block": 1.38, "selective": 1.15}, {"block": 1 / 3}
-"""Goals, over `none`."""
+"""Goals: largest ratio to `none`."""
 PER_GMAC, MFU = {"cpu": 0.8, "cuda": 0.7}, {"cpu": None, "cuda": 0.4}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU, ON_CPU = ("L/2", 32, torch.bfloat16, "bf16"), ("S/2", 4, torch.float32, "fp32")
@@ -33,7 +33,7 @@ DIS, DIT = Dis(**preset(f"DiS-{SIZE}")), Dit(**preset(f"DiT-{SIZE}"))
 
 
 def model(settings: Dis | Dit) -> Backbone:
-    """With gradients, which a step adds to."""
+    """A model with gradients, to which a step adds."""
     made = models.build(settings, SHAPE, CLASSES).to(DEVICE, DTYPE)
     for p in made.parameters():
         p.grad = torch.zeros_like(p)
@@ -41,7 +41,7 @@ def model(settings: Dis | Dit) -> Backbone:
 
 
 def step_job(model: Backbone, checkpointing: str) -> Job:
-    """Forward and backward."""
+    """A job: forward and backward."""
     x = torch.randn(BATCH, *SHAPE[:1], SHAPE.size, SHAPE.size, device=DEVICE)
     t, y = torch.rand(BATCH, device=DEVICE), torch.zeros(BATCH, dtype=torch.int64, device=DEVICE)
 
@@ -54,7 +54,7 @@ def step_job(model: Backbone, checkpointing: str) -> Job:
 
 
 def added_bytes(dis: Backbone, checkpointing: str) -> int:
-    """What a step adds at its peak, as PyTorch's allocator counts it."""
+    """Bytes that a step adds at its peak, as counted by PyTorch's allocator."""
     job = step_job(dis, checkpointing)
     job()
     if DEVICE.type == "cpu":
@@ -66,7 +66,7 @@ def added_bytes(dis: Backbone, checkpointing: str) -> int:
 
 
 def peak_of_a_cpu(job: Job) -> int:
-    """From the profiler's trace, which has each allocation and each release in the order of time."""
+    """Peak memory from the profiler's trace, which has every allocation and release in order of time."""
     with profile(profile_memory=True, acc_events=True) as seen:
         job()
     with tempfile.NamedTemporaryFile(suffix=".json") as trace:
