@@ -1,4 +1,4 @@
-"""DiffuSSM against the specification: sizes, work, and its block written out index by index."""
+"""DiffuSSM compared with its specification: parameters, multiply-adds, and its block written out index by index."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ SHAPE = LatentShape(4, 8)
 
 
 def model(**options):
-    """A small one with every weight away from zero."""
+    """A small model without zero weights."""
     built = build(DiffuSsm(**{"kind": "diffussm", "width": 8, "depth": 2, "state_size": 4} | options), SHAPE, 10)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -27,7 +27,7 @@ def inputs():
     return torch.randn(3, 4, 8, 8, dtype=torch.float64), torch.tensor([0.0, 10.5, 999.0]), torch.tensor([0, 3, 10])
 
 
-def test_xl_has_the_specifications_parameters_and_work():
+def test_parameters_and_multiply_adds_of_xl():
     xl = DiffuSsm(**preset("DiffuSSM-XL"))
     small, large = price_model(xl, LatentShape(4, 32), 1000), price_model(xl, LatentShape(4, 64), 1000)
     assert small.parameters == 673_155_088
@@ -74,7 +74,7 @@ def test_pixels_are_grouped_in_raster_order():
 @pytest.mark.parametrize(
     "options", [{"bidirectional": False}, {"tied": True}, {"init": "legs"}, {"init": "inv"}], ids=str
 )
-def test_options_run_and_tell_their_size(options):
+def test_options_run_and_change_the_parameters(options):
     plain, optional = model(), model(**options)
     x, t, y = inputs()
     assert optional(x, t, y).shape == (3, 8, 8, 8)
@@ -82,7 +82,7 @@ def test_options_run_and_tell_their_size(options):
     assert (count(optional) < count(plain)) == ("init" not in options)
 
 
-def test_one_direction_alone_does_not_see_ahead():
+def test_a_unidirectional_model_is_causal():
     built = model(bidirectional=False)
     x, t, y = inputs()
     changed = x.clone()
