@@ -24,7 +24,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 """diffusers' name for a component's weights."""
 
 BACKBONE_PY = '''\
-"""The denoiser as a diffusers model; its code is dis-scale's, its settings stand in config.json."""
+"""The denoiser as a diffusers model; its code is dis-scale's, its settings are in config.json."""
 
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -43,7 +43,7 @@ class DisScaleBackbone(ModelMixin, ConfigMixin):
 '''
 
 PIPELINE_PY = '''\
-"""Samples images from a dis-scale backbone: noise is a function of the seed and the image's number alone."""
+"""Samples images from a dis-scale backbone: noise depends only on the seed and the image number."""
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
@@ -121,7 +121,7 @@ def load(path: str | Path) -> Backbone:
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read weights from {path}: {error}") from None
     if "dis_scale" not in metadata:
-        raise UserError(f"{path} does not say what model it holds: import a public layout with models.official instead")
+        raise UserError(f"{path} does not describe its model: import a public layout with models.official instead")
     model = from_description(json.loads(metadata["dis_scale"]))
     if weights.keys() != model.state_dict().keys():
         mismatched = sorted(weights.keys() ^ model.state_dict().keys())

@@ -41,7 +41,7 @@ def test_a_checkpoint_is_recognised_by_its_keys(settings, tmp_path):
 
 def test_other_files_are_refused(tmp_path):
     safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="does not say what model it holds"):
+    with pytest.raises(UserError, match="does not describe its model"):
         load(tmp_path / "other.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="cannot read weights from"):
