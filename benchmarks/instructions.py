@@ -27,7 +27,7 @@ UNITS = {"MUFU": "MUFU", **dict.fromkeys(("LDG", "STG", "LDS", "STS", "LDL", "ST
 SCAN = {"LANES": LANES, "WARPS": WARPS, "CHUNK": CHUNK, "E": E, "L": L, "N": N, "GATED": True, "STATE_ROWS": CHUNK}
 SCAN |= dict.fromkeys(("u_row", "delta_row", "z_row", "dy_row"), 2 * E)
 CONV = {"LANES": LANES, "ROWS": ROWS, "TAPS": 4, "L": L, "FORWARD": True, "BACKWARD": True}
-FLOAT32 = {"A", "BC", "warp_sums", "dBC", "parameters", "sums0", "sums1"}
+FLOAT32 = {"warp_sums", "dBC", "parameters", "sums0", "sums1"}
 
 
 def forward(second: bool, for_backward: bool) -> dict[str, Any]:
@@ -58,22 +58,19 @@ def compiled(name: str, capability: int, dtype: str) -> Any:
     """Compile a kernel as a launch with DiS-L/2 does: all pointers are multiples of 16 bytes."""
     module = triton_scan if name.startswith("scan") else triton_conv
     kernel, constants = getattr(module, name.split(",")[0]), KERNELS[name]
-    halves = "*fp32" if dtype == "fp32" or constants.get("FOR_BACKWARD") is False else "*i16"
-    signature = {
-        argument: "constexpr"
-        if argument in constants
-        else "i32"
-        if argument == "E" or argument.endswith("_row")
-        else halves
-        if argument.endswith(("high", "low"))
-        else "*fp32"
-        if argument in FLOAT32
-        else f"*{dtype}"
-        for argument in kernel.arg_names
-    }
-    places = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
-    wide = {(i,): [["tt.divisibility", 16]] for i, key in enumerate(kernel.arg_names) if key not in constants}
-    source = ASTSource(kernel, signature=signature, constexprs=places, attrs=wide)
+    pointer, halves = f"*{dtype}", "*fp32" if dtype == "fp32" or constants.get("FOR_BACKWARD") is False else "*i16"
+    types: dict[str, str | tuple[str, ...]] = dict.fromkeys(kernel.arg_names, pointer)
+    types |= dict.fromkeys([name for name in kernel.arg_names if name == "E" or name.endswith("_row")], "i32")
+    types |= dict.fromkeys(FLOAT32, "*fp32") | dict.fromkeys(constants, "constexpr")
+    types |= {"inputs": (pointer, pointer, "*fp32", "*fp32", pointer, pointer), "gradients": (pointer, pointer)}
+    types |= dict.fromkeys(("y_halves", "h_halves"), (halves, halves))
+    signature = {name: types[name] for name in kernel.arg_names}
+    values = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
+    aligned: list[tuple[int, ...]] = []
+    for i, kind in enumerate(signature.values()):
+        aligned += [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
+    attributes = {path: [["tt.divisibility", 16]] for path in aligned if path not in values}
+    source = ASTSource(kernel, signature=signature, constexprs=values, attrs=attributes)
     warps = constants.get("WARPS", 1)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 

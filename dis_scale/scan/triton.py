@@ -52,7 +52,8 @@ def _empty_like(x_BLE: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    with torch.cuda.device_of(arguments[0]):
+    first = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
+    with torch.cuda.device_of(first):
         kernel[grid](*arguments, **constants)
 
 
@@ -126,7 +127,7 @@ class _Scan(torch.autograd.Function):
         y = _empty_like(out, torch.float32) if len(directions) == 2 else out
         for i, operands in enumerate(directions):
             _launch(
-                triton_scan.scan_forward, _grid(out, LANES * WARPS), *operands.pointers, gate, gate, out, y, y, y, y,
+                triton_scan.scan_forward, _grid(out, LANES * WARPS), operands.pointers, gate, gate, out, (y, y), (y, y),
                 **operands.constants(gate, gate), FIRST=i + 1 < len(directions), SECOND=i > 0, GATED=z is not None,
                 FOR_BACKWARD=False, STATE_ROWS=CHUNK,
             )  # fmt: skip
@@ -166,14 +167,14 @@ def _one_way_gradients(
     states, rows = memory.state_buffer(N)
     constants = operands.constants(gate, dy) | {"GATED": z is not None, "STATE_ROWS": rows}
     _launch(
-        triton_scan.scan_forward, grid, *operands.pointers, gate, dy, dy if dz is None else dz, *y, *states,
+        triton_scan.scan_forward, grid, operands.pointers, gate, dy, dy if dz is None else dz, y, states,
         **constants, **order, FOR_BACKWARD=True,
     )  # fmt: skip
     empty = functools.partial(torch.empty, dtype=torch.float32, device=operands.u.device)
     warp_sums, dBC = empty(*grid, N, WARPS * LANES), empty(grid[0], *operands.pointers[3].shape)
     parameters = empty(B, 2 * N + 2, E)
     _launch(
-        triton_scan.scan_backward, grid, *operands.pointers, gate, dy, *states, warp_sums, *memory, dBC, parameters,
+        triton_scan.scan_backward, grid, operands.pointers, gate, dy, states, warp_sums, tuple(memory), dBC, parameters,
         **constants, STATES=triton.next_power_of_2(N),
     )  # fmt: skip
     dA, dD, dbias = parameters[:, : N + 2].sum(0).split((N, 1, 1))

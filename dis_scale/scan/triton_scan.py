@@ -24,7 +24,8 @@ Sizes and flags, all compile-time constants:
     STATE_ROWS      rows of (E) per chunk in the buffer of the states: CHUNK if they are stored in rows of gradients that are
                     not yet written, N in a buffer of their own
 
-Pointers, (batch, time, channels) unless given otherwise:
+Pointers, (batch, time, channels) unless given otherwise. A kernel takes them in tuples: `inputs` is u, delta, A, BC, D, bias;
+`gradients` is du, ddelta; `y_halves` and `h_halves` are the (high, low) pairs.
 
     u, delta        the inputs; delta is raw, without bias and softplus
     A               A / ln 2, (N, E), float32
@@ -233,7 +234,7 @@ def _store_output(
 
 @triton.jit
 def scan_forward(
-    u, delta, A, BC, D, bias, z, dy, out, y_high, y_low, h_high, h_low,
+    inputs, z, dy, out, y_halves, h_halves,
     u_row: tl.constexpr, delta_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
     E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
     GATED: tl.constexpr, FOR_BACKWARD: tl.constexpr, STATE_ROWS: tl.constexpr,
@@ -244,10 +245,11 @@ def scan_forward(
     inside, rows = e < E, batch * L  # the only 64-bit number: within a batch row, distances fit 32 bits
     CHUNKS: tl.constexpr = (L + CHUNK - 1) // CHUNK
     OUTPUT: tl.constexpr = GATED or not FOR_BACKWARD
+    u, delta, A, BC, D, bias = inputs
     u, delta, BC = u + rows * u_row, delta + rows * delta_row, BC + batch * (2 * N * CHUNKS * CHUNK)
     z, dy, out = z + rows * z_row, dy + rows * dy_row, out + rows * E
-    y_high, y_low = y_high + rows * E, y_low + rows * E
-    h_high, h_low = _state_buffer(h_high, h_low, batch, E, L, STATE_ROWS, CHUNK)
+    y_high, y_low = y_halves[0] + rows * E, y_halves[1] + rows * E
+    h_high, h_low = _state_buffer(h_halves[0], h_halves[1], batch, E, L, STATE_ROWS, CHUNK)
     D_e = tl.load(D + e, mask=inside, other=0.0).to(tl.float32)
     bias_e = tl.load(bias + e, mask=inside, other=0.0).to(tl.float32)
     h, A_n = _initial_states(A, e, inside, E, N)
@@ -374,7 +376,7 @@ def _store_gradients(
 
 @triton.jit
 def scan_backward(
-    u, delta, A, BC, D, bias, z, dy, h_high, h_low, warp_sums, du, ddelta, dBC, parameters,
+    inputs, z, dy, h_halves, warp_sums, gradients, dBC, parameters,
     u_row: tl.constexpr, delta_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
     E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr, STATE_ROWS: tl.constexpr,
     LANES: tl.constexpr, WARPS: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr,
@@ -385,9 +387,11 @@ def scan_backward(
     CHUNKS: tl.constexpr = (L + CHUNK - 1) // CHUNK
     LENGTH: tl.constexpr = CHUNKS * CHUNK
     BOTH: tl.constexpr = 2 * N * LENGTH
+    u, delta, A, BC, D, bias = inputs
+    du, ddelta = gradients
     u, delta, BC = u + rows * u_row, delta + rows * delta_row, BC + batch * BOTH
     z, dy, du, ddelta = z + rows * z_row, dy + rows * dy_row, du + rows * E, ddelta + rows * E
-    h_high, h_low = _state_buffer(h_high, h_low, batch, E, L, STATE_ROWS, CHUNK)
+    h_high, h_low = _state_buffer(h_halves[0], h_halves[1], batch, E, L, STATE_ROWS, CHUNK)
     dA = parameters + batch * (2 * N + 2) * E
     warp_sums, dBC = warp_sums + program * N * WARPS * LANES, dBC + program * BOTH
     D_e = tl.load(D + e, mask=inside, other=0.0).to(tl.float32)

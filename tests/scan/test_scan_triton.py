@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-pytest.importorskip("triton", reason="Triton comes with PyTorch's builds for Linux alone")
+pytest.importorskip("triton", reason="Triton comes only with PyTorch's builds for Linux")
 
 from benchmarks.instructions import compiled, counted, registers
 from dis_scale.scan import Direction
