@@ -124,10 +124,10 @@ def main() -> None:
         facts = {"cycles": cycles, "us": least_us, "bytes_an_element": moved, "bytes_us": bytes_us}
         print(json.dumps({"name": name, **used._asdict(), "shared_bytes": program.metadata.shared} | facts))
         table.append((name, *used, *cycles.values(), least_us, bytes_us))
-    print(f"\n{'':30} {'registers':>9} {'spilled':>8} {'issued':>8} {'MUFU':>8} {'LSU':>8} {'us':>8} {'bytes us':>8}")
+    print(f"\n{'':36} {'registers':>9} {'spilled':>8} {'issued':>8} {'MUFU':>8} {'LSU':>8} {'us':>8} {'bytes us':>8}")
     for name, count, spilled, *numbers in table:
-        print(f"{name:30} {count:9} {spilled:8}", *(f"{x:8.1f}" for x in numbers))
-    print(f"{'together':75}", *(f"{sum(row[i] for row in table):8.1f}" for i in (6, 7)))
+        print(f"{name:36} {count:9} {spilled:8}", *(f"{x:8.1f}" for x in numbers))
+    print(f"{'total':81}", *(f"{sum(row[i] for row in table):8.1f}" for i in (6, 7)))
 
 
 if __name__ == "__main__":

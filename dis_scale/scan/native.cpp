@@ -49,7 +49,7 @@ struct Scan {  // one direction of one batch row and one block of channels
   const float* weights;    // vectors over the block's channels: A / ln 2 for each state, D, delta's bias
   float* starts;           // states at the beginning of the second chunk; null if no gradient is needed
   int64_t start_stride;    // distance to the next chunk's states
-  Offset next;              // what to prefetch
+  Offset next;             // what to prefetch
 };
 
 struct Gradients {  // of the same block: y is read; u, delta and z are written; the weights' sums are updated
@@ -62,15 +62,15 @@ struct Scratch {  // memory of one thread
   float *decays, *states;  // for four states
   float *delta, *delta_u, *slope, *dy, *d_delta_u, *d_delta;  // for each step of a chunk
   float *dB, *dC;  // per four states and step of a chunk: folded over lanes, summed over a group's blocks
-  bool accumulate;      // true if an earlier block of the group has written dB and dC: add to them
-  float* carry;    // per block of a group: gradient that the later chunks pass to its states
+  bool accumulate;  // true if an earlier block of the group has written dB and dC: add to them
+  float* carry;     // per block of a group: gradient that the later chunks pass to its states
 };
 
 struct Conv {
   int64_t length, taps;
   Rows x;
   const float* weights;  // vectors over the block's channels: one per tap, then the bias
-  Offset next;            // what to prefetch
+  Offset next;           // what to prefetch
 };
 
 struct Kernels {
