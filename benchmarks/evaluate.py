@@ -1,7 +1,8 @@
-"""How fast images become figures, against torch-fidelity's own loop: `python -m benchmarks.evaluate [images] [rounds]`.
+"""Speed of the metrics of images, compared with torch-fidelity's own loop: `python -m benchmarks.evaluate [images] [rounds]`.
 
-One JSON line a row, then a table. Both sides take turns on the same images, and the least time of each counts. Weights are
-seeded, in the published file's layout: what they are changes no time. Goals are ratios, so that they hold on another machine.
+Prints one JSON line per row, then a table. Both sides run in turn on the same images; the least time of each counts. Weights
+are random from a seed, in the published file's layout; their values do not affect the time. Goals are ratios, so that they
+hold on other machines.
 """
 
 import json
@@ -28,12 +29,12 @@ from dis_scale.evaluation.features import Extractor
 from dis_scale.evaluation.inception import CLASSES, Inception
 from dis_scale.evaluation.metrics import Frechet, Groups, fit, frechet
 
-SIZE, FEATURES = 64, 512  # pixels a side; features of the metrics' rows, where 2,048 would take minutes
-WIDE = 2200  # samples of the rows without a network
+SIZE, FEATURES = 64, 512  # pixels per side; features in the rows of the metrics: 2,048 would take minutes
+WIDE = 2200  # samples in the rows without a network
 
 
 class Row(NamedTuple):
-    """`ratio` of the peer's time and ours, the larger the better."""
+    """A comparison; `ratio` is the peer's time divided by ours, larger is better."""
 
     name: str
     job: str
@@ -80,7 +81,7 @@ def theirs(path: Path, a: np.ndarray, b: np.ndarray) -> None:
 
 
 def extraction(images: int, scratch: Path) -> dict[str, Job]:
-    """Both open the weights; ours gives sFID's spatial features beside, in the same pass."""
+    """Both load the weights. Ours also computes sFID's spatial features in the same pass."""
     path = scratch / "seeded.pth"
     torch.save(seeded_weights(), path)
     a, b = np.random.default_rng(0).integers(0, 256, (2, images, SIZE, SIZE, 3), dtype=np.uint8)
@@ -115,7 +116,7 @@ def metrics() -> dict[str, Job]:
 
 
 def least_times(jobs: dict[str, Job], rounds: int) -> dict[str, float]:
-    """Seconds."""
+    """Least time of each job, in seconds."""
     least = dict.fromkeys(jobs, float("inf"))
     for _ in range(rounds):
         for name, job in jobs.items():

@@ -1,6 +1,7 @@
 #!/bin/sh
-# All that needs a GPU, in under ten minutes: the tests of its kernels, then the benchmarks into benchmarks/results/NAME.json.
-# Most of the tests' time goes into compiling, half a minute a size and dtype: eight do it at once. Needs the dev extra.
+# Run everything that needs a GPU, in under ten minutes: the tests of its kernels, then the benchmarks into
+# benchmarks/results/NAME.json. Most of the tests' time is compilation, half a minute per size and dtype: eight run at once.
+# Needs the dev extra.
 #     sh benchmarks/gpu.sh h200            with another interpreter: PYTHON=.venv/bin/python sh benchmarks/gpu.sh h200
 set -e
 name=${1:?usage: sh benchmarks/gpu.sh NAME, for example h200}

@@ -1,9 +1,9 @@
-"""What the scan's Triton kernels cost by the count of their instructions: `python -m benchmarks.instructions`. Needs no GPU.
+"""Cost of the scan's Triton kernels by counting their instructions: `python -m benchmarks.instructions`. Needs no GPU.
 
-Compiled ahead for sm_90, bf16, L258 E2048 N16, which is DiS-L/2 at 256 pixels. Counted a state, step and warp of 32 channels,
-from the loops of the machine code; a warp's instruction takes a cycle of its scheduler, on the special-function units (MUFU)
-8, and in the load-store unit (LSU), which four schedulers share, 4. The largest of the three is a lower bound of the time, as
-are the bytes over 4.8 TB/s; both are given for B32 on an H200. Latencies are in neither.
+The kernels are compiled ahead for sm_90, bf16, L258 E2048 N16 (DiS-L/2 at 256 pixels). Counts are per state, step and warp of
+32 channels, from the loops of the machine code. An instruction of a warp takes one cycle of its scheduler, 8 on the
+special-function units (MUFU), and 4 in the load-store unit (LSU), which four schedulers share. The largest of the three sums
+is a lower bound of the time; the bytes at 4.8 TB/s are another. Both are given for B32 on an H200. Neither includes latency.
 """
 
 import json
@@ -24,56 +24,53 @@ B, L, E, N = 32, 258, 2048, 16
 SCHEDULERS, CLOCK_HZ, BYTES_PER_S = 132 * 4, 1.755e9, 4.8e12
 CYCLES = {"MUFU": 8, "LSU": 4}
 UNITS = {"MUFU": "MUFU", **dict.fromkeys(("LDG", "STG", "LDS", "STS", "LDL", "STL", "SHFL"), "LSU")}
-SCAN = {"LANES": LANES, "WARPS": WARPS, "CHUNK": CHUNK, "E": E, "L": L, "N": N, "GATED": True, "ROOM": CHUNK}
+SCAN = {"LANES": LANES, "WARPS": WARPS, "CHUNK": CHUNK, "E": E, "L": L, "N": N, "GATED": True, "STATE_ROWS": CHUNK}
 SCAN |= dict.fromkeys(("u_row", "delta_row", "z_row", "dy_row"), 2 * E)
-CONV = {"LANES": LANES, "ROWS": ROWS, "TAPS": 4, "L": L, "BACK": True, "ON": True}
-FLOAT32 = {"A", "BC", "warp_sums", "dBC", "parameters", "sums0", "sums1"}
+CONV = {"LANES": LANES, "ROWS": ROWS, "TAPS": 4, "L": L, "FORWARD": True, "BACKWARD": True}
+FLOAT32 = {"warp_sums", "dBC", "parameters", "sums0", "sums1"}
 
 
-def forward(join: bool, again: bool) -> dict[str, Any]:
-    return SCAN | {"REVERSE": join, "LEAVE": not join, "JOIN": join, "AGAIN": again}
+def forward(second: bool, for_backward: bool) -> dict[str, Any]:
+    return SCAN | {"REVERSE": second, "FIRST": not second, "SECOND": second, "FOR_BACKWARD": for_backward}
 
 
 KERNELS: dict[str, dict[str, Any]] = {
     "scan_forward, first": forward(False, False),
     "scan_forward, second": forward(True, False),
-    "scan_forward, first, again": forward(False, True),
-    "scan_forward, second, again": forward(True, True),
+    "scan_forward, first, for backward": forward(False, True),
+    "scan_forward, second, for backward": forward(True, True),
     "scan_backward": SCAN | {"REVERSE": True, "STATES": N},
     "conv_forward": CONV,
     "conv_backward": CONV,
 }
-"""What they are compiled with."""
+"""Compile-time constants of each kernel."""
 BYTES = {
     "scan_forward, first": 8,  # u, delta; y for the second
     "scan_forward, second": 12,  # u, delta, z; y of the first, out
-    "scan_forward, first, again": 12,  # u, delta; y; states
-    "scan_forward, second, again": 18,  # u, delta, z, dy; y of the first, dz; states
+    "scan_forward, first, for backward": 12,  # u, delta; y; states
+    "scan_forward, second, for backward": 18,  # u, delta, z, dy; y of the first, dz; states
     "scan_backward": 36,  # u, delta, z, dy; states, du, ddelta; parts of dB and dC, 128 channels in one; both directions
 }
-"""Read and written, an element of (B, L, E); what is read twice within a chunk comes from a cache."""
+"""Bytes read and written per element of (B, L, E). A second read within a chunk comes from a cache and does not count."""
 
 
 def compiled(name: str, capability: int, dtype: str) -> Any:
-    """As a launch on DiS-L/2 compiles it: all pointers are multiples of 16 bytes."""
+    """Compile a kernel as a launch with DiS-L/2 does: all pointers are multiples of 16 bytes."""
     module = triton_scan if name.startswith("scan") else triton_conv
     kernel, constants = getattr(module, name.split(",")[0]), KERNELS[name]
-    halves = "*fp32" if dtype == "fp32" or constants.get("AGAIN") is False else "*i16"
-    signature = {
-        argument: "constexpr"
-        if argument in constants
-        else "i32"
-        if argument == "E" or argument.endswith("_row")
-        else halves
-        if argument.endswith(("high", "low"))
-        else "*fp32"
-        if argument in FLOAT32
-        else f"*{dtype}"
-        for argument in kernel.arg_names
-    }
-    places = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
-    wide = {(i,): [["tt.divisibility", 16]] for i, key in enumerate(kernel.arg_names) if key not in constants}
-    source = ASTSource(kernel, signature=signature, constexprs=places, attrs=wide)
+    pointer, halves = f"*{dtype}", "*fp32" if dtype == "fp32" or constants.get("FOR_BACKWARD") is False else "*i16"
+    types: dict[str, str | tuple[str, ...]] = dict.fromkeys(kernel.arg_names, pointer)
+    types |= dict.fromkeys([name for name in kernel.arg_names if name == "E" or name.endswith("_row")], "i32")
+    types |= dict.fromkeys(FLOAT32, "*fp32") | dict.fromkeys(constants, "constexpr")
+    types |= {"inputs": (pointer, pointer, "*fp32", "*fp32", pointer, pointer), "gradients": (pointer, pointer)}
+    types |= dict.fromkeys(("y_halves", "h_halves"), (halves, halves))
+    signature = {name: types[name] for name in kernel.arg_names}
+    values = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
+    aligned: list[tuple[int, ...]] = []
+    for i, kind in enumerate(signature.values()):
+        aligned += [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
+    attributes = {path: [["tt.divisibility", 16]] for path in aligned if path not in values}
+    source = ASTSource(kernel, signature=signature, constexprs=values, attrs=attributes)
     warps = constants.get("WARPS", 1)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
@@ -92,15 +89,15 @@ class Registers(NamedTuple):
 
 
 def registers(program: Any) -> Registers:
-    """Of a thread."""
-    found = re.search(r"REG:(\d+) STACK:(\d+)", disassembled(program, "-res-usage"))
-    assert found
-    return Registers(int(found[1]), int(found[2]))
+    """Registers of a thread, and spilled bytes."""
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", disassembled(program, "-res-usage"))
+    assert usage
+    return Registers(int(usage[1]), int(usage[2]))
 
 
 def counted(program: Any, steps: int) -> dict[str, float]:
-    """Cycles a state, step and warp, all and by unit. The outer loop is over chunks; in the inner one are the `steps` of a
-    state, and of all of them unless it is a whole chunk."""
+    """Cycles per state, step and warp: in total and by unit. The outer loop is over chunks. The inner loop covers `steps`
+    steps, of one state if that is a whole chunk, otherwise of all states."""
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9]+)(.*?);", disassembled(program, "-sass"))
     code = [(int(at, 16), op, rest) for at, op, rest in lines]
     targets = [(at, re.search(r"0x([0-9a-f]+)", rest)) for at, op, rest in code if op == "BRA"]
@@ -127,10 +124,10 @@ def main() -> None:
         facts = {"cycles": cycles, "us": least_us, "bytes_an_element": moved, "bytes_us": bytes_us}
         print(json.dumps({"name": name, **used._asdict(), "shared_bytes": program.metadata.shared} | facts))
         table.append((name, *used, *cycles.values(), least_us, bytes_us))
-    print(f"\n{'':30} {'registers':>9} {'spilled':>8} {'issued':>8} {'MUFU':>8} {'LSU':>8} {'us':>8} {'bytes us':>8}")
+    print(f"\n{'':36} {'registers':>9} {'spilled':>8} {'issued':>8} {'MUFU':>8} {'LSU':>8} {'us':>8} {'bytes us':>8}")
     for name, count, spilled, *numbers in table:
-        print(f"{name:30} {count:9} {spilled:8}", *(f"{x:8.1f}" for x in numbers))
-    print(f"{'together':75}", *(f"{sum(row[i] for row in table):8.1f}" for i in (6, 7)))
+        print(f"{name:36} {count:9} {spilled:8}", *(f"{x:8.1f}" for x in numbers))
+    print(f"{'total':81}", *(f"{sum(row[i] for row in table):8.1f}" for i in (6, 7)))
 
 
 if __name__ == "__main__":

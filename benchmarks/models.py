@@ -1,7 +1,7 @@
-"""How fast a DiS trains on a CPU, against peers in the same run: `python -m benchmarks.models [rounds]`.
+"""Training speed of a DiS on a CPU, compared with peers in the same run: `python -m benchmarks.models [rounds]`.
 
 Forward and backward of DiS-S/2 and DiT-S/2 at 32x32 latents, four images, float32. The public loop is timed in one of
-DiS-S/2's 25 equal blocks, since the whole model takes minutes on it; products and all else of the block count, too.
+DiS-S/2's 25 equal blocks, since the complete model would take minutes. The row includes all operations of the block.
 """
 
 import json
@@ -16,8 +16,8 @@ from benchmarks.rows import Job, Row, measure, on_threads, report
 from benchmarks.scan import public_loop
 from dis_scale import scan
 from dis_scale.models import build
-from dis_scale.models.cost import cost
-from dis_scale.models.dis import Block
+from dis_scale.models.cost import price_model
+from dis_scale.models.dis import DiSBlock
 from dis_scale.recipe import Dis, Dit, LatentShape
 from dis_scale.recipe.presets import preset
 from dis_scale.scan import Direction, choose, reference
@@ -28,7 +28,7 @@ DIS, DIT = Dis(**preset("DiS-S/2")), Dit(**preset("DiT-S/2"))
 
 
 def loop(direction: Direction, reverse: bool) -> Tensor:
-    """The public loop, flipped as the public code flips."""
+    """The public loop; the reversed direction is flipped as in the public code."""
     if not reverse:
         return public_loop(direction)
     u, delta, A, B, C, D, bias = direction
@@ -36,7 +36,7 @@ def loop(direction: Direction, reverse: bool) -> Tensor:
 
 
 def step(settings: Dis | Dit) -> Job:
-    """Forward and backward of the model."""
+    """A job: forward and backward of the model."""
     model = build(settings, SHAPE, CLASSES)
     x, t, y = torch.randn(IMAGES, 4, 32, 32), torch.rand(IMAGES) * 1000, torch.randint(0, CLASSES, (IMAGES,))
     weights = list(model.parameters())
@@ -44,9 +44,9 @@ def step(settings: Dis | Dit) -> Job:
 
 
 def block(backend: str) -> Job:
-    """Forward and backward of one block of the DiS, the residual stream included."""
+    """A job: forward and backward of one DiS block, including the residual stream."""
     torch.manual_seed(0)
-    one = Block(DIS, backend, skip=False)
+    one = DiSBlock(DIS, backend, skip=False)
     h, r = (torch.randn(IMAGES, 258, DIS.width, requires_grad=True) for _ in range(2))
     wanted = [h, r, *one.parameters()]
 
@@ -82,7 +82,7 @@ def main(rounds: int = 5) -> None:
         "block, reference": block("reference"),
         "block, public loop": on_the_public_loop(block("reference")),
     }
-    work = cost(DIS, SHAPE, CLASSES).gmacs_training, cost(DIT, SHAPE, CLASSES).gmacs_training
+    work = price_model(DIS, SHAPE, CLASSES).gmacs_training, price_model(DIT, SHAPE, CLASSES).gmacs_training
     rows = [
         Row("DiS-S/2, a block, against the public loop", "block", "block, public loop", 50, True),
         Row("DiS-S/2, a block, against our reference", "block", "block, reference", None, True),

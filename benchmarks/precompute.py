@@ -1,8 +1,8 @@
-"""How near precompute comes to the VAE alone, and to other ways to decode ahead: `python -m benchmarks.precompute [rounds]`.
+"""Speed of precompute, compared with the VAE alone and other ways to decode ahead: `python -m benchmarks.precompute [rounds]`.
 
-One JSON line a row, then a table. The yardstick is the VAE on decoded tensors; each way is given the same JPEGs of ImageNet's size
-and one thread for the VAE. Ours does all of it, packing and writing shards included; the peers only hand decoded batches to the
-VAE. All are timed in turn, round after round, and the least time of each counts: what else the machine does can only add.
+Prints one JSON line per row, then a table. The baseline is the VAE on decoded tensors. Every way gets the same JPEGs of
+ImageNet's size and one thread for the VAE. Ours includes packing and writing shards; the peers only pass decoded batches to the
+VAE. All are timed in turn, round after round. The least time of each counts, since other work can only add time.
 """
 
 import functools
@@ -34,13 +34,13 @@ from dis_scale.vae import Vae
 
 IMAGES, CLASSES, RESOLUTION, BATCH = 192, 2, 64, 32
 WIDTHS = (32, 64, 64)
-"""A VAE that takes some four times as long over an image and its mirror image as one core takes to decode it."""
+"""Widths of a VAE that needs about four times as long for an image and its horizontal flip as one core needs to decode it."""
 GOAL = 0.9
 EMBEDDED = Path(__file__).parent.parent / "configs" / "digits.yaml"
 
 
 def photos(root: Folder) -> None:
-    """JPEGs of 500 x 375 pixels and some 80 kB: smooth shapes and a little noise."""
+    """Write JPEGs of 500 x 375 pixels and about 80 kB: smooth shapes and a little noise."""
     rng = np.random.default_rng(0)
     for i in range(IMAGES):
         shapes = Image.fromarray(rng.integers(0, 255, (47, 63, 3), dtype=np.uint8)).resize((500, 375))
@@ -67,7 +67,7 @@ def chunks(names: list[str], size: int) -> list[list[str]]:
 
 
 def feed(encoder: Vae, batch: int, pieces: Iterator[np.ndarray]) -> None:
-    """Encodes what comes in batches of `batch`."""
+    """Encode the pieces as they arrive, in batches of `batch`."""
     waiting: list[np.ndarray] = []
     for piece in pieces:
         waiting.append(piece)
@@ -82,8 +82,8 @@ def alone(encoder: Vae, decoded: np.ndarray, batch: int) -> None:
 
 
 @dataclass(frozen=True)
-class Watched(Vae):
-    """A VAE that counts its seconds."""
+class TimedVae(Vae):
+    """A VAE that measures its time."""
 
     seconds: list[float] = field(default_factory=list)
 
@@ -95,11 +95,11 @@ class Watched(Vae):
 
 
 def ours(setup: Setup, waited: list[float]) -> None:
-    """All of precompute; notes the share of its time in which the VAE did not work."""
-    watched, start = Watched(setup.vae.net), time.perf_counter()
+    """Run precompute; append the share of its time in which the VAE was idle."""
+    timed, start = TimedVae(setup.vae.net), time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        put_shards(replace(setup, vae=watched), open_folder(scratch), setup.numbers, lambda _: None)
-    waited.append(1 - sum(watched.seconds) / (time.perf_counter() - start))
+        put_shards(replace(setup, vae=timed), open_folder(scratch), setup.numbers, lambda _: None)
+    waited.append(1 - sum(timed.seconds) / (time.perf_counter() - start))
 
 
 def one_after_another(setup: Setup, decode: Callable[[list[str]], np.ndarray], names: list[str]) -> None:

@@ -1,13 +1,15 @@
-"""How fast latents are read, against peers in the same run: `python -m benchmarks.reader [rounds]`.
+"""Speed of reading latents, compared with peers in the same run: `python -m benchmarks.reader [rounds]`.
 
-One JSON line a row, then a table. A job is one epoch of 8,192 shuffled samples of Stable Diffusion's shape in batches of 64, each
-the moments of the image or of its mirror image and the label, from opening the set to the last batch, nothing kept in between.
-All jobs run in turn, round after round; medians count, and ratios are taken within a round. Ours holds each shard against its
-sha256, the peers check nothing; each peer counts with the better of no worker and two worker processes.
+Prints one JSON line per row, then a table. A job is one epoch of 8,192 shuffled samples of Stable Diffusion's shape in batches of
+64, from opening the set to the last batch; nothing is cached. A sample is the label and the moments of the image or of its
+horizontal flip. All jobs run in turn, round after round; medians count, and ratios are taken within a round. Ours checks each
+shard's sha256, the peers check nothing. A peer's result is the better of no worker and two worker processes.
 
-MosaicML Streaming 0.13 wants numpy below 2.2, against our pin, so it cannot be an extra of this package. It runs all the same: in a
-copy of the environment, `pip install --no-deps mosaicml-streaming==0.13.0 xxhash zstd python-snappy cramjam Brotli catalogue
-paramiko s3transfer boto3==1.43.117 "transformers<5" "huggingface_hub<1" "tokenizers<0.23"`. Without it its rows say so.
+MosaicML Streaming 0.13 requires numpy below 2.2, which conflicts with our pin, so it is not an extra of this package. Without
+it, its rows read "not installed". It still runs in a copy of the environment:
+
+    pip install --no-deps mosaicml-streaming==0.13.0 xxhash zstd python-snappy cramjam Brotli catalogue paramiko s3transfer \\
+        boto3==1.43.117 "transformers<5" "huggingface_hub<1" "tokenizers<0.23"
 """
 
 import contextlib
@@ -74,8 +76,8 @@ def epoch(latents: Latents, rng: np.random.Generator) -> int:
     return total
 
 
-def all_draws(at: Folder) -> int:
-    """Micro-batches as training gets them: posterior sample and noise drawn, too."""
+def micro_batches(at: Folder) -> int:
+    """Micro-batches as in training, including posterior samples and noise."""
     latents = Latents(at, 0)
     for step in range(latents.order.total // BATCH):
         micro_batch(latents, step, 0, batch=BATCH, lanes=1, seed=0, mirror=True, label_dropout=0.1)
@@ -90,7 +92,7 @@ def collated(samples: Iterable[tuple[np.ndarray, int]]) -> tuple[torch.Tensor, t
 
 
 def webdataset_pipeline(at: Folder) -> Any:
-    """As its documentation has it, each shard read whole by our storage, which WebDataset itself lacks for `s3://`."""
+    """As in its documentation. Our storage reads each shard at once, since WebDataset cannot read `s3://`."""
 
     def opened(urls: Iterator[dict[str, str]]) -> Iterator[dict[str, Any]]:
         for url in urls:
@@ -126,7 +128,7 @@ def write_streaming(at: Path) -> None:
 
 
 def streaming(at: str, workers: int) -> int:
-    """With its own shuffle (py1e) and loader, its copies in a fresh folder where `at` is remote."""
+    """With its own shuffle (py1e) and loader; local copies in a new folder if `at` is remote."""
     from streaming import StreamingDataLoader, StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
 
@@ -143,7 +145,7 @@ def as_pairs(samples: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def training_step() -> tuple[str, float]:
-    """The model of the embedded example with the most images/s forward, backward and AdamW; batch and threads as its rank has."""
+    """The fastest model of the embedded example: name and images/s of forward, backward and AdamW, with its batch and threads."""
     recipe = reading.load(DIGITS)
     found = {name: images_per_s(recipe, name) for name in recipe.models}
     name = max(found, key=found.__getitem__)
@@ -155,7 +157,7 @@ def images_per_s(recipe: Recipe, name: str, least_s: float = 1.0) -> float:
     model = models.build(recipe.models[name], shape, 10, scan="auto", checkpointing="none", seed=0)
     process, optimizer = diffusion.build(recipe.diffusion), torch.optim.AdamW(model.parameters(), fused=True)
     x, noise, y = torch.randn(n, *shape[:1], shape.size, shape.size), torch.randn(n, 4, 8, 8), torch.zeros(n).long()
-    t_B = process.draw_times(np.random.default_rng(0), n)
+    t_B = process.sample_times(np.random.default_rng(0), n)
 
     def step() -> None:
         process.losses(lambda x_BCHW, t: model(x_BCHW, t, y), x, t_B, noise).total.mean().backward()
@@ -171,16 +173,16 @@ def images_per_s(recipe: Recipe, name: str, least_s: float = 1.0) -> float:
 
 
 def jobs(at: Path, bucket: str | None) -> dict[str, Job]:
-    """By name; peers that stand in for each other differ in the words after the last comma."""
+    """Jobs by name. Alternatives of one peer differ only after the last comma."""
     made, small = make(open_folder(at / "latents"), SHAPE), make(open_folder(at / "small"), SMALL)
     kept = Latents(made, 0, keep_all=True)
     has_streaming = importlib.util.find_spec("streaming") is not None
     result: dict[str, Job] = {
         "disk, ours": partial(ours, made),
-        "disk, ours with all draws": partial(all_draws, made),
+        "disk, ours with all draws": partial(micro_batches, made),
         "memory, ours": partial(epoch, kept, np.random.default_rng(0)),
         "small, ours": partial(ours, small),
-        "small, ours with all draws": partial(all_draws, small),
+        "small, ours with all draws": partial(micro_batches, small),
     }
     for workers in (0, 2):
         result[f"disk, WebDataset, {workers} workers"] = partial(webdataset, made, workers)
@@ -210,7 +212,7 @@ def copy(source: Path, to: Folder) -> None:
 
 @contextlib.contextmanager
 def store() -> Iterator[str | None]:
-    """A bucket of Ceph's gateway, the tests' own; None where it is not installed."""
+    """A bucket of Ceph's gateway, as in the tests; None if it is not installed."""
     if object_store.missing():
         yield None
         return
@@ -237,7 +239,7 @@ def measured(at: Path, bucket: str | None, rounds: int) -> tuple[dict[str, list[
 
 
 def speed_of(name: str, job: Job) -> list[float]:
-    """Samples/s; nothing where a peer fails, which is said: Streaming's workers now and then trip over each other's downloads."""
+    """Samples/s; empty if a peer fails, which is printed: Streaming's workers sometimes collide in their downloads."""
     began = time.perf_counter()
     try:
         return [job() / (time.perf_counter() - began)]
@@ -249,8 +251,8 @@ def speed_of(name: str, job: Job) -> list[float]:
 
 
 def compared(speeds: dict[str, list[float]], ours: str, peer: str) -> tuple[float, float] | None:
-    """Samples/s of the peer's better way, and the ratio of ours to it, both medians; None where it was not measured."""
-    ways = {name: statistics.median(found) for name, found in speeds.items() if name.startswith(peer) and found}
+    """Samples/s of the peer's better alternative, and the ratio of ours to it (medians); None if not measured."""
+    ways = {name: statistics.median(rates) for name, rates in speeds.items() if name.startswith(peer) and rates}
     if not ways or ours not in speeds:
         return None
     best = max(ways, key=ways.__getitem__)
@@ -258,21 +260,21 @@ def compared(speeds: dict[str, list[float]], ours: str, peer: str) -> tuple[floa
 
 
 def main(rounds: int = 5) -> None:
-    logging.disable(logging.ERROR)  # forked workers close connections that they never opened, and asyncio complains
+    logging.disable(logging.ERROR)  # forked workers close connections that they did not open, and asyncio logs errors
     at = Path(tempfile.mkdtemp(prefix="reader-"))
     try:
         with store() as bucket:
             speeds, step = measured(at, bucket, rounds)
     finally:
         shutil.rmtree(at)
-    for name, found in speeds.items():
-        if not found:
+    for name, rates in speeds.items():
+        if not rates:
             continue
         shape = SMALL if "small" in name or name == STEP else SHAPE
-        rate = statistics.median(found)
+        rate = statistics.median(rates)
         print(json.dumps({
             "name": name, "samples_per_s": rate, "mb_per_s": rate * 2 * int(np.prod(shape)) / 1e6,
-            "least": min(found), "most": max(found),
+            "least": min(rates), "most": max(rates),
         }))  # fmt: skip
     print(f"\n{'':60} {'ours/s':>10} {'peer/s':>10} {'ratio':>7}  goal   (fastest step: {step})")
     rows = [
@@ -281,9 +283,9 @@ def main(rounds: int = 5) -> None:
     ]
     for mine, peer, goal in [*rows, ("small, ours", STEP, 10.0), ("small, ours with all draws", STEP, 10.0)]:
         label = f"{mine}, against {peer.rpartition(', ')[2]}"[:60]
-        if found := compared(speeds, mine, peer):
-            rate, ratio = statistics.median(speeds[mine]), found[1]
-            print(f"{label:60} {rate:10,.0f} {found[0]:10,.0f} {ratio:7.2f}  {verdict(ratio, goal, True)}")
+        if result := compared(speeds, mine, peer):
+            rate, (peer_rate, ratio) = statistics.median(speeds[mine]), result
+            print(f"{label:60} {rate:10,.0f} {peer_rate:10,.0f} {ratio:7.2f}  {verdict(ratio, goal, True)}")
         else:
             print(f"{label:60} not installed")
 

@@ -1,6 +1,6 @@
-"""Runs benchmarks and keeps their rows with machine, versions and date: `python -m benchmarks.record NAME MODULE ...`.
+"""Run benchmarks and record their rows with machine, versions and date: `python -m benchmarks.record NAME MODULE ...`.
 
-What they print passes through; `benchmarks/results/NAME.json` has each module's JSON lines, and says so where one failed.
+Their output is shown as it comes. `benchmarks/results/NAME.json` gets each module's JSON lines, and its failure, if any.
 """
 
 import datetime
@@ -29,7 +29,7 @@ PACKAGES = (
 
 
 def machine() -> dict[str, Any]:
-    """What it was measured on."""
+    """Date, machine and versions."""
     return {
         "date": datetime.date.today().isoformat(), "processor": processor(), "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "python": platform.python_version(),
@@ -50,16 +50,16 @@ def installed(package: str) -> str | None:
 
 
 def rows(module: str) -> list[dict[str, Any]]:
-    """A benchmark's JSON lines, as they come to the terminal too."""
-    found: list[dict[str, Any]] = []
+    """Run a benchmark, print its output, and return its JSON lines."""
+    lines: list[dict[str, Any]] = []
     command = [sys.executable, "-m", f"benchmarks.{module}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
         for line in running.stdout:
             print(line, end="", flush=True)
             if line.startswith("{"):
-                found.append(json.loads(line))
-    return found if running.returncode == 0 else [*found, {"failed": running.returncode}]
+                lines.append(json.loads(line))
+    return lines if running.returncode == 0 else [*lines, {"failed": running.returncode}]
 
 
 def main(name: str, *modules: str) -> None:

@@ -1,8 +1,8 @@
-"""What resume points cost: `python -m benchmarks.resume_points [folder]`; the folder is where they are written, a scratch one else.
+"""Cost of resume points: `python -m benchmarks.resume_points [folder]`. They are written to the folder, by default a scratch one.
 
-First the pause, as training itself says it, at three sizes on two ranks that save every tenth step. Then the rates of what a rank
-does for one resume point, on as many bytes as one of 64 ranks holds of DiS-H (907 M parameters, four float32 states:
-14.5 GB), and from them the times at 8 and at 64 ranks: training stands still for the clone, the rest is a thread's.
+First the pause that training itself logs, at three sizes on two ranks that save every tenth step. Then the rates of a rank's work
+for one resume point, on the bytes that one of 64 ranks holds of DiS-H (907 M parameters, four float32 states: 14.5 GB), and from
+them the times at 8 and 64 ranks. Training pauses only for the clone; a thread does the rest.
 """
 
 import sys
@@ -22,7 +22,7 @@ from tests.conftest import TINY
 from tests.support import ranks
 
 WIDTHS = {48: 2, 192: 4, 384: 6}
-"""Width and depth of the models that are trained."""
+"""Width and depth of the trained models."""
 T = TypeVar("T")
 STATES, FLOAT32 = 4, 4
 H_PARAMETERS = 907_000_000
@@ -30,7 +30,7 @@ RANKS = (8, 64)
 
 
 def pauses(at: Path) -> None:
-    """Trains each size; the job's last line says how long it stood still, and how long a step takes."""
+    """Train each size. The job's last line reports its pauses and the time of a step."""
     for width, depth in WIDTHS.items():
         model = f"models={{dit: {{kind: dit, width: {width}, depth: {depth}, heads: 6, patch: 2}}}}"
         how = [
@@ -45,7 +45,7 @@ def pauses(at: Path) -> None:
 
 
 def rates(at: Folder) -> dict[str, float]:
-    """Bytes a second of the clone, of bytes with their hash, and of the write."""
+    """Bytes per second of the clone, of serialisation with hashing, and of the write."""
     flat = torch.randn(H_PARAMETERS // RANKS[-1])
     clone, clone_s = timed(lambda: flat.detach().to("cpu", copy=True))
 
@@ -61,7 +61,7 @@ def rates(at: Folder) -> dict[str, float]:
 
 
 def timed(work: Callable[[], T]) -> tuple[T, float]:
-    """The work's result, and the shortest of three times."""
+    """Run `work` three times; return its result and the least time in seconds."""
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
@@ -81,8 +81,8 @@ def main() -> None:
             share = H_PARAMETERS * STATES * FLOAT32 / ranks
             after = sum(share / rate for part, rate in found.items() if part != "clone")
             print(
-                f"DiS-H, {ranks} ranks: {share / 1e9:.2f} GB a rank: training stands still {share / found['clone']:.2f} s, "
-                f"then {after:.1f} s beside it"
+                f"DiS-H, {ranks} ranks: {share / 1e9:.2f} GB a rank: training pauses {share / found['clone']:.2f} s, "
+                f"then {after:.1f} s in the background"
             )
 
 

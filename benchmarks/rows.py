@@ -1,7 +1,7 @@
-"""Rows of a benchmark: jobs timed in turn, ratios of pairs, one JSON line a row and a table at the end.
+"""Rows of a benchmark: jobs timed in turn, ratios of pairs, one JSON line per row and a table at the end.
 
-In each round every job runs up to ten times, its least time counts, and a row's pair stands side by side in time; the row's
-ratio is the median of the rounds' ratios. Goals are ratios, so that they hold on another machine of the same kind.
+In each round every job runs up to ten times and its least time counts, so that the two jobs of a row are timed close together. A
+row's ratio is the median of the rounds' ratios. Goals are ratios, so that they hold on another machine of the same kind.
 """
 
 import json
@@ -14,13 +14,13 @@ import torch
 
 Job = Callable[[], Any]
 SLOW_S = 6.0
-"""A job that takes longer runs once in all."""
+"""A slower job runs only once, in seconds."""
 
 
 class Row(NamedTuple):
-    """`ratio` of the peer's time and ours, the larger the better where `at_least`, else ours and the peer's.
+    """A comparison. `ratio` is the peer's time divided by ours if `at_least` (larger is better), else ours by the peer's.
 
-    Both times are divided by their job's work, where `work` names it: multiply-adds, tokens.
+    Both times are first divided by the work of their job (`work`), such as multiply-adds or tokens.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 def on_threads(count: int, job: Job) -> Job:
-    """The job on so many threads."""
+    """The job on `count` threads."""
 
     def run() -> None:
         before = torch.get_num_threads()
@@ -48,7 +48,7 @@ def on_threads(count: int, job: Job) -> Job:
 
 
 def measure(jobs: dict[str, Job], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each job, one number a round. A job runs for half a second in each round, and ten times at most."""
+    """Times of each job in seconds, one per round. In a round a job runs for half a second, at most ten times."""
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for name, job in jobs.items():
         first = _timed(job)
@@ -67,7 +67,7 @@ def measure(jobs: dict[str, Job], rounds: int) -> dict[str, list[float]]:
 
 
 def least_times(jobs: dict[str, Job], rounds: int) -> dict[str, float]:
-    """Seconds, one number a job: its least, since other work can only add; the first round warms up."""
+    """Least time of each job in seconds, since other work can only add time. The first round is a warm-up."""
     least = dict.fromkeys(jobs, float("inf"))
     for turn in range(rounds + 1):
         for name, job in jobs.items():
@@ -86,7 +86,7 @@ def _timed(job: Job) -> float:
 def report(
     rows: list[Row], times: dict[str, list[float]], more: list[tuple[str, float, float | None]] | None = None
 ) -> None:
-    """Prints the rows; `more` are ratios measured otherwise: a name, the ratio, the most that it may be."""
+    """Print the rows. `more` are other ratios: name, ratio, largest allowed ratio."""
     table = []
     for row in rows:
         pairs = [row.ratio(*pair) for pair in zip(times[row.job], times[row.peer], strict=False)]

@@ -1,6 +1,6 @@
-"""How fast the scan is, against peers in the same run: `python -m benchmarks.scan [rounds]`.
+"""Speed of the scan, compared with peers in the same run: `python -m benchmarks.scan [rounds]`.
 
-On the CPU; each row is a median of pairs (rows.py), and what takes more than six seconds runs once.
+On the CPU. Each row is a median of pairs (rows.py). A job that takes more than six seconds runs once.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from dis_scale.scan import Direction, choose, native, selective_scan, two_way_co
 B, L, E, N, TAPS = 4, 258, 736, 16, 4  # DiS-S/2 of the public code at 32x32 latents, four images
 SMALL = (32, 18, 128)  # B, L, E of the embedded example
 ISAS = ("plain", "avx2", "avx512")
-LENGTHS = {66: 62, 258: 16, 1026: 4, 4098: 1}  # and so many sequences: about as many tokens each time
+LENGTHS = {66: 62, 258: 16, 1026: 4, 4098: 1}  # length: sequences; about the same number of tokens each
 
 
 ROWS = [
@@ -36,7 +36,7 @@ ROWS = [
 
 
 def direction(B: int, L: int, E: int) -> Direction:
-    """As early in training: A = -1..-N, delta around 0.05."""
+    """Inputs as early in training: A = -1..-N, delta around 0.05."""
     A_EN = -torch.arange(1.0, N + 1).repeat(E, 1)
     rows = [torch.randn(B, L, X) for X in (E, E, N, N)]
     tensors = Direction(rows[0], rows[1], A_EN, rows[2], rows[3], torch.ones(E), torch.full((E,), -3.0))
@@ -53,7 +53,7 @@ def training(d: Direction, dy_BLE: Tensor, backend: str) -> None:
 
 
 def public_loop(d: Direction) -> Tensor:
-    """As state-spaces/mamba's selective_scan_ref, what its users have on a CPU: all decays first, then the loop."""
+    """The scan as in state-spaces/mamba's selective_scan_ref, which runs on a CPU: all decays first, then the loop."""
     delta = torch.nn.functional.softplus(d.delta_BLE + d.delta_bias_E)
     decay_BLEN = torch.exp(torch.einsum("ble,en->blen", delta, d.A_EN))
     input_BLEN = torch.einsum("ble,bln,ble->blen", delta, d.B_BLN, d.u_BLE)
@@ -65,7 +65,7 @@ def public_loop(d: Direction) -> Tensor:
 
 
 def mixer(B: int, L: int, E: int) -> Job:
-    """What the mixer does between its products, forward and backward: convolution, softplus, both scans, gate."""
+    """The mixer between its products, forward and backward: convolution, softplus, both scans, gate."""
     x, z = (half.detach().requires_grad_() for half in torch.randn(B, L, 2 * E).chunk(2, -1))
     w, b, w_back, b_back = (torch.randn(shape, requires_grad=True) for shape in ((E, TAPS), (E,)) * 2)
     front, back, dy = direction(B, L, E), direction(B, L, E), torch.randn(B, L, E)
@@ -115,7 +115,7 @@ def jobs() -> dict[str, Job]:
 
 
 def flatness(times: dict[str, list[float]]) -> tuple[str, float, float]:
-    """The dearest length's time a token over the cheapest's, of each the least: the spread of noisy times is never 1."""
+    """Time per token of the slowest length over the fastest, from least times: the spread of noisy times is never 1."""
     a_token = [min(times[f"mixer, {length} tokens"]) / (length * batch) for length, batch in LENGTHS.items()]
     return "time a token, dearest of 66..4098 over cheapest", max(a_token) / min(a_token), 1.15
 

@@ -1,7 +1,7 @@
-"""The two-way scan on a GPU, against mamba-ssm's run twice with flips: `python -m benchmarks.scan_gpu [rounds]`.
+"""Speed of the two-way scan on a GPU, compared with mamba-ssm's scan twice with flips: `python -m benchmarks.scan_gpu [rounds]`.
 
-bf16, B32 L258 E2048 N16, which is DiS-L/2 at 256 pixels; forward and backward, softplus and gate included, the convolution not.
-The share of bandwidth is of the bytes that must move, each input, output and gradient once, and of what a copy reaches.
+bf16, B32 L258 E2048 N16 (DiS-L/2 at 256 pixels); forward and backward with softplus and gate, without the convolution. The share
+of bandwidth counts the bytes that must move, each input, output and gradient once, relative to the bandwidth of a copy.
 """
 
 import json
@@ -16,14 +16,14 @@ from dis_scale.scan import Direction, choose, two_way_scan
 
 B, L, E, N = 32, 258, 2048, 16
 LENGTHS = {66: 125, 258: 32, 1026: 8, 4098: 2}
-"""And so many sequences: about as many tokens each time."""
+"""Sequence length: number of sequences; about the same number of tokens each."""
 REPEATS = 20
-"""Calls between two looks at the clock, which wait for the GPU."""
+"""Calls between two readings of the clock, which wait for the GPU."""
 DEVICE, DTYPE = "cuda", torch.bfloat16
 
 
 def direction(batch: int, length: int) -> Direction:
-    """As early in training: A = -1..-N, delta around 0.05."""
+    """Inputs as early in training: A = -1..-N, delta around 0.05."""
     rows = [torch.randn(batch, length, width, device=DEVICE, dtype=DTYPE) for width in (E, E, N, N)]
     A_EN = -torch.arange(1.0, N + 1, device=DEVICE).repeat(E, 1)
     ends = torch.ones(E, device=DEVICE), torch.full((E,), -3.0, device=DEVICE)
@@ -45,20 +45,20 @@ def operands(batch: int, length: int) -> tuple[Direction, Direction, Tensor, Ten
 
 
 def scan(backend: str, batch: int, length: int) -> Job:
-    """Forward and backward of the gated two-way scan."""
+    """A job: forward and backward of the gated two-way scan."""
     front, back, z, dy = operands(batch, length)
     return repeated(lambda: torch.autograd.grad(two_way_scan(front, back, z, backend=backend), [*front, *back, z], dy))
 
 
 def moved_bytes() -> int:
-    """Inputs read in both passes, y written, dy read, every gradient written."""
+    """Bytes that must move: inputs read in both passes, y written, dy read, every gradient written."""
     front, back, z, dy = operands(B, L)
     inputs = sum(x.nbytes for x in (*front, *back, z))
     return 3 * inputs + 2 * dy.nbytes
 
 
 def copy(size: int) -> Job:
-    """Reads and writes `size` bytes in all."""
+    """A job: a copy that reads and writes `size` bytes in total."""
     source = torch.empty(size // 2, dtype=torch.uint8, device=DEVICE)
     into = torch.empty_like(source)
     return repeated(lambda: into.copy_(source))
@@ -83,7 +83,7 @@ def main(rounds: int = 5) -> None:
         work = float(batch * length), float(B * L)
         rows.append(Row(f"time a token, {length} against {L}", f"length {length}", f"length {L}", 1.15, False, work))
     times = measure(jobs, rounds)
-    report(rows, {name: [t / REPEATS for t in found] for name, found in times.items()})
+    report(rows, {name: [t / REPEATS for t in seconds] for name, seconds in times.items()})
     print(json.dumps({"name": "bandwidth of a copy", "tb_per_s": moved * REPEATS / min(times["copy"]) / 1e12}))
 
 

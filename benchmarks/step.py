@@ -1,7 +1,7 @@
-"""What a step costs by what is recomputed, and against DiT: `python -m benchmarks.step [rounds]`.
+"""Cost of a step by checkpointing mode, and compared with DiT: `python -m benchmarks.step [rounds]`.
 
-Forward and backward at 256 pixels: on a GPU DiS-L/2 and DiT-L/2, 32 images in bf16; on a CPU S/2, four in fp32. Memory is what the
-two add to the model and its gradients, by the allocator's count.
+Forward and backward at 256 pixels: on a GPU DiS-L/2 and DiT-L/2, 32 images in bf16; on a CPU S/2, four in fp32. Memory is the peak
+that a step adds to the model and its gradients, as counted by the allocator.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from torch.profiler import profile
 from benchmarks.rows import Job, Row, least_times, report
 from dis_scale import models
 from dis_scale.models import Backbone
-from dis_scale.models.cost import cost
+from dis_scale.models.cost import price_model
 from dis_scale.recipe import Dis, Dit, LatentShape
 from dis_scale.recipe.presets import preset
 from dis_scale.scan import choose
@@ -25,7 +25,7 @@ from dis_scale.training.throughput import peak_flops, synchronize
 SHAPE, CLASSES = LatentShape(4, 32), 1000
 KINDS = ("none", "block", "every_2", "selective")
 TIME, MEMORY = {"block": 1.38, "selective": 1.15}, {"block": 1 / 3}
-"""Goals, over `none`."""
+"""Goals: largest ratio to `none`."""
 PER_GMAC, MFU = {"cpu": 0.8, "cuda": 0.7}, {"cpu": None, "cuda": 0.4}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU, ON_CPU = ("L/2", 32, torch.bfloat16, "bf16"), ("S/2", 4, torch.float32, "fp32")
@@ -34,15 +34,15 @@ DIS, DIT = Dis(**preset(f"DiS-{SIZE}")), Dit(**preset(f"DiT-{SIZE}"))
 
 
 def model(settings: Dis | Dit) -> Backbone:
-    """With gradients, which a step adds to."""
+    """A model with gradients, to which a step adds."""
     made = models.build(settings, SHAPE, CLASSES).to(DEVICE, DTYPE)
     for p in made.parameters():
         p.grad = torch.zeros_like(p)
     return made
 
 
-def step(model: Backbone, checkpointing: str) -> Job:
-    """Forward and backward."""
+def step_job(model: Backbone, checkpointing: str) -> Job:
+    """A job: forward and backward."""
     x = torch.randn(BATCH, *SHAPE[:1], SHAPE.size, SHAPE.size, device=DEVICE)
     t, y = torch.rand(BATCH, device=DEVICE), torch.zeros(BATCH, dtype=torch.int64, device=DEVICE)
 
@@ -55,8 +55,8 @@ def step(model: Backbone, checkpointing: str) -> Job:
 
 
 def added_bytes(dis: Backbone, checkpointing: str) -> int:
-    """What a step adds at its peak, as PyTorch's allocator counts it."""
-    job = step(dis, checkpointing)
+    """Bytes that a step adds at its peak, as counted by PyTorch's allocator."""
+    job = step_job(dis, checkpointing)
     job()
     if DEVICE.type == "cpu":
         return peak_of_a_cpu(job)
@@ -67,7 +67,7 @@ def added_bytes(dis: Backbone, checkpointing: str) -> int:
 
 
 def peak_of_a_cpu(job: Job) -> int:
-    """From the profiler's trace, which has each allocation and each release in the order of time."""
+    """Peak memory from the profiler's trace, which has every allocation and release in order of time."""
     with profile(profile_memory=True, acc_events=True) as seen:
         job()
     with tempfile.NamedTemporaryFile(suffix=".json") as trace:
@@ -87,8 +87,8 @@ def main(rounds: int = 10) -> None:
     dis = model(DIS)
     added = {kind: added_bytes(dis, kind) for kind in KINDS}
     print(json.dumps({"added_gib": {kind: size / 2**30 for kind, size in added.items()}}))
-    seconds = least_times({kind: step(dis, kind) for kind in KINDS} | {"DiT": step(model(DIT), "none")}, rounds)
-    work = [BATCH * cost(settings, SHAPE, CLASSES).gmacs_training for settings in (DIS, DIT)]
+    seconds = least_times({kind: step_job(dis, kind) for kind in KINDS} | {"DiT": step_job(model(DIT), "none")}, rounds)
+    work = [BATCH * price_model(settings, SHAPE, CLASSES).gmacs_training for settings in (DIS, DIT)]
     rows = [Row(f"checkpointing {kind}, time", kind, "none", TIME.get(kind), False) for kind in KINDS[1:]]
     rows += [
         Row(

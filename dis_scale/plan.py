@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from dis_scale.models.cost import Cost, cost
+from dis_scale.models.cost import Cost, price_model
 from dis_scale.recipe import LatentShape, Recipe
 from dis_scale.training.engine import kinds
 
@@ -33,7 +33,9 @@ class Plan:
 def plan(recipe: Recipe, shape: LatentShape) -> Plan:
     """The plan of a recipe whose latents have this shape; UserError for a model that does not fit them."""
     return Plan(
-        recipe, shape, {name: cost(model, shape, recipe.data.num_classes) for name, model in recipe.models.items()}
+        recipe,
+        shape,
+        {name: price_model(model, shape, recipe.data.num_classes) for name, model in recipe.models.items()},
     )
 
 

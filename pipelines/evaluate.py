@@ -25,8 +25,7 @@ from dis_scale.evaluation import held_out, measure, reference, results
 from dis_scale.evaluation.results import Drawn
 from dis_scale.evaluation.sample import Block, arranged, grid, grid_columns, labels_of, open_studio
 from dis_scale.recipe import Evaluate, Recipe
-from dis_scale.storage import lease, manifest
-from dis_scale.storage.folder import Folder
+from dis_scale.storage.folder import Folder, lease, manifest
 from dis_scale.training import checkpoint, ema
 from dis_scale.training.ema import Snapshot
 from pipelines import stage

@@ -16,8 +16,7 @@ from dis_scale.errors import Preempted
 from dis_scale.evaluation import reference
 from dis_scale.evaluation.features import JUDGE, load_extractors, store_classifier
 from dis_scale.recipe import Recipe, TrainedExtractor, TrainedVae
-from dis_scale.storage import lease, manifest
-from dis_scale.storage.folder import Folder
+from dis_scale.storage.folder import Folder, lease, manifest
 from pipelines import stage
 
 CPUS = 2

@@ -13,7 +13,7 @@ import pytest
 import typer.main
 
 from dis_scale.cli import app
-from dis_scale.models.cost import cost
+from dis_scale.models.cost import price_model
 from dis_scale.recipe import LatentShape, Recipe, Source, TrainedVae, VaeSettings, reading
 
 ROOT = Path(__file__).parent.parent
@@ -191,7 +191,7 @@ def test_a_recipe_says_its_own_price(path: Path) -> None:
     shape = LatentShape(4, recipe.data.resolution // factor)
     passes = 1 if recipe.evaluate.guidance == 1 else 2
     for name, model in recipe.models.items():
-        found = cost(model, shape, recipe.data.num_classes)
+        found = price_model(model, shape, recipe.data.num_classes)
         trained = 2 * found.gmacs_training * recipe.train.images / 1e9
         drawn = 2 * found.gmacs_forward * passes * recipe.evaluate.steps * recipe.evaluate.samples / 1e9
         row = f"# {name} {found.parameters:,} {found.gmacs_forward:.4g} {trained:.3g} {drawn:.3g}"

@@ -9,5 +9,5 @@ __all__ = ["FlowMatching", "GaussianDiffusion", "Losses", "ModelFn", "Process", 
 
 
 def build(settings: Gaussian | Flow) -> GaussianDiffusion | FlowMatching:
-    """The process of a recipe."""
+    """Return the diffusion process of a recipe."""
     return GaussianDiffusion(settings) if isinstance(settings, Gaussian) else FlowMatching(settings)

@@ -1,7 +1,7 @@
 """Flow matching on the linear path: x_t = (1 - t) x_0 + t eps, velocity v = eps - x_0 (SiT, arXiv 2401.08740).
 
-Data at t = 0, noise at t = 1. The model sees 1000 t, and gives 2C channels of which the velocity is the first half
-(as SiT does with a backbone that learns a variance). Axes: B samples, C channels, H W height and width. Read next:
+Data at t = 0, noise at t = 1. The model's input is 1000 t. Of its 2C output channels the first half is the velocity, as in
+SiT with a backbone that learns a variance. Axes: B samples, C channels, H W height and width. Read next:
 samplers.py.
 """
 
@@ -15,38 +15,38 @@ from dis_scale.recipe import Flow
 
 
 class FlowMatching:
-    """Training's times and loss, and the grid of times that samplers walk."""
+    """Times and loss of training, and the time grid of the samplers."""
 
     def __init__(self, settings: Flow):
         self.settings = settings
 
     @property
     def num_steps(self) -> int:
-        """0: time is continuous."""
+        """0, since time is continuous."""
         return 0
 
-    def draw_times(self, rng: np.random.Generator, n: int) -> Tensor:
-        """Times (n,) in (0, 1), float32: uniform or logit-normal (Esser et al. 2024), then shifted."""
+    def sample_times(self, rng: np.random.Generator, n: int) -> Tensor:
+        """Sample times (n,) in (0, 1), float32: uniform or logit-normal (Esser et al. 2024), then shifted."""
         uniform = self.settings.times == "uniform"
         t = rng.uniform(size=n) if uniform else 1 / (1 + np.exp(-rng.standard_normal(n)))
         return torch.from_numpy(self._shift(t)).float()
 
     def losses(self, model_fn: ModelFn, x0_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Losses:
-        """Mean squared error of the velocity."""
+        """Mean squared error of the velocity, by sample."""
         t = per_sample(t_B, x0_BCHW).to(torch.promote_types(x0_BCHW.dtype, torch.float32))
         xt_BCHW = (1 - t) * x0_BCHW + t * noise_BCHW
         mse_B = mean_flat((velocity(model_fn, xt_BCHW, t_B) - (noise_BCHW - x0_BCHW)).square())
         return Losses(mse_B, mse_B, torch.zeros_like(mse_B))
 
     def grid(self, steps: int) -> NDArray[np.float64]:
-        """Times from 1 to 0 in `steps` steps, equal before the shift."""
+        """Times from 1 to 0 in `steps` steps, equally spaced before the shift."""
         return self._shift(np.linspace(1.0, 0.0, steps + 1))
 
     def _shift(self, t: NDArray[np.float64]) -> NDArray[np.float64]:
-        """More time among the noise for larger images (Esser et al. 2024, equation 23)."""
+        """Move times towards the noise, for larger images (Esser et al. 2024, equation 23)."""
         return self.settings.shift * t / (1 + (self.settings.shift - 1) * t)
 
 
 def velocity(model_fn: ModelFn, xt_BCHW: Tensor, t_B: Tensor) -> Tensor:
-    """The model's velocity, in the type of the images."""
+    """The model's velocity, in the dtype of the images."""
     return model_fn(xt_BCHW, 1000 * t_B).to(xt_BCHW.dtype).chunk(2, dim=1)[0]

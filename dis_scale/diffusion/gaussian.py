@@ -1,6 +1,6 @@
 """DDPM: noise prediction with a learned range variance (Ho et al. 2020; Nichol and Dhariwal 2021, "ADM family").
 
-x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps. Tables are float64 and cast to the images' type at use, float32 at least.
+x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps. Tables are float64, and cast to the images' dtype (float32 at least) when used.
 Axes: B samples, C channels, H W height and width, K steps of a chain. Read next: samplers.py.
 """
 
@@ -32,18 +32,18 @@ class Coefficients(NamedTuple):
 
 
 class Chain:
-    """A Markov chain of K Gaussian steps from `end` of the signal's power (1: all of it) down to `alpha_bars_K[-1]`.
+    """A Markov chain of K Gaussian steps. The signal's power falls from `end` (1: all of it) to `alpha_bars_K[-1]`.
 
-    `times_K` are the times that the model sees, 0 to 1000. Posterior as in Ho et al. equations 6 and 7.
+    `times_K` are the model's input times, 0 to 1000. Posterior as in Ho et al., equations 6 and 7.
     """
 
     def __init__(self, times_K: Table, alpha_bars_K: Table, end: float = 1.0):
         self.times_K, self.alpha_bars_K = times_K, alpha_bars_K
         self.before_K = np.append(end, alpha_bars_K[:-1])
-        """alpha_bar after a step of sampling."""
+        """alpha_bar after each step of sampling."""
         self.betas_K = 1 - alpha_bars_K / self.before_K
         self.posterior_variance_K = self.betas_K * (1 - self.before_K) / (1 - alpha_bars_K)
-        # The first posterior variance is 0: ADM puts the second one's logarithm in its place.
+        # The first posterior variance is 0: ADM uses the second one's logarithm instead.
         first = self.posterior_variance_K[1:2] if len(alpha_bars_K) > 1 else self.betas_K[:1]
         clipped_K = np.append(first, self.posterior_variance_K[1:])
         columns = (
@@ -61,7 +61,7 @@ class Chain:
         return len(self.times_K)
 
     def at(self, k_B: Tensor, like_BCHW: Tensor) -> Coefficients:
-        """The coefficients of steps `k_B`, on the images' device and in their type, float32 at least."""
+        """Coefficients of the steps `k_B`, on the images' device and in their dtype, float32 at least."""
         dtype = torch.promote_types(like_BCHW.dtype, torch.float32)
         values = (
             self._tables_on(like_BCHW.device)[:-1, k_B]
@@ -71,48 +71,48 @@ class Chain:
         return Coefficients(*values.unbind())
 
     def model_times(self, k_B: Tensor) -> Tensor:
-        """The times (B,) that the model sees at steps `k_B`."""
+        """The model's input times (B,) at steps `k_B`."""
         return self._tables_on(k_B.device)[-1, k_B].float()
 
     def _tables_on(self, device: torch.device) -> Tensor:
-        """Moved once: a copy at each step would make the device wait."""
+        """The tables on the device, copied once: a copy at each step would stall it."""
         if self._tables.device != device:
             self._tables = self._tables.to(device)
         return self._tables
 
 
 def predict_x0(c: Coefficients, xt_BCHW: Tensor, eps_BCHW: Tensor) -> Tensor:
-    """The image that the predicted noise stands for."""
+    """The image implied by the predicted noise."""
     return (xt_BCHW - c.sigma * eps_BCHW) / c.signal
 
 
 def learned_log_variance(c: Coefficients, v_BCHW: Tensor) -> Tensor:
-    """v in [-1, 1] interpolates between the posterior's and beta's logarithm (Nichol and Dhariwal, equation 15)."""
+    """Interpolate by v in [-1, 1] between the logarithms of the posterior variance and beta (Nichol and Dhariwal, equation 15)."""
     share = (v_BCHW + 1) / 2
     return share * c.max_log + (1 - share) * c.min_log
 
 
 class GaussianDiffusion:
-    """Training's chain, its loss, and the shorter chains that samplers walk."""
+    """The chain and the loss of training, and the shorter chains of the samplers."""
 
     def __init__(self, settings: Gaussian):
         self.settings = settings
         betas = (linear_betas if settings.betas == "linear" else cosine_betas)(settings.steps)
-        # Times are those of a chain of 1000, whatever its length: the scale that the model's features are made for.
+        # Times always have the range of a chain of 1000 steps, for which the model's time features are designed.
         times_K = np.arange(settings.steps) * (1000 / settings.steps)
         self.chain = Chain(times_K, np.cumprod(1 - betas))
 
     @property
     def num_steps(self) -> int:
-        """Length of training's chain."""
+        """Length of the training chain."""
         return self.settings.steps
 
-    def draw_times(self, rng: np.random.Generator, n: int) -> Tensor:
-        """Steps (n,), uniform, int64."""
+    def sample_times(self, rng: np.random.Generator, n: int) -> Tensor:
+        """Sample steps (n,), uniform, int64."""
         return torch.from_numpy(rng.integers(self.num_steps, size=n))
 
     def losses(self, model_fn: ModelFn, x0_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Losses:
-        """MSE of the noise, min-SNR weighted if set so, plus the bound (bits a dimension) on the variance alone."""
+        """MSE of the noise (min-SNR weighted if set) plus the bound in bits per dimension, which trains the variance only."""
         c = self.chain.at(t_B, x0_BCHW)
         xt_BCHW = c.signal * x0_BCHW + c.sigma * noise_BCHW
         eps_BCHW, v_BCHW = model_fn(xt_BCHW, self.chain.model_times(t_B)).to(xt_BCHW.dtype).chunk(2, dim=1)
@@ -123,14 +123,14 @@ class GaussianDiffusion:
         return Losses(mse_B + vb_B, mse_B, vb_B)
 
     def respaced(self, count: int) -> Chain:
-        """A chain of `count` of the steps, the ends among them, as ADM's SpacedDiffusion."""
+        """A chain of `count` of the steps, including both ends, as ADM's SpacedDiffusion."""
         used = spaced_times(self.num_steps, count)
         return Chain(self.chain.times_K[used], self.chain.alpha_bars_K[used])
 
     def log_snr_chain(self, count: int) -> Chain:
         """`count` steps of equal size in log-SNR, from the noisiest alpha_bar down to alpha_bar[0], short of 1.
 
-        The grid of DPM-Solver's analysis: the jump from alpha_bar[0] to 1 has an error that no number of steps mends.
+        This is the grid of DPM-Solver's analysis. More steps cannot reduce the error of the jump from alpha_bar[0] to 1.
         """
         log_snr = np.log(self.chain.alpha_bars_K / (1 - self.chain.alpha_bars_K))
         grid = np.linspace(log_snr[0], log_snr[-1], count + 1)
@@ -140,7 +140,7 @@ class GaussianDiffusion:
 
 
 def linear_betas(steps: int) -> Table:
-    """1e-4 to 0.02 over 1000 steps (Ho et al.), scaled so that a chain of another length ends as noisy (ADM)."""
+    """1e-4 to 0.02 over 1000 steps (Ho et al.), scaled so that chains of other lengths end equally noisy (ADM)."""
     scale = 1000 / steps
     return np.minimum(np.linspace(scale * 1e-4, scale * 0.02, steps), 0.999)
 
@@ -152,14 +152,14 @@ def cosine_betas(steps: int) -> Table:
 
 
 def spaced_times(steps: int, count: int) -> list[int]:
-    """`count` of `steps` times at equal distance, both ends among them, rounded as ADM's `space_timesteps` does."""
+    """`count` equally spaced times of `steps`, including both ends, rounded as by ADM's `space_timesteps`."""
     if not 1 <= count <= steps:
         raise UserError(f"steps {count}: expected 1 to {steps}, the length of the chain")
     stride = (steps - 1) / (count - 1) if count > 1 else 1.0
-    place, times = 0.0, []
+    position, times = 0.0, []
     for _ in range(count):
-        times.append(round(place))
-        place += stride
+        times.append(round(position))
+        position += stride
     return times
 
 
@@ -172,17 +172,19 @@ def min_snr_weight(c: Coefficients, gamma: float) -> Tensor:
 def variational_bound(
     c: Coefficients, x0_BCHW: Tensor, xt_BCHW: Tensor, eps_BCHW: Tensor, v_BCHW: Tensor, first_B: Tensor
 ) -> Tensor:
-    """KL of the posterior from the model's step, in bits a dimension; at the first step the decoder's likelihood.
+    """KL divergence of the posterior from the model's step, in bits per dimension; at the first step the decoder's likelihood.
 
-    Give the noise detached, so that the bound trains the variance alone (Nichol and Dhariwal's L_hybrid).
+    Pass the noise detached, so that the bound trains only the variance (Nichol and Dhariwal's L_hybrid).
     """
     error_BCHW = c.x0 * (x0_BCHW - predict_x0(c, xt_BCHW, eps_BCHW))  # posterior mean minus the model's
     log_variance = learned_log_variance(c, v_BCHW)
     ratio = c.min_log - log_variance
     kl_B = mean_flat(0.5 * (ratio.exp() - 1 - ratio + error_BCHW.square() * (-log_variance).exp())) / LOG_2
-    if first_B.device.type == "cpu" and not bool(first_B.any()):  # elsewhere, to ask would cost more than to compute
+    if first_B.device.type == "cpu" and not bool(
+        first_B.any()
+    ):  # on a GPU the check would cost more than the computation
         return kl_B
-    # x_0 minus the model's mean: at the first step the posterior's mean is x_0 itself.
+    # At the first step the posterior's mean is x_0, so the error is x_0 minus the model's mean.
     decoder_B = mean_flat(-discretised_log_likelihood(x0_BCHW, error_BCHW, 0.5 * log_variance)) / LOG_2
     return torch.where(first_B, decoder_B, kl_B)
 
@@ -191,7 +193,7 @@ def discretised_log_likelihood(x_BCHW: Tensor, error_BCHW: Tensor, log_scale_BCH
     """Log-probability of the bin of width 2 / 255 around x, open at -1 and 1, under a normal at x - error.
 
     Ho et al., equation 13, with ADM's approximation of the normal's integral. The bins are those of 8-bit images;
-    ADM, DiT and DiS keep them for latents.
+    ADM, DiT and DiS use them for latents too.
     """
     inverse = (-log_scale_BCHW).exp()
     below_upper = _normal_cdf(inverse * (error_BCHW + 1 / 255))

@@ -1,4 +1,4 @@
-"""Samples by number: the latents of samples i, j, ... are the same whatever batch they are drawn in.
+"""Samples by number: the latents of a sample do not depend on the batch in which it is generated.
 
 Axes: B samples, C channels, H W height and width. Read next: samplers.py, ../seeds.py.
 """
@@ -19,29 +19,29 @@ from dis_scale.recipe import LatentShape
 
 
 class Generator(Labelled, Protocol):
-    """A model that knows what it sees."""
+    """A model with the shape of its input."""
 
     shape: LatentShape
 
 
 class SampleNoise:
-    """A noise source for samples `numbers`: a function of (seed, number, step) alone, drawn on the CPU."""
+    """Noise source of the samples `numbers`: a function of (seed, number, step) only, generated on the CPU."""
 
     def __init__(self, seed: int, numbers: Sequence[int]):
         self.seed, self.numbers = seed, numbers
 
     def __call__(self, step: int, shape: Sequence[int]) -> Tensor:
-        """float32 noise of `shape`, whose first axis runs over the samples."""
-        return self._draw("sample-noise", shape, step)
+        """Noise of `shape` in float32; the first axis is the samples."""
+        return self._noise("sample-noise", shape, step)
 
     def start(self, shape: Sequence[int]) -> Tensor:
-        """The noise that sampling starts from, float32."""
-        return self._draw("sample-start", shape)
+        """The initial noise of sampling, float32."""
+        return self._noise("sample-start", shape)
 
-    def _draw(self, what: str, shape: Sequence[int], *where: int) -> Tensor:
+    def _noise(self, purpose: str, shape: Sequence[int], *position: int) -> Tensor:
         assert shape[0] == len(self.numbers), f"noise for {len(self.numbers)} samples asked in shape {tuple(shape)}"
         one = [
-            seeds.generator(what, self.seed, number, *where).standard_normal(tuple(shape[1:]), np.float32)
+            seeds.generator(purpose, self.seed, number, *position).standard_normal(tuple(shape[1:]), np.float32)
             for number in self.numbers
         ]
         return torch.from_numpy(np.stack(one))
@@ -61,10 +61,10 @@ def generate(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Tensor:
-    """Latents (B, C, H, W), float32, of the samples with these numbers and labels (None for a model without classes).
+    """Generate latents (B, C, H, W), float32, of the samples with these numbers and labels (None for a model without classes).
 
-    Noise is the same bit for bit at any split of the numbers into batches; the model's sums may differ in the last
-    digits. UserError before any work for weights, labels, steps or a sampler that will not do.
+    Noise is bit-equal for any split of the numbers into batches; the model's sums may differ in the last digits. UserError
+    for invalid labels, steps or sampler, before any computation. Exported pipelines import this function by name.
     """
     check_sampler(sampler, process)
     noise = SampleNoise(seed, numbers)

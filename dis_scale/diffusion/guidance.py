@@ -12,11 +12,11 @@ from dis_scale.diffusion.process import ModelFn, check_labels
 from dis_scale.errors import UserError
 
 OFFICIAL_CHANNELS = 3
-"""What the public code of DiT and DiS guides, of a latent's four channels; here all are unless this is asked for."""
+"""Channels of a latent (of four) that the public code of DiT and DiS guides. Here the default is all of them."""
 
 
 class Labelled(Protocol):
-    """A model that takes labels, `num_classes` standing for none."""
+    """A model that takes labels; the label `num_classes` means none."""
 
     num_classes: int | None
 
@@ -30,11 +30,11 @@ def guided(
     channels: int | None = None,
     interval: tuple[float, float] | None = None,
 ) -> ModelFn:
-    """A model function u + scale (c - u) on the first `channels` channels (all the noise channels by default).
+    """Return a model function u + scale (c - u) on the first `channels` channels (by default all noise channels).
 
     Scale 1 is the conditional model. `interval` limits guidance to model times low <= t <= high (Kynkaanniemi et al.
-    2024); the variance channels are the conditional ones. UserError for labels out of range or that do not fit the
-    model.
+    2024). The variance channels are those of the conditional model. UserError for labels out of range, or if labels and
+    model do not fit.
     """
     if y_B is None or model.num_classes is None:
         if y_B is not None or model.num_classes is not None:

@@ -1,7 +1,7 @@
-"""What a diffusion process is to training and to the samplers: the names that gaussian.py and flow.py share.
+"""Interface of a diffusion process to training and samplers; shared by gaussian.py and flow.py.
 
-Axes: B samples, C channels, H W height and width, K steps. A model function takes noisy images and the model's own
-times (0 to 1000) and gives (B, 2C, H, W).
+Axes: B samples, C channels, H W height and width, K steps. A model function maps noisy images
+and the model's input times (0 to 1000) to (B, 2C, H, W).
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ ModelFn = Callable[[Tensor, Tensor], Tensor]
 
 
 class Losses(NamedTuple):
-    """Loss of each sample, (B,) in float32 or better, and its named parts; `vb` is zero where the process has none."""
+    """Loss of each sample, (B,) in float32 or better, and its parts. `vb` is zero if the process has no bound."""
 
     total: Tensor
     mse: Tensor
@@ -25,34 +25,34 @@ class Losses(NamedTuple):
 
 
 class Process(Protocol):
-    """What the training loop needs of a process."""
+    """A process as the training loop uses it."""
 
     @property
     def num_steps(self) -> int:
         """Length of the chain, 0 for continuous time."""
         ...
 
-    def draw_times(self, rng: np.random.Generator, n: int) -> Tensor:
-        """Times (n,) for training, from the caller's generator."""
+    def sample_times(self, rng: np.random.Generator, n: int) -> Tensor:
+        """Sample times (n,) for training from the caller's generator."""
         ...
 
     def losses(self, model_fn: ModelFn, x0_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Losses:
-        """The loss of each sample at the given times and noise; nothing is drawn here."""
+        """The loss of each sample at the given times and noise. Uses no random numbers."""
         ...
 
 
 def per_sample(values_B: Tensor, like_BCHW: Tensor) -> Tensor:
-    """(B,) to (B, 1, 1, 1): a number a sample beside images."""
+    """(B,) to (B, 1, 1, 1), to be broadcast over images."""
     return values_B.reshape(-1, *[1] * (like_BCHW.ndim - 1))
 
 
 def mean_flat(x_BCHW: Tensor) -> Tensor:
-    """Mean over all but the batch."""
+    """Mean over all axes except the batch."""
     return x_BCHW.flatten(1).mean(dim=1)
 
 
 def check_labels(y_B: Tensor, num_classes: int) -> None:
-    """UserError for a label outside 0..num_classes; num_classes itself is the null class."""
+    """Raise a UserError for a label outside 0..num_classes; num_classes is the null class."""
     if y_B.numel() and not 0 <= int(y_B.min()) <= int(y_B.max()) <= num_classes:
         wrong = y_B[(y_B < 0) | (y_B > num_classes)][0].item()
         raise UserError(f"label {wrong} is out of range: expected 0 to {num_classes - 1}, or {num_classes} for none")

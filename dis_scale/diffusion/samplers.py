@@ -1,6 +1,6 @@
-"""From noise to latents: one interface over three samplers for the Gaussian process and three for the linear path.
+"""From noise to latents: one interface for three samplers of the Gaussian process and three of the linear path.
 
-A sampler is deterministic given `x_T` and the noise source, which is asked by step, never a generator with a history.
+A sampler is deterministic, given `x_T` and the noise source. The noise is a function of the step, not of a generator's state.
 Axes: B samples, C channels, H W height and width, K steps. Read next: guidance.py, generate.py.
 """
 
@@ -18,13 +18,13 @@ from dis_scale.errors import UserError, nearest
 from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
 
 NoiseSource = Callable[[int, Sequence[int]], Tensor]
-"""(step, shape) to standard normal noise; steps count from 0 at the noisiest."""
+"""(step, shape) to standard normal noise; step 0 is the noisiest."""
 Progress = Callable[[int, int], None]
-"""Told (steps done, steps in all) after each step."""
+"""Called with (steps done, total steps) after each step."""
 
 
 def check_sampler(name: str, process: GaussianDiffusion | FlowMatching) -> None:
-    """UserError for an unknown sampler, or one that does not fit the process."""
+    """Raise a UserError for an unknown sampler, or one that does not fit the process."""
     known = GAUSSIAN_SAMPLERS + FLOW_SAMPLERS
     if name not in known:
         raise UserError(f"unknown sampler {name!r}{nearest(name, known)}; known: {', '.join(known)}")
@@ -44,10 +44,10 @@ def sample(
     progress: Progress | None = None,
     eta: float = 0.0,
 ) -> Tensor:
-    """Latents (B, C, H, W) from the noise `x_T`, in its type and on its device.
+    """Sample latents (B, C, H, W) from the noise `x_T`, in its dtype and on its device.
 
-    `steps` is a number of steps, or a chain of the caller's for a Gaussian process; `eta` is DDIM's share of noise.
-    UserError before any work for a sampler that does not fit, a wrong number of steps, or noise needed and not given.
+    `steps` is a number of steps, or for a Gaussian process the caller's chain. `eta` is DDIM's share of noise. UserError for
+    a sampler that does not fit, a wrong number of steps, or missing noise, before any computation.
     """
     check_sampler(name, process)
     if isinstance(steps, int) and steps < 1:
@@ -91,7 +91,7 @@ def _gaussian(
 
 
 def _ddpm(c: Coefficients, x: Tensor, x0: Tensor, v: Tensor, noise: NoiseSource, step: int, last: bool) -> Tensor:
-    """Ancestral step with the learned variance; no noise at the last (Ho et al., algorithm 2)."""
+    """Ancestral step with the learned variance; no noise in the last step (Ho et al., algorithm 2)."""
     mean = c.x0 * x0 + c.xt * x
     if last:
         return mean
@@ -107,7 +107,7 @@ def _ddim(chain: Chain, k: int, x0: Tensor, eps: Tensor, noise: NoiseSource, ste
 
 
 def _dpm_solver(chain: Chain, k: int, x: Tensor, x0: Tensor, x0_before: Tensor | None) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): first order at first, the data itself where no noise is left."""
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): the first step is of first order; returns x0 if no noise is left."""
     now, after = float(chain.alpha_bars_K[k]), float(chain.before_K[k])
     if after == 1.0:
         return x0
@@ -142,9 +142,9 @@ def _flow(
 
 
 def _euler_maruyama(x: Tensor, v: Tensor, now: float, after: float, noise: NoiseSource, step: int) -> Tensor:
-    """The reverse SDE with diffusion w(t) = t (SiT, equation 5, "sigma"); no noise at the last step.
+    """The reverse SDE with diffusion w(t) = t (SiT, equation 5, "sigma"); no noise in the last step.
 
-    The score is -(x + (1 - t) v) / t, since eps = x + (1 - t) v; times w(t) it has no pole at t = 0.
+    The score is -(x + (1 - t) v) / t, since eps = x + (1 - t) v. Multiplied by w(t) it has no pole at t = 0.
     """
     drift = v + 0.5 * (x + (1 - now) * v)
     mean = x + (after - now) * drift

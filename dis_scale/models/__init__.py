@@ -1,7 +1,7 @@
-"""The backbones: `build` makes one from its settings.
+"""The backbones: `build` creates one from its settings.
 
-Read next: dis.py, dit.py, diffussm.py; checkpointing.py for what their blocks keep, cost.py for what they cost, official.py and
-export.py for the ways in and out.
+Read next: dis.py, dit.py and diffussm.py (models), checkpointing.py (activation memory), cost.py (parameters, operations and
+bytes), official.py and export.py (import and export of weights).
 """
 
 import torch
@@ -26,13 +26,12 @@ def build(
     checkpointing: str = "none",
     seed: int = 0,
 ) -> Backbone:
-    """A model with initial weights on the CPU: a function of the arguments alone; no generator of the caller's moves.
+    """Return a model with initial weights on the CPU. It depends only on the arguments; the caller's generators do not advance.
 
-    `scan` names the backend of the selective scan, `checkpointing` what is kept for the backward pass
-    (checkpointing.py). UserError for what does not fit.
+    `scan` is the backend of the selective scan, `checkpointing` a mode of checkpointing.py. UserError for invalid settings.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would seed every GPU too
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed: it would also seed every GPU
         return construct(settings, shape, num_classes, scan=scan, checkpointing=checkpointing)
 
 
@@ -44,7 +43,7 @@ def construct(
     scan: str = "auto",
     checkpointing: str = "none",
 ) -> Backbone:
-    """As `build`, on the current device and from the current generator; on the meta device it costs no memory."""
+    """Like `build`, on the current device and from the current generator. Needs no memory on the meta device."""
     require_known(checkpointing)
     match settings:
         case Dis():
@@ -56,7 +55,7 @@ def construct(
 
 
 def check_finite(model: torch.nn.Module) -> None:
-    """UserError that names the first weight with a NaN or an infinity in it."""
+    """Raise a UserError that names the first weight with a NaN or an infinity."""
     for name, weight in model.named_parameters():
         if not bool(torch.isfinite(weight).all()):
             raise UserError(

@@ -1,11 +1,11 @@
-"""Activation checkpointing: what a block keeps for its backward pass, and what is computed there again.
+"""Activation checkpointing: what each block keeps for its backward pass, and what is recomputed.
 
-    none        everything is kept
-    block       of each block its inputs; all of it runs twice (Chen et al. 2016, arXiv 1604.06174)
-    every_<k>   so for each k-th block, the others keep everything
-    selective   inputs, attention and the products that cost much a number; norms, convolutions and scans run twice
+    none        keep everything
+    block       keep each block's inputs; every block runs twice (Chen et al. 2016, arXiv 1604.06174)
+    every_<k>   the same for every k-th block; the other blocks keep everything
+    selective   keep inputs, attention and expensive products; norms, convolutions and scans run twice
 
-A run's losses do not depend on it. Read next: cost.py for the bytes.
+Losses do not depend on the mode. Read next: cost.py for the bytes.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from dis_scale.errors import UserError, nearest
 from dis_scale.recipe import CHECKPOINTING
 
 WORTH_KEEPING_MACS = 128
-"""Multiply-adds a number from which on a product is kept: the scan's time step, of rank width / 16, is not."""
+"""Least multiply-adds per output number for a product to be kept. The scan's time step, of rank width / 16, has fewer."""
 
 _aten = torch.ops.aten
 _INNER: dict[Any, Callable[..., int]] = {
@@ -28,7 +28,7 @@ _INNER: dict[Any, Callable[..., int]] = {
     _aten.addmm.default: lambda _, a, *__: a.shape[1],
     _aten.bmm.default: lambda a, *_: a.shape[2],
 }
-"""How many multiply-adds each number of a product costs."""
+"""Multiply-adds per output number of each kind of product."""
 _ATTENTION = (
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
@@ -38,7 +38,7 @@ _ATTENTION = (
 
 
 def require_known(mode: str) -> None:
-    """UserError where the mode is none of these."""
+    """Raise a UserError for an unknown mode."""
     if not CHECKPOINTING.fullmatch(mode):
         known = ("none", "block", "every_2", "selective")
         raise UserError(
@@ -46,19 +46,19 @@ def require_known(mode: str) -> None:
         )
 
 
-def every(mode: str) -> int:
-    """Each how manieth block is recomputed; 0 for none."""
+def recompute_every(mode: str) -> int:
+    """Return k if every k-th block is recomputed; 0 for none."""
     return int(mode.removeprefix("every_")) if mode.startswith("every_") else int(mode != "none")
 
 
-def run(mode: str, number: int, block: Callable[..., Any], *inputs: Tensor | None) -> Any:
-    """Block `number` of the model applied to its inputs, which keeps what the mode says."""
-    if mode == "none" or number % every(mode) or not torch.is_grad_enabled():
+def run_block(mode: str, number: int, block: Callable[..., Any], *inputs: Tensor | None) -> Any:
+    """Apply block `number` of the model to its inputs; keep activations as the mode requires."""
+    if mode == "none" or number % recompute_every(mode) or not torch.is_grad_enabled():
         return block(*inputs)
     rerun = partial(checkpoint, block, *inputs, use_reentrant=False, preserve_rng_state=False)
     return rerun(context_fn=partial(create_selective_checkpoint_contexts, _policy)) if mode == "selective" else rerun()
 
 
 def _policy(_: Any, op: Any, *arguments: Any, **__: Any) -> CheckpointPolicy:
-    worth = op in _ATTENTION or (op in _INNER and _INNER[op](*arguments) >= WORTH_KEEPING_MACS)
-    return CheckpointPolicy.MUST_SAVE if worth else CheckpointPolicy.PREFER_RECOMPUTE
+    keep = op in _ATTENTION or (op in _INNER and _INNER[op](*arguments) >= WORTH_KEEPING_MACS)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

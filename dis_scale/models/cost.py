@@ -1,10 +1,10 @@
-"""What a model costs: parameters, multiply-adds and activation bytes of one image, by part, without memory.
+"""Cost of a model: parameters, multiply-adds and activation bytes of one image, by part. Allocates no weights.
 
-Counting rules are those of the reference: products and convolutions exactly, the scan at 9 FLOPs a channel, state,
-token and direction, the skip D u and the gate at one multiply-add an element and direction, two multiply-adds being
-four FLOPs. Attention counts its two products, a real FFT of n points 2.5 n log2 n FLOPs. Norms, activations and sums
-count nothing. Symbols: L tokens, T patches, D width, E = 2D, N states, R rank of the time step, C channels, P = C
-p^2. Read next: dis.py.
+Counting rules: products and convolutions exactly; the scan 9 FLOPs per channel, state, token and direction; the skip D u
+and the gate one multiply-add per element and direction; attention its two products; a real FFT of n points 2.5 n log2 n
+FLOPs. Two FLOPs are one multiply-add. Norms, activations and sums count as zero.
+
+Symbols: L tokens, T patches, D width, E = 2D, N states, R rank of the time step, C channels, P = C p^2. Read next: dis.py.
 """
 
 import math
@@ -15,24 +15,23 @@ from dataclasses import dataclass
 import torch
 
 from dis_scale.models import construct
-from dis_scale.models.checkpointing import every
+from dis_scale.models.checkpointing import recompute_every
 from dis_scale.models.dis import TAPS, inner_width, step_rank
 from dis_scale.models.dit import FREQUENCIES
 from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape
+from dis_scale.scan.backend import NATIVE_CHUNK
 
 DIFFUSSM_XL_GMACS = {32: 280.3, 64: 1066.2}
-"""Published for latents of this size (arXiv 2311.18257, as others quote it)."""
-SCAN_CHUNK = 86
-"""Steps between the states that the native scan keeps for its backward pass; Triton's keeps none."""
+"""Published values by latent size (arXiv 2311.18257, as quoted by others)."""
 SCAN_MACS = 4.5
-"""Multiply-adds a channel, state, token and direction: 9 FLOPs, the reference's convention."""
+"""Multiply-adds per channel, state, token and direction: 9 FLOPs."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Multiply-adds of one kind of work in one forward pass; `passes` is what training multiplies them by.
+    """Multiply-adds of one kind of operation in one forward pass; training needs `passes` times as many.
 
-    A pass backward costs one product for the weights and one for the input; data want only the former (passes 2).
+    A backward pass needs one product for the weights and one for the input. The model's input needs no gradient (passes 2).
     """
 
     name: str
@@ -43,7 +42,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Kept:
-    """Numbers kept for the backward pass: of one block, what it passes on, its costly products, and all outside of the blocks."""
+    """Activation elements kept for the backward pass, per image.
+
+    `block`: all of one block. `boundary`: a block's inputs. `products`: its expensive products. `skips`: all long skips.
+    `ends`: everything outside of the blocks.
+    """
 
     blocks: int
     block: int
@@ -53,68 +56,68 @@ class Kept:
     ends: int
 
     def by_part(self, checkpointing: str) -> dict[str, int]:
-        """At the worst moment: with checkpointing, one block's all and the others' boundaries.
+        """Elements at the peak, by part. With checkpointing: all of one block, and the boundaries of the others.
 
-        Skips are boundaries of blocks that are recomputed; selective checkpointing keeps their products beside them.
+        The skips of recomputed blocks are boundaries. Selective checkpointing also keeps the products of these blocks.
         """
-        k = every(checkpointing)
-        again = len(range(0, self.blocks, k)) if k else 0
+        k = recompute_every(checkpointing)
+        recomputed = len(range(0, self.blocks, k)) if k else 0
         return {
-            "blocks": (self.blocks - again) * self.block,
-            "skips": self.skips * (self.blocks - again) // self.blocks,
-            "boundaries": again * self.boundary,
-            "products": again * self.products if checkpointing == "selective" else 0,
-            "one block": self.block if again else 0,
+            "blocks": (self.blocks - recomputed) * self.block,
+            "skips": self.skips * (self.blocks - recomputed) // self.blocks,
+            "boundaries": recomputed * self.boundary,
+            "products": recomputed * self.products if checkpointing == "selective" else 0,
+            "one block": self.block if recomputed else 0,
             "ends": self.ends,
         }
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image costs. `gmacs_*` are 10^9 multiply-adds, the axis "Gflops" of DiT's convention."""
+    """Cost of one image. `gmacs_*` are 10^9 multiply-adds, which the DiT paper calls Gflops."""
 
     parameters_by_part: dict[str, int]
     tokens: int
     parts: tuple[Part, ...]
     kept: "Kept"
     kernel_gmacs: float = 0.0
-    """Work that a micro-batch does once whatever its size: DiffuSSM's kernels."""
+    """Work per micro-batch, independent of its size: DiffuSSM's kernels."""
     paper_gflops: float | None = None
-    """The DiS paper's Gflops column: what thop x 2 sees, which is not the mixers."""
+    """The DiS paper's Gflops column: thop x 2, which does not count the mixers."""
     published_gmacs: float | None = None
-    """DiffuSSM-XL's published count, a quotient of rounded totals that no count by parts meets at both sizes."""
+    """DiffuSSM-XL's published count: a quotient of rounded totals. No count by parts equals it at both sizes."""
 
     @property
     def parameters(self) -> int:
-        """All that is trained."""
+        """Number of trained parameters."""
         return sum(self.parameters_by_part.values())
 
     @property
     def gmacs_forward(self) -> float:
-        """One forward pass."""
+        """Of one forward pass."""
         return sum(part.macs for part in self.parts) / 1e9
 
     @property
     def gmacs_training(self) -> float:
-        """Forward and backward, nothing recomputed."""
+        """Of a forward and a backward pass without recomputation."""
         return sum(part.macs * part.passes for part in self.parts) / 1e9
 
     def training_flops(self, micro_images: int) -> float:
-        """True FLOPs of an image's forward and backward pass, its share of a micro-batch's kernels included."""
+        """FLOPs of an image's forward and backward pass, including its share of the micro-batch's kernels."""
         return 2e9 * (self.gmacs_training + 3 * self.kernel_gmacs / micro_images)
 
     @property
     def gmacs_training_block(self) -> float:
-        """Forward and backward with every block run twice (checkpointing "block")."""
+        """Of a forward and a backward pass with every block run twice (checkpointing "block")."""
         return self.gmacs_training + sum(part.macs for part in self.parts if part.in_block) / 1e9
 
     def activation_bytes(self, checkpointing: str = "none", element_bytes: int = 4) -> int:
-        """Bytes kept for the backward pass of one image, numbers of `element_bytes` each; within 5 % on the CPU."""
+        """Bytes kept for the backward pass of one image, `element_bytes` per number; within 5 % on the CPU."""
         return sum(self.kept.by_part(checkpointing).values()) * element_bytes
 
 
-def cost(settings: Dis | DiffuSsm | Dit, shape: LatentShape, num_classes: int | None) -> Cost:
-    """The cost of one image; parameters are counted on the module itself, on the meta device."""
+def price_model(settings: Dis | DiffuSsm | Dit, shape: LatentShape, num_classes: int | None) -> Cost:
+    """Return the cost of one image. Parameters are counted on the module itself, on the meta device."""
     with torch.device("meta"):
         model = construct(settings, shape, num_classes)
     parameters = _by_part((name, weight.numel()) for name, weight in model.named_parameters())
@@ -128,7 +131,7 @@ def cost(settings: Dis | DiffuSsm | Dit, shape: LatentShape, num_classes: int | 
 
 
 def _by_part(counts: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """Parameters by name, the same in all blocks together: `blocks.3.mixer.in_proj` counts under `mixer.in_proj`."""
+    """Parameters by name, summed over the blocks: `blocks.3.mixer.in_proj` counts under `mixer.in_proj`."""
     parts: dict[str, int] = {}
     for name, count in counts:
         part = re.sub(r"^blocks\.\d+\.|\.(weight|bias)$", "", name)
@@ -174,20 +177,20 @@ def _dis_parts(settings: Dis, shape: LatentShape, num_classes: int | None, T: in
 
 
 def _dis_block_elements(settings: Dis, L: int) -> int:
-    """Stream and norm (3 D), x and z, both sides' u, delta and (step, B, C), the scan's states, the gated sum."""
+    """Stream and norm (3 D), x and z, both directions' u, delta and (step, B, C), the scan's states, the gated sum."""
     D, N, E, R = settings.width, settings.state_size, inner_width(settings.width), step_rank(settings.width)
-    states = 2 * E * N * ((L - 1) // SCAN_CHUNK)
+    states = 2 * E * N * ((L - 1) // NATIVE_CHUNK)
     return L * (3 * D + 2 * E + 2 * (2 * E + R + 2 * N) + E) + states
 
 
 def _dis_product_elements(settings: Dis, L: int) -> int:
-    """x and z, both sides' (step, B, C), and in half of the blocks the skip's; out_proj's is passed on."""
+    """x and z, both directions' (step, B, C), and in half of the blocks the skip. out_proj's product is the boundary."""
     D, N, E, R = settings.width, settings.state_size, inner_width(settings.width), step_rank(settings.width)
     return L * (2 * E + 2 * (R + 2 * N) + D * (settings.depth // 2) // (settings.depth + 1))
 
 
 def _paper_gflops(settings: Dis, shape: LatentShape, num_classes: int | None, T: int, L: int) -> float:
-    """thop x 2 on the public code: module calls alone (so no mixer), a layer norm at 2 an element."""
+    """thop x 2 on the public code: it counts module calls only (no mixer), and 2 per element for a layer norm."""
     D, P = settings.width, shape.channels * settings.patch**2
     macs = T * P * D + 8 * D * D + (settings.depth // 2) * L * 2 * D * D + L * D * 2 * P + 2 * L * D
     return 2 * (macs + (0 if num_classes is None else 2 * D * D)) / 1e9
@@ -216,7 +219,7 @@ def _dit(settings: Dit, shape: LatentShape, parameters: dict[str, int]) -> Cost:
 
 
 def _diffussm(settings: DiffuSsm, shape: LatentShape, parameters: dict[str, int]) -> Cost:
-    """Reference diffussm.md: products and two data FFTs a direction; the kernels, once a micro-batch, apart."""
+    """Products and two data FFTs per direction. The kernels, once per micro-batch, are counted separately."""
     D, M, C, L, depth = settings.width, settings.hourglass, shape.channels, shape.size**2, settings.depth
     G, S = L // M, (2 if settings.bidirectional else 1) * D
     kernels = depth * D * (2 if settings.bidirectional and not settings.tied else 1)
@@ -234,9 +237,9 @@ def _diffussm(settings: DiffuSsm, shape: LatentShape, parameters: dict[str, int]
         Part("final modulation", 2 * D * D, in_block=False),
         Part("final", G * D * M * 2 * C, in_block=False),
     )
-    # A complex power (4) and a real part of a complex product (2) a mode and tap, then one FFT of the kernel.
+    # Per mode and tap a complex power (4) and the real part of a complex product (2), then one FFT of the kernel.
     kernel = kernels * (settings.state_size // 2 * L * 6 + _fft_macs(2 * L))
-    # The kernels' own numbers, once a micro-batch, are not counted.
+    # The kernels' own activations, once per micro-batch, are not counted.
     kept = Kept(
         blocks=depth, block=16 * G * D + 7 * L * S, boundary=G * D, products=7 * G * D + L * S, skips=0, ends=4 * G * D
     )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dis_scale.errors import UserError
-from dis_scale.models import checkpointing as keeping
+from dis_scale.models.checkpointing import run_block
 from dis_scale.models.dit import FREQUENCIES
 from dis_scale.models.s4d import S4D, convolve
 from dis_scale.models.tokens import Backbone, TimeEmbedding, modulate, zero_
@@ -17,16 +17,16 @@ from dis_scale.recipe import DiffuSsm, LatentShape
 
 
 class BiS4D(nn.Module):
-    """Both directions' convolutions of (B, L, S), the first D channels forward, the others backward."""
+    """Both directions' convolutions of (B, L, S): the first D channels forward (`rightward`), the others backward (`leftward`)."""
 
     def __init__(self, settings: DiffuSsm):
         super().__init__()
         self.rightward = S4D(settings.width, settings)
-        apart = settings.bidirectional and not settings.tied
-        self.leftward = S4D(settings.width, settings) if apart else None
+        separate = settings.bidirectional and not settings.tied
+        self.leftward = S4D(settings.width, settings) if separate else None
         self.bidirectional = settings.bidirectional
 
-    @torch.compiler.disable  # torch.compile lays an FFT's output out otherwise than the FFT does, and stops
+    @torch.compiler.disable  # torch.compile assumes another memory layout for an FFT's output, and fails
     def forward(self, u_BLS: Tensor) -> Tensor:
         spectrum, skip = self.rightward(u_BLS.shape[1])
         if self.bidirectional:
@@ -37,7 +37,7 @@ class BiS4D(nn.Module):
 
 
 class SlotLinear(nn.Module):
-    """A product of its own for each of the M slots of a group: (B, G, M, in) to (B, G, M, out)."""
+    """A separate product for each of the M slots of a group: (B, G, M, in) to (B, G, M, out)."""
 
     def __init__(self, slots: int, inputs: int, outputs: int):
         super().__init__()
@@ -49,7 +49,7 @@ class SlotLinear(nn.Module):
         return torch.einsum("bgmi,mio->bgmo", y_BGMS, self.weight) + self.bias
 
 
-class Block(nn.Module):
+class DiffuSSMBlock(nn.Module):
     """Hourglass up, both scans at full length, hourglass down, gate; names as in the paper, W4 ours."""
 
     def __init__(self, settings: DiffuSsm):
@@ -57,7 +57,7 @@ class Block(nn.Module):
         D, self.M = settings.width, settings.hourglass
         S = (2 if settings.bidirectional else 1) * D
         self.W0 = nn.Linear(D, D)
-        self.W_up = nn.Linear(D, self.M * S)  # one product for all slots: they see the same group
+        self.W_up = nn.Linear(D, self.M * S)  # one product for all slots: they have the same input
         self.scan = BiS4D(settings)
         self.W_down = SlotLinear(self.M, S, 2 * D // self.M)
         self.W1 = nn.Linear(D, D)
@@ -83,7 +83,7 @@ def _norm(x_BGD: Tensor) -> Tensor:
 
 
 class DiffuSSM(Backbone):
-    """The model: no patches, but groups of M neighbours in raster order outside the scan."""
+    """The model. It has no patches; outside the scan it works on groups of M neighbours in raster order."""
 
     settings: DiffuSsm
 
@@ -92,14 +92,14 @@ class DiffuSSM(Backbone):
         D, M, C = settings.width, settings.hourglass, shape.channels
         if shape.size**2 % M or 2 * D % M:
             raise UserError(
-                f"hourglass {M} divides not both size x size = {shape.size**2} and twice the width = {2 * D}: "
-                "choose one that does"
+                f"hourglass {M} must divide both size x size = {shape.size**2} and twice the width = {2 * D}: "
+                "choose another hourglass"
             )
         self.settings, self.checkpointing = settings, checkpointing
         self.embed = nn.Linear(C * M, D)
         self.time = TimeEmbedding(FREQUENCIES, D, D)
         self.label = None if num_classes is None else nn.Embedding(num_classes + 1, D)
-        self.blocks = nn.ModuleList([Block(settings) for _ in range(settings.depth)])
+        self.blocks = nn.ModuleList([DiffuSSMBlock(settings) for _ in range(settings.depth)])
         self.modulation = nn.Linear(D, 2 * D)
         self.final = nn.Linear(D, M * 2 * C)
         if self.label is not None:
@@ -115,7 +115,7 @@ class DiffuSSM(Backbone):
         raster_BLC = x_BCHW.to(self.embed.bias.dtype).flatten(2).transpose(1, 2)
         I_BGD = self.embed(raster_BLC.reshape(B, -1, C * self.settings.hourglass))
         for i, block in enumerate(self.blocks):
-            I_BGD = keeping.run(self.checkpointing, i, block, I_BGD, c_BD)
+            I_BGD = run_block(self.checkpointing, i, block, I_BGD, c_BD)
         shift_BD, scale_BD = self.modulation(F.silu(c_BD)).chunk(2, dim=1)
         out_BGP = self.final(modulate(_norm(I_BGD), shift_BD, scale_BD))
         return out_BGP.reshape(B, H * W, 2 * C).transpose(1, 2).reshape(B, 2 * C, H, W)

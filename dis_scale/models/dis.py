@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dis_scale.models import checkpointing as keeping
+from dis_scale.models.checkpointing import run_block
 from dis_scale.models.tokens import Backbone, PatchEmbed, TimeEmbedding, modulate, unpatchify, wide, zero_
 from dis_scale.recipe import Dis, LatentShape
 from dis_scale.scan import Direction, two_way_conv_silu, two_way_scan
@@ -33,12 +33,12 @@ def step_rank(width: int) -> int:
 
 
 def uniform(*shape: int, bound: float) -> nn.Parameter:
-    """Uniform in [-bound, bound]; 1 / sqrt(fan_in) is PyTorch's default for a product or a convolution."""
+    """A parameter, uniform in [-bound, bound]. PyTorch's default for a product or a convolution is 1 / sqrt(fan_in)."""
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
-class Side(nn.Module):
-    """One direction's projections: the convolved u_BLE to the scan's operands (Gu and Dao 2023, Algorithm 2)."""
+class DirectionProjections(nn.Module):
+    """Projections of one direction: the convolved u_BLE to the scan's inputs (Gu and Dao 2023, Algorithm 2)."""
 
     def __init__(self, settings: Dis, reverse: bool):
         super().__init__()
@@ -46,9 +46,9 @@ class Side(nn.Module):
         self.sizes = [R, N, N]
         self.x_proj = uniform(R + 2 * N, E, bound=E**-0.5)
         self.dt_proj = uniform(E, R, bound=R**-0.5)
-        # The published code forgets the backward direction's bias: softplus(0) = 0.69 keeps one or two tokens.
-        forgotten = reverse and settings.init == "official"
-        self.dt_bias = nn.Parameter(torch.zeros(E) if forgotten else _log_uniform_steps(E))
+        # The published code leaves the backward direction's bias at 0: softplus(0) = 0.69 remembers one or two tokens.
+        bias_is_zero = reverse and settings.init == "official"
+        self.dt_bias = nn.Parameter(torch.zeros(E) if bias_is_zero else _log_uniform_steps(E))
         self.A_log = nn.Parameter(torch.arange(1, N + 1, dtype=torch.float32).log().repeat(E, 1))
         self.D = nn.Parameter(torch.ones(E))
 
@@ -65,33 +65,37 @@ def _log_uniform_steps(E: int, low: float = 1e-3, high: float = 0.1, floor: floa
 
 
 class Mixer(nn.Module):
-    """The bidirectional mixer ("bimamba v2"): (s_f + s_b) SiLU(z) between two products, summed, not averaged."""
+    """The bidirectional mixer ("bimamba v2"): (s_f + s_b) SiLU(z) between two products; the sum is not averaged.
+
+    `rightward` and `leftward` are the forward and the backward direction in token order. They are state-dict keys, so their
+    names stay; everywhere else the directions are called forward and backward.
+    """
 
     def __init__(self, settings: Dis, scan: str):
         super().__init__()
         D, E = settings.width, inner_width(settings.width)
         self.scan, self.halve = scan, settings.halve_sum
         self.in_proj = uniform(2 * E, D, bound=D**-0.5)
-        self.conv_weight, self.conv_bias = _taps(E)
-        self.back_conv_weight, self.back_conv_bias = _taps(E)
-        self.rightward = Side(settings, reverse=False)
-        self.leftward = Side(settings, reverse=True)
+        self.conv_weight, self.conv_bias = _conv_parameters(E)
+        self.back_conv_weight, self.back_conv_bias = _conv_parameters(E)
+        self.rightward = DirectionProjections(settings, reverse=False)
+        self.leftward = DirectionProjections(settings, reverse=True)
         self.out_proj = uniform(D, E, bound=(E * settings.depth) ** -0.5)  # GPT-2's 1 / sqrt(depth)
 
     def forward(self, h_BLD: Tensor) -> Tensor:
         x_BLE, z_BLE = F.linear(h_BLD, self.in_proj).chunk(2, dim=-1)
         convs = (self.conv_weight, self.conv_bias, self.back_conv_weight, self.back_conv_bias)
-        right_BLE, left_BLE = two_way_conv_silu(x_BLE, *convs, backend=self.scan)
-        y_BLE = two_way_scan(self.rightward(right_BLE), self.leftward(left_BLE), z_BLE, backend=self.scan)
+        forward_BLE, backward_BLE = two_way_conv_silu(x_BLE, *convs, backend=self.scan)
+        y_BLE = two_way_scan(self.rightward(forward_BLE), self.leftward(backward_BLE), z_BLE, backend=self.scan)
         return F.linear(y_BLE * 0.5 if self.halve else y_BLE, self.out_proj)
 
 
-def _taps(E: int) -> tuple[nn.Parameter, nn.Parameter]:
+def _conv_parameters(E: int) -> tuple[nn.Parameter, nn.Parameter]:
     return uniform(E, TAPS, bound=TAPS**-0.5), uniform(E, bound=TAPS**-0.5)
 
 
-class Block(nn.Module):
-    """Add to the stream, normalise, mix: (branch h, stream r) to (branch h, stream r); no MLP."""
+class DiSBlock(nn.Module):
+    """One block: add to the stream, normalise, mix. Maps (branch h, stream r) to (branch h, stream r); no MLP."""
 
     def __init__(self, settings: Dis, scan: str, skip: bool):
         super().__init__()
@@ -117,7 +121,7 @@ class Block(nn.Module):
 
 
 def add_to_stream(r_BLD: Tensor | None, h_BLD: Tensor, drop_B: Tensor | None) -> Tensor:
-    """r + drop(h), in float32 or better; the first block's stream is the tokens themselves."""
+    """Return r + drop(h) in float32 or better. The first block's stream is the tokens themselves."""
     if r_BLD is None:
         return wide(h_BLD)
     return r_BLD + (h_BLD if drop_B is None else h_BLD * drop_B.to(h_BLD.dtype)[:, None, None])
@@ -134,7 +138,7 @@ def _zero_bias(layer: nn.Linear) -> nn.Linear:
 
 
 class DiS(Backbone):
-    """depth / 2 in-blocks, a middle one, depth / 2 out-blocks that take the in-blocks' branches last in, first out."""
+    """depth / 2 in-blocks, a middle block, depth / 2 out-blocks. Each out-block takes an in-block's branch, last in, first out."""
 
     settings: Dis
 
@@ -147,7 +151,7 @@ class DiS(Backbone):
         self.label = None if num_classes is None else nn.Embedding(num_classes + 1, D)
         self.extras = 1 if num_classes is None else 2
         self.position = nn.Parameter(torch.zeros(1, self.extras + (shape.size // settings.patch) ** 2, D))
-        self.blocks = nn.ModuleList(Block(settings, scan, skip=i > half) for i in range(2 * half + 1))
+        self.blocks = nn.ModuleList(DiSBlock(settings, scan, skip=i > half) for i in range(2 * half + 1))
         self.norm = nn.Parameter(torch.ones(D))
         self.modulation = None if num_classes is None else nn.Linear(D, 2 * D)
         self.final = nn.Linear(D, settings.patch**2 * 2 * shape.channels)
@@ -187,13 +191,13 @@ class DiS(Backbone):
         r_BLD: Tensor | None = None
         for i, block in enumerate(self.blocks):
             inputs = (h_BLD, r_BLD, c_BD, skips.pop() if i > half else None, drops[i])
-            h_BLD, r_BLD = keeping.run(self.checkpointing, i, block, *inputs)
+            h_BLD, r_BLD = run_block(self.checkpointing, i, block, *inputs)
             if i < half:
                 skips.append(h_BLD)
         return h_BLD, r_BLD
 
     def _image(self, r_BLD: Tensor, c_BD: Tensor, dtype: torch.dtype) -> Tensor:
-        """The stream to (B, 2C, H, W): both norms, the final modulation where there are classes, one product."""
+        """The stream to (B, 2C, H, W): both norms, the final modulation if the model has classes, one product."""
         x_BTD = rms_norm(r_BLD[:, self.extras :], self.norm).to(dtype)
         x_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6)
         if self.modulation is not None:

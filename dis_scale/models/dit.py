@@ -1,4 +1,4 @@
-"""DiT, the yardstick: attention with adaLN-Zero (Peebles and Xie, arXiv 2212.09748), as published.
+"""DiT, the baseline: attention with adaLN-Zero (Peebles and Xie, arXiv 2212.09748), as published.
 
 Axes: B samples, C channels, T patches, D width. Read next: official.py for the published weights' layout.
 """
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dis_scale.models import checkpointing as keeping
+from dis_scale.models.checkpointing import run_block
 from dis_scale.models.tokens import Backbone, PatchEmbed, TimeEmbedding, modulate, unpatchify, zero_
 from dis_scale.recipe import Dit, LatentShape
 
@@ -15,7 +15,7 @@ FREQUENCIES = 256
 """Sinusoidal features of the time (DiT's frequency_embedding_size)."""
 
 
-class Block(nn.Module):
+class DiTBlock(nn.Module):
     """Attention and MLP, each behind a layer norm whose shift, scale and gate come from the condition."""
 
     def __init__(self, settings: Dit):
@@ -54,7 +54,7 @@ def position_table(side: int, width: int) -> Tensor:
 
 
 class DiT(Backbone):
-    """The model; without classes the condition is the time alone."""
+    """The model. Without classes it is conditioned on the time only."""
 
     settings: Dit
 
@@ -65,9 +65,9 @@ class DiT(Backbone):
         self.patches = PatchEmbed(shape.channels, settings.patch, D)
         self.time = TimeEmbedding(FREQUENCIES, D, D)
         self.label = None if num_classes is None else nn.Embedding(num_classes + 1, D)
-        # Computed, not learned: no part of the weights, so that the state dict holds exactly what is trained.
+        # Computed, not learned: not persistent, so that the state dict holds exactly what is trained.
         self.register_buffer("position", position_table(shape.size // settings.patch, D), persistent=False)
-        blocks = [Block(settings) for _ in range(settings.depth)]
+        blocks = [DiTBlock(settings) for _ in range(settings.depth)]
         self.blocks = nn.ModuleList(blocks)
         self.modulation = nn.Linear(D, 2 * D)
         self.final = nn.Linear(D, settings.patch**2 * 2 * shape.channels)
@@ -94,6 +94,6 @@ class DiT(Backbone):
         x_BTD = self.patches(x_BCHW)
         x_BTD = x_BTD + self.position.to(x_BTD.dtype)
         for i, block in enumerate(self.blocks):
-            x_BTD = keeping.run(self.checkpointing, i, block, x_BTD, c_BD)
+            x_BTD = run_block(self.checkpointing, i, block, x_BTD, c_BD)
         shift_BD, scale_BD = self.modulation(F.silu(c_BD)).chunk(2, dim=1)
         return unpatchify(self.final(modulate(_norm(x_BTD), shift_BD, scale_BD)), self.patch)

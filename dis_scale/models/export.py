@@ -1,9 +1,9 @@
-"""Ways out: one safetensors file that says what it holds, and a folder that diffusers samples from; `open_checkpoint`.
+"""Export: one safetensors file that describes its model, and a folder that diffusers can sample from; `open_checkpoint`.
 
     DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)(class_labels=[1, 7])
 
-The folder's two Python files are written from here; they need dis-scale and diffusers installed, this module only the
-former. Read next: official.py for the public codes' layouts.
+The folder's two Python files are the strings below. They need dis-scale and diffusers; this module needs only dis-scale.
+Read next: official.py for the layouts of the public code.
 """
 
 import json
@@ -24,7 +24,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 """diffusers' name for a component's weights."""
 
 BACKBONE_PY = '''\
-"""The denoiser as a diffusers model; its code is dis-scale's, its settings stand in config.json."""
+"""The denoiser as a diffusers model; its code is dis-scale's, its settings are in config.json."""
 
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -43,7 +43,7 @@ class DisScaleBackbone(ModelMixin, ConfigMixin):
 '''
 
 PIPELINE_PY = '''\
-"""Samples images from a dis-scale backbone: noise is a function of the seed and the image's number alone."""
+"""Samples images from a dis-scale backbone: noise depends only on the seed and the image number."""
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
@@ -86,7 +86,7 @@ class Saved(Protocol):
 
 
 def describe(model: Backbone) -> dict[str, Any]:
-    """What `from_description` needs to build the model: settings, shape and number of classes, as plain data."""
+    """Settings, shape and number of classes as plain data: the input of `from_description`."""
     return {
         "model": model.settings.model_dump(mode="json"),
         "shape": list(model.shape),
@@ -95,7 +95,7 @@ def describe(model: Backbone) -> dict[str, Any]:
 
 
 def from_description(description: dict[str, Any]) -> Backbone:
-    """The model with initial weights; UserError for a description that is none."""
+    """Return the model with initial weights. UserError if the description is invalid."""
     try:
         settings = TypeAdapter[Any](Model).validate_json(json.dumps(description["model"]))
         shape = LatentShape(*map(int, description["shape"]))
@@ -106,14 +106,14 @@ def from_description(description: dict[str, Any]) -> Backbone:
 
 
 def save(model: Backbone, path: str | Path) -> None:
-    """One safetensors file: weights by our names, the description in its metadata."""
+    """Write one safetensors file: weights by our names, the description in its metadata."""
     check_finite(model)
     weights = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
     safetensors.torch.save_file(weights, path, {"dis_scale": json.dumps(describe(model))})
 
 
 def load(path: str | Path) -> Backbone:
-    """The model in evaluation from `save`'s file; UserError for any other file, or weights that are not finite."""
+    """Return the model in evaluation mode from a file of `save`. UserError for any other file or non-finite weights."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -121,18 +121,18 @@ def load(path: str | Path) -> Backbone:
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read weights from {path}: {error}") from None
     if "dis_scale" not in metadata:
-        raise UserError(f"{path} does not say what model it holds: import a public layout with models.official instead")
+        raise UserError(f"{path} does not describe its model: import a public layout with models.official instead")
     model = from_description(json.loads(metadata["dis_scale"]))
     if weights.keys() != model.state_dict().keys():
-        strange = sorted(weights.keys() ^ model.state_dict().keys())
-        raise UserError(f"{path}: weights do not fit their description: {', '.join(strange[:3])}")
+        mismatched = sorted(weights.keys() ^ model.state_dict().keys())
+        raise UserError(f"{path}: weights do not fit their description: {', '.join(mismatched[:3])}")
     model.load_state_dict(weights)
     check_finite(model)
     return model.eval()
 
 
 def open_checkpoint(path: str | Path, heads: int | None = None) -> Backbone:
-    """A model in evaluation from `save`'s file or a public `.pt` of DiS or DiT, told apart by what stands in it."""
+    """Return a model in evaluation mode from a file of `save`, or from a public `.pt` of DiS or DiT (known by its keys)."""
     if Path(path).suffix == ".safetensors":
         return load(path)
     weights = read_weights(path)
@@ -141,7 +141,7 @@ def open_checkpoint(path: str | Path, heads: int | None = None) -> Backbone:
 
 
 def save_pipeline(folder: str | Path, model: Backbone, process: Gaussian | Flow, vae: Saved | None = None) -> None:
-    """A diffusers-style folder: model_index.json, backbone, and the VAE unless the model sees pixels."""
+    """Write a diffusers folder: model_index.json, the backbone, and the VAE unless the model works on pixels."""
     check_finite(model)
     folder = Path(folder)
     backbone = folder / "backbone"
@@ -172,5 +172,5 @@ def process_of(settings: dict[str, Any]) -> Any:
 
 
 def sampler_for(process: Any) -> str:
-    """A sampler that fits the process: the published one."""
+    """The published sampler of the process."""
     return "heun" if process.settings.kind == "flow" else "ddpm"

@@ -1,6 +1,6 @@
-"""The public codes' layouts: weights of DiS (feizc/DiS) and DiT (facebookresearch/DiT) in and out, sizes read off.
+"""Import and export of the public weights of DiS (feizc/DiS) and DiT (facebookresearch/DiT). Sizes are read from them.
 
-A round trip is bit for bit. Nothing is unpickled beyond tensors. Read next: dis.py, dit.py, export.py.
+A round trip is bit-equal. Only tensors are unpickled. Read next: dis.py, dit.py, export.py.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from dis_scale.recipe.presets import PRESETS
 
 StateDict = Mapping[str, Tensor]
 
-SIDES = {"rightward": ("conv", "", "A_log", "D"), "leftward": ("back_conv", "_b", "A_b_log", "D_b")}
-"""Our names of a direction's parts and the public code's suffix and names."""
+DIRECTIONS = {"rightward": ("conv", "", "A_log", "D"), "leftward": ("back_conv", "_b", "A_b_log", "D_b")}
+"""Forward and backward direction (see dis.Mixer): our names, then the public code's suffix and names."""
 DIS = {
     "position": "pos_embed",
     "norm": "norm_f.weight",
@@ -49,15 +49,15 @@ DIT_BLOCK = {
 }
 
 
-class Place(NamedTuple):
-    """Where the public layout keeps a weight, and in what shape."""
+class PublicWeight(NamedTuple):
+    """Name and shape of a weight in the public layout."""
 
     name: str
     shape: tuple[int, ...]
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a public `.pt` file: its EMA where it holds a training state, else itself. UserError if none."""
+    """Return the tensors of a public `.pt` file: its EMA if it is a training state, else itself. UserError otherwise."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             data = torch.load(path, map_location="cpu", weights_only=True)
@@ -70,7 +70,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def from_official(state_dict: StateDict) -> DiS:
-    """A DiS from the public code's state dict; UserError names what is missing, extra, misshapen or not finite."""
+    """Return a DiS from the public code's state dict. UserError names missing, unknown, misshapen or non-finite weights."""
     patch_weight, norm = _sized(state_dict, "patch_embed.proj.weight", 4), _sized(state_dict, "norm_f.weight", 1)
     position = _sized(state_dict, "pos_embed", 3)
     label = state_dict.get("label_emb.embedding_table.weight")
@@ -91,14 +91,14 @@ def from_official(state_dict: StateDict) -> DiS:
 
 
 def from_official_dit(state_dict: StateDict, heads: int | None = None) -> DiT:
-    """A DiT from the published state dict; `heads`, which weights do not tell, by the published width if not given."""
+    """Return a DiT from the published state dict. The weights do not determine `heads`: by default the published number."""
     patch_weight = _sized(state_dict, "x_embedder.proj.weight", 4)
     position, label = _sized(state_dict, "pos_embed", 3), _sized(state_dict, "y_embedder.embedding_table.weight", 2)
     width, patch = patch_weight.shape[0], patch_weight.shape[-1]
     if heads is None:
         known = {p["width"]: p["heads"] for p in PRESETS.values() if p["kind"] == "dit"}
         if width not in known:
-            raise UserError(f"a DiT of width {width} is not a published one: say its number of heads")
+            raise UserError(f"a DiT of width {width} is not a published one: give its number of heads")
         heads = known[width]
     settings = Dit(kind="dit", width=width, depth=max(_count(state_dict, "blocks"), 1), heads=heads, patch=patch)
     side = math.isqrt(position.shape[1])
@@ -113,14 +113,14 @@ def from_official_dit(state_dict: StateDict, heads: int | None = None) -> DiT:
 
 
 def to_official(model: Backbone) -> dict[str, Tensor]:
-    """The model's weights in the public code's names and shapes; UserError for an option that it does not know."""
+    """Return the weights in the public code's names and shapes. UserError for options that the public code lacks."""
     weights = model.state_dict()
-    out = {place.name: weights[ours].detach().reshape(place.shape).clone() for ours, place in layout(model).items()}
+    out = {weight.name: weights[ours].detach().reshape(weight.shape).clone() for ours, weight in layout(model).items()}
     return out | ({"pos_embed": model.get_buffer("position").clone()} if isinstance(model, DiT) else {})
 
 
-def layout(model: Backbone) -> dict[str, Place]:
-    """The public place of each of the model's weights."""
+def layout(model: Backbone) -> dict[str, PublicWeight]:
+    """Map the name of each of the model's weights to its public name and shape."""
     if isinstance(model, DiS):
         if model.settings.conditioning != "tokens" or model.settings.halve_sum:
             raise UserError("the public layout of DiS has no adaLN-Zero blocks and no halved sum: export another way")
@@ -130,11 +130,11 @@ def layout(model: Backbone) -> dict[str, Place]:
     else:
         raise UserError(f"{type(model).__name__} has no public layout: none was released")
     shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    return {ours: Place(rename(ours, model), _shape(ours, shape, model)) for ours, shape in shapes.items()}
+    return {ours: PublicWeight(rename(ours, model), _shape(ours, shape, model)) for ours, shape in shapes.items()}
 
 
 def _shape(ours: str, shape: tuple[int, ...], model: Backbone) -> tuple[int, ...]:
-    """Convolutions keep an axis that products do not."""
+    """Shape in the public layout: convolutions have one axis more."""
     if ours == "patches.weight":
         return (shape[0], model.shape.channels, model.patch, model.patch)
     return (shape[0], 1, shape[1]) if ours.endswith("conv_weight") else shape
@@ -145,15 +145,15 @@ def _dis_name(ours: str, model: Backbone) -> str:
         return _renamed(ours, DIS)
     _, index, rest = ours.split(".", 2)
     assert isinstance(model, DiS)
-    place = int(index) - model.settings.depth // 2  # before, at or after the middle block
-    block = f"in_blocks.{index}" if place < 0 else "mid_block" if place == 0 else f"out_blocks.{place - 1}"
+    offset = int(index) - model.settings.depth // 2  # before, at or after the middle block
+    block = f"in_blocks.{index}" if offset < 0 else "mid_block" if offset == 0 else f"out_blocks.{offset - 1}"
     return f"{block}.{_dis_block_name(rest)}"
 
 
 def _dis_block_name(rest: str) -> str:
     names = {"norm": "norm.weight", "mixer.in_proj": "mixer.in_proj.weight", "mixer.out_proj": "mixer.out_proj.weight"}
-    for side, (conv, suffix, A_log, D) in SIDES.items():
-        ours = f"mixer.{side}."
+    for direction, (conv, suffix, A_log, D) in DIRECTIONS.items():
+        ours = f"mixer.{direction}."
         names |= {ours + "A_log": f"mixer.{A_log}", ours + "D": f"mixer.{D}"}
         names |= {ours + "x_proj": f"mixer.x_proj{suffix}.weight", ours + "dt_proj": f"mixer.dt_proj{suffix}.weight"}
         names |= {ours + "dt_bias": f"mixer.dt_proj{suffix}.bias"}
@@ -169,7 +169,7 @@ def _dit_name(ours: str, model: Backbone) -> str:  # noqa: ARG001
 
 
 def _renamed(ours: str, names: Mapping[str, str]) -> str:
-    """The public name of a weight, or of the layer whose weight or bias it is."""
+    """The public name of a weight, by its own name or by its layer's name."""
     if ours in names:
         return names[ours]
     layer, _, kind = ours.rpartition(".")
@@ -177,8 +177,8 @@ def _renamed(ours: str, names: Mapping[str, str]) -> str:
 
 
 def _load(model: Backbone, state_dict: StateDict) -> None:
-    places = layout(model)
-    expected = {place.name: place.shape for place in places.values()}
+    public = layout(model)
+    expected = {weight.name: weight.shape for weight in public.values()}
     faults = [f"{name} is missing" for name in expected if name not in state_dict]
     faults += [f"{name} is not known" for name in state_dict if name not in expected]
     for name, shape in expected.items():
@@ -188,13 +188,13 @@ def _load(model: Backbone, state_dict: StateDict) -> None:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise UserError(f"not a {type(model).__name__} in the public layout: {'; '.join(faults[:3])}{more}")
     shapes = {ours: tuple(weight.shape) for ours, weight in model.state_dict().items()}
-    weights = {ours: state_dict[place.name].reshape(shapes[ours]).clone() for ours, place in places.items()}
+    weights = {ours: state_dict[weight.name].reshape(shapes[ours]).clone() for ours, weight in public.items()}
     model.load_state_dict(weights, assign=True)
     check_finite(model)
 
 
 def _sized(state_dict: StateDict, name: str, axes: int) -> Tensor:
-    """The weight that tells a size; UserError if it is missing or has other axes."""
+    """Return the weight `name`, from whose shape a size is read. UserError if it is missing or has other axes."""
     if name not in state_dict:
         raise UserError(f"not a state dict in the public layout: {name} is missing")
     if state_dict[name].ndim != axes:
@@ -203,6 +203,6 @@ def _sized(state_dict: StateDict, name: str, axes: int) -> Tensor:
 
 
 def _count(state_dict: StateDict, prefix: str) -> int:
-    """How many blocks stand under a prefix."""
+    """Number of blocks with this prefix."""
     numbers = [int(name.split(".")[1]) for name in state_dict if name.startswith(prefix + ".")]
     return max(numbers, default=-1) + 1

@@ -1,7 +1,7 @@
 """S4D: a diagonal state space as a long convolution (Gu, Gupta, Goel and Re 2022), and its recurrence, the definition.
 
-N real states are N / 2 complex modes, conjugates counted by the factor 2 Re. Parameters are real; kernel and FFT are
-float32 (float64 for float64 weights). Axes: B samples, L time, H channels, M modes. Read next: diffussm.py.
+N real states are N / 2 complex modes; the factor 2 Re accounts for their conjugates. Parameters are real; kernel and FFT
+are float32 (float64 for float64 weights). Axes: B samples, L time, H channels, M modes. Read next: diffussm.py.
 """
 
 import math
@@ -15,13 +15,13 @@ from dis_scale.models.tokens import wide
 from dis_scale.recipe import DiffuSsm
 
 CHUNK = 2**24
-"""Complex numbers of the Vandermonde product held at once, 128 MB; at 1152 channels and 4096 taps all is 1.2 GB."""
+"""Complex numbers of the Vandermonde product in memory at once: 128 MB. All of it at 1152 channels and 4096 taps is 1.2 GB."""
 
 
 def initial_modes(init: str, N: int) -> tuple[Tensor, Tensor]:
     """A and B (M,), complex128, of the initialisations lin, inv and legs of the S4D paper.
 
-    legs takes the eigenvalues of the normal part of HiPPO-LegS; B's phases are left out there: C's are random.
+    legs: eigenvalues of the normal part of HiPPO-LegS. B's phases are omitted, since those of C are random.
     """
     n = torch.arange(N // 2, dtype=torch.float64)
     if init == "legs":
@@ -32,7 +32,7 @@ def initial_modes(init: str, N: int) -> tuple[Tensor, Tensor]:
 
 
 def _legs(N: int) -> tuple[np.ndarray, np.ndarray]:
-    """Frequencies (M,), rising, and |V* B| of HiPPO-LegS: A + P P^T = -1/2 + a skew matrix, P = sqrt(n + 1/2)."""
+    """Frequencies (M,), ascending, and |V* B| of HiPPO-LegS: A + P P^T = -1/2 + a skew matrix, P = sqrt(n + 1/2)."""
     root = np.sqrt(2 * np.arange(N, dtype=np.float64) + 1)
     products = np.outer(root, root) / 2
     skew = np.triu(products, 1) - np.tril(products, -1)
@@ -41,7 +41,7 @@ def _legs(N: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class S4D(nn.Module):
-    """One direction's H independent state spaces; `forward` gives the spectrum, `recurrence` is the reference."""
+    """H independent state spaces of one direction. `forward` returns the spectrum; `recurrence` is the reference."""
 
     def __init__(self, channels: int, settings: DiffuSsm):
         super().__init__()
@@ -70,7 +70,7 @@ class S4D(nn.Module):
         size = max(1, CHUNK // (H * length))
         if size >= M:
             return _vandermonde(weights_HM, dtA_HM, taps_L)
-        # Kept for the backward pass, the chunks would be as large as the whole: each is computed again there.
+        # All chunks kept for the backward pass would need the full memory: each is recomputed there.
         pairs = zip(weights_HM.split(size, 1), dtA_HM.split(size, 1), strict=True)
         terms = [
             checkpoint(_vandermonde, w, a, taps_L, use_reentrant=False, preserve_rng_state=False) for w, a in pairs
@@ -95,9 +95,10 @@ class S4D(nn.Module):
 
 
 def convolve(u_BLH: Tensor, spectrum_KH: Tensor, D_H: Tensor) -> Tensor:
-    """The convolution with a kernel of that spectrum, plus D u, in u's type.
+    """Convolve u with the kernel of this spectrum and add D u, in u's dtype.
 
-    The conjugate spectrum runs it backward: flip, convolve, flip, inclusive (the tap 0 at the position itself in both).
+    The conjugate spectrum gives the backward direction: flip, convolve, flip. Both directions include the current position
+    (tap 0).
     """
     L = u_BLH.shape[1]
     wide_BLH = u_BLH.to(D_H.dtype)
@@ -111,7 +112,7 @@ def _vandermonde(weights_HM: Tensor, dtA_HM: Tensor, taps_L: Tensor) -> Tensor:
 
 
 def _expm1(z: Tensor) -> Tensor:
-    """exp(z) - 1 without the cancellation at small z, which float32 would feel at dt = 1e-3."""
+    """exp(z) - 1 without cancellation at small z, which matters in float32 at dt = 1e-3."""
     half_sine = torch.sin(z.imag / 2)
     real = torch.expm1(z.real) * torch.cos(z.imag) - 2 * half_sine * half_sine
     return torch.complex(real, z.real.exp() * torch.sin(z.imag))
@@ -122,5 +123,5 @@ def _complex(x_HM2: Tensor) -> Tensor:
 
 
 def _rows(row: Tensor, H: int) -> nn.Parameter:
-    """The same row for each channel, in the default type and on the current device."""
+    """A parameter with the same row for each channel, in the default dtype on the current device."""
     return nn.Parameter(torch.empty(H, *row.shape).copy_(row))

@@ -1,4 +1,4 @@
-"""What the three backbones share at their two ends: images to tokens, times and labels to vectors, tokens to images.
+"""Common parts of the three backbones: images to tokens, times and labels to vectors, tokens to images.
 
 Axes: B samples, C channels, H W height and width, T patches, L tokens, D width, P values of a patch. Read next: dis.py.
 """
@@ -15,10 +15,10 @@ from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape
 
 
 class Backbone(nn.Module):
-    """What every backbone promises: `model(x_BCHW, t_B, y_B=None, drop=None) -> (B, 2C, H, W)`, noise beside variance.
+    """Interface of every backbone: `model(x_BCHW, t_B, y_B=None, drop=None) -> (B, 2C, H, W)`, C noise and C variance channels.
 
-    `drop_rates` are the drop path's rates; `drop` holds a multiplier (0 or 1 / keep) for each branch and sample,
-    drawn by the caller. Nothing is drawn in `forward`, so it is the same function in training and in evaluation.
+    `drop_rates` are the rates of drop path. `drop` has a multiplier (0 or 1 / keep) for each branch and sample, sampled by
+    the caller. `forward` uses no random numbers, so it is the same function in training and in evaluation.
     """
 
     settings: Dis | DiffuSsm | Dit
@@ -32,17 +32,17 @@ class Backbone(nn.Module):
 
     @property
     def drop_branches(self) -> int:
-        """How many branches the drop path may drop."""
+        """Number of branches that drop path may drop."""
         return len(self.drop_rates)
 
     def compile_blocks(self) -> None:
-        """Has each block compiled where it is first run; the same code serves all of one shape."""
+        """Compile each block at its first run. Blocks of one shape share the compiled code."""
         assert isinstance(self.blocks, nn.ModuleList)
         for block in self.blocks:
             block.compile(dynamic=False)
 
     def check(self, x_BCHW: Tensor, y_B: Tensor | None) -> None:
-        """UserError for an input that does not fit the model; labels are looked at where that costs no device stall."""
+        """Raise a UserError for an input that does not fit. Labels on a GPU are not checked: that would stall it."""
         channels, size = self.shape
         if x_BCHW.shape[1:] != (channels, size, size):
             raise UserError(f"input of shape {tuple(x_BCHW.shape)}: expected (batch, {channels}, {size}, {size})")
@@ -54,7 +54,7 @@ class Backbone(nn.Module):
 
 
 def wide(x: Tensor) -> Tensor:
-    """In float32 or better: for what must not be rounded to the weights' type."""
+    """x in float32 or better: for values that must not be rounded to the weights' dtype."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
@@ -82,7 +82,7 @@ class TimeEmbedding(nn.Module):
 
 
 class PatchEmbed(nn.Linear):
-    """Image (B, C, H, W) to patches (B, T, D), row by row: the public models' strided convolution as one product."""
+    """Image (B, C, H, W) to patches (B, T, D), row by row. One product, equal to the public models' strided convolution."""
 
     def __init__(self, channels: int, patch: int, width: int):
         super().__init__(channels * patch * patch, width)
@@ -93,14 +93,14 @@ class PatchEmbed(nn.Linear):
 
 
 def patchify(x_BCHW: Tensor, patch: int) -> Tensor:
-    """(B, C, H, W) to (B, T, C p p), values in the order of a convolution's weight."""
+    """(B, C, H, W) to (B, T, C p p), with values in the order of a convolution's weight."""
     B, C, H, W = x_BCHW.shape
     x = x_BCHW.reshape(B, C, H // patch, patch, W // patch, patch)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(B, (H // patch) * (W // patch), C * patch * patch)
 
 
 def unpatchify(x_BTP: Tensor, patch: int) -> Tensor:
-    """(B, T, p p C) of a square image to (B, C, H, W); a patch's values run over row, column, channel, as in DiT."""
+    """(B, T, p p C) of a square image to (B, C, H, W); a patch's values are ordered by row, column, channel, as in DiT."""
     B, T, P = x_BTP.shape
     side, C = math.isqrt(T), P // (patch * patch)
     x = x_BTP.reshape(B, side, side, patch, patch, C)
@@ -113,7 +113,7 @@ def modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
 
 
 def zero_(*layers: nn.Linear) -> None:
-    """Zero weights and biases: a layer that begins by saying nothing."""
+    """Set weights and biases to zero: the layer's output is zero at the start of training."""
     for layer in layers:
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)

@@ -1,10 +1,14 @@
-"""The selective scan and the causal convolution of a state-space mixer, on the best backend that the device has.
+"""The selective scan and the causal convolution of a state-space mixer, on the best backend of the device.
 
-`reference` is the definition, a plain loop; `native` the C++ code for CPUs; `triton` our kernels and `mamba` the published
-ones for NVIDIA GPUs; `chunked` plain PyTorch for any device. `auto` takes the fastest and says why: `choose`. All take any
-float dtype (but for native, triton and mamba not float64), hold the state in float32 (float64 for float64 inputs), give
-outputs in the first input's dtype, and are differentiable in every tensor. Tensors may have any strides; what a backend
-copies, its module says.
+    reference   the definition, a plain loop
+    native      C++ code for CPUs
+    triton      our kernels for NVIDIA GPUs
+    mamba       the published kernels for NVIDIA GPUs
+    chunked     plain PyTorch, for any device
+
+`auto` selects the fastest one and gives the reason: `choose`. Every backend takes any float dtype, except that native,
+triton and mamba refuse float64. The state is float32 (float64 for float64 inputs), outputs have the first input's dtype, and
+every tensor has a gradient. Tensors may have any strides; each backend's module documents what it copies.
 
 Axes: B batch, L time, E channels, N states, W taps of the convolution.
 """
@@ -32,16 +36,16 @@ __all__ = [
 ]
 
 BACKENDS = ("reference", "native", "triton", "mamba", "chunked")
-"""Each a module of this folder, imported where it is used: two of them need packages that not every machine has."""
+"""Modules of this folder, imported at first use: two of them need packages that not every machine has."""
 GPU_BACKENDS = {
     "triton": "triton, which comes with PyTorch's builds for Linux: pip install triton",
     "mamba": "mamba-ssm and causal-conv1d: on a machine with nvcc, pip install --no-build-isolation 'dis-scale[gpu]'",
 }
-"""What they need, and how to get it."""
+"""Requirements of the GPU backends, and how to install them."""
 
 
 class Choice(NamedTuple):
-    """A backend's name and why it was taken; prints as `native (auto: cpu, avx512)`."""
+    """Name of a backend and the reason for it; prints as `native (auto: cpu, avx512)`."""
 
     name: str
     reason: str
@@ -63,8 +67,8 @@ def selective_scan(
 ) -> Tensor:
     """y_BLE of h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, y_t = C_t . h_t + D u_t (Gu and Dao 2023, Algorithm 2).
 
-    `delta` comes raw: delta_t = softplus(delta_BLE + delta_bias_E). A is negative. `reverse` scans from the end to the
-    start, which equals flip, scan, flip.
+    `delta` is raw: delta_t = softplus(delta_BLE + delta_bias_E). A is negative. `reverse` scans from the end to the
+    start, which is the same as flip, scan, flip.
     """
     direction = Direction(u_BLE, delta_BLE, A_EN, B_BLN, C_BLN, D_E, delta_bias_E)
     _check_direction("selective_scan", direction)
@@ -73,7 +77,7 @@ def selective_scan(
 
 @torch.compiler.disable
 def two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None, backend: str = "auto") -> Tensor:
-    """(scan of `forward` + reversed scan of `backward`) * SiLU(z), or the sum alone where z is None."""
+    """(scan of `forward` + reversed scan of `backward`) * SiLU(z), or the sum alone if z is None."""
     _check_direction("two_way_scan, forward", forward)
     _check_direction("two_way_scan, backward", backward)
     shape, device = forward.u_BLE.shape, forward.u_BLE.device
@@ -87,7 +91,7 @@ def two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None, 
 def causal_conv_silu(
     x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, reverse: bool = False, backend: str = "auto"
 ) -> Tensor:
-    """SiLU of the depthwise causal convolution; `reverse` equals flip, convolve, flip."""
+    """SiLU of the depthwise causal convolution; `reverse` is the same as flip, convolve, flip."""
     _check_conv("causal_conv_silu", x_BLE, weight_EW, bias_E)
     return _backend(backend, x_BLE.device.type).causal_conv_silu(x_BLE, weight_EW, bias_E, reverse)
 
@@ -101,7 +105,7 @@ def two_way_conv_silu(
     back_bias_E: Tensor,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`causal_conv_silu` in both directions of the same x, read once: (forward, backward)."""
+    """Apply `causal_conv_silu` to x in both directions, reading x once; return (forward, backward)."""
     _check_conv("two_way_conv_silu, forward", x_BLE, weight_EW, bias_E)
     _check("two_way_conv_silu, backward: the weight", back_weight_EW, weight_EW.shape, x_BLE.device)
     _check("two_way_conv_silu, backward: the bias", back_bias_E, bias_E.shape, x_BLE.device)
@@ -110,7 +114,7 @@ def two_way_conv_silu(
 
 
 def choose(name: str, device: torch.device | str) -> Choice:
-    """The backend that `name` means on `device`, once a process. A UserError or DisScaleError where it cannot run."""
+    """Return the backend that `name` selects on `device`; cached. UserError or DisScaleError if it cannot run there."""
     return _choose(name, torch.device(device).type)
 
 
@@ -137,7 +141,7 @@ def _automatic(device: str) -> Choice:
 
 
 def _problem(name: str, device: str) -> DisScaleError | None:
-    """What keeps a backend from running on a device, or None."""
+    """The reason why a backend cannot run on a device, or None."""
     if name == "native":
         wrong = UserError(
             f"the native scan is for the CPU, got tensors on {device}: set the backend to auto or chunked"

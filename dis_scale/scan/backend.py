@@ -1,4 +1,4 @@
-"""What a backend of the scan is: four functions, of which two may be derived from the other two.
+"""The interface of a scan backend: four functions. Two of them can be derived from the other two (`from_one_way`).
 
 Axes: B batch, L time, E channels, N states, W taps of the convolution.
 """
@@ -10,9 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NATIVE_CHUNK = 86
+"""Steps between the states that the native scan keeps for its backward pass; Triton's scan keeps none.
+
+Images of 8, 16, 32 or 64 patches a side make 66, 258, 1026 or 4098 tokens with time and label. 86 leaves no small
+remainder of these lengths; a small remainder would cost nearly as much as a full chunk.
+"""
+
 
 class Direction(NamedTuple):
-    """One direction's inputs. `delta` is raw: its bias is added and softplus taken inside; A is negative."""
+    """The inputs of one direction. `delta` is raw: the scan adds its bias and applies softplus. A is negative."""
 
     u_BLE: Tensor
     delta_BLE: Tensor
@@ -24,7 +31,7 @@ class Direction(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """`selective_scan(direction, reverse)`, `two_way_scan(forward, backward, z)`, and the convolution's same two."""
+    """`selective_scan(direction, reverse)`, `two_way_scan(forward, backward, z)`, and both forms of the convolution."""
 
     selective_scan: Callable[[Direction, bool], Tensor]
     two_way_scan: Callable[[Direction, Direction, Tensor | None], Tensor]
@@ -35,11 +42,11 @@ class Backend(NamedTuple):
 def from_one_way(
     scan: Callable[[Direction, bool], Tensor], conv: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 ) -> Backend:
-    """A backend whose two-way functions are their own definition."""
+    """Return a backend whose two-way functions call the one-way functions once for each direction."""
 
     def two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None) -> Tensor:
         dtype = forward.u_BLE.dtype
-        wide = torch.promote_types(dtype, torch.float32)  # the sum and the gate are not rounded in between
+        wide = torch.promote_types(dtype, torch.float32)  # neither the sum nor the gate is rounded in between
         forward, backward = (d._replace(u_BLE=d.u_BLE.to(wide)) for d in (forward, backward))
         y_BLE = scan(forward, False) + scan(backward, True)
         return (y_BLE if z_BLE is None else y_BLE * F.silu(z_BLE.to(wide))).to(dtype)

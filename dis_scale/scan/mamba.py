@@ -1,9 +1,9 @@
 """The published CUDA kernels, as the public code runs them: mamba-ssm's selective scan and causal-conv1d's convolution.
 
-The door to both packages, which the `gpu` extra installs; importing this module without them fails. They keep time last:
-every tensor with a time axis is copied to that layout, flipped for the reversed direction, and the result copied back. In
-half precision each direction is gated and rounded before the sum. mamba-ssm adds some gradients atomically: runs with this
-backend are not equal to the bit.
+The only module that imports these packages, which the `gpu` extra installs; without them its import fails. Their time axis
+is last: every tensor with a time axis is copied to that layout, flipped for the reversed direction, and the result is
+copied back. In half precision each direction is gated and rounded before the sum. mamba-ssm adds some gradients atomically,
+so runs with this backend are not bit-equal.
 
 Axes: B batch, L time, E channels, N states, W taps of the convolution.
 """
@@ -17,7 +17,7 @@ from dis_scale.errors import UserError
 from dis_scale.scan.backend import Backend, Direction
 
 TAPS = (2, 3, 4)
-"""The widths that causal-conv1d has kernels for."""
+"""Widths for which causal-conv1d has kernels."""
 
 
 def _time_last(x_BLX: Tensor, reverse: bool) -> Tensor:

@@ -1,9 +1,9 @@
-// The native CPU backend as PyTorch operators: native.py builds this file, which takes in the others, and sets
-// MOST_STATES and MOST_TAPS. Here stand the contract with the kernels, the instruction sets and the operators; the
-// arithmetic in kernels.cpp, tensors and memory in memory.cpp, threads and gradients in scan.cpp and conv.cpp.
+// The native CPU backend as PyTorch operators. native.py compiles this file and defines MOST_STATES, MOST_TAPS and
+// NATIVE_CHUNK. The .inl files are included below: kernels.inl has the arithmetic, memory.inl tensors and memory, scan.inl
+// and conv.inl threads and gradients. This file has the interface to the kernels, the instruction sets and the operators.
 //
-// The work is cut by shape alone, never by the number of threads, and partial sums are added in a fixed order: results
-// are the same bits at any number of threads.
+// The work is divided by shape only, never by the number of threads, and partial sums are added in a fixed order. So
+// results are bit-equal at any number of threads.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -24,19 +24,18 @@
 #include <malloc.h>
 #endif
 
-// Steps between the states that the forward pass keeps, N / CHUNK of u's size in all, and that the backward pass
-// replays at once, four states at a time. Images of 8, 16, 32 or 64 patches a side make 66, 258, 1026 or 4098 tokens
-// with time and label: of 86 steps no little rest is left, which would cost nearly as much as a whole chunk.
-constexpr int64_t CHUNK = 86;
+// Steps between the states that the forward pass keeps (N / CHUNK of u's size in total). The backward pass recomputes one
+// chunk at a time, four states at once. backend.py sets the number and gives the reason.
+constexpr int64_t CHUNK = NATIVE_CHUNK;
 
-// A matrix of rows for some channels: row t begins at `at + t * stride`; the stride is negative for a backward scan.
+// Rows of some channels: row t begins at `at + t * stride`. The stride is negative for a reversed scan.
 struct Rows {
   float* at = nullptr;
   int64_t stride = 0;
   float* operator[](int64_t t) const { return at + t * stride; }
 };
 
-struct Place {  // from here
+struct Offset {  // to the rows to prefetch, relative to the current ones
   int64_t steps, channels;
 };
 
@@ -46,32 +45,32 @@ struct Span {  // of steps, or of blocks
 
 struct Scan {  // one direction of one batch row and one block of channels
   int64_t states;
-  Rows u, delta, B, C, z;  // z.at is null where another direction applies the gate, or nobody
+  Rows u, delta, B, C, z;  // z.at is null if another direction applies the gate, or if there is no gate
   const float* weights;    // vectors over the block's channels: A / ln 2 for each state, D, delta's bias
-  float* starts;           // states at the beginning of the second chunk; null where no gradient is wanted
-  int64_t start_stride;    // from there to the next chunk's
-  Place next;              // what to fetch meanwhile
+  float* starts;           // states at the beginning of the second chunk; null if no gradient is needed
+  int64_t start_stride;    // distance to the next chunk's states
+  Offset next;             // what to prefetch
 };
 
-struct Gradients {  // of the same block; y is read, u, delta and z written, the weights' added to
-  Rows y, u, delta, z;  // z.at is null where another direction gives z's, or nobody
-  Rows out;             // what the forward pass gave; read for z's
+struct Gradients {  // of the same block: y is read; u, delta and z are written; the weights' sums are updated
+  Rows y, u, delta, z;  // z.at is null if another direction writes z's, or if there is no gate
+  Rows out;             // output of the forward pass; read for z's gradient
   float* weights;
 };
 
-struct Scratch {  // a thread's own memory
+struct Scratch {  // memory of one thread
   float *decays, *states;  // for four states
   float *delta, *delta_u, *slope, *dy, *d_delta_u, *d_delta;  // for each step of a chunk
-  float *dB, *dC;  // for four states and each step of a chunk, folded over lanes and summed over a group's blocks
-  bool begun;      // whether an earlier block of the group has left such sums
-  float* carry;    // for each block of a group, what the later chunks send to its states
+  float *dB, *dC;  // per four states and step of a chunk: folded over lanes, summed over a group's blocks
+  bool accumulate;  // true if an earlier block of the group has written dB and dC: add to them
+  float* carry;     // per block of a group: gradient that the later chunks pass to its states
 };
 
 struct Conv {
   int64_t length, taps;
   Rows x;
-  const float* weights;  // vectors over the block's channels: one for each tap, then the bias
-  Place next;            // what to fetch meanwhile
+  const float* weights;  // vectors over the block's channels: one per tap, then the bias
+  Offset next;           // what to prefetch
 };
 
 struct Kernels {
@@ -87,7 +86,7 @@ struct Kernels {
 namespace plain {
 #define NAME "plain"
 #define LANES 4
-#include "kernels.cpp"
+#include "kernels.inl"
 #undef LANES
 #undef NAME
 }  // namespace plain
@@ -100,7 +99,7 @@ namespace plain {
 namespace avx2 {
 #define NAME "avx2"
 #define LANES 8
-#include "kernels.cpp"
+#include "kernels.inl"
 #undef LANES
 #undef NAME
 }  // namespace avx2
@@ -111,7 +110,7 @@ namespace avx2 {
 namespace avx512 {
 #define NAME "avx512"
 #define LANES 16
-#include "kernels.cpp"
+#include "kernels.inl"
 #undef LANES
 #undef NAME
 }  // namespace avx512
@@ -128,8 +127,8 @@ const Kernels* chosen = &plain::kernels;
 
 const Kernels& kernels() { return *chosen; }
 
-// Takes the named instruction set, or the best that the processor has where the name is empty; gives its name. What a
-// forward pass keeps is laid out for one instruction set: its backward pass must run under the same.
+// Select the named instruction set, or the best one of this processor if the name is empty; return its name. A forward
+// pass keeps tensors in the layout of one instruction set, so its backward pass must use the same.
 std::string use_instruction_set(const std::string& name) {
   std::vector<const Kernels*> known{&plain::kernels}, here{&plain::kernels};
 #ifdef DISPATCH
@@ -151,7 +150,7 @@ std::string use_instruction_set(const std::string& name) {
   return chosen->name;
 }
 
-// Nothing here has a gradient of its own: differentiating twice must fail, not give zeros.
+// The gradients are not differentiable: a second derivative must fail, not return zeros.
 void refuse_second_order() {
   TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled(), "the native scan is differentiable once: for second "
                               "derivatives (create_graph=True) set the backend to reference");
@@ -162,11 +161,11 @@ bool wants_gradient(at::TensorList inputs) {
          std::any_of(inputs.begin(), inputs.end(), [](const Tensor& x) { return x.requires_grad(); });
 }
 
-#include "memory.cpp"
+#include "memory.inl"
 
-#include "scan.cpp"
+#include "scan.inl"
 
-#include "conv.cpp"
+#include "conv.inl"
 
 }  // namespace
 

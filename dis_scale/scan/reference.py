@@ -1,6 +1,6 @@
 """The definition of the scan and of the convolution: plain loops, float32 state (float64 for float64 inputs).
 
-For reading and for tests; every other backend is admitted by comparison with this one. Read native.py next.
+For reading and for tests: every other backend is tested against this one. Read next: native.py.
 
 Axes: B batch, L time, E channels, N states, W taps of the convolution. Symbols as in Gu and Dao 2023, Algorithm 2.
 """
@@ -25,7 +25,7 @@ def selective_scan(direction: Direction, reverse: bool) -> Tensor:
 
 
 def causal_conv_silu(x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, reverse: bool) -> Tensor:
-    """SiLU(bias + sum over k of weight[:, k] x[t - (W - 1) + k]), zeros outside; reversed, x[t + (W - 1) - k]."""
+    """SiLU(bias + sum over k of weight[:, k] x[t - (W - 1) + k]), zeros outside; if reversed, x[t + (W - 1) - k]."""
     state = torch.promote_types(x_BLE.dtype, torch.float32)
     taps, length = weight_EW.shape[1], x_BLE.shape[1]
     weight_EW = weight_EW.to(state)

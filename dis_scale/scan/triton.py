@@ -1,16 +1,17 @@
-"""The Triton backend for NVIDIA GPUs: the two-way scan and the two-way convolution.
+"""The Triton backend for NVIDIA GPUs: the two-operands scan and the two-operands convolution.
 
-Takes float16, bfloat16 and float32 (float64 is refused), holds the state in float32, rounds outputs once. The last axis of
+It takes float16, bfloat16 and float32, and refuses float64. The state is float32; outputs are rounded once. The last axis of
 an input must be contiguous and its batch rows evenly spaced, as in chunks and splits of a product; anything else costs a
-copy. Nothing is added atomically: gradients of B and C are summed over groups of channels, those of the parameters over
-batch rows, in a buffer first; results are the same bits at each run. `TRITON_INTERPRET=1`, set before Triton is imported,
-runs all of it on the CPU, slowly.
+copy. Nothing is added atomically: partial gradients of B and C (over groups of channels) and of the parameters (over batch
+rows) are stored in a buffer and then summed, so every run gives the same bits. `TRITON_INTERPRET=1`, set before Triton is
+imported, runs everything on the CPU, slowly.
 
-A scan is a kernel a direction; the first leaves its output to the second in float32, which adds, gates and writes, so that
-nothing is flipped. Of the forward pass only the inputs are kept. The backward pass scans once more and leaves the states of
-every 16th step where the gradients of u and delta will be written, so that it needs next to no memory of its own; then it
-goes back through each direction alone. y's gradient before the gate is computed again for each: to keep it for the second
-would move as many bytes as to read z and dy again, or in bf16 twice as many. Convolved values are computed again, too.
+A two-operands scan launches one kernel per direction. The first stores its y in float32; the second adds its own, applies the
+gate and writes the output, so nothing is flipped. The forward pass keeps only its inputs. The backward pass repeats the scan
+and stores the states of every 16th step in the memory where the gradients of u and delta will be written later, so it needs
+almost no memory of its own. Then it computes the gradients of each direction separately. Each direction computes y's
+gradient before the gate again: storing it would move as many bytes as reading z and dy again, in bf16 twice as many. The
+values before SiLU of the convolution are computed again too.
 
 Axes: B batch, L time, E channels, N states, W taps of the convolution. Read next: triton_scan.py.
 """
@@ -30,28 +31,29 @@ from dis_scale.scan import triton_conv, triton_scan
 from dis_scale.scan.backend import Backend, Direction
 
 LANES = 32
-"""Channels a warp: one a thread. So a thread reads back what it wrote itself."""
+"""Channels per warp, one per thread: a thread reads back only what it wrote itself."""
 WARPS = 4
-"""Warps of a scan's program, whose parts of the gradients of B and C are summed before they leave it."""
+"""Warps of a scan's program; the program sums their parts of B's and C's gradients."""
 CHUNK = LANES // 2
-"""Steps between the states that are kept, as many as stand in registers: each has a lane for B's gradient and one for C's."""
+"""Steps between stored states, limited by registers. Each step has one lane for B's gradient and one for C's."""
 ROWS = 4
-"""Steps of the convolution at a time."""
+"""Steps of a tile of the convolution."""
 
 
-def _rows(x_BLX: Tensor) -> Tensor:
-    """Neighbouring channels, and rows at one distance through the whole batch: itself where it is so, a copy where not."""
+def _rowwise(x_BLX: Tensor) -> Tensor:
+    """x with contiguous channels and evenly spaced rows in the whole batch; a copy only if necessary."""
     B, L, X = x_BLX.shape
     even = B == 1 or x_BLX.stride(0) == L * x_BLX.stride(1)
     return x_BLX if even and (X == 1 or x_BLX.stride(2) == 1) else x_BLX.contiguous()
 
 
-def _fresh(x_BLE: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _empty_like(x_BLE: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(x_BLE.shape, dtype=dtype or x_BLE.dtype, device=x_BLE.device)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    with torch.cuda.device_of(arguments[0]):
+    first = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
+    with torch.cuda.device_of(first):
         kernel[grid](*arguments, **constants)
 
 
@@ -60,21 +62,21 @@ def _grid(x_BLE: Tensor, channels: int, *more: int) -> tuple[int, ...]:
 
 
 class _Operands:
-    """One direction as the kernels take it."""
+    """One direction's inputs in the layout of the kernels."""
 
     def __init__(self, direction: Direction, reverse: bool):
         u, delta, A, B, C, D, bias = direction
-        self.u, self.delta, self.reverse = _rows(u), _rows(delta), reverse
+        self.u, self.delta, self.reverse = _rowwise(u), _rowwise(delta), reverse
         A_NE = (A.float() / math.log(2)).t().contiguous()
         self.pointers = self.u, self.delta, A_NE, self._by_state(B, C), D.contiguous(), bias.contiguous()
 
     def _steps(self) -> slice:
-        """Where the sequence lies in a whole number of chunks: at the beginning, or reversed at the end."""
+        """Position of the sequence in the padded one: at the beginning, or at the end if reversed."""
         L = self.u.shape[1]
         return slice(-L, None) if self.reverse else slice(L)
 
     def _by_state(self, B: Tensor, C: Tensor) -> Tensor:
-        """(B, 2, N, L): each state's B and C in float32, step beside step, with zeros up to a whole number of chunks."""
+        """B and C as (B, 2, N, L) in float32, steps contiguous, padded with zeros to whole chunks."""
         batch, L, N = B.shape
         both = B.new_zeros(batch, 2, N, triton.cdiv(L, CHUNK) * CHUNK, dtype=torch.float32)
         for i, x in enumerate((B, C)):
@@ -82,7 +84,7 @@ class _Operands:
         return both
 
     def from_states(self, both: Tensor) -> list[Tensor]:
-        """Back from there."""
+        """The inverse of `_by_state`: [B, C] without the padding."""
         return [x[..., self._steps()].transpose(1, 2) for x in both.unbind(1)]
 
     def constants(self, z: Tensor, dy: Tensor) -> dict[str, int]:
@@ -94,20 +96,20 @@ class _Operands:
 
 
 class _Gradients(NamedTuple):
-    """A direction's gradients of u and delta. Until they are written they have room for other things."""
+    """A direction's gradients of u and delta. Until they are written, their memory holds intermediate values."""
 
     du: Tensor
     ddelta: Tensor
 
     def halves(self) -> tuple[Tensor, Tensor]:
-        """For a float32 number a channel and step: one of them, or where they are narrow half of it in each."""
+        """Memory for one float32 number per channel and step: one of them, or 16 bits in each if they are 16 bits wide."""
         for x in self:
             if x.dtype == torch.float32:
                 return x, x
         return self.du.view(torch.int16), self.ddelta.view(torch.int16)
 
-    def starts(self, N: int) -> tuple[tuple[Tensor, Tensor], int]:
-        """For the states after each chunk, and how many rows a chunk has: its own, or of a buffer if they are too few."""
+    def state_buffer(self, N: int) -> tuple[tuple[Tensor, Tensor], int]:
+        """Memory for the states after each chunk, and its rows per chunk; a separate buffer if a chunk has too few rows."""
         if N <= CHUNK:
             return self.halves(), CHUNK
         B, L, E = self.du.shape
@@ -116,18 +118,18 @@ class _Gradients(NamedTuple):
 
 
 class _Scan(torch.autograd.Function):
-    """`reverse` is the first direction's; a second one runs against it. z is None or the gate of both."""
+    """`reverse` is the first direction's; a second direction runs the other way. z is the gate of the sum, or None."""
 
     @staticmethod
     def forward(ctx: Any, reverse: bool, z: Tensor | None, *inputs: Tensor) -> Tensor:
-        ways = _ways(reverse, inputs)
-        out, gate = _fresh(ways[0].u), ways[0].u if z is None else _rows(z)
-        sums = _fresh(out, torch.float32) if len(ways) == 2 else out
-        for i, way in enumerate(ways):
+        directions = _operands(reverse, inputs)
+        out, gate = _empty_like(directions[0].u), directions[0].u if z is None else _rowwise(z)
+        y = _empty_like(out, torch.float32) if len(directions) == 2 else out
+        for i, operands in enumerate(directions):
             _launch(
-                triton_scan.scan_forward, _grid(out, LANES * WARPS), *way.pointers, gate, gate, out, sums, sums, sums, sums,
-                **way.constants(gate, gate), LEAVE=i + 1 < len(ways), JOIN=i > 0, GATED=z is not None,
-                AGAIN=False, ROOM=CHUNK,
+                triton_scan.scan_forward, _grid(out, LANES * WARPS), operands.pointers, gate, gate, out, (y, y), (y, y),
+                **operands.constants(gate, gate), FIRST=i + 1 < len(directions), SECOND=i > 0, GATED=z is not None,
+                FOR_BACKWARD=False, STATE_ROWS=CHUNK,
             )  # fmt: skip
         ctx.reverse = reverse
         ctx.save_for_backward(z, *inputs)
@@ -137,60 +139,62 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         z, *inputs = ctx.saved_tensors
-        ways, dy, dz = _ways(ctx.reverse, inputs), _rows(dy), None if z is None else _fresh(z)
-        rooms = [_Gradients(_fresh(way.u), _fresh(way.delta)) for way in ways]
+        directions, dy, dz = _operands(ctx.reverse, inputs), _rowwise(dy), None if z is None else _empty_like(z)
+        written_later = [_Gradients(_empty_like(operands.u), _empty_like(operands.delta)) for operands in directions]
+        y = written_later[-1].halves()
         gradients: list[Tensor] = []
-        z = None if z is None else _rows(z)
-        for i, (way, room) in enumerate(zip(ways, rooms, strict=True)):
-            turn = {"LEAVE": dz is not None and i + 1 < len(ways), "JOIN": dz is not None and i > 0}
-            found = _one_way_gradients(way, z, dy, dz, room, rooms[-1].halves(), turn)
-            gradients += [g.to(x.dtype) for g, x in zip(found, inputs[7 * i : 7 * i + 7], strict=True)]
+        z = None if z is None else _rowwise(z)
+        for i, (operands, memory) in enumerate(zip(directions, written_later, strict=True)):
+            order = {"FIRST": dz is not None and i + 1 < len(directions), "SECOND": dz is not None and i > 0}
+            one_way = _one_way_gradients(operands, z, dy, dz, memory, y, order)
+            gradients += [g.to(x.dtype) for g, x in zip(one_way, inputs[7 * i : 7 * i + 7], strict=True)]
         return None, dz, *gradients
 
 
-def _ways(reverse: bool, inputs: Sequence[Tensor]) -> list[_Operands]:
+def _operands(reverse: bool, inputs: Sequence[Tensor]) -> list[_Operands]:
     starts = range(0, len(inputs), 7)
     return [_Operands(Direction(*inputs[i : i + 7]), reverse != bool(i)) for i in starts]
 
 
 def _one_way_gradients(
-    way: _Operands, z: Tensor | None, dy: Tensor, dz: Tensor | None, room: _Gradients, y: tuple[Tensor, Tensor],
-    turn: dict[str, bool],
+    operands: _Operands, z: Tensor | None, dy: Tensor, dz: Tensor | None, memory: _Gradients, y: tuple[Tensor, Tensor],
+    order: dict[str, bool],
 ) -> list[Tensor]:  # fmt: skip
-    """A direction's gradients in its order; `y` is where the first one leaves its output to the second, which writes dz."""
-    B, N, E = way.u.shape[0], *way.pointers[2].shape
-    gate, grid = dy if z is None else z, _grid(way.u, LANES * WARPS)
-    starts, rows = room.starts(N)
-    constants = way.constants(gate, dy) | {"GATED": z is not None, "ROOM": rows}
+    """One direction's gradients, in the order of its inputs. The first direction stores its output in `y`; the second
+    reads it there and writes dz. `memory` holds states until the gradients of u and delta are written to it."""
+    B, N, E = operands.u.shape[0], *operands.pointers[2].shape
+    gate, grid = dy if z is None else z, _grid(operands.u, LANES * WARPS)
+    states, rows = memory.state_buffer(N)
+    constants = operands.constants(gate, dy) | {"GATED": z is not None, "STATE_ROWS": rows}
     _launch(
-        triton_scan.scan_forward, grid, *way.pointers, gate, dy, dy if dz is None else dz, *y, *starts,
-        **constants, **turn, AGAIN=True,
+        triton_scan.scan_forward, grid, operands.pointers, gate, dy, dy if dz is None else dz, y, states,
+        **constants, **order, FOR_BACKWARD=True,
     )  # fmt: skip
-    wide = functools.partial(torch.empty, dtype=torch.float32, device=way.u.device)
-    warp_sums, dBC = wide(*grid, N, WARPS * LANES), wide(grid[0], *way.pointers[3].shape)
-    parameters = wide(B, 2 * N + 2, E)
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=operands.u.device)
+    warp_sums, dBC = empty(*grid, N, WARPS * LANES), empty(grid[0], *operands.pointers[3].shape)
+    parameters = empty(B, 2 * N + 2, E)
     _launch(
-        triton_scan.scan_backward, grid, *way.pointers, gate, dy, *starts, warp_sums, *room, dBC, parameters,
+        triton_scan.scan_backward, grid, operands.pointers, gate, dy, states, warp_sums, tuple(memory), dBC, parameters,
         **constants, STATES=triton.next_power_of_2(N),
     )  # fmt: skip
     dA, dD, dbias = parameters[:, : N + 2].sum(0).split((N, 1, 1))
-    return [*room, dA.t(), *way.from_states(dBC.sum(0)), dD[0], dbias[0]]
+    return [*memory, dA.t(), *operands.from_states(dBC.sum(0)), dD[0], dbias[0]]
 
 
 class _Conv(torch.autograd.Function):
-    """Looks back with the first weight and bias, on with the second; None where a direction is not wanted."""
+    """Forward direction with the first weight and bias, backward direction with the second; None skips a direction."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, pointers = _rows(x), _conv_pointers(weights)
-        ways = {"BACK": weights[0] is not None, "ON": weights[2] is not None}
-        outs = [_fresh(x) if way else None for way in ways.values()]
+        x, pointers = _rowwise(x), _conv_pointers(weights)
+        enabled = {"FORWARD": weights[0] is not None, "BACKWARD": weights[2] is not None}
+        outs = [_empty_like(x) if on else None for on in enabled.values()]
         _launch(
             triton_conv.conv_forward, _grid(x, LANES, triton.cdiv(x.shape[1], ROWS)),
             x, *pointers, *(x if out is None else out for out in outs), x.stride(1), x.shape[2], x.shape[1],
-            **ways, ROWS=ROWS, LANES=LANES, TAPS=pointers[0].shape[1], num_warps=LANES // 32,
+            **enabled, ROWS=ROWS, LANES=LANES, TAPS=pointers[0].shape[1], num_warps=LANES // 32,
         )  # fmt: skip
-        ctx.ways = ways
+        ctx.enabled = enabled
         ctx.save_for_backward(x, *weights)
         return tuple(outs)
 
@@ -198,14 +202,14 @@ class _Conv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        pointers, dx = _conv_pointers(weights), _fresh(x)
-        rows = [x if dy is None else _rows(dy) for dy in dys]
+        pointers, dx = _conv_pointers(weights), _empty_like(x)
+        rows = [x if dy is None else _rowwise(dy) for dy in dys]
         taps = pointers[0].shape[1]
         sums = [x.new_empty(x.shape[0], x.shape[2], taps + 1, dtype=torch.float32) for _ in rows]
         _launch(
             triton_conv.conv_backward, _grid(x, LANES),
             x, *pointers, *rows, dx, *sums, x.stride(1), *(dy.stride(1) for dy in rows), x.shape[2], x.shape[1],
-            **ctx.ways, ROWS=ROWS, LANES=LANES, TAPS=taps, num_warps=LANES // 32,
+            **ctx.enabled, ROWS=ROWS, LANES=LANES, TAPS=taps, num_warps=LANES // 32,
         )  # fmt: skip
         gradients: list[Tensor | None] = [dx]
         for i, total in enumerate(sums):
@@ -219,35 +223,35 @@ class _Conv(torch.autograd.Function):
 
 
 def _conv_pointers(weights: Sequence[Tensor | None]) -> list[Tensor]:
-    """An unwanted direction's weights are never read: the other's stand in."""
-    there = [w.contiguous() for w in weights if w is not None]
-    return (there * 2)[:4]
+    """Two weights and biases. Those of a skipped direction are never read: the other direction's take their place."""
+    present = [w.contiguous() for w in weights if w is not None]
+    return (present * 2)[:4]
 
 
-def _check(*tensors: Tensor | None) -> None:
+def _refuse_float64(*tensors: Tensor | None) -> None:
     for x in tensors:
         if x is not None and x.dtype == torch.float64:
             raise UserError("the triton scan computes in float32, got float64: convert, or set the backend to chunked")
 
 
 def _selective_scan(direction: Direction, reverse: bool) -> Tensor:
-    _check(*direction)
+    _refuse_float64(*direction)
     return _Scan.apply(reverse, None, *direction)
 
 
 def _two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None) -> Tensor:
-    _check(*forward, *backward, z_BLE)
+    _refuse_float64(*forward, *backward, z_BLE)
     return _Scan.apply(False, z_BLE, *forward, *backward)
 
 
 def _causal_conv_silu(x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, reverse: bool) -> Tensor:
-    _check(x_BLE, weight_EW, bias_E)
+    _refuse_float64(x_BLE, weight_EW, bias_E)
     weights = (None, None, weight_EW, bias_E) if reverse else (weight_EW, bias_E, None, None)
     return _Conv.apply(x_BLE, *weights)[int(reverse)]
 
 
 def _two_way_conv_silu(x_BLE: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-    _check(x_BLE, *weights)
+    _refuse_float64(x_BLE, *weights)
     return _Conv.apply(x_BLE, *weights)
 
 

@@ -1,10 +1,48 @@
 """The Triton backend's scan: the kernels scan_forward and scan_backward, which triton.py launches.
 
-A thread is one channel with all its states, and what it reads back it wrote itself; nothing is exchanged but for the
-gradients of B and C. A name's ending says its axes: e channels, n states, t time; a scan's channels are a tile, (lanes,
-warps), with the lanes first, or `_four` would not be one load. Distances are constants, so that a step is an immediate
-offset, and within a batch row fit 32 bits. What stands in tuples stands in registers, step by step or state by state; all
-sums and states are float32. B and C come as triton.py's `_by_state` gives them.
+A thread computes one channel with all its states, and reads back only what it wrote itself. Threads exchange data only for
+the gradients of B and C. Values in tuples are in registers, one per step or per state. All sums and states are float32.
+Distances between rows are constants, so that a step is an immediate offset; within a batch row they fit 32 bits.
+
+Names end in their axes: e channels, n states, t time. Channels are a tile (lanes, warps) with the lanes first, or
+`_load_four` would not be one load. triton.py's `_by_state` describes the layout of B and C.
+
+Sizes and flags, all compile-time constants:
+
+    E, L, N         channels, time, states
+    u_row, ...      distance between two rows of that tensor, in elements
+    LANES, WARPS    channels of a warp (one per thread), warps of a program
+    CHUNK           steps between two stored states
+    STATES          N rounded up to a power of 2
+    REVERSE         the direction runs from the end of the sequence to its start
+    FIRST           another direction follows: store y for it, in float32
+    SECOND          add the y that the first direction stored
+    GATED           there is a gate z
+    FOR_BACKWARD    the forward pass is repeated for the backward pass: store the states after each chunk; with a gate,
+                    `out` is the gradient of z
+    OUTPUT          y is needed
+    STATE_ROWS      rows of (E) per chunk in the buffer of the states: CHUNK if they are stored in rows of gradients that are
+                    not yet written, N in a buffer of their own
+
+Pointers, (batch, time, channels) unless given otherwise. A kernel takes them in tuples: `inputs` is u, delta, A, BC, D, bias;
+`gradients` is du, ddelta; `y_halves` and `h_halves` are the (high, low) pairs.
+
+    u, delta        the inputs; delta is raw, without bias and softplus
+    A               A / ln 2, (N, E), float32
+    BC              B and C, (batch, 2, N, LENGTH), float32; LENGTH is L rounded up to whole chunks
+    D, bias         (E)
+    z, dy           the gate, and the gradient of the gated output
+    out             y, or the gradient of z
+    y_high, y_low   y between the two directions; float32 numbers, or their upper and lower 16 bits
+    h_high, h_low   the states after each chunk, in the same way
+    du, ddelta      gradients
+    warp_sums       a program's sums over channels for dB and dC, (N, WARPS, LANES), float32
+    dBC             gradients of B and C, one part per program, as BC
+    parameters      per batch row (2 N + 2, E), float32: N rows for A's gradient, one for D's, one for the bias's, and N for
+                    the gradients that the states pass from chunk to chunk
+
+A backward pass computes a chunk's states again (`_recompute_states`), then goes through its steps in reverse order and
+accumulates gradients (`_backpropagate_states`), as chunked.py and kernels.inl do.
 """
 
 import triton
@@ -13,7 +51,7 @@ import triton.language as tl
 
 @triton.jit
 def _softplus(x):
-    """max(x, 0) + log(1 + t), the logarithm as t times a minimax polynomial on [0, 1], 3.0e-8 relative."""
+    """max(x, 0) + log(1 + t). The logarithm is t times a polynomial, the same as `log1p` in kernels.inl, which gives its source."""
     t = tl.exp2(tl.abs(x) * -1.4426950408889634)
     p = t * 0.005232630763202906 - 0.029504967853426933
     p = p * t + 0.07822547852993011
@@ -32,8 +70,8 @@ def sigmoid(x):
 
 
 @triton.jit
-def _row(i, L: tl.constexpr, REVERSE: tl.constexpr):
-    """Where step i of a direction lies in its batch row."""
+def _row_of_step(i, L: tl.constexpr, REVERSE: tl.constexpr):
+    """Row of step i of a direction in its batch row."""
     return L - 1 - i if REVERSE else i
 
 
@@ -44,27 +82,27 @@ def _channels(LANES: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _at(x, x_row, first, j, e, L: tl.constexpr, REVERSE: tl.constexpr):
-    """Step first + j of the channels. The sum's order matters: j, a constant, becomes a part of the instruction."""
-    return x + (_row(first, L, REVERSE) * x_row + e) + (-j * x_row if REVERSE else j * x_row)
+def _address(x, x_row, first, j, e, L: tl.constexpr, REVERSE: tl.constexpr):
+    """Addresses of step first + j. The order of the sum matters: the constant j becomes part of the instruction."""
+    return x + (_row_of_step(first, L, REVERSE) * x_row + e) + (-j * x_row if REVERSE else j * x_row)
 
 
 @triton.jit
 def _load(x, x_row, first, j, e, inside, L: tl.constexpr, REVERSE: tl.constexpr):
-    """In float32, zeros past the end."""
-    there = inside & (first + j < L)
-    return tl.load(_at(x, x_row, first, j, e, L, REVERSE), mask=there, other=0.0).to(tl.float32)
+    """Load step first + j in float32; zeros past the end."""
+    valid = inside & (first + j < L)
+    return tl.load(_address(x, x_row, first, j, e, L, REVERSE), mask=valid, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _store(x, x_row, first, j, e, value_e, inside, L: tl.constexpr, REVERSE: tl.constexpr):
-    there = inside & (first + j < L)
-    tl.store(_at(x, x_row, first, j, e, L, REVERSE), value_e.to(x.dtype.element_ty), mask=there)
+    valid = inside & (first + j < L)
+    tl.store(_address(x, x_row, first, j, e, L, REVERSE), value_e.to(x.dtype.element_ty), mask=valid)
 
 
 @triton.jit
-def _four(x, e, REVERSE: tl.constexpr):
-    """Four neighbouring numbers by one load, each as a tile; the last one first where the direction is reversed."""
+def _load_four(x, e, REVERSE: tl.constexpr):
+    """Load four neighbouring numbers by one instruction, each as a tile; in reverse order if the direction is reversed."""
     at = tl.broadcast_to(tl.arange(0, 4)[:, None, None], [4, e.shape[0], e.shape[1]])
     x = tl.reshape(tl.load(x + at), [2, 2, e.shape[0], e.shape[1]])
     even, odd = tl.split(tl.permute(x, (2, 3, 0, 1)))
@@ -77,20 +115,20 @@ def _four(x, e, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _of_steps(x, first, e, STEPS: tl.constexpr, LENGTH: tl.constexpr, REVERSE: tl.constexpr):
-    """A state's B or C at so many steps, a multiple of four."""
+def _load_steps(x, first, e, STEPS: tl.constexpr, LENGTH: tl.constexpr, REVERSE: tl.constexpr):
+    """Load a state's B or C at STEPS steps, a multiple of four."""
     x_t = ()
     for j in tl.static_range(0, STEPS, 4):
-        x_t += _four(x + (LENGTH - 4 - j - first if REVERSE else first + j), e, REVERSE)
+        x_t += _load_four(x + (LENGTH - 4 - j - first if REVERSE else first + j), e, REVERSE)
     return x_t
 
 
 @triton.jit
-def _take(
+def _load_inputs(
     u, delta, u_row, delta_row, bias_e, first, e, inside,
     L: tl.constexpr, REVERSE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """delta and u, step by step; past the end, steps of length zero."""
+    """Load u and compute delta, step by step; delta is zero past the end."""
     deltas, us = (), ()
     for j in tl.static_range(STEPS):
         raw_e = _load(delta, delta_row, first, j, e, inside, L, REVERSE) + bias_e
@@ -100,8 +138,8 @@ def _take(
 
 
 @triton.jit
-def _states(A, e, inside, E: tl.constexpr, N: tl.constexpr):
-    """Each state at rest, and its A / ln 2."""
+def _initial_states(A, e, inside, E: tl.constexpr, N: tl.constexpr):
+    """States of zero, and their A / ln 2."""
     h, A_n = (), ()
     for n in tl.static_range(N):
         h += (tl.zeros(e.shape, tl.float32),)
@@ -113,7 +151,7 @@ def _states(A, e, inside, E: tl.constexpr, N: tl.constexpr):
 def _advance(
     h, A_n, BC, D_e, deltas, us, first, e, LENGTH: tl.constexpr, REVERSE: tl.constexpr, OUTPUT: tl.constexpr,
 ):  # fmt: skip
-    """All states, some steps on; and where they are wanted the y's."""
+    """Advance all states by some steps; compute y if OUTPUT is set."""
     STEPS: tl.constexpr = len(deltas)
     states, ys, delta_us = (), (), ()
     for j in tl.static_range(STEPS):
@@ -121,9 +159,9 @@ def _advance(
         delta_us += (deltas[j] * us[j],)
     for n in tl.static_range(len(h)):
         h_e, sums = h[n], ()
-        B_t = _of_steps(BC + n * LENGTH, first, e, STEPS, LENGTH, REVERSE)
+        B_t = _load_steps(BC + n * LENGTH, first, e, STEPS, LENGTH, REVERSE)
         if OUTPUT:
-            C_t = _of_steps(BC + (len(h) + n) * LENGTH, first, e, STEPS, LENGTH, REVERSE)
+            C_t = _load_steps(BC + (len(h) + n) * LENGTH, first, e, STEPS, LENGTH, REVERSE)
         for j in tl.static_range(STEPS):
             h_e = tl.exp2(deltas[j] * A_n[n]) * h_e + delta_us[j] * B_t[j]
             if OUTPUT:
@@ -136,7 +174,7 @@ def _advance(
 
 @triton.jit
 def _store_halves(high, low, x_e, inside):
-    """Float32 numbers into two tensors of 16 bits, or into one that is as wide."""
+    """Store float32 numbers in one float32 tensor, or their halves in two tensors of 16 bits."""
     if high.dtype.element_ty == tl.float32:
         tl.store(high, x_e, mask=inside)
     else:
@@ -156,37 +194,37 @@ def _load_halves(high, low, inside):
 
 
 @triton.jit
-def _starts(high, low, batch, E: tl.constexpr, L: tl.constexpr, ROOM: tl.constexpr, CHUNK: tl.constexpr):
-    """The batch row in which `_start` counts rows."""
-    ROWS: tl.constexpr = L if ROOM == CHUNK else (L + CHUNK - 1) // CHUNK * ROOM
+def _state_buffer(high, low, batch, E: tl.constexpr, L: tl.constexpr, STATE_ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """The state buffers at this batch row; `_state_row` counts rows from here."""
+    ROWS: tl.constexpr = L if STATE_ROWS == CHUNK else (L + CHUNK - 1) // CHUNK * STATE_ROWS
     return high + batch * ROWS * E, low + batch * ROWS * E
 
 
 @triton.jit
-def _start(chunk, n, L: tl.constexpr, ROOM: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr):
-    """The row of a state after a chunk: one of the chunk's own, which its gradients fill later, or one set apart."""
-    ROWS: tl.constexpr = L if ROOM == CHUNK else (L + CHUNK - 1) // CHUNK * ROOM
-    return _row(chunk * ROOM + n, ROWS, REVERSE)
+def _state_row(chunk, n, L: tl.constexpr, STATE_ROWS: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr):
+    """Row of state n after a chunk: one of the chunk's gradient rows, written later, or one of a separate buffer."""
+    ROWS: tl.constexpr = L if STATE_ROWS == CHUNK else (L + CHUNK - 1) // CHUNK * STATE_ROWS
+    return _row_of_step(chunk * STATE_ROWS + n, ROWS, REVERSE)
 
 
 @triton.jit
-def _deliver(
+def _store_output(
     ys, z, dy, out, y_high, y_low, z_row, dy_row, first, e, inside, E: tl.constexpr, L: tl.constexpr,
-    REVERSE: tl.constexpr, LEAVE: tl.constexpr, JOIN: tl.constexpr, GATED: tl.constexpr, AGAIN: tl.constexpr,
+    REVERSE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, GATED: tl.constexpr, FOR_BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Leaves y for the other direction, or joins what that one left; then the gate, and y into `out` or z's gradient."""
+    """Store y for the second direction; or add the first direction's y, gate it, and store y or z's gradient."""
     for j in tl.static_range(len(ys)):
-        y_e, there = ys[j], inside & (first + j < L)
-        high, low = _at(y_high, E, first, j, e, L, REVERSE), _at(y_low, E, first, j, e, L, REVERSE)
-        if LEAVE:
-            _store_halves(high, low, y_e, there)
+        y_e, valid = ys[j], inside & (first + j < L)
+        high, low = _address(y_high, E, first, j, e, L, REVERSE), _address(y_low, E, first, j, e, L, REVERSE)
+        if FIRST:
+            _store_halves(high, low, y_e, valid)
         else:
-            if JOIN:
-                y_e += _load_halves(high, low, there)
+            if SECOND:
+                y_e += _load_halves(high, low, valid)
             if GATED:
                 z_e = _load(z, z_row, first, j, e, inside, L, REVERSE)
                 gate = sigmoid(z_e)
-                if AGAIN:
+                if FOR_BACKWARD:
                     dy_e = _load(dy, dy_row, first, j, e, inside, L, REVERSE)
                     y_e *= dy_e * gate * (1.0 + z_e * (1.0 - gate))
                 else:
@@ -196,51 +234,51 @@ def _deliver(
 
 @triton.jit
 def scan_forward(
-    u, delta, A, BC, D, bias, z, dy, out, y_high, y_low, high, low,
+    inputs, z, dy, out, y_halves, h_halves,
     u_row: tl.constexpr, delta_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
-    E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, LEAVE: tl.constexpr, JOIN: tl.constexpr,
-    GATED: tl.constexpr, AGAIN: tl.constexpr, ROOM: tl.constexpr,
+    E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    GATED: tl.constexpr, FOR_BACKWARD: tl.constexpr, STATE_ROWS: tl.constexpr,
     LANES: tl.constexpr, WARPS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One direction: LEAVE its y for the other one, or JOIN that to its own. AGAIN is for the backward pass: the states
-    after each chunk are left for it, and where there is a gate, `out` is the gradient of z."""
+    """Scan one direction: y, or what the backward pass needs (FOR_BACKWARD)."""
     e, batch = _channels(LANES, WARPS), tl.program_id(1).to(tl.int64)
-    inside, rows = e < E, batch * L  # the only wide number: within a batch row, distances fit 32 bits
+    inside, rows = e < E, batch * L  # the only 64-bit number: within a batch row, distances fit 32 bits
     CHUNKS: tl.constexpr = (L + CHUNK - 1) // CHUNK
-    OUTPUT: tl.constexpr = GATED or not AGAIN
+    OUTPUT: tl.constexpr = GATED or not FOR_BACKWARD
+    u, delta, A, BC, D, bias = inputs
     u, delta, BC = u + rows * u_row, delta + rows * delta_row, BC + batch * (2 * N * CHUNKS * CHUNK)
     z, dy, out = z + rows * z_row, dy + rows * dy_row, out + rows * E
-    y_high, y_low = y_high + rows * E, y_low + rows * E
-    high, low = _starts(high, low, batch, E, L, ROOM, CHUNK)
+    y_high, y_low = y_halves[0] + rows * E, y_halves[1] + rows * E
+    h_high, h_low = _state_buffer(h_halves[0], h_halves[1], batch, E, L, STATE_ROWS, CHUNK)
     D_e = tl.load(D + e, mask=inside, other=0.0).to(tl.float32)
     bias_e = tl.load(bias + e, mask=inside, other=0.0).to(tl.float32)
-    h, A_n = _states(A, e, inside, E, N)
+    h, A_n = _initial_states(A, e, inside, E, N)
     for chunk in range(CHUNKS if OUTPUT else CHUNKS - 1):
         for first in range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, L), 4):
-            deltas, us = _take(u, delta, u_row, delta_row, bias_e, first, e, inside, L, REVERSE, 4)
+            deltas, us = _load_inputs(u, delta, u_row, delta_row, bias_e, first, e, inside, L, REVERSE, 4)
             h, ys = _advance(h, A_n, BC, D_e, deltas, us, first, e, CHUNKS * CHUNK, REVERSE, OUTPUT)
             if OUTPUT:
-                _deliver(
+                _store_output(
                     ys, z, dy, out, y_high, y_low, z_row, dy_row, first, e, inside, E, L,
-                    REVERSE, LEAVE, JOIN, GATED, AGAIN,
+                    REVERSE, FIRST, SECOND, GATED, FOR_BACKWARD,
                 )  # fmt: skip
-        if AGAIN:
+        if FOR_BACKWARD:
             for n in tl.static_range(N):
-                at = _start(chunk, n, L, ROOM, CHUNK, REVERSE) * E + e
-                _store_halves(high + at, low + at, h[n], inside & (chunk < CHUNKS - 1))
+                at = _state_row(chunk, n, L, STATE_ROWS, CHUNK, REVERSE) * E + e
+                _store_halves(h_high + at, h_low + at, h[n], inside & (chunk < CHUNKS - 1))
 
 
 @triton.jit
 def _exchange(a_e, b_e, BIT: tl.constexpr):
-    """A step of a sum over lanes, for two values at once: lanes without the bit go on with a, those with it with b."""
+    """One step of a sum over lanes, for two values at once: lanes without the bit continue with a, the others with b."""
     lane = tl.broadcast_to(tl.arange(0, a_e.shape[0])[:, None], a_e.shape)
     clear = (lane & BIT) == 0
     return tl.where(clear, a_e, b_e) + tl.gather(tl.where(clear, b_e, a_e), lane ^ BIT, axis=0)
 
 
 @triton.jit
-def _replay(h_e, A_e, B_t, deltas, delta_us):
-    """One state through a chunk once more: its decays, and what it was before each step and after the last."""
+def _recompute_states(h_e, A_e, B_t, deltas, delta_us):
+    """Compute one state's decays in a chunk again, and its values before each step and after the last one."""
     decays, states = (), (h_e,)
     for j in tl.static_range(len(deltas)):
         decays += (tl.exp2(deltas[j] * A_e),)
@@ -249,11 +287,11 @@ def _replay(h_e, A_e, B_t, deltas, delta_us):
 
 
 @triton.jit
-def _retreat(
+def _backpropagate_states(
     carry_e, dA_e, A_e, B_t, C_t, deltas, delta_us, dys, decays, states, d_delta_us, d_deltas, REVERSE: tl.constexpr
 ):
-    """The same state's way back: what it sends on, its part of A's gradient, the sums with its part added, and row by row
-    B's and C's gradients, summed over half of the lanes."""
+    """Go through the same steps in reverse order. Returns the gradient for the chunk before, A's gradient, the sums of
+    delta u and delta with this state's part added, and B's and C's gradients by row, summed over half of the lanes."""
     parts, sums_delta_u, sums_delta = (), (), ()
     for j in tl.static_range(len(deltas) - 1, -1, -1):
         dh_e = carry_e + dys[j] * C_t[j]
@@ -269,8 +307,8 @@ def _retreat(
 
 @triton.jit
 def _sum_over_lanes(parts):
-    """Sums over the other half: lane i gets row i's of B, and lane i + 16 row i's of C. A shuffle halves the values, so
-    that 32 sums take 31 of them, where a sum alone takes 5."""
+    """Sum over the other half of the lanes: lane i gets row i of B's gradient, lane i + 16 row i of C's. Each shuffle halves
+    the number of values, so that 32 sums take 31 shuffles; a single sum takes 5."""
     for stage in tl.static_range(4):
         halves = ()
         for i in tl.static_range(len(parts) // 2):
@@ -280,33 +318,33 @@ def _sum_over_lanes(parts):
 
 
 @triton.jit
-def _waiting(
-    A, high, low, dA, n, first, e, inside,
-    E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, ROOM: tl.constexpr, CHUNK: tl.constexpr,
+def _load_state(
+    A, h_high, h_low, dA, n, first, e, inside,
+    E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, STATE_ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """What a state brings to a chunk: A, itself, what the chunk after sent back, and the sum for A's gradient."""
+    """Load what one state needs in a chunk: A, its value, the gradient from the next chunk, the sum for A's gradient."""
     at, after = n * E + e, inside & (first + CHUNK < L)
-    start = _start(first // CHUNK - 1, n, L, ROOM, CHUNK, REVERSE) * E + e
+    start = _state_row(first // CHUNK - 1, n, L, STATE_ROWS, CHUNK, REVERSE) * E + e
     return (
         tl.load(A + at, mask=inside, other=0.0),
-        _load_halves(high + start, low + start, inside & (first > 0)),
+        _load_halves(h_high + start, h_low + start, inside & (first > 0)),
         tl.load(dA + at + (N + 2) * E, mask=after, other=0.0),
         tl.load(dA + at, mask=after, other=0.0),
     )
 
 
 @triton.jit
-def _local(e):
-    """A thread's number in its program."""
+def _thread_number(e):
+    """Number of a thread in its program."""
     return tl.arange(0, e.shape[1])[None, :] * e.shape[0] + tl.arange(0, e.shape[0])[:, None]
 
 
 @triton.jit
-def _add_warps(
+def _sum_warps(
     warp_sums, dBC, first, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr,
     LANES: tl.constexpr, WARPS: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """What all warps of the program have of a chunk's gradients of B and C."""
+    """Sum a chunk's gradients of B and C over the warps of the program."""
     LENGTH: tl.constexpr = (L + CHUNK - 1) // CHUNK * CHUNK
     n, lane = tl.arange(0, STATES)[:, None], tl.arange(0, LANES)[None, :]
     total = tl.zeros([STATES, LANES], tl.float32)
@@ -317,16 +355,16 @@ def _add_warps(
 
 
 @triton.jit
-def _gradients(
+def _store_gradients(
     u, delta, u_row, delta_row, bias_e, D_e, du, ddelta, deltas, dys, d_delta_us, d_deltas, first, e, inside,
     E: tl.constexpr, L: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradients of u and delta; gives the chunk's parts of D's and the bias's."""
+    """Store the gradients of u and delta; return the chunk's parts of D's and the bias's."""
     dD_e, dbias_e = tl.zeros_like(D_e), tl.zeros_like(D_e)
     for j in tl.static_range(len(deltas)):
         raw_e = _load(delta, delta_row, first, j, e, inside, L, REVERSE) + bias_e
         u_e = _load(u, u_row, first, j, e, inside, L, REVERSE)
-        d_delta_e = d_deltas[j] * 0.6931471805599453 + d_delta_us[j] * u_e  # A came divided by ln 2
+        d_delta_e = d_deltas[j] * 0.6931471805599453 + d_delta_us[j] * u_e  # A is A / ln 2
         slope_e = tl.exp2((raw_e - deltas[j]) * 1.4426950408889634)  # softplus' derivative, exp(x - softplus(x))
         d_raw_e = tl.where(inside & (first + j < L), d_delta_e * slope_e, 0.0)
         _store(ddelta, E, first, j, e, d_raw_e, inside, L, REVERSE)
@@ -338,21 +376,22 @@ def _gradients(
 
 @triton.jit
 def scan_backward(
-    u, delta, A, BC, D, bias, z, dy, high, low, warp_sums, du, ddelta, dBC, parameters,
+    inputs, z, dy, h_halves, warp_sums, gradients, dBC, parameters,
     u_row: tl.constexpr, delta_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
-    E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr, ROOM: tl.constexpr,
+    E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr, STATE_ROWS: tl.constexpr,
     LANES: tl.constexpr, WARPS: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One direction's gradients, chunk by chunk from the last one, after scan_forward has left the states. `parameters` has
-    N rows for A's, one for D's, one for the bias's, and N for what the states send from chunk to chunk."""
+    """Compute one direction's gradients, from the last chunk to the first, after scan_forward has stored the states."""
     e, batch = _channels(LANES, WARPS), tl.program_id(1).to(tl.int64)
     inside, rows, program = e < E, batch * L, tl.program_id(0) * tl.num_programs(1) + batch
     CHUNKS: tl.constexpr = (L + CHUNK - 1) // CHUNK
     LENGTH: tl.constexpr = CHUNKS * CHUNK
     BOTH: tl.constexpr = 2 * N * LENGTH
+    u, delta, A, BC, D, bias = inputs
+    du, ddelta = gradients
     u, delta, BC = u + rows * u_row, delta + rows * delta_row, BC + batch * BOTH
     z, dy, du, ddelta = z + rows * z_row, dy + rows * dy_row, du + rows * E, ddelta + rows * E
-    high, low = _starts(high, low, batch, E, L, ROOM, CHUNK)
+    h_high, h_low = _state_buffer(h_halves[0], h_halves[1], batch, E, L, STATE_ROWS, CHUNK)
     dA = parameters + batch * (2 * N + 2) * E
     warp_sums, dBC = warp_sums + program * N * WARPS * LANES, dBC + program * BOTH
     D_e = tl.load(D + e, mask=inside, other=0.0).to(tl.float32)
@@ -360,7 +399,7 @@ def scan_backward(
     dD_e, dbias_e = tl.zeros_like(D_e), tl.zeros_like(D_e)
     for k in range(CHUNKS):
         first = (CHUNKS - 1 - k) * CHUNK
-        deltas, us = _take(u, delta, u_row, delta_row, bias_e, first, e, inside, L, REVERSE, CHUNK)
+        deltas, us = _load_inputs(u, delta, u_row, delta_row, bias_e, first, e, inside, L, REVERSE, CHUNK)
         delta_us, dys, d_delta_us, d_deltas = (), (), (), ()
         for j in tl.static_range(CHUNK):
             dy_e = _load(dy, dy_row, first, j, e, inside, L, REVERSE)
@@ -369,28 +408,30 @@ def scan_backward(
                 dy_e *= z_e * sigmoid(z_e)
             delta_us, dys = delta_us + (deltas[j] * us[j],), dys + (dy_e,)
             d_delta_us, d_deltas = d_delta_us + (tl.zeros_like(D_e),), d_deltas + (tl.zeros_like(D_e),)
-        coming = _waiting(A, high, low, dA, 0, first, e, inside, E, L, N, REVERSE, ROOM, CHUNK)
+        prefetched = _load_state(A, h_high, h_low, dA, 0, first, e, inside, E, L, N, REVERSE, STATE_ROWS, CHUNK)
         for n in range(N):
-            A_e, h_e, carry_e, dA_e = coming  # the next state's are on their way while this one computes
+            A_e, h_e, carry_e, dA_e = prefetched  # the next state's are loaded while this one is computed
             next_n = min(n + 1, N - 1)
-            coming = _waiting(A, high, low, dA, next_n, first, e, inside, E, L, N, REVERSE, ROOM, CHUNK)
-            B_t = _of_steps(BC + n * LENGTH, first, e, CHUNK, LENGTH, REVERSE)
-            C_t = _of_steps(BC + (N + n) * LENGTH, first, e, CHUNK, LENGTH, REVERSE)
-            decays, states = _replay(h_e, A_e, B_t, deltas, delta_us)
-            carry_e, dA_e, d_delta_us, d_deltas, parts = _retreat(
+            prefetched = _load_state(
+                A, h_high, h_low, dA, next_n, first, e, inside, E, L, N, REVERSE, STATE_ROWS, CHUNK
+            )
+            B_t = _load_steps(BC + n * LENGTH, first, e, CHUNK, LENGTH, REVERSE)
+            C_t = _load_steps(BC + (N + n) * LENGTH, first, e, CHUNK, LENGTH, REVERSE)
+            decays, states = _recompute_states(h_e, A_e, B_t, deltas, delta_us)
+            carry_e, dA_e, d_delta_us, d_deltas, parts = _backpropagate_states(
                 carry_e, dA_e, A_e, B_t, C_t, deltas, delta_us, dys, decays, states, d_delta_us, d_deltas, REVERSE
             )
             tl.store(dA + (n * E + e) + (N + 2) * E, carry_e, mask=inside)
             tl.store(dA + (n * E + e), dA_e, mask=inside)
-            tl.store(warp_sums + n * (LANES * WARPS) + _local(e), _sum_over_lanes(parts))
-        tl.debug_barrier()  # the other warps' sums are there
-        _add_warps(warp_sums, dBC, first, L, N, REVERSE, LANES, WARPS, STATES, CHUNK)
-        tl.debug_barrier()  # they have been read
-        more_D_e, more_bias_e = _gradients(
+            tl.store(warp_sums + n * (LANES * WARPS) + _thread_number(e), _sum_over_lanes(parts))
+        tl.debug_barrier()  # all warps have stored their sums
+        _sum_warps(warp_sums, dBC, first, L, N, REVERSE, LANES, WARPS, STATES, CHUNK)
+        tl.debug_barrier()  # the sums have been read
+        chunk_dD_e, chunk_dbias_e = _store_gradients(
             u, delta, u_row, delta_row, bias_e, D_e, du, ddelta, deltas, dys, d_delta_us, d_deltas, first, e, inside,
             E, L, REVERSE,
         )  # fmt: skip
-        dD_e += more_D_e
-        dbias_e += more_bias_e
+        dD_e += chunk_dD_e
+        dbias_e += chunk_dbias_e
     tl.store(dA + N * E + e, dD_e, mask=inside)
     tl.store(dA + (N + 1) * E + e, dbias_e, mask=inside)

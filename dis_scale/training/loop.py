@@ -22,7 +22,7 @@ from dis_scale.data.latents import Latents, Micro, micro_batch, open_latents, pr
 from dis_scale.diffusion.process import Process
 from dis_scale.errors import DisScaleError
 from dis_scale.models import Backbone
-from dis_scale.models.cost import cost
+from dis_scale.models.cost import price_model
 from dis_scale.models.export import describe
 from dis_scale.recipe import Recipe, Train
 from dis_scale.scan import choose
@@ -72,7 +72,7 @@ def train(run: Run) -> int:
     settings, rank, world = run.recipe.train, dist.get_rank(), dist.get_world_size()
     latents, how = open_latents(run.latents, run.recipe, _workers_here(world), run.say)
     process = diffusion.build(run.recipe.diffusion)
-    price = cost(run.recipe.models[run.model], latents.shape, run.recipe.data.num_classes)
+    price = price_model(run.recipe.models[run.model], latents.shape, run.recipe.data.num_classes)
     state, model, images = start(run, latents)
     saver = Saver(run.folder, run.attempt, rank, world, run.held, settings.keep_resume)
     log, agreement = Log(run.folder / "log", run.attempt), Agreement()
@@ -249,7 +249,7 @@ def micro_batches(run: Run, latents: Latents, rates: tuple[float, ...], images: 
                 mirror=recipe.data.mirror, label_dropout=settings.label_dropout,
             )  # fmt: skip
             n = len(micro.y_B)
-            t_B = process.draw_times(seeds.generator("time", recipe.seed, step, lane), n)
+            t_B = process.sample_times(seeds.generator("time", recipe.seed, step, lane), n)
             yield _pinned((micro, t_B, _drop_masks(rates, n, recipe.seed, step, lane)), run.device)
 
 

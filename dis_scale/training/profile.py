@@ -19,7 +19,7 @@ from dis_scale import diffusion
 from dis_scale.data import shards
 from dis_scale.data.latents import open_latents, prefetch
 from dis_scale.errors import UserError, nearest
-from dis_scale.models.cost import cost
+from dis_scale.models.cost import price_model
 from dis_scale.recipe import Recipe
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.training import engine
@@ -62,7 +62,9 @@ def trial(
         reader, _ = open_latents(latents, recipe, 1, say)
         state, backbone, images = start(run, reader)
         process = diffusion.build(recipe.diffusion)
-        pace = open_pace(cost(recipe.models[model], reader.shape, recipe.data.num_classes), settings, 1, device, say)
+        pace = open_pace(
+            price_model(recipe.models[model], reader.shape, recipe.data.num_classes), settings, 1, device, say
+        )
         with closing(prefetch(micro_batches(run, reader, backbone.drop_rates, 0, range(settings.lanes)))) as batches:
 
             def take() -> None:

@@ -7,7 +7,7 @@ from scipy.stats import kstest
 
 from dis_scale.diffusion import build
 from dis_scale.recipe import Flow
-from tests.diffusion.gaussian_data import velocity_model
+from tests.support.gaussian_data import velocity_model
 
 PROCESS = build(Flow(kind="flow"))
 
@@ -19,7 +19,7 @@ def test_perfect_velocitys_loss():
     assert np.allclose(sum(parts), s**2 / ((1 - t) ** 2 * s**2 + t**2), rtol=1e-10)
 
 
-def test_the_model_sees_a_thousand_times_t_and_gives_velocity_first():
+def test_the_models_input_is_1000_t_and_its_first_half_is_the_velocity():
     seen = []
 
     def model_fn(x, t):
@@ -33,14 +33,14 @@ def test_the_model_sees_a_thousand_times_t_and_gives_velocity_first():
 
 
 @pytest.mark.parametrize(
-    ("times", "law"),
+    ("times", "cdf"),
     [("uniform", lambda t: t), ("logit_normal", lambda t: _normal_cdf(np.log(t / (1 - t))))],
 )
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_times_have_their_law(times, law, shift):
+def test_times_follow_their_distribution(times, cdf, shift):
     process = build(Flow(kind="flow", times=times, shift=shift))
-    t = process.draw_times(np.random.default_rng(0), 20_000).double().numpy()
-    assert kstest(law(t / (shift - (shift - 1) * t)), "uniform").pvalue > 0.01
+    t = process.sample_times(np.random.default_rng(0), 20_000).double().numpy()
+    assert kstest(cdf(t / (shift - (shift - 1) * t)), "uniform").pvalue > 0.01
 
 
 def _normal_cdf(x):
@@ -54,6 +54,6 @@ def test_the_grid_runs_from_noise_to_data_and_is_shifted():
 
 
 def test_times_come_from_the_callers_generator():
-    draws = [PROCESS.draw_times(np.random.default_rng(5), 8) for _ in range(2)]
+    draws = [PROCESS.sample_times(np.random.default_rng(5), 8) for _ in range(2)]
     assert torch.equal(*draws)
     assert draws[0].dtype == torch.float32

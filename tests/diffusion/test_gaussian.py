@@ -1,4 +1,4 @@
-"""The Gaussian process against its formulas in float64."""
+"""The Gaussian process compared with its formulas in float64."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from dis_scale.diffusion.gaussian import discretised_log_likelihood, spaced_time
 from dis_scale.diffusion.samplers import sample
 from dis_scale.errors import UserError
 from dis_scale.recipe import Gaussian
-from tests.diffusion.gaussian_data import eps_model
+from tests.support.gaussian_data import eps_model
 
 PROCESS = build(Gaussian(kind="gaussian"))
 
@@ -49,7 +49,7 @@ def test_respaced_times_rise_from_end_to_end(steps, data):
     assert (times[0], times[-1]) == (0, steps - 1 if count > 1 else 0)
 
 
-def test_one_step_is_a_chain_too():
+def test_a_chain_of_one_step_works():
     x_T = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     for name in ("ddpm", "ddim", "dpm_solver"):
         x0 = sample(eps_model(PROCESS.chain), PROCESS, name, 1, x_T, noise=lambda *_: None)
@@ -57,7 +57,7 @@ def test_one_step_is_a_chain_too():
 
 
 def test_times_come_from_the_callers_generator():
-    draw = lambda: PROCESS.draw_times(np.random.default_rng(5), 4000)  # noqa: E731
+    draw = lambda: PROCESS.sample_times(np.random.default_rng(5), 4000)  # noqa: E731
     assert torch.equal(draw(), draw())
     assert (int(draw().min()), int(draw().max())) == (0, 999)
 
@@ -88,7 +88,7 @@ def test_loss_against_float64_formulas():
     assert torch.equal(losses.total, losses.mse + losses.vb)
 
 
-def test_the_bound_trains_the_variance_alone():
+def test_the_bound_trains_only_the_variance():
     x0, noise = images()
     out = torch.zeros(6, 4, 3, 3, dtype=torch.float64, requires_grad=True)
     PROCESS.losses(lambda *_: out, x0, torch.tensor([0, 1, 10, 300, 700, 999]), noise).vb.sum().backward()
@@ -96,15 +96,15 @@ def test_the_bound_trains_the_variance_alone():
     assert float(out.grad[:, 2:].abs().min()) > 0
 
 
-def test_min_snr_weighs_the_mse():
+def test_min_snr_weights_the_mse():
     x0, noise = images()
     t = torch.tensor([0, 1, 10, 300, 700, 999])
     model_fn = lambda *_: torch.zeros(6, 4, 3, 3, dtype=torch.float64)  # noqa: E731
     plain = PROCESS.losses(model_fn, x0, t, noise)
-    weighed = build(Gaussian(kind="gaussian", min_snr_gamma=5.0)).losses(model_fn, x0, t, noise)
+    weighted = build(Gaussian(kind="gaussian", min_snr_gamma=5.0)).losses(model_fn, x0, t, noise)
     snr = PROCESS.chain.alpha_bars_K[t] / (1 - PROCESS.chain.alpha_bars_K[t])
-    assert np.allclose(weighed.mse / plain.mse, np.minimum(snr, 5) / snr)
-    assert torch.equal(weighed.vb, plain.vb)
+    assert np.allclose(weighted.mse / plain.mse, np.minimum(snr, 5) / snr)
+    assert torch.equal(weighted.vb, plain.vb)
 
 
 def test_the_first_steps_bound_is_the_likelihood_of_8_bit_bins():
@@ -116,10 +116,10 @@ def test_the_first_steps_bound_is_the_likelihood_of_8_bit_bins():
     assert np.allclose(log_probability.exp()[1:-1], exact, atol=1e-4)
 
 
-def test_perfect_denoisers_loss_is_the_variance_that_noise_leaves():
+def test_loss_of_the_perfect_denoiser_is_the_remaining_variance():
     s, t = 0.5, torch.tensor([1, 250, 999])
     one = torch.ones(3, 1, 1, 1, dtype=torch.float64)
-    # The error is linear in x_0 and in the noise, so that their squares at unit impulses add to its expectation.
+    # The error is linear in x_0 and in the noise: its expected square is the sum of the squares for unit impulses.
     parts = [PROCESS.losses(eps_model(PROCESS.chain), s * one * a, t, one * b).mse for a, b in ((1, 0), (0, 1))]
     abar = PROCESS.chain.alpha_bars_K[t]
     assert np.allclose(sum(parts), abar * s**2 / (abar * s**2 + 1 - abar), rtol=1e-10)

@@ -1,4 +1,4 @@
-"""Samples by number: the same noise at any batch split; guidance; one clear line for what does not fit."""
+"""Samples by number: the same noise for any split into batches; guidance; errors for bad input."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ SAMPLERS = [("gaussian", name) for name in GAUSSIAN_SAMPLERS] + [("flow", name) 
 
 
 class Toy:
-    """A backbone in one line, that sees each sample alone."""
+    """A backbone of one line, which treats each sample independently."""
 
     num_classes, shape = 10, LatentShape(4, 3)
     calls: int = 0
@@ -45,10 +45,10 @@ def test_samples_do_not_depend_on_the_split(kind, name):
     assert bool(torch.isfinite(whole).all())
 
 
-def test_progress_is_told():
-    told = []
-    generate(Toy(), PROCESSES["flow"], [1], [0], sampler="euler", steps=3, progress=lambda *at: told.append(at))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+def test_progress_is_reported():
+    reported = []
+    generate(Toy(), PROCESSES["flow"], [1], [0], sampler="euler", steps=3, progress=lambda *at: reported.append(at))
+    assert reported == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_guidance_covers_all_noise_channels_or_the_official_three():

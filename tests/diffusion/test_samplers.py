@@ -8,7 +8,7 @@ from dis_scale.diffusion import build
 from dis_scale.diffusion.gaussian import Chain
 from dis_scale.diffusion.samplers import sample
 from dis_scale.recipe import Flow, Gaussian
-from tests.diffusion.gaussian_data import S, eps_model, exact_variance, final_variance, slopes, velocity_model
+from tests.support.gaussian_data import S, eps_model, exact_variance, final_variance, slopes, velocity_model
 
 GAUSSIAN, FLOW = build(Gaussian(kind="gaussian")), build(Flow(kind="flow"))
 EPS = eps_model(GAUSSIAN.chain)
@@ -17,7 +17,7 @@ KS = (40, 80, 160)
 
 
 def deviation(alpha_bar):
-    """Of noisy data where this much of the signal's power is left: the flow map scales by its quotients."""
+    """Standard deviation of noisy data with this share of signal power. The flow map scales by the quotient of two."""
     return (alpha_bar * S**2 + 1 - alpha_bar) ** 0.5
 
 
@@ -27,7 +27,7 @@ def test_ddim_is_first_order():
     assert slopes(errors) == pytest.approx([1, 1], abs=0.15)
 
 
-def test_dpm_solver_is_second_order_short_of_the_last_jump():
+def test_dpm_solver_is_second_order_without_the_last_jump():
     abar = GAUSSIAN.chain.alpha_bars_K
     exact = deviation(abar[0]) / deviation(abar[-1])
     errors = [abs(sample(EPS, GAUSSIAN, "dpm_solver", GAUSSIAN.log_snr_chain(K), ONE).item() - exact) for K in KS]
@@ -40,11 +40,11 @@ def test_flow_samplers_orders(name, order):
     assert slopes(errors) == pytest.approx([order, order], abs=0.15)
 
 
-def test_ancestral_steps_with_the_true_variance_reach_the_datas():
+def test_ancestral_steps_with_the_true_variance_give_the_datas_variance():
     chain = GAUSSIAN.respaced(10)
     start = deviation(chain.alpha_bars_K[-1]) ** 2
     draw = lambda model: lambda x_T, noise: sample(model, GAUSSIAN, "ddpm", 10, x_T, noise)  # noqa: E731
-    # The last step adds no noise, so the variance left at alpha_bar[0] = 0.9999 is missing.
+    # The last step adds no noise, so the remaining variance at alpha_bar[0] = 0.9999 is missing.
     assert final_variance(draw(exact_variance(chain, EPS)), start, 10) == pytest.approx(0.25, abs=2e-4)
 
 
@@ -72,7 +72,7 @@ def test_euler_maruyama_converges_to_the_datas_variance():
 
 
 def wavy_model(x, t):
-    """The perfect noise, and a variance that moves between the ends of its range."""
+    """The perfect noise, and a variance that varies over its whole range."""
     return torch.cat([EPS(x, t).chunk(2, dim=1)[0], torch.cos(3 * x + t.reshape(-1, 1, 1, 1))], dim=1)
 
 
@@ -91,7 +91,7 @@ def in_float64(scheduler):
 
 
 def diffusers_loop(scheduler, x, monkeypatch, eta=None):
-    """diffusers' own loop; its noise is ours, by step."""
+    """diffusers' own loop, with our noise for each step."""
     for step, t in enumerate(scheduler.timesteps):
         for module in ("ddpm", "ddim"):
             name = f"diffusers.schedulers.scheduling_{module}.randn_tensor"

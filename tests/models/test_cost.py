@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds against the reference's tables, which were counted on the public code."""
+"""Parameters and multiply-adds, compared with tables that were counted on the public code."""
 
 import time
 
@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dis_scale.models import build, construct, dis
 from dis_scale.models.checkpointing import WORTH_KEEPING_MACS
-from dis_scale.models.cost import Cost, cost
+from dis_scale.models.cost import Cost, price_model
 from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape
 from dis_scale.recipe.presets import preset
 
@@ -36,11 +36,11 @@ GMACS_512 = {"DiS-S368/2": 30.1, "DiS-B/2": 121.6, "DiS-M/2": 238.9, "DiS-L/2": 
 
 def cost_of(name: str, size: int = 32, channels: int = 4, num_classes: int | None = 1000) -> Cost:
     kinds = {"dis": Dis, "dit": Dit, "diffussm": DiffuSsm}
-    return cost(kinds[preset(name)["kind"]](**preset(name)), LatentShape(channels, size), num_classes)
+    return price_model(kinds[preset(name)["kind"]](**preset(name)), LatentShape(channels, size), num_classes)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_parameters_of_dis_are_the_public_codes(name):
+def test_parameters_of_dis_equal_the_public_code(name):
     assert cost_of(name).parameters == PARAMETERS[name]
 
 
@@ -59,7 +59,7 @@ def test_forward_gmacs(name):
     assert cost_of(name).gmacs_forward == pytest.approx(GMACS[name], rel=0.005)
 
 
-def test_forward_gmacs_of_the_smallest_to_the_tables_two_digits():
+def test_forward_gmacs_of_the_smallest_agree_to_two_digits():
     assert cost_of("DiS-S368/8").gmacs_forward == pytest.approx(0.53, abs=0.005)
 
 
@@ -71,11 +71,11 @@ def test_forward_gmacs_at_512_pixels(name):
 @pytest.mark.parametrize(
     ("name", "gflops"), [("S368", 0.4316), ("B", 1.8642), ("M", 3.7044), ("L", 6.5792), ("H", 14.7888)]
 )
-def test_the_papers_own_column(name, gflops):
+def test_paper_gflops_equal_the_papers_column(name, gflops):
     assert cost_of(f"DiS-{name}/4", channels=3, num_classes=None).paper_gflops == pytest.approx(gflops, abs=5.1e-5)
 
 
-def test_shares_of_the_work_of_h():
+def test_shares_of_the_multiply_adds_of_h():
     parts = {part.name: part.macs for part in cost_of("DiS-H/2").parts}
     shares = {name: 100 * macs / sum(parts.values()) for name, macs in parts.items()}
     for name, share in {
@@ -89,7 +89,7 @@ def test_shares_of_the_work_of_h():
         assert shares[name] == pytest.approx(share, abs=0.1)
 
 
-def test_the_largest_is_counted_in_under_a_second():
+def test_the_largest_models_are_counted_in_under_a_second():
     cost_of("DiS-S/2")
     start = time.perf_counter()
     cost_of("DiS-H/2"), cost_of("DiT-XL/2")
@@ -107,11 +107,12 @@ NOT_PRODUCTS = ("conv", "scan", "D u and gate", "FFT", "spectra's product")
 
 @pytest.fixture
 def counted(monkeypatch):
-    """torch's own count on the meta device of one sample more; the scan, which it cannot see, left out.
+    """torch's own count of one additional sample on the meta device, without the scan, which torch cannot count.
 
-    What a micro-batch does once falls out: DiffuSSM's kernels, whose complex products torch counts as real ones.
+    The difference of two batches removes what a micro-batch computes once: DiffuSSM's kernels, whose complex products torch
+    counts as real ones.
     """
-    monkeypatch.setattr(dis, "two_way_scan", lambda f, b, z, **_: (f.delta_BLE + b.delta_BLE) * _read(f, b) * z)
+    monkeypatch.setattr(dis, "two_way_scan", lambda f, b, z, **_: (f.delta_BLE + b.delta_BLE) * _use_inputs(f, b) * z)
     monkeypatch.setattr(dis, "two_way_conv_silu", _convolutions)
 
     def count(settings, backward):
@@ -134,8 +135,8 @@ def _macs(settings, batch, backward):
     return {"convolution": convolution / 2, "product": (sum(counts.values()) - convolution) / 2}
 
 
-def _read(f, b):
-    """A use of B and C that costs no product, so that their gradients are made."""
+def _use_inputs(f, b):
+    """Use B and C without a product, so that their gradients are computed."""
     return (f.B_BLN * f.C_BLN + b.B_BLN * b.C_BLN).sum(-1, keepdim=True)
 
 
@@ -146,8 +147,8 @@ def _convolutions(x_BLE, w_f, b_f, w_b, b_b, **_):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_forward_agrees_with_torchs_counter(name, counted):
-    """Products, forward convolutions, and attention, which the meta device runs as products; FFTs it counts as 0."""
-    macs = {part.name: part.macs for part in cost(SETTINGS[name], LatentShape(4, 16), 10).parts}
+    """Products, forward convolutions, and attention (products on the meta device). torch counts FFTs as 0."""
+    macs = {part.name: part.macs for part in price_model(SETTINGS[name], LatentShape(4, 16), 10).parts}
     theirs = counted(SETTINGS[name], backward=False)
     assert theirs["product"] == sum(macs[part] for part in macs if part not in NOT_PRODUCTS)
     assert theirs["convolution"] == macs.get("conv", 0)
@@ -155,14 +156,14 @@ def test_forward_agrees_with_torchs_counter(name, counted):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_training_agrees_with_torchs_counter(name, counted):
-    """Products and attention; not convolutions, as below."""
-    parts = cost(SETTINGS[name], LatentShape(4, 16), 10).parts
+    """Products and attention. For convolutions see test_errors_of_torchs_counter."""
+    parts = price_model(SETTINGS[name], LatentShape(4, 16), 10).parts
     expected = sum(part.macs * part.passes for part in parts if part.name not in NOT_PRODUCTS)
     assert counted(SETTINGS[name], backward=True)["product"] == expected
 
 
-def test_what_torchs_counter_gets_wrong():
-    """Why the cost is computed, not counted: if one of these changes, so may the tests above."""
+def test_errors_of_torchs_counter():
+    """Why cost.py does not use torch's counter. If one of these errors is fixed, the tests above may change."""
 
     def flops(run, *tensors):
         with FlopCounterMode(display=False) as counter:
@@ -178,15 +179,15 @@ def test_what_torchs_counter_gets_wrong():
     forward = flops(lambda: F.conv1d(x, w, groups=16))
     both = flops(lambda: F.conv1d(x, w, groups=16).sum().backward())
     assert forward == 2 * 16 * 32 * 4
-    assert (both - forward) / (2 * forward) > 8  # depthwise: a pass backward counts every pair of channels
+    assert (both - forward) / (2 * forward) > 8  # depthwise: the backward pass counts every pair of channels
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_activation_bytes_are_what_autograd_keeps(name):
+def test_activation_bytes_equal_what_autograd_keeps(name):
     settings, shape = SETTINGS[name], LatentShape(4, 16)
     kept = [_kept_elements(settings, shape, batch) for batch in (2, 4)]
-    a_sample = (kept[1] - kept[0]) / 2  # what a micro-batch keeps once falls out
-    assert cost(settings, shape, 10).activation_bytes("none") / 4 == pytest.approx(a_sample, rel=0.05)
+    per_sample = (kept[1] - kept[0]) / 2  # removes what a micro-batch keeps once
+    assert price_model(settings, shape, 10).activation_bytes("none") / 4 == pytest.approx(per_sample, rel=0.05)
 
 
 def _kept_elements(settings, shape, batch):
@@ -195,31 +196,31 @@ def _kept_elements(settings, shape, batch):
     kept = {}
 
     def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no other takes its place
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that its address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = model(torch.randn(batch, 4, shape.size, shape.size), torch.rand(batch), torch.arange(batch))
     assert out.requires_grad
-    return sum(tensor.untyped_storage().nbytes() // 4 for place, tensor in kept.items() if place not in own)
+    return sum(tensor.untyped_storage().nbytes() // 4 for address, tensor in kept.items() if address not in own)
 
 
 @pytest.mark.parametrize("mode", ["block", "every_2", "selective"])
 @pytest.mark.parametrize("name", ["dis", "dit", "diffussm"])
-def test_activation_bytes_are_what_a_forward_pass_leaves_allocated(name, mode):
+def test_activation_bytes_equal_what_a_forward_pass_leaves_allocated(name, mode):
     large = {"width": 2 * WORTH_KEEPING_MACS, "depth": 8}
     settings, shape = SETTINGS[name].model_copy(update=large), LatentShape(4, 16)
     left = [_left_bytes(build(settings, shape, 10, checkpointing=mode), batch) for batch in (2, 4)]
-    parts = cost(settings, shape, 10).kept.by_part(mode)
+    parts = price_model(settings, shape, 10).kept.by_part(mode)
     assert (left[1] - left[0]) / 2 == pytest.approx(4 * (sum(parts.values()) - parts["one block"]), rel=0.1)
 
 
 def _left_bytes(model, batch):
     inputs = torch.randn(batch, 4, 16, 16), torch.rand(batch), torch.arange(batch)
-    with profile(profile_memory=True) as seen:
+    with profile(profile_memory=True) as recorded:
         out = model(*inputs)
     assert out.requires_grad
-    return sum(event.self_cpu_memory_usage for event in seen.key_averages())
+    return sum(event.self_cpu_memory_usage for event in recorded.key_averages())
 
 
 def test_checkpointing_keeps_one_block_and_the_boundaries():

@@ -1,4 +1,4 @@
-"""DiffuSSM against the specification: sizes, work, and its block written out index by index."""
+"""DiffuSSM compared with its specification: parameters, multiply-adds, and its block written out index by index."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from dis_scale.errors import UserError
 from dis_scale.models import build
-from dis_scale.models.cost import cost
+from dis_scale.models.cost import price_model
 from dis_scale.recipe import DiffuSsm, LatentShape
 from dis_scale.recipe.presets import preset
 
@@ -14,7 +14,7 @@ SHAPE = LatentShape(4, 8)
 
 
 def model(**options):
-    """A small one with every weight away from zero."""
+    """A small model without zero weights."""
     built = build(DiffuSsm(**{"kind": "diffussm", "width": 8, "depth": 2, "state_size": 4} | options), SHAPE, 10)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -28,9 +28,9 @@ def inputs():
     return torch.randn(3, 4, 8, 8, dtype=torch.float64), torch.tensor([0.0, 10.5, 999.0]), torch.tensor([0, 3, 10])
 
 
-def test_xl_has_the_specifications_parameters_and_work():
+def test_parameters_and_multiply_adds_of_xl():
     xl = DiffuSsm(**preset("DiffuSSM-XL"))
-    small, large = cost(xl, LatentShape(4, 32), 1000), cost(xl, LatentShape(4, 64), 1000)
+    small, large = price_model(xl, LatentShape(4, 32), 1000), price_model(xl, LatentShape(4, 64), 1000)
     assert small.parameters == 673_155_088
     assert small.gmacs_forward == pytest.approx(280.04, rel=1e-4)
     assert large.gmacs_forward == pytest.approx(1122.5, rel=1e-3)
@@ -75,7 +75,7 @@ def test_pixels_are_grouped_in_raster_order():
 @pytest.mark.parametrize(
     "options", [{"bidirectional": False}, {"tied": True}, {"init": "legs"}, {"init": "inv"}], ids=str
 )
-def test_options_run_and_tell_their_size(options):
+def test_options_run_and_change_the_parameters(options):
     plain, optional = model(), model(**options)
     x, t, y = inputs()
     assert optional(x, t, y).shape == (3, 8, 8, 8)
@@ -83,7 +83,7 @@ def test_options_run_and_tell_their_size(options):
     assert (count(optional) < count(plain)) == ("init" not in options)
 
 
-def test_one_direction_alone_does_not_see_ahead():
+def test_a_unidirectional_model_is_causal():
     built = model(bidirectional=False)
     x, t, y = inputs()
     changed = x.clone()
@@ -95,5 +95,5 @@ def test_one_direction_alone_does_not_see_ahead():
 
 
 def test_an_hourglass_that_does_not_divide_is_refused():
-    with pytest.raises(UserError, match="hourglass 3 divides not both"):
+    with pytest.raises(UserError, match="hourglass 3 must divide both"):
         model(hourglass=3)

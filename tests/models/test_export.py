@@ -1,4 +1,4 @@
-"""The ways out: a file that says what it holds, and a folder that diffusers samples from."""
+"""Export: a file that describes its model, and a folder that diffusers samples from."""
 
 import pytest
 import safetensors.torch
@@ -21,7 +21,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s.kind)
-def test_a_file_brings_back_the_model(settings, tmp_path):
+def test_save_and_load_return_the_same_model(settings, tmp_path):
     model = build(settings, LatentShape(4, 8), 10, seed=3)
     save(model, tmp_path / "model.safetensors")
     again = load(tmp_path / "model.safetensors")
@@ -30,7 +30,7 @@ def test_a_file_brings_back_the_model(settings, tmp_path):
 
 
 @pytest.mark.parametrize("settings", SETTINGS[:2], ids=lambda s: s.kind)
-def test_a_checkpoint_is_known_by_what_stands_in_it(settings, tmp_path):
+def test_a_checkpoint_is_recognised_by_its_keys(settings, tmp_path):
     model = build(settings, LatentShape(4, 8), 10, seed=3)
     save(model, tmp_path / "model.safetensors")
     torch.save(to_official(model), tmp_path / "model.pt")
@@ -41,11 +41,11 @@ def test_a_checkpoint_is_known_by_what_stands_in_it(settings, tmp_path):
 
 def test_other_files_are_refused(tmp_path):
     safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="does not say what model it holds"):
+    with pytest.raises(UserError, match="does not describe its model"):
         load(tmp_path / "other.safetensors")
-    (tmp_path / "torn.safetensors").write_bytes(b"torn")
+    (tmp_path / "broken.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="cannot read weights from"):
-        load(tmp_path / "torn.safetensors")
+        load(tmp_path / "broken.safetensors")
     model = build(DIS, LatentShape(4, 8), 10)
     with torch.no_grad():
         model.final.bias[0] = float("nan")

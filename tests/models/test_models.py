@@ -1,4 +1,4 @@
-"""What every backbone promises: shapes, weights from a seed, randomness from the caller, one line for bad input."""
+"""Contract of every backbone: shapes, weights from a seed, random numbers from the caller, errors for bad input."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_initial_weights_are_a_function_of_the_seed_alone(settings):
 
 
 @MODELS
-def test_forward_is_the_same_in_training_and_draws_nothing(settings):
+def test_forward_is_the_same_in_training_and_uses_no_random_numbers(settings):
     model = build(settings, SHAPE, 10)
     state = torch.random.get_rng_state()
     assert torch.equal(model.train()(*inputs()), model.eval()(*inputs()))
@@ -79,7 +79,7 @@ def test_drop_path_takes_its_masks_from_the_caller():
     assert not torch.allclose(dropped[1], kept[1])
 
 
-def test_the_null_class_has_a_row_of_its_own():
+def test_the_null_class_has_its_own_embedding():
     model = build(DIS, SHAPE, 10)
     x, t, _ = inputs(2)
     out = model(x[:1].expand(2, -1, -1, -1), t[:1].expand(2), torch.tensor([10, 3]))
@@ -108,7 +108,7 @@ def test_bad_input_is_one_clear_line():
 
 
 @MODELS
-def test_bfloat16_weights_run_and_stay_near(settings):
+def test_bfloat16_weights_give_similar_outputs(settings):
     model = build(settings, SHAPE, 10)
     exact = model(*inputs())
     near = model.to(torch.bfloat16)(*inputs())
@@ -117,21 +117,22 @@ def test_bfloat16_weights_run_and_stay_near(settings):
 
 
 def test_time_and_decay_are_not_rounded_with_the_weights():
-    """bfloat16 knows neither 999 nor the decays between: both are kept in float32."""
+    """bfloat16 cannot represent 999 nor the decays: both are kept in float32."""
     model = build(DIS, SHAPE, 10).to(torch.bfloat16)
     x, _, y = inputs(1)
     assert not torch.equal(model(x, torch.tensor([998.0]), y), model(x, torch.tensor([999.0]), y))
-    side = model.blocks[0].mixer.rightward
-    assert side(torch.zeros(1, 2, 64, dtype=torch.bfloat16)).A_EN.dtype == torch.float32
+    projections = model.blocks[0].mixer.rightward
+    assert projections(torch.zeros(1, 2, 64, dtype=torch.bfloat16)).A_EN.dtype == torch.float32
 
 
-def sides(**options):
+def directions(**options):
+    """The projections of the forward and the backward direction."""
     mixer = build(DIS.model_copy(update=options), SHAPE, 10).blocks[2].mixer
     return mixer.rightward, mixer.leftward
 
 
 @torch.no_grad()
-def test_dis_begins_as_the_public_code_does_but_for_its_defect():
+def test_initial_weights_of_dis_are_the_public_codes_without_its_defect():
     model = build(DIS.model_copy(update={"width": 128}), SHAPE, 10)
     assert {layer.bias.abs().max().item() for layer in (model.time.up, model.final, model.modulation)} == {0}
     assert float(model.label.weight.std()) == pytest.approx(0.02, rel=0.1)
@@ -140,14 +141,14 @@ def test_dis_begins_as_the_public_code_does_but_for_its_defect():
     assert float(mixer.out_proj.abs().max()) == pytest.approx((256 * 4) ** -0.5, rel=1e-3)
     assert float(mixer.in_proj.abs().max()) == pytest.approx(128**-0.5, rel=1e-3)
     assert mixer.leftward.A_log[3].exp().tolist() == pytest.approx(range(1, 17))
-    for side in (mixer.rightward, mixer.leftward):
-        steps = torch.nn.functional.softplus(side.dt_bias)
+    for direction in (mixer.rightward, mixer.leftward):
+        steps = torch.nn.functional.softplus(direction.dt_bias)
         assert 1e-3 * 0.99 < float(steps.min()) < 3e-3
         assert 0.03 < float(steps.max()) < 0.1 * 1.01
-        assert float(side.D.min()) == float(side.D.max()) == 1
-    rightward, leftward = sides(init="official")
-    assert float(leftward.dt_bias.abs().max()) == 0
-    assert float(rightward.dt_bias.abs().min()) > 0
+        assert float(direction.D.min()) == float(direction.D.max()) == 1
+    forward, backward = directions(init="official")
+    assert float(backward.dt_bias.abs().max()) == 0
+    assert float(forward.dt_bias.abs().min()) > 0
 
 
 def test_halved_sum_is_half_of_the_output():
@@ -156,7 +157,7 @@ def test_halved_sum_is_half_of_the_output():
     assert torch.allclose(halved(h_BLD), plain(h_BLD) / 2, atol=1e-6)
 
 
-def test_adaln_zero_begins_with_blocks_that_add_nothing_and_learn():
+def test_adaln_zero_blocks_add_nothing_at_first_and_learn():
     model = build(DIS.model_copy(update={"conditioning": "adaln_zero"}), SHAPE, 10)
     h_BLD, c_BD = torch.randn(2, 18, 32), torch.randn(2, 32)
     branch, stream = model.blocks[0](h_BLD, None, c_BD, None, None)
@@ -166,31 +167,31 @@ def test_adaln_zero_begins_with_blocks_that_add_nothing_and_learn():
     assert float(model.blocks[0].modulation.weight.grad.abs().max()) > 0
 
 
-def test_zero_final_begins_with_zero():
+def test_zero_final_gives_zero_at_first():
     assert float(build(DIS.model_copy(update={"zero_final": True}), SHAPE, 10)(*inputs()).abs().max()) == 0
 
 
 @MODELS
 @pytest.mark.parametrize(("process", "sampler"), [(Gaussian(kind="gaussian"), "ddpm"), (Flow(kind="flow"), "heun")])
 def test_samples_are_the_same_pixels_at_any_split(settings, process, sampler):
-    """Noise is equal bit for bit; sums inside a model may differ in the last digits, far below 1/255."""
+    """Noise is bit-equal. Sums inside a model may differ in the last digits, far below 1/255."""
     model = build(settings, SHAPE, 10).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel()))
 
-    def draw(numbers):
+    def sample(numbers):
         labels = [number % 10 for number in numbers]
         kwargs = {"sampler": sampler, "steps": 10, "guidance": 1.5, "seed": 1}
         return generate(model, build_process(process), labels, numbers, **kwargs).clamp(-1, 1)
 
-    whole, parts = draw(range(5)), torch.cat([draw([0, 1]), draw([2]), draw([3, 4])])
+    whole, parts = sample(range(5)), torch.cat([sample([0, 1]), sample([2]), sample([3, 4])])
     assert float((whole - parts).abs().max()) < 1 / 255
 
 
 @pytest.mark.slow
 @MODELS
-def test_compiled_blocks_give_the_same_within_rounding(settings):
+def test_compiled_blocks_agree_within_rounding(settings):
     models = [build(settings, SHAPE, 10) for _ in range(2)]
     models[1].compile_blocks()
     assert models[0].state_dict().keys() == models[1].state_dict().keys()

@@ -1,4 +1,4 @@
-"""Equal to the public code of DiS, restated plainly beside this file, and to DiT as diffusers has it."""
+"""Equality with the public code of DiS (as restated in tests/support/public_dis.py) and with diffusers' DiT."""
 
 import argparse
 
@@ -10,7 +10,7 @@ from dis_scale.models import build
 from dis_scale.models.official import from_official, from_official_dit, layout, read_weights, to_official
 from dis_scale.recipe import Dis, Dit, LatentShape
 from dis_scale.recipe.presets import preset
-from tests.models.public_dis import PublicDiS
+from tests.support.public_dis import PublicDiS
 
 CASES = pytest.mark.parametrize(
     ("D", "depth", "p", "C", "size", "classes"),
@@ -21,7 +21,7 @@ DIT = Dit(kind="dit", width=64, depth=3, heads=4, patch=2)
 
 
 def public_model(D, depth, p, C, size, classes):
-    """Every weight moved away from where it began, so that none that is left out goes unseen."""
+    """A public model with every weight changed from its initial value, so that a forgotten weight is detected."""
     torch.manual_seed(0)
     model = PublicDiS(D, depth, p, C, size, classes)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def near(got, expected):
 
 @CASES
 @pytest.mark.parametrize("scan", ["auto", "reference"])
-def test_outputs_and_gradients_are_the_public_codes(D, depth, p, C, size, classes, scan):
+def test_outputs_and_gradients_equal_the_public_code(D, depth, p, C, size, classes, scan):
     public = public_model(D, depth, p, C, size, classes)
     ours = from_official(public.state_dict())
     for block in ours.blocks:
@@ -54,16 +54,16 @@ def test_outputs_and_gradients_are_the_public_codes(D, depth, p, C, size, classe
     weight = torch.randn_like(expected)
     (expected * weight).sum().backward()
     (got * weight).sum().backward()
-    for name, place in layout(ours).items():
-        gradient, theirs = ours.get_parameter(name).grad, public.get_parameter(place.name).grad
-        assert float((gradient.reshape(place.shape) - theirs).norm() / theirs.norm()) < 1e-4, name
+    for name, public_weight in layout(ours).items():
+        gradient, theirs = ours.get_parameter(name).grad, public.get_parameter(public_weight.name).grad
+        assert float((gradient.reshape(public_weight.shape) - theirs).norm() / theirs.norm()) < 1e-4, name
 
 
-def test_drop_path_falls_where_the_public_codes_does():
+def test_drop_path_equals_the_public_code():
     public = public_model(48, 4, 2, 4, 8, 10)
     ours, (x, t, y) = from_official(public.state_dict()), inputs(4, 8, 10)
     drop = torch.bernoulli(torch.full((ours.drop_branches, 3), 0.5), generator=torch.Generator().manual_seed(0)) * 2
-    # The first block adds nothing to the stream, so its own mask is never used.
+    # The first block adds nothing to the stream, so its mask is never used.
     expected = public(x, t, y, [torch.ones(3, 1, 1), *drop[:, :, None, None]])
     assert near(ours(x, t, y, drop).detach(), expected.detach())
 
@@ -76,7 +76,7 @@ def test_round_trip_is_bit_for_bit(D, depth, p, C, size, classes):
     assert all(torch.equal(back[name], state[name]) and back[name].shape == state[name].shape for name in state)
 
 
-def test_faults_are_named():
+def test_errors_name_the_weight():
     state = public_model(48, 4, 2, 4, 8, 10).state_dict()
     name = "out_blocks.1.mixer.dt_proj_b.bias"
     faults = [
@@ -91,7 +91,7 @@ def test_faults_are_named():
             from_official(broken)
 
 
-def test_options_that_the_public_code_does_not_know_are_refused():
+def test_options_that_the_public_code_lacks_are_errors():
     model = build(Dis(kind="dis", width=32, depth=2, patch=2, conditioning="adaln_zero"), LatentShape(4, 8), 10)
     with pytest.raises(UserError, match="no adaLN-Zero"):
         to_official(model)
@@ -133,7 +133,7 @@ def test_dit_round_trip_and_its_published_names():
         from_official_dit(state | {"pos_embed": state["pos_embed"] + 1}, heads=4)
 
 
-def test_published_dit_tells_its_heads_by_its_width():
+def test_published_width_determines_the_heads_of_dit():
     published = build(Dit(kind="dit", width=384, depth=1, heads=6, patch=8), LatentShape(4, 32), 1000)
     assert from_official_dit(to_official(published)).settings.heads == 6
 
@@ -163,7 +163,7 @@ def test_dit_equals_diffusers():
 
 
 def _for_diffusers(state, depth):
-    """Published names to diffusers': one embedder a block, the query, key and value apart."""
+    """Published names to diffusers': one embedder per block; query, key and value separate."""
     out = {f"pos_embed.proj.{kind}": state[f"x_embedder.proj.{kind}"] for kind in ("weight", "bias")}
     for kind in ("weight", "bias"):
         out[f"proj_out_1.{kind}"] = state[f"final_layer.adaLN_modulation.1.{kind}"]

@@ -1,4 +1,4 @@
-"""S4D against check values, its own recurrence, and the definition of its initialisations, in float64."""
+"""S4D compared with published values, its own recurrence, and the definition of its initialisations, in float64."""
 
 import math
 
@@ -33,13 +33,13 @@ def published():
     return layer
 
 
-def test_kernels_check_values(published):
+def test_published_kernel_values(published):
     assert np.abs(published.kernel(5).detach().numpy() - np.array(TAPS)).max() < 1e-9
 
 
 @pytest.mark.parametrize("init", ["lin", "inv", "legs"])
 @pytest.mark.parametrize("length", [1, 2, 63, 128])
-def test_convolution_equals_recurrence_both_ways(init, length):
+def test_convolution_equals_recurrence_in_both_directions(init, length):
     torch.manual_seed(0)
     layer = S4D(5, settings(init=init, state_size=16)).double()
     u_BLH = torch.randn(3, length, 5, dtype=torch.float64)
@@ -52,7 +52,7 @@ def test_convolution_equals_recurrence_both_ways(init, length):
 
 
 def test_backward_is_inclusive(published):
-    """The last output of the backward direction still sees its own input, through tap 0."""
+    """The last output of the backward direction depends on its own input, through tap 0."""
     u_BLH = torch.zeros(1, 6, 2, dtype=torch.float64)
     u_BLH[:, -1] = 1
     spectrum, skip = published(6)
@@ -61,7 +61,7 @@ def test_backward_is_inclusive(published):
     assert torch.allclose(y_BLH[0].flip(0) - (u_BLH * published.D)[0].flip(0), published.kernel(6).T)
 
 
-def test_kernel_in_chunks_is_the_same_with_the_same_gradients(published, monkeypatch):
+def test_chunked_kernel_and_its_gradients_are_the_same(published, monkeypatch):
     gradients = []
     for chunk in (2**24, 1):
         monkeypatch.setattr(s4d, "CHUNK", chunk)
@@ -72,7 +72,7 @@ def test_kernel_in_chunks_is_the_same_with_the_same_gradients(published, monkeyp
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(*gradients, strict=True))
 
 
-def test_float32_kernel_is_near_float64s():
+def test_float32_kernel_agrees_with_float64():
     torch.manual_seed(0)
     layer = S4D(8, settings(state_size=64))
     single = layer.kernel(1024).detach()

@@ -136,7 +136,10 @@ def test_longer_training_is_refused_where_the_schedule_has_an_end() -> None:
             ["evaluate.variants={flow: {sampler: heun}}"],
             "evaluate.variants.flow: sampler heun does not fit the process",
         ),
-        (["train.power_ema=null"], "evaluate.variants.wide.ema_width needs power-function averages, and train.power_ema tracks none"),
+        (
+            ["train.power_ema=null"],
+            "evaluate.variants.wide.ema_width needs power-function averages, and train.power_ema tracks none",
+        ),
         (["evaluate.ema_width=0.5"], "evaluate.ema_width: got 0.5, expected: less than or equal to 0.28"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Every backend is admitted here: outputs and all gradients against the loop that defines the scan, run in float64."""
+"""Every backend is compared here with the reference loop in float64: outputs and all gradients."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -12,12 +12,12 @@ from dis_scale.scan import Direction, causal_conv_silu, choose, native, selectiv
 BACKENDS = ["reference", "native", "chunked"]
 ISAS = ["plain", "avx2", "avx512"]
 
-# Of the largest number in a tensor. float32: states and gradients are sums of up to 1,026 steps or 1,500 channels and
-# states, rounded to 6e-8 each and mostly cancelling; seen 2e-6. The others: computed in float32 and rounded once, by at
-# most half a unit in the last place: 2^-8 and 2^-11 relative, and nothing is larger than the largest.
+# Largest error, relative to the largest number of a tensor. float32: states and gradients are sums of up to 1,026 steps or
+# 1,500 channels and states. Each term is rounded to 6e-8 and most errors cancel; the largest error observed is 2e-6. bfloat16
+# and float16: computed in float32 and rounded once, by at most half a unit in the last place (2^-8 and 2^-11 relative).
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8 + 1e-5, torch.float16: 2**-11 + 1e-5}
 
-# B, L, E, N: around a chunk's 86 steps, a vector's 4, 8 and 16 channels, a group's 192; long ones narrow for the loop.
+# B, L, E, N: around a chunk of 86 steps, a vector of 4, 8 and 16 channels, a group of 192; long ones are narrow, for the loop.
 SIZES = [
     (1, 1, 1, 1),
     (2, 1, 16, 16),
@@ -31,8 +31,8 @@ SIZES = [
 WIDE = (2, 3, 403, 16)
 
 
-def draw(sizes: tuple[int, int, int, int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Two directions' tensors and z; delta and A as a trained mixer has them, some decays near 1 and some near 0."""
+def random_tensors(sizes: tuple[int, int, int, int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Random inputs of two directions, and z. delta and A as in a trained mixer: some decays are near 1, some near 0."""
     B, L, E, N = sizes
     torch.manual_seed(L + E)
     shapes = [(B, L, E), (B, L, E), (E, N), (B, L, N), (B, L, N), (E,), (E,)]
@@ -75,33 +75,36 @@ CALLS: dict[str, Callable[[list[Tensor], str], list[Tensor]]] = {
 }
 
 
-def outputs_and_gradients(call: str, tensors: list[Tensor], backend: str) -> list[Tensor]:
-    """Outputs, then the gradients of a fixed random weighting of them by every tensor that the call uses."""
+def outputs_and_gradients(
+    call: str, tensors: list[Tensor], backend: str, weight_dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Outputs, then the gradients of their sum with fixed random weights, for every tensor that the call uses.
+
+    The weights are rounded to `weight_dtype`, by default the outputs' dtype.
+    """
     outputs = CALLS[call](tensors, backend)
     torch.manual_seed(1)
-    weights = [torch.randn(y.shape).to(y) for y in outputs]
+    weights = [torch.randn(y.shape).to(weight_dtype or y.dtype).to(y) for y in outputs]
     gradients = torch.autograd.grad(outputs, tensors, weights, allow_unused=True)
     return [y.detach() for y in outputs] + [g for g in gradients if g is not None]
 
 
 @functools.cache
-def truth(call: str, sizes: tuple[int, int, int, int], dtype: torch.dtype) -> list[Tensor]:
-    tensors = [x.detach().double().requires_grad_() for x in draw(sizes, dtype)]
-    torch.manual_seed(1)
-    outputs = CALLS[call](tensors, "reference")
-    weights = [torch.randn(y.shape).to(dtype).double() for y in outputs]
-    gradients = torch.autograd.grad(outputs, tensors, weights, allow_unused=True)
-    return [y.detach() for y in outputs] + [g for g in gradients if g is not None]
+def expected_results(call: str, sizes: tuple[int, int, int, int], dtype: torch.dtype) -> list[Tensor]:
+    """The same by the reference loop in float64, from inputs rounded to `dtype`."""
+    tensors = [x.detach().double().requires_grad_() for x in random_tensors(sizes, dtype)]
+    return outputs_and_gradients(call, tensors, "reference", dtype)
 
 
-def admit(
+def check_results(
     call: str,
     sizes: tuple[int, int, int, int],
     dtype: torch.dtype,
     got: list[Tensor],
     tolerance: dict[torch.dtype, float] = TOLERANCE,
 ) -> None:
-    for i, (x, expected) in enumerate(zip(got, truth(call, sizes, dtype), strict=True)):
+    """Assert that the results `got` agree with the reference within the tolerance."""
+    for i, (x, expected) in enumerate(zip(got, expected_results(call, sizes, dtype), strict=True)):
         assert x.dtype == dtype
         error, largest = (x.double() - expected).abs().max(), expected.abs().max()
         assert error <= tolerance[dtype] * largest, f"tensor {i} is off by {error:.1e}, its largest number is {largest}"
@@ -131,10 +134,10 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.parametrize("sizes", [*SIZES, WIDE], ids=str)
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_outputs_and_gradients_are_the_loops(backend: str, call: str, sizes: tuple[int, int, int, int]) -> None:
+def test_outputs_and_gradients_equal_the_reference(backend: str, call: str, sizes: tuple[int, int, int, int]) -> None:
     if "conv" in call and sizes[3] < 4:
-        pytest.skip("four taps are cut from A's states")
-    admit(call, sizes, torch.float32, outputs_and_gradients(call, draw(sizes), backend))
+        pytest.skip("the four taps are columns of A, which has fewer states")
+    check_results(call, sizes, torch.float32, outputs_and_gradients(call, random_tensors(sizes), backend))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -142,28 +145,28 @@ def test_outputs_and_gradients_are_the_loops(backend: str, call: str, sizes: tup
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision_is_rounded_once(backend: str, call: str, dtype: torch.dtype) -> None:
     sizes = (2, 63, 33, 16)
-    admit(call, sizes, dtype, outputs_and_gradients(call, draw(sizes, dtype), backend))
+    check_results(call, sizes, dtype, outputs_and_gradients(call, random_tensors(sizes, dtype), backend))
 
 
 def views(sizes: tuple[int, int, int, int]) -> Iterator[list[Tensor]]:
-    """The drawn tensors as chunks and splits of a product give them, and with their last axis strided."""
-    yield [torch.cat([x, x], -1)[..., : x.shape[-1]].detach().requires_grad_() for x in draw(sizes)]
-    yield [x.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_() for x in draw(sizes)]
+    """The random tensors as views: as chunks or splits of a product, and with a strided last axis."""
+    yield [torch.cat([x, x], -1)[..., : x.shape[-1]].detach().requires_grad_() for x in random_tensors(sizes)]
+    yield [x.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_() for x in random_tensors(sizes)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("call", CALLS)
-def test_views_are_taken(call: str, backend: str) -> None:
+def test_views_are_accepted(call: str, backend: str) -> None:
     sizes = (2, 66, 33, 16)
     for tensors in views(sizes):
         assert not tensors[0].is_contiguous()
-        admit(call, sizes, torch.float32, outputs_and_gradients(call, tensors, backend))
+        check_results(call, sizes, torch.float32, outputs_and_gradients(call, tensors, backend))
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_native_gives_the_bits_of_contiguous_tensors_for_views(call: str) -> None:
+def test_native_is_bit_equal_for_views_and_contiguous_tensors(call: str) -> None:
     sizes = (2, 66, 33, 16)
-    expected = outputs_and_gradients(call, draw(sizes), "native")
+    expected = outputs_and_gradients(call, random_tensors(sizes), "native")
     for tensors in views(sizes):
         for x, y in zip(outputs_and_gradients(call, tensors, "native"), expected, strict=True):
             assert torch.equal(x, y)
@@ -173,16 +176,16 @@ def test_native_gives_the_bits_of_contiguous_tensors_for_views(call: str) -> Non
 @pytest.mark.parametrize("call", CALLS)
 def test_every_instruction_set(isa: str, call: str, sizes: tuple[int, int, int, int]) -> None:
     assert native.use_instruction_set(isa) == isa
-    admit(call, sizes, torch.float32, outputs_and_gradients(call, draw(sizes), "native"))
+    check_results(call, sizes, torch.float32, outputs_and_gradients(call, random_tensors(sizes), "native"))
 
 
-def test_every_instruction_set_keeps_its_gates_at_the_extremes(isa: str) -> None:
-    """SiLU of inputs from where it is the input to where it is nothing, its exponential far out of range on the way.
+def test_every_instruction_set_is_right_at_extreme_gates(isa: str) -> None:
+    """SiLU at inputs where it equals its input, where it vanishes, and where its exponential overflows.
 
-    A gate of 0 passes nothing on, and yet its gradient needs the y behind it.
+    A gate of 0 makes the output 0, but its gradient still needs y.
     """
     sizes = (1, 9, 17, 4)
-    got, expected = draw(sizes), draw(sizes)
+    got, expected = random_tensors(sizes), random_tensors(sizes)
     for tensors in (got, expected):
         with torch.no_grad():
             for x in (tensors[0], tensors[14]):
@@ -191,7 +194,7 @@ def test_every_instruction_set_keeps_its_gates_at_the_extremes(isa: str) -> None
         for y, loops in zip(CALLS[call](got, "native"), CALLS[call](expected, "reference"), strict=True):
             torch.testing.assert_close(y, loops, rtol=1e-4, atol=1e-25)
     gated, loops = (
-        outputs_and_gradients("two-way scan", [*draw(sizes)[:14], x[14]], backend)
+        outputs_and_gradients("two-way scan", [*random_tensors(sizes)[:14], x[14]], backend)
         for x, backend in ((got, "native"), (expected, "reference"))
     )
     assert all(x.isfinite().all() for x in gated)
@@ -199,19 +202,19 @@ def test_every_instruction_set_keeps_its_gates_at_the_extremes(isa: str) -> None
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_native_gives_the_same_bits_again_and_at_any_number_of_threads(call: str) -> None:
+def test_native_is_bit_equal_when_repeated_and_at_any_number_of_threads(call: str) -> None:
     before, results = torch.get_num_threads(), []
     for threads in (1, 1, 2, 3, 5):
         torch.set_num_threads(threads)
-        results.append(outputs_and_gradients(call, draw((5, 70, 403, 16)), "native"))
+        results.append(outputs_and_gradients(call, random_tensors((5, 70, 403, 16)), "native"))
     torch.set_num_threads(before)
     for again in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(again, results[0], strict=True))
 
 
 @pytest.mark.parametrize("backend", ["native", "chunked"])
-def test_training_and_sampling_agree_to_the_bit(backend: str) -> None:
-    tensors = draw((2, 130, 33, 16))
+def test_training_and_sampling_are_bit_equal(backend: str) -> None:
+    tensors = random_tensors((2, 130, 33, 16))
     with torch.no_grad():
         alone = scan_both(tensors, backend)[0]
     assert torch.equal(alone, scan_both(tensors, backend)[0])
@@ -219,10 +222,10 @@ def test_training_and_sampling_agree_to_the_bit(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["native", "chunked"])
 def test_a_gradient_of_an_expanded_scalar(backend: str) -> None:
-    """`y.sum().backward()` hands over a gradient whose strides are all zero."""
-    sums = [scan_both(draw((2, 66, 33, 16)), name)[0].sum() for name in (backend, "reference")]
+    """`y.sum().backward()` passes a gradient whose strides are all zero."""
+    sums = [scan_both(random_tensors((2, 66, 33, 16)), name)[0].sum() for name in (backend, "reference")]
     torch.testing.assert_close(*sums)
-    got, expected = draw((2, 66, 33, 16)), draw((2, 66, 33, 16))
+    got, expected = random_tensors((2, 66, 33, 16)), random_tensors((2, 66, 33, 16))
     scan_both(got, backend)[0].sum().backward()
     scan_both(expected, "reference")[0].sum().backward()
     for x, y in zip(got, expected, strict=True):
@@ -234,6 +237,6 @@ def test_a_gradient_of_an_expanded_scalar(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 @pytest.mark.parametrize("call", CALLS)
 def test_gradients_are_the_outputs_derivatives(backend: str, call: str) -> None:
-    """Central differences in float64: the reference's gradients are right, so equality with them means something."""
-    tensors = [x.detach().double().requires_grad_() for x in draw((1, 5, 2, 4))]
+    """Central differences in float64 show that the reference's gradients, used by all other tests, are right."""
+    tensors = [x.detach().double().requires_grad_() for x in random_tensors((1, 5, 2, 4))]
     assert torch.autograd.gradcheck(lambda *t: tuple(CALLS[call](list(t), backend)), tensors, fast_mode=True)

@@ -1,4 +1,4 @@
-"""Which backend runs, and what is said where one cannot: the words that a user meets."""
+"""Selection of the backend, and the errors if it cannot run, tested by their text."""
 
 import functools
 import os
@@ -34,8 +34,8 @@ def random_direction(B: int, L: int, E: int, N: int) -> Direction:
 
 
 @pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
-    """As a new process with an empty cache: nothing chosen, nothing built. What is loaded stays so afterwards."""
+def fresh_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Simulate a new process with an empty cache: nothing selected, nothing built. Loaded libraries stay loaded."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native, "problem", functools.cache(native.problem.__wrapped__))
     _choose.cache_clear()
@@ -45,23 +45,23 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.Mo
     _backend.cache_clear()
 
 
-def test_the_choice_says_why() -> None:
+def test_the_choice_gives_its_reason() -> None:
     assert str(choose("auto", "cpu")) == f"native (auto: cpu, {native.instruction_set()})"
     assert str(choose("chunked", "cpu")) == "chunked (as asked)"
     assert str(choose("auto", "meta")) == "chunked (auto: meta)"
 
 
-def test_an_unknown_name_offers_the_nearest() -> None:
+def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(UserError, match=r"no scan backend 'natve' \(did you mean 'native'\?\): there are auto, ref"):
         choose("natve", "cpu")
 
 
-def test_native_elsewhere_says_what_to_do() -> None:
+def test_native_on_a_gpu_is_an_error() -> None:
     with pytest.raises(UserError, match="the native scan is for the CPU, got tensors on cuda: set the backend to auto"):
         choose("native", "cuda")
 
 
-def test_gpu_backends_elsewhere_say_what_to_do() -> None:
+def test_gpu_backends_on_a_cpu_are_errors() -> None:
     for name in ("triton", "mamba"):
         with pytest.raises(
             UserError, match=f"the {name} scan is for NVIDIA GPUs, got tensors on cpu: set the backend to"
@@ -70,7 +70,7 @@ def test_gpu_backends_elsewhere_say_what_to_do() -> None:
 
 
 @pytest.mark.skipif(find_spec("mamba_ssm") is not None, reason="mamba-ssm is installed")
-def test_without_mamba_ssm_its_backend_says_how_to_get_it() -> None:
+def test_without_mamba_ssm_the_error_gives_the_install_command() -> None:
     with pytest.raises(UserError) as error:
         choose("mamba", "cuda")
     assert str(error.value) == (
@@ -82,54 +82,54 @@ def test_without_mamba_ssm_its_backend_says_how_to_get_it() -> None:
     assert "--build-arg EXTRAS=gpu" in (ROOT / "cluster" / "Dockerfile").read_text()
 
 
-def test_a_gpu_runs_triton_or_says_why_not(fresh: pytest.MonkeyPatch) -> None:
+def test_a_gpu_uses_triton_or_gives_the_reason(fresh_process: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     assert str(choose("auto", "cuda")) == "triton (auto: cuda, an NVIDIA GPU)"
     _choose.cache_clear()
-    fresh.setitem(sys.modules, "dis_scale.scan.triton", None)
+    fresh_process.setitem(sys.modules, "dis_scale.scan.triton", None)
     assert str(choose("auto", "cuda")).startswith(
         "chunked (auto: the triton scan needs triton, which comes with PyTorch's builds for Linux: pip install triton (got:"
     )
 
 
-def test_a_failed_build_names_the_compilers_lines_once_and_auto_goes_on(
-    fresh: pytest.MonkeyPatch, tmp_path: Path
+def test_a_failed_build_shows_the_compilers_output_and_auto_uses_chunked(
+    fresh_process: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     source = tmp_path / "broken.cpp"
     source.write_text("int main( { return nothing; }\n")
-    fresh.setattr(native, "SOURCES", [source])
+    fresh_process.setattr(native, "SOURCES", [source])
     with pytest.raises(DisScaleError) as error:
         choose("native", "cpu")
     assert "the native scan cannot be built" in str(error.value)
     assert "broken.cpp:1" in str(error.value)
     assert "install a C++ compiler" in str(error.value)
-    fresh.setattr(native, "_build", lambda _: pytest.fail("built twice"))
+    fresh_process.setattr(native, "_build", lambda _: pytest.fail("built twice"))
     assert choose("auto", "cpu").name == "chunked"
     assert str(choose("auto", "cpu")).startswith("chunked (auto: the native scan cannot be built")
     assert selective_scan(*random_direction(1, 3, 2, 4)).shape == (1, 3, 2)
-    assert [path.name for path in (tmp_path / "dis_scale").iterdir()] == []  # no lock, no half of a library
+    assert [path.name for path in (tmp_path / "dis_scale").iterdir()] == []  # no lock and no incomplete library
 
 
-def test_no_compiler_is_the_same_failure(fresh: pytest.MonkeyPatch) -> None:
-    fresh.setenv("CXX", "/nonexistent/c++")
+def test_no_compiler_is_the_same_failure(fresh_process: pytest.MonkeyPatch) -> None:
+    fresh_process.setenv("CXX", "/nonexistent/c++")
     with pytest.raises(DisScaleError, match=r"cannot be built(.|\n)*nonexistent(.|\n)*set the backend to chunked"):
         choose("native", "cpu")
 
 
-def test_what_killed_builders_left_is_cleared(tmp_path: Path) -> None:
+def test_build_folders_of_killed_processes_are_removed(tmp_path: Path) -> None:
     for name, age_s in (("build-old", 4000), ("build-now", 0)):
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, (time.time() - age_s,) * 2)
-    native._clear(tmp_path)
+    native._remove_stale_builds(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["build-now"]
 
 
-@pytest.mark.parametrize("content", [None, b"", b"half a library"], ids=["missing", "empty", "torn"])
-def test_a_library_that_does_not_load_is_built_anew(
-    fresh: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None
+@pytest.mark.parametrize("content", [None, b"", b"half a library"], ids=["missing", "empty", "incomplete"])
+def test_a_library_that_does_not_load_is_rebuilt(
+    fresh_process: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None
 ) -> None:
     built: list[Path] = []
-    fresh.setattr(native, "_build", built.append)
+    fresh_process.setattr(native, "_build", built.append)
     library = tmp_path / "native.so"
     if content is not None:
         library.write_bytes(content)
@@ -137,14 +137,16 @@ def test_a_library_that_does_not_load_is_built_anew(
     assert built == [library]
 
 
-def test_the_library_is_known_by_what_it_is_made_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_librarys_name_depends_on_its_sources_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     before = native.cached_library()
     assert native.cached_library() == before
     monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, "-g"])
     assert native.cached_library() != before
+    files = {path for pattern in ("*.cpp", "*.inl") for path in Path(native.__file__).parent.glob(pattern)}
+    assert files == set(native.SOURCES)
 
 
-def test_an_instruction_set_that_is_not_there() -> None:
+def test_an_unknown_instruction_set_is_an_error() -> None:
     choose("native", "cpu")
     with pytest.raises(ValueError, match="no instruction set 'sse9': there are plain, avx2 and avx512"):
         native.use_instruction_set("sse9")

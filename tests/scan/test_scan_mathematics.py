@@ -1,4 +1,4 @@
-"""What a scan is, from outside: closed forms, symmetries, extremes."""
+"""Mathematical properties of a scan: closed forms, symmetries, extremes."""
 
 import pytest
 import torch
@@ -28,11 +28,13 @@ def test_a_constant_input_gives_a_geometric_series(backend: str) -> None:
     )
     g, t = torch.exp(delta * A), torch.arange(1, L + 1, dtype=torch.float64)
     expected = (delta * (1 - g ** t[:, None]) / (1 - g)).sum(-1)
-    assert (y_BLE[0, :, 0] / expected - 1).abs().max() <= 5e-6  # 200 steps, each rounded to 6e-8, a fifth of them felt
+    assert (
+        y_BLE[0, :, 0] / expected - 1
+    ).abs().max() <= 5e-6  # 200 steps, each rounded to 6e-8, of which about a fifth accumulate
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_backwards_is_flip_scan_flip(backend: str) -> None:
+def test_reversed_is_flip_scan_flip(backend: str) -> None:
     direction = random_direction(2, 130, 19, 16)
     u, delta, A, B, C, D, bias = direction
     flipped = selective_scan(u.flip(1), delta.flip(1), A, B.flip(1), C.flip(1), D, bias, backend=backend).flip(1)
@@ -42,7 +44,7 @@ def test_backwards_is_flip_scan_flip(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_two_ways_are_the_gated_sum_of_one_way_each(backend: str) -> None:
+def test_two_way_scan_is_the_gated_sum_of_both_directions(backend: str) -> None:
     direction, z = random_direction(2, 66, 19, 16), torch.randn(2, 66, 19)
     both = selective_scan(*direction, backend=backend) + selective_scan(*direction, reverse=True, backend=backend)
     torch.testing.assert_close(two_way_scan(direction, direction, z, backend=backend), both * F.silu(z))
@@ -57,8 +59,8 @@ def test_the_convolution_is_pytorchs(backend: str, taps: int) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_overflows(backend: str) -> None:
-    """Steps of 100 forget at once, steps of e^-100 change nothing, and neither is a NaN, forwards or backwards."""
+def test_extreme_steps_stay_finite(backend: str) -> None:
+    """Steps of 100 forget the state, steps of e^-100 change nothing. Neither gives a NaN, forward or backward."""
     direction = random_direction(1, 150, 5, 16)
     raw = torch.where(torch.arange(150)[:, None] % 2 == 0, 100.0, -100.0).expand(1, 150, 5).clone().requires_grad_()
     y = selective_scan(*direction._replace(delta_BLE=raw), backend=backend)
@@ -70,8 +72,8 @@ def test_nothing_overflows(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("field", Direction._fields)
-def test_a_nan_is_never_hidden(backend: str, field: str) -> None:
-    """A diverging run must be seen: one NaN in any input comes out."""
+def test_a_nan_is_propagated(backend: str, field: str) -> None:
+    """A diverging run must be visible: a NaN in any input reaches the output."""
     direction = random_direction(1, 70, 16, 16)
     damaged = getattr(direction, field).clone()
     damaged.view(-1)[0] = float("nan")

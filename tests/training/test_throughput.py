@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dis_scale.models.cost import cost
+from dis_scale.models.cost import price_model
 from dis_scale.recipe import DiffuSsm, Dit, LatentShape
 from dis_scale.recipe.presets import preset
 from dis_scale.training import throughput
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def test_rates_are_of_the_time_since_the_last_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    price, said, clock = cost(Dit(**preset("DiT-S/2")), LatentShape(4, 32), 1000), list[str](), [100.0]
+    price, said, clock = price_model(Dit(**preset("DiT-S/2")), LatentShape(4, 32), 1000), list[str](), [100.0]
     monkeypatch.setattr(throughput.time, "monotonic", lambda: clock[0])
     ours = Pace(price, 8, 2, CPU, 1e14, "datasheet, bf16", said.append)
     assert ours.rows(64) == {}, "no step yet"
@@ -30,7 +30,7 @@ def test_rates_are_of_the_time_since_the_last_look(monkeypatch: pytest.MonkeyPat
 
 
 def test_kernels_of_a_micro_batch_are_shared_by_its_images() -> None:
-    price = cost(DiffuSsm(kind="diffussm", width=64, depth=2), LatentShape(4, 16), 10)
+    price = price_model(DiffuSsm(kind="diffussm", width=64, depth=2), LatentShape(4, 16), 10)
     assert price.kernel_gmacs > 0
     assert price.training_flops(1) - price.training_flops(4) == pytest.approx(2e9 * 3 * price.kernel_gmacs * 0.75)
 

@@ -1,14 +1,14 @@
-// The scan, in one direction or two, with its gradient. A part of native.cpp.
+// The scan in one or two directions, with its gradient. Included by native.cpp.
 
-constexpr int64_t GROUP_CHANNELS = 192;  // share one partial sum of dB and dC: these cost 1/6 of u at 16 states
-constexpr int64_t GROUP_STEPS = 128;     // at least so many share one partial sum of dA: these cost at most 1/7 of u
+constexpr int64_t GROUP_CHANNELS = 192;  // share one partial sum of dB and dC: these take 1/6 of u's memory at 16 states
+constexpr int64_t GROUP_STEPS = 128;     // the least that share one partial sum of dA: these take at most 1/7 of u's memory
 
 struct Direction {
   Tensor u, delta, B, C, weights, starts;
   bool reverse;
   View u_view, delta_view, B_view, C_view;
 
-  // `kept` are the weights and starts of a forward pass, or nothing.
+  // `kept`: weights and starts of a forward pass, or empty.
   Direction(at::TensorList inputs, bool reverse, const Blocks& blocks, at::TensorList kept)
       : u(rowwise(inputs[0])), delta(rowwise(inputs[1])), B(rowwise(inputs[3])), C(rowwise(inputs[4])),
         reverse(reverse), u_view(u), delta_view(delta), B_view(B), C_view(C) {
@@ -24,7 +24,7 @@ struct Direction {
     pack(inputs[6], 1.0f, blocks, states + 2, states + 1, weights.data_ptr<float>());
   }
 
-  Scan block(int64_t b, int64_t block, const Blocks& blocks, const View& z, Place next) const {
+  Scan block(int64_t b, int64_t block, const Blocks& blocks, const View& z, Offset next) const {
     const int64_t channel = block * blocks.lanes;
     return {B.size(2),
             u_view.rows(b, channel, reverse),
@@ -39,7 +39,7 @@ struct Direction {
   }
 };
 
-// The inputs of the operator: seven tensors a direction, then the gate z where there is one.
+// The inputs of the operator: seven tensors per direction, then the gate z, if any.
 struct Job {
   Blocks blocks;
   std::vector<Direction> directions;
@@ -61,14 +61,14 @@ struct Job {
   }
 };
 
-void pad(Carver& memory, Scan& s, Span steps, int64_t channels, int lanes) {
+void pad(Arena& memory, Scan& s, Span steps, int64_t channels, int lanes) {
   s.u = padded(memory, s.u, steps, channels, lanes);
   s.delta = padded(memory, s.delta, steps, channels, lanes);
   s.z = padded(memory, s.z, steps, channels, lanes);
 }
 
-void forward_block(const Job& job, size_t i, const View& y, int64_t b, int64_t block, float* h, Span steps, Place next,
-                   Carver memory) {
+void forward_block(const Job& job, size_t i, const View& y, int64_t b, int64_t block, float* h, Span steps, Offset next,
+                   Arena memory) {
   const int lanes = job.blocks.lanes;
   const int64_t channels = job.blocks.width(block);
   const Direction& direction = job.directions[i];
@@ -87,12 +87,12 @@ Tensor scan_forward(const Job& job) {
   const View view(y);
   const int64_t lanes = job.blocks.lanes, states = job.states() * lanes;
   for_runs(job.batch(), job.blocks, [&](int64_t b, Span run) {
-    const int64_t held = (run.end - run.begin) * states;
-    Carver memory{thread_memory(held + 16 + 4 * (CHUNK * lanes + 16))};
-    float* h = memory.take(held);
+    const int64_t state_floats = (run.end - run.begin) * states;
+    Arena memory{thread_memory(state_floats + 16 + 4 * (CHUNK * lanes + 16))};
+    float* h = memory.allocate(state_floats);
     for (size_t i = 0; i < job.directions.size(); i++) {
-      std::fill_n(h, held, 0.0f);
-      for_chunks(job.length(), lanes, run, [&](int64_t block, Span steps, Place next) {
+      std::fill_n(h, state_floats, 0.0f);
+      for_chunks(job.length(), lanes, run, [&](int64_t block, Span steps, Offset next) {
         forward_block(job, i, view, b, block, h + (block - run.begin) * states, steps, next, memory);
       });
     }
@@ -100,8 +100,8 @@ Tensor scan_forward(const Job& job) {
   return y;
 }
 
-// One direction's gradients: du and ddelta whole, dB and dC in a part for each group of channels, dweights in a part
-// for each group of batch rows.
+// One direction's gradients: du and ddelta complete, dB and dC as one part per group of channels, dweights as one part per
+// group of batch rows.
 struct Sums {
   Tensor du, ddelta, dB, dC, dweights;
   View du_view, ddelta_view;
@@ -131,7 +131,7 @@ Tensor sum_groups(const Tensor& parts) {
 
 class Backward {
  public:
-  // `out` is what the forward pass gave, where there is a gate.
+  // `out` is the output of the forward pass; used only if there is a gate.
   Backward(const Job& job, const Tensor& out, const Tensor& dy)
       : job(job), dy(rowwise(dy)), dy_view(this->dy), lanes(job.blocks.lanes), length(job.length()),
         states(job.states()), groups((job.blocks.channels + GROUP_CHANNELS - 1) / GROUP_CHANNELS),
@@ -149,7 +149,7 @@ class Backward {
     });
   }
 
-  // In the order of the operator's inputs, in their types.
+  // In the order and the dtypes of the operator's inputs.
   variable_list gradients(at::TensorList inputs) const {
     variable_list out;
     const int64_t columns = states + 2;
@@ -177,24 +177,24 @@ class Backward {
   int64_t folded() const { return (states + 3) / 4 * CHUNK * lanes; }
   int64_t group_blocks() const { return GROUP_CHANNELS / lanes; }
 
-  Scratch carve(Carver& memory) const {
-    Scratch scratch{memory.take(CHUNK * 4 * lanes), memory.take((CHUNK + 1) * 4 * lanes)};
+  Scratch allocate_scratch(Arena& memory) const {
+    Scratch scratch{memory.allocate(CHUNK * 4 * lanes), memory.allocate((CHUNK + 1) * 4 * lanes)};
     for (float** piece : {&scratch.delta, &scratch.delta_u, &scratch.slope, &scratch.dy, &scratch.d_delta_u,
                           &scratch.d_delta})
-      *piece = memory.take(CHUNK * lanes);
-    scratch.dB = memory.take(folded());
-    scratch.dC = memory.take(folded());
-    scratch.carry = memory.take(group_blocks() * states * lanes);
+      *piece = memory.allocate(CHUNK * lanes);
+    scratch.dB = memory.allocate(folded());
+    scratch.dC = memory.allocate(folded());
+    scratch.carry = memory.allocate(group_blocks() * states * lanes);
     return scratch;
   }
 
-  // One group of batch rows and one group of channels, chunk after chunk from the last one: all the group's blocks of a
-  // chunk lie side by side, and so the sums over them never leave the caches however long the sequence.
+  // One group of batch rows and one group of channels, from the last chunk to the first. All the group's blocks of a chunk
+  // are processed together, so the sums over them stay in the caches at any length of the sequence.
   void work(int64_t batch_group, int64_t group) {
-    Carver count;
-    carve(count);
-    Carver memory{thread_memory(count.used + 8 * (CHUNK * lanes + 16))};
-    const Scratch scratch = carve(memory);
+    Arena count;
+    allocate_scratch(count);
+    Arena memory{thread_memory(count.used + 8 * (CHUNK * lanes + 16))};
+    const Scratch scratch = allocate_scratch(memory);
     for (int64_t b = batch_group * job.batch() / batch_groups; b < (batch_group + 1) * job.batch() / batch_groups; b++)
       for (size_t i = 0; i < sums.size(); i++) {
         std::fill_n(scratch.carry, group_blocks() * states * lanes, 0.0f);
@@ -203,12 +203,13 @@ class Backward {
       }
   }
 
-  void one_chunk(size_t i, int64_t b, int64_t batch_group, int64_t group, Span steps, Scratch scratch, Carver memory) {
+  void one_chunk(size_t i, int64_t b, int64_t batch_group, int64_t group, Span steps, Scratch scratch, Arena memory) {
     const int64_t first = group * group_blocks();
     const Span run{first, std::min(first + group_blocks(), job.blocks.count)};
     for (int64_t block = run.begin; block < run.end; block++) {
-      scratch.begun = block > run.begin;
-      one_block(i, b, batch_group, block, steps, scratch, memory, after(block, run, lanes, steps.begin ? -CHUNK : 0));
+      scratch.accumulate = block > run.begin;
+      const Offset next = offset_of_next(block, run, lanes, steps.begin ? -CHUNK : 0);
+      one_block(i, b, batch_group, block, steps, scratch, memory, next);
       scratch.carry += states * lanes;
     }
     const int64_t matrix = (group * job.batch() + b) * length * states;
@@ -217,7 +218,7 @@ class Backward {
   }
 
   void one_block(size_t i, int64_t b, int64_t batch_group, int64_t block, Span steps, const Scratch& scratch,
-                 Carver memory, Place next) {
+                 Arena memory, Offset next) {
     const Direction& direction = job.directions[i];
     Scan scan = direction.block(b, block, job.blocks, job.z_view, next);
     const int64_t channel = block * lanes, channels = job.blocks.width(block), columns = states + 2;
@@ -262,7 +263,7 @@ struct ScanFunction : torch::autograd::Function<ScanFunction> {
     refuse_second_order();
     const at::AutoDispatchBelowADInplaceOrView below;
     const variable_list saved = context->get_saved_variables();
-    // A direction is seven inputs, weights and starts; a gate is z, the last input, and what the forward pass gave.
+    // Per direction: seven inputs, weights and starts. With a gate: z, the last input, and the output of the forward pass.
     const size_t directions = saved.size() / 9, gate = saved.size() % 9 / 2;
     const at::TensorList all(saved), inputs = all.slice(0, 7 * directions + gate);
     const Job job(inputs, context->saved_data["reverse"].toBool(), all.slice(inputs.size(), 2 * directions));

@@ -1,17 +1,20 @@
-// The arithmetic of the scan and of the convolution, over one batch row and LANES channels, time step after time step.
-// native.cpp includes this file once for each instruction set, inside a namespace and with NAME and LANES set; nothing
-// here touches PyTorch or the standard library's functions, so nothing compiled for one processor leaks to another.
+// The arithmetic of the scan and of the convolution, for one batch row and LANES channels, step by step in time.
+// native.cpp includes this file once per instruction set, inside a namespace, with NAME and LANES defined. This file calls
+// neither PyTorch nor the standard library, so that no code compiled for one processor is linked into another's.
 //
-// A direction is a sign: scanning backwards is a view that begins at the last row and has a negative stride.
+// A direction is the sign of a stride: a reversed scan is a view that begins at the last row and has a negative stride.
 // Symbols as in Gu and Dao 2023: h the state, u the input, delta the step, A, B, C, D. `N` states, `K` taps.
+//
+// recompute_states computes a chunk's decays and states again from the state at its beginning; backpropagate_states then
+// goes through the same steps in reverse order and accumulates gradients. chunked.py and triton_scan.py use these names.
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float loose __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float unaligned_vec __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE vec load(const float* at) { return *reinterpret_cast<const loose*>(at); }
-INLINE void store(float* at, vec x) { *reinterpret_cast<loose*>(at) = x; }
+INLINE vec load(const float* at) { return *reinterpret_cast<const unaligned_vec*>(at); }
+INLINE void store(float* at, vec x) { *reinterpret_cast<unaligned_vec*>(at) = x; }
 INLINE vec splat(float x) { return x + vec{}; }
 
 template <int P0, int P1, int P2, int P3, int... LANE>
@@ -20,13 +23,13 @@ INLINE vec shuffle(vec x, vec y, std::integer_sequence<int, LANE...>) {
   return __builtin_shuffle(x, y, ivec{(LANE / 4 * 4 + from[LANE % 4] % 4 + from[LANE % 4] / 4 * LANES)...});
 }
 
-// In each four neighbouring lanes: the first of 0..3 from x, 4..7 from y, and so on.
+// In each group of four lanes: the indices 0..3 select from x, 4..7 from y.
 template <int P0, int P1, int P2, int P3>
 INLINE vec shuffle(vec x, vec y) {
   return shuffle<P0, P1, P2, P3>(x, y, std::make_integer_sequence<int, LANES>());
 }
 
-// Four vectors to one: lane j of each four neighbouring lanes becomes the sum of those lanes of x[j].
+// Reduce four vectors to one: in each group of four lanes, lane j becomes the sum of these lanes of x[j].
 INLINE vec fold(const vec* x) {
   const vec a = shuffle<0, 4, 1, 5>(x[0], x[1]) + shuffle<2, 6, 3, 7>(x[0], x[1]);
   const vec b = shuffle<0, 4, 1, 5>(x[2], x[3]) + shuffle<2, 6, 3, 7>(x[2], x[3]);
@@ -35,8 +38,9 @@ INLINE vec fold(const vec* x) {
 
 #if LANES == 16
 
-// 2^(i/16) / POWER_OF_0, rounded once, in one register; times 2 or 4, whatever SHIFT takes from the exponent.
-constexpr float SHIFT = 1.4375f, POWER_OF_0 = 17.95180892944336f;  // rounding its inverse costs 1e-9
+// 2^(i/16) / POWER_OF_0, rounded once, in one register; times 2 or 4 to make up for SHIFT in the exponent. POWER_OF_0 is
+// the cubic below at f = 0.
+constexpr float SHIFT = 1.4375f, POWER_OF_0 = 17.95180892944336f;  // rounding its inverse adds an error of 1e-9
 struct Roots {
   float at[16];
   constexpr Roots() : at() {
@@ -46,23 +50,24 @@ struct Roots {
 };
 alignas(64) static constexpr Roots ROOTS;
 
-// 2^x: x is cut into a multiple of 1/16, of which a table knows the fraction's power, and a rest f of at most 1/32. About
-// 1 / ln 2 the cubic in g = f + SHIFT has no square, and the table takes the factor before the cube: multiplications and
-// additions alike set the speed (so does a table of two registers, whose shuffle takes a multiplier's turn on Zen 4).
-// 2.7e-7 relative at most, exactly 1 at 0, and near it without a bias, which a slow decay would add up. NaN stays NaN.
+// 2^x. x is split into a multiple of 1/16, whose fraction's power is in a table, and a remainder f of at most 1/32. 2^f
+// is a cubic (relative error 4.2e-8). Written in g = f + SHIFT, with SHIFT near 1 / ln 2, it has no square term, and the table
+// contains its leading factor. That saves operations: multiplications and additions both limit the speed. A table of two
+// registers would limit it too: its shuffle takes a multiplier's cycle on Zen 4. The relative error of the result is at
+// most 2.7e-7. The result is exactly 1 at 0, and has no bias near 0, which a slow decay would accumulate. NaN stays NaN.
 INLINE vec exp2(vec x) {
   const vec roots = *reinterpret_cast<const vec*>(ROOTS.at);
-  asm("" : "+v"(x));  // fused with the product that x is, each of the next sums would cost a multiplication more
-  const vec index = x + splat(786432.0f);  // 1.5 * 2^23 / 16: rounds to the multiple, and its lowest bits are the fraction
+  asm("" : "+v"(x));  // keeps the next sums from being fused with the product that made x: each would cost a multiplication more
+  const vec index = x + splat(786432.0f);  // 1.5 * 2^23 / 16: rounds to the multiple; the lowest bits are the fraction
   const vec shifted = index - splat(786432.0f + SHIFT), g = x - shifted;
   const vec root = (vec)_mm512_permutexvar_ps((__m512i)index, (__m512)roots);
   const vec p = (g * g + 6.244026184082031f) * g + 6.005561828613281f;
-  return (vec)_mm512_scalef_ps((__m512)(p * root), (__m512)shifted);  // takes the whole part of `shifted`
+  return (vec)_mm512_scalef_ps((__m512)(p * root), (__m512)shifted);  // uses the integer part of `shifted`
 }
 
 #else
 
-// The third where it is NaN.
+// Clamp x; NaN stays NaN.
 INLINE vec clamp(vec least, vec most, vec x) {
 #if LANES == 8
   return (vec)_mm256_max_ps((__m256)least, _mm256_min_ps((__m256)most, (__m256)x));
@@ -71,8 +76,8 @@ INLINE vec clamp(vec least, vec most, vec x) {
 #endif
 }
 
-// 2^x; results beyond 2^-125 and 2^126 become these. A minimax polynomial of 2^f - 1 on [-1/2, 1/2] without a constant
-// term: 9.2e-8 relative, and exactly 1 at 0, as above. NaN stays NaN.
+// 2^x, clamped to [2^-125, 2^126]. 2^f - 1 on [-1/2, 1/2] is a minimax polynomial without a constant term (Remez exchange):
+// relative error 9.2e-8, and 1.1e-7 with the coefficients rounded to float32. Exactly 1 at 0, as above. NaN stays NaN.
 INLINE vec exp2(vec x) {
   const vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   x = clamp(splat(-125.0f), splat(126.0f), x);
@@ -92,7 +97,9 @@ constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 INLINE vec positive(vec x) { return x < 0.0f ? vec{} : x; }
 INLINE vec magnitude(vec x) { return (vec)((ivec)x & 0x7fffffff); }
 
-// log(1 + t) for t in [0, 1]: t times a minimax polynomial, 3.0e-8 relative.
+// log(1 + t) for t in [0, 1]: t times a polynomial of degree 8. It is the minimax approximation of log(1 + t) / t for the
+// relative error (Remez exchange): 3.0e-8, and 9.7e-8 with the coefficients rounded to float32. triton_scan.py's _softplus
+// has the same coefficients.
 INLINE vec log1p(vec t) {
   vec p = t * 0.005232630763202906f - 0.029504967853426933f;
   p = p * t + 0.07822547852993011f;
@@ -105,11 +112,11 @@ INLINE vec log1p(vec t) {
   return p * t;
 }
 
-struct Sloped {
+struct ValueAndSlope {
   vec value, slope;
 };
 
-INLINE Sloped softplus_and_slope(vec x) {
+INLINE ValueAndSlope softplus_and_slope(vec x) {
   const vec e = exp2(magnitude(x) * -LOG2E);
   return {positive(x) + log1p(e), (x < 0.0f ? e : splat(1.0f)) / (1.0f + e)};
 }
@@ -125,38 +132,38 @@ INLINE vec silu_slope(vec x) {
   return gate * (1.0f + x * (1.0f - gate));
 }
 
-// The gate's gradient takes y from the output, so the gate never is 0: z stays this far away from it, with no sign.
-INLINE vec beside_zero(vec z) { return magnitude(z) < 1e-30f ? splat(1e-30f) : z; }
+// The gate's gradient divides the output by the gate to get y, so the gate must not be 0: a smaller |z| becomes 1e-30.
+INLINE vec away_from_zero(vec z) { return magnitude(z) < 1e-30f ? splat(1e-30f) : z; }
 
-// With the slope of the gate's logarithm. Where silu is so small that the output is 0, so is z's gradient.
-INLINE Sloped gate_and_log_slope(vec z) {
+// The gate and the slope of its logarithm. If silu is so small that the output is 0, z's gradient is 0 too.
+INLINE ValueAndSlope gate_and_log_slope(vec z) {
   const vec gate = sigmoid(z);
   return {z * gate, 1.0f / z + (1.0f - gate)};
 }
 
-// Rows of a wide matrix lie pages apart, where the processor's own prefetching does not follow: while this block of
-// channels computes, the rows of what comes next are fetched. Past the end is fine.
-INLINE void fetch(Rows rows, int64_t t, Place next) {
+// The rows of a wide matrix are pages apart, and the processor's own prefetching does not cross pages. So the rows of the
+// next block are prefetched while this block is computed. An address past the end does no harm.
+INLINE void prefetch(Rows rows, int64_t t, Offset next) {
   if (rows.at) __builtin_prefetch(rows[t + next.steps] + next.channels, 0, 2);
 }
 
-// give(t, f(take(t))) for each step, four side by side: a processor looks ahead no further than one or two of f's long
-// chains of dependent operations. So what needs no state goes first, a chunk at a time.
-template <typename Take, typename F, typename Give>
-INLINE void map(int64_t begin, int64_t end, Take take, F f, Give give) {
+// write(t, f(read(t))) for each step, four interleaved: a processor's window holds only one or two of f's long chains of
+// dependent operations. So everything that needs no state is computed first, a chunk at a time.
+template <typename Read, typename F, typename Write>
+INLINE void map(int64_t begin, int64_t end, Read read, F f, Write write) {
   int64_t t = begin;
   for (; t + 4 <= end; t += 4) {
-    const auto x0 = take(t), x1 = take(t + 1), x2 = take(t + 2), x3 = take(t + 3);
+    const auto x0 = read(t), x1 = read(t + 1), x2 = read(t + 2), x3 = read(t + 3);
     const auto y0 = f(x0), y1 = f(x1), y2 = f(x2), y3 = f(x3);
-    give(t, y0), give(t + 1, y1), give(t + 2, y2), give(t + 3, y3);
+    write(t, y0), write(t + 1, y1), write(t + 2, y2), write(t + 3, y3);
   }
-  for (; t < end; t++) give(t, f(take(t)));
+  for (; t < end; t++) write(t, f(read(t)));
 }
 
-// The states at the beginning of a chunk, but for the first one.
+// The states at the beginning of a chunk; the first chunk has none.
 INLINE float* start_of(const Scan& s, int64_t begin) { return s.starts + (begin / CHUNK - 1) * s.start_stride; }
 
-// FIXED is the number of states where the compiler may unroll over it, or 0: any number up to MOST_STATES.
+// FIXED is the number of states if the compiler is to unroll over it; 0 allows any number up to MOST_STATES.
 template <int FIXED>
 static void scan_forward(const Scan& s, Rows out, float* carry, Span steps, bool add) {
   const int N = FIXED ? FIXED : s.states;
@@ -167,7 +174,7 @@ static void scan_forward(const Scan& s, Rows out, float* carry, Span steps, bool
   map(steps.begin, steps.end, [&](int64_t t) { return load(s.delta[t]) + bias; }, softplus,
       [&](int64_t t, vec delta) { deltas[t - steps.begin] = delta; });
   for (int64_t t = steps.begin; t < steps.end; t++) {
-    fetch(s.u, t, s.next), fetch(s.delta, t, s.next), fetch(s.z, t, s.next), fetch(out, t, s.next);
+    prefetch(s.u, t, s.next), prefetch(s.delta, t, s.next), prefetch(s.z, t, s.next), prefetch(out, t, s.next);
     const vec u = load(s.u[t]), delta = deltas[t - steps.begin], delta_u = delta * u;
     const float *__restrict B = s.B[t], *__restrict C = s.C[t];
     vec y = D * u;
@@ -180,26 +187,26 @@ static void scan_forward(const Scan& s, Rows out, float* carry, Span steps, bool
     store(out[t], y);
   }
   if (s.z.at)
-    map(steps.begin, steps.end, [&](int64_t t) { return beside_zero(load(s.z[t])); }, silu,
+    map(steps.begin, steps.end, [&](int64_t t) { return away_from_zero(load(s.z[t])); }, silu,
         [&](int64_t t, vec gate) { store(out[t], load(out[t]) * gate); });
   for (int n = 0; n < N; n++) store(carry + n * LANES, h[n]);
 }
 
-// For each step of a chunk what all its states share: delta, its slope by the raw delta, y's gradient before the gate.
-// Gives z's gradient at once.
-INLINE void take_gradients(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end) {
+// Compute what all states of a step share: delta, its derivative by the raw delta, y's gradient before the gate. Also
+// write z's gradient.
+INLINE void prepare_steps(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end) {
   const vec bias = load(s.weights + (s.states + 1) * LANES);
   map(begin, end, [&](int64_t t) { return load(s.delta[t]) + bias; }, softplus_and_slope,
-      [&](int64_t t, Sloped delta) {
+      [&](int64_t t, ValueAndSlope delta) {
         const int64_t row = (t - begin) * LANES;
         store(w.delta + row, delta.value);
         store(w.delta_u + row, delta.value * load(s.u[t]));
         store(w.slope + row, delta.slope);
         if (!s.z.at) store(w.dy + row, load(g.y[t]));
       });
-  const auto z = [&](int64_t t) { return beside_zero(load(s.z[t])); };
+  const auto z = [&](int64_t t) { return away_from_zero(load(s.z[t])); };
   if (g.z.at)
-    map(begin, end, z, gate_and_log_slope, [&](int64_t t, Sloped gate) {
+    map(begin, end, z, gate_and_log_slope, [&](int64_t t, ValueAndSlope gate) {
       const vec d_out = load(g.y[t]);
       store(w.dy + (t - begin) * LANES, d_out * gate.value);
       store(g.z[t], d_out * load(g.out[t]) * gate.slope);
@@ -208,10 +215,10 @@ INLINE void take_gradients(const Scan& s, const Gradients& g, const Scratch& w, 
     map(begin, end, z, silu, [&](int64_t t, vec gate) { store(w.dy + (t - begin) * LANES, load(g.y[t]) * gate); });
 }
 
-// A chunk's decays and states once more, forwards, for COUNT states from `first` on: as many as the way back has registers
-// for.
+// Compute a chunk's decays and states again, for COUNT states from `first` on. The registers of backpropagate_states limit
+// COUNT.
 template <int COUNT>
-static void replay(const Scan& s, const Gradients& g, const Scratch& w, int first, int64_t begin, int64_t end) {
+static void recompute_states(const Scan& s, const Gradients& g, const Scratch& w, int first, int64_t begin, int64_t end) {
   const Rows streams[][2] = {{s.u, s.delta}, {g.y, s.z}, {g.u, g.delta}, {g.z, g.out}};
   const Rows *next = streams[first / 4 % 4];
   const float* start = start_of(s, begin) + first * LANES;
@@ -226,7 +233,7 @@ static void replay(const Scan& s, const Gradients& g, const Scratch& w, int firs
     const vec delta = load(w.delta + row), delta_u = load(w.delta_u + row);
     const float* __restrict B = s.B[t] + first;
     float *decay = w.decays + row * COUNT, *state = w.states + (row + LANES) * COUNT;
-    fetch(next[0], t, s.next), fetch(next[1], t, s.next);
+    prefetch(next[0], t, s.next), prefetch(next[1], t, s.next);
 #pragma GCC unroll 4
     for (int i = 0; i < COUNT; i++) {
       const vec a = exp2(delta * A[i]);
@@ -237,10 +244,10 @@ static void replay(const Scan& s, const Gradients& g, const Scratch& w, int firs
   }
 }
 
-// The way back through the same, adding to the sums over the states. `carry` is the gradient that the later steps send
-// to the state.
+// Go through the same steps in reverse order and add to the sums over the states. `carry` is the gradient that the later
+// steps pass to the state.
 template <int COUNT>
-static void retreat(const Scan& s, const Gradients& g, const Scratch& w, int first, int64_t begin, int64_t end) {
+static void backpropagate_states(const Scan& s, const Gradients& g, const Scratch& w, int first, int64_t begin, int64_t end) {
   vec carry[COUNT], A[COUNT], dA[COUNT];
   for (int i = 0; i < COUNT; i++) {
     carry[i] = load(w.carry + (first + i) * LANES);
@@ -267,8 +274,8 @@ static void retreat(const Scan& s, const Gradients& g, const Scratch& w, int fir
     store(w.d_delta_u + row, d_delta_u);
     store(w.d_delta + row, d_delta);
     float *dB = w.dB + first / 4 * CHUNK * LANES + row, *dC = w.dC + first / 4 * CHUNK * LANES + row;
-    store(dB, w.begun ? load(dB) + fold(b) : fold(b));
-    store(dC, w.begun ? load(dC) + fold(c) : fold(c));
+    store(dB, w.accumulate ? load(dB) + fold(b) : fold(b));
+    store(dC, w.accumulate ? load(dC) + fold(c) : fold(c));
   }
   for (int i = 0; i < COUNT; i++) {
     store(w.carry + (first + i) * LANES, carry[i]);
@@ -277,13 +284,13 @@ static void retreat(const Scan& s, const Gradients& g, const Scratch& w, int fir
 }
 
 template <int COUNT>
-static void there_and_back(const Scan& s, const Gradients& g, const Scratch& w, int first, int64_t begin, int64_t end) {
-  replay<COUNT>(s, g, w, first, begin, end);
-  retreat<COUNT>(s, g, w, first, begin, end);
+static void backward_states(const Scan& s, const Gradients& g, const Scratch& w, int first, int64_t begin, int64_t end) {
+  recompute_states<COUNT>(s, g, w, first, begin, end);
+  backpropagate_states<COUNT>(s, g, w, first, begin, end);
 }
 
-// From the sums over the states to the gradients of u, delta, D and delta's bias.
-INLINE void give_gradients(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end) {
+// Turn the sums over the states into the gradients of u, delta, D and delta's bias.
+INLINE void store_gradients(const Scan& s, const Gradients& g, const Scratch& w, int64_t begin, int64_t end) {
   float *D_at = g.weights + s.states * LANES, *bias_at = D_at + LANES;
   const vec D = load(s.weights + s.states * LANES);
   vec dD = load(D_at), dbias = load(bias_at);
@@ -300,21 +307,21 @@ INLINE void give_gradients(const Scan& s, const Gradients& g, const Scratch& w, 
   store(bias_at, dbias);
 }
 
-// One chunk; the later ones have been done, and left `carry`.
+// One chunk's gradients. The later chunks are done and have written `carry`.
 static void scan_backward(const Scan& s, const Gradients& g, const Scratch& w, Span steps) {
   const auto [begin, end] = steps;
-  take_gradients(s, g, w, begin, end);
+  prepare_steps(s, g, w, begin, end);
   int first = 0;
-  for (; first + 4 <= s.states; first += 4) there_and_back<4>(s, g, w, first, begin, end);
+  for (; first + 4 <= s.states; first += 4) backward_states<4>(s, g, w, first, begin, end);
   switch (s.states - first) {
-    case 1: there_and_back<1>(s, g, w, first, begin, end); break;
-    case 2: there_and_back<2>(s, g, w, first, begin, end); break;
-    case 3: there_and_back<3>(s, g, w, first, begin, end);
+    case 1: backward_states<1>(s, g, w, first, begin, end); break;
+    case 2: backward_states<2>(s, g, w, first, begin, end); break;
+    case 3: backward_states<3>(s, g, w, first, begin, end);
   }
-  give_gradients(s, g, w, begin, end);
+  store_gradients(s, g, w, begin, end);
 }
 
-// What `fold` left, one step's vectors `stride` floats apart: its sums over the lanes, for each state.
+// Finish what `fold` began: sum one step's vectors, `stride` floats apart, over the lanes, for each state.
 static void sum_lanes(const float* from, int64_t stride, float* to, int64_t states) {
   typedef float four __attribute__((vector_size(16), aligned(4)));
   for (int64_t first = 0; first < states; first += 4, from += stride) {
@@ -336,7 +343,7 @@ INLINE void sums_of_taps(const Conv& c, int64_t begin, int64_t end, float* sums)
     vec sum = bias;
     for (int k = 0; k + 1 < K; k++) past[k] = past[k + 1];
     past[K - 1] = load(c.x[t]);
-    fetch(c.x, t, c.next);
+    prefetch(c.x, t, c.next);
     for (int k = 0; k < K; k++) sum += past[k] * load(c.weights + k * LANES);
     store(sums + (t - begin) * LANES, sum);
   }
@@ -347,10 +354,10 @@ static void conv_forward(const Conv& c, Rows y, Span steps) {
   float sums[CHUNK * LANES];
   sums_of_taps<FIXED>(c, steps.begin, steps.end, sums);
   map(steps.begin, steps.end, [&](int64_t t) { return load(sums + (t - steps.begin) * LANES); }, silu,
-      [&](int64_t t, vec out) { fetch(y, t, c.next), store(y[t], out); });
+      [&](int64_t t, vec out) { prefetch(y, t, c.next), store(y[t], out); });
 }
 
-// dx of a step needs the gradients of the K - 1 steps after it, too.
+// dx of a step also needs the gradients of the K - 1 steps after it.
 template <int FIXED>
 static void conv_backward(const Conv& c, Rows dy, Rows dx, float* dweights, Span steps, bool add) {
   const int K = FIXED ? FIXED : c.taps;
@@ -359,14 +366,14 @@ static void conv_backward(const Conv& c, Rows dy, Rows dx, float* dweights, Span
   const auto gradient = [&](int64_t t) { return gradients + (t - begin) * LANES; };
   sums_of_taps<FIXED>(c, begin, end, gradients);
   map(begin, end, [&](int64_t t) { return load(gradient(t)); }, silu_slope,
-      [&](int64_t t, vec slope) { fetch(dy, t, c.next), store(gradient(t), load(dy[t]) * slope); });
+      [&](int64_t t, vec slope) { prefetch(dy, t, c.next), store(gradient(t), load(dy[t]) * slope); });
   for (int64_t t = end; t < last; t++) store(gradient(t), vec{});
   vec dw[(FIXED ? FIXED : MOST_TAPS) + 1];
   for (int k = 0; k <= K; k++) dw[k] = load(dweights + k * LANES);
   for (int64_t t = begin; t < steps.end; t++) {
     const vec here = load(gradient(t));
     vec d = {};
-    fetch(dx, t, c.next);
+    prefetch(dx, t, c.next);
     for (int k = 0; k < K; k++) {
       if (t + k >= K - 1) dw[k] += here * load(c.x[t + k - K + 1]);
       d += load(gradient(t + K - 1 - k)) * load(c.weights + k * LANES);

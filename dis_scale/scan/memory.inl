@@ -1,35 +1,35 @@
-// Memory, views and layouts between PyTorch's tensors and the kernels. A part of native.cpp.
+// Memory, views and layouts between PyTorch's tensors and the kernels. Included by native.cpp.
 
-// A training step frees what the next one asks for again. The C library would give large pieces back to the system each
-// time, to be faulted in anew page by page, which takes as long as a scan; now it keeps up to 256 MiB. Process-wide.
+// Make the C library keep up to 256 MiB of freed memory, for the whole process. A training step frees what the next one
+// allocates again. By default large pieces go back to the system, and to fault them in again takes as long as a scan.
 void keep_freed_memory() {
 #ifdef __GLIBC__
-  mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the most that it takes
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the largest value allowed
   mallopt(M_TRIM_THRESHOLD, 256 << 20);
 #endif
 }
 
-// A thread's floats, kept from call to call: fresh pages would cost more than a small scan.
+// Scratch memory of a thread, kept from call to call: fresh pages would cost more than a small scan.
 float* thread_memory(int64_t floats) {
   struct Free { void operator()(float* p) const { std::free(p); } };
-  static thread_local std::unique_ptr<float, Free> held;
+  static thread_local std::unique_ptr<float, Free> memory;
   static thread_local int64_t size = 0;
   if (floats > size) {
-    held.reset();
-    held.reset(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64)));
-    TORCH_CHECK(held, "selective scan: no memory for ", floats, " floats of scratch");
+    memory.reset();
+    memory.reset(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64)));
+    TORCH_CHECK(memory, "selective scan: no memory for ", floats, " floats of scratch");
     size = floats;
   }
   if (at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory())
-    std::fill_n(held.get(), floats, std::numeric_limits<float>::quiet_NaN());
-  return held.get();
+    std::fill_n(memory.get(), floats, std::numeric_limits<float>::quiet_NaN());
+  return memory.get();
 }
 
-// Hands out pieces of one allocation, each at a multiple of 64 bytes; with no memory behind it, it counts.
-struct Carver {
+// Allocates pieces of one block of memory, aligned to 64 bytes. Without memory (`at` is null) it only counts.
+struct Arena {
   float* at = nullptr;
   int64_t used = 0;
-  float* take(int64_t floats) {
+  float* allocate(int64_t floats) {
     float* piece = at ? at + used : nullptr;
     used += (floats + 15) / 16 * 16;
     return piece;
@@ -38,7 +38,7 @@ struct Carver {
 
 Tensor cast(const Tensor& x, at::ScalarType type) { return x.scalar_type() == type ? x : x.to(type); }
 
-// float32 with neighbouring channels: itself where it is so already, a copy where not.
+// x in float32 with contiguous channels; a copy only if necessary.
 Tensor rowwise(const Tensor& x) {
   const Tensor floats = cast(x, at::kFloat);
   return floats.size(-1) == 1 || floats.stride(-1) == 1 ? floats : floats.contiguous();
@@ -57,11 +57,11 @@ struct View {  // a (batch, length, channels) tensor as float rows
   }
 };
 
-// Odd widths: the last block of channels is worked on in padded copies.
+// Odd widths: the last block of channels is computed in padded copies.
 
-Rows padded(Carver& memory, Rows from, Span steps, int64_t channels, int lanes) {
+Rows padded(Arena& memory, Rows from, Span steps, int64_t channels, int lanes) {
   if (!from.at) return {};
-  const Rows to{memory.take((steps.end - steps.begin) * lanes) - steps.begin * lanes, lanes};
+  const Rows to{memory.allocate((steps.end - steps.begin) * lanes) - steps.begin * lanes, lanes};
   for (int64_t t = steps.begin; t < steps.end; t++) {
     std::memcpy(to[t], from[t], channels * sizeof(float));
     std::memset(to[t] + channels, 0, (lanes - channels) * sizeof(float));
@@ -81,7 +81,7 @@ struct Blocks {
   int64_t width(int64_t block) const { return std::min(lanes, channels - block * lanes); }
 };
 
-// work(row, blocks) by all threads, for runs of neighbouring blocks of each row.
+// Call work(row, blocks) on all threads, for runs of consecutive blocks of each row.
 template <typename Work>
 void for_runs(int64_t rows, const Blocks& blocks, const Work& work) {
   at::parallel_for(0, rows * blocks.count, 1, [&](int64_t begin, int64_t end) {
@@ -93,24 +93,23 @@ void for_runs(int64_t rows, const Blocks& blocks, const Work& work) {
   });
 }
 
-// What follows a block in its run: the next one, or after the last the first one's next chunk, so many steps away.
-Place after(int64_t block, Span run, int64_t lanes, int64_t steps) {
-  return block + 1 < run.end ? Place{0, lanes} : Place{steps, (run.begin - block) * lanes};
+// Where the next block of the run is. After the last block it is the first one's next chunk, `steps` steps away.
+Offset offset_of_next(int64_t block, Span run, int64_t lanes, int64_t steps) {
+  return block + 1 < run.end ? Offset{0, lanes} : Offset{steps, (run.begin - block) * lanes};
 }
 
-// A run goes chunk by chunk, and within a chunk block by block: what has been fetched meanwhile is still in the second
-// cache when its turn comes, and its pages in the table of addresses, however long the sequence.
-// work(block, steps, what to fetch meanwhile)
+// Call work(block, steps, what to prefetch) chunk by chunk, and within a chunk block by block. So prefetched rows are still
+// in the second-level cache, and their pages in the TLB, at any length of the sequence.
 template <typename Work>
 void for_chunks(int64_t length, int64_t lanes, Span run, const Work& work) {
   for (int64_t begin = 0; begin < length; begin += CHUNK)
     for (int64_t block = run.begin; block < run.end; block++)
       work(block, Span{begin, std::min(begin + CHUNK, length)},
-           after(block, run, lanes, begin + CHUNK < length ? CHUNK : 0));
+           offset_of_next(block, run, lanes, begin + CHUNK < length ? CHUNK : 0));
 }
 
-// Parameters become vectors over a block's channels, padded by zeros: (blocks, columns, lanes). Writes `scale`
-// times the columns of matrix_EK, from column `first` on.
+// Pack parameters as vectors over a block's channels, padded with zeros: (blocks, columns, lanes). Writes `scale` times the
+// columns of matrix_EK, from column `first` on.
 void pack(const Tensor& matrix_EK, float scale, const Blocks& blocks, int64_t columns, int64_t first, float* to) {
   const Tensor floats = cast(matrix_EK, at::kFloat).contiguous();
   const float* from = floats.data_ptr<float>();
@@ -123,7 +122,7 @@ void pack(const Tensor& matrix_EK, float scale, const Blocks& blocks, int64_t co
     }
 }
 
-// The gradient of such a matrix: summed over the partial sums of `groups` groups of batch rows, in order.
+// The gradient of such a matrix: the partial sums of `groups` groups of batch rows, added in order.
 Tensor unpack(const Tensor& sums, const Tensor& like, const Blocks& blocks, int64_t groups, int64_t columns,
               int64_t first) {
   Tensor out = at::empty(like.sizes(), like.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));

@@ -1,4 +1,4 @@
-"""The public DiS restated plainly: its layout and names, a loop for the scan, flips for the backward direction."""
+"""The public DiS in plain PyTorch: its layout and names, a loop for the scan, flips for the backward direction."""
 
 import math
 

@@ -10,9 +10,9 @@ S = 0.5
 
 
 def eps_model(chain_of_training, s=S):
-    """The perfect noise prediction, and the share of the learned range that gives the reverse step's true variance.
+    """The perfect noise prediction, with the lower end of the learned variance range.
 
-    Model times may lie between the chain's: alpha_bar is interpolated in log-SNR, as the log-SNR grid's times are made.
+    Model times may lie between those of the chain: alpha_bar is interpolated in log-SNR, as in `log_snr_chain`.
     """
     log_snr = np.log(chain_of_training.alpha_bars_K / (1 - chain_of_training.alpha_bars_K))
 
@@ -29,8 +29,8 @@ def exact_variance(chain, model_fn, s=S):
     """`model_fn` with the learned range at the true variance of each reverse step of `chain`."""
     abar, before, beta = chain.alpha_bars_K, chain.before_K, chain.betas_K
     posterior = chain.posterior_variance_K
-    left = s**2 * (1 - abar) / (abar * s**2 + 1 - abar)  # variance of x_0 given x_t
-    true = posterior + (np.sqrt(before) * beta / (1 - abar)) ** 2 * left
+    remaining = s**2 * (1 - abar) / (abar * s**2 + 1 - abar)  # variance of x_0 given x_t
+    true = posterior + (np.sqrt(before) * beta / (1 - abar)) ** 2 * remaining
     log_small = np.log(np.append(posterior[1], posterior[1:]))
     shares = 2 * (np.log(true) - log_small) / (np.log(beta) - log_small) - 1
 
@@ -54,13 +54,13 @@ def velocity_model(s=S):
     return model_fn
 
 
-def final_variance(draw, variance_T, steps):
-    """Of `draw(x_T, noise)`, exactly: sampling is linear in x_T and in each step's noise, so unit impulses carry it.
+def final_variance(sample, variance_T, steps):
+    """Exact variance of `sample(x_T, noise)`. Sampling is linear in x_T and in each step's noise, so unit impulses suffice.
 
-    Sample 0 starts from 1 and hears no noise; sample i + 1 starts from 0 and hears the noise of step i alone.
+    Sample 0 starts from 1 without noise. Sample i + 1 starts from 0 and gets only the noise of step i.
     """
     rows = torch.eye(steps + 1, dtype=torch.float64).reshape(steps + 1, steps + 1, 1, 1, 1)
-    gains = draw(rows[0], lambda step, shape: rows[step + 1].reshape(shape)).flatten().numpy()
+    gains = sample(rows[0], lambda step, shape: rows[step + 1].reshape(shape)).flatten().numpy()
     return gains[0] ** 2 * variance_T + float(np.square(gains[1:]).sum())
 
 

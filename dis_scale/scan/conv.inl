@@ -1,6 +1,6 @@
-// The causal convolution with SiLU, in one direction or two, with its gradient. A part of native.cpp.
+// The causal convolution with SiLU in one or two directions, with its gradient. Included by native.cpp.
 
-// x once, and for each direction a weight and a bias.
+// The inputs of the operator: x, then a weight and a bias per direction.
 struct ConvJob {
   Blocks blocks;
   Tensor x;
@@ -18,26 +18,26 @@ struct ConvJob {
     }
   }
   bool reversed(size_t i) const { return i ? !reverse : reverse; }
-  // The same steps as direction i counts them.
-  Span seen(size_t i, Span steps) const {
+  // The same steps in the numbering of direction i.
+  Span steps_of(size_t i, Span steps) const {
     return reversed(i) ? Span{x.size(1) - steps.end, x.size(1) - steps.begin} : steps;
   }
-  Conv block(size_t i, int64_t b, int64_t block, Place next) const {
+  Conv block(size_t i, int64_t b, int64_t block, Offset next) const {
     if (reversed(i)) next.steps = -next.steps;
     return {x.size(1), taps, x_view.rows(b, block * blocks.lanes, reversed(i)),
             weights[i].data_ptr<float>() + block * (taps + 1) * blocks.lanes, next};
   }
 };
 
-// The steps whose rows a chunk touches, `before` and `after` it, too.
-Span around(Span steps, int64_t before, int64_t after, int64_t length) {
+// The steps of a chunk, extended by `before` and `after` steps within the sequence.
+Span extended(Span steps, int64_t before, int64_t after, int64_t length) {
   return {std::max<int64_t>(steps.begin - before, 0), std::min(steps.end + after, length)};
 }
 
 void conv_forward_block(const Conv& conv, Rows y, Span steps, int64_t channels, int lanes) {
   if (channels == lanes) return kernels().convolve(conv, y, steps);
-  Carver memory{thread_memory(2 * ((CHUNK + conv.taps) * lanes + 16))};
-  const Rows x = padded(memory, conv.x, around(steps, conv.taps - 1, 0, conv.length), channels, lanes);
+  Arena memory{thread_memory(2 * ((CHUNK + conv.taps) * lanes + 16))};
+  const Rows x = padded(memory, conv.x, extended(steps, conv.taps - 1, 0, conv.length), channels, lanes);
   const Rows out = padded(memory, y, steps, channels, lanes);
   kernels().convolve({conv.length, conv.taps, x, conv.weights, {}}, out, steps);
   unpad(out, y, steps, channels);
@@ -52,10 +52,10 @@ variable_list conv_forward(const ConvJob& job, at::ScalarType type) {
   }
   const int64_t lanes = job.blocks.lanes, length = job.x.size(1);
   for_runs(job.x.size(0), job.blocks, [&](int64_t b, Span run) {
-    for_chunks(length, lanes, run, [&](int64_t block, Span steps, Place next) {
+    for_chunks(length, lanes, run, [&](int64_t block, Span steps, Offset next) {
       for (size_t i = 0; i < views.size(); i++) {
         const Rows y = views[i].rows(b, block * lanes, job.reversed(i));
-        conv_forward_block(job.block(i, b, block, next), y, job.seen(i, steps), job.blocks.width(block), lanes);
+        conv_forward_block(job.block(i, b, block, next), y, job.steps_of(i, steps), job.blocks.width(block), lanes);
       }
     });
   });
@@ -66,10 +66,10 @@ variable_list conv_forward(const ConvJob& job, at::ScalarType type) {
 void conv_backward_block(const Conv& conv, Rows dy, Rows dx, float* dweights, Span steps, bool add, int64_t channels,
                          int lanes) {
   if (channels == lanes) return kernels().convolve_backward(conv, dy, dx, dweights, steps, add);
-  Carver memory{thread_memory(3 * ((CHUNK + 2 * conv.taps) * lanes + 16))};
+  Arena memory{thread_memory(3 * ((CHUNK + 2 * conv.taps) * lanes + 16))};
   const int64_t more = conv.taps - 1;
-  const Rows x = padded(memory, conv.x, around(steps, more, more, conv.length), channels, lanes);
-  const Rows dy_copy = padded(memory, dy, around(steps, 0, more, conv.length), channels, lanes);
+  const Rows x = padded(memory, conv.x, extended(steps, more, more, conv.length), channels, lanes);
+  const Rows dy_copy = padded(memory, dy, extended(steps, 0, more, conv.length), channels, lanes);
   const Rows dx_copy = padded(memory, dx, steps, channels, lanes);
   kernels().convolve_backward({conv.length, conv.taps, x, conv.weights, {}}, dy_copy, dx_copy, dweights, steps, add);
   unpad(dx_copy, dx, steps, channels);
@@ -89,12 +89,12 @@ variable_list conv_backward(const ConvJob& job, at::TensorList inputs, at::Tenso
   }
   for_runs(groups, job.blocks, [&](int64_t group, Span run) {
     for (int64_t b = group * batch / groups; b < (group + 1) * batch / groups; b++)
-      for_chunks(job.x.size(1), lanes, run, [&](int64_t block, Span steps, Place next) {
+      for_chunks(job.x.size(1), lanes, run, [&](int64_t block, Span steps, Offset next) {
         for (size_t i = 0; i < sums.size(); i++) {
           const auto rows = [&](const View& view) { return view.rows(b, block * lanes, job.reversed(i)); };
           float* dweights = sums[i].data_ptr<float>() + (group * count + block) * columns * lanes;
           conv_backward_block(job.block(i, b, block, next), rows(dy_views[i]), rows(dx_view), dweights,
-                              job.seen(i, steps), i > 0, job.blocks.width(block), lanes);
+                              job.steps_of(i, steps), i > 0, job.blocks.width(block), lanes);
         }
       });
   });

@@ -1,0 +1,73 @@
+"""Tests of the Triton kernels under Triton's interpreter. It must be enabled before Triton is imported, so in a new process.
+
+test_scan_triton.py runs `TRITON_INTERPRET=1 python -m pytest tests/support/interpreted_triton.py`.
+"""
+
+import pytest
+import torch
+
+from dis_scale.scan import choose
+from tests.scan.test_scan_admission import (
+    CALLS,
+    TOLERANCE,
+    check_results,
+    outputs_and_gradients,
+    poison,
+    random_tensors,
+    views,
+)
+
+__all__ = ["poison"]
+
+# B, L, E, N: two chunks of 16 steps and two warps of 32 channels, the second of each incomplete; N is not a power of 2.
+ODD = (1, 18, 33, 3)
+# The interpreter truncates float32 to bfloat16, a GPU rounds: the error is one unit in the last place instead of half of one.
+INTERPRETER_TOLERANCE = TOLERANCE | {torch.bfloat16: 2**-7 + 1e-5}
+
+
+def test_on_a_cpu_triton_is_selected_only_by_name() -> None:
+    assert str(choose("triton", "cpu")) == "triton (as asked)"
+    assert choose("auto", "cpu").name != "triton"
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_outputs_and_gradients_equal_the_reference(call: str) -> None:
+    check_results(call, ODD, torch.float32, outputs_and_gradients(call, random_tensors(ODD), "triton"))
+
+
+@pytest.mark.parametrize("call", ["two-way scan", "two-way conv"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 4), (2, 16, 2, 2), (1, 33, 3, 1), (1, 17, 1, 17), (1, 2, 130, 2)], ids=str)
+def test_other_sizes(sizes: tuple[int, int, int, int], call: str) -> None:
+    check_results(call, sizes, torch.float32, outputs_and_gradients(call, random_tensors(sizes), "triton"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("call", ["two-way scan", "two-way conv"])
+def test_half_precision_is_rounded_once(call: str, dtype: torch.dtype) -> None:
+    sizes = (1, 6, 3, 2)
+    check_results(
+        call, sizes, dtype, outputs_and_gradients(call, random_tensors(sizes, dtype), "triton"), INTERPRETER_TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("call", ["two-way scan", "two-way conv"])
+def test_views_and_contiguous_tensors_are_bit_equal(call: str) -> None:
+    sizes = (2, 5, 3, 1)
+    expected = outputs_and_gradients(call, random_tensors(sizes), "triton")
+    for tensors in views(sizes):
+        for x, y in zip(outputs_and_gradients(call, tensors, "triton"), expected, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_a_gated_scan_without_gradients_is_bit_equal() -> None:
+    with torch.no_grad():
+        (alone,) = CALLS["two-way scan"](random_tensors(ODD), "triton")
+    assert torch.equal(alone, CALLS["two-way scan"](random_tensors(ODD), "triton")[0])
+
+
+def test_gradients_twice_on_one_graph_are_the_same() -> None:
+    """The states are stored in the gradients' memory until these are written; it must be allocated for each pass."""
+    tensors = random_tensors((1, 18, 2, 1))
+    (y,) = CALLS["two-way scan"](tensors, "triton")
+    first, again = (torch.autograd.grad(y, tensors, torch.ones_like(y), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(x, z) for x, z in zip(first, again, strict=True))
