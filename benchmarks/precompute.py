@@ -26,9 +26,9 @@ from benchmarks.rows import Job, least_times, verdict
 from dis_scale import recipe as recipes
 from dis_scale import vae
 from dis_scale.data import images
-from dis_scale.data.ahead import in_order
 from dis_scale.data.encode import STRETCH, Setup, compute_exactly, encode, put_shards
 from dis_scale.data.sources import open_source
+from dis_scale.data.threads import in_order
 from dis_scale.recipe import Recipe, TrainedVae
 from dis_scale.storage import Folder, folder
 from dis_scale.vae import Vae

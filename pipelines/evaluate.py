@@ -24,7 +24,7 @@ from dis_scale.ema import Snapshot
 from dis_scale.errors import DisScaleError, Preempted, StorageAway, StorageError, StorageFull
 from dis_scale.evaluation import held_out, measure, reference, results
 from dis_scale.evaluation.results import Drawn
-from dis_scale.evaluation.sample import Block, arranged, grid, grid_columns, labels_of, open_studio
+from dis_scale.evaluation.sampling import Block, arranged, grid, grid_columns, labels_of, open_studio
 from dis_scale.recipe import Evaluate, Recipe
 from dis_scale.storage import Folder
 from pipelines import stage

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 import torch
 
-from dis_scale import digits, lease, manifest, vae
+from dis_scale import lease, manifest, small_nets, vae
 from dis_scale.data.encode import compute_exactly
 from dis_scale.data.shards import store_of
 from dis_scale.data.sources import Source, open_source
@@ -38,14 +38,14 @@ class Preparer(stage.Worker):
     def _vae(self, sweep: Folder, recipe: Recipe) -> str:
         assert isinstance(recipe.vae, TrainedVae)
         pixels, _ = self._pixels(sweep, recipe)
-        net = digits.train_vae(recipe.vae, pixels, recipe.seed, self._report(self._done))
+        net = small_nets.train_vae(recipe.vae, pixels, recipe.seed, self._report(self._done))
         vae.save(sweep / "vae", net)
-        return f"autoencoder: mean squared error {digits.reconstruction_error(net, pixels):.2g}"
+        return f"autoencoder: mean squared error {small_nets.reconstruction_error(net, pixels):.2g}"
 
     def _classifier(self, sweep: Folder, recipe: Recipe, name: str, kind: str) -> str:
         pixels, labels = self._pixels(sweep, recipe)
         steps, classes = _classifier_steps(recipe), recipe.data.num_classes
-        net, accuracy = digits.train_classifier(
+        net, accuracy = small_nets.train_classifier(
             kind, pixels, labels, classes, steps, recipe.seed, self._report(self._done)
         )
         store_classifier(sweep, name, net, accuracy)
@@ -62,10 +62,10 @@ class Preparer(stage.Worker):
     def _pixels(self, sweep: Folder, recipe: Recipe) -> Any:
         if self._images is None:
             skip = recipe.data.undecodable == "skip"
-            self._images = digits.sample_images(_source(sweep, recipe), recipe.data.resolution, skip)
+            self._images = small_nets.sample_images(_source(sweep, recipe), recipe.data.resolution, skip)
         return self._images
 
-    def _report(self, before: int) -> digits.Report:
+    def _report(self, before: int) -> small_nets.Report:
         def report(steps: int) -> None:
             self._done = before + steps
             if self._wish.is_set():

@@ -16,7 +16,7 @@ LAYERS = [
     "errors seeds recipe faults storage manifest",
     "scan diffusion data tracking lease vae ema",
     "models checkpoint engine evidence pace",
-    "train trial evaluation digits fork",
+    "train trial evaluation small_nets fork",
     "plan report progress mirror",
     "pipelines",
     "sweep cli vary",

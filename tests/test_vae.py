@@ -15,8 +15,8 @@ from dis_scale.data.encode import Setup
 from dis_scale.data.latents import Latents, micro_batch
 from dis_scale.data.sources import open_source
 from dis_scale.errors import DisScaleError, UserError
-from dis_scale.evaluation.draw import draw, open_for_drawing
-from dis_scale.evaluation.sample import open_studio
+from dis_scale.evaluation.pictures import draw, open_for_drawing
+from dis_scale.evaluation.sampling import open_studio
 from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, Recipe
 from dis_scale.storage import Folder, folder
 from dis_scale.vae import to_pixels

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from dis_scale.data import shards
-from dis_scale.data.ahead import in_order
 from dis_scale.data.shards import Sample
 from dis_scale.data.sources import Source
+from dis_scale.data.threads import in_order
 from dis_scale.errors import DisScaleError, UndecodableImage, UserError
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder

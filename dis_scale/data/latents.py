@@ -1,7 +1,7 @@
 """The reader: the latents of step s with all the step's random draws, the same at any world size and from wherever a run starts.
 
 Shards of the block to come are loaded by threads while this one is read, through the node's cache where latents are in an object
-store; each is held against the manifest's hash before it is looked at. Read next: order.py, cache.py and shelf.py for the parts.
+store; each is held against the manifest's hash before it is looked at. Read next: order.py, cache.py and memory.py for the parts.
 """
 
 import threading
@@ -16,9 +16,9 @@ import torch
 
 from dis_scale import manifest, seeds
 from dis_scale.data.cache import Cache, default_folder
+from dis_scale.data.memory import Shelf, free_memory_bytes
 from dis_scale.data.order import BLOCK_SHARDS, Order, Places
 from dis_scale.data.shards import Shard, unpack
-from dis_scale.data.shelf import Shelf, free_memory_bytes
 from dis_scale.errors import UserError
 from dis_scale.recipe import LatentShape, Reader, Recipe
 from dis_scale.storage import Folder

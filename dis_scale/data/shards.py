@@ -18,7 +18,7 @@ import numpy as np
 import webdataset as wds
 
 from dis_scale import manifest
-from dis_scale.data.ahead import in_order
+from dis_scale.data.threads import in_order
 from dis_scale.errors import StorageAway, StorageError, UserError
 from dis_scale.recipe import Recipe
 from dis_scale.storage import Folder

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from typing import BinaryIO
 
-from dis_scale.data.ahead import in_order
 from dis_scale.data.images import SUFFIXES
 from dis_scale.data.listing import Entry, Found, number_or_name
+from dis_scale.data.threads import in_order
 from dis_scale.errors import StorageError, UserError
 from dis_scale.recipe import TarSource
 from dis_scale.storage import Folder

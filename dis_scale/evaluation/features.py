@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dis_scale import manifest
-from dis_scale.digits import Classifier
 from dis_scale.errors import StorageError, UserError
 from dis_scale.evaluation import inception
 from dis_scale.recipe import Evaluate, ExtractorSettings, InceptionExtractor, TorchScriptExtractor, TrainedExtractor
+from dis_scale.small_nets import Classifier
 from dis_scale.storage import Folder, locate
 
 JUDGE = "judge"

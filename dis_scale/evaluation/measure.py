@@ -13,7 +13,7 @@ from dis_scale.evaluation import inception, kernel, metrics, neighbours, score
 from dis_scale.evaluation.features import Features
 from dis_scale.evaluation.metrics import Frechet, Groups
 from dis_scale.evaluation.reference import Reference
-from dis_scale.evaluation.sample import Block
+from dis_scale.evaluation.sampling import Block
 from dis_scale.evaluation.score import Score
 from dis_scale.recipe import Evaluate
 

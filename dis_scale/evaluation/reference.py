@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dis_scale import seeds
-from dis_scale.data.ahead import in_order
 from dis_scale.data.sources import Source
+from dis_scale.data.threads import in_order
 from dis_scale.errors import StorageError, UndecodableImage
-from dis_scale.evaluation import features, kernel, sealed
+from dis_scale.evaluation import features, kernel, npz
 from dis_scale.evaluation.adm import open_reference
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor, Features
 from dis_scale.evaluation.metrics import Gaussian, Sums, frechet, require_finite, require_infinity, require_samples
@@ -159,7 +159,7 @@ def require(name: str, reference: Reference, recipe: Recipe) -> None:
 
 def store(sweep: Folder, recipe: Recipe, name: str, reference: Reference) -> None:
     facts = {key: np.asarray(value) for key, value in _facts(recipe, name, reference.identity).items()}
-    sweep.write(path(recipe, name, reference.identity), sealed.to_bytes(reference.arrays() | facts))
+    sweep.write(path(recipe, name, reference.identity), npz.to_bytes(reference.arrays() | facts))
 
 
 def load_all(sweep: Folder, recipe: Recipe) -> dict[str, Reference]:
@@ -179,7 +179,7 @@ def load(sweep: Folder, recipe: Recipe, name: str, identity: str) -> Reference:
             f"{sweep}/{place}: no statistics of these images at {size} x {size} under extractor {name} "
             f"(weights {identity[:12]}){others}: run prepare"
         )
-    arrays = sealed.from_bytes(sweep.read(place), f"{sweep}/{place}")
+    arrays = npz.from_bytes(sweep.read(place), f"{sweep}/{place}")
     for key, expected in _facts(recipe, name, identity).items():
         if str(got := arrays[key]) != expected:
             raise StorageError(

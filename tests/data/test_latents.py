@@ -11,7 +11,7 @@ from dis_scale.data import shards
 from dis_scale.data.latents import Latents, micro_batch, prefetch
 from dis_scale.errors import StorageError, UserError
 from dis_scale.storage import folder
-from tests.data.reading import CLASSES, make, read, samples
+from tests.support.small_latents import CLASSES, make, read, samples
 
 
 def test_a_shard_is_the_same_bytes_each_time_and_reads_back() -> None:

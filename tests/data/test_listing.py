@@ -15,8 +15,8 @@ from dis_scale.data.listing import Entry, Found
 from dis_scale.data.sources import open_source
 from dis_scale.errors import StorageError, UserError
 from dis_scale.storage import folder
-from tests.data import labelled
-from tests.data.labelled import CLASSES, data, png
+from tests.support import labelled_images
+from tests.support.labelled_images import CLASSES, data, png
 
 IMAGENET = 1_281_167
 ROOT = Path(__file__).parents[2]
@@ -76,7 +76,7 @@ def test_a_million_images_are_listed_and_read_in_little_memory(tmp_path: Path) -
 
 def test_a_declared_source_is_listed_once_and_a_new_version_anew(store_url: str, tmp_path: Path) -> None:
     store, images = folder(store_url) / "store", folder(tmp_path) / "images"
-    source = labelled.class_folders(images)
+    source = labelled_images.class_folders(images)
     first = open_source(data(source), store)
     images.write("dog/7.png", png(7))
     again = open_source(data(source), store)
@@ -88,7 +88,7 @@ def test_a_declared_source_is_listed_once_and_a_new_version_anew(store_url: str,
 def test_a_listing_that_does_not_fit_the_recipe_is_not_kept(tmp_path: Path) -> None:
     """So that mending the source and trying again is all that it takes."""
     store, images = folder(tmp_path) / "store", folder(tmp_path) / "images"
-    source = labelled.class_folders(images)
+    source = labelled_images.class_folders(images)
     with pytest.raises(UserError, match=r"data.num_classes: got 3, but the source has 2 classes"):
         open_source(data(source, 3), store)
     images.write("owl/1.png", png(1))
@@ -115,9 +115,9 @@ def test_of_two_that_list_at_once_the_first_counts_for_both(tmp_path: Path) -> N
 
 def test_a_damaged_listing_is_named(tmp_path: Path) -> None:
     store = folder(tmp_path)
-    open_source(data(labelled.class_folders(folder(tmp_path) / "images")), store)
+    open_source(data(labelled_images.class_folders(folder(tmp_path) / "images")), store)
     (place,) = store.list("listings")
     (name,) = [n for n in (store / "listings" / place).list() if n != manifest.NAME]
     (store / "listings" / place).write(name, b"x")
     with pytest.raises(StorageError, match=f"{place}/{name}: damaged: 1 bytes, its manifest says"):
-        open_source(data(labelled.class_folders(folder(tmp_path) / "images")), store).names[0]
+        open_source(data(labelled_images.class_folders(folder(tmp_path) / "images")), store).names[0]

@@ -14,16 +14,16 @@ import pytest
 from dis_scale import manifest
 from dis_scale.data import latents as reader
 from dis_scale.data.latents import Latents, choose_keeping, open_latents
+from dis_scale.data.memory import Shelf, free_memory_bytes
 from dis_scale.data.order import BLOCK_SHARDS
 from dis_scale.data.shards import Shard
-from dis_scale.data.shelf import Shelf, free_memory_bytes
 from dis_scale.errors import StorageError, UserError
 from dis_scale.recipe import Reader, Recipe
 from dis_scale.storage import folder
 from tests import object_store
-from tests.data.reading import CLASSES, make, read, read_epoch
 from tests.faulty_gateway import Gateway
 from tests.flaky import FlakyFileSystem, busy, bytes_read, reads
+from tests.support.small_latents import CLASSES, make, read, read_epoch
 
 COUNTS = [6, 5, 7, 6, 0, 6, 6, 3, 6, 6, 6]
 FULL = [count for count in COUNTS if count]

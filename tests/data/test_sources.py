@@ -11,8 +11,8 @@ from dis_scale.data import images, tars
 from dis_scale.data.sources import open_source
 from dis_scale.errors import DisScaleError, StorageError, UndecodableImage, UserError
 from dis_scale.storage import Folder, folder
-from tests.data import labelled
-from tests.data.labelled import CLASSES, KINDS, LABELS, data, png
+from tests.support import labelled_images
+from tests.support.labelled_images import CLASSES, KINDS, LABELS, data, png
 
 
 def test_the_digits_are_all_there() -> None:
@@ -49,7 +49,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 
 def test_a_stretch_of_a_tar_is_one_read_of_its_bytes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_source(data(labelled.webdataset_cls(folder(tmp_path))))
+    source = open_source(data(labelled_images.webdataset_cls(folder(tmp_path))))
     seen = reads(monkeypatch)
     source.decoded(range(1, 4), 16)
     ((name, size),) = seen
@@ -63,7 +63,7 @@ def test_a_stretch_of_a_tar_is_one_read_of_its_bytes_alone(tmp_path: Path, monke
 def test_a_row_group_is_read_once_by_a_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = folder(tmp_path)
     big = [np.random.default_rng(i).bytes(2**21) for i in range(6)]
-    root.write("x.parquet", labelled.parquet([(b, 0) for b in big]))
+    root.write("x.parquet", labelled_images.parquet([(b, 0) for b in big]))
     source = open_source(data({"kind": "parquet", "url": root.url}))
     seen = reads(monkeypatch)
     assert [source.read([entry])[0] for entry in source.listing] == big
@@ -96,17 +96,17 @@ def bad(root: Folder, what: str) -> dict[str, Any]:
             kind = what.removeprefix("no ").removesuffix("s")
             return {"kind": kind, "url": f"{url}/none.csv" if kind == "csv" else f"{url}/none"}
         case "no label in tar":
-            files = {"a.tar": labelled.tar({"1.png": png(1)})}
+            files = {"a.tar": labelled_images.tar({"1.png": png(1)})}
         case "label no text":
-            files = {"a.tar": labelled.tar({"1.png": png(1), "1.cls": b"\xff"})}
+            files = {"a.tar": labelled_images.tar({"1.png": png(1), "1.cls": b"\xff"})}
         case "two images of a sample":
-            files = {"a.tar": labelled.tar({"1.jpg": png(1), "1.seg.png": png(2), "1.cls": b"0"})}
+            files = {"a.tar": labelled_images.tar({"1.jpg": png(1), "1.seg.png": png(2), "1.cls": b"0"})}
         case "label not in json":
-            files = {"a.tar": labelled.tar({"1.png": png(1), "1.json": b'{"class": 1}'})}
+            files = {"a.tar": labelled_images.tar({"1.png": png(1), "1.json": b'{"class": 1}'})}
         case "cut tar":
-            files = {"a.tar": labelled.tar({"1.png": png(1), "1.cls": b"0"})[:700]}
+            files = {"a.tar": labelled_images.tar({"1.png": png(1), "1.cls": b"0"})[:700]}
         case "tar with a damaged header":
-            whole = bytearray(labelled.tar({"1.png": png(1), "1.cls": b"0"}))
+            whole = bytearray(labelled_images.tar({"1.png": png(1), "1.cls": b"0"}))
             whole[whole.index(b"1.cls")] ^= 1
             files = {"a.tar": bytes(whole)}
         case "csv column":
@@ -116,15 +116,15 @@ def bad(root: Folder, what: str) -> dict[str, Any]:
         case "numbers and names":
             files = {"a.csv": b"path,label\n1.png,0\n2.png,cat\n"}
         case "parquet column":
-            files = {"a.parquet": labelled.parquet([(png(1), 0)])}
+            files = {"a.parquet": labelled_images.parquet([(png(1), 0)])}
             return write(root, files) | {"kind": "parquet", "url": url, "label": "class"}
         case "no bytes":
-            files = {"a.parquet": labelled.parquet([(png(1), 0)])}
+            files = {"a.parquet": labelled_images.parquet([(png(1), 0)])}
             return write(root, files) | {"kind": "parquet", "url": url, "image": "label"}
         case "no parquet file":
             files = {"a.parquet": b"PAR1 nothing"}
         case "label beyond the names":
-            files = {"a.parquet": labelled.parquet([(png(1), 2)])}
+            files = {"a.parquet": labelled_images.parquet([(png(1), 2)])}
         case "label beyond the classes":
             files = {"a.csv": b"path,label\n1.png,7\n"}
     write(root, files)
@@ -177,14 +177,14 @@ def test_of_several_images_of_a_sample_one_is_named(tmp_path: Path, monkeypatch:
     """In a tar that is indexed as it is read, too."""
     monkeypatch.setattr(tars, "LARGE_BYTES", 0)
     members = {f"{i}.{kind}": png(i) for i in range(2) for kind in ("jpg", "seg.png")} | {"0.cls": b"0", "1.cls": b"1"}
-    folder(tmp_path).write("a.tar", labelled.tar(dict(sorted(members.items()))))
+    folder(tmp_path).write("a.tar", labelled_images.tar(dict(sorted(members.items()))))
     source = open_source(data({"kind": "tar", "url": str(tmp_path), "image": "jpg"}))
     assert list(source.names) == ["a.tar/0.jpg", "a.tar/1.jpg"]
 
 
 def test_other_classes_than_the_recipe_says_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.num_classes: got 3, but the source has 2 classes \(cat, dog"):
-        open_source(data(labelled.class_folders(folder(tmp_path)), 3))
+        open_source(data(labelled_images.class_folders(folder(tmp_path)), 3))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -192,7 +192,7 @@ def test_a_broken_image_is_named_and_its_neighbours_are_read(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = png
-    monkeypatch.setattr(labelled, "png", lambda i: b"" if i == 2 else whole(i))
+    monkeypatch.setattr(labelled_images, "png", lambda i: b"" if i == 2 else whole(i))
     source = open_source(data(KINDS[kind](folder(tmp_path))))
     found = [image for stretch in source.stretches(range(7), 16) for image in source.decoded(stretch, 16)]
     ((place, error),) = [(i, image) for i, image in enumerate(found) if isinstance(image, UndecodableImage)]
@@ -214,9 +214,9 @@ def test_what_is_gone_since_is_no_broken_image(kind: str, tmp_path: Path) -> Non
 
 def test_hugging_face_without_class_names_gives_numbers(tmp_path: Path) -> None:
     root = folder(tmp_path)
-    root.write("x.parquet", labelled.parquet([(png(0), 1)], metadata=None))
+    root.write("x.parquet", labelled_images.parquet([(png(0), 1)], metadata=None))
     assert open_source(data({"kind": "parquet", "url": root.url})).label_names == ["0", "1"]
-    root.write("x.parquet", labelled.parquet([(png(0), "b"), (png(1), "a")], metadata=None))
+    root.write("x.parquet", labelled_images.parquet([(png(0), "b"), (png(1), "a")], metadata=None))
     named = open_source(data({"kind": "parquet", "url": root.url}))
     assert (list(named.labels), named.label_names) == ([1, 0], ["a", "b"])
 
@@ -224,8 +224,8 @@ def test_hugging_face_without_class_names_gives_numbers(tmp_path: Path) -> None:
 def test_labels_in_json_may_be_numbers_but_not_lists(tmp_path: Path) -> None:
     root = folder(tmp_path)
     source = {"kind": "tar", "url": root.url, "label": "json"}
-    root.write("x.tar", labelled.tar({"1.png": png(1), "1.json": json.dumps({"label": 1}).encode()}))
+    root.write("x.tar", labelled_images.tar({"1.png": png(1), "1.json": json.dumps({"label": 1}).encode()}))
     assert list(open_source(data(source)).labels) == [1]
-    root.write("x.tar", labelled.tar({"1.png": png(1), "1.json": json.dumps({"label": [1]}).encode()}))
+    root.write("x.tar", labelled_images.tar({"1.png": png(1), "1.json": json.dumps({"label": [1]}).encode()}))
     with pytest.raises(UserError, match=r"x.tar: 1.json: label \[1\], expected a number or a name"):
         open_source(data(source))

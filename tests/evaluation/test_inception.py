@@ -25,8 +25,8 @@ from dis_scale.errors import UserError
 from dis_scale.evaluation import inception, kernel, metrics, neighbours, score
 from dis_scale.evaluation.features import Extractor
 from dis_scale.evaluation.inception import PUBLISHED, Inception, read_weights
-from tests.evaluation import seeded_inception
-from tests.evaluation.seeded_inception import as_tensor, blobs
+from tests.support import seeded_inception
+from tests.support.seeded_inception import as_tensor, blobs
 
 IMAGES, REAL_IMAGES = 205, 200
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from dis_scale.evaluation.features import Features
 from dis_scale.evaluation.measure import measure, notes
 from dis_scale.evaluation.metrics import Frechet, fit, frechet
 from dis_scale.evaluation.reference import Reference
-from dis_scale.evaluation.sample import Block, require_finite
+from dis_scale.evaluation.sampling import Block, require_finite
 from dis_scale.recipe import Evaluate, Recipe
 from tests.conftest import TINY
 

@@ -16,7 +16,7 @@ from dis_scale import tracking
 from dis_scale.errors import UserError
 from dis_scale.evaluation import results
 from dis_scale.evaluation.results import Drawn
-from dis_scale.evaluation.sample import grid
+from dis_scale.evaluation.sampling import grid
 from dis_scale.recipe import LatentShape, Recipe
 from dis_scale.report import compare, figures
 from dis_scale.report.published import PUBLISHED

@@ -17,12 +17,12 @@ from PIL import Image
 from dis_scale import checkpoint, diffusion, models, seeds
 from dis_scale.data import shards
 from dis_scale.diffusion.generate import generate
-from dis_scale.digits import Classifier
 from dis_scale.errors import DisScaleError, StorageError, UserError
-from dis_scale.evaluation import sealed
+from dis_scale.evaluation import npz
 from dis_scale.evaluation.features import JUDGE, Extractor, Features, load_classifier, load_extractors
 from dis_scale.models import Backbone
 from dis_scale.recipe import Evaluate, LatentShape, Recipe
+from dis_scale.small_nets import Classifier
 from dis_scale.storage import Folder
 from dis_scale.vae import Vae, to_unit
 
@@ -48,12 +48,12 @@ class Block:
         for name, seen in self.features.items():
             parts = {field: getattr(seen, field) for field in FIELDS}
             arrays |= {f"{name}.{field}": np.asarray(part) for field, part in parts.items() if part is not None}
-        return sealed.to_bytes(arrays)
+        return npz.to_bytes(arrays)
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "Block":
         """The block in `data`; StorageError names a damaged one."""
-        arrays = sealed.from_bytes(data, where)
+        arrays = npz.from_bytes(data, where)
         parts: dict[str, dict[str, np.ndarray]] = {}
         for key in arrays.keys() - {"right", "pictures"}:
             name, field = key.split(".")

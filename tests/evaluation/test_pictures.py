@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from dis_scale import models, vae
 from dis_scale.cli import app
-from dis_scale.evaluation.draw import draw, open_for_drawing
+from dis_scale.evaluation.pictures import draw, open_for_drawing
 from dis_scale.models.export import save
 from dis_scale.recipe import LatentShape, Recipe, TrainedVae
 

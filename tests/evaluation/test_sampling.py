@@ -11,10 +11,10 @@ import torch
 from dis_scale import manifest, models, vae
 from dis_scale import recipe as recipes
 from dis_scale.data import shards
-from dis_scale.digits import Classifier
 from dis_scale.evaluation.features import JUDGE, store_classifier
-from dis_scale.evaluation.sample import PARTS, Studio, arranged, grid_numbers, open_studio, sample_labels
+from dis_scale.evaluation.sampling import PARTS, Studio, arranged, grid_numbers, open_studio, sample_labels
 from dis_scale.recipe import LatentShape, Recipe, TrainedVae
+from dis_scale.small_nets import Classifier
 from dis_scale.storage import Folder, folder
 from dis_scale.vae import Vae
 from tests.conftest import TINY

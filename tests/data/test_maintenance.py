@@ -17,7 +17,7 @@ from dis_scale.recipe import TrainedVae
 from dis_scale.storage import Folder, folder
 from pipelines import precompute
 from tests.conftest import TINY
-from tests.data.labelled import png
+from tests.support.labelled_images import png
 
 SIZES = ("data.num_classes=2", "precompute.shard_images=10", "precompute.encode_images=4")
 
