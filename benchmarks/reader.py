@@ -58,7 +58,7 @@ def make(at: Folder, shape: tuple[int, ...]) -> Folder:
         first = number * SHARD
         shards.put_shard(at, number, [Sample(first + i, f"{i}", i % 10, m) for i, m in enumerate(moments)], [])
     facts = {"vae": "v", "scale": 1.0, "shift": 0.0, "latent": [shape[1] // 2, shape[-1]], "num_classes": 10}
-    shards.seal(at, range(SHARDS), facts)
+    shards.write_manifest(at, range(SHARDS), facts)
     return at
 
 

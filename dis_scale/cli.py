@@ -252,11 +252,11 @@ def verify(
     from dis_scale.progress import Board
 
     with _errors(debug), Board(Console()) as board:
-        sweep, latents = maintenance.find(url)
+        sweep, latents = maintenance.locate_latents(url)
         found = maintenance.verify(latents, fast, lambda done, total: board.update("verify", done, total, "shards"))
         for words in found.values():
             board.say(f"damaged  {words}")
-        maintenance.require_whole(latents, found, sweep)
+        maintenance.require_undamaged(latents, found, sweep)
         board.say(f"whole    {latents}{' by its sizes' if fast else ''}")
 
 
@@ -290,15 +290,15 @@ def show(
     from dis_scale.evaluation.sampling import grid
 
     with _errors(debug):
-        sweep, latents = maintenance.find(url)
-        for line in maintenance.described(latents):
+        sweep, latents = maintenance.locate_latents(url)
+        for line in maintenance.describe(latents):
             Console(soft_wrap=True).print(line, highlight=False, markup=False)
-        decoder = maintenance.decoder(sweep, latents, vae)
+        decoder = maintenance.load_decoder(sweep, latents, vae)
         if decoder is None:
             Console().print("grid     none: give the sweep's folder, or --vae, which decodes them", highlight=False)
             return
         _require_folder(out)
-        out.write_bytes(grid(maintenance.pictures(latents, decoder), columns=10))
+        out.write_bytes(grid(maintenance.decode_examples(latents, decoder), columns=10))
         Console().print(f"grid     {out}", highlight=False, soft_wrap=True)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from dis_scale import seeds
-from dis_scale.data.latents import Latents, draw_posterior
+from dis_scale.data.latents import Latents, sample_posterior
 from dis_scale.diffusion.process import Process
 from dis_scale.models import Backbone
 
@@ -16,7 +16,7 @@ LEVELS = 8
 def losses(model: Backbone, process: Process, latents: Latents, seed: int, batch: int) -> dict[str, float]:
     """`held_out_loss`, the mean over all levels, and `held_out_loss/t0062` and so on by level (time in thousandths)."""
     moments, labels = (np.stack(column) for column in zip(*latents.held_out(), strict=True))
-    x_BCHW = latents.scaled(draw_posterior(moments, seeds.generator("held-out posterior", seed)))
+    x_BCHW = latents.scaled(sample_posterior(moments, seeds.generator("held-out posterior", seed)))
     noise_BCHW = seeds.generator("held-out noise", seed).standard_normal(x_BCHW.shape, np.float32)
     device = next(model.parameters()).device
     data = [torch.from_numpy(array).to(device).split(batch) for array in (x_BCHW, noise_BCHW, labels)]

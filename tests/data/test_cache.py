@@ -85,7 +85,7 @@ def test_a_full_disk_is_said_once_and_costs_nothing_else(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(Path, "write_bytes", full)
     assert [storage.get(cache, i) for i in (1, 2, 0)] == [SHARDS[1], SHARDS[2], SHARDS[0]]
-    assert said == [f"cache {tmp_path}: No space left on device: training goes on without it"]
+    assert said == [f"cache {tmp_path}: No space left on device: training continues without it"]
     assert storage.fetched == [0, 1, 2]
     assert files(tmp_path) == {name(0)}
 
@@ -95,7 +95,7 @@ def test_a_folder_that_cannot_be_made_is_said_once(tmp_path: Path) -> None:
     said, storage = list[str](), Storage()
     cache = Cache(tmp_path / "file/cache", 10_000, said.append)
     assert [storage.get(cache, i) for i in range(3)] == SHARDS[:3]
-    assert said == [f"cache {tmp_path}/file/cache: Not a directory: training goes on without it"]
+    assert said == [f"cache {tmp_path}/file/cache: Not a directory: training continues without it"]
 
 
 def test_what_goes_wrong_in_storage_is_not_the_caches_fault(tmp_path: Path) -> None:

@@ -117,12 +117,12 @@ def bomb() -> bytes:
         (bomb(), "exceeds limit of .* pixels, could be decompression bomb"),
         (
             saved(Image.fromarray(np.eye(8, dtype=np.float32)), "TIFF"),
-            r"mode F\) have no range that says what is white",
+            r"mode F\) have no range that defines white",
         ),
     ],
     ids=["empty", "words", "broken", "cut PNG", "cut JPEG", "bomb", "floats"],
 )
 def test_what_is_no_image_is_named_with_its_reason(data: bytes, why: str) -> None:
-    words = rf"image a/b.png cannot be decoded: .*({why}).*; mend or remove it, or --set data.undecodable=skip"
+    words = rf"image a/b.png cannot be decoded: .*({why}).*; repair or remove it, or --set data.undecodable=skip"
     with pytest.raises(UndecodableImage, match=words):
         decode(data, "a/b.png", 16)

@@ -105,7 +105,7 @@ def test_latents_are_posterior_samples_shifted_and_scaled(tmp_path: Path) -> Non
     one = samples(0, 1)[0]
     shards.put_shard(folder(tmp_path), 0, [one], [])
     facts = {"vae": "v", "scale": 0.5, "shift": 0.25, "latent": [2, 3], "num_classes": CLASSES}
-    shards.seal(folder(tmp_path), range(1), facts)
+    shards.write_manifest(folder(tmp_path), range(1), facts)
     batch = micro_batch(
         Latents(folder(tmp_path), 0), 0, 0, batch=4000, lanes=1, seed=0, mirror=False, label_dropout=0.25
     )

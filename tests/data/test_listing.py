@@ -11,7 +11,7 @@ import pytest
 
 from dis_scale import manifest
 from dis_scale.data import listing
-from dis_scale.data.listing import Entry, Found
+from dis_scale.data.listing import Contents, Entry
 from dis_scale.data.sources import open_source
 from dis_scale.errors import StorageError, UserError
 from dis_scale.storage import folder
@@ -30,7 +30,7 @@ def entries(count: int) -> Iterator[Entry]:
 
 def test_what_was_listed_comes_back_by_position_over_the_borders_of_parts() -> None:
     count = listing.PART + 3
-    made = listing.in_memory(Found(entries(count)), lambda _: None, "here")
+    made = listing.in_memory(Contents(entries(count)), lambda _: None, "here")
     expected = list(entries(count))
     for i in (0, 1, listing.PART - 1, listing.PART, count - 1):
         assert made[i] == expected[i]
@@ -41,12 +41,12 @@ def test_what_was_listed_comes_back_by_position_over_the_borders_of_parts() -> N
 
 def test_names_of_any_bytes_survive() -> None:
     odd = Entry("caf\udce9/\u65e5\u672c.png", 0, "a b.tar")
-    assert listing.in_memory(Found([odd]), lambda _: None, "here")[0] == odd
+    assert listing.in_memory(Contents([odd]), lambda _: None, "here")[0] == odd
 
 
 def test_the_hash_is_of_content_and_order() -> None:
     def sha(items: list[Entry]) -> str:
-        return str(listing.in_memory(Found(items), lambda _: None, "here").facts["sha256"])
+        return str(listing.in_memory(Contents(items), lambda _: None, "here").facts["sha256"])
 
     one, two = list(entries(2))
     assert sha([one, two]) == sha([one, two])
@@ -56,7 +56,9 @@ def test_the_hash_is_of_content_and_order() -> None:
 def list_imagenet(where: str) -> None:
     """In a process of its own: lists, reads the ends, prints the reports' number and the most memory that it ever held."""
     reports: list[int] = []
-    made = listing.stored(folder(where), "imagenet", lambda: Found(entries(IMAGENET)), lambda _: None, reports.append)
+    made = listing.stored(
+        folder(where), "imagenet", lambda: Contents(entries(IMAGENET)), lambda _: None, reports.append
+    )
     first, last = made[0], made[IMAGENET - 1]
     assert (first, last.label, last.place[0]) == (next(entries(1)), (IMAGENET - 1) % 1000, IMAGENET - 1)
     # Not getrusage's ru_maxrss, which a child takes over from the process that began it.
@@ -105,7 +107,7 @@ def test_of_two_that_list_at_once_the_first_counts_for_both(tmp_path: Path) -> N
             yield entry
 
     def run(count: int) -> list[Entry]:
-        return list(listing.stored(store, "key", lambda: Found(slow(count)), lambda _: None, lambda _: None))
+        return list(listing.stored(store, "key", lambda: Contents(slow(count)), lambda _: None, lambda _: None))
 
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(run, (10, 11))

@@ -23,7 +23,7 @@ SIZES = ("data.num_classes=2", "precompute.shard_images=10", "precompute.encode_
 
 
 def photos(store: Folder, images: Path, how: str = "{kind: trained, widths: [8, 8, 8]}") -> tuple[Folder, Folder]:
-    """(sweep, its sealed latents) of 26 images in three shards, one of them refused."""
+    """(sweep, its latents) of 26 images in three shards, one of them refused."""
     for i in range(26):
         folder(images).write(f"{'ab'[i % 2]}/{i:02d}.png", png(i) if i != 8 else b"broken")
     source = f"data.source={{kind: folder, url: {images}}}"
@@ -66,7 +66,7 @@ def test_damage_is_named_mended_and_the_bytes_are_the_same(store_url: str, tmp_p
     assert code == 1
     assert f"damaged  {latents}/000001.tar: damaged: its sha256 differs from the manifest's\n" in output
     assert f"damaged  {latents}/000002.tar: missing, though its manifest names it\n" in output
-    assert f"2 of 3 shards are damaged; to make them anew: dis-scale data repair {sweep}" in output
+    assert f"2 of 3 shards are damaged; to rebuild them: dis-scale data repair {sweep}" in output
     code, output = run("verify", "--fast", sweep.url)
     assert (code, "000001" in output, "000002.tar: missing" in output) == (1, False, True)
 
@@ -90,14 +90,14 @@ def test_what_cannot_be_made_the_same_is_not_put(tmp_path: Path, monkeypatch: py
     (tmp_path / "images/a/00.png").write_bytes(png(99))
     code, output = run("repair", sweep.url)
     assert code == 1
-    assert "000000.tar: made anew it would be other bytes" in output
-    assert "an image of it has changed since" in output
+    assert "000000.tar: rebuilt, it has other bytes" in output
+    assert "an image has changed" in output
     assert latents.read("000000.tar") == b"damaged"
 
     monkeypatch.setattr(torch, "__version__", "9.9")
     code, output = run("repair", sweep.url)
     assert code == 2
-    assert "now 9.9: a shard made anew would not be the same bytes" in output
+    assert "now 9.9: a rebuilt shard would have other bytes" in output
 
 
 def test_a_folder_of_latents_cannot_say_where_its_images_are(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_folder_of_latents_cannot_say_where_its_images_are(tmp_path: Path) -> 
 def test_what_is_no_set_of_latents_is_said(command: str, tmp_path: Path) -> None:
     code, output = run(command, str(tmp_path))
     assert code == 2
-    assert f"{tmp_path}: neither a sweep whose latents are sealed, nor a folder of sealed latents" in output
+    assert f"{tmp_path}: neither a sweep with complete latents nor a folder of complete latents" in output
 
 
 def test_a_set_is_shown_with_its_images(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_set_is_shown_with_its_images(tmp_path: Path) -> None:
     lines = dict(line.split(None, 1) for line in output.splitlines())
     size = sum(len(latents.read(f"00000{n}.tar")) for n in range(3)) / 1e6
     assert lines["images"] == f"25 in 3 shards, {size:.1f} MB, 1 refused: a/08.png"
-    assert lines["latent"] == "4x8x8, float16 moments of image and mirror image"
+    assert lines["latent"] == "4x8x8, float16 moments of image and horizontal flip"
     assert lines["labels"] == "2 of 2 classes: a 12, b 13"
     assert lines["source"].startswith(f"url {tmp_path}/images, kind folder; listing ")
     assert lines["vae"] == vae.load(TrainedVae(kind="trained"), sweep).identity[:12]

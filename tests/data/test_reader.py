@@ -13,8 +13,8 @@ import pytest
 
 from dis_scale import manifest
 from dis_scale.data import latents as reader
-from dis_scale.data.latents import Latents, choose_keeping, open_latents
-from dis_scale.data.memory import Shelf, free_memory_bytes
+from dis_scale.data.latents import Latents, fits_in_memory, open_latents
+from dis_scale.data.memory import MemoryBuffer, free_memory_bytes
 from dis_scale.data.order import BLOCK_SHARDS
 from dis_scale.data.shards import Shard
 from dis_scale.errors import StorageError, UserError
@@ -93,7 +93,7 @@ def test_memory_holds_the_block_at_hand_and_the_next(at: Path) -> None:
     latents = Latents(many, 0)
     for first in range(0, 2 * 16 * BLOCK_SHARDS, 2):
         read(latents, first, first + 2)
-        assert len(latents._shelf._found) <= 3 * BLOCK_SHARDS  # a micro-batch may lie in two blocks
+        assert len(latents._buffer._loads) <= 3 * BLOCK_SHARDS  # a micro-batch may lie in two blocks
 
 
 @pytest.mark.parametrize(
@@ -155,10 +155,10 @@ def test_what_failed_ahead_is_tried_again_when_it_is_needed() -> None:
             raise StorageError("away")
         return shard
 
-    shelf = Shelf(load, keep_all=False)
-    shelf.want([3])
-    wait_until(lambda: shelf._found[3].done())
-    assert shelf[3] is shard
+    buffer = MemoryBuffer(load, keep_all=False)
+    buffer.request([3])
+    wait_until(lambda: buffer._loads[3].done())
+    assert buffer[3] is shard
     assert asked == [3, 3]
 
 
@@ -172,20 +172,20 @@ def test_at_most_a_few_shards_are_loaded_at_once() -> None:
         busy_now.discard(index)
         return Shard(np.zeros(1), np.full(1, index))
 
-    shelf = Shelf(load, keep_all=True)
-    shelf.want(list(range(12)))
-    assert [int(shelf[i].labels[0]) for i in range(12)] == list(range(12))
+    buffer = MemoryBuffer(load, keep_all=True)
+    buffer.request(list(range(12)))
+    assert [int(buffer[i].labels[0]) for i in range(12)] == list(range(12))
     assert max(most) <= 4
 
 
 def test_the_choice_is_said_with_its_reason(tiny: Recipe, at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "free_memory_bytes", lambda: 2**33)
-    assert choose_keeping(Reader(), 2**30, 4) == (
+    assert fits_in_memory(Reader(), 2**30, 4) == (
         True,
-        "latents kept in memory: 1 GiB, room for 1 a worker (auto: half of the free memory by 4 workers)",
+        "latents kept in memory: 1 GiB, limit 1 GiB a worker (auto: half of the free memory by 4 workers)",
     )
-    assert choose_keeping(Reader(), 2**30 + 1, 4)[1].startswith("latents read by blocks of 4 shards: 1 GiB, room")
-    assert choose_keeping(Reader(memory_gib=0), 1, 1)[1].endswith("room for 0 a worker (reader.memory_gib)")
+    assert fits_in_memory(Reader(), 2**30 + 1, 4)[1].startswith("latents read by blocks of 4 shards: 1 GiB, limit")
+    assert fits_in_memory(Reader(memory_gib=0), 1, 1)[1].endswith("limit 0 GiB a worker (reader.memory_gib)")
     data = tiny.data.model_copy(update={"num_classes": CLASSES})
     reading = Reader(memory_gib=0, cache_gib=1.5, cache_folder="/data/cache")
     small = tiny.model_copy(update={"reader": reading, "data": data})
@@ -234,7 +234,7 @@ def test_a_server_that_dies_and_comes_back_is_waited_for(restartable: object_sto
     expected = read(Latents(folder(tmp_path), 0), 0, sum(COUNTS))
     latents = Latents(at, 0)
     got = [read(latents, 0, 6)]
-    wait_until(lambda: all(found.done() for found in latents._shelf._found.values()))
+    wait_until(lambda: all(load.done() for load in latents._buffer._loads.values()))
     restartable.kill()
     began = time.monotonic()
     with ThreadPoolExecutor(1) as pool:

@@ -149,21 +149,21 @@ def write(root: Folder, files: dict[str, bytes]) -> dict[str, Any]:
         ("no tars", r"data.source.url: no files '\*.tar' in .*/none; expected .*/none/<name>.tar"),
         ("no parquet", r"data.source.url: no files '\*.parquet' in .*/none; expected .*/none/<name>.parquet"),
         ("no csv", r"data.source.url: no file .*/none.csv"),
-        ("no label in tar", r"a.tar: image 1.png has no label: expected a .cls beside it, or say where labels stand"),
-        ("label not in json", r"a.tar: 1.json: no label 'label' there: KeyError: 'label'"),
-        ("label no text", r"a.tar: 1.cls: no label as text there: UnicodeDecodeError: "),
+        ("no label in tar", r"a.tar: image 1.png has no label: expected a .cls next to it, or set where labels are"),
+        ("label not in json", r"a.tar: 1.json: no label 'label': KeyError: 'label'"),
+        ("label no text", r"a.tar: 1.cls: no label as text: UnicodeDecodeError: "),
         (
             "two images of a sample",
             r"a.tar: 1.jpg and 1.seg.png are two images of one sample: say which .* data.source.image = jpg",
         ),
-        ("cut tar", r"a.tar: not a whole tar: unexpected end of data"),
-        ("tar with a damaged header", r"a.tar: not a whole tar: .*damaged or cut at byte "),
+        ("cut tar", r"a.tar: not a complete tar: unexpected end of data"),
+        ("tar with a damaged header", r"a.tar: not a complete tar: .*damaged or truncated at byte "),
         ("csv column", r"data.source.label: no column 'label' in .*a.csv; it has path, class"),
         ("csv line", r"a.csv: line 3: expected a path and a label, got \['2.png', None\]"),
         ("numbers and names", r"image 2.png: label 'cat', expected either a name or a number from 0 in all"),
         ("parquet column", r"data.source.label: no column 'class' in .*a.parquet; it has image, label"),
         ("no bytes", r"data.source.image: column 'label' of .*a.parquet is int64, expected bytes of images"),
-        ("no parquet file", r"a.parquet: not a whole Parquet file: "),
+        ("no parquet file", r"a.parquet: not a complete Parquet file: "),
         ("label beyond the names", r"image a.parquet#0: label 2, expected a class from 0 to 1"),
         ("label beyond the classes", r"data.num_classes: got 2, but .*a.csv has labels up to 7"),
     ],
@@ -197,7 +197,7 @@ def test_a_broken_image_is_named_and_its_neighbours_are_read(
     found = [image for stretch in source.stretches(range(7), 16) for image in source.decoded(stretch, 16)]
     ((place, error),) = [(i, image) for i, image in enumerate(found) if isinstance(image, UndecodableImage)]
     assert place == 2
-    assert f"image {source.names[2]} cannot be decoded: it is empty (0 bytes); mend or remove it" in str(error)
+    assert f"image {source.names[2]} cannot be decoded: it is empty (0 bytes); repair or remove it" in str(error)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,8 +16,7 @@ from PIL import Image
 from dis_scale import manifest, vae
 from dis_scale import recipe as recipes
 from dis_scale.data import shards
-from dis_scale.data.encode import HARDWARE, Setup, encode, require_same_hardware
-from dis_scale.data.encode import make as make_shards
+from dis_scale.data.encode import HARDWARE, Setup, encode, encode_shards, require_same_hardware
 from dis_scale.data.sources import open_source
 from dis_scale.errors import Preempted, StorageError, UndecodableImage, UserError
 from dis_scale.recipe import Recipe, TrainedVae
@@ -71,7 +70,7 @@ def test_a_broken_image_is_refused_by_name_and_nothing_is_half_written(
     (tmp_path / "photos/a/00.png").write_bytes(b"broken")
     with pytest.raises(
         UndecodableImage,
-        match=r"image a/00.png cannot be decoded: .*; mend or remove it, or --set data.undecodable=skip",
+        match=r"image a/00.png cannot be decoded: .*; repair or remove it, or --set data.undecodable=skip",
     ):
         shards_by(1, sweep, photos, folder(tmp_path) / "one")
     assert (folder(tmp_path) / "one").list() == [HARDWARE]
@@ -127,7 +126,7 @@ def test_every_shard_holds_its_positions_in_their_order(sweep: Folder, photos: R
     """Whatever the read-ahead: 26 images in shards of ten, batches of four."""
     setup = Setup(open_source(photos.data), vae.load(photos.vae, sweep), photos)
     reports: list[int] = []
-    content = list(make_shards(setup, [2, 0], reports.append))
+    content = list(encode_shards(setup, [2, 0], reports.append))
     assert [(m.number, [s.position for s in m.samples]) for m in content] == [(2, [*range(20, 26)]), (0, [*range(10)])]
     assert reports == [4, 2, 4, 4, 2]
     for sample in content[1].samples:
@@ -246,7 +245,7 @@ def test_a_shard_that_shrank_before_the_seal_is_not_sealed(sweep: Folder, photos
         here(sweep, latents, *rest)
         latents.write("000001.tar", b"short")
 
-    with pytest.raises(StorageError, match=r"000001.tar: 5 bytes, its sidecar says \d+: give the same command again"):
+    with pytest.raises(StorageError, match=r"000001.tar: 5 bytes, its sidecar says \d+: rerun the same command"):
         made(sweep, photos, torn)
     assert manifest.find(place_of(sweep, photos)) is None
     assert made(sweep, photos)["count"] == 26
@@ -280,5 +279,5 @@ def test_another_kind_of_hardware_may_not_fill_a_set(tmp_path: Path, monkeypatch
     require_same_hardware(latents, "cpu")
     require_same_hardware(latents, "cpu")
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "a slide rule")
-    with pytest.raises(UserError, match=r"begun on 'CPU with .*', this worker has 'CPU with a slide rule'"):
+    with pytest.raises(UserError, match=r"started on 'CPU with .*', this worker has 'CPU with a slide rule'"):
         require_same_hardware(latents, "cpu")

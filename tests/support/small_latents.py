@@ -27,7 +27,7 @@ def make(at: Folder, counts: list[int]) -> Folder:
     for number, count in enumerate(counts):
         shards.put_shard(at, number, samples(sum(counts[:number]), count), [])
     facts = {"vae": "v" * 64, "scale": 0.5, "shift": 0.25, "latent": [2, 3], "num_classes": CLASSES}
-    shards.seal(at, range(len(counts)), facts)
+    shards.write_manifest(at, range(len(counts)), facts)
     return at
 
 
