@@ -217,16 +217,16 @@ def sample(
     debug: Debug = False,
 ) -> None:
     """Draw a grid of images from one checkpoint."""
-    from dis_scale.evaluation.pictures import draw, open_for_drawing
+    from dis_scale.evaluation.pictures import open_for_sampling, sample_pictures
     from dis_scale.evaluation.sampling import grid
 
     with _errors(debug):
         labels = _labels(classes)
         _require_folder(out)
-        opened = open_for_drawing(checkpoint, vae, heads)
+        opened = open_for_sampling(checkpoint, vae, heads)
         wanted = count or len(labels or [0])
         how = {"sampler": sampler or opened.sampler, "steps": steps or opened.steps}
-        images = draw(opened, labels, wanted, **how, guidance=guidance, seed=seed, batch=batch)  # type: ignore[arg-type]
+        images = sample_pictures(opened, labels, wanted, **how, guidance=guidance, seed=seed, batch=batch)  # type: ignore[arg-type]
         out.write_bytes(grid(images, columns=min(10, wanted)))
         Console().print(f"{wanted} images in {out}", highlight=False)
 

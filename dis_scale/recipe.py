@@ -423,9 +423,9 @@ Metric = Literal[
 ]
 
 
-_KID_IMAGES = 1000
+KID_SUBSET_IMAGES = 1000
 """In a subset of the kernel distance, as torch-fidelity has it."""
-_DIMENSIONS = {"inception": 2048, "trained": 64}
+FEATURE_DIMENSIONS = {"inception": 2048, "trained": 64}
 """Features of an extractor whose number is known before it is opened."""
 
 
@@ -518,15 +518,17 @@ class Evaluate(Settings):
             raise ValueError(f"also: one trained extractor at most: got {names}")
         if "distance" not in self.metrics:
             raise ValueError("metrics: distance is always measured: add it to the list")
-        if "kid" in self.metrics and self.samples < _KID_IMAGES:
-            raise ValueError(f"metrics: kid draws subsets of {_KID_IMAGES:,} images, and samples is {self.samples}")
+        if "kid" in self.metrics and self.samples < KID_SUBSET_IMAGES:
+            raise ValueError(
+                f"metrics: kid draws subsets of {KID_SUBSET_IMAGES:,} images, and samples is {self.samples}"
+            )
         only = {"sfid", "inception_score", "inception_score_adm"} & set(self.metrics)
         if only and "inception" not in names:
             raise ValueError(f"metrics: {sorted(only)[0]} needs Inception: add {{kind: inception}} to also")
         if self.reference and set(names) != {"inception"}:
             raise ValueError(f"reference: an ADM file has Inception's statistics alone, and the extractors are {names}")
         for extractor in self.extractors:
-            if self.samples <= (d := _DIMENSIONS.get(extractor.kind, 0)):
+            if self.samples <= (d := FEATURE_DIMENSIONS.get(extractor.kind, 0)):
                 raise ValueError(
                     f"samples: {self.samples} are too few for the covariance of {d:,} features ({extractor.name}): "
                     f"expected at least {d + 1:,}"

@@ -15,6 +15,7 @@ from dis_scale.data.sources import Source, open_source
 from dis_scale.errors import Preempted
 from dis_scale.evaluation import reference
 from dis_scale.evaluation.features import JUDGE, load_extractors, store_classifier
+from dis_scale.progress import ReportDone
 from dis_scale.recipe import Recipe, TrainedExtractor, TrainedVae
 from dis_scale.storage import Folder
 from pipelines import stage
@@ -61,11 +62,12 @@ class Preparer(stage.Worker):
 
     def _pixels(self, sweep: Folder, recipe: Recipe) -> Any:
         if self._images is None:
-            skip = recipe.data.undecodable == "skip"
-            self._images = small_nets.sample_images(_source(sweep, recipe), recipe.data.resolution, skip)
+            self._images = small_nets.training_images(
+                _source(sweep, recipe), recipe.data.resolution, recipe.data.undecodable
+            )
         return self._images
 
-    def _report(self, before: int) -> small_nets.Report:
+    def _report(self, before: int) -> ReportDone:
         def report(steps: int) -> None:
             self._done = before + steps
             if self._wish.is_set():
@@ -100,7 +102,7 @@ def _source(sweep: Folder, recipe: Recipe) -> Source:
 def prepared(sweep: Folder, recipe: Recipe) -> bool:
     """Whether the sweep has all that this stage makes."""
     models = not _vae_missing(sweep, recipe) and not _classifiers_missing(sweep, recipe)
-    return models and reference.stored(sweep, recipe)
+    return models and reference.is_stored(sweep, recipe)
 
 
 def _vae_missing(sweep: Folder, recipe: Recipe) -> bool:

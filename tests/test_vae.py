@@ -15,8 +15,8 @@ from dis_scale.data.encode import Setup
 from dis_scale.data.latents import Latents, micro_batch
 from dis_scale.data.sources import open_source
 from dis_scale.errors import DisScaleError, UserError
-from dis_scale.evaluation.pictures import draw, open_for_drawing
-from dis_scale.evaluation.sampling import open_studio
+from dis_scale.evaluation.pictures import open_for_sampling, sample_pictures
+from dis_scale.evaluation.sampling import open_sampler
 from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, Recipe
 from dis_scale.storage import Folder, folder
 from dis_scale.vae import to_pixels
@@ -132,12 +132,12 @@ def test_the_whole_way_in_pixel_space(tmp_path: Path) -> None:
     np.testing.assert_array_equal(batch.x_BCHW.numpy(), reader.read(np.arange(4), np.zeros(4, int))[0][:, :3])
 
     training.run(recipe, "dis", tmp_path, attempt=1)
-    studio = open_studio(recipe, sweep, vae.load(recipe.vae, sweep), torch.device("cpu"))
-    block = studio.draw(studio.model("dis", 320, recipe.evaluate), recipe.evaluate, 0)
+    sampler = open_sampler(recipe, sweep, vae.load(recipe.vae, sweep), torch.device("cpu"))
+    block = sampler.sample(sampler.model("dis", 320, recipe.evaluate), recipe.evaluate, 0)
     assert block.pictures.shape[1:] == (16, 16, 3)
     assert len(block.right) == 20
-    opened = open_for_drawing(tmp_path / "sweep/runs/dis/published/000000000320", None)
-    drawn = draw(opened, [3], 2, sampler="ddim", steps=2, guidance=1.0, seed=0, batch=2)
+    opened = open_for_sampling(tmp_path / "sweep/runs/dis/published/000000000320", None)
+    drawn = sample_pictures(opened, [3], 2, sampler="ddim", steps=2, guidance=1.0, seed=0, batch=2)
     assert drawn.shape == (2, 16, 16, 3)
 
 

@@ -1,7 +1,7 @@
-"""What came of a sweep, read from storage and always made anew: table, CSV, figures and one page.
+"""The report of a sweep, always rebuilt from storage: table, CSV, figures and one page.
 
-collect.py gathers the points, fits.py says how distance goes with cost, figures.py draws, page.py puts all on one page,
-compare.py holds two sweeps against each other.
+collect.py gathers the points, fits.py fits distance to cost, figures.py plots, page.py writes the HTML page, compare.py compares
+two sweeps.
 """
 
 from dis_scale.report.collect import Point, Report, collect

@@ -12,7 +12,7 @@ from dis_scale import recipe as recipes
 from dis_scale.errors import DisScaleError, StorageError, UserError
 from dis_scale.evaluation import kernel, metrics, neighbours, score
 from dis_scale.evaluation.features import Features
-from dis_scale.evaluation.measure import measure, notes
+from dis_scale.evaluation.measure import measure_blocks, notes
 from dis_scale.evaluation.metrics import Frechet, fit, frechet
 from dis_scale.evaluation.reference import Reference
 from dis_scale.evaluation.sampling import Block, require_finite
@@ -72,7 +72,7 @@ def images() -> tuple[Features, Features]:
 def test_each_metric_has_its_name_its_value_and_its_error(images: tuple[Features, Features]) -> None:
     generated, real = images
     settings = inception_settings(samples=1200, metrics=EVERY)
-    found = measure(blocks([500, 500, 200], inception=generated), {"inception": reference(real)}, settings)
+    found = measure_blocks(blocks([500, 500, 200], inception=generated), {"inception": reference(real)}, settings)
     pooled, kept = generated.pooled, real.pooled
     target, precision = Frechet(fit(kept)), neighbours.precision_recall(pooled, kept)
     limit, limit_error = metrics.infinity(pooled, target, 1200)
@@ -116,7 +116,7 @@ def test_blocks_go_through_storage_and_back_to_the_same_bits(images: tuple[Featu
     drawn = blocks([100] * 12, inception=generated)
     arrived = {b: drawn[b].to_bytes() for worker in range(8) for b in reversed(range(worker, 12, 8))}
     again = (Block.from_bytes(arrived[b], "here") for b in sorted(arrived))
-    assert measure(again, real_ones, settings) == measure(drawn, real_ones, settings)
+    assert measure_blocks(again, real_ones, settings) == measure_blocks(drawn, real_ones, settings)
 
 
 def test_two_extractors_in_one_pass_each_under_its_name() -> None:
@@ -124,8 +124,8 @@ def test_two_extractors_in_one_pass_each_under_its_name() -> None:
     settings = evaluate(samples=2000, also=(script,), metrics=("distance", "precision_recall"))
     generated = {"digits": seen(2000, 0, shift=0.2), "dino": seen(2000, 2, d=4, shift=1.0)}
     real = {"digits": reference(seen(900, 1)), "dino": reference(seen(900, 3, d=4), floor=None)}
-    found = measure(blocks([1000, 1000], **generated), real, settings)
-    assert found["fd_dino_2k"] == pytest.approx(frechet(real["dino"].gaussian, fit(generated["dino"].pooled)), rel=1e-9)
+    found = measure_blocks(blocks([1000, 1000], **generated), real, settings)
+    assert found["fd_dino_2k"] == pytest.approx(frechet(real["dino"].pooled, fit(generated["dino"].pooled)), rel=1e-9)
     assert found.keys() == {
         "fd_digits_2k", "fd_digits_2k_error", "fd_digits_2k_floor", "precision_digits_2k", "precision_digits_2k_error",
         "recall_digits_2k", "fd_dino_2k", "fd_dino_2k_error", "precision_dino_2k", "precision_dino_2k_error", "recall_dino_2k",
@@ -152,13 +152,13 @@ def test_a_judge_gives_the_share_of_wanted_classes() -> None:
     drawn = blocks([30, 50], digits=seen(80, 0))
     judged = [replace(b, right=np.arange(len(b.right)) % 2 == 0) for b in drawn]
     judged = [replace(b, right=b.right.astype(np.int8)) for b in judged]
-    assert measure(judged, {"digits": reference(seen(90, 1))}, evaluate())["class_accuracy"] == 0.5
+    assert measure_blocks(judged, {"digits": reference(seen(90, 1))}, evaluate())["class_accuracy"] == 0.5
 
 
 def test_what_a_reader_must_know_is_said() -> None:
     settings = inception_settings(samples=2100)
-    line = "fid_2100: no error: a twentieth less of 2,100 samples are not more than 2,048 features"
-    wide = Reference("seeded", metrics.Gaussian(9, np.zeros(2048), np.zeros((1, 1))))
+    line = "fid_2100: no error: 95 % of 2,100 samples are not more than the 2,048 features"
+    wide = Reference("seeded", metrics.MeanCovariance(9, np.zeros(2048), np.zeros((1, 1))))
     assert notes({"inception": wide}, settings) == ["fid_2100: not verified against published tables", line]
     assert notes({"digits": reference(seen(90, 1))}, evaluate()) == []
 
@@ -167,18 +167,18 @@ def test_features_that_are_not_finite_are_named() -> None:
     bad = seen(80, 0)
     bad.pooled[61, 3] = np.nan
     with pytest.raises(DisScaleError, match="features of sample 61 are not finite"):
-        measure(blocks([50, 30], digits=bad), {"digits": reference(seen(90, 1))}, evaluate())
+        measure_blocks(blocks([50, 30], digits=bad), {"digits": reference(seen(90, 1))}, evaluate())
 
 
 def test_blocks_of_other_weights_or_without_an_extractor_are_refused() -> None:
     real = {"digits": reference(seen(90, 1))}
     other = replace(seen(80, 0), identity="another")
     with pytest.raises(
-        StorageError, match="block 0 was seen through digits with weights another, the reference through seeded"
+        StorageError, match="block 0 has features of digits with weights another, the reference of seeded"
     ):
-        measure(blocks([80], digits=other), real, evaluate())
-    with pytest.raises(StorageError, match="block 0 lacks extractor digits: it was drawn before the recipe named it"):
-        measure(blocks([80], dino=other), real, evaluate())
+        measure_blocks(blocks([80], digits=other), real, evaluate())
+    with pytest.raises(StorageError, match="block 0 lacks extractor digits: it was sampled before the recipe named it"):
+        measure_blocks(blocks([80], dino=other), real, evaluate())
 
 
 @pytest.mark.parametrize("samples", [79, 81])
@@ -186,7 +186,9 @@ def test_blocks_that_are_not_all_are_refused(samples: int) -> None:
     with pytest.raises(
         StorageError, match=f"the blocks hold {samples} samples, the recipe's evaluate.samples expects 80"
     ):
-        measure(blocks([40, samples - 40], digits=seen(samples, 0)), {"digits": reference(seen(90, 1))}, evaluate())
+        measure_blocks(
+            blocks([40, samples - 40], digits=seen(samples, 0)), {"digits": reference(seen(90, 1))}, evaluate()
+        )
 
 
 def test_too_few_images_for_a_metric_say_how_many() -> None:
@@ -194,7 +196,7 @@ def test_too_few_images_for_a_metric_say_how_many() -> None:
     with pytest.raises(
         DisScaleError, match="kid: subsets of 1,000 from 80 generated and 90 real images: expected at least 1,000"
     ):
-        measure(blocks([80], digits=seen(80, 0)), {"digits": reference(seen(90, 1))}, settings)
+        measure_blocks(blocks([80], digits=seen(80, 0)), {"digits": reference(seen(90, 1))}, settings)
     with pytest.raises(DisScaleError, match="precision_recall: 3 neighbours need at least 4 images of each set"):
         neighbours.precision_recall(seen(3, 0).pooled, seen(9, 1).pooled)
 
@@ -254,5 +256,5 @@ def test_metrics_may_grow_and_extractors_may_not(tiny: Recipe) -> None:
 
 def test_the_distance_is_measured_in_one_pass_over_a_generator(tmp_path: Path) -> None:
     features, real = seen(80, 0), reference(seen(90, 1))
-    found = measure(iter(blocks([40, 40], digits=features)), {"digits": real}, evaluate())
-    assert found["fd_digits_80"] == pytest.approx(frechet(real.gaussian, fit(features.pooled)), rel=1e-9)
+    found = measure_blocks(iter(blocks([40, 40], digits=features)), {"digits": real}, evaluate())
+    assert found["fd_digits_80"] == pytest.approx(frechet(real.pooled, fit(features.pooled)), rel=1e-9)

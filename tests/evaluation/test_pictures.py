@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from dis_scale import models, vae
 from dis_scale.cli import app
-from dis_scale.evaluation.pictures import draw, open_for_drawing
+from dis_scale.evaluation.pictures import open_for_sampling, sample_pictures
 from dis_scale.models.export import save
 from dis_scale.recipe import LatentShape, Recipe, TrainedVae
 
@@ -24,13 +24,13 @@ def files(tmp_path: Path, tiny: Recipe) -> tuple[Path, Path]:
 
 
 def test_pixels_agree_at_any_batch_split(files: tuple[Path, Path]) -> None:
-    opened = open_for_drawing(files[0], str(files[1]))
+    opened = open_for_sampling(files[0], str(files[1]))
     options = {"sampler": "ddpm", "steps": 5, "guidance": 1.5, "seed": 3}
-    whole = draw(opened, [1, 7], 6, batch=6, **options)  # type: ignore[arg-type]
-    split = draw(opened, [1, 7], 6, batch=4, **options)  # type: ignore[arg-type]
+    whole = sample_pictures(opened, [1, 7], 6, batch=6, **options)  # type: ignore[arg-type]
+    split = sample_pictures(opened, [1, 7], 6, batch=4, **options)  # type: ignore[arg-type]
     assert whole.shape == (6, 32, 32, 3)
     assert np.abs(whole.astype(int) - split.astype(int)).max() <= 1  # float32 sums of another batch size
-    other = draw(opened, [1, 7], 6, batch=6, **(options | {"seed": 4}))  # type: ignore[arg-type]
+    other = sample_pictures(opened, [1, 7], 6, batch=6, **(options | {"seed": 4}))  # type: ignore[arg-type]
     assert not np.array_equal(whole, other)
 
 
@@ -61,4 +61,4 @@ def test_mistakes_are_one_line(files: tuple[Path, Path], tmp_path: Path, argumen
 
 def test_weights_outside_a_sweep_need_a_vae(files: tuple[Path, Path]) -> None:
     done = CliRunner().invoke(app, ["sample", "--checkpoint", str(files[0]), "--classes", "1"])
-    assert (done.exit_code, "lies in no sweep, so say what decodes its latents" in done.stderr) == (2, True)
+    assert (done.exit_code, "is not in a sweep, so name the VAE of its latents" in done.stderr) == (2, True)

@@ -14,7 +14,7 @@ from dis_scale.data.sources import Source, open_source
 from dis_scale.errors import DisScaleError, StorageError, UndecodableImage, UserError
 from dis_scale.evaluation import reference
 from dis_scale.evaluation.features import Extractor, load_extractor, load_extractors
-from dis_scale.evaluation.metrics import Gaussian, fit, frechet
+from dis_scale.evaluation.metrics import MeanCovariance, fit, frechet
 from dis_scale.recipe import Recipe, TorchScriptExtractor
 from dis_scale.storage import Folder, folder
 from tests.conftest import TINY
@@ -88,8 +88,8 @@ def test_one_pass_serves_all_extractors(source: Source, recipe: Recipe, sweep: F
             extractor(pixels(source)).pooled,
             reference.load(sweep, recipe, extractor.name, extractor.identity),
         )
-        np.testing.assert_allclose(found.gaussian.mean, features.mean(0, np.float64), rtol=1e-12)
-        np.testing.assert_allclose(found.gaussian.covariance, np.cov(features.T), rtol=1e-9)
+        np.testing.assert_allclose(found.pooled.mean, features.mean(0, np.float64), rtol=1e-12)
+        np.testing.assert_allclose(found.pooled.covariance, np.cov(features.T), rtol=1e-9)
         assert found.floor == pytest.approx(frechet(fit(features[::2]), fit(features[1::2])), rel=1e-9)
         assert found.kept is not None
         assert np.array_equal(found.kept, features)  # fewer than are kept
@@ -141,16 +141,16 @@ def test_statistics_of_others_are_refused_by_name(recipe: Recipe, sweep: Folder,
     ):
         reference.load_all(sweep, recipe)
     reference.prepare(sweep, recipe, source, [extractor], lambda _: None)
-    assert reference.stored(sweep, recipe)
+    assert reference.is_stored(sweep, recipe)
     larger = recipe.model_copy(update={"data": recipe.data.model_copy(update={"resolution": 64})})
     with pytest.raises(StorageError, match=r"at 64 x 64 under extractor dino .*, though there are others: run prepare"):
         reference.load_all(sweep, larger)
     data = sweep.read(reference.path(recipe, "dino", extractor.identity))
     sweep.write(reference.path(larger, "dino", extractor.identity), data)
-    with pytest.raises(StorageError, match=r"of resolution 32, this recipe's is 64: delete it and run prepare"):
+    with pytest.raises(StorageError, match=r"resolution is 32, this recipe's is 64: delete the file and run prepare"):
         reference.load_all(sweep, larger)
     sweep.write(reference.path(recipe, "dino", "other weights"), data)
-    with pytest.raises(StorageError, match=f"of weights {extractor.identity}, this recipe's is other weights"):
+    with pytest.raises(StorageError, match=f"weights is {extractor.identity}, this recipe's is other weights"):
         reference.load(sweep, recipe, "dino", "other weights")
     sweep.write(reference.path(recipe, "dino", extractor.identity), data[:-1])
     with pytest.raises(StorageError, match=r"reference/[0-9a-f]{16}\.npz: damaged"):
@@ -191,9 +191,9 @@ def test_adms_file_gives_statistics_and_images(
     found = reference.load(sweep, recipe, "inception", "seeded")
     assert found.spatial is not None
     assert found.kept is not None
-    for gaussian, end in ((found.gaussian, ""), (found.spatial, "_s")):
-        assert np.array_equal(gaussian.mean, adm_arrays[f"mu{end}"])
-        assert np.array_equal(gaussian.covariance, adm_arrays[f"sigma{end}"])
+    for statistics, end in ((found.pooled, ""), (found.spatial, "_s")):
+        assert np.array_equal(statistics.mean, adm_arrays[f"mu{end}"])
+        assert np.array_equal(statistics.covariance, adm_arrays[f"sigma{end}"])
     assert found.floor is None
     assert np.array_equal(found.kept, judge(adm_arrays["arr_0"]).pooled)
 
@@ -204,7 +204,7 @@ def test_adms_file_gives_statistics_and_images(
         ("arr_0", "kid", r"VIRTUAL_reference.npz: no images \(arr_0\), which kid needs"),
         ("arr_0", "precision_recall", r"no images \(arr_0\), which precision_recall needs"),
         ("sigma_s", "sfid", "no mu_s and sigma_s, which sfid needs"),
-        ("mu", "kid", "no mu and sigma, which a distance needs"),
+        ("mu", "kid", "no mu and sigma, which every distance needs"),
     ],
 )
 def test_what_is_asked_for_and_absent_is_an_error(
@@ -239,17 +239,17 @@ def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evaluate.reference: no file .*none.npz"):
         reference.open_reference(str(tmp_path / "none.npz"))
     (tmp_path / "text.npz").write_text("no archive")
-    with pytest.raises(UserError, match=r"text.npz is no ADM reference .npz: File is not a zip file"):
+    with pytest.raises(UserError, match=r"text.npz is not an ADM reference .npz: File is not a zip file"):
         reference.open_reference(str(tmp_path / "text.npz"))
 
 
 def test_what_cannot_be_measured_is_known_before_anything_is_drawn(recipe: Recipe) -> None:
-    few = reference.Reference("w", Gaussian(5, np.zeros(6), np.eye(6)), kept=np.zeros((5, 6)))
+    few = reference.Reference("w", MeanCovariance(5, np.zeros(6), np.eye(6)), kept=np.zeros((5, 6)))
     with pytest.raises(StorageError, match="5 images are too few for the covariance of 6 features"):
         reference.require("digits", few, recipe)
-    wide = reference.Reference("w", Gaussian(500, np.zeros(80), np.eye(80)), kept=np.zeros((500, 80)))
+    wide = reference.Reference("w", MeanCovariance(500, np.zeros(80), np.eye(80)), kept=np.zeros((500, 80)))
     with pytest.raises(DisScaleError, match="80 samples are too few for the covariance of 80 features"):
         reference.require("digits", wide, recipe)
     more = recipes.load(TINY, ["evaluate.samples=1000", "evaluate.metrics=[distance, kid]"])
-    with pytest.raises(StorageError, match="kid draws subsets of 1,000 images, here are 500"):
+    with pytest.raises(StorageError, match="kid needs 1,000 images, here are 500"):
         reference.require("digits", wide, more)

@@ -12,7 +12,7 @@ from dis_scale import manifest, models, vae
 from dis_scale import recipe as recipes
 from dis_scale.data import shards
 from dis_scale.evaluation.features import JUDGE, store_classifier
-from dis_scale.evaluation.sampling import PARTS, Studio, arranged, grid_numbers, open_studio, sample_labels
+from dis_scale.evaluation.sampling import PARTS, BlockSampler, arrange, grid_numbers, open_sampler, sample_labels
 from dis_scale.recipe import LatentShape, Recipe, TrainedVae
 from dis_scale.small_nets import Classifier
 from dis_scale.storage import Folder, folder
@@ -51,32 +51,32 @@ def sweep(tmp_path: Path, recipe: Recipe) -> Folder:
     return made
 
 
-def studio(recipe: Recipe, sweep: Folder) -> Studio:
+def sampler(recipe: Recipe, sweep: Folder) -> BlockSampler:
     decoder: Vae = vae.load(recipe.vae, sweep)
-    return open_studio(recipe, sweep, decoder, torch.device("cpu"))
+    return open_sampler(recipe, sweep, decoder, torch.device("cpu"))
 
 
-def draw(recipe: Recipe, sweep: Folder, order: list[int], variant: str = "") -> dict[int, bytes]:
+def sample_blocks(recipe: Recipe, sweep: Folder, order: list[int], variant: str = "") -> dict[int, bytes]:
     """The blocks as one worker makes them, in its order."""
-    one, drawing = studio(recipe, sweep), recipe.evaluate.drawings[variant]
-    model = one.model("dis", 160, drawing)
-    return {block: one.draw(model, drawing, block).to_bytes() for block in order}
+    one, settings = sampler(recipe, sweep), recipe.evaluate.drawings[variant]
+    model = one.model("dis", 160, settings)
+    return {block: one.sample(model, settings, block).to_bytes() for block in order}
 
 
 def test_one_worker_or_two_in_any_order_draw_the_same_bits(recipe: Recipe, sweep: Folder) -> None:
-    alone = draw(recipe, sweep, [0, 1])
-    shared = draw(recipe, sweep, [1]) | draw(recipe, sweep, [0])
+    alone = sample_blocks(recipe, sweep, [0, 1])
+    shared = sample_blocks(recipe, sweep, [1]) | sample_blocks(recipe, sweep, [0])
     assert alone == shared
     assert alone[0] != alone[1]
 
 
 def test_other_weights_and_another_precision_are_other_pictures(recipe: Recipe, sweep: Folder) -> None:
-    assert draw(recipe, sweep, [0], "bf16") != draw(recipe, sweep, [0])
+    assert sample_blocks(recipe, sweep, [0], "bf16") != sample_blocks(recipe, sweep, [0])
 
 
 def test_the_time_of_each_part_is_known(recipe: Recipe, sweep: Folder) -> None:
-    one = studio(recipe, sweep)
-    one.draw(one.model("dis", 160, recipe.evaluate), recipe.evaluate, 0)
+    one = sampler(recipe, sweep)
+    one.sample(one.model("dis", 160, recipe.evaluate), recipe.evaluate, 0)
     assert list(one.seconds) == list(PARTS)
     assert all(seconds > 0 for seconds in one.seconds.values())
 
@@ -95,5 +95,5 @@ def test_the_grid_has_a_class_a_column() -> None:
     labels = np.array([2, 2, 7, 2, 5, 7, 7, 5])
     assert grid_numbers(labels) == [0, 4, 2, 1, 7, 5]
     as_they_came = np.array([0, 1, 2, 4, 5, 7])
-    assert arranged(as_they_came, labels).tolist() == grid_numbers(labels)
+    assert arrange(as_they_came, labels).tolist() == grid_numbers(labels)
     assert len(grid_numbers(np.repeat(np.arange(1000), 5))) == 10 * 5

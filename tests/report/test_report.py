@@ -160,7 +160,7 @@ def test_two_sweeps_differ_by_their_errors(sweep: Folder, tmp_path: Path, recipe
     text = " ".join(shown(compare.table(a, b)).split())
     assert "-5 ± 1.3" in text
     assert "-3.8" in text
-    assert "4 points stand in one sweep alone" in text
+    assert "4 points are in one sweep only" in text
 
 
 def test_sweeps_that_cannot_be_compared_are_refused(sweep: Folder, tmp_path: Path, recipe: Recipe) -> None:
