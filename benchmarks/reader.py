@@ -79,7 +79,7 @@ def all_draws(at: Folder) -> int:
     """Micro-batches as training gets them: posterior sample and noise drawn, too."""
     latents = Latents(at, 0)
     for step in range(latents.order.total // BATCH):
-        micro_batch(latents, step, 0, batch=BATCH, lanes=1, seed=0, mirror=True, label_dropout=0.1)
+        micro_batch(latents, step, 0, batch=BATCH, lanes=1, seed=0, flip=True, label_dropout=0.1)
     return latents.order.total
 
 

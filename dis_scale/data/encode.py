@@ -25,7 +25,7 @@ from dis_scale.storage import Folder
 from dis_scale.vae import Vae
 
 HARDWARE = "hardware.json"
-STRETCH = 16
+READ_IMAGES = 16
 """Most images that one thread reads and decodes at a time."""
 
 
@@ -56,7 +56,7 @@ class EncodedShard(NamedTuple):
     refused: list[str]
 
 
-class _Stretch(NamedTuple):
+class _DecodedRange(NamedTuple):
     """Decoded images of one read, all of one shard."""
 
     number: int
@@ -98,32 +98,34 @@ def put_shards(setup: Setup, latents: Folder, numbers: Iterable[int], report: Ca
 
 def encode_shards(setup: Setup, numbers: Iterable[int], report: Callable[[int], None]) -> Iterator[EncodedShard]:
     """Yield the shards of these numbers, in their order; `report` as for `put_shards`."""
-    for number, stretches in groupby(_decoded(setup, numbers), key=lambda stretch: stretch.number):
-        yield EncodedShard(number, *_encode_shard(setup, stretches, report))
+    for number, ranges in groupby(_decoded(setup, numbers), key=lambda part: part.number):
+        yield EncodedShard(number, *_encode_shard(setup, ranges, report))
 
 
-def _decoded(setup: Setup, numbers: Iterable[int]) -> Iterator[_Stretch]:
+def _decoded(setup: Setup, numbers: Iterable[int]) -> Iterator[_DecodedRange]:
     """Yield the shards' images, read and decoded ahead in threads."""
     settings = setup.recipe
 
-    def work(stretch: tuple[int, range]) -> _Stretch:
-        number, positions = stretch
-        return _Stretch(number, positions, setup.source.decoded(positions, settings.data.resolution))
+    def work(part: tuple[int, range]) -> _DecodedRange:
+        number, positions = part
+        return _DecodedRange(number, positions, setup.source.decoded(positions, settings.data.resolution))
 
-    stretches = (
-        (number, part) for number in numbers for part in setup.source.stretches(setup.positions(number), STRETCH)
+    ranges = (
+        (number, positions)
+        for number in numbers
+        for positions in setup.source.read_ranges(setup.positions(number), READ_IMAGES)
     )
-    return in_order(stretches, work, settings.precompute.decoders)
+    return in_order(ranges, work, settings.precompute.decoders)
 
 
 def _encode_shard(
-    setup: Setup, stretches: Iterable[_Stretch], report: Callable[[int], None]
+    setup: Setup, ranges: Iterable[_DecodedRange], report: Callable[[int], None]
 ) -> tuple[list[Sample], list[str]]:
     """Return a shard's samples and the names of its skipped images. Only its last encode batch may be short."""
     size, names = setup.recipe.precompute.encode_images, setup.source.names
     samples, refused, waiting = list[Sample](), list[str](), list[tuple[int, np.ndarray]]()
-    for stretch in stretches:
-        decodable, skipped = select_decodable(stretch.positions, stretch.images, setup.recipe.data.undecodable)
+    for part in ranges:
+        decodable, skipped = select_decodable(part.positions, part.images, setup.recipe.data.undecodable)
         if skipped:
             refused += [names[position] for position in skipped]
             report(len(skipped))

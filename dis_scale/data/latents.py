@@ -110,7 +110,7 @@ def fits_in_memory(reader: Reader, set_bytes: int, workers: int) -> tuple[bool, 
 
 
 class Micro(NamedTuple):
-    """One lane of a step: scaled latents (B, C, h, w), labels (B) where a dropped one is the null label, and noise (B, C, h, w)."""
+    """One lane of a step: scaled latents (B, C, h, w), labels (B; dropped ones are the null label) and noise (B, C, h, w)."""
 
     x_BCHW: torch.Tensor
     y_B: torch.Tensor
@@ -118,7 +118,7 @@ class Micro(NamedTuple):
 
 
 def micro_batch(
-    latents: Latents, step: int, lane: int, *, batch: int, lanes: int, seed: int, mirror: bool, label_dropout: float
+    latents: Latents, step: int, lane: int, *, batch: int, lanes: int, seed: int, flip: bool, label_dropout: float
 ) -> Micro:
     """Return positions [step B + lane m, ... + m), m = B / lanes. Every random number is made here, on the CPU."""
     micro = batch // lanes
@@ -129,8 +129,8 @@ def micro_batch(
 
     channels, size = latents.shape
     noise = _NOISE.submit(generator("noise").standard_normal, (micro, channels, size, size), np.float32)
-    flip = generator("mirror").integers(0, 2, micro) if mirror else np.zeros(micro, np.int64)
-    moments, labels = latents.read(positions, flip)
+    sides = generator("mirror").integers(0, 2, micro) if flip else np.zeros(micro, np.int64)
+    moments, labels = latents.read(positions, sides)
     sample = sample_posterior(moments, generator("posterior"))
     labels[generator("label dropout").random(micro) < label_dropout] = latents.manifest["num_classes"]
     return Micro(torch.from_numpy(latents.scaled(sample)), torch.from_numpy(labels), torch.from_numpy(noise.result()))

@@ -31,7 +31,7 @@ class Source:
     read: Callable[[Sequence[Entry]], list[bytes]]
     """Reads the bytes of entries that are `near` each other."""
     near: Callable[[Entry, Entry], bool]
-    """Whether one read returns both the first entry and the second, which comes after it."""
+    """True if one read returns both the first entry and the second, which comes after it."""
 
     def __len__(self) -> int:
         return len(self.listing)
@@ -52,7 +52,7 @@ class Source:
         return image
 
     def decoded(self, positions: range, resolution: int) -> list[np.ndarray | UndecodableImage]:
-        """Return the images of one of `stretches`, by one read; an undecodable image is replaced by its error."""
+        """Return the images of one of `read_ranges`, by one read; an undecodable image is replaced by its error."""
         entries = self.listing[positions.start : positions.stop]
         try:
             files = self.read(entries)
@@ -60,7 +60,7 @@ class Source:
             raise _gone(entries[0].file) from error
         return [_decoded(data, entry.name, resolution) for data, entry in zip(files, entries, strict=True)]
 
-    def stretches(self, positions: range, most: int) -> Iterator[range]:
+    def read_ranges(self, positions: range, most: int) -> Iterator[range]:
         """Split the positions into ranges of one read and at most `most` images each."""
         first = positions.start
         for i in positions:

@@ -32,10 +32,10 @@ from dis_scale.recipe import KID_SUBSET_IMAGES, Data, Recipe
 from dis_scale.storage import Folder
 
 FORMAT = 2
-STRETCH, DECODERS = 64, 4
+READ_IMAGES, DECODERS = 64, 4
 """Most images of one read, and threads that read and decode ahead of the extractors."""
 KEPT = 10_000
-"""Images whose features are kept: as many as ADM's references hold; chosen by a fixed seed where the source has more."""
+"""Most images whose features are kept, as many as ADM's references hold; chosen by a fixed seed."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _choose_kept(count: int) -> np.ndarray:
 
 def _images(source: Source, data: Data, report: ReportDone) -> Iterator[tuple[int, np.ndarray]]:
     """Yield each decodable image with its position; threads read and decode ahead."""
-    stretches = source.stretches(range(len(source)), STRETCH)
-    for positions, images in in_order(stretches, lambda p: (p, source.decoded(p, data.resolution)), DECODERS):
+    ranges = source.read_ranges(range(len(source)), READ_IMAGES)
+    for positions, images in in_order(ranges, lambda p: (p, source.decoded(p, data.resolution)), DECODERS):
         yield from select_decodable(positions, images, data.undecodable)[0]
         report(positions.stop)

@@ -1,4 +1,4 @@
-"""`dis-scale data`: what is damaged is named, made anew byte for byte, and shown for what it is."""
+"""`dis-scale data`: damage is named and repaired byte for byte; a set is described."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ SIZES = ("data.num_classes=2", "precompute.shard_images=10", "precompute.encode_
 
 
 def photos(store: Folder, images: Path, how: str = "{kind: trained, widths: [8, 8, 8]}") -> tuple[Folder, Folder]:
-    """(sweep, its latents) of 26 images in three shards, one of them refused."""
+    """Make (sweep, its latents) of 26 images in three shards; one image is refused."""
     for i in range(26):
         folder(images).write(f"{'ab'[i % 2]}/{i:02d}.png", png(i) if i != 8 else b"broken")
     source = f"data.source={{kind: folder, url: {images}}}"
@@ -51,7 +51,7 @@ def run(*arguments: str) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
-def test_damage_is_named_mended_and_the_bytes_are_the_same(store_url: str, tmp_path: Path) -> None:
+def test_damage_is_named_and_repaired_to_the_same_bytes(store_url: str, tmp_path: Path) -> None:
     sweep, latents = photos(folder(store_url) / "store", tmp_path / "images")
     for url in (sweep.url, latents.url):
         code, output = run("verify", url)
@@ -77,14 +77,14 @@ def test_damage_is_named_mended_and_the_bytes_are_the_same(store_url: str, tmp_p
     assert run("verify", "--fast", sweep.url) == (0, f"whole    {latents} by its sizes\n")
 
 
-def test_a_short_shard_is_seen_by_its_size(tmp_path: Path) -> None:
+def test_a_short_shard_is_detected_by_its_size(tmp_path: Path) -> None:
     sweep, latents = photos(folder(tmp_path) / "store", tmp_path / "images")
     size = len(latents.read("000000.tar"))
     latents.write("000000.tar", latents.read("000000.tar")[:-1])
     assert f"000000.tar: {size - 1} bytes, its manifest says {size}" in run("verify", "--fast", sweep.url)[1]
 
 
-def test_what_cannot_be_made_the_same_is_not_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_with_other_bytes_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, latents = photos(folder(tmp_path) / "store", tmp_path / "images")
     latents.write("000000.tar", b"damaged")
     (tmp_path / "images/a/00.png").write_bytes(png(99))
@@ -100,20 +100,20 @@ def test_what_cannot_be_made_the_same_is_not_put(tmp_path: Path, monkeypatch: py
     assert "now 9.9: a rebuilt shard would have other bytes" in output
 
 
-def test_a_folder_of_latents_cannot_say_where_its_images_are(tmp_path: Path) -> None:
+def test_a_folder_of_latents_alone_cannot_be_repaired(tmp_path: Path) -> None:
     _, latents = photos(folder(tmp_path) / "store", tmp_path / "images")
     code, output = run("repair", latents.url)
     assert (code, "a folder of latents: give the sweep's folder" in output) == (2, True)
 
 
 @pytest.mark.parametrize("command", ["verify", "repair", "show"])
-def test_what_is_no_set_of_latents_is_said(command: str, tmp_path: Path) -> None:
+def test_other_folders_are_refused(command: str, tmp_path: Path) -> None:
     code, output = run(command, str(tmp_path))
     assert code == 2
     assert f"{tmp_path}: neither a sweep with complete latents nor a folder of complete latents" in output
 
 
-def test_a_set_is_shown_with_its_images(tmp_path: Path) -> None:
+def test_show_describes_a_set_and_its_images(tmp_path: Path) -> None:
     sweep, latents = photos(folder(tmp_path) / "store", tmp_path / "images")
     code, output = run("show", sweep.url, "--out", str(tmp_path / "grid.png"))
     assert code == 0
@@ -137,8 +137,8 @@ def test_a_set_is_shown_with_its_images(tmp_path: Path) -> None:
     assert (code, "latents of another VAE" in output) == (2, True)
 
 
-def test_pixels_are_shown_without_a_vae(tmp_path: Path) -> None:
-    """The grid holds the very pictures that went in."""
+def test_show_needs_no_vae_for_pixels(tmp_path: Path) -> None:
+    """The grid has the source's pictures."""
     _, latents = photos(folder(tmp_path) / "store", tmp_path / "images", "{kind: none}")
     code, _ = run("show", latents.url, "--out", str(tmp_path / "grid.png"))
     assert code == 0

@@ -1,4 +1,4 @@
-"""Images from anywhere come in one order, by position and without reading the rest; what is wrong is named."""
+"""Images of every kind of source have one order and are read by position; mistakes are named."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.support import labelled_images
 from tests.support.labelled_images import CLASSES, KINDS, LABELS, data, png
 
 
-def test_the_digits_are_all_there() -> None:
+def test_the_digits_are_complete() -> None:
     source = open_source(data({"kind": "digits"}, 10))
     assert (len(source), source.labels[:3], source.pixels(0, 32).shape) == (1797, [0, 1, 2], (32, 32, 3))
 
@@ -27,28 +27,28 @@ def test_every_kind_gives_the_same_pictures_in_the_same_order(kind: str, store_u
     assert source.label_names == (["0", "1"] if kind == "webdataset_cls" else CLASSES)
     assert len(set(source.names)) == len(LABELS)
     expected = [images.decode(png(i), "", 16) for i in range(len(LABELS))]
-    stretches = list(source.stretches(range(1, 7), most=4))
-    assert [i for stretch in stretches for i in stretch] == list(range(1, 7))
-    walked = [image for stretch in stretches for image in source.decoded(stretch, 16)]
-    for i, image in enumerate(walked, 1):
+    ranges = list(source.read_ranges(range(1, 7), most=4))
+    assert [i for part in ranges for i in part] == list(range(1, 7))
+    decoded = [image for part in ranges for image in source.decoded(part, 16)]
+    for i, image in enumerate(decoded, 1):
         np.testing.assert_array_equal(image, expected[i])
         np.testing.assert_array_equal(source.pixels(i, 16), expected[i])
 
 
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """(path, bytes) of each read from storage from now on."""
+    """Record (path, bytes) of each read from storage."""
     seen, read = [], Folder.read
 
     def counted(self: Folder, path: str, *span: int) -> bytes:
-        found = read(self, path, *span)
-        seen.append((path, len(found)))
-        return found
+        content = read(self, path, *span)
+        seen.append((path, len(content)))
+        return content
 
     monkeypatch.setattr(Folder, "read", counted)
     return seen
 
 
-def test_a_stretch_of_a_tar_is_one_read_of_its_bytes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbours_in_a_tar_are_one_range_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(data(labelled_images.webdataset_cls(folder(tmp_path))))
     seen = reads(monkeypatch)
     source.decoded(range(1, 4), 16)
@@ -60,7 +60,7 @@ def test_a_stretch_of_a_tar_is_one_read_of_its_bytes_alone(tmp_path: Path, monke
     assert seen == [("b.tar", len(png(5)))]
 
 
-def test_a_row_group_is_read_once_by_a_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sequential_read_loads_each_row_group_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = folder(tmp_path)
     big = [np.random.default_rng(i).bytes(2**21) for i in range(6)]
     root.write("x.parquet", labelled_images.parquet([(b, 0) for b in big]))
@@ -70,13 +70,13 @@ def test_a_row_group_is_read_once_by_a_walk(tmp_path: Path, monkeypatch: pytest.
     assert sum(size for _, size in seen) < 2 * sum(map(len, big))
 
 
-def test_labels_that_are_numbers_stand_for_themselves_and_names_are_sorted(tmp_path: Path) -> None:
+def test_number_labels_are_kept_and_names_are_sorted(tmp_path: Path) -> None:
     root = folder(tmp_path)
     root.write("n.csv", b"path,label\na.png,10\nb.png,2\n")
     root.write("w.csv", b"path,label\na.png,z10\nb.png,z2\n")
     assert list(open_source(data({"kind": "csv", "url": f"{root}/n.csv"}, 11)).labels) == [10, 2]
-    words = open_source(data({"kind": "csv", "url": f"{root}/w.csv"}))
-    assert (list(words.labels), words.label_names) == ([0, 1], ["z10", "z2"])
+    named = open_source(data({"kind": "csv", "url": f"{root}/w.csv"}))
+    assert (list(named.labels), named.label_names) == ([0, 1], ["z10", "z2"])
 
 
 def test_paths_of_a_csv_may_be_urls(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_paths_of_a_csv_may_be_urls(tmp_path: Path) -> None:
 
 
 def bad(root: Folder, what: str) -> dict[str, Any]:
-    """A source with one mistake."""
+    """Write a source with one mistake."""
     url, files = root.url, dict[str, bytes]()
     match what:
         case "no folder" | "no tars" | "no parquet" | "no csv":
@@ -106,9 +106,9 @@ def bad(root: Folder, what: str) -> dict[str, Any]:
         case "cut tar":
             files = {"a.tar": labelled_images.tar({"1.png": png(1), "1.cls": b"0"})[:700]}
         case "tar with a damaged header":
-            whole = bytearray(labelled_images.tar({"1.png": png(1), "1.cls": b"0"}))
-            whole[whole.index(b"1.cls")] ^= 1
-            files = {"a.tar": bytes(whole)}
+            content = bytearray(labelled_images.tar({"1.png": png(1), "1.cls": b"0"}))
+            content[content.index(b"1.cls")] ^= 1
+            files = {"a.tar": bytes(content)}
         case "csv column":
             files = {"a.csv": b"path,class\n1.png,0\n"}
         case "csv line":
@@ -168,13 +168,13 @@ def write(root: Folder, files: dict[str, bytes]) -> dict[str, Any]:
         ("label beyond the classes", r"data.num_classes: got 2, but .*a.csv has labels up to 7"),
     ],
 )
-def test_what_is_wrong_with_a_source_is_said(tmp_path: Path, what: str, words: str) -> None:
+def test_mistakes_in_a_source_are_named(tmp_path: Path, what: str, words: str) -> None:
     with pytest.raises(DisScaleError, match=words):
         open_source(data(bad(folder(tmp_path), what)))
 
 
-def test_of_several_images_of_a_sample_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a tar that is indexed as it is read, too."""
+def test_the_recipe_selects_one_of_several_images_of_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a large tar, which is indexed as it is read."""
     monkeypatch.setattr(tars, "LARGE_BYTES", 0)
     members = {f"{i}.{kind}": png(i) for i in range(2) for kind in ("jpg", "seg.png")} | {"0.cls": b"0", "1.cls": b"1"}
     folder(tmp_path).write("a.tar", labelled_images.tar(dict(sorted(members.items()))))
@@ -191,17 +191,17 @@ def test_other_classes_than_the_recipe_says_are_refused(tmp_path: Path) -> None:
 def test_a_broken_image_is_named_and_its_neighbours_are_read(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = png
-    monkeypatch.setattr(labelled_images, "png", lambda i: b"" if i == 2 else whole(i))
+    intact = png
+    monkeypatch.setattr(labelled_images, "png", lambda i: b"" if i == 2 else intact(i))
     source = open_source(data(KINDS[kind](folder(tmp_path))))
-    found = [image for stretch in source.stretches(range(7), 16) for image in source.decoded(stretch, 16)]
-    ((place, error),) = [(i, image) for i, image in enumerate(found) if isinstance(image, UndecodableImage)]
-    assert place == 2
+    decoded = [image for part in source.read_ranges(range(7), 16) for image in source.decoded(part, 16)]
+    ((position, error),) = [(i, image) for i, image in enumerate(decoded) if isinstance(image, UndecodableImage)]
+    assert position == 2
     assert f"image {source.names[2]} cannot be decoded: it is empty (0 bytes); repair or remove it" in str(error)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_gone_since_is_no_broken_image(kind: str, tmp_path: Path) -> None:
+def test_a_deleted_image_is_not_reported_as_broken(kind: str, tmp_path: Path) -> None:
     source = open_source(data(KINDS[kind](folder(tmp_path))))
     for path in tmp_path.rglob("*.*"):
         path.unlink()

@@ -1,4 +1,4 @@
-"""The distance against its closed form, its error against repeated draws, and what cannot be measured."""
+"""The distance against its closed form, its error against repeated sampling, and invalid inputs."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_equals_the_formula_with_a_matrix_root() -> None:
     assert frechet(a, b) == pytest.approx(expected, rel=1e-9)
 
 
-def test_equals_the_closed_form_where_covariances_commute() -> None:
+def test_equals_the_closed_form_if_covariances_commute() -> None:
     a = MeanCovariance(9, np.array([1.0, 2.0]), np.diag([4.0, 9.0]))
     b = MeanCovariance(9, np.array([0.0, 0.0]), np.diag([1.0, 1.0]))
     assert frechet(a, b) == pytest.approx(1 + 4 + (2 - 1) ** 2 + (3 - 1) ** 2, rel=1e-12)
@@ -35,12 +35,12 @@ def test_is_zero_for_the_same_and_symmetric() -> None:
     assert frechet(a, b) == pytest.approx(frechet(b, a), rel=1e-9)
 
 
-def test_the_jackknife_error_is_the_spread_of_repeated_draws() -> None:
+def test_the_jackknife_error_is_the_spread_of_repeated_samples() -> None:
     reference, rng = Frechet(MeanCovariance(10**6, np.zeros(3), np.eye(3))), np.random.default_rng(0)
-    draws = [rng.standard_normal((600, 3)) + 0.5 for _ in range(200)]
-    spread = np.std([reference(fit(x)) for x in draws])
-    errors = [grouped(x).distance(reference)[1] for x in draws[:40]]
-    # 200 draws know the spread to 5 %, 20 groups the error to 3 % over 40
+    sets = [rng.standard_normal((600, 3)) + 0.5 for _ in range(200)]
+    spread = np.std([reference(fit(x)) for x in sets])
+    errors = [grouped(x).distance(reference)[1] for x in sets[:40]]
+    # 200 sets give the spread to 5 %, 20 groups the error to 3 % over 40
     assert np.mean(errors) == pytest.approx(spread, rel=0.15)  # type: ignore[arg-type]
 
 
@@ -56,13 +56,13 @@ def test_the_jackknife_leaves_out_each_twentieth() -> None:
     group = np.arange(107) * 20 // 107
     left_out = np.array([reference(fit(features[group != g])) for g in range(20)])
     expected = np.sqrt(19 / 20 * ((left_out - left_out.mean()) ** 2).sum())
-    whole, error = grouped(features).distance(reference)
-    assert whole == pytest.approx(reference(fit(features)), rel=1e-12)
+    distance, error = grouped(features).distance(reference)
+    assert distance == pytest.approx(reference(fit(features)), rel=1e-12)
     assert error == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(("samples", "has_error"), [(21, False), (22, True)])
-def test_no_error_where_a_left_out_set_has_a_singular_covariance(samples: int, has_error: bool) -> None:
+def test_no_error_if_a_left_out_set_has_a_singular_covariance(samples: int, has_error: bool) -> None:
     features = np.random.default_rng(1).standard_normal((samples, 19))  # leaves 19 and 20 samples
     assert (grouped(features).distance(Frechet(random_statistics(4, 19)))[1] is not None) == has_error
 
@@ -74,11 +74,11 @@ def test_too_few_samples_for_the_covariance_say_how_many() -> None:
         grouped(np.random.default_rng(0).standard_normal((6, 6)), 3).distance(Frechet(random_statistics(4)))
 
 
-def test_infinity_takes_off_the_bias_of_few_samples() -> None:
+def test_infinity_removes_the_bias_of_few_samples() -> None:
     reference, rng = Frechet(MeanCovariance(10**6, np.zeros(8), np.eye(8))), np.random.default_rng(0)
-    draws = [rng.standard_normal((400, 8)) for _ in range(40)]
-    plain = np.mean([reference(fit(x)) for x in draws])
-    limits, errors = zip(*(infinity(x, reference, 0) for x in draws), strict=True)
+    sets = [rng.standard_normal((400, 8)) for _ in range(40)]
+    plain = np.mean([reference(fit(x)) for x in sets])
+    limits, errors = zip(*(infinity(x, reference, 0) for x in sets), strict=True)
     assert abs(np.mean(limits)) < 0.2 * plain  # the truth is 0
     assert 0 < np.mean(errors) < plain
 
@@ -106,7 +106,7 @@ def test_sums_merge_to_the_statistics_of_all() -> None:
     np.testing.assert_allclose(merged.covariance, np.cov(features, rowvar=False), rtol=1e-10)
 
 
-def test_too_few_samples_are_said() -> None:
+def test_too_few_samples_are_refused() -> None:
     with pytest.raises(DisScaleError, match="a covariance needs at least 2 samples, got 1"):
         fit(np.zeros((1, 4)))
 
