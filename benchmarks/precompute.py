@@ -26,7 +26,7 @@ from benchmarks.rows import Job, least_times, verdict
 from dis_scale import recipe as recipes
 from dis_scale import vae
 from dis_scale.data import images
-from dis_scale.data.encode import READ_IMAGES, Setup, compute_exactly, encode, put_shards
+from dis_scale.data.encode import READ_IMAGES, Setup, compute_exactly, encode_images, put_shards
 from dis_scale.data.sources import open_source
 from dis_scale.data.threads import in_order
 from dis_scale.recipe import Recipe, TrainedVae
@@ -73,13 +73,13 @@ def feed(encoder: KlVae, batch: int, pieces: Iterator[np.ndarray]) -> None:
     for piece in pieces:
         waiting.append(piece)
         if sum(map(len, waiting)) >= batch:
-            encode(encoder, np.concatenate(waiting), batch)
+            encode_images(encoder, np.concatenate(waiting), batch)
             waiting = []
 
 
 def alone(encoder: KlVae, decoded: np.ndarray, batch: int) -> None:
     for i in range(0, len(decoded), batch):
-        encode(encoder, decoded[i : i + batch], batch)
+        encode_images(encoder, decoded[i : i + batch], batch)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from dis_scale.ema import Snapshot
 from dis_scale.errors import DisScaleError, Preempted, StorageAway, StorageError, StorageFull
 from dis_scale.evaluation import held_out, measure, reference, results
 from dis_scale.evaluation.results import Drawn
-from dis_scale.evaluation.sampling import Block, arrange, grid, grid_columns, labels_of, open_sampler
+from dis_scale.evaluation.sampling import SampleBlock, arrange, grid, grid_columns, labels_of, open_sampler
 from dis_scale.recipe import Evaluate, Recipe
 from dis_scale.storage import Folder
 from pipelines import stage
@@ -140,7 +140,7 @@ class Evaluation:
         """All metrics, and the grid's pictures, with one block in memory at a time."""
         pictures = []
 
-        def blocks() -> Iterator[Block]:
+        def blocks() -> Iterator[SampleBlock]:
             for b in range(_block_count(drawing)):
                 block = _read_block(folder, b)
                 pictures.append(block.pictures)
@@ -277,8 +277,8 @@ def _options(recipe: Recipe, device: str) -> dict[str, Any]:
     return options
 
 
-def _read_block(folder: Folder, block: int) -> Block:
-    return Block.from_bytes(folder.read(block_name(block)), f"{folder}/{block_name(block)}")
+def _read_block(folder: Folder, block: int) -> SampleBlock:
+    return SampleBlock.from_bytes(folder.read(block_name(block)), f"{folder}/{block_name(block)}")
 
 
 def _whole(folder: Folder, block: int) -> bool:

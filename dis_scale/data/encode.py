@@ -143,7 +143,7 @@ def _encode_shard(
 def _encode_batch(setup: Setup, batch: list[tuple[int, np.ndarray]]) -> list[Sample]:
     positions, pixels = zip(*batch, strict=True)
     samples = []
-    batch_moments = encode(setup.vae, np.stack(pixels), setup.recipe.precompute.encode_images)
+    batch_moments = encode_images(setup.vae, np.stack(pixels), setup.recipe.precompute.encode_images)
     for position, moments in zip(positions, batch_moments, strict=True):
         entry = setup.source.listing[position]
         if not np.isfinite(moments).all():
@@ -152,7 +152,7 @@ def _encode_batch(setup: Setup, batch: list[tuple[int, np.ndarray]]) -> list[Sam
     return samples
 
 
-def encode(vae: Vae, pixels_BHWC: np.ndarray, size: int) -> np.ndarray:
+def encode_images(vae: Vae, pixels_BHWC: np.ndarray, size: int) -> np.ndarray:
     """Encode up to `size` images and their horizontal flips to moments, float16 (B, 2, 2C, h, w); pads the batch to `size`."""
     padding = np.repeat(pixels_BHWC[-1:], size - len(pixels_BHWC), axis=0)
     padded = np.concatenate([pixels_BHWC, padding])

@@ -17,7 +17,7 @@ import torch
 from dis_scale import manifest, seeds
 from dis_scale.data.cache import Cache, default_folder
 from dis_scale.data.memory import MemoryBuffer, free_memory_bytes
-from dis_scale.data.order import BLOCK_SHARDS, Order, Places
+from dis_scale.data.order import BLOCK_SHARDS, Locations, Order
 from dis_scale.data.shards import Shard, unpack
 from dis_scale.errors import UserError
 from dis_scale.recipe import LatentShape, Reader, Recipe
@@ -43,7 +43,7 @@ class Latents:
     def read(self, positions: np.ndarray, sides: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return moments, float16 (n, 2C, h, w), and labels (n) at rising positions; side 0 is the image, 1 its horizontal flip."""
         self._buffer.request(self.order.shards_near(int(positions[0]), int(positions[-1])))
-        return self._gather(self.order.places(positions), sides)
+        return self._gather(self.order.locate(positions), sides)
 
     def held_out(self) -> Iterator[tuple[np.ndarray, int]]:
         """Yield moments, float16 (2C, h, w), of the unflipped image and the label of each sample that training never sees."""
@@ -52,7 +52,7 @@ class Latents:
         for i, shard in enumerate(touched):
             self._buffer.request(touched[i : i + BLOCK_SHARDS])
             inside = rows[shards == shard]
-            moments, labels = self._gather(Places(np.full_like(inside, shard), inside), np.zeros_like(inside))
+            moments, labels = self._gather(Locations(np.full_like(inside, shard), inside), np.zeros_like(inside))
             yield from zip(moments, labels.tolist(), strict=True)
 
     def scaled(self, sample: np.ndarray) -> np.ndarray:
@@ -61,14 +61,14 @@ class Latents:
         sample *= np.float32(self.manifest["scale"])
         return sample
 
-    def _gather(self, places: Places, sides: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _gather(self, locations: Locations, sides: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         channels, size = self.shape
         moments = np.empty((len(sides), 2 * channels, size, size), np.float16)
         labels = np.empty(len(sides), np.int64)
-        for index in np.unique(places.shards).tolist():
-            at, shard = places.shards == index, self._buffer[index]
-            moments[at] = shard.moments[places.rows[at], sides[at]]
-            labels[at] = shard.labels[places.rows[at]]
+        for index in np.unique(locations.shards).tolist():
+            at, shard = locations.shards == index, self._buffer[index]
+            moments[at] = shard.moments[locations.rows[at], sides[at]]
+            labels[at] = shard.labels[locations.rows[at]]
         return moments, labels
 
     def _load(self, index: int) -> Shard:

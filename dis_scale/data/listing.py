@@ -32,13 +32,13 @@ T = TypeVar("T")
 class Entry(NamedTuple):
     """An image: its name, its class as the source writes it, and where its bytes are.
 
-    `file` is empty if the name is the file. `place` is (byte offset, length) in a tar, (row group, row) in Parquet.
+    `file` is empty if the name is the file. `location` is (byte offset, length) in a tar, (row group, row) in Parquet.
     """
 
     name: str
     label: int | str
     file: str = ""
-    place: tuple[int, int] = (0, 0)
+    location: tuple[int, int] = (0, 0)
 
 
 class Contents(NamedTuple):
@@ -110,7 +110,7 @@ def build(contents: Contents, put: Callable[[int, bytes], None], report: ReportD
     for number, entries in enumerate(batched(_counted(contents.entries, report), PART)):
         ids = [labels.id_of(entry) for entry in entries]
         for entry in entries:
-            total.update(os.fsencode(f"{entry.name}\t{entry.label}\t{entry.file}\t{entry.place}\n"))
+            total.update(os.fsencode(f"{entry.name}\t{entry.label}\t{entry.file}\t{entry.location}\n"))
         put(number, _Part.of(entries, ids).to_bytes())
         count += len(entries)
     return {"count": count, "sha256": total.hexdigest(), **labels.facts()}
@@ -129,27 +129,27 @@ def stored(
 
     If two processes list at once, both use the first manifest. Parts are named by their content, so neither damages the other's.
     """
-    place = store / "listings" / hashlib.sha256(json.dumps([key, manifest.FORMAT]).encode()).hexdigest()[:16]
-    if manifest.find(place) is None:
+    target = store / "listings" / hashlib.sha256(json.dumps([key, manifest.FORMAT]).encode()).hexdigest()[:16]
+    if manifest.find(target) is None:
         files: dict[str, dict[str, Any]] = {}
 
         def put(_: int, data: bytes) -> None:
             name = f"{hashlib.sha256(data).hexdigest()[:16]}.npz"
-            place.write(name, data)
+            target.write(name, data)
             files[name] = manifest.digest(data)
 
-        facts = build(find(), put, report, str(place))
+        facts = build(find(), put, report, str(target))
         new = {"format": manifest.FORMAT, "source": key, **facts, "files": files}
-        check(_open(place, new))
-        place.create(manifest.NAME, (json.dumps(new, indent=1) + "\n").encode())
-    listing = _open(place, manifest.require(place))
+        check(_open(target, new))
+        target.create(manifest.NAME, (json.dumps(new, indent=1) + "\n").encode())
+    listing = _open(target, manifest.require(target))
     check(listing)
     return listing
 
 
-def _open(place: Folder, facts: dict[str, Any]) -> Listing:
+def _open(target: Folder, facts: dict[str, Any]) -> Listing:
     names = list(facts["files"])
-    return Listing(facts, lambda number: manifest.read(place, names[number], facts), str(place))
+    return Listing(facts, lambda number: manifest.read(target, names[number], facts), str(target))
 
 
 class _Labels:
@@ -184,19 +184,19 @@ class _Labels:
 
 @dataclass(frozen=True)
 class _Part:
-    """Up to `PART` entries as arrays: concatenated names; for each entry the end of its name, label, file number and place."""
+    """Up to `PART` entries as arrays: concatenated names; for each entry the end of its name, label, file number and location."""
 
     names: bytes
     ends: np.ndarray
     labels: np.ndarray
     files: list[str]
     file_of: np.ndarray
-    places: np.ndarray
+    locations: np.ndarray
 
     def __getitem__(self, row: int) -> Entry:
         start = int(self.ends[row - 1]) if row else 0
         name = os.fsdecode(self.names[start : int(self.ends[row])])
-        offset, length = self.places[row].tolist()
+        offset, length = self.locations[row].tolist()
         return Entry(name, int(self.labels[row]), self.files[self.file_of[row]], (offset, length))
 
     @classmethod
@@ -205,14 +205,14 @@ class _Part:
         numbers: dict[str, int] = {}
         file_of = np.array([numbers.setdefault(entry.file, len(numbers)) for entry in entries], np.int32)
         ends = np.cumsum([len(name) for name in names], dtype=np.uint32)
-        places = np.array([entry.place for entry in entries], np.int64)
-        return cls(b"".join(names), ends, np.array(ids, np.int32), list(numbers), file_of, places)
+        locations = np.array([entry.location for entry in entries], np.int64)
+        return cls(b"".join(names), ends, np.array(ids, np.int32), list(numbers), file_of, locations)
 
     def to_bytes(self) -> bytes:
         buffer = io.BytesIO()
         np.savez_compressed(
             buffer, names=np.frombuffer(self.names, np.uint8), ends=self.ends, labels=self.labels, file_of=self.file_of,
-            files=np.frombuffer(os.fsencode("\0".join(self.files)), np.uint8), places=self.places,
+            files=np.frombuffer(os.fsencode("\0".join(self.files)), np.uint8), places=self.locations,
         )  # fmt: skip
         return buffer.getvalue()
 

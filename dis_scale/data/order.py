@@ -15,7 +15,7 @@ from dis_scale.errors import UserError
 BLOCK_SHARDS = 4
 
 
-class Places(NamedTuple):
+class Locations(NamedTuple):
     """Samples, one an entry: the shard's index in the manifest, and the row in the shard."""
 
     shards: np.ndarray
@@ -35,9 +35,9 @@ class Order:
         self.counts = self.sizes - np.bincount(self.held_out.shards, minlength=len(counts))
         self.total = int(self.counts.sum())
         self._epoch = lru_cache(2)(self._epoch_shards)
-        self._block = lru_cache(4)(self._block_places)
+        self._block = lru_cache(4)(self._block_samples)
 
-    def places(self, positions: np.ndarray) -> Places:
+    def locate(self, positions: np.ndarray) -> Locations:
         """Return the samples at these positions (n)."""
         epochs, inner = np.divmod(positions, self.total)
         shards, rows = np.empty_like(inner), np.empty_like(inner)
@@ -48,7 +48,7 @@ class Order:
                 at = blocks == block
                 table = self._block(epoch, block)
                 shards[at], rows[at] = (column[inner[at] - starts[block]] for column in table)
-        return Places(shards, rows)
+        return Locations(shards, rows)
 
     def shards_near(self, first: int, last: int) -> list[int]:
         """Return the shards of the blocks of positions `first` to `last` and of the block after those, in order."""
@@ -63,14 +63,14 @@ class Order:
                 return near
             position = epoch * self.total + int(starts[block] + self.counts[inside].sum())
 
-    def _hold_out(self, count: int) -> Places:
+    def _hold_out(self, count: int) -> Locations:
         """Choose held-out samples by the seed alone; sorted as in the set."""
         starts, total = np.cumsum(self.sizes) - self.sizes, int(self.sizes.sum())
         if count >= total:
             raise UserError(f"data.held_out_images: {count} of {total} images would leave none to train on")
         chosen = np.sort(seeds.generator("held out", self.seed).choice(total, count, replace=False))
         shards = np.searchsorted(starts, chosen, side="right") - 1
-        return Places(shards, chosen - starts[shards])
+        return Locations(shards, chosen - starts[shards])
 
     def _epoch_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the first position of each block, and all shards in the epoch's order."""
@@ -81,12 +81,12 @@ class Order:
     def _shards_of(self, shards: np.ndarray, block: int) -> np.ndarray:
         return shards[block * self.block_shards : (block + 1) * self.block_shards]
 
-    def _block_places(self, epoch: int, block: int) -> Places:
+    def _block_samples(self, epoch: int, block: int) -> Locations:
         """Return the block's samples in the epoch's order."""
         inside = self._shards_of(self._epoch(epoch)[1], block)
         rows = [self._rows_of(shard) for shard in inside]
         order = seeds.generator("samples", self.seed, epoch, block).permutation(sum(map(len, rows)))
-        return Places(np.repeat(inside, self.counts[inside])[order], np.concatenate(rows)[order])
+        return Locations(np.repeat(inside, self.counts[inside])[order], np.concatenate(rows)[order])
 
     def _rows_of(self, shard: int) -> np.ndarray:
         held = self.held_out.rows[slice(*np.searchsorted(self.held_out.shards, [shard, shard + 1]))]

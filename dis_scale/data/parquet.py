@@ -35,8 +35,8 @@ class ParquetReader:
     def read(self, entries: Sequence[Entry]) -> list[bytes]:
         """Return the images' bytes, empty for a null; all entries are in one row group."""
         with self._one_at_a_time:
-            column = self._group(entries[0].file, entries[0].place[0])
-        return [column[entry.place[1]].as_py() or b"" for entry in entries]
+            column = self._group(entries[0].file, entries[0].location[0])
+        return [column[entry.location[1]].as_py() or b"" for entry in entries]
 
     def _read_group(self, name: str, group: int) -> pa.ChunkedArray:
         with _opened(self._root, name) as file:
@@ -46,7 +46,7 @@ class ParquetReader:
 
 def near(first: Entry, entry: Entry) -> bool:
     """Return whether one read returns both `first` and `entry`, which comes after it."""
-    return (first.file, first.place[0]) == (entry.file, entry.place[0])
+    return (first.file, first.location[0]) == (entry.file, entry.location[0])
 
 
 def _entries(root: Folder, name: str, settings: ParquetSource) -> Iterator[Entry]:

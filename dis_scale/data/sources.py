@@ -153,7 +153,7 @@ class _Digits(_OneFileEach):
 
     def read_one(self, entry: Entry) -> bytes:
         buffer = io.BytesIO()
-        Image.fromarray(_digits()[0][entry.place[0]]).save(buffer, "PNG")
+        Image.fromarray(_digits()[0][entry.location[0]]).save(buffer, "PNG")
         return buffer.getvalue()
 
 

@@ -52,14 +52,14 @@ def find(root: Folder, names: list[str], settings: TarSource) -> Contents:
 
 def read(root: Folder, entries: Sequence[Entry]) -> list[bytes]:
     """Return the images' bytes by one range read; all entries are in one tar, in its order."""
-    first, last = entries[0].place[0], sum(entries[-1].place)
+    first, last = entries[0].location[0], sum(entries[-1].location)
     data = root.read(entries[0].file, first, last) if last > first else b""
-    return [data[start - first : start - first + length] for start, length in (entry.place for entry in entries)]
+    return [data[start - first : start - first + length] for start, length in (entry.location for entry in entries)]
 
 
 def near(first: Entry, entry: Entry) -> bool:
     """Return whether one read returns both `first` and `entry`, which comes after it."""
-    return first.file == entry.file and sum(entry.place) - first.place[0] <= SPAN_BYTES
+    return first.file == entry.file and sum(entry.location) - first.location[0] <= SPAN_BYTES
 
 
 def _entries(root: Folder, name: str, settings: TarSource) -> Iterator[Entry]:

@@ -78,9 +78,9 @@ class Adm:
 
 def open_reference(url: str) -> Adm:
     """Open the file at a path or URL; UserError if it is missing or not an `.npz`."""
-    place, name = locate(url)
+    parent, name = locate(url)
     try:
-        source = place.local / name if place.local else io.BytesIO(place.read(name))
+        source = parent.local / name if parent.local else io.BytesIO(parent.read(name))
         return Adm(url, zipfile.ZipFile(source))
     except FileNotFoundError as error:
         raise UserError(f"evaluate.reference: no file {url}") from error

@@ -123,9 +123,9 @@ def _resized(x_BCHW: Tensor, size: int | None) -> Tensor:
 
 
 def _read_script(settings: TorchScriptExtractor) -> bytes:
-    place, name = locate(settings.path)
+    parent, name = locate(settings.path)
     try:
-        data = place.read(name)
+        data = parent.read(name)
     except FileNotFoundError as error:
         raise UserError(f"extractor {settings.name}: no file {settings.path}") from error
     digest = hashlib.sha256(data).hexdigest()
@@ -143,15 +143,15 @@ def store_classifier(sweep: Folder, name: str, net: Classifier, accuracy: float)
 
 def load_classifier(sweep: Folder, name: str) -> Classifier:
     """Load a stored classifier in evaluation mode."""
-    place = sweep / "extractors" / name
-    facts = _classifier_manifest(place)
+    folder = sweep / "extractors" / name
+    facts = _classifier_manifest(folder)
     net = Classifier(facts["kind"], facts["num_classes"])
-    net.load_state_dict(safetensors.torch.load(manifest.read(place, "weights.safetensors", facts)))
+    net.load_state_dict(safetensors.torch.load(manifest.read(folder, "weights.safetensors", facts)))
     return net.eval()
 
 
-def _classifier_manifest(place: Folder) -> dict:
-    facts = manifest.find(place)
+def _classifier_manifest(folder: Folder) -> dict:
+    facts = manifest.find(folder)
     if facts is None:
-        raise StorageError(f"{place}: no classifier there: the prepare stage has not finished")
+        raise StorageError(f"{folder}: no classifier there: the prepare stage has not finished")
     return facts

@@ -72,9 +72,9 @@ def load(weights: str | None) -> Inception:
 
 def read_weights(where: str, expected: WeightsFile = PUBLISHED) -> dict[str, Tensor]:
     """Read the weights of a file. It is opened only if its size and sha256 are those expected; UserError otherwise."""
-    place, name = locate(where)
+    parent, name = locate(where)
     try:
-        data = place.read(name)
+        data = parent.read(name)
     except (FileNotFoundError, IsADirectoryError, StorageError) as error:
         raise UserError(
             f"evaluate.extractor.weights: cannot read {where}; get {expected.url} and give its path here"

@@ -13,7 +13,7 @@ from dis_scale.evaluation import inception, kernel, metrics, neighbours, score
 from dis_scale.evaluation.features import Features
 from dis_scale.evaluation.metrics import Frechet, Groups
 from dis_scale.evaluation.reference import Reference
-from dis_scale.evaluation.sampling import Block
+from dis_scale.evaluation.sampling import SampleBlock
 from dis_scale.evaluation.score import Score
 from dis_scale.recipe import Evaluate
 
@@ -22,7 +22,7 @@ Metric = tuple[str, float, float | None]
 
 
 def measure_blocks(
-    blocks: Iterable[Block], references: Mapping[str, Reference], settings: Evaluate
+    blocks: Iterable[SampleBlock], references: Mapping[str, Reference], settings: Evaluate
 ) -> dict[str, float]:
     """Return the recipe's metrics by name, with `<name>_error` and, for distances, `<name>_floor`, if known.
 
@@ -124,7 +124,7 @@ class _Pass:
             yield ("fid_infinity", *metrics.infinity(features_ND, frechet, self._settings.samples))
 
 
-def _features(block: Block, number: int, name: str, reference: Reference) -> Features:
+def _features(block: SampleBlock, number: int, name: str, reference: Reference) -> Features:
     if name not in block.features:
         raise StorageError(
             f"block {number} lacks extractor {name}: it was sampled before the recipe named it: delete it"

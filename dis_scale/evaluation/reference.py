@@ -177,18 +177,18 @@ def load_all(sweep: Folder, recipe: Recipe) -> dict[str, Reference]:
 
 def load(sweep: Folder, recipe: Recipe, name: str, identity: str) -> Reference:
     """Load one extractor's statistics; StorageError if they are missing, damaged, or of other images or features."""
-    place, size = path(recipe, name, identity), recipe.data.resolution
-    if not sweep.exists(place):
+    file, size = path(recipe, name, identity), recipe.data.resolution
+    if not sweep.exists(file):
         others = ", though there are others" if sweep.list("reference") else ""
         raise StorageError(
-            f"{sweep}/{place}: no statistics of these images at {size} x {size} under extractor {name} "
+            f"{sweep}/{file}: no statistics of these images at {size} x {size} under extractor {name} "
             f"(weights {identity[:12]}){others}: run prepare"
         )
-    arrays = npz.from_bytes(sweep.read(place), f"{sweep}/{place}")
+    arrays = npz.from_bytes(sweep.read(file), f"{sweep}/{file}")
     for key, expected in _facts(recipe, name, identity).items():
         if str(got := arrays[key]) != expected:
             raise StorageError(
-                f"{sweep}/{place}: {key} is {got}, this recipe's is {expected}: delete the file and run prepare"
+                f"{sweep}/{file}: {key} is {got}, this recipe's is {expected}: delete the file and run prepare"
             )
     return Reference.from_arrays(arrays)
 

@@ -36,7 +36,7 @@ FIELDS = ("identity", "pooled", "spatial", "logits")
 
 
 @dataclass(frozen=True)
-class Block:
+class SampleBlock:
     """Features by extractor, the grid's pictures, and `right` (S): 1 if the judge sees the requested class, -1 without a judge."""
 
     features: Mapping[str, Features]
@@ -51,7 +51,7 @@ class Block:
         return npz.to_bytes(arrays)
 
     @classmethod
-    def from_bytes(cls, data: bytes, where: str) -> "Block":
+    def from_bytes(cls, data: bytes, where: str) -> "SampleBlock":
         """Read a block; StorageError names a damaged one."""
         arrays = npz.from_bytes(data, where)
         parts: dict[str, dict[str, np.ndarray]] = {}
@@ -85,7 +85,7 @@ class BlockSampler:
         model = load_model(self.recipe, name, self.vae.latent(self.recipe.data.resolution), weights).to(self.device)
         return model.bfloat16() if settings.precision == "bf16" else model
 
-    def sample(self, model: Backbone, settings: Evaluate, block: int) -> Block:
+    def sample(self, model: Backbone, settings: Evaluate, block: int) -> SampleBlock:
         """Sample one block: guide, decode, extract features, judge."""
         numbers = block_numbers(settings.samples, settings.block_images, block)
         micro = settings.batch_images
@@ -94,7 +94,7 @@ class BlockSampler:
         with self._timed("features"):
             features, right = {e.name: e(pixels) for e in self.extractors}, self._judge(pixels, labels)
         shown = set(grid_numbers(self.labels))
-        return Block(features, right, pixels[[number in shown for number in numbers]])
+        return SampleBlock(features, right, pixels[[number in shown for number in numbers]])
 
     def _pixels(self, model: Backbone, settings: Evaluate, numbers: range) -> np.ndarray:
         """Return the images of a micro-batch, uint8 (B, H, W, 3)."""

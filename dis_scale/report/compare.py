@@ -6,7 +6,7 @@ from typing import NamedTuple
 from rich.table import Table
 
 from dis_scale.errors import UserError
-from dis_scale.report.collect import Point, Report
+from dis_scale.report.points import Point, Report
 from dis_scale.report.tables import FACTS
 
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dis_scale.report import fits
-from dis_scale.report.collect import Point, Report
+from dis_scale.report.points import Point, Report
 from dis_scale.report.published import PUBLISHED
 
 MARKERS = {"dis": "o", "diffussm": "^", "dit": "s"}

@@ -4,8 +4,8 @@ from dis_scale.errors import UserError
 from dis_scale.evaluation import results
 from dis_scale.evaluation.results import Drawn
 from dis_scale.report import figures
-from dis_scale.report.collect import Report
 from dis_scale.report.page import render_page
+from dis_scale.report.points import Report
 from dis_scale.report.tables import to_csv
 from dis_scale.storage import Folder
 

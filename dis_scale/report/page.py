@@ -4,7 +4,7 @@ import base64
 from html import escape
 
 from dis_scale.report import figures, tables
-from dis_scale.report.collect import Report
+from dis_scale.report.points import Report
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #111; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }

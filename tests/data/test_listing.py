@@ -60,7 +60,7 @@ def list_imagenet(where: str) -> None:
         folder(where), "imagenet", lambda: Contents(entries(IMAGENET)), lambda _: None, reports.append
     )
     first, last = made[0], made[IMAGENET - 1]
-    assert (first, last.label, last.place[0]) == (next(entries(1)), (IMAGENET - 1) % 1000, IMAGENET - 1)
+    assert (first, last.label, last.location[0]) == (next(entries(1)), (IMAGENET - 1) % 1000, IMAGENET - 1)
     # Not getrusage's ru_maxrss, which a child inherits from its parent.
     status = Path("/proc/self/status").read_text()
     print(len(reports), 1024 * int(status.partition("VmHWM:")[2].split()[0]))

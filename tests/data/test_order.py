@@ -17,8 +17,8 @@ BLOCKS = st.integers(1, 5)
 
 def samples_at(order: Order, first: int, last: int) -> list[tuple[int, int]]:
     """(shard, row) at positions [first, last)."""
-    places = order.places(np.arange(first, last))
-    return list(zip(places.shards.tolist(), places.rows.tolist(), strict=True))
+    locations = order.locate(np.arange(first, last))
+    return list(zip(locations.shards.tolist(), locations.rows.tolist(), strict=True))
 
 
 def everything(counts: list[int]) -> list[tuple[int, int]]:
@@ -112,7 +112,7 @@ def test_ten_million_samples_take_little_time_and_memory() -> None:
     order = Order([1000] * 10_000, 0, held_out=5_000)
     middle = order.total * 7 // 2
     for first in range(middle, middle + 100_000, 256):
-        order.places(np.arange(first, first + 256))
+        order.locate(np.arange(first, first + 256))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert time.process_time() - began < 5

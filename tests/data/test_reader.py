@@ -139,7 +139,7 @@ def damage(path: Path, how: str) -> None:
 def test_a_damaged_shard_stops_training_only_when_it_is_needed(at: Path, how: str, words: str) -> None:
     damage(at / "000006.tar", how)
     latents = Latents(folder(flaky(at)), 0)
-    reached = next(p for p in range(sum(COUNTS)) if latents.order.places(np.arange(p, p + 1)).shards[0] == 6)
+    reached = next(p for p in range(sum(COUNTS)) if latents.order.locate(np.arange(p, p + 1)).shards[0] == 6)
     for position in range(reached):
         read(latents, position, position + 1)
     with pytest.raises(StorageError, match=words):

@@ -15,7 +15,7 @@ from dis_scale.evaluation.features import Features
 from dis_scale.evaluation.measure import measure_blocks, notes
 from dis_scale.evaluation.metrics import Frechet, fit, frechet
 from dis_scale.evaluation.reference import Reference
-from dis_scale.evaluation.sampling import Block, require_finite
+from dis_scale.evaluation.sampling import SampleBlock, require_finite
 from dis_scale.recipe import Evaluate, Recipe
 from tests.conftest import TINY
 
@@ -52,11 +52,11 @@ def cut(features: Features, sizes: list[int]) -> list[Features]:
     return parts
 
 
-def blocks(sizes: list[int], **by_name: Features) -> list[Block]:
+def blocks(sizes: list[int], **by_name: Features) -> list[SampleBlock]:
     parts = {name: cut(features, sizes) for name, features in by_name.items()}
     right = np.full(max(sizes), -1, np.int8)
     pictures = np.zeros((0, 4, 4, 3), np.uint8)
-    return [Block({n: p[i] for n, p in parts.items()}, right[:size], pictures) for i, size in enumerate(sizes)]
+    return [SampleBlock({n: p[i] for n, p in parts.items()}, right[:size], pictures) for i, size in enumerate(sizes)]
 
 
 def reference(features: Features, floor: float | None = 0.5) -> Reference:
@@ -115,7 +115,7 @@ def test_metrics_of_stored_blocks_are_bit_equal(images: tuple[Features, Features
     settings, real_ones = inception_settings(samples=1200, metrics=EVERY), {"inception": reference(real)}
     sampled = blocks([100] * 12, inception=generated)
     arrived = {b: sampled[b].to_bytes() for worker in range(8) for b in reversed(range(worker, 12, 8))}
-    again = (Block.from_bytes(arrived[b], "here") for b in sorted(arrived))
+    again = (SampleBlock.from_bytes(arrived[b], "here") for b in sorted(arrived))
     assert measure_blocks(again, real_ones, settings) == measure_blocks(sampled, real_ones, settings)
 
 
@@ -218,9 +218,9 @@ def test_precision_and_recall_never_have_all_distances_in_memory(monkeypatch: py
 )
 def test_a_damaged_block_is_named(damage: Any) -> None:
     data = blocks([80], digits=seen(80, 0))[0].to_bytes()
-    assert np.array_equal(Block.from_bytes(data, "here").features["digits"].pooled, seen(80, 0).pooled)
+    assert np.array_equal(SampleBlock.from_bytes(data, "here").features["digits"].pooled, seen(80, 0).pooled)
     with pytest.raises(StorageError, match=r"sweep/block-00003\.npz: damaged"):
-        Block.from_bytes(damage(data), "sweep/block-00003.npz")
+        SampleBlock.from_bytes(damage(data), "sweep/block-00003.npz")
 
 
 def test_samples_that_are_not_finite_are_named_before_they_become_pixels() -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from dis_scale import manifest, vae
 from dis_scale import recipe as recipes
 from dis_scale.data import shards
-from dis_scale.data.encode import HARDWARE, Setup, encode, encode_shards, require_same_hardware
+from dis_scale.data.encode import HARDWARE, Setup, encode_images, encode_shards, require_same_hardware
 from dis_scale.data.sources import open_source
 from dis_scale.errors import Preempted, StorageError, UndecodableImage, UserError
 from dis_scale.recipe import Recipe, TrainedVae
@@ -111,13 +111,13 @@ def test_hardware_of_another_kind_may_not_fill_one_set(tmp_path: Path) -> None:
 def test_the_padding_of_the_last_batch_changes_no_other_sample(sweep: Folder, photos: Recipe) -> None:
     source, encoder = open_source(photos.data), vae.load(photos.vae, sweep)
     images = np.stack([source.pixels(i, 32) for i in range(4)])
-    np.testing.assert_array_equal(encode(encoder, images[:3], 4), encode(encoder, images, 4)[:3])
+    np.testing.assert_array_equal(encode_images(encoder, images[:3], 4), encode_images(encoder, images, 4)[:3])
 
 
-def test_the_mirror_image_is_encoded_beside_the_image(sweep: Folder, photos: Recipe) -> None:
+def test_the_horizontal_flip_is_encoded_with_the_image(sweep: Folder, photos: Recipe) -> None:
     source, encoder = open_source(photos.data), vae.load(photos.vae, sweep)
     image = source.pixels(0, 32)[None]
-    (moments,) = encode(encoder, image, 1)
+    (moments,) = encode_images(encoder, image, 1)
     np.testing.assert_array_equal(moments[1], encoder.encode(image[:, :, ::-1]).half().numpy()[0])
     assert not np.array_equal(moments[0], moments[1])
 
