@@ -25,12 +25,12 @@ from torch import Tensor
 from benchmarks.rows import Job, least_times, verdict
 from dis_scale import vae
 from dis_scale.data import images
-from dis_scale.data.ahead import in_order
-from dis_scale.data.encode import STRETCH, Setup, compute_exactly, encode, put_shards
+from dis_scale.data.encode import READ_IMAGES, Setup, compute_exactly, encode_images, put_shards
 from dis_scale.data.sources import open_source
+from dis_scale.data.threads import in_order
 from dis_scale.recipe import Recipe, TrainedVae, reading
 from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.vae import Vae
+from dis_scale.vae import KlVae
 
 IMAGES, CLASSES, RESOLUTION, BATCH = 192, 2, 64, 32
 WIDTHS = (32, 64, 64)
@@ -66,24 +66,24 @@ def chunks(names: list[str], size: int) -> list[list[str]]:
     return [names[i : i + size] for i in range(0, len(names), size)]
 
 
-def feed(encoder: Vae, batch: int, pieces: Iterator[np.ndarray]) -> None:
-    """Encode the pieces as they arrive, in batches of `batch`."""
+def feed(encoder: KlVae, batch: int, pieces: Iterator[np.ndarray]) -> None:
+    """Encodes what comes in batches of `batch`."""
     waiting: list[np.ndarray] = []
     for piece in pieces:
         waiting.append(piece)
         if sum(map(len, waiting)) >= batch:
-            encode(encoder, np.concatenate(waiting), batch)
+            encode_images(encoder, np.concatenate(waiting), batch)
             waiting = []
 
 
-def alone(encoder: Vae, decoded: np.ndarray, batch: int) -> None:
+def alone(encoder: KlVae, decoded: np.ndarray, batch: int) -> None:
     for i in range(0, len(decoded), batch):
-        encode(encoder, decoded[i : i + batch], batch)
+        encode_images(encoder, decoded[i : i + batch], batch)
 
 
 @dataclass(frozen=True)
-class TimedVae(Vae):
-    """A VAE that measures its time."""
+class Watched(KlVae):
+    """A VAE that counts its seconds."""
 
     seconds: list[float] = field(default_factory=list)
 
@@ -103,32 +103,34 @@ def ours(setup: Setup, waited: list[float]) -> None:
 
 
 def one_after_another(setup: Setup, decode: Callable[[list[str]], np.ndarray], names: list[str]) -> None:
-    feed(setup.vae, BATCH, map(decode, chunks(names, STRETCH)))
+    feed(setup.vae, BATCH, map(decode, chunks(names, READ_IMAGES)))
 
 
 def threads(setup: Setup, decode: Callable[[list[str]], np.ndarray], names: list[str]) -> None:
-    feed(setup.vae, BATCH, in_order(chunks(names, STRETCH), decode, 2))
+    feed(setup.vae, BATCH, in_order(chunks(names, READ_IMAGES), decode, 2))
 
 
 def processes(
     pool: ProcessPoolExecutor, setup: Setup, decode: Callable[[list[str]], np.ndarray], names: list[str]
 ) -> None:
-    feed(setup.vae, BATCH, pool.map(decode, chunks(names, STRETCH)))
+    feed(setup.vae, BATCH, pool.map(decode, chunks(names, READ_IMAGES)))
 
 
 def ray_tasks(setup: Setup, decode: Callable[[list[str]], np.ndarray], names: list[str]) -> None:
     import ray
 
     task = ray.remote(num_cpus=0.5)(read_and_decode)
-    references = [task.remote(*decode.args, part) for part in chunks(names, STRETCH)]  # type: ignore[attr-defined]
+    references = [task.remote(*decode.args, part) for part in chunks(names, READ_IMAGES)]  # type: ignore[attr-defined]
     feed(setup.vae, BATCH, map(ray.get, references))
 
 
 def ray_data(setup: Setup, decode: Callable[[list[str]], np.ndarray], names: list[str]) -> None:
     import ray
 
-    listed = ray.data.from_items([{"name": name} for name in names], override_num_blocks=len(names) // STRETCH)
-    pixels = listed.map_batches(lambda batch: {"pixels": decode(list(batch["name"]))}, batch_size=STRETCH, num_cpus=0.5)
+    listed = ray.data.from_items([{"name": name} for name in names], override_num_blocks=len(names) // READ_IMAGES)
+    pixels = listed.map_batches(
+        lambda batch: {"pixels": decode(list(batch["name"]))}, batch_size=READ_IMAGES, num_cpus=0.5
+    )
     batches = pixels.iter_batches(batch_size=BATCH, prefetch_batches=2)
     feed(setup.vae, BATCH, (batch["pixels"] for batch in batches))
 
@@ -157,7 +159,7 @@ def main(rounds: int = 5, which: str = "all") -> None:
         photos(root)
         recipe = recipe_for(root)
         net = vae.new(TrainedVae(kind="trained", widths=WIDTHS), RESOLUTION).eval().requires_grad_(False)
-        setup = Setup(open_source(recipe.data), Vae(net), recipe)
+        setup = Setup(open_source(recipe.data), KlVae(net), recipe)
         names = list(setup.source.names)
         decode = functools.partial(read_and_decode, root)
         decoded = decode(names)
@@ -165,7 +167,7 @@ def main(rounds: int = 5, which: str = "all") -> None:
         jobs: dict[str, Job] = {
             "VAE alone": lambda: alone(setup.vae, decoded, BATCH),
             "precompute, shards written (ours)": lambda: ours(setup, waited),
-            "decoding alone, one thread": lambda: [decode(part) for part in chunks(names, STRETCH)] and None,
+            "decoding alone, one thread": lambda: [decode(part) for part in chunks(names, READ_IMAGES)] and None,
             "nothing ahead": lambda: one_after_another(setup, decode, names),
         }
         if which == "all":

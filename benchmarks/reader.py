@@ -59,7 +59,7 @@ def make(at: Folder, shape: tuple[int, ...]) -> Folder:
         first = number * SHARD
         shards.put_shard(at, number, [Sample(first + i, f"{i}", i % 10, m) for i, m in enumerate(moments)], [])
     facts = {"vae": "v", "scale": 1.0, "shift": 0.0, "latent": [shape[1] // 2, shape[-1]], "num_classes": 10}
-    shards.seal(at, range(SHARDS), facts)
+    shards.write_manifest(at, range(SHARDS), facts)
     return at
 
 
@@ -80,7 +80,7 @@ def micro_batches(at: Folder) -> int:
     """Micro-batches as in training, including posterior samples and noise."""
     latents = Latents(at, 0)
     for step in range(latents.order.total // BATCH):
-        micro_batch(latents, step, 0, batch=BATCH, lanes=1, seed=0, mirror=True, label_dropout=0.1)
+        micro_batch(latents, step, 0, batch=BATCH, lanes=1, seed=0, flip=True, label_dropout=0.1)
     return latents.order.total
 
 

@@ -217,16 +217,16 @@ def sample(
     debug: Debug = False,
 ) -> None:
     """Draw a grid of images from one checkpoint."""
-    from dis_scale.evaluation.draw import draw, open_for_drawing
-    from dis_scale.evaluation.sample import grid
+    from dis_scale.evaluation.pictures import open_for_sampling, sample_pictures
+    from dis_scale.evaluation.sampling import grid
 
     with _errors(debug):
         labels = _labels(classes)
         _require_folder(out)
-        opened = open_for_drawing(checkpoint, vae, heads)
+        opened = open_for_sampling(checkpoint, vae, heads)
         wanted = count or len(labels or [0])
         how = {"sampler": sampler or opened.sampler, "steps": steps or opened.steps}
-        images = draw(opened, labels, wanted, **how, guidance=guidance, seed=seed, batch=batch)  # type: ignore[arg-type]
+        images = sample_pictures(opened, labels, wanted, **how, guidance=guidance, seed=seed, batch=batch)  # type: ignore[arg-type]
         out.write_bytes(grid(images, columns=min(10, wanted)))
         Console().print(f"{wanted} images in {out}", highlight=False)
 
@@ -248,15 +248,15 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Read all shards back against the manifest and name each damaged one; exit code 1 where there is one."""
-    from dis_scale.data import care
+    from dis_scale.data import maintenance
     from dis_scale.progress import Board
 
     with _errors(debug), Board(Console()) as board:
-        sweep, latents = care.find(url)
-        found = care.verify(latents, fast, lambda done, total: board.update("verify", done, total, "shards"))
+        sweep, latents = maintenance.locate_latents(url)
+        found = maintenance.verify(latents, fast, lambda done, total: board.update("verify", done, total, "shards"))
         for words in found.values():
             board.say(f"damaged  {words}")
-        care.require_whole(latents, found, sweep)
+        maintenance.require_undamaged(latents, found, sweep)
         board.say(f"whole    {latents}{' by its sizes' if fast else ''}")
 
 
@@ -266,11 +266,11 @@ def repair(
     debug: Debug = False,
 ) -> None:
     """Make exactly the damaged shards anew, byte for byte as they were."""
-    from dis_scale.data import care
+    from dis_scale.data import maintenance
     from dis_scale.progress import Board, listing_words
 
     with _errors(debug), Board(Console()) as board:
-        made = care.repair(
+        made = maintenance.repair(
             sweep,
             lambda done, total: board.update("verify", done, total, "shards"),
             listing_words(board.say),
@@ -286,19 +286,19 @@ def show(
     debug: Debug = False,
 ) -> None:
     """Show totals, labels, statistics and identity of latents, and write a grid of decoded images."""
-    from dis_scale.data import care
-    from dis_scale.evaluation.sample import grid
+    from dis_scale.data import maintenance
+    from dis_scale.evaluation.sampling import grid
 
     with _errors(debug):
-        sweep, latents = care.find(url)
-        for line in care.described(latents):
+        sweep, latents = maintenance.locate_latents(url)
+        for line in maintenance.describe(latents):
             Console(soft_wrap=True).print(line, highlight=False, markup=False)
-        decoder = care.decoder(sweep, latents, vae)
+        decoder = maintenance.load_decoder(sweep, latents, vae)
         if decoder is None:
             Console().print("grid     none: give the sweep's folder, or --vae, which decodes them", highlight=False)
             return
         _require_folder(out)
-        out.write_bytes(grid(care.pictures(latents, decoder), columns=10))
+        out.write_bytes(grid(maintenance.decode_examples(latents, decoder), columns=10))
         Console().print(f"grid     {out}", highlight=False, soft_wrap=True)
 
 

@@ -10,6 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+ReportDone = Callable[[int], None]
+"""Called with the number done so far."""
+ReportShare = Callable[[int, int], None]
+"""Called with the number done so far and the total."""
+
 PLAIN_EVERY_S = 15.0
 SAID_EVERY_S = 5.0
 

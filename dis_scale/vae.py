@@ -1,15 +1,15 @@
 """The door to diffusers: an AutoencoderKL that encodes images to posterior moments and decodes latents, or none at all.
 
-Whether it was trained by the sweep, is Stable Diffusion's, or the latents are the pixels makes no difference from here on.
+Callers see one interface, `Vae`, for a VAE trained by the sweep, a published one, and latents that are the pixels.
 """
 
 import hashlib
 import inspect
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import safetensors.torch
@@ -25,13 +25,42 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL as AutoencoderKL
 
 NO_VARIANCE = float(torch.finfo(torch.float16).min)
-"""A log-variance whose deviation, exp(half of it), is exactly 0 in float32: a sample of the posterior is its mean."""
+"""A log-variance with deviation exp(NO_VARIANCE / 2) = 0 exactly in float32: a sample of the posterior is its mean."""
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 
+class Vae(Protocol):
+    """Encodes uint8 images to posterior moments and decodes scaled latents, z <- (z - shift) scale, to images."""
+
+    @property
+    def net(self) -> Any:
+        """The network, to be moved between devices; the identity if there is none."""
+
+    @property
+    def scale(self) -> float: ...
+    @property
+    def shift(self) -> float: ...
+    @property
+    def factor(self) -> int:
+        """Pixels per latent position, a side."""
+
+    @property
+    def identity(self) -> str:
+        """Hash that changes when the latents of an image do."""
+
+    def latent(self, resolution: int) -> LatentShape:
+        """Return the latents' shape for images of `resolution` pixels a side."""
+
+    def encode(self, pixels_BHWC: np.ndarray) -> torch.Tensor:
+        """Return posterior moments (B, 2C, h, w), mean and log-variance, of uint8 images (B, H, W, 3)."""
+
+    def decode(self, latents_BCHW: torch.Tensor) -> np.ndarray:
+        """Return uint8 images (B, H, W, 3) of scaled latents; DisScaleError if an image is not finite."""
+
+
 @dataclass(frozen=True)
-class Vae:
-    """An AutoencoderKL in evaluation, with its latents' scale and shift: z <- (z - shift) scale."""
+class KlVae:
+    """An AutoencoderKL in evaluation mode."""
 
     net: "AutoencoderKL"
 
@@ -45,17 +74,15 @@ class Vae:
 
     @property
     def factor(self) -> int:
-        """Pixels a latent position."""
         return 2 ** (len(self.net.config.block_out_channels) - 1)
 
     def latent(self, resolution: int) -> LatentShape:
-        """The latents' shape for images of `resolution` pixels a side."""
         return LatentShape(int(self.net.config.latent_channels), resolution // self.factor)
 
     @cached_property
     def identity(self) -> str:
-        """sha256 over the weights and what the configuration says beyond diffusers' defaults: those grow with its releases."""
-        defaults = {name: given.default for name, given in inspect.signature(type(self.net)).parameters.items()}
+        """sha256 over the weights and the settings that differ from diffusers' defaults, which grow with its releases."""
+        defaults = {name: parameter.default for name, parameter in inspect.signature(type(self.net)).parameters.items()}
         config = {
             k: v for k, v in sorted(self.net.config.items()) if k[0] != "_" and _plain(v) != _plain(defaults.get(k))
         }
@@ -66,27 +93,26 @@ class Vae:
 
     @torch.no_grad()
     def encode(self, pixels_BHWC: np.ndarray) -> torch.Tensor:
-        """Posterior moments (B, 2C, h, w), mean and log-variance, of uint8 images (B, H, W, 3)."""
         moments = self.net.encode(to_unit(pixels_BHWC).to(self.net.device)).latent_dist
         return torch.cat([moments.mean, moments.logvar], dim=1)
 
     @torch.no_grad()
     def decode(self, latents_BCHW: torch.Tensor) -> np.ndarray:
-        """uint8 images (B, H, W, 3) of scaled latents; DisScaleError where one is not finite: as pixels it would pass for black."""
         images = self.net.decode(latents_BCHW / self.scale + self.shift).sample
+        # as pixels, a value that is not finite would be black
         if bad := int((~images.isfinite()).flatten(1).any(1).sum()):
             raise DisScaleError(f"the VAE decoded {bad} of {len(images)} latents to values that are not finite")
         return to_pixels(images)
 
 
 @dataclass(frozen=True)
-class Pixels(Vae):
-    """No VAE: a latent is the image in [-1, 1], 3 channels, factor 1; its posterior has no variance and decoding changes nothing.
+class PixelVae:
+    """No VAE: a latent is the image in [-1, 1], with 3 channels and factor 1. Its posterior has no variance.
 
-    It fits the shards' contract: 3 channels of pixels, of which float16 keeps all 256 values apart, and 3 of `NO_VARIANCE`.
+    Moments are 3 channels of pixels, whose 256 values float16 keeps distinct, and 3 of `NO_VARIANCE`.
     """
 
-    net: nn.Module
+    net: nn.Module = field(default_factory=nn.Identity)
 
     @property
     def scale(self) -> float:
@@ -116,29 +142,29 @@ class Pixels(Vae):
 
 
 def _plain(value: Any) -> Any:
-    """A setting as JSON gives it back: tuples are lists there."""
+    """Return a setting as JSON stores it: a tuple as a list."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def to_unit(pixels_BHWC: np.ndarray) -> torch.Tensor:
-    """uint8 (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1]."""
+    """Convert uint8 (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(pixels_BHWC.transpose(0, 3, 1, 2))).float().div_(127.5).sub_(1)
 
 
 def to_pixels(images_BCHW: torch.Tensor) -> np.ndarray:
-    """float (B, 3, H, W) in [-1, 1] to uint8 (B, H, W, 3)."""
+    """Convert float (B, 3, H, W) in [-1, 1] to uint8 (B, H, W, 3)."""
     return images_BCHW.add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _autoencoder() -> Any:
-    """diffusers' class; imported where it is needed, as it takes seconds and most of a sweep's processes open no VAE."""
+    """Import diffusers' class only when needed: it takes seconds, and most of a sweep's processes open no VAE."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL
 
 
 def new(settings: TrainedVae, resolution: int) -> "AutoencoderKL":
-    """An untrained small autoencoder; its factor is 2 ** (len(widths) - 1)."""
+    """Build an untrained small autoencoder; its factor is 2 ** (len(widths) - 1)."""
     levels = len(settings.widths)
     return _autoencoder()(
         down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
@@ -148,7 +174,7 @@ def new(settings: TrainedVae, resolution: int) -> "AutoencoderKL":
 
 
 def save(folder: Folder, net: "AutoencoderKL") -> None:
-    """Puts the autoencoder into storage in diffusers' layout."""
+    """Write the autoencoder to storage in diffusers' layout."""
     config = json.dumps(
         {k: v for k, v in net.config.items() if not k.startswith("_")} | {"_class_name": "AutoencoderKL"}, indent=1
     )
@@ -157,7 +183,7 @@ def save(folder: Folder, net: "AutoencoderKL") -> None:
 
 
 def latent_shape(settings: VaeSettings, resolution: int) -> LatentShape:
-    """The latents' shape before there is a VAE, from its settings or its configuration; UserError where the images do not fit."""
+    """Return the latents' shape from the VAE's settings or configuration, without weights; UserError if the images do not fit."""
     if isinstance(settings, NoVae):
         return LatentShape(3, resolution)
     if isinstance(settings, TrainedVae):
@@ -172,22 +198,22 @@ def latent_shape(settings: VaeSettings, resolution: int) -> LatentShape:
 
 
 def load(settings: VaeSettings, sweep: Folder) -> Vae:
-    """The sweep's autoencoder: what the prepare stage stored, a ready one from a local folder or hub id, or none."""
+    """Load the sweep's VAE: the prepare stage's, a published one from a local folder or hub id, or `PixelVae`."""
     if isinstance(settings, NoVae):
-        return Pixels(nn.Identity())
+        return PixelVae()
     if isinstance(settings, TrainedVae):
         net = _stored(sweep / "vae")
     else:
         net = _from_path(_autoencoder().from_pretrained, settings)
-    return Vae(net.eval().requires_grad_(False))
+    return KlVae(net.eval().requires_grad_(False))
 
 
 def _stored(folder: Folder) -> "AutoencoderKL":
-    found = manifest.find(folder)
-    if found is None:
+    facts = manifest.find(folder)
+    if facts is None:
         raise UserError(f"{folder}: no VAE there: the prepare stage has not finished")
-    net = _autoencoder().from_config(json.loads(manifest.read(folder, CONFIG, found)))
-    net.load_state_dict(safetensors.torch.load(manifest.read(folder, WEIGHTS, found)))
+    net = _autoencoder().from_config(json.loads(manifest.read(folder, CONFIG, facts)))
+    net.load_state_dict(safetensors.torch.load(manifest.read(folder, WEIGHTS, facts)))
     return net
 
 

@@ -3,8 +3,6 @@
 Runs as a Ray job, as every stage does; each value is kept as a variant, so that given again it does what is left.
 """
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 
@@ -19,7 +17,7 @@ from dis_scale.plan import Plan
 from dis_scale.progress import Board
 from dis_scale.recipe import Recipe
 from dis_scale.report import figures
-from dis_scale.report.tables import with_error
+from dis_scale.report.tables import csv_bytes, with_error
 from dis_scale.storage.folder import Folder
 from dis_scale.training import checkpoint, ema
 from dis_scale.training.ema import Snapshot
@@ -101,8 +99,5 @@ def _report(
 
 def _csv(setting: str, values: Sequence[float], found: Sequence[dict[str, float]]) -> bytes:
     names = list(dict.fromkeys(name for each in found for name in each))
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow([setting, *names])
-    rows.writerows([value, *(each.get(name, "") for name in names)] for value, each in zip(values, found, strict=True))
-    return text.getvalue().encode()
+    rows = ([value, *(each.get(name, "") for name in names)] for value, each in zip(values, found, strict=True))
+    return csv_bytes([setting, *names], rows)

@@ -23,7 +23,7 @@ from dis_scale.data.latents import Latents
 from dis_scale.errors import DisScaleError, Preempted, StorageAway, StorageError, StorageFull
 from dis_scale.evaluation import held_out, measure, reference, results
 from dis_scale.evaluation.results import Drawn
-from dis_scale.evaluation.sample import Block, arranged, grid, grid_columns, labels_of, open_studio
+from dis_scale.evaluation.sampling import SampleBlock, arrange, grid, grid_columns, labels_of, open_sampler
 from dis_scale.recipe import Evaluate, Recipe
 from dis_scale.storage.folder import Folder, lease, manifest
 from dis_scale.training import checkpoint, ema
@@ -46,7 +46,7 @@ class Evaluator(stage.Worker):
         decoder = vae.load(recipe.vae, sweep)
         shards.require_vae(sweep, decoder.identity)
         decoder.net.to(where)
-        self.studio = open_studio(recipe, sweep, decoder, where)
+        self.studio = open_sampler(recipe, sweep, decoder, where)
 
     def draw(self, drawn: Drawn, drawing: Evaluate, blocks: list[int]) -> dict[str, float]:
         """Draws and keeps blocks; returns the seconds that each part took, and the samples drawn as `images`."""
@@ -59,7 +59,7 @@ class Evaluator(stage.Worker):
             for block in blocks:
                 if self._wish.is_set() or self._cancelled.is_set():
                     break
-                made = studio.draw(model(), drawing, block)
+                made = studio.sample(model(), drawing, block)
                 folder.write(block_name(block), made.to_bytes())
                 self._done, images = self._done + 1, images + len(made.right)
             return {part: seconds - before[part] for part, seconds in studio.seconds.items()} | {"images": images}
@@ -101,7 +101,7 @@ class Evaluation:
         began = time.monotonic()
         measured, pictures = self._measure(folder, drawing)
         values |= measured
-        folder.write(results.GRID, grid(arranged(pictures, self.labels), grid_columns(self.labels)))
+        folder.write(results.GRID, grid(arrange(pictures, self.labels), grid_columns(self.labels)))
         notes = measure.notes(self.references, drawing) + self._average_note(drawn, drawing)
         seconds = _seconds(spent) | {"metrics": time.monotonic() - began}
         folder.write_json(
@@ -141,13 +141,13 @@ class Evaluation:
         """All metrics, and the grid's pictures, with one block in memory at a time."""
         pictures = []
 
-        def blocks() -> Iterator[Block]:
+        def blocks() -> Iterator[SampleBlock]:
             for b in range(_block_count(drawing)):
                 block = _read_block(folder, b)
                 pictures.append(block.pictures)
                 yield block
 
-        return measure.measure(blocks(), self.references, drawing), np.concatenate(pictures)
+        return measure.measure_blocks(blocks(), self.references, drawing), np.concatenate(pictures)
 
     def _report(self, done: int) -> None:
         stage.progress(done, self.checkpoints * sum(map(_block_count, self.samplings.values())), "blocks")
@@ -278,8 +278,8 @@ def _options(recipe: Recipe, device: str) -> dict[str, Any]:
     return options
 
 
-def _read_block(folder: Folder, block: int) -> Block:
-    return Block.from_bytes(folder.read(block_name(block)), f"{folder}/{block_name(block)}")
+def _read_block(folder: Folder, block: int) -> SampleBlock:
+    return SampleBlock.from_bytes(folder.read(block_name(block)), f"{folder}/{block_name(block)}")
 
 
 def _whole(folder: Folder, block: int) -> bool:

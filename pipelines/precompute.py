@@ -91,7 +91,7 @@ def make(sweep: Folder, latents: Folder, setup: Setup, device: str, encode: Enco
 
     stage.with_restarts(setup.recipe, "precompute", attempt, lambda: len(latents.list()))
     stage.leave_if_asked()
-    found = shards.seal(latents, setup.numbers, _facts(setup, device))
+    found = shards.write_manifest(latents, setup.numbers, _facts(setup, device))
     stage.say(f"{found['count']} latents in {len(setup.numbers)} shards, {len(found['refused'])} images refused")
 
 

@@ -8,14 +8,16 @@ from typing import Any
 import ray
 import torch
 
-from dis_scale import digits, vae
+from dis_scale import small_nets, vae
 from dis_scale.data.encode import compute_exactly
 from dis_scale.data.shards import store_of
 from dis_scale.data.sources import Source, open_source
 from dis_scale.errors import Preempted
 from dis_scale.evaluation import reference
 from dis_scale.evaluation.features import JUDGE, load_extractors, store_classifier
+from dis_scale.progress import ReportDone
 from dis_scale.recipe import Recipe, TrainedExtractor, TrainedVae
+from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder, lease, manifest
 from pipelines import stage
 
@@ -38,14 +40,14 @@ class Preparer(stage.Worker):
     def _vae(self, sweep: Folder, recipe: Recipe) -> str:
         assert isinstance(recipe.vae, TrainedVae)
         pixels, _ = self._pixels(sweep, recipe)
-        net = digits.train_vae(recipe.vae, pixels, recipe.seed, self._report(self._done))
+        net = small_nets.train_vae(recipe.vae, pixels, recipe.seed, self._report(self._done))
         vae.save(sweep / "vae", net)
-        return f"autoencoder: mean squared error {digits.reconstruction_error(net, pixels):.2g}"
+        return f"autoencoder: mean squared error {small_nets.reconstruction_error(net, pixels):.2g}"
 
     def _classifier(self, sweep: Folder, recipe: Recipe, name: str, kind: str) -> str:
         pixels, labels = self._pixels(sweep, recipe)
         steps, classes = _classifier_steps(recipe), recipe.data.num_classes
-        net, accuracy = digits.train_classifier(
+        net, accuracy = small_nets.train_classifier(
             kind, pixels, labels, classes, steps, recipe.seed, self._report(self._done)
         )
         store_classifier(sweep, name, net, accuracy)
@@ -61,11 +63,12 @@ class Preparer(stage.Worker):
 
     def _pixels(self, sweep: Folder, recipe: Recipe) -> Any:
         if self._images is None:
-            skip = recipe.data.undecodable == "skip"
-            self._images = digits.sample_images(_source(sweep, recipe), recipe.data.resolution, skip)
+            self._images = small_nets.training_images(
+                _source(sweep, recipe), recipe.data.resolution, recipe.data.undecodable
+            )
         return self._images
 
-    def _report(self, before: int) -> digits.Report:
+    def _report(self, before: int) -> ReportDone:
         def report(steps: int) -> None:
             self._done = before + steps
             if self._wish.is_set():
@@ -100,7 +103,7 @@ def _source(sweep: Folder, recipe: Recipe) -> Source:
 def prepared(sweep: Folder, recipe: Recipe) -> bool:
     """Whether the sweep has all that this stage makes."""
     models = not _vae_missing(sweep, recipe) and not _classifiers_missing(sweep, recipe)
-    return models and reference.stored(sweep, recipe)
+    return models and reference.is_stored(sweep, recipe)
 
 
 def _vae_missing(sweep: Folder, recipe: Recipe) -> bool:

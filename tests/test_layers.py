@@ -13,11 +13,11 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(path for folder in ("dis_scale", "pipelines") for path in (ROOT / folder).rglob("*.py"))
 
 LAYERS = [
-    "errors seeds recipe faults storage",
-    "scan diffusion data tracking vae",
-    "models training",
-    "evaluation digits",
-    "plan report progress mirror",
+    "errors seeds recipe faults storage manifest progress",
+    "scan diffusion data tracking lease vae ema",
+    "models checkpoint engine evidence pace",
+    "train trial evaluation small_nets fork",
+    "plan report mirror",
     "pipelines",
     "sweep cli vary",
 ]

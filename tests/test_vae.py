@@ -1,4 +1,4 @@
-"""Autoencoders of any channels and factor, scale and shift as their config says; and none, where latents are pixels."""
+"""Autoencoders of any channels, factor, scale and shift; and latents that are pixels."""
 
 import json
 from pathlib import Path
@@ -14,8 +14,8 @@ from dis_scale.data.encode import Setup
 from dis_scale.data.latents import Latents, micro_batch
 from dis_scale.data.sources import open_source
 from dis_scale.errors import DisScaleError, UserError
-from dis_scale.evaluation.draw import draw, open_for_drawing
-from dis_scale.evaluation.sample import open_studio
+from dis_scale.evaluation.pictures import open_for_sampling, sample_pictures
+from dis_scale.evaluation.sampling import open_sampler
 from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, Recipe, reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.vae import to_pixels
@@ -36,7 +36,7 @@ KINDS = {
 
 
 def saved(where: Path, levels: int, **config: object) -> PretrainedVae:
-    """An untrained autoencoder in diffusers' layout, with a config as that of published ones."""
+    """Save an untrained autoencoder in diffusers' layout, with a config like published ones."""
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
     net = AutoencoderKL(block_out_channels=(8,) * levels, layers_per_block=1, norm_num_groups=8, **blocks, **config)
@@ -67,23 +67,23 @@ def test_any_channels_factor_scale_and_shift(kind: str, tmp_path: Path) -> None:
     mean = moments[:, : shape.channels]
     decoded = encoder.decode((mean - encoder.shift) * encoder.scale)
     plain = to_pixels(encoder.net.decode(mean).sample)
-    assert np.abs(decoded.astype(int) - plain.astype(int)).max() <= 1  # one rounding more
+    assert np.abs(decoded.astype(int) - plain.astype(int)).max() <= 1  # one more rounding
 
 
-def test_scale_and_shift_stand_in_the_manifest_and_training_applies_them(tmp_path: Path) -> None:
+def test_scale_and_shift_are_in_the_manifest_and_applied_in_training(tmp_path: Path) -> None:
     settings = saved(tmp_path / "vae", **KINDS["SD3, f8"])  # type: ignore[arg-type]
     recipe = reading.load(TINY, [f"vae={{kind: pretrained, path: {settings.path}}}", "precompute.shard_images=900"])
     encode_digits(open_folder(tmp_path) / "sweep", open_folder(tmp_path) / "latents", recipe)
     latents = Latents(open_folder(tmp_path) / "latents", seed=0)
     assert [latents.manifest[key] for key in ("scale", "shift", "latent")] == [1.5305, 0.0609, [16, 4]]
-    options = {"batch": 8, "lanes": 1, "seed": 0, "mirror": False, "label_dropout": 0.0}
+    options = {"batch": 8, "lanes": 1, "seed": 0, "flip": False, "label_dropout": 0.0}
     batch = micro_batch(latents, 0, 0, **options)  # type: ignore[arg-type]
     mean, log_variance = np.split(latents.read(np.arange(8), np.zeros(8, int))[0].astype(np.float32), 2, axis=1)
     undone = batch.x_BCHW.numpy() / 1.5305 + 0.0609
     assert (np.abs(undone - mean) < 6 * np.exp(0.5 * log_variance)).all()
 
 
-def test_a_setting_that_diffusers_adds_with_a_default_leaves_the_identity_as_it_is(tmp_path: Path) -> None:
+def test_a_default_that_diffusers_adds_does_not_change_the_identity(tmp_path: Path) -> None:
     settings = saved(tmp_path, **KINDS["f16"])  # type: ignore[arg-type]
     encoder = vae.load(settings, open_folder(tmp_path))
     file = Path(settings.path) / vae.CONFIG
@@ -100,7 +100,7 @@ def test_an_image_that_does_not_fit_the_factor_is_refused(tmp_path: Path) -> Non
         vae.latent_shape(saved(tmp_path, **KINDS["f16"]), 40)  # type: ignore[arg-type]
 
 
-def test_without_a_vae_every_value_of_a_pixel_comes_back() -> None:
+def test_without_a_vae_every_pixel_value_is_restored() -> None:
     settings = NoVae(kind="none")
     assert vae.latent_shape(settings, 40) == LatentShape(3, 40)
     pixels = vae.load(settings, Folder("unused"))
@@ -111,7 +111,7 @@ def test_without_a_vae_every_value_of_a_pixel_comes_back() -> None:
     np.testing.assert_array_equal(pixels.decode(moments[:, :3]), image)
 
 
-def test_the_whole_way_in_pixel_space(tmp_path: Path) -> None:
+def test_all_stages_in_pixel_space(tmp_path: Path) -> None:
     """Precompute, training, evaluation and `dis-scale sample`, each below Ray: prepare trains no autoencoder."""
     recipe = reading.load(
         TINY, ["vae={kind: none}", "data.resolution=16", "train.workers=1", "evaluate.block_images=20"]
@@ -123,26 +123,26 @@ def test_the_whole_way_in_pixel_space(tmp_path: Path) -> None:
     assert not sweep.exists("vae")
     encode_digits(sweep, latents, recipe)
     shards.point_to(sweep, latents, vae.load(recipe.vae, sweep).identity)
-    (tmp_path / "latents").symlink_to(latents.url)  # where training without Ray looks
+    (tmp_path / "latents").symlink_to(latents.url)  # training without Ray reads this path
     reader = Latents(latents, seed=0)
     assert reader.shape == (3, 16)
-    options = {"batch": 4, "lanes": 1, "seed": 0, "mirror": False, "label_dropout": 0.0}
+    options = {"batch": 4, "lanes": 1, "seed": 0, "flip": False, "label_dropout": 0.0}
     batch = micro_batch(reader, 0, 0, **options)  # type: ignore[arg-type]
     np.testing.assert_array_equal(batch.x_BCHW.numpy(), reader.read(np.arange(4), np.zeros(4, int))[0][:, :3])
 
     ranks.run(recipe, "dis", tmp_path, attempt=1)
-    studio = open_studio(recipe, sweep, vae.load(recipe.vae, sweep), torch.device("cpu"))
-    block = studio.draw(studio.model("dis", 320, recipe.evaluate), recipe.evaluate, 0)
+    sampler = open_sampler(recipe, sweep, vae.load(recipe.vae, sweep), torch.device("cpu"))
+    block = sampler.sample(sampler.model("dis", 320, recipe.evaluate), recipe.evaluate, 0)
     assert block.pictures.shape[1:] == (16, 16, 3)
     assert len(block.right) == 20
-    opened = open_for_drawing(tmp_path / "sweep/runs/dis/published/000000000320", None)
-    drawn = draw(opened, [3], 2, sampler="ddim", steps=2, guidance=1.0, seed=0, batch=2)
-    assert drawn.shape == (2, 16, 16, 3)
+    opened = open_for_sampling(tmp_path / "sweep/runs/dis/published/000000000320", None)
+    pictures = sample_pictures(opened, [3], 2, sampler="ddim", steps=2, guidance=1.0, seed=0, batch=2)
+    assert pictures.shape == (2, 16, 16, 3)
 
 
-def test_what_decodes_to_nothing_finite_is_no_black_image(tmp_path: Path) -> None:
-    found = vae.load(saved(tmp_path / "vae", 4), open_folder(tmp_path))
+def test_latents_that_decode_to_non_finite_values_are_refused(tmp_path: Path) -> None:
+    decoder = vae.load(saved(tmp_path / "vae", 4), open_folder(tmp_path))
     latents = torch.zeros(3, 4, 4, 4)
     latents[1] = float("nan")
     with pytest.raises(DisScaleError, match="the VAE decoded 1 of 3 latents to values that are not finite"):
-        found.decode(latents)
+        decoder.decode(latents)

@@ -1,1 +1,1 @@
-"""Images in, latents out: sources.py names labelled images, shards.py keeps their posteriors, latents.py deals them to training."""
+"""Images in, latents out: sources.py names labelled images, shards.py stores posteriors, latents.py reads them for training."""

@@ -1,6 +1,6 @@
-"""One image: its file's bytes to a square uint8 array, exactly as ADM and DiT make it; what is no image is named.
+"""One image: its file's bytes to a square uint8 array, exactly as ADM and DiT make it. An undecodable image is named.
 
-Bytes only: where they come from is sources.py's, so that storage that is away is never taken for a broken image.
+Bytes only: sources.py reads them, so unavailable storage is never reported as a broken image.
 """
 
 import io
@@ -14,9 +14,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def decode(data: bytes, name: str, resolution: int) -> np.ndarray:
-    """The image as uint8 (resolution, resolution, 3); UndecodableImage for an empty, damaged, cut or bomb-sized one.
+    """Decode to uint8 (resolution, resolution, 3); UndecodableImage if it is empty, damaged, truncated or a decompression bomb.
 
-    Of an animation the first frame. A bomb has more pixels than twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million).
+    Decodes the first frame of an animation. A bomb has more than twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million) pixels.
     """
     try:
         if not data:
@@ -24,22 +24,22 @@ def decode(data: bytes, name: str, resolution: int) -> np.ndarray:
         return square(Image.open(io.BytesIO(data)), resolution)
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's decoders raise of every kind on damaged bytes: struct.error, IndexError, ...
+    except Exception as error:  # on damaged bytes Pillow raises struct.error, IndexError and many others
         why = " ".join(str(error).split()) or type(error).__name__
         raise UndecodableImage(
-            f"image {name} cannot be decoded: {why}; mend or remove it, or --set data.undecodable=skip"
+            f"image {name} cannot be decoded: {why}; repair or remove it, or --set data.undecodable=skip"
         ) from error
 
 
 def square(image: Image.Image, resolution: int) -> np.ndarray:
-    """Upright, RGB, centre-cropped and resized as ADM and DiT do it: box halving, then bicubic; uint8 (R, R, 3)."""
+    """Make it upright, RGB, centre-cropped and resized as ADM and DiT do: box halving, then bicubic; uint8 (R, R, 3)."""
     image = rgb(ImageOps.exif_transpose(image))
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
     if max(image.size) * scale * resolution > (limit := Image.MAX_IMAGE_PIXELS or 2**27):
         raise ValueError(
-            f"{image.width} x {image.height} is too thin: brought to {resolution} it has over {limit:,} pixels"
+            f"{image.width} x {image.height} is too thin: resized to {resolution} it has over {limit:,} pixels"
         )
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
@@ -47,19 +47,17 @@ def square(image: Image.Image, resolution: int) -> np.ndarray:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """RGB, 8 bits. Alpha is dropped, as the public loaders do; ValueError for pixels without a known range."""
+    """Convert to RGB, 8 bits. Alpha is dropped, as in the public loaders; ValueError for pixels without a known range."""
     if image.mode.startswith(("I", "F")):
         return _scaled(image).convert("RGB")
     if image.mode == "P":
-        image = image.convert("RGBA")  # Pillow's own advice where a palette has transparency
+        image = image.convert("RGBA")  # Pillow's advice for palettes with transparency
     return image.convert("RGB")
 
 
 def _scaled(image: Image.Image) -> Image.Image:
-    """16-bit grey in 8 bits: 65535 is white. Pillow's `convert` would clip at 255 and leave nearly all white."""
+    """Convert 16-bit grey to 8 bits; 65535 is white. Pillow's `convert` would clip at 255, so nearly all would be white."""
     values = np.asarray(image)
     if image.mode == "F" or values.max(initial=0) > 65535 or values.min(initial=0) < 0:
-        raise ValueError(
-            f"its pixels (mode {image.mode}) have no range that says what is white: save it in 8 or 16 bits"
-        )
+        raise ValueError(f"its pixels (mode {image.mode}) have no range that defines white: save it in 8 or 16 bits")
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))

@@ -1,8 +1,8 @@
-"""What a source holds, in one order: compact, in parts of bounded size, kept in storage so that it is made once.
+"""Listings: the entries of a source in one order, compact, in parts of bounded size, stored so that each is made once.
 
-A declared source (its settings, `version` among them) is listed by whoever needs it first; all later stages, workers and sweeps of
-that store read the same listing, part by part. It exists when its manifest does, and the first manifest counts. Which kinds of
-source there are is sources.py's.
+The first process that needs a declared source (its settings, including `version`) lists it. All later stages, workers and sweeps
+of that store read the same listing, part by part. A listing exists when its manifest does; the first manifest counts.
+sources.py defines the kinds of source.
 """
 
 import hashlib
@@ -13,49 +13,49 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 
+from dis_scale.data.threads import batched
 from dis_scale.errors import StorageError, UserError
+from dis_scale.progress import ReportDone
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 
 PART = 2**17
-"""Entries a part: a part is some 20 MB in memory while it is read, ImageNet is ten of them."""
+"""Entries in a part: about 20 MB in memory while it is read. ImageNet has ten parts."""
 REPORT_EVERY = 1000
-Report = Callable[[int], None]
 T = TypeVar("T")
 
 
 class Entry(NamedTuple):
-    """An image: its name, its class as the source writes it, and where its bytes lie.
+    """An image: its name, its class as the source writes it, and where its bytes are.
 
-    `file` is empty where the name is the file; `place` is a byte offset and length in a tar, a row group and row in Parquet.
+    `file` is empty if the name is the file. `location` is (byte offset, length) in a tar, (row group, row) in Parquet.
     """
 
     name: str
     label: int | str
     file: str = ""
-    place: tuple[int, int] = (0, 0)
+    location: tuple[int, int] = (0, 0)
 
 
-class Found(NamedTuple):
-    """What listing a source gives: class names where they are known beforehand, and the entries in their order."""
+class Contents(NamedTuple):
+    """A source's entries in order, and its class names if known before listing."""
 
     entries: Iterable[Entry]
     label_names: list[str] | None = None
 
 
 def number_or_name(text: str) -> int | str:
-    """A class as text: a number stands for itself, anything else is a name."""
+    """Parse a class: digits are a number, any other text is a name."""
     text = text.strip()
     return int(text) if text.isascii() and text.isdigit() else text
 
 
 class Listing(Sequence[Entry]):
-    """The entries of a source by position, labels as integers; `facts` are what the manifest says of them, `where` its place."""
+    """The entries of a source by position, labels as integers. `facts` is its manifest, `where` its location in messages."""
 
     def __init__(self, facts: dict[str, Any], load: Callable[[int], bytes], where: str) -> None:
         self.facts, self._load, self.where = facts, load, where
@@ -100,62 +100,60 @@ class Column(Sequence[T], Generic[T]):
     @overload
     def __getitem__(self, i: slice) -> list[T]: ...
     def __getitem__(self, i: int | slice) -> T | list[T]:
-        found = self.listing[i]
-        return [self.field(entry) for entry in found] if isinstance(found, list) else self.field(found)
+        selected = self.listing[i]
+        return [self.field(entry) for entry in selected] if isinstance(selected, list) else self.field(selected)
 
 
-def build(found: Found, put: Callable[[int, bytes], None], report: Report, where: str) -> dict[str, Any]:
-    """Hands each part's bytes to `put` as the entries stream by; the facts of the whole. UserError for labels that are none."""
-    labels, total, count = _Labels(where, found.label_names), hashlib.sha256(), 0
-    for number, entries in enumerate(_batched(_counted(found.entries, report), PART)):
+def build(contents: Contents, put: Callable[[int, bytes], None], report: ReportDone, where: str) -> dict[str, Any]:
+    """Pass each part's bytes to `put` as the entries stream by; return the listing's facts. UserError for invalid labels."""
+    labels, total, count = _Labels(where, contents.label_names), hashlib.sha256(), 0
+    for number, entries in enumerate(batched(_counted(contents.entries, report), PART)):
         ids = [labels.id_of(entry) for entry in entries]
         for entry in entries:
-            total.update(os.fsencode(f"{entry.name}\t{entry.label}\t{entry.file}\t{entry.place}\n"))
+            total.update(os.fsencode(f"{entry.name}\t{entry.label}\t{entry.file}\t{entry.location}\n"))
         put(number, _Part.of(entries, ids).to_bytes())
         count += len(entries)
     return {"count": count, "sha256": total.hexdigest(), **labels.facts()}
 
 
-def in_memory(found: Found, report: Report, where: str) -> Listing:
-    """The listing of what was found, not kept in storage."""
+def in_memory(contents: Contents, report: ReportDone, where: str) -> Listing:
+    """Build a listing that is not stored."""
     parts: dict[int, bytes] = {}
-    return Listing(build(found, parts.__setitem__, report, where), parts.__getitem__, where)
+    return Listing(build(contents, parts.__setitem__, report, where), parts.__getitem__, where)
 
 
 def stored(
-    store: Folder, key: Any, find: Callable[[], Found], check: Callable[[Listing], None], report: Report
+    store: Folder, key: Any, find: Callable[[], Contents], check: Callable[[Listing], None], report: ReportDone
 ) -> Listing:
-    """The store's listing of the source that `key` declares; made where there is none, and kept where `check` lets it pass.
+    """Return the store's listing of the source that `key` declares; if none, build it and store it once `check` accepts it.
 
-    Of two that list at once the first manifest counts, for both: parts are named by their content, so neither tears the other's.
+    If two processes list at once, both use the first manifest. Parts are named by their content, so neither damages the other's.
     """
-    place = store / "listings" / hashlib.sha256(json.dumps([key, manifest.FORMAT]).encode()).hexdigest()[:16]
-    if manifest.find(place) is None:
+    target = store / "listings" / hashlib.sha256(json.dumps([key, manifest.FORMAT]).encode()).hexdigest()[:16]
+    if manifest.find(target) is None:
         files: dict[str, dict[str, Any]] = {}
 
         def put(_: int, data: bytes) -> None:
             name = f"{hashlib.sha256(data).hexdigest()[:16]}.npz"
-            place.write(name, data)
+            target.write(name, data)
             files[name] = manifest.digest(data)
 
-        facts = build(find(), put, report, str(place))
-        made = {"format": manifest.FORMAT, "source": key, **facts, "files": files}
-        check(_open(place, made))
-        place.create(manifest.NAME, (json.dumps(made, indent=1) + "\n").encode())
-    found = manifest.find(place)
-    assert found is not None, "it was there, or has been written just now"
-    listing = _open(place, found)
+        facts = build(find(), put, report, str(target))
+        new = {"format": manifest.FORMAT, "source": key, **facts, "files": files}
+        check(_open(target, new))
+        target.create(manifest.NAME, (json.dumps(new, indent=1) + "\n").encode())
+    listing = _open(target, manifest.require(target))
     check(listing)
     return listing
 
 
-def _open(place: Folder, found: dict[str, Any]) -> Listing:
-    names = list(found["files"])
-    return Listing(found, lambda number: manifest.read(place, names[number], found), str(place))
+def _open(target: Folder, facts: dict[str, Any]) -> Listing:
+    names = list(facts["files"])
+    return Listing(facts, lambda number: manifest.read(target, names[number], facts), str(target))
 
 
 class _Labels:
-    """Classes as they come by: numbers stand for themselves, names are numbered as first seen and sorted at the end."""
+    """Classes in the order of the entries: numbers stay, names are numbered as first seen and sorted at the end."""
 
     def __init__(self, where: str, names: list[str] | None) -> None:
         self._where, self._known = where, names
@@ -176,7 +174,7 @@ class _Labels:
         raise UserError(f"{self._where}: image {entry.name}: label {label!r}, expected {expected}")
 
     def facts(self) -> dict[str, Any]:
-        """`label_names` (none for bare numbers), the final label of each id (none where it is the id), the largest number."""
+        """Return `label_names` (None for bare numbers), the final label of each id (None if it is the id) and the largest label."""
         if not self._ids:
             return {"label_names": self._known, "final_labels": None, "largest": self._largest}
         names = sorted(self._ids)
@@ -186,19 +184,19 @@ class _Labels:
 
 @dataclass(frozen=True)
 class _Part:
-    """Up to `PART` entries as arrays: names end to end, and for each where it ends, its label, its file's number and its place."""
+    """Up to `PART` entries as arrays: concatenated names; for each entry the end of its name, label, file number and location."""
 
     names: bytes
     ends: np.ndarray
     labels: np.ndarray
     files: list[str]
     file_of: np.ndarray
-    places: np.ndarray
+    locations: np.ndarray
 
     def __getitem__(self, row: int) -> Entry:
         start = int(self.ends[row - 1]) if row else 0
         name = os.fsdecode(self.names[start : int(self.ends[row])])
-        offset, length = self.places[row].tolist()
+        offset, length = self.locations[row].tolist()
         return Entry(name, int(self.labels[row]), self.files[self.file_of[row]], (offset, length))
 
     @classmethod
@@ -207,14 +205,14 @@ class _Part:
         numbers: dict[str, int] = {}
         file_of = np.array([numbers.setdefault(entry.file, len(numbers)) for entry in entries], np.int32)
         ends = np.cumsum([len(name) for name in names], dtype=np.uint32)
-        places = np.array([entry.place for entry in entries], np.int64)
-        return cls(b"".join(names), ends, np.array(ids, np.int32), list(numbers), file_of, places)
+        locations = np.array([entry.location for entry in entries], np.int64)
+        return cls(b"".join(names), ends, np.array(ids, np.int32), list(numbers), file_of, locations)
 
     def to_bytes(self) -> bytes:
         buffer = io.BytesIO()
         np.savez_compressed(
             buffer, names=np.frombuffer(self.names, np.uint8), ends=self.ends, labels=self.labels, file_of=self.file_of,
-            files=np.frombuffer(os.fsencode("\0".join(self.files)), np.uint8), places=self.places,
+            files=np.frombuffer(os.fsencode("\0".join(self.files)), np.uint8), places=self.locations,
         )  # fmt: skip
         return buffer.getvalue()
 
@@ -225,14 +223,8 @@ class _Part:
             return cls(z["names"].tobytes(), z["ends"], z["labels"], files, z["file_of"], z["places"])
 
 
-def _counted(entries: Iterable[Entry], report: Report) -> Iterator[Entry]:
+def _counted(entries: Iterable[Entry], report: ReportDone) -> Iterator[Entry]:
     for number, entry in enumerate(entries, 1):
         yield entry
         if number % REPORT_EVERY == 0:
             report(number)
-
-
-def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch

@@ -1,7 +1,7 @@
-"""The order of data: which sample lies at which position of the endless sequence, whoever asks and from wherever.
+"""The order of data: which sample is at which position of the endless sequence, for any rank and any start.
 
 Epoch e is a two-level permutation from (seed, e): shards permuted, then samples permuted within blocks of K shards. So each image
-comes once an epoch, a shard is needed in one block only, memory is bounded by a block, and any position is found in O(shards).
+comes once an epoch and a shard is needed in one block only. Memory is bounded by a block; any position is found in O(shards).
 """
 
 from functools import lru_cache
@@ -15,30 +15,30 @@ from dis_scale.errors import UserError
 BLOCK_SHARDS = 4
 
 
-class Places(NamedTuple):
-    """Samples, one an entry: their shards by index in the manifest, and their rows there."""
+class Locations(NamedTuple):
+    """Samples, one an entry: the shard's index in the manifest, and the row in the shard."""
 
     shards: np.ndarray
     rows: np.ndarray
 
 
 class Order:
-    """The endless sequence of samples without those held out; position p lies in epoch p // `total`.
+    """The endless sequence of samples, without the held-out ones; position p is in epoch p // `total`.
 
-    Memory is a few numbers a shard and held-out sample, and the tables of the last four blocks.
+    Memory: a few numbers for each shard and held-out sample, and the tables of the last four blocks.
     """
 
     def __init__(self, counts: list[int], seed: int, block_shards: int = BLOCK_SHARDS, held_out: int = 0) -> None:
         self.seed, self.block_shards = seed, block_shards
-        self.rows = np.array(counts)
+        self.sizes = np.array(counts)
         self.held_out = self._hold_out(held_out)
-        self.counts = self.rows - np.bincount(self.held_out.shards, minlength=len(counts))
+        self.counts = self.sizes - np.bincount(self.held_out.shards, minlength=len(counts))
         self.total = int(self.counts.sum())
         self._epoch = lru_cache(2)(self._epoch_shards)
-        self._block = lru_cache(4)(self._block_places)
+        self._block = lru_cache(4)(self._block_samples)
 
-    def places(self, positions: np.ndarray) -> Places:
-        """The samples at these positions (n)."""
+    def locate(self, positions: np.ndarray) -> Locations:
+        """Return the samples at these positions (n)."""
         epochs, inner = np.divmod(positions, self.total)
         shards, rows = np.empty_like(inner), np.empty_like(inner)
         for epoch in np.unique(epochs).tolist():
@@ -48,10 +48,10 @@ class Order:
                 at = blocks == block
                 table = self._block(epoch, block)
                 shards[at], rows[at] = (column[inner[at] - starts[block]] for column in table)
-        return Places(shards, rows)
+        return Locations(shards, rows)
 
     def shards_near(self, first: int, last: int) -> list[int]:
-        """The shards of the blocks from that of position `first` to the one after that of position `last`, in order."""
+        """Return the shards of the blocks of positions `first` to `last` and of the block after those, in order."""
         near, position = list[int](), first
         while True:
             epoch, inner = divmod(position, self.total)
@@ -63,17 +63,17 @@ class Order:
                 return near
             position = epoch * self.total + int(starts[block] + self.counts[inside].sum())
 
-    def _hold_out(self, count: int) -> Places:
-        """Samples drawn by the seed alone, in the order of the set."""
-        starts, total = np.cumsum(self.rows) - self.rows, int(self.rows.sum())
+    def _hold_out(self, count: int) -> Locations:
+        """Choose held-out samples by the seed alone; sorted as in the set."""
+        starts, total = np.cumsum(self.sizes) - self.sizes, int(self.sizes.sum())
         if count >= total:
             raise UserError(f"data.held_out_images: {count} of {total} images would leave none to train on")
         chosen = np.sort(seeds.generator("held out", self.seed).choice(total, count, replace=False))
         shards = np.searchsorted(starts, chosen, side="right") - 1
-        return Places(shards, chosen - starts[shards])
+        return Locations(shards, chosen - starts[shards])
 
     def _epoch_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The first position of each block, and all shards in their order."""
+        """Return the first position of each block, and all shards in the epoch's order."""
         shards = seeds.generator("shards", self.seed, epoch).permutation(len(self.counts))
         sizes = np.add.reduceat(self.counts[shards], np.arange(0, len(shards), self.block_shards))
         return np.cumsum(sizes) - sizes, shards
@@ -81,13 +81,13 @@ class Order:
     def _shards_of(self, shards: np.ndarray, block: int) -> np.ndarray:
         return shards[block * self.block_shards : (block + 1) * self.block_shards]
 
-    def _block_places(self, epoch: int, block: int) -> Places:
-        """The block's samples in their order."""
+    def _block_samples(self, epoch: int, block: int) -> Locations:
+        """Return the block's samples in the epoch's order."""
         inside = self._shards_of(self._epoch(epoch)[1], block)
         rows = [self._rows_of(shard) for shard in inside]
         order = seeds.generator("samples", self.seed, epoch, block).permutation(sum(map(len, rows)))
-        return Places(np.repeat(inside, self.counts[inside])[order], np.concatenate(rows)[order])
+        return Locations(np.repeat(inside, self.counts[inside])[order], np.concatenate(rows)[order])
 
     def _rows_of(self, shard: int) -> np.ndarray:
         held = self.held_out.rows[slice(*np.searchsorted(self.held_out.shards, [shard, shard + 1]))]
-        return np.setdiff1d(np.arange(self.rows[shard]), held)
+        return np.setdiff1d(np.arange(self.sizes[shard]), held)

@@ -1,7 +1,7 @@
 """Parquet files with image bytes, as Hugging Face writes them; read by row group. The door to pyarrow.
 
-The images are a column of bytes, or of structs with a field `bytes`; the classes integers (with names in the schema's
-`huggingface` metadata where that is there) or names.
+Images are a column of bytes, or of structs with a field `bytes`. Classes are names or integers; the names of integers come from
+the schema's `huggingface` metadata, if any.
 """
 
 import json
@@ -12,31 +12,31 @@ from functools import lru_cache
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dis_scale.data.listing import Entry, Found
+from dis_scale.data.listing import Contents, Entry
 from dis_scale.errors import StorageError, UserError
 from dis_scale.recipe import ParquetSource
 from dis_scale.storage.folder import Folder
 
 
-def find(root: Folder, names: list[str], settings: ParquetSource) -> Found:
-    """Every row of the files, in the order of their names; the label column alone is read."""
-    return Found(
+def find(root: Folder, names: list[str], settings: ParquetSource) -> Contents:
+    """List every row of the files, sorted by file name. Only the label column is read."""
+    return Contents(
         (entry for name in names for entry in _entries(root, name, settings)), _class_names(root, names, settings)
     )
 
 
-class Rows:
-    """Reads images by (row group, row); the last row groups are kept, so that a walk reads each once."""
+class ParquetReader:
+    """Reads images by (row group, row). It keeps the last two row groups, so a sequential read loads each once."""
 
     def __init__(self, root: Folder, settings: ParquetSource) -> None:
         self._root, self._settings, self._one_at_a_time = root, settings, threading.Lock()
         self._group = lru_cache(2)(self._read_group)
 
     def read(self, entries: Sequence[Entry]) -> list[bytes]:
-        """The images' bytes; all entries lie in one row group. Those of a null are empty."""
+        """Return the images' bytes, empty for a null; all entries are in one row group."""
         with self._one_at_a_time:
-            column = self._group(entries[0].file, entries[0].place[0])
-        return [column[entry.place[1]].as_py() or b"" for entry in entries]
+            column = self._group(entries[0].file, entries[0].location[0])
+        return [column[entry.location[1]].as_py() or b"" for entry in entries]
 
     def _read_group(self, name: str, group: int) -> pa.ChunkedArray:
         with _opened(self._root, name) as file:
@@ -45,8 +45,8 @@ class Rows:
 
 
 def near(first: Entry, entry: Entry) -> bool:
-    """Whether `entry` is read in one go with `first`, which stands before it."""
-    return (first.file, first.place[0]) == (entry.file, entry.place[0])
+    """Return whether one read returns both `first` and `entry`, which comes after it."""
+    return (first.file, first.location[0]) == (entry.file, entry.location[0])
 
 
 def _entries(root: Folder, name: str, settings: ParquetSource) -> Iterator[Entry]:
@@ -64,7 +64,7 @@ def _entries(root: Folder, name: str, settings: ParquetSource) -> Iterator[Entry
 
 
 def _class_names(root: Folder, names: list[str], settings: ParquetSource) -> list[str] | None:
-    """The ClassLabel's names of Hugging Face's schema, where it has them."""
+    """Return the ClassLabel's names in Hugging Face's schema, or None."""
     with _opened(root, names[0]) as file:
         metadata = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
     feature = json.loads(metadata).get("info", {}).get("features", {}).get(settings.label, {})
@@ -91,7 +91,7 @@ def _has_bytes(kind: pa.DataType) -> bool:
 
 
 def _read(file: pq.ParquetFile, group: int, column: str, where: str) -> pa.Table:
-    """A column of a row group; StorageError where its pages are damaged."""
+    """Read a column of a row group; StorageError if its pages are damaged."""
     try:
         return file.read_row_group(group, columns=[column])
     except FileNotFoundError:
@@ -104,4 +104,4 @@ def _opened(root: Folder, name: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(root.open(name), pre_buffer=True)
     except pa.ArrowInvalid as error:
-        raise StorageError(f"{root}/{name}: not a whole Parquet file: {' '.join(str(error).split())}") from error
+        raise StorageError(f"{root}/{name}: not a complete Parquet file: {' '.join(str(error).split())}") from error

@@ -1,7 +1,7 @@
 """Latent shards: tars of posterior moments in object storage, each with a sidecar, and one manifest last. The door to WebDataset.
 
 Shard s holds the images of positions [s S, (s + 1) S) of the source. Its bytes are a function of (source, VAE, resolution, shard
-size, encode batch, device kind, torch version), so that it does not matter who made it or how often. Read next: latents.py.
+size, encode batch, device kind, torch version), so any worker may write it, more than once. Read next: latents.py.
 """
 
 import hashlib
@@ -10,15 +10,15 @@ import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import webdataset as wds
 
-from dis_scale.data.ahead import in_order
+from dis_scale.data.threads import in_order
 from dis_scale.errors import StorageAway, StorageError, UserError
+from dis_scale.progress import ReportShare
 from dis_scale.recipe import Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
@@ -30,12 +30,12 @@ READS_AT_ONCE = 8
 _BLOCK, _KEY = 512, 12
 """Bytes of a tar's unit, and of a key."""
 _VARIES = np.r_[0:_KEY, 124:136, 148:156, _BLOCK : 2 * _BLOCK + _KEY, 2 * _BLOCK + 148 : 2 * _BLOCK + 156]
-"""What differs between samples: key, size and checksum of the label, the label itself, key and checksum of the moments."""
+"""Bytes that differ between samples: key, size and checksum of the label, the label, key and checksum of the moments."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image's posterior: `moments` is float16 (2, 2C, h, w), mean and log-variance of the image and of its mirror image."""
+    """One image's posterior: `moments` is float16 (2, 2C, h, w), mean and log-variance of the image and of its horizontal flip."""
 
     position: int
     name: str
@@ -51,7 +51,7 @@ class Shard(NamedTuple):
 
 
 def latents_folder(sweep: Folder, recipe: Recipe, vae_identity: str) -> Folder:
-    """Where the latents of this declared source under this VAE live: beside the sweeps, which share them."""
+    """Return the folder of this declared source's latents under this VAE: next to the sweeps, which share it."""
     key = [
         recipe.data.source.model_dump(mode="json"), recipe.data.resolution, recipe.data.undecodable, vae_identity,
         recipe.precompute.shard_images, recipe.precompute.encode_images, manifest.FORMAT,
@@ -64,7 +64,7 @@ def shard_name(number: int) -> str:
 
 
 def pack(samples: list[Sample]) -> bytes:
-    """The shard's tar; the same bytes each time."""
+    """Return the shard's tar; the same samples always give the same bytes."""
     buffer = io.BytesIO()
     with wds.TarWriter(buffer, mtime=0, user="dis-scale", group="dis-scale", mode=0o444) as tar:
         for sample in samples:
@@ -74,7 +74,7 @@ def pack(samples: list[Sample]) -> bytes:
 
 
 def unpack(data: bytes, where: str) -> Shard:
-    """The shard of a tar's bytes, where it can be as a read-only view of them; StorageError where it is not one."""
+    """Return the shard in a tar's bytes, as a read-only view of them if possible; StorageError if it is not a shard."""
     try:
         return _strided(data) or _parsed(data, where)
     except (KeyError, ValueError, OSError, tarfile.TarError) as error:
@@ -82,9 +82,9 @@ def unpack(data: bytes, where: str) -> Shard:
 
 
 def _strided(data: bytes) -> Shard | None:
-    """What `pack` writes: each sample is two headers and two files at equal distances, so that all moments are one view.
+    """Read a tar of `pack`: each sample is two headers and two files at equal distances, so all moments are one view.
 
-    None where the tar is laid out in another way: by another writer, or with a name too long for one block of a tar.
+    None if the tar has another layout: from another writer, or with a name too long for one block of a tar.
     """
     try:
         file = tarfile.TarInfo.frombuf(data[2 * _BLOCK : 3 * _BLOCK], "ascii", "strict")
@@ -105,14 +105,14 @@ def _strided(data: bytes) -> Shard | None:
 
 
 def _alike(heads: np.ndarray) -> bool:
-    """Whether all samples have the first one's headers, but for key, checksums and what stands in the label's file."""
+    """Return whether all samples have the first one's headers, except for `_VARIES`."""
     constant = np.delete(heads, _VARIES, axis=1)
     keys = heads[:, :_KEY], heads[:, 2 * _BLOCK : 2 * _BLOCK + _KEY]
     return bool((constant == constant[0]).all() and (keys[0] == keys[1]).all())
 
 
 def _parsed(data: bytes, where: str) -> Shard:
-    """Any WebDataset tar with the same members."""
+    """Read any WebDataset tar with the same members."""
     files = wds.tariterators.tar_file_iterator(io.BytesIO(data))
     moments, labels = [], []
     for sample in wds.tariterators.group_by_keys(file | {"__url__": where} for file in files):
@@ -122,7 +122,7 @@ def _parsed(data: bytes, where: str) -> Shard:
 
 
 def put_shard(latents: Folder, number: int, samples: list[Sample], refused: list[str]) -> None:
-    """Writes a shard and then its sidecar: digest, count, images by label, and the moments' sums for the statistics."""
+    """Write a shard, then its sidecar: digest, count, images by label, and sums of the moments for the statistics."""
     data = pack(samples)
     latents.write(f"{shard_name(number)}.tar", data)
     sidecar = {"format": manifest.FORMAT, "count": len(samples), **manifest.digest(data), "refused": refused}
@@ -130,23 +130,23 @@ def put_shard(latents: Folder, number: int, samples: list[Sample], refused: list
     latents.write_json(f"{shard_name(number)}.json", sidecar | {"labels": labels, "sums": _sums(samples)})
 
 
-def finished(latents: Folder, numbers: range, report: Callable[[int, int], None] = lambda *_: None) -> set[int]:
-    """The shards that need not be made again: tar and sidecar stand and agree, hashes too.
+def finished(latents: Folder, numbers: range, report: ReportShare = lambda *_: None) -> set[int]:
+    """Return the finished shards: tar and sidecar exist and agree, including the hash.
 
-    `report` gets how many have been looked at, and of how many.
+    `report` gets the number of shards checked so far and the total.
     """
-    there = set(latents.list())
-    whole = [n for n in numbers if {f"{shard_name(n)}.tar", f"{shard_name(n)}.json"} <= there]
-    agree = in_order(whole, lambda n: _agrees(latents, n), READS_AT_ONCE)
+    names = set(latents.list())
+    candidates = [n for n in numbers if {f"{shard_name(n)}.tar", f"{shard_name(n)}.json"} <= names]
+    agree = in_order(candidates, lambda n: _agrees(latents, n), READS_AT_ONCE)
     good = set()
-    for i, (n, agrees) in enumerate(zip(whole, agree, strict=True), 1):
+    for i, (n, agrees) in enumerate(zip(candidates, agree, strict=True), 1):
         good |= {n} if agrees else set()
-        report(i, len(whole))
+        report(i, len(candidates))
     return good
 
 
 def clear_strays(latents: Folder, numbers: range) -> list[str]:
-    """Deletes tars and sidecars with a number beyond the set, and names them."""
+    """Delete tars and sidecars with a number beyond the set; return their names."""
     ours = {f"{shard_name(n)}.{kind}" for n in numbers for kind in ("tar", "json")}
     strays = [name for name in latents.list() if SHARD.fullmatch(name) and name not in ours]
     for name in strays:
@@ -154,11 +154,11 @@ def clear_strays(latents: Folder, numbers: range) -> list[str]:
     return strays
 
 
-def seal(latents: Folder, numbers: range, facts: dict[str, Any]) -> dict[str, Any]:
-    """Writes the manifest over all sidecars, last of all; StorageError where a shard is not as long as its sidecar says."""
+def write_manifest(latents: Folder, numbers: range, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write the manifest over all sidecars, as the last file; StorageError if a shard's size is not its sidecar's."""
     shards, sums, refused, labels, sizes = [], [], list[str](), Counter[str](), latents.sizes()
     read = in_order(numbers, lambda n: latents.read_json(f"{shard_name(n)}.json"), READS_AT_ONCE)
-    for n, sidecar in zip(numbers, read, strict=True):  # one by one: of a hundred thousand each names a thousand labels
+    for n, sidecar in zip(numbers, read, strict=True):  # one at a time: up to 100,000 sidecars, each with 1,000 labels
         _require_size(latents, n, sidecar, sizes)
         shards.append({"name": f"{shard_name(n)}.tar", **{k: sidecar[k] for k in ("count", "bytes", "sha256")}})
         sums.append(sidecar["sums"])
@@ -182,34 +182,35 @@ def _require_size(latents: Folder, number: int, sidecar: dict[str, Any], sizes: 
     if (size := sizes.get(f"{shard_name(number)}.tar")) != sidecar["bytes"]:
         raise StorageError(
             f"{latents}/{shard_name(number)}.tar: {size or 0} bytes, its sidecar says {sidecar['bytes']}: "
-            "give the same command again, and it is made anew"
+            "rerun the same command to rebuild it"
         )
 
 
 def point_to(sweep: Folder, latents: Folder, vae_identity: str) -> None:
-    """Notes which latents the sweep uses and under which VAE, so that training need not load a VAE to find them."""
+    """Record which latents the sweep uses and their VAE, so that training finds them without loading a VAE."""
     sweep.write_json(POINTER, {"folder": f"latents/{latents.name}", "vae": vae_identity})
 
 
 def find_latents(sweep: Folder) -> Folder | None:
-    """The sweep's sealed latents, or None; UserError where they were made with another VAE than the sweep decodes with."""
+    """Return the sweep's complete latents, or None; UserError if they were made with another VAE than the sweep's."""
     if not sweep.exists(POINTER):
         return None
     pointer = sweep.read_json(POINTER)
     latents = store_of(sweep) / pointer["folder"]
-    found = manifest.find(latents)
-    if found is not None:
-        require_same_vae(latents, found["vae"], pointer["vae"])
-    return latents if found is not None else None
+    facts = manifest.find(latents)
+    if facts is None:
+        return None
+    require_same_vae(latents, facts["vae"], pointer["vae"])
+    return latents
 
 
 def require_vae(sweep: Folder, vae_identity: str) -> None:
-    """UserError where the sweep's latents were made with another VAE than this one."""
+    """UserError if the sweep's latents were made with another VAE than this one."""
     require_same_vae(sweep, sweep.read_json(POINTER)["vae"], vae_identity)
 
 
 def require_same_vae(latents: Folder, theirs: str, ours: str) -> None:
-    """UserError where the latents were made with another VAE than ours, both by their identities."""
+    """UserError if the VAE identity of the latents is not ours."""
     if theirs != ours:
         raise UserError(
             f"{latents}: latents of another VAE: theirs is {theirs[:12]}, the sweep's is {ours[:12]}; "
@@ -218,22 +219,20 @@ def require_same_vae(latents: Folder, theirs: str, ours: str) -> None:
 
 
 def latents_manifest(sweep: Folder) -> dict[str, Any]:
-    """What the manifest of the sweep's latents says; UserError where there are none."""
-    found = manifest.find(latents_of(sweep))
-    assert found is not None, "sealed latents have a manifest"
-    return found
+    """Return the manifest of the sweep's latents; UserError if they are not complete."""
+    return manifest.require(latents_of(sweep))
 
 
 def latents_of(sweep: Folder) -> Folder:
-    """The sweep's sealed latents; UserError where there are none."""
+    """Return the sweep's complete latents; UserError if there are none."""
     latents = find_latents(sweep)
     if latents is None:
-        raise UserError(f"{sweep}: no sealed latents: the precompute stage has not finished")
+        raise UserError(f"{sweep}: no complete latents: the precompute stage has not finished")
     return latents
 
 
 def store_of(sweep: Folder) -> Folder:
-    """The root that a sweep shares with others: latents and listings lie there."""
+    """Return the root that a sweep shares with others: the folder of latents and listings."""
     return replace(sweep, url=sweep.url.rsplit("/sweeps/", 1)[0])
 
 
@@ -242,14 +241,14 @@ def _agrees(latents: Folder, number: int) -> bool:
     try:
         manifest.verified(latents, f"{name}.tar", latents.read_json(f"{name}.json"))
     except StorageAway:
-        raise  # nothing is known of the shard
+        raise  # the shard may be good
     except (StorageError, KeyError, TypeError):
         return False
     return True
 
 
 def _sums(samples: list[Sample]) -> dict[str, Any]:
-    """Count, mean and M2 by channel of the posterior means of the unmirrored images, to be merged exactly."""
+    """Return count, mean and M2 by channel of the posterior means of the unflipped images, for exact merging."""
     if not samples:
         return {"count": 0, "mean": [], "m2": []}
     means = np.stack([s.moments[0, : s.moments.shape[1] // 2] for s in samples]).astype(np.float64)
@@ -261,7 +260,7 @@ def _sums(samples: list[Sample]) -> dict[str, Any]:
 
 
 def _statistics(sums: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation by channel from the shards' sums (Chan, Golub and LeVeque 1983), in shard order."""
+    """Return mean and standard deviation by channel from the shards' sums (Chan, Golub and LeVeque 1983), in shard order."""
     count, mean, m2 = 0, np.zeros(1), np.zeros(1)
     for s in sums:
         if not s["count"]:

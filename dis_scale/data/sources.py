@@ -1,7 +1,7 @@
-"""Labelled images of any kind in one order that the source's content fixes, each opened by its position.
+"""Labelled images of any kind, in one order that the source's content fixes, each opened by its position.
 
-A source is a listing (listing.py) and a way to read what it names. Images become arrays in images.py; tars and Parquet have files
-of their own. Not for latents: those are shards.py and latents.py.
+A source is a listing (listing.py) and a way to read its entries. Images become arrays in images.py; tars and Parquet have their
+own files. For latents see shards.py and latents.py.
 """
 
 import csv
@@ -9,13 +9,15 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Literal, Protocol
 
 import numpy as np
 from PIL import Image
 
 from dis_scale.data import images, listing, parquet, tars
-from dis_scale.data.listing import Column, Entry, Found, Listing, Report, number_or_name
+from dis_scale.data.listing import Column, Contents, Entry, Listing, number_or_name
 from dis_scale.errors import StorageError, UndecodableImage, UserError
+from dis_scale.progress import ReportDone
 from dis_scale.recipe import CsvSource, Data, DigitsSource, FolderSource, ParquetSource, TarSource
 from dis_scale.storage.folder import Folder, open_folder
 
@@ -27,9 +29,9 @@ class Source:
     listing: Listing
     label_names: list[str]
     read: Callable[[Sequence[Entry]], list[bytes]]
-    """The bytes of entries that are `near` each other."""
+    """Reads the bytes of entries that are `near` each other."""
     near: Callable[[Entry, Entry], bool]
-    """Whether the second entry is read in one go with the first, which stands before it."""
+    """True if one read returns both the first entry and the second, which comes after it."""
 
     def __len__(self) -> int:
         return len(self.listing)
@@ -43,26 +45,23 @@ class Source:
         return Column(self.listing, lambda entry: int(entry.label))
 
     def pixels(self, i: int, resolution: int) -> np.ndarray:
-        """Image i as uint8 (resolution, resolution, 3).
-
-        UndecodableImage names one that is no image; storage that is away is another StorageError, never a broken image.
-        """
+        """Return image i as uint8 (resolution, resolution, 3); UndecodableImage, or another StorageError if storage fails."""
         (image,) = self.decoded(range(i, i + 1), resolution)
         if isinstance(image, UndecodableImage):
             raise image
         return image
 
     def decoded(self, positions: range, resolution: int) -> list[np.ndarray | UndecodableImage]:
-        """The images of one of `stretches`, read in one go; in the place of one that is no image, the error that names it."""
+        """Return the images of one of `read_ranges`, by one read; an undecodable image is replaced by its error."""
         entries = self.listing[positions.start : positions.stop]
         try:
-            found = self.read(entries)
+            files = self.read(entries)
         except FileNotFoundError as error:
             raise _gone(entries[0].file) from error
-        return [_decoded(data, entry.name, resolution) for data, entry in zip(found, entries, strict=True)]
+        return [_decoded(data, entry.name, resolution) for data, entry in zip(files, entries, strict=True)]
 
-    def stretches(self, positions: range, most: int) -> Iterator[range]:
-        """The positions cut where one read ends and the next begins, and after `most` images."""
+    def read_ranges(self, positions: range, most: int) -> Iterator[range]:
+        """Split the positions into ranges of one read and at most `most` images each."""
         first = positions.start
         for i in positions:
             if i - first == most or not self.near(self.listing[first], self.listing[i]):
@@ -72,67 +71,173 @@ class Source:
             yield range(first, positions.stop)
 
 
-def open_source(data: Data, store: Folder | None = None, report: Report = lambda _: None) -> Source:
-    """The recipe's source, by the listing kept in `store`, which is made where there is none.
+def select_decodable(
+    positions: Iterable[int], images: Iterable[np.ndarray | UndecodableImage], undecodable: Literal["refuse", "skip"]
+) -> tuple[list[tuple[int, np.ndarray]], list[int]]:
+    """Return (position, image) of the decodable images, and the positions of the others.
 
-    `report` gets the number of images listed so far. UserError where the source is missing, empty or has other classes than the
-    recipe says. Without a store it is listed anew.
+    Raises the first UndecodableImage if `undecodable` is "refuse".
+    """
+    decodable, skipped = [], []
+    for position, image in zip(positions, images, strict=True):
+        if not isinstance(image, UndecodableImage):
+            decodable.append((position, image))
+        elif undecodable == "refuse":
+            raise image
+        else:
+            skipped.append(position)
+    return decodable, skipped
+
+
+def open_source(data: Data, store: Folder | None = None, report: ReportDone = lambda _: None) -> Source:
+    """Open the recipe's source by the listing in `store`, which is built if missing; without a store it is always built.
+
+    UserError if the source is missing, empty, or has other classes than the recipe says.
     """
     kind = _open_kind(data.source)
 
-    def find() -> Found:
-        found = kind.find()
-        return found._replace(entries=_at_least_one(found.entries, kind.missing))
+    def find() -> Contents:
+        contents = kind.find()
+        return contents._replace(entries=_at_least_one(contents.entries, kind.missing))
 
-    def check(found: Listing) -> None:
-        _label_names(found, data, kind.where)
+    def check(opened: Listing) -> None:
+        _label_names(opened, data, kind.where)
 
     if store is None:
-        found = listing.in_memory(find(), report, kind.where)
+        opened = listing.in_memory(find(), report, kind.where)
     else:
-        found = listing.stored(store, data.source.model_dump(mode="json"), find, check, report)
-    return Source(found, _label_names(found, data, kind.where), kind.read, kind.near)
+        opened = listing.stored(store, data.source.model_dump(mode="json"), find, check, report)
+    return Source(opened, _label_names(opened, data, kind.where), kind.read, kind.near)
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """How a kind of source is listed and read, and what to say where it holds nothing."""
+class _Kind(Protocol):
+    """A kind of source: how to list and read it."""
 
     where: str
-    find: Callable[[], Found]
-    read: Callable[[Sequence[Entry]], list[bytes]]
-    near: Callable[[Entry, Entry], bool]
+    """Its location, for messages."""
     missing: str
+    """The error message if it has no entries."""
+
+    def find(self) -> Contents: ...
+    def read(self, entries: Sequence[Entry]) -> list[bytes]: ...
+    def near(self, first: Entry, entry: Entry, /) -> bool: ...
+
+
+class _OneFileEach:
+    """Base of kinds with a file for each image."""
+
+    def read(self, entries: Sequence[Entry]) -> list[bytes]:
+        return [self._read(entry) for entry in entries]
+
+    def near(self, _: Entry, __: Entry, /) -> bool:
+        return True
+
+    def _read(self, entry: Entry) -> bytes:
+        try:
+            return self.read_one(entry)
+        except FileNotFoundError as error:
+            raise _gone(f"image {entry.name}") from error
+
+    def read_one(self, entry: Entry) -> bytes:
+        raise NotImplementedError
+
+
+class _Digits(_OneFileEach):
+    """scikit-learn's handwritten digits."""
+
+    where, missing = "scikit-learn's digits", ""
+
+    def find(self) -> Contents:
+        labels = _digits()[1]
+        return Contents((Entry(f"digits/{i:04d}", y, "", (i, 0)) for i, y in enumerate(labels)), list("0123456789"))
+
+    def read_one(self, entry: Entry) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(_digits()[0][entry.location[0]]).save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+class _ClassFolders(_OneFileEach):
+    """A folder of images for each class."""
+
+    def __init__(self, settings: FolderSource) -> None:
+        self._root = open_folder(settings.url)
+        self.where = self._root.url
+        self.missing = f"no images in class folders below {self._root}; expected {self._root}/<class>/<image>.png"
+
+    def find(self) -> Contents:
+        """List class by class and, in an object store, page by page: a million names are never in memory at once."""
+        classes = [name for name in self._root.folders() if not name.startswith(".")]
+        return Contents(
+            (
+                Entry(f"{name}/{file}", label)
+                for label, name in enumerate(classes)
+                for file in self._root.files(name)
+                if file.lower().endswith(images.SUFFIXES) and not file.startswith(".")
+            ),
+            classes,
+        )
+
+    def read_one(self, entry: Entry) -> bytes:
+        return self._root.read(entry.name)
+
+
+class _Csv(_OneFileEach):
+    """A CSV file of paths and labels."""
+
+    def __init__(self, settings: CsvSource) -> None:
+        self._file, self._settings = open_folder(settings.url), settings
+        self._root = Folder(self._file.url.rpartition("/")[0])
+        self.where, self.missing = self._file.url, f"no lines in {self._file}"
+
+    def find(self) -> Contents:
+        return Contents(_csv_entries(self._root, self._file.name, self._settings))
+
+    def read_one(self, entry: Entry) -> bytes:
+        return _read_anywhere(self._root, entry.name)
+
+
+class _Tars:
+    """Tars of images."""
+
+    def __init__(self, settings: TarSource) -> None:
+        self._root, self._names = tars.files_of(open_folder(settings.url), settings.files, ".tar")
+        self._settings, self.near = settings, tars.near
+        self.where = self._root.url
+        self.missing = f"no images ({', '.join(images.SUFFIXES)}) in the tars of {self._root}"
+
+    def find(self) -> Contents:
+        return tars.find(self._root, self._names, self._settings)
+
+    def read(self, entries: Sequence[Entry]) -> list[bytes]:
+        return tars.read(self._root, entries)
+
+
+class _Parquet:
+    """Parquet files of images."""
+
+    def __init__(self, settings: ParquetSource) -> None:
+        self._root, self._names = tars.files_of(open_folder(settings.url), settings.files, ".parquet")
+        self._settings, self.near = settings, parquet.near
+        self.read = parquet.ParquetReader(self._root, settings).read
+        self.where, self.missing = self._root.url, f"no rows in the Parquet files of {self._root}"
+
+    def find(self) -> Contents:
+        return parquet.find(self._root, self._names, self._settings)
 
 
 def _open_kind(settings: DigitsSource | FolderSource | TarSource | ParquetSource | CsvSource) -> _Kind:
     match settings:
         case DigitsSource():
-            return _Kind("scikit-learn's digits", _find_digits, _each(_read_digit), _anywhere, "")
-        case FolderSource(url=url):
-            root = open_folder(url)
-            missing = f"no images in class folders below {root}; expected {root}/<class>/<image>.png"
-            return _Kind(
-                root.url, lambda: _find_class_folders(root), _each(lambda e: root.read(e.name)), _anywhere, missing
-            )
-        case CsvSource(url=url):
-            file = open_folder(url)
-            root = Folder(file.url.rpartition("/")[0])
-            read = _each(lambda e: _read_anywhere(root, e.name))
-            return _Kind(
-                file.url, lambda: Found(_csv_entries(root, file.name, settings)), read, _anywhere, f"no lines in {file}"
-            )
-        case TarSource(url=url):
-            root, names = tars.files_of(open_folder(url), settings.files, ".tar")
-            missing = f"no images ({', '.join(images.SUFFIXES)}) in the tars of {root}"
-            return _Kind(
-                root.url, lambda: tars.find(root, names, settings), lambda e: tars.read(root, e), tars.near, missing
-            )
-        case ParquetSource(url=url):
-            root, names = tars.files_of(open_folder(url), settings.files, ".parquet")
-            rows = parquet.Rows(root, settings)
-            find = lambda: parquet.find(root, names, settings)  # noqa: E731
-            return _Kind(root.url, find, rows.read, parquet.near, f"no rows in the Parquet files of {root}")
+            return _Digits()
+        case FolderSource():
+            return _ClassFolders(settings)
+        case CsvSource():
+            return _Csv(settings)
+        case TarSource():
+            return _Tars(settings)
+        case ParquetSource():
+            return _Parquet(settings)
 
 
 def _decoded(data: bytes, name: str, resolution: int) -> np.ndarray | UndecodableImage:
@@ -142,9 +247,9 @@ def _decoded(data: bytes, name: str, resolution: int) -> np.ndarray | Undecodabl
         return error
 
 
-def _label_names(found: Listing, data: Data, where: str) -> list[str]:
-    """The classes' names, numbers where they have none; UserError where they are not as many as the recipe says."""
-    names, largest = found.facts["label_names"], found.facts["largest"]
+def _label_names(opened: Listing, data: Data, where: str) -> list[str]:
+    """Return the classes' names, or their numbers if they have none; UserError if their number is not the recipe's."""
+    names, largest = opened.facts["label_names"], opened.facts["largest"]
     if names is None and largest >= data.num_classes:
         raise UserError(f"data.num_classes: got {data.num_classes}, but {where} has labels up to {largest}")
     if names is not None and len(names) != data.num_classes:
@@ -164,40 +269,10 @@ def _at_least_one(entries: Iterable[Entry], missing: str) -> Iterator[Entry]:
     yield from iterator
 
 
-def _each(read: Callable[[Entry], bytes]) -> Callable[[Sequence[Entry]], list[bytes]]:
-    """Reads entries one by one, each from an object of its own."""
-
-    def read_one(entry: Entry) -> bytes:
-        try:
-            return read(entry)
-        except FileNotFoundError as error:
-            raise _gone(f"image {entry.name}") from error
-
-    return lambda entries: [read_one(entry) for entry in entries]
-
-
-def _anywhere(_: Entry, __: Entry) -> bool:
-    return True
-
-
 def _gone(what: str) -> StorageError:
     return StorageError(
         f"{what} is gone: it was there when the source was listed; "
-        "bring it back, or give another data.source.version and the sweep another name, and the source is listed anew"
-    )
-
-
-def _find_class_folders(root: Folder) -> Found:
-    """Class by class and, in an object store, page by page: a million names are never in memory at once."""
-    classes = [name for name in root.folders() if not name.startswith(".")]
-    return Found(
-        (
-            Entry(f"{name}/{file}", label)
-            for label, name in enumerate(classes)
-            for file in root.files(name)
-            if file.lower().endswith(images.SUFFIXES) and not file.startswith(".")
-        ),
-        classes,
+        "restore it, or change data.source.version and the sweep's name, and the source is listed again"
     )
 
 
@@ -235,14 +310,3 @@ def _digits() -> tuple[np.ndarray, list[int]]:
 
     digits = load_digits()
     return np.round(digits.images * (255 / 16)).astype(np.uint8), [int(y) for y in digits.target]
-
-
-def _find_digits() -> Found:
-    labels = _digits()[1]
-    return Found((Entry(f"digits/{i:04d}", y, "", (i, 0)) for i, y in enumerate(labels)), list("0123456789"))
-
-
-def _read_digit(entry: Entry) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(_digits()[0][entry.place[0]]).save(buffer, "PNG")
-    return buffer.getvalue()

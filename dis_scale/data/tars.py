@@ -1,7 +1,7 @@
-"""Tars of images, WebDataset's shards among them: an index of the members once, then reads by range.
+"""Tars of images, such as WebDataset's shards: the members are indexed once, then read by byte range.
 
-Listing reads each tar's headers (and its small `.cls` or `.json` members) through a window, several tars at once; what is read
-later for a shard's worth of images is their own stretch of the tar, never the whole.
+Listing reads each tar's headers (and its small `.cls` or `.json` members) through a window, several tars at once. Later reads
+fetch only the byte range of the images that are needed.
 """
 
 import json
@@ -10,22 +10,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from typing import BinaryIO
 
-from dis_scale.data.ahead import in_order
 from dis_scale.data.images import SUFFIXES
-from dis_scale.data.listing import Entry, Found, number_or_name
+from dis_scale.data.listing import Contents, Entry, number_or_name
+from dis_scale.data.threads import in_order
 from dis_scale.errors import StorageError, UserError
 from dis_scale.recipe import TarSource
 from dis_scale.storage.folder import Folder
 
 TARS_AT_ONCE = 8
 LARGE_BYTES = 8 * 2**30
-"""A tar beyond it is indexed by itself."""
+"""A larger tar is indexed on its own."""
 SPAN_BYTES = 8 * 2**20
-"""Images that lie so close are read in one go."""
+"""Most bytes of images that one read returns."""
 
 
 def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]:
-    """The folder and its files by `pattern`, sorted; a URL that ends in `suffix` is one file. UserError where there are none."""
+    """Return the folder and its files that match `pattern`, sorted; a URL ending in `suffix` is one file. UserError if none."""
     if url.name.endswith(suffix):
         parent, name = Folder(url.url.rsplit("/", 1)[0]), url.name
         if not parent.exists(name):
@@ -37,29 +37,29 @@ def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]
     return url, names
 
 
-def find(root: Folder, names: list[str], settings: TarSource) -> Found:
-    """Every image of the tars, in the order of their names and of their members.
+def find(root: Folder, names: list[str], settings: TarSource) -> Contents:
+    """List every image of the tars, in the order of the tars' names and their members.
 
-    Several tars are indexed at once, but for large ones, whose members come as they are read: a tar may hold ten million.
+    Several tars are indexed at once. The members of a large tar are streamed instead, since it may hold ten million.
     """
 
     def index(name: str) -> Iterable[Entry]:
         entries = _entries(root, name, settings)
         return entries if root.size(name) > LARGE_BYTES else list(entries)
 
-    return Found(entry for tar in in_order(names, index, TARS_AT_ONCE) for entry in tar)
+    return Contents(entry for tar in in_order(names, index, TARS_AT_ONCE) for entry in tar)
 
 
 def read(root: Folder, entries: Sequence[Entry]) -> list[bytes]:
-    """The images' bytes, by one range read; all entries lie in one tar, in its order."""
-    first, last = entries[0].place[0], sum(entries[-1].place)
+    """Return the images' bytes by one range read; all entries are in one tar, in its order."""
+    first, last = entries[0].location[0], sum(entries[-1].location)
     data = root.read(entries[0].file, first, last) if last > first else b""
-    return [data[start - first : start - first + length] for start, length in (entry.place for entry in entries)]
+    return [data[start - first : start - first + length] for start, length in (entry.location for entry in entries)]
 
 
 def near(first: Entry, entry: Entry) -> bool:
-    """Whether `entry` is read in one go with `first`, which stands before it."""
-    return first.file == entry.file and sum(entry.place) - first.place[0] <= SPAN_BYTES
+    """Return whether one read returns both `first` and `entry`, which comes after it."""
+    return first.file == entry.file and sum(entry.location) - first.location[0] <= SPAN_BYTES
 
 
 def _entries(root: Folder, name: str, settings: TarSource) -> Iterator[Entry]:
@@ -68,11 +68,13 @@ def _entries(root: Folder, name: str, settings: TarSource) -> Iterator[Entry]:
         with root.open(name) as file:
             yield from _labelled(_members(file), name, where, settings)
     except (tarfile.TarError, EOFError) as error:
-        raise StorageError(f"{where}: not a whole tar: {error}; mend it or take it out of data.source.files") from error
+        raise StorageError(
+            f"{where}: not a complete tar: {error}; repair it or remove it from data.source.files"
+        ) from error
 
 
 class _Member(tarfile.TarInfo):
-    """A tar's member, with its bytes where it may hold a label."""
+    """A tar's member, with its bytes if it may hold a label."""
 
     data: bytes = b""
 
@@ -80,7 +82,7 @@ class _Member(tarfile.TarInfo):
 def _members(file: BinaryIO) -> Iterator[_Member]:
     with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as tar:
         while (member := _next(tar, file)) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # else it keeps them all
+            tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps all members
             if not member.isreg():
                 continue
             assert isinstance(member, _Member)
@@ -91,17 +93,17 @@ def _members(file: BinaryIO) -> Iterator[_Member]:
 
 
 def _next(tar: tarfile.TarFile, file: BinaryIO) -> tarfile.TarInfo | None:
-    """The next member; ReadError where the tar stops otherwise than with a block of zeros, which `tarfile` takes for its end."""
+    """Return the next member; ReadError if the tar does not end with a block of zeros: `tarfile` accepts a truncated tar."""
     member = tar.next()
     if member is None:
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"damaged or cut at byte {tar.offset}")
+            raise tarfile.ReadError(f"damaged or truncated at byte {tar.offset}")
     return member
 
 
 def _labelled(members: Iterator[_Member], tar: str, where: str, settings: TarSource) -> Iterator[Entry]:
-    """The images with their labels; what belongs together lies together, under one key, as in WebDataset."""
+    """Yield the images with their labels; the files of one sample are adjacent and share a key, as in WebDataset."""
     key, images, label = "", list[_Member](), None
     for member in members:
         folder, _, base = member.name.rpartition("/")
@@ -109,16 +111,16 @@ def _labelled(members: Iterator[_Member], tar: str, where: str, settings: TarSou
             continue  # macOS's ._x.jpg
         stem, _, kind = base.partition(".")
         if f"{folder}/{stem}" != key:
-            yield from _together(images, label, tar, where, settings)
+            yield from _sample_entries(images, label, tar, where, settings)
             key, images, label = f"{folder}/{stem}", [], None
         if kind == settings.image or (settings.image is None and f".{kind.lower()}".endswith(SUFFIXES)):
             images.append(member)
         elif kind == settings.label:
             label = _label(member, f"{where}: {member.name}", settings)
-    yield from _together(images, label, tar, where, settings)
+    yield from _sample_entries(images, label, tar, where, settings)
 
 
-def _together(
+def _sample_entries(
     images: list[_Member], label: int | str | None, tar: str, where: str, settings: TarSource
 ) -> Iterator[Entry]:
     if len(images) > 1 and settings.label in ("cls", "json"):
@@ -127,14 +129,14 @@ def _together(
             f"say which is the image, for example data.source.image = {images[0].name.rpartition('.')[2]}"
         )
     for image in images:
-        found = _from_name(image.name, tar, settings) if settings.label in ("folder", "tar") else label
-        if found is None or found == "":
-            beside = "a folder around it" if settings.label == "folder" else f"a .{settings.label} beside it"
+        image_label = _from_name(image.name, tar, settings) if settings.label in ("folder", "tar") else label
+        if image_label is None or image_label == "":
+            expected = "a folder around it" if settings.label == "folder" else f"a .{settings.label} next to it"
             raise UserError(
-                f"{where}: image {image.name} has no label: expected {beside}, "
-                "or say where labels stand: data.source.label = cls, json, folder or tar"
+                f"{where}: image {image.name} has no label: expected {expected}, "
+                "or set where labels are: data.source.label = cls, json, folder or tar"
             )
-        yield Entry(f"{tar}/{image.name}", found, tar, (image.offset_data, image.size))
+        yield Entry(f"{tar}/{image.name}", image_label, tar, (image.offset_data, image.size))
 
 
 def _from_name(name: str, tar: str, settings: TarSource) -> str:
@@ -146,9 +148,9 @@ def _label(member: _Member, where: str, settings: TarSource) -> int | str:
     try:
         if settings.label == "cls":
             return number_or_name(member.data.decode())
-        found = json.loads(member.data)[settings.json_key]
+        label = json.loads(member.data)[settings.json_key]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: no label {sought} there: {type(error).__name__}: {error}") from error
-    if isinstance(found, bool) or not isinstance(found, int | str):
-        raise UserError(f"{where}: label {found!r}, expected a number or a name")
-    return found
+        raise UserError(f"{where}: no label {sought}: {type(error).__name__}: {error}") from error
+    if isinstance(label, bool) or not isinstance(label, int | str):
+        raise UserError(f"{where}: label {label!r}, expected a number or a name")
+    return label

@@ -1,1 +1,1 @@
-"""Published weights to a distance: sample.py draws, features.py looks, metrics.py measures. Nothing here knows about training."""
+"""Published weights to metrics: sampling.py, features.py, measure.py. Independent of training."""

@@ -1,6 +1,6 @@
 """ADM's reference `.npz` (openai/guided-diffusion, evaluations): `mu, sigma, mu_s, sigma_s` and, in `arr_0`, the images.
 
-Images are read in parts, so that 10,000 of 256 x 256 do not stand in memory.
+Images are read in parts: 10,000 of 256 x 256 would take 2 GB of memory.
 """
 
 import io
@@ -13,7 +13,7 @@ import numpy as np
 
 from dis_scale.errors import StorageError, UserError
 from dis_scale.evaluation.inception import FEATURES, SPATIAL
-from dis_scale.evaluation.metrics import Gaussian
+from dis_scale.evaluation.metrics import MeanCovariance
 from dis_scale.storage.folder import locate
 
 IMAGES = "arr_0"
@@ -21,13 +21,13 @@ IMAGES = "arr_0"
 
 @dataclass(frozen=True)
 class Adm:
-    """An open reference file; each part is read when it is asked for. `close` it."""
+    """An open reference file; each part is read on request. The caller closes it."""
 
     url: str
     file: zipfile.ZipFile
 
-    def gaussian(self, mean: str, covariance: str, features: int) -> Gaussian | None:
-        """Statistics under two names, None where the file lacks them; UserError for another number of features."""
+    def statistics(self, mean: str, covariance: str, features: int) -> MeanCovariance | None:
+        """Return the statistics under two names, None if missing; UserError for another number of features."""
         mu, sigma = self._array(mean), self._array(covariance)
         if mu is None or sigma is None:
             return None
@@ -38,16 +38,16 @@ class Adm:
             )
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise UserError(f"{self.url}: {mean} or {covariance} is not finite: the file is damaged")
-        return Gaussian(0, mu.astype(np.float64), sigma.astype(np.float64))  # the file does not say how many images
+        return MeanCovariance(0, mu.astype(np.float64), sigma.astype(np.float64))  # the file lacks the number of images
 
-    def pooled(self) -> Gaussian | None:
-        return self.gaussian("mu", "sigma", FEATURES)
+    def pooled(self) -> MeanCovariance | None:
+        return self.statistics("mu", "sigma", FEATURES)
 
-    def spatial(self) -> Gaussian | None:
-        return self.gaussian("mu_s", "sigma_s", SPATIAL)
+    def spatial(self) -> MeanCovariance | None:
+        return self.statistics("mu_s", "sigma_s", SPATIAL)
 
     def image_count(self, resolution: int) -> int:
-        """How many images the file holds, 0 without any; UserError where they are not of `resolution`."""
+        """Return the number of images in the file; UserError if they are not of `resolution`."""
         if f"{IMAGES}.npy" not in self.file.namelist():
             return 0
         with self.file.open(f"{IMAGES}.npy") as stream:
@@ -60,7 +60,7 @@ class Adm:
         return shape[0]
 
     def images(self, at_once: int) -> Iterator[np.ndarray]:
-        """The images in order, uint8 (B, R, R, 3)."""
+        """Yield the images in order, uint8 (B, R, R, 3)."""
         with self.file.open(f"{IMAGES}.npy") as stream:
             (count, *shape), _ = _header(stream)
             for first in range(0, count, at_once):
@@ -77,15 +77,15 @@ class Adm:
 
 
 def open_reference(url: str) -> Adm:
-    """The file at a path or URL; UserError where there is none or it is no `.npz`."""
-    place, name = locate(url)
+    """Open the file at a path or URL; UserError if it is missing or not an `.npz`."""
+    parent, name = locate(url)
     try:
-        source = place.local / name if place.local else io.BytesIO(place.read(name))
+        source = parent.local / name if parent.local else io.BytesIO(parent.read(name))
         return Adm(url, zipfile.ZipFile(source))
     except FileNotFoundError as error:
         raise UserError(f"evaluate.reference: no file {url}") from error
     except (zipfile.BadZipFile, StorageError) as error:
-        raise UserError(f"evaluate.reference: {url} is no ADM reference .npz: {error}") from error
+        raise UserError(f"evaluate.reference: {url} is not an ADM reference .npz: {error}") from error
 
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:

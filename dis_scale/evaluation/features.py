@@ -1,6 +1,6 @@
-"""Images to features, by extractors with a name: Inception-v3, the sweep's own classifier, any TorchScript file.
+"""Images to features by named extractors: Inception-v3, the sweep's own classifier, any TorchScript file.
 
-Read next: inception.py for the first, measure.py for what becomes of the features.
+Read next: inception.py, and measure.py for the metrics.
 """
 
 import hashlib
@@ -14,22 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dis_scale.digits import Classifier
 from dis_scale.errors import StorageError, UserError
 from dis_scale.evaluation import inception
 from dis_scale.recipe import Evaluate, ExtractorSettings, InceptionExtractor, TorchScriptExtractor, TrainedExtractor
+from dis_scale.small_nets import Classifier
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, locate
 
 JUDGE = "judge"
 BATCH_IMAGES = 50
-"""Images looked at at once: fixed, so that features are a function of the block alone."""
+"""Images in a forward pass: fixed, so that features depend on the block only."""
 Net = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Features:
-    """What one extractor sees in B images, float32: `pooled` (B, d); Inception adds `spatial` (B, 2023), `logits` (B, 1008)."""
+    """One extractor's features of B images, float32: `pooled` (B, d); Inception adds `spatial` (B, 2023), `logits` (B, 1008)."""
 
     identity: str
     pooled: np.ndarray
@@ -42,62 +42,63 @@ class Features:
 
 @dataclass(frozen=True)
 class Extractor:
-    """uint8 images (B, H, W, 3) to `Features`; `identity` is the sha256 of its weights and changes when the features do."""
+    """Maps uint8 images (B, H, W, 3) to `Features`; `identity` is the sha256 of its weights and changes when the features do."""
 
     name: str
     identity: str
     net: Net
-    """uint8 (B, 3, H, W) to one tensor (B, d) or Inception's three."""
+    """Maps uint8 (B, 3, H, W) to one tensor (B, d) or Inception's three."""
     device: torch.device
 
     @torch.no_grad()
     def __call__(self, pixels_BHWC: np.ndarray) -> Features:
         images = torch.from_numpy(np.ascontiguousarray(pixels_BHWC.transpose(0, 3, 1, 2)))
-        seen = [self.net(part.to(self.device)) for part in images.split(BATCH_IMAGES)]
-        return Features(self.identity, *(torch.cat(parts).float().cpu().numpy() for parts in zip(*seen, strict=True)))
+        outputs = [self.net(part.to(self.device)) for part in images.split(BATCH_IMAGES)]
+        return Features(
+            self.identity, *(torch.cat(parts).float().cpu().numpy() for parts in zip(*outputs, strict=True))
+        )
 
 
 def load_extractors(settings: Evaluate, sweep: Folder, device: torch.device) -> list[Extractor]:
-    """The recipe's extractors, the main one first, each one's weights checked by hash."""
+    """Load the recipe's extractors, the main one first; checks the hash of their weights."""
     return [load_extractor(extractor, sweep, device) for extractor in settings.extractors]
 
 
 def load_extractor(settings: ExtractorSettings, sweep: Folder, device: torch.device) -> Extractor:
-    """One extractor; UserError or StorageError where its weights are missing or others."""
-    found, net = identity(settings, sweep), _net(settings, sweep, device)
-    return Extractor(settings.name, found, net, device)
+    """Load one extractor; UserError or StorageError if its weights are missing or have another hash."""
+    return Extractor(settings.name, identity(settings, sweep), _load_net(settings, sweep, device), device)
 
 
 def identity(settings: ExtractorSettings, sweep: Folder) -> str:
-    """The sha256 of an extractor's weights, without opening them."""
+    """Return the sha256 of an extractor's weights without loading them."""
     if isinstance(settings, InceptionExtractor):
         return inception.PUBLISHED.sha256
     if isinstance(settings, TrainedExtractor):
         return _classifier_manifest(sweep / "extractors" / settings.name)["files"]["weights.safetensors"]["sha256"]
-    how = f"{settings.size}" if settings.size else ""
-    return hashlib.sha256(_script(settings)).hexdigest() + how
+    size = str(settings.size) if settings.size else ""
+    return hashlib.sha256(_read_script(settings)).hexdigest() + size
 
 
 def require_weights(settings: ExtractorSettings) -> None:
-    """UserError where the recipe names weights that are not there or are others; before anything is spent."""
+    """UserError if weights that the recipe names are missing or have another hash; cheap enough for the start."""
     if isinstance(settings, InceptionExtractor) and settings.weights:
         inception.read_weights(settings.weights)
     elif isinstance(settings, TorchScriptExtractor):
-        _script(settings)
+        _read_script(settings)
 
 
-def _net(settings: ExtractorSettings, sweep: Folder, device: torch.device) -> Net:
+def _load_net(settings: ExtractorSettings, sweep: Folder, device: torch.device) -> Net:
     if isinstance(settings, InceptionExtractor):
         return inception.load(settings.weights).to(device)
     if isinstance(settings, TorchScriptExtractor):
-        return _scripted(settings, device)
+        return _load_script(settings, device)
     classifier = load_classifier(sweep, settings.name).to(device)
     return lambda x_BCHW: (classifier.features(x_BCHW.float().div(127.5).sub(1)),)
 
 
-def _scripted(settings: TorchScriptExtractor, device: torch.device) -> Net:
+def _load_script(settings: TorchScriptExtractor, device: torch.device) -> Net:
     try:
-        net = torch.jit.load(io.BytesIO(_script(settings)), map_location=device).eval()
+        net = torch.jit.load(io.BytesIO(_read_script(settings)), map_location=device).eval()
     except RuntimeError as error:
         raise UserError(f"{settings.path}: not a TorchScript file: {str(error).splitlines()[0]}") from error
 
@@ -121,36 +122,36 @@ def _resized(x_BCHW: Tensor, size: int | None) -> Tensor:
     return resized.round().clamp(0, 255).byte()
 
 
-def _script(settings: TorchScriptExtractor) -> bytes:
-    place, name = locate(settings.path)
+def _read_script(settings: TorchScriptExtractor) -> bytes:
+    parent, name = locate(settings.path)
     try:
-        data = place.read(name)
+        data = parent.read(name)
     except FileNotFoundError as error:
         raise UserError(f"extractor {settings.name}: no file {settings.path}") from error
-    found = hashlib.sha256(data).hexdigest()
-    if settings.sha256 not in (None, found):
-        raise UserError(f"{settings.path}: sha256 {found}, the recipe expects {settings.sha256}")
+    digest = hashlib.sha256(data).hexdigest()
+    if settings.sha256 not in (None, digest):
+        raise UserError(f"{settings.path}: sha256 {digest}, the recipe expects {settings.sha256}")
     return data
 
 
 def store_classifier(sweep: Folder, name: str, net: Classifier, accuracy: float) -> None:
-    """Puts a classifier below `extractors/`."""
+    """Write a classifier below `extractors/`."""
     weights = safetensors.torch.save(net.state_dict())
     facts = {"kind": net.kind, "num_classes": net.num_classes, "held_out_accuracy": accuracy}
     manifest.put(sweep / "extractors" / name, {"weights.safetensors": weights}, **facts)
 
 
 def load_classifier(sweep: Folder, name: str) -> Classifier:
-    """A stored classifier in evaluation."""
-    place = sweep / "extractors" / name
-    found = _classifier_manifest(place)
-    net = Classifier(found["kind"], found["num_classes"])
-    net.load_state_dict(safetensors.torch.load(manifest.read(place, "weights.safetensors", found)))
+    """Load a stored classifier in evaluation mode."""
+    folder = sweep / "extractors" / name
+    facts = _classifier_manifest(folder)
+    net = Classifier(facts["kind"], facts["num_classes"])
+    net.load_state_dict(safetensors.torch.load(manifest.read(folder, "weights.safetensors", facts)))
     return net.eval()
 
 
-def _classifier_manifest(place: Folder) -> dict:
-    found = manifest.find(place)
-    if found is None:
-        raise StorageError(f"{place}: no classifier there: the prepare stage has not finished")
-    return found
+def _classifier_manifest(folder: Folder) -> dict:
+    facts = manifest.find(folder)
+    if facts is None:
+        raise StorageError(f"{folder}: no classifier there: the prepare stage has not finished")
+    return facts

@@ -1,22 +1,22 @@
-"""The loss on images that training never sees, at fixed noise levels and with fixed noise: comparable from count to count."""
+"""The loss on images that training never sees, at fixed noise levels with fixed noise: comparable between checkpoints."""
 
 import numpy as np
 import torch
 
 from dis_scale import seeds
-from dis_scale.data.latents import Latents, draw_posterior
+from dis_scale.data.latents import Latents, sample_posterior
 from dis_scale.diffusion.process import Process
 from dis_scale.models import Backbone
 
 LEVELS = 8
-"""Noise levels, in the middle of as many equal parts of the process's time."""
+"""Noise levels: the middles of this many equal parts of the process's time."""
 
 
 @torch.no_grad()
 def losses(model: Backbone, process: Process, latents: Latents, seed: int, batch: int) -> dict[str, float]:
-    """`held_out_loss`, the mean over all levels, and `held_out_loss/t0062` and so on by level (time in thousandths)."""
+    """Return `held_out_loss`, the mean over all levels, and one loss a level, as `held_out_loss/t0062` (time in thousandths)."""
     moments, labels = (np.stack(column) for column in zip(*latents.held_out(), strict=True))
-    x_BCHW = latents.scaled(draw_posterior(moments, seeds.generator("held-out posterior", seed)))
+    x_BCHW = latents.scaled(sample_posterior(moments, seeds.generator("held-out posterior", seed)))
     noise_BCHW = seeds.generator("held-out noise", seed).standard_normal(x_BCHW.shape, np.float32)
     device = next(model.parameters()).device
     data = [torch.from_numpy(array).to(device).split(batch) for array in (x_BCHW, noise_BCHW, labels)]
@@ -26,7 +26,7 @@ def losses(model: Backbone, process: Process, latents: Latents, seed: int, batch
 
 
 def _loss_at(model: Backbone, process: Process, share: torch.Tensor, data: list[tuple[torch.Tensor, ...]]) -> float:
-    """Mean over all images at one level: `share` of the process's time."""
+    """Return the mean over all images at one level: `share` of the process's time."""
     t = (share * process.num_steps).long() if process.num_steps else share
     each = []
     for x_BCHW, noise_BCHW, y_B in zip(*data, strict=True):

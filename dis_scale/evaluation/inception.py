@@ -1,7 +1,7 @@
 """Inception-v3 of FID with its 2015 TensorFlow weights, as torch-fidelity ships both. The door to torch-fidelity.
 
-Learnt the hard way: torch-fidelity neither checks the hash of the weights nor loads them safely, so both happen here: it gets
-bytes that were hashed, opened without pickled code and packed again by us.
+Pitfalls: torch-fidelity neither checks the hash of the weights nor loads them safely. This module does both: it hashes the bytes,
+opens them without pickled code, and packs them again for torch-fidelity.
 """
 
 import hashlib
@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from dis_scale.errors import StorageError, UserError
+from dis_scale.recipe import FEATURE_DIMENSIONS
 from dis_scale.storage.folder import locate
 
 UNVERIFIED = "not verified against published tables"
-"""Said beside every absolute FID until these weights have reproduced a published one here."""
-FEATURES, SPATIAL, CLASSES = 2048, 17 * 17 * 7, 1008
+"""Note on every absolute FID until these weights have reproduced a published one here."""
+FEATURES, SPATIAL, CLASSES = FEATURE_DIMENSIONS["inception"], 17 * 17 * 7, 1008
 SPATIAL_CHANNELS = 7
 
 
 class WeightsFile(NamedTuple):
-    """One published file, known by its size and sha256."""
+    """One published file, identified by its size and sha256."""
 
     url: str
     size: int
@@ -37,10 +38,10 @@ PUBLISHED = WeightsFile(
 
 
 class Inception(nn.Module):
-    """uint8 images (B, 3, H, W) of any size to pooled features (B, 2048), spatial ones (B, 2023) and logits (B, 1008).
+    """Maps uint8 images (B, 3, H, W) of any size to pooled features (B, 2048), spatial ones (B, 2023) and logits (B, 1008).
 
     Spatial features are ADM's for sFID: the first 7 channels of `Mixed_6d.branch1x1` after its ReLU, 17 x 17 x 7 flattened as
-    (h, w, c). Logits are without the bias, as both torch-fidelity and ADM take them for the Inception Score.
+    (h, w, c). Logits have no bias, as in torch-fidelity's and ADM's Inception Score.
     """
 
     def __init__(self, state: dict[str, Tensor]) -> None:
@@ -52,7 +53,7 @@ class Inception(nn.Module):
         packed.seek(0)
         name, outputs = "inception-v3-compat", ["2048", "logits_unbiased"]
         self.net = FeatureExtractorInceptionV3(name, outputs, feature_extractor_weights_path=packed)
-        self.net.to(memory_format=torch.channels_last)  # a third less time on a CPU, the same sums
+        self.net.to(memory_format=torch.channels_last)  # a third less time on a CPU, equal sums
         self.net.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
         self._spatial = torch.empty(0)
 
@@ -65,23 +66,23 @@ class Inception(nn.Module):
 
 
 def load(weights: str | None) -> Inception:
-    """Inception with the published weights: those at a path or URL, or torch-fidelity's download; UserError for any other."""
+    """Load Inception with the published weights, from a path or URL or by download; UserError for other weights."""
     return Inception(read_weights(weights or _downloaded()))
 
 
 def read_weights(where: str, expected: WeightsFile = PUBLISHED) -> dict[str, Tensor]:
-    """The weights in a file, which is opened only after its size and sha256 are those expected; UserError otherwise."""
-    place, name = locate(where)
+    """Read the weights of a file. It is opened only if its size and sha256 are those expected; UserError otherwise."""
+    parent, name = locate(where)
     try:
-        data = place.read(name)
+        data = parent.read(name)
     except (FileNotFoundError, IsADirectoryError, StorageError) as error:
         raise UserError(
             f"evaluate.extractor.weights: cannot read {where}; get {expected.url} and give its path here"
         ) from error
-    found = hashlib.sha256(data).hexdigest()
-    if (len(data), found) != (expected.size, expected.sha256):
+    digest = hashlib.sha256(data).hexdigest()
+    if (len(data), digest) != (expected.size, expected.sha256):
         raise UserError(
-            f"{where}: not the Inception weights that FID is defined by: {len(data):,} bytes with sha256 {found}, "
+            f"{where}: not the Inception weights that FID is defined by: {len(data):,} bytes with sha256 {digest}, "
             f"expected {expected.size:,} bytes with {expected.sha256}; get {expected.url}"
         )
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

@@ -3,16 +3,19 @@
 import numpy as np
 
 from dis_scale.errors import DisScaleError
+from dis_scale.recipe import KID_SUBSET_IMAGES
 
-SEED, SUBSETS, SUBSET_IMAGES = 2020, 100, 1000
-"""torch-fidelity's."""
+SEED, SUBSETS = 2020, 100
+"""As in torch-fidelity."""
 
 
-def kid(generated_ND: np.ndarray, real_MD: np.ndarray, subsets: int = SUBSETS, images: int = SUBSET_IMAGES) -> float:
-    """The mean over `subsets` draws of `images` of each set, drawn as torch-fidelity draws them; may be a little below 0.
+def kid(
+    generated_ND: np.ndarray, real_MD: np.ndarray, subsets: int = SUBSETS, images: int = KID_SUBSET_IMAGES
+) -> float:
+    """Return the mean over `subsets` random subsets of `images` from each set, chosen as in torch-fidelity; may be slightly < 0.
 
-    Products are taken in the features' float32, the kernel and its sums in float64. The subsets overlap, so that their spread
-    is no standard error; none is given. DisScaleError where a set is smaller than a subset.
+    Products are computed in the features' float32, the kernel and its sums in float64. There is no standard error, because the
+    subsets overlap. DisScaleError if a set is smaller than a subset.
     """
     if min(len(generated_ND), len(real_MD)) < images:
         raise DisScaleError(
@@ -28,7 +31,7 @@ def kid(generated_ND: np.ndarray, real_MD: np.ndarray, subsets: int = SUBSETS, i
 
 
 def _squared_mmd(x_ND: np.ndarray, y_ND: np.ndarray) -> float:
-    """The unbiased estimate from two sets of equal size n."""
+    """Return the unbiased estimate from two sets of equal size n."""
     n = len(x_ND)
     within = sum(k.sum() - np.trace(k) for k in (_cubic(x_ND, x_ND), _cubic(y_ND, y_ND)))
     return within / (n * (n - 1)) - 2 * _cubic(x_ND, y_ND).mean()

@@ -1,6 +1,6 @@
-"""The Frechet distance between sets of features, in float64, its standard error and its limit for endless samples.
+"""The Frechet distance between sets of features, in float64, with its standard error and its limit for infinite samples.
 
-Sums over groups of samples are merged in their order, so one worker or eight give the same figure bit for bit.
+Sums over groups of samples are merged in a fixed order, so one worker or eight give bit-equal metrics.
 """
 
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from dis_scale import seeds
 from dis_scale.errors import DisScaleError
 
 FOLDS = 20
-"""Groups of the jackknife."""
+"""Groups in the jackknife."""
 CHUNK = 4096
-"""Rows held in float64 at once."""
+"""Rows in float64 at a time."""
 INFINITY_POINTS = 15
-"""Of the regression, as Chong and Forsyth's."""
+"""Points of the regression, as in Chong and Forsyth."""
 INFINITY_SHARE, INFINITY_RATIO = 0.1, 2.5
-"""Its smallest set: a tenth of the samples and 2.5 times the features, as their 5,000 of 50,000 under Inception."""
+"""The regression's smallest set: a tenth of the samples and 2.5 times the features, as their 5,000 of 50,000 under Inception."""
 
 
 @dataclass(frozen=True)
-class Gaussian:
-    """Count, mean (d) and covariance (d, d) of a set of features, the covariance with n - 1."""
+class MeanCovariance:
+    """Count, mean (d) and covariance (d, d; divided by n - 1) of a set of features."""
 
     count: int
     mean: np.ndarray
@@ -30,13 +30,13 @@ class Gaussian:
 
 
 class Sums:
-    """Count, sum and sum of outer products of features, in float64; of bounded size whatever the number of samples."""
+    """Count, sum and sum of outer products of features, in float64. The size does not depend on the number of samples."""
 
     def __init__(self) -> None:
         self.count, self._sum, self._outer = 0, np.zeros(1), np.zeros((1, 1))
 
     def add(self, features_ND: np.ndarray) -> None:
-        """Adds features; DisScaleError names the first sample that is not finite."""
+        """Add features; DisScaleError names the first sample that is not finite."""
         require_finite(features_ND, self.count)
         features_ND = features_ND.astype(np.float64)
         self.count += len(features_ND)
@@ -44,46 +44,46 @@ class Sums:
         self._outer = self._outer + features_ND.T @ features_ND
 
     def merge(self, other: "Sums") -> "Sums":
-        """The sums of both sets."""
-        return self._joined(other, 1)
+        """Return the sums of both sets."""
+        return self._combine(other, 1)
 
     def without(self, other: "Sums") -> "Sums":
-        """The sums of this set without a part of it."""
-        return self._joined(other, -1)
+        """Return the sums of this set without one of its parts."""
+        return self._combine(other, -1)
 
-    def _joined(self, other: "Sums", sign: int) -> "Sums":
+    def _combine(self, other: "Sums", sign: int) -> "Sums":
         both = Sums()
         both.count = self.count + sign * other.count
         both._sum, both._outer = self._sum + sign * other._sum, self._outer + sign * other._outer
         return both
 
-    def gaussian(self) -> Gaussian:
-        """Mean and covariance; DisScaleError where the samples are too few."""
+    def mean_covariance(self) -> MeanCovariance:
+        """Return mean and covariance; DisScaleError if there are too few samples."""
         if self.count < 2:
             raise DisScaleError(f"a covariance needs at least 2 samples, got {self.count}")
         mean = self._sum / self.count
         covariance = (self._outer - self.count * np.outer(mean, mean)) / (self.count - 1)
-        return Gaussian(self.count, mean, covariance)
+        return MeanCovariance(self.count, mean, covariance)
 
 
-def fit(features_ND: np.ndarray) -> Gaussian:
-    """The Gaussian of some features; DisScaleError where they are too few or not finite."""
+def fit(features_ND: np.ndarray) -> MeanCovariance:
+    """Return mean and covariance of features; DisScaleError if they are too few or not finite."""
     sums = Sums()
     for first in range(0, len(features_ND), CHUNK):
         sums.add(features_ND[first : first + CHUNK])
-    return sums.gaussian()
+    return sums.mean_covariance()
 
 
 class Frechet:
-    """Frechet distance to one Gaussian: |m - m'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2) (Heusel et al. 2017, equation 6).
+    """Frechet distance to one reference: |m - m'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2) (Heusel et al. 2017, equation 6).
 
-    The root S^1/2 is taken once for the many distances that errors need.
+    The root S^1/2 is computed once, because standard errors need many distances.
     """
 
-    def __init__(self, reference: Gaussian) -> None:
+    def __init__(self, reference: MeanCovariance) -> None:
         self._reference, self._root = reference, _root(reference.covariance)
 
-    def __call__(self, other: Gaussian) -> float:
+    def __call__(self, other: MeanCovariance) -> float:
         mine = self._reference
         cross = np.linalg.eigvalsh(self._root @ other.covariance @ self._root)
         mixed = np.sqrt(np.clip(cross, 0, None)).sum()
@@ -91,20 +91,20 @@ class Frechet:
         return float(((mine.mean - other.mean) ** 2).sum() + traces - 2 * mixed)
 
 
-def frechet(a: Gaussian, b: Gaussian) -> float:
-    """Frechet distance of two Gaussians."""
+def frechet(a: MeanCovariance, b: MeanCovariance) -> float:
+    """Return the Frechet distance of two Gaussians."""
     return Frechet(a)(b)
 
 
 class Groups:
-    """`Sums` over `FOLDS` even groups of `samples` samples that come in order: what the jackknife needs, of bounded size."""
+    """`Sums` over `FOLDS` even groups of `samples` samples, added in order, for the jackknife."""
 
     def __init__(self, samples: int) -> None:
         self.samples, self._seen = samples, 0
         self._groups = [Sums() for _ in range(FOLDS)]
 
     def add(self, features_ND: np.ndarray) -> None:
-        """Adds the next samples; DisScaleError names the first that is not finite."""
+        """Add the next samples; DisScaleError names the first that is not finite."""
         require_finite(features_ND, self._seen)
         group = (self._seen + np.arange(len(features_ND))) * FOLDS // self.samples
         for g in np.unique(group):
@@ -118,18 +118,18 @@ class Groups:
         return total
 
     def distance(self, frechet: Frechet) -> tuple[float, float | None]:
-        """The distance and its standard error by the delete-a-group jackknife (Efron and Tibshirani 1993, chapter 11).
+        """Return the distance and its standard error by the delete-a-group jackknife (Efron and Tibshirani 1993, chapter 11).
 
-        No error where a left-out set would not be larger than the number of features: its covariance is singular.
+        The error is None if a set without a group has no more samples than features: its covariance is singular.
         """
         total = self.total()
-        whole = total.gaussian()
-        require_samples(whole.count, len(whole.mean))
-        if not has_error(whole.count, len(whole.mean)):
-            return frechet(whole), None
-        left_out = np.array([frechet(total.without(group).gaussian()) for group in self._groups])
+        statistics = total.mean_covariance()
+        require_samples(statistics.count, len(statistics.mean))
+        if not has_error(statistics.count, len(statistics.mean)):
+            return frechet(statistics), None
+        left_out = np.array([frechet(total.without(group).mean_covariance()) for group in self._groups])
         variance = (FOLDS - 1) / FOLDS * ((left_out - left_out.mean()) ** 2).sum()
-        return frechet(whole), float(np.sqrt(variance))
+        return frechet(statistics), float(np.sqrt(variance))
 
 
 def require_finite(features_ND: np.ndarray, first: int) -> None:
@@ -142,7 +142,7 @@ def require_finite(features_ND: np.ndarray, first: int) -> None:
 
 
 def require_samples(samples: int, features: int) -> None:
-    """DisScaleError where so many samples give no covariance of so many features."""
+    """DisScaleError if the samples are too few for a covariance of this many features."""
     if samples <= features:
         raise DisScaleError(
             f"{samples:,} samples are too few for the covariance of {features:,} features: expected at least "
@@ -151,15 +151,15 @@ def require_samples(samples: int, features: int) -> None:
 
 
 def has_error(samples: int, features: int) -> bool:
-    """Whether each set that the jackknife leaves is larger than the number of features."""
+    """Return whether each set of the jackknife has more samples than features."""
     return samples - -(-samples // FOLDS) > features
 
 
 def infinity(features_ND: np.ndarray, frechet: Frechet, seed: int) -> tuple[float, float]:
-    """FID-infinity: the intercept of the distance over 1/N, and that intercept's standard error (Chong and Forsyth 2020).
+    """Return FID-infinity, the intercept of the distance over 1/N, and its standard error (Chong and Forsyth 2020).
 
-    Least squares over `INFINITY_POINTS` sets of rising size, each drawn at random without replacement. The sets overlap, so the
-    error tells how straight the line is and is no bound for another draw of samples. DisScaleError where they are too few.
+    Least squares over `INFINITY_POINTS` random subsets of rising size, without replacement. The subsets overlap, so the error
+    measures only how straight the line is, not the spread over other samples. DisScaleError if there are too few samples.
     """
     samples, d = features_ND.shape
     least = require_infinity(samples, d)
@@ -169,7 +169,7 @@ def infinity(features_ND: np.ndarray, frechet: Frechet, seed: int) -> tuple[floa
 
 
 def require_infinity(samples: int, features: int) -> int:
-    """The size of the smallest set that `infinity` draws; DisScaleError where so many samples are too few for it."""
+    """Return the size of the smallest subset of `infinity`; DisScaleError if there are too few samples for it."""
     least = int(np.ceil(max(INFINITY_SHARE * samples, INFINITY_RATIO * features)))
     if samples < 2 * least:
         raise DisScaleError(
@@ -184,7 +184,7 @@ def _subset(seed: int, samples: int, size: int) -> np.ndarray:
 
 
 def _intercept(x_N: np.ndarray, y_N: np.ndarray) -> tuple[float, float]:
-    """The least-squares line's value at 0 and its standard error."""
+    """Return the least-squares line's value at 0 and its standard error."""
     centred, n = x_N - x_N.mean(), len(x_N)
     slope = (centred * y_N).sum() / (centred**2).sum()
     intercept = y_N.mean() - slope * x_N.mean()

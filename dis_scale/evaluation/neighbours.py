@@ -1,4 +1,4 @@
-"""Improved precision and recall: which samples lie in the other set's k-nearest-neighbour balls (Kynkaanniemi et al. 2019)."""
+"""Improved precision and recall, by k-nearest-neighbour balls around the samples (Kynkaanniemi et al. 2019)."""
 
 import numpy as np
 import torch
@@ -8,13 +8,13 @@ from dis_scale.errors import DisScaleError
 
 NEIGHBOURS = 3
 ROWS = 1000
-"""Rows of distances held at once: no N x N matrix is ever in memory."""
+"""Rows of distances in memory at a time, never an N x N matrix."""
 
 
 def precision_recall(generated_ND: np.ndarray, real_MD: np.ndarray) -> tuple[float, float]:
-    """(share of generated samples within a real one's ball, share of real samples within a generated one's).
+    """Return (share of generated samples within a real one's ball, share of real samples within a generated one's).
 
-    Compared exactly as torch-fidelity does, in float32. DisScaleError where a set has no `NEIGHBOURS` neighbours.
+    Compared in float32, as in torch-fidelity. DisScaleError if a set has fewer than `NEIGHBOURS` + 1 images.
     """
     if min(len(generated_ND), len(real_MD)) <= NEIGHBOURS:
         raise DisScaleError(
@@ -31,6 +31,6 @@ def precision_recall(generated_ND: np.ndarray, real_MD: np.ndarray) -> tuple[flo
 
 
 def _radii(x_ND: Tensor) -> Tensor:
-    """(N) distances to the `NEIGHBOURS`-th nearest other sample; the nearest of all is the sample itself."""
+    """Return distances (N) to the `NEIGHBOURS`-th nearest other sample; the nearest sample is itself, at distance 0."""
     nearest = [torch.cdist(rows, x_ND).topk(NEIGHBOURS + 1, largest=False).values[:, -1] for rows in x_ND.split(ROWS)]
     return torch.cat(nearest)

@@ -1,90 +1,96 @@
-"""The real images' statistics under each extractor, kept in storage by fingerprint; computed once, in the prepare stage.
+"""The real images' statistics under each extractor, stored by fingerprint; computed once, in the prepare stage.
 
-All that any metric may ask for is kept, so that a recipe's metrics can grow: sums for the distances and up to `KEPT` images'
-features for KID and for precision and recall. Read next: adm.py for statistics that somebody else computed.
+They serve every metric, so a recipe can add metrics later: sums for the distances, and the features of up to `KEPT` images for
+KID, precision and recall. Read next: adm.py for published statistics.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from dis_scale import seeds
-from dis_scale.data.ahead import in_order
-from dis_scale.data.sources import Source
-from dis_scale.errors import StorageError, UndecodableImage
-from dis_scale.evaluation import features, kernel, sealed
+from dis_scale.data.sources import Source, select_decodable
+from dis_scale.data.threads import batched, in_order
+from dis_scale.errors import StorageError
+from dis_scale.evaluation import features, npz
 from dis_scale.evaluation.adm import open_reference
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor, Features
-from dis_scale.evaluation.metrics import Gaussian, Sums, frechet, require_finite, require_infinity, require_samples
-from dis_scale.recipe import Data, Recipe
+from dis_scale.evaluation.metrics import (
+    MeanCovariance,
+    Sums,
+    frechet,
+    require_finite,
+    require_infinity,
+    require_samples,
+)
+from dis_scale.progress import ReportDone
+from dis_scale.recipe import KID_SUBSET_IMAGES, Data, Recipe
 from dis_scale.storage.folder import Folder
 
 FORMAT = 2
-STRETCH, DECODERS = 64, 4
-"""Images read in one go, and threads that read and decode ahead of the extractors."""
+READ_IMAGES, DECODERS = 64, 4
+"""Most images of one read, and threads that read and decode ahead of the extractors."""
 KEPT = 10_000
-"""Images whose features are kept: as many as ADM's references hold; drawn by a fixed seed where the source has more."""
-Report = Callable[[int], None]
-T = TypeVar("T")
+"""Most images whose features are kept, as many as ADM's references hold; chosen by a fixed seed."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The real images under one extractor, whose weights `identity` names.
+    """Statistics of the real images under one extractor; `identity` is the hash of its weights.
 
-    `floor` is the distance between the images' two halves; an ADM reference has none, and lacks what its file lacks.
+    `floor` is the distance between two halves of the images; an ADM reference has none.
     """
 
     identity: str
-    gaussian: Gaussian
-    spatial: Gaussian | None = None
+    pooled: MeanCovariance
+    spatial: MeanCovariance | None = None
     kept: np.ndarray | None = None
     """Features (M, d) of up to `KEPT` images, float32."""
     floor: float | None = None
 
     def arrays(self) -> dict[str, np.ndarray]:
-        found: dict[str, Any] = {"kept": self.kept, "floor": self.floor}
-        for name, gaussian in (("", self.gaussian), ("_s", self.spatial)):
-            if gaussian:
-                found |= {
-                    f"mu{name}": gaussian.mean,
-                    f"sigma{name}": gaussian.covariance,
-                    f"count{name}": gaussian.count,
+        """Return what is known, under the names of the stored file."""
+        values: dict[str, Any] = {"kept": self.kept, "floor": self.floor}
+        for end, statistics in (("", self.pooled), ("_s", self.spatial)):
+            if statistics:
+                values |= {
+                    f"mu{end}": statistics.mean,
+                    f"sigma{end}": statistics.covariance,
+                    f"count{end}": statistics.count,
                 }
-        return {name: np.asarray(value) for name, value in found.items() if value is not None}
+        return {name: np.asarray(value) for name, value in values.items() if value is not None}
 
     @classmethod
     def from_arrays(cls, z: Mapping[str, np.ndarray]) -> "Reference":
-        spatial = Gaussian(int(z["count_s"]), z["mu_s"], z["sigma_s"]) if "mu_s" in z else None
+        spatial = MeanCovariance(int(z["count_s"]), z["mu_s"], z["sigma_s"]) if "mu_s" in z else None
         floor = float(z["floor"]) if "floor" in z else None
-        gaussian = Gaussian(int(z["count"]), z["mu"], z["sigma"])
-        return cls(str(z["weights"]), gaussian, spatial, z.get("kept"), floor)
+        pooled = MeanCovariance(int(z["count"]), z["mu"], z["sigma"])
+        return cls(str(z["weights"]), pooled, spatial, z.get("kept"), floor)
 
 
-def prepare(sweep: Folder, recipe: Recipe, source: Source, extractors: list[Extractor], report: Report) -> None:
-    """Computes and stores what is missing, for all extractors in one pass over the images; `report` hears how many."""
-    wanted = [e for e in extractors if not sweep.exists(path(recipe, e.name, e.identity))]
-    if not wanted:
+def prepare(sweep: Folder, recipe: Recipe, source: Source, extractors: list[Extractor], report: ReportDone) -> None:
+    """Compute and store the missing references, for all extractors in one pass; `report` gets the images done."""
+    missing = [e for e in extractors if not sweep.exists(path(recipe, e.name, e.identity))]
+    if not missing:
         return
     if recipe.evaluate.reference:
-        found = {wanted[0].name: read_adm(recipe.evaluate.reference, recipe.data.resolution, wanted[0], report)}
+        references = {missing[0].name: read_adm(recipe.evaluate.reference, recipe.data.resolution, missing[0], report)}
     else:
-        found = compute(source, recipe.data, wanted, report)
-    for extractor in wanted:
-        require(extractor.name, found[extractor.name], recipe)
-        store(sweep, recipe, extractor.name, found[extractor.name])
+        references = compute(source, recipe.data, missing, report)
+    for extractor in missing:
+        require(extractor.name, references[extractor.name], recipe)
+        store(sweep, recipe, extractor.name, references[extractor.name])
 
 
-def compute(source: Source, data: Data, extractors: list[Extractor], report: Report) -> dict[str, Reference]:
-    """Statistics over the whole source in bounded memory; what cannot be decoded is refused or skipped as the recipe says."""
+def compute(source: Source, data: Data, extractors: list[Extractor], report: ReportDone) -> dict[str, Reference]:
+    """Compute statistics over the complete source in bounded memory; undecodable images are refused or skipped by the recipe."""
     statistics = {e.name: _Statistics() for e in extractors}
     keep = np.zeros(len(source), bool)
-    keep[_kept(len(source))] = True
+    keep[_choose_kept(len(source))] = True
     for batch in batched(_images(source, data, report), 2 * BATCH_IMAGES):
         pixels, kept = np.stack([image for _, image in batch]), keep[[i for i, _ in batch]]
         for extractor in extractors:
@@ -93,36 +99,36 @@ def compute(source: Source, data: Data, extractors: list[Extractor], report: Rep
 
 
 class _Statistics:
-    """Sums over the even and the odd images, spatial sums, and some images' features."""
+    """Sums over the even and the odd images, spatial sums, and the features of some images."""
 
     def __init__(self) -> None:
         self._halves, self._spatial, self._kept = (Sums(), Sums()), Sums(), [np.zeros((0, 0), np.float32)]
 
-    def add(self, seen: Features, kept_B: np.ndarray) -> None:
-        require_finite(seen.pooled, sum(half.count for half in self._halves))
+    def add(self, batch: Features, kept_B: np.ndarray) -> None:
+        require_finite(batch.pooled, sum(half.count for half in self._halves))
         for i, half in enumerate(self._halves):
-            half.add(seen.pooled[i::2])
-        if seen.spatial is not None:
-            self._spatial.add(seen.spatial)
-        self._kept.append(seen.pooled[kept_B])
+            half.add(batch.pooled[i::2])
+        if batch.spatial is not None:
+            self._spatial.add(batch.spatial)
+        self._kept.append(batch.pooled[kept_B])
 
     def reference(self, identity: str) -> Reference:
-        even, odd = (half.gaussian() for half in self._halves)
-        spatial = self._spatial.gaussian() if self._spatial.count else None
-        whole = self._halves[0].merge(self._halves[1]).gaussian()
-        return Reference(identity, whole, spatial, np.concatenate(self._kept[1:]), frechet(even, odd))
+        even, odd = (half.mean_covariance() for half in self._halves)
+        spatial = self._spatial.mean_covariance() if self._spatial.count else None
+        pooled = self._halves[0].merge(self._halves[1]).mean_covariance()
+        return Reference(identity, pooled, spatial, np.concatenate(self._kept[1:]), frechet(even, odd))
 
 
-def read_adm(url: str, resolution: int, extractor: Extractor, report: Report) -> Reference:
-    """An ADM file's statistics, and the features of its images under Inception; UserError for what does not fit."""
+def read_adm(url: str, resolution: int, extractor: Extractor, report: ReportDone) -> Reference:
+    """Read an ADM file's statistics and compute the features of its images under Inception; UserError if they do not fit."""
     adm = open_reference(url)
     try:
         pooled, spatial, count = adm.pooled(), adm.spatial(), adm.image_count(resolution)
         if pooled is None:
-            raise StorageError(f"{url}: no mu and sigma, which a distance needs: is it an ADM reference?")
+            raise StorageError(f"{url}: no mu and sigma, which every distance needs: is it an ADM reference?")
         kept = None
         if count:
-            chosen, parts, first = set(_kept(count).tolist()), [], 0
+            chosen, parts, first = set(_choose_kept(count).tolist()), [], 0
             for images in adm.images(BATCH_IMAGES):
                 rows = [i for i in range(len(images)) if first + i in chosen]
                 parts.append(extractor(images[rows]).pooled if rows else np.zeros((0, len(pooled.mean)), np.float32))
@@ -135,98 +141,87 @@ def read_adm(url: str, resolution: int, extractor: Extractor, report: Report) ->
 
 
 def require(name: str, reference: Reference, recipe: Recipe) -> None:
-    """StorageError where the recipe's metrics need what the reference under extractor `name` lacks, before anything is drawn."""
+    """StorageError if the reference under extractor `name` lacks what the recipe's metrics need; called before sampling."""
     where, samples = recipe.evaluate.reference or f"reference under {name}", recipe.evaluate.samples
-    d, kept = len(reference.gaussian.mean), reference.kept
+    d, kept = len(reference.pooled.mean), reference.kept
     require_samples(samples, d)
-    if 0 < reference.gaussian.count <= d:  # an ADM file does not say of how many images it is
+    if 0 < reference.pooled.count <= d:  # an ADM file lacks the number of images
         raise StorageError(
-            f"{where}: {reference.gaussian.count:,} images are too few for the covariance of {d:,} features"
+            f"{where}: {reference.pooled.count:,} images are too few for the covariance of {d:,} features"
         )
     if "distance_infinity" in recipe.evaluate.metrics:
         require_infinity(samples, d)
-    if "kid" in recipe.evaluate.metrics and kept is not None and len(kept) < kernel.SUBSET_IMAGES:
+    if "kid" in recipe.evaluate.metrics and kept is not None and len(kept) < KID_SUBSET_IMAGES:
         raise StorageError(
-            f"{where}: kid draws subsets of {kernel.SUBSET_IMAGES:,} images, here are {len(kept):,}: "
-            "take it off evaluate.metrics"
+            f"{where}: kid needs {KID_SUBSET_IMAGES:,} images, here are {len(kept):,}: remove it from evaluate.metrics"
         )
     for metric in recipe.evaluate.metrics:
         if metric in ("kid", "precision_recall") and kept is None:
-            raise StorageError(f"{where}: no images (arr_0), which {metric} needs: take it off evaluate.metrics")
+            raise StorageError(f"{where}: no images (arr_0), which {metric} needs: remove it from evaluate.metrics")
         if metric == "sfid" and name == "inception" and reference.spatial is None:
-            raise StorageError(f"{where}: no mu_s and sigma_s, which {metric} needs: take it off evaluate.metrics")
+            raise StorageError(f"{where}: no mu_s and sigma_s, which {metric} needs: remove it from evaluate.metrics")
 
 
 def store(sweep: Folder, recipe: Recipe, name: str, reference: Reference) -> None:
     facts = {key: np.asarray(value) for key, value in _facts(recipe, name, reference.identity).items()}
-    sweep.write(path(recipe, name, reference.identity), sealed.to_bytes(reference.arrays() | facts))
+    sweep.write(path(recipe, name, reference.identity), npz.to_bytes(reference.arrays() | facts))
 
 
 def load_all(sweep: Folder, recipe: Recipe) -> dict[str, Reference]:
-    """The stored statistics by extractor, with all that the recipe's metrics need; StorageError otherwise."""
-    found = {e.name: load(sweep, recipe, e.name, features.identity(e, sweep)) for e in recipe.evaluate.extractors}
-    for name, reference in found.items():
+    """Load the stored statistics by extractor; StorageError if they lack what the recipe's metrics need."""
+    references = {e.name: load(sweep, recipe, e.name, features.identity(e, sweep)) for e in recipe.evaluate.extractors}
+    for name, reference in references.items():
         require(name, reference, recipe)
-    return found
+    return references
 
 
 def load(sweep: Folder, recipe: Recipe, name: str, identity: str) -> Reference:
-    """One extractor's stored statistics; StorageError where they are missing, damaged, or of other images or features."""
-    place, size = path(recipe, name, identity), recipe.data.resolution
-    if not sweep.exists(place):
+    """Load one extractor's statistics; StorageError if they are missing, damaged, or of other images or features."""
+    file, size = path(recipe, name, identity), recipe.data.resolution
+    if not sweep.exists(file):
         others = ", though there are others" if sweep.list("reference") else ""
         raise StorageError(
-            f"{sweep}/{place}: no statistics of these images at {size} x {size} under extractor {name} "
+            f"{sweep}/{file}: no statistics of these images at {size} x {size} under extractor {name} "
             f"(weights {identity[:12]}){others}: run prepare"
         )
-    arrays = sealed.from_bytes(sweep.read(place), f"{sweep}/{place}")
+    arrays = npz.from_bytes(sweep.read(file), f"{sweep}/{file}")
     for key, expected in _facts(recipe, name, identity).items():
         if str(got := arrays[key]) != expected:
             raise StorageError(
-                f"{sweep}/{place}: of {key} {got}, this recipe's is {expected}: delete it and run prepare"
+                f"{sweep}/{file}: {key} is {got}, this recipe's is {expected}: delete the file and run prepare"
             )
     return Reference.from_arrays(arrays)
 
 
-def stored(sweep: Folder, recipe: Recipe) -> bool:
-    """Whether the statistics under every extractor of the recipe are there."""
+def is_stored(sweep: Folder, recipe: Recipe) -> bool:
+    """Return whether the statistics under every extractor of the recipe are stored."""
     extractors = recipe.evaluate.extractors
     return all(sweep.exists(path(recipe, e.name, features.identity(e, sweep))) for e in extractors)
 
 
 def path(recipe: Recipe, name: str, identity: str) -> str:
-    """`reference/<fingerprint>.npz`, by the images' source and size and the extractor's weights."""
+    """Return `reference/<fingerprint>.npz`; the fingerprint is of the images' source and size and the extractor's weights."""
     key = json.dumps(_facts(recipe, name, identity), sort_keys=True)
     return f"reference/{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
 
 
 def _facts(recipe: Recipe, name: str, identity: str) -> dict[str, str]:
-    """What the statistics are a function of; all are written beside them."""
-    drawn_from = recipe.data.model_dump(mode="json", include={"source", "undecodable"})
-    images = recipe.evaluate.reference or json.dumps(drawn_from, sort_keys=True)
+    """Return the inputs of the statistics, which are stored with them."""
+    source = recipe.data.model_dump(mode="json", include={"source", "undecodable"})
+    images = recipe.evaluate.reference or json.dumps(source, sort_keys=True)
     return {
         "format": str(FORMAT), "extractor": name, "weights": identity, "resolution": str(recipe.data.resolution),
         "images": images,
     }  # fmt: skip
 
 
-def _kept(count: int) -> np.ndarray:
+def _choose_kept(count: int) -> np.ndarray:
     return np.sort(seeds.generator("kept reference", count).permutation(count)[:KEPT])
 
 
-def _images(source: Source, data: Data, report: Report) -> Iterator[tuple[int, np.ndarray]]:
-    """Each image with its position, read and decoded ahead in threads."""
-    stretches = source.stretches(range(len(source)), STRETCH)
-    for positions, images in in_order(stretches, lambda p: (p, source.decoded(p, data.resolution)), DECODERS):
-        for position, image in zip(positions, images, strict=True):
-            if not isinstance(image, UndecodableImage):
-                yield position, image
-            elif data.undecodable == "refuse":
-                raise image
+def _images(source: Source, data: Data, report: ReportDone) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield each decodable image with its position; threads read and decode ahead."""
+    ranges = source.read_ranges(range(len(source)), READ_IMAGES)
+    for positions, images in in_order(ranges, lambda p: (p, source.decoded(p, data.resolution)), DECODERS):
+        yield from select_decodable(positions, images, data.undecodable)[0]
         report(positions.stop)
-
-
-def batched(items: Iterator[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items, the last one shorter (`itertools.batched` of Python 3.12)."""
-    while batch := list(islice(items, size)):
-        yield batch

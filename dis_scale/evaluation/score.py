@@ -1,23 +1,23 @@
-"""The Inception Score, exp(E KL(p(y|x) || p(y))) averaged over splits (Salimans et al. 2016), by sums and in one pass."""
+"""The Inception Score, exp(E KL(p(y|x) || p(y))) averaged over splits (Salimans et al. 2016), in one pass."""
 
 import numpy as np
 
 SHUFFLE_SEED, SHUFFLED_SPLITS = 2020, 10
-"""torch-fidelity's."""
+"""As in torch-fidelity."""
 ADM_SPLIT_IMAGES = 5000
 
 
 def shuffled_splits(samples: int) -> np.ndarray:
-    """The split of each sample, int (N): ten even ones of the shuffled samples, as torch-fidelity cuts them."""
-    place = np.arange(samples)
+    """Return each sample's split, int (N): ten even splits of the shuffled samples, as in torch-fidelity."""
+    positions = np.arange(samples)
     borders = np.arange(SHUFFLED_SPLITS + 1) * samples // SHUFFLED_SPLITS
     splits = np.empty(samples, int)
-    splits[np.random.RandomState(SHUFFLE_SEED).permutation(samples)] = np.searchsorted(borders, place, "right") - 1
+    splits[np.random.RandomState(SHUFFLE_SEED).permutation(samples)] = np.searchsorted(borders, positions, "right") - 1
     return splits
 
 
 def adm_splits(samples: int) -> np.ndarray:
-    """As ADM's evaluator: 5,000 samples each, in their order."""
+    """Return each sample's split as in ADM's evaluator: 5,000 samples each, in order."""
     return np.arange(samples) // ADM_SPLIT_IMAGES
 
 
@@ -30,7 +30,7 @@ class Score:
         self._p, self._plogp = np.zeros((len(self._count), classes)), np.zeros(len(self._count))
 
     def add(self, logits_NC: np.ndarray) -> None:
-        """Adds the next samples' logits."""
+        """Add the next samples' logits."""
         splits = self._splits[self._seen : self._seen + len(logits_NC)]
         self._seen += len(logits_NC)
         shifted = logits_NC.astype(np.float64) - logits_NC.max(1, keepdims=True)
@@ -40,7 +40,7 @@ class Score:
         np.add.at(self._plogp, splits, (p * log_p).sum(1))
 
     def result(self) -> tuple[float, float | None]:
-        """The mean over the splits, and its standard error where there are at least two."""
+        """Return the mean over the splits and its standard error (None for one split)."""
         q = self._p / self._count[:, None]
         q_log_q = q * np.log(q, out=np.zeros_like(q), where=q > 0)
         scores = np.exp(self._plogp / self._count - q_log_q.sum(1))

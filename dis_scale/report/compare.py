@@ -1,4 +1,4 @@
-"""Two sweeps side by side: what differs, and by how many of its own errors."""
+"""Two sweeps side by side: the differences, also in units of their standard errors."""
 
 import math
 from typing import NamedTuple
@@ -6,12 +6,12 @@ from typing import NamedTuple
 from rich.table import Table
 
 from dis_scale.errors import UserError
-from dis_scale.report.collect import Point, Report
+from dis_scale.report.points import Point, Report
 from dis_scale.report.tables import FACTS
 
 
 class Difference(NamedTuple):
-    """One model at one count in both sweeps: b - a, and the standard error of that where both have one."""
+    """One model at one count in both sweeps: b - a, and its standard error if both have one."""
 
     a: Point
     b: Point
@@ -20,7 +20,7 @@ class Difference(NamedTuple):
 
 
 def differences(a: Report, b: Report) -> list[Difference]:
-    """What both sweeps have; UserError where their distances are not the same measure or nothing is common."""
+    """Return the points of both sweeps; UserError if their metrics differ or they have no common point."""
     if a.metric != b.metric:
         raise UserError(f"{a.sweep} was measured by {a.metric}, {b.sweep} by {b.metric}: these cannot be compared")
     theirs = {(p.model, p.variant, p.images): p for p in b.points}
@@ -35,12 +35,12 @@ def _error(a: float | None, b: float | None) -> float | None:
 
 
 def table(a: Report, b: Report) -> Table:
-    """A row a common point; bold where the difference is beyond twice its error."""
-    found = differences(a, b)
-    out = Table(title=f"{a.sweep} against {b.sweep}: {a.metric}", caption="\n".join(_notes(a, b, found)))
-    for column in ("model", "drawn", "images", a.sweep, b.sweep, "difference", "in errors"):
-        out.add_column(column, justify="left" if column in ("model", "drawn") else "right")
-    for p, q, change, error in found:
+    """Return a table with a row for each common point, bold if the difference is beyond twice its error."""
+    pairs = differences(a, b)
+    out = Table(title=f"{a.sweep} against {b.sweep}: {a.metric}", caption="\n".join(_notes(a, b, pairs)))
+    for column in ("model", "sampling", "images", a.sweep, b.sweep, "difference", "in errors"):
+        out.add_column(column, justify="left" if column in ("model", "sampling") else "right")
+    for p, q, change, error in pairs:
         beyond = f"{change / error:+.1f}" if error else ""
         out.add_row(
             p.model, p.variant or "main", f"{p.images:,}", f"{a.distance(p):.4g}", f"{b.distance(q):.4g}",
@@ -50,10 +50,10 @@ def table(a: Report, b: Report) -> Table:
     return out
 
 
-def _notes(a: Report, b: Report, found: list[Difference]) -> list[str]:
-    """What stands in one sweep alone, and where the two were not drawn alike."""
-    said = ["bold: beyond two standard errors"]
-    if alone := len(a.points) + len(b.points) - 2 * len(found):
-        said.append(f"{alone} points stand in one sweep alone")
-    unlike = {(key, str(p.facts.get(key)), str(q.facts.get(key))) for p, q, *_ in found for key in FACTS}
-    return said + [f"{key} differs: {x} and {y}" for key, x, y in sorted(unlike) if x != y]
+def _notes(a: Report, b: Report, pairs: list[Difference]) -> list[str]:
+    """Return the table's footnotes: points of one sweep only, and different sampling settings."""
+    lines = ["bold: beyond two standard errors"]
+    if alone := len(a.points) + len(b.points) - 2 * len(pairs):
+        lines.append(f"{alone} points are in one sweep only")
+    unlike = {(key, str(p.facts.get(key)), str(q.facts.get(key))) for p, q, *_ in pairs for key in FACTS}
+    return lines + [f"{key} differs: {x} and {y}" for key, x, y in sorted(unlike) if x != y]

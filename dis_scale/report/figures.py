@@ -1,4 +1,4 @@
-"""The curves. Families differ by marker and line, image counts by grey, so that they can be read in black and white."""
+"""The figures. Families differ by marker and line, image counts by grey, so figures are readable in black and white."""
 
 import io
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dis_scale.report import fits
-from dis_scale.report.collect import Point, Report
+from dis_scale.report.points import Point, Report
 from dis_scale.report.published import PUBLISHED
 
 MARKERS = {"dis": "o", "diffussm": "^", "dit": "s"}
@@ -20,8 +20,8 @@ SIZE = (7.2, 4.8)
 
 
 def gflops_distance(report: Report, published: bool = False) -> Figure:
-    """Gflops against distance at each image count: a line through each family, the fit at the last count as a thin one."""
-    drawing, axes = _axes(report, GFLOPS)
+    """Plot Gflops against distance: a line for each family and image count, and a thin line for the fit at the last count."""
+    figure, axes = _axes(report, GFLOPS)
     shades = np.linspace(0.7, 0.0, len(report.counts)) if len(report.counts) > 1 else [0.0]
     for images, shade in zip(report.counts, shades, strict=False):
         for kind in report.families:
@@ -30,12 +30,12 @@ def gflops_distance(report: Report, published: bool = False) -> Figure:
     if published:
         _published(axes)
     _name_last(axes, report, "gmacs")
-    return _finish(drawing, axes, report)
+    return _finish(figure, axes, report)
 
 
 def compute_distance(report: Report) -> Figure:
-    """Training compute against distance: each model's way, and the lower hull of all."""
-    drawing, axes = _axes(report, "training compute (EFLOP, two operations a multiply-add)")
+    """Plot training compute against distance: a line for each model, and the lower hull of all."""
+    figure, axes = _axes(report, "training compute (EFLOP, two operations a multiply-add)")
     trained = [p for p in report.main if p.images]
     for model, points in _by_model(trained).items():
         _line(axes, report, points, points[0].kind, _shade(report, model), model, "eflops")
@@ -47,60 +47,60 @@ def compute_distance(report: Report) -> Figure:
             label="lower hull", solid_capstyle="round",
         )  # fmt: skip
     _name_last(axes, report, "eflops")
-    return _finish(drawing, axes, report)
+    return _finish(figure, axes, report)
 
 
 def distance_images(report: Report) -> Figure:
-    """Distance over images seen, a line a model, the untrained model left out."""
-    drawing, axes = _axes(report, "images seen")
+    """Plot distance over images seen: a line for each model, without the untrained models."""
+    figure, axes = _axes(report, "images seen")
     for model, points in _by_model([p for p in report.main if p.images]).items():
         _line(axes, report, points, points[0].kind, _shade(report, model), model, "images")
     _name_last(axes, report, "images")
-    return _finish(drawing, axes, report)
+    return _finish(figure, axes, report)
 
 
 def curve(
     title: str, metric: str, setting: str, values: Sequence[float], distances: Sequence[float], errors: Sequence[float]
 ) -> Figure:
-    """One model's distance against one setting of how it is drawn."""
-    drawing = Figure(figsize=SIZE, layout="constrained")
-    axes = drawing.add_subplot()
+    """Plot one model's distance against one sampling setting."""
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
     axes.errorbar(values, distances, errors, marker="o", capsize=2, color="black")
     axes.set(xlabel=setting, ylabel=metric, title=title)
-    return drawing
+    return figure
 
 
-def render(drawing: Figure) -> dict[str, bytes]:
-    """The figure's PNG and SVG, by ending; the same bytes from the same figure."""
+def render(figure: Figure) -> dict[str, bytes]:
+    """Render PNG and SVG, by file ending; the same figure gives the same bytes."""
     files = {}
     with rc_context({"svg.hashsalt": "dis-scale"}):
         for ending in ("png", "svg"):
             buffer = io.BytesIO()
-            drawing.savefig(buffer, format=ending, dpi=160, metadata={"Date": None} if ending == "svg" else None)
+            figure.savefig(buffer, format=ending, dpi=160, metadata={"Date": None} if ending == "svg" else None)
             files[ending] = buffer.getvalue()
     return files
 
 
 def correlations(report: Report) -> list[str]:
-    """A line for each image count and family of three models or more: Pearson's r on log Gflops; then the power law."""
-    said = []
+    """Return lines with Pearson's r on log Gflops for each image count and family of three or more models, then the power laws."""
+    lines = []
     for images in report.counts:
         for kind in report.families:
             points = report.family(kind, images)
             r = fits.pearson([p.gmacs for p in points], [report.distance(p) for p in points])
             if r is not None:
                 few = " (few points)" if len(points) <= fits.FEW else ""
-                said.append(f"{kind} at {images:,} images: r = {r:.2f} on log Gflops, n = {len(points)}{few}")
+                lines.append(f"{kind} at {images:,} images: r = {r:.2f} on log Gflops, n = {len(points)}{few}")
     for kind, law in _laws(report):
-        said.append(
+        lines.append(
             f"{kind} at {report.counts[-1]:,} images: fitted power law {report.metric} = {law.factor:.3g} x "
             f"Gflops^{law.exponent:.2f} (95 % interval of the exponent {law.low:.2f} to {law.high:.2f})"
         )
-    return said
+    return lines
 
 
 def _laws(report: Report) -> list[tuple[str, fits.PowerLaw]]:
-    """Each family's fit at the last count, where it has points enough."""
+    """Fit each family with enough points at the last count."""
     if not report.counts:
         return []
     families = [(kind, report.family(kind, report.counts[-1])) for kind in report.families]
@@ -109,15 +109,15 @@ def _laws(report: Report) -> list[tuple[str, fits.PowerLaw]]:
 
 
 def _axes(report: Report, xlabel: str) -> tuple[Figure, Axes]:
-    drawing = Figure(figsize=SIZE, layout="constrained")
-    axes = drawing.add_subplot()
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
     axes.margins(x=0.12)
     axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=report.metric, title=report.sweep)
-    return drawing, axes
+    return figure, axes
 
 
-def _finish(drawing: Figure, axes: Axes, report: Report) -> Figure:
-    """The floor, and the legend."""
+def _finish(figure: Figure, axes: Axes, report: Report) -> Figure:
+    """Add the floor, the limits and the legend."""
     if report.floor is not None:
         axes.axhline(report.floor, linestyle=":", color="black", linewidth=1)
         axes.annotate(
@@ -126,15 +126,15 @@ def _finish(drawing: Figure, axes: Axes, report: Report) -> Figure:
         )  # fmt: skip
     for axis in (axes.xaxis, axes.yaxis):
         low, high = axis.get_data_interval()
-        if 0 < low <= high < 1.5 * low:  # a single point, or nearly: logarithmic axes would show a hair's breadth
+        if 0 < low <= high < 1.5 * low:  # almost one value: widen the axis
             axis.set_view_interval(low / 2, high * 2, ignore=True)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
-    return drawing
+    return figure
 
 
 def _line(axes: Axes, report: Report, points: list[Point], kind: str, shade: str, label: str, along: str) -> None:
-    """A family's or a model's points with their errors."""
+    """Plot points with their errors as one line."""
     if points:
         axes.errorbar(
             [getattr(p, along) for p in points], [report.distance(p) for p in points], [report.error(p) or 0.0 for p in points],
@@ -143,14 +143,14 @@ def _line(axes: Axes, report: Report, points: list[Point], kind: str, shade: str
 
 
 def _fit(axes: Axes, report: Report) -> None:
-    """The power laws, thin and named as fits."""
+    """Plot the power laws as thin lines, labelled as fits."""
     for kind, law in _laws(report):
         costs = np.geomspace(*_ends([p.gmacs for p in report.family(kind, report.counts[-1])]), 50)
         axes.plot(costs, law.at(costs), color="black", linewidth=0.8, linestyle=(0, (1, 3)), label=f"fit: {kind}")
 
 
 def _published(axes: Axes) -> None:
-    """Others' figures as crosses without a line."""
+    """Plot published results as markers without a line."""
     for family, marker in PUBLISHED_MARKERS.items():
         points = [p for p in PUBLISHED if p.family == family]
         axes.plot(
@@ -160,11 +160,11 @@ def _published(axes: Axes) -> None:
 
 
 def _name_last(axes: Axes, report: Report, along: str) -> None:
-    """Each model's name beside its last point."""
+    """Write each model's name next to its last point."""
     for points in _by_model([p for p in report.main if p.images]).values():
         last = points[-1]
-        place = (getattr(last, along), report.distance(last))
-        axes.annotate(last.model, place, xytext=(5, -11), textcoords="offset points", fontsize=8)
+        position = (getattr(last, along), report.distance(last))
+        axes.annotate(last.model, position, xytext=(5, -11), textcoords="offset points", fontsize=8)
 
 
 def _by_model(points: list[Point]) -> dict[str, list[Point]]:
@@ -175,7 +175,7 @@ def _by_model(points: list[Point]) -> dict[str, list[Point]]:
 
 
 def _shade(report: Report, model: str) -> str:
-    """Darker the more a model costs."""
+    """Return a grey, darker for a costlier model."""
     costs = {p.model: p.gmacs for p in report.main}
     rank = sorted(costs, key=lambda name: costs[name]).index(model)
     return str(0.7 * (1 - (rank + 1) / len(costs)))

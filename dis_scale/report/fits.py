@@ -1,4 +1,4 @@
-"""How distance goes with cost: correlation, a power law with its interval, the lower hull."""
+"""How distance depends on cost: correlation, a power law with its interval, the lower hull."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 FEW = 4
-"""Up to so many points a correlation says little, and is marked."""
+"""Most points of a correlation that is marked as `few points`."""
 
 
 def pearson(gmacs: Sequence[float], distances: Sequence[float]) -> float | None:
-    """Pearson's r of distance with log Gflops, as the DiT and DiS papers give it; None for fewer than 3 points or no spread."""
+    """Return Pearson's r of distance and log Gflops, as in the DiT and DiS papers; None for fewer than 3 points or no spread."""
     if len(gmacs) < 3 or np.ptp(gmacs) == 0 or np.ptp(distances) == 0:
         return None
     return float(np.corrcoef(np.log(gmacs), distances)[0, 1])
@@ -32,18 +32,20 @@ class PowerLaw:
 
 
 def power_law(costs: Sequence[float], distances: Sequence[float]) -> PowerLaw | None:
-    """Least squares on logarithms with Student's interval; None for fewer than 4 points, of one cost, or distances not positive."""
+    """Fit logarithms by least squares, with Student's interval; None for fewer than 4 points, one cost, or a distance <= 0."""
     if len(costs) < 4 or np.ptp(costs) == 0 or min(distances) <= 0:
         return None
     fit = stats.linregress(np.log(costs), np.log(distances))
-    reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(costs) - 2) * fit.stderr
-    return PowerLaw(float(np.exp(fit.intercept)), float(fit.slope), float(fit.slope - reach), float(fit.slope + reach))
+    margin = stats.t.ppf((1 + CONFIDENCE) / 2, len(costs) - 2) * fit.stderr
+    return PowerLaw(
+        float(np.exp(fit.intercept)), float(fit.slope), float(fit.slope - margin), float(fit.slope + margin)
+    )
 
 
 def lower_hull(costs: Sequence[float], distances: Sequence[float]) -> list[int]:
-    """The points, by rising cost, that the best line from below touches in logarithms, down to the lowest distance.
+    """Return the points of the lower convex hull in logarithms, by rising cost, down to the lowest distance.
 
-    What a budget buys at best: the lower convex hull (Andrew's monotone chain), cut off where distance would rise again.
+    It is the best distance of each budget. Computed by Andrew's monotone chain, and cut off where distance would rise again.
     """
     x, y = np.log(costs), np.log(distances)
     hull: list[int] = []
@@ -58,5 +60,5 @@ def lower_hull(costs: Sequence[float], distances: Sequence[float]) -> list[int]:
 
 
 def _turns_up(x: np.ndarray, y: np.ndarray, a: int, b: int, c: int) -> bool:
-    """Whether the way from a over b to c bends upwards."""
+    """Return whether the path from a over b to c bends upwards."""
     return bool((x[b] - x[a]) * (y[c] - y[a]) > (y[b] - y[a]) * (x[c] - x[a]))

@@ -1,10 +1,10 @@
-"""The report as one HTML page that needs nothing beside itself."""
+"""The report as one self-contained HTML page."""
 
 import base64
 from html import escape
 
 from dis_scale.report import figures, tables
-from dis_scale.report.collect import Report
+from dis_scale.report.points import Report
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #111; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -17,14 +17,14 @@ figcaption, .note { color: #555; font-size: .9rem; } .missing { color: #a00; }
 """
 
 
-def page(report: Report, drawings: dict[str, bytes], grids: dict[str, bytes]) -> bytes:
-    """The page: `drawings` are SVGs by caption, `grids` PNGs of samples by caption."""
+def render_page(report: Report, plots: dict[str, bytes], grids: dict[str, bytes]) -> bytes:
+    """Return the HTML of the report; `plots` are SVGs by caption, `grids` PNGs of samples by caption."""
     parts = [
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(report.sweep)}</title>",
         f"<meta name='viewport' content='width=device-width'><style>{STYLE}</style></head><body>",
         f"<h1>{escape(report.sweep)}: Gflops against {escape(report.metric)}</h1>",
         *(f"<p class='missing'>{escape(line)}</p>" for line in tables.missing(report)),
-        *(_figure(caption, _picture(svg, "svg+xml")) for caption, svg in drawings.items()),
+        *(_figure(caption, _picture(svg, "svg+xml")) for caption, svg in plots.items()),
         *(f"<p>{escape(line)}</p>" for line in figures.correlations(report)),
         "<h2>Every point</h2>",
         _table(report),
@@ -41,7 +41,7 @@ def _figure(caption: str, inner: str) -> str:
 
 
 def _picture(data: bytes, kind: str) -> str:
-    """Each in a document of its own: drawings side by side in one would share the names of their parts."""
+    """Embed an image as a data URL: inline SVGs in one document would share the names of their parts."""
     return f"<img alt='' src='data:image/{kind};base64,{base64.b64encode(data).decode()}'>"
 
 

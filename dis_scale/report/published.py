@@ -1,4 +1,4 @@
-"""What others have published, to be drawn beside a sweep's own points: marked as published, never in a fit.
+"""Published results, plotted next to a sweep's own points: marked as published, never in a fit.
 
 FID-50K on ImageNet 256x256 without guidance after 400K steps of 256 images, against multiply-adds of one forward pass.
 """
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Published(NamedTuple):
-    """One published model; `gmacs` in 10^9."""
+    """One published model; `gmacs` in 10^9 multiply-adds."""
 
     family: str
     model: str
@@ -26,6 +26,6 @@ PUBLISHED = [
     Published("SiT", "SiT-B/2", 23.0, 33.0),
     Published("SiT", "SiT-L/2", 80.7, 18.8),
     Published("SiT", "SiT-XL/2", 118.6, 17.2),
-    # Zhu et al. 2024 (arXiv 2405.18428); of its smaller sizes we know distances but no multiply-adds
+    # Zhu et al. 2024 (arXiv 2405.18428); for smaller sizes only distances are known, not multiply-adds
     Published("DiG", "DiG-XL/2", 89.4, 18.5),
 ]

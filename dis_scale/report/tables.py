@@ -1,13 +1,15 @@
-"""The report in rows: for the terminal, and as CSV with every value that was measured."""
+"""The report as tables: for the terminal, and as CSV with every measured value."""
 
 import csv
 import io
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from dis_scale.report.collect import Point, Report
+from dis_scale.report.points import Point, Report
 
 COST = (
     "model", "kind", "variant", "gmacs_forward", "paper_gflops", "parameters", "images", "training_eflops", "goodput",
@@ -16,78 +18,85 @@ FACTS = ("samples", "sampler", "steps", "guidance", "guidance_interval", "ema_wi
 
 
 def table(report: Report) -> Table:
-    """A row a point; below it what has to be said, and what failed or was damaged."""
+    """Return a table with a row for each point, and below it the footnotes and the missing points."""
     caption = Text("\n".join(notes(report))).append("".join(f"\n{line}" for line in missing(report)), style="red")
     out = Table(
         title=f"{report.sweep}: Gflops against {report.metric}", caption=caption, box=box.SIMPLE_HEAD, padding=0
     )
     for column in columns(report):
-        out.add_column(column, justify="left" if column in ("model", "drawn", "sampler") else "right", no_wrap=True)
+        out.add_column(column, justify="left" if column in ("model", "sampling", "sampler") else "right", no_wrap=True)
     for point in report.points:
         out.add_row(*row(report, point))
     return out
 
 
 def columns(report: Report) -> list[str]:
-    """Short enough for a terminal of 120 characters."""
+    """Return the column names, short enough for a terminal of 120 characters."""
     judged = ["class acc."] if _judged(report) else []
     cost = ["parameters", "Gflops", "paper's"] if _papers(report) else ["parameters", "Gflops"]
-    drawn = ["drawn"] if len(report.samplings) > 1 else []
-    return ["model", *drawn, *cost, "images", "EFLOP", "goodput", report.metric, *judged, "sampler", "guidance"]
+    sampling = ["sampling"] if len(report.samplings) > 1 else []
+    return ["model", *sampling, *cost, "images", "EFLOP", "goodput", report.metric, *judged, "sampler", "guidance"]
 
 
 def row(report: Report, p: Point) -> list[str]:
-    """The cells of one point, as `columns` names them."""
+    """Return the cells of one point, in the order of `columns`."""
     accuracy = p.values.get("class_accuracy")
     judged = ["" if accuracy is None else f"{accuracy:.1%}"] if _judged(report) else []
     paper = [f"{p.cost.paper_gflops:.3g}" if p.cost.paper_gflops else ""] if _papers(report) else []
     goodput = "" if p.goodput is None else f"{p.goodput:.0%}"
-    drawn = [p.variant or "main"] if len(report.samplings) > 1 else []
+    sampling = [p.variant or "main"] if len(report.samplings) > 1 else []
     return [
-        p.model, *drawn, f"{p.cost.parameters:,}", f"{p.gmacs:.3g}", *paper, f"{p.images:,}", f"{p.eflops:.3g}", goodput,
+        p.model, *sampling, f"{p.cost.parameters:,}", f"{p.gmacs:.3g}", *paper, f"{p.images:,}", f"{p.eflops:.3g}", goodput,
         with_error(report.distance(p), report.error(p)), *judged, f"{p.facts['sampler']} {p.facts['steps']}",
         f"{p.facts['guidance']:g}",
     ]  # fmt: skip
 
 
 def with_error(distance: float, error: float | None) -> str:
-    """A distance and its standard error, where there is one."""
+    """Format a distance and its standard error, if any."""
     return f"{distance:.4g}" + ("" if error is None else f" ± {error:.2g}")
 
 
 def notes(report: Report) -> list[str]:
-    """What has to be said of all rows together."""
-    said = ["Gflops are multiply-adds of one forward pass (DiT's convention), ± is one standard error"]
+    """Return the table's footnotes, a line each."""
+    lines = ["Gflops are multiply-adds of one forward pass (DiT's convention), ± is one standard error"]
     for variant, p in report.samplings.items():
-        how = p.facts
-        average = f", average of width {how['ema_width']}" if how.get("ema_width") else ""
-        within = f" between times {how['guidance_interval']}" if how.get("guidance_interval") else ""
-        said.append(
-            f"{variant or 'main'}: {how['samples']:,} samples, {how['sampler']}, {how['steps']} steps, "
-            f"guidance {how['guidance']}{within}{average}, {how['precision']}"
+        facts = p.facts
+        average = f", average of width {facts['ema_width']}" if facts.get("ema_width") else ""
+        within = f" between times {facts['guidance_interval']}" if facts.get("guidance_interval") else ""
+        lines.append(
+            f"{variant or 'main'}: {facts['samples']:,} samples, {facts['sampler']}, {facts['steps']} steps, "
+            f"guidance {facts['guidance']}{within}{average}, {facts['precision']}"
         )
-    said += dict.fromkeys(note for p in report.points for note in p.facts.get("notes", ()))
+    lines += dict.fromkeys(note for p in report.points for note in p.facts.get("notes", ()))
     if report.floor is not None:
-        said.append(f"floor (two halves of the real images): {report.floor:.4g}")
-    return said
+        lines.append(f"floor (two halves of the real images): {report.floor:.4g}")
+    return lines
 
 
 def missing(report: Report) -> list[str]:
-    """A line for each model that failed and each checkpoint that could not be evaluated."""
-    skipped = [f"{drawn} skipped: {why}" for drawn, why in report.skipped.items()]
+    """Return a line for each model that failed and each checkpoint that could not be evaluated."""
+    skipped = [f"{sampled} skipped: {why}" for sampled, why in report.skipped.items()]
     return [f"{model} failed: {why}" for model, why in report.failed.items()] + skipped
 
 
 def to_csv(report: Report) -> bytes:
-    """Every point with its cost, its facts and all its values, a column each."""
+    """Return a CSV with a row for each point: its cost, its facts and all its values."""
     values = list(dict.fromkeys(name for p in report.points for name in p.values))
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow([*COST, *values, *FACTS])
+    rows = []
     for p in report.points:
         measured = [p.values.get(name, "") for name in values] + [p.facts.get(name, "") for name in FACTS]
         cost = [f"{p.gmacs:.6g}", p.cost.paper_gflops or "", p.cost.parameters, p.images, f"{p.eflops:.6g}"]
-        rows.writerow([p.model, p.kind, p.variant, *cost, "" if p.goodput is None else f"{p.goodput:.4f}", *measured])
+        rows.append([p.model, p.kind, p.variant, *cost, "" if p.goodput is None else f"{p.goodput:.4f}", *measured])
+    return csv_bytes([*COST, *values, *FACTS], rows)
+
+
+def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+    """Return a CSV in UTF-8 with line feeds."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
     return text.getvalue().encode()
 
 

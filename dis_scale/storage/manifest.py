@@ -43,6 +43,14 @@ def find(folder: Folder) -> dict[str, Any] | None:
     return manifest
 
 
+def require(folder: Folder) -> dict[str, Any]:
+    """Return the manifest of a folder that must be complete; StorageError if it has none."""
+    manifest = find(folder)
+    if manifest is None:
+        raise StorageError(f"{folder}: no {NAME}: the folder is incomplete or was deleted")
+    return manifest
+
+
 def require_format(value: Any, where: str) -> None:
     """Raises StorageError for a version that this code does not read."""
     version = value.get("format") if isinstance(value, dict) else None

@@ -70,8 +70,7 @@ def _resume_point(run: Folder, model: str, images: int) -> Stored:
 
 def _copy(source: Folder, target: Folder, model: str) -> None:
     """Copies a thing with its manifest, which comes last and names the new run's model."""
-    found = manifest.find(source)
-    assert found is not None
-    for name in found["files"]:
-        target.write(name, manifest.read(source, name, found))
-    target.write_json(manifest.NAME, found | {"model": model})
+    facts = manifest.require(source)
+    for name in facts["files"]:
+        target.write(name, manifest.read(source, name, facts))
+    target.write_json(manifest.NAME, facts | {"model": model})

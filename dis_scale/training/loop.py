@@ -246,7 +246,7 @@ def micro_batches(run: Run, latents: Latents, rates: tuple[float, ...], images: 
         for lane in lanes:
             micro = micro_batch(
                 latents, step, lane, batch=settings.batch_images, lanes=settings.lanes, seed=recipe.seed,
-                mirror=recipe.data.mirror, label_dropout=settings.label_dropout,
+                flip=recipe.data.mirror, label_dropout=settings.label_dropout,
             )  # fmt: skip
             n = len(micro.y_B)
             t_B = process.sample_times(seeds.generator("time", recipe.seed, step, lane), n)

@@ -1,4 +1,4 @@
-"""The cache is shared, bounded and verified; whatever happens to its folder, what is read is what the manifest names."""
+"""The cache is shared, bounded and verified: it returns the manifest's bytes, whatever happens to its folder."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ SHARDS = [bytes([i]) * 1000 for i in range(8)]
 
 
 class Storage:
-    """Counts what is fetched."""
+    """Counts fetches."""
 
     def __init__(self) -> None:
         self.fetched: list[int] = []
@@ -37,7 +37,7 @@ def name(i: int) -> str:
     return str(manifest.digest(SHARDS[i])["sha256"])
 
 
-def test_a_shard_is_fetched_by_one_of_many(tmp_path: Path) -> None:
+def test_one_of_many_readers_fetches_a_shard(tmp_path: Path) -> None:
     storage = Storage()
     caches = [Cache(tmp_path, 10_000, pytest.fail) for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
@@ -54,7 +54,7 @@ def test_a_damaged_file_is_fetched_again(tmp_path: Path) -> None:
     assert storage.fetched == [1, 1]
 
 
-def test_the_least_recently_used_leave_first_and_the_bound_holds(tmp_path: Path) -> None:
+def test_the_least_recently_used_are_evicted_within_the_bound(tmp_path: Path) -> None:
     cache, storage = Cache(tmp_path, 3500, pytest.fail), Storage()
     for i in (0, 1, 2, 0, 3, 0, 4):
         storage.get(cache, i)
@@ -63,21 +63,21 @@ def test_the_least_recently_used_leave_first_and_the_bound_holds(tmp_path: Path)
     assert storage.fetched == [0, 1, 2, 3, 4]
 
 
-def test_what_is_larger_than_the_cache_passes_through(tmp_path: Path) -> None:
+def test_a_shard_larger_than_the_cache_is_not_stored(tmp_path: Path) -> None:
     cache, storage = Cache(tmp_path, 999, pytest.fail), Storage()
     assert storage.get(cache, 0) == SHARDS[0]
     assert files(tmp_path) == set()
 
 
-def test_what_a_dead_writer_left_goes(tmp_path: Path) -> None:
+def test_partial_files_of_dead_writers_are_deleted(tmp_path: Path) -> None:
     (tmp_path / f"{name(5)}.part").write_bytes(b"half")
     Storage().get(Cache(tmp_path, 10_000, pytest.fail), 0)
     assert files(tmp_path) == {name(0)}
 
 
-def test_a_full_disk_is_said_once_and_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said, storage = list[str](), Storage()
-    cache = Cache(tmp_path, 10_000, said.append)
+def test_a_full_disk_is_logged_once_and_reads_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, storage = list[str](), Storage()
+    cache = Cache(tmp_path, 10_000, lines.append)
     storage.get(cache, 0)
 
     def full(self: Path, data: bytes) -> int:
@@ -85,20 +85,20 @@ def test_a_full_disk_is_said_once_and_costs_nothing_else(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(Path, "write_bytes", full)
     assert [storage.get(cache, i) for i in (1, 2, 0)] == [SHARDS[1], SHARDS[2], SHARDS[0]]
-    assert said == [f"cache {tmp_path}: No space left on device: training goes on without it"]
+    assert lines == [f"cache {tmp_path}: No space left on device: training continues without it"]
     assert storage.fetched == [0, 1, 2]
     assert files(tmp_path) == {name(0)}
 
 
-def test_a_folder_that_cannot_be_made_is_said_once(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_logged_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    said, storage = list[str](), Storage()
-    cache = Cache(tmp_path / "file/cache", 10_000, said.append)
+    lines, storage = list[str](), Storage()
+    cache = Cache(tmp_path / "file/cache", 10_000, lines.append)
     assert [storage.get(cache, i) for i in range(3)] == SHARDS[:3]
-    assert said == [f"cache {tmp_path}/file/cache: Not a directory: training goes on without it"]
+    assert lines == [f"cache {tmp_path}/file/cache: Not a directory: training continues without it"]
 
 
-def test_what_goes_wrong_in_storage_is_not_the_caches_fault(tmp_path: Path) -> None:
+def test_errors_of_storage_pass_through(tmp_path: Path) -> None:
     def fetch() -> Any:
         raise StorageError("there: damaged")
 
@@ -107,11 +107,11 @@ def test_what_goes_wrong_in_storage_is_not_the_caches_fault(tmp_path: Path) -> N
     assert files(tmp_path) == set()
 
 
-def test_the_folder_is_the_users_own() -> None:
+def test_the_default_folder_is_per_user() -> None:
     assert str(os.getuid()) in str(default_folder())
 
 
-def test_what_is_not_the_caches_own_is_neither_counted_nor_touched(tmp_path: Path) -> None:
+def test_other_files_are_neither_counted_nor_touched(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_bytes(b"x" * 900)
     (tmp_path / "folder").mkdir()
     data = b"y" * 500

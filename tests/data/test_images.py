@@ -1,4 +1,4 @@
-"""One image: every mode to RGB, upright, cropped and resized as ADM does; what is no image is named."""
+"""One image: every mode to RGB, upright, cropped and resized as ADM does; undecodable images are named."""
 
 import hashlib
 import io
@@ -36,24 +36,24 @@ def test_sixteen_bits_of_grey_are_scaled_and_not_clipped(kind: str) -> None:
     np.testing.assert_array_equal(grey[:, :, 0].ravel(), np.arange(256))
 
 
-def test_alpha_is_dropped_and_a_transparent_palette_warns_nobody() -> None:
+def test_alpha_is_dropped_and_a_transparent_palette_does_not_warn() -> None:
     image = Image.new("P", (16, 16))
     image.putpalette([200, 100, 50] + [0] * 765)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = decode(saved(image, "PNG", transparency=b"\x00\x10"), "x", 16)
-    assert found[0, 0].tolist() == [200, 100, 50]
+        image_array = decode(saved(image, "PNG", transparency=b"\x00\x10"), "x", 16)
+    assert image_array[0, 0].tolist() == [200, 100, 50]
     assert square(Image.new("RGBA", (16, 16), (9, 8, 7, 0)), 16)[0, 0].tolist() == [9, 8, 7]
 
 
 def test_cmyk_jpegs_keep_their_colours() -> None:
-    found = decode(saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"), "x", 16)
-    assert found[8, 8, 0] > 240
-    assert found[8, 8, 1] < 15
+    pixels = decode(saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"), "x", 16)
+    assert pixels[8, 8, 0] > 240
+    assert pixels[8, 8, 1] < 15
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
-def test_of_an_animation_the_first_frame_counts(kind: str) -> None:
+def test_the_first_frame_of_an_animation_is_used(kind: str) -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     lossless = {"lossless": True} if kind == "WEBP" else {}
     data = saved(frames[0], kind, save_all=True, append_images=frames[1:], **lossless)
@@ -69,12 +69,12 @@ def test_rotation_by_exif_is_applied(orientation: int, where: tuple[int, int]) -
     image.putpixel((0, 0), (255, 0, 0))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    found = decode(saved(image, "PNG", exif=exif.tobytes()), "x", 16)
-    assert np.argwhere(found[:, :, 0] == 255).tolist() == [list(where)]
+    pixels = decode(saved(image, "PNG", exif=exif.tobytes()), "x", 16)
+    assert np.argwhere(pixels[:, :, 0] == 255).tolist() == [list(where)]
 
 
 def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
-    """As in guided-diffusion's image_datasets.py (MIT), which DiT took over."""
+    """From guided-diffusion's image_datasets.py (MIT), which DiT also uses."""
     while min(*pil_image.size) >= 2 * image_size:
         pil_image = pil_image.resize(tuple(x // 2 for x in pil_image.size), resample=Image.Resampling.BOX)
     scale = image_size / min(*pil_image.size)
@@ -86,13 +86,13 @@ def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(100, 70), (70, 100), (16, 16), (15, 40), (33, 31), (200, 33), (5, 9)])
-def test_crop_and_resize_are_the_public_codes(shape: tuple[int, int]) -> None:
+def test_crop_and_resize_equal_the_public_code(shape: tuple[int, int]) -> None:
     image = noise(*shape)
     np.testing.assert_array_equal(square(image, 16), center_crop_arr(image, 16))
 
 
-def test_crop_and_resize_stay_what_they_are() -> None:
-    """Latents already stored hang on these bytes: another Pillow that changes them is another data set."""
+def test_crop_and_resize_are_frozen() -> None:
+    """Stored latents depend on these bytes: a Pillow that changes them makes another data set."""
     assert hashlib.sha256(square(noise(100, 70), 16).tobytes()).hexdigest()[:16] == "f1b0785cebb88265"
 
 
@@ -117,12 +117,12 @@ def bomb() -> bytes:
         (bomb(), "exceeds limit of .* pixels, could be decompression bomb"),
         (
             saved(Image.fromarray(np.eye(8, dtype=np.float32)), "TIFF"),
-            r"mode F\) have no range that says what is white",
+            r"mode F\) have no range that defines white",
         ),
     ],
     ids=["empty", "words", "broken", "cut PNG", "cut JPEG", "bomb", "floats"],
 )
-def test_what_is_no_image_is_named_with_its_reason(data: bytes, why: str) -> None:
-    words = rf"image a/b.png cannot be decoded: .*({why}).*; mend or remove it, or --set data.undecodable=skip"
+def test_an_undecodable_image_is_named_with_the_reason(data: bytes, why: str) -> None:
+    words = rf"image a/b.png cannot be decoded: .*({why}).*; repair or remove it, or --set data.undecodable=skip"
     with pytest.raises(UndecodableImage, match=words):
         decode(data, "a/b.png", 16)

@@ -1,4 +1,4 @@
-"""Shards are the same bytes each time, and others read them, too; a lane of a step is the same whoever reads it."""
+"""Shards have reproducible bytes and are readable by others; a lane of a step is equal for every reader."""
 
 import dataclasses
 from pathlib import Path
@@ -11,27 +11,27 @@ from dis_scale.data.latents import Latents, micro_batch, prefetch
 from dis_scale.errors import StorageError, UserError
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
-from tests.data.reading import CLASSES, make, read, samples
+from tests.support.small_latents import CLASSES, make, read, samples
 
 
-def test_a_shard_is_the_same_bytes_each_time_and_reads_back() -> None:
-    made = samples(0, 7)
-    assert shards.pack(made) == shards.pack(made)
-    read = shards.unpack(shards.pack(made), "here")
-    np.testing.assert_array_equal(read.moments, np.stack([s.moments for s in made]))
+def test_packing_is_reproducible_and_reads_back() -> None:
+    packed = samples(0, 7)
+    assert shards.pack(packed) == shards.pack(packed)
+    read = shards.unpack(shards.pack(packed), "here")
+    np.testing.assert_array_equal(read.moments, np.stack([s.moments for s in packed]))
     assert read.labels.tolist() == [0, 1, 2, 3, 4, 0, 1]
 
 
 @pytest.mark.parametrize("cut", [1, 512, 700, 1536, 2000, 3000, 10_000])
-def test_a_piece_of_a_shard_is_none(cut: int) -> None:
-    """Whatever a damaged object is, it is told by its hash before; this holds without it."""
-    whole = shards.pack(samples(0, 7))
+def test_a_truncated_shard_is_refused(cut: int) -> None:
+    """Usually the hash detects damage first; this holds without it."""
+    data = shards.pack(samples(0, 7))
     with pytest.raises(StorageError, match="there: not a latent shard"):
-        shards.unpack(whole[:cut], "there")
+        shards.unpack(data[:cut], "there")
 
 
 @pytest.mark.parametrize("data", [b"x" * 10240, b"", b"\0" * 10240, b"\0" * 511])
-def test_what_is_no_shard_is_named(data: bytes) -> None:
+def test_bytes_that_are_not_a_shard_are_refused_by_name(data: bytes) -> None:
     with pytest.raises(StorageError, match="there: not a latent shard"):
         shards.unpack(data, "there")
 
@@ -46,8 +46,8 @@ def test_a_shard_is_a_view_of_its_bytes_and_parses_to_the_same() -> None:
 
 
 @pytest.mark.parametrize("at", [0, 3, 6])
-def test_a_shard_of_another_layout_is_read_all_the_same(at: int) -> None:
-    """A name that fills more than one block of the tar moves all that follow."""
+def test_a_shard_of_another_layout_is_readable(at: int) -> None:
+    """A name longer than one block of the tar moves all following members."""
     made = samples(0, 7)
     made[at] = dataclasses.replace(made[at], name="n" * 600)
     data = shards.pack(made)
@@ -58,18 +58,18 @@ def test_a_shard_of_another_layout_is_read_all_the_same(at: int) -> None:
 
 
 def test_webdataset_reads_our_shards(tmp_path: Path) -> None:
-    """As its users do, with the library's own decoder."""
+    """With the library's own decoder."""
     import webdataset as wds
 
     make(open_folder(tmp_path), [3, 2])
-    found = list(wds.WebDataset(str(tmp_path / "{000000..000001}.tar"), shardshuffle=False).decode())
-    assert [sample["__key__"] for sample in found] == [f"{i:012d}" for i in range(5)]
-    for sample, made in zip(found, samples(0, 3) + samples(3, 2), strict=True):
+    read_back = list(wds.WebDataset(str(tmp_path / "{000000..000001}.tar"), shardshuffle=False).decode())
+    assert [sample["__key__"] for sample in read_back] == [f"{i:012d}" for i in range(5)]
+    for sample, made in zip(read_back, samples(0, 3) + samples(3, 2), strict=True):
         np.testing.assert_array_equal(sample["moments.npy"], made.moments)
         assert sample["json"] == {"label": made.label, "name": made.name}
 
 
-def test_finished_shards_are_known_and_damaged_or_orphaned_ones_are_not(store_url: str) -> None:
+def test_finished_shards_exclude_damaged_and_incomplete_ones(store_url: str) -> None:
     at = open_folder(store_url)
     for number in range(4):
         shards.put_shard(at, number, samples(number * 3, 3), [])
@@ -82,36 +82,35 @@ def test_finished_shards_are_known_and_damaged_or_orphaned_ones_are_not(store_ur
 
 def test_statistics_merge_to_those_of_all_samples(tmp_path: Path) -> None:
     make(open_folder(tmp_path), [4, 7, 2])
-    found = manifest.find(open_folder(tmp_path))
-    assert found is not None
+    facts = manifest.require(open_folder(tmp_path))
     everything = np.stack([s.moments[0, :2] for first, n in [(0, 4), (4, 7), (11, 2)] for s in samples(first, n)])
-    np.testing.assert_allclose(found["mean"], everything.astype(np.float64).mean((0, 2, 3)), rtol=1e-12)
-    np.testing.assert_allclose(found["std"], everything.astype(np.float64).std((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(facts["mean"], everything.astype(np.float64).mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(facts["std"], everything.astype(np.float64).std((0, 2, 3)), rtol=1e-12)
 
 
-def test_a_lane_is_the_same_whoever_reads_it(tmp_path: Path) -> None:
+def test_a_lane_does_not_depend_on_the_reader(tmp_path: Path) -> None:
     make(open_folder(tmp_path), [6, 6, 5])
-    options = {"batch": 8, "lanes": 4, "seed": 3, "mirror": True, "label_dropout": 0.3}
-    ahead = Latents(open_folder(tmp_path), seed=3)
+    options = {"batch": 8, "lanes": 4, "seed": 3, "flip": True, "label_dropout": 0.3}
+    later = Latents(open_folder(tmp_path), seed=3)
     for step in range(5):
-        micro_batch(ahead, step, 0, **options)
-    first, second = (micro_batch(r, 5, 2, **options) for r in (ahead, Latents(open_folder(tmp_path), seed=3)))
+        micro_batch(later, step, 0, **options)
+    first, second = (micro_batch(r, 5, 2, **options) for r in (later, Latents(open_folder(tmp_path), seed=3)))
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(one.numpy(), other.numpy())
 
 
 def test_latents_are_posterior_samples_shifted_and_scaled(tmp_path: Path) -> None:
-    """Over many draws of one sample: mean (mean - shift) scale, deviation std scale."""
+    """Over many posterior samples of one image: mean (mean - shift) scale, deviation std scale."""
     one = samples(0, 1)[0]
     shards.put_shard(open_folder(tmp_path), 0, [one], [])
     facts = {"vae": "v", "scale": 0.5, "shift": 0.25, "latent": [2, 3], "num_classes": CLASSES}
-    shards.seal(open_folder(tmp_path), range(1), facts)
+    shards.write_manifest(open_folder(tmp_path), range(1), facts)
     batch = micro_batch(
-        Latents(open_folder(tmp_path), 0), 0, 0, batch=4000, lanes=1, seed=0, mirror=False, label_dropout=0.25
+        Latents(open_folder(tmp_path), 0), 0, 0, batch=4000, lanes=1, seed=0, flip=False, label_dropout=0.25
     )
     mean, log_variance = one.moments[0, :2].astype(np.float64), one.moments[0, 2:].astype(np.float64)
     deviation = 0.5 * np.exp(0.5 * log_variance)
-    # Five standard errors of a mean of 4,000 draws.
+    # Five standard errors of a mean of 4,000 samples.
     assert (np.abs(batch.x_BCHW.mean(0).numpy() - (mean - 0.25) * 0.5) < 5 * deviation / 4000**0.5).all()
     np.testing.assert_allclose(batch.x_BCHW.std(0).numpy(), deviation, rtol=0.08)
     assert abs(float((batch.y_B == CLASSES).float().mean()) - 0.25) < 5 * (0.25 * 0.75 / 4000) ** 0.5
@@ -136,7 +135,7 @@ def test_latents_of_another_vae_are_refused(tmp_path: Path) -> None:
         shards.latents_of(sweep)
 
 
-def test_prefetch_keeps_order_and_hands_on_what_went_wrong() -> None:
+def test_prefetch_keeps_order_and_raises_errors() -> None:
     def items() -> object:
         yield from range(5)
         raise ValueError("broken source")

@@ -1,4 +1,4 @@
-"""A source is listed once for all, in bounded memory; the first listing counts, and a new version makes a new one."""
+"""A source is listed once, in bounded memory; the first listing counts, and a new version makes a new one."""
 
 import subprocess
 import sys
@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from dis_scale.data import listing
-from dis_scale.data.listing import Entry, Found
+from dis_scale.data.listing import Contents, Entry
 from dis_scale.data.sources import open_source
 from dis_scale.errors import StorageError, UserError
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
-from tests.data import labelled
-from tests.data.labelled import CLASSES, data, png
+from tests.support import labelled_images
+from tests.support.labelled_images import CLASSES, data, png
 
 IMAGENET = 1_281_167
 ROOT = Path(__file__).parents[2]
@@ -28,9 +28,9 @@ def entries(count: int) -> Iterator[Entry]:
     )
 
 
-def test_what_was_listed_comes_back_by_position_over_the_borders_of_parts() -> None:
+def test_entries_are_read_by_position_across_parts() -> None:
     count = listing.PART + 3
-    made = listing.in_memory(Found(entries(count)), lambda _: None, "here")
+    made = listing.in_memory(Contents(entries(count)), lambda _: None, "here")
     expected = list(entries(count))
     for i in (0, 1, listing.PART - 1, listing.PART, count - 1):
         assert made[i] == expected[i]
@@ -39,14 +39,14 @@ def test_what_was_listed_comes_back_by_position_over_the_borders_of_parts() -> N
         made[count]
 
 
-def test_names_of_any_bytes_survive() -> None:
+def test_names_of_any_bytes_are_kept() -> None:
     odd = Entry("caf\udce9/\u65e5\u672c.png", 0, "a b.tar")
-    assert listing.in_memory(Found([odd]), lambda _: None, "here")[0] == odd
+    assert listing.in_memory(Contents([odd]), lambda _: None, "here")[0] == odd
 
 
 def test_the_hash_is_of_content_and_order() -> None:
     def sha(items: list[Entry]) -> str:
-        return str(listing.in_memory(Found(items), lambda _: None, "here").facts["sha256"])
+        return str(listing.in_memory(Contents(items), lambda _: None, "here").facts["sha256"])
 
     one, two = list(entries(2))
     assert sha([one, two]) == sha([one, two])
@@ -54,20 +54,20 @@ def test_the_hash_is_of_content_and_order() -> None:
 
 
 def list_imagenet(where: str) -> None:
-    """In a process of its own: lists, reads the ends, prints the reports' number and the most memory that it ever held."""
+    """In a process of its own: list, read the ends, print the number of reports and the peak memory."""
     reports: list[int] = []
     made = listing.stored(
-        open_folder(where), "imagenet", lambda: Found(entries(IMAGENET)), lambda _: None, reports.append
+        open_folder(where), "imagenet", lambda: Contents(entries(IMAGENET)), lambda _: None, reports.append
     )
     first, last = made[0], made[IMAGENET - 1]
-    assert (first, last.label, last.place[0]) == (next(entries(1)), (IMAGENET - 1) % 1000, IMAGENET - 1)
-    # Not getrusage's ru_maxrss, which a child takes over from the process that began it.
+    assert (first, last.label, last.location[0]) == (next(entries(1)), (IMAGENET - 1) % 1000, IMAGENET - 1)
+    # Not getrusage's ru_maxrss, which a child inherits from its parent.
     status = Path("/proc/self/status").read_text()
     print(len(reports), 1024 * int(status.partition("VmHWM:")[2].split()[0]))
 
 
 def test_a_million_images_are_listed_and_read_in_little_memory(tmp_path: Path) -> None:
-    """ImageNet's number, in a quarter of a GiB with Python and all: what is held at a time is a part."""
+    """ImageNet's number of entries in a quarter of a GiB, including Python: only one part is in memory."""
     code = f"from tests.data.test_listing import list_imagenet; list_imagenet({str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     reports, peak_bytes = map(int, done.stdout.split())
@@ -76,9 +76,9 @@ def test_a_million_images_are_listed_and_read_in_little_memory(tmp_path: Path) -
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.npz")) < 2**25
 
 
-def test_a_declared_source_is_listed_once_and_a_new_version_anew(store_url: str, tmp_path: Path) -> None:
+def test_a_declared_source_is_listed_once_for_each_version(store_url: str, tmp_path: Path) -> None:
     store, images = open_folder(store_url) / "store", open_folder(tmp_path) / "images"
-    source = labelled.class_folders(images)
+    source = labelled_images.class_folders(images)
     first = open_source(data(source), store)
     images.write("dog/7.png", png(7))
     again = open_source(data(source), store)
@@ -87,17 +87,17 @@ def test_a_declared_source_is_listed_once_and_a_new_version_anew(store_url: str,
     assert len(store.list("listings")) == 2
 
 
-def test_a_listing_that_does_not_fit_the_recipe_is_not_kept(tmp_path: Path) -> None:
-    """So that mending the source and trying again is all that it takes."""
+def test_a_listing_that_does_not_fit_the_recipe_is_not_stored(tmp_path: Path) -> None:
+    """So it is enough to repair the source and rerun."""
     store, images = open_folder(tmp_path) / "store", open_folder(tmp_path) / "images"
-    source = labelled.class_folders(images)
+    source = labelled_images.class_folders(images)
     with pytest.raises(UserError, match=r"data.num_classes: got 3, but the source has 2 classes"):
         open_source(data(source, 3), store)
     images.write("owl/1.png", png(1))
     assert open_source(data(source, 3), store).label_names == [*CLASSES, "owl"]
 
 
-def test_of_two_that_list_at_once_the_first_counts_for_both(tmp_path: Path) -> None:
+def test_two_processes_that_list_at_once_use_the_first_listing(tmp_path: Path) -> None:
     """The source changes between them; neither reads a mixture."""
     store = open_folder(tmp_path)
 
@@ -107,7 +107,7 @@ def test_of_two_that_list_at_once_the_first_counts_for_both(tmp_path: Path) -> N
             yield entry
 
     def run(count: int) -> list[Entry]:
-        return list(listing.stored(store, "key", lambda: Found(slow(count)), lambda _: None, lambda _: None))
+        return list(listing.stored(store, "key", lambda: Contents(slow(count)), lambda _: None, lambda _: None))
 
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(run, (10, 11))
@@ -117,9 +117,9 @@ def test_of_two_that_list_at_once_the_first_counts_for_both(tmp_path: Path) -> N
 
 def test_a_damaged_listing_is_named(tmp_path: Path) -> None:
     store = open_folder(tmp_path)
-    open_source(data(labelled.class_folders(open_folder(tmp_path) / "images")), store)
+    open_source(data(labelled_images.class_folders(open_folder(tmp_path) / "images")), store)
     (place,) = store.list("listings")
     (name,) = [n for n in (store / "listings" / place).list() if n != manifest.NAME]
     (store / "listings" / place).write(name, b"x")
     with pytest.raises(StorageError, match=f"{place}/{name}: damaged: 1 bytes, its manifest says"):
-        open_source(data(labelled.class_folders(open_folder(tmp_path) / "images")), store).names[0]
+        open_source(data(labelled_images.class_folders(open_folder(tmp_path) / "images")), store).names[0]

@@ -1,4 +1,4 @@
-"""The order is a permutation an epoch, whoever asks, in whatever parts and from wherever; its time and memory are small."""
+"""The order is a permutation for each epoch, for any rank, ranges and start; its time and memory are small."""
 
 import time
 import tracemalloc
@@ -15,10 +15,10 @@ COUNTS = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
 BLOCKS = st.integers(1, 5)
 
 
-def dealt(order: Order, first: int, last: int) -> list[tuple[int, int]]:
+def samples_at(order: Order, first: int, last: int) -> list[tuple[int, int]]:
     """(shard, row) at positions [first, last)."""
-    found = order.places(np.arange(first, last))
-    return list(zip(found.shards.tolist(), found.rows.tolist(), strict=True))
+    locations = order.locate(np.arange(first, last))
+    return list(zip(locations.shards.tolist(), locations.rows.tolist(), strict=True))
 
 
 def everything(counts: list[int]) -> list[tuple[int, int]]:
@@ -26,7 +26,7 @@ def everything(counts: list[int]) -> list[tuple[int, int]]:
 
 
 @given(COUNTS, st.integers(0, 3), BLOCKS, st.data())
-def test_each_epoch_shows_each_sample_once_and_those_held_out_never(
+def test_each_epoch_has_each_sample_once_except_held_out_ones(
     counts: list[int], seed: int, block: int, data: st.DataObject
 ) -> None:
     held = data.draw(st.integers(0, sum(counts) - 1))
@@ -34,7 +34,7 @@ def test_each_epoch_shows_each_sample_once_and_those_held_out_never(
     kept_out = list(zip(*(column.tolist() for column in order.held_out), strict=True))
     assert len(set(kept_out)) == held
     for epoch in range(2):
-        seen = dealt(order, epoch * order.total, (epoch + 1) * order.total)
+        seen = samples_at(order, epoch * order.total, (epoch + 1) * order.total)
         assert sorted(seen + kept_out) == everything(counts)
 
 
@@ -42,7 +42,7 @@ def test_each_epoch_shows_each_sample_once_and_those_held_out_never(
 def test_a_step_is_the_same_images_at_any_world_size(
     counts: list[int], lanes: int, micro: int, step: int, data: st.DataObject
 ) -> None:
-    """Each rank asks for its own lanes with an order of its own; together they are positions [sB, (s+1)B), across epochs, too."""
+    """Each rank reads its lanes from its own order; together they are positions [sB, (s+1)B), also across epochs."""
     batch, held = lanes * micro, data.draw(st.integers(0, sum(counts) - 1))
     world = data.draw(st.sampled_from([w for w in range(1, lanes + 1) if lanes % w == 0]))
     together = []
@@ -50,38 +50,38 @@ def test_a_step_is_the_same_images_at_any_world_size(
         mine = Order(counts, 0, held_out=held)
         for lane in range(rank * lanes // world, (rank + 1) * lanes // world):
             first = step * batch + lane * micro
-            together += dealt(mine, first, first + micro)
-    assert together == dealt(Order(counts, 0, held_out=held), step * batch, (step + 1) * batch)
+            together += samples_at(mine, first, first + micro)
+    assert together == samples_at(Order(counts, 0, held_out=held), step * batch, (step + 1) * batch)
 
 
 @given(COUNTS, st.integers(0, 10_000), BLOCKS)
-def test_a_position_does_not_depend_on_what_was_asked_before(counts: list[int], position: int, block: int) -> None:
+def test_a_position_does_not_depend_on_earlier_requests(counts: list[int], position: int, block: int) -> None:
     walked = Order(counts, 1, block)
-    dealt(walked, max(0, position - 20), position)
-    assert dealt(walked, position, position + 5) == [
-        dealt(Order(counts, 1, block), p, p + 1)[0] for p in range(position, position + 5)
+    samples_at(walked, max(0, position - 20), position)
+    assert samples_at(walked, position, position + 5) == [
+        samples_at(Order(counts, 1, block), p, p + 1)[0] for p in range(position, position + 5)
     ]
 
 
 @given(COUNTS, BLOCKS, st.integers(0, 100), st.integers(0, 20))
-def test_the_shards_near_are_those_of_the_blocks_at_hand_and_the_next(
+def test_the_shards_near_are_those_of_the_current_blocks_and_the_next(
     counts: list[int], block: int, first: int, width: int
 ) -> None:
     order = Order(counts, 2, block)
     near, size = order.shards_near(first, first + width), max(counts) * block
-    touched = {shard for shard, _ in dealt(order, first, first + width + 1)}
+    touched = {shard for shard, _ in samples_at(order, first, first + width + 1)}
     assert touched <= set(near)
     assert len(near) == len(set(near)) <= block * (width + 3)
     assert all(counts[shard] for shard in near)
-    around = dealt(
+    around = samples_at(
         order, max(0, first - size), first + 2 * size + width
-    )  # a block's shard may have been dealt before `first`
+    )  # a block's shard may come before `first`
     assert {shard for shard, _ in around} >= set(near)
 
 
 def test_shards_are_needed_block_by_block() -> None:
     order = Order([10] * 12, seed=0, block_shards=3)
-    blocks = [{shard for shard, _ in dealt(order, first, first + 30)} for first in range(0, 120, 30)]
+    blocks = [{shard for shard, _ in samples_at(order, first, first + 30)} for first in range(0, 120, 30)]
     assert [len(block) for block in blocks] == [3, 3, 3, 3]
     assert set.union(*blocks) == set(range(12))
     assert set(order.shards_near(0, 5)) == blocks[0] | blocks[1]
@@ -89,15 +89,15 @@ def test_shards_are_needed_block_by_block() -> None:
 
 
 def test_epochs_and_seeds_differ() -> None:
-    first = dealt(Order([8] * 4, 0), 0, 32)
-    assert first != dealt(Order([8] * 4, 0), 32, 64)
-    assert first != dealt(Order([8] * 4, 1), 0, 32)
+    first = samples_at(Order([8] * 4, 0), 0, 32)
+    assert first != samples_at(Order([8] * 4, 0), 32, 64)
+    assert first != samples_at(Order([8] * 4, 1), 0, 32)
 
 
-def test_the_order_stays_what_it_is() -> None:
-    """Stored runs go on only while this holds."""
+def test_the_order_is_frozen() -> None:
+    """Stored runs can continue only while this holds."""
     order = Order([3, 2, 4], seed=7, block_shards=2, held_out=1)
-    assert dealt(order, 6, 12) == [(0, 1), (0, 0), (1, 1), (2, 2), (2, 3), (2, 0)]
+    assert samples_at(order, 6, 12) == [(0, 1), (0, 0), (1, 1), (2, 2), (2, 3), (2, 0)]
 
 
 def test_holding_out_everything_is_refused() -> None:
@@ -106,13 +106,13 @@ def test_holding_out_everything_is_refused() -> None:
 
 
 def test_ten_million_samples_take_little_time_and_memory() -> None:
-    """A tenth of what docs/data.md states; the bound on time is ten times what two busy cores take."""
+    """A tenth of the size in docs/data.md; the time limit is ten times that of two busy cores."""
     tracemalloc.start()
     began = time.process_time()
     order = Order([1000] * 10_000, 0, held_out=5_000)
     middle = order.total * 7 // 2
     for first in range(middle, middle + 100_000, 256):
-        order.places(np.arange(first, first + 256))
+        order.locate(np.arange(first, first + 256))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert time.process_time() - began < 5

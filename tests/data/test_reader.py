@@ -1,4 +1,4 @@
-"""The reader: a shard is read about once an epoch and node, before it is needed; faults pass or are named, never trained on."""
+"""The reader: each node reads a shard about once an epoch, ahead of use; it retries or names faults and never trains on them."""
 
 import multiprocessing
 import shutil
@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 
 from dis_scale.data import latents as reader
-from dis_scale.data.latents import Latents, choose_keeping, open_latents
+from dis_scale.data.latents import Latents, fits_in_memory, open_latents
+from dis_scale.data.memory import MemoryBuffer, free_memory_bytes
 from dis_scale.data.order import BLOCK_SHARDS
 from dis_scale.data.shards import Shard
-from dis_scale.data.shelf import Shelf, free_memory_bytes
 from dis_scale.errors import StorageError, UserError
 from dis_scale.recipe import Reader, Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
-from tests.data.reading import CLASSES, make, read, read_epoch
+from tests.flaky import FlakyFileSystem, busy, bytes_read, reads
 from tests.support import object_store
 from tests.support.faulty_gateway import Gateway
-from tests.support.flaky_store import FlakyFileSystem, busy, bytes_read, reads
+from tests.support.small_latents import CLASSES, make, read, read_epoch
 
 COUNTS = [6, 5, 7, 6, 0, 6, 6, 3, 6, 6, 6]
 FULL = [count for count in COUNTS if count]
@@ -31,7 +31,7 @@ FULL = [count for count in COUNTS if count]
 
 @pytest.fixture
 def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A set in flaky storage, at peace; waiting for it costs no time."""
+    """A set in flaky storage, without faults yet; retries do not wait."""
     make(open_folder(tmp_path / "set"), COUNTS)
     monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
     monkeypatch.setattr(FlakyFileSystem, "faults", [])
@@ -61,7 +61,7 @@ def test_one_process_without_a_cache_reads_each_shard_once_and_the_next_epochs_f
     assert len(FULL) <= sum(reads(at).values()) <= len(FULL) + BLOCK_SHARDS
 
 
-def test_what_is_kept_in_memory_is_read_once_for_ever(at: Path) -> None:
+def test_a_set_kept_in_memory_is_read_once(at: Path) -> None:
     latents = Latents(open_folder(flaky(at)), 0, keep_all=True)
     for first in range(0, 3 * sum(COUNTS), 8):
         read(latents, first, first + 8)
@@ -71,12 +71,12 @@ def test_what_is_kept_in_memory_is_read_once_for_ever(at: Path) -> None:
 def wait_until(true: object, timeout_s: float = 10.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not true():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "it did not come about in time"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.01)
 
 
-def test_training_does_not_wait_once_it_has_begun(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reads of 0.2 s under steps that take longer: without reading ahead, each block would cost 0.2 s at least."""
+def test_after_the_first_step_training_does_not_wait(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads take 0.2 s, steps longer: without read-ahead, each block would cost at least 0.2 s."""
     monkeypatch.setattr(FlakyFileSystem, "latency_s", 0.2)
     latents, waited_s = Latents(open_folder(flaky(at)), 0), []
     for first in range(0, sum(COUNTS), 3):
@@ -85,23 +85,23 @@ def test_training_does_not_wait_once_it_has_begun(at: Path, monkeypatch: pytest.
         waited_s.append(time.monotonic() - began)
         time.sleep(0.06)
     assert waited_s[0] >= 0.2
-    assert sum(waited_s[1:]) < 0.2 * len(FULL) / 2, "read one by one they would take twice as long"
+    assert sum(waited_s[1:]) < 0.2 * len(FULL) / 2, "one by one, the reads would take twice as long"
 
 
-def test_memory_holds_the_block_at_hand_and_the_next(at: Path) -> None:
+def test_memory_holds_the_current_block_and_the_next(at: Path) -> None:
     many = make(open_folder(at) / "many", [2] * 8 * BLOCK_SHARDS)
     latents = Latents(many, 0)
     for first in range(0, 2 * 16 * BLOCK_SHARDS, 2):
         read(latents, first, first + 2)
-        assert len(latents._shelf._found) <= 3 * BLOCK_SHARDS  # a micro-batch may lie in two blocks
+        assert len(latents._buffer._loads) <= 3 * BLOCK_SHARDS  # a micro-batch may be in two blocks
 
 
 @pytest.mark.parametrize(
     "faults",
     [[busy(503), busy(500)], [TimeoutError("slow"), ConnectionError("away")], [busy(429)] * 8],
-    ids=["500s", "timeouts", "told to slow down, for long"],
+    ids=["500s", "timeouts", "long rate limit"],
 )
-def test_what_passes_is_waited_for(at: Path, faults: list[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transient_faults_are_retried(at: Path, faults: list[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = read(Latents(open_folder(at), 0), 0, 8)
     monkeypatch.setattr(FlakyFileSystem, "faults", list(faults))
     for got, wanted in zip(read(Latents(open_folder(flaky(at)), 0), 0, 8), expected, strict=True):
@@ -109,7 +109,7 @@ def test_what_passes_is_waited_for(at: Path, faults: list[Exception], monkeypatc
     assert FlakyFileSystem.faults == []
 
 
-def test_what_does_not_pass_is_named(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lasting_faults_are_named(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FlakyFileSystem, "faults", [busy(503)] * 1000)
     with pytest.raises(
         StorageError, match=rf"cannot read flaky://{at}/0000\d\d.tar: OSError: .*Please reduce your request rate"
@@ -136,30 +136,30 @@ def damage(path: Path, how: str) -> None:
         ("flipped", "000006.tar: damaged: its sha256 differs from the manifest's"),
     ],
 )
-def test_a_damaged_shard_stops_training_where_it_is_needed_and_not_before(at: Path, how: str, words: str) -> None:
+def test_a_damaged_shard_stops_training_only_when_it_is_needed(at: Path, how: str, words: str) -> None:
     damage(at / "000006.tar", how)
     latents = Latents(open_folder(flaky(at)), 0)
-    reached = next(p for p in range(sum(COUNTS)) if latents.order.places(np.arange(p, p + 1)).shards[0] == 6)
+    reached = next(p for p in range(sum(COUNTS)) if latents.order.locate(np.arange(p, p + 1)).shards[0] == 6)
     for position in range(reached):
         read(latents, position, position + 1)
     with pytest.raises(StorageError, match=words):
         read(latents, reached, reached + 1)
 
 
-def test_what_failed_ahead_is_tried_again_when_it_is_needed() -> None:
-    asked, shard = list[int](), Shard(np.zeros(1), np.zeros(1))
+def test_a_failed_read_ahead_is_retried_when_needed() -> None:
+    loaded, shard = list[int](), Shard(np.zeros(1), np.zeros(1))
 
     def load(index: int) -> Shard:
-        asked.append(index)
-        if len(asked) == 1:
+        loaded.append(index)
+        if len(loaded) == 1:
             raise StorageError("away")
         return shard
 
-    shelf = Shelf(load, keep_all=False)
-    shelf.want([3])
-    wait_until(lambda: shelf._found[3].done())
-    assert shelf[3] is shard
-    assert asked == [3, 3]
+    buffer = MemoryBuffer(load, keep_all=False)
+    buffer.request([3])
+    wait_until(lambda: buffer._loads[3].done())
+    assert buffer[3] is shard
+    assert loaded == [3, 3]
 
 
 def test_at_most_a_few_shards_are_loaded_at_once() -> None:
@@ -172,30 +172,30 @@ def test_at_most_a_few_shards_are_loaded_at_once() -> None:
         busy_now.discard(index)
         return Shard(np.zeros(1), np.full(1, index))
 
-    shelf = Shelf(load, keep_all=True)
-    shelf.want(list(range(12)))
-    assert [int(shelf[i].labels[0]) for i in range(12)] == list(range(12))
+    buffer = MemoryBuffer(load, keep_all=True)
+    buffer.request(list(range(12)))
+    assert [int(buffer[i].labels[0]) for i in range(12)] == list(range(12))
     assert max(most) <= 4
 
 
-def test_the_choice_is_said_with_its_reason(tiny: Recipe, at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_is_logged_with_its_reason(tiny: Recipe, at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "free_memory_bytes", lambda: 2**33)
-    assert choose_keeping(Reader(), 2**30, 4) == (
+    assert fits_in_memory(Reader(), 2**30, 4) == (
         True,
-        "latents kept in memory: 1 GiB, room for 1 a worker (auto: half of the free memory by 4 workers)",
+        "latents kept in memory: 1 GiB, limit 1 GiB a worker (auto: half of the free memory by 4 workers)",
     )
-    assert choose_keeping(Reader(), 2**30 + 1, 4)[1].startswith("latents read by blocks of 4 shards: 1 GiB, room")
-    assert choose_keeping(Reader(memory_gib=0), 1, 1)[1].endswith("room for 0 a worker (reader.memory_gib)")
+    assert fits_in_memory(Reader(), 2**30 + 1, 4)[1].startswith("latents read by blocks of 4 shards: 1 GiB, limit")
+    assert fits_in_memory(Reader(memory_gib=0), 1, 1)[1].endswith("limit 0 GiB a worker (reader.memory_gib)")
     data = tiny.data.model_copy(update={"num_classes": CLASSES})
-    reading = Reader(memory_gib=0, cache_gib=1.5, cache_folder="/data/cache")
-    small = tiny.model_copy(update={"reader": reading, "data": data})
+    settings = Reader(memory_gib=0, cache_gib=1.5, cache_folder="/data/cache")
+    small = tiny.model_copy(update={"reader": settings, "data": data})
     assert open_latents(open_folder(flaky(at)), small, 2, print)[1].endswith("; cache /data/cache, up to 1.5 GiB")
     assert "cache" not in open_latents(open_folder(at), small, 2, print)[1]
     with pytest.raises(UserError, match=r"latents of 5 classes, data\.num_classes is 10: use another root"):
         open_latents(open_folder(at), tiny, 2, print)
 
 
-@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux says what is free, others do not")
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="free memory is known on Linux only")
 def test_free_memory_is_no_more_than_the_machine_has() -> None:
     total_kib = int(Path("/proc/meminfo").read_text().split()[1])
     assert 0 < free_memory_bytes() < 1024 * total_kib
@@ -214,7 +214,7 @@ def test_a_wrong_key_stops_with_object_and_cause(bucket: str, monkeypatch: pytes
 
 @pytest.fixture
 def restartable(monkeypatch: pytest.MonkeyPatch) -> Iterator[object_store.ObjectStore]:
-    """A store of this test's own, on disk; s3fs keeps its connections by arguments, which do not tell one store from another."""
+    """A store for this test, on disk. s3fs caches connections by arguments, which are equal for all stores."""
     import s3fs
 
     if object_store.missing():
@@ -228,13 +228,13 @@ def restartable(monkeypatch: pytest.MonkeyPatch) -> Iterator[object_store.Object
     store.stop()
 
 
-def test_a_server_that_dies_and_comes_back_is_waited_for(restartable: object_store.ObjectStore, tmp_path: Path) -> None:
+def test_a_restarted_server_is_waited_for(restartable: object_store.ObjectStore, tmp_path: Path) -> None:
     at = make(open_folder(object_store.make_bucket(restartable, "restarted")), COUNTS)
     make(open_folder(tmp_path), COUNTS)
     expected = read(Latents(open_folder(tmp_path), 0), 0, sum(COUNTS))
     latents = Latents(at, 0)
     got = [read(latents, 0, 6)]
-    wait_until(lambda: all(found.done() for found in latents._shelf._found.values()))
+    wait_until(lambda: all(load.done() for load in latents._buffer._loads.values()))
     restartable.kill()
     began = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
@@ -243,12 +243,12 @@ def test_a_server_that_dies_and_comes_back_is_waited_for(restartable: object_sto
             got.append(read(latents, first, first + 3))
             before_the_end = time.monotonic()
         back.result()
-    assert before_the_end > began + 1.0, "what was read ahead lasted for the whole epoch"
+    assert before_the_end > began + 1.0, "the read-ahead was enough for the complete epoch"
     for column, wanted in zip(zip(*got, strict=True), expected, strict=True):
         np.testing.assert_array_equal(np.concatenate(column), wanted)
 
 
-def test_a_set_that_was_deleted_under_a_run_is_named(at: Path) -> None:
+def test_a_set_deleted_during_a_run_is_named(at: Path) -> None:
     latents = Latents(open_folder(at), 0)
     assert manifest.find(open_folder(at)) is not None
     shutil.rmtree(at)
@@ -257,10 +257,10 @@ def test_a_set_that_was_deleted_under_a_run_is_named(at: Path) -> None:
 
 
 @pytest.mark.parametrize("faults", [[500, 503], ["cut"], ["closed", "closed"], ["hangs"], [429] * 8], ids=str)
-def test_what_a_real_client_meets_on_the_way_passes(
+def test_transient_faults_of_a_real_client_are_retried(
     faults: list[int | str], bucket: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same through s3fs and a real gateway, where timeouts are a second's."""
+    """Through s3fs and a real gateway, with timeouts of a second."""
     monkeypatch.setattr("dis_scale.storage.folder._READ_TIMEOUT_S", 1)
     latents = Latents(make(open_folder(bucket), [3]), 0)
     gateway.concerns = lambda request: request.method == "GET" and request.path.endswith(".tar")
@@ -269,7 +269,7 @@ def test_what_a_real_client_meets_on_the_way_passes(
     assert not gateway.faults
 
 
-def test_a_large_shard_comes_by_ranges_and_a_range_that_failed_is_asked_for_again(
+def test_a_large_shard_is_read_by_ranges_and_a_failed_range_is_retried(
     bucket: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dis_scale.storage.folder._RANGE_BYTES", 2048)
@@ -278,5 +278,5 @@ def test_a_large_shard_comes_by_ranges_and_a_range_that_failed_is_asked_for_agai
     gateway.faults = [503]
     assert sorted(read(Latents(at, 0), 0, 6)[1].tolist()) == sorted(i % CLASSES for i in range(6))
     size = at.size("000000.tar")
-    asked = {request.range for request in gateway.seen if request.range}
-    assert asked == {f"bytes={start}-{min(start + 2048, size) - 1}" for start in range(0, size, 2048)}
+    ranges = {request.range for request in gateway.seen if request.range}
+    assert ranges == {f"bytes={start}-{min(start + 2048, size) - 1}" for start in range(0, size, 2048)}

@@ -1,4 +1,4 @@
-"""Images from anywhere come in one order, by position and without reading the rest; what is wrong is named."""
+"""Images of every kind of source have one order and are read by position; mistakes are named."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,11 @@ from dis_scale.data import images, tars
 from dis_scale.data.sources import open_source
 from dis_scale.errors import DisScaleError, StorageError, UndecodableImage, UserError
 from dis_scale.storage.folder import Folder, open_folder
-from tests.data import labelled
-from tests.data.labelled import CLASSES, KINDS, LABELS, data, png
+from tests.support import labelled_images
+from tests.support.labelled_images import CLASSES, KINDS, LABELS, data, png
 
 
-def test_the_digits_are_all_there() -> None:
+def test_the_digits_are_complete() -> None:
     source = open_source(data({"kind": "digits"}, 10))
     assert (len(source), source.labels[:3], source.pixels(0, 32).shape) == (1797, [0, 1, 2], (32, 32, 3))
 
@@ -27,29 +27,29 @@ def test_every_kind_gives_the_same_pictures_in_the_same_order(kind: str, store_u
     assert source.label_names == (["0", "1"] if kind == "webdataset_cls" else CLASSES)
     assert len(set(source.names)) == len(LABELS)
     expected = [images.decode(png(i), "", 16) for i in range(len(LABELS))]
-    stretches = list(source.stretches(range(1, 7), most=4))
-    assert [i for stretch in stretches for i in stretch] == list(range(1, 7))
-    walked = [image for stretch in stretches for image in source.decoded(stretch, 16)]
-    for i, image in enumerate(walked, 1):
+    ranges = list(source.read_ranges(range(1, 7), most=4))
+    assert [i for part in ranges for i in part] == list(range(1, 7))
+    decoded = [image for part in ranges for image in source.decoded(part, 16)]
+    for i, image in enumerate(decoded, 1):
         np.testing.assert_array_equal(image, expected[i])
         np.testing.assert_array_equal(source.pixels(i, 16), expected[i])
 
 
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """(path, bytes) of each read from storage from now on."""
+    """Record (path, bytes) of each read from storage."""
     seen, read = [], Folder.read
 
     def counted(self: Folder, path: str, *span: int) -> bytes:
-        found = read(self, path, *span)
-        seen.append((path, len(found)))
-        return found
+        content = read(self, path, *span)
+        seen.append((path, len(content)))
+        return content
 
     monkeypatch.setattr(Folder, "read", counted)
     return seen
 
 
-def test_a_stretch_of_a_tar_is_one_read_of_its_bytes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_source(data(labelled.webdataset_cls(open_folder(tmp_path))))
+def test_neighbours_in_a_tar_are_one_range_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(data(labelled_images.webdataset_cls(open_folder(tmp_path))))
     seen = reads(monkeypatch)
     source.decoded(range(1, 4), 16)
     ((name, size),) = seen
@@ -60,23 +60,23 @@ def test_a_stretch_of_a_tar_is_one_read_of_its_bytes_alone(tmp_path: Path, monke
     assert seen == [("b.tar", len(png(5)))]
 
 
-def test_a_row_group_is_read_once_by_a_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sequential_read_loads_each_row_group_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = open_folder(tmp_path)
     big = [np.random.default_rng(i).bytes(2**21) for i in range(6)]
-    root.write("x.parquet", labelled.parquet([(b, 0) for b in big]))
+    root.write("x.parquet", labelled_images.parquet([(b, 0) for b in big]))
     source = open_source(data({"kind": "parquet", "url": root.url}))
     seen = reads(monkeypatch)
     assert [source.read([entry])[0] for entry in source.listing] == big
     assert sum(size for _, size in seen) < 2 * sum(map(len, big))
 
 
-def test_labels_that_are_numbers_stand_for_themselves_and_names_are_sorted(tmp_path: Path) -> None:
+def test_number_labels_are_kept_and_names_are_sorted(tmp_path: Path) -> None:
     root = open_folder(tmp_path)
     root.write("n.csv", b"path,label\na.png,10\nb.png,2\n")
     root.write("w.csv", b"path,label\na.png,z10\nb.png,z2\n")
     assert list(open_source(data({"kind": "csv", "url": f"{root}/n.csv"}, 11)).labels) == [10, 2]
-    words = open_source(data({"kind": "csv", "url": f"{root}/w.csv"}))
-    assert (list(words.labels), words.label_names) == ([0, 1], ["z10", "z2"])
+    named = open_source(data({"kind": "csv", "url": f"{root}/w.csv"}))
+    assert (list(named.labels), named.label_names) == ([0, 1], ["z10", "z2"])
 
 
 def test_paths_of_a_csv_may_be_urls(tmp_path: Path) -> None:
@@ -89,26 +89,26 @@ def test_paths_of_a_csv_may_be_urls(tmp_path: Path) -> None:
 
 
 def bad(root: Folder, what: str) -> dict[str, Any]:
-    """A source with one mistake."""
+    """Write a source with one mistake."""
     url, files = root.url, dict[str, bytes]()
     match what:
         case "no folder" | "no tars" | "no parquet" | "no csv":
             kind = what.removeprefix("no ").removesuffix("s")
             return {"kind": kind, "url": f"{url}/none.csv" if kind == "csv" else f"{url}/none"}
         case "no label in tar":
-            files = {"a.tar": labelled.tar({"1.png": png(1)})}
+            files = {"a.tar": labelled_images.tar({"1.png": png(1)})}
         case "label no text":
-            files = {"a.tar": labelled.tar({"1.png": png(1), "1.cls": b"\xff"})}
+            files = {"a.tar": labelled_images.tar({"1.png": png(1), "1.cls": b"\xff"})}
         case "two images of a sample":
-            files = {"a.tar": labelled.tar({"1.jpg": png(1), "1.seg.png": png(2), "1.cls": b"0"})}
+            files = {"a.tar": labelled_images.tar({"1.jpg": png(1), "1.seg.png": png(2), "1.cls": b"0"})}
         case "label not in json":
-            files = {"a.tar": labelled.tar({"1.png": png(1), "1.json": b'{"class": 1}'})}
+            files = {"a.tar": labelled_images.tar({"1.png": png(1), "1.json": b'{"class": 1}'})}
         case "cut tar":
-            files = {"a.tar": labelled.tar({"1.png": png(1), "1.cls": b"0"})[:700]}
+            files = {"a.tar": labelled_images.tar({"1.png": png(1), "1.cls": b"0"})[:700]}
         case "tar with a damaged header":
-            whole = bytearray(labelled.tar({"1.png": png(1), "1.cls": b"0"}))
-            whole[whole.index(b"1.cls")] ^= 1
-            files = {"a.tar": bytes(whole)}
+            content = bytearray(labelled_images.tar({"1.png": png(1), "1.cls": b"0"}))
+            content[content.index(b"1.cls")] ^= 1
+            files = {"a.tar": bytes(content)}
         case "csv column":
             files = {"a.csv": b"path,class\n1.png,0\n"}
         case "csv line":
@@ -116,15 +116,15 @@ def bad(root: Folder, what: str) -> dict[str, Any]:
         case "numbers and names":
             files = {"a.csv": b"path,label\n1.png,0\n2.png,cat\n"}
         case "parquet column":
-            files = {"a.parquet": labelled.parquet([(png(1), 0)])}
+            files = {"a.parquet": labelled_images.parquet([(png(1), 0)])}
             return write(root, files) | {"kind": "parquet", "url": url, "label": "class"}
         case "no bytes":
-            files = {"a.parquet": labelled.parquet([(png(1), 0)])}
+            files = {"a.parquet": labelled_images.parquet([(png(1), 0)])}
             return write(root, files) | {"kind": "parquet", "url": url, "image": "label"}
         case "no parquet file":
             files = {"a.parquet": b"PAR1 nothing"}
         case "label beyond the names":
-            files = {"a.parquet": labelled.parquet([(png(1), 2)])}
+            files = {"a.parquet": labelled_images.parquet([(png(1), 2)])}
         case "label beyond the classes":
             files = {"a.csv": b"path,label\n1.png,7\n"}
     write(root, files)
@@ -149,59 +149,59 @@ def write(root: Folder, files: dict[str, bytes]) -> dict[str, Any]:
         ("no tars", r"data.source.url: no files '\*.tar' in .*/none; expected .*/none/<name>.tar"),
         ("no parquet", r"data.source.url: no files '\*.parquet' in .*/none; expected .*/none/<name>.parquet"),
         ("no csv", r"data.source.url: no file .*/none.csv"),
-        ("no label in tar", r"a.tar: image 1.png has no label: expected a .cls beside it, or say where labels stand"),
-        ("label not in json", r"a.tar: 1.json: no label 'label' there: KeyError: 'label'"),
-        ("label no text", r"a.tar: 1.cls: no label as text there: UnicodeDecodeError: "),
+        ("no label in tar", r"a.tar: image 1.png has no label: expected a .cls next to it, or set where labels are"),
+        ("label not in json", r"a.tar: 1.json: no label 'label': KeyError: 'label'"),
+        ("label no text", r"a.tar: 1.cls: no label as text: UnicodeDecodeError: "),
         (
             "two images of a sample",
             r"a.tar: 1.jpg and 1.seg.png are two images of one sample: say which .* data.source.image = jpg",
         ),
-        ("cut tar", r"a.tar: not a whole tar: unexpected end of data"),
-        ("tar with a damaged header", r"a.tar: not a whole tar: .*damaged or cut at byte "),
+        ("cut tar", r"a.tar: not a complete tar: unexpected end of data"),
+        ("tar with a damaged header", r"a.tar: not a complete tar: .*damaged or truncated at byte "),
         ("csv column", r"data.source.label: no column 'label' in .*a.csv; it has path, class"),
         ("csv line", r"a.csv: line 3: expected a path and a label, got \['2.png', None\]"),
         ("numbers and names", r"image 2.png: label 'cat', expected either a name or a number from 0 in all"),
         ("parquet column", r"data.source.label: no column 'class' in .*a.parquet; it has image, label"),
         ("no bytes", r"data.source.image: column 'label' of .*a.parquet is int64, expected bytes of images"),
-        ("no parquet file", r"a.parquet: not a whole Parquet file: "),
+        ("no parquet file", r"a.parquet: not a complete Parquet file: "),
         ("label beyond the names", r"image a.parquet#0: label 2, expected a class from 0 to 1"),
         ("label beyond the classes", r"data.num_classes: got 2, but .*a.csv has labels up to 7"),
     ],
 )
-def test_what_is_wrong_with_a_source_is_said(tmp_path: Path, what: str, words: str) -> None:
+def test_mistakes_in_a_source_are_named(tmp_path: Path, what: str, words: str) -> None:
     with pytest.raises(DisScaleError, match=words):
         open_source(data(bad(open_folder(tmp_path), what)))
 
 
-def test_of_several_images_of_a_sample_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a tar that is indexed as it is read, too."""
+def test_the_recipe_selects_one_of_several_images_of_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a large tar, which is indexed as it is read."""
     monkeypatch.setattr(tars, "LARGE_BYTES", 0)
     members = {f"{i}.{kind}": png(i) for i in range(2) for kind in ("jpg", "seg.png")} | {"0.cls": b"0", "1.cls": b"1"}
-    open_folder(tmp_path).write("a.tar", labelled.tar(dict(sorted(members.items()))))
+    open_folder(tmp_path).write("a.tar", labelled_images.tar(dict(sorted(members.items()))))
     source = open_source(data({"kind": "tar", "url": str(tmp_path), "image": "jpg"}))
     assert list(source.names) == ["a.tar/0.jpg", "a.tar/1.jpg"]
 
 
 def test_other_classes_than_the_recipe_says_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.num_classes: got 3, but the source has 2 classes \(cat, dog"):
-        open_source(data(labelled.class_folders(open_folder(tmp_path)), 3))
+        open_source(data(labelled_images.class_folders(open_folder(tmp_path)), 3))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_broken_image_is_named_and_its_neighbours_are_read(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = png
-    monkeypatch.setattr(labelled, "png", lambda i: b"" if i == 2 else whole(i))
+    intact = png
+    monkeypatch.setattr(labelled_images, "png", lambda i: b"" if i == 2 else intact(i))
     source = open_source(data(KINDS[kind](open_folder(tmp_path))))
-    found = [image for stretch in source.stretches(range(7), 16) for image in source.decoded(stretch, 16)]
-    ((place, error),) = [(i, image) for i, image in enumerate(found) if isinstance(image, UndecodableImage)]
-    assert place == 2
-    assert f"image {source.names[2]} cannot be decoded: it is empty (0 bytes); mend or remove it" in str(error)
+    decoded = [image for part in source.read_ranges(range(7), 16) for image in source.decoded(part, 16)]
+    ((position, error),) = [(i, image) for i, image in enumerate(decoded) if isinstance(image, UndecodableImage)]
+    assert position == 2
+    assert f"image {source.names[2]} cannot be decoded: it is empty (0 bytes); repair or remove it" in str(error)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_gone_since_is_no_broken_image(kind: str, tmp_path: Path) -> None:
+def test_a_deleted_image_is_not_reported_as_broken(kind: str, tmp_path: Path) -> None:
     source = open_source(data(KINDS[kind](open_folder(tmp_path))))
     for path in tmp_path.rglob("*.*"):
         path.unlink()
@@ -214,9 +214,9 @@ def test_what_is_gone_since_is_no_broken_image(kind: str, tmp_path: Path) -> Non
 
 def test_hugging_face_without_class_names_gives_numbers(tmp_path: Path) -> None:
     root = open_folder(tmp_path)
-    root.write("x.parquet", labelled.parquet([(png(0), 1)], metadata=None))
+    root.write("x.parquet", labelled_images.parquet([(png(0), 1)], metadata=None))
     assert open_source(data({"kind": "parquet", "url": root.url})).label_names == ["0", "1"]
-    root.write("x.parquet", labelled.parquet([(png(0), "b"), (png(1), "a")], metadata=None))
+    root.write("x.parquet", labelled_images.parquet([(png(0), "b"), (png(1), "a")], metadata=None))
     named = open_source(data({"kind": "parquet", "url": root.url}))
     assert (list(named.labels), named.label_names) == ([1, 0], ["a", "b"])
 
@@ -224,8 +224,8 @@ def test_hugging_face_without_class_names_gives_numbers(tmp_path: Path) -> None:
 def test_labels_in_json_may_be_numbers_but_not_lists(tmp_path: Path) -> None:
     root = open_folder(tmp_path)
     source = {"kind": "tar", "url": root.url, "label": "json"}
-    root.write("x.tar", labelled.tar({"1.png": png(1), "1.json": json.dumps({"label": 1}).encode()}))
+    root.write("x.tar", labelled_images.tar({"1.png": png(1), "1.json": json.dumps({"label": 1}).encode()}))
     assert list(open_source(data(source)).labels) == [1]
-    root.write("x.tar", labelled.tar({"1.png": png(1), "1.json": json.dumps({"label": [1]}).encode()}))
+    root.write("x.tar", labelled_images.tar({"1.png": png(1), "1.json": json.dumps({"label": [1]}).encode()}))
     with pytest.raises(UserError, match=r"x.tar: 1.json: label \[1\], expected a number or a name"):
         open_source(data(source))

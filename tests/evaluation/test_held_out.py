@@ -14,7 +14,7 @@ from tests.support.ranks import make_latents
 
 
 class Echo(torch.nn.Module):
-    """Answers with a multiple of what it sees, and notes the labels that it was shown."""
+    """Returns a multiple of its input and records the labels."""
 
     def __init__(self, scale: float) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ def latents(tiny: Recipe, tmp_path: Path) -> Latents:
     return Latents(make_latents(open_folder(tmp_path), tiny), seed=0, held_out=11)
 
 
-def measure(
+def held_out_losses(
     latents: Latents, batch: int, scale: float = 0.0, process: Flow | Gaussian | None = None
 ) -> dict[str, float]:
     built = diffusion.build(process or Flow(kind="flow"))
@@ -46,15 +46,15 @@ def test_each_held_out_image_is_seen_at_each_level(latents: Latents) -> None:
 
 
 def test_the_same_noise_at_any_batch(latents: Latents) -> None:
-    once, again = measure(latents, batch=4), measure(latents, batch=11)
+    once, again = held_out_losses(latents, batch=4), held_out_losses(latents, batch=11)
     assert once == pytest.approx(again, rel=1e-6)
     assert sorted(once)[:3] == ["held_out_loss", "held_out_loss/t0062", "held_out_loss/t0188"]
 
 
 def test_the_loss_is_the_models(latents: Latents) -> None:
-    """A model that says nothing is wrong by the mean square of velocity (or of noise); the mean is that of the levels."""
-    silent = measure(latents, batch=11)
+    """A model that predicts zero has the mean square of velocity (or noise) as its loss; the mean is over the levels."""
+    silent = held_out_losses(latents, batch=11)
     assert silent["held_out_loss/t0062"] == pytest.approx(silent["held_out_loss/t0938"], rel=1e-6)
-    assert measure(latents, batch=11, scale=1.0)["held_out_loss"] > silent["held_out_loss"]
-    noise = measure(latents, batch=11, process=Gaussian(kind="gaussian"))
+    assert held_out_losses(latents, batch=11, scale=1.0)["held_out_loss"] > silent["held_out_loss"]
+    noise = held_out_losses(latents, batch=11, process=Gaussian(kind="gaussian"))
     assert noise["held_out_loss"] == pytest.approx(sum(v for k, v in noise.items() if "/" in k) / held_out.LEVELS)

@@ -1,6 +1,6 @@
-"""Inception's features and all metrics against torch-fidelity itself, and weights that are refused before they are opened.
+"""Inception's features and all metrics compared with torch-fidelity; wrong weights are refused before they are opened.
 
-Inception looks at 299 x 299 pixels; where many images are needed both sides look at 75 x 75, its smallest, for time's sake.
+Inception's input is 299 x 299 pixels. Tests with many images use 75 x 75, its minimum, on both sides, to save time.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ from dis_scale.errors import UserError
 from dis_scale.evaluation import inception, kernel, metrics, neighbours, score
 from dis_scale.evaluation.features import Extractor
 from dis_scale.evaluation.inception import PUBLISHED, Inception, read_weights
-from tests.evaluation import seeded_inception
-from tests.evaluation.seeded_inception import as_tensor, blobs
+from tests.support import seeded_inception
+from tests.support.seeded_inception import as_tensor, blobs
 
 IMAGES, REAL_IMAGES = 205, 200
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def sets() -> tuple[np.ndarray, np.ndarray]:
-    """Generated and real images that overlap without being the same: the generated ones are darker, most of them."""
+    """Generated and real images with overlapping features: most generated ones are darker."""
     shade = np.linspace(0.4, 1, IMAGES)[:, None, None, None]
     return (blobs(IMAGES, 10) * shade).astype(np.uint8), blobs(REAL_IMAGES, 11)
 
@@ -55,7 +55,7 @@ def extractor() -> Extractor:
 
 @pytest.fixture(scope="module")
 def theirs(sets: tuple[np.ndarray, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """torch-fidelity's own loop over both sets, distance and kernel on 192 features: fewer than the images."""
+    """torch-fidelity's metrics of both sets; the distance is on 192 features, fewer than the images."""
     path, _ = seeded_inception.write(tmp_path_factory.mktemp("weights"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)
@@ -66,7 +66,7 @@ def theirs(sets: tuple[np.ndarray, np.ndarray], tmp_path_factory: pytest.TempPat
         )  # fmt: skip
 
 
-def test_everything_equals_calculate_metrics(
+def test_all_other_metrics_equal_calculate_metrics(
     sets: tuple[np.ndarray, np.ndarray], theirs: dict[str, float], small: None
 ) -> None:
     ours = extractor()
@@ -77,9 +77,9 @@ def test_everything_equals_calculate_metrics(
     assert theirs["inception_score_mean"] > 1.5
     kid = kernel.kid(generated.pooled, real.pooled, images=100)
     assert kid == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)
-    found = neighbours.precision_recall(generated.pooled, real.pooled)
-    assert found == pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-5)
-    assert all(0.05 < share < 0.95 for share in found)
+    shares = neighbours.precision_recall(generated.pooled, real.pooled)
+    assert shares == pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-5)
+    assert all(0.05 < share < 0.95 for share in shares)
 
 
 def test_the_distance_equals_calculate_metrics(
@@ -97,7 +97,7 @@ def test_the_distance_equals_calculate_metrics(
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_all_2048_features_equal_calculate_metrics(tmp_path: Path, small: None) -> None:
-    """More images than features, and torch-fidelity's own defaults: 100 subsets of 1,000."""
+    """More images than features, and torch-fidelity's defaults: 100 subsets of 1,000."""
     shade, path = np.linspace(0.4, 1, 2100)[:, None, None, None], str(seeded_inception.write(tmp_path)[0])
     generated, real = (blobs(2100, 10) * shade).astype(np.uint8), blobs(2060, 11)
     theirs = calculate_metrics(
@@ -108,17 +108,17 @@ def test_all_2048_features_equal_calculate_metrics(tmp_path: Path, small: None) 
     a, b = ours(generated), ours(real)
     splits = score.Score(score.shuffled_splits(2100), inception.CLASSES)
     splits.add(a.logits)
-    found = {
+    values = {
         "frechet_inception_distance": metrics.frechet(metrics.fit(a.pooled), metrics.fit(b.pooled)),
         "inception_score_mean": splits.result()[0],
         "kernel_inception_distance_mean": kernel.kid(a.pooled, b.pooled),
     } | dict(zip(("precision", "recall"), neighbours.precision_recall(a.pooled, b.pooled), strict=True))
-    print({name: (value, theirs[name], value / theirs[name] - 1) for name, value in found.items()})
-    assert found == pytest.approx({name: theirs[name] for name in found}, rel=1e-5)
+    print({name: (value, theirs[name], value / theirs[name] - 1) for name, value in values.items()})
+    assert values == pytest.approx({name: theirs[name] for name in values}, rel=1e-5)
 
 
-def test_features_are_torch_fidelitys_and_spatial_ones_a_hooks(tmp_path: Path) -> None:
-    """At full size; float32 sums in another memory layout."""
+def test_features_equal_torch_fidelity_and_spatial_ones_a_hook(tmp_path: Path) -> None:
+    """At full input size; float32 sums in another memory layout."""
     path, _ = seeded_inception.write(tmp_path)
     outputs = ["2048", "logits_unbiased"]
     their = FeatureExtractorInceptionV3("inception-v3-compat", outputs, feature_extractor_weights_path=str(path))
@@ -138,8 +138,8 @@ def test_features_are_torch_fidelitys_and_spatial_ones_a_hooks(tmp_path: Path) -
     np.testing.assert_allclose(ours.spatial, expected.reshape(3, -1), atol=1e-3 * expected.std())
 
 
-def test_metrics_of_the_same_features_equal_torch_fidelitys() -> None:
-    """Many samples at their own default sizes, features as skewed as Inception's."""
+def test_metrics_of_equal_features_equal_torch_fidelity() -> None:
+    """Many samples at default sizes, with features as skewed as Inception's."""
     rng = np.random.default_rng(0)
     mix = rng.standard_normal((64, 64)) / 8
     a, b = (
@@ -164,14 +164,14 @@ def weights(tmp_path: Path) -> tuple[Path, inception.WeightsFile]:
     return seeded_inception.write(tmp_path)
 
 
-def test_weights_are_those_expected(weights: tuple[Path, inception.WeightsFile]) -> None:
+def test_expected_weights_are_read(weights: tuple[Path, inception.WeightsFile]) -> None:
     path, expected = weights
-    found = read_weights(str(path), expected)
-    assert found.keys() == seeded_inception.state().keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in seeded_inception.state().items())
+    state = read_weights(str(path), expected)
+    assert state.keys() == seeded_inception.state().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in seeded_inception.state().items())
 
 
-def test_weights_come_from_a_url_too(weights: tuple[Path, inception.WeightsFile]) -> None:
+def test_weights_may_be_at_a_url(weights: tuple[Path, inception.WeightsFile]) -> None:
     serve = partial(SimpleHTTPRequestHandler, directory=str(weights[0].parent))
     with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -183,7 +183,7 @@ def test_weights_come_from_a_url_too(weights: tuple[Path, inception.WeightsFile]
 
 
 def test_code_in_a_weights_file_is_never_run(tmp_path: Path) -> None:
-    """Even if its hash were the one expected."""
+    """Even if its hash is the expected one."""
     path, mark = tmp_path / "evil.pth", tmp_path / "mark"
 
     class Evil:
@@ -210,12 +210,12 @@ def test_other_weights_are_refused_unopened(weights: tuple[Path, inception.Weigh
         read_weights(str(weights[0]), weights[1])
 
 
-def test_missing_weights_say_where_to_get_them(tmp_path: Path) -> None:
+def test_the_error_for_missing_weights_names_the_download(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"cannot read .*none.pth; get {PUBLISHED.url} and give its path here"):
         read_weights(str(tmp_path / "none.pth"))
 
 
-def test_no_download_says_where_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_failed_download_names_the_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
     def offline(*_: object, **__: object) -> None:

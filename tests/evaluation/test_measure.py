@@ -1,4 +1,4 @@
-"""Blocks to named figures: the same bits whoever drew them, two extractors in one pass, and what cannot be measured."""
+"""Blocks to named metrics: bit-equal for any workers, two extractors in one pass, and blocks that cannot be measured."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +11,10 @@ import torch
 from dis_scale.errors import DisScaleError, StorageError, UserError
 from dis_scale.evaluation import kernel, metrics, neighbours, score
 from dis_scale.evaluation.features import Features
-from dis_scale.evaluation.measure import measure, notes
+from dis_scale.evaluation.measure import measure_blocks, notes
 from dis_scale.evaluation.metrics import Frechet, fit, frechet
 from dis_scale.evaluation.reference import Reference
-from dis_scale.evaluation.sample import Block, require_finite
+from dis_scale.evaluation.sampling import SampleBlock, require_finite
 from dis_scale.recipe import Evaluate, InceptionExtractor, Recipe, TorchScriptExtractor, reading
 from dis_scale.recipe.identity import identity_differences
 from tests.conftest import TINY
@@ -23,7 +23,7 @@ EVERY = ("distance", "sfid", "inception_score", "inception_score_adm", "kid", "p
 
 
 def evaluate(**changed: Any) -> Evaluate:
-    """The tiny recipe's settings with others, unchecked: figures of fewer samples than Inception has features."""
+    """Change the tiny recipe's settings without validation: metrics of fewer samples than Inception has features."""
     base = reading.load(TINY).evaluate
     return base.model_copy(update=changed)
 
@@ -33,7 +33,7 @@ def inception_settings(**changed: Any) -> Evaluate:
 
 
 def seen(count: int, seed: int, d: int = 8, shift: float = 0.0, spatial: bool = False) -> Features:
-    """Features as one extractor gives them; of few dimensions, so that errors and limits cost nothing."""
+    """Make one extractor's features, of few dimensions, so that errors and limits are cheap."""
     rng = np.random.default_rng(seed)
     pooled = (rng.standard_normal((count, d)) + shift).astype(np.float32)
     if not spatial:
@@ -52,11 +52,11 @@ def cut(features: Features, sizes: list[int]) -> list[Features]:
     return parts
 
 
-def blocks(sizes: list[int], **by_name: Features) -> list[Block]:
+def blocks(sizes: list[int], **by_name: Features) -> list[SampleBlock]:
     parts = {name: cut(features, sizes) for name, features in by_name.items()}
     right = np.full(max(sizes), -1, np.int8)
     pictures = np.zeros((0, 4, 4, 3), np.uint8)
-    return [Block({n: p[i] for n, p in parts.items()}, right[:size], pictures) for i, size in enumerate(sizes)]
+    return [SampleBlock({n: p[i] for n, p in parts.items()}, right[:size], pictures) for i, size in enumerate(sizes)]
 
 
 def reference(features: Features, floor: float | None = 0.5) -> Reference:
@@ -72,7 +72,7 @@ def images() -> tuple[Features, Features]:
 def test_each_metric_has_its_name_its_value_and_its_error(images: tuple[Features, Features]) -> None:
     generated, real = images
     settings = inception_settings(samples=1200, metrics=EVERY)
-    found = measure(blocks([500, 500, 200], inception=generated), {"inception": reference(real)}, settings)
+    values = measure_blocks(blocks([500, 500, 200], inception=generated), {"inception": reference(real)}, settings)
     pooled, kept = generated.pooled, real.pooled
     target, precision = Frechet(fit(kept)), neighbours.precision_recall(pooled, kept)
     limit, limit_error = metrics.infinity(pooled, target, 1200)
@@ -86,13 +86,13 @@ def test_each_metric_has_its_name_its_value_and_its_error(images: tuple[Features
         "fid_infinity_1200": limit, "fid_infinity_1200_error": limit_error,
     } | {name: inception_score(generated.logits, splits) for name, splits in cuts.items()}  # fmt: skip
     errors = {"fid_1200_error", "sfid_1200_error", "is_1200_error"}  # ADM's score is of one split here
-    assert found.keys() == expected.keys() | errors
-    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-9)
-    assert all(found[name] > 0 for name in errors)
+    assert values.keys() == expected.keys() | errors
+    assert {name: values[name] for name in expected} == pytest.approx(expected, rel=1e-9)
+    assert all(values[name] > 0 for name in errors)
 
 
 def inception_score(logits: Any, splits: np.ndarray) -> float:
-    """exp of the mean divergence, straight from its definition."""
+    """Compute exp of the mean divergence by its definition."""
     p = torch.from_numpy(logits).double().softmax(1).numpy()
     scores = []
     for split in range(splits.max() + 1):
@@ -101,7 +101,7 @@ def inception_score(logits: Any, splits: np.ndarray) -> float:
     return float(np.mean(scores))
 
 
-def test_the_splits_are_torch_fidelitys_and_adms() -> None:
+def test_the_splits_are_those_of_torch_fidelity_and_adm() -> None:
     order = np.random.RandomState(2020).permutation(1003)
     shuffled = score.shuffled_splits(1003)
     for split in range(10):
@@ -109,14 +109,14 @@ def test_the_splits_are_torch_fidelitys_and_adms() -> None:
     assert np.bincount(score.adm_splits(12_000)).tolist() == [5000, 5000, 2000]
 
 
-def test_blocks_go_through_storage_and_back_to_the_same_bits(images: tuple[Features, Features]) -> None:
-    """Eight workers' blocks, stored and read again in another order, against one worker's."""
+def test_metrics_of_stored_blocks_are_bit_equal(images: tuple[Features, Features]) -> None:
+    """Eight workers' blocks, stored in another order, compared with one worker's."""
     generated, real = images
     settings, real_ones = inception_settings(samples=1200, metrics=EVERY), {"inception": reference(real)}
-    drawn = blocks([100] * 12, inception=generated)
-    arrived = {b: drawn[b].to_bytes() for worker in range(8) for b in reversed(range(worker, 12, 8))}
-    again = (Block.from_bytes(arrived[b], "here") for b in sorted(arrived))
-    assert measure(again, real_ones, settings) == measure(drawn, real_ones, settings)
+    sampled = blocks([100] * 12, inception=generated)
+    arrived = {b: sampled[b].to_bytes() for worker in range(8) for b in reversed(range(worker, 12, 8))}
+    again = (SampleBlock.from_bytes(arrived[b], "here") for b in sorted(arrived))
+    assert measure_blocks(again, real_ones, settings) == measure_blocks(sampled, real_ones, settings)
 
 
 def test_two_extractors_in_one_pass_each_under_its_name() -> None:
@@ -124,9 +124,9 @@ def test_two_extractors_in_one_pass_each_under_its_name() -> None:
     settings = evaluate(samples=2000, also=(script,), metrics=("distance", "precision_recall"))
     generated = {"digits": seen(2000, 0, shift=0.2), "dino": seen(2000, 2, d=4, shift=1.0)}
     real = {"digits": reference(seen(900, 1)), "dino": reference(seen(900, 3, d=4), floor=None)}
-    found = measure(blocks([1000, 1000], **generated), real, settings)
-    assert found["fd_dino_2k"] == pytest.approx(frechet(real["dino"].gaussian, fit(generated["dino"].pooled)), rel=1e-9)
-    assert found.keys() == {
+    values = measure_blocks(blocks([1000, 1000], **generated), real, settings)
+    assert values["fd_dino_2k"] == pytest.approx(frechet(real["dino"].pooled, fit(generated["dino"].pooled)), rel=1e-9)
+    assert values.keys() == {
         "fd_digits_2k", "fd_digits_2k_error", "fd_digits_2k_floor", "precision_digits_2k", "precision_digits_2k_error",
         "recall_digits_2k", "fd_dino_2k", "fd_dino_2k_error", "precision_dino_2k", "precision_dino_2k_error", "recall_dino_2k",
     }  # fmt: skip
@@ -148,17 +148,17 @@ def test_names(samples: int, extractor: str, stem: str, name: str) -> None:
     assert evaluate(samples=samples).metric_name(stem, extractor) == name
 
 
-def test_a_judge_gives_the_share_of_wanted_classes() -> None:
-    drawn = blocks([30, 50], digits=seen(80, 0))
-    judged = [replace(b, right=np.arange(len(b.right)) % 2 == 0) for b in drawn]
+def test_a_judge_gives_the_share_of_requested_classes() -> None:
+    sampled = blocks([30, 50], digits=seen(80, 0))
+    judged = [replace(b, right=np.arange(len(b.right)) % 2 == 0) for b in sampled]
     judged = [replace(b, right=b.right.astype(np.int8)) for b in judged]
-    assert measure(judged, {"digits": reference(seen(90, 1))}, evaluate())["class_accuracy"] == 0.5
+    assert measure_blocks(judged, {"digits": reference(seen(90, 1))}, evaluate())["class_accuracy"] == 0.5
 
 
-def test_what_a_reader_must_know_is_said() -> None:
+def test_notes_for_readers() -> None:
     settings = inception_settings(samples=2100)
-    line = "fid_2100: no error: a twentieth less of 2,100 samples are not more than 2,048 features"
-    wide = Reference("seeded", metrics.Gaussian(9, np.zeros(2048), np.zeros((1, 1))))
+    line = "fid_2100: no error: 95 % of 2,100 samples are not more than the 2,048 features"
+    wide = Reference("seeded", metrics.MeanCovariance(9, np.zeros(2048), np.zeros((1, 1))))
     assert notes({"inception": wide}, settings) == ["fid_2100: not verified against published tables", line]
     assert notes({"digits": reference(seen(90, 1))}, evaluate()) == []
 
@@ -167,26 +167,28 @@ def test_features_that_are_not_finite_are_named() -> None:
     bad = seen(80, 0)
     bad.pooled[61, 3] = np.nan
     with pytest.raises(DisScaleError, match="features of sample 61 are not finite"):
-        measure(blocks([50, 30], digits=bad), {"digits": reference(seen(90, 1))}, evaluate())
+        measure_blocks(blocks([50, 30], digits=bad), {"digits": reference(seen(90, 1))}, evaluate())
 
 
 def test_blocks_of_other_weights_or_without_an_extractor_are_refused() -> None:
     real = {"digits": reference(seen(90, 1))}
     other = replace(seen(80, 0), identity="another")
     with pytest.raises(
-        StorageError, match="block 0 was seen through digits with weights another, the reference through seeded"
+        StorageError, match="block 0 has features of digits with weights another, the reference of seeded"
     ):
-        measure(blocks([80], digits=other), real, evaluate())
-    with pytest.raises(StorageError, match="block 0 lacks extractor digits: it was drawn before the recipe named it"):
-        measure(blocks([80], dino=other), real, evaluate())
+        measure_blocks(blocks([80], digits=other), real, evaluate())
+    with pytest.raises(StorageError, match="block 0 lacks extractor digits: it was sampled before the recipe named it"):
+        measure_blocks(blocks([80], dino=other), real, evaluate())
 
 
 @pytest.mark.parametrize("samples", [79, 81])
-def test_blocks_that_are_not_all_are_refused(samples: int) -> None:
+def test_another_number_of_samples_is_refused(samples: int) -> None:
     with pytest.raises(
         StorageError, match=f"the blocks hold {samples} samples, the recipe's evaluate.samples expects 80"
     ):
-        measure(blocks([40, samples - 40], digits=seen(samples, 0)), {"digits": reference(seen(90, 1))}, evaluate())
+        measure_blocks(
+            blocks([40, samples - 40], digits=seen(samples, 0)), {"digits": reference(seen(90, 1))}, evaluate()
+        )
 
 
 def test_too_few_images_for_a_metric_say_how_many() -> None:
@@ -194,21 +196,21 @@ def test_too_few_images_for_a_metric_say_how_many() -> None:
     with pytest.raises(
         DisScaleError, match="kid: subsets of 1,000 from 80 generated and 90 real images: expected at least 1,000"
     ):
-        measure(blocks([80], digits=seen(80, 0)), {"digits": reference(seen(90, 1))}, settings)
+        measure_blocks(blocks([80], digits=seen(80, 0)), {"digits": reference(seen(90, 1))}, settings)
     with pytest.raises(DisScaleError, match="precision_recall: 3 neighbours need at least 4 images of each set"):
         neighbours.precision_recall(seen(3, 0).pooled, seen(9, 1).pooled)
 
 
-def test_precision_and_recall_never_hold_all_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_and_recall_never_have_all_distances_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = seen(90, 0, d=3).pooled, seen(70, 1, d=3, shift=0.7).pooled
-    whole = neighbours.precision_recall(a, b)
+    expected = neighbours.precision_recall(a, b)
     cdist, rows = torch.cdist, []
     monkeypatch.setattr(neighbours, "ROWS", 16)
     monkeypatch.setattr(torch, "cdist", lambda x, y: (rows.append(len(x)), cdist(x, y))[1])
-    assert neighbours.precision_recall(a, b) == whole
+    assert neighbours.precision_recall(a, b) == expected
     assert max(rows) == 16
-    assert 0 < whole[0] < 1
-    assert 0 < whole[1] < 1
+    assert 0 < expected[0] < 1
+    assert 0 < expected[1] < 1
 
 
 @pytest.mark.parametrize(
@@ -216,9 +218,9 @@ def test_precision_and_recall_never_hold_all_distances(monkeypatch: pytest.Monke
 )
 def test_a_damaged_block_is_named(damage: Any) -> None:
     data = blocks([80], digits=seen(80, 0))[0].to_bytes()
-    assert np.array_equal(Block.from_bytes(data, "here").features["digits"].pooled, seen(80, 0).pooled)
+    assert np.array_equal(SampleBlock.from_bytes(data, "here").features["digits"].pooled, seen(80, 0).pooled)
     with pytest.raises(StorageError, match=r"sweep/block-00003\.npz: damaged"):
-        Block.from_bytes(damage(data), "sweep/block-00003.npz")
+        SampleBlock.from_bytes(damage(data), "sweep/block-00003.npz")
 
 
 def test_samples_that_are_not_finite_are_named_before_they_become_pixels() -> None:
@@ -229,7 +231,7 @@ def test_samples_that_are_not_finite_are_named_before_they_become_pixels() -> No
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (["evaluate.extractor={kind: inception}", "evaluate.samples=2048"], "too few for the covariance of 2,048 features"),
         (["evaluate.metrics=[distance, sfid]"], "sfid needs Inception: add {kind: inception} to also"),
@@ -239,13 +241,13 @@ def test_samples_that_are_not_finite_are_named_before_they_become_pixels() -> No
         (["evaluate.also=[{kind: trained, name: more}]"], "one trained extractor at most"),
     ],
 )  # fmt: skip
-def test_a_recipe_that_cannot_be_measured_is_refused(settings: list[str], said: str) -> None:
+def test_a_recipe_that_cannot_be_measured_is_refused(settings: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         reading.load(TINY, settings)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_metrics_may_grow_and_extractors_may_not(tiny: Recipe) -> None:
+def test_metrics_may_be_added_and_extractors_may_not(tiny: Recipe) -> None:
     more = reading.load(TINY, ["evaluate.metrics=[distance, precision_recall]"])
     assert identity_differences(tiny, more) == []
     other = reading.load(TINY, ["evaluate.also=[{kind: torchscript, name: dino, path: x}]"])
@@ -254,5 +256,5 @@ def test_metrics_may_grow_and_extractors_may_not(tiny: Recipe) -> None:
 
 def test_the_distance_is_measured_in_one_pass_over_a_generator(tmp_path: Path) -> None:
     features, real = seen(80, 0), reference(seen(90, 1))
-    found = measure(iter(blocks([40, 40], digits=features)), {"digits": real}, evaluate())
-    assert found["fd_digits_80"] == pytest.approx(frechet(real.gaussian, fit(features.pooled)), rel=1e-9)
+    values = measure_blocks(iter(blocks([40, 40], digits=features)), {"digits": real}, evaluate())
+    assert values["fd_digits_80"] == pytest.approx(frechet(real.pooled, fit(features.pooled)), rel=1e-9)

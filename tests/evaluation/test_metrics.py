@@ -1,4 +1,4 @@
-"""The distance against its closed form, its error against repeated draws, and what cannot be measured."""
+"""The distance against its closed form, its error against repeated sampling, and invalid inputs."""
 
 import numpy as np
 import pytest
@@ -7,40 +7,40 @@ from scipy.stats import linregress
 
 from dis_scale.errors import DisScaleError
 from dis_scale.evaluation import metrics
-from dis_scale.evaluation.metrics import Frechet, Gaussian, Groups, Sums, fit, frechet, infinity
+from dis_scale.evaluation.metrics import Frechet, Groups, MeanCovariance, Sums, fit, frechet, infinity
 
 
-def random_gaussian(seed: int, d: int = 6) -> Gaussian:
+def random_statistics(seed: int, d: int = 6) -> MeanCovariance:
     rng = np.random.default_rng(seed)
     root = rng.standard_normal((d, d))
-    return Gaussian(100, rng.standard_normal(d), root @ root.T)
+    return MeanCovariance(100, rng.standard_normal(d), root @ root.T)
 
 
 def test_equals_the_formula_with_a_matrix_root() -> None:
-    a, b = random_gaussian(0), random_gaussian(1)
+    a, b = random_statistics(0), random_statistics(1)
     root = sqrtm(a.covariance @ b.covariance).real
     expected = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance + b.covariance - 2 * root)
     assert frechet(a, b) == pytest.approx(expected, rel=1e-9)
 
 
-def test_equals_the_closed_form_where_covariances_commute() -> None:
-    a = Gaussian(9, np.array([1.0, 2.0]), np.diag([4.0, 9.0]))
-    b = Gaussian(9, np.array([0.0, 0.0]), np.diag([1.0, 1.0]))
+def test_equals_the_closed_form_if_covariances_commute() -> None:
+    a = MeanCovariance(9, np.array([1.0, 2.0]), np.diag([4.0, 9.0]))
+    b = MeanCovariance(9, np.array([0.0, 0.0]), np.diag([1.0, 1.0]))
     assert frechet(a, b) == pytest.approx(1 + 4 + (2 - 1) ** 2 + (3 - 1) ** 2, rel=1e-12)
 
 
 def test_is_zero_for_the_same_and_symmetric() -> None:
-    a, b = random_gaussian(2), random_gaussian(3)
+    a, b = random_statistics(2), random_statistics(3)
     assert frechet(a, a) == pytest.approx(0, abs=1e-9)
     assert frechet(a, b) == pytest.approx(frechet(b, a), rel=1e-9)
 
 
-def test_the_jackknife_error_is_the_spread_of_repeated_draws() -> None:
-    reference, rng = Frechet(Gaussian(10**6, np.zeros(3), np.eye(3))), np.random.default_rng(0)
-    draws = [rng.standard_normal((600, 3)) + 0.5 for _ in range(200)]
-    spread = np.std([reference(fit(x)) for x in draws])
-    errors = [grouped(x).distance(reference)[1] for x in draws[:40]]
-    # 200 draws know the spread to 5 %, 20 groups the error to 3 % over 40
+def test_the_jackknife_error_is_the_spread_of_repeated_samples() -> None:
+    reference, rng = Frechet(MeanCovariance(10**6, np.zeros(3), np.eye(3))), np.random.default_rng(0)
+    sets = [rng.standard_normal((600, 3)) + 0.5 for _ in range(200)]
+    spread = np.std([reference(fit(x)) for x in sets])
+    errors = [grouped(x).distance(reference)[1] for x in sets[:40]]
+    # 200 sets give the spread to 5 %, 20 groups the error to 3 % over 40
     assert np.mean(errors) == pytest.approx(spread, rel=0.15)  # type: ignore[arg-type]
 
 
@@ -52,33 +52,33 @@ def grouped(features: np.ndarray, cut: int = 7) -> Groups:
 
 
 def test_the_jackknife_leaves_out_each_twentieth() -> None:
-    features, reference = np.random.default_rng(1).standard_normal((107, 4)), Frechet(random_gaussian(4, 4))
+    features, reference = np.random.default_rng(1).standard_normal((107, 4)), Frechet(random_statistics(4, 4))
     group = np.arange(107) * 20 // 107
     left_out = np.array([reference(fit(features[group != g])) for g in range(20)])
     expected = np.sqrt(19 / 20 * ((left_out - left_out.mean()) ** 2).sum())
-    whole, error = grouped(features).distance(reference)
-    assert whole == pytest.approx(reference(fit(features)), rel=1e-12)
+    distance, error = grouped(features).distance(reference)
+    assert distance == pytest.approx(reference(fit(features)), rel=1e-12)
     assert error == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(("samples", "has_error"), [(21, False), (22, True)])
-def test_no_error_where_a_left_out_set_has_a_singular_covariance(samples: int, has_error: bool) -> None:
+def test_no_error_if_a_left_out_set_has_a_singular_covariance(samples: int, has_error: bool) -> None:
     features = np.random.default_rng(1).standard_normal((samples, 19))  # leaves 19 and 20 samples
-    assert (grouped(features).distance(Frechet(random_gaussian(4, 19)))[1] is not None) == has_error
+    assert (grouped(features).distance(Frechet(random_statistics(4, 19)))[1] is not None) == has_error
 
 
 def test_too_few_samples_for_the_covariance_say_how_many() -> None:
     with pytest.raises(
         DisScaleError, match="6 samples are too few for the covariance of 6 features: expected at least 7"
     ):
-        grouped(np.random.default_rng(0).standard_normal((6, 6)), 3).distance(Frechet(random_gaussian(4)))
+        grouped(np.random.default_rng(0).standard_normal((6, 6)), 3).distance(Frechet(random_statistics(4)))
 
 
-def test_infinity_takes_off_the_bias_of_few_samples() -> None:
-    reference, rng = Frechet(Gaussian(10**6, np.zeros(8), np.eye(8))), np.random.default_rng(0)
-    draws = [rng.standard_normal((400, 8)) for _ in range(40)]
-    plain = np.mean([reference(fit(x)) for x in draws])
-    limits, errors = zip(*(infinity(x, reference, 0) for x in draws), strict=True)
+def test_infinity_removes_the_bias_of_few_samples() -> None:
+    reference, rng = Frechet(MeanCovariance(10**6, np.zeros(8), np.eye(8))), np.random.default_rng(0)
+    sets = [rng.standard_normal((400, 8)) for _ in range(40)]
+    plain = np.mean([reference(fit(x)) for x in sets])
+    limits, errors = zip(*(infinity(x, reference, 0) for x in sets), strict=True)
     assert abs(np.mean(limits)) < 0.2 * plain  # the truth is 0
     assert 0 < np.mean(errors) < plain
 
@@ -92,7 +92,7 @@ def test_the_regression_is_the_least_squares_line() -> None:
 
 def test_infinity_says_how_many_samples_it_needs() -> None:
     with pytest.raises(DisScaleError, match="39 samples are too few for 8 features: expected at least 40"):
-        infinity(np.zeros((39, 8)), Frechet(random_gaussian(0, 8)), 0)
+        infinity(np.zeros((39, 8)), Frechet(random_statistics(0, 8)), 0)
 
 
 def test_sums_merge_to_the_statistics_of_all() -> None:
@@ -101,12 +101,12 @@ def test_sums_merge_to_the_statistics_of_all() -> None:
     parts[0].add(features[:40])
     parts[1].add(features[40:70])
     parts[1].add(features[70:])
-    merged = parts[0].merge(parts[1]).gaussian()
+    merged = parts[0].merge(parts[1]).mean_covariance()
     np.testing.assert_allclose(merged.mean, features.mean(0), rtol=1e-12)
     np.testing.assert_allclose(merged.covariance, np.cov(features, rowvar=False), rtol=1e-10)
 
 
-def test_too_few_samples_are_said() -> None:
+def test_too_few_samples_are_refused() -> None:
     with pytest.raises(DisScaleError, match="a covariance needs at least 2 samples, got 1"):
         fit(np.zeros((1, 4)))
 

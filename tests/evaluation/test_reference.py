@@ -1,4 +1,4 @@
-"""The real images' statistics: computed once for all extractors, and refused where they are of other images or features."""
+"""The real images' statistics: computed once for all extractors, and refused if they are of other images or features."""
 
 import hashlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from dis_scale.data.sources import Source, open_source
 from dis_scale.errors import DisScaleError, StorageError, UndecodableImage, UserError
 from dis_scale.evaluation import reference
 from dis_scale.evaluation.features import Extractor, load_extractor, load_extractors
-from dis_scale.evaluation.metrics import Gaussian, fit, frechet
+from dis_scale.evaluation.metrics import MeanCovariance, fit, frechet
 from dis_scale.recipe import Recipe, TorchScriptExtractor, reading
 from dis_scale.storage.folder import Folder, open_folder
 from tests.conftest import TINY
@@ -23,7 +23,7 @@ DINO = TorchScriptExtractor(kind="torchscript", name="dino", path="none")
 
 
 class Means(nn.Module):
-    """Four means an image, and a second output that nobody asked for."""
+    """Returns four values an image, and a second output, which is unused."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x.float()[:, 0, ::16, ::16].flatten(1), x
@@ -41,7 +41,7 @@ def sweep(tmp_path: Path) -> Folder:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
-    """The digits under one TorchScript file alone."""
+    """The digits with a TorchScript file as the only extractor."""
     path = script(tmp_path / "dino.pt")
     return reading.load(TINY, [f"evaluate.extractor={{kind: torchscript, name: dino, path: '{path}'}}"])
 
@@ -64,8 +64,8 @@ class Counted:
     def __len__(self) -> int:
         return len(self._source)
 
-    def stretches(self, positions: range, most: int) -> Iterator[range]:
-        return self._source.stretches(positions, most)
+    def read_ranges(self, positions: range, most: int) -> Iterator[range]:
+        return self._source.read_ranges(positions, most)
 
     def decoded(self, positions: range, resolution: int) -> list[np.ndarray | UndecodableImage]:
         self.opened += len(positions)
@@ -83,18 +83,20 @@ def test_one_pass_serves_all_extractors(source: Source, recipe: Recipe, sweep: F
     reference.prepare(sweep, recipe, counted, extractors, seen.append)  # type: ignore[arg-type]
     assert (counted.opened, seen[-1]) == (1797, 1797)
     for extractor in extractors:
-        features, found = (
+        features, loaded = (
             extractor(pixels(source)).pooled,
             reference.load(sweep, recipe, extractor.name, extractor.identity),
         )
-        np.testing.assert_allclose(found.gaussian.mean, features.mean(0, np.float64), rtol=1e-12)
-        np.testing.assert_allclose(found.gaussian.covariance, np.cov(features.T), rtol=1e-9)
-        assert found.floor == pytest.approx(frechet(fit(features[::2]), fit(features[1::2])), rel=1e-9)
-        assert found.kept is not None
-        assert np.array_equal(found.kept, features)  # fewer than are kept
+        np.testing.assert_allclose(loaded.pooled.mean, features.mean(0, np.float64), rtol=1e-12)
+        np.testing.assert_allclose(loaded.pooled.covariance, np.cov(features.T), rtol=1e-9)
+        assert loaded.floor == pytest.approx(frechet(fit(features[::2]), fit(features[1::2])), rel=1e-9)
+        assert loaded.kept is not None
+        assert np.array_equal(loaded.kept, features)  # fewer than are kept
 
 
-def test_of_many_images_a_fixed_choice_is_kept(source: Source, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_of_a_fixed_choice_of_images_are_kept(
+    source: Source, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reference, "KEPT", 100)
     extractor = stub("a", slice(0, 32, 16))
     kept = [reference.compute(source, recipe.data, [extractor], lambda _: None)["a"].kept for _ in range(2)]
@@ -108,12 +110,12 @@ def test_of_many_images_a_fixed_choice_is_kept(source: Source, recipe: Recipe, m
 
 def test_a_torchscript_file_is_an_extractor(recipe: Recipe, sweep: Folder, source: Source) -> None:
     (extractor,) = load_extractors(recipe.evaluate, sweep, CPU)
-    images = pixels(source)[:70]  # more than are looked at at once
+    images = pixels(source)[:70]  # more than one batch
     assert np.array_equal(extractor(images).pooled, images[:, ::16, ::16, 0].reshape(70, -1).astype(np.float32))
     assert extractor.identity == hashlib.sha256(Path(recipe.evaluate.extractor.path).read_bytes()).hexdigest()  # type: ignore[union-attr]
 
 
-def test_a_torchscript_file_gets_the_size_that_it_wants(tmp_path: Path, sweep: Folder, source: Source) -> None:
+def test_images_are_resized_for_a_torchscript_file(tmp_path: Path, sweep: Folder, source: Source) -> None:
     settings = DINO.model_copy(update={"path": str(script(tmp_path / "dino.pt")), "size": 64})
     assert load_extractor(settings, sweep, CPU)(pixels(source)[:2]).pooled.shape == (2, 16)
 
@@ -132,7 +134,7 @@ def test_torchscript_files_that_do_not_fit_are_refused(tmp_path: Path, sweep: Fo
         maps(pixels(source)[:2])
 
 
-def test_statistics_of_others_are_refused_by_name(recipe: Recipe, sweep: Folder, source: Source) -> None:
+def test_statistics_of_other_inputs_are_refused_by_name(recipe: Recipe, sweep: Folder, source: Source) -> None:
     extractor = load_extractors(recipe.evaluate, sweep, CPU)[0]
     with pytest.raises(
         StorageError,
@@ -140,16 +142,16 @@ def test_statistics_of_others_are_refused_by_name(recipe: Recipe, sweep: Folder,
     ):
         reference.load_all(sweep, recipe)
     reference.prepare(sweep, recipe, source, [extractor], lambda _: None)
-    assert reference.stored(sweep, recipe)
+    assert reference.is_stored(sweep, recipe)
     larger = recipe.model_copy(update={"data": recipe.data.model_copy(update={"resolution": 64})})
     with pytest.raises(StorageError, match=r"at 64 x 64 under extractor dino .*, though there are others: run prepare"):
         reference.load_all(sweep, larger)
     data = sweep.read(reference.path(recipe, "dino", extractor.identity))
     sweep.write(reference.path(larger, "dino", extractor.identity), data)
-    with pytest.raises(StorageError, match=r"of resolution 32, this recipe's is 64: delete it and run prepare"):
+    with pytest.raises(StorageError, match=r"resolution is 32, this recipe's is 64: delete the file and run prepare"):
         reference.load_all(sweep, larger)
     sweep.write(reference.path(recipe, "dino", "other weights"), data)
-    with pytest.raises(StorageError, match=f"of weights {extractor.identity}, this recipe's is other weights"):
+    with pytest.raises(StorageError, match=f"weights is {extractor.identity}, this recipe's is other weights"):
         reference.load(sweep, recipe, "dino", "other weights")
     sweep.write(reference.path(recipe, "dino", extractor.identity), data[:-1])
     with pytest.raises(StorageError, match=r"reference/[0-9a-f]{16}\.npz: damaged"):
@@ -171,7 +173,7 @@ def adm_arrays() -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def judge() -> Extractor:
-    """What sees images as Inception would, in 2048 numbers."""
+    """An extractor with Inception's 2048 features."""
     return Extractor("inception", "seeded", lambda x: (x.flatten(1)[:, :2048].float(),), CPU)
 
 
@@ -187,37 +189,37 @@ def test_adms_file_gives_statistics_and_images(
 ) -> None:
     recipe = adm(tmp_path, adm_arrays, "sfid", "precision_recall")
     reference.prepare(sweep, recipe, source, [judge], lambda _: None)
-    found = reference.load(sweep, recipe, "inception", "seeded")
-    assert found.spatial is not None
-    assert found.kept is not None
-    for gaussian, end in ((found.gaussian, ""), (found.spatial, "_s")):
-        assert np.array_equal(gaussian.mean, adm_arrays[f"mu{end}"])
-        assert np.array_equal(gaussian.covariance, adm_arrays[f"sigma{end}"])
-    assert found.floor is None
-    assert np.array_equal(found.kept, judge(adm_arrays["arr_0"]).pooled)
+    loaded = reference.load(sweep, recipe, "inception", "seeded")
+    assert loaded.spatial is not None
+    assert loaded.kept is not None
+    for statistics, end in ((loaded.pooled, ""), (loaded.spatial, "_s")):
+        assert np.array_equal(statistics.mean, adm_arrays[f"mu{end}"])
+        assert np.array_equal(statistics.covariance, adm_arrays[f"sigma{end}"])
+    assert loaded.floor is None
+    assert np.array_equal(loaded.kept, judge(adm_arrays["arr_0"]).pooled)
 
 
 @pytest.mark.parametrize(
-    ("lacking", "metric", "said"),
+    ("lacking", "metric", "message"),
     [
         ("arr_0", "kid", r"VIRTUAL_reference.npz: no images \(arr_0\), which kid needs"),
         ("arr_0", "precision_recall", r"no images \(arr_0\), which precision_recall needs"),
         ("sigma_s", "sfid", "no mu_s and sigma_s, which sfid needs"),
-        ("mu", "kid", "no mu and sigma, which a distance needs"),
+        ("mu", "kid", "no mu and sigma, which every distance needs"),
     ],
 )
-def test_what_is_asked_for_and_absent_is_an_error(
+def test_a_metric_without_its_statistics_is_refused(
     tmp_path: Path, sweep: Folder, source: Source, adm_arrays: dict[str, np.ndarray], judge: Extractor,
-    lacking: str, metric: str, said: str,
+    lacking: str, metric: str, message: str,
 ) -> None:  # fmt: skip
     recipe = adm(tmp_path, {name: a for name, a in adm_arrays.items() if name != lacking}, metric)
-    with pytest.raises(StorageError, match=said):
+    with pytest.raises(StorageError, match=message):
         reference.prepare(sweep, recipe, source, [judge], lambda _: None)
     assert sweep.list("reference") == []
 
 
 @pytest.mark.parametrize(
-    ("name", "array", "said"),
+    ("name", "array", "message"),
     [
         ("arr_0", np.zeros((5, 64, 64, 3), np.uint8), r"uint8 images of shape \(64, 64, 3\).* expects uint8 \(32, 32, 3\)"),
         ("arr_0", np.zeros((5, 32, 32, 3), np.float32), "arr_0 holds float32 images"),
@@ -228,27 +230,27 @@ def test_what_is_asked_for_and_absent_is_an_error(
 )  # fmt: skip
 def test_a_file_of_other_images_or_features_is_refused(
     tmp_path: Path, sweep: Folder, source: Source, adm_arrays: dict[str, np.ndarray], judge: Extractor,
-    name: str, array: np.ndarray, said: str,
+    name: str, array: np.ndarray, message: str,
 ) -> None:  # fmt: skip
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         reference.prepare(sweep, adm(tmp_path, adm_arrays | {name: array}), source, [judge], lambda _: None)
 
 
-def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
+def test_an_invalid_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evaluate.reference: no file .*none.npz"):
         reference.open_reference(str(tmp_path / "none.npz"))
     (tmp_path / "text.npz").write_text("no archive")
-    with pytest.raises(UserError, match=r"text.npz is no ADM reference .npz: File is not a zip file"):
+    with pytest.raises(UserError, match=r"text.npz is not an ADM reference .npz: File is not a zip file"):
         reference.open_reference(str(tmp_path / "text.npz"))
 
 
-def test_what_cannot_be_measured_is_known_before_anything_is_drawn(recipe: Recipe) -> None:
-    few = reference.Reference("w", Gaussian(5, np.zeros(6), np.eye(6)), kept=np.zeros((5, 6)))
+def test_metrics_that_cannot_be_measured_are_refused_before_sampling(recipe: Recipe) -> None:
+    few = reference.Reference("w", MeanCovariance(5, np.zeros(6), np.eye(6)), kept=np.zeros((5, 6)))
     with pytest.raises(StorageError, match="5 images are too few for the covariance of 6 features"):
         reference.require("digits", few, recipe)
-    wide = reference.Reference("w", Gaussian(500, np.zeros(80), np.eye(80)), kept=np.zeros((500, 80)))
+    wide = reference.Reference("w", MeanCovariance(500, np.zeros(80), np.eye(80)), kept=np.zeros((500, 80)))
     with pytest.raises(DisScaleError, match="80 samples are too few for the covariance of 80 features"):
         reference.require("digits", wide, recipe)
     more = reading.load(TINY, ["evaluate.samples=1000", "evaluate.metrics=[distance, kid]"])
-    with pytest.raises(StorageError, match="kid draws subsets of 1,000 images, here are 500"):
+    with pytest.raises(StorageError, match="kid needs 1,000 images, here are 500"):
         reference.require("digits", wide, more)

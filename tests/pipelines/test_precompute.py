@@ -15,8 +15,7 @@ from PIL import Image
 
 from dis_scale import vae
 from dis_scale.data import shards
-from dis_scale.data.encode import HARDWARE, Setup, encode, require_same_hardware
-from dis_scale.data.encode import make as make_shards
+from dis_scale.data.encode import HARDWARE, Setup, encode_images, encode_shards, require_same_hardware
 from dis_scale.data.sources import open_source
 from dis_scale.errors import Preempted, StorageError, UndecodableImage, UserError
 from dis_scale.recipe import Recipe, TrainedVae, reading
@@ -71,7 +70,7 @@ def test_a_broken_image_is_refused_by_name_and_nothing_is_half_written(
     (tmp_path / "photos/a/00.png").write_bytes(b"broken")
     with pytest.raises(
         UndecodableImage,
-        match=r"image a/00.png cannot be decoded: .*; mend or remove it, or --set data.undecodable=skip",
+        match=r"image a/00.png cannot be decoded: .*; repair or remove it, or --set data.undecodable=skip",
     ):
         shards_by(1, sweep, photos, open_folder(tmp_path) / "one")
     assert (open_folder(tmp_path) / "one").list() == [HARDWARE]
@@ -112,13 +111,13 @@ def test_hardware_of_another_kind_may_not_fill_one_set(tmp_path: Path) -> None:
 def test_the_padding_of_the_last_batch_changes_no_other_sample(sweep: Folder, photos: Recipe) -> None:
     source, encoder = open_source(photos.data), vae.load(photos.vae, sweep)
     images = np.stack([source.pixels(i, 32) for i in range(4)])
-    np.testing.assert_array_equal(encode(encoder, images[:3], 4), encode(encoder, images, 4)[:3])
+    np.testing.assert_array_equal(encode_images(encoder, images[:3], 4), encode_images(encoder, images, 4)[:3])
 
 
-def test_the_mirror_image_is_encoded_beside_the_image(sweep: Folder, photos: Recipe) -> None:
+def test_the_horizontal_flip_is_encoded_with_the_image(sweep: Folder, photos: Recipe) -> None:
     source, encoder = open_source(photos.data), vae.load(photos.vae, sweep)
     image = source.pixels(0, 32)[None]
-    (moments,) = encode(encoder, image, 1)
+    (moments,) = encode_images(encoder, image, 1)
     np.testing.assert_array_equal(moments[1], encoder.encode(image[:, :, ::-1]).half().numpy()[0])
     assert not np.array_equal(moments[0], moments[1])
 
@@ -127,7 +126,7 @@ def test_every_shard_holds_its_positions_in_their_order(sweep: Folder, photos: R
     """Whatever the read-ahead: 26 images in shards of ten, batches of four."""
     setup = Setup(open_source(photos.data), vae.load(photos.vae, sweep), photos)
     reports: list[int] = []
-    content = list(make_shards(setup, [2, 0], reports.append))
+    content = list(encode_shards(setup, [2, 0], reports.append))
     assert [(m.number, [s.position for s in m.samples]) for m in content] == [(2, [*range(20, 26)]), (0, [*range(10)])]
     assert reports == [4, 2, 4, 4, 2]
     for sample in content[1].samples:
@@ -246,7 +245,7 @@ def test_a_shard_that_shrank_before_the_seal_is_not_sealed(sweep: Folder, photos
         here(sweep, latents, *rest)
         latents.write("000001.tar", b"short")
 
-    with pytest.raises(StorageError, match=r"000001.tar: 5 bytes, its sidecar says \d+: give the same command again"):
+    with pytest.raises(StorageError, match=r"000001.tar: 5 bytes, its sidecar says \d+: rerun the same command"):
         made(sweep, photos, torn)
     assert manifest.find(place_of(sweep, photos)) is None
     assert made(sweep, photos)["count"] == 26
@@ -280,5 +279,5 @@ def test_another_kind_of_hardware_may_not_fill_a_set(tmp_path: Path, monkeypatch
     require_same_hardware(latents, "cpu")
     require_same_hardware(latents, "cpu")
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "a slide rule")
-    with pytest.raises(UserError, match=r"begun on 'CPU with .*', this worker has 'CPU with a slide rule'"):
+    with pytest.raises(UserError, match=r"started on 'CPU with .*', this worker has 'CPU with a slide rule'"):
         require_same_hardware(latents, "cpu")

@@ -1,4 +1,4 @@
-"""Correlation, power law and hull against what they must be on points that are known."""
+"""Correlation, power law and hull on points with known results."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_a_power_law_is_found_with_its_interval() -> None:
     assert power_law(costs[:3], [3.0, 2.0, 1.0]) is None
 
 
-def test_the_interval_holds_the_exponent_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_exponent_in_95_percent() -> None:
     rng, costs, held = np.random.default_rng(0), np.geomspace(1, 100, 6), 0
     for _ in range(400):
         law = power_law(costs, 7 * costs**-0.4 * np.exp(0.1 * rng.standard_normal(6)))
@@ -32,13 +32,13 @@ def test_the_interval_holds_the_exponent_as_often_as_it_says() -> None:
     assert 0.92 < held / 400 < 0.98  # 95 % within three binomial errors of 400 tries
 
 
-def test_the_hull_leaves_out_what_a_line_from_below_does_not_touch() -> None:
+def test_the_hull_leaves_out_points_above_it() -> None:
     costs, distances = [1, 2, 10, 50, 100, 200], [100, 90, 10, 9.5, 5, 6]
     assert lower_hull(costs, distances) == [0, 2, 4]
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 1e4), st.floats(0.1, 1e4)), min_size=1, max_size=20))
-def test_no_point_lies_below_the_hull(points: list[tuple[float, float]]) -> None:
+def test_no_point_is_below_the_hull(points: list[tuple[float, float]]) -> None:
     costs, distances = zip(*points, strict=True)
     hull = lower_hull(costs, distances)
     x, y = np.log(costs), np.log(distances)

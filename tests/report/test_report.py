@@ -1,4 +1,4 @@
-"""The report is made from what was evaluated, says what is missing, and stands on its own."""
+"""The report is built from the evaluations, names missing points, and is self-contained."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ from dis_scale import tracking
 from dis_scale.errors import UserError
 from dis_scale.evaluation import results
 from dis_scale.evaluation.results import Drawn
-from dis_scale.evaluation.sample import grid
+from dis_scale.evaluation.sampling import grid
 from dis_scale.recipe import LatentShape, Recipe
 from dis_scale.report import compare, figures
 from dis_scale.report.published import PUBLISHED
@@ -90,7 +90,7 @@ def test_the_csv_has_each_point_with_its_cost_facts_and_values(sweep: Folder, re
     assert (rows[1]["sampler"], rows[1]["guidance"]) == ("ddim", "1.5")
 
 
-def test_the_figures_draw_each_family_each_model_and_the_floor(sweep: Folder, recipe: Recipe) -> None:
+def test_the_figures_show_each_family_each_model_and_the_floor(sweep: Folder, recipe: Recipe) -> None:
     report = collect(sweep, recipe)
     curve = figures.gflops_distance(report).axes[0]
     assert {(9.0, 6.0, 5.0, 4.5), (0.25, 0.25)} <= {tuple(line.get_ydata()) for line in curve.lines}
@@ -105,23 +105,28 @@ def test_the_figures_draw_each_family_each_model_and_the_floor(sweep: Folder, re
 
 def test_published_points_are_marked_and_never_in_the_fit(sweep: Folder, recipe: Recipe) -> None:
     report = collect(sweep, recipe)
-    alone, beside = (figures.gflops_distance(report, published).axes[0] for published in (False, True))
-    names = {text.get_text() for text in beside.get_legend().get_texts()}
+    ours, with_published = (figures.gflops_distance(report, published).axes[0] for published in (False, True))
+    names = {text.get_text() for text in with_published.get_legend().get_texts()}
     assert {
         "DiT, published (ImageNet 256, 102.4M images, no guidance)",
         "DiG, published (ImageNet 256, 102.4M images, no guidance)",
     } <= names
-    added = {tuple(line.get_ydata()) for line in beside.lines} - {tuple(line.get_ydata()) for line in alone.lines}
+    added = {tuple(line.get_ydata()) for line in with_published.lines} - {
+        tuple(line.get_ydata()) for line in ours.lines
+    }
     assert added == {tuple(p.fid for p in PUBLISHED if p.family == family) for family in ("DiT", "SiT", "DiG")}
     fitted = {
-        tuple(line.get_ydata()) for axes in (alone, beside) for line in axes.lines if line.get_label() == "fit: dis"
+        tuple(line.get_ydata())
+        for axes in (ours, with_published)
+        for line in axes.lines
+        if line.get_label() == "fit: dis"
     }
     assert len(fitted) == 1, "the same fit with the published points and without"
     assert figures.correlations(report)[:1] == ["dis at 160 images: r = -0.91 on log Gflops, n = 4 (few points)"]
     assert "fitted power law fd_digits_80 = " in figures.correlations(report)[1]
 
 
-def test_what_is_missing_is_said(sweep: Folder, recipe: Recipe) -> None:
+def test_missing_points_are_named(sweep: Folder, recipe: Recipe) -> None:
     text = shown(reports.table(collect(sweep, recipe)))
     assert "dit failed: a worker was lost 4 times" in text
     assert "dis at 320 images skipped: weights.safetensors: damaged" in text
@@ -130,7 +135,7 @@ def test_what_is_missing_is_said(sweep: Folder, recipe: Recipe) -> None:
     assert text.count("not verified against published tables") == 1
 
 
-def test_the_page_needs_nothing_beside_itself(sweep: Folder, recipe: Recipe) -> None:
+def test_the_page_is_self_contained(sweep: Folder, recipe: Recipe) -> None:
     text = reports.write(sweep, collect(sweep, recipe))[reports.PAGE].decode()
     assert text.count("data:image/svg+xml;base64,") == 3
     assert text.count("data:image/png;base64,") == 4
@@ -143,12 +148,12 @@ def test_the_page_needs_nothing_beside_itself(sweep: Folder, recipe: Recipe) -> 
     )
 
 
-def test_nothing_evaluated_yet_is_a_report_too(tmp_path: Path, recipe: Recipe) -> None:
+def test_a_sweep_without_evaluations_has_a_report(tmp_path: Path, recipe: Recipe) -> None:
     empty = open_folder(tmp_path) / "sweeps/tiny"
     assert len(reports.write(empty, collect(empty, recipe))) == 8
 
 
-def test_two_sweeps_differ_by_their_errors(sweep: Folder, tmp_path: Path, recipe: Recipe) -> None:
+def test_differences_of_two_sweeps_have_errors(sweep: Folder, tmp_path: Path, recipe: Recipe) -> None:
     other = open_folder(tmp_path) / "sweeps/other"
     put(other, recipe.evaluate.metric, Drawn("dis", 160), 4.0, error=1.2)
     put(other, recipe.evaluate.metric, Drawn("dis64", 160), 5.5, error=1.2)
@@ -160,7 +165,7 @@ def test_two_sweeps_differ_by_their_errors(sweep: Folder, tmp_path: Path, recipe
     text = " ".join(shown(compare.table(a, b)).split())
     assert "-5 ± 1.3" in text
     assert "-3.8" in text
-    assert "4 points stand in one sweep alone" in text
+    assert "4 points are in one sweep only" in text
 
 
 def test_sweeps_that_cannot_be_compared_are_refused(sweep: Folder, tmp_path: Path, recipe: Recipe) -> None:
@@ -172,8 +177,8 @@ def test_sweeps_that_cannot_be_compared_are_refused(sweep: Folder, tmp_path: Pat
         compare.differences(a, collect(open_folder(tmp_path) / "sweeps/tiny", other))
 
 
-def test_goodput_counts_what_no_later_attempt_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attempt 1 runs from 0 s to 10 s and is lost at 100 images; attempt 2 goes on at 20 s from 60 and reaches 120 at 26 s."""
+def test_goodput_counts_steps_that_no_later_attempt_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attempt 1 runs from 0 s to 10 s and is lost at 100 images; attempt 2 continues at 20 s from 60 and reaches 120 at 26 s."""
     for attempt, rows in [(1, [(0, 0), (6, 60), (10, 100)]), (2, [(20, 60), (24, 100), (26, 120)])]:
         log = Log(open_folder(tmp_path), attempt)
         for i, (time_s, images) in enumerate(rows):

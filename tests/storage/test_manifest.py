@@ -26,6 +26,8 @@ def test_without_a_manifest_there_is_nothing(tmp_path: Path) -> None:
     torn = open_folder(tmp_path)
     torn.write("a", b"alpha")
     assert manifest.find(torn) is None
+    with pytest.raises(StorageError, match=f"{tmp_path}: no manifest.json: the folder is incomplete or was deleted"):
+        manifest.require(torn)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def make_latents(at: Folder, recipe: Recipe) -> Folder:
         ]
         shards.put_shard(at, number, part, [])
     facts = {"vae": "v", "scale": 1.0, "shift": 0.0, "latent": [4, 8], "num_classes": recipe.data.num_classes}
-    shards.seal(at, range(3), facts)
+    shards.write_manifest(at, range(3), facts)
     return at
 
 

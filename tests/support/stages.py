@@ -13,7 +13,7 @@ from dis_scale.data.encode import Setup
 from dis_scale.data.sources import open_source
 from dis_scale.evaluation import reference
 from dis_scale.evaluation.results import Drawn
-from dis_scale.evaluation.sample import labels_of
+from dis_scale.evaluation.sampling import labels_of
 from dis_scale.recipe import Evaluate, Recipe
 from dis_scale.storage.folder import Folder
 from pipelines import evaluate, precompute, stage

@@ -1,4 +1,4 @@
-"""`dis-scale data`: what is damaged is named, made anew byte for byte, and shown for what it is."""
+"""`dis-scale data`: damage is named and repaired byte for byte; a set is described."""
 
 from pathlib import Path
 
@@ -16,13 +16,13 @@ from dis_scale.recipe import TrainedVae, reading
 from dis_scale.storage.folder import Folder, open_folder
 from pipelines import precompute
 from tests.conftest import TINY
-from tests.data.labelled import png
+from tests.support.labelled_images import png
 
 SIZES = ("data.num_classes=2", "precompute.shard_images=10", "precompute.encode_images=4")
 
 
 def photos(store: Folder, images: Path, how: str = "{kind: trained, widths: [8, 8, 8]}") -> tuple[Folder, Folder]:
-    """(sweep, its sealed latents) of 26 images in three shards, one of them refused."""
+    """Make (sweep, its latents) of 26 images in three shards; one image is refused."""
     for i in range(26):
         open_folder(images).write(f"{'ab'[i % 2]}/{i:02d}.png", png(i) if i != 8 else b"broken")
     source = f"data.source={{kind: folder, url: {images}}}"
@@ -50,7 +50,7 @@ def run(*arguments: str) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
-def test_damage_is_named_mended_and_the_bytes_are_the_same(store_url: str, tmp_path: Path) -> None:
+def test_damage_is_named_and_repaired_to_the_same_bytes(store_url: str, tmp_path: Path) -> None:
     sweep, latents = photos(open_folder(store_url) / "store", tmp_path / "images")
     for url in (sweep.url, latents.url):
         code, output = run("verify", url)
@@ -65,7 +65,7 @@ def test_damage_is_named_mended_and_the_bytes_are_the_same(store_url: str, tmp_p
     assert code == 1
     assert f"damaged  {latents}/000001.tar: damaged: its sha256 differs from the manifest's\n" in output
     assert f"damaged  {latents}/000002.tar: missing, though its manifest names it\n" in output
-    assert f"2 of 3 shards are damaged; to make them anew: dis-scale data repair {sweep}" in output
+    assert f"2 of 3 shards are damaged; to rebuild them: dis-scale data repair {sweep}" in output
     code, output = run("verify", "--fast", sweep.url)
     assert (code, "000001" in output, "000002.tar: missing" in output) == (1, False, True)
 
@@ -76,50 +76,50 @@ def test_damage_is_named_mended_and_the_bytes_are_the_same(store_url: str, tmp_p
     assert run("verify", "--fast", sweep.url) == (0, f"whole    {latents} by its sizes\n")
 
 
-def test_a_short_shard_is_seen_by_its_size(tmp_path: Path) -> None:
+def test_a_short_shard_is_detected_by_its_size(tmp_path: Path) -> None:
     sweep, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images")
     size = len(latents.read("000000.tar"))
     latents.write("000000.tar", latents.read("000000.tar")[:-1])
     assert f"000000.tar: {size - 1} bytes, its manifest says {size}" in run("verify", "--fast", sweep.url)[1]
 
 
-def test_what_cannot_be_made_the_same_is_not_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_with_other_bytes_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images")
     latents.write("000000.tar", b"damaged")
     (tmp_path / "images/a/00.png").write_bytes(png(99))
     code, output = run("repair", sweep.url)
     assert code == 1
-    assert "000000.tar: made anew it would be other bytes" in output
-    assert "an image of it has changed since" in output
+    assert "000000.tar: rebuilt, it has other bytes" in output
+    assert "an image has changed" in output
     assert latents.read("000000.tar") == b"damaged"
 
     monkeypatch.setattr(torch, "__version__", "9.9")
     code, output = run("repair", sweep.url)
     assert code == 2
-    assert "now 9.9: a shard made anew would not be the same bytes" in output
+    assert "now 9.9: a rebuilt shard would have other bytes" in output
 
 
-def test_a_folder_of_latents_cannot_say_where_its_images_are(tmp_path: Path) -> None:
+def test_a_folder_of_latents_alone_cannot_be_repaired(tmp_path: Path) -> None:
     _, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images")
     code, output = run("repair", latents.url)
     assert (code, "a folder of latents: give the sweep's folder" in output) == (2, True)
 
 
 @pytest.mark.parametrize("command", ["verify", "repair", "show"])
-def test_what_is_no_set_of_latents_is_said(command: str, tmp_path: Path) -> None:
+def test_other_folders_are_refused(command: str, tmp_path: Path) -> None:
     code, output = run(command, str(tmp_path))
     assert code == 2
-    assert f"{tmp_path}: neither a sweep whose latents are sealed, nor a folder of sealed latents" in output
+    assert f"{tmp_path}: neither a sweep with complete latents nor a folder of complete latents" in output
 
 
-def test_a_set_is_shown_with_its_images(tmp_path: Path) -> None:
+def test_show_describes_a_set_and_its_images(tmp_path: Path) -> None:
     sweep, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images")
     code, output = run("show", sweep.url, "--out", str(tmp_path / "grid.png"))
     assert code == 0
     lines = dict(line.split(None, 1) for line in output.splitlines())
     size = sum(len(latents.read(f"00000{n}.tar")) for n in range(3)) / 1e6
     assert lines["images"] == f"25 in 3 shards, {size:.1f} MB, 1 refused: a/08.png"
-    assert lines["latent"] == "4x8x8, float16 moments of image and mirror image"
+    assert lines["latent"] == "4x8x8, float16 moments of image and horizontal flip"
     assert lines["labels"] == "2 of 2 classes: a 12, b 13"
     assert lines["source"].startswith(f"url {tmp_path}/images, kind folder; listing ")
     assert lines["vae"] == vae.load(TrainedVae(kind="trained"), sweep).identity[:12]
@@ -136,8 +136,8 @@ def test_a_set_is_shown_with_its_images(tmp_path: Path) -> None:
     assert (code, "latents of another VAE" in output) == (2, True)
 
 
-def test_pixels_are_shown_without_a_vae(tmp_path: Path) -> None:
-    """The grid holds the very pictures that went in."""
+def test_show_needs_no_vae_for_pixels(tmp_path: Path) -> None:
+    """The grid has the source's pictures."""
     _, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images", "{kind: none}")
     code, _ = run("show", latents.url, "--out", str(tmp_path / "grid.png"))
     assert code == 0

@@ -1,4 +1,4 @@
-"""A sealed set of small latents, and an epoch of it as one rank of a world reads it."""
+"""A complete set of small latents, and an epoch of it as one rank reads it."""
 
 from pathlib import Path
 
@@ -27,17 +27,17 @@ def make(at: Folder, counts: list[int]) -> Folder:
     for number, count in enumerate(counts):
         shards.put_shard(at, number, samples(sum(counts[:number]), count), [])
     facts = {"vae": "v" * 64, "scale": 0.5, "shift": 0.25, "latent": [2, 3], "num_classes": CLASSES}
-    shards.seal(at, range(len(counts)), facts)
+    shards.write_manifest(at, range(len(counts)), facts)
     return at
 
 
 def read(latents: Latents, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """The unmirrored moments and the labels at positions [first, last)."""
+    """Return the moments without flips and the labels at positions [first, last)."""
     return latents.read(np.arange(first, last), np.zeros(last - first, np.int64))
 
 
 def read_epoch(rank: int, world: int, url: str, cache: Path | None, micro: int) -> list[np.ndarray]:
-    """Every `world`-th micro-batch of the first epoch, from this rank's on; what a training process does."""
+    """Read every `world`-th micro-batch of the first epoch, starting at this rank's, like a training process."""
     if url.startswith("flaky://"):
         import tests.support.flaky_store  # noqa: F401
     latents = Latents(open_folder(url), 0, cache=Cache(cache, 2**30, print) if cache else None)

@@ -1,7 +1,7 @@
-"""Blocks of samples: block b of a published checkpoint is a function of (recipe, published weights, b), whoever draws it.
+"""Blocks of samples: block b of a published checkpoint is a function of (recipe, published weights, b) on any worker.
 
-A block holds samples [b S, (b + 1) S): their features, the judge's verdicts, and the pictures of those that the grid shows. It is
-drawn in micro-batches of a fixed size, since the last digits of a model's sums depend on it.
+Block b has samples [b S, (b + 1) S): their features, the judge's verdicts, and the pictures that the grid shows. Micro-batches
+have a fixed size, because the last digits of a model's sums depend on it.
 """
 
 import contextlib
@@ -17,28 +17,28 @@ from PIL import Image
 from dis_scale import diffusion, models, seeds
 from dis_scale.data import shards
 from dis_scale.diffusion.generate import generate
-from dis_scale.digits import Classifier
 from dis_scale.errors import DisScaleError, StorageError, UserError
-from dis_scale.evaluation import sealed
+from dis_scale.evaluation import npz
 from dis_scale.evaluation.features import JUDGE, Extractor, Features, load_classifier, load_extractors
 from dis_scale.models import Backbone
 from dis_scale.recipe import Evaluate, LatentShape, Recipe
+from dis_scale.small_nets import Classifier
 from dis_scale.storage.folder import Folder
 from dis_scale.training import checkpoint
 from dis_scale.vae import Vae, to_unit
 
 COLUMNS, ROWS = 10, 10
-"""Of the grid: classes, and samples of each."""
+"""Classes in the grid, and samples of each."""
 PARTS = ("sampling", "decoding", "features")
-"""What drawing spends its time on."""
+"""Timed parts of sampling."""
 GOLDEN = (5**0.5 - 1) / 2
 FIELDS = ("identity", "pooled", "spatial", "logits")
-"""Of `Features`, as a block's file names them."""
+"""Fields of `Features`, as a block's file names them."""
 
 
 @dataclass(frozen=True)
-class Block:
-    """Features by extractor; `right` (S) whether the judge sees the class that was asked for, -1 without; grid pictures."""
+class SampleBlock:
+    """Features by extractor, the grid's pictures, and `right` (S): 1 if the judge sees the requested class, -1 without a judge."""
 
     features: Mapping[str, Features]
     right: np.ndarray
@@ -46,15 +46,15 @@ class Block:
 
     def to_bytes(self) -> bytes:
         arrays = {"right": self.right, "pictures": self.pictures}
-        for name, seen in self.features.items():
-            parts = {field: getattr(seen, field) for field in FIELDS}
+        for name, features in self.features.items():
+            parts = {field: getattr(features, field) for field in FIELDS}
             arrays |= {f"{name}.{field}": np.asarray(part) for field, part in parts.items() if part is not None}
-        return sealed.to_bytes(arrays)
+        return npz.to_bytes(arrays)
 
     @classmethod
-    def from_bytes(cls, data: bytes, where: str) -> "Block":
-        """The block in `data`; StorageError names a damaged one."""
-        arrays = sealed.from_bytes(data, where)
+    def from_bytes(cls, data: bytes, where: str) -> "SampleBlock":
+        """Read a block; StorageError names a damaged one."""
+        arrays = npz.from_bytes(data, where)
         parts: dict[str, dict[str, np.ndarray]] = {}
         for key in arrays.keys() - {"right", "pictures"}:
             name, field = key.split(".")
@@ -64,8 +64,8 @@ class Block:
 
 
 @dataclass
-class Studio:
-    """What drawing needs beside the weights: decoder, extractors and judge, loaded once a worker; and where its time went."""
+class BlockSampler:
+    """Samples blocks. Decoder, extractors and judge are loaded once a worker; `seconds` is the time spent by part."""
 
     recipe: Recipe
     sweep: Folder
@@ -76,46 +76,46 @@ class Studio:
     device: torch.device
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
-    def model(self, name: str, images: int, drawing: Evaluate) -> Backbone:
-        """A published model in evaluation, averaged as the drawing says; StorageError names a damaged one."""
+    def model(self, name: str, images_seen: int, settings: Evaluate) -> Backbone:
+        """Load a published model or one of its averages, as `settings` says; StorageError names a damaged one."""
         run, train = self.sweep / "runs" / name, self.recipe.train
-        if drawing.ema_width is None:
-            weights = checkpoint.load_published(run, images)
+        if settings.ema_width is None:
+            weights = checkpoint.load_published(run, images_seen)
         else:
-            weights = checkpoint.load_average(run, images, train, drawing.ema_width)
+            weights = checkpoint.load_average(run, images_seen, train, settings.ema_width)
         model = load_model(self.recipe, name, self.vae.latent(self.recipe.data.resolution), weights).to(self.device)
-        return model.bfloat16() if drawing.precision == "bf16" else model
+        return model.bfloat16() if settings.precision == "bf16" else model
 
-    def draw(self, model: Backbone, drawing: Evaluate, block: int) -> Block:
-        """Samples of one block, guided, decoded and looked at."""
-        numbers = block_numbers(drawing.samples, drawing.block_images, block)
-        micro = drawing.batch_images
-        parts = [self._pixels(model, drawing, numbers[i : i + micro]) for i in range(0, len(numbers), micro)]
+    def sample(self, model: Backbone, settings: Evaluate, block: int) -> SampleBlock:
+        """Sample one block: guide, decode, extract features, judge."""
+        numbers = block_numbers(settings.samples, settings.block_images, block)
+        micro = settings.batch_images
+        parts = [self._pixels(model, settings, numbers[i : i + micro]) for i in range(0, len(numbers), micro)]
         pixels, labels = np.concatenate(parts), self.labels[numbers.start : numbers.stop]
         with self._timed("features"):
-            seen, right = {e.name: e(pixels) for e in self.extractors}, self._judged(pixels, labels)
+            features, right = {e.name: e(pixels) for e in self.extractors}, self._judge(pixels, labels)
         shown = set(grid_numbers(self.labels))
-        return Block(seen, right, pixels[[number in shown for number in numbers]])
+        return SampleBlock(features, right, pixels[[number in shown for number in numbers]])
 
-    def _pixels(self, model: Backbone, drawing: Evaluate, numbers: range) -> np.ndarray:
-        """The images of a micro-batch, uint8 (B, H, W, 3)."""
+    def _pixels(self, model: Backbone, settings: Evaluate, numbers: range) -> np.ndarray:
+        """Return the images of a micro-batch, uint8 (B, H, W, 3)."""
         labels = self.labels[numbers.start : numbers.stop].tolist()
         with self._timed("sampling"), torch.no_grad():
             latents = generate(
-                model, diffusion.build(self.recipe.diffusion), labels, numbers, sampler=drawing.sampler,
-                steps=drawing.steps, guidance=drawing.guidance, interval=drawing.guidance_interval,
+                model, diffusion.build(self.recipe.diffusion), labels, numbers, sampler=settings.sampler,
+                steps=settings.steps, guidance=settings.guidance, interval=settings.guidance_interval,
                 seed=self.recipe.seed, device=self.device,
             )  # fmt: skip
             require_finite(latents, numbers)
         with self._timed("decoding"):
             return self.vae.decode(latents)
 
-    def _judged(self, pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    def _judge(self, pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
         if self.judge is None:
             return np.full(len(labels), -1, np.int8)
         with torch.no_grad():
-            seen = self.judge(to_unit(pixels)).argmax(1).numpy()
-        return (seen == labels).astype(np.int8)
+            predicted = self.judge(to_unit(pixels)).argmax(1).numpy()
+        return (predicted == labels).astype(np.int8)
 
     @contextlib.contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -126,15 +126,15 @@ class Studio:
         self.seconds[part] += time.monotonic() - began
 
 
-def open_studio(recipe: Recipe, sweep: Folder, decoder: Vae, device: torch.device) -> Studio:
-    """The sweep's studio; a judge there is where the sweep trained one, labels come as often as in the training set."""
+def open_sampler(recipe: Recipe, sweep: Folder, decoder: Vae, device: torch.device) -> BlockSampler:
+    """Return the sweep's sampler, with a judge if the sweep trained one and with labels as frequent as in training."""
     judge = load_classifier(sweep, JUDGE) if recipe.evaluate.trained else None
     extractors = load_extractors(recipe.evaluate, sweep, device)
-    return Studio(recipe, sweep, decoder, extractors, judge, labels_of(sweep, recipe), device)
+    return BlockSampler(recipe, sweep, decoder, extractors, judge, labels_of(sweep, recipe), device)
 
 
 def require_finite(latents_BCHW: torch.Tensor, numbers: range) -> None:
-    """DisScaleError names the samples that are not finite: as pixels they would pass for black images."""
+    """DisScaleError names the samples that are not finite: as pixels they would be black."""
     bad = [numbers[i] for i in (~latents_BCHW.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()]
     if bad:
         raise DisScaleError(
@@ -143,7 +143,7 @@ def require_finite(latents_BCHW: torch.Tensor, numbers: range) -> None:
 
 
 def load_model(recipe: Recipe, name: str, shape: LatentShape, weights: dict[str, torch.Tensor]) -> Backbone:
-    """A model with published weights, in evaluation."""
+    """Build a model with published weights, in evaluation mode."""
     model = models.build(recipe.models[name], shape, recipe.data.num_classes, scan=recipe.train.scan)
     model.load_state_dict(weights, strict=False)
     missing = {n for n, _ in model.named_parameters()} ^ weights.keys()
@@ -157,16 +157,16 @@ def load_model(recipe: Recipe, name: str, shape: LatentShape, weights: dict[str,
 
 
 def labels_of(sweep: Folder, recipe: Recipe) -> np.ndarray:
-    """The label of each of the sweep's samples."""
-    images = shards.latents_manifest(sweep)["labels"]
-    return sample_labels(recipe, [images.get(str(label), 0) for label in range(recipe.data.num_classes)])
+    """Return the label of each of the sweep's samples."""
+    counts = shards.latents_manifest(sweep)["labels"]
+    return sample_labels(recipe, [counts.get(str(label), 0) for label in range(recipe.data.num_classes)])
 
 
 def sample_labels(recipe: Recipe, counts: Sequence[int]) -> np.ndarray:
-    """The label of each sample (samples), as often as among the training set's `counts`; the same whatever their number.
+    """Return labels (samples) as frequent as in the training set's `counts`; more samples only append labels.
 
-    Shares are hit by steps of the golden ratio (a Kronecker sequence), so that any stretch of samples has nearly the right ones:
-    labels drawn at random would add their own noise to every distance.
+    Labels follow steps of the golden ratio (a Kronecker sequence), so any range of samples has nearly the right shares: random
+    labels would add noise to every distance.
     """
     start = seeds.generator("sample labels", recipe.seed).random()
     points = (start + np.arange(recipe.evaluate.samples) * GOLDEN) % 1
@@ -174,7 +174,7 @@ def sample_labels(recipe: Recipe, counts: Sequence[int]) -> np.ndarray:
 
 
 def grid_numbers(labels: np.ndarray) -> list[int]:
-    """The samples that the grid shows, row by row: a column for each of some classes, as many rows as all of them fill."""
+    """Return the numbers of the samples in the grid, row by row: a column for each shown class, only complete rows."""
     present = np.unique(labels)
     shown = present[np.linspace(0, len(present) - 1, min(COLUMNS, len(present))).round().astype(int)]
     columns = [np.flatnonzero(labels == label)[:ROWS] for label in shown]
@@ -182,13 +182,14 @@ def grid_numbers(labels: np.ndarray) -> list[int]:
 
 
 def grid_columns(labels: np.ndarray) -> int:
-    """One a class that the grid shows."""
+    """Return the number of classes in the grid."""
     return len(np.unique(labels[grid_numbers(labels)]))
 
 
-def arranged(pictures: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Pictures that came by rising sample number, in the grid's order."""
-    return pictures[np.argsort(np.argsort(grid_numbers(labels)))]
+def arrange(pictures: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Reorder pictures from rising sample number to the grid's order."""
+    numbers = grid_numbers(labels)
+    return pictures[np.searchsorted(np.sort(numbers), numbers)]  # each number's rank is its picture's index
 
 
 def block_numbers(samples: int, block_images: int, block: int) -> range:
@@ -196,7 +197,7 @@ def block_numbers(samples: int, block_images: int, block: int) -> range:
 
 
 def grid(pictures: np.ndarray, columns: int) -> bytes:
-    """A PNG of uint8 pictures (N, H, W, 3), row by row."""
+    """Return a PNG of uint8 pictures (N, H, W, 3), row by row."""
     n, height, width, _ = pictures.shape
     rows = -(-n // columns)
     sheet = np.zeros((rows * height, columns * width, 3), np.uint8)

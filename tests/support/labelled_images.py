@@ -1,4 +1,4 @@
-"""Small labelled images of two classes, laid out as each kind of source: the same pictures whatever holds them."""
+"""Small labelled images of two classes in every kind of source; all kinds have the same pictures."""
 
 import io
 import json
@@ -19,7 +19,7 @@ FEATURES = {"info": {"features": {"label": {"names": CLASSES, "_type": "ClassLab
 
 
 def png(i: int) -> bytes:
-    """Picture i: noise of its own."""
+    """Return picture i: its own noise."""
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(i).integers(0, 255, (24, 20, 3), dtype=np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -61,10 +61,10 @@ def csv_file(root: Folder) -> dict[str, Any]:
     return {"kind": "csv", "url": f"{root}/labels.csv", "path": "file", "label": "what"}
 
 
-def _shards(root: Folder, beside: Any) -> None:
-    """Two tars, the later named first; each picture with what stands beside it."""
+def _shards(root: Folder, companions: Any) -> None:
+    """Write two tars, the last part first; each picture with its companion files."""
     for name, part in (("b.tar", range(4, 7)), ("a.tar", range(4))):
-        root.write(name, tar({k: v for i in part for k, v in ({f"d/{i}.x.png": png(i)} | beside(i)).items()}))
+        root.write(name, tar({k: v for i in part for k, v in ({f"d/{i}.x.png": png(i)} | companions(i)).items()}))
 
 
 def webdataset_cls(root: Folder) -> dict[str, Any]:
@@ -77,12 +77,12 @@ def webdataset_json(root: Folder) -> dict[str, Any]:
     return {"kind": "tar", "url": root.url, "label": "json", "json_key": "animal"}
 
 
-def folders_in_a_tar(root: Folder) -> dict[str, Any]:
+def class_folders_in_a_tar(root: Folder) -> dict[str, Any]:
     root.write("all.tar", tar({f"train/{CLASSES[label]}/{i}.PNG": png(i) for i, label in enumerate(LABELS)}))
     return {"kind": "tar", "url": f"{root}/all.tar", "label": "folder"}
 
 
-def a_tar_a_class(root: Folder) -> dict[str, Any]:
+def a_tar_for_each_class(root: Folder) -> dict[str, Any]:
     for label, name in enumerate(CLASSES):
         root.write(f"{name}.tar", tar({f"{i}.png": png(i) for i, of in enumerate(LABELS) if of == label}))
     return {"kind": "tar", "url": root.url, "label": "tar"}
@@ -98,7 +98,7 @@ def hugging_face(root: Folder) -> dict[str, Any]:
 KINDS = {
     function.__name__: function
     for function in (
-        class_folders, csv_file, webdataset_cls, webdataset_json, folders_in_a_tar, a_tar_a_class, hugging_face
+        class_folders, csv_file, webdataset_cls, webdataset_json, class_folders_in_a_tar, a_tar_for_each_class, hugging_face
     )
 }  # fmt: skip
 

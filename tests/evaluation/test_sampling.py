@@ -1,4 +1,4 @@
-"""A block is a function of (recipe, published weights, its number): the same bits whoever draws it, in whatever order."""
+"""A block is a function of (recipe, published weights, its number): bit-equal for any worker and order."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +10,10 @@ import torch
 
 from dis_scale import models, vae
 from dis_scale.data import shards
-from dis_scale.digits import Classifier
 from dis_scale.evaluation.features import JUDGE, store_classifier
-from dis_scale.evaluation.sample import PARTS, Studio, arranged, grid_numbers, open_studio, sample_labels
+from dis_scale.evaluation.sampling import PARTS, BlockSampler, arrange, grid_numbers, open_sampler, sample_labels
 from dis_scale.recipe import LatentShape, Recipe, TrainedVae, reading
+from dis_scale.small_nets import Classifier
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.vae import Vae
@@ -23,7 +23,7 @@ from tests.support.ranks import make_latents
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """As evaluation's workers have."""
+    """As in evaluation's workers."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -37,7 +37,7 @@ def recipe() -> Recipe:
 
 @pytest.fixture
 def sweep(tmp_path: Path, recipe: Recipe) -> Folder:
-    """All that drawing needs, untrained: autoencoder, extractor, judge, latents and one published model."""
+    """Inputs of sampling, untrained: autoencoder, extractor, judge, latents and one published model."""
     made = open_folder(tmp_path) / "sweeps/tiny"
     torch.manual_seed(0)
     vae.save(made / "vae", vae.new(TrainedVae(kind="trained", widths=(8, 8, 8)), 32))
@@ -51,49 +51,49 @@ def sweep(tmp_path: Path, recipe: Recipe) -> Folder:
     return made
 
 
-def studio(recipe: Recipe, sweep: Folder) -> Studio:
+def sampler(recipe: Recipe, sweep: Folder) -> BlockSampler:
     decoder: Vae = vae.load(recipe.vae, sweep)
-    return open_studio(recipe, sweep, decoder, torch.device("cpu"))
+    return open_sampler(recipe, sweep, decoder, torch.device("cpu"))
 
 
-def draw(recipe: Recipe, sweep: Folder, order: list[int], variant: str = "") -> dict[int, bytes]:
-    """The blocks as one worker makes them, in its order."""
-    one, drawing = studio(recipe, sweep), recipe.evaluate.samplings[variant]
-    model = one.model("dis", 160, drawing)
-    return {block: one.draw(model, drawing, block).to_bytes() for block in order}
+def sample_blocks(recipe: Recipe, sweep: Folder, order: list[int], variant: str = "") -> dict[int, bytes]:
+    """Sample blocks by one worker, in this order."""
+    one, settings = sampler(recipe, sweep), recipe.evaluate.samplings[variant]
+    model = one.model("dis", 160, settings)
+    return {block: one.sample(model, settings, block).to_bytes() for block in order}
 
 
-def test_one_worker_or_two_in_any_order_draw_the_same_bits(recipe: Recipe, sweep: Folder) -> None:
-    alone = draw(recipe, sweep, [0, 1])
-    shared = draw(recipe, sweep, [1]) | draw(recipe, sweep, [0])
+def test_blocks_are_bit_equal_for_any_workers_and_order(recipe: Recipe, sweep: Folder) -> None:
+    alone = sample_blocks(recipe, sweep, [0, 1])
+    shared = sample_blocks(recipe, sweep, [1]) | sample_blocks(recipe, sweep, [0])
     assert alone == shared
     assert alone[0] != alone[1]
 
 
-def test_other_weights_and_another_precision_are_other_pictures(recipe: Recipe, sweep: Folder) -> None:
-    assert draw(recipe, sweep, [0], "bf16") != draw(recipe, sweep, [0])
+def test_another_precision_changes_the_pictures(recipe: Recipe, sweep: Folder) -> None:
+    assert sample_blocks(recipe, sweep, [0], "bf16") != sample_blocks(recipe, sweep, [0])
 
 
-def test_the_time_of_each_part_is_known(recipe: Recipe, sweep: Folder) -> None:
-    one = studio(recipe, sweep)
-    one.draw(one.model("dis", 160, recipe.evaluate), recipe.evaluate, 0)
+def test_the_time_of_each_part_is_measured(recipe: Recipe, sweep: Folder) -> None:
+    one = sampler(recipe, sweep)
+    one.sample(one.model("dis", 160, recipe.evaluate), recipe.evaluate, 0)
     assert list(one.seconds) == list(PARTS)
     assert all(seconds > 0 for seconds in one.seconds.values())
 
 
-def test_labels_come_as_often_as_in_training_whatever_the_number_of_samples(recipe: Recipe) -> None:
+def test_labels_are_as_frequent_as_in_training_for_any_number_of_samples(recipe: Recipe) -> None:
     many = reading.load(TINY, ["evaluate.samples=20000"])
     counts = [0, 300, 100, 0, 600, 0, 0, 0, 0, 0]
     labels = sample_labels(many, counts)
-    for stretch in (labels, labels[:200], labels[7000:7200]):
-        shares = np.bincount(stretch, minlength=10) / len(stretch)
+    for part in (labels, labels[:200], labels[7000:7200]):
+        shares = np.bincount(part, minlength=10) / len(part)
         np.testing.assert_allclose(shares, np.array(counts) / 1000, atol=0.015)
     np.testing.assert_array_equal(sample_labels(recipe, counts), labels[:70])
 
 
-def test_the_grid_has_a_class_a_column() -> None:
+def test_the_grid_has_a_column_for_each_class() -> None:
     labels = np.array([2, 2, 7, 2, 5, 7, 7, 5])
     assert grid_numbers(labels) == [0, 4, 2, 1, 7, 5]
-    as_they_came = np.array([0, 1, 2, 4, 5, 7])
-    assert arranged(as_they_came, labels).tolist() == grid_numbers(labels)
+    by_number = np.array([0, 1, 2, 4, 5, 7])
+    assert arrange(by_number, labels).tolist() == grid_numbers(labels)
     assert len(grid_numbers(np.repeat(np.arange(1000), 5))) == 10 * 5

@@ -1,4 +1,4 @@
-"""Shards in a worker's memory: those of the block in hand and of the one to come, or all; loaded by threads ahead of their use."""
+"""Shards in a worker's memory: those of the current block and the next, or all of them. Threads load them ahead of use."""
 
 import threading
 from collections.abc import Callable
@@ -12,35 +12,35 @@ _CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "
 """Limit and use of a container's memory below /sys/fs/cgroup, versions 2 and 1."""
 
 
-class Shelf:
-    """Shards by index, each loaded by a thread of its own as soon as it is wanted. For one reading thread."""
+class MemoryBuffer:
+    """Shards by index. Each is loaded by a thread of its own as soon as it is requested. For one reading thread."""
 
     def __init__(self, load: Callable[[int], Shard], keep_all: bool) -> None:
         self._load, self._keep_all = load, keep_all
-        self._room = threading.Semaphore(LOADS_AT_ONCE)
-        self._found: dict[int, Future[Shard]] = {}
+        self._slots = threading.Semaphore(LOADS_AT_ONCE)
+        self._loads: dict[int, Future[Shard]] = {}
 
-    def want(self, shards: list[int]) -> None:
-        """Begins to load these, in this order, and lets go of all others unless everything is kept."""
+    def request(self, shards: list[int]) -> None:
+        """Start to load these shards, in this order. Drop all others unless everything is kept."""
         if not self._keep_all:
-            for gone in self._found.keys() - set(shards):
-                self._found.pop(gone).cancel()
+            for dropped in self._loads.keys() - set(shards):
+                self._loads.pop(dropped).cancel()
         for shard in shards:
-            if shard not in self._found:
-                self._found[shard] = self._begin(shard)
+            if shard not in self._loads:
+                self._loads[shard] = self._start(shard)
 
     def __getitem__(self, shard: int) -> Shard:
-        """A shard that is wanted. One that could not be loaded ahead is tried once more, now that it is needed."""
-        found = self._found[shard]
-        if found.done() and found.exception():
-            found = self._found[shard] = self._begin(shard)
-        return found.result()
+        """Return a requested shard. If its load failed, load it again now that it is needed."""
+        future = self._loads[shard]
+        if future.done() and future.exception():
+            future = self._loads[shard] = self._start(shard)
+        return future.result()
 
-    def _begin(self, shard: int) -> Future[Shard]:
+    def _start(self, shard: int) -> Future[Shard]:
         future: Future[Shard] = Future()
 
         def load() -> None:
-            with self._room:
+            with self._slots:
                 if not future.set_running_or_notify_cancel():
                     return
                 try:
@@ -53,7 +53,7 @@ class Shelf:
 
 
 def free_memory_bytes() -> int:
-    """What this machine or container has free; 0 where it does not say (elsewhere than on Linux)."""
+    """Return the free memory of this machine or container; 0 if unknown (not Linux)."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

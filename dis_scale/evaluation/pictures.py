@@ -1,6 +1,6 @@
-"""Pictures from one checkpoint, whoever made it: a sweep's published weights, an exported file, or a public `.pt`.
+"""Pictures from one checkpoint, for `dis-scale sample`: a sweep's published weights, an exported file, or a public `.pt`.
 
-Noise is a function of the seed and the sample's number, so the same pictures come at any batch split.
+Noise is a function of the seed and the sample's number, so the batch size does not change the pictures.
 """
 
 from dataclasses import dataclass
@@ -22,19 +22,19 @@ from dis_scale.vae import Vae
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A model, the process that it was trained for, and what decodes its latents."""
+class OpenCheckpoint:
+    """A model, the process that it was trained for, and the decoder of its latents."""
 
     model: Backbone
     process: Gaussian | Flow
     decoder: Vae
     sampler: str = "ddpm"
     steps: int = 250
-    """How the sweep draws, or the published 250 steps."""
+    """The sweep's sampling settings, or the published 250 steps."""
 
 
-def open_for_drawing(path: Path, vae_path: str | None, heads: int | None = None) -> Opened:
-    """The model at `path`: a published folder of a sweep brings its VAE and process along, any other needs `vae_path`."""
+def open_for_sampling(path: Path, vae_path: str | None, heads: int | None = None) -> OpenCheckpoint:
+    """Open the model at `path`. A sweep's published folder has a VAE and a process; any other path needs `vae_path`."""
     file = path / WEIGHTS_FILE if path.is_dir() else path
     if not file.exists():
         raise UserError(f"no checkpoint at {path}: expected a published folder, a .safetensors file or a public .pt")
@@ -46,14 +46,14 @@ def open_for_drawing(path: Path, vae_path: str | None, heads: int | None = None)
     elif sweep is not None and recipe is not None:
         decoder = vae.load(recipe.vae, open_folder(sweep))
     else:
-        raise UserError(f"{path} lies in no sweep, so say what decodes its latents: --vae FOLDER or hub id")
+        raise UserError(f"{path} is not in a sweep, so name the VAE of its latents: --vae FOLDER or hub id")
     if recipe is None:
-        return Opened(model, Gaussian(kind="gaussian"), decoder)
-    return Opened(model, recipe.diffusion, decoder, recipe.evaluate.sampler, recipe.evaluate.steps)
+        return OpenCheckpoint(model, Gaussian(kind="gaussian"), decoder)
+    return OpenCheckpoint(model, recipe.diffusion, decoder, recipe.evaluate.sampler, recipe.evaluate.steps)
 
 
-def draw(
-    opened: Opened,
+def sample_pictures(
+    opened: OpenCheckpoint,
     classes: list[int] | None,
     count: int,
     *,
@@ -63,7 +63,7 @@ def draw(
     seed: int,
     batch: int,
 ) -> np.ndarray:
-    """uint8 images (count, H, W, 3), the classes in turn, `batch` at a time; UserError for a label out of range."""
+    """Sample uint8 images (count, H, W, 3), the classes in turn, `batch` at a time; UserError for a label out of range."""
     labels = None if classes is None else [classes[i % len(classes)] for i in range(count)]
     if labels is not None and opened.model.num_classes is not None:
         check_labels(torch.tensor(labels), opened.model.num_classes)

@@ -1,4 +1,4 @@
-"""`dis-scale sample`: the same pictures at any batch split, and one line for each mistake."""
+"""`dis-scale sample`: equal pictures at any batch size, and one line for each mistake."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from dis_scale import models, vae
 from dis_scale.cli import app
-from dis_scale.evaluation.draw import draw, open_for_drawing
+from dis_scale.evaluation.pictures import open_for_sampling, sample_pictures
 from dis_scale.models.export import save
 from dis_scale.recipe import LatentShape, Recipe, TrainedVae
 
@@ -24,14 +24,14 @@ def files(tmp_path: Path, tiny: Recipe) -> tuple[Path, Path]:
 
 
 def test_pixels_agree_at_any_batch_split(files: tuple[Path, Path]) -> None:
-    opened = open_for_drawing(files[0], str(files[1]))
+    opened = open_for_sampling(files[0], str(files[1]))
     options = {"sampler": "ddpm", "steps": 5, "guidance": 1.5, "seed": 3}
-    whole = draw(opened, [1, 7], 6, batch=6, **options)  # type: ignore[arg-type]
-    split = draw(opened, [1, 7], 6, batch=4, **options)  # type: ignore[arg-type]
-    assert whole.shape == (6, 32, 32, 3)
-    assert np.abs(whole.astype(int) - split.astype(int)).max() <= 1  # float32 sums of another batch size
-    other = draw(opened, [1, 7], 6, batch=6, **(options | {"seed": 4}))  # type: ignore[arg-type]
-    assert not np.array_equal(whole, other)
+    at_once = sample_pictures(opened, [1, 7], 6, batch=6, **options)  # type: ignore[arg-type]
+    split = sample_pictures(opened, [1, 7], 6, batch=4, **options)  # type: ignore[arg-type]
+    assert at_once.shape == (6, 32, 32, 3)
+    assert np.abs(at_once.astype(int) - split.astype(int)).max() <= 1  # float32 sums of another batch size
+    other = sample_pictures(opened, [1, 7], 6, batch=6, **(options | {"seed": 4}))  # type: ignore[arg-type]
+    assert not np.array_equal(at_once, other)
 
 
 def test_the_command_writes_a_grid(files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_the_command_writes_a_grid(files: tuple[Path, Path], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--classes", "1,x"], "--classes '1,x': expected labels with commas between them"),
         (["--classes", "11"], "label 11 is out of range: expected 0 to 9"),
@@ -51,14 +51,14 @@ def test_the_command_writes_a_grid(files: tuple[Path, Path], tmp_path: Path) -> 
         (["--classes", "1", "--vae", "/nowhere"], "vae.path: no AutoencoderKL at '/nowhere'"),
     ],
 )
-def test_mistakes_are_one_line(files: tuple[Path, Path], tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_mistakes_are_one_line(files: tuple[Path, Path], tmp_path: Path, arguments: list[str], message: str) -> None:
     base = ["sample", "--checkpoint", str(files[0]), "--vae", str(files[1]), "--out", str(tmp_path / "none.png")]
     done = CliRunner().invoke(app, base + arguments)
     assert done.exit_code == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert not (tmp_path / "none.png").exists()
 
 
 def test_weights_outside_a_sweep_need_a_vae(files: tuple[Path, Path]) -> None:
     done = CliRunner().invoke(app, ["sample", "--checkpoint", str(files[0]), "--classes", "1"])
-    assert (done.exit_code, "lies in no sweep, so say what decodes its latents" in done.stderr) == (2, True)
+    assert (done.exit_code, "is not in a sweep, so name the VAE of its latents" in done.stderr) == (2, True)

@@ -1,4 +1,4 @@
-"""Arrays as one `.npz` that carries its own sha256 at the end, so that reading it tells a damaged file by name."""
+"""Checksummed `.npz`: arrays in one file with its sha256 at the end, so that a damaged file is detected and named."""
 
 import hashlib
 import io
@@ -13,7 +13,7 @@ _DIGEST_BYTES = 32
 
 
 def to_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """A plain `.npz` with 32 bytes after its end: its sha256. NumPy reads it, too."""
+    """Return an `.npz` followed by the 32 bytes of its sha256. NumPy reads it, too."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     data = buffer.getvalue()
@@ -21,7 +21,7 @@ def to_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def from_bytes(data: bytes, where: str) -> dict[str, np.ndarray]:
-    """The arrays; StorageError names a damaged file."""
+    """Return the arrays; StorageError names a damaged file."""
     body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
     if hashlib.sha256(body).digest() != digest:
         raise StorageError(f"{where}: damaged: its sha256 differs from the one at its end")

@@ -1,4 +1,4 @@
-"""All that was evaluated, as points of model, cost, images seen and measured values."""
+"""All evaluations of a sweep as points: model, cost, images seen and measured values."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +14,10 @@ from dis_scale.storage.folder import Folder
 
 @dataclass(frozen=True)
 class Point:
-    """One model at one image count, drawn in one way.
+    """One model at one count of images seen, with one sampling.
 
-    `facts` are what stands in its metrics beside the values: samples, sampler, steps, guidance, ...; `goodput` is the share of the
-    run's time so far that was spent in steps that counted, where its log tells.
+    `facts` are the other fields of its metrics file: samples, sampler, steps, guidance, ... `goodput` is the share of the run's
+    time so far that was spent in steps that counted; None if its log does not tell.
     """
 
     model: str
@@ -31,18 +31,18 @@ class Point:
 
     @property
     def gmacs(self) -> float:
-        """Multiply-adds of one forward pass for one image, in 10^9."""
+        """10^9 multiply-adds of one forward pass for one image."""
         return self.cost.gmacs_forward
 
     @property
     def eflops(self) -> float:
-        """Operations of the training so far, in 10^18: two a multiply-add."""
+        """10^18 operations of the training so far: two for each multiply-add."""
         return 2 * self.cost.gmacs_training * self.images / 1e9
 
 
 @dataclass(frozen=True)
 class Report:
-    """All points of a sweep under one metric; `failed` and `skipped` say what is missing and why."""
+    """All points of a sweep under one metric; `failed` and `skipped` hold the reasons for missing points."""
 
     sweep: str
     metric: str
@@ -54,12 +54,12 @@ class Report:
 
     @property
     def main(self) -> list[Point]:
-        """The points of the main way to draw that logarithmic axes can show: those of the curves."""
+        """Points of the curves: the main sampling, with a distance that logarithmic axes can show."""
         return [p for p in self.points if p.variant == MAIN and self.distance(p) > 0]
 
     @property
     def counts(self) -> list[int]:
-        """The image counts of the curve, rising; without 0, where nothing was learnt."""
+        """Rising counts of images seen of the curves, without 0 (untrained)."""
         return sorted({p.images for p in self.main if p.images})
 
     @property
@@ -68,38 +68,38 @@ class Report:
 
     @property
     def samplings(self) -> dict[str, Point]:
-        """A point of each way to draw, by its name."""
+        """One point of each sampling, by the variant's name."""
         return {p.variant: p for p in self.points}
 
     @property
     def floor(self) -> float | None:
-        """The distance between two halves of the real images."""
+        """Distance between two halves of the real images; None if unknown."""
         return self.points[0].values.get(f"{self.metric}_floor") if self.points else None
 
     def distance(self, point: Point) -> float:
         return point.values[self.metric]
 
     def error(self, point: Point) -> float | None:
-        """The distance's standard error, where one could be estimated."""
+        """Return the distance's standard error, None if it could not be estimated."""
         return point.values.get(f"{self.metric}_error")
 
     def family(self, kind: str, images: int) -> list[Point]:
-        """A family's points at one count, by rising cost."""
+        """Return a family's points at one count of images seen, by rising cost."""
         return sorted((p for p in self.main if (p.kind, p.images) == (kind, images)), key=lambda p: p.gmacs)
 
 
 def collect(sweep: Folder, plan: Plan) -> Report:
-    """Everything that was evaluated."""
+    """Collect all evaluations of a sweep."""
     recipe, points = plan.recipe, list[Point]()
     for model, cost in plan.costs.items():
         goodput = tracking.goodput(sweep / "runs" / model / "log")
         for variant in recipe.evaluate.samplings:
-            for images, found in results.evaluated(sweep, model, variant).items():
-                facts = {key: value for key, value in found.items() if key not in ("values", "format")}
+            for images, evaluation in results.evaluated(sweep, model, variant).items():
+                facts = {key: value for key, value in evaluation.items() if key not in ("values", "format")}
                 kind = recipe.models[model].kind
                 known = max((n for n in goodput if 0 < n <= images), default=None)
                 share = None if known is None else goodput[known]
-                points.append(Point(model, kind, variant, images, cost, found["values"], facts, share))
+                points.append(Point(model, kind, variant, images, cost, evaluation["values"], facts, share))
     failed = {model: why for model in plan.costs if (why := results.ended(sweep, model))}
     return Report(
         sweep.name,

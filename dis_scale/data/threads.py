@@ -1,8 +1,9 @@
-"""Work that runs ahead in threads and comes out in order."""
+"""Work in threads whose results come out in order, and items in groups."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -10,7 +11,7 @@ R = TypeVar("R")
 
 
 def in_order(items: Iterable[T], work: Callable[[T], R], threads: int) -> Iterator[R]:
-    """Each item's result in the items' order; `threads` threads work on up to two items each beyond the one taken."""
+    """Yield each item's result in the items' order. Up to `2 * threads` items are in work ahead of the one yielded."""
     waiting: deque[Future[R]] = deque()
     pool = ThreadPoolExecutor(threads, "ahead")
     try:
@@ -22,3 +23,10 @@ def in_order(items: Iterable[T], work: Callable[[T], R], threads: int) -> Iterat
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield lists of `size` items; the last may be shorter. `itertools.batched` of Python 3.12."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch

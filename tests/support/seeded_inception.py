@@ -1,6 +1,6 @@
-"""Inception-v3 with seeded weights in the published file's layout: real architecture, figures that move, no download.
+"""Inception-v3 with seeded weights in the published file's layout: real architecture, useful features, no download.
 
-Default initialisation gives features of 2e-8 and tests nothing: here weights are Kaiming-normal, BatchNorm's statistics are
+Default initialisation gives features of 2e-8, which test nothing. Here weights are Kaiming-normal, BatchNorm's statistics are
 calibrated on a batch, and the last layer is scaled until the Inception Score is well above 1.
 """
 
@@ -22,7 +22,7 @@ LOGITS_SPREAD = 3.0
 
 
 def blobs(count: int, seed: int, size: int = 32) -> np.ndarray:
-    """Images that differ in colour, place and size of a soft blob, uint8 (N, size, size, 3); no two alike."""
+    """Make images that differ in colour, position and size of a soft blob, uint8 (N, size, size, 3)."""
     rng = np.random.default_rng(seed)
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, size)] * 2, indexing="ij"), -1)
     centres, widths = rng.uniform(-0.7, 0.7, (count, 1, 1, 2)), rng.uniform(0.1, 0.6, (count, 1, 1))
@@ -38,7 +38,7 @@ def as_tensor(pixels_BHWC: np.ndarray) -> Tensor:
 
 @cache
 def state() -> dict[str, Tensor]:
-    """The seeded weights by name."""
+    """Return the seeded weights by name."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         net = _empty(["2048"])
@@ -60,7 +60,7 @@ def _empty(outputs: list[str]) -> FeatureExtractorInceptionV3:
 
 
 def write(folder: Path) -> tuple[Path, WeightsFile]:
-    """The seeded weights as a file under their own name, and what is to be expected of it."""
+    """Write the seeded weights to a file; return it and its expected size and hash."""
     buffer = io.BytesIO()
     torch.save(state(), buffer)
     data = buffer.getvalue()

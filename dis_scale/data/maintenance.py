@@ -1,0 +1,191 @@
+"""Maintenance of finished latents: verify, repair, describe. Behind `dis-scale data`.
+
+A rebuilt shard is compared with the manifest before it is written: it has the same bytes or it is not written.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from dis_scale import vae
+from dis_scale.data import shards
+from dis_scale.data.encode import EncodedShard, Setup, compute_exactly, encode_shards
+from dis_scale.data.sources import open_source
+from dis_scale.errors import StorageError, UserError
+from dis_scale.progress import ReportDone, ReportShare
+from dis_scale.recipe import PretrainedVae, Recipe, reading
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.vae import PixelVae, Vae
+
+GRID = 100
+"""Images in the grid of `dis-scale data show`, from up to ten shards."""
+AT_ONCE = 8
+"""Images decoded together: some GB of memory at Stable Diffusion's size."""
+
+
+def locate_latents(url: str) -> tuple[Folder | None, Folder]:
+    """Return (sweep, its latents), or (None, latents) if the URL is itself a folder of latents; UserError if neither."""
+    given = open_folder(url)
+    if given.exists(shards.POINTER):
+        return given, shards.latents_of(given)
+    facts = manifest.find(given)
+    if facts is None or "shards" not in facts:
+        raise UserError(f"{given}: neither a sweep with complete latents nor a folder of complete latents")
+    return None, given
+
+
+def verify(latents: Folder, fast: bool, report: ReportShare) -> dict[str, str]:
+    """Compare all shards with the manifest's hashes, or only their sizes if `fast`; return the damage by shard, in order."""
+    entries = manifest.require(latents)["shards"]
+    if fast:
+        sizes = latents.sizes()
+        checked: Iterator[str | None] = (_wrong_size(latents, e, sizes.get(e["name"])) for e in entries)
+        return {e["name"]: damage for e, damage in zip(entries, checked, strict=True) if damage}
+    damaged = {}
+    with ThreadPoolExecutor(shards.READS_AT_ONCE) as pool:
+        for i, damage in enumerate(pool.map(lambda e: _damage(latents, e), entries)):
+            if damage:
+                damaged[entries[i]["name"]] = damage
+            report(i + 1, len(entries))
+    return damaged
+
+
+def require_undamaged(latents: Folder, damaged: dict[str, str], sweep: Folder | None) -> None:
+    """StorageError with the command that repairs, if a shard is damaged."""
+    if damaged:
+        raise StorageError(
+            f"{latents}: {len(damaged)} of {len(manifest.require(latents)['shards'])} shards are damaged; "
+            f"to rebuild them: dis-scale data repair {sweep or 'SWEEP'}"
+        )
+
+
+def repair(url: str, report: ReportShare, listed: ReportDone) -> list[str]:
+    """Rebuild the damaged shards of a sweep's latents; return their names. UserError if their bytes would differ."""
+    sweep, latents = locate_latents(url)
+    if sweep is None:
+        raise UserError(
+            f"{url}: a folder of latents: give the sweep's folder, whose recipe names the images and the VAE"
+        )
+    damaged = verify(latents, False, report)
+    if damaged:
+        facts, recipe = manifest.require(latents), _recipe(sweep)
+        setup = _same_setup(sweep, recipe, latents, facts, listed)
+        entries = {int(entry["name"].partition(".")[0]): entry for entry in facts["shards"]}
+        numbers = [n for n, entry in entries.items() if entry["name"] in damaged]
+        for shard in encode_shards(setup, numbers, lambda _: None):
+            _put_same(latents, shard, entries[shard.number])
+    return list(damaged)
+
+
+def describe(latents: Folder) -> list[str]:
+    """Return totals, labels, statistics and identity, a line each."""
+    m = manifest.require(latents)
+    channels, size = m["latent"]
+    total = sum(shard["bytes"] for shard in m["shards"])
+    names = dict(enumerate(m.get("label_names", [])))
+    labels = [f"{names.get(int(label), label)} {count:,}" for label, count in m.get("labels", {}).items()]
+    refused = f", {len(m['refused'])} refused: {_some(m['refused'])}" if m["refused"] else ", none refused"
+    deviations = [abs(m["scale"]) * deviation for deviation in m["std"]]
+    return [
+        f"latents  {latents}",
+        f"images   {m['count']:,} in {len(m['shards'])} shards, {total / 1e6:,.1f} MB{refused}",
+        f"latent   {channels}x{size}x{size}, float16 moments of image and horizontal flip",
+        f"labels   {len(labels)} of {m['num_classes']} classes: {_some(labels)}",
+        f"mean     {_numbers(m['mean'])} by channel; shift {m['shift']:g}",
+        f"std      {_numbers(m['std'])}; scale {m['scale']:g} makes it {_numbers(deviations)}",
+        f"source   {_settings(m.get('source', {}))}; listing {m.get('listing', '?')[:12]}",
+        f"vae      {m['vae'][:12]}",
+        f"encoded  {m.get('resolution', '?')} pixels, {m.get('shard_images', '?')} images a shard, "
+        f"{m.get('encode_images', '?')} at a time, on {m.get('device', '?')} with torch {m.get('torch', '?')}",
+    ]
+
+
+def load_decoder(sweep: Folder | None, latents: Folder, path: str | None) -> Vae | None:
+    """Load the VAE of the latents: from `path`, else the sweep's, else `PixelVae` if they are pixels, else None.
+
+    UserError if another VAE encoded the latents.
+    """
+    theirs = manifest.require(latents)["vae"]
+    if path is None and sweep is None:
+        return PixelVae() if PixelVae().identity == theirs else None
+    if path is not None:
+        decoder = vae.load(PretrainedVae(kind="pretrained", path=path), latents)
+    else:
+        assert sweep is not None
+        decoder = vae.load(_recipe(sweep).vae, sweep)
+    shards.require_same_vae(latents, theirs, decoder.identity)
+    return decoder
+
+
+def decode_examples(latents: Folder, decoder: Vae) -> np.ndarray:
+    """Decode up to `GRID` posterior means to uint8 (N, H, W, 3), evenly from up to ten shards."""
+    entries = [entry for entry in manifest.require(latents)["shards"] if entry["count"]]
+    chosen = entries[:: -(-len(entries) // 10)]
+    images = []
+    for entry in chosen:
+        moments = shards.unpack(manifest.verified(latents, entry["name"], entry), f"{latents}/{entry['name']}").moments
+        rows = moments[:: max(1, len(moments) // (GRID // len(chosen)))][: GRID // len(chosen), 0]
+        mean = np.split(rows.astype(np.float32), 2, axis=1)[0]
+        few = torch.from_numpy((mean - decoder.shift) * decoder.scale).split(AT_ONCE)
+        images += [decoder.decode(latents_BCHW) for latents_BCHW in few]
+    return np.concatenate(images)
+
+
+def _recipe(sweep: Folder) -> Recipe:
+    return reading.parse(sweep.read(reading.FILE).decode(), f"{sweep}/{reading.FILE}")
+
+
+def _damage(latents: Folder, entry: dict[str, Any]) -> str | None:
+    try:
+        manifest.verified(latents, entry["name"], entry)
+    except StorageError as error:
+        return str(error)
+    return None
+
+
+def _wrong_size(latents: Folder, entry: dict[str, Any], size: int | None) -> str | None:
+    if size == entry["bytes"]:
+        return None
+    if size is None:
+        return f"{latents}/{entry['name']}: missing, though its manifest names it"
+    return f"{latents}/{entry['name']}: {size} bytes, its manifest says {entry['bytes']}"
+
+
+def _same_setup(sweep: Folder, recipe: Recipe, latents: Folder, facts: dict[str, Any], listed: ReportDone) -> Setup:
+    """Return the setup that encoded the set; UserError if it is not available, since the bytes would differ."""
+    setup = Setup(open_source(recipe.data, shards.store_of(sweep), listed), vae.load(recipe.vae, sweep), recipe)
+    ours = {"vae": setup.vae.identity, "listing": setup.source.listing.facts["sha256"], "torch": torch.__version__}
+    if different := [f"{key} {facts[key]}, now {value}" for key, value in ours.items() if facts[key] != value]:
+        raise UserError(f"{latents}: encoded with {'; '.join(different)}: a rebuilt shard would have other bytes")
+    if facts["device"] == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"{latents}: encoded on cuda, and there is no GPU here: a rebuilt shard would have other bytes")
+    compute_exactly()
+    setup.vae.net.to(facts["device"])
+    return setup
+
+
+def _put_same(latents: Folder, shard: EncodedShard, entry: dict[str, Any]) -> None:
+    """Write the shard if it has the manifest's hash; StorageError otherwise."""
+    digest = manifest.digest(shards.pack(shard.samples))
+    if digest["sha256"] != entry["sha256"]:
+        raise StorageError(
+            f"{latents}/{entry['name']}: rebuilt, it has other bytes ({digest['sha256'][:12]}, its manifest says "
+            f"{entry['sha256'][:12]}): an image has changed, or the hardware is of another kind; not written"
+        )
+    shards.put_shard(latents, *shard)
+
+
+def _some(words: list[str]) -> str:
+    return ", ".join(words[:10]) + (f", ... ({len(words) - 10} more)" if len(words) > 10 else "")
+
+
+def _numbers(values: list[float]) -> str:
+    return " ".join(f"{value:.3g}" for value in values)
+
+
+def _settings(source: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in source.items() if value is not None)
