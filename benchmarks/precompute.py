@@ -82,7 +82,7 @@ def alone(encoder: KlVae, decoded: np.ndarray, batch: int) -> None:
 
 
 @dataclass(frozen=True)
-class Watched(KlVae):
+class TimedVae(KlVae):
     """A VAE that counts its seconds."""
 
     seconds: list[float] = field(default_factory=list)

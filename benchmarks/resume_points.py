@@ -77,12 +77,12 @@ def main() -> None:
         found = rates(open_folder(at))
         for part, rate in found.items():
             print(f"{part:14} {rate / 1e9:6.2f} GB/s")
-        for ranks in RANKS:
-            share = H_PARAMETERS * STATES * FLOAT32 / ranks
+        for world in RANKS:
+            share = H_PARAMETERS * STATES * FLOAT32 / world
             after = sum(share / rate for part, rate in found.items() if part != "clone")
             print(
-                f"DiS-H, {ranks} ranks: {share / 1e9:.2f} GB a rank: training pauses {share / found['clone']:.2f} s, "
-                f"then {after:.1f} s in the background"
+                f"DiS-H, {world} ranks: {share / 1e9:.2f} GB a rank: training stands still {share / found['clone']:.2f} s, "
+                f"then {after:.1f} s beside it"
             )
 
 

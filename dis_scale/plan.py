@@ -1,4 +1,4 @@
-"""What a sweep will cost, said before it starts. Nothing here is measured: counts and arithmetic."""
+"""Price of a sweep before it starts: counts and arithmetic, nothing measured."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class Plan:
     costs: dict[str, Cost]
 
     def parameters(self) -> dict[str, dict[str, object]]:
-        """What MLflow keeps of each model."""
+        """Return the parameters of each model's run in MLflow."""
         train = self.recipe.train
         return {
             name: {
@@ -30,8 +30,8 @@ class Plan:
         }  # fmt: skip
 
 
-def plan(recipe: Recipe, shape: LatentShape) -> Plan:
-    """The plan of a recipe whose latents have this shape; UserError for a model that does not fit them."""
+def price_sweep(recipe: Recipe, shape: LatentShape) -> Plan:
+    """Return the plan of a recipe whose latents have this shape; UserError for a model that does not fit them."""
     return Plan(
         recipe,
         shape,
@@ -40,9 +40,9 @@ def plan(recipe: Recipe, shape: LatentShape) -> Plan:
 
 
 def table(plan: Plan) -> Table:
-    """A row a model: what it is, what one image costs, what its training costs, what a resume point takes.
+    """Return one row per model: its size, the cost of an image, the cost of training, the size of a resume point.
 
-    Saving one takes host memory: a clone of all states, and of one state at a time its bytes twice.
+    Saving needs host memory: a clone of all states, and twice the bytes of one state at a time.
     """
     train = plan.recipe.train
     steps = train.images // train.batch_images

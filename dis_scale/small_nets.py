@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dis_scale import seeds, vae
 from dis_scale.data.sources import Source, select_decodable
 from dis_scale.progress import ReportDone
-from dis_scale.recipe import FEATURE_DIMENSIONS, TrainedVae
+from dis_scale.recipe import TrainedVae
+from dis_scale.recipe.evaluate import FEATURE_DIMENSIONS
 from dis_scale.vae import to_unit
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from dis_scale.errors import DisScaleError, UserError
 from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, TrainedVae, VaeSettings
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
+from dis_scale.sweep import Sweep
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL as AutoencoderKL
@@ -197,15 +198,19 @@ def latent_shape(settings: VaeSettings, resolution: int) -> LatentShape:
     return LatentShape(channels, resolution // factor)
 
 
-def load(settings: VaeSettings, sweep: Folder) -> Vae:
+def load(sweep: Sweep) -> Vae:
     """Load the sweep's VAE: the prepare stage's, a published one from a local folder or hub id, or `PixelVae`."""
+    settings = sweep.recipe.vae
     if isinstance(settings, NoVae):
         return PixelVae()
-    if isinstance(settings, TrainedVae):
-        net = _stored(sweep / "vae")
-    else:
-        net = _from_path(_autoencoder().from_pretrained, settings)
-    return KlVae(net.eval().requires_grad_(False))
+    if isinstance(settings, PretrainedVae):
+        return load_pretrained(settings)
+    return KlVae(_stored(sweep.vae).eval().requires_grad_(False))
+
+
+def load_pretrained(settings: PretrainedVae) -> Vae:
+    """Load a published VAE from a local folder or hub id; UserError if there is none."""
+    return KlVae(_from_path(_autoencoder().from_pretrained, settings).eval().requires_grad_(False))
 
 
 def _stored(folder: Folder) -> "AutoencoderKL":

@@ -1,1 +1,1 @@
-"""The Ray programs, one a stage: prepare, precompute, train, evaluate; jobs.py submits them. The only folder that imports Ray."""
+"""The Ray programs: one per stage, and the driver that submits them. The only folder that imports Ray."""

@@ -1,12 +1,12 @@
-"""`python -m pipelines STAGE SWEEP ...`: a stage's program, imported by name so that Ray's workers find its actors by name, too."""
+"""`python -m pipelines STAGE SWEEP ...`: run a stage's program. Imported by name, so that Ray's workers find its actors by name."""
 
 import sys
 
 from pipelines import stage
 
 
-def program(name: str) -> stage.Program:
-    """The program of a stage; imports that stage alone."""
+def find_program(name: str) -> stage.Program:
+    """Return the program of a stage; imports that stage only."""
     match name:
         case "prepare":
             from pipelines.prepare import prepare
@@ -17,19 +17,19 @@ def program(name: str) -> stage.Program:
 
             return precompute
         case "train":
-            from pipelines.train import train_model
+            from pipelines.train import train
 
-            return train_model
+            return train
         case "evaluate":
             from pipelines.evaluate import evaluate
 
             return evaluate
-        case "vary":
-            from pipelines.evaluate import vary
+        case "ablate":
+            from pipelines.evaluate import ablate
 
-            return vary
-    raise SystemExit(f"unknown stage {name!r}: expected prepare, precompute, train, evaluate or vary")
+            return ablate
+    raise SystemExit(f"unknown stage {name!r}: expected prepare, precompute, train, evaluate or ablate")
 
 
 if __name__ == "__main__":
-    stage.main(program(sys.argv[1]), *sys.argv[2:])
+    stage.run_program(find_program(sys.argv[1]), *sys.argv[2:])

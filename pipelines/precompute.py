@@ -1,7 +1,7 @@
-"""Precompute, a Ray job: workers encode images to posterior moments and put latent shards; the driver seals them with the manifest.
+"""Precompute, a Ray job: workers encode images to posterior moments and write latent shards; the driver writes the manifest last.
 
-Workers take shards by number from one dealer as they get to them, so that a slow one holds nobody. Which worker makes a shard
-changes nothing in it: dis_scale/data/encode.py.
+Workers take shard numbers from one dealer, so a slow worker does not hold up the others. A shard's bytes do not depend on which
+worker makes it: dis_scale/data/encode.py.
 """
 
 import json
@@ -16,99 +16,97 @@ from dis_scale import vae
 from dis_scale.data import shards
 from dis_scale.data.encode import Setup, compute_exactly, put_shards, require_same_hardware
 from dis_scale.data.sources import open_source
-from dis_scale.errors import Preempted, UserError
+from dis_scale.errors import UserError
 from dis_scale.progress import listing_words, now_and_then
-from dis_scale.recipe import Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
-from pipelines import stage
+from dis_scale.sweep import Sweep, state
+from pipelines import lines, stage
+from pipelines.restarts import with_restarts
+from pipelines.worker import Worker, WorkerFailure, choose_device, resources, spawn, watch
 
 BEGUN = "begun.json"
 CHECKING = "latents  {:,} of {:,} finished shards checked"
 
 
 class Dealer:
-    """Deals numbers to whoever asks, each once; None when there are no more."""
+    """Deals each number to one caller; None when there are no more."""
 
     def __init__(self, numbers: list[int]) -> None:
-        self._left, self._one_at_a_time = iter(numbers), threading.Lock()
+        self._left, self._lock = iter(numbers), threading.Lock()
 
     def next(self) -> int | None:
-        with self._one_at_a_time:
+        with self._lock:
             return next(self._left, None)
 
 
-class Encoder(stage.Worker):
+class Encoder(Worker):
     """Encodes shards by number; progress counts images."""
 
-    def encode(
-        self, sweep: Folder, latents: Folder, recipe: Recipe, device: str, deal: Callable[[], int | None]
-    ) -> None:
+    def encode(self, sweep: Sweep, latents: Folder, device: str, deal: Callable[[], int | None]) -> None:
         compute_exactly()
         require_same_hardware(latents, device)
-        setup = Setup(open_source(recipe.data, shards.store_of(sweep)), vae.load(recipe.vae, sweep), recipe)
+        setup = open_setup(sweep)
         setup.vae.net.to(device)
         put_shards(setup, latents, iter(deal, None), self._count)
 
     def _count(self, images: int) -> None:
-        self._done += images
-        if self._wish.is_set():
-            raise Preempted("stopped as asked; the shard under way is made again")
+        self.report(self._done + images)
+        self.raise_if_stopped("a rerun repeats the unfinished shard")
 
 
-def precompute(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
-    """Makes the shards that are not there yet and writes the manifest last."""
+def precompute(sweep: Sweep, _: list[str]) -> None:
+    """Make the shards that are missing and write the manifest last."""
     stage.connect()
-    device, why = stage.choose_device(recipe)
-    encoder = vae.load(recipe.vae, sweep)
-    latents = shards.latents_folder(sweep, recipe, encoder.identity)
-    stage.say(f"latents  {latents} on {device} ({why})")
+    device, why = choose_device(sweep.recipe)
+    encoder = vae.load(sweep)
+    latents = shards.latents_folder(sweep, encoder.identity)
+    lines.say(f"latents  {latents} on {device} ({why})")
     if manifest.find(latents) is None:
-        store = shards.store_of(sweep)
-        make(
-            sweep,
-            latents,
-            Setup(open_source(recipe.data, store, listing_words(stage.say)), encoder, recipe),
-            device,
-            on_ray,
-        )
-    shards.point_to(sweep, latents, encoder.identity)
+        source = open_source(sweep.recipe.data, sweep.store, listing_words(lines.say))
+        make_latents(sweep, latents, Setup(source, encoder, sweep.recipe), device, encode_on_ray)
+    state.use_latents(sweep, latents, encoder.identity)
 
 
-Encode = Callable[[Folder, Folder, Setup, str, list[int]], None]
+def open_setup(sweep: Sweep) -> Setup:
+    """Return what encoding needs: the source, the VAE and the recipe."""
+    return Setup(open_source(sweep.recipe.data, sweep.store), vae.load(sweep), sweep.recipe)
+
+
+Encode = Callable[[Sweep, Folder, Setup, str, list[int]], None]
 """Makes the shards of these numbers."""
 
 
-def make(sweep: Folder, latents: Folder, setup: Setup, device: str, encode: Encode) -> None:
-    """Begins or goes on with a set and seals it."""
+def make_latents(sweep: Sweep, latents: Folder, setup: Setup, device: str, encode: Encode) -> None:
+    """Begin or continue a set of latents and seal it."""
     _require_one_kind(latents, device, setup.source.listing.facts["sha256"])
     for name in shards.clear_strays(latents, setup.numbers):
-        stage.say(f"{name} lies beyond the set: deleted")
+        lines.say(f"{name} is not part of the set: deleted")
 
-    def attempt(_: stage.Lost | None) -> None:
-        done = shards.finished(latents, setup.numbers, now_and_then(stage.say, CHECKING))
+    def attempt(_: WorkerFailure | None) -> None:
+        done = shards.finished(latents, setup.numbers, now_and_then(lines.say, CHECKING))
         encode(sweep, latents, setup, device, [n for n in setup.numbers if n not in done])
 
-    stage.with_restarts(setup.recipe, "precompute", attempt, lambda: len(latents.list()))
-    stage.leave_if_asked()
-    found = shards.write_manifest(latents, setup.numbers, _facts(setup, device))
-    stage.say(f"{found['count']} latents in {len(setup.numbers)} shards, {len(found['refused'])} images refused")
+    with_restarts(setup.recipe, "precompute", attempt, lambda: len(latents.list()))
+    stage.raise_if_stopped()
+    sealed = shards.write_manifest(latents, setup.numbers, _facts(setup, device))
+    lines.say(f"{sealed['count']} latents in {len(setup.numbers)} shards, {len(sealed['refused'])} images refused")
 
 
-def on_ray(sweep: Folder, latents: Folder, setup: Setup, device: str, left: list[int]) -> None:
-    """Makes the shards in workers on Ray, as many as the recipe says and there is room for."""
+def encode_on_ray(sweep: Sweep, latents: Folder, setup: Setup, device: str, left: list[int]) -> None:
+    """Make the shards in workers on Ray: as many as the recipe names and the cluster can hold."""
     recipe, images = setup.recipe, len(setup.source)
-    room = int(ray.cluster_resources().get("GPU" if device == "cuda" else "CPU", 1))
+    capacity = int(ray.cluster_resources().get("GPU" if device == "cuda" else "CPU", 1))
     before = images - sum(len(setup.positions(n)) for n in left)
     dealer = ray.remote(num_cpus=0)(Dealer).remote(left)
-    options = stage.resources("precompute", device, 1)
-    workers = [stage.spawn(Encoder, options) for _ in range(min(recipe.precompute.workers, len(left), room))]
-    results = [w.encode.remote(sweep, latents, recipe, device, _Ask(dealer)) for w in workers]
-    stage.watch(workers, results, lambda done: stage.progress(min(before + sum(done), images), images, "images"))
+    options = resources("precompute", device, 1)
+    workers = [spawn(Encoder, options) for _ in range(min(recipe.precompute.workers, len(left), capacity))]
+    results = [w.encode.remote(sweep, latents, device, _RemoteDealer(dealer)) for w in workers]
+    watch(workers, results, lambda done: lines.progress(min(before + sum(done), images), images, "images"))
 
 
-class _Ask:
-    """The dealer's next number, from afar."""
+class _RemoteDealer:
+    """A remote call for the dealer's next number; picklable."""
 
     def __init__(self, dealer: Any) -> None:
         self._dealer = dealer
@@ -118,7 +116,7 @@ class _Ask:
 
 
 def _require_one_kind(latents: Folder, device: str, listing: str) -> None:
-    """One set is filled from one listing of images by one kind of hardware and PyTorch: else its bytes would differ."""
+    """A set is made from one listing of images by one kind of hardware and PyTorch: otherwise its bytes would differ."""
     ours = {"format": manifest.FORMAT, "device": device, "torch": torch.__version__, "listing": listing}
     latents.create(BEGUN, json.dumps(ours).encode())
     theirs = latents.read_json(BEGUN)

@@ -1,6 +1,6 @@
-"""Train, a Ray job a model: a placement group of DeepSpeed workers, restarted from the last resume point when one is lost.
+"""Train, one Ray job per model: a placement group of DeepSpeed workers, restarted from the newest resume point after a failure.
 
-The driver holds the run's lease, hands on the wish to stop, projects rows into MLflow, and leaves last.
+The driver holds the run's lease, forwards stop requests, copies rows to MLflow, and ends last.
 """
 
 import contextlib
@@ -12,122 +12,122 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import ray
-from ray._private import state
+from ray._private import state as ray_state
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dis_scale.errors import StorageError
 from dis_scale.recipe import Recipe
 from dis_scale.storage import lease
-from dis_scale.storage.folder import Folder
-from dis_scale.tracking import Projection, Rows
-from dis_scale.training.checkpoint import newest_images
-from pipelines import stage
+from dis_scale.sweep import Sweep, state
+from dis_scale.tracking.mlflow import RunCopy
+from dis_scale.tracking.rows import RowReader
+from pipelines import lines, stage
+from pipelines.restarts import with_restarts
+from pipelines.worker import Worker, WorkerFailure, choose_device, resources, spawn, watch
 
-ROOM_WAIT_S = 5.0
-PROJECT_EVERY_S, PROJECT_LAST_S = 5.0, 60.0
-"""Between two looks for new rows; and for a look that is under way when training ends, whose rows would else be lost to MLflow."""
+CAPACITY_WAIT_S = 5.0
+"""Wait for resources that the attempt before has not freed yet."""
+COPY_EVERY_S, LAST_COPY_S = 5.0, 60.0
+"""Interval of copies to MLflow; time for one in progress when training ends, whose rows would otherwise be missing there."""
 
 
-class Trainer(stage.Worker):
+class Trainer(Worker):
     """One rank."""
 
     def address(self) -> tuple[str, int]:
-        """Where rank 0 will listen."""
+        """Return the host and a free port, where rank 0 will listen."""
         with socket.socket() as free:
             free.bind(("", 0))
             return ray.util.get_node_ip_address(), free.getsockname()[1]
 
     def train(
         self,
-        place: dict[str, Any],
-        sweep: Folder,
-        recipe: Recipe,
+        rank_environment: dict[str, Any],
+        sweep: Sweep,
         model: str,
         held_lease: lease.Lease,
         device: str,
-        wanted: tuple[float, float | None],
+        requested_at: float,
+        silent_s: float | None,
     ) -> int:
-        os.environ.update({key: str(value) for key, value in place.items()})
+        os.environ.update({key: str(value) for key, value in rank_environment.items()})
         import torch
 
-        from dis_scale.data import shards
         from dis_scale.training import engine
-        from dis_scale.training.loop import Run, train
+        from dis_scale.training.loop import Attempt, Start, train_model
 
         if device == "cpu":
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // place["WORLD_SIZE"]))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // rank_environment["WORLD_SIZE"]))
         where = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
         engine.connect(where)
-        return train(
-            Run(
-                recipe, model, sweep, shards.latents_of(sweep), held_lease.number, where, held_lease.held, self._wish.is_set,
-                lambda images: setattr(self, "_done", images), lambda line: self._said.append(line),
-                *wanted,
-            )
+        attempt = Attempt(
+            sweep=sweep, model=model, latents=state.require_latents(sweep), number=held_lease.number, device=where,
+            start=Start(requested_at, silent_s), held=held_lease.held, stop_requested=self.stop_requested,
+            report=self.report, log=self.log, emit=self.emit,
         )  # fmt: skip
+        return train_model(attempt)
 
 
-def train_model(sweep: Folder, recipe: Recipe, arguments: list[str]) -> None:
-    """Trains one model to its last published count; a lost worker costs an attempt, of which the recipe allows some."""
+def train(sweep: Sweep, arguments: list[str]) -> None:
+    """Train one model to its last published count; a lost worker costs an attempt, and the recipe allows some."""
     (model,) = arguments
     stage.connect()
-    device, why = stage.choose_device(recipe)
-    stage.say(f"{model}: device {device} ({why})")
-    run = sweep / "runs" / model
-    projection, rows = Projection(sweep, model), Rows(run / "log")
+    device, why = choose_device(sweep.recipe)
+    lines.say(f"{model}: device {device} ({why})")
+    run = sweep.run(model)
 
-    def attempts(lost: stage.Lost | None) -> int:
-        images = _attempt(sweep, recipe, model, device, lost)
-        while images < recipe.train.images and not stage.wish.is_set():
-            images = _attempt(sweep, recipe, model, device, None)  # it stopped to grow, or to leave a node
-        return images
+    def attempts(failure: WorkerFailure | None) -> int:
+        images_seen = _attempt(sweep, model, device, failure)
+        while images_seen < sweep.recipe.train.images and not stage.stop_requested():
+            images_seen = _attempt(sweep, model, device, None)  # it stopped to grow, or to leave a node
+        return images_seen
 
-    with _mirroring(projection, rows):
-        images = stage.with_restarts(recipe, model, attempts, lambda: newest_images(run))
-    if images < recipe.train.images:
-        stage.leave_if_asked()
-    projection.finish("FINISHED")
+    copy = RunCopy(sweep, model)
+    with _copying(copy, RowReader(run.log)):
+        images_seen = with_restarts(sweep.recipe, model, attempts, lambda: state.resumable_images(run))
+    if images_seen < sweep.recipe.train.images:
+        stage.raise_if_stopped()
+    copy.finish("FINISHED")
 
 
-def _attempt(sweep: Folder, recipe: Recipe, model: str, device: str, lost: stage.Lost | None) -> int:
-    """One attempt at a fixed world size, under a lease of its own; returns the images seen, fewer where it stopped to move."""
-    began = time.time()
-    bundle = stage.resources("train", device, 1)
-    custom = bundle.get("resources", {}) | {"CPU": 1} | ({"GPU": 1} if device == "cuda" else {})
-    world, group = _place(recipe, custom)
+def _attempt(sweep: Sweep, model: str, device: str, failure: WorkerFailure | None) -> int:
+    """Run one attempt at a fixed world size, under a lease of its own; return the images seen, fewer if it stopped to move."""
+    requested_at, silent_s = (failure.at, failure.silent_s) if failure else (time.time(), None)
+    recipe, request = sweep.recipe, resources("train", device, 1)
+    bundle = request.get("resources", {}) | {"CPU": 1} | ({"GPU": 1} if device == "cuda" else {})
+    world, group = _place(recipe, bundle)
     try:
-        options = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(world)]
-        workers = [stage.spawn(Trainer, bundle | {"scheduling_strategy": option}) for option in options]
+        places = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(world)]
+        workers = [spawn(Trainer, request | {"scheduling_strategy": place}) for place in places]
         host, port = ray.get(workers[0].address.remote())
-        place = {"WORLD_SIZE": world, "MASTER_ADDR": host, "MASTER_PORT": port, "LOCAL_RANK": 0}
-        wanted = (lost.at, lost.silent_s) if lost else (began, None)
-        with lease.hold(sweep / "runs" / model / "lease") as held:
+        environment = {"WORLD_SIZE": world, "MASTER_ADDR": host, "MASTER_PORT": port, "LOCAL_RANK": 0}
+        with lease.hold(sweep.run(model).lease) as held:
             results = [
-                worker.train.remote(place | {"RANK": rank}, sweep, recipe, model, held, device, wanted)
+                worker.train.remote(environment | {"RANK": rank}, sweep, model, held, device, requested_at, silent_s)
                 for rank, worker in enumerate(workers)
             ]
             nodes = set(placement_group_table(group)["bundles_to_node_id"].values())
-            total, due = recipe.train.images, time.monotonic() + recipe.train.grow_after_s
+            grow_at_s = time.monotonic() + recipe.train.grow_after_s
 
             def moves() -> bool:
-                return _node_goes(model, nodes) or (time.monotonic() > due and _more_fit(recipe, custom, world))
+                return _node_drains(model, nodes) or (time.monotonic() > grow_at_s and _can_grow(recipe, bundle, world))
 
             def report(done: list[int]) -> None:
-                stage.progress(max(done), total, "images")
+                lines.progress(max(done), recipe.train.images, "images")
 
-            return min(stage.watch(workers, results, report, recipe.train.hang_after_s, moves))
+            return min(watch(workers, results, report, recipe.train.hang_after_s, moves))
     finally:
         remove_placement_group(group)
 
 
 def _place(recipe: Recipe, bundle: dict[str, float]) -> tuple[int, Any]:
-    """(world size, its placement group), the size chosen anew where what it was to have is gone before it had it."""
+    """Return (world size, its placement group); the size is chosen again if its capacity is lost before it is placed."""
     while True:
         world = _world_size(recipe, bundle)
         group = placement_group([bundle] * world, strategy="PACK")
         try:
-            if _placed(group, world, lambda: _largest(recipe.train.world_sizes, _free(bundle))):
+            if _placed(group, world, lambda: largest_fitting(recipe.train.world_sizes, _free(bundle))):
                 return world, group
         except BaseException:
             remove_placement_group(group)
@@ -135,82 +135,97 @@ def _place(recipe: Recipe, bundle: dict[str, float]) -> tuple[int, Any]:
         remove_placement_group(group)
 
 
-def _placed(group: Any, world: int, to_be_had: Callable[[], int]) -> bool:
-    """Waits for room and says what it waits for; False where there is room for fewer now, as after the loss of a node."""
-    ready, said = group.ready(), False
+def _placed(group: Any, world: int, fitting: Callable[[], int]) -> bool:
+    """Wait for capacity, and log it; False if only fewer workers fit now, as after the loss of a node."""
+    ready, logged = group.ready(), False
     while not ray.wait([ready], timeout=1)[0]:
-        stage.leave_if_asked()
-        if 0 < to_be_had() < world:
+        stage.raise_if_stopped()
+        if 0 < fitting() < world:
             return False
-        if not said:
-            stage.say(f"waiting for room for {world} workers: the cluster has {ray.available_resources()} free")
-            said = True
+        if not logged:
+            lines.say(f"waiting for capacity for {world} workers: the cluster has {ray.available_resources()} free")
+            logged = True
     return True
 
 
 def _world_size(recipe: Recipe, bundle: dict[str, float]) -> int:
-    """The largest of the recipe's world sizes for which there is room, else its smallest, which then waits.
+    """The largest of the recipe's world sizes that fits, otherwise its smallest, which then waits.
 
-    What an attempt before has left comes free a moment later: waits for it where the cluster has it.
+    Resources of the attempt before come free a moment later: waits for them.
     """
-    sizes, deadline = recipe.train.world_sizes, time.monotonic() + ROOM_WAIT_S
+    sizes, deadline = recipe.train.world_sizes, time.monotonic() + CAPACITY_WAIT_S
     while True:
-        to_be_had = _largest(sizes, _room(bundle, stage.nodes_that_stay(state.total_resources_per_node())))
-        free = _largest(sizes, _free(bundle))
-        if free == to_be_had or time.monotonic() > deadline or stage.wish.is_set():
+        possible = largest_fitting(sizes, capacity(bundle, _nodes_that_stay(ray_state.total_resources_per_node())))
+        free = largest_fitting(sizes, _free(bundle))
+        if free == possible or time.monotonic() > deadline or stage.stop_requested():
             return free or sizes[-1]
         stage.pause(0.2)
 
 
-def _largest(sizes: Sequence[int], room: int) -> int:
-    """The largest of the falling `sizes` for which there is room; 0 where there is for none."""
-    return next((size for size in sizes if size <= room), 0)
+def largest_fitting(sizes: Sequence[int], workers: int) -> int:
+    """Return the largest of the falling `sizes` that is at most `workers`; 0 if none is."""
+    return next((size for size in sizes if size <= workers), 0)
 
 
-def _room(bundle: dict[str, float], nodes: Iterable[dict[str, float]]) -> int:
-    """How many workers of these resources the nodes hold; one worker's lie on one node."""
+def capacity(bundle: dict[str, float], nodes: Iterable[dict[str, float]]) -> int:
+    """Return how many workers of these resources the nodes hold; one worker's resources are all on one node."""
     return sum(min(int(node.get(name, 0) // amount) for name, amount in bundle.items()) for node in nodes)
 
 
 def _free(bundle: dict[str, float]) -> int:
-    """How many more workers fit now on nodes that stay."""
-    return _room(bundle, stage.nodes_that_stay(state.available_resources_per_node()))
+    """How many more workers fit now."""
+    return capacity(bundle, _nodes_that_stay(ray_state.available_resources_per_node()))
 
 
-def _node_goes(model: str, nodes: set[str]) -> bool:
-    """Whether one of the attempt's nodes is being drained: while it stands, its workers can still save."""
-    going = bool(nodes & stage.draining())
-    if going:
-        stage.say(f"{model}: a node of its workers is being drained: they stop at a resume point, to go on elsewhere")
-    return going
+def _nodes_that_stay(by_node: dict[str, dict[str, float]]) -> list[dict[str, float]]:
+    """Resources of the nodes that are not being drained: Ray still counts those that are, and places nothing there."""
+    draining = _draining()
+    return [resources for node, resources in by_node.items() if node not in draining]
 
 
-def _more_fit(recipe: Recipe, bundle: dict[str, float], world: int) -> bool:
-    """Whether a larger world size has room now, the running workers' own included."""
+def _draining() -> set[str]:
+    """Nodes that will be taken away: `ray drain-node`, KubeRay, an autoscaler and a spot notice all end here."""
+    return set(ray_state.state.get_draining_nodes())
+
+
+def _node_drains(model: str, nodes: set[str]) -> bool:
+    """Whether one of the attempt's nodes is being drained; until it goes, its workers can still save."""
+    drains = bool(nodes & _draining())
+    if drains:
+        lines.emit("drain", model=model)
+        lines.say(
+            f"{model}: a node of its workers is being drained: they stop at a resume point and continue elsewhere"
+        )
+    return drains
+
+
+def _can_grow(recipe: Recipe, bundle: dict[str, float], world: int) -> bool:
+    """Whether a larger world size fits now, counting the running workers' own resources."""
     if world == recipe.train.world_sizes[0]:
         return False
-    larger = _largest(recipe.train.world_sizes, world + _free(bundle))
+    larger = largest_fitting(recipe.train.world_sizes, world + _free(bundle))
     if larger > world:
-        stage.say(f"there is room for {larger} workers: {world} stop at a resume point, to go on as {larger}")
+        lines.emit("grow", workers=world, to=larger)
+        lines.say(f"capacity for {larger} workers: {world} stop at a resume point and continue as {larger}")
     return larger > world
 
 
 @contextlib.contextmanager
-def _mirroring(projection: Projection, rows: Rows) -> Iterator[None]:
-    """Sends rows to MLflow from a thread of its own while training runs: a mirror that hangs holds nothing up."""
+def _copying(copy: RunCopy, rows: RowReader) -> Iterator[None]:
+    """Copy rows to MLflow from a thread of its own: an MLflow that hangs does not delay training."""
     over = threading.Event()
 
-    def mirror() -> None:
-        while not over.wait(PROJECT_EVERY_S):
+    def run() -> None:
+        while not over.wait(COPY_EVERY_S):
             with contextlib.suppress(StorageError):
-                projection.send(rows.new())
+                copy.send(rows.new())
 
-    thread = threading.Thread(target=mirror, daemon=True, name="mirror")
+    thread = threading.Thread(target=run, daemon=True, name="mlflow")
     thread.start()
     try:
         yield
     finally:
         over.set()
-        thread.join(PROJECT_LAST_S)
+        thread.join(LAST_COPY_S)
     if not thread.is_alive():
-        projection.send(rows.new())
+        copy.send(rows.new())

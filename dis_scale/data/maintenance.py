@@ -16,9 +16,11 @@ from dis_scale.data.encode import EncodedShard, Setup, compute_exactly, encode_s
 from dis_scale.data.sources import open_source
 from dis_scale.errors import StorageError, UserError
 from dis_scale.progress import ReportDone, ReportShare
-from dis_scale.recipe import PretrainedVae, Recipe, reading
+from dis_scale.recipe import PretrainedVae
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.sweep import LATENTS, Sweep
+from dis_scale.sweep.state import require_latents, require_same_vae
 from dis_scale.vae import PixelVae, Vae
 
 GRID = 100
@@ -27,11 +29,12 @@ AT_ONCE = 8
 """Images decoded together: some GB of memory at Stable Diffusion's size."""
 
 
-def locate_latents(url: str) -> tuple[Folder | None, Folder]:
+def locate_latents(url: str) -> tuple[Sweep | None, Folder]:
     """Return (sweep, its latents), or (None, latents) if the URL is itself a folder of latents; UserError if neither."""
     given = open_folder(url)
-    if given.exists(shards.POINTER):
-        return given, shards.latents_of(given)
+    if given.exists(LATENTS):
+        sweep = Sweep.open(url)
+        return sweep, require_latents(sweep)
     facts = manifest.find(given)
     if facts is None or "shards" not in facts:
         raise UserError(f"{given}: neither a sweep with complete latents nor a folder of complete latents")
@@ -54,7 +57,7 @@ def verify(latents: Folder, fast: bool, report: ReportShare) -> dict[str, str]:
     return damaged
 
 
-def require_undamaged(latents: Folder, damaged: dict[str, str], sweep: Folder | None) -> None:
+def require_undamaged(latents: Folder, damaged: dict[str, str], sweep: Sweep | None) -> None:
     """StorageError with the command that repairs, if a shard is damaged."""
     if damaged:
         raise StorageError(
@@ -72,8 +75,8 @@ def repair(url: str, report: ReportShare, listed: ReportDone) -> list[str]:
         )
     damaged = verify(latents, False, report)
     if damaged:
-        facts, recipe = manifest.require(latents), _recipe(sweep)
-        setup = _same_setup(sweep, recipe, latents, facts, listed)
+        facts = manifest.require(latents)
+        setup = _same_setup(sweep, latents, facts, listed)
         entries = {int(entry["name"].partition(".")[0]): entry for entry in facts["shards"]}
         numbers = [n for n, entry in entries.items() if entry["name"] in damaged]
         for shard in encode_shards(setup, numbers, lambda _: None):
@@ -104,7 +107,7 @@ def describe(latents: Folder) -> list[str]:
     ]
 
 
-def load_decoder(sweep: Folder | None, latents: Folder, path: str | None) -> Vae | None:
+def load_decoder(sweep: Sweep | None, latents: Folder, path: str | None) -> Vae | None:
     """Load the VAE of the latents: from `path`, else the sweep's, else `PixelVae` if they are pixels, else None.
 
     UserError if another VAE encoded the latents.
@@ -113,11 +116,11 @@ def load_decoder(sweep: Folder | None, latents: Folder, path: str | None) -> Vae
     if path is None and sweep is None:
         return PixelVae() if PixelVae().identity == theirs else None
     if path is not None:
-        decoder = vae.load(PretrainedVae(kind="pretrained", path=path), latents)
+        decoder = vae.load_pretrained(PretrainedVae(kind="pretrained", path=path))
     else:
         assert sweep is not None
-        decoder = vae.load(_recipe(sweep).vae, sweep)
-    shards.require_same_vae(latents, theirs, decoder.identity)
+        decoder = vae.load(sweep)
+    require_same_vae(latents, theirs, decoder.identity)
     return decoder
 
 
@@ -133,10 +136,6 @@ def decode_examples(latents: Folder, decoder: Vae) -> np.ndarray:
         few = torch.from_numpy((mean - decoder.shift) * decoder.scale).split(AT_ONCE)
         images += [decoder.decode(latents_BCHW) for latents_BCHW in few]
     return np.concatenate(images)
-
-
-def _recipe(sweep: Folder) -> Recipe:
-    return reading.parse(sweep.read(reading.FILE).decode(), f"{sweep}/{reading.FILE}")
 
 
 def _damage(latents: Folder, entry: dict[str, Any]) -> str | None:
@@ -155,9 +154,9 @@ def _wrong_size(latents: Folder, entry: dict[str, Any], size: int | None) -> str
     return f"{latents}/{entry['name']}: {size} bytes, its manifest says {entry['bytes']}"
 
 
-def _same_setup(sweep: Folder, recipe: Recipe, latents: Folder, facts: dict[str, Any], listed: ReportDone) -> Setup:
+def _same_setup(sweep: Sweep, latents: Folder, facts: dict[str, Any], listed: ReportDone) -> Setup:
     """Return the setup that encoded the set; UserError if it is not available, since the bytes would differ."""
-    setup = Setup(open_source(recipe.data, shards.store_of(sweep), listed), vae.load(recipe.vae, sweep), recipe)
+    setup = Setup(open_source(sweep.recipe.data, sweep.store, listed), vae.load(sweep), sweep.recipe)
     ours = {"vae": setup.vae.identity, "listing": setup.source.listing.facts["sha256"], "torch": torch.__version__}
     if different := [f"{key} {facts[key]}, now {value}" for key, value in ours.items() if facts[key] != value]:
         raise UserError(f"{latents}: encoded with {'; '.join(different)}: a rebuilt shard would have other bytes")

@@ -10,7 +10,7 @@ import json
 import re
 import tarfile
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,11 +19,10 @@ import webdataset as wds
 from dis_scale.data.threads import in_order
 from dis_scale.errors import StorageAway, StorageError, UserError
 from dis_scale.progress import ReportShare
-from dis_scale.recipe import Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
+from dis_scale.sweep import Sweep
 
-POINTER = "latents.json"
 SHARD = re.compile(r"\d{6,}\.(tar|json)")
 READS_AT_ONCE = 8
 """Shards or sidecars that one process reads at a time."""
@@ -50,13 +49,14 @@ class Shard(NamedTuple):
     labels: np.ndarray
 
 
-def latents_folder(sweep: Folder, recipe: Recipe, vae_identity: str) -> Folder:
+def latents_folder(sweep: Sweep, vae_identity: str) -> Folder:
     """Return the folder of this declared source's latents under this VAE: next to the sweeps, which share it."""
+    recipe = sweep.recipe
     key = [
         recipe.data.source.model_dump(mode="json"), recipe.data.resolution, recipe.data.undecodable, vae_identity,
         recipe.precompute.shard_images, recipe.precompute.encode_images, manifest.FORMAT,
     ]  # fmt: skip
-    return store_of(sweep) / f"latents/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
+    return sweep.store / f"latents/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
 
 
 def shard_name(number: int) -> str:
@@ -184,56 +184,6 @@ def _require_size(latents: Folder, number: int, sidecar: dict[str, Any], sizes: 
             f"{latents}/{shard_name(number)}.tar: {size or 0} bytes, its sidecar says {sidecar['bytes']}: "
             "rerun the same command to rebuild it"
         )
-
-
-def point_to(sweep: Folder, latents: Folder, vae_identity: str) -> None:
-    """Record which latents the sweep uses and their VAE, so that training finds them without loading a VAE."""
-    sweep.write_json(POINTER, {"folder": f"latents/{latents.name}", "vae": vae_identity})
-
-
-def find_latents(sweep: Folder) -> Folder | None:
-    """Return the sweep's complete latents, or None; UserError if they were made with another VAE than the sweep's."""
-    if not sweep.exists(POINTER):
-        return None
-    pointer = sweep.read_json(POINTER)
-    latents = store_of(sweep) / pointer["folder"]
-    facts = manifest.find(latents)
-    if facts is None:
-        return None
-    require_same_vae(latents, facts["vae"], pointer["vae"])
-    return latents
-
-
-def require_vae(sweep: Folder, vae_identity: str) -> None:
-    """UserError if the sweep's latents were made with another VAE than this one."""
-    require_same_vae(sweep, sweep.read_json(POINTER)["vae"], vae_identity)
-
-
-def require_same_vae(latents: Folder, theirs: str, ours: str) -> None:
-    """UserError if the VAE identity of the latents is not ours."""
-    if theirs != ours:
-        raise UserError(
-            f"{latents}: latents of another VAE: theirs is {theirs[:12]}, the sweep's is {ours[:12]}; "
-            "use the VAE that made them, or another storage root"
-        )
-
-
-def latents_manifest(sweep: Folder) -> dict[str, Any]:
-    """Return the manifest of the sweep's latents; UserError if they are not complete."""
-    return manifest.require(latents_of(sweep))
-
-
-def latents_of(sweep: Folder) -> Folder:
-    """Return the sweep's complete latents; UserError if there are none."""
-    latents = find_latents(sweep)
-    if latents is None:
-        raise UserError(f"{sweep}: no complete latents: the precompute stage has not finished")
-    return latents
-
-
-def store_of(sweep: Folder) -> Folder:
-    """Return the root that a sweep shares with others: the folder of latents and listings."""
-    return replace(sweep, url=sweep.url.rsplit("/sweeps/", 1)[0])
 
 
 def _agrees(latents: Folder, number: int) -> bool:

@@ -3,7 +3,6 @@
 Read next: inception.py, and measure.py for the metrics.
 """
 
-import hashlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dis_scale.errors import StorageError, UserError
+from dis_scale.errors import UserError
 from dis_scale.evaluation import inception
-from dis_scale.recipe import Evaluate, ExtractorSettings, InceptionExtractor, TorchScriptExtractor, TrainedExtractor
+from dis_scale.recipe import ExtractorSettings, InceptionExtractor, TorchScriptExtractor
 from dis_scale.small_nets import Classifier
 from dis_scale.storage import manifest
-from dis_scale.storage.folder import Folder, locate
+from dis_scale.sweep import Sweep
+from dis_scale.sweep.extractors import WEIGHTS, classifier_manifest, read_script, weights_identity
 
-JUDGE = "judge"
 BATCH_IMAGES = 50
 """Images in a forward pass: fixed, so that features depend on the block only."""
 Net = Callable[[Tensor], tuple[Tensor, ...]]
@@ -59,24 +58,14 @@ class Extractor:
         )
 
 
-def load_extractors(settings: Evaluate, sweep: Folder, device: torch.device) -> list[Extractor]:
+def load_extractors(sweep: Sweep, device: torch.device) -> list[Extractor]:
     """Load the recipe's extractors, the main one first; checks the hash of their weights."""
-    return [load_extractor(extractor, sweep, device) for extractor in settings.extractors]
+    return [load_extractor(extractor, sweep, device) for extractor in sweep.recipe.evaluate.extractors]
 
 
-def load_extractor(settings: ExtractorSettings, sweep: Folder, device: torch.device) -> Extractor:
+def load_extractor(settings: ExtractorSettings, sweep: Sweep, device: torch.device) -> Extractor:
     """Load one extractor; UserError or StorageError if its weights are missing or have another hash."""
-    return Extractor(settings.name, identity(settings, sweep), _load_net(settings, sweep, device), device)
-
-
-def identity(settings: ExtractorSettings, sweep: Folder) -> str:
-    """Return the sha256 of an extractor's weights without loading them."""
-    if isinstance(settings, InceptionExtractor):
-        return inception.PUBLISHED.sha256
-    if isinstance(settings, TrainedExtractor):
-        return _classifier_manifest(sweep / "extractors" / settings.name)["files"]["weights.safetensors"]["sha256"]
-    size = str(settings.size) if settings.size else ""
-    return hashlib.sha256(_read_script(settings)).hexdigest() + size
+    return Extractor(settings.name, weights_identity(sweep, settings), _load_net(settings, sweep, device), device)
 
 
 def require_weights(settings: ExtractorSettings) -> None:
@@ -84,10 +73,10 @@ def require_weights(settings: ExtractorSettings) -> None:
     if isinstance(settings, InceptionExtractor) and settings.weights:
         inception.read_weights(settings.weights)
     elif isinstance(settings, TorchScriptExtractor):
-        _read_script(settings)
+        read_script(settings)
 
 
-def _load_net(settings: ExtractorSettings, sweep: Folder, device: torch.device) -> Net:
+def _load_net(settings: ExtractorSettings, sweep: Sweep, device: torch.device) -> Net:
     if isinstance(settings, InceptionExtractor):
         return inception.load(settings.weights).to(device)
     if isinstance(settings, TorchScriptExtractor):
@@ -98,7 +87,7 @@ def _load_net(settings: ExtractorSettings, sweep: Folder, device: torch.device) 
 
 def _load_script(settings: TorchScriptExtractor, device: torch.device) -> Net:
     try:
-        net = torch.jit.load(io.BytesIO(_read_script(settings)), map_location=device).eval()
+        net = torch.jit.load(io.BytesIO(read_script(settings)), map_location=device).eval()
     except RuntimeError as error:
         raise UserError(f"{settings.path}: not a TorchScript file: {str(error).splitlines()[0]}") from error
 
@@ -122,36 +111,17 @@ def _resized(x_BCHW: Tensor, size: int | None) -> Tensor:
     return resized.round().clamp(0, 255).byte()
 
 
-def _read_script(settings: TorchScriptExtractor) -> bytes:
-    parent, name = locate(settings.path)
-    try:
-        data = parent.read(name)
-    except FileNotFoundError as error:
-        raise UserError(f"extractor {settings.name}: no file {settings.path}") from error
-    digest = hashlib.sha256(data).hexdigest()
-    if settings.sha256 not in (None, digest):
-        raise UserError(f"{settings.path}: sha256 {digest}, the recipe expects {settings.sha256}")
-    return data
-
-
-def store_classifier(sweep: Folder, name: str, net: Classifier, accuracy: float) -> None:
+def store_classifier(sweep: Sweep, name: str, net: Classifier, accuracy: float) -> None:
     """Write a classifier below `extractors/`."""
     weights = safetensors.torch.save(net.state_dict())
     facts = {"kind": net.kind, "num_classes": net.num_classes, "held_out_accuracy": accuracy}
-    manifest.put(sweep / "extractors" / name, {"weights.safetensors": weights}, **facts)
+    manifest.put(sweep.extractor(name), {WEIGHTS: weights}, **facts)
 
 
-def load_classifier(sweep: Folder, name: str) -> Classifier:
+def load_classifier(sweep: Sweep, name: str) -> Classifier:
     """Load a stored classifier in evaluation mode."""
-    folder = sweep / "extractors" / name
-    facts = _classifier_manifest(folder)
+    folder = sweep.extractor(name)
+    facts = classifier_manifest(folder)
     net = Classifier(facts["kind"], facts["num_classes"])
-    net.load_state_dict(safetensors.torch.load(manifest.read(folder, "weights.safetensors", facts)))
+    net.load_state_dict(safetensors.torch.load(manifest.read(folder, WEIGHTS, facts)))
     return net.eval()
-
-
-def _classifier_manifest(folder: Folder) -> dict:
-    facts = manifest.find(folder)
-    if facts is None:
-        raise StorageError(f"{folder}: no classifier there: the prepare stage has not finished")
-    return facts

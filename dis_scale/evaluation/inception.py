@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dis_scale.errors import StorageError, UserError
-from dis_scale.recipe import FEATURE_DIMENSIONS
+from dis_scale.recipe.evaluate import FEATURE_DIMENSIONS, INCEPTION_SHA256
 from dis_scale.storage.folder import locate
 
 UNVERIFIED = "not verified against published tables"
@@ -33,7 +33,7 @@ class WeightsFile(NamedTuple):
 PUBLISHED = WeightsFile(
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
     95_628_359,
-    "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    INCEPTION_SHA256,
 )
 
 

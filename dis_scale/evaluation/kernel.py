@@ -3,7 +3,7 @@
 import numpy as np
 
 from dis_scale.errors import DisScaleError
-from dis_scale.recipe import KID_SUBSET_IMAGES
+from dis_scale.recipe.evaluate import KID_SUBSET_IMAGES
 
 SEED, SUBSETS = 2020, 100
 """As in torch-fidelity."""

@@ -15,8 +15,8 @@ from dis_scale.diffusion.process import check_labels
 from dis_scale.errors import UserError
 from dis_scale.models import Backbone
 from dis_scale.models.export import open_checkpoint
-from dis_scale.recipe import Flow, Gaussian, PretrainedVae, reading
-from dis_scale.storage.folder import open_folder
+from dis_scale.recipe import Flow, Gaussian, PretrainedVae
+from dis_scale.sweep import RECIPE, Sweep
 from dis_scale.training.checkpoint import WEIGHTS_FILE
 from dis_scale.vae import Vae
 
@@ -39,16 +39,17 @@ def open_for_sampling(path: Path, vae_path: str | None, heads: int | None = None
     if not file.exists():
         raise UserError(f"no checkpoint at {path}: expected a published folder, a .safetensors file or a public .pt")
     model = open_checkpoint(file, heads)
-    sweep = next((parent for parent in file.absolute().parents if (parent / reading.FILE).exists()), None)
-    recipe = reading.load(sweep / reading.FILE) if sweep else None
+    root = next((parent for parent in file.absolute().parents if (parent / RECIPE).exists()), None)
+    sweep = Sweep.open(str(root)) if root else None
     if vae_path is not None:
-        decoder = vae.load(PretrainedVae(kind="pretrained", path=vae_path), open_folder(path))
-    elif sweep is not None and recipe is not None:
-        decoder = vae.load(recipe.vae, open_folder(sweep))
+        decoder = vae.load_pretrained(PretrainedVae(kind="pretrained", path=vae_path))
+    elif sweep is not None:
+        decoder = vae.load(sweep)
     else:
         raise UserError(f"{path} is not in a sweep, so name the VAE of its latents: --vae FOLDER or hub id")
-    if recipe is None:
+    if sweep is None:
         return OpenCheckpoint(model, Gaussian(kind="gaussian"), decoder)
+    recipe = sweep.recipe
     return OpenCheckpoint(model, recipe.diffusion, decoder, recipe.evaluate.sampler, recipe.evaluate.steps)
 
 

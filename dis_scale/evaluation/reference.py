@@ -4,8 +4,6 @@ They serve every metric, so a recipe can add metrics later: sums for the distanc
 KID, precision and recall. Read next: adm.py for published statistics.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +14,7 @@ from dis_scale import seeds
 from dis_scale.data.sources import Source, select_decodable
 from dis_scale.data.threads import batched, in_order
 from dis_scale.errors import StorageError
-from dis_scale.evaluation import features, npz
+from dis_scale.evaluation import npz
 from dis_scale.evaluation.adm import open_reference
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor, Features
 from dis_scale.evaluation.metrics import (
@@ -28,10 +26,12 @@ from dis_scale.evaluation.metrics import (
     require_samples,
 )
 from dis_scale.progress import ReportDone
-from dis_scale.recipe import KID_SUBSET_IMAGES, Data, Recipe
-from dis_scale.storage.folder import Folder
+from dis_scale.recipe import Data, Recipe
+from dis_scale.recipe.evaluate import KID_SUBSET_IMAGES
+from dis_scale.sweep import Sweep
+from dis_scale.sweep.extractors import reference_facts, reference_file, weights_identity
+from dis_scale.sweep.state import references_missing
 
-FORMAT = 2
 READ_IMAGES, DECODERS = 64, 4
 """Most images of one read, and threads that read and decode ahead of the extractors."""
 KEPT = 10_000
@@ -72,9 +72,10 @@ class Reference:
         return cls(str(z["weights"]), pooled, spatial, z.get("kept"), floor)
 
 
-def prepare(sweep: Folder, recipe: Recipe, source: Source, extractors: list[Extractor], report: ReportDone) -> None:
+def prepare(sweep: Sweep, source: Source, extractors: list[Extractor], report: ReportDone) -> None:
     """Compute and store the missing references, for all extractors in one pass; `report` gets the images done."""
-    missing = [e for e in extractors if not sweep.exists(path(recipe, e.name, e.identity))]
+    recipe, left = sweep.recipe, references_missing(sweep)
+    missing = [e for e in extractors if e.name in left]
     if not missing:
         return
     if recipe.evaluate.reference:
@@ -83,7 +84,7 @@ def prepare(sweep: Folder, recipe: Recipe, source: Source, extractors: list[Extr
         references = compute(source, recipe.data, missing, report)
     for extractor in missing:
         require(extractor.name, references[extractor.name], recipe)
-        store(sweep, recipe, extractor.name, references[extractor.name])
+        store(sweep, extractor.name, references[extractor.name])
 
 
 def compute(source: Source, data: Data, extractors: list[Extractor], report: ReportDone) -> dict[str, Reference]:
@@ -162,57 +163,35 @@ def require(name: str, reference: Reference, recipe: Recipe) -> None:
             raise StorageError(f"{where}: no mu_s and sigma_s, which {metric} needs: remove it from evaluate.metrics")
 
 
-def store(sweep: Folder, recipe: Recipe, name: str, reference: Reference) -> None:
-    facts = {key: np.asarray(value) for key, value in _facts(recipe, name, reference.identity).items()}
-    sweep.write(path(recipe, name, reference.identity), npz.to_bytes(reference.arrays() | facts))
+def store(sweep: Sweep, name: str, reference: Reference) -> None:
+    facts = {key: np.asarray(value) for key, value in reference_facts(sweep, name, reference.identity).items()}
+    sweep.folder.write(reference_file(sweep, name, reference.identity), npz.to_bytes(reference.arrays() | facts))
 
 
-def load_all(sweep: Folder, recipe: Recipe) -> dict[str, Reference]:
+def load_all(sweep: Sweep) -> dict[str, Reference]:
     """Load the stored statistics by extractor; StorageError if they lack what the recipe's metrics need."""
-    references = {e.name: load(sweep, recipe, e.name, features.identity(e, sweep)) for e in recipe.evaluate.extractors}
+    references = {e.name: load(sweep, e.name, weights_identity(sweep, e)) for e in sweep.recipe.evaluate.extractors}
     for name, reference in references.items():
-        require(name, reference, recipe)
+        require(name, reference, sweep.recipe)
     return references
 
 
-def load(sweep: Folder, recipe: Recipe, name: str, identity: str) -> Reference:
+def load(sweep: Sweep, name: str, identity: str) -> Reference:
     """Load one extractor's statistics; StorageError if they are missing, damaged, or of other images or features."""
-    file, size = path(recipe, name, identity), recipe.data.resolution
-    if not sweep.exists(file):
-        others = ", though there are others" if sweep.list("reference") else ""
+    file, size = reference_file(sweep, name, identity), sweep.recipe.data.resolution
+    if not sweep.folder.exists(file):
+        others = ", though there are others" if sweep.folder.list("reference") else ""
         raise StorageError(
             f"{sweep}/{file}: no statistics of these images at {size} x {size} under extractor {name} "
             f"(weights {identity[:12]}){others}: run prepare"
         )
-    arrays = npz.from_bytes(sweep.read(file), f"{sweep}/{file}")
-    for key, expected in _facts(recipe, name, identity).items():
+    arrays = npz.from_bytes(sweep.folder.read(file), f"{sweep}/{file}")
+    for key, expected in reference_facts(sweep, name, identity).items():
         if str(got := arrays[key]) != expected:
             raise StorageError(
                 f"{sweep}/{file}: {key} is {got}, this recipe's is {expected}: delete the file and run prepare"
             )
     return Reference.from_arrays(arrays)
-
-
-def is_stored(sweep: Folder, recipe: Recipe) -> bool:
-    """Return whether the statistics under every extractor of the recipe are stored."""
-    extractors = recipe.evaluate.extractors
-    return all(sweep.exists(path(recipe, e.name, features.identity(e, sweep))) for e in extractors)
-
-
-def path(recipe: Recipe, name: str, identity: str) -> str:
-    """Return `reference/<fingerprint>.npz`; the fingerprint is of the images' source and size and the extractor's weights."""
-    key = json.dumps(_facts(recipe, name, identity), sort_keys=True)
-    return f"reference/{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-
-
-def _facts(recipe: Recipe, name: str, identity: str) -> dict[str, str]:
-    """Return the inputs of the statistics, which are stored with them."""
-    source = recipe.data.model_dump(mode="json", include={"source", "undecodable"})
-    images = recipe.evaluate.reference or json.dumps(source, sort_keys=True)
-    return {
-        "format": str(FORMAT), "extractor": name, "weights": identity, "resolution": str(recipe.data.resolution),
-        "images": images,
-    }  # fmt: skip
 
 
 def _choose_kept(count: int) -> np.ndarray:

@@ -15,15 +15,17 @@ import torch
 from PIL import Image
 
 from dis_scale import diffusion, models, seeds
-from dis_scale.data import shards
 from dis_scale.diffusion.generate import generate
 from dis_scale.errors import DisScaleError, StorageError, UserError
 from dis_scale.evaluation import npz
-from dis_scale.evaluation.features import JUDGE, Extractor, Features, load_classifier, load_extractors
+from dis_scale.evaluation.features import Extractor, Features, load_classifier, load_extractors
 from dis_scale.models import Backbone
 from dis_scale.recipe import Evaluate, LatentShape, Recipe
 from dis_scale.small_nets import Classifier
-from dis_scale.storage.folder import Folder
+from dis_scale.storage import manifest
+from dis_scale.sweep import Sweep
+from dis_scale.sweep.extractors import JUDGE
+from dis_scale.sweep.state import require_latents
 from dis_scale.training import checkpoint
 from dis_scale.vae import Vae, to_unit
 
@@ -67,8 +69,7 @@ class SampleBlock:
 class BlockSampler:
     """Samples blocks. Decoder, extractors and judge are loaded once a worker; `seconds` is the time spent by part."""
 
-    recipe: Recipe
-    sweep: Folder
+    sweep: Sweep
     vae: Vae
     extractors: list[Extractor]
     judge: Classifier | None
@@ -76,9 +77,13 @@ class BlockSampler:
     device: torch.device
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
+    @property
+    def recipe(self) -> Recipe:
+        return self.sweep.recipe
+
     def model(self, name: str, images_seen: int, settings: Evaluate) -> Backbone:
         """Load a published model or one of its averages, as `settings` says; StorageError names a damaged one."""
-        run, train = self.sweep / "runs" / name, self.recipe.train
+        run, train = self.sweep.run(name), self.recipe.train
         if settings.ema_width is None:
             weights = checkpoint.load_published(run, images_seen)
         else:
@@ -126,11 +131,10 @@ class BlockSampler:
         self.seconds[part] += time.monotonic() - began
 
 
-def open_sampler(recipe: Recipe, sweep: Folder, decoder: Vae, device: torch.device) -> BlockSampler:
+def open_sampler(sweep: Sweep, decoder: Vae, device: torch.device) -> BlockSampler:
     """Return the sweep's sampler, with a judge if the sweep trained one and with labels as frequent as in training."""
-    judge = load_classifier(sweep, JUDGE) if recipe.evaluate.trained else None
-    extractors = load_extractors(recipe.evaluate, sweep, device)
-    return BlockSampler(recipe, sweep, decoder, extractors, judge, labels_of(sweep, recipe), device)
+    judge = load_classifier(sweep, JUDGE) if sweep.recipe.evaluate.trained else None
+    return BlockSampler(sweep, decoder, load_extractors(sweep, device), judge, labels_of(sweep), device)
 
 
 def require_finite(latents_BCHW: torch.Tensor, numbers: range) -> None:
@@ -156,10 +160,10 @@ def load_model(recipe: Recipe, name: str, shape: LatentShape, weights: dict[str,
     return model.eval().requires_grad_(False)
 
 
-def labels_of(sweep: Folder, recipe: Recipe) -> np.ndarray:
+def labels_of(sweep: Sweep) -> np.ndarray:
     """Return the label of each of the sweep's samples."""
-    counts = shards.latents_manifest(sweep)["labels"]
-    return sample_labels(recipe, [counts.get(str(label), 0) for label in range(recipe.data.num_classes)])
+    counts, classes = manifest.require(require_latents(sweep))["labels"], sweep.recipe.data.num_classes
+    return sample_labels(sweep.recipe, [counts.get(str(label), 0) for label in range(classes)])
 
 
 def sample_labels(recipe: Recipe, counts: Sequence[int]) -> np.ndarray:

@@ -12,6 +12,8 @@ KID_SUBSET_IMAGES = 1000
 """Images in a subset of the kernel distance (torch-fidelity's number)."""
 FEATURE_DIMENSIONS = {"inception": 2048, "trained": 64}
 """Features of the extractors whose number is known before they are loaded."""
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""Of weights-inception-2015-12-05-6726825d.pth, the only Inception weights that are accepted."""
 INFINITY_SAMPLES_PER_FEATURE = 5
 """Samples per feature that the extrapolation to endless samples needs."""
 GAUSSIAN_SAMPLERS = ("ddpm", "ddim", "dpm_solver")

@@ -34,7 +34,7 @@ def _error(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else math.hypot(a, b)
 
 
-def table(a: Report, b: Report) -> Table:
+def comparison_table(a: Report, b: Report) -> Table:
     """Return a table with a row for each common point, bold if the difference is beyond twice its error."""
     pairs = differences(a, b)
     out = Table(title=f"{a.sweep} against {b.sweep}: {a.metric}", caption="\n".join(_notes(a, b, pairs)))

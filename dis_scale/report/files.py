@@ -1,18 +1,16 @@
 """The report's files below `report/`: figures, the CSV, the page."""
 
 from dis_scale.errors import UserError
-from dis_scale.evaluation import results
-from dis_scale.evaluation.results import Drawn
 from dis_scale.report import figures
 from dis_scale.report.page import render_page
 from dis_scale.report.points import Report
 from dis_scale.report.tables import to_csv
-from dis_scale.storage.folder import Folder
+from dis_scale.sweep import GRID, Sampled, Sweep
 
 CSV, PAGE = "gflops_fid.csv", "index.html"
 
 
-def write(sweep: Folder, report: Report, published: bool = False) -> dict[str, bytes]:
+def write(sweep: Sweep, report: Report, published: bool = False) -> dict[str, bytes]:
     """Write the figures, the page and, last, the CSV below `report/`; return them by name.
 
     `published` adds published results to the plot; UserError if the sweep's metric is not FID on the same images.
@@ -32,16 +30,16 @@ def write(sweep: Folder, report: Report, published: bool = False) -> dict[str, b
     captions = {caption: rendered[name]["svg"] for name, (_, caption) in plots.items()}
     files |= {PAGE: render_page(report, captions, _grids(sweep, report)), CSV: to_csv(report)}
     for name, data in files.items():
-        (sweep / "report").write(name, data)
+        sweep.report.write(name, data)
     return files
 
 
-def _grids(sweep: Folder, report: Report) -> dict[str, bytes]:
+def _grids(sweep: Sweep, report: Report) -> dict[str, bytes]:
     """Return the sample grids of each model at its last evaluated count, by caption."""
     last = {p.model: p for p in report.main}
-    folders = {model: results.folder(sweep, Drawn(model, p.images)) for model, p in last.items()}
+    folders = {model: sweep.evaluation(Sampled(model, p.images)) for model, p in last.items()}
     return {
-        f"{model} after {last[model].images:,} images": folder.read(results.GRID)
+        f"{model} after {last[model].images:,} images": folder.read(GRID)
         for model, folder in folders.items()
-        if folder.exists(results.GRID)
+        if folder.exists(GRID)
     }

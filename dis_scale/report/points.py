@@ -3,13 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from dis_scale import tracking
-from dis_scale.evaluation import results
-from dis_scale.evaluation.results import Drawn
 from dis_scale.models.cost import Cost
 from dis_scale.plan import Plan
 from dis_scale.recipe import MAIN
-from dis_scale.storage.folder import Folder
+from dis_scale.sweep import Sampled, Sweep, state
+from dis_scale.tracking.goodput import goodput_by_images
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Report:
     metric: str
     points: list[Point]
     failed: dict[str, str]
-    skipped: dict[Drawn, str]
+    skipped: dict[Sampled, str]
     resolution: int
     num_classes: int
 
@@ -88,25 +86,25 @@ class Report:
         return sorted((p for p in self.main if (p.kind, p.images) == (kind, images)), key=lambda p: p.gmacs)
 
 
-def collect(sweep: Folder, plan: Plan) -> Report:
+def collect(sweep: Sweep, plan: Plan) -> Report:
     """Collect all evaluations of a sweep."""
-    recipe, points = plan.recipe, list[Point]()
+    recipe, points = sweep.recipe, list[Point]()
     for model, cost in plan.costs.items():
-        goodput = tracking.goodput(sweep / "runs" / model / "log")
+        goodput = goodput_by_images(sweep.run(model).log)
         for variant in recipe.evaluate.samplings:
-            for images, evaluation in results.evaluated(sweep, model, variant).items():
+            for images, evaluation in state.evaluated(sweep, model, variant).items():
                 facts = {key: value for key, value in evaluation.items() if key not in ("values", "format")}
                 kind = recipe.models[model].kind
                 known = max((n for n in goodput if 0 < n <= images), default=None)
                 share = None if known is None else goodput[known]
                 points.append(Point(model, kind, variant, images, cost, evaluation["values"], facts, share))
-    failed = {model: why for model in plan.costs if (why := results.ended(sweep, model))}
+    failed = {model: why for model in plan.costs if (why := state.ended(sweep, model))}
     return Report(
-        sweep.name,
+        sweep.folder.name,
         recipe.evaluate.metric,
         points,
         failed,
-        results.skipped(sweep, recipe),
+        state.skipped(sweep),
         recipe.data.resolution,
         recipe.data.num_classes,
     )

@@ -326,7 +326,7 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
         return "there is no such bucket or folder, and it cannot be made"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "no space left on the device: free some, then give the same command again"
+        return "no space left on the device: free some, then run the same command again"
     if isinstance(error, PermissionError) or _http_status(error) == 403:
         return f"permission denied: check the key and its rights ({' '.join(str(error).split())})"
     if type(error).__name__ == "NoCredentialsError":

@@ -1,6 +1,6 @@
-"""What is kept of a step that could not be taken: its batch, its losses by lane, the gradient's norm and the weights.
+"""Dump of a step whose gradient was not finite: its batch, its losses by lane, the gradient's norm and the weights.
 
-For people: nothing reads it again. `runs/<model>/evidence/<images>-<attempt>/`, whole when its manifest is there.
+For people; no code reads it again. It is complete when its manifest exists.
 """
 
 import json
@@ -13,44 +13,44 @@ import torch.distributed as dist
 
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
-from dis_scale.training.checkpoint import images_name
+from dis_scale.sweep import PointName, Run
 from dis_scale.training.engine import WEIGHTS, Engine
 
 
-def keep(
-    run: Folder, attempt: int, images: int, draws: Sequence[Any], losses: Sequence[torch.Tensor], state: Engine
+def dump_step(
+    run: Run, name: PointName, inputs: Sequence[Any], losses: Sequence[torch.Tensor], engine: Engine
 ) -> Folder:
-    """Writes this rank's part of the step that ended at `images`, rank 0 the manifest; returns the folder. Collective.
+    """Write this rank's part of the step that ended at `name.images_seen`; rank 0 the manifest. Collective.
 
-    `draws` are the step's (micro-batch, times, drop-path masks) of this rank's lanes, `losses` their losses.
+    `inputs` are the step's (micro-batch, times, drop-path masks) of this rank's lanes, `losses` their losses. Returns the folder.
     """
-    folder, rank = run / "evidence" / f"{images_name(images)}-{attempt:04d}", dist.get_rank()
-    segments = state.segments(WEIGHTS)
-    ours = {
-        f"batch-{rank:05d}.safetensors": safetensors.torch.save(_batch(draws)),
+    folder, rank, segments = run.bad_step(name), dist.get_rank(), engine.segments(WEIGHTS)
+    files = {
+        f"batch-{rank:05d}.safetensors": safetensors.torch.save(_batch(inputs)),
         f"weights-{rank:05d}.safetensors": safetensors.torch.save({s.name: part for s, part in segments.items()}),
-        f"step-{rank:05d}.json": json.dumps(_facts(losses, state, segments), indent=1).encode(),
+        f"step-{rank:05d}.json": json.dumps(_facts(losses, engine, segments), indent=1).encode(),
     }
-    for name, data in ours.items():
-        folder.write(name, data)
+    for file, data in files.items():
+        folder.write(file, data)
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, {name: manifest.digest(data) for name, data in ours.items()})
+    dist.all_gather_object(parts, {file: manifest.digest(data) for file, data in files.items()})
     if rank == 0:
-        manifest.seal(folder, {k: v for part in parts for k, v in part.items()}, images=images, attempt=attempt)
+        digests = {file: digest for part in parts for file, digest in part.items()}
+        manifest.seal(folder, digests, images=name.images_seen, attempt=name.attempt)
     return folder
 
 
-def _batch(draws: Sequence[Any]) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for lane, (micro, t_B, drop) in enumerate(draws):
-        tensors = micro._asdict() | {"t_B": t_B} | ({} if drop is None else {"drop": drop})
-        found |= {f"{lane}/{name}": tensor.contiguous() for name, tensor in tensors.items()}
-    return found
+def _batch(inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for lane, (micro, t_B, drop) in enumerate(inputs):
+        of_lane = micro._asdict() | {"t_B": t_B} | ({} if drop is None else {"drop": drop})
+        tensors |= {f"{lane}/{name}": tensor.contiguous() for name, tensor in of_lane.items()}
+    return tensors
 
 
-def _facts(losses: Sequence[torch.Tensor], state: Engine, segments: dict[Any, torch.Tensor]) -> dict[str, Any]:
+def _facts(losses: Sequence[torch.Tensor], engine: Engine, segments: dict[Any, torch.Tensor]) -> dict[str, Any]:
     return {
-        "loss_by_lane": [float(loss) for loss in losses], "gradient_norm": state.gradient_norm,
+        "loss_by_lane": [float(loss) for loss in losses], "gradient_norm": engine.gradient_norm,
         "weights": {s.name: [s.start, s.end] for s in segments},
         "weights_not_finite": sorted({s.name for s, part in segments.items() if not part.isfinite().all()}),
     }  # fmt: skip

@@ -1,13 +1,13 @@
-"""Resume points and published weights: whole or absent, at any world size.
+"""Resume points and published weights: complete or absent, readable at any world size.
 
-A resume point is one folder an attempt and image count. Each rank clones its own partitions at a step boundary and a thread writes
-them as 1-D safetensors segments, then the rank's sidecar; rank 0's thread waits for all sidecars and writes the manifest. There is
-no gather and no collective off the training thread. Loading reassembles by range. Nothing is ever unpickled.
+A resume point is one folder per attempt and image count. Each rank clones its own partitions at a step boundary. A thread
+writes them as 1-D safetensors segments, then the rank's sidecar; rank 0's thread waits for all sidecars and writes the
+manifest. There is no gather and no collective off the training thread. Loading reassembles by range. Nothing is ever unpickled.
 """
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from dis_scale.errors import StorageError
 from dis_scale.recipe import Train
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
+from dis_scale.sweep import PointName, Run, state
 from dis_scale.training import ema
 from dis_scale.training.ema import Snapshot
 from dis_scale.training.engine import MOMENTS, Engine, Segment
@@ -27,73 +28,61 @@ SIDECAR_WAIT_S = 600.0
 WEIGHTS_FILE = "weights.safetensors"
 
 
-def images_name(images: int) -> str:
-    """Image counts in names have twelve digits, so that names sort as counts."""
-    return f"{images:012d}"
+def load_published(run: Run, images_seen: int) -> dict[str, torch.Tensor]:
+    """Return the EMA weights by parameter; StorageError names what is missing or damaged."""
+    return _load(run.published_at(images_seen), WEIGHTS_FILE)
 
 
-def published(run: Folder) -> list[int]:
-    """The image counts that this run has published whole, rising."""
-    counts = [int(name) for name in (run / "published").list() if name.isdigit()]
-    return [n for n in counts if (run / "published" / images_name(n)).exists(manifest.NAME)]
-
-
-def load_published(run: Folder, images: int) -> dict[str, torch.Tensor]:
-    """The EMA weights by parameter; StorageError names what is missing or damaged."""
-    folder = run / "published" / images_name(images)
-    found = manifest.find(folder)
-    if found is None:
-        raise StorageError(f"{folder}: not published (no {manifest.NAME})")
-    return safetensors.torch.load(manifest.read(folder, WEIGHTS_FILE, found))
-
-
-def snapshots(run: Folder, images: int, train: Train) -> list[Snapshot]:
-    """The published power-function averages of a run up to `images`, from which any other can be rebuilt."""
-    counts = [n for n in published(run) if 0 < n <= images]
+def snapshots(run: Run, images_seen: int, train: Train) -> list[Snapshot]:
+    """Return the published power-function averages up to `images_seen`, from which any other can be rebuilt."""
+    counts = [n for n in state.published_counts(run) if 0 < n <= images_seen]
     return [Snapshot(n // train.batch_images, width) for n in counts for width in train.power_ema or ()]
 
 
-def load_average(run: Folder, images: int, train: Train, width: float) -> dict[str, torch.Tensor]:
-    """The weights averaged with a power function of relative width `width`, rebuilt from the run's `snapshots`.
+def load_average(run: Run, images_seen: int, train: Train, width: float) -> dict[str, torch.Tensor]:
+    """Return the weights averaged with a power function of relative width `width`, rebuilt from the run's `snapshots`.
 
-    The more counts were published before `images`, the nearer it comes to what training would have tracked: see `ema.misfit`.
+    The more counts were published before `images_seen`, the closer it is to the average that training would have tracked: see
+    `ema.misfit`.
     """
-    known = snapshots(run, images, train)
+    known = snapshots(run, images_seen, train)
     if not known:
-        return load_published(run, images)  # nothing was trained: all averages are the initial weights
-    shares = ema.coefficients(known, Snapshot(images // train.batch_images, width))
+        return load_published(run, images_seen)  # before the first step all averages are the initial weights
+    shares = ema.coefficients(known, Snapshot(images_seen // train.batch_images, width))
     total: dict[str, torch.Tensor] = {}
     for snapshot, share in zip(known, shares.tolist(), strict=True):
-        for name, tensor in _load_snapshot(run, snapshot, train.batch_images).items():
+        folder = run.published_at(snapshot.step * train.batch_images)
+        for name, tensor in _load(folder, average_file(ema.power_name(snapshot.width))).items():
             total[name] = total.get(name, 0) + share * tensor.double()
     return {name: tensor.float() for name, tensor in total.items()}
 
 
-def _load_snapshot(run: Folder, snapshot: Snapshot, batch_images: int) -> dict[str, torch.Tensor]:
-    folder = run / "published" / images_name(snapshot.step * batch_images)
-    found, name = manifest.find(folder), average_file(ema.power_name(snapshot.width))
-    if found is None or name not in found["files"]:
+def _load(published: Folder, name: str) -> dict[str, torch.Tensor]:
+    contents = manifest.find(published)
+    if contents is None:
+        raise StorageError(f"{published}: not published (no {manifest.NAME})")
+    if name not in contents["files"]:
         raise StorageError(
-            f"{folder}: no average {name} there: power-function averages are tracked where train.power_ema says so"
+            f"{published}: no average {name}: power-function averages are tracked if train.power_ema is set"
         )
-    return safetensors.torch.load(manifest.read(folder, name, found))
+    return safetensors.torch.load(manifest.read(published, name, contents))
 
 
 def average_file(name: str) -> str:
-    """Where an average is published; the exponential one is the weights that everybody loads."""
+    """Return the file in which an average is published; the exponential one is the model's weights."""
     return WEIGHTS_FILE if name == ema.EXPONENTIAL else f"{name}.safetensors"
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A whole resume point."""
+class ResumePoint:
+    """A complete resume point."""
 
     folder: Folder
     manifest: dict[str, Any]
     _files: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     @property
-    def images(self) -> int:
+    def images_seen(self) -> int:
         return int(self.manifest["images"])
 
     @property
@@ -101,22 +90,22 @@ class Stored:
         return int(self.manifest["adam_step"])
 
     def verify(self) -> None:
-        """Reads all files back against the manifest; StorageError names the first that does not agree."""
+        """Read all files back; StorageError names the first that differs from the manifest."""
         for name in self.manifest["files"]:
             manifest.read(self.folder, name, self.manifest)
 
     def read(self, kind: str, name: str, start: int, end: int) -> torch.Tensor:
-        """Elements [start, end) of one of `engine.kinds` of the parameter `name`, from whichever ranks wrote them."""
-        out, found = torch.empty(end - start), 0
+        """Return elements [start, end) of one of `engine.kinds` of the parameter `name`, whichever ranks wrote them."""
+        out, filled = torch.empty(end - start), 0
         for file, table in self.manifest["tables"].items():
             if not file.startswith(f"{kind}-") or name not in table:
                 continue
             low, high = max(table[name][0], start), min(table[name][1], end)
             if low < high:
                 out[low - start : high - start] = self._file(file)[name][low - table[name][0] : high - table[name][0]]
-                found += high - low
-        if found != end - start:
-            raise StorageError(f"{self.folder}: holds {found} of elements {start}..{end} of {kind} {name}")
+                filled += high - low
+        if filled != end - start:
+            raise StorageError(f"{self.folder}: holds {filled} of elements {start}..{end} of {kind} {name}")
         return out
 
     def _file(self, name: str) -> dict[str, torch.Tensor]:
@@ -125,70 +114,65 @@ class Stored:
         return self._files[name]
 
 
-def newest(run: Folder, say: Callable[[str], None]) -> Stored | None:
-    """The newest whole resume point; a damaged one is named through `say` and the one before is taken."""
-    for name in reversed((run / "resume").list()):
+def find_point(run: Run, name: PointName) -> ResumePoint | None:
+    """Return the resume point of this name; None if it is incomplete."""
+    folder = run.resume_point(name)
+    contents = manifest.find(folder)
+    return None if contents is None else ResumePoint(folder, contents)
+
+
+def newest_point(run: Run, log: Callable[[str], None]) -> ResumePoint | None:
+    """Return the newest complete resume point; a damaged one is logged and the one before is used."""
+    for name in reversed(state.point_names(run)):
         try:
-            found = manifest.find(run / "resume" / name)
-            if found is None:
+            point = find_point(run, name)
+            if point is None:
                 continue
-            stored = Stored(run / "resume" / name, found)
-            stored.verify()
+            point.verify()
         except StorageError as error:
-            say(f"resume point passed over: {error}")
+            log(f"resume point passed over: {error}")
             continue
-        return stored
+        return point
     return None
-
-
-def newest_images(run: Folder) -> int:
-    """The images of the newest resume point that has a manifest; 0 where there is none. Reads nothing back."""
-    whole = whole_points(run, reversed((run / "resume").list()))
-    return next((int(name.split("-")[0]) for name in whole), 0)
-
-
-def whole_points(run: Folder, names: Iterable[str]) -> Iterator[str]:
-    """Of resume points by name those that have a manifest, looked up one by one as they are asked for."""
-    return (name for name in names if (run / "resume").exists(f"{name}/{manifest.NAME}"))
 
 
 @dataclass
 class Saver:
-    """Writes one run's resume points and published weights beside training, at most one at a time.
+    """Writes one run's resume points and published weights next to training, one at a time.
 
-    `held` is asked before each manifest whether this attempt still owns the run; where it does not, saving stops with an error.
+    `held` is asked before each manifest whether this attempt still owns the run; if not, saving stops with an error.
     """
 
-    run: Folder
+    run: Run
     attempt: int
     rank: int
     world: int
     held: Callable[[], bool]
     keep: int
     paused_s: float = 0.0
-    """How long training has stood still for resume points, a save before that was still in flight included."""
+    """Time for which training waited for resume points, including one that was still being written."""
     longest_s: float = 0.0
-    """The longest of these pauses."""
+    """Longest of these pauses."""
     took_s: float = 0.0
-    """From the last resume point's first byte to its end."""
+    """Time from the first byte to the end of the last resume point."""
     _thread: threading.Thread | None = None
     _error: BaseException | None = None
 
-    def save(self, engine: Engine, images: int, facts: dict[str, Any]) -> None:
-        """Starts a resume point of this step boundary; training stands still for the clone, and for a save still in flight."""
+    def save(self, engine: Engine, images_seen: int, facts: dict[str, Any]) -> None:
+        """Start a resume point of this step boundary; training waits for the clone and for a save in progress."""
         begin = time.monotonic()
         self.finish()
         clones = {kind: engine.segments(kind) for kind in engine.kinds}
         pause_s = time.monotonic() - begin
         self.paused_s, self.longest_s = self.paused_s + pause_s, max(self.longest_s, pause_s)
-        self._start(lambda: self._write(clones, images, facts))
+        self._start(lambda: self._write(clones, images_seen, facts))
 
-    def publish(self, engine: Engine, images: int, facts: dict[str, Any], description: str) -> None:
-        """Starts publishing the averaged weights, where this count was not published before; collective.
+    def publish(self, engine: Engine, images_seen: int, facts: dict[str, Any], description: str) -> None:
+        """Start publishing the averaged weights, unless this count is published already; collective.
 
-        `description` goes into the weights' files, which then say by themselves what model they hold.
+        `description` is stored in the weights' files, so that each file names the model that it holds.
         """
-        folder = self.run / "published" / images_name(images)
+        folder = self.run.published_at(images_seen)
         self.finish()
         missing = [self.rank == 0 and not folder.exists(manifest.NAME)]
         dist.broadcast_object_list(missing)
@@ -197,10 +181,10 @@ class Saver:
         averages = {average_file(name): engine.full_average(name) for name in engine.averages}
         if self.rank == 0:
             files = {name: safetensors.torch.save(w, {"dis_scale": description}) for name, w in averages.items() if w}
-            self._start(lambda: self._seal(folder, files, images, facts))
+            self._start(lambda: self._seal(folder, files, images_seen, facts))
 
     def finish(self) -> None:
-        """Waits for the save in flight; raises what went wrong with it."""
+        """Wait for the save in progress; raise its error, if any."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -217,17 +201,18 @@ class Saver:
         self._thread = threading.Thread(target=guarded, name="save")
         self._thread.start()
 
-    def _seal(self, folder: Folder, files: dict[str, bytes], images: int, facts: dict[str, Any]) -> None:
-        self._require_held(folder)  # before, too: this folder is not this attempt's alone
+    def _seal(self, folder: Folder, files: dict[str, bytes], images_seen: int, facts: dict[str, Any]) -> None:
+        # Asked before the files, too: a folder of published weights belongs to all attempts, and one that has lost the run must
+        # not write over the files of its successor.
+        self._require_held(folder)
         for name, data in files.items():
             folder.write(name, data)
         self._require_held(folder)
-        manifest.seal(
-            folder, {n: manifest.digest(d) for n, d in files.items()}, images=images, attempt=self.attempt, **facts
-        )
+        digests = {name: manifest.digest(data) for name, data in files.items()}
+        manifest.seal(folder, digests, images=images_seen, attempt=self.attempt, **facts)
 
-    def _write(self, clones: dict[str, dict[Segment, torch.Tensor]], images: int, facts: dict[str, Any]) -> None:
-        folder = self.run / "resume" / f"{images_name(images)}-{self.attempt:04d}"
+    def _write(self, clones: dict[str, dict[Segment, torch.Tensor]], images_seen: int, facts: dict[str, Any]) -> None:
+        folder = self.run.resume_point(PointName(images_seen, self.attempt))
         sidecar: dict[str, Any] = {"files": {}, "tables": {}}
         begin = time.monotonic()
         for kind, segments in clones.items():
@@ -238,16 +223,16 @@ class Saver:
             sidecar["tables"][name] = {s.name: [s.start, s.end] for s in segments}
         folder.write_json(_sidecar(self.rank), sidecar)
         if self.rank == 0:
-            self._write_manifest(folder, images, facts)
-            self._prune(images)
+            self._write_manifest(folder, images_seen, facts)
+            self._prune(images_seen)
         self.took_s = time.monotonic() - begin
 
-    def _write_manifest(self, folder: Folder, images: int, facts: dict[str, Any]) -> None:
+    def _write_manifest(self, folder: Folder, images_seen: int, facts: dict[str, Any]) -> None:
         sidecars = [_await_json(folder, _sidecar(rank)) for rank in range(self.world)]
         files = {name: digest for s in sidecars for name, digest in s["files"].items()}
         tables = {name: table for s in sidecars for name, table in s["tables"].items()}
         self._require_held(folder)
-        manifest.seal(folder, files, images=images, attempt=self.attempt, world=self.world, tables=tables, **facts)
+        manifest.seal(folder, files, images=images_seen, attempt=self.attempt, world=self.world, tables=tables, **facts)
 
     def _require_held(self, folder: Folder) -> None:
         if not self.held():
@@ -255,22 +240,22 @@ class Saver:
                 f"{folder}: another attempt has taken over this run; this one (attempt {self.attempt}) stops"
             )
 
-    def _prune(self, images: int) -> None:
-        """Keeps the last `keep` whole resume points and what a faster rank has begun beyond `images`.
+    def _prune(self, images_seen: int) -> None:
+        """Delete all but the last `keep` complete resume points up to `images_seen`.
 
-        Removes a manifest first, so that no torn resume point is ever taken.
+        A faster rank may already write a later one, which stays. The manifest is deleted first, so that a resume point that is only
+        partly deleted is never loaded.
         """
-        resume = self.run / "resume"
-        passed = [name for name in resume.list() if int(name.split("-")[0]) <= images]
-        whole = list(whole_points(self.run, passed))
-        for name in whole[: -self.keep]:
-            (resume / name).delete(manifest.NAME)
-        for name in set(passed) - set(whole[-self.keep :]):
-            (resume / name).delete()
+        passed = [name for name in state.point_names(self.run) if name.images_seen <= images_seen]
+        complete = list(state.complete_points(self.run, passed))
+        for name in complete[: -self.keep]:
+            self.run.resume_point(name).delete(manifest.NAME)
+        for name in set(passed) - set(complete[-self.keep :]):
+            self.run.resume_point(name).delete()
 
 
 def fresh(model: torch.nn.Module) -> Callable[[str, str, int, int], torch.Tensor]:
-    """What `Stored.read` is for a run that begins: the model's own weights, zero moments."""
+    """Return what `ResumePoint.read` is for a new run: the model's initial weights, zero moments."""
     flat = {name: p.detach().float().clone().flatten() for name, p in model.named_parameters()}
     return lambda kind, name, start, end: torch.zeros(end - start) if kind in MOMENTS else flat[name][start:end]
 

@@ -1,7 +1,8 @@
 """The training loop: one screen, explicit state, images seen as the clock.
 
-*When* things are due stands here; *how* each is done stands in engine.py (the sharded step), checkpoint.py (what is kept),
-data/latents.py (what step s sees) and diffusion/ (the loss). Runs on every rank of a process group. Read next: pipelines/train.py.
+The loop decides *when* things are due. *How* they are done is in engine.py (the sharded step), checkpoint.py (what is saved),
+data/latents.py (the inputs of step s) and diffusion/ (the loss). Runs on every rank of a process group.
+Read next: pipelines/train.py.
 """
 
 import json
@@ -27,145 +28,181 @@ from dis_scale.models.export import describe
 from dis_scale.recipe import Recipe, Train
 from dis_scale.scan import choose
 from dis_scale.storage.folder import Folder
-from dis_scale.tracking import ATTEMPT, GOODPUT, Log, goodput
-from dis_scale.training import bad_step, checkpoint, ema, engine
-from dis_scale.training.checkpoint import Saver, Stored
+from dis_scale.sweep import PointName, Run, Sweep
+from dis_scale.tracking.goodput import ATTEMPT, GOODPUT, goodput_by_images
+from dis_scale.tracking.rows import RowWriter
+from dis_scale.training import checkpoint, ema, engine
+from dis_scale.training.bad_step import dump_step
+from dis_scale.training.checkpoint import ResumePoint, Saver
 from dis_scale.training.engine import Engine
-from dis_scale.training.throughput import open_pace
+from dis_scale.training.throughput import open_meter
 
 ROWS_EVERY_STEPS = 10
 FLUSH_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
-class Run:
-    """One model's training in one attempt: what it is, where it lives, and how it is told to stop."""
+class Start:
+    """The time at which an attempt was requested (Unix seconds): at the start, or when the failure before it was noticed."""
 
-    recipe: Recipe
+    requested_at: float
+    silent_s: float | None = None
+    """Seconds from the last step of the failed attempt to the moment when the failure was noticed; None if none failed."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One model's training in one attempt, and its connections to the driver."""
+
+    sweep: Sweep
     model: str
-    sweep: Folder
     latents: Folder
-    attempt: int
+    number: int
     device: torch.device
+    start: Start
     held: Callable[[], bool]
     """Whether this attempt still owns the run."""
-    wish: Callable[[], bool]
-    """Whether somebody has asked to stop."""
+    stop_requested: Callable[[], bool]
     report: Callable[[int], None]
-    """Told the images seen after each step, on every rank."""
-    say: Callable[[str], None]
-    wanted: float
-    """When this attempt was wanted (Unix seconds): at the start, or when the loss of the one before was noticed."""
-    noticed_s: float | None = None
-    """How long after its last step the loss of the attempt before was noticed; None where none was lost."""
+    """Called with the images seen after every step, on every rank."""
+    log: Callable[[str], None]
+    emit: Callable[..., None]
+    """Called with the name and the facts of an event."""
 
     @property
-    def folder(self) -> Folder:
-        return self.sweep / "runs" / self.model
+    def recipe(self) -> Recipe:
+        return self.sweep.recipe
+
+    @property
+    def run(self) -> Run:
+        return self.sweep.run(self.model)
 
 
-def train(run: Run) -> int:
-    """Trains from the newest whole resume point to the last published count, or to a step agreed on when asked to stop.
+def train_model(attempt: Attempt) -> int:
+    """Train from the newest complete resume point to the last published count, or to an agreed step if a stop is requested.
 
     Returns the images seen. Bit-equal to an undisturbed run at the same world size, stage, device kind, threads and versions.
     """
-    settings, rank, world = run.recipe.train, dist.get_rank(), dist.get_world_size()
-    latents, how = open_latents(run.latents, run.recipe, _workers_here(world), run.say)
-    process = diffusion.build(run.recipe.diffusion)
-    price = price_model(run.recipe.models[run.model], latents.shape, run.recipe.data.num_classes)
-    state, model, images = start(run, latents)
-    saver = Saver(run.folder, run.attempt, rank, world, run.held, settings.keep_resume)
-    log, agreement = Log(run.folder / "log", run.attempt), Agreement()
-    pace = open_pace(
-        price, settings, world, run.device, lambda line: run.say(f"{run.model}: {line}") if rank == 0 else None
-    )
+    # Open what a step needs.
+    settings, rank, world = attempt.recipe.train, dist.get_rank(), dist.get_world_size()
+    latents, how = open_latents(attempt.latents, attempt.recipe, _workers_on_this_node(world), attempt.log)
+    process = diffusion.build(attempt.recipe.diffusion)
+    price = price_model(attempt.recipe.models[attempt.model], latents.shape, attempt.recipe.data.num_classes)
+    state, model, images_seen = start(attempt, latents)
+    saver = Saver(attempt.run, attempt.number, rank, world, attempt.held, settings.keep_resume)
+    rows, agreement = RowWriter(attempt.run.log, attempt.number), StopAgreement()
+    meter = open_meter(price, settings, world, attempt.device, attempt.log if rank == 0 else None)
     description = json.dumps(describe(model))
     lanes = range(rank * settings.lanes // world, (rank + 1) * settings.lanes // world)
-    began, flushed, saved, bad = (time.monotonic(), images), time.monotonic(), images, 0
+    began_s = flushed_s = time.monotonic()
+    first_images = saved_images = images_seen
+    bad_steps = 0
 
     def facts() -> dict[str, Any]:
-        log.flush()  # a resume point never stands without the rows before it
-        return {"adam_step": _adam_step(state), "model": run.model}
+        return {"adam_step": _adam_step(state), "model": attempt.model}
 
+    # Record the start. Publish at 0 images, or again if the weights published at this resume point were deleted.
     if rank == 0:
-        run.say(f"{run.model}: {how}")
-        log.add(images, {ATTEMPT: run.attempt})
-    if images in settings.publish_images:  # at 0; and where what was published at a resume point's count is gone
-        saver.publish(state, images, facts(), description)
-    if images == 0:
+        attempt.log(f"{attempt.model}: {how}")
+        rows.add(images_seen, {ATTEMPT: attempt.number})
+        rows.flush()
+    if images_seen in settings.publish_images:
+        saver.publish(state, images_seen, facts(), description)
+    if images_seen == 0:
         saver.save(state, 0, facts())
-        _compare_with_grace(run, saver)
-    with closing(prefetch(micro_batches(run, latents, model.drop_rates, images, lanes))) as batches:
-        while images < settings.images and not agreement.stop(run.wish()):
-            faults.at("step", images=images)
-            draws = list(islice(batches, len(lanes)))
-            losses = step(state, process, settings, draws, images)
-            images += settings.batch_images
-            run.report(images)
-            bad = bad + 1 if state.skipped else 0
-            if bad and rank == 0:
-                run.say(f"{run.model}: the step to {images} images was skipped: its gradient is not finite")
-            if bad == settings.skips_in_a_row:
-                kept = bad_step.keep(run.folder, run.attempt, images, draws, losses, state)
+        _compare_with_grace(attempt, saver)
+
+    with closing(prefetch(step_inputs(attempt, latents, model.drop_rates, images_seen, lanes))) as batches:
+        while images_seen < settings.images and not agreement.stop(attempt.stop_requested()):
+            # Take one step.
+            faults.at("step", images=images_seen)
+            inputs = list(islice(batches, len(lanes)))
+            losses = train_step(state, process, settings, inputs, images_seen)
+            images_seen += settings.batch_images
+            attempt.report(images_seen)
+
+            # Stop if gradients stay not finite.
+            bad_steps = bad_steps + 1 if state.skipped else 0
+            if bad_steps and rank == 0:
+                attempt.log(f"{attempt.model}: step to {images_seen} images skipped: its gradient is not finite")
+            if bad_steps == settings.skips_in_a_row:
+                dump = dump_step(attempt.run, PointName(images_seen, attempt.number), inputs, losses, state)
                 raise DisScaleError(
-                    f"{run.model}: the gradient was not finite in {bad} steps in a row, up to {images} images: the last "
-                    f"step's batch, losses and weights are in {kept}"
+                    f"{attempt.model}: the gradient was not finite in {bad_steps} steps in a row, up to {images_seen} images: "
+                    f"the last step's batch, losses and weights are in {dump}"
                 )
-            if images == began[1] + settings.batch_images:
-                pace.begin(images)
-                if rank == 0:
-                    log.add(images, _first_step(run))
-            if images // settings.batch_images % ROWS_EVERY_STEPS == 0:
-                values = _row(state, losses, settings, images) | pace.rows(images)
-                if rank == 0:
-                    log.add(images, values | {"paused": saver.paused_s / (time.monotonic() - began[0])})
-            if images in settings.publish_images:
-                saver.publish(state, images, facts(), description)
-            if images % settings.resume_every_images < settings.batch_images:
-                saver.save(state, images, facts())
-                saved = images
-            if time.monotonic() > flushed + FLUSH_EVERY_S:
-                log.flush()
-                flushed = time.monotonic()
+
+            # Collect metric rows: all ranks reduce, rank 0 writes.
+            row = dict[str, float]()
+            if images_seen == first_images + settings.batch_images:
+                meter.begin(images_seen)
+                row |= _first_step(attempt)
+            if images_seen // settings.batch_images % ROWS_EVERY_STEPS == 0:
+                row |= _step_row(state, losses, settings, images_seen) | meter.rates(images_seen)
+                row["paused"] = saver.paused_s / (time.monotonic() - began_s)
+            if rank == 0:
+                rows.add(images_seen, row)
+
+            # Publish and save. A resume point never exists without the rows before it.
+            publish_due = images_seen in settings.publish_images
+            save_due = images_seen % settings.resume_every_images < settings.batch_images
+            if publish_due or save_due or time.monotonic() > flushed_s + FLUSH_EVERY_S:
+                rows.flush()
+                flushed_s = time.monotonic()
+            if publish_due:
+                saver.publish(state, images_seen, facts(), description)
+            if save_due:
+                saver.save(state, images_seen, facts())
+                saved_images = images_seen
+
+    # Save the last step, if the grace period allows it, and end the log.
     saver.finish()
-    if images != saved and agreement.leaves(saver.took_s, run.recipe.grace_s):
-        saver.save(state, images, facts())
+    if images_seen != saved_images and agreement.time_left(saver.took_s, attempt.recipe.grace_s):
+        rows.flush()
+        saver.save(state, images_seen, facts())
         saver.finish()
-    log.flush()
+    rows.flush()
     if rank == 0:
-        log.add(images, {GOODPUT: goodput(run.folder / "log").get(images, 0.0)})
-        log.flush()
-        run.say(_closing_words(run, images, began, saver))
-    return images
+        rows.add(images_seen, {GOODPUT: goodput_by_images(attempt.run.log).get(images_seen, 0.0)})
+        rows.flush()
+        steps = (images_seen - first_images) // settings.batch_images
+        attempt.emit("end", attempt=attempt.number, images=images_seen)
+        attempt.log(_summary(attempt, images_seen, steps, time.monotonic() - began_s, saver))
+    return images_seen
 
 
-def step(state: Engine, process: Process, settings: Train, draws: list["Draw"], images: int) -> list[torch.Tensor]:
-    """One step from `images` on: this rank's micro-batches, the optimizer, the averages; the loss of each micro-batch."""
+def train_step(
+    state: Engine, process: Process, settings: Train, inputs: list["StepInput"], images_seen: int
+) -> list[torch.Tensor]:
+    """Take the step that begins at `images_seen`: this rank's micro-batches, the optimizer, the averages.
+
+    Returns the loss of each micro-batch.
+    """
     losses = []
-    for draw in draws:
-        micro, t_B, drop = _to_device(draw, state.device)
+    for host_input in inputs:
+        micro, t_B, drop = _to_device(host_input, state.device)
         loss = _loss(state.deepspeed, process, micro, t_B, drop)
-        faults.at("loss", images=images, loss=loss)
+        faults.at("loss", images=images_seen, loss=loss)
         state.micro_step(loss)
         losses.append(loss.detach())
-    images += settings.batch_images
-    state.update_averages(ema.decays(settings, images // settings.batch_images))
-    state.set_learning_rate(learning_rate(settings, images))
+    images_seen += settings.batch_images
+    state.update_averages(ema.decays(settings, images_seen // settings.batch_images))
+    state.set_learning_rate(learning_rate(settings, images_seen))
     return losses
 
 
-def _workers_here(world: int) -> int:
-    """The workers on this node, which share its memory; collective."""
+def _workers_on_this_node(world: int) -> int:
+    """The number of workers that share this node's memory; collective."""
     hosts: list[str] = [""] * world
     dist.all_gather_object(hosts, socket.gethostname())
     return hosts.count(socket.gethostname())
 
 
-def learning_rate(settings: Train, images: int) -> float:
-    """The learning rate of the step that begins after `images` images: warm-up, plateau, decay to zero."""
-    warm = min(1.0, (images + settings.batch_images) / settings.warmup_images) if settings.warmup_images else 1.0
+def learning_rate(settings: Train, images_seen: int) -> float:
+    """Return the learning rate of the step that begins at `images_seen`: warm-up, plateau, decay to zero."""
+    warm = min(1.0, (images_seen + settings.batch_images) / settings.warmup_images) if settings.warmup_images else 1.0
     first = settings.decay_from * settings.images
-    done = min(1.0, max(0.0, (images - first) / (settings.images - first))) if settings.images else 0.0
+    done = min(1.0, max(0.0, (images_seen - first) / (settings.images - first))) if settings.images else 0.0
     match settings.decay:
         case "none":
             left = 1.0
@@ -176,73 +213,79 @@ def learning_rate(settings: Train, images: int) -> float:
     return settings.learning_rate * warm * left
 
 
-class Agreement:
-    """One rank wishes, all obey at the same step: a reduction started at one step is read at the next, so that nobody waits.
+class StopAgreement:
+    """All ranks stop at the same step. The all-reduce started in one step is read in the next, so no rank waits for it.
 
-    Between the hosts, by gloo: read from a GPU, it would wait for all that the GPU was given.
+    On gloo (CPU): reading a GPU tensor would wait for all queued kernels.
     """
 
     def __init__(self) -> None:
-        self._wish, self._work, self._hosts = torch.zeros(1), None, dist.new_group(backend="gloo")
-        self._asked = float("inf")
+        self._requested, self._work, self._group = torch.zeros(1), None, dist.new_group(backend="gloo")
+        self._requested_s = float("inf")
 
-    def leaves(self, seconds: float, grace_s: float) -> bool:
-        """Whether so much of the grace is left on every rank, as it always is where nobody asked to stop; collective."""
-        left = torch.tensor([self._asked + grace_s - time.monotonic() - seconds])
-        dist.all_reduce(left, dist.ReduceOp.MIN, self._hosts)
+    def time_left(self, seconds: float, grace_s: float) -> bool:
+        """Whether every rank has `seconds` of its grace period left; always true if no stop was requested. Collective."""
+        left = torch.tensor([self._requested_s + grace_s - time.monotonic() - seconds])
+        dist.all_reduce(left, dist.ReduceOp.MIN, self._group)
         return left.item() > 0
 
-    def stop(self, wish: bool) -> bool:
-        """Whether any rank wished to stop one call ago; called once a step on every rank."""
-        if wish:
-            self._asked = min(self._asked, time.monotonic())
+    def stop(self, requested: bool) -> bool:
+        """Whether any rank had a stop request one call ago; called once per step on every rank."""
+        if requested:
+            self._requested_s = min(self._requested_s, time.monotonic())
         if self._work is not None:
             self._work.wait()
-        agreed = bool(self._wish.item())
-        self._wish.fill_(float(wish))
-        self._work = dist.all_reduce(self._wish, dist.ReduceOp.MAX, self._hosts, async_op=True)
+        agreed = bool(self._requested.item())
+        self._requested.fill_(float(requested))
+        self._work = dist.all_reduce(self._requested, dist.ReduceOp.MAX, self._group, async_op=True)
         return agreed
 
 
-def start(run: Run, latents: Latents) -> tuple[Engine, Backbone, int]:
-    """The sharded model in the state of the newest whole resume point, or in its first."""
-    settings = run.recipe.train
+def start(attempt: Attempt, latents: Latents) -> tuple[Engine, Backbone, int]:
+    """Return the sharded model in the state of the newest complete resume point or in its initial state, and the images seen."""
+    settings, recipe = attempt.recipe.train, attempt.recipe
     model = models.build(
-        run.recipe.models[run.model], latents.shape, run.recipe.data.num_classes, scan=settings.scan,
-        checkpointing=settings.checkpointing, seed=seeds.seed("init", run.recipe.seed) % 2**63,
+        recipe.models[attempt.model], latents.shape, recipe.data.num_classes, scan=settings.scan,
+        checkpointing=settings.checkpointing, seed=seeds.seed("init", recipe.seed) % 2**63,
     )  # fmt: skip
     if settings.compile:
         model.compile_blocks()
-    stored = _agreed_resume_point(run)
-    images, adam_step = (stored.images, stored.adam_step) if stored else (0, 0)
-    read = stored.read if stored else checkpoint.fresh(model)
+    point = _agreed_resume_point(attempt)
+    images_seen, adam_step = (point.images_seen, point.adam_step) if point else (0, 0)
+    read = point.read if point else checkpoint.fresh(model)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(read(engine.WEIGHTS, name, 0, p.numel()).view_as(p))
-    state = engine.start(model.to(run.device), settings, run.device, read, adam_step)
-    state.set_learning_rate(learning_rate(settings, images))
+    state = engine.start(model.to(attempt.device), settings, attempt.device, read, adam_step)
+    state.set_learning_rate(learning_rate(settings, images_seen))
     if dist.get_rank() == 0:
-        where = f"from {stored.folder.name}" if stored else "from the beginning"
-        scan = f", scan {choose(settings.scan, run.device)}" if run.recipe.models[run.model].kind == "dis" else ""
-        run.say(f"{run.model}: attempt {run.attempt}, {dist.get_world_size()} workers, {where}{scan}")
-    return state, model, images
+        where = f"from {point.folder.name}" if point else "from the beginning"
+        scan = f", scan {choose(settings.scan, attempt.device)}" if recipe.models[attempt.model].kind == "dis" else ""
+        attempt.emit("start", attempt=attempt.number, workers=dist.get_world_size(), images=images_seen)
+        attempt.log(f"{attempt.model}: attempt {attempt.number}, {dist.get_world_size()} workers, {where}{scan}")
+    return state, model, images_seen
 
 
-def _agreed_resume_point(run: Run) -> Stored | None:
-    """Rank 0 looks and checks, all take what it found."""
-    found: list[Stored | None] = [checkpoint.newest(run.folder, run.say) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found)
-    return found[0]
+def _agreed_resume_point(attempt: Attempt) -> ResumePoint | None:
+    """Rank 0 finds and checks the newest resume point; all ranks use it."""
+    points: list[ResumePoint | None] = [None]
+    if dist.get_rank() == 0:
+        points[0] = checkpoint.newest_point(attempt.run, attempt.log)
+    dist.broadcast_object_list(points)
+    return points[0]
 
 
-Draw = tuple[Micro, torch.Tensor, torch.Tensor | None]
+StepInput = tuple[Micro, torch.Tensor, torch.Tensor | None]
+"""A micro-batch, its times, and the multipliers of drop path."""
 
 
-def micro_batches(run: Run, latents: Latents, rates: tuple[float, ...], images: int, lanes: range) -> Iterator[Draw]:
-    """This rank's micro-batches from `images` on, in order, with their times and drop-path masks."""
-    recipe, settings = run.recipe, run.recipe.train
+def step_inputs(
+    attempt: Attempt, latents: Latents, rates: tuple[float, ...], images_seen: int, lanes: range
+) -> Iterator[StepInput]:
+    """Yield this rank's inputs from `images_seen` on, in order: one per lane and step."""
+    recipe, settings = attempt.recipe, attempt.recipe.train
     process = diffusion.build(recipe.diffusion)
-    for step in range(images // settings.batch_images, settings.images // settings.batch_images):
+    for step in range(images_seen // settings.batch_images, settings.images // settings.batch_images):
         for lane in lanes:
             micro = micro_batch(
                 latents, step, lane, batch=settings.batch_images, lanes=settings.lanes, seed=recipe.seed,
@@ -250,11 +293,11 @@ def micro_batches(run: Run, latents: Latents, rates: tuple[float, ...], images: 
             )  # fmt: skip
             n = len(micro.y_B)
             t_B = process.sample_times(seeds.generator("time", recipe.seed, step, lane), n)
-            yield _pinned((micro, t_B, _drop_masks(rates, n, recipe.seed, step, lane)), run.device)
+            yield _pinned((micro, t_B, _drop_masks(rates, n, recipe.seed, step, lane)), attempt.device)
 
 
 def _drop_masks(rates: tuple[float, ...], n: int, *where: int) -> torch.Tensor | None:
-    """Drop path's multipliers (branches, n): 0, or 1 / (1 - rate); None where nothing is dropped."""
+    """Multipliers of drop path (branches, n): 0, or 1 / (1 - rate); None if nothing is dropped."""
     if not any(rates):
         return None
     keep = 1 - torch.tensor(rates, dtype=torch.float32)[:, None]
@@ -263,16 +306,16 @@ def _drop_masks(rates: tuple[float, ...], n: int, *where: int) -> torch.Tensor |
     ) / keep
 
 
-def _pinned(draw: Draw, device: torch.device) -> Draw:
-    """In memory that a GPU copies from while it computes; as it is where there is none."""
+def _pinned(host_input: StepInput, device: torch.device) -> StepInput:
+    """In pinned memory if the device is a GPU, so that copies overlap with computation."""
     if device.type != "cuda":
-        return draw
-    micro, t_B, drop = draw
+        return host_input
+    micro, t_B, drop = host_input
     return Micro(*(x.pin_memory() for x in micro)), t_B.pin_memory(), None if drop is None else drop.pin_memory()
 
 
-def _to_device(draw: Draw, device: torch.device) -> Draw:
-    micro, t_B, drop = draw
+def _to_device(host_input: StepInput, device: torch.device) -> StepInput:
+    micro, t_B, drop = host_input
 
     def move(x: torch.Tensor) -> torch.Tensor:
         return x.to(device, non_blocking=True)
@@ -289,32 +332,34 @@ def _loss(sharded: Any, process: Process, micro: Micro, t_B: torch.Tensor, drop:
     return process.losses(model_fn, micro.x_BCHW, t_B, micro.noise_BCHW).total.mean()
 
 
-def _first_step(run: Run) -> dict[str, float]:
-    """The rows of an attempt's first step, which are said, too: how long it took from when the attempt was wanted."""
-    seconds = time.time() - run.wanted
-    if run.noticed_s is None:
+def _first_step(attempt: Attempt) -> dict[str, float]:
+    """Start-up time, or restart and detection time, as metric rows; a restart is also logged."""
+    seconds = time.time() - attempt.start.requested_at
+    if attempt.start.silent_s is None:
         return {"start_s": seconds}
-    run.say(
-        f"{run.model}: loss noticed {run.noticed_s:.1f} s after the last step seen, first new step {seconds:.1f} s later"
-    )
-    return {"restart_s": seconds, "noticed_s": run.noticed_s}
+    if dist.get_rank() == 0:
+        attempt.emit("first_step", noticed_s=attempt.start.silent_s, restart_s=seconds)
+        attempt.log(
+            f"{attempt.model}: failure noticed {attempt.start.silent_s:.1f} s after the last step seen, "
+            f"first new step {seconds:.1f} s later"
+        )
+    return {"restart_s": seconds, "noticed_s": attempt.start.silent_s}
 
 
-def _compare_with_grace(run: Run, saver: Saver) -> None:
-    """Waits for the first resume point and warns where a stop would have no time for one."""
+def _compare_with_grace(attempt: Attempt, saver: Saver) -> None:
+    """Wait for the first resume point; warn if the grace period is too short for one."""
     saver.finish()
-    if dist.get_rank() == 0 and saver.took_s > run.recipe.grace_s:
-        run.say(
-            f"{run.model}: warning: a resume point takes {saver.took_s:.1f} s and grace_s is {run.recipe.grace_s:g} s: "
-            f"a stop would lose the steps since the last one; give --set grace_s={math.ceil(2 * saver.took_s)} or more"
+    if dist.get_rank() == 0 and saver.took_s > attempt.recipe.grace_s:
+        attempt.log(
+            f"{attempt.model}: warning: a resume point takes {saver.took_s:.1f} s and grace_s is {attempt.recipe.grace_s:g} s: "
+            f"a stop would lose the steps since the last one; set --set grace_s={math.ceil(2 * saver.took_s)} or more"
         )
 
 
-def _closing_words(run: Run, images: int, began: tuple[float, int], saver: Saver) -> str:
-    spent_s, steps = time.monotonic() - began[0], (images - began[1]) // run.recipe.train.batch_images
+def _summary(attempt: Attempt, images_seen: int, steps: int, spent_s: float, saver: Saver) -> str:
     return (
-        f"{run.model}: {images} images; training stood still {saver.paused_s:.2f} s for resume points "
-        f"({saver.paused_s / spent_s:.2%} of the time), {saver.longest_s * 1000:.0f} ms at most, where a step takes "
+        f"{attempt.model}: {images_seen} images; training paused {saver.paused_s:.2f} s for resume points "
+        f"({saver.paused_s / spent_s:.2%} of the time), {saver.longest_s * 1000:.0f} ms at most; a step takes "
         f"{1000 * spent_s / max(steps, 1):.0f} ms"
     )
 
@@ -323,13 +368,13 @@ def _adam_step(state: Engine) -> int:
     return int(state.optimizer.state[state.flats[0]]["step"])
 
 
-def _row(state: Engine, losses: list[torch.Tensor], settings: Train, images: int) -> dict[str, float]:
-    """The step's metrics, its loss meaned over all lanes of all ranks; collective."""
+def _step_row(state: Engine, losses: list[torch.Tensor], settings: Train, images_seen: int) -> dict[str, float]:
+    """The step's metrics, its loss averaged over all lanes of all ranks; collective."""
     total = torch.stack(losses).sum()
     dist.all_reduce(total)
     return {
         "loss": total.item() / settings.lanes,
         "gradient_norm": state.gradient_norm,
         "learning_rate": state.optimizer.param_groups[0]["lr"],
-        "skipped": float(images // settings.batch_images - _adam_step(state)),
+        "skipped": float(images_seen // settings.batch_images - _adam_step(state)),
     }

@@ -1,6 +1,7 @@
-"""A few training steps on this machine, of which nothing is kept: how fast they are, and where their time goes.
+"""Profile of a few training steps on this machine: rates, memory, and where the time goes. Nothing is saved.
 
-One process takes one worker's share of each step, through all that training does: reader, DeepSpeed, averages. Read next: train.py.
+One process takes one worker's share of each step through everything that training does: reader, DeepSpeed, averages.
+Read next: loop.py.
 """
 
 import os
@@ -16,89 +17,87 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dis_scale import diffusion
-from dis_scale.data import shards
 from dis_scale.data.latents import open_latents, prefetch
-from dis_scale.errors import UserError, nearest
 from dis_scale.models.cost import price_model
 from dis_scale.recipe import Recipe
-from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import Sweep
+from dis_scale.sweep.state import require_latents
 from dis_scale.training import engine
-from dis_scale.training.loop import Run, micro_batches, start, step
-from dis_scale.training.throughput import open_pace, synchronize
+from dis_scale.training.loop import Attempt, Start, start, step_inputs, train_step
+from dis_scale.training.throughput import open_meter, synchronize
 
 WARM_STEPS = 2
-"""Steps before any is counted: the first compiles and allocates."""
+"""Steps before timing starts: the first one compiles and allocates."""
 TOP = 12
-"""Operators of the profile's table."""
+"""Operators in the profile's table."""
 
 
 def one_share(recipe: Recipe) -> Recipe:
-    """The recipe of one worker's part of each step."""
+    """Return the recipe of one worker's share of each step."""
     train, workers = recipe.train, recipe.train.most_workers
     part = {"batch_images": train.batch_images // workers, "lanes": train.lanes // workers, "workers": 1}
     return recipe.model_copy(update={"train": train.model_copy(update=part)})
 
 
-def trial(
-    sweep: Folder, recipe: Recipe, model: str, steps: int, trace: Path | None, say: Callable[[str], None]
+def profile_training(
+    sweep: Sweep, model: str, steps: int, trace: Path | None, log: Callable[[str], None]
 ) -> dict[str, float]:
-    """Takes `steps` counted steps, and one more into a Chrome trace where that is asked for; the rates of the counted ones.
+    """Return the rates of `steps` timed steps; with `trace`, one more step goes into a Chrome trace.
 
-    UserError for a model that the sweep has not, or a sweep without latents.
+    UserError for an unknown model, or a sweep without latents.
     """
-    if model not in recipe.models:
-        raise UserError(
-            f"no model {model!r} in {sweep}{nearest(model, recipe.models)}; it has {', '.join(recipe.models)}"
-        )
-    recipe, latents = one_share(recipe), shards.latents_of(sweep)
+    sweep.run(model)
+    recipe, latents = one_share(sweep.recipe), require_latents(sweep)
     device = torch.device("cuda" if recipe.device != "cpu" and torch.cuda.is_available() else "cpu")
     settings = recipe.train
-    say(f"{model}: one worker's share of a step, {settings.lanes} x {settings.micro_images} images, on {device}")
-    with tempfile.TemporaryDirectory() as scratch, _alone(device):
-        run = Run(
-            recipe, model, open_folder(scratch), latents, 0, device,
-            held=lambda: True, wish=lambda: False, report=lambda _: None, say=say, wanted=time.time(),
+    log(f"{model}: one worker's share of a step, {settings.lanes} x {settings.micro_images} images, on {device}")
+    with tempfile.TemporaryDirectory() as scratch, _process_group(device):
+        attempt = Attempt(
+            Sweep(open_folder(scratch), recipe), model, latents, 0, device, Start(time.time()),
+            held=lambda: True, stop_requested=lambda: False, report=lambda _: None, log=log,
+            emit=lambda *_, **__: None,
         )  # fmt: skip
-        reader, _ = open_latents(latents, recipe, 1, say)
-        state, backbone, images = start(run, reader)
+        reader, _ = open_latents(latents, recipe, 1, log)
+        state, backbone, images_seen = start(attempt, reader)
         process = diffusion.build(recipe.diffusion)
-        pace = open_pace(
-            price_model(recipe.models[model], reader.shape, recipe.data.num_classes), settings, 1, device, say
+        meter = open_meter(
+            price_model(recipe.models[model], reader.shape, recipe.data.num_classes), settings, 1, device, log
         )
-        with closing(prefetch(micro_batches(run, reader, backbone.drop_rates, 0, range(settings.lanes)))) as batches:
+        with closing(prefetch(step_inputs(attempt, reader, backbone.drop_rates, 0, range(settings.lanes)))) as batches:
 
-            def take() -> None:
-                nonlocal images
-                step(state, process, settings, list(islice(batches, settings.lanes)), images)
-                images += settings.batch_images
+            def take_step() -> None:
+                nonlocal images_seen
+                train_step(state, process, settings, list(islice(batches, settings.lanes)), images_seen)
+                images_seen += settings.batch_images
 
             for _ in range(WARM_STEPS):
-                take()
+                take_step()
             synchronize(device)
-            pace.begin(images)
+            meter.begin(images_seen)
             for _ in range(steps):
-                take()
+                take_step()
             synchronize(device)
-            found = pace.rows(images)
+            rates = meter.rates(images_seen)
             if trace:
-                say(_profiled(take, device, trace))
-    return found
+                log(_profiled(take_step, device, trace))
+    return rates
 
 
-def _profiled(take: Callable[[], None], device: torch.device, trace: Path) -> str:
-    """One step's trace in Chrome's format, and its most costly operators as a table."""
+def _profiled(take_step: Callable[[], None], device: torch.device, trace: Path) -> str:
+    """Write one step's trace in Chrome's format; return its most costly operators as a table."""
     cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
-    with profile(activities=[ProfilerActivity.CPU, *cuda], record_shapes=True, acc_events=True) as seen:
-        take()
+    with profile(activities=[ProfilerActivity.CPU, *cuda], record_shapes=True, acc_events=True) as profiler:
+        take_step()
         synchronize(device)
-    seen.export_chrome_trace(str(trace))
+    profiler.export_chrome_trace(str(trace))
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
-    return seen.key_averages().table(sort_by=key, row_limit=TOP, max_name_column_width=40)
+    return profiler.key_averages().table(sort_by=key, row_limit=TOP, max_name_column_width=40)
 
 
 @contextmanager
-def _alone(device: torch.device) -> Iterator[None]:
-    """A process group of this process."""
+def _process_group(device: torch.device) -> Iterator[None]:
+    """A process group with this process alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""On a cluster that a user started: the sweep as a Ray job, stopped by Ray, given again; evaluation that starts before training."""
+"""On a cluster that a user started: the sweep as a Ray job, stopped by Ray and rerun; evaluation that starts before training."""
 
 import json
 import os
@@ -13,11 +13,11 @@ import psutil
 import pytest
 from ray.job_submission import JobSubmissionClient
 
-from dis_scale.evaluation import results
-from dis_scale.recipe import reading
 from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import state
 from pipelines import jobs
-from tests.support import sweeps
+from pipelines.cluster import free_ports, open_cluster
+from tests.support import clusters, stages, sweeps
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -25,7 +25,7 @@ RAY = str(Path(sys.executable).with_name("ray"))
 @pytest.fixture
 def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A plain `ray start --head` of two CPUs with no named resources; its dashboard's URL."""
-    port, dashboard, agent = jobs.free_ports(3)
+    port, dashboard, agent = free_ports(3)
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     command = [
@@ -48,7 +48,7 @@ def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def submit(url: str, name: str, *settings: str) -> subprocess.CompletedProcess[str]:
-    """`ray job submit` as the README gives it, and what it printed at the end."""
+    """Run `ray job submit` as the README shows it."""
     overrides = [word for setting in settings for word in ("--set", setting)]
     command = [RAY, "job", "submit", "--address", url, "--working-dir", ".", "--submission-id", name, "--"]
     command += [sys.executable, "-m", "dis_scale.sweep", "tests/support/tiny.yaml", *overrides]
@@ -56,7 +56,7 @@ def submit(url: str, name: str, *settings: str) -> subprocess.CompletedProcess[s
 
 
 def test_submitted_stopped_and_submitted_again(head: str, tmp_path: Path) -> None:
-    """Ends on the head's own home, as a relative root on one node does; `ray job stop` on the sweep stops its stages."""
+    """A relative root on one node is below the head's home; `ray job stop` on the sweep stops its stages."""
     client = JobSubmissionClient(head)
     overrides = ["--set", "storage.root=store", *[word for setting in sweeps.SLOW for word in ("--set", setting)]]
     entry = [sys.executable, "-m", "dis_scale.sweep", "tests/support/tiny.yaml", *overrides]
@@ -80,42 +80,30 @@ def test_submitted_stopped_and_submitted_again(head: str, tmp_path: Path) -> Non
     assert not open_folder(root).exists("sweeps/tiny/runs/dis/published/000000003200/manifest.json")
     done = submit(head, "second", "storage.root=store", *sweeps.SLOW)
     assert done.returncode == 0, done.stdout + done.stderr
-    sweeps.assert_whole(str(root), *sweeps.SLOW)
+    sweeps.assert_complete(str(root), *sweeps.SLOW)
 
 
-def test_evaluation_first_keeps_no_training_waiting_and_a_killed_worker_is_replaced(tmp_path: Path) -> None:
-    longer = "train.publish_images=[0, 160, 16000]"
-    recipe = reading.load(sweeps.TINY, [f"storage.root={tmp_path}", longer, "train.resume_every_images=160"])
-    recipe = recipe.model_copy(update={"models": {"dit": recipe.models["dit"]}})
-    sweep = sweeps.sweep_folder(str(tmp_path))
-    sweep.write("recipe.yaml", reading.dump(recipe).encode())
-    with jobs.cluster(recipe) as cluster:
-        for stage in ("prepare", "precompute"):
-            assert _end(jobs.submit(cluster, recipe, sweep, stage)) == "SUCCEEDED"
-        evaluation = jobs.submit(cluster, recipe, sweep, "evaluate")
-        while not any("evaluation on" in line for line in evaluation.lines()):
-            time.sleep(0.3)
-        joined = jobs.submit(cluster, recipe, sweep, "evaluate")
+def test_evaluation_first_does_not_block_training_and_a_killed_worker_is_replaced(tmp_path: Path) -> None:
+    settings = ("train.publish_images=[0, 160, 16000]", "train.resume_every_images=160")
+    sweep = sweeps.sweep_at(tmp_path, *settings, f"models={stages.ONE_MODEL}")
+    stages.prepare_and_precompute(sweep, tmp_path / "faults")
+    with open_cluster(sweep.recipe) as cluster:
+        evaluation = jobs.submit(cluster, sweep, "evaluate")
+        clusters.wait_until(lambda: bool(sweep.lease("evaluate").list()), evaluation)
+        joined = jobs.submit(cluster, sweep, "evaluate")
         assert (joined.id, joined.ours) == (evaluation.id, False)
-        training = jobs.submit(cluster, recipe, sweep, "train", "dit")
-        while len((sweep / "runs/dit/resume").list()) < 2:
-            assert not training.ended(), training.why()
-            time.sleep(0.05)
+        events = clusters.Events(training := jobs.submit(cluster, sweep, "train", "dit"))
+        clusters.wait_until(lambda: len(sweep.run("dit").resume.list()) > 1, training)
         _kill_one_trainer()
-        assert _end(training) == "SUCCEEDED", training.why()
-        assert any("a worker was lost" in line for line in training.lines())
-        assert _end(evaluation) == "SUCCEEDED", evaluation.why()
-    assert sorted(results.evaluated(sweep, "dit")) == [0, 160, 16000]
-    assert json.loads(sweep.read("evaluation/dit/000000016000/metrics.json"))["samples"] == recipe.evaluate.samples
+        events.wait("restart")
+        assert clusters.wait_for_end(training) == "SUCCEEDED", training.reason()
+        assert clusters.wait_for_end(evaluation) == "SUCCEEDED", evaluation.reason()
+    assert sorted(state.evaluated(sweep, "dit")) == [0, 160, 16000]
+    metrics = json.loads(sweep.folder.read("evaluation/dit/000000016000/metrics.json"))
+    assert metrics["samples"] == sweep.recipe.evaluate.samples
 
 
 def _kill_one_trainer() -> None:
     workers = [p for p in psutil.Process().children(recursive=True) if "Trainer" in p.name() + " ".join(p.cmdline())]
     assert len(workers) == 2
     workers[1].kill()
-
-
-def _end(job: jobs.Job) -> str:
-    while not job.ended():
-        time.sleep(0.3)
-    return str(job.status())

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dis_scale.training import checkpoint
+from dis_scale.sweep import state
 from pipelines import jobs
 from tests.support import sweeps
-from tests.support.clusters import Rays, Said, sweep_to_train
+from tests.support.clusters import Events, RayNodes, sweep_to_train, wait_for_end, wait_for_nodes, wait_until
 
 BRIDGE, NAMES, SUBNET = "ds-bridge", ("ds-head", "ds-one", "ds-two"), "10.233.77"
 SETTINGS = (
@@ -54,23 +54,24 @@ def within(name: str) -> list[str]:
 
 @pytest.mark.faults
 def test_a_node_whose_link_is_cut_costs_an_attempt(links: dict[str, str], tmp_path: Path) -> None:
-    sweep, recipe = sweep_to_train(tmp_path, *SETTINGS)
+    sweep = sweep_to_train(tmp_path, *SETTINGS)
+    run = sweep.run("dit")
     head, one, two = NAMES
-    rays = Rays(0, links[head], within(head))
+    nodes = RayNodes(0, links[head], within(head))
     try:
         for number, name in enumerate((one, two), 2):
-            node = rays.node(1, links[name], within(name), GLOO_SOCKET_IFNAME="eth0")
-            while len(rays.alive(within(head))) < number:  # one by one: they share a folder, as machines do not
-                assert node.poll() is None
-        said = Said(job := jobs.submit(rays.cluster(), recipe, sweep, "train", "dit"))
-        assert "2 workers, from the beginning" in said.wait("workers, from")
-        while checkpoint.newest_images(sweep / "runs/dit") == 0:
-            assert not job.ended(), job.why()
+            node = nodes.node(1, links[name], within(name), GLOO_SOCKET_IFNAME="eth0")
+            wait_for_nodes(nodes, number, node, within(head))  # one by one: they share a folder, unlike machines
+        events = Events(job := jobs.submit(nodes.cluster(), sweep, "train", "dit"))
+        assert events.wait("start")["workers"] == 2
+        wait_until(lambda: state.resumable_images(run) > 0, job)
         ip("link", "set", two, "down")
         sweeps.kill_all(node)
-        said.wait("a worker was lost")
-        assert "1 workers, from 0000" in said.wait("workers, from")
-        said.wait("8000 images; training stood still")
+        events.wait("restart")
+        start = events.wait("start")
+        assert start["workers"] == 1
+        assert start["images"] > 0
+        assert wait_for_end(job) == "SUCCEEDED"
     finally:
-        rays.stop()
-    assert checkpoint.published(sweep / "runs/dit") == [0, 8000]
+        nodes.stop()
+    assert state.published_counts(run) == [0, 8000]

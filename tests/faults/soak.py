@@ -1,8 +1,8 @@
-"""`make soak`: a training run that is killed again and again at random places, compared at its end with one that was not.
+"""`make soak`: training runs that are killed at random points, compared at their end with an undisturbed one.
 
     python -m tests.faults.soak [--kills 100] [--seed N]
 
-Prints its seed and, every ten kills, how far it is; exit code 1 where anything differs.
+Prints its seed and, every ten kills, its progress; exit code 1 if anything differs.
 """
 
 import argparse
@@ -13,26 +13,25 @@ import time
 from pathlib import Path
 
 from dis_scale.recipe import Recipe, reading
+from dis_scale.training.engine import kinds
 from tests.conftest import TINY
 from tests.support import fault_plans
 
 KILLS_A_RUN = 10
-FILES_A_SAVE = 7
-"""Files and sidecar that a rank writes for a resume point of the tiny recipe."""
 
 
-def plan(draw: random.Random, recipe: Recipe, kills: int) -> str:
-    """Kills at random steps, in random saves after a random file, and in publishing, of random ranks."""
+def plan(rng: random.Random, recipe: Recipe, kills: int) -> str:
+    """Return kills of random ranks: at random steps, in random saves after a random file, and in publishing."""
     lines = []
     for _ in range(kills):
-        rank, images = draw.randrange(2), draw.randrange(0, recipe.train.images, recipe.train.batch_images)
-        saved = draw.randrange(0, recipe.train.images, recipe.train.resume_every_images)
+        rank, images = rng.randrange(2), rng.randrange(0, recipe.train.images, recipe.train.batch_images)
+        saved = rng.randrange(0, recipe.train.images, recipe.train.resume_every_images)
         lines.append(
-            draw.choice(
+            rng.choice(
                 [
                     f"kill at step rank={rank} images={images}",
-                    f"kill at written path=resume/{saved:012d} rank={rank} nth={draw.randint(1, FILES_A_SAVE - 1)}",
-                    f"kill at write path=published/{draw.choice([0, 160, 320]):012d} rank=0",
+                    f"kill at written path=resume/{saved:012d}-*/{rng.choice(kinds(recipe.train))}-{rank:05d}",
+                    f"kill at write path=published/{rng.choice([0, 160, 320]):012d} rank=0",
                 ]
             )
         )
@@ -45,14 +44,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     options = parser.parse_args()
     print(f"soak: seed {options.seed}, {options.kills} kills", flush=True)
-    draw, recipe, began = random.Random(options.seed), reading.load(TINY, ["train.keep_resume=3"]), time.monotonic()
+    rng, recipe, began = random.Random(options.seed), reading.load(TINY, ["train.keep_resume=3"]), time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         fault_plans.train_through(recipe, Path(scratch) / "calm", "")
         calm, struck, runs = fault_plans.made(Path(scratch) / "calm", recipe), 0, 0
         while struck < options.kills:
             root, runs = Path(scratch) / f"{runs:03d}", runs + 1
             kills = min(KILLS_A_RUN, options.kills - struck)
-            fault_plans.train_through(recipe, root, plan(draw, recipe, kills), attempts=2 * kills + 1)
+            fault_plans.train_through(recipe, root, plan(rng, recipe, kills), attempts=2 * kills + 1)
             struck += kills - len(fault_plans.left(root))
             if fault_plans.made(root, recipe) != calm:
                 sys.exit(f"soak: run {runs} differs from the undisturbed one: --seed {options.seed}")

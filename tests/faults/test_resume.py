@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from dis_scale.recipe import Recipe, reading
-from dis_scale.storage.folder import open_folder
-from dis_scale.tracking import Rows
+from dis_scale.tracking.rows import RowReader
 from tests.conftest import TINY
 from tests.support import fault_plans, ranks
 
@@ -65,5 +64,5 @@ def test_another_world_sees_the_same_images_and_noise(tmp_path: Path, parts: tup
 
 
 def losses(root: Path) -> dict[int, float]:
-    rows = Rows(open_folder(fault_plans.run_folder(root).url) / "log").new()
+    rows = RowReader(fault_plans.run_of(root, short()).log).new()
     return {row.images: row.value for row in rows if row.name == "loss"}

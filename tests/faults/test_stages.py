@@ -1,4 +1,4 @@
-"""Every fault in prepare, precompute and evaluate: are shards, metrics and all else bit-equal to the undisturbed, made once?"""
+"""Every fault in prepare, precompute and evaluate: is everything bit-equal to the undisturbed run, and made once?"""
 
 import re
 import shutil
@@ -13,19 +13,20 @@ import torch
 from dis_scale import models
 from dis_scale.recipe import LatentShape, reading
 from dis_scale.storage import manifest
-from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import Sweep
 from tests.conftest import TINY
 from tests.support import fault_plans, stages
 
 SMALL = [
-    "models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}", "train.publish_images=[0, 160]",
+    f"models={stages.ONE_MODEL}", "train.publish_images=[0, 160]",
     "train.power_ema=null", "evaluate.variants={}", "vae.steps=4", "evaluate.extractor.steps=4",
 ]  # fmt: skip
 STAGES = ("prepare", "precompute", "evaluate")
 
 
-def sweep_of(root: Path) -> Folder:
-    return open_folder(root) / "store/sweeps/tiny"
+def sweep_of(root: Path) -> Sweep:
+    return Sweep.below(open_folder(root) / "store", reading.load(TINY, SMALL))
 
 
 @pytest.fixture(scope="module")
@@ -34,28 +35,31 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     base = tmp_path_factory.mktemp("calm")
     plan, now, recipe = base / "faults", base / "now", reading.load(TINY, SMALL)
     plan.write_text("")
-    sweep_of(now).write(reading.FILE, reading.dump(recipe).encode())
+    sweep_of(now).save_recipe()
     torch.manual_seed(0)
     for images in recipe.train.publish_images:
         model = models.build(recipe.models["dit"], LatentShape(4, 8), 10, seed=images)
         weights = {name: torch.randn_like(p) * 0.1 for name, p in model.named_parameters()}
-        place = sweep_of(now) / f"runs/dit/published/{images:012d}"
-        manifest.put(place, {"weights.safetensors": safetensors.torch.save(weights)}, images=images)
+        manifest.put(
+            sweep_of(now).run("dit").published_at(images),
+            {"weights.safetensors": safetensors.torch.save(weights)},
+            images=images,
+        )
     for stage in STAGES:
         shutil.copytree(now, base / stage)
-        code, said = stages.run(stage, sweep_of(now), plan)
-        assert code == 0, said
+        code, output = stages.run(stage, sweep_of(now), plan)
+        assert code == 0, output
     now.rename(base / "end")
     return lambda stage: base / stage
 
 
 def through(stage: str, root: Path, plan: str) -> tuple[list[int], str]:
-    """The stage given again until it ends well; exit codes and all words. What was whole before is not written again."""
+    """Rerun the stage until it ends well; return exit codes and output. What was final before is not written again."""
     (root / "faults").write_text(plan)
     codes, words, before = list[int](), "", dict[str, int]()
     while 0 not in codes and len(codes) < 4:
-        code, said = stages.run(stage, sweep_of(root), root / "faults")
-        codes, words, now = [*codes, code], words + said, stages.whole(root / "store")
+        code, output = stages.run(stage, sweep_of(root), root / "faults")
+        codes, words, now = [*codes, code], words + output, stages.finished(root / "store")
         again = [name for name in before if now[name] != before[name]]
         assert not again or "flip" in plan, again
         before = now
@@ -68,14 +72,14 @@ def expected(calm: Callable[[str], Path], stage: str) -> dict[str, Any]:
 
 
 KILLED, STOPPED, FAILED = [-9, 0], [75, 0], [1, 0]
-FULL = "no space left on the device: free some, then give the same command again"
+FULL = "no space left on the device: free some, then run the same command again"
 FAULTS: dict[str, tuple[str, str, list[int], str]] = {
     "prepare: killed in the autoencoder's files": ("prepare", "kill at written path=vae/", KILLED, ""),
     "prepare: killed before a classifier's manifest": (
         "prepare", "kill at write path=extractors/digits/manifest", KILLED, "",
     ),
     "prepare: killed before the reference": ("prepare", "kill at write path=reference/", KILLED, ""),
-    "prepare: asked to stop": ("prepare", "stop at written path=vae/manifest", STOPPED, "stopped as asked"),
+    "prepare: asked to stop": ("prepare", "stop at written path=vae/manifest", STOPPED, "stopped as requested"),
     "prepare: storage fails three times": ("prepare", "fail at write path=extractors/ times=3", [0], ""),
     "prepare: storage gone for 20 s": ("prepare", "gone at write path=reference/ seconds=20", [0], ""),
     "prepare: disk full": ("prepare", "full at write path=vae/", FAILED, FULL),
@@ -84,7 +88,7 @@ FAULTS: dict[str, tuple[str, str, list[int], str]] = {
     "precompute: the driver dies before the manifest": (
         "precompute", "kill at write path=manifest.json", KILLED, "",
     ),
-    "precompute: asked to stop": ("precompute", "stop at written path=000001.tar", STOPPED, "stopped as asked"),
+    "precompute: asked to stop": ("precompute", "stop at written path=000001.tar", STOPPED, "stopped as requested"),
     "precompute: storage fails three times": ("precompute", "fail at write path=.tar times=3", [0], ""),
     "precompute: storage gone for 20 s": ("precompute", "gone at write path=000001.tar seconds=20", [0], ""),
     "precompute: disk full": ("precompute", "full at write path=000002.tar", FAILED, FULL),
@@ -96,13 +100,13 @@ FAULTS: dict[str, tuple[str, str, list[int], str]] = {
     ),
     "evaluate: killed between two blocks": ("evaluate", "kill at written path=block-00000.npz nth=2", KILLED, ""),
     "evaluate: the driver dies before the metrics": ("evaluate", "kill at write path=metrics.json", KILLED, ""),
-    "evaluate: asked to stop": ("evaluate", "stop at written path=block-00000.npz", STOPPED, "stopped as asked"),
+    "evaluate: asked to stop": ("evaluate", "stop at written path=block-00000.npz", STOPPED, "stopped as requested"),
     "evaluate: storage fails three times": ("evaluate", "fail at write path=block-00001.npz times=3", [0], ""),
     "evaluate: storage gone for 20 s": ("evaluate", "gone at read path=block-00001.npz seconds=20", [0], ""),
     "evaluate: disk full": ("evaluate", "full at write path=block-00001.npz", FAILED, FULL),
     "evaluate: a byte of a block of features flips, then a kill": (
         "evaluate", "flip at written path=block-00000.npz\nkill at written path=block-00001.npz", KILLED,
-        "drawn again: .*block-00000.npz: damaged",
+        "sampled again: .*block-00000.npz: damaged",
     ),
     "evaluate: the clock jumps back an hour": ("evaluate", "jump at written path=block-00001.npz seconds=-3600", [0], ""),
 }  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dis_scale.storage.folder import open_folder
-from dis_scale.tracking import Row, Rows
+from dis_scale.tracking.rows import Row, RowReader
 from tests.support import fault_plans, sweeps
 
 SETTINGS = ("models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}", "train.hang_after_s=30")
@@ -42,7 +42,7 @@ def made(root: Path) -> dict[str, Any]:
 
 
 def rows(root: Path) -> list[Row]:
-    return Rows(open_folder(root / "store/sweeps/tiny/runs/dit/log")).new()
+    return RowReader(open_folder(root / "store/sweeps/tiny/runs/dit/log")).new()
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +66,15 @@ FAULTS = {
     "accidents in every stage, in turn": (IN_EVERY_STAGE, [0]),
     "prepare killed": ("kill at written path=vae/", [0]),
     "an encoder killed between shard and sidecar": ("kill at written path=000002.tar", [0]),
-    "precompute's driver dies": ("kill at look path=precompute", [1, 0]),
+    "precompute's driver dies": ("kill at poll path=precompute", [1, 0]),
     "rank 0 killed in a save": ("kill at written path=resume/000000000160 rank=0 nth=3", [0]),
-    "training's driver dies": ("kill at look path=train images=16", [1, 0]),
-    "training's driver is asked to stop": ("stop at look path=train", [75, 0]),
+    "training's driver dies": ("kill at poll path=train images=16", [1, 0]),
+    "training's driver is asked to stop": ("stop at poll path=train", [75, 0]),
     "a rank hangs": ("hang at step rank=1 images=112", [0]),
     "storage is gone for 20 s while publishing": ("gone at write path=published/000000000160 seconds=20", [0]),
     "disk full in a save": ("full at write path=resume/000000000240", [1, 0]),
     "evaluation killed between two blocks": ("kill at written path=block-00000.npz nth=1", [0]),
-    "evaluation's driver dies": ("kill at look path=evaluate images=1", [1, 0]),
+    "evaluation's driver dies": ("kill at poll path=evaluate images=1", [1, 0]),
 }
 
 

@@ -13,6 +13,7 @@ from dis_scale import faults
 from dis_scale.errors import UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import manifest
+from dis_scale.sweep import PointName
 from tests.conftest import TINY
 from tests.support import fault_plans, ranks
 
@@ -34,16 +35,16 @@ FAULTS = {
     "rank 0 killed": ("kill at step rank=0 images=112", "SIGKILL|gloo|closed"),
     "rank 1 killed": ("kill at step rank=1 images=112", "SIGKILL|gloo|closed"),
     "both killed, one after the other": ("kill at step rank=1 images=48\nkill at step rank=0 images=256", "SIGKILL"),
-    "killed in a save after a file": ("kill at written path=resume/ rank=1 nth=9", "SIGKILL"),
-    "killed before the manifest of a save": ("kill at write path=resume/000000000160 rank=0 nth=7", "SIGKILL"),
-    "killed in publishing": ("kill at written path=published/000000000160 rank=0 nth=2", "SIGKILL"),
-    "stopped in a save after a file": ("stop at written path=resume/ rank=1 nth=9", None),
+    "killed in a save after a file": ("kill at written path=resume/000000000080-0001/exp_avg-00001", "SIGKILL"),
+    "killed before the manifest of a save": ("kill at write path=resume/000000000160-0001/manifest.json", "SIGKILL"),
+    "killed in publishing": ("kill at written path=published/000000000160/power-0.050", "SIGKILL"),
+    "stopped in a save after a file": ("stop at written path=resume/000000000080-0001/exp_avg-00001", None),
     "stopped, then killed in the last save": (
-        "stop at step rank=0 images=112\nkill at written path=resume/000000000144 rank=1 nth=2",
+        "stop at step rank=0 images=112\nkill at written path=resume/000000000144-0001/exp_avg-00001",
         "SIGKILL",
     ),
     "a byte of the newest resume point flips": (
-        "flip at written path=resume/000000000160 rank=1 nth=3\nkill at step rank=0 images=208",
+        "flip at written path=resume/000000000160-0001/exp_avg_sq-00001\nkill at step rank=0 images=208",
         "SIGKILL",
     ),
     "storage fails three times": ("fail at write path=.safetensors times=3", None),
@@ -92,7 +93,7 @@ def test_too_many_in_a_row_stop_the_run_and_the_evidence_is_kept(tmp_path: Path)
         mp.ProcessRaisedException, match="not finite in 3 steps in a row, up to 160 images: the last step's"
     ):
         ranks.run(recipe, fault_plans.MODEL, tmp_path, 1, faults=tmp_path / "faults")
-    kept = fault_plans.run_folder(tmp_path) / "evidence/000000000160-0001"
+    kept = fault_plans.run_of(tmp_path, recipe).bad_step(PointName(160, 1))
     found = manifest.find(kept)
     assert found is not None
     assert len(found["files"]) == 6

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dis_scale.evaluation.results import Drawn
 from ray.exceptions import RayTaskError
 
 from dis_scale.errors import DisScaleError, Preempted, StorageAway, StorageError, StorageFull, UserError
 from dis_scale.evaluation import results
-from dis_scale.evaluation.results import Drawn
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import Folder, open_folder
 from pipelines import evaluate, stage

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dis_scale.evaluation.results import Drawn
 from rich.console import Console
 from rich.table import Table
 
@@ -15,7 +16,6 @@ from dis_scale import report as reports
 from dis_scale import tracking
 from dis_scale.errors import UserError
 from dis_scale.evaluation import results
-from dis_scale.evaluation.results import Drawn
 from dis_scale.evaluation.sampling import grid
 from dis_scale.recipe import LatentShape, Recipe
 from dis_scale.report import compare, figures

@@ -1,4 +1,4 @@
-"""What the tables of faults share: train on through accidents, and ask whether all is as in the undisturbed run."""
+"""Shared by the tables of faults: train through accidents, and compare the result with the undisturbed run's."""
 
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,9 @@ import torch.multiprocessing as mp
 from dis_scale import faults
 from dis_scale.recipe import Recipe
 from dis_scale.storage import manifest
-from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.tracking import Rows
+from dis_scale.storage.folder import Folder
+from dis_scale.sweep import Run, state
+from dis_scale.tracking.rows import RowReader
 from dis_scale.training import checkpoint
 from tests.support import ranks
 
@@ -29,16 +30,16 @@ TIMED = {
 """Rows that measure the machine, not the run."""
 
 
-def run_folder(root: Path) -> Folder:
-    return open_folder(root) / "sweep/runs" / MODEL
+def run_of(root: Path, recipe: Recipe) -> Run:
+    return ranks.sweep_of(root, recipe).run(MODEL)
 
 
 def done(root: Path, recipe: Recipe) -> bool:
-    return recipe.train.images in checkpoint.published(run_folder(root))
+    return recipe.train.images in state.published_counts(run_of(root, recipe))
 
 
 def train_through(recipe: Recipe, root: Path, plan: str, attempts: int = 8) -> list[str]:
-    """Attempt after attempt until all is published, as the command given again does; what ended each that failed."""
+    """Run attempts until everything is published, as reruns of the command do; return what ended each failed one."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "faults").write_text(plan)
     ended: list[str] = []
@@ -53,21 +54,25 @@ def train_through(recipe: Recipe, root: Path, plan: str, attempts: int = 8) -> l
 
 
 def left(root: Path) -> list[str]:
-    """The faults of the plan that have not struck as often as they were to."""
+    """Return the faults of the plan that have not happened as often as planned."""
     plan = faults.load(root / "faults")
     marks = [path.name.split(".")[0] for path in plan.spent.glob("*")]
-    return [fault.what for number, fault in enumerate(plan.faults) if marks.count(str(number)) != fault.times]
+    return [fault.action for number, fault in enumerate(plan.faults) if marks.count(str(number)) != fault.times]
 
 
 def made(root: Path, recipe: Recipe) -> dict[str, Any]:
-    """All that a run leaves for good: hashes of what it published and of its last state, and its rows."""
-    run = run_folder(root)
-    last = checkpoint.newest(run, print)
+    """Return what a run leaves for good: hashes of its published files and of its last state, and its rows."""
+    run = run_of(root, recipe)
+    last = checkpoint.newest_point(run, print)
     assert last is not None
-    rows = [row for row in Rows(run / "log").new() if row.name not in TIMED]
+    rows = [row for row in RowReader(run.log).new() if row.name not in TIMED]
     return {
-        "published": {n: _hashes(run / "published" / checkpoint.images_name(n)) for n in checkpoint.published(run)},
-        "state": (last.images, last.adam_step, {name: file["sha256"] for name, file in last.manifest["files"].items()}),
+        "published": {n: _hashes(run.published_at(n)) for n in state.published_counts(run)},
+        "state": (
+            last.images_seen,
+            last.adam_step,
+            {name: file["sha256"] for name, file in last.manifest["files"].items()},
+        ),
         "rows": sorted((row.name, row.images, row.value) for row in rows),
     }
 

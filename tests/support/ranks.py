@@ -1,4 +1,4 @@
-"""Training without Ray, for tests: ranks as processes over gloo on synthetic latents, with faults given from outside."""
+"""Training without Ray: ranks as processes over gloo on synthetic latents, with injected faults."""
 
 import hashlib
 import multiprocessing
@@ -18,6 +18,7 @@ from dis_scale.data import shards
 from dis_scale.data.shards import Sample
 from dis_scale.recipe import Recipe
 from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.sweep import Sweep
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 PRELOAD = ["deepspeed", "torch._dynamo", "dis_scale.training.loop"]
@@ -38,12 +39,17 @@ def make_latents(at: Folder, recipe: Recipe) -> Folder:
     return at
 
 
+def sweep_of(root: Path, recipe: Recipe) -> Sweep:
+    """The sweep that `run` trains below `root`."""
+    return Sweep(open_folder(root) / "sweep", recipe)
+
+
 def run(
     recipe: Recipe, model: str, root: Path, attempt: int, stop_at: int | None = None, faults: Path | None = None
 ) -> None:
-    """Trains in `recipe.train.workers` processes; with `stop_at`, rank 1 (or 0) wishes to stop from that image count on.
+    """Trains in `recipe.train.workers` processes; with `stop_at`, the last rank has a stop request from that image count on.
 
-    `faults` is a plan of accidents; SIGTERM to a rank is its wish to stop. `inputs` then tells what the steps saw.
+    `faults` is a fault plan; SIGTERM to a rank is a stop request. `inputs` returns what the steps saw.
     """
     world = recipe.train.workers
     latents = open_folder(root) / "latents"
@@ -54,7 +60,9 @@ def run(
         port = free.getsockname()[1]
     arguments = (world, port, recipe, model, str(root), attempt, stop_at, faults)
     ranks = mp.start_processes(_rank, arguments, world, join=False, start_method="forkserver")
-    while not ranks.join(grace_period=1):  # for the others when one has died: to them SIGTERM is but a wish
+    while not ranks.join(
+        grace_period=1
+    ):  # when one has died, the others would survive the SIGTERM: to them it is a stop request
         pass
 
 
@@ -67,7 +75,7 @@ def _rank(
     torch.set_num_threads(1)
     from dis_scale import faults
     from dis_scale.training import engine
-    from dis_scale.training.loop import Run, train
+    from dis_scale.training.loop import Attempt, Start, train_model
 
     faults.use(plan)
     asked = threading.Event()
@@ -77,18 +85,20 @@ def _rank(
     _note_inputs(Path(root) / "inputs", rank)
     steps = iter(range(1, 10**9))
 
-    def wish() -> bool:
-        """Asked once a step before it begins."""
+    def stop_requested() -> bool:
+        """Called once per step, before it begins."""
         due = stop_at is not None and rank == world - 1 and next(steps) * recipe.train.batch_images > stop_at
         return due or asked.is_set()
 
-    sweep = open_folder(root) / "sweep"
-    latents, wanted = open_folder(root) / "latents", time.time()
-    train(Run(recipe, model, sweep, latents, attempt, device, lambda: True, wish, _nothing, print, wanted))
+    attempt_of_rank = Attempt(
+        sweep_of(Path(root), recipe), model, open_folder(root) / "latents", attempt, device, Start(time.time()),
+        held=lambda: True, stop_requested=stop_requested, report=_nothing, log=print, emit=_nothing,
+    )  # fmt: skip
+    train_model(attempt_of_rank)
 
 
 def inputs(root: Path) -> dict[int, list[str]]:
-    """By images seen before it, what each step drew: a hash a lane of images, labels, noise, times and masks, in lane order."""
+    """By images seen before it, the inputs of each step: one hash per lane of images, labels, noise, times and masks."""
     lines = [line.split() for file in sorted((root / "inputs").glob("*")) for line in file.read_text().splitlines()]
     steps: dict[int, list[str]] = {}
     for images, digest in sorted(((int(images), digest) for images, digest in lines), key=lambda line: line[0]):
@@ -97,7 +107,7 @@ def inputs(root: Path) -> dict[int, list[str]]:
 
 
 def _note_inputs(place: Path, rank: int) -> None:
-    """Writes a line a micro-batch on its way to the device; a rank's lanes come in order, and so do the ranks."""
+    """Write one line per micro-batch on its way to the device; a rank's lanes come in order, and so do the ranks."""
     from dis_scale.training import loop
 
     place.mkdir(exist_ok=True)
@@ -118,4 +128,4 @@ def _note_inputs(place: Path, rank: int) -> None:
     loop._to_device, loop.faults.at = noted, clocked
 
 
-def _nothing(_: Any) -> None: ...
+def _nothing(*_: Any, **__: Any) -> None: ...

@@ -1,98 +1,114 @@
-"""A stage's program in one process, without Ray: driver and worker in one, entered as a Ray job enters it."""
+"""A stage's program in one process, without Ray: driver and worker in one, started as a Ray job starts it."""
 
 import hashlib
 import json
 import multiprocessing
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dis_scale import faults, vae
+from dis_scale.evaluation.sample import labels_of
+
+from dis_scale import faults
 from dis_scale.data import shards
 from dis_scale.data.encode import Setup
-from dis_scale.data.sources import open_source
 from dis_scale.evaluation import reference
-from dis_scale.evaluation.results import Drawn
-from dis_scale.evaluation.sampling import labels_of
-from dis_scale.recipe import Evaluate, Recipe
+from dis_scale.recipe import Evaluate
 from dis_scale.storage.folder import Folder
+from dis_scale.sweep import Sampled, Sweep
 from pipelines import evaluate, precompute, stage
 from pipelines.evaluate import Evaluation, Evaluator
 from pipelines.precompute import Dealer, Encoder
 from pipelines.prepare import Preparer
+from pipelines.restarts import with_restarts
+from pipelines.worker import WorkerFailure
 from tests.support import ranks
 
 multiprocessing.set_forkserver_preload([*ranks.PRELOAD, __name__])
 UNLIKE = (".part-", "/leases/")
-"""In the names of files that nobody reads, or that say who wrote when."""
+"""In the names of files that are not results: incomplete ones, and leases."""
 
 
-def run(name: str, sweep: Folder, plan: Path) -> tuple[int, str]:
-    """The stage in a process of its own that meets the plan's accidents; its exit code and what it said."""
-    said = plan.with_name("said")
-    process = multiprocessing.get_context("forkserver").Process(target=_enter, args=(name, sweep.url, plan, said))
+ONE_MODEL = "{dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}"
+
+
+def run(name: str, sweep: Sweep, plan: Path) -> tuple[int, str]:
+    """Run the stage in a process of its own that meets the plan's faults; return its exit code and its output."""
+    output = plan.with_name("output")
+    arguments = (name, sweep.folder.url, plan, output)
+    process = multiprocessing.get_context("forkserver").Process(target=_enter, args=arguments)
     process.start()
     process.join()
     assert process.exitcode is not None
-    return process.exitcode, said.read_text()
+    return process.exitcode, output.read_text()
 
 
-def _enter(name: str, url: str, plan: Path, said: Path) -> None:
-    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+def prepare_and_precompute(sweep: Sweep, plan: Path) -> None:
+    """Store the recipe and make all that comes before training, without Ray."""
+    sweep.save_recipe()
+    plan.write_text("")
+    for name in ("prepare", "precompute"):
+        code, output = run(name, sweep, plan)
+        assert code == 0, output
+
+
+def _enter(name: str, url: str, plan: Path, output: Path) -> None:
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     faults.use(plan)
-    stage.main({"prepare": _prepare, "precompute": _precompute, "evaluate": _evaluate}[name], url)
+    stage.run_program({"prepare": _prepare, "precompute": _precompute, "evaluate": _evaluate}[name], url)
 
 
-def _prepare(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
-    def attempt(_: stage.Lost | None) -> None:
-        _obeying(Preparer()).prepare(sweep, recipe, "cpu")
+def _prepare(sweep: Sweep, _: list[str]) -> None:
+    def attempt(_: WorkerFailure | None) -> None:
+        _obeying(Preparer()).prepare(sweep, "cpu")
 
-    stage.with_restarts(recipe, "prepare", attempt, lambda: 0)
-
-
-def _precompute(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
-    def encode(sweep: Folder, latents: Folder, setup: Setup, device: str, left: list[int]) -> None:
-        _obeying(Encoder()).encode(sweep, latents, setup.recipe, device, Dealer(left).next)
-
-    encoder = vae.load(recipe.vae, sweep)
-    latents = shards.latents_folder(sweep, recipe, encoder.identity)
-    setup = Setup(open_source(recipe.data, shards.store_of(sweep)), encoder, recipe)
-    precompute.make(sweep, latents, setup, "cpu", encode)
-    shards.point_to(sweep, latents, encoder.identity)
+    with_restarts(sweep.recipe, "prepare", attempt, lambda: 0)
 
 
-class Alone(Evaluation):
-    """An evaluation whose one worker is this process."""
+def _precompute(sweep: Sweep, _: list[str]) -> None:
+    def encode(sweep: Sweep, latents: Folder, _: Setup, device: str, left: list[int]) -> None:
+        _obeying(Encoder()).encode(sweep, latents, device, Dealer(left).next)
 
-    def _draw(self, drawn: Drawn, drawing: Evaluate, blocks: list[int]) -> list[dict[str, float]]:
-        return [self.workers[0].draw(drawn, drawing, blocks)]
+    setup = precompute.open_setup(sweep)
+    latents = shards.latents_folder(sweep.folder, sweep.recipe, setup.vae.identity)
+    precompute.make_latents(sweep, latents, setup, "cpu", encode)
+    shards.point_to(sweep.folder, latents, setup.vae.identity)
 
-    def _held_out(self, drawn: Drawn) -> dict[str, float]:
-        return {} if drawn.variant else self.workers[0].held_out(drawn)
+
+@dataclass
+class OneEvaluator:
+    """An evaluator in this process, in the place of those on Ray."""
+
+    worker: Evaluator
+
+    def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[dict[str, float]]:
+        return [self.worker.sample(sampled, settings, blocks)]
+
+    def held_out(self, sampled: Sampled) -> dict[str, float]:
+        return self.worker.held_out(sampled)
 
 
-def _evaluate(sweep: Folder, recipe: Recipe, _: list[str]) -> None:
-    def alone(
-        sweep: Folder, recipe: Recipe, device: str, samplings: dict[str, Evaluate], checkpoints: int
-    ) -> Evaluation:
-        worker = _obeying(Evaluator(sweep, recipe, device))
-        references = reference.load_all(sweep, recipe)
-        return Alone(sweep, recipe, [worker], references, samplings, labels_of(sweep, recipe), checkpoints)
+def _evaluate(sweep: Sweep, _: list[str]) -> None:
+    def attempt(_: WorkerFailure | None) -> None:
+        evaluator = OneEvaluator(_obeying(Evaluator(sweep, "cpu")))
+        references, labels = reference.load_all(sweep.folder, sweep.recipe), labels_of(sweep.folder, sweep.recipe)
+        samplings = sweep.recipe.evaluate.samplings
+        evaluate.evaluate_all(sweep, Evaluation(sweep, evaluator, references, samplings, labels), set())
 
-    evaluate.open_evaluation = alone
-    stage.with_restarts(recipe, "evaluate", lambda _: evaluate._evaluate_all(sweep, recipe, "cpu", set()), lambda: 0)
+    with_restarts(sweep.recipe, "evaluate", attempt, lambda: evaluate.evaluated_count(sweep))
 
 
 def _obeying(worker: Any) -> Any:
-    """The worker, to whom a wish of the driver is its own."""
-    worker._wish = stage.wish
+    """The worker, which obeys this process's stop requests as if its driver had forwarded them."""
+    worker.stop_requested = stage.stop_requested
     return worker
 
 
 def made(root: Path) -> dict[str, Any]:
-    """All that lies below a root: each file's hash, of metrics their values."""
+    """Return everything below a root: each file's hash, the values of metrics."""
     files = {
         str(p.relative_to(root)): p for p in root.rglob("*") if p.is_file() and not any(u in str(p) for u in UNLIKE)
     }
@@ -105,8 +121,8 @@ def _content(path: Path) -> Any:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def whole(root: Path) -> dict[str, int]:
-    """When each thing that stands for good was written: shards with a sidecar, folders with a manifest, blocks, metrics."""
+def finished(root: Path) -> dict[str, int]:
+    """Return when everything that is final was written: shards with a sidecar, folders with a manifest, blocks, metrics."""
     return {name: (root / name).stat().st_mtime_ns for name in made(root) if _sealed(root / name)}
 
 

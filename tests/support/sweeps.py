@@ -1,4 +1,4 @@
-"""The command as a user gives it, in a process of its own, and what it leaves in storage."""
+"""The command as a user runs it, in a process of its own, and what it leaves in storage."""
 
 import os
 import signal
@@ -8,17 +8,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dis_scale.evaluation import results
 from dis_scale.recipe import reading
 from dis_scale.storage import manifest
-from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import Sweep, state
 from dis_scale.training import checkpoint
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests/support/tiny.yaml"
 TIMEOUT_S = 400
 SLOW = ("train.publish_images=[0, 160, 3200]", "train.resume_every_images=160")
-"""Training that lasts for seconds, so that a test can fall into the midst of it."""
+"""Training that takes seconds, so that a test can interrupt it."""
 
 
 def command(root: str, *settings: str) -> list[str]:
@@ -64,12 +64,13 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def sweep_folder(root: str) -> Folder:
-    return open_folder(root) / "sweeps/tiny"
+def sweep_at(root: str | Path, *settings: str) -> Sweep:
+    """The tiny sweep below a storage root, with these settings."""
+    return Sweep.below(open_folder(root), reading.load(TINY, [f"storage.root={root}", *settings]))
 
 
 def times(root: str) -> dict[str, float]:
-    """When each thing that is made once was made, by name (on disk)."""
+    """Modification times of everything that is made once, by name (on disk)."""
     base = Path(root)
     patterns = (
         "latents/*/*.tar",
@@ -80,15 +81,16 @@ def times(root: str) -> dict[str, float]:
     return {str(path.relative_to(base)): path.stat().st_mtime for pattern in patterns for path in base.glob(pattern)}
 
 
-def assert_whole(root: str, *settings: str) -> None:
-    """Every shard, published folder and evaluation of the tiny recipe is there, once, and agrees with its manifest."""
-    sweep, recipe = sweep_folder(root), reading.load(TINY, list(settings))
+def assert_complete(root: str, *settings: str) -> None:
+    """Every shard, published folder and evaluation of the tiny recipe exists once and agrees with its manifest."""
+    sweep = sweep_at(root, *settings)
+    recipe = sweep.recipe
     counts = list(recipe.train.publish_images)
     for model in recipe.models:
-        assert checkpoint.published(sweep / "runs" / model) == counts
+        assert state.published_counts(sweep.run(model)) == counts
         for images in counts:
-            checkpoint.load_published(sweep / "runs" / model, images)
-        measured = results.evaluated(sweep, model)
+            checkpoint.load_published(sweep.run(model), images)
+        measured = state.evaluated(sweep, model)
         assert sorted(measured) == counts
         assert all(found["values"][recipe.evaluate.metric] > 0 for found in measured.values())
     (latents,) = (open_folder(root) / "latents").list()
@@ -98,4 +100,4 @@ def assert_whole(root: str, *settings: str) -> None:
     assert found["count"] == 1797
     for shard in found["shards"]:
         manifest.verified(place, shard["name"], shard)
-    assert {"index.html", "gflops_fid.csv", "gflops_fid.png", "gflops_fid.svg"} <= set(sweep.list("report"))
+    assert {"index.html", "gflops_fid.csv", "gflops_fid.png", "gflops_fid.svg"} <= set(sweep.report.list())

@@ -1,37 +1,38 @@
-"""A fork goes on from where it was taken, to the bit; the run that it came from stays as it is."""
+"""A fork continues from its resume point, bit for bit; the original run stays as it is."""
 
 import pytest
 
 from dis_scale.errors import UserError
 from dis_scale.recipe import reading
-from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.sweep import Sweep, state
 from dis_scale.training import checkpoint
-from dis_scale.training.fork import fork
+from dis_scale.training.fork import fork_run
 from tests.conftest import TINY
 from tests.support import ranks
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     """A sweep whose dit has been trained to its end, all its resume points kept."""
     root, recipe = tmp_path_factory.mktemp("origin"), reading.load(TINY, ["train.keep_resume=9"])
     ranks.run(recipe, "dit", root, attempt=1)
-    made = open_folder(root) / "sweep"
-    made.write(reading.FILE, reading.dump(recipe).encode())
+    made = ranks.sweep_of(root, recipe)
+    made.save_recipe()
     return made
 
 
-def test_a_fork_trains_on_to_the_bit(sweep: Folder) -> None:
-    for _ in range(2):  # given again, it does what is left
-        made = fork(sweep, "dit", 240, "again")
-    recipe = reading.parse(sweep.read(reading.FILE).decode(), "stored")
+def test_a_fork_trains_on_to_the_bit(sweep: Sweep) -> None:
+    for _ in range(2):  # a rerun does what is left
+        made = fork_run(Sweep.open(sweep.folder.url), "dit", 240, "again")
+    grown = Sweep.open(sweep.folder.url)
+    recipe = grown.recipe
     assert list(recipe.models.items()) == [*list(recipe.models.items())[:2], ("again", recipe.models["dit"])]
-    assert checkpoint.published(made) == [0, 160]
-    assert made.read_json("origin.json")["resume_point"] == "000000000240-0001"
-    assert checkpoint.newest_images(made) == 240
-    assert sweep.local
-    ranks.run(recipe, "again", sweep.local.parent, attempt=1)
-    ends = [checkpoint.newest(sweep / "runs" / name, print) for name in ("dit", "again")]
+    assert state.published_counts(made) == [0, 160]
+    assert made.folder.read_json("origin.json")["resume_point"] == "000000000240-0001"
+    assert state.resumable_images(made) == 240
+    assert sweep.folder.local
+    ranks.run(recipe, "again", sweep.folder.local.parent, attempt=1)
+    ends = [checkpoint.newest_point(grown.run(name), print) for name in ("dit", "again")]
     assert ends[0] is not None
     assert ends[1] is not None
     assert ends[0].manifest["files"] == ends[1].manifest["files"]
@@ -41,16 +42,16 @@ def test_a_fork_trains_on_to_the_bit(sweep: Folder) -> None:
 @pytest.mark.parametrize(
     ("model", "images", "new", "words"),
     [
-        ("dip", 80, "x", r"no model 'dip' in this sweep \(did you mean 'dit'\?\): it has dis, dit"),
+        ("dip", 80, "x", r"has no model 'dip' \(did you mean 'dit'\?\): it has dis, dit"),
         ("dit", 96, "x", r"--at 96: dit has no resume point there; it has 0, 80, 160, 240, 320"),
-        ("dit", 80, "dis", r"--as dis: this sweep has a run of that name: give another"),
+        ("dit", 80, "dis", r"--as dis: this sweep has a run of that name: choose another name"),
         ("dit", 80, "X!", r"models.X!"),
     ],
 )
 def test_what_cannot_be_forked_is_said_and_nothing_is_written(
-    sweep: Folder, model: str, images: int, new: str, words: str
+    sweep: Sweep, model: str, images: int, new: str, words: str
 ) -> None:
-    before = sweep.list("runs")
+    before = sweep.folder.list("runs")
     with pytest.raises(UserError, match=words):
-        fork(sweep, model, images, new)
-    assert sweep.list("runs") == before
+        fork_run(sweep, model, images, new)
+    assert sweep.folder.list("runs") == before

@@ -1,4 +1,4 @@
-"""Rates are true FLOPs over what the hardware can do, from one look to the next."""
+"""MFU is model FLOPs over peak FLOPs; rates are those since the last call."""
 
 import pytest
 import torch
@@ -7,26 +7,26 @@ from dis_scale.models.cost import price_model
 from dis_scale.recipe import DiffuSsm, Dit, LatentShape
 from dis_scale.recipe.presets import preset
 from dis_scale.training import throughput
-from dis_scale.training.throughput import Pace, peak_flops
+from dis_scale.training.throughput import ThroughputMeter, peak_flops
 
 CPU = torch.device("cpu")
 
 
-def test_rates_are_of_the_time_since_the_last_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    price, said, clock = price_model(Dit(**preset("DiT-S/2")), LatentShape(4, 32), 1000), list[str](), [100.0]
+def test_rates_are_of_the_time_since_the_last_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    price, logged, clock = price_model(Dit(**preset("DiT-S/2")), LatentShape(4, 32), 1000), list[str](), [100.0]
     monkeypatch.setattr(throughput.time, "monotonic", lambda: clock[0])
-    ours = Pace(price, 8, 2, CPU, 1e14, "datasheet, bf16", said.append)
-    assert ours.rows(64) == {}, "no step yet"
-    ours.begin(64)
-    assert ours.rows(64) == {}
+    meter = ThroughputMeter(price, 8, 2, CPU, 1e14, "datasheet, bf16", logged.append)
+    assert meter.rates(64) == {}, "no step yet"
+    meter.begin(64)
+    assert meter.rates(64) == {}
     clock[0] += 4.0
-    first = ours.rows(64 + 400)
+    first = meter.rates(64 + 400)
     assert (first["images_per_s"], first["tokens_per_s"]) == (100.0, 25_600.0)
     assert first["mfu"] == pytest.approx(100 * 3 * 2 * 6.056e9 / 2e14, rel=0.01)
     clock[0] += 8.0
-    assert ours.rows(64 + 800)["images_per_s"] == 50.0
-    assert len(said) == 1
-    assert "100.0 images/s, 25,600 tokens/s, MFU 1.8% of 2 x 100 TFLOP/s (datasheet, bf16)" in said[0]
+    assert meter.rates(64 + 800)["images_per_s"] == 50.0
+    assert len(logged) == 1
+    assert "100.0 images/s, 25,600 tokens/s, MFU 1.8% of 2 x 100 TFLOP/s (datasheet, bf16)" in logged[0]
 
 
 def test_kernels_of_a_micro_batch_are_shared_by_its_images() -> None:
@@ -35,10 +35,10 @@ def test_kernels_of_a_micro_batch_are_shared_by_its_images() -> None:
     assert price.training_flops(1) - price.training_flops(4) == pytest.approx(2e9 * 3 * price.kernel_gmacs * 0.75)
 
 
-def test_what_is_in_no_datasheet_is_measured() -> None:
+def test_a_device_without_a_datasheet_is_timed() -> None:
     flops, source = peak_flops(CPU, "fp32")
     assert 1e9 < flops < 1e14
-    assert source == "the best product of 1024 x 1024, fp32"
+    assert source == "the fastest product of 1024 x 1024, fp32"
 
 
 def test_a_gpus_datasheet_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

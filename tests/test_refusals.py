@@ -1,4 +1,4 @@
-"""What cannot be drawn, compared or stopped is refused in a line, and before a Ray is started."""
+"""Commands that cannot be done are refused in one line, before a Ray is started."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import pytest
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import RECIPE
 from tests.test_cli import invoke
 
 
@@ -14,7 +15,7 @@ from tests.test_cli import invoke
 def sweep(tmp_path: Path, tiny: Recipe) -> Path:
     """A sweep with one published checkpoint, which nothing here opens."""
     at = open_folder(tmp_path) / "sweeps/tiny"
-    at.write(reading.FILE, reading.dump(tiny).encode())
+    at.write(RECIPE, reading.dump(tiny).encode())
     manifest.put(at / "runs/dis/published/000000000160", {"weights.safetensors": b""}, images=160)
     return tmp_path / "sweeps/tiny"
 
@@ -22,18 +23,18 @@ def sweep(tmp_path: Path, tiny: Recipe) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["sweep-guidance", "{}", "dos"], "has no model 'dos': it has dis, dit"),
-        (["sweep-guidance", "{}", "dit"], "dit has not published anything: published are none"),
-        (["sweep-guidance", "{}", "dis", "--at", "320"], "dis has not published 320 images: published are 160"),
-        (["sweep-guidance", "{}", "dis", "--scales", "1,-2"], "guidance -2: expected 0 or more"),
-        (["sweep-guidance", "{}", "dis", "--scales", "1,inf"], "guidance inf: expected 0 or more"),
-        (["sweep-guidance", "{}", "dis", "--scales", "one"], "--scales 'one': expected numbers with commas"),
-        (["sweep-ema", "{}", "dis", "--widths", "0.5"], "expected a relative width from 0.005 to 0.28"),
+        (["ablate", "guidance", "{}", "dos"], "has no model 'dos' (did you mean 'dis'?): it has dis, dit"),
+        (["ablate", "guidance", "{}", "dit"], "dit: nothing is published yet"),
+        (["ablate", "guidance", "{}", "dis", "--at", "320"], "dis has not published 320 images: it has 160"),
+        (["ablate", "guidance", "{}", "dis", "--scales", "1,-2"], "guidance -2: expected 0 or more"),
+        (["ablate", "guidance", "{}", "dis", "--scales", "1,inf"], "guidance inf: expected 0 or more"),
+        (["ablate", "guidance", "{}", "dis", "--scales", "one"], "--scales 'one': expected numbers with commas"),
+        (["ablate", "ema", "{}", "dis", "--widths", "0.5"], "expected a relative width from 0.005 to 0.28"),
         (
-            ["sweep-ema", "{}", "dis", "--widths", "0.02"],
+            ["ablate", "ema", "{}", "dis", "--widths", "0.02"],
             "from the 2 averages published so far it can be rebuilt to within",
         ),
-        (["sweep-ema", "{}/none", "dis"], "/none: expected a folder with recipe.yaml"),
+        (["ablate", "ema", "{}/none", "dis"], "/none: expected a folder with recipe.yaml"),
         (["stop", "{}"], "no Ray is known here: --address http://HOST:8265, or set RAY_ADDRESS"),
         (["stop", "{}", "--address", "http://127.0.0.1:9"], "no Ray answers at http://127.0.0.1:9"),
         (["fork", "{}/none", "dis", "--at", "0", "--as", "new"], "/none: expected a folder with recipe.yaml"),
@@ -57,6 +58,6 @@ def test_what_cannot_be_is_refused_in_a_line(
 def test_without_tracked_averages_no_width_can_be_rebuilt(sweep: Path, tiny: Recipe) -> None:
     bare = tiny.model_copy(update={"train": tiny.train.model_copy(update={"power_ema": None})})
     bare = bare.model_copy(update={"evaluate": bare.evaluate.model_copy(update={"variants": {}})})
-    open_folder(sweep).write(reading.FILE, reading.dump(bare).encode())
-    code, output = invoke("sweep-ema", str(sweep), "dis")
+    open_folder(sweep).write(RECIPE, reading.dump(bare).encode())
+    code, output = invoke("ablate", "ema", str(sweep), "dis")
     assert (code, "tracked no power-function averages" in output) == (2, True)

@@ -1,0 +1,52 @@
+"""Table, figure and CSV of an ablation: one checkpoint's metrics against the values of one sampling setting."""
+
+import csv
+import io
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from dis_scale.report import figures
+from dis_scale.report.tables import with_error
+from dis_scale.sweep import METRICS, Sampled, Sweep, images_name, state
+
+
+def write(sweep: Sweep, model: str, images_seen: int, setting: str, values: Sequence[float], console: Console) -> None:
+    """Write the figure and the CSV below `report/` and print the table; all values must be evaluated."""
+    variants = state.ablations(sweep.recipe.evaluate, setting, values)
+    metrics = [sweep.evaluation(Sampled(model, images_seen, v)).read_json(METRICS)["values"] for v in variants]
+    metric = sweep.recipe.evaluate.metric
+    title = f"{model} after {images_seen:,} images: {metric}"
+    distances, errors = [m[metric] for m in metrics], [m.get(f"{metric}_error") for m in metrics]
+    name = f"{setting.replace('_', '-')}-{model}-{images_name(images_seen)}"
+    figure = figures.curve(title, metric, setting, values, distances, [error or 0.0 for error in errors])
+    files = {f"{name}.{ending}": data for ending, data in figures.render(figure).items()}
+    for file, data in (files | {f"{name}.csv": _csv(setting, values, metrics)}).items():
+        sweep.report.write(file, data)
+    console.print(title, highlight=False)
+    console.print(_table(setting, metric, values, distances, errors))
+    console.print(f"figure   {sweep.report}/{name}.png", highlight=False, soft_wrap=True)
+
+
+def _table(
+    setting: str, metric: str, values: Sequence[float], distances: list[float], errors: list[float | None]
+) -> Table:
+    out = Table()
+    for column in (setting, metric):
+        out.add_column(column, justify="right")
+    for value, distance, error in zip(values, distances, errors, strict=True):
+        best = "bold" if distance == min(distances) else ""
+        out.add_row(f"{value:g}", with_error(distance, error), style=best)
+    return out
+
+
+def _csv(setting: str, values: Sequence[float], metrics: Sequence[dict[str, float]]) -> bytes:
+    names = list(dict.fromkeys(name for each in metrics for name in each))
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow([setting, *names])
+    rows.writerows(
+        [value, *(each.get(name, "") for name in names)] for value, each in zip(values, metrics, strict=True)
+    )
+    return text.getvalue().encode()

@@ -1,0 +1,83 @@
+"""Copies a sweep's results from storage to MLflow: one evaluation or the report as they come, or everything at once.
+
+Each row is sent once, with its own first time, so an empty MLflow that is filled later holds the same as the first.
+Read next: tracking/mlflow.py.
+"""
+
+import tempfile
+from pathlib import Path
+
+from dis_scale.errors import DisScaleError
+from dis_scale.plan import Plan
+from dis_scale.sweep import GRID, METRICS, Sampled, Sweep, images_name, state
+from dis_scale.tracking.mlflow import RunCopy, create_runs
+from dis_scale.tracking.rows import Row, RowReader
+
+
+def copy_evaluation(sweep: Sweep, sampled: Sampled) -> bool:
+    """Copy one evaluation's values, the seconds that they took, and its grid; return whether MLflow has them."""
+    folder, copy = sweep.evaluation(sampled), RunCopy(sweep, sampled.model)
+    metrics, suffix = folder.read_json(METRICS), f"/{sampled.variant}" if sampled.variant else ""
+    values = metrics["values"] | {f"evaluation/{name}": value for name, value in metrics["seconds"].items()}
+    rows = [Row(f"{name}{suffix}", value, sampled.images_seen, metrics["time"]) for name, value in values.items()]
+    copy.send([row for row in rows if not row.name.endswith("_floor")])
+    _send_file(copy, f"samples-{images_name(sampled.images_seen)}.png", folder.read(GRID), f"samples{suffix}")
+    return not copy.away
+
+
+def copy_report(sweep: Sweep, status: str | None) -> bool:
+    """Copy the report's files and, if the sweep has ended, its status; return whether MLflow has them."""
+    copy = RunCopy(sweep, None)
+    for name in sweep.report.list():
+        _send_file(copy, name, sweep.report.read(name), "report")
+    if status:
+        copy.finish(status)
+    return not copy.away
+
+
+def copy_everything(sweep: Sweep, plan: Plan, uri: str) -> int:
+    """Copy all that storage holds of a sweep; return the number of rows. DisScaleError if MLflow did not take all."""
+    try:
+        create_runs(sweep, uri, plan.parameters())
+    except Exception as error:  # whatever MLflow raises
+        raise DisScaleError(f"MLflow cannot be reached at {uri}: {' '.join(str(error).split())[:200]}") from error
+    models = sweep.recipe.models
+    rows = {model: RowReader(sweep.run(model).log).new() for model in models}
+    copied = [_copy_model(sweep, model, rows[model]) for model in models]
+    if sweep.report.list():
+        copied.append(copy_report(sweep, _status(sweep)))
+    if not all(copied):
+        raise DisScaleError(f"MLflow at {uri} did not take everything: run the same command again")
+    return sum(map(len, rows.values()))
+
+
+def _status(sweep: Sweep) -> str | None:
+    if state.all_evaluated(sweep):
+        return "FINISHED"
+    failed = any(state.ended(sweep, model) for model in sweep.recipe.models) or state.skipped(sweep)
+    return "FAILED" if failed else None
+
+
+def _copy_model(sweep: Sweep, model: str, rows: list[Row]) -> bool:
+    """One model's run: rows of training, evaluations, and how it ended."""
+    copy = RunCopy(sweep, model)
+    copy.send(rows)
+    evaluated = [
+        Sampled(model, images, variant)
+        for variant in sweep.recipe.evaluate.samplings
+        for images in state.evaluated_counts(sweep, model, variant)
+    ]
+    for images in state.evaluated_counts(sweep, model):
+        evaluated += state.evaluated_ablations(sweep, model, images)
+    copied = [copy_evaluation(sweep, sampled) for sampled in evaluated]
+    if state.ended(sweep, model):
+        copy.finish("FAILED")
+    elif state.trained(sweep, model):
+        copy.finish("FINISHED")
+    return all([*copied, not copy.away])
+
+
+def _send_file(copy: RunCopy, name: str, data: bytes, folder: str) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / name).write_bytes(data)
+        copy.send_file(Path(scratch) / name, folder)

@@ -1,0 +1,162 @@
+"""A sweep: its recipe and its folder in storage. Every path below that folder is named here and nowhere else.
+
+Reads and writes nothing but the recipe. Read next: state.py for what exists and what is left to do.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from dis_scale.errors import UserError, nearest
+from dis_scale.recipe import MAIN, Recipe, reading
+from dis_scale.storage.folder import Folder, open_folder
+
+RECIPE = "recipe.yaml"
+TRACKING = "tracking.json"
+"""Ids of the sweep's runs in MLflow."""
+RAY = "ray.json"
+"""Cluster that the sweep last ran on; the only trace of a Ray that the command started itself."""
+LATENTS = "latents.json"
+"""Pointer to the latents, which sweeps below one root share."""
+METRICS, GRID, SKIPPED = "metrics.json", "samples.png", "skipped.json"
+"""Files of one evaluation: its metrics (written last), a grid of samples, and the reason if it was skipped."""
+ENDED, ORIGIN = "ended.json", "origin.json"
+"""Files of one run: why training ended early, and where a forked run comes from."""
+ABLATION = "vary"
+"""Folder of an evaluation's ablations, next to its variants."""
+
+
+def images_name(images_seen: int) -> str:
+    """Return an image count as it stands in names: twelve digits, so that names sort as counts."""
+    return f"{images_seen:012d}"
+
+
+class PointName(NamedTuple):
+    """Name of a resume point: images seen and the attempt that wrote it, for example `000000001600-0003`."""
+
+    images_seen: int
+    attempt: int
+
+    def __str__(self) -> str:
+        return f"{images_name(self.images_seen)}-{self.attempt:04d}"
+
+    @classmethod
+    def parse(cls, name: str) -> "PointName | None":
+        """Return the parts of a folder's name; None for any other name."""
+        images, dash, attempt = name.partition("-")
+        return cls(int(images), int(attempt)) if dash and images.isdigit() and attempt.isdigit() else None
+
+
+class Sampled(NamedTuple):
+    """One checkpoint under one sampling setting: the unit of evaluation."""
+
+    model: str
+    images_seen: int
+    variant: str = MAIN
+
+    def __str__(self) -> str:
+        return f"{self.model} at {self.images_seen:,} images" + (f" ({self.variant})" if self.variant else "")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The training run of one model."""
+
+    folder: Folder
+
+    @property
+    def resume(self) -> Folder:
+        """Resume points: full state, private to training, the last K."""
+        return self.folder / "resume"
+
+    @property
+    def published(self) -> Folder:
+        """Averaged weights at the recipe's image counts, kept."""
+        return self.folder / "published"
+
+    @property
+    def log(self) -> Folder:
+        """Metric rows."""
+        return self.folder / "log"
+
+    @property
+    def lease(self) -> Folder:
+        return self.folder / "lease"
+
+    def resume_point(self, name: PointName) -> Folder:
+        return self.resume / str(name)
+
+    def published_at(self, images_seen: int) -> Folder:
+        return self.published / images_name(images_seen)
+
+    def bad_step(self, name: PointName) -> Folder:
+        """Dump of a step whose gradient was not finite."""
+        return self.folder / "evidence" / str(name)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A recipe and the folder of its sweep."""
+
+    folder: Folder
+    recipe: Recipe
+
+    @classmethod
+    def open(cls, url: str) -> "Sweep":
+        """Return the sweep at a URL or path with the recipe that it stored; UserError if there is none."""
+        folder = open_folder(url)
+        if not folder.exists(RECIPE):
+            raise UserError(f"no sweep at {folder}: expected a folder with {RECIPE}, for example outputs/sweeps/digits")
+        return cls(folder, reading.parse(folder.read(RECIPE).decode(), f"{folder}/{RECIPE}"))
+
+    @classmethod
+    def below(cls, store: Folder, recipe: Recipe) -> "Sweep":
+        """Return the sweep of this recipe below a storage root, whether it exists or not."""
+        return cls(store / "sweeps" / recipe.name, recipe)
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def save_recipe(self) -> None:
+        self.folder.write(RECIPE, reading.dump(self.recipe).encode())
+
+    @property
+    def patient(self) -> "Sweep":
+        """The same sweep with more storage retries (about a minute)."""
+        return replace(self, folder=self.folder.patient)
+
+    @property
+    def store(self) -> Folder:
+        """Storage root that the sweep shares with others: latents and listings are below it."""
+        return replace(self.folder, url=self.folder.url.rsplit("/sweeps/", 1)[0])
+
+    @property
+    def vae(self) -> Folder:
+        """Autoencoder that the sweep trained, if its recipe trains one."""
+        return self.folder / "vae"
+
+    @property
+    def report(self) -> Folder:
+        return self.folder / "report"
+
+    def extractor(self, name: str) -> Folder:
+        """Classifier that the sweep trained: an extractor, or the judge."""
+        return self.folder / "extractors" / name
+
+    def lease(self, name: str) -> Folder:
+        """Lease of the sweep itself or of a stage; a run's own is `Run.lease`."""
+        return self.folder / "leases" / name
+
+    def run(self, model: str) -> Run:
+        """Return the run of a model; UserError with the nearest name for an unknown one."""
+        if model not in self.recipe.models:
+            models = self.recipe.models
+            raise UserError(f"{self} has no model {model!r}{nearest(model, models)}: it has {', '.join(models)}")
+        return Run(self.folder / "runs" / model)
+
+    def evaluation(self, sampled: Sampled) -> Folder:
+        main = self.evaluations(sampled.model) / images_name(sampled.images_seen)
+        return main / sampled.variant if sampled.variant else main
+
+    def evaluations(self, model: str) -> Folder:
+        """All evaluations of a model, by image count."""
+        return self.folder / "evaluation" / model

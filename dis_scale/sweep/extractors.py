@@ -1,0 +1,65 @@
+"""Identity of extractors and of the reference statistics under them, without loading any network."""
+
+import hashlib
+import json
+from typing import Any
+
+from dis_scale.errors import StorageError, UserError
+from dis_scale.recipe import ExtractorSettings, InceptionExtractor, TorchScriptExtractor, TrainedExtractor
+from dis_scale.recipe.evaluate import INCEPTION_SHA256
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder, locate
+from dis_scale.sweep import Sweep
+
+JUDGE = "judge"
+"""Name of the classifier that judges samples; independent of every extractor."""
+WEIGHTS = "weights.safetensors"
+REFERENCE_FORMAT = 2
+
+
+def weights_identity(sweep: Sweep, extractor: ExtractorSettings) -> str:
+    """Return the sha256 of an extractor's weights; for TorchScript followed by its input size, if any."""
+    if isinstance(extractor, InceptionExtractor):
+        return INCEPTION_SHA256
+    if isinstance(extractor, TrainedExtractor):
+        return classifier_manifest(sweep.extractor(extractor.name))["files"][WEIGHTS]["sha256"]
+    size = str(extractor.size) if extractor.size else ""
+    return hashlib.sha256(read_script(extractor)).hexdigest() + size
+
+
+def classifier_manifest(folder: Folder) -> dict[str, Any]:
+    """Return the manifest of a stored classifier; StorageError if there is none."""
+    facts = manifest.find(folder)
+    if facts is None:
+        raise StorageError(f"{folder}: no classifier there: the prepare stage has not finished")
+    return facts
+
+
+def read_script(extractor: TorchScriptExtractor) -> bytes:
+    """Return a TorchScript file; UserError if it is missing or has another hash than the recipe expects."""
+    parent, name = locate(extractor.path)
+    try:
+        data = parent.read(name)
+    except FileNotFoundError as error:
+        raise UserError(f"extractor {extractor.name}: no file {extractor.path}") from error
+    digest = hashlib.sha256(data).hexdigest()
+    if extractor.sha256 not in (None, digest):
+        raise UserError(f"{extractor.path}: sha256 {digest}, the recipe expects {extractor.sha256}")
+    return data
+
+
+def reference_file(sweep: Sweep, name: str, identity: str) -> str:
+    """Return `reference/<fingerprint>.npz`, by what the statistics are a function of."""
+    key = json.dumps(reference_facts(sweep, name, identity), sort_keys=True)
+    return f"reference/{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+
+
+def reference_facts(sweep: Sweep, name: str, identity: str) -> dict[str, str]:
+    """Return the inputs of the statistics under one extractor, which are stored with them."""
+    recipe = sweep.recipe
+    source = recipe.data.model_dump(mode="json", include={"source", "undecodable"})
+    images = recipe.evaluate.reference or json.dumps(source, sort_keys=True)
+    return {
+        "format": str(REFERENCE_FORMAT), "extractor": name, "weights": identity,
+        "resolution": str(recipe.data.resolution), "images": images,
+    }  # fmt: skip

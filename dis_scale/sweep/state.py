@@ -1,0 +1,185 @@
+"""What exists of a sweep and what is left to do, as its storage shows. Decided here and nowhere else."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from dis_scale.errors import UserError
+from dis_scale.recipe import MAIN, Evaluate, TrainedVae
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder
+from dis_scale.sweep import ABLATION, ENDED, LATENTS, METRICS, SKIPPED, PointName, Run, Sampled, Sweep
+from dis_scale.sweep.extractors import JUDGE, reference_file, weights_identity
+
+# -- prepare and precompute ------------------------------------------------------------------------------------------------
+
+
+def prepared(sweep: Sweep) -> bool:
+    """Whether the sweep has everything that the prepare stage makes."""
+    return not vae_missing(sweep) and not classifiers_missing(sweep) and not references_missing(sweep)
+
+
+def vae_missing(sweep: Sweep) -> bool:
+    """Whether the autoencoder is still to be trained; false if the recipe trains none."""
+    return isinstance(sweep.recipe.vae, TrainedVae) and manifest.find(sweep.vae) is None
+
+
+def classifiers_missing(sweep: Sweep) -> list[tuple[str, str]]:
+    """Return (name, kind) of the classifiers still to be trained; none if no extractor is trained."""
+    trained = sweep.recipe.evaluate.trained
+    if trained is None:
+        return []
+    needed = [(trained.name, "extractor"), (JUDGE, "judge")]
+    return [(name, kind) for name, kind in needed if manifest.find(sweep.extractor(name)) is None]
+
+
+def references_missing(sweep: Sweep) -> list[str]:
+    """Return the names of the extractors under which the real images' statistics are still to be computed."""
+    every = sweep.recipe.evaluate.extractors
+    return [e.name for e in every if not sweep.folder.exists(reference_file(sweep, e.name, weights_identity(sweep, e)))]
+
+
+def find_latents(sweep: Sweep) -> Folder | None:
+    """Return the sweep's complete latents, or None; UserError if they were made with another VAE than the sweep's."""
+    if not sweep.folder.exists(LATENTS):
+        return None
+    pointer = sweep.folder.read_json(LATENTS)
+    latents = sweep.store / pointer["folder"]
+    facts = manifest.find(latents)
+    if facts is None:
+        return None
+    require_same_vae(latents, facts["vae"], pointer["vae"])
+    return latents
+
+
+def require_latents(sweep: Sweep) -> Folder:
+    """Return the sweep's complete latents; UserError if there are none."""
+    latents = find_latents(sweep)
+    if latents is None:
+        raise UserError(f"{sweep}: no complete latents: the precompute stage has not finished")
+    return latents
+
+
+def use_latents(sweep: Sweep, latents: Folder, vae_identity: str) -> None:
+    """Record which latents the sweep uses and their VAE, so that training finds them without loading a VAE."""
+    sweep.folder.write_json(LATENTS, {"folder": f"latents/{latents.name}", "vae": vae_identity})
+
+
+def require_sweep_vae(sweep: Sweep, vae_identity: str) -> None:
+    """UserError if the sweep's latents were made with another VAE than this one."""
+    require_same_vae(sweep.folder, sweep.folder.read_json(LATENTS)["vae"], vae_identity)
+
+
+def require_same_vae(latents: Folder, theirs: str, ours: str) -> None:
+    """UserError if the VAE identity of the latents is not ours."""
+    if theirs != ours:
+        raise UserError(
+            f"{latents}: latents of another VAE: theirs is {theirs[:12]}, the sweep's is {ours[:12]}; "
+            "use the VAE that made them, or another storage root"
+        )
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def published_counts(run: Run) -> list[int]:
+    """Return the image counts that a run has published completely, rising."""
+    counts = [int(name) for name in run.published.list() if name.isdigit()]
+    return [n for n in counts if run.published_at(n).exists(manifest.NAME)]
+
+
+def point_names(run: Run) -> list[PointName]:
+    """Return the names of a run's resume points, complete or not, oldest first."""
+    return [point for name in run.resume.list() if (point := PointName.parse(name))]
+
+
+def complete_points(run: Run, names: Iterable[PointName]) -> Iterator[PointName]:
+    """Yield those of `names` that have a manifest; storage is asked one by one."""
+    return (name for name in names if run.resume_point(name).exists(manifest.NAME))
+
+
+def resumable_images(run: Run) -> int:
+    """Return the images seen at the newest resume point with a manifest, 0 if none. Its files are not checked."""
+    return next((point.images_seen for point in complete_points(run, reversed(point_names(run)))), 0)
+
+
+def trained(sweep: Sweep, model: str) -> bool:
+    """Whether a model has published its last count."""
+    return sweep.recipe.train.images in published_counts(sweep.run(model))
+
+
+def ended(sweep: Sweep, model: str) -> str | None:
+    """Return why a model's training ended before its last count; None if it may continue."""
+    run = sweep.run(model).folder
+    return run.read_json(ENDED)["why"] if run.exists(ENDED) else None
+
+
+def training_over(sweep: Sweep) -> bool:
+    """Whether each model has published its last count or has ended early: nothing more will be published."""
+    return all(trained(sweep, model) or ended(sweep, model) for model in sweep.recipe.models)
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------------
+
+
+def ablations(main: Evaluate, setting: str, values: Sequence[float]) -> dict[str, Evaluate]:
+    """Return the main sampling settings with other values of one setting, by name: `vary/guidance-1.25`."""
+    return {f"{ABLATION}/{setting.replace('_', '-')}-{v:g}": main.model_copy(update={setting: v}) for v in values}
+
+
+def evaluated_ablations(sweep: Sweep, model: str, images_seen: int) -> list[Sampled]:
+    """Return the evaluated ablations of a checkpoint."""
+    names = sweep.evaluation(Sampled(model, images_seen)).list(ABLATION)
+    every = [Sampled(model, images_seen, f"{ABLATION}/{name}") for name in names]
+    return [sampled for sampled in every if sweep.evaluation(sampled).exists(METRICS)]
+
+
+def evaluated_counts(sweep: Sweep, model: str, variant: str = MAIN) -> list[int]:
+    """Return the image counts at which a model is evaluated, rising."""
+    counts = [int(name) for name in sweep.evaluations(model).list() if name.isdigit()]
+    return [n for n in counts if sweep.evaluation(Sampled(model, n, variant)).exists(METRICS)]
+
+
+def evaluated(sweep: Sweep, model: str, variant: str = MAIN) -> dict[int, dict[str, Any]]:
+    """Return a model's metrics files by images seen."""
+    counts = evaluated_counts(sweep, model, variant)
+    return {n: sweep.evaluation(Sampled(model, n, variant)).read_json(METRICS) for n in counts}
+
+
+def evaluations_left(sweep: Sweep) -> list[Sampled]:
+    """Return what is published and not evaluated: main settings before variants, then by images in the recipe's order."""
+    left = []
+    for model in sweep.recipe.models:
+        counts = set(published_counts(sweep.run(model))) & set(sweep.recipe.train.publish_images)
+        for variant in sweep.recipe.evaluate.samplings:
+            left += [Sampled(model, n, variant) for n in counts - set(evaluated_counts(sweep, model, variant))]
+    sign = -1 if sweep.recipe.evaluate.order == "newest_first" else 1
+    return sorted(left, key=lambda sampled: (sampled.variant != MAIN, sign * sampled.images_seen))
+
+
+def outdated(sweep: Sweep) -> list[Sampled]:
+    """Return evaluations without a metric that was added to the recipe; their kept blocks are measured again."""
+    return [
+        Sampled(model, n, variant)
+        for model in sweep.recipe.models
+        for variant, settings in sweep.recipe.evaluate.samplings.items()
+        for n, metrics in evaluated(sweep, model, variant).items()
+        if not set(settings.metrics) <= set(metrics["metrics"])
+    ]
+
+
+def skipped(sweep: Sweep) -> dict[Sampled, str]:
+    """Return the evaluations that were skipped, each with the reason."""
+    counts, variants = sweep.recipe.train.publish_images, sweep.recipe.evaluate.samplings
+    every = [Sampled(model, n, variant) for model in sweep.recipe.models for n in counts for variant in variants]
+    folders = {sampled: sweep.evaluation(sampled) for sampled in every}
+    return {sampled: f.read_json(SKIPPED)["why"] for sampled, f in folders.items() if f.exists(SKIPPED)}
+
+
+def all_evaluated(sweep: Sweep) -> bool:
+    """Whether every model is evaluated at every published count under all sampling settings."""
+    counts = set(sweep.recipe.train.publish_images)
+    return all(
+        counts <= set(evaluated_counts(sweep, model, variant))
+        for model in sweep.recipe.models
+        for variant in sweep.recipe.evaluate.samplings
+    )

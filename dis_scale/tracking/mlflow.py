@@ -1,0 +1,145 @@
+"""The door to MLflow: create runs, send rows and files, each once.
+
+MLflow holds a copy of what is in storage and can be refilled from it. If it is away, nothing stops.
+
+Pitfalls: three processes that open a fresh SQLite file kill each other, so only the sweep creates the experiment and the runs and
+keeps their ids; a row logged again with a new time is doubled; a changed parameter raises.
+"""
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dis_scale.storage.folder import Folder
+from dis_scale.sweep import TRACKING, Sweep
+from dis_scale.tracking.rows import Row
+
+log = logging.getLogger(__name__)
+
+
+def default_uri(root: Folder) -> str:
+    """Return an SQLite file next to the sweeps; below the home folder if they are in an object store."""
+    folder = root.local or Path.home() / "dis-scale"
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def open_client(uri: str) -> Any:
+    """Return a client that gives up on an unreachable server within seconds: rows wait in storage for the next one."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    import mlflow
+    import mlflow.store.db.utils
+
+    for name in ("mlflow", "mlflow.store.db.utils", "alembic"):  # they log at INFO each table that they create
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return mlflow.MlflowClient(tracking_uri=uri)
+
+
+def stored_ids(sweep: Sweep) -> dict[str, Any]:
+    """Return the ids of the sweep's runs and the URI of their MLflow; empty if it was never tracked."""
+    return sweep.folder.read_json(TRACKING) if sweep.folder.exists(TRACKING) else {}
+
+
+def create_runs(sweep: Sweep, uri: str, parameters: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Create what is missing: the experiment, the sweep's run, and one run per model with its parameters; return the ids.
+
+    Called by the sweep only. Raises whatever MLflow raises; the sweep then continues without it.
+    """
+    ids = stored_ids(sweep)
+    if ids.get("uri") != uri or not _run_exists(uri, ids["sweep"]):
+        name = sweep.folder.name
+        ids = {"uri": uri, "experiment": _experiment(uri, name), "models": {}}
+        ids["sweep"] = _create_run(ids, name, {"dis_scale.sweep": sweep.folder.url}, {})
+        sweep.folder.write_json(TRACKING, ids)
+    for model in parameters.keys() - ids["models"].keys():
+        ids["models"][model] = _create_run(ids, model, {"mlflow.parentRunId": ids["sweep"]}, parameters[model])
+        sweep.folder.write_json(TRACKING, ids)
+    return ids
+
+
+def _create_run(ids: dict[str, Any], name: str, tags: dict[str, str], parameters: dict[str, Any]) -> str:
+    client = open_client(ids["uri"])
+    run: str = client.create_run(ids["experiment"], run_name=name, tags=tags).info.run_id
+    for key, value in parameters.items():
+        client.log_param(run, key, value)
+    return run
+
+
+def _run_exists(uri: str, run: str) -> bool:
+    """Whether MLflow still knows the run: its database may have been replaced since the sweep began."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        open_client(uri).get_run(run)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+    return True
+
+
+def _experiment(uri: str, sweep_name: str) -> str:
+    """The id of this sweep's experiment. With SQLite its files are stored next to the database."""
+    client, name = open_client(uri), f"dis-scale {sweep_name}"
+    if existing := client.get_experiment_by_name(name):
+        return existing.experiment_id
+    location = None
+    if uri.startswith("sqlite:///"):
+        database = Path(uri.removeprefix("sqlite:///"))
+        database.parent.mkdir(parents=True, exist_ok=True)
+        location = (database.parent / "mlflow-artifacts" / sweep_name).as_uri()
+    return client.create_experiment(name, artifact_location=location)
+
+
+@dataclass
+class RunCopy:
+    """The copy of one run in MLflow (of the sweep's own if `model` is None): receives each row and file once.
+
+    If MLflow is away, logs that once, keeps the rows, and tries again at the next call.
+    """
+
+    sweep: Sweep
+    model: str | None
+    away: bool = False
+    _sent: set[tuple[str, int]] = field(default_factory=set)
+    _known_metrics: set[str] = field(default_factory=set)
+    _waiting: list[Row] = field(default_factory=list)
+
+    def send(self, rows: Iterable[Row]) -> None:
+        self._waiting += rows
+        if self._waiting and self._try(lambda client, run: self._send(client, run, self._waiting)):
+            self._waiting = []
+
+    def send_file(self, path: Path, folder: str) -> None:
+        self._try(lambda client, run: client.log_artifact(run, str(path), folder))
+
+    def finish(self, status: str) -> None:
+        """End the run as FINISHED or FAILED."""
+        self._try(lambda client, run: client.set_terminated(run, status))
+
+    def _try(self, action: Any) -> bool:
+        try:
+            ids = stored_ids(self.sweep)
+            action(open_client(ids["uri"]), ids["models"][self.model] if self.model else ids["sweep"])
+        except Exception as error:  # whatever MLflow raises: results are in storage, this is only their copy
+            if not self.away:
+                log.warning("MLflow cannot be reached, rows wait in storage: %s", " ".join(str(error).split())[:200])
+            self.away = True
+            return False
+        self.away = False
+        return True
+
+    def _send(self, client: Any, run: str, rows: list[Row]) -> None:
+        from mlflow.entities import Metric
+
+        for name in {row.name for row in rows} - self._known_metrics:
+            self._sent |= {(name, m.step) for m in client.get_metric_history(run, name)}
+            self._known_metrics.add(name)
+        fresh = [row for row in rows if (row.name, row.images) not in self._sent]
+        for i in range(0, len(fresh), 1000):
+            part = fresh[i : i + 1000]
+            client.log_batch(run, metrics=[Metric(r.name, r.value, int(r.time * 1000), r.images) for r in part])
+            self._sent |= {(row.name, row.images) for row in part}

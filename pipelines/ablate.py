@@ -1,0 +1,67 @@
+"""The driver of an ablation: one published checkpoint with other values of one sampling setting.
+
+Runs as a Ray job, as every stage does. Each value is kept as a variant, so a rerun does only what is left.
+"""
+
+import math
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from dis_scale.errors import UserError
+from dis_scale.progress import Board
+from dis_scale.report import ablation
+from dis_scale.sweep import Sweep, state
+from dis_scale.training import checkpoint, ema
+from dis_scale.training.ema import Snapshot
+from pipelines import cluster as clusters
+from pipelines.sweep import Driver, obeying_signals, run_stage
+
+GUIDANCE, WIDTH = "guidance", "ema_width"
+"""The settings that can be varied, as the recipe names them."""
+LARGEST_MISFIT = 0.25
+"""Largest relative difference between a rebuilt average's profile and the requested one."""
+
+
+def run_ablation(
+    sweep: Sweep, model: str, images: int | None, setting: str, values: Sequence[float], console: Console
+) -> None:
+    """Evaluate what is missing and write the table and the figure below `report/`; UserError for an impossible value.
+
+    `images` is a published count; default: the last.
+    """
+    images_seen, values = _published(sweep, model, images), sorted({float(f"{value:g}") for value in values})
+    _require_possible(sweep, model, images_seen, setting, values)
+    with Board(console) as board:
+        driver = Driver(sweep, board)
+        with obeying_signals(driver), clusters.open_cluster(sweep.recipe) as cluster:
+            words = [f"{value:g}" for value in values]
+            run_stage(driver, cluster, "ablate", model, str(images_seen), setting, *words)
+    ablation.write(sweep, model, images_seen, setting, values, console)
+
+
+def _published(sweep: Sweep, model: str, images: int | None) -> int:
+    counts = state.published_counts(sweep.run(model))
+    if not counts:
+        raise UserError(f"{model}: nothing is published yet")
+    if images is not None and images not in counts:
+        raise UserError(f"{model} has not published {images:,} images: it has {', '.join(map(str, counts))}")
+    return counts[-1] if images is None else images
+
+
+def _require_possible(sweep: Sweep, model: str, images_seen: int, setting: str, values: Sequence[float]) -> None:
+    train = sweep.recipe.train
+    if setting == WIDTH and train.power_ema is None:
+        raise UserError("no width can be rebuilt: this sweep tracked no power-function averages (train.power_ema)")
+    known = checkpoint.snapshots(sweep.run(model), images_seen, train)
+    for value in values:
+        if not 0 <= value < math.inf:
+            raise UserError(f"{setting} {value:g}: expected 0 or more")
+        if setting == WIDTH and known:
+            misfit = ema.misfit(known, Snapshot(images_seen // train.batch_images, value))
+            if misfit > LARGEST_MISFIT:
+                raise UserError(
+                    f"width {value:g}: from the {len(known)} averages published so far it can be rebuilt to within "
+                    f"{misfit:.0%} only (expected {LARGEST_MISFIT:.0%}): choose one nearer to {train.power_ema}, or publish "
+                    "more often"
+                )

@@ -1,0 +1,213 @@
+"""The Ray cluster that a sweep runs on: the one that this process runs in, or one of its own that ends with it.
+
+Pitfalls: two raylets on one machine collide on the dashboard agent's port unless each gets its own; `ray.init` replaces our
+handler of SIGTERM. We never run `ray stop`: it ends all Rays of the machine.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray.job_submission import JobSubmissionClient
+
+from dis_scale.errors import DisScaleError, UserError
+from dis_scale.recipe import Recipe
+
+START_TIMEOUT_S = 90.0
+
+
+@dataclass
+class Cluster:
+    """A Ray cluster that takes jobs."""
+
+    client: JobSubmissionClient
+    runtime_env: dict[str, Any]
+    description: str
+    ours: bool
+    capacity: int
+    """Number of models that can train at the same time."""
+    gpus: int
+    id: str
+    """Distinguishes it from every other cluster."""
+    address: str | None = None
+    """Dashboard of a Ray of our own; other clusters are found by RAY_ADDRESS."""
+
+
+@contextlib.contextmanager
+def open_cluster(recipe: Recipe) -> Iterator[Cluster]:
+    """Yield the Ray that this process runs in (RAY_ADDRESS), otherwise one of our own that ends with this block and process."""
+    if address := os.environ.get("RAY_ADDRESS"):
+        yield _joined(address, recipe)
+        return
+    folder = Path(tempfile.mkdtemp(prefix="dis-scale-ray-", dir="/tmp"))  # Ray's sockets need a short path
+    head = None
+    try:
+        head, dashboard = _start_head(recipe, folder)
+        yield Cluster(
+            JobSubmissionClient(dashboard), {}, f"a local Ray that this command started ({dashboard})",
+            ours=True, capacity=1, gpus=_local_gpus(), id=folder.name, address=dashboard,
+        )  # fmt: skip
+    finally:
+        if head:
+            head.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                head.wait(20)
+            head.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def device_of(recipe: Recipe, gpus: int) -> tuple[str, str]:
+    """Return (device, reason) on a cluster of `gpus` GPUs: `auto` uses them if each training worker gets one."""
+    workers = recipe.train.world_sizes[-1]
+    if recipe.device != "auto":
+        return recipe.device, "the recipe names it"
+    reason = f"auto: {gpus} GPUs for {workers} workers"
+    return ("cuda" if gpus >= workers else "cpu"), reason
+
+
+def require_root(recipe: Recipe) -> str:
+    """Return the storage root's URL; UserError for a folder of one node on a cluster of several.
+
+    The working folder of a Ray job is a copy that is deleted with the job, so a relative root moves below the node's home.
+    """
+    root = recipe.storage.root
+    on_disk = "://" not in root or root.startswith("file://")
+    if not on_disk or "RAY_ADDRESS" not in os.environ:
+        return root
+    if not _one_node():
+        raise UserError(
+            f"storage.root: {root!r} is a folder of one node, and this cluster has several: "
+            "give a root that all reach, for example --set storage.root=s3://bucket/prefix"
+        )
+    moved = in_ray_job() and not root.startswith(("/", "file://"))
+    return str(Path.home() / "dis-scale" / root) if moved else root
+
+
+def in_ray_job() -> bool:
+    """Whether this process is the driver of a Ray job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+@contextlib.contextmanager
+def keeping_handlers() -> Iterator[None]:
+    """Restore the handlers of SIGTERM and SIGINT: Ray's own would end this process at a stop before anything is saved."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # None: not installed from Python, and not ours
+                signal.signal(number, handler)
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of loopback that are free now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _local_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _one_node() -> bool:
+    """Whether the cluster that this process runs in has a single node."""
+    import ray
+
+    _connect()
+    return sum(node["Alive"] for node in ray.nodes()) == 1
+
+
+def _connect() -> None:
+    import ray
+
+    if not ray.is_initialized():
+        try:
+            with keeping_handlers():
+                ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False)
+        except (ConnectionError, ValueError) as error:
+            address = os.environ.get("RAY_ADDRESS")
+            raise UserError(
+                f"no Ray answers at RAY_ADDRESS={address}: start it, or unset the variable to run here"
+            ) from error
+
+
+def _joined(address: str, recipe: Recipe) -> Cluster:
+    """The cluster at RAY_ADDRESS. Its jobs get this job's own code package, otherwise they would run on other code."""
+    import ray
+
+    _connect()
+    parent = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
+    resources = ray.cluster_resources()
+    slots = resources.get("train") or resources.get("GPU") or resources.get("CPU", 1)
+    inherited = ("working_dir", "py_modules", "pip", "uv", "env_vars")
+    return Cluster(
+        JobSubmissionClient(), {key: value for key, value in parent.items() if key in inherited},
+        f"the Ray cluster at {address}", ours=False, capacity=max(1, int(slots) // recipe.train.most_workers),
+        gpus=int(resources.get("GPU", 0)), id=ray.get_runtime_context().get_session_name(),
+    )  # fmt: skip
+
+
+def _start_head(recipe: Recipe, folder: Path) -> tuple[subprocess.Popen, str]:
+    """Start a Ray head on loopback with free ports that dies with this process; return it and the dashboard's URL."""
+    port, dashboard, agent = free_ports(3)
+    resources = {
+        "prepare": 1, "precompute": recipe.precompute.workers, "train": recipe.train.most_workers,
+        "evaluate": recipe.evaluate.workers,
+    }  # fmt: skip
+    command = [
+        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats",
+        "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--include-dashboard=true",
+        f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+        f"--temp-dir={folder}", f"--resources={json.dumps(resources)}", f"--object-store-memory={256 * 2**20}",
+        f"--num-cpus={max(os.cpu_count() or 1, recipe.train.most_workers, recipe.precompute.workers)}",
+    ]  # fmt: skip
+    environment = (
+        os.environ
+        | {
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux, too: without it Ray replaces 127.0.0.1 by the machine's address
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # its jobs have ended before it is stopped
+            "RAY_worker_niceness": "0",  # Ray's default of 15 would leave training hardly any priority over evaluation's 19
+        }
+    )
+    with (folder / "start.log").open("wb") as output:
+        head = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, preexec_fn=_die_with_parent,
+            start_new_session=True,
+        )  # fmt: skip
+    url = f"http://127.0.0.1:{dashboard}"
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while head.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(ConnectionError, RuntimeError):
+            JobSubmissionClient(url).list_jobs()
+            return head, url
+        time.sleep(0.3)
+    head.kill()
+    tail = " ".join((folder / "start.log").read_text(errors="replace").split())[-300:]
+    raise DisScaleError(
+        f"a local Ray did not start within {START_TIMEOUT_S:.0f} s (ports {port}, {dashboard}, {agent}): {tail}"
+    )
+
+
+def _die_with_parent() -> None:
+    """Linux: the kernel ends this child if its parent dies, also by -9; Ray's own processes follow their head likewise."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,59 @@
+"""Lines of a job's log that its sweep reads: progress, messages and events. All other lines are for people only.
+
+Progress drives the bars, messages are shown as they are, events let programs and tests react without reading prose.
+"""
+
+import json
+import time
+from typing import Any, Literal, NamedTuple
+
+PROGRESS_EVERY_S = 2.0
+_MARKS = {"progress": "@progress ", "message": "@say ", "event": "@event "}
+_last_progress = (-1, -1, 0.0)
+
+
+class Line(NamedTuple):
+    """A parsed line: `facts` of progress and events, `text` of a message."""
+
+    kind: Literal["progress", "message", "event"]
+    text: str = ""
+    facts: dict[str, Any] = {}  # noqa: RUF012 (a named tuple's default, never written)
+
+
+def message(text: str) -> str:
+    return _MARKS["message"] + text
+
+
+def event(name: str, **facts: Any) -> str:
+    """Return the line of an event, for example `event("restart", done=640)`."""
+    return _MARKS["event"] + json.dumps({"event": name, **facts})
+
+
+def parse(line: str) -> Line | None:
+    """Return a line of the protocol, None for any other."""
+    if line.startswith(_MARKS["message"]):
+        return Line("message", text=line.removeprefix(_MARKS["message"]))
+    for kind in ("progress", "event"):
+        if line.startswith(_MARKS[kind]):
+            return Line(kind, facts=json.loads(line.removeprefix(_MARKS[kind])))  # type: ignore[arg-type]
+    return None
+
+
+def say(text: str) -> None:
+    """Show a message in the sweep."""
+    print(message(text), flush=True)
+
+
+def emit(name: str, **facts: Any) -> None:
+    """Log an event."""
+    print(event(name, **facts), flush=True)
+
+
+def progress(done: int, total: int, unit: str) -> None:
+    """Log the progress if it has changed, at most every `PROGRESS_EVERY_S`: the log of a job of days stays small."""
+    global _last_progress
+    now = time.monotonic()
+    if (done, total) == _last_progress[:2] or (done < total and now < _last_progress[2] + PROGRESS_EVERY_S):
+        return
+    _last_progress = (done, total, now)
+    print(_MARKS["progress"] + json.dumps({"done": done, "total": total, "unit": unit}), flush=True)

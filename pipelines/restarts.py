@@ -1,0 +1,64 @@
+"""Restarts of failed attempts: how many, how long apart, and the message after the last."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import ray
+
+from dis_scale.errors import DisScaleError, StorageAway
+from dis_scale.recipe import Recipe
+from pipelines import lines, stage
+from pipelines.worker import WorkerFailure, describe, may_pass
+
+T = TypeVar("T")
+FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 2.0, 60.0
+"""Wait before the second consecutive attempt without progress; it doubles from one to the next."""
+
+
+def with_restarts(
+    recipe: Recipe, name: str, attempt: Callable[[WorkerFailure | None], T], stored: Callable[[], int]
+) -> T:
+    """Return the attempt's result. After a failure run it again with that failure, as often as the recipe allows.
+
+    Only consecutive attempts without progress (`stored` has not grown) count towards the limit. The wait between them doubles.
+    """
+    failures: list[WorkerFailure] = []
+    before = _stored_or(0, stored)
+    while True:
+        try:
+            return attempt(failures[-1] if failures else None)
+        except (WorkerFailure, StorageAway, ray.exceptions.RayError) as error:
+            if isinstance(error, ray.exceptions.RayError) and not may_pass(error):
+                raise
+            stage.raise_if_stopped()
+            failure = error if isinstance(error, WorkerFailure) else WorkerFailure(describe(error))
+        now = _stored_or(before, stored)
+        failures, before = ([failure] if now > before else [*failures, failure]), now
+        if len(failures) > recipe.train.restarts:
+            raise DisScaleError(_last_words(name, failures)) from failure
+        wait_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (len(failures) - 2)) if len(failures) > 1 else 0.0
+        left = recipe.train.restarts - len(failures)
+        lines.emit("restart", job=name, done=failure.done, left=left)
+        lines.say(
+            f"{name}: {failure}; restart from the stored state in {wait_s:.0f} s, {left} more attempts without progress"
+        )
+        stage.pause(wait_s)
+        stage.raise_if_stopped()
+
+
+def _stored_or(before: int, stored: Callable[[], int]) -> int:
+    """What is stored now; the number from before if storage does not answer."""
+    try:
+        return stored()
+    except DisScaleError:
+        return before
+
+
+def _last_words(name: str, failures: Sequence[WorkerFailure]) -> str:
+    points = {failure.done for failure in failures}
+    if len(points) == 1 and len(failures) > 1 and (point := points.pop()):
+        return (
+            f"{name}: crashed {len(failures)} times in a row with {point} done: this looks deterministic; see this job's log, "
+            f"last failure: {failures[-1]}"
+        )
+    return f"{name}: {len(failures)} attempts in a row failed without progress: {failures[-1]}"

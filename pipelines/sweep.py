@@ -1,0 +1,280 @@
+"""The driver: labelled images to the curve of Gflops against distance, stage by stage. `python -m dis_scale.sweep RECIPE`.
+
+A rerun is safe: the same command after any accident does what is left and nothing twice. Each stage is a Ray job. What is done
+is read from storage and nowhere else. Read next: dis_scale/sweep/state.py, train.py, dis_scale/training/loop.py.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from dis_scale import report, vae
+from dis_scale.data.sources import open_source
+from dis_scale.errors import DisScaleError, Held, Preempted, UserError
+from dis_scale.evaluation.features import require_weights
+from dis_scale.plan import Plan, price_sweep, table
+from dis_scale.progress import Board, listing_words
+from dis_scale.recipe import Recipe
+from dis_scale.recipe.identity import identity_differences
+from dis_scale.report import mlflow_copy
+from dis_scale.storage import lease
+from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.sweep import ENDED, RAY, RECIPE, Sweep, state
+from dis_scale.tracking import mlflow
+from pipelines import cluster as clusters
+from pipelines import jobs, lines
+from pipelines.cluster import Cluster
+from pipelines.jobs import Job
+
+POLL_EVERY_S = 0.5
+RERUN = "run the same command again to continue"
+
+
+@dataclass
+class Driver:
+    """A sweep that is running: its board, its jobs and the stop request."""
+
+    sweep: Sweep
+    board: Board
+    jobs: list[Job] = field(default_factory=list)
+    stop_requested: bool = False
+
+
+@dataclass
+class Failures:
+    """What failed and why: models by name, evaluation as a whole, and single evaluations."""
+
+    models: dict[str, str] = field(default_factory=dict)
+    evaluation: str | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def words(self) -> str:
+        """Return all failures in one line, empty if there are none."""
+        failed = self.models | ({"evaluate": self.evaluation} if self.evaluation else {}) | self.skipped
+        return "; ".join(f"{name} failed: {why}" for name, why in failed.items())
+
+
+def run_sweep(recipe: Recipe, console: Console) -> None:
+    """Run what is left of a sweep and write its report; DisScaleError if a stage or a model failed."""
+    store = open_folder(clusters.require_root(recipe))
+    storage = recipe.storage.model_copy(update={"root": store.url})
+    sweep = Sweep.below(store, recipe.model_copy(update={"storage": storage}))
+    console.print(f"sweep    {sweep}", highlight=False, soft_wrap=True)
+    _require_same_identity(sweep)
+    plan = price_sweep(sweep.recipe, vae.latent_shape(recipe.vae, recipe.data.resolution))
+    console.print(table(plan))
+    failures = Failures()
+    with Board(console) as board:
+        done = state.all_evaluated(sweep) and not state.outdated(sweep)
+        if done and sweep.report.exists(report.CSV):
+            board.say("nothing to do: every model is trained and evaluated at every published count")
+        else:
+            failures = _run_stages(Driver(sweep, board), plan, store)
+            _write_report(sweep, plan, failures)
+    _print_results(sweep, plan, console)
+    if words := failures.words():
+        raise DisScaleError(f"{words}; {RERUN}")
+
+
+def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
+    """Run all stages that are left, on the Ray that this process runs in or on one of our own."""
+    sweep, board = driver.sweep, driver.board
+    store.require_usable()
+    driver.sweep = sweep = sweep.patient  # storage works, so from here on retry for a minute
+    source = open_source(sweep.recipe.data, store, listing_words(board.say))
+    board.say(
+        f"source   {len(source):,} images in {len(source.label_names)} classes, as listed in {source.listing.where}"
+    )
+    for extractor in sweep.recipe.evaluate.extractors:
+        require_weights(extractor)
+    with obeying_signals(driver), clusters.open_cluster(sweep.recipe) as cluster, one_at_a_time(driver, cluster):
+        board.say(f"ray      {cluster.description}")
+        sweep.save_recipe()
+        begin_tracking(driver, plan, sweep.recipe.tracking.uri or mlflow.default_uri(store))
+        sweep.folder.write_json(RAY, {"address": cluster.address, "host": socket.gethostname()})
+        _require_device(driver, cluster)
+        try:
+            if not state.prepared(sweep):
+                run_stage(driver, cluster, "prepare")
+            if state.find_latents(sweep) is None:
+                run_stage(driver, cluster, "precompute")
+            failures = _train_and_evaluate(driver, cluster)
+        except BaseException:
+            # A Ray of our own ends with us: wait for its jobs.
+            jobs.stop_jobs(driver.jobs, wait_s=sweep.recipe.grace_s + 5 if cluster.ours else 0.0)
+            raise
+    skipped = {f"evaluation of {sampled}": why for sampled, why in state.skipped(sweep).items()}
+    return replace(failures, skipped=skipped)
+
+
+def _require_device(driver: Driver, cluster: Cluster) -> None:
+    recipe = driver.sweep.recipe
+    device, why = clusters.device_of(recipe, cluster.gpus)
+    driver.board.say(f"device   {device} ({why})")
+    if device == "cuda" and cluster.ours and cluster.gpus < recipe.train.world_sizes[-1]:
+        raise UserError(f"device: cuda for {recipe.train.workers} workers, but this machine has {cluster.gpus} GPUs")
+
+
+@contextlib.contextmanager
+def one_at_a_time(driver: Driver, cluster: Cluster) -> Iterator[None]:
+    """A second sweep of one name joins the first one's jobs on the same Ray; on another Ray it is refused before it writes."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lease.hold(driver.sweep.lease("sweep"), cluster.id))
+        except Held as error:
+            if error.holder.get("cluster") != cluster.id:
+                raise
+            driver.board.say(f"joined   process {error.holder['pid']}, which runs this sweep on the same Ray")
+        yield
+
+
+def begin_tracking(driver: Driver, plan: Plan, uri: str) -> None:
+    """Create the sweep's runs in MLflow. If it cannot be reached, log that and continue: it only holds a copy."""
+    try:
+        mlflow.create_runs(driver.sweep, uri, plan.parameters())
+        driver.board.say(f"tracking {uri}")
+    except DisScaleError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())[:200]
+        driver.board.say(f"tracking MLflow cannot be reached at {uri}, results are in storage only: {why}")
+
+
+def run_stage(driver: Driver, cluster: Cluster, name: str, *arguments: str) -> None:
+    """Run one stage to its end; DisScaleError gives the reason if it failed."""
+    job = _submit(driver, cluster, name, *arguments)
+    while not job.ended():
+        _poll(driver, job, name)
+        time.sleep(POLL_EVERY_S)
+    _poll(driver, job, name)
+    if job.status() != "SUCCEEDED":
+        raise job.error(f"{name} failed: {job.reason()}")
+
+
+def _train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
+    """Train models in the recipe's order, as many at a time as the cluster can hold, with the evaluation next to them."""
+    sweep, failures = driver.sweep, Failures()
+    waiting = [model for model in sweep.recipe.models if not state.trained(sweep, model)]
+    for model in waiting:
+        sweep.run(model).folder.delete(ENDED)
+    evaluation = _submit(driver, cluster, "evaluate")
+    training: dict[str, Job] = {}
+    while waiting or training or not evaluation.ended():
+        while waiting and len(training) < cluster.capacity:
+            model = waiting.pop(0)
+            training[model] = _submit(driver, cluster, "train", model)
+        time.sleep(POLL_EVERY_S)
+        _poll(driver, evaluation, "evaluate")
+        for model, job in list(training.items()):
+            ended = job.ended()
+            _poll(driver, job, f"train {model}")
+            if ended:
+                del training[model]
+                if job.status() != "SUCCEEDED":
+                    failures.models[model] = _failure(driver, job, model)
+                    sweep.run(model).folder.write_json(ENDED, {"why": failures.models[model]})
+        if failures.evaluation is None and evaluation.ended() and evaluation.status() != "SUCCEEDED":
+            failures.evaluation = _failure(driver, evaluation, "evaluate")
+    return failures
+
+
+def _failure(driver: Driver, job: Job, name: str) -> str:
+    """Return why a job failed. Re-raises if it was stopped from outside or is held elsewhere: neither is a failure."""
+    why = job.reason()
+    if isinstance(error := job.error(f"{name}: {why}"), Held):
+        raise error
+    if isinstance(error, Preempted):
+        raise Preempted(f"{name} was stopped from outside; {RERUN}")
+    driver.board.say(f"{name} failed: {why}; the other jobs continue")
+    return why
+
+
+def stop_sweep(sweep: Sweep, address: str | None) -> list[str]:
+    """Stop the sweep's jobs wherever they run; return their ids. UserError if no Ray is known or none answers."""
+    if address is None and "RAY_ADDRESS" not in os.environ:
+        last = sweep.folder.read_json(RAY) if sweep.folder.exists(RAY) else {}
+        address = last.get("address")
+        if address is None or last["host"] != socket.gethostname():
+            where = f" (it last ran on {last['host']})" if last else ""
+            raise UserError(f"{sweep}: no Ray is known here{where}: --address http://HOST:8265, or set RAY_ADDRESS")
+    return jobs.stop_all(sweep, address)
+
+
+def _submit(driver: Driver, cluster: Cluster, stage: str, *arguments: str) -> Job:
+    job = jobs.submit(cluster, driver.sweep, stage, *arguments)
+    driver.jobs.append(job)
+    joined = "" if job.ours else " (running already: joined)"
+    driver.board.say(f"{' '.join([stage, *arguments])}: Ray job {job.id}{joined}")
+    return job
+
+
+def _poll(driver: Driver, job: Job, name: str) -> None:
+    """Show what the job logged since the last poll; raise Preempted if this process was asked to stop."""
+    if driver.stop_requested:
+        raise Preempted(f"stopped as requested; {RERUN}")
+    for line in filter(None, map(lines.parse, job.lines())):
+        if line.kind == "progress":
+            driver.board.update(name, **line.facts)
+        elif line.kind == "message":
+            driver.board.say(f"  {line.text}")
+
+
+def _write_report(sweep: Sweep, plan: Plan, failures: Failures) -> None:
+    """Write the report; copy it and the end of each failed run to MLflow."""
+    report.write(sweep, report.collect(sweep, plan))
+    mlflow_copy.copy_report(sweep, "FAILED" if failures.words() else "FINISHED")
+    for model in failures.models:
+        mlflow.RunCopy(sweep, model).finish("FAILED")
+
+
+def _print_results(sweep: Sweep, plan: Plan, console: Console) -> None:
+    console.print(report.table(report.collect(sweep, plan)))
+    console.print(f"figure   {sweep.report}/gflops_fid.png", highlight=False, soft_wrap=True)
+    console.print(f"page     {sweep.report}/{report.PAGE}", highlight=False, soft_wrap=True)
+    if ids := mlflow.stored_ids(sweep):
+        uri = ids["uri"]
+        command = f"{Path(sys.executable).with_name('mlflow')} ui --backend-store-uri {uri}"
+        console.print(f"mlflow   {uri if uri.startswith('http') else command}", highlight=False, soft_wrap=True)
+
+
+def _require_same_identity(sweep: Sweep) -> None:
+    """UserError with the differences if the sweep of this name was begun with another recipe."""
+    try:
+        if not sweep.folder.exists(RECIPE):
+            return
+        stored = Sweep.open(sweep.folder.url).recipe
+    except UserError as error:
+        raise UserError(f"{error}; the stored recipe is from another version: give this sweep another name") from error
+    except DisScaleError as error:
+        raise UserError(f"storage cannot be used: {error}") from error
+    if differences := identity_differences(stored, sweep.recipe):
+        shown = "\n".join(f"  {line}" for line in differences[:10])
+        raise UserError(
+            f"{sweep} was begun with another recipe; give this one another name, or the stored values:\n{shown}"
+        )
+
+
+@contextlib.contextmanager
+def obeying_signals(driver: Driver) -> Iterator[None]:
+    """SIGTERM and SIGINT request a stop of the sweep and its jobs; a second one ends this process at once."""
+
+    def request(number: int, _: FrameType | None) -> None:
+        if driver.stop_requested:
+            signal.default_int_handler(number, None)
+        driver.stop_requested = True
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

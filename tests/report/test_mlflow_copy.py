@@ -1,0 +1,98 @@
+"""An empty MLflow that is filled from storage equals the first one: rows with their times, parameters, files, statuses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dis_scale.errors import DisScaleError
+from dis_scale.plan import Plan, price_sweep
+from dis_scale.recipe import LatentShape, reading
+from dis_scale.report.mlflow_copy import copy_evaluation, copy_everything, copy_report
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import ENDED, GRID, METRICS, Sampled, Sweep
+from dis_scale.tracking.goodput import ATTEMPT
+from dis_scale.tracking.mlflow import RunCopy, create_runs, open_client, stored_ids
+from dis_scale.tracking.rows import RowReader, RowWriter
+from tests.conftest import TINY
+from tests.test_cli import invoke
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return price_sweep(reading.load(TINY, ["train.publish_images=[160]"]), LatentShape(4, 8))
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, plan: Plan) -> Sweep:
+    """A finished sweep: two attempts' rows, one published count, evaluated under each sampling setting, a report."""
+    made = Sweep.below(open_folder(tmp_path), plan.recipe)
+    made.save_recipe()
+    for model in plan.recipe.models:
+        for attempt in (1, 2):
+            rows = RowWriter(made.run(model).log, attempt)
+            rows.add(80 * attempt, {"loss": 1.0 / attempt, ATTEMPT: attempt})
+            rows.flush()
+        manifest.put(made.run(model).published_at(160), {"weights.safetensors": b""}, images=160)
+        for variant in plan.recipe.evaluate.samplings:
+            folder = made.evaluation(Sampled(model, 160, variant))
+            values = {"fd_digits_80": 9.0, "fd_digits_80_error": 0.5, "fd_digits_80_floor": 0.1}
+            metrics = {"values": values, "seconds": {"sampling": 2.5}, "time": 7.25, "metrics": ["distance"]}
+            folder.write_json(METRICS, metrics)
+            folder.write(GRID, b"a picture")
+    made.report.write("index.html", b"<!doctype html>")
+    return made
+
+
+def content(sweep: Sweep, uri: str) -> dict[str, Any]:
+    """All that an MLflow holds of the sweep, by model."""
+    client, ids = open_client(uri), stored_ids(sweep)
+    copies = {}
+    for name, run_id in {**ids["models"], "sweep": ids["sweep"]}.items():
+        run = client.get_run(run_id)
+        metrics = {
+            m: [(x.step, x.value, x.timestamp) for x in client.get_metric_history(run_id, m)] for m in run.data.metrics
+        }
+        folders = ["samples", "samples/wide", "report"]
+        files = sorted(a.path for f in folders for a in client.list_artifacts(run_id, f) if not a.is_dir)
+        copies[name] = (metrics, dict(run.data.params), files, run.info.status)
+    return copies
+
+
+def test_an_emptied_mlflow_is_filled_to_the_first_one(sweep: Sweep, plan: Plan, tmp_path: Path) -> None:
+    first, second = (f"sqlite:///{tmp_path}/{name}.db" for name in ("first", "second"))
+    create_runs(sweep, first, plan.parameters())
+    for model in plan.recipe.models:
+        RunCopy(sweep, model).send(RowReader(sweep.run(model).log).new())
+        for variant in plan.recipe.evaluate.samplings:
+            assert copy_evaluation(sweep, Sampled(model, 160, variant))
+        RunCopy(sweep, model).finish("FINISHED")
+    assert copy_report(sweep, "FINISHED")
+    as_it_came = content(sweep, first)
+    assert as_it_came["dis"][0]["fd_digits_80/wide"] == [(160, 9.0, 7250)]
+    assert as_it_came["sweep"][2] == ["report/index.html"]
+
+    code, output = invoke("mlflow", "sync", sweep.folder.url, "--uri", second)
+    assert (code, "8 rows of training and all evaluations are in" in output) == (0, True)
+    assert content(sweep, second) == as_it_came
+    assert invoke("mlflow", "sync", sweep.folder.url)[0] == 0
+    assert content(sweep, second) == as_it_came, "a second time doubles nothing"
+
+
+def test_a_model_that_failed_is_marked(sweep: Sweep, plan: Plan, tmp_path: Path) -> None:
+    sweep.run("dit").folder.write_json(ENDED, {"why": "a worker was lost"})
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    copy_everything(sweep, plan, uri)
+    assert {name: found[3] for name, found in content(sweep, uri).items()}["dit"] == "FAILED"
+
+
+def test_an_mlflow_that_is_away_is_said(sweep: Sweep, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(DisScaleError, match=r"MLflow cannot be reached at http://127\.0\.0\.1:9"):
+        copy_everything(sweep, plan, "http://127.0.0.1:9")
+
+
+def test_a_sweep_that_was_never_tracked_needs_a_uri(sweep: Sweep) -> None:
+    code, output = invoke("mlflow", "sync", sweep.folder.url)
+    assert (code, "was never tracked: name an MLflow" in output) == (2, True)

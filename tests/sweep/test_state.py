@@ -1,0 +1,102 @@
+"""What is left to evaluate, in which order, and what must be measured again."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dis_scale.errors import StorageError, UserError
+from dis_scale.recipe import Recipe, reading
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import METRICS, SKIPPED, PointName, Run, Sampled, Sweep, state
+from dis_scale.training import checkpoint
+from tests.conftest import TINY
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, tiny: Recipe) -> Sweep:
+    made = Sweep.below(open_folder(tmp_path), tiny)
+    for model, images in [("dis", 0), ("dis", 160), ("dit", 0), ("dit", 7)]:
+        manifest.put(made.run(model).published_at(images), {"weights.safetensors": b""}, images=images)
+    return made
+
+
+def given(sweep: Sweep, *settings: str) -> Sweep:
+    return replace(sweep, recipe=reading.load(TINY, list(settings)))
+
+
+def test_the_main_settings_come_before_the_variants_and_counts_in_order(sweep: Sweep) -> None:
+    assert state.evaluations_left(sweep) == [
+        Sampled("dis", 0),
+        Sampled("dit", 0),
+        Sampled("dis", 160),
+        Sampled("dis", 0, "wide"),
+        Sampled("dit", 0, "wide"),
+        Sampled("dis", 160, "wide"),
+    ]
+    newest = state.evaluations_left(given(sweep, "evaluate.order=newest_first"))
+    assert newest[:3] == [Sampled("dis", 160), Sampled("dis", 0), Sampled("dit", 0)]
+
+
+def test_a_metric_added_later_is_measured_again(sweep: Sweep) -> None:
+    done = Sampled("dis", 160)
+    sweep.evaluation(done).write_json(METRICS, {"metrics": ["distance"], "values": {}})
+    assert state.outdated(sweep) == []
+    assert state.outdated(given(sweep, "evaluate.metrics=[distance, precision_recall]")) == [done]
+    assert done not in state.evaluations_left(sweep), "the old metrics stay until there are new ones"
+
+
+def test_a_sweep_is_evaluated_when_each_sampling_is(sweep: Sweep) -> None:
+    for variant in ("", "wide"):
+        assert not state.all_evaluated(sweep)
+        for model in sweep.recipe.models:
+            for images in sweep.recipe.train.publish_images:
+                sweep.evaluation(Sampled(model, images, variant)).write_json(METRICS, {})
+    assert state.all_evaluated(sweep)
+
+
+def test_skipped_evaluations_have_their_reason(sweep: Sweep) -> None:
+    sweep.evaluation(Sampled("dit", 0, "wide")).write_json(SKIPPED, {"why": "a flipped byte"})
+    assert state.skipped(sweep) == {Sampled("dit", 0, "wide"): "a flipped byte"}
+
+
+def test_a_damaged_manifest_fails_when_it_is_loaded_not_in_the_list(sweep: Sweep) -> None:
+    sweep.run("dis").published_at(160).write(manifest.NAME, b'{"form')
+    assert Sampled("dis", 160) in state.evaluations_left(sweep)
+    with pytest.raises(StorageError, match="damaged: not JSON"):
+        checkpoint.load_published(sweep.run("dis"), 160)
+
+
+def test_a_stray_folder_among_resume_points_is_no_resume_point(tmp_path: Path) -> None:
+    run = Run(open_folder(tmp_path))
+    manifest.put(run.resume_point(PointName(160, 2)), {"a": b""}, images=160)
+    run.resume.write("notes/readme.txt", b"a person was here")
+    assert state.point_names(run) == [PointName(160, 2)]
+    assert state.resumable_images(run) == 160
+    checkpoint.Saver(run, attempt=2, rank=0, world=1, held=lambda: True, keep=1)._prune(160)
+    assert run.resume.list() == ["000000000160-0002", "notes"]
+
+
+def test_a_model_may_have_the_name_of_a_stage(tmp_path: Path) -> None:
+    model = "models={evaluate: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}"
+    sweep = Sweep.below(open_folder(tmp_path), reading.load(TINY, [model]))
+    assert state.ended(sweep, "evaluate") is None
+
+
+def test_an_unknown_model_is_refused_with_the_nearest_name(sweep: Sweep) -> None:
+    with pytest.raises(UserError, match=r"sweeps/tiny has no model 'dip' \(did you mean 'dit'\?\): it has dis, dit"):
+        sweep.run("dip")
+
+
+def test_opening_a_sweep_reads_its_recipe_and_nothing_more(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep.save_recipe()
+    read, reads = type(sweep.folder).read, list[str]()
+
+    def noted(folder: object, path: str, *bounds: int) -> bytes:
+        reads.append(path)
+        return read(folder, path, *bounds)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(sweep.folder), "read", noted)
+    assert Sweep.open(sweep.folder.url) == sweep
+    assert reads == ["recipe.yaml"]

@@ -1,0 +1,96 @@
+"""Rows are kept once, by the first that logged them; MLflow receives each once and may be away."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dis_scale.recipe import Recipe
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import TRACKING, Sweep
+from dis_scale.tracking import mlflow
+from dis_scale.tracking.mlflow import RunCopy, create_runs, stored_ids
+from dis_scale.tracking.rows import Row, RowReader, RowWriter
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return mlflow.default_uri(open_folder(tmp_path_factory.mktemp("mlflow")))
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, tiny: Recipe, uri: str) -> Sweep:
+    made = Sweep(open_folder(tmp_path) / "sweeps/s", tiny)
+    create_runs(made, uri, {"dis": {"gmacs_forward": 1.5, "seed": 0}})
+    return made
+
+
+def history(sweep: Sweep, uri: str, name: str) -> list[tuple[int, float]]:
+    metrics = mlflow.open_client(uri).get_metric_history(stored_ids(sweep)["models"]["dis"], name)
+    return sorted((m.step, m.value) for m in metrics)
+
+
+def test_rows_of_two_attempts_merge_and_the_first_wins(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path)
+    first, second = RowWriter(folder, 1), RowWriter(folder, 2)
+    first.add(10, {"loss": 1.0})
+    first.add(20, {"loss": 0.9})
+    first.flush()
+    second.add(20, {"loss": 0.8})
+    second.add(30, {"loss": 0.7})
+    second.flush()
+    rows = RowReader(folder)
+    assert [(r.images, r.value) for r in rows.new()] == [(10, 1.0), (20, 0.9), (30, 0.7)]
+    assert rows.new() == []
+
+
+def test_each_row_is_sent_once_whoever_sends_it(sweep: Sweep, uri: str) -> None:
+    rows = [Row("loss", 0.5, 10, 1.0), Row("loss", 0.4, 20, 2.0)]
+    RunCopy(sweep, "dis").send(rows[:1])
+    RunCopy(sweep, "dis").send(rows)
+    assert history(sweep, uri, "loss") == [(10, 0.5), (20, 0.4)]
+
+
+def test_runs_are_created_once_and_new_models_are_added(sweep: Sweep, uri: str) -> None:
+    before = stored_ids(sweep)
+    after = create_runs(sweep, uri, {"dis": {"gmacs_forward": 1.5, "seed": 0}, "dit": {"seed": 0}})
+    assert after["models"]["dis"] == before["models"]["dis"]
+    assert (after["sweep"], set(after["models"])) == (before["sweep"], {"dis", "dit"})
+    run = mlflow.open_client(uri).get_run(after["models"]["dis"])
+    assert run.data.params == {"gmacs_forward": "1.5", "seed": "0"}
+    assert run.data.tags["mlflow.parentRunId"] == before["sweep"]
+
+
+def test_an_emptied_mlflow_gets_its_runs_again(tmp_path: Path, tiny: Recipe) -> None:
+    sweep = Sweep(open_folder(tmp_path) / "sweeps/s", tiny)
+    first = create_runs(sweep, f"sqlite:///{tmp_path}/one.db", {"dis": {"seed": 0}})
+    sweep.folder.write_json(TRACKING, first | {"uri": f"sqlite:///{tmp_path}/two.db"})
+    create_runs(Sweep(open_folder(tmp_path) / "sweeps/t", tiny), f"sqlite:///{tmp_path}/two.db", {})
+    again = create_runs(sweep, f"sqlite:///{tmp_path}/two.db", {"dis": {"seed": 0}})
+    assert again["sweep"] != first["sweep"]
+    run = mlflow.open_client(again["uri"]).get_run(again["models"]["dis"])
+    assert run.data.params == {"seed": "0"}
+
+
+def test_files_are_stored_with_the_run(sweep: Sweep, uri: str, tmp_path: Path) -> None:
+    (tmp_path / "grid.png").write_bytes(b"picture")
+    RunCopy(sweep, "dis").send_file(tmp_path / "grid.png", "samples")
+    run = stored_ids(sweep)["models"]["dis"]
+    assert [a.path for a in mlflow.open_client(uri).list_artifacts(run, "samples")] == ["samples/grid.png"]
+
+
+def test_mlflow_away_is_logged_once_and_the_rows_wait(
+    sweep: Sweep, uri: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(_: str) -> Any:
+        raise ConnectionError("no MLflow here")
+
+    copy = RunCopy(sweep, "dis")
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(mlflow, "open_client", away)
+        copy.send([Row("loss", 0.5, 10, 1.0)])
+        copy.send([Row("loss", 0.4, 20, 2.0)])
+    assert [r.message for r in caplog.records] == ["MLflow cannot be reached, rows wait in storage: no MLflow here"]
+    copy.send([])
+    assert history(sweep, uri, "loss") == [(10, 0.5), (20, 0.4)]
