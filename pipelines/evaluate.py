@@ -2,6 +2,7 @@
 
 Blocks of samples are the unit of work and are kept, so an evaluation that was killed continues where it was. On a small machine its
 workers ask for no CPU and run at low priority: an evaluation that reserved a CPU first would block training's placement for ever.
+PyTorch is imported where it is used: the driver starts its workers first, and all load it at the same time.
 """
 
 import os
@@ -10,28 +11,24 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-import torch
 
-from dis_scale import diffusion, vae
-from dis_scale.data.encode import compute_exactly
-from dis_scale.data.latents import Latents
 from dis_scale.errors import DisScaleError, Preempted, StorageAway, StorageError, StorageFull
-from dis_scale.evaluation import held_out, measure, reference
-from dis_scale.evaluation.sampling import SampleBlock, arrange, grid, grid_columns, labels_of, open_sampler
 from dis_scale.recipe import Evaluate, Recipe
 from dis_scale.report import mlflow_copy
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import GRID, METRICS, SKIPPED, Sampled, Sweep, state
-from dis_scale.training import checkpoint, ema
-from dis_scale.training.ema import Snapshot
 from pipelines import lines, stage
 from pipelines.restarts import with_restarts
 from pipelines.worker import Worker, WorkerFailure, choose_device, resources, spawn, watch
+
+if TYPE_CHECKING:
+    from dis_scale.evaluation.reference import Reference
+    from dis_scale.evaluation.sampling import SampleBlock
 
 POLL_EVERY_S = 2.0
 NICE = 19
@@ -43,6 +40,12 @@ class Evaluator(Worker):
     def __init__(self, sweep: Sweep, device: str) -> None:
         super().__init__()
         os.nice(NICE)
+        import torch
+
+        from dis_scale import vae
+        from dis_scale.data.encode import compute_exactly
+        from dis_scale.evaluation.sampling import open_sampler
+
         compute_exactly()
         self._sampling, self._cancelled = threading.Lock(), threading.Event()
         where = torch.device(device)
@@ -53,6 +56,8 @@ class Evaluator(Worker):
 
     def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> dict[str, float]:
         """Sample and keep blocks; return the seconds that each part took, and the number of samples as `images`."""
+        from dis_scale.data.encode import compute_exactly
+
         with self._sampling:  # a cancelled call may still be in its last block
             self._cancelled.clear()
             compute_exactly()  # the number of threads is set per thread
@@ -62,7 +67,9 @@ class Evaluator(Worker):
             for number in blocks:
                 if self.stop_requested() or self._cancelled.is_set():
                     break
-                block = self.sampler.sample(model(), settings, number)
+                loaded = model()
+                self.emit("work")
+                block = self.sampler.sample(loaded, settings, number)
                 folder.write(block_name(number), block.to_bytes())
                 self.report(self._done + 1)
                 images += len(block.right)
@@ -74,6 +81,11 @@ class Evaluator(Worker):
 
     def held_out(self, sampled: Sampled) -> dict[str, float]:
         """Return the loss on the images that training never saw."""
+        from dis_scale import diffusion
+        from dis_scale.data.encode import compute_exactly
+        from dis_scale.data.latents import Latents
+        from dis_scale.evaluation import held_out
+
         with self._sampling:
             compute_exactly()
             recipe, settings = self.sweep.recipe, self.sweep.recipe.evaluate
@@ -112,7 +124,7 @@ class Evaluation:
     sweep: Sweep
     evaluators: Any
     """Has `sample` and `held_out`: `RayEvaluators`."""
-    references: dict[str, reference.Reference]
+    references: dict[str, "Reference"]
     samplings: dict[str, Evaluate]
     labels: np.ndarray
 
@@ -124,6 +136,9 @@ class Evaluation:
         stage.raise_if_stopped()
         values = self._held_out(sampled)
         stage.raise_if_stopped()
+        from dis_scale.evaluation import measure
+        from dis_scale.evaluation.sampling import arrange, grid, grid_columns
+
         began_s = time.monotonic()
         measured, pictures = self._measure(folder, settings)
         values |= measured
@@ -143,18 +158,22 @@ class Evaluation:
 
     def _average_note(self, sampled: Sampled, settings: Evaluate) -> list[str]:
         """How exactly an average that was not tracked is rebuilt."""
+        from dis_scale.training import checkpoint, ema
+
         train = self.sweep.recipe.train
         known = checkpoint.snapshots(self.sweep.run(sampled.model), sampled.images_seen, train)
         if settings.ema_width is None or not known:
             return []
-        misfit = ema.misfit(known, Snapshot(sampled.images_seen // train.batch_images, settings.ema_width))
+        misfit = ema.misfit(known, ema.Snapshot(sampled.images_seen // train.batch_images, settings.ema_width))
         return [f"{sampled}: the average of width {settings.ema_width:g} was rebuilt to within {misfit:.0%}"]
 
     def _measure(self, folder: Folder, settings: Evaluate) -> tuple[dict[str, float], np.ndarray]:
         """All metrics, and the grid's pictures, with one block in memory at a time."""
+        from dis_scale.evaluation import measure
+
         pictures = []
 
-        def blocks() -> Iterator[SampleBlock]:
+        def blocks() -> Iterator["SampleBlock"]:
             for number in range(block_count(settings)):
                 block = _read_block(folder, number)
                 pictures.append(block.pictures)
@@ -245,6 +264,9 @@ def open_evaluation(sweep: Sweep, device: str, samplings: dict[str, Evaluate], c
     """Return the evaluation with its workers on Ray."""
     recipe, options = sweep.recipe, _options(sweep.recipe, device)
     workers = [spawn(Evaluator, options, sweep, device) for _ in range(recipe.evaluate.workers)]
+    from dis_scale.evaluation import reference
+    from dis_scale.evaluation.sampling import labels_of
+
     total = checkpoints * sum(map(block_count, samplings.values()))
     evaluators = RayEvaluators(workers, lambda done: lines.progress(done, total, "blocks"))
     references, labels = reference.load_all(sweep), labels_of(sweep)
@@ -303,7 +325,9 @@ def _options(recipe: Recipe, device: str) -> dict[str, Any]:
     return options
 
 
-def _read_block(folder: Folder, block: int) -> SampleBlock:
+def _read_block(folder: Folder, block: int) -> "SampleBlock":
+    from dis_scale.evaluation.sampling import SampleBlock
+
     return SampleBlock.from_bytes(folder.read(block_name(block)), f"{folder}/{block_name(block)}")
 
 

@@ -25,8 +25,8 @@ def message(text: str) -> str:
 
 
 def event(name: str, **facts: Any) -> str:
-    """Return the line of an event, for example `event("restart", done=640)`."""
-    return _MARKS["event"] + json.dumps({"event": name, **facts})
+    """Return the line of an event, for example `event("restart", done=640)`; `at` is its time (Unix seconds)."""
+    return _MARKS["event"] + json.dumps({"event": name, "at": time.time(), **facts})
 
 
 def parse(line: str) -> Line | None:

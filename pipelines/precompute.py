@@ -48,6 +48,7 @@ class Encoder(Worker):
         require_same_hardware(latents, device)
         setup = open_setup(sweep)
         setup.vae.net.to(device)
+        self.emit("work")
         put_shards(setup, latents, iter(deal, None), self._count)
 
     def _count(self, images: int) -> None:

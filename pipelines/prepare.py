@@ -7,13 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-import torch
 
-from dis_scale import small_nets, vae
-from dis_scale.data.encode import compute_exactly
 from dis_scale.data.sources import Source, open_source
-from dis_scale.evaluation import reference
-from dis_scale.evaluation.features import load_extractors, store_classifier
 from dis_scale.recipe import TrainedExtractor, TrainedVae
 from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
@@ -28,9 +23,14 @@ class Preparer(Worker):
     """Makes what is missing, one thing after the other; progress counts optimizer steps and reference images."""
 
     def prepare(self, sweep: Sweep, device: str) -> None:
+        import torch  # here, and below, in the worker only: the driver needs none of it
+
+        from dis_scale.data.encode import compute_exactly
+
         compute_exactly()
         torch.set_num_threads(CPUS)
         self._images: Any = None
+        self.emit("work")
         if state.vae_missing(sweep):
             self.log(self._vae(sweep))
         for name, kind in state.classifiers_missing(sweep):
@@ -38,6 +38,8 @@ class Preparer(Worker):
         self.log(self._reference(sweep, device))
 
     def _vae(self, sweep: Sweep) -> str:
+        from dis_scale import small_nets, vae
+
         assert isinstance(sweep.recipe.vae, TrainedVae)
         pixels, _ = self._pixels(sweep)
         net = small_nets.train_vae(sweep.recipe.vae, pixels, sweep.recipe.seed, self._progress())
@@ -45,6 +47,9 @@ class Preparer(Worker):
         return f"autoencoder: mean squared error {small_nets.reconstruction_error(net, pixels):.2g}"
 
     def _classifier(self, sweep: Sweep, name: str, kind: str) -> str:
+        from dis_scale import small_nets
+        from dis_scale.evaluation.features import store_classifier
+
         pixels, labels = self._pixels(sweep)
         recipe, steps = sweep.recipe, _classifier_steps(sweep)
         net, accuracy = small_nets.train_classifier(
@@ -54,6 +59,11 @@ class Preparer(Worker):
         return f"{kind}: {accuracy:.1%} on held-out images"
 
     def _reference(self, sweep: Sweep, device: str) -> str:
+        import torch
+
+        from dis_scale.evaluation import reference
+        from dis_scale.evaluation.features import load_extractors
+
         recipe = sweep.recipe
         extractors = load_extractors(sweep, torch.device(device))
         reference.prepare(sweep, _source(sweep), extractors, self._progress())
@@ -63,6 +73,8 @@ class Preparer(Worker):
         return f"reference: {recipe.evaluate.metric} between two halves of the real images is {floor:.3g}"
 
     def _pixels(self, sweep: Sweep) -> Any:
+        from dis_scale import small_nets
+
         if self._images is None:
             data = sweep.recipe.data
             self._images = small_nets.training_images(_source(sweep), data.resolution, data.undecodable)

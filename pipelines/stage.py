@@ -24,6 +24,7 @@ _stop = threading.Event()
 
 def run_program(program: Program, url: str, *arguments: str) -> None:
     """Run a stage's program on the sweep at `url`, patient with storage."""
+    lines.emit("driver")
     _log_to_stdout()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _stop.set())

@@ -14,6 +14,7 @@ from dis_scale.models.dit import FREQUENCIES
 from dis_scale.models.s4d import S4D, convolve
 from dis_scale.models.tokens import Backbone, TimeEmbedding, modulate, zero_
 from dis_scale.recipe import DiffuSsm, LatentShape
+from dis_scale.scan.graphs import outside_graphs
 
 
 class BiS4D(nn.Module):
@@ -26,7 +27,7 @@ class BiS4D(nn.Module):
         self.leftward = S4D(settings.width, settings) if separate else None
         self.bidirectional = settings.bidirectional
 
-    @torch.compiler.disable  # torch.compile assumes another memory layout for an FFT's output, and fails
+    @outside_graphs  # torch.compile assumes another memory layout for an FFT's output, and fails
     def forward(self, u_BLS: Tensor) -> Tensor:
         spectrum, skip = self.rightward(u_BLS.shape[1])
         if self.bidirectional:

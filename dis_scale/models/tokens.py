@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dis_scale.diffusion.process import check_labels
 from dis_scale.errors import UserError
 from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape
+from dis_scale.scan.graphs import prepare_to_compile
 
 
 class Backbone(nn.Module):
@@ -38,6 +39,7 @@ class Backbone(nn.Module):
     def compile_blocks(self) -> None:
         """Compile each block at its first run. Blocks of one shape share the compiled code."""
         assert isinstance(self.blocks, nn.ModuleList)
+        prepare_to_compile()
         for block in self.blocks:
             block.compile(dynamic=False)
 

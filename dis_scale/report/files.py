@@ -1,8 +1,6 @@
 """The report's files below `report/`: figures, the CSV, the page."""
 
 from dis_scale.errors import UserError
-from dis_scale.report import figures
-from dis_scale.report.page import render_page
 from dis_scale.report.points import Report
 from dis_scale.report.tables import to_csv
 from dis_scale.sweep import GRID, Sampled, Sweep
@@ -20,6 +18,11 @@ def write(sweep: Sweep, report: Report, published: bool = False) -> dict[str, by
             f"--published: those points are FID of 50,000 samples on ImageNet 256 x 256, {report.sweep} has {report.metric} "
             f"at {report.resolution} pixels and {report.num_classes} classes"
         )
+    from dis_scale.report import (
+        figures,
+    )  # here: matplotlib and scipy take two seconds, and most processes write no report
+    from dis_scale.report.page import render_page
+
     plots = {
         "gflops_fid": (figures.gflops_distance(report, published), "Gflops against distance at each image count"),
         "compute_fid": (figures.compute_distance(report), "Training compute against distance, with its lower hull"),

@@ -6,12 +6,15 @@ Read next: tracking/mlflow.py.
 
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dis_scale.errors import DisScaleError
-from dis_scale.plan import Plan
 from dis_scale.sweep import GRID, METRICS, Sampled, Sweep, images_name, state
 from dis_scale.tracking.mlflow import RunCopy, create_runs
 from dis_scale.tracking.rows import Row, RowReader
+
+if TYPE_CHECKING:
+    from dis_scale.plan import Plan
 
 
 def copy_evaluation(sweep: Sweep, sampled: Sampled) -> bool:
@@ -35,7 +38,7 @@ def copy_report(sweep: Sweep, status: str | None) -> bool:
     return not copy.away
 
 
-def copy_everything(sweep: Sweep, plan: Plan, uri: str) -> int:
+def copy_everything(sweep: Sweep, plan: "Plan", uri: str) -> int:
     """Copy all that storage holds of a sweep; return the number of rows. DisScaleError if MLflow did not take all."""
     try:
         create_runs(sweep, uri, plan.parameters())

@@ -1,13 +1,15 @@
 """All evaluations of a sweep as points: model, cost, images seen and measured values."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dis_scale.models.cost import Cost
-from dis_scale.plan import Plan
 from dis_scale.recipe import MAIN
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.tracking.goodput import goodput_by_images
+
+if TYPE_CHECKING:
+    from dis_scale.models.cost import Cost
+    from dis_scale.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Point:
     kind: str
     variant: str
     images: int
-    cost: Cost
+    cost: "Cost"
     values: dict[str, float]
     facts: dict[str, Any]
     goodput: float | None
@@ -86,7 +88,7 @@ class Report:
         return sorted((p for p in self.main if (p.kind, p.images) == (kind, images)), key=lambda p: p.gmacs)
 
 
-def collect(sweep: Sweep, plan: Plan) -> Report:
+def collect(sweep: Sweep, plan: "Plan") -> Report:
     """Collect all evaluations of a sweep."""
     recipe, points = sweep.recipe, list[Point]()
     for model, cost in plan.costs.items():

@@ -24,6 +24,7 @@ from torch import Tensor
 from dis_scale.errors import DisScaleError, UserError, nearest
 from dis_scale.scan import native
 from dis_scale.scan.backend import Backend, Direction
+from dis_scale.scan.graphs import outside_graphs
 
 __all__ = [
     "Choice",
@@ -75,7 +76,7 @@ def selective_scan(
     return _backend(backend, u_BLE.device.type).selective_scan(direction, reverse)
 
 
-@torch.compiler.disable
+@outside_graphs
 def two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None, backend: str = "auto") -> Tensor:
     """(scan of `forward` + reversed scan of `backward`) * SiLU(z), or the sum alone if z is None."""
     _check_direction("two_way_scan, forward", forward)
@@ -96,7 +97,7 @@ def causal_conv_silu(
     return _backend(backend, x_BLE.device.type).causal_conv_silu(x_BLE, weight_EW, bias_E, reverse)
 
 
-@torch.compiler.disable
+@outside_graphs
 def two_way_conv_silu(
     x_BLE: Tensor,
     weight_EW: Tensor,

@@ -8,7 +8,9 @@ op at its first start unless that op is declared incompatible; with bf16 the flo
 are written over from the exact ones; `safe_set_full_*` fails in stage 3 at odd sizes, writing the flats by our own table does not.
 """
 
+import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -161,11 +163,25 @@ def start(model: nn.Module, settings: Train, device: torch.device, read: Read, a
 def _deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    import deepspeed
-    import deepspeed.ops
+    with _hidden("mlflow"):  # DeepSpeed's autotuner, which we do not use, would import it: three seconds
+        import deepspeed
+        import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextlib.contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Make `import module` fail, unless it is imported already."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def _config(settings: Train) -> dict[str, Any]:

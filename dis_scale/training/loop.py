@@ -112,6 +112,7 @@ def train_model(attempt: Attempt) -> int:
         saver.save(state, 0, facts())
         _compare_with_grace(attempt, saver)
 
+    attempt.emit("work")
     with closing(prefetch(step_inputs(attempt, latents, model.drop_rates, images_seen, lanes))) as batches:
         while images_seen < settings.images and not agreement.stop(attempt.stop_requested()):
             # Take one step.

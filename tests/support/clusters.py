@@ -18,9 +18,8 @@ import psutil
 import ray
 from ray.job_submission import JobSubmissionClient
 
-from dis_scale.data import shards
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import Sweep
+from dis_scale.sweep import Sweep, state
 from pipelines import lines
 from pipelines.cluster import Cluster, free_ports
 from pipelines.jobs import Job
@@ -108,7 +107,7 @@ def sweep_to_train(root: Path, *settings: str) -> Sweep:
     """Return a stored sweep with latents: all that a training job needs."""
     sweep = sweeps.sweep_at(root, *settings)
     sweep.save_recipe()
-    shards.point_to(sweep.folder, ranks.make_latents(open_folder(root) / "latents/some", sweep.recipe), "v")
+    state.use_latents(sweep, ranks.make_latents(open_folder(root) / "latents/some", sweep.recipe), "v")
     return sweep
 
 

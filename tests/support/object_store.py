@@ -15,7 +15,7 @@ import urllib.request
 import uuid
 from pathlib import Path
 
-from pipelines.jobs import free_ports
+from pipelines.cluster import free_ports
 
 KEY, SECRET = "testkey", "testsecret"
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "monmaptool", "ceph")

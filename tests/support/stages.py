@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dis_scale.evaluation.sample import labels_of
-
 from dis_scale import faults
 from dis_scale.data import shards
 from dis_scale.data.encode import Setup
 from dis_scale.evaluation import reference
+from dis_scale.evaluation.sampling import labels_of
 from dis_scale.recipe import Evaluate
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import Sampled, Sweep
+from dis_scale.sweep import Sampled, Sweep, state
 from pipelines import evaluate, precompute, stage
 from pipelines.evaluate import Evaluation, Evaluator
 from pipelines.precompute import Dealer, Encoder
@@ -73,9 +72,9 @@ def _precompute(sweep: Sweep, _: list[str]) -> None:
         _obeying(Encoder()).encode(sweep, latents, device, Dealer(left).next)
 
     setup = precompute.open_setup(sweep)
-    latents = shards.latents_folder(sweep.folder, sweep.recipe, setup.vae.identity)
+    latents = shards.latents_folder(sweep, setup.vae.identity)
     precompute.make_latents(sweep, latents, setup, "cpu", encode)
-    shards.point_to(sweep.folder, latents, setup.vae.identity)
+    state.use_latents(sweep, latents, setup.vae.identity)
 
 
 @dataclass
@@ -94,7 +93,7 @@ class OneEvaluator:
 def _evaluate(sweep: Sweep, _: list[str]) -> None:
     def attempt(_: WorkerFailure | None) -> None:
         evaluator = OneEvaluator(_obeying(Evaluator(sweep, "cpu")))
-        references, labels = reference.load_all(sweep.folder, sweep.recipe), labels_of(sweep.folder, sweep.recipe)
+        references, labels = reference.load_all(sweep), labels_of(sweep)
         samplings = sweep.recipe.evaluate.samplings
         evaluate.evaluate_all(sweep, Evaluation(sweep, evaluator, references, samplings, labels), set())
 
