@@ -18,6 +18,12 @@ from dis_scale.errors import DisScaleError, Held, Preempted, UserError
 from dis_scale.sweep import Sweep
 from pipelines.cluster import START_TIMEOUT_S, Cluster
 
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads sleep while they wait. Spinning threads that share a core with another process make a step up to five times as long."""
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(10 * 2**30), "MALLOC_TOP_PAD_": str(2**27),
+}  # fmt: skip
+"""glibc keeps freed memory; by default each step returns its large tensors to the kernel and faults them in again."""
 ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
 
 
@@ -81,15 +87,15 @@ def submit(cluster: Cluster, sweep: Sweep, stage: str, *arguments: str) -> Job:
     if last and attempts[last].status not in ENDED:
         return Job(cluster, f"{prefix}-{last}", ours=False)
     command = [sys.executable, "-m", "pipelines", stage, sweep.folder.url, *arguments]
-    return _submit(cluster, f"{prefix}-{last + 1}", command, _environment(cluster, sweep))
+    alone = stage == "prepare" and cluster.ours
+    return _submit(cluster, f"{prefix}-{last + 1}", command, _environment(cluster, sweep, alone))
 
 
-def _environment(cluster: Cluster, sweep: Sweep) -> dict[str, str]:
-    return cluster.runtime_env.get("env_vars", {}) | {
-        "RAY_JOB_STOP_WAIT_TIME_S": str(int(sweep.recipe.grace_s)),
-        "PYTHONUNBUFFERED": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin for a core that others use make a step five times as long
-    }
+def _environment(cluster: Cluster, sweep: Sweep, alone: bool) -> dict[str, str]:
+    """Variables that a job's processes read when they start. `alone`: no other process of ours shares their cores."""
+    job = {"RAY_JOB_STOP_WAIT_TIME_S": str(int(sweep.recipe.grace_s)), "PYTHONUNBUFFERED": "1"}
+    waiting = {} if alone else PASSIVE
+    return cluster.runtime_env.get("env_vars", {}) | job | KEEP_FREED_MEMORY | waiting
 
 
 def _submit(cluster: Cluster, name: str, command: list[str], environment: dict[str, str]) -> Job:

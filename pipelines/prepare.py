@@ -3,6 +3,7 @@
 Each exists when its manifest does, so a rerun makes only what is missing.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipelines.restarts import with_restarts
 from pipelines.worker import Worker, WorkerFailure, choose_device, resources, spawn, watch
 
 CPUS = 2
+KEPT_BY = "MALLOC_TRIM_THRESHOLD_"
 
 
 class Preparer(Worker):
@@ -29,6 +31,10 @@ class Preparer(Worker):
 
         compute_exactly()
         torch.set_num_threads(CPUS)
+        waiting = os.environ.get("OMP_WAIT_POLICY", "active").lower()
+        self.log(
+            f"threads  {CPUS}, {waiting} waiting; freed memory is {'kept' if KEPT_BY in os.environ else 'returned'}"
+        )
         self._images: Any = None
         self.emit("work")
         if state.vae_missing(sweep):
