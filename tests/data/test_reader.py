@@ -20,9 +20,9 @@ from dis_scale.errors import StorageError, UserError
 from dis_scale.recipe import Reader, Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
-from tests.flaky import FlakyFileSystem, busy, bytes_read, reads
 from tests.support import object_store
 from tests.support.faulty_gateway import Gateway
+from tests.support.flaky_store import FlakyFileSystem, busy, bytes_read, reads
 from tests.support.small_latents import CLASSES, make, read, read_epoch
 
 COUNTS = [6, 5, 7, 6, 0, 6, 6, 3, 6, 6, 6]
