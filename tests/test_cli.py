@@ -1,41 +1,91 @@
-"""The command's words and exit codes; what starts a Ray is in tests/e2e."""
+"""The command's words and exit codes; what starts Ray is in tests/e2e."""
 
+import contextlib
+import io
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from dis_scale import sweep as sweeps
-from dis_scale.cli import app
-from dis_scale.errors import DisScaleError, Preempted
+from dis_scale import cli
+from dis_scale.errors import DisScaleError, Held, Preempted, UserError
+from dis_scale.recipe import Recipe
+from pipelines import sweep as pipeline
 from tests.conftest import TINY
 
 
 def invoke(*arguments: str) -> tuple[int, str]:
-    done = CliRunner().invoke(app, list(arguments))
-    return done.exit_code, done.output
+    """Run the command in this process; return its exit code and all that it printed."""
+    output, code = io.StringIO(), 0
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            cli.main(list(arguments))
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return code, output.getvalue()
 
 
-def test_without_a_recipe_the_embedded_one_is_taken_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = []
-    monkeypatch.setattr(sweeps, "run", lambda recipe, _: taken.append(recipe.name))
+def test_without_a_recipe_the_embedded_one_is_used_and_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+    monkeypatch.setattr(pipeline, "run_sweep", lambda recipe, _: names.append(recipe.name))
     code, output = invoke("sweep")
-    assert (code, taken) == (0, ["digits"])
-    assert "recipe   digits.yaml (none was given: the embedded example)" in output
+    assert (code, names) == (0, ["digits"])
+    assert "recipe   digits.yaml (the embedded example: no recipe was given)" in output
 
 
-@pytest.mark.parametrize(("error", "code"), [(DisScaleError("a stage failed"), 1), (Preempted("stopped as asked"), 75)])
-def test_each_kind_of_end_has_its_exit_code(monkeypatch: pytest.MonkeyPatch, error: DisScaleError, code: int) -> None:
+def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Let the sweep raise this error."""
+
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(sweeps, "run", fail)
+    monkeypatch.setattr(pipeline, "run_sweep", fail)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (DisScaleError("a stage failed"), 1),
+        (UserError("an impossible setting"), 2),
+        (Held("held by process 1"), 69),
+        (Preempted("stopped as requested"), 75),
+    ],
+    ids=["failure", "user's mistake", "held elsewhere", "stopped"],
+)
+def test_each_kind_of_error_has_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: DisScaleError, code: int
+) -> None:
+    fail_with(monkeypatch, error)
     assert invoke("sweep", str(TINY)) == (code, f"error: {error}\n")
-    debugged = CliRunner().invoke(app, ["sweep", str(TINY), "--debug"])
-    assert debugged.exception is error
+    with pytest.raises(SystemExit):
+        cli.main(["sweep", str(TINY)])
+    assert capsys.readouterr() == ("", f"error: {error}\n"), "an error is printed on stderr"
 
 
-def test_a_plan_names_models_and_price_and_starts_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", [0, 1, 2], ids=["before the command", "after it", "after its arguments"])
+def test_debug_raises_the_original_error(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    error, words = DisScaleError("a stage failed"), ["sweep", str(TINY)]
+    fail_with(monkeypatch, error)
+    with pytest.raises(DisScaleError) as raised:
+        invoke(*words[:at], "--debug", *words[at:])
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("at", [0, 1, 2], ids=["before the command", "after it", "after its arguments"])
+def test_debug_changes_nothing_without_an_error(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    recipes: list[Recipe] = []
+    monkeypatch.setattr(pipeline, "run_sweep", lambda recipe, _: recipes.append(recipe))
+    words = ["sweep", str(TINY)]
+    assert invoke(*words[:at], "--debug", *words[at:]) == (0, "")
+    assert [recipe.name for recipe in recipes] == ["tiny"]
+
+
+def test_an_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(monkeypatch, ZeroDivisionError("our own mistake"))
+    with pytest.raises(ZeroDivisionError, match="our own mistake"):
+        invoke("sweep", str(TINY))
+
+
+def test_a_plan_shows_models_and_price_and_starts_nothing(tmp_path: Path) -> None:
     code, output = invoke("plan", str(TINY), "--set", f"storage.root={tmp_path}")
     assert code == 0
     assert "22,304" in output
@@ -48,7 +98,7 @@ def test_a_model_that_does_not_fit_the_latents_is_refused() -> None:
     assert "size 8 is not divisible by patch 3" in output
 
 
-def test_storage_that_cannot_be_used_is_the_users_to_mend() -> None:
+def test_unusable_storage_is_a_mistake_of_the_user() -> None:
     code, output = invoke("sweep", str(TINY), "--set", "storage.root=/proc/none")
     assert code == 2
     assert "storage /proc/none cannot be used: there is no such bucket or folder" in output
