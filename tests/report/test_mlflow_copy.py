@@ -84,10 +84,10 @@ def test_a_model_that_failed_is_marked(sweep: Sweep, plan: Plan, tmp_path: Path)
     sweep.run("dit").folder.write_json(ENDED, {"why": "a worker was lost"})
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     copy_everything(sweep, plan, uri)
-    assert {name: found[3] for name, found in content(sweep, uri).items()}["dit"] == "FAILED"
+    assert {name: copied[3] for name, copied in content(sweep, uri).items()}["dit"] == "FAILED"
 
 
-def test_an_mlflow_that_is_away_is_said(sweep: Sweep, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_mlflow_that_is_away_is_an_error(sweep: Sweep, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(DisScaleError, match=r"MLflow cannot be reached at http://127\.0\.0\.1:9"):
         copy_everything(sweep, plan, "http://127.0.0.1:9")

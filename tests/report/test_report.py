@@ -7,32 +7,35 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dis_scale.evaluation.results import Drawn
 from rich.console import Console
 from rich.table import Table
 
 from dis_scale import plan as plans
 from dis_scale import report as reports
-from dis_scale import tracking
 from dis_scale.errors import UserError
-from dis_scale.evaluation import results
 from dis_scale.evaluation.sampling import grid
+from dis_scale.plan import price_sweep
 from dis_scale.recipe import LatentShape, Recipe
 from dis_scale.report import compare, figures
 from dis_scale.report.published import PUBLISHED
-from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.tracking import Log
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import ENDED, GRID, METRICS, SKIPPED, Sampled, Sweep
+from dis_scale.tracking import rows
+from dis_scale.tracking.goodput import ATTEMPT, goodput_by_images
+from dis_scale.tracking.rows import RowWriter
 
 SHAPE = LatentShape(4, 8)
 
 
-def put(sweep: Folder, metric: str, drawn: Drawn, distance: float, error: float = 0.5) -> None:
+def put(sweep: Sweep, sampled: Sampled, distance: float, error: float = 0.5) -> None:
+    """Store the metrics and the grid of one evaluation."""
+    metric = sweep.recipe.evaluate.metric
     values = {metric: distance, f"{metric}_error": error, f"{metric}_floor": 0.25, "class_accuracy": 0.5}
     facts = {"samples": 60, "sampler": "ddim", "steps": 3, "guidance": 1.5, "precision": "fp32", "time": 1.0}
     facts |= {"metrics": ["distance"], "notes": ["fid_60: not verified against published tables"]}
-    place = results.folder(sweep, drawn)
-    place.write_json(results.METRICS, facts | {"values": values})
-    place.write(results.GRID, grid(np.zeros((2, 8, 8, 3), np.uint8), 2))
+    folder = sweep.evaluation(sampled)
+    folder.write_json(METRICS, facts | {"values": values})
+    folder.write(GRID, grid(np.zeros((2, 8, 8, 3), np.uint8), 2))
 
 
 @pytest.fixture
@@ -45,8 +48,8 @@ def recipe(tiny: Recipe) -> Recipe:
 
 
 @pytest.fixture
-def sweep(tmp_path: Path, recipe: Recipe) -> Folder:
-    made = open_folder(tmp_path) / "sweeps/tiny"
+def sweep(tmp_path: Path, recipe: Recipe) -> Sweep:
+    made = sweep_at(tmp_path, "tiny", recipe)
     for model, images, distance in [
         ("dis", 0, 90.0),
         ("dis", 160, 9.0),
@@ -54,15 +57,19 @@ def sweep(tmp_path: Path, recipe: Recipe) -> Folder:
         ("dis64", 160, 5.0),
         ("dis128", 160, 4.5),
     ]:
-        put(made, recipe.evaluate.metric, Drawn(model, images), distance)
-    put(made, recipe.evaluate.metric, Drawn("dis", 160, "plain"), 12.0)
-    (made / "runs/dit").write_json(results.ENDED, {"why": "a worker was lost 4 times"})
-    results.folder(made, Drawn("dis", 320)).write_json(results.SKIPPED, {"why": "weights.safetensors: damaged"})
+        put(made, Sampled(model, images), distance)
+    put(made, Sampled("dis", 160, "plain"), 12.0)
+    made.run("dit").folder.write_json(ENDED, {"why": "a worker was lost 4 times"})
+    made.evaluation(Sampled("dis", 320)).write_json(SKIPPED, {"why": "weights.safetensors: damaged"})
     return made
 
 
-def collect(sweep: Folder, recipe: Recipe) -> reports.Report:
-    return reports.collect(sweep, plans.plan(recipe, SHAPE))
+def sweep_at(root: Path, name: str, recipe: Recipe) -> Sweep:
+    return Sweep(open_folder(root) / "sweeps" / name, recipe)
+
+
+def collect(sweep: Sweep) -> reports.Report:
+    return reports.collect(sweep, price_sweep(sweep.recipe, SHAPE))
 
 
 def shown(table: Table) -> str:
@@ -71,10 +78,10 @@ def shown(table: Table) -> str:
     return console.export_text()
 
 
-def test_the_csv_has_each_point_with_its_cost_facts_and_values(sweep: Folder, recipe: Recipe) -> None:
-    files = reports.write(sweep, collect(sweep, recipe))
+def test_the_csv_has_each_point_with_its_cost_facts_and_values(sweep: Sweep) -> None:
+    files = reports.write(sweep, collect(sweep))
     rows = list(csv.DictReader(io.StringIO(files[reports.CSV].decode())))
-    metric = recipe.evaluate.metric
+    metric = sweep.recipe.evaluate.metric
     assert [(r["model"], r["variant"], r["images"], r[metric]) for r in rows] == [
         ("dis", "", "0", "90.0"),
         ("dis", "", "160", "9.0"),
@@ -83,15 +90,15 @@ def test_the_csv_has_each_point_with_its_cost_facts_and_values(sweep: Folder, re
         ("dis64", "", "160", "5.0"),
         ("dis128", "", "160", "4.5"),
     ]
-    cost = plans.plan(recipe, SHAPE).costs["dis"]
+    cost = price_sweep(sweep.recipe, SHAPE).costs["dis"]
     assert float(rows[1]["gmacs_forward"]) == pytest.approx(cost.gmacs_forward, rel=1e-5)
     assert float(rows[1]["training_eflops"]) == pytest.approx(2 * cost.gmacs_training * 160 / 1e9, rel=1e-5)
     assert float(rows[1]["paper_gflops"]) == cost.paper_gflops
     assert (rows[1]["sampler"], rows[1]["guidance"]) == ("ddim", "1.5")
 
 
-def test_the_figures_show_each_family_each_model_and_the_floor(sweep: Folder, recipe: Recipe) -> None:
-    report = collect(sweep, recipe)
+def test_the_figures_show_each_family_each_model_and_the_floor(sweep: Sweep) -> None:
+    report = collect(sweep)
     curve = figures.gflops_distance(report).axes[0]
     assert {(9.0, 6.0, 5.0, 4.5), (0.25, 0.25)} <= {tuple(line.get_ydata()) for line in curve.lines}
     assert [text.get_text() for text in curve.get_legend().get_texts()] == ["fit: dis", "dis at 160"]
@@ -103,8 +110,8 @@ def test_the_figures_show_each_family_each_model_and_the_floor(sweep: Folder, re
     assert {(9.0,), (6.0,), (5.0,)} <= {tuple(line.get_ydata()) for line in over_images.lines}
 
 
-def test_published_points_are_marked_and_never_in_the_fit(sweep: Folder, recipe: Recipe) -> None:
-    report = collect(sweep, recipe)
+def test_published_points_are_marked_and_never_in_the_fit(sweep: Sweep) -> None:
+    report = collect(sweep)
     ours, with_published = (figures.gflops_distance(report, published).axes[0] for published in (False, True))
     names = {text.get_text() for text in with_published.get_legend().get_texts()}
     assert {
@@ -126,8 +133,8 @@ def test_published_points_are_marked_and_never_in_the_fit(sweep: Folder, recipe:
     assert "fitted power law fd_digits_80 = " in figures.correlations(report)[1]
 
 
-def test_missing_points_are_named(sweep: Folder, recipe: Recipe) -> None:
-    text = shown(reports.table(collect(sweep, recipe)))
+def test_missing_points_are_named(sweep: Sweep) -> None:
+    text = shown(reports.table(collect(sweep)))
     assert "dit failed: a worker was lost 4 times" in text
     assert "dis at 320 images skipped: weights.safetensors: damaged" in text
     assert "9 ± 0.5" in text
@@ -135,62 +142,62 @@ def test_missing_points_are_named(sweep: Folder, recipe: Recipe) -> None:
     assert text.count("not verified against published tables") == 1
 
 
-def test_the_page_is_self_contained(sweep: Folder, recipe: Recipe) -> None:
-    text = reports.write(sweep, collect(sweep, recipe))[reports.PAGE].decode()
+def test_the_page_is_self_contained(sweep: Sweep) -> None:
+    text = reports.write(sweep, collect(sweep))[reports.PAGE].decode()
     assert text.count("data:image/svg+xml;base64,") == 3
     assert text.count("data:image/png;base64,") == 4
     assert "n = 4 (few points)" in text
     assert "dit failed" in text
     assert [link for link in re.findall(r"(?:src|href)=['\"]([^'\"#]+)", text) if not link.startswith("data:")] == []
-    assert sorted((sweep / "report").list()) == sorted(
+    assert sorted(sweep.report.list()) == sorted(
         [reports.CSV, reports.PAGE]
         + [f"{name}.{ending}" for name in ("gflops_fid", "compute_fid", "fid_images") for ending in ("png", "svg")]
     )
 
 
 def test_a_sweep_without_evaluations_has_a_report(tmp_path: Path, recipe: Recipe) -> None:
-    empty = open_folder(tmp_path) / "sweeps/tiny"
-    assert len(reports.write(empty, collect(empty, recipe))) == 8
+    empty = sweep_at(tmp_path, "tiny", recipe)
+    assert len(reports.write(empty, collect(empty))) == 8
 
 
-def test_differences_of_two_sweeps_have_errors(sweep: Folder, tmp_path: Path, recipe: Recipe) -> None:
-    other = open_folder(tmp_path) / "sweeps/other"
-    put(other, recipe.evaluate.metric, Drawn("dis", 160), 4.0, error=1.2)
-    put(other, recipe.evaluate.metric, Drawn("dis64", 160), 5.5, error=1.2)
-    a, b = collect(sweep, recipe), collect(other, recipe)
+def test_differences_of_two_sweeps_have_errors(sweep: Sweep, tmp_path: Path, recipe: Recipe) -> None:
+    other = sweep_at(tmp_path, "other", recipe)
+    put(other, Sampled("dis", 160), 4.0, error=1.2)
+    put(other, Sampled("dis64", 160), 5.5, error=1.2)
+    a, b = collect(sweep), collect(other)
     assert [(d.a.model, d.change, d.error) for d in compare.differences(a, b)] == [
         ("dis", -5.0, pytest.approx(1.3)),
         ("dis64", 0.5, pytest.approx(1.3)),
     ]
-    text = " ".join(shown(compare.table(a, b)).split())
+    text = " ".join(shown(compare.comparison_table(a, b)).split())
     assert "-5 ± 1.3" in text
     assert "-3.8" in text
     assert "4 points are in one sweep only" in text
 
 
-def test_sweeps_that_cannot_be_compared_are_refused(sweep: Folder, tmp_path: Path, recipe: Recipe) -> None:
-    a, empty = collect(sweep, recipe), collect(open_folder(tmp_path) / "sweeps/empty", recipe)
+def test_sweeps_that_cannot_be_compared_are_refused(sweep: Sweep, tmp_path: Path, recipe: Recipe) -> None:
+    a, empty = collect(sweep), collect(sweep_at(tmp_path, "empty", recipe))
     with pytest.raises(UserError, match="tiny and empty have no model at one image count in common"):
         compare.differences(a, empty)
     other = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"samples": 81})})
     with pytest.raises(UserError, match="tiny was measured by fd_digits_80, tiny by fd_digits_81: these cannot"):
-        compare.differences(a, collect(open_folder(tmp_path) / "sweeps/tiny", other))
+        compare.differences(a, collect(sweep_at(tmp_path, "tiny", other)))
 
 
 def test_goodput_counts_steps_that_no_later_attempt_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attempt 1 runs from 0 s to 10 s and is lost at 100 images; attempt 2 continues at 20 s from 60 and reaches 120 at 26 s."""
-    for attempt, rows in [(1, [(0, 0), (6, 60), (10, 100)]), (2, [(20, 60), (24, 100), (26, 120)])]:
-        log = Log(open_folder(tmp_path), attempt)
-        for i, (time_s, images) in enumerate(rows):
-            monkeypatch.setattr(tracking.time, "time", lambda time_s=time_s: 1000.0 + time_s)
-            log.add(images, {tracking.ATTEMPT: attempt} if i == 0 else {"loss": 1.0})
-        log.flush()
-    shares = tracking.goodput(open_folder(tmp_path))
+    for attempt, steps in [(1, [(0, 0), (6, 60), (10, 100)]), (2, [(20, 60), (24, 100), (26, 120)])]:
+        writer = RowWriter(open_folder(tmp_path), attempt)
+        for i, (time_s, images_seen) in enumerate(steps):
+            monkeypatch.setattr(rows.time, "time", lambda time_s=time_s: 1000.0 + time_s)
+            writer.add(images_seen, {ATTEMPT: attempt} if i == 0 else {"loss": 1.0})
+        writer.flush()
+    shares = goodput_by_images(open_folder(tmp_path))
     assert shares[60] == pytest.approx(6 / 20)
     assert shares[120] == pytest.approx((6 + 6) / 26)
 
 
 def test_the_plan_derives_the_batch_and_names_the_price(tiny: Recipe) -> None:
-    text = " ".join(shown(plans.table(plans.plan(tiny, SHAPE))).split())
+    text = " ".join(shown(plans.table(price_sweep(tiny, SHAPE))).split())
     assert "batch 16 = 2 workers x 2 accumulated x 4; 320 images = 20 steps; ZeRO stage 1, fp32" in text
     assert "22,304" in text
