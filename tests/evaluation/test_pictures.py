@@ -5,13 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 from dis_scale import models, vae
-from dis_scale.cli import app
 from dis_scale.evaluation.pictures import open_for_sampling, sample_pictures
 from dis_scale.models.export import save
 from dis_scale.recipe import LatentShape, Recipe, TrainedVae
+from tests.test_cli import invoke
 
 
 @pytest.fixture
@@ -36,8 +35,8 @@ def test_pixels_agree_at_any_batch_split(files: tuple[Path, Path]) -> None:
 
 def test_the_command_writes_a_grid(files: tuple[Path, Path], tmp_path: Path) -> None:
     command = ["sample", "--checkpoint", str(files[0]), "--vae", str(files[1]), "--classes", "1,7", "--steps", "2"]
-    done = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "grid.png")])
-    assert done.exit_code == 0, done.output
+    code, output = invoke(*command, "--out", str(tmp_path / "grid.png"))
+    assert code == 0, output
     assert Image.open(tmp_path / "grid.png").size == (2 * 64, 64)
 
 
@@ -53,12 +52,12 @@ def test_the_command_writes_a_grid(files: tuple[Path, Path], tmp_path: Path) -> 
 )
 def test_mistakes_are_one_line(files: tuple[Path, Path], tmp_path: Path, arguments: list[str], message: str) -> None:
     base = ["sample", "--checkpoint", str(files[0]), "--vae", str(files[1]), "--out", str(tmp_path / "none.png")]
-    done = CliRunner().invoke(app, base + arguments)
-    assert done.exit_code == 2
-    assert message in done.stderr
+    code, output = invoke(*base, *arguments)
+    assert code == 2
+    assert message in output
     assert not (tmp_path / "none.png").exists()
 
 
 def test_weights_outside_a_sweep_need_a_vae(files: tuple[Path, Path]) -> None:
-    done = CliRunner().invoke(app, ["sample", "--checkpoint", str(files[0]), "--classes", "1"])
-    assert (done.exit_code, "is not in a sweep, so name the VAE of its latents" in done.stderr) == (2, True)
+    code, output = invoke("sample", "--checkpoint", str(files[0]), "--classes", "1")
+    assert (code, "is not in a sweep, so name the VAE of its latents" in output) == (2, True)

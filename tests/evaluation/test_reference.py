@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,38 +13,54 @@ from torch import nn
 from dis_scale.data.sources import Source, open_source
 from dis_scale.errors import DisScaleError, StorageError, UndecodableImage, UserError
 from dis_scale.evaluation import reference
+from dis_scale.evaluation.adm import open_reference
 from dis_scale.evaluation.features import Extractor, load_extractor, load_extractors
 from dis_scale.evaluation.metrics import MeanCovariance, fit, frechet
 from dis_scale.recipe import Recipe, TorchScriptExtractor, reading
-from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import Sweep, state
+from dis_scale.sweep.extractors import reference_file
 from tests.conftest import TINY
 
 CPU = torch.device("cpu")
 DINO = TorchScriptExtractor(kind="torchscript", name="dino", path="none")
 
 
-class Means(nn.Module):
-    """Returns four values an image, and a second output, which is unused."""
+class Pixels(nn.Module):
+    """Returns some pixels of each image (rows from `first`, every `step`-th), and a second output, which is unused."""
+
+    def __init__(self, first: int = 0, step: int = 16) -> None:
+        super().__init__()
+        self.first, self.step = first, step
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return x.float()[:, 0, ::16, ::16].flatten(1), x
+        return x.float()[:, 0, self.first :: self.step, ::16].flatten(1), x
 
 
 def script(path: Path, net: nn.Module | None = None) -> Path:
-    torch.jit.script(net or Means()).save(path)
+    torch.jit.script(net or Pixels()).save(path)
     return path
 
 
-@pytest.fixture
-def sweep(tmp_path: Path) -> Folder:
-    return open_folder(tmp_path) / "sweep"
+def with_scripts(**paths: Path) -> Recipe:
+    """Return the digits with these TorchScript files as extractors, the main one first."""
+    main, *others = (f"{{kind: torchscript, name: {name}, path: '{path}'}}" for name, path in paths.items())
+    return reading.load(TINY, [f"evaluate.extractor={main}", f"evaluate.also=[{', '.join(others)}]"])
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     """The digits with a TorchScript file as the only extractor."""
-    path = script(tmp_path / "dino.pt")
-    return reading.load(TINY, [f"evaluate.extractor={{kind: torchscript, name: dino, path: '{path}'}}"])
+    return with_scripts(dino=script(tmp_path / "dino.pt"))
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, recipe: Recipe) -> Sweep:
+    return sweep_of(tmp_path, recipe)
+
+
+def sweep_of(root: Path, recipe: Recipe) -> Sweep:
+    return Sweep(open_folder(root) / "sweep", recipe)
 
 
 @pytest.fixture(scope="module")
@@ -72,21 +89,20 @@ class Counted:
         return self._source.decoded(positions, resolution)
 
 
-def stub(name: str, columns: slice) -> Extractor:
-    return Extractor(name, f"weights of {name}", lambda x: (x.float()[:, 0, columns, ::16].flatten(1),), CPU)
-
-
-def test_one_pass_serves_all_extractors(source: Source, recipe: Recipe, sweep: Folder) -> None:
-    counted, extractors = Counted(source), [stub("a", slice(0, 32, 16)), stub("b", slice(8, 32, 8))]
+def test_one_pass_serves_all_extractors(source: Source, tmp_path: Path) -> None:
+    a, b = script(tmp_path / "a.pt", Pixels(0, 16)), script(tmp_path / "b.pt", Pixels(8, 8))
+    sweep = sweep_of(tmp_path, with_scripts(a=a, b=b))
+    counted, extractors = Counted(source), load_extractors(sweep, CPU)
     seen: list[int] = []
-    reference.prepare(sweep, recipe, counted, extractors, seen.append)  # type: ignore[arg-type]
-    reference.prepare(sweep, recipe, counted, extractors, seen.append)  # type: ignore[arg-type]
+    reference.prepare(sweep, counted, extractors, seen.append)  # type: ignore[arg-type]
+    reference.prepare(sweep, counted, extractors, seen.append)  # type: ignore[arg-type]
     assert (counted.opened, seen[-1]) == (1797, 1797)
-    for extractor in extractors:
+    for extractor, values in zip(extractors, (4, 6), strict=True):
         features, loaded = (
             extractor(pixels(source)).pooled,
-            reference.load(sweep, recipe, extractor.name, extractor.identity),
+            reference.load(sweep, extractor.name, extractor.identity),
         )
+        assert features.shape == (1797, values)
         np.testing.assert_allclose(loaded.pooled.mean, features.mean(0, np.float64), rtol=1e-12)
         np.testing.assert_allclose(loaded.pooled.covariance, np.cov(features.T), rtol=1e-9)
         assert loaded.floor == pytest.approx(frechet(fit(features[::2]), fit(features[1::2])), rel=1e-9)
@@ -98,7 +114,7 @@ def test_features_of_a_fixed_choice_of_images_are_kept(
     source: Source, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reference, "KEPT", 100)
-    extractor = stub("a", slice(0, 32, 16))
+    extractor = Extractor("a", "weights of a", lambda x: (x.float()[:, 0, ::16, ::16].flatten(1),), CPU)
     kept = [reference.compute(source, recipe.data, [extractor], lambda _: None)["a"].kept for _ in range(2)]
     assert kept[0] is not None
     assert kept[1] is not None
@@ -108,19 +124,19 @@ def test_features_of_a_fixed_choice_of_images_are_kept(
     assert {row.tobytes() for row in kept[0]} <= everything
 
 
-def test_a_torchscript_file_is_an_extractor(recipe: Recipe, sweep: Folder, source: Source) -> None:
-    (extractor,) = load_extractors(recipe.evaluate, sweep, CPU)
+def test_a_torchscript_file_is_an_extractor(recipe: Recipe, sweep: Sweep, source: Source) -> None:
+    (extractor,) = load_extractors(sweep, CPU)
     images = pixels(source)[:70]  # more than one batch
     assert np.array_equal(extractor(images).pooled, images[:, ::16, ::16, 0].reshape(70, -1).astype(np.float32))
     assert extractor.identity == hashlib.sha256(Path(recipe.evaluate.extractor.path).read_bytes()).hexdigest()  # type: ignore[union-attr]
 
 
-def test_images_are_resized_for_a_torchscript_file(tmp_path: Path, sweep: Folder, source: Source) -> None:
+def test_images_are_resized_for_a_torchscript_file(tmp_path: Path, sweep: Sweep, source: Source) -> None:
     settings = DINO.model_copy(update={"path": str(script(tmp_path / "dino.pt")), "size": 64})
     assert load_extractor(settings, sweep, CPU)(pixels(source)[:2]).pooled.shape == (2, 16)
 
 
-def test_torchscript_files_that_do_not_fit_are_refused(tmp_path: Path, sweep: Folder, source: Source) -> None:
+def test_torchscript_files_that_do_not_fit_are_refused(tmp_path: Path, sweep: Sweep, source: Source) -> None:
     path = script(tmp_path / "dino.pt")
     with pytest.raises(UserError, match=f"extractor dino: no file {tmp_path}/none.pt"):
         load_extractor(DINO.model_copy(update={"path": str(tmp_path / "none.pt")}), sweep, CPU)
@@ -134,28 +150,30 @@ def test_torchscript_files_that_do_not_fit_are_refused(tmp_path: Path, sweep: Fo
         maps(pixels(source)[:2])
 
 
-def test_statistics_of_other_inputs_are_refused_by_name(recipe: Recipe, sweep: Folder, source: Source) -> None:
-    extractor = load_extractors(recipe.evaluate, sweep, CPU)[0]
+def test_statistics_of_other_inputs_are_refused_by_name(recipe: Recipe, sweep: Sweep, source: Source) -> None:
+    extractor = load_extractors(sweep, CPU)[0]
     with pytest.raises(
         StorageError,
         match=r"no statistics of these images at 32 x 32 under extractor dino \(weights [0-9a-f]{12}\): run",
     ):
-        reference.load_all(sweep, recipe)
-    reference.prepare(sweep, recipe, source, [extractor], lambda _: None)
-    assert reference.is_stored(sweep, recipe)
-    larger = recipe.model_copy(update={"data": recipe.data.model_copy(update={"resolution": 64})})
+        reference.load_all(sweep)
+    assert state.references_missing(sweep) == ["dino"]
+    reference.prepare(sweep, source, [extractor], lambda _: None)
+    assert state.references_missing(sweep) == []
+    data = recipe.data.model_copy(update={"resolution": 64})
+    larger = replace(sweep, recipe=recipe.model_copy(update={"data": data}))
     with pytest.raises(StorageError, match=r"at 64 x 64 under extractor dino .*, though there are others: run prepare"):
-        reference.load_all(sweep, larger)
-    data = sweep.read(reference.path(recipe, "dino", extractor.identity))
-    sweep.write(reference.path(larger, "dino", extractor.identity), data)
+        reference.load_all(larger)
+    stored = sweep.folder.read(reference_file(sweep, "dino", extractor.identity))
+    sweep.folder.write(reference_file(larger, "dino", extractor.identity), stored)
     with pytest.raises(StorageError, match=r"resolution is 32, this recipe's is 64: delete the file and run prepare"):
-        reference.load_all(sweep, larger)
-    sweep.write(reference.path(recipe, "dino", "other weights"), data)
+        reference.load_all(larger)
+    sweep.folder.write(reference_file(sweep, "dino", "other weights"), stored)
     with pytest.raises(StorageError, match=f"weights is {extractor.identity}, this recipe's is other weights"):
-        reference.load(sweep, recipe, "dino", "other weights")
-    sweep.write(reference.path(recipe, "dino", extractor.identity), data[:-1])
+        reference.load(sweep, "dino", "other weights")
+    sweep.folder.write(reference_file(sweep, "dino", extractor.identity), stored[:-1])
     with pytest.raises(StorageError, match=r"reference/[0-9a-f]{16}\.npz: damaged"):
-        reference.load_all(sweep, recipe)
+        reference.load_all(sweep)
 
 
 # -- ADM's file ----------------------------------------------------------------------------------------------------------
@@ -177,19 +195,21 @@ def judge() -> Extractor:
     return Extractor("inception", "seeded", lambda x: (x.flatten(1)[:, :2048].float(),), CPU)
 
 
-def adm(tmp_path: Path, arrays: dict[str, np.ndarray], *metrics: str) -> Recipe:
+def adm_sweep(tmp_path: Path, arrays: dict[str, np.ndarray], *metrics: str) -> Sweep:
+    """Return a sweep whose recipe names an ADM file of these arrays."""
     path = tmp_path / "VIRTUAL_reference.npz"
     np.savez(path, **arrays)  # type: ignore[arg-type]
     settings = ["evaluate.extractor={kind: inception}", "evaluate.samples=5000", f"evaluate.reference='{path}'"]
-    return reading.load(TINY, [*settings, f"evaluate.metrics=[{', '.join(('distance', *metrics))}]"])
+    recipe = reading.load(TINY, [*settings, f"evaluate.metrics=[{', '.join(('distance', *metrics))}]"])
+    return sweep_of(tmp_path, recipe)
 
 
 def test_adms_file_gives_statistics_and_images(
-    tmp_path: Path, sweep: Folder, source: Source, adm_arrays: dict[str, np.ndarray], judge: Extractor
+    tmp_path: Path, source: Source, adm_arrays: dict[str, np.ndarray], judge: Extractor
 ) -> None:
-    recipe = adm(tmp_path, adm_arrays, "sfid", "precision_recall")
-    reference.prepare(sweep, recipe, source, [judge], lambda _: None)
-    loaded = reference.load(sweep, recipe, "inception", "seeded")
+    sweep = adm_sweep(tmp_path, adm_arrays, "sfid", "precision_recall")
+    reference.prepare(sweep, source, [judge], lambda _: None)
+    loaded = reference.load(sweep, "inception", "seeded")
     assert loaded.spatial is not None
     assert loaded.kept is not None
     for statistics, end in ((loaded.pooled, ""), (loaded.spatial, "_s")):
@@ -209,13 +229,13 @@ def test_adms_file_gives_statistics_and_images(
     ],
 )
 def test_a_metric_without_its_statistics_is_refused(
-    tmp_path: Path, sweep: Folder, source: Source, adm_arrays: dict[str, np.ndarray], judge: Extractor,
+    tmp_path: Path, source: Source, adm_arrays: dict[str, np.ndarray], judge: Extractor,
     lacking: str, metric: str, message: str,
 ) -> None:  # fmt: skip
-    recipe = adm(tmp_path, {name: a for name, a in adm_arrays.items() if name != lacking}, metric)
+    sweep = adm_sweep(tmp_path, {name: a for name, a in adm_arrays.items() if name != lacking}, metric)
     with pytest.raises(StorageError, match=message):
-        reference.prepare(sweep, recipe, source, [judge], lambda _: None)
-    assert sweep.list("reference") == []
+        reference.prepare(sweep, source, [judge], lambda _: None)
+    assert sweep.folder.list("reference") == []
 
 
 @pytest.mark.parametrize(
@@ -229,19 +249,19 @@ def test_a_metric_without_its_statistics_is_refused(
     ],
 )  # fmt: skip
 def test_a_file_of_other_images_or_features_is_refused(
-    tmp_path: Path, sweep: Folder, source: Source, adm_arrays: dict[str, np.ndarray], judge: Extractor,
+    tmp_path: Path, source: Source, adm_arrays: dict[str, np.ndarray], judge: Extractor,
     name: str, array: np.ndarray, message: str,
 ) -> None:  # fmt: skip
     with pytest.raises(UserError, match=message):
-        reference.prepare(sweep, adm(tmp_path, adm_arrays | {name: array}), source, [judge], lambda _: None)
+        reference.prepare(adm_sweep(tmp_path, adm_arrays | {name: array}), source, [judge], lambda _: None)
 
 
 def test_an_invalid_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evaluate.reference: no file .*none.npz"):
-        reference.open_reference(str(tmp_path / "none.npz"))
+        open_reference(str(tmp_path / "none.npz"))
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(UserError, match=r"text.npz is not an ADM reference .npz: File is not a zip file"):
-        reference.open_reference(str(tmp_path / "text.npz"))
+        open_reference(str(tmp_path / "text.npz"))
 
 
 def test_metrics_that_cannot_be_measured_are_refused_before_sampling(recipe: Recipe) -> None:

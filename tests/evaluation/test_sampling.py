@@ -9,14 +9,14 @@ import safetensors.torch
 import torch
 
 from dis_scale import models, vae
-from dis_scale.data import shards
-from dis_scale.evaluation.features import JUDGE, store_classifier
+from dis_scale.evaluation.features import store_classifier
 from dis_scale.evaluation.sampling import PARTS, BlockSampler, arrange, grid_numbers, open_sampler, sample_labels
 from dis_scale.recipe import LatentShape, Recipe, TrainedVae, reading
 from dis_scale.small_nets import Classifier
 from dis_scale.storage import manifest
-from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.vae import Vae
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import Sweep, state
+from dis_scale.sweep.extractors import JUDGE
 from tests.conftest import TINY
 from tests.support.ranks import make_latents
 
@@ -36,47 +36,46 @@ def recipe() -> Recipe:
 
 
 @pytest.fixture
-def sweep(tmp_path: Path, recipe: Recipe) -> Folder:
+def sweep(tmp_path: Path, recipe: Recipe) -> Sweep:
     """Inputs of sampling, untrained: autoencoder, extractor, judge, latents and one published model."""
-    made = open_folder(tmp_path) / "sweeps/tiny"
+    made = Sweep.below(open_folder(tmp_path), recipe)
     torch.manual_seed(0)
-    vae.save(made / "vae", vae.new(TrainedVae(kind="trained", widths=(8, 8, 8)), 32))
+    vae.save(made.vae, vae.new(TrainedVae(kind="trained", widths=(8, 8, 8)), 32))
     store_classifier(made, "digits", Classifier("extractor", 10), 0.1)
     store_classifier(made, JUDGE, Classifier("judge", 10), 0.1)
-    shards.point_to(made, make_latents(open_folder(tmp_path) / "latents/some", recipe), "v")
+    state.use_latents(made, make_latents(open_folder(tmp_path) / "latents/some", recipe), "v")
     model = models.build(recipe.models["dis"], LatentShape(4, 8), 10, seed=1)
     weights = {name: torch.randn_like(p) * 0.1 for name, p in model.named_parameters()}
-    place = made / "runs/dis/published/000000000160"
-    manifest.put(place, {"weights.safetensors": safetensors.torch.save(weights)}, images=160)
+    published = made.run("dis").published_at(160)
+    manifest.put(published, {"weights.safetensors": safetensors.torch.save(weights)}, images=160)
     return made
 
 
-def sampler(recipe: Recipe, sweep: Folder) -> BlockSampler:
-    decoder: Vae = vae.load(recipe.vae, sweep)
-    return open_sampler(recipe, sweep, decoder, torch.device("cpu"))
+def sampler(sweep: Sweep) -> BlockSampler:
+    return open_sampler(sweep, vae.load(sweep), torch.device("cpu"))
 
 
-def sample_blocks(recipe: Recipe, sweep: Folder, order: list[int], variant: str = "") -> dict[int, bytes]:
+def sample_blocks(sweep: Sweep, order: list[int], variant: str = "") -> dict[int, bytes]:
     """Sample blocks by one worker, in this order."""
-    one, settings = sampler(recipe, sweep), recipe.evaluate.samplings[variant]
+    one, settings = sampler(sweep), sweep.recipe.evaluate.samplings[variant]
     model = one.model("dis", 160, settings)
     return {block: one.sample(model, settings, block).to_bytes() for block in order}
 
 
-def test_blocks_are_bit_equal_for_any_workers_and_order(recipe: Recipe, sweep: Folder) -> None:
-    alone = sample_blocks(recipe, sweep, [0, 1])
-    shared = sample_blocks(recipe, sweep, [1]) | sample_blocks(recipe, sweep, [0])
+def test_blocks_are_bit_equal_for_any_workers_and_order(sweep: Sweep) -> None:
+    alone = sample_blocks(sweep, [0, 1])
+    shared = sample_blocks(sweep, [1]) | sample_blocks(sweep, [0])
     assert alone == shared
     assert alone[0] != alone[1]
 
 
-def test_another_precision_changes_the_pictures(recipe: Recipe, sweep: Folder) -> None:
-    assert sample_blocks(recipe, sweep, [0], "bf16") != sample_blocks(recipe, sweep, [0])
+def test_another_precision_changes_the_pictures(sweep: Sweep) -> None:
+    assert sample_blocks(sweep, [0], "bf16") != sample_blocks(sweep, [0])
 
 
-def test_the_time_of_each_part_is_measured(recipe: Recipe, sweep: Folder) -> None:
-    one = sampler(recipe, sweep)
-    one.sample(one.model("dis", 160, recipe.evaluate), recipe.evaluate, 0)
+def test_the_time_of_each_part_is_measured(sweep: Sweep) -> None:
+    one, settings = sampler(sweep), sweep.recipe.evaluate
+    one.sample(one.model("dis", 160, settings), settings, 0)
     assert list(one.seconds) == list(PARTS)
     assert all(seconds > 0 for seconds in one.seconds.values())
 
