@@ -9,8 +9,10 @@ import pytest
 from dis_scale.data import shards
 from dis_scale.data.latents import Latents, micro_batch, prefetch
 from dis_scale.errors import StorageError, UserError
+from dis_scale.recipe import Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import Sweep, state
 from tests.support.small_latents import CLASSES, make, read, samples
 
 
@@ -125,14 +127,14 @@ def test_training_does_not_read_a_damaged_shard(tmp_path: Path) -> None:
         read(Latents(at, 0), 0, 1)
 
 
-def test_latents_of_another_vae_are_refused(tmp_path: Path) -> None:
-    sweep = open_folder(tmp_path) / "sweeps/s"
+def test_latents_of_another_vae_are_refused(tmp_path: Path, tiny: Recipe) -> None:
+    sweep = Sweep.below(open_folder(tmp_path), tiny)
     at = make(open_folder(tmp_path) / "latents/abc", [4])
-    shards.point_to(sweep, at, "v" * 64)
-    assert shards.latents_of(sweep) == at
-    shards.point_to(sweep, at, "w" * 64)
+    state.use_latents(sweep, at, "v" * 64)
+    assert state.find_latents(sweep) == state.require_latents(sweep) == at
+    state.use_latents(sweep, at, "w" * 64)
     with pytest.raises(UserError, match="latents of another VAE: theirs is vvvvvvvvvvvv, the sweep's is wwwwwwwwwwww"):
-        shards.latents_of(sweep)
+        state.find_latents(sweep)
 
 
 def test_prefetch_keeps_order_and_raises_errors() -> None:

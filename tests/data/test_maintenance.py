@@ -5,96 +5,95 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 from dis_scale import vae
-from dis_scale.cli import app
 from dis_scale.data import shards
 from dis_scale.data.encode import Setup, compute_exactly, put_shards
 from dis_scale.data.sources import open_source
 from dis_scale.recipe import TrainedVae, reading
 from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.sweep import Sweep, state
 from pipelines import precompute
 from tests.conftest import TINY
 from tests.support.labelled_images import png
+from tests.test_cli import invoke
 
 SIZES = ("data.num_classes=2", "precompute.shard_images=10", "precompute.encode_images=4")
 
 
-def photos(store: Folder, images: Path, how: str = "{kind: trained, widths: [8, 8, 8]}") -> tuple[Folder, Folder]:
+def photos(store: Folder, images: Path, how: str = "{kind: trained, widths: [8, 8, 8]}") -> tuple[Sweep, Folder]:
     """Make (sweep, its latents) of 26 images in three shards; one image is refused."""
     for i in range(26):
         open_folder(images).write(f"{'ab'[i % 2]}/{i:02d}.png", png(i) if i != 8 else b"broken")
     source = f"data.source={{kind: folder, url: {images}}}"
     recipe = reading.load(TINY, [source, *SIZES, f"vae={how}", "data.undecodable=skip"])
-    sweep = store / "sweeps/photos"
-    sweep.write(reading.FILE, reading.dump(recipe).encode())
+    sweep = Sweep(store / "sweeps/photos", recipe)
+    sweep.save_recipe()
     if isinstance(recipe.vae, TrainedVae):
         torch.manual_seed(0)
-        vae.save(sweep / "vae", vae.new(recipe.vae, 32))
-    encoder = vae.load(recipe.vae, sweep)
-    latents = shards.latents_folder(sweep, recipe, encoder.identity)
+        vae.save(sweep.vae, vae.new(recipe.vae, 32))
+    encoder = vae.load(sweep)
+    latents = shards.latents_folder(sweep, encoder.identity)
     compute_exactly()
     setup = Setup(open_source(recipe.data, store), encoder, recipe)
 
-    def here(*arguments: object) -> None:
+    def encode(*arguments: object) -> None:
         put_shards(setup, latents, arguments[-1], lambda _: None)  # type: ignore[arg-type]
 
-    precompute.make(sweep, latents, setup, "cpu", here)
-    shards.point_to(sweep, latents, encoder.identity)
+    precompute.make_latents(sweep, latents, setup, "cpu", encode)
+    state.use_latents(sweep, latents, encoder.identity)
     return sweep, latents
 
 
 def run(*arguments: str) -> tuple[int, str]:
-    done = CliRunner().invoke(app, ["data", *arguments])
-    return done.exit_code, done.output
+    return invoke("data", *arguments)
 
 
 def test_damage_is_named_and_repaired_to_the_same_bytes(store_url: str, tmp_path: Path) -> None:
     sweep, latents = photos(open_folder(store_url) / "store", tmp_path / "images")
-    for url in (sweep.url, latents.url):
+    for url in (sweep.folder.url, latents.url):
         code, output = run("verify", url)
-        assert (code, output.splitlines()[-2:]) == (0, ["verify: 3/3 shards", f"whole    {latents}"])
+        assert (code, output.splitlines()[-2:]) == (0, ["verify: 3/3 shards", f"complete {latents}"])
     before = {name: latents.read(name) for name in latents.list()}
 
     flipped = bytearray(before["000001.tar"])
     flipped[700] ^= 1
     latents.write("000001.tar", bytes(flipped))
     latents.delete("000002.tar")
-    code, output = run("verify", sweep.url)
+    code, output = run("verify", sweep.folder.url)
     assert code == 1
     assert f"damaged  {latents}/000001.tar: damaged: its sha256 differs from the manifest's\n" in output
     assert f"damaged  {latents}/000002.tar: missing, though its manifest names it\n" in output
     assert f"2 of 3 shards are damaged; to rebuild them: dis-scale data repair {sweep}" in output
-    code, output = run("verify", "--fast", sweep.url)
+    code, output = run("verify", "--fast", sweep.folder.url)
     assert (code, "000001" in output, "000002.tar: missing" in output) == (1, False, True)
 
-    code, output = run("repair", sweep.url)
+    code, output = run("repair", sweep.folder.url)
     assert (code, output.splitlines()[-1]) == (0, "repaired 000001.tar, 000002.tar")
     assert {name: latents.read(name) for name in latents.list()} == before
-    assert run("repair", sweep.url)[1].endswith("nothing to repair: every shard is whole\n")
-    assert run("verify", "--fast", sweep.url) == (0, f"whole    {latents} by its sizes\n")
+    assert run("repair", sweep.folder.url)[1].endswith("nothing to repair: every shard is complete\n")
+    assert run("verify", "--fast", sweep.folder.url) == (0, f"complete {latents} by its sizes\n")
 
 
 def test_a_short_shard_is_detected_by_its_size(tmp_path: Path) -> None:
     sweep, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images")
     size = len(latents.read("000000.tar"))
     latents.write("000000.tar", latents.read("000000.tar")[:-1])
-    assert f"000000.tar: {size - 1} bytes, its manifest says {size}" in run("verify", "--fast", sweep.url)[1]
+    assert f"000000.tar: {size - 1} bytes, its manifest says {size}" in run("verify", "--fast", sweep.folder.url)[1]
 
 
 def test_a_shard_with_other_bytes_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images")
     latents.write("000000.tar", b"damaged")
     (tmp_path / "images/a/00.png").write_bytes(png(99))
-    code, output = run("repair", sweep.url)
+    code, output = run("repair", sweep.folder.url)
     assert code == 1
     assert "000000.tar: rebuilt, it has other bytes" in output
     assert "an image has changed" in output
     assert latents.read("000000.tar") == b"damaged"
 
     monkeypatch.setattr(torch, "__version__", "9.9")
-    code, output = run("repair", sweep.url)
+    code, output = run("repair", sweep.folder.url)
     assert code == 2
     assert "now 9.9: a rebuilt shard would have other bytes" in output
 
@@ -114,7 +113,7 @@ def test_other_folders_are_refused(command: str, tmp_path: Path) -> None:
 
 def test_show_describes_a_set_and_its_images(tmp_path: Path) -> None:
     sweep, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images")
-    code, output = run("show", sweep.url, "--out", str(tmp_path / "grid.png"))
+    code, output = run("show", sweep.folder.url, "--out", str(tmp_path / "grid.png"))
     assert code == 0
     lines = dict(line.split(None, 1) for line in output.splitlines())
     size = sum(len(latents.read(f"00000{n}.tar")) for n in range(3)) / 1e6
@@ -122,14 +121,14 @@ def test_show_describes_a_set_and_its_images(tmp_path: Path) -> None:
     assert lines["latent"] == "4x8x8, float16 moments of image and horizontal flip"
     assert lines["labels"] == "2 of 2 classes: a 12, b 13"
     assert lines["source"].startswith(f"url {tmp_path}/images, kind folder; listing ")
-    assert lines["vae"] == vae.load(TrainedVae(kind="trained"), sweep).identity[:12]
+    assert lines["vae"] == vae.load(sweep).identity[:12]
     assert lines["grid"] == f"{tmp_path}/grid.png"
     assert Image.open(tmp_path / "grid.png").size == (10 * 64, 3 * 64)
 
     code, output = run("show", latents.url)
     assert (code, output.splitlines()[-1]) == (
         0,
-        "grid     none: give the sweep's folder, or --vae, which decodes them",
+        "grid     none: to decode images, give the sweep's folder or --vae",
     )
     vae.new(TrainedVae(kind="trained", widths=(8, 8)), 32).save_pretrained(tmp_path / "other")
     code, output = run("show", latents.url, "--vae", str(tmp_path / "other"))

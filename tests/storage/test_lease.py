@@ -1,4 +1,4 @@
-"""One writer a run: the dead free it at once, the living keep it."""
+"""One writer per run: a dead holder frees it at once, a living one keeps it."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def test_attempts_are_numbered_and_only_the_last_holds(store_url: str) -> None:
 
 def test_a_living_holder_is_named(tmp_path: Path) -> None:
     script = (
-        "import sys; from dis_scale.storage.folder import lease; from dis_scale.storage.folder import open_folder\n"
+        "import sys; from dis_scale.storage import lease; from dis_scale.storage.folder import open_folder\n"
         "with lease.hold(open_folder(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]

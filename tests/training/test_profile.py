@@ -1,14 +1,13 @@
-"""`dis-scale profile`: a few steps on this machine, of which the sweep keeps nothing."""
+"""`dis-scale profile`: a few steps on this machine; the sweep keeps nothing of them."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from dis_scale.data import shards
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import Sweep
+from dis_scale.sweep import Sweep, state
 from dis_scale.training.profile import one_share
 from tests.conftest import TINY
 from tests.support.ranks import make_latents
@@ -19,11 +18,11 @@ def made(root: Path, recipe: Recipe) -> Sweep:
     """A sweep with latents, before training."""
     sweep = Sweep.below(open_folder(root), recipe)
     sweep.save_recipe()
-    shards.point_to(sweep.folder, make_latents(open_folder(root) / "latents/some", recipe), "v")
+    state.use_latents(sweep, make_latents(open_folder(root) / "latents/some", recipe), "v")
     return sweep
 
 
-def test_steps_are_taken_timed_and_traced_and_nothing_is_kept(tmp_path: Path) -> None:
+def test_steps_are_timed_and_traced_and_nothing_is_kept(tmp_path: Path) -> None:
     sweep = made(tmp_path, reading.load(TINY, ["data.held_out_images=0"]))
     before = sorted(tmp_path.rglob("*"))
     command = [sys.executable, "-m", "dis_scale.cli", "profile", str(sweep), "dis", "--steps", "3"]
