@@ -57,18 +57,18 @@ def pod(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def declared(group: dict[str, Any]) -> dict[str, float]:
-    """What a pod of the group declares; quoted twice, for KubeRay puts the value into a shell's command line."""
+    """Return the resources that a pod of the group declares; quoted twice, since KubeRay puts them into a shell's command line."""
     (argument,) = shlex.split(group["rayStartParams"]["resources"])
     return json.loads(argument)
 
 
-def asked() -> set[str]:
-    """The names that the stages ask for: `stage.resources(NAME, ...)`."""
+def requested() -> set[str]:
+    """Return the resources that the stages request: `resources(NAME, ...)` of pipelines/worker.py."""
     calls = [
         node
         for path in (ROOT / "pipelines").glob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "stage.resources"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "resources"
     ]
     return {ast.literal_eval(call.args[0]) for call in calls}
 
@@ -87,12 +87,12 @@ def test_the_job_runs_a_recipe_that_keeps_its_state_in_object_storage(job: dict[
     assert job["ttlSecondsAfterFinished"] > recipe.grace_s
 
 
-def test_nodes_declare_what_the_stages_ask_for(groups: list[dict[str, Any]]) -> None:
-    assert {name for group in groups for name in declared(group)} == asked()
+def test_nodes_declare_what_the_stages_request(groups: list[dict[str, Any]]) -> None:
+    assert {name for group in groups for name in declared(group)} == requested()
 
 
 @pytest.mark.parametrize("stage", ["train", "evaluate", "precompute"])
-def test_there_is_room_for_the_recipe(groups: list[dict[str, Any]], recipe: Recipe, stage: str) -> None:
+def test_the_cluster_has_capacity_for_the_recipe(groups: list[dict[str, Any]], recipe: Recipe, stage: str) -> None:
     slots = sum(group["replicas"] * declared(group).get(stage, 0) for group in groups)
     assert slots >= getattr(recipe, stage).workers
 
@@ -120,20 +120,20 @@ def test_the_launchers_file_follows_rays_schema_and_declares_the_same_names() ->
     schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
     jsonschema.validate(config, schema)
     commands = " ".join(config["head_start_ray_commands"] + config["worker_start_ray_commands"])
-    names = {name for found in re.findall(r"--resources='(.*?)'", commands) for name in json.loads(found)}
-    assert names == asked()
+    names = {name for value in re.findall(r"--resources='(.*?)'", commands) for name in json.loads(value)}
+    assert names == requested()
 
 
 def test_the_tracking_server_answers_by_the_name_that_the_job_uses(recipe: Recipe) -> None:
-    found = {(d["kind"], d["metadata"]["name"]): d for d in documents("mlflow.yaml")}
+    parts = {(d["kind"], d["metadata"]["name"]): d for d in documents("mlflow.yaml")}
     host, port = str(recipe.tracking.uri).removeprefix("http://").split(":")
-    assert found["Service", host]["spec"]["ports"] == [{"port": int(port)}]
-    (container,) = found["Deployment", host]["spec"]["template"]["spec"]["containers"]
+    assert parts["Service", host]["spec"]["ports"] == [{"port": int(port)}]
+    (container,) = parts["Deployment", host]["spec"]["template"]["spec"]["containers"]
     (allowed,) = [a for a in container["command"] if a.startswith("--allowed-hosts=")]
     assert f"{host}:{port}" in allowed.split("=")[1].split(",")
 
 
-def test_the_image_copies_what_is_there() -> None:
+def test_the_image_copies_existing_paths() -> None:
     copied = re.findall(r"^COPY (.+) \S+$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
     paths = [path for line in copied for path in line.split()]
     let_in = (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()

@@ -1,22 +1,22 @@
-"""Commands that cannot be done are refused in one line, before a Ray is started."""
+"""Impossible commands are refused in one line, before Ray is started."""
 
 from pathlib import Path
 
 import pytest
 
-from dis_scale.recipe import Recipe, reading
+from dis_scale.recipe import Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import RECIPE
+from dis_scale.sweep import Sweep
 from tests.test_cli import invoke
 
 
 @pytest.fixture
 def sweep(tmp_path: Path, tiny: Recipe) -> Path:
-    """A sweep with one published checkpoint, which nothing here opens."""
-    at = open_folder(tmp_path) / "sweeps/tiny"
-    at.write(RECIPE, reading.dump(tiny).encode())
-    manifest.put(at / "runs/dis/published/000000000160", {"weights.safetensors": b""}, images=160)
+    """A sweep with one published checkpoint, which no test opens."""
+    made = Sweep.below(open_folder(tmp_path), tiny)
+    made.save_recipe()
+    manifest.put(made.run("dis").published_at(160), {"weights.safetensors": b""}, images=160)
     return tmp_path / "sweeps/tiny"
 
 
@@ -46,7 +46,7 @@ def sweep(tmp_path: Path, tiny: Recipe) -> Path:
         (["compare", "{}", "{}"], "tiny and tiny have no model at one image count in common"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_line(
+def test_an_impossible_command_is_refused_in_one_line(
     sweep: Path, arguments: list[str], line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -58,6 +58,6 @@ def test_what_cannot_be_is_refused_in_a_line(
 def test_without_tracked_averages_no_width_can_be_rebuilt(sweep: Path, tiny: Recipe) -> None:
     bare = tiny.model_copy(update={"train": tiny.train.model_copy(update={"power_ema": None})})
     bare = bare.model_copy(update={"evaluate": bare.evaluate.model_copy(update={"variants": {}})})
-    open_folder(sweep).write(RECIPE, reading.dump(bare).encode())
+    Sweep(open_folder(sweep), bare).save_recipe()
     code, output = invoke("ablate", "ema", str(sweep), "dis")
     assert (code, "tracked no power-function averages" in output) == (2, True)
