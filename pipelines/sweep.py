@@ -59,8 +59,9 @@ class Failures:
 
     def words(self) -> str:
         """Return all failures in one line, empty if there are none."""
-        failed = self.models | ({"evaluate": self.evaluation} if self.evaluation else {}) | self.skipped
-        return "; ".join(f"{name} failed: {why}" for name, why in failed.items())
+        evaluation = [] if self.evaluation is None else [("evaluate", self.evaluation)]
+        failed = [*self.models.items(), *evaluation, *self.skipped.items()]  # a model may be named evaluate, too
+        return "; ".join(f"{name} failed: {why}" for name, why in failed)
 
 
 def run_sweep(recipe: Recipe, console: Console) -> None:
