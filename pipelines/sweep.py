@@ -169,11 +169,13 @@ def _train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
         sweep.run(model).folder.delete(ENDED)
     evaluation = _submit(driver, cluster, "evaluate")
     training: dict[str, Job] = {}
-    while waiting or training or not evaluation.ended():
+    evaluated = False
+    while waiting or training or not evaluated:
         while waiting and len(training) < cluster.capacity:
             model = waiting.pop(0)
             training[model] = _submit(driver, cluster, "train", model)
         time.sleep(POLL_EVERY_S)
+        evaluated = evaluation.ended()  # asked once per round and before its log, so that its end is handled completely
         _poll(driver, evaluation, "evaluate")
         for model, job in list(training.items()):
             ended = job.ended()
@@ -183,7 +185,7 @@ def _train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
                 if job.status() != "SUCCEEDED":
                     failures.models[model] = _failure(driver, job, model)
                     sweep.run(model).folder.write_json(ENDED, {"why": failures.models[model]})
-        if failures.evaluation is None and evaluation.ended() and evaluation.status() != "SUCCEEDED":
+        if failures.evaluation is None and evaluated and evaluation.status() != "SUCCEEDED":
             failures.evaluation = _failure(driver, evaluation, "evaluate")
     return failures
 
