@@ -9,15 +9,15 @@ import torch
 from diffusers import AutoencoderKL
 
 from dis_scale import vae
-from dis_scale.data import shards
 from dis_scale.data.encode import Setup
 from dis_scale.data.latents import Latents, micro_batch
 from dis_scale.data.sources import open_source
 from dis_scale.errors import DisScaleError, UserError
 from dis_scale.evaluation.pictures import open_for_sampling, sample_pictures
 from dis_scale.evaluation.sampling import open_sampler
-from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, Recipe, reading
+from dis_scale.recipe import LatentShape, PretrainedVae, reading
 from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.sweep import Sweep, state
 from dis_scale.vae import to_pixels
 from pipelines import precompute
 from pipelines.precompute import Dealer, Encoder
@@ -44,12 +44,12 @@ def saved(where: Path, levels: int, **config: object) -> PretrainedVae:
     return PretrainedVae(kind="pretrained", path=str(where))
 
 
-def encode_digits(sweep: Folder, latents: Folder, recipe: Recipe) -> None:
-    def here(sweep: Folder, latents: Folder, setup: Setup, device: str, left: list[int]) -> None:
-        Encoder().encode(sweep, latents, setup.recipe, device, Dealer(left).next)
+def encode_digits(sweep: Sweep, latents: Folder) -> None:
+    def encode(sweep: Sweep, latents: Folder, _: Setup, device: str, left: list[int]) -> None:
+        Encoder().encode(sweep, latents, device, Dealer(left).next)
 
-    setup = Setup(open_source(recipe.data), vae.load(recipe.vae, sweep), recipe)
-    precompute.make(sweep, latents, setup, "cpu", here)
+    setup = Setup(open_source(sweep.recipe.data), vae.load(sweep), sweep.recipe)
+    precompute.make_latents(sweep, latents, setup, "cpu", encode)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,7 +58,7 @@ def test_any_channels_factor_scale_and_shift(kind: str, tmp_path: Path) -> None:
     settings = saved(tmp_path / "vae", **config)  # type: ignore[arg-type]
     shape = vae.latent_shape(settings, 64)
     assert shape == (config["latent_channels"], 64 // 2 ** (config["levels"] - 1))
-    encoder = vae.load(settings, open_folder(tmp_path))
+    encoder = vae.load_pretrained(settings)
     assert encoder.latent(64) == shape
     assert (encoder.scale, encoder.shift) == (config["scaling_factor"], config.get("shift_factor", 0.0))
     image = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)
@@ -73,7 +73,7 @@ def test_any_channels_factor_scale_and_shift(kind: str, tmp_path: Path) -> None:
 def test_scale_and_shift_are_in_the_manifest_and_applied_in_training(tmp_path: Path) -> None:
     settings = saved(tmp_path / "vae", **KINDS["SD3, f8"])  # type: ignore[arg-type]
     recipe = reading.load(TINY, [f"vae={{kind: pretrained, path: {settings.path}}}", "precompute.shard_images=900"])
-    encode_digits(open_folder(tmp_path) / "sweep", open_folder(tmp_path) / "latents", recipe)
+    encode_digits(Sweep(open_folder(tmp_path) / "sweep", recipe), open_folder(tmp_path) / "latents")
     latents = Latents(open_folder(tmp_path) / "latents", seed=0)
     assert [latents.manifest[key] for key in ("scale", "shift", "latent")] == [1.5305, 0.0609, [16, 4]]
     options = {"batch": 8, "lanes": 1, "seed": 0, "flip": False, "label_dropout": 0.0}
@@ -85,14 +85,14 @@ def test_scale_and_shift_are_in_the_manifest_and_applied_in_training(tmp_path: P
 
 def test_a_default_that_diffusers_adds_does_not_change_the_identity(tmp_path: Path) -> None:
     settings = saved(tmp_path, **KINDS["f16"])  # type: ignore[arg-type]
-    encoder = vae.load(settings, open_folder(tmp_path))
+    encoder = vae.load_pretrained(settings)
     file = Path(settings.path) / vae.CONFIG
     config = json.loads(file.read_text())
     assert config.pop("use_post_quant_conv") is True  # diffusers' default
     file.write_text(json.dumps(config))
-    assert vae.load(settings, open_folder(tmp_path)).identity == encoder.identity
+    assert vae.load_pretrained(settings).identity == encoder.identity
     file.write_text(json.dumps(config | {"scaling_factor": 0.5}))
-    assert vae.load(settings, open_folder(tmp_path)).identity != encoder.identity
+    assert vae.load_pretrained(settings).identity != encoder.identity
 
 
 def test_an_image_that_does_not_fit_the_factor_is_refused(tmp_path: Path) -> None:
@@ -101,9 +101,9 @@ def test_an_image_that_does_not_fit_the_factor_is_refused(tmp_path: Path) -> Non
 
 
 def test_without_a_vae_every_pixel_value_is_restored() -> None:
-    settings = NoVae(kind="none")
-    assert vae.latent_shape(settings, 40) == LatentShape(3, 40)
-    pixels = vae.load(settings, Folder("unused"))
+    recipe = reading.load(TINY, ["vae={kind: none}", "data.resolution=40"])
+    assert vae.latent_shape(recipe.vae, 40) == LatentShape(3, 40)
+    pixels = vae.load(Sweep(Folder("unused"), recipe))
     image = np.arange(3 * 256, dtype=np.uint8).reshape(1, 16, 16, 3)
     moments = pixels.encode(image).half().float()
     deviation = np.exp(np.float32(0.5) * moments[:, 3:].numpy())
@@ -112,17 +112,17 @@ def test_without_a_vae_every_pixel_value_is_restored() -> None:
 
 
 def test_all_stages_in_pixel_space(tmp_path: Path) -> None:
-    """Precompute, training, evaluation and `dis-scale sample`, each below Ray: prepare trains no autoencoder."""
+    """Precompute, training, evaluation and `dis-scale sample` without Ray; prepare trains no autoencoder."""
     recipe = reading.load(
         TINY, ["vae={kind: none}", "data.resolution=16", "train.workers=1", "evaluate.block_images=20"]
     )
-    sweep = open_folder(tmp_path) / "sweep"
-    latents = sweep / "latents/pixels"
-    sweep.write(reading.FILE, reading.dump(recipe).encode())
-    Preparer().prepare(sweep, recipe, "cpu")
-    assert not sweep.exists("vae")
-    encode_digits(sweep, latents, recipe)
-    shards.point_to(sweep, latents, vae.load(recipe.vae, sweep).identity)
+    sweep = ranks.sweep_of(tmp_path, recipe)
+    latents = sweep.folder / "latents/pixels"
+    sweep.save_recipe()
+    Preparer().prepare(sweep, "cpu")
+    assert not sweep.folder.exists("vae")
+    encode_digits(sweep, latents)
+    state.use_latents(sweep, latents, vae.load(sweep).identity)
     (tmp_path / "latents").symlink_to(latents.url)  # training without Ray reads this path
     reader = Latents(latents, seed=0)
     assert reader.shape == (3, 16)
@@ -131,7 +131,7 @@ def test_all_stages_in_pixel_space(tmp_path: Path) -> None:
     np.testing.assert_array_equal(batch.x_BCHW.numpy(), reader.read(np.arange(4), np.zeros(4, int))[0][:, :3])
 
     ranks.run(recipe, "dis", tmp_path, attempt=1)
-    sampler = open_sampler(recipe, sweep, vae.load(recipe.vae, sweep), torch.device("cpu"))
+    sampler = open_sampler(sweep, vae.load(sweep), torch.device("cpu"))
     block = sampler.sample(sampler.model("dis", 320, recipe.evaluate), recipe.evaluate, 0)
     assert block.pictures.shape[1:] == (16, 16, 3)
     assert len(block.right) == 20
@@ -141,7 +141,7 @@ def test_all_stages_in_pixel_space(tmp_path: Path) -> None:
 
 
 def test_latents_that_decode_to_non_finite_values_are_refused(tmp_path: Path) -> None:
-    decoder = vae.load(saved(tmp_path / "vae", 4), open_folder(tmp_path))
+    decoder = vae.load_pretrained(saved(tmp_path / "vae", 4))
     latents = torch.zeros(3, 4, 4, 4)
     latents[1] = float("nan")
     with pytest.raises(DisScaleError, match="the VAE decoded 1 of 3 latents to values that are not finite"):

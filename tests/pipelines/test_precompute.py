@@ -1,4 +1,4 @@
-"""Who encodes a shard changes nothing in it; what cannot be decoded is refused by name, or skipped and counted."""
+"""A shard does not depend on the worker that encodes it; undecodable images are refused by name, or skipped and counted."""
 
 import os
 import shutil
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dis_scale.errors import Preempted, StorageError, UndecodableImage, UserErro
 from dis_scale.recipe import Recipe, TrainedVae, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.sweep import Sweep, state
 from pipelines import precompute, stage
 from pipelines.precompute import Dealer, Encode, Encoder
 from tests.conftest import TINY
@@ -40,66 +42,71 @@ def photos(tmp_path: Path) -> Recipe:
 
 
 @pytest.fixture
-def sweep(tmp_path: Path, photos: Recipe) -> Folder:
-    made = open_folder(tmp_path) / "sweeps/photos"
+def sweep(tmp_path: Path, photos: Recipe) -> Sweep:
+    made = Sweep(open_folder(tmp_path) / "sweeps/photos", photos)
     assert isinstance(photos.vae, TrainedVae)
-    vae.save(made / "vae", vae.new(photos.vae, photos.data.resolution))
+    vae.save(made.vae, vae.new(photos.vae, photos.data.resolution))
     return made
 
 
-def shards_by(workers: int, sweep: Folder, recipe: Recipe, at: Folder) -> dict[str, bytes]:
-    """The three shards as made by so many workers at once."""
+def sweep_with_the_vae_of(sweep: Sweep, folder: Folder) -> Sweep:
+    """Return a sweep in another folder with the same recipe and VAE."""
+    other = replace(sweep, folder=folder)
+    vae.save(other.vae, vae.load(sweep).net)
+    return other
+
+
+def encode_with(workers: int, sweep: Sweep, at: Folder) -> dict[str, bytes]:
+    """Return the three shards as this many workers make them at once."""
     dealer = Dealer([0, 1, 2])
     with ThreadPoolExecutor(workers) as pool:
-        done = [pool.submit(Encoder().encode, sweep, at, recipe, "cpu", dealer.next) for _ in range(workers)]
+        done = [pool.submit(Encoder().encode, sweep, at, "cpu", dealer.next) for _ in range(workers)]
     for each in done:
         each.result()
     return {name: at.read(name) for name in at.list() if name != HARDWARE}
 
 
 @pytest.mark.parametrize("workers", [2, 8])
-def test_many_encoders_make_the_same_bytes_as_one(workers: int, sweep: Folder, photos: Recipe, tmp_path: Path) -> None:
-    one = shards_by(1, sweep, photos, open_folder(tmp_path) / "one")
+def test_many_encoders_make_the_same_bytes_as_one(workers: int, sweep: Sweep, tmp_path: Path) -> None:
+    one = encode_with(1, sweep, open_folder(tmp_path) / "one")
     assert sorted(one) == [f"00000{n}.{kind}" for n in range(3) for kind in ("json", "tar")]
-    assert one == shards_by(workers, sweep, photos, open_folder(tmp_path) / "many")
+    assert one == encode_with(workers, sweep, open_folder(tmp_path) / "many")
 
 
-def test_a_broken_image_is_refused_by_name_and_nothing_is_half_written(
-    sweep: Folder, photos: Recipe, tmp_path: Path
-) -> None:
+def test_a_broken_image_is_refused_by_name_and_no_shard_is_written(sweep: Sweep, tmp_path: Path) -> None:
     (tmp_path / "photos/a/00.png").write_bytes(b"broken")
     with pytest.raises(
         UndecodableImage,
         match=r"image a/00.png cannot be decoded: .*; repair or remove it, or --set data.undecodable=skip",
     ):
-        shards_by(1, sweep, photos, open_folder(tmp_path) / "one")
+        encode_with(1, sweep, open_folder(tmp_path) / "one")
     assert (open_folder(tmp_path) / "one").list() == [HARDWARE]
 
 
-def test_an_image_that_is_gone_is_no_broken_image(sweep: Folder, photos: Recipe, tmp_path: Path) -> None:
-    """Skipping is for what cannot be decoded: storage that is away must not thin the set out."""
-    open_source(photos.data, shards.store_of(sweep))
+def test_a_missing_image_is_not_a_broken_one(sweep: Sweep, tmp_path: Path) -> None:
+    """Only undecodable images may be skipped: a failure of storage must not make the set smaller."""
+    open_source(sweep.recipe.data, sweep.store)
     (tmp_path / "photos/a/00.png").unlink()
     with pytest.raises(StorageError, match=r"image a/00.png is gone") as caught:
-        shards_by(1, sweep, skipping(photos), open_folder(tmp_path) / "one")
+        encode_with(1, skipping(sweep), open_folder(tmp_path) / "one")
     assert not isinstance(caught.value, UndecodableImage)
 
 
-def test_a_broken_image_is_skipped_counted_and_listed_by_choice(sweep: Folder, photos: Recipe, tmp_path: Path) -> None:
+def test_a_broken_image_is_skipped_counted_and_listed_if_the_recipe_says_so(sweep: Sweep, tmp_path: Path) -> None:
     (tmp_path / "photos/a/00.png").write_bytes(b"broken")
-    found = made(sweep, skipping(photos))
-    assert (found["count"], found["images"], found["refused"]) == (25, 26, ["a/00.png"])
-    assert [shard["count"] for shard in found["shards"]] == [9, 10, 6]
+    facts = made(skipping(sweep))
+    assert (facts["count"], facts["images"], facts["refused"]) == (25, 26, ["a/00.png"])
+    assert [shard["count"] for shard in facts["shards"]] == [9, 10, 6]
 
 
-def test_a_set_without_an_image_is_refused(sweep: Folder, photos: Recipe, tmp_path: Path) -> None:
+def test_a_set_without_an_image_is_refused(sweep: Sweep, tmp_path: Path) -> None:
     for path in (tmp_path / "photos").rglob("*.png"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match=r"no image could be decoded; the first of 26: \['a/00.png'\]"):
-        made(sweep, skipping(photos))
+        made(skipping(sweep))
 
 
-def test_hardware_of_another_kind_may_not_fill_one_set(tmp_path: Path) -> None:
+def test_a_set_has_one_kind_of_device_and_one_listing(tmp_path: Path) -> None:
     precompute._require_one_kind(open_folder(tmp_path), "cpu", "listing")
     precompute._require_one_kind(open_folder(tmp_path), "cpu", "listing")
     with pytest.raises(UserError, match=r"begun with device 'cpu', now 'cuda': finish it as it was begun"):
@@ -108,23 +115,23 @@ def test_hardware_of_another_kind_may_not_fill_one_set(tmp_path: Path) -> None:
         precompute._require_one_kind(open_folder(tmp_path), "cpu", "with more images")
 
 
-def test_the_padding_of_the_last_batch_changes_no_other_sample(sweep: Folder, photos: Recipe) -> None:
-    source, encoder = open_source(photos.data), vae.load(photos.vae, sweep)
+def test_the_padding_of_the_last_batch_changes_no_other_sample(sweep: Sweep) -> None:
+    source, encoder = open_source(sweep.recipe.data), vae.load(sweep)
     images = np.stack([source.pixels(i, 32) for i in range(4)])
     np.testing.assert_array_equal(encode_images(encoder, images[:3], 4), encode_images(encoder, images, 4)[:3])
 
 
-def test_the_horizontal_flip_is_encoded_with_the_image(sweep: Folder, photos: Recipe) -> None:
-    source, encoder = open_source(photos.data), vae.load(photos.vae, sweep)
+def test_the_horizontal_flip_is_encoded_with_the_image(sweep: Sweep) -> None:
+    source, encoder = open_source(sweep.recipe.data), vae.load(sweep)
     image = source.pixels(0, 32)[None]
     (moments,) = encode_images(encoder, image, 1)
     np.testing.assert_array_equal(moments[1], encoder.encode(image[:, :, ::-1]).half().numpy()[0])
     assert not np.array_equal(moments[0], moments[1])
 
 
-def test_every_shard_holds_its_positions_in_their_order(sweep: Folder, photos: Recipe) -> None:
-    """Whatever the read-ahead: 26 images in shards of ten, batches of four."""
-    setup = Setup(open_source(photos.data), vae.load(photos.vae, sweep), photos)
+def test_every_shard_holds_its_positions_in_their_order(sweep: Sweep) -> None:
+    """For any read-ahead: 26 images in shards of ten, batches of four."""
+    setup = Setup(open_source(sweep.recipe.data), vae.load(sweep), sweep.recipe)
     reports: list[int] = []
     content = list(encode_shards(setup, [2, 0], reports.append))
     assert [(m.number, [s.position for s in m.samples]) for m in content] == [(2, [*range(20, 26)]), (0, [*range(10)])]
@@ -136,43 +143,41 @@ def test_every_shard_holds_its_positions_in_their_order(sweep: Folder, photos: R
         )
 
 
-# -- again, after any accident -----------------------------------------------------------------------------------------
+# -- reruns after a failure --------------------------------------------------------------------------------------------
 
 
-def here(sweep: Folder, latents: Folder, setup: Setup, device: str, left: list[int]) -> None:
-    """Workers as on Ray, in this process."""
-    Encoder().encode(sweep, latents, setup.recipe, device, Dealer(left).next)
+def encode_here(sweep: Sweep, latents: Folder, _: Setup, device: str, left: list[int]) -> None:
+    """Encode in this process, as a worker on Ray does."""
+    Encoder().encode(sweep, latents, device, Dealer(left).next)
 
 
-def place_of(sweep: Folder, recipe: Recipe) -> Folder:
-    return shards.latents_folder(sweep, recipe, vae.load(recipe.vae, sweep).identity)
+def latents_of(sweep: Sweep) -> Folder:
+    return shards.latents_folder(sweep, vae.load(sweep).identity)
 
 
-def made(sweep: Folder, recipe: Recipe, how: Encode = here) -> dict[str, Any]:
-    """The sealed set's manifest."""
-    latents = place_of(sweep, recipe)
-    setup = Setup(open_source(recipe.data, shards.store_of(sweep)), vae.load(recipe.vae, sweep), recipe)
-    precompute.make(sweep, latents, setup, "cpu", how)
-    found = manifest.find(latents)
-    assert found is not None
-    return found
+def made(sweep: Sweep, encode: Encode = encode_here) -> dict[str, Any]:
+    """Make the sweep's latents; return their manifest."""
+    latents = latents_of(sweep)
+    precompute.make_latents(sweep, latents, precompute.open_setup(sweep), "cpu", encode)
+    return manifest.require(latents)
 
 
-def skipping(recipe: Recipe) -> Recipe:
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"undecodable": "skip"})})
+def skipping(sweep: Sweep) -> Sweep:
+    """Return the sweep with a recipe that skips undecodable images."""
+    data = sweep.recipe.data.model_copy(update={"undecodable": "skip"})
+    return replace(sweep, recipe=sweep.recipe.model_copy(update={"data": data}))
 
 
 class Killed(Exception):
     pass
 
 
-def test_what_a_killed_worker_left_is_taken_up_to_the_same_bytes(
-    sweep: Folder, photos: Recipe, store_url: str, monkeypatch: pytest.MonkeyPatch
+def test_a_rerun_after_a_killed_worker_ends_in_the_same_bytes(
+    sweep: Sweep, store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after one shard, and between a tar and its sidecar; damage, a torn pair and strays meanwhile."""
-    other = open_folder(store_url) / "elsewhere/sweeps/other"
-    vae.save(other / "vae", vae.load(photos.vae, sweep).net)
-    undisturbed, latents = made(sweep, photos), place_of(other, photos)
+    """Killed after one shard, and between a tar and its sidecar; damage, an incomplete pair and strays meanwhile."""
+    other = sweep_with_the_vae_of(sweep, open_folder(store_url) / "elsewhere/sweeps/other")
+    undisturbed, latents = made(sweep), latents_of(other)
     put = Folder.write_json
 
     def killed(self: Folder, path: str, value: Any) -> None:
@@ -182,27 +187,27 @@ def test_what_a_killed_worker_left_is_taken_up_to_the_same_bytes(
 
     monkeypatch.setattr(Folder, "write_json", killed)
     with pytest.raises(Killed):
-        made(other, photos)
+        made(other)
     monkeypatch.undo()
     assert latents.list() == ["000000.json", "000000.tar", "000001.tar", "begun.json", HARDWARE]
     for name in ("000002.json", "000003.json", "000003.tar"):
         latents.write(name, b"{}")
-    asked: list[list[int]] = []
+    encoded: list[list[int]] = []
 
     def counted(*arguments: Any) -> None:
-        asked.append(arguments[-1])
-        here(*arguments)
+        encoded.append(arguments[-1])
+        encode_here(*arguments)
 
-    assert made(other, photos, counted) == undisturbed
-    assert asked == [[1, 2]]
+    assert made(other, counted) == undisturbed
+    assert encoded == [[1, 2]]
     names = [f"00000{n}.{kind}" for n in range(3) for kind in ("json", "tar")]
     assert latents.list() == sorted([*names, "begun.json", HARDWARE, manifest.NAME])
-    mine = place_of(sweep, photos)
-    assert [latents.read(name) for name in names] == [mine.read(name) for name in names]
+    calm = latents_of(sweep)
+    assert [latents.read(name) for name in names] == [calm.read(name) for name in names]
 
 
 def die_between_tar_and_sidecar(sweep: str) -> None:
-    """In a process of its own: kill -9 when the fourth shard's tar stands and its sidecar does not."""
+    """In a process of its own: kill -9 when the fourth shard's tar is written and its sidecar is not."""
     put = Folder.write_json
 
     def put_or_die(self: Folder, path: str, value: Any) -> None:
@@ -211,66 +216,65 @@ def die_between_tar_and_sidecar(sweep: str) -> None:
         put(self, path, value)
 
     Folder.write_json = put_or_die  # type: ignore[method-assign]
-    made(open_folder(sweep), stage.load_recipe(open_folder(sweep)))
+    made(Sweep.open(sweep))
 
 
-def test_a_process_killed_with_9_is_taken_up_to_the_same_bytes(sweep: Folder, photos: Recipe) -> None:
-    small = photos.model_copy(update={"precompute": photos.precompute.model_copy(update={"shard_images": 2})})
-    sweep.write(reading.FILE, reading.dump(small).encode())
-    code = f"from tests.pipelines import test_precompute as t; t.die_between_tar_and_sidecar({sweep.url!r})"
+def test_a_rerun_after_kill_9_ends_in_the_same_bytes(sweep: Sweep) -> None:
+    small = sweep.recipe.precompute.model_copy(update={"shard_images": 2})
+    sweep = replace(sweep, recipe=sweep.recipe.model_copy(update={"precompute": small}))
+    sweep.save_recipe()
+    url = sweep.folder.url
+    code = f"from tests.pipelines import test_precompute as t; t.die_between_tar_and_sidecar({url!r})"
     died = subprocess.run([sys.executable, "-c", code], cwd=TINY.parents[2], capture_output=True)
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
-    latents = place_of(sweep, small)
+    latents = latents_of(sweep)
     assert len(shards.finished(latents, range(13))) == 3
-    elsewhere = open_folder(f"{sweep.url}/elsewhere/sweeps/calm")
-    vae.save(elsewhere / "vae", vae.load(small.vae, sweep).net)
-    assert made(sweep, small) == made(elsewhere, small)
-    calm = place_of(elsewhere, small)
+    elsewhere = sweep_with_the_vae_of(sweep, open_folder(f"{url}/elsewhere/sweeps/calm"))
+    assert made(sweep) == made(elsewhere)
+    calm = latents_of(elsewhere)
     assert latents.list() == calm.list()
     assert [latents.read(name) for name in latents.list()] == [calm.read(name) for name in calm.list()]
 
 
-def test_two_precomputes_at_once_end_well(sweep: Folder, photos: Recipe, store_url: str) -> None:
-    other = open_folder(store_url) / "elsewhere/sweeps/other"
-    vae.save(other / "vae", vae.load(photos.vae, sweep).net)
+def test_two_precomputes_at_once_make_one_set(sweep: Sweep, store_url: str) -> None:
+    other = sweep_with_the_vae_of(sweep, open_folder(store_url) / "elsewhere/sweeps/other")
     with ThreadPoolExecutor(2) as pool:
-        one, two = pool.map(lambda _: made(other, photos), range(2))
-    assert one == two == made(sweep, photos)
-    latents = place_of(other, photos)
+        one, two = pool.map(lambda _: made(other), range(2))
+    assert one == two == made(sweep)
+    latents = latents_of(other)
     assert shards.finished(latents, range(3)) == {0, 1, 2}
 
 
-def test_a_shard_that_shrank_before_the_seal_is_not_sealed(sweep: Folder, photos: Recipe) -> None:
-    def torn(sweep: Folder, latents: Folder, *rest: Any) -> None:
-        here(sweep, latents, *rest)
+def test_a_shard_that_shrank_before_the_seal_is_not_sealed(sweep: Sweep) -> None:
+    def truncate(sweep: Sweep, latents: Folder, *rest: Any) -> None:
+        encode_here(sweep, latents, *rest)
         latents.write("000001.tar", b"short")
 
     with pytest.raises(StorageError, match=r"000001.tar: 5 bytes, its sidecar says \d+: rerun the same command"):
-        made(sweep, photos, torn)
-    assert manifest.find(place_of(sweep, photos)) is None
-    assert made(sweep, photos)["count"] == 26
+        made(sweep, truncate)
+    assert manifest.find(latents_of(sweep)) is None
+    assert made(sweep)["count"] == 26
 
 
 def test_a_second_sweep_on_the_same_images_and_vae_makes_nothing(
-    sweep: Folder, photos: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its training finds the latents at once; the images need not even be there any more."""
-    made(sweep, photos)
-    second = open_folder(tmp_path) / "sweeps/second"
-    vae.save(second / "vae", vae.load(photos.vae, sweep).net)
+    """Its training finds the latents at once; the images may be gone."""
+    made(sweep)
+    second = sweep_with_the_vae_of(sweep, open_folder(tmp_path) / "sweeps/second")
     shutil.rmtree(tmp_path / "photos")
     monkeypatch.setattr(stage, "connect", lambda: None)
-    monkeypatch.setattr(stage, "choose_device", lambda _: ("cpu", "test"))
-    precompute.precompute(second, photos, [])
-    assert shards.latents_of(second) == place_of(sweep, photos)
+    monkeypatch.setattr(precompute, "choose_device", lambda _: ("cpu", "test"))
+    precompute.precompute(second, [])
+    assert state.find_latents(second) == latents_of(sweep)
 
 
-def test_who_wishes_to_stop_is_obeyed_within_a_batch(sweep: Folder, photos: Recipe, tmp_path: Path) -> None:
+def test_a_stop_request_is_obeyed_within_a_batch(sweep: Sweep, tmp_path: Path) -> None:
     encoder = Encoder()
     encoder.stop()
-    with pytest.raises(Preempted, match="stopped as asked"):
-        encoder.encode(sweep, open_folder(tmp_path) / "one", photos, "cpu", Dealer([0, 1, 2]).next)
-    assert encoder.look()[0] == 4
+    with pytest.raises(Preempted, match="stopped as requested"):
+        encoder.encode(sweep, open_folder(tmp_path) / "one", "cpu", Dealer([0, 1, 2]).next)
+    assert encoder.poll()[0] == 4
     assert (open_folder(tmp_path) / "one").list() == [HARDWARE]
 
 
