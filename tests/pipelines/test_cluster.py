@@ -1,4 +1,4 @@
-"""Where state may live when the sweep runs on a cluster."""
+"""The storage root of a sweep that runs on a cluster, and the handlers of signals."""
 
 import signal
 from pathlib import Path
@@ -7,18 +7,18 @@ import pytest
 
 from dis_scale.errors import UserError
 from dis_scale.recipe import reading
-from pipelines import jobs
+from pipelines import cluster
 from tests.conftest import TINY
 
 
 def root(monkeypatch: pytest.MonkeyPatch, given: str, in_job: bool, one_node: bool = True) -> str:
-    monkeypatch.setattr(jobs, "in_ray_job", lambda: in_job)
+    monkeypatch.setattr(cluster, "in_ray_job", lambda: in_job)
     if in_job or not one_node:
         monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     else:
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(jobs, "one_node", lambda: one_node)
-    return jobs.require_root(reading.load(TINY, [f"storage.root={given}"]))
+    monkeypatch.setattr(cluster, "_one_node", lambda: one_node)
+    return cluster.require_root(reading.load(TINY, [f"storage.root={given}"]))
 
 
 @pytest.mark.parametrize("in_job", [True, False])
@@ -29,19 +29,19 @@ def test_a_root_of_one_node_is_refused_on_several(monkeypatch: pytest.MonkeyPatc
         root(monkeypatch, "outputs", in_job=in_job, one_node=False)
 
 
-def test_in_a_job_on_one_node_it_lies_below_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_job_on_one_node_a_relative_root_is_below_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
     assert root(monkeypatch, "outputs", in_job=True) == str(Path.home() / "dis-scale/outputs")
 
 
 @pytest.mark.parametrize(
     ("given", "in_job"), [("outputs", False), ("s3://bucket/prefix", True), ("/shared/disk", True)]
 )
-def test_any_other_root_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch, given: str, in_job: bool) -> None:
+def test_any_other_root_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch, given: str, in_job: bool) -> None:
     assert root(monkeypatch, given, in_job) == given
 
 
 def test_handlers_of_signals_stay_ours() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with jobs.keeping_handlers():
+    with cluster.keeping_handlers():
         signal.signal(signal.SIGTERM, lambda *_: None)
     assert signal.getsignal(signal.SIGTERM) == before

@@ -1,4 +1,4 @@
-"""A published checkpoint that cannot be read is named, noted and passed over; an evaluation that finds nothing ends."""
+"""A published checkpoint that cannot be measured is logged, noted and skipped; an evaluation without news ends."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,34 +6,38 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dis_scale.evaluation.results import Drawn
 from ray.exceptions import RayTaskError
 
 from dis_scale.errors import DisScaleError, Preempted, StorageAway, StorageError, StorageFull, UserError
-from dis_scale.evaluation import results
 from dis_scale.recipe import Recipe, reading
-from dis_scale.storage.folder import Folder, open_folder
-from pipelines import evaluate, stage
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import Sampled, Sweep, state
+from pipelines import evaluate
+from pipelines.worker import WorkerFailure
 from tests.conftest import TINY
 
 
 @dataclass
 class Failing:
-    """An evaluation of which nothing can be measured."""
+    """An evaluation that can measure nothing."""
 
-    sweep: Folder
+    sweep: Sweep
     error: DisScaleError
 
-    def evaluate(self, _: Drawn) -> dict[str, float]:
+    def evaluate(self, _: Sampled) -> dict[str, float]:
         raise self.error
 
 
-OTHERS = [Preempted("stop"), StorageAway("503"), StorageFull("no space left"), stage.Lost("a worker was lost")]
+def sweep_at(root: Path, recipe: Recipe) -> Sweep:
+    return Sweep.below(open_folder(root), recipe)
+
+
+OTHERS = [Preempted("stop"), StorageAway("503"), StorageFull("no space left"), WorkerFailure("a worker was lost")]
 
 
 def from_a_worker(error: DisScaleError) -> Any:
-    """The error as Ray brings it: of the same class, with a traceback and addresses around it."""
-    return RayTaskError("draw", "Traceback ...", error, pid=1, ip="192.0.2.1").as_instanceof_cause()
+    """Return the error as Ray raises it: of the same class, with a traceback and addresses around it."""
+    return RayTaskError("sample", "Traceback ...", error, pid=1, ip="192.0.2.1").as_instanceof_cause()
 
 
 @pytest.mark.parametrize(
@@ -42,32 +46,37 @@ def from_a_worker(error: DisScaleError) -> Any:
     ids=str,
 )
 @pytest.mark.parametrize("wrap", [lambda error: error, from_a_worker], ids=["here", "in a worker"])
-def test_what_cannot_be_measured_is_skipped_and_noted(
+def test_a_checkpoint_that_cannot_be_measured_is_skipped_and_noted(
     tmp_path: Path, tiny: Recipe, capsys: pytest.CaptureFixture[str], error: DisScaleError, wrap: Callable[[Any], Any]
 ) -> None:
-    sweep, skipped, drawn = open_folder(tmp_path), set[Drawn](), Drawn("dis", 160, "wide")
-    evaluate._evaluate_one(Failing(sweep, wrap(error)), drawn, skipped)  # type: ignore[arg-type]
-    assert skipped == {drawn}
+    sweep, skipped, sampled = sweep_at(tmp_path, tiny), set[Sampled](), Sampled("dis", 160, "wide")
+    evaluate.evaluate_one(Failing(sweep, wrap(error)), sampled, skipped)  # type: ignore[arg-type]
+    assert skipped == {sampled}
     assert f"skipped: dis at 160 images (wide): {error}\n" in capsys.readouterr().out
-    assert results.skipped(sweep, tiny) == {drawn: str(error)}
+    assert state.skipped(sweep) == {sampled: str(error)}
 
 
 @pytest.mark.parametrize("error", OTHERS, ids=str)
-def test_what_is_not_the_checkpoints_fault_skips_nothing(tmp_path: Path, error: DisScaleError) -> None:
-    skipped: set[Drawn] = set()
+def test_a_failure_that_is_not_the_checkpoints_skips_nothing(
+    tmp_path: Path, tiny: Recipe, error: DisScaleError
+) -> None:
+    sweep, skipped = sweep_at(tmp_path, tiny), set[Sampled]()
     with pytest.raises(type(error)):
-        evaluate._evaluate_one(Failing(open_folder(tmp_path), error), Drawn("dis", 0), skipped)  # type: ignore[arg-type]
+        evaluate.evaluate_one(Failing(sweep, error), Sampled("dis", 0), skipped)  # type: ignore[arg-type]
     assert skipped == set()
+    assert state.skipped(sweep) == {}
 
 
-def test_nothing_published_for_long_is_a_clear_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = reading.load(TINY, ["evaluate.give_up_after_s=0.3"])
+def test_an_evaluation_without_news_ends_with_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = sweep_at(tmp_path, reading.load(TINY, ["evaluate.give_up_after_s=0.3"]))
     opened: list[Any] = []
+    monkeypatch.setattr(evaluate.stage, "connect", lambda: None)
+    monkeypatch.setattr(evaluate, "choose_device", lambda _: ("cpu", "test"))
     monkeypatch.setattr(evaluate, "open_evaluation", lambda *arguments: opened.append(arguments))
-    monkeypatch.setattr(evaluate, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(evaluate, "POLL_EVERY_S", 0.1)
     with pytest.raises(DisScaleError, match="nothing was published or saved for 0 s: is training running"):
-        evaluate._evaluate_all(open_folder(tmp_path), recipe, "cpu", set())
-    assert len(opened) == 1
+        evaluate.evaluate(sweep, [])
+    assert len(opened) == 1, "it is not restarted"
 
 
 def test_seconds_add_up_and_name_the_rate() -> None:

@@ -1,0 +1,63 @@
+"""Restarts: which failures lead to another attempt, how many there are, how long they wait, and the error after the last."""
+
+import pytest
+
+from dis_scale.errors import DisScaleError, StorageAway, StorageError
+from dis_scale.recipe import Recipe
+from pipelines import restarts, stage
+from pipelines.worker import WorkerFailure
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that each attempt waited for the one before."""
+    waited: list[float] = []
+    monkeypatch.setattr(stage, "pause", waited.append)
+    return waited
+
+
+def run(recipe: Recipe, failures: list[Exception], stored: list[int]) -> list[WorkerFailure | None]:
+    """Run attempts that end in these failures, then one that succeeds; return the failure that each was given."""
+    left, given = list(failures), list[WorkerFailure | None]()
+    counts = iter(stored)
+
+    def attempt(failure: WorkerFailure | None) -> list[WorkerFailure | None]:
+        given.append(failure)
+        if left:
+            raise left.pop(0)
+        return given
+
+    return restarts.with_restarts(recipe, "dis", attempt, lambda: next(counts))
+
+
+def test_attempts_without_progress_wait_longer_each_time_and_progress_resets_the_count(
+    tiny: Recipe, waits: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    failures = [WorkerFailure("a worker was lost", done) for done in (10, 12, 15, 99, 98)]
+    given = run(tiny, failures, [0, 0, 0, 0, 80, 80])
+    assert waits == [0, 2, 4, 0, 2]
+    assert given == [None, *failures]
+    assert "dis: a worker was lost; restart from the stored state in 0 s, 2 more attempts without progress" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_crash_at_the_same_count_is_called_deterministic(tiny: Recipe, waits: list[float]) -> None:
+    with pytest.raises(
+        DisScaleError,
+        match=r"dis: crashed 4 times in a row with 112 done: this looks deterministic; .* last failure: worker lost",
+    ):
+        run(tiny, [WorkerFailure("worker lost", 112)] * 4, [80] * 5)
+    assert waits == [0, 2, 4]
+
+
+def test_failures_at_different_counts_are_not(tiny: Recipe, waits: list[float]) -> None:
+    failures: list[Exception] = [WorkerFailure("worker lost", done) for done in (96, 112, 96, 128)]
+    with pytest.raises(DisScaleError, match="dis: 4 attempts in a row failed without progress: worker lost"):
+        run(tiny, failures, [80] * 5)
+
+
+def test_an_attempt_follows_unavailable_storage_but_not_damage(tiny: Recipe, waits: list[float]) -> None:
+    assert len(run(tiny, [StorageAway("away")], [0, 0])) == 2
+    with pytest.raises(StorageError, match="damaged"):
+        run(tiny, [StorageError("damaged")], [0, 0])

@@ -1,0 +1,19 @@
+"""World sizes: an attempt has the largest one of the recipe for which the nodes have capacity."""
+
+from dis_scale.recipe import reading
+from pipelines.train import capacity, largest_fitting
+from tests.conftest import TINY
+
+
+def test_an_attempt_uses_the_largest_divisor_of_the_lanes_that_fits() -> None:
+    sizes = reading.load(TINY, ["train.lanes=8", "train.workers=2..6"]).train.world_sizes
+    assert sizes == [4, 2]
+    bundle = {"CPU": 1, "train": 1.0}
+    fitting = [largest_fitting(sizes, capacity(bundle, [{"CPU": cpus, "train": 8}])) for cpus in (9, 5, 3, 1)]
+    assert fitting == [4, 4, 2, 0]
+    assert capacity(bundle, [{"CPU": 8.0}]) == 0
+
+
+def test_one_workers_resources_are_on_one_node() -> None:
+    bundle = {"CPU": 2, "train": 1.0}
+    assert capacity(bundle, [{"CPU": 3, "train": 2}, {"CPU": 1, "train": 1}, {"CPU": 4, "train": 1}]) == 2
