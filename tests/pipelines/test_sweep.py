@@ -1,64 +1,73 @@
-"""What the sweep does when something around it is missing; its way through the stages is in tests/e2e."""
+"""The driver when something that it needs is missing or fails; a complete sweep is in tests/e2e."""
 
 import io
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from ray.job_submission import JobStatus
 from rich.console import Console
 
-from dis_scale import plan as plans
-from dis_scale import sweep as sweeps
-from dis_scale import tracking
-from dis_scale.errors import Held, UserError
+from dis_scale.errors import DisScaleError, Held, Preempted, UserError
+from dis_scale.plan import price_sweep
 from dis_scale.progress import Board
 from dis_scale.recipe import LatentShape, Recipe, reading
 from dis_scale.storage import lease
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import Sweep
-from pipelines.jobs import Cluster
+from dis_scale.sweep import TRACKING, Sweep, state
+from dis_scale.tracking import mlflow
+from pipelines import sweep as pipeline
+from pipelines.cluster import Cluster
+from pipelines.sweep import Driver, Failures
 from tests.conftest import TINY
 
 
-def begin(recipe: Recipe, root: Path) -> Sweep:
+def driver_of(recipe: Recipe, root: Path) -> Driver:
     console = Console(file=io.StringIO(), width=200, record=True)
-    return Sweep(recipe, open_folder(root) / "sweeps/tiny", plans.plan(recipe, LatentShape(4, 8)), Board(console))
+    return Driver(Sweep.below(open_folder(root), recipe), Board(console))
+
+
+def logged(driver: Driver) -> str:
+    return driver.board.console.export_text(clear=False)
 
 
 def cluster(name: str) -> Cluster:
-    return Cluster(None, {}, name, False, 1, 0, name)  # type: ignore[arg-type]
+    return Cluster(None, {}, name, ours=False, capacity=1, gpus=0, id=name)  # type: ignore[arg-type]
 
 
 def test_a_second_sweep_joins_on_the_same_ray_and_is_refused_on_another(tiny: Recipe, tmp_path: Path) -> None:
-    sweep, other = begin(tiny, tmp_path), psutil.Process().parent()
+    driver, other = driver_of(tiny, tmp_path), psutil.Process().parent()
     assert other
     holder = lease._me() | {"pid": other.pid, "started": other.create_time(), "cluster": "here"}
-    sweep.folder.create("leases/sweep/0001", json.dumps(holder).encode())
-    with sweeps._one_at_a_time(sweep, cluster("here")):
-        assert f"joined   process {other.pid}, which runs this sweep" in sweep.board.console.export_text()
+    driver.sweep.lease("sweep").create("0001", json.dumps(holder).encode())
+    with pipeline.one_at_a_time(driver, cluster("here")):
+        assert f"joined   process {other.pid}, which runs this sweep on the same Ray" in logged(driver)
     with (
         pytest.raises(Held, match=f"leases/sweep: held by process {other.pid} on .*: one writer at a time"),
-        sweeps._one_at_a_time(sweep, cluster("elsewhere")),
+        pipeline.one_at_a_time(driver, cluster("elsewhere")),
     ):
         pass
-    assert sweep.folder.list("leases/sweep") == ["0001"]
+    assert driver.sweep.folder.list("leases/sweep") == ["0001"]
 
 
-def test_mlflow_away_is_said_and_stops_nothing(tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(*_: Any) -> None:
+def test_an_unreachable_mlflow_is_logged_and_stops_nothing(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
         raise ConnectionError("connection refused")
 
-    monkeypatch.setattr(tracking, "begin", away)
-    sweep = begin(tiny, tmp_path)
-    sweeps._begin_tracking(sweep, "http://nowhere:1")
-    said = sweep.board.console.export_text()
-    assert "MLflow cannot be reached at http://nowhere:1, results are in storage alone: connection refused" in said
+    monkeypatch.setattr(mlflow, "create_runs", refuse)
+    driver = driver_of(tiny, tmp_path)
+    pipeline.begin_tracking(driver, price_sweep(tiny, LatentShape(4, 8)), "http://nowhere:1")
+    words = "MLflow cannot be reached at http://nowhere:1, results are in storage only: connection refused"
+    assert words in logged(driver)
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "words"),
     [
         (["data.source={kind: folder, url: /nowhere}"], "no images in class folders below /nowhere"),
         (
@@ -67,29 +76,143 @@ def test_mlflow_away_is_said_and_stops_nothing(tiny: Recipe, tmp_path: Path, mon
         ),
     ],
 )
-def test_what_is_missing_is_found_before_the_sweep_has_an_identity(
-    tmp_path: Path, settings: list[str], said: str
-) -> None:
+def test_missing_inputs_are_refused_before_the_sweep_is_stored(tmp_path: Path, settings: list[str], words: str) -> None:
     recipe = reading.load(TINY, [*settings, f"storage.root={tmp_path}"])
-    with pytest.raises(UserError, match=said):
-        sweeps.run(recipe, Console(file=io.StringIO()))
+    with pytest.raises(UserError, match=words):
+        pipeline.run_sweep(recipe, Console(file=io.StringIO()))
     assert not (tmp_path / "sweeps").exists()
 
 
 def test_a_stored_recipe_of_another_identity_is_refused_with_the_difference(tiny: Recipe, tmp_path: Path) -> None:
-    place = open_folder(tmp_path) / "sweeps/tiny"
-    place.write("recipe.yaml", reading.dump(tiny).encode())
+    Sweep.below(open_folder(tmp_path), tiny).save_recipe()
     other = reading.load(TINY, ["seed=5", f"storage.root={tmp_path}"])
     with pytest.raises(UserError, match=r"was begun with another recipe; .*\n  seed: stored 0, given 5"):
-        sweeps.run(other, Console(file=io.StringIO()))
+        pipeline.run_sweep(other, Console(file=io.StringIO()))
 
 
-def test_an_emptied_mlflow_gets_its_runs_again(tmp_path: Path) -> None:
-    place = open_folder(tmp_path) / "sweeps/s"
-    first = tracking.begin(place, f"sqlite:///{tmp_path}/one.db", {"dis": {"seed": 0}})
-    place.write_json(tracking.FILE, first | {"uri": f"sqlite:///{tmp_path}/two.db"})
-    tracking.begin(open_folder(tmp_path) / "sweeps/t", f"sqlite:///{tmp_path}/two.db", {})
-    again = tracking.begin(place, f"sqlite:///{tmp_path}/two.db", {"dis": {"seed": 0}})
-    assert again["sweep"] != first["sweep"]
-    run = tracking.client(again["uri"]).get_run(again["models"]["dis"])
+def test_an_emptied_mlflow_gets_its_runs_again(tiny: Recipe, tmp_path: Path) -> None:
+    sweep = Sweep(open_folder(tmp_path) / "sweeps/s", tiny)
+    first = mlflow.create_runs(sweep, f"sqlite:///{tmp_path}/one.db", {"dis": {"seed": 0}})
+    sweep.folder.write_json(TRACKING, first | {"uri": f"sqlite:///{tmp_path}/two.db"})
+    other = Sweep(open_folder(tmp_path) / "sweeps/t", tiny)
+    mlflow.create_runs(other, f"sqlite:///{tmp_path}/two.db", {})
+    second = mlflow.create_runs(sweep, f"sqlite:///{tmp_path}/two.db", {"dis": {"seed": 0}})
+    assert second["sweep"] != first["sweep"]
+    run = mlflow.open_client(second["uri"]).get_run(second["models"]["dis"])
     assert run.data.params == {"seed": "0"}
+
+
+# -- failures of jobs --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class FakeJob:
+    """A job without Ray: its statuses one after the other, the last for ever, and the error that it ends with."""
+
+    statuses: list[JobStatus]
+    failure: DisScaleError = field(default_factory=lambda: DisScaleError("no failure"))
+    id: str = "job"
+    ours: bool = True
+
+    def status(self) -> JobStatus:
+        return self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
+
+    def ended(self) -> bool:
+        return self.status() != JobStatus.RUNNING
+
+    def lines(self) -> list[str]:
+        return []
+
+    def reason(self) -> str:
+        return str(self.failure)
+
+    def error(self, words: str) -> DisScaleError:
+        return type(self.failure)(words)
+
+
+def failed(why: str) -> FakeJob:
+    return FakeJob([JobStatus.FAILED], DisScaleError(why))
+
+
+def train_and_evaluate(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, jobs: dict[tuple[str, ...], FakeJob]
+) -> Failures:
+    """Run these jobs, by stage and arguments, in place of those on Ray."""
+    monkeypatch.setattr(pipeline, "POLL_EVERY_S", 0.0)
+    monkeypatch.setattr(pipeline.jobs, "submit", lambda _, __, *words: jobs[words])
+    return pipeline._train_and_evaluate(driver, cluster("here"))
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Driver:
+    """A sweep whose models are `evaluate`, like the stage, and `dit`."""
+    model = "{kind: dit, width: 16, depth: 1, heads: 2, patch: 4}"
+    return driver_of(reading.load(TINY, [f"models={{evaluate: {model}, dit: {model}}}"]), tmp_path)
+
+
+SUCCEEDED = FakeJob([JobStatus.SUCCEEDED])
+
+
+def test_a_model_named_evaluate_keeps_its_failure_apart_from_evaluations(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = {
+        ("evaluate",): failed("the VAE is damaged"),
+        ("train", "evaluate"): failed("a worker was lost"),
+        ("train", "dit"): SUCCEEDED,
+    }
+    failures = train_and_evaluate(driver, monkeypatch, jobs)
+    assert failures == Failures({"evaluate": "a worker was lost"}, "the VAE is damaged")
+    assert failures.words() == "evaluate failed: a worker was lost; evaluate failed: the VAE is damaged"
+    assert state.ended(driver.sweep, "evaluate") == "a worker was lost"
+    assert "evaluate failed: a worker was lost; the other jobs continue" in logged(driver)
+
+
+def test_a_failed_evaluation_is_no_failure_of_a_model_named_evaluate(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = {
+        ("evaluate",): failed("the VAE is damaged"), ("train", "evaluate"): SUCCEEDED, ("train", "dit"): SUCCEEDED,
+    }  # fmt: skip
+    failures = train_and_evaluate(driver, monkeypatch, jobs)
+    assert failures == Failures({}, "the VAE is damaged")
+    assert state.ended(driver.sweep, "evaluate") is None
+
+
+def test_a_failed_model_does_not_hide_the_others(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = {
+        ("evaluate",): SUCCEEDED, ("train", "evaluate"): SUCCEEDED, ("train", "dit"): failed("a worker was lost"),
+    }  # fmt: skip
+    failures = train_and_evaluate(driver, monkeypatch, jobs)
+    assert failures == Failures({"dit": "a worker was lost"})
+    assert (state.ended(driver.sweep, "dit"), state.ended(driver.sweep, "evaluate")) == ("a worker was lost", None)
+
+
+@pytest.mark.parametrize("polls", range(6))
+def test_an_evaluation_that_fails_at_any_moment_is_noted(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, polls: int
+) -> None:
+    """After the end of training, before or after any poll of its status."""
+    evaluation = FakeJob([JobStatus.RUNNING] * polls + [JobStatus.FAILED], DisScaleError("the VAE is damaged"))
+    jobs = {("evaluate",): evaluation, ("train", "evaluate"): SUCCEEDED, ("train", "dit"): SUCCEEDED}
+    assert train_and_evaluate(driver, monkeypatch, jobs).evaluation == "the VAE is damaged"
+
+
+@pytest.mark.parametrize("job", [("evaluate",), ("train", "dit")], ids=" ".join)
+@pytest.mark.parametrize("error", [Preempted("stopped"), Held("held by process 1")], ids=["stopped", "held"])
+def test_a_job_that_was_stopped_or_is_held_elsewhere_is_no_failure(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, job: tuple[str, ...], error: DisScaleError
+) -> None:
+    jobs = {("evaluate",): SUCCEEDED, ("train", "evaluate"): SUCCEEDED, ("train", "dit"): SUCCEEDED}
+    with pytest.raises(type(error)):
+        train_and_evaluate(driver, monkeypatch, jobs | {job: FakeJob([JobStatus.FAILED], error)})
+    assert state.ended(driver.sweep, "dit") is None
+
+
+def test_failures_are_shown_in_one_line() -> None:
+    failures = Failures({"dis": "a worker was lost"}, "no space left", {"evaluation of dit at 0 images": "damaged"})
+    assert failures.words() == (
+        "dis failed: a worker was lost; evaluate failed: no space left; evaluation of dit at 0 images failed: damaged"
+    )
+    assert Failures().words() == ""
+    assert Failures(evaluation="").words() == "evaluate failed: ", "a failure without a reason is a failure"
