@@ -74,15 +74,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         at = Path(sys.argv[1] if len(sys.argv) > 1 else scratch)
         pauses(at)
-        found = rates(open_folder(at))
-        for part, rate in found.items():
+        speeds = rates(open_folder(at))
+        for part, rate in speeds.items():
             print(f"{part:14} {rate / 1e9:6.2f} GB/s")
         for world in RANKS:
             share = H_PARAMETERS * STATES * FLOAT32 / world
-            after = sum(share / rate for part, rate in found.items() if part != "clone")
+            after = sum(share / rate for part, rate in speeds.items() if part != "clone")
             print(
-                f"DiS-H, {world} ranks: {share / 1e9:.2f} GB a rank: training stands still {share / found['clone']:.2f} s, "
-                f"then {after:.1f} s beside it"
+                f"DiS-H, {world} ranks: {share / 1e9:.2f} GB per rank: training pauses {share / speeds['clone']:.2f} s, "
+                f"then {after:.1f} s next to training"
             )
 
 

@@ -118,8 +118,8 @@ def test_two_processes_that_list_at_once_use_the_first_listing(tmp_path: Path) -
 def test_a_damaged_listing_is_named(tmp_path: Path) -> None:
     store = open_folder(tmp_path)
     open_source(data(labelled_images.class_folders(open_folder(tmp_path) / "images")), store)
-    (place,) = store.list("listings")
-    (name,) = [n for n in (store / "listings" / place).list() if n != manifest.NAME]
-    (store / "listings" / place).write(name, b"x")
-    with pytest.raises(StorageError, match=f"{place}/{name}: damaged: 1 bytes, its manifest says"):
+    (folder,) = store.list("listings")
+    (name,) = [n for n in (store / "listings" / folder).list() if n != manifest.NAME]
+    (store / "listings" / folder).write(name, b"x")
+    with pytest.raises(StorageError, match=f"{folder}/{name}: damaged: 1 bytes, its manifest says"):
         open_source(data(labelled_images.class_folders(open_folder(tmp_path) / "images")), store).names[0]

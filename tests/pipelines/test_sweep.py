@@ -17,7 +17,7 @@ from dis_scale.progress import Board
 from dis_scale.recipe import LatentShape, Recipe, reading
 from dis_scale.storage import lease
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import TRACKING, Sweep, state
+from dis_scale.sweep import Sweep, state
 from dis_scale.tracking import mlflow
 from pipelines import sweep as pipeline
 from pipelines.cluster import Cluster
@@ -88,18 +88,6 @@ def test_a_stored_recipe_of_another_identity_is_refused_with_the_difference(tiny
     other = reading.load(TINY, ["seed=5", f"storage.root={tmp_path}"])
     with pytest.raises(UserError, match=r"was begun with another recipe; .*\n  seed: stored 0, given 5"):
         pipeline.run_sweep(other, Console(file=io.StringIO()))
-
-
-def test_an_emptied_mlflow_gets_its_runs_again(tiny: Recipe, tmp_path: Path) -> None:
-    sweep = Sweep(open_folder(tmp_path) / "sweeps/s", tiny)
-    first = mlflow.create_runs(sweep, f"sqlite:///{tmp_path}/one.db", {"dis": {"seed": 0}})
-    sweep.folder.write_json(TRACKING, first | {"uri": f"sqlite:///{tmp_path}/two.db"})
-    other = Sweep(open_folder(tmp_path) / "sweeps/t", tiny)
-    mlflow.create_runs(other, f"sqlite:///{tmp_path}/two.db", {})
-    second = mlflow.create_runs(sweep, f"sqlite:///{tmp_path}/two.db", {"dis": {"seed": 0}})
-    assert second["sweep"] != first["sweep"]
-    run = mlflow.open_client(second["uri"]).get_run(second["models"]["dis"])
-    assert run.data.params == {"seed": "0"}
 
 
 # -- failures of jobs --------------------------------------------------------------------------------------------------

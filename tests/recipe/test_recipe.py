@@ -1,4 +1,4 @@
-"""A recipe's mistakes are named with key, what was got and what was expected; two recipes of one name are told apart."""
+"""Errors in a recipe name the key, the given value and the expected one; two recipes of one name are distinguished."""
 
 import re
 from pathlib import Path
@@ -16,19 +16,19 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_shipped_recipe_is_valid_flat_and_says_how_to_run_it(path: Path) -> None:
+def test_every_shipped_recipe_is_valid_short_and_names_its_command(path: Path) -> None:
     text = path.read_text()
     reading.load(path)
     assert len(text.splitlines()) <= 60
     assert f"python -m dis_scale.sweep configs/{path.name}" in text
 
 
-def test_a_recipe_survives_storage(tiny: Recipe) -> None:
+def test_a_stored_recipe_is_read_back_unchanged(tiny: Recipe) -> None:
     assert reading.parse(reading.dump(tiny), "stored") == tiny
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "words"),
     [
         ("train.lane=4", "train.lane: unknown key (did you mean 'lanes'?)"),
         ("models.dis.widht=8", "models.dis.widht: unknown key (did you mean 'width'?)"),
@@ -49,10 +49,10 @@ def test_a_recipe_survives_storage(tiny: Recipe) -> None:
         ("models.dis.preset=[1]", "unknown preset '[1]'"),
     ],
 )
-def test_mistakes_are_named(override: str, said: str) -> None:
+def test_mistakes_are_named(override: str, words: str) -> None:
     with pytest.raises(UserError) as caught:
         reading.load(TINY, [override])
-    assert said in str(caught.value)
+    assert words in str(caught.value)
 
 
 def test_a_missing_recipe_is_named() -> None:
@@ -60,7 +60,7 @@ def test_a_missing_recipe_is_named() -> None:
         reading.load("none.yaml")
 
 
-def test_what_is_not_yaml_is_said(tmp_path: Path) -> None:
+def test_invalid_yaml_is_named(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("a: [1")
     with pytest.raises(UserError, match=r"r.yaml: not YAML"):
         reading.load(tmp_path / "r.yaml")
@@ -99,7 +99,7 @@ def test_runtime_and_extent_may_change(tiny: Recipe, allowed: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "words"),
     [
         ("seed=1", "seed: stored 0, given 1"),
         ("train.batch_images=32", "train.batch_images: stored 16, given 32"),
@@ -112,12 +112,12 @@ def test_runtime_and_extent_may_change(tiny: Recipe, allowed: str) -> None:
         ),
     ],
 )
-def test_identity_may_not_change(tiny: Recipe, changed: str, said: str) -> None:
+def test_identity_may_not_change(tiny: Recipe, changed: str, words: str) -> None:
     differences = identity_differences(tiny, reading.load(TINY, [changed, "train.resume_every_images=160"]))
-    assert said in differences
+    assert words in differences
 
 
-def test_longer_training_is_refused_where_the_schedule_has_an_end() -> None:
+def test_longer_training_is_refused_if_the_schedule_has_an_end() -> None:
     begun = reading.load(TINY, ["train.decay=linear"])
     longer = reading.load(TINY, ["train.decay=linear", "train.publish_images=[0, 160, 320, 640]"])
     assert identity_differences(begun, longer) == ["train.publish_images: the linear decay ends at 320, given 640"]
@@ -143,12 +143,12 @@ def test_longer_training_is_refused_where_the_schedule_has_an_end() -> None:
         (["evaluate.ema_width=0.5"], "evaluate.ema_width: got 0.5, expected: less than or equal to 0.28"),
     ],
 )
-def test_what_cannot_be_measured_or_drawn_is_refused(settings: list[str], line: str) -> None:
+def test_settings_that_cannot_be_sampled_or_measured_are_refused(settings: list[str], line: str) -> None:
     with pytest.raises(UserError, match=re.escape(line)):
         reading.load(TINY, settings)
 
 
-def test_a_way_to_draw_may_come_but_not_change_under_its_name() -> None:
+def test_a_variant_may_be_added_but_not_changed() -> None:
     stored, more = reading.load(TINY), reading.load(TINY, ["evaluate.variants.plain={guidance: 1.0}"])
     assert identity_differences(stored, more) == []
     other = reading.load(TINY, ["evaluate.variants.wide.guidance=2.0"])

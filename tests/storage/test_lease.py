@@ -1,4 +1,4 @@
-"""One writer per run: a dead holder frees it at once, a living one keeps it."""
+"""One writer a run: the dead free it at once, the living keep it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Rows are kept once, by the first that logged them; MLflow receives each once and may be away."""
+"""Each row is kept once, from the first attempt that logged it; MLflow receives it once and may be away."""
 
 import logging
 from pathlib import Path

@@ -48,7 +48,7 @@ def test_a_fork_trains_on_to_the_bit(sweep: Sweep) -> None:
         ("dit", 80, "X!", r"models.X!"),
     ],
 )
-def test_what_cannot_be_forked_is_said_and_nothing_is_written(
+def test_an_impossible_fork_is_refused_and_writes_nothing(
     sweep: Sweep, model: str, images: int, new: str, words: str
 ) -> None:
     before = sweep.folder.list("runs")
