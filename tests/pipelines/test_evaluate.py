@@ -12,7 +12,7 @@ from dis_scale.errors import DisScaleError, Preempted, StorageAway, StorageError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sampled, Sweep, state
-from pipelines import evaluate
+from pipelines import evaluate, stage
 from pipelines.worker import WorkerFailure
 from tests.conftest import TINY
 
@@ -70,7 +70,7 @@ def test_a_failure_that_is_not_the_checkpoints_skips_nothing(
 def test_an_evaluation_without_news_ends_with_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = sweep_at(tmp_path, reading.load(TINY, ["evaluate.give_up_after_s=0.3"]))
     opened: list[Any] = []
-    monkeypatch.setattr(evaluate.stage, "connect", lambda: None)
+    monkeypatch.setattr(stage, "connect", lambda: None)
     monkeypatch.setattr(evaluate, "choose_device", lambda _: ("cpu", "test"))
     monkeypatch.setattr(evaluate, "open_evaluation", lambda *arguments: opened.append(arguments))
     monkeypatch.setattr(evaluate, "POLL_EVERY_S", 0.1)

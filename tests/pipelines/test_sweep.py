@@ -1,7 +1,6 @@
 """The driver when something that it needs is missing or fails; a complete sweep is in tests/e2e."""
 
 import io
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from dis_scale.storage import lease
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.tracking import mlflow
+from pipelines import jobs
 from pipelines import sweep as pipeline
 from pipelines.cluster import Cluster
 from pipelines.sweep import Driver, Failures
@@ -41,8 +41,9 @@ def cluster(name: str) -> Cluster:
 def test_a_second_sweep_joins_on_the_same_ray_and_is_refused_on_another(tiny: Recipe, tmp_path: Path) -> None:
     driver, other = driver_of(tiny, tmp_path), psutil.Process().parent()
     assert other
-    holder = lease._me() | {"pid": other.pid, "started": other.create_time(), "cluster": "here"}
-    driver.sweep.lease("sweep").create("0001", json.dumps(holder).encode())
+    with lease.hold(open_folder(tmp_path) / "another", "here") as ours:
+        holder = ours.folder.read_json("0001") | {"pid": other.pid, "started": other.create_time()}
+    driver.sweep.lease("sweep").write_json("0001", holder)
     with pipeline.one_at_a_time(driver, cluster("here")):
         assert f"joined   process {other.pid}, which runs this sweep on the same Ray" in logged(driver)
     with (
@@ -123,11 +124,11 @@ def failed(why: str) -> FakeJob:
 
 
 def train_and_evaluate(
-    driver: Driver, monkeypatch: pytest.MonkeyPatch, jobs: dict[tuple[str, ...], FakeJob]
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, fakes: dict[tuple[str, ...], FakeJob]
 ) -> Failures:
     """Run these jobs, by stage and arguments, in place of those on Ray."""
     monkeypatch.setattr(pipeline, "POLL_EVERY_S", 0.0)
-    monkeypatch.setattr(pipeline.jobs, "submit", lambda _, __, *words: jobs[words])
+    monkeypatch.setattr(jobs, "submit", lambda _, __, *words: fakes[words])
     return pipeline._train_and_evaluate(driver, cluster("here"))
 
 
@@ -144,12 +145,12 @@ SUCCEEDED = FakeJob([JobStatus.SUCCEEDED])
 def test_a_model_named_evaluate_keeps_its_failure_apart_from_evaluations(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = {
+    fakes = {
         ("evaluate",): failed("the VAE is damaged"),
         ("train", "evaluate"): failed("a worker was lost"),
         ("train", "dit"): SUCCEEDED,
     }
-    failures = train_and_evaluate(driver, monkeypatch, jobs)
+    failures = train_and_evaluate(driver, monkeypatch, fakes)
     assert failures == Failures({"evaluate": "a worker was lost"}, "the VAE is damaged")
     assert failures.words() == "evaluate failed: a worker was lost; evaluate failed: the VAE is damaged"
     assert state.ended(driver.sweep, "evaluate") == "a worker was lost"
@@ -159,19 +160,19 @@ def test_a_model_named_evaluate_keeps_its_failure_apart_from_evaluations(
 def test_a_failed_evaluation_is_no_failure_of_a_model_named_evaluate(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = {
+    fakes = {
         ("evaluate",): failed("the VAE is damaged"), ("train", "evaluate"): SUCCEEDED, ("train", "dit"): SUCCEEDED,
     }  # fmt: skip
-    failures = train_and_evaluate(driver, monkeypatch, jobs)
+    failures = train_and_evaluate(driver, monkeypatch, fakes)
     assert failures == Failures({}, "the VAE is damaged")
     assert state.ended(driver.sweep, "evaluate") is None
 
 
 def test_a_failed_model_does_not_hide_the_others(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = {
+    fakes = {
         ("evaluate",): SUCCEEDED, ("train", "evaluate"): SUCCEEDED, ("train", "dit"): failed("a worker was lost"),
     }  # fmt: skip
-    failures = train_and_evaluate(driver, monkeypatch, jobs)
+    failures = train_and_evaluate(driver, monkeypatch, fakes)
     assert failures == Failures({"dit": "a worker was lost"})
     assert (state.ended(driver.sweep, "dit"), state.ended(driver.sweep, "evaluate")) == ("a worker was lost", None)
 
@@ -182,8 +183,8 @@ def test_an_evaluation_that_fails_at_any_moment_is_noted(
 ) -> None:
     """After the end of training, before or after any poll of its status."""
     evaluation = FakeJob([JobStatus.RUNNING] * polls + [JobStatus.FAILED], DisScaleError("the VAE is damaged"))
-    jobs = {("evaluate",): evaluation, ("train", "evaluate"): SUCCEEDED, ("train", "dit"): SUCCEEDED}
-    assert train_and_evaluate(driver, monkeypatch, jobs).evaluation == "the VAE is damaged"
+    fakes = {("evaluate",): evaluation, ("train", "evaluate"): SUCCEEDED, ("train", "dit"): SUCCEEDED}
+    assert train_and_evaluate(driver, monkeypatch, fakes).evaluation == "the VAE is damaged"
 
 
 @pytest.mark.parametrize("job", [("evaluate",), ("train", "dit")], ids=" ".join)
@@ -191,9 +192,9 @@ def test_an_evaluation_that_fails_at_any_moment_is_noted(
 def test_a_job_that_was_stopped_or_is_held_elsewhere_is_no_failure(
     driver: Driver, monkeypatch: pytest.MonkeyPatch, job: tuple[str, ...], error: DisScaleError
 ) -> None:
-    jobs = {("evaluate",): SUCCEEDED, ("train", "evaluate"): SUCCEEDED, ("train", "dit"): SUCCEEDED}
+    fakes = {("evaluate",): SUCCEEDED, ("train", "evaluate"): SUCCEEDED, ("train", "dit"): SUCCEEDED}
     with pytest.raises(type(error)):
-        train_and_evaluate(driver, monkeypatch, jobs | {job: FakeJob([JobStatus.FAILED], error)})
+        train_and_evaluate(driver, monkeypatch, fakes | {job: FakeJob([JobStatus.FAILED], error)})
     assert state.ended(driver.sweep, "dit") is None
 
 
