@@ -1,32 +1,45 @@
-"""Who may import whom: lower layers never higher ones, and each heavy dependency is imported behind its door alone.
+"""Which part may import which: lower layers never import higher ones, and each heavy dependency is imported in its door only.
 
-Imports are read from the syntax tree, lazy ones included; code that is held in a string does not count.
+Imports are read from the syntax tree, lazy ones included; code in a string does not count. A part is a file or a folder of
+dis_scale/; pipelines/ is one part. Each test collects its offenders from all files.
 """
 
 import ast
+import graphlib
 import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted(path for folder in ("dis_scale", "pipelines") for path in (ROOT / folder).rglob("*.py"))
+SOURCES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for folder in ("dis_scale", "pipelines")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+"""All product code, by path."""
 
 LAYERS = [
-    "errors seeds recipe faults storage manifest progress",
-    "scan diffusion data tracking lease vae ema",
-    "models checkpoint engine evidence pace",
-    "train trial evaluation small_nets fork",
-    "plan report mirror",
+    "errors seeds recipe faults progress",
+    "storage",
+    "sweep",
+    "scan diffusion data tracking vae",
+    "models training",
+    "small_nets evaluation",
+    "plan report",
     "pipelines",
-    "sweep cli vary",
+    "cli",
 ]
-"""From the lowest up; a part may import parts of its own layer and of those above it in this table."""
+"""From the lowest to the highest. A part imports only parts of its own layer and of lower ones."""
+UPWARD = {"dis_scale/sweep/__main__.py": ["cli"]}
+"""The only imports of a higher layer: the entry point `python -m dis_scale.sweep` is the command."""
 DOORS = {
     "ray": "pipelines",
     "deepspeed": "dis_scale/training/engine.py",
     "webdataset": "dis_scale/data/shards.py",
-    "mlflow": "dis_scale/tracking.py",
+    "mlflow": "dis_scale/tracking/mlflow.py",
     "diffusers": "dis_scale/vae.py",
     "torch_fidelity": "dis_scale/evaluation/inception.py",
     "fsspec": "dis_scale/storage/folder.py",
@@ -36,21 +49,66 @@ DOORS = {
     "matplotlib": "dis_scale/report/figures.py",
     "scipy": "dis_scale/report/fits.py dis_scale/evaluation",
     "typer": "dis_scale/cli.py",
-    "rich": "dis_scale/plan.py dis_scale/report dis_scale/progress.py dis_scale/cli.py dis_scale/sweep.py dis_scale/vary.py",
+    "rich": "dis_scale/plan.py dis_scale/report dis_scale/progress.py dis_scale/cli.py pipelines/sweep.py pipelines/ablate.py",
     "psutil": "dis_scale/storage/lease.py",
     "mamba_ssm": "dis_scale/scan",
     "causal_conv1d": "dis_scale/scan",
     "triton": "dis_scale/scan",
 }
-"""A dependency and the files or folder that may import it."""
+"""Each dependency, and the files or folders that may import it."""
 ANYWHERE = {"torch", "numpy", "PIL", "pydantic", "yaml", "safetensors"}
+AT_ONCE = ("errors", "recipe", "storage", "sweep", "cli")
+"""Parts that the command imports before it answers `--help` or a mistake."""
+SLOW = {"torch", "deepspeed", "ray", "mlflow", "diffusers"}
+"""Packages whose import takes seconds."""
+FOLDERS = {
+    "sweeps",
+    "runs",
+    "resume",
+    "published",
+    "log",
+    "lease",
+    "leases",
+    "evidence",
+    "extractors",
+    "evaluation",
+    "vary",
+}
+"""Folders of a sweep; only dis_scale/sweep/ builds paths with these names."""
+NAMED_AS_MODULE = {
+    "dis_scale/diffusion/generate.py": "exported pipelines import generate.generate",
+    "pipelines/prepare.py": "entry points of the stages have the stages' names",
+    "pipelines/precompute.py": "entry points of the stages have the stages' names",
+    "pipelines/train.py": "entry points of the stages have the stages' names",
+    "pipelines/evaluate.py": "entry points of the stages have the stages' names",
+}
+"""Files with a function of the file's own name, and the reason."""
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts.split()}
 
 
 def imported(source: str) -> set[str]:
-    """Dotted names that a file imports; `from a import b` gives `a.b`, whether b is a module or not."""
+    """Return the dotted names that a file imports; `from a import b` gives `a.b`, whether b is a module or not."""
+    return _names(ast.walk(ast.parse(source)))
+
+
+def imported_at_once(source: str) -> set[str]:
+    """Return the names that importing a file imports: not those in functions or under TYPE_CHECKING."""
+    return _names(_run_on_import(ast.parse(source)))
+
+
+def _run_on_import(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from _run_on_import(child)
+
+
+def _names(nodes: Iterable[ast.AST]) -> set[str]:
     names = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -60,70 +118,174 @@ def imported(source: str) -> set[str]:
 
 
 def part_of(name: str) -> str | None:
-    """The part of ours that a dotted name belongs to, None for others' packages and for `dis_scale` itself."""
+    """Return the part that a dotted name belongs to; None for other packages and for `dis_scale` itself."""
     first, *rest = name.split(".")
     if first == "dis_scale":
         return rest[0] if rest and rest[0] in RANK else None
     return first if first == "pipelines" else None
 
 
-def home_of(path: Path) -> str | None:
-    """The part that a file belongs to."""
-    return part_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+def module_of(path: str) -> str:
+    return path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+def used_parts(source: str) -> set[str]:
+    """Return the parts that a file imports."""
+    return {part for name in imported(source) if (part := part_of(name))}
 
 
 def climbs(part: str, source: str) -> list[str]:
-    """The parts above its own that a file of `part` imports."""
-    used = {other for name in imported(source) if (other := part_of(name))}
-    return sorted(other for other in used if RANK[other] > RANK[part])
+    """Return the parts of higher layers that a file of `part` imports."""
+    return sorted(other for other in used_parts(source) if RANK[other] > RANK[part])
 
 
-def packages(source: str) -> set[str]:
-    """Others' packages that a file imports."""
-    return {name.split(".")[0] for name in imported(source)} - set(sys.stdlib_module_names) - {"dis_scale", "pipelines"}
+def packages(names: Iterable[str]) -> set[str]:
+    """Return the packages of others among dotted names."""
+    return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"dis_scale", "pipelines"}
 
 
 def may_import(path: str, package: str) -> bool:
     return package in ANYWHERE or any(path == door or path.startswith(f"{door}/") for door in DOORS[package].split())
 
 
+def graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Return which part imports which others, without the entry points in UPWARD."""
+    edges: dict[str, set[str]] = {}
+    for path, source in sources.items():
+        if (part := part_of(module_of(path))) and path not in UPWARD:
+            edges.setdefault(part, set()).update(used_parts(source) - {part})
+    return edges
+
+
+def loaded_by(path: str) -> set[str]:
+    """Return the other packages that importing a file loads, directly or through files of ours."""
+    modules = {module_of(other): other for other in SOURCES}
+    packages_loaded, seen, left = set[str](), set[str](), [path]
+    while left:
+        if (current := left.pop()) in seen:
+            continue
+        seen.add(current)
+        names = imported_at_once(SOURCES[current])
+        packages_loaded |= packages(names)
+        for parts in (name.split(".") for name in names):
+            prefixes = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+            left += [modules[prefix] for prefix in prefixes & modules.keys()]
+    return packages_loaded
+
+
+def spelt_paths(source: str) -> list[str]:
+    """Return the strings joined to a folder with `/` that name a folder of a sweep."""
+    joins = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Div)]
+    constants = [c.value for join in joins for c in ast.walk(join.right) if isinstance(c, ast.Constant)]
+    return [text for text in constants if isinstance(text, str) and FOLDERS & set(text.split("/"))]
+
+
 def test_the_table_names_every_part() -> None:
-    there = {
+    parts = {
         path.stem for path in (ROOT / "dis_scale").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
     }
-    assert there - {"__init__"} | {"pipelines"} == RANK.keys()
+    assert parts - {"__init__"} | {"pipelines"} == RANK.keys()
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_lower_layers_never_import_higher_ones(path: Path) -> None:
-    if part := home_of(path):
-        assert climbs(part, path.read_text()) == []
+def test_lower_layers_never_import_higher_ones() -> None:
+    parts = {path: part_of(module_of(path)) for path in SOURCES}
+    found = {path: climbs(part, SOURCES[path]) for path, part in parts.items() if part}
+    assert {path: higher for path, higher in found.items() if higher} == UPWARD
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_heavy_dependencies_are_imported_behind_their_doors(path: Path) -> None:
-    where, used = str(path.relative_to(ROOT)), packages(path.read_text())
-    assert used - ANYWHERE <= DOORS.keys(), "a new dependency: give it a door, or put it under ANYWHERE"
-    assert [package for package in sorted(used) if not may_import(where, package)] == []
+def test_the_graph_of_parts_has_no_cycle() -> None:
+    graphlib.TopologicalSorter(graph(SOURCES)).prepare()
+
+
+def test_only_the_command_imports_pipelines() -> None:
+    importing = [path for path, source in SOURCES.items() if "pipelines" in used_parts(source)]
+    assert [path for path in importing if path.startswith("dis_scale/")] == ["dis_scale/cli.py"]
+
+
+def test_every_dependency_has_a_door() -> None:
+    used = {package for source in SOURCES.values() for package in packages(imported(source))}
+    assert used - ANYWHERE - DOORS.keys() == set(), "a new dependency: give it a door, or add it to ANYWHERE"
+
+
+def test_heavy_dependencies_are_imported_in_their_doors_only() -> None:
+    used = [(path, package) for path, source in SOURCES.items() for package in sorted(packages(imported(source)))]
+    assert [(path, package) for path, package in used if not may_import(path, package)] == []
+
+
+def test_the_command_answers_before_any_slow_import() -> None:
+    light = [path for path in SOURCES if part_of(module_of(path)) in AT_ONCE]
+    assert len(light) > len(AT_ONCE)
+    assert {path: slow for path in light if (slow := loaded_by(path) & SLOW)} == {}
 
 
 def test_reading_a_recipe_costs_no_heavy_import() -> None:
-    used = {name for path in (ROOT / "dis_scale/recipe").glob("*.py") for name in packages(path.read_text())}
-    assert used == {"pydantic", "yaml"}
+    reading = [source for path, source in SOURCES.items() if path.startswith("dis_scale/recipe/")]
+    assert {package for source in reading for package in packages(imported(source))} == {"pydantic", "yaml"}
+
+
+def test_paths_below_a_sweep_are_spelt_in_one_place() -> None:
+    elsewhere = {path: source for path, source in SOURCES.items() if not path.startswith("dis_scale/sweep/")}
+    assert {path: texts for path, source in elsewhere.items() if (texts := spelt_paths(source))} == {}
+
+
+def test_no_two_classes_share_a_name() -> None:
+    names = Counter(n.name for s in SOURCES.values() for n in ast.parse(s).body if isinstance(n, ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_no_function_has_its_modules_name() -> None:
+    named = [
+        path
+        for path, source in SOURCES.items()
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == module_of(path).rpartition(".")[2]
+    ]
+    assert sorted(named) == sorted(NAMED_AS_MODULE)
 
 
 @pytest.mark.parametrize(
     ("part", "source", "higher"),
     [
         ("data", "from dis_scale import models", ["models"]),
-        ("data", "def f():\n    from dis_scale.training.loop import train", ["training"]),
+        ("data", "def f():\n    from dis_scale.training.loop import train_model", ["training"]),
         ("report", "import pipelines.jobs", ["pipelines"]),
         ("training", "from dis_scale.data.latents import Latents", []),
-        ("models", "CODE = 'from dis_scale import sweep'", []),
+        ("models", "CODE = 'from dis_scale import cli'", []),
     ],
 )
-def test_a_climb_is_seen(part: str, source: str, higher: list[str]) -> None:
+def test_an_import_of_a_higher_layer_is_detected(part: str, source: str, higher: list[str]) -> None:
     assert climbs(part, source) == higher
+
+
+def test_a_cycle_is_detected() -> None:
+    cycle = {"dis_scale/data/x.py": "import dis_scale.vae", "dis_scale/vae.py": "def f():\n    import dis_scale.data.x"}
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(graph(cycle)).prepare()
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("import torch\ndef f():\n    import ray", {"torch"}),
+        ("if TYPE_CHECKING:\n    import torch", set()),
+        ("try:\n    import torch\nexcept ImportError:\n    pass", {"torch"}),
+    ],
+)
+def test_an_import_at_module_level_is_detected(source: str, names: set[str]) -> None:
+    assert imported_at_once(source) == names
+
+
+@pytest.mark.parametrize(
+    ("source", "texts"),
+    [
+        ("sweep.folder / 'runs' / model", ["runs"]),
+        ("sweep.folder / f'evaluation/{model}'", ["evaluation/"]),
+        ("sweep.run(model).resume / 'manifest.json'", []),
+        ("print('runs')", []),
+    ],
+)
+def test_a_spelt_path_is_detected(source: str, texts: list[str]) -> None:
+    assert spelt_paths(source) == texts
 
 
 @pytest.mark.parametrize(
