@@ -1,10 +1,13 @@
-"""The words are true: the README's commands, map and recipe, the prices of recipes, and no place of ours in any file."""
+"""The pages are true: the README's commands, map and recipe, the prices of recipes; and no file names a path of one machine.
+
+A test over many commands or files collects its offenders.
+"""
 
 import importlib.util
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import get_args
@@ -13,6 +16,7 @@ import pytest
 import typer.main
 
 from dis_scale.cli import app
+from dis_scale.errors import DisScaleError
 from dis_scale.models.cost import price_model
 from dis_scale.recipe import LatentShape, Recipe, Source, TrainedVae, VaeSettings, reading
 
@@ -21,34 +25,34 @@ README = (ROOT / "README.md").read_text()
 DATA = (ROOT / "docs" / "data.md").read_text()
 PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
 PRICED = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "digits")
-"""Recipes whose first lines hold a table of their price; the digits' is what the plan prints."""
+"""Recipes with a table of their price in their first lines; that of digits.yaml is what the plan prints."""
 SD_FACTOR = 8
-"""Pixels a latent position of Stable Diffusion's autoencoder, whose latents have 4 channels."""
+"""Pixels per latent position of Stable Diffusion's autoencoder; its latents have 4 channels."""
 
 TREE = subprocess.run(
     ["git", "-c", "safe.directory=*", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
 ).stdout.splitlines()
 FILES = [ROOT / name for name in TREE if (ROOT / name).is_file()]
-PLACES = re.compile(rb"(?<![\w.$}])/(?:home|root|work|Users|mnt)/\w")
-"""Absolute paths of somebody's machine; a user's own are written as /data or /shared."""
+MACHINE_PATHS = re.compile(rb"(?<![\w.$}])/(?:home|root|work|Users|mnt)/\w")
+"""Absolute paths of one machine; the pages write a user's own paths as /data or /shared."""
 
 
 def blocks(text: str) -> list[str]:
-    """The README's code, fenced and indented."""
+    """Return a page's code, fenced and indented."""
     fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     rest = re.sub(r"^```\w*\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     return fenced + re.findall(r"(?:^    .*\n)+", rest, re.MULTILINE)
 
 
 def commands() -> Iterator[list[str]]:
-    """The commands that are ours, without the path of the environment's programs and what a Ray job wraps around them."""
+    """Yield our own commands, without the environment's path and without `ray job submit ... --`."""
     for line in "\n".join(block for page in PAGES for block in blocks(page)).splitlines():
-        if found := re.match(r" *(?:\.venv/bin/|ray job submit .* -- )?((?:make|python|dis-scale) .*)", line):
-            yield shlex.split(found[1], comments=True)
+        if command := re.match(r" *(?:\.venv/bin/|ray job submit .* -- )?((?:make|python|dis-scale) .*)", line):
+            yield shlex.split(command[1], comments=True)
 
 
 SNIPPETS = {name: text for text in blocks(README) for name in re.findall(r"\A# (\S+\.yaml)\n", text)}
-"""Recipes in the README by the file name in their first line."""
+"""Recipes in the README, by the file name in their first line."""
 
 
 def load(path: str, overrides: list[str]) -> Recipe:
@@ -62,7 +66,7 @@ def targets() -> set[str]:
 
 
 def require_known(command: str, arguments: list[str]) -> None:
-    """The command's options exist, and its recipe loads with its overrides."""
+    """Fail unless the command's options exist and its recipe loads with its overrides."""
     known = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
     options = {name for parameter in known.params for name in parameter.opts}
     assert {word for word in arguments if word.startswith("--")} <= options
@@ -71,7 +75,7 @@ def require_known(command: str, arguments: list[str]) -> None:
 
 
 def require_shape(words: list[str]) -> None:
-    """The command and its options exist, and it takes so many arguments."""
+    """Fail unless the command and its options exist and the number of arguments is right."""
     known = typer.main.get_command(app)
     while hasattr(known, "commands"):
         known = known.commands[words[0]]
@@ -84,13 +88,14 @@ def require_shape(words: list[str]) -> None:
 
 
 def sources() -> list[str]:
-    """Each `source: {...}` of the README's and docs' code, whole recipes apart."""
+    """Return each line `source: {...}` in the code of the README and of docs/data.md; not those within a recipe."""
     return [line for text in blocks(README) + blocks(DATA) for line in re.findall(r"^source: {.*}", text, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("line", sources())
-def test_every_source_shown_is_one(line: str) -> None:
-    reading.load(ROOT / "configs" / "imagenet256.yaml", [f"data.{line.replace(': ', '=', 1)}"])
+def test_every_source_shown_is_valid() -> None:
+    assert sources()
+    for line in sources():
+        reading.load(ROOT / "configs" / "imagenet256.yaml", [f"data.{line.replace(': ', '=', 1)}"])
 
 
 def test_the_data_page_names_every_kind_of_source_and_vae() -> None:
@@ -98,8 +103,8 @@ def test_the_data_page_names_every_kind_of_source_and_vae() -> None:
     assert {kind for kind in kinds if f"| `{kind}` |" not in DATA} == set()
 
 
-@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
-def test_commands_name_what_is_there(words: list[str]) -> None:
+def require_command(words: list[str]) -> None:
+    """Fail unless the command's program, target or module exists and its arguments are right."""
     match words:
         case ["make", target, *variables]:
             assert target in targets()
@@ -108,17 +113,42 @@ def test_commands_name_what_is_there(words: list[str]) -> None:
             assert importlib.util.find_spec("dis_scale.sweep")
             require_known("sweep", arguments)
         case ["python", "-m", module, *modules] if module.startswith("benchmarks."):
-            named = [f"benchmarks.{name}" for name in modules[1:]] if module == "benchmarks.record" else []
-            assert all(importlib.util.find_spec(name) for name in [module, *named])
+            recorded = [f"benchmarks.{name}" for name in modules[1:]] if module == "benchmarks.record" else []
+            assert all(importlib.util.find_spec(name) for name in [module, *recorded])
         case ["dis-scale", *arguments] if "SWEEP" in arguments:
             require_shape(arguments)
         case ["dis-scale", command, *arguments]:
             require_known(command, arguments)
         case _:
-            pytest.fail(f"the README has a command that no test knows: {' '.join(words)}")
+            pytest.fail(f"a page has a command that no test knows: {' '.join(words)}")
 
 
-def test_the_two_commands_are_there_and_ci_runs_the_second() -> None:
+def failures(check: Callable[[list[str]], None], commands: Iterable[list[str]]) -> list[str]:
+    """Return the commands that fail a check, with the reason."""
+    failed = []
+    for words in commands:
+        try:
+            check(words)
+        except (AssertionError, pytest.fail.Exception, DisScaleError, KeyError, OSError) as error:
+            failed.append(f"{' '.join(words)}: {error!r}")
+    return failed
+
+
+def test_every_command_shown_exists() -> None:
+    assert len(list(commands())) > 20
+    assert failures(require_command, commands()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["make nothing", "python -m dis_scale.sweep configs/none.yaml", "dis-scale nothing SWEEP", "dis-scale stop SWEEP dis-m",
+     "dis-scale stop SWEEP --nothing", "python -m benchmarks.nothing", "dis-scale plan configs/digits.yaml --set a=1"],
+)  # fmt: skip
+def test_a_wrong_command_is_detected(line: str) -> None:
+    assert len(failures(require_command, [line.split()])) == 1
+
+
+def test_the_two_commands_are_shown_and_ci_runs_the_second() -> None:
     assert {("make", "demo"), ("make", "test")} <= {tuple(words) for words in commands()}
     assert re.search(r"^make test\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
     assert {"demo", "test", "lint", "venv"} <= targets()
@@ -134,7 +164,7 @@ def test_the_map_is_the_repository() -> None:
 
 
 def shown(name: str) -> str:
-    """A file's first folder, with its slash, or the file."""
+    """Return a file's first folder with its slash, or the file itself."""
     first, slash, _ = name.partition("/")
     return first + slash
 
@@ -151,53 +181,61 @@ def test_each_runbook_has_its_drill() -> None:
     assert "drills" in targets()
 
 
-def told(text: str) -> list[str]:
-    """The commands of ours in a runbook's code."""
-    return [
-        line.strip()
-        for block in blocks(text)
-        for line in block.splitlines()
-        if re.match(r" *(python|dis-scale) ", line)
-    ]
+def runbook_commands(text: str) -> list[list[str]]:
+    """Return our own commands in a runbook's code."""
+    lines = [line.strip() for block in blocks(text) for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if re.match(r"(python|dis-scale) ", line)]
 
 
-@pytest.mark.parametrize("name", RUNBOOKS)
-def test_a_runbooks_commands_and_links_are_there(name: str) -> None:
-    commands = [shlex.split(line, comments=True) for line in told(RUNBOOKS[name])]
-    assert commands or name == "stuck-job"
-    for words in commands:
-        require_shape(words[1:] if words[0] == "dis-scale" else ["sweep", *words[3:]])
-    links = re.findall(r"\]\(([^)]+)\)", RUNBOOKS[name])
-    assert [link for link in links if not (ROOT / "ops" / "runbooks" / link).exists()] == []
+def require_runbook_command(words: list[str]) -> None:
+    require_shape(words[1:] if words[0] == "dis-scale" else ["sweep", *words[3:]])
 
 
-def test_links_lead_somewhere() -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+def test_the_runbooks_commands_exist() -> None:
+    commands = {name: runbook_commands(text) for name, text in RUNBOOKS.items()}
+    assert [name for name in RUNBOOKS if not commands[name]] == ["stuck-job"]
+    assert failures(require_runbook_command, (words for name in RUNBOOKS for words in commands[name])) == []
+
+
+def links_of(page: Path) -> list[str]:
+    """Return the files and sections of this repository that a page links to."""
+    return [link for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if "://" not in link]
+
+
+def test_links_lead_to_a_file() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "ops" / "runbooks").glob("*.md")]
+    links = [(page, link) for page in pages for link in links_of(page)]
     pictures = (ROOT / "docs" / "images").exists()
-    assert links
-    assert [link for link in links if not (ROOT / link).exists() and (pictures or "images/" not in link)] == []
+    assert len(links) > 10
+    missing = [(page, link) for page, link in links if not (page.parent / link.partition("#")[0]).exists()]
+    assert [(page.name, link) for page, link in missing if pictures or "images/" not in link] == []
 
 
-def test_the_recipe_for_own_images_is_one() -> None:
+def test_the_recipe_for_own_images_is_valid() -> None:
     assert SNIPPETS
     for name in SNIPPETS:
         assert f"{load(name, []).name}.yaml" == name
 
 
-@pytest.mark.parametrize("path", PRICED, ids=lambda p: p.stem)
-def test_a_recipe_says_its_own_price(path: Path) -> None:
+def unpriced(path: Path) -> list[str]:
+    """Return the rows of computed prices that a recipe's first lines lack."""
     recipe, text = reading.load(path), path.read_text()
     factor = 2 ** (len(recipe.vae.widths) - 1) if isinstance(recipe.vae, TrainedVae) else SD_FACTOR
     shape = LatentShape(4, recipe.data.resolution // factor)
     passes = 1 if recipe.evaluate.guidance == 1 else 2
+    lines, rows = [" ".join(line.split()) for line in text.splitlines()], []
     for name, model in recipe.models.items():
-        found = price_model(model, shape, recipe.data.num_classes)
-        trained = 2 * found.gmacs_training * recipe.train.images / 1e9
-        drawn = 2 * found.gmacs_forward * passes * recipe.evaluate.steps * recipe.evaluate.samples / 1e9
-        row = f"# {name} {found.parameters:,} {found.gmacs_forward:.4g} {trained:.3g} {drawn:.3g}"
-        assert row in [" ".join(line.split()) for line in text.splitlines()]
+        cost = price_model(model, shape, recipe.data.num_classes)
+        trained = 2 * cost.gmacs_training * recipe.train.images / 1e9
+        sampled = 2 * cost.gmacs_forward * passes * recipe.evaluate.steps * recipe.evaluate.samples / 1e9
+        rows.append(f"# {name} {cost.parameters:,} {cost.gmacs_forward:.4g} {trained:.3g} {sampled:.3g}")
+    return [row for row in rows if row not in lines]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_no_file_names_a_place_on_somebodys_machine(path: Path) -> None:
-    assert PLACES.findall(path.read_bytes()) == []
+def test_each_recipe_states_its_own_price() -> None:
+    assert PRICED
+    assert {path.stem: rows for path in PRICED if (rows := unpriced(path))} == {}
+
+
+def test_no_file_names_a_path_of_one_machine() -> None:
+    assert {str(p.relative_to(ROOT)): found for p in FILES if (found := MACHINE_PATHS.findall(p.read_bytes()))} == {}
