@@ -1,6 +1,6 @@
-"""The error family: what went wrong, where, what was got and expected, what to do; one or two lines, no traceback.
+"""Errors with a message for the user: what, where, got, expected, what to do. One or two lines, no traceback.
 
-`UserError` is the user's to mend (exit code 2); any other `DisScaleError` is a failure (exit code 1).
+`UserError` is a mistake in the input (exit code 2); most other errors are failures (exit code 1).
 """
 
 import difflib
@@ -9,31 +9,31 @@ from typing import Any
 
 
 class DisScaleError(Exception):
-    """A failure with a message for people; ends the command with exit code 1."""
+    """A failure with a message for the user; ends the command with exit code 1."""
 
     exit_code = 1
 
 
 class UserError(DisScaleError):
-    """A mistake in what the user gave; ends the command with exit code 2."""
+    """A mistake in the user's input; ends the command with exit code 2."""
 
     exit_code = 2
 
 
 class StorageError(DisScaleError):
-    """Storage cannot be reached, read or written, or holds something damaged."""
+    """Storage that cannot be reached, read or written, or an object that is damaged."""
 
 
 class StorageAway(StorageError):
-    """Storage did not answer, though asked again and again: it may be back later."""
+    """Storage did not answer after all retries. A later attempt may succeed."""
 
 
 class StorageFull(StorageError):
-    """There is no space left to write to: nothing is wrong with what was to be written."""
+    """No space left in storage; the data to write is not at fault."""
 
 
 class Held(DisScaleError):
-    """Somebody who is alive has what this process was to write; `holder` is what their lease says."""
+    """Another live process holds the lease; `holder` is the content of its lease."""
 
     exit_code = 69  # EX_UNAVAILABLE of sysexits.h
 
@@ -43,16 +43,16 @@ class Held(DisScaleError):
 
 
 class UndecodableImage(StorageError):
-    """An image that was read but is none, or a damaged one."""
+    """A file that was read but is not an image, or is damaged."""
 
 
 class Preempted(DisScaleError):
-    """The stage was asked to stop, saved what it could and can be started again."""
+    """The stage was requested to stop and has saved its state; a rerun continues."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' for the known name nearest to `word`, or '' where none is near."""
+    """Return ' (did you mean X?)' with the known name nearest to `word`, or '' if none is similar."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

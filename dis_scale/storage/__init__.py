@@ -1,1 +1,1 @@
-"""Object storage and disk: folders by URL, manifests that make things exist, leases that keep one writer."""
+"""Object storage and disk: folders by URL, manifests that make things exist, and leases that allow one writer."""

@@ -1,12 +1,14 @@
-"""The door to object storage: read, write, list; put whole or not at all; create only if absent; retry what passes.
+"""The only door to object storage: read, list, write atomically, create only if absent, retry temporary failures.
 
-A sweep's state is files below one URL (a local path, `s3://bucket/prefix`, any fsspec store) and lives nowhere else. What is
-written appears whole: on disk through a temporary file and a rename, in an object store by its nature.
+A sweep's state is files below one URL (a local path, `s3://bucket/prefix`, any fsspec store) and is stored nowhere else. A
+write is atomic: on disk by a temporary file and a rename, in an object store by design.
 
-Learnt the hard way: s3fs reads what is longer than its block size by ranges, ten at once, and a range that came short is zeros in
-the whole, which only a hash shows; its listing of a folder is whole in memory, some kB an object; fsspec's local `mode="create"` is
-not atomic, so disk goes through `os.link`; Ceph's gateway answers a lost `If-None-Match` race with a 412 that s3fs raises as
-OSError(EINVAL) instead of FileExistsError; a multipart upload ignores `If-None-Match` there, so `create` is for small objects.
+Pitfalls:
+* s3fs reads long objects by ranges, ten at once. A range that comes short becomes zeros; only a hash shows it.
+* s3fs lists a folder completely in memory, some kB per object.
+* fsspec's local `mode="create"` is not atomic, so local files use `os.link`.
+* If an `If-None-Match` race is lost, Ceph's gateway answers 412; s3fs raises OSError(EINVAL), not FileExistsError.
+* Ceph ignores `If-None-Match` for a multipart upload, so `create` is for small objects.
 """
 
 import errno
@@ -34,15 +36,15 @@ _PATIENT_TRIES = 9
 _FIRST_PAUSE_S = 0.2
 _TEMPORARY = ".part-"
 _RANGE_BYTES = 16 * 2**20
-"""What is longer is read from S3 by ranges of this size, several at once: one connection is slower than a network card."""
+"""Longer objects are read from S3 by ranges of this size, several at once: one connection is slower than a network card."""
 _READ_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder in storage, named by its URL; `folder / "a/b"` is one inside it. Paths given to its methods are relative to it.
+    """A folder in storage, named by its URL; `folder / "a/b"` is a folder inside it. Methods take paths relative to it.
 
-    Every method raises StorageError with the object and the cause; a missing object is a FileNotFoundError.
+    Every method raises StorageError with the object and the cause; FileNotFoundError for a missing object.
     """
 
     url: str
@@ -60,7 +62,7 @@ class Folder:
 
     @property
     def patient(self) -> "Folder":
-        """The same folder for one who can wait: tries for a minute before it gives up, long enough for a server to restart."""
+        """The same folder with more retries: about a minute, long enough for a server to restart."""
         return replace(self, tries=_PATIENT_TRIES)
 
     @property
@@ -71,15 +73,15 @@ class Folder:
         )
 
     def read(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
-        """The object, or its bytes [start, end)."""
+        """Return the object, or its bytes [start, end)."""
         return self._do("read", path, lambda fs, full: fs.cat_file(full, start=start, end=end))
 
     def open(self, path: str, buffer_bytes: int = 2**20) -> io.BufferedReader:
-        """The object as a seekable file, read by ranges of at least `buffer_bytes`."""
+        """Open the object as a seekable file that is read by ranges of at least `buffer_bytes`."""
         return io.BufferedReader(_Ranges(self, path, self.size(path)), buffer_bytes)
 
     def size(self, path: str) -> int:
-        """The object's bytes."""
+        """Return the object's size in bytes."""
         return self._do("look up", path, lambda fs, full: fs.size(full))
 
     def read_json(self, path: str) -> Any:
@@ -90,7 +92,7 @@ class Folder:
             raise StorageError(f"{self.url}/{path}: damaged: not JSON ({error})") from error
 
     def write(self, path: str, data: bytes) -> None:
-        """Puts the object whole or not at all, over an older one if there is one."""
+        """Write the object atomically; replaces an older one."""
         if self.local:
             self._do("write", path, lambda _, full: _replace(Path(full), data))
         else:
@@ -100,7 +102,7 @@ class Folder:
         self.write(path, (json.dumps(value, indent=1) + "\n").encode())
 
     def create(self, path: str, data: bytes) -> bool:
-        """Puts the object only where there is none; False where another was first. For small objects."""
+        """Write the object only if it does not exist; return False if another process was first. For small objects."""
         try:
             if self.local:
                 self._do("create", path, lambda _, full: _link(Path(full), data))
@@ -114,25 +116,25 @@ class Folder:
         return self._do("look up", path, lambda fs, full: fs.exists(full))
 
     def folders(self, path: str = "") -> list[str]:
-        """As `list`, of folders alone."""
-        found = self._entries(path, detail=True)
+        """Return names as `list`, of folders only."""
+        entries = self._entries(path, detail=True)
         return sorted(
-            _base(entry["name"]) for entry in found if entry["type"] == "directory" and _shown(entry["name"], path)
+            _base(entry["name"]) for entry in entries if entry["type"] == "directory" and _shown(entry["name"], path)
         )
 
     def list(self, path: str = "") -> list[str]:
-        """Sorted names directly below `path`; nothing where it does not exist. Half-written files are not listed."""
+        """Return the sorted names directly below `path`, none if it does not exist. Incomplete files are not listed."""
         return sorted({_base(entry) for entry in self._entries(path, detail=False) if _shown(entry, path)})
 
     def files(self, path: str) -> Iterator[str]:
-        """Names of the files directly below `path` in rising order; from S3 page by page, so that a million are never in memory."""
+        """Yield the names of the files directly below `path`, sorted; from S3 page by page, so a million are never in memory."""
         if self.url.startswith("s3://"):
             return self._paged_files(path)
         names = self._local_files(path) if self.local else self._other_files(path)
         return iter(sorted(_base(name) for name in names if _shown(name, path)))
 
     def _local_files(self, path: str) -> Iterable[str]:
-        """All but folders, links too, wherever they lead: what is gone is named when it is read. Nothing is looked up but names."""
+        """List files and links. Broken links are included; reading one names it. Names only, no stat calls."""
         try:
             return self._do("list", path, lambda _, full: [e.path for e in os.scandir(full) if not e.is_dir()])
         except FileNotFoundError:
@@ -148,7 +150,7 @@ class Folder:
             for name in (entry["Key"].removeprefix(prefix) for entry in page.get("Contents", [])):
                 if name < last:
                     raise StorageError(
-                        f"{self.url}/{path}: listed in no order ({name} after {last}): use another bucket"
+                        f"{self.url}/{path}: names are not listed in order ({name} after {last}): use another bucket"
                     )
                 if name and _TEMPORARY not in name:
                     yield name
@@ -158,9 +160,9 @@ class Folder:
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def sizes(self, path: str = "") -> dict[str, int]:
-        """As `list`, each name with its bytes; a folder's mean nothing."""
-        found = self._entries(path, detail=True)
-        return {_base(entry["name"]): entry.get("size") or 0 for entry in found if _shown(entry["name"], path)}
+        """Return names as `list`, each with its size in bytes; the size of a folder has no meaning."""
+        entries = self._entries(path, detail=True)
+        return {_base(entry["name"]): entry.get("size") or 0 for entry in entries if _shown(entry["name"], path)}
 
     def _entries(self, path: str, detail: bool) -> Any:
         try:
@@ -169,15 +171,15 @@ class Folder:
             return []
 
     def delete(self, path: str = "") -> None:
-        """Deletes an object or a folder with all below it; nothing where there is none."""
+        """Delete an object, or a folder with everything below it, if it exists."""
         try:
             self._do("delete", path, lambda fs, full: fs.rm(full, recursive=True))
         except FileNotFoundError:
             return
 
     def require_usable(self) -> None:
-        """Raises UserError where the folder cannot be written, read or cannot create only if absent."""
-        probe, data = f".probe-{uuid.uuid4().hex}", b"dis-scale looks whether it can write here\n"
+        """UserError if the folder cannot be written or read, or cannot create only if absent."""
+        probe, data = f".probe-{uuid.uuid4().hex}", b"dis-scale write test\n"
         try:
             first, second = self.create(probe, data), self.create(probe, data)
             same = self.read(probe) == data
@@ -186,8 +188,8 @@ class Folder:
             raise UserError(f"storage {self.url} cannot be used: {_cause(error)}") from error
         if not (first and same) or second:
             raise UserError(
-                f"storage {self.url} does not create objects only if absent (If-None-Match), which keeps two runs from "
-                "writing over each other: use a local folder, S3 or Ceph"
+                f"storage {self.url} cannot create an object only if absent (If-None-Match), so two runs could overwrite each "
+                "other: use a local folder, S3 or Ceph"
             )
 
     def _do(self, verb: str, path: str, action: Callable[[Any, str], T]) -> T:
@@ -235,7 +237,7 @@ class _Ranges(io.RawIOBase):
 
 
 def open_folder(url: str | os.PathLike) -> Folder:
-    """The folder at a URL or local path (made absolute)."""
+    """Return the folder at a URL or local path (made absolute)."""
     text = os.fspath(url).rstrip("/")
     if text.startswith("file://") or "://" not in text:
         text = str(Path(text.removeprefix("file://")).expanduser().absolute())
@@ -243,7 +245,7 @@ def open_folder(url: str | os.PathLike) -> Folder:
 
 
 def locate(url: str) -> tuple[Folder, str]:
-    """The folder and the name of one file at a URL or local path."""
+    """Return the folder and the name of one file at a URL or local path."""
     parent, _, name = url.rpartition("/")
     return open_folder(parent or "."), name
 
@@ -253,19 +255,19 @@ def _base(entry: str) -> str:
 
 
 def _shown(entry: str, path: str) -> bool:
-    """Not the listed folder's own marker, and nothing half-written."""
+    """Whether to list an entry: not the folder's own marker, and not an incomplete file."""
     return not entry.endswith(f"/{path}/") and _TEMPORARY not in entry
 
 
 def _page(fs: Any, full: str, more: dict[str, str]) -> tuple[str, dict[str, Any]]:
-    """What all names of a folder in S3 begin with, and up to a thousand of them in the order of their UTF-8."""
+    """Return the common prefix of a folder's names in S3, and a page of up to 1,000 names in UTF-8 order."""
     bucket, key, _ = fs.split_path(full)
     prefix = f"{key}/" if key else ""
     return prefix, fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/", **more)
 
 
 def _options(url: str) -> dict[str, Any]:
-    """A listing must show what other processes wrote a moment ago; one layer less of retries below ours and s3fs's own."""
+    """Options of s3fs: no listing cache, since other processes write too; no botocore retries below ours and those of s3fs."""
     if not url.startswith("s3://"):
         return {}
     retries = {"mode": "standard", "total_max_attempts": 1}
@@ -291,12 +293,12 @@ def _with_retries(action: Callable[[], T], what: str, tries: int) -> T:
                 raise kind(f"{what}: {_cause(error)}") from error
             if attempt == tries - 1:
                 raise StorageAway(f"{what}: {_cause(error)}") from error
-        time.sleep(_FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))  # full jitter: many workers meet one store
+        time.sleep(_FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))  # jitter: many workers share one store
     raise AssertionError("unreachable")
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether trying again can help: not for a wrong key, a full disk or a programming mistake."""
+    """Whether a retry can help: not for a wrong key, a full disk or a bug."""
     if isinstance(error, ConnectionError | TimeoutError):
         return True
     status = _http_status(error)
@@ -324,7 +326,7 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, DisScaleError):
         return str(error)
     if isinstance(error, FileNotFoundError):
-        return "there is no such bucket or folder, and it cannot be made"
+        return "there is no such bucket or folder, and it cannot be created"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "no space left on the device: free some, then run the same command again"
     if isinstance(error, PermissionError) or _http_status(error) == 403:
@@ -335,7 +337,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _temporary(path: Path, data: bytes) -> Path:
-    """The data beside `path` under a name that no listing shows, on the disk and not only in its cache."""
+    """Write the data next to `path` under a name that listings hide, and sync it to the disk; return that path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}{_TEMPORARY}{uuid.uuid4().hex}")
     try:

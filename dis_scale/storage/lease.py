@@ -1,9 +1,9 @@
-"""One writer: who writes holds `<n>` of a lease's folder; to take over is to create `<n + 1>`.
+"""Leases: one writer at a time. The writer holds `<n>` in the lease's folder; to take over, a process creates `<n + 1>`.
 
-A sweep, its preparation, its evaluation and each run have a lease of their own.
+The sweep, its prepare and evaluate stages and each run have their own leases. For a run, n is also the attempt's number.
 
-Creating only if absent admits one of several that try. A holder that died on this machine is free at once; one elsewhere is free
-when its beat has stood still. A run's owner looks for n + 1 before each manifest, and the number is the attempt's own.
+Create-only-if-absent lets one of several processes win. The lease of a process that died on this machine is free at once;
+that of a process on another machine is free after its heartbeat has stopped. A run's owner checks for n + 1 before each manifest.
 """
 
 import contextlib
@@ -22,40 +22,41 @@ import psutil
 from dis_scale.errors import DisScaleError, Held
 from dis_scale.storage.folder import Folder
 
-FOLDER = "leases"
-"""In a sweep's folder: its own lease and those of stages; a run's stands in the run's folder."""
 BEAT_S = 5.0
+"""Time between two heartbeats."""
 STILL_S = 20.0
+"""Time without a heartbeat after which a holder on another machine counts as dead."""
 
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to write one thing, until another number is there."""
+    """Write permission, valid until another process creates the next number."""
 
     folder: Folder
     number: int
 
     def held(self) -> bool:
+        """Whether no other process has taken over."""
         return _latest(self.folder) == self.number
 
 
 @contextlib.contextmanager
 def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
-    """Takes the lease, keeps its beat going and gives it back at the end; Held says who else has it, and on which cluster."""
+    """Hold the lease, with a heartbeat, for the block; Held names the other holder and its cluster."""
     latest = _latest(folder)
-    if latest and (holder := _living_holder(folder, latest)):
+    if latest and (holder := _live_holder(folder, latest)):
         raise Held(
             f"{folder}: held by process {holder['pid']} on {holder['host']}, which is alive: one writer at a time",
             holder,
         )
-    lease, mine = Lease(folder, latest + 1), _me() | {"cluster": cluster}
+    lease, mine = Lease(folder, latest + 1), _this_process() | {"cluster": cluster}
     if not folder.create(f"{lease.number:04d}", json.dumps(mine).encode()):
         first = folder.read_json(f"{lease.number:04d}")
         raise Held(
-            f"{folder}: process {first['pid']} on {first['host']} was first to take it: one writer at a time", first
+            f"{folder}: process {first['pid']} on {first['host']} took the lease first: one writer at a time", first
         )
     ended = threading.Event()
-    threading.Thread(target=_beat, args=(lease, ended), daemon=True, name="lease").start()
+    threading.Thread(target=_send_heartbeats, args=(lease, ended), daemon=True, name="lease").start()
     try:
         yield lease
     finally:
@@ -63,11 +64,11 @@ def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
         folder.write(f"{lease.number:04d}.end", b"")
 
 
-def _beat(lease: Lease, ended: threading.Event) -> None:
+def _send_heartbeats(lease: Lease, ended: threading.Event) -> None:
     beats = 0
     while not ended.wait(BEAT_S):
         beats += 1
-        # Storage away for a while: whoever takes over creates the next number, which `held` sees.
+        # Storage may be away for a while. If another process takes over meanwhile, `held` sees its number.
         with contextlib.suppress(DisScaleError):
             lease.folder.write(f"{lease.number:04d}.beat", str(beats).encode())
 
@@ -76,35 +77,35 @@ def _latest(folder: Folder) -> int:
     return max((int(name) for name in folder.list() if name.isdigit()), default=0)
 
 
-def _living_holder(folder: Folder, number: int) -> dict[str, Any] | None:
+def _live_holder(folder: Folder, number: int) -> dict[str, Any] | None:
     name = f"{number:04d}"
     if folder.exists(f"{name}.end"):
         return None
     holder: dict[str, Any] = folder.read_json(name)
-    here = _me()
+    here = _this_process()
     if (holder["host"], holder["boot"]) == (here["host"], here["boot"]):
         alive = holder["pid"] != here["pid"] and _started(holder["pid"]) == holder["started"]
     else:
-        alive = _beats(folder, name)
+        alive = _heartbeat_changes(folder, name)
     return holder if alive else None
 
 
-def _beats(folder: Folder, name: str) -> bool:
-    """Whether the holder's beat moves while we look; no clock is compared with another machine's."""
-    first = _beat_of(folder, name)
+def _heartbeat_changes(folder: Folder, name: str) -> bool:
+    """Whether the holder's heartbeat changes within STILL_S; clocks of two machines are never compared."""
+    first = _heartbeat(folder, name)
     deadline = time.monotonic() + STILL_S
     while time.monotonic() < deadline:
         time.sleep(1)
-        if _beat_of(folder, name) != first:
+        if _heartbeat(folder, name) != first:
             return True
     return False
 
 
-def _beat_of(folder: Folder, name: str) -> bytes:
+def _heartbeat(folder: Folder, name: str) -> bytes:
     return folder.read(f"{name}.beat") if folder.exists(f"{name}.beat") else b""
 
 
-def _me() -> dict[str, Any]:
+def _this_process() -> dict[str, Any]:
     boot = Path("/proc/sys/kernel/random/boot_id")
     return {
         "host": socket.gethostname(), "boot": boot.read_text().strip() if boot.exists() else "",

@@ -1,6 +1,6 @@
 """A thing exists when its manifest does: files first, hashed; one small manifest last.
 
-A folder without a manifest is rubbish that anybody may write over. Read next: storage.py for how one file is put whole.
+A folder without a manifest is incomplete: it may be overwritten or deleted. Read next: folder.py, for atomic writes.
 """
 
 import hashlib
@@ -15,26 +15,26 @@ NAME = "manifest.json"
 
 
 def digest(data: bytes) -> dict[str, Any]:
-    """What a manifest says of a file: its size in bytes and its sha256."""
+    """Return a file's entry in a manifest: its size in bytes and its sha256."""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def put(folder: Folder, files: dict[str, bytes], **facts: Any) -> dict[str, Any]:
-    """Writes the files and then the manifest that makes them exist; returns the manifest."""
+    """Write the files, then the manifest that makes them exist; return the manifest."""
     for name, data in files.items():
         folder.write(name, data)
     return seal(folder, {name: digest(data) for name, data in files.items()}, **facts)
 
 
 def seal(folder: Folder, files: dict[str, dict[str, Any]], **facts: Any) -> dict[str, Any]:
-    """Writes the manifest of files that stand already, by name and `digest`; returns it."""
+    """Write the manifest of files that are already written, by name and `digest`; return it."""
     manifest = {"format": FORMAT, **facts, "files": files}
     folder.write_json(NAME, manifest)
     return manifest
 
 
 def find(folder: Folder) -> dict[str, Any] | None:
-    """The folder's manifest, or None where the thing does not exist (yet)."""
+    """Return the folder's manifest, or None if the folder is incomplete or does not exist."""
     try:
         manifest = folder.read_json(NAME)
     except FileNotFoundError:
@@ -52,7 +52,7 @@ def require(folder: Folder) -> dict[str, Any]:
 
 
 def require_format(value: Any, where: str) -> None:
-    """Raises StorageError for a version that this code does not read."""
+    """StorageError for a format version that this code does not read."""
     version = value.get("format") if isinstance(value, dict) else None
     if version not in (FORMAT, FORMAT - 1):
         raise StorageError(
@@ -61,19 +61,19 @@ def require_format(value: Any, where: str) -> None:
 
 
 def read(folder: Folder, name: str, manifest: dict[str, Any]) -> bytes:
-    """One file, held against the manifest; StorageError names a missing, short or damaged one."""
+    """Return one file after comparing it with the manifest; StorageError names a missing, short or damaged one."""
     return verified(folder, name, manifest["files"][name])
 
 
 def verified(folder: Folder, name: str, expected: dict[str, Any]) -> bytes:
-    """One file, held against its `digest`."""
+    """Return one file after comparing it with its `digest`; StorageError names a missing, short or damaged one."""
     try:
         data = folder.read(name)
     except FileNotFoundError as error:
         raise StorageError(f"{folder}/{name}: missing, though its manifest names it") from error
-    found = digest(data)
-    if found["bytes"] != expected["bytes"]:
-        raise StorageError(f"{folder}/{name}: damaged: {found['bytes']} bytes, its manifest says {expected['bytes']}")
-    if found["sha256"] != expected["sha256"]:
+    actual = digest(data)
+    if actual["bytes"] != expected["bytes"]:
+        raise StorageError(f"{folder}/{name}: damaged: {actual['bytes']} bytes, its manifest says {expected['bytes']}")
+    if actual["sha256"] != expected["sha256"]:
         raise StorageError(f"{folder}/{name}: damaged: its sha256 differs from the manifest's")
     return data

@@ -1,8 +1,9 @@
 """Averages of the weights over training: the exponential one that is published, and power-function ones of any width.
 
-Two power-function averages are tracked; from their snapshots at the published counts the average of any other relative width is
-rebuilt after training (Karras et al. 2023, arXiv 2312.02696, section 3). Widths are relative: the standard deviation of the
-averaging profile over the training so far. Time is counted in optimizer steps. Read next: engine.py, checkpoint.py.
+Training tracks a few power-function averages. From their snapshots at the published counts, the average of any other relative
+width can be rebuilt after training (Karras et al. 2023, arXiv 2312.02696, section 3). A relative width is the standard deviation
+of the averaging profile, divided by the length of training so far. Time is counted in optimizer steps. Read next: engine.py,
+checkpoint.py.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ class Snapshot(NamedTuple):
 
 
 def names(settings: Train) -> tuple[str, ...]:
-    """The averages that training tracks; each is the name of its state and of its published file."""
+    """Return the names of the averages that training tracks, used for the states and for the published files."""
     return (EXPONENTIAL, *(power_name(width) for width in settings.power_ema or ()))
 
 
@@ -34,13 +35,13 @@ def power_name(width: float) -> str:
 
 
 def decays(settings: Train, step: int) -> dict[str, float]:
-    """What each average keeps of itself at step number `step`, which counts from 1."""
+    """Return the decay of each average at step number `step`, counted from 1 (power functions: equation 127)."""
     powers = {power_name(width): (1 - 1 / step) ** (exponent(width) + 1) for width in settings.power_ema or ()}
     return {EXPONENTIAL: settings.ema} | powers
 
 
 def exponent(width: float) -> float:
-    """The power g whose profile t^g has this relative width: w^2 = (g + 1) / ((g + 2)^2 (g + 3)) (Algorithm 2)."""
+    """Return the power g whose profile t^g has this relative width: w^2 = (g + 1) / ((g + 2)^2 (g + 3)) (Algorithm 2)."""
     if not NARROWEST_EMA <= width <= WIDEST_EMA:
         raise UserError(f"average of width {width}: expected a relative width from {NARROWEST_EMA} to {WIDEST_EMA}")
     roots = np.roots([1, 7, 16 - width**-2, 12 - width**-2])
@@ -48,10 +49,10 @@ def exponent(width: float) -> float:
 
 
 def coefficients(snapshots: Sequence[Snapshot], wanted: Snapshot) -> np.ndarray:
-    """The snapshots' shares in the average that comes nearest to the wanted one, by least squares (Algorithm 3); float64.
+    """Return the snapshots' shares in the average nearest to the wanted one, by least squares (Algorithm 3); float64.
 
-    They add up to 1, as profiles do (a Lagrange multiplier, which the paper has not): a share too much or too little would
-    scale all weights, and with few snapshots that harms far more than a profile a little off.
+    Unlike in the paper, the shares are constrained to add up to 1, as profiles do (a Lagrange multiplier). Any other sum would
+    scale all weights; with few snapshots that harms far more than a slightly wrong profile.
     """
     n = len(snapshots)
     system = np.ones((n + 1, n + 1))
@@ -61,7 +62,7 @@ def coefficients(snapshots: Sequence[Snapshot], wanted: Snapshot) -> np.ndarray:
 
 
 def misfit(snapshots: Sequence[Snapshot], wanted: Snapshot) -> float:
-    """How far the profile of `coefficients` is from the wanted one, relative to it: 0 is exact, 1 as far as nothing at all."""
+    """Return the relative error of the profile rebuilt by `coefficients`: 0 is exact, 1 is as bad as predicting zero."""
     shares = coefficients(snapshots, wanted)
     grams = _grams(snapshots)
     crossed = np.array([_inner(a, wanted) for a in snapshots])
@@ -74,7 +75,10 @@ def _grams(snapshots: Sequence[Snapshot]) -> np.ndarray:
 
 
 def _inner(a: Snapshot, b: Snapshot) -> float:
-    """Integral of two profiles' product over the time both have seen; a profile is (g + 1) t^g / T^(g + 1) on [0, T]."""
+    """Return the integral of two profiles' product over their common time (equation 151).
+
+    A profile is (g + 1) t^g / T^(g + 1) on [0, T].
+    """
     g, h = exponent(a.width), exponent(b.width)
     shared, total = min(a.step, b.step), g + h + 1
     ratio = (shared / a.step) ** (g + 1) * (shared / b.step) ** (h + 1)

@@ -1,11 +1,13 @@
-"""The door to DeepSpeed: start it, take a sharded step, reach the float32 partitions that this rank owns.
+"""The only door to DeepSpeed: start it, take a sharded step, access the float32 partitions that this rank owns.
 
-State is reached as *flats*: the float32 partitions of weights, Adam's two moments and our averages, with a table that says which
-range of which parameter lies where. ZeRO stages 1, 2 and 3 differ here and nowhere else.
+State is accessed as *flats*: the float32 partitions of weights, Adam's two moments and our averages. A table maps ranges of
+parameters to positions in the flats. ZeRO stages 1, 2 and 3 differ here and nowhere else.
 
-Learnt the hard way: stage 0 hides gradient norm and state (use 1 on one process, too); the CPU accelerator compiles a shared-memory
-op at its first start unless that op is declared incompatible; with bf16 the float32 flats start from rounded weights, so they
-are written over from the exact ones; `safe_set_full_*` fails in stage 3 at odd sizes, writing the flats by our own table does not.
+Pitfalls:
+* Stage 0 hides the gradient norm and the state: use stage 1, also for one process.
+* The CPU accelerator compiles a shared-memory op at its first start unless that op is declared incompatible.
+* With bf16 the float32 flats start from rounded weights, so they are overwritten with the exact ones.
+* `safe_set_full_*` fails in stage 3 for odd sizes; writing the flats by our own table works.
 """
 
 import contextlib
@@ -27,7 +29,7 @@ WEIGHTS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
 
 
 class Segment(NamedTuple):
-    """Elements [start, end) of the flattened parameter `name` lie at `offset` of this rank's flat number `flat`."""
+    """Elements [start, end) of the flattened parameter `name`, stored at `offset` of this rank's flat number `flat`."""
 
     name: str
     start: int
@@ -41,17 +43,17 @@ class Segment(NamedTuple):
 
 
 def kinds(settings: Train) -> tuple[str, ...]:
-    """The states of a parameter that training needs to go on: weights, moments, averages."""
+    """Return the kinds of state that training needs to continue: weights, moments, averages."""
     return (WEIGHTS, *MOMENTS, *ema.names(settings))
 
 
 Read = Callable[[str, str, int, int], torch.Tensor]
-"""`read(kind, name, start, end)`: that range of a stored state of a parameter, float32, 1-D."""
+"""`read(kind, name, start, end)` returns that range of a parameter's stored state, float32, 1-D."""
 
 
 @dataclass
 class Engine:
-    """A model under DeepSpeed, with this rank's flats and the table of what is in them."""
+    """A model under DeepSpeed, with this rank's flats and the table of their segments."""
 
     deepspeed: Any
     optimizer: torch.optim.Optimizer
@@ -61,7 +63,7 @@ class Engine:
     shapes: dict[str, torch.Size]
 
     def micro_step(self, loss: torch.Tensor) -> None:
-        """Backward of one micro-batch, and the optimizer's step on the last of the step."""
+        """Run the backward pass of one micro-batch; after the last one of a step, also the optimizer."""
         self.deepspeed.backward(loss)
         self.deepspeed.step()
 
@@ -71,7 +73,7 @@ class Engine:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The states that it holds: `kinds` of its settings."""
+        """Kinds of state that this engine holds."""
         return (WEIGHTS, *MOMENTS, *self.averages)
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -80,12 +82,12 @@ class Engine:
 
     @property
     def skipped(self) -> bool:
-        """Whether the last step was skipped on all ranks, its gradient not being finite."""
+        """Whether all ranks skipped the last step because its gradient was not finite."""
         return bool(getattr(self.deepspeed.optimizer, "overflow", False))
 
     @property
     def gradient_norm(self) -> float:
-        """Norm of the last step's whole gradient, before clipping."""
+        """Norm of the last step's gradient over all parameters, before clipping."""
         return float(self.deepspeed.get_global_grad_norm() or 0.0)
 
     @torch.no_grad()
@@ -94,34 +96,34 @@ class Engine:
             torch._foreach_lerp_(self.averages[name], self.flats, 1 - decay)
 
     def state(self, kind: str) -> list[torch.Tensor]:
-        """This rank's flats of one of `kinds`."""
+        """Return this rank's flats of one of `kinds`."""
         if kind == WEIGHTS:
             return self.flats
         return self.averages.get(kind) or [self.optimizer.state[flat][kind] for flat in self.flats]
 
     @torch.no_grad()
     def segments(self, kind: str) -> dict[Segment, torch.Tensor]:
-        """A clone on the host of this rank's part of one of `kinds`, by segment."""
+        """Return a clone, in host memory, of this rank's part of one of `kinds`, by segment."""
         flats = [flat.detach().to("cpu", copy=True) for flat in self.state(kind)]
         return {s: flats[s.flat][s.offset : s.offset + s.size] for s in self.table}
 
     @torch.no_grad()
     def full_average(self, name: str) -> dict[str, torch.Tensor] | None:
-        """An average's weights by parameter on rank 0, None elsewhere; collective."""
+        """Return an average's weights by parameter on rank 0, None on the others; collective."""
         ours = (self.table, [flat.cpu() for flat in self.averages[name]])
         parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(ours, parts)
         if parts is None:
             return None
-        full = {name: torch.empty(shape.numel()) for name, shape in self.shapes.items()}
+        full = {parameter: torch.empty(shape.numel()) for parameter, shape in self.shapes.items()}
         for table, flats in parts:
             for s in table:
                 full[s.name][s.start : s.end] = flats[s.flat][s.offset : s.offset + s.size]
-        return {name: tensor.view(self.shapes[name]) for name, tensor in full.items()}
+        return {parameter: tensor.view(self.shapes[parameter]) for parameter, tensor in full.items()}
 
     @torch.no_grad()
     def fill(self, read: Read, adam_step: int) -> None:
-        """Overwrites this rank's part of all states with stored ones, reached by range, so at any world size and stage."""
+        """Overwrite this rank's part of all states with stored ones, read by range: any world size and ZeRO stage."""
         for flat in self.flats:
             self.optimizer.state[flat] = {"step": torch.tensor(float(adam_step))} | {
                 moment: torch.zeros_like(flat) for moment in MOMENTS
@@ -133,14 +135,14 @@ class Engine:
 
 
 def connect(device: torch.device) -> None:
-    """Joins the process group that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)."""
+    """Join the process group that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)."""
     deepspeed = _deepspeed(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
 def start(model: nn.Module, settings: Train, device: torch.device, read: Read, adam_step: int) -> Engine:
-    """Shards `model`, which already holds the stored weights, and fills all states through `read`."""
+    """Shard `model`, which already holds the stored weights, and fill all states through `read`."""
     optimizer = torch.optim.AdamW(
         model.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay, fused=True
     )
@@ -185,7 +187,7 @@ def _hidden(module: str) -> Iterator[None]:
 
 
 def _config(settings: Train) -> dict[str, Any]:
-    """DeepSpeed's dictionary, computed so that no file can disagree with the recipe."""
+    """Return DeepSpeed's configuration, computed so that no file can disagree with the recipe."""
     return {
         "train_micro_batch_size_per_gpu": settings.micro_images,
         "gradient_accumulation_steps": settings.lanes // dist.get_world_size(),
@@ -198,7 +200,7 @@ def _config(settings: Train) -> dict[str, Any]:
 
 
 def _table_of_stages_1_and_2(zero: Any, names: dict[int, str]) -> Iterator[Segment]:
-    """The parameters lie end to end in one flat buffer, which the ranks share in equal parts."""
+    """Parameters are stored end to end in one flat buffer, which is split into equal parts, one per rank."""
     rank = dist.get_rank()
     for flat, (group, part) in enumerate(zip(zero.round_robin_bit16_groups, zero.partition_size, strict=True)):
         first, last = rank * part, (rank + 1) * part
@@ -212,7 +214,7 @@ def _table_of_stages_1_and_2(zero: Any, names: dict[int, str]) -> Iterator[Segme
 
 
 def _table_of_stage_3(zero: Any, names: dict[int, str]) -> Iterator[Segment]:
-    """Each parameter is split in equal parts, padded at the end; a rank's parts of all lie end to end."""
+    """Each parameter is split into equal parts, padded at the end; a rank stores its parts of all parameters end to end."""
     rank = dist.get_rank()
     for flat, group in enumerate(zero.fp16_groups):
         offset = 0

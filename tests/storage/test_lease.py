@@ -50,7 +50,7 @@ def test_a_holder_elsewhere_is_alive_while_its_beat_moves(
     place.create("0001", json.dumps({"host": "elsewhere", "boot": "x", "pid": os.getpid(), "started": 0.0}).encode())
     monkeypatch.setattr(lease, "STILL_S", 0.2)
     beats = iter(range(100))
-    monkeypatch.setattr(lease, "_beat_of", lambda *_: str(next(beats) if beating else 0).encode())
+    monkeypatch.setattr(lease, "_heartbeat", lambda *_: str(next(beats) if beating else 0).encode())
     monkeypatch.setattr(lease.time, "sleep", lambda _: None)
     if beating:
         with pytest.raises(Held, match="held by process"), lease.hold(place):
