@@ -1,4 +1,4 @@
-"""Each runbook's drill: the accident, the words that the page promises, the cure, and weights bit-equal to the undisturbed ones."""
+"""Each runbook's drill: the accident, the lines that the page promises, the cure, and weights bit-equal to the undisturbed ones."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ pytestmark = pytest.mark.faults
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return drills.undisturbed(tmp_path_factory.mktemp("drills"))
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return drills.run_undisturbed(tmp_path_factory.mktemp("drills"))
 
 
 @pytest.mark.parametrize("name", list(drills.DRILLS))
-def test_the_cure_cures(tmp_path: Path, calm: Path, name: str) -> None:
-    drills.perform(name, calm, tmp_path)
+def test_the_cure_works(tmp_path: Path, undisturbed: Path, name: str) -> None:
+    drills.perform(name, undisturbed, tmp_path)
