@@ -1,5 +1,5 @@
-# Two commands do everything, set-up included: `make demo` and `make test`. A virtual environment in .venv is made once, and again
-# only where pyproject.toml or constraints.txt has changed.
+# Two commands do everything, including set-up: `make demo` and `make test`. The virtual environment in .venv is made once, and
+# updated only if pyproject.toml or constraints.txt changes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,11 +10,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --editable
 demo: $(VENV)/installed
 	$(BIN)/python -m dis_scale.sweep configs/digits.yaml
 
-# -v takes back the -q of pyproject.toml, under which pytest hides its first lines: what is skipped, and why.
+# -v cancels the -q of pyproject.toml, which hides pytest's first lines: what is skipped, and why.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -v
 
-# The whole table of faults, Ray's part too; and random kills: `make soak KILLS=20 SEED=1`.
+# All tables of faults, including those on Ray; and random kills: `make soak KILLS=20 SEED=1`.
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/faults -v -m "faults or not faults"
 	$(BIN)/python -m pytest tests/e2e -v -m faults
@@ -22,7 +22,7 @@ faults: $(VENV)/installed-dev
 soak: $(VENV)/installed-dev
 	$(BIN)/python -m tests.faults.soak --kills $(or $(KILLS),100) $(if $(SEED),--seed $(SEED))
 
-# The accidents of ops/runbooks/ and their cures, all or some: `make drills DRILLS="disk-full stuck-job"`.
+# The accidents of ops/runbooks/ and their cures; all, or some: `make drills DRILLS="disk-full stuck-job"`.
 drills: $(VENV)/installed
 	$(BIN)/python -m ops.drills $(DRILLS)
 
@@ -41,7 +41,7 @@ $(BIN)/python:
 		echo "error: $(PYTHON) cannot make virtual environments: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# The stamps come last: an installation that was broken off is begun again.
+# The stamps are written last, so an interrupted installation is repeated.
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) . --constraint constraints.txt
 	@touch $@
