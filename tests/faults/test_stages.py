@@ -31,7 +31,7 @@ def sweep_of(root: Path) -> Sweep:
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Where the undisturbed sweep stood before a stage; and after the last, before `end`."""
+    """Return the undisturbed sweep as it was before a stage; `end` is after the last stage."""
     base = tmp_path_factory.mktemp("calm")
     plan, now, recipe = base / "faults", base / "now", reading.load(TINY, SMALL)
     plan.write_text("")
@@ -79,7 +79,7 @@ FAULTS: dict[str, tuple[str, str, list[int], str]] = {
         "prepare", "kill at write path=extractors/digits/manifest", KILLED, "",
     ),
     "prepare: killed before the reference": ("prepare", "kill at write path=reference/", KILLED, ""),
-    "prepare: asked to stop": ("prepare", "stop at written path=vae/manifest", STOPPED, "stopped as requested"),
+    "prepare: stop request": ("prepare", "stop at written path=vae/manifest", STOPPED, "stopped as requested"),
     "prepare: storage fails three times": ("prepare", "fail at write path=extractors/ times=3", [0], ""),
     "prepare: storage gone for 20 s": ("prepare", "gone at write path=reference/ seconds=20", [0], ""),
     "prepare: disk full": ("prepare", "full at write path=vae/", FAILED, FULL),
@@ -88,7 +88,7 @@ FAULTS: dict[str, tuple[str, str, list[int], str]] = {
     "precompute: the driver dies before the manifest": (
         "precompute", "kill at write path=manifest.json", KILLED, "",
     ),
-    "precompute: asked to stop": ("precompute", "stop at written path=000001.tar", STOPPED, "stopped as requested"),
+    "precompute: stop request": ("precompute", "stop at written path=000001.tar", STOPPED, "stopped as requested"),
     "precompute: storage fails three times": ("precompute", "fail at write path=.tar times=3", [0], ""),
     "precompute: storage gone for 20 s": ("precompute", "gone at write path=000001.tar seconds=20", [0], ""),
     "precompute: disk full": ("precompute", "full at write path=000002.tar", FAILED, FULL),
@@ -100,7 +100,7 @@ FAULTS: dict[str, tuple[str, str, list[int], str]] = {
     ),
     "evaluate: killed between two blocks": ("evaluate", "kill at written path=block-00000.npz nth=2", KILLED, ""),
     "evaluate: the driver dies before the metrics": ("evaluate", "kill at write path=metrics.json", KILLED, ""),
-    "evaluate: asked to stop": ("evaluate", "stop at written path=block-00000.npz", STOPPED, "stopped as requested"),
+    "evaluate: stop request": ("evaluate", "stop at written path=block-00000.npz", STOPPED, "stopped as requested"),
     "evaluate: storage fails three times": ("evaluate", "fail at write path=block-00001.npz times=3", [0], ""),
     "evaluate: storage gone for 20 s": ("evaluate", "gone at read path=block-00001.npz seconds=20", [0], ""),
     "evaluate: disk full": ("evaluate", "full at write path=block-00001.npz", FAILED, FULL),
@@ -116,7 +116,7 @@ FEW = (
     "precompute: a byte of a shard flips, then a kill",
     "evaluate: a byte of a block of features flips, then a kill",
 )
-"""In `make test`; the others are in `make faults`."""
+"""Run by `make test`; the others by `make faults`."""
 
 
 def rows() -> list[Any]:
@@ -125,34 +125,34 @@ def rows() -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("stage", "plan", "codes", "words"), rows())
+@pytest.mark.parametrize(("stage", "plan", "codes", "line"), rows())
 def test_the_stage_ends_as_undisturbed(
-    tmp_path: Path, calm: Callable[[str], Path], stage: str, plan: str, codes: list[int], words: str
+    tmp_path: Path, calm: Callable[[str], Path], stage: str, plan: str, codes: list[int], line: str
 ) -> None:
     shutil.copytree(calm(stage), tmp_path / "root")
-    ended, said = through(stage, tmp_path / "root", plan)
-    assert fault_plans.left(tmp_path / "root") == [], said
-    assert ended == codes, said
-    assert re.search(words, said), said
+    ended, output = through(stage, tmp_path / "root", plan)
+    assert fault_plans.left(tmp_path / "root") == [], output
+    assert ended == codes, output
+    assert re.search(line, output), output
     assert stages.made(tmp_path / "root/store") == expected(calm, stage)
 
 
 def test_a_flipped_byte_of_a_published_file_is_named_and_the_others_are_evaluated(
     tmp_path: Path, calm: Callable[[str], Path]
 ) -> None:
-    """Put back, as from a copy, the same command ends as undisturbed."""
+    """After the file is restored, as from a copy, a rerun ends as undisturbed."""
     root = tmp_path / "root"
     shutil.copytree(calm("evaluate"), root)
     weights = root / "store/sweeps/tiny/runs/dit/published/000000000000/weights.safetensors"
-    sound = weights.read_bytes()
-    weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
-    _, said = through("evaluate", root, "")
-    assert "skipped: dit at 0 images: " in said
-    assert f"{weights}: damaged: its sha256 differs from the manifest's" in said
-    wanted, found = expected(calm, "evaluate"), stages.made(root / "store")
+    intact = weights.read_bytes()
+    weights.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+    _, output = through("evaluate", root, "")
+    assert "skipped: dit at 0 images: " in output
+    assert f"{weights}: damaged: its sha256 differs from the manifest's" in output
+    wanted, made = expected(calm, "evaluate"), stages.made(root / "store")
     at_160 = [name for name in wanted if "evaluation/dit/000000000160" in name]
     assert at_160
-    assert {name: found[name] for name in at_160} == {name: wanted[name] for name in at_160}
-    weights.write_bytes(sound)
+    assert {name: made[name] for name in at_160} == {name: wanted[name] for name in at_160}
+    weights.write_bytes(intact)
     assert through("evaluate", root, "")[0] == [0]
     assert stages.made(root / "store") == wanted

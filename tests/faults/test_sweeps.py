@@ -1,4 +1,4 @@
-"""Accidents in whole sweeps on Ray: the command ends well, by itself or given again, with what the undisturbed sweep made."""
+"""Faults in complete sweeps on Ray: the command succeeds, alone or after reruns, with the undisturbed sweep's results."""
 
 import hashlib
 import json
@@ -15,18 +15,18 @@ SETTINGS = ("models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}"
 
 
 def run(root: Path, plan: str) -> tuple[list[int], str]:
-    """The command until it has nothing left to do, 4 times at most; its exit codes and all that it said."""
+    """Run the command until it succeeds, at most 4 times; return its exit codes and its output."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "faults").write_text(plan)
-    codes, said = list[int](), ""
+    codes, output = list[int](), ""
     while 0 not in codes and len(codes) < 4:
         done = sweeps.run(str(root / "store"), *SETTINGS, DIS_SCALE_FAULTS=str(root / "faults"))
-        codes, said = [*codes, done.returncode], said + done.stdout + done.stderr
-    return codes, said
+        codes, output = [*codes, done.returncode], output + done.stdout + done.stderr
+    return codes, output
 
 
 def made(root: Path) -> dict[str, Any]:
-    """Each thing that is made once, by its name: its bytes' hash, a metric's values, the rows of the run."""
+    """Return everything that is made once, by name: hashes of files, values of metrics, rows of the run."""
     store = root / "store"
     patterns = (
         "latents/*/*.tar",
@@ -35,10 +35,12 @@ def made(root: Path) -> dict[str, Any]:
         "*/*/runs/*/published/*/*.safe*",
     )
     files = {p for pattern in patterns for p in store.glob(pattern)} | set(store.glob("*/*/evaluation/*/*/samples.png"))
-    found: dict[str, Any] = {str(p.relative_to(store)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    results: dict[str, Any] = {str(p.relative_to(store)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
     for path in store.glob("*/*/evaluation/**/metrics.json"):
-        found[str(path.relative_to(store))] = json.loads(path.read_text())["values"]
-    return found | {"rows": sorted((r.name, r.images, r.value) for r in rows(root) if r.name not in fault_plans.TIMED)}
+        results[str(path.relative_to(store))] = json.loads(path.read_text())["values"]
+    return results | {
+        "rows": sorted((r.name, r.images, r.value) for r in rows(root) if r.name not in fault_plans.TIMED)
+    }
 
 
 def rows(root: Path) -> list[Row]:
@@ -48,11 +50,11 @@ def rows(root: Path) -> list[Row]:
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("calm")
-    codes, said = run(root, "")
-    assert codes == [0], said
-    found = made(root)
-    assert len(found) > 12
-    return found
+    codes, output = run(root, "")
+    assert codes == [0], output
+    results = made(root)
+    assert len(results) > 12
+    return results
 
 
 IN_EVERY_STAGE = """
@@ -63,13 +65,13 @@ hang at step rank=0 images=208
 kill at written path=block-00001.npz
 """
 FAULTS = {
-    "accidents in every stage, in turn": (IN_EVERY_STAGE, [0]),
+    "a fault in every stage, in turn": (IN_EVERY_STAGE, [0]),
     "prepare killed": ("kill at written path=vae/", [0]),
     "an encoder killed between shard and sidecar": ("kill at written path=000002.tar", [0]),
     "precompute's driver dies": ("kill at poll path=precompute", [1, 0]),
     "rank 0 killed in a save": ("kill at written path=resume/000000000160 rank=0 nth=3", [0]),
     "training's driver dies": ("kill at poll path=train images=16", [1, 0]),
-    "training's driver is asked to stop": ("stop at poll path=train", [75, 0]),
+    "stop request to training's driver": ("stop at poll path=train", [75, 0]),
     "a rank hangs": ("hang at step rank=1 images=112", [0]),
     "storage is gone for 20 s while publishing": ("gone at write path=published/000000000160 seconds=20", [0]),
     "disk full in a save": ("full at write path=resume/000000000240", [1, 0]),
@@ -81,12 +83,12 @@ FAULTS = {
 @pytest.mark.faults
 @pytest.mark.parametrize(("plan", "codes"), FAULTS.values(), ids=FAULTS)
 def test_the_sweep_ends_as_undisturbed(tmp_path: Path, calm: dict[str, Any], plan: str, codes: list[int]) -> None:
-    ended, said = run(tmp_path, plan)
-    assert fault_plans.left(tmp_path) == [], said
-    assert ended == codes, said
+    ended, output = run(tmp_path, plan)
+    assert fault_plans.left(tmp_path) == [], output
+    assert ended == codes, output
     assert made(tmp_path) == calm
     if "hang" in plan:
-        assert "no step ended for 3" in said
+        assert "no step ended for 3" in output
         (restart,) = [row for row in rows(tmp_path) if row.name == "noticed_s" and row.value >= 30]
         assert 0 < restart.images < 320
-        assert "first new step" in said
+        assert "first new step" in output

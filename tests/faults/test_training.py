@@ -1,4 +1,4 @@
-"""Every fault in training ends with one question: is what the run leaves bit-equal to the undisturbed one's, and made once?"""
+"""Faults in training: is the result bit-equal to the undisturbed run's, and is each thing made once?"""
 
 import json
 import re
@@ -25,7 +25,7 @@ def recipe() -> Recipe:
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> dict[str, Any]:
-    """What the undisturbed run leaves."""
+    """Results of the undisturbed run."""
     root = tmp_path_factory.mktemp("calm")
     assert fault_plans.train_through(recipe, root, "") == []
     return fault_plans.made(root, recipe)
@@ -55,10 +55,10 @@ FAULTS = {
         "jump at step images=96 seconds=-3600 times=2\nkill at step rank=1 images=208",
         "SIGKILL",
     ),
-    "the clock jumps on a day": ("jump at step rank=0 images=96 seconds=86400", None),
+    "the clock jumps forward a day": ("jump at step rank=0 images=96 seconds=86400", None),
 }
 FEW = ("killed before the manifest of a save", "stopped in a save after a file", "storage fails three times")
-"""In `make test`; the others are in `make faults`."""
+"""Run by `make test`; the others by `make faults`."""
 
 
 def rows() -> list[Any]:
@@ -76,9 +76,7 @@ def test_training_ends_as_undisturbed(
     assert fault_plans.made(tmp_path, recipe) == calm
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted_and_the_clock_moves_on(
-    tmp_path: Path, recipe: Recipe
-) -> None:
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, recipe: Recipe) -> None:
     assert fault_plans.train_through(recipe, tmp_path, "nan at loss rank=1 images=112") == []
     made = fault_plans.made(tmp_path, recipe)
     images, adam_steps, _ = made["state"]
@@ -86,24 +84,23 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted_and_the_clock_moves_on
     assert [row for row in made["rows"] if row[0] == "skipped"] == [("skipped", 160, 1.0), ("skipped", 320, 1.0)]
 
 
-def test_too_many_in_a_row_stop_the_run_and_the_evidence_is_kept(tmp_path: Path) -> None:
+def test_too_many_in_a_row_stop_the_run_and_are_dumped(tmp_path: Path) -> None:
     recipe = reading.load(TINY, ["train.skips_in_a_row=3"])
     (tmp_path / "faults").write_text("nan at loss rank=1 images=112 times=6")
     with pytest.raises(
         mp.ProcessRaisedException, match="not finite in 3 steps in a row, up to 160 images: the last step's"
     ):
         ranks.run(recipe, fault_plans.MODEL, tmp_path, 1, faults=tmp_path / "faults")
-    kept = fault_plans.run_of(tmp_path, recipe).bad_step(PointName(160, 1))
-    found = manifest.find(kept)
-    assert found is not None
-    assert len(found["files"]) == 6
-    step = json.loads(manifest.read(kept, "step-00001.json", found))
+    dump = fault_plans.run_of(tmp_path, recipe).bad_step(PointName(160, 1))
+    contents = manifest.require(dump)
+    assert len(contents["files"]) == 6
+    step = json.loads(manifest.read(dump, "step-00001.json", contents))
     assert (len(step["loss_by_lane"]), step["weights_not_finite"]) == (2, [])
-    batch = safetensors.torch.load(manifest.read(kept, "batch-00001.safetensors", found))
+    batch = safetensors.torch.load(manifest.read(dump, "batch-00001.safetensors", contents))
     assert batch["1/x_BCHW"].shape == (4, 4, 8, 8)
 
 
 @pytest.mark.parametrize("line", ["kil at step", "kill step rank=1", "kill at step rnk=1", "kill at step rank=one"])
-def test_a_fault_that_is_none_is_refused(line: str) -> None:
+def test_an_invalid_fault_is_refused(line: str) -> None:
     with pytest.raises(UserError, match=f"fault {line!r}: "):
         faults.parse(line)

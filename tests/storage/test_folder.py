@@ -1,4 +1,4 @@
-"""Object storage on disk and in Ceph: whole or not at all, one winner of many, errors that name object and cause."""
+"""Object storage on disk and in Ceph: atomic writes, one winner of many creators, errors that name object and cause."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from dis_scale.storage.folder import Folder, open_folder
 from tests.support.faulty_gateway import Gateway
 
 
-def test_what_is_written_is_read_listed_and_deleted(store_url: str) -> None:
+def test_objects_are_written_read_listed_and_deleted(store_url: str) -> None:
     root = open_folder(store_url) / "root"
     root.write("a/b/c", b"one")
     root.write("a/d", b"two")
@@ -45,7 +45,7 @@ def test_a_usable_store_leaves_no_trace_of_the_probe(store_url: str) -> None:
     assert root.list() == []
 
 
-def test_a_folder_that_cannot_be_made_is_the_users_to_mend() -> None:
+def test_a_folder_that_cannot_be_created_is_a_user_error() -> None:
     with pytest.raises(UserError, match="storage /proc/none cannot be used: there is no such bucket or folder"):
         open_folder("/proc/none").require_usable()
 
@@ -70,17 +70,20 @@ def test_a_missing_bucket_is_named(ceph: object) -> None:
         open_folder("s3://no-such-bucket-here/x").require_usable()
 
 
-def test_a_full_disk_is_said_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match=f"cannot write {tmp_path}/x: no space left on the device: free some"):
+    with pytest.raises(
+        StorageError,
+        match=f"cannot write {tmp_path}/x: no space left on the device: free some, then run the same command again",
+    ):
         open_folder(tmp_path).write("x", b"data")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_passes_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_failures_are_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, failures = open_folder(tmp_path), iter([TimeoutError("slow"), ConnectionError("away")])
     root.write("x", b"data")
     monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
@@ -99,31 +102,31 @@ def test_what_passes_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert root.read("x") == b"data"
 
 
-def test_a_half_written_file_is_not_listed(tmp_path: Path) -> None:
+def test_an_incomplete_file_is_not_listed(tmp_path: Path) -> None:
     (tmp_path / "x.part-0123").write_bytes(b"half")
     assert open_folder(tmp_path).list() == []
 
 
-def test_files_come_in_order_without_folders_and_what_is_half_written(store_url: str) -> None:
-    at = open_folder(store_url) / "many"
+def test_files_are_listed_in_order_without_folders_and_incomplete_ones(store_url: str) -> None:
+    folder = open_folder(store_url) / "many"
     for name in ("b.png", "a.png", "c/d.png", "Z.png", "e\u00e9.png"):
-        at.write(f"class/{name}", b"x")
-    assert list(at.files("class")) == ["Z.png", "a.png", "b.png", "e\u00e9.png"]
-    assert list(at.files("none")) == []
+        folder.write(f"class/{name}", b"x")
+    assert list(folder.files("class")) == ["Z.png", "a.png", "b.png", "e\u00e9.png"]
+    assert list(folder.files("none")) == []
 
 
-def test_links_are_files_wherever_they_lead_and_half_written_ones_are_none(tmp_path: Path) -> None:
-    at = open_folder(tmp_path)
-    at.write("elsewhere/1.png", b"x")
+def test_links_are_listed_as_files_also_broken_ones(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path)
+    folder.write("elsewhere/1.png", b"x")
     (tmp_path / "class").mkdir()
     (tmp_path / "class/1.png").symlink_to(tmp_path / "elsewhere/1.png")
     (tmp_path / "class/gone.png").symlink_to(tmp_path / "elsewhere/gone.png")
     (tmp_path / "class/2.png.part-ab").write_bytes(b"x")
-    assert list(at.files("class")) == ["1.png", "gone.png"]
+    assert list(folder.files("class")) == ["1.png", "gone.png"]
 
 
-def test_a_folder_of_many_is_listed_page_by_page(bucket: str, gateway: Gateway) -> None:
-    """And a page that failed is asked for again."""
+def test_a_large_folder_is_listed_page_by_page(bucket: str, gateway: Gateway) -> None:
+    """A page that failed is requested again."""
     names = [f"{i:04d}.png" for i in range(1001)]
     store = open_folder(bucket)
     store._do("write", "class", lambda fs, full: fs.pipe({f"{full}/{name}": b"x" for name in names}))

@@ -1,4 +1,4 @@
-"""Shared by the tables of faults: train through accidents, and compare the result with the undisturbed run's."""
+"""For the tables of faults: train through a fault plan, and compare the result with the undisturbed run's."""
 
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,5 @@ def made(root: Path, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _hashes(place: Folder) -> dict[str, str]:
-    found = manifest.find(place)
-    assert found is not None
-    return {name: file["sha256"] for name, file in found["files"].items()}
+def _hashes(folder: Folder) -> dict[str, str]:
+    return {name: file["sha256"] for name, file in manifest.require(folder)["files"].items()}

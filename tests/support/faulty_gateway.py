@@ -1,4 +1,4 @@
-"""A server between a client and an S3 gateway that notes each request, and fails those that it is told to fail."""
+"""Proxy between a client and an S3 gateway that records each request and injects faults."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -15,16 +15,16 @@ class Request(NamedTuple):
 
 
 class Gateway(ThreadingHTTPServer):
-    """Passes requests on to `port`. Each of `faults` strikes the next request that `concerns` it, and is gone.
+    """Forwards requests to `port`. Each of `faults` is used once, for the next request for which `concerns` is true.
 
-    A number is the status of the answer; "cut" breaks off half-way, "closed" before an answer, "hangs" when the server ends.
+    A number is the status of the response. "cut" sends half of the response, "closed" none, "hangs" none until the server ends.
     """
 
     daemon_threads = True
 
     def __init__(self, port: int) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.behind, self.seen = port, list[Request]()
+        self.upstream_port, self.seen = port, list[Request]()
         self.faults: list[int | str] = []
         self.concerns: Callable[[Request], bool] = lambda _: True
         self.ending = threading.Event()
@@ -48,22 +48,22 @@ class _Handler(BaseHTTPRequestHandler):
         if fault in ("closed", "hangs"):
             self.close_connection = True
         elif isinstance(fault, int):
-            self._answer(fault, {}, b"<Error><Code>InternalError</Code><Message>told to fail</Message></Error>")
+            self._answer(fault, {}, b"<Error><Code>InternalError</Code><Message>injected fault</Message></Error>")
         else:
-            self._pass_on(body, cut=fault == "cut")
+            self._forward(body, cut=fault == "cut")
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _serve
 
-    def _pass_on(self, body: bytes, cut: bool) -> None:
-        there = HTTPConnection("127.0.0.1", self.server.behind)
-        there.request(self.command, self.path, body, dict(self.headers))
-        answer = there.getresponse()
+    def _forward(self, body: bytes, cut: bool) -> None:
+        upstream = HTTPConnection("127.0.0.1", self.server.upstream_port)
+        upstream.request(self.command, self.path, body, dict(self.headers))
+        answer = upstream.getresponse()
         data = answer.read()
         headers = {k: v for k, v in answer.getheaders() if k.lower() not in ("transfer-encoding", "connection")}
         headers.setdefault("Content-Length", str(len(data)))
         self._answer(answer.status, headers, data[: len(data) // 2] if cut else data)
         self.close_connection |= cut
-        there.close()
+        upstream.close()
 
     def _answer(self, status: int, headers: dict[str, str], data: bytes) -> None:
         self.send_response_only(status)
@@ -74,12 +74,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
-        """Not to the terminal."""
+        """Log nothing."""
 
 
 @contextmanager
 def before(port: int) -> Iterator[Gateway]:
-    """A gateway in front of the one at `port`, while the block lasts."""
+    """Run a proxy in front of the gateway at `port` for the block."""
     server = Gateway(port)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

@@ -1,4 +1,4 @@
-"""Storage whose reads are counted, across processes, and fail when told: a folder behind fsspec's door as `flaky://<path>`."""
+"""Storage with injected faults whose reads are counted, across processes: a local folder under fsspec as `flaky://<path>`."""
 
 import os
 import threading
@@ -12,14 +12,13 @@ from fsspec.implementations.local import LocalFileSystem
 from s3fs.errors import translate_boto_error
 
 LOG = "reads.log"
-"""Beside the objects: a line for each read of a shard that came through."""
-
+"""File next to the objects with one line per successful read of a shard."""
 
 _ONE_AT_A_TIME = threading.Lock()
 
 
 class FlakyFileSystem(LocalFileSystem):
-    """`faults` are raised by as many reads of shards, the first ones, before any comes through; a read takes `latency_s`."""
+    """The first reads of shards raise `faults`, one each; later reads succeed after `latency_s`."""
 
     protocol = "flaky"
     faults: ClassVar[list[Exception]] = []
@@ -48,7 +47,7 @@ fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
 
 
 def busy(status: int = 503) -> Exception:
-    """What s3fs raises for such an answer of the server."""
+    """Return the exception that s3fs raises for this status of the server."""
     error = {"Code": "SlowDown", "Message": "Please reduce your request rate."}
     response = {"Error": error, "ResponseMetadata": {"HTTPStatusCode": status}}
     cause = ClientError(response, "GetObject")  # type: ignore[arg-type]
@@ -58,7 +57,7 @@ def busy(status: int = 503) -> Exception:
 
 
 def reads(at: Path) -> Counter[str]:
-    """How often each shard was read."""
+    """Return how often each shard was read."""
     return Counter(line.split()[0] for line in (at / LOG).read_text().splitlines())
 
 

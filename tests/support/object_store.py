@@ -1,8 +1,8 @@
-"""A real S3 server for tests: Ceph's object gateway over one monitor and one OSD, in memory or on disk, on loopback.
+"""A real S3 server for tests: Ceph's object gateway with one monitor and one OSD, in memory or on disk, on loopback.
 
     apt-get install --no-install-recommends radosgw ceph-mon ceph-osd
 
-A start sometimes hangs on a busy machine; `start` then begins anew.
+A start sometimes hangs on a busy machine; `start` then tries again.
 """
 
 import contextlib
@@ -64,12 +64,12 @@ rgw thread pool size = 32
 
 
 def missing() -> list[str]:
-    """The programs that this machine lacks."""
+    """Return the programs that are not installed."""
     return [program for program in PROGRAMS if shutil.which(program) is None]
 
 
 class ObjectStore:
-    """A running gateway; `environment` holds what a client needs. One on disk starts in 7 s, not 2, and outlives `kill`."""
+    """A running gateway; `environment` is for its clients. On disk it starts in 7 s instead of 2, and survives `kill`."""
 
     def __init__(self, on_disk: bool = False) -> None:
         self.kind = "bluestore" if on_disk else "memstore"
@@ -96,11 +96,11 @@ class ObjectStore:
         raise RuntimeError(f"Ceph's gateway would not start in {tries} tries; logs in {self.folder}")
 
     def kill(self) -> None:
-        """The power cut."""
+        """End all daemons at once, as a power cut does."""
         self._halt()
 
     def resume(self) -> None:
-        """The way back, at the same port with the same objects."""
+        """Start again, at the same port with the same objects."""
         self._monitor()
         self._serve()
 
@@ -130,7 +130,7 @@ class ObjectStore:
         _wait(lambda: self._answers("ceph", "mon", "stat"))
 
     def _serve(self, *administration: str) -> None:
-        """The store and the gateway, with something for its administration to do in between."""
+        """Start the store and the gateway; run a `radosgw-admin` command between the two, if given."""
         self._daemon("ceph-osd", "-i", "0", "-f")
         _wait(lambda: b" 1 up" in self._run("ceph", "osd", "stat"))
         if administration:
@@ -172,7 +172,7 @@ def _wait(true: object, timeout_s: float = 15.0) -> None:
 
 
 def make_bucket(store: ObjectStore, name: str) -> str:
-    """The URL of a new bucket."""
+    """Create a bucket; return its URL."""
     import s3fs
 
     os.environ.update(store.environment)

@@ -26,7 +26,7 @@ multiprocessing.set_forkserver_preload(PRELOAD)
 
 
 def make_latents(at: Folder, recipe: Recipe) -> Folder:
-    """A small sealed set of latents that fits the tiny recipe."""
+    """Make a small complete set of latents for the tiny recipe."""
     rng = np.random.default_rng(0)
     for number in range(3):
         part = [
@@ -40,16 +40,16 @@ def make_latents(at: Folder, recipe: Recipe) -> Folder:
 
 
 def sweep_of(root: Path, recipe: Recipe) -> Sweep:
-    """The sweep that `run` trains below `root`."""
+    """Return the sweep that `run` trains below `root`."""
     return Sweep(open_folder(root) / "sweep", recipe)
 
 
 def run(
     recipe: Recipe, model: str, root: Path, attempt: int, stop_at: int | None = None, faults: Path | None = None
 ) -> None:
-    """Trains in `recipe.train.workers` processes; with `stop_at`, the last rank has a stop request from that image count on.
+    """Train in `recipe.train.workers` processes. With `stop_at`, the last rank requests a stop from that image count on.
 
-    `faults` is a fault plan; SIGTERM to a rank is a stop request. `inputs` returns what the steps saw.
+    `faults` is a fault plan; SIGTERM to a rank is a stop request. `inputs` returns the inputs of all steps.
     """
     world = recipe.train.workers
     latents = open_folder(root) / "latents"
@@ -60,9 +60,8 @@ def run(
         port = free.getsockname()[1]
     arguments = (world, port, recipe, model, str(root), attempt, stop_at, faults)
     ranks = mp.start_processes(_rank, arguments, world, join=False, start_method="forkserver")
-    while not ranks.join(
-        grace_period=1
-    ):  # when one has died, the others would survive the SIGTERM: to them it is a stop request
+    # If one rank dies, the others get SIGTERM. To them it is a stop request, so they are killed after a second.
+    while not ranks.join(grace_period=1):
         pass
 
 
@@ -98,7 +97,7 @@ def _rank(
 
 
 def inputs(root: Path) -> dict[int, list[str]]:
-    """By images seen before it, the inputs of each step: one hash per lane of images, labels, noise, times and masks."""
+    """Return the inputs of each step by images seen before it: one hash per lane of images, labels, noise, times, masks."""
     lines = [line.split() for file in sorted((root / "inputs").glob("*")) for line in file.read_text().splitlines()]
     steps: dict[int, list[str]] = {}
     for images, digest in sorted(((int(images), digest) for images, digest in lines), key=lambda line: line[0]):
@@ -107,7 +106,7 @@ def inputs(root: Path) -> dict[int, list[str]]:
 
 
 def _note_inputs(place: Path, rank: int) -> None:
-    """Write one line per micro-batch on its way to the device; a rank's lanes come in order, and so do the ranks."""
+    """Write one line per micro-batch as it moves to the device. Lanes are in order within a rank, and so are the ranks."""
     from dis_scale.training import loop
 
     place.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The command as a user runs it, in a process of its own, and what it leaves in storage."""
+"""The command as a user runs it, in its own process, and its results in storage."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def command(root: str, *settings: str) -> list[str]:
 
 
 def run(root: str, *settings: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The sweep to its end."""
+    """Run the sweep to its end."""
     return subprocess.run(
         command(root, *settings),
         cwd=ROOT,
@@ -39,7 +39,7 @@ def run(root: str, *settings: str, **environment: str) -> subprocess.CompletedPr
 
 
 def start(root: str, *settings: str, log: Path) -> subprocess.Popen[bytes]:
-    """The sweep in the background, its own process group, so that a test can kill it with all its children."""
+    """Start the sweep in the background, in its own process group, so that a test can kill it with all its children."""
     with log.open("wb") as out:
         return subprocess.Popen(command(root, *settings), cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
 
@@ -53,7 +53,7 @@ def wait_until(true: Callable[[], bool], process: subprocess.Popen[bytes], log: 
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """-9 to the command and to every descendant: nothing gets a chance to clean up."""
+    """Send SIGKILL to the command and all its descendants, so that none can clean up."""
     import psutil
 
     for child in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
@@ -65,12 +65,12 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
 
 
 def sweep_at(root: str | Path, *settings: str) -> Sweep:
-    """The tiny sweep below a storage root, with these settings."""
+    """Return the tiny sweep below a storage root, with these settings."""
     return Sweep.below(open_folder(root), reading.load(TINY, [f"storage.root={root}", *settings]))
 
 
 def times(root: str) -> dict[str, float]:
-    """Modification times of everything that is made once, by name (on disk)."""
+    """Return the modification times of everything that is made once, by name (on disk)."""
     base = Path(root)
     patterns = (
         "latents/*/*.tar",
@@ -82,7 +82,7 @@ def times(root: str) -> dict[str, float]:
 
 
 def assert_complete(root: str, *settings: str) -> None:
-    """Every shard, published folder and evaluation of the tiny recipe exists once and agrees with its manifest."""
+    """Assert that every shard, published folder and evaluation exists once and agrees with its manifest."""
     sweep = sweep_at(root, *settings)
     recipe = sweep.recipe
     counts = list(recipe.train.publish_images)

@@ -1,4 +1,4 @@
-"""Power-function averages: their widths, their recurrence, and any width rebuilt from two."""
+"""Power-function averages: their widths, their recurrence, and other widths rebuilt from two."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ SETTINGS = Train(publish_images=(0, 1000), batch_images=10, lanes=1, ema=0.99, p
 
 
 def profile(step: int, width: float) -> np.ndarray:
-    """How much each of steps 1 to `step` counts in the tracked average, by the recurrence itself."""
+    """Return the share of each of steps 1 to `step` in the tracked average, by the recurrence itself."""
     weight = np.zeros(step)
     for t in range(1, step + 1):
         decay = ema.decays(SETTINGS.model_copy(update={"power_ema": (width, width)}), t)[ema.power_name(width)]
@@ -41,9 +41,9 @@ def test_any_width_is_rebuilt_from_two(width: float) -> None:
     shares = ema.coefficients(snapshots, Snapshot(1000, width))
     rebuilt = sum(share * np.pad(profile(*s), (0, 1000 - s.step)) for share, s in zip(shares, snapshots, strict=True))
     wanted = profile(1000, width)
-    missed = np.linalg.norm(rebuilt - wanted) / np.linalg.norm(wanted)
-    assert missed < 0.05
-    assert ema.misfit(snapshots, Snapshot(1000, width)) == pytest.approx(missed, abs=2e-3)
+    error = np.linalg.norm(rebuilt - wanted) / np.linalg.norm(wanted)
+    assert error < 0.05
+    assert ema.misfit(snapshots, Snapshot(1000, width)) == pytest.approx(error, abs=2e-3)
 
 
 def test_a_width_far_from_those_tracked_cannot_be_rebuilt_from_one_count() -> None:
