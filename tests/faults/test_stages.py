@@ -30,9 +30,9 @@ def sweep_of(root: Path) -> Sweep:
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return the undisturbed sweep as it was before a stage; `end` is after the last stage."""
-    base = tmp_path_factory.mktemp("calm")
+    base = tmp_path_factory.mktemp("undisturbed")
     plan, now, recipe = base / "faults", base / "now", reading.load(TINY, SMALL)
     plan.write_text("")
     sweep_of(now).save_recipe()
@@ -66,9 +66,9 @@ def through(stage: str, root: Path, plan: str) -> tuple[list[int], str]:
     return codes, words
 
 
-def expected(calm: Callable[[str], Path], stage: str) -> dict[str, Any]:
+def expected(undisturbed: Callable[[str], Path], stage: str) -> dict[str, Any]:
     after = dict(zip(STAGES, [*STAGES[1:], "end"], strict=True))[stage]
-    return stages.made(calm(after) / "store")
+    return stages.made(undisturbed(after) / "store")
 
 
 KILLED, STOPPED, FAILED = [-9, 0], [75, 0], [1, 0]
@@ -127,29 +127,29 @@ def rows() -> list[Any]:
 
 @pytest.mark.parametrize(("stage", "plan", "codes", "line"), rows())
 def test_the_stage_ends_as_undisturbed(
-    tmp_path: Path, calm: Callable[[str], Path], stage: str, plan: str, codes: list[int], line: str
+    tmp_path: Path, undisturbed: Callable[[str], Path], stage: str, plan: str, codes: list[int], line: str
 ) -> None:
-    shutil.copytree(calm(stage), tmp_path / "root")
+    shutil.copytree(undisturbed(stage), tmp_path / "root")
     ended, output = through(stage, tmp_path / "root", plan)
     assert fault_plans.left(tmp_path / "root") == [], output
     assert ended == codes, output
     assert re.search(line, output), output
-    assert stages.made(tmp_path / "root/store") == expected(calm, stage)
+    assert stages.made(tmp_path / "root/store") == expected(undisturbed, stage)
 
 
 def test_a_flipped_byte_of_a_published_file_is_named_and_the_others_are_evaluated(
-    tmp_path: Path, calm: Callable[[str], Path]
+    tmp_path: Path, undisturbed: Callable[[str], Path]
 ) -> None:
     """After the file is restored, as from a copy, a rerun ends as undisturbed."""
     root = tmp_path / "root"
-    shutil.copytree(calm("evaluate"), root)
+    shutil.copytree(undisturbed("evaluate"), root)
     weights = root / "store/sweeps/tiny/runs/dit/published/000000000000/weights.safetensors"
     intact = weights.read_bytes()
     weights.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
     _, output = through("evaluate", root, "")
     assert "skipped: dit at 0 images: " in output
     assert f"{weights}: damaged: its sha256 differs from the manifest's" in output
-    wanted, made = expected(calm, "evaluate"), stages.made(root / "store")
+    wanted, made = expected(undisturbed, "evaluate"), stages.made(root / "store")
     at_160 = [name for name in wanted if "evaluation/dit/000000000160" in name]
     assert at_160
     assert {name: made[name] for name in at_160} == {name: wanted[name] for name in at_160}

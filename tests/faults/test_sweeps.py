@@ -48,8 +48,8 @@ def rows(root: Path) -> list[Row]:
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    root = tmp_path_factory.mktemp("calm")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("undisturbed")
     codes, output = run(root, "")
     assert codes == [0], output
     results = made(root)
@@ -82,11 +82,13 @@ FAULTS = {
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("plan", "codes"), FAULTS.values(), ids=FAULTS)
-def test_the_sweep_ends_as_undisturbed(tmp_path: Path, calm: dict[str, Any], plan: str, codes: list[int]) -> None:
+def test_the_sweep_ends_as_undisturbed(
+    tmp_path: Path, undisturbed: dict[str, Any], plan: str, codes: list[int]
+) -> None:
     ended, output = run(tmp_path, plan)
     assert fault_plans.left(tmp_path) == [], output
     assert ended == codes, output
-    assert made(tmp_path) == calm
+    assert made(tmp_path) == undisturbed
     if "hang" in plan:
         assert "no step ended for 3" in output
         (restart,) = [row for row in rows(tmp_path) if row.name == "noticed_s" and row.value >= 30]

@@ -24,9 +24,9 @@ def recipe() -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> dict[str, Any]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> dict[str, Any]:
     """Results of the undisturbed run."""
-    root = tmp_path_factory.mktemp("calm")
+    root = tmp_path_factory.mktemp("undisturbed")
     assert fault_plans.train_through(recipe, root, "") == []
     return fault_plans.made(root, recipe)
 
@@ -67,13 +67,13 @@ def rows() -> list[Any]:
 
 @pytest.mark.parametrize(("plan", "ends"), rows())
 def test_training_ends_as_undisturbed(
-    tmp_path: Path, recipe: Recipe, calm: dict[str, Any], plan: str, ends: str | None
+    tmp_path: Path, recipe: Recipe, undisturbed: dict[str, Any], plan: str, ends: str | None
 ) -> None:
     ended = fault_plans.train_through(recipe, tmp_path, plan)
     assert fault_plans.left(tmp_path) == []
     assert bool(ended) == (ends is not None), ended
     assert all(re.search(ends or "", words) for words in ended), ended
-    assert fault_plans.made(tmp_path, recipe) == calm
+    assert fault_plans.made(tmp_path, recipe) == undisturbed
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, recipe: Recipe) -> None:
