@@ -19,12 +19,12 @@ before it, `written` after a write. `path` is a part of the path, in which `*` m
 
 import errno
 import os
+import re
 import signal
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from dis_scale.errors import UserError
 
 VARIABLE = "DIS_SCALE_FAULTS"
 ACTIONS = ("kill", "stop", "flip", "fail", "gone", "full", "jump", "hang", "nan")
+POINTS = ("step", "loss", "poll", "read", "write", "written", "create", "look up", "list", "delete")
 CONDITIONS = {"rank": int, "images": int, "path": str, "nth": int, "times": int, "seconds": float}
 
 
@@ -50,7 +51,8 @@ class Fault:
 
     def fits(self, point: str, where: dict[str, Any]) -> bool:
         """Whether the conditions hold here; `nth` and `times` are checked elsewhere."""
-        here = point == self.point and fnmatchcase(str(where.get("path", "")), f"*{self.path}*")
+        pattern = ".*".join(map(re.escape, self.path.split("*")))
+        here = point == self.point and bool(re.search(pattern, str(where.get("path", ""))))
         mine = self.rank is None or self.rank == int(os.environ.get("RANK", -1))
         return here and mine and (self.images is None or where.get("images", -1) >= self.images)
 

@@ -1,7 +1,7 @@
 """Evaluate, a Ray job next to training: samples and measures each new published checkpoint, writes metrics and a grid of samples.
 
-Blocks of samples are the unit of work and are kept, so an evaluation that was killed continues where it was. On a small machine its
-workers ask for no CPU and run at low priority: an evaluation that reserved a CPU first would block training's placement for ever.
+Blocks of samples are the unit of work and are kept, so an evaluation that was killed continues where it was. Its workers
+reserve no CPU and run at low priority: on a small machine a reserved CPU would block training's placement for ever.
 PyTorch is imported where it is used: the driver starts its workers first, and all load it at the same time.
 """
 
@@ -29,13 +29,14 @@ from pipelines.worker import Worker, WorkerFailure, choose_device, resources, sp
 if TYPE_CHECKING:
     from dis_scale.evaluation.reference import Reference
     from dis_scale.evaluation.sampling import SampleBlock
+    from dis_scale.models import Backbone
 
 POLL_EVERY_S = 2.0
 NICE = 19
 
 
 class Evaluator(Worker):
-    """Samples blocks and measures the held-out loss; progress counts blocks."""
+    """Samples blocks and measures the held-out loss; progress counts the blocks that it sampled, without kept ones."""
 
     def __init__(self, sweep: Sweep, device: str) -> None:
         super().__init__()
@@ -62,14 +63,18 @@ class Evaluator(Worker):
             self._cancelled.clear()
             compute_exactly()  # the number of threads is set per thread
             folder, images, before = self.sweep.evaluation(sampled), 0, dict(self.sampler.seconds)
-            # Loaded for the first block only: none if all blocks are kept.
-            model = cache(lambda: self.sampler.model(sampled.model, sampled.images_seen, settings))
+
+            @cache
+            def model() -> "Backbone":
+                """Loaded for the first block only; never if no block is left."""
+                loaded = self.sampler.model(sampled.model, sampled.images_seen, settings)
+                self.emit("work")
+                return loaded
+
             for number in blocks:
                 if self.stop_requested() or self._cancelled.is_set():
                     break
-                loaded = model()
-                self.emit("work")
-                block = self.sampler.sample(loaded, settings, number)
+                block = self.sampler.sample(model(), settings, number)
                 folder.write(block_name(number), block.to_bytes())
                 self.report(self._done + 1)
                 images += len(block.right)
@@ -89,7 +94,7 @@ class Evaluator(Worker):
         with self._sampling:
             compute_exactly()
             recipe, settings = self.sweep.recipe, self.sweep.recipe.evaluate
-            latents = Latents(state.require_latents(self.sweep), recipe.seed, recipe.data.held_out_images)
+            latents = Latents(state.require_latents(self.sweep.folder), recipe.seed, recipe.data.held_out_images)
             model = self.sampler.model(sampled.model, sampled.images_seen, settings)
             process = diffusion.build(recipe.diffusion)
             return held_out.losses(model, process, latents, recipe.seed, settings.batch_images)
@@ -103,7 +108,7 @@ class RayEvaluators:
     report: Callable[[int], None]
 
     def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[dict[str, float]]:
-        """Sample the blocks by all workers; if one fails, the others end their block before its failure is raised."""
+        """Sample the blocks on all workers. If one fails, raise its failure; the others stop after their current block."""
         share = len(self.workers)
         parts = [w.sample.remote(sampled, settings, blocks[i::share]) for i, w in enumerate(self.workers)]
         try:
@@ -151,13 +156,13 @@ class Evaluation:
         return values
 
     def _held_out(self, sampled: Sampled) -> dict[str, float]:
-        """The held-out loss belongs to the checkpoint, however it is sampled: it is stored with the main settings' metrics."""
+        """The held-out loss; empty for a variant, since it is measured once per checkpoint, under the main settings."""
         if sampled.variant or not self.sweep.recipe.data.held_out_images:
             return {}
         return self.evaluators.held_out(sampled)
 
     def _average_note(self, sampled: Sampled, settings: Evaluate) -> list[str]:
-        """How exactly an average that was not tracked is rebuilt."""
+        """A note on the error of the rebuilt averaging profile; empty without `ema_width`."""
         from dis_scale.training import checkpoint, ema
 
         train = self.sweep.recipe.train
@@ -168,7 +173,7 @@ class Evaluation:
         return [f"{sampled}: the average of width {settings.ema_width:g} was rebuilt to within {misfit:.0%}"]
 
     def _measure(self, folder: Folder, settings: Evaluate) -> tuple[dict[str, float], np.ndarray]:
-        """All metrics, and the grid's pictures, with one block in memory at a time."""
+        """All metrics, and the grid's pictures. Blocks are read one by one; some metrics keep all features."""
         from dis_scale.evaluation import measure
 
         pictures = []
@@ -184,7 +189,7 @@ class Evaluation:
 
 
 def evaluate(sweep: Sweep, _: list[str]) -> None:
-    """Evaluate each (model, published count) under all sampling settings, until all are done or their training has ended."""
+    """Evaluate each published checkpoint under all sampling settings, until training is over and each is evaluated or skipped."""
     stage.connect()
     device, why = choose_device(sweep.recipe)
     lines.say(f"evaluation on {device} ({why})")
@@ -246,7 +251,7 @@ def evaluate_all(sweep: Sweep, evaluation: Evaluation, skipped: set[Sampled]) ->
 
 
 def _copy_earlier(sweep: Sweep) -> None:
-    """Copy earlier evaluations that MLflow may have missed; if it is away, the first attempt is enough."""
+    """Copy earlier evaluations that MLflow may have missed; stop at the first copy that fails."""
     for model in sweep.recipe.models:
         for variant in sweep.recipe.evaluate.samplings:
             for images in state.evaluated_counts(sweep, model, variant):

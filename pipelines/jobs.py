@@ -20,9 +20,7 @@ from pipelines.cluster import START_TIMEOUT_S, Cluster
 
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Threads sleep while they wait. Spinning threads that share a core with another process make a step up to five times as long."""
-KEEP_FREED_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(10 * 2**30), "MALLOC_TOP_PAD_": str(2**27),
-}  # fmt: skip
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(10 * 2**30)}
 """glibc keeps freed memory; by default each step returns its large tensors to the kernel and faults them in again."""
 ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
 
@@ -95,7 +93,7 @@ def _environment(cluster: Cluster, sweep: Sweep, alone: bool) -> dict[str, str]:
     """Variables that a job's processes read when they start. `alone`: no other process of ours shares their cores."""
     job = {"RAY_JOB_STOP_WAIT_TIME_S": str(int(sweep.recipe.grace_s)), "PYTHONUNBUFFERED": "1"}
     waiting = {} if alone else PASSIVE
-    return cluster.runtime_env.get("env_vars", {}) | job | KEEP_FREED_MEMORY | waiting
+    return KEEP_FREED_MEMORY | waiting | cluster.runtime_env.get("env_vars", {}) | job
 
 
 def _submit(cluster: Cluster, name: str, command: list[str], environment: dict[str, str]) -> Job:

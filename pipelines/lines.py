@@ -3,6 +3,7 @@
 Progress drives the bars, messages are shown as they are, events let programs and tests react without reading prose.
 """
 
+import contextlib
 import json
 import time
 from typing import Any, Literal, NamedTuple
@@ -35,18 +36,24 @@ def parse(line: str) -> Line | None:
         return Line("message", text=line.removeprefix(_MARKS["message"]))
     for kind in ("progress", "event"):
         if line.startswith(_MARKS[kind]):
-            return Line(kind, facts=json.loads(line.removeprefix(_MARKS[kind])))  # type: ignore[arg-type]
+            with contextlib.suppress(ValueError):  # the lines of two threads in one
+                return Line(kind, facts=json.loads(line.removeprefix(_MARKS[kind])))  # type: ignore[arg-type]
     return None
+
+
+def write(line: str) -> None:
+    """Write a line in one call, so that two threads' lines do not mix."""
+    print(f"{line}\n", end="", flush=True)
 
 
 def say(text: str) -> None:
     """Show a message in the sweep."""
-    print(message(text), flush=True)
+    write(message(text))
 
 
 def emit(name: str, **facts: Any) -> None:
     """Log an event."""
-    print(event(name, **facts), flush=True)
+    write(event(name, **facts))
 
 
 def progress(done: int, total: int, unit: str) -> None:
@@ -56,4 +63,4 @@ def progress(done: int, total: int, unit: str) -> None:
     if (done, total) == _last_progress[:2] or (done < total and now < _last_progress[2] + PROGRESS_EVERY_S):
         return
     _last_progress = (done, total, now)
-    print(_MARKS["progress"] + json.dumps({"done": done, "total": total, "unit": unit}), flush=True)
+    write(_MARKS["progress"] + json.dumps({"done": done, "total": total, "unit": unit}))

@@ -29,7 +29,7 @@ def run_program(program: Program, url: str, *arguments: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _stop.set())
     try:
-        program(Sweep.open(url).patient, list(arguments))
+        program(Sweep.open(url, patient=True), list(arguments))
     except Exception as error:
         _exit_with(cause_of(error), error)
 

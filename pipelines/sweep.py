@@ -1,6 +1,6 @@
 """The driver: labelled images to the curve of Gflops against distance, stage by stage. `python -m dis_scale.sweep RECIPE`.
 
-A rerun is safe: the same command after any accident does what is left and nothing twice. Each stage is a Ray job. What is done
+A rerun continues from storage and repeats only the steps since the newest resume point. Each stage is a Ray job. What is done
 is read from storage and nowhere else. Read next: dis_scale/sweep/state.py, train.py, dis_scale/training/loop.py.
 """
 
@@ -79,7 +79,9 @@ def run_sweep(recipe: Recipe, console: Console) -> None:
         if done and sweep.report.exists(report.CSV):
             board.say("nothing to do: every model is trained and evaluated at every published count")
         else:
-            failures = _run_stages(Driver(sweep, board), plan, store)
+            driver = Driver(sweep, board)
+            failures = _run_stages(driver, plan, store)
+            sweep = driver.sweep  # the patient one
             _write_report(sweep, plan, failures)
     _print_results(sweep, plan, console)
     if words := failures.words():
@@ -106,7 +108,7 @@ def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
         try:
             if not state.prepared(sweep):
                 run_stage(driver, cluster, "prepare")
-            if state.find_latents(sweep) is None:
+            if state.find_latents(sweep.folder) is None:
                 run_stage(driver, cluster, "precompute")
             failures = _train_and_evaluate(driver, cluster)
         except BaseException:
@@ -234,7 +236,7 @@ def _poll(driver: Driver, job: Job, name: str) -> None:
 def _write_report(sweep: Sweep, plan: Plan, failures: Failures) -> None:
     """Write the report; copy it and the end of each failed run to MLflow."""
     report.write(sweep, report.collect(sweep, plan))
-    mlflow_copy.copy_report(sweep, "FAILED" if failures.words() else "FINISHED")
+    mlflow_copy.copy_report(sweep, "FAILED" if failures.models or failures.evaluation is not None else "FINISHED")
     for model in failures.models:
         mlflow.RunCopy(sweep, model).finish("FAILED")
 

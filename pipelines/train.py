@@ -1,6 +1,6 @@
 """Train, one Ray job per model: a placement group of DeepSpeed workers, restarted from the newest resume point after a failure.
 
-The driver holds the run's lease, forwards stop requests, copies rows to MLflow, and ends last.
+The job's driver holds the run's lease, forwards stop requests, copies rows to MLflow, and ends last.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from pipelines.restarts import with_restarts
 from pipelines.worker import Worker, WorkerFailure, choose_device, resources, spawn, watch
 
 CAPACITY_WAIT_S = 5.0
-"""Wait for resources that the attempt before has not freed yet."""
+"""Longest wait for resources that the previous attempt has not freed yet."""
 COPY_EVERY_S, LAST_COPY_S = 5.0, 60.0
 """Interval of copies to MLflow; time for one in progress when training ends, whose rows would otherwise be missing there."""
 
@@ -51,6 +51,7 @@ class Trainer(Worker):
         requested_at: float,
         silent_s: float | None,
     ) -> int:
+        """Train as one rank; return the images seen. `requested_at` and `silent_s` are as in `loop.Start`."""
         os.environ.update({key: str(value) for key, value in rank_environment.items()})
         import torch
 
@@ -62,7 +63,7 @@ class Trainer(Worker):
         where = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
         engine.connect(where)
         attempt = Attempt(
-            sweep=sweep, model=model, latents=state.require_latents(sweep), number=held_lease.number, device=where,
+            sweep=sweep, model=model, latents=state.require_latents(sweep.folder), number=held_lease.number, device=where,
             start=Start(requested_at, silent_s), held=held_lease.held, stop_requested=self.stop_requested,
             report=self.report, log=self.log, emit=self.emit,
         )  # fmt: skip
@@ -70,7 +71,7 @@ class Trainer(Worker):
 
 
 def train(sweep: Sweep, arguments: list[str]) -> None:
-    """Train one model to its last published count; a lost worker costs an attempt, and the recipe allows some."""
+    """Train one model to its last published count; `train.restarts` limits failures in a row without a new resume point."""
     (model,) = arguments
     stage.connect()
     device, why = choose_device(sweep.recipe)
@@ -101,7 +102,12 @@ def _attempt(sweep: Sweep, model: str, device: str, failure: WorkerFailure | Non
         places = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(world)]
         workers = [spawn(Trainer, request | {"scheduling_strategy": place}) for place in places]
         host, port = ray.get(workers[0].address.remote())
-        environment = {"WORLD_SIZE": world, "MASTER_ADDR": host, "MASTER_PORT": port, "LOCAL_RANK": 0}
+        environment = {
+            "WORLD_SIZE": world,
+            "MASTER_ADDR": host,
+            "MASTER_PORT": port,
+            "LOCAL_RANK": 0,
+        }  # one GPU is visible
         with lease.hold(sweep.run(model).lease) as held:
             results = [
                 worker.train.remote(environment | {"RANK": rank}, sweep, model, held, device, requested_at, silent_s)
@@ -111,7 +117,9 @@ def _attempt(sweep: Sweep, model: str, device: str, failure: WorkerFailure | Non
             grow_at_s = time.monotonic() + recipe.train.grow_after_s
 
             def moves() -> bool:
-                return _node_drains(model, nodes) or (time.monotonic() > grow_at_s and _can_grow(recipe, bundle, world))
+                return _node_drains(model, nodes) or (
+                    time.monotonic() > grow_at_s and _can_grow(sweep, model, bundle, world)
+                )
 
             def report(done: list[int]) -> None:
                 lines.progress(max(done), recipe.train.images, "images")
@@ -189,7 +197,7 @@ def _draining() -> set[str]:
 
 
 def _node_drains(model: str, nodes: set[str]) -> bool:
-    """Whether one of the attempt's nodes is being drained; until it goes, its workers can still save."""
+    """Whether one of the attempt's nodes is being drained, logged if so; until it goes, its workers can still save."""
     drains = bool(nodes & _draining())
     if drains:
         lines.emit("drain", model=model)
@@ -199,14 +207,15 @@ def _node_drains(model: str, nodes: set[str]) -> bool:
     return drains
 
 
-def _can_grow(recipe: Recipe, bundle: dict[str, float], world: int) -> bool:
-    """Whether a larger world size fits now, counting the running workers' own resources."""
-    if world == recipe.train.world_sizes[0]:
+def _can_grow(sweep: Sweep, model: str, bundle: dict[str, float], world: int) -> bool:
+    """Whether a larger world size fits now, counting the running workers' own resources; logged if so."""
+    sizes = sweep.recipe.train.world_sizes
+    if world == sizes[0]:
         return False
-    larger = largest_fitting(recipe.train.world_sizes, world + _free(bundle))
+    larger = largest_fitting(sizes, world + _free(bundle))
     if larger > world:
-        lines.emit("grow", workers=world, to=larger)
-        lines.say(f"capacity for {larger} workers: {world} stop at a resume point and continue as {larger}")
+        lines.emit("grow", model=model, workers=world, to=larger)
+        lines.say(f"{model}: capacity for {larger} workers: {world} stop at a resume point and continue as {larger}")
     return larger > world
 
 

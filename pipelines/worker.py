@@ -193,7 +193,7 @@ def _poll(workers: Sequence[Any]) -> list[int]:
         poll or (0, []) for poll in _ask([worker.poll.remote() for worker in workers])
     ]
     for line in [line for _, new in polls for line in new]:
-        print(line, flush=True)
+        lines.write(line)
     return [done for done, _ in polls]
 
 

@@ -1,4 +1,4 @@
-"""The reader: the latents of step s with all the step's random numbers, equal at any world size and wherever a run starts.
+"""The reader: latents, labels and noise of each step, which depend neither on the world size nor on where a run starts.
 
 Threads load the next block's shards while the current block is read. Latents in an object store pass through the node's cache.
 Each shard is checked against the manifest's hash before use. Read next: order.py, cache.py and memory.py.
@@ -26,7 +26,7 @@ from dis_scale.storage.folder import Folder
 
 GIB = 2**30
 _NOISE = ThreadPoolExecutor(1, "noise")
-"""Makes the noise while the main thread makes the rest of a micro-batch: numpy releases Python's lock meanwhile."""
+"""Thread that makes the noise while the calling thread makes the rest of a micro-batch; numpy releases the GIL."""
 T = TypeVar("T")
 
 
@@ -121,7 +121,10 @@ class Micro(NamedTuple):
 def micro_batch(
     latents: Latents, step: int, lane: int, *, batch: int, lanes: int, seed: int, flip: bool, label_dropout: float
 ) -> Micro:
-    """Return positions [step B + lane m, ... + m), m = B / lanes. Every random number is made here, on the CPU."""
+    """Return the micro-batch at positions [step B + lane m, step B + (lane + 1) m), m = B / lanes.
+
+    Its random numbers are made on the CPU. Times and drop-path masks are made in training/loop.py.
+    """
     micro = batch // lanes
     positions = np.arange(micro) + step * batch + lane * micro
 

@@ -29,12 +29,12 @@ AT_ONCE = 8
 """Images decoded together: some GB of memory at Stable Diffusion's size."""
 
 
-def locate_latents(url: str) -> tuple[Sweep | None, Folder]:
-    """Return (sweep, its latents), or (None, latents) if the URL is itself a folder of latents; UserError if neither."""
+def locate_latents(url: str) -> tuple[Folder | None, Folder]:
+    """Return (the sweep's folder, its latents), or (None, latents) for a folder of latents; UserError if it is neither."""
     given = open_folder(url)
     if given.exists(LATENTS):
-        sweep = Sweep.open(url)
-        return sweep, require_latents(sweep)
+        latents = require_latents(given)
+        return given, latents
     facts = manifest.find(given)
     if facts is None or "shards" not in facts:
         raise UserError(f"{given}: neither a sweep with complete latents nor a folder of complete latents")
@@ -57,7 +57,7 @@ def verify(latents: Folder, fast: bool, report: ReportShare) -> dict[str, str]:
     return damaged
 
 
-def require_undamaged(latents: Folder, damaged: dict[str, str], sweep: Sweep | None) -> None:
+def require_undamaged(latents: Folder, damaged: dict[str, str], sweep: Folder | None) -> None:
     """StorageError with the command that repairs, if a shard is damaged."""
     if damaged:
         raise StorageError(
@@ -76,7 +76,7 @@ def repair(url: str, report: ReportShare, listed: ReportDone) -> list[str]:
     damaged = verify(latents, False, report)
     if damaged:
         facts = manifest.require(latents)
-        setup = _same_setup(sweep, latents, facts, listed)
+        setup = _same_setup(Sweep.open(sweep.url), latents, facts, listed)
         entries = {int(entry["name"].partition(".")[0]): entry for entry in facts["shards"]}
         numbers = [n for n, entry in entries.items() if entry["name"] in damaged]
         for shard in encode_shards(setup, numbers, lambda _: None):
@@ -107,7 +107,7 @@ def describe(latents: Folder) -> list[str]:
     ]
 
 
-def load_decoder(sweep: Sweep | None, latents: Folder, path: str | None) -> Vae | None:
+def load_decoder(sweep: Folder | None, latents: Folder, path: str | None) -> Vae | None:
     """Load the VAE of the latents: from `path`, else the sweep's, else `PixelVae` if they are pixels, else None.
 
     UserError if another VAE encoded the latents.
@@ -119,7 +119,7 @@ def load_decoder(sweep: Sweep | None, latents: Folder, path: str | None) -> Vae 
         decoder = vae.load_pretrained(PretrainedVae(kind="pretrained", path=path))
     else:
         assert sweep is not None
-        decoder = vae.load(sweep)
+        decoder = vae.load(Sweep.open(sweep.url))
     require_same_vae(latents, theirs, decoder.identity)
     return decoder
 

@@ -24,7 +24,9 @@ Metric = tuple[str, float, float | None]
 def measure_blocks(
     blocks: Iterable[SampleBlock], references: Mapping[str, Reference], settings: Evaluate
 ) -> dict[str, float]:
-    """Return the recipe's metrics by name, with `<name>_error` and, for distances, `<name>_floor`, if known.
+    """Return metrics by name: the Frechet distance of each extractor, and the others that `settings.metrics` names.
+
+    `<name>_error` is added if it can be estimated, `<distance>_floor` if the reference has one.
 
     `blocks` are all blocks of one evaluation, in order. With a judge, `class_accuracy` is included. StorageError if a block lacks
     an extractor or has features of other weights than the reference; DisScaleError for too few samples or features that are not
@@ -55,7 +57,7 @@ def notes(references: Mapping[str, Reference], settings: Evaluate) -> list[str]:
             lines.append(f"{metric}: {inception.UNVERIFIED}")
         if not metrics.has_error(settings.samples, d):
             lines.append(
-                f"{metric}: no error: 95 % of {settings.samples:,} samples are not more than the {d:,} features"
+                f"{metric}: no standard error: the jackknife leaves 95 % of {settings.samples:,} samples and needs more than {d:,}"
             )
     return lines
 
@@ -117,22 +119,22 @@ class _Pass:
             yield "kid", kernel.kid(features_ND, real), None
         if "precision_recall" in self._requested and real is not None:
             precision, recall = neighbours.precision_recall(features_ND, real)
-            # Given the real images, each sample is inside or outside: a binomial share. The balls of recall vary with the samples.
+            # The balls around the real images are fixed, so the error of precision is binomial; those of recall vary.
             yield "precision", precision, float(np.sqrt(precision * (1 - precision) / n))
             yield "recall", recall, None
         if "distance_infinity" in self._requested:
-            yield ("fid_infinity", *metrics.infinity(features_ND, frechet, self._settings.samples))
+            yield ("fid_infinity", *metrics.infinity(features_ND, frechet, seed=self._settings.samples))
 
 
 def _features(block: SampleBlock, number: int, name: str, reference: Reference) -> Features:
     if name not in block.features:
         raise StorageError(
-            f"block {number} lacks extractor {name}: it was sampled before the recipe named it: delete it"
+            f"block-{number:05d}.npz has no features of extractor {name}: delete this file and run the same command again"
         )
     features = block.features[name]
     if features.identity != reference.identity:
         raise StorageError(
-            f"block {number} has features of {name} with weights {features.identity[:12]}, the reference of "
-            f"{reference.identity[:12]}: delete the block and evaluate again"
+            f"block-{number:05d}.npz has features of {name} with weights {features.identity[:12]}, the reference of "
+            f"{reference.identity[:12]}: delete this file and run the same command again"
         )
     return features

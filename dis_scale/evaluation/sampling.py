@@ -162,7 +162,7 @@ def load_model(recipe: Recipe, name: str, shape: LatentShape, weights: dict[str,
 
 def labels_of(sweep: Sweep) -> np.ndarray:
     """Return the label of each of the sweep's samples."""
-    counts, classes = manifest.require(require_latents(sweep))["labels"], sweep.recipe.data.num_classes
+    counts, classes = manifest.require(require_latents(sweep.folder))["labels"], sweep.recipe.data.num_classes
     return sample_labels(sweep.recipe, [counts.get(str(label), 0) for label in range(classes)])
 
 

@@ -28,4 +28,6 @@ def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
 def prepare_to_compile() -> None:
     """Exclude the marked functions from torch.compile; called before the first block is compiled."""
     for function in _excluded:
+        if hasattr(function, "outside"):
+            continue  # another wrapper would make compiled blocks compile again
         function.outside = torch.compiler.disable(function)  # type: ignore[attr-defined]

@@ -57,6 +57,11 @@ class Sampled(NamedTuple):
         return f"{self.model} at {self.images_seen:,} images" + (f" ({self.variant})" if self.variant else "")
 
 
+def store_of(sweep: Folder) -> Folder:
+    """Return the storage root of a sweep's folder."""
+    return replace(sweep, url=sweep.url.rsplit("/sweeps/", 1)[0])
+
+
 @dataclass(frozen=True)
 class Run:
     """The training run of one model."""
@@ -101,9 +106,12 @@ class Sweep:
     recipe: Recipe
 
     @classmethod
-    def open(cls, url: str) -> "Sweep":
-        """Return the sweep at a URL or path with the recipe that it stored; UserError if there is none."""
-        folder = open_folder(url)
+    def open(cls, url: str, patient: bool = False) -> "Sweep":
+        """Return the sweep at a URL or path with the recipe that it stored; UserError if there is none.
+
+        `patient` retries storage for about a minute, from the first read on.
+        """
+        folder = open_folder(url).patient if patient else open_folder(url)
         if not folder.exists(RECIPE):
             raise UserError(f"no sweep at {folder}: expected a folder with {RECIPE}, for example outputs/sweeps/digits")
         return cls(folder, reading.parse(folder.read(RECIPE).decode(), f"{folder}/{RECIPE}"))
@@ -127,7 +135,7 @@ class Sweep:
     @property
     def store(self) -> Folder:
         """Storage root that the sweep shares with others: latents and listings are below it."""
-        return replace(self.folder, url=self.folder.url.rsplit("/sweeps/", 1)[0])
+        return store_of(self.folder)
 
     @property
     def vae(self) -> Folder:

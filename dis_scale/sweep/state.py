@@ -1,4 +1,4 @@
-"""What exists of a sweep and what is left to do, as its storage shows. Decided here and nowhere else."""
+"""State of a sweep, read from its storage: what exists and what is left to do. Other modules do not decide this."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from dis_scale.errors import UserError
 from dis_scale.recipe import MAIN, Evaluate, TrainedVae
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import ABLATION, ENDED, LATENTS, METRICS, SKIPPED, PointName, Run, Sampled, Sweep
+from dis_scale.sweep import ABLATION, ENDED, LATENTS, METRICS, SKIPPED, PointName, Run, Sampled, Sweep, store_of
 from dis_scale.sweep.extractors import JUDGE, reference_file, weights_identity
 
 # -- prepare and precompute ------------------------------------------------------------------------------------------------
@@ -25,10 +25,10 @@ def vae_missing(sweep: Sweep) -> bool:
 
 def classifiers_missing(sweep: Sweep) -> list[tuple[str, str]]:
     """Return (name, kind) of the classifiers still to be trained; none if no extractor is trained."""
-    trained = sweep.recipe.evaluate.trained
-    if trained is None:
+    extractor = sweep.recipe.evaluate.trained
+    if extractor is None:
         return []
-    needed = [(trained.name, "extractor"), (JUDGE, "judge")]
+    needed = [(extractor.name, "extractor"), (JUDGE, "judge")]
     return [(name, kind) for name, kind in needed if manifest.find(sweep.extractor(name)) is None]
 
 
@@ -38,12 +38,15 @@ def references_missing(sweep: Sweep) -> list[str]:
     return [e.name for e in every if not sweep.folder.exists(reference_file(sweep, e.name, weights_identity(sweep, e)))]
 
 
-def find_latents(sweep: Sweep) -> Folder | None:
-    """Return the sweep's complete latents, or None; UserError if they were made with another VAE than the sweep's."""
-    if not sweep.folder.exists(LATENTS):
+def find_latents(sweep: Folder) -> Folder | None:
+    """Return the complete latents of a sweep's folder, or None; UserError if another VAE than the sweep's made them.
+
+    Reads no recipe, so that latents can be checked without one.
+    """
+    if not sweep.exists(LATENTS):
         return None
-    pointer = sweep.folder.read_json(LATENTS)
-    latents = sweep.store / pointer["folder"]
+    pointer = sweep.read_json(LATENTS)
+    latents = store_of(sweep) / pointer["folder"]
     facts = manifest.find(latents)
     if facts is None:
         return None
@@ -51,8 +54,8 @@ def find_latents(sweep: Sweep) -> Folder | None:
     return latents
 
 
-def require_latents(sweep: Sweep) -> Folder:
-    """Return the sweep's complete latents; UserError if there are none."""
+def require_latents(sweep: Folder) -> Folder:
+    """Return the complete latents of a sweep's folder; UserError if there are none."""
     latents = find_latents(sweep)
     if latents is None:
         raise UserError(f"{sweep}: no complete latents: the precompute stage has not finished")
@@ -69,11 +72,11 @@ def require_sweep_vae(sweep: Sweep, vae_identity: str) -> None:
     require_same_vae(sweep.folder, sweep.folder.read_json(LATENTS)["vae"], vae_identity)
 
 
-def require_same_vae(latents: Folder, theirs: str, ours: str) -> None:
-    """UserError if the VAE identity of the latents is not ours."""
-    if theirs != ours:
+def require_same_vae(where: Folder, latents_vae: str, given_vae: str) -> None:
+    """UserError if the latents were made with another VAE than the given one, both by their identity."""
+    if latents_vae != given_vae:
         raise UserError(
-            f"{latents}: latents of another VAE: theirs is {theirs[:12]}, the sweep's is {ours[:12]}; "
+            f"{where}: latents of another VAE: theirs is {latents_vae[:12]}, this one is {given_vae[:12]}; "
             "use the VAE that made them, or another storage root"
         )
 

@@ -122,7 +122,7 @@ class RunCopy:
 
     def _try(self, action: Any) -> bool:
         try:
-            ids = stored_ids(self.sweep)
+            ids = self.sweep.folder.read_json(TRACKING)
             action(open_client(ids["uri"]), ids["models"][self.model] if self.model else ids["sweep"])
         except Exception as error:  # whatever MLflow raises: results are in storage, this is only their copy
             if not self.away:

@@ -1,8 +1,8 @@
-"""The training loop: one screen, explicit state, images seen as the clock.
+"""The training loop: explicit state, images seen as the clock.
 
 The loop decides *when* things are due. *How* they are done is in engine.py (the sharded step), checkpoint.py (what is saved),
 data/latents.py (the inputs of step s) and diffusion/ (the loss). Runs on every rank of a process group.
-Read next: pipelines/train.py.
+Called by pipelines/train.py; read next: engine.py, checkpoint.py.
 """
 
 import json
@@ -81,7 +81,8 @@ class Attempt:
 def train_model(attempt: Attempt) -> int:
     """Train from the newest complete resume point to the last published count, or to an agreed step if a stop is requested.
 
-    Returns the images seen. Bit-equal to an undisturbed run at the same world size, stage, device kind, threads and versions.
+    Returns the images seen. The weights are bit-equal to those of an uninterrupted run with the same world size, ZeRO stage,
+    kind of device, number of threads and package versions.
     """
     # Open what a step needs.
     settings, rank, world = attempt.recipe.train, dist.get_rank(), dist.get_world_size()
@@ -91,7 +92,8 @@ def train_model(attempt: Attempt) -> int:
     state, model, images_seen = start(attempt, latents)
     saver = Saver(attempt.run, attempt.number, rank, world, attempt.held, settings.keep_resume)
     rows, agreement = RowWriter(attempt.run.log, attempt.number), StopAgreement()
-    meter = open_meter(price, settings, world, attempt.device, attempt.log if rank == 0 else None)
+    log_rates = (lambda line: attempt.log(f"{attempt.model}: {line}")) if rank == 0 else None
+    meter = open_meter(price, settings, world, attempt.device, log_rates)
     description = json.dumps(describe(model))
     lanes = range(rank * settings.lanes // world, (rank + 1) * settings.lanes // world)
     began_s = flushed_s = time.monotonic()
@@ -175,7 +177,7 @@ def train_model(attempt: Attempt) -> int:
 def train_step(
     state: Engine, process: Process, settings: Train, inputs: list["StepInput"], images_seen: int
 ) -> list[torch.Tensor]:
-    """Take the step that begins at `images_seen`: this rank's micro-batches, the optimizer, the averages.
+    """Take the step that begins at `images_seen`: micro-batches of this rank, optimizer, averages; set the next learning rate.
 
     Returns the loss of each micro-batch.
     """
@@ -243,7 +245,7 @@ class StopAgreement:
 
 
 def start(attempt: Attempt, latents: Latents) -> tuple[Engine, Backbone, int]:
-    """Return the sharded model in the state of the newest complete resume point or in its initial state, and the images seen."""
+    """Return the engine, its model and the images seen, from the newest complete resume point or from initial weights."""
     settings, recipe = attempt.recipe.train, attempt.recipe
     model = models.build(
         recipe.models[attempt.model], latents.shape, recipe.data.num_classes, scan=settings.scan,
@@ -353,15 +355,15 @@ def _compare_with_grace(attempt: Attempt, saver: Saver) -> None:
     if dist.get_rank() == 0 and saver.took_s > attempt.recipe.grace_s:
         attempt.log(
             f"{attempt.model}: warning: a resume point takes {saver.took_s:.1f} s and grace_s is {attempt.recipe.grace_s:g} s: "
-            f"a stop would lose the steps since the last one; set --set grace_s={math.ceil(2 * saver.took_s)} or more"
+            f"a stop would lose the steps since the last one; rerun with --set grace_s={math.ceil(2 * saver.took_s)} or more"
         )
 
 
 def _summary(attempt: Attempt, images_seen: int, steps: int, spent_s: float, saver: Saver) -> str:
     return (
         f"{attempt.model}: {images_seen} images; training paused {saver.paused_s:.2f} s for resume points "
-        f"({saver.paused_s / spent_s:.2%} of the time), {saver.longest_s * 1000:.0f} ms at most; a step takes "
-        f"{1000 * spent_s / max(steps, 1):.0f} ms"
+        f"({saver.paused_s / spent_s:.2%} of the time), {saver.longest_s * 1000:.0f} ms at most; "
+        f"{1000 * spent_s / max(steps, 1):.0f} ms per step, all pauses included"
     )
 
 
@@ -370,7 +372,10 @@ def _adam_step(state: Engine) -> int:
 
 
 def _step_row(state: Engine, losses: list[torch.Tensor], settings: Train, images_seen: int) -> dict[str, float]:
-    """The step's metrics, its loss averaged over all lanes of all ranks; collective."""
+    """Metrics of the last step, its loss averaged over all lanes of all ranks; collective.
+
+    `learning_rate` is the next step's; `skipped` counts the skipped steps since the start.
+    """
     total = torch.stack(losses).sum()
     dist.all_reduce(total)
     return {

@@ -48,7 +48,7 @@ def profile_training(
     UserError for an unknown model, or a sweep without latents.
     """
     sweep.run(model)
-    recipe, latents = one_share(sweep.recipe), require_latents(sweep)
+    recipe, latents = one_share(sweep.recipe), require_latents(sweep.folder)
     device = torch.device("cuda" if recipe.device != "cpu" and torch.cuda.is_available() else "cpu")
     settings = recipe.train
     log(f"{model}: one worker's share of a step, {settings.lanes} x {settings.micro_images} images, on {device}")

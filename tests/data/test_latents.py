@@ -131,10 +131,10 @@ def test_latents_of_another_vae_are_refused(tmp_path: Path, tiny: Recipe) -> Non
     sweep = Sweep.below(open_folder(tmp_path), tiny)
     at = make(open_folder(tmp_path) / "latents/abc", [4])
     state.use_latents(sweep, at, "v" * 64)
-    assert state.find_latents(sweep) == state.require_latents(sweep) == at
+    assert state.find_latents(sweep.folder) == state.require_latents(sweep.folder) == at
     state.use_latents(sweep, at, "w" * 64)
-    with pytest.raises(UserError, match="latents of another VAE: theirs is vvvvvvvvvvvv, the sweep's is wwwwwwwwwwww"):
-        state.find_latents(sweep)
+    with pytest.raises(UserError, match="latents of another VAE: theirs is vvvvvvvvvvvv, this one is wwwwwwwwwwww"):
+        state.find_latents(sweep.folder)
 
 
 def test_prefetch_keeps_order_and_raises_errors() -> None:

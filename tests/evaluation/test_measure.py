@@ -157,7 +157,7 @@ def test_a_judge_gives_the_share_of_requested_classes() -> None:
 
 def test_notes_for_readers() -> None:
     settings = inception_settings(samples=2100)
-    line = "fid_2100: no error: 95 % of 2,100 samples are not more than the 2,048 features"
+    line = "fid_2100: no standard error: the jackknife leaves 95 % of 2,100 samples and needs more than 2,048"
     wide = Reference("seeded", metrics.MeanCovariance(9, np.zeros(2048), np.zeros((1, 1))))
     assert notes({"inception": wide}, settings) == ["fid_2100: not verified against published tables", line]
     assert notes({"digits": reference(seen(90, 1))}, evaluate()) == []
@@ -174,10 +174,10 @@ def test_blocks_of_other_weights_or_without_an_extractor_are_refused() -> None:
     real = {"digits": reference(seen(90, 1))}
     other = replace(seen(80, 0), identity="another")
     with pytest.raises(
-        StorageError, match="block 0 has features of digits with weights another, the reference of seeded"
+        StorageError, match=r"block-00000\.npz has features of digits with weights another, the reference of seeded"
     ):
         measure_blocks(blocks([80], digits=other), real, evaluate())
-    with pytest.raises(StorageError, match="block 0 lacks extractor digits: it was sampled before the recipe named it"):
+    with pytest.raises(StorageError, match=r"block-00000\.npz has no features of extractor digits: delete this file"):
         measure_blocks(blocks([80], dino=other), real, evaluate())
 
 

@@ -266,7 +266,7 @@ def test_a_second_sweep_on_the_same_images_and_vae_makes_nothing(
     monkeypatch.setattr(stage, "connect", lambda: None)
     monkeypatch.setattr(precompute, "choose_device", lambda _: ("cpu", "test"))
     precompute.precompute(second, [])
-    assert state.find_latents(second) == latents_of(sweep)
+    assert state.find_latents(second.folder) == latents_of(sweep)
 
 
 def test_a_stop_request_is_obeyed_within_a_batch(sweep: Sweep, tmp_path: Path) -> None:

@@ -114,7 +114,8 @@ def test_a_save_longer_than_the_grace_is_a_warning_at_the_start(
     loop._compare_with_grace(attempt, saver)
     assert len(logged) == len(warnings)
     assert all(
-        words in line and "set --set grace_s=91 or more" in line for words, line in zip(warnings, logged, strict=True)
+        words in line and "rerun with --set grace_s=91 or more" in line
+        for words, line in zip(warnings, logged, strict=True)
     )
 
 
