@@ -19,6 +19,8 @@ from pipelines import jobs
 from pipelines.cluster import free_ports, open_cluster
 from tests.support import clusters, stages, sweeps
 
+SETTINGS = (*sweeps.SLOW, f"models={stages.ONE_MODEL}", "evaluate.variants={}")
+"""One model and one way to sample: other tests cover more."""
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -58,7 +60,7 @@ def submit(url: str, name: str, *settings: str) -> subprocess.CompletedProcess[s
 def test_submitted_stopped_and_submitted_again(head: str, tmp_path: Path) -> None:
     """A relative root on one node is below the head's home; `ray job stop` on the sweep stops its stages."""
     client = JobSubmissionClient(head)
-    overrides = ["--set", "storage.root=store", *[word for setting in sweeps.SLOW for word in ("--set", setting)]]
+    overrides = ["--set", "storage.root=store", *[word for setting in SETTINGS for word in ("--set", setting)]]
     entry = [sys.executable, "-m", "dis_scale.sweep", "tests/support/tiny.yaml", *overrides]
     client.submit_job(
         entrypoint=shlex.join(entry),
@@ -66,7 +68,7 @@ def test_submitted_stopped_and_submitted_again(head: str, tmp_path: Path) -> Non
         runtime_env={"working_dir": str(sweeps.ROOT), "excludes": [".git", ".venv"]},
     )
     root = tmp_path / "home/dis-scale/store"
-    resume = open_folder(root) / "sweeps/tiny/runs/dis/resume"
+    resume = open_folder(root) / "sweeps/tiny/runs/dit/resume"
     deadline = time.monotonic() + 300
     while len(resume.list()) < 2:
         assert time.monotonic() < deadline, client.get_job_logs("first")
@@ -77,15 +79,15 @@ def test_submitted_stopped_and_submitted_again(head: str, tmp_path: Path) -> Non
         assert time.monotonic() < deadline, client.list_jobs()
         time.sleep(0.2)
     assert client.get_job_status("first") == "STOPPED"
-    assert not open_folder(root).exists("sweeps/tiny/runs/dis/published/000000003200/manifest.json")
-    done = submit(head, "second", "storage.root=store", *sweeps.SLOW)
+    assert not open_folder(root).exists("sweeps/tiny/runs/dit/published/000000003200/manifest.json")
+    done = submit(head, "second", "storage.root=store", *SETTINGS)
     assert done.returncode == 0, done.stdout + done.stderr
-    sweeps.assert_complete(str(root), *sweeps.SLOW)
+    sweeps.assert_complete(str(root), *SETTINGS)
 
 
 def test_evaluation_first_does_not_block_training_and_a_killed_worker_is_replaced(tmp_path: Path) -> None:
     settings = ("train.publish_images=[0, 160, 16000]", "train.resume_every_images=160")
-    sweep = sweeps.sweep_at(tmp_path, *settings, f"models={stages.ONE_MODEL}")
+    sweep = sweeps.sweep_at(tmp_path, *settings, f"models={stages.ONE_MODEL}", "evaluate.variants={}")
     stages.prepare_and_precompute(sweep, tmp_path / "faults")
     with open_cluster(sweep.recipe) as cluster:
         evaluation = jobs.submit(cluster, sweep, "evaluate")
