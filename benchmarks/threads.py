@@ -12,14 +12,14 @@ import sys
 import time
 from pathlib import Path
 
-from pipelines.jobs import KEEP_FREED_MEMORY, PASSIVE
+from pipelines.jobs import KEEP_FREED_MEMORY, PASSIVE, SPINNING
 
 SETTINGS = {
     "passive waiting, glibc's defaults": PASSIVE,
     "passive waiting, freed memory kept": PASSIVE | KEEP_FREED_MEMORY,
     "active waiting, glibc's defaults": {},
     "active waiting, freed memory kept": KEEP_FREED_MEMORY,
-    "bounded spinning, freed memory kept": {"GOMP_SPINCOUNT": "20000"} | KEEP_FREED_MEMORY,
+    "bounded spinning, freed memory kept": SPINNING | KEEP_FREED_MEMORY,
 }
 STEPS = 12
 READ_BY_PROCESSES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", *KEEP_FREED_MEMORY)

@@ -20,6 +20,8 @@ from pipelines.cluster import START_TIMEOUT_S, Cluster
 
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Threads sleep while they wait. Spinning threads that share a core with another process make a step up to five times as long."""
+SPINNING = {"GOMP_SPINCOUNT": "20000"}
+"""Threads spin briefly before they sleep: faster alone, and no disaster next to others (benchmarks/threads.py)."""
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(10 * 2**30)}
 """glibc keeps freed memory; by default each step returns its large tensors to the kernel and faults them in again."""
 ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
@@ -92,7 +94,7 @@ def submit(cluster: Cluster, sweep: Sweep, stage: str, *arguments: str) -> Job:
 def _environment(cluster: Cluster, sweep: Sweep, alone: bool) -> dict[str, str]:
     """Variables that a job's processes read when they start. `alone`: no other process of ours shares their cores."""
     job = {"RAY_JOB_STOP_WAIT_TIME_S": str(int(sweep.recipe.grace_s)), "PYTHONUNBUFFERED": "1"}
-    waiting = {} if alone else PASSIVE
+    waiting = SPINNING if alone else PASSIVE
     return KEEP_FREED_MEMORY | waiting | cluster.runtime_env.get("env_vars", {}) | job
 
 

@@ -14,11 +14,11 @@ from dis_scale.recipe import TrainedExtractor, TrainedVae
 from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
 from pipelines import lines, stage
+from pipelines.jobs import KEEP_FREED_MEMORY, SPINNING
 from pipelines.restarts import with_restarts
 from pipelines.worker import Worker, WorkerFailure, choose_device, resources, spawn, watch
 
 CPUS = 2
-KEPT_BY = "MALLOC_TRIM_THRESHOLD_"
 
 
 class Preparer(Worker):
@@ -31,10 +31,9 @@ class Preparer(Worker):
 
         compute_exactly()
         torch.set_num_threads(CPUS)
-        waiting = os.environ.get("OMP_WAIT_POLICY", "active").lower()
-        self.log(
-            f"threads  {CPUS}, {waiting} waiting; freed memory is {'kept' if KEPT_BY in os.environ else 'returned'}"
-        )
+        waiting = "spin briefly, then sleep," if SPINNING.keys() <= os.environ.keys() else "sleep"
+        memory = "kept" if KEEP_FREED_MEMORY.keys() <= os.environ.keys() else "returned"
+        self.log(f"threads  {CPUS}, which {waiting} while they wait; freed memory is {memory}")
         self._images: Any = None
         self.emit("work")
         if state.vae_missing(sweep):
