@@ -32,7 +32,7 @@ from dis_scale.errors import UserError
 
 VARIABLE = "DIS_SCALE_FAULTS"
 ACTIONS = ("kill", "stop", "flip", "fail", "gone", "full", "jump", "hang", "nan")
-POINTS = ("step", "loss", "poll", "read", "write", "written", "create", "look up", "list", "delete")
+POINTS = ("step", "loss", "poll", "read", "write", "written", "create", "list", "delete")
 CONDITIONS = {"rank": int, "images": int, "path": str, "nth": int, "times": int, "seconds": float}
 
 
@@ -93,9 +93,10 @@ def parse(line: str) -> Fault:
     """Return the fault of a line; UserError says what was expected."""
     words = line.split()
     pairs = dict(word.partition("=")[::2] for word in words[3:])
-    if len(words) < 3 or words[1] != "at" or words[0] not in ACTIONS or not pairs.keys() <= CONDITIONS.keys():
+    known = len(words) > 2 and words[0] in ACTIONS and words[1] == "at" and words[2] in POINTS
+    if not known or not pairs.keys() <= CONDITIONS.keys():
         raise UserError(
-            f"fault {line!r}: expected one of {', '.join(ACTIONS)}, then `at POINT`, then any of "
+            f"fault {line!r}: expected one of {', '.join(ACTIONS)}, then `at`, one of {', '.join(POINTS)}, then any of "
             f"{', '.join(f'{name}=' for name in CONDITIONS)}, for example: kill at step rank=1 images=640"
         )
     try:

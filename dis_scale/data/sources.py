@@ -6,6 +6,7 @@ own files. For latents see shards.py and latents.py.
 
 import csv
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -123,7 +124,7 @@ class _Kind(Protocol):
     def near(self, first: Entry, entry: Entry, /) -> bool: ...
 
 
-class _OneFileEach:
+class _OneFileEach(ABC):
     """Base of kinds with a file for each image."""
 
     def read(self, entries: Sequence[Entry]) -> list[bytes]:
@@ -138,8 +139,8 @@ class _OneFileEach:
         except FileNotFoundError as error:
             raise _gone(f"image {entry.name}") from error
 
-    def read_one(self, entry: Entry) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def read_one(self, entry: Entry) -> bytes: ...
 
 
 class _Digits(_OneFileEach):

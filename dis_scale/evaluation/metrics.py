@@ -9,6 +9,7 @@ import numpy as np
 
 from dis_scale import seeds
 from dis_scale.errors import DisScaleError
+from dis_scale.recipe.evaluate import INFINITY_SAMPLES_PER_FEATURE
 
 FOLDS = 20
 """Groups in the jackknife."""
@@ -16,7 +17,7 @@ CHUNK = 4096
 """Rows in float64 at a time."""
 INFINITY_POINTS = 15
 """Points of the regression, as in Chong and Forsyth."""
-INFINITY_SHARE, INFINITY_RATIO = 0.1, 2.5
+INFINITY_SHARE, INFINITY_RATIO = 0.1, INFINITY_SAMPLES_PER_FEATURE / 2
 """The regression's smallest set: a tenth of the samples and 2.5 times the features, as their 5,000 of 50,000 under Inception."""
 
 

@@ -13,9 +13,6 @@ from dis_scale.errors import UserError, nearest
 from dis_scale.recipe import FORMAT, Model, Recipe
 from dis_scale.recipe.presets import preset
 
-FILE = "recipe.yaml"
-"""Name of the recipe in a sweep's folder."""
-
 
 class _Loader(yaml.SafeLoader):
     """PyYAML reads `1e-4` as a string (YAML 1.1); this one reads it as a number (YAML 1.2)."""

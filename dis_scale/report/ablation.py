@@ -1,14 +1,12 @@
 """Table, figure and CSV of an ablation: one checkpoint's metrics against the values of one sampling setting."""
 
-import csv
-import io
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from dis_scale.report import figures
-from dis_scale.report.tables import with_error
+from dis_scale.report.tables import csv_bytes, with_error
 from dis_scale.sweep import METRICS, Sampled, Sweep, images_name, state
 
 
@@ -43,10 +41,5 @@ def _table(
 
 def _csv(setting: str, values: Sequence[float], metrics: Sequence[dict[str, float]]) -> bytes:
     names = list(dict.fromkeys(name for each in metrics for name in each))
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow([setting, *names])
-    rows.writerows(
-        [value, *(each.get(name, "") for name in names)] for value, each in zip(values, metrics, strict=True)
-    )
-    return text.getvalue().encode()
+    rows = [[value, *(each.get(name, "") for name in names)] for value, each in zip(values, metrics, strict=True)]
+    return csv_bytes([setting, *names], rows)

@@ -100,7 +100,9 @@ def test_too_many_in_a_row_stop_the_run_and_are_dumped(tmp_path: Path) -> None:
     assert batch["1/x_BCHW"].shape == (4, 4, 8, 8)
 
 
-@pytest.mark.parametrize("line", ["kil at step", "kill step rank=1", "kill at step rnk=1", "kill at step rank=one"])
+@pytest.mark.parametrize(
+    "line", ["kil at step", "kill step rank=1", "kill at step rnk=1", "kill at step rank=one", "kill at look"]
+)
 def test_an_invalid_fault_is_refused(line: str) -> None:
     with pytest.raises(UserError, match=f"fault {line!r}: "):
         faults.parse(line)
