@@ -1,4 +1,4 @@
-"""Cost of a model: parameters, multiply-adds and activation bytes of one image, by part. Allocates no weights.
+"""Cost of a model: parameters, multiply-adds and activation bytes of one image, by part. Needs no memory for weights.
 
 Counting rules: products and convolutions exactly; the scan 9 FLOPs per channel, state, token and direction; the skip D u
 and the gate one multiply-add per element and direction; attention its two products; a real FFT of n points 2.5 n log2 n
@@ -11,10 +11,12 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from dis_scale.models import construct
+from dis_scale.models import build
 from dis_scale.models.checkpointing import recompute_every
 from dis_scale.models.dis import TAPS, inner_width, step_rank
 from dis_scale.models.dit import FREQUENCIES
@@ -117,9 +119,9 @@ class Cost:
 
 
 def price_model(settings: Dis | DiffuSsm | Dit, shape: LatentShape, num_classes: int | None) -> Cost:
-    """Return the cost of one image. Parameters are counted on the module itself, on the meta device."""
-    with torch.device("meta"):
-        model = construct(settings, shape, num_classes)
+    """Return the cost of one image. Parameters are counted on the module itself."""
+    with _Uninitialised():
+        model = build(settings, shape, num_classes)
     parameters = _by_part((name, weight.numel()) for name, weight in model.named_parameters())
     match settings:
         case Dis():
@@ -128,6 +130,19 @@ def price_model(settings: Dis | DiffuSsm | Dit, shape: LatentShape, num_classes:
             return _dit(settings, shape, parameters)
         case DiffuSsm():
             return _diffussm(settings, shape, parameters)
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Skips in-place functions, and so the initial weights. The kernel provides memory at the first write: it is never used.
+
+    Not the meta device, where most functions are Python that imports torch._dynamo: 1.5 s of CPU time.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function.__name__.endswith("_") and not function.__name__.endswith("__"):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def _by_part(counts: Iterable[tuple[str, int]]) -> dict[str, int]:
