@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dis_scale.errors import DisScaleError, UserError
+from dis_scale.imports import hidden
 from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, TrainedVae, VaeSettings
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
@@ -159,7 +160,8 @@ def to_pixels(images_BCHW: torch.Tensor) -> np.ndarray:
 
 def _autoencoder() -> Any:
     """Import diffusers' class only when needed: it takes seconds, and most of a sweep's processes open no VAE."""
-    from diffusers import AutoencoderKL
+    with hidden("scipy"):  # for diffusers' schedulers, which we do not use: one second
+        from diffusers import AutoencoderKL
 
     return AutoencoderKL
 

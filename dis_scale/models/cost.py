@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.overrides import TorchFunctionMode
 
 from dis_scale.models import build

@@ -10,9 +10,7 @@ Pitfalls:
 * `safe_set_full_*` fails in stage 3 for odd sizes; writing the flats by our own table works.
 """
 
-import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dis_scale.imports import hidden
 from dis_scale.recipe import Train
 from dis_scale.training import ema
 
@@ -165,25 +164,12 @@ def start(model: nn.Module, settings: Train, device: torch.device, read: Read, a
 def _deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    with _hidden("mlflow"):  # DeepSpeed's autotuner, which we do not use, would import it: three seconds
+    with hidden("mlflow"):  # DeepSpeed's autotuner, which we do not use, would import it: three seconds
         import deepspeed
         import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-@contextlib.contextmanager
-def _hidden(module: str) -> Iterator[None]:
-    """Make `import module` fail, unless it is imported already."""
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[module]
 
 
 def _config(settings: Train) -> dict[str, Any]:
