@@ -26,6 +26,7 @@ from benchmarks.rows import Job, least_times, verdict
 from dis_scale import vae
 from dis_scale.data import images
 from dis_scale.data.encode import READ_IMAGES, Setup, compute_exactly, encode_images, put_shards
+from dis_scale.data.shards import shard_numbers
 from dis_scale.data.sources import open_source
 from dis_scale.data.threads import in_order
 from dis_scale.recipe import Recipe, TrainedVae, reading
@@ -98,7 +99,8 @@ def ours(setup: Setup, waited: list[float]) -> None:
     """Run precompute; append the share of its time in which the VAE was idle."""
     timed, start = TimedVae(setup.vae.net), time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        put_shards(replace(setup, vae=timed), open_folder(scratch), setup.numbers, lambda _: None)
+        numbers = shard_numbers(len(setup.source), setup.recipe.precompute)
+        put_shards(replace(setup, vae=timed), open_folder(scratch), numbers, lambda _: None)
     waited.append(1 - sum(timed.seconds) / (time.perf_counter() - start))
 
 

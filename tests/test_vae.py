@@ -9,7 +9,6 @@ import torch
 from diffusers import AutoencoderKL
 
 from dis_scale import vae
-from dis_scale.data.encode import Setup
 from dis_scale.data.latents import Latents, micro_batch
 from dis_scale.data.sources import open_source
 from dis_scale.errors import DisScaleError, UserError
@@ -45,11 +44,10 @@ def saved(where: Path, levels: int, **config: object) -> PretrainedVae:
 
 
 def encode_digits(sweep: Sweep, latents: Folder) -> None:
-    def encode(sweep: Sweep, latents: Folder, _: Setup, device: str, left: list[int]) -> None:
-        Encoder().encode(sweep, latents, device, Dealer(left).next)
-
-    setup = Setup(open_source(sweep.recipe.data), vae.load(sweep), sweep.recipe)
-    precompute.make_latents(sweep, latents, setup, "cpu", encode)
+    encoder, source = Encoder(sweep, "cpu"), open_source(sweep.recipe.data)
+    precompute.make_latents(
+        sweep.recipe, latents, source, encoder.encoding(), lambda left: encoder.encode(latents, Dealer(left).next)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

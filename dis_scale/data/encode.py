@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dis_scale.data import shards
-from dis_scale.data.shards import Sample
+from dis_scale.data.shards import Encoding, Sample
 from dis_scale.data.sources import Source, select_decodable
 from dis_scale.data.threads import in_order
 from dis_scale.errors import DisScaleError, UndecodableImage, UserError
@@ -36,16 +36,6 @@ class Setup:
     source: Source
     vae: Vae
     recipe: Recipe
-
-    @property
-    def numbers(self) -> range:
-        """Numbers of all shards."""
-        return range(-(-len(self.source) // self.recipe.precompute.shard_images))
-
-    def positions(self, number: int) -> range:
-        """Return the positions of a shard's images."""
-        size = self.recipe.precompute.shard_images
-        return range(number * size, min((number + 1) * size, len(self.source)))
 
 
 class EncodedShard(NamedTuple):
@@ -68,6 +58,12 @@ def compute_exactly() -> None:
     """Set PyTorch to one thread and no TF32, so that every worker computes the same sums."""
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def encoding_of(vae: Vae, resolution: int, device: str) -> Encoding:
+    """Return what this process encodes with."""
+    shape = vae.latent(resolution)
+    return Encoding(vae.identity, vae.scale, vae.shift, shape, device, str(torch.__version__))
 
 
 def require_same_hardware(latents: Folder, device: str) -> None:
@@ -113,7 +109,9 @@ def _decoded(setup: Setup, numbers: Iterable[int]) -> Iterator[_DecodedRange]:
     ranges = (
         (number, positions)
         for number in numbers
-        for positions in setup.source.read_ranges(setup.positions(number), READ_IMAGES)
+        for positions in setup.source.read_ranges(
+            shards.shard_positions(number, len(setup.source), settings.precompute), READ_IMAGES
+        )
     )
     return in_order(ranges, work, settings.precompute.decoders)
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import webdataset as wds
 
 from dis_scale.data.threads import in_order
 from dis_scale.errors import StorageAway, StorageError, UserError
 from dis_scale.progress import ReportShare
+from dis_scale.recipe import LatentShape, Precompute
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sweep
@@ -49,6 +49,30 @@ class Shard(NamedTuple):
     labels: np.ndarray
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """What a set of latents is encoded with: the VAE and the kind of worker. It is stored in the manifest."""
+
+    vae: str
+    """The VAE's identity."""
+    scale: float
+    shift: float
+    latent: LatentShape
+    device: str
+    torch: str
+
+
+def shard_numbers(images: int, settings: Precompute) -> range:
+    """Return the numbers of all shards of this many images."""
+    return range(-(-images // settings.shard_images))
+
+
+def shard_positions(number: int, images: int, settings: Precompute) -> range:
+    """Return the positions of a shard's images."""
+    size = settings.shard_images
+    return range(number * size, min((number + 1) * size, images))
+
+
 def latents_folder(sweep: Sweep, vae_identity: str) -> Folder:
     """Return the folder of this declared source's latents under this VAE: next to the sweeps, which share it."""
     recipe = sweep.recipe
@@ -65,6 +89,8 @@ def shard_name(number: int) -> str:
 
 def pack(samples: list[Sample]) -> bytes:
     """Return the shard's tar; the same samples always give the same bytes."""
+    import webdataset as wds  # here and below only: it imports torch, which drivers do not need
+
     buffer = io.BytesIO()
     with wds.TarWriter(buffer, mtime=0, user="dis-scale", group="dis-scale", mode=0o444) as tar:
         for sample in samples:
@@ -113,6 +139,8 @@ def _alike(heads: np.ndarray) -> bool:
 
 def _parsed(data: bytes, where: str) -> Shard:
     """Read any WebDataset tar with the same members."""
+    import webdataset as wds
+
     files = wds.tariterators.tar_file_iterator(io.BytesIO(data))
     moments, labels = [], []
     for sample in wds.tariterators.group_by_keys(file | {"__url__": where} for file in files):

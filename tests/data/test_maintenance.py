@@ -8,7 +8,7 @@ from PIL import Image
 
 from dis_scale import vae
 from dis_scale.data import shards
-from dis_scale.data.encode import Setup, compute_exactly, put_shards
+from dis_scale.data.encode import Setup, compute_exactly, encoding_of, put_shards
 from dis_scale.data.sources import open_source
 from dis_scale.recipe import TrainedVae, reading
 from dis_scale.storage.folder import Folder, open_folder
@@ -37,10 +37,10 @@ def photos(store: Folder, images: Path, how: str = "{kind: trained, widths: [8, 
     compute_exactly()
     setup = Setup(open_source(recipe.data, store), encoder, recipe)
 
-    def encode(*arguments: object) -> None:
-        put_shards(setup, latents, arguments[-1], lambda _: None)  # type: ignore[arg-type]
+    def encode(left: list[int]) -> None:
+        put_shards(setup, latents, left, lambda _: None)
 
-    precompute.make_latents(sweep, latents, setup, "cpu", encode)
+    precompute.make_latents(recipe, latents, setup.source, encoding_of(encoder, 32, "cpu"), encode)
     state.use_latents(sweep, latents, encoder.identity)
     return sweep, latents
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +18,17 @@ from PIL import Image
 from dis_scale import vae
 from dis_scale.data import shards
 from dis_scale.data.encode import HARDWARE, Setup, encode_images, encode_shards, require_same_hardware
+from dis_scale.data.shards import Encoding
 from dis_scale.data.sources import open_source
 from dis_scale.errors import Preempted, StorageError, UndecodableImage, UserError
-from dis_scale.recipe import Recipe, TrainedVae, reading
+from dis_scale.recipe import LatentShape, Recipe, TrainedVae, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep, state
-from pipelines import precompute, stage
-from pipelines.precompute import Dealer, Encode, Encoder
+from pipelines import precompute
+from pipelines.precompute import Dealer, Encoder
 from tests.conftest import TINY
+from tests.support.stages import OneEncoder
 
 
 @pytest.fixture
@@ -60,7 +63,7 @@ def encode_with(workers: int, sweep: Sweep, at: Folder) -> dict[str, bytes]:
     """Return the three shards as this many workers make them at once."""
     dealer = Dealer([0, 1, 2])
     with ThreadPoolExecutor(workers) as pool:
-        done = [pool.submit(Encoder().encode, sweep, at, "cpu", dealer.next) for _ in range(workers)]
+        done = [pool.submit(Encoder(sweep, "cpu").encode, at, dealer.next) for _ in range(workers)]
     for each in done:
         each.result()
     return {name: at.read(name) for name in at.list() if name != HARDWARE}
@@ -107,12 +110,13 @@ def test_a_set_without_an_image_is_refused(sweep: Sweep, tmp_path: Path) -> None
 
 
 def test_a_set_has_one_kind_of_device_and_one_listing(tmp_path: Path) -> None:
-    precompute._require_one_kind(open_folder(tmp_path), "cpu", "listing")
-    precompute._require_one_kind(open_folder(tmp_path), "cpu", "listing")
+    cpu = Encoding("vae", 1.0, 0.0, LatentShape(4, 8), "cpu", "2.11.0")
+    precompute._require_one_kind(open_folder(tmp_path), cpu, "listing")
+    precompute._require_one_kind(open_folder(tmp_path), cpu, "listing")
     with pytest.raises(UserError, match=r"begun with device 'cpu', now 'cuda': finish it as it was begun"):
-        precompute._require_one_kind(open_folder(tmp_path), "cuda", "listing")
+        precompute._require_one_kind(open_folder(tmp_path), replace(cpu, device="cuda"), "listing")
     with pytest.raises(UserError, match=r"begun with listing 'listing', now 'with more images'"):
-        precompute._require_one_kind(open_folder(tmp_path), "cpu", "with more images")
+        precompute._require_one_kind(open_folder(tmp_path), cpu, "with more images")
 
 
 def test_the_padding_of_the_last_batch_changes_no_other_sample(sweep: Sweep) -> None:
@@ -146,19 +150,23 @@ def test_every_shard_holds_its_positions_in_their_order(sweep: Sweep) -> None:
 # -- reruns after a failure --------------------------------------------------------------------------------------------
 
 
-def encode_here(sweep: Sweep, latents: Folder, _: Setup, device: str, left: list[int]) -> None:
+EncodeOf = Callable[[Sweep, Folder, list[int]], None]
+
+
+def encode_here(sweep: Sweep, latents: Folder, left: list[int]) -> None:
     """Encode in this process, as a worker on Ray does."""
-    Encoder().encode(sweep, latents, device, Dealer(left).next)
+    Encoder(sweep, "cpu").encode(latents, Dealer(left).next)
 
 
 def latents_of(sweep: Sweep) -> Folder:
     return shards.latents_folder(sweep, vae.load(sweep).identity)
 
 
-def made(sweep: Sweep, encode: Encode = encode_here) -> dict[str, Any]:
+def made(sweep: Sweep, encode: EncodeOf = encode_here) -> dict[str, Any]:
     """Make the sweep's latents; return their manifest."""
-    latents = latents_of(sweep)
-    precompute.make_latents(sweep, latents, precompute.open_setup(sweep), "cpu", encode)
+    latents, source = latents_of(sweep), open_source(sweep.recipe.data, sweep.store)
+    encoding = Encoder(sweep, "cpu").encoding()
+    precompute.make_latents(sweep.recipe, latents, source, encoding, lambda left: encode(sweep, latents, left))
     return manifest.require(latents)
 
 
@@ -246,8 +254,8 @@ def test_two_precomputes_at_once_make_one_set(sweep: Sweep, store_url: str) -> N
 
 
 def test_a_shard_that_shrank_before_the_seal_is_not_sealed(sweep: Sweep) -> None:
-    def truncate(sweep: Sweep, latents: Folder, *rest: Any) -> None:
-        encode_here(sweep, latents, *rest)
+    def truncate(sweep: Sweep, latents: Folder, left: list[int]) -> None:
+        encode_here(sweep, latents, left)
         latents.write("000001.tar", b"short")
 
     with pytest.raises(StorageError, match=r"000001.tar: 5 bytes, its sidecar says \d+: rerun the same command"):
@@ -256,24 +264,20 @@ def test_a_shard_that_shrank_before_the_seal_is_not_sealed(sweep: Sweep) -> None
     assert made(sweep)["count"] == 26
 
 
-def test_a_second_sweep_on_the_same_images_and_vae_makes_nothing(
-    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_sweep_on_the_same_images_and_vae_makes_nothing(sweep: Sweep, tmp_path: Path) -> None:
     """Its training finds the latents at once; the images may be gone."""
     made(sweep)
     second = sweep_with_the_vae_of(sweep, open_folder(tmp_path) / "sweeps/second")
     shutil.rmtree(tmp_path / "photos")
-    monkeypatch.setattr(stage, "connect", lambda: None)
-    monkeypatch.setattr(precompute, "choose_device", lambda _: ("cpu", "test"))
-    precompute.precompute(second, [])
+    precompute.use_latents(second, OneEncoder(second))
     assert state.find_latents(second.folder) == latents_of(sweep)
 
 
 def test_a_stop_request_is_obeyed_within_a_batch(sweep: Sweep, tmp_path: Path) -> None:
-    encoder = Encoder()
+    encoder = Encoder(sweep, "cpu")
     encoder.stop()
     with pytest.raises(Preempted, match="stopped as requested"):
-        encoder.encode(sweep, open_folder(tmp_path) / "one", "cpu", Dealer([0, 1, 2]).next)
+        encoder.encode(open_folder(tmp_path) / "one", Dealer([0, 1, 2]).next)
     assert encoder.poll()[0] == 4
     assert (open_folder(tmp_path) / "one").list() == [HARDWARE]
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from dis_scale import faults
-from dis_scale.data import shards
-from dis_scale.data.encode import Setup
+from dis_scale.data.shards import Encoding
+from dis_scale.data.sources import Source
 from dis_scale.evaluation import reference
 from dis_scale.evaluation.sampling import labels_of
 from dis_scale.recipe import Evaluate
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import Sampled, Sweep, state
+from dis_scale.sweep import Sampled, Sweep
 from pipelines import evaluate, precompute, stage
 from pipelines.evaluate import Evaluation, Evaluator
 from pipelines.precompute import Dealer, Encoder
@@ -67,14 +67,21 @@ def _prepare(sweep: Sweep, _: list[str]) -> None:
     with_restarts(sweep.recipe, "prepare", attempt, lambda: 0)
 
 
-def _precompute(sweep: Sweep, _: list[str]) -> None:
-    def encode(sweep: Sweep, latents: Folder, _: Setup, device: str, left: list[int]) -> None:
-        _obeying(Encoder()).encode(sweep, latents, device, Dealer(left).next)
+@dataclass
+class OneEncoder:
+    """An encoder in this process, in the place of those on Ray; a new one after each failure."""
 
-    setup = precompute.open_setup(sweep)
-    latents = shards.latents_folder(sweep, setup.vae.identity)
-    precompute.make_latents(sweep, latents, setup, "cpu", encode)
-    state.use_latents(sweep, latents, setup.vae.identity)
+    sweep: Sweep
+
+    def encoding(self) -> Encoding:
+        return Encoder(self.sweep, "cpu").encoding()
+
+    def encode(self, latents: Folder, _: Source, left: list[int]) -> None:
+        _obeying(Encoder(self.sweep, "cpu")).encode(latents, Dealer(left).next)
+
+
+def _precompute(sweep: Sweep, _: list[str]) -> None:
+    precompute.use_latents(sweep, OneEncoder(sweep))
 
 
 @dataclass
