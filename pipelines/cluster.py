@@ -24,6 +24,7 @@ from ray.job_submission import JobSubmissionClient
 
 from dis_scale.errors import DisScaleError, UserError
 from dis_scale.recipe import Recipe
+from pipelines.stage import keeping_handlers
 
 START_TIMEOUT_S = 90.0
 
@@ -68,15 +69,6 @@ def open_cluster(recipe: Recipe) -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def device_of(recipe: Recipe, gpus: int) -> tuple[str, str]:
-    """Return (device, reason) on a cluster of `gpus` GPUs: `auto` uses them if each training worker gets one."""
-    workers = recipe.train.world_sizes[-1]
-    if recipe.device != "auto":
-        return recipe.device, "the recipe names it"
-    reason = f"auto: {gpus} GPUs for {workers} workers"
-    return ("cuda" if gpus >= workers else "cpu"), reason
-
-
 def require_root(recipe: Recipe) -> str:
     """Return the storage root's URL; UserError for a folder of one node on a cluster of several.
 
@@ -98,18 +90,6 @@ def require_root(recipe: Recipe) -> str:
 def in_ray_job() -> bool:
     """Whether this process is the driver of a Ray job."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-
-
-@contextlib.contextmanager
-def keeping_handlers() -> Iterator[None]:
-    """Restore the handlers of SIGTERM and SIGINT: Ray's own would end this process at a stop before anything is saved."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if handler is not None:  # None: not installed from Python, and not ours
-                signal.signal(number, handler)
 
 
 def free_ports(count: int) -> list[int]:
@@ -185,6 +165,7 @@ def _start_head(recipe: Recipe, folder: Path) -> tuple[subprocess.Popen, str]:
             "RAY_AUTH_MODE": "disabled",
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux, too: without it Ray replaces 127.0.0.1 by the machine's address
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # its jobs have ended before it is stopped
+            "RAY_prestart_worker_first_driver": "0",  # such workers lack a job's environment: no job would use them
             "RAY_worker_niceness": "0",  # Ray's default of 15 would leave training hardly any priority over evaluation's 19
         }
     )

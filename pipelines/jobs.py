@@ -17,13 +17,8 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from dis_scale.errors import DisScaleError, Held, Preempted, UserError
 from dis_scale.sweep import Sweep
 from pipelines.cluster import START_TIMEOUT_S, Cluster
+from pipelines.worker import KEEP_FREED_MEMORY, PASSIVE, SPINNING
 
-PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads sleep while they wait. Spinning threads that share a core with another process make a step up to five times as long."""
-SPINNING = {"GOMP_SPINCOUNT": "20000"}
-"""Threads spin briefly before they sleep: faster alone, and no disaster next to others (benchmarks/threads.py)."""
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(10 * 2**30)}
-"""glibc keeps freed memory; by default each step returns its large tensors to the kernel and faults them in again."""
 ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
 
 

@@ -14,9 +14,17 @@ from dis_scale.recipe import TrainedExtractor, TrainedVae
 from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
 from pipelines import lines, stage
-from pipelines.jobs import KEEP_FREED_MEMORY, SPINNING
 from pipelines.restarts import with_restarts
-from pipelines.worker import Worker, WorkerFailure, choose_device, resources, spawn, watch
+from pipelines.worker import (
+    KEEP_FREED_MEMORY,
+    SPINNING,
+    Worker,
+    WorkerFailure,
+    choose_device,
+    resources,
+    spawn,
+    watch,
+)  # fmt: skip
 
 CPUS = 2
 
@@ -99,8 +107,6 @@ def prepare(sweep: Sweep, _: list[str]) -> None:
     """Train and compute what the sweep does not have yet."""
     stage.connect()
     recipe = sweep.recipe
-    total = recipe.vae.steps if isinstance(recipe.vae, TrainedVae) and state.vae_missing(sweep) else 0
-    total += _classifier_steps(sweep) * len(state.classifiers_missing(sweep)) + len(_source(sweep))
     # The small networks train on the CPU; only a large extractor's features of all real images are worth a GPU.
     only_trained = all(isinstance(extractor, TrainedExtractor) for extractor in recipe.evaluate.extractors)
     device = "cpu" if only_trained else choose_device(recipe)[0]
@@ -109,10 +115,18 @@ def prepare(sweep: Sweep, _: list[str]) -> None:
     def attempt(_: WorkerFailure | None) -> None:
         worker = spawn(Preparer, resources("prepare", device, cpus))
         result = worker.prepare.remote(sweep, device)
+        total = _steps_and_images(sweep)  # opens the source while the worker starts
         watch([worker], [result], lambda done: lines.progress(done[0], total, "steps and images"))
 
     with lease.hold(sweep.lease("prepare")):
         with_restarts(recipe, "prepare", attempt, lambda: 0)
+
+
+def _steps_and_images(sweep: Sweep) -> int:
+    """Units of work that are left."""
+    vae = sweep.recipe.vae
+    steps = vae.steps if isinstance(vae, TrainedVae) and state.vae_missing(sweep) else 0
+    return steps + _classifier_steps(sweep) * len(state.classifiers_missing(sweep)) + len(_source(sweep))
 
 
 def _source(sweep: Sweep) -> Source:

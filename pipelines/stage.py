@@ -1,5 +1,6 @@
 """Entry point of a stage's job: open the sweep, obey stop requests, turn errors into one line and an exit code."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -7,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import ray
@@ -15,7 +16,6 @@ import ray
 from dis_scale.errors import DisScaleError, Preempted
 from dis_scale.sweep import Sweep
 from pipelines import lines
-from pipelines.cluster import keeping_handlers
 
 Program = Callable[[Sweep, list[str]], None]
 """A stage's program, given the sweep and further arguments."""
@@ -57,6 +57,18 @@ def _exit_with(cause: BaseException, error: BaseException) -> NoReturn:
 def cause_of(error: BaseException) -> BaseException:
     """Return what a worker raised, without the traceback and addresses that Ray adds."""
     return error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+
+
+@contextlib.contextmanager
+def keeping_handlers() -> Iterator[None]:
+    """Restore the handlers of SIGTERM and SIGINT: Ray's own would end this process at a stop before anything is saved."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # None: not installed from Python, and not ours
+                signal.signal(number, handler)
 
 
 def connect() -> None:

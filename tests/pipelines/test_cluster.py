@@ -1,6 +1,5 @@
-"""The storage root of a sweep that runs on a cluster, and the handlers of signals."""
+"""The storage root of a sweep that runs on a cluster."""
 
-import signal
 from pathlib import Path
 
 import pytest
@@ -38,10 +37,3 @@ def test_in_a_job_on_one_node_a_relative_root_is_below_the_home(monkeypatch: pyt
 )
 def test_any_other_root_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch, given: str, in_job: bool) -> None:
     assert root(monkeypatch, given, in_job) == given
-
-
-def test_handlers_of_signals_stay_ours() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with cluster.keeping_handlers():
-        signal.signal(signal.SIGTERM, lambda *_: None)
-    assert signal.getsignal(signal.SIGTERM) == before
