@@ -10,9 +10,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --editable
 demo: $(VENV)/installed
 	$(BIN)/python -m dis_scale.sweep configs/digits.yaml
 
-# -v cancels the -q of pyproject.toml, which hides pytest's first lines: what is skipped, and why.
+# Two processes: while a sweep starts and waits in one, the other computes. -v cancels the -q of
+# pyproject.toml, which hides pytest's first lines: what is skipped, and why.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -v
+	$(BIN)/python -m pytest -v -n 2 --dist worksteal
 
 # All tables of faults, including those on Ray; and random kills: `make soak KILLS=20 SEED=1`.
 faults: $(VENV)/installed-dev

@@ -28,6 +28,11 @@ def pytest_report_header() -> str:
     return "object storage: tested against Ceph's gateway"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run complete sweeps first: one of two processes takes them, the other takes the rest meanwhile."""
+    items.sort(key=lambda item: "e2e" not in item.path.parts)
+
+
 @pytest.fixture
 def tiny() -> Recipe:
     """The smallest sweep: one DiS and one DiT of a few thousand parameters, a few steps each."""

@@ -40,12 +40,10 @@ def kill_in(stage: Callable[[Path], bool], root: Path, log: Path) -> None:
     sweeps.kill_all(process)
 
 
-def test_killed_in_the_first_stages_and_stopped_twice_in_training_it_makes_everything_once(tmp_path: Path) -> None:
+def test_killed_in_precompute_and_stopped_in_training_it_makes_everything_once(tmp_path: Path) -> None:
     root, log = tmp_path / "store", tmp_path / "log"
-    made: dict[str, float] = {}
-    for stage in (in_prepare, in_precompute):
-        kill_in(stage, root, log)
-        made = _nothing_made_again(root, made)
+    kill_in(in_precompute, root, log)
+    made = _nothing_made_again(root, {})
 
     sweep = sweeps.sweep_at(root, *sweeps.SLOW)
     process = sweeps.start(str(root), *sweeps.SLOW, log=log)
@@ -53,13 +51,6 @@ def test_killed_in_the_first_stages_and_stopped_twice_in_training_it_makes_every
     assert all(job.startswith("tiny-") for job in stop_sweep(sweep, None))
     assert process.wait(60) == 75, log.read_text()
     assert any(row.name == GOODPUT for row in RowReader(sweep.run("dis").log).new()), "it agreed on a step and saved"
-    made = _nothing_made_again(root, made)
-
-    resume, kept = sweep.run("dit").resume, sweep.run("dit").resume.list()
-    process = sweeps.start(str(root), *sweeps.SLOW, log=log)
-    sweeps.wait_until(lambda: resume.list() != kept, process, log)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 75, log.read_text()
     made = _nothing_made_again(root, made)
 
     done = sweeps.run(str(root), *sweeps.SLOW)
@@ -93,6 +84,21 @@ def test_killed_in_every_stage_in_turn_it_makes_everything_once(tmp_path: Path) 
     assert done.returncode == 0, done.stdout + done.stderr
     sweeps.assert_complete(str(root), *sweeps.SLOW)
     _nothing_made_again(root, made)
+
+
+@pytest.mark.faults
+def test_sigterm_stops_training_at_a_resume_point_and_a_rerun_continues(tmp_path: Path) -> None:
+    root, log = tmp_path / "store", tmp_path / "log"
+    process = sweeps.start(str(root), *sweeps.SLOW, log=log)
+    sweeps.wait_until(lambda: in_training(root), process, log)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75, log.read_text()
+    made = _nothing_made_again(root, {})
+    run = sweeps.sweep_at(root).run("dis")
+    assert state.resumable_images(run) > 0
+    done = sweeps.run(str(root), *sweeps.SLOW)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert _nothing_made_again(root, made)
 
 
 def _nothing_made_again(root: Path, before: dict[str, float]) -> dict[str, float]:

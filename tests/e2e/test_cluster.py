@@ -86,8 +86,7 @@ def test_submitted_stopped_and_submitted_again(head: str, tmp_path: Path) -> Non
 
 
 def test_evaluation_first_does_not_block_training_and_a_killed_worker_is_replaced(tmp_path: Path) -> None:
-    settings = ("train.publish_images=[0, 160, 16000]", "train.resume_every_images=160")
-    sweep = sweeps.sweep_at(tmp_path, *settings, f"models={stages.ONE_MODEL}", "evaluate.variants={}")
+    sweep = sweeps.sweep_at(tmp_path, *SETTINGS)
     stages.prepare_and_precompute(sweep, tmp_path / "faults")
     with open_cluster(sweep.recipe) as cluster:
         evaluation = jobs.submit(cluster, sweep, "evaluate")
@@ -100,8 +99,8 @@ def test_evaluation_first_does_not_block_training_and_a_killed_worker_is_replace
         events.wait("restart")
         assert clusters.wait_for_end(training) == "SUCCEEDED", training.reason()
         assert clusters.wait_for_end(evaluation) == "SUCCEEDED", evaluation.reason()
-    assert sorted(state.evaluated(sweep, "dit")) == [0, 160, 16000]
-    metrics = json.loads(sweep.folder.read("evaluation/dit/000000016000/metrics.json"))
+    assert sorted(state.evaluated(sweep, "dit")) == [0, 160, 3200]
+    metrics = json.loads(sweep.folder.read("evaluation/dit/000000003200/metrics.json"))
     assert metrics["samples"] == sweep.recipe.evaluate.samples
 
 

@@ -13,7 +13,10 @@ from tests.support.clusters import RayNodes, driver
 
 ONE_MODEL = "models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}"
 LONG = (ONE_MODEL, "train.publish_images=[0, 160, 16000]", "train.resume_every_images=160")
-SHARDED = ("train.zero_stage=3", "train.precision=bf16")
+SHARDED = (
+    "train.zero_stage=3", "train.precision=bf16", "models={dis: {kind: dis, width: 16, depth: 2, patch: 4}}",
+    "evaluate.variants={}",
+)  # fmt: skip
 REFUSED = 69
 
 
