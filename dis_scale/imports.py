@@ -7,7 +7,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def hidden(module: str) -> Iterator[None]:
-    """Make `import module` fail, unless it is imported already, so that an optional dependency costs no start-up time."""
+    """Make `import module` fail in this block, unless it is imported already: an optional dependency then costs no start-up time.
+
+    Holds for all threads. Libraries that look for the module while they are imported treat it as missing from then on.
+    """
     if module in sys.modules:
         yield
         return

@@ -160,7 +160,7 @@ def to_pixels(images_BCHW: torch.Tensor) -> np.ndarray:
 
 def _autoencoder() -> Any:
     """Import diffusers' class only when needed: it takes seconds, and most of a sweep's processes open no VAE."""
-    with hidden("scipy"):  # for diffusers' schedulers, which we do not use: one second
+    with hidden("scipy"):  # needed by some of diffusers' schedulers, which we do not use: one second
         from diffusers import AutoencoderKL
 
     return AutoencoderKL

@@ -49,33 +49,36 @@ class Encoder(Worker):
     def __init__(self, sweep: Sweep, device: str) -> None:
         super().__init__()
         self.sweep, self.device = sweep, device
-        self._loading = threading.Lock()
         self._vae: Vae | None = None
 
     def encoding(self) -> Encoding:
-        """Load the VAE; return what this worker encodes with."""
-        from dis_scale.data.encode import encoding_of  # imports torch, here and below: the driver needs none of it
+        """Return the VAE's identity and scale, the device and PyTorch's version. Needs no GPU."""
+        from dis_scale.data.encode import encoding_of  # imported here because the driver does not need torch
 
         return encoding_of(self._loaded(), self.sweep.recipe.data.resolution, self.device)
 
-    def encode(self, latents: Folder, deal: Callable[[], int | None]) -> None:
+    def encode(self, latents: Folder, encoding: Encoding, deal: Callable[[], int | None]) -> None:
+        """Write the shards that `deal` names. UserError if this worker would encode differently from `encoding`."""
         from dis_scale.data.encode import Setup, compute_exactly, put_shards, require_same_hardware
 
         compute_exactly()
+        if (ours := self.encoding()) != encoding:
+            raise UserError(
+                f"{latents}: this worker encodes with {ours}, the first one with {encoding}: use equal nodes"
+            )
         require_same_hardware(latents, self.device)
+        vae = self._loaded()
+        vae.net.to(self.device)
         recipe = self.sweep.recipe
-        setup = Setup(open_source(recipe.data, self.sweep.store), self._loaded(), recipe)
+        setup = Setup(open_source(recipe.data, self.sweep.store), vae, recipe)
         self.emit("work")
         put_shards(setup, latents, iter(deal, None), self._count)
 
     def _loaded(self) -> "Vae":
         from dis_scale import vae
 
-        with self._loading:  # `encoding` may still be loading it
-            if self._vae is None:
-                self._vae = vae.load(self.sweep)
-                self._vae.net.to(self.device)
-            return self._vae
+        self._vae = self._vae or vae.load(self.sweep)
+        return self._vae
 
     def _count(self, images: int) -> None:
         self.report(self._done + images)
@@ -84,53 +87,55 @@ class Encoder(Worker):
 
 @dataclass
 class RayEncoders:
-    """Encoders on Ray: as many as the recipe names and the cluster can hold."""
+    """Encoders on Ray: as many as the recipe names, the cluster can hold and there are shards for."""
 
     sweep: Sweep
     device: str
     _warm: list[Any] = field(default_factory=list)
-    """Encoders that have their VAE and no shards yet."""
+    """The encoder that named the encoding, if it can also encode: on the CPU."""
 
     def encoding(self) -> Encoding:
-        """Start the encoders; return what they encode with."""
-        workers = self._spawn()
-        first, *_ = [worker.encoding.remote() for worker in workers]
-        (encoding,) = watch(workers, [first], lambda _: None)
-        self._warm = workers
+        """Return what the encoders encode with, from one of them that needs no GPU."""
+        worker = spawn(Encoder, resources("precompute", "cpu", 1), self.sweep, self.device)
+        (encoding,) = watch([worker], [worker.encoding.remote()], lambda _: None)
+        if self.device == "cpu":
+            self._warm = [worker]
         return encoding
 
-    def encode(self, latents: Folder, source: Source, left: list[int]) -> None:
+    def encode(self, latents: Folder, encoding: Encoding, source: Source, left: list[int]) -> None:
         """Make the shards of these numbers, with new encoders after a failure."""
-        images = len(source)
-        positions = (shards.shard_positions(n, images, self.sweep.recipe.precompute) for n in left)
-        before = images - sum(map(len, positions))
-        dealer = ray.remote(num_cpus=0)(Dealer).remote(left)
-        workers, self._warm = self._warm or self._spawn(), []
-        results = [worker.encode.remote(latents, _RemoteDealer(dealer)) for worker in workers]
-        watch(workers, results, lambda done: lines.progress(min(before + sum(done), images), images, "images"))
-
-    def _spawn(self) -> list[Any]:
+        images, settings = len(source), self.sweep.recipe.precompute
+        before = images - sum(len(shards.shard_positions(n, images, settings)) for n in left)
         capacity = int(ray.cluster_resources().get("GPU" if self.device == "cuda" else "CPU", 1))
+        count = min(settings.workers, len(left), max(1, capacity))
         options = resources("precompute", self.device, 1)
-        count = max(1, min(self.sweep.recipe.precompute.workers, capacity))
-        return [spawn(Encoder, options, self.sweep, self.device) for _ in range(count)]
+        workers, self._warm = self._warm, []
+        workers += [spawn(Encoder, options, self.sweep, self.device) for _ in range(count - len(workers))]
+        dealer = ray.remote(num_cpus=0)(Dealer).remote(left)
+        results = [worker.encode.remote(latents, encoding, _RemoteDealer(dealer)) for worker in workers]
+        watch(workers, results, lambda done: lines.progress(min(before + sum(done), images), images, "images"))
 
 
 def precompute(sweep: Sweep, _: list[str]) -> None:
     """Make the shards that are missing and write the manifest last."""
     stage.connect()
-    device, _reason = choose_device(sweep.recipe)
-    use_latents(sweep, RayEncoders(sweep, device))
+    device, why = choose_device(sweep.recipe)
+    lines.say(f"encoding on {device} ({why})")
+    find_or_make_latents(sweep, RayEncoders(sweep, device))
 
 
-def use_latents(sweep: Sweep, encoders: Any) -> None:
-    """Find or make the latents of the sweep's images, and record that it uses them. `encoders` is as `RayEncoders`."""
+def find_or_make_latents(sweep: Sweep, encoders: Any) -> None:
+    """Find or make the sweep's latents and record them in the sweep. `encoders` has the methods of `RayEncoders`."""
     encoding = with_restarts(sweep.recipe, "precompute", lambda _: encoders.encoding(), lambda: 0)
     latents = shards.latents_folder(sweep, encoding.vae)
-    lines.say(f"latents  {latents} on {encoding.device}")
+    lines.say(f"latents  {latents}")
     if manifest.find(latents) is None:
         source = open_source(sweep.recipe.data, sweep.store, listing_words(lines.say))
-        make_latents(sweep.recipe, latents, source, encoding, lambda left: encoders.encode(latents, source, left))
+
+        def encode(left: list[int]) -> None:
+            encoders.encode(latents, encoding, source, left)
+
+        make_latents(sweep.recipe, latents, source, encoding, encode)
     state.use_latents(sweep, latents, encoding.vae)
 
 
@@ -147,7 +152,8 @@ def make_latents(recipe: Recipe, latents: Folder, source: Source, encoding: Enco
 
     def attempt(_: WorkerFailure | None) -> None:
         done = shards.finished(latents, numbers, now_and_then(lines.say, CHECKING))
-        encode([n for n in numbers if n not in done])
+        if left := [n for n in numbers if n not in done]:
+            encode(left)
 
     with_restarts(recipe, "precompute", attempt, lambda: len(latents.list()))
     stage.raise_if_stopped()
@@ -166,7 +172,7 @@ class _RemoteDealer:
 
 
 def _require_one_kind(latents: Folder, encoding: Encoding, listing: str) -> None:
-    """A set is made from one listing of images by one kind of hardware and PyTorch: otherwise its bytes would differ."""
+    """UserError if the set was begun with another listing, kind of device or PyTorch: its bytes would differ."""
     ours = {"format": manifest.FORMAT, "device": encoding.device, "torch": encoding.torch, "listing": listing}
     latents.create(BEGUN, json.dumps(ours).encode())
     theirs = latents.read_json(BEGUN)

@@ -5,6 +5,7 @@ Each exists when its manifest does, so a rerun makes only what is missing.
 
 import os
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import ray
@@ -115,15 +116,15 @@ def prepare(sweep: Sweep, _: list[str]) -> None:
     def attempt(_: WorkerFailure | None) -> None:
         worker = spawn(Preparer, resources("prepare", device, cpus))
         result = worker.prepare.remote(sweep, device)
-        total = _steps_and_images(sweep)  # opens the source while the worker starts
-        watch([worker], [result], lambda done: lines.progress(done[0], total, "steps and images"))
+        total = cache(partial(_steps_and_images, sweep))  # counted at the first report, while the worker starts
+        watch([worker], [result], lambda done: lines.progress(done[0], total(), "steps"))
 
     with lease.hold(sweep.lease("prepare")):
         with_restarts(recipe, "prepare", attempt, lambda: 0)
 
 
 def _steps_and_images(sweep: Sweep) -> int:
-    """Units of work that are left."""
+    """Return the optimizer steps and reference images that are left."""
     vae = sweep.recipe.vae
     steps = vae.steps if isinstance(vae, TrainedVae) and state.vae_missing(sweep) else 0
     return steps + _classifier_steps(sweep) * len(state.classifiers_missing(sweep)) + len(_source(sweep))

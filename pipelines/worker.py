@@ -131,7 +131,7 @@ def watch(
     """
     try:
         return _watch(workers, results, report, hang_after_s, stop_early)
-    except WorkerFailure:
+    except (WorkerFailure, StorageAway):
         # Free the workers' resources for the next attempt now: the exception's traceback would keep the handles alive.
         for worker in workers:
             ray.kill(worker)

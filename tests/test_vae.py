@@ -45,9 +45,12 @@ def saved(where: Path, levels: int, **config: object) -> PretrainedVae:
 
 def encode_digits(sweep: Sweep, latents: Folder) -> None:
     encoder, source = Encoder(sweep, "cpu"), open_source(sweep.recipe.data)
-    precompute.make_latents(
-        sweep.recipe, latents, source, encoder.encoding(), lambda left: encoder.encode(latents, Dealer(left).next)
-    )
+    encoding = encoder.encoding()
+
+    def encode(left: list[int]) -> None:
+        encoder.encode(latents, encoding, Dealer(left).next)
+
+    precompute.make_latents(sweep.recipe, latents, source, encoding, encode)
 
 
 @pytest.mark.parametrize("kind", KINDS)

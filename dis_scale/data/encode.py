@@ -61,7 +61,7 @@ def compute_exactly() -> None:
 
 
 def encoding_of(vae: Vae, resolution: int, device: str) -> Encoding:
-    """Return what this process encodes with."""
+    """Return the facts of encoding with this VAE in this process."""
     shape = vae.latent(resolution)
     return Encoding(vae.identity, vae.scale, vae.shift, shape, device, str(torch.__version__))
 

@@ -51,7 +51,7 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a set of latents is encoded with: the VAE and the kind of worker. It is stored in the manifest."""
+    """VAE, kind of device and version of PyTorch that encode a set of latents, as stored in its manifest."""
 
     vae: str
     """The VAE's identity."""

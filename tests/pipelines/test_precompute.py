@@ -59,11 +59,16 @@ def sweep_with_the_vae_of(sweep: Sweep, folder: Folder) -> Sweep:
     return other
 
 
+def encoding_here(sweep: Sweep) -> Encoding:
+    return Encoder(sweep, "cpu").encoding()
+
+
 def encode_with(workers: int, sweep: Sweep, at: Folder) -> dict[str, bytes]:
     """Return the three shards as this many workers make them at once."""
     dealer = Dealer([0, 1, 2])
     with ThreadPoolExecutor(workers) as pool:
-        done = [pool.submit(Encoder(sweep, "cpu").encode, at, dealer.next) for _ in range(workers)]
+        encoders = [Encoder(sweep, "cpu") for _ in range(workers)]
+        done = [pool.submit(encoder.encode, at, encoding_here(sweep), dealer.next) for encoder in encoders]
     for each in done:
         each.result()
     return {name: at.read(name) for name in at.list() if name != HARDWARE}
@@ -155,7 +160,7 @@ EncodeOf = Callable[[Sweep, Folder, list[int]], None]
 
 def encode_here(sweep: Sweep, latents: Folder, left: list[int]) -> None:
     """Encode in this process, as a worker on Ray does."""
-    Encoder(sweep, "cpu").encode(latents, Dealer(left).next)
+    Encoder(sweep, "cpu").encode(latents, encoding_here(sweep), Dealer(left).next)
 
 
 def latents_of(sweep: Sweep) -> Folder:
@@ -165,7 +170,7 @@ def latents_of(sweep: Sweep) -> Folder:
 def made(sweep: Sweep, encode: EncodeOf = encode_here) -> dict[str, Any]:
     """Make the sweep's latents; return their manifest."""
     latents, source = latents_of(sweep), open_source(sweep.recipe.data, sweep.store)
-    encoding = Encoder(sweep, "cpu").encoding()
+    encoding = encoding_here(sweep)
     precompute.make_latents(sweep.recipe, latents, source, encoding, lambda left: encode(sweep, latents, left))
     return manifest.require(latents)
 
@@ -269,7 +274,7 @@ def test_a_second_sweep_on_the_same_images_and_vae_makes_nothing(sweep: Sweep, t
     made(sweep)
     second = sweep_with_the_vae_of(sweep, open_folder(tmp_path) / "sweeps/second")
     shutil.rmtree(tmp_path / "photos")
-    precompute.use_latents(second, OneEncoder(second))
+    precompute.find_or_make_latents(second, OneEncoder(second))
     assert state.find_latents(second.folder) == latents_of(sweep)
 
 
@@ -277,9 +282,29 @@ def test_a_stop_request_is_obeyed_within_a_batch(sweep: Sweep, tmp_path: Path) -
     encoder = Encoder(sweep, "cpu")
     encoder.stop()
     with pytest.raises(Preempted, match="stopped as requested"):
-        encoder.encode(open_folder(tmp_path) / "one", Dealer([0, 1, 2]).next)
+        encoder.encode(open_folder(tmp_path) / "one", encoder.encoding(), Dealer([0, 1, 2]).next)
     assert encoder.poll()[0] == 4
     assert (open_folder(tmp_path) / "one").list() == [HARDWARE]
+
+
+def test_an_encoder_of_another_kind_is_refused(sweep: Sweep, tmp_path: Path) -> None:
+    latents, other = open_folder(tmp_path) / "one", replace(encoding_here(sweep), torch="2.10.0")
+    with pytest.raises(
+        UserError, match=r"this worker encodes with .*, the first one with .*torch='2.10.0'.*use equal nodes"
+    ):
+        Encoder(sweep, "cpu").encode(latents, other, Dealer([0]).next)
+    assert latents.list() == []
+
+
+def test_a_finished_set_is_sealed_without_an_encoder(sweep: Sweep) -> None:
+    """Its driver died before the manifest."""
+    facts, latents = made(sweep), latents_of(sweep)
+    latents.delete(manifest.NAME)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("nothing is left to encode")
+
+    assert made(sweep, refuse) == facts
 
 
 def test_another_kind_of_hardware_may_not_fill_a_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,12 +76,12 @@ class OneEncoder:
     def encoding(self) -> Encoding:
         return Encoder(self.sweep, "cpu").encoding()
 
-    def encode(self, latents: Folder, _: Source, left: list[int]) -> None:
-        _obeying(Encoder(self.sweep, "cpu")).encode(latents, Dealer(left).next)
+    def encode(self, latents: Folder, encoding: Encoding, _: Source, left: list[int]) -> None:
+        _obeying(Encoder(self.sweep, "cpu")).encode(latents, encoding, Dealer(left).next)
 
 
 def _precompute(sweep: Sweep, _: list[str]) -> None:
-    precompute.use_latents(sweep, OneEncoder(sweep))
+    precompute.find_or_make_latents(sweep, OneEncoder(sweep))
 
 
 @dataclass
