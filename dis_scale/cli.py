@@ -70,7 +70,7 @@ def stop(
         str | None, typer.Option(help="Ray's dashboard, http://HOST:8265; default: the sweep's own or RAY_ADDRESS.")
     ] = None,
 ) -> None:
-    """Ask a running sweep to save and stop, wherever it runs; the same sweep command continues it."""
+    """Ask a running sweep to save and stop; the same sweep command continues it."""
     from dis_scale.sweep import Sweep
     from pipelines.sweep import stop_sweep
 
@@ -299,10 +299,13 @@ def sync(
 
 
 def _plan(sweep: "Sweep") -> "Plan":
+    """The plan of a stored sweep. The latents' shape is read from storage if they exist: no hub is asked."""
     from dis_scale import vae
     from dis_scale.plan import price_sweep
+    from dis_scale.sweep import state
 
-    return price_sweep(sweep.recipe, vae.latent_shape(sweep.recipe.vae, sweep.recipe.data.resolution))
+    recipe = sweep.recipe
+    return price_sweep(recipe, state.latent_shape(sweep) or vae.latent_shape(recipe.vae, recipe.data.resolution))
 
 
 def _console() -> Console:

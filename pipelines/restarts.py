@@ -47,7 +47,7 @@ def with_restarts(
 
 
 def _stored_or(before: int, stored: Callable[[], int]) -> int:
-    """What is stored now; the number from before if storage does not answer."""
+    """Return the number that is stored now, or `before` if storage does not answer."""
     try:
         return stored()
     except DisScaleError:

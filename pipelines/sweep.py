@@ -51,7 +51,7 @@ class Driver:
 
 @dataclass
 class Failures:
-    """What failed and why: models by name, evaluation as a whole, and single evaluations."""
+    """Failed models by name, the failure of the evaluation job, and single failed evaluations; each with its reason."""
 
     models: dict[str, str] = field(default_factory=dict)
     evaluation: str | None = None

@@ -12,7 +12,7 @@ import torch
 
 from dis_scale import vae
 from dis_scale.data import shards
-from dis_scale.data.encode import EncodedShard, Setup, compute_exactly, encode_shards
+from dis_scale.data.encode import EncodedShard, Setup, compute_exactly, encode_shards, require_same_hardware
 from dis_scale.data.sources import open_source
 from dis_scale.errors import StorageError, UserError
 from dis_scale.progress import ReportDone, ReportShare
@@ -67,7 +67,10 @@ def require_undamaged(latents: Folder, damaged: dict[str, str], sweep: Folder | 
 
 
 def repair(url: str, report: ReportShare, listed: ReportDone) -> list[str]:
-    """Rebuild the damaged shards of a sweep's latents; return their names. UserError if their bytes would differ."""
+    """Rebuild the damaged shards of a sweep's latents; return their names.
+
+    UserError if this machine would make other bytes, StorageError if it made them.
+    """
     sweep, latents = locate_latents(url)
     if sweep is None:
         raise UserError(
@@ -162,6 +165,7 @@ def _same_setup(sweep: Sweep, latents: Folder, facts: dict[str, Any], listed: Re
         raise UserError(f"{latents}: encoded with {'; '.join(different)}: a rebuilt shard would have other bytes")
     if facts["device"] == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{latents}: encoded on cuda, and there is no GPU here: a rebuilt shard would have other bytes")
+    require_same_hardware(latents, facts["device"])
     compute_exactly()
     setup.vae.net.to(facts["device"])
     return setup

@@ -32,7 +32,7 @@ class Source:
     read: Callable[[Sequence[Entry]], list[bytes]]
     """Reads the bytes of entries that are `near` each other."""
     near: Callable[[Entry, Entry], bool]
-    """True if one read returns both the first entry and the second, which comes after it."""
+    """True if both entries, the second after the first, belong in one call of `read`."""
 
     def __len__(self) -> int:
         return len(self.listing)
@@ -53,7 +53,7 @@ class Source:
         return image
 
     def decoded(self, positions: range, resolution: int) -> list[np.ndarray | UndecodableImage]:
-        """Return the images of one of `read_ranges`, by one read; an undecodable image is replaced by its error."""
+        """Return the images of one of `read_ranges`, by one call of `read`; an undecodable image is replaced by its error."""
         entries = self.listing[positions.start : positions.stop]
         try:
             files = self.read(entries)
@@ -167,7 +167,7 @@ class _ClassFolders(_OneFileEach):
         self.missing = f"no images in class folders below {self._root}; expected {self._root}/<class>/<image>.png"
 
     def find(self) -> Contents:
-        """List class by class and, in an object store, page by page: a million names are never in memory at once."""
+        """List class by class and, on S3, page by page: there a million names are never in memory at once."""
         classes = [name for name in self._root.folders() if not name.startswith(".")]
         return Contents(
             (

@@ -55,4 +55,6 @@ def check_labels(y_B: Tensor, num_classes: int) -> None:
     """Raise a UserError for a label outside 0..num_classes; num_classes is the null class."""
     if y_B.numel() and not 0 <= int(y_B.min()) <= int(y_B.max()) <= num_classes:
         wrong = y_B[(y_B < 0) | (y_B > num_classes)][0].item()
-        raise UserError(f"label {wrong} is out of range: expected 0 to {num_classes - 1}, or {num_classes} for none")
+        raise UserError(
+            f"label {wrong} is out of range: expected 0 to {num_classes - 1}, or {num_classes} for no label"
+        )

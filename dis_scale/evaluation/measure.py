@@ -16,6 +16,7 @@ from dis_scale.evaluation.reference import Reference
 from dis_scale.evaluation.sampling import SampleBlock
 from dis_scale.evaluation.score import Score
 from dis_scale.recipe import Evaluate
+from dis_scale.recipe.evaluate import INCEPTION_METRICS
 
 Metric = tuple[str, float, float | None]
 """A metric's stem (`fid`, `kid`), its value and its standard error, if any."""
@@ -56,8 +57,10 @@ def notes(references: Mapping[str, Reference], settings: Evaluate) -> list[str]:
         if name == "inception":
             lines.append(f"{metric}: {inception.UNVERIFIED}")
         if not metrics.has_error(settings.samples, d):
+            left = 100 - 100 / metrics.FOLDS
             lines.append(
-                f"{metric}: no standard error: the jackknife leaves 95 % of {settings.samples:,} samples and needs more than {d:,}"
+                f"{metric}: no standard error: the jackknife leaves {left:.0f} % of {settings.samples:,} samples "
+                f"and needs more than {d:,}"
             )
     return lines
 
@@ -75,7 +78,7 @@ class _Pass:
         self.name, self._reference, self._settings = name, reference, settings
         self._requested = set(settings.metrics)
         if name != "inception":
-            self._requested -= {"sfid", "inception_score", "inception_score_adm"}
+            self._requested -= INCEPTION_METRICS
         self._sums, self._spatial = Groups(settings.samples), Groups(settings.samples)
         cuts = {"inception_score": score.shuffled_splits, "inception_score_adm": score.adm_splits}
         self._scores = {m: Score(cuts[m](settings.samples), inception.CLASSES) for m in cuts if m in self._requested}

@@ -21,10 +21,10 @@ from dis_scale.evaluation import npz
 from dis_scale.evaluation.features import Extractor, Features, load_classifier, load_extractors
 from dis_scale.models import Backbone
 from dis_scale.recipe import Evaluate, LatentShape, Recipe
+from dis_scale.recipe.evaluate import JUDGE
 from dis_scale.small_nets import Classifier
 from dis_scale.storage import manifest
 from dis_scale.sweep import Sweep
-from dis_scale.sweep.extractors import JUDGE
 from dis_scale.sweep.state import require_latents
 from dis_scale.training import checkpoint
 from dis_scale.vae import Vae, to_unit

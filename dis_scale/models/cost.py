@@ -95,12 +95,12 @@ class Cost:
 
     @property
     def gmacs_forward(self) -> float:
-        """Of one forward pass."""
+        """10^9 multiply-adds of one forward pass."""
         return sum(part.macs for part in self.parts) / 1e9
 
     @property
     def gmacs_training(self) -> float:
-        """Of a forward and a backward pass without recomputation."""
+        """10^9 multiply-adds of a forward and a backward pass without recomputation."""
         return sum(part.macs * part.passes for part in self.parts) / 1e9
 
     def training_flops(self, micro_images: int) -> float:
@@ -109,7 +109,7 @@ class Cost:
 
     @property
     def gmacs_training_block(self) -> float:
-        """Of a forward and a backward pass with every block run twice (checkpointing "block")."""
+        """10^9 multiply-adds of a forward and a backward pass with every block run twice (checkpointing "block")."""
         return self.gmacs_training + sum(part.macs for part in self.parts if part.in_block) / 1e9
 
     def activation_bytes(self, checkpointing: str = "none", element_bytes: int = 4) -> int:
@@ -132,9 +132,9 @@ def price_model(settings: Dis | DiffuSsm | Dit, shape: LatentShape, num_classes:
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Skips in-place functions, and so the initial weights. The kernel provides memory at the first write: it is never used.
+    """Skips in-place functions, which set the initial weights: the system gives memory only when it is written.
 
-    Not the meta device, where most functions are Python that imports torch._dynamo: 1.5 s of CPU time.
+    The meta device would need no address space either, but imports torch._dynamo: 1.5 s of CPU time.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,6 +1,6 @@
 """Settings of evaluation: how a checkpoint is sampled, and what its samples are compared with."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -8,18 +8,20 @@ from dis_scale.recipe.settings import Count, Settings, Width, runtime
 
 MAIN = ""
 """Name of the main sampling settings, next to the variants' names."""
+JUDGE = "judge"
+"""Name of the classifier that judges samples; independent of every extractor."""
 KID_SUBSET_IMAGES = 1000
 """Images in a subset of the kernel distance (torch-fidelity's number)."""
 FEATURE_DIMENSIONS = {"inception": 2048, "trained": 64}
 """Features of the extractors whose number is known before they are loaded."""
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""Of weights-inception-2015-12-05-6726825d.pth, the only Inception weights that are accepted."""
+"""Hash of weights-inception-2015-12-05-6726825d.pth, the only Inception weights that are accepted."""
 INFINITY_SAMPLES_PER_FEATURE = 5
 """Samples per feature that the extrapolation to endless samples needs."""
-GAUSSIAN_SAMPLERS = ("ddpm", "ddim", "dpm_solver")
-FLOW_SAMPLERS = ("euler", "heun", "euler_maruyama")
-
-Sampler = Literal["ddpm", "ddim", "dpm_solver", "euler", "heun", "euler_maruyama"]
+GaussianSampler = Literal["ddpm", "ddim", "dpm_solver"]
+FlowSampler = Literal["euler", "heun", "euler_maruyama"]
+Sampler = Literal[GaussianSampler, FlowSampler]
+GAUSSIAN_SAMPLERS, FLOW_SAMPLERS = get_args(GaussianSampler), get_args(FlowSampler)
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,39}$")]
 Interval = tuple[float, float]
 """From and to, in the model's times: 0 is without noise, 1000 is noise alone."""
@@ -87,7 +89,7 @@ class Evaluate(Settings):
     ema_width: Width | None = None
     """Sample from the rebuilt power-function average of this relative width; default: from the exponential average."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the model while it samples; decoding and features are float32."""
+    """Precision of the model while it samples; decoding and features are float32."""
     variants: dict[Name, Variant] = Field(default_factory=dict, json_schema_extra={"role": "extent"})
     """Further sampling settings for each checkpoint; each gives a metric of its own, `<metric>/<name>`."""
     order: Literal["oldest_first", "newest_first"] = runtime("oldest_first")
@@ -147,8 +149,8 @@ class Evaluate(Settings):
             e.name == "inception" and e.kind != "inception" for e in self.extractors
         ):
             raise ValueError(f"also: extractors need names of their own, other than inception: got {names}")
-        if any(e.kind == "trained" and e.name == "judge" for e in self.extractors):
-            raise ValueError("extractor: judge is the name of the classifier that judges samples: choose another")
+        if any(e.kind == "trained" and e.name == JUDGE for e in self.extractors):
+            raise ValueError(f"extractor: {JUDGE} is the name of the classifier that judges samples: choose another")
         return self
 
     @model_validator(mode="after")

@@ -91,6 +91,11 @@ def _lines(error: ValidationError, data: Any) -> Iterator[str]:
             yield f"{key}: unknown key{nearest(path[-1], _keys_beside(path))}"
         elif missing:
             yield f"{key}: missing, and there is no default"
+        elif mistake["type"] == "union_tag_not_found":
+            yield f"{key}: has no kind{nearest(path[-1], _names_beside(path, data))}"
+        elif mistake["type"] == "union_tag_invalid":
+            tag, known = mistake["ctx"]["tag"], re.findall(r"'([^']+)'", mistake["ctx"]["expected_tags"])
+            yield f"{key}.kind: got {tag!r}, expected one of {', '.join(known)}{nearest(tag, known)}"
         elif mistake["type"] == "value_error":
             yield f"{key}: {mistake['ctx']['error']}" if key else str(mistake["ctx"]["error"])
         else:
@@ -107,6 +112,13 @@ def _as_written(path: list[str], data: Any) -> Iterator[str]:
         else:
             continue
         yield part
+
+
+def _names_beside(path: list[str], data: Any) -> set[str]:
+    """Names in the recipe next to a new one: models and variants are named by their users."""
+    for part in path[:-1]:
+        data = data.get(part) if isinstance(data, dict) else None
+    return set(data or ()) - {path[-1]}
 
 
 def _keys_beside(path: list[str]) -> set[str]:

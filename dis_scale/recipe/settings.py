@@ -1,4 +1,4 @@
-"""What all settings have in common: frozen, strict, and a role that says whether a field may change under one name."""
+"""Base class of all settings: frozen and strict. Each field has a role, which tells whether it may change under one name."""
 
 from typing import Annotated, Any
 

@@ -1,10 +1,12 @@
 // Memory, views and layouts between PyTorch's tensors and the kernels. Included by native.cpp.
 
-// Make the C library keep up to 256 MiB of freed memory, for the whole process. A training step frees what the next one
-// allocates again. By default large pieces go back to the system, and to fault them in again takes as long as a scan.
+// Make the C library keep up to 256 MiB of freed memory, in all of the process, unless the environment sets its thresholds (as
+// jobs do: pipelines/worker.py). A training step frees what the next one allocates again. By default large pieces go back to
+// the system, and to fault them in again takes as long as a scan.
 void keep_freed_memory() {
 #ifdef __GLIBC__
-  mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the largest value allowed
+  if (std::getenv("MALLOC_TRIM_THRESHOLD_")) return;
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);
   mallopt(M_TRIM_THRESHOLD, 256 << 20);
 #endif
 }

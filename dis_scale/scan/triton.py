@@ -1,4 +1,4 @@
-"""The Triton backend for NVIDIA GPUs: the two-operands scan and the two-operands convolution.
+"""The Triton backend for NVIDIA GPUs: the two-way scan and the two-way convolution.
 
 It takes float16, bfloat16 and float32, and refuses float64. The state is float32; outputs are rounded once. The last axis of
 an input must be contiguous and its batch rows evenly spaced, as in chunks and splits of a product; anything else costs a
@@ -6,7 +6,7 @@ copy. Nothing is added atomically: partial gradients of B and C (over groups of 
 rows) are stored in a buffer and then summed, so every run gives the same bits. `TRITON_INTERPRET=1`, set before Triton is
 imported, runs everything on the CPU, slowly.
 
-A two-operands scan launches one kernel per direction. The first stores its y in float32; the second adds its own, applies the
+A two-way scan launches one kernel per direction. The first stores its y in float32; the second adds its own, applies the
 gate and writes the output, so nothing is flipped. The forward pass keeps only its inputs. The backward pass repeats the scan
 and stores the states of every 16th step in the memory where the gradients of u and delta will be written later, so it needs
 almost no memory of its own. Then it computes the gradients of each direction separately. Each direction computes y's

@@ -3,6 +3,7 @@
 Reads and writes nothing but the recipe. Read next: state.py for what exists and what is left to do.
 """
 
+import re
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -42,8 +43,8 @@ class PointName(NamedTuple):
     @classmethod
     def parse(cls, name: str) -> "PointName | None":
         """Return the parts of a folder's name; None for any other name."""
-        images, dash, attempt = name.partition("-")
-        return cls(int(images), int(attempt)) if dash and images.isdigit() and attempt.isdigit() else None
+        match = re.fullmatch(r"(\d{12,})-(\d{4,})", name, re.ASCII)
+        return cls(int(match[1]), int(match[2])) if match else None
 
 
 class Sampled(NamedTuple):

@@ -11,8 +11,6 @@ from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, locate
 from dis_scale.sweep import Sweep
 
-JUDGE = "judge"
-"""Name of the classifier that judges samples; independent of every extractor."""
 WEIGHTS = "weights.safetensors"
 REFERENCE_FORMAT = 2
 

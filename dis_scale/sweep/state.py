@@ -4,11 +4,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dis_scale.errors import UserError
-from dis_scale.recipe import MAIN, Evaluate, TrainedVae
+from dis_scale.recipe import MAIN, Evaluate, LatentShape, TrainedVae
+from dis_scale.recipe.evaluate import JUDGE
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import ABLATION, ENDED, LATENTS, METRICS, SKIPPED, PointName, Run, Sampled, Sweep, store_of
-from dis_scale.sweep.extractors import JUDGE, reference_file, weights_identity
+from dis_scale.sweep.extractors import reference_file, weights_identity
 
 # -- prepare and precompute ------------------------------------------------------------------------------------------------
 
@@ -52,6 +53,12 @@ def find_latents(sweep: Folder) -> Folder | None:
         return None
     require_same_vae(latents, facts["vae"], pointer["vae"])
     return latents
+
+
+def latent_shape(sweep: Sweep) -> LatentShape | None:
+    """Return the shape of the sweep's latents, None if there are none yet."""
+    latents = find_latents(sweep.folder)
+    return LatentShape(*manifest.require(latents)["latent"]) if latents else None
 
 
 def require_latents(sweep: Folder) -> Folder:

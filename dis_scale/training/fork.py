@@ -62,8 +62,7 @@ def _require_point(run: Run, model: str, images_seen: int) -> ResumePoint:
 
 def _copy(source: Folder, target: Folder, model: str) -> None:
     """Copy files with their manifest, which is written last and names the new run's model."""
-    contents = manifest.find(source)
-    assert contents is not None
+    contents = manifest.require(source)
     for name in contents["files"]:
         target.write(name, manifest.read(source, name, contents))
     target.write_json(manifest.NAME, contents | {"model": model})

@@ -102,7 +102,7 @@ def test_sigterm_stops_training_at_a_resume_point_and_a_rerun_continues(tmp_path
 
 
 def _nothing_made_again(root: Path, before: dict[str, float]) -> dict[str, float]:
-    """What exists now is what existed before, untouched, and more; return it."""
+    """Return what exists now; it contains all that existed before, unchanged."""
 
     def exists(path: Path) -> bool:
         if path.suffix == ".tar":

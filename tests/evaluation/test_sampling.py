@@ -12,11 +12,11 @@ from dis_scale import models, vae
 from dis_scale.evaluation.features import store_classifier
 from dis_scale.evaluation.sampling import PARTS, BlockSampler, arrange, grid_numbers, open_sampler, sample_labels
 from dis_scale.recipe import LatentShape, Recipe, TrainedVae, reading
+from dis_scale.recipe.evaluate import JUDGE
 from dis_scale.small_nets import Classifier
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
-from dis_scale.sweep.extractors import JUDGE
 from tests.conftest import TINY
 from tests.support.ranks import make_latents
 

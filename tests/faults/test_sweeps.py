@@ -69,13 +69,13 @@ FAULTS = {
     "prepare killed": ("kill at written path=vae/", [0]),
     "an encoder killed between shard and sidecar": ("kill at written path=000002.tar", [0]),
     "precompute's driver dies": ("kill at poll path=precompute", [1, 0]),
-    "rank 0 killed in a save": ("kill at written path=resume/000000000160 rank=0 nth=3", [0]),
+    "rank 0 killed in a save": ("kill at written path=resume/000000000160-0001/exp_avg-00000 rank=0", [0]),
     "training's driver dies": ("kill at poll path=train images=16", [1, 0]),
     "stop request to training's driver": ("stop at poll path=train", [75, 0]),
     "a rank hangs": ("hang at step rank=1 images=112", [0]),
     "storage is gone for 20 s while publishing": ("gone at write path=published/000000000160 seconds=20", [0]),
     "disk full in a save": ("full at write path=resume/000000000240", [1, 0]),
-    "evaluation killed between two blocks": ("kill at written path=block-00000.npz nth=1", [0]),
+    "evaluation killed between two blocks": ("kill at written path=block-00000.npz", [0]),
     "evaluation's driver dies": ("kill at poll path=evaluate images=1", [1, 0]),
 }
 

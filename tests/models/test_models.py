@@ -97,7 +97,7 @@ def test_bad_input_is_one_clear_line():
         build(DIS, SHAPE, 10, checkpointing="blocks")
     with pytest.raises(UserError, match=r"input of shape \(3, 3, 8, 8\): expected \(batch, 4, 8, 8\)"):
         model(x[:, :3], t, y)
-    with pytest.raises(UserError, match="label 11 is out of range: expected 0 to 9, or 10 for none"):
+    with pytest.raises(UserError, match="label 11 is out of range: expected 0 to 9, or 10 for no label"):
         model(x, t, y.fill_(11))
     with pytest.raises(UserError, match="the model is conditional, pass labels"):
         model(x, t)

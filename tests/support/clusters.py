@@ -157,6 +157,7 @@ def wait_for_nodes(nodes: RayNodes, count: int, newest: Node, within: Sequence[s
     while len(nodes.alive(within)) < count:
         assert newest.poll() is None
         assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def driver(sweep: Sweep, stage: str) -> psutil.Process:

@@ -1,4 +1,4 @@
-"""What is left to evaluate, in which order, and what must be measured again."""
+"""Evaluations that are left, their order, and those that must be measured again."""
 
 from dataclasses import replace
 from pathlib import Path
