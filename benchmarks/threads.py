@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipelines.worker import KEEP_FREED_MEMORY, PASSIVE, SPINNING
+from pipelines.environment import KEEP_FREED_MEMORY, PASSIVE, SPINNING
 
 SETTINGS = {
     "passive waiting, glibc's defaults": PASSIVE,

@@ -17,7 +17,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from dis_scale.errors import DisScaleError, Held, Preempted, UserError
 from dis_scale.sweep import Sweep
 from pipelines.cluster import START_TIMEOUT_S, Cluster
-from pipelines.worker import KEEP_FREED_MEMORY, PASSIVE, SPINNING
+from pipelines.environment import KEEP_FREED_MEMORY, PASSIVE, SPINNING
 
 ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
 

@@ -3,7 +3,6 @@
 Each exists when its manifest does, so a rerun makes only what is missing.
 """
 
-import os
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -16,16 +15,7 @@ from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
 from pipelines import lines, stage
 from pipelines.restarts import with_restarts
-from pipelines.worker import (
-    KEEP_FREED_MEMORY,
-    SPINNING,
-    Worker,
-    WorkerFailure,
-    choose_device,
-    resources,
-    spawn,
-    watch,
-)  # fmt: skip
+from pipelines.worker import Worker, WorkerFailure, choose_device, resources, spawn, watch
 
 CPUS = 2
 
@@ -40,9 +30,6 @@ class Preparer(Worker):
 
         compute_exactly()
         torch.set_num_threads(CPUS)
-        waiting = "spin briefly, then sleep," if SPINNING.keys() <= os.environ.keys() else "sleep"
-        memory = "kept" if KEEP_FREED_MEMORY.keys() <= os.environ.keys() else "returned"
-        self.log(f"threads  {CPUS}, which {waiting} while they wait; freed memory is {memory}")
         self._images: Any = None
         self.emit("work")
         if state.vae_missing(sweep):

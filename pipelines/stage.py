@@ -15,7 +15,7 @@ import ray
 
 from dis_scale.errors import DisScaleError, Preempted
 from dis_scale.sweep import Sweep
-from pipelines import lines
+from pipelines import environment, lines
 
 Program = Callable[[Sweep, list[str]], None]
 """A stage's program, given the sweep and further arguments."""
@@ -25,6 +25,7 @@ _stop = threading.Event()
 def run_program(program: Program, url: str, *arguments: str) -> None:
     """Run a stage's program on the sweep at `url`, patient with storage."""
     lines.emit("driver")
+    lines.say(environment.words())
     _log_to_stdout()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _stop.set())

@@ -21,12 +21,6 @@ from dis_scale.errors import DisScaleError, Preempted, StorageAway
 from dis_scale.recipe import Recipe
 from pipelines import lines, stage
 
-PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads sleep while they wait. Spinning threads that share a core with another process make a step up to five times as long."""
-SPINNING = {"GOMP_SPINCOUNT": "20000"}
-"""Threads spin briefly before they sleep: 8 % faster alone, a quarter slower next to a busy process (benchmarks/threads.py)."""
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(10 * 2**30)}
-"""glibc keeps freed memory; by default each step returns its large tensors to the kernel and faults them in again."""
 POLL_EVERY_S = 1.0
 SETTLE_S = 10.0
 """Time for the other workers to end after one has failed."""
@@ -104,7 +98,7 @@ def resources(name: str, device: str, cpus: float) -> dict[str, Any]:
 
 
 def device_of(recipe: Recipe, gpus: int) -> tuple[str, str]:
-    """Return (device, reason) on a cluster of `gpus` GPUs: `auto` uses them if each training worker gets one."""
+    """Return (device, reason) on a cluster of `gpus` GPUs: `auto` uses them if the smallest world size gets one a worker."""
     workers = recipe.train.world_sizes[-1]
     if recipe.device != "auto":
         return recipe.device, "the recipe names it"

@@ -165,7 +165,7 @@ def require(name: str, reference: Reference, recipe: Recipe) -> None:
 
 def store(sweep: Sweep, name: str, reference: Reference) -> None:
     facts = {key: np.asarray(value) for key, value in reference_facts(sweep, name, reference.identity).items()}
-    sweep.folder.write(reference_file(sweep, name, reference.identity), npz.to_bytes(reference.arrays() | facts))
+    sweep.references.write(reference_file(sweep, name, reference.identity), npz.to_bytes(reference.arrays() | facts))
 
 
 def load_all(sweep: Sweep) -> dict[str, Reference]:
@@ -179,17 +179,17 @@ def load_all(sweep: Sweep) -> dict[str, Reference]:
 def load(sweep: Sweep, name: str, identity: str) -> Reference:
     """Load one extractor's statistics; StorageError if they are missing, damaged, or of other images or features."""
     file, size = reference_file(sweep, name, identity), sweep.recipe.data.resolution
-    if not sweep.folder.exists(file):
-        others = ", though there are others" if sweep.folder.list("reference") else ""
+    if not sweep.references.exists(file):
+        others = ", though there are others" if sweep.references.list() else ""
         raise StorageError(
-            f"{sweep}/{file}: no statistics of these images at {size} x {size} under extractor {name} "
+            f"{sweep.references}/{file}: no statistics of these images at {size} x {size} under extractor {name} "
             f"(weights {identity[:12]}){others}: run prepare"
         )
-    arrays = npz.from_bytes(sweep.folder.read(file), f"{sweep}/{file}")
+    arrays = npz.from_bytes(sweep.references.read(file), f"{sweep.references}/{file}")
     for key, expected in reference_facts(sweep, name, identity).items():
         if str(got := arrays[key]) != expected:
             raise StorageError(
-                f"{sweep}/{file}: {key} is {got}, this recipe's is {expected}: delete the file and run prepare"
+                f"{sweep.references}/{file}: {key} is {got}, this recipe's is {expected}: delete the file and run prepare"
             )
     return Reference.from_arrays(arrays)
 

@@ -134,6 +134,11 @@ class Sweep:
         return replace(self, folder=self.folder.patient)
 
     @property
+    def references(self) -> Folder:
+        """Statistics of the real images, one file per extractor."""
+        return self.folder / "reference"
+
+    @property
     def store(self) -> Folder:
         """Storage root that the sweep shares with others: latents and listings are below it."""
         return store_of(self.folder)

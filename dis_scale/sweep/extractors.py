@@ -47,9 +47,9 @@ def read_script(extractor: TorchScriptExtractor) -> bytes:
 
 
 def reference_file(sweep: Sweep, name: str, identity: str) -> str:
-    """Return `reference/<fingerprint>.npz`, by what the statistics are a function of."""
+    """Return the name below `sweep.references` of an extractor's statistics, a fingerprint of their inputs."""
     key = json.dumps(reference_facts(sweep, name, identity), sort_keys=True)
-    return f"reference/{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    return f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
 
 
 def reference_facts(sweep: Sweep, name: str, identity: str) -> dict[str, str]:

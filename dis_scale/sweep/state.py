@@ -36,7 +36,9 @@ def classifiers_missing(sweep: Sweep) -> list[tuple[str, str]]:
 def references_missing(sweep: Sweep) -> list[str]:
     """Return the names of the extractors under which the real images' statistics are still to be computed."""
     every = sweep.recipe.evaluate.extractors
-    return [e.name for e in every if not sweep.folder.exists(reference_file(sweep, e.name, weights_identity(sweep, e)))]
+    return [
+        e.name for e in every if not sweep.references.exists(reference_file(sweep, e.name, weights_identity(sweep, e)))
+    ]
 
 
 def find_latents(sweep: Folder) -> Folder | None:

@@ -164,14 +164,14 @@ def test_statistics_of_other_inputs_are_refused_by_name(recipe: Recipe, sweep: S
     larger = replace(sweep, recipe=recipe.model_copy(update={"data": data}))
     with pytest.raises(StorageError, match=r"at 64 x 64 under extractor dino .*, though there are others: run prepare"):
         reference.load_all(larger)
-    stored = sweep.folder.read(reference_file(sweep, "dino", extractor.identity))
-    sweep.folder.write(reference_file(larger, "dino", extractor.identity), stored)
+    stored = sweep.references.read(reference_file(sweep, "dino", extractor.identity))
+    sweep.references.write(reference_file(larger, "dino", extractor.identity), stored)
     with pytest.raises(StorageError, match=r"resolution is 32, this recipe's is 64: delete the file and run prepare"):
         reference.load_all(larger)
-    sweep.folder.write(reference_file(sweep, "dino", "other weights"), stored)
+    sweep.references.write(reference_file(sweep, "dino", "other weights"), stored)
     with pytest.raises(StorageError, match=f"weights is {extractor.identity}, this recipe's is other weights"):
         reference.load(sweep, "dino", "other weights")
-    sweep.folder.write(reference_file(sweep, "dino", extractor.identity), stored[:-1])
+    sweep.references.write(reference_file(sweep, "dino", extractor.identity), stored[:-1])
     with pytest.raises(StorageError, match=r"reference/[0-9a-f]{16}\.npz: damaged"):
         reference.load_all(sweep)
 
