@@ -124,9 +124,8 @@ class Engine:
     def fill(self, read: Read, adam_step: int) -> None:
         """Overwrite this rank's part of all states with stored ones, read by range: any world size and ZeRO stage."""
         for flat in self.flats:
-            self.optimizer.state[flat] = {"step": torch.tensor(float(adam_step))} | {
-                moment: torch.zeros_like(flat) for moment in MOMENTS
-            }
+            step = torch.tensor(float(adam_step), device=flat.device)  # fused AdamW reads it there, unchecked
+            self.optimizer.state[flat] = {"step": step} | {moment: torch.zeros_like(flat) for moment in MOMENTS}
         for kind in self.kinds:
             into = self.state(kind)
             for s in self.table:
