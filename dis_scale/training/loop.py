@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,7 @@ from dis_scale.training import checkpoint, ema, engine
 from dis_scale.training.bad_step import dump_step
 from dis_scale.training.checkpoint import ResumePoint, Saver
 from dis_scale.training.engine import Engine
-from dis_scale.training.throughput import open_meter
+from dis_scale.training.throughput import ThroughputMeter, open_meter
 
 ROWS_EVERY_STEPS = 10
 FLUSH_EVERY_S = 10.0
@@ -86,14 +86,10 @@ def train_model(attempt: Attempt) -> int:
     """
     # Open what a step needs.
     settings, rank, world = attempt.recipe.train, dist.get_rank(), dist.get_world_size()
-    latents, how = open_latents(attempt.latents, attempt.recipe, _workers_on_this_node(world), attempt.log)
-    process = diffusion.build(attempt.recipe.diffusion)
-    price = price_model(attempt.recipe.models[attempt.model], latents.shape, attempt.recipe.data.num_classes)
-    state, model, images_seen = start(attempt, latents)
+    log_rates = (lambda line: attempt.log(f"{attempt.model}: {line}")) if rank == 0 else None
+    latents, process, state, model, meter, images_seen = open_training(attempt, _workers_on_this_node(world), log_rates)
     saver = Saver(attempt.run, attempt.number, rank, world, attempt.held, settings.keep_resume)
     rows, agreement = RowWriter(attempt.run.log, attempt.number), StopAgreement()
-    log_rates = (lambda line: attempt.log(f"{attempt.model}: {line}")) if rank == 0 else None
-    meter = open_meter(price, settings, world, attempt.device, log_rates)
     description = json.dumps(describe(model))
     lanes = range(rank * settings.lanes // world, (rank + 1) * settings.lanes // world)
     began_s = flushed_s = time.monotonic()
@@ -105,7 +101,6 @@ def train_model(attempt: Attempt) -> int:
 
     # Record the start. Publish at 0 images, or again if the weights published at this resume point were deleted.
     if rank == 0:
-        attempt.log(f"{attempt.model}: {how}")
         rows.add(images_seen, {ATTEMPT: attempt.number})
         rows.flush()
     if images_seen in settings.publish_images:
@@ -126,14 +121,8 @@ def train_model(attempt: Attempt) -> int:
 
             # Stop if gradients stay not finite.
             bad_steps = bad_steps + 1 if state.skipped else 0
-            if bad_steps and rank == 0:
-                attempt.log(f"{attempt.model}: step to {images_seen} images skipped: its gradient is not finite")
-            if bad_steps == settings.skips_in_a_row:
-                dump = dump_step(attempt.run, PointName(images_seen, attempt.number), inputs, losses, state)
-                raise DisScaleError(
-                    f"{attempt.model}: the gradient was not finite in {bad_steps} steps in a row, up to {images_seen} images: "
-                    f"the last step's batch, losses and weights are in {dump}"
-                )
+            if bad_steps:
+                _handle_bad_step(attempt, state, inputs, losses, images_seen, bad_steps)
 
             # Collect metric rows: all ranks reduce, rank 0 writes.
             row = dict[str, float]()
@@ -166,12 +155,37 @@ def train_model(attempt: Attempt) -> int:
         saver.finish()
     rows.flush()
     if rank == 0:
-        rows.add(images_seen, {GOODPUT: goodput_by_images(attempt.run.log).get(images_seen, 0.0)})
-        rows.flush()
         steps = (images_seen - first_images) // settings.batch_images
-        attempt.emit("end", attempt=attempt.number, images=images_seen)
-        attempt.log(_summary(attempt, images_seen, steps, time.monotonic() - began_s, saver))
+        _record_end(
+            attempt, rows, images_seen, _summary(attempt, images_seen, steps, time.monotonic() - began_s, saver)
+        )
     return images_seen
+
+
+class Opened(NamedTuple):
+    """The parts of training that every step needs, and the images seen at the start."""
+
+    latents: Latents
+    process: Process
+    state: Engine
+    model: Backbone
+    meter: ThroughputMeter
+    images_seen: int
+
+
+def open_training(attempt: Attempt, on_this_node: int, log_rates: Callable[[str], None] | None) -> Opened:
+    """Open the latents, the model at its newest resume point, and the meter. Collective.
+
+    `on_this_node` workers share this node's memory. `log_rates` is called with lines on speed, on one rank.
+    """
+    recipe = attempt.recipe
+    latents, how = open_latents(attempt.latents, recipe, on_this_node, attempt.log)
+    price = price_model(recipe.models[attempt.model], latents.shape, recipe.data.num_classes)
+    state, model, images_seen = start(attempt, latents)
+    if dist.get_rank() == 0:
+        attempt.log(f"{attempt.model}: {how}")
+    meter = open_meter(price, recipe.train, dist.get_world_size(), attempt.device, log_rates)
+    return Opened(latents, diffusion.build(recipe.diffusion), state, model, meter, images_seen)
 
 
 def train_step(
@@ -192,6 +206,33 @@ def train_step(
     state.update_averages(ema.decays(settings, images_seen // settings.batch_images))
     state.set_learning_rate(learning_rate(settings, images_seen))
     return losses
+
+
+def _handle_bad_step(
+    attempt: Attempt,
+    state: Engine,
+    inputs: list["StepInput"],
+    losses: list[torch.Tensor],
+    images_seen: int,
+    in_a_row: int,
+) -> None:
+    """Log a step whose gradient was not finite; after too many in a row, dump the last one and raise DisScaleError."""
+    if dist.get_rank() == 0:
+        attempt.log(f"{attempt.model}: step to {images_seen} images skipped: its gradient is not finite")
+    if in_a_row == attempt.recipe.train.skips_in_a_row:
+        dump = dump_step(attempt.run, PointName(images_seen, attempt.number), inputs, losses, state)
+        raise DisScaleError(
+            f"{attempt.model}: the gradient was not finite in {in_a_row} steps in a row, up to {images_seen} images: "
+            f"the last step's batch, losses and weights are in {dump}"
+        )
+
+
+def _record_end(attempt: Attempt, rows: RowWriter, images_seen: int, summary: str) -> None:
+    """Record the goodput of the run so far and the end of the attempt."""
+    rows.add(images_seen, {GOODPUT: goodput_by_images(attempt.run.log).get(images_seen, 0.0)})
+    rows.flush()
+    attempt.emit("end", attempt=attempt.number, images=images_seen)
+    attempt.log(summary)
 
 
 def _workers_on_this_node(world: int) -> int:

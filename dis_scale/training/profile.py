@@ -16,16 +16,14 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dis_scale import diffusion
-from dis_scale.data.latents import open_latents, prefetch
-from dis_scale.models.cost import price_model
+from dis_scale.data.latents import prefetch
 from dis_scale.recipe import Recipe
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.state import require_latents
 from dis_scale.training import engine
-from dis_scale.training.loop import Attempt, Start, start, step_inputs, train_step
-from dis_scale.training.throughput import open_meter, synchronize
+from dis_scale.training.loop import Attempt, Start, open_training, step_inputs, train_step
+from dis_scale.training.throughput import synchronize
 
 WARM_STEPS = 2
 """Steps before timing starts: the first one compiles and allocates."""
@@ -58,12 +56,7 @@ def profile_training(
             held=lambda: True, stop_requested=lambda: False, report=lambda _: None, log=log,
             emit=lambda *_, **__: None,
         )  # fmt: skip
-        reader, _ = open_latents(latents, recipe, 1, log)
-        state, backbone, images_seen = start(attempt, reader)
-        process = diffusion.build(recipe.diffusion)
-        meter = open_meter(
-            price_model(recipe.models[model], reader.shape, recipe.data.num_classes), settings, 1, device, log
-        )
+        reader, process, state, backbone, meter, images_seen = open_training(attempt, 1, log)
         with closing(prefetch(step_inputs(attempt, reader, backbone.drop_rates, 0, range(settings.lanes)))) as batches:
 
             def take_step() -> None:

@@ -21,6 +21,7 @@ from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep
 
 os.environ["DS_ACCELERATOR"] = "cpu"
+TIMEOUT_S = 400
 PRELOAD = ["deepspeed", "torch._dynamo", "dis_scale.training.loop"]
 multiprocessing.set_forkserver_preload(PRELOAD)
 
@@ -61,8 +62,9 @@ def run(
     arguments = (world, port, recipe, model, str(root), attempt, stop_at, faults)
     ranks = mp.start_processes(_rank, arguments, world, join=False, start_method="forkserver")
     # If one rank dies, the others get SIGTERM. To them it is a stop request, so they are killed after a second.
-    while not ranks.join(grace_period=1):
-        pass
+    deadline = time.monotonic() + TIMEOUT_S
+    while not ranks.join(timeout=5, grace_period=1):
+        assert time.monotonic() < deadline, f"the ranks of {model} have not ended"
 
 
 def _rank(
@@ -105,26 +107,22 @@ def inputs(root: Path) -> dict[int, list[str]]:
     return steps
 
 
-def _note_inputs(place: Path, rank: int) -> None:
-    """Write one line per micro-batch as it moves to the device. Lanes are in order within a rank, and so are the ranks."""
+def _note_inputs(folder: Path, rank: int) -> None:
+    """Write one line per micro-batch before each step. Lanes are in order within a rank, and so are the ranks."""
     from dis_scale.training import loop
 
-    place.mkdir(exist_ok=True)
-    move, at, now = loop._to_device, loop.faults.at, [0]
+    folder.mkdir(exist_ok=True)
+    take_step = loop.train_step
 
-    def noted(draw: Any, device: torch.device) -> Any:
-        micro, t_B, drop = draw
-        tensors = [x for x in (*micro, t_B, drop) if x is not None]
-        digest = hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in tensors)).hexdigest()
-        with (place / f"{rank}").open("a") as file:
-            file.write(f"{now[0]} {digest}\n")
-        return move(draw, device)
+    def noted(state: Any, process: Any, settings: Any, inputs: Any, images_seen: int) -> Any:
+        with (folder / f"{rank}").open("a") as file:
+            for micro, t_B, drop in inputs:
+                tensors = [x for x in (*micro, t_B, drop) if x is not None]
+                digest = hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in tensors)).hexdigest()
+                file.write(f"{images_seen} {digest}\n")
+        return take_step(state, process, settings, inputs, images_seen)
 
-    def clocked(point: str, **where: Any) -> None:
-        now[0] = where.get("images", now[0])
-        at(point, **where)
-
-    loop._to_device, loop.faults.at = noted, clocked
+    loop.train_step = noted
 
 
 def _nothing(*_: Any, **__: Any) -> None: ...
