@@ -63,7 +63,7 @@ class Cache:
         if self._disabled or len(data) > self.bound_bytes:
             return
         part = self.folder / f"{entry['sha256']}.part"
-        with self._locked("lock-room"):
+        with self._locked("lock-capacity"):
             try:
                 self._evict(len(data))
                 part.write_bytes(data)

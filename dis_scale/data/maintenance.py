@@ -12,7 +12,7 @@ import torch
 
 from dis_scale import vae
 from dis_scale.data import shards
-from dis_scale.data.encode import EncodedShard, Setup, compute_exactly, encode_shards, require_same_hardware
+from dis_scale.data.encode import HARDWARE, EncodedShard, Setup, compute_exactly, encode_shards, require_same_hardware
 from dis_scale.data.sources import open_source
 from dis_scale.errors import StorageError, UserError
 from dis_scale.progress import ReportDone, ReportShare
@@ -165,7 +165,8 @@ def _same_setup(sweep: Sweep, latents: Folder, facts: dict[str, Any], listed: Re
         raise UserError(f"{latents}: encoded with {'; '.join(different)}: a rebuilt shard would have other bytes")
     if facts["device"] == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{latents}: encoded on cuda, and there is no GPU here: a rebuilt shard would have other bytes")
-    require_same_hardware(latents, facts["device"])
+    if latents.exists(HARDWARE):
+        require_same_hardware(latents, facts["device"])
     compute_exactly()
     setup.vae.net.to(facts["device"])
     return setup
