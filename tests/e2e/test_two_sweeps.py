@@ -13,10 +13,8 @@ from tests.support.clusters import RayNodes, driver
 
 ONE_MODEL = "models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}"
 LONG = (ONE_MODEL, "train.publish_images=[0, 160, 16000]", "train.resume_every_images=160")
-SHARDED = (
-    "train.zero_stage=3", "train.precision=bf16", "models={dis: {kind: dis, width: 16, depth: 2, patch: 4}}",
-    "evaluate.variants={}",
-)  # fmt: skip
+SHARDED = ("train.zero_stage=3", "train.precision=bf16")
+ONE_SHARDED = (*SHARDED, "models={dis: {kind: dis, width: 16, depth: 2, patch: 4}}", "evaluate.variants={}")
 REFUSED = 69
 
 
@@ -29,22 +27,27 @@ def start(
         return sweeps.start(root, f"tracking.uri=sqlite:///{log.parent}/mlflow.db", *settings, log=log)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [ONE_SHARDED, pytest.param(SHARDED, marks=pytest.mark.faults)],
+    ids=["one model", "two models, two ways to sample"],
+)
 def test_a_sweep_in_an_object_store_ends_and_a_second_on_another_cluster_is_refused_before_it_writes(
-    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
 ) -> None:
     """Labelled images to the curve, sharded by ZeRO 3 in bf16, with all state in the store."""
     root, logs = f"{bucket}/prefix", (tmp_path / "a", tmp_path / "b")
-    sweep = sweeps.sweep_at(root, *SHARDED)
-    first = start(root, logs[0], *SHARDED, monkeypatch=monkeypatch)
+    sweep = sweeps.sweep_at(root, *settings)
+    first = start(root, logs[0], *settings, monkeypatch=monkeypatch)
     sweeps.wait_until(lambda: bool(sweep.lease("prepare").list()), first, logs[0])
     before = {name: sweep.folder.read(name) for name in ("recipe.yaml", "tracking.json", "ray.json")}
-    second = start(root, logs[1], *SHARDED, "grace_s=20", monkeypatch=monkeypatch)
+    second = start(root, logs[1], *settings, "grace_s=20", monkeypatch=monkeypatch)
     assert second.wait(120) == REFUSED, logs[1].read_text()
     words = " ".join(logs[1].read_text().split())
     assert f"error: {sweep}/leases/sweep: held by process {first.pid} on" in words
     assert {name: sweep.folder.read(name) for name in before} == before
     assert first.wait(sweeps.TIMEOUT_S) == 0, logs[0].read_text()
-    sweeps.assert_complete(root, *SHARDED)
+    sweeps.assert_complete(root, *settings)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
 from tests.conftest import TINY
 from tests.support import fault_plans, stages
+from tests.support.events import events
 
 SMALL = [
     f"models={stages.ONE_MODEL}", "train.publish_images=[0, 160]",
@@ -147,7 +148,7 @@ def test_a_flipped_byte_of_a_published_file_is_named_and_the_others_are_evaluate
     intact = weights.read_bytes()
     weights.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
     _, output = through("evaluate", root, "")
-    assert "skipped: dit at 0 images: " in output
+    assert [(event["model"], event["images"]) for event in events(output, "skip")] == [("dit", 0)]
     assert f"{weights}: damaged: its sha256 differs from the manifest's" in output
     wanted, made = expected(undisturbed, "evaluate"), stages.made(root / "store")
     at_160 = [name for name in wanted if "evaluation/dit/000000000160" in name]

@@ -90,7 +90,5 @@ def test_the_sweep_ends_as_undisturbed(
     assert ended == codes, output
     assert made(tmp_path) == undisturbed
     if "hang" in plan:
-        assert "no step ended for 3" in output
         (restart,) = [row for row in rows(tmp_path) if row.name == "noticed_s" and row.value >= 30]
         assert 0 < restart.images < 320
-        assert "first new step" in output
