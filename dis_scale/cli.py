@@ -86,25 +86,25 @@ def report(
     ] = False,
 ) -> None:
     """Rebuild a sweep's table, figures and page from what was evaluated."""
-    from dis_scale import report as reports
+    from dis_scale.report import PAGE, collect, table, write
     from dis_scale.sweep import Sweep
 
     opened = Sweep.open(sweep)
-    points = reports.collect(opened, _plan(opened))
-    reports.write(opened, points, published)
-    _console().print(reports.table(points))
-    _print(f"page     {opened.report}/{reports.PAGE}")
+    points = collect(opened, _plan(opened))
+    write(opened, points, published)
+    _console().print(table(points))
+    _print(f"page     {opened.report}/{PAGE}")
 
 
 @app.command()
 def compare(a: SweepUrl, b: SweepUrl) -> None:
     """Show two sweeps side by side, with the errors of their differences."""
-    from dis_scale import report as reports
+    from dis_scale.report import collect
     from dis_scale.report.compare import comparison_table
     from dis_scale.sweep import Sweep
 
     sweeps = [Sweep.open(url) for url in (a, b)]
-    _console().print(comparison_table(*(reports.collect(sweep, _plan(sweep)) for sweep in sweeps)))
+    _console().print(comparison_table(*(collect(sweep, _plan(sweep)) for sweep in sweeps)))
 
 
 @app.command()

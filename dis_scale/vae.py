@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 NO_VARIANCE = float(torch.finfo(torch.float16).min)
 """A log-variance with deviation exp(NO_VARIANCE / 2) = 0 exactly in float32: a sample of the posterior is its mean."""
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+CONFIG, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 
 
 class Vae(Protocol):
@@ -182,7 +182,7 @@ def save(folder: Folder, net: "AutoencoderKL") -> None:
         {k: v for k, v in net.config.items() if not k.startswith("_")} | {"_class_name": "AutoencoderKL"}, indent=1
     )
     weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
-    manifest.put(folder, {CONFIG: config.encode(), WEIGHTS: safetensors.torch.save(weights)})
+    manifest.put(folder, {CONFIG: config.encode(), WEIGHTS_FILE: safetensors.torch.save(weights)})
 
 
 def latent_shape(settings: VaeSettings, resolution: int) -> LatentShape:
@@ -220,7 +220,7 @@ def _stored(folder: Folder) -> "AutoencoderKL":
     if facts is None:
         raise UserError(f"{folder}: no VAE there: the prepare stage has not finished")
     net = _autoencoder().from_config(json.loads(manifest.read(folder, CONFIG, facts)))
-    net.load_state_dict(safetensors.torch.load(manifest.read(folder, WEIGHTS, facts)))
+    net.load_state_dict(safetensors.torch.load(manifest.read(folder, WEIGHTS_FILE, facts)))
     return net
 
 

@@ -9,21 +9,21 @@ def find_program(name: str) -> stage.Program:
     """Return the program of a stage; imports that stage only."""
     match name:
         case "prepare":
-            from pipelines.prepare import prepare
+            from pipelines.prepare import prepare_sweep
 
-            return prepare
+            return prepare_sweep
         case "precompute":
-            from pipelines.precompute import precompute
+            from pipelines.precompute import precompute_latents
 
-            return precompute
+            return precompute_latents
         case "train":
-            from pipelines.train import train
+            from pipelines.train import train_one
 
-            return train
+            return train_one
         case "evaluate":
-            from pipelines.evaluate import evaluate
+            from pipelines.evaluate import evaluate_published
 
-            return evaluate
+            return evaluate_published
         case "ablate":
             from pipelines.evaluate import ablate
 

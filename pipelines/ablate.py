@@ -14,7 +14,7 @@ from dis_scale.report import ablation
 from dis_scale.sweep import Sweep, state
 from dis_scale.training import checkpoint, ema
 from dis_scale.training.ema import Snapshot
-from pipelines import cluster as clusters
+from pipelines.cluster import open_cluster
 from pipelines.sweep import Driver, obeying_signals, run_stage
 
 GUIDANCE, WIDTH = "guidance", "ema_width"
@@ -24,29 +24,29 @@ LARGEST_MISFIT = 0.25
 
 
 def run_ablation(
-    sweep: Sweep, model: str, images: int | None, setting: str, values: Sequence[float], console: Console
+    sweep: Sweep, model: str, at_images: int | None, setting: str, values: Sequence[float], console: Console
 ) -> None:
     """Evaluate what is missing and write the table and the figure below `report/`; UserError for an impossible value.
 
-    `images` is a published count; default: the last.
+    `at_images` is a published count; default: the last.
     """
-    images_seen, values = _published(sweep, model, images), sorted({float(f"{value:g}") for value in values})
+    images_seen, values = _published(sweep, model, at_images), sorted({float(f"{value:g}") for value in values})
     _require_possible(sweep, model, images_seen, setting, values)
     with Board(console) as board:
         driver = Driver(sweep, board)
-        with obeying_signals(driver), clusters.open_cluster(sweep.recipe) as cluster:
+        with obeying_signals(driver), open_cluster(sweep.recipe) as cluster:
             words = [f"{value:g}" for value in values]
             run_stage(driver, cluster, "ablate", model, str(images_seen), setting, *words)
     ablation.write(sweep, model, images_seen, setting, values, console)
 
 
-def _published(sweep: Sweep, model: str, images: int | None) -> int:
+def _published(sweep: Sweep, model: str, at_images: int | None) -> int:
     counts = state.published_counts(sweep.run(model))
     if not counts:
         raise UserError(f"{model}: nothing is published yet")
-    if images is not None and images not in counts:
-        raise UserError(f"{model} has not published {images:,} images: it has {', '.join(map(str, counts))}")
-    return counts[-1] if images is None else images
+    if at_images is not None and at_images not in counts:
+        raise UserError(f"{model} has not published {at_images:,} images: it has {', '.join(map(str, counts))}")
+    return counts[-1] if at_images is None else at_images
 
 
 def _require_possible(sweep: Sweep, model: str, images_seen: int, setting: str, values: Sequence[float]) -> None:

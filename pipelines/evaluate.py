@@ -188,7 +188,7 @@ class Evaluation:
         return metrics, np.concatenate(pictures)
 
 
-def evaluate(sweep: Sweep, _: list[str]) -> None:
+def evaluate_published(sweep: Sweep, _: list[str]) -> None:
     """Evaluate each published checkpoint under all sampling settings, until training is over and each is evaluated or skipped."""
     stage.connect()
     device, why = choose_device(sweep.recipe)

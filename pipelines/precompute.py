@@ -116,7 +116,7 @@ class RayEncoders:
         watch(workers, results, lambda done: lines.progress(min(before + sum(done), images), images, "images"))
 
 
-def precompute(sweep: Sweep, _: list[str]) -> None:
+def precompute_latents(sweep: Sweep, _: list[str]) -> None:
     """Make the shards that are missing and write the manifest last."""
     stage.connect()
     device, why = choose_device(sweep.recipe)

@@ -91,7 +91,7 @@ class Preparer(Worker):
         return report
 
 
-def prepare(sweep: Sweep, _: list[str]) -> None:
+def prepare_sweep(sweep: Sweep, _: list[str]) -> None:
     """Train and compute what the sweep does not have yet."""
     stage.connect()
     recipe = sweep.recipe

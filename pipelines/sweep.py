@@ -30,9 +30,8 @@ from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import ENDED, RAY, RECIPE, Sweep, state
 from dis_scale.tracking import mlflow
-from pipelines import cluster as clusters
 from pipelines import jobs, lines, worker
-from pipelines.cluster import Cluster
+from pipelines.cluster import Cluster, open_cluster, require_root
 from pipelines.jobs import Job
 
 POLL_EVERY_S = 0.5
@@ -66,7 +65,7 @@ class Failures:
 
 def run_sweep(recipe: Recipe, console: Console) -> None:
     """Run what is left of a sweep and write its report; DisScaleError if a stage or a model failed."""
-    store = open_folder(clusters.require_root(recipe))
+    store = open_folder(require_root(recipe))
     storage = recipe.storage.model_copy(update={"root": store.url})
     sweep = Sweep.below(store, recipe.model_copy(update={"storage": storage}))
     console.print(f"sweep    {sweep}", highlight=False, soft_wrap=True)
@@ -99,7 +98,7 @@ def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
     )
     for extractor in sweep.recipe.evaluate.extractors:
         require_weights(extractor)
-    with obeying_signals(driver), clusters.open_cluster(sweep.recipe) as cluster, one_at_a_time(driver, cluster):
+    with obeying_signals(driver), open_cluster(sweep.recipe) as cluster, one_at_a_time(driver, cluster):
         board.say(f"ray      {cluster.description}")
         sweep.save_recipe()
         begin_tracking(driver, plan, sweep.recipe.tracking.uri or mlflow.default_uri(store))

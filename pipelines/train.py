@@ -70,7 +70,7 @@ class Trainer(Worker):
         return train_model(attempt)
 
 
-def train(sweep: Sweep, arguments: list[str]) -> None:
+def train_one(sweep: Sweep, arguments: list[str]) -> None:
     """Train one model to its last published count; `train.restarts` limits failures in a row without a new resume point."""
     (model,) = arguments
     stage.connect()

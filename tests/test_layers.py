@@ -75,13 +75,7 @@ FOLDERS = {
     "vary",
 }
 """Folders of a sweep; only dis_scale/sweep/ builds paths with these names."""
-NAMED_AS_MODULE = {
-    "dis_scale/diffusion/generate.py": "exported pipelines import generate.generate",
-    "pipelines/prepare.py": "entry points of the stages have the stages' names",
-    "pipelines/precompute.py": "entry points of the stages have the stages' names",
-    "pipelines/train.py": "entry points of the stages have the stages' names",
-    "pipelines/evaluate.py": "entry points of the stages have the stages' names",
-}
+NAMED_AS_MODULE = {"dis_scale/diffusion/generate.py": "exported pipelines import generate.generate"}
 """Files with a function of the file's own name, and the reason."""
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts.split()}
 

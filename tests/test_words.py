@@ -18,7 +18,7 @@ import typer.main
 from dis_scale.cli import app
 from dis_scale.errors import DisScaleError
 from dis_scale.models.cost import price_model
-from dis_scale.recipe import LatentShape, Recipe, Source, TrainedVae, VaeSettings, reading
+from dis_scale.recipe import LatentShape, Recipe, SourceSettings, TrainedVae, VaeSettings, reading
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -99,7 +99,7 @@ def test_every_source_shown_is_valid() -> None:
 
 
 def test_the_data_page_names_every_kind_of_source_and_vae() -> None:
-    kinds = {get_args(kind.model_fields["kind"].annotation)[0] for kind in (*get_args(Source), *get_args(VaeSettings))}
+    kinds = {get_args(kind.model_fields["kind"].annotation)[0] for kind in (*get_args(SourceSettings), *get_args(VaeSettings))}
     assert {kind for kind in kinds if f"| `{kind}` |" not in DATA} == set()
 
 

@@ -19,7 +19,7 @@ from dis_scale.recipe import ExtractorSettings, InceptionExtractor, TorchScriptE
 from dis_scale.small_nets import Classifier
 from dis_scale.storage import manifest
 from dis_scale.sweep import Sweep
-from dis_scale.sweep.extractors import WEIGHTS, classifier_manifest, read_script, weights_identity
+from dis_scale.sweep.extractors import WEIGHTS_FILE, classifier_manifest, read_script, weights_identity
 
 BATCH_IMAGES = 50
 """Images in a forward pass: fixed, so that features depend on the block only."""
@@ -115,7 +115,7 @@ def store_classifier(sweep: Sweep, name: str, net: Classifier, accuracy: float) 
     """Write a classifier below `extractors/`."""
     weights = safetensors.torch.save(net.state_dict())
     facts = {"kind": net.kind, "num_classes": net.num_classes, "held_out_accuracy": accuracy}
-    manifest.put(sweep.extractor(name), {WEIGHTS: weights}, **facts)
+    manifest.put(sweep.extractor(name), {WEIGHTS_FILE: weights}, **facts)
 
 
 def load_classifier(sweep: Sweep, name: str) -> Classifier:
@@ -123,5 +123,5 @@ def load_classifier(sweep: Sweep, name: str) -> Classifier:
     folder = sweep.extractor(name)
     facts = classifier_manifest(folder)
     net = Classifier(facts["kind"], facts["num_classes"])
-    net.load_state_dict(safetensors.torch.load(manifest.read(folder, WEIGHTS, facts)))
+    net.load_state_dict(safetensors.torch.load(manifest.read(folder, WEIGHTS_FILE, facts)))
     return net.eval()

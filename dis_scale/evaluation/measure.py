@@ -18,7 +18,7 @@ from dis_scale.evaluation.score import Score
 from dis_scale.recipe import Evaluate
 from dis_scale.recipe.evaluate import INCEPTION_METRICS
 
-Metric = tuple[str, float, float | None]
+MetricValue = tuple[str, float, float | None]
 """A metric's stem (`fid`, `kid`), its value and its standard error, if any."""
 
 
@@ -106,7 +106,7 @@ class _Pass:
             values[f"{self._settings.metric_name('fid', self.name)}_floor"] = self._reference.floor
         return values
 
-    def _metrics(self) -> Iterator[Metric]:
+    def _metrics(self) -> Iterator[MetricValue]:
         frechet, requested = Frechet(self._reference.pooled), self._requested
         yield ("fid", *self._sums.distance(frechet))
         if "sfid" in requested and self._reference.spatial is not None:
@@ -116,7 +116,7 @@ class _Pass:
         if self._kept:
             yield from self._of_all_features(np.concatenate(self._kept), frechet)
 
-    def _of_all_features(self, features_ND: np.ndarray, frechet: Frechet) -> Iterator[Metric]:
+    def _of_all_features(self, features_ND: np.ndarray, frechet: Frechet) -> Iterator[MetricValue]:
         real, n = self._reference.kept, len(features_ND)
         if "kid" in self._requested and real is not None:
             yield "kid", kernel.kid(features_ND, real), None

@@ -19,7 +19,7 @@ from dis_scale.recipe.data import (
     ParquetSource,
     Precompute,
     PretrainedVae,
-    Source,
+    SourceSettings,
     StoredSource,
     TarSource,
     TrainedVae,
@@ -42,7 +42,7 @@ from dis_scale.recipe.train import CHECKPOINTING, Flow, Gaussian, Reader, Train
 __all__ = [
     "CHECKPOINTING", "MAIN", "CsvSource", "Data", "DiffuSsm", "DigitsSource", "Dis", "Dit", "Evaluate",
     "ExtractorSettings", "Flow", "FolderSource", "Gaussian", "InceptionExtractor", "LatentShape", "Model", "NoVae",
-    "ParquetSource", "Precompute", "PretrainedVae", "Reader", "Recipe", "Settings", "Source", "StoredSource",
+    "ParquetSource", "Precompute", "PretrainedVae", "Reader", "Recipe", "Settings", "SourceSettings", "StoredSource",
     "TarSource", "TorchScriptExtractor", "Train", "TrainedExtractor", "TrainedVae", "VaeSettings", "Variant",
 ]  # fmt: skip
 

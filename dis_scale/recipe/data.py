@@ -70,13 +70,13 @@ class CsvSource(StoredSource):
     """Column of classes, integers or names."""
 
 
-Source = DigitsSource | FolderSource | TarSource | ParquetSource | CsvSource
+SourceSettings = DigitsSource | FolderSource | TarSource | ParquetSource | CsvSource
 
 
 class Data(Settings):
     """Labelled images, resized to `resolution` x `resolution` after a centre crop."""
 
-    source: Annotated[Source, Field(discriminator="kind")]
+    source: Annotated[SourceSettings, Field(discriminator="kind")]
     resolution: Count
     num_classes: Count
     undecodable: Literal["refuse", "skip"] = runtime("refuse")

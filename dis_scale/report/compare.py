@@ -23,8 +23,8 @@ def differences(a: Report, b: Report) -> list[Difference]:
     """Return the points of both sweeps; UserError if their metrics differ or they have no common point."""
     if a.metric != b.metric:
         raise UserError(f"{a.sweep} was measured by {a.metric}, {b.sweep} by {b.metric}: these cannot be compared")
-    theirs = {(p.model, p.variant, p.images): p for p in b.points}
-    pairs = [(p, theirs[key]) for p in a.points if (key := (p.model, p.variant, p.images)) in theirs]
+    theirs = {(p.model, p.variant, p.images_seen): p for p in b.points}
+    pairs = [(p, theirs[key]) for p in a.points if (key := (p.model, p.variant, p.images_seen)) in theirs]
     if not pairs:
         raise UserError(f"{a.sweep} and {b.sweep} have no model at one image count in common")
     return [Difference(p, q, b.distance(q) - a.distance(p), _error(a.error(p), b.error(q))) for p, q in pairs]
@@ -43,7 +43,7 @@ def comparison_table(a: Report, b: Report) -> Table:
     for p, q, change, error in pairs:
         beyond = f"{change / error:+.1f}" if error else ""
         out.add_row(
-            p.model, p.variant or "main", f"{p.images:,}", f"{a.distance(p):.4g}", f"{b.distance(q):.4g}",
+            p.model, p.variant or "main", f"{p.images_seen:,}", f"{a.distance(p):.4g}", f"{b.distance(q):.4g}",
             f"{change:+.3g}" + (f" ± {error:.2g}" if error else ""), beyond,
             style="bold" if error and abs(change) > 2 * error else "",
         )  # fmt: skip

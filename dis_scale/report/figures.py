@@ -36,7 +36,7 @@ def gflops_distance(report: Report, published: bool = False) -> Figure:
 def compute_distance(report: Report) -> Figure:
     """Plot training compute against distance: a line for each model, and the lower hull of all."""
     figure, axes = _axes(report, "training compute (EFLOP, two operations a multiply-add)")
-    trained = [p for p in report.main if p.images]
+    trained = [p for p in report.main if p.images_seen]
     for model, points in _by_model(trained).items():
         _line(axes, report, points, points[0].kind, _shade(report, model), model, "eflops")
     if trained:
@@ -53,9 +53,9 @@ def compute_distance(report: Report) -> Figure:
 def distance_images(report: Report) -> Figure:
     """Plot distance over images seen: a line for each model, without the untrained models."""
     figure, axes = _axes(report, "images seen")
-    for model, points in _by_model([p for p in report.main if p.images]).items():
-        _line(axes, report, points, points[0].kind, _shade(report, model), model, "images")
-    _name_last(axes, report, "images")
+    for model, points in _by_model([p for p in report.main if p.images_seen]).items():
+        _line(axes, report, points, points[0].kind, _shade(report, model), model, "images_seen")
+    _name_last(axes, report, "images_seen")
     return _finish(figure, axes, report)
 
 
@@ -161,7 +161,7 @@ def _published(axes: Axes) -> None:
 
 def _name_last(axes: Axes, report: Report, along: str) -> None:
     """Write each model's name next to its last point."""
-    for points in _by_model([p for p in report.main if p.images]).values():
+    for points in _by_model([p for p in report.main if p.images_seen]).values():
         last = points[-1]
         position = (getattr(last, along), report.distance(last))
         axes.annotate(last.model, position, xytext=(5, -11), textcoords="offset points", fontsize=8)
@@ -169,7 +169,7 @@ def _name_last(axes: Axes, report: Report, along: str) -> None:
 
 def _by_model(points: list[Point]) -> dict[str, list[Point]]:
     return {
-        model: sorted((p for p in points if p.model == model), key=lambda p: p.images)
+        model: sorted((p for p in points if p.model == model), key=lambda p: p.images_seen)
         for model in dict.fromkeys(p.model for p in points)
     }
 

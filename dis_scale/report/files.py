@@ -40,9 +40,9 @@ def write(sweep: Sweep, report: Report, published: bool = False) -> dict[str, by
 def _grids(sweep: Sweep, report: Report) -> dict[str, bytes]:
     """Return the sample grids of each model at its last evaluated count, by caption."""
     last = {p.model: p for p in report.main}
-    folders = {model: sweep.evaluation(Sampled(model, p.images)) for model, p in last.items()}
+    folders = {model: sweep.evaluation(Sampled(model, p.images_seen)) for model, p in last.items()}
     return {
-        f"{model} after {last[model].images:,} images": folder.read(GRID)
+        f"{model} after {last[model].images_seen:,} images": folder.read(GRID)
         for model, folder in folders.items()
         if folder.exists(GRID)
     }

@@ -17,13 +17,13 @@ class Point:
     """One model at one count of images seen, with one sampling.
 
     `facts` are the other fields of its metrics file: samples, sampler, steps, guidance, ... `goodput` is the share of the run's
-    time so far that was spent in steps that counted; None if its log does not tell.
+    time so far that was spent in steps that counted; None if its log has no row for it.
     """
 
     model: str
     kind: str
     variant: str
-    images: int
+    images_seen: int
     cost: "Cost"
     values: dict[str, float]
     facts: dict[str, Any]
@@ -37,7 +37,7 @@ class Point:
     @property
     def eflops(self) -> float:
         """10^18 operations of the training so far: two for each multiply-add."""
-        return 2 * self.cost.gmacs_training * self.images / 1e9
+        return 2 * self.cost.gmacs_training * self.images_seen / 1e9
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Report:
     @property
     def counts(self) -> list[int]:
         """Rising counts of images seen of the curves, without 0 (untrained)."""
-        return sorted({p.images for p in self.main if p.images})
+        return sorted({p.images_seen for p in self.main if p.images_seen})
 
     @property
     def families(self) -> list[str]:
@@ -83,9 +83,9 @@ class Report:
         """Return the distance's standard error, None if it could not be estimated."""
         return point.values.get(f"{self.metric}_error")
 
-    def family(self, kind: str, images: int) -> list[Point]:
+    def family(self, kind: str, images_seen: int) -> list[Point]:
         """Return a family's points at one count of images seen, by rising cost."""
-        return sorted((p for p in self.main if (p.kind, p.images) == (kind, images)), key=lambda p: p.gmacs)
+        return sorted((p for p in self.main if (p.kind, p.images_seen) == (kind, images_seen)), key=lambda p: p.gmacs)
 
 
 def collect(sweep: Sweep, plan: "Plan") -> Report:
@@ -94,19 +94,18 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
     for model, cost in plan.costs.items():
         goodput = goodput_by_images(sweep.run(model).log)
         for variant in recipe.evaluate.samplings:
-            for images, evaluation in state.evaluated(sweep, model, variant).items():
+            for images_seen, evaluation in state.evaluated(sweep, model, variant).items():
                 facts = {key: value for key, value in evaluation.items() if key not in ("values", "format")}
                 kind = recipe.models[model].kind
-                known = max((n for n in goodput if 0 < n <= images), default=None)
+                known = max((n for n in goodput if 0 < n <= images_seen), default=None)
                 share = None if known is None else goodput[known]
-                points.append(Point(model, kind, variant, images, cost, evaluation["values"], facts, share))
+                point = Point(
+                    model=model, kind=kind, variant=variant, images_seen=images_seen, cost=cost,
+                    values=evaluation["values"], facts=facts, goodput=share,
+                )  # fmt: skip
+                points.append(point)
     failed = {model: why for model in plan.costs if (why := state.ended(sweep, model))}
     return Report(
-        sweep.folder.name,
-        recipe.evaluate.metric,
-        points,
-        failed,
-        state.skipped(sweep),
-        recipe.data.resolution,
-        recipe.data.num_classes,
-    )
+        sweep=sweep.folder.name, metric=recipe.evaluate.metric, points=points, failed=failed,
+        skipped=state.skipped(sweep), resolution=recipe.data.resolution, num_classes=recipe.data.num_classes,
+    )  # fmt: skip

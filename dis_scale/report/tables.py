@@ -46,7 +46,7 @@ def row(report: Report, p: Point) -> list[str]:
     goodput = "" if p.goodput is None else f"{p.goodput:.0%}"
     sampling = [p.variant or "main"] if len(report.samplings) > 1 else []
     return [
-        p.model, *sampling, f"{p.cost.parameters:,}", f"{p.gmacs:.3g}", *paper, f"{p.images:,}", f"{p.eflops:.3g}", goodput,
+        p.model, *sampling, f"{p.cost.parameters:,}", f"{p.gmacs:.3g}", *paper, f"{p.images_seen:,}", f"{p.eflops:.3g}", goodput,
         with_error(report.distance(p), report.error(p)), *judged, f"{p.facts['sampler']} {p.facts['steps']}",
         f"{p.facts['guidance']:g}",
     ]  # fmt: skip
@@ -86,7 +86,7 @@ def to_csv(report: Report) -> bytes:
     rows = []
     for p in report.points:
         measured = [p.values.get(name, "") for name in values] + [p.facts.get(name, "") for name in FACTS]
-        cost = [f"{p.gmacs:.6g}", p.cost.paper_gflops or "", p.cost.parameters, p.images, f"{p.eflops:.6g}"]
+        cost = [f"{p.gmacs:.6g}", p.cost.paper_gflops or "", p.cost.parameters, p.images_seen, f"{p.eflops:.6g}"]
         rows.append([p.model, p.kind, p.variant, *cost, "" if p.goodput is None else f"{p.goodput:.4f}", *measured])
     return csv_bytes([*COST, *values, *FACTS], rows)
 

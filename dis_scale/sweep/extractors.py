@@ -11,7 +11,7 @@ from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, locate
 from dis_scale.sweep import Sweep
 
-WEIGHTS = "weights.safetensors"
+WEIGHTS_FILE = "weights.safetensors"
 REFERENCE_FORMAT = 2
 
 
@@ -20,7 +20,7 @@ def weights_identity(sweep: Sweep, extractor: ExtractorSettings) -> str:
     if isinstance(extractor, InceptionExtractor):
         return INCEPTION_SHA256
     if isinstance(extractor, TrainedExtractor):
-        return classifier_manifest(sweep.extractor(extractor.name))["files"][WEIGHTS]["sha256"]
+        return classifier_manifest(sweep.extractor(extractor.name))["files"][WEIGHTS_FILE]["sha256"]
     size = str(extractor.size) if extractor.size else ""
     return hashlib.sha256(read_script(extractor)).hexdigest() + size
 

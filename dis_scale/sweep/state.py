@@ -11,8 +11,6 @@ from dis_scale.storage.folder import Folder
 from dis_scale.sweep import ABLATION, ENDED, LATENTS, METRICS, SKIPPED, PointName, Run, Sampled, Sweep, store_of
 from dis_scale.sweep.extractors import reference_file, weights_identity
 
-# -- prepare and precompute ------------------------------------------------------------------------------------------------
-
 
 def prepared(sweep: Sweep) -> bool:
     """Whether the sweep has everything that the prepare stage makes."""
@@ -90,9 +88,6 @@ def require_same_vae(where: Folder, latents_vae: str, given_vae: str) -> None:
         )
 
 
-# -- training ----------------------------------------------------------------------------------------------------------
-
-
 def published_counts(run: Run) -> list[int]:
     """Return the image counts that a run has published completely, rising."""
     counts = [int(name) for name in run.published.list() if name.isdigit()]
@@ -128,9 +123,6 @@ def ended(sweep: Sweep, model: str) -> str | None:
 def training_over(sweep: Sweep) -> bool:
     """Whether each model has published its last count or has ended early: nothing more will be published."""
     return all(trained(sweep, model) or ended(sweep, model) for model in sweep.recipe.models)
-
-
-# -- evaluation --------------------------------------------------------------------------------------------------------
 
 
 def ablations(main: Evaluate, setting: str, values: Sequence[float]) -> dict[str, Evaluate]:

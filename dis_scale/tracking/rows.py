@@ -13,7 +13,7 @@ from dis_scale.storage.folder import Folder
 
 
 class Row(NamedTuple):
-    """A metric's value after `images` images seen, and the time when it was first known (Unix seconds)."""
+    """A metric's value, the images seen (`images`, as the stored rows name them), and when it was first known (Unix seconds)."""
 
     name: str
     value: float

@@ -15,6 +15,7 @@ from dis_scale.sweep import Sampled, Sweep, state
 from pipelines import evaluate, stage
 from pipelines.worker import WorkerFailure
 from tests.conftest import TINY
+from tests.support.events import events
 
 
 @dataclass
@@ -52,7 +53,8 @@ def test_a_checkpoint_that_cannot_be_measured_is_skipped_and_noted(
     sweep, skipped, sampled = sweep_at(tmp_path, tiny), set[Sampled](), Sampled("dis", 160, "wide")
     evaluate.evaluate_one(Failing(sweep, wrap(error)), sampled, skipped)  # type: ignore[arg-type]
     assert skipped == {sampled}
-    assert f"skipped: dis at 160 images (wide): {error}\n" in capsys.readouterr().out
+    (event,) = events(capsys.readouterr().out, "skip")
+    assert (event["model"], event["images"], event["variant"]) == ("dis", 160, "wide")
     assert state.skipped(sweep) == {sampled: str(error)}
 
 
@@ -75,7 +77,7 @@ def test_an_evaluation_without_news_ends_with_a_clear_error(tmp_path: Path, monk
     monkeypatch.setattr(evaluate, "open_evaluation", lambda *arguments: opened.append(arguments))
     monkeypatch.setattr(evaluate, "POLL_EVERY_S", 0.1)
     with pytest.raises(DisScaleError, match="nothing was published or saved for 0 s: is training running"):
-        evaluate.evaluate(sweep, [])
+        evaluate.evaluate_published(sweep, [])
     assert len(opened) == 1, "it is not restarted"
 
 

@@ -92,12 +92,11 @@ def assert_complete(root: str, *settings: str) -> None:
             checkpoint.load_published(sweep.run(model), images)
         measured = state.evaluated(sweep, model)
         assert sorted(measured) == counts
-        assert all(found["values"][recipe.evaluate.metric] > 0 for found in measured.values())
-    (latents,) = (open_folder(root) / "latents").list()
-    place = open_folder(root) / "latents" / latents
-    found = manifest.find(place)
-    assert found is not None
-    assert found["count"] == 1797
-    for shard in found["shards"]:
-        manifest.verified(place, shard["name"], shard)
+        assert all(metrics["values"][recipe.evaluate.metric] > 0 for metrics in measured.values())
+    (name,) = (open_folder(root) / "latents").list()
+    latents = open_folder(root) / "latents" / name
+    facts = manifest.require(latents)
+    assert facts["count"] == 1797
+    for shard in facts["shards"]:
+        manifest.verified(latents, shard["name"], shard)
     assert {"index.html", "gflops_fid.csv", "gflops_fid.png", "gflops_fid.svg"} <= set(sweep.report.list())
