@@ -99,7 +99,10 @@ def test_every_source_shown_is_valid() -> None:
 
 
 def test_the_data_page_names_every_kind_of_source_and_vae() -> None:
-    kinds = {get_args(kind.model_fields["kind"].annotation)[0] for kind in (*get_args(SourceSettings), *get_args(VaeSettings))}
+    kinds = {
+        get_args(kind.model_fields["kind"].annotation)[0]
+        for kind in (*get_args(SourceSettings), *get_args(VaeSettings))
+    }
     assert {kind for kind in kinds if f"| `{kind}` |" not in DATA} == set()
 
 

@@ -1,5 +1,6 @@
 """On a cluster that a user started: the sweep as a Ray job, stopped by Ray and rerun; evaluation that starts before training."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -86,7 +87,7 @@ def test_submitted_stopped_and_submitted_again(head: str, tmp_path: Path) -> Non
 
 
 def test_evaluation_first_does_not_block_training_and_a_killed_worker_is_replaced(tmp_path: Path) -> None:
-    sweep = sweeps.sweep_at(tmp_path, *SETTINGS)
+    sweep = sweeps.sweep_at(tmp_path, *SETTINGS, "train.publish_images=[0, 160, 6400]")
     stages.prepare_and_precompute(sweep, tmp_path / "faults")
     with open_cluster(sweep.recipe) as cluster:
         evaluation = jobs.submit(cluster, sweep, "evaluate")
@@ -99,12 +100,18 @@ def test_evaluation_first_does_not_block_training_and_a_killed_worker_is_replace
         events.wait("restart")
         assert clusters.wait_for_end(training) == "SUCCEEDED", training.reason()
         assert clusters.wait_for_end(evaluation) == "SUCCEEDED", evaluation.reason()
-    assert sorted(state.evaluated(sweep, "dit")) == [0, 160, 3200]
-    metrics = json.loads(sweep.folder.read("evaluation/dit/000000003200/metrics.json"))
+    assert sorted(state.evaluated(sweep, "dit")) == [0, 160, 6400]
+    metrics = json.loads(sweep.folder.read("evaluation/dit/000000006400/metrics.json"))
     assert metrics["samples"] == sweep.recipe.evaluate.samples
 
 
 def _kill_one_trainer() -> None:
-    workers = [p for p in psutil.Process().children(recursive=True) if "Trainer" in p.name() + " ".join(p.cmdline())]
+    workers = [process for process in psutil.Process().children(recursive=True) if _is_trainer(process)]
     assert len(workers) == 2
     workers[1].kill()
+
+
+def _is_trainer(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):  # other processes come and go
+        return "Trainer" in process.name() + " ".join(process.cmdline())
+    return False
