@@ -89,7 +89,8 @@ class BlockSampler:
         else:
             weights = checkpoint.load_average(run, images_seen, train, settings.ema_width)
         model = load_model(self.recipe, name, self.vae.latent(self.recipe.data.resolution), weights).to(self.device)
-        return model.bfloat16() if settings.precision == "bf16" else model
+        model.precision = settings.precision
+        return model
 
     def sample(self, model: Backbone, settings: Evaluate, block: int) -> SampleBlock:
         """Sample one block: guide, decode, extract features, judge."""

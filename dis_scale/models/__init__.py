@@ -12,7 +12,7 @@ from dis_scale.models.diffussm import DiffuSSM
 from dis_scale.models.dis import DiS
 from dis_scale.models.dit import DiT
 from dis_scale.models.tokens import Backbone
-from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape
+from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, Precision
 
 __all__ = ["Backbone", "DiS", "DiT", "DiffuSSM", "build", "check_finite", "construct"]
 
@@ -24,15 +24,19 @@ def build(
     *,
     scan: str = "auto",
     checkpointing: str = "none",
+    precision: Precision = "fp32",
     seed: int = 0,
 ) -> Backbone:
     """Return a model with initial weights on the CPU. It depends only on the arguments; the caller's generators do not advance.
 
-    `scan` is the backend of the selective scan, `checkpointing` a mode of checkpointing.py. UserError for invalid settings.
+    `scan` is the backend of the selective scan, `checkpointing` a mode of checkpointing.py, `precision` the type of the products:
+    the weights are float32 in both. UserError for invalid settings.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed: it would also seed every GPU
-        return construct(settings, shape, num_classes, scan=scan, checkpointing=checkpointing)
+        model = construct(settings, shape, num_classes, scan=scan, checkpointing=checkpointing)
+    model.precision = precision
+    return model
 
 
 def construct(

@@ -12,7 +12,7 @@ from dis_scale.errors import UserError
 from dis_scale.models.checkpointing import run_block
 from dis_scale.models.dit import FREQUENCIES
 from dis_scale.models.s4d import S4D, convolve
-from dis_scale.models.tokens import Backbone, TimeEmbedding, modulate, zero_
+from dis_scale.models.tokens import Backbone, Linear, TimeEmbedding, modulate, zero_
 from dis_scale.recipe import DiffuSsm, LatentShape
 from dis_scale.scan.graphs import outside_graphs
 
@@ -47,7 +47,7 @@ class SlotLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(slots, outputs).uniform_(-bound, bound))
 
     def forward(self, y_BGMS: Tensor) -> Tensor:
-        return torch.einsum("bgmi,mio->bgmo", y_BGMS, self.weight) + self.bias
+        return torch.einsum("bgmi,mio->bgmo", y_BGMS, self.weight.to(y_BGMS.dtype)) + self.bias.to(y_BGMS.dtype)
 
 
 class DiffuSSMBlock(nn.Module):
@@ -57,15 +57,15 @@ class DiffuSSMBlock(nn.Module):
         super().__init__()
         D, self.M = settings.width, settings.hourglass
         S = (2 if settings.bidirectional else 1) * D
-        self.W0 = nn.Linear(D, D)
-        self.W_up = nn.Linear(D, self.M * S)  # one product for all slots: they have the same input
+        self.W0 = Linear(D, D)
+        self.W_up = Linear(D, self.M * S)  # one product for all slots: they have the same input
         self.scan = BiS4D(settings)
         self.W_down = SlotLinear(self.M, S, 2 * D // self.M)
-        self.W1 = nn.Linear(D, D)
-        self.W2 = nn.Linear(2 * D, D)
-        self.W3 = nn.Linear(D, D)
-        self.W4 = nn.Linear(D, D)
-        self.modulation = nn.Linear(D, 3 * D)
+        self.W1 = Linear(D, D)
+        self.W2 = Linear(2 * D, D)
+        self.W3 = Linear(D, D)
+        self.W4 = Linear(D, D)
+        self.modulation = Linear(D, 3 * D)
         zero_(self.modulation)
 
     def forward(self, I_BGD: Tensor, c_BD: Tensor) -> Tensor:
@@ -97,23 +97,24 @@ class DiffuSSM(Backbone):
                 "choose another hourglass"
             )
         self.settings, self.checkpointing = settings, checkpointing
-        self.embed = nn.Linear(C * M, D)
+        self.embed = Linear(C * M, D)
         self.time = TimeEmbedding(FREQUENCIES, D, D)
         self.label = None if num_classes is None else nn.Embedding(num_classes + 1, D)
         self.blocks = nn.ModuleList([DiffuSSMBlock(settings) for _ in range(settings.depth)])
-        self.modulation = nn.Linear(D, 2 * D)
-        self.final = nn.Linear(D, M * 2 * C)
+        self.modulation = Linear(D, 2 * D)
+        self.final = Linear(D, M * 2 * C)
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.02)
         zero_(self.modulation, self.final)
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None, drop: Tensor | None = None) -> Tensor:  # noqa: ARG002
         self.check(x_BCHW, y_B)
-        c_BD = self.time(t_B)
+        dtype = self.compute_dtype
+        c_BD = self.time(t_B, dtype)
         if self.label is not None and y_B is not None:
-            c_BD = c_BD + self.label(y_B)
+            c_BD = c_BD + self.label(y_B).to(dtype)
         B, C, H, W = x_BCHW.shape
-        raster_BLC = x_BCHW.to(self.embed.bias.dtype).flatten(2).transpose(1, 2)
+        raster_BLC = x_BCHW.to(dtype).flatten(2).transpose(1, 2)
         I_BGD = self.embed(raster_BLC.reshape(B, -1, C * self.settings.hourglass))
         for i, block in enumerate(self.blocks):
             I_BGD = run_block(self.checkpointing, i, block, I_BGD, c_BD)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dis_scale.models.checkpointing import run_block
-from dis_scale.models.tokens import Backbone, PatchEmbed, TimeEmbedding, modulate, unpatchify, wide, zero_
+from dis_scale.models.tokens import Backbone, Linear, PatchEmbed, TimeEmbedding, modulate, unpatchify, wide, zero_
 from dis_scale.recipe import Dis, LatentShape
 from dis_scale.scan import Direction, two_way_conv_silu, two_way_scan
 
@@ -37,6 +37,11 @@ def uniform(*shape: int, bound: float) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
+def product(x_BLI: Tensor, weight_OI: Tensor) -> Tensor:
+    """x W^T in x's type. The weights are rounded to it at each use, never in place."""
+    return F.linear(x_BLI, weight_OI.to(x_BLI.dtype))
+
+
 class DirectionProjections(nn.Module):
     """Projections of one direction: the convolved u_BLE to the scan's inputs (Gu and Dao 2023, Algorithm 2)."""
 
@@ -53,8 +58,8 @@ class DirectionProjections(nn.Module):
         self.D = nn.Parameter(torch.ones(E))
 
     def forward(self, u_BLE: Tensor) -> Direction:
-        step_BLR, B_BLN, C_BLN = F.linear(u_BLE, self.x_proj).split(self.sizes, dim=-1)
-        delta_BLE = F.linear(step_BLR, self.dt_proj)
+        step_BLR, B_BLN, C_BLN = product(u_BLE, self.x_proj).split(self.sizes, dim=-1)
+        delta_BLE = product(step_BLR, self.dt_proj)
         return Direction(u_BLE, delta_BLE, -wide(self.A_log).exp(), B_BLN, C_BLN, self.D, self.dt_bias)
 
 
@@ -83,11 +88,11 @@ class Mixer(nn.Module):
         self.out_proj = uniform(D, E, bound=(E * settings.depth) ** -0.5)  # GPT-2's 1 / sqrt(depth)
 
     def forward(self, h_BLD: Tensor) -> Tensor:
-        x_BLE, z_BLE = F.linear(h_BLD, self.in_proj).chunk(2, dim=-1)
+        x_BLE, z_BLE = product(h_BLD, self.in_proj).chunk(2, dim=-1)
         convs = (self.conv_weight, self.conv_bias, self.back_conv_weight, self.back_conv_bias)
         forward_BLE, backward_BLE = two_way_conv_silu(x_BLE, *convs, backend=self.scan)
         y_BLE = two_way_scan(self.rightward(forward_BLE), self.leftward(backward_BLE), z_BLE, backend=self.scan)
-        return F.linear(y_BLE * 0.5 if self.halve else y_BLE, self.out_proj)
+        return product(y_BLE * 0.5 if self.halve else y_BLE, self.out_proj)
 
 
 def _conv_parameters(E: int) -> tuple[nn.Parameter, nn.Parameter]:
@@ -102,8 +107,8 @@ class DiSBlock(nn.Module):
         D = settings.width
         self.norm = nn.Parameter(torch.ones(D))
         self.mixer = Mixer(settings, scan)
-        self.skip = _zero_bias(nn.Linear(2 * D, D)) if skip else None
-        self.modulation = nn.Linear(D, 3 * D) if settings.conditioning == "adaln_zero" else None
+        self.skip = _zero_bias(Linear(2 * D, D)) if skip else None
+        self.modulation = Linear(D, 3 * D) if settings.conditioning == "adaln_zero" else None
         if self.modulation is not None:
             zero_(self.modulation)
 
@@ -153,8 +158,8 @@ class DiS(Backbone):
         self.position = nn.Parameter(torch.zeros(1, self.extras + (shape.size // settings.patch) ** 2, D))
         self.blocks = nn.ModuleList(DiSBlock(settings, scan, skip=i > half) for i in range(2 * half + 1))
         self.norm = nn.Parameter(torch.ones(D))
-        self.modulation = None if num_classes is None else nn.Linear(D, 2 * D)
-        self.final = nn.Linear(D, settings.patch**2 * 2 * shape.channels)
+        self.modulation = None if num_classes is None else Linear(D, 2 * D)
+        self.final = Linear(D, settings.patch**2 * 2 * shape.channels)
         # Block i adds the branch of block i - 1 at the rate that the public code gives block i; the first adds none.
         if settings.drop_path:
             rates = torch.linspace(0, settings.drop_path, settings.depth, device="cpu").tolist()
@@ -172,18 +177,19 @@ class DiS(Backbone):
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
         self.check(x_BCHW, y_B)
-        c_BD = time_BD = self.time(t_B)
-        tokens = [time_BD.unsqueeze(1), self.patches(x_BCHW)]
+        dtype = self.compute_dtype
+        c_BD = time_BD = self.time(t_B, dtype)
+        tokens = [time_BD.unsqueeze(1), self.patches(x_BCHW.to(dtype))]
         if self.label is not None and y_B is not None:
-            label_BD = self.label(y_B)
+            label_BD = self.label(y_B).to(dtype)
             c_BD = time_BD + label_BD
             tokens = [label_BD.unsqueeze(1), *tokens]
-        h_BLD = torch.cat(tokens, dim=1) + self.position
+        h_BLD = torch.cat(tokens, dim=1) + self.position.to(dtype)
         drops: list[Tensor | None] = [None] * (len(self.blocks) + 1)
         if drop is not None and self.drop_rates:
             drops[1:] = drop.unbind()
         h_BLD, r_BLD = self._run(h_BLD, c_BD, drops)
-        return self._image(add_to_stream(r_BLD, h_BLD, drops[-1]), c_BD, h_BLD.dtype)
+        return self._image(add_to_stream(r_BLD, h_BLD, drops[-1]), c_BD, dtype)
 
     def _run(self, h_BLD: Tensor, c_BD: Tensor, drops: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
         half = len(self.blocks) // 2

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dis_scale.models.checkpointing import run_block
-from dis_scale.models.tokens import Backbone, PatchEmbed, TimeEmbedding, modulate, unpatchify, zero_
+from dis_scale.models.tokens import Backbone, Linear, PatchEmbed, TimeEmbedding, modulate, unpatchify, zero_
 from dis_scale.recipe import Dit, LatentShape
 
 FREQUENCIES = 256
@@ -21,11 +21,11 @@ class DiTBlock(nn.Module):
     def __init__(self, settings: Dit):
         super().__init__()
         D, self.heads = settings.width, settings.heads
-        self.qkv = nn.Linear(D, 3 * D)
-        self.out = nn.Linear(D, D)
-        self.up = nn.Linear(D, 4 * D)
-        self.down = nn.Linear(4 * D, D)
-        self.modulation = nn.Linear(D, 6 * D)
+        self.qkv = Linear(D, 3 * D)
+        self.out = Linear(D, D)
+        self.up = Linear(D, 4 * D)
+        self.down = Linear(4 * D, D)
+        self.modulation = Linear(D, 6 * D)
 
     def forward(self, x_BTD: Tensor, c_BD: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(c_BD)).chunk(6, dim=1)
@@ -69,14 +69,14 @@ class DiT(Backbone):
         self.register_buffer("position", position_table(shape.size // settings.patch, D), persistent=False)
         blocks = [DiTBlock(settings) for _ in range(settings.depth)]
         self.blocks = nn.ModuleList(blocks)
-        self.modulation = nn.Linear(D, 2 * D)
-        self.final = nn.Linear(D, settings.patch**2 * 2 * shape.channels)
+        self.modulation = Linear(D, 2 * D)
+        self.final = Linear(D, settings.patch**2 * 2 * shape.channels)
         self._initialise()
         zero_(self.modulation, self.final, *(block.modulation for block in blocks))
 
     def _initialise(self) -> None:
         for layer in self.modules():
-            if isinstance(layer, nn.Linear) and layer not in (self.time.up, self.time.down):
+            if isinstance(layer, Linear) and layer not in (self.time.up, self.time.down):
                 nn.init.xavier_uniform_(layer.weight)
                 if layer is not self.patches:
                     nn.init.zeros_(layer.bias)
@@ -88,11 +88,11 @@ class DiT(Backbone):
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None, drop: Tensor | None = None) -> Tensor:  # noqa: ARG002
         self.check(x_BCHW, y_B)
-        c_BD = self.time(t_B)
+        dtype = self.compute_dtype
+        c_BD = self.time(t_B, dtype)
         if self.label is not None and y_B is not None:
-            c_BD = c_BD + self.label(y_B)
-        x_BTD = self.patches(x_BCHW)
-        x_BTD = x_BTD + self.position.to(x_BTD.dtype)
+            c_BD = c_BD + self.label(y_B).to(dtype)
+        x_BTD = self.patches(x_BCHW.to(dtype)) + self.position.to(dtype)
         for i, block in enumerate(self.blocks):
             x_BTD = run_block(self.checkpointing, i, block, x_BTD, c_BD)
         shift_BD, scale_BD = self.modulation(F.silu(c_BD)).chunk(2, dim=1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dis_scale.diffusion.process import check_labels
 from dis_scale.errors import UserError
-from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape
+from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, Precision
 from dis_scale.scan.graphs import prepare_to_compile
 
 
@@ -23,6 +23,8 @@ class Backbone(nn.Module):
     """
 
     settings: Dis | DiffuSsm | Dit
+    precision: Precision = "fp32"
+    """`bf16`: products compute in bfloat16. Weights, stream, norms and the dynamics of the scans stay float32."""
     drop_rates: tuple[float, ...] = ()
 
     def __init__(self, shape: LatentShape, num_classes: int | None, patch: int):
@@ -30,6 +32,11 @@ class Backbone(nn.Module):
         if shape.size % patch:
             raise UserError(f"size {shape.size} is not divisible by patch {patch}: choose a patch that divides it")
         self.shape, self.num_classes, self.patch = shape, num_classes, patch
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of the products' inputs and outputs: the weights' own, unless `precision` is bf16."""
+        return torch.bfloat16 if self.precision == "bf16" else next(self.parameters()).dtype
 
     @property
     def drop_branches(self) -> int:
@@ -69,21 +76,28 @@ def time_features(t_B: Tensor, dim: int) -> Tensor:
     return F.pad(features, (0, 1)) if dim % 2 else features
 
 
+class Linear(nn.Linear):
+    """A product in the type of its input. The weights are rounded to it at each use, never in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
 class TimeEmbedding(nn.Module):
     """Times (B,) to vectors (B, width): sinusoidal features, then a two-layer MLP."""
 
     def __init__(self, features: int, hidden: int, width: int):
         super().__init__()
         self.features = features
-        self.up = nn.Linear(features, hidden)
-        self.down = nn.Linear(hidden, width)
+        self.up = Linear(features, hidden)
+        self.down = Linear(hidden, width)
 
-    def forward(self, t_B: Tensor) -> Tensor:
-        features_BF = time_features(t_B, self.features).to(self.up.bias.dtype)
+    def forward(self, t_B: Tensor, dtype: torch.dtype) -> Tensor:
+        features_BF = time_features(t_B, self.features).to(dtype)
         return self.down(F.silu(self.up(features_BF)))
 
 
-class PatchEmbed(nn.Linear):
+class PatchEmbed(Linear):
     """Image (B, C, H, W) to patches (B, T, D), row by row. One product, equal to the public models' strided convolution."""
 
     def __init__(self, channels: int, patch: int, width: int):
@@ -91,7 +105,7 @@ class PatchEmbed(nn.Linear):
         self.patch = patch
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return super().forward(patchify(x_BCHW.to(self.bias.dtype), self.patch))
+        return super().forward(patchify(x_BCHW, self.patch))
 
 
 def patchify(x_BCHW: Tensor, patch: int) -> Tensor:

@@ -36,13 +36,13 @@ from dis_scale.recipe.evaluate import (
     Variant,
 )
 from dis_scale.recipe.models import DiffuSsm, Dis, Dit, Model
-from dis_scale.recipe.settings import Settings, extent, runtime
+from dis_scale.recipe.settings import Precision, Settings, extent, runtime
 from dis_scale.recipe.train import CHECKPOINTING, Flow, Gaussian, Reader, Train
 
 __all__ = [
     "CHECKPOINTING", "MAIN", "CsvSource", "Data", "DiffuSsm", "DigitsSource", "Dis", "Dit", "Evaluate",
     "ExtractorSettings", "Flow", "FolderSource", "Gaussian", "InceptionExtractor", "LatentShape", "Model", "NoVae",
-    "ParquetSource", "Precompute", "PretrainedVae", "Reader", "Recipe", "Settings", "SourceSettings", "StoredSource",
+    "ParquetSource", "Precision", "Precompute", "PretrainedVae", "Reader", "Recipe", "Settings", "SourceSettings", "StoredSource",
     "TarSource", "TorchScriptExtractor", "Train", "TrainedExtractor", "TrainedVae", "VaeSettings", "Variant",
 ]  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Base class of all settings: frozen and strict. Each field has a role, which tells whether it may change under one name."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -9,6 +9,7 @@ NARROWEST_EMA, WIDEST_EMA = 0.005, 0.28
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Precision = Literal["fp32", "bf16"]
 Width = Annotated[float, Field(ge=NARROWEST_EMA, le=WIDEST_EMA)]
 """Relative width of a power-function average, see training/ema.py."""
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dis_scale.recipe.settings import Count, Fraction, Settings, Width, extent, runtime
+from dis_scale.recipe.settings import Count, Fraction, Precision, Settings, Width, extent, runtime
 
 
 class Gaussian(Settings):
@@ -59,7 +59,8 @@ class Train(Settings):
     grow_after_s: Annotated[float, Field(gt=0)] = runtime(600.0)
     """Seconds that an attempt on fewer workers than possible runs before it may stop at a resume point to grow."""
     zero_stage: Literal[1, 2, 3] = runtime(1)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
+    """`bf16`: products compute in bfloat16. Weights, gradients, norms and the dynamics of the scans stay float32."""
     checkpointing: Checkpointing = runtime("none")
     """Activation checkpointing: `none`, `block`, every second or third block (`every_2`, ...), or `selective`."""
     compile: bool = runtime(False)

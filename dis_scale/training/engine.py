@@ -6,7 +6,8 @@ parameters to positions in the flats. ZeRO stages 1, 2 and 3 differ here and now
 Pitfalls:
 * Stage 0 hides the gradient norm and the state: use stage 1, also for one process.
 * The CPU accelerator compiles a shared-memory op at its first start unless that op is declared incompatible.
-* With bf16 the float32 flats start from rounded weights, so they are overwritten with the exact ones.
+* Its `bf16` rounds every parameter, also those of the scans' dynamics, and adds and reduces gradients in bfloat16. So DeepSpeed
+  always trains in float32, and the model rounds the inputs of its products itself (`models.build`, `precision`).
 * `safe_set_full_*` fails in stage 3 for odd sizes; writing the flats by our own table works.
 """
 
@@ -178,7 +179,6 @@ def _config(settings: Train) -> dict[str, Any]:
         "gradient_accumulation_steps": settings.lanes // dist.get_world_size(),
         "gradient_clipping": settings.clip,
         "zero_optimization": {"stage": settings.zero_stage},
-        "bf16": {"enabled": settings.precision == "bf16", "check_grad_overflow": True},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }

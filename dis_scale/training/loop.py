@@ -290,7 +290,7 @@ def start(attempt: Attempt, latents: Latents) -> tuple[Engine, Backbone, int]:
     settings, recipe = attempt.recipe.train, attempt.recipe
     model = models.build(
         recipe.models[attempt.model], latents.shape, recipe.data.num_classes, scan=settings.scan,
-        checkpointing=settings.checkpointing, seed=seeds.seed("init", recipe.seed) % 2**63,
+        checkpointing=settings.checkpointing, precision=settings.precision, seed=seeds.seed("init", recipe.seed) % 2**63,
     )  # fmt: skip
     if settings.compile:
         model.compile_blocks()

@@ -50,7 +50,7 @@ def profile_training(
     device = torch.device("cuda" if recipe.device != "cpu" and torch.cuda.is_available() else "cpu")
     settings = recipe.train
     log(f"{model}: one worker's share of a step, {settings.lanes} x {settings.micro_images} images, on {device}")
-    with tempfile.TemporaryDirectory() as scratch, _process_group(device):
+    with tempfile.TemporaryDirectory() as scratch, process_group(device):
         attempt = Attempt(
             Sweep(open_folder(scratch), recipe), model, latents, 0, device, Start(time.time()),
             held=lambda: True, stop_requested=lambda: False, report=lambda _: None, log=log,
@@ -89,7 +89,7 @@ def _profiled(take_step: Callable[[], None], device: torch.device, trace: Path) 
 
 
 @contextmanager
-def _process_group(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device) -> Iterator[None]:
     """A process group with this process alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

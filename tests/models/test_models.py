@@ -108,7 +108,17 @@ def test_bad_input_is_one_clear_line():
 
 
 @MODELS
-def test_bfloat16_weights_give_similar_outputs(settings):
+def test_products_in_bfloat16_give_similar_outputs_and_gradients_of_float32_weights(settings):
+    exact, near = (build(settings, SHAPE, 10, precision=precision) for precision in ("fp32", "bf16"))
+    outputs = exact(*inputs()), near(*inputs())
+    assert outputs[1].dtype == torch.bfloat16
+    assert torch.allclose(outputs[1].float(), outputs[0], atol=0.1)
+    outputs[1].float().square().mean().backward()
+    assert {p.grad.dtype for p in near.parameters()} == {torch.float32}
+
+
+@MODELS
+def test_weights_in_bfloat16_give_similar_outputs(settings):
     model = build(settings, SHAPE, 10)
     exact = model(*inputs())
     near = model.to(torch.bfloat16)(*inputs())
