@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
+from dis_scale.data.threads import in_order
 from dis_scale.errors import StorageError
 from dis_scale.recipe import Train
 from dis_scale.storage import manifest
@@ -25,6 +26,8 @@ from dis_scale.training.ema import Snapshot
 from dis_scale.training.engine import MOMENTS, Engine, Segment
 
 SIDECAR_WAIT_S = 600.0
+VERIFYING_THREADS = 4
+"""Files that are read and hashed at once; each is in memory meanwhile."""
 WEIGHTS_FILE = "weights.safetensors"
 
 
@@ -90,9 +93,13 @@ class ResumePoint:
         return int(self.manifest["adam_step"])
 
     def verify(self) -> None:
-        """Read all files back; StorageError names the first that differs from the manifest."""
-        for name in self.manifest["files"]:
+        """Read all files back, some at once; StorageError names the first that differs from the manifest."""
+
+        def check(name: str) -> None:
             manifest.read(self.folder, name, self.manifest)
+
+        for _ in in_order(self.manifest["files"], check, VERIFYING_THREADS):
+            pass
 
     def read(self, kind: str, name: str, start: int, end: int) -> torch.Tensor:
         """Return elements [start, end) of one of `engine.kinds` of the parameter `name`, whichever ranks wrote them."""
