@@ -70,11 +70,13 @@ class Train(Settings):
     learning_rate: float = Field(1e-4, gt=0)
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
+    """For products, convolutions and embeddings; the scans' dynamics, norms, biases and positions never decay."""
     warmup_images: int = Field(0, ge=0)
     decay: Literal["none", "linear", "cosine"] = "none"
     decay_from: Fraction = 0.0
     """Share of the training after which the learning rate falls to zero."""
-    clip: float = Field(1.0, gt=0)
+    clip: float = Field(1.0, ge=0)
+    """Largest norm of a step's gradient, which is scaled down to it; 0 for no limit."""
     ema: Fraction = 0.9999
     """Decay per step of the exponential moving average of the weights."""
     power_ema: tuple[Width, Width] | None = None
@@ -117,6 +119,10 @@ class Train(Settings):
             raise ValueError(f"batch_images {self.batch_images} is not a multiple of lanes {self.lanes}")
         if self.compile and self.checkpointing == "selective":
             raise ValueError("compile: selective checkpointing cannot be compiled: choose one of them")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "compile: ZeRO stage 3 gathers weights inside the blocks: set zero_stage to 1 or 2, or compile to false"
+            )
         if not self.world_sizes:
             raise ValueError(
                 f"lanes {self.lanes} is not a multiple of workers {self.workers}: the world size must divide the lanes"

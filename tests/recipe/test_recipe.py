@@ -148,6 +148,21 @@ def test_settings_that_cannot_be_sampled_or_measured_are_refused(settings: list[
         reading.load(TINY, settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (
+            ["train.compile=true", "train.zero_stage=3"],
+            "ZeRO stage 3 gathers weights inside the blocks: set zero_stage to 1",
+        ),
+        (["train.compile=true", "train.checkpointing=selective"], "selective checkpointing cannot be compiled"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(settings: list[str], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        reading.load(TINY, settings)
+
+
 def test_a_variant_may_be_added_but_not_changed() -> None:
     stored, more = reading.load(TINY), reading.load(TINY, ["evaluate.variants.plain={guidance: 1.0}"])
     assert identity_differences(stored, more) == []
