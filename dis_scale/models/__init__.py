@@ -14,7 +14,9 @@ from dis_scale.models.dit import DiT
 from dis_scale.models.tokens import Backbone
 from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, Precision
 
-__all__ = ["Backbone", "DiS", "DiT", "DiffuSSM", "build", "check_finite", "construct"]
+__all__ = ["Backbone", "DiS", "DiT", "DiffuSSM", "build", "check_finite", "construct", "decays"]
+UNDECAYED = {"A_log", "D", "dt_bias", "log_dt", "log_neg_re", "im", "B", "bias", "position"}
+"""Last part of the names of parameters that weight decay would spoil, whatever their number of axes; with one axis: all."""
 
 
 def build(
@@ -56,6 +58,11 @@ def construct(
             return DiT(settings, shape, num_classes, checkpointing)
         case DiffuSsm():
             return DiffuSSM(settings, shape, num_classes, checkpointing)
+
+
+def decays(name: str, parameter: torch.Tensor) -> bool:
+    """Whether weight decay applies: not to the scans' dynamics, norms, biases and positions (as in Mamba and S4)."""
+    return parameter.ndim > 1 and name.rpartition(".")[2] not in UNDECAYED
 
 
 def check_finite(model: torch.nn.Module) -> None:

@@ -21,11 +21,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dis_scale import models
+from dis_scale.errors import DisScaleError
 from dis_scale.imports import hidden
 from dis_scale.recipe import Train
 from dis_scale.training import ema
 
 WEIGHTS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
+LEAST_BUCKET = 2**20
+"""Least number of gradients that are reduced together; smaller messages wait for the network's latency."""
 
 
 class Segment(NamedTuple):
@@ -61,6 +65,8 @@ class Engine:
     averages: dict[str, list[torch.Tensor]]
     table: list[Segment]
     shapes: dict[str, torch.Size]
+    hosts: Any = None
+    """Process group between the hosts (gloo), for what must not go through a GPU's memory."""
 
     def micro_step(self, loss: torch.Tensor) -> None:
         """Run the backward pass of one micro-batch; after the last one of a step, also the optimizer."""
@@ -110,27 +116,47 @@ class Engine:
     @torch.no_grad()
     def full_average(self, name: str) -> dict[str, torch.Tensor] | None:
         """Return an average's weights by parameter on rank 0, None on the others; collective."""
-        ours = (self.table, [flat.cpu() for flat in self.averages[name]])
-        parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(ours, parts)
-        if parts is None:
+        rank, flats = dist.get_rank(), [flat.cpu() for flat in self.averages[name]]
+        tables: list[Any] = [None] * dist.get_world_size()
+        dist.gather_object(self.table, tables if rank == 0 else None, group=self.hosts)
+        if rank:
+            for flat in flats:
+                dist.send(flat, 0, self.hosts)
             return None
         full = {parameter: torch.empty(shape.numel()) for parameter, shape in self.shapes.items()}
-        for table, flats in parts:
+        for sender, table in enumerate(tables):  # one rank's part at a time; parts of all ranks have one size
+            parts = [torch.empty_like(flat) for flat in flats] if sender else flats
+            for part in parts if sender else []:
+                dist.recv(part, sender, self.hosts)
             for s in table:
-                full[s.name][s.start : s.end] = flats[s.flat][s.offset : s.offset + s.size]
+                full[s.name][s.start : s.end] = parts[s.flat][s.offset : s.offset + s.size]
         return {parameter: tensor.view(self.shapes[parameter]) for parameter, tensor in full.items()}
 
     @torch.no_grad()
     def fill(self, read: Read, adam_step: int) -> None:
-        """Overwrite this rank's part of all states with stored ones, read by range: any world size and ZeRO stage."""
+        """Overwrite this rank's part of the moments and averages with stored ones, read by range: any world size and ZeRO stage.
+
+        The weights came through DeepSpeed. Each must be where the table says; a DisScaleError names the first that is not.
+        """
         for flat in self.flats:
             step = torch.tensor(float(adam_step), device=flat.device)  # fused AdamW reads it there, unchecked
             self.optimizer.state[flat] = {"step": step} | {moment: torch.zeros_like(flat) for moment in MOMENTS}
         for kind in self.kinds:
             into = self.state(kind)
             for s in self.table:
-                into[s.flat][s.offset : s.offset + s.size].copy_(read(kind, s.name, s.start, s.end))
+                here, stored = into[s.flat][s.offset : s.offset + s.size], read(kind, s.name, s.start, s.end)
+                if kind == WEIGHTS:
+                    _require_equal(here, stored, s)
+                else:
+                    here.copy_(stored)
+
+
+def _require_equal(here: torch.Tensor, stored: torch.Tensor, s: Segment) -> None:
+    if not torch.equal(here.detach().cpu().view(torch.int32), stored.view(torch.int32)):  # also if a weight is NaN
+        raise DisScaleError(
+            f"DeepSpeed's flat {s.flat} at {s.offset} does not hold {s.name}[{s.start}:{s.end}]: this version of DeepSpeed stores "
+            "partitions in another layout than dis_scale/training/engine.py reads; install the version in pyproject.toml"
+        )
 
 
 def connect(device: torch.device) -> None:
@@ -141,14 +167,17 @@ def connect(device: torch.device) -> None:
 
 
 def start(model: nn.Module, settings: Train, device: torch.device, read: Read, adam_step: int) -> Engine:
-    """Shard `model`, which already holds the stored weights, and fill all states through `read`."""
+    """Shard `model`, which already holds the stored weights on rank 0, and fill all states through `read`."""
     optimizer = torch.optim.AdamW(
-        model.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay, fused=True
+        _groups(model, settings), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay, fused=True
     )
     names = {id(p): name for name, p in model.named_parameters()}
     shapes = {name: p.shape for name, p in model.named_parameters()}
     sharded, *_ = _deepspeed(device).initialize(
-        model=model, optimizer=optimizer, config=_config(settings), dist_init_required=False
+        model=model,
+        optimizer=optimizer,
+        config=_config(settings, sum(shape.numel() for shape in shapes.values())),
+        dist_init_required=False,
     )
     zero = sharded.optimizer
     if settings.zero_stage == 3:
@@ -156,9 +185,19 @@ def start(model: nn.Module, settings: Train, device: torch.device, read: Read, a
     else:
         flats, table = zero.single_partition_of_fp32_groups, list(_table_of_stages_1_and_2(zero, names))
     averages = {name: [torch.zeros_like(f).detach() for f in flats] for name in ema.names(settings)}
-    engine = Engine(sharded, zero.optimizer, flats, averages, table, shapes)
+    engine = Engine(sharded, zero.optimizer, flats, averages, table, shapes, dist.new_group(backend="gloo"))
     engine.fill(read, adam_step)
     return engine
+
+
+def _groups(model: nn.Module, settings: Train) -> list[dict[str, Any]]:
+    """The optimizer's groups: all parameters, or apart those that do not decay."""
+    if not settings.weight_decay:
+        return [{"params": list(model.parameters())}]
+    kinds: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        kinds[models.decays(name, parameter)].append(parameter)
+    return [{"params": kinds[True]}, {"params": kinds[False], "weight_decay": 0.0}]
 
 
 def _deepspeed(device: torch.device) -> Any:
@@ -172,13 +211,16 @@ def _deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _config(settings: Train) -> dict[str, Any]:
+def _config(settings: Train, parameters: int) -> dict[str, Any]:
     """Return DeepSpeed's configuration, computed so that no file can disagree with the recipe."""
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.zero_stage < 3:  # reduce gradients during the backward pass, an eighth of them at a time
+        zero |= {"overlap_comm": True, "reduce_bucket_size": max(LEAST_BUCKET, parameters // 8)}
     return {
         "train_micro_batch_size_per_gpu": settings.micro_images,
         "gradient_accumulation_steps": settings.lanes // dist.get_world_size(),
         "gradient_clipping": settings.clip,
-        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }

@@ -297,9 +297,10 @@ def start(attempt: Attempt, latents: Latents) -> tuple[Engine, Backbone, int]:
     point = _agreed_resume_point(attempt)
     images_seen, adam_step = (point.images_seen, point.adam_step) if point else (0, 0)
     read = point.read if point else checkpoint.fresh(model)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(read(engine.WEIGHTS, name, 0, p.numel()).view_as(p))
+    if point and dist.get_rank() == 0:  # the engine sends rank 0's weights to the others
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(read(engine.WEIGHTS, name, 0, p.numel()).view_as(p))
     state = engine.start(model.to(attempt.device), settings, attempt.device, read, adam_step)
     state.set_learning_rate(learning_rate(settings, images_seen))
     if dist.get_rank() == 0:

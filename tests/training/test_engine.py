@@ -1,32 +1,50 @@
 """What the engine gives to DeepSpeed, and what it reads from it."""
 
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch.profiler import ProfilerActivity, profile
 
+from dis_scale.errors import DisScaleError
 from dis_scale.models import build
 from dis_scale.models.s4d import S4D
-from dis_scale.recipe import DiffuSsm, LatentShape, Train, reading
+from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, Train, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Run
 from dis_scale.training import checkpoint, engine
 from dis_scale.training.engine import MOMENTS, Engine
-from dis_scale.training.profile import process_group
 from tests.conftest import TINY
 from tests.support import ranks
 
+SHAPE = LatentShape(4, 8)
+DIS = Dis(kind="dis", width=16, depth=2, patch=2)
+DIFFUSSM = DiffuSsm(kind="diffussm", width=16, depth=1)
 
-def in_a_process(check: Callable[..., None], *arguments: object) -> None:
-    """Run a check in a process of its own: DeepSpeed starts once per process."""
-    mp.start_processes(_with_group, (check, *arguments), 1, start_method="forkserver")
+
+def train(**settings: Any) -> Train:
+    return Train(**{"publish_images": (8,), "batch_images": 8, "lanes": 1} | settings)
 
 
-def _with_group(_: int, check: Callable[..., None], *arguments: object) -> None:
-    with process_group(torch.device("cpu")):
-        check(*arguments)
+def on_ranks(world: int, check: Callable[..., None], *arguments: object) -> None:
+    """Run a check on each rank of a process group of new processes: DeepSpeed starts once per process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(_on_rank, (world, port, check, *arguments), world, start_method="forkserver")
+
+
+def _on_rank(rank: int, world: int, port: int, check: Callable[..., None], *arguments: object) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()})
+    torch.set_num_threads(1)
+    engine.connect(torch.device("cpu"))
+    check(*arguments)
 
 
 def test_the_filled_state_is_on_the_device_of_its_flat() -> None:
@@ -42,17 +60,16 @@ def test_the_filled_state_is_on_the_device_of_its_flat() -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_training_computes_the_scans_kernels_in_float32(stage: int) -> None:
     """Rounded to bfloat16, S4D's parameters give a kernel that is 31 % off at 1,024 taps (median over channels)."""
-    in_a_process(kernels_are_exact, stage)
+    on_ranks(1, kernels_are_exact, stage)
 
 
 def kernels_are_exact(stage: int) -> None:
-    shape, tiny = LatentShape(4, 8), DiffuSsm(kind="diffussm", width=16, depth=1)
-    settings = Train(publish_images=(8,), batch_images=8, lanes=1, zero_stage=stage, precision="bf16")  # type: ignore[arg-type]
-    exact = [scan.kernel(1024) for scan in build(tiny, shape, 10).modules() if isinstance(scan, S4D)]
-    model, kernels = build(tiny, shape, 10, precision="bf16"), list[torch.Tensor]()
+    exact = [scan.kernel(1024) for scan in build(DIFFUSSM, SHAPE, 10).modules() if isinstance(scan, S4D)]
+    model, kernels = build(DIFFUSSM, SHAPE, 10, precision="bf16"), list[torch.Tensor]()
     for scan in model.modules():
         if isinstance(scan, S4D):
             scan.register_forward_hook(lambda scan, *_: kernels.append(scan.kernel(1024)))
+    settings = train(zero_stage=stage, precision="bf16")
     state = engine.start(model, settings, torch.device("cpu"), checkpoint.fresh(model), adam_step=0)
     out = state.deepspeed(torch.randn(2, 4, 8, 8), torch.rand(2), torch.arange(2))
     assert out.dtype == torch.bfloat16
@@ -76,3 +93,68 @@ def test_the_gradient_does_not_depend_on_the_number_of_workers(tmp_path: Path, s
         first_moments.append(torch.cat([point.read("exp_avg", name, 0, size) for name, size in sizes.items()]))
     one, four = first_moments
     assert torch.linalg.norm(one - four) < 1e-3 * torch.linalg.norm(one) > 0
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_weight_decay_spares_dynamics_norms_biases_and_positions(stage: int) -> None:
+    on_ranks(1, only_products_decay, stage)
+
+
+def only_products_decay(stage: int) -> None:
+    """A step whose gradient is zero changes a weight by the decay alone. Clipping is off."""
+    settings = train(zero_stage=stage, weight_decay=0.1, learning_rate=0.5, clip=0.0)
+    for tiny in (DIFFUSSM, DIS):
+        model = build(tiny, SHAPE, 10)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        state = engine.start(model, settings, torch.device("cpu"), checkpoint.fresh(model), adam_step=0)
+        state.micro_step(state.deepspeed(torch.randn(2, 4, 8, 8), torch.rand(2), torch.arange(2)).sum() * 0)
+        after = {s.name: flat.view(before[s.name].shape) for s, flat in state.segments(engine.WEIGHTS).items()}
+        assert after.keys() == before.keys()
+        decayed = {name for name in before if torch.allclose(after[name], before[name] * 0.95) and before[name].any()}
+        kept = {name for name in before if torch.equal(after[name], before[name])}
+        assert decayed | kept == before.keys()
+        last_parts = {name.rpartition(".")[2] for name in decayed}
+        assert last_parts <= {
+            "weight",
+            "in_proj",
+            "out_proj",
+            "x_proj",
+            "dt_proj",
+            "conv_weight",
+            "back_conv_weight",
+            "C",
+        }
+        assert "weight" in last_parts
+
+
+def test_a_partition_in_another_place_is_an_error() -> None:
+    on_ranks(1, a_moved_partition_is_named)
+
+
+def a_moved_partition_is_named() -> None:
+    table = engine._table_of_stages_1_and_2
+    engine._table_of_stages_1_and_2 = lambda *where: (
+        s._replace(offset=s.offset + (s.offset > 0)) for s in table(*where)
+    )
+    model = build(DIS, SHAPE, 10)
+    with pytest.raises(DisScaleError, match=r"flat 0 at \d+ does not hold .*another layout.*install the version"):
+        engine.start(model, train(), torch.device("cpu"), checkpoint.fresh(model), adam_step=0)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_are_reduced_during_the_backward_pass(stage: int) -> None:
+    on_ranks(2, communication_overlaps, stage)
+
+
+def communication_overlaps(stage: int) -> None:
+    """Most reductions begin before the last backward operator ends: five million gradients are six buckets."""
+    model = build(Dit(kind="dit", width=256, depth=4, heads=4, patch=2), SHAPE, 10)
+    state = engine.start(
+        model, train(zero_stage=stage, lanes=2), torch.device("cpu"), checkpoint.fresh(model), adam_step=0
+    )
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        state.micro_step(state.deepspeed(torch.randn(2, 4, 8, 8), torch.rand(2), torch.arange(2)).square().mean())
+    events = recorded.events()
+    backward_ends = max(e.time_range.end for e in events if e.name.startswith("autograd::engine::evaluate_function"))
+    reductions = [e.time_range.start for e in events if e.name == "c10d::allreduce_"]
+    assert sum(start < backward_ends for start in reductions) >= 4
