@@ -153,7 +153,7 @@ def training_step() -> tuple[str, float]:
 
 
 def images_per_s(recipe: Recipe, name: str, least_s: float = 1.0) -> float:
-    shape, n = LatentShape(SMALL[1] // 2, SMALL[-1]), recipe.train.micro_images
+    shape, n = LatentShape(SMALL[1] // 2, SMALL[-1]), recipe.train.lane_images
     model = models.build(recipe.models[name], shape, 10, scan="auto", checkpointing="none", seed=0)
     process, optimizer = diffusion.build(recipe.diffusion), torch.optim.AdamW(model.parameters(), fused=True)
     x, noise, y = torch.randn(n, *shape[:1], shape.size, shape.size), torch.randn(n, 4, 8, 8), torch.zeros(n).long()

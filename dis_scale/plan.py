@@ -7,6 +7,8 @@ from rich.table import Table
 from dis_scale.models.cost import Cost, price_model
 from dis_scale.recipe import LatentShape, Recipe
 from dis_scale.training.engine import kinds
+from dis_scale.training.lanes import largest_share
+from dis_scale.training.memory import worker_bytes
 
 
 @dataclass(frozen=True)
@@ -42,26 +44,40 @@ def price_sweep(recipe: Recipe, shape: LatentShape) -> Plan:
 def table(plan: Plan) -> Table:
     """Return one row per model: its size, the cost of an image, the cost of training, the size of a resume point.
 
-    Saving needs host memory: a clone of all states, and twice the bytes of one state at a time.
+    A GPU needs the stated memory with `micro_images`, by default one lane, in a forward pass. Saving needs host memory: a clone of
+    all states, and twice the bytes of one state at a time.
     """
     train = plan.recipe.train
     steps = train.images // train.batch_images
+    share = largest_share(train.lanes, train.most_workers)
     caption = (
-        f"batch {train.batch_images} = {train.most_workers} workers x {train.lanes // train.most_workers} accumulated x "
-        f"{train.micro_images}; {train.images:,} images = {steps:,} steps; ZeRO stage {train.zero_stage}, "
+        f"batch {train.batch_images} = {train.lanes} lanes x {train.lane_images}, up to {share} lanes on each of "
+        f"{train.most_workers} workers; {train.images:,} images = {steps:,} steps; ZeRO stage {train.zero_stage}, "
         f"{train.precision}; Gflops are multiply-adds (DiT's convention); host memory while saving is over all workers"
     )
     out = Table(
         title=f"plan of {plan.recipe.name}: latents {plan.shape.channels}x{plan.shape.size}x{plan.shape.size}",
         caption=caption,
     )
-    for column in ("model", "kind", "parameters", "tokens", "Gflops", "training PFLOP", "resume point", "saving takes"):
+    for column in (
+        "model",
+        "kind",
+        "parameters",
+        "tokens",
+        "Gflops",
+        "training PFLOP",
+        "GPU",
+        "resume point",
+        "saving takes",
+    ):
         out.add_column(column, justify="left" if column in ("model", "kind") else "right")
     for name, c in plan.costs.items():
         petaflop = 2 * c.gmacs_training * train.images / 1e6
+        gpu = worker_bytes(c, train, train.most_workers, train.micro_images or train.lane_images)
         state, serialised = c.parameters * 4 * len(kinds(train)), 2 * c.parameters * 4
         out.add_row(
             name, plan.recipe.models[name].kind, f"{c.parameters:,}", str(c.tokens), f"{c.gmacs_forward:.4g}",
-            f"{petaflop:.3g}", f"{state / 1e6:,.1f} MB", f"{(state + serialised) / 1e6:,.1f} MB",
+            f"{petaflop:.3g}", f"{gpu / 2**30:.1f} GiB",
+            f"{state / 1e6:,.1f} MB", f"{(state + serialised) / 1e6:,.1f} MB",
         )  # fmt: skip
     return out

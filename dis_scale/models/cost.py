@@ -19,7 +19,7 @@ from dis_scale.models import build
 from dis_scale.models.checkpointing import recompute_every
 from dis_scale.models.dis import TAPS, inner_width, step_rank
 from dis_scale.models.dit import FREQUENCIES
-from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape
+from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, Precision
 from dis_scale.scan.backend import NATIVE_CHUNK
 
 DIFFUSSM_XL_GMACS = {32: 280.3, 64: 1066.2}
@@ -46,7 +46,8 @@ class Kept:
     """Activation elements kept for the backward pass, per image.
 
     `block`: all of one block. `boundary`: a block's inputs. `products`: its expensive products. `skips`: all long skips.
-    `ends`: everything outside of the blocks.
+    `ends`: everything outside of the blocks. `wide`, `wide_boundary`: those of a block and of its boundary that stay float32
+    under bf16: the stream, and what the scans and convolutions compute in float32.
     """
 
     blocks: int
@@ -55,6 +56,8 @@ class Kept:
     products: int
     skips: int
     ends: int
+    wide: int = 0
+    wide_boundary: int = 0
 
     def by_part(self, checkpointing: str) -> dict[str, int]:
         """Elements at the peak, by part. With checkpointing: all of one block, and the boundaries of the others.
@@ -71,6 +74,13 @@ class Kept:
             "one block": self.block if recomputed else 0,
             "ends": self.ends,
         }
+
+    def wide_elements(self, checkpointing: str) -> int:
+        """Elements of `by_part` that stay float32 under bf16."""
+        k = recompute_every(checkpointing)
+        recomputed = len(range(0, self.blocks, k)) if k else 0
+        whole = self.blocks - recomputed + (1 if recomputed else 0)
+        return whole * self.wide + recomputed * self.wide_boundary
 
 
 @dataclass(frozen=True)
@@ -112,9 +122,10 @@ class Cost:
         """10^9 multiply-adds of a forward and a backward pass with every block run twice (checkpointing "block")."""
         return self.gmacs_training + sum(part.macs for part in self.parts if part.in_block) / 1e9
 
-    def activation_bytes(self, checkpointing: str = "none", element_bytes: int = 4) -> int:
-        """Bytes kept for the backward pass of one image, `element_bytes` per number; within 5 % on the CPU."""
-        return sum(self.kept.by_part(checkpointing).values()) * element_bytes
+    def activation_bytes(self, checkpointing: str = "none", precision: Precision = "fp32") -> int:
+        """Bytes kept for the backward pass of one image: within 5 % on the CPU in fp32, within 10 % on a GPU."""
+        elements = sum(self.kept.by_part(checkpointing).values())
+        return 4 * elements if precision == "fp32" else 2 * (elements + self.kept.wide_elements(checkpointing))
 
 
 def price_model(settings: Dis | DiffuSsm | Dit, shape: LatentShape, num_classes: int | None) -> Cost:
@@ -165,6 +176,8 @@ def _dis(settings: Dis, shape: LatentShape, num_classes: int | None, parameters:
         products=_dis_product_elements(settings, L),
         skips=settings.depth // 2 * 2 * L * D,
         ends=5 * T * D,
+        wide=L * D,
+        wide_boundary=L * D,
     )
     return Cost(parameters, L, parts, kept, paper_gflops=_paper_gflops(settings, shape, num_classes, T, L))
 
@@ -255,7 +268,13 @@ def _diffussm(settings: DiffuSsm, shape: LatentShape, parameters: dict[str, int]
     kernel = kernels * (settings.state_size // 2 * L * 6 + _fft_macs(2 * L))
     # The kernels' own activations, once per micro-batch, are not counted.
     kept = Kept(
-        blocks=depth, block=16 * G * D + 7 * L * S, boundary=G * D, products=7 * G * D + L * S, skips=0, ends=4 * G * D
+        blocks=depth,
+        block=16 * G * D + 7 * L * S,
+        boundary=G * D,
+        products=7 * G * D + L * S,
+        skips=0,
+        ends=4 * G * D,
+        wide=5 * L * S,
     )
     xl = (D, depth, M) == (1152, 29, 2)
     published = DIFFUSSM_XL_GMACS.get(shape.size) if xl else None

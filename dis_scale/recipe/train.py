@@ -53,9 +53,12 @@ class Train(Settings):
     """Image counts at which EMA weights are published; training ends at the last."""
     batch_images: Count
     lanes: Count
-    """Micro-batches that the global batch always splits into; the world size must divide it."""
+    """Parts of equal size that the global batch always splits into; a worker computes one or more of them."""
+    micro_images: Count | None = runtime(None)
+    """Images in one forward pass, a multiple of a lane's. Default: one lane on a CPU; on a GPU as many as its memory holds."""
     workers: Workers = runtime(1)
-    """A number, or a range such as `2..8`: each attempt takes the largest available number that divides the lanes."""
+    """A number, or a range such as `2..8`: each attempt takes the largest available number. Any number up to `lanes` will do;
+    numbers that divide the lanes leave no worker waiting."""
     grow_after_s: Annotated[float, Field(gt=0)] = runtime(600.0)
     """Seconds that an attempt on fewer workers than possible runs before it may stop at a resume point to grow."""
     zero_stage: Literal[1, 2, 3] = runtime(1)
@@ -99,15 +102,15 @@ class Train(Settings):
         return self.publish_images[-1]
 
     @property
-    def micro_images(self) -> int:
-        """Images of a micro-batch."""
+    def lane_images(self) -> int:
+        """Images of a lane."""
         return self.batch_images // self.lanes
 
     @property
     def world_sizes(self) -> list[int]:
-        """Numbers of workers that an attempt may have, falling: those that divide the lanes."""
+        """Numbers of workers that an attempt may have, falling; each worker needs a lane."""
         least, _, most = str(self.workers).partition("..")
-        return [n for n in range(int(most or least), int(least) - 1, -1) if self.lanes % n == 0]
+        return list(range(min(int(most or least), self.lanes), int(least) - 1, -1))
 
     @property
     def most_workers(self) -> int:
@@ -125,7 +128,11 @@ class Train(Settings):
             )
         if not self.world_sizes:
             raise ValueError(
-                f"lanes {self.lanes} is not a multiple of workers {self.workers}: the world size must divide the lanes"
+                f"workers {self.workers}: expected at most as many as lanes, {self.lanes}: set workers lower or lanes higher"
+            )
+        if self.micro_images and self.micro_images % self.lane_images:
+            raise ValueError(
+                f"micro_images {self.micro_images} is not a multiple of a lane's {self.lane_images} images (batch_images / lanes)"
             )
         if list(self.publish_images) != sorted(set(self.publish_images)):
             raise ValueError(f"publish_images must rise: got {list(self.publish_images)}")

@@ -1,4 +1,4 @@
-"""Dump of a step whose gradient was not finite: its batch, its losses by lane, the gradient's norm and the weights.
+"""Dump of a step whose gradient was not finite: its batch, its losses by forward pass, the gradient's norm and the weights.
 
 For people; no code reads it again. It is complete when its manifest exists.
 """
@@ -22,7 +22,7 @@ def dump_step(
 ) -> Folder:
     """Write this rank's part of the step that ended at `name.images_seen`; rank 0 the manifest. Collective.
 
-    `inputs` are the step's (micro-batch, times, drop-path masks) of this rank's lanes, `losses` their losses. Returns the folder.
+    `inputs` are those of this rank's forward passes, `losses` their mean losses. Returns the folder.
     """
     folder, rank, segments = run.bad_step(name), dist.get_rank(), engine.segments(WEIGHTS)
     files = {
@@ -42,15 +42,15 @@ def dump_step(
 
 def _batch(inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
-    for lane, (micro, t_B, drop) in enumerate(inputs):
-        of_lane = micro._asdict() | {"t_B": t_B} | ({} if drop is None else {"drop": drop})
-        tensors |= {f"{lane}/{name}": tensor.contiguous() for name, tensor in of_lane.items()}
+    for number, (micro, t_B, drop, _) in enumerate(inputs):
+        of_pass = micro._asdict() | {"t_B": t_B} | ({} if drop is None else {"drop": drop})
+        tensors |= {f"{number}/{name}": tensor.contiguous() for name, tensor in of_pass.items()}
     return tensors
 
 
 def _facts(losses: Sequence[torch.Tensor], engine: Engine, segments: dict[Any, torch.Tensor]) -> dict[str, Any]:
     return {
-        "loss_by_lane": [float(loss) for loss in losses], "gradient_norm": engine.gradient_norm,
+        "loss_by_pass": [float(loss) for loss in losses], "gradient_norm": engine.gradient_norm,
         "weights": {s.name: [s.start, s.end] for s in segments},
         "weights_not_finite": sorted({s.name for s, part in segments.items() if not part.isfinite().all()}),
     }  # fmt: skip

@@ -166,8 +166,13 @@ def connect(device: torch.device) -> None:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
-def start(model: nn.Module, settings: Train, device: torch.device, read: Read, adam_step: int) -> Engine:
-    """Shard `model`, which already holds the stored weights on rank 0, and fill all states through `read`."""
+def start(
+    model: nn.Module, settings: Train, device: torch.device, read: Read, adam_step: int, passes: int = 1
+) -> Engine:
+    """Shard `model`, which already holds the stored weights on rank 0, and fill all states through `read`.
+
+    A step accumulates the gradients of `passes` forward passes.
+    """
     optimizer = torch.optim.AdamW(
         _groups(model, settings), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay, fused=True
     )
@@ -176,7 +181,7 @@ def start(model: nn.Module, settings: Train, device: torch.device, read: Read, a
     sharded, *_ = _deepspeed(device).initialize(
         model=model,
         optimizer=optimizer,
-        config=_config(settings, sum(shape.numel() for shape in shapes.values())),
+        config=_config(settings, sum(shape.numel() for shape in shapes.values()), passes),
         dist_init_required=False,
     )
     zero = sharded.optimizer
@@ -211,14 +216,19 @@ def _deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _config(settings: Train, parameters: int) -> dict[str, Any]:
+def bucket(parameters: int) -> int:
+    """Return the number of gradients that are reduced together: an eighth of them."""
+    return max(LEAST_BUCKET, parameters // 8)
+
+
+def _config(settings: Train, parameters: int, passes: int) -> dict[str, Any]:
     """Return DeepSpeed's configuration, computed so that no file can disagree with the recipe."""
     zero: dict[str, Any] = {"stage": settings.zero_stage}
-    if settings.zero_stage < 3:  # reduce gradients during the backward pass, an eighth of them at a time
-        zero |= {"overlap_comm": True, "reduce_bucket_size": max(LEAST_BUCKET, parameters // 8)}
+    if settings.zero_stage < 3:  # reduce gradients during the backward pass
+        zero |= {"overlap_comm": True, "reduce_bucket_size": bucket(parameters)}
     return {
-        "train_micro_batch_size_per_gpu": settings.micro_images,
-        "gradient_accumulation_steps": settings.lanes // dist.get_world_size(),
+        "train_micro_batch_size_per_gpu": 1,  # unused: the model's inputs are ours
+        "gradient_accumulation_steps": passes,
         "gradient_clipping": settings.clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

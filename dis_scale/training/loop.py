@@ -9,7 +9,7 @@ import json
 import math
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -35,7 +35,9 @@ from dis_scale.training import checkpoint, ema, engine
 from dis_scale.training.bad_step import dump_step
 from dis_scale.training.checkpoint import ResumePoint, Saver
 from dis_scale.training.engine import Engine
-from dis_scale.training.throughput import ThroughputMeter, open_meter
+from dis_scale.training.lanes import ForwardPass, forward_passes
+from dis_scale.training.memory import lanes_at_once
+from dis_scale.training.throughput import ThroughputMeter, gpu_bytes, open_meter
 
 ROWS_EVERY_STEPS = 10
 FLUSH_EVERY_S = 10.0
@@ -87,11 +89,12 @@ def train_model(attempt: Attempt) -> int:
     # Open what a step needs.
     settings, rank, world = attempt.recipe.train, dist.get_rank(), dist.get_world_size()
     log_rates = (lambda line: attempt.log(f"{attempt.model}: {line}")) if rank == 0 else None
-    latents, process, state, model, meter, images_seen = open_training(attempt, _workers_on_this_node(world), log_rates)
+    latents, process, state, model, passes, meter, images_seen = open_training(
+        attempt, _workers_on_this_node(world), log_rates
+    )
     saver = Saver(attempt.run, attempt.number, rank, world, attempt.held, settings.keep_resume)
     rows, agreement = RowWriter(attempt.run.log, attempt.number), StopAgreement()
     description = json.dumps(describe(model))
-    lanes = range(rank * settings.lanes // world, (rank + 1) * settings.lanes // world)
     began_s = flushed_s = time.monotonic()
     first_images = saved_images = images_seen
     bad_steps = 0
@@ -110,11 +113,11 @@ def train_model(attempt: Attempt) -> int:
         _compare_with_grace(attempt, saver)
 
     attempt.emit("work")
-    with closing(prefetch(step_inputs(attempt, latents, model.drop_rates, images_seen, lanes))) as batches:
+    with closing(prefetch(step_inputs(attempt, latents, model.drop_rates, images_seen, passes))) as batches:
         while images_seen < settings.images and not agreement.stop(attempt.stop_requested()):
             # Take one step.
             faults.at("step", images=images_seen)
-            inputs = list(islice(batches, len(lanes)))
+            inputs = list(islice(batches, len(passes)))
             losses = train_step(state, process, settings, inputs, images_seen)
             images_seen += settings.batch_images
             attempt.report(images_seen)
@@ -130,7 +133,7 @@ def train_model(attempt: Attempt) -> int:
                 meter.begin(images_seen)
                 row |= _first_step(attempt)
             if images_seen // settings.batch_images % ROWS_EVERY_STEPS == 0:
-                row |= _step_row(state, losses, settings, images_seen) | meter.rates(images_seen)
+                row |= _step_row(state, inputs, losses, settings, images_seen) | meter.rates(images_seen)
                 row["paused"] = saver.paused_s / (time.monotonic() - began_s)
             if rank == 0:
                 rows.add(images_seen, row)
@@ -169,6 +172,8 @@ class Opened(NamedTuple):
     process: Process
     state: Engine
     model: Backbone
+    passes: list[ForwardPass]
+    """This rank's forward passes of each step."""
     meter: ThroughputMeter
     images_seen: int
 
@@ -181,26 +186,31 @@ def open_training(attempt: Attempt, on_this_node: int, log_rates: Callable[[str]
     recipe = attempt.recipe
     latents, how = open_latents(attempt.latents, recipe, on_this_node, attempt.log)
     price = price_model(recipe.models[attempt.model], latents.shape, recipe.data.num_classes)
-    state, model, images_seen = start(attempt, latents)
-    if dist.get_rank() == 0:
+    settings, rank, world = recipe.train, dist.get_rank(), dist.get_world_size()
+    at_once = lanes_at_once(attempt.model, price, settings, world, gpu_bytes(attempt.device))
+    passes = forward_passes(settings.lanes, rank, world, at_once)
+    state, model, images_seen = start(attempt, latents, len(passes))
+    micro_images = at_once * settings.lane_images
+    if rank == 0:
         attempt.log(f"{attempt.model}: {how}")
-    meter = open_meter(price, recipe.train, dist.get_world_size(), attempt.device, log_rates)
-    return Opened(latents, diffusion.build(recipe.diffusion), state, model, meter, images_seen)
+        attempt.log(f"{attempt.model}: {len(passes)} forward passes of up to {micro_images} images a worker and step")
+    meter = open_meter(price, settings, micro_images, world, attempt.device, log_rates)
+    return Opened(latents, diffusion.build(recipe.diffusion), state, model, passes, meter, images_seen)
 
 
 def train_step(
-    state: Engine, process: Process, settings: Train, inputs: list["StepInput"], images_seen: int
+    state: Engine, process: Process, settings: Train, inputs: Sequence["StepInput"], images_seen: int
 ) -> list[torch.Tensor]:
-    """Take the step that begins at `images_seen`: micro-batches of this rank, optimizer, averages; set the next learning rate.
+    """Take the step that begins at `images_seen`: this rank's forward passes, optimizer, averages; set the next learning rate.
 
-    Returns the loss of each micro-batch.
+    Returns the mean loss of each forward pass.
     """
     losses = []
     for host_input in inputs:
-        micro, t_B, drop = _to_device(host_input, state.device)
+        micro, t_B, drop, weight = _to_device(host_input, state.device)
         loss = _loss(state.deepspeed, process, micro, t_B, drop)
         faults.at("loss", images=images_seen, loss=loss)
-        state.micro_step(loss)
+        state.micro_step(loss * weight)
         losses.append(loss.detach())
     images_seen += settings.batch_images
     state.update_averages(ema.decays(settings, images_seen // settings.batch_images))
@@ -285,8 +295,11 @@ class StopAgreement:
         return agreed
 
 
-def start(attempt: Attempt, latents: Latents) -> tuple[Engine, Backbone, int]:
-    """Return the engine, its model and the images seen, from the newest complete resume point or from initial weights."""
+def start(attempt: Attempt, latents: Latents, passes: int) -> tuple[Engine, Backbone, int]:
+    """Return the engine, its model and the images seen, from the newest complete resume point or from initial weights.
+
+    A step has `passes` forward passes on each rank.
+    """
     settings, recipe = attempt.recipe.train, attempt.recipe
     model = models.build(
         recipe.models[attempt.model], latents.shape, recipe.data.num_classes, scan=settings.scan,
@@ -301,7 +314,7 @@ def start(attempt: Attempt, latents: Latents) -> tuple[Engine, Backbone, int]:
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(read(engine.WEIGHTS, name, 0, p.numel()).view_as(p))
-    state = engine.start(model.to(attempt.device), settings, attempt.device, read, adam_step)
+    state = engine.start(model.to(attempt.device), settings, attempt.device, read, adam_step, passes)
     state.set_learning_rate(learning_rate(settings, images_seen))
     if dist.get_rank() == 0:
         where = f"from {point.folder.name}" if point else "from the beginning"
@@ -320,25 +333,42 @@ def _agreed_resume_point(attempt: Attempt) -> ResumePoint | None:
     return points[0]
 
 
-StepInput = tuple[Micro, torch.Tensor, torch.Tensor | None]
-"""A micro-batch, its times, and the multipliers of drop path."""
+class StepInput(NamedTuple):
+    """The inputs of one forward pass: images, their times, the multipliers of drop path, and the factor of the loss."""
+
+    micro: Micro
+    t_B: torch.Tensor
+    drop: torch.Tensor | None
+    weight: float
 
 
 def step_inputs(
-    attempt: Attempt, latents: Latents, rates: tuple[float, ...], images_seen: int, lanes: range
+    attempt: Attempt, latents: Latents, rates: tuple[float, ...], images_seen: int, passes: Sequence[ForwardPass]
 ) -> Iterator[StepInput]:
-    """Yield this rank's inputs from `images_seen` on, in order: one per lane and step."""
+    """Yield this rank's inputs from `images_seen` on, in order: one per forward pass and step."""
     recipe, settings = attempt.recipe, attempt.recipe.train
     process = diffusion.build(recipe.diffusion)
+
+    def of_lane(step: int, lane: int, weight: float) -> StepInput:
+        micro = micro_batch(
+            latents, step, lane, batch=settings.batch_images, lanes=settings.lanes, seed=recipe.seed,
+            flip=recipe.data.mirror, label_dropout=settings.label_dropout,
+        )  # fmt: skip
+        n = len(micro.y_B)
+        t_B = process.sample_times(seeds.generator("time", recipe.seed, step, lane), n)
+        return StepInput(micro, t_B, _drop_masks(rates, n, recipe.seed, step, lane), weight)
+
     for step in range(images_seen // settings.batch_images, settings.images // settings.batch_images):
-        for lane in lanes:
-            micro = micro_batch(
-                latents, step, lane, batch=settings.batch_images, lanes=settings.lanes, seed=recipe.seed,
-                flip=recipe.data.mirror, label_dropout=settings.label_dropout,
-            )  # fmt: skip
-            n = len(micro.y_B)
-            t_B = process.sample_times(seeds.generator("time", recipe.seed, step, lane), n)
-            yield _pinned((micro, t_B, _drop_masks(rates, n, recipe.seed, step, lane)), attempt.device)
+        for lanes, weight in passes:
+            yield _pinned(_together([of_lane(step, lane, weight) for lane in lanes]), attempt.device)
+
+
+def _together(parts: Sequence[StepInput]) -> StepInput:
+    """The inputs of several lanes as those of one forward pass."""
+    micro = Micro(*map(torch.cat, zip(*(part.micro for part in parts), strict=True)))
+    drops = [part.drop for part in parts if part.drop is not None]
+    drop = torch.cat(drops, dim=1) if drops else None
+    return StepInput(micro, torch.cat([part.t_B for part in parts]), drop, parts[0].weight)
 
 
 def _drop_masks(rates: tuple[float, ...], n: int, *where: int) -> torch.Tensor | None:
@@ -355,17 +385,16 @@ def _pinned(host_input: StepInput, device: torch.device) -> StepInput:
     """In pinned memory if the device is a GPU, so that copies overlap with computation."""
     if device.type != "cuda":
         return host_input
-    micro, t_B, drop = host_input
-    return Micro(*(x.pin_memory() for x in micro)), t_B.pin_memory(), None if drop is None else drop.pin_memory()
+    return _mapped(host_input, torch.Tensor.pin_memory)
 
 
 def _to_device(host_input: StepInput, device: torch.device) -> StepInput:
-    micro, t_B, drop = host_input
+    return _mapped(host_input, lambda x: x.to(device, non_blocking=True))
 
-    def move(x: torch.Tensor) -> torch.Tensor:
-        return x.to(device, non_blocking=True)
 
-    return Micro(*map(move, micro)), move(t_B), None if drop is None else move(drop)
+def _mapped(of: StepInput, each: Callable[[torch.Tensor], torch.Tensor]) -> StepInput:
+    drop = None if of.drop is None else each(of.drop)
+    return StepInput(Micro(*map(each, of.micro)), each(of.t_B), drop, of.weight)
 
 
 def _loss(sharded: Any, process: Process, micro: Micro, t_B: torch.Tensor, drop: Any) -> torch.Tensor:
@@ -413,15 +442,17 @@ def _adam_step(state: Engine) -> int:
     return int(state.optimizer.state[state.flats[0]]["step"])
 
 
-def _step_row(state: Engine, losses: list[torch.Tensor], settings: Train, images_seen: int) -> dict[str, float]:
+def _step_row(
+    state: Engine, inputs: Sequence[StepInput], losses: list[torch.Tensor], settings: Train, images_seen: int
+) -> dict[str, float]:
     """Metrics of the last step, its loss averaged over all lanes of all ranks; collective.
 
     `learning_rate` is the next step's; `skipped` counts the skipped steps since the start.
     """
-    total = torch.stack(losses).sum()
+    total = torch.stack([loss * of.weight for loss, of in zip(losses, inputs, strict=True)]).sum()
     dist.all_reduce(total)
     return {
-        "loss": total.item() / settings.lanes,
+        "loss": total.item() / (len(losses) * dist.get_world_size()),
         "gradient_norm": state.gradient_norm,
         "learning_rate": state.optimizer.param_groups[0]["lr"],
         "skipped": float(images_seen // settings.batch_images - _adam_step(state)),

@@ -22,6 +22,7 @@ from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.state import require_latents
 from dis_scale.training import engine
+from dis_scale.training.lanes import largest_share
 from dis_scale.training.loop import Attempt, Start, open_training, step_inputs, train_step
 from dis_scale.training.throughput import synchronize
 
@@ -33,8 +34,9 @@ TOP = 12
 
 def one_share(recipe: Recipe) -> Recipe:
     """Return the recipe of one worker's share of each step."""
-    train, workers = recipe.train, recipe.train.most_workers
-    part = {"batch_images": train.batch_images // workers, "lanes": train.lanes // workers, "workers": 1}
+    train = recipe.train
+    lanes = largest_share(train.lanes, train.most_workers)
+    part = {"batch_images": lanes * train.lane_images, "lanes": lanes, "workers": 1}
     return recipe.model_copy(update={"train": train.model_copy(update=part)})
 
 
@@ -49,19 +51,19 @@ def profile_training(
     recipe, latents = one_share(sweep.recipe), require_latents(sweep.folder)
     device = torch.device("cuda" if recipe.device != "cpu" and torch.cuda.is_available() else "cpu")
     settings = recipe.train
-    log(f"{model}: one worker's share of a step, {settings.lanes} x {settings.micro_images} images, on {device}")
+    log(f"{model}: one worker's share of a step, {settings.lanes} lanes of {settings.lane_images} images, on {device}")
     with tempfile.TemporaryDirectory() as scratch, process_group(device):
         attempt = Attempt(
             Sweep(open_folder(scratch), recipe), model, latents, 0, device, Start(time.time()),
             held=lambda: True, stop_requested=lambda: False, report=lambda _: None, log=log,
             emit=lambda *_, **__: None,
         )  # fmt: skip
-        reader, process, state, backbone, meter, images_seen = open_training(attempt, 1, log)
-        with closing(prefetch(step_inputs(attempt, reader, backbone.drop_rates, 0, range(settings.lanes)))) as batches:
+        reader, process, state, backbone, passes, meter, images_seen = open_training(attempt, 1, log)
+        with closing(prefetch(step_inputs(attempt, reader, backbone.drop_rates, 0, passes))) as batches:
 
             def take_step() -> None:
                 nonlocal images_seen
-                train_step(state, process, settings, list(islice(batches, settings.lanes)), images_seen)
+                train_step(state, process, settings, list(islice(batches, len(passes))), images_seen)
                 images_seen += settings.batch_images
 
             for _ in range(WARM_STEPS):

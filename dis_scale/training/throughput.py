@@ -64,10 +64,15 @@ class ThroughputMeter:
 
 
 def open_meter(
-    cost: Cost, settings: Train, world: int, device: torch.device, log: Callable[[str], None] | None
+    cost: Cost,
+    settings: Train,
+    micro_images: int,
+    world: int,
+    device: torch.device,
+    log: Callable[[str], None] | None,
 ) -> ThroughputMeter:
     """Return the meter of a model of this cost; `log` is called with its first rates."""
-    return ThroughputMeter(cost, settings.micro_images, world, device, *peak_flops(device, settings.precision), log)
+    return ThroughputMeter(cost, micro_images, world, device, *peak_flops(device, settings.precision), log)
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
@@ -98,6 +103,11 @@ def synchronize(device: torch.device) -> None:
     """Wait for all queued work of a GPU; a CPU queues none."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def gpu_bytes(device: torch.device) -> int | None:
+    """Return the memory of a GPU; None for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -95,7 +95,7 @@ def test_too_many_in_a_row_stop_the_run_and_are_dumped(tmp_path: Path) -> None:
     contents = manifest.require(dump)
     assert len(contents["files"]) == 6
     step = json.loads(manifest.read(dump, "step-00001.json", contents))
-    assert (len(step["loss_by_lane"]), step["weights_not_finite"]) == (2, [])
+    assert (len(step["loss_by_pass"]), step["weights_not_finite"]) == (2, [])
     batch = safetensors.torch.load(manifest.read(dump, "batch-00001.safetensors", contents))
     assert batch["1/x_BCHW"].shape == (4, 4, 8, 8)
 

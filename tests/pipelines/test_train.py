@@ -5,12 +5,12 @@ from pipelines.train import capacity, largest_fitting
 from tests.conftest import TINY
 
 
-def test_an_attempt_uses_the_largest_divisor_of_the_lanes_that_fits() -> None:
+def test_an_attempt_uses_as_many_workers_as_fit() -> None:
     sizes = reading.load(TINY, ["train.lanes=8", "train.workers=2..6"]).train.world_sizes
-    assert sizes == [4, 2]
+    assert sizes == [6, 5, 4, 3, 2]
     bundle = {"CPU": 1, "train": 1.0}
     fitting = [largest_fitting(sizes, capacity(bundle, [{"CPU": cpus, "train": 8}])) for cpus in (9, 5, 3, 1)]
-    assert fitting == [4, 4, 2, 0]
+    assert fitting == [6, 5, 3, 0]
     assert capacity(bundle, [{"CPU": 8.0}]) == 0
 
 

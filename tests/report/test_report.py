@@ -199,5 +199,7 @@ def test_goodput_counts_steps_that_no_later_attempt_repeats(tmp_path: Path, monk
 
 def test_the_plan_derives_the_batch_and_names_the_price(tiny: Recipe) -> None:
     text = " ".join(shown(plans.table(price_sweep(tiny, SHAPE))).split())
-    assert "batch 16 = 2 workers x 2 accumulated x 4; 320 images = 20 steps; ZeRO stage 1, fp32" in text
+    assert (
+        "batch 16 = 4 lanes x 4, up to 2 lanes on each of 2 workers; 320 images = 20 steps; ZeRO stage 1, fp32" in text
+    )
     assert "22,304" in text

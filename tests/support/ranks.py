@@ -108,7 +108,7 @@ def inputs(root: Path) -> dict[int, list[str]]:
 
 
 def _note_inputs(folder: Path, rank: int) -> None:
-    """Write one line per micro-batch before each step. Lanes are in order within a rank, and so are the ranks."""
+    """Write one line per lane before each step. Lanes are in order within a rank, and so are the ranks."""
     from dis_scale.training import loop
 
     folder.mkdir(exist_ok=True)
@@ -116,10 +116,11 @@ def _note_inputs(folder: Path, rank: int) -> None:
 
     def noted(state: Any, process: Any, settings: Any, inputs: Any, images_seen: int) -> Any:
         with (folder / f"{rank}").open("a") as file:
-            for micro, t_B, drop in inputs:
-                tensors = [x for x in (*micro, t_B, drop) if x is not None]
-                digest = hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in tensors)).hexdigest()
-                file.write(f"{images_seen} {digest}\n")
+            for micro, t_B, drop, weight in inputs:
+                by_image = [x for x in (*micro, t_B, drop if drop is None else drop.T) if x is not None]
+                for lane in zip(*(x.split(settings.lane_images) for x in by_image), strict=True) if weight else ():
+                    digest = hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in lane)).hexdigest()
+                    file.write(f"{images_seen} {digest}\n")
         return take_step(state, process, settings, inputs, images_seen)
 
     loop.train_step = noted

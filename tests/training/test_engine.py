@@ -78,21 +78,29 @@ def kernels_are_exact(stage: int) -> None:
     assert max(errors) < 1e-6
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_gradient_does_not_depend_on_the_number_of_workers(tmp_path: Path, stage: int) -> None:
-    """16 micro-batches on one worker and 4 on four, products in bfloat16: gradients are added in float32."""
+@pytest.mark.parametrize(
+    ("stage", "precision", "workers", "tolerance"),
+    [(1, "bf16", 4, 1e-3), (2, "bf16", 4, 1e-3), (3, "bf16", 4, 1e-3), (1, "fp32", 5, 1e-5)],
+)
+def test_the_gradient_does_not_depend_on_the_number_of_workers(
+    tmp_path: Path, stage: int, precision: str, workers: int, tolerance: float
+) -> None:
+    """16 lanes on one worker, on four, and on five that have three or four: gradients are added in float32.
+
+    With five workers the weights of the losses are no powers of two, so that bfloat16 would round other values.
+    """
     first_moments = []
-    for workers in (1, 4):
-        how = ["train.precision=bf16", "train.lanes=16", f"train.zero_stage={stage}", f"train.workers={workers}"]
+    for world in (1, workers):
+        how = [f"train.precision={precision}", "train.lanes=16", f"train.zero_stage={stage}", f"train.workers={world}"]
         recipe = reading.load(TINY, [*how, "train.publish_images=[16]", "train.resume_every_images=16"])
-        ranks.run(recipe, "dis", tmp_path / f"{workers}", attempt=1)
-        run = Run(open_folder(tmp_path / f"{workers}/sweep/runs/dis"))
+        ranks.run(recipe, "dis", tmp_path / f"{world}", attempt=1)
+        run = Run(open_folder(tmp_path / f"{world}/sweep/runs/dis"))
         point = checkpoint.newest_point(run, print)
         assert point is not None
         sizes = {name: p.numel() for name, p in build(recipe.models["dis"], LatentShape(4, 8), 10).named_parameters()}
         first_moments.append(torch.cat([point.read("exp_avg", name, 0, size) for name, size in sizes.items()]))
-    one, four = first_moments
-    assert torch.linalg.norm(one - four) < 1e-3 * torch.linalg.norm(one) > 0
+    one, more = first_moments
+    assert torch.linalg.norm(one - more) < tolerance * torch.linalg.norm(one) > 0
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -28,7 +28,7 @@ def test_steps_are_timed_and_traced_and_nothing_is_kept(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dis_scale.cli", "profile", str(sweep), "dis", "--steps", "3"]
     trace = tmp_path / "trace.json"
     done = subprocess.run([*command, "--trace", str(trace)], check=True, capture_output=True, text=True)
-    assert "dis: one worker's share of a step, 2 x 4 images, on cpu" in done.stdout
+    assert "dis: one worker's share of a step, 2 lanes of 4 images, on cpu" in done.stdout
     (speed,) = [line for line in done.stdout.splitlines() if line.startswith("speed ")]
     assert all(
         unit in speed for unit in ("images/s", "tokens/s", "MFU", "TFLOP/s (the fastest product", "GiB per worker")
@@ -52,4 +52,4 @@ def test_what_cannot_be_profiled_is_refused(tmp_path: Path) -> None:
 def test_a_share_is_one_workers_part_in_micro_batches_of_the_same_size(tiny: Recipe) -> None:
     share, whole = one_share(tiny).train, tiny.train
     assert (share.batch_images, share.lanes, share.most_workers) == (whole.batch_images // 2, whole.lanes // 2, 1)
-    assert share.micro_images == whole.micro_images
+    assert share.lane_images == whole.lane_images

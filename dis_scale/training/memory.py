@@ -1,0 +1,71 @@
+"""Memory of a GPU that trains, by arithmetic: what holds states, and what grows with the images of a forward pass.
+
+Read next: models/cost.py for the activations, lanes.py for what is done with the answer.
+"""
+
+from dis_scale.errors import UserError
+from dis_scale.models.checkpointing import recompute_every
+from dis_scale.models.cost import Cost
+from dis_scale.recipe import Train
+from dis_scale.training import ema
+from dis_scale.training.engine import MOMENTS, bucket
+from dis_scale.training.lanes import largest_share
+
+USABLE = 0.85
+"""Share of a GPU's memory that may be planned with; CUDA's context, temporary tensors and fragments need the rest."""
+
+
+def state_bytes(cost: Cost, settings: Train, world: int) -> dict[str, int]:
+    """Return the bytes of a worker's states by part; independent of the images in a forward pass.
+
+    At stage 1 a rank holds all gradients until they are reduced; at stages 2 and 3 its part, and buckets.
+    """
+    one = 4 * cost.parameters
+    part = -(-one // world)
+    parts = {
+        "weights": part if settings.zero_stage == 3 else one,
+        "gradients": part if settings.zero_stage > 1 else one,
+        "optimizer": (1 + len(MOMENTS)) * part,  # DeepSpeed keeps a float32 copy of its part of the weights
+        "averages": len(ema.names(settings)) * part,
+        "buckets": 2 * 4 * bucket(cost.parameters) if world > 1 else 0,
+    }
+    if settings.precision == "bf16":  # kept for the backward pass, unless it is computed again
+        blocks = cost.kept.blocks if recompute_every(settings.checkpointing) == 1 else 1
+        parts["rounded weights"] = one // 2 // blocks
+    return parts
+
+
+def worker_bytes(cost: Cost, settings: Train, world: int, images: int) -> int:
+    """Return a worker's bytes at their peak, with `images` in a forward pass."""
+    activations = images * cost.activation_bytes(settings.checkpointing, settings.precision)
+    return sum(state_bytes(cost, settings, world).values()) + activations
+
+
+def lanes_at_once(model: str, cost: Cost, settings: Train, world: int, gpu_bytes: int | None) -> int:
+    """Return how many lanes share a forward pass: as the recipe says, or as many as a GPU of `gpu_bytes` holds.
+
+    None: a CPU, one lane. UserError if the GPU is too small, with settings that fit.
+    """
+    share = largest_share(settings.lanes, world)
+    wanted = settings.micro_images and min(share, settings.micro_images // settings.lane_images)
+    if gpu_bytes is None:
+        return wanted or 1
+    usable = USABLE * gpu_bytes
+
+    def need(lanes: int, settings: Train = settings) -> int:
+        return worker_bytes(cost, settings, world, lanes * settings.lane_images)
+
+    fitting = [lanes for lanes in range(1, share + 1) if need(lanes) <= usable]
+    if wanted in fitting or (fitting and not wanted):
+        return wanted or fitting[-1]
+    runtime = {"checkpointing": "block", "zero_stage": 3}
+    cures = [
+        f"train.{name}={v}" for name, v in runtime.items() if need(1, settings.model_copy(update={name: v})) <= usable
+    ]
+    if fitting:
+        cures = [f"train.micro_images={fitting[-1] * settings.lane_images}"]
+    lanes = wanted or 1
+    raise UserError(
+        f"{model}: a worker needs {need(lanes) / 2**30:.1f} GiB for {lanes * settings.lane_images} images in a forward pass, and "
+        f"{usable / 2**30:.1f} GiB of its GPU are usable: set {' or '.join(cures) or 'train.zero_stage=3 and more workers'}"
+    )

@@ -1,0 +1,33 @@
+"""Every lane counts once, and all ranks run equally many forward passes."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dis_scale.training.lanes import forward_passes
+
+
+@given(st.integers(1, 64).flatmap(lambda lanes: st.tuples(st.just(lanes), st.integers(1, lanes))), st.integers(1, 9))
+def test_the_mean_over_passes_and_ranks_is_the_mean_over_lanes(lanes_and_world: tuple[int, int], at_once: int) -> None:
+    lanes, world = lanes_and_world
+    ranks = [forward_passes(lanes, rank, world, at_once) for rank in range(world)]
+    (passes,) = {len(rank) for rank in ranks}
+    shares: Counter[int] = Counter()
+    for part, weight in (each for rank in ranks for each in rank):
+        assert 1 <= len(part) <= at_once
+        for lane in part:
+            shares[lane] += weight / len(part) / (passes * world)
+    assert shares == pytest.approx(dict.fromkeys(range(lanes), 1 / lanes))
+
+
+def test_equal_shares_have_the_weight_one_exactly() -> None:
+    passes = forward_passes(64, 3, 8, 2)
+    assert passes == [(range(24, 26), 1.0), (range(26, 28), 1.0), (range(28, 30), 1.0), (range(30, 32), 1.0)]
+
+
+def test_seven_of_eight_nodes_train() -> None:
+    """64 lanes on 56 workers: eight of them have two, and no worker runs more than two passes."""
+    shares = [forward_passes(64, rank, 56, 1) for rank in range(56)]
+    assert Counter(sum(weight > 0 for _, weight in rank) for rank in shares) == {1: 48, 2: 8}

@@ -1,0 +1,55 @@
+"""How many lanes a GPU computes at once, and the line for a GPU that is too small."""
+
+import pytest
+
+from dis_scale.errors import UserError
+from dis_scale.models.cost import price_model
+from dis_scale.recipe import Dis, LatentShape, Train
+from dis_scale.recipe.presets import preset
+from dis_scale.training.memory import lanes_at_once, state_bytes, worker_bytes
+
+H = price_model(Dis(**preset("DiS-H/2")), LatentShape(4, 32), 1000)
+GIB = 2**30
+
+
+def train(**settings: object) -> Train:
+    return Train(
+        **{"publish_images": (1024,), "batch_images": 1024, "lanes": 64, "workers": 8, "precision": "bf16"} | settings
+    )  # type: ignore[arg-type]
+
+
+def test_a_gpu_computes_as_many_lanes_as_its_memory_holds() -> None:
+    block = train(checkpointing="block")
+    lanes = [lanes_at_once("dis-h", H, block, 8, gib * GIB) for gib in (16, 24, 141)]
+    assert lanes == sorted(lanes)
+    assert 1 <= lanes[0] < lanes[2] <= 8
+    assert worker_bytes(H, block, 8, 16 * lanes[0]) <= 0.85 * 16 * GIB < worker_bytes(H, block, 8, 16 * (lanes[0] + 1))
+    assert lanes_at_once("dis-h", H, train(checkpointing="block", micro_images=16), 8, 141 * GIB) == 1
+
+
+def test_a_cpu_computes_one_lane_at_once_unless_asked() -> None:
+    assert lanes_at_once("dis-h", H, train(), 8, None) == 1
+    assert lanes_at_once("dis-h", H, train(micro_images=32), 8, None) == 2
+    assert lanes_at_once("dis-h", H, train(micro_images=64), 32, None) == 2
+
+
+def test_later_stages_hold_less() -> None:
+    total = [sum(state_bytes(H, train(zero_stage=stage), 8).values()) for stage in (1, 2, 3)]
+    assert total == sorted(total, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "gib", "line"),
+    [
+        (
+            {"micro_images": 128},
+            40,
+            r"needs \d+\.\d GiB for 128 images.*34.0 GiB.*set train.micro_images=\d+$",
+        ),
+        ({}, 24, r"for 16 images in a forward pass.*: set train.checkpointing=block or train.zero_stage=3$"),
+        ({}, 8, r": set train.zero_stage=3 and more workers$"),
+    ],
+)
+def test_a_gpu_that_is_too_small_is_one_line_with_what_fits(settings: dict[str, object], gib: int, line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        lanes_at_once("dis-h", H, train(**settings), 8, gib * GIB)
