@@ -14,6 +14,7 @@ from dis_scale import seeds
 from dis_scale.diffusion.flow import FlowMatching
 from dis_scale.diffusion.gaussian import GaussianDiffusion
 from dis_scale.diffusion.guidance import Labelled, guided
+from dis_scale.diffusion.process import check_labels
 from dis_scale.diffusion.samplers import Progress, check_sampler, sample
 from dis_scale.recipe import LatentShape
 
@@ -68,7 +69,9 @@ def generate(
     """
     check_sampler(sampler, process)
     noise = SampleNoise(seed, numbers)
-    y_B = None if labels is None else torch.tensor(list(labels), dtype=torch.int64, device=device)
-    model_fn = guided(model, y_B, guidance, interval=interval)
+    y_B = None if labels is None else torch.tensor(list(labels), dtype=torch.int64)
+    if y_B is not None and model.num_classes is not None:
+        check_labels(y_B, model.num_classes)  # on the host: the answer of a GPU would stall it
+    model_fn = guided(model, None if y_B is None else y_B.to(device), guidance, interval=interval)
     x_T = noise.start((len(numbers), model.shape.channels, model.shape.size, model.shape.size)).to(device)
     return sample(model_fn, process, sampler, steps, x_T, noise, progress)

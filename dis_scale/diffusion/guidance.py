@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dis_scale.diffusion.process import ModelFn, check_labels
+from dis_scale.diffusion.process import ModelFn
 from dis_scale.errors import UserError
 
 OFFICIAL_CHANNELS = 3
@@ -33,14 +33,12 @@ def guided(
     """Return a model function u + scale (c - u) on the first `channels` channels (by default all noise channels).
 
     Scale 1 is the conditional model. `interval` limits guidance to model times low <= t <= high (Kynkaanniemi et al.
-    2024). The variance channels are those of the conditional model. UserError for labels out of range, or if labels and
-    model do not fit.
+    2024). The variance channels are those of the conditional model. UserError if labels and model do not fit.
     """
     if y_B is None or model.num_classes is None:
         if y_B is not None or model.num_classes is not None:
             raise UserError(f"labels and model do not fit: num_classes is {model.num_classes}, labels are {y_B}")
         return lambda x_BCHW, t_B: model(x_BCHW, t_B)
-    check_labels(y_B, model.num_classes)
     both_2B = torch.cat([y_B, torch.full_like(y_B, model.num_classes)])
 
     def model_fn(x_BCHW: Tensor, t_B: Tensor) -> Tensor:

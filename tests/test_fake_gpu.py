@@ -1,0 +1,195 @@
+"""The device path on a machine without a GPU: PyTorch's fake tensors are "on cuda", and mixing devices or types raises.
+
+What they cannot show: values, kernels (the scan runs as `chunked`), and the backward pass, since autograd asks for the device.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dis_scale import diffusion, vae
+from dis_scale.data.latents import Micro
+from dis_scale.diffusion.generate import generate
+from dis_scale.evaluation import inception
+from dis_scale.evaluation.features import Extractor
+from dis_scale.models import Backbone, build, dis
+from dis_scale.models.cost import price_model
+from dis_scale.recipe import DiffuSsm, Dis, Dit, Flow, Gaussian, LatentShape, Precision, TrainedVae
+from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
+from dis_scale.training import loop
+from dis_scale.training.engine import MOMENTS, Engine, Segment
+from dis_scale.training.loop import StepInput
+from tests.support import seeded_inception
+
+SHAPE, CUDA = LatentShape(4, 8), torch.device("cuda")
+SETTINGS = {
+    "dis": Dis(kind="dis", width=32, depth=4, patch=2),
+    "dit": Dit(kind="dit", width=32, depth=2, heads=2, patch=2),
+    "diffussm": DiffuSsm(kind="diffussm", width=32, depth=2, state_size=8),
+}
+FAMILIES = pytest.mark.parametrize("family", SETTINGS)
+
+
+@pytest.fixture
+def fake() -> Iterator[None]:
+    """Fake tensors for what is made here, and for the host's real ones."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def to_gpu(net: nn.Module) -> Any:
+    """Replace all weights and buffers by fake ones on the GPU."""
+    for module in net.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(
+                    torch.empty(p.shape, dtype=p.dtype, device=CUDA), p.requires_grad
+                )
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=CUDA)
+    return net
+
+
+def model_on_gpu(settings: Any, precision: Precision, checkpointing: str = "none") -> Backbone:
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        model = build(settings, SHAPE, 10, scan="chunked", precision=precision, checkpointing=checkpointing)
+    return to_gpu(model)
+
+
+@FAMILIES
+@pytest.mark.parametrize(
+    ("precision", "checkpointing"), product(["fp32", "bf16"], ["none", "block", "every_2", "selective"])
+)
+@pytest.mark.parametrize("process", [Gaussian(kind="gaussian"), Flow(kind="flow")], ids=["gaussian", "flow"])
+def test_a_training_step_copies_its_inputs_and_mixes_no_devices(
+    fake: None, family: str, precision: Precision, checkpointing: str, process: Any
+) -> None:
+    model = model_on_gpu(SETTINGS[family], precision, checkpointing)
+    drop = torch.ones(model.drop_branches, 3) if model.drop_branches else None
+    built = diffusion.build(process)
+    t_B = built.sample_times(np.random.default_rng(0), 3)
+    x_BCHW, noise_BCHW = torch.randn(2, 3, 4, 8, 8)
+    host = StepInput(Micro(x_BCHW, torch.arange(3), noise_BCHW), t_B, drop, 1.0)
+    micro, t_B, drop, _ = loop._to_device(host, CUDA)
+    loss = loop._loss(model, built, micro, t_B, drop)
+    assert (loss.device.type, loss.dtype, loss.shape, loss.requires_grad) == ("cuda", torch.float32, (), True)
+
+
+def test_state_is_filled_averaged_and_stepped_on_the_gpu(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "equal", lambda a, b: a.device == b.device)  # fake tensors have no values
+    flats = [torch.empty(7, device=CUDA), torch.empty(5, device=CUDA)]
+    optimizer = torch.optim.AdamW([{"params": [flat]} for flat in flats], fused=True)
+    table = [Segment("a", 0, 7, 0, 0), Segment("b", 0, 4, 1, 1)]
+    averages = {"ema": [torch.empty_like(flat) for flat in flats]}
+    state = Engine(None, optimizer, flats, averages, table, {"a": torch.Size([7]), "b": torch.Size([4])})
+    state.fill(lambda kind, name, start, end: torch.zeros(end - start), adam_step=3)
+    for flat in flats:
+        flat.grad = torch.empty_like(flat)
+        assert {name: state.optimizer.state[flat][name].device.type for name in ("step", *MOMENTS)} == dict.fromkeys(
+            ("step", *MOMENTS), "cuda"
+        )
+    optimizer.step()
+    state.update_averages({"ema": 0.9})
+    assert {part.device.type for kind in state.kinds for part in state.segments(kind).values()} == {"cpu"}
+
+
+@FAMILIES
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("process", "sampler"),
+    [(Gaussian(kind="gaussian"), name) for name in GAUSSIAN_SAMPLERS]
+    + [(Flow(kind="flow"), name) for name in FLOW_SAMPLERS],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_each_sampler_with_guidance(
+    fake: None, monkeypatch: pytest.MonkeyPatch, family: str, precision: Precision, process: Any, sampler: str
+) -> None:
+    monkeypatch.setattr("dis_scale.diffusion.generate.check_labels", lambda *_: None)  # fake labels have no values
+    model, settings = model_on_gpu(SETTINGS[family], precision), {"sampler": sampler, "steps": 3, "guidance": 1.5}
+    latents = generate(model, diffusion.build(process), [1, 2, 3], range(3), device=CUDA, **settings)
+    assert (latents.device.type, latents.dtype, latents.shape) == ("cuda", torch.float32, (3, 4, 8, 8))
+
+
+@pytest.fixture
+def on_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values that leave the GPU: zeros, if they were copied to the host."""
+
+    def numpy(x: torch.Tensor) -> np.ndarray:
+        assert x.device.type == "cpu", "copied to the host first"
+        return np.zeros(x.shape)
+
+    monkeypatch.setattr(torch.Tensor, "numpy", numpy)
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda _: 0)
+
+
+def test_the_vae_encodes_and_decodes(on_host: None) -> None:
+    net = vae.new(TrainedVae(kind="trained", widths=(8, 8, 8)), 32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        kl = vae.KlVae(to_gpu(net).eval())
+        assert kl.encode(np.zeros((2, 32, 32, 3), np.uint8)).device.type == "cuda"
+        assert kl.decode(torch.empty(2, 4, 8, 8, device=CUDA)).shape == (2, 32, 32, 3)
+
+
+def test_inceptions_features_come_back_to_the_host(on_host: None) -> None:
+    net = inception.Inception(seeded_inception.state())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        extractor = Extractor("inception", "", to_gpu(net), CUDA)
+        assert extractor(np.zeros((2, 32, 32, 3), np.uint8)).pooled.shape == (2, 2048)
+
+
+@pytest.mark.parametrize("family", ["dis", "diffussm"])
+@pytest.mark.parametrize(("precision", "checkpointing"), product(["fp32", "bf16"], ["none", "block"]))
+def test_a_gpu_keeps_the_bytes_of_the_formula(
+    monkeypatch: pytest.MonkeyPatch, family: str, precision: Precision, checkpointing: str
+) -> None:
+    """Within 10 %. The scan and the convolution keep what Triton's do: their inputs.
+
+    Not for DiT: without a GPU its attention keeps all pairs of tokens.
+    """
+    monkeypatch.setattr(dis, "two_way_scan", lambda f, b, z, **_: _Scan.apply(*f, *b, z))
+    monkeypatch.setattr(dis, "two_way_conv_silu", lambda *inputs, **_: _Conv.apply(*inputs))
+    settings = SETTINGS[family].model_copy(update={"width": 256, "depth": 8})
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        two, four = (_kept_bytes(model_on_gpu(settings, precision, checkpointing), batch) for batch in (2, 4))
+    cost = price_model(settings, SHAPE, 10)
+    one_block = cost.kept.block if checkpointing == "block" else 0
+    wide = cost.kept.wide if checkpointing == "block" else 0
+    formula = cost.activation_bytes(checkpointing, precision)
+    formula -= 4 * one_block if precision == "fp32" else 2 * (one_block + wide)  # only while its gradient is computed
+    assert (four - two) / 2 == pytest.approx(formula, rel=0.1)
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: torch.Tensor) -> Any:
+        ctx.save_for_backward(*inputs)
+        return torch.empty_like(inputs[0])
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: torch.Tensor) -> Any:
+        ctx.save_for_backward(*inputs)
+        return torch.empty_like(inputs[0]), torch.empty_like(inputs[0])
+
+
+def _kept_bytes(model: Backbone, batch: int) -> int:
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    inputs = torch.empty(batch, *(4, 8, 8), device=CUDA), torch.empty(batch, device=CUDA)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(*inputs, torch.zeros(batch, dtype=torch.int64, device=CUDA))
+    assert out.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in own)
