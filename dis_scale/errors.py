@@ -42,6 +42,14 @@ class Held(DisScaleError):
         self.holder = holder or {}
 
 
+class OutOfMemory(DisScaleError):
+    """A device's memory is too small for the settings; another attempt would fail in the same way."""
+
+
+class BrokenDevice(DisScaleError):
+    """A device fails or computes wrongly; another attempt, on another device, may succeed."""
+
+
 class UndecodableImage(StorageError):
     """A file that was read but is not an image, or is damaged."""
 

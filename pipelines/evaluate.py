@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from dis_scale.errors import DisScaleError, Preempted, StorageAway, StorageError, StorageFull
+from dis_scale.errors import DisScaleError, OutOfMemory, Preempted, StorageAway, StorageError, StorageFull
 from dis_scale.recipe import Evaluate, Recipe
 from dis_scale.report import mlflow_copy
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import GRID, METRICS, SKIPPED, Sampled, Sweep, state
 from pipelines import lines, stage
+from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
-from pipelines.worker import Worker, WorkerFailure, choose_device, resources, spawn, watch
+from pipelines.worker import Worker, WorkerFailure, resources, spawn, watch
 
 if TYPE_CHECKING:
     from dis_scale.evaluation.reference import Reference
@@ -282,7 +283,7 @@ def evaluate_one(evaluation: Evaluation, sampled: Sampled, skipped: set[Sampled]
     """Evaluate one checkpoint; if it cannot be measured, log that, note it in storage and add it to `skipped`."""
     try:
         values = evaluation.evaluate(sampled)
-    except (Preempted, StorageAway, StorageFull, WorkerFailure):
+    except (OutOfMemory, Preempted, StorageAway, StorageFull, WorkerFailure):
         raise  # the checkpoint is not the cause
     except DisScaleError as error:
         why = str(stage.cause_of(error))

@@ -22,8 +22,9 @@ from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sweep, state
 from pipelines import lines, stage
+from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
-from pipelines.worker import Worker, WorkerFailure, choose_device, resources, spawn, watch
+from pipelines.worker import Worker, WorkerFailure, resources, spawn, watch
 
 if TYPE_CHECKING:
     from dis_scale.vae import Vae

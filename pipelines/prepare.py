@@ -14,8 +14,9 @@ from dis_scale.recipe import TrainedExtractor, TrainedVae
 from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
 from pipelines import lines, stage
+from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
-from pipelines.worker import Worker, WorkerFailure, choose_device, resources, spawn, watch
+from pipelines.worker import Worker, WorkerFailure, resources, spawn, watch
 
 CPUS = 2
 

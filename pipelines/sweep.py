@@ -30,7 +30,7 @@ from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import ENDED, RAY, RECIPE, Sweep, state
 from dis_scale.tracking import mlflow
-from pipelines import jobs, lines, worker
+from pipelines import devices, jobs, lines
 from pipelines.cluster import Cluster, open_cluster, require_root
 from pipelines.jobs import Job
 
@@ -120,7 +120,7 @@ def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
 
 def _require_device(driver: Driver, cluster: Cluster) -> None:
     recipe = driver.sweep.recipe
-    device, why = worker.device_of(recipe, cluster.gpus)
+    device, why = devices.device_of(recipe, cluster.gpus)
     driver.board.say(f"device   {device} ({why})")
     if device == "cuda" and cluster.ours and cluster.gpus < recipe.train.world_sizes[-1]:
         raise UserError(f"device: cuda for {recipe.train.workers} workers, but this machine has {cluster.gpus} GPUs")

@@ -8,42 +8,67 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 from ray._private import state as ray_state
-from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from dis_scale.errors import StorageError
+from dis_scale.errors import OutOfMemory, StorageError
 from dis_scale.recipe import Recipe
 from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
 from dis_scale.tracking.mlflow import RunCopy
 from dis_scale.tracking.rows import RowReader
-from pipelines import lines, stage
+from pipelines import devices, lines, nodes, stage
+from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
-from pipelines.worker import Worker, WorkerFailure, choose_device, resources, spawn, watch
+from pipelines.worker import DeviceFailure, Worker, WorkerFailure, resources, spawn, watch
+
+if TYPE_CHECKING:
+    import torch
 
 CAPACITY_WAIT_S = 5.0
 """Longest wait for resources that the previous attempt has not freed yet."""
 COPY_EVERY_S, LAST_COPY_S = 5.0, 60.0
 """Interval of copies to MLflow; time for one in progress when training ends, whose rows would otherwise be missing there."""
 
+FITS = "needs less memory: smaller train.micro_images, train.checkpointing=block, larger train.zero_stage, more train.workers"
+
+
+class Place(NamedTuple):
+    """Where a worker runs, and a port that was free there."""
+
+    ip: str
+    node: str
+    gpus: list[str]
+    port: int
+
 
 class Trainer(Worker):
     """One rank."""
 
-    def address(self) -> tuple[str, int]:
-        """Return the host and a free port, where rank 0 will listen."""
+    def place(self) -> Place:
+        """Return this worker's place; rank 0 will listen at its port."""
+        context = ray.get_runtime_context()
         with socket.socket() as free:
             free.bind(("", 0))
-            return ray.util.get_node_ip_address(), free.getsockname()[1]
+            port = free.getsockname()[1]
+        return Place(ray.util.get_node_ip_address(), context.get_node_id(), context.get_accelerator_ids()["GPU"], port)
+
+    def check(self, rank_environment: dict[str, Any], device: str) -> None:
+        """Join the process group and check this worker's device and connections; BrokenDevice if one fails."""
+        os.environ.update({key: str(value) for key, value in rank_environment.items()})
+        from dis_scale.training import engine
+
+        devices.check_device(where := _torch_device(device))
+        engine.connect(where)
+        devices.check_group(where)
 
     def train(
         self,
-        rank_environment: dict[str, Any],
         sweep: Sweep,
         model: str,
         held_lease: lease.Lease,
@@ -51,23 +76,27 @@ class Trainer(Worker):
         requested_at: float,
         silent_s: float | None,
     ) -> int:
-        """Train as one rank; return the images seen. `requested_at` and `silent_s` are as in `loop.Start`."""
-        os.environ.update({key: str(value) for key, value in rank_environment.items()})
+        """Train as one rank after `check`; return the images seen. `requested_at` and `silent_s` are as in `loop.Start`."""
         import torch
 
-        from dis_scale.training import engine
         from dis_scale.training.loop import Attempt, Start, train_model
 
         if device == "cpu":
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // rank_environment["WORLD_SIZE"]))
-        where = torch.device(device, 0) if device == "cuda" else torch.device("cpu")
-        engine.connect(where)
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
         attempt = Attempt(
-            sweep=sweep, model=model, latents=state.require_latents(sweep.folder), number=held_lease.number, device=where,
+            sweep=sweep, model=model, latents=state.require_latents(sweep.folder), number=held_lease.number,
+            device=_torch_device(device),
             start=Start(requested_at, silent_s), held=held_lease.held, stop_requested=self.stop_requested,
             report=self.report, log=self.log, emit=self.emit,
         )  # fmt: skip
         return train_model(attempt)
+
+
+def _torch_device(device: str) -> "torch.device":
+    """The device of this worker: one GPU is visible."""
+    import torch
+
+    return torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
 
 
 def train_one(sweep: Sweep, arguments: list[str]) -> None:
@@ -86,7 +115,10 @@ def train_one(sweep: Sweep, arguments: list[str]) -> None:
 
     copy = RunCopy(sweep, model)
     with _copying(copy, RowReader(run.log)):
-        images_seen = with_restarts(sweep.recipe, model, attempts, lambda: state.resumable_images(run))
+        try:
+            images_seen = with_restarts(sweep.recipe, model, attempts, lambda: state.resumable_images(run))
+        except OutOfMemory as error:
+            raise OutOfMemory(f"{error}; {FITS}") from error
     if images_seen < sweep.recipe.train.images:
         stage.raise_if_stopped()
     copy.finish("FINISHED")
@@ -95,47 +127,55 @@ def train_one(sweep: Sweep, arguments: list[str]) -> None:
 def _attempt(sweep: Sweep, model: str, device: str, failure: WorkerFailure | None) -> int:
     """Run one attempt at a fixed world size, under a lease of its own; return the images seen, fewer if it stopped to move."""
     requested_at, silent_s = (failure.at, failure.silent_s) if failure else (time.time(), None)
-    recipe, request = sweep.recipe, resources("train", device, 1)
+    settings, request = sweep.recipe.train, resources("train", device, 1)
     bundle = request.get("resources", {}) | {"CPU": 1} | ({"GPU": 1} if device == "cuda" else {})
-    world, group = _place(recipe, bundle)
+    avoided = nodes.excluded(sweep, lambda ids: largest_fitting(settings.world_sizes, _possible(bundle, ids)) > 0)
+    world, group = _place(sweep.recipe, bundle, avoided)
     try:
-        places = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(world)]
-        workers = [spawn(Trainer, request | {"scheduling_strategy": place}) for place in places]
-        host, port = ray.get(workers[0].address.remote())
-        environment = {
-            "WORLD_SIZE": world,
-            "MASTER_ADDR": host,
-            "MASTER_PORT": port,
-            "LOCAL_RANK": 0,
-        }  # one GPU is visible
+        workers, places = _ranks(request, group, world)
+        environment = {"WORLD_SIZE": world, "MASTER_ADDR": places[0].ip, "MASTER_PORT": places[0].port, "LOCAL_RANK": 0}
+        checks = [worker.check.remote(environment | {"RANK": rank}, device) for rank, worker in enumerate(workers)]
+        watch(workers, checks, lambda _: None, settings.hang_after_s)
         with lease.hold(sweep.run(model).lease) as held:
-            results = [
-                worker.train.remote(environment | {"RANK": rank}, sweep, model, held, device, requested_at, silent_s)
-                for rank, worker in enumerate(workers)
-            ]
-            nodes = set(placement_group_table(group)["bundles_to_node_id"].values())
-            grow_at_s = time.monotonic() + recipe.train.grow_after_s
+            results = [worker.train.remote(sweep, model, held, device, requested_at, silent_s) for worker in workers]
+            used, grow_at_s = {place.node for place in places}, time.monotonic() + settings.grow_after_s
 
             def moves() -> bool:
-                return _node_drains(model, nodes) or (
-                    time.monotonic() > grow_at_s and _can_grow(sweep, model, bundle, world)
+                return _node_drains(model, used) or (
+                    time.monotonic() > grow_at_s and _can_grow(sweep, model, bundle, world, avoided)
                 )
 
             def report(done: list[int]) -> None:
-                lines.progress(max(done), recipe.train.images, "images")
+                lines.progress(max(done), settings.images, "images")
 
-            return min(watch(workers, results, report, recipe.train.hang_after_s, moves))
+            return min(watch(workers, results, report, settings.hang_after_s, moves))
+    except DeviceFailure as broken:
+        nodes.record_failure(sweep, model, places[broken.worker].node, str(broken))
+        raise
     finally:
         remove_placement_group(group)
 
 
-def _place(recipe: Recipe, bundle: dict[str, float]) -> tuple[int, Any]:
+def _ranks(request: dict[str, Any], group: Any, world: int) -> tuple[list[Any], list[Place]]:
+    """Start a worker in each bundle; return workers and places by rank.
+
+    Ranks are in the order of nodes and GPUs, since a group's bundles have none: on the same nodes a rank has the same neighbours.
+    """
+    bundles = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(world)]
+    workers = [spawn(Trainer, request | {"scheduling_strategy": bundle}) for bundle in bundles]
+    places = ray.get([worker.place.remote() for worker in workers])
+    order = sorted(range(world), key=lambda n: places[n][:3])
+    return [workers[n] for n in order], [places[n] for n in order]
+
+
+def _place(recipe: Recipe, bundle: dict[str, float], avoided: Collection[str]) -> tuple[int, Any]:
     """Return (world size, its placement group); the size is chosen again if its capacity is lost before it is placed."""
     while True:
-        world = _world_size(recipe, bundle)
-        group = placement_group([bundle] * world, strategy="PACK")
+        world = _world_size(recipe, bundle, avoided)
+        labels = [nodes.avoiding(avoided)] * world if avoided else None
+        group = placement_group([bundle] * world, strategy="PACK", bundle_label_selector=labels)
         try:
-            if _placed(group, world, lambda: largest_fitting(recipe.train.world_sizes, _free(bundle))):
+            if _placed(group, world, lambda: largest_fitting(recipe.train.world_sizes, _free(bundle, avoided))):
                 return world, group
         except BaseException:
             remove_placement_group(group)
@@ -156,15 +196,15 @@ def _placed(group: Any, world: int, fitting: Callable[[], int]) -> bool:
     return True
 
 
-def _world_size(recipe: Recipe, bundle: dict[str, float]) -> int:
+def _world_size(recipe: Recipe, bundle: dict[str, float], avoided: Collection[str]) -> int:
     """The largest of the recipe's world sizes that fits, otherwise its smallest, which then waits.
 
     Resources of the attempt before come free a moment later: waits for them.
     """
     sizes, deadline = recipe.train.world_sizes, time.monotonic() + CAPACITY_WAIT_S
     while True:
-        possible = largest_fitting(sizes, capacity(bundle, _nodes_that_stay(ray_state.total_resources_per_node())))
-        free = largest_fitting(sizes, _free(bundle))
+        possible = largest_fitting(sizes, _possible(bundle, avoided))
+        free = largest_fitting(sizes, _free(bundle, avoided))
         if free == possible or time.monotonic() > deadline or stage.stop_requested():
             return free or sizes[-1]
         stage.pause(0.2)
@@ -180,15 +220,20 @@ def capacity(bundle: dict[str, float], nodes: Iterable[dict[str, float]]) -> int
     return sum(min(int(node.get(name, 0) // amount) for name, amount in bundle.items()) for node in nodes)
 
 
-def _free(bundle: dict[str, float]) -> int:
-    """How many more workers fit now."""
-    return capacity(bundle, _nodes_that_stay(ray_state.available_resources_per_node()))
+def _free(bundle: dict[str, float], avoided: Collection[str]) -> int:
+    """How many more workers fit now on other nodes than the `avoided` ones."""
+    return capacity(bundle, _nodes_that_stay(ray_state.available_resources_per_node(), avoided))
 
 
-def _nodes_that_stay(by_node: dict[str, dict[str, float]]) -> list[dict[str, float]]:
-    """Resources of the nodes that are not being drained: Ray still counts those that are, and places nothing there."""
-    draining = _draining()
-    return [resources for node, resources in by_node.items() if node not in draining]
+def _possible(bundle: dict[str, float], avoided: Collection[str]) -> int:
+    """How many workers fit on other nodes than the `avoided` ones once all their resources are free."""
+    return capacity(bundle, _nodes_that_stay(ray_state.total_resources_per_node(), avoided))
+
+
+def _nodes_that_stay(by_node: dict[str, dict[str, float]], avoided: Collection[str]) -> list[dict[str, float]]:
+    """Resources of the nodes that are not avoided or being drained: Ray still counts those that are, and places nothing there."""
+    left_out = _draining() | set(avoided)
+    return [resources for node, resources in by_node.items() if node not in left_out]
 
 
 def _draining() -> set[str]:
@@ -207,12 +252,12 @@ def _node_drains(model: str, nodes: set[str]) -> bool:
     return drains
 
 
-def _can_grow(sweep: Sweep, model: str, bundle: dict[str, float], world: int) -> bool:
+def _can_grow(sweep: Sweep, model: str, bundle: dict[str, float], world: int, avoided: Collection[str]) -> bool:
     """Whether a larger world size fits now, counting the running workers' own resources; logged if so."""
     sizes = sweep.recipe.train.world_sizes
     if world == sizes[0]:
         return False
-    larger = largest_fitting(sizes, world + _free(bundle))
+    larger = largest_fitting(sizes, world + _free(bundle, avoided))
     if larger > world:
         lines.emit("grow", model=model, workers=world, to=larger)
         lines.say(f"{model}: capacity for {larger} workers: {world} stop at a resume point and continue as {larger}")

@@ -12,22 +12,35 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import ray
 
 from dis_scale import faults
-from dis_scale.errors import DisScaleError, Preempted, StorageAway
-from dis_scale.recipe import Recipe
+from dis_scale.errors import BrokenDevice, DisScaleError, OutOfMemory, Preempted, StorageAway
 from pipelines import lines, stage
 
 POLL_EVERY_S = 1.0
 SETTLE_S = 10.0
-"""Time for the other workers to end after one has failed."""
+"""Time for the others to end after an error that another worker's failure may have caused."""
 STACKS_S = 10.0
 """Time for a hanging worker to answer with its stacks."""
-BROKEN = re.compile(r"gloo|NCCL|Dist(Backend|Network|Store)Error|Socket Timeout|Connection (closed|reset)")
+MEMORY = re.compile(r"OutOfMemoryError|CUDA error: out of memory|_STATUS_ALLOC_FAILED")
+"""Parts of the errors of a GPU whose memory is too small."""
+DEVICE = re.compile(
+    r"AcceleratorError|CUDA (unknown )?error|CUDA driver initialization failed|No CUDA GPUs are available|"
+    r"cuDNN error|(CUBLAS|CUDNN|CUSOLVER|CUFFT)_(STATUS_|[A-Z_]*FAILED)"
+)
+"""Parts of the errors of a GPU that fails: memory with uncorrectable errors, a failed launch, a device that is busy or gone."""
+CONNECTION = re.compile(
+    r"gloo|NCCL|Dist(Backend|Network|Store)Error|Socket Timeout|socket has timed out|Connection (closed|reset)"
+)
 """Parts of the errors of a process group that lost a member."""
+Cause = Literal["device", "lost", "storage", "memory", "mistake", "connection"]
+CAUSES = get_args(Cause)
+"""In the order of blame: of several failures the first is reported, since broken connections follow from all others."""
+ACCIDENTS = {"device", "lost", "storage", "connection"}
+"""Causes after which a new attempt may succeed."""
 
 
 class WorkerFailure(DisScaleError):
@@ -36,6 +49,14 @@ class WorkerFailure(DisScaleError):
     def __init__(self, words: str, done: int = 0, silent_s: float = 0.0) -> None:
         super().__init__(words)
         self.done, self.silent_s, self.at = done, silent_s, time.time()
+
+
+class DeviceFailure(WorkerFailure):
+    """An attempt ended by a failed device; `worker` is the number of its worker."""
+
+    def __init__(self, words: str, worker: int, done: int = 0, silent_s: float = 0.0) -> None:
+        super().__init__(words, done, silent_s)
+        self.worker = worker
 
 
 class Worker:
@@ -97,20 +118,6 @@ def resources(name: str, device: str, cpus: float) -> dict[str, Any]:
     return options | ({"resources": {name: 1}} if declared else {})
 
 
-def device_of(recipe: Recipe, gpus: int) -> tuple[str, str]:
-    """Return (device, reason) on a cluster of `gpus` GPUs: `auto` uses them if the smallest world size gets one a worker."""
-    workers = recipe.train.world_sizes[-1]
-    if recipe.device != "auto":
-        return recipe.device, "the recipe names it"
-    reason = f"auto: {gpus} GPUs for {workers} workers"
-    return ("cuda" if gpus >= workers else "cpu"), reason
-
-
-def choose_device(recipe: Recipe) -> tuple[str, str]:
-    """Return (device, reason) by the GPUs that the cluster has now."""
-    return device_of(recipe, int(ray.cluster_resources().get("GPU", 0)))
-
-
 def watch(
     workers: Sequence[Any],
     results: Sequence[Any],
@@ -161,13 +168,27 @@ def _watch(
 
 
 def _raise_failure(finished: Sequence[Any], results: Sequence[Any], done: int, silent_s: float) -> None:
-    """Raise the failure, if any; of several the lost worker's, since its peers only report the broken connection."""
-    if not any(map(_failure, finished)):
+    """Raise the failure, if any; of several the one to blame, since its peers only report the broken connection."""
+    failures = _failures(finished, results)
+    if not failures:
         return
-    ended, _ = ray.wait(list(results), num_returns=len(results), timeout=SETTLE_S)
-    failures = [failure for failure in map(_failure, ended) if failure]
-    worst = next((f for f in failures if isinstance(f, ray.exceptions.RayActorError)), failures[0])
-    raise WorkerFailure(describe(worst), done, silent_s) if may_pass(worst) else worst
+    if all(blame(failure) in ("connection", "mistake") for _, failure in failures):
+        ended, _ = ray.wait(list(results), num_returns=len(results), timeout=SETTLE_S)
+        failures = _failures(ended, results)
+    worker, worst = min(failures, key=lambda each: CAUSES.index(blame(each[1])))
+    match blame(worst):
+        case "device":
+            raise DeviceFailure(describe(worst), worker, done, silent_s)
+        case "memory":
+            raise OutOfMemory(describe(worst))
+        case "mistake":
+            raise worst
+    raise WorkerFailure(describe(worst), done, silent_s)
+
+
+def _failures(ended: Sequence[Any], results: Sequence[Any]) -> list[tuple[int, Exception]]:
+    """Return (number of its worker, failure) of the results that ended in one."""
+    return [(n, failure) for n, result in enumerate(results) if result in ended and (failure := _failure(result))]
 
 
 def _failure(result: Any) -> Exception | None:
@@ -179,13 +200,27 @@ def _failure(result: Any) -> Exception | None:
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether a new attempt may do better: after a lost worker or node, a broken connection, storage that is away."""
+    """Whether a new attempt may do better: after a lost worker, a failed device, a broken connection, storage that is away."""
+    return blame(error) in ACCIDENTS
+
+
+def blame(error: Exception) -> Cause:
+    """Return the cause of an error of Ray; an error that is none of an accident's is a mistake."""
     if isinstance(error, ray.exceptions.RayActorError):
-        return True
+        return "lost"
     cause = getattr(error, "cause", None)
-    return isinstance(cause, StorageAway) or (
-        isinstance(cause, RuntimeError) and bool(BROKEN.search(f"{type(cause).__name__}: {cause}"))
-    )
+    if isinstance(cause, StorageAway):
+        return "storage"
+    if isinstance(cause, BrokenDevice):
+        return "device"
+    if not isinstance(cause, RuntimeError):
+        return "mistake"
+    text = f"{type(cause).__name__}: {cause}"
+    if MEMORY.search(text):
+        return "memory"
+    if DEVICE.search(text):
+        return "device"
+    return "connection" if CONNECTION.search(text) else "mistake"
 
 
 def describe(error: Exception) -> str:

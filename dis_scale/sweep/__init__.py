@@ -22,6 +22,8 @@ METRICS, GRID, SKIPPED = "metrics.json", "samples.png", "skipped.json"
 """Files of one evaluation: its metrics (written last), a grid of samples, and the reason if it was skipped."""
 ENDED, ORIGIN = "ended.json", "origin.json"
 """Files of one run: why training ended early, and where a forked run comes from."""
+FAILED_NODES = "failed_nodes.json"
+"""File of one run: the failures of devices, by the name of their node."""
 ABLATION = "vary"
 """Folder of an evaluation's ablations, next to its variants."""
 

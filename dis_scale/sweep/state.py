@@ -1,5 +1,6 @@
 """State of a sweep, read from its storage: what exists and what is left to do. Other modules do not decide this."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -8,7 +9,19 @@ from dis_scale.recipe import MAIN, Evaluate, LatentShape, TrainedVae
 from dis_scale.recipe.evaluate import JUDGE
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import ABLATION, ENDED, LATENTS, METRICS, SKIPPED, PointName, Run, Sampled, Sweep, store_of
+from dis_scale.sweep import (
+    ABLATION,
+    ENDED,
+    FAILED_NODES,
+    LATENTS,
+    METRICS,
+    SKIPPED,
+    PointName,
+    Run,
+    Sampled,
+    Sweep,
+    store_of,
+)
 from dis_scale.sweep.extractors import reference_file, weights_identity
 
 
@@ -118,6 +131,22 @@ def ended(sweep: Sweep, model: str) -> str | None:
     """Return why a model's training ended before its last count; None if it may continue."""
     run = sweep.run(model).folder
     return run.read_json(ENDED)["why"] if run.exists(ENDED) else None
+
+
+def record_node_failure(run: Run, node: str, why: str) -> None:
+    """Add a device's failure on a node to the run's file, which placement reads."""
+    failures = _node_failures(run)
+    run.folder.write_json(FAILED_NODES, failures | {node: [*failures.get(node, []), why]})
+
+
+def node_failures(sweep: Sweep) -> Counter[str]:
+    """Return the number of failed devices by node, over all models of the sweep."""
+    every = [_node_failures(sweep.run(model)) for model in sweep.recipe.models]
+    return Counter({node: sum(len(each.get(node, [])) for each in every) for node in set().union(*every)})
+
+
+def _node_failures(run: Run) -> dict[str, list[str]]:
+    return run.folder.read_json(FAILED_NODES) if run.folder.exists(FAILED_NODES) else {}
 
 
 def training_over(sweep: Sweep) -> bool:

@@ -1,10 +1,17 @@
-"""Workers: which of their errors a new attempt may survive, and the stacks that they return."""
+"""Workers: which of their errors a new attempt may survive, which of several is to blame, and the stacks that they return."""
 
 import pytest
 import ray
+import torch
+from torch.distributed import DistStoreError
 
-from dis_scale.errors import StorageAway, StorageError
-from pipelines.worker import Worker, may_pass
+from dis_scale.errors import BrokenDevice, StorageAway, StorageError
+from pipelines import worker
+from pipelines.worker import CAUSES, DeviceFailure, OutOfMemory, Worker, WorkerFailure, blame, may_pass
+
+ECC = torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+PEER_LOST = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
 
 
 @pytest.mark.parametrize(
@@ -16,11 +23,50 @@ from pipelines.worker import Worker, may_pass
         (StorageAway("cannot write"), True),
         (StorageError("no space left on the device"), False),
         (ValueError("gloo"), False),
+        (DistStoreError("The client socket has timed out after 600000ms while trying to connect to (a, 1)"), True),
+        (RuntimeError("The client socket has timed out after 600000ms while trying to connect to (a, 1)"), True),
+        (ECC, True),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), True),
+        (RuntimeError("CUDA error: unknown error"), True),
+        (RuntimeError("CUDA unknown error - this may be due to an incorrectly set up environment"), True),
+        (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), True),
+        (RuntimeError("No CUDA GPUs are available"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), True),
+        (BrokenDevice("cuda:0: 3 of 1048576 elements of a matrix product are wrong"), True),
+        (OUT_OF_MEMORY, False),
+        (torch.AcceleratorError("CUDA error: out of memory"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False),
     ],
     ids=str,
 )
-def test_a_broken_connection_restarts_as_a_lost_worker_does(cause: Exception, passes: bool) -> None:
-    assert may_pass(ray.exceptions.RayTaskError("train", "trace", cause)) == passes
+def test_a_broken_connection_or_device_restarts_as_a_lost_worker_does(cause: Exception, passes: bool) -> None:
+    assert may_pass(task_error(cause)) == passes
+
+
+def task_error(cause: Exception) -> ray.exceptions.RayTaskError:
+    return ray.exceptions.RayTaskError("train", "trace", cause)
+
+
+@pytest.mark.parametrize(
+    ("failures", "kind", "words"),
+    [
+        ([PEER_LOST, ECC], DeviceFailure, "uncorrectable ECC"),
+        ([PEER_LOST, StorageAway("503")], WorkerFailure, "503"),
+        ([PEER_LOST, OUT_OF_MEMORY], OutOfMemory, "Tried to allocate"),
+        ([PEER_LOST, ValueError("mistake")], ray.exceptions.RayTaskError, "trace"),
+        ([PEER_LOST, PEER_LOST], WorkerFailure, "Connection closed"),
+    ],
+)
+def test_of_several_failures_the_one_to_blame_is_raised(
+    monkeypatch: pytest.MonkeyPatch, failures: list[Exception], kind: type[Exception], words: str
+) -> None:
+    monkeypatch.setattr(ray, "wait", lambda results, **_: (results, []))
+    monkeypatch.setattr(worker, "_failure", lambda number: task_error(failures[number]))
+    with pytest.raises(kind, match=words) as raised:
+        worker._raise_failure([0], range(len(failures)), 0, 0.0)
+    assert getattr(raised.value, "worker", 1) == 1
+    assert blame(task_error(failures[1])) in CAUSES
 
 
 def test_stacks_name_the_running_function() -> None:

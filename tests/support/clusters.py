@@ -43,10 +43,12 @@ class RayNodes:
         self._start([*place, f"--temp-dir={self.folder}"], cpus, ip, within)
         self._await_jobs()
 
-    def node(self, cpus: int, ip: str = "", within: Sequence[str] = (), **environment: str) -> Node:
-        """Start one more node, through the command `within`."""
+    def node(
+        self, cpus: int, ip: str = "", within: Sequence[str] = (), options: Sequence[str] = (), **environment: str
+    ) -> Node:
+        """Start one more node, through the command `within`, with further options of `ray start`."""
         ip = ip or self.address.partition(":")[0]
-        return self._start([f"--address={self.address}"], cpus, ip, within, **environment)
+        return self._start([f"--address={self.address}", *options], cpus, ip, within, **environment)
 
     def drain(self, node_id: str) -> None:
         """Announce that a node will be taken away, as KubeRay, an autoscaler or a spot notice do."""
