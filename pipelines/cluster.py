@@ -101,6 +101,12 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
+def models_at_once(recipe: Recipe, resources: dict[str, float]) -> int:
+    """Return how many models train at the same time on a cluster of these resources."""
+    slots = resources.get("train") or resources.get("GPU") or resources.get("CPU", 1)
+    return max(1, int(slots) // recipe.train.most_workers)
+
+
 def _local_gpus() -> int:
     import torch
 
@@ -136,11 +142,10 @@ def _joined(address: str, recipe: Recipe) -> Cluster:
     _connect()
     parent = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
     resources = ray.cluster_resources()
-    slots = resources.get("train") or resources.get("GPU") or resources.get("CPU", 1)
     inherited = ("working_dir", "py_modules", "pip", "uv", "env_vars")
     return Cluster(
         JobSubmissionClient(), {key: value for key, value in parent.items() if key in inherited},
-        f"the Ray cluster at {address}", ours=False, capacity=max(1, int(slots) // recipe.train.most_workers),
+        f"the Ray cluster at {address}", ours=False, capacity=models_at_once(recipe, resources),
         gpus=int(resources.get("GPU", 0)), id=ray.get_runtime_context().get_session_name(),
     )  # fmt: skip
 

@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dis_scale.errors import DisScaleError, OutOfMemory, Preempted, StorageAway, StorageError, StorageFull
 from dis_scale.recipe import Evaluate, Recipe
@@ -23,6 +25,7 @@ from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import GRID, METRICS, SKIPPED, Sampled, Sweep, state
 from pipelines import lines, stage
+from pipelines.cluster import models_at_once
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
 from pipelines.worker import Worker, WorkerFailure, resources, spawn, watch
@@ -34,12 +37,14 @@ if TYPE_CHECKING:
 
 POLL_EVERY_S = 2.0
 NICE = 19
+ALL_GPUS_VISIBLE = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+"""Keeps Ray from hiding the node's GPUs from a worker that reserves none."""
 
 
 class Evaluator(Worker):
     """Samples blocks and measures the held-out loss; progress counts the blocks that it sampled, without kept ones."""
 
-    def __init__(self, sweep: Sweep, device: str) -> None:
+    def __init__(self, sweep: Sweep, device: str, gpu_share: float | None) -> None:
         super().__init__()
         os.nice(NICE)
         import torch
@@ -51,6 +56,8 @@ class Evaluator(Worker):
         compute_exactly()
         self._sampling, self._cancelled = threading.Lock(), threading.Event()
         where = torch.device(device)
+        if gpu_share is not None:
+            torch.cuda.set_per_process_memory_fraction(gpu_share, where)
         decoder = vae.load(sweep)
         state.require_sweep_vae(sweep, decoder.identity)
         decoder.net.to(where)
@@ -122,6 +129,11 @@ class RayEvaluators:
         (values,) = watch(self.workers, [self.workers[0].held_out.remote(sampled)], lambda _: None)
         return values
 
+    def end(self) -> None:
+        """Give back the GPUs now: a handle that is kept somewhere would keep them."""
+        for worker in self.workers:
+            ray.kill(worker)
+
 
 @dataclass
 class Evaluation:
@@ -192,17 +204,59 @@ class Evaluation:
 def evaluate_published(sweep: Sweep, _: list[str]) -> None:
     """Evaluate each published checkpoint under all sampling settings, until training is over and each is evaluated or skipped."""
     stage.connect()
-    device, why = choose_device(sweep.recipe)
+    recipe = sweep.recipe
+    device, why = choose_device(recipe)
     lines.say(f"evaluation on {device} ({why})")
     skipped: set[Sampled] = set()
 
     def attempt(_: WorkerFailure | None) -> None:
-        evaluate_all(
-            sweep, open_evaluation(sweep, device, sweep.recipe.evaluate.samplings, checkpoints(sweep)), skipped
-        )
+        over = False
+        while not over:
+            gpus = _await_gpus(sweep) if device == "cuda" else 0
+            evaluation = open_evaluation(sweep, device, gpus, recipe.evaluate.samplings, checkpoints(sweep))
+            moves = (lambda gpus=gpus: own_gpus(sweep) != gpus) if device == "cuda" else (lambda: False)
+            over = evaluate_all(sweep, evaluation, skipped, moves)
+            evaluation.evaluators.end()
 
     with lease.hold(sweep.lease("evaluate")):
-        with_restarts(sweep.recipe, "evaluate", attempt, lambda: evaluated_count(sweep))
+        try:
+            with_restarts(recipe, "evaluate", attempt, lambda: evaluated_count(sweep))
+        except OutOfMemory as error:
+            raise OutOfMemory(f"{error}; needs less memory: smaller evaluate.batch_images") from error
+
+
+def _await_gpus(sweep: Sweep) -> int:
+    """Return the number of evaluators with a GPU of their own, once there is one, or a GPU to share if the recipe allows that."""
+
+    def ready() -> bool:
+        shares = sweep.recipe.evaluate.gpu_share is not None and total_gpus() > 0
+        return shares or own_gpus(sweep) > 0
+
+    if not ready():
+        lines.emit("queued")
+        lines.say(
+            f"evaluation waits until training has ended, which uses all {total_gpus()} GPUs: "
+            "evaluate.gpu_share or fewer train.workers would let it run beside training"
+        )
+        wait_for_training(sweep, ready)
+    return own_gpus(sweep)
+
+
+def own_gpus(sweep: Sweep) -> int:
+    """Return how many evaluators may hold a GPU now: all GPUs are free when training is over, before that what it never uses."""
+    free = total_gpus() if state.training_over(sweep) else spare_gpus(sweep.recipe)
+    return min(sweep.recipe.evaluate.workers, free)
+
+
+def total_gpus() -> int:
+    """Return the number of the cluster's GPUs."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def spare_gpus(recipe: Recipe) -> int:
+    """Return the number of GPUs that training never uses, with as many models at the same time as the cluster holds."""
+    at_once = min(len(recipe.models), models_at_once(recipe, ray.cluster_resources()))
+    return max(0, total_gpus() - at_once * recipe.train.most_workers)
 
 
 def ablate(sweep: Sweep, arguments: list[str]) -> None:
@@ -211,7 +265,7 @@ def ablate(sweep: Sweep, arguments: list[str]) -> None:
     stage.connect()
     device, _ = choose_device(sweep.recipe)
     samplings = state.ablations(sweep.recipe.evaluate, setting, [float(value) for value in values])
-    evaluation = open_evaluation(sweep, device, samplings, checkpoints=1)
+    evaluation = open_evaluation(sweep, device, max(1, total_gpus()), samplings, checkpoints=1)
     for variant in samplings:
         sampled = Sampled(model, int(images), variant)
         if not sweep.evaluation(sampled).exists(METRICS):
@@ -227,28 +281,33 @@ def evaluated_count(sweep: Sweep) -> int:
     return sum(len(state.evaluated_counts(sweep, model)) for model in sweep.recipe.models)
 
 
-def evaluate_all(sweep: Sweep, evaluation: Evaluation, skipped: set[Sampled]) -> None:
-    """Evaluate each published checkpoint as it comes; what cannot be measured is logged, noted in storage and skipped."""
+def evaluate_all(
+    sweep: Sweep, evaluation: Evaluation, skipped: set[Sampled], moves: Callable[[], bool] = lambda: False
+) -> bool:
+    """Evaluate each published checkpoint as it comes; what cannot be measured is logged, noted in storage and skipped.
+
+    Returns true when training is over and nothing is left; false before the next checkpoint if the evaluators have to move, as
+    `moves` says: then others are to continue.
+    """
     _copy_earlier(sweep)
     for sampled in state.outdated(sweep):
         evaluate_one(evaluation, sampled, skipped)
-    give_up_s = sweep.recipe.evaluate.give_up_after_s
-    news_s, before = time.monotonic(), None
+
+    def left() -> list[Sampled]:
+        return [sampled for sampled in state.evaluations_left(sweep) if sampled not in skipped]
+
     while True:
         stage.raise_if_stopped()
         over = state.training_over(sweep)  # asked before the list, so that the last publication is not missed
-        left = [sampled for sampled in state.evaluations_left(sweep) if sampled not in skipped]
-        if left:
-            evaluate_one(evaluation, left[0], skipped)
-            news_s = time.monotonic()
-        elif over:
-            return
-        elif time.monotonic() - news_s > give_up_s:
-            if before == (now := _signs_of_training(sweep)):
-                raise DisScaleError(f"nothing was published or saved for {give_up_s:.0f} s: is training running?")
-            news_s, before = time.monotonic(), now
+        waiting = left()
+        if over and not waiting:
+            return True
+        if moves():
+            return False
+        if waiting:
+            evaluate_one(evaluation, waiting[0], skipped)
         else:
-            stage.pause(POLL_EVERY_S)
+            wait_for_training(sweep, lambda: bool(left()) or state.training_over(sweep) or moves())
 
 
 def _copy_earlier(sweep: Sweep) -> None:
@@ -261,15 +320,31 @@ def _copy_earlier(sweep: Sweep) -> None:
                     return
 
 
+def wait_for_training(sweep: Sweep, news: Callable[[], bool]) -> None:
+    """Wait for `news`; DisScaleError if for `give_up_after_s` nothing is published or saved either."""
+    give_up_s = sweep.recipe.evaluate.give_up_after_s
+    since_s, before = time.monotonic(), None
+    while not news():
+        stage.raise_if_stopped()
+        if time.monotonic() - since_s > give_up_s:
+            if before == (now := _signs_of_training(sweep)):
+                raise DisScaleError(f"nothing was published or saved for {give_up_s:.0f} s: is training running?")
+            since_s, before = time.monotonic(), now
+        stage.pause(POLL_EVERY_S)
+
+
 def _signs_of_training(sweep: Sweep) -> list[list[str]]:
     """Names of all resume points; they change while training runs."""
     return [sweep.run(model).resume.list() for model in sweep.recipe.models]
 
 
-def open_evaluation(sweep: Sweep, device: str, samplings: dict[str, Evaluate], checkpoints: int) -> Evaluation:
-    """Return the evaluation with its workers on Ray."""
-    recipe, options = sweep.recipe, _options(sweep.recipe, device)
-    workers = [spawn(Evaluator, options, sweep, device) for _ in range(recipe.evaluate.workers)]
+def open_evaluation(
+    sweep: Sweep, device: str, gpus: int, samplings: dict[str, Evaluate], checkpoints: int
+) -> Evaluation:
+    """Return the evaluation with its workers on Ray, of which `gpus` at most get a GPU of their own."""
+    workers = [
+        spawn(Evaluator, request, sweep, where, share) for where, share, request in requests(sweep.recipe, device, gpus)
+    ]
     from dis_scale.evaluation import reference
     from dis_scale.evaluation.sampling import labels_of
 
@@ -321,14 +396,27 @@ def block_name(block: int) -> str:
     return f"block-{block:05d}.npz"
 
 
-def _options(recipe: Recipe, device: str) -> dict[str, Any]:
-    """An evaluator's request: a GPU of its own if training leaves one, otherwise a share of one that Ray does not count."""
-    options = resources("evaluate", device, 0)
-    spare = int(ray.cluster_resources().get("GPU", 0)) - recipe.train.most_workers
-    if device == "cuda" and spare < recipe.evaluate.workers:
-        visible = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
-        return options | {"num_gpus": 0, "runtime_env": visible}
-    return options
+def requests(recipe: Recipe, device: str, gpus: int) -> list[tuple[str, float | None, dict[str, Any]]]:
+    """Return (device, fraction of the GPU's memory, request) of each evaluator.
+
+    On GPUs, `gpus` evaluators get one of their own. With `evaluate.gpu_share` the others share training's: they are spread over
+    nodes and devices by their number, from the last device on, since training's first rank has most to do.
+    """
+    settings = recipe.evaluate
+    own = settings.workers if device == "cpu" else min(settings.workers, gpus)
+    every: list[tuple[str, float | None, dict[str, Any]]] = [(device, None, resources("evaluate", device, 0))] * own
+    if own == settings.workers or settings.gpu_share is None:
+        return every
+    counts = {n["NodeID"]: int(n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"]}
+    shared = sorted((-index, node) for node, count in counts.items() for index in range(count))
+    for index, node in islice(cycle(shared), settings.workers - own):
+        request = {
+            "num_cpus": 0,
+            "num_gpus": 0,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+        }
+        every.append((f"cuda:{-index}", settings.gpu_share, request | {"runtime_env": {"env_vars": ALL_GPUS_VISIBLE}}))
+    return every
 
 
 def _read_block(folder: Folder, block: int) -> "SampleBlock":

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import ray
+from ray._private import state as ray_state
 
 from dis_scale import faults
 from dis_scale.errors import BrokenDevice, DisScaleError, OutOfMemory, Preempted, StorageAway
@@ -112,9 +113,11 @@ def spawn(kind: type[Worker], options: dict[str, Any], *arguments: Any) -> Any:
 
 
 def resources(name: str, device: str, cpus: float) -> dict[str, Any]:
-    """Return one worker's request: the stage's named resource if the nodes declare it, a GPU if it computes on one."""
-    declared = ray.cluster_resources().get(name)
-    options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": 1 if device == "cuda" else 0}
+    """Return one worker's request: a GPU if it computes on one, and the stage's named resource if a node for it declares that."""
+    gpus = 1 if device == "cuda" else 0
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= gpus]
+    declared = any(name in node for node in nodes)
+    options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
     return options | ({"resources": {name: 1}} if declared else {})
 
 
@@ -146,11 +149,12 @@ def _watch(
     hang_after_s: float,
     stop_early: Callable[[], bool],
 ) -> list[Any]:
-    waiting, stopping = list(results), False
+    waiting, stopping, unplaced = list(results), False, 0
     done, progress_s = 0, time.monotonic()
     while waiting:
         finished, waiting = ray.wait(waiting, timeout=POLL_EVERY_S)
-        polls = _poll(workers)
+        polls, unanswered = _poll(workers)
+        unplaced = _log_unplaced(unanswered, unplaced)
         if sum(polls) > done:
             done, progress_s = sum(polls), time.monotonic()
         silent_s = time.monotonic() - progress_s
@@ -230,14 +234,24 @@ def describe(error: Exception) -> str:
     return " ".join(str(getattr(error, "cause", error)).split())[:300]
 
 
-def _poll(workers: Sequence[Any]) -> list[int]:
-    """Print the workers' new lines; return the progress of each."""
-    polls: list[tuple[int, list[str]]] = [
-        poll or (0, []) for poll in _ask([worker.poll.remote() for worker in workers])
-    ]
+def _poll(workers: Sequence[Any]) -> tuple[list[int], list[Any]]:
+    """Print the workers' new lines; return the progress of each, and the workers that did not answer."""
+    answers = _ask([worker.poll.remote() for worker in workers])
+    polls: list[tuple[int, list[str]]] = [answer or (0, []) for answer in answers]
     for line in [line for _, new in polls for line in new]:
         lines.write(line)
-    return [done for done, _ in polls]
+    return [done for done, _ in polls], [w for w, answer in zip(workers, answers, strict=True) if answer is None]
+
+
+def _log_unplaced(workers: Sequence[Any], before: int) -> int:
+    """Return how many of these workers have no process yet; logged if their number has changed. A stop request ends the wait."""
+    unplaced = sum(ray_state.actors(worker._actor_id.hex())["Pid"] == 0 for worker in workers)
+    if unplaced:
+        stage.raise_if_stopped()
+    if unplaced not in (0, before):
+        lines.emit("waiting", workers=unplaced)
+        lines.say(f"waiting for capacity for {unplaced} workers: the cluster has {ray.available_resources()} free")
+    return unplaced
 
 
 def _ask(calls: Sequence[Any]) -> list[Any]:

@@ -107,6 +107,8 @@ class Evaluate(Settings):
     batch_images: Count = 50
     """Samples generated, decoded and measured together, within a block."""
     workers: Count = runtime(1)
+    gpu_share: Annotated[float, Field(gt=0, lt=1)] | None = runtime(None)
+    """Fraction of a GPU's memory for an evaluator beside training, if training leaves it no GPU; default: evaluation waits."""
     give_up_after_s: Annotated[float, Field(gt=0)] = runtime(86_400.0)
     """Seconds without a new publication or resume point after which evaluation ends with an error."""
 

@@ -1,0 +1,181 @@
+"""Where workers run on a cluster with declared GPUs: a head without one and a node with two. Nothing computes on them."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from dis_scale.recipe import Recipe, reading
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import ENDED, METRICS, Sampled, Sweep, state
+from pipelines import evaluate, stage
+from pipelines.evaluate import requests
+from pipelines.worker import Worker, resources, spawn, watch
+from tests.conftest import TINY
+from tests.support.events import events
+from tests.support.stages import ONE_MODEL
+
+GPUS = 2
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[str]:
+    """The id of the node with GPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        head = {"num_cpus": 2, "num_gpus": 0, "resources": {"prepare": 1, "train": 2}, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        added = cluster.add_node(num_cpus=2, num_gpus=GPUS, resources={"train": 2, "evaluate": 2})
+        ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield added.node_id
+        ray.shutdown()
+        cluster.shutdown()
+
+
+class Probe(Worker):
+    def where(self) -> tuple[str, list[str]]:
+        context = ray.get_runtime_context()
+        return context.get_node_id(), context.get_accelerator_ids()["GPU"]
+
+    def visible(self) -> str | None:
+        import os
+
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def recipe_of(*settings: str) -> Recipe:
+    return reading.load(TINY, ["device=cuda", *settings])
+
+
+def test_an_evaluator_without_a_gpu_shares_those_of_the_node_that_has_some(node: str) -> None:
+    asked = requests(recipe_of("evaluate.workers=4", "evaluate.gpu_share=0.2", "train.workers=1"), "cuda", 1)
+    assert [(device, share) for device, share, _ in asked] == [
+        ("cuda", None), ("cuda:1", 0.2), ("cuda:0", 0.2), ("cuda:1", 0.2),
+    ]  # fmt: skip
+    probes = [spawn(Probe, request) for *_, request in asked]
+    places = ray.get([probe.where.remote() for probe in probes])
+    assert {place for place, _ in places} == {node}
+    assert [len(gpus) for _, gpus in places] == [1, 0, 0, 0]
+    assert ray.get([probe.visible.remote() for probe in probes[1:]]) == [None] * 3, "all devices stay visible"
+
+
+def test_without_a_share_there_are_only_evaluators_with_a_gpu_of_their_own(node: str) -> None:
+    recipe = recipe_of("evaluate.workers=4", "train.workers=1", f"models={ONE_MODEL}")
+    assert evaluate.spare_gpus(recipe) == 1
+    assert [device for device, *_ in requests(recipe, "cuda", evaluate.spare_gpus(recipe))] == ["cuda"]
+
+
+def test_a_stage_asks_for_its_named_resource_only_if_a_node_with_a_gpu_has_it(node: str) -> None:
+    assert "resources" not in resources("prepare", "cuda", 1), "only the head declares it, and has no GPU"
+    assert resources("prepare", "cpu", 1)["resources"] == {"prepare": 1}
+    assert resources("train", "cuda", 1)["resources"] == {"train": 1}
+    probe = spawn(Probe, resources("prepare", "cuda", 1))
+    assert ray.get(probe.where.remote())[0] == node
+
+
+def test_a_worker_without_capacity_is_logged_and_starts_when_there_is_some(
+    node: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.worker.STACKS_S", 0.5)
+    training = training_group()
+    probe = spawn(Probe, {"num_gpus": 1})
+    threading.Timer(3, remove_placement_group, [training]).start()
+    (place,) = watch([probe], [probe.where.remote()], lambda _: None)
+    assert place[0] == node
+    (event,) = events(capsys.readouterr().out, "waiting")
+    assert event["workers"] == 1
+
+
+def training_group() -> Any:
+    """Take all GPUs, as a training job does."""
+    group = placement_group([{"GPU": 1}] * GPUS)
+    assert ray.wait([group.ready()], timeout=30)[0]
+    return group
+
+
+@dataclass
+class Evaluated:
+    """An evaluation whose evaluators hold their GPUs and compute nothing."""
+
+    sweep: Sweep
+    workers: list[Any]
+    evaluators: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.evaluators = evaluate.RayEvaluators(self.workers, lambda _: None)
+
+    def evaluate(self, sampled: Sampled) -> dict[str, float]:
+        watch(self.workers, [worker.where.remote() for worker in self.workers], lambda _: None)
+        self.sweep.evaluation(sampled).write_json(METRICS, {"metrics": ["distance"], "values": {}})
+        return {}
+
+
+def publish(sweep: Sweep, images: int) -> None:
+    sweep.run("dit").published_at(images).write_json(manifest.NAME, {})
+
+
+def test_evaluation_waits_for_training_and_gives_its_gpus_back(
+    node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_of(
+        f"models={ONE_MODEL}", "evaluate.variants={}",
+        "train.publish_images=[0, 160]", "train.workers=2", "evaluate.workers=2",
+    )  # fmt: skip
+    sweep = Sweep.below(open_folder(tmp_path), recipe)
+
+    def open_evaluation(sweep: Sweep, device: str, gpus: int, *_: Any) -> Evaluated:
+        assert gpus == GPUS
+        return Evaluated(sweep, [spawn(Probe, request) for *_, request in requests(sweep.recipe, device, gpus)])
+
+    monkeypatch.setattr(evaluate, "open_evaluation", open_evaluation)
+    monkeypatch.setattr(evaluate, "POLL_EVERY_S", 0.2)
+    monkeypatch.setattr(evaluate.mlflow_copy, "copy_evaluation", lambda *_: True)
+    monkeypatch.setattr(stage, "connect", lambda: None)
+    training = training_group()
+    publish(sweep, 0)
+    job = threading.Thread(target=evaluate.evaluate_published, args=(sweep, []), daemon=True)
+    job.start()
+    time.sleep(3)
+    assert state.evaluated_counts(sweep, "dit") == [], "training has all GPUs"
+    assert len(events(capsys.readouterr().out, "queued")) == 1
+
+    # Training fails: its GPUs are free, and evaluation takes them. It is asked again at once whether it may keep them.
+    sweep.run("dit").folder.write_json(ENDED, {"why": "a GPU fell off the bus"})
+    over = state.training_over
+    resumed = threading.Event()
+    monkeypatch.setattr(state, "training_over", lambda sweep: over(sweep) and not resumed.is_set())
+    taken = evaluate.evaluate_one
+
+    def evaluate_one(*arguments: Any) -> None:
+        taken(*arguments)
+        resumed.set()  # a rerun continues training while evaluators hold the GPUs
+        publish(sweep, 160)
+
+    monkeypatch.setattr(evaluate, "evaluate_one", evaluate_one)
+    remove_placement_group(training)
+    wait_until(lambda: state.evaluated_counts(sweep, "dit") == [0])
+    training = training_group()  # would wait for ever if evaluation kept its GPUs
+    assert state.evaluated_counts(sweep, "dit") == [0]
+
+    sweep.run("dit").folder.delete(ENDED)
+    resumed.clear()  # over from here on, since the last count is published
+    monkeypatch.setattr(evaluate, "evaluate_one", taken)
+    remove_placement_group(training)
+    job.join(60)
+    assert not job.is_alive()
+    assert state.evaluated_counts(sweep, "dit") == [0, 160]
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
