@@ -24,6 +24,7 @@ from ray.job_submission import JobSubmissionClient
 
 from dis_scale.errors import DisScaleError, UserError
 from dis_scale.recipe import Recipe
+from pipelines.devices import usable_gpus
 from pipelines.stage import keeping_handlers
 
 START_TIMEOUT_S = 90.0
@@ -40,6 +41,8 @@ class Cluster:
     capacity: int
     """Number of models that can train at the same time."""
     gpus: int
+    gpu_fault: str
+    """Why PyTorch cannot use this machine's GPUs; empty if it can, or if there are none."""
     id: str
     """Distinguishes it from every other cluster."""
     address: str | None = None
@@ -55,10 +58,11 @@ def open_cluster(recipe: Recipe) -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="dis-scale-ray-", dir="/tmp"))  # Ray's sockets need a short path
     head = None
     try:
-        head, dashboard = _start_head(recipe, folder)
+        gpus, fault = usable_gpus()
+        head, dashboard = _start_head(recipe, folder, gpus)
         yield Cluster(
             JobSubmissionClient(dashboard), {}, f"a local Ray that this command started ({dashboard})",
-            ours=True, capacity=1, gpus=_local_gpus(), id=folder.name, address=dashboard,
+            ours=True, capacity=1, gpus=gpus, gpu_fault=fault, id=folder.name, address=dashboard,
         )  # fmt: skip
     finally:
         if head:
@@ -107,12 +111,6 @@ def models_at_once(recipe: Recipe, resources: dict[str, float]) -> int:
     return max(1, int(slots) // recipe.train.most_workers)
 
 
-def _local_gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
-
-
 def _one_node() -> bool:
     """Whether the cluster that this process runs in has a single node."""
     import ray
@@ -146,11 +144,11 @@ def _joined(address: str, recipe: Recipe) -> Cluster:
     return Cluster(
         JobSubmissionClient(), {key: value for key, value in parent.items() if key in inherited},
         f"the Ray cluster at {address}", ours=False, capacity=models_at_once(recipe, resources),
-        gpus=int(resources.get("GPU", 0)), id=ray.get_runtime_context().get_session_name(),
+        gpus=int(resources.get("GPU", 0)), gpu_fault=usable_gpus()[1], id=ray.get_runtime_context().get_session_name(),
     )  # fmt: skip
 
 
-def _start_head(recipe: Recipe, folder: Path) -> tuple[subprocess.Popen, str]:
+def _start_head(recipe: Recipe, folder: Path, gpus: int) -> tuple[subprocess.Popen, str]:
     """Start a Ray head on loopback with free ports that dies with this process; return it and the dashboard's URL."""
     port, dashboard, agent = free_ports(3)
     resources = {
@@ -163,6 +161,7 @@ def _start_head(recipe: Recipe, folder: Path) -> tuple[subprocess.Popen, str]:
         f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
         f"--temp-dir={folder}", f"--resources={json.dumps(resources)}", f"--object-store-memory={256 * 2**20}",
         f"--num-cpus={max(os.cpu_count() or 1, recipe.train.most_workers, recipe.precompute.workers)}",
+        f"--num-gpus={gpus}",  # Ray would also count GPUs that PyTorch cannot use
     ]  # fmt: skip
     environment = (
         os.environ

@@ -1,11 +1,15 @@
 """The device that a stage computes on, and the check of a worker's device and connections before an attempt writes anything."""
 
+import os
+import re
+import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
 
 from dis_scale import faults
-from dis_scale.errors import BrokenDevice
+from dis_scale.errors import BrokenDevice, UserError
 from dis_scale.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -13,6 +17,14 @@ if TYPE_CHECKING:
 
 SIDE = {"cpu": 64, "cuda": 1024}
 """Rows and columns of the matrices that are multiplied as a check."""
+
+PCI = Path("/sys/bus/pci/devices")
+"""The kernel lists the machine's devices here, with a driver or without."""
+NVIDIA, DISPLAY = "0x10de", "0x03"
+"""PCI vendor, and first digits of the class of graphics devices."""
+UNSUPPORTED = re.compile(r"driver on your system is too old|no kernel image is available")
+"""Parts of the errors of a driver or a GPU that this PyTorch does not support."""
+REMEDY = "this PyTorch needs the NVIDIA driver R580 or newer, and a GPU newer than Volta"
 
 
 def device_of(recipe: Recipe, gpus: int) -> tuple[str, str]:
@@ -29,14 +41,63 @@ def choose_device(recipe: Recipe) -> tuple[str, str]:
     return device_of(recipe, int(ray.cluster_resources().get("GPU", 0)))
 
 
-def check_device(device: "torch.device") -> None:
-    """BrokenDevice unless the device allocates memory and multiplies two matrices of small integers exactly."""
+def usable_gpus() -> tuple[int, str]:
+    """Return the number of this machine's GPUs that PyTorch can use; if there are only others, also the reason and the remedy."""
     import torch
 
-    faults.at("check")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        names = (
+            [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+            if torch.cuda.is_available()
+            else []
+        )
+        usable = [n for n in range(len(names)) if _has_kernels(*torch.cuda.get_device_capability(n))]
+    present = nvidia_gpus()
+    if usable or not (names or present):
+        return len(usable), ""
+    if names:
+        return 0, f"{names[0]}: no kernels for its compute capability; {REMEDY}"
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) in ("", "-1"):
+        return 0, f"CUDA_VISIBLE_DEVICES={visible} hides {present} NVIDIA GPUs"
+    said = " ".join(str(caught[0].message).split())[:200] if caught else "PyTorch finds no NVIDIA driver"
+    return 0, f"{present} NVIDIA GPUs cannot be used: {said}; {REMEDY}"
+
+
+def _has_kernels(major: int, minor: int) -> bool:
+    """Whether this PyTorch has kernels that a GPU of this compute capability runs: of the same major version, not newer."""
+    import torch
+
+    versions = [int(match[1]) for name in torch.cuda.get_arch_list() if (match := re.match(r"sm_(\d+)", name))]
+    return any(version // 10 == major and version % 10 <= minor for version in versions)
+
+
+def nvidia_gpus() -> int:
+    """Return the number of NVIDIA's graphics devices in this machine, with a driver or without."""
+    devices = PCI.glob("*") if PCI.exists() else []
+    return sum(_reads(d / "vendor", NVIDIA) and _reads(d / "class", DISPLAY) for d in devices)
+
+
+def _reads(file: Path, start: str) -> bool:
+    return file.exists() and file.read_text().startswith(start)
+
+
+def check_device(device: "torch.device") -> None:
+    """BrokenDevice unless the device allocates memory and multiplies two matrices of small integers exactly.
+
+    UserError with the remedy if this PyTorch does not support the device or its driver.
+    """
+    import torch
+
     side = SIDE[device.type]
     u = torch.arange(side) % 7 - 3.0  # exact in TF32, too
-    product = u.to(device)[:, None].repeat(1, side) @ u.to(device)[None].repeat(side, 1)
+    try:
+        faults.at("check")
+        product = u.to(device)[:, None].repeat(1, side) @ u.to(device)[None].repeat(side, 1)
+    except RuntimeError as error:
+        if UNSUPPORTED.search(str(error)):
+            raise UserError(f"node {ray.util.get_node_ip_address()}: {str(error).splitlines()[0]}; {REMEDY}") from error
+        raise
     if wrong := int((product.cpu() != side * torch.outer(u, u)).sum()):
         raise BrokenDevice(f"{device}: {wrong} of {side * side} elements of a matrix product are wrong")
 

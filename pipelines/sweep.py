@@ -119,11 +119,18 @@ def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
 
 
 def _require_device(driver: Driver, cluster: Cluster) -> None:
-    recipe = driver.sweep.recipe
+    """Log the device and the reason. UserError if this machine lacks its GPUs, or a run on GPUs would continue on the CPU."""
+    sweep, recipe = driver.sweep, driver.sweep.recipe
     device, why = devices.device_of(recipe, cluster.gpus)
-    driver.board.say(f"device   {device} ({why})")
+    fault = f"; {cluster.gpu_fault}" if cluster.gpu_fault and recipe.device != "cpu" else ""
+    driver.board.say(f"device   {device} ({why}{fault})")
     if device == "cuda" and cluster.ours and cluster.gpus < recipe.train.world_sizes[-1]:
-        raise UserError(f"device: cuda for {recipe.train.workers} workers, but this machine has {cluster.gpus} GPUs")
+        raise UserError(
+            f"device: cuda for {recipe.train.workers} workers, but this machine has {cluster.gpus} GPUs{fault}"
+        )
+    for model in recipe.models:
+        if not state.trained(sweep, model):
+            state.require_device(sweep, model, device, why + fault)
 
 
 @contextlib.contextmanager

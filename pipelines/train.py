@@ -105,6 +105,7 @@ def train_one(sweep: Sweep, arguments: list[str]) -> None:
     stage.connect()
     device, why = choose_device(sweep.recipe)
     lines.say(f"{model}: device {device} ({why})")
+    state.require_device(sweep, model, device, why)
     run = sweep.run(model)
 
     def attempts(failure: WorkerFailure | None) -> int:
@@ -137,6 +138,7 @@ def _attempt(sweep: Sweep, model: str, device: str, failure: WorkerFailure | Non
         checks = [worker.check.remote(environment | {"RANK": rank}, device) for rank, worker in enumerate(workers)]
         watch(workers, checks, lambda _: None, settings.hang_after_s)
         with lease.hold(sweep.run(model).lease) as held:
+            state.record_device(sweep.run(model), device)
             results = [worker.train.remote(sweep, model, held, device, requested_at, silent_s) for worker in workers]
             used, grow_at_s = {place.node for place in places}, time.monotonic() + settings.grow_after_s
 

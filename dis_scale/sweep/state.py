@@ -11,6 +11,7 @@ from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import (
     ABLATION,
+    DEVICE,
     ENDED,
     FAILED_NODES,
     LATENTS,
@@ -131,6 +132,27 @@ def ended(sweep: Sweep, model: str) -> str | None:
     """Return why a model's training ended before its last count; None if it may continue."""
     run = sweep.run(model).folder
     return run.read_json(ENDED)["why"] if run.exists(ENDED) else None
+
+
+def record_device(run: Run, device: str) -> None:
+    """Store the kind of device that the run trains on."""
+    if last_device(run) != device:
+        run.folder.write_json(DEVICE, {"device": device})
+
+
+def last_device(run: Run) -> str | None:
+    """Return the kind of device that the run last trained on, None if it has not begun."""
+    device: str | None = run.folder.read_json(DEVICE)["device"] if run.folder.exists(DEVICE) else None
+    return device
+
+
+def require_device(sweep: Sweep, model: str, device: str, why: str) -> None:
+    """UserError if a run that last trained on GPUs would continue on the CPU although the recipe does not name it."""
+    if sweep.recipe.device == "auto" and device == "cpu" and last_device(sweep.run(model)) == "cuda":
+        raise UserError(
+            f"{model}: it last trained on GPUs, and would continue on the CPU ({why}): "
+            "bring the GPUs back, or choose: --set device=cuda waits for them, --set device=cpu continues"
+        )
 
 
 def record_node_failure(run: Run, node: str, why: str) -> None:

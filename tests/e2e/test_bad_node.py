@@ -36,6 +36,7 @@ def test_a_node_with_two_failures_is_left_out(nodes: RayNodes, tmp_path: Path) -
     assert (start["workers"], start["attempt"]) == (1, 1), "a failed check takes no lease"
     assert clusters.wait_for_end(job) == "SUCCEEDED", job.reason()
     assert state.node_failures(sweep) == {"bad": 2}
+    assert state.last_device(sweep.run("dit")) == "cpu"
 
     events = Events(jobs.submit(nodes.cluster(), sweep, "train", "dit"))
     assert events.wait("start")["workers"] == 1

@@ -1,14 +1,16 @@
-"""The check of a worker's device: it finds a wrong product, and takes no time that an attempt would notice."""
+"""Devices: the check of a worker's finds a wrong product in no time; GPUs that PyTorch cannot use are counted and explained."""
 
 import time
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from dis_scale.errors import BrokenDevice
+from dis_scale.errors import BrokenDevice, UserError
 from pipelines import devices
 
 CPU = torch.device("cpu")
@@ -39,3 +41,68 @@ def test_a_right_one_takes_milliseconds() -> None:
         devices.check_device(CPU)
         took_s.append(time.perf_counter() - began_s)
     assert min(took_s) < 0.02
+
+
+TOO_OLD = "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver"
+
+
+@pytest.fixture
+def pci(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with an NVIDIA GPU, its audio device, and another maker's graphics device, as the kernel lists them."""
+    for name, vendor, kind in [("0", "0x10de", "0x030200"), ("1", "0x10de", "0x040300"), ("2", "0x1234", "0x030000")]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vendor").write_text(f"{vendor}\n")
+        (tmp_path / name / "class").write_text(f"{kind}\n")
+    monkeypatch.setattr(devices, "PCI", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return tmp_path
+
+
+def test_a_gpu_whose_driver_is_too_old_is_counted_out_and_explained(pci: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_available() -> bool:
+        warnings.warn(f"CUDA initialization: {TOO_OLD}", stacklevel=2)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    count, fault = devices.usable_gpus()
+    assert count == 0
+    assert fault.startswith(
+        "1 NVIDIA GPUs cannot be used: CUDA initialization: The NVIDIA driver on your system is too old"
+    )
+    assert fault.endswith("; this PyTorch needs the NVIDIA driver R580 or newer, and a GPU newer than Volta")
+
+
+def test_a_gpu_without_a_driver_is_explained_and_a_hidden_one_named(pci: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices.usable_gpus()[1].startswith("1 NVIDIA GPUs cannot be used: PyTorch finds no NVIDIA driver; ")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert devices.usable_gpus() == (0, "CUDA_VISIBLE_DEVICES=-1 hides 1 NVIDIA GPUs")
+
+
+def test_a_machine_without_one_has_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for missing in (tmp_path, tmp_path / "none"):
+        monkeypatch.setattr(devices, "PCI", missing)
+        assert devices.usable_gpus() == (0, "")
+
+
+@pytest.mark.parametrize(("capability", "count"), [((7, 0), 0), ((7, 5), 1), ((8, 6), 1), ((8, 9), 1), ((9, 0), 1)])
+def test_a_gpu_without_kernels_is_counted_out(
+    pci: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], count: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90", "compute_90"])
+    usable, fault = devices.usable_gpus()
+    assert (usable, fault == "") == (count, count == 1)
+
+
+def test_a_workers_gpu_that_is_not_supported_is_a_mistake_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_old(*_: Any, **__: Any) -> None:
+        raise RuntimeError(TOO_OLD)
+
+    monkeypatch.setattr("dis_scale.faults.at", too_old)
+    with pytest.raises(UserError, match=r"^node .*: The NVIDIA driver on your system is too old .* R580 or newer"):
+        devices.check_device(CPU)

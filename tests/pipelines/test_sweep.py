@@ -1,7 +1,7 @@
 """The driver when something that it needs is missing or fails; a complete sweep is in tests/e2e."""
 
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def logged(driver: Driver) -> str:
 
 
 def cluster(name: str) -> Cluster:
-    return Cluster(None, {}, name, ours=False, capacity=1, gpus=0, id=name)  # type: ignore[arg-type]
+    return Cluster(None, {}, name, ours=False, capacity=1, gpus=0, gpu_fault="", id=name)  # type: ignore[arg-type]
 
 
 def test_a_second_sweep_joins_on_the_same_ray_and_is_refused_on_another(tiny: Recipe, tmp_path: Path) -> None:
@@ -205,3 +205,31 @@ def test_failures_are_shown_in_one_line() -> None:
     )
     assert Failures().words() == ""
     assert Failures(evaluation="").words() == "evaluate failed: ", "a failure without a reason is a failure"
+
+
+def test_a_run_on_gpus_continues_on_the_cpu_only_if_asked(tiny: Recipe, tmp_path: Path) -> None:
+    driver, model = driver_of(tiny, tmp_path), next(iter(tiny.models))
+    pipeline._require_device(driver, cluster("here"))
+    state.record_device(driver.sweep.run(model), "cuda")
+    with pytest.raises(
+        UserError, match=rf"{model}: it last trained on GPUs, and would continue on the CPU \(auto: 0 GPUs"
+    ):
+        pipeline._require_device(driver, cluster("here"))
+    asked = driver_of(reading.load(TINY, ["device=cpu"]), tmp_path)
+    pipeline._require_device(asked, cluster("here"))
+    state.record_device(driver.sweep.run(model), "cpu")
+    pipeline._require_device(driver, cluster("here"))
+
+
+@pytest.mark.parametrize(("device", "logged_fault"), [("auto", True), ("cpu", False)])
+def test_gpus_that_cannot_be_used_are_named_with_the_device(tmp_path: Path, device: str, logged_fault: bool) -> None:
+    driver = driver_of(reading.load(TINY, [f"device={device}"]), tmp_path)
+    pipeline._require_device(driver, replace(cluster("here"), gpu_fault="1 NVIDIA GPUs cannot be used: too old"))
+    assert ("1 NVIDIA GPUs cannot be used: too old" in logged(driver)) == logged_fault
+
+
+def test_gpus_that_cannot_be_used_are_no_gpus(tmp_path: Path) -> None:
+    driver = driver_of(reading.load(TINY, ["device=cuda"]), tmp_path)
+    faulty = replace(cluster("here"), ours=True, gpu_fault="1 NVIDIA GPUs cannot be used: too old")
+    with pytest.raises(UserError, match="this machine has 0 GPUs; 1 NVIDIA GPUs cannot be used: too old"):
+        pipeline._require_device(driver, faulty)

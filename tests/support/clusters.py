@@ -65,7 +65,7 @@ class RayNodes:
     def cluster(self) -> Cluster:
         """Return the cluster for jobs that are submitted one by one."""
         client = JobSubmissionClient(self.url)
-        return Cluster(client, {}, self.url, ours=False, capacity=1, gpus=0, id=self.folder)
+        return Cluster(client, {}, self.url, ours=False, capacity=1, gpus=0, gpu_fault="", id=self.folder)
 
     def alive(self, within: Sequence[str] = ()) -> set[str]:
         """Return the ids of the nodes that are up, by Ray's own list, asked on the head's machine."""
