@@ -128,9 +128,23 @@ def _require_device(driver: Driver, cluster: Cluster) -> None:
         raise UserError(
             f"device: cuda for {recipe.train.workers} workers, but this machine has {cluster.gpus} GPUs{fault}"
         )
+    if device == "cuda" and cluster.gpus:
+        _require_share(recipe, cluster)
     for model in recipe.models:
         if not state.trained(sweep, model):
             state.require_device(sweep, model, device, why + fault)
+
+
+def _require_share(recipe: Recipe, cluster: Cluster) -> None:
+    """UserError if the evaluators that share one GPU with training would leave it no memory."""
+    settings, training = recipe.evaluate, cluster.capacity * recipe.train.most_workers
+    sharing = settings.workers - max(0, cluster.gpus - training)
+    on_one = -(-sharing // cluster.gpus)
+    if settings.gpu_share is not None and sharing > 0 and on_one * settings.gpu_share >= 1:
+        raise UserError(
+            f"evaluate.gpu_share: {on_one} evaluators with {settings.gpu_share:g} of each GPU's memory leave training none: "
+            f"expected less than {1 / on_one:.2g}, or fewer evaluate.workers"
+        )
 
 
 @contextlib.contextmanager

@@ -233,3 +233,16 @@ def test_gpus_that_cannot_be_used_are_no_gpus(tmp_path: Path) -> None:
     faulty = replace(cluster("here"), ours=True, gpu_fault="1 NVIDIA GPUs cannot be used: too old")
     with pytest.raises(UserError, match="this machine has 0 GPUs; 1 NVIDIA GPUs cannot be used: too old"):
         pipeline._require_device(driver, faulty)
+
+
+def test_shares_of_a_gpu_that_leave_training_none_are_refused(tmp_path: Path) -> None:
+    settings = ["device=cuda", "train.workers=2", "evaluate.workers=4"]
+    two_gpus = replace(cluster("here"), gpus=2)
+    for share, gpus in [(0.4, 2), (0.9, 6)]:  # two evaluators on each GPU; none shares
+        fitting = driver_of(reading.load(TINY, [*settings, f"evaluate.gpu_share={share}"]), tmp_path)
+        pipeline._require_device(fitting, replace(two_gpus, gpus=gpus))
+    driver = driver_of(reading.load(TINY, [*settings, "evaluate.gpu_share=0.5"]), tmp_path)
+    with pytest.raises(
+        UserError, match=r"2 evaluators with 0.5 of each GPU's memory leave training none: expected less than 0.5"
+    ):
+        pipeline._require_device(driver, two_gpus)
