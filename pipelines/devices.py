@@ -1,5 +1,6 @@
 """The device that a stage computes on, and the check of a worker's device and connections before an attempt writes anything."""
 
+import json
 import os
 import re
 import warnings
@@ -114,3 +115,20 @@ def check_group(device: "torch.device") -> None:
         raise BrokenDevice(
             f"{device}: a sum over {world} workers is {total[0]:g}, expected {world * (world + 1) / 2:g}"
         )
+
+
+def flight_record() -> str:
+    """Return the collectives that this process has begun and not ended, a line each, as PyTorch's flight recorder has them."""
+    import torch._C._distributed_c10d as c10d
+
+    described = []
+    for dump in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):  # NCCL's, then gloo's
+        record = json.loads(getattr(c10d, dump)(includeCollectives=True, onlyActive=True))
+        for group, status in record["pg_status"].items():
+            counts = ", ".join(f"{name.removesuffix('_collective')} {number}" for name, number in status.items())
+            described.append(f"process group {group}: {counts}")
+        for each in record.get("entries", []):
+            if not each["retired"]:
+                name, number, state = each["profiling_name"], each["collective_seq_id"], each["state"]
+                described.append(f"{name} number {number}, sizes {each['input_sizes']}: {state}")
+    return "".join(f"{line}\n" for line in described)

@@ -1,6 +1,12 @@
-"""Environment variables of a job's processes: how threads wait, and what becomes of freed memory. Read when a process starts."""
+"""Environment variables of our processes.
+
+Read when a process starts: how threads wait, and what becomes of freed memory. Read when a process group is made: its network
+interface, its algorithm, and what is recorded for a hang. A variable that the node's environment sets is left as it is.
+"""
 
 import os
+
+import psutil
 
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Threads sleep while they wait. Spinning threads that share a core with another process make a step up to five times as long."""
@@ -8,6 +14,34 @@ SPINNING = {"GOMP_SPINCOUNT": "20000"}
 """Threads spin briefly before they sleep: 8 % faster alone, a quarter slower next to a busy process (benchmarks/threads.py)."""
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(10 * 2**30)}
 """glibc keeps freed memory; by default each step returns its large tensors to the kernel and faults them in again."""
+
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+RECORDED_COLLECTIVES = {"TORCH_FR_BUFFER_SIZE": "2000"}
+"""PyTorch's flight recorder keeps this many collectives of each process."""
+REPRODUCIBLE = {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""Sums in a fixed order: NCCL would choose an algorithm by topology, and cuBLAS a workspace by stream."""
+
+
+def interface_of(ip: str) -> str | None:
+    """Return the network interface that owns an address, None if none does, as behind an address translation."""
+    owners = [name for name, addresses in psutil.net_if_addrs().items() if ip in {a.address for a in addresses}]
+    return owners[0] if owners else None
+
+
+def prepare_group(ip: str, device: str) -> str:
+    """Set the variables of a process group on the node with this address; return the interfaces of gloo and NCCL in words.
+
+    Without them gloo takes the address that the host's name resolves to, on Debian 127.0.1.1, and NCCL perhaps docker0.
+    """
+    name = interface_of(ip)
+    values = (
+        dict(zip(INTERFACES, (name, f"={name}"), strict=True)) if name else {}
+    )  # "=": NCCL compares the complete name
+    values |= RECORDED_COLLECTIVES | (REPRODUCIBLE if device == "cuda" else {})
+    for variable, value in values.items():
+        os.environ.setdefault(variable, value)
+    gloo, nccl = (os.environ.get(variable, "its own choice") for variable in INTERFACES)
+    return f"gloo on {gloo}, NCCL on {nccl.removeprefix('=')}" if device == "cuda" else f"gloo on {gloo}"
 
 
 def words() -> str:

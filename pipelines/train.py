@@ -22,7 +22,7 @@ from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
 from dis_scale.tracking.mlflow import RunCopy
 from dis_scale.tracking.rows import RowReader
-from pipelines import devices, lines, nodes, stage
+from pipelines import devices, environment, lines, nodes, stage
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
 from pipelines.worker import DeviceFailure, Worker, WorkerFailure, resources, spawn, watch
@@ -39,24 +39,30 @@ FITS = "needs less memory: smaller train.micro_images, train.checkpointing=block
 
 
 class Place(NamedTuple):
-    """Where a worker runs, and a port that was free there."""
+    """Where a worker runs, a port that was free there, and the network interfaces that it uses, in words."""
 
     ip: str
     node: str
     gpus: list[str]
     port: int
+    interfaces: str
 
 
 class Trainer(Worker):
     """One rank."""
 
-    def place(self) -> Place:
-        """Return this worker's place; rank 0 will listen at its port."""
-        context = ray.get_runtime_context()
+    def place(self, device: str) -> Place:
+        """Return this worker's place, whose network interface it will use; rank 0 will listen at its port."""
+        context, ip = ray.get_runtime_context(), ray.util.get_node_ip_address()
+        interfaces = environment.prepare_group(ip, device)
         with socket.socket() as free:
             free.bind(("", 0))
             port = free.getsockname()[1]
-        return Place(ray.util.get_node_ip_address(), context.get_node_id(), context.get_accelerator_ids()["GPU"], port)
+        return Place(ip, context.get_node_id(), context.get_accelerator_ids()["GPU"], port, interfaces)
+
+    def stacks(self) -> str:
+        """Return the stack of each thread, and the collectives that have not ended."""
+        return super().stacks() + devices.flight_record()
 
     def check(self, rank_environment: dict[str, Any], device: str) -> None:
         """Join the process group and check this worker's device and connections; BrokenDevice if one fails."""
@@ -133,9 +139,10 @@ def _attempt(sweep: Sweep, model: str, device: str, failure: WorkerFailure | Non
     avoided = nodes.excluded(sweep, lambda ids: largest_fitting(settings.world_sizes, _possible(bundle, ids)) > 0)
     world, group = _place(sweep.recipe, bundle, avoided)
     try:
-        workers, places = _ranks(request, group, world)
-        environment = {"WORLD_SIZE": world, "MASTER_ADDR": places[0].ip, "MASTER_PORT": places[0].port, "LOCAL_RANK": 0}
-        checks = [worker.check.remote(environment | {"RANK": rank}, device) for rank, worker in enumerate(workers)]
+        workers, places = _ranks(request, group, world, device)
+        _log_places(model, places)
+        variables = {"WORLD_SIZE": world, "MASTER_ADDR": places[0].ip, "MASTER_PORT": places[0].port, "LOCAL_RANK": 0}
+        checks = [worker.check.remote(variables | {"RANK": rank}, device) for rank, worker in enumerate(workers)]
         watch(workers, checks, lambda _: None, settings.hang_after_s)
         with lease.hold(sweep.run(model).lease) as held:
             state.record_device(sweep.run(model), device)
@@ -158,16 +165,30 @@ def _attempt(sweep: Sweep, model: str, device: str, failure: WorkerFailure | Non
         remove_placement_group(group)
 
 
-def _ranks(request: dict[str, Any], group: Any, world: int) -> tuple[list[Any], list[Place]]:
-    """Start a worker in each bundle; return workers and places by rank.
-
-    Ranks are in the order of nodes and GPUs, since a group's bundles have none: on the same nodes a rank has the same neighbours.
-    """
+def _ranks(request: dict[str, Any], group: Any, world: int, device: str) -> tuple[list[Any], list[Place]]:
+    """Start a worker in each bundle; return workers and places by rank."""
     bundles = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(world)]
     workers = [spawn(Trainer, request | {"scheduling_strategy": bundle}) for bundle in bundles]
-    places = ray.get([worker.place.remote() for worker in workers])
-    order = sorted(range(world), key=lambda n: places[n][:3])
+    places = ray.get([worker.place.remote(device) for worker in workers])
+    order = rank_order(places)
     return [workers[n] for n in order], [places[n] for n in order]
+
+
+def rank_order(places: Sequence[Place]) -> list[int]:
+    """Return the workers' numbers by rank: in the order of nodes, then of GPUs.
+
+    A placement group's bundles have no order. Ranks that have one get the same neighbours on the same nodes in each attempt.
+    """
+    return sorted(range(len(places)), key=lambda n: places[n][:3])
+
+
+def _log_places(model: str, places: Sequence[Place]) -> None:
+    """Log the ranks of each node."""
+    names = {place.node: nodes.name_of(place.node) for place in places}
+    lines.emit("placed", model=model, nodes=[names[place.node] for place in places])
+    for node, name in names.items():
+        ranks = [rank for rank, place in enumerate(places) if place.node == node]
+        lines.say(f"{model}: ranks {ranks[0]} to {ranks[-1]} on node {name}: {places[ranks[0]].interfaces}")
 
 
 def _place(recipe: Recipe, bundle: dict[str, float], avoided: Collection[str]) -> tuple[int, Any]:

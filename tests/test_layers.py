@@ -50,7 +50,7 @@ DOORS = {
     "scipy": "dis_scale/report/fits.py dis_scale/evaluation",
     "typer": "dis_scale/cli.py",
     "rich": "dis_scale/plan.py dis_scale/report dis_scale/progress.py dis_scale/cli.py pipelines/sweep.py pipelines/ablate.py",
-    "psutil": "dis_scale/storage/lease.py",
+    "psutil": "dis_scale/storage/lease.py pipelines/environment.py",
     "mamba_ssm": "dis_scale/scan",
     "causal_conv1d": "dis_scale/scan",
     "triton": "dis_scale/scan",

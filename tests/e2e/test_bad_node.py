@@ -28,6 +28,9 @@ def test_a_node_with_two_failures_is_left_out(nodes: RayNodes, tmp_path: Path) -
     clusters.wait_for_nodes(nodes, 2, bad)
     sweep = clusters.sweep_to_train(tmp_path, *SHORT)
     events = Events(job := jobs.submit(nodes.cluster(), sweep, "train", "dit"))
+    placed = events.wait("placed")["nodes"]
+    assert len(placed) == 2
+    assert "bad" in placed
     for failures in (1, 2):
         event = events.wait("node_failure")
         assert (event["node"], event["failures"]) == ("bad", failures)

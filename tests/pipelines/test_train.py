@@ -1,7 +1,7 @@
-"""World sizes: an attempt has the largest one of the recipe for which the nodes have capacity."""
+"""World sizes: an attempt has the largest one of the recipe for which the nodes have capacity. Ranks: ordered by node and GPU."""
 
 from dis_scale.recipe import reading
-from pipelines.train import capacity, largest_fitting
+from pipelines.train import Place, capacity, largest_fitting, rank_order
 from tests.conftest import TINY
 
 
@@ -17,3 +17,12 @@ def test_an_attempt_uses_as_many_workers_as_fit() -> None:
 def test_one_workers_resources_are_on_one_node() -> None:
     bundle = {"CPU": 2, "train": 1.0}
     assert capacity(bundle, [{"CPU": 3, "train": 2}, {"CPU": 1, "train": 1}, {"CPU": 4, "train": 1}]) == 2
+
+
+def test_ranks_are_in_the_order_of_nodes_and_gpus() -> None:
+    places = [
+        Place("10.0.0.2", "b", ["0"], 1, ""), Place("10.0.0.1", "c", ["1"], 2, ""), Place("10.0.0.1", "c", ["0"], 9, ""),
+        Place("10.0.0.1", "a", ["3"], 4, ""),
+    ]  # fmt: skip
+    assert rank_order(places) == [3, 2, 1, 0]
+    assert [places[::-1][n] for n in rank_order(places[::-1])] == [places[n] for n in rank_order(places)]

@@ -1,0 +1,45 @@
+"""What a hanging rank returns: the collective that it waits in, by PyTorch's flight recorder."""
+
+import os
+import threading
+import time
+from multiprocessing.connection import Connection
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pipelines import devices
+from pipelines.cluster import free_ports
+from pipelines.environment import prepare_group
+
+
+def hang(rank: int, port: int, answer: Connection) -> None:
+    """Finish one collective; then rank 0 begins another, in which the other rank never joins."""
+    prepare_group("127.0.0.1", "cpu")
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo")
+    devices.check_group(torch.device("cpu"))
+    if rank == 0:
+        threading.Thread(target=dist.all_reduce, args=(torch.ones(7, 3),), daemon=True).start()
+        while "[[7, 3]]" not in (record := devices.flight_record()):
+            time.sleep(0.05)
+        answer.send(record)
+    else:
+        time.sleep(600)
+
+
+def test_the_collective_that_a_rank_waits_in_is_named() -> None:
+    (port,) = free_ports(1)
+    receiver, sender = mp.get_context("spawn").Pipe(duplex=False)
+    group = mp.spawn(hang, (port, sender), nprocs=2, join=False)
+    try:
+        assert receiver.poll(120), "no answer"
+        record = receiver.recv()
+    finally:
+        for process in group.processes:
+            process.kill()
+    assert record.splitlines() == [
+        "process group 0: last_completed 1, last_enqueued 2, last_started -1",
+        "gloo:all_reduce number 2, sizes [[7, 3]]: scheduled",
+    ]
