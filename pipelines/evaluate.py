@@ -44,7 +44,7 @@ ALL_GPUS_VISIBLE = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 class Evaluator(Worker):
     """Samples blocks and measures the held-out loss; progress counts the blocks that it sampled, without kept ones."""
 
-    def __init__(self, sweep: Sweep, device: str, gpu_share: float | None) -> None:
+    def __init__(self, sweep: Sweep, device: str, gpu_share: float | None = None) -> None:
         super().__init__()
         os.nice(NICE)
         import torch
