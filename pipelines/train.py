@@ -22,6 +22,7 @@ from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
 from dis_scale.tracking.mlflow import RunCopy
 from dis_scale.tracking.rows import RowReader
+from dis_scale.training.lanes import largest_share
 from pipelines import devices, environment, lines, nodes, stage
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
@@ -276,15 +277,16 @@ def _node_drains(model: str, nodes: set[str]) -> bool:
 
 
 def _can_grow(sweep: Sweep, model: str, bundle: dict[str, float], world: int, avoided: Collection[str]) -> bool:
-    """Whether a larger world size fits now, counting the running workers' own resources; logged if so."""
-    sizes = sweep.recipe.train.world_sizes
-    if world == sizes[0]:
+    """Whether a larger world size fits now, counting the running workers' own resources, and is faster; logged if so."""
+    settings = sweep.recipe.train
+    if world == settings.most_workers:
         return False
-    larger = largest_fitting(sizes, world + _free(bundle, avoided))
-    if larger > world:
+    larger = largest_fitting(settings.world_sizes, world + _free(bundle, avoided))
+    grows = larger > world and largest_share(settings.lanes, larger) < largest_share(settings.lanes, world)
+    if grows:
         lines.emit("grow", model=model, workers=world, to=larger)
         lines.say(f"{model}: capacity for {larger} workers: {world} stop at a resume point and continue as {larger}")
-    return larger > world
+    return grows
 
 
 @contextlib.contextmanager
