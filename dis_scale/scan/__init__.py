@@ -16,7 +16,7 @@ Axes: B batch, L time, E channels, N states, W taps of the convolution.
 import functools
 import importlib
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class Choice(NamedTuple):
         return f"{self.name} ({self.reason})"
 
 
+@outside_graphs
 def selective_scan(
     u_BLE: Tensor,
     delta_BLE: Tensor,
@@ -89,6 +90,7 @@ def two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None, 
     return _backend(backend, device.type).two_way_scan(forward, backward, z_BLE)
 
 
+@outside_graphs
 def causal_conv_silu(
     x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, reverse: bool = False, backend: str = "auto"
 ) -> Tensor:
@@ -154,19 +156,19 @@ def _problem(name: str, device: str) -> DisScaleError | None:
     if device != "cuda" and not interpreted:
         return UserError(f"the {name} scan is for NVIDIA GPUs, got tensors on {device}: set the backend to auto")
     try:
-        _module(name)
+        module = _module(name)
     except ImportError as error:
         return UserError(f"the {name} scan needs {GPU_BACKENDS[name]} (got: {error})")
-    return None
+    return None if interpreted or name == "mamba" else module.problem()
 
 
-def _module(name: str) -> Backend:
-    return importlib.import_module(f"dis_scale.scan.{name}").backend
+def _module(name: str) -> Any:
+    return importlib.import_module(f"dis_scale.scan.{name}")
 
 
 @functools.cache
 def _backend(name: str, device: str) -> Backend:
-    return _module(_choose(name, device).name)
+    return _module(_choose(name, device).name).backend
 
 
 def _check_direction(where: str, direction: Direction) -> None:

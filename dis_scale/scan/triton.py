@@ -18,7 +18,11 @@ Axes: B batch, L time, E channels, N states, W taps of the convolution. Read nex
 
 import functools
 import math
+import os
+import shutil
+import sysconfig
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +30,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dis_scale.errors import UserError
+from dis_scale.errors import DisScaleError, UserError
 from dis_scale.scan import triton_conv, triton_scan
 from dis_scale.scan.backend import Backend, Direction
 
@@ -38,13 +42,62 @@ CHUNK = LANES // 2
 """Steps between stored states, limited by registers. Each step has one lane for B's gradient and one for C's."""
 ROWS = 4
 """Steps of a tile of the convolution."""
+CAPABILITY = 8, 0
+"""Lowest compute capability for which the kernels are compiled in the tests."""
+MOST_PROGRAMS = 65_535
+"""Largest grid of a kernel on its second axis (the batch) and on its third (the convolution's tiles)."""
+
+
+def problem() -> DisScaleError | None:
+    """Return the reason why the kernels cannot run on this machine's GPUs, or None.
+
+    Triton's launcher is C code that it compiles at the first launch.
+    """
+    if torch.version.hip:  # a warp of 64 threads holds each channel twice, which races
+        reason = "an NVIDIA GPU, got PyTorch for ROCm"
+    elif not torch.cuda.is_available():
+        reason = "a GPU, and PyTorch finds none"
+    elif (oldest := min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))) < CAPABILITY:
+        reason = f"compute capability {_dotted(CAPABILITY)} or newer, got {_dotted(oldest)}"
+    elif not _compiler():
+        reason = "a C compiler for its launcher: install gcc, or set CC"
+    elif not (header := Path(sysconfig.get_paths(_scheme())["include"]) / "Python.h").exists():
+        reason = f"Python's headers for its launcher, and there is no {header}: install python3-dev"
+    else:
+        return None
+    return UserError(f"the triton scan needs {reason}; or set the backend to chunked")
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+def _compiler() -> str | None:
+    """The compiler that Triton takes."""
+    return shutil.which(os.environ["CC"]) if "CC" in os.environ else shutil.which("gcc") or shutil.which("clang")
+
+
+def _scheme() -> str:
+    """The installation scheme whose headers Triton includes: not Debian's local one."""
+    return sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
 
 
 def _rowwise(x_BLX: Tensor) -> Tensor:
     """x with contiguous channels and evenly spaced rows in the whole batch; a copy only if necessary."""
     B, L, X = x_BLX.shape
     even = B == 1 or x_BLX.stride(0) == L * x_BLX.stride(1)
-    return x_BLX if even and (X == 1 or x_BLX.stride(2) == 1) else x_BLX.contiguous()
+    rows_BLX = x_BLX if even and (X == 1 or x_BLX.stride(2) == 1) else x_BLX.contiguous()
+    _check_offsets(L, rows_BLX.stride(1))
+    return rows_BLX
+
+
+def _check_offsets(rows: int, row: int) -> None:
+    """UserError if an offset within a batch row needs more than 32 bits."""
+    if rows * row >= 2**31:
+        raise UserError(
+            f"the triton scan takes batch rows of fewer than 2**31 numbers, got {rows:,} rows of {row:,}: "
+            "set the backend to chunked"
+        )
 
 
 def _empty_like(x_BLE: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -57,8 +110,18 @@ def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: An
         kernel[grid](*arguments, **constants)
 
 
-def _grid(x_BLE: Tensor, channels: int, *more: int) -> tuple[int, ...]:
-    return triton.cdiv(x_BLE.shape[2], channels), x_BLE.shape[0], *more
+def _grid(x_BLE: Tensor, channels: int, *tiles: int) -> tuple[int, ...]:
+    B, L, E = x_BLE.shape
+    if B > MOST_PROGRAMS:
+        raise UserError(
+            f"the triton scan takes at most {MOST_PROGRAMS:,} images per call, got {B:,}: "
+            "take smaller micro-batches, or set the backend to chunked"
+        )
+    if max(tiles, default=0) > MOST_PROGRAMS:
+        raise UserError(
+            f"the triton convolution takes at most {MOST_PROGRAMS * ROWS:,} steps, got {L:,}: set the backend to chunked"
+        )
+    return triton.cdiv(E, channels), B, *tiles
 
 
 class _Operands:
@@ -113,6 +176,7 @@ class _Gradients(NamedTuple):
         if N <= CHUNK:
             return self.halves(), CHUNK
         B, L, E = self.du.shape
+        _check_offsets(triton.cdiv(L, CHUNK) * N, E)
         buffer = self.du.new_empty(B, triton.cdiv(L, CHUNK), N, E, dtype=torch.float32)
         return (buffer, buffer), N
 

@@ -3,9 +3,10 @@
 import functools
 import os
 import sys
+import sysconfig
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from dis_scale.scan import (
     two_way_conv_silu,
     two_way_scan,
 )
+from dis_scale.scan.graphs import prepare_to_compile
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -82,14 +84,56 @@ def test_without_mamba_ssm_the_error_gives_the_install_command() -> None:
     assert "--build-arg EXTRAS=gpu" in (ROOT / "cluster" / "Dockerfile").read_text()
 
 
-def test_a_gpu_uses_triton_or_gives_the_reason(fresh_process: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def a_gpu(fresh_process: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine with two supported GPUs, as PyTorch describes them."""
     pytest.importorskip("triton")
+    fresh_process.setattr(torch.version, "hip", None)
+    fresh_process.setattr(torch.cuda, "is_available", lambda: True)
+    fresh_process.setattr(torch.cuda, "device_count", lambda: 2)
+    fresh_process.setattr(torch.cuda, "get_device_capability", [(9, 0), (8, 0)].__getitem__)
+    return fresh_process
+
+
+def test_a_gpu_uses_triton(a_gpu: pytest.MonkeyPatch) -> None:
     assert str(choose("auto", "cuda")) == "triton (auto: cuda, an NVIDIA GPU)"
-    _choose.cache_clear()
-    fresh_process.setitem(sys.modules, "dis_scale.scan.triton", None)
+    assert str(choose("triton", "cuda")) == "triton (as asked)"
+
+
+def test_a_gpu_without_triton_uses_chunked_and_gives_the_reason(a_gpu: pytest.MonkeyPatch) -> None:
+    a_gpu.setitem(sys.modules, "dis_scale.scan.triton", None)
     assert str(choose("auto", "cuda")).startswith(
         "chunked (auto: the triton scan needs triton, which comes with PyTorch's builds for Linux: pip install triton (got:"
     )
+
+
+UNSUPPORTED: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
+    "ROCm": (lambda patch: patch.setattr(torch.version, "hip", "6.4"), "an NVIDIA GPU, got PyTorch for ROCm"),
+    "no GPU": (lambda patch: patch.setattr(torch.cuda, "is_available", lambda: False), "a GPU, and PyTorch finds none"),
+    "one old GPU of two": (
+        lambda patch: patch.setattr(torch.cuda, "get_device_capability", [(9, 0), (7, 5)].__getitem__),
+        "compute capability 8.0 or newer, got 7.5",
+    ),
+    "no compiler": (lambda patch: patch.setenv("PATH", ""), "a C compiler for its launcher: install gcc, or set CC"),
+    "a missing CC": (lambda patch: patch.setenv("CC", "/nonexistent/cc"), "a C compiler for its launcher"),
+    "no headers": (
+        lambda patch: patch.setattr(sysconfig, "get_paths", lambda _: {"include": "/nonexistent"}),
+        "Python's headers for its launcher, and there is no /nonexistent/Python.h: install python3-dev",
+    ),
+}
+"""What a machine lacks for Triton's kernels, and the reason that is given."""
+
+
+@pytest.mark.parametrize("lacking", UNSUPPORTED)
+def test_a_gpu_on_which_triton_is_not_right_uses_chunked_and_gives_the_reason(
+    a_gpu: pytest.MonkeyPatch, lacking: str
+) -> None:
+    remove, reason = UNSUPPORTED[lacking]
+    a_gpu.delenv("CC", raising=False)
+    remove(a_gpu)
+    assert str(choose("auto", "cuda")).startswith(f"chunked (auto: the triton scan needs {reason}")
+    with pytest.raises(UserError, match=f"the triton scan needs {reason}.*; or set the backend to chunked"):
+        choose("triton", "cuda")
 
 
 def test_a_failed_build_shows_the_compilers_output_and_auto_uses_chunked(
@@ -194,3 +238,18 @@ def test_the_native_limits_are_named() -> None:
     tensors = [x.requires_grad_() for x in random_direction(1, 3, 2, 4)]
     with pytest.raises(NotImplementedError, match="differentiable once"):
         torch.autograd.grad(selective_scan(*tensors, backend="native").sum(), tensors, create_graph=True)
+
+
+def test_torch_compile_traces_none_of_the_functions() -> None:
+    """A backend launches kernels that no graph may contain."""
+    prepare_to_compile()
+    direction, weights = random_direction(1, 3, 2, 4), (torch.ones(2, 4), torch.ones(2))
+    calls: dict[str, Callable[[], object]] = {
+        "selective_scan": lambda: selective_scan(*direction, backend="reference"),
+        "two_way_scan": lambda: two_way_scan(direction, direction, None, backend="reference"),
+        "causal_conv_silu": lambda: causal_conv_silu(direction.u_BLE, *weights, backend="reference"),
+        "two_way_conv_silu": lambda: two_way_conv_silu(direction.u_BLE, *weights, *weights, backend="reference"),
+    }
+    for name, call in calls.items():
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=name):
+            torch.compile(call, backend="eager", fullgraph=True)()

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 pytest.importorskip("triton", reason="Triton comes only with PyTorch's builds for Linux")
 
 from benchmarks.instructions import compiled, counted, registers
+from dis_scale.errors import UserError
 from dis_scale.scan import Direction
 from dis_scale.scan import triton as scan_triton
 
@@ -92,3 +93,32 @@ def test_memory_exceeds_inputs_outputs_and_gradients_by_a_tenth_at_most(
         f"{dtype}: {allocated.peak / y.numel():.2f} bytes an element, {allocated.peak / needed - 1:.1%} over {needed}"
     )
     assert allocated.peak <= 1.1 * needed
+
+
+def direction_of_meta(B: int, L: int, E: int, N: int, row: int = 0) -> Direction:
+    """A direction without memory; `row` is the distance between two rows of u, E unless given."""
+    shapes = [(B, L, row or E), (B, L, E), (E, N), (B, L, N), (B, L, N), (E,), (E,)]
+    u, *rest = (torch.empty(shape, device="meta") for shape in shapes)
+    return Direction(u[..., :E], *rest)
+
+
+def test_sizes_beyond_a_grid_or_32_bits_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_triton, "_launch", lambda *_, **__: None)
+    backend, ones = scan_triton.backend, torch.ones(1, 4, device="meta")
+    most = scan_triton.MOST_PROGRAMS
+    with pytest.raises(UserError, match=r"at most 65,535 images per call, got 65,536: take smaller micro-batches"):
+        backend.selective_scan(direction_of_meta(most + 1, 1, 1, 1), False)
+    with pytest.raises(UserError, match=r"at most 262,140 steps, got 262,141: set the backend to chunked"):
+        backend.causal_conv_silu(torch.ones(1, 262_141, 1, device="meta"), ones, ones[0, :1], False)
+    with pytest.raises(
+        UserError, match=r"fewer than 2\*\*31 numbers, got 4,096 rows of 524,288: set the backend to ch"
+    ):
+        backend.selective_scan(direction_of_meta(2, 4096, 8, 1, row=2**19), False)
+    backend.selective_scan(direction_of_meta(most, 1, 1, 1), False)
+    backend.causal_conv_silu(torch.ones(1, 262_140, 1, device="meta"), ones, ones[0, :1], False)
+    backend.selective_scan(direction_of_meta(2, 4095, 8, 1, row=2**19), False)
+    # With more states than a chunk has steps, the backward pass keeps them in a buffer of their own.
+    many = [x.requires_grad_() for x in direction_of_meta(1, 2**20, 2**10, 64)]
+    y = backend.selective_scan(Direction(*many), False)
+    with pytest.raises(UserError, match=r"got 4,194,304 rows of 1,024: set the backend to chunked"):
+        y.backward(torch.empty_like(y))
