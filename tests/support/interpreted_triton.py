@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dis_scale.scan import choose
+from dis_scale.scan.selftest import verify
 from tests.scan.test_scan_admission import (
     CALLS,
     TOLERANCE,
@@ -71,3 +72,9 @@ def test_gradients_twice_on_one_graph_are_the_same() -> None:
     (y,) = CALLS["two-way scan"](tensors, "triton")
     first, again = (torch.autograd.grad(y, tensors, torch.ones_like(y), retain_graph=True) for _ in range(2))
     assert all(torch.equal(x, z) for x, z in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_self_test_passes(dtype: torch.dtype) -> None:
+    """Products of one type, weights and dynamics in float32."""
+    verify("triton", torch.device("cpu"), dtype, L=5, E=3, N=2)

@@ -1,0 +1,83 @@
+"""Comparison of a backend with the reference on the device where it will run: `verify`.
+
+For kernels that the tests have not run on this device. Read next: reference.py.
+
+Axes: B batch, L time, E channels, N states.
+"""
+
+import torch
+from torch import Tensor
+
+from dis_scale.errors import DisScaleError
+from dis_scale.scan import Direction, two_way_conv_silu, two_way_scan
+
+TAPS = 4
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2**-5}
+"""Largest error by the type of the products, relative to a tensor's largest number.
+
+Ten times what the tests allow in float32, and in bfloat16 twice the four roundings of mamba-ssm (2^-8 each): a wrong kernel
+is off by much more, and an approximate exponential multiplies its error over a long sequence.
+"""
+
+
+def verify(name: str, device: torch.device, dtype: torch.dtype, L: int = 35, E: int = 40, N: int = 16) -> None:
+    """Compare both two-way functions of a backend with the reference: outputs and all gradients.
+
+    `dtype` is the type of the products, float32 or bfloat16; every tensor has the type and the strides that a mixer passes.
+    Kernels are compiled for L, E and N: with a model's sizes, training compiles none of them again. The call does not
+    change any random state. DisScaleError names the backend to set instead.
+    """
+    leaves, tolerance = _random_leaves(L, E, N, dtype), TOLERANCE[dtype]
+    expected = _outputs_and_gradients(leaves, "reference", device, torch.float64)
+    for what, x in _outputs_and_gradients(leaves, name, device).items():
+        error = ((x - expected[what]).abs().max() / expected[what].abs().max()).item()
+        if not error <= tolerance:  # it may be NaN
+            instead = "reference" if name == "chunked" else "chunked"
+            where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+            raise DisScaleError(
+                f"the {name} scan is wrong on {where}: {what} is off by {error:.1e} of its largest number, allowed are "
+                f"{tolerance:.1e} ({dtype}, L{L} E{E} N{N}): set the backend to {instead}"
+            )
+
+
+def _random_leaves(L: int, E: int, N: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Inputs of both functions for two images. delta and A as in a trained mixer: some decays are near 1, some near 0."""
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random)
+
+    leaves = {"x and z": normal(2, L, 2 * E).to(dtype)}
+    for way in ("forward", "backward"):
+        leaves |= {
+            f"{way} conv weight": normal(E, TAPS), f"{way} conv bias": normal(E),
+            f"{way} u": normal(2, L, E).to(dtype), f"{way} delta": normal(2, L, E).to(dtype), f"{way} A": -normal(E, N).exp(),
+            f"{way} B and C": normal(2, L, 2 * N).to(dtype), f"{way} D": normal(E), f"{way} delta bias": normal(E) - 3,
+        }  # fmt: skip
+    return leaves
+
+
+def _outputs_and_gradients(
+    leaves: dict[str, Tensor], backend: str, device: torch.device, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The outputs, and the gradient of each leaf, as float64; `dtype` replaces the types of all leaves."""
+    inputs = {name: x.to(device, dtype or x.dtype).requires_grad_() for name, x in leaves.items()}
+    x_BLE, z_BLE = inputs["x and z"].chunk(2, -1)
+    front, back = _direction(inputs, "forward"), _direction(inputs, "backward")
+    convs = (
+        inputs["forward conv weight"], inputs["forward conv bias"], inputs["backward conv weight"], inputs["backward conv bias"],
+    )  # fmt: skip
+    forward_BLE, backward_BLE = two_way_conv_silu(x_BLE, *convs, backend=backend)
+    y_BLE = two_way_scan(front, back, z_BLE, backend=backend)
+    outputs = {"forward conv": forward_BLE, "backward conv": backward_BLE, "scan": y_BLE}
+    dys = [leaves[name].to(y_BLE) for name in ("forward u", "backward u", "backward delta")]
+    gradients = torch.autograd.grad(list(outputs.values()), list(inputs.values()), dys)
+    return {f"output of {name}": y.detach().double() for name, y in outputs.items()} | {
+        f"gradient of {name}": g.double() for name, g in zip(inputs, gradients, strict=True)
+    }
+
+
+def _direction(inputs: dict[str, Tensor], way: str) -> Direction:
+    B_BLN, C_BLN = inputs[f"{way} B and C"].chunk(2, -1)
+    u, delta, A, D, bias = (inputs[f"{way} {name}"] for name in ("u", "delta", "A", "D", "delta bias"))
+    return Direction(u, delta, A, B_BLN, C_BLN, D, bias)
