@@ -1,6 +1,8 @@
 """Run benchmarks and record their rows with machine, versions and date: `python -m benchmarks.record NAME MODULE ...`.
 
-Their output is shown as it comes. `benchmarks/results/NAME.json` gets each module's JSON lines, and its failure, if any.
+Their output is shown as it comes. `benchmarks/results/NAME.json` gets each module's JSON lines as they come, so that a run
+that is cut off leaves what it measured, and its failure, if any. A file of the same machine and versions keeps its other
+modules; each module has its own date.
 """
 
 import datetime
@@ -8,6 +10,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,9 +32,9 @@ PACKAGES = (
 
 
 def machine() -> dict[str, Any]:
-    """Date, machine and versions."""
+    """Machine and versions."""
     return {
-        "date": datetime.date.today().isoformat(), "processor": processor(), "threads": torch.get_num_threads(),
+        "processor": processor(), "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := installed(name))},
     }  # fmt: skip
@@ -49,24 +52,46 @@ def installed(package: str) -> str | None:
         return None
 
 
-def rows(module: str) -> list[dict[str, Any]]:
-    """Run a benchmark, print its output, and return its JSON lines."""
-    lines: list[dict[str, Any]] = []
+def rows(module: str) -> Iterator[dict[str, Any]]:
+    """Run a benchmark, print its output, and yield its JSON lines as they come; a last one if it fails."""
     command = [sys.executable, "-m", f"benchmarks.{module}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
         for line in running.stdout:
             print(line, end="", flush=True)
             if line.startswith("{"):
-                lines.append(json.loads(line))
-    return lines if running.returncode == 0 else [*lines, {"failed": running.returncode}]
+                yield json.loads(line)
+    if running.returncode:
+        yield {"failed": running.returncode}
 
 
-def main(name: str, *modules: str) -> None:
+def read(path: Path) -> dict[str, Any]:
+    """The earlier benchmarks of this machine with these versions, if the file has any."""
+    facts = machine()
+    before = json.loads(path.read_text()) if path.exists() else {}
+    return facts | {"benchmarks": before["benchmarks"] if facts.items() <= before.items() else {}}
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Replace the file at once: a run that is cut off leaves a complete file."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(result, indent=1) + "\n")
+    new.replace(path)
+
+
+def main(name: str, *modules: str) -> int:
+    """Return 1 if a benchmark failed, otherwise 0; the others run all the same."""
     RESULTS.mkdir(exist_ok=True)
-    result = machine() | {"benchmarks": {module: rows(module) for module in modules}}
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    path = RESULTS / f"{name}.json"
+    result = read(path)
+    for module in modules:
+        lines = result["benchmarks"][module] = [{"date": datetime.date.today().isoformat()}]
+        write(path, result)
+        for row in rows(module):
+            lines.append(row)
+            write(path, result)
+    return int(any("failed" in row for module in modules for row in result["benchmarks"][module]))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

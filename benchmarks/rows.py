@@ -14,7 +14,7 @@ import torch
 
 Job = Callable[[], Any]
 SLOW_S = 6.0
-"""A slower job runs only once, in seconds."""
+"""A slower job is timed only once, in seconds."""
 
 
 class Row(NamedTuple):
@@ -48,9 +48,13 @@ def on_threads(count: int, job: Job) -> Job:
 
 
 def measure(jobs: dict[str, Job], rounds: int) -> dict[str, list[float]]:
-    """Times of each job in seconds, one per round. In a round a job runs for half a second, at most ten times."""
+    """Times of each job in seconds, one per round. In a round a job runs for half a second, at most ten times.
+
+    Each job runs once before it is timed: its first run may compile kernels for a minute.
+    """
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for name, job in jobs.items():
+        job()
         first = _timed(job)
         if first > SLOW_S:
             times[name].append(first)
