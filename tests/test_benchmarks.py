@@ -1,6 +1,8 @@
 """The benchmarks' own parts: a job is warm before it is timed, and what was measured is kept when a run is cut off."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,8 @@ from typing import Any
 import pytest
 
 from benchmarks import record, rows
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_a_job_that_compiles_in_its_first_run_is_timed_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,3 +68,17 @@ def test_rows_are_written_as_they_come(results: Path, monkeypatch: pytest.Monkey
 def test_a_failed_benchmark_is_recorded_and_the_next_one_runs(results: Path) -> None:
     assert record.main("name", "nothing", "rows") == 1
     assert recorded(results) == {"nothing": [{"failed": 1}], "rows": []}
+
+
+def quick(module: str) -> list[dict[str, Any]]:
+    """The rows of a bring-up's module in its form for a CPU; fails if the module does."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--device", "cpu", "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_the_kernels_part_compares_each_backend_of_a_device() -> None:
+    found = [row for row in quick("kernels") if "right" in row]
+    assert {row["name"].split(",")[0] for row in found} == {"native", "chunked"}
+    assert all(row["right"] and 0 <= row["error"] < row["allowed"] for row in found)

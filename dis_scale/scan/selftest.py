@@ -1,4 +1,4 @@
-"""Comparison of a backend with the reference on the device where it will run: `verify`.
+"""Comparison of a backend with the reference on the device where it will run: `verify`, `errors`.
 
 For kernels that the tests have not run on this device. Read next: reference.py.
 
@@ -21,23 +21,30 @@ is off by much more, and an approximate exponential multiplies its error over a 
 
 
 def verify(name: str, device: torch.device, dtype: torch.dtype, L: int = 35, E: int = 40, N: int = 16) -> None:
-    """Compare both two-way functions of a backend with the reference: outputs and all gradients.
+    """Compare a backend with the reference as `errors` does; DisScaleError names the backend to set instead.
 
-    `dtype` is the type of the products, float32 or bfloat16; every tensor has the type and the strides that a mixer passes.
-    Kernels are compiled for L, E and N: with a model's sizes, training compiles none of them again. The call does not
-    change any random state. DisScaleError names the backend to set instead.
+    Kernels are compiled for L, E and N: with a model's sizes, training compiles none of them again.
     """
-    leaves, tolerance = _random_leaves(L, E, N, dtype), TOLERANCE[dtype]
-    expected = _outputs_and_gradients(leaves, "reference", device, torch.float64)
-    for what, x in _outputs_and_gradients(leaves, name, device).items():
-        error = ((x - expected[what]).abs().max() / expected[what].abs().max()).item()
-        if not error <= tolerance:  # it may be NaN
+    for what, error in errors(name, device, dtype, L, E, N).items():
+        if not error <= TOLERANCE[dtype]:  # it may be NaN
             instead = "reference" if name == "chunked" else "chunked"
             where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
             raise DisScaleError(
                 f"the {name} scan is wrong on {where}: {what} is off by {error:.1e} of its largest number, allowed are "
-                f"{tolerance:.1e} ({dtype}, L{L} E{E} N{N}): set the backend to {instead}"
+                f"{TOLERANCE[dtype]:.1e} ({dtype}, L{L} E{E} N{N}): set the backend to {instead}"
             )
+
+
+def errors(name: str, device: torch.device, dtype: torch.dtype, L: int, E: int, N: int) -> dict[str, float]:
+    """Largest error of each output and gradient of both two-way functions, relative to the tensor's largest number.
+
+    `dtype` is the type of the products, float32 or bfloat16; every tensor has the type and the strides that a mixer passes.
+    No random state changes.
+    """
+    leaves = _random_leaves(L, E, N, dtype)
+    expected = _outputs_and_gradients(leaves, "reference", device, torch.float64)
+    got = _outputs_and_gradients(leaves, name, device)
+    return {what: ((x - expected[what]).abs().max() / expected[what].abs().max()).item() for what, x in got.items()}
 
 
 def _random_leaves(L: int, E: int, N: int, dtype: torch.dtype) -> dict[str, Tensor]:

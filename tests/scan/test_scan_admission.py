@@ -104,10 +104,15 @@ def check_results(
     tolerance: dict[torch.dtype, float] = TOLERANCE,
 ) -> None:
     """Assert that the results `got` agree with the reference within the tolerance."""
-    for i, (x, expected) in enumerate(zip(got, expected_results(call, sizes, dtype), strict=True)):
-        assert x.dtype == dtype
-        error, largest = (x.double() - expected).abs().max(), expected.abs().max()
-        assert error <= tolerance[dtype] * largest, f"tensor {i} is off by {error:.1e}, its largest number is {largest}"
+    assert {x.dtype for x in got} == {dtype}
+    compare(got, expected_results(call, sizes, dtype), tolerance[dtype])
+
+
+def compare(got: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    """Assert that each tensor agrees within the tolerance, relative to its largest number."""
+    for i, (x, y) in enumerate(zip(got, expected, strict=True)):
+        error, largest = (x.double() - y).abs().max(), y.abs().max()
+        assert error <= tolerance * largest, f"tensor {i} is off by {error:.1e}, its largest number is {largest}"
 
 
 @pytest.fixture(autouse=True)
@@ -148,10 +153,12 @@ def test_half_precision_is_rounded_once(backend: str, call: str, dtype: torch.dt
     check_results(call, sizes, dtype, outputs_and_gradients(call, random_tensors(sizes, dtype), backend))
 
 
-def views(sizes: tuple[int, int, int, int]) -> Iterator[list[Tensor]]:
-    """The random tensors as views: as chunks or splits of a product, and with a strided last axis."""
-    yield [torch.cat([x, x], -1)[..., : x.shape[-1]].detach().requires_grad_() for x in random_tensors(sizes)]
-    yield [x.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_() for x in random_tensors(sizes)]
+def views(sizes: tuple[int, int, int, int], device: str = "cpu") -> Iterator[list[Tensor]]:
+    """The random tensors as views: as either half of a product, and with a strided last axis."""
+    tensors = [x.detach().to(device) for x in random_tensors(sizes)]
+    for half in (0, 1):  # as x and z, the two halves of the mixer's product
+        yield [torch.cat([x, x], -1).chunk(2, -1)[half].requires_grad_() for x in tensors]
+    yield [x.repeat_interleave(2, -1)[..., ::2].requires_grad_() for x in tensors]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -180,22 +187,27 @@ def test_every_instruction_set(isa: str, call: str, sizes: tuple[int, int, int, 
 
 
 def test_every_instruction_set_is_right_at_extreme_gates(isa: str) -> None:
+    check_extreme_gates("native")
+
+
+def check_extreme_gates(backend: str, device: str = "cpu") -> None:
     """SiLU at inputs where it equals its input, where it vanishes, and where its exponential overflows.
 
     A gate of 0 makes the output 0, but its gradient still needs y.
     """
     sizes = (1, 9, 17, 4)
-    got, expected = random_tensors(sizes), random_tensors(sizes)
-    for tensors in (got, expected):
-        with torch.no_grad():
-            for x in (tensors[0], tensors[14]):
-                x[0] = torch.tensor([-1e4, -300, -128, -100, 0, 88, 100, 300, 1e4])[:, None]
+    on_cpu = random_tensors(sizes)
+    with torch.no_grad():
+        for x in (on_cpu[0], on_cpu[14]):
+            x[0] = torch.tensor([-1e4, -300, -128, -100, 0, 88, 100, 300, 1e4])[:, None]
+    got, expected = ([x.detach().to(device).requires_grad_() for x in on_cpu] for _ in range(2))
     for call in ("two-way scan", "conv", "two-way conv"):
-        for y, loops in zip(CALLS[call](got, "native"), CALLS[call](expected, "reference"), strict=True):
+        for y, loops in zip(CALLS[call](got, backend), CALLS[call](expected, "reference"), strict=True):
             torch.testing.assert_close(y, loops, rtol=1e-4, atol=1e-25)
+    usual = [x.detach().to(device).requires_grad_() for x in random_tensors(sizes)[:14]]
     gated, loops = (
-        outputs_and_gradients("two-way scan", [*random_tensors(sizes)[:14], x[14]], backend)
-        for x, backend in ((got, "native"), (expected, "reference"))
+        outputs_and_gradients("two-way scan", [*usual, x[14]], name)
+        for x, name in ((got, backend), (expected, "reference"))
     )
     assert all(x.isfinite().all() for x in gated)
     torch.testing.assert_close(gated[-1], loops[-1], rtol=1e-4, atol=1e-25)  # z's gradient

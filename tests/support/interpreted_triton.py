@@ -11,6 +11,7 @@ from dis_scale.scan.selftest import verify
 from tests.scan.test_scan_admission import (
     CALLS,
     TOLERANCE,
+    check_extreme_gates,
     check_results,
     outputs_and_gradients,
     poison,
@@ -78,3 +79,7 @@ def test_gradients_twice_on_one_graph_are_the_same() -> None:
 def test_the_self_test_passes(dtype: torch.dtype) -> None:
     """Products of one type, weights and dynamics in float32."""
     verify("triton", torch.device("cpu"), dtype, L=5, E=3, N=2)
+
+
+def test_extreme_gates() -> None:
+    check_extreme_gates("triton")
