@@ -1,6 +1,9 @@
 """The benchmarks' own parts: a job is warm before it is timed, and what was measured is kept when a run is cut off."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -9,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import record, rows
+from benchmarks import record, rows, throughput
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,3 +85,84 @@ def test_the_kernels_part_compares_each_backend_of_a_device() -> None:
     found = [row for row in quick("kernels") if "right" in row]
     assert {row["name"].split(",")[0] for row in found} == {"native", "chunked"}
     assert all(row["right"] and 0 <= row["error"] < row["allowed"] for row in found)
+
+
+WITHOUT = """
+import sys
+from pathlib import Path
+for name in ("ray", "mlflow", "s3fs", "sklearn", "diffusers"):
+    sys.modules[name] = None
+import torch
+from benchmarks import digits, smoke
+from dis_scale.sweep.state import require_latents
+import dis_scale.training.profile
+
+root, cpu = Path(sys.argv[1]), torch.device("cpu")
+sweep = digits.prepare(digits.recipe_of(root, steps=3, quick=True), root, cpu)
+run = digits.TrainingRun(sweep, require_latents(sweep.folder), "dis", "cpu")
+digits.train(run, 0)
+assert smoke.published(run)
+assert smoke.distance(sweep, sweep, "euler", cpu) > 0
+print("loaded", sorted({"ray", "mlflow", "s3fs", "pipelines"} & {name for name in sys.modules if sys.modules[name]}))
+"""
+"""Everything before training, three steps, and samples, in a process where these packages are missing."""
+
+
+def test_training_sampling_and_profiling_need_neither_ray_nor_mlflow_nor_s3(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "loaded []" in done.stdout
+    missing = [json.loads(line)["not measured"] for line in done.stdout.splitlines() if "not measured" in line]
+    assert missing == [
+        "scikit-learn is not installed: generated images instead",
+        "diffusers is not installed: latents are pixels",
+    ]
+
+
+@pytest.mark.slow
+def test_the_smoke_part_compares_a_device_with_the_cpu() -> None:
+    found = [row for row in quick("smoke") if "right" in row]
+    assert all(row["right"] for row in found)
+    parts = {"fp32", "bf16", "after a kill", "ZeRO 2", "ZeRO 3", "euler", "ddpm", "DiS-S/2", "DiT-S/2"}
+    assert {part for part in parts if any(part in row["name"] for row in found)} == parts
+
+
+@pytest.mark.slow
+def test_the_throughput_part_measures_training_sampling_and_encoding() -> None:
+    found = {row["name"].split(",")[0]: row for row in quick("throughput")}
+    assert found.keys() == {"train DiT-S/8", "train DiS-S/8", "sample DiT-S/8", "encode 32 pixels"}
+    assert all(row.get("images_per_s", row.get("images_per_s_50_steps", 0)) > 0 for row in found.values())
+    assert found["train DiS-S/8"]["mfu"] > 0
+    assert found["train DiS-S/8"]["states_gib"] > 0
+
+
+@pytest.mark.parametrize("wrong", ["error", "killed", "slow"])
+def test_a_job_that_fails_is_a_row_that_says_so(
+    wrong: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(throughput, "JOB_S", 1.0 if wrong == "slow" else 60.0)
+    target, reason = {
+        "error": (raise_out_of_memory, "RuntimeError: CUDA out of memory"),
+        "killed": (kill_itself, "exit code -9"),
+        "slow": (time.sleep, "longer than 1 s"),
+    }[wrong]
+    throughput.in_a_process("job", target, 100)
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
+    assert json.loads(line) == {"name": "job", "not measured": reason}
+
+
+def raise_out_of_memory(_: int) -> None:
+    raise RuntimeError("CUDA out of memory")
+
+
+def kill_itself(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_every_part_of_the_bring_up_exists() -> None:
+    script = (ROOT / "benchmarks/gpu.sh").read_text()
+    modules = {"kernels", "scan_gpu", "step", "smoke", "throughput"}
+    assert modules == {name for line in re.findall(r"^ +record (.*)$", script, re.MULTILINE) for name in line.split()}
+    assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in modules)
+    assert subprocess.run(["sh", "-n", ROOT / "benchmarks/gpu.sh"]).returncode == 0

@@ -1,0 +1,174 @@
+"""A device trains, resumes and samples as a CPU does: `python -m benchmarks.smoke [--device cpu --quick]`.
+
+Small DiS, DiffuSSM and DiT on the digits' latents, without Ray: losses against the CPU's in fp32 and bf16, a killed run against
+an undisturbed one, ZeRO 1, 2 and 3, samples of each sampler against the CPU's, memory against the formula. The inputs of every
+step are bit-equal on all devices, so only sums differ.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.profiler import profile
+
+from benchmarks import digits
+from benchmarks.bringup import Options, options
+from benchmarks.digits import TrainingRun
+from dis_scale import models, vae
+from dis_scale.evaluation import metrics
+from dis_scale.evaluation.features import load_extractors
+from dis_scale.evaluation.reference import load_all
+from dis_scale.evaluation.sampling import BlockSampler, labels_of
+from dis_scale.models.cost import price_model
+from dis_scale.recipe import Dis, Dit, Gaussian, LatentShape
+from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
+from dis_scale.recipe.presets import preset
+from dis_scale.sweep import Sweep
+from dis_scale.sweep.state import require_latents
+from dis_scale.training import checkpoint
+
+AT_ONCE = 4
+"""Training runs at the same time, each with one thread."""
+FIRST_LOSS = {"fp32": 1e-4, "bf16": 2e-2}
+"""Largest relative difference of the first logged loss, after ten steps, to the CPU's in fp32: rounding alone."""
+LAST_LOSS = {"fp32": 0.02, "bf16": 0.05}
+"""The same of the mean of the last ten logged losses: rounding is amplified from step to step."""
+DISTANCE = 0.02
+"""Largest relative difference of the samples' distance to the real images, from that of the same model's on the CPU."""
+MEMORY = 0.1
+"""Largest relative difference of kept activations to models/cost.py."""
+IMAGES = 32
+
+
+class Checks:
+    """Prints a row per check."""
+
+    def __init__(self) -> None:
+        self.right = True
+
+    def add(self, name: str, value: float, allowed: float) -> None:
+        """`value` is right if it is at most `allowed`; NaN is wrong."""
+        right = bool(value <= allowed)
+        self.right &= right
+        print(json.dumps({"name": name, "right": right, "value": float(value), "allowed": allowed}), flush=True)
+
+
+def relative(x: float, y: float) -> float:
+    return abs(x / y - 1)
+
+
+def main(chosen: Options) -> bool:
+    checks = Checks()
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        recipe = digits.recipe_of(root, 30 if chosen.quick else 300, chosen.quick)
+        sweep = digits.prepare(recipe, root, chosen.device)
+        train(checks, sweep, chosen)
+        sample(checks, sweep, chosen)
+    compare_memory(checks, chosen)
+    return checks.right
+
+
+def train(checks: Checks, sweep: Sweep, chosen: Options) -> None:
+    """Train all runs, then compare them."""
+    latents, device = require_latents(sweep.folder), chosen.device.type
+    kinds = ["dis"] if chosen.quick else list(sweep.recipe.models)
+
+    def run(name: str, model: str, on: str = device, kill_at: int | None = None, **changes: object) -> TrainingRun:
+        return TrainingRun(digits.varied(sweep, name, changes), latents, model, on, kill_at)
+
+    on_cpu = {model: TrainingRun(sweep, latents, model, "cpu") for model in kinds}
+    exact = {model: run("fp32", model) for model in kinds}
+    rounded = {model: run("bf16", model, precision="bf16") for model in kinds}
+    late = sweep.recipe.train.images // 2
+    killed = {model: [run("killed", model, kill_at=late), run("killed", model)] for model in kinds}
+    stages = {stage: run(f"zero-{stage}", "dis", zero_stage=stage) for stage in (2, 3)}
+    gaussian = TrainingRun(gaussian_sweep(sweep), latents, "dis", "cpu")
+    alone = [*on_cpu.values(), gaussian, *exact.values(), *rounded.values(), *stages.values()]
+    digits.train_all([*killed.values(), *([each] for each in alone)], AT_ONCE)
+
+    for model in kinds:
+        for precision, runs in (("fp32", exact), ("bf16", rounded)):
+            compare_losses(checks, f"{model}, {precision}", runs[model], on_cpu[model], precision)
+        resumed, undisturbed = (published(each) for each in (killed[model][1], exact[model]))
+        off = max((resumed[name] - undisturbed[name]).abs().max().item() for name in undisturbed)
+        checks.add(f"{model}: weights after a kill and a resume, against an undisturbed run", off, 0.0)
+    for stage, staged in stages.items():
+        compare_losses(checks, f"dis, ZeRO {stage}", staged, exact["dis"], "fp32")
+
+
+def gaussian_sweep(sweep: Sweep) -> Sweep:
+    """The same sweep with noise prediction instead of flow matching, for its samplers."""
+    changes = {"name": "gaussian", "diffusion": Gaussian(kind="gaussian")}
+    return Sweep.below(sweep.store, sweep.recipe.model_copy(update=changes))
+
+
+def compare_losses(checks: Checks, name: str, ours: TrainingRun, theirs: TrainingRun, precision: str) -> None:
+    pairs = list(zip(digits.losses(ours), digits.losses(theirs), strict=True))
+    checks.add(f"{name}: first logged loss", relative(*pairs[0]), FIRST_LOSS[precision])
+    last = np.mean(pairs[-10:], axis=0)
+    checks.add(f"{name}: mean of the last ten logged losses", relative(*last), LAST_LOSS[precision])
+
+
+def published(run: TrainingRun) -> dict[str, torch.Tensor]:
+    return checkpoint.load_published(run.sweep.run(run.model), run.sweep.recipe.train.images)
+
+
+def sample(checks: Checks, sweep: Sweep, chosen: Options) -> None:
+    """Sample the model that the CPU trained with each sampler, on the CPU and on the device."""
+    flow, gaussian = (FLOW_SAMPLERS, sweep), (GAUSSIAN_SAMPLERS, gaussian_sweep(sweep))
+    for samplers, trained in (flow, gaussian):
+        for name in samplers[:1] if chosen.quick else samplers:
+            here, there = (distance(trained, sweep, name, device) for device in (chosen.device, torch.device("cpu")))
+            checks.add(f"{name}: distance of samples, {here:.4g} against {there:.4g}", relative(here, there), DISTANCE)
+
+
+def distance(trained: Sweep, sweep: Sweep, sampler: str, device: torch.device) -> float:
+    """The distance between samples and real images under the sweep's extractor, decoded and measured on the device."""
+    settings = trained.recipe.evaluate.model_copy(update={"sampler": sampler})
+    decoder = vae.load(sweep)
+    decoder.net.to(device)
+    sampler_on = BlockSampler(trained, decoder, load_extractors(sweep, device), None, labels_of(sweep), device)
+    block = sampler_on.sample(sampler_on.model("dis", trained.recipe.train.images, settings), settings, 0)
+    ((name, features),) = block.features.items()
+    return metrics.frechet(metrics.fit(features.pooled), load_all(sweep)[name].pooled)
+
+
+def compare_memory(checks: Checks, chosen: Options) -> None:
+    """Compare the memory that a forward pass leaves allocated with the formula, per image, in fp32."""
+    shape = LatentShape(4, 16 if chosen.quick else 32)
+    for name, settings in {"DiS-S/2": Dis(**preset("DiS-S/2")), "DiT-S/2": Dit(**preset("DiT-S/2"))}.items():
+        for mode in ("none", "block"):
+            model = models.build(settings, shape, 10, checkpointing=mode).to(chosen.device)
+            count = 2 if chosen.quick else IMAGES
+            left = [left_bytes(model, images, chosen.device) for images in (count, 2 * count)]
+            parts = price_model(settings, shape, 10).kept.by_part(mode)
+            formula = 4 * (sum(parts.values()) - parts["one block"])  # which the backward pass adds
+            measured = (left[1] - left[0]) / count
+            checks.add(f"{name}, checkpointing {mode}: kept bytes per image", relative(measured, formula), MEMORY)
+
+
+def left_bytes(model: torch.nn.Module, images: int, device: torch.device) -> int:
+    shape = model.shape  # type: ignore[attr-defined]
+    inputs = (
+        torch.randn(images, shape.channels, shape.size, shape.size, device=device),
+        torch.rand(images, device=device),
+    )
+    labels = torch.zeros(images, dtype=torch.int64, device=device)
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        kept = model(*inputs, labels)
+        left = torch.cuda.memory_allocated() - before
+    else:
+        with profile(profile_memory=True) as recorded:
+            kept = model(*inputs, labels)
+        left = sum(event.self_cpu_memory_usage for event in recorded.key_averages())
+    assert kept.requires_grad
+    return left
+
+
+if __name__ == "__main__":
+    sys.exit(not main(options(__doc__)))

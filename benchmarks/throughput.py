@@ -1,0 +1,198 @@
+"""Speed and memory of the published sizes at 256 pixels: `python -m benchmarks.throughput [--device cpu --quick]`.
+
+One worker's training step through everything but storage, by micro-batch, checkpointing and torch.compile; sampling; and
+Stable Diffusion's autoencoder with random weights through precompute's encoder. Each job is a process of its own, and runs
+before it is timed. A job that needs more memory than the device has is a row that says so.
+"""
+
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks.bringup import Options, options
+from dis_scale import diffusion, models
+from dis_scale.data import shards
+from dis_scale.data.encode import encode_images
+from dis_scale.data.shards import Sample
+from dis_scale.diffusion.generate import generate
+from dis_scale.models.cost import price_model
+from dis_scale.recipe import LatentShape, Recipe, reading
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import Sweep, state
+from dis_scale.training.engine import kinds
+from dis_scale.training.profile import profile_training
+from dis_scale.training.throughput import synchronize
+from dis_scale.vae import KlVae
+
+RECIPE = Path(__file__).parent.parent / "configs/imagenet256.yaml"
+LATENTS, LATENT_SHAPE, CLASSES = 256, LatentShape(4, 32), 1000
+SIZES = ("DiS-S/2", "DiS-B/2", "DiS-M/2", "DiS-L/2", "DiS-H/2", "DiffuSSM-XL", "DiT-L/2", "DiT-XL/2")
+VARIED = "DiS-L/2"
+"""Size whose checkpointing, compilation and micro-batch are varied."""
+BUDGET_S = 480.0
+"""Time after which no further job starts."""
+JOB_S = 150.0
+"""Longest time of one job: compilation and steps."""
+SAMPLER, SAMPLING_STEPS, SAMPLED = "ddim", 5, 64
+SD_WIDTHS = (128, 256, 512, 512)
+"""Widths of Stable Diffusion's autoencoder (83.7 million parameters)."""
+
+
+class Job(NamedTuple):
+    """A training job: a published size and its settings."""
+
+    size: str
+    images: int = 32
+    checkpointing: str = "none"
+    compile: bool = False
+    steps: int = 10
+
+    @property
+    def name(self) -> str:
+        return f"{self.size}, {self.images} images, checkpointing {self.checkpointing}{', compiled' * self.compile}"
+
+
+JOBS = [Job(size) for size in SIZES]
+JOBS += [Job(VARIED, 32, checkpointing) for checkpointing in ("block", "every_2", "selective")]
+JOBS += [Job(VARIED, compile=True), Job("DiT-L/2", compile=True)]
+JOBS += [Job(VARIED, images) for images in (8, 64, 128)] + [Job("DiS-S/2", 256), Job("DiS-H/2", 64, "block")]
+QUICK_JOBS = [Job("DiT-S/8", 2, steps=1), Job("DiS-S/8", 2, "block", steps=1)]
+
+
+def recipe_of(job: Job, device: str) -> Recipe:
+    """The ImageNet recipe with one model and one micro-batch per step."""
+    changes = [
+        f"models={{model: {{preset: {job.size}}}}}", f"train.batch_images={job.images}", "train.lanes=1", "train.workers=1",
+        f"train.publish_images=[{1000 * job.images}]", f"train.resume_every_images={1000 * job.images}",
+        f"train.checkpointing={job.checkpointing}", f"train.compile={json.dumps(job.compile)}", f"device={device}",
+        f"train.precision={'bf16' if device == 'cuda' else 'fp32'}", "train.warmup_images=0",
+    ]  # fmt: skip
+    return reading.load(RECIPE, changes)
+
+
+def random_latents(sweep: Sweep) -> None:
+    """Latents of random numbers: speed does not depend on them."""
+    rng, folder = np.random.default_rng(0), sweep.store / "latents/random"
+    channels, size = LATENT_SHAPE
+    samples = [
+        Sample(i, f"{i}", i % CLASSES, rng.standard_normal((2, 2 * channels, size, size)).astype(np.float16))
+        for i in range(LATENTS)
+    ]
+    shards.put_shard(folder, 0, samples, [])
+    facts = {"vae": "random", "scale": 1.0, "shift": 0.0, "latent": list(LATENT_SHAPE), "num_classes": CLASSES}
+    shards.write_manifest(folder, range(1), facts)
+    state.use_latents(sweep, folder, "random")
+
+
+def train(job: Job, device: str) -> None:
+    """Print a row: the rates of training, and the memory against its formula."""
+    recipe = recipe_of(job, device)
+    with tempfile.TemporaryDirectory() as scratch:
+        sweep = Sweep.below(open_folder(scratch), recipe)
+        random_latents(sweep)
+        rates = profile_training(sweep, "model", job.steps, None, lambda line: print(line, file=sys.stderr))
+    print_row(f"train {job.name}", rates | computed(job, recipe))
+
+
+def computed(job: Job, recipe: Recipe) -> dict[str, float]:
+    """Memory in GiB by the formula: activations, gradients, and the states that a resume point has."""
+    train, cost = recipe.train, price_model(recipe.models["model"], LATENT_SHAPE, CLASSES)
+    activations = job.images * cost.activation_bytes(job.checkpointing, 2 if train.precision == "bf16" else 4)
+    states = 4 * cost.parameters * (1 + len(kinds(train)))
+    return {"activations_gib": activations / 2**30, "states_gib": states / 2**30}
+
+
+def sample(size: str, images: int, device: str) -> None:
+    """Print a row: guided sampling, in images per second for 50 steps."""
+    where, recipe = torch.device(device), recipe_of(Job(size), device)
+    model = models.build(recipe.models["model"], LATENT_SHAPE, CLASSES).to(where).eval().requires_grad_(False)
+    if device == "cuda":
+        model = model.bfloat16()
+
+    def run() -> None:
+        generate(
+            model, diffusion.build(recipe.diffusion), [1] * images, range(images), sampler=SAMPLER, steps=SAMPLING_STEPS,
+            guidance=1.5, device=where,
+        )  # fmt: skip
+        synchronize(where)
+
+    seconds = timed(run)
+    print_row(f"sample {size}", {"images_per_s_50_steps": images * SAMPLING_STEPS / 50 / seconds, "images": images})
+
+
+def encode(resolution: int, images: int, device: str) -> None:
+    """Print a row: images and their flips through Stable Diffusion's architecture, as precompute encodes them."""
+    from diffusers import AutoencoderKL
+
+    net = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=SD_WIDTHS, latent_channels=4, layers_per_block=2, sample_size=resolution,
+    )  # fmt: skip
+    vae = KlVae(net.to(device).eval().requires_grad_(False))
+    pixels = np.random.default_rng(0).integers(0, 256, (images, resolution, resolution, 3), np.uint8)
+    seconds = timed(lambda: encode_images(vae, pixels, images))
+    print_row(f"encode {resolution} pixels, with flips", {"images_per_s": images / seconds, "images": images})
+
+
+def timed(run: Any) -> float:
+    """The least of three times, after a first run."""
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+def print_row(name: str, facts: dict[str, Any]) -> None:
+    print(json.dumps({"name": name} | facts), flush=True)
+
+
+def in_a_process(name: str, target: Any, *arguments: Any) -> None:
+    """Run a job, at most JOB_S long; a row says so if it fails."""
+    process = multiprocessing.get_context("spawn").Process(target=_reported, args=(name, target, *arguments))
+    process.start()
+    process.join(JOB_S)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        print_row(name, {"not measured": f"longer than {JOB_S:g} s"})
+    elif process.exitcode:
+        print_row(name, {"not measured": f"exit code {process.exitcode}"})
+
+
+def _reported(name: str, target: Any, *arguments: Any) -> None:
+    """Run a job in its process. Any error is a row: the other jobs are measured."""
+    try:
+        target(*arguments)
+    except Exception as error:
+        print_row(name, {"not measured": " ".join(f"{type(error).__name__}: {error}".split())[:300]})
+
+
+def main(chosen: Options) -> None:
+    device, began = chosen.device.type, time.monotonic()
+    jobs: list[tuple[Any, ...]] = [
+        (f"train {job.name}", train, job, device) for job in (QUICK_JOBS if chosen.quick else JOBS)
+    ]
+    others: list[tuple[Any, ...]] = [
+        (f"sample {size}", sample, size, 2 if chosen.quick else SAMPLED, device)
+        for size in (("DiT-S/8",) if chosen.quick else ("DiS-S/2", "DiS-L/2", "DiT-L/2"))
+    ]
+    others.append(("encode", encode, *((32, 2) if chosen.quick else (256, 64)), device))
+    sizes, variants = jobs[: len(SIZES)], jobs[len(SIZES) :]
+    for name, target, *arguments in [*sizes, *others, *variants]:
+        if time.monotonic() - began > BUDGET_S:
+            print_row(name, {"not measured": f"no time left after {BUDGET_S:g} s"})
+            continue
+        in_a_process(name, target, *arguments)
+
+
+if __name__ == "__main__":
+    main(options(__doc__))
