@@ -22,6 +22,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,7 +106,11 @@ def _empty_like(x_BLE: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel; for tensors on the meta device, only compile it."""
     first = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
+    if first.is_meta:
+        kernel.warmup(*arguments, grid=grid, **constants)
+        return
     with torch.cuda.device_of(first):
         kernel[grid](*arguments, **constants)
 
@@ -186,33 +191,71 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, reverse: bool, z: Tensor | None, *inputs: Tensor) -> Tensor:
-        directions = _operands(reverse, inputs)
-        out, gate = _empty_like(directions[0].u), directions[0].u if z is None else _rowwise(z)
-        y = _empty_like(out, torch.float32) if len(directions) == 2 else out
-        for i, operands in enumerate(directions):
-            _launch(
-                triton_scan.scan_forward, _grid(out, LANES * WARPS), operands.pointers, gate, gate, out, (y, y), (y, y),
-                **operands.constants(gate, gate), FIRST=i + 1 < len(directions), SECOND=i > 0, GATED=z is not None,
-                FOR_BACKWARD=False, STATE_ROWS=CHUNK,
-            )  # fmt: skip
+        if inputs[0].is_cuda:
+            _compile_once(reverse, z, inputs, any(ctx.needs_input_grad))
         ctx.reverse = reverse
         ctx.save_for_backward(z, *inputs)
-        return out
+        return _forward(reverse, z, inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         z, *inputs = ctx.saved_tensors
-        directions, dy, dz = _operands(ctx.reverse, inputs), _rowwise(dy), None if z is None else _empty_like(z)
-        written_later = [_Gradients(_empty_like(operands.u), _empty_like(operands.delta)) for operands in directions]
-        y = written_later[-1].halves()
-        gradients: list[Tensor] = []
-        z = None if z is None else _rowwise(z)
-        for i, (operands, memory) in enumerate(zip(directions, written_later, strict=True)):
-            order = {"FIRST": dz is not None and i + 1 < len(directions), "SECOND": dz is not None and i > 0}
-            one_way = _one_way_gradients(operands, z, dy, dz, memory, y, order)
-            gradients += [g.to(x.dtype) for g, x in zip(one_way, inputs[7 * i : 7 * i + 7], strict=True)]
-        return None, dz, *gradients
+        return None, *_backward(ctx.reverse, z, inputs, dy)
+
+
+def _forward(reverse: bool, z: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
+    directions = _operands(reverse, inputs)
+    out, gate = _empty_like(directions[0].u), directions[0].u if z is None else _rowwise(z)
+    y = _empty_like(out, torch.float32) if len(directions) == 2 else out
+    for i, operands in enumerate(directions):
+        _launch(
+            triton_scan.scan_forward, _grid(out, LANES * WARPS), operands.pointers, gate, gate, out, (y, y), (y, y),
+            **operands.constants(gate, gate), FIRST=i + 1 < len(directions), SECOND=i > 0, GATED=z is not None,
+            FOR_BACKWARD=False, STATE_ROWS=CHUNK,
+        )  # fmt: skip
+    return out
+
+
+def _backward(reverse: bool, z: Tensor | None, inputs: Sequence[Tensor], dy: Tensor) -> list[Tensor | None]:
+    """The gradients of z and of the inputs."""
+    directions, dy, dz = _operands(reverse, inputs), _rowwise(dy), None if z is None else _empty_like(z)
+    written_later = [_Gradients(_empty_like(operands.u), _empty_like(operands.delta)) for operands in directions]
+    y = written_later[-1].halves()
+    gradients: list[Tensor | None] = [dz]
+    z = None if z is None else _rowwise(z)
+    for i, (operands, memory) in enumerate(zip(directions, written_later, strict=True)):
+        order = {"FIRST": dz is not None and i + 1 < len(directions), "SECOND": dz is not None and i > 0}
+        one_way = _one_way_gradients(operands, z, dy, dz, memory, y, order)
+        gradients += [g.to(x.dtype) for g, x in zip(one_way, inputs[7 * i : 7 * i + 7], strict=True)]
+    return gradients
+
+
+_compiled = set[tuple[Any, ...]]()
+"""Sizes and types whose kernels are compiled."""
+
+
+def _compile_once(reverse: bool, z: Tensor | None, inputs: Sequence[Tensor], gradients: bool) -> None:
+    """Compile all kernels of a scan together before its first launch: one after the other, six of them take a minute."""
+    u, A = inputs[0], inputs[2]
+    key = (u.device, u.dtype, u.shape[1:], A.shape[1], len(inputs), reverse, z is None, gradients)
+    if key not in _compiled:
+        _compiled.add(key)
+        with torch.cuda.device_of(u):
+            _compile(reverse, z, inputs, gradients)
+
+
+def _compile(reverse: bool, z: Tensor | None, inputs: Sequence[Tensor], gradients: bool) -> None:
+    """Compile the kernels in threads, for tensors without memory; Triton's compiler runs outside of Python's lock."""
+    gate, empty = None if z is None else _without_memory(z), [_without_memory(x) for x in inputs]
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+        out = _forward(reverse, gate, empty)
+        if gradients:
+            _backward(reverse, gate, empty, out)
+
+
+def _without_memory(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 def _operands(reverse: bool, inputs: Sequence[Tensor]) -> list[_Operands]:

@@ -4,7 +4,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import weakref
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,13 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="Triton comes only with PyTorch's builds for Linux")
 
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
 from benchmarks.instructions import compiled, counted, registers
 from dis_scale.errors import UserError
-from dis_scale.scan import Direction
+from dis_scale.scan import Direction, triton_scan
 from dis_scale.scan import triton as scan_triton
 
 INTERPRETED = Path(__file__).parent.parent / "support" / "interpreted_triton.py"
@@ -122,3 +128,39 @@ def test_sizes_beyond_a_grid_or_32_bits_are_named(monkeypatch: pytest.MonkeyPatc
     y = backend.selective_scan(Direction(*many), False)
     with pytest.raises(UserError, match=r"got 4,194,304 rows of 1,024: set the backend to chunked"):
         y.backward(torch.empty_like(y))
+
+
+class CompileOnly:
+    """A driver of an H100 that compiles and cannot launch."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+
+def test_kernels_compile_together_and_are_those_that_a_launch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a pass without gradients, by the path of a launch: both of its kernels wait for each other."""
+    monkeypatch.setattr(driver, "_active", CompileOnly())
+    kernel, compiles = triton_scan.scan_forward, list[str]()
+    monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+    kernel.device_caches[0]
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **k: compiles.append(k["fn"].name))
+    together, alone = threading.Barrier(2, timeout=300), kernel.compile
+
+    def compile_with_the_other(*args: Any, **kwargs: Any) -> Any:
+        together.wait()
+        return alone(*args, **kwargs)
+
+    monkeypatch.setattr(kernel, "compile", compile_with_the_other)
+    shapes = [(1, 5, 8), (1, 5, 8), (8, 1), (1, 5, 1), (1, 5, 1), (8,), (8,)]
+    inputs, z = [torch.ones(shape) for shape in shapes * 2], torch.ones(1, 5, 16)[..., 8:]
+    scan_triton._compile(False, z, inputs, gradients=False)
+    assert compiles == ["scan_forward", "scan_forward"]
+    monkeypatch.setattr(scan_triton, "_launch", lambda kernel, grid, *a, **k: kernel.warmup(*a, grid=grid, **k))
+    scan_triton._forward(False, z, inputs)
+    assert len(compiles) == 2
