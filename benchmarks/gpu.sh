@@ -1,21 +1,29 @@
 #!/bin/sh
-# Bring up a GPU in three commands of under nine minutes each; all write into benchmarks/results/NAME.json as they measure.
+# Bring up a GPU, by commands of under nine minutes each; all write into benchmarks/results/NAME.json as they measure.
 #     sh benchmarks/gpu.sh h200 kernels       scan and convolution against the reference, their speed, and their tests
 #     sh benchmarks/gpu.sh h200 smoke         small models: training, resuming, ZeRO stages, sampling, memory
-#     sh benchmarks/gpu.sh h200 throughput    the published sizes: images per second, MFU and memory
+#     sh benchmarks/gpu.sh h200 throughput    the published sizes: images per second, MFU and memory; sampling, encoding
+#     sh benchmarks/gpu.sh h200 variants      training by checkpointing, compilation and micro-batch
 # They need neither Ray nor a network. What is missing is named, and the rest runs. With another interpreter:
 #     PYTHON=.venv/bin/python sh benchmarks/gpu.sh h200 kernels
-usage="usage: sh benchmarks/gpu.sh NAME kernels|smoke|throughput, for example h200 kernels"
+usage="usage: sh benchmarks/gpu.sh NAME kernels|smoke|throughput|variants, for example h200 kernels"
 name=${1:?$usage}
 part=${2:?$usage}
 python=${PYTHON:-python}
 cd "$(dirname "$0")/.." || exit 1
+case $part in
+kernels) modules="kernels scan_gpu step" ;;
+smoke | throughput | variants) modules=$part ;;
+*)
+    echo "error: no part $part; $usage" >&2
+    exit 2
+    ;;
+esac
 "$python" -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "error: no GPU here that PyTorch sees")' || exit 1
 failed=0
-record() { "$python" -m benchmarks.record "$name" "$@" || failed=1; }
-case $part in
-kernels)
-    record kernels scan_gpu step
+# shellcheck disable=SC2086
+"$python" -m benchmarks.record "$name" $modules || failed=1
+if [ "$part" = kernels ]; then
     if "$python" -c 'import pytest' 2>/dev/null; then
         # Most of the time is compilation: eight tests at once. They need no fixture of the other tests.
         workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 8")
@@ -24,11 +32,5 @@ kernels)
     else
         echo "tests/scan/test_scan_gpu.py: not run, pytest is not installed"
     fi
-    ;;
-smoke | throughput) record "$part" ;;
-*)
-    echo "error: no part $part; $usage" >&2
-    exit 2
-    ;;
-esac
+fi
 exit $failed

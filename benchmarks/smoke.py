@@ -6,6 +6,7 @@ step are bit-equal on all devices, so only sums differ.
 """
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -30,8 +31,8 @@ from dis_scale.sweep import Sweep
 from dis_scale.sweep.state import require_latents
 from dis_scale.training import checkpoint
 
-AT_ONCE = 4
-"""Training runs at the same time, each with one thread."""
+AT_ONCE = max(2, min(6, (os.cpu_count() or 1) // 2))
+"""Training runs at the same time, each with one thread and the compilers of its kernels."""
 FIRST_LOSS = {"fp32": 1e-4, "bf16": 5e-3}
 """Largest relative difference of the first logged loss, after ten steps, to the CPU's in fp32. A CPU's bf16: 2.4e-4 at most."""
 LAST_LOSS = {"fp32": 5e-3, "bf16": 2e-2}

@@ -1,8 +1,8 @@
 """Speed and memory of the published sizes at 256 pixels: `python -m benchmarks.throughput [--device cpu --quick]`.
 
-One worker's training step through everything but storage, by micro-batch, checkpointing and torch.compile; sampling; and
-Stable Diffusion's autoencoder with random weights through precompute's encoder. Each job is a process of its own, and runs
-before it is timed. A job that needs more memory than the device has is a row that says so.
+One worker's training step through everything but storage; sampling; and Stable Diffusion's autoencoder with random weights
+through precompute's encoder. Each job is a process of its own, and runs before it is timed. A job that fails, for example for
+more memory than the device has, is a row that says so. Read next: variants.py.
 """
 
 import json
@@ -34,13 +34,11 @@ from dis_scale.vae import KlVae
 RECIPE = Path(__file__).parent.parent / "configs/imagenet256.yaml"
 LATENTS, LATENT_SHAPE, CLASSES = 256, LatentShape(4, 32), 1000
 SIZES = ("DiS-S/2", "DiS-B/2", "DiS-M/2", "DiS-L/2", "DiS-H/2", "DiffuSSM-XL", "DiT-L/2", "DiT-XL/2")
-VARIED = "DiS-L/2"
-"""Size whose checkpointing, compilation and micro-batch are varied."""
-BUDGET_S = 480.0
+BUDGET_S = 420.0
 """Time after which no further job starts."""
-JOB_S = 150.0
+JOB_S = 110.0
 """Longest time of one job: compilation and steps."""
-SAMPLER, SAMPLING_STEPS, SAMPLED = "ddim", 5, 64
+SAMPLER, SAMPLING_STEPS = "ddim", 5
 SD_WIDTHS = (128, 256, 512, 512)
 """Widths of Stable Diffusion's autoencoder (83.7 million parameters)."""
 
@@ -59,10 +57,6 @@ class Job(NamedTuple):
         return f"{self.size}, {self.images} images, checkpointing {self.checkpointing}{', compiled' * self.compile}"
 
 
-JOBS = [Job(size) for size in SIZES]
-JOBS += [Job(VARIED, 32, checkpointing) for checkpointing in ("block", "every_2", "selective")]
-JOBS += [Job(VARIED, compile=True), Job("DiT-L/2", compile=True)]
-JOBS += [Job(VARIED, images) for images in (8, 64, 128)] + [Job("DiS-S/2", 256), Job("DiS-H/2", 64, "block")]
 QUICK_JOBS = [Job("DiT-S/8", 2, steps=1), Job("DiS-S/8", 2, "block", steps=1)]
 
 
@@ -176,22 +170,28 @@ def _reported(name: str, target: Any, *arguments: Any) -> None:
         print_row(name, {"not measured": " ".join(f"{type(error).__name__}: {error}".split())[:300]})
 
 
-def main(chosen: Options) -> None:
-    device, began = chosen.device.type, time.monotonic()
-    jobs: list[tuple[Any, ...]] = [
-        (f"train {job.name}", train, job, device) for job in (QUICK_JOBS if chosen.quick else JOBS)
-    ]
-    others: list[tuple[Any, ...]] = [
-        (f"sample {size}", sample, size, 2 if chosen.quick else SAMPLED, device)
-        for size in (("DiT-S/8",) if chosen.quick else ("DiS-S/2", "DiS-L/2", "DiT-L/2"))
-    ]
-    others.append(("encode", encode, *((32, 2) if chosen.quick else (256, 64)), device))
-    sizes, variants = jobs[: len(SIZES)], jobs[len(SIZES) :]
-    for name, target, *arguments in [*sizes, *others, *variants]:
+def run_all(jobs: list[tuple[Any, ...]]) -> None:
+    """Run jobs (name, function, arguments) one after the other, as far as the time allows."""
+    began = time.monotonic()
+    for name, target, *arguments in jobs:
         if time.monotonic() - began > BUDGET_S:
             print_row(name, {"not measured": f"no time left after {BUDGET_S:g} s"})
-            continue
-        in_a_process(name, target, *arguments)
+        else:
+            in_a_process(name, target, *arguments)
+
+
+def training_jobs(jobs: list[Job], device: str) -> list[tuple[Any, ...]]:
+    return [(f"train {job.name}", train, job, device) for job in jobs]
+
+
+def main(chosen: Options) -> None:
+    device, quick = chosen.device.type, chosen.quick
+    sampled, images, resolution, encoded = (
+        (["DiT-S/8"], 2, 32, 2) if quick else (["DiS-S/2", "DiS-L/2", "DiT-L/2"], 64, 256, 64)
+    )
+    jobs = training_jobs(QUICK_JOBS if quick else [Job(size) for size in SIZES], device)
+    jobs += [(f"sample {size}", sample, size, images, device) for size in sampled]
+    run_all([*jobs, ("encode", encode, resolution, encoded, device)])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import record, rows, throughput
+from benchmarks import record, rows, throughput, variants
 
 ROOT = Path(__file__).parent.parent
 
@@ -162,7 +162,22 @@ def kill_itself(_: int) -> None:
 
 def test_every_part_of_the_bring_up_exists() -> None:
     script = (ROOT / "benchmarks/gpu.sh").read_text()
-    modules = {"kernels", "scan_gpu", "step", "smoke", "throughput"}
-    assert modules == {name for line in re.findall(r"^ +record (.*)$", script, re.MULTILINE) for name in line.split()}
-    assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in modules)
-    assert subprocess.run(["sh", "-n", ROOT / "benchmarks/gpu.sh"]).returncode == 0
+    for name in ["kernels", "scan_gpu", "step", "smoke", "throughput", "variants"]:
+        assert name in script
+        assert (ROOT / "benchmarks" / f"{name}.py").exists()
+    unknown = subprocess.run(["sh", ROOT / "benchmarks/gpu.sh", "name", "smok"], capture_output=True, text=True)
+    assert unknown.returncode == 2
+    assert "no part smok; usage: sh benchmarks/gpu.sh NAME kernels|smoke|throughput|variants" in unknown.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_bring_up_ends_at_once() -> None:
+    command = ["sh", ROOT / "benchmarks/gpu.sh", "name", "smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+    assert (done.returncode, done.stderr.strip()) == (1, "error: no GPU here that PyTorch sees")
+
+
+def test_the_variants_are_of_published_sizes() -> None:
+    """Each job's recipe is valid: a combination that is refused would be known on the GPU only."""
+    for job in [*map(throughput.Job, throughput.SIZES), *variants.JOBS]:
+        assert throughput.recipe_of(job, "cuda").train.precision == "bf16"
