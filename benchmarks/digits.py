@@ -8,11 +8,8 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,6 +149,7 @@ def train(run: TrainingRun, attempt: int) -> None:
     """Train in this process: alone in its process group."""
     torch.set_num_threads(1)
     from dis_scale.training.loop import Attempt, Start, train_model
+    from dis_scale.training.profile import process_group
 
     def killed(images_seen: int) -> None:
         if run.kill_at is not None and images_seen >= run.kill_at:
@@ -163,23 +161,6 @@ def train(run: TrainingRun, attempt: int) -> None:
             run.sweep, run.model, run.latents, attempt, device, Start(time.time()), held=lambda: True,
             stop_requested=lambda: False, report=killed, log=print, emit=lambda *_, **__: None,
         ))  # fmt: skip
-
-
-@contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """A process group with this process alone."""
-    from dis_scale.training import engine
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in place.items()})
-    engine.connect(device)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def losses(run: TrainingRun) -> list[float]:

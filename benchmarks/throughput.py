@@ -26,7 +26,7 @@ from dis_scale.models.cost import price_model
 from dis_scale.recipe import LatentShape, Recipe, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
-from dis_scale.training.engine import kinds
+from dis_scale.training.memory import state_bytes, worker_bytes
 from dis_scale.training.profile import profile_training
 from dis_scale.training.throughput import synchronize
 from dis_scale.vae import KlVae
@@ -96,19 +96,22 @@ def train(job: Job, device: str) -> None:
 
 
 def computed(job: Job, recipe: Recipe) -> dict[str, float]:
-    """Memory in GiB by the formula: activations, gradients, and the states that a resume point has."""
-    train, cost = recipe.train, price_model(recipe.models["model"], LATENT_SHAPE, CLASSES)
-    activations = job.images * cost.activation_bytes(job.checkpointing, 2 if train.precision == "bf16" else 4)
-    states = 4 * cost.parameters * (1 + len(kinds(train)))
-    return {"activations_gib": activations / 2**30, "states_gib": states / 2**30}
+    """Memory in GiB by the formula of training/memory.py, and its part that does not depend on the images."""
+    cost = price_model(recipe.models["model"], LATENT_SHAPE, CLASSES)
+    complete = worker_bytes(cost, recipe.train, 1, job.images)
+    return {"formula_gib": complete / 2**30, "states_gib": sum(state_bytes(cost, recipe.train, 1).values()) / 2**30}
 
 
 def sample(size: str, images: int, device: str) -> None:
     """Print a row: guided sampling, in images per second for 50 steps."""
     where, recipe = torch.device(device), recipe_of(Job(size), device)
-    model = models.build(recipe.models["model"], LATENT_SHAPE, CLASSES).to(where).eval().requires_grad_(False)
-    if device == "cuda":
-        model = model.bfloat16()
+    precision = recipe.train.precision
+    model = (
+        models.build(recipe.models["model"], LATENT_SHAPE, CLASSES, precision=precision)
+        .to(where)
+        .eval()
+        .requires_grad_(False)
+    )
 
     def run() -> None:
         generate(

@@ -90,6 +90,7 @@ class BlockSampler:
             weights = checkpoint.load_average(run, images_seen, train, settings.ema_width)
         model = load_model(self.recipe, name, self.vae.latent(self.recipe.data.resolution), weights).to(self.device)
         model.precision = settings.precision
+        models.verify_kernels(model, self.device)
         return model
 
     def sample(self, model: Backbone, settings: Evaluate, block: int) -> SampleBlock:

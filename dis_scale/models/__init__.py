@@ -13,8 +13,10 @@ from dis_scale.models.dis import DiS
 from dis_scale.models.dit import DiT
 from dis_scale.models.tokens import Backbone
 from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, Precision
+from dis_scale.scan import choose
+from dis_scale.scan.selftest import verify
 
-__all__ = ["Backbone", "DiS", "DiT", "DiffuSSM", "build", "check_finite", "construct", "decays"]
+__all__ = ["Backbone", "DiS", "DiT", "DiffuSSM", "build", "check_finite", "construct", "decays", "verify_kernels"]
 UNDECAYED = {"A_log", "D", "dt_bias", "log_dt", "log_neg_re", "im", "B", "bias", "position"}
 """Last part of the names of parameters that weight decay would spoil, whatever their number of axes; with one axis: all."""
 
@@ -58,6 +60,15 @@ def construct(
             return DiT(settings, shape, num_classes, checkpointing)
         case DiffuSsm():
             return DiffuSSM(settings, shape, num_classes, checkpointing)
+
+
+def verify_kernels(model: Backbone, device: torch.device) -> None:
+    """Compare the GPU kernels that a model runs with the reference, at its sizes; DisScaleError names another backend to set.
+
+    Nothing to do on a CPU, whose kernels the tests have run.
+    """
+    if isinstance(model, DiS) and device.type == "cuda":
+        verify(choose(model.scan, device).name, device, model.compute_dtype, *model.scan_sizes)
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:

@@ -149,7 +149,7 @@ class DiS(Backbone):
 
     def __init__(self, settings: Dis, shape: LatentShape, num_classes: int | None, scan: str, checkpointing: str):
         super().__init__(shape, num_classes, settings.patch)
-        self.settings, self.checkpointing = settings, checkpointing
+        self.settings, self.checkpointing, self.scan = settings, checkpointing, scan
         D, half = settings.width, settings.depth // 2
         self.patches = PatchEmbed(shape.channels, settings.patch, D)
         self.time = TimeEmbedding(D, 4 * D, D)
@@ -190,6 +190,11 @@ class DiS(Backbone):
             drops[1:] = drop.unbind()
         h_BLD, r_BLD = self._run(h_BLD, c_BD, drops)
         return self._image(add_to_stream(r_BLD, h_BLD, drops[-1]), c_BD, dtype)
+
+    @property
+    def scan_sizes(self) -> tuple[int, int, int]:
+        """L, E and N of the scans."""
+        return self.position.shape[1], inner_width(self.settings.width), self.settings.state_size
 
     def _run(self, h_BLD: Tensor, c_BD: Tensor, drops: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
         half = len(self.blocks) // 2

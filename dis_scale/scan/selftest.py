@@ -5,6 +5,8 @@ For kernels that the tests have not run on this device. Read next: reference.py.
 Axes: B batch, L time, E channels, N states.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -20,10 +22,11 @@ is off by much more, and an approximate exponential multiplies its error over a 
 """
 
 
+@functools.cache
 def verify(name: str, device: torch.device, dtype: torch.dtype, L: int = 35, E: int = 40, N: int = 16) -> None:
     """Compare a backend with the reference as `errors` does; DisScaleError names the backend to set instead.
 
-    Kernels are compiled for L, E and N: with a model's sizes, training compiles none of them again.
+    Kernels are compiled for L, E and N: with a model's sizes, training compiles none of them again. Once per process.
     """
     for what, error in errors(name, device, dtype, L, E, N).items():
         if not error <= TOLERANCE[dtype]:  # it may be NaN

@@ -246,9 +246,12 @@ def _compile_once(reverse: bool, z: Tensor | None, inputs: Sequence[Tensor], gra
 
 
 def _compile(reverse: bool, z: Tensor | None, inputs: Sequence[Tensor], gradients: bool) -> None:
-    """Compile the kernels in threads, for tensors without memory; Triton's compiler runs outside of Python's lock."""
+    """Compile the kernels in threads, for tensors without memory; Triton's compiler runs outside of Python's lock.
+
+    A kernel that cannot be compiled is an error at its first launch: an error here would leave Triton in this mode.
+    """
     gate, empty = None if z is None else _without_memory(z), [_without_memory(x) for x in inputs]
-    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         out = _forward(reverse, gate, empty)
         if gradients:
             _backward(reverse, gate, empty, out)

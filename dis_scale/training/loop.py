@@ -314,6 +314,7 @@ def start(attempt: Attempt, latents: Latents, passes: int) -> tuple[Engine, Back
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(read(engine.WEIGHTS, name, 0, p.numel()).view_as(p))
+    models.verify_kernels(model, attempt.device)
     state = engine.start(model.to(attempt.device), settings, attempt.device, read, adam_step, passes)
     state.set_learning_rate(learning_rate(settings, images_seen))
     if dist.get_rank() == 0:

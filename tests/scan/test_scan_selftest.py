@@ -53,6 +53,7 @@ def test_a_wrong_backend_is_an_error_that_names_another(
     backend, message = WRONG[wrong]
     monkeypatch.setattr(chunked, "backend", backend)
     _backend.cache_clear()
+    verify.cache_clear()
     try:
         with pytest.raises(
             DisScaleError, match=f"the chunked scan is wrong on cpu: {message}.*: set the backend to reference"
@@ -60,3 +61,4 @@ def test_a_wrong_backend_is_an_error_that_names_another(
             verify("chunked", CPU, dtype)
     finally:
         _backend.cache_clear()
+        verify.cache_clear()
