@@ -84,7 +84,7 @@ def train_model(attempt: Attempt) -> int:
     """Train from the newest complete resume point to the last published count, or to an agreed step if a stop is requested.
 
     Returns the images seen. The weights are bit-equal to those of an uninterrupted run with the same world size, ZeRO stage,
-    kind of device, number of threads and package versions.
+    images in a forward pass, kind of device, number of threads and package versions.
     """
     # Open what a step needs.
     settings, rank, world = attempt.recipe.train, dist.get_rank(), dist.get_world_size()
