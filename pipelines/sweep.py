@@ -128,6 +128,10 @@ def _require_device(driver: Driver, cluster: Cluster) -> None:
         raise UserError(
             f"device: cuda for {recipe.train.workers} workers, but this machine has {cluster.gpus} GPUs{fault}"
         )
+    try:
+        recipe.require_scan_on(device)
+    except ValueError as error:
+        raise UserError(f"device: {device} ({why}): {error}") from None
     if device == "cuda" and cluster.gpus:
         _require_share(recipe, cluster)
     for model in recipe.models:

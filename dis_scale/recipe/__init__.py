@@ -37,7 +37,7 @@ from dis_scale.recipe.evaluate import (
 )
 from dis_scale.recipe.models import DiffuSsm, Dis, Dit, Model
 from dis_scale.recipe.settings import Precision, Settings, extent, runtime
-from dis_scale.recipe.train import CHECKPOINTING, Flow, Gaussian, Reader, Train
+from dis_scale.recipe.train import CHECKPOINTING, SCAN_DEVICES, Flow, Gaussian, Reader, Train
 
 __all__ = [
     "CHECKPOINTING", "MAIN", "CsvSource", "Data", "DiffuSsm", "DigitsSource", "Dis", "Dit", "Evaluate",
@@ -88,7 +88,16 @@ class Recipe(Settings):
             self._sampling_fits(f"evaluate.variants.{name}" if name else "evaluate", settings)
         if self.data.source.kind == "digits" and self.data.num_classes != 10:
             raise ValueError(f"data.num_classes: the digits have 10 classes, got {self.data.num_classes}")
+        if self.device != "auto":
+            self.require_scan_on(self.device)
         return self
+
+    def require_scan_on(self, device: str) -> None:
+        """ValueError if the backend of the scan does not run on this device."""
+        if SCAN_DEVICES.get(self.train.scan, device) != device:
+            raise ValueError(
+                f"train.scan {self.train.scan} does not run on {device}: set train.scan to auto, or another device"
+            )
 
     def _sampling_fits(self, where: str, settings: Evaluate) -> None:
         if (settings.sampler in FLOW_SAMPLERS) != (self.diffusion.kind == "flow"):

@@ -42,6 +42,8 @@ def _known_checkpointing(value: Any) -> Any:
     raise ValueError(f"got {value!r}, expected: none, block, selective, or every_2, every_3, ...")
 
 
+SCAN_DEVICES = {"native": "cpu", "triton": "cuda", "mamba": "cuda"}
+"""The device of each backend of the scan that needs one."""
 Checkpointing = Annotated[str, BeforeValidator(_known_checkpointing)]
 Workers = Annotated[int | str, BeforeValidator(_count_or_range)]
 
@@ -68,8 +70,8 @@ class Train(Settings):
     """Activation checkpointing: `none`, `block`, every second or third block (`every_2`, ...), or `selective`."""
     compile: bool = runtime(False)
     """Run blocks through torch.compile; scans and convolutions stay as they are and break the graph at their borders."""
-    scan: str = runtime("auto")
-    """Backend of the selective scan by name; `auto` takes the fastest that the device has."""
+    scan: Literal["auto", "reference", "native", "triton", "mamba", "chunked"] = runtime("auto")
+    """Backend of the selective scan; `auto` takes the fastest that the device has."""
     learning_rate: float = Field(1e-4, gt=0)
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)

@@ -156,6 +156,9 @@ def test_settings_that_cannot_be_sampled_or_measured_are_refused(settings: list[
             ["train.compile=true", "train.zero_stage=3"],
             "ZeRO stage 3 gathers weights inside the blocks: set zero_stage to 1",
         ),
+        (["device=cuda", "train.scan=native"], "train.scan native does not run on cuda: set train.scan to auto"),
+        (["device=cpu", "train.scan=mamba"], "train.scan mamba does not run on cpu"),
+        (["train.scan=natve"], "train.scan: got 'natve', expected: "),
         (["train.compile=true", "train.checkpointing=selective"], "selective checkpointing cannot be compiled"),
     ],
 )

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from dis_scale.errors import DisScaleError
@@ -18,7 +21,7 @@ from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, Train, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Run
 from dis_scale.training import checkpoint, engine
-from dis_scale.training.engine import MOMENTS, Engine
+from dis_scale.training.engine import MOMENTS, Engine, Segment
 from tests.conftest import TINY
 from tests.support import ranks
 
@@ -166,3 +169,21 @@ def communication_overlaps(stage: int) -> None:
     backward_ends = max(e.time_range.end for e in events if e.name.startswith("autograd::engine::evaluate_function"))
     reductions = [e.time_range.start for e in events if e.name == "c10d::allreduce_"]
     assert sum(start < backward_ends for start in reductions) >= 4
+
+
+def test_averages_are_gathered_in_host_memory() -> None:
+    on_ranks(1, a_gpus_average_comes_to_the_host)
+
+
+def a_gpus_average_comes_to_the_host() -> None:
+    """A fake tensor on a GPU: copied before it is sent or joined."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        flats = [torch.empty(7, device="cuda")]
+        optimizer, averages = (
+            torch.optim.AdamW([nn.Parameter(flats[0])], fused=True),
+            {"ema": [torch.empty_like(flats[0])]},
+        )
+    hosts, table = dist.new_group(backend="gloo"), [Segment("a", 0, 6, 0, 1)]
+    gathered = Engine(None, optimizer, flats, averages, table, {"a": torch.Size([2, 3])}, hosts).full_average("ema")
+    assert gathered is not None
+    assert (gathered["a"].device.type, gathered["a"].shape) == ("cpu", (2, 3))
