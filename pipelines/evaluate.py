@@ -229,8 +229,10 @@ def _await_gpus(sweep: Sweep) -> int:
     """Return the number of evaluators with a GPU of their own, once there is one, or a GPU to share if the recipe allows that."""
 
     def ready() -> bool:
-        shares = sweep.recipe.evaluate.gpu_share is not None and total_gpus() > 0
-        return shares or own_gpus(sweep) > 0
+    shares, own = sweep.recipe.evaluate.gpu_share is not None, 0
+        nonlocal own
+        own = own_gpus(sweep)
+        return own > 0 or (shares and total_gpus() > 0)
 
     if not ready():
         lines.emit("queued")
@@ -239,7 +241,7 @@ def _await_gpus(sweep: Sweep) -> int:
             "evaluate.gpu_share or fewer train.workers would let it run beside training"
         )
         wait_for_training(sweep, ready)
-    return own_gpus(sweep)
+    return own
 
 
 def own_gpus(sweep: Sweep) -> int:
@@ -404,7 +406,7 @@ def requests(recipe: Recipe, device: str, gpus: int) -> list[tuple[str, float | 
     """
     settings = recipe.evaluate
     own = settings.workers if device == "cpu" else min(settings.workers, gpus)
-    every: list[tuple[str, float | None, dict[str, Any]]] = [(device, None, resources("evaluate", device, 0))] * own
+    every: list[tuple[int | None, dict[str, Any]]] = [(None, resources("evaluate", device, 0))] * own
     if own == settings.workers or settings.gpu_share is None:
         return every
     counts = {n["NodeID"]: int(n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"]}

@@ -33,6 +33,14 @@ def sweep_at(root: Path, recipe: Recipe) -> Sweep:
     return Sweep.below(open_folder(root), recipe)
 
 
+def test_evaluation_opens_with_the_gpus_that_ended_its_wait(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = iter([2, 0])  # training continues a moment later
+    monkeypatch.setattr(evaluate, "own_gpus", lambda _: next(counts))
+    assert evaluate._await_gpus(sweep_at(tmp_path, tiny)) == 2, "an evaluation without evaluators would fail"
+
+
 OTHERS = [Preempted("stop"), StorageAway("503"), StorageFull("no space left"), WorkerFailure("a worker was lost")]
 
 
