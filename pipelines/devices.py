@@ -83,6 +83,12 @@ def _reads(file: Path, start: str) -> bool:
     return file.exists() and file.read_text().startswith(start)
 
 
+def hide_others(number: int) -> None:
+    """Leave one of the visible GPUs to this process, before CUDA starts: it is `cuda` then, in each thread."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
+
+
 def check_device(device: "torch.device") -> None:
     """BrokenDevice unless the device allocates memory and multiplies two matrices of small integers exactly.
 

@@ -24,7 +24,7 @@ from dis_scale.report import mlflow_copy
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import GRID, METRICS, SKIPPED, Sampled, Sweep, state
-from pipelines import lines, stage
+from pipelines import devices, lines, stage
 from pipelines.cluster import models_at_once
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
@@ -44,9 +44,11 @@ ALL_GPUS_VISIBLE = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 class Evaluator(Worker):
     """Samples blocks and measures the held-out loss; progress counts the blocks that it sampled, without kept ones."""
 
-    def __init__(self, sweep: Sweep, device: str, gpu_share: float | None = None) -> None:
+    def __init__(self, sweep: Sweep, device: str, shared_gpu: int | None = None) -> None:
         super().__init__()
         os.nice(NICE)
+        if shared_gpu is not None:
+            devices.hide_others(shared_gpu)
         import torch
 
         from dis_scale import vae
@@ -56,8 +58,8 @@ class Evaluator(Worker):
         compute_exactly()
         self._sampling, self._cancelled = threading.Lock(), threading.Event()
         where = torch.device(device)
-        if gpu_share is not None:
-            torch.cuda.set_per_process_memory_fraction(gpu_share, where)
+        if shared_gpu is not None:
+            torch.cuda.set_per_process_memory_fraction(sweep.recipe.evaluate.gpu_share, 0)
         decoder = vae.load(sweep)
         state.require_sweep_vae(sweep, decoder.identity)
         decoder.net.to(where)
@@ -227,9 +229,9 @@ def evaluate_published(sweep: Sweep, _: list[str]) -> None:
 
 def _await_gpus(sweep: Sweep) -> int:
     """Return the number of evaluators with a GPU of their own, once there is one, or a GPU to share if the recipe allows that."""
+    shares, own = sweep.recipe.evaluate.gpu_share is not None, 0
 
     def ready() -> bool:
-    shares, own = sweep.recipe.evaluate.gpu_share is not None, 0
         nonlocal own
         own = own_gpus(sweep)
         return own > 0 or (shares and total_gpus() > 0)
@@ -345,7 +347,8 @@ def open_evaluation(
 ) -> Evaluation:
     """Return the evaluation with its workers on Ray, of which `gpus` at most get a GPU of their own."""
     workers = [
-        spawn(Evaluator, request, sweep, where, share) for where, share, request in requests(sweep.recipe, device, gpus)
+        spawn(Evaluator, request, sweep, device, shared_gpu)
+        for shared_gpu, request in requests(sweep.recipe, device, gpus)
     ]
     from dis_scale.evaluation import reference
     from dis_scale.evaluation.sampling import labels_of
@@ -398,8 +401,8 @@ def block_name(block: int) -> str:
     return f"block-{block:05d}.npz"
 
 
-def requests(recipe: Recipe, device: str, gpus: int) -> list[tuple[str, float | None, dict[str, Any]]]:
-    """Return (device, fraction of the GPU's memory, request) of each evaluator.
+def requests(recipe: Recipe, device: str, gpus: int) -> list[tuple[int | None, dict[str, Any]]]:
+    """Return (number of the GPU that it shares, if any, on its node; request) of each evaluator.
 
     On GPUs, `gpus` evaluators get one of their own. With `evaluate.gpu_share` the others share training's: they are spread over
     nodes and devices by their number, from the last device on, since training's first rank has most to do.
@@ -417,7 +420,7 @@ def requests(recipe: Recipe, device: str, gpus: int) -> list[tuple[str, float | 
             "num_gpus": 0,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
         }
-        every.append((f"cuda:{-index}", settings.gpu_share, request | {"runtime_env": {"env_vars": ALL_GPUS_VISIBLE}}))
+        every.append((-index, request | {"runtime_env": {"env_vars": ALL_GPUS_VISIBLE}}))
     return every
 
 

@@ -33,6 +33,13 @@ def test_a_wrong_product_is_found() -> None:
         devices.check_device(CPU)
 
 
+def test_a_process_sees_one_of_the_gpus_that_it_saw(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before, after in [("", "1"), ("4,6", "6"), ("GPU-a,GPU-b", "GPU-b")]:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+        devices.hide_others(1)
+        assert devices.os.environ["CUDA_VISIBLE_DEVICES"] == after
+
+
 def test_a_right_one_takes_milliseconds() -> None:
     devices.check_device(CPU)
     took_s = []
