@@ -110,7 +110,10 @@ def check_device(device: "torch.device") -> None:
 
 
 def check_group(device: "torch.device") -> None:
-    """BrokenDevice unless the sum over all ranks of the process group is right; collective."""
+    """DistBackendError unless the sum over all ranks of the process group is right; collective.
+
+    No worker is to blame: a wrong sum has passed through all of them, and each has multiplied right.
+    """
     import torch
     import torch.distributed as dist
 
@@ -118,7 +121,7 @@ def check_group(device: "torch.device") -> None:
     total = torch.full((SIDE[device.type],), dist.get_rank() + 1.0, device=device)
     dist.all_reduce(total)
     if bool((total != world * (world + 1) / 2).any()):
-        raise BrokenDevice(
+        raise dist.DistBackendError(
             f"{device}: a sum over {world} workers is {total[0]:g}, expected {world * (world + 1) / 2:g}"
         )
 

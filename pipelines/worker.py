@@ -33,6 +33,8 @@ DEVICE = re.compile(
     r"cuDNN error|(CUBLAS|CUDNN|CUSOLVER|CUFFT)_(STATUS_|[A-Z_]*FAILED)"
 )
 """Parts of the errors of a GPU that fails: memory with uncorrectable errors, a failed launch, a device that is busy or gone."""
+REJECTED = re.compile(r"CUDA error: (device-side assert triggered|invalid |no kernel image)|_STATUS_INVALID_VALUE")
+"""Parts of the errors of a GPU that refuses what a program asks: every device would."""
 CONNECTION = re.compile(
     r"gloo|NCCL|Dist(Backend|Network|Store)Error|Socket Timeout|socket has timed out|Connection (closed|reset)"
 )
@@ -222,6 +224,8 @@ def blame(error: Exception) -> Cause:
     text = f"{type(cause).__name__}: {cause}"
     if MEMORY.search(text):
         return "memory"
+    if REJECTED.search(text):
+        return "mistake"
     if DEVICE.search(text):
         return "device"
     return "connection" if CONNECTION.search(text) else "mistake"

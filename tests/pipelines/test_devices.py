@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from ray.exceptions import RayTaskError
+from torch.distributed import DistBackendError
 from torch.overrides import TorchFunctionMode
 
 from dis_scale.errors import BrokenDevice, UserError
 from pipelines import devices
+from pipelines.worker import blame
 
 CPU = torch.device("cpu")
 
@@ -31,6 +35,17 @@ class WrongProducts(TorchFunctionMode):
 def test_a_wrong_product_is_found() -> None:
     with WrongProducts(), pytest.raises(BrokenDevice, match="cpu: 1 of 4096 elements of a matrix product are wrong"):
         devices.check_device(CPU)
+
+
+def test_a_wrong_sum_is_a_broken_connection_of_no_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "all_reduce", lambda total: total.add_(3))
+    with pytest.raises(DistBackendError, match="cpu: a sum over 2 workers is 4, expected 3") as raised:
+        devices.check_group(CPU)
+    assert blame(RayTaskError("check", "trace", raised.value)) == "connection"
+    monkeypatch.setattr(dist, "all_reduce", lambda total: total.add_(2))
+    devices.check_group(CPU)
 
 
 def test_a_process_sees_one_of_the_gpus_that_it_saw(monkeypatch: pytest.MonkeyPatch) -> None:
