@@ -131,8 +131,10 @@ def flight_record() -> str:
     import torch._C._distributed_c10d as c10d
 
     described = []
-    for dump in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):  # NCCL's, then gloo's
-        record = json.loads(getattr(c10d, dump)(includeCollectives=True, onlyActive=True))
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):  # NCCL's, then gloo's
+        if (dump := getattr(c10d, name, None)) is None:
+            continue  # PyTorch for the CPU only
+        record = json.loads(dump(includeCollectives=True, onlyActive=True))
         for group, status in record["pg_status"].items():
             counts = ", ".join(f"{name.removesuffix('_collective')} {number}" for name, number in status.items())
             described.append(f"process group {group}: {counts}")

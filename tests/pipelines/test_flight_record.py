@@ -5,7 +5,9 @@ import threading
 import time
 from multiprocessing.connection import Connection
 
+import pytest
 import torch
+import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
@@ -43,3 +45,8 @@ def test_the_collective_that_a_rank_waits_in_is_named() -> None:
         "process group 0: last_completed 1, last_enqueued 2, last_started -1",
         "gloo:all_reduce number 2, sizes [[7, 3]]: scheduled",
     ]
+
+
+def test_pytorch_for_the_cpu_only_has_a_record_without_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(c10d, "_dump_nccl_trace_json")
+    assert isinstance(devices.flight_record(), str)
