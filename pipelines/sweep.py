@@ -122,7 +122,8 @@ def _require_device(driver: Driver, cluster: Cluster) -> None:
     """Log the device and the reason. UserError if this machine lacks its GPUs, or a run on GPUs would continue on the CPU."""
     sweep, recipe = driver.sweep, driver.sweep.recipe
     device, why = devices.device_of(recipe, cluster.gpus)
-    fault = f"; {cluster.gpu_fault}" if cluster.gpu_fault and recipe.device != "cpu" else ""
+    needed_here = recipe.device != "cpu" and (device == "cpu" or cluster.ours)
+    fault = f"; {cluster.gpu_fault}" if cluster.gpu_fault and needed_here else ""
     driver.board.say(f"device   {device} ({why}{fault})")
     if device == "cuda" and cluster.ours and cluster.gpus < recipe.train.world_sizes[-1]:
         raise UserError(

@@ -228,6 +228,16 @@ def test_gpus_that_cannot_be_used_are_named_with_the_device(tmp_path: Path, devi
     assert ("1 NVIDIA GPUs cannot be used: too old" in logged(driver)) == logged_fault
 
 
+def test_a_cluster_with_gpus_does_not_need_those_of_this_machine(tmp_path: Path) -> None:
+    driver = driver_of(reading.load(TINY, ["device=auto"]), tmp_path)
+    faulty = replace(cluster("far"), gpus=8, gpu_fault="1 NVIDIA GPUs cannot be used: too old")
+    pipeline._require_device(driver, faulty)
+    assert "device   cuda (" in logged(driver)
+    assert "too old" not in logged(driver)
+    pipeline._require_device(driver, replace(faulty, gpus=0))
+    assert "too old" in logged(driver)
+
+
 def test_gpus_that_cannot_be_used_are_no_gpus(tmp_path: Path) -> None:
     driver = driver_of(reading.load(TINY, ["device=cuda"]), tmp_path)
     faulty = replace(cluster("here"), ours=True, gpu_fault="1 NVIDIA GPUs cannot be used: too old")
