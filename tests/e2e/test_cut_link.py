@@ -60,7 +60,7 @@ def test_a_node_whose_link_is_cut_costs_an_attempt(links: dict[str, str], tmp_pa
     nodes = RayNodes(0, links[head], within(head))
     try:
         for number, name in enumerate((one, two), 2):
-            node = nodes.node(1, links[name], within(name), GLOO_SOCKET_IFNAME="eth0")
+            node = nodes.node(1, links[name], within(name))
             wait_for_nodes(nodes, number, node, within(head))  # one by one: they share a folder, unlike machines
         events = Events(job := jobs.submit(nodes.cluster(), sweep, "train", "dit"))
         assert events.wait("start")["workers"] == 2
