@@ -28,6 +28,7 @@ from pipelines import devices, lines, stage
 from pipelines.cluster import models_at_once
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
+from pipelines.train import capacity
 from pipelines.worker import Worker, WorkerFailure, resources, spawn, watch
 
 if TYPE_CHECKING:
@@ -248,7 +249,7 @@ def _await_gpus(sweep: Sweep) -> int:
 
 def own_gpus(sweep: Sweep) -> int:
     """Return how many evaluators may hold a GPU now: all GPUs are free when training is over, before that what it never uses."""
-    free = total_gpus() if state.training_over(sweep) else spare_gpus(sweep.recipe)
+    free = _evaluators_on(_nodes()) if state.training_over(sweep) else spare_gpus(sweep.recipe)
     return min(sweep.recipe.evaluate.workers, free)
 
 
@@ -258,9 +259,26 @@ def total_gpus() -> int:
 
 
 def spare_gpus(recipe: Recipe) -> int:
-    """Return the number of GPUs that training never uses, with as many models at the same time as the cluster holds."""
+    """Return how many evaluators get a GPU that training never uses, with as many models at the same time as the cluster holds.
+
+    These are all on nodes where no training worker fits, and on the others what is left by the largest world size.
+    """
+    bundle = {"GPU": 1.0} | resources("train", "cuda", 1).get("resources", {})
+    training = [node for node in _nodes() if capacity(bundle, [node])]
+    apart = [node for node in _nodes() if not capacity(bundle, [node])]
     at_once = min(len(recipe.models), models_at_once(recipe, ray.cluster_resources()))
-    return max(0, total_gpus() - at_once * recipe.train.most_workers)
+    left = int(sum(node["GPU"] for node in training)) - at_once * recipe.train.most_workers
+    return _evaluators_on(apart) + max(0, min(left, _evaluators_on(training)))
+
+
+def _evaluators_on(nodes: list[dict[str, float]]) -> int:
+    """Return how many evaluators with a GPU of their own these nodes hold."""
+    return capacity({"GPU": 1.0} | resources("evaluate", "cuda", 0).get("resources", {}), nodes)
+
+
+def _nodes() -> list[dict[str, float]]:
+    """Resources of each node."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def ablate(sweep: Sweep, arguments: list[str]) -> None:
@@ -269,7 +287,7 @@ def ablate(sweep: Sweep, arguments: list[str]) -> None:
     stage.connect()
     device, _ = choose_device(sweep.recipe)
     samplings = state.ablations(sweep.recipe.evaluate, setting, [float(value) for value in values])
-    evaluation = open_evaluation(sweep, device, max(1, total_gpus()), samplings, checkpoints=1)
+    evaluation = open_evaluation(sweep, device, max(1, _evaluators_on(_nodes())), samplings, checkpoints=1)
     for variant in samplings:
         sampled = Sampled(model, int(images), variant)
         if not sweep.evaluation(sampled).exists(METRICS):

@@ -41,6 +41,33 @@ def test_evaluation_opens_with_the_gpus_that_ended_its_wait(
     assert evaluate._await_gpus(sweep_at(tmp_path, tiny)) == 2, "an evaluation without evaluators would fail"
 
 
+TRAINING, APART = {"GPU": 8.0, "CPU": 32.0, "train": 8.0}, {"GPU": 1.0, "CPU": 4.0, "evaluate": 1.0}
+ANY = {"GPU": 8.0, "CPU": 32.0}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "before", "after"),
+    [
+        ([TRAINING, APART, APART], 2, 2),
+        ([TRAINING, TRAINING, APART], 1, 1),
+        ([TRAINING | {"GPU": 4.0}, APART], 1, 1),
+        ([ANY], 0, 4),
+        ([ANY, {"CPU": 8.0}, {"GPU": 2.0, "CPU": 8.0}], 2, 4),
+    ],
+    ids=["apart", "more nodes than training needs", "training has too few", "one node", "two more GPUs"],
+)
+def test_as_many_evaluators_have_a_gpu_as_training_leaves_and_nodes_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, float]], before: int, after: int
+) -> None:
+    sweep = sweep_at(tmp_path, reading.load(TINY, ["train.workers=8", "train.lanes=8", "evaluate.workers=4"]))
+    monkeypatch.setattr(evaluate.ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+    total = {name: sum(node.get(name, 0) for node in nodes) for node in nodes for name in node}
+    monkeypatch.setattr(evaluate.ray, "cluster_resources", lambda: total)
+    assert evaluate.own_gpus(sweep) == before
+    monkeypatch.setattr(state, "training_over", lambda _: True)
+    assert evaluate.own_gpus(sweep) == after
+
+
 OTHERS = [Preempted("stop"), StorageAway("503"), StorageFull("no space left"), WorkerFailure("a worker was lost")]
 
 
