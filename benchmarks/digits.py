@@ -99,7 +99,8 @@ def prepare(recipe: Recipe, root: Path, device: torch.device) -> Sweep:
 
 
 def encode_all(sweep: Sweep, source: Source, device: torch.device) -> None:
-    """Encode all images to latents through the path of the precompute stage."""
+    """Encode all images to latents through the path of the precompute stage; from here on without TF32, as its workers."""
+    encode.compute_exactly()
     recipe, net = sweep.recipe, vae.load(sweep)
     latents = shards.latents_folder(sweep, net.identity)
     numbers = shards.shard_numbers(len(source), recipe.precompute)

@@ -19,7 +19,7 @@ import torch
 from benchmarks.bringup import Options, options
 from dis_scale import diffusion, models
 from dis_scale.data import shards
-from dis_scale.data.encode import encode_images
+from dis_scale.data.encode import compute_exactly, encode_images
 from dis_scale.data.shards import Sample
 from dis_scale.diffusion.generate import generate
 from dis_scale.models.cost import price_model
@@ -104,6 +104,7 @@ def computed(job: Job, recipe: Recipe) -> dict[str, float]:
 
 def sample(size: str, images: int, device: str) -> None:
     """Print a row: guided sampling, in images per second for 50 steps."""
+    compute_exactly()  # as an evaluator does
     where, recipe = torch.device(device), recipe_of(Job(size), device)
     precision = recipe.train.precision
     model = (
@@ -128,6 +129,7 @@ def encode(resolution: int, images: int, device: str) -> None:
     """Print a row: images and their flips through Stable Diffusion's architecture, as precompute encodes them."""
     from diffusers import AutoencoderKL
 
+    compute_exactly()
     net = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=SD_WIDTHS, latent_channels=4, layers_per_block=2, sample_size=resolution,
