@@ -17,7 +17,7 @@ from benchmarks.rows import Job, Row, least_times, report
 from dis_scale import models
 from dis_scale.models import Backbone
 from dis_scale.models.cost import price_model
-from dis_scale.recipe import Dis, Dit, LatentShape
+from dis_scale.recipe import Dis, Dit, LatentShape, Precision
 from dis_scale.recipe.presets import preset
 from dis_scale.scan import choose
 from dis_scale.training.throughput import peak_flops, synchronize
@@ -28,14 +28,14 @@ TIME, MEMORY = {"block": 1.38, "selective": 1.15}, {"block": 1 / 3}
 """Goals: largest ratio to `none`."""
 PER_GMAC, MFU = {"cpu": 0.8, "cuda": 0.7}, {"cpu": None, "cuda": 0.4}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ON_GPU, ON_CPU = ("L/2", 32, torch.bfloat16, "bf16"), ("S/2", 4, torch.float32, "fp32")
-SIZE, BATCH, DTYPE, PRECISION = ON_GPU if DEVICE.type == "cuda" else ON_CPU
+PRECISION: Precision = "bf16" if DEVICE.type == "cuda" else "fp32"
+SIZE, BATCH = ("L/2", 32) if DEVICE.type == "cuda" else ("S/2", 4)
 DIS, DIT = Dis(**preset(f"DiS-{SIZE}")), Dit(**preset(f"DiT-{SIZE}"))
 
 
 def model(settings: Dis | Dit) -> Backbone:
     """A model with gradients, to which a step adds."""
-    made = models.build(settings, SHAPE, CLASSES).to(DEVICE, DTYPE)
+    made = models.build(settings, SHAPE, CLASSES, precision=PRECISION).to(DEVICE)
     for p in made.parameters():
         p.grad = torch.zeros_like(p)
     return made
