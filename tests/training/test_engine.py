@@ -60,10 +60,14 @@ def test_the_filled_state_is_on_the_device_of_its_flat() -> None:
     assert {name: state[name].device for name in ("step", *MOMENTS)} == dict.fromkeys(("step", *MOMENTS), flat.device)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bf16_training_computes_the_scans_kernels_in_float32(stage: int) -> None:
+def test_bf16_training_computes_the_scans_kernels_in_float32() -> None:
     """Rounded to bfloat16, S4D's parameters give a kernel that is 31 % off at 1,024 taps (median over channels)."""
-    on_ranks(1, kernels_are_exact, stage)
+    on_ranks(1, at_each_stage, kernels_are_exact)
+
+
+def at_each_stage(check: Callable[[int], None], stages: tuple[int, ...] = (1, 2, 3)) -> None:
+    for stage in stages:
+        check(stage)
 
 
 def kernels_are_exact(stage: int) -> None:
@@ -106,9 +110,8 @@ def test_the_gradient_does_not_depend_on_the_number_of_workers(
     assert torch.linalg.norm(one - more) < tolerance * torch.linalg.norm(one) > 0
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_weight_decay_spares_dynamics_norms_biases_and_positions(stage: int) -> None:
-    on_ranks(1, only_products_decay, stage)
+def test_weight_decay_spares_dynamics_norms_biases_and_positions() -> None:
+    on_ranks(1, at_each_stage, only_products_decay)
 
 
 def only_products_decay(stage: int) -> None:
@@ -152,9 +155,8 @@ def a_moved_partition_is_named() -> None:
         engine.start(model, train(), torch.device("cpu"), checkpoint.fresh(model), adam_step=0)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_gradients_are_reduced_during_the_backward_pass(stage: int) -> None:
-    on_ranks(2, communication_overlaps, stage)
+def test_gradients_are_reduced_during_the_backward_pass() -> None:
+    on_ranks(2, at_each_stage, communication_overlaps, (1, 2))
 
 
 def communication_overlaps(stage: int) -> None:
