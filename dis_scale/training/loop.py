@@ -187,7 +187,8 @@ def open_training(attempt: Attempt, on_this_node: int, log_rates: Callable[[str]
     latents, how = open_latents(attempt.latents, recipe, on_this_node, attempt.log)
     price = price_model(recipe.models[attempt.model], latents.shape, recipe.data.num_classes)
     settings, rank, world = recipe.train, dist.get_rank(), dist.get_world_size()
-    at_once = lanes_at_once(attempt.model, price, settings, world, gpu_bytes(attempt.device))
+    memory = gpu_bytes(attempt.device, recipe.evaluate.gpu_share or 0.0)
+    at_once = lanes_at_once(attempt.model, price, settings, world, memory)
     passes = forward_passes(settings.lanes, rank, world, at_once)
     state, model, images_seen = start(attempt, latents, len(passes))
     micro_images = at_once * settings.lane_images
