@@ -110,9 +110,7 @@ class DiffuSSM(Backbone):
     def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None, drop: Tensor | None = None) -> Tensor:  # noqa: ARG002
         self.check(x_BCHW, y_B)
         dtype = self.compute_dtype
-        c_BD = self.time(t_B, dtype)
-        if self.label is not None and y_B is not None:
-            c_BD = c_BD + self.label(y_B).to(dtype)
+        c_BD = self.condition(t_B, y_B)
         B, C, H, W = x_BCHW.shape
         raster_BLC = x_BCHW.to(dtype).flatten(2).transpose(1, 2)
         I_BGD = self.embed(raster_BLC.reshape(B, -1, C * self.settings.hourglass))

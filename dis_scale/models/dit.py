@@ -89,9 +89,7 @@ class DiT(Backbone):
     def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None, drop: Tensor | None = None) -> Tensor:  # noqa: ARG002
         self.check(x_BCHW, y_B)
         dtype = self.compute_dtype
-        c_BD = self.time(t_B, dtype)
-        if self.label is not None and y_B is not None:
-            c_BD = c_BD + self.label(y_B).to(dtype)
+        c_BD = self.condition(t_B, y_B)
         x_BTD = self.patches(x_BCHW.to(dtype)) + self.position.to(dtype)
         for i, block in enumerate(self.blocks):
             x_BTD = run_block(self.checkpointing, i, block, x_BTD, c_BD)

@@ -23,6 +23,8 @@ class Backbone(nn.Module):
     """
 
     settings: Dis | DiffuSsm | Dit
+    time: "TimeEmbedding"
+    label: nn.Embedding | None
     precision: Precision = "fp32"
     """`bf16`: products compute in bfloat16. Weights, stream, norms and the dynamics of the scans stay float32."""
     drop_rates: tuple[float, ...] = ()
@@ -42,6 +44,11 @@ class Backbone(nn.Module):
     def drop_branches(self) -> int:
         """Number of branches that drop path may drop."""
         return len(self.drop_rates)
+
+    def condition(self, t_B: Tensor, y_B: Tensor | None) -> Tensor:
+        """Sum of the embeddings of time and label (B, D), in the type of the products."""
+        c_BD = self.time(t_B, self.compute_dtype)
+        return c_BD if self.label is None or y_B is None else c_BD + self.label(y_B).to(c_BD.dtype)
 
     def compile_blocks(self) -> None:
         """Compile each block at its first run. Blocks of one shape share the compiled code."""
