@@ -26,7 +26,7 @@ class Backbone(nn.Module):
     time: "TimeEmbedding"
     label: nn.Embedding | None
     precision: Precision = "fp32"
-    """`bf16`: products compute in bfloat16. Weights, stream, norms and the dynamics of the scans stay float32."""
+    """`bf16`: products compute in bfloat16. Weights and the dynamics of the scans stay float32, and so does DiS's stream."""
     drop_rates: tuple[float, ...] = ()
 
     def __init__(self, shape: LatentShape, num_classes: int | None, patch: int):

@@ -23,7 +23,7 @@ from dis_scale.storage.folder import Folder
 from dis_scale.sweep import PointName, Run, state
 from dis_scale.training import ema
 from dis_scale.training.ema import Snapshot
-from dis_scale.training.engine import MOMENTS, Engine, Segment
+from dis_scale.training.engine import MOMENTS, WEIGHTS, Engine, Segment
 
 SIDECAR_WAIT_S = 600.0
 VERIFYING_THREADS = 4
@@ -93,10 +93,12 @@ class ResumePoint:
         return int(self.manifest["adam_step"])
 
     def verify(self) -> None:
-        """Read all files back, some at once; StorageError names the first that differs from the manifest."""
+        """Read all files back, some at once, and keep the weights; StorageError names the first that differs from the manifest."""
 
         def check(name: str) -> None:
-            manifest.read(self.folder, name, self.manifest)
+            data = manifest.read(self.folder, name, self.manifest)
+            if name.startswith(f"{WEIGHTS}-"):
+                self._files[name] = safetensors.torch.load(data)
 
         for _ in in_order(self.manifest["files"], check, VERIFYING_THREADS):
             pass

@@ -223,9 +223,12 @@ def bucket(parameters: int) -> int:
 
 def _config(settings: Train, parameters: int, passes: int) -> dict[str, Any]:
     """Return DeepSpeed's configuration, computed so that no file can disagree with the recipe."""
-    zero: dict[str, Any] = {"stage": settings.zero_stage}
-    if settings.zero_stage < 3:  # reduce gradients during the backward pass
-        zero |= {"overlap_comm": True, "reduce_bucket_size": bucket(parameters)}
+    size = bucket(parameters)
+    zero = {"stage": settings.zero_stage, "overlap_comm": True, "reduce_bucket_size": size}
+    if settings.zero_stage == 3:  # by default it keeps 10^9 parameters that it has gathered
+        zero |= {
+            f"stage3_{name}": size for name in ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+        }
     return {
         "train_micro_batch_size_per_gpu": 1,  # unused: the model's inputs are ours
         "gradient_accumulation_steps": passes,

@@ -187,8 +187,10 @@ def open_training(attempt: Attempt, on_this_node: int, log_rates: Callable[[str]
     latents, how = open_latents(attempt.latents, recipe, on_this_node, attempt.log)
     price = price_model(recipe.models[attempt.model], latents.shape, recipe.data.num_classes)
     settings, rank, world = recipe.train, dist.get_rank(), dist.get_world_size()
-    memory = gpu_bytes(attempt.device, recipe.evaluate.gpu_share or 0.0)
-    at_once = lanes_at_once(attempt.model, price, settings, world, memory)
+    memory: list[int | None] = [None] * world
+    dist.all_gather_object(memory, gpu_bytes(attempt.device, recipe.evaluate.gpu_share or 0.0))
+    smallest = min(memory, key=lambda size: size or 0)  # all ranks run equally many passes, and refuse together
+    at_once = lanes_at_once(attempt.model, price, settings, world, smallest)
     passes = forward_passes(settings.lanes, rank, world, at_once)
     state, model, images_seen = start(attempt, latents, len(passes))
     micro_images = at_once * settings.lane_images
@@ -328,11 +330,10 @@ def start(attempt: Attempt, latents: Latents, passes: int) -> tuple[Engine, Back
 
 def _agreed_resume_point(attempt: Attempt) -> ResumePoint | None:
     """Rank 0 finds and checks the newest resume point; all ranks use it."""
-    points: list[ResumePoint | None] = [None]
-    if dist.get_rank() == 0:
-        points[0] = checkpoint.newest_point(attempt.run, attempt.log)
-    dist.broadcast_object_list(points)
-    return points[0]
+    point = checkpoint.newest_point(attempt.run, attempt.log) if dist.get_rank() == 0 else None
+    others: list[ResumePoint | None] = [point and ResumePoint(point.folder, point.manifest)]  # without what it has read
+    dist.broadcast_object_list(others)
+    return point or others[0]
 
 
 class StepInput(NamedTuple):

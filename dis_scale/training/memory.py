@@ -3,6 +3,8 @@
 Read next: models/cost.py for the activations, lanes.py for what is done with the answer.
 """
 
+from typing import Any
+
 from dis_scale.errors import UserError
 from dis_scale.models.checkpointing import recompute_every
 from dis_scale.models.cost import Cost
@@ -11,6 +13,11 @@ from dis_scale.training import ema
 from dis_scale.training.engine import MOMENTS, bucket
 from dis_scale.training.lanes import largest_share
 
+CURES: tuple[dict[str, Any], ...] = (
+    {"zero_stage": 2}, {"checkpointing": "block"}, {"zero_stage": 2, "checkpointing": "block"},
+    {"zero_stage": 3, "checkpointing": "block"},
+)  # fmt: skip
+"""Runtime settings that need less memory, the cheapest first."""
 USABLE = 0.85
 """Share of a GPU's memory that may be planned with; CUDA's context, temporary tensors and fragments need the rest."""
 
@@ -18,7 +25,8 @@ USABLE = 0.85
 def state_bytes(cost: Cost, settings: Train, world: int) -> dict[str, int]:
     """Return the bytes of a worker's states by part; independent of the images in a forward pass.
 
-    At stage 1 a rank holds all gradients until they are reduced; at stages 2 and 3 its part, and buckets.
+    At stage 1 a rank holds all gradients until they are reduced; at stages 2 and 3 its part. DeepSpeed keeps two buckets of
+    gradients at any world size, and at stage 3 a bucket of gathered weights and one of those that come next.
     """
     one = 4 * cost.parameters
     part = -(-one // world)
@@ -27,7 +35,7 @@ def state_bytes(cost: Cost, settings: Train, world: int) -> dict[str, int]:
         "gradients": part if settings.zero_stage > 1 else one,
         "optimizer": (1 + len(MOMENTS)) * part,  # DeepSpeed keeps a float32 copy of its part of the weights
         "averages": len(ema.names(settings)) * part,
-        "buckets": 2 * 4 * bucket(cost.parameters) if world > 1 else 0,
+        "buckets": (4 if settings.zero_stage == 3 else 2) * 4 * bucket(cost.parameters),
     }
     if settings.precision == "bf16":  # kept for the backward pass, unless it is computed again
         blocks = cost.kept.blocks if recompute_every(settings.checkpointing) == 1 else 1
@@ -36,9 +44,12 @@ def state_bytes(cost: Cost, settings: Train, world: int) -> dict[str, int]:
 
 
 def worker_bytes(cost: Cost, settings: Train, world: int, images: int) -> int:
-    """Return a worker's bytes at their peak, with `images` in a forward pass."""
+    """Return a worker's bytes at their peak, with `images` in a forward pass.
+
+    Activations are gone when the step joins this worker's reduced gradients in one more tensor.
+    """
     activations = images * cost.activation_bytes(settings.checkpointing, settings.precision)
-    return sum(state_bytes(cost, settings, world).values()) + activations
+    return sum(state_bytes(cost, settings, world).values()) + max(activations, 4 * cost.parameters // world)
 
 
 def lanes_at_once(model: str, cost: Cost, settings: Train, world: int, gpu_bytes: int | None) -> int:
@@ -52,20 +63,20 @@ def lanes_at_once(model: str, cost: Cost, settings: Train, world: int, gpu_bytes
         return wanted or 1
     usable = USABLE * gpu_bytes
 
-    def need(lanes: int, settings: Train = settings) -> int:
-        return worker_bytes(cost, settings, world, lanes * settings.lane_images)
+    def need(lanes: int, changed: Train = settings) -> int:
+        return worker_bytes(cost, changed, world, lanes * settings.lane_images)
 
     fitting = [lanes for lanes in range(1, share + 1) if need(lanes) <= usable]
     if wanted in fitting or (fitting and not wanted):
         return wanted or fitting[-1]
-    runtime = {"checkpointing": "block", "zero_stage": 3}
-    cures = [
-        f"train.{name}={v}" for name, v in runtime.items() if need(1, settings.model_copy(update={name: v})) <= usable
-    ]
-    if fitting:
-        cures = [f"train.micro_images={fitting[-1] * settings.lane_images}"]
-    lanes = wanted or 1
+    cures: list[dict[str, Any]] = [{"micro_images": fitting[-1] * settings.lane_images}] if fitting else []
+    for changes in CURES:
+        if need(1, settings.model_copy(update=changes)) <= usable and not (
+            settings.compile and changes.get("zero_stage") == 3
+        ):
+            cures.append(changes)
+    remedy = " and ".join(f"train.{name}={value}" for name, value in cures[0].items()) if cures else "more workers"
     raise UserError(
-        f"{model}: a worker needs {need(lanes) / 2**30:.1f} GiB for {lanes * settings.lane_images} images in a forward pass, and "
-        f"{usable / 2**30:.1f} GiB of its GPU are usable: set {' or '.join(cures) or 'train.zero_stage=3 and more workers'}"
+        f"{model}: a worker needs {need(wanted or 1) / 2**30:.1f} GiB for {(wanted or 1) * settings.lane_images} images in a "
+        f"forward pass, and {usable / 2**30:.1f} GiB of its GPU are usable: set {remedy}"
     )

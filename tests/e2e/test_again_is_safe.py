@@ -133,7 +133,7 @@ def _assert_mlflow_has_everything(root: Path) -> None:
     assert [a.path for a in client.list_artifacts(ids["sweep"], "report")] == stored
 
 
-@pytest.mark.parametrize("override", ["train.lane=4", "train.workers=3"])
+@pytest.mark.parametrize("override", ["train.lane=4", "train.workers=5"])
 def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path: Path, override: str) -> None:
     done = sweeps.run(str(tmp_path), override)
     assert done.returncode == 2

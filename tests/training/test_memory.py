@@ -46,8 +46,10 @@ def test_later_stages_hold_less() -> None:
             40,
             r"needs \d+\.\d GiB for 128 images.*34.0 GiB.*set train.micro_images=\d+$",
         ),
-        ({}, 24, r"for 16 images in a forward pass.*: set train.checkpointing=block or train.zero_stage=3$"),
-        ({}, 8, r": set train.zero_stage=3 and more workers$"),
+        ({}, 24, r"for 16 images in a forward pass.*: set train.zero_stage=2$"),
+        ({}, 18, r": set train.checkpointing=block$"),
+        ({}, 8, r": set train.zero_stage=3 and train.checkpointing=block$"),
+        ({}, 4, r": set more workers$"),
     ],
 )
 def test_a_gpu_that_is_too_small_is_one_line_with_what_fits(settings: dict[str, object], gib: int, line: str) -> None:
