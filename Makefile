@@ -10,10 +10,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --editable
 demo: $(VENV)/installed
 	$(BIN)/python -m dis_scale.sweep configs/digits.yaml
 
-# Two processes: while a sweep starts and waits in one, the other computes. -v cancels the -q of
+# Three processes, also on two cores: while sweeps start and wait in two, the third computes. -v cancels the -q of
 # pyproject.toml, which hides pytest's first lines: what is skipped, and why.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -v -n 2 --dist worksteal
+	$(BIN)/python -m pytest -v -n 3 --dist worksteal
 
 # All tables of faults, including those on Ray; and random kills: `make soak KILLS=20 SEED=1`.
 faults: $(VENV)/installed-dev

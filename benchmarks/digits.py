@@ -130,10 +130,11 @@ def varied(sweep: Sweep, name: str, changes: dict[str, Any]) -> Sweep:
     return Sweep.below(sweep.store, sweep.recipe.model_copy(update={"name": name, "train": train}))
 
 
-def train_all(runs: list[list[TrainingRun]], at_once: int) -> None:
-    """Train each list of runs in turn, one process after the other; `at_once` lists together."""
+def train_all(runs: list[list[TrainingRun]], at_once: int) -> list[str]:
+    """Train each list of runs in turn, one process after the other; `at_once` lists together. Return what failed."""
     with ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(_in_turn, runs))
+        ended = [pool.submit(_in_turn, each) for each in runs]
+    return [str(error) for each in ended if (error := each.exception())]
 
 
 def _in_turn(runs: list[TrainingRun]) -> None:
@@ -149,6 +150,7 @@ def _in_turn(runs: list[TrainingRun]) -> None:
 def train(run: TrainingRun, attempt: int) -> None:
     """Train in this process: alone in its process group."""
     torch.set_num_threads(1)
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # as pipelines/environment.py sets it for workers
     from dis_scale.training.loop import Attempt, Start, train_model
     from dis_scale.training.profile import process_group
 

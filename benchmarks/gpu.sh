@@ -12,8 +12,8 @@ part=${2:?$usage}
 python=${PYTHON:-python}
 cd "$(dirname "$0")/.." || exit 1
 case $part in
-kernels) modules="kernels scan_gpu step" ;;
-smoke | throughput | variants) modules=$part ;;
+kernels) modules="kernels scan_gpu step" limit=260 ;;
+smoke | throughput | variants) modules=$part limit=530 ;;
 *)
     echo "error: no part $part; $usage" >&2
     exit 2
@@ -22,7 +22,7 @@ esac
 "$python" -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "error: no GPU here that PyTorch sees")' || exit 1
 failed=0
 # shellcheck disable=SC2086
-"$python" -m benchmarks.record "$name" $modules || failed=1
+timeout $limit "$python" -m benchmarks.record "$name" $modules || failed=1
 if [ "$part" = kernels ]; then
     if "$python" -c 'import pytest' 2>/dev/null; then
         # Most of the time is compilation: eight tests at once. They need no fixture of the other tests.

@@ -5,6 +5,7 @@ that is cut off leaves what it measured, and its failure, if any. A file of the 
 modules; each module has its own date.
 """
 
+import contextlib
 import datetime
 import json
 import platform
@@ -59,8 +60,9 @@ def rows(module: str) -> Iterator[dict[str, Any]]:
         assert running.stdout is not None
         for line in running.stdout:
             print(line, end="", flush=True)
-            if line.startswith("{"):
-                yield json.loads(line)
+            with contextlib.suppress(json.JSONDecodeError):  # lines of several processes may mix
+                if line.startswith("{"):
+                    yield json.loads(line)
     if running.returncode:
         yield {"failed": running.returncode}
 

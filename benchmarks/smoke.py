@@ -9,6 +9,9 @@ import json
 import os
 import sys
 import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +59,19 @@ class Checks:
         self.right &= right
         print(json.dumps({"name": name, "right": right, "value": float(value), "allowed": allowed}), flush=True)
 
+    def fail(self, name: str, reason: str) -> None:
+        self.right = False
+        print(json.dumps({"name": name, "right": False, "failed": reason}), flush=True)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """An error in this part is a row; the next part runs."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.fail(name, repr(error))
+
 
 def relative(x: float, y: float) -> float:
     return abs(x / y - 1)
@@ -67,9 +83,12 @@ def main(chosen: Options) -> bool:
         root = Path(scratch)
         recipe = digits.recipe_of(root, 30 if chosen.quick else 300, chosen.quick)
         sweep = digits.prepare(recipe, root, chosen.device)
-        train(checks, sweep, chosen)
-        sample(checks, sweep, chosen)
-    compare_memory(checks, chosen)
+        with checks.part("training"):
+            train(checks, sweep, chosen)
+        with checks.part("sampling"):
+            sample(checks, sweep, chosen)
+    with checks.part("memory"):
+        compare_memory(checks, chosen)
     return checks.right
 
 
@@ -92,16 +111,25 @@ def train(checks: Checks, sweep: Sweep, chosen: Options) -> None:
     stages = {stage: run(f"zero-{stage}", "dis", zero_stage=stage) for stage in (2, 3)}
     gaussian = TrainingRun(gaussian_sweep(sweep), latents, "dis", "cpu")
     alone = [*on_cpu.values(), gaussian, *exact.values(), *rounded.values(), *stages.values()]
-    digits.train_all([*killed.values(), *([each] for each in alone)], AT_ONCE)
+    for failure in digits.train_all([*killed.values(), *([each] for each in alone)], AT_ONCE):
+        checks.fail("training", failure)
 
     for model in kinds:
         for precision, runs in (("fp32", exact), ("bf16", rounded)):
-            compare_losses(checks, f"{model}, {precision}", runs[model], on_cpu[model], precision)
-        resumed, undisturbed = (published(each) for each in (killed[model][1], rounded[model]))
-        off = max((resumed[name] - undisturbed[name]).abs().max().item() for name in undisturbed)
-        checks.add(f"{model}, bf16: weights after a kill and a resume, against an undisturbed run", off, 0.0)
+            with checks.part(f"{model}, {precision}"):
+                compare_losses(checks, f"{model}, {precision}", runs[model], on_cpu[model], precision)
+        with checks.part(f"{model}, killed and resumed"):
+            compare_resumed(checks, model, killed[model][1], rounded[model])
     for stage, staged in stages.items():
-        compare_losses(checks, f"dis, ZeRO {stage}", staged, exact["dis"], "fp32")
+        with checks.part(f"dis, ZeRO {stage}"):
+            compare_losses(checks, f"dis, ZeRO {stage}", staged, exact["dis"], "fp32")
+
+
+def compare_resumed(checks: Checks, model: str, resumed: TrainingRun, undisturbed: TrainingRun) -> None:
+    ours, theirs = published(resumed), published(undisturbed)
+    off = max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
+    allowed = 1e-3 if model.startswith("dit") else 0.0  # attention adds gradients in no fixed order
+    checks.add(f"{model}, bf16: weights after a kill and a resume, against an undisturbed run", off, allowed)
 
 
 def gaussian_sweep(sweep: Sweep) -> Sweep:

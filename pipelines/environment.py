@@ -18,6 +18,8 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOL
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 RECORDED_COLLECTIVES = {"TORCH_FR_BUFFER_SIZE": "2000"}
 """PyTorch's flight recorder keeps this many collectives of each process."""
+NAMED_FAULTS = {"TORCH_NCCL_RETHROW_CUDA_ERRORS": "0"}
+"""A GPU's error is raised where training waits for the GPU; NCCL's watchdog would end the process without a reason first."""
 REPRODUCIBLE = {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 """Sums in a fixed order: NCCL would choose an algorithm by topology, and cuBLAS a workspace by stream."""
 
@@ -37,7 +39,7 @@ def prepare_group(ip: str, device: str) -> str:
     values = (
         dict(zip(INTERFACES, (name, f"={name}"), strict=True)) if name else {}
     )  # "=": NCCL compares the complete name
-    values |= RECORDED_COLLECTIVES | (REPRODUCIBLE if device == "cuda" else {})
+    values |= RECORDED_COLLECTIVES | (REPRODUCIBLE | NAMED_FAULTS if device == "cuda" else {})
     for variable, value in values.items():
         os.environ.setdefault(variable, value)
     gloo, nccl = (os.environ.get(variable, "its own choice") for variable in INTERFACES)

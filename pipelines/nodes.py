@@ -28,7 +28,7 @@ def record_failure(sweep: Sweep, model: str, node_id: str, why: str) -> None:
     failures = state.node_failures(sweep)[name]
     lines.emit("node_failure", model=model, node=name, failures=failures)
     lines.say(f"{model}: node {name}: failure {failures} of its devices: {why}")
-    if failures == MOST_FAILURES:
+    if failures >= MOST_FAILURES:
         lines.emit("node_excluded", model=model, node=name)
         lines.say(f"{model}: node {name} is excluded after {failures} failures: drain it, or repair it")
 

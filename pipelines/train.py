@@ -63,7 +63,10 @@ class Trainer(Worker):
 
     def stacks(self) -> str:
         """Return the stack of each thread, and the collectives that have not ended."""
-        return super().stacks() + devices.flight_record()
+        try:
+            return super().stacks() + devices.flight_record()
+        except Exception as error:  # a record in another format must not cost the stacks
+            return f"{super().stacks()}no record of collectives: {error!r}\n"
 
     def check(self, rank_environment: dict[str, Any], device: str) -> None:
         """Join the process group and check this worker's device and connections; BrokenDevice if one fails."""
@@ -160,7 +163,10 @@ def _attempt(sweep: Sweep, model: str, device: str, failure: WorkerFailure | Non
 
             return min(watch(workers, results, report, settings.hang_after_s, moves))
     except DeviceFailure as broken:
-        nodes.record_failure(sweep, model, places[broken.worker].node, str(broken))
+        try:
+            nodes.record_failure(sweep, model, places[broken.worker].node, str(broken))
+        except StorageError as error:
+            lines.say(f"{model}: the failure of a node's device is not stored: {error}")
         raise
     finally:
         remove_placement_group(group)

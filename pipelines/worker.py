@@ -39,6 +39,8 @@ CONNECTION = re.compile(
     r"gloo|NCCL|Dist(Backend|Network|Store)Error|Socket Timeout|socket has timed out|Connection (closed|reset)"
 )
 """Parts of the errors of a process group that lost a member."""
+AMBIGUOUS = re.compile(r"illegal memory access|misaligned address|illegal instruction")
+"""Parts of the errors of a program or of a device: worth another attempt, but no reason to exclude a node."""
 Cause = Literal["device", "lost", "storage", "memory", "mistake", "connection"]
 CAUSES = get_args(Cause)
 """In the order of blame: of several failures the first is reported, since broken connections follow from all others."""
@@ -226,6 +228,8 @@ def blame(error: Exception) -> Cause:
         return "memory"
     if REJECTED.search(text):
         return "mistake"
+    if AMBIGUOUS.search(text):
+        return "lost"
     if DEVICE.search(text):
         return "device"
     return "connection" if CONNECTION.search(text) else "mistake"

@@ -147,10 +147,14 @@ def last_device(run: Run) -> str | None:
 
 
 def require_device(sweep: Sweep, model: str, device: str, why: str) -> None:
-    """UserError if a run that last trained on GPUs would continue on the CPU although the recipe does not name it."""
-    if sweep.recipe.device == "auto" and device == "cpu" and last_device(sweep.run(model)) == "cuda":
+    """UserError if a run, or another of its sweep, last trained on GPUs and the CPU is not named by the recipe."""
+    if (
+        sweep.recipe.device == "auto"
+        and device == "cpu"
+        and "cuda" in map(last_device, map(sweep.run, sweep.recipe.models))
+    ):
         raise UserError(
-            f"{model}: it last trained on GPUs, and would continue on the CPU ({why}): "
+            f"{model}: the sweep last trained on GPUs, and would continue on the CPU ({why}): "
             "bring the GPUs back, or choose: --set device=cuda waits for them, --set device=cpu continues"
         )
 

@@ -73,5 +73,10 @@ def test_of_several_failures_the_one_to_blame_is_raised(
     assert blame(task_error(failures[1])) in CAUSES
 
 
+@pytest.mark.parametrize("words", ["an illegal memory access was encountered", "misaligned address"])
+def test_an_error_that_may_be_the_programs_is_tried_again_and_blames_no_node(words: str) -> None:
+    assert blame(task_error(torch.AcceleratorError(f"CUDA error: {words}"))) == "lost"
+
+
 def test_stacks_name_the_running_function() -> None:
     assert "test_stacks_name_the_running_function" in Worker().stacks()
