@@ -24,7 +24,7 @@ from ray.job_submission import JobSubmissionClient
 
 from dis_scale.errors import DisScaleError, UserError
 from dis_scale.recipe import Recipe
-from pipelines.devices import usable_gpus
+from pipelines.devices import smallest_gpu_bytes, usable_gpus
 from pipelines.stage import keeping_handlers
 
 START_TIMEOUT_S = 90.0
@@ -47,6 +47,8 @@ class Cluster:
     """Distinguishes it from every other cluster."""
     address: str | None = None
     """Dashboard of a Ray of our own; other clusters are found by RAY_ADDRESS."""
+    gpu_bytes: int | None = None
+    """Memory of the smallest GPU of a Ray of our own; None if it has none, or for another cluster."""
 
 
 @contextlib.contextmanager
@@ -63,6 +65,7 @@ def open_cluster(recipe: Recipe) -> Iterator[Cluster]:
         yield Cluster(
             JobSubmissionClient(dashboard), {}, f"a local Ray that this command started ({dashboard})",
             ours=True, capacity=1, gpus=gpus, gpu_fault=fault, id=folder.name, address=dashboard,
+            gpu_bytes=smallest_gpu_bytes() if gpus else None,
         )  # fmt: skip
     finally:
         if head:

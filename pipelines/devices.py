@@ -65,6 +65,13 @@ def usable_gpus() -> tuple[int, str]:
     return 0, f"{present} NVIDIA GPUs cannot be used: {said}; {REMEDY}"
 
 
+def smallest_gpu_bytes() -> int:
+    """Return the memory of the smallest of this machine's GPUs."""
+    import torch
+
+    return min(torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count()))
+
+
 def _has_kernels(major: int, minor: int) -> bool:
     """Whether this PyTorch has kernels that a GPU of this compute capability runs: of the same major version, not newer."""
     import torch

@@ -30,6 +30,7 @@ from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import ENDED, RAY, RECIPE, Sweep, state
 from dis_scale.tracking import mlflow
+from dis_scale.training.memory import lanes_at_once
 from pipelines import devices, jobs, lines
 from pipelines.cluster import Cluster, open_cluster, require_root
 from pipelines.jobs import Job
@@ -104,6 +105,7 @@ def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
         begin_tracking(driver, plan, sweep.recipe.tracking.uri or mlflow.default_uri(store))
         sweep.folder.write_json(RAY, {"address": cluster.address, "host": socket.gethostname()})
         _require_device(driver, cluster)
+        _require_memory(plan, cluster)
         try:
             if not state.prepared(sweep):
                 run_stage(driver, cluster, "prepare")
@@ -138,6 +140,17 @@ def _require_device(driver: Driver, cluster: Cluster) -> None:
     for model in recipe.models:
         if not state.trained(sweep, model):
             state.require_device(sweep, model, device, why + fault)
+
+
+def _require_memory(plan: Plan, cluster: Cluster) -> None:
+    """UserError if a GPU of a Ray of our own is too small for a model at one of the world sizes."""
+    settings, shared = plan.recipe.train, plan.recipe.evaluate.gpu_share or 0.0
+    device, _ = devices.device_of(plan.recipe, cluster.gpus)
+    if cluster.gpu_bytes is None or device == "cpu":
+        return
+    for model, cost in plan.costs.items():
+        for world in settings.world_sizes:
+            lanes_at_once(model, cost, settings, world, int((1 - shared) * cluster.gpu_bytes))
 
 
 def _require_share(recipe: Recipe, cluster: Cluster) -> None:

@@ -34,7 +34,7 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run complete sweeps first: one of two processes takes them, the other takes the rest meanwhile."""
+    """Run complete sweeps first: some processes take them, the others take the rest meanwhile."""
     items.sort(key=lambda item: "e2e" not in item.path.parts)
 
 

@@ -245,6 +245,14 @@ def test_gpus_that_cannot_be_used_are_no_gpus(tmp_path: Path) -> None:
         pipeline._require_device(driver, faulty)
 
 
+def test_a_gpu_that_is_too_small_is_refused_before_anything_is_spent(tiny: Recipe) -> None:
+    plan, gpus = price_sweep(tiny, LatentShape(4, 8)), replace(cluster("here"), gpus=2, gpu_bytes=2**30)
+    pipeline._require_memory(plan, gpus)
+    pipeline._require_memory(plan, replace(gpus, gpus=0, gpu_bytes=2**20))  # on the CPU
+    with pytest.raises(UserError, match=r"dis: a worker needs 0\.0 GiB for 4 images in a forward pass"):
+        pipeline._require_memory(plan, replace(gpus, gpu_bytes=2**20))
+
+
 def test_shares_of_a_gpu_that_leave_training_none_are_refused(tmp_path: Path) -> None:
     settings = ["device=cuda", "train.workers=2", "evaluate.workers=4"]
     two_gpus = replace(cluster("here"), gpus=2)
