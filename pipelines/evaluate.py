@@ -24,7 +24,7 @@ from dis_scale.report import mlflow_copy
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import GRID, METRICS, SKIPPED, Sampled, Sweep, state
-from pipelines import devices, lines, stage
+from pipelines import devices, lines, nodes, stage
 from pipelines.cluster import models_at_once
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
@@ -263,17 +263,21 @@ def spare_gpus(recipe: Recipe) -> int:
 
     These are all on nodes where no training worker fits, and on the others what is left by the largest world size.
     """
-    bundle = {"GPU": 1.0} | resources("train", "cuda", 1).get("resources", {})
-    training = [node for node in _nodes() if capacity(bundle, [node])]
-    apart = [node for node in _nodes() if not capacity(bundle, [node])]
+    training = [node for node in _nodes() if _trains(node)]
+    apart = [node for node in _nodes() if not _trains(node)]
     at_once = min(len(recipe.models), models_at_once(recipe, ray.cluster_resources()))
     left = int(sum(node["GPU"] for node in training)) - at_once * recipe.train.most_workers
     return _evaluators_on(apart) + max(0, min(left, _evaluators_on(training)))
 
 
-def _evaluators_on(nodes: list[dict[str, float]]) -> int:
-    """Return how many evaluators with a GPU of their own these nodes hold."""
-    return capacity({"GPU": 1.0} | resources("evaluate", "cuda", 0).get("resources", {}), nodes)
+def _trains(node: dict[str, float]) -> bool:
+    """Whether a training worker with a GPU fits on a node of these resources."""
+    return capacity({"GPU": 1.0} | resources("train", "cuda", 1).get("resources", {}), [node]) > 0
+
+
+def _evaluators_on(places: list[dict[str, float]]) -> int:
+    """Return how many evaluators with a GPU of their own nodes of these resources hold."""
+    return capacity({"GPU": 1.0} | resources("evaluate", "cuda", 0).get("resources", {}), places)
 
 
 def _nodes() -> list[dict[str, float]]:
@@ -422,12 +426,17 @@ def block_name(block: int) -> str:
 def requests(recipe: Recipe, device: str, gpus: int) -> list[tuple[int | None, dict[str, Any]]]:
     """Return (number of the GPU that it shares, if any, on its node; request) of each evaluator.
 
-    On GPUs, `gpus` evaluators get one of their own. With `evaluate.gpu_share` the others share training's: they are spread over
+    On GPUs, `gpus` evaluators get one of their own, as many as possible of them on nodes where training never runs: elsewhere they
+    could keep a GPU for which training waits. With `evaluate.gpu_share` the others share training's: they are spread over
     nodes and devices by their number, from the last device on, since training's first rank has most to do.
     """
-    settings = recipe.evaluate
+    settings, request = recipe.evaluate, resources("evaluate", device, 0)
     own = settings.workers if device == "cpu" else min(settings.workers, gpus)
-    every: list[tuple[int | None, dict[str, Any]]] = [(None, resources("evaluate", device, 0))] * own
+    every: list[tuple[int | None, dict[str, Any]]] = [(None, request)] * own
+    training = [n["NodeID"] for n in ray.nodes() if n["Alive"] and _trains(n["Resources"])]
+    if device == "cuda" and training:
+        apart = min(own, _evaluators_on([node for node in _nodes() if not _trains(node)]))
+        every[:apart] = [(None, request | {"label_selector": nodes.avoiding(training)})] * apart
     if own == settings.workers or settings.gpu_share is None:
         return every
     counts = {n["NodeID"]: int(n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"]}

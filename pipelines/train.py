@@ -176,7 +176,7 @@ def _ranks(request: dict[str, Any], group: Any, world: int, device: str) -> tupl
     """Start a worker in each bundle; return workers and places by rank."""
     bundles = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(world)]
     workers = [spawn(Trainer, request | {"scheduling_strategy": bundle}) for bundle in bundles]
-    places = ray.get([worker.place.remote(device) for worker in workers])
+    places = watch(workers, [worker.place.remote(device) for worker in workers], lambda _: None)
     order = rank_order(places)
     return [workers[n] for n in order], [places[n] for n in order]
 

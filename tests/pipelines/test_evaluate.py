@@ -68,6 +68,16 @@ def test_as_many_evaluators_have_a_gpu_as_training_leaves_and_nodes_hold(
     assert evaluate.own_gpus(sweep) == after
 
 
+def test_evaluators_stay_off_the_nodes_that_training_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise one of them may hold a GPU of the only node on which four workers fit, and training waits for ever."""
+    places = {"a": {"GPU": 4.0, "CPU": 8.0, "train": 4.0}, "b": {"GPU": 2.0, "CPU": 8.0}}
+    nodes = [{"Alive": True, "NodeID": name, "Resources": node} for name, node in places.items()]
+    monkeypatch.setattr(evaluate.ray, "nodes", lambda: nodes)
+    recipe = reading.load(TINY, ["evaluate.workers=3"])
+    selectors = [request.get("label_selector") for _, request in evaluate.requests(recipe, "cuda", 3)]
+    assert selectors == [{"ray.io/node-id": "!in(a)"}] * 2 + [None]
+
+
 OTHERS = [Preempted("stop"), StorageAway("503"), StorageFull("no space left"), WorkerFailure("a worker was lost")]
 
 
