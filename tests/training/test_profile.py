@@ -35,7 +35,7 @@ def test_steps_are_timed_and_traced_and_nothing_is_kept(tmp_path: Path) -> None:
     )
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert "aten::mm" in names
-    assert "aten::mm" in done.stdout
+    assert "Self CPU time total" in done.stdout  # which operators come first depends on the machine
     assert sorted(tmp_path.rglob("*")) == sorted([*before, trace])
 
 
