@@ -64,8 +64,7 @@ class Kept:
 
         The skips of recomputed blocks are boundaries. Selective checkpointing also keeps the products of these blocks.
         """
-        k = recompute_every(checkpointing)
-        recomputed = len(range(0, self.blocks, k)) if k else 0
+        recomputed = self._recomputed(checkpointing)
         return {
             "blocks": (self.blocks - recomputed) * self.block,
             "skips": self.skips * (self.blocks - recomputed) // self.blocks,
@@ -75,10 +74,14 @@ class Kept:
             "ends": self.ends,
         }
 
+    def _recomputed(self, checkpointing: str) -> int:
+        """Number of recomputed blocks."""
+        k = recompute_every(checkpointing)
+        return len(range(0, self.blocks, k)) if k else 0
+
     def wide_elements(self, checkpointing: str) -> int:
         """Elements of `by_part` that stay float32 under bf16."""
-        k = recompute_every(checkpointing)
-        recomputed = len(range(0, self.blocks, k)) if k else 0
+        recomputed = self._recomputed(checkpointing)
         whole = self.blocks - recomputed + (1 if recomputed else 0)
         return whole * self.wide + recomputed * self.wide_boundary
 
