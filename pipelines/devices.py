@@ -39,7 +39,12 @@ def device_of(recipe: Recipe, gpus: int) -> tuple[str, str]:
 
 def choose_device(recipe: Recipe) -> tuple[str, str]:
     """Return (device, reason) by the GPUs that the cluster has now."""
-    return device_of(recipe, int(ray.cluster_resources().get("GPU", 0)))
+    return device_of(recipe, total_gpus())
+
+
+def total_gpus() -> int:
+    """Return the number of the cluster's GPUs."""
+    return int(ray.cluster_resources().get("GPU", 0))
 
 
 def usable_gpus() -> tuple[int, str]:

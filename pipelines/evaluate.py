@@ -11,25 +11,22 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dis_scale.errors import DisScaleError, OutOfMemory, Preempted, StorageAway, StorageError, StorageFull
-from dis_scale.recipe import Evaluate, Recipe
+from dis_scale.recipe import Evaluate
 from dis_scale.report import mlflow_copy
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import GRID, METRICS, SKIPPED, Sampled, Sweep, state
-from pipelines import devices, lines, nodes, stage
-from pipelines.cluster import models_at_once
-from pipelines.devices import choose_device
+from pipelines import devices, lines, stage
+from pipelines.devices import choose_device, total_gpus
+from pipelines.places import evaluators_on, node_resources, own_gpus, requests
 from pipelines.restarts import with_restarts
-from pipelines.train import capacity
-from pipelines.worker import Worker, WorkerFailure, resources, spawn, watch
+from pipelines.worker import Worker, WorkerFailure, spawn, watch
 
 if TYPE_CHECKING:
     from dis_scale.evaluation.reference import Reference
@@ -38,8 +35,6 @@ if TYPE_CHECKING:
 
 POLL_EVERY_S = 2.0
 NICE = 19
-ALL_GPUS_VISIBLE = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-"""Keeps Ray from hiding the node's GPUs from a worker that reserves none."""
 
 
 class Evaluator(Worker):
@@ -247,51 +242,13 @@ def _await_gpus(sweep: Sweep) -> int:
     return own
 
 
-def own_gpus(sweep: Sweep) -> int:
-    """Return how many evaluators may hold a GPU now: all GPUs are free when training is over, before that what it never uses."""
-    free = _evaluators_on(_nodes()) if state.training_over(sweep) else spare_gpus(sweep.recipe)
-    return min(sweep.recipe.evaluate.workers, free)
-
-
-def total_gpus() -> int:
-    """Return the number of the cluster's GPUs."""
-    return int(ray.cluster_resources().get("GPU", 0))
-
-
-def spare_gpus(recipe: Recipe) -> int:
-    """Return how many evaluators get a GPU that training never uses, with as many models at the same time as the cluster holds.
-
-    These are all on nodes where no training worker fits, and on the others what is left by the largest world size.
-    """
-    training = [node for node in _nodes() if _trains(node)]
-    apart = [node for node in _nodes() if not _trains(node)]
-    at_once = min(len(recipe.models), models_at_once(recipe, ray.cluster_resources()))
-    left = int(sum(node["GPU"] for node in training)) - at_once * recipe.train.most_workers
-    return _evaluators_on(apart) + max(0, min(left, _evaluators_on(training)))
-
-
-def _trains(node: dict[str, float]) -> bool:
-    """Whether a training worker with a GPU fits on a node of these resources."""
-    return capacity({"GPU": 1.0} | resources("train", "cuda", 1).get("resources", {}), [node]) > 0
-
-
-def _evaluators_on(places: list[dict[str, float]]) -> int:
-    """Return how many evaluators with a GPU of their own nodes of these resources hold."""
-    return capacity({"GPU": 1.0} | resources("evaluate", "cuda", 0).get("resources", {}), places)
-
-
-def _nodes() -> list[dict[str, float]]:
-    """Resources of each node."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
 def ablate(sweep: Sweep, arguments: list[str]) -> None:
     """Evaluate one published checkpoint with other values of one setting, each a variant of its own; keep finished ones."""
     model, images, setting, *values = arguments
     stage.connect()
     device, _ = choose_device(sweep.recipe)
     samplings = state.ablations(sweep.recipe.evaluate, setting, [float(value) for value in values])
-    evaluation = open_evaluation(sweep, device, max(1, _evaluators_on(_nodes())), samplings, checkpoints=1)
+    evaluation = open_evaluation(sweep, device, max(1, evaluators_on(node_resources())), samplings, checkpoints=1)
     for variant in samplings:
         sampled = Sampled(model, int(images), variant)
         if not sweep.evaluation(sampled).exists(METRICS):
@@ -421,34 +378,6 @@ def block_count(settings: Evaluate) -> int:
 
 def block_name(block: int) -> str:
     return f"block-{block:05d}.npz"
-
-
-def requests(recipe: Recipe, device: str, gpus: int) -> list[tuple[int | None, dict[str, Any]]]:
-    """Return (number of the GPU that it shares, if any, on its node; request) of each evaluator.
-
-    On GPUs, `gpus` evaluators get one of their own, as many as possible of them on nodes where training never runs: elsewhere they
-    could keep a GPU for which training waits. With `evaluate.gpu_share` the others share training's: they are spread over
-    nodes and devices by their number, from the last device on, since training's first rank has most to do.
-    """
-    settings, request = recipe.evaluate, resources("evaluate", device, 0)
-    own = settings.workers if device == "cpu" else min(settings.workers, gpus)
-    every: list[tuple[int | None, dict[str, Any]]] = [(None, request)] * own
-    training = [n["NodeID"] for n in ray.nodes() if n["Alive"] and _trains(n["Resources"])]
-    if device == "cuda" and training:
-        apart = min(own, _evaluators_on([node for node in _nodes() if not _trains(node)]))
-        every[:apart] = [(None, request | {"label_selector": nodes.avoiding(training)})] * apart
-    if own == settings.workers or settings.gpu_share is None:
-        return every
-    counts = {n["NodeID"]: int(n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"]}
-    shared = sorted((-index, node) for node, count in counts.items() for index in range(count))
-    for index, node in islice(cycle(shared), settings.workers - own):
-        request = {
-            "num_cpus": 0,
-            "num_gpus": 0,
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
-        }
-        every.append((-index, request | {"runtime_env": {"env_vars": ALL_GPUS_VISIBLE}}))
-    return every
 
 
 def _read_block(folder: Folder, block: int) -> "SampleBlock":

@@ -17,7 +17,7 @@ from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import ENDED, METRICS, Sampled, Sweep, state
 from pipelines import evaluate, stage
-from pipelines.evaluate import requests
+from pipelines.places import requests, spare_gpus
 from pipelines.worker import Worker, resources, spawn, watch
 from tests.conftest import TINY
 from tests.support.events import events
@@ -67,8 +67,8 @@ def test_an_evaluator_without_a_gpu_shares_those_of_the_node_that_has_some(node:
 
 def test_without_a_share_there_are_only_evaluators_with_a_gpu_of_their_own(node: str) -> None:
     recipe = recipe_of("evaluate.workers=4", "train.workers=1", f"models={ONE_MODEL}")
-    assert evaluate.spare_gpus(recipe) == 1
-    assert [shared for shared, _ in requests(recipe, "cuda", evaluate.spare_gpus(recipe))] == [None]
+    assert spare_gpus(recipe) == 1
+    assert [shared for shared, _ in requests(recipe, "cuda", spare_gpus(recipe))] == [None]
 
 
 def test_a_stage_asks_for_its_named_resource_only_if_a_node_with_a_gpu_has_it(node: str) -> None:

@@ -12,7 +12,7 @@ from dis_scale.errors import DisScaleError, Preempted, StorageAway, StorageError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sampled, Sweep, state
-from pipelines import evaluate, stage
+from pipelines import evaluate, places, stage
 from pipelines.worker import WorkerFailure
 from tests.conftest import TINY
 from tests.support.events import events
@@ -70,11 +70,11 @@ def test_as_many_evaluators_have_a_gpu_as_training_leaves_and_nodes_hold(
 
 def test_evaluators_stay_off_the_nodes_that_training_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise one of them may hold a GPU of the only node on which four workers fit, and training waits for ever."""
-    places = {"a": {"GPU": 4.0, "CPU": 8.0, "train": 4.0}, "b": {"GPU": 2.0, "CPU": 8.0}}
-    nodes = [{"Alive": True, "NodeID": name, "Resources": node} for name, node in places.items()]
+    declared = {"a": {"GPU": 4.0, "CPU": 8.0, "train": 4.0}, "b": {"GPU": 2.0, "CPU": 8.0}}
+    nodes = [{"Alive": True, "NodeID": name, "Resources": node} for name, node in declared.items()]
     monkeypatch.setattr(evaluate.ray, "nodes", lambda: nodes)
     recipe = reading.load(TINY, ["evaluate.workers=3"])
-    selectors = [request.get("label_selector") for _, request in evaluate.requests(recipe, "cuda", 3)]
+    selectors = [request.get("label_selector") for _, request in places.requests(recipe, "cuda", 3)]
     assert selectors == [{"ray.io/node-id": "!in(a)"}] * 2 + [None]
 
 

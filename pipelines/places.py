@@ -1,0 +1,82 @@
+"""Where evaluators run: which GPUs training leaves to them, and what they ask Ray for. The rule is in docs/evaluation.md."""
+
+from itertools import cycle, islice
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from dis_scale.recipe import Recipe
+from dis_scale.sweep import Sweep, state
+from pipelines import nodes
+from pipelines.cluster import models_at_once
+from pipelines.train import capacity
+from pipelines.worker import resources
+
+ALL_GPUS_VISIBLE = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+"""Keeps Ray from hiding the node's GPUs from a worker that reserves none."""
+
+
+def own_gpus(sweep: Sweep) -> int:
+    """Return how many evaluators may hold a GPU now: all GPUs are free when training is over, before that what it never uses."""
+    free = evaluators_on(node_resources()) if state.training_over(sweep) else spare_gpus(sweep.recipe)
+    return min(sweep.recipe.evaluate.workers, free)
+
+
+def spare_gpus(recipe: Recipe) -> int:
+    """Return how many evaluators get a GPU that training never uses, with as many models at the same time as the cluster holds.
+
+    These are all on nodes where no training worker fits, and on the others what is left by the largest world size.
+    """
+    training = [node for node in node_resources() if _trains(node)]
+    at_once = min(len(recipe.models), models_at_once(recipe, ray.cluster_resources()))
+    left = int(sum(node["GPU"] for node in training)) - at_once * recipe.train.most_workers
+    return evaluators_on(_apart()) + max(0, min(left, evaluators_on(training)))
+
+
+def _trains(node: dict[str, float]) -> bool:
+    """Whether a training worker with a GPU fits on a node of these resources."""
+    return capacity({"GPU": 1.0} | resources("train", "cuda", 1).get("resources", {}), [node]) > 0
+
+
+def _apart() -> list[dict[str, float]]:
+    """Resources of the nodes where training never runs."""
+    return [node for node in node_resources() if not _trains(node)]
+
+
+def evaluators_on(places: list[dict[str, float]]) -> int:
+    """Return how many evaluators with a GPU of their own nodes of these resources hold."""
+    return capacity({"GPU": 1.0} | resources("evaluate", "cuda", 0).get("resources", {}), places)
+
+
+def node_resources() -> list[dict[str, float]]:
+    """Resources of each node."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def requests(recipe: Recipe, device: str, gpus: int) -> list[tuple[int | None, dict[str, Any]]]:
+    """Return (number of the GPU that it shares, if any, on its node; request) of each evaluator.
+
+    On GPUs, `gpus` evaluators get one of their own, as many as possible of them on nodes where training never runs: elsewhere they
+    could keep a GPU for which training waits. With `evaluate.gpu_share` the others share training's: they are spread over
+    nodes and devices by their number, from the last device on, since training's first rank has most to do.
+    """
+    settings, request = recipe.evaluate, resources("evaluate", device, 0)
+    own = settings.workers if device == "cpu" else min(settings.workers, gpus)
+    every: list[tuple[int | None, dict[str, Any]]] = [(None, request)] * own
+    training = [n["NodeID"] for n in ray.nodes() if n["Alive"] and _trains(n["Resources"])]
+    if device == "cuda" and training:
+        apart = min(own, evaluators_on(_apart()))
+        every[:apart] = [(None, request | {"label_selector": nodes.avoiding(training)})] * apart
+    if own == settings.workers or settings.gpu_share is None:
+        return every
+    counts = {n["NodeID"]: int(n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"]}
+    shared = sorted((-index, node) for node, count in counts.items() for index in range(count))
+    for index, node in islice(cycle(shared), settings.workers - own):
+        request = {
+            "num_cpus": 0,
+            "num_gpus": 0,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+        }
+        every.append((-index, request | {"runtime_env": {"env_vars": ALL_GPUS_VISIBLE}}))
+    return every
