@@ -144,13 +144,13 @@ def _require_device(driver: Driver, cluster: Cluster) -> None:
 
 def _require_memory(plan: Plan, cluster: Cluster) -> None:
     """UserError if a GPU of a Ray of our own is too small for a model at one of the world sizes."""
-    settings, shared = plan.recipe.train, plan.recipe.evaluate.gpu_share or 0.0
+    settings, shared = plan.recipe.train, plan.recipe.evaluate.gpu_share
     device, _ = devices.device_of(plan.recipe, cluster.gpus)
     if cluster.gpu_bytes is None or device == "cpu":
         return
     for model, cost in plan.costs.items():
         for world in settings.world_sizes:
-            lanes_at_once(model, cost, settings, world, int((1 - shared) * cluster.gpu_bytes))
+            lanes_at_once(model, cost, settings, world, cluster.gpu_bytes, shared)
 
 
 def _require_share(recipe: Recipe, cluster: Cluster) -> None:

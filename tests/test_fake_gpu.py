@@ -24,7 +24,7 @@ from dis_scale.recipe import DiffuSsm, Dis, Dit, Flow, Gaussian, LatentShape, Pr
 from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
 from dis_scale.training import loop
 from dis_scale.training.engine import MOMENTS, Engine, Segment
-from dis_scale.training.loop import StepInput
+from dis_scale.training.inputs import StepInput, to_device
 from tests.support import seeded_inception
 
 SHAPE, CUDA = LatentShape(4, 8), torch.device("cuda")
@@ -77,7 +77,7 @@ def test_a_training_step_copies_its_inputs_and_mixes_no_devices(
     t_B = built.sample_times(np.random.default_rng(0), 3)
     x_BCHW, noise_BCHW = torch.randn(2, 3, 4, 8, 8)
     host = StepInput(Micro(x_BCHW, torch.arange(3), noise_BCHW), t_B, drop, 1.0)
-    micro, t_B, drop, _ = loop._to_device(host, CUDA)
+    micro, t_B, drop, _ = to_device(host, CUDA)
     loss = loop._loss(model, built, micro, t_B, drop)
     assert (loss.device.type, loss.dtype, loss.shape, loss.requires_grad) == ("cuda", torch.float32, (), True)
 

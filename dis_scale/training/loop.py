@@ -9,7 +9,7 @@ import json
 import math
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from dis_scale import diffusion, faults, models, seeds
-from dis_scale.data.latents import Latents, Micro, micro_batch, open_latents, prefetch
+from dis_scale.data.latents import Latents, Micro, open_latents, prefetch
 from dis_scale.diffusion.process import Process
 from dis_scale.errors import DisScaleError
 from dis_scale.models import Backbone
@@ -35,6 +35,7 @@ from dis_scale.training import checkpoint, ema, engine
 from dis_scale.training.bad_step import dump_step
 from dis_scale.training.checkpoint import ResumePoint, Saver
 from dis_scale.training.engine import Engine
+from dis_scale.training.inputs import StepInput, step_inputs, to_device
 from dis_scale.training.lanes import ForwardPass, forward_passes
 from dis_scale.training.memory import lanes_at_once
 from dis_scale.training.throughput import ThroughputMeter, gpu_bytes, open_meter
@@ -87,7 +88,8 @@ def train_model(attempt: Attempt) -> int:
     images in a forward pass, kind of device, number of threads and package versions.
     """
     # Open what a step needs.
-    settings, rank, world = attempt.recipe.train, dist.get_rank(), dist.get_world_size()
+    recipe, rank, world = attempt.recipe, dist.get_rank(), dist.get_world_size()
+    settings = recipe.train
     log_rates = (lambda line: attempt.log(f"{attempt.model}: {line}")) if rank == 0 else None
     latents, process, state, model, passes, meter, images_seen = open_training(
         attempt, _workers_on_this_node(world), log_rates
@@ -113,7 +115,8 @@ def train_model(attempt: Attempt) -> int:
         _compare_with_grace(attempt, saver)
 
     attempt.emit("work")
-    with closing(prefetch(step_inputs(attempt, latents, model.drop_rates, images_seen, passes))) as batches:
+    inputs_ahead = prefetch(step_inputs(recipe, attempt.device, latents, model.drop_rates, images_seen, passes))
+    with closing(inputs_ahead) as batches:
         while images_seen < settings.images and not agreement.stop(attempt.stop_requested()):
             # Take one step.
             faults.at("step", images=images_seen)
@@ -152,7 +155,7 @@ def train_model(attempt: Attempt) -> int:
 
     # Save the last step, if the grace period allows it, and end the log.
     saver.finish()
-    if images_seen != saved_images and agreement.time_left(saver.took_s, attempt.recipe.grace_s):
+    if images_seen != saved_images and agreement.time_left(saver.took_s, recipe.grace_s):
         rows.flush()
         saver.save(state, images_seen, facts())
         saver.finish()
@@ -188,9 +191,9 @@ def open_training(attempt: Attempt, on_this_node: int, log_rates: Callable[[str]
     price = price_model(recipe.models[attempt.model], latents.shape, recipe.data.num_classes)
     settings, rank, world = recipe.train, dist.get_rank(), dist.get_world_size()
     memory: list[int | None] = [None] * world
-    dist.all_gather_object(memory, gpu_bytes(attempt.device, recipe.evaluate.gpu_share or 0.0))
+    dist.all_gather_object(memory, gpu_bytes(attempt.device))
     smallest = min(memory, key=lambda size: size or 0)  # all ranks run equally many passes, and refuse together
-    at_once = lanes_at_once(attempt.model, price, settings, world, smallest)
+    at_once = lanes_at_once(attempt.model, price, settings, world, smallest, recipe.evaluate.gpu_share)
     passes = forward_passes(settings.lanes, rank, world, at_once)
     state, model, images_seen = start(attempt, latents, len(passes))
     micro_images = at_once * settings.lane_images
@@ -202,7 +205,7 @@ def open_training(attempt: Attempt, on_this_node: int, log_rates: Callable[[str]
 
 
 def train_step(
-    state: Engine, process: Process, settings: Train, inputs: Sequence["StepInput"], images_seen: int
+    state: Engine, process: Process, settings: Train, inputs: Sequence[StepInput], images_seen: int
 ) -> list[torch.Tensor]:
     """Take the step that begins at `images_seen`: this rank's forward passes, optimizer, averages; set the next learning rate.
 
@@ -210,7 +213,7 @@ def train_step(
     """
     losses = []
     for host_input in inputs:
-        micro, t_B, drop, weight = _to_device(host_input, state.device)
+        micro, t_B, drop, weight = to_device(host_input, state.device)
         loss = _loss(state.deepspeed, process, micro, t_B, drop)
         faults.at("loss", images=images_seen, loss=loss)
         state.micro_step(loss * weight)
@@ -224,7 +227,7 @@ def train_step(
 def _handle_bad_step(
     attempt: Attempt,
     state: Engine,
-    inputs: list["StepInput"],
+    inputs: list[StepInput],
     losses: list[torch.Tensor],
     images_seen: int,
     in_a_row: int,
@@ -334,70 +337,6 @@ def _agreed_resume_point(attempt: Attempt) -> ResumePoint | None:
     others: list[ResumePoint | None] = [point and ResumePoint(point.folder, point.manifest)]  # without what it has read
     dist.broadcast_object_list(others)
     return point or others[0]
-
-
-class StepInput(NamedTuple):
-    """The inputs of one forward pass: images, their times, the multipliers of drop path, and the factor of the loss."""
-
-    micro: Micro
-    t_B: torch.Tensor
-    drop: torch.Tensor | None
-    weight: float
-
-
-def step_inputs(
-    attempt: Attempt, latents: Latents, rates: tuple[float, ...], images_seen: int, passes: Sequence[ForwardPass]
-) -> Iterator[StepInput]:
-    """Yield this rank's inputs from `images_seen` on, in order: one per forward pass and step."""
-    recipe, settings = attempt.recipe, attempt.recipe.train
-    process = diffusion.build(recipe.diffusion)
-
-    def of_lane(step: int, lane: int, weight: float) -> StepInput:
-        micro = micro_batch(
-            latents, step, lane, batch=settings.batch_images, lanes=settings.lanes, seed=recipe.seed,
-            flip=recipe.data.mirror, label_dropout=settings.label_dropout,
-        )  # fmt: skip
-        n = len(micro.y_B)
-        t_B = process.sample_times(seeds.generator("time", recipe.seed, step, lane), n)
-        return StepInput(micro, t_B, _drop_masks(rates, n, recipe.seed, step, lane), weight)
-
-    for step in range(images_seen // settings.batch_images, settings.images // settings.batch_images):
-        for lanes, weight in passes:
-            yield _pinned(_together([of_lane(step, lane, weight) for lane in lanes]), attempt.device)
-
-
-def _together(parts: Sequence[StepInput]) -> StepInput:
-    """The inputs of several lanes as those of one forward pass."""
-    micro = Micro(*map(torch.cat, zip(*(part.micro for part in parts), strict=True)))
-    drops = [part.drop for part in parts if part.drop is not None]
-    drop = torch.cat(drops, dim=1) if drops else None
-    return StepInput(micro, torch.cat([part.t_B for part in parts]), drop, parts[0].weight)
-
-
-def _drop_masks(rates: tuple[float, ...], n: int, *where: int) -> torch.Tensor | None:
-    """Multipliers of drop path (branches, n): 0, or 1 / (1 - rate); None if nothing is dropped."""
-    if not any(rates):
-        return None
-    keep = 1 - torch.tensor(rates, dtype=torch.float32)[:, None]
-    return (
-        torch.from_numpy(seeds.generator("drop path", *where).random((len(rates), n), dtype="float32")) < keep
-    ) / keep
-
-
-def _pinned(host_input: StepInput, device: torch.device) -> StepInput:
-    """In pinned memory if the device is a GPU, so that copies overlap with computation."""
-    if device.type != "cuda":
-        return host_input
-    return _mapped(host_input, torch.Tensor.pin_memory)
-
-
-def _to_device(host_input: StepInput, device: torch.device) -> StepInput:
-    return _mapped(host_input, lambda x: x.to(device, non_blocking=True))
-
-
-def _mapped(of: StepInput, each: Callable[[torch.Tensor], torch.Tensor]) -> StepInput:
-    drop = None if of.drop is None else each(of.drop)
-    return StepInput(Micro(*map(each, of.micro)), each(of.t_B), drop, of.weight)
 
 
 def _loss(sharded: Any, process: Process, micro: Micro, t_B: torch.Tensor, drop: Any) -> torch.Tensor:

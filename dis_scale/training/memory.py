@@ -52,16 +52,19 @@ def worker_bytes(cost: Cost, settings: Train, world: int, images: int) -> int:
     return sum(state_bytes(cost, settings, world).values()) + max(activations, 4 * cost.parameters // world)
 
 
-def lanes_at_once(model: str, cost: Cost, settings: Train, world: int, gpu_bytes: int | None) -> int:
+def lanes_at_once(
+    model: str, cost: Cost, settings: Train, world: int, gpu_bytes: int | None, shared: float | None = None
+) -> int:
     """Return how many lanes share a forward pass: as the recipe says, or as many as a GPU of `gpu_bytes` holds.
 
-    None: a CPU, one lane. UserError if the GPU is too small, with settings that fit.
+    None: a CPU, one lane. The fraction `shared` of the GPU is evaluation's. UserError if the GPU is too small, with settings that
+    fit.
     """
     share = largest_share(settings.lanes, world)
     wanted = settings.micro_images and min(share, settings.micro_images // settings.lane_images)
     if gpu_bytes is None:
         return wanted or 1
-    usable = USABLE * gpu_bytes
+    usable = USABLE * (1 - (shared or 0)) * gpu_bytes
 
     def need(lanes: int, changed: Train = settings) -> int:
         return worker_bytes(cost, changed, world, lanes * settings.lane_images)

@@ -22,8 +22,9 @@ from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.state import require_latents
 from dis_scale.training import engine
+from dis_scale.training.inputs import step_inputs
 from dis_scale.training.lanes import largest_share
-from dis_scale.training.loop import Attempt, Start, open_training, step_inputs, train_step
+from dis_scale.training.loop import Attempt, Start, open_training, train_step
 from dis_scale.training.throughput import synchronize
 
 WARM_STEPS = 2
@@ -59,7 +60,7 @@ def profile_training(
             emit=lambda *_, **__: None,
         )  # fmt: skip
         reader, process, state, backbone, passes, meter, images_seen = open_training(attempt, 1, log)
-        with closing(prefetch(step_inputs(attempt, reader, backbone.drop_rates, 0, passes))) as batches:
+        with closing(prefetch(step_inputs(recipe, device, reader, backbone.drop_rates, 0, passes))) as batches:
 
             def take_step() -> None:
                 nonlocal images_seen

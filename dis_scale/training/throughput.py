@@ -105,11 +105,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def gpu_bytes(device: torch.device, shared: float) -> int | None:
-    """Return the memory of a GPU without the fraction `shared`, which is evaluation's; None for a CPU."""
-    if device.type != "cuda":
-        return None
-    return int((1 - shared) * torch.cuda.get_device_properties(device).total_memory)
+def gpu_bytes(device: torch.device) -> int | None:
+    """Return the memory of a GPU; None for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:
