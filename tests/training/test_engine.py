@@ -86,13 +86,13 @@ def kernels_are_exact(stage: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision", "workers", "tolerance"),
-    [(1, "bf16", 4, 1e-3), (2, "bf16", 4, 1e-3), (3, "bf16", 4, 1e-3), (1, "fp32", 5, 1e-5)],
+    ("stage", "precision", "lanes", "workers", "tolerance"),
+    [(1, "bf16", 64, 8, 1e-3), (2, "bf16", 16, 4, 1e-3), (3, "bf16", 16, 4, 1e-3), (1, "fp32", 16, 5, 1e-5)],
 )
 def test_the_gradient_does_not_depend_on_the_number_of_workers(
-    tmp_path: Path, stage: int, precision: str, workers: int, tolerance: float
+    tmp_path: Path, stage: int, precision: str, lanes: int, workers: int, tolerance: float
 ) -> None:
-    """16 lanes on one worker, on four, and on five that have three or four: gradients are added in float32.
+    """64 lanes on one worker and on eight; 16 on one, on four, on five with three or four: gradients are added in float32.
 
     With five workers the weights of the losses are no powers of two, so that bfloat16 would round other values.
     """
@@ -101,11 +101,12 @@ def test_the_gradient_does_not_depend_on_the_number_of_workers(
         how = [
             "train.clip=0",
             f"train.precision={precision}",
-            "train.lanes=16",
+            f"train.lanes={lanes}",
+            f"train.batch_images={lanes}",
             f"train.zero_stage={stage}",
             f"train.workers={world}",
         ]
-        recipe = reading.load(TINY, [*how, "train.publish_images=[16]", "train.resume_every_images=16"])
+        recipe = reading.load(TINY, [*how, f"train.publish_images=[{lanes}]", f"train.resume_every_images={lanes}"])
         ranks.run(recipe, "dis", tmp_path / f"{world}", attempt=1)
         run = Run(open_folder(tmp_path / f"{world}/sweep/runs/dis"))
         point = checkpoint.newest_point(run, print)
