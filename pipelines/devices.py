@@ -78,11 +78,15 @@ def smallest_gpu_bytes() -> int:
 
 
 def _has_kernels(major: int, minor: int) -> bool:
-    """Whether this PyTorch has kernels that a GPU of this compute capability runs: of the same major version, not newer."""
+    """Whether this PyTorch has kernels for a GPU of this compute capability, or code that its driver compiles for it.
+
+    A binary (`sm_`) runs on GPUs of its major version, not older ones; PTX (`compute_`) is compiled for any that is not older.
+    """
     import torch
 
-    versions = [int(match[1]) for name in torch.cuda.get_arch_list() if (match := re.match(r"sm_(\d+)", name))]
-    return any(version // 10 == major and version % 10 <= minor for version in versions)
+    built = [match.groups() for name in torch.cuda.get_arch_list() if (match := re.match(r"(sm|compute)_(\d+)", name))]
+    versions = [(kind, divmod(int(version), 10)) for kind, version in built]
+    return any(version <= (major, minor) and (kind == "compute" or version[0] == major) for kind, version in versions)
 
 
 def nvidia_gpus() -> int:

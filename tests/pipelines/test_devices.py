@@ -108,7 +108,9 @@ def test_a_machine_without_one_has_no_fault(tmp_path: Path, monkeypatch: pytest.
         assert devices.usable_gpus() == (0, "")
 
 
-@pytest.mark.parametrize(("capability", "count"), [((7, 0), 0), ((7, 5), 1), ((8, 6), 1), ((8, 9), 1), ((9, 0), 1)])
+@pytest.mark.parametrize(
+    ("capability", "count"), [((7, 0), 0), ((7, 5), 1), ((8, 6), 1), ((8, 9), 1), ((9, 0), 1), ((12, 0), 1)]
+)
 def test_a_gpu_without_kernels_is_counted_out(
     pci: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], count: int
 ) -> None:
