@@ -48,7 +48,7 @@ class Cluster:
     address: str | None = None
     """Dashboard of a Ray of our own; other clusters are found by RAY_ADDRESS."""
     gpu_bytes: int | None = None
-    """Memory of the smallest GPU of a Ray of our own; None if it has none, or for another cluster."""
+    """Memory of the smallest GPU of a Ray of our own, of the largest one of another cluster; None if none is known."""
 
 
 @contextlib.contextmanager
@@ -142,13 +142,24 @@ def _joined(address: str, recipe: Recipe) -> Cluster:
 
     _connect()
     parent = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
-    resources = ray.cluster_resources()
+    client, resources = JobSubmissionClient(), ray.cluster_resources()
     inherited = ("working_dir", "py_modules", "pip", "uv", "env_vars")
     return Cluster(
-        JobSubmissionClient(), {key: value for key, value in parent.items() if key in inherited},
+        client, {key: value for key, value in parent.items() if key in inherited},
         f"the Ray cluster at {address}", ours=False, capacity=models_at_once(recipe, resources),
         gpus=int(resources.get("GPU", 0)), gpu_fault=usable_gpus()[1], id=ray.get_runtime_context().get_session_name(),
+        gpu_bytes=largest_gpu_bytes(client),
     )  # fmt: skip
+
+
+def largest_gpu_bytes(client: JobSubmissionClient) -> int | None:
+    """Return the memory of the cluster's largest GPU, as its nodes' agents measure it; None if no agent reports one.
+
+    The largest, since the smaller ones of a mixed cluster may be there for evaluation.
+    """
+    answer = client._do_request("GET", "/nodes?view=summary")
+    nodes = answer.json()["data"]["summary"] if answer.ok else []
+    return max((gpu["memoryTotal"] * 2**20 for node in nodes for gpu in node.get("gpus") or []), default=None)
 
 
 def _start_head(recipe: Recipe, folder: Path, gpus: int) -> tuple[subprocess.Popen, str]:
