@@ -137,13 +137,11 @@ def _require_device(driver: Driver, cluster: Cluster) -> None:
         raise UserError(f"device: {device} ({why}): {error}") from None
     if device == "cuda" and cluster.gpus:
         _require_share(recipe, cluster)
-    for model in recipe.models:
-        if not state.trained(sweep, model):
-            state.require_device(sweep, model, device, why + fault)
+    state.require_device(sweep, device, why + fault)
 
 
 def _require_memory(plan: Plan, cluster: Cluster) -> None:
-    """UserError if a GPU of a Ray of our own is too small for a model at one of the world sizes."""
+    """UserError if the cluster's GPUs are too small for a model at one of the world sizes."""
     settings, shared = plan.recipe.train, plan.recipe.evaluate.gpu_share
     device, _ = devices.device_of(plan.recipe, cluster.gpus)
     if cluster.gpu_bytes is None or device == "cpu":

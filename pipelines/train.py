@@ -115,7 +115,7 @@ def train_one(sweep: Sweep, arguments: list[str]) -> None:
     stage.connect()
     device, why = choose_device(sweep.recipe)
     lines.say(f"{model}: device {device} ({why})")
-    state.require_device(sweep, model, device, why)
+    state.require_device(sweep, device, why)
     run = sweep.run(model)
 
     def attempts(failure: WorkerFailure | None) -> int:

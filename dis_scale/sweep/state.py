@@ -146,15 +146,15 @@ def last_device(run: Run) -> str | None:
     return device
 
 
-def require_device(sweep: Sweep, model: str, device: str, why: str) -> None:
-    """UserError if a run, or another of its sweep, last trained on GPUs and the CPU is not named by the recipe."""
+def require_device(sweep: Sweep, device: str, why: str) -> None:
+    """UserError if one of the sweep's runs last trained on GPUs and the CPU is not named by the recipe."""
     if (
         sweep.recipe.device == "auto"
         and device == "cpu"
         and "cuda" in map(last_device, map(sweep.run, sweep.recipe.models))
     ):
         raise UserError(
-            f"{model}: the sweep last trained on GPUs, and would continue on the CPU ({why}): "
+            f"{sweep}: last trained on GPUs, and would continue on the CPU ({why}): "
             "bring the GPUs back, or choose: --set device=cuda waits for them, --set device=cpu continues"
         )
 

@@ -211,9 +211,7 @@ def test_a_run_on_gpus_continues_on_the_cpu_only_if_asked(tiny: Recipe, tmp_path
     driver, model = driver_of(tiny, tmp_path), next(iter(tiny.models))
     pipeline._require_device(driver, cluster("here"))
     state.record_device(driver.sweep.run(model), "cuda")
-    with pytest.raises(
-        UserError, match=rf"{model}: the sweep last trained on GPUs, and would continue on the CPU \(auto: 0 GPUs"
-    ):
+    with pytest.raises(UserError, match=r"last trained on GPUs, and would continue on the CPU \(auto: 0 GPUs"):
         pipeline._require_device(driver, cluster("here"))
     asked = driver_of(reading.load(TINY, ["device=cpu"]), tmp_path)
     pipeline._require_device(asked, cluster("here"))
