@@ -8,15 +8,17 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from dis_scale.data import shards
+from dis_scale.data import mixing, shards, staging
 from dis_scale.data.shards import Encoding
 from dis_scale.data.sources import Source, open_source
+from dis_scale.data.staging import MixedOrder
 from dis_scale.errors import UserError
-from dis_scale.progress import listing_words, now_and_then
+from dis_scale.progress import listing_words
 from dis_scale.recipe import Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from dis_scale.vae import Vae
 
 BEGUN = "begun.json"
-CHECKING = "latents  {:,} of {:,} finished shards checked"
 
 
 class Dealer:
@@ -68,12 +69,23 @@ class Encoder(Worker):
                 f"{latents}: this worker encodes with {ours}, the first one with {encoding}: use equal nodes"
             )
         require_same_hardware(latents, self.device)
+        self.report(0)
         vae = self._loaded()
         vae.net.to(self.device)
         recipe = self.sweep.recipe
         setup = Setup(open_source(recipe.data, self.sweep.store), vae, recipe)
         self.emit("work")
         put_shards(setup, latents, iter(deal, None), self._count)
+
+    def mix(self, latents: Folder, encoding: Encoding, deal: Callable[[], int | None]) -> None:
+        """Write the shards of the groups that `deal` names, from the parts that all encoders made."""
+        source, recipe = open_source(self.sweep.recipe.data, self.sweep.store), self.sweep.recipe
+        mixer = MixedOrder(len(source), recipe.precompute, encoding.latent)
+        self.report(0)
+        for group in iter(deal, None):
+            for shard in staging.mixed_shards(latents, source, mixer, group):
+                shards.put_shard(latents, *shard)
+                self._count(len(shard.samples) + len(shard.refused))
 
     def _loaded(self) -> "Vae":
         from dis_scale import vae
@@ -92,29 +104,47 @@ class RayEncoders:
 
     sweep: Sweep
     device: str
-    _warm: list[Any] = field(default_factory=list)
-    """The encoder that named the encoding, if it can also encode: on the CPU."""
+    _workers: list[Any] = field(default_factory=list)
+    """Encoders that have ended their work, for the next; none after a failure."""
 
     def encoding(self) -> Encoding:
         """Return what the encoders encode with, from one of them that needs no GPU."""
         worker = spawn(Encoder, resources("precompute", "cpu", 1), self.sweep, self.device)
         (encoding,) = watch([worker], [worker.encoding.remote()], lambda _: None)
         if self.device == "cpu":
-            self._warm = [worker]
+            self._workers = [worker]
         return encoding
 
     def encode(self, latents: Folder, encoding: Encoding, source: Source, left: list[int]) -> None:
-        """Make the shards of these numbers, with new encoders after a failure."""
-        images, settings = len(source), self.sweep.recipe.precompute
-        before = images - sum(len(shards.shard_positions(n, images, settings)) for n in left)
+        """Encode the shards of these numbers, or parts to be mixed."""
+        settings = self.sweep.recipe.precompute
+        images = sum(len(shards.shard_positions(n, len(source), settings)) for n in left)
+        self._share("encode", latents, encoding, left, images, len(source), "images")
+
+    def mix(self, latents: Folder, encoding: Encoding, source: Source, left: list[int]) -> None:
+        """Write the shards of these groups from the encoded parts."""
+        mixer = MixedOrder(len(source), self.sweep.recipe.precompute, encoding.latent)
+        images = sum(len(mixer.group(n)) for n in left)
+        self._share("mix", latents, encoding, left, images, len(source), "images mixed")
+
+    def _share(
+        self, work: str, latents: Folder, encoding: Encoding, left: list[int], images: int, total: int, unit: str
+    ) -> None:
+        """Let the encoders share this work on the numbers in `left`, which have so many of all images.
+
+        Ray restarts a lost encoder, which continues with the dealer's next number: another attempt makes what it had begun.
+        """
+        settings = self.sweep.recipe.precompute
         capacity = int(ray.cluster_resources().get("GPU" if self.device == "cuda" else "CPU", 1))
         count = min(settings.workers, len(left), max(1, capacity))
-        options = resources("precompute", self.device, 1)
-        workers, self._warm = self._warm, []
+        workers, self._workers = self._workers[:count], []
+        restarts = dict.fromkeys(("max_restarts", "max_task_retries"), self.sweep.recipe.train.restarts)
+        options = resources("precompute", self.device, 1) | restarts
         workers += [spawn(Encoder, options, self.sweep, self.device) for _ in range(count - len(workers))]
         dealer = ray.remote(num_cpus=0)(Dealer).remote(left)
-        results = [worker.encode.remote(latents, encoding, _RemoteDealer(dealer)) for worker in workers]
-        watch(workers, results, lambda done: lines.progress(min(before + sum(done), images), images, "images"))
+        results = [getattr(worker, work).remote(latents, encoding, _RemoteDealer(dealer)) for worker in workers]
+        watch(workers, results, lambda done: lines.progress(min(total - images + sum(done), total), total, unit))
+        self._workers = workers
 
 
 def precompute_latents(sweep: Sweep, _: list[str]) -> None:
@@ -133,33 +163,50 @@ def find_or_make_latents(sweep: Sweep, encoders: Any) -> None:
     if manifest.find(latents) is None:
         source = open_source(sweep.recipe.data, sweep.store, listing_words(lines.say))
 
-        def encode(left: list[int]) -> None:
-            encoders.encode(latents, encoding, source, left)
-
-        make_latents(sweep.recipe, latents, source, encoding, encode)
+        encode, mix = (partial(work, latents, encoding, source) for work in (encoders.encode, encoders.mix))
+        make_latents(sweep.recipe, latents, source, encoding, encode, mix)
     state.use_latents(sweep, latents, encoding.vae)
 
 
-Encode = Callable[[list[int]], None]
-"""Makes the shards of these numbers."""
+Make = Callable[[list[int]], None]
+"""Makes the shards, parts or groups of these numbers."""
 
 
-def make_latents(recipe: Recipe, latents: Folder, source: Source, encoding: Encoding, encode: Encode) -> None:
-    """Begin or continue a set of latents and seal it."""
+def make_latents(recipe: Recipe, latents: Folder, source: Source, encoding: Encoding, encode: Make, mix: Make) -> None:
+    """Begin or continue a set of latents and seal it. `mix` is used if the source is not in the mixed order."""
     _require_one_kind(latents, encoding, source.listing.facts["sha256"])
-    numbers = shards.shard_numbers(len(source), recipe.precompute)
+    numbers, staged = shards.shard_numbers(len(source), recipe.precompute), latents / staging.STAGED
+    mixer = MixedOrder(len(source), recipe.precompute, encoding.latent)
     for name in shards.clear_strays(latents, numbers):
         lines.say(f"{name} is not part of the set: deleted")
 
-    def attempt(_: WorkerFailure | None) -> None:
-        done = shards.finished(latents, numbers, now_and_then(lines.say, CHECKING))
-        if left := [n for n in numbers if n not in done]:
-            encode(left)
+    def unfinished(folder: Folder, kind: str) -> list[int]:
+        done = shards.finished(folder, numbers, kind)
+        return [number for number in numbers if number not in done]
 
-    with_restarts(recipe, "precompute", attempt, lambda: len(latents.list()))
+    def require_finished(folder: Folder, kind: str) -> None:
+        stage.raise_if_stopped()
+        if left := unfinished(folder, kind):
+            raise WorkerFailure(f"{folder}: {len(left)} of {len(numbers)} shards are missing: their encoder was lost")
+
+    def attempt(_: WorkerFailure | None) -> None:
+        if not (left := unfinished(latents, "tar")):
+            return
+        if source.mixed:
+            encode(left)
+        else:
+            if parts := unfinished(staged, staging.PART):
+                encode(parts)
+                require_finished(staged, staging.PART)
+            mix(mixer.groups_of(left))
+        require_finished(latents, "tar")
+
+    with_restarts(recipe, "precompute", attempt, lambda: len(latents.list()) + len(staged.list()))
     stage.raise_if_stopped()
+    staged.delete()
     sealed = shards.write_manifest(latents, numbers, _facts(recipe, source, encoding))
     lines.say(f"{sealed['count']} latents in {len(numbers)} shards, {len(sealed['refused'])} images refused")
+    lines.say(f"mixing   {mixing.words(sealed['mixing'])}")
 
 
 class _RemoteDealer:

@@ -50,7 +50,10 @@ def encode_digits(sweep: Sweep, latents: Folder) -> None:
     def encode(left: list[int]) -> None:
         encoder.encode(latents, encoding, Dealer(left).next)
 
-    precompute.make_latents(sweep.recipe, latents, source, encoding, encode)
+    def refuse(_: list[int]) -> None:
+        raise AssertionError("digits are listed in the mixed order")
+
+    precompute.make_latents(sweep.recipe, latents, source, encoding, encode, refuse)
 
 
 @pytest.mark.parametrize("kind", KINDS)

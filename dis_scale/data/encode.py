@@ -6,7 +6,7 @@ processes, Ray tasks and Ray Data, and docs/data.md has the figures. Read next: 
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,10 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dis_scale.data import shards
-from dis_scale.data.shards import Encoding, Sample
+from dis_scale.data import shards, staging
+from dis_scale.data.shards import EncodedShard, Encoding, Sample, shard_positions
 from dis_scale.data.sources import Source, select_decodable
-from dis_scale.data.threads import in_order
+from dis_scale.data.staging import MixedOrder
+from dis_scale.data.threads import batched, in_order
 from dis_scale.errors import DisScaleError, UndecodableImage, UserError
 from dis_scale.recipe import Recipe
 from dis_scale.storage.folder import Folder
@@ -37,13 +38,10 @@ class Setup:
     vae: Vae
     recipe: Recipe
 
-
-class EncodedShard(NamedTuple):
-    """A shard's number, its samples, and the names of the images that were skipped."""
-
-    number: int
-    samples: list[Sample]
-    refused: list[str]
+    @property
+    def mixer(self) -> MixedOrder:
+        """Places of the source's entries in the mixed order."""
+        return MixedOrder(len(self.source), self.recipe.precompute, self.vae.latent(self.recipe.data.resolution))
 
 
 class _DecodedRange(NamedTuple):
@@ -79,15 +77,23 @@ def require_same_hardware(latents: Folder, device: str) -> None:
 def put_shards(setup: Setup, latents: Folder, numbers: Iterable[int], report: Callable[[int], None]) -> None:
     """Encode and write the shards of these numbers, which are read from the iterable as decoding needs them.
 
-    `report` gets the number of images done since its last call, after each encode batch. If it raises, the work ends.
-    UndecodableImage if the recipe says `undecodable: refuse`.
+    They are parts to be mixed (staging.py) if the source is not in the mixed order. `report` gets the number of images done since
+    its last call, after each encode batch. If it raises, the work ends. UndecodableImage if the recipe says `undecodable: refuse`.
     """
+    mixer = setup.mixer
+
+    def put(shard: EncodedShard) -> None:
+        if setup.source.mixed:
+            shards.put_shard(latents, *shard)
+        else:
+            staging.put_part(latents, mixer, shard)
+
     with ThreadPoolExecutor(1, "put") as pool:
         writing: Future[None] | None = None
         for shard in encode_shards(setup, numbers, report):
             if writing:
                 writing.result()
-            writing = pool.submit(shards.put_shard, latents, *shard)
+            writing = pool.submit(put, shard)
         if writing:
             writing.result()
 
@@ -96,6 +102,26 @@ def encode_shards(setup: Setup, numbers: Iterable[int], report: Callable[[int], 
     """Yield the shards of these numbers, in their order; `report` as for `put_shards`."""
     for number, ranges in groupby(_decoded(setup, numbers), key=lambda part: part.number):
         yield EncodedShard(number, *_encode_shard(setup, ranges, report))
+
+
+def encode_mixed(setup: Setup, numbers: Iterable[int], refused: Collection[str]) -> Iterator[EncodedShard]:
+    """Yield shards of a set that was mixed after encoding: each batch with one of their samples is encoded again.
+
+    `refused` are the names of the set's refused images, which were in no batch.
+    """
+    mixer, settings, names = setup.mixer, setup.recipe.precompute, setup.source.names
+    for number in numbers:
+        entries = mixer.order[np.array(shard_positions(number, mixer.images, settings))].tolist()
+        wanted, samples = set(entries), dict[int, Sample]()
+        for part in sorted({entry // settings.shard_images for entry in entries}):
+            encoded = [n for n in shard_positions(part, mixer.images, settings) if names[n] not in refused]
+            for batch in batched(encoded, settings.encode_images):
+                if not wanted.isdisjoint(batch):
+                    pixels = [(n, setup.source.pixels(n, setup.recipe.data.resolution)) for n in batch]
+                    samples |= {sample.position: sample for sample in _encode_batch(setup, pixels)}
+        yield EncodedShard(
+            number, [samples[n] for n in entries if n in samples], [names[n] for n in entries if n not in samples]
+        )
 
 
 def _decoded(setup: Setup, numbers: Iterable[int]) -> Iterator[_DecodedRange]:

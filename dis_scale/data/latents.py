@@ -15,9 +15,11 @@ import numpy as np
 import torch
 
 from dis_scale import seeds
+from dis_scale.data import mixing
 from dis_scale.data.cache import Cache, default_folder
 from dis_scale.data.memory import MemoryBuffer, free_memory_bytes
-from dis_scale.data.order import BLOCK_SHARDS, Locations, Order
+from dis_scale.data.mixing import BLOCK_SHARDS
+from dis_scale.data.order import Locations, Order
 from dis_scale.data.shards import Shard, unpack
 from dis_scale.errors import UserError
 from dis_scale.recipe import LatentShape, Reader, Recipe
@@ -96,6 +98,7 @@ def open_latents(folder: Folder, recipe: Recipe, workers: int, say: Callable[[st
         where = recipe.reader.cache_folder
         cache = Cache(Path(where).expanduser() if where else default_folder(), int(recipe.reader.cache_gib * GIB), say)
         how += f"; cache {cache.folder}, up to {recipe.reader.cache_gib:g} GiB"
+    how += f"; {mixing.words(facts['mixing'])}"
     return Latents(folder, recipe.seed, recipe.data.held_out_images, cache=cache, keep_all=keep_all), how
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from dis_scale import vae
-from dis_scale.data import shards
-from dis_scale.data.encode import HARDWARE, EncodedShard, Setup, compute_exactly, encode_shards, require_same_hardware
+from dis_scale.data import mixing, shards
+from dis_scale.data.encode import HARDWARE, Setup, compute_exactly, encode_mixed, encode_shards, require_same_hardware
+from dis_scale.data.shards import EncodedShard
 from dis_scale.data.sources import open_source
 from dis_scale.errors import StorageError, UserError
 from dis_scale.progress import ReportDone, ReportShare
@@ -82,7 +83,11 @@ def repair(url: str, report: ReportShare, listed: ReportDone) -> list[str]:
         setup = _same_setup(Sweep.open(sweep.url), latents, facts, listed)
         entries = {int(entry["name"].partition(".")[0]): entry for entry in facts["shards"]}
         numbers = [n for n, entry in entries.items() if entry["name"] in damaged]
-        for shard in encode_shards(setup, numbers, lambda _: None):
+        if setup.source.mixed:
+            rebuilt = encode_shards(setup, numbers, lambda _: None)
+        else:
+            rebuilt = encode_mixed(setup, numbers, set(facts["refused"]))
+        for shard in rebuilt:
             _put_same(latents, shard, entries[shard.number])
     return list(damaged)
 
@@ -101,6 +106,7 @@ def describe(latents: Folder) -> list[str]:
         f"images   {m['count']:,} in {len(m['shards'])} shards, {total / 1e6:,.1f} MB{refused}",
         f"latent   {channels}x{size}x{size}, float16 moments of image and horizontal flip",
         f"labels   {len(labels)} of {m['num_classes']} classes: {_some(labels)}",
+        f"mixing   {mixing.words(m['mixing'])}",
         f"mean     {_numbers(m['mean'])} by channel; shift {m['shift']:g}",
         f"std      {_numbers(m['std'])}; scale {m['scale']:g} makes it {_numbers(deviations)}",
         f"source   {_settings(m.get('source', {}))}; listing {m.get('listing', '?')[:12]}",

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dis_scale import seeds
+from dis_scale.data.mixing import BLOCK_SHARDS
 from dis_scale.errors import UserError
-
-BLOCK_SHARDS = 4
 
 
 class Locations(NamedTuple):
@@ -64,13 +63,15 @@ class Order:
             position = epoch * self.total + int(starts[block] + self.counts[inside].sum())
 
     def _hold_out(self, count: int) -> Locations:
-        """Choose held-out samples by the seed alone; sorted as in the set."""
-        starts, total = np.cumsum(self.sizes) - self.sizes, int(self.sizes.sum())
+        """Choose held-out samples by the seed alone: complete shards, each a random sample, and the first rows of the last one."""
+        total = int(self.sizes.sum())
         if count >= total:
             raise UserError(f"data.held_out_images: {count} of {total} images would leave none to train on")
-        chosen = np.sort(seeds.generator("held out", self.seed).choice(total, count, replace=False))
-        shards = np.searchsorted(starts, chosen, side="right") - 1
-        return Locations(shards, chosen - starts[shards])
+        shards = seeds.generator("held out shards", self.seed).permutation(len(self.sizes))
+        before = np.cumsum(self.sizes[shards]) - self.sizes[shards]
+        taken = np.zeros_like(self.sizes)
+        taken[shards] = np.clip(count - before, 0, self.sizes[shards])
+        return Locations(np.repeat(np.arange(len(taken)), taken), np.concatenate([np.arange(n) for n in taken]))
 
     def _epoch_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the first position of each block, and all shards in the epoch's order."""

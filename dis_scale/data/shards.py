@@ -1,7 +1,8 @@
 """Latent shards: tars of posterior moments in object storage, each with a sidecar, and one manifest last. The door to WebDataset.
 
-Shard s holds the images of positions [s S, (s + 1) S) of the source. Its bytes are a function of (source, VAE, resolution, shard
-size, encode batch, device kind, torch version), so any worker may write it, more than once. Read next: latents.py.
+Shard s holds the images of places [s S, (s + 1) S) of the mixed order (mixing.py). Its bytes are a function of (source, VAE,
+resolution, shard size, encode batch, device kind, torch version), so any worker may write it, more than once.
+Read next: latents.py.
 """
 
 import hashlib
@@ -15,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dis_scale.data.mixing import LabelCounts
 from dis_scale.data.threads import in_order
 from dis_scale.errors import StorageAway, StorageError, UserError
-from dis_scale.progress import ReportShare
 from dis_scale.recipe import LatentShape, Precompute
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
@@ -49,6 +50,14 @@ class Shard(NamedTuple):
     labels: np.ndarray
 
 
+class EncodedShard(NamedTuple):
+    """A shard's number, its samples, and the names of the images that were skipped."""
+
+    number: int
+    samples: list[Sample]
+    refused: list[str]
+
+
 @dataclass(frozen=True)
 class Encoding:
     """VAE, kind of device and version of PyTorch that encode a set of latents, as stored in its manifest."""
@@ -68,7 +77,7 @@ def shard_numbers(images: int, settings: Precompute) -> range:
 
 
 def shard_positions(number: int, images: int, settings: Precompute) -> range:
-    """Return the positions of a shard's images."""
+    """Return the positions of a shard's images in the order of its set."""
     size = settings.shard_images
     return range(number * size, min((number + 1) * size, images))
 
@@ -158,19 +167,15 @@ def put_shard(latents: Folder, number: int, samples: list[Sample], refused: list
     latents.write_json(f"{shard_name(number)}.json", sidecar | {"labels": labels, "sums": _sums(samples)})
 
 
-def finished(latents: Folder, numbers: range, report: ReportShare = lambda *_: None) -> set[int]:
-    """Return the finished shards: tar and sidecar exist and agree, including the hash.
+def finished(latents: Folder, numbers: range, kind: str = "tar") -> set[int]:
+    """Return the finished shards: the file, by default a tar, has the size that its sidecar says.
 
-    `report` gets the number of shards checked so far and the total.
+    The file is not read: it was written atomically before its sidecar, and `dis-scale data verify` compares hashes.
     """
-    names = set(latents.list())
-    candidates = [n for n in numbers if {f"{shard_name(n)}.tar", f"{shard_name(n)}.json"} <= names]
-    agree = in_order(candidates, lambda n: _agrees(latents, n), READS_AT_ONCE)
-    good = set()
-    for i, (n, agrees) in enumerate(zip(candidates, agree, strict=True), 1):
-        good |= {n} if agrees else set()
-        report(i, len(candidates))
-    return good
+    sizes = latents.sizes()
+    candidates = [n for n in numbers if {f"{shard_name(n)}.{kind}", f"{shard_name(n)}.json"} <= sizes.keys()]
+    expected = in_order(candidates, lambda n: _sidecar_bytes(latents, n), READS_AT_ONCE)
+    return {n for n, size in zip(candidates, expected, strict=True) if size == sizes[f"{shard_name(n)}.{kind}"]}
 
 
 def clear_strays(latents: Folder, numbers: range) -> list[str]:
@@ -184,24 +189,22 @@ def clear_strays(latents: Folder, numbers: range) -> list[str]:
 
 def write_manifest(latents: Folder, numbers: range, facts: dict[str, Any]) -> dict[str, Any]:
     """Write the manifest over all sidecars, as the last file; StorageError if a shard's size is not its sidecar's."""
-    shards, sums, refused, labels, sizes = [], [], list[str](), Counter[str](), latents.sizes()
+    shards, sums, refused, labels, sizes = [], [], list[str](), LabelCounts(), latents.sizes()
     read = in_order(numbers, lambda n: latents.read_json(f"{shard_name(n)}.json"), READS_AT_ONCE)
     for n, sidecar in zip(numbers, read, strict=True):  # one at a time: up to 100,000 sidecars, each with 1,000 labels
         _require_size(latents, n, sidecar, sizes)
         shards.append({"name": f"{shard_name(n)}.tar", **{k: sidecar[k] for k in ("count", "bytes", "sha256")}})
         sums.append(sidecar["sums"])
         refused += sidecar["refused"]
-        labels.update(sidecar["labels"])
+        labels.add(sidecar["labels"])
+    if not labels.total:
+        raise UserError(f"{latents}: no image could be decoded; the first of {len(refused)}: {refused[:1]}")
     mean, std = _statistics(sums)
     value = {
-        "format": manifest.FORMAT, **facts,
-        "count": sum(s["count"] for s in shards), "mean": mean, "std": std,
-        "labels": {label: labels[label] for label in sorted(labels, key=int)}, "refused": refused, "shards": shards,
+        "format": manifest.FORMAT, **facts, "mixing": labels.distinct(),
+        "count": labels.total.total(), "mean": mean, "std": std,
+        "labels": dict(sorted(labels.total.items(), key=lambda each: int(each[0]))), "refused": refused, "shards": shards,
     }  # fmt: skip
-    if not value["count"]:
-        raise UserError(
-            f"{latents}: no image could be decoded; the first of {len(value['refused'])}: {value['refused'][:1]}"
-        )
     latents.write_json(manifest.NAME, value)
     return value
 
@@ -214,15 +217,14 @@ def _require_size(latents: Folder, number: int, sidecar: dict[str, Any], sizes: 
         )
 
 
-def _agrees(latents: Folder, number: int) -> bool:
-    name = shard_name(number)
+def _sidecar_bytes(latents: Folder, number: int) -> int | None:
+    """Size of the shard by its sidecar; None if the sidecar is damaged."""
     try:
-        manifest.verified(latents, f"{name}.tar", latents.read_json(f"{name}.json"))
+        return int(latents.read_json(f"{shard_name(number)}.json")["bytes"])
     except StorageAway:
         raise  # the shard may be good
     except (StorageError, KeyError, TypeError):
-        return False
-    return True
+        return None
 
 
 def _sums(samples: list[Sample]) -> dict[str, Any]:

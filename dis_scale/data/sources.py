@@ -33,6 +33,8 @@ class Source:
     """Reads the bytes of entries that are `near` each other."""
     near: Callable[[Entry, Entry], bool]
     """True if both entries, the second after the first, belong in one call of `read`."""
+    mixed: bool
+    """Whether positions are in the mixed order; otherwise latents are mixed after encoding (staging.py)."""
 
     def __len__(self) -> int:
         return len(self.listing)
@@ -99,7 +101,7 @@ def open_source(data: Data, store: Folder | None = None, report: ReportDone = la
 
     def find() -> Contents:
         contents = kind.find()
-        return contents._replace(entries=_at_least_one(contents.entries, kind.missing))
+        return contents._replace(entries=_at_least_one(contents.entries, kind.missing), mixed=kind.mixed)
 
     def check(opened: Listing) -> None:
         _label_names(opened, data, kind.where)
@@ -108,7 +110,7 @@ def open_source(data: Data, store: Folder | None = None, report: ReportDone = la
         opened = listing.in_memory(find(), report, kind.where)
     else:
         opened = listing.stored(store, data.source.model_dump(mode="json"), find, check, report)
-    return Source(opened, _label_names(opened, data, kind.where), kind.read, kind.near)
+    return Source(opened, _label_names(opened, data, kind.where), kind.read, kind.near, kind.mixed)
 
 
 class _Kind(Protocol):
@@ -118,6 +120,8 @@ class _Kind(Protocol):
     """Its location, for messages."""
     missing: str
     """The error message if it has no entries."""
+    mixed: bool
+    """Whether to list in the mixed order: reading neighbours together is no cheaper."""
 
     def find(self) -> Contents: ...
     def read(self, entries: Sequence[Entry]) -> list[bytes]: ...
@@ -126,6 +130,8 @@ class _Kind(Protocol):
 
 class _OneFileEach(ABC):
     """Base of kinds with a file for each image."""
+
+    mixed = True
 
     def read(self, entries: Sequence[Entry]) -> list[bytes]:
         return [self._read(entry) for entry in entries]
@@ -201,6 +207,8 @@ class _Csv(_OneFileEach):
 class _Tars:
     """Tars of images."""
 
+    mixed = False
+
     def __init__(self, settings: TarSource) -> None:
         self._root, self._names = tars.files_of(open_folder(settings.url), settings.files, ".tar")
         self._settings, self.near = settings, tars.near
@@ -216,6 +224,8 @@ class _Tars:
 
 class _Parquet:
     """Parquet files of images."""
+
+    mixed = False
 
     def __init__(self, settings: ParquetSource) -> None:
         self._root, self._names = tars.files_of(open_folder(settings.url), settings.files, ".parquet")

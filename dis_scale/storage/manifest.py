@@ -9,7 +9,7 @@ from typing import Any
 from dis_scale.errors import StorageError
 from dis_scale.storage.folder import Folder
 
-FORMAT = 2
+FORMAT = 3
 """Version of every manifest and sidecar; this code reads FORMAT and FORMAT - 1."""
 NAME = "manifest.json"
 

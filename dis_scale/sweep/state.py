@@ -54,7 +54,7 @@ def references_missing(sweep: Sweep) -> list[str]:
 
 
 def find_latents(sweep: Folder) -> Folder | None:
-    """Return the complete latents of a sweep's folder, or None; UserError if another VAE than the sweep's made them.
+    """Return the complete latents of a sweep's folder, or None; UserError if another VAE than the sweep's made them, or unmixed.
 
     Reads no recipe, so that latents can be checked without one.
     """
@@ -66,6 +66,11 @@ def find_latents(sweep: Folder) -> Folder | None:
     if facts is None:
         return None
     require_same_vae(latents, facts["vae"], pointer["vae"])
+    if "mixing" not in facts:
+        raise UserError(
+            f"{latents}: made by an earlier version, in the source's order: its batches hold few classes; give the sweep "
+            "another name (--set name=...), and mixed latents are made"
+        )
     return latents
 
 

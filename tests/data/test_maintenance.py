@@ -40,7 +40,11 @@ def photos(store: Folder, images: Path, how: str = "{kind: trained, widths: [8, 
     def encode(left: list[int]) -> None:
         put_shards(setup, latents, left, lambda _: None)
 
-    precompute.make_latents(recipe, latents, setup.source, encoding_of(encoder, 32, "cpu"), encode)
+    def mix(left: list[int]) -> None:
+        precompute.Encoder(sweep, "cpu").mix(latents, encoding, precompute.Dealer(left).next)
+
+    encoding = encoding_of(encoder, 32, "cpu")
+    precompute.make_latents(recipe, latents, setup.source, encoding, encode, mix)
     state.use_latents(sweep, latents, encoder.identity)
     return sweep, latents
 
@@ -85,7 +89,8 @@ def test_a_short_shard_is_detected_by_its_size(tmp_path: Path) -> None:
 def test_a_shard_with_other_bytes_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images")
     latents.write("000000.tar", b"damaged")
-    (tmp_path / "images/a/00.png").write_bytes(png(99))
+    first = open_source(sweep.recipe.data, sweep.store).names[0]
+    (tmp_path / "images" / first).write_bytes(png(99))
     code, output = run("repair", sweep.folder.url)
     assert code == 1
     assert "000000.tar: rebuilt, it has other bytes" in output

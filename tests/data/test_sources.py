@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dis_scale.data import images, tars
-from dis_scale.data.sources import open_source
+from dis_scale.data.mixing import permutation
+from dis_scale.data.sources import Source, open_source
 from dis_scale.errors import DisScaleError, StorageError, UndecodableImage, UserError
 from dis_scale.storage.folder import Folder, open_folder
 from tests.support import labelled_images
@@ -17,16 +18,24 @@ from tests.support.labelled_images import CLASSES, KINDS, LABELS, data, png
 
 def test_the_digits_are_complete() -> None:
     source = open_source(data({"kind": "digits"}, 10))
-    assert (len(source), source.labels[:3], source.pixels(0, 32).shape) == (1797, [0, 1, 2], (32, 32, 3))
+    assert (len(source), source.pixels(0, 32).shape) == (1797, (32, 32, 3))
+    assert sorted(source.names) == [f"digits/{i:04d}" for i in range(1797)]
+
+
+def order_of(source: Source) -> list[int]:
+    """The number of the picture at each position."""
+    return permutation(len(source)).tolist() if source.mixed else list(range(len(source)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_gives_the_same_pictures_in_the_same_order(kind: str, store_url: str) -> None:
+def test_every_kind_gives_the_same_pictures_in_its_order_or_the_mixed_one(kind: str, store_url: str) -> None:
     source = open_source(data(KINDS[kind](open_folder(store_url) / "images")))
-    assert list(source.labels) == LABELS
+    order = order_of(source)
+    assert source.mixed == (kind in ("class_folders", "csv_file"))
+    assert list(source.labels) == [LABELS[i] for i in order]
     assert source.label_names == (["0", "1"] if kind == "webdataset_cls" else CLASSES)
     assert len(set(source.names)) == len(LABELS)
-    expected = [images.decode(png(i), "", 16) for i in range(len(LABELS))]
+    expected = [images.decode(png(i), "", 16) for i in order]
     ranges = list(source.read_ranges(range(1, 7), most=4))
     assert [i for part in ranges for i in part] == list(range(1, 7))
     decoded = [image for part in ranges for image in source.decoded(part, 16)]
@@ -74,9 +83,12 @@ def test_number_labels_are_kept_and_names_are_sorted(tmp_path: Path) -> None:
     root = open_folder(tmp_path)
     root.write("n.csv", b"path,label\na.png,10\nb.png,2\n")
     root.write("w.csv", b"path,label\na.png,z10\nb.png,z2\n")
-    assert list(open_source(data({"kind": "csv", "url": f"{root}/n.csv"}, 11)).labels) == [10, 2]
-    named = open_source(data({"kind": "csv", "url": f"{root}/w.csv"}))
-    assert (list(named.labels), named.label_names) == ([0, 1], ["z10", "z2"])
+    numbers, named = (
+        open_source(data({"kind": "csv", "url": f"{root}/{name}.csv"}, n)) for name, n in (("n", 11), ("w", 2))
+    )
+    order = permutation(2).tolist()
+    assert list(numbers.labels) == [[10, 2][i] for i in order]
+    assert (list(named.labels), named.label_names) == (order, ["z10", "z2"])
 
 
 def test_paths_of_a_csv_may_be_urls(tmp_path: Path) -> None:
@@ -196,8 +208,8 @@ def test_a_broken_image_is_named_and_its_neighbours_are_read(
     source = open_source(data(KINDS[kind](open_folder(tmp_path))))
     decoded = [image for part in source.read_ranges(range(7), 16) for image in source.decoded(part, 16)]
     ((position, error),) = [(i, image) for i, image in enumerate(decoded) if isinstance(image, UndecodableImage)]
-    assert position == 2
-    assert f"image {source.names[2]} cannot be decoded: it is empty (0 bytes); repair or remove it" in str(error)
+    assert order_of(source)[position] == 2
+    assert f"image {source.names[position]} cannot be decoded: it is empty (0 bytes); repair or remove it" in str(error)
 
 
 @pytest.mark.parametrize("kind", KINDS)

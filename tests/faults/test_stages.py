@@ -93,8 +93,8 @@ FAULTS: dict[str, tuple[str, str, list[int], str]] = {
     "precompute: storage fails three times": ("precompute", "fail at write path=.tar times=3", [0], ""),
     "precompute: storage gone for 20 s": ("precompute", "gone at write path=000001.tar seconds=20", [0], ""),
     "precompute: disk full": ("precompute", "full at write path=000002.tar", FAILED, FULL),
-    "precompute: a byte of a shard flips, then a kill": (
-        "precompute", "flip at written path=000000.tar\nkill at written path=000002.tar", KILLED, "",
+    "precompute: a byte of a sidecar flips, then a kill": (
+        "precompute", "flip at written path=000000.json\nkill at written path=000002.tar", KILLED, "",
     ),
     "precompute: the clock jumps on a day, then a kill": (
         "precompute", "jump at written path=000000.tar seconds=86400\nkill at written path=000001.tar", KILLED, "",
@@ -114,7 +114,7 @@ FAULTS: dict[str, tuple[str, str, list[int], str]] = {
 FEW = (
     "prepare: killed before a classifier's manifest",
     "precompute: killed between tar and sidecar",
-    "precompute: a byte of a shard flips, then a kill",
+    "precompute: a byte of a sidecar flips, then a kill",
     "evaluate: a byte of a block of features flips, then a kill",
 )
 """Run by `make test`; the others by `make faults`."""

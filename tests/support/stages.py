@@ -79,6 +79,9 @@ class OneEncoder:
     def encode(self, latents: Folder, encoding: Encoding, _: Source, left: list[int]) -> None:
         _obeying(Encoder(self.sweep, "cpu")).encode(latents, encoding, Dealer(left).next)
 
+    def mix(self, latents: Folder, encoding: Encoding, _: Source, left: list[int]) -> None:
+        _obeying(Encoder(self.sweep, "cpu")).mix(latents, encoding, Dealer(left).next)
+
 
 def _precompute(sweep: Sweep, _: list[str]) -> None:
     precompute.find_or_make_latents(sweep, OneEncoder(sweep))

@@ -1,0 +1,136 @@
+"""Mixing after encoding, for sources whose neighbours are read together: tars by byte ranges, Parquet by row groups.
+
+They are encoded in the source's order into parts: part n has the latents of the entries [n S, (n + 1) S), sorted by their place in
+the mixed order, in one run for each group of shards. A group is as many shards as `GROUP_BYTES` hold: one worker reads its run from
+each part into memory and writes its shards. So a latent is written twice and read once more; the parts are deleted at the end.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from dis_scale.data import mixing
+from dis_scale.data.shards import READS_AT_ONCE, EncodedShard, Sample, shard_name, shard_numbers, shard_positions
+from dis_scale.data.sources import Source
+from dis_scale.data.threads import in_order
+from dis_scale.errors import StorageAway
+from dis_scale.recipe import LatentShape, Precompute
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder
+
+STAGED = "staged"
+"""Folder of the parts, below that of the set."""
+PART = "bin"
+"""Ending of a part's file: float16 moments, one run after the other."""
+GROUP_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class MixedOrder:
+    """The places of `images` entries in the mixed order, by part and by group of shards."""
+
+    images: int
+    settings: Precompute
+    latent: LatentShape
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """Entry at each place."""
+        return mixing.permutation(self.images)
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """Place of each entry."""
+        return np.argsort(self.order)
+
+    @property
+    def moments_shape(self) -> tuple[int, ...]:
+        channels, size = self.latent
+        return (2, 2 * channels, size, size)
+
+    @property
+    def group_images(self) -> int:
+        shard_bytes = 2 * int(np.prod(self.moments_shape)) * self.settings.shard_images
+        return max(1, GROUP_BYTES // shard_bytes) * self.settings.shard_images
+
+    @property
+    def groups(self) -> range:
+        return range(-(-self.images // self.group_images))
+
+    def group(self, number: int) -> range:
+        """Return the places of a group."""
+        return range(number * self.group_images, min((number + 1) * self.group_images, self.images))
+
+    def groups_of(self, shards: list[int]) -> list[int]:
+        """Return the groups of these shards, rising."""
+        return sorted({shard * self.settings.shard_images // self.group_images for shard in shards})
+
+    def run(self, part: int, group: int) -> np.ndarray:
+        """Return the entries of a part that belong to a group, by place."""
+        entries = np.array(shard_positions(part, self.images, self.settings))
+        places = self.places[entries]
+        entries = entries[np.argsort(places)]
+        inside = self.group(group)
+        return entries[slice(*np.searchsorted(np.sort(places), [inside.start, inside.stop]))]
+
+
+class _Run(NamedTuple):
+    """Entries of a run, those of them that were refused, and the moments of the others."""
+
+    entries: np.ndarray
+    refused: np.ndarray
+    moments: np.ndarray
+
+
+def put_part(latents: Folder, mixer: MixedOrder, part: EncodedShard) -> None:
+    """Write a part, then its sidecar: size and hash of each run, and the refused entries."""
+    moments = {sample.position: sample.moments for sample in part.samples}
+    runs = [
+        b"".join(moments[entry].tobytes() for entry in mixer.run(part.number, group).tolist() if entry in moments)
+        for group in mixer.groups
+    ]
+    refused = [n for n in shard_positions(part.number, mixer.images, mixer.settings) if n not in moments]
+    name, data = shard_name(part.number), b"".join(runs)
+    staged = latents / STAGED
+    staged.write(f"{name}.{PART}", data)
+    sidecar = {"format": manifest.FORMAT, "bytes": len(data), "runs": [manifest.digest(run) for run in runs]}
+    staged.write_json(f"{name}.json", sidecar | {"refused": refused})
+
+
+def mixed_shards(latents: Folder, source: Source, mixer: MixedOrder, group: int) -> Iterator[EncodedShard]:
+    """Yield the shards of a group from the runs of all parts. StorageAway if a part is gone or damaged: it is made again."""
+    inside, shard_images = mixer.group(group), mixer.settings.shard_images
+    samples: list[Sample | str] = [""] * len(inside)  # at each place a sample, or the name of a refused image
+    parts = shard_numbers(mixer.images, mixer.settings)
+    moments = np.empty((len(inside), *mixer.moments_shape), np.float16)
+    for run in in_order(parts, lambda part: _read(latents / STAGED, mixer, part, group), READS_AT_ONCE):
+        kept = ~np.isin(run.entries, run.refused)
+        moments[mixer.places[run.entries[kept]] - inside.start] = run.moments
+        for number, good in zip(run.entries.tolist(), kept.tolist(), strict=True):
+            entry, place = source.listing[number], mixer.places[number] - inside.start
+            samples[place] = Sample(number, entry.name, int(entry.label), moments[place]) if good else entry.name
+    for number in range(inside.start // shard_images, -(-inside.stop // shard_images)):
+        each = samples[number * shard_images - inside.start :][:shard_images]
+        yield EncodedShard(number, [s for s in each if isinstance(s, Sample)], [s for s in each if isinstance(s, str)])
+
+
+def _read(staged: Folder, mixer: MixedOrder, part: int, group: int) -> _Run:
+    """Read one run of a part and compare it with its hash."""
+    name = shard_name(part)
+    try:
+        sidecar = staged.read_json(f"{name}.json")
+        start, expected = sum(run["bytes"] for run in sidecar["runs"][:group]), sidecar["runs"][group]
+        data = staged.read(f"{name}.{PART}", start, start + expected["bytes"]) if expected["bytes"] else b""
+    except FileNotFoundError as error:
+        raise StorageAway(f"{staged}/{name}: gone: another process has finished the set, or deleted it") from error
+    if manifest.digest(data) != expected:
+        staged.delete(f"{name}.json")  # the part counts as missing, and the next attempt encodes it
+        raise StorageAway(f"{staged}/{name}.{PART}: damaged: one of its runs has another hash than its sidecar says")
+    return _Run(
+        mixer.run(part, group),
+        np.array(sidecar["refused"], np.int64),
+        np.frombuffer(data, np.float16).reshape(-1, *mixer.moments_shape),
+    )

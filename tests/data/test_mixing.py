@@ -1,0 +1,228 @@
+"""Batches hold labels like independent draws, from every kind of source; mixing after encoding survives every accident."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dis_scale import vae
+from dis_scale.data import mixing, shards, staging
+from dis_scale.data.encode import Setup, encode_mixed
+from dis_scale.data.latents import Latents
+from dis_scale.data.mixing import LabelCounts, permutation
+from dis_scale.data.order import Order
+from dis_scale.data.sources import open_source
+from dis_scale.data.staging import STAGED, MixedOrder
+from dis_scale.errors import StorageAway
+from dis_scale.recipe import LatentShape, Precompute, Recipe, reading
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.sweep import Sweep
+from pipelines import precompute
+from pipelines.precompute import Dealer, Encoder
+from tests.conftest import TINY
+from tests.support.labelled_images import parquet, png, tar
+
+CLASS_IMAGES = [4 + n % 7 * 3 + (60 if n % 20 == 0 else 0) for n in range(100)]
+LABELS = [label for label, count in enumerate(CLASS_IMAGES) for _ in range(count)]
+"""Class by class, in classes of 4 to 82 images."""
+
+
+def folder_of(root: Folder) -> dict[str, Any]:
+    for i, label in enumerate(LABELS):
+        root.write(f"{label:03d}/{i:05d}.png", png(i % 8))
+    return {"kind": "folder", "url": root.url}
+
+
+def csv_of(root: Folder) -> dict[str, Any]:
+    for i in range(8):
+        root.write(f"{i}.png", png(i))
+    lines = [f"{i % 8}.png,{label}" for i, label in enumerate(LABELS)]
+    root.write("labels.csv", "\n".join(["path,label", *lines]).encode())
+    return {"kind": "csv", "url": f"{root}/labels.csv"}
+
+
+def tars_of(root: Folder) -> dict[str, Any]:
+    """One tar a class, as inside ImageNet's tar."""
+    for label, count in enumerate(CLASS_IMAGES):
+        root.write(f"{label:03d}.tar", tar({f"{i:04d}.png": png(i % 8) for i in range(count)}))
+    return {"kind": "tar", "url": root.url, "label": "tar"}
+
+
+def parquet_of(root: Folder) -> dict[str, Any]:
+    rows = [(png(i % 8), label) for i, label in enumerate(LABELS)]
+    root.write("train.parquet", parquet(rows, group=100, metadata=None))
+    return {"kind": "parquet", "url": root.url}
+
+
+def sweep_of(root: Path, source: dict[str, Any], *more: str, classes: int = 100) -> Sweep:
+    settings = [
+        f"data.source={source}".replace("'", ""),
+        "vae={kind: none}",
+        "data.resolution=8",
+        f"data.num_classes={classes}",
+    ]
+    return Sweep.below(open_folder(root) / "store", reading.load(TINY, [*settings, *more]))
+
+
+def make(sweep: Sweep, mix: Callable[[list[int]], None] | None = None) -> Folder:
+    """Make the sweep's latents in this process; return their folder."""
+    source, encoder = open_source(sweep.recipe.data, sweep.store), Encoder(sweep, "cpu")
+    encoding = encoder.encoding()
+    latents = shards.latents_folder(sweep, encoding.vae)
+    precompute.make_latents(
+        sweep.recipe, latents, source, encoding,
+        lambda left: encoder.encode(latents, encoding, Dealer(left).next),
+        mix or (lambda left: encoder.mix(latents, encoding, Dealer(left).next)),
+    )  # fmt: skip
+    return latents
+
+
+def epoch_labels(latents: Folder) -> np.ndarray:
+    """The labels of the first epoch, in training's order."""
+    reader = Latents(latents, seed=3)
+    return reader.read(np.arange(reader.order.total), np.zeros(reader.order.total, np.int64))[1]
+
+
+@pytest.mark.parametrize("source", [folder_of, csv_of, tars_of, parquet_of])
+def test_batches_hold_labels_like_independent_draws(source: Callable[[Folder], Any], tmp_path: Path) -> None:
+    """Over an epoch of training; and the labels of consecutive steps are not correlated."""
+    sizes = ["precompute.shard_images=64", "precompute.encode_images=64", "train.lanes=4"]
+    latents = make(sweep_of(tmp_path, source(open_folder(tmp_path) / "images"), *sizes))
+    labels = epoch_labels(latents)
+    assert sorted(labels.tolist()) == LABELS
+    shares = np.bincount(labels) / len(labels)
+    for batch in (128, 256, 1024):
+        steps = np.split(labels, range(batch, len(labels), batch))[: len(labels) // batch]
+        distinct = np.mean([len(set(step.tolist())) for step in steps])
+        assert distinct > 0.95 * (1 - (1 - shares) ** batch).sum()
+    excess = np.array(
+        [np.bincount(step, minlength=100) - 32 * shares for step in np.split(labels, range(32, len(labels), 32))[:-1]]
+    )
+    excess /= np.sqrt(32 * shares)
+    assert abs((excess[1:] * excess[:-1]).mean()) < 4 / np.sqrt(excess[1:].size)
+    assert all(share > 0.95 for share in manifest.require(latents)["mixing"].values())
+    assert not (latents / STAGED).list()
+
+
+def test_the_measure_equals_the_mean_of_many_batches() -> None:
+    """In the source's order, and mixed; of blocks of consecutive shards."""
+    rng, labels = np.random.default_rng(0), np.array(LABELS)
+    for ordered in (labels, labels[permutation(len(labels))]):
+        counts, blocks = LabelCounts(), np.split(ordered, range(256, len(ordered), 256))
+        for block in blocks:
+            for shard in np.array_split(block, mixing.BLOCK_SHARDS):
+                counts.add(Counter(map(str, shard.tolist())))
+        shares = np.bincount(labels) / len(labels)
+        drawn = [
+            np.mean([len(set(rng.choice(block, min(128, len(block)), replace=False).tolist())) for _ in range(200)])
+            / (1 - (1 - shares) ** min(128, len(block))).sum()
+            for block in blocks
+        ]
+        assert counts.distinct()["128"] == pytest.approx(np.mean(drawn), rel=0.01)
+
+
+def test_one_class_is_always_mixed() -> None:
+    counts = LabelCounts()
+    counts.add({"0": 100})
+    assert set(counts.distinct().values()) == {1.0}
+
+
+def test_held_out_images_are_in_few_shards_and_of_all_labels() -> None:
+    order = Order([64] * 100, seed=0, held_out=640)
+    assert len(set(order.held_out.shards.tolist())) == 10
+
+
+# -- mixing after encoding ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    """A sweep on 40 images in ten tars, one of them undecodable, in shards of four, in groups of two shards."""
+    monkeypatch.setattr(staging, "GROUP_BYTES", 8 * 2 * 2 * 6 * 8 * 8)
+    for n in range(10):
+        members = {f"{i}.png": png(4 * n + i) if (n, i) != (3, 1) else b"broken" for i in range(4)}
+        open_folder(tmp_path / "images").write(f"{n}.tar", tar(members))
+    source = {"kind": "tar", "url": f"{tmp_path}/images", "label": "tar"}
+    sizes = ["precompute.shard_images=4", "precompute.encode_images=3", "data.undecodable=skip"]
+    return sweep_of(tmp_path, source, *sizes, classes=10)
+
+
+def content(latents: Folder) -> dict[str, bytes]:
+    return {name: latents.read(name) for name in latents.list()}
+
+
+def test_each_shard_holds_its_places_of_the_mixed_order(small: Sweep) -> None:
+    latents, order = make(small), permutation(40).tolist()
+    source, encoder = open_source(small.recipe.data), vae.load(small)
+    for number in range(10):
+        data = latents.read(f"{number:06d}.tar")
+        shard, sidecar = shards.unpack(data, ""), latents.read_json(f"{number:06d}.json")
+        entries = [n for n in order[4 * number : 4 * number + 4] if n != 13]
+        assert shard.labels.tolist() == [n // 4 for n in entries]
+        assert sidecar["refused"] == ([] if len(entries) == 4 else ["3.tar/1.png"])
+        pixels = np.stack([source.pixels(n, 8) for n in entries])
+        np.testing.assert_array_equal(shard.moments[:, 0], encoder.encode(pixels).half().numpy())
+        assert all(f"{n:012d}.moments.npy".encode() in data for n in entries)
+    assert manifest.require(latents)["refused"] == ["3.tar/1.png"]
+
+
+def test_a_lost_part_and_a_damaged_one_are_made_again(small: Sweep, tmp_path: Path) -> None:
+    """After a first mix that fails at one group; and shards that were mixed before are kept."""
+    undisturbed = content(make(small))
+    latents, groups = Folder(f"{small.store}/latents/none"), list[list[int]]()
+
+    def disturbed(left: list[int]) -> None:
+        nonlocal latents
+        latents, _, encoding = _parts(small)
+        groups.append(left)
+        if len(groups) == 1:
+            encoder = Encoder(small, "cpu")
+            encoder.mix(latents, encoding, Dealer(left[:2]).next)
+            staged = latents / STAGED
+            staged.delete("000002.bin")
+            flipped = bytearray(staged.read("000005.bin"))
+            flipped[7] ^= 1
+            staged.write("000005.bin", bytes(flipped))
+            encoder.mix(latents, encoding, Dealer(left[2:]).next)
+        else:
+            Encoder(small, "cpu").mix(latents, encoding, Dealer(left).next)
+
+    small.folder.delete()
+    (small.store / "latents").delete()
+    assert content(make(small, disturbed)) == undisturbed
+    assert groups[0] == [0, 1, 2, 3, 4]
+    assert groups[-1] == [2, 3, 4]
+
+
+def _parts(sweep: Sweep) -> tuple[Folder, Any, Any]:
+    encoding = Encoder(sweep, "cpu").encoding()
+    return shards.latents_folder(sweep, encoding.vae), open_source(sweep.recipe.data, sweep.store), encoding
+
+
+def test_a_mixed_shard_is_repaired_to_the_same_bytes(small: Sweep) -> None:
+    latents = make(small)
+    setup = Setup(open_source(small.recipe.data, small.store), vae.load(small), small.recipe)
+    for shard in encode_mixed(setup, range(10), manifest.require(latents)["refused"]):
+        assert shards.pack(shard.samples) == latents.read(f"{shard.number:06d}.tar")
+        assert shard.refused == latents.read_json(f"{shard.number:06d}.json")["refused"]
+
+
+def test_parts_that_another_process_deleted_are_no_damage(small: Sweep) -> None:
+    latents, source, encoding = _parts(small)
+    mixer = MixedOrder(len(source), small.recipe.precompute, encoding.latent)
+    with pytest.raises(StorageAway, match=r"000000: gone: another process has finished the set, or deleted it"):
+        list(staging.mixed_shards(latents, source, mixer, 0))
+
+
+def test_groups_are_of_complete_shards_and_hold_each_place_once(tiny: Recipe) -> None:
+    mixer = MixedOrder(1_281_167, Precompute(), LatentShape(4, 32))
+    assert mixer.group_images == 64 * 1024
+    assert sum(len(mixer.group(n)) for n in mixer.groups) == mixer.images
+    assert mixer.groups_of([0, 63, 64, 1251]) == [0, 1, 19]
+    runs = [mixer.run(7, group) for group in mixer.groups]
+    assert sorted(np.concatenate(runs).tolist()) == list(range(7 * 1024, 8 * 1024))
+    assert all(set((mixer.places[run] // mixer.group_images).tolist()) <= {n} for n, run in enumerate(runs))
