@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from dis_scale.data.cache import share_read
+from dis_scale.data.shards import sample_bytes
 from dis_scale.models.cost import Cost, price_model
 from dis_scale.recipe import LatentShape, Recipe
 from dis_scale.training.engine import kinds
@@ -30,6 +32,17 @@ class Plan:
             }
             for name, c in self.costs.items()
         }  # fmt: skip
+
+
+def reading(recipe: Recipe, shape: LatentShape, images: int) -> str:
+    """Return, in a line, the size of the set, how much of it a node's cache holds and what each node reads from storage."""
+    set_gb = images * sample_bytes(shape) / 1e9
+    cached = min(1.0, recipe.reader.cache_gib * 2**30 / 1e9 / set_gb)
+    read_gb = share_read(cached) * set_gb
+    return (
+        f"{set_gb:,.2f} GB of latents; in an object store, a node's cache ({recipe.reader.cache_gib:g} GiB) holds {cached:.0%}, "
+        f"and each node reads {read_gb:,.2f} GB an epoch after the first"
+    )
 
 
 def price_sweep(recipe: Recipe, shape: LatentShape) -> Plan:

@@ -5,6 +5,7 @@ The cache never stops a run: on a full or broken disk, training continues withou
 """
 
 import fcntl
+import math
 import os
 import re
 import tempfile
@@ -24,6 +25,16 @@ _LOCKS = 64
 def default_folder() -> Path:
     """Return this user's folder in the system's temporary folder."""
     return Path(tempfile.gettempdir()) / f"dis-scale-{os.getuid()}" / "shards"
+
+
+def share_read(cached: float) -> float:
+    """Return the share of a set that an epoch reads from storage if the cache holds the share `cached` of it.
+
+    Each epoch has its own random order, and the least recently used shard is evicted. A shard at u of one epoch and at v of the
+    next (both from 0 to 1) is still cached if the shards used in between, a share of 1 - u (1 - v), fit.
+    """
+    missing = max(0.0, 1 - cached)
+    return missing - missing * math.log(missing) if missing else 0.0
 
 
 class Cache:

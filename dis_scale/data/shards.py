@@ -92,6 +92,12 @@ def latents_folder(sweep: Sweep, vae_identity: str) -> Folder:
     return sweep.store / f"latents/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
 
 
+def sample_bytes(shape: LatentShape) -> int:
+    """Return the bytes of a latent in a shard: two headers, the label, and the moments with numpy's header."""
+    npy = 128 + 2 * 2 * (2 * shape.channels) * shape.size**2
+    return 3 * _BLOCK + -(-npy // _BLOCK) * _BLOCK
+
+
 def shard_name(number: int) -> str:
     return f"{number:06d}"
 

@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from dis_scale.data.cache import Cache, default_folder
+from dis_scale.data.cache import Cache, default_folder, share_read
 from dis_scale.errors import StorageError
 from dis_scale.storage import manifest
 
@@ -119,3 +120,18 @@ def test_other_files_are_neither_counted_nor_touched(tmp_path: Path) -> None:
     assert cache.get(manifest.digest(data), lambda: data) == data
     assert (tmp_path / "thesis.txt").stat().st_size == 900
     assert cache.get(manifest.digest(data), lambda: b"fetched again") == data
+
+
+@pytest.mark.parametrize("cached", [0.0, 0.25, 0.5, 0.9, 1.0, 2.0])
+def test_the_share_that_an_epoch_reads_is_that_of_random_orders(cached: float) -> None:
+    """Simulated: 400 shards, evicted as the cache does, in a new random order each epoch."""
+    random, order, misses = np.random.default_rng(0), list[int](), 0
+    for epoch in range(6):
+        for shard in random.permutation(400).tolist():
+            if shard in order:
+                order.remove(shard)
+            else:
+                misses += epoch > 0
+            order.append(shard)
+            del order[: -round(400 * cached) or len(order)]
+    assert misses / (5 * 400) == pytest.approx(share_read(cached), abs=0.02)

@@ -9,7 +9,7 @@ import pytest
 from dis_scale.data import shards
 from dis_scale.data.latents import Latents, micro_batch, prefetch
 from dis_scale.errors import StorageError, UserError
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import LatentShape, Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
@@ -157,3 +157,8 @@ def test_prefetch_keeps_order_and_raises_errors() -> None:
         for item in prefetch(items()):  # type: ignore[arg-type]
             got.append(item)
     assert got == list(range(5))
+
+
+def test_the_bytes_of_a_sample_are_those_of_its_shard() -> None:
+    one, many = (len(shards.pack(samples(0, count))) for count in (1, 101))
+    assert abs((many - one) / 100 - shards.sample_bytes(LatentShape(2, 3))) <= 10240 / 100  # a tar ends at 10,240 bytes
