@@ -7,6 +7,7 @@ Pitfalls:
 * s3fs reads long objects by ranges, ten at once. A range that comes short becomes zeros; only a hash shows it.
 * s3fs lists a folder completely in memory, some kB per object.
 * fsspec's local `mode="create"` is not atomic, so local files use `os.link`.
+* S3 answers 409 to `If-None-Match` while another request for the object is in progress: it is no answer yet, and is retried.
 * If an `If-None-Match` race is lost, Ceph's gateway answers 412; s3fs raises OSError(EINVAL), not FileExistsError.
 * Ceph ignores `If-None-Match` for a multipart upload, so `create` is for small objects.
 """
@@ -303,7 +304,7 @@ def _may_pass(error: Exception) -> bool:
         return True
     status = _http_status(error)
     if status is not None:
-        return status >= 500 or status in (408, 429)
+        return status >= 500 or status in (408, 409, 429)
     known = ("botocore", "aiohttp", "requests", "httpx", "urllib3")
     return type(error).__module__.startswith(known) or getattr(error, "errno", None) == errno.EIO
 
@@ -319,7 +320,7 @@ def _http_status(error: BaseException) -> int | None:
 
 
 def _precondition_failed(error: Exception) -> bool:
-    return _http_status(error) in (409, 412)
+    return _http_status(error) == 412
 
 
 def _cause(error: BaseException) -> str:

@@ -2,8 +2,9 @@
 
 The sweep, its prepare and evaluate stages and each run have their own leases. For a run, n is also the attempt's number.
 
-Create-only-if-absent lets one of several processes win. The lease of a process that died on this machine is free at once;
-that of a process on another machine is free after its heartbeat has stopped. A run's owner checks for n + 1 before each manifest.
+Create-only-if-absent lets one of several processes win; a nonce shows a process that it won although the answer was lost. The
+lease of a process that died on this machine, in the same container or outside of any, is free at once; that of any other process
+is free after its heartbeat has stopped. A run's owner checks for n + 1 before each manifest.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,9 @@ BEAT_S = 5.0
 """Time between two heartbeats."""
 STILL_S = 20.0
 """Time without a heartbeat after which a holder on another machine counts as dead."""
+
+PROCESSES = Path("/proc/self/ns/pid")
+"""Linux: names the namespace of process ids. Containers of one host have the same host name and boot, if they share its network."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,13 @@ def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
             f"{folder}: held by process {holder['pid']} on {holder['host']}, which is alive: one writer at a time",
             holder,
         )
-    lease, mine = Lease(folder, latest + 1), _this_process() | {"cluster": cluster}
+    lease, mine = Lease(folder, latest + 1), _this_process() | {"cluster": cluster, "nonce": uuid.uuid4().hex}
     if not folder.create(f"{lease.number:04d}", json.dumps(mine).encode()):
         first = folder.read_json(f"{lease.number:04d}")
-        raise Held(
-            f"{folder}: process {first['pid']} on {first['host']} took the lease first: one writer at a time", first
-        )
+        if first.get("nonce") != mine["nonce"]:  # otherwise it is ours: the answer was lost, and the retry found it
+            raise Held(
+                f"{folder}: process {first['pid']} on {first['host']} took the lease first: one writer at a time", first
+            )
     ended = threading.Event()
     threading.Thread(target=_send_heartbeats, args=(lease, ended), daemon=True, name="lease").start()
     try:
@@ -83,7 +89,7 @@ def _live_holder(folder: Folder, number: int) -> dict[str, Any] | None:
         return None
     holder: dict[str, Any] = folder.read_json(name)
     here = _this_process()
-    if (holder["host"], holder["boot"]) == (here["host"], here["boot"]):
+    if all(holder.get(key) == here[key] for key in ("host", "boot", "processes")):
         alive = holder["pid"] != here["pid"] and _started(holder["pid"]) == holder["started"]
     else:
         alive = _heartbeat_changes(folder, name)
@@ -109,6 +115,7 @@ def _this_process() -> dict[str, Any]:
     boot = Path("/proc/sys/kernel/random/boot_id")
     return {
         "host": socket.gethostname(), "boot": boot.read_text().strip() if boot.exists() else "",
+        "processes": str(PROCESSES.readlink()) if PROCESSES.is_symlink() else "",
         "pid": os.getpid(), "started": _started(os.getpid()),
     }  # fmt: skip
 

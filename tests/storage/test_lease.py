@@ -1,9 +1,11 @@
-"""One writer at a time: a dead holder frees the lease, a live one keeps it."""
+"""One writer at a time: a dead holder frees the lease, a live one keeps it, and a lost answer locks nobody out."""
 
 import json
 import os
+import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from dis_scale.errors import Held
 from dis_scale.storage import lease
 from dis_scale.storage.folder import open_folder
+from tests.support.faulty_gateway import Gateway, Request
 
 
 def test_attempts_are_numbered_and_only_the_last_holds_the_lease(store_url: str) -> None:
@@ -58,3 +61,46 @@ def test_a_holder_on_another_machine_is_alive_while_its_heartbeat_changes(
     else:
         with lease.hold(folder) as ours:
             assert ours.number == 2
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.faults)])
+def test_a_lost_answer_locks_nobody_out_of_its_own_lease(
+    bucket: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """At random, the server creates without an answer, or answers that another request is in progress."""
+    faults = random.Random(0)
+
+    def fault_for(request: Request) -> int | str | None:
+        creates = request.method == "PUT" and not request.path.endswith(".end")
+        return faults.choice(["lost", 409, None, None, None, None]) if creates else None
+
+    monkeypatch.setattr(gateway, "fault_for", fault_for)
+    store = open_folder(bucket)
+
+    def take(number: int) -> int:
+        with lease.hold(store / f"{number:04d}") as held:
+            return held.number
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(take, range(count))) == {1}
+
+
+def test_a_lease_that_another_took_first_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = open_folder(tmp_path)
+    theirs = {"host": "elsewhere", "pid": 7, "nonce": "theirs"}
+    monkeypatch.setattr(lease, "_latest", lambda _: 0)
+    folder.create("0001", json.dumps(theirs).encode())
+    with pytest.raises(Held, match="process 7 on elsewhere took the lease first"), lease.hold(folder):
+        pass
+
+
+def test_a_container_of_the_same_host_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process ids are its own: only the heartbeat shows whether its process is alive."""
+    folder = open_folder(tmp_path)
+    theirs = lease._this_process() | {"processes": "pid:[1]", "pid": 2**22 + 1}
+    folder.create("0001", json.dumps(theirs).encode())
+    beats = iter(range(100))
+    monkeypatch.setattr(lease, "_heartbeat", lambda *_: str(next(beats)).encode())
+    monkeypatch.setattr(lease.time, "sleep", lambda _: None)
+    with pytest.raises(Held, match="held by process"), lease.hold(folder):
+        pass

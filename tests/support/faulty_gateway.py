@@ -17,7 +17,8 @@ class Request(NamedTuple):
 class Gateway(ThreadingHTTPServer):
     """Forwards requests to `port`. Each of `faults` is used once, for the next request for which `concerns` is true.
 
-    A number is the status of the response. "cut" sends half of the response, "closed" none, "hangs" none until the server ends.
+    A number is the status of the response. "cut" sends half of the response, "closed" none, "hangs" none until the server ends;
+    "lost" does what was requested and sends no answer.
     """
 
     daemon_threads = True
@@ -50,19 +51,20 @@ class _Handler(BaseHTTPRequestHandler):
         elif isinstance(fault, int):
             self._answer(fault, {}, b"<Error><Code>InternalError</Code><Message>injected fault</Message></Error>")
         else:
-            self._forward(body, cut=fault == "cut")
+            self._forward(body, str(fault))
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _serve
 
-    def _forward(self, body: bytes, cut: bool) -> None:
+    def _forward(self, body: bytes, fault: str) -> None:
         upstream = HTTPConnection("127.0.0.1", self.server.upstream_port)
         upstream.request(self.command, self.path, body, dict(self.headers))
         answer = upstream.getresponse()
         data = answer.read()
         headers = {k: v for k, v in answer.getheaders() if k.lower() not in ("transfer-encoding", "connection")}
         headers.setdefault("Content-Length", str(len(data)))
-        self._answer(answer.status, headers, data[: len(data) // 2] if cut else data)
-        self.close_connection |= cut
+        if fault != "lost":
+            self._answer(answer.status, headers, data[: len(data) // 2] if fault == "cut" else data)
+        self.close_connection |= fault in ("cut", "lost")
         upstream.close()
 
     def _answer(self, status: int, headers: dict[str, str], data: bytes) -> None:
