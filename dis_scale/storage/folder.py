@@ -179,11 +179,13 @@ class Folder:
             return
 
     def require_usable(self) -> None:
-        """UserError if the folder cannot be written or read, or cannot create only if absent."""
+        """UserError if the folder cannot be written and read, lists what was there before, or cannot create only if absent."""
         probe, data = f".probe-{uuid.uuid4().hex}", b"dis-scale write test\n"
         try:
-            first, second = self.create(probe, data), self.create(probe, data)
-            same = self.read(probe) == data
+            first, second = self.create(f"{probe}/1", data), self.create(f"{probe}/1", data)
+            same, before = self.read(f"{probe}/1") == data, self.list(probe)
+            self._write_as_another_client(f"{probe}/2", data)
+            after = self.list(probe)
             self.delete(probe)
         except (DisScaleError, OSError, ValueError, TypeError) as error:
             raise UserError(f"storage {self.url} cannot be used: {_cause(error)}") from error
@@ -192,6 +194,22 @@ class Folder:
                 f"storage {self.url} cannot create an object only if absent (If-None-Match), so two runs could overwrite each "
                 "other: use a local folder, S3 or Ceph"
             )
+        if (before, after) != (["1"], ["1", "2"]):
+            raise UserError(
+                f"storage {self.url} lists {', '.join(after) or 'nothing'} after another client has written 1 and 2: runs would "
+                "not see each other: use a local folder, S3 or Ceph"
+            )
+
+    def _write_as_another_client(self, path: str, data: bytes) -> None:
+        """Write the object by an instance of fsspec that shares nothing with ours, such as a cache of listings."""
+        full = f"{self.url}/{path}"
+        fs, _, (inner,) = fsspec.get_fs_token_paths(
+            full, storage_options=_options(full) | {"skip_instance_cache": True}
+        )
+        if not self.local:
+            fs.pipe_file(inner, data)
+        else:
+            _replace(Path(inner), data)
 
     def _do(self, verb: str, path: str, action: Callable[[Any, str], T]) -> T:
         full = f"{self.url}/{path}" if path else self.url
@@ -268,9 +286,9 @@ def _page(fs: Any, full: str, more: dict[str, str]) -> tuple[str, dict[str, Any]
 
 
 def _options(url: str) -> dict[str, Any]:
-    """Options of s3fs: no listing cache, since other processes write too; no botocore retries below ours and those of s3fs."""
+    """Options of fsspec: no cache of listings, since other processes write, too. S3: no botocore retries below ours and s3fs's."""
     if not url.startswith("s3://"):
-        return {}
+        return {"use_listings_cache": False} if "://" in url and not url.startswith("file://") else {}
     retries = {"mode": "standard", "total_max_attempts": 1}
     timeouts = {"connect_timeout": 10, "read_timeout": _READ_TIMEOUT_S}
     return {

@@ -4,8 +4,11 @@ import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, ClassVar
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from dis_scale.errors import StorageError, UserError
 from dis_scale.storage.folder import Folder, open_folder
@@ -137,3 +140,27 @@ def test_a_large_folder_is_listed_page_by_page(bucket: str, gateway: Gateway) ->
     assert len(gateway.seen) == 2, "the page that failed and the first"
     assert list(listed) == names[1:]
     assert len(gateway.seen) == 3
+
+
+class StaleFileSystem(MemoryFileSystem):
+    """An object store whose clients remember listings, whatever they are told."""
+
+    protocol = "stale"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._listed: dict[str, Any] = {}
+
+    def ls(self, path: str, detail: bool = True, **options: Any) -> Any:
+        return self._listed.setdefault(f"{path} {detail}", super().ls(path, detail, **options))
+
+
+def test_a_store_that_lists_what_was_there_before_is_refused() -> None:
+    fsspec.register_implementation("stale", StaleFileSystem, clobber=True)
+    open_folder("memory://bucket/root").require_usable()
+    with pytest.raises(
+        UserError, match="lists 1 after another client has written 1 and 2: runs would not see each other"
+    ):
+        open_folder("stale://bucket/root").require_usable()
