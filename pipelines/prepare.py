@@ -1,6 +1,7 @@
 """Prepare, a Ray job: the small autoencoder if the recipe trains one, the classifiers, and the real images' statistics.
 
-Each exists when its manifest does, so a rerun makes only what is missing.
+Each exists when its manifest does, so a rerun makes only what is missing. The statistics of many images are computed in parts by
+as many workers as precompute has: they also read all images, on the same nodes. Kept parts are not computed again.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from dis_scale.data.sources import Source, open_source
 from dis_scale.recipe import TrainedExtractor, TrainedVae
 from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
+from dis_scale.sweep.extractors import part_count, part_positions
 from pipelines import lines, stage
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
@@ -25,19 +27,47 @@ class Preparer(Worker):
     """Makes what is missing, one thing after the other; progress counts optimizer steps and reference images."""
 
     def prepare(self, sweep: Sweep, device: str) -> None:
+        """Make the networks, and the statistics unless they have several parts."""
+        self._begin(CPUS)
+        self._images: Any = None
+        if state.vae_missing(sweep):
+            self.log(self._vae(sweep))
+        for name, kind in state.classifiers_missing(sweep):
+            self.log(self._classifier(sweep, name, kind))
+        if not _has_parts(sweep, _source(sweep)):
+            self.log(self._reference(sweep, device))
+
+    def make_parts(self, sweep: Sweep, device: str, numbers: list[int]) -> None:
+        """Compute these parts of the statistics; progress counts images."""
+        self._begin(1)
+        from dis_scale.evaluation import parts
+
+        source, extractors = _source(sweep), self._extractors(sweep, device)
+        for number in numbers:
+            parts.make(sweep, source, extractors, number, self._progress())
+
+    def merge_parts(self, sweep: Sweep, device: str) -> None:
+        """Merge the parts, and compute damaged ones again."""
+        self._begin(1)
+        self.log(self._reference(sweep, device))
+
+    def _begin(self, threads: int) -> None:
         import torch  # here, and below, in the worker only: the driver needs none of it
 
         from dis_scale.data.encode import compute_exactly
 
         compute_exactly()
-        torch.set_num_threads(CPUS)
-        self._images: Any = None
+        torch.set_num_threads(threads)
         self.emit("work")
-        if state.vae_missing(sweep):
-            self.log(self._vae(sweep))
-        for name, kind in state.classifiers_missing(sweep):
-            self.log(self._classifier(sweep, name, kind))
-        self.log(self._reference(sweep, device))
+
+    def _extractors(self, sweep: Sweep, device: str) -> Any:
+        """Load the extractors whose statistics are missing."""
+        import torch
+
+        from dis_scale.evaluation.features import load_extractors
+
+        missing = state.references_missing(sweep)
+        return [e for e in load_extractors(sweep, torch.device(device)) if e.name in missing]
 
     def _vae(self, sweep: Sweep) -> str:
         from dis_scale import small_nets, vae
@@ -61,14 +91,10 @@ class Preparer(Worker):
         return f"{kind}: {accuracy:.1%} on held-out images"
 
     def _reference(self, sweep: Sweep, device: str) -> str:
-        import torch
-
         from dis_scale.evaluation import reference
-        from dis_scale.evaluation.features import load_extractors
 
         recipe = sweep.recipe
-        extractors = load_extractors(sweep, torch.device(device))
-        reference.prepare(sweep, _source(sweep), extractors, self._progress())
+        reference.prepare(sweep, _source(sweep), self._extractors(sweep, device), self._progress(), self.log)
         floor = reference.load_all(sweep)[recipe.evaluate.extractor.name].floor
         if floor is None:
             return f"reference: {recipe.evaluate.reference}"
@@ -102,20 +128,48 @@ def prepare_sweep(sweep: Sweep, _: list[str]) -> None:
     cpus = min(CPUS, int(ray.cluster_resources().get("CPU", 1)))
 
     def attempt(_: WorkerFailure | None) -> None:
-        worker = spawn(Preparer, resources("prepare", device, cpus))
-        result = worker.prepare.remote(sweep, device)
-        total = cache(partial(_steps_and_images, sweep))  # counted at the first report, while the worker starts
-        watch([worker], [result], lambda done: lines.progress(done[0], total(), "steps"))
+        if state.vae_missing(sweep) or state.classifiers_missing(sweep) or not _has_parts(sweep, _source(sweep)):
+            _prepare_with_one(sweep, device, cpus)
+        if not state.prepared(sweep):
+            _compute_in_parts(sweep, device)
 
     with lease.hold(sweep.lease("prepare")):
-        with_restarts(recipe, "prepare", attempt, lambda: 0)
+        with_restarts(recipe, "prepare", attempt, lambda: len(sweep.reference_parts.list()))
+
+
+def _prepare_with_one(sweep: Sweep, device: str, cpus: int) -> None:
+    worker = spawn(Preparer, resources("prepare", device, cpus))
+    result = worker.prepare.remote(sweep, device)
+    total = cache(partial(_steps_and_images, sweep))  # counted at the first report, while the worker starts
+    watch([worker], [result], lambda done: lines.progress(done[0], total(), "steps"))
+
+
+def _compute_in_parts(sweep: Sweep, device: str) -> None:
+    """Compute the missing parts with as many workers as precompute has and the cluster can hold; one of them merges all parts."""
+    images = len(_source(sweep))
+    left = state.reference_parts_missing(sweep, images)
+    before = images - sum(len(part_positions(n, images)) for n in left)
+    capacity = int(ray.cluster_resources().get("GPU" if device == "cuda" else "CPU", 1))
+    count = max(1, min(sweep.recipe.precompute.workers, len(left), capacity))
+    workers = [spawn(Preparer, resources("precompute", device, 1)) for _ in range(count)]
+    lines.say(f"reference: {len(left)} parts left of {part_count(images)}, {count} workers")
+    results = [worker.make_parts.remote(sweep, device, left[i::count]) for i, worker in enumerate(workers)]
+    watch(workers, results, lambda done: lines.progress(before + sum(done), images, "images"))
+    watch(workers[:1], [workers[0].merge_parts.remote(sweep, device)], lambda _: None)
+
+
+def _has_parts(sweep: Sweep, source: Source) -> bool:
+    """Whether the statistics are computed from the source's images in several parts."""
+    return sweep.recipe.evaluate.reference is None and part_count(len(source)) > 1
 
 
 def _steps_and_images(sweep: Sweep) -> int:
-    """Return the optimizer steps and reference images that are left."""
+    """Return the optimizer steps, and the reference images of statistics without parts, that are left."""
     vae = sweep.recipe.vae
     steps = vae.steps if isinstance(vae, TrainedVae) and state.vae_missing(sweep) else 0
-    return steps + _classifier_steps(sweep) * len(state.classifiers_missing(sweep)) + len(_source(sweep))
+    steps += _classifier_steps(sweep) * len(state.classifiers_missing(sweep))
+    source = _source(sweep)
+    return steps if _has_parts(sweep, source) else steps + len(source)
 
 
 def _source(sweep: Sweep) -> Source:

@@ -3,6 +3,7 @@
 Sums over groups of samples are merged in a fixed order, so one worker or eight give bit-equal metrics.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +58,16 @@ class Sums:
         both.count = self.count + sign * other.count
         both._sum, both._outer = self._sum + sign * other._sum, self._outer + sign * other._outer
         return both
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the sums by name, to be stored."""
+        return {"count": np.asarray(self.count), "sum": self._sum, "outer": self._outer}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Sums":
+        sums = cls()
+        sums.count, sums._sum, sums._outer = int(arrays["count"]), arrays["sum"], arrays["outer"]
+        return sums
 
     def mean_covariance(self) -> MeanCovariance:
         """Return mean and covariance; DisScaleError if there are too few samples."""

@@ -1,41 +1,27 @@
 """The real images' statistics under each extractor, stored by fingerprint; computed once, in the prepare stage.
 
 They serve every metric, so a recipe can add metrics later: sums for the distances, and the features of up to `KEPT` images for
-KID, precision and recall. Read next: adm.py for published statistics.
+KID, precision and recall. Read next: parts.py for how they are computed, adm.py for published statistics.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dis_scale import seeds
-from dis_scale.data.sources import Source, select_decodable
-from dis_scale.data.threads import batched, in_order
+from dis_scale.data.sources import Source
 from dis_scale.errors import StorageError
-from dis_scale.evaluation import npz
+from dis_scale.evaluation import npz, parts
 from dis_scale.evaluation.adm import open_reference
-from dis_scale.evaluation.features import BATCH_IMAGES, Extractor, Features
-from dis_scale.evaluation.metrics import (
-    MeanCovariance,
-    Sums,
-    frechet,
-    require_finite,
-    require_infinity,
-    require_samples,
-)
+from dis_scale.evaluation.features import BATCH_IMAGES, Extractor
+from dis_scale.evaluation.metrics import MeanCovariance, frechet, require_infinity, require_samples
 from dis_scale.progress import ReportDone
-from dis_scale.recipe import Data, Recipe
+from dis_scale.recipe import Recipe
 from dis_scale.recipe.evaluate import KID_SUBSET_IMAGES
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.extractors import reference_facts, reference_file, weights_identity
 from dis_scale.sweep.state import references_missing
-
-READ_IMAGES, DECODERS = 64, 4
-"""Most images of one read, and threads that read and decode ahead of the extractors."""
-KEPT = 10_000
-"""Most images whose features are kept, as many as ADM's references hold; chosen by a fixed seed."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +35,7 @@ class Reference:
     pooled: MeanCovariance
     spatial: MeanCovariance | None = None
     kept: np.ndarray | None = None
-    """Features (M, d) of up to `KEPT` images, float32."""
+    """Features (M, d) of up to `parts.KEPT` images, float32."""
     floor: float | None = None
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -65,6 +51,13 @@ class Reference:
         return {name: np.asarray(value) for name, value in values.items() if value is not None}
 
     @classmethod
+    def of(cls, identity: str, statistics: parts.Statistics) -> "Reference":
+        even, odd = (half.mean_covariance() for half in statistics.halves)
+        spatial = statistics.spatial.mean_covariance() if statistics.spatial.count else None
+        pooled = statistics.halves[0].merge(statistics.halves[1]).mean_covariance()
+        return cls(identity, pooled, spatial, statistics.kept, frechet(even, odd))
+
+    @classmethod
     def from_arrays(cls, z: Mapping[str, np.ndarray]) -> "Reference":
         spatial = MeanCovariance(int(z["count_s"]), z["mu_s"], z["sigma_s"]) if "mu_s" in z else None
         floor = float(z["floor"]) if "floor" in z else None
@@ -72,52 +65,28 @@ class Reference:
         return cls(str(z["weights"]), pooled, spatial, z.get("kept"), floor)
 
 
-def prepare(sweep: Sweep, source: Source, extractors: list[Extractor], report: ReportDone) -> None:
-    """Compute and store the missing references, for all extractors in one pass; `report` gets the images done."""
+def prepare(
+    sweep: Sweep,
+    source: Source,
+    extractors: list[Extractor],
+    report: ReportDone,
+    say: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Store the missing references from the kept parts, which are then deleted; compute the missing and damaged parts first.
+
+    All extractors see the images in one pass; `report` gets the images done, `say` the names of damaged parts.
+    """
     recipe, left = sweep.recipe, references_missing(sweep)
     missing = [e for e in extractors if e.name in left]
-    if not missing:
-        return
-    if recipe.evaluate.reference:
+    if missing and recipe.evaluate.reference:
         references = {missing[0].name: read_adm(recipe.evaluate.reference, recipe.data.resolution, missing[0], report)}
     else:
-        references = compute(source, recipe.data, missing, report)
+        merged = parts.merged(sweep, source, missing, report, say)
+        references = {e.name: Reference.of(e.identity, merged[e.name]) for e in missing}
     for extractor in missing:
         require(extractor.name, references[extractor.name], recipe)
         store(sweep, extractor.name, references[extractor.name])
-
-
-def compute(source: Source, data: Data, extractors: list[Extractor], report: ReportDone) -> dict[str, Reference]:
-    """Compute statistics over the complete source in bounded memory; undecodable images are refused or skipped by the recipe."""
-    statistics = {e.name: _Statistics() for e in extractors}
-    keep = np.zeros(len(source), bool)
-    keep[_choose_kept(len(source))] = True
-    for batch in batched(_images(source, data, report), 2 * BATCH_IMAGES):
-        pixels, kept = np.stack([image for _, image in batch]), keep[[i for i, _ in batch]]
-        for extractor in extractors:
-            statistics[extractor.name].add(extractor(pixels), kept)
-    return {e.name: statistics[e.name].reference(e.identity) for e in extractors}
-
-
-class _Statistics:
-    """Sums over the even and the odd images, spatial sums, and the features of some images."""
-
-    def __init__(self) -> None:
-        self._halves, self._spatial, self._kept = (Sums(), Sums()), Sums(), [np.zeros((0, 0), np.float32)]
-
-    def add(self, batch: Features, kept_B: np.ndarray) -> None:
-        require_finite(batch.pooled, sum(half.count for half in self._halves))
-        for i, half in enumerate(self._halves):
-            half.add(batch.pooled[i::2])
-        if batch.spatial is not None:
-            self._spatial.add(batch.spatial)
-        self._kept.append(batch.pooled[kept_B])
-
-    def reference(self, identity: str) -> Reference:
-        even, odd = (half.mean_covariance() for half in self._halves)
-        spatial = self._spatial.mean_covariance() if self._spatial.count else None
-        pooled = self._halves[0].merge(self._halves[1]).mean_covariance()
-        return Reference(identity, pooled, spatial, np.concatenate(self._kept[1:]), frechet(even, odd))
+    sweep.reference_parts.delete()
 
 
 def read_adm(url: str, resolution: int, extractor: Extractor, report: ReportDone) -> Reference:
@@ -129,13 +98,13 @@ def read_adm(url: str, resolution: int, extractor: Extractor, report: ReportDone
             raise StorageError(f"{url}: no mu and sigma, which every distance needs: is it an ADM reference?")
         kept = None
         if count:
-            chosen, parts, first = set(_choose_kept(count).tolist()), [], 0
+            chosen, features, first = set(parts.choose_kept(count).tolist()), [], 0
             for images in adm.images(BATCH_IMAGES):
                 rows = [i for i in range(len(images)) if first + i in chosen]
-                parts.append(extractor(images[rows]).pooled if rows else np.zeros((0, len(pooled.mean)), np.float32))
+                features.append(extractor(images[rows]).pooled if rows else np.zeros((0, len(pooled.mean)), np.float32))
                 first += len(images)
                 report(first)
-            kept = np.concatenate(parts)
+            kept = np.concatenate(features)
         return Reference(extractor.identity, pooled, spatial, kept)
     finally:
         adm.close()
@@ -180,7 +149,7 @@ def load(sweep: Sweep, name: str, identity: str) -> Reference:
     """Load one extractor's statistics; StorageError if they are missing, damaged, or of other images or features."""
     file, size = reference_file(sweep, name, identity), sweep.recipe.data.resolution
     if not sweep.references.exists(file):
-        others = ", though there are others" if sweep.references.list() else ""
+        others = ", though there are others" if any(name.endswith(".npz") for name in sweep.references.list()) else ""
         raise StorageError(
             f"{sweep.references}/{file}: no statistics of these images at {size} x {size} under extractor {name} "
             f"(weights {identity[:12]}){others}: run prepare"
@@ -192,15 +161,3 @@ def load(sweep: Sweep, name: str, identity: str) -> Reference:
                 f"{sweep.references}/{file}: {key} is {got}, this recipe's is {expected}: delete the file and run prepare"
             )
     return Reference.from_arrays(arrays)
-
-
-def _choose_kept(count: int) -> np.ndarray:
-    return np.sort(seeds.generator("kept reference", count).permutation(count)[:KEPT])
-
-
-def _images(source: Source, data: Data, report: ReportDone) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield each decodable image with its position; threads read and decode ahead."""
-    ranges = source.read_ranges(range(len(source)), READ_IMAGES)
-    for positions, images in in_order(ranges, lambda p: (p, source.decoded(p, data.resolution)), DECODERS):
-        yield from select_decodable(positions, images, data.undecodable)[0]
-        report(positions.stop)

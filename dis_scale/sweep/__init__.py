@@ -143,6 +143,11 @@ class Sweep:
         return self.folder / "reference"
 
     @property
+    def reference_parts(self) -> Folder:
+        """Parts of the statistics, until these are complete."""
+        return self.references / "parts"
+
+    @property
     def store(self) -> Folder:
         """Storage root that the sweep shares with others: latents and listings are below it."""
         return store_of(self.folder)

@@ -13,6 +13,8 @@ from dis_scale.sweep import Sweep
 
 WEIGHTS_FILE = "weights.safetensors"
 REFERENCE_FORMAT = 2
+REFERENCE_PART_IMAGES = 20_000
+"""Images of a part of the statistics: ImageNet has 65, each a file of 100 MB under Inception until the statistics are complete."""
 
 
 def weights_identity(sweep: Sweep, extractor: ExtractorSettings) -> str:
@@ -50,6 +52,20 @@ def reference_file(sweep: Sweep, name: str, identity: str) -> str:
     """Return the name below `sweep.references` of an extractor's statistics, a fingerprint of their inputs."""
     key = json.dumps(reference_facts(sweep, name, identity), sort_keys=True)
     return f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+
+
+def reference_part(sweep: Sweep, name: str, identity: str, number: int) -> str:
+    """Return the name below `sweep.reference_parts` of one part of an extractor's statistics."""
+    return f"{reference_file(sweep, name, identity).removesuffix('.npz')}-{number:05d}.npz"
+
+
+def part_positions(number: int, images: int) -> range:
+    """Return the positions of a part's images."""
+    return range(number * REFERENCE_PART_IMAGES, min((number + 1) * REFERENCE_PART_IMAGES, images))
+
+
+def part_count(images: int) -> int:
+    return -(-images // REFERENCE_PART_IMAGES)
 
 
 def reference_facts(sweep: Sweep, name: str, identity: str) -> dict[str, str]:

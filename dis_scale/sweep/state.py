@@ -23,12 +23,13 @@ from dis_scale.sweep import (
     Sweep,
     store_of,
 )
-from dis_scale.sweep.extractors import reference_file, weights_identity
+from dis_scale.sweep.extractors import part_count, reference_file, reference_part, weights_identity
 
 
 def prepared(sweep: Sweep) -> bool:
     """Whether the sweep has everything that the prepare stage makes."""
-    return not vae_missing(sweep) and not classifiers_missing(sweep) and not references_missing(sweep)
+    made = not vae_missing(sweep) and not classifiers_missing(sweep) and not references_missing(sweep)
+    return made and not sweep.reference_parts.list()
 
 
 def vae_missing(sweep: Sweep) -> bool:
@@ -51,6 +52,13 @@ def references_missing(sweep: Sweep) -> list[str]:
     return [
         e.name for e in every if not sweep.references.exists(reference_file(sweep, e.name, weights_identity(sweep, e)))
     ]
+
+
+def reference_parts_missing(sweep: Sweep, images: int) -> list[int]:
+    """Return the numbers of the parts of the missing statistics that are still to be computed under some extractor."""
+    names, kept = references_missing(sweep), set(sweep.reference_parts.list())
+    missing = [(e.name, weights_identity(sweep, e)) for e in sweep.recipe.evaluate.extractors if e.name in names]
+    return [n for n in range(part_count(images)) if any(reference_part(sweep, *e, n) not in kept for e in missing)]
 
 
 def find_latents(sweep: Folder) -> Folder | None:

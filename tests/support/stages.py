@@ -10,12 +10,12 @@ from typing import Any
 
 from dis_scale import faults
 from dis_scale.data.shards import Encoding
-from dis_scale.data.sources import Source
+from dis_scale.data.sources import Source, open_source
 from dis_scale.evaluation import reference
 from dis_scale.evaluation.sampling import labels_of
 from dis_scale.recipe import Evaluate
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import Sampled, Sweep
+from dis_scale.sweep import Sampled, Sweep, state
 from pipelines import evaluate, precompute, stage
 from pipelines.evaluate import Evaluation, Evaluator
 from pipelines.precompute import Dealer, Encoder
@@ -62,9 +62,13 @@ def _enter(name: str, url: str, plan: Path, output: Path) -> None:
 
 def _prepare(sweep: Sweep, _: list[str]) -> None:
     def attempt(_: WorkerFailure | None) -> None:
-        _obeying(Preparer()).prepare(sweep, "cpu")
+        worker = _obeying(Preparer())
+        worker.prepare(sweep, "cpu")
+        if not state.prepared(sweep):
+            worker.make_parts(sweep, "cpu", state.reference_parts_missing(sweep, len(open_source(sweep.recipe.data))))
+            worker.merge_parts(sweep, "cpu")
 
-    with_restarts(sweep.recipe, "prepare", attempt, lambda: 0)
+    with_restarts(sweep.recipe, "prepare", attempt, lambda: len(sweep.reference_parts.list()))
 
 
 @dataclass

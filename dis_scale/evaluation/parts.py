@@ -1,0 +1,170 @@
+"""Statistics of the real images in parts of fixed size, so that many workers compute them and a lost worker costs its part.
+
+A part is complete when its file exists. Parts are merged in their order, so any number of workers, with or without restarts,
+gives bit-equal statistics. Read next: reference.py, which stores the result.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+from dis_scale import seeds
+from dis_scale.data.sources import Source, select_decodable
+from dis_scale.data.threads import batched, in_order
+from dis_scale.errors import StorageError
+from dis_scale.evaluation import npz
+from dis_scale.evaluation.features import BATCH_IMAGES, Extractor, Features
+from dis_scale.evaluation.metrics import Sums, require_finite
+from dis_scale.progress import ReportDone
+from dis_scale.recipe import Data
+from dis_scale.sweep import Sweep
+from dis_scale.sweep.extractors import part_count, part_positions, reference_facts, reference_part
+
+KEPT = 10_000
+"""Most images whose features are kept, as many as ADM's references hold; chosen by a fixed seed."""
+SPANS = 64, 4
+"""Most images of one read, and threads that read and decode ahead, of tars and Parquet: a read is one request for many images."""
+FILES = 8, 32
+"""The same if each image is a file: at 30 ms a request, 32 threads read up to 1,067 images/s, four would read 133."""
+
+
+class Statistics:
+    """Sums over the even and the odd images, spatial sums, and the features of some images."""
+
+    def __init__(self) -> None:
+        self.halves, self.spatial, self._kept = (Sums(), Sums()), Sums(), list[np.ndarray]()
+
+    @property
+    def count(self) -> int:
+        return sum(half.count for half in self.halves)
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Features (M, d), float32."""
+        return np.concatenate(self._kept) if self._kept else np.zeros((0, 0), np.float32)
+
+    def add(self, batch: Features, kept_B: np.ndarray) -> None:
+        """Add features; all batches but the last have an even number of images."""
+        require_finite(batch.pooled, self.count)
+        for i, half in enumerate(self.halves):
+            half.add(batch.pooled[i::2])
+        if batch.spatial is not None:
+            self.spatial.add(batch.spatial)
+        self._kept.append(batch.pooled[kept_B])
+
+    def merge(self, after: "Statistics") -> "Statistics":
+        """Return the statistics of both sets; the images of `after` follow this set's, which decides which of them are even."""
+        both, (even, odd) = Statistics(), after.halves[:: -1 if self.count % 2 else 1]
+        both.halves = self.halves[0].merge(even), self.halves[1].merge(odd)
+        both.spatial = self.spatial.merge(after.spatial)
+        both._kept = self._kept + after._kept
+        return both
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return all values, under the names of a part's file."""
+        sums = {"even": self.halves[0], "odd": self.halves[1], "spatial": self.spatial}
+        values = {f"{end}_{name}": array for end, each in sums.items() for name, array in each.arrays().items()}
+        return values | ({"kept": self.kept} if self._kept else {})
+
+    @classmethod
+    def from_arrays(cls, z: Mapping[str, np.ndarray]) -> "Statistics":
+        def sums(end: str) -> Sums:
+            return Sums.from_arrays({name: z[f"{end}_{name}"] for name in ("count", "sum", "outer")})
+
+        statistics = cls()
+        statistics.halves, statistics.spatial = (sums("even"), sums("odd")), sums("spatial")
+        statistics._kept = [z["kept"]] if "kept" in z else []
+        return statistics
+
+
+def merged(
+    sweep: Sweep, source: Source, extractors: list[Extractor], report: ReportDone, say: Callable[[str], None]
+) -> dict[str, Statistics]:
+    """Return the statistics of all images by extractor; parts that are missing or damaged are computed.
+
+    `report` gets the images done, `say` the names of damaged parts.
+    """
+    total = {e.name: Statistics() for e in extractors}
+    for number in range(part_count(len(source))):
+        positions = part_positions(number, len(source))
+        part = {e.name: _load(sweep, source, e, number, say) for e in extractors}
+        left = [e for e in extractors if part[e.name] is None]
+        if left:
+            part |= make(sweep, source, left, number, _continued(report, positions.start))
+        total = {name: total[name].merge(each) for name, each in part.items() if each is not None}
+        report(positions.stop)
+    return total
+
+
+def make(
+    sweep: Sweep, source: Source, extractors: list[Extractor], number: int, report: ReportDone
+) -> dict[str, Statistics]:
+    """Compute one part, and keep it unless it is the only one; return its statistics by extractor."""
+    positions = part_positions(number, len(source))
+    part = compute(source, sweep.recipe.data, extractors, positions, report)
+    if len(positions) < len(source):
+        for e in extractors:
+            facts = {key: np.asarray(value) for key, value in _facts(sweep, source, e, number).items()}
+            name = reference_part(sweep, e.name, e.identity, number)
+            sweep.reference_parts.write(name, npz.to_bytes(part[e.name].arrays() | facts))
+    return part
+
+
+def compute(
+    source: Source, data: Data, extractors: list[Extractor], positions: range, report: ReportDone
+) -> dict[str, Statistics]:
+    """Compute statistics in bounded memory; undecodable images are refused or skipped by the recipe."""
+    statistics = {e.name: Statistics() for e in extractors}
+    keep = np.zeros(len(source), bool)
+    keep[choose_kept(len(source))] = True
+    for batch in batched(_images(source, data, positions, report), 2 * BATCH_IMAGES):
+        pixels, kept = np.stack([image for _, image in batch]), keep[[i for i, _ in batch]]
+        for extractor in extractors:
+            statistics[extractor.name].add(extractor(pixels), kept)
+    return statistics
+
+
+def choose_kept(count: int) -> np.ndarray:
+    """Return the positions, of `count` images, whose features are kept."""
+    return np.sort(seeds.generator("kept reference", count).permutation(count)[:KEPT])
+
+
+def _continued(report: ReportDone, before: int) -> ReportDone:
+    return lambda done: report(before + done)
+
+
+def _load(
+    sweep: Sweep, source: Source, extractor: Extractor, number: int, say: Callable[[str], None]
+) -> Statistics | None:
+    """Return one part's statistics, or None if it is missing, damaged, or of other images."""
+    name = reference_part(sweep, extractor.name, extractor.identity, number)
+    try:
+        data = sweep.reference_parts.read(name)
+    except FileNotFoundError:
+        return None
+    try:
+        arrays = npz.from_bytes(data, f"{sweep.reference_parts}/{name}")
+    except StorageError as error:
+        say(f"computed again: {error}")
+        return None
+    expected = _facts(sweep, source, extractor, number)
+    if {key: str(arrays.get(key)) for key in expected} != expected:
+        say(f"computed again: {sweep.reference_parts}/{name}: of another listing or version")
+        return None
+    return Statistics.from_arrays(arrays)
+
+
+def _facts(sweep: Sweep, source: Source, extractor: Extractor, number: int) -> dict[str, str]:
+    """Return the inputs of a part, which are stored with it."""
+    positions, listing = part_positions(number, len(source)), source.listing.facts["sha256"]
+    part = {"listing": listing, "positions": f"{positions.start} to {positions.stop}"}
+    return reference_facts(sweep, extractor.name, extractor.identity) | part
+
+
+def _images(source: Source, data: Data, positions: range, report: ReportDone) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield each decodable image with its position; threads read and decode ahead. `report` gets the images done."""
+    most, threads = FILES if data.source.kind in ("folder", "csv") else SPANS
+    ranges = source.read_ranges(positions, most)
+    for part, images in in_order(ranges, lambda p: (p, source.decoded(p, data.resolution)), threads):
+        yield from select_decodable(part, images, data.undecodable)[0]
+        report(part.stop - positions.start)
