@@ -26,7 +26,7 @@ from dis_scale.sweep import Sweep, state
 from pipelines import lines, stage
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
-from pipelines.worker import Worker, WorkerFailure, resources, spawn, watch
+from pipelines.worker import Worker, WorkerFailure, resources, restarted, spawn, watch
 
 if TYPE_CHECKING:
     from dis_scale.vae import Vae
@@ -138,8 +138,7 @@ class RayEncoders:
         capacity = int(ray.cluster_resources().get("GPU" if self.device == "cuda" else "CPU", 1))
         count = min(settings.workers, len(left), max(1, capacity))
         workers, self._workers = self._workers[:count], []
-        restarts = dict.fromkeys(("max_restarts", "max_task_retries"), self.sweep.recipe.train.restarts)
-        options = resources("precompute", self.device, 1) | restarts
+        options = resources("precompute", self.device, 1) | restarted(self.sweep.recipe.train.restarts)
         workers += [spawn(Encoder, options, self.sweep, self.device) for _ in range(count - len(workers))]
         dealer = ray.remote(num_cpus=0)(Dealer).remote(left)
         results = [getattr(worker, work).remote(latents, encoding, _RemoteDealer(dealer)) for worker in workers]

@@ -18,7 +18,7 @@ from dis_scale.sweep.extractors import part_count, part_positions
 from pipelines import lines, stage
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
-from pipelines.worker import Worker, WorkerFailure, resources, spawn, watch
+from pipelines.worker import Worker, WorkerFailure, resources, restarted, spawn, watch
 
 CPUS = 2
 
@@ -38,12 +38,13 @@ class Preparer(Worker):
             self.log(self._reference(sweep, device))
 
     def make_parts(self, sweep: Sweep, device: str, numbers: list[int]) -> None:
-        """Compute these parts of the statistics; progress counts images."""
+        """Compute those of these parts that are missing; progress counts images."""
         self._begin(1)
         from dis_scale.evaluation import parts
 
         source, extractors = _source(sweep), self._extractors(sweep, device)
-        for number in numbers:
+        missing = state.reference_parts_missing(sweep, len(source))
+        for number in [n for n in numbers if n in missing]:
             parts.make(sweep, source, extractors, number, self._progress())
 
     def merge_parts(self, sweep: Sweep, device: str) -> None:
@@ -151,7 +152,8 @@ def _compute_in_parts(sweep: Sweep, device: str) -> None:
     before = images - sum(len(part_positions(n, images)) for n in left)
     capacity = int(ray.cluster_resources().get("GPU" if device == "cuda" else "CPU", 1))
     count = max(1, min(sweep.recipe.precompute.workers, len(left), capacity))
-    workers = [spawn(Preparer, resources("precompute", device, 1)) for _ in range(count)]
+    options = resources("precompute", device, 1) | restarted(sweep.recipe.train.restarts)
+    workers = [spawn(Preparer, options) for _ in range(count)]
     lines.say(f"reference: {len(left)} parts left of {part_count(images)}, {count} workers")
     results = [worker.make_parts.remote(sweep, device, left[i::count]) for i, worker in enumerate(workers)]
     watch(workers, results, lambda done: lines.progress(before + sum(done), images, "images"))

@@ -125,6 +125,11 @@ def resources(name: str, device: str, cpus: float) -> dict[str, Any]:
     return options | ({"resources": {name: 1}} if declared else {})
 
 
+def restarted(restarts: int) -> dict[str, int]:
+    """Return options with which Ray restarts a lost worker and calls its work again, so that the others continue meanwhile."""
+    return {"max_restarts": restarts, "max_task_retries": restarts}
+
+
 def watch(
     workers: Sequence[Any],
     results: Sequence[Any],
