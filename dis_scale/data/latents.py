@@ -84,8 +84,8 @@ class Latents:
         return unpack(data, f"{self.folder}/{entry['name']}")
 
 
-def open_latents(folder: Folder, recipe: Recipe, workers: int, say: Callable[[str], None]) -> tuple[Latents, str]:
-    """Return the recipe's reader for one of `workers`, and a line that says how it reads; `say` is called if its cache fails."""
+def open_latents(folder: Folder, recipe: Recipe, workers: int, say: Callable[[str], None]) -> tuple[Latents, list[str]]:
+    """Return the reader for one of `workers`, and lines about how it reads and is mixed; `say` is called if its cache fails."""
     facts = manifest.require(folder)
     set_bytes = sum(shard["bytes"] for shard in facts["shards"])
     if (theirs := facts["num_classes"]) != recipe.data.num_classes:
@@ -98,8 +98,8 @@ def open_latents(folder: Folder, recipe: Recipe, workers: int, say: Callable[[st
         where = recipe.reader.cache_folder
         cache = Cache(Path(where).expanduser() if where else default_folder(), int(recipe.reader.cache_gib * GIB), say)
         how += f"; cache {cache.folder}, up to {recipe.reader.cache_gib:g} GiB"
-    how += f"; {mixing.words(facts['mixing'])}"
-    return Latents(folder, recipe.seed, recipe.data.held_out_images, cache=cache, keep_all=keep_all), how
+    latents = Latents(folder, recipe.seed, recipe.data.held_out_images, cache=cache, keep_all=keep_all)
+    return latents, [how, mixing.words(facts["mixing"])]
 
 
 def fits_in_memory(reader: Reader, set_bytes: int, workers: int) -> tuple[bool, str]:

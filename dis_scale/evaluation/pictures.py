@@ -16,8 +16,10 @@ from dis_scale.errors import UserError
 from dis_scale.models import Backbone
 from dis_scale.models.export import open_checkpoint
 from dis_scale.recipe import Flow, Gaussian, PretrainedVae
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import RECIPE, Sweep
-from dis_scale.training.checkpoint import WEIGHTS_FILE
+from dis_scale.training.checkpoint import WEIGHTS_FILE, stored_file
 from dis_scale.vae import Vae
 
 
@@ -35,7 +37,7 @@ class OpenCheckpoint:
 
 def open_for_sampling(path: Path, vae_path: str | None, heads: int | None = None) -> OpenCheckpoint:
     """Open the model at `path`. A sweep's published folder has a VAE and a process; any other path needs `vae_path`."""
-    file = path / WEIGHTS_FILE if path.is_dir() else path
+    file = path / (_weights_in(path) or WEIGHTS_FILE) if path.is_dir() else path
     if not file.exists():
         raise UserError(f"no checkpoint at {path}: expected a published folder, a .safetensors file or a public .pt")
     model = open_checkpoint(file, heads)
@@ -51,6 +53,12 @@ def open_for_sampling(path: Path, vae_path: str | None, heads: int | None = None
         return OpenCheckpoint(model, Gaussian(kind="gaussian"), decoder)
     recipe = sweep.recipe
     return OpenCheckpoint(model, recipe.diffusion, decoder, recipe.evaluate.sampler, recipe.evaluate.steps)
+
+
+def _weights_in(published: Path) -> str | None:
+    """The file of the averaged weights in a published folder."""
+    contents = manifest.find(open_folder(published))
+    return stored_file(WEIGHTS_FILE, contents) if contents else None
 
 
 def sample_pictures(

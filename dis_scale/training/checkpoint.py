@@ -64,11 +64,22 @@ def _load(published: Folder, name: str) -> dict[str, torch.Tensor]:
     contents = manifest.find(published)
     if contents is None:
         raise StorageError(f"{published}: not published (no {manifest.NAME})")
-    if name not in contents["files"]:
+    stored = stored_file(name, contents)
+    if stored is None:
         raise StorageError(
             f"{published}: no average {name}: power-function averages are tracked if train.power_ema is set"
         )
-    return safetensors.torch.load(manifest.read(published, name, contents))
+    return safetensors.torch.load(manifest.read(published, stored, contents))
+
+
+def stored_file(name: str, contents: dict[str, Any]) -> str | None:
+    """Return the file of an average in a published folder with this manifest: that of its attempt, up to format 2 the only one."""
+    names = (_file_of(name, contents.get("attempt", 0)), name)
+    return next((each for each in names if each in contents["files"]), None)
+
+
+def _file_of(name: str, attempt: int) -> str:
+    return f"{name.removesuffix('.safetensors')}-{attempt:04d}.safetensors"
 
 
 def average_file(name: str) -> str:
@@ -211,13 +222,13 @@ class Saver:
         self._thread.start()
 
     def _seal(self, folder: Folder, files: dict[str, bytes], images_seen: int, facts: dict[str, Any]) -> None:
-        # Asked before the files, too: a folder of published weights belongs to all attempts, and one that has lost the run must
-        # not write over the files of its successor.
-        self._require_held(folder)
-        for name, data in files.items():
+        # A folder of published weights belongs to all attempts. Names carry the attempt, so one that has lost the run, and writes
+        # late, never writes over the files of its successor.
+        stored = {_file_of(name, self.attempt): data for name, data in files.items()}
+        for name, data in stored.items():
             folder.write(name, data)
         self._require_held(folder)
-        digests = {name: manifest.digest(data) for name, data in files.items()}
+        digests = {name: manifest.digest(data) for name, data in stored.items()}
         manifest.seal(folder, digests, images=images_seen, attempt=self.attempt, **facts)
 
     def _write(self, clones: dict[str, dict[Segment, torch.Tensor]], images_seen: int, facts: dict[str, Any]) -> None:

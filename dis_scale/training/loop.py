@@ -198,7 +198,8 @@ def open_training(attempt: Attempt, on_this_node: int, log_rates: Callable[[str]
     state, model, images_seen = start(attempt, latents, len(passes))
     micro_images = at_once * settings.lane_images
     if rank == 0:
-        attempt.log(f"{attempt.model}: {how}")
+        for line in how:
+            attempt.log(f"{attempt.model}: {line}")
         attempt.log(f"{attempt.model}: {len(passes)} forward passes of up to {micro_images} images a worker and step")
     meter = open_meter(price, settings, micro_images, world, attempt.device, log_rates)
     return Opened(latents, diffusion.build(recipe.diffusion), state, model, passes, meter, images_seen)

@@ -32,10 +32,11 @@ def made(root: Path) -> dict[str, Any]:
         "latents/*/*.tar",
         "*/*/vae/*.safetensors",
         "*/*/extractors/**/*.safetensors",
-        "*/*/runs/*/published/*/*.safe*",
     )
     files = {p for pattern in patterns for p in store.glob(pattern)} | set(store.glob("*/*/evaluation/*/*/samples.png"))
     results: dict[str, Any] = {str(p.relative_to(store)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    for path in store.glob("*/*/runs/*/published/*"):
+        results[str(path.relative_to(store))] = fault_plans.published_hashes(open_folder(path))
     for path in store.glob("*/*/evaluation/**/metrics.json"):
         results[str(path.relative_to(store))] = json.loads(path.read_text())["values"]
     return results | {

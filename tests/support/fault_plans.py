@@ -1,5 +1,6 @@
 """For the tables of faults: train through a fault plan, and compare the result with the undisturbed run's."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def made(root: Path, recipe: Recipe) -> dict[str, Any]:
     assert last is not None
     rows = [row for row in RowReader(run.log).new() if row.name not in TIMED]
     return {
-        "published": {n: _hashes(run.published_at(n)) for n in state.published_counts(run)},
+        "published": {n: published_hashes(run.published_at(n)) for n in state.published_counts(run)},
         "state": (
             last.images_seen,
             last.adam_step,
@@ -77,5 +78,7 @@ def made(root: Path, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _hashes(folder: Folder) -> dict[str, str]:
-    return {name: file["sha256"] for name, file in manifest.require(folder)["files"].items()}
+def published_hashes(folder: Folder) -> dict[str, str]:
+    """Return the hash of each average in a published folder; the number of the attempt in its file's name is left out."""
+    files = manifest.require(folder)["files"]
+    return {re.sub(r"-\d{4}(\.safetensors)$", r"\1", name): file["sha256"] for name, file in files.items()}

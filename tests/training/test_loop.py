@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
+from dis_scale.errors import StorageError
 from dis_scale.recipe import Recipe, Train, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
@@ -98,6 +100,27 @@ def test_pruning_spares_what_a_faster_rank_has_begun(tmp_path: Path) -> None:
             manifest.put(point, files, images=images_seen)
     checkpoint.Saver(run, attempt=1, rank=0, world=2, held=lambda: True, keep=1)._prune(160)
     assert run.resume.list() == ["000000000160-0001", "000000000240-0001"]
+
+
+def test_a_late_write_of_a_lost_attempt_tears_no_published_weights(tmp_path: Path) -> None:
+    """The first attempt has lost the run while it writes, and ends after its successor; or even its manifest comes late."""
+    run, held = Run(open_folder(tmp_path)), iter([False, True])
+    first, second = (
+        checkpoint.Saver(run, attempt, rank=0, world=1, held=check, keep=1)
+        for attempt, check in ((1, lambda: next(held)), (2, lambda: True))
+    )
+    weights = {n: safetensors.torch.save({"w": torch.full((2,), float(n))}) for n in (1, 2)}
+
+    def seal(saver: checkpoint.Saver) -> None:
+        files = {checkpoint.WEIGHTS_FILE: weights[saver.attempt]}
+        saver._seal(run.published_at(160), files, 160, {})
+
+    seal(second)
+    with pytest.raises(StorageError, match=r"another attempt has taken over this run; this one \(attempt 1\) stops"):
+        seal(first)
+    assert checkpoint.load_published(run, 160)["w"].tolist() == [2, 2]
+    seal(first)
+    assert checkpoint.load_published(run, 160)["w"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(("took_s", "warnings"), [(4.2, []), (45.5, ["45.5 s and grace_s is 30 s"])])
