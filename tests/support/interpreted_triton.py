@@ -3,8 +3,12 @@
 test_scan_triton.py runs `TRITON_INTERPRET=1 python -m pytest tests/support/interpreted_triton.py`.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from dis_scale.scan import choose
 from dis_scale.scan.selftest import verify
@@ -25,6 +29,25 @@ __all__ = ["poison"]
 ODD = (1, 18, 33, 3)
 # The interpreter truncates float32 to bfloat16, a GPU rounds: the error is one unit in the last place instead of half of one.
 INTERPRETER_TOLERANCE = TOLERANCE | {torch.bfloat16: 2**-7 + 1e-5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patched_once() -> Iterator[None]:
+    """The interpreter replaces triton.language's functions again for each call of a device function, which takes half its time.
+
+    Here it does so once for each module with kernels, and restores nothing in between.
+    """
+    patch, patched = interpreter._patch_lang, set[str]()
+
+    def patch_once(function: Any) -> Any:
+        if function.__module__ not in patched:
+            patched.add(function.__module__)
+            patch(function)
+        return interpreter._LangPatchScope()
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+        yield
 
 
 def test_on_a_cpu_triton_is_selected_only_by_name() -> None:
