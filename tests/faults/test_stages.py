@@ -21,7 +21,7 @@ from tests.support.events import events
 
 SMALL = [
     f"models={stages.ONE_MODEL}", "train.publish_images=[0, 160]",
-    "train.power_ema=null", "evaluate.variants={}", "vae.steps=4", "evaluate.extractor.steps=4",
+    "train.power_ema=null", "evaluate.variants={}", "evaluate.extractor.steps=4",
 ]  # fmt: skip
 STAGES = ("prepare", "precompute", "evaluate")
 
