@@ -136,9 +136,9 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         native.use_instruction_set(before)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)  # varies fastest: a process computes the expected results once
 @pytest.mark.parametrize("sizes", [*SIZES, WIDE], ids=str)
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_outputs_and_gradients_equal_the_reference(backend: str, call: str, sizes: tuple[int, int, int, int]) -> None:
     if "conv" in call and sizes[3] < 4:
         pytest.skip("the four taps are columns of A, which has fewer states")
