@@ -21,7 +21,7 @@ import math
 import os
 import shutil
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -192,7 +192,9 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, reverse: bool, z: Tensor | None, *inputs: Tensor) -> Tensor:
         if inputs[0].is_cuda:
-            _compile_once(reverse, z, inputs, any(ctx.needs_input_grad))
+            gradients = any(ctx.needs_input_grad)
+            key = ("scan", inputs[2].shape[1], len(inputs), reverse, z is None, gradients)
+            _compile_once(inputs[0], key, lambda: _launch_scan(reverse, z, inputs, gradients))
         ctx.reverse = reverse
         ctx.save_for_backward(z, *inputs)
         return _forward(reverse, z, inputs)
@@ -235,26 +237,38 @@ _compiled = set[tuple[Any, ...]]()
 """Sizes and types whose kernels are compiled."""
 
 
-def _compile_once(reverse: bool, z: Tensor | None, inputs: Sequence[Tensor], gradients: bool) -> None:
-    """Compile all kernels of a scan together before its first launch: one after the other, six of them take a minute."""
-    u, A = inputs[0], inputs[2]
-    key = (u.device, u.dtype, u.shape[1:], A.shape[1], len(inputs), reverse, z is None, gradients)
+def _compile_once(x: Tensor, key: tuple[Any, ...], launches: Callable[[], object]) -> None:
+    """Compile all kernels of these launches together before the first one: one after the other, a scan's six take a minute."""
+    key = (x.device, x.dtype, x.shape[1:], *key)
     if key not in _compiled:
         _compiled.add(key)
-        with torch.cuda.device_of(u):
-            _compile(reverse, z, inputs, gradients)
+        with torch.cuda.device_of(x):
+            _compile(launches)
 
 
-def _compile(reverse: bool, z: Tensor | None, inputs: Sequence[Tensor], gradients: bool) -> None:
-    """Compile the kernels in threads, for tensors without memory; Triton's compiler runs outside of Python's lock.
+def _compile(launches: Callable[[], object]) -> None:
+    """Compile the kernels of launches for tensors without memory, in threads: Triton's compiler runs outside of Python's lock.
 
     A kernel that cannot be compiled is an error at its first launch: an error here would leave Triton in this mode.
     """
-    gate, empty = None if z is None else _without_memory(z), [_without_memory(x) for x in inputs]
     with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-        out = _forward(reverse, gate, empty)
-        if gradients:
-            _backward(reverse, gate, empty, out)
+        launches()
+
+
+def _launch_scan(reverse: bool, z: Tensor | None, inputs: Sequence[Tensor], gradients: bool) -> None:
+    """Launch all kernels of a scan for tensors without memory."""
+    gate, empty = None if z is None else _without_memory(z), [_without_memory(x) for x in inputs]
+    out = _forward(reverse, gate, empty)
+    if gradients:
+        _backward(reverse, gate, empty, out)
+
+
+def _launch_conv(x: Tensor, weights: Sequence[Tensor | None], gradients: bool) -> None:
+    """Launch both kernels of a convolution for tensors without memory."""
+    empty, without = _without_memory(x), [None if w is None else _without_memory(w) for w in weights]
+    outs = _conv_forward(empty, without)
+    if gradients:
+        _conv_backward(empty, without, outs)
 
 
 def _without_memory(x: Tensor) -> Tensor:
@@ -296,40 +310,56 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, pointers = _rowwise(x), _conv_pointers(weights)
-        enabled = {"FORWARD": weights[0] is not None, "BACKWARD": weights[2] is not None}
-        outs = [_empty_like(x) if on else None for on in enabled.values()]
-        _launch(
-            triton_conv.conv_forward, _grid(x, LANES, triton.cdiv(x.shape[1], ROWS)),
-            x, *pointers, *(x if out is None else out for out in outs), x.stride(1), x.shape[2], x.shape[1],
-            **enabled, ROWS=ROWS, LANES=LANES, TAPS=pointers[0].shape[1], num_warps=LANES // 32,
-        )  # fmt: skip
-        ctx.enabled = enabled
+        x = _rowwise(x)
+        if x.is_cuda:
+            gradients, both = any(ctx.needs_input_grad), [w is None for w in weights]
+            _compile_once(x, ("conv", *both, gradients), lambda: _launch_conv(x, weights, gradients))
         ctx.save_for_backward(x, *weights)
-        return tuple(outs)
+        return tuple(_conv_forward(x, weights))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        pointers, dx = _conv_pointers(weights), _empty_like(x)
-        rows = [x if dy is None else _rowwise(dy) for dy in dys]
-        taps = pointers[0].shape[1]
-        sums = [x.new_empty(x.shape[0], x.shape[2], taps + 1, dtype=torch.float32) for _ in rows]
-        _launch(
-            triton_conv.conv_backward, _grid(x, LANES),
-            x, *pointers, *rows, dx, *sums, x.stride(1), *(dy.stride(1) for dy in rows), x.shape[2], x.shape[1],
-            **ctx.enabled, ROWS=ROWS, LANES=LANES, TAPS=taps, num_warps=LANES // 32,
-        )  # fmt: skip
-        gradients: list[Tensor | None] = [dx]
-        for i, total in enumerate(sums):
-            weight, bias = weights[2 * i : 2 * i + 2]
-            if weight is None:
-                gradients += [None, None]
-            else:
-                both = total.sum(0)
-                gradients += [both[:, :taps].to(weight.dtype), both[:, taps].to(bias.dtype)]
-        return tuple(gradients)
+        return tuple(_conv_backward(x, weights, dys))
+
+
+def _conv_forward(x: Tensor, weights: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The outputs of both directions; None for a skipped one."""
+    pointers, enabled = _conv_pointers(weights), _conv_directions(weights)
+    outs = [_empty_like(x) if on else None for on in enabled.values()]
+    _launch(
+        triton_conv.conv_forward, _grid(x, LANES, triton.cdiv(x.shape[1], ROWS)),
+        x, *pointers, *(x if out is None else out for out in outs), x.stride(1), x.shape[2], x.shape[1],
+        **enabled, ROWS=ROWS, LANES=LANES, TAPS=pointers[0].shape[1], num_warps=LANES // 32,
+    )  # fmt: skip
+    return outs
+
+
+def _conv_backward(x: Tensor, weights: Sequence[Tensor | None], dys: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients of the input, and of each direction's weight and bias."""
+    pointers, dx = _conv_pointers(weights), _empty_like(x)
+    rows = [x if dy is None else _rowwise(dy) for dy in dys]
+    taps = pointers[0].shape[1]
+    sums = [x.new_empty(x.shape[0], x.shape[2], taps + 1, dtype=torch.float32) for _ in rows]
+    _launch(
+        triton_conv.conv_backward, _grid(x, LANES),
+        x, *pointers, *rows, dx, *sums, x.stride(1), *(dy.stride(1) for dy in rows), x.shape[2], x.shape[1],
+        **_conv_directions(weights), ROWS=ROWS, LANES=LANES, TAPS=taps, num_warps=LANES // 32,
+    )  # fmt: skip
+    gradients: list[Tensor | None] = [dx]
+    for weight, bias, total in zip(weights[::2], weights[1::2], sums, strict=True):
+        if weight is None or bias is None:
+            gradients += [None, None]
+        else:
+            both = total.sum(0)
+            gradients += [both[:, :taps].to(weight.dtype), both[:, taps].to(bias.dtype)]
+    return gradients
+
+
+def _conv_directions(weights: Sequence[Tensor | None]) -> dict[str, bool]:
+    """The kernels' flags of the directions that are computed."""
+    return {"FORWARD": weights[0] is not None, "BACKWARD": weights[2] is not None}
 
 
 def _conv_pointers(weights: Sequence[Tensor | None]) -> list[Tensor]:

@@ -23,7 +23,7 @@ from triton.runtime import driver
 
 from benchmarks.instructions import compiled, counted, registers
 from dis_scale.errors import UserError
-from dis_scale.scan import Direction, triton_scan
+from dis_scale.scan import Direction, triton_conv, triton_scan
 from dis_scale.scan import triton as scan_triton
 
 INTERPRETED = Path(__file__).parent.parent / "support" / "interpreted_triton.py"
@@ -159,8 +159,29 @@ def test_kernels_compile_together_and_are_those_that_a_launch_takes(monkeypatch:
     monkeypatch.setattr(kernel, "compile", compile_with_the_other)
     shapes = [(1, 5, 8), (1, 5, 8), (8, 1), (1, 5, 1), (1, 5, 1), (8,), (8,)]
     inputs, z = [torch.ones(shape) for shape in shapes * 2], torch.ones(1, 5, 16)[..., 8:]
-    scan_triton._compile(False, z, inputs, gradients=False)
+    scan_triton._compile(lambda: scan_triton._launch_scan(False, z, inputs, gradients=False))
     assert compiles == ["scan_forward", "scan_forward"]
     monkeypatch.setattr(scan_triton, "_launch", lambda kernel, grid, *a, **k: kernel.warmup(*a, grid=grid, **k))
     scan_triton._forward(False, z, inputs)
+    assert len(compiles) == 2
+
+
+def test_the_convolutions_kernels_compile_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "_active", CompileOnly())
+    together, compiles = threading.Barrier(2, timeout=300), list[str]()
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **k: compiles.append(k["fn"].name))
+    for kernel in (triton_conv.conv_forward, triton_conv.conv_backward):
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+        kernel.device_caches[0]
+
+        def compile_with_the_other(*args: Any, alone: Any = kernel.compile, **kwargs: Any) -> Any:
+            together.wait()
+            return alone(*args, **kwargs)
+
+        monkeypatch.setattr(kernel, "compile", compile_with_the_other)
+    x, weights = torch.ones(1, 5, 16)[..., 8:], [torch.ones(8, 4), torch.ones(8)] * 2
+    scan_triton._compile(lambda: scan_triton._launch_conv(x, weights, gradients=True))
+    assert sorted(compiles) == ["conv_backward", "conv_forward"]
+    monkeypatch.setattr(scan_triton, "_launch", lambda kernel, grid, *a, **k: kernel.warmup(*a, grid=grid, **k))
+    scan_triton._conv_backward(x, weights, scan_triton._conv_forward(x, weights))
     assert len(compiles) == 2
