@@ -63,7 +63,7 @@ class Encoder(Worker):
         """Write the shards that `deal` names. UserError if this worker would encode differently from `encoding`."""
         from dis_scale.data.encode import Setup, compute_exactly, put_shards, require_same_hardware
 
-        compute_exactly()
+        compute_exactly(tf32=self.sweep.recipe.precompute.precision == "tf32")
         if (ours := self.encoding()) != encoding:
             raise UserError(
                 f"{latents}: this worker encodes with {ours}, the first one with {encoding}: use equal nodes"
@@ -236,5 +236,6 @@ def _facts(recipe: Recipe, source: Source, encoding: Encoding) -> dict[str, Any]
         "vae": encoding.vae, "scale": encoding.scale, "shift": encoding.shift,
         "latent": list(encoding.latent), "num_classes": recipe.data.num_classes,
         "label_names": source.label_names, "shard_images": recipe.precompute.shard_images,
-        "encode_images": recipe.precompute.encode_images, "device": encoding.device, "torch": encoding.torch,
+        "encode_images": recipe.precompute.encode_images, "precision": recipe.precompute.precision,
+        "device": encoding.device, "torch": encoding.torch,
     }  # fmt: skip

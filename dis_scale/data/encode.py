@@ -52,10 +52,10 @@ class _DecodedRange(NamedTuple):
     images: list[np.ndarray | UndecodableImage]
 
 
-def compute_exactly() -> None:
-    """Set PyTorch to one thread and no TF32, so that every worker computes the same sums."""
+def compute_exactly(tf32: bool = False) -> None:
+    """Set PyTorch to one thread, and to no TF32 unless a recipe asks for it, so that every worker computes the same sums."""
     torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
 
 def encoding_of(vae: Vae, resolution: int, device: str) -> Encoding:
@@ -166,8 +166,8 @@ def _encode_shard(
 
 def _encode_batch(setup: Setup, batch: list[tuple[int, np.ndarray]]) -> list[Sample]:
     positions, pixels = zip(*batch, strict=True)
-    samples = []
-    batch_moments = encode_images(setup.vae, np.stack(pixels), setup.recipe.precompute.encode_images)
+    samples, settings = [], setup.recipe.precompute
+    batch_moments = encode_images(setup.vae, np.stack(pixels), settings.encode_images, settings.precision)
     for position, moments in zip(positions, batch_moments, strict=True):
         entry = setup.source.listing[position]
         if not np.isfinite(moments).all():
@@ -176,9 +176,18 @@ def _encode_batch(setup: Setup, batch: list[tuple[int, np.ndarray]]) -> list[Sam
     return samples
 
 
-def encode_images(vae: Vae, pixels_BHWC: np.ndarray, size: int) -> np.ndarray:
-    """Encode up to `size` images and their horizontal flips to moments, float16 (B, 2, 2C, h, w); pads the batch to `size`."""
+def encode_images(vae: Vae, pixels_BHWC: np.ndarray, size: int, precision: str = "fp32") -> np.ndarray:
+    """Encode up to `size` images and their horizontal flips to moments, float16 (B, 2, 2C, h, w); pads the batch to `size`.
+
+    `precision` is that of `Precompute`; TF32 is set by `compute_exactly`.
+    """
     padding = np.repeat(pixels_BHWC[-1:], size - len(pixels_BHWC), axis=0)
     padded = np.concatenate([pixels_BHWC, padding])
-    sides = [vae.encode(side).half().cpu().numpy() for side in (padded, padded[:, :, ::-1])]
+    with torch.autocast(_device_of(vae).type, torch.bfloat16, enabled=precision == "bf16"):
+        sides = [vae.encode(side).half().cpu().numpy() for side in (padded, padded[:, :, ::-1])]
     return np.stack(sides, axis=1)[: len(pixels_BHWC)]
+
+
+def _device_of(vae: Vae) -> torch.device:
+    """The device of the network; the CPU if it has no weights."""
+    return next((p.device for p in vae.net.parameters()), torch.device("cpu"))

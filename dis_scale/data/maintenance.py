@@ -112,7 +112,8 @@ def describe(latents: Folder) -> list[str]:
         f"source   {_settings(m.get('source', {}))}; listing {m.get('listing', '?')[:12]}",
         f"vae      {m['vae'][:12]}",
         f"encoded  {m.get('resolution', '?')} pixels, {m.get('shard_images', '?')} images a shard, "
-        f"{m.get('encode_images', '?')} at a time, on {m.get('device', '?')} with torch {m.get('torch', '?')}",
+        f"{m.get('encode_images', '?')} at a time in {m.get('precision', '?')}, "
+        f"on {m.get('device', '?')} with torch {m.get('torch', '?')}",
     ]
 
 
@@ -173,7 +174,7 @@ def _same_setup(sweep: Sweep, latents: Folder, facts: dict[str, Any], listed: Re
         raise UserError(f"{latents}: encoded on cuda, and there is no GPU here: a rebuilt shard would have other bytes")
     if latents.exists(HARDWARE):
         require_same_hardware(latents, facts["device"])
-    compute_exactly()
+    compute_exactly(tf32=sweep.recipe.precompute.precision == "tf32")
     setup.vae.net.to(facts["device"])
     return setup
 

@@ -87,7 +87,7 @@ def latents_folder(sweep: Sweep, vae_identity: str) -> Folder:
     recipe = sweep.recipe
     key = [
         recipe.data.source.model_dump(mode="json"), recipe.data.resolution, recipe.data.undecodable, vae_identity,
-        recipe.precompute.shard_images, recipe.precompute.encode_images, manifest.FORMAT,
+        recipe.precompute.shard_images, recipe.precompute.encode_images, recipe.precompute.precision, manifest.FORMAT,
     ]  # fmt: skip
     return sweep.store / f"latents/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
 

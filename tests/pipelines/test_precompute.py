@@ -134,6 +134,18 @@ def test_the_padding_of_the_last_batch_changes_no_other_sample(sweep: Sweep) -> 
     np.testing.assert_array_equal(encode_images(encoder, images[:3], 4), encode_images(encoder, images, 4)[:3])
 
 
+def test_bf16_rounds_the_products_and_is_a_set_of_its_own(sweep: Sweep) -> None:
+    facts, source = made(sweep), open_source(sweep.recipe.data)
+    rounded = sweep.recipe.precompute.model_copy(update={"precision": "bf16"})
+    other = replace(sweep, recipe=sweep.recipe.model_copy(update={"precompute": rounded}))
+    assert (facts["precision"], made(other)["precision"]) == ("fp32", "bf16")
+    assert latents_of(other) != latents_of(sweep)
+    images, encoder = np.stack([source.pixels(i, 32) for i in range(4)]), vae.load(sweep)
+    exact, bf16 = (encode_images(encoder, images, 4, precision).astype(np.float32) for precision in ("fp32", "bf16"))
+    difference = np.linalg.norm(bf16 - exact) / np.linalg.norm(exact)
+    assert 1e-4 < difference < 0.02
+
+
 def test_the_horizontal_flip_is_encoded_with_the_image(sweep: Sweep) -> None:
     source, encoder = open_source(sweep.recipe.data), vae.load(sweep)
     image = source.pixels(0, 32)[None]
