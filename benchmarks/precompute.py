@@ -31,7 +31,7 @@ from dis_scale.data.sources import open_source
 from dis_scale.data.threads import in_order
 from dis_scale.recipe import Recipe, TrainedVae, reading
 from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.vae import KlVae
+from dis_scale.vae import DiffusersVae
 
 IMAGES, CLASSES, RESOLUTION, BATCH = 192, 2, 64, 32
 WIDTHS = (32, 64, 64)
@@ -67,7 +67,7 @@ def chunks(names: list[str], size: int) -> list[list[str]]:
     return [names[i : i + size] for i in range(0, len(names), size)]
 
 
-def feed(encoder: KlVae, batch: int, pieces: Iterator[np.ndarray]) -> None:
+def feed(encoder: DiffusersVae, batch: int, pieces: Iterator[np.ndarray]) -> None:
     """Encodes what comes in batches of `batch`."""
     waiting: list[np.ndarray] = []
     for piece in pieces:
@@ -77,13 +77,13 @@ def feed(encoder: KlVae, batch: int, pieces: Iterator[np.ndarray]) -> None:
             waiting = []
 
 
-def alone(encoder: KlVae, decoded: np.ndarray, batch: int) -> None:
+def alone(encoder: DiffusersVae, decoded: np.ndarray, batch: int) -> None:
     for i in range(0, len(decoded), batch):
         encode_images(encoder, decoded[i : i + batch], batch)
 
 
 @dataclass(frozen=True)
-class TimedVae(KlVae):
+class TimedVae(DiffusersVae):
     """A VAE that counts its seconds."""
 
     seconds: list[float] = field(default_factory=list)
@@ -161,7 +161,7 @@ def main(rounds: int = 5, which: str = "all") -> None:
         photos(root)
         recipe = recipe_for(root)
         net = vae.new(TrainedVae(kind="trained", widths=WIDTHS), RESOLUTION).eval().requires_grad_(False)
-        setup = Setup(open_source(recipe.data), KlVae(net), recipe)
+        setup = Setup(open_source(recipe.data), DiffusersVae(net), recipe)
         names = list(setup.source.names)
         decode = functools.partial(read_and_decode, root)
         decoded = decode(names)

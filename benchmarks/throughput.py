@@ -29,7 +29,7 @@ from dis_scale.sweep import Sweep, state
 from dis_scale.training.memory import state_bytes, worker_bytes
 from dis_scale.training.profile import profile_training
 from dis_scale.training.throughput import synchronize
-from dis_scale.vae import KlVae
+from dis_scale.vae import DiffusersVae
 
 RECIPE = Path(__file__).parent.parent / "configs/imagenet256.yaml"
 LATENTS, LATENT_SHAPE, CLASSES = 256, LatentShape(4, 32), 1000
@@ -137,7 +137,7 @@ def encode(resolution: int, images: int, device: str) -> None:
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=SD_WIDTHS, latent_channels=4, layers_per_block=2, sample_size=resolution,
     )  # fmt: skip
-    vae = KlVae(net.to(device).eval().requires_grad_(False))
+    vae = DiffusersVae(net.to(device).eval().requires_grad_(False))
     pixels = np.random.default_rng(0).integers(0, 256, (images, resolution, resolution, 3), np.uint8)
     seconds = timed(lambda: encode_images(vae, pixels, images))
     print_row(f"encode {resolution} pixels, with flips", {"images_per_s": images / seconds, "images": images})

@@ -197,7 +197,7 @@ def sample(
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     batch: Annotated[int, typer.Option(help="Images sampled at a time; does not change them.", min=1)] = 64,
-    vae: Annotated[str | None, typer.Option(help="AutoencoderKL folder or hub id; default: the sweep's own.")] = None,
+    vae: Annotated[str | None, typer.Option(help="Autoencoder's folder or hub id; default: the sweep's own.")] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads, for a public DiT of unusual size.", min=1)] = None,
 ) -> None:
     """Sample a grid of images from one checkpoint."""
@@ -258,7 +258,7 @@ def repair(
 def show(
     url: Latents,
     out: Annotated[Path, typer.Option(help="The PNG of decoded images to write.")] = Path("latents.png"),
-    vae: Annotated[str | None, typer.Option(help="AutoencoderKL folder or hub id; default: the sweep's own.")] = None,
+    vae: Annotated[str | None, typer.Option(help="Autoencoder's folder or hub id; default: the sweep's own.")] = None,
 ) -> None:
     """Show totals, labels, statistics and identity of latents; write a grid of decoded images."""
     from dis_scale.data import maintenance

@@ -19,7 +19,7 @@ from dis_scale.recipe.evaluate import FEATURE_DIMENSIONS
 from dis_scale.vae import to_unit
 
 if TYPE_CHECKING:
-    from dis_scale.vae import AutoencoderKL
+    from dis_scale.vae.autoencoders import AutoencoderKL
 
 MOST_IMAGES = 8192
 """Most images that small networks are trained on, taken evenly from the source."""

@@ -132,7 +132,7 @@ def on_host(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_vae_encodes_and_decodes(on_host: None) -> None:
     net = vae.new(TrainedVae(kind="trained", widths=(8, 8, 8)), 32)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        kl = vae.KlVae(to_gpu(net).eval())
+        kl = vae.DiffusersVae(to_gpu(net).eval())
         assert kl.encode(np.zeros((2, 32, 32, 3), np.uint8)).device.type == "cuda"
         assert kl.decode(torch.empty(2, 4, 8, 8, device=CUDA)).shape == (2, 32, 32, 3)
 

@@ -40,7 +40,7 @@ DOORS = {
     "deepspeed": "dis_scale/training/engine.py",
     "webdataset": "dis_scale/data/shards.py",
     "mlflow": "dis_scale/tracking/mlflow.py",
-    "diffusers": "dis_scale/vae.py",
+    "diffusers": "dis_scale/vae/autoencoders.py",
     "torch_fidelity": "dis_scale/evaluation/inception.py",
     "fsspec": "dis_scale/storage/folder.py",
     "s3fs": "dis_scale/storage/folder.py",

@@ -1,23 +1,27 @@
-"""Autoencoders of any channels, factor, scale and shift; and latents that are pixels."""
+"""Autoencoders of any class, channels, factor, scale and shift; and latents that are pixels."""
 
+import hashlib
 import json
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 
 from dis_scale import vae
-from dis_scale.data.latents import Latents, micro_batch
+from dis_scale.data import shards
+from dis_scale.data.encode import encode_images
+from dis_scale.data.latents import Latents, micro_batch, sample_posterior
 from dis_scale.data.sources import open_source
 from dis_scale.errors import DisScaleError, UserError
 from dis_scale.evaluation.pictures import open_for_sampling, sample_pictures
 from dis_scale.evaluation.sampling import open_sampler
-from dis_scale.recipe import LatentShape, PretrainedVae, reading
+from dis_scale.recipe import LatentShape, PretrainedVae, TrainedVae, reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep, state
-from dis_scale.vae import to_pixels
+from dis_scale.vae import to_pixels, to_unit
 from pipelines import precompute
 from pipelines.precompute import Dealer, Encoder
 from pipelines.prepare import Preparer
@@ -32,6 +36,49 @@ KINDS = {
     },
     "f16": {"latent_channels": 8, "scaling_factor": 0.9, "levels": 5},
 }  # fmt: skip
+
+
+DOWN, UP = ("DownEncoderBlock2D",) * 3, ("UpDecoderBlock2D",) * 3
+FLUX = {
+    "down_block_types": DOWN, "up_block_types": UP, "block_out_channels": (8, 8, 8), "norm_num_groups": 8,
+    "layers_per_block": 1, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False,
+}  # fmt: skip
+CLASSES = {
+    "AutoencoderKL": FLUX | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+    "AsymmetricAutoencoderKL": {
+        "down_block_types": DOWN, "down_block_out_channels": (8, 8, 8), "up_block_types": UP, "norm_num_groups": 8,
+        "up_block_out_channels": (16, 16, 16),
+    },
+    "AutoencoderKLFlux2": FLUX | {"latent_channels": 32},
+    "AutoencoderKLHunyuanImage": {
+        "in_channels": 3, "out_channels": 3, "latent_channels": 8, "block_out_channels": (32, 32, 64), "layers_per_block": 1,
+        "spatial_compression_ratio": 4, "sample_size": 32, "scaling_factor": 0.7,
+    },
+    "AutoencoderKLKVAE": {"channels": 32, "ch_mult": (1, 1, 1), "num_enc_blocks": 1, "num_dec_blocks": 1, "z_channels": 8},
+    "AutoencoderDC": {
+        "latent_channels": 8, "attention_head_dim": 8, "scaling_factor": 0.41407, "encoder_layers_per_block": (1, 1, 1),
+        "decoder_layers_per_block": (1, 1, 1), "encoder_block_out_channels": (8, 8, 16),
+        "decoder_block_out_channels": (8, 8, 16), "encoder_qkv_multiscales": ((), (), ()),
+        "decoder_qkv_multiscales": ((), (), ()), "encoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+    },
+    "AutoencoderTiny": {
+        "encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8), "num_encoder_blocks": (1, 1, 1),
+        "num_decoder_blocks": (1, 1, 1),
+    },
+    "VQModel": {
+        "down_block_types": DOWN, "block_out_channels": (8, 8, 8), "up_block_types": UP, "norm_num_groups": 8,
+        "latent_channels": 4, "vq_embed_dim": 5, "num_vq_embeddings": 16,
+    },
+}  # fmt: skip
+"""Small configurations of all supported classes, of factor 4."""
+DETERMINISTIC = {"AutoencoderDC", "AutoencoderTiny", "VQModel"}
+
+
+def saved_class(where: Path, name: str) -> PretrainedVae:
+    """Save an untrained autoencoder of a class of diffusers."""
+    torch.manual_seed(0)
+    getattr(diffusers, name)(**CLASSES[name]).save_pretrained(where)
+    return PretrainedVae(kind="pretrained", path=str(where))
 
 
 def saved(where: Path, levels: int, **config: object) -> PretrainedVae:
@@ -72,6 +119,71 @@ def test_any_channels_factor_scale_and_shift(kind: str, tmp_path: Path) -> None:
     decoded = encoder.decode((mean - encoder.shift) * encoder.scale)
     plain = to_pixels(encoder.net.decode(mean).sample)
     assert np.abs(decoded.astype(int) - plain.astype(int)).max() <= 1  # one more rounding
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_gives_its_latents_back(name: str, tmp_path: Path) -> None:
+    """Encode, write shards, read, scale and decode: the picture is the network's own decoding of the stored mean."""
+    settings = saved_class(tmp_path / "vae", name)
+    recipe = reading.load(TINY, [f"vae={{kind: pretrained, path: {settings.path}}}", "precompute.shard_images=900"])
+    sweep, at = Sweep(open_folder(tmp_path) / "sweep", recipe), open_folder(tmp_path) / "latents"
+    encode_digits(sweep, at)
+    decoder, reader = vae.load(sweep), Latents(at, seed=0)
+    assert vae.latent_shape(recipe.vae, 32) == reader.shape == decoder.latent(32)
+    assert reader.shape.size == 8
+    moments, _ = reader.read(np.arange(8), np.zeros(8, int))
+    mean = torch.from_numpy(moments[:, : reader.shape.channels]).float()
+    sample = sample_posterior(moments, np.random.default_rng(0))
+    assert (name in DETERMINISTIC) == np.array_equal(sample, mean)
+    plain = to_pixels(decoder.net.decode(mean).sample)
+    decoded = decoder.decode(torch.from_numpy(reader.scaled(mean.numpy())))
+    assert plain.shape == (8, 32, 32, 3)
+    assert np.abs(decoded.astype(int) - plain.astype(int)).max() <= 1  # one more rounding
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_moments_are_those_of_the_class(name: str, tmp_path: Path) -> None:
+    encoder = vae.load_pretrained(saved_class(tmp_path, name))
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8)
+    with torch.no_grad():
+        encoded = encoder.net.encode(to_unit(pixels), return_dict=False)[0]
+    mean = encoded if name in DETERMINISTIC else encoded.mean
+    moments = encoder.encode(pixels)
+    assert torch.equal(moments[:, : mean.shape[1]], mean)
+    if name not in DETERMINISTIC:
+        assert torch.equal(moments[:, mean.shape[1] :], encoded.logvar)
+
+
+def test_another_class_is_refused_by_name(tmp_path: Path) -> None:
+    settings = saved_class(tmp_path, "AutoencoderTiny")
+    file = Path(settings.path) / vae.CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "AutoencoderKLWan"}))
+    for read in (vae.load_pretrained, lambda settings: vae.latent_shape(settings, 32)):
+        with pytest.raises(UserError, match=r"is of class AutoencoderKLWan, expected one of AutoencoderKL, .*VQModel"):
+            read(settings)
+
+
+def test_the_identity_covers_the_class() -> None:
+    """Two classes with the same settings and weights are two autoencoders."""
+    config = FLUX | {"layers_per_block": 3}  # the default of neither
+    nets = [getattr(diffusers, name)(**config) for name in ("AutoencoderKL", "AutoencoderKLFlux2")]
+    del nets[1].bn
+    nets[1].load_state_dict(nets[0].state_dict())
+    assert len({vae.DiffusersVae(net).identity for net in nets}) == 2
+
+
+def test_identity_and_bytes_of_earlier_latents_are_kept() -> None:
+    """Frozen: otherwise existing sets of latents would be refused, or made again."""
+    net = vae.new(TrainedVae(kind="trained", widths=(8, 8), latent_channels=3), 16)
+    with torch.no_grad():
+        for weight in net.state_dict().values():
+            weight.copy_((torch.arange(weight.numel()) % 17 - 8).reshape(weight.shape) / 64)
+    assert vae.DiffusersVae(net).identity == "c99671eb7a3c1d4812b2c881d4053295e2e94d09346397d5011e8d539bdb259d"
+    pixels = vae.PixelVae()
+    assert pixels.identity == "e0b5b11904328dce9d6f5fa42252696d6b4c3192b3b39eeac0049941b228a014"
+    image = np.arange(3 * 256, dtype=np.uint8).reshape(1, 16, 16, 3)
+    shard = shards.pack([shards.Sample(0, "a", 1, encode_images(pixels, image, 2)[0])])
+    assert hashlib.sha256(shard).hexdigest() == "c509c413a8ac804dd8c18e1bfe46d33ae4731146125e30a003592e054dd16aaa"
 
 
 def test_scale_and_shift_are_in_the_manifest_and_applied_in_training(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from dis_scale.errors import UserError
 from dis_scale.recipe import LatentShape, Reader, Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
+from dis_scale.vae.scaling import Scaling
 
 GIB = 2**30
 _NOISE = ThreadPoolExecutor(1, "noise")
@@ -40,6 +41,7 @@ class Latents:
     ) -> None:
         self.folder, self.manifest = folder.patient, manifest.require(folder)
         self.shape = LatentShape(*self.manifest["latent"])
+        self.scaling = Scaling(self.manifest["shift"], self.manifest["scale"])
         self.order = Order([shard["count"] for shard in self.manifest["shards"]], seed, held_out=held_out)
         self._cache, self._buffer = cache, MemoryBuffer(self._load, keep_all)
 
@@ -59,10 +61,8 @@ class Latents:
             yield from zip(moments, labels.tolist(), strict=True)
 
     def scaled(self, sample: np.ndarray) -> np.ndarray:
-        """Scale latents in place, as the backbone sees them: (z - shift) scale, float32."""
-        sample -= np.float32(self.manifest["shift"])
-        sample *= np.float32(self.manifest["scale"])
-        return sample
+        """Scale float32 latents in place, as the backbone sees them."""
+        return self.scaling.apply(sample)
 
     def _gather(self, locations: Locations, sides: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         channels, size = self.shape

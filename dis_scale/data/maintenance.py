@@ -143,7 +143,7 @@ def decode_examples(latents: Folder, decoder: Vae) -> np.ndarray:
         moments = shards.unpack(manifest.verified(latents, entry["name"], entry), f"{latents}/{entry['name']}").moments
         rows = moments[:: max(1, len(moments) // (GRID // len(chosen)))][: GRID // len(chosen), 0]
         mean = np.split(rows.astype(np.float32), 2, axis=1)[0]
-        few = torch.from_numpy((mean - decoder.shift) * decoder.scale).split(AT_ONCE)
+        few = torch.from_numpy(decoder.scaling.apply(mean)).split(AT_ONCE)
         images += [decoder.decode(latents_BCHW) for latents_BCHW in few]
     return np.concatenate(images)
 

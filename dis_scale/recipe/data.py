@@ -101,7 +101,7 @@ class TrainedVae(Settings):
 
 
 class PretrainedVae(Settings):
-    """An AutoencoderKL in diffusers' layout: a local folder or a hub id."""
+    """An autoencoder for images in diffusers' layout: a local folder or a hub id. Its config names its class."""
 
     kind: Literal["pretrained"]
     path: str

@@ -47,7 +47,7 @@ def test_the_command_writes_a_grid(files: tuple[Path, Path], tmp_path: Path) -> 
         (["--classes", "11"], "label 11 is out of range: expected 0 to 9"),
         (["--classes", "1", "--sampler", "euler"], "euler"),
         (["--classes", "1", "--checkpoint", "none.pt"], "no checkpoint at none.pt"),
-        (["--classes", "1", "--vae", "/nowhere"], "vae.path: no AutoencoderKL at '/nowhere'"),
+        (["--classes", "1", "--vae", "/nowhere"], "vae.path: no autoencoder at '/nowhere'"),
     ],
 )
 def test_mistakes_are_one_line(files: tuple[Path, Path], tmp_path: Path, arguments: list[str], message: str) -> None:

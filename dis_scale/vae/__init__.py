@@ -1,0 +1,42 @@
+"""Autoencoders: images to latents and back. `load` opens the sweep's.
+
+Read next: interface.py, and autoencoders.py, the door to diffusers.
+"""
+
+from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, TrainedVae, VaeSettings
+from dis_scale.sweep import Sweep
+from dis_scale.vae.autoencoders import (
+    CONFIG,
+    DiffusersVae,
+    fitted,
+    load_pretrained,
+    load_stored,
+    new,
+    published,
+    save,
+    shape_of,
+)
+from dis_scale.vae.interface import PixelVae, Vae, to_pixels, to_unit
+
+__all__ = [
+    "CONFIG", "DiffusersVae", "PixelVae", "Vae", "latent_shape", "load", "load_pretrained", "new", "save", "to_pixels", "to_unit",
+]  # fmt: skip
+
+
+def latent_shape(settings: VaeSettings, resolution: int) -> LatentShape:
+    """Return the latents' shape from the VAE's settings or configuration, without weights; UserError if the images do not fit."""
+    if isinstance(settings, NoVae):
+        return LatentShape(3, resolution)
+    if isinstance(settings, TrainedVae):
+        return fitted(settings.latent_channels, 2 ** (len(settings.widths) - 1), resolution)
+    return shape_of(*published(settings), resolution)
+
+
+def load(sweep: Sweep) -> Vae:
+    """Load the sweep's VAE: the prepare stage's, a published one from a local folder or hub id, or `PixelVae`."""
+    settings = sweep.recipe.vae
+    if isinstance(settings, NoVae):
+        return PixelVae()
+    if isinstance(settings, PretrainedVae):
+        return load_pretrained(settings)
+    return load_stored(sweep.vae)

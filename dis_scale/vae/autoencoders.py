@@ -1,0 +1,159 @@
+"""The door to diffusers: its autoencoders for images, trained by the sweep or published."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+
+from dis_scale.errors import UserError
+from dis_scale.imports import hidden
+from dis_scale.recipe import LatentShape, PretrainedVae, TrainedVae
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder
+from dis_scale.vae.interface import NO_VARIANCE, Vae
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL as AutoencoderKL
+
+CONFIG, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
+SUPPORTED = (
+    "AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLHunyuanImage", "AutoencoderKLKVAE",
+    "AutoencoderDC", "AutoencoderTiny", "VQModel",
+)  # fmt: skip
+"""diffusers' classes for images; the last three have no posterior."""
+
+
+@dataclass(frozen=True)
+class DiffusersVae(Vae):
+    """An autoencoder of one of the `SUPPORTED` classes, in evaluation mode."""
+
+    @property
+    def scale(self) -> float:
+        return float(self.net.config.get("scaling_factor") or 1.0)
+
+    @property
+    def shift(self) -> float:
+        return float(self.net.config.get("shift_factor") or 0.0)
+
+    def latent(self, resolution: int) -> LatentShape:
+        return shape_of(type(self.net), self.net.config, resolution)
+
+    @cached_property
+    def identity(self) -> str:
+        """sha256 over the weights and the settings that differ from diffusers' defaults, which grow with its releases."""
+        defaults = _defaults(type(self.net))
+        config = {
+            k: v for k, v in sorted(self.net.config.items()) if k[0] != "_" and _plain(v) != _plain(defaults.get(k))
+        }
+        if (name := type(self.net).__name__) != "AutoencoderKL":  # whose latents were made when it was the only class
+            config["_class_name"] = name
+        total = hashlib.sha256(json.dumps(config, default=str).encode())
+        for name, tensor in sorted(self.net.state_dict().items()):
+            total.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return total.hexdigest()
+
+    def _encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        encoded = self.net.encode(images_BCHW.to(self.net.device))
+        if "latent_dist" in encoded:
+            return torch.cat([encoded.latent_dist.mean, encoded.latent_dist.logvar], dim=1)
+        latents = encoded["latent" if "latent" in encoded else "latents"]
+        return torch.cat([latents, torch.full_like(latents, NO_VARIANCE)], dim=1)
+
+    def _decode(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
+        images: torch.Tensor = self.net.decode(latents_BCHW).sample
+        return images
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as JSON stores it: a tuple as a list."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _diffusers(name: str) -> Any:
+    """Import a class of diffusers only when needed: it takes seconds, and most of a sweep's processes open no VAE."""
+    with hidden("scipy"):  # needed by some of diffusers' schedulers, which we do not use: one second
+        import diffusers
+
+        return getattr(diffusers, name)
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """Return the defaults of a class's settings."""
+    return {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
+
+
+def shape_of(kind: type, config: Mapping[str, Any], resolution: int) -> LatentShape:
+    """Return the latents' shape from the class and its settings; UserError if the images do not fit."""
+    given = _defaults(kind) | dict(config)
+
+    def first(*keys: str) -> Any:
+        return next(given[key] for key in keys if given.get(key))
+
+    channels = first("vq_embed_dim", "latent_channels", "z_channels")
+    levels = len(first("encoder_block_out_channels", "down_block_out_channels", "ch_mult", "block_out_channels"))
+    return fitted(channels, given.get("spatial_compression_ratio") or 2 ** (levels - 1), resolution)
+
+
+def fitted(channels: int, factor: int, resolution: int) -> LatentShape:
+    """Return the latents' shape at `factor` pixels a position, a side; UserError if the images do not fit."""
+    if resolution % factor:
+        raise UserError(f"data.resolution: {resolution} is not a multiple of the VAE's factor {factor}")
+    return LatentShape(channels, resolution // factor)
+
+
+def new(settings: TrainedVae, resolution: int) -> "AutoencoderKL":
+    """Build an untrained small autoencoder; its factor is 2 ** (len(widths) - 1)."""
+    levels = len(settings.widths)
+    net: AutoencoderKL = _diffusers("AutoencoderKL")(
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=settings.widths, latent_channels=settings.latent_channels, layers_per_block=1,
+        norm_num_groups=8, sample_size=resolution,
+    )  # fmt: skip
+    return net
+
+
+def save(folder: Folder, net: "AutoencoderKL") -> None:
+    """Write the autoencoder to storage in diffusers' layout."""
+    config = json.dumps(
+        {k: v for k, v in net.config.items() if not k.startswith("_")} | {"_class_name": "AutoencoderKL"}, indent=1
+    )
+    weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+    manifest.put(folder, {CONFIG: config.encode(), WEIGHTS_FILE: safetensors.torch.save(weights)})
+
+
+def load_stored(folder: Folder) -> Vae:
+    """Load the autoencoder that the prepare stage has stored; UserError if there is none."""
+    facts = manifest.find(folder)
+    if facts is None:
+        raise UserError(f"{folder}: no VAE there: the prepare stage has not finished")
+    net: AutoencoderKL = _diffusers("AutoencoderKL").from_config(json.loads(manifest.read(folder, CONFIG, facts)))
+    net.load_state_dict(safetensors.torch.load(manifest.read(folder, WEIGHTS_FILE, facts)))
+    return DiffusersVae(net.eval().requires_grad_(False))
+
+
+def load_pretrained(settings: PretrainedVae) -> Vae:
+    """Load a published VAE from a local folder or hub id; UserError if there is none, or none of the `SUPPORTED` classes."""
+    kind, _ = published(settings)
+    return DiffusersVae(_from_path(settings, kind.from_pretrained).eval().requires_grad_(False))
+
+
+def published(settings: PretrainedVae) -> tuple[Any, dict[str, Any]]:
+    """Return the class and the configuration of a published VAE; UserError if the class is not supported."""
+    config = _from_path(settings, _diffusers("AutoencoderKL").load_config)
+    if (name := config.get("_class_name")) not in SUPPORTED:
+        raise UserError(f"vae.path: {settings.path!r} is of class {name}, expected one of {', '.join(SUPPORTED)}")
+    return _diffusers(name), config
+
+
+def _from_path(settings: PretrainedVae, read: Callable[..., Any]) -> Any:
+    try:
+        return read(settings.path, subfolder=settings.subfolder)
+    except (OSError, ValueError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise UserError(f"vae.path: no autoencoder at {settings.path!r} (folder or hub id): {first}") from error

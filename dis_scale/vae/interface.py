@@ -1,0 +1,112 @@
+"""The interface of autoencoders, `Vae`: uint8 images to latents and back; and the one that leaves images as they are.
+
+Read next: autoencoders.py, for those of diffusers.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dis_scale.errors import DisScaleError
+from dis_scale.recipe import LatentShape
+from dis_scale.vae.scaling import Scaling
+
+NO_VARIANCE = float(torch.finfo(torch.float16).min)
+"""A log-variance with deviation exp(NO_VARIANCE / 2) = 0 exactly in float32: a sample of the posterior is its mean."""
+
+
+@dataclass(frozen=True)
+class Vae(ABC):
+    """Encodes uint8 images to posterior moments, and decodes scaled latents to images."""
+
+    net: Any
+    """The network, to be moved between devices; the identity if there is none."""
+
+    @property
+    @abstractmethod
+    def scale(self) -> float: ...
+    @property
+    @abstractmethod
+    def shift(self) -> float: ...
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """Hash that changes when the latents of an image do."""
+
+    @abstractmethod
+    def latent(self, resolution: int) -> LatentShape:
+        """Return the latents' shape for images of `resolution` pixels a side."""
+
+    @abstractmethod
+    def _encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Return posterior moments (B, 2C, h, w), mean and log-variance, of images in [-1, 1] on the CPU."""
+
+    @abstractmethod
+    def _decode(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
+        """Return images in [-1, 1] of the network's own latents."""
+
+    @property
+    def scaling(self) -> Scaling:
+        """Scaling of the latents that `decode` gets."""
+        return Scaling(self.shift, self.scale)
+
+    @torch.no_grad()
+    def encode(self, pixels_BHWC: np.ndarray) -> torch.Tensor:
+        """Return posterior moments (B, 2C, h, w), mean and log-variance, of uint8 images (B, H, W, 3)."""
+        return self._encode(to_unit(pixels_BHWC))
+
+    @torch.no_grad()
+    def decode(self, latents_BCHW: torch.Tensor) -> np.ndarray:
+        """Return uint8 images (B, H, W, 3) of scaled latents; DisScaleError if an image is not finite."""
+        images = self._decode(self.scaling.undo(latents_BCHW))
+        # as pixels, a value that is not finite would be black
+        if bad := int((~images.isfinite()).flatten(1).any(1).sum()):
+            raise DisScaleError(f"the VAE decoded {bad} of {len(images)} latents to values that are not finite")
+        return to_pixels(images)
+
+
+@dataclass(frozen=True)
+class PixelVae(Vae):
+    """No VAE: a latent is the image in [-1, 1], with 3 channels and factor 1. Its posterior has no variance.
+
+    Moments are 3 channels of pixels, whose 256 values float16 keeps distinct, and 3 of `NO_VARIANCE`.
+    """
+
+    net: nn.Module = field(default_factory=nn.Identity)
+
+    @property
+    def scale(self) -> float:
+        return 1.0
+
+    @property
+    def shift(self) -> float:
+        return 0.0
+
+    @cached_property
+    def identity(self) -> str:
+        return hashlib.sha256(b"pixels in [-1, 1]").hexdigest()
+
+    def latent(self, resolution: int) -> LatentShape:
+        return LatentShape(3, resolution)
+
+    def _encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return torch.cat([images_BCHW, torch.full_like(images_BCHW, NO_VARIANCE)], dim=1)
+
+    def _decode(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
+        return latents_BCHW
+
+
+def to_unit(pixels_BHWC: np.ndarray) -> torch.Tensor:
+    """Convert uint8 (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels_BHWC.transpose(0, 3, 1, 2))).float().div_(127.5).sub_(1)
+
+
+def to_pixels(images_BCHW: torch.Tensor) -> np.ndarray:
+    """Convert float (B, 3, H, W) in [-1, 1] to uint8 (B, H, W, 3)."""
+    return images_BCHW.add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
