@@ -18,7 +18,7 @@ from dis_scale.data.sources import open_source
 from dis_scale.errors import DisScaleError, UserError
 from dis_scale.evaluation.pictures import open_for_sampling, sample_pictures
 from dis_scale.evaluation.sampling import open_sampler
-from dis_scale.recipe import LatentShape, PretrainedVae, TrainedVae, reading
+from dis_scale.recipe import LatentShape, PretrainedVae, TorchScriptVae, TrainedVae, reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.vae import to_pixels, to_unit
@@ -79,6 +79,38 @@ def saved_class(where: Path, name: str) -> PretrainedVae:
     torch.manual_seed(0)
     getattr(diffusers, name)(**CLASSES[name]).save_pretrained(where)
     return PretrainedVae(kind="pretrained", path=str(where))
+
+
+class Folded(torch.nn.Module):
+    """An autoencoder without loss: a pixel's 2 x 2 neighbours become 12 channels, three times as large and moved by 1."""
+
+    def __init__(self, posterior: bool) -> None:
+        super().__init__()
+        self.posterior = posterior
+        self.factor = torch.nn.Parameter(torch.tensor(3.0))
+
+    @torch.jit.export
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        z = torch.nn.functional.pixel_unshuffle(x, 2) * self.factor + 1
+        return torch.cat([z, torch.full_like(z, -4.0)], 1) if self.posterior else z
+
+    @torch.jit.export
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pixel_shuffle((z - 1) / self.factor, 2)
+
+
+class Encoding(torch.nn.Module):
+    """A module without `decode`."""
+
+    @torch.jit.export
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def scripted(where: Path, posterior: bool, net: torch.nn.Module | None = None, **settings: object) -> TorchScriptVae:
+    """Save an autoencoder as a TorchScript file."""
+    torch.jit.script(net or Folded(posterior)).save(str(where))
+    return TorchScriptVae(kind="torchscript", path=str(where), posterior=posterior, **settings)  # type: ignore[arg-type]
 
 
 def saved(where: Path, levels: int, **config: object) -> PretrainedVae:
@@ -152,6 +184,55 @@ def test_moments_are_those_of_the_class(name: str, tmp_path: Path) -> None:
     assert torch.equal(moments[:, : mean.shape[1]], mean)
     if name not in DETERMINISTIC:
         assert torch.equal(moments[:, mean.shape[1] :], encoded.logvar)
+
+
+@pytest.mark.parametrize("posterior", [True, False])
+def test_a_torchscript_file_gives_its_images_back(posterior: bool, tmp_path: Path) -> None:
+    """Encode, write shards, read, scale and decode: the pictures are the images."""
+    settings = scripted(tmp_path / "vae.pt", posterior, scale=0.5, shift=1.0)
+    recipe = reading.load(TINY, [f"vae={settings.model_dump_json()}", "precompute.shard_images=900"])
+    assert recipe.vae == settings
+    sweep, at = Sweep(open_folder(tmp_path) / "sweep", recipe), open_folder(tmp_path) / "latents"
+    encode_digits(sweep, at)
+    decoder, reader, source = vae.load(sweep), Latents(at, seed=0), open_source(recipe.data)
+    assert vae.latent_shape(recipe.vae, 32) == reader.shape == (12, 16)
+    assert [reader.manifest[key] for key in ("scale", "shift", "vae")] == [0.5, 1.0, decoder.identity]
+    moments, _ = reader.read(np.arange(8), np.zeros(8, int))
+    mean = moments[:, :12].astype(np.float32)
+    sample = sample_posterior(moments, np.random.default_rng(0))
+    assert np.std(sample - mean) == pytest.approx(np.exp(-2) if posterior else 0, rel=0.05)
+    images = decoder.decode(torch.from_numpy(reader.scaled(mean)))
+    originals = {source.pixels(n, 32).tobytes() for n in range(len(source))}
+    assert all(image.tobytes() in originals for image in images)
+
+
+def test_the_identity_of_a_torchscript_file_covers_its_settings(tmp_path: Path) -> None:
+    settings = scripted(tmp_path / "vae.pt", False)
+    others = [settings, *(settings.model_copy(update=change) for change in ({"scale": 2.0}, {"shift": 1.0}))]
+    assert len({vae.load_script(each).identity for each in others}) == 3
+    (tmp_path / "moved.pt").write_bytes((tmp_path / "vae.pt").read_bytes())
+    moved = settings.model_copy(update={"path": str(tmp_path / "moved.pt")})
+    assert vae.load_script(moved).identity == vae.load_script(settings).identity
+
+
+def test_other_torchscript_files_are_refused(tmp_path: Path) -> None:
+    good, path = scripted(tmp_path / "vae.pt", False), str(tmp_path / "other")
+    refused = {
+        f"no file {path}": good.model_copy(update={"path": path}),
+        "has sha256 [0-9a-f]{64}, the recipe expects 0000": good.model_copy(update={"sha256": "0" * 64}),
+        "has no method decode: export both": scripted(tmp_path / "half.pt", False, Encoding()),
+        "has no method encode and no method decode": scripted(tmp_path / "none.pt", False, torch.nn.Identity()),
+        r"encode returns \(1, 24, 16, 16\).*expected \(1, C, h, h\)": good.model_copy(
+            update={"path": scripted(tmp_path / "more.pt", True).path}
+        ),
+        "an image of 33 pixels is not encoded and decoded": good,
+    }
+    for words, settings in refused.items():
+        with pytest.raises(UserError, match=words):
+            vae.latent_shape(settings, 33 if "33" in words else 32)
+    (tmp_path / "bytes.pt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="is not a TorchScript file"):
+        vae.load_script(good.model_copy(update={"path": str(tmp_path / "bytes.pt")}))
 
 
 def test_another_class_is_refused_by_name(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from dis_scale.recipe.data import (
     SourceSettings,
     StoredSource,
     TarSource,
+    TorchScriptVae,
     TrainedVae,
     VaeSettings,
 )
@@ -43,7 +44,7 @@ __all__ = [
     "CHECKPOINTING", "MAIN", "CsvSource", "Data", "DiffuSsm", "DigitsSource", "Dis", "Dit", "Evaluate",
     "ExtractorSettings", "Flow", "FolderSource", "Gaussian", "InceptionExtractor", "LatentShape", "Model", "NoVae",
     "ParquetSource", "Precision", "Precompute", "PretrainedVae", "Reader", "Recipe", "Settings", "SourceSettings", "StoredSource",
-    "TarSource", "TorchScriptExtractor", "Train", "TrainedExtractor", "TrainedVae", "VaeSettings", "Variant",
+    "TarSource", "TorchScriptExtractor", "TorchScriptVae", "Train", "TrainedExtractor", "TrainedVae", "VaeSettings", "Variant",
 ]  # fmt: skip
 
 FORMAT = 1

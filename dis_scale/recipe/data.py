@@ -108,13 +108,27 @@ class PretrainedVae(Settings):
     subfolder: str | None = None
 
 
+class TorchScriptVae(Settings):
+    """A TorchScript file with two methods, in float32: `encode`, images (B, 3, H, W) in [-1, 1] to latents, and `decode`, back."""
+
+    kind: Literal["torchscript"]
+    path: str = runtime(...)
+    """Path or URL of the file."""
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    posterior: bool
+    """Whether `encode` returns mean and log-variance, (B, 2C, h, w), or latents, (B, C, h, w)."""
+    scale: float = Field(1.0, gt=0)
+    """The backbone sees latents as (z - shift) scale."""
+    shift: float = 0.0
+
+
 class NoVae(Settings):
     """Pixel space: a latent is the image itself, 3 channels in [-1, 1]; decoding is the identity."""
 
     kind: Literal["none"]
 
 
-VaeSettings = TrainedVae | PretrainedVae | NoVae
+VaeSettings = TrainedVae | PretrainedVae | TorchScriptVae | NoVae
 
 
 class Precompute(Settings):

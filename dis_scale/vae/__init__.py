@@ -1,9 +1,9 @@
 """Autoencoders: images to latents and back. `load` opens the sweep's.
 
-Read next: interface.py, and autoencoders.py, the door to diffusers.
+Read next: interface.py; autoencoders.py, the door to diffusers; script.py.
 """
 
-from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, TrainedVae, VaeSettings
+from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, TorchScriptVae, TrainedVae, VaeSettings
 from dis_scale.sweep import Sweep
 from dis_scale.vae.autoencoders import (
     CONFIG,
@@ -17,26 +17,35 @@ from dis_scale.vae.autoencoders import (
     shape_of,
 )
 from dis_scale.vae.interface import PixelVae, Vae, to_pixels, to_unit
+from dis_scale.vae.script import load_script
 
 __all__ = [
-    "CONFIG", "DiffusersVae", "PixelVae", "Vae", "latent_shape", "load", "load_pretrained", "new", "save", "to_pixels", "to_unit",
+    "CONFIG", "DiffusersVae", "PixelVae", "Vae", "latent_shape", "load", "load_pretrained", "load_script", "new", "save",
+    "to_pixels", "to_unit",
 ]  # fmt: skip
 
 
 def latent_shape(settings: VaeSettings, resolution: int) -> LatentShape:
-    """Return the latents' shape from the VAE's settings or configuration, without weights; UserError if the images do not fit."""
+    """Return the latents' shape from the VAE's settings or configuration, or by a trial of a TorchScript file.
+
+    UserError if the images do not fit.
+    """
     if isinstance(settings, NoVae):
         return LatentShape(3, resolution)
     if isinstance(settings, TrainedVae):
         return fitted(settings.latent_channels, 2 ** (len(settings.widths) - 1), resolution)
+    if isinstance(settings, TorchScriptVae):
+        return load_script(settings).latent(resolution)
     return shape_of(*published(settings), resolution)
 
 
 def load(sweep: Sweep) -> Vae:
-    """Load the sweep's VAE: the prepare stage's, a published one from a local folder or hub id, or `PixelVae`."""
+    """Load the sweep's VAE: the prepare stage's, a published one, a TorchScript file, or `PixelVae`."""
     settings = sweep.recipe.vae
     if isinstance(settings, NoVae):
         return PixelVae()
     if isinstance(settings, PretrainedVae):
         return load_pretrained(settings)
+    if isinstance(settings, TorchScriptVae):
+        return load_script(settings)
     return load_stored(sweep.vae)
