@@ -56,7 +56,7 @@ class Evaluator(Worker):
         where = torch.device(device)
         if shared_gpu is not None:
             torch.cuda.set_per_process_memory_fraction(sweep.recipe.evaluate.gpu_share, 0)
-        decoder = vae.load(sweep)
+        decoder = vae.for_samples(sweep, vae.load(sweep))
         state.require_sweep_vae(sweep, decoder.identity)
         decoder.net.to(where)
         self.sweep, self.sampler = sweep, open_sampler(sweep, decoder, where)
@@ -100,7 +100,10 @@ class Evaluator(Worker):
         with self._sampling:
             compute_exactly()
             recipe, settings = self.sweep.recipe, self.sweep.recipe.evaluate
-            latents = Latents(state.require_latents(self.sweep.folder), recipe.seed, recipe.data.held_out_images)
+            latents = Latents(
+                state.require_latents(self.sweep.folder), recipe.seed, recipe.data.held_out_images,
+                normalise=recipe.data.normalise,
+            )  # fmt: skip
             model = self.sampler.model(sampled.model, sampled.images_seen, settings)
             process = diffusion.build(recipe.diffusion)
             return held_out.losses(model, process, latents, recipe.seed, settings.batch_images)

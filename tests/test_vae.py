@@ -10,19 +10,22 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from dis_scale import vae
+from dis_scale import diffusion, vae
 from dis_scale.data import shards
 from dis_scale.data.encode import encode_images
-from dis_scale.data.latents import Latents, micro_batch, sample_posterior
+from dis_scale.data.latents import Latents, micro_batch, open_latents, sample_posterior
 from dis_scale.data.sources import open_source
 from dis_scale.errors import DisScaleError, UserError
+from dis_scale.evaluation import held_out
 from dis_scale.evaluation.pictures import open_for_sampling, sample_pictures
 from dis_scale.evaluation.sampling import open_sampler
 from dis_scale.recipe import LatentShape, PretrainedVae, TorchScriptVae, TrainedVae, reading
 from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.sweep import Sweep, state
+from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.vae import to_pixels, to_unit
+from dis_scale.vae.scaling import Scaling
 from pipelines import precompute
+from pipelines.evaluate import Evaluator
 from pipelines.precompute import Dealer, Encoder
 from pipelines.prepare import Preparer
 from tests.conftest import TINY
@@ -335,6 +338,50 @@ def test_all_stages_in_pixel_space(tmp_path: Path) -> None:
     opened = open_for_sampling(tmp_path / "sweep/runs/dis/published/000000000320", None)
     pictures = sample_pictures(opened, [3], 2, sampler="ddim", steps=2, guidance=1.0, seed=0, batch=2)
     assert pictures.shape == (2, 16, 16, 3)
+
+
+def test_all_stages_normalised_by_channel(tmp_path: Path) -> None:
+    """Training and the held-out loss see normalised latents, and evaluation and `dis-scale sample` decode them to the images."""
+    settings = scripted(tmp_path / "vae.pt", posterior=False, scale=0.25)
+    stages = [
+        "data.normalise=channels",
+        "train.workers=1",
+        "train.publish_images=[0, 16]",
+        "precompute.shard_images=900",
+    ]
+    recipe = reading.load(TINY, [f"vae={settings.model_dump_json()}", *stages])
+    sweep = ranks.sweep_of(tmp_path, recipe)
+    latents = sweep.folder / "latents/folded"
+    sweep.save_recipe()
+    Preparer().prepare(sweep, "cpu")
+    encode_digits(sweep, latents)
+    state.use_latents(sweep, latents, vae.load(sweep).identity)
+    (tmp_path / "latents").symlink_to(latents.url)  # training without Ray reads this path
+    reader, _ = open_latents(latents, recipe, 1, print)
+    options = {"batch": 1700, "lanes": 1, "seed": 0, "flip": False, "label_dropout": 0.0}
+    x_BCHW = micro_batch(reader, 0, 0, **options).x_BCHW  # type: ignore[arg-type]
+    assert x_BCHW.mean((0, 2, 3)).tolist() == pytest.approx([0] * 12, abs=0.01)
+    assert x_BCHW.std((0, 2, 3)).tolist() == pytest.approx([1] * 12, abs=0.01)
+
+    ranks.run(recipe, "dis", tmp_path, attempt=1)
+    evaluator, source = Evaluator(sweep, "cpu"), open_source(recipe.data)
+    published = tmp_path / "sweep/runs/dis/published/000000000016"
+    originals = {source.pixels(n, 32).tobytes() for n in range(len(source))}
+    for decoder in (evaluator.sampler.vae, open_for_sampling(published, None).decoder):
+        assert all(image.tobytes() in originals for image in decoder.decode(x_BCHW[:8]))
+    assert not any(image.tobytes() in originals for image in vae.load(sweep).decode(x_BCHW[:8]))
+
+    by_channel = Latents(latents, 0, recipe.data.held_out_images, normalise="channels")
+    model = evaluator.sampler.model("dis", 16, recipe.evaluate)
+    expected = held_out.losses(model, diffusion.build(recipe.diffusion), by_channel, recipe.seed, 20)
+    assert evaluator.held_out(Sampled("dis", 16)) == expected
+
+
+def test_a_constant_channel_is_not_normalised() -> None:
+    facts = {"shift": 0.0, "scale": 1.0, "mean": [0.0, 1.0], "std": [1.0, 0.0]}
+    assert Scaling.of(facts, "vae") == Scaling(0.0, 1.0)
+    with pytest.raises(UserError, match=r"data.normalise: channels \[1\] of the latents are constant: set it to vae"):
+        Scaling.of(facts, "channels")
 
 
 def test_latents_that_decode_to_non_finite_values_are_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from dis_scale.data.mixing import BLOCK_SHARDS
 from dis_scale.data.order import Locations, Order
 from dis_scale.data.shards import Shard, unpack
 from dis_scale.errors import UserError
-from dis_scale.recipe import LatentShape, Reader, Recipe
+from dis_scale.recipe import LatentShape, Normalise, Reader, Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.vae.scaling import Scaling
@@ -37,11 +37,12 @@ class Latents:
     """A complete set of latent shards, read by position by one thread. Unless `keep_all`, memory holds two blocks only."""
 
     def __init__(
-        self, folder: Folder, seed: int, held_out: int = 0, *, cache: Cache | None = None, keep_all: bool = False
-    ) -> None:
+        self, folder: Folder, seed: int, held_out: int = 0, *, normalise: Normalise = "vae", cache: Cache | None = None,
+        keep_all: bool = False,
+    ) -> None:  # fmt: skip
         self.folder, self.manifest = folder.patient, manifest.require(folder)
         self.shape = LatentShape(*self.manifest["latent"])
-        self.scaling = Scaling(self.manifest["shift"], self.manifest["scale"])
+        self.scaling = Scaling.of(self.manifest, normalise)
         self.order = Order([shard["count"] for shard in self.manifest["shards"]], seed, held_out=held_out)
         self._cache, self._buffer = cache, MemoryBuffer(self._load, keep_all)
 
@@ -98,7 +99,10 @@ def open_latents(folder: Folder, recipe: Recipe, workers: int, say: Callable[[st
         where = recipe.reader.cache_folder
         cache = Cache(Path(where).expanduser() if where else default_folder(), int(recipe.reader.cache_gib * GIB), say)
         how += f"; cache {cache.folder}, up to {recipe.reader.cache_gib:g} GiB"
-    latents = Latents(folder, recipe.seed, recipe.data.held_out_images, cache=cache, keep_all=keep_all)
+    data = recipe.data
+    latents = Latents(
+        folder, recipe.seed, data.held_out_images, normalise=data.normalise, cache=cache, keep_all=keep_all
+    )
     return latents, [how, mixing.words(facts["mixing"])]
 
 

@@ -51,7 +51,7 @@ def open_for_sampling(path: Path, vae_path: str | None, heads: int | None = None
         raise UserError(f"{path} is not in a sweep, so name the VAE of its latents: --vae FOLDER or hub id")
     if sweep is None:
         return OpenCheckpoint(model, Gaussian(kind="gaussian"), decoder)
-    recipe = sweep.recipe
+    recipe, decoder = sweep.recipe, vae.for_samples(sweep, decoder)
     return OpenCheckpoint(model, recipe.diffusion, decoder, recipe.evaluate.sampler, recipe.evaluate.steps)
 
 

@@ -73,6 +73,9 @@ class CsvSource(StoredSource):
 SourceSettings = DigitsSource | FolderSource | TarSource | ParquetSource | CsvSource
 
 
+Normalise = Literal["vae", "channels"]
+
+
 class Data(Settings):
     """Labelled images, resized to `resolution` x `resolution` after a centre crop."""
 
@@ -83,6 +86,8 @@ class Data(Settings):
     """Treatment of empty, damaged or bomb-sized images: stop with an error that names it, or skip, count and list it."""
     mirror: bool = True
     """Flip each image horizontally with probability 1/2 in training."""
+    normalise: Normalise = "vae"
+    """Normalise latents by the VAE's scale and shift, or each channel by its own mean and deviation over the set."""
     held_out_images: int = Field(0, ge=0)
     """Images that training never sees, selected by the seed; their loss is measured at each published count."""
 

@@ -1,10 +1,13 @@
-"""Autoencoders: images to latents and back. `load` opens the sweep's.
+"""Autoencoders: images to latents and back. `load` opens the sweep's, `for_samples` makes it decode the sweep's samples.
 
 Read next: interface.py; autoencoders.py, the door to diffusers; script.py.
 """
 
+from dataclasses import replace
+
 from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, TorchScriptVae, TrainedVae, VaeSettings
-from dis_scale.sweep import Sweep
+from dis_scale.storage import manifest
+from dis_scale.sweep import Sweep, state
 from dis_scale.vae.autoencoders import (
     CONFIG,
     DiffusersVae,
@@ -17,11 +20,12 @@ from dis_scale.vae.autoencoders import (
     shape_of,
 )
 from dis_scale.vae.interface import PixelVae, Vae, to_pixels, to_unit
+from dis_scale.vae.scaling import Scaling
 from dis_scale.vae.script import load_script
 
 __all__ = [
-    "CONFIG", "DiffusersVae", "PixelVae", "Vae", "latent_shape", "load", "load_pretrained", "load_script", "new", "save",
-    "to_pixels", "to_unit",
+    "CONFIG", "DiffusersVae", "PixelVae", "Vae", "for_samples", "latent_shape", "load", "load_pretrained", "load_script", "new",
+    "save", "to_pixels", "to_unit",
 ]  # fmt: skip
 
 
@@ -49,3 +53,11 @@ def load(sweep: Sweep) -> Vae:
     if isinstance(settings, TorchScriptVae):
         return load_script(settings)
     return load_stored(sweep.vae)
+
+
+def for_samples(sweep: Sweep, decoder: Vae) -> Vae:
+    """Return the decoder of the sweep's samples, which `data.normalise` scales; by channel, it needs the sweep's latents."""
+    if sweep.recipe.data.normalise == "vae":
+        return decoder
+    facts = manifest.require(state.require_latents(sweep.folder))
+    return replace(decoder, normalised=Scaling.of(facts, sweep.recipe.data.normalise))

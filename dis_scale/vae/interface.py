@@ -27,6 +27,8 @@ class Vae(ABC):
 
     net: Any
     """The network, to be moved between devices; the identity if there is none."""
+    normalised: Scaling | None = field(default=None, kw_only=True)
+    """Scaling of the latents that `decode` gets, if it is not the VAE's own."""
 
     @property
     @abstractmethod
@@ -54,7 +56,7 @@ class Vae(ABC):
     @property
     def scaling(self) -> Scaling:
         """Scaling of the latents that `decode` gets."""
-        return Scaling(self.shift, self.scale)
+        return self.normalised or Scaling(self.shift, self.scale)
 
     @torch.no_grad()
     def encode(self, pixels_BHWC: np.ndarray) -> torch.Tensor:

@@ -1,10 +1,14 @@
 """The scaling between an autoencoder's latents and those that the backbone sees. Training applies it, decoding undoes it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+
+from dis_scale.errors import UserError
+from dis_scale.recipe import Normalise
 
 
 @dataclass(frozen=True)
@@ -13,6 +17,15 @@ class Scaling:
 
     shift: float | Sequence[float]
     scale: float | Sequence[float]
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any], normalise: Normalise) -> "Scaling":
+        """Return the scaling of a set of latents from its manifest; UserError if it needs a deviation that is 0."""
+        if normalise == "vae":
+            return cls(facts["shift"], facts["scale"])
+        if constant := [channel for channel, deviation in enumerate(facts["std"]) if not deviation]:
+            raise UserError(f"data.normalise: channels {constant} of the latents are constant: set it to vae")
+        return cls(facts["mean"], [1 / deviation for deviation in facts["std"]])
 
     def apply(self, latents_BCHW: np.ndarray) -> np.ndarray:
         """Scale float32 latents in place."""
