@@ -7,8 +7,9 @@ Read next: official.py for the layouts of the public code.
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -19,6 +20,8 @@ from dis_scale.errors import UserError
 from dis_scale.models import Backbone, build, check_finite
 from dis_scale.models.official import from_official, from_official_dit, read_weights
 from dis_scale.recipe import Flow, Gaussian, LatentShape, Model
+from dis_scale.vae import DiffusersVae
+from dis_scale.vae.scaling import Scaling
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 """diffusers' name for a component's weights."""
@@ -34,7 +37,7 @@ from dis_scale.models.export import from_description
 
 class DisScaleBackbone(ModelMixin, ConfigMixin):
     @register_to_config
-    def __init__(self, description: dict, diffusion: dict):
+    def __init__(self, description: dict, diffusion: dict, scaling: dict = None):
         super().__init__()
         self.net = from_description(description)
 
@@ -46,16 +49,16 @@ PIPELINE_PY = '''\
 """Samples images from a dis-scale backbone: noise depends only on the seed and the image number."""
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 
-from dis_scale.models.export import process_of, sampler_for
+from dis_scale.models.export import process_of, sampler_for, scaling_of
 
 
 class DisScalePipeline(DiffusionPipeline):
     _optional_components = ["vae"]
 
-    def __init__(self, backbone, vae: AutoencoderKL = None):
+    def __init__(self, backbone, vae: ModelMixin = None):
         super().__init__()
         self.register_modules(backbone=backbone, vae=vae)
 
@@ -73,16 +76,9 @@ class DisScalePipeline(DiffusionPipeline):
             steps=num_inference_steps, guidance=guidance_scale, seed=seed, device=self.backbone.device,
         )
         if self.vae is not None:
-            shift = self.vae.config.get("shift_factor") or 0.0
-            images = self.vae.decode(images / self.vae.config.scaling_factor + shift).sample
+            images = self.vae.decode(scaling_of(self.backbone.config.scaling).undo(images)).sample
         return ImagePipelineOutput(VaeImageProcessor().postprocess(images, output_type=output_type))
 '''
-
-
-class Saved(Protocol):
-    """A diffusers component: an AutoencoderKL."""
-
-    def save_pretrained(self, folder: Path, /) -> Any: ...
 
 
 def describe(model: Backbone) -> dict[str, Any]:
@@ -140,18 +136,24 @@ def open_checkpoint(path: str | Path, heads: int | None = None) -> Backbone:
     return model.eval()
 
 
-def save_pipeline(folder: str | Path, model: Backbone, process: Gaussian | Flow, vae: Saved | None = None) -> None:
-    """Write a diffusers folder: model_index.json, the backbone, and the VAE unless the model works on pixels."""
+def save_pipeline(
+    folder: str | Path, model: Backbone, process: Gaussian | Flow, vae: DiffusersVae | None = None
+) -> None:
+    """Write a diffusers folder: model_index.json, the backbone, and the VAE unless the model works on pixels.
+
+    `vae` is the decoder of the model's samples: `dis_scale.vae.for_samples` returns it.
+    """
     check_finite(model)
     folder = Path(folder)
     backbone = folder / "backbone"
     backbone.mkdir(parents=True, exist_ok=True)
-    config = {"_class_name": "DisScaleBackbone", "description": describe(model)}
+    config: dict[str, Any] = {"_class_name": "DisScaleBackbone", "description": describe(model)}
     config["diffusion"] = process.model_dump(mode="json")
+    config["scaling"] = None if vae is None else asdict(vae.scaling)
     index: dict[str, Any] = {
         "_class_name": ["pipeline", "DisScalePipeline"],
         "backbone": ["backbone", "DisScaleBackbone"],
-        "vae": ["diffusers", "AutoencoderKL"] if vae is not None else [None, None],
+        "vae": ["diffusers", type(vae.net).__name__] if vae is not None else [None, None],
     }
     weights = {f"net.{name}": weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
     safetensors.torch.save_file(weights, backbone / WEIGHTS, {"format": "pt"})
@@ -163,7 +165,12 @@ def save_pipeline(folder: str | Path, model: Backbone, process: Gaussian | Flow,
     ):
         path.write_text(text + "\n")
     if vae is not None:
-        vae.save_pretrained(folder / "vae")
+        vae.net.save_pretrained(folder / "vae")
+
+
+def scaling_of(settings: dict[str, Any]) -> Scaling:
+    """The scaling of the latents of an exported folder."""
+    return Scaling(**settings)
 
 
 def process_of(settings: dict[str, Any]) -> Any:

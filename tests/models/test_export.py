@@ -11,6 +11,8 @@ from dis_scale.models import build
 from dis_scale.models.export import load, open_checkpoint, save, save_pipeline
 from dis_scale.models.official import to_official
 from dis_scale.recipe import DiffuSsm, Dis, Dit, Flow, Gaussian, LatentShape
+from dis_scale.vae import DiffusersVae
+from dis_scale.vae.scaling import Scaling
 
 DIS = Dis(kind="dis", width=32, depth=2, patch=2)
 SETTINGS = [
@@ -57,28 +59,42 @@ def small_vae():
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    return AutoencoderKL(
+    net = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, block_out_channels=[8, 8],
         latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=16, scaling_factor=0.5,
     ).eval()  # fmt: skip
+    return DiffusersVae(net)
+
+
+def tiny_vae_by_channel():
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    net = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).eval()  # fmt: skip
+    return DiffusersVae(net, normalised=Scaling([0.1, 0.2, 0.3, 0.4], [0.5, 1.0, 2.0, 4.0]))
 
 
 @pytest.mark.parametrize(
-    ("settings", "diffusion", "in_pixels"),
+    ("settings", "diffusion", "make_vae"),
     [
-        (SETTINGS[0], Gaussian(kind="gaussian"), False),
-        (SETTINGS[1], Flow(kind="flow"), False),
-        (SETTINGS[2], Gaussian(kind="gaussian"), True),
+        (SETTINGS[0], Gaussian(kind="gaussian"), small_vae),
+        (SETTINGS[1], Flow(kind="flow"), small_vae),
+        (SETTINGS[1], Flow(kind="flow"), tiny_vae_by_channel),
+        (SETTINGS[2], Gaussian(kind="gaussian"), None),
     ],
-    ids=["dis", "dit-flow", "diffussm-pixels"],
+    ids=["dis", "dit-flow", "tiny-by-channel", "diffussm-pixels"],
 )
-def test_diffusers_samples_from_the_folder(settings, diffusion, in_pixels, tmp_path, monkeypatch):
+def test_diffusers_samples_from_the_folder(settings, diffusion, make_vae, tmp_path, monkeypatch):
     import diffusers.utils.dynamic_modules_utils as dynamic
     from diffusers import DiffusionPipeline
 
     monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    shape = LatentShape(3 if in_pixels else 4, 8)
-    model, vae = build(settings, shape, 10, seed=3), None if in_pixels else small_vae()
+    vae = make_vae and make_vae()
+    shape = LatentShape(4 if vae else 3, 8)
+    model = build(settings, shape, 10, seed=3)
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.05 * torch.randn_like(weight)
@@ -86,12 +102,16 @@ def test_diffusers_samples_from_the_folder(settings, diffusion, in_pixels, tmp_p
     folder = str(tmp_path / "export")
     pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
     images = pipeline(class_labels=[1, 7], num_inference_steps=3, output_type="pt", seed=5).images
-    side = 8 if in_pixels else 16
+    side = 16 if vae else 8
     assert images.shape == (2, 3, side, side)
     sampler = "ddpm" if diffusion.kind == "gaussian" else "heun"
     with torch.no_grad():
         expected = generate(
             model, build_process(diffusion), [1, 7], [0, 1], sampler=sampler, steps=3, guidance=1.5, seed=5
         )
-        expected = expected if vae is None else vae.decode(expected / 0.5).sample
+        if make_vae is small_vae:
+            expected = vae.net.decode(expected / 0.5).sample
+        elif vae:
+            mean, std = (torch.tensor(x)[:, None, None] for x in ([0.1, 0.2, 0.3, 0.4], [2.0, 1.0, 0.5, 0.25]))
+            expected = vae.net.decode(expected * std + mean).sample
     assert torch.allclose(images, (expected / 2 + 0.5).clamp(0, 1), atol=1e-5)
