@@ -11,6 +11,7 @@ from dis_scale.recipe import LatentShape, Recipe
 from dis_scale.training.engine import kinds
 from dis_scale.training.lanes import largest_share
 from dis_scale.training.memory import worker_bytes
+from dis_scale.vae import has_posterior
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Plan:
 
 def reading(recipe: Recipe, shape: LatentShape, images: int) -> str:
     """Return, in a line, the size of the set, how much of it a node's cache holds and what each node reads from storage."""
-    set_gb = images * sample_bytes(shape) / 1e9
+    set_gb = images * sample_bytes(shape, has_posterior(recipe.vae)) / 1e9
     cached = min(1.0, recipe.reader.cache_gib * 2**30 / 1e9 / set_gb)
     read_gb = share_read(cached) * set_gb
     return (

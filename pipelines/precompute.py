@@ -80,7 +80,7 @@ class Encoder(Worker):
     def mix(self, latents: Folder, encoding: Encoding, deal: Callable[[], int | None]) -> None:
         """Write the shards of the groups that `deal` names, from the parts that all encoders made."""
         source, recipe = open_source(self.sweep.recipe.data, self.sweep.store), self.sweep.recipe
-        mixer = MixedOrder(len(source), recipe.precompute, encoding.latent)
+        mixer = MixedOrder(len(source), recipe.precompute, encoding.latent, encoding.posterior)
         self.report(0)
         for group in iter(deal, None):
             for shard in staging.mixed_shards(latents, source, mixer, group):
@@ -123,7 +123,7 @@ class RayEncoders:
 
     def mix(self, latents: Folder, encoding: Encoding, source: Source, left: list[int]) -> None:
         """Write the shards of these groups from the encoded parts."""
-        mixer = MixedOrder(len(source), self.sweep.recipe.precompute, encoding.latent)
+        mixer = MixedOrder(len(source), self.sweep.recipe.precompute, encoding.latent, encoding.posterior)
         images = sum(len(mixer.group(n)) for n in left)
         self._share("mix", latents, encoding, left, images, len(source), "images mixed")
 
@@ -175,7 +175,7 @@ def make_latents(recipe: Recipe, latents: Folder, source: Source, encoding: Enco
     """Begin or continue a set of latents and seal it. `mix` is used if the source is not in the mixed order."""
     _require_one_kind(latents, encoding, source.listing.facts["sha256"])
     numbers, staged = shards.shard_numbers(len(source), recipe.precompute), latents / staging.STAGED
-    mixer = MixedOrder(len(source), recipe.precompute, encoding.latent)
+    mixer = MixedOrder(len(source), recipe.precompute, encoding.latent, encoding.posterior)
     for name in shards.clear_strays(latents, numbers):
         lines.say(f"{name} is not part of the set: deleted")
 
@@ -234,7 +234,7 @@ def _facts(recipe: Recipe, source: Source, encoding: Encoding) -> dict[str, Any]
         "source": recipe.data.source.model_dump(mode="json"), "listing": source.listing.facts["sha256"],
         "resolution": recipe.data.resolution, "images": len(source),
         "vae": encoding.vae, "scale": encoding.scale, "shift": encoding.shift,
-        "latent": list(encoding.latent), "num_classes": recipe.data.num_classes,
+        "latent": list(encoding.latent), "posterior": encoding.posterior, "num_classes": recipe.data.num_classes,
         "label_names": source.label_names, "shard_images": recipe.precompute.shard_images,
         "encode_images": recipe.precompute.encode_images, "precision": recipe.precompute.precision,
         "device": encoding.device, "torch": encoding.torch,

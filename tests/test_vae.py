@@ -14,12 +14,14 @@ from dis_scale import diffusion, vae
 from dis_scale.data import shards
 from dis_scale.data.encode import encode_images
 from dis_scale.data.latents import Latents, micro_batch, open_latents, sample_posterior
+from dis_scale.data.maintenance import decode_examples, describe
 from dis_scale.data.sources import open_source
 from dis_scale.errors import DisScaleError, UserError
 from dis_scale.evaluation import held_out
 from dis_scale.evaluation.pictures import open_for_sampling, sample_pictures
 from dis_scale.evaluation.sampling import open_sampler
 from dis_scale.recipe import LatentShape, PretrainedVae, TorchScriptVae, TrainedVae, reading
+from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.vae import to_pixels, to_unit
@@ -138,6 +140,19 @@ def encode_digits(sweep: Sweep, latents: Folder) -> None:
     precompute.make_latents(sweep.recipe, latents, source, encoding, encode, refuse)
 
 
+def require_stored(latents: Folder, sweep: Sweep, *, posterior: bool) -> None:
+    """Fail unless the shards have a log-variance exactly if there is a posterior, and all say so."""
+    facts, decoder = manifest.require(latents), vae.load(sweep)
+    (channels, size), entry = facts["latent"], facts["shards"][0]
+    stored = shards.unpack(latents.read(entry["name"]), "").moments
+    assert stored.shape[1:] == (2, channels * (1 + posterior), size, size)
+    assert facts["posterior"] == decoder.posterior == vae.has_posterior(sweep.recipe.vae) == posterior
+    assert abs(entry["bytes"] / entry["count"] - shards.sample_bytes(LatentShape(channels, size), posterior)) < 20
+    assert ("without variance" in describe(latents)[2]) == (not posterior)
+    assert len(facts["mean"]) == channels
+    assert decode_examples(latents, decoder).shape[1:] == (32, 32, 3)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_channels_factor_scale_and_shift(kind: str, tmp_path: Path) -> None:
     config = KINDS[kind]
@@ -166,6 +181,7 @@ def test_every_class_gives_its_latents_back(name: str, tmp_path: Path) -> None:
     decoder, reader = vae.load(sweep), Latents(at, seed=0)
     assert vae.latent_shape(recipe.vae, 32) == reader.shape == decoder.latent(32)
     assert reader.shape.size == 8
+    require_stored(at, sweep, posterior=name not in DETERMINISTIC)
     moments, _ = reader.read(np.arange(8), np.zeros(8, int))
     mean = torch.from_numpy(moments[:, : reader.shape.channels]).float()
     sample = sample_posterior(moments, np.random.default_rng(0))
@@ -183,10 +199,8 @@ def test_moments_are_those_of_the_class(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         encoded = encoder.net.encode(to_unit(pixels), return_dict=False)[0]
     mean = encoded if name in DETERMINISTIC else encoded.mean
-    moments = encoder.encode(pixels)
-    assert torch.equal(moments[:, : mean.shape[1]], mean)
-    if name not in DETERMINISTIC:
-        assert torch.equal(moments[:, mean.shape[1] :], encoded.logvar)
+    expected = mean if name in DETERMINISTIC else torch.cat([mean, encoded.logvar], 1)
+    assert torch.equal(encoder.encode(pixels), expected)
 
 
 @pytest.mark.parametrize("posterior", [True, False])
@@ -200,6 +214,7 @@ def test_a_torchscript_file_gives_its_images_back(posterior: bool, tmp_path: Pat
     decoder, reader, source = vae.load(sweep), Latents(at, seed=0), open_source(recipe.data)
     assert vae.latent_shape(recipe.vae, 32) == reader.shape == (12, 16)
     assert [reader.manifest[key] for key in ("scale", "shift", "vae")] == [0.5, 1.0, decoder.identity]
+    require_stored(at, sweep, posterior=posterior)
     moments, _ = reader.read(np.arange(8), np.zeros(8, int))
     mean = moments[:, :12].astype(np.float32)
     sample = sample_posterior(moments, np.random.default_rng(0))

@@ -41,7 +41,9 @@ class Setup:
     @property
     def mixer(self) -> MixedOrder:
         """Places of the source's entries in the mixed order."""
-        return MixedOrder(len(self.source), self.recipe.precompute, self.vae.latent(self.recipe.data.resolution))
+        return MixedOrder(
+            len(self.source), self.recipe.precompute, self.vae.latent(self.recipe.data.resolution), self.vae.posterior
+        )
 
 
 class _DecodedRange(NamedTuple):
@@ -61,7 +63,7 @@ def compute_exactly(tf32: bool = False) -> None:
 def encoding_of(vae: Vae, resolution: int, device: str) -> Encoding:
     """Return the facts of encoding with this VAE in this process."""
     shape = vae.latent(resolution)
-    return Encoding(vae.identity, vae.scale, vae.shift, shape, device, str(torch.__version__))
+    return Encoding(vae.identity, vae.scale, vae.shift, shape, device, str(torch.__version__), vae.posterior)
 
 
 def require_same_hardware(latents: Folder, device: str) -> None:
@@ -172,12 +174,12 @@ def _encode_batch(setup: Setup, batch: list[tuple[int, np.ndarray]]) -> list[Sam
         entry = setup.source.listing[position]
         if not np.isfinite(moments).all():
             raise DisScaleError(f"latents of image {entry.name} are not finite in float16: is this its VAE?")
-        samples.append(Sample(position, entry.name, int(entry.label), moments))
+        samples.append(Sample(position, entry.name, int(entry.label), moments, setup.vae.posterior))
     return samples
 
 
 def encode_images(vae: Vae, pixels_BHWC: np.ndarray, size: int, precision: str = "fp32") -> np.ndarray:
-    """Encode up to `size` images and their horizontal flips to moments, float16 (B, 2, 2C, h, w); pads the batch to `size`.
+    """Encode up to `size` images and their horizontal flips to moments, float16 (B, 2, 2C or C, h, w); pads the batch to `size`.
 
     `precision` is that of `Precompute`; TF32 is set by `compute_exactly`.
     """

@@ -25,6 +25,7 @@ from dis_scale.errors import UserError
 from dis_scale.recipe import LatentShape, Normalise, Reader, Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
+from dis_scale.vae.interface import NO_VARIANCE
 from dis_scale.vae.scaling import Scaling
 
 GIB = 2**30
@@ -68,10 +69,12 @@ class Latents:
     def _gather(self, locations: Locations, sides: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         channels, size = self.shape
         moments = np.empty((len(sides), 2 * channels, size, size), np.float16)
+        stored = channels * (1 + self.manifest.get("posterior", True))
+        moments[:, stored:] = NO_VARIANCE
         labels = np.empty(len(sides), np.int64)
         for index in np.unique(locations.shards).tolist():
             at, shard = locations.shards == index, self._buffer[index]
-            moments[at] = shard.moments[locations.rows[at], sides[at]]
+            moments[at, :stored] = shard.moments[locations.rows[at], sides[at]]
             labels[at] = shard.labels[locations.rows[at]]
         return moments, labels
 

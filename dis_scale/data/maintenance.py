@@ -101,10 +101,11 @@ def describe(latents: Folder) -> list[str]:
     labels = [f"{names.get(int(label), label)} {count:,}" for label, count in m.get("labels", {}).items()]
     refused = f", {len(m['refused'])} refused: {_some(m['refused'])}" if m["refused"] else ", none refused"
     deviations = [abs(m["scale"]) * deviation for deviation in m["std"]]
+    stored = "moments" if m.get("posterior", True) else "latents without variance"
     return [
         f"latents  {latents}",
         f"images   {m['count']:,} in {len(m['shards'])} shards, {total / 1e6:,.1f} MB{refused}",
-        f"latent   {channels}x{size}x{size}, float16 moments of image and horizontal flip",
+        f"latent   {channels}x{size}x{size}, float16 {stored} of image and horizontal flip",
         f"labels   {len(labels)} of {m['num_classes']} classes: {_some(labels)}",
         f"mixing   {mixing.words(m['mixing'])}",
         f"mean     {_numbers(m['mean'])} by channel; shift {m['shift']:g}",
@@ -136,13 +137,14 @@ def load_decoder(sweep: Folder | None, latents: Folder, path: str | None) -> Vae
 
 def decode_examples(latents: Folder, decoder: Vae) -> np.ndarray:
     """Decode up to `GRID` posterior means to uint8 (N, H, W, 3), evenly from up to ten shards."""
-    entries = [entry for entry in manifest.require(latents)["shards"] if entry["count"]]
+    facts = manifest.require(latents)
+    entries, (channels, _) = [entry for entry in facts["shards"] if entry["count"]], facts["latent"]
     chosen = entries[:: -(-len(entries) // 10)]
     images = []
     for entry in chosen:
         moments = shards.unpack(manifest.verified(latents, entry["name"], entry), f"{latents}/{entry['name']}").moments
         rows = moments[:: max(1, len(moments) // (GRID // len(chosen)))][: GRID // len(chosen), 0]
-        mean = np.split(rows.astype(np.float32), 2, axis=1)[0]
+        mean = rows[:, :channels].astype(np.float32)
         few = torch.from_numpy(decoder.scaling.apply(mean)).split(AT_ONCE)
         images += [decoder.decode(latents_BCHW) for latents_BCHW in few]
     return np.concatenate(images)

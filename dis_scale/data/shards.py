@@ -35,16 +35,26 @@ _VARIES = np.r_[0:_KEY, 124:136, 148:156, _BLOCK : 2 * _BLOCK + _KEY, 2 * _BLOCK
 
 @dataclass(frozen=True)
 class Sample:
-    """One image's posterior: `moments` is float16 (2, 2C, h, w), mean and log-variance of the image and of its horizontal flip."""
+    """One image's posterior: `moments` is float16 (2, 2C, h, w), mean and log-variance of the image and of its horizontal flip.
+
+    Without a posterior, it is (2, C, h, w), the latents.
+    """
 
     position: int
     name: str
     label: int
     moments: np.ndarray
+    posterior: bool = True
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean (C, h, w) of the unflipped image."""
+        halves: list[np.ndarray] = np.split(self.moments[0], 1 + self.posterior)
+        return halves[0]
 
 
 class Shard(NamedTuple):
-    """A shard in memory: `moments` float16 (n, 2, 2C, h, w), `labels` int64 (n)."""
+    """A shard in memory: `moments` float16 (n, 2, 2C or C, h, w), `labels` int64 (n)."""
 
     moments: np.ndarray
     labels: np.ndarray
@@ -69,6 +79,8 @@ class Encoding:
     latent: LatentShape
     device: str
     torch: str
+    posterior: bool = True
+    """Whether a shard has log-variances."""
 
 
 def shard_numbers(images: int, settings: Precompute) -> range:
@@ -92,9 +104,9 @@ def latents_folder(sweep: Sweep, vae_identity: str) -> Folder:
     return sweep.store / f"latents/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
 
 
-def sample_bytes(shape: LatentShape) -> int:
+def sample_bytes(shape: LatentShape, posterior: bool = True) -> int:
     """Return the bytes of a latent in a shard: two headers, the label, and the moments with numpy's header."""
-    npy = 128 + 2 * 2 * (2 * shape.channels) * shape.size**2
+    npy = 128 + 2 * 2 * (1 + posterior) * shape.channels * shape.size**2
     return 3 * _BLOCK + -(-npy // _BLOCK) * _BLOCK
 
 
@@ -237,7 +249,7 @@ def _sums(samples: list[Sample]) -> dict[str, Any]:
     """Return count, mean and M2 by channel of the posterior means of the unflipped images, for exact merging."""
     if not samples:
         return {"count": 0, "mean": [], "m2": []}
-    means = np.stack([s.moments[0, : s.moments.shape[1] // 2] for s in samples]).astype(np.float64)
+    means = np.stack([s.mean for s in samples]).astype(np.float64)
     return {
         "count": means[:, 0].size,
         "mean": means.mean((0, 2, 3)).tolist(),

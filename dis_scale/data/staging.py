@@ -35,6 +35,7 @@ class MixedOrder:
     images: int
     settings: Precompute
     latent: LatentShape
+    posterior: bool = True
 
     @cached_property
     def order(self) -> np.ndarray:
@@ -49,7 +50,7 @@ class MixedOrder:
     @property
     def moments_shape(self) -> tuple[int, ...]:
         channels, size = self.latent
-        return (2, 2 * channels, size, size)
+        return (2, (1 + self.posterior) * channels, size, size)
 
     @property
     def group_images(self) -> int:
@@ -111,7 +112,9 @@ def mixed_shards(latents: Folder, source: Source, mixer: MixedOrder, group: int)
         moments[mixer.places[run.entries[kept]] - inside.start] = run.moments
         for number, good in zip(run.entries.tolist(), kept.tolist(), strict=True):
             entry, place = source.listing[number], mixer.places[number] - inside.start
-            samples[place] = Sample(number, entry.name, int(entry.label), moments[place]) if good else entry.name
+            samples[place] = (
+                Sample(number, entry.name, int(entry.label), moments[place], mixer.posterior) if good else entry.name
+            )
     for number in range(inside.start // shard_images, -(-inside.stop // shard_images)):
         each = samples[number * shard_images - inside.start :][:shard_images]
         yield EncodedShard(number, [s for s in each if isinstance(s, Sample)], [s for s in each if isinstance(s, str)])

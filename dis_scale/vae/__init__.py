@@ -10,6 +10,7 @@ from dis_scale.storage import manifest
 from dis_scale.sweep import Sweep, state
 from dis_scale.vae.autoencoders import (
     CONFIG,
+    DETERMINISTIC,
     DiffusersVae,
     fitted,
     load_pretrained,
@@ -24,8 +25,8 @@ from dis_scale.vae.scaling import Scaling
 from dis_scale.vae.script import load_script
 
 __all__ = [
-    "CONFIG", "DiffusersVae", "PixelVae", "Vae", "for_samples", "latent_shape", "load", "load_pretrained", "load_script", "new",
-    "save", "to_pixels", "to_unit",
+    "CONFIG", "DiffusersVae", "PixelVae", "Vae", "for_samples", "has_posterior", "latent_shape", "load", "load_pretrained",
+    "load_script", "new", "save", "to_pixels", "to_unit",
 ]  # fmt: skip
 
 
@@ -41,6 +42,13 @@ def latent_shape(settings: VaeSettings, resolution: int) -> LatentShape:
     if isinstance(settings, TorchScriptVae):
         return load_script(settings).latent(resolution)
     return shape_of(*published(settings), resolution)
+
+
+def has_posterior(settings: VaeSettings) -> bool:
+    """Return whether the VAE's moments have a log-variance, from its settings or configuration."""
+    if isinstance(settings, TorchScriptVae):
+        return settings.posterior
+    return not isinstance(settings, PretrainedVae) or published(settings)[0].__name__ not in DETERMINISTIC
 
 
 def load(sweep: Sweep) -> Vae:

@@ -16,17 +16,18 @@ from dis_scale.imports import hidden
 from dis_scale.recipe import LatentShape, PretrainedVae, TrainedVae
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
-from dis_scale.vae.interface import NO_VARIANCE, Vae
+from dis_scale.vae.interface import Vae
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL as AutoencoderKL
 
 CONFIG, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
+DETERMINISTIC = ("AutoencoderDC", "AutoencoderTiny", "VQModel")
 SUPPORTED = (
     "AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLHunyuanImage", "AutoencoderKLKVAE",
-    "AutoencoderDC", "AutoencoderTiny", "VQModel",
+    *DETERMINISTIC,
 )  # fmt: skip
-"""diffusers' classes for images; the last three have no posterior."""
+"""diffusers' classes for images; those in `DETERMINISTIC` have no posterior."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class DiffusersVae(Vae):
     @property
     def shift(self) -> float:
         return float(self.net.config.get("shift_factor") or 0.0)
+
+    @property
+    def posterior(self) -> bool:
+        return type(self.net).__name__ not in DETERMINISTIC
 
     def latent(self, resolution: int) -> LatentShape:
         return shape_of(type(self.net), self.net.config, resolution)
@@ -59,11 +64,8 @@ class DiffusersVae(Vae):
         return total.hexdigest()
 
     def _encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        encoded = self.net.encode(images_BCHW.to(self.net.device))
-        if "latent_dist" in encoded:
-            return torch.cat([encoded.latent_dist.mean, encoded.latent_dist.logvar], dim=1)
-        latents = encoded["latent" if "latent" in encoded else "latents"]
-        return torch.cat([latents, torch.full_like(latents, NO_VARIANCE)], dim=1)
+        (encoded,) = self.net.encode(images_BCHW.to(self.net.device), return_dict=False)
+        return torch.cat([encoded.mean, encoded.logvar], dim=1) if self.posterior else encoded
 
     def _decode(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
         images: torch.Tensor = self.net.decode(latents_BCHW).sample

@@ -23,7 +23,7 @@ NO_VARIANCE = float(torch.finfo(torch.float16).min)
 
 @dataclass(frozen=True)
 class Vae(ABC):
-    """Encodes uint8 images to posterior moments, and decodes scaled latents to images."""
+    """Encodes uint8 images to moments, the parameters of their posterior, and decodes scaled latents to images."""
 
     net: Any
     """The network, to be moved between devices; the identity if there is none."""
@@ -41,13 +41,18 @@ class Vae(ABC):
     def identity(self) -> str:
         """Hash that changes when the latents of an image do."""
 
+    @property
+    def posterior(self) -> bool:
+        """Whether moments are mean and log-variance, (B, 2C, h, w); otherwise only the latents, (B, C, h, w)."""
+        return True
+
     @abstractmethod
     def latent(self, resolution: int) -> LatentShape:
         """Return the latents' shape for images of `resolution` pixels a side."""
 
     @abstractmethod
     def _encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """Return posterior moments (B, 2C, h, w), mean and log-variance, of images in [-1, 1] on the CPU."""
+        """Return the moments of images in [-1, 1] on the CPU."""
 
     @abstractmethod
     def _decode(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
@@ -60,7 +65,7 @@ class Vae(ABC):
 
     @torch.no_grad()
     def encode(self, pixels_BHWC: np.ndarray) -> torch.Tensor:
-        """Return posterior moments (B, 2C, h, w), mean and log-variance, of uint8 images (B, H, W, 3)."""
+        """Return the moments of uint8 images (B, H, W, 3)."""
         return self._encode(to_unit(pixels_BHWC))
 
     @torch.no_grad()
@@ -77,7 +82,8 @@ class Vae(ABC):
 class PixelVae(Vae):
     """No VAE: a latent is the image in [-1, 1], with 3 channels and factor 1. Its posterior has no variance.
 
-    Moments are 3 channels of pixels, whose 256 values float16 keeps distinct, and 3 of `NO_VARIANCE`.
+    Moments are 3 channels of pixels, whose 256 values float16 keeps distinct, and 3 of `NO_VARIANCE`: the format is older than
+    moments without a log-variance.
     """
 
     net: nn.Module = field(default_factory=nn.Identity)

@@ -12,7 +12,7 @@ import torch
 from dis_scale.errors import StorageError, UserError
 from dis_scale.recipe import LatentShape, TorchScriptVae
 from dis_scale.storage.folder import locate
-from dis_scale.vae.interface import NO_VARIANCE, Vae
+from dis_scale.vae.interface import Vae
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ class ScriptVae(Vae):
     @property
     def shift(self) -> float:
         return self.settings.shift
+
+    @property
+    def posterior(self) -> bool:
+        return self.settings.posterior
 
     @cached_property
     def identity(self) -> str:
@@ -56,10 +60,7 @@ class ScriptVae(Vae):
         return LatentShape(channels // halves, sides[0])
 
     def _encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        encoded = self._run("encode", images_BCHW.to(self._device))
-        if self.settings.posterior:
-            return encoded
-        return torch.cat([encoded, torch.full_like(encoded, NO_VARIANCE)], dim=1)
+        return self._run("encode", images_BCHW.to(self._device))
 
     def _decode(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
         return self._run("decode", latents_BCHW)

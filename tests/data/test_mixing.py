@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dis_scale import vae
 from dis_scale.data import mixing, shards, staging
@@ -17,7 +19,7 @@ from dis_scale.data.order import Order
 from dis_scale.data.sources import open_source
 from dis_scale.data.staging import STAGED, MixedOrder
 from dis_scale.errors import StorageAway
-from dis_scale.recipe import LatentShape, Precompute, Recipe, reading
+from dis_scale.recipe import LatentShape, Precompute, Recipe, TorchScriptVae, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep
@@ -209,6 +211,32 @@ def test_a_mixed_shard_is_repaired_to_the_same_bytes(small: Sweep) -> None:
     for shard in encode_mixed(setup, range(10), manifest.require(latents)["refused"]):
         assert shards.pack(shard.samples) == latents.read(f"{shard.number:06d}.tar")
         assert shard.refused == latents.read_json(f"{shard.number:06d}.json")["refused"]
+
+
+class Negative(torch.nn.Module):
+    """An autoencoder without a posterior: latents are negative pixels."""
+
+    @torch.jit.export
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return -x
+
+    @torch.jit.export
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return -z
+
+
+def test_latents_without_variance_are_mixed_and_repaired(small: Sweep, tmp_path: Path) -> None:
+    """Each shard has the bytes of the repair, and half the values of the same images with a log-variance."""
+    torch.jit.script(Negative()).save(str(tmp_path / "vae.pt"))
+    settings = TorchScriptVae(kind="torchscript", path=str(tmp_path / "vae.pt"), posterior=False)
+    other = replace(small, recipe=small.recipe.model_copy(update={"vae": settings}))
+    pixels, latents = make(small), make(other)
+    setup = Setup(open_source(other.recipe.data, other.store), vae.load(other), other.recipe)
+    for shard in encode_mixed(setup, range(10), manifest.require(latents)["refused"]):
+        name = f"{shard.number:06d}.tar"
+        assert shards.pack(shard.samples) == latents.read(name)
+        stored, expected = shards.unpack(latents.read(name), ""), shards.unpack(pixels.read(name), "")
+        np.testing.assert_array_equal(stored.moments, -expected.moments[:, :, :3])
 
 
 def test_parts_that_another_process_deleted_are_no_damage(small: Sweep) -> None:
