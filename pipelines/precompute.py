@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dis_scale.data import mixing, shards, staging
 from dis_scale.data.shards import Encoding
@@ -26,7 +27,7 @@ from dis_scale.sweep import Sweep, state
 from pipelines import lines, stage
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
-from pipelines.worker import Worker, WorkerFailure, resources, restarted, spawn, watch
+from pipelines.worker import Worker, WorkerFailure, resources, spawn, watch
 
 if TYPE_CHECKING:
     from dis_scale.vae import Vae
@@ -83,7 +84,7 @@ class Encoder(Worker):
         mixer = MixedOrder(len(source), recipe.precompute, encoding.latent, encoding.posterior)
         self.report(0)
         for group in iter(deal, None):
-            for shard in staging.mixed_shards(latents, source, mixer, group):
+            for shard in staging.mixed_shards(latents, source, mixer, group, self._raise_if_stopped):
                 shards.put_shard(latents, *shard)
                 self._count(len(shard.samples) + len(shard.refused))
 
@@ -95,6 +96,9 @@ class Encoder(Worker):
 
     def _count(self, images: int) -> None:
         self.report(self._done + images)
+        self._raise_if_stopped()
+
+    def _raise_if_stopped(self) -> None:
         self.raise_if_stopped("a rerun repeats the unfinished shard")
 
 
@@ -132,17 +136,23 @@ class RayEncoders:
     ) -> None:
         """Let the encoders share this work on the numbers in `left`, which have so many of all images.
 
-        Ray restarts a lost encoder, which continues with the dealer's next number: another attempt makes what it had begun.
+        The others continue without a lost encoder: another attempt makes what it had begun.
         """
         settings = self.sweep.recipe.precompute
         capacity = int(ray.cluster_resources().get("GPU" if self.device == "cuda" else "CPU", 1))
         count = min(settings.workers, len(left), max(1, capacity))
         workers, self._workers = self._workers[:count], []
-        options = resources("precompute", self.device, 1) | restarted(self.sweep.recipe.train.restarts)
+        options = resources("precompute", self.device, 1)
         workers += [spawn(Encoder, options, self.sweep, self.device) for _ in range(count - len(workers))]
-        dealer = ray.remote(num_cpus=0)(Dealer).remote(left)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        dealer = ray.remote(num_cpus=0)(Dealer).options(scheduling_strategy=here).remote(left)
         results = [getattr(worker, work).remote(latents, encoding, _RemoteDealer(dealer)) for worker in workers]
-        watch(workers, results, lambda done: lines.progress(min(total - images + sum(done), total), total, unit))
+        watch(
+            workers,
+            results,
+            lambda done: lines.progress(min(total - images + sum(done), total), total, unit),
+            independent=True,
+        )
         self._workers = workers
 
 
@@ -164,6 +174,7 @@ def find_or_make_latents(sweep: Sweep, encoders: Any) -> None:
 
         encode, mix = (partial(work, latents, encoding, source) for work in (encoders.encode, encoders.mix))
         make_latents(sweep.recipe, latents, source, encoding, encode, mix)
+    staging.delete_parts(latents)
     state.use_latents(sweep, latents, encoding.vae)
 
 
@@ -202,7 +213,6 @@ def make_latents(recipe: Recipe, latents: Folder, source: Source, encoding: Enco
 
     with_restarts(recipe, "precompute", attempt, lambda: len(latents.list()) + len(staged.list()))
     stage.raise_if_stopped()
-    staged.delete()
     sealed = shards.write_manifest(latents, numbers, _facts(recipe, source, encoding))
     lines.say(f"{sealed['count']} latents in {len(numbers)} shards, {len(sealed['refused'])} images refused")
     lines.say(f"mixing   {mixing.words(sealed['mixing'])}")

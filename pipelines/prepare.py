@@ -18,7 +18,7 @@ from dis_scale.sweep.extractors import part_count, part_positions
 from pipelines import lines, stage
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
-from pipelines.worker import Worker, WorkerFailure, resources, restarted, spawn, watch
+from pipelines.worker import Worker, WorkerFailure, resources, spawn, watch
 
 CPUS = 2
 
@@ -152,11 +152,10 @@ def _compute_in_parts(sweep: Sweep, device: str) -> None:
     before = images - sum(len(part_positions(n, images)) for n in left)
     capacity = int(ray.cluster_resources().get("GPU" if device == "cuda" else "CPU", 1))
     count = max(1, min(sweep.recipe.precompute.workers, len(left), capacity))
-    options = resources("precompute", device, 1) | restarted(sweep.recipe.train.restarts)
-    workers = [spawn(Preparer, options) for _ in range(count)]
+    workers = [spawn(Preparer, resources("precompute", device, 1)) for _ in range(count)]
     lines.say(f"reference: {len(left)} parts left of {part_count(images)}, {count} workers")
     results = [worker.make_parts.remote(sweep, device, left[i::count]) for i, worker in enumerate(workers)]
-    watch(workers, results, lambda done: lines.progress(before + sum(done), images, "images"))
+    watch(workers, results, lambda done: lines.progress(before + sum(done), images, "images"), independent=True)
     watch(workers[:1], [workers[0].merge_parts.remote(sweep, device)], lambda _: None)
 
 

@@ -125,25 +125,22 @@ def resources(name: str, device: str, cpus: float) -> dict[str, Any]:
     return options | ({"resources": {name: 1}} if declared else {})
 
 
-def restarted(restarts: int) -> dict[str, int]:
-    """Return options with which Ray restarts a lost worker and calls its work again, so that the others continue meanwhile."""
-    return {"max_restarts": restarts, "max_task_retries": restarts}
-
-
 def watch(
     workers: Sequence[Any],
     results: Sequence[Any],
     report: Callable[[list[int]], None],
     hang_after_s: float = float("inf"),
     stop_early: Callable[[], bool] = lambda: False,
+    independent: bool = False,
 ) -> list[Any]:
     """Wait for all results; pass each worker's progress to `report`; forward a stop request, or one of `stop_early`.
 
     Raises the first failure at once: WorkerFailure if a new attempt may do better. A hang is one, too: no worker has made progress
-    for `hang_after_s`; their stacks are logged.
+    for `hang_after_s`; their stacks are logged. The accident of one of several `independent` workers is raised when the others
+    have ended: they need not be disturbed.
     """
     try:
-        return _watch(workers, results, report, hang_after_s, stop_early)
+        return _watch(workers, results, report, hang_after_s, stop_early, independent)
     except (WorkerFailure, StorageAway):
         # Free the workers' resources for the next attempt now: the exception's traceback would keep the handles alive.
         for worker in workers:
@@ -157,8 +154,9 @@ def _watch(
     report: Callable[[list[int]], None],
     hang_after_s: float,
     stop_early: Callable[[], bool],
+    independent: bool,
 ) -> list[Any]:
-    waiting, stopping, unplaced = list(results), False, 0
+    waiting, stopping, unplaced, ended = list(results), False, 0, list[Any]()
     done, progress_s = 0, time.monotonic()
     while waiting:
         finished, waiting = ray.wait(waiting, timeout=POLL_EVERY_S)
@@ -167,7 +165,9 @@ def _watch(
         if sum(polls) > done:
             done, progress_s = sum(polls), time.monotonic()
         silent_s = time.monotonic() - progress_s
-        _raise_failure(finished, results, max(polls), silent_s)
+        ended += finished
+        if not (independent and waiting and all(may_pass(failure) for _, failure in _failures(finished, results))):
+            _raise_failure(ended, results, max(polls), silent_s)
         if silent_s > hang_after_s:
             _log_stacks(workers)
             raise WorkerFailure(f"no step ended for {silent_s:.0f} s: hanging", max(polls), silent_s)

@@ -35,13 +35,18 @@ T = TypeVar("T")
 
 
 class Latents:
-    """A complete set of latent shards, read by position by one thread. Unless `keep_all`, memory holds two blocks only."""
+    """A complete set of mixed latent shards, read by position by one thread. Unless `keep_all`, memory holds two blocks only."""
 
     def __init__(
         self, folder: Folder, seed: int, held_out: int = 0, *, normalise: Normalise = "vae", cache: Cache | None = None,
         keep_all: bool = False,
     ) -> None:  # fmt: skip
         self.folder, self.manifest = folder.patient, manifest.require(folder)
+        if "mixing" not in self.manifest:
+            raise UserError(
+                f"{folder}: made by an earlier version, in the source's order: its batches hold few classes; give the sweep "
+                "another name (--set name=...), and mixed latents are made"
+            )
         self.shape = LatentShape(*self.manifest["latent"])
         self.scaling = Scaling.of(self.manifest, normalise)
         self.order = Order([shard["count"] for shard in self.manifest["shards"]], seed, held_out=held_out)

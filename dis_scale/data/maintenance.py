@@ -107,7 +107,7 @@ def describe(latents: Folder) -> list[str]:
         f"images   {m['count']:,} in {len(m['shards'])} shards, {total / 1e6:,.1f} MB{refused}",
         f"latent   {channels}x{size}x{size}, float16 {stored} of image and horizontal flip",
         f"labels   {len(labels)} of {m['num_classes']} classes: {_some(labels)}",
-        f"mixing   {mixing.words(m['mixing'])}",
+        f"mixing   {mixing.words(m['mixing']) if 'mixing' in m else 'none: made by an earlier version'}",
         f"mean     {_numbers(m['mean'])} by channel; shift {m['shift']:g}",
         f"std      {_numbers(m['std'])}; scale {m['scale']:g} makes it {_numbers(deviations)}",
         f"source   {_settings(m.get('source', {}))}; listing {m.get('listing', '?')[:12]}",

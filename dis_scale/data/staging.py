@@ -5,7 +5,9 @@ the mixed order, in one run for each group of shards. A group is as many shards 
 each part into memory and writes its shards. So a latent is written twice and read once more; the parts are deleted at the end.
 """
 
-from collections.abc import Iterator
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -16,7 +18,7 @@ from dis_scale.data import mixing
 from dis_scale.data.shards import READS_AT_ONCE, EncodedShard, Sample, shard_name, shard_numbers, shard_positions
 from dis_scale.data.sources import Source
 from dis_scale.data.threads import in_order
-from dis_scale.errors import StorageAway
+from dis_scale.errors import StorageAway, StorageError
 from dis_scale.recipe import LatentShape, Precompute
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
@@ -95,19 +97,39 @@ def put_part(latents: Folder, mixer: MixedOrder, part: EncodedShard) -> None:
     ]
     refused = [n for n in shard_positions(part.number, mixer.images, mixer.settings) if n not in moments]
     name, data = shard_name(part.number), b"".join(runs)
-    staged = latents / STAGED
-    staged.write(f"{name}.{PART}", data)
-    sidecar = {"format": manifest.FORMAT, "bytes": len(data), "runs": [manifest.digest(run) for run in runs]}
+    staged, orders = latents / STAGED, [_order(mixer.run(part.number, group)) for group in mixer.groups]
+    try:
+        staged.write(f"{name}.{PART}", data)
+    except FileNotFoundError as error:
+        raise StorageAway(f"{staged}/{name}.{PART}: another process has finished the set") from error
+    sidecar = {
+        "format": manifest.FORMAT,
+        "bytes": len(data),
+        "orders": orders,
+        "runs": [manifest.digest(run) for run in runs],
+    }
     staged.write_json(f"{name}.json", sidecar | {"refused": refused})
 
 
-def mixed_shards(latents: Folder, source: Source, mixer: MixedOrder, group: int) -> Iterator[EncodedShard]:
-    """Yield the shards of a group from the runs of all parts. StorageAway if a part is gone or damaged: it is made again."""
+def delete_parts(latents: Folder) -> None:
+    """Delete the parts of a finished set. Another process may still write some, or delete them too: a rerun deletes the rest."""
+    with contextlib.suppress(StorageError):
+        (latents / STAGED).delete()
+
+
+def mixed_shards(
+    latents: Folder, source: Source, mixer: MixedOrder, group: int, each_run: Callable[[], None] = lambda: None
+) -> Iterator[EncodedShard]:
+    """Yield the shards of a group from the runs of all parts; `each_run` is called after each and may raise.
+
+    StorageAway if a part is gone or damaged: it is made again.
+    """
     inside, shard_images = mixer.group(group), mixer.settings.shard_images
     samples: list[Sample | str] = [""] * len(inside)  # at each place a sample, or the name of a refused image
     parts = shard_numbers(mixer.images, mixer.settings)
     moments = np.empty((len(inside), *mixer.moments_shape), np.float16)
     for run in in_order(parts, lambda part: _read(latents / STAGED, mixer, part, group), READS_AT_ONCE):
+        each_run()
         kept = ~np.isin(run.entries, run.refused)
         moments[mixer.places[run.entries[kept]] - inside.start] = run.moments
         for number, good in zip(run.entries.tolist(), kept.tolist(), strict=True):
@@ -129,11 +151,17 @@ def _read(staged: Folder, mixer: MixedOrder, part: int, group: int) -> _Run:
         data = staged.read(f"{name}.{PART}", start, start + expected["bytes"]) if expected["bytes"] else b""
     except FileNotFoundError as error:
         raise StorageAway(f"{staged}/{name}: gone: another process has finished the set, or deleted it") from error
-    if manifest.digest(data) != expected:
+    entries = mixer.run(part, group)
+    if (manifest.digest(data), _order(entries)) != (expected, sidecar["orders"][group]):
         staged.delete(f"{name}.json")  # the part counts as missing, and the next attempt encodes it
         raise StorageAway(f"{staged}/{name}.{PART}: damaged: one of its runs has another hash than its sidecar says")
     return _Run(
-        mixer.run(part, group),
+        entries,
         np.array(sidecar["refused"], np.int64),
         np.frombuffer(data, np.float16).reshape(-1, *mixer.moments_shape),
     )
+
+
+def _order(entries: np.ndarray) -> str:
+    """Hash of a run's entries, in their order: another permutation, as of another NumPy, would mix labels."""
+    return hashlib.sha256(entries.astype("<i8").tobytes()).hexdigest()[:16]

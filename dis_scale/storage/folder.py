@@ -39,6 +39,8 @@ _TEMPORARY = ".part-"
 _RANGE_BYTES = 16 * 2**20
 """Longer objects are read from S3 by ranges of this size, several at once: one connection is slower than a network card."""
 _READ_TIMEOUT_S = 60
+LISTING_CACHES = ("gs://", "gcs://", "az://", "abfs://", "abfss://")
+"""Stores beside S3 whose cache of listings is turned off; `require_usable` refuses any store that remembers listings."""
 
 
 @dataclass(frozen=True)
@@ -288,7 +290,7 @@ def _page(fs: Any, full: str, more: dict[str, str]) -> tuple[str, dict[str, Any]
 def _options(url: str) -> dict[str, Any]:
     """Options of fsspec: no cache of listings, since other processes write, too. S3: no botocore retries below ours and s3fs's."""
     if not url.startswith("s3://"):
-        return {"use_listings_cache": False} if "://" in url and not url.startswith("file://") else {}
+        return {"use_listings_cache": False} if url.startswith(LISTING_CACHES) else {}
     retries = {"mode": "standard", "total_max_attempts": 1}
     timeouts = {"connect_timeout": 10, "read_timeout": _READ_TIMEOUT_S}
     return {

@@ -62,7 +62,7 @@ def reference_parts_missing(sweep: Sweep, images: int) -> list[int]:
 
 
 def find_latents(sweep: Folder) -> Folder | None:
-    """Return the complete latents of a sweep's folder, or None; UserError if another VAE than the sweep's made them, or unmixed.
+    """Return the complete latents of a sweep's folder, or None; UserError if another VAE than the sweep's made them.
 
     Reads no recipe, so that latents can be checked without one.
     """
@@ -74,11 +74,6 @@ def find_latents(sweep: Folder) -> Folder | None:
     if facts is None:
         return None
     require_same_vae(latents, facts["vae"], pointer["vae"])
-    if "mixing" not in facts:
-        raise UserError(
-            f"{latents}: made by an earlier version, in the source's order: its batches hold few classes; give the sweep "
-            "another name (--set name=...), and mixed latents are made"
-        )
     return latents
 
 

@@ -109,11 +109,13 @@ class Drill:
 
 def published_hashes(run: Run) -> dict[str, str]:
     """Return the hash of the published weights by image count."""
-    folders = {str(images): run.published_at(images) for images in state.published_counts(run)}
-    return {
-        images: manifest.require(folder)["files"][checkpoint.WEIGHTS_FILE]["sha256"]
-        for images, folder in folders.items()
-    }
+    hashes = {}
+    for images in state.published_counts(run):
+        contents = manifest.require(run.published_at(images))
+        weights = checkpoint.stored_file(checkpoint.WEIGHTS_FILE, contents)
+        assert weights is not None
+        hashes[str(images)] = contents["files"][weights]["sha256"]
+    return hashes
 
 
 def require(true: bool, words: str) -> None:

@@ -80,6 +80,7 @@ def make(sweep: Sweep, mix: Callable[[list[int]], None] | None = None) -> Folder
         lambda left: encoder.encode(latents, encoding, Dealer(left).next),
         mix or (lambda left: encoder.mix(latents, encoding, Dealer(left).next)),
     )  # fmt: skip
+    staging.delete_parts(latents)  # as `find_or_make_latents` does
     return latents
 
 

@@ -1,4 +1,4 @@
-"""An encoder that is lost costs its shard: the others continue, Ray restarts it, and the set has the same bytes."""
+"""An encoder that is lost costs its shard: the others continue, the next attempt makes it, and the set has the same bytes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +9,7 @@ from dis_scale import faults, vae
 from dis_scale.data import shards
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
-from pipelines import jobs, lines
+from pipelines import jobs
 from tests.support import clusters, stages, sweeps
 from tests.support.clusters import RayNodes
 from tests.support.labelled_images import png, tar
@@ -55,8 +55,8 @@ def test_a_lost_encoder_and_a_lost_mixer_cost_what_they_had_begun(nodes: RayNode
     job = jobs.submit(nodes.cluster(), sweep, "precompute")
     assert clusters.wait_for_end(job) == "SUCCEEDED", job.reason()
     assert len(list(plan.with_name("faults.spent").iterdir())) == 2, "both faults have happened"
-    restarts = [line.facts for line in map(lines.parse, job.lines()) if line and line.facts.get("event") == "restart"]
-    assert [event["done"] for event in restarts] == [0, 0], "Ray restarted the encoders; what they had begun was left"
+    log = "\n".join(job.lines())
+    assert log.count("restart from the stored state") == 2
 
     calm = sweep_of(tmp_path / "calm", tmp_path / "images")
     none = tmp_path / "none"
