@@ -166,8 +166,13 @@ def _watch(
             done, progress_s = sum(polls), time.monotonic()
         silent_s = time.monotonic() - progress_s
         ended += finished
-        if not (independent and waiting and all(may_pass(failure) for _, failure in _failures(finished, results))):
+        failures = [failure for _, failure in _failures(finished, results)]
+        if not (independent and waiting and all(map(may_pass, failures))):
             _raise_failure(ended, results, max(polls), silent_s)
+        for failure in failures:
+            lines.say(
+                f"{describe(failure)}; {len(waiting)} others continue, and another attempt makes what it had begun"
+            )
         if silent_s > hang_after_s:
             _log_stacks(workers)
             raise WorkerFailure(f"no step ended for {silent_s:.0f} s: hanging", max(polls), silent_s)
