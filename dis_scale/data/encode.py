@@ -185,11 +185,6 @@ def encode_images(vae: Vae, pixels_BHWC: np.ndarray, size: int, precision: str =
     """
     padding = np.repeat(pixels_BHWC[-1:], size - len(pixels_BHWC), axis=0)
     padded = np.concatenate([pixels_BHWC, padding])
-    with torch.autocast(_device_of(vae).type, torch.bfloat16, enabled=precision == "bf16"):
+    with torch.autocast(vae.device.type, torch.bfloat16, enabled=precision == "bf16"):
         sides = [vae.encode(side).half().cpu().numpy() for side in (padded, padded[:, :, ::-1])]
     return np.stack(sides, axis=1)[: len(pixels_BHWC)]
-
-
-def _device_of(vae: Vae) -> torch.device:
-    """The device of the network; the CPU if it has no weights."""
-    return next((p.device for p in vae.net.parameters()), torch.device("cpu"))

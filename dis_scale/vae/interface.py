@@ -7,6 +7,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,11 @@ class Vae(ABC):
     @abstractmethod
     def _decode(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
         """Return images in [-1, 1] of the network's own latents."""
+
+    @property
+    def device(self) -> torch.device:
+        """The network's device; the CPU if it has neither weights nor buffers."""
+        return next((tensor.device for tensor in chain(self.net.parameters(), self.net.buffers())), torch.device("cpu"))
 
     @property
     def scaling(self) -> Scaling:

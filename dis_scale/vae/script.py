@@ -5,7 +5,6 @@ import io
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 
 import torch
 
@@ -43,7 +42,7 @@ class ScriptVae(Vae):
     @torch.no_grad()
     def latent(self, resolution: int) -> LatentShape:
         """Return the latents' shape of a blank image; UserError if the methods do not fit it or each other."""
-        blank, path = torch.zeros(1, 3, resolution, resolution, device=self._device), self.settings.path
+        blank, path = torch.zeros(1, 3, resolution, resolution, device=self.device), self.settings.path
         halves = 2 if self.settings.posterior else 1
         try:
             encoded = self._run("encode", blank)
@@ -60,7 +59,7 @@ class ScriptVae(Vae):
         return LatentShape(channels // halves, sides[0])
 
     def _encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        return self._run("encode", images_BCHW.to(self._device))
+        return self._run("encode", images_BCHW.to(self.device))
 
     def _decode(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
         return self._run("decode", latents_BCHW)
@@ -70,10 +69,6 @@ class ScriptVae(Vae):
         with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
             result: torch.Tensor = getattr(self.net, method)(x_BCHW)
         return result
-
-    @property
-    def _device(self) -> torch.device:
-        return next((tensor.device for tensor in chain(self.net.parameters(), self.net.buffers())), torch.device("cpu"))
 
 
 def load_script(settings: TorchScriptVae) -> Vae:
