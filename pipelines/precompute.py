@@ -81,7 +81,7 @@ class Encoder(Worker):
     def mix(self, latents: Folder, encoding: Encoding, deal: Callable[[], int | None]) -> None:
         """Write the shards of the groups that `deal` names, from the parts that all encoders made."""
         source, recipe = open_source(self.sweep.recipe.data, self.sweep.store), self.sweep.recipe
-        mixer = MixedOrder(len(source), recipe.precompute, encoding.latent, encoding.posterior)
+        mixer = MixedOrder.of(source, recipe.precompute, encoding)
         self.report(0)
         for group in iter(deal, None):
             for shard in staging.mixed_shards(latents, source, mixer, group, self._raise_if_stopped):
@@ -127,7 +127,7 @@ class RayEncoders:
 
     def mix(self, latents: Folder, encoding: Encoding, source: Source, left: list[int]) -> None:
         """Write the shards of these groups from the encoded parts."""
-        mixer = MixedOrder(len(source), self.sweep.recipe.precompute, encoding.latent, encoding.posterior)
+        mixer = MixedOrder.of(source, self.sweep.recipe.precompute, encoding)
         images = sum(len(mixer.group(n)) for n in left)
         self._share("mix", latents, encoding, left, images, len(source), "images mixed")
 
@@ -186,7 +186,7 @@ def make_latents(recipe: Recipe, latents: Folder, source: Source, encoding: Enco
     """Begin or continue a set of latents and seal it. `mix` is used if the source is not in the mixed order."""
     _require_one_kind(latents, encoding, source.listing.facts["sha256"])
     numbers, staged = shards.shard_numbers(len(source), recipe.precompute), latents / staging.STAGED
-    mixer = MixedOrder(len(source), recipe.precompute, encoding.latent, encoding.posterior)
+    mixer = MixedOrder.of(source, recipe.precompute, encoding)
     for name in shards.clear_strays(latents, numbers):
         lines.say(f"{name} is not part of the set: deleted")
 

@@ -2,7 +2,7 @@
 
 They are encoded in the source's order into parts: part n has the latents of the entries [n S, (n + 1) S), sorted by their place in
 the mixed order, in one run for each group of shards. A group is as many shards as `GROUP_BYTES` hold: one worker reads its run from
-each part into memory and writes its shards. So a latent is written twice and read once more; the parts are deleted at the end.
+each part into memory and writes its shards. So a latent is written twice and read once; the parts are deleted at the end.
 """
 
 import contextlib
@@ -15,7 +15,15 @@ from typing import NamedTuple
 import numpy as np
 
 from dis_scale.data import mixing
-from dis_scale.data.shards import READS_AT_ONCE, EncodedShard, Sample, shard_name, shard_numbers, shard_positions
+from dis_scale.data.shards import (
+    READS_AT_ONCE,
+    EncodedShard,
+    Encoding,
+    Sample,
+    shard_name,
+    shard_numbers,
+    shard_positions,
+)
 from dis_scale.data.sources import Source
 from dis_scale.data.threads import in_order
 from dis_scale.errors import StorageAway, StorageError
@@ -38,6 +46,10 @@ class MixedOrder:
     settings: Precompute
     latent: LatentShape
     posterior: bool = True
+
+    @classmethod
+    def of(cls, source: Source, settings: Precompute, encoding: Encoding) -> "MixedOrder":
+        return cls(len(source), settings, encoding.latent, encoding.posterior)
 
     @cached_property
     def order(self) -> np.ndarray:
@@ -71,13 +83,12 @@ class MixedOrder:
         """Return the groups of these shards, rising."""
         return sorted({shard * self.settings.shard_images // self.group_images for shard in shards})
 
-    def run(self, part: int, group: int) -> np.ndarray:
-        """Return the entries of a part that belong to a group, by place."""
+    def runs(self, part: int) -> list[np.ndarray]:
+        """Return the entries of a part by group, each run by place."""
         entries = np.array(shard_positions(part, self.images, self.settings))
         places = self.places[entries]
-        entries = entries[np.argsort(places)]
-        inside = self.group(group)
-        return entries[slice(*np.searchsorted(np.sort(places), [inside.start, inside.stop]))]
+        ends = np.searchsorted(np.sort(places), [self.group(number).stop for number in self.groups])
+        return np.split(entries[np.argsort(places)], ends[:-1])
 
 
 class _Run(NamedTuple):
@@ -91,13 +102,11 @@ class _Run(NamedTuple):
 def put_part(latents: Folder, mixer: MixedOrder, part: EncodedShard) -> None:
     """Write a part, then its sidecar: size and hash of each run, and the refused entries."""
     moments = {sample.position: sample.moments for sample in part.samples}
-    runs = [
-        b"".join(moments[entry].tobytes() for entry in mixer.run(part.number, group).tolist() if entry in moments)
-        for group in mixer.groups
-    ]
+    by_group = mixer.runs(part.number)
+    runs = [b"".join(moments[entry].tobytes() for entry in run.tolist() if entry in moments) for run in by_group]
     refused = [n for n in shard_positions(part.number, mixer.images, mixer.settings) if n not in moments]
     name, data = shard_name(part.number), b"".join(runs)
-    staged, orders = latents / STAGED, [_order(mixer.run(part.number, group)) for group in mixer.groups]
+    staged = latents / STAGED
     try:
         staged.write(f"{name}.{PART}", data)
     except FileNotFoundError as error:
@@ -105,7 +114,7 @@ def put_part(latents: Folder, mixer: MixedOrder, part: EncodedShard) -> None:
     sidecar = {
         "format": manifest.FORMAT,
         "bytes": len(data),
-        "orders": orders,
+        "orders": [_order(run) for run in by_group],
         "runs": [manifest.digest(run) for run in runs],
     }
     staged.write_json(f"{name}.json", sidecar | {"refused": refused})
@@ -151,7 +160,7 @@ def _read(staged: Folder, mixer: MixedOrder, part: int, group: int) -> _Run:
         data = staged.read(f"{name}.{PART}", start, start + expected["bytes"]) if expected["bytes"] else b""
     except FileNotFoundError as error:
         raise StorageAway(f"{staged}/{name}: gone: another process has finished the set, or deleted it") from error
-    entries = mixer.run(part, group)
+    entries = mixer.runs(part)[group]
     if (manifest.digest(data), _order(entries)) != (expected, sidecar["orders"][group]):
         staged.delete(f"{name}.json")  # the part counts as missing, and the next attempt encodes it
         raise StorageAway(f"{staged}/{name}.{PART}: damaged: one of its runs has another hash than its sidecar says")
