@@ -9,7 +9,6 @@ import argparse
 import io
 import json
 import resource
-import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep
 from pipelines import precompute
 from pipelines.precompute import Dealer, Encoder
+from tests.support.labelled_images import tar
 
 CLASSES, RESOLUTION, BATCH = 1000, 8, 256
 RECIPE = Path(__file__).parent.parent / "configs/digits.yaml"
@@ -58,13 +58,7 @@ def write_class(root: Folder, kind: str, label: int, count: int) -> None:
         for name, data in files.items():
             root.write(f"n{label:08d}/{name}", data)
         return
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    root.write(f"n{label:08d}.tar", buffer.getvalue())
+    root.write(f"n{label:08d}.tar", tar(files))
 
 
 @contextmanager
