@@ -1,8 +1,8 @@
 """Speed and memory of the published sizes at 256 pixels: `python -m benchmarks.throughput [--device cpu --quick]`.
 
-One worker's training step through everything but storage; sampling; and Stable Diffusion's autoencoder with random weights
-through precompute's encoder. Each job is a process of its own, and runs before it is timed. A job that fails, for example for
-more memory than the device has, is a row that says so. Read next: variants.py.
+One worker's training step through everything but storage; sampling; Stable Diffusion's autoencoder with random weights through
+precompute's encoder; then training by checkpointing, torch.compile and micro-batch. Each job is a process of its own, and runs
+before it is timed. A job that fails, for example for more memory than the device has, or that gets no time, is a row that says so.
 """
 
 import json
@@ -57,6 +57,10 @@ class Job(NamedTuple):
         return f"{self.size}, {self.images} images, checkpointing {self.checkpointing}{', compiled' * self.compile}"
 
 
+SIZED = [Job(size) for size in SIZES]
+VARIED = [Job("DiS-L/2", checkpointing=setting) for setting in ("block", "selective", "every_2")]
+VARIED += [Job("DiS-L/2", compile=True), Job("DiT-L/2", compile=True), Job("DiS-L/2", 64), Job("DiS-L/2", 128)]
+VARIED += [Job("DiS-L/2", 8), Job("DiS-S/2", 256), Job("DiS-H/2", 64, "block")]
 QUICK_JOBS = [Job("DiT-S/8", 2, steps=1), Job("DiS-S/8", 2, "block", steps=1)]
 
 
@@ -193,13 +197,15 @@ def training_jobs(jobs: list[Job], device: str) -> list[tuple[Any, ...]]:
 
 
 def main(chosen: Options) -> None:
+    """The published sizes come first: the time may not be enough for all jobs."""
     device, quick = chosen.device.type, chosen.quick
     sampled, images, resolution, encoded = (
         (["DiT-S/8"], 2, 32, 2) if quick else (["DiS-S/2", "DiS-L/2", "DiT-L/2"], 64, 256, 64)
     )
-    jobs = training_jobs(QUICK_JOBS if quick else [Job(size) for size in SIZES], device)
+    jobs = training_jobs(QUICK_JOBS if quick else SIZED, device)
     jobs += [(f"sample {size}", sample, size, images, device) for size in sampled]
-    run_all([*jobs, ("encode", encode, resolution, encoded, device)])
+    jobs += [("encode", encode, resolution, encoded, device)]
+    run_all(jobs if quick else [*jobs, *training_jobs(VARIED, device)])
 
 
 if __name__ == "__main__":

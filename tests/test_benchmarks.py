@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import record, rows, throughput, variants
+from benchmarks import record, rows, throughput
 
 ROOT = Path(__file__).parent.parent
 
@@ -162,12 +162,12 @@ def kill_itself(_: int) -> None:
 
 def test_every_part_of_the_bring_up_exists() -> None:
     script = (ROOT / "benchmarks/gpu.sh").read_text()
-    for name in ["kernels", "scan_gpu", "step", "smoke", "throughput", "variants"]:
+    for name in ["kernels", "scan_gpu", "step", "smoke", "throughput"]:
         assert name in script
         assert (ROOT / "benchmarks" / f"{name}.py").exists()
     unknown = subprocess.run(["sh", ROOT / "benchmarks/gpu.sh", "name", "smok"], capture_output=True, text=True)
     assert unknown.returncode == 2
-    assert "no part smok; usage: sh benchmarks/gpu.sh NAME kernels|smoke|throughput|variants" in unknown.stderr
+    assert "no part smok; usage: sh benchmarks/gpu.sh NAME kernels|smoke|throughput" in unknown.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -177,7 +177,7 @@ def test_without_a_gpu_the_bring_up_ends_at_once() -> None:
     assert (done.returncode, done.stderr.strip()) == (1, "error: no GPU here that PyTorch sees")
 
 
-def test_the_variants_are_of_published_sizes() -> None:
-    """Each job's recipe is valid: a combination that is refused would be known on the GPU only."""
-    for job in [*map(throughput.Job, throughput.SIZES), *variants.JOBS]:
+def test_every_job_of_the_throughput_part_is_valid() -> None:
+    """A combination that is refused would be known on the GPU only."""
+    for job in throughput.SIZED + throughput.VARIED:
         assert throughput.recipe_of(job, "cuda").train.precision == "bf16"
