@@ -20,6 +20,8 @@ settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
 
 TINY = Path(__file__).parent / "support/tiny.yaml"
+ANOTHER_STORE = os.environ.get("TEST_STORE_URL", "")
+"""A store beside the disk and Ceph in which to run the tests of storage, for example `az://container` in Azurite."""
 
 
 def pytest_report_header() -> str:
@@ -76,7 +78,8 @@ def gateway(ceph: object_store.ObjectStore, monkeypatch: pytest.MonkeyPatch) -> 
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-@pytest.fixture(params=["disk", "s3"])
+@pytest.fixture(params=["disk", "s3", *([ANOTHER_STORE] if ANOTHER_STORE else [])])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A place on disk and one in the object store: what holds for one holds for the other."""
-    return str(tmp_path) if request.param == "disk" else request.getfixturevalue("bucket")
+    places = {"disk": lambda: str(tmp_path), "s3": lambda: request.getfixturevalue("bucket")}
+    return places.get(request.param, lambda: f"{ANOTHER_STORE}/{uuid.uuid4().hex[:12]}")()

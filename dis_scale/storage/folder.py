@@ -194,12 +194,12 @@ class Folder:
         if not (first and same) or second:
             raise UserError(
                 f"storage {self.url} cannot create an object only if absent (If-None-Match), so two runs could overwrite each "
-                "other: use a local folder, S3 or Ceph"
+                "other: use a local folder, S3, Ceph or Azure"
             )
         if (before, after) != (["1"], ["1", "2"]):
             raise UserError(
                 f"storage {self.url} lists {', '.join(after) or 'nothing'} after another client has written 1 and 2: runs would "
-                "not see each other: use a local folder, S3 or Ceph"
+                "not see each other: use a local folder, S3, Ceph or Azure"
             )
 
     def _write_as_another_client(self, path: str, data: bytes) -> None:
@@ -325,7 +325,7 @@ def _may_pass(error: Exception) -> bool:
     status = _http_status(error)
     if status is not None:
         return status >= 500 or status in (408, 409, 429)
-    known = ("botocore", "aiohttp", "requests", "httpx", "urllib3")
+    known = ("botocore", "aiohttp", "requests", "httpx", "urllib3", "azure.core")
     return type(error).__module__.startswith(known) or getattr(error, "errno", None) == errno.EIO
 
 
@@ -334,8 +334,9 @@ def _http_status(error: BaseException) -> int | None:
         response = getattr(link, "response", None)
         if isinstance(response, dict):
             return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        if isinstance(status := getattr(response, "status_code", None), int):
-            return status
+        for status in (getattr(response, "status_code", None), getattr(link, "code", None)):  # gcsfs: `code`
+            if isinstance(status, int):
+                return status
     return None
 
 
@@ -346,7 +347,7 @@ def _precondition_failed(error: Exception) -> bool:
 def _cause(error: BaseException) -> str:
     if isinstance(error, DisScaleError):
         return str(error)
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) or _http_status(error) == 404:
         return "there is no such bucket or folder, and it cannot be created"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "no space left on the device: free some, then run the same command again"

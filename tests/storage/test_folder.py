@@ -10,7 +10,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dis_scale.errors import StorageError, UserError
+from dis_scale import faults
+from dis_scale.errors import StorageAway, StorageError, UserError
 from dis_scale.storage.folder import Folder, open_folder
 from tests.support.faulty_gateway import Gateway
 
@@ -103,6 +104,40 @@ def test_temporary_failures_are_retried(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Folder, "_do", lambda self, verb, path, action: flaky(verb, path, action))
     assert root.read("x") == b"data"
+
+
+class ServiceRequestError(Exception):
+    """As Azure's client raises it where the server is away; its module decides."""
+
+    __module__ = "azure.core.exceptions"
+
+
+class HttpError(Exception):
+    """As Google's client raises it."""
+
+    __module__ = "gcsfs.retry"
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"status {code}")
+        self.code = code
+
+
+@pytest.mark.parametrize(
+    ("error", "away"), [(ServiceRequestError(), True), (HttpError(503), True), (HttpError(400), False)]
+)
+def test_another_clients_errors_are_told_apart(
+    error: Exception, away: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without these packages: their clients name a server that is away in ways of their own."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(faults, "at", fail)
+    with pytest.raises(StorageError) as raised:
+        open_folder(tmp_path).read("x")
+    assert isinstance(raised.value, StorageAway) == away
 
 
 def test_an_incomplete_file_is_not_listed(tmp_path: Path) -> None:
