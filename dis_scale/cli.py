@@ -51,16 +51,30 @@ def sweep(recipe: RecipePath = None, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def plan(recipe: RecipePath = None, overrides: Overrides = None) -> None:
+def plan(
+    recipe: RecipePath = None,
+    overrides: Overrides = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Images of the source, if it cannot be listed from here.")
+    ] = None,
+) -> None:
     """Show what a sweep will cost, and start nothing."""
     from dis_scale.recipe import reading
 
     settings = reading.load(recipe or EMBEDDED, overrides)
 
     from dis_scale import vae
-    from dis_scale.plan import price_sweep, table
+    from dis_scale.data.sources import open_source
+    from dis_scale.plan import price_reading, price_sweep, table
+    from dis_scale.progress import listing_words
 
-    Console().print(table(price_sweep(settings, vae.latent_shape(settings.vae, settings.data.resolution))))
+    priced = price_sweep(settings, vae.latent_shape(settings.vae, settings.data.resolution))
+    Console().print(table(priced))
+    try:
+        count = images or len(open_source(settings.data, None, listing_words(_print)))
+        _print(f"data     {price_reading(settings, priced.shape, count)}")
+    except DisScaleError as error:
+        _print(f"data     unknown: {error}; to price it all the same, name the number of images: --images 1281167")
 
 
 @app.command()

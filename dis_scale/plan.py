@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from dis_scale.data.cache import share_read
+from dis_scale.data.latents import GIB
 from dis_scale.data.shards import sample_bytes
 from dis_scale.models.cost import Cost, price_model
 from dis_scale.recipe import LatentShape, Recipe
@@ -35,14 +36,18 @@ class Plan:
         }  # fmt: skip
 
 
-def reading(recipe: Recipe, shape: LatentShape, images: int) -> str:
-    """Return, in a line, the size of the set, how much of it a node's cache holds and what each node reads from storage."""
-    set_gb = images * sample_bytes(shape, has_posterior(recipe.vae)) / 1e9
-    cached = min(1.0, recipe.reader.cache_gib * 2**30 / 1e9 / set_gb)
-    read_gb = share_read(cached) * set_gb
+def price_reading(recipe: Recipe, shape: LatentShape, images: int) -> str:
+    """Return, in a line, the size of the latents, how much of them a node's cache holds, and what is read in an epoch."""
+    settings, set_bytes = recipe.reader, images * sample_bytes(shape, has_posterior(recipe.vae))
+    size = f"{images:,} images, {set_bytes / 1e9:,.2f} GB of latents"
+    if settings.memory_gib is not None and set_bytes <= settings.memory_gib * GIB:
+        return f"{size}: kept in each worker's memory, and read once"
+    cached = min(1.0, settings.cache_gib * GIB / set_bytes)
+    if not cached:
+        return f"{size}; from an object store each worker reads them all in every epoch, since a node has no cache"
     return (
-        f"{set_gb:,.2f} GB of latents; in an object store, a node's cache ({recipe.reader.cache_gib:g} GiB) holds {cached:.0%}, "
-        f"and each node reads {read_gb:,.2f} GB an epoch after the first"
+        f"{size}; from an object store, a node's cache ({settings.cache_gib:g} GiB) holds {cached:.0%} of them, "
+        f"and each node reads {share_read(cached) * set_bytes / 1e9:,.2f} GB an epoch after the first"
     )
 
 

@@ -21,7 +21,7 @@ from dis_scale import report, vae
 from dis_scale.data.sources import open_source
 from dis_scale.errors import DisScaleError, Held, Preempted, UserError
 from dis_scale.evaluation.features import require_weights
-from dis_scale.plan import Plan, price_sweep, reading, table
+from dis_scale.plan import Plan, price_reading, price_sweep, table
 from dis_scale.progress import Board, listing_words
 from dis_scale.recipe import Recipe
 from dis_scale.recipe.identity import identity_differences
@@ -97,7 +97,7 @@ def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
     board.say(
         f"source   {len(source):,} images in {len(source.label_names)} classes, as listed in {source.listing.where}"
     )
-    board.say(f"data     {reading(sweep.recipe, plan.shape, len(source))}")
+    board.say(f"data     {price_reading(sweep.recipe, plan.shape, len(source))}")
     for extractor in sweep.recipe.evaluate.extractors:
         require_weights(extractor)
     with obeying_signals(driver), open_cluster(sweep.recipe) as cluster, one_at_a_time(driver, cluster):

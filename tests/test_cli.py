@@ -89,7 +89,19 @@ def test_a_plan_shows_models_and_price_and_starts_nothing(tmp_path: Path) -> Non
     code, output = invoke("plan", str(TINY), "--set", f"storage.root={tmp_path}")
     assert code == 0
     assert "22,304" in output
+    assert "data     1,797 images, " in output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_without_the_images_asks_for_their_number(tmp_path: Path) -> None:
+    source = ["--set", f"data.source={{kind: folder, url: {tmp_path}/none}}"]
+    code, output = invoke("plan", str(TINY), *source)
+    assert code == 0
+    assert "22,304" in output
+    assert "data     unknown: " in output
+    code, output = invoke("plan", str(TINY), *source, "--images", "1000")
+    assert code == 0
+    assert "data     1,000 images, " in output
 
 
 def test_a_model_that_does_not_fit_the_latents_is_refused() -> None:

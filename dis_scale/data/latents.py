@@ -101,7 +101,7 @@ def open_latents(folder: Folder, recipe: Recipe, workers: int, say: Callable[[st
         raise UserError(
             f"{folder}: latents of {theirs} classes, data.num_classes is {recipe.data.num_classes}: use another root"
         )
-    keep_all, how = fits_in_memory(recipe.reader, set_bytes, workers)
+    keep_all, how = fits_in_memory(recipe.reader, set_bytes, workers, len(recipe.models))
     cache = None
     if folder.local is None and recipe.reader.cache_gib:
         where = recipe.reader.cache_folder
@@ -114,10 +114,14 @@ def open_latents(folder: Folder, recipe: Recipe, workers: int, say: Callable[[st
     return latents, [how, mixing.words(facts["mixing"])]
 
 
-def fits_in_memory(reader: Reader, set_bytes: int, workers: int) -> tuple[bool, str]:
-    """Return whether a worker keeps the complete set in memory, and a line with the choice and its reason."""
+def fits_in_memory(reader: Reader, set_bytes: int, workers: int, models: int) -> tuple[bool, str]:
+    """Return whether a worker keeps the complete set in memory, and a line with the choice and its reason.
+
+    Other models of the sweep may train on the node, too, and fill their share later.
+    """
     if reader.memory_gib is None:
-        limit, source = free_memory_bytes() // 2 // workers, f"auto: half of the free memory by {workers} workers"
+        limit = free_memory_bytes() // 2 // (workers * models)
+        source = f"auto: half of the free memory by {workers} workers and {models} models"
     else:
         limit, source = int(reader.memory_gib * GIB), "reader.memory_gib"
     keep = set_bytes <= limit

@@ -180,12 +180,12 @@ def test_at_most_a_few_shards_are_loaded_at_once() -> None:
 
 def test_the_choice_is_logged_with_its_reason(tiny: Recipe, at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "free_memory_bytes", lambda: 2**33)
-    assert fits_in_memory(Reader(), 2**30, 4) == (
+    assert fits_in_memory(Reader(), 2**29, 4, 2) == (
         True,
-        "latents kept in memory: 1 GiB, limit 1 GiB a worker (auto: half of the free memory by 4 workers)",
+        "latents kept in memory: 0.5 GiB, limit 0.5 GiB a worker (auto: half of the free memory by 4 workers and 2 models)",
     )
-    assert fits_in_memory(Reader(), 2**30 + 1, 4)[1].startswith("latents read by blocks of 4 shards: 1 GiB, limit")
-    assert fits_in_memory(Reader(memory_gib=0), 1, 1)[1].endswith("limit 0 GiB a worker (reader.memory_gib)")
+    assert fits_in_memory(Reader(), 2**30 + 1, 4, 1)[1].startswith("latents read by blocks of 4 shards: 1 GiB, limit")
+    assert fits_in_memory(Reader(memory_gib=0), 1, 1, 1)[1].endswith("limit 0 GiB a worker (reader.memory_gib)")
     data = tiny.data.model_copy(update={"num_classes": CLASSES})
     settings = Reader(memory_gib=0, cache_gib=1.5, cache_folder="/data/cache")
     small = tiny.model_copy(update={"reader": settings, "data": data})

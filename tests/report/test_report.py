@@ -15,7 +15,7 @@ from dis_scale import report as reports
 from dis_scale.errors import UserError
 from dis_scale.evaluation.sampling import grid
 from dis_scale.plan import price_sweep
-from dis_scale.recipe import LatentShape, Recipe
+from dis_scale.recipe import LatentShape, Recipe, reading
 from dis_scale.report import compare, figures
 from dis_scale.report.published import PUBLISHED
 from dis_scale.storage.folder import open_folder
@@ -23,6 +23,7 @@ from dis_scale.sweep import ENDED, GRID, METRICS, SKIPPED, Sampled, Sweep
 from dis_scale.tracking import rows
 from dis_scale.tracking.goodput import ATTEMPT, goodput_by_images
 from dis_scale.tracking.rows import RowWriter
+from tests.conftest import TINY
 
 SHAPE = LatentShape(4, 8)
 
@@ -203,3 +204,18 @@ def test_the_plan_derives_the_batch_and_names_the_price(tiny: Recipe) -> None:
         "batch 16 = 4 lanes x 4, up to 2 lanes on each of 2 workers; 320 images = 20 steps; ZeRO stage 1, fp32" in text
     )
     assert "22,304" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ([], "a node's cache (20 GiB) holds 48% of them, and each node reads 38.32 GB an epoch after the first"),
+        (["reader.cache_gib=60"], "holds 100% of them, and each node reads 0.00 GB an epoch after the first"),
+        (["reader.cache_gib=0"], "each worker reads them all in every epoch, since a node has no cache"),
+        (["reader.memory_gib=50"], "kept in each worker's memory, and read once"),
+    ],
+)
+def test_the_plan_names_what_is_read_in_an_epoch(settings: list[str], words: str) -> None:
+    priced = plans.price_reading(reading.load(TINY, settings), LatentShape(4, 32), 1_281_167)
+    assert priced.startswith("1,281,167 images, ")
+    assert priced.endswith(words)
