@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from dis_scale import diffusion, models, seeds
+from dis_scale.data.encode import allow_tf32
 from dis_scale.diffusion.generate import generate
 from dis_scale.errors import DisScaleError, StorageError, UserError
 from dis_scale.evaluation import npz
@@ -89,7 +90,7 @@ class BlockSampler:
         else:
             weights = checkpoint.load_average(run, images_seen, train, settings.ema_width)
         model = load_model(self.recipe, name, self.vae.latent(self.recipe.data.resolution), weights).to(self.device)
-        model.precision = settings.precision
+        model.precision = "bf16" if settings.precision == "bf16" else "fp32"
         models.verify_kernels(model, self.device)
         return model
 
@@ -108,11 +109,13 @@ class BlockSampler:
         """Return the images of a micro-batch, uint8 (B, H, W, 3)."""
         labels = self.labels[numbers.start : numbers.stop].tolist()
         with self._timed("sampling"), torch.no_grad():
+            allow_tf32(settings.precision == "tf32")
             latents = generate(
                 model, diffusion.build(self.recipe.diffusion), labels, numbers, sampler=settings.sampler,
                 steps=settings.steps, guidance=settings.guidance, interval=settings.guidance_interval,
                 seed=self.recipe.seed, device=self.device,
             )  # fmt: skip
+            allow_tf32(False)
             require_finite(latents, numbers)
         with self._timed("decoding"):
             return self.vae.decode(latents)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
-from dis_scale.recipe.settings import Count, Settings, runtime
+from dis_scale.recipe.settings import Count, InferencePrecision, Settings, runtime
 
 
 class LatentShape(NamedTuple):
@@ -141,8 +141,8 @@ class Precompute(Settings):
 
     shard_images: Count = 1024
     encode_images: Count = 64
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Precision of the autoencoder's products: exact, rounded to TF32 (GPUs), or in bfloat16."""
+    precision: InferencePrecision = "fp32"
+    """Precision of the autoencoder's products."""
     workers: Count = runtime(1)
     decoders: Count = runtime(4)
     """Threads per worker that read and decode images ahead of the VAE."""

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from dis_scale.recipe.settings import Count, Precision, Settings, Width, runtime
+from dis_scale.recipe.settings import Count, InferencePrecision, Settings, Width, runtime
 
 MAIN = ""
 """Name of the main sampling settings, next to the variants' names."""
@@ -74,7 +74,7 @@ class Variant(Settings):
     guidance: float | None = Field(None, ge=0)
     guidance_interval: Interval | None = None
     ema_width: Width | None = None
-    precision: Precision | None = None
+    precision: InferencePrecision | None = None
 
 
 class Evaluate(Settings):
@@ -88,8 +88,8 @@ class Evaluate(Settings):
     """Guide only between these times (Kynkaanniemi et al. 2024); default: at all times."""
     ema_width: Width | None = None
     """Sample from the rebuilt power-function average of this relative width; default: from the exponential average."""
-    precision: Precision = "fp32"
-    """Precision of the model while it samples; decoding and features are float32."""
+    precision: InferencePrecision = "fp32"
+    """Precision of the model's products while it samples; decoding and features are float32."""
     variants: dict[Name, Variant] = Field(default_factory=dict, json_schema_extra={"role": "extent"})
     """Further sampling settings for each checkpoint; each gives a metric of its own, `<metric>/<name>`."""
     order: Literal["oldest_first", "newest_first"] = runtime("oldest_first")

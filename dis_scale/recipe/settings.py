@@ -10,6 +10,8 @@ NARROWEST_EMA, WIDEST_EMA = 0.005, 0.28
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["fp32", "bf16"]
+InferencePrecision = Literal["fp32", "tf32", "bf16"]
+"""Of products outside training: exact, rounded to TF32 (GPUs; elsewhere exact), or in bfloat16."""
 Width = Annotated[float, Field(ge=NARROWEST_EMA, le=WIDEST_EMA)]
 """Relative width of a power-function average, see training/ema.py."""
 

@@ -1,7 +1,9 @@
 """A block is a function of (recipe, published weights, its number): bit-equal for any worker and order."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import safetensors.torch
 import torch
 
 from dis_scale import models, vae
+from dis_scale.evaluation import sampling
 from dis_scale.evaluation.features import store_classifier
 from dis_scale.evaluation.sampling import PARTS, BlockSampler, arrange, grid_numbers, open_sampler, sample_labels
 from dis_scale.recipe import LatentShape, Recipe, TrainedVae, reading
@@ -71,6 +74,25 @@ def test_blocks_are_bit_equal_for_any_workers_and_order(sweep: Sweep) -> None:
 
 def test_another_precision_changes_the_pictures(sweep: Sweep) -> None:
     assert sample_blocks(sweep, [0], "bf16") != sample_blocks(sweep, [0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_only_the_model_may_round_its_products_to_tf32(
+    sweep: Sweep, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = dict[str, bool]()
+    one, settings = sampler(sweep), sweep.recipe.evaluate.model_copy(update={"precision": precision})
+    decode = type(one.vae).decode
+
+    def noted(name: str, do: Any, *arguments: Any, **settings: Any) -> Any:
+        seen[name] = torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cudnn.allow_tf32 == seen[name]
+        return do(*arguments, **settings)
+
+    monkeypatch.setattr(sampling, "generate", partial(noted, "draw", sampling.generate))
+    monkeypatch.setattr(type(one.vae), "decode", lambda *arguments: noted("decode", decode, *arguments))
+    one.sample(one.model("dis", 160, settings), settings, 0)
+    assert seen == {"draw": precision == "tf32", "decode": False}
 
 
 def test_the_time_of_each_part_is_measured(sweep: Sweep) -> None:
