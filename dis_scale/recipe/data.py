@@ -144,5 +144,5 @@ class Precompute(Settings):
     precision: InferencePrecision = "fp32"
     """Precision of the autoencoder's products."""
     workers: Count = runtime(1)
-    decoders: Count = runtime(4)
-    """Threads per worker that read and decode images ahead of the VAE."""
+    decoders: Count = runtime(16)
+    """Threads per worker that read and decode images ahead of the VAE: more than cores, since each waits for its reads."""
