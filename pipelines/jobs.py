@@ -1,17 +1,24 @@
 """Ray's job API: submit a stage or join its running job, read its lines, stop it.
 
+A running job's log is followed through a websocket, so each line is sent once: after days it has a hundred megabytes, and Ray's
+`get_job_logs` sends all of it. Only the end is read so, once, because the websocket ends two seconds after the job.
+
 Pitfalls: a job's driver has 3 s between SIGTERM and SIGKILL unless RAY_JOB_STOP_WAIT_TIME_S is in its environment; an id stays
 taken after its job has ended; a child job without a runtime environment runs in the cluster's own folder, on other code.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import os
+import queue
 import shlex
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 
+import aiohttp
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from dis_scale.errors import DisScaleError, Held, Preempted, UserError
@@ -20,6 +27,7 @@ from pipelines.cluster import START_TIMEOUT_S, Cluster
 from pipelines.environment import KEEP_FREED_MEMORY, PASSIVE, SPINNING
 
 ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
+RECONNECT_EVERY_S = 2.0
 
 
 @dataclass
@@ -29,25 +37,65 @@ class Job:
     cluster: Cluster
     id: str
     ours: bool
-    _read: int = 0
+    _over: bool = False
+    _returned: int = 0
+    """Characters of the log whose lines were returned."""
+    _received: int = 0
+    """Characters of the log that followers received."""
+    _chunks: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
+    _partial: str = ""
+    _follower: threading.Thread | None = None
+    _followed_s: float = 0.0
     _tail: list[str] = field(default_factory=list)
 
     def status(self) -> JobStatus:
         return self.cluster.client.get_job_status(self.id)
 
     def ended(self) -> bool:
-        return self.status() in ENDED
+        self._over = self._over or self.status() in ENDED
+        return self._over
 
     def lines(self) -> list[str]:
-        """Return the complete lines that the job has printed since the last call."""
-        try:
-            text = self.cluster.client.get_job_logs(self.id)
-        except RuntimeError:
-            return []  # its agent is starting or has gone; the status tells which
+        """Return the complete lines that the job has printed since the last call; all that are left once `ended` was true."""
+        text = self._rest() if self._over else self._partial + self._new()
         end = text.rfind("\n") + 1
-        new, self._read = text[self._read : end].splitlines(), end
+        new, self._partial = text[:end].splitlines(), text[end:]
+        self._returned += end
         self._tail = (self._tail + new)[-30:]
         return new
+
+    def _rest(self) -> str:
+        try:
+            return self.cluster.client.get_job_logs(self.id)[self._returned :]
+        except RuntimeError:
+            return ""  # its agent has gone
+
+    def _new(self) -> str:
+        """Return what followers have received; start one if none is alive, for example since the job's agent was not up yet."""
+        now_s = time.monotonic()
+        if not (self._follower and self._follower.is_alive()) and now_s >= self._followed_s:
+            self._followed_s = now_s + RECONNECT_EVERY_S
+            self._follower = threading.Thread(target=self._follow, daemon=True, name=f"log of {self.id}")
+            self._follower.start()
+        received = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                received.append(self._chunks.get_nowait())
+        return "".join(received)
+
+    def _follow(self) -> None:
+        with contextlib.suppress(RuntimeError, OSError, aiohttp.ClientError):
+            asyncio.run(self._receive())
+
+    async def _receive(self) -> None:
+        """Receive the log from its beginning, and keep what no follower before had received."""
+        position = 0
+        async for chunk in self.cluster.client.tail_job_logs(self.id):
+            new = chunk[max(0, self._received - position) :]
+            position += len(chunk)
+            if new:
+                self._received += len(new)
+                self._chunks.put(new)
 
     def reason(self) -> str:
         """Return why a job ended: its own error line, otherwise Ray's message."""

@@ -37,6 +37,7 @@ UPWARD = {"dis_scale/sweep/__main__.py": ["cli"]}
 """The only imports of a higher layer: the entry point `python -m dis_scale.sweep` is the command."""
 DOORS = {
     "ray": "pipelines",
+    "aiohttp": "pipelines/jobs.py",
     "deepspeed": "dis_scale/training/engine.py",
     "webdataset": "dis_scale/data/shards.py",
     "mlflow": "dis_scale/tracking/mlflow.py",
