@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from dis_scale.data.threads import in_order
-from dis_scale.errors import StorageError
+from dis_scale.errors import StorageAway, StorageError, UserError
 from dis_scale.recipe import Train
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
@@ -141,18 +141,31 @@ def find_point(run: Run, name: PointName) -> ResumePoint | None:
     return None if contents is None else ResumePoint(folder, contents)
 
 
-def newest_point(run: Run, log: Callable[[str], None]) -> ResumePoint | None:
-    """Return the newest complete resume point; a damaged one is logged and the one before is used."""
+def newest_point(run: Run, log: Callable[[str], None], start_over: bool = False) -> ResumePoint | None:
+    """Return the newest complete resume point, None for a run that has saved nothing yet.
+
+    A damaged one is logged and the one before is used. StorageAway if storage does not answer: what cannot be read now is not
+    damaged. UserError if the run was further and all is lost, unless it may `start_over`.
+    """
+    damaged = 0
     for name in reversed(state.point_names(run)):
         try:
             point = find_point(run, name)
             if point is None:
                 continue
             point.verify()
+        except StorageAway:
+            raise
         except StorageError as error:
             log(f"resume point passed over: {error}")
+            damaged += 1
             continue
         return point
+    if (damaged or any(state.published_counts(run))) and not start_over:
+        raise UserError(
+            f"{run.resume}: no resume point can be used ({damaged} damaged), and this run has trained before: restore them, or "
+            "train it from the beginning with --set train.start_over=true"
+        )
     return None
 
 

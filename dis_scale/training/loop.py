@@ -334,7 +334,11 @@ def start(attempt: Attempt, latents: Latents, passes: int) -> tuple[Engine, Back
 
 def _agreed_resume_point(attempt: Attempt) -> ResumePoint | None:
     """Rank 0 finds and checks the newest resume point; all ranks use it."""
-    point = checkpoint.newest_point(attempt.run, attempt.log) if dist.get_rank() == 0 else None
+    point = (
+        checkpoint.newest_point(attempt.run, attempt.log, attempt.recipe.train.start_over)
+        if dist.get_rank() == 0
+        else None
+    )
     others: list[ResumePoint | None] = [point and ResumePoint(point.folder, point.manifest)]  # without what it has read
     dist.broadcast_object_list(others)
     return point or others[0]

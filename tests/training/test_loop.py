@@ -1,12 +1,14 @@
 """A run that was stopped and resumed equals the undisturbed one to the bit, for each ZeRO stage and precision."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 
-from dis_scale.errors import StorageError
+from dis_scale import faults
+from dis_scale.errors import StorageAway, StorageError, UserError
 from dis_scale.recipe import Recipe, Train, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
@@ -81,6 +83,49 @@ def test_a_damaged_resume_point_is_named_and_the_one_before_it_used(tmp_path: Pa
     assert before.images_seen == 240
     assert len(logged) == 1
     assert f"{name}: damaged: its sha256 differs" in logged[0]
+
+
+def test_storage_that_is_away_is_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, logged = run_with_points(tmp_path, {160: b"1", 320: b"2"}), list[str]()
+
+    def away(verb: str, path: str = "", **_: Any) -> None:
+        if "000000000320" in path:
+            raise ConnectionError(f"cannot {verb} {path}: no answer")
+
+    monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(faults, "at", away)
+    with pytest.raises(StorageAway, match="000000000320"):
+        checkpoint.newest_point(run, logged.append)
+    assert logged == []
+
+
+def test_a_run_whose_resume_points_are_all_damaged_does_not_start_over_unasked(tmp_path: Path) -> None:
+    run = run_with_points(tmp_path, {160: b"1", 320: b"2"})
+    for name in run.resume.list():
+        run.resume.write(f"{name}/weights-00000.safetensors", b"damaged")
+    with pytest.raises(UserError, match=r"no resume point can be used \(2 damaged\).*train.start_over=true"):
+        checkpoint.newest_point(run, print)
+    assert checkpoint.newest_point(run, print, start_over=True) is None
+
+
+def test_a_run_that_has_published_does_not_start_over_unasked(tmp_path: Path) -> None:
+    """Its resume points were deleted. One that was cut off in its first save starts again."""
+    run = Run(open_folder(tmp_path))
+    run.resume.write("000000000160-0001/weights-00000.safetensors", b"half")
+    assert checkpoint.newest_point(run, print) is None
+    manifest.put(run.published_at(0), {}, images=0)
+    assert checkpoint.newest_point(run, print) is None
+    manifest.put(run.published_at(160), {}, images=160)
+    with pytest.raises(UserError, match=r"0 damaged"):
+        checkpoint.newest_point(run, print)
+
+
+def run_with_points(at: Path, points: dict[int, bytes]) -> Run:
+    """A run with complete resume points of one file each, by images seen."""
+    run = Run(open_folder(at))
+    for images, data in points.items():
+        manifest.put(run.resume / f"{images:012d}-0001", {"weights-00000.safetensors": data}, images=images)
+    return run
 
 
 def test_only_the_last_resume_points_are_kept_and_none_without_its_manifest(tmp_path: Path) -> None:
