@@ -22,6 +22,7 @@ from dis_scale.report import mlflow_copy
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import GRID, METRICS, SKIPPED, Sampled, Sweep, state
+from dis_scale.tracking.goodput import GOODPUT
 from pipelines import devices, lines, stage
 from pipelines.devices import choose_device, total_gpus
 from pipelines.places import evaluators_on, node_resources, own_gpus, requests
@@ -164,7 +165,8 @@ class Evaluation:
         folder.write(GRID, grid(arrange(pictures, self.labels), grid_columns(self.labels)))
         notes = measure.notes(self.references, settings) + self._average_note(sampled, settings)
         seconds = _seconds(spent) | {"metrics": time.monotonic() - began_s}
-        folder.write_json(METRICS, _facts(sampled, settings) | {"notes": notes, "values": values, "seconds": seconds})
+        facts = _facts(sampled, settings) | self._goodput(sampled)
+        folder.write_json(METRICS, facts | {"notes": notes, "values": values, "seconds": seconds})
         folder.delete(SKIPPED)
         mlflow_copy.copy_evaluation(self.sweep, sampled)
         return values
@@ -174,6 +176,11 @@ class Evaluation:
         if sampled.variant or not self.sweep.recipe.data.held_out_images:
             return {}
         return self.evaluators.held_out(sampled)
+
+    def _goodput(self, sampled: Sampled) -> dict[str, float]:
+        """The run's goodput up to this checkpoint; empty at its beginning."""
+        known = manifest.require(self.sweep.run(sampled.model).published_at(sampled.images_seen)).get(GOODPUT)
+        return {GOODPUT: known} if known is not None and sampled.images_seen else {}
 
     def _average_note(self, sampled: Sampled, settings: Evaluate) -> list[str]:
         """A note on the error of the rebuilt averaging profile; empty without `ema_width`."""

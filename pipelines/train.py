@@ -300,10 +300,14 @@ def _copying(copy: RunCopy, rows: RowReader) -> Iterator[None]:
     """Copy rows to MLflow from a thread of its own: an MLflow that hangs does not delay training."""
     over = threading.Event()
 
+    def send() -> None:
+        for batch in rows.batches():
+            copy.send(batch)
+
     def run() -> None:
         while not over.wait(COPY_EVERY_S):
             with contextlib.suppress(StorageError):
-                copy.send(rows.new())
+                send()
 
     thread = threading.Thread(target=run, daemon=True, name="mlflow")
     thread.start()
@@ -313,4 +317,4 @@ def _copying(copy: RunCopy, rows: RowReader) -> Iterator[None]:
         over.set()
         thread.join(LAST_COPY_S)
     if not thread.is_alive():
-        copy.send(rows.new())
+        send()

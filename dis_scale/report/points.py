@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from dis_scale.recipe import MAIN
 from dis_scale.sweep import Sampled, Sweep, state
-from dis_scale.tracking.goodput import goodput_by_images
+from dis_scale.tracking.goodput import GOODPUT
 
 if TYPE_CHECKING:
     from dis_scale.models.cost import Cost
@@ -92,16 +92,13 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
     """Collect all evaluations of a sweep."""
     recipe, points = sweep.recipe, list[Point]()
     for model, cost in plan.costs.items():
-        goodput = goodput_by_images(sweep.run(model).log)
         for variant in recipe.evaluate.samplings:
             for images_seen, evaluation in state.evaluated(sweep, model, variant).items():
                 facts = {key: value for key, value in evaluation.items() if key not in ("values", "format")}
                 kind = recipe.models[model].kind
-                known = max((n for n in goodput if 0 < n <= images_seen), default=None)
-                share = None if known is None else goodput[known]
                 point = Point(
                     model=model, kind=kind, variant=variant, images_seen=images_seen, cost=cost,
-                    values=evaluation["values"], facts=facts, goodput=share,
+                    values=evaluation["values"], facts=facts, goodput=facts.pop(GOODPUT, None),
                 )  # fmt: skip
                 points.append(point)
     failed = {model: why for model in plan.costs if (why := state.ended(sweep, model))}

@@ -1,28 +1,46 @@
 """Goodput: the share of a run's time that went into steps that counted."""
 
-from dis_scale.storage.folder import Folder
-from dis_scale.tracking.rows import read_rows, row_files
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 ATTEMPT = "attempt"
 """Name of the row that begins an attempt: its number, at the images that it starts from."""
 GOODPUT = "goodput"
-"""Name of the row that ends an attempt: the run's goodput up to there."""
+"""Name of the row that ends an attempt, and of the fact in manifests: the run's goodput up to there."""
+_SPENT = "spent"
 
 
-def goodput_by_images(folder: Folder) -> dict[int, float]:
-    """Return, by images seen, the share of the time since the first attempt began that went into lasting steps.
+@dataclass(frozen=True)
+class Goodput:
+    """The share of the time since the run's first attempt began that went into lasting steps.
 
     A step is lasting if no later attempt repeated it. Waiting for machines, start-up and repeated steps count as lost:
 
         attempt 1   |start|steps|steps that were lost|      attempt 2   |wait, start|steps|
         good                ^^^^^                                                   ^^^^^
+
+    Times are in seconds, `_at` Unix times. The facts of a resume point hold what the next attempt needs to continue.
     """
-    rows = sorted((row for name in row_files(folder) for row in read_rows(folder, name)), key=lambda row: row.time)
-    begins = [row for row in rows if row.name == ATTEMPT]
-    shares, good_s = dict[int, float](), 0.0
-    for begin, after in zip(begins, [*begins, None][1:], strict=True):
-        own = [row for row in rows if row.time >= begin.time and (after is None or row.time < after.time)]
-        kept = [row for row in own if after is None or row.images <= after.images]
-        shares |= {r.images: (good_s + r.time - begin.time) / max(r.time - begins[0].time, 1e-9) for r in kept}
-        good_s += max((row.time for row in kept), default=begin.time) - begin.time
-    return shares
+
+    first_at: float
+    lasting_s: float
+    """Time in lasting steps of the attempts before."""
+    began_at: float
+
+    @classmethod
+    def begin(cls, earlier: Mapping[str, Any], now: float) -> "Goodput":
+        """Begin an attempt from a resume point's facts, or from none."""
+        spent = earlier.get(_SPENT, {"first_at": now, "lasting_s": 0.0})
+        return cls(spent["first_at"], spent["lasting_s"], now)
+
+    def share(self, now: float) -> float:
+        """Return the goodput at a time of this attempt, from 0 to 1 also if a clock was set back."""
+        return min(1.0, max(0.0, self._lasting_s(now) / max(now - self.first_at, 1e-9)))
+
+    def facts(self, now: float) -> dict[str, Any]:
+        """Return the facts for a manifest that is written now."""
+        return {GOODPUT: self.share(now), _SPENT: {"first_at": self.first_at, "lasting_s": self._lasting_s(now)}}
+
+    def _lasting_s(self, now: float) -> float:
+        return self.lasting_s + max(0.0, now - self.began_at)

@@ -221,6 +221,10 @@ class Saver:
         if self._thread:
             self._thread.join()
             self._thread = None
+        self.raise_failed()
+
+    def raise_failed(self) -> None:
+        """Raise the error of the last save, if any."""
         if self._error:
             raise self._error
 

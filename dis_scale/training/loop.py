@@ -9,7 +9,7 @@ import json
 import math
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -29,7 +29,7 @@ from dis_scale.recipe import Recipe, Train
 from dis_scale.scan import choose
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import PointName, Run, Sweep
-from dis_scale.tracking.goodput import ATTEMPT, GOODPUT, goodput_by_images
+from dis_scale.tracking.goodput import ATTEMPT, GOODPUT, Goodput
 from dis_scale.tracking.rows import RowWriter
 from dis_scale.training import checkpoint, ema, engine
 from dis_scale.training.bad_step import dump_step
@@ -91,7 +91,7 @@ def train_model(attempt: Attempt) -> int:
     recipe, rank, world = attempt.recipe, dist.get_rank(), dist.get_world_size()
     settings = recipe.train
     log_rates = (lambda line: attempt.log(f"{attempt.model}: {line}")) if rank == 0 else None
-    latents, process, state, model, passes, meter, images_seen = open_training(
+    latents, process, state, model, passes, meter, images_seen, earlier = open_training(
         attempt, _workers_on_this_node(world), log_rates
     )
     saver = Saver(attempt.run, attempt.number, rank, world, attempt.held, settings.keep_resume)
@@ -102,9 +102,10 @@ def train_model(attempt: Attempt) -> int:
     bad_steps = 0
 
     def facts() -> dict[str, Any]:
-        return {"adam_step": _adam_step(state), "model": attempt.model}
+        return {"adam_step": _adam_step(state), "model": attempt.model} | goodput.facts(time.time())
 
     # Record the start. Publish at 0 images, or again if the weights published at this resume point were deleted.
+    goodput = Goodput.begin(earlier, time.time())
     if rank == 0:
         rows.add(images_seen, {ATTEMPT: attempt.number})
         rows.flush()
@@ -144,27 +145,31 @@ def train_model(attempt: Attempt) -> int:
             # Publish and save. A resume point never exists without the rows before it.
             publish_due = images_seen in settings.publish_images
             save_due = images_seen % settings.resume_every_images < settings.batch_images
-            if publish_due or save_due or time.monotonic() > flushed_s + FLUSH_EVERY_S:
+            saver.raise_failed()
+            if time.monotonic() > flushed_s + FLUSH_EVERY_S:
                 rows.flush()
                 flushed_s = time.monotonic()
+            if publish_due or save_due:
+                rows.settle()
             if publish_due:
                 saver.publish(state, images_seen, facts(), description)
             if save_due:
                 saver.save(state, images_seen, facts())
+                rows.compact()
                 saved_images = images_seen
 
     # Save the last step, if the grace period allows it, and end the log.
     saver.finish()
     if images_seen != saved_images and agreement.time_left(saver.took_s, recipe.grace_s):
-        rows.flush()
+        rows.settle()
         saver.save(state, images_seen, facts())
         saver.finish()
-    rows.flush()
     if rank == 0:
         steps = (images_seen - first_images) // settings.batch_images
-        _record_end(
-            attempt, rows, images_seen, _summary(attempt, images_seen, steps, time.monotonic() - began_s, saver)
-        )
+        rows.add(images_seen, {GOODPUT: goodput.share(time.time())})
+        rows.close()
+        attempt.emit("end", attempt=attempt.number, images=images_seen)
+        attempt.log(_summary(attempt, images_seen, steps, time.monotonic() - began_s, saver))
     return images_seen
 
 
@@ -179,6 +184,8 @@ class Opened(NamedTuple):
     """This rank's forward passes of each step."""
     meter: ThroughputMeter
     images_seen: int
+    earlier: Mapping[str, Any]
+    """Facts of the resume point, none at the beginning."""
 
 
 def open_training(attempt: Attempt, on_this_node: int, log_rates: Callable[[str], None] | None) -> Opened:
@@ -195,14 +202,14 @@ def open_training(attempt: Attempt, on_this_node: int, log_rates: Callable[[str]
     smallest = min(memory, key=lambda size: size or 0)  # all ranks run equally many passes, and refuse together
     at_once = lanes_at_once(attempt.model, price, settings, world, smallest, recipe.evaluate.gpu_share)
     passes = forward_passes(settings.lanes, rank, world, at_once)
-    state, model, images_seen = start(attempt, latents, len(passes))
+    state, model, images_seen, earlier = start(attempt, latents, len(passes))
     micro_images = at_once * settings.lane_images
     if rank == 0:
         for line in how:
             attempt.log(f"{attempt.model}: {line}")
         attempt.log(f"{attempt.model}: {len(passes)} forward passes of up to {micro_images} images a worker and step")
     meter = open_meter(price, settings, micro_images, world, attempt.device, log_rates)
-    return Opened(latents, diffusion.build(recipe.diffusion), state, model, passes, meter, images_seen)
+    return Opened(latents, diffusion.build(recipe.diffusion), state, model, passes, meter, images_seen, earlier)
 
 
 def train_step(
@@ -242,14 +249,6 @@ def _handle_bad_step(
             f"{attempt.model}: the gradient was not finite in {in_a_row} steps in a row, up to {images_seen} images: "
             f"the last step's batch, losses and weights are in {dump}"
         )
-
-
-def _record_end(attempt: Attempt, rows: RowWriter, images_seen: int, summary: str) -> None:
-    """Record the goodput of the run so far and the end of the attempt."""
-    rows.add(images_seen, {GOODPUT: goodput_by_images(attempt.run.log).get(images_seen, 0.0)})
-    rows.flush()
-    attempt.emit("end", attempt=attempt.number, images=images_seen)
-    attempt.log(summary)
 
 
 def _workers_on_this_node(world: int) -> int:
@@ -302,8 +301,8 @@ class StopAgreement:
         return agreed
 
 
-def start(attempt: Attempt, latents: Latents, passes: int) -> tuple[Engine, Backbone, int]:
-    """Return the engine, its model and the images seen, from the newest complete resume point or from initial weights.
+def start(attempt: Attempt, latents: Latents, passes: int) -> tuple[Engine, Backbone, int, Mapping[str, Any]]:
+    """Return the engine, its model, the images seen and the resume point's facts: from the newest one or from initial weights.
 
     A step has `passes` forward passes on each rank.
     """
@@ -329,7 +328,7 @@ def start(attempt: Attempt, latents: Latents, passes: int) -> tuple[Engine, Back
         scan = f", scan {choose(settings.scan, attempt.device)}" if recipe.models[attempt.model].kind == "dis" else ""
         attempt.emit("start", attempt=attempt.number, workers=dist.get_world_size(), images=images_seen)
         attempt.log(f"{attempt.model}: attempt {attempt.number}, {dist.get_world_size()} workers, {where}{scan}")
-    return state, model, images_seen
+    return state, model, images_seen, point.manifest if point else {}
 
 
 def _agreed_resume_point(attempt: Attempt) -> ResumePoint | None:

@@ -59,7 +59,7 @@ def profile_training(
             held=lambda: True, stop_requested=lambda: False, report=lambda _: None, log=log,
             emit=lambda *_, **__: None,
         )  # fmt: skip
-        reader, process, state, backbone, passes, meter, images_seen = open_training(attempt, 1, log)
+        reader, process, state, backbone, passes, meter, images_seen, _ = open_training(attempt, 1, log)
         with closing(prefetch(step_inputs(recipe, device, reader, backbone.drop_rates, 0, passes))) as batches:
 
             def take_step() -> None:

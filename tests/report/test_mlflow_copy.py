@@ -33,7 +33,7 @@ def sweep(tmp_path: Path, plan: Plan) -> Sweep:
         for attempt in (1, 2):
             rows = RowWriter(made.run(model).log, attempt)
             rows.add(80 * attempt, {"loss": 1.0 / attempt, ATTEMPT: attempt})
-            rows.flush()
+            rows.settle()
         manifest.put(made.run(model).published_at(160), {"weights.safetensors": b""}, images=160)
         for variant in plan.recipe.evaluate.samplings:
             folder = made.evaluation(Sampled(model, 160, variant))

@@ -20,9 +20,6 @@ from dis_scale.report import compare, figures
 from dis_scale.report.published import PUBLISHED
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import ENDED, GRID, METRICS, SKIPPED, Sampled, Sweep
-from dis_scale.tracking import rows
-from dis_scale.tracking.goodput import ATTEMPT, goodput_by_images
-from dis_scale.tracking.rows import RowWriter
 from tests.conftest import TINY
 
 SHAPE = LatentShape(4, 8)
@@ -183,19 +180,6 @@ def test_sweeps_that_cannot_be_compared_are_refused(sweep: Sweep, tmp_path: Path
     other = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"samples": 81})})
     with pytest.raises(UserError, match="tiny was measured by fd_digits_80, tiny by fd_digits_81: these cannot"):
         compare.differences(a, collect(sweep_at(tmp_path, "tiny", other)))
-
-
-def test_goodput_counts_steps_that_no_later_attempt_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attempt 1 runs from 0 s to 10 s and is lost at 100 images; attempt 2 continues at 20 s from 60 and reaches 120 at 26 s."""
-    for attempt, steps in [(1, [(0, 0), (6, 60), (10, 100)]), (2, [(20, 60), (24, 100), (26, 120)])]:
-        writer = RowWriter(open_folder(tmp_path), attempt)
-        for i, (time_s, images_seen) in enumerate(steps):
-            monkeypatch.setattr(rows.time, "time", lambda time_s=time_s: 1000.0 + time_s)
-            writer.add(images_seen, {ATTEMPT: attempt} if i == 0 else {"loss": 1.0})
-        writer.flush()
-    shares = goodput_by_images(open_folder(tmp_path))
-    assert shares[60] == pytest.approx(6 / 20)
-    assert shares[120] == pytest.approx((6 + 6) / 26)
 
 
 def test_the_plan_derives_the_batch_and_names_the_price(tiny: Recipe) -> None:

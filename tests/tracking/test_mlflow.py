@@ -36,10 +36,10 @@ def test_rows_of_two_attempts_merge_and_the_first_wins(tmp_path: Path) -> None:
     first, second = RowWriter(folder, 1), RowWriter(folder, 2)
     first.add(10, {"loss": 1.0})
     first.add(20, {"loss": 0.9})
-    first.flush()
+    first.settle()
     second.add(20, {"loss": 0.8})
     second.add(30, {"loss": 0.7})
-    second.flush()
+    second.settle()
     rows = RowReader(folder)
     assert [(r.images, r.value) for r in rows.new()] == [(10, 1.0), (20, 0.9), (30, 0.7)]
     assert rows.new() == []

@@ -1,0 +1,135 @@
+"""Metric rows over weeks: written beside training, merged at resume points, read once; and the goodput that needs none of them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dis_scale import faults
+from dis_scale.errors import StorageError
+from dis_scale.storage.folder import open_folder
+from dis_scale.tracking import rows
+from dis_scale.tracking.goodput import GOODPUT, Goodput
+from dis_scale.tracking.rows import RowReader, RowWriter, compact
+
+
+def write(writer: RowWriter, images: range) -> None:
+    """Write each row into a file of its own."""
+    for seen in images:
+        writer.add(seen, {"loss": 1.0 / seen, "lr": 0.1})
+        writer.settle()
+
+
+def losses(reader: RowReader) -> list[int]:
+    return [row.images for row in reader.new() if row.name == "loss"]
+
+
+def test_small_files_are_merged_and_a_reader_sees_each_row_once(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path)
+    writer, reader, seen = RowWriter(folder, 1), RowReader(folder), list[int]()
+    for first in range(1, 100, 10):
+        write(writer, range(first, first + 5))
+        seen += losses(reader)
+        write(writer, range(first + 5, first + 10))
+        compact(folder)
+        seen += losses(reader)
+        assert len(folder.list()) == 1
+    assert seen == losses(RowReader(folder)) == list(range(1, 101))
+
+
+def test_files_of_a_segments_size_are_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "SEGMENT_BYTES", 1000)
+    folder, writer = open_folder(tmp_path), RowWriter(open_folder(tmp_path), 1)
+    for first in range(1, 201, 20):
+        write(writer, range(first, first + 20))
+        compact(folder)
+    sizes = folder.sizes()
+    assert all(size <= 1000 for size in sizes.values())
+    assert sum(sizes.values()) / len(sizes) > 800
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in sorted(sizes)[:-1]}
+    write(writer, range(201, 221))
+    compact(folder)
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in before} == before
+
+
+@pytest.mark.parametrize("verb", ["read", "write", "delete"])
+@pytest.mark.parametrize("nth", [1, 3])
+def test_a_merge_that_is_cut_off_loses_nothing_and_is_made_up_for(
+    verb: str, nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = open_folder(tmp_path)
+    for attempt, images in ((1, range(1, 10)), (2, range(6, 15))):
+        write(RowWriter(folder, attempt), images)
+    calls = 0
+
+    def fail(at: str, **_: Any) -> None:
+        nonlocal calls
+        calls += at == verb
+        if at == verb and calls >= nth:
+            raise ValueError("cut off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(faults, "at", fail)
+        if verb != "write" or nth == 1:
+            with pytest.raises(StorageError, match="cut off"):
+                compact(folder)
+    assert losses(RowReader(folder)) == list(range(1, 15))
+    compact(folder)
+    assert folder.list() == ["0001-000000-000008.jsonl", "0002-000000-000008.jsonl"]
+    assert losses(RowReader(folder)) == list(range(1, 15))
+
+
+def test_a_file_that_is_merged_while_it_is_read_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, other = open_folder(tmp_path), open_folder(tmp_path)
+    write(RowWriter(folder, 1), range(1, 6))
+    reader, merged = RowReader(folder), False
+
+    def merge(verb: str, path: str = "", **_: Any) -> None:
+        nonlocal merged
+        if verb == "read" and "000003" in path and not merged:
+            merged = True
+            compact(other)
+
+    monkeypatch.setattr(faults, "at", merge)
+    assert losses(reader) == [1, 2, 3, 4, 5]
+    assert merged
+
+
+def test_rows_wait_while_storage_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on; only what must be stored, before a resume point, is waited for."""
+
+    def away(*_: Any, **__: Any) -> None:
+        raise ConnectionError("away")
+
+    writer = RowWriter(open_folder(tmp_path), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(faults, "at", away)
+        patch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
+        for images in range(1, 6):
+            writer.add(images, {"loss": 1.0})
+            writer.flush()
+        with pytest.raises(StorageError, match="away"):
+            writer.settle()
+    writer.add(6, {"loss": 1.0})
+    writer.settle()
+    assert losses(RowReader(open_folder(tmp_path))) == [1, 2, 3, 4, 5, 6]
+
+
+def test_rows_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path)
+    folder.write("0001-000000.jsonl", b'{"name": "loss", "value": 0.5, "images": 1, "time": 2.0}\n')
+    write(RowWriter(folder, 2), range(2, 4))
+    assert losses(RowReader(folder)) == [1, 2, 3]
+
+
+def test_goodput_counts_steps_that_no_later_attempt_repeats() -> None:
+    """Attempt 1 runs from 0 s to 10 s, saves at 6 s and is lost; attempt 2 continues at 20 s and reaches its end at 26 s."""
+    first = Goodput.begin({}, 1000.0)
+    saved = first.facts(1006.0)
+    assert saved[GOODPUT] == 1.0
+    second = Goodput.begin(saved, 1020.0)
+    assert second.share(1020.0) == pytest.approx(6 / 20)
+    assert second.share(1026.0) == pytest.approx((6 + 6) / 26)
+    third = Goodput.begin(second.facts(1026.0), 1030.0)
+    assert third.share(1032.0) == pytest.approx((6 + 6 + 2) / 32)
+    assert Goodput.begin(saved, 900.0).share(800.0) in (0.0, 1.0), "a clock that was set back"
