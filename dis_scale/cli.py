@@ -93,6 +93,29 @@ def stop(
 
 
 @app.command()
+def status(
+    sweep: SweepUrl,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    every: Annotated[float | None, typer.Option("--watch", help="Show it again every so many seconds.", min=1)] = None,
+) -> None:
+    """Show what a sweep is doing and what is wrong, from its storage alone: no cluster is asked."""
+    import json
+    import time
+
+    from dis_scale.report import status as statuses
+    from dis_scale.sweep import Sweep
+
+    opened = Sweep.open(sweep)
+    if every:
+        return statuses.watch(opened, every)
+    found = statuses.collect(opened, time.time())
+    if as_json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        _console().print(statuses.table(found))
+
+
+@app.command()
 def report(
     sweep: SweepUrl,
     published: Annotated[

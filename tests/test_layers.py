@@ -22,7 +22,7 @@ SOURCES = {
 """All product code, by path."""
 
 LAYERS = [
-    "errors seeds imports recipe faults progress",
+    "errors seeds imports recipe faults progress threads",
     "storage",
     "sweep",
     "scan diffusion data tracking vae",

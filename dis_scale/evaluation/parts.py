@@ -10,7 +10,6 @@ import numpy as np
 
 from dis_scale import seeds
 from dis_scale.data.sources import Source, select_decodable
-from dis_scale.data.threads import batched, in_order
 from dis_scale.errors import StorageError
 from dis_scale.evaluation import npz
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor, Features
@@ -19,6 +18,7 @@ from dis_scale.progress import ReportDone
 from dis_scale.recipe import Data
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.extractors import part_count, part_positions, reference_facts, reference_part
+from dis_scale.threads import batched, in_order
 
 KEPT = 10_000
 """Most images whose features are kept, as many as ADM's references hold; chosen by a fixed seed."""

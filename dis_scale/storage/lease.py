@@ -54,7 +54,8 @@ def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
             f"{folder}: held by process {holder['pid']} on {holder['host']}, which is alive: one writer at a time",
             holder,
         )
-    lease, mine = Lease(folder, latest + 1), _this_process() | {"cluster": cluster, "nonce": uuid.uuid4().hex}
+    facts = {"cluster": cluster, "nonce": uuid.uuid4().hex, "at": time.time()}
+    lease, mine = Lease(folder, latest + 1), _this_process() | facts
     if not folder.create(f"{lease.number:04d}", json.dumps(mine).encode()):
         first = folder.read_json(f"{lease.number:04d}")
         if first.get("nonce") != mine["nonce"]:  # otherwise it is ours: the answer was lost, and the retry found it
@@ -63,11 +64,42 @@ def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
             )
     ended = threading.Event()
     threading.Thread(target=_send_heartbeats, args=(lease, ended), daemon=True, name="lease").start()
+    why = ""
     try:
         yield lease
+    except BaseException as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise
     finally:
         ended.set()
-        folder.write(f"{lease.number:04d}.end", b"")
+        folder.write_json(f"{lease.number:04d}.end", {"at": time.time(), "why": why})
+
+
+@dataclass(frozen=True)
+class Holding:
+    """One holder of a lease, past or present. Times are Unix times of the holder's clock."""
+
+    number: int
+    host: str
+    pid: int
+    since: float | None
+    ended: float | None
+    """None while it holds the lease, and for good if it died without ending it."""
+    why: str
+    """The error that ended it, if any."""
+
+
+def last_holding(folder: Folder) -> Holding | None:
+    """Return the lease's last holder, None if it was never held."""
+    number = _latest(folder)
+    if not number:
+        return None
+    holder, end = folder.read_json(f"{number:04d}"), dict[str, Any]()
+    with contextlib.suppress(FileNotFoundError):
+        end = json.loads(
+            folder.read(f"{number:04d}.end") or '{"at": 0.0, "why": ""}'
+        )  # earlier versions wrote nothing into it
+    return Holding(number, holder["host"], holder["pid"], holder.get("at"), end.get("at"), end.get("why", ""))
 
 
 def _send_heartbeats(lease: Lease, ended: threading.Event) -> None:

@@ -1,8 +1,8 @@
 """State of a sweep, read from its storage: what exists and what is left to do. Other modules do not decide this."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from dis_scale.errors import UserError
 from dis_scale.recipe import MAIN, Evaluate, LatentShape, TrainedVae
@@ -24,6 +24,16 @@ from dis_scale.sweep import (
     store_of,
 )
 from dis_scale.sweep.extractors import part_count, reference_file, reference_part, weights_identity
+from dis_scale.threads import in_order
+
+AT_ONCE = 16
+"""Requests to storage at a time: a sweep may have a thousand checkpoints."""
+T = TypeVar("T")
+
+
+def _existing(items: Sequence[T], exists: Callable[[T], bool]) -> list[T]:
+    """Return the items that exist; storage is asked about several at a time."""
+    return [item for item, found in zip(items, in_order(items, exists, AT_ONCE), strict=True) if found]
 
 
 def prepared(sweep: Sweep) -> bool:
@@ -113,7 +123,7 @@ def require_same_vae(where: Folder, latents_vae: str, given_vae: str) -> None:
 def published_counts(run: Run) -> list[int]:
     """Return the image counts that a run has published completely, rising."""
     counts = [int(name) for name in run.published.list() if name.isdigit()]
-    return [n for n in counts if run.published_at(n).exists(manifest.NAME)]
+    return _existing(counts, lambda n: run.published_at(n).exists(manifest.NAME))
 
 
 def point_names(run: Run) -> list[PointName]:
@@ -126,9 +136,15 @@ def complete_points(run: Run, names: Iterable[PointName]) -> Iterator[PointName]
     return (name for name in names if run.resume_point(name).exists(manifest.NAME))
 
 
+def newest_complete(run: Run) -> PointName | None:
+    """Return the newest resume point with a manifest. Its files are not checked."""
+    return next(complete_points(run, reversed(point_names(run))), None)
+
+
 def resumable_images(run: Run) -> int:
-    """Return the images seen at the newest resume point with a manifest, 0 if none. Its files are not checked."""
-    return next((point.images_seen for point in complete_points(run, reversed(point_names(run)))), 0)
+    """Return the images seen at the newest resume point with a manifest, 0 if none."""
+    point = newest_complete(run)
+    return point.images_seen if point else 0
 
 
 def trained(sweep: Sweep, model: str) -> bool:
@@ -203,19 +219,20 @@ def evaluated_ablations(sweep: Sweep, model: str, images_seen: int) -> list[Samp
 def evaluated_counts(sweep: Sweep, model: str, variant: str = MAIN) -> list[int]:
     """Return the image counts at which a model is evaluated, rising."""
     counts = [int(name) for name in sweep.evaluations(model).list() if name.isdigit()]
-    return [n for n in counts if sweep.evaluation(Sampled(model, n, variant)).exists(METRICS)]
+    return _existing(counts, lambda n: sweep.evaluation(Sampled(model, n, variant)).exists(METRICS))
 
 
 def evaluated(sweep: Sweep, model: str, variant: str = MAIN) -> dict[int, dict[str, Any]]:
     """Return a model's metrics files by images seen."""
     counts = evaluated_counts(sweep, model, variant)
-    return {n: sweep.evaluation(Sampled(model, n, variant)).read_json(METRICS) for n in counts}
+    folders = [sweep.evaluation(Sampled(model, n, variant)) for n in counts]
+    return dict(zip(counts, in_order(folders, lambda folder: folder.read_json(METRICS), AT_ONCE), strict=True))
 
 
-def evaluations_left(sweep: Sweep) -> list[Sampled]:
+def evaluations_left(sweep: Sweep, models: Iterable[str] | None = None) -> list[Sampled]:
     """Return what is published and not evaluated: main settings before variants, then by images in the recipe's order."""
     left = []
-    for model in sweep.recipe.models:
+    for model in sweep.recipe.models if models is None else models:
         counts = set(published_counts(sweep.run(model))) & set(sweep.recipe.train.publish_images)
         for variant in sweep.recipe.evaluate.samplings:
             left += [Sampled(model, n, variant) for n in counts - set(evaluated_counts(sweep, model, variant))]
@@ -236,10 +253,18 @@ def outdated(sweep: Sweep) -> list[Sampled]:
 
 def skipped(sweep: Sweep) -> dict[Sampled, str]:
     """Return the evaluations that were skipped, each with the reason."""
+    begun = {
+        model: set(map(int, filter(str.isdigit, sweep.evaluations(model).list()))) for model in sweep.recipe.models
+    }
     counts, variants = sweep.recipe.train.publish_images, sweep.recipe.evaluate.samplings
-    every = [Sampled(model, n, variant) for model in sweep.recipe.models for n in counts for variant in variants]
-    folders = {sampled: sweep.evaluation(sampled) for sampled in every}
-    return {sampled: f.read_json(SKIPPED)["why"] for sampled, f in folders.items() if f.exists(SKIPPED)}
+    every = [Sampled(model, n, variant) for model in begun for n in counts if n in begun[model] for variant in variants]
+    return why_skipped(sweep, every)
+
+
+def why_skipped(sweep: Sweep, every: Sequence[Sampled]) -> dict[Sampled, str]:
+    """Return those of some evaluations that were skipped, each with the reason."""
+    found = _existing(every, lambda sampled: sweep.evaluation(sampled).exists(SKIPPED))
+    return {sampled: sweep.evaluation(sampled).read_json(SKIPPED)["why"] for sampled in found}
 
 
 def all_evaluated(sweep: Sweep) -> bool:

@@ -164,6 +164,13 @@ def _rows(line: dict) -> list[Row]:
     return [Row(name, value, line["images"], line["time"]) for name, value in line["values"].items()]
 
 
+def newest(folder: Folder) -> dict[str, Row]:
+    """Return the last row of each name in the newest file: what a run did last, without reading its history."""
+    files = _listed(folder)
+    lines = folder.read(files[-1].name).splitlines() if files else []
+    return {row.name: row for line in lines for row in _rows(json.loads(line))}
+
+
 def _listed(folder: Folder) -> list[_File]:
     return sorted(file for name in folder.list() if (file := _File.parse(name)))
 

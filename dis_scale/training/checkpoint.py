@@ -15,12 +15,12 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
-from dis_scale.data.threads import in_order
 from dis_scale.errors import StorageAway, StorageError, UserError
 from dis_scale.recipe import Train
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import PointName, Run, state
+from dis_scale.threads import in_order
 from dis_scale.training import ema
 from dis_scale.training.ema import Snapshot
 from dis_scale.training.engine import MOMENTS, WEIGHTS, Engine, Segment

@@ -102,7 +102,8 @@ def train_model(attempt: Attempt) -> int:
     bad_steps = 0
 
     def facts() -> dict[str, Any]:
-        return {"adam_step": _adam_step(state), "model": attempt.model} | goodput.facts(time.time())
+        now = time.time()
+        return {"adam_step": _adam_step(state), "model": attempt.model, "at": now} | goodput.facts(now)
 
     # Record the start. Publish at 0 images, or again if the weights published at this resume point were deleted.
     goodput = Goodput.begin(earlier, time.time())

@@ -1,0 +1,134 @@
+"""What a sweep does, told from its storage alone."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dis_scale import faults
+from dis_scale.recipe import Recipe, reading
+from dis_scale.report import status
+from dis_scale.report.status import RunStatus, Status
+from dis_scale.storage import lease, manifest
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import ENDED, METRICS, PointName, Sampled, Sweep, state
+from dis_scale.tracking.rows import RowWriter
+from tests.conftest import TINY
+
+NOW = 2e9
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, tiny: Recipe) -> Sweep:
+    made = Sweep.below(open_folder(tmp_path), tiny)
+    made.save_recipe()
+    return made
+
+
+def train(sweep: Sweep, model: str, images: int, rate: float = 10.0, attempt: int = 1) -> None:
+    """What a run leaves after `images`: a row now, a resume point 100 s old."""
+    run = sweep.run(model)
+    writer = RowWriter(run.log, attempt)
+    writer.add(images, {"loss": 1.0, "images_per_s": rate})
+    writer.settle()
+    manifest.seal(run.resume_point(PointName(images // 2, attempt)), {}, images=images // 2, at=time.time() - 100)
+
+
+@pytest.fixture
+def held(sweep: Sweep) -> Iterator[None]:
+    """The run of `dis` has a holder."""
+    with lease.hold(sweep.run("dis").lease):
+        yield
+
+
+def of(sweep: Sweep, model: str, later_s: float = 0.0) -> tuple[Status, RunStatus]:
+    found = status.collect(sweep, time.time() + later_s)
+    return found, next(run for run in found.runs if run.model == model)
+
+
+def test_a_sweep_that_has_not_begun(sweep: Sweep) -> None:
+    found, run = of(sweep, "dis")
+    assert (found.doing, found.backlog) == ("preparing", 0)
+    assert (run.doing, run.images_seen, run.attempts, run.published) == ("waiting", 0, 0, 0)
+    assert found.wrong == ["no sweep command runs: start it again to continue"]
+
+
+def test_a_run_in_training_tells_its_rate_and_what_a_failure_would_cost(sweep: Sweep, held: None) -> None:
+    train(sweep, "dis", 160)
+    found, run = of(sweep, "dis")
+    assert found.doing == "training"
+    assert (run.doing, run.images_seen, run.images, run.resume_images) == ("training", 160, 320, 80)
+    assert run.left_s == pytest.approx(16)
+    assert run.resume_age_s == pytest.approx(100, abs=30)
+    assert "process" in run.holder
+    assert "16 s" in printed(found)
+
+
+def test_a_run_that_says_nothing_is_named(sweep: Sweep, held: None) -> None:
+    train(sweep, "dis", 160)
+    found, run = of(sweep, "dis", later_s=1000)
+    assert run.doing == "silent"
+    assert found.wrong[0].startswith("dis: no metric row for 17 min, and process")
+
+
+def test_why_the_last_attempt_ended_is_told(sweep: Sweep) -> None:
+    with pytest.raises(ConnectionError), lease.hold(sweep.run("dis").lease):
+        raise ConnectionError("a worker was lost")
+    train(sweep, "dis", 160)
+    found, run = of(sweep, "dis")
+    assert (run.doing, run.attempts, run.last_end) == ("stopped", 1, "ConnectionError: a worker was lost")
+    assert "dis: stopped at 160 images: run the sweep command again to continue" in found.wrong
+    sweep.run("dis").folder.write_json(ENDED, {"why": "it diverged"})
+    assert of(sweep, "dis")[1].doing == "failed"
+    assert "dis: ended: it diverged; the next sweep command trains it again" in of(sweep, "dis")[0].wrong
+
+
+def test_the_backlog_of_evaluation_and_the_last_distance_are_told(sweep: Sweep) -> None:
+    for images in (0, 160, 320):
+        manifest.seal(sweep.run("dis").published_at(images), {}, images=images)
+    values = {sweep.recipe.evaluate.metric: 12.5}
+    sweep.evaluation(Sampled("dis", 160)).write_json(METRICS, {"values": values})
+    state.record_node_failure(sweep.run("dit"), "node-7", "ECC")
+    found, run = of(sweep, "dis")
+    assert (run.doing, run.published, run.evaluated, run.metric) == ("trained", 3, 1, 12.5)
+    assert found.backlog == len(state.evaluations_left(sweep)) > 0
+    assert "node-7: 1 failures of its devices" in found.wrong
+    assert json.loads(json.dumps(found.to_json()))["runs"][0]["metric"] == 12.5
+
+
+def test_a_thousand_checkpoints_are_told_in_seconds_at_30_ms_a_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted, not timed: requests one after the other, at 16 at a time."""
+    counts = list(range(0, 16_000, 16))
+    sweep = Sweep.below(
+        open_folder(tmp_path), reading.load(TINY, [f"train.publish_images={counts}", "evaluate.variants={}"])
+    )
+    sweep.save_recipe()
+    for model in sweep.recipe.models:
+        for images in counts:
+            (tmp_path / f"sweeps/tiny/runs/{model}/published/{images:012d}").mkdir(parents=True)
+            (tmp_path / f"sweeps/tiny/evaluation/{model}/{images:012d}").mkdir(parents=True)
+            (tmp_path / f"sweeps/tiny/runs/{model}/published/{images:012d}/manifest.json").touch()
+            (tmp_path / f"sweeps/tiny/evaluation/{model}/{images:012d}/metrics.json").write_text('{"values": {}}')
+    requests = 0
+
+    def count(*_: Any, **__: Any) -> None:
+        nonlocal requests
+        requests += 1
+
+    monkeypatch.setattr(faults, "at", count)
+    assert all(run.evaluated == 1000 for run in status.collect(sweep, NOW).runs)
+    assert requests / state.AT_ONCE * 0.03 < 15, "two models, and their requests overlap"
+
+
+def printed(found: Status) -> str:
+    from rich.console import Console
+
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(status.table(found))
+    return capture.get()
