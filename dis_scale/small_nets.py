@@ -43,7 +43,10 @@ def training_images(
 
 
 def train_vae(settings: TrainedVae, images: np.ndarray, seed: int, report: ReportDone) -> "AutoencoderKL":
-    """Train an autoencoder with unit variance of its scaled latents: mean squared error and a little KL, as Stable Diffusion."""
+    """Train an autoencoder: mean squared error and a little KL, as Stable Diffusion.
+
+    Its scale gives the posterior means deviation 1; samples of the posteriors deviate by a little more.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seeds.seed("vae", seed) % 2**63)
         net = vae.new(settings, images.shape[1])
@@ -57,8 +60,8 @@ def train_vae(settings: TrainedVae, images: np.ndarray, seed: int, report: Repor
         _step(optimizer, loss, settings.learning_rate * min(1.0, 2 * (1 - step / settings.steps)))
         report(step + 1)
     with torch.no_grad():
-        latents = torch.cat([net.encode(part).latent_dist.mode() for part in unit.split(256)])
-    net.register_to_config(scaling_factor=float(1 / latents.std()))
+        means = torch.cat([net.encode(part).latent_dist.mode() for part in unit.split(256)])
+    net.register_to_config(scaling_factor=float(1 / means.std()))
     return net
 
 

@@ -393,10 +393,13 @@ def test_all_stages_normalised_by_channel(tmp_path: Path) -> None:
 
 
 def test_a_constant_channel_is_not_normalised() -> None:
-    facts = {"shift": 0.0, "scale": 1.0, "mean": [0.0, 1.0], "std": [1.0, 0.0]}
+    """The deviation of a constant channel is 0 or, by rounding, nearly."""
+    facts = {"shift": 0.0, "scale": 1.0, "mean": [0.0, 1.0, 0.1], "std": [1.0, 0.0, 1.4e-17], "posterior": False}
     assert Scaling.of(facts, "vae") == Scaling(0.0, 1.0)
-    with pytest.raises(UserError, match=r"data.normalise: channels \[1\] of the latents are constant: set it to vae"):
+    with pytest.raises(UserError, match=r"channels \[1, 2\] of the latents are constant: set it to vae"):
         Scaling.of(facts, "channels")
+    noisy = facts | {"posterior": True, "posterior_variance": [0.0, 4.0, 1.0]}
+    assert Scaling.of(noisy, "channels").scale == [1.0, 0.5, 1.0]
 
 
 def test_latents_that_decode_to_non_finite_values_are_refused(tmp_path: Path) -> None:

@@ -217,10 +217,10 @@ def write_manifest(latents: Folder, numbers: range, facts: dict[str, Any]) -> di
         labels.add(sidecar["labels"])
     if not labels.total:
         raise UserError(f"{latents}: no image could be decoded; the first of {len(refused)}: {refused[:1]}")
-    mean, std = _statistics(sums)
+    mean, std, variance = _statistics(sums)
     value = {
         "format": manifest.FORMAT, **facts, "mixing": labels.distinct(),
-        "count": labels.total.total(), "mean": mean, "std": std,
+        "count": labels.total.total(), "mean": mean, "std": std, "posterior_variance": variance,
         "labels": dict(sorted(labels.total.items(), key=lambda each: int(each[0]))), "refused": refused, "shards": shards,
     }  # fmt: skip
     latents.write_json(manifest.NAME, value)
@@ -246,24 +246,35 @@ def _sidecar_bytes(latents: Folder, number: int) -> int | None:
 
 
 def _sums(samples: list[Sample]) -> dict[str, Any]:
-    """Return count, mean and M2 by channel of the posterior means of the unflipped images, for exact merging."""
+    """Return sums over the unflipped images by channel: count, mean and M2 of the posterior means, and the posteriors' variances.
+
+    Count, mean and M2 merge exactly.
+    """
     if not samples:
-        return {"count": 0, "mean": [], "m2": []}
+        return {"count": 0, "mean": [], "m2": [], "variance": []}
     means = np.stack([s.mean for s in samples]).astype(np.float64)
+    channels = means.shape[1]
+    log_variances = (s.moments[0, channels:].astype(np.float64) for s in samples if s.posterior)
     return {
         "count": means[:, 0].size,
         "mean": means.mean((0, 2, 3)).tolist(),
         "m2": (means.var((0, 2, 3)) * means[:, 0].size).tolist(),
+        "variance": sum((np.exp(each).sum((1, 2)) for each in log_variances), np.zeros(channels)).tolist(),
     }
 
 
-def _statistics(sums: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation by channel from the shards' sums (Chan, Golub and LeVeque 1983), in shard order."""
+def _statistics(sums: list[dict[str, Any]]) -> tuple[list[float], list[float], list[float] | None]:
+    """Return mean and deviation of the posterior means, and the mean variance of the posteriors, by channel, from the shards' sums.
+
+    Merged in shard order (Chan, Golub and LeVeque 1983). The variance is None if a sidecar of an earlier version lacks it.
+    """
     count, mean, m2 = 0, np.zeros(1), np.zeros(1)
-    for s in sums:
-        if not s["count"]:
-            continue
+    for s in (s for s in sums if s["count"]):
         delta, total = np.array(s["mean"]) - mean, count + s["count"]
         m2 = m2 + np.array(s["m2"]) + delta**2 * count * s["count"] / total
         mean, count = mean + delta * s["count"] / total, total
-    return mean.tolist(), np.sqrt(m2 / max(count, 1)).tolist()
+    std = np.sqrt(m2 / max(count, 1)).tolist()
+    if not all("variance" in s for s in sums):
+        return mean.tolist(), std, None
+    variances = np.sum([s["variance"] for s in sums if s["count"]], axis=0)
+    return mean.tolist(), std, (variances / max(count, 1)).tolist()

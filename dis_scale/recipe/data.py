@@ -87,7 +87,7 @@ class Data(Settings):
     mirror: bool = True
     """Flip each image horizontally with probability 1/2 in training."""
     normalise: Normalise = "vae"
-    """Normalise latents by the VAE's scale and shift, or each channel by its own mean and deviation over the set."""
+    """Normalise latents by the VAE's scale and shift, or each channel by its own mean and deviation over the set's posteriors."""
     held_out_images: int = Field(0, ge=0)
     """Images that training never sees, selected by the seed; their loss is measured at each published count."""
 

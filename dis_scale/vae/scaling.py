@@ -10,6 +10,9 @@ import torch
 from dis_scale.errors import UserError
 from dis_scale.recipe import Normalise
 
+FLOAT16 = np.finfo(np.float16)
+"""Format of stored latents: a channel that deviates by less than the rounding of its mean is constant."""
+
 
 @dataclass(frozen=True)
 class Scaling:
@@ -20,12 +23,25 @@ class Scaling:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any], normalise: Normalise) -> "Scaling":
-        """Return the scaling of a set of latents from its manifest; UserError if it needs a deviation that is 0."""
+        """Return the scaling of a set of latents from its manifest; by channel, samples of the posteriors get deviation 1.
+
+        UserError if a channel is constant, or if the manifest lacks the posteriors' variance.
+        """
         if normalise == "vae":
             return cls(facts["shift"], facts["scale"])
-        if constant := [channel for channel, deviation in enumerate(facts["std"]) if not deviation]:
-            raise UserError(f"data.normalise: channels {constant} of the latents are constant: set it to vae")
-        return cls(facts["mean"], [1 / deviation for deviation in facts["std"]])
+        variances = facts.get("posterior_variance")
+        if variances is None and facts.get("posterior", True):
+            raise UserError(
+                "data.normalise: channels: latents of an earlier version, without the variance of their posteriors: "
+                "delete their folder and rerun, use another root, or set it to vae"
+            )
+        deviations = np.sqrt(np.square(facts["std"]) + (variances or 0.0))
+        constant = deviations <= FLOAT16.smallest_subnormal + FLOAT16.eps / 2 * np.abs(facts["mean"])
+        if constant.any():
+            raise UserError(
+                f"data.normalise: channels {constant.nonzero()[0].tolist()} of the latents are constant: set it to vae"
+            )
+        return cls(facts["mean"], (1 / deviations).tolist())
 
     def apply(self, latents_BCHW: np.ndarray) -> np.ndarray:
         """Scale float32 latents in place."""
