@@ -7,7 +7,8 @@ Read next: official.py for the layouts of the public code.
 """
 
 import json
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from dis_scale import diffusion
 from dis_scale.errors import UserError
 from dis_scale.models import Backbone, build, check_finite
 from dis_scale.models.official import from_official, from_official_dit, read_weights
-from dis_scale.recipe import Flow, Gaussian, LatentShape, Model
+from dis_scale.recipe import Flow, Gaussian, LatentShape, Model, Recipe
+from dis_scale.recipe.evaluate import Sampler
 from dis_scale.vae import DiffusersVae
 from dis_scale.vae.scaling import Scaling
 
@@ -81,9 +83,40 @@ class DisScalePipeline(DiffusionPipeline):
 '''
 
 
-def describe(model: Backbone) -> dict[str, Any]:
-    """Settings, shape and number of classes as plain data: the input of `from_description`."""
-    return {
+@dataclass(frozen=True)
+class LatentsVae:
+    """The VAE of a set of latents, by its identity, and the settings that a TorchScript file does not tell."""
+
+    identity: str
+    posterior: bool
+    shift: float | Sequence[float]
+    scale: float | Sequence[float]
+
+
+@dataclass(frozen=True)
+class SamplingFacts:
+    """The facts that sampling needs beside the weights; stored in a published file, so that it can leave its sweep."""
+
+    diffusion: Gaussian | Flow
+    vae: LatentsVae
+    scaling: Scaling | None
+    """Scaling of the model's latents; None for the VAE's own."""
+    sampler: Sampler
+    steps: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, latents: Mapping[str, Any]) -> "SamplingFacts":
+        """Return the facts of a sweep's models from its recipe and the manifest of its latents."""
+        encoder = LatentsVae(latents["vae"], latents.get("posterior", True), latents["shift"], latents["scale"])
+        normalise, evaluate = recipe.data.normalise, recipe.evaluate
+        scaling = None if normalise == "vae" else Scaling.of(latents, normalise)
+        return cls(recipe.diffusion, encoder, scaling, evaluate.sampler, evaluate.steps)
+
+
+def describe(model: Backbone, facts: SamplingFacts | None = None) -> dict[str, Any]:
+    """Settings, shape and number of classes as plain data, the input of `from_description`; and the sampling facts, if known."""
+    sampling = {} if facts is None else {"sampling": TypeAdapter(SamplingFacts).dump_python(facts, mode="json")}
+    return sampling | {
         "model": model.settings.model_dump(mode="json"),
         "shape": list(model.shape),
         "num_classes": model.num_classes,
@@ -125,6 +158,18 @@ def load(path: str | Path) -> Backbone:
     model.load_state_dict(weights)
     check_finite(model)
     return model.eval()
+
+
+def sampling_facts(path: str | Path) -> SamplingFacts | None:
+    """Return the sampling facts in a file that `load` reads; None for any other file, and for files of earlier versions."""
+    if Path(path).suffix != ".safetensors":
+        return None
+    with safetensors.safe_open(path, framework="pt") as file:
+        stored = json.loads(file.metadata()["dis_scale"]).get("sampling")
+    try:
+        return None if stored is None else TypeAdapter(SamplingFacts).validate_json(json.dumps(stored))
+    except ValidationError as error:
+        raise UserError(f"{path}: invalid sampling facts: {error.errors()[0]['msg']}") from None
 
 
 def open_checkpoint(path: str | Path, heads: int | None = None) -> Backbone:

@@ -24,7 +24,7 @@ from dis_scale.diffusion.process import Process
 from dis_scale.errors import DisScaleError
 from dis_scale.models import Backbone
 from dis_scale.models.cost import price_model
-from dis_scale.models.export import describe
+from dis_scale.models.export import SamplingFacts, describe
 from dis_scale.recipe import Recipe, Train
 from dis_scale.scan import choose
 from dis_scale.storage.folder import Folder
@@ -96,7 +96,7 @@ def train_model(attempt: Attempt) -> int:
     )
     saver = Saver(attempt.run, attempt.number, rank, world, attempt.held, settings.keep_resume)
     rows, agreement = RowWriter(attempt.run.log, attempt.number), StopAgreement()
-    description = json.dumps(describe(model))
+    description = json.dumps(describe(model, SamplingFacts.of(recipe, latents.manifest)))
     began_s = flushed_s = time.monotonic()
     first_images = saved_images = images_seen
     bad_steps = 0
