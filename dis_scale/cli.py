@@ -30,6 +30,13 @@ SweepUrl = Annotated[str, typer.Argument(help="A sweep's folder or URL, for exam
 Model = Annotated[str, typer.Argument(help="A model of the sweep.")]
 At = Annotated[int | None, typer.Option(help="A published image count; default: the last.", min=0)]
 
+VaeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Autoencoder: folder or hub id, TorchScript file, or `none` for pixels; default: the sweep's own."
+    ),
+]
+
 
 @app.callback()
 def options(_: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
@@ -230,11 +237,11 @@ def sample(
     count: Annotated[int | None, typer.Option(help="Number of images; default: one per label.", min=1)] = None,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
     guidance: Annotated[float, typer.Option(min=0)] = 1.5,
-    sampler: Annotated[str | None, typer.Option(help="Default: the sweep's own, otherwise 250 steps of ddpm.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1)] = None,
+    sampler: Annotated[str | None, typer.Option(help="Default: the sweep's own, or that in the checkpoint.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: as for the sampler.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     batch: Annotated[int, typer.Option(help="Images sampled at a time; does not change them.", min=1)] = 64,
-    vae: Annotated[str | None, typer.Option(help="Autoencoder's folder or hub id; default: the sweep's own.")] = None,
+    vae: VaeOption = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads, for a public DiT of unusual size.", min=1)] = None,
 ) -> None:
     """Sample a grid of images from one checkpoint."""
@@ -244,6 +251,8 @@ def sample(
     labels = _labels(classes)
     _require_folder(out)
     opened = open_for_sampling(checkpoint, vae, heads)
+    for line in opened.notes:
+        _print(line)
     images = count or len(labels or [0])
     how = {"sampler": sampler or opened.sampler, "steps": steps or opened.steps}
     pictures = sample_pictures(opened, labels, images, **how, guidance=guidance, seed=seed, batch=batch)  # type: ignore[arg-type]
@@ -295,7 +304,7 @@ def repair(
 def show(
     url: Latents,
     out: Annotated[Path, typer.Option(help="The PNG of decoded images to write.")] = Path("latents.png"),
-    vae: Annotated[str | None, typer.Option(help="Autoencoder's folder or hub id; default: the sweep's own.")] = None,
+    vae: VaeOption = None,
 ) -> None:
     """Show totals, labels, statistics and identity of latents; write a grid of decoded images."""
     from dis_scale.data import maintenance

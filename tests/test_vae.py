@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -14,7 +15,7 @@ from dis_scale import diffusion, vae
 from dis_scale.data import shards
 from dis_scale.data.encode import encode_images
 from dis_scale.data.latents import Latents, micro_batch, open_latents, sample_posterior
-from dis_scale.data.maintenance import decode_examples, describe
+from dis_scale.data.maintenance import decode_examples, describe, load_decoder
 from dis_scale.data.sources import open_source
 from dis_scale.errors import DisScaleError, UserError
 from dis_scale.evaluation import held_out
@@ -215,6 +216,9 @@ def test_a_torchscript_file_gives_its_images_back(posterior: bool, tmp_path: Pat
     assert vae.latent_shape(recipe.vae, 32) == reader.shape == (12, 16)
     assert [reader.manifest[key] for key in ("scale", "shift", "vae")] == [0.5, 1.0, decoder.identity]
     require_stored(at, sweep, posterior=posterior)
+    named = load_decoder(None, at, settings.path)
+    assert named is not None
+    assert named.identity == decoder.identity
     moments, _ = reader.read(np.arange(8), np.zeros(8, int))
     mean = moments[:, :12].astype(np.float32)
     sample = sample_posterior(moments, np.random.default_rng(0))
@@ -382,7 +386,11 @@ def test_all_stages_normalised_by_channel(tmp_path: Path) -> None:
     evaluator, source = Evaluator(sweep, "cpu"), open_source(recipe.data)
     published = tmp_path / "sweep/runs/dis/published/000000000016"
     originals = {source.pixels(n, 32).tobytes() for n in range(len(source))}
-    for decoder in (evaluator.sampler.vae, open_for_sampling(published, None).decoder):
+    copied = shutil.copytree(published, tmp_path / "copied")
+    decoders = [evaluator.sampler.vae, open_for_sampling(published, None).decoder]
+    alone = open_for_sampling(copied, settings.path)
+    assert alone.notes == []
+    for decoder in (*decoders, alone.decoder):
         assert all(image.tobytes() in originals for image in decoder.decode(x_BCHW[:8]))
     assert not any(image.tobytes() in originals for image in vae.load(sweep).decode(x_BCHW[:8]))
 
@@ -390,6 +398,14 @@ def test_all_stages_normalised_by_channel(tmp_path: Path) -> None:
     model = evaluator.sampler.model("dis", 16, recipe.evaluate)
     expected = held_out.losses(model, diffusion.build(recipe.diffusion), by_channel, recipe.seed, 20)
     assert evaluator.held_out(Sampled("dis", 16)) == expected
+
+    latents.delete()
+    assert open_for_sampling(published, None).decoder.scaling == alone.decoder.scaling
+    scripted(tmp_path / "vae.pt", posterior=False, net=Folded(False).half())
+    with pytest.raises(UserError, match=r"000000000016: latents of another VAE: theirs is"):
+        open_for_sampling(published, None)
+    (note,) = open_for_sampling(copied, settings.path).notes
+    assert f"{settings.path} did not encode the model's latents: its identity is" in note
 
 
 def test_a_constant_channel_is_not_normalised() -> None:

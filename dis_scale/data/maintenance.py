@@ -17,7 +17,6 @@ from dis_scale.data.shards import EncodedShard
 from dis_scale.data.sources import open_source
 from dis_scale.errors import StorageError, UserError
 from dis_scale.progress import ReportDone, ReportShare
-from dis_scale.recipe import PretrainedVae
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import LATENTS, Sweep
@@ -123,11 +122,12 @@ def load_decoder(sweep: Folder | None, latents: Folder, path: str | None) -> Vae
 
     UserError if another VAE encoded the latents.
     """
-    theirs = manifest.require(latents)["vae"]
+    facts = manifest.require(latents)
+    theirs = facts["vae"]
     if path is None and sweep is None:
         return PixelVae() if PixelVae().identity == theirs else None
     if path is not None:
-        decoder = vae.load_pretrained(PretrainedVae(kind="pretrained", path=path))
+        decoder = vae.from_path(path, facts)
     else:
         assert sweep is not None
         decoder = vae.load(Sweep.open(sweep.url))

@@ -3,7 +3,7 @@
 Noise is a function of the seed and the sample's number, so the batch size does not change the pictures.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,13 @@ from dis_scale.diffusion.generate import generate
 from dis_scale.diffusion.process import check_labels
 from dis_scale.errors import UserError
 from dis_scale.models import Backbone
-from dis_scale.models.export import open_checkpoint
-from dis_scale.recipe import Flow, Gaussian, PretrainedVae
+from dis_scale.models.export import SamplingFacts, open_checkpoint, sampling_facts
+from dis_scale.recipe import Flow, Gaussian
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import RECIPE, Sweep
+from dis_scale.sweep import RECIPE, Sweep, state
 from dis_scale.training.checkpoint import WEIGHTS_FILE, stored_file
-from dis_scale.vae import Vae
+from dis_scale.vae import PixelVae, Vae
 
 
 @dataclass(frozen=True)
@@ -30,29 +30,81 @@ class OpenCheckpoint:
     model: Backbone
     process: Gaussian | Flow
     decoder: Vae
-    sampler: str = "ddpm"
-    steps: int = 250
-    """The sweep's sampling settings, or the published 250 steps."""
+    sampler: str
+    steps: int
+    notes: list[str]
+    """Lines on what is assumed or differs."""
 
 
 def open_for_sampling(path: Path, vae_path: str | None, heads: int | None = None) -> OpenCheckpoint:
-    """Open the model at `path`. A sweep's published folder has a VAE and a process; any other path needs `vae_path`."""
+    """Open the model at `path`. Outside a sweep, it needs `vae_path`, unless its latents are pixels.
+
+    The process and the scaling of latents come from the file. If it is of an earlier version, they come from its sweep, otherwise
+    they are assumed. UserError if the sweep's VAE did not encode the latents; for another one at `vae_path`, a note.
+    """
     file = path / (_weights_in(path) or WEIGHTS_FILE) if path.is_dir() else path
     if not file.exists():
         raise UserError(f"no checkpoint at {path}: expected a published folder, a .safetensors file or a public .pt")
     model = open_checkpoint(file, heads)
     root = next((parent for parent in file.absolute().parents if (parent / RECIPE).exists()), None)
     sweep = Sweep.open(str(root)) if root else None
+    facts = sampling_facts(file) or (_facts_of(sweep) if sweep else None)
+    decoder, notes = _decoder(path, vae_path, sweep, facts), list[str]()
     if vae_path is not None:
-        decoder = vae.load_pretrained(PretrainedVae(kind="pretrained", path=vae_path))
-    elif sweep is not None:
-        decoder = vae.load(sweep)
+        _require_fit(model, decoder, vae_path)
+    if facts and facts.vae.identity != decoder.identity:
+        if vae_path is None:
+            state.require_same_vae(open_folder(path), facts.vae.identity, decoder.identity)
+        notes.append(
+            f"vae      {vae_path} did not encode the model's latents: its identity is {decoder.identity[:12]}, "
+            f"theirs is {facts.vae.identity[:12]}"
+        )
+    if facts:
+        process, decoder = facts.diffusion, replace(decoder, normalised=facts.scaling)
+    elif sweep:
+        process, decoder = sweep.recipe.diffusion, vae.for_samples(sweep, decoder)
     else:
-        raise UserError(f"{path} is not in a sweep, so name the VAE of its latents: --vae FOLDER or hub id")
-    if sweep is None:
-        return OpenCheckpoint(model, Gaussian(kind="gaussian"), decoder)
-    recipe, decoder = sweep.recipe, vae.for_samples(sweep, decoder)
-    return OpenCheckpoint(model, recipe.diffusion, decoder, recipe.evaluate.sampler, recipe.evaluate.steps)
+        process = Gaussian(kind="gaussian")
+        notes.append(
+            f"assumed  {process.kind} process, {process.betas} betas, {process.steps} steps; latents by scale "
+            f"{decoder.scale:g} and shift {decoder.shift:g}: the file does not tell"
+        )
+    sampling = sweep.recipe.evaluate if sweep else facts
+    sampler, steps = (sampling.sampler, sampling.steps) if sampling else ("ddpm", 250)
+    return OpenCheckpoint(model, process, decoder, sampler, steps, notes)
+
+
+def _facts_of(sweep: Sweep) -> SamplingFacts | None:
+    """Return the sampling facts of a sweep's models, None without latents."""
+    latents = state.find_latents(sweep.folder)
+    return SamplingFacts.of(sweep.recipe, manifest.require(latents)) if latents else None
+
+
+def _decoder(path: Path, vae_path: str | None, sweep: Sweep | None, facts: SamplingFacts | None) -> Vae:
+    """Load the VAE at `vae_path`, else the sweep's, else `PixelVae` if the latents are pixels; UserError otherwise."""
+    if vae_path is not None:
+        return vae.from_path(vae_path, asdict(facts.vae) if facts else {})
+    if sweep is not None:
+        return vae.load(sweep)
+    if facts and facts.vae.identity == PixelVae().identity:
+        return PixelVae()
+    raise UserError(
+        f"{path} is not in a sweep, so name the VAE of its latents: --vae FOLDER, hub id, TorchScript file, or none"
+    )
+
+
+def _require_fit(model: Backbone, decoder: Vae, vae_path: str) -> None:
+    """UserError unless the VAE decodes latents of the model's shape to images."""
+    channels, size = model.shape
+    try:
+        pictures = decoder.decode(torch.zeros(1, channels, size, size))
+        reason = f"it returns {tuple(pictures.shape)}"
+    except (RuntimeError, torch.jit.Error) as error:
+        pictures, reason = None, str(error).strip().splitlines()[-1]
+    if pictures is None or pictures.shape[3] != 3:
+        raise UserError(
+            f"--vae {vae_path} does not decode the model's latents, {channels} channels of {size} x {size}: {reason}"
+        )
 
 
 def _weights_in(published: Path) -> str | None:

@@ -3,7 +3,10 @@
 Read next: interface.py; autoencoders.py, the door to diffusers; script.py.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, TorchScriptVae, TrainedVae, VaeSettings
 from dis_scale.storage import manifest
@@ -25,8 +28,8 @@ from dis_scale.vae.scaling import Scaling
 from dis_scale.vae.script import load_script
 
 __all__ = [
-    "CONFIG", "DiffusersVae", "PixelVae", "Vae", "for_samples", "has_posterior", "latent_shape", "load", "load_pretrained",
-    "load_script", "new", "save", "to_pixels", "to_unit",
+    "CONFIG", "DiffusersVae", "PixelVae", "Vae", "for_samples", "from_path", "has_posterior", "latent_shape", "load",
+    "load_pretrained", "load_script", "new", "save", "to_pixels", "to_unit",
 ]  # fmt: skip
 
 
@@ -61,6 +64,21 @@ def load(sweep: Sweep) -> Vae:
     if isinstance(settings, TorchScriptVae):
         return load_script(settings)
     return load_stored(sweep.vae)
+
+
+def from_path(path: str, facts: Mapping[str, Any]) -> Vae:
+    """Load the VAE that a command's option names: `none` for pixels, a TorchScript file (path or URL), else a folder or hub id.
+
+    `facts` of the latents, such as their manifest, have what a TorchScript file does not tell: posterior, shift and scale.
+    """
+    if path == "none":
+        return PixelVae()
+    if "://" not in path and not Path(path).is_file():
+        return load_pretrained(PretrainedVae(kind="pretrained", path=path))
+    own = {"posterior": True} | {
+        k: facts[k] for k in ("posterior", "shift", "scale") if isinstance(facts.get(k), bool | float)
+    }
+    return load_script(TorchScriptVae.model_validate({"kind": "torchscript", "path": path} | own))
 
 
 def for_samples(sweep: Sweep, decoder: Vae) -> Vae:

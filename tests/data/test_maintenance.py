@@ -145,6 +145,7 @@ def test_show_needs_no_vae_for_pixels(tmp_path: Path) -> None:
     _, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images", "{kind: none}")
     code, _ = run("show", latents.url, "--out", str(tmp_path / "grid.png"))
     assert code == 0
+    assert run("show", latents.url, "--vae", "none", "--out", str(tmp_path / "grid.png"))[0] == 0
     recipe = reading.load(TINY, [f"data.source={{kind: folder, url: {tmp_path}/images}}", "data.num_classes=2"])
     first = Image.fromarray(open_source(recipe.data).pixels(0, 32)).resize((64, 64), Image.Resampling.NEAREST)
     assert Image.open(tmp_path / "grid.png").crop((0, 0, 64, 64)).tobytes() == first.tobytes()

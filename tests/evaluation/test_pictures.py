@@ -1,15 +1,20 @@
 """`dis-scale sample`: equal pictures at any batch size, and one line for each mistake."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 from PIL import Image
 
 from dis_scale import models, vae
+from dis_scale.errors import UserError
 from dis_scale.evaluation.pictures import open_for_sampling, sample_pictures
-from dis_scale.models.export import save
-from dis_scale.recipe import LatentShape, Recipe, TrainedVae
+from dis_scale.models.export import LatentsVae, SamplingFacts, describe, save
+from dis_scale.recipe import Flow, Gaussian, LatentShape, Recipe, TrainedVae
+from dis_scale.vae.scaling import Scaling
 from tests.test_cli import invoke
 
 
@@ -40,6 +45,48 @@ def test_the_command_writes_a_grid(files: tuple[Path, Path], tmp_path: Path) -> 
     assert Image.open(tmp_path / "grid.png").size == (2 * 64, 64)
 
 
+def written(path: Path, model: models.Backbone, facts: SamplingFacts) -> Path:
+    """Write a published file, as training does."""
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    safetensors.torch.save_file(weights, path, {"dis_scale": json.dumps(describe(model, facts))})
+    return path
+
+
+def test_a_published_file_tells_how_to_sample_from_it(files: tuple[Path, Path], tmp_path: Path, tiny: Recipe) -> None:
+    """Process, scaling, sampler and steps, outside a sweep; another autoencoder than the latents' is named."""
+    scaling = Scaling([0.1, 0.2, 0.3, 0.4], [0.5, 1.0, 2.0, 4.0])
+    theirs = LatentsVae(vae.from_path(str(files[1]), {}).identity, True, 0.0, 1.0)
+    facts = SamplingFacts(Flow(kind="flow", shift=3.0), theirs, scaling, "euler", 7)
+    model = models.build(tiny.models["dis"], LatentShape(4, 8), 10)
+    opened = open_for_sampling(written(tmp_path / "a.safetensors", model, facts), str(files[1]))
+    assert (opened.process, opened.sampler, opened.steps) == (facts.diffusion, "euler", 7)
+    assert (opened.decoder.scaling, opened.notes) == (scaling, [])
+    pictures = sample_pictures(opened, [3], 1, sampler="euler", steps=2, guidance=1.0, seed=0, batch=1)
+    assert pictures.shape == (1, 32, 32, 3)
+
+    facts = replace(facts, vae=replace(theirs, identity="0" * 64), scaling=None)
+    opened = open_for_sampling(written(tmp_path / "b.safetensors", model, facts), str(files[1]))
+    assert opened.decoder.scaling == Scaling(0.0, 0.18215)
+    (note,) = opened.notes
+    assert note.endswith(f"its identity is {theirs.identity[:12]}, theirs is 000000000000")
+
+
+def test_what_a_file_does_not_tell_is_assumed_in_a_line(files: tuple[Path, Path], tmp_path: Path) -> None:
+    command = ["sample", "--checkpoint", str(files[0]), "--vae", str(files[1]), "--classes", "1", "--steps", "1"]
+    code, output = invoke(*command, "--out", str(tmp_path / "grid.png"))
+    words = "assumed  gaussian process, linear betas, 1000 steps; latents by scale 0.18215 and shift 0"
+    assert (code, output.splitlines()[0].startswith(words)) == (0, True)
+
+
+def test_pixels_need_no_autoencoder(tmp_path: Path, tiny: Recipe) -> None:
+    model, identity = models.build(tiny.models["dis"], LatentShape(3, 8), 10), vae.PixelVae().identity
+    facts = SamplingFacts(Gaussian(kind="gaussian"), LatentsVae(identity, True, 0.0, 1.0), None, "ddim", 4)
+    file = written(tmp_path / "pixels.safetensors", model, facts)
+    for path in (None, "none"):
+        opened = open_for_sampling(file, path)
+        assert (type(opened.decoder), opened.notes) == (vae.PixelVae, [])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -48,6 +95,10 @@ def test_the_command_writes_a_grid(files: tuple[Path, Path], tmp_path: Path) -> 
         (["--classes", "1", "--sampler", "euler"], "euler"),
         (["--classes", "1", "--checkpoint", "none.pt"], "no checkpoint at none.pt"),
         (["--classes", "1", "--vae", "/nowhere"], "vae.path: no autoencoder at '/nowhere'"),
+        (
+            ["--classes", "1", "--vae", "none"],
+            "--vae none does not decode the model's latents, 4 channels of 8 x 8: it returns (1, 8, 8, 4)",
+        ),
     ],
 )
 def test_mistakes_are_one_line(files: tuple[Path, Path], tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -56,6 +107,13 @@ def test_mistakes_are_one_line(files: tuple[Path, Path], tmp_path: Path, argumen
     assert code == 2
     assert message in output
     assert not (tmp_path / "none.png").exists()
+
+
+def test_an_autoencoder_of_other_channels_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
+    other = TrainedVae(kind="trained", widths=(8, 8, 8), latent_channels=3)
+    vae.new(other, 32).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"other does not decode the model's latents, 4 channels of 8 x 8: .*channels"):
+        open_for_sampling(files[0], str(tmp_path / "other"))
 
 
 def test_weights_outside_a_sweep_need_a_vae(files: tuple[Path, Path]) -> None:
