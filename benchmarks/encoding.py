@@ -62,7 +62,7 @@ def main() -> None:
                 )
             mean, log_variance = np.split(moments.astype(np.float32), 2, axis=1)
             means[precision], deviations[precision] = mean, np.exp(log_variance / 2)
-            latents = torch.from_numpy((mean - encoder.shift) * encoder.scale)
+            latents = torch.from_numpy(encoder.scaling.apply(mean.copy()))
             decoded = [extractor(encoder.decode(latents[i : i + BATCH])).pooled for i in batches]
             features[precision] = metrics.fit(np.concatenate(decoded))
         reference, exact = load_all(sweep)[extractor.name], means["fp32"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from diffusers import AutoencoderKL
 
@@ -300,6 +301,52 @@ def test_scale_and_shift_are_in_the_manifest_and_applied_in_training(tmp_path: P
     mean, log_variance = np.split(latents.read(np.arange(8), np.zeros(8, int))[0].astype(np.float32), 2, axis=1)
     undone = batch.x_BCHW.numpy() / 1.5305 + 0.0609
     assert (np.abs(undone - mean) < 6 * np.exp(0.5 * log_variance)).all()
+
+
+def test_scale_and_shift_by_channel_are_those_of_diffusers_pipelines(tmp_path: Path) -> None:
+    """Decoding is `z latents_std / scaling_factor + latents_mean`, as in StableDiffusionXLPipeline."""
+    mean, std = [0.1, -0.2, 0.3, 0.4], [2.0, 3.0, 4.0, 5.0]
+    settings = saved(tmp_path / "vae", 3, latents_mean=mean, latents_std=std, scaling_factor=0.5)
+    recipe = reading.load(TINY, [f"vae={{kind: pretrained, path: {settings.path}}}", "precompute.shard_images=900"])
+    sweep, at = Sweep(open_folder(tmp_path) / "sweep", recipe), open_folder(tmp_path) / "latents"
+    encode_digits(sweep, at)
+    decoder, reader = vae.load(sweep), Latents(at, seed=0)
+    moments, _ = reader.read(np.arange(8), np.zeros(8, int))
+    scaled = reader.scaled(moments[:, :4].astype(np.float32))
+    mean_C11, std_C11 = (np.array(each, np.float32)[:, None, None] for each in (mean, std))
+    np.testing.assert_allclose(scaled * std_C11 / 0.5 + mean_C11, moments[:, :4], atol=1e-5)
+    plain = to_pixels(decoder.net.decode(torch.from_numpy(moments[:, :4]).float()).sample)
+    assert np.abs(decoder.decode(torch.from_numpy(scaled)).astype(int) - plain.astype(int)).max() <= 1
+    lines = describe(at)
+    assert any("shift 0.1 -0.2 0.3 0.4" in line for line in lines)
+    assert any("scale 0.25 0.167 0.125 0.1 makes" in line for line in lines)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    settings = saved(tmp_path, 3)
+    file, key = tmp_path / "diffusion_pytorch_model.safetensors", "decoder.conv_in.weight"
+    weights = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({name: each for name, each in weights.items() if name != key}, file)
+    with pytest.raises(UserError, match=f"lacks 1 weights, the first {key}"):
+        vae.load_pretrained(settings)
+    safetensors.torch.save_file(weights | {key: torch.zeros(2, 2)}, file)
+    with pytest.raises(UserError, match=f"do not fit their config: .*size mismatch for {key}"):
+        vae.load_pretrained(settings)
+
+
+@pytest.mark.parametrize("channels", [{"in_channels": 1}, {"out_channels": 4}])
+def test_an_autoencoder_of_other_images_is_refused(channels: dict[str, int], tmp_path: Path) -> None:
+    ((key, value),) = channels.items()
+    with pytest.raises(UserError, match=f"has {key} {value}, expected 3 for images in RGB"):
+        vae.latent_shape(saved(tmp_path, 3, **channels), 32)
+
+
+def test_a_pipelines_folder_needs_its_subfolder(tmp_path: Path) -> None:
+    saved(tmp_path / "vae", 3)
+    settings = PretrainedVae(kind="pretrained", path=str(tmp_path))
+    with pytest.raises(UserError, match=r"no autoencoder at .*for a pipeline, set vae.subfolder: vae"):
+        vae.latent_shape(settings, 32)
+    assert vae.latent_shape(settings.model_copy(update={"subfolder": "vae"}), 32) == (4, 8)
 
 
 def test_a_default_that_diffusers_adds_does_not_change_the_identity(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 A rebuilt shard is compared with the manifest before it is written: it has the same bytes or it is not written.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -99,7 +99,7 @@ def describe(latents: Folder) -> list[str]:
     names = dict(enumerate(m.get("label_names", [])))
     labels = [f"{names.get(int(label), label)} {count:,}" for label, count in m.get("labels", {}).items()]
     refused = f", {len(m['refused'])} refused: {_some(m['refused'])}" if m["refused"] else ", none refused"
-    deviations = [abs(m["scale"]) * deviation for deviation in m["std"]]
+    scale, shift = np.atleast_1d(m["scale"]), np.atleast_1d(m["shift"])
     stored = "moments" if m.get("posterior", True) else "latents without variance"
     return [
         f"latents  {latents}",
@@ -107,8 +107,8 @@ def describe(latents: Folder) -> list[str]:
         f"latent   {channels}x{size}x{size}, float16 {stored} of image and horizontal flip",
         f"labels   {len(labels)} of {m['num_classes']} classes: {_some(labels)}",
         f"mixing   {mixing.words(m['mixing']) if 'mixing' in m else 'none: made by an earlier version'}",
-        f"mean     {_numbers(m['mean'])} by channel; shift {m['shift']:g}",
-        f"std      {_numbers(m['std'])}; scale {m['scale']:g} makes it {_numbers(deviations)}",
+        f"mean     {_numbers(m['mean'])} by channel; shift {_numbers(shift)}",
+        f"std      {_numbers(m['std'])}; scale {_numbers(scale)} makes it {_numbers(np.abs(scale) * m['std'])}",
         f"source   {_settings(m.get('source', {}))}; listing {m.get('listing', '?')[:12]}",
         f"vae      {m['vae'][:12]}",
         f"encoded  {m.get('resolution', '?')} pixels, {m.get('shard_images', '?')} images a shard, "
@@ -196,7 +196,7 @@ def _some(words: list[str]) -> str:
     return ", ".join(words[:10]) + (f", ... ({len(words) - 10} more)" if len(words) > 10 else "")
 
 
-def _numbers(values: list[float]) -> str:
+def _numbers(values: Iterable[float]) -> str:
     return " ".join(f"{value:.3g}" for value in values)
 
 

@@ -74,8 +74,8 @@ class Encoding:
 
     vae: str
     """The VAE's identity."""
-    scale: float
-    shift: float
+    scale: float | list[float]
+    shift: float | list[float]
     latent: LatentShape
     device: str
     torch: str

@@ -67,7 +67,7 @@ def open_for_sampling(path: Path, vae_path: str | None, heads: int | None = None
         process = Gaussian(kind="gaussian")
         notes.append(
             f"assumed  {process.kind} process, {process.betas} betas, {process.steps} steps; latents by scale "
-            f"{decoder.scale:g} and shift {decoder.shift:g}: the file does not tell"
+            f"{decoder.scale} and shift {decoder.shift}: the file does not tell"
         )
     sampling = sweep.recipe.evaluate if sweep else facts
     sampler, steps = (sampling.sampler, sampling.steps) if sampling else ("ddpm", 250)

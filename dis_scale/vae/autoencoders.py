@@ -5,7 +5,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
@@ -35,12 +35,13 @@ class DiffusersVae(Vae):
     """An autoencoder of one of the `SUPPORTED` classes, in evaluation mode."""
 
     @property
-    def scale(self) -> float:
-        return float(self.net.config.get("scaling_factor") or 1.0)
+    def scale(self) -> float | list[float]:
+        scale, deviations = float(self.net.config.get("scaling_factor") or 1.0), self._of_channels("std")
+        return [scale / deviation for deviation in deviations] if deviations else scale
 
     @property
-    def shift(self) -> float:
-        return float(self.net.config.get("shift_factor") or 0.0)
+    def shift(self) -> float | list[float]:
+        return self._of_channels("mean") or float(self.net.config.get("shift_factor") or 0.0)
 
     @property
     def posterior(self) -> bool:
@@ -62,6 +63,11 @@ class DiffusersVae(Vae):
         for name, tensor in sorted(self.net.state_dict().items()):
             total.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         return total.hexdigest()
+
+    def _of_channels(self, key: str) -> list[float]:
+        """Return `latents_mean` or `latents_std`, which SDXL's pipeline uses if the config has both; otherwise none."""
+        values = {name: self.net.config.get(f"latents_{name}") for name in ("mean", "std")}
+        return list(values[key]) if all(values.values()) else []
 
     def _encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         (encoded,) = self.net.encode(images_BCHW.to(self.device), return_dict=False)
@@ -142,14 +148,24 @@ def load_stored(folder: Folder) -> Vae:
 def load_pretrained(settings: PretrainedVae) -> Vae:
     """Load a published VAE from a local folder or hub id; UserError if there is none, or none of the `SUPPORTED` classes."""
     kind, _ = published(settings)
-    return DiffusersVae(_from_path(settings, kind.from_pretrained).eval().requires_grad_(False))
+    try:
+        net, info = _from_path(settings, partial(kind.from_pretrained, output_loading_info=True))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"vae.path: the weights at {settings.path!r} do not fit their config: {reason}") from error
+    if missing := sorted(info["missing_keys"]):  # diffusers would leave them at random values
+        raise UserError(f"vae.path: {settings.path!r} lacks {len(missing)} weights, the first {missing[0]}")
+    return DiffusersVae(net.eval().requires_grad_(False))
 
 
 def published(settings: PretrainedVae) -> tuple[Any, dict[str, Any]]:
-    """Return the class and the configuration of a published VAE; UserError if the class is not supported."""
+    """Return the class and the configuration of a published VAE; UserError if the class or the channels are not supported."""
     config = _from_path(settings, _diffusers("AutoencoderKL").load_config)
     if (name := config.get("_class_name")) not in SUPPORTED:
         raise UserError(f"vae.path: {settings.path!r} is of class {name}, expected one of {', '.join(SUPPORTED)}")
+    for key in ("in_channels", "out_channels"):
+        if (channels := config.get(key, 3)) != 3:
+            raise UserError(f"vae.path: {settings.path!r} has {key} {channels}, expected 3 for images in RGB")
     return _diffusers(name), config
 
 
@@ -158,4 +174,7 @@ def _from_path(settings: PretrainedVae, read: Callable[..., Any]) -> Any:
         return read(settings.path, subfolder=settings.subfolder)
     except (OSError, ValueError) as error:
         first = " ".join(str(error).split())[:200]
-        raise UserError(f"vae.path: no autoencoder at {settings.path!r} (folder or hub id): {first}") from error
+        pipeline = "" if settings.subfolder else "; for a pipeline, set vae.subfolder: vae"
+        raise UserError(
+            f"vae.path: no autoencoder at {settings.path!r} (folder or hub id{pipeline}): {first}"
+        ) from error

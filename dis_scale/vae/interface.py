@@ -33,10 +33,14 @@ class Vae(ABC):
 
     @property
     @abstractmethod
-    def scale(self) -> float: ...
+    def scale(self) -> float | list[float]:
+        """Scale of the latents, one number or one a channel."""
+
     @property
     @abstractmethod
-    def shift(self) -> float: ...
+    def shift(self) -> float | list[float]:
+        """Shift of the latents, one number or one a channel."""
+
     @property
     @abstractmethod
     def identity(self) -> str:

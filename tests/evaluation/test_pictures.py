@@ -74,7 +74,7 @@ def test_a_published_file_tells_how_to_sample_from_it(files: tuple[Path, Path], 
 def test_what_a_file_does_not_tell_is_assumed_in_a_line(files: tuple[Path, Path], tmp_path: Path) -> None:
     command = ["sample", "--checkpoint", str(files[0]), "--vae", str(files[1]), "--classes", "1", "--steps", "1"]
     code, output = invoke(*command, "--out", str(tmp_path / "grid.png"))
-    words = "assumed  gaussian process, linear betas, 1000 steps; latents by scale 0.18215 and shift 0"
+    words = "assumed  gaussian process, linear betas, 1000 steps; latents by scale 0.18215 and shift 0.0"
     assert (code, output.splitlines()[0].startswith(words)) == (0, True)
 
 
