@@ -12,13 +12,13 @@ import safetensors.torch
 import torch
 from diffusers import AutoencoderKL
 
-from dis_scale import diffusion, vae
+from dis_scale import diffusion, faults, vae
 from dis_scale.data import shards
 from dis_scale.data.encode import encode_images
 from dis_scale.data.latents import Latents, micro_batch, open_latents, sample_posterior
 from dis_scale.data.maintenance import decode_examples, describe, load_decoder
 from dis_scale.data.sources import open_source
-from dis_scale.errors import DisScaleError, UserError
+from dis_scale.errors import DisScaleError, StorageAway, UserError
 from dis_scale.evaluation import held_out
 from dis_scale.evaluation.pictures import open_for_sampling, sample_pictures
 from dis_scale.evaluation.sampling import open_sampler
@@ -28,6 +28,7 @@ from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.vae import to_pixels, to_unit
 from dis_scale.vae.scaling import Scaling
+from dis_scale.vae.script import ScriptVae
 from pipelines import precompute
 from pipelines.evaluate import Evaluator
 from pipelines.precompute import Dealer, Encoder
@@ -104,6 +105,40 @@ class Folded(torch.nn.Module):
     @torch.jit.export
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.pixel_shuffle((z - 1) / self.factor, 2)
+
+
+class Returning(torch.nn.Module):
+    """An autoencoder that breaks the contract in one way, or computes in half precision."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    @torch.jit.export
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "random":
+            return x + torch.randn_like(x)
+        if self.how == "raise":
+            raise ValueError("no such size")
+        if self.how == "first":
+            return x[:1]
+        return x[:, 0, 0, 0] if self.how == "(B)" else x.flatten(1) if self.how == "(B, n)" else x.half()
+
+    @torch.jit.export
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return z.half()
+
+
+class Pair(torch.nn.Module):
+    """An autoencoder that returns images and latents."""
+
+    @torch.jit.export
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    @torch.jit.export
+    def decode(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return z, z
 
 
 class Encoding(torch.nn.Module):
@@ -245,7 +280,7 @@ def test_other_torchscript_files_are_refused(tmp_path: Path) -> None:
         "has sha256 [0-9a-f]{64}, the recipe expects 0000": good.model_copy(update={"sha256": "0" * 64}),
         "has no method decode: export both": scripted(tmp_path / "half.pt", False, Encoding()),
         "has no method encode and no method decode": scripted(tmp_path / "none.pt", False, torch.nn.Identity()),
-        r"encode returns \(1, 24, 16, 16\).*expected \(1, C, h, h\)": good.model_copy(
+        r"encode returns \(2, 24, 16, 16\).*expected \(2, C, h, h\)": good.model_copy(
             update={"path": scripted(tmp_path / "more.pt", True).path}
         ),
         "an image of 33 pixels is not encoded and decoded": good,
@@ -256,6 +291,54 @@ def test_other_torchscript_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bytes.pt").write_bytes(b"nothing")
     with pytest.raises(UserError, match="is not a TorchScript file"):
         vae.load_script(good.model_copy(update={"path": str(tmp_path / "bytes.pt")}))
+
+
+@pytest.mark.parametrize(
+    ("net", "words"),
+    [
+        (Returning("random"), "encode is random: return mean and log-variance, and set vae.posterior: true"),
+        (Returning("raise"), "an image of 32 pixels is not encoded and decoded: .*no such size"),
+        (Returning("first"), r"encode returns \(1, 3, 32, 32\) and decode .* expected \(2, C, h, h\)"),
+        (Returning("(B)"), r"encode returns \(2,\) for two images, expected \(2, C, h, h\)"),
+        (Returning("(B, n)"), r"encode returns \(2, 3072\) for two images, expected \(2, C, h, h\)"),
+        (Pair(), "decode returns a tuple, expected a tensor"),
+    ],
+)
+def test_torchscript_files_that_break_the_contract_are_refused(
+    net: torch.nn.Module, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=words):
+        vae.latent_shape(scripted(tmp_path / "vae.pt", False, net), 32)
+
+
+def test_a_torchscript_file_in_half_precision_gives_float32(tmp_path: Path) -> None:
+    half = vae.load_script(scripted(tmp_path / "vae.pt", False, Returning("half")))
+    assert half.latent(32) == (3, 32)
+    assert half.encode(np.zeros((1, 8, 8, 3), np.uint8)).dtype == torch.float32
+    assert half._decode(torch.zeros(1, 3, 8, 8)).dtype == torch.float32
+
+
+def test_a_torchscript_file_gets_tensors_on_its_own_device(tmp_path: Path) -> None:
+    """A frozen file has no parameters to be moved: it stays on the CPU, and latents from a GPU are moved to it."""
+    frozen = torch.jit.freeze(torch.jit.script(Folded(False).eval()), preserved_attrs=["encode", "decode"])
+    frozen.save(str(tmp_path / "frozen.pt"))
+    decoder = vae.load_script(TorchScriptVae(kind="torchscript", path=str(tmp_path / "frozen.pt"), posterior=False))
+    assert decoder.device.type == "cpu"
+    assert decoder.latent(32) == (12, 16)
+    settings = TorchScriptVae(kind="torchscript", path="unused", posterior=False)
+    elsewhere = ScriptVae(Folded(False).to("meta"), settings, "")  # a device that every machine has
+    assert elsewhere._decode(torch.zeros(1, 12, 4, 4)).device.type == "meta"
+
+
+def test_storage_that_is_away_is_not_a_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = scripted(tmp_path / "vae.pt", False)
+    with pytest.raises(UserError, match=f"no file {tmp_path}"):
+        vae.load_script(settings.model_copy(update={"path": str(tmp_path)}))
+    (tmp_path / "plan").write_text("fail at read path=vae.pt times=9")
+    monkeypatch.setattr(faults, "_plan", faults.load(tmp_path / "plan"))
+    monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
+    with pytest.raises(StorageAway, match=r"vae.pt"):
+        vae.load_script(settings)
 
 
 def test_another_class_is_refused_by_name(tmp_path: Path) -> None:

@@ -41,34 +41,45 @@ class ScriptVae(Vae):
 
     @torch.no_grad()
     def latent(self, resolution: int) -> LatentShape:
-        """Return the latents' shape of a blank image; UserError if the methods do not fit it or each other."""
-        blank, path = torch.zeros(1, 3, resolution, resolution, device=self.device), self.settings.path
-        halves = 2 if self.settings.posterior else 1
+        """Return the latents' shape of blank images.
+
+        UserError if encode samples, or if the methods do not fit the images or each other.
+        """
+        blanks, path = torch.zeros(2, 3, resolution, resolution), self.settings.path
+        halves, expected = (2, "(2, 2C, h, h)") if self.settings.posterior else (1, "(2, C, h, h)")
         try:
-            encoded = self._run("encode", blank)
-            decoded = self._run("decode", encoded.chunk(halves, dim=1)[0])
-        except (RuntimeError, AttributeError) as error:
+            encoded = self._encode(blanks)
+            if not torch.equal(encoded, self._encode(blanks)):
+                raise UserError(f"{path}: encode is random: return mean and log-variance, and set vae.posterior: true")
+            if encoded.ndim != 4:
+                raise UserError(f"{path}: encode returns {tuple(encoded.shape)} for two images, expected {expected}")
+            decoded = self._decode(encoded.chunk(halves, dim=1)[0])
+        except (RuntimeError, torch.jit.Error) as error:
             reason = str(error).strip().splitlines()[-1]
             raise UserError(f"{path}: an image of {resolution} pixels is not encoded and decoded: {reason}") from error
-        _, channels, *sides = encoded.shape
-        if decoded.shape != blank.shape or channels % halves or sides != sides[:1] * 2:
+        images, channels, height, width = encoded.shape
+        if (images, channels % halves, height) != (2, 0, width) or decoded.shape != blanks.shape:
             raise UserError(
-                f"{path}: encode returns {tuple(encoded.shape)} and decode {tuple(decoded.shape)} for an image of "
-                f"{resolution} pixels, expected (1, {'2C' if halves == 2 else 'C'}, h, h) and {tuple(blank.shape)}"
+                f"{path}: encode returns {tuple(encoded.shape)} and decode {tuple(decoded.shape)} for two images of "
+                f"{resolution} pixels, expected {expected} and {tuple(blanks.shape)}"
             )
-        return LatentShape(channels // halves, sides[0])
+        return LatentShape(channels // halves, height)
 
     def _encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        return self._run("encode", images_BCHW.to(self.device))
+        return self._run("encode", images_BCHW)
 
     def _decode(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
         return self._run("decode", latents_BCHW)
 
     def _run(self, method: str, x_BCHW: torch.Tensor) -> torch.Tensor:
+        # a frozen file cannot be moved, and stays on the CPU
+        x_BCHW = x_BCHW.to(self.device)
         # an optimised graph replaces the first one after some calls, and its last digits may differ
         with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-            result: torch.Tensor = getattr(self.net, method)(x_BCHW)
-        return result
+            result = getattr(self.net, method)(x_BCHW)
+        if not isinstance(result, torch.Tensor):
+            raise UserError(f"{self.settings.path}: {method} returns a {type(result).__name__}, expected a tensor")
+        return result.float()
 
 
 def load_script(settings: TorchScriptVae) -> Vae:
@@ -76,7 +87,9 @@ def load_script(settings: TorchScriptVae) -> Vae:
     parent, name = locate(settings.path)
     try:
         data = parent.read(name)
-    except (FileNotFoundError, IsADirectoryError, StorageError) as error:
+    except (FileNotFoundError, StorageError) as error:
+        if isinstance(error, StorageError) and not isinstance(error.__cause__, IsADirectoryError):
+            raise  # the file may be good
         raise UserError(f"vae.path: no file {settings.path}") from error
     if settings.sha256 not in (None, digest := hashlib.sha256(data).hexdigest()):
         raise UserError(f"vae.path: {settings.path} has sha256 {digest}, the recipe expects {settings.sha256}")
