@@ -22,7 +22,7 @@ from dis_scale.models import Backbone, build, check_finite
 from dis_scale.models.official import from_official, from_official_dit, read_weights
 from dis_scale.recipe import Flow, Gaussian, LatentShape, Model, Recipe
 from dis_scale.recipe.evaluate import Sampler
-from dis_scale.vae import DiffusersVae
+from dis_scale.vae import DiffusersVae, PixelVae, Vae
 from dis_scale.vae.scaling import Scaling
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -77,8 +77,10 @@ class DisScalePipeline(DiffusionPipeline):
             self.backbone.net, process, class_labels, range(count), sampler=sampler or sampler_for(process),
             steps=num_inference_steps, guidance=guidance_scale, seed=seed, device=self.backbone.device,
         )
+        if self.backbone.config.scaling is not None:
+            images = scaling_of(self.backbone.config.scaling).undo(images)
         if self.vae is not None:
-            images = self.vae.decode(scaling_of(self.backbone.config.scaling).undo(images)).sample
+            images = self.vae.decode(images).sample
         return ImagePipelineOutput(VaeImageProcessor().postprocess(images, output_type=output_type))
 '''
 
@@ -181,13 +183,13 @@ def open_checkpoint(path: str | Path, heads: int | None = None) -> Backbone:
     return model.eval()
 
 
-def save_pipeline(
-    folder: str | Path, model: Backbone, process: Gaussian | Flow, vae: DiffusersVae | None = None
-) -> None:
+def save_pipeline(folder: str | Path, model: Backbone, process: Gaussian | Flow, vae: Vae | None = None) -> None:
     """Write a diffusers folder: model_index.json, the backbone, and the VAE unless the model works on pixels.
 
-    `vae` is the decoder of the model's samples: `dis_scale.vae.for_samples` returns it.
+    `vae` is the decoder of the model's samples: `dis_scale.vae.for_samples` returns it. UserError if it is not one of diffusers.
     """
+    if not isinstance(vae, DiffusersVae | PixelVae | None):
+        raise UserError("a TorchScript autoencoder is not a model of diffusers: export the backbone alone, by `save`")
     check_finite(model)
     folder = Path(folder)
     backbone = folder / "backbone"
@@ -198,7 +200,7 @@ def save_pipeline(
     index: dict[str, Any] = {
         "_class_name": ["pipeline", "DisScalePipeline"],
         "backbone": ["backbone", "DisScaleBackbone"],
-        "vae": ["diffusers", type(vae.net).__name__] if vae is not None else [None, None],
+        "vae": ["diffusers", type(vae.net).__name__] if isinstance(vae, DiffusersVae) else [None, None],
     }
     weights = {f"net.{name}": weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
     safetensors.torch.save_file(weights, backbone / WEIGHTS, {"format": "pt"})
@@ -209,7 +211,7 @@ def save_pipeline(
         (folder / "model_index.json", json.dumps(index, indent=2)),
     ):
         path.write_text(text + "\n")
-    if vae is not None:
+    if isinstance(vae, DiffusersVae):
         vae.net.save_pretrained(folder / "vae")
 
 

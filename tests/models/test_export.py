@@ -10,9 +10,10 @@ from dis_scale.errors import UserError
 from dis_scale.models import build
 from dis_scale.models.export import load, open_checkpoint, save, save_pipeline
 from dis_scale.models.official import to_official
-from dis_scale.recipe import DiffuSsm, Dis, Dit, Flow, Gaussian, LatentShape
-from dis_scale.vae import DiffusersVae
+from dis_scale.recipe import DiffuSsm, Dis, Dit, Flow, Gaussian, LatentShape, TorchScriptVae
+from dis_scale.vae import DiffusersVae, PixelVae
 from dis_scale.vae.scaling import Scaling
+from dis_scale.vae.script import ScriptVae
 
 DIS = Dis(kind="dis", width=32, depth=2, patch=2)
 SETTINGS = [
@@ -77,6 +78,10 @@ def tiny_vae_by_channel():
     return DiffusersVae(net, normalised=Scaling([0.1, 0.2, 0.3, 0.4], [0.5, 1.0, 2.0, 4.0]))
 
 
+def pixels_by_channel():
+    return PixelVae(normalised=Scaling([0.1] * 3, [0.5] * 3))
+
+
 @pytest.mark.parametrize(
     ("settings", "diffusion", "make_vae"),
     [
@@ -84,8 +89,9 @@ def tiny_vae_by_channel():
         (SETTINGS[1], Flow(kind="flow"), small_vae),
         (SETTINGS[1], Flow(kind="flow"), tiny_vae_by_channel),
         (SETTINGS[2], Gaussian(kind="gaussian"), None),
+        (SETTINGS[1], Flow(kind="flow"), pixels_by_channel),
     ],
-    ids=["dis", "dit-flow", "tiny-by-channel", "diffussm-pixels"],
+    ids=["dis", "dit-flow", "tiny-by-channel", "diffussm-pixels", "dit-pixels-by-channel"],
 )
 def test_diffusers_samples_from_the_folder(settings, diffusion, make_vae, tmp_path, monkeypatch):
     import diffusers.utils.dynamic_modules_utils as dynamic
@@ -93,7 +99,8 @@ def test_diffusers_samples_from_the_folder(settings, diffusion, make_vae, tmp_pa
 
     monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     vae = make_vae and make_vae()
-    shape = LatentShape(4 if vae else 3, 8)
+    pixels = make_vae in (None, pixels_by_channel)
+    shape = LatentShape(3 if pixels else 4, 8)
     model = build(settings, shape, 10, seed=3)
     with torch.no_grad():
         for weight in model.parameters():
@@ -102,7 +109,7 @@ def test_diffusers_samples_from_the_folder(settings, diffusion, make_vae, tmp_pa
     folder = str(tmp_path / "export")
     pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
     images = pipeline(class_labels=[1, 7], num_inference_steps=3, output_type="pt", seed=5).images
-    side = 16 if vae else 8
+    side = 8 if pixels else 16
     assert images.shape == (2, 3, side, side)
     sampler = "ddpm" if diffusion.kind == "gaussian" else "heun"
     with torch.no_grad():
@@ -111,7 +118,17 @@ def test_diffusers_samples_from_the_folder(settings, diffusion, make_vae, tmp_pa
         )
         if make_vae is small_vae:
             expected = vae.net.decode(expected / 0.5).sample
+        elif make_vae is pixels_by_channel:
+            expected = expected * 2 + 0.1
         elif vae:
             mean, std = (torch.tensor(x)[:, None, None] for x in ([0.1, 0.2, 0.3, 0.4], [2.0, 1.0, 0.5, 0.25]))
             expected = vae.net.decode(expected * std + mean).sample
     assert torch.allclose(images, (expected / 2 + 0.5).clamp(0, 1), atol=1e-5)
+
+
+def test_a_torchscript_autoencoder_is_refused_before_anything_is_written(tmp_path):
+    settings = TorchScriptVae(kind="torchscript", path="unused", posterior=False)
+    model = build(DIS, LatentShape(4, 8), 10)
+    with pytest.raises(UserError, match=r"a TorchScript autoencoder is not a model of diffusers"):
+        save_pipeline(tmp_path / "export", model, Flow(kind="flow"), ScriptVae(torch.nn.Identity(), settings, ""))
+    assert not (tmp_path / "export").exists()
