@@ -4,7 +4,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
-from dis_scale.recipe.settings import Count, InferencePrecision, Settings, runtime
+from dis_scale.recipe.settings import Count, InferencePrecision, Settings, pin, runtime
 
 
 class LatentShape(NamedTuple):
@@ -119,7 +119,8 @@ class TorchScriptVae(Settings):
     kind: Literal["torchscript"]
     path: str = runtime(...)
     """Path or URL of the file."""
-    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    sha256: str | None = pin(pattern=r"^[0-9a-f]{64}$")
+    """Hash of the file, which is checked whenever it is loaded."""
     posterior: bool
     """Whether `encode` returns mean and log-variance, (B, 2C, h, w), or latents, (B, C, h, w)."""
     scale: float = Field(1.0, gt=0)

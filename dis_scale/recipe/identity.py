@@ -46,5 +46,5 @@ def _differences(stored: Settings, given: Settings, prefix: str = "") -> Iterato
         role = (field.json_schema_extra or {}).get("role") if isinstance(field.json_schema_extra, Mapping) else None
         if isinstance(old, Settings) and isinstance(new, Settings):
             yield from _differences(old, new, f"{prefix}{name}.")
-        elif role is None and old != new:
+        elif old != new and (role is None or (role == "pin" and old is not None)):
             yield f"{prefix}{name}", old, new

@@ -21,6 +21,11 @@ def runtime(default: Any, **limits: Any) -> Any:
     return Field(default, json_schema_extra={"role": "runtime"}, **limits)
 
 
+def pin(**limits: Any) -> Any:
+    """Declare a field that may be added to a sweep, and may not change after that."""
+    return Field(None, json_schema_extra={"role": "pin"}, **limits)
+
+
 def extent(**limits: Any) -> Any:
     """Declare a field that may grow between two starts of a sweep."""
     return Field(json_schema_extra={"role": "extent"}, **limits)
