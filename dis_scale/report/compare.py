@@ -51,9 +51,13 @@ def comparison_table(a: Report, b: Report) -> Table:
 
 
 def _notes(a: Report, b: Report, pairs: list[Difference]) -> list[str]:
-    """Return the table's footnotes: points of one sweep only, and different sampling settings."""
+    """Return the table's footnotes: points of one sweep only, other latents, and different sampling settings."""
     lines = ["bold: beyond two standard errors"]
     if alone := len(a.points) + len(b.points) - 2 * len(pairs):
         lines.append(f"{alone} points are in one sweep only")
+    if a.vae and b.vae and a.vae != b.vae:
+        lines.append(f"VAE differs: {a.vae[:12]} and {b.vae[:12]}")
+    if a.normalise != b.normalise:
+        lines.append(f"data.normalise differs: {a.normalise} and {b.normalise}")
     unlike = {(key, str(p.facts.get(key)), str(q.facts.get(key))) for p, q, *_ in pairs for key in FACTS}
     return lines + [f"{key} differs: {x} and {y}" for key, x, y in sorted(unlike) if x != y]

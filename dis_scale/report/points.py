@@ -51,6 +51,10 @@ class Report:
     skipped: dict[Sampled, str]
     resolution: int
     num_classes: int
+    normalise: str
+    """`data.normalise` of the recipe."""
+    vae: str | None
+    """Identity of the VAE that made the latents, None without latents."""
 
     @property
     def main(self) -> list[Point]:
@@ -105,4 +109,5 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
     return Report(
         sweep=sweep.folder.name, metric=recipe.evaluate.metric, points=points, failed=failed,
         skipped=state.skipped(sweep), resolution=recipe.data.resolution, num_classes=recipe.data.num_classes,
+        normalise=recipe.data.normalise, vae=state.latents_vae(sweep),
     )  # fmt: skip

@@ -106,6 +106,12 @@ def use_latents(sweep: Sweep, latents: Folder, vae_identity: str) -> None:
     sweep.folder.write_json(LATENTS, {"folder": f"latents/{latents.name}", "vae": vae_identity})
 
 
+def latents_vae(sweep: Sweep) -> str | None:
+    """Return the identity of the VAE that made the sweep's latents, None if there are none yet."""
+    identity: str | None = sweep.folder.read_json(LATENTS)["vae"] if sweep.folder.exists(LATENTS) else None
+    return identity
+
+
 def require_sweep_vae(sweep: Sweep, vae_identity: str) -> None:
     """UserError if the sweep's latents were made with another VAE than this one."""
     require_same_vae(sweep.folder, sweep.folder.read_json(LATENTS)["vae"], vae_identity)

@@ -19,7 +19,7 @@ from dis_scale.recipe import LatentShape, Recipe, reading
 from dis_scale.report import compare, figures
 from dis_scale.report.published import PUBLISHED
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import ENDED, GRID, METRICS, SKIPPED, Sampled, Sweep
+from dis_scale.sweep import ENDED, GRID, METRICS, SKIPPED, Sampled, Sweep, state
 from tests.conftest import TINY
 
 SHAPE = LatentShape(4, 8)
@@ -171,6 +171,19 @@ def test_differences_of_two_sweeps_have_errors(sweep: Sweep, tmp_path: Path, rec
     assert "-5 ± 1.3" in text
     assert "-3.8" in text
     assert "4 points are in one sweep only" in text
+
+
+def test_a_comparison_names_other_latents(sweep: Sweep, tmp_path: Path, recipe: Recipe) -> None:
+    by_channel = recipe.model_copy(update={"data": recipe.data.model_copy(update={"normalise": "channels"})})
+    other = sweep_at(tmp_path, "other", by_channel)
+    put(other, Sampled("dis", 160), 4.0)
+    for each, vae in ((sweep, "a" * 64), (other, "b" * 64)):
+        state.use_latents(each, each.store / "latents/0", vae)
+    a, b = collect(sweep), collect(other)
+    text = " ".join(shown(compare.comparison_table(a, b)).split())
+    assert f"VAE differs: {'a' * 12} and {'b' * 12}" in text
+    assert "data.normalise differs: vae and channels" in text
+    assert "differs" not in shown(compare.comparison_table(a, a))
 
 
 def test_sweeps_that_cannot_be_compared_are_refused(sweep: Sweep, tmp_path: Path, recipe: Recipe) -> None:
