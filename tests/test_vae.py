@@ -55,7 +55,7 @@ CLASSES = {
     "AutoencoderKL": FLUX | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
     "AsymmetricAutoencoderKL": {
         "down_block_types": DOWN, "down_block_out_channels": (8, 8, 8), "up_block_types": UP, "norm_num_groups": 8,
-        "up_block_out_channels": (16, 16, 16),
+        "up_block_out_channels": (16, 16, 16), "scaling_factor": 0.6,
     },
     "AutoencoderKLFlux2": FLUX | {"latent_channels": 32},
     "AutoencoderKLHunyuanImage": {
@@ -71,14 +71,20 @@ CLASSES = {
     },
     "AutoencoderTiny": {
         "encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8), "num_encoder_blocks": (1, 1, 1),
-        "num_decoder_blocks": (1, 1, 1),
+        "num_decoder_blocks": (1, 1, 1), "scaling_factor": 0.8, "shift_factor": 0.1,
     },
     "VQModel": {
         "down_block_types": DOWN, "block_out_channels": (8, 8, 8), "up_block_types": UP, "norm_num_groups": 8,
-        "latent_channels": 4, "vq_embed_dim": 5, "num_vq_embeddings": 16,
+        "latent_channels": 4, "vq_embed_dim": 5, "num_vq_embeddings": 16, "scaling_factor": 0.9,
     },
 }  # fmt: skip
 """Small configurations of all supported classes, of factor 4."""
+SCALINGS = {
+    "AutoencoderKL": (0.1159, 0.3611), "AsymmetricAutoencoderKL": (0.0, 0.6), "AutoencoderKLFlux2": (0.0, 1.0),
+    "AutoencoderKLHunyuanImage": (0.0, 0.7), "AutoencoderKLKVAE": (0.0, 1.0), "AutoencoderDC": (0.0, 0.41407),
+    "AutoencoderTiny": (0.1, 0.8), "VQModel": (0.0, 0.9),
+}  # fmt: skip
+"""Shift and scale in these configurations; 0 and 1 for the two classes whose configuration has none."""
 DETERMINISTIC = {"AutoencoderDC", "AutoencoderTiny", "VQModel"}
 
 
@@ -218,6 +224,7 @@ def test_every_class_gives_its_latents_back(name: str, tmp_path: Path) -> None:
     decoder, reader = vae.load(sweep), Latents(at, seed=0)
     assert vae.latent_shape(recipe.vae, 32) == reader.shape == decoder.latent(32)
     assert reader.shape.size == 8
+    assert reader.scaling == decoder.scaling == Scaling(*SCALINGS[name])
     require_stored(at, sweep, posterior=name not in DETERMINISTIC)
     moments, _ = reader.read(np.arange(8), np.zeros(8, int))
     mean = torch.from_numpy(moments[:, : reader.shape.channels]).float()
