@@ -136,11 +136,11 @@ def from_description(description: dict[str, Any]) -> Backbone:
         raise UserError(f"not the description of a model: {reason}") from None
 
 
-def save(model: Backbone, path: str | Path) -> None:
-    """Write one safetensors file: weights by our names, the description in its metadata."""
+def save(model: Backbone, path: str | Path, facts: SamplingFacts | None = None) -> None:
+    """Write one safetensors file: weights by our names, the description in its metadata, with the sampling facts if given."""
     check_finite(model)
     weights = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
-    safetensors.torch.save_file(weights, path, {"dis_scale": json.dumps(describe(model))})
+    safetensors.torch.save_file(weights, path, {"dis_scale": json.dumps(describe(model, facts))})
 
 
 def load(path: str | Path) -> Backbone:

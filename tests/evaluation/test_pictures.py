@@ -1,18 +1,16 @@
 """`dis-scale sample`: equal pictures at any batch size, and one line for each mistake."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
 from PIL import Image
 
 from dis_scale import models, vae
 from dis_scale.errors import UserError
 from dis_scale.evaluation.pictures import open_for_sampling, sample_pictures
-from dis_scale.models.export import LatentsVae, SamplingFacts, describe, save
+from dis_scale.models.export import LatentsVae, SamplingFacts, save
 from dis_scale.recipe import Flow, Gaussian, LatentShape, Recipe, TrainedVae
 from dis_scale.vae.scaling import Scaling
 from tests.test_cli import invoke
@@ -45,27 +43,22 @@ def test_the_command_writes_a_grid(files: tuple[Path, Path], tmp_path: Path) -> 
     assert Image.open(tmp_path / "grid.png").size == (2 * 64, 64)
 
 
-def written(path: Path, model: models.Backbone, facts: SamplingFacts) -> Path:
-    """Write a published file, as training does."""
-    weights = {name: weight.detach() for name, weight in model.named_parameters()}
-    safetensors.torch.save_file(weights, path, {"dis_scale": json.dumps(describe(model, facts))})
-    return path
-
-
-def test_a_published_file_tells_how_to_sample_from_it(files: tuple[Path, Path], tmp_path: Path, tiny: Recipe) -> None:
+def test_a_file_tells_how_to_sample_from_it(files: tuple[Path, Path], tmp_path: Path, tiny: Recipe) -> None:
     """Process, scaling, sampler and steps, outside a sweep; another autoencoder than the latents' is named."""
     scaling = Scaling([0.1, 0.2, 0.3, 0.4], [0.5, 1.0, 2.0, 4.0])
     theirs = LatentsVae(vae.from_path(str(files[1]), {}).identity, True, 0.0, 1.0)
     facts = SamplingFacts(Flow(kind="flow", shift=3.0), theirs, scaling, "euler", 7)
     model = models.build(tiny.models["dis"], LatentShape(4, 8), 10)
-    opened = open_for_sampling(written(tmp_path / "a.safetensors", model, facts), str(files[1]))
+    save(model, tmp_path / "a.safetensors", facts)
+    opened = open_for_sampling(tmp_path / "a.safetensors", str(files[1]))
     assert (opened.process, opened.sampler, opened.steps) == (facts.diffusion, "euler", 7)
     assert (opened.decoder.scaling, opened.notes) == (scaling, [])
     pictures = sample_pictures(opened, [3], 1, sampler="euler", steps=2, guidance=1.0, seed=0, batch=1)
     assert pictures.shape == (1, 32, 32, 3)
 
     facts = replace(facts, vae=replace(theirs, identity="0" * 64), scaling=None)
-    opened = open_for_sampling(written(tmp_path / "b.safetensors", model, facts), str(files[1]))
+    save(model, tmp_path / "b.safetensors", facts)
+    opened = open_for_sampling(tmp_path / "b.safetensors", str(files[1]))
     assert opened.decoder.scaling == Scaling(0.0, 0.18215)
     (note,) = opened.notes
     assert note.endswith(f"its identity is {theirs.identity[:12]}, theirs is 000000000000")
@@ -81,9 +74,9 @@ def test_what_a_file_does_not_tell_is_assumed_in_a_line(files: tuple[Path, Path]
 def test_pixels_need_no_autoencoder(tmp_path: Path, tiny: Recipe) -> None:
     model, identity = models.build(tiny.models["dis"], LatentShape(3, 8), 10), vae.PixelVae().identity
     facts = SamplingFacts(Gaussian(kind="gaussian"), LatentsVae(identity, True, 0.0, 1.0), None, "ddim", 4)
-    file = written(tmp_path / "pixels.safetensors", model, facts)
+    save(model, tmp_path / "pixels.safetensors", facts)
     for path in (None, "none"):
-        opened = open_for_sampling(file, path)
+        opened = open_for_sampling(tmp_path / "pixels.safetensors", path)
         assert (type(opened.decoder), opened.notes) == (vae.PixelVae, [])
 
 
