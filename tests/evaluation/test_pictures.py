@@ -11,8 +11,12 @@ from dis_scale import models, vae
 from dis_scale.errors import UserError
 from dis_scale.evaluation.pictures import open_for_sampling, sample_pictures
 from dis_scale.models.export import LatentsVae, SamplingFacts, save
-from dis_scale.recipe import Flow, Gaussian, LatentShape, Recipe, TrainedVae
+from dis_scale.recipe import Flow, Gaussian, LatentShape, Recipe, TrainedVae, reading
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import Sweep, state
 from dis_scale.vae.scaling import Scaling
+from tests.conftest import TINY
+from tests.support import ranks
 from tests.test_cli import invoke
 
 
@@ -62,6 +66,29 @@ def test_a_file_tells_how_to_sample_from_it(files: tuple[Path, Path], tmp_path: 
     assert opened.decoder.scaling == Scaling(0.0, 0.18215)
     (note,) = opened.notes
     assert note.endswith(f"its identity is {theirs.identity[:12]}, theirs is 000000000000")
+
+
+def test_a_file_of_an_earlier_version_is_sampled_by_its_sweep(tmp_path: Path) -> None:
+    recipe = reading.load(TINY, ["vae={kind: none}", "diffusion={kind: flow, shift: 3.0}", "evaluate.sampler=euler"])
+    sweep, model = (
+        Sweep.below(open_folder(tmp_path), recipe),
+        models.build(recipe.models["dis"], LatentShape(3, 32), 10),
+    )
+    sweep.save_recipe()
+    file = tmp_path / "sweeps/tiny/model.safetensors"
+    save(model, file)
+    opened = open_for_sampling(file, None)
+    assert (opened.process, opened.sampler, opened.notes) == (recipe.diffusion, "euler", [])
+    latents = ranks.make_latents(sweep.store / "latents/other", recipe)
+    state.use_latents(sweep, latents, "v")
+    with pytest.raises(UserError, match=r"model.safetensors: latents of another VAE: theirs is v,"):
+        open_for_sampling(file, None)
+
+
+def test_a_trained_autoencoder_is_the_same_from_its_folder(tmp_path: Path) -> None:
+    sweep = Sweep.below(open_folder(tmp_path), reading.load(TINY))
+    vae.save(sweep.vae, vae.new(TrainedVae(kind="trained", widths=(8, 8, 8)), 32))
+    assert vae.from_path(sweep.vae.url, {}).identity == vae.load(sweep).identity
 
 
 def test_what_a_file_does_not_tell_is_assumed_in_a_line(files: tuple[Path, Path], tmp_path: Path) -> None:
