@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -422,6 +424,13 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file(weights | {key: torch.zeros(2, 2)}, file)
     with pytest.raises(UserError, match=f"do not fit their config: .*size mismatch for {key}"):
         vae.load_pretrained(settings)
+
+
+def test_loading_prints_nothing(tmp_path: Path) -> None:
+    settings = saved(tmp_path, 3)
+    code = f"from dis_scale import vae; vae.from_path({settings.path!r}, {{}})"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 @pytest.mark.parametrize("channels", [{"in_channels": 1}, {"out_channels": 4}])

@@ -149,7 +149,8 @@ def load_pretrained(settings: PretrainedVae) -> Vae:
     """Load a published VAE from a local folder or hub id; UserError if there is none, or none of the `SUPPORTED` classes."""
     kind, _ = published(settings)
     try:
-        net, info = _from_path(settings, partial(kind.from_pretrained, output_loading_info=True))
+        read = partial(kind.from_pretrained, output_loading_info=True, low_cpu_mem_usage=False)  # True needs accelerate
+        net, info = _from_path(settings, read)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"vae.path: the weights at {settings.path!r} do not fit their config: {reason}") from error
