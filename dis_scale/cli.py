@@ -392,7 +392,11 @@ def main(arguments: list[str] | None = None) -> None:
     except DisScaleError as error:
         if "--debug" in words:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if words[:1] == ["sweep"]:
+            from pipelines.jobs import end_own_job
+
+            end_own_job(error.exit_code)
         raise SystemExit(error.exit_code) from None
 
 

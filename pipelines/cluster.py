@@ -99,6 +99,13 @@ def in_ray_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
+def own_job() -> str | None:
+    """Return the submission id of the Ray job whose driver this process is, None outside one."""
+    facts = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    own: str | None = facts.get("metadata", {}).get("job_submission_id")
+    return own
+
+
 def free_ports(count: int) -> list[int]:
     """Return ports of loopback that are free now."""
     with contextlib.ExitStack() as stack:

@@ -23,11 +23,14 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from dis_scale.errors import DisScaleError, Held, Preempted, UserError
 from dis_scale.sweep import Sweep
-from pipelines.cluster import START_TIMEOUT_S, Cluster
+from pipelines.cluster import START_TIMEOUT_S, Cluster, own_job
 from pipelines.environment import KEEP_FREED_MEMORY, PASSIVE, SPINNING
 
 ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
 RECONNECT_EVERY_S = 2.0
+FINAL = "DIS_SCALE_FAILED_IS_FINAL"
+"""Variable of the environment: an error that another cluster would only repeat ends the sweep's job as stopped, not as failed."""
+STOP_WAIT_S = 30.0
 
 
 @dataclass
@@ -162,6 +165,20 @@ def _submit(cluster: Cluster, name: str, command: list[str], environment: dict[s
 def _prefix(sweep: Sweep) -> str:
     """First part of the ids of all jobs of a sweep."""
     return f"{sweep.folder.name}-{hashlib.sha256(sweep.folder.url.encode()).hexdigest()[:8]}"
+
+
+def end_own_job(exit_code: int) -> None:
+    """Let the Ray job of a sweep that ends with this exit code count as stopped, where a failure would only be tried again.
+
+    KubeRay starts a new cluster for a job that FAILED, up to backoffLimit times, and none for one that was STOPPED. A stop request
+    is never a failure; a user's mistake, a lease held elsewhere and a finished failure are none if `FINAL` is set.
+    """
+    own, stopped = own_job(), exit_code == Preempted.exit_code
+    if own is None or not (stopped or FINAL in os.environ):
+        return
+    with contextlib.suppress(ConnectionError, RuntimeError):
+        JobSubmissionClient().stop_job(own)
+        time.sleep(STOP_WAIT_S)  # Ray ends this process; if it ended by itself, its job would have failed
 
 
 def stop_jobs(jobs: list[Job], wait_s: float) -> None:

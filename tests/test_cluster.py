@@ -14,6 +14,7 @@ import ray
 import yaml
 
 from dis_scale.recipe import Recipe, reading
+from pipelines.jobs import FINAL
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster"
@@ -50,6 +51,13 @@ def recipe_of(command: str) -> Recipe:
     assert (program, dash_m, module) == ("python", "-m", "dis_scale.sweep")
     assert options[::2] == ["--set"] * (len(options) // 2)
     return reading.load(ROOT / path, options[1::2])
+
+
+def test_only_what_a_new_cluster_may_mend_is_tried_again(job: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """The head's environment is that of the sweep's driver; what it does with the variable is tested in tests/e2e/test_cluster.py."""
+    (container,) = pod(groups[0])["containers"]
+    assert {"name": FINAL, "value": "1"} in container["env"]
+    assert job["backoffLimit"] > 0
 
 
 def pod(group: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     port, dashboard, agent = free_ports(3)
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv(jobs.FINAL, "1")  # as in rayjob.yaml's head
     command = [
         RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}",
         f"--dashboard-agent-listen-port={agent}", f"--temp-dir=/tmp/ray-test-{port}", "--disable-usage-stats",
@@ -84,6 +85,9 @@ def test_submitted_stopped_and_submitted_again(head: str, tmp_path: Path) -> Non
     done = submit(head, "second", "storage.root=store", *SETTINGS)
     assert done.returncode == 0, done.stdout + done.stderr
     sweeps.assert_complete(str(root), *SETTINGS)
+    refused = submit(head, "refused", "storage.root=store", "seed=1", *SETTINGS)
+    assert "seed: stored 0, given 1" in refused.stdout + refused.stderr
+    assert client.get_job_status("refused") == "STOPPED", "KubeRay tries again what has failed"
 
 
 def test_evaluation_first_does_not_block_training_and_a_killed_worker_is_replaced(tmp_path: Path) -> None:

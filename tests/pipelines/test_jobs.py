@@ -1,5 +1,6 @@
-"""The lines of a job's log, as its sweep follows them."""
+"""The lines of a job's log, as its sweep follows them; and how a sweep's own job ends."""
 
+import json
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -76,3 +77,36 @@ def test_a_running_log_is_never_read_as_a_whole(monkeypatch: pytest.MonkeyPatch)
     for _ in range(100):
         assert job.lines() == []
     assert (log.complete_reads, log.connections) == (0, [1000])
+
+
+@pytest.mark.parametrize(
+    ("code", "final", "stopped"),
+    [
+        (75, False, True),
+        (75, True, True),
+        (2, True, True),
+        (69, True, True),
+        (1, True, True),
+        (2, False, False),
+        (1, False, False),
+    ],
+)
+def test_what_a_new_cluster_would_only_repeat_ends_as_stopped(
+    code: int, final: bool, stopped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[str]()
+
+    class Client:
+        def stop_job(self, name: str) -> None:
+            asked.append(name)
+
+    monkeypatch.setattr(jobs, "JobSubmissionClient", Client)
+    monkeypatch.setattr(jobs, "STOP_WAIT_S", 0.0)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"metadata": {"job_submission_id": "the-sweep"}}))
+    if final:
+        monkeypatch.setenv(jobs.FINAL, "1")
+    jobs.end_own_job(code)
+    assert asked == (["the-sweep"] if stopped else [])
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    jobs.end_own_job(code)
+    assert len(asked) <= 1, "outside a Ray job nothing is asked"
