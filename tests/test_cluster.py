@@ -54,7 +54,7 @@ def recipe_of(command: str) -> Recipe:
 
 
 def test_only_what_a_new_cluster_may_mend_is_tried_again(job: dict[str, Any], groups: list[dict[str, Any]]) -> None:
-    """The head's environment is that of the sweep's driver; what it does with the variable is tested in tests/e2e/test_cluster.py."""
+    """The head's environment is that of the sweep's driver; tests/e2e/test_cluster.py tests what it does with it."""
     (container,) = pod(groups[0])["containers"]
     assert {"name": FINAL, "value": "1"} in container["env"]
     assert job["backoffLimit"] > 0
