@@ -30,7 +30,8 @@ from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep
 from pipelines import precompute
-from pipelines.precompute import Dealer, Encoder
+from pipelines.precompute import Encoder
+from pipelines.sharing import Dealer
 from tests.support.labelled_images import tar
 
 CLASSES, RESOLUTION, BATCH = 1000, 8, 256

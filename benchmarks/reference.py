@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from PIL import Image
 
@@ -31,6 +30,7 @@ from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep, extractors
 from pipelines.prepare import Preparer
+from pipelines.sharing import share
 from pipelines.worker import spawn
 
 IMAGES, CLASSES, RESOLUTION, PART = 2400, 2, 64, 200
@@ -87,8 +87,7 @@ def recipe_for(root: Folder) -> Recipe:
 def by_workers(sweep: Sweep, workers: list[Any]) -> None:
     """Make all parts as `prepare` does."""
     sweep.reference_parts.delete()
-    numbers, share = list(range(IMAGES // PART)), len(workers)
-    ray.get([worker.make_parts.remote(sweep, "cpu", numbers[i::share]) for i, worker in enumerate(workers)])
+    share(workers, "make_parts", (sweep, "cpu"), list(range(IMAGES // PART)), lambda _: None)
 
 
 def nothing_ahead(source: Source, extractor: Extractor, images: int) -> None:

@@ -5,14 +5,10 @@ worker makes it: dis_scale/data/encode.py.
 """
 
 import json
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
-
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dis_scale.data import mixing, shards, staging
 from dis_scale.data.shards import Encoding
@@ -27,23 +23,13 @@ from dis_scale.sweep import Sweep, state
 from pipelines import lines, stage
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
+from pipelines.sharing import Deal, capacity, share
 from pipelines.worker import Worker, WorkerFailure, resources, spawn, watch
 
 if TYPE_CHECKING:
     from dis_scale.vae import Vae
 
 BEGUN = "begun.json"
-
-
-class Dealer:
-    """Deals each number to one caller; None when there are no more."""
-
-    def __init__(self, numbers: list[int]) -> None:
-        self._left, self._lock = iter(numbers), threading.Lock()
-
-    def next(self) -> int | None:
-        with self._lock:
-            return next(self._left, None)
 
 
 class Encoder(Worker):
@@ -60,7 +46,7 @@ class Encoder(Worker):
 
         return encoding_of(self._loaded(), self.sweep.recipe.data.resolution, self.device)
 
-    def encode(self, latents: Folder, encoding: Encoding, deal: Callable[[], int | None]) -> None:
+    def encode(self, latents: Folder, encoding: Encoding, deal: Deal) -> None:
         """Write the shards that `deal` names. UserError if this worker would encode differently from `encoding`."""
         from dis_scale.data.encode import Setup, compute_exactly, put_shards, require_same_hardware
 
@@ -78,7 +64,7 @@ class Encoder(Worker):
         self.emit("work")
         put_shards(setup, latents, iter(deal, None), self._count)
 
-    def mix(self, latents: Folder, encoding: Encoding, deal: Callable[[], int | None]) -> None:
+    def mix(self, latents: Folder, encoding: Encoding, deal: Deal) -> None:
         """Write the shards of the groups that `deal` names, from the parts that all encoders made."""
         source, recipe = open_source(self.sweep.recipe.data, self.sweep.store), self.sweep.recipe
         mixer = MixedOrder.of(source, recipe.precompute, encoding)
@@ -134,26 +120,15 @@ class RayEncoders:
     def _share(
         self, work: str, latents: Folder, encoding: Encoding, left: list[int], images: int, total: int, unit: str
     ) -> None:
-        """Let the encoders share this work on the numbers in `left`, which have so many of all images.
-
-        The others continue without a lost encoder: another attempt makes what it had begun.
-        """
-        settings = self.sweep.recipe.precompute
-        capacity = int(ray.cluster_resources().get("GPU" if self.device == "cuda" else "CPU", 1))
-        count = min(settings.workers, len(left), max(1, capacity))
+        """Let the encoders share this work on the numbers in `left`, which have this many of all images."""
+        request = resources("precompute", self.device, 1)
+        count = min(self.sweep.recipe.precompute.workers, len(left), capacity(request))
         workers, self._workers = self._workers[:count], []
-        options = resources("precompute", self.device, 1)
-        workers += [spawn(Encoder, options, self.sweep, self.device) for _ in range(count - len(workers))]
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        dealer = ray.remote(num_cpus=0)(Dealer).options(scheduling_strategy=here).remote(left)
-        results = [getattr(worker, work).remote(latents, encoding, _RemoteDealer(dealer)) for worker in workers]
-        watch(
-            workers,
-            results,
+        workers += [spawn(Encoder, request, self.sweep, self.device) for _ in range(count - len(workers))]
+        self._workers = share(
+            workers, work, (latents, encoding), left,
             lambda done: lines.progress(min(total - images + sum(done), total), total, unit),
-            independent=True,
-        )
-        self._workers = workers
+        )  # fmt: skip
 
 
 def precompute_latents(sweep: Sweep, _: list[str]) -> None:
@@ -216,16 +191,6 @@ def make_latents(recipe: Recipe, latents: Folder, source: Source, encoding: Enco
     sealed = shards.write_manifest(latents, numbers, _facts(recipe, source, encoding))
     lines.say(f"{sealed['count']} latents in {len(numbers)} shards, {len(sealed['refused'])} images refused")
     lines.say(f"mixing   {mixing.words(sealed['mixing'])}")
-
-
-class _RemoteDealer:
-    """A remote call for the dealer's next number; picklable."""
-
-    def __init__(self, dealer: Any) -> None:
-        self._dealer = dealer
-
-    def __call__(self) -> int | None:
-        return ray.get(self._dealer.next.remote())
 
 
 def _require_one_kind(latents: Folder, encoding: Encoding, listing: str) -> None:

@@ -18,6 +18,7 @@ from dis_scale.sweep.extractors import part_count, part_positions
 from pipelines import lines, stage
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
+from pipelines.sharing import Deal, capacity, share
 from pipelines.worker import Worker, WorkerFailure, resources, spawn, watch
 
 CPUS = 2
@@ -37,15 +38,16 @@ class Preparer(Worker):
         if not _has_parts(sweep, _source(sweep)):
             self.log(self._reference(sweep, device))
 
-    def make_parts(self, sweep: Sweep, device: str, numbers: list[int]) -> None:
-        """Compute those of these parts that are missing; progress counts images."""
+    def make_parts(self, sweep: Sweep, device: str, deal: Deal) -> None:
+        """Compute those of the parts that `deal` names that are missing; progress counts images."""
         self._begin(1)
         from dis_scale.evaluation import parts
 
         source, extractors = _source(sweep), self._extractors(sweep, device)
         missing = state.reference_parts_missing(sweep, len(source))
-        for number in [n for n in numbers if n in missing]:
-            parts.make(sweep, source, extractors, number, self._progress())
+        for number in iter(deal, None):
+            if number in missing:
+                parts.make(sweep, source, extractors, number, self._progress())
 
     def merge_parts(self, sweep: Sweep, device: str) -> None:
         """Merge the parts, and compute damaged ones again."""
@@ -150,13 +152,15 @@ def _compute_in_parts(sweep: Sweep, device: str) -> None:
     images = len(_source(sweep))
     left = state.reference_parts_missing(sweep, images)
     before = images - sum(len(part_positions(n, images)) for n in left)
-    capacity = int(ray.cluster_resources().get("GPU" if device == "cuda" else "CPU", 1))
-    count = max(1, min(sweep.recipe.precompute.workers, len(left), capacity))
-    workers = [spawn(Preparer, resources("precompute", device, 1)) for _ in range(count)]
+    request = resources("precompute", device, 1)
+    count = max(1, min(sweep.recipe.precompute.workers, len(left), capacity(request)))
+    workers = [spawn(Preparer, request) for _ in range(count)]
     lines.say(f"reference: {len(left)} parts left of {part_count(images)}, {count} workers")
-    results = [worker.make_parts.remote(sweep, device, left[i::count]) for i, worker in enumerate(workers)]
-    watch(workers, results, lambda done: lines.progress(before + sum(done), images, "images"), independent=True)
-    watch(workers[:1], [workers[0].merge_parts.remote(sweep, device)], lambda _: None)
+    merger, *_ = share(
+        workers, "make_parts", (sweep, device), left,
+        lambda done: lines.progress(before + sum(done), images, "images"),
+    )  # fmt: skip
+    watch([merger], [merger.merge_parts.remote(sweep, device)], lambda _: None)
 
 
 def _has_parts(sweep: Sweep, source: Source) -> bool:

@@ -137,7 +137,8 @@ def watch(
 
     Raises the first failure at once: WorkerFailure if a new attempt may do better. A hang is one, too: no worker has made progress
     for `hang_after_s`; their stacks are logged. The accident of one of several `independent` workers is raised when the others
-    have ended: they need not be disturbed.
+    have ended: they need not be disturbed. When one of them has done its work, those without capacity are not waited for: their
+    results are left out.
     """
     try:
         return _watch(workers, results, report, hang_after_s, stop_early, independent)
@@ -157,15 +158,19 @@ def _watch(
     independent: bool,
 ) -> list[Any]:
     waiting, stopping, unplaced, ended = list(results), False, 0, list[Any]()
-    done, progress_s = 0, time.monotonic()
+    polls, done, progress_s = [0] * len(workers), 0, time.monotonic()
     while waiting:
         finished, waiting = ray.wait(waiting, timeout=POLL_EVERY_S)
-        polls, unanswered = _poll(workers)
-        unplaced = _log_unplaced(unanswered, unplaced)
+        polls, unanswered = _poll(workers, polls)
+        unplaced = _log_unplaced(
+            [w for w, r in zip(workers, results, strict=True) if w in unanswered and r in waiting], unplaced
+        )
         if sum(polls) > done:
             done, progress_s = sum(polls), time.monotonic()
         silent_s = time.monotonic() - progress_s
         ended += finished
+        if independent and len(waiting) == unplaced and any(_failure(result) is None for result in ended):
+            waiting = []
         failures = [failure for _, failure in _failures(finished, results)]
         if not (independent and waiting and all(map(may_pass, failures))):
             _raise_failure(ended, results, max(polls), silent_s)
@@ -182,7 +187,7 @@ def _watch(
                 worker.stop.remote()
         report(polls)
         faults.at("poll", images=max(polls), path=" ".join(sys.argv[1:2]))
-    return ray.get(list(results))
+    return ray.get([result for result in results if result in ended])
 
 
 def _raise_failure(finished: Sequence[Any], results: Sequence[Any], done: int, silent_s: float) -> None:
@@ -252,10 +257,10 @@ def describe(error: Exception) -> str:
     return " ".join(str(getattr(error, "cause", error)).split())[:300]
 
 
-def _poll(workers: Sequence[Any]) -> tuple[list[int], list[Any]]:
-    """Print the workers' new lines; return the progress of each, and the workers that did not answer."""
+def _poll(workers: Sequence[Any], before: Sequence[int]) -> tuple[list[int], list[Any]]:
+    """Print the workers' new lines; return the progress of each, and those that did not answer: their progress is the earlier."""
     answers = _ask([worker.poll.remote() for worker in workers])
-    polls: list[tuple[int, list[str]]] = [answer or (0, []) for answer in answers]
+    polls: list[tuple[int, list[str]]] = [answer or (n, []) for answer, n in zip(answers, before, strict=True)]
     for line in [line for _, new in polls for line in new]:
         lines.write(line)
     return [done for done, _ in polls], [w for w, answer in zip(workers, answers, strict=True) if answer is None]

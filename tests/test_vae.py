@@ -33,8 +33,9 @@ from dis_scale.vae.scaling import Scaling
 from dis_scale.vae.script import ScriptVae
 from pipelines import precompute
 from pipelines.evaluate import Evaluator
-from pipelines.precompute import Dealer, Encoder
+from pipelines.precompute import Encoder
 from pipelines.prepare import Preparer
+from pipelines.sharing import Dealer
 from tests.conftest import TINY
 from tests.support import ranks
 

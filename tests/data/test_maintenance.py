@@ -14,6 +14,7 @@ from dis_scale.recipe import TrainedVae, reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep, state
 from pipelines import precompute
+from pipelines.sharing import Dealer
 from tests.conftest import TINY
 from tests.support.labelled_images import png
 from tests.test_cli import invoke
@@ -41,7 +42,7 @@ def photos(store: Folder, images: Path, how: str = "{kind: trained, widths: [8, 
         put_shards(setup, latents, left, lambda _: None)
 
     def mix(left: list[int]) -> None:
-        precompute.Encoder(sweep, "cpu").mix(latents, encoding, precompute.Dealer(left).next)
+        precompute.Encoder(sweep, "cpu").mix(latents, encoding, Dealer(left).next)
 
     encoding = encoding_of(encoder, 32, "cpu")
     precompute.make_latents(recipe, latents, setup.source, encoding, encode, mix)

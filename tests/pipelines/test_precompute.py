@@ -26,7 +26,8 @@ from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep, state
 from pipelines import precompute
-from pipelines.precompute import Dealer, Encoder
+from pipelines.precompute import Encoder
+from pipelines.sharing import Dealer
 from tests.conftest import TINY
 from tests.support.stages import OneEncoder
 

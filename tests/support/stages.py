@@ -18,9 +18,10 @@ from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sampled, Sweep, state
 from pipelines import evaluate, precompute, stage
 from pipelines.evaluate import Evaluation, Evaluator
-from pipelines.precompute import Dealer, Encoder
+from pipelines.precompute import Encoder
 from pipelines.prepare import Preparer
 from pipelines.restarts import with_restarts
+from pipelines.sharing import Dealer
 from pipelines.worker import WorkerFailure
 from tests.support import ranks
 
@@ -65,7 +66,8 @@ def _prepare(sweep: Sweep, _: list[str]) -> None:
         worker = _obeying(Preparer())
         worker.prepare(sweep, "cpu")
         if not state.prepared(sweep):
-            worker.make_parts(sweep, "cpu", state.reference_parts_missing(sweep, len(open_source(sweep.recipe.data))))
+            left = state.reference_parts_missing(sweep, len(open_source(sweep.recipe.data)))
+            worker.make_parts(sweep, "cpu", Dealer(left).next)
             worker.merge_parts(sweep, "cpu")
 
     with_restarts(sweep.recipe, "prepare", attempt, lambda: len(sweep.reference_parts.list()))

@@ -1,0 +1,87 @@
+"""Workers that share numbers on Ray: one without capacity holds up nothing, the others take its numbers."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from pipelines import stage, worker
+from pipelines.sharing import Deal, capacity, share
+from pipelines.worker import POLL_EVERY_S, Worker, WorkerFailure, resources, spawn
+
+
+class Taker(Worker):
+    """Takes numbers and writes a file for each; its process dies at a number below 0."""
+
+    def take(self, made: Path, deal: Deal) -> None:
+        for number in iter(deal, None):
+            if number < 0:
+                time.sleep(1.5 * POLL_EVERY_S)  # so that the driver has seen what was done before
+                os._exit(1)
+            time.sleep(0.05)
+            (made / str(number)).touch()
+            self.report(self._done + 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """A Ray of this process with two CPUs, of which precompute declares one."""
+    with stage.keeping_handlers():
+        ray.init(
+            "local", num_cpus=2, resources={"precompute": 1}, include_dashboard=False, log_to_driver=False,
+            logging_level="ERROR",
+        )  # fmt: skip
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker without a process delays each poll by this wait."""
+    monkeypatch.setattr(worker, "STACKS_S", 2.0)
+
+
+def takers(count: int) -> list[Any]:
+    return [spawn(Taker, resources("precompute", "cpu", 1)) for _ in range(count)]
+
+
+def test_capacity_is_that_of_the_declared_resource() -> None:
+    request = resources("precompute", "cpu", 1)
+    assert request["resources"] == {"precompute": 1}
+    assert capacity(request) == 1
+    assert capacity(resources("prepare", "cpu", 1)) == 2
+    assert capacity(resources("prepare", "cuda", 1)) == 1, "an absent GPU is waited for"
+
+
+def test_a_worker_without_capacity_holds_up_nothing(tmp_path: Path) -> None:
+    """Its numbers are taken by the other, which alone is returned and can be used again."""
+    progress: list[list[int]] = []
+    workers = takers(2)
+    placed = share(workers, "take", (tmp_path,), list(range(20)), progress.append)
+    assert len(placed) == 1
+    assert sorted(progress[-1]) == [0, 20]
+    del workers
+    assert share(placed, "take", (tmp_path,), list(range(3)), progress.append) == placed
+    assert progress[-1] == [23]
+
+
+def test_the_others_do_the_rest_without_a_lost_worker_and_progress_stays(tmp_path: Path) -> None:
+    progress: list[list[int]] = []
+    workers = [spawn(Taker, resources("prepare", "cpu", 1)) for _ in range(2)]
+    with pytest.raises(WorkerFailure, match="a worker was lost"):
+        share(workers, "take", (tmp_path,), [*range(60), -1, *range(60, 120)], progress.append)
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == list(range(120))
+    sums = [sum(done) for done in progress]
+    assert sums == sorted(sums)
+
+
+def test_a_lost_worker_is_reported_though_another_has_no_capacity(tmp_path: Path) -> None:
+    """Two have capacity on two CPUs; the third may get that of the lost one, or none."""
+    workers = [spawn(Taker, resources("prepare", "cpu", 1)) for _ in range(3)]
+    with pytest.raises(WorkerFailure, match="a worker was lost"):
+        share(workers, "take", (tmp_path,), [*range(20), -1, *range(20, 40)], lambda _: None)
+    assert len(list(tmp_path.iterdir())) == 40
