@@ -159,7 +159,7 @@ Make = Callable[[list[int]], None]
 
 def make_latents(recipe: Recipe, latents: Folder, source: Source, encoding: Encoding, encode: Make, mix: Make) -> None:
     """Begin or continue a set of latents and seal it. `mix` is used if the source is not in the mixed order."""
-    _require_one_kind(latents, encoding, source.listing.facts["sha256"])
+    _require_one_kind(latents, encoding, source)
     numbers, staged = shards.shard_numbers(len(source), recipe.precompute), latents / staging.STAGED
     mixer = MixedOrder.of(source, recipe.precompute, encoding)
     for name in shards.clear_strays(latents, numbers):
@@ -193,9 +193,12 @@ def make_latents(recipe: Recipe, latents: Folder, source: Source, encoding: Enco
     lines.say(f"mixing   {mixing.words(sealed['mixing'])}")
 
 
-def _require_one_kind(latents: Folder, encoding: Encoding, listing: str) -> None:
-    """UserError if the set was begun with another listing, kind of device or PyTorch: its bytes would differ."""
-    ours = {"format": manifest.FORMAT, "device": encoding.device, "torch": encoding.torch, "listing": listing}
+def _require_one_kind(latents: Folder, encoding: Encoding, source: Source) -> None:
+    """UserError if the set was begun with another listing, mixed order, kind of device or PyTorch: its bytes would differ."""
+    ours = {
+        "format": manifest.FORMAT, "device": encoding.device, "torch": encoding.torch,
+        "listing": source.listing.facts["sha256"], "order": source.order,
+    }  # fmt: skip
     latents.create(BEGUN, json.dumps(ours).encode())
     theirs = latents.read_json(BEGUN)
     if different := [f"{key} {theirs.get(key)!r}, now {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]:
@@ -207,7 +210,7 @@ def _require_one_kind(latents: Folder, encoding: Encoding, listing: str) -> None
 def _facts(recipe: Recipe, source: Source, encoding: Encoding) -> dict[str, Any]:
     return {
         "source": recipe.data.source.model_dump(mode="json"), "listing": source.listing.facts["sha256"],
-        "resolution": recipe.data.resolution, "images": len(source),
+        "order": source.order, "resolution": recipe.data.resolution, "images": len(source),
         "vae": encoding.vae, "scale": encoding.scale, "shift": encoding.shift,
         "latent": list(encoding.latent), "posterior": encoding.posterior, "num_classes": recipe.data.num_classes,
         "label_names": source.label_names, "shard_images": recipe.precompute.shard_images,

@@ -17,7 +17,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 
-from dis_scale.data.mixing import permutation
+from dis_scale.data.mixing import order_hash, permutation
 from dis_scale.errors import StorageError, UserError
 from dis_scale.progress import ReportDone
 from dis_scale.storage import manifest
@@ -122,11 +122,14 @@ def build(contents: Contents, put: Callable[[int, bytes], None], report: ReportD
         else:
             put(number, part.to_bytes())
         count += len(entries)
+    facts = {"count": count, "sha256": total.hexdigest(), **labels.facts()}
     if contents.mixed:
-        for number, chosen in enumerate(batched(permutation(count).tolist(), PART)):
-            entries = [parts[i // PART][i % PART] for i in chosen]
+        order = permutation(count)
+        facts["order"] = order_hash(order)
+        for number, first in enumerate(range(0, count, PART)):
+            entries = [parts[i // PART][i % PART] for i in order[first : first + PART].tolist()]
             put(number, _Part.of(entries, [int(entry.label) for entry in entries]).to_bytes())
-    return {"count": count, "sha256": total.hexdigest(), **labels.facts()}
+    return facts
 
 
 def in_memory(contents: Contents, report: ReportDone, where: str) -> Listing:

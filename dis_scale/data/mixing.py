@@ -4,6 +4,7 @@ Sources list class by class. Shards in that order would fill a batch with the fe
 shuffle within the block. Read next: listing.py and staging.py, which apply the order; order.py, which relies on it.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping
 
@@ -20,6 +21,11 @@ BATCHES = (128, 256, 1024)
 def permutation(count: int) -> np.ndarray:
     """Return the source's entry at each place of the mixed order: a function of their number alone."""
     return seeds.generator("mixed order", count).permutation(count)
+
+
+def order_hash(entries: np.ndarray) -> str:
+    """Return a hash of entries in their order: another NumPy may have another permutation, and a set must not mix two."""
+    return hashlib.sha256(entries.astype("<i8").tobytes()).hexdigest()[:16]
 
 
 class LabelCounts:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from dis_scale.data import images, listing, parquet, tars
 from dis_scale.data.listing import Column, Contents, Entry, Listing, number_or_name
+from dis_scale.data.mixing import order_hash, permutation
 from dis_scale.errors import StorageError, UndecodableImage, UserError
 from dis_scale.progress import ReportDone
 from dis_scale.recipe import CsvSource, Data, DigitsSource, FolderSource, ParquetSource, TarSource
@@ -38,6 +39,11 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.listing)
+
+    @property
+    def order(self) -> str | None:
+        """Hash of the mixed order: the listing's, None if an earlier version made it, or that of mixing after encoding."""
+        return self.listing.facts.get("order") if self.mixed else order_hash(permutation(len(self)))
 
     @cached_property
     def names(self) -> Sequence[str]:

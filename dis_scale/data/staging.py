@@ -6,7 +6,6 @@ each part into memory and writes its shards. So a latent is written twice and re
 """
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -114,7 +113,7 @@ def put_part(latents: Folder, mixer: MixedOrder, part: EncodedShard) -> None:
     sidecar = {
         "format": manifest.FORMAT,
         "bytes": len(data),
-        "orders": [_order(run) for run in by_group],
+        "orders": [mixing.order_hash(run) for run in by_group],
         "runs": [manifest.digest(run) for run in runs],
     }
     staged.write_json(f"{name}.json", sidecar | {"refused": refused})
@@ -161,7 +160,7 @@ def _read(staged: Folder, mixer: MixedOrder, part: int, group: int) -> _Run:
     except FileNotFoundError as error:
         raise StorageAway(f"{staged}/{name}: gone: another process has finished the set, or deleted it") from error
     entries = mixer.runs(part)[group]
-    if (manifest.digest(data), _order(entries)) != (expected, sidecar["orders"][group]):
+    if (manifest.digest(data), mixing.order_hash(entries)) != (expected, sidecar["orders"][group]):
         staged.delete(f"{name}.json")  # the part counts as missing, and the next attempt encodes it
         raise StorageAway(f"{staged}/{name}.{PART}: damaged: one of its runs has another hash than its sidecar says")
     return _Run(
@@ -169,8 +168,3 @@ def _read(staged: Folder, mixer: MixedOrder, part: int, group: int) -> _Run:
         np.array(sidecar["refused"], np.int64),
         np.frombuffer(data, np.float16).reshape(-1, *mixer.moments_shape),
     )
-
-
-def _order(entries: np.ndarray) -> str:
-    """Hash of a run's entries, in their order: another permutation, as of another NumPy, would mix labels."""
-    return hashlib.sha256(entries.astype("<i8").tobytes()).hexdigest()[:16]

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from dis_scale import vae
-from dis_scale.data import mixing, shards, staging
+from dis_scale.data import listing, mixing, shards, sources, staging
 from dis_scale.data.encode import Setup, encode_mixed
 from dis_scale.data.latents import Latents
 from dis_scale.data.mixing import LabelCounts, permutation
 from dis_scale.data.order import Order
 from dis_scale.data.sources import open_source
 from dis_scale.data.staging import STAGED, MixedOrder
-from dis_scale.errors import StorageAway
+from dis_scale.errors import StorageAway, UserError
 from dis_scale.recipe import LatentShape, Precompute, Recipe, TorchScriptVae, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
@@ -200,6 +200,32 @@ def test_a_lost_part_and_a_damaged_one_are_made_again(small: Sweep, tmp_path: Pa
     assert content(make(small, disturbed)) == undisturbed
     assert groups[0] == [0, 1, 2, 3, 4]
     assert groups[-1] == [2, 3, 4]
+
+
+def test_a_set_begun_in_another_mixed_order_is_not_continued(
+    small: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a NumPy with another stream, after encoding or in a listing that was deleted and made again."""
+    folders = {"kind": "folder", "url": f"{tmp_path}/folders"}
+    for label in range(10):
+        open_folder(tmp_path / "folders").write(f"{label}/0.png", png(label))
+    for sweep in (small, sweep_of(tmp_path / "other", folders, "precompute.shard_images=4", classes=10)):
+        with monkeypatch.context() as other:
+            for module in (mixing, listing, sources):
+                other.setattr(module, "permutation", lambda count: permutation(count)[::-1].copy())
+            other.setattr(shards, "write_manifest", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                make(sweep)
+        (sweep.store / "listings").delete()
+        latents = (sweep.store / "latents") / (sweep.store / "latents").list()[0]
+        latents.delete("000001.json")
+        with pytest.raises(
+            UserError, match=r"begun with order '\w+', now '\w+': finish it as it was begun, or delete it"
+        ):
+            make(sweep)
+        latents.delete()
+        made = manifest.require(make(sweep))
+        assert made["order"] == mixing.order_hash(permutation(made["images"]))
 
 
 def _parts(sweep: Sweep) -> tuple[Folder, Any, Any]:

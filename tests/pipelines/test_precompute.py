@@ -119,14 +119,16 @@ def test_a_set_without_an_image_is_refused(sweep: Sweep, tmp_path: Path) -> None
         made(skipping(sweep))
 
 
-def test_a_set_has_one_kind_of_device_and_one_listing(tmp_path: Path) -> None:
+def test_a_set_has_one_kind_of_device_and_one_listing(photos: Recipe, tmp_path: Path) -> None:
+    latents, source = open_folder(tmp_path / "one"), open_source(photos.data)
     cpu = Encoding("vae", 1.0, 0.0, LatentShape(4, 8), "cpu", "2.11.0")
-    precompute._require_one_kind(open_folder(tmp_path), cpu, "listing")
-    precompute._require_one_kind(open_folder(tmp_path), cpu, "listing")
+    precompute._require_one_kind(latents, cpu, source)
+    precompute._require_one_kind(latents, cpu, open_source(photos.data))
     with pytest.raises(UserError, match=r"begun with device 'cpu', now 'cuda': finish it as it was begun"):
-        precompute._require_one_kind(open_folder(tmp_path), replace(cpu, device="cuda"), "listing")
-    with pytest.raises(UserError, match=r"begun with listing 'listing', now 'with more images'"):
-        precompute._require_one_kind(open_folder(tmp_path), cpu, "with more images")
+        precompute._require_one_kind(latents, replace(cpu, device="cuda"), source)
+    (tmp_path / "photos/a/new.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"begun with listing '\w+', now '\w+'; order '\w+', now '\w+': finish it"):
+        precompute._require_one_kind(latents, cpu, open_source(photos.data))
 
 
 def test_the_padding_of_the_last_batch_changes_no_other_sample(sweep: Sweep) -> None:
