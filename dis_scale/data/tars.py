@@ -51,9 +51,14 @@ def find(root: Folder, names: list[str], settings: TarSource) -> Contents:
 
 
 def read(root: Folder, entries: Sequence[Entry]) -> list[bytes]:
-    """Return the images' bytes by one range read; all entries are in one tar, in its order."""
+    """Return the images' bytes by one range read; all entries are in one tar, in its order. StorageError if it is too short."""
     first, last = entries[0].location[0], sum(entries[-1].location)
     data = root.read(entries[0].file, first, last) if last > first else b""
+    if len(data) != last - first:
+        raise StorageError(
+            f"{root}/{entries[0].file}: {len(data)} bytes from byte {first} on, expected {last - first}: it is shorter than it was "
+            "listed; restore it, or change data.source.version and the sweep's name, and the source is listed again"
+        )
     return [data[start - first : start - first + length] for start, length in (entry.location for entry in entries)]
 
 
