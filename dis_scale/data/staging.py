@@ -130,14 +130,18 @@ def mixed_shards(
 ) -> Iterator[EncodedShard]:
     """Yield the shards of a group from the runs of all parts; `each_run` is called after each and may raise.
 
-    StorageAway if a part is gone or damaged: it is made again.
+    StorageAway if parts are gone or damaged: they are made again.
     """
     inside, shard_images = mixer.group(group), mixer.settings.shard_images
     samples: list[Sample | str] = [""] * len(inside)  # at each place a sample, or the name of a refused image
     parts = shard_numbers(mixer.images, mixer.settings)
     moments = np.empty((len(inside), *mixer.moments_shape), np.float16)
+    damaged = list[str]()
     for run in in_order(parts, lambda part: _read(latents / STAGED, mixer, part, group), READS_AT_ONCE):
         each_run()
+        if isinstance(run, str):
+            damaged.append(run)
+            continue
         kept = ~np.isin(run.entries, run.refused)
         moments[mixer.places[run.entries[kept]] - inside.start] = run.moments
         for number, good in zip(run.entries.tolist(), kept.tolist(), strict=True):
@@ -145,13 +149,18 @@ def mixed_shards(
             samples[place] = (
                 Sample(number, entry.name, int(entry.label), moments[place], mixer.posterior) if good else entry.name
             )
+    if damaged:
+        raise StorageAway(
+            f"{latents / STAGED}: {len(damaged)} of {len(parts)} parts are damaged, the first is {damaged[0]}: one of its runs has "
+            "another hash than its sidecar says"
+        )
     for number in range(inside.start // shard_images, -(-inside.stop // shard_images)):
         each = samples[number * shard_images - inside.start :][:shard_images]
         yield EncodedShard(number, [s for s in each if isinstance(s, Sample)], [s for s in each if isinstance(s, str)])
 
 
-def _read(staged: Folder, mixer: MixedOrder, part: int, group: int) -> _Run:
-    """Read one run of a part and compare it with its hash."""
+def _read(staged: Folder, mixer: MixedOrder, part: int, group: int) -> _Run | str:
+    """Return one run of a part; the part's file if the run has another hash than the part's sidecar says, which is deleted."""
     name = shard_name(part)
     try:
         sidecar = staged.read_json(f"{name}.json")
@@ -162,7 +171,7 @@ def _read(staged: Folder, mixer: MixedOrder, part: int, group: int) -> _Run:
     entries = mixer.runs(part)[group]
     if (manifest.digest(data), mixing.order_hash(entries)) != (expected, sidecar["orders"][group]):
         staged.delete(f"{name}.json")  # the part counts as missing, and the next attempt encodes it
-        raise StorageAway(f"{staged}/{name}.{PART}: damaged: one of its runs has another hash than its sidecar says")
+        return f"{name}.{PART}"
     return _Run(
         entries,
         np.array(sidecar["refused"], np.int64),

@@ -228,6 +228,22 @@ def test_a_set_begun_in_another_mixed_order_is_not_continued(
         assert made["order"] == mixing.order_hash(permutation(made["images"]))
 
 
+def test_all_damaged_parts_are_found_at_once(small: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be more than attempts without progress are allowed."""
+    monkeypatch.setattr(staging, "READS_AT_ONCE", 1)
+    latents, source, encoding = _parts(small)
+    Encoder(small, "cpu").encode(latents, encoding, Dealer(list(range(10))).next)
+    mixer, staged = MixedOrder.of(source, small.recipe.precompute, encoding), latents / STAGED
+    for name in staged.list():
+        if name.endswith(staging.PART):
+            staged.write(name, bytes(len(staged.read(name))))
+    read = {n for n in range(10) if staged.read_json(f"{n:06d}.json")["runs"][0]["bytes"]}
+    with pytest.raises(StorageAway, match=rf"staged: {len(read)} of 10 parts are damaged, the first is 00000\d.bin"):
+        list(staging.mixed_shards(latents, source, mixer, 0))
+    assert len(read) > small.recipe.train.restarts
+    assert shards.finished(staged, range(10), staging.PART) == set(range(10)) - read
+
+
 def _parts(sweep: Sweep) -> tuple[Folder, Any, Any]:
     encoding = Encoder(sweep, "cpu").encoding()
     return shards.latents_folder(sweep, encoding.vae), open_source(sweep.recipe.data, sweep.store), encoding
