@@ -150,6 +150,7 @@ def find_or_make_latents(sweep: Sweep, encoders: Any) -> None:
         encode, mix = (partial(work, latents, encoding, source) for work in (encoders.encode, encoders.mix))
         make_latents(sweep.recipe, latents, source, encoding, encode, mix)
     staging.delete_parts(latents)
+    shards.require_allowed(latents, sweep.recipe.data)
     state.use_latents(sweep, latents, encoding.vae)
 
 

@@ -20,7 +20,7 @@ from dis_scale.data.cache import Cache, default_folder
 from dis_scale.data.memory import MemoryBuffer, free_memory_bytes
 from dis_scale.data.mixing import BLOCK_SHARDS
 from dis_scale.data.order import Locations, Order
-from dis_scale.data.shards import Shard, unpack
+from dis_scale.data.shards import Shard, require_allowed, unpack
 from dis_scale.errors import UserError
 from dis_scale.recipe import LatentShape, Normalise, Reader, Recipe
 from dis_scale.storage import manifest
@@ -96,6 +96,7 @@ class Latents:
 def open_latents(folder: Folder, recipe: Recipe, workers: int, say: Callable[[str], None]) -> tuple[Latents, list[str]]:
     """Return the reader for one of `workers`, and lines about how it reads and is mixed; `say` is called if its cache fails."""
     facts = manifest.require(folder)
+    require_allowed(folder, recipe.data)
     set_bytes = sum(shard["bytes"] for shard in facts["shards"])
     if (theirs := facts["num_classes"]) != recipe.data.num_classes:
         raise UserError(

@@ -18,7 +18,7 @@ import numpy as np
 
 from dis_scale.data.mixing import LabelCounts
 from dis_scale.errors import StorageAway, StorageError, UserError
-from dis_scale.recipe import LatentShape, Precompute
+from dis_scale.recipe import Data, LatentShape, Precompute
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sweep
@@ -98,10 +98,19 @@ def latents_folder(sweep: Sweep, vae_identity: str) -> Folder:
     """Return the folder of this declared source's latents under this VAE: next to the sweeps, which share it."""
     recipe = sweep.recipe
     key = [
-        recipe.data.source.model_dump(mode="json"), recipe.data.resolution, recipe.data.undecodable, vae_identity,
+        recipe.data.source.model_dump(mode="json"), recipe.data.resolution, "refuse", vae_identity,  # a constant: once a setting
         recipe.precompute.shard_images, recipe.precompute.encode_images, recipe.precompute.precision, manifest.FORMAT,
     ]  # fmt: skip
     return sweep.store / f"latents/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
+
+
+def require_allowed(latents: Folder, data: Data) -> None:
+    """UserError if images were left out of a complete set and the recipe says `undecodable: refuse`."""
+    if data.undecodable == "refuse" and (refused := manifest.require(latents).get("refused")):
+        raise UserError(
+            f"{latents}: {len(refused)} undecodable images were left out, the first is {refused[0]}: --set data.undecodable=skip, "
+            "or repair them and change data.source.version and the sweep's name"
+        )
 
 
 def sample_bytes(shape: LatentShape, posterior: bool = True) -> int:

@@ -71,8 +71,9 @@ def part_count(images: int) -> int:
 def reference_facts(sweep: Sweep, name: str, identity: str) -> dict[str, str]:
     """Return the inputs of the statistics under one extractor, which are stored with them."""
     recipe = sweep.recipe
-    source = recipe.data.model_dump(mode="json", include={"source", "undecodable"})
-    images = recipe.evaluate.reference or json.dumps(source, sort_keys=True)
+    source = recipe.data.source.model_dump(mode="json")
+    declared = {"source": source, "undecodable": "refuse"}  # a constant: once a setting
+    images = recipe.evaluate.reference or json.dumps(declared, sort_keys=True)
     return {
         "format": str(REFERENCE_FORMAT), "extractor": name, "weights": identity,
         "resolution": str(recipe.data.resolution), "images": images,

@@ -230,6 +230,9 @@ def test_an_undecodable_image_is_refused_by_default(tmp_path: Path) -> None:
     sweep = replace(sweep, recipe=sweep.recipe.model_copy(update={"data": refusing}))
     with pytest.raises(UndecodableImage, match=r"image a/03.png cannot be decoded"):
         prepare(sweep, open_source(refusing))
+    skipping = photos(tmp_path)
+    prepare(skipping, open_source(skipping.recipe.data))
+    assert state.references_missing(sweep) == [], "precompute refuses the set, in which the same images are left out"
 
 
 def test_a_source_without_a_decodable_image_is_refused(tmp_path: Path) -> None:

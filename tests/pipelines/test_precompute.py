@@ -18,6 +18,7 @@ from PIL import Image
 from dis_scale import vae
 from dis_scale.data import shards
 from dis_scale.data.encode import HARDWARE, Setup, encode_images, encode_shards, require_same_hardware
+from dis_scale.data.latents import open_latents
 from dis_scale.data.shards import Encoding
 from dis_scale.data.sources import open_source
 from dis_scale.errors import Preempted, StorageError, UndecodableImage, UserError
@@ -110,6 +111,30 @@ def test_a_broken_image_is_skipped_counted_and_listed_if_the_recipe_says_so(swee
     assert [shard["count"] for shard in facts["shards"]] == [
         size - (n == lacking) for n, size in enumerate([10, 10, 6])
     ]
+
+
+def test_shards_are_kept_when_the_recipe_skips_from_now_on(sweep: Sweep, tmp_path: Path) -> None:
+    """The set was begun with `refuse`. A rerun with `refuse` does not use it, nor does training."""
+    (tmp_path / "photos/a/00.png").write_bytes(b"broken")
+    lacking = open_source(sweep.recipe.data, sweep.store).names.index("a/00.png") // 10
+    with pytest.raises(UndecodableImage):
+        made(sweep, lambda *all_but: encode_here(*all_but[:2], sorted(all_but[2], key=lambda n: n == lacking)))
+    encoded: list[list[int]] = []
+
+    def counted(*arguments: Any) -> None:
+        encoded.append(arguments[-1])
+        encode_here(*arguments)
+
+    assert made(skipping(sweep), counted)["refused"] == ["a/00.png"]
+    assert encoded == [[lacking]]
+    words = r"1 undecodable images were left out, the first is a/00.png: --set data.undecodable=skip, or repair them"
+    with pytest.raises(UserError, match=words):
+        precompute.find_or_make_latents(sweep, OneEncoder(sweep))
+    assert state.find_latents(sweep.folder) is None
+    precompute.find_or_make_latents(skipping(sweep), OneEncoder(sweep))
+    with pytest.raises(UserError, match=words):
+        open_latents(latents_of(sweep), sweep.recipe, 1, print)
+    open_latents(latents_of(sweep), skipping(sweep).recipe, 1, print)
 
 
 def test_a_set_without_an_image_is_refused(sweep: Sweep, tmp_path: Path) -> None:
