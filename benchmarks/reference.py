@@ -95,7 +95,7 @@ def nothing_ahead(source: Source, extractor: Extractor, images: int) -> None:
     for first in range(0, images, 2 * BATCH_IMAGES):
         positions = range(first, min(first + 2 * BATCH_IMAGES, images))
         pixels = np.stack([source.pixels(i, RESOLUTION) for i in positions])
-        statistics.add(extractor(pixels), np.ones(len(pixels), bool))
+        statistics.add(extractor(pixels), np.arange(len(pixels)) % 2 == 1, np.ones(len(pixels), bool))
 
 
 def delayed(source: Source) -> Source:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from dis_scale import seeds
+from dis_scale.data.mixing import permutation
 from dis_scale.data.sources import Source, select_decodable
 from dis_scale.errors import StorageError
 from dis_scale.evaluation import npz
@@ -29,7 +30,7 @@ FILES = 8, 32
 
 
 class Statistics:
-    """Sums over the even and the odd images, spatial sums, and the features of some images."""
+    """Sums over the images at even and at odd places of the mixed order, spatial sums, and the features of some images."""
 
     def __init__(self) -> None:
         self.halves, self.spatial, self._kept = (Sums(), Sums()), Sums(), list[np.ndarray]()
@@ -43,19 +44,19 @@ class Statistics:
         """Features (M, d), float32."""
         return np.concatenate(self._kept) if self._kept else np.zeros((0, 0), np.float32)
 
-    def add(self, batch: Features, kept_B: np.ndarray) -> None:
-        """Add features; all batches but the last have an even number of images."""
+    def add(self, batch: Features, odd_B: np.ndarray, kept_B: np.ndarray) -> None:
+        """Add features of images; say which of them are at odd places, and whose features are kept."""
         require_finite(batch.pooled, self.count)
-        for i, half in enumerate(self.halves):
-            half.add(batch.pooled[i::2])
+        for half, chosen_B in zip(self.halves, (~odd_B, odd_B), strict=True):
+            half.add(batch.pooled[chosen_B])
         if batch.spatial is not None:
             self.spatial.add(batch.spatial)
         self._kept.append(batch.pooled[kept_B])
 
     def merge(self, after: "Statistics") -> "Statistics":
-        """Return the statistics of both sets; the images of `after` follow this set's, which decides which of them are even."""
-        both, (even, odd) = Statistics(), after.halves[:: -1 if self.count % 2 else 1]
-        both.halves = self.halves[0].merge(even), self.halves[1].merge(odd)
+        """Return the statistics of both sets; the images of `after` follow this set's."""
+        both = Statistics()
+        both.halves = self.halves[0].merge(after.halves[0]), self.halves[1].merge(after.halves[1])
         both.spatial = self.spatial.merge(after.spatial)
         both._kept = self._kept + after._kept
         return both
@@ -117,11 +118,23 @@ def compute(
     statistics = {e.name: Statistics() for e in extractors}
     keep = np.zeros(len(source), bool)
     keep[choose_kept(len(source))] = True
+    odd = odd_places(source)
     for batch in batched(_images(source, data, positions, report), 2 * BATCH_IMAGES):
-        pixels, kept = np.stack([image for _, image in batch]), keep[[i for i, _ in batch]]
+        pixels, chosen = np.stack([image for _, image in batch]), [i for i, _ in batch]
         for extractor in extractors:
-            statistics[extractor.name].add(extractor(pixels), kept)
+            statistics[extractor.name].add(extractor(pixels), odd[chosen], keep[chosen])
     return statistics
+
+
+def odd_places(source: Source) -> np.ndarray:
+    """Return for each position whether its image is at an odd place of the mixed order.
+
+    Even and odd positions of a tar would have the classes in equal shares: a smaller distance than that of two random halves.
+    """
+    odd = np.arange(len(source)) % 2 == 1
+    if not source.mixed:
+        odd[permutation(len(source))] = odd.copy()
+    return odd
 
 
 def choose_kept(count: int) -> np.ndarray:
@@ -157,7 +170,7 @@ def _load(
 def _facts(sweep: Sweep, source: Source, extractor: Extractor, number: int) -> dict[str, str]:
     """Return the inputs of a part, which are stored with it."""
     positions, listing = part_positions(number, len(source)), source.listing.facts["sha256"]
-    part = {"listing": listing, "positions": f"{positions.start} to {positions.stop}"}
+    part = {"listing": listing, "positions": f"{positions.start} to {positions.stop}", "halves": "places"}
     return reference_facts(sweep, extractor.name, extractor.identity) | part
 
 

@@ -76,7 +76,7 @@ class Counted:
     """A source that counts how often an image is opened."""
 
     def __init__(self, source: Source) -> None:
-        self._source, self.opened = source, 0
+        self._source, self.mixed, self.opened = source, source.mixed, 0
 
     def __len__(self) -> int:
         return len(self._source)
