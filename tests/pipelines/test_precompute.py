@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -347,6 +348,28 @@ def test_an_encoder_of_another_kind_is_refused(sweep: Sweep, tmp_path: Path) -> 
     ):
         Encoder(sweep, "cpu").encode(latents, other, Dealer([0]).next)
     assert latents.list() == []
+
+
+def test_an_attempt_reads_the_sidecars_of_finished_shards_and_no_shard(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts, latents, reads, at_start = made(sweep), latents_of(sweep), Counter[str](), Counter[str]()
+    latents.delete(manifest.NAME)
+    latents.delete("000001.json")
+    read = Folder.read
+
+    def counted(self: Folder, path: str, *span: int) -> bytes:
+        reads[path] += self.url == latents.url
+        return read(self, path, *span)
+
+    def encode(*arguments: Any) -> None:
+        at_start.update(reads)
+        encode_here(*arguments)
+
+    monkeypatch.setattr(Folder, "read", counted)
+    assert made(sweep, encode) == facts
+    assert at_start["000000.json"] == at_start["000002.json"] == 1
+    assert not [name for name in +reads if name.endswith(".tar")]
 
 
 def test_a_finished_set_is_sealed_without_an_encoder(sweep: Sweep) -> None:
