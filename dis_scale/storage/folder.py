@@ -182,6 +182,10 @@ class Folder:
 
     def require_usable(self) -> None:
         """UserError if the folder cannot be written and read, lists what was there before, or cannot create only if absent."""
+        if self.url.startswith("memory://"):
+            raise UserError(
+                f"storage {self.url} is in the memory of one process, and no other sees it: use a local folder"
+            )
         probe, data = f".probe-{uuid.uuid4().hex}", b"dis-scale write test\n"
         try:
             first, second = self.create(f"{probe}/1", data), self.create(f"{probe}/1", data)

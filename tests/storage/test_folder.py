@@ -177,12 +177,18 @@ def test_a_large_folder_is_listed_page_by_page(bucket: str, gateway: Gateway) ->
     assert len(gateway.seen) == 3
 
 
-class StaleFileSystem(MemoryFileSystem):
+class FreshFileSystem(MemoryFileSystem):
+    """An object store whose clients remember nothing."""
+
+    protocol = "fresh"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+
+class StaleFileSystem(FreshFileSystem):
     """An object store whose clients remember listings, whatever they are told."""
 
     protocol = "stale"
-    store: ClassVar[dict[str, Any]] = {}
-    pseudo_dirs: ClassVar[list[str]] = [""]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -194,8 +200,14 @@ class StaleFileSystem(MemoryFileSystem):
 
 def test_a_store_that_lists_what_was_there_before_is_refused() -> None:
     fsspec.register_implementation("stale", StaleFileSystem, clobber=True)
-    open_folder("memory://bucket/root").require_usable()
+    fsspec.register_implementation("fresh", FreshFileSystem, clobber=True)
+    open_folder("fresh://bucket/root").require_usable()
     with pytest.raises(
         UserError, match="lists 1 after another client has written 1 and 2: runs would not see each other"
     ):
         open_folder("stale://bucket/root").require_usable()
+
+
+def test_a_store_in_the_memory_of_one_process_is_refused() -> None:
+    with pytest.raises(UserError, match=r"storage memory://root is in the memory of one process, and no other sees it"):
+        open_folder("memory://root").require_usable()
