@@ -29,13 +29,18 @@ def order_hash(entries: np.ndarray) -> str:
 
 
 class LabelCounts:
-    """Images by label: of the set, and of each block of `BLOCK_SHARDS` shards, among which training draws a batch."""
+    """Images by label: of the set, and of each block of `BLOCK_SHARDS` shards, among which training draws a batch.
+
+    A larger batch takes as many blocks as hold it; one that is larger than the set is measured as the set.
+    """
 
     def __init__(self) -> None:
         self.total = Counter[str]()
         self._block, self._shards = Counter[str](), 0
-        self._expected: list[tuple[int, list[float]]] = []
-        """Images of each earlier block, and the expected distinct labels of each of `BATCHES`."""
+        self._waiting = {batch: Counter[str]() for batch in BATCHES}
+        """Images of the earlier blocks that are too few for the batch."""
+        self._expected: dict[int, list[tuple[int, float]]] = {batch: [] for batch in BATCHES}
+        """Images drawn from each of the earlier blocks, and their expected distinct labels."""
 
     def add(self, labels: Mapping[str, int]) -> None:
         """Count one shard's images by label, after those of the shards before it."""
@@ -43,26 +48,26 @@ class LabelCounts:
         self._block.update(labels)
         self._shards += 1
         if self._shards % BLOCK_SHARDS == 0:
-            self._end_block()
+            self._end_block(last=False)
 
     def distinct(self) -> dict[str, float]:
         """Return by batch the distinct labels of a batch, relative to those of independent draws: 1 if well mixed."""
-        self._end_block()
+        self._end_block(last=True)
         counts = np.array(list(self.total.values()))
         shares = counts / max(counts.sum(), 1)
-        ratios = [
-            [
-                distinct / _independent(shares, min(batch, images))
-                for batch, distinct in zip(BATCHES, block, strict=True)
-            ]
-            for images, block in self._expected
-        ]
-        return {str(batch): round(float(r), 4) for batch, r in zip(BATCHES, np.mean(ratios, axis=0), strict=True)}
+        ratios = {
+            batch: [distinct / _independent(shares, drawn) for drawn, distinct in expected]
+            for batch, expected in self._expected.items()
+        }
+        return {str(batch): round(float(np.mean(each)), 4) for batch, each in ratios.items()}
 
-    def _end_block(self) -> None:
-        if images := self._block.total():
-            counts = np.array(list(self._block.values()))
-            self._expected.append((images, [_of_block(counts, min(batch, images)) for batch in BATCHES]))
+    def _end_block(self, last: bool) -> None:
+        for batch, waiting in self._waiting.items():
+            waiting.update(self._block)
+            if (images := waiting.total()) >= (1 if last else batch):
+                drawn = min(batch, images)
+                self._expected[batch].append((drawn, _of_block(np.array(list(waiting.values())), drawn)))
+                waiting.clear()
         self._block.clear()
 
 

@@ -113,20 +113,21 @@ def test_batches_hold_labels_like_independent_draws(source: Callable[[Folder], A
 
 
 def test_the_measure_equals_the_mean_of_many_batches() -> None:
-    """In the source's order, and mixed; of blocks of consecutive shards."""
+    """In the source's order, and mixed; of blocks of 256 images in consecutive shards, four of them for a batch of 1,024."""
     rng, labels = np.random.default_rng(0), np.array(LABELS)
     for ordered in (labels, labels[permutation(len(labels))]):
         counts, blocks = LabelCounts(), np.split(ordered, range(256, len(ordered), 256))
         for block in blocks:
             for shard in np.array_split(block, mixing.BLOCK_SHARDS):
                 counts.add(Counter(map(str, shard.tolist())))
-        shares = np.bincount(labels) / len(labels)
-        drawn = [
-            np.mean([len(set(rng.choice(block, min(128, len(block)), replace=False).tolist())) for _ in range(200)])
-            / (1 - (1 - shares) ** min(128, len(block))).sum()
-            for block in blocks
-        ]
-        assert counts.distinct()["128"] == pytest.approx(np.mean(drawn), rel=0.01)
+        shares, distinct = np.bincount(labels) / len(labels), counts.distinct()
+        for batch, drawn_from in ((128, blocks), (256, blocks), (1024, [ordered[:1024], ordered[1024:]])):
+            drawn = [
+                np.mean([len(set(rng.permutation(images)[:batch].tolist())) for _ in range(200)])
+                / (1 - (1 - shares) ** min(batch, len(images))).sum()
+                for images in drawn_from
+            ]
+            assert distinct[str(batch)] == pytest.approx(np.mean(drawn), rel=0.01)
 
 
 def test_one_class_is_always_mixed() -> None:

@@ -193,7 +193,7 @@ def test_the_choice_is_logged_with_its_reason(tiny: Recipe, at: Path, monkeypatc
     assert how.endswith("; cache /data/cache, up to 1.5 GiB")
     assert (
         mixed
-        == "a batch of 128, 256, 1,024 has 102.0%, 102.0%, 102.0% of the distinct labels that independent draws would have"
+        == "a batch of 128, 256, 1,024 has 100.0%, 100.0%, 100.0% of the distinct labels that independent draws would have"
     )
     assert "cache" not in open_latents(open_folder(at), small, 2, print)[1][0]
     with pytest.raises(UserError, match=r"latents of 5 classes, data\.num_classes is 10: use another root"):
