@@ -168,8 +168,14 @@ def _wrong_size(latents: Folder, entry: dict[str, Any], size: int | None) -> str
 
 def _same_setup(sweep: Sweep, latents: Folder, facts: dict[str, Any], listed: ReportDone) -> Setup:
     """Return the setup that encoded the set; UserError if it is not available, since the bytes would differ."""
+    if "mixing" not in facts:
+        raise UserError(
+            f"{latents}: made by an earlier version, in the source's order, and this version cannot rebuild its shards; give the "
+            "sweep another name (--set name=...), and mixed latents are made"
+        )
     setup = Setup(open_source(sweep.recipe.data, sweep.store, listed), vae.load(sweep), sweep.recipe)
     ours = {"vae": setup.vae.identity, "listing": setup.source.listing.facts["sha256"], "torch": torch.__version__}
+    ours |= {"order": setup.source.order} if "order" in facts else {}
     if different := [f"{key} {facts[key]}, now {value}" for key, value in ours.items() if facts[key] != value]:
         raise UserError(f"{latents}: encoded with {'; '.join(different)}: a rebuilt shard would have other bytes")
     if facts["device"] == "cuda" and not torch.cuda.is_available():

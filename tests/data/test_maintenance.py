@@ -11,6 +11,7 @@ from dis_scale.data import shards
 from dis_scale.data.encode import Setup, compute_exactly, encoding_of, put_shards
 from dis_scale.data.sources import open_source
 from dis_scale.recipe import TrainedVae, reading
+from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep, state
 from pipelines import precompute
@@ -102,6 +103,24 @@ def test_a_shard_with_other_bytes_is_not_written(tmp_path: Path, monkeypatch: py
     code, output = run("repair", sweep.folder.url)
     assert code == 2
     assert "now 9.9: a rebuilt shard would have other bytes" in output
+
+
+def test_a_set_of_an_earlier_version_is_not_repaired_and_no_hardware_is_blamed(tmp_path: Path) -> None:
+    sweep, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images")
+    earlier = {key: value for key, value in manifest.require(latents).items() if key not in ("mixing", "order")}
+    latents.write_json(manifest.NAME, earlier | {"format": 2})
+    latents.write("000000.tar", b"damaged")
+    code, output = run("repair", sweep.folder.url)
+    assert code == 2
+    assert f"{latents}: made by an earlier version, in the source's order, and this version cannot rebuild" in output
+
+
+def test_a_set_in_another_mixed_order_is_not_repaired(tmp_path: Path) -> None:
+    sweep, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images")
+    latents.write_json(manifest.NAME, manifest.require(latents) | {"order": "other"})
+    latents.write("000000.tar", b"damaged")
+    code, output = run("repair", sweep.folder.url)
+    assert (code, "encoded with order other, now" in output) == (2, True)
 
 
 def test_a_folder_of_latents_alone_cannot_be_repaired(tmp_path: Path) -> None:
