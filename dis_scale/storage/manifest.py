@@ -4,6 +4,7 @@ A folder without a manifest is incomplete: it may be overwritten or deleted. Rea
 """
 
 import hashlib
+import json
 from typing import Any
 
 from dis_scale.errors import StorageError
@@ -31,6 +32,12 @@ def seal(folder: Folder, files: dict[str, dict[str, Any]], **facts: Any) -> dict
     manifest = {"format": FORMAT, **facts, "files": files}
     folder.write_json(NAME, manifest)
     return manifest
+
+
+def seal_once(folder: Folder, files: dict[str, dict[str, Any]], **facts: Any) -> None:
+    """Write the manifest as `seal`, unless the folder has one: of two writers the first counts."""
+    manifest = {"format": FORMAT, **facts, "files": files}
+    folder.create(NAME, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 def find(folder: Folder) -> dict[str, Any] | None:

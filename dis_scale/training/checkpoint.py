@@ -240,13 +240,13 @@ class Saver:
 
     def _seal(self, folder: Folder, files: dict[str, bytes], images_seen: int, facts: dict[str, Any]) -> None:
         # A folder of published weights belongs to all attempts. Names carry the attempt, so one that has lost the run, and writes
-        # late, never writes over the files of its successor.
+        # late, never writes over the files of its successor. The first manifest counts: evaluation may have read it.
         stored = {_file_of(name, self.attempt): data for name, data in files.items()}
         for name, data in stored.items():
             folder.write(name, data)
         self._require_held(folder)
         digests = {name: manifest.digest(data) for name, data in stored.items()}
-        manifest.seal(folder, digests, images=images_seen, attempt=self.attempt, **facts)
+        manifest.seal_once(folder, digests, images=images_seen, attempt=self.attempt, **facts)
 
     def _write(self, clones: dict[str, dict[Segment, torch.Tensor]], images_seen: int, facts: dict[str, Any]) -> None:
         folder = self.run.resume_point(PointName(images_seen, self.attempt))
