@@ -4,6 +4,8 @@ Threads load the next block's shards while the current block is read. Latents in
 Each shard is checked against the manifest's hash before use. Read next: order.py, cache.py and memory.py.
 """
 
+import hashlib
+import json
 import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +53,13 @@ class Latents:
         self.scaling = Scaling.of(self.manifest, normalise)
         self.order = Order([shard["count"] for shard in self.manifest["shards"]], seed, held_out=held_out)
         self._cache, self._buffer = cache, MemoryBuffer(self._load, keep_all)
+
+    @property
+    def identity(self) -> str:
+        """Hash of what decides which latent is at each position: listing, mixed order, autoencoder, the shards' counts."""
+        facts = [self.manifest.get(key) for key in ("listing", "order", "vae")]
+        counts = [shard["count"] for shard in self.manifest["shards"]]
+        return hashlib.sha256(json.dumps([*facts, counts]).encode()).hexdigest()[:16]
 
     def read(self, positions: np.ndarray, sides: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return moments, float16 (n, 2C, h, w), and labels (n) at rising positions; side 0 is the image, 1 its horizontal flip."""

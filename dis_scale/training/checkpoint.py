@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
+from dis_scale.data.latents import Latents
 from dis_scale.errors import StorageAway, StorageError, UserError
 from dis_scale.recipe import Train
 from dis_scale.storage import manifest
@@ -102,6 +103,14 @@ class ResumePoint:
     @property
     def adam_step(self) -> int:
         return int(self.manifest["adam_step"])
+
+    def require_latents(self, latents: Latents) -> None:
+        """UserError if the run was trained on other latents up to here; points of earlier versions do not name theirs."""
+        if (theirs := self.manifest.get("latents", latents.identity)) != latents.identity:
+            raise UserError(
+                f"{self.folder}: trained on latents {theirs}, {latents.folder} is {latents.identity}, with other images at its "
+                "positions: restore those latents, or give the sweep another name (--set name=...)"
+            )
 
     def verify(self) -> None:
         """Read all files back, some at once, and keep the weights; StorageError names the first that differs from the manifest."""

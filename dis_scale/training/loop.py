@@ -103,7 +103,8 @@ def train_model(attempt: Attempt) -> int:
 
     def facts() -> dict[str, Any]:
         now = time.time()
-        return {"adam_step": _adam_step(state), "model": attempt.model, "at": now} | goodput.facts(now)
+        facts = {"adam_step": _adam_step(state), "model": attempt.model, "latents": latents.identity, "at": now}
+        return facts | goodput.facts(now)
 
     # Record the start. Publish at 0 images, or again if the weights published at this resume point were deleted.
     goodput = Goodput.begin(earlier, time.time())
@@ -315,6 +316,8 @@ def start(attempt: Attempt, latents: Latents, passes: int) -> tuple[Engine, Back
     if settings.compile:
         model.compile_blocks()
     point = _agreed_resume_point(attempt)
+    if point:
+        point.require_latents(latents)
     images_seen, adam_step = (point.images_seen, point.adam_step) if point else (0, 0)
     read = point.read if point else checkpoint.fresh(model)
     if point and dist.get_rank() == 0:  # the engine sends rank 0's weights to the others

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from torch.multiprocessing import ProcessRaisedException
 
 from dis_scale import faults
 from dis_scale.errors import StorageAway, StorageError, UserError
@@ -65,6 +66,24 @@ def test_a_stopped_run_ends_as_the_undisturbed_one(tmp_path: Path, settings: lis
         assert_bit_equal(*rebuilt)
         assert any(not torch.equal(rebuilt[0][name], tensor) for name, tensor in weights(tmp_path / "calm").items())
     assert losses(tmp_path / "calm") == losses(tmp_path / "stopped") != []
+
+
+def test_a_run_does_not_continue_on_other_latents(tmp_path: Path) -> None:
+    """They were deleted and made again in another order; with the first ones back, the run continues."""
+    recipe = reading.load(
+        TINY, ["models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}", "train.workers=1"]
+    )
+    ranks.run(recipe, "dit", tmp_path, attempt=1, stop_at=100)
+    latents = open_folder(tmp_path) / "latents"
+    first = manifest.require(latents)
+    latents.write_json(manifest.NAME, first | {"order": "other"})
+    with pytest.raises(
+        ProcessRaisedException, match=r"trained on latents \w+, .*/latents is \w+, with other images at its"
+    ):
+        ranks.run(recipe, "dit", tmp_path, attempt=2)
+    latents.write_json(manifest.NAME, first)
+    ranks.run(recipe, "dit", tmp_path, attempt=3)
+    assert state.published_counts(run_at(tmp_path, "dit")) == [0, 160, 320]
 
 
 def test_a_damaged_resume_point_is_named_and_the_one_before_it_used(tmp_path: Path) -> None:
