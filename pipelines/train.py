@@ -161,7 +161,8 @@ def _attempt(sweep: Sweep, model: str, device: str, failure: WorkerFailure | Non
             def report(done: list[int]) -> None:
                 lines.progress(max(done), settings.images, "images")
 
-            return min(watch(workers, results, report, settings.hang_after_s, moves))
+            # After the last step there is only storage to wait for, which has a patience of its own.
+            return min(watch(workers, results, report, settings.hang_after_s, moves, last=settings.images))
     except DeviceFailure as broken:
         try:
             nodes.record_failure(sweep, model, places[broken.worker].node, str(broken))

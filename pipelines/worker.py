@@ -132,16 +132,17 @@ def watch(
     hang_after_s: float = float("inf"),
     stop_early: Callable[[], bool] = lambda: False,
     independent: bool = False,
+    last: float = float("inf"),
 ) -> list[Any]:
     """Wait for all results; pass each worker's progress to `report`; forward a stop request, or one of `stop_early`.
 
     Raises the first failure at once: WorkerFailure if a new attempt may do better. A hang is one, too: no worker has made progress
-    for `hang_after_s`; their stacks are logged. The accident of one of several `independent` workers is raised when the others
-    have ended: they need not be disturbed. When one of them has done its work, those without capacity are not waited for: their
-    results are left out.
+    for `hang_after_s`, and not all have made the progress `last`; their stacks are logged. The accident of one of several
+    `independent` workers is raised when the others have ended: they need not be disturbed. When one of them has done its work,
+    those without capacity are not waited for: their results are left out.
     """
     try:
-        return _watch(workers, results, report, hang_after_s, stop_early, independent)
+        return _watch(workers, results, report, hang_after_s, stop_early, independent, last)
     except (WorkerFailure, StorageAway):
         # Free the workers' resources for the next attempt now: the exception's traceback would keep the handles alive.
         for worker in workers:
@@ -156,6 +157,7 @@ def _watch(
     hang_after_s: float,
     stop_early: Callable[[], bool],
     independent: bool,
+    last: float,
 ) -> list[Any]:
     waiting, stopping, unplaced, ended = list(results), False, 0, list[Any]()
     polls, done, progress_s = [0] * len(workers), 0, time.monotonic()
@@ -178,7 +180,7 @@ def _watch(
             lines.say(
                 f"{describe(failure)}; {len(waiting)} others continue, and another attempt makes what it had begun"
             )
-        if silent_s > hang_after_s:
+        if silent_s > hang_after_s and min(polls) < last:
             _log_stacks(workers)
             raise WorkerFailure(f"no step ended for {silent_s:.0f} s: hanging", max(polls), silent_s)
         if not stopping and (stage.stop_requested() or stop_early()):

@@ -78,5 +78,19 @@ def test_an_error_that_may_be_the_programs_is_tried_again_and_blames_no_node(wor
     assert blame(task_error(torch.AcceleratorError(f"CUDA error: {words}"))) == "lost"
 
 
+def test_the_hang_watch_ends_with_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After it a worker only writes: storage that is slow is no hang."""
+    rounds = iter([([], ["result"])] * 3 + [(["result"], [])])
+    monkeypatch.setattr(ray, "wait", lambda *_, **__: next(rounds))
+    monkeypatch.setattr(ray, "get", lambda _: [320])
+    monkeypatch.setattr(ray, "kill", lambda _: None)
+    monkeypatch.setattr(worker, "_poll", lambda *_: ([320], []))
+    monkeypatch.setattr(worker, "_log_stacks", lambda _: None)
+    assert worker.watch(["worker"], ["result"], lambda _: None, hang_after_s=-1.0, last=320) == [320]
+    rounds = iter([([], ["result"])] * 3)
+    with pytest.raises(WorkerFailure, match="hanging"):
+        worker.watch(["worker"], ["result"], lambda _: None, hang_after_s=-1.0, last=336)
+
+
 def test_stacks_name_the_running_function() -> None:
     assert "test_stacks_name_the_running_function" in Worker().stacks()
