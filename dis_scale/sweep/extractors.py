@@ -13,8 +13,9 @@ from dis_scale.sweep import Sweep
 
 WEIGHTS_FILE = "weights.safetensors"
 REFERENCE_FORMAT = 2
-REFERENCE_PART_IMAGES = 20_000
-"""Images of a part of the statistics: ImageNet has 65, each a file of 100 MB under Inception until the statistics are complete."""
+REFERENCE_PART_IMAGES, REFERENCE_PARTS = 20_000, 256
+"""Fewest images of a part of the statistics, and most parts. ImageNet has 65, each a file of 100 MB under Inception until the
+statistics are complete; a hundred million images have 256 of 390,625."""
 
 
 def weights_identity(sweep: Sweep, extractor: ExtractorSettings) -> str:
@@ -61,11 +62,16 @@ def reference_part(sweep: Sweep, name: str, identity: str, number: int) -> str:
 
 def part_positions(number: int, images: int) -> range:
     """Return the positions of a part's images."""
-    return range(number * REFERENCE_PART_IMAGES, min((number + 1) * REFERENCE_PART_IMAGES, images))
+    size = _part_images(images)
+    return range(number * size, min((number + 1) * size, images))
 
 
 def part_count(images: int) -> int:
-    return -(-images // REFERENCE_PART_IMAGES)
+    return -(-images // _part_images(images))
+
+
+def _part_images(images: int) -> int:
+    return max(REFERENCE_PART_IMAGES, -(-images // REFERENCE_PARTS))
 
 
 def reference_facts(sweep: Sweep, name: str, identity: str) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Evaluations that are left, their order, and those that must be measured again."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import METRICS, SKIPPED, PointName, Run, Sampled, Sweep, state
+from dis_scale.sweep.extractors import part_count, part_positions
 from dis_scale.training import checkpoint
 from tests.conftest import TINY
 
@@ -100,3 +102,14 @@ def test_opening_a_sweep_reads_its_recipe_and_nothing_more(sweep: Sweep, monkeyp
     monkeypatch.setattr(type(sweep.folder), "read", noted)
     assert Sweep.open(sweep.folder.url) == sweep
     assert reads == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("images", "parts"),
+    [(1, 1), (20_000, 1), (20_001, 2), (1_281_167, 65), (5_120_001, 256), (100_000_000, 256)],
+)
+def test_parts_of_the_reference_hold_each_image_once_and_are_few_for_any_set(images: int, parts: int) -> None:
+    assert part_count(images) == parts
+    positions = [part_positions(number, images) for number in range(parts)]
+    assert (positions[0].start, positions[-1].stop) == (0, images)
+    assert all(before.stop == after.start for before, after in pairwise(positions))
