@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipelines.worker import watch
+from pipelines.worker import amounts, watch
 
 Deal = Callable[[], int | None]
 """Returns the next number; None when there are no more."""
@@ -36,9 +36,8 @@ class _RemoteDealer:
 
 def capacity(request: dict[str, Any]) -> int:
     """Return how many workers with this request the cluster's resources hold at the same time, at least one."""
-    amounts = {"CPU": request["num_cpus"], "GPU": request["num_gpus"], **request.get("resources", {})}
     declared = ray.cluster_resources()
-    return max(1, min(int(declared.get(name, 0) / amount) for name, amount in amounts.items() if amount))
+    return max(1, min(int(declared.get(name, 0) / amount) for name, amount in amounts(request).items()))
 
 
 def share(

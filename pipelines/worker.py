@@ -44,6 +44,8 @@ AMBIGUOUS = re.compile(r"illegal memory access|misaligned address|illegal instru
 Cause = Literal["device", "lost", "storage", "memory", "mistake", "connection"]
 CAUSES = get_args(Cause)
 """In the order of blame: of several failures the first is reported, since broken connections follow from all others."""
+_requests: dict[str, dict[str, float]] = {}
+"""The resources that each worker of this driver asked for, by its actor's id."""
 ACCIDENTS = {"device", "lost", "storage", "connection"}
 """Causes after which a new attempt may succeed."""
 
@@ -113,7 +115,15 @@ class Worker:
 
 def spawn(kind: type[Worker], options: dict[str, Any], *arguments: Any) -> Any:
     """Return a worker as a Ray actor; its work, `poll` and `stop` run in threads of their own."""
-    return ray.remote(max_concurrency=4)(kind).options(**options).remote(*arguments)
+    worker = ray.remote(max_concurrency=4)(kind).options(**options).remote(*arguments)
+    _requests[worker._actor_id.hex()] = amounts(options)
+    return worker
+
+
+def amounts(request: dict[str, Any]) -> dict[str, float]:
+    """Return the resources of a worker's request by name; none of amount 0."""
+    every = {"CPU": request["num_cpus"], "GPU": request["num_gpus"], **request.get("resources", {})}
+    return {name: amount for name, amount in every.items() if amount}
 
 
 def resources(name: str, device: str, cpus: float) -> dict[str, Any]:
@@ -270,13 +280,28 @@ def _poll(workers: Sequence[Any], before: Sequence[int]) -> tuple[list[int], lis
 
 def _log_unplaced(workers: Sequence[Any], before: int) -> int:
     """Return how many of these workers have no process yet; logged if their number has changed. A stop request ends the wait."""
-    unplaced = sum(ray_state.actors(worker._actor_id.hex())["Pid"] == 0 for worker in workers)
+    ids = [worker._actor_id.hex() for worker in workers]
+    unplaced = [each for each in ids if ray_state.actors(each)["Pid"] == 0]
     if unplaced:
         stage.raise_if_stopped()
-    if unplaced not in (0, before):
-        lines.emit("waiting", workers=unplaced)
-        lines.say(f"waiting for capacity for {unplaced} workers: the cluster has {ray.available_resources()} free")
-    return unplaced
+    if len(unplaced) not in (0, before):
+        lines.emit("waiting", workers=len(unplaced))
+        lines.say(waiting_words(len(unplaced), _requests.get(unplaced[0], {}), ray.nodes(), ray.available_resources()))
+    return len(unplaced)
+
+
+def waiting_words(
+    count: int, request: dict[str, float], nodes: Sequence[dict[str, Any]], free: dict[str, float]
+) -> str:
+    """Say what `count` workers wait for, what is free, and what to do if no node of the cluster could ever hold one."""
+    asked = ", ".join(f"{amount:g} {name}" for name, amount in request.items())
+    left = ", ".join(f"{free.get(name, 0):g} {name}" for name in request)
+    fits = any(node["Alive"] and all(node["Resources"].get(n, 0) >= a for n, a in request.items()) for node in nodes)
+    cure = "" if fits else (
+        "; no node has all of that together, so they wait until one joins: start one (ray start --resources=..., --num-gpus), or "
+        "change the recipe's device"
+    )  # fmt: skip
+    return f"waiting for capacity for {count} workers, each with {asked}; free in the cluster: {left}{cure}"
 
 
 def _ask(calls: Sequence[Any]) -> list[Any]:
