@@ -123,6 +123,7 @@ class Events:
         """Return the next event of this name; those before it are skipped. Fails if the job ends or it does not come."""
         deadline = time.monotonic() + sweeps.TIMEOUT_S
         while True:
+            ended = self.job.ended()  # asked before its log, which is complete then
             log = self.job.lines()
             self._log += log
             self._new += [line.facts for line in map(lines.parse, log) if line and line.kind == "event"]
@@ -130,7 +131,7 @@ class Events:
                 if event["event"] == name:
                     del self._new[: number + 1]
                     return event
-            assert not self.job.ended(), (name, self.job.reason(), self._log)
+            assert not ended, (name, self.job.reason(), self._log)
             assert time.monotonic() < deadline, (name, self._log)
             time.sleep(0.2)
 
