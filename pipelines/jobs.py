@@ -163,8 +163,10 @@ def _submit(cluster: Cluster, name: str, command: list[str], environment: dict[s
 
 
 def _prefix(sweep: Sweep) -> str:
-    """First part of the ids of all jobs of a sweep."""
-    return f"{sweep.folder.name}-{hashlib.sha256(sweep.folder.url.encode()).hexdigest()[:8]}"
+    """First part of the ids of all jobs of a sweep. A local folder counts by its real path, so that any way to it finds them."""
+    local = sweep.folder.local
+    where = str(local.resolve()) if local else sweep.folder.url
+    return f"{sweep.folder.name}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
 
 
 def end_own_job(exit_code: int) -> None:

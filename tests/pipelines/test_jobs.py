@@ -4,11 +4,15 @@ import json
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.job_submission import JobStatus
+from ray.job_submission import JobDetails, JobStatus
 
+from dis_scale.recipe import Recipe
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import Sweep
 from pipelines import jobs
 from pipelines.jobs import Job
 
@@ -110,3 +114,34 @@ def test_what_a_new_cluster_would_only_repeat_ends_as_stopped(
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
     jobs.end_own_job(code)
     assert len(asked) <= 1, "outside a Ray job nothing is asked"
+
+
+def test_any_spelling_of_a_sweeps_folder_finds_its_jobs(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path)
+    asked = list[str]()
+
+    class Client:
+        def __init__(self, _: str) -> None: ...
+
+        def list_jobs(self) -> list[Any]:
+            sweep = Sweep.below(open_folder(tmp_path / "real"), tiny)
+            return [
+                JobDetails(
+                    type="SUBMISSION",
+                    submission_id=f"{jobs._prefix(sweep)}-train-dis-1",
+                    status="RUNNING",
+                    entrypoint="",
+                )
+            ]
+
+        def stop_job(self, name: str) -> None:
+            asked.append(name)
+
+    monkeypatch.setattr(jobs, "JobSubmissionClient", Client)
+    for root in ("real", "real/", "./real//", f"{tmp_path}/link", "link/", f"file://{tmp_path}/link"):
+        assert len(jobs.stop_all(Sweep.below(open_folder(root), tiny), "http://127.0.0.1:1")) == 1
+    assert len(asked) == 6
