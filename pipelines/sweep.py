@@ -100,9 +100,9 @@ def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
     board.say(f"data     {price_reading(sweep.recipe, plan.shape, len(source))}")
     for extractor in sweep.recipe.evaluate.extractors:
         require_weights(extractor)
-    with obeying_signals(driver), open_cluster(sweep.recipe) as cluster, one_at_a_time(driver, cluster):
+    with obeying_signals(driver), open_cluster(sweep.recipe) as cluster, one_at_a_time(driver, cluster) as first:
         board.say(f"ray      {cluster.description}")
-        sweep.save_recipe()
+        driver.sweep = sweep = store_recipe(driver, first)
         begin_tracking(driver, plan, sweep.recipe.tracking.uri or mlflow.default_uri(store))
         sweep.folder.write_json(RAY, {"address": cluster.address, "host": socket.gethostname()})
         _require_device(driver, cluster)
@@ -165,16 +165,38 @@ def _require_share(recipe: Recipe, cluster: Cluster) -> None:
 
 
 @contextlib.contextmanager
-def one_at_a_time(driver: Driver, cluster: Cluster) -> Iterator[None]:
-    """A second sweep of one name joins the first one's jobs on the same Ray; on another Ray it is refused before it writes."""
+def one_at_a_time(driver: Driver, cluster: Cluster) -> Iterator[bool]:
+    """A second sweep of one name joins the first one's jobs on the same Ray; on another Ray it is refused before it writes.
+
+    Yields whether this is the first.
+    """
     with contextlib.ExitStack() as stack:
+        first = True
         try:
             stack.enter_context(lease.hold(driver.sweep.lease("sweep"), cluster.id))
         except Held as error:
+            first = False
             if error.holder.get("cluster") != cluster.id:
                 raise
             driver.board.say(f"joined   process {error.holder['pid']}, which runs this sweep on the same Ray")
-        yield
+        yield first
+
+
+def store_recipe(driver: Driver, first: bool) -> Sweep:
+    """Store the recipe, which may have grown; a sweep that joined another takes that one's. UserError if it adds models."""
+    if first:
+        driver.sweep.save_recipe()
+        return driver.sweep
+    running = Sweep.open(driver.sweep.folder.url, patient=True)
+    if running.recipe.models != driver.sweep.recipe.models:
+        raise UserError(
+            f"{running} is running with other models: stop it (dis-scale stop), then run this command again"
+        )
+    if running.recipe != driver.sweep.recipe:
+        driver.board.say(
+            "recipe   that of the running sweep counts; to change settings, stop it and run this command again"
+        )
+    return running
 
 
 def begin_tracking(driver: Driver, plan: Plan, uri: str) -> None:

@@ -54,6 +54,19 @@ def test_a_second_sweep_joins_on_the_same_ray_and_is_refused_on_another(tiny: Re
     assert driver.sweep.folder.list("leases/sweep") == ["0001"]
 
 
+def test_a_sweep_that_joins_changes_no_setting_of_the_running_one(tiny: Recipe, tmp_path: Path) -> None:
+    running, joining = driver_of(tiny, tmp_path), driver_of(reading.load(TINY, ["train.restarts=100"]), tmp_path)
+    assert pipeline.store_recipe(running, first=True).recipe == tiny
+    assert pipeline.store_recipe(joining, first=False).recipe == tiny
+    assert Sweep.open(str(joining.sweep)).recipe == tiny
+    assert "that of the running sweep counts" in logged(joining)
+    more = driver_of(reading.load(TINY, ["models.more={kind: dit, width: 16, depth: 1, heads: 2, patch: 4}"]), tmp_path)
+    with pytest.raises(UserError, match="is running with other models"):
+        pipeline.store_recipe(more, first=False)
+    assert pipeline.store_recipe(joining, first=True).recipe.train.restarts == 100
+    assert Sweep.open(str(joining.sweep)).recipe.train.restarts == 100
+
+
 def test_an_unreachable_mlflow_is_logged_and_stops_nothing(
     tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
