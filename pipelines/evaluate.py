@@ -282,9 +282,10 @@ def evaluate_all(
     Returns true when training is over and nothing is left; false before the next checkpoint if the evaluators have to move, as
     `moves` says: then others are to continue.
     """
-    _copy_earlier(sweep)
-    for sampled in state.outdated(sweep):
+    for sampled, why in state.outdated(sweep).items():
+        lines.say(f"{sampled}: measured again from its blocks: {why}")
         evaluate_one(evaluation, sampled, skipped)
+    _copy_earlier(sweep)
 
     def left() -> list[Sampled]:
         return [sampled for sampled in state.evaluations_left(sweep) if sampled not in skipped]

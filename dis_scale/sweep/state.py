@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from dis_scale.errors import UserError
+from dis_scale.errors import StorageAway, StorageError, UserError
 from dis_scale.recipe import MAIN, Evaluate, LatentShape, TrainedVae
 from dis_scale.recipe.evaluate import JUDGE
 from dis_scale.storage import manifest
@@ -229,10 +229,25 @@ def evaluated_counts(sweep: Sweep, model: str, variant: str = MAIN) -> list[int]
 
 
 def evaluated(sweep: Sweep, model: str, variant: str = MAIN) -> dict[int, dict[str, Any]]:
-    """Return a model's metrics files by images seen."""
+    """Return a model's metrics files by images seen, without damaged ones."""
+    return {n: metrics for n, metrics in _metrics(sweep, model, variant).items() if metrics is not None}
+
+
+def _metrics(sweep: Sweep, model: str, variant: str) -> dict[int, dict[str, Any] | None]:
+    """Return a model's metrics files by images seen, None for a damaged one."""
     counts = evaluated_counts(sweep, model, variant)
     folders = [sweep.evaluation(Sampled(model, n, variant)) for n in counts]
-    return dict(zip(counts, in_order(folders, lambda folder: folder.read_json(METRICS), AT_ONCE), strict=True))
+    return dict(zip(counts, in_order(folders, _read_metrics, AT_ONCE), strict=True))
+
+
+def _read_metrics(folder: Folder) -> dict[str, Any] | None:
+    try:
+        metrics = folder.read_json(METRICS)
+    except StorageAway:
+        raise
+    except StorageError:
+        return None
+    return metrics if isinstance(metrics, dict) and {"values", "metrics"} <= metrics.keys() else None
 
 
 def evaluations_left(sweep: Sweep, models: Iterable[str] | None = None) -> list[Sampled]:
@@ -246,15 +261,17 @@ def evaluations_left(sweep: Sweep, models: Iterable[str] | None = None) -> list[
     return sorted(left, key=lambda sampled: (sampled.variant != MAIN, sign * sampled.images_seen))
 
 
-def outdated(sweep: Sweep) -> list[Sampled]:
-    """Return evaluations without a metric that was added to the recipe; their kept blocks are measured again."""
-    return [
-        Sampled(model, n, variant)
-        for model in sweep.recipe.models
-        for variant, settings in sweep.recipe.evaluate.samplings.items()
-        for n, metrics in evaluated(sweep, model, variant).items()
-        if not set(settings.metrics) <= set(metrics["metrics"])
-    ]
+def outdated(sweep: Sweep) -> dict[Sampled, str]:
+    """Return the evaluations whose kept blocks are to be measured again, each with the reason."""
+    found = {}
+    for model in sweep.recipe.models:
+        for variant, settings in sweep.recipe.evaluate.samplings.items():
+            for n, metrics in _metrics(sweep, model, variant).items():
+                if metrics is None:
+                    found[Sampled(model, n, variant)] = f"its {METRICS} is damaged"
+                elif added := set(settings.metrics) - set(metrics["metrics"]):
+                    found[Sampled(model, n, variant)] = f"the recipe has added {', '.join(sorted(added))}"
+    return found
 
 
 def skipped(sweep: Sweep) -> dict[Sampled, str]:

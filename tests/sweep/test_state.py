@@ -44,9 +44,19 @@ def test_the_main_settings_come_before_the_variants_and_counts_in_order(sweep: S
 def test_a_metric_added_later_is_measured_again(sweep: Sweep) -> None:
     done = Sampled("dis", 160)
     sweep.evaluation(done).write_json(METRICS, {"metrics": ["distance"], "values": {}})
-    assert state.outdated(sweep) == []
-    assert state.outdated(given(sweep, "evaluate.metrics=[distance, precision_recall]")) == [done]
+    assert state.outdated(sweep) == {}
+    more = given(sweep, "evaluate.metrics=[distance, precision_recall]")
+    assert state.outdated(more) == {done: "the recipe has added precision_recall"}
     assert done not in state.evaluations_left(sweep), "the old metrics stay until there are new ones"
+
+
+@pytest.mark.parametrize("damaged", [b"", b'{"values": {', b"[]", b'{"values": {}}', b"\xff\xfe"])
+def test_damaged_metrics_are_measured_again_and_hide_no_others(sweep: Sweep, damaged: bytes) -> None:
+    for images in (0, 160):
+        sweep.evaluation(Sampled("dis", images)).write_json(METRICS, {"metrics": ["distance"], "values": {"fd": 1.0}})
+    sweep.evaluation(Sampled("dis", 160)).write(METRICS, damaged)
+    assert state.outdated(sweep) == {Sampled("dis", 160): "its metrics.json is damaged"}
+    assert list(state.evaluated(sweep, "dis")) == [0]
 
 
 def test_a_sweep_is_evaluated_when_each_sampling_is(sweep: Sweep) -> None:
