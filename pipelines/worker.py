@@ -122,7 +122,7 @@ def spawn(kind: type[Worker], options: dict[str, Any], *arguments: Any) -> Any:
 
 def amounts(request: dict[str, Any]) -> dict[str, float]:
     """Return the resources of a worker's request by name; none of amount 0."""
-    every = {"CPU": request["num_cpus"], "GPU": request["num_gpus"], **request.get("resources", {})}
+    every = {"CPU": request.get("num_cpus", 0), "GPU": request.get("num_gpus", 0), **request.get("resources", {})}
     return {name: amount for name, amount in every.items() if amount}
 
 
