@@ -8,7 +8,7 @@ values of one step. Read next: goodput.py, mlflow.py.
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from dis_scale.errors import StorageError
 from dis_scale.storage.folder import Folder
+from dis_scale.threads import in_order
 
 SEGMENT_BYTES = 4 * 2**20
 """Files of this size are not merged any more."""
@@ -141,10 +142,9 @@ class RowReader:
 
     def _read(self) -> Iterator[list[Row]]:
         left = [file for file in _listed(self.folder) if file.last >= self._next.get(file.attempt, 0)]
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            for file, data in zip(left, pool.map(lambda file: self.folder.read(file.name), left), strict=True):
-                yield [row for line in data.splitlines() for row in _rows(json.loads(line)) if self._first(row)]
-                self._next[file.attempt] = file.last + 1
+        for file, data in zip(left, in_order(left, lambda file: self.folder.read(file.name), AT_ONCE), strict=True):
+            yield [row for line in data.splitlines() for row in _rows(json.loads(line)) if self._first(row)]
+            self._next[file.attempt] = file.last + 1
 
     def _first(self, row: Row) -> bool:
         new = row.images > self._images.get(row.name, -1)
@@ -181,16 +181,19 @@ def compact(folder: Folder) -> None:
     The merged file is written before its parts are deleted, so a reader finds each row at any time.
     """
     sizes = {file: size for name, size in folder.sizes().items() if (file := _File.parse(name))}
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for _, of_attempt in groupby(sorted(sizes), key=lambda file: file.attempt):
-            files = list(of_attempt)
-            whole = _not_covered(files)
-            for group in _groups(whole, sizes):
-                data = b"".join(pool.map(lambda file: folder.read(file.name), group))
-                folder.write(_File(group[0].attempt, group[0].first, group[-1].minus_last).name, data)
-                list(pool.map(lambda file: folder.delete(file.name), group))
-            # Those that a merge left when it was cut off.
-            list(pool.map(lambda file: folder.delete(file.name), set(files) - set(whole)))
+    for _, of_attempt in groupby(sorted(sizes), key=lambda file: file.attempt):
+        files = list(of_attempt)
+        whole = _not_covered(files)
+        for group in _groups(whole, sizes):
+            data = b"".join(in_order(group, lambda file: folder.read(file.name), AT_ONCE))
+            folder.write(_File(group[0].attempt, group[0].first, group[-1].minus_last).name, data)
+            _delete(folder, group)
+        _delete(folder, set(files) - set(whole))  # left by a merge that was cut off
+
+
+def _delete(folder: Folder, files: Iterable[_File]) -> None:
+    for _ in in_order(files, lambda file: folder.delete(file.name), AT_ONCE):
+        pass
 
 
 def _not_covered(files: list[_File]) -> list[_File]:
