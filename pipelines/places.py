@@ -10,8 +10,7 @@ from dis_scale.recipe import Recipe
 from dis_scale.sweep import Sweep, state
 from pipelines import nodes
 from pipelines.cluster import models_at_once
-from pipelines.train import capacity
-from pipelines.worker import resources
+from pipelines.worker import capacity, resources
 
 ALL_GPUS_VISIBLE = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """Keeps Ray from hiding the node's GPUs from a worker that reserves none."""

@@ -7,6 +7,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines import worker
 from pipelines.worker import amounts, watch
 
 Deal = Callable[[], int | None]
@@ -36,8 +37,7 @@ class _RemoteDealer:
 
 def capacity(request: dict[str, Any]) -> int:
     """Return how many workers with this request the cluster's resources hold at the same time, at least one."""
-    declared = ray.cluster_resources()
-    return max(1, min(int(declared.get(name, 0) / amount) for name, amount in amounts(request).items()))
+    return max(1, worker.capacity(amounts(request), [node["Resources"] for node in ray.nodes() if node["Alive"]]))
 
 
 def share(
@@ -53,7 +53,7 @@ def share(
     results = [getattr(worker, work).remote(*arguments, _RemoteDealer(dealer)) for worker in workers]
     watch(workers, results, report, independent=True)
     ended, _ = ray.wait(results, num_returns=len(results), timeout=0)
-    for worker, result in zip(workers, results, strict=True):
+    for each, result in zip(workers, results, strict=True):
         if result not in ended:
-            ray.kill(worker)
-    return [worker for worker, result in zip(workers, results, strict=True) if result in ended]
+            ray.kill(each)
+    return [each for each, result in zip(workers, results, strict=True) if result in ended]

@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
@@ -26,7 +26,7 @@ from dis_scale.training.lanes import largest_share
 from pipelines import devices, environment, lines, nodes, stage
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
-from pipelines.worker import DeviceFailure, Worker, WorkerFailure, resources, spawn, watch
+from pipelines.worker import DeviceFailure, Worker, WorkerFailure, amounts, capacity, resources, spawn, watch
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +139,7 @@ def _attempt(sweep: Sweep, model: str, device: str, failure: WorkerFailure | Non
     """Run one attempt at a fixed world size, under a lease of its own; return the images seen, fewer if it stopped to move."""
     requested_at, silent_s = (failure.at, failure.silent_s) if failure else (time.time(), None)
     settings, request = sweep.recipe.train, resources("train", device, 1)
-    bundle = request.get("resources", {}) | {"CPU": 1} | ({"GPU": 1} if device == "cuda" else {})
+    bundle = amounts(request)
     avoided = nodes.excluded(sweep, lambda ids: largest_fitting(settings.world_sizes, _possible(bundle, ids)) > 0)
     world, group = _place(sweep.recipe, bundle, avoided)
     try:
@@ -244,11 +244,6 @@ def _world_size(recipe: Recipe, bundle: dict[str, float], avoided: Collection[st
 def largest_fitting(sizes: Sequence[int], workers: int) -> int:
     """Return the largest of the falling `sizes` that is at most `workers`; 0 if none is."""
     return next((size for size in sizes if size <= workers), 0)
-
-
-def capacity(bundle: dict[str, float], nodes: Iterable[dict[str, float]]) -> int:
-    """Return how many workers of these resources the nodes hold; one worker's resources are all on one node."""
-    return sum(min(int(node.get(name, 0) // amount) for name, amount in bundle.items()) for node in nodes)
 
 
 def _free(bundle: dict[str, float], avoided: Collection[str]) -> int:

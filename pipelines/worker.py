@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import ray
@@ -124,6 +124,11 @@ def amounts(request: dict[str, Any]) -> dict[str, float]:
     """Return the resources of a worker's request by name; none of amount 0."""
     every = {"CPU": request.get("num_cpus", 0), "GPU": request.get("num_gpus", 0), **request.get("resources", {})}
     return {name: amount for name, amount in every.items() if amount}
+
+
+def capacity(bundle: dict[str, float], nodes: Iterable[dict[str, float]]) -> int:
+    """Return how many workers of these resources the nodes hold; one worker's resources are all on one node."""
+    return sum(min(int(node.get(name, 0) // amount) for name, amount in bundle.items()) for node in nodes)
 
 
 def resources(name: str, device: str, cpus: float) -> dict[str, Any]:
@@ -296,7 +301,7 @@ def waiting_words(
     """Say what `count` workers wait for, what is free, and what to do if no node of the cluster could ever hold one."""
     asked = ", ".join(f"{amount:g} {name}" for name, amount in request.items())
     left = ", ".join(f"{free.get(name, 0):g} {name}" for name in request)
-    fits = any(node["Alive"] and all(node["Resources"].get(n, 0) >= a for n, a in request.items()) for node in nodes)
+    fits = capacity(request, [node["Resources"] for node in nodes if node["Alive"]])
     cure = "" if fits else (
         "; no node has all of that together, so they wait until one joins: start one (ray start --resources=..., --num-gpus), or "
         "change the recipe's device"

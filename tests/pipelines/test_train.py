@@ -1,7 +1,8 @@
 """World sizes: an attempt has the largest one of the recipe for which the nodes have capacity. Ranks: ordered by node and GPU."""
 
 from dis_scale.recipe import reading
-from pipelines.train import Place, capacity, largest_fitting, rank_order
+from pipelines.train import Place, largest_fitting, rank_order
+from pipelines.worker import capacity
 from tests.conftest import TINY
 
 

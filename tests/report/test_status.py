@@ -1,4 +1,4 @@
-"""What a sweep does, told from its storage alone."""
+"""What a sweep does, from its storage alone."""
 
 import json
 import time

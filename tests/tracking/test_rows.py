@@ -96,7 +96,7 @@ def test_a_file_that_is_merged_while_it_is_read_is_found_again(tmp_path: Path, m
 
 
 def test_rows_wait_while_storage_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training goes on; only what must be stored, before a resume point, is waited for."""
+    """Training continues; only what must be stored, before a resume point, is waited for."""
 
     def away(*_: Any, **__: Any) -> None:
         raise ConnectionError("away")
