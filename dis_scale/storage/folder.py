@@ -10,6 +10,7 @@ Pitfalls:
 * S3 answers 409 to `If-None-Match` while another request for the object is in progress: it is no answer yet, and is retried.
 * If an `If-None-Match` race is lost, Ceph's gateway answers 412; s3fs raises OSError(EINVAL), not FileExistsError.
 * Ceph ignores `If-None-Match` for a multipart upload, so `create` is for small objects.
+* An S3 client reads a key from a file or the environment once. After a rotation of keys only a new client has the new one.
 """
 
 import errno
@@ -39,6 +40,8 @@ _TEMPORARY = ".part-"
 _RANGE_BYTES = 16 * 2**20
 """Longer objects are read from S3 by ranges of this size, several at once: one connection is slower than a network card."""
 _READ_TIMEOUT_S = 60
+_allowed_at: dict[tuple[str, str], float] = {}
+"""Time (monotonic, seconds) when a store, named by protocol and bucket, last allowed an action, named by its verb."""
 LISTING_CACHES = ("gs://", "gcs://", "az://", "abfs://", "abfss://")
 """Stores beside S3 whose cache of listings is turned off; `require_usable` refuses any store that remembers listings."""
 
@@ -219,16 +222,14 @@ class Folder:
 
     def _do(self, verb: str, path: str, action: Callable[[Any, str], T]) -> T:
         full = f"{self.url}/{path}" if path else self.url
-        try:
-            fs, _, (inner,) = fsspec.get_fs_token_paths(full, storage_options=_options(full))
-        except (ImportError, ValueError) as error:
-            raise UserError(f"storage {full}: {error}") from error
+        store = ("/".join(full.split("/")[:3]), verb)
 
         def once() -> T:
+            fs, inner = _client(full)
             faults.at(verb, path=full)
             return action(fs, inner)
 
-        done = _with_retries(once, f"cannot {verb} {full}", self.tries)
+        done = _with_retries(once, f"cannot {verb} {full}", self.tries, None if self.local else store)
         if verb in ("write", "create"):
             faults.at("written", path=full)
         return done
@@ -304,20 +305,35 @@ def _options(url: str) -> dict[str, Any]:
     }
 
 
-def _with_retries(action: Callable[[], T], what: str, tries: int) -> T:
+def _client(url: str) -> tuple[Any, str]:
+    """Return the file system of a URL and the path there."""
+    try:
+        fs, _, (inner,) = fsspec.get_fs_token_paths(url, storage_options=_options(url))
+    except (ImportError, ValueError) as error:
+        raise UserError(f"storage {url}: {error}") from error
+    return fs, inner
+
+
+def _with_retries(action: Callable[[], T], what: str, tries: int, store: tuple[str, str] | None = None) -> T:
+    """Return the action's result. A refusal by a `store` that allowed the same before is temporary: keys expire and are rotated."""
     for attempt in range(tries):
         try:
-            return action()
-        except (FileNotFoundError, FileExistsError):
+            done = action()
+            if store:
+                _allowed_at[store] = time.monotonic()
+            return done
+        except (FileNotFoundError, FileExistsError, UserError):
             raise
         except Exception as error:
             if _precondition_failed(error):
                 raise FileExistsError(what) from error
-            if not _may_pass(error):
+            expired = _expired_key(error, store)
+            cause = f"{expired}{_cause(error)}"
+            if not (expired or _may_pass(error)):
                 kind = StorageFull if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else StorageError
-                raise kind(f"{what}: {_cause(error)}") from error
+                raise kind(f"{what}: {cause}") from error
             if attempt == tries - 1:
-                raise StorageAway(f"{what}: {_cause(error)}") from error
+                raise StorageAway(f"{what}: {cause}") from error
         time.sleep(_FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))  # jitter: many workers share one store
     raise AssertionError("unreachable")
 
@@ -331,6 +347,22 @@ def _may_pass(error: Exception) -> bool:
         return status >= 500 or status in (408, 409, 429)
     known = ("botocore", "aiohttp", "requests", "httpx", "urllib3", "azure.core")
     return type(error).__module__.startswith(known) or getattr(error, "errno", None) == errno.EIO
+
+
+def _expired_key(error: Exception, store: tuple[str, str] | None) -> str:
+    """Say so if a store refuses what it allowed before, and forget its clients, so that the next one reads its key; else empty."""
+    if store is None or store not in _allowed_at or not _denied(error):
+        return ""
+    fsspec.get_filesystem_class(store[0].split("://")[0]).clear_instance_cache()
+    ago_s = time.monotonic() - _allowed_at[store]
+    return f"refused, but allowed {ago_s:.0f} s ago: the key has expired, was replaced or lost its rights; "
+
+
+def _denied(error: Exception) -> bool:
+    """Whether a store refused the key. S3 answers a HEAD request whose token has expired with 400 and no code."""
+    cause = getattr(error.__cause__, "response", None)
+    code = cause.get("Error", {}).get("Code") if isinstance(cause, dict) else None
+    return isinstance(error, PermissionError) or _http_status(error) in (401, 403) or code == "400"
 
 
 def _http_status(error: BaseException) -> int | None:
@@ -355,7 +387,7 @@ def _cause(error: BaseException) -> str:
         return "there is no such bucket or folder, and it cannot be created"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "no space left on the device: free some, then run the same command again"
-    if isinstance(error, PermissionError) or _http_status(error) == 403:
+    if isinstance(error, PermissionError) or _http_status(error) in (401, 403):
         return f"permission denied: check the key and its rights ({' '.join(str(error).split())})"
     if type(error).__name__ == "NoCredentialsError":
         return "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"

@@ -13,6 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from dis_scale import faults
 from dis_scale.errors import StorageAway, StorageError, UserError
 from dis_scale.storage.folder import Folder, open_folder
+from tests.support import object_store
 from tests.support.faulty_gateway import Gateway
 
 
@@ -66,6 +67,34 @@ def test_a_wrong_key_is_named_and_not_retried(bucket: str, monkeypatch: pytest.M
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(UserError, match=f"storage {bucket} cannot be used: .*permission denied: check the key"):
         open_folder(bucket).require_usable()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_rotated_key_is_read_again_and_an_expired_one_is_named(
+    bucket: str, ceph: object_store.ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key is in a file, as a mounted secret is. The old one is taken away before the new one is written."""
+    import s3fs
+
+    keys = tmp_path / "credentials"
+
+    def write(key: str) -> None:
+        keys.write_text(f"[default]\naws_access_key_id={key}\naws_secret_access_key={object_store.SECRET}\n")
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(keys))
+    s3fs.S3FileSystem.clear_instance_cache()
+    ceph.add_key("rotatedkey")
+    write("rotatedkey")
+    root = open_folder(bucket) / "rotated"
+    root.write("a", b"one")
+    ceph.remove_key("rotatedkey")
+    with pytest.raises(StorageAway, match=r"cannot write .*: refused, but allowed \d+ s ago: the key has expired"):
+        root.write("a", b"two")
+    write(object_store.KEY)
+    root.write("a", b"three")
+    assert root.read("a") == b"three"
     s3fs.S3FileSystem.clear_instance_cache()
 
 

@@ -95,6 +95,13 @@ class ObjectStore:
             self._halt()
         raise RuntimeError(f"Ceph's gateway would not start in {tries} tries; logs in {self.folder}")
 
+    def add_key(self, key: str) -> None:
+        """Give the user one more key, with the same secret."""
+        self._run("radosgw-admin", "key", "create", "--uid=test", f"--access-key={key}", f"--secret={SECRET}")
+
+    def remove_key(self, key: str) -> None:
+        self._run("radosgw-admin", "key", "rm", "--uid=test", f"--access-key={key}")
+
     def kill(self) -> None:
         """End all daemons at once, as a power cut does."""
         self._halt()
