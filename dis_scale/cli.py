@@ -28,6 +28,9 @@ RecipePath = Annotated[Path | None, typer.Argument(help="A recipe; default: conf
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: a.b=value. Repeatable.")]
 SweepUrl = Annotated[str, typer.Argument(help="A sweep's folder or URL, for example outputs/sweeps/digits.")]
 Model = Annotated[str, typer.Argument(help="A model of the sweep.")]
+Here = Annotated[
+    bool, typer.Option("--here", help="Continue on a Ray of this machine, though the sweep last ran on a cluster.")
+]
 At = Annotated[int | None, typer.Option(help="A published image count; default: the last.", min=0)]
 
 VaeOption = Annotated[
@@ -44,7 +47,7 @@ def options(_: Annotated[bool, typer.Option("--debug", help="Show the traceback 
 
 
 @app.command()
-def sweep(recipe: RecipePath = None, overrides: Overrides = None) -> None:
+def sweep(recipe: RecipePath = None, overrides: Overrides = None, here: Here = False) -> None:
     """Train, evaluate and report a sweep; a rerun does what is left."""
     from dis_scale.recipe import reading
 
@@ -54,7 +57,16 @@ def sweep(recipe: RecipePath = None, overrides: Overrides = None) -> None:
 
     from pipelines.sweep import run_sweep
 
-    run_sweep(settings, _console())
+    run_sweep(settings, _console(), here)
+
+
+@app.command()
+def resume(sweep: SweepUrl, overrides: Overrides = None, here: Here = False) -> None:
+    """Continue a stored sweep with its own recipe, on the kind of cluster where it last ran."""
+    from dis_scale.sweep import Sweep
+    from pipelines.sweep import resume_sweep
+
+    resume_sweep(Sweep.open(sweep), overrides or [], _console(), here)
 
 
 @app.command()
@@ -91,7 +103,7 @@ def stop(
         str | None, typer.Option(help="Ray's dashboard, http://HOST:8265; default: the sweep's own or RAY_ADDRESS.")
     ] = None,
 ) -> None:
-    """Ask a running sweep to save and stop; the same sweep command continues it."""
+    """Ask a running sweep to save and stop; `dis-scale resume SWEEP` continues it."""
     from dis_scale.sweep import Sweep
     from pipelines.sweep import stop_sweep
 
@@ -166,8 +178,7 @@ def fork(
     run = fork_run(opened, model, at, new)
     _print(
         f"forked   {run.folder}: continues from {at} images\n"
-        f"next     give {new} the settings of {model} under models: in your recipe and run it again; or\n"
-        f"         python -m dis_scale.sweep {opened}/recipe.yaml"
+        f"next     dis-scale resume {opened}; or give {new} the settings of {model} under models: in your recipe and run that"
     )
 
 
@@ -393,7 +404,7 @@ def main(arguments: list[str] | None = None) -> None:
         if "--debug" in words:
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
-        if words[:1] == ["sweep"]:
+        if words[:1] in (["sweep"], ["resume"]):
             from pipelines.jobs import end_own_job
 
             end_own_job(error.exit_code)

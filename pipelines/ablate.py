@@ -14,8 +14,10 @@ from dis_scale.report import ablation
 from dis_scale.sweep import Sweep, state
 from dis_scale.training import checkpoint, ema
 from dis_scale.training.ema import Snapshot
+from pipelines import last_ray
 from pipelines.cluster import open_cluster
-from pipelines.sweep import Driver, obeying_signals, run_stage
+from pipelines.signals import obeying_signals
+from pipelines.sweep import Driver, run_stage
 
 GUIDANCE, WIDTH = "guidance", "ema_width"
 """The settings that can be varied, as the recipe names them."""
@@ -32,9 +34,10 @@ def run_ablation(
     """
     images_seen, values = _published(sweep, model, at_images), sorted({float(f"{value:g}") for value in values})
     _require_possible(sweep, model, images_seen, setting, values)
+    console.print(f"ray      {last_ray.words()}", highlight=False, soft_wrap=True)
     with Board(console) as board:
         driver = Driver(sweep, board)
-        with obeying_signals(driver), open_cluster(sweep.recipe) as cluster:
+        with obeying_signals(driver.stop_requested), open_cluster(sweep.recipe) as cluster:
             words = [f"{value:g}" for value in values]
             run_stage(driver, cluster, "ablate", model, str(images_seen), setting, *words)
     ablation.write(sweep, model, images_seen, setting, values, console)

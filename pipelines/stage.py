@@ -84,7 +84,7 @@ def stop_requested() -> bool:
 
 def raise_if_stopped() -> None:
     if _stop.is_set():
-        raise Preempted("stopped as requested; run the same command again to continue")
+        raise Preempted("stopped as requested")
 
 
 def pause(seconds: float) -> None:

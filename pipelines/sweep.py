@@ -6,14 +6,12 @@ is read from storage and nowhere else. Read next: dis_scale/sweep/state.py, trai
 
 import contextlib
 import os
-import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
+from threading import Event
 
 from rich.console import Console
 
@@ -23,20 +21,20 @@ from dis_scale.errors import DisScaleError, Held, Preempted, UserError
 from dis_scale.evaluation.features import require_weights
 from dis_scale.plan import Plan, price_reading, price_sweep, table
 from dis_scale.progress import Board, listing_words
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Recipe, reading
 from dis_scale.recipe.identity import identity_differences
 from dis_scale.report import mlflow_copy
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.sweep import ENDED, RAY, RECIPE, Sweep, state
+from dis_scale.sweep import ENDED, RECIPE, Sweep, state
 from dis_scale.tracking import mlflow
 from dis_scale.training.memory import lanes_at_once
-from pipelines import devices, jobs, lines
+from pipelines import devices, jobs, last_ray, lines
 from pipelines.cluster import Cluster, open_cluster, require_root
 from pipelines.jobs import Job
+from pipelines.signals import obeying_signals
 
 POLL_EVERY_S = 0.5
-RERUN = "run the same command again to continue"
 
 
 @dataclass
@@ -46,7 +44,7 @@ class Driver:
     sweep: Sweep
     board: Board
     jobs: list[Job] = field(default_factory=list)
-    stop_requested: bool = False
+    stop_requested: Event = field(default_factory=Event)
 
 
 @dataclass
@@ -64,8 +62,12 @@ class Failures:
         return "; ".join(f"{name} failed: {why}" for name, why in failed)
 
 
-def run_sweep(recipe: Recipe, console: Console) -> None:
-    """Run what is left of a sweep and write its report; DisScaleError if a stage or a model failed."""
+def run_sweep(recipe: Recipe, console: Console, here: bool = False) -> None:
+    """Run what is left of a sweep and write its report; DisScaleError if a stage or a model failed.
+
+    `here` allows a Ray of this machine for a sweep that last ran on a cluster.
+    """
+    console.print(f"ray      {last_ray.words()}", highlight=False, soft_wrap=True)
     store = open_folder(require_root(recipe))
     storage = recipe.storage.model_copy(update={"root": store.url})
     sweep = Sweep.below(store, recipe.model_copy(update={"storage": storage}))
@@ -79,13 +81,15 @@ def run_sweep(recipe: Recipe, console: Console) -> None:
         if done and sweep.report.exists(report.CSV):
             board.say("nothing to do: every model is trained and evaluated at every published count")
         else:
+            if not here:
+                last_ray.require_same_kind(sweep)
             driver = Driver(sweep, board)
             failures = _run_stages(driver, plan, store)
             sweep = driver.sweep  # the patient one
             _write_report(sweep, plan, failures)
     _print_results(sweep, plan, console)
     if words := failures.words():
-        raise DisScaleError(f"{words}; {RERUN}")
+        raise DisScaleError(f"{words}; {_how_to_continue(sweep)}")
 
 
 def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
@@ -100,11 +104,15 @@ def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
     board.say(f"data     {price_reading(sweep.recipe, plan.shape, len(source))}")
     for extractor in sweep.recipe.evaluate.extractors:
         require_weights(extractor)
-    with obeying_signals(driver), open_cluster(sweep.recipe) as cluster, one_at_a_time(driver, cluster) as first:
-        board.say(f"ray      {cluster.description}")
+    with (
+        obeying_signals(driver.stop_requested),
+        open_cluster(sweep.recipe) as cluster,
+        one_at_a_time(driver, cluster) as first,
+    ):
+        board.say(f"cluster  {cluster.description}")
         driver.sweep = sweep = store_recipe(driver, first)
         begin_tracking(driver, plan, sweep.recipe.tracking.uri or mlflow.default_uri(store))
-        sweep.folder.write_json(RAY, {"address": cluster.address, "host": socket.gethostname()})
+        last_ray.record(sweep, cluster)
         _require_device(driver, cluster)
         _require_memory(plan, cluster)
         try:
@@ -182,6 +190,15 @@ def one_at_a_time(driver: Driver, cluster: Cluster) -> Iterator[bool]:
         yield first
 
 
+def resume_sweep(sweep: Sweep, overrides: list[str], console: Console, here: bool = False) -> None:
+    """Run what is left of a stored sweep with its own recipe and more overrides; otherwise as `run_sweep`."""
+    root = [*overrides, f"storage.root={sweep.store}"]
+    recipe = reading.parse(reading.dump(sweep.recipe), f"{sweep}/{RECIPE}", root)
+    if (expected := Sweep.below(sweep.store, recipe)) != replace(sweep, recipe=recipe):
+        raise UserError(f"{sweep} holds the sweep {recipe.name}, which belongs into {expected}: move it there")
+    run_sweep(recipe, console, here)
+
+
 def store_recipe(driver: Driver, first: bool) -> Sweep:
     """Store the recipe, which may have grown; a sweep that joined another takes that one's. UserError if it adds models."""
     if first:
@@ -257,19 +274,19 @@ def _failure(driver: Driver, job: Job, name: str) -> str:
     if isinstance(error := job.error(f"{name}: {why}"), Held):
         raise error
     if isinstance(error, Preempted):
-        raise Preempted(f"{name} was stopped from outside; {RERUN}")
+        raise Preempted(f"{name} was stopped from outside; {_how_to_continue(driver.sweep)}")
     driver.board.say(f"{name} failed: {why}; the other jobs continue")
     return why
+
+
+def _how_to_continue(sweep: Sweep) -> str:
+    return f"to continue: dis-scale resume {sweep}"
 
 
 def stop_sweep(sweep: Sweep, address: str | None) -> list[str]:
     """Stop the sweep's jobs wherever they run; return their ids. UserError if no Ray is known or none answers."""
     if address is None and "RAY_ADDRESS" not in os.environ:
-        last = sweep.folder.read_json(RAY) if sweep.folder.exists(RAY) else {}
-        address = last.get("address")
-        if address is None or last["host"] != socket.gethostname():
-            where = f" (it last ran on {last['host']})" if last else ""
-            raise UserError(f"{sweep}: no Ray is known here{where}: --address http://HOST:8265, or set RAY_ADDRESS")
+        address = last_ray.address_of(sweep)
     return jobs.stop_all(sweep, address)
 
 
@@ -283,8 +300,8 @@ def _submit(driver: Driver, cluster: Cluster, stage: str, *arguments: str) -> Jo
 
 def _poll(driver: Driver, job: Job, name: str) -> None:
     """Show what the job logged since the last poll; raise Preempted if this process was asked to stop."""
-    if driver.stop_requested:
-        raise Preempted(f"stopped as requested; {RERUN}")
+    if driver.stop_requested.is_set():
+        raise Preempted(f"stopped as requested; {_how_to_continue(driver.sweep)}")
     for line in filter(None, map(lines.parse, job.lines())):
         if line.kind == "progress":
             driver.board.update(name, **line.facts)
@@ -325,20 +342,3 @@ def _require_same_identity(sweep: Sweep) -> None:
         raise UserError(
             f"{sweep} was begun with another recipe; give this one another name, or the stored values:\n{shown}"
         )
-
-
-@contextlib.contextmanager
-def obeying_signals(driver: Driver) -> Iterator[None]:
-    """SIGTERM and SIGINT request a stop of the sweep and its jobs; a second one ends this process at once."""
-
-    def request(number: int, _: FrameType | None) -> None:
-        if driver.stop_requested:
-            signal.default_int_handler(number, None)
-        driver.stop_requested = True
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -26,7 +26,7 @@ def invoke(*arguments: str) -> tuple[int, str]:
 
 def test_without_a_recipe_the_embedded_one_is_used_and_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     names = []
-    monkeypatch.setattr(pipeline, "run_sweep", lambda recipe, _: names.append(recipe.name))
+    monkeypatch.setattr(pipeline, "run_sweep", lambda recipe, *_: names.append(recipe.name))
     code, output = invoke("sweep")
     assert (code, names) == (0, ["digits"])
     assert "recipe   digits.yaml (the embedded example: no recipe was given)" in output
@@ -73,7 +73,7 @@ def test_debug_raises_the_original_error(monkeypatch: pytest.MonkeyPatch, at: in
 @pytest.mark.parametrize("at", [0, 1, 2], ids=["before the command", "after it", "after its arguments"])
 def test_debug_changes_nothing_without_an_error(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     recipes: list[Recipe] = []
-    monkeypatch.setattr(pipeline, "run_sweep", lambda recipe, _: recipes.append(recipe))
+    monkeypatch.setattr(pipeline, "run_sweep", lambda recipe, *_: recipes.append(recipe))
     words = ["sweep", str(TINY)]
     assert invoke(*words[:at], "--debug", *words[at:]) == (0, "")
     assert [recipe.name for recipe in recipes] == ["tiny"]

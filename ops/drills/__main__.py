@@ -57,15 +57,22 @@ class Drill:
         """Run the sweep's command to its end and require this exit code."""
         self.wait(self.start(*settings, faults=faults), ends)
 
-    def start(self, *settings: str, faults: str = "", recipe: str = str(RECIPE)) -> subprocess.Popen[bytes]:
-        overrides = [word for setting in (f"storage.root={self.root}/store", *settings) for word in ("--set", setting)]
+    def resume(self, *settings: str, faults: str = "", ends: int = DONE) -> None:
+        """Run `dis-scale resume` as the runbooks say."""
+        self.wait(self.start(*settings, faults=faults, resumes=True), ends)
+
+    def start(self, *settings: str, faults: str = "", resumes: bool = False) -> subprocess.Popen[bytes]:
+        begun = (
+            ["resume", str(self.sweep)] if resumes else ["sweep", str(RECIPE), f"--set=storage.root={self.root}/store"]
+        )
         plan = self.root / f"faults-{len(self._logs)}"
         plan.write_text(faults)
-        return self._start("dis_scale.sweep", recipe, *overrides, DIS_SCALE_FAULTS=str(plan))
+        overrides = [word for setting in settings for word in ("--set", setting)]
+        return self._start(*begun, *overrides, DIS_SCALE_FAULTS=str(plan))
 
     def dis_scale(self, *words: str) -> None:
         """Run a `dis-scale` command and require exit code 0."""
-        self.wait(self._start("dis_scale.cli", *words), DONE)
+        self.wait(self._start(*words), DONE)
 
     def wait(self, process: subprocess.Popen[bytes], ends: int) -> None:
         code = process.wait(TIMEOUT_S)
@@ -86,16 +93,17 @@ class Drill:
             require(time.monotonic() < deadline, "nothing was saved")
             time.sleep(0.05)
 
-    def _start(self, module: str, *words: str, **environment: str) -> subprocess.Popen[bytes]:
-        shown = "dis-scale" if module == "dis_scale.cli" else f"python -m {module}"
+    def _start(self, *words: str, **environment: str) -> subprocess.Popen[bytes]:
         print(
-            f"  $ {shown} {shlex.join(words)}".replace(str(self.root), "ROOT").replace(str(RECIPE), RECIPE.name),
+            f"  $ dis-scale {shlex.join(words)}".replace(str(self.root), "ROOT").replace(str(RECIPE), RECIPE.name),
             flush=True,
         )
         log = self.root / f"output-{len(self._logs)}"
         variables = os.environ | {"COLUMNS": "250"} | environment
         with log.open("wb") as out:
-            process = subprocess.Popen([sys.executable, "-m", module, *words], stdout=out, stderr=out, env=variables)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "dis_scale", *words], stdout=out, stderr=out, env=variables
+            )
         self._logs[process.pid] = log
         return process
 
@@ -128,8 +136,8 @@ def preempted_sweep(drill: Drill) -> None:
     drill.until_saved(sweep, 3)
     sweep.terminate()
     drill.wait(sweep, STOPPED)
-    drill.expect("stopped as requested; run the same command again to continue")
-    drill.run_sweep()
+    drill.expect("stopped as requested; to continue: dis-scale resume")
+    drill.resume()
 
 
 def damaged_resume_point(drill: Drill) -> None:
@@ -140,7 +148,7 @@ def damaged_resume_point(drill: Drill) -> None:
     newest = state.point_names(drill.run)[-1]
     folder, name = drill.run.resume_point(newest), "weights-00001.safetensors"
     folder.write(name, flipped(folder.read(name)))
-    drill.run_sweep()
+    drill.resume()
     drill.expect(f"resume point passed over: .*{newest}/{name}: damaged: its sha256 differs")
 
 
@@ -149,7 +157,7 @@ def storage_down(drill: Drill) -> None:
     drill.expect("storage .* cannot be used")
     drill.run_sweep("train.restarts=0", faults="fail at write path=published/000000000160 times=9", ends=FAILED)
     drill.expect("cannot write .*: ConnectionError")
-    drill.run_sweep(faults="gone at write path=runs/ seconds=20")
+    drill.resume(faults="gone at write path=runs/ seconds=20")
 
 
 def loss_not_finite(drill: Drill) -> None:
@@ -158,7 +166,7 @@ def loss_not_finite(drill: Drill) -> None:
     dump = re.search(r"losses and weights are in (\S+/\d{12}-\d{4})", drill.output)
     assert dump is not None
     print(f"    {dump[1].replace(str(drill.root), 'ROOT')}: {', '.join(open_folder(dump[1]).list())}")
-    drill.run_sweep()
+    drill.resume()
 
 
 def stuck_job(drill: Drill) -> None:
@@ -170,7 +178,7 @@ def stuck_job(drill: Drill) -> None:
 def disk_full(drill: Drill) -> None:
     drill.run_sweep(faults="full at write path=resume/000000000480", ends=FAILED)
     drill.expect("no space left on the device: free some, then run the same command again")
-    drill.run_sweep()
+    drill.resume()
 
 
 def another_cluster(drill: Drill) -> None:
@@ -181,7 +189,7 @@ def another_cluster(drill: Drill) -> None:
     drill.expect(f"held by process {first.pid} on .*, which is alive: one writer at a time")
     drill.dis_scale("stop", str(drill.sweep))
     drill.wait(first, STOPPED)
-    drill.run_sweep()
+    drill.resume()
 
 
 def roll_back(drill: Drill) -> None:
@@ -190,7 +198,7 @@ def roll_back(drill: Drill) -> None:
     shutil.copy(theirs / STORED_RECIPE, ours)
     drill.dis_scale("fork", str(drill.sweep), MODEL, "--at", "2880", "--as", "dit-again")
     drill.expect("forked .*: continues from 2880 images")
-    drill.wait(drill.start(recipe=f"{drill.sweep}/recipe.yaml"), DONE)
+    drill.resume()
     drill.expect("dit-again: attempt 1, 2 workers, from 000000002880-0000")
     drill.require_same_weights("dit-again")
 

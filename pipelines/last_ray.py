@@ -1,0 +1,67 @@
+"""Which Ray a command uses, and where a sweep last ran: the sweep of a cluster does not continue on a laptop by accident."""
+
+import os
+import socket
+from dataclasses import asdict, dataclass
+
+from dis_scale.errors import UserError
+from dis_scale.sweep import RAY, Sweep
+from pipelines.cluster import Cluster
+
+
+@dataclass(frozen=True)
+class LastRay:
+    """The Ray that a sweep last ran on, as it is stored in the sweep's folder."""
+
+    address: str | None
+    """Dashboard of a Ray that the command started itself; None for a cluster."""
+    host: str
+    """Machine of the command's process; on a cluster the node of its Ray job."""
+    gpus: int = 0
+    kuberay: str | None = None
+    """Name of KubeRay's cluster, which its operator sets in each pod."""
+
+    @property
+    def cure(self) -> str:
+        """How to continue on a cluster of that kind. Has the place holder SWEEP."""
+        if self.kuberay:
+            return f"apply its RayJob again (the last cluster was {self.kuberay})"
+        return f"ray job submit --address http://{self.host}:8265 --working-dir . -- python -m dis_scale resume SWEEP"
+
+
+def words() -> str:
+    """Say which Ray this process uses."""
+    address = os.environ.get("RAY_ADDRESS")
+    return f"the cluster at RAY_ADDRESS={address}" if address else "one of its own on this machine (no RAY_ADDRESS)"
+
+
+def record(sweep: Sweep, cluster: Cluster) -> None:
+    """Store that the sweep runs on this cluster."""
+    last = LastRay(cluster.address, socket.gethostname(), cluster.gpus, os.environ.get("RAY_CLUSTER_NAME"))
+    sweep.folder.write_json(RAY, asdict(last))
+
+
+def find(sweep: Sweep) -> LastRay | None:
+    """Return where the sweep last ran, None if it never did."""
+    return LastRay(**sweep.folder.read_json(RAY)) if sweep.folder.exists(RAY) else None
+
+
+def require_same_kind(sweep: Sweep) -> None:
+    """UserError if the sweep last ran on a cluster, and would continue on a Ray of this machine alone."""
+    last = find(sweep)
+    if last is None or last.address or "RAY_ADDRESS" in os.environ:
+        return
+    raise UserError(
+        f"{sweep} last ran on a Ray cluster with {last.gpus} GPUs (its driver was on {last.host}), and RAY_ADDRESS is not set: "
+        f"nothing was started here. To continue there: {last.cure.replace('SWEEP', str(sweep))}. "
+        "To continue on this machine all the same, add --here"
+    )
+
+
+def address_of(sweep: Sweep) -> str:
+    """Return the dashboard of the Ray that the sweep started on this machine; UserError if it ran elsewhere or never."""
+    last = find(sweep)
+    if last and last.address and last.host == socket.gethostname():
+        return last.address
+    where = f" (it last ran on {last.host})" if last else ""
+    raise UserError(f"{sweep}: no Ray is known here{where}: --address http://HOST:8265, or set RAY_ADDRESS")

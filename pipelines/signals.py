@@ -1,0 +1,47 @@
+"""Signals to the command: each of SIGTERM, SIGINT and SIGHUP requests a stop."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from threading import Event
+from types import FrameType
+from typing import TextIO
+
+
+@contextlib.contextmanager
+def obeying_signals(stop_requested: Event) -> Iterator[None]:
+    """Let a signal set `stop_requested`; a second SIGTERM or SIGINT ends this process at once.
+
+    To be polled by `is_set`: a signal that comes while the main thread begins to `wait` would block for ever.
+    SIGHUP says that the terminal was closed: nothing is written to it any more. Under `nohup` it stays ignored.
+    """
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        numbers.remove(signal.SIGHUP)
+    terminals = [
+        stream for stream in (sys.stdout, sys.stderr) if stream.isatty()
+    ]  # later they would say that they are none
+
+    def request(number: int, _: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            _write_nowhere(terminals)
+        elif stop_requested.is_set():
+            signal.default_int_handler(number, None)
+        stop_requested.set()
+
+    before = {number: signal.signal(number, request) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _write_nowhere(streams: list[TextIO]) -> None:
+    """Discard what is written to these streams from now on; each write to a closed terminal would fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

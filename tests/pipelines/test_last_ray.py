@@ -1,0 +1,105 @@
+"""Which Ray a command uses, and where a sweep may continue."""
+
+import io
+import socket
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dis_scale.errors import UserError
+from dis_scale.recipe import Recipe, reading
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import RAY, Sweep
+from pipelines import last_ray
+from pipelines import sweep as pipeline
+from pipelines.cluster import Cluster
+from tests.conftest import TINY
+
+ON_A_CLUSTER = {"address": None, "host": "old-head", "gpus": 16, "kuberay": None}
+ON_THIS_MACHINE = {"address": "http://127.0.0.1:1", "host": socket.gethostname()}
+
+
+def stored(root: Path, last: dict[str, object] | None = None) -> Sweep:
+    recipe = reading.load(TINY, ["train.restarts=7", f"storage.root={root}"])
+    sweep = Sweep.below(open_folder(root), recipe)
+    sweep.save_recipe()
+    if last:
+        sweep.folder.write_json(RAY, last)
+    return sweep
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_CLUSTER_NAME", raising=False)
+
+
+def test_the_ray_is_named_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO(), width=200, record=True)
+    sweep = stored(tmp_path, ON_A_CLUSTER)
+    with pytest.raises(UserError):
+        pipeline.resume_sweep(sweep, [], console)
+    assert console.export_text().startswith("ray      one of its own on this machine (no RAY_ADDRESS)\nsweep ")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert last_ray.words() == "the cluster at RAY_ADDRESS=10.0.0.1:6379"
+
+
+def test_the_sweep_of_a_cluster_does_not_start_here_and_says_what_to_type(tmp_path: Path) -> None:
+    sweep = stored(tmp_path, ON_A_CLUSTER)
+    before = sweep.folder.list()
+    for run in (lambda: pipeline.resume_sweep(sweep, [], quiet()), lambda: pipeline.run_sweep(sweep.recipe, quiet())):
+        with pytest.raises(UserError, match=r"16 GPUs .*old-head.*: nothing was started here") as raised:
+            run()
+        submit = "ray job submit --address http://old-head:8265 --working-dir . -- python -m dis_scale resume"
+        assert f"{submit} {sweep}" in str(raised.value)
+    assert sweep.folder.list() == before, "no lease was taken, and nothing stored"
+
+
+def test_a_sweep_of_kuberay_is_sent_to_its_rayjob(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"apply its RayJob again \(the last cluster was imagenet256-x7k\)"):
+        last_ray.require_same_kind(stored(tmp_path, ON_A_CLUSTER | {"kuberay": "imagenet256-x7k"}))
+
+
+@pytest.mark.parametrize("last", [None, ON_THIS_MACHINE])
+def test_any_other_sweep_may_start_here(tmp_path: Path, last: dict[str, object] | None) -> None:
+    last_ray.require_same_kind(stored(tmp_path, last))
+
+
+def test_on_a_cluster_any_sweep_may_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    for last in (None, ON_A_CLUSTER, ON_THIS_MACHINE):
+        last_ray.require_same_kind(stored(tmp_path, last))
+
+
+def test_what_is_recorded_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep, client = stored(tmp_path), None
+    monkeypatch.setenv("RAY_CLUSTER_NAME", "imagenet256-x7k")
+    joined = Cluster(client, {}, "a cluster", ours=False, capacity=1, gpus=16, gpu_fault="", id="c")  # type: ignore[arg-type]
+    last_ray.record(sweep, joined)
+    assert last_ray.find(sweep) == last_ray.LastRay(None, socket.gethostname(), 16, "imagenet256-x7k")
+    with pytest.raises(UserError, match=f"it last ran on {socket.gethostname()}.*--address"):
+        last_ray.address_of(sweep)
+
+
+def test_a_resumed_sweep_has_its_own_settings_and_the_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after its storage root was renamed, which the stored recipe does not know."""
+    begun, ran = stored(tmp_path / "before"), list[Recipe]()
+    monkeypatch.setattr(pipeline, "run_sweep", lambda recipe, *_: ran.append(recipe))
+    (tmp_path / "before").rename(tmp_path / "after")
+    moved = Sweep.open(str(begun).replace("before", "after"))
+    pipeline.resume_sweep(moved, ["train.hang_after_s=50"], quiet())
+    (recipe,) = ran
+    assert (recipe.train.restarts, recipe.train.hang_after_s) == (7, 50)
+    assert recipe.storage.root == str(tmp_path / "after")
+
+
+def test_a_sweep_in_a_folder_of_another_name_is_refused(tmp_path: Path) -> None:
+    sweep = stored(tmp_path)
+    (tmp_path / "sweeps/tiny").rename(tmp_path / "sweeps/copy")
+    with pytest.raises(UserError, match=f"sweeps/copy holds the sweep tiny, which belongs into {sweep}: move it"):
+        pipeline.resume_sweep(Sweep.open(str(tmp_path / "sweeps/copy")), [], quiet())
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())

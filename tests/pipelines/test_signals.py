@@ -1,0 +1,68 @@
+"""Signals to the command: each requests a stop, also that of a terminal that was closed."""
+
+import os
+import pty
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.support import sweeps
+
+PROGRAM = textwrap.dedent("""
+    import sys, time
+    from pathlib import Path
+    from threading import Event
+    from pipelines.signals import obeying_signals
+
+    stop_requested = Event()
+    with obeying_signals(stop_requested):
+        print("ready", flush=True)
+        deadline = time.monotonic() + float(sys.argv[2])
+        while not stop_requested.is_set() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        Path(sys.argv[1]).write_text(f"stop requested: {stop_requested.is_set()}")
+        print("a line to the terminal", flush=True)
+""")
+
+
+def close_the_terminal(out: Path, within_s: float, *before: str) -> int:
+    """Run the program on a terminal of its own, which is closed as soon as the program is ready; return its exit code."""
+    master, terminal = pty.openpty()
+    command = [*before, sys.executable, "-c", PROGRAM, str(out), str(within_s)]
+    process = subprocess.Popen(
+        ["setsid", "--ctty", "--wait", *command],
+        cwd=sweeps.ROOT,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env=os.environ | {"PYTHONPATH": str(sweeps.ROOT)},
+    )
+    os.close(terminal)
+    while b"ready" not in os.read(master, 1024):
+        assert process.poll() is None
+    os.close(master)
+    return process.wait(60)
+
+
+def test_a_closed_terminal_requests_a_stop(tmp_path: Path) -> None:
+    assert close_the_terminal(tmp_path / "out", 60) == 0
+    assert (tmp_path / "out").read_text() == "stop requested: True"
+
+
+def test_under_nohup_a_closed_terminal_changes_nothing(tmp_path: Path) -> None:
+    close_the_terminal(tmp_path / "out", 2, "env", "--ignore-signal=HUP")
+    assert (tmp_path / "out").read_text() == "stop requested: False"
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP"])
+def test_each_signal_requests_a_stop(tmp_path: Path, name: str) -> None:
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "out"), "60"]
+    with subprocess.Popen(command, cwd=sweeps.ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        subprocess.run(["kill", f"-{name}", str(process.pid)], check=True)
+        assert process.wait(60) == 0
+    assert (tmp_path / "out").read_text() == "stop requested: True"
