@@ -105,7 +105,7 @@ def stop(
 ) -> None:
     """Ask a running sweep to save and stop; `dis-scale resume SWEEP` continues it."""
     from dis_scale.sweep import Sweep
-    from pipelines.sweep import stop_sweep
+    from pipelines.stop import stop_sweep
 
     stopped = stop_sweep(Sweep.open(sweep), address)
     _print(f"stop requested: {', '.join(stopped)}" if stopped else "nothing to stop: no job of this sweep is running")
@@ -356,13 +356,16 @@ def sync(
 
 
 def _plan(sweep: "Sweep") -> "Plan":
-    """The plan of a stored sweep. The latents' shape is read from storage if they exist: no hub is asked."""
-    from dis_scale import vae
-    from dis_scale.plan import price_sweep
+    """The plan of a stored sweep; UserError before it has latents. Their shape is read from storage: no hub is asked."""
     from dis_scale.sweep import state
 
-    recipe = sweep.recipe
-    return price_sweep(recipe, state.latent_shape(sweep) or vae.latent_shape(recipe.vae, recipe.data.resolution))
+    shape = state.latent_shape(sweep)
+    if shape is None:
+        raise UserError(f"{sweep}: nothing to report yet: its latents are not complete (dis-scale status {sweep})")
+
+    from dis_scale.plan import price_sweep
+
+    return price_sweep(sweep.recipe, shape)
 
 
 def _console() -> Console:

@@ -5,7 +5,6 @@ is read from storage and nowhere else. Read next: dis_scale/sweep/state.py, trai
 """
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -281,13 +280,6 @@ def _failure(driver: Driver, job: Job, name: str) -> str:
 
 def _how_to_continue(sweep: Sweep) -> str:
     return f"to continue: dis-scale resume {sweep}"
-
-
-def stop_sweep(sweep: Sweep, address: str | None) -> list[str]:
-    """Stop the sweep's jobs wherever they run; return their ids. UserError if no Ray is known or none answers."""
-    if address is None and "RAY_ADDRESS" not in os.environ:
-        address = last_ray.address_of(sweep)
-    return jobs.stop_all(sweep, address)
 
 
 def _submit(driver: Driver, cluster: Cluster, stage: str, *arguments: str) -> Job:

@@ -2,13 +2,20 @@
 
 import contextlib
 import io
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from dis_scale import cli
 from dis_scale.errors import DisScaleError, Held, Preempted, UserError
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Recipe, reading
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import Sweep, state
 from pipelines import sweep as pipeline
 from tests.conftest import TINY
 
@@ -114,3 +121,43 @@ def test_unusable_storage_is_a_mistake_of_the_user() -> None:
     code, output = invoke("sweep", str(TINY), "--set", "storage.root=/proc/none")
     assert code == 2
     assert "storage /proc/none cannot be used: there is no such bucket or folder" in output
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Sweep:
+    """A sweep without latents whose VAE is on a hub that does not exist."""
+    settings = ["vae={kind: pretrained, path: nobody/nothing}", "data.resolution=64", f"storage.root={tmp_path}"]
+    sweep = Sweep.below(open_folder(tmp_path), reading.load(TINY, settings))
+    sweep.save_recipe()
+    return sweep
+
+
+def test_an_operators_commands_need_no_pytorch(elsewhere: Sweep) -> None:
+    commands = [["status", elsewhere.folder.url], ["stop", elsewhere.folder.url]]
+    commands += [["fork", elsewhere.folder.url, "dit", "--at", "0", "--as", "x"], ["report", elsewhere.folder.url]]
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from dis_scale.cli import main\n"
+        f"for command in {commands!r}:\n"
+        "    try: main(command)\n"
+        "    except SystemExit as end: print(command[0], end.code)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=cli.EMBEDDED.parents[1], env=environment, capture_output=True, text=True
+    )
+    assert re.findall(r"^(\w+ \d)$", done.stdout, re.MULTILINE) == ["status 0", "stop 2", "fork 2", "report 2"], done
+    assert "no Ray is known here" in done.stderr
+    assert "dit has no resume point there" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["report"], ["compare", ""], ["mlflow", "sync"]], ids=["report", "compare", "sync"])
+def test_commands_on_a_stored_sweep_ask_no_hub(elsewhere: Sweep, words: list[str]) -> None:
+    filled = [word or elsewhere.folder.url for word in words]
+    uri = ["--uri", "sqlite:////proc/never.db"] if words[0] == "mlflow" else []
+    code, output = invoke(*filled, elsewhere.folder.url, *uri)
+    assert (code, "nothing to report yet: its latents are not complete" in output) == (2, True), output
+    manifest.seal(elsewhere.store / "latents/made", {}, vae="identity", latent=[4, 8], count=1, shards=[])
+    state.use_latents(elsewhere, elsewhere.store / "latents/made", "identity")
+    _, output = invoke(*filled, elsewhere.folder.url, *uri)
+    assert "nobody" not in output

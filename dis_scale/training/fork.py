@@ -11,8 +11,10 @@ from dis_scale.recipe.reading import with_model
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import ORIGIN, PointName, Run, Sweep, state
-from dis_scale.training.checkpoint import ResumePoint, find_point
+from dis_scale.threads import in_order
 
+READING_THREADS = 4
+"""Files that are read and hashed at once; each is in memory meanwhile."""
 ATTEMPT = 0
 """Attempt in the name of a copied resume point: no attempt of the new run wrote it."""
 
@@ -29,11 +31,11 @@ def fork_run(sweep: Sweep, model: str, images_seen: int, new: str) -> Run:
     target = grown.run(new)
     _require_free(sweep, target, origin, new)
     point = _require_point(run, model, images_seen)
-    point.verify()
-    target.folder.write_json(ORIGIN, {"format": manifest.FORMAT, **origin, "resume_point": point.folder.name})
+    _verify(point)
+    target.folder.write_json(ORIGIN, {"format": manifest.FORMAT, **origin, "resume_point": point.name})
     for count in [n for n in state.published_counts(run) if n <= images_seen]:
         _copy(run.published_at(count), target.published_at(count), new)
-    _copy(point.folder, target.resume_point(PointName(images_seen, ATTEMPT)), new)
+    _copy(point, target.resume_point(PointName(images_seen, ATTEMPT)), new)
     grown.save_recipe()
     return target
 
@@ -47,17 +49,23 @@ def _require_free(sweep: Sweep, target: Run, origin: dict[str, Any], new: str) -
         raise UserError(f"--as {new}: this sweep has a run of that name: choose another name")
 
 
-def _require_point(run: Run, model: str, images_seen: int) -> ResumePoint:
+def _require_point(run: Run, model: str, images_seen: int) -> Folder:
     """The newest attempt's complete resume point at this image count; UserError names the counts that exist."""
     complete = list(state.complete_points(run, state.point_names(run)))
     names = [name for name in complete if name.images_seen == images_seen]
-    point = find_point(run, names[-1]) if names else None
-    if point is None:
+    if not names:
         counts = ", ".join(str(n) for n in sorted({name.images_seen for name in complete})) or "none"
         raise UserError(
             f"--at {images_seen}: {model} has no resume point there; it has {counts} (train.keep_resume sets how many stay)"
         )
-    return point
+    return run.resume_point(names[-1])
+
+
+def _verify(point: Folder) -> None:
+    """Read all files back; StorageError names the first that differs from the manifest."""
+    contents = manifest.require(point)
+    for _ in in_order(contents["files"], lambda name: manifest.read(point, name, contents), READING_THREADS):
+        pass
 
 
 def _copy(source: Folder, target: Folder, model: str) -> None:

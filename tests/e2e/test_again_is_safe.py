@@ -11,7 +11,7 @@ from dis_scale.sweep import TRACKING, state
 from dis_scale.tracking.goodput import GOODPUT
 from dis_scale.tracking.mlflow import open_client
 from dis_scale.tracking.rows import RowReader
-from pipelines.sweep import stop_sweep
+from pipelines.stop import stop_sweep
 from tests.support import sweeps
 
 
