@@ -134,6 +134,47 @@ def status(
         _console().print(statuses.table(found))
 
 
+@app.command("verify")
+def verify_results(sweep: SweepUrl) -> None:
+    """Read back everything that a sweep's results rest on and name what is damaged or missing; exit code 1 if there is any."""
+    from dis_scale.progress import Board
+    from dis_scale.sweep import Sweep
+    from dis_scale.upkeep.verify import verify_sweep
+
+    with Board(_console()) as board:
+        damaged = verify_sweep(Sweep.open(sweep), lambda done, total: board.update("verify", done, total, "files"))
+        for line in damaged:
+            board.say(f"damaged  {line}")
+    if damaged:
+        raise DisScaleError(f"{sweep}: {len(damaged)} files are damaged or missing")
+    _print("complete all that the results rest on was read back")
+
+
+@app.command()
+def gc(sweep: SweepUrl, yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed.")] = False) -> None:
+    """List what no result needs, with its size: samples of finished evaluations, old leases, latents that no sweep uses, ...
+
+    A metric that is added to the recipe later needs samples: they are sampled again.
+    """
+    from dis_scale.sweep import Sweep
+    from dis_scale.upkeep import retention
+
+    opened = Sweep.open(sweep)
+    found = retention.find_unneeded(opened)
+    try:
+        found += retention.find_unshared(opened.store)
+    except UserError as error:
+        _print(f"kept     {error}")
+    for each in found:
+        _print(f"{each.kind:<12} {each.folder}: {len(each.sizes)} files, {each.size_bytes / 1e6:,.1f} MB")
+    total = (
+        f"{sum(each.size_bytes for each in found) / 1e9:,.3f} GB in {sum(len(each.sizes) for each in found):,} files"
+    )
+    if yes:
+        retention.delete(found)
+    _print(f"deleted  {total}" if yes else f"total    {total}; to delete them: dis-scale gc {sweep} --yes")
+
+
 @app.command()
 def report(
     sweep: SweepUrl,

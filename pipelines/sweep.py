@@ -25,7 +25,7 @@ from dis_scale.recipe.identity import identity_differences
 from dis_scale.report import mlflow_copy
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.sweep import ENDED, RECIPE, Sweep, state
+from dis_scale.sweep import ENDED, RECIPE, Sampled, Sweep, state
 from dis_scale.tracking import mlflow
 from dis_scale.training.memory import lanes_at_once
 from pipelines import devices, jobs, last_ray, lines
@@ -114,6 +114,8 @@ def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
         last_ray.record(sweep, cluster)
         _require_device(driver, cluster)
         _require_memory(plan, cluster)
+        for what, why in _missing_weights(sweep).items():
+            board.say(f"missing  {what}: {why}")
         try:
             if not state.prepared(sweep):
                 run_stage(driver, cluster, "prepare")
@@ -125,7 +127,17 @@ def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
             jobs.stop_jobs(driver.jobs, wait_s=sweep.recipe.grace_s + 5 if cluster.ours else 0.0)
             raise
     skipped = {f"evaluation of {sampled}": why for sampled, why in state.skipped(sweep).items()}
-    return replace(failures, skipped=skipped)
+    return replace(failures, skipped=skipped | _missing_weights(sweep))
+
+
+def _missing_weights(sweep: Sweep) -> dict[str, str]:
+    """Return the reason for each evaluation that cannot be done, because its published weights were deleted."""
+    why = "its published weights were deleted, and only training makes them: restore them, or remove the count from the recipe"
+    return {
+        f"evaluation of {Sampled(model, count)}": why
+        for model, counts in state.missing_published(sweep).items()
+        for count in set(counts) - set(state.evaluated_counts(sweep, model))
+    }
 
 
 def _require_device(driver: Driver, cluster: Cluster) -> None:

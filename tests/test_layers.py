@@ -28,7 +28,7 @@ LAYERS = [
     "scan diffusion data tracking vae",
     "models training",
     "small_nets evaluation",
-    "plan report",
+    "plan report upkeep",
     "pipelines",
     "cli",
 ]

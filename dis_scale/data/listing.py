@@ -27,6 +27,8 @@ from dis_scale.threads import batched
 PART = 2**17
 """Entries in a part: about 20 MB in memory while it is read. ImageNet has ten parts."""
 REPORT_EVERY = 1000
+LISTINGS = "listings"
+"""Folder of all listings below a storage root."""
 T = TypeVar("T")
 
 
@@ -138,6 +140,11 @@ def in_memory(contents: Contents, report: ReportDone, where: str) -> Listing:
     return Listing(build(contents, parts.__setitem__, report, where), parts.__getitem__, where)
 
 
+def folder_of(store: Folder, key: Any) -> Folder:
+    """Return the folder of the listing of the source that `key` declares, whether it exists or not."""
+    return store / LISTINGS / hashlib.sha256(json.dumps([key, manifest.FORMAT]).encode()).hexdigest()[:16]
+
+
 def stored(
     store: Folder, key: Any, find: Callable[[], Contents], check: Callable[[Listing], None], report: ReportDone
 ) -> Listing:
@@ -145,7 +152,7 @@ def stored(
 
     If two processes list at once, both use the first manifest. Parts are named by their content, so neither damages the other's.
     """
-    target = store / "listings" / hashlib.sha256(json.dumps([key, manifest.FORMAT]).encode()).hexdigest()[:16]
+    target = folder_of(store, key)
     if manifest.find(target) is None:
         files: dict[str, dict[str, Any]] = {}
 

@@ -75,6 +75,18 @@ def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
         folder.write_json(f"{lease.number:04d}.end", {"at": time.time(), "why": why})
 
 
+def live_holder(folder: Folder) -> dict[str, Any] | None:
+    """Return the facts of the live process that holds the lease, None if none does; takes up to STILL_S."""
+    latest = _latest(folder)
+    return _live_holder(folder, latest) if latest else None
+
+
+def earlier(folder: Folder) -> list[str]:
+    """Return the names of the files of all holders but the last."""
+    names, latest = folder.list(), _latest(folder)
+    return [name for name in names if (number := name.partition(".")[0]).isdigit() and int(number) < latest]
+
+
 @dataclass(frozen=True)
 class Holding:
     """One holder of a lease, past or present. Times are Unix times of the holder's clock."""

@@ -12,6 +12,8 @@ from dis_scale.recipe import MAIN, Recipe, reading
 from dis_scale.storage.folder import Folder, open_folder
 
 RECIPE = "recipe.yaml"
+SWEEPS = "sweeps"
+"""Folder of all sweeps below a storage root."""
 TRACKING = "tracking.json"
 """Ids of the sweep's runs in MLflow."""
 RAY = "ray.json"
@@ -62,9 +64,14 @@ class Sampled(NamedTuple):
         return f"{self.model} at {self.images_seen:,} images" + (f" ({self.variant})" if self.variant else "")
 
 
+def sweeps_below(store: Folder) -> list[Folder]:
+    """Return the folders of all sweeps below a storage root."""
+    return [store / SWEEPS / name for name in store.folders(SWEEPS)]
+
+
 def store_of(sweep: Folder) -> Folder:
     """Return the storage root of a sweep's folder."""
-    return replace(sweep, url=sweep.url.rsplit("/sweeps/", 1)[0])
+    return replace(sweep, url=sweep.url.rsplit(f"/{SWEEPS}/", 1)[0])
 
 
 @dataclass(frozen=True)
@@ -98,9 +105,13 @@ class Run:
     def published_at(self, images_seen: int) -> Folder:
         return self.published / images_name(images_seen)
 
+    @property
+    def bad_steps(self) -> Folder:
+        """Dumps of steps whose gradient was not finite, each named as a resume point."""
+        return self.folder / "evidence"
+
     def bad_step(self, name: PointName) -> Folder:
-        """Dump of a step whose gradient was not finite."""
-        return self.folder / "evidence" / str(name)
+        return self.bad_steps / str(name)
 
 
 @dataclass(frozen=True)
@@ -124,7 +135,7 @@ class Sweep:
     @classmethod
     def below(cls, store: Folder, recipe: Recipe) -> "Sweep":
         """Return the sweep of this recipe below a storage root, whether it exists or not."""
-        return cls(store / "sweeps" / recipe.name, recipe)
+        return cls(store / SWEEPS / recipe.name, recipe)
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -161,13 +172,23 @@ class Sweep:
     def report(self) -> Folder:
         return self.folder / "report"
 
+    @property
+    def extractors(self) -> Folder:
+        """Classifiers that the sweep trained."""
+        return self.folder / "extractors"
+
     def extractor(self, name: str) -> Folder:
         """Classifier that the sweep trained: an extractor, or the judge."""
-        return self.folder / "extractors" / name
+        return self.extractors / name
+
+    @property
+    def leases(self) -> Folder:
+        """Leases of the sweep itself and of its stages."""
+        return self.folder / "leases"
 
     def lease(self, name: str) -> Folder:
         """Lease of the sweep itself or of a stage; a run's own is `Run.lease`."""
-        return self.folder / "leases" / name
+        return self.leases / name
 
     def run(self, model: str) -> Run:
         """Return the run of a model; UserError with the nearest name for an unknown one."""

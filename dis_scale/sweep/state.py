@@ -132,6 +132,19 @@ def published_counts(run: Run) -> list[int]:
     return _existing(counts, lambda n: run.published_at(n).exists(manifest.NAME))
 
 
+def missing_published(sweep: Sweep) -> dict[str, list[int]]:
+    """Return the image counts by model that training has passed, and whose published weights are not there any more."""
+    missing = {}
+    for model in sweep.recipe.models:
+        run = sweep.run(model)
+        published = published_counts(run)
+        reached = max([resumable_images(run), *published])
+        counts = [n for n in sweep.recipe.train.publish_images if n < reached and n not in published]
+        if counts:
+            missing[model] = counts
+    return missing
+
+
 def point_names(run: Run) -> list[PointName]:
     """Return the names of a run's resume points, complete or not, oldest first."""
     return [point for name in run.resume.list() if (point := PointName.parse(name))]

@@ -14,9 +14,9 @@ from dis_scale.errors import DisScaleError, Held, Preempted, UserError
 from dis_scale.plan import price_sweep
 from dis_scale.progress import Board
 from dis_scale.recipe import LatentShape, Recipe, reading
-from dis_scale.storage import lease
+from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import Sweep, state
+from dis_scale.sweep import METRICS, Sampled, Sweep, state
 from dis_scale.tracking import mlflow
 from pipelines import jobs
 from pipelines import sweep as pipeline
@@ -102,6 +102,16 @@ def test_a_stored_recipe_of_another_identity_is_refused_with_the_difference(tiny
     other = reading.load(TINY, ["seed=5", f"storage.root={tmp_path}"])
     with pytest.raises(UserError, match=r"was begun with another recipe; .*\n  seed: stored 0, given 5"):
         pipeline.run_sweep(other, Console(file=io.StringIO()))
+
+
+def test_deleted_weights_that_were_never_evaluated_are_a_failure(tiny: Recipe, tmp_path: Path) -> None:
+    sweep = driver_of(tiny, tmp_path).sweep
+    for count in (0, 320):
+        manifest.put(sweep.run("dit").published_at(count), {})
+    (what,) = pipeline._missing_weights(sweep)
+    assert what == "evaluation of dit at 160 images"
+    sweep.evaluation(Sampled("dit", 160)).write_json(METRICS, {})
+    assert pipeline._missing_weights(sweep) == {}, "evaluated before they were deleted"
 
 
 # -- failures of jobs --------------------------------------------------------------------------------------------------

@@ -1,0 +1,111 @@
+"""What no result of a sweep needs any more, with its size. Behind `dis-scale gc`.
+
+Of the sweep: samples of finished evaluations, leases of earlier attempts, dumps of failed steps of trained models. Of its storage
+root: latents and listings that no sweep there uses. What is needed to continue, fork, evaluate or report stays.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple
+
+from dis_scale.data import listing
+from dis_scale.errors import StorageAway, StorageError, UserError
+from dis_scale.storage import lease
+from dis_scale.storage.folder import Folder
+from dis_scale.sweep import LATENTS, Sampled, Sweep, state, sweeps_below
+from dis_scale.sweep.state import AT_ONCE
+from dis_scale.threads import in_order
+
+
+class Unneeded(NamedTuple):
+    """Files in one folder that no result needs."""
+
+    kind: str
+    folder: Folder
+    sizes: dict[str, int]
+    """Bytes by file."""
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(self.sizes.values())
+
+
+def find_unneeded(sweep: Sweep) -> list[Unneeded]:
+    """Return the files of the sweep itself that can be deleted."""
+    outdated, models = state.outdated(sweep), sweep.recipe.models
+    samples = [sweep.evaluation(each) for each in _measured(sweep) if each not in outdated]
+    leases = [sweep.run(model).lease for model in models]
+    leases += [sweep.lease(name) for name in sweep.leases.folders()]
+    trained = [sweep.run(model).bad_steps for model in models if state.trained(sweep, model)]
+    steps = [folder / name for folder in trained for name in folder.list()]
+    finders: list[Callable[[], Unneeded]] = [
+        *(partial(_sized, "samples", folder, lambda name: name.startswith("block-")) for folder in samples),
+        *(partial(_earlier_leases, folder) for folder in leases),
+        *(partial(_sized, "failed steps", folder) for folder in steps),
+    ]
+    return [found for found in in_order(finders, lambda find: find(), AT_ONCE) if found.sizes]
+
+
+def find_unshared(store: Folder) -> list[Unneeded]:
+    """Return the latents and listings below a storage root that no sweep there uses.
+
+    UserError if a sweep there runs, cannot be read, or has no latents yet: it may be about to use any of them.
+    """
+    sweeps = list(in_order(sweeps_below(store), _require_settled, AT_ONCE))
+    latents = {sweep.folder.read_json(LATENTS)["folder"].rpartition("/")[2] for sweep in sweeps}
+    sources = [sweep.recipe.data.source.model_dump(mode="json") for sweep in sweeps]
+    listings = {listing.folder_of(store, source).name for source in sources}
+    kinds = {"latents": latents, listing.LISTINGS: listings}
+    folders = [(kind, store / kind / name) for kind in kinds for name in store.folders(kind) if name not in kinds[kind]]
+    return [found for found in in_order(folders, lambda each: _sized(*each), AT_ONCE) if found.sizes]
+
+
+def delete(unneeded: Iterable[Unneeded]) -> None:
+    """Delete the files; manifests first, so that a folder that is only partly deleted does not exist."""
+    for each in unneeded:
+        first = sorted(each.sizes, key=lambda name: name != "manifest.json")
+        each.folder.delete(first[0])
+        for _ in in_order(first[1:], each.folder.delete, AT_ONCE):
+            pass
+        if not each.folder.list():
+            each.folder.delete()  # on a disk: the empty folder
+
+
+def _measured(sweep: Sweep) -> list[Sampled]:
+    """Return all finished evaluations, ablations, too."""
+    main = [
+        Sampled(model, count, variant)
+        for model in sweep.recipe.models
+        for variant in sweep.recipe.evaluate.samplings
+        for count in state.evaluated_counts(sweep, model, variant)
+    ]
+    checkpoints = [each for each in main if not each.variant]
+    ablations = in_order(
+        checkpoints, lambda each: state.evaluated_ablations(sweep, each.model, each.images_seen), AT_ONCE
+    )
+    return [*main, *(each for of_one in ablations for each in of_one)]
+
+
+def _sized(kind: str, folder: Folder, wanted: Callable[[str], bool] = lambda _: True) -> Unneeded:
+    return Unneeded(kind, folder, {name: size for name, size in folder.sizes().items() if wanted(name)})
+
+
+def _earlier_leases(folder: Folder) -> Unneeded:
+    return _sized("leases", folder, set(lease.earlier(folder)).__contains__)
+
+
+def _require_settled(folder: Folder) -> Sweep:
+    """Return the sweep in a folder; UserError if it cannot be read, has no latents yet, or runs."""
+    kept = "latents and listings are kept"
+    try:
+        sweep = Sweep.open(folder.url)
+        settled = state.find_latents(folder) is not None
+    except StorageAway:
+        raise
+    except (StorageError, UserError) as error:
+        raise UserError(f"{kept}: {folder} cannot be read, so what it uses is unknown: {error}") from error
+    if not settled:
+        raise UserError(f"{kept}: {folder} has no complete latents yet: finish it, or delete its folder")
+    if holder := lease.live_holder(sweep.lease("sweep")):
+        raise UserError(f"{kept}: {folder} is running (process {holder['pid']} on {holder['host']})")
+    return sweep
