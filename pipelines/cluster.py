@@ -25,6 +25,7 @@ from ray.job_submission import JobSubmissionClient
 from dis_scale.errors import DisScaleError, UserError
 from dis_scale.recipe import Recipe
 from pipelines.devices import smallest_gpu_bytes, usable_gpus
+from pipelines.shared_folder import require_shared
 from pipelines.stage import keeping_handlers
 
 START_TIMEOUT_S = 90.0
@@ -77,7 +78,7 @@ def open_cluster(recipe: Recipe) -> Iterator[Cluster]:
 
 
 def require_root(recipe: Recipe) -> str:
-    """Return the storage root's URL; UserError for a folder of one node on a cluster of several.
+    """Return the storage root's URL; UserError for a folder that is not the same one on all nodes of the cluster.
 
     The working folder of a Ray job is a copy that is deleted with the job, so a relative root moves below the node's home.
     """
@@ -86,10 +87,13 @@ def require_root(recipe: Recipe) -> str:
     if not on_disk or "RAY_ADDRESS" not in os.environ:
         return root
     if not _one_node():
-        raise UserError(
-            f"storage.root: {root!r} is a folder of one node, and this cluster has several: "
-            "give a root that all reach, for example --set storage.root=s3://bucket/prefix"
-        )
+        if not root.startswith(("/", "file://")):
+            raise UserError(
+                f"storage.root: {root!r} is a folder of one node, and this cluster has several: give a root that all reach, "
+                "for example --set storage.root=s3://bucket/prefix, or the complete path of a file system that all mount"
+            )
+        require_shared(root)
+        return root
     moved = in_ray_job() and not root.startswith(("/", "file://"))
     return str(Path.home() / "dis-scale" / root) if moved else root
 

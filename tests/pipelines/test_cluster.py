@@ -33,6 +33,13 @@ def test_a_root_of_one_node_is_refused_on_several(monkeypatch: pytest.MonkeyPatc
         root(monkeypatch, "outputs", in_job=in_job, one_node=False)
 
 
+def test_a_complete_path_on_several_nodes_is_probed_on_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    probed: list[str] = []
+    monkeypatch.setattr(cluster, "require_shared", probed.append)
+    assert root(monkeypatch, "/mnt/shared", in_job=True, one_node=False) == "/mnt/shared"
+    assert probed == ["/mnt/shared"]
+
+
 def test_in_a_job_on_one_node_a_relative_root_is_below_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
     assert root(monkeypatch, "outputs", in_job=True) == str(Path.home() / "dis-scale/outputs")
 
