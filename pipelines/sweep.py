@@ -29,7 +29,7 @@ from dis_scale.sweep import ENDED, RECIPE, Sampled, Sweep, state
 from dis_scale.tracking import mlflow
 from dis_scale.training.memory import lanes_at_once
 from pipelines import devices, jobs, last_ray, lines
-from pipelines.cluster import Cluster, open_cluster, require_root
+from pipelines.cluster import Cluster, in_ray_job, open_cluster, require_root
 from pipelines.jobs import Job
 from pipelines.signals import obeying_signals
 
@@ -123,8 +123,8 @@ def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
                 run_stage(driver, cluster, "precompute")
             failures = _train_and_evaluate(driver, cluster)
         except BaseException:
-            # A Ray of our own ends with us: wait for its jobs.
-            jobs.stop_jobs(driver.jobs, wait_s=sweep.recipe.grace_s + 5 if cluster.ours else 0.0)
+            # Wait until the jobs have saved: their Ray may end with this process. A Ray job has no time for it.
+            jobs.stop_jobs(driver.jobs, wait_s=0.0 if in_ray_job() else sweep.recipe.grace_s + 5)
             raise
     skipped = {f"evaluation of {sampled}": why for sampled, why in state.skipped(sweep).items()}
     return replace(failures, skipped=skipped | _missing_weights(sweep))

@@ -36,8 +36,8 @@ def test_a_root_of_one_node_is_refused_on_several(monkeypatch: pytest.MonkeyPatc
 def test_a_complete_path_on_several_nodes_is_probed_on_each(monkeypatch: pytest.MonkeyPatch) -> None:
     probed: list[str] = []
     monkeypatch.setattr(cluster, "require_shared", probed.append)
-    assert root(monkeypatch, "/mnt/shared", in_job=True, one_node=False) == "/mnt/shared"
-    assert probed == ["/mnt/shared"]
+    assert root(monkeypatch, "/shared/disk", in_job=True, one_node=False) == "/shared/disk"
+    assert probed == ["/shared/disk"]
 
 
 def test_in_a_job_on_one_node_a_relative_root_is_below_the_home(monkeypatch: pytest.MonkeyPatch) -> None:

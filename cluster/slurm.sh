@@ -1,0 +1,95 @@
+#!/bin/bash
+# A sweep on Slurm: starts Ray on all nodes of the job, runs the sweep, forwards signals, and puts the job back into the queue.
+#
+#   sbatch cluster/slurm.sh configs/imagenet256.yaml --set storage.root=s3://bucket/prefix --set train.workers=32 --set device=cuda
+#
+# Submit it from the repository, on a file system that all nodes mount, with the environment of dis-scale active. Storage may be an
+# object store (its keys in the environment) or a file system that all nodes mount. Change the lines below for your cluster, or
+# override them on sbatch's command line.
+#
+# The job's time limit and a preemption are a stop request: training saves, and the job is queued again and continues. To stop it
+# for good: scancel --batch --signal=INT JOB. An error (exit codes 1, 2, 69) is not queued again.
+#SBATCH --job-name=dis-scale
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=96
+#SBATCH --gpus-per-node=8
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# SIGTERM to this script 5 minutes before the time limit; longer than the recipe's grace_s. For preemptions also set
+# PreemptParameters=send_user_signal and a GraceTime in slurm.conf (https://slurm.schedmd.com/slurm.conf.html).
+#SBATCH --signal=B:TERM@300
+#
+# Network of the GPUs, if NCCL does not find it by itself (https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html):
+# export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5
+set -euo pipefail
+
+again=no requested='' child=''
+# shellcheck disable=SC2317 # called by a trap
+stop() { # whether to queue the job again
+    again=$1 requested=yes
+    [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true
+}
+trap 'stop yes' TERM
+trap 'stop no' INT
+run() { # a command, whose exit code is then in $code; a signal to this script reaches it
+    "$@" &
+    child=$!
+    while kill -0 $child 2>/dev/null; do
+        wait $child || true # ends early when a signal was trapped
+    done
+    code=0
+    wait $child || code=$?
+}
+
+# Nobody else on these nodes may submit jobs to this Ray (https://docs.ray.io/en/latest/ray-security/token-auth.html).
+RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+export RAY_IP=${RAY_IP:-$(hostname -I | cut -d' ' -f1)} # of the first node, where this script runs
+# Ports by the job's number: two jobs may share a node.
+export RAY_PORT=$((20000 + SLURM_JOB_ID % 4000 * 5)) RAY_ADDRESS=
+
+# shellcheck disable=SC2016 # expanded on each node
+srun bash -c '
+    agent=$((RAY_PORT + 2 + SLURM_NODEID % 3))
+    if [ "$SLURM_NODEID" = 0 ]; then
+        exec ray start --head --block --disable-usage-stats --node-ip-address="$RAY_IP" --port="$RAY_PORT" \
+            --dashboard-host=127.0.0.1 --dashboard-port=$((RAY_PORT + 1)) --dashboard-agent-listen-port=$agent
+    fi
+    until ray health-check --address "$RAY_IP:$RAY_PORT" 2>/dev/null; do sleep 2; done
+    exec ray start --block --disable-usage-stats --address="$RAY_IP:$RAY_PORT" --dashboard-agent-listen-port=$agent
+' &
+
+export RAY_ADDRESS=$RAY_IP:$RAY_PORT
+run python -c '
+import os, subprocess, sys, time
+
+def nodes():
+    """Number of nodes that have joined Ray; 0 until its first one answers."""
+    count = "import ray; ray.init(logging_level=\"ERROR\"); print(sum(node[\"Alive\"] for node in ray.nodes()))"
+    done = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True)
+    return int(done.stdout) if done.returncode == 0 else 0
+
+wanted, deadline = int(os.environ["SLURM_NNODES"]), time.monotonic() + 600
+while (joined := nodes()) < wanted:
+    if time.monotonic() > deadline:
+        sys.exit(f"only {joined} of {wanted} nodes joined Ray within 10 minutes: see the lines of srun above")
+    time.sleep(5)
+'
+[ "$code" = 0 ] || [ -n "$requested" ] || exit "$code"
+
+if [ -z "$requested" ]; then
+    run python -m dis_scale.sweep "$@"
+else
+    code=75
+fi
+if [ "$code" = 75 ] && [ "$again" = yes ]; then
+    echo "queued again: the sweep continues in the next run of job $SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60 # Slurm ends this run
+fi
+exit "$code"
