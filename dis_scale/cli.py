@@ -176,6 +176,31 @@ def gc(sweep: SweepUrl, yes: Annotated[bool, typer.Option("--yes", help="Delete 
 
 
 @app.command()
+def logs(
+    sweep: SweepUrl,
+    model: Annotated[str | None, typer.Argument(help="A model: the logs of its training.", show_default=False)] = None,
+    stage: Annotated[str | None, typer.Option(help="A stage instead: prepare, precompute or evaluate.")] = None,
+    attempt: Annotated[str | None, typer.Option(help="When it began, as listed; default: the newest.")] = None,
+) -> None:
+    """List the logs that attempts left in storage, or print those of one attempt: of its driver and of each worker."""
+    from dis_scale.sweep import Sweep
+    from dis_scale.tracking import attempt_logs
+
+    opened = Sweep.open(sweep)
+    if model is not None and stage is not None:
+        raise UserError("logs: expected a model or --stage, got both")
+    if model is None and stage is None:
+        for line in attempt_logs.overview(opened):
+            _print(line)
+        return
+    if model is not None:
+        opened.run(model)  # refuses an unknown one
+    folder = opened.logs(stage or "train", model)
+    for name, text in attempt_logs.read_attempt(folder, attempt).items():
+        print(f"==> {folder}/{name} <==\n{text}")
+
+
+@app.command()
 def report(
     sweep: SweepUrl,
     published: Annotated[

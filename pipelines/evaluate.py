@@ -23,7 +23,7 @@ from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import GRID, METRICS, SKIPPED, Sampled, Sweep, state
 from dis_scale.tracking.goodput import GOODPUT
-from pipelines import devices, lines, stage
+from pipelines import devices, lines, logs, stage
 from pipelines.devices import choose_device, total_gpus
 from pipelines.places import evaluators_on, node_resources, own_gpus, requests
 from pipelines.restarts import with_restarts
@@ -340,6 +340,7 @@ def open_evaluation(
         spawn(Evaluator, request, sweep, device, shared_gpu)
         for shared_gpu, request in requests(sweep.recipe, device, gpus)
     ]
+    logs.keep_workers(workers)
     from dis_scale.evaluation import reference
     from dis_scale.evaluation.sampling import labels_of
 

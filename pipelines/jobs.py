@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import aiohttp
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from dis_scale import context
 from dis_scale.errors import DisScaleError, Held, Preempted, UserError
 from dis_scale.sweep import Sweep
 from pipelines.cluster import START_TIMEOUT_S, Cluster, own_job
@@ -134,7 +135,8 @@ def submit(cluster: Cluster, sweep: Sweep, stage: str, *arguments: str) -> Job:
         return Job(cluster, f"{prefix}-{last}", ours=False)
     command = [sys.executable, "-m", "pipelines", stage, sweep.folder.url, *arguments]
     alone = stage == "prepare" and cluster.ours
-    return _submit(cluster, f"{prefix}-{last + 1}", command, _environment(cluster, sweep, alone))
+    known = context.variable(sweep.folder.name, stage, arguments[0] if arguments else None)
+    return _submit(cluster, f"{prefix}-{last + 1}", command, _environment(cluster, sweep, alone) | known)
 
 
 def _environment(cluster: Cluster, sweep: Sweep, alone: bool) -> dict[str, str]:

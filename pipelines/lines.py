@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 PROGRESS_EVERY_S = 2.0
 _MARKS = {"progress": "@progress ", "message": "@say ", "event": "@event "}
+PROGRESS = (b"@progress ",)
+"""Beginnings of the lines of progress, which stored logs leave out."""
 _last_progress = (-1, -1, 0.0)
 
 

@@ -20,7 +20,7 @@ from dis_scale.recipe import Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sweep, state
-from pipelines import lines, stage
+from pipelines import lines, logs, stage
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
 from pipelines.sharing import Deal, capacity, share
@@ -125,6 +125,7 @@ class RayEncoders:
         count = min(self.sweep.recipe.precompute.workers, len(left), capacity(request))
         workers, self._workers = self._workers[:count], []
         workers += [spawn(Encoder, request, self.sweep, self.device) for _ in range(count - len(workers))]
+        logs.keep_workers(workers)
         self._workers = share(
             workers, work, (latents, encoding), left,
             lambda done: lines.progress(min(total - images + sum(done), total), total, unit),

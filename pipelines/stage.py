@@ -15,7 +15,7 @@ import ray
 
 from dis_scale.errors import DisScaleError, Preempted
 from dis_scale.sweep import Sweep
-from pipelines import environment, lines
+from pipelines import environment, lines, logs
 
 Program = Callable[[Sweep, list[str]], None]
 """A stage's program, given the sweep and further arguments."""
@@ -30,7 +30,10 @@ def run_program(program: Program, url: str, *arguments: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _stop.set())
     try:
-        program(Sweep.open(url, patient=True), list(arguments))
+        sweep = Sweep.open(url, patient=True)
+        logs.keep_driver(sweep)
+        program(sweep, list(arguments))
+        logs.close()
     except Exception as error:
         _exit_with(cause_of(error), error)
 
@@ -49,10 +52,11 @@ def _exit_with(cause: BaseException, error: BaseException) -> NoReturn:
     """End this job with the cause's line; with the complete traceback before it if the cause is not one of ours."""
     if isinstance(cause, DisScaleError):
         print(f"error: {cause}", flush=True)
-        os._exit(cause.exit_code)
-    traceback.print_exception(error, file=sys.stdout)
-    print(f"error: {type(cause).__name__}: {(str(cause).splitlines() or [''])[0][:300]}", flush=True)
-    os._exit(1)
+    else:
+        traceback.print_exception(error, file=sys.stdout)
+        print(f"error: {type(cause).__name__}: {(str(cause).splitlines() or [''])[0][:300]}", flush=True)
+    logs.close()
+    os._exit(cause.exit_code if isinstance(cause, DisScaleError) else 1)
 
 
 def cause_of(error: BaseException) -> BaseException:

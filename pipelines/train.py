@@ -16,6 +16,7 @@ from ray._private import state as ray_state
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from dis_scale import context
 from dis_scale.errors import OutOfMemory, StorageError
 from dis_scale.recipe import Recipe
 from dis_scale.storage import lease
@@ -23,7 +24,7 @@ from dis_scale.sweep import Sweep, state
 from dis_scale.tracking.mlflow import RunCopy
 from dis_scale.tracking.rows import RowReader
 from dis_scale.training.lanes import largest_share
-from pipelines import devices, environment, lines, nodes, stage
+from pipelines import devices, environment, lines, logs, nodes, stage
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
 from pipelines.worker import DeviceFailure, Worker, WorkerFailure, amounts, capacity, resources, spawn, watch
@@ -90,6 +91,8 @@ class Trainer(Worker):
         import torch
 
         from dis_scale.training.loop import Attempt, Start, train_model
+
+        context.facts |= {"attempt": held_lease.number, "rank": int(os.environ["RANK"])}
 
         if device == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
@@ -179,7 +182,9 @@ def _ranks(request: dict[str, Any], group: Any, world: int, device: str) -> tupl
     workers = [spawn(Trainer, request | {"scheduling_strategy": bundle}) for bundle in bundles]
     places = watch(workers, [worker.place.remote(device) for worker in workers], lambda _: None)
     order = rank_order(places)
-    return [workers[n] for n in order], [places[n] for n in order]
+    ranks = [workers[n] for n in order]
+    logs.keep_workers(ranks)
+    return ranks, [places[n] for n in order]
 
 
 def rank_order(places: Sequence[Place]) -> list[int]:

@@ -19,7 +19,9 @@ from ray._private import state as ray_state
 
 from dis_scale import faults
 from dis_scale.errors import BrokenDevice, DisScaleError, OutOfMemory, Preempted, StorageAway
-from pipelines import lines, stage
+from dis_scale.storage.folder import Folder
+from dis_scale.tracking.attempt_logs import LogName
+from pipelines import lines, logs, stage
 
 POLL_EVERY_S = 1.0
 SETTLE_S = 10.0
@@ -82,6 +84,14 @@ class Worker:
         """Return the progress, and the lines logged since the last poll."""
         new, self._lines = self._lines, []
         return self._done, new
+
+    def keep_log(self, folder: Folder, name: LogName) -> None:
+        """Keep this process's log in storage from now on."""
+        logs.keep(folder, name)
+
+    def write_log(self) -> None:
+        """Write what the log in storage does not have yet."""
+        logs.write()
 
     def stacks(self) -> str:
         """Return the stack of each thread."""
@@ -158,7 +168,10 @@ def watch(
     """
     try:
         return _watch(workers, results, report, hang_after_s, stop_early, independent, last)
-    except (WorkerFailure, StorageAway):
+    except (WorkerFailure, OutOfMemory, StorageAway, ray.exceptions.RayError) as error:
+        logs.collect(workers)
+        if not isinstance(error, WorkerFailure | StorageAway):
+            raise
         # Free the workers' resources for the next attempt now: the exception's traceback would keep the handles alive.
         for worker in workers:
             ray.kill(worker)

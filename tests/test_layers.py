@@ -22,7 +22,7 @@ SOURCES = {
 """All product code, by path."""
 
 LAYERS = [
-    "errors seeds imports recipe faults progress threads",
+    "errors seeds imports recipe faults progress threads context redaction",
     "storage",
     "sweep",
     "scan diffusion data tracking vae",
@@ -68,6 +68,7 @@ FOLDERS = {
     "resume",
     "published",
     "log",
+    "logs",
     "lease",
     "leases",
     "evidence",

@@ -190,6 +190,15 @@ class Sweep:
         """Lease of the sweep itself or of a stage; a run's own is `Run.lease`."""
         return self.leases / name
 
+    @property
+    def all_logs(self) -> Folder:
+        """Logs of all attempts, in one folder for each stage and model."""
+        return self.folder / "logs"
+
+    def logs(self, stage: str, model: str | None = None) -> Folder:
+        """Logs of the attempts of a stage, of training for one model."""
+        return self.all_logs / (f"{stage}-{model}" if model else stage)
+
     def run(self, model: str) -> Run:
         """Return the run of a model; UserError with the nearest name for an unknown one."""
         if model not in self.recipe.models:

@@ -1,0 +1,142 @@
+"""Logs of attempts in storage: bounded, there after a kill, without secrets, and never a reason to stop."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dis_scale.recipe import Recipe
+from dis_scale.redaction import redact
+from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.sweep import Sweep
+from dis_scale.tracking import attempt_logs
+from dis_scale.tracking.attempt_logs import HEAD_BYTES, TAIL_BYTES, Excerpt, LogName
+from tests.test_cli import invoke
+
+WRITES = """
+import os, sys, time
+from dis_scale.storage.folder import open_folder
+from dis_scale.tracking import attempt_logs
+attempt_logs.WRITE_EVERY_S = 0.1
+kept = attempt_logs.KeptLog(open_folder(sys.argv[1]), attempt_logs.LogName("20261121T183819", "0001"), (b"@progress ",))
+print("@progress {}", flush=True)
+os.write(1, b"NCCL WARN from C\\n")
+os.write(2, b"the key is " + os.environ["STORE_SECRET"].encode() + b"\\n")
+time.sleep(float(sys.argv[2]))
+print("last words", flush=True)
+kept.close()
+"""
+
+
+def start(folder: str | Path, seconds: float, tmp_path: Path) -> subprocess.Popen[bytes]:
+    with (tmp_path / "worker.out").open("wb") as out, (tmp_path / "worker.err").open("wb") as err:
+        return subprocess.Popen(
+            [sys.executable, "-c", WRITES, str(folder), str(seconds)], stdout=out, stderr=err,
+            env=os.environ | {"STORE_SECRET": "abc/def+1234", "DIS_SCALE_JOB": '{"stage": "train", "model": "dit"}'},
+        )  # fmt: skip
+
+
+def wait_for(folder: Folder, name: str) -> str:
+    deadline = time.monotonic() + 60
+    while not folder.exists(name):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    return folder.read(name).decode()
+
+
+def test_what_a_process_wrote_is_there_after_its_kill(tmp_path: Path, store_url: str) -> None:
+    process = start(store_url, 600, tmp_path)
+    text = wait_for(open_folder(store_url), "20261121T183819-0001.log")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert "NCCL WARN from C\n" in text
+    assert "--- err ---\nthe key is ***\n" in text
+    assert '"stage": "train", "model": "dit"' in text.splitlines()[0]
+    assert "@progress" not in text
+    assert "abc/def" not in text
+
+
+def test_a_process_that_ends_writes_the_rest(tmp_path: Path) -> None:
+    assert start(tmp_path / "logs", 0.0, tmp_path).wait(60) == 0
+    assert "last words\n" in open_folder(tmp_path / "logs").read("20261121T183819-0001.log").decode()
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("not a folder")
+    assert start(tmp_path / "logs", 0.5, tmp_path).wait(60) == 0
+    assert "last words" in (tmp_path / "worker.out").read_text()
+    assert (tmp_path / "worker.err").read_text() == "the key is abc/def+1234\n"
+
+
+def test_an_excerpt_keeps_the_first_and_the_last_lines() -> None:
+    excerpt = Excerpt()
+    for number in range(100_000):
+        excerpt.add(f"line {number}\n".encode())
+    excerpt.add(b"unfinished")
+    text = excerpt.text()
+    assert text.startswith("line 0\nline 1\n")
+    assert text.endswith("line 99999\nunfinished")
+    assert "bytes are left out here" in text
+    assert len(text) < HEAD_BYTES + TAIL_BYTES + 200
+    numbers = [int(line.split()[1]) for line in text.splitlines() if line.startswith("line")]
+    assert numbers == sorted(numbers)
+
+
+def test_a_line_without_an_end_is_bounded() -> None:
+    excerpt = Excerpt()
+    for _ in range(100):
+        excerpt.add(b"\r 12 %" * 10_000)
+    assert len(excerpt.text()) < 2 * (HEAD_BYTES + TAIL_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("tracking postgresql://user:pa55@db:5432/mlflow", "tracking postgresql://***@db:5432/mlflow"),
+        ("GET b?X-Amz-Credential=AK%2Fx&X-Amz-Signature=0f HTTP", "GET b?X-Amz-Credential=***&X-Amz-Signature=*** HTTP"),
+        ("token hf_0123456789abcdef is wrong", "token *** is wrong"),
+        ("mail me@example.org; tokenizers false", "mail me@example.org; tokenizers false"),
+    ],
+)  # fmt: skip
+def test_secrets_are_replaced(monkeypatch: pytest.MonkeyPatch, text: str, shown: str) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789abcdef")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    assert redact(text) == shown
+
+
+def test_old_attempts_are_deleted_and_the_drivers_log_stays(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path)
+    folder.write("20261101T000000-driver.log", b"of all of them")
+    for minute in range(25):
+        for process in ("0000", "0001", "0001-end"):
+            folder.write(str(LogName(f"20261121T18{minute:02d}00", process)), b"")
+    folder.write("notes.txt", b"somebody's own")
+    attempt_logs.prune(folder)
+    names = attempt_logs.listed(folder)
+    assert names[0] == ("20261101T000000", "driver")
+    assert sorted({name.begun for name in names[1:]}) == [f"20261121T18{minute:02d}00" for minute in range(5, 25)]
+    assert folder.exists("notes.txt")
+
+
+def test_the_command_lists_and_prints_an_attempt(tmp_path: Path, tiny: Recipe) -> None:
+    sweep = Sweep(open_folder(tmp_path / "tiny"), tiny)
+    sweep.save_recipe()
+    folder = sweep.logs("train", "dit")
+    for name in ("20261121T180000-driver", "20261121T180100-0000", "20261121T180200-0000", "20261121T180200-0001-end"):
+        folder.write(f"{name}.log", f"text of {name}\n".encode())
+    listed = invoke("logs", str(tmp_path / "tiny"))[1].splitlines()
+    assert [line.split()[:2] for line in listed] == [["train-dit", f"20261121T180{minute}00"] for minute in range(3)]
+    assert listed[2].split()[-2:] == ["0000", "0001-end"]
+    _, printed = invoke("logs", str(tmp_path / "tiny"), "dit")
+    assert [line for line in printed.splitlines() if line.startswith("text")] == [
+        "text of 20261121T180000-driver", "text of 20261121T180200-0000", "text of 20261121T180200-0001-end",
+    ]  # fmt: skip
+    _, printed = invoke("logs", str(tmp_path / "tiny"), "dit", "--attempt", "20261121T180100")
+    assert "text of 20261121T180100-0000" in printed
+    code, printed = invoke("logs", str(tmp_path / "tiny"), "--stage", "prepare")
+    assert (code, "no logs of the attempt" in printed) == (2, True)
