@@ -84,7 +84,8 @@ def require_shape(words: list[str]) -> None:
     given = [word for word in words if word.startswith("--")]
     assert set(given) <= flags.keys()
     values = sum(not flags[flag] for flag in given)
-    assert len(words) - len(given) - values == sum(p.param_type_name == "argument" for p in known.params)
+    arguments = [p for p in known.params if p.param_type_name == "argument"]
+    assert sum(p.required for p in arguments) <= len(words) - len(given) - values <= len(arguments)
 
 
 def sources() -> list[str]:
