@@ -3,6 +3,7 @@
 Each command imports what it needs when it runs, so that `--help` and a mistake are answered at once.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from dis_scale import jsonlog
 from dis_scale.errors import DisScaleError, UserError
+from dis_scale.jsonlog import JsonLines
 
 if TYPE_CHECKING:
     from dis_scale.plan import Plan
@@ -51,13 +54,14 @@ def sweep(recipe: RecipePath = None, overrides: Overrides = None, here: Here = F
     """Train, evaluate and report a sweep; a rerun does what is left."""
     from dis_scale.recipe import reading
 
+    console = _driver_console()
     if recipe is None:
-        _print(f"recipe   {EMBEDDED.name} (the embedded example: no recipe was given)")
+        console.print(f"recipe   {EMBEDDED.name} (the embedded example: no recipe was given)", highlight=False)
     settings = reading.load(recipe or EMBEDDED, overrides)
 
     from pipelines.sweep import run_sweep
 
-    run_sweep(settings, _console(), here)
+    run_sweep(settings, console, here)
 
 
 @app.command()
@@ -66,7 +70,7 @@ def resume(sweep: SweepUrl, overrides: Overrides = None, here: Here = False) -> 
     from dis_scale.sweep import Sweep
     from pipelines.sweep import resume_sweep
 
-    resume_sweep(Sweep.open(sweep), overrides or [], _console(), here)
+    resume_sweep(Sweep.open(sweep), overrides or [], _driver_console(), here)
 
 
 @app.command()
@@ -434,6 +438,11 @@ def _plan(sweep: "Sweep") -> "Plan":
     return price_sweep(sweep.recipe, shape)
 
 
+def _driver_console() -> Console:
+    """The console of a command that runs a sweep: as `_console`, or one JSON line for each of its lines."""
+    return Console(file=JsonLines(sys.stdout), width=120) if jsonlog.wanted() else _console()
+
+
 def _console() -> Console:
     """The terminal, or 120 characters if the output is not one."""
     return Console(width=None if sys.stdout.isatty() else 120)
@@ -472,8 +481,12 @@ def main(arguments: list[str] | None = None) -> None:
     except DisScaleError as error:
         if "--debug" in words:
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        if words[:1] in (["sweep"], ["resume"]):
+        drives = words[:1] in (["sweep"], ["resume"])
+        words_of_error = f"error: {error}"
+        if drives and os.environ.get(jsonlog.VARIABLE) == "json":
+            words_of_error = jsonlog.entry("error", "error", message=str(error))
+        print(words_of_error, file=sys.stderr, flush=True)
+        if drives:
             from pipelines.jobs import end_own_job
 
             end_own_job(error.exit_code)

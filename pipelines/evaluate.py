@@ -359,7 +359,7 @@ def evaluate_one(evaluation: Evaluation, sampled: Sampled, skipped: set[Sampled]
     except DisScaleError as error:
         why = str(stage.cause_of(error))
         lines.emit("skip", model=sampled.model, images=sampled.images_seen, variant=sampled.variant)
-        lines.say(f"skipped: {sampled}: {why}")
+        lines.say(f"skipped: {sampled}: {why}", level="warning")
         evaluation.sweep.evaluation(sampled).write_json(SKIPPED, {"why": why})
         skipped.add(sampled)
         return

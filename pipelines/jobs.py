@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 import aiohttp
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from dis_scale import context
+from dis_scale import context, jsonlog
 from dis_scale.errors import DisScaleError, Held, Preempted, UserError
 from dis_scale.sweep import Sweep
+from pipelines import lines
 from pipelines.cluster import START_TIMEOUT_S, Cluster, own_job
 from pipelines.environment import KEEP_FREED_MEMORY, PASSIVE, SPINNING
 
@@ -104,7 +105,7 @@ class Job:
     def reason(self) -> str:
         """Return why a job ended: its own error line, otherwise Ray's message."""
         self.lines()
-        errors = [line.removeprefix("error: ") for line in self._tail if line.startswith("error: ")]
+        errors = [line.text for line in map(lines.parse, self._tail) if line and line.kind == "error"]
         return errors[-1] if errors else (self.cluster.client.get_job_info(self.id).message or "no message").strip()
 
     def error(self, words: str) -> DisScaleError:
@@ -142,6 +143,7 @@ def submit(cluster: Cluster, sweep: Sweep, stage: str, *arguments: str) -> Job:
 def _environment(cluster: Cluster, sweep: Sweep, alone: bool) -> dict[str, str]:
     """Variables that a job's processes read when they start. `alone`: no other process of ours shares their cores."""
     job = {"RAY_JOB_STOP_WAIT_TIME_S": str(int(sweep.recipe.grace_s)), "PYTHONUNBUFFERED": "1"}
+    job |= {jsonlog.VARIABLE: "json"} if jsonlog.wanted() else {}
     waiting = SPINNING if alone else PASSIVE
     return KEEP_FREED_MEMORY | waiting | cluster.runtime_env.get("env_vars", {}) | job
 

@@ -27,10 +27,12 @@ def record_failure(sweep: Sweep, model: str, node_id: str, why: str) -> None:
     state.record_node_failure(sweep.run(model), name, why)
     failures = state.node_failures(sweep)[name]
     lines.emit("node_failure", model=model, node=name, failures=failures)
-    lines.say(f"{model}: node {name}: failure {failures} of its devices: {why}")
+    lines.say(f"{model}: node {name}: failure {failures} of its devices: {why}", level="warning")
     if failures >= MOST_FAILURES:
         lines.emit("node_excluded", model=model, node=name)
-        lines.say(f"{model}: node {name} is excluded after {failures} failures: drain it, or repair it")
+        lines.say(
+            f"{model}: node {name} is excluded after {failures} failures: drain it, or repair it", level="warning"
+        )
 
 
 def excluded(sweep: Sweep, enough: Callable[[Collection[str]], bool]) -> list[str]:

@@ -40,7 +40,8 @@ def with_restarts(
         left = recipe.train.restarts - len(failures)
         lines.emit("restart", job=name, done=failure.done, left=left)
         lines.say(
-            f"{name}: {failure}; restart from the stored state in {wait_s:.0f} s, {left} more attempts without progress"
+            f"{name}: {failure}; restart from the stored state in {wait_s:.0f} s, {left} more attempts without progress",
+            level="warning",
         )
         stage.pause(wait_s)
         stage.raise_if_stopped()

@@ -43,18 +43,25 @@ def _log_to_stdout() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("ray").setLevel(logging.ERROR)
     shown = logging.StreamHandler(sys.stdout)
-    shown.setFormatter(logging.Formatter(lines.message("%(message)s")))
+    shown.setFormatter(_Messages())
     logging.getLogger("dis_scale").addHandler(shown)
     logging.getLogger("dis_scale").propagate = False
+
+
+class _Messages(logging.Formatter):
+    """Warnings of ours as messages to the sweep."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return lines.message(super().format(record), record.levelname.lower())
 
 
 def _exit_with(cause: BaseException, error: BaseException) -> NoReturn:
     """End this job with the cause's line; with the complete traceback before it if the cause is not one of ours."""
     if isinstance(cause, DisScaleError):
-        print(f"error: {cause}", flush=True)
+        lines.fail(str(cause))
     else:
         traceback.print_exception(error, file=sys.stdout)
-        print(f"error: {type(cause).__name__}: {(str(cause).splitlines() or [''])[0][:300]}", flush=True)
+        lines.fail(f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0][:300]}")
     logs.close()
     os._exit(cause.exit_code if isinstance(cause, DisScaleError) else 1)
 

@@ -14,7 +14,7 @@ from threading import Event
 
 from rich.console import Console
 
-from dis_scale import report, vae
+from dis_scale import context, jsonlog, report, vae
 from dis_scale.data.sources import open_source
 from dis_scale.errors import DisScaleError, Held, Preempted, UserError
 from dis_scale.evaluation.features import require_weights
@@ -70,6 +70,7 @@ def run_sweep(recipe: Recipe, console: Console, here: bool = False) -> None:
     store = open_folder(require_root(recipe))
     storage = recipe.storage.model_copy(update={"root": store.url})
     sweep = Sweep.below(store, recipe.model_copy(update={"storage": storage}))
+    context.facts["sweep"] = recipe.name
     console.print(f"sweep    {sweep}", highlight=False, soft_wrap=True)
     _require_same_identity(sweep)
     plan = price_sweep(sweep.recipe, vae.latent_shape(recipe.vae, recipe.data.resolution))
@@ -306,10 +307,13 @@ def _poll(driver: Driver, job: Job, name: str) -> None:
     """Show what the job logged since the last poll; raise Preempted if this process was asked to stop."""
     if driver.stop_requested.is_set():
         raise Preempted(f"stopped as requested; {_how_to_continue(driver.sweep)}")
-    for line in filter(None, map(lines.parse, job.lines())):
-        if line.kind == "progress":
+    for raw in job.lines():
+        line = lines.parse(raw)
+        if line and line.kind == "progress":
             driver.board.update(name, **line.facts)
-        elif line.kind == "message":
+        elif line and jsonlog.wanted():
+            lines.write(raw)
+        elif line and line.kind == "message":
             driver.board.say(f"  {line.text}")
 
 

@@ -69,6 +69,10 @@ class Trainer(Worker):
         except Exception as error:  # a record in another format must not cost the stacks
             return f"{super().stacks()}no record of collectives: {error!r}\n"
 
+    def report(self, done: int) -> None:
+        super().report(done)
+        context.facts["images"] = done
+
     def check(self, rank_environment: dict[str, Any], device: str) -> None:
         """Join the process group and check this worker's device and connections; BrokenDevice if one fails."""
         os.environ.update({key: str(value) for key, value in rank_environment.items()})
@@ -162,6 +166,7 @@ def _attempt(sweep: Sweep, model: str, device: str, failure: WorkerFailure | Non
                 )
 
             def report(done: list[int]) -> None:
+                context.facts["images"] = max(done)
                 lines.progress(max(done), settings.images, "images")
 
             # After the last step there is only storage to wait for, which has a patience of its own.

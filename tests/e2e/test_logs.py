@@ -1,4 +1,4 @@
-"""A rank that crashes: the stacks that its crash handler wrote are in storage when its cluster is gone."""
+"""A rank that crashes: the stacks that its crash handler wrote are in storage when its cluster is gone. The logs are JSON."""
 
 import json
 import os
@@ -6,6 +6,9 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
+from dis_scale import jsonlog
 from dis_scale.sweep import Sweep
 from dis_scale.tracking import attempt_logs
 from pipelines import jobs
@@ -26,7 +29,8 @@ def pid_of_rank_1(sweep: Sweep) -> int:
         time.sleep(0.2)
 
 
-def test_the_stacks_of_a_crash_are_kept(tmp_path: Path) -> None:
+def test_the_stacks_of_a_crash_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(jsonlog.VARIABLE, "json")
     sweep = clusters.sweep_to_train(
         tmp_path, f"models={stages.ONE_MODEL}", "train.publish_images=[0, 160, 320000]", "train.resume_every_images=160"
     )
@@ -44,6 +48,12 @@ def test_the_stacks_of_a_crash_are_kept(tmp_path: Path) -> None:
     assert "Fatal Python error: Segmentation fault" in crashed
     driver = next(text for name, text in texts.items() if name.process == "driver")
     assert "a worker was lost" in driver
+    entries = [json.loads(line) for line in driver.splitlines() if line.startswith('{"kind"')]
+    (crash,) = [entry for entry in entries if entry.get("event") == "restart"]
+    assert (crash["sweep"], crash["stage"], crash["model"]) == ("tiny", "train", "dit")
+    of_ranks = [entry for entry in entries if entry["rank"] == 0]
+    assert {entry["attempt"] for entry in of_ranks} == {1, 2}
+    assert of_ranks[-1]["images"] > 0
     _, printed = invoke("logs", sweep.folder.url, "dit", "--attempt", second)
     assert '"attempt": 2, "rank": 0' in printed
     assert '"attempt": 2, "rank": 1' in printed
