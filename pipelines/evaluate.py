@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import GRID, METRICS, SKIPPED, Sampled, Sweep, state
 from dis_scale.tracking.goodput import GOODPUT
-from pipelines import devices, lines, logs, stage
+from pipelines import devices, lines, logs, metrics, stage
 from pipelines.devices import choose_device, total_gpus
 from pipelines.places import evaluators_on, node_resources, own_gpus, requests
 from pipelines.restarts import with_restarts
@@ -226,11 +226,15 @@ def evaluate_published(sweep: Sweep, _: list[str]) -> None:
             over = evaluate_all(sweep, evaluation, skipped, moves)
             evaluation.evaluators.end()
 
-    with lease.hold(sweep.lease("evaluate")):
+    with lease.hold(sweep.lease("evaluate")), metrics.refreshing(partial(show_backlog, sweep)):
         try:
             with_restarts(recipe, "evaluate", attempt, lambda: evaluated_count(sweep))
         except OutOfMemory as error:
             raise OutOfMemory(f"{error}; needs less memory: smaller evaluate.batch_images") from error
+
+
+def show_backlog(sweep: Sweep) -> None:
+    metrics.gauge("evaluation_backlog", len(state.evaluations_left(sweep)))
 
 
 def _await_gpus(sweep: Sweep) -> int:

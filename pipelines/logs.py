@@ -54,7 +54,7 @@ def keep_workers(workers: Sequence[Any]) -> None:
     for number, worker in enumerate(workers):
         name = LogName(begun, f"{number:04d}")
         _workers[worker._actor_id.hex()] = (_own.folder, name)
-        worker.keep_log.remote(_own.folder, name)
+        worker.observe.remote(_own.folder, name)
 
 
 def write() -> None:

@@ -35,6 +35,11 @@ def record_failure(sweep: Sweep, model: str, node_id: str, why: str) -> None:
         )
 
 
+def failed(sweep: Sweep) -> list[str]:
+    """Return the names of the nodes that had so many failures that placement avoids them, whether they are alive or not."""
+    return sorted(name for name, failures in state.node_failures(sweep).items() if failures >= MOST_FAILURES)
+
+
 def excluded(sweep: Sweep, enough: Callable[[Collection[str]], bool]) -> list[str]:
     """Return the ids of the nodes to avoid; none, with a line, unless the other nodes are `enough` without them."""
     failures = state.node_failures(sweep)

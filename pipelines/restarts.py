@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import ray
 
+from dis_scale import counts
 from dis_scale.errors import DisScaleError, StorageAway
 from dis_scale.recipe import Recipe
 from pipelines import lines, stage
@@ -38,6 +39,7 @@ def with_restarts(
             raise DisScaleError(_last_words(name, failures)) from failure
         wait_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (len(failures) - 2)) if len(failures) > 1 else 0.0
         left = recipe.train.restarts - len(failures)
+        counts.add(counts.RESTARTS)
         lines.emit("restart", job=name, done=failure.done, left=left)
         lines.say(
             f"{name}: {failure}; restart from the stored state in {wait_s:.0f} s, {left} more attempts without progress",

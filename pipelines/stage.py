@@ -15,7 +15,7 @@ import ray
 
 from dis_scale.errors import DisScaleError, Preempted
 from dis_scale.sweep import Sweep
-from pipelines import environment, lines, logs
+from pipelines import environment, lines, logs, metrics
 
 Program = Callable[[Sweep, list[str]], None]
 """A stage's program, given the sweep and further arguments."""
@@ -87,6 +87,7 @@ def connect() -> None:
     """Join the cluster that this job runs on."""
     with keeping_handlers():
         ray.init(log_to_driver=False, logging_level="ERROR")
+    metrics.start()
 
 
 def stop_requested() -> bool:

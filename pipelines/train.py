@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
@@ -24,7 +25,7 @@ from dis_scale.sweep import Sweep, state
 from dis_scale.tracking.mlflow import RunCopy
 from dis_scale.tracking.rows import RowReader
 from dis_scale.training.lanes import largest_share
-from pipelines import devices, environment, lines, logs, nodes, stage
+from pipelines import devices, environment, lines, logs, metrics, nodes, stage
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
 from pipelines.worker import DeviceFailure, Worker, WorkerFailure, amounts, capacity, resources, spawn, watch
@@ -132,7 +133,8 @@ def train_one(sweep: Sweep, arguments: list[str]) -> None:
         return images_seen
 
     copy = RunCopy(sweep, model)
-    with _copying(copy, RowReader(run.log)):
+    gauges = partial(_show_run, sweep, model)
+    with _copying(copy, RowReader(run.log)), metrics.refreshing(gauges):
         try:
             images_seen = with_restarts(sweep.recipe, model, attempts, lambda: state.resumable_images(run))
         except OutOfMemory as error:
@@ -140,6 +142,10 @@ def train_one(sweep: Sweep, arguments: list[str]) -> None:
     if images_seen < sweep.recipe.train.images:
         stage.raise_if_stopped()
     copy.finish("FINISHED")
+
+
+def _show_run(sweep: Sweep, model: str) -> None:
+    metrics.show_run(sweep, model, len(nodes.failed(sweep)))
 
 
 def _attempt(sweep: Sweep, model: str, device: str, failure: WorkerFailure | None) -> int:
@@ -303,12 +309,14 @@ def _can_grow(sweep: Sweep, model: str, bundle: dict[str, float], world: int, av
 
 @contextlib.contextmanager
 def _copying(copy: RunCopy, rows: RowReader) -> Iterator[None]:
-    """Copy rows to MLflow from a thread of its own: an MLflow that hangs does not delay training."""
-    over = threading.Event()
+    """Copy rows to metrics and to MLflow from a thread of its own: an MLflow that hangs does not delay training."""
+    over, began_at = threading.Event(), time.time()
 
     def send() -> None:
         for batch in rows.batches():
+            metrics.show_rows(batch, copy.sweep.recipe.train, began_at)
             copy.send(batch)
+        metrics.gauge("mlflow_away", float(copy.away))
 
     def run() -> None:
         while not over.wait(COPY_EVERY_S):

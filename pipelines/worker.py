@@ -21,7 +21,7 @@ from dis_scale import faults
 from dis_scale.errors import BrokenDevice, DisScaleError, OutOfMemory, Preempted, StorageAway
 from dis_scale.storage.folder import Folder
 from dis_scale.tracking.attempt_logs import LogName
-from pipelines import lines, logs, stage
+from pipelines import lines, logs, metrics, stage
 
 POLL_EVERY_S = 1.0
 SETTLE_S = 10.0
@@ -85,9 +85,10 @@ class Worker:
         new, self._lines = self._lines, []
         return self._done, new
 
-    def keep_log(self, folder: Folder, name: LogName) -> None:
-        """Keep this process's log in storage from now on."""
+    def observe(self, folder: Folder, name: LogName) -> None:
+        """Keep this process's log in storage, and export its metrics, from now on."""
         logs.keep(folder, name)
+        metrics.start()
 
     def write_log(self) -> None:
         """Write what the log in storage does not have yet."""

@@ -22,7 +22,7 @@ SOURCES = {
 """All product code, by path."""
 
 LAYERS = [
-    "errors seeds imports recipe faults progress threads context redaction jsonlog",
+    "errors seeds imports recipe faults progress threads context redaction jsonlog counts",
     "storage",
     "sweep",
     "scan diffusion data tracking vae",

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from dis_scale import counts
 from dis_scale.storage import manifest
 
 _OURS = re.compile(r"[0-9a-f]{64}(\.part)?")
@@ -48,6 +49,7 @@ class Cache:
         """Return the shard of a manifest's entry: cached, or by `fetch`, in one process of the node at a time."""
         with self._locked(f"lock-{int(entry['sha256'], 16) % _LOCKS:02d}"):
             data = self._cached(entry)
+            counts.add(counts.CACHE_MISSES if data is None else counts.CACHE_HITS)
             if data is None:
                 data = fetch()
                 self._store(entry, data)

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from dis_scale import faults
+from dis_scale import counts, faults
 from dis_scale.errors import DisScaleError, StorageAway, StorageError, StorageFull, UserError
 
 T = TypeVar("T")
@@ -317,6 +317,7 @@ def _client(url: str) -> tuple[Any, str]:
 def _with_retries(action: Callable[[], T], what: str, tries: int, store: tuple[str, str] | None = None) -> T:
     """Return the action's result. A refusal by a `store` that allowed the same before is temporary: keys expire and are rotated."""
     for attempt in range(tries):
+        began_s = time.monotonic()
         try:
             done = action()
             if store:
@@ -334,7 +335,9 @@ def _with_retries(action: Callable[[], T], what: str, tries: int, store: tuple[s
                 raise kind(f"{what}: {cause}") from error
             if attempt == tries - 1:
                 raise StorageAway(f"{what}: {cause}") from error
+        counts.add(counts.STORAGE_RETRIES)
         time.sleep(_FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))  # jitter: many workers share one store
+        counts.add(counts.STORAGE_AWAY_S, time.monotonic() - began_s)
     raise AssertionError("unreachable")
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from dis_scale import counts
 from dis_scale.errors import DisScaleError, Held
 from dis_scale.storage.folder import Folder
 
@@ -62,6 +63,8 @@ def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
             raise Held(
                 f"{folder}: process {first['pid']} on {first['host']} took the lease first: one writer at a time", first
             )
+    if latest and not folder.exists(f"{latest:04d}.end"):
+        counts.add(counts.TAKEOVERS)
     ended = threading.Event()
     threading.Thread(target=_send_heartbeats, args=(lease, ended), daemon=True, name="lease").start()
     why = ""

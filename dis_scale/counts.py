@@ -1,0 +1,27 @@
+"""Totals of this process since its start, for metrics: each is counted where it happens and exported by pipelines/metrics.py."""
+
+import threading
+
+RESTARTS, TAKEOVERS = "restarts", "lease_takeovers"
+STORAGE_RETRIES, STORAGE_AWAY_S = "storage_retries", "storage_away_seconds"
+CACHE_HITS, CACHE_MISSES = "cache_hits", "cache_misses"
+MEANINGS = {
+    RESTARTS: "Attempts that ended by an accident and were followed by another.",
+    TAKEOVERS: "Leases taken over from a holder that did not end them.",
+    STORAGE_RETRIES: "Requests to storage that failed and were tried again.",
+    STORAGE_AWAY_S: "Seconds in which a request waited for storage that did not answer, over all threads.",
+    CACHE_HITS: "Shards read from the node's cache.",
+    CACHE_MISSES: "Shards read from storage because the node's cache did not have them.",
+}
+"""Each total, by its name without the prefix and suffix that the exporter adds."""
+_totals, _lock = dict.fromkeys(MEANINGS, 0.0), threading.Lock()
+
+
+def add(name: str, amount: float = 1.0) -> None:
+    with _lock:
+        _totals[name] += amount
+
+
+def totals() -> dict[str, float]:
+    with _lock:
+        return dict(_totals)

@@ -1,0 +1,134 @@
+"""What operators see of a rank that crashes: the stacks of its crash handler in storage, JSON logs, metrics at Ray's exporter."""
+
+import json
+import os
+import re
+import signal
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from dis_scale import counts, jsonlog
+from dis_scale.sweep import Sweep
+from dis_scale.tracking import attempt_logs
+from pipelines import jobs, metrics
+from pipelines.cluster import Cluster, open_cluster
+from tests.support import clusters, stages, sweeps
+from tests.support.clusters import Events
+from tests.test_cli import invoke
+
+NOT_OF_TRAINING = {"evaluation_backlog"}
+
+
+class Observed(NamedTuple):
+    """A model's training, after its cluster has gone; its metrics while it ran, and after it had ended on a living cluster."""
+
+    sweep: Sweep
+    running: dict[str, list[float]]
+    ended: dict[str, list[float]]
+
+
+@pytest.fixture(scope="module")
+def observed(tmp_path_factory: pytest.TempPathFactory) -> Observed:
+    sweep = clusters.sweep_to_train(
+        tmp_path_factory.mktemp("store"), f"models={stages.ONE_MODEL}", "train.publish_images=[0, 160, 3200000]",
+        "train.resume_every_images=160",
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(jsonlog.VARIABLE, "json")
+        with open_cluster(sweep.recipe) as cluster:
+            events = Events(job := jobs.submit(cluster, sweep, "train", "dit"))
+            events.wait("work")
+            os.kill(pid_of_rank_1(sweep), signal.SIGSEGV)
+            events.wait("restart")
+            events.wait("work")
+            expected = (metrics.GAUGES.keys() - NOT_OF_TRAINING) | {f"{name}_total" for name in counts.MEANINGS}
+            running = scrape_until(cluster, lambda values: expected <= values.keys() and values["attempts"] == [2])
+            job.stop()
+            assert clusters.wait_for_end(job) == "STOPPED"
+            ended = scrape_until(cluster, lambda values: not values.keys() & metrics.GAUGES.keys())
+    return Observed(sweep, running, ended)
+
+
+def pid_of_rank_1(sweep: Sweep) -> int:
+    """Return the process id that its stored log names."""
+    folder, deadline = sweep.logs("train", "dit"), time.monotonic() + sweeps.TIMEOUT_S
+    while True:
+        for name in attempt_logs.listed(folder):
+            if name.process == "0001":
+                return int(json.loads(folder.read(str(name)).splitlines()[0])["pid"])
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def scrape_until(cluster: Cluster, true: Callable[[dict[str, list[float]]], bool]) -> dict[str, list[float]]:
+    """Return our metrics of model dit by name, each without its prefix, as Prometheus would read them."""
+    (group,) = json.loads(Path(f"/tmp/{cluster.id}/prom_metrics_service_discovery.json").read_text())
+    deadline = time.monotonic() + 200
+    while True:
+        values: dict[str, list[float]] = {}
+        for target in group["targets"]:
+            with urllib.request.urlopen(f"http://{target}/metrics", timeout=30) as answer:
+                for line in answer.read().decode().splitlines():
+                    if found := re.fullmatch(r'ray_dis_scale_(\w+)\{.*model="dit".*sweep="tiny".*\} (\S+)', line):
+                        values.setdefault(found[1], []).append(float(found[2]))
+        if true(values):
+            return values
+        assert time.monotonic() < deadline, values
+        time.sleep(2)
+
+
+def logs_of(sweep: Sweep) -> list[str]:
+    """Return when each attempt's logs begin."""
+    return sorted({n.begun for n in attempt_logs.listed(sweep.logs("train", "dit")) if n.process != "driver"})
+
+
+def test_the_stacks_of_a_crash_are_kept(observed: Observed) -> None:
+    first, second = logs_of(observed.sweep)
+    texts = attempt_logs.read_attempt(observed.sweep.logs("train", "dit"), first)
+    (crashed,) = [text for name, text in texts.items() if name.process.endswith("-end")]
+    assert "Fatal Python error: Segmentation fault" in crashed
+    driver = next(text for name, text in texts.items() if name.process == "driver")
+    assert "a worker was lost" in driver
+    _, printed = invoke("logs", observed.sweep.folder.url, "dit", "--attempt", second)
+    assert '"attempt": 2, "rank": 0' in printed
+    assert '"attempt": 2, "rank": 1' in printed
+
+
+def test_each_event_is_json_with_its_facts(observed: Observed) -> None:
+    folder = observed.sweep.logs("train", "dit")
+    (driver,) = [name for name in attempt_logs.listed(folder) if name.process == "driver"]
+    lines = folder.read(str(driver)).decode().splitlines()
+    entries = [json.loads(line) for line in lines if line.startswith('{"kind"')]
+    (crash,) = [entry for entry in entries if entry.get("event") == "restart"]
+    assert (crash["sweep"], crash["stage"], crash["model"]) == ("tiny", "train", "dit")
+    of_ranks = [entry for entry in entries if entry["rank"] == 0]
+    assert {entry["attempt"] for entry in of_ranks} == {1, 2}
+    assert of_ranks[-1]["images"] > 0
+
+
+def test_the_metrics_of_training_are_exported(observed: Observed) -> None:
+    values, now = observed.running, time.time()
+    assert {name: len(values[name]) for name in metrics.GAUGES if name in values} == dict.fromkeys(
+        metrics.GAUGES.keys() - NOT_OF_TRAINING, 1
+    ), "each gauge comes from one process"
+    (rate,), (step_s,), (interval_s,) = (
+        values[n] for n in ("images_per_second", "step_seconds", "resume_interval_seconds")
+    )
+    assert rate > 0
+    assert step_s == pytest.approx(16 / rate, rel=0.9), "two gauges of one scrape may be of two rows"
+    assert interval_s == pytest.approx(10 * step_s, rel=0.9)
+    assert now - 600 < values["resume_point_timestamp_seconds"][0] < now
+    assert 0 < values["goodput_ratio"][0] <= 1
+    assert sum(values["restarts_total"]) == 1
+    assert sum(values["lease_takeovers_total"]) == sum(values["storage_retries_total"]) == 0
+    assert values["mlflow_away"] == [1], "this training has no run in MLflow"
+    assert values["skipped_steps"] == values["failed_nodes"] == [0]
+
+
+def test_the_gauges_of_an_ended_run_disappear(observed: Observed) -> None:
+    assert observed.ended.keys() == {f"{name}_total" for name in counts.MEANINGS}

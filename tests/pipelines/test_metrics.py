@@ -1,0 +1,80 @@
+"""Metrics: what is counted where, and which rows set which gauge. That Ray exports them is in tests/e2e/test_operations.py."""
+
+from pathlib import Path
+
+import pytest
+
+from dis_scale import counts
+from dis_scale.data.cache import Cache
+from dis_scale.errors import StorageAway
+from dis_scale.recipe import Recipe
+from dis_scale.storage import lease, manifest
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import METRICS, Sampled, Sweep
+from dis_scale.tracking.rows import Row
+from pipelines import evaluate, metrics
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """The gauges that the test sets."""
+    gauges: dict[str, float] = {}
+    monkeypatch.setattr(metrics, "gauge", gauges.__setitem__)
+    return gauges
+
+
+def counted(name: str, before: dict[str, float]) -> float:
+    return counts.totals()[name] - before[name]
+
+
+def test_retries_and_the_time_away_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise ConnectionError("away")
+
+    monkeypatch.setattr("dis_scale.faults.at", away)
+    before = counts.totals()
+    with pytest.raises(StorageAway):
+        open_folder(tmp_path).write("x", b"")
+    assert counted(counts.STORAGE_RETRIES, before) == 4
+    assert counted(counts.STORAGE_AWAY_S, before) > 0.2 * 15 * 0.5
+
+
+def test_hits_and_misses_of_the_cache_are_counted(tmp_path: Path) -> None:
+    before, cache = counts.totals(), Cache(tmp_path, 2**20, print)
+    entry = manifest.digest(b"shard")
+    for _ in range(3):
+        assert cache.get(entry, lambda: b"shard") == b"shard"
+    assert (counted(counts.CACHE_MISSES, before), counted(counts.CACHE_HITS, before)) == (1, 2)
+
+
+def test_a_lease_that_was_not_ended_is_counted_as_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, before = open_folder(tmp_path), counts.totals()
+    for _ in range(2):
+        with lease.hold(folder):
+            pass
+    assert counted(counts.TAKEOVERS, before) == 0
+    (tmp_path / "0002.end").unlink()
+    monkeypatch.setattr(lease, "_live_holder", lambda *_: None)
+    with lease.hold(folder):
+        pass
+    assert counted(counts.TAKEOVERS, before) == 1
+
+
+def test_rows_of_an_earlier_driver_set_no_gauge(tiny: Recipe, shown: dict[str, float]) -> None:
+    rows = [Row("loss", 0.5, 160, 90.0), Row("images_per_s", 32.0, 320, 110.0), Row("goodput", 0.9, 320, 110.0)]
+    metrics.show_rows(rows, tiny.train, since=100.0)
+    assert shown == {
+        "images_seen": 320, "row_timestamp_seconds": 110.0, "images_per_second": 32.0, "step_seconds": 0.5,
+        "resume_interval_seconds": 2.5,
+    }  # fmt: skip
+
+
+def test_the_backlog_counts_what_is_published_and_not_evaluated(
+    tmp_path: Path, tiny: Recipe, shown: dict[str, float]
+) -> None:
+    sweep = Sweep(open_folder(tmp_path), tiny)
+    for images in (0, 160):
+        manifest.put(sweep.run("dit").published_at(images), {})
+    sweep.evaluation(Sampled("dit", 0)).write_json(METRICS, {})
+    evaluate.show_backlog(sweep)
+    assert shown == {"evaluation_backlog": 3}, "two checkpoints under two settings, less one"
