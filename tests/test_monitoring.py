@@ -1,0 +1,111 @@
+"""Alerts and dashboard: their queries are valid, name metrics that the product exports, and lead to a runbook.
+
+Promtool checks queries and runs the alerts' own tests; without it (Debian: apt-get install prometheus) these tests are skipped.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dis_scale import counts
+from pipelines import metrics
+
+ROOT = Path(__file__).parent.parent
+PROMETHEUS = ROOT / "ops" / "prometheus"
+DASHBOARD = ROOT / "ops" / "grafana" / "dashboard.json"
+EXPORTED = {f"ray_dis_scale_{name}" for name in [*metrics.GAUGES, *(f"{total}_total" for total in counts.MEANINGS)]}
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool is missing: apt-get install prometheus"
+)
+
+
+def alerts() -> list[dict[str, Any]]:
+    (group,) = yaml.safe_load((PROMETHEUS / "alerts.yaml").read_text())["groups"]
+    rules: list[dict[str, Any]] = group["rules"]
+    return rules
+
+
+def panels() -> list[dict[str, Any]]:
+    shown: list[dict[str, Any]] = json.loads(DASHBOARD.read_text())["panels"]
+    return shown
+
+
+def queries() -> list[str]:
+    """Return the dashboard's queries as Grafana sends them, its variables replaced."""
+    return [re.sub(r"\$\w+", ".*", target["expr"]) for panel in panels() for target in panel["targets"]]
+
+
+def metrics_in(texts: list[str]) -> set[str]:
+    return {name for text in texts for name in re.findall(r"ray_\w+", text)}
+
+
+def promtool(*arguments: object) -> None:
+    done = subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_alerts_use_metrics_that_exist() -> None:
+    used = metrics_in([rule["expr"] for rule in alerts()])
+    assert len(used) >= len(alerts())
+    assert used - EXPORTED == set()
+
+
+def test_the_dashboard_shows_every_metric() -> None:
+    variables = json.loads(DASHBOARD.read_text())["templating"]["list"]
+    assert metrics_in(queries()) == EXPORTED
+    assert metrics_in([variable.get("definition", "") for variable in variables]) <= EXPORTED
+
+
+def test_panels_have_their_own_ids_and_places() -> None:
+    ids = [panel["id"] for panel in panels()]
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels()]
+    assert len(set(ids)) == len(set(places)) == len(panels())
+    assert all(target["datasource"]["uid"] == "${datasource}" for panel in panels() for target in panel["targets"])
+
+
+def test_each_alert_names_its_runbook_and_has_a_test() -> None:
+    tested = (PROMETHEUS / "alerts_test.yaml").read_text()
+    for rule in alerts():
+        assert (ROOT / rule["annotations"]["runbook"]).is_file()
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert re.search(rf"\b{rule['alert']}\b", tested)
+
+
+def test_names_follow_prometheus() -> None:
+    """A total ends in _total, a quantity in its unit; neither repeats the prefix."""
+    assert all(re.fullmatch(r"ray_dis_scale_[a-z][a-z_]*[a-z]", name) for name in EXPORTED)
+    assert [name for name in metrics.GAUGES if name.endswith(("_total", "_count", "_sum", "_bucket", "_s"))] == []
+
+
+@needs_promtool
+def test_promtool_accepts_the_files() -> None:
+    promtool("check", "rules", PROMETHEUS / "alerts.yaml")
+    promtool("check", "config", PROMETHEUS / "prometheus.yaml")
+    promtool("test", "rules", PROMETHEUS / "alerts_test.yaml")
+
+
+@needs_promtool
+def test_promtool_parses_the_dashboards_queries(tmp_path: Path) -> None:
+    rules = [{"record": f"panel_{number}", "expr": query} for number, query in enumerate(queries())]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
+    promtool("check", "rules", tmp_path / "rules.yaml")
+
+
+def test_the_pod_monitor_keeps_our_metrics() -> None:
+    spec = yaml.safe_load((PROMETHEUS / "pod-monitor.yaml").read_text())["spec"]
+    (endpoint,) = spec["podMetricsEndpoints"]
+    (keep,) = endpoint["metricRelabelings"]
+    assert {name for name in EXPORTED if not re.fullmatch(keep["regex"], name)} == set()
+    assert endpoint["port"] == "metrics"
+    declared = [
+        port
+        for path in (ROOT / "cluster").glob("*.yaml")
+        for port in re.findall(r"containerPort: (\d+), name: metrics", path.read_text())
+    ]
+    assert set(declared) <= {"8080"}, "Ray exports at KubeRay's default port"
