@@ -15,7 +15,7 @@ from ray._private import state as ray_state
 from ray.util.state import get_log
 
 from dis_scale import context
-from dis_scale.storage.folder import Folder
+from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep
 from dis_scale.tracking import attempt_logs
 from dis_scale.tracking.attempt_logs import DRIVER, Excerpt, KeptLog, LogName
@@ -39,7 +39,9 @@ def keep(folder: Folder, name: LogName) -> None:
 def keep_driver(sweep: Sweep) -> None:
     """Keep the log of this driver, if it is that of a stage's job."""
     if stage := context.facts.get("stage"):
-        folder = sweep.logs(stage, context.facts.get("model"))
+        folder = open_folder(
+            sweep.logs(stage, context.facts.get("model")).url
+        )  # impatient: nobody waits long for a log
         attempt_logs.prune(folder)
         keep(folder, LogName(attempt_logs.stamp(), DRIVER))
 
@@ -71,9 +73,14 @@ def close() -> None:
 
 def collect(workers: Sequence[Any]) -> None:
     """Let the workers of a failed attempt write the rest of their logs; store the end of the log of each that cannot."""
-    if not _workers:
-        return
-    kept = [w for w in workers if w._actor_id.hex() in _workers and ray_state.actors(w._actor_id.hex())["Pid"]]
+    with contextlib.suppress(Exception):  # the attempt's own failure is raised, not that of its logs
+        _collect([worker for worker in workers if worker._actor_id.hex() in _workers])
+
+
+def _collect(workers: Sequence[Any]) -> None:
+    kept = [worker for worker in workers if ray_state.actors(worker._actor_id.hex()).get("Pid")]
+    if not kept:
+        return  # `ray.wait` refuses none
     calls = [worker.write_log.remote() for worker in kept]
     answered, _ = ray.wait(calls, num_returns=len(calls), timeout=ANSWER_S)
     dead = [worker for worker, call in zip(kept, calls, strict=True) if call not in answered or not _succeeded(call)]

@@ -58,9 +58,10 @@ _exporting = threading.Lock()
 
 def gauge(name: str, value: float) -> None:
     """Set a gauge of this process's sweep and model."""
-    if name not in _made:
-        _made[name] = Gauge(PREFIX + name, GAUGES[name], LABELS)
-    _made[name].set(value, _labels())
+    with contextlib.suppress(Exception):  # a metric never stops the thread that sets it
+        if name not in _made:
+            _made[name] = Gauge(PREFIX + name, GAUGES[name], LABELS)
+        _made[name].set(value, _labels())
 
 
 def _labels() -> dict[str, str]:
