@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from dis_scale.models import Backbone
 
 POLL_EVERY_S = 2.0
+BACKLOG_EVERY_S = 600.0
+"""Interval at which the backlog is counted during an evaluation: a request for each published checkpoint and setting."""
 NICE = 19
 
 
@@ -226,7 +228,7 @@ def evaluate_published(sweep: Sweep, _: list[str]) -> None:
             over = evaluate_all(sweep, evaluation, skipped, moves)
             evaluation.evaluators.end()
 
-    with lease.hold(sweep.lease("evaluate")), metrics.refreshing(partial(show_backlog, sweep)):
+    with lease.hold(sweep.lease("evaluate")), metrics.refreshing(partial(show_backlog, sweep), BACKLOG_EVERY_S):
         try:
             with_restarts(recipe, "evaluate", attempt, lambda: evaluated_count(sweep))
         except OutOfMemory as error:
@@ -298,6 +300,7 @@ def evaluate_all(
         stage.raise_if_stopped()
         over = state.training_over(sweep)  # asked before the list, so that the last publication is not missed
         waiting = left()
+        metrics.gauge("evaluation_backlog", len(waiting))
         if over and not waiting:
             return True
         if moves():

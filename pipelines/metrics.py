@@ -112,9 +112,8 @@ def refreshing(refresh: Callable[[], None], every_s: float = REFRESH_EVERY_S) ->
 
 def show_rows(rows: Iterable[Row], settings: Train, since: float) -> None:
     """Set the gauges of training from rows that were written after `since`: older ones are an earlier driver's."""
-    for row in rows:
-        if row.time < since:
-            continue
+    shown = sorted((row for row in rows if row.time >= since), key=lambda row: row.time)
+    for row in shown:
         gauge("images_seen", row.images)
         gauge("row_timestamp_seconds", row.time)
         if row.name in FROM_ROWS:

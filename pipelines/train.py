@@ -314,7 +314,7 @@ def _copying(copy: RunCopy, rows: RowReader) -> Iterator[None]:
 
     def send() -> None:
         for batch in rows.batches():
-            metrics.show_rows(batch, copy.sweep.recipe.train, began_at)
+            metrics.show_rows(rows.newest.values(), copy.sweep.recipe.train, began_at)
             copy.send(batch)
         metrics.gauge("mlflow_away", float(copy.away))
 

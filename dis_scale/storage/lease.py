@@ -55,6 +55,7 @@ def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
             f"{folder}: held by process {holder['pid']} on {holder['host']}, which is alive: one writer at a time",
             holder,
         )
+    taken_over = latest > 0 and not folder.exists(f"{latest:04d}.end")
     facts = {"cluster": cluster, "nonce": uuid.uuid4().hex, "at": time.time()}
     lease, mine = Lease(folder, latest + 1), _this_process() | facts
     if not folder.create(f"{lease.number:04d}", json.dumps(mine).encode()):
@@ -63,7 +64,7 @@ def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
             raise Held(
                 f"{folder}: process {first['pid']} on {first['host']} took the lease first: one writer at a time", first
             )
-    if latest and not folder.exists(f"{latest:04d}.end"):
+    if taken_over:
         counts.add(counts.TAKEOVERS)
     ended = threading.Event()
     threading.Thread(target=_send_heartbeats, args=(lease, ended), daemon=True, name="lease").start()

@@ -125,6 +125,8 @@ class RowReader:
     """By attempt: the number of the next file to read."""
     _images: dict[str, int] = field(default_factory=dict)
     """By name: the images seen of the last row."""
+    newest: dict[str, Row] = field(default_factory=dict)
+    """By name: the last row that was read, a repeat or not: what the run does now."""
 
     def new(self) -> list[Row]:
         """Return the rows that came since the last call."""
@@ -147,6 +149,7 @@ class RowReader:
             self._next[file.attempt] = file.last + 1
 
     def _first(self, row: Row) -> bool:
+        self.newest[row.name] = row
         new = row.images > self._images.get(row.name, -1)
         if new:
             self._images[row.name] = row.images

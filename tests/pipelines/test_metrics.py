@@ -11,7 +11,7 @@ from dis_scale.recipe import Recipe
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import METRICS, Sampled, Sweep
-from dis_scale.tracking.rows import Row
+from dis_scale.tracking.rows import Row, RowReader, RowWriter
 from pipelines import evaluate, metrics
 
 
@@ -67,6 +67,21 @@ def test_rows_of_an_earlier_driver_set_no_gauge(tiny: Recipe, shown: dict[str, f
         "images_seen": 320, "row_timestamp_seconds": 110.0, "images_per_second": 32.0, "step_seconds": 0.5,
         "resume_interval_seconds": 2.5,
     }  # fmt: skip
+
+
+def test_steps_that_are_repeated_after_a_restart_set_the_gauges(
+    tmp_path: Path, tiny: Recipe, shown: dict[str, float]
+) -> None:
+    """MLflow gets each row once; an operator sees what the run does now."""
+    for attempt, losses in ((1, {0: 9.0, 160: 5.0, 320: 4.0}), (2, {0: 9.0, 160: 6.0})):
+        writer = RowWriter(open_folder(tmp_path), attempt)
+        for images, loss in losses.items():
+            writer.add(images, {"loss": loss} | ({"attempt": attempt} if images == 0 else {}))
+        writer.close()
+    reader = RowReader(open_folder(tmp_path))
+    assert [row.value for row in reader.new() if row.name == "loss"] == [9.0, 5.0, 4.0]
+    metrics.show_rows(reader.newest.values(), tiny.train, since=0.0)
+    assert (shown["attempts"], shown["loss"], shown["images_seen"]) == (2, 6.0, 160)
 
 
 def test_the_backlog_counts_what_is_published_and_not_evaluated(
