@@ -25,9 +25,10 @@ from dis_scale.sweep import GRID, METRICS, SKIPPED, Sampled, Sweep, state
 from dis_scale.tracking.goodput import GOODPUT
 from pipelines import devices, lines, logs, metrics, stage
 from pipelines.devices import choose_device, total_gpus
-from pipelines.places import evaluators_on, node_resources, own_gpus, requests
+from pipelines.places import evaluators_on, own_gpus, requests
 from pipelines.restarts import with_restarts
-from pipelines.worker import Worker, WorkerFailure, spawn, watch
+from pipelines.waiting import Wait, alive_nodes
+from pipelines.worker import Worker, WorkerFailure, amounts, resources, spawn, watch
 
 if TYPE_CHECKING:
     from dis_scale.evaluation.reference import Reference
@@ -241,11 +242,13 @@ def show_backlog(sweep: Sweep) -> None:
 
 def _await_gpus(sweep: Sweep) -> int:
     """Return the number of evaluators with a GPU of their own, once there is one, or a GPU to share if the recipe allows that."""
-    shares, own = sweep.recipe.evaluate.gpu_share is not None, 0
+    shares, own, wait = sweep.recipe.evaluate.gpu_share is not None, 0, Wait()
 
     def ready() -> bool:
         nonlocal own
         own = own_gpus(sweep)
+        if own == 0 and state.training_over(sweep):
+            wait.log(1, amounts(resources("evaluate", "cuda", 0)))
         return own > 0 or (shares and total_gpus() > 0)
 
     if not ready():
@@ -264,7 +267,7 @@ def ablate(sweep: Sweep, arguments: list[str]) -> None:
     stage.connect()
     device, _ = choose_device(sweep.recipe)
     samplings = state.ablations(sweep.recipe.evaluate, setting, [float(value) for value in values])
-    evaluation = open_evaluation(sweep, device, max(1, evaluators_on(node_resources())), samplings, checkpoints=1)
+    evaluation = open_evaluation(sweep, device, max(1, evaluators_on(alive_nodes())), samplings, checkpoints=1)
     for variant in samplings:
         sampled = Sampled(model, int(images), variant)
         if not sweep.evaluation(sampled).exists(METRICS):

@@ -8,20 +8,17 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
-import ray
-
 from dis_scale.data.sources import Source, open_source
-from dis_scale.recipe import TrainedExtractor, TrainedVae
+from dis_scale.recipe import TrainedVae
 from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.extractors import part_count, part_positions
 from pipelines import lines, logs, stage
 from pipelines.devices import choose_device
+from pipelines.places import PREPARE_CPUS, prepare_request
 from pipelines.restarts import with_restarts
 from pipelines.sharing import Deal, capacity, share
 from pipelines.worker import Worker, WorkerFailure, resources, spawn, watch
-
-CPUS = 2
 
 
 class Preparer(Worker):
@@ -29,7 +26,7 @@ class Preparer(Worker):
 
     def prepare(self, sweep: Sweep, device: str) -> None:
         """Make the networks, and the statistics unless they have several parts."""
-        self._begin(CPUS)
+        self._begin(PREPARE_CPUS)
         self._images: Any = None
         if state.vae_missing(sweep):
             self.log(self._vae(sweep))
@@ -125,14 +122,11 @@ def prepare_sweep(sweep: Sweep, _: list[str]) -> None:
     """Train and compute what the sweep does not have yet."""
     stage.connect()
     recipe = sweep.recipe
-    # The small networks train on the CPU; only a large extractor's features of all real images are worth a GPU.
-    only_trained = all(isinstance(extractor, TrainedExtractor) for extractor in recipe.evaluate.extractors)
-    device = "cpu" if only_trained else choose_device(recipe)[0]
-    cpus = min(CPUS, int(ray.cluster_resources().get("CPU", 1)))
+    device, request = prepare_request(recipe, choose_device(recipe)[0])
 
     def attempt(_: WorkerFailure | None) -> None:
         if state.vae_missing(sweep) or state.classifiers_missing(sweep) or not _has_parts(sweep, _source(sweep)):
-            _prepare_with_one(sweep, device, cpus)
+            _prepare_with_one(sweep, device, request)
         if not state.prepared(sweep):
             _compute_in_parts(sweep, device)
 
@@ -140,8 +134,8 @@ def prepare_sweep(sweep: Sweep, _: list[str]) -> None:
         with_restarts(recipe, "prepare", attempt, lambda: len(sweep.reference_parts.list()))
 
 
-def _prepare_with_one(sweep: Sweep, device: str, cpus: int) -> None:
-    worker = spawn(Preparer, resources("prepare", device, cpus))
+def _prepare_with_one(sweep: Sweep, device: str, request: dict[str, Any]) -> None:
+    worker = spawn(Preparer, request)
     logs.keep_workers([worker])
     result = worker.prepare.remote(sweep, device)
     total = cache(partial(_steps_and_images, sweep))  # counted at the first report, while the worker starts

@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipelines import worker
+from pipelines import waiting
 from pipelines.worker import amounts, watch
 
 Deal = Callable[[], int | None]
@@ -37,7 +37,7 @@ class _RemoteDealer:
 
 def capacity(request: dict[str, Any]) -> int:
     """Return how many workers with this request the cluster's resources hold at the same time, at least one."""
-    return max(1, worker.capacity(amounts(request), [node["Resources"] for node in ray.nodes() if node["Alive"]]))
+    return max(1, waiting.capacity(amounts(request), waiting.alive_nodes()))
 
 
 def share(

@@ -28,10 +28,11 @@ from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import ENDED, RECIPE, Sampled, Sweep, state
 from dis_scale.tracking import mlflow
 from dis_scale.training.memory import lanes_at_once
-from pipelines import devices, jobs, last_ray, lines
+from pipelines import devices, jobs, last_ray, lines, places
 from pipelines.cluster import Cluster, in_ray_job, open_cluster, require_root
 from pipelines.jobs import Job
 from pipelines.signals import obeying_signals
+from pipelines.waiting import Wait
 
 POLL_EVERY_S = 0.5
 
@@ -114,6 +115,8 @@ def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
         begin_tracking(driver, plan, sweep.recipe.tracking.uri or mlflow.default_uri(store))
         last_ray.record(sweep, cluster)
         _require_device(driver, cluster)
+        if not cluster.ours:
+            _await_nodes(driver, cluster)
         _require_memory(plan, cluster)
         for what, why in _missing_weights(sweep).items():
             board.say(f"missing  {what}: {why}")
@@ -159,6 +162,18 @@ def _require_device(driver: Driver, cluster: Cluster) -> None:
     if device == "cuda" and cluster.gpus:
         _require_share(recipe, cluster)
     state.require_device(sweep, device, why + fault)
+
+
+def _await_nodes(driver: Driver, cluster: Cluster) -> None:
+    """Wait until the nodes can hold each stage's workers; UserError if they never will: better now than after days."""
+    recipe, wait = driver.sweep.recipe, Wait()
+    device, _ = devices.device_of(recipe, cluster.gpus)
+    while need := places.lacking(recipe, device):
+        workers, request = need
+        if text := wait.poll(workers, request, together=workers):
+            driver.board.say(text)
+        _raise_if_stopped(driver)
+        time.sleep(POLL_EVERY_S)
 
 
 def _require_memory(plan: Plan, cluster: Cluster) -> None:
@@ -305,8 +320,7 @@ def _submit(driver: Driver, cluster: Cluster, stage: str, *arguments: str) -> Jo
 
 def _poll(driver: Driver, job: Job, name: str) -> None:
     """Show what the job logged since the last poll; raise Preempted if this process was asked to stop."""
-    if driver.stop_requested.is_set():
-        raise Preempted(f"stopped as requested; {_how_to_continue(driver.sweep)}")
+    _raise_if_stopped(driver)
     for raw in job.lines():
         line = lines.parse(raw)
         if line and line.kind == "progress":
@@ -315,6 +329,11 @@ def _poll(driver: Driver, job: Job, name: str) -> None:
             lines.write(raw)
         elif line and line.kind == "message":
             driver.board.say(f"  {line.text}")
+
+
+def _raise_if_stopped(driver: Driver) -> None:
+    if driver.stop_requested.is_set():
+        raise Preempted(f"stopped as requested; {_how_to_continue(driver.sweep)}")
 
 
 def _write_report(sweep: Sweep, plan: Plan, failures: Failures) -> None:

@@ -28,7 +28,8 @@ from dis_scale.training.lanes import largest_share
 from pipelines import devices, environment, lines, logs, metrics, nodes, stage
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
-from pipelines.worker import DeviceFailure, Worker, WorkerFailure, amounts, capacity, resources, spawn, watch
+from pipelines.waiting import Wait, capacity
+from pipelines.worker import DeviceFailure, Worker, WorkerFailure, amounts, resources, spawn, watch
 
 if TYPE_CHECKING:
     import torch
@@ -222,7 +223,7 @@ def _place(recipe: Recipe, bundle: dict[str, float], avoided: Collection[str]) -
         labels = [nodes.avoiding(avoided)] * world if avoided else None
         group = placement_group([bundle] * world, strategy="PACK", bundle_label_selector=labels)
         try:
-            if _placed(group, world, lambda: largest_fitting(recipe.train.world_sizes, _free(bundle, avoided))):
+            if _placed(group, world, bundle, lambda: largest_fitting(recipe.train.world_sizes, _free(bundle, avoided))):
                 return world, group
         except BaseException:
             remove_placement_group(group)
@@ -230,16 +231,13 @@ def _place(recipe: Recipe, bundle: dict[str, float], avoided: Collection[str]) -
         remove_placement_group(group)
 
 
-def _placed(group: Any, world: int, fitting: Callable[[], int]) -> bool:
+def _placed(group: Any, world: int, bundle: dict[str, float], fitting: Callable[[], int]) -> bool:
     """Wait for capacity, and log it; False if only fewer workers fit now, as after the loss of a node."""
-    ready, logged = group.ready(), False
+    ready, wait = group.ready(), Wait()
     while not ray.wait([ready], timeout=1)[0]:
-        stage.raise_if_stopped()
         if 0 < fitting() < world:
             return False
-        if not logged:
-            lines.say(f"waiting for capacity for {world} workers: the cluster has {ray.available_resources()} free")
-            logged = True
+        wait.log(world, bundle, together=world)
     return True
 
 

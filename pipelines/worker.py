@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import ray
@@ -22,6 +22,7 @@ from dis_scale.errors import BrokenDevice, DisScaleError, OutOfMemory, Preempted
 from dis_scale.storage.folder import Folder
 from dis_scale.tracking.attempt_logs import LogName
 from pipelines import lines, logs, metrics, stage
+from pipelines.waiting import Wait
 
 POLL_EVERY_S = 1.0
 SETTLE_S = 10.0
@@ -137,11 +138,6 @@ def amounts(request: dict[str, Any]) -> dict[str, float]:
     return {name: amount for name, amount in every.items() if amount}
 
 
-def capacity(bundle: dict[str, float], nodes: Iterable[dict[str, float]]) -> int:
-    """Return how many workers of these resources the nodes hold; one worker's resources are all on one node."""
-    return sum(min(int(node.get(name, 0) // amount) for name, amount in bundle.items()) for node in nodes)
-
-
 def resources(name: str, device: str, cpus: float) -> dict[str, Any]:
     """Return one worker's request: a GPU if it computes on one, and the stage's named resource if a node for it declares that."""
     gpus = 1 if device == "cuda" else 0
@@ -188,19 +184,18 @@ def _watch(
     independent: bool,
     last: float,
 ) -> list[Any]:
-    waiting, stopping, unplaced, ended = list(results), False, 0, list[Any]()
-    polls, done, progress_s = [0] * len(workers), 0, time.monotonic()
+    waiting, stopping, ended = list(results), False, list[Any]()
+    asked, capacity, done, progress_s = _Polls(workers), Wait(), 0, time.monotonic()
     while waiting:
         finished, waiting = ray.wait(waiting, timeout=POLL_EVERY_S)
-        polls, unanswered = _poll(workers, polls)
-        unplaced = _log_unplaced(
-            [w for w, r in zip(workers, results, strict=True) if w in unanswered and r in waiting], unplaced
-        )
+        asked.ask({number for number, result in enumerate(results) if result not in waiting})
+        polls, unplaced = asked.done, [n for n in asked.unplaced if results[n] in waiting]
+        capacity.log(len(unplaced), _requests.get(workers[unplaced[0]]._actor_id.hex(), {}) if unplaced else {})
         if sum(polls) > done:
             done, progress_s = sum(polls), time.monotonic()
         silent_s = time.monotonic() - progress_s
         ended += finished
-        if independent and len(waiting) == unplaced and any(_failure(result) is None for result in ended):
+        if independent and len(waiting) == len(unplaced) and any(_failure(result) is None for result in ended):
             waiting = []
         failures = [failure for _, failure in _failures(finished, results)]
         if not (independent and waiting and all(map(may_pass, failures))):
@@ -288,39 +283,47 @@ def describe(error: Exception) -> str:
     return " ".join(str(getattr(error, "cause", error)).split())[:300]
 
 
-def _poll(workers: Sequence[Any], before: Sequence[int]) -> tuple[list[int], list[Any]]:
-    """Print the workers' new lines; return the progress of each, and those that did not answer: their progress is the earlier."""
-    answers = _ask([worker.poll.remote() for worker in workers])
-    polls: list[tuple[int, list[str]]] = [answer or (n, []) for answer, n in zip(answers, before, strict=True)]
-    for line in [line for _, new in polls for line in new]:
-        lines.write(line)
-    return [done for done, _ in polls], [w for w, answer in zip(workers, answers, strict=True) if answer is None]
+class _Polls:
+    """The workers' progress. Each has one call in flight, so that an answer that comes late loses no lines."""
+
+    def __init__(self, workers: Sequence[Any]) -> None:
+        self.workers, self.done = workers, [0] * len(workers)
+        self.unplaced: list[int] = list(range(len(workers)))
+        self._calls: dict[int, Any] = {}
+        self._up: set[int] = set()
+        """Workers that have answered once: the others are still being constructed, and are not waited for."""
+
+    def ask(self, ended: set[int]) -> None:
+        """Print the workers' new lines and note their progress; those whose work has `ended` are asked to the last line."""
+        unplaced = _unplaced([self.workers[n] for n in self.unplaced])
+        self.unplaced = [n for n in self.unplaced if self.workers[n] in unplaced]
+        self._take(self._up | ended)
+        for number, worker in enumerate(self.workers):
+            if number not in self._calls and number not in self.unplaced:
+                self._calls[number] = worker.poll.remote()
+        self._take(self._up | ended)
+
+    def _take(self, awaited: set[int]) -> None:
+        """Take the answers, those of the `awaited` within `STACKS_S`."""
+        calls = [call for number, call in self._calls.items() if number in awaited]
+        if calls:
+            ray.wait(calls, num_returns=len(calls), timeout=STACKS_S)
+        answered, _ = (
+            ray.wait([*self._calls.values()], num_returns=len(self._calls), timeout=0) if self._calls else ([], [])
+        )
+        for number, call in list(self._calls.items()):
+            if call in answered:
+                del self._calls[number]
+                if _failure(call) is None:
+                    self._up.add(number)
+                    self.done[number], new = ray.get(call)
+                    for line in new:
+                        lines.write(line)
 
 
-def _log_unplaced(workers: Sequence[Any], before: int) -> int:
-    """Return how many of these workers have no process yet; logged if their number has changed. A stop request ends the wait."""
-    ids = [worker._actor_id.hex() for worker in workers]
-    unplaced = [each for each in ids if ray_state.actors(each)["Pid"] == 0]
-    if unplaced:
-        stage.raise_if_stopped()
-    if len(unplaced) not in (0, before):
-        lines.emit("waiting", workers=len(unplaced))
-        lines.say(waiting_words(len(unplaced), _requests.get(unplaced[0], {}), ray.nodes(), ray.available_resources()))
-    return len(unplaced)
-
-
-def waiting_words(
-    count: int, request: dict[str, float], nodes: Sequence[dict[str, Any]], free: dict[str, float]
-) -> str:
-    """Say what `count` workers wait for, what is free, and what to do if no node of the cluster could ever hold one."""
-    asked = ", ".join(f"{amount:g} {name}" for name, amount in request.items())
-    left = ", ".join(f"{free.get(name, 0):g} {name}" for name in request)
-    fits = capacity(request, [node["Resources"] for node in nodes if node["Alive"]])
-    cure = "" if fits else (
-        "; no node has all of that together, so they wait until one joins: start one (ray start --resources=..., --num-gpus), or "
-        "change the recipe's device"
-    )  # fmt: skip
-    return f"waiting for capacity for {count} workers, each with {asked}; free in the cluster: {left}{cure}"
+def _unplaced(workers: Sequence[Any]) -> list[Any]:
+    """Return the workers that have no process yet: Ray has found no capacity for them."""
+    return [worker for worker in workers if ray_state.actors(worker._actor_id.hex())["Pid"] == 0]
 
 
 def _ask(calls: Sequence[Any]) -> list[Any]:

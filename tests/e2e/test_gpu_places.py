@@ -82,10 +82,10 @@ def test_a_stage_asks_for_its_named_resource_only_if_a_node_with_a_gpu_has_it(no
 def test_a_worker_without_capacity_is_logged_and_starts_when_there_is_some(
     node: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.worker.STACKS_S", 0.5)
+    monkeypatch.setattr("pipelines.waiting.LOGGED_AFTER_S", 0.5)
     training = training_group()
     probe = spawn(Probe, {"num_gpus": 1})
-    threading.Timer(3, remove_placement_group, [training]).start()
+    threading.Timer(4, remove_placement_group, [training]).start()
     (place,) = watch([probe], [probe.where.remote()], lambda _: None)
     assert place[0] == node
     (event,) = events(capsys.readouterr().out, "waiting")

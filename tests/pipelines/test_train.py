@@ -2,7 +2,7 @@
 
 from dis_scale.recipe import reading
 from pipelines.train import Place, largest_fitting, rank_order
-from pipelines.worker import capacity
+from pipelines.waiting import capacity
 from tests.conftest import TINY
 
 

@@ -84,25 +84,14 @@ def test_the_hang_watch_ends_with_the_last_step(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ray, "wait", lambda *_, **__: next(rounds))
     monkeypatch.setattr(ray, "get", lambda _: [320])
     monkeypatch.setattr(ray, "kill", lambda _: None)
-    monkeypatch.setattr(worker, "_poll", lambda *_: ([320], []))
+    monkeypatch.setattr(
+        worker._Polls, "ask", lambda polls, _: setattr(polls, "done", [320]) or setattr(polls, "unplaced", [])
+    )
     monkeypatch.setattr(worker, "_log_stacks", lambda _: None)
     assert worker.watch(["worker"], ["result"], lambda _: None, hang_after_s=-1.0, last=320) == [320]
     rounds = iter([([], ["result"])] * 3)
     with pytest.raises(WorkerFailure, match="hanging"):
         worker.watch(["worker"], ["result"], lambda _: None, hang_after_s=-1.0, last=336)
-
-
-def test_what_waits_for_capacity_says_for_what_and_what_to_do() -> None:
-    node = {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 8.0}}
-    head = {"Alive": True, "Resources": {"CPU": 8.0, "prepare": 1.0}}
-    request = worker.amounts({"num_cpus": 1, "num_gpus": 1, "resources": {"prepare": 1}})
-    words = worker.waiting_words(1, request, [node, head], {"CPU": 16.0, "GPU": 8.0, "prepare": 1.0})
-    assert words.startswith(
-        "waiting for capacity for 1 workers, each with 1 CPU, 1 GPU, 1 prepare; free in the cluster: 16 CPU, 8 GPU"
-    )
-    assert "no node has all of that together" in words
-    busy = worker.waiting_words(2, worker.amounts({"num_cpus": 1, "num_gpus": 1}), [node, head], {"CPU": 8.0})
-    assert busy.endswith("free in the cluster: 8 CPU, 0 GPU")
 
 
 def test_stacks_name_the_running_function() -> None:

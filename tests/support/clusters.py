@@ -33,14 +33,16 @@ Node = subprocess.Popen[bytes]
 class RayNodes:
     """One Ray cluster whose nodes run this tree's code; `address` is its RAY_ADDRESS."""
 
-    def __init__(self, cpus: int, ip: str = "", within: Sequence[str] = ()) -> None:
+    def __init__(
+        self, cpus: int, ip: str = "", within: Sequence[str] = (), options: Sequence[str] = (), **environment: str
+    ) -> None:
         ip = ip or ray.util.get_node_ip_address()
         self.port, dashboard = free_ports(2)
         self.address, self.url = f"{ip}:{self.port}", f"http://{ip}:{dashboard}"
         self.folder = tempfile.mkdtemp(prefix="ray-test-", dir="/tmp")  # Ray's sockets need a short path
         self.nodes: list[Node] = []
         place = ["--head", f"--port={self.port}", f"--dashboard-port={dashboard}", f"--dashboard-host={ip}"]
-        self._start([*place, f"--temp-dir={self.folder}"], cpus, ip, within)
+        self._start([*place, f"--temp-dir={self.folder}", *options], cpus, ip, within, **environment)
         self._await_jobs()
 
     def node(
