@@ -5,39 +5,41 @@ import json
 import re
 import shlex
 import tomllib
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import ray
-import yaml
 
 from dis_scale.recipe import Recipe, reading
+from pipelines import places, waiting
+from pipelines.cluster import models_at_once
+from pipelines.devices import device_of
 from pipelines.jobs import FINAL
+from pipelines.train import largest_fitting
+from pipelines.waiting import capacity
+from pipelines.worker import amounts, resources
+from tests.support import pods
 
 ROOT = Path(__file__).parent.parent
-CLUSTER = ROOT / "cluster"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-IMAGE = f"dis-scale:{PROJECT['version']}"
+IMAGE = f"registry.example.com/dis-scale:{PROJECT['version']}"
+FILES = (*pods.JOBS, pods.LAUNCHER)
 
 
-def documents(name: str) -> list[Any]:
-    return list(yaml.safe_load_all((CLUSTER / name).read_text()))
-
-
-@pytest.fixture(scope="module")
-def job() -> dict[str, Any]:
-    """The RayJob's specification."""
-    (document,) = documents("rayjob.yaml")
-    return document["spec"]
+@pytest.fixture(scope="module", params=pods.JOBS)
+def job(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """A RayJob's specification."""
+    return pods.rayjob(request.param)
 
 
 @pytest.fixture(scope="module")
 def groups(job: dict[str, Any]) -> list[dict[str, Any]]:
     """Head and worker groups, the head as a group of one."""
-    cluster = job["rayClusterSpec"]
-    return [{"groupName": "head", "replicas": 1} | cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    return pods.groups(job)
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +66,6 @@ def pod(group: dict[str, Any]) -> dict[str, Any]:
     return group["template"]["spec"]
 
 
-def declared(group: dict[str, Any]) -> dict[str, float]:
-    """Return the resources that a pod of the group declares; quoted twice, since KubeRay puts them into a shell's command line."""
-    (argument,) = shlex.split(group["rayStartParams"]["resources"])
-    return json.loads(argument)
-
-
 def requested() -> set[str]:
     """Return the resources that the stages request: `resources(NAME, ...)` of pipelines/worker.py."""
     calls = [
@@ -81,12 +77,19 @@ def requested() -> set[str]:
     return {ast.literal_eval(call.args[0]) for call in calls}
 
 
-@pytest.mark.parametrize("path", sorted(CLUSTER.glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted(pods.CLUSTER.glob("*.yaml")), ids=lambda p: p.name)
 def test_files_are_yaml_and_run_this_version(path: Path) -> None:
     text = path.read_text()
-    assert all(documents(path.name))
-    assert set(re.findall(r"image: (\S+)", text)) - {"postgres:17"} == {IMAGE}
+    assert all(pods.documents(path.name))
+    images = set(re.findall(r"image: (?:&\w+ )?([^*\s]+)", text))
+    assert images - {"postgres:17"} == {IMAGE}
     assert all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_the_image_is_named_once(job: dict[str, Any]) -> None:
+    """In each file of a job: whoever uses it has one line to change."""
+    for name in pods.JOBS:
+        assert (pods.CLUSTER / name).read_text().count(IMAGE) == 1
 
 
 def test_the_job_runs_a_recipe_that_keeps_its_state_in_object_storage(job: dict[str, Any], recipe: Recipe) -> None:
@@ -95,27 +98,96 @@ def test_the_job_runs_a_recipe_that_keeps_its_state_in_object_storage(job: dict[
     assert job["ttlSecondsAfterFinished"] > recipe.grace_s
 
 
-def test_nodes_declare_what_the_stages_request(groups: list[dict[str, Any]]) -> None:
-    assert {name for group in groups for name in declared(group)} == requested()
+def test_no_pod_asks_a_hub(job: dict[str, Any], groups: list[dict[str, Any]], recipe: Recipe) -> None:
+    """The VAE and the extractor's weights are below a folder that each pod fills from the bucket before Ray starts."""
+    files = [recipe.vae.path, recipe.evaluate.extractor.weights]  # type: ignore[union-attr]
+    assert all(file.startswith("/models/") for file in files)
+    for group in groups:
+        (copy,) = pod(group)["initContainers"]
+        assert copy["volumeMounts"] == [{"mountPath": "/models", "name": "models"}]
+        assert {"mountPath": "/models", "name": "models", "readOnly": True} in pod(group)["containers"][0][
+            "volumeMounts"
+        ]
 
 
-@pytest.mark.parametrize("stage", ["train", "evaluate", "precompute"])
-def test_the_cluster_has_capacity_for_the_recipe(groups: list[dict[str, Any]], recipe: Recipe, stage: str) -> None:
-    slots = sum(group["replicas"] * declared(group).get(stage, 0) for group in groups)
-    assert slots >= getattr(recipe, stage).workers
+@pytest.mark.parametrize("name", FILES)
+def test_nodes_declare_what_the_stages_request(name: str) -> None:
+    assert {resource for node in pods.nodes(name) for resource in node.custom} == requested()
+
+
+@pytest.fixture
+def listed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The nodes of a cluster file, as Ray lists them."""
+    nodes = [
+        {"NodeID": str(number), "Alive": True, "Resources": node.resources}
+        for number, node in enumerate(pods.nodes(request.param))
+    ]
+    totals = sum((Counter(node["Resources"]) for node in nodes), Counter[str]())
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: dict(totals))
+    return nodes
+
+
+RECIPES = pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+
+
+@pytest.mark.parametrize("listed", FILES, indirect=True)
+@RECIPES
+def test_every_stage_of_every_recipe_fits_every_cluster(listed: list[dict[str, Any]], path: Path) -> None:
+    """Training, as many models as the cluster takes at the same time, and its evaluators fit together; the others alone."""
+    recipe = reading.load(path)
+    device, _ = device_of(recipe, int(ray.cluster_resources()["GPU"]))
+    assert device == "cuda"
+    assert places.lacking(recipe, device) is None
+    for name, (least, request) in places.needs(recipe, device).items():
+        wanted = recipe.precompute.workers if name == "precompute" else least
+        assert _placed([request] * wanted, listed), name
+    at_once = min(len(recipe.models), models_at_once(recipe, ray.cluster_resources()))
+    train = amounts(resources("train", device, 1))
+    world = largest_fitting(recipe.train.world_sizes, capacity(train, waiting.alive_nodes()))
+    evaluators = places.requests(recipe, device, places.spare_gpus(recipe))
+    assert evaluators, "evaluation need not wait until training has ended"
+    apart = [amounts(request) for _, request in evaluators if "label_selector" in request]
+    rest = [amounts(request) for _, request in evaluators if "label_selector" not in request]
+    trains = [node for node in listed if "train" in node["Resources"]]
+    assert _placed(apart, [node for node in listed if node not in trains])
+    assert _placed([train] * (at_once * world) + rest, trains)
+
+
+@pytest.mark.parametrize("listed", [pods.JOBS[0]], indirect=True)
+def test_a_stage_that_no_node_can_hold_is_named(listed: list[dict[str, Any]]) -> None:
+    recipe = reading.load(ROOT / "configs/imagenet256.yaml", ["train.workers=16"])
+    assert places.lacking(recipe, "cuda") == (16, {"CPU": 1, "GPU": 1, "train": 1})
+    assert (
+        places.lacking(recipe.model_copy(update={"train": recipe.train.model_copy(update={"workers": 8})}), "cuda")
+        is None
+    )
+
+
+def _placed(requests: Sequence[dict[str, float]], nodes: Sequence[dict[str, Any]]) -> bool:
+    """Whether the nodes hold all of these workers at the same time: each goes to the first node with room."""
+    free = [dict(node["Resources"]) for node in nodes]
+    for request in requests:
+        fitting = (n for n in free if all(n.get(name, 0) >= amount for name, amount in request.items()))
+        if (node := next(fitting, None)) is None:
+            return False
+        for name, amount in request.items():
+            node[name] -= amount
+    return True
 
 
 def test_a_slot_that_computes_has_a_gpu_of_its_own(groups: list[dict[str, Any]]) -> None:
     for group in groups[1:]:
         gpus = int(pod(group)["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
-        assert max(declared(group).values()) == gpus
+        (given,) = shlex.split(group["rayStartParams"]["resources"])
+        assert max(json.loads(given).values()) == gpus
         assert group["replicas"] == group["minReplicas"] == group["maxReplicas"]
 
 
 def test_every_node_has_the_keys_and_time_to_save(groups: list[dict[str, Any]], recipe: Recipe) -> None:
     for group in groups:
         (container,) = pod(group)["containers"]
-        assert container["envFrom"] == [{"secretRef": {"name": "object-storage"}}]
+        assert {"secretRef": {"name": "object-storage", "optional": True}} in container["envFrom"]
         assert pod(group)["terminationGracePeriodSeconds"] >= recipe.grace_s
 
 
@@ -123,17 +195,14 @@ def test_versions_are_the_tested_ones(job: dict[str, Any]) -> None:
     assert f"ray[default]=={job['rayClusterSpec']['rayVersion']}" in PROJECT["dependencies"]
 
 
-def test_the_launchers_file_follows_rays_schema_and_declares_the_same_names() -> None:
-    (config,) = documents("ray-cluster.yaml")
+def test_the_launchers_file_follows_rays_schema() -> None:
+    (config,) = pods.documents(pods.LAUNCHER)
     schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
     jsonschema.validate(config, schema)
-    commands = " ".join(config["head_start_ray_commands"] + config["worker_start_ray_commands"])
-    names = {name for value in re.findall(r"--resources='(.*?)'", commands) for name in json.loads(value)}
-    assert names == requested()
 
 
 def test_the_tracking_server_answers_by_the_name_that_the_job_uses(recipe: Recipe) -> None:
-    parts = {(d["kind"], d["metadata"]["name"]): d for d in documents("mlflow.yaml")}
+    parts = {(d["kind"], d["metadata"]["name"]): d for d in pods.documents("mlflow.yaml")}
     host, port = str(recipe.tracking.uri).removeprefix("http://").split(":")
     assert parts["Service", host]["spec"]["ports"] == [{"port": int(port)}]
     (container,) = parts["Deployment", host]["spec"]["template"]["spec"]["containers"]
@@ -142,8 +211,8 @@ def test_the_tracking_server_answers_by_the_name_that_the_job_uses(recipe: Recip
 
 
 def test_the_image_copies_existing_paths() -> None:
-    copied = re.findall(r"^COPY (.+) \S+$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
+    copied = re.findall(r"^COPY (.+) \S+$", (pods.CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
     paths = [path for line in copied for path in line.split()]
-    let_in = (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
+    let_in = (pods.CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
     assert paths
     assert [path for path in paths if not (ROOT / path).exists() or f"!{path}" not in let_in] == []
