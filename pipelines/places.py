@@ -44,7 +44,8 @@ def needs(recipe: Recipe, device: str) -> dict[str, tuple[int, dict[str, float]]
 def lacking(recipe: Recipe, device: str) -> tuple[int, dict[str, float]] | None:
     """Return the first need that the cluster's nodes cannot hold even when they are idle, None if they can hold all."""
     nodes = alive_nodes()
-    return next((need for need in needs(recipe, device).values() if capacity(need[1], nodes) < need[0]), None)
+    every = [need for need in needs(recipe, device).values() if need[1]]  # an evaluator on the CPU may ask for nothing
+    return next((need for need in every if capacity(need[1], nodes) < need[0]), None)
 
 
 def own_gpus(sweep: Sweep) -> int:

@@ -168,6 +168,11 @@ def test_a_stage_that_no_node_can_hold_is_named(listed: list[dict[str, Any]]) ->
     )
 
 
+def test_a_plain_ray_of_two_cpus_holds_a_small_recipe(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "0", "Alive": True, "Resources": {"CPU": 2.0}}])
+    assert places.lacking(tiny, "cpu") is None
+
+
 def _placed(requests: Sequence[dict[str, float]], nodes: Sequence[dict[str, Any]]) -> bool:
     """Whether the nodes hold all of these workers at the same time: each goes to the first node with room."""
     free = [dict(node["Resources"]) for node in nodes]

@@ -14,10 +14,12 @@ from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from dis_scale.errors import UserError
-from pipelines import train, waiting
+from dis_scale.errors import Preempted, UserError
+from pipelines import sweep, train, waiting
+from pipelines.sweep import Driver
 from pipelines.waiting import hopeless, words
 from pipelines.worker import Worker, amounts, spawn, watch
+from tests.support import sweeps
 from tests.support.clusters import RayNodes
 from tests.support.events import events
 
@@ -82,6 +84,26 @@ def test_a_group_that_is_larger_than_the_cluster_ends_with_the_cure(
     with pytest.raises(UserError, match="no capacity for 3 workers, each with 1 CPU, 1 GPU, "):
         train._placed(group, 3, bundle, lambda: 0)
     remove_placement_group(group)
+
+
+def test_a_sweep_says_at_its_start_which_stage_can_never_be_placed(
+    two_gpus: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after the days of the stages before it."""
+    monkeypatch.setattr(waiting, "LOGGED_AFTER_S", 0.5)
+    monkeypatch.setattr(waiting, "GIVE_UP_AFTER_S", 2.0)
+    said: list[str] = []
+    cluster: Any = SimpleNamespace(gpus=2)
+    board: Any = SimpleNamespace(say=said.append)
+    driver = Driver(sweeps.sweep_at(tmp_path, "device=cuda", "train.workers=3"), board)
+    with pytest.raises(UserError, match="no capacity for 3 workers, each with 1 CPU, 1 GPU, within 2 s; nodes: "):
+        sweep._await_nodes(driver, cluster)
+    assert [line.partition(",")[0] for line in said] == ["waiting for capacity for 3 workers"]
+    driver.stop_requested = True
+    with pytest.raises(Preempted):
+        sweep._await_nodes(driver, cluster)
+    fitting = Driver(sweeps.sweep_at(tmp_path, "device=cuda", "train.workers=2"), board)
+    sweep._await_nodes(fitting, cluster)
 
 
 def test_after_the_loss_of_a_node_its_replacement_is_awaited(two_gpus: Cluster) -> None:
