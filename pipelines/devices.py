@@ -99,6 +99,13 @@ def _reads(file: Path, start: str) -> bool:
     return file.exists() and file.read_text().startswith(start)
 
 
+def torch_device(device: str) -> "torch.device":
+    """Return the device that this worker computes on: one GPU is visible."""
+    import torch
+
+    return torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
+
+
 def hide_others(number: int) -> None:
     """Leave one of the visible GPUs to this process, before CUDA starts: it is `cuda` then, in each thread."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -57,7 +57,7 @@ class Evaluator(Worker):
 
         compute_exactly()
         self._sampling, self._cancelled = threading.Lock(), threading.Event()
-        where = torch.device(device)
+        where = devices.torch_device(device)
         if shared_gpu is not None:
             torch.cuda.set_per_process_memory_fraction(sweep.recipe.evaluate.gpu_share, 0)
         decoder = vae.for_samples(sweep, vae.load(sweep))

@@ -20,7 +20,7 @@ from dis_scale.recipe import Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sweep, state
-from pipelines import lines, logs, stage
+from pipelines import devices, lines, logs, stage
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
 from pipelines.sharing import Deal, capacity, share
@@ -58,7 +58,7 @@ class Encoder(Worker):
         require_same_hardware(latents, self.device)
         self.report(0)
         vae = self._loaded()
-        vae.net.to(self.device)
+        vae.net.to(devices.torch_device(self.device))
         recipe = self.sweep.recipe
         setup = Setup(open_source(recipe.data, self.sweep.store), vae, recipe)
         self.emit("work")

@@ -13,7 +13,7 @@ from dis_scale.recipe import TrainedVae
 from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.extractors import part_count, part_positions
-from pipelines import lines, logs, stage
+from pipelines import devices, lines, logs, stage
 from pipelines.devices import choose_device
 from pipelines.places import PREPARE_CPUS, prepare_request
 from pipelines.restarts import with_restarts
@@ -62,12 +62,10 @@ class Preparer(Worker):
 
     def _extractors(self, sweep: Sweep, device: str) -> Any:
         """Load the extractors whose statistics are missing."""
-        import torch
-
         from dis_scale.evaluation.features import load_extractors
 
         missing = state.references_missing(sweep)
-        return [e for e in load_extractors(sweep, torch.device(device)) if e.name in missing]
+        return [e for e in load_extractors(sweep, devices.torch_device(device)) if e.name in missing]
 
     def _vae(self, sweep: Sweep) -> str:
         from dis_scale import small_nets, vae

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import ray
 from ray._private import state as ray_state
@@ -30,9 +30,6 @@ from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
 from pipelines.waiting import Wait, capacity
 from pipelines.worker import DeviceFailure, Worker, WorkerFailure, amounts, resources, spawn, watch
-
-if TYPE_CHECKING:
-    import torch
 
 CAPACITY_WAIT_S = 5.0
 """Longest wait for resources that the previous attempt has not freed yet."""
@@ -80,7 +77,7 @@ class Trainer(Worker):
         os.environ.update({key: str(value) for key, value in rank_environment.items()})
         from dis_scale.training import engine
 
-        devices.check_device(where := _torch_device(device))
+        devices.check_device(where := devices.torch_device(device))
         engine.connect(where)
         devices.check_group(where)
 
@@ -104,18 +101,11 @@ class Trainer(Worker):
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
         attempt = Attempt(
             sweep=sweep, model=model, latents=state.require_latents(sweep.folder), number=held_lease.number,
-            device=_torch_device(device),
+            device=devices.torch_device(device),
             start=Start(requested_at, silent_s), held=held_lease.held, stop_requested=self.stop_requested,
             report=self.report, log=self.log, emit=self.emit,
         )  # fmt: skip
         return train_model(attempt)
-
-
-def _torch_device(device: str) -> "torch.device":
-    """The device of this worker: one GPU is visible."""
-    import torch
-
-    return torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
 
 
 def train_one(sweep: Sweep, arguments: list[str]) -> None:

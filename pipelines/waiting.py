@@ -13,7 +13,7 @@ from ray.experimental.internal_kv import _internal_kv_get
 from dis_scale.errors import UserError
 from pipelines import lines, stage
 
-LOGGED_AFTER_S = 3.0
+LOGGED_AFTER_S = 5.0
 """A worker whose process only has to start is not logged."""
 GIVE_UP_AFTER_S = 60.0
 """Time for a node to join that could hold what no node of the cluster can."""

@@ -34,13 +34,15 @@ class RayNodes:
     """One Ray cluster whose nodes run this tree's code; `address` is its RAY_ADDRESS."""
 
     def __init__(
-        self, cpus: int, ip: str = "", within: Sequence[str] = (), options: Sequence[str] = (), **environment: str
-    ) -> None:
+        self, cpus: int, ip: str = "", within: Sequence[str] = (), options: Sequence[str] = (),
+        folder: Path = sweeps.ROOT, headers: dict[str, str] | None = None, **environment: str,
+    ) -> None:  # fmt: skip
         ip = ip or ray.util.get_node_ip_address()
         self.port, dashboard = free_ports(2)
         self.address, self.url = f"{ip}:{self.port}", f"http://{ip}:{dashboard}"
         self.folder = tempfile.mkdtemp(prefix="ray-test-", dir="/tmp")  # Ray's sockets need a short path
         self.nodes: list[Node] = []
+        self._working_folder, self._headers = folder, headers
         place = ["--head", f"--port={self.port}", f"--dashboard-port={dashboard}", f"--dashboard-host={ip}"]
         self._start([*place, f"--temp-dir={self.folder}", *options], cpus, ip, within, **environment)
         self._await_jobs()
@@ -87,7 +89,7 @@ class RayNodes:
         ]  # fmt: skip
         with (Path(self.folder) / f"node-{len(self.nodes)}.log").open("wb") as log:
             node = subprocess.Popen(
-                command, cwd=sweeps.ROOT, env=os.environ | ENVIRONMENT | environment, stdout=log, stderr=log,
+                command, cwd=self._working_folder, env=os.environ | ENVIRONMENT | environment, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
         self.nodes.append(node)
@@ -97,7 +99,7 @@ class RayNodes:
         deadline = time.monotonic() + 120
         while True:
             try:
-                JobSubmissionClient(self.url).list_jobs()
+                JobSubmissionClient(self.url, headers=self._headers).list_jobs()
                 return
             except (ConnectionError, RuntimeError):
                 assert time.monotonic() < deadline, (Path(self.folder) / "node-0.log").read_text()
