@@ -17,6 +17,7 @@ from typing import Any
 import jsonschema
 import pytest
 import ray
+import yaml
 
 from dis_scale.recipe import Recipe, reading
 from pipelines import places, waiting
@@ -232,6 +233,17 @@ def refusals(document: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize("name", [*pods.JOBS, "mlflow.yaml"])
 def test_kubernetes_and_kuberay_know_every_field(name: str) -> None:
     assert [refusal for document in pods.documents(name) for refusal in refusals(document)] == []
+
+
+COMMENTED = re.compile(r"^( *)# (- \{name: |labels: \{|suspend: |serviceAccountName: )", re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", [*pods.JOBS, "mlflow.yaml"])
+def test_the_commented_lines_are_valid_too(name: str) -> None:
+    """Network, RDMA, Kueue and keyless identity: uncommented, all at once."""
+    text, count = COMMENTED.subn(r"\1\2", (pods.CLUSTER / name).read_text())
+    assert count == {"rayjob-4x8.yaml": 9}.get(name, 1)
+    assert [refusal for document in yaml.safe_load_all(text) for refusal in refusals(document)] == []
 
 
 @pytest.mark.parametrize(
