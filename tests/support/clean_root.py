@@ -27,7 +27,7 @@ def steps() -> list[tuple[str, str]]:
 
 
 def main(root: Path, given: dict[str, str]) -> None:
-    environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
+    environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
     environment |= {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
     folder, user, shell = "/", "0", ["/bin/sh", "-c"]
     shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
@@ -54,12 +54,12 @@ def main(root: Path, given: dict[str, str]) -> None:
                 run(root, folder, user, environment, [*shell, rest])
         print(f"{time.monotonic() - began_s:7.1f} s  {word} {rest[:100]}", flush=True)
     check = "id -u; g++ --version; python -m dis_scale.cli plan configs/digits.yaml; ray --version; mlflow --version"
-    run(root, folder, user, environment | {"HOME": "/home/dis-scale"}, ["/bin/bash", "-lc", check])
+    run(root, folder, user, environment, ["/bin/bash", "-lc", check])
 
 
 def run(root: Path, folder: str, user: str, environment: dict[str, str], command: list[str]) -> None:
     """Run a command in the root, as the image's user; CalledProcessError if it fails."""
-    inner = f"cd {shlex.quote(folder)} && exec {shlex.join(command)}"
+    inner = f"export HOME=$(getent passwd {user} | cut -d: -f6); cd {shlex.quote(folder)} && exec {shlex.join(command)}"
     processes = ["unshare", "--mount", "--pid", "--fork", f"--mount-proc={root}/proc"]
     inside = ["chroot", f"--userspec={user}:{user}", str(root), "/bin/sh", "-c", inner]
     subprocess.run([*processes, *inside], env=environment, check=True)
