@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,13 @@ from dis_scale.report import mlflow_copy
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import GRID, METRICS, SKIPPED, Sampled, Sweep, state
+from dis_scale.threads import in_order
 from dis_scale.tracking.goodput import GOODPUT
 from pipelines import devices, lines, logs, metrics, stage
 from pipelines.devices import choose_device, total_gpus
 from pipelines.places import evaluators_on, own_gpus, requests
 from pipelines.restarts import with_restarts
+from pipelines.sharing import Deal, share
 from pipelines.waiting import Wait, alive_nodes
 from pipelines.worker import Worker, WorkerFailure, amounts, resources, spawn, watch
 
@@ -56,7 +58,7 @@ class Evaluator(Worker):
         from dis_scale.evaluation.sampling import open_sampler
 
         compute_exactly()
-        self._sampling, self._cancelled = threading.Lock(), threading.Event()
+        self._sampling = threading.Lock()
         where = devices.torch_device(device)
         if shared_gpu is not None:
             torch.cuda.set_per_process_memory_fraction(sweep.recipe.evaluate.gpu_share, 0)
@@ -65,12 +67,11 @@ class Evaluator(Worker):
         decoder.net.to(where)
         self.sweep, self.sampler = sweep, open_sampler(sweep, decoder, where)
 
-    def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> dict[str, float]:
-        """Sample and keep blocks; return the seconds that each part took, and the number of samples as `images`."""
+    def sample(self, sampled: Sampled, settings: Evaluate, deal: Deal) -> dict[str, float]:
+        """Sample and keep the blocks that `deal` names; return the seconds of each part, and the number of samples as `images`."""
         from dis_scale.data.encode import compute_exactly
 
-        with self._sampling:  # a cancelled call may still be in its last block
-            self._cancelled.clear()
+        with self._sampling:  # an earlier call, of which another worker has failed, may still be in its last block
             compute_exactly()  # the number of threads is set per thread
             folder, images, before = self.sweep.evaluation(sampled), 0, dict(self.sampler.seconds)
 
@@ -81,18 +82,14 @@ class Evaluator(Worker):
                 self.emit("work")
                 return loaded
 
-            for number in blocks:
-                if self.stop_requested() or self._cancelled.is_set():
+            for number in iter(deal, None):
+                if self.stop_requested():
                     break
                 block = self.sampler.sample(model(), settings, number)
                 folder.write(block_name(number), block.to_bytes())
                 self.report(self._done + 1)
                 images += len(block.right)
             return {part: s - before[part] for part, s in self.sampler.seconds.items()} | {"images": images}
-
-    def cancel(self) -> None:
-        """End `sample` after its block: another worker has failed at the same checkpoint."""
-        self._cancelled.set()
 
     def held_out(self, sampled: Sampled) -> dict[str, float]:
         """Return the loss on the images that training never saw."""
@@ -115,28 +112,62 @@ class Evaluator(Worker):
 
 @dataclass
 class RayEvaluators:
-    """Evaluators on Ray, as one."""
+    """Evaluators on Ray, as one: as many as the recipe names and the cluster has room for. A lost one is replaced."""
 
-    workers: list[Any]
+    sweep: Sweep
+    device: str
+    gpus: int
+    """Number of those with a GPU of their own."""
     report: Callable[[int], None]
+    """Gets the number of blocks that were sampled here."""
+    _workers: dict[int, Any] = field(default_factory=dict)
+    """Living evaluators by their number among the requests."""
+    _blocks: dict[Any, int] = field(default_factory=dict)
+    """Blocks that each has sampled, the lost ones, too."""
+
+    def spawn(self) -> None:
+        """Start the evaluators that are missing: all of them, or those that were lost or had no capacity."""
+        for number, (shared_gpu, request) in enumerate(requests(self.sweep.recipe, self.device, self.gpus)):
+            if number not in self._workers:
+                self._workers[number] = spawn(Evaluator, request, self.sweep, self.device, shared_gpu)
+        logs.keep_workers(list(self._workers.values()))
 
     def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[dict[str, float]]:
-        """Sample the blocks on all workers. If one fails, raise its failure; the others stop after their current block."""
-        share = len(self.workers)
-        parts = [w.sample.remote(sampled, settings, blocks[i::share]) for i, w in enumerate(self.workers)]
+        """Let the evaluators share the blocks. If one fails, raise its failure; the others stop after their current block."""
+        self.spawn()
+        before, workers = self._workers, list(self._workers.values())
+        self._workers = {}
+
+        def count(done: list[int]) -> None:
+            self._blocks |= {each._actor_id: n for each, n in zip(workers, done, strict=True)}
+            self.report(sum(self._blocks.values()))
+
         try:
-            return watch(self.workers, parts, lambda done: self.report(sum(done)))
+            living, spent, failure = share(workers, "sample", (sampled, settings), blocks, count)
         except ray.exceptions.RayTaskError:
-            ray.get([w.cancel.remote() for w in self.workers])
+            self._workers = before  # the checkpoint is to blame
             raise
+        self._workers = {number: each for number, each in before.items() if each in living}
+        if failure:
+            raise failure
+        return spent
 
     def held_out(self, sampled: Sampled) -> dict[str, float]:
-        (values,) = watch(self.workers, [self.workers[0].held_out.remote(sampled)], lambda _: None)
+        number, worker = next(iter(self._workers.items()))
+        try:
+            (values,) = watch([worker], [worker.held_out.remote(sampled)], lambda _: None)
+        except WorkerFailure:
+            del self._workers[number]
+            raise
         return values
+
+    def move(self) -> bool:
+        """Whether others have to continue, because training needs more or fewer GPUs than before."""
+        return self.device == "cuda" and own_gpus(self.sweep) != self.gpus
 
     def end(self) -> None:
         """Give back the GPUs now: a handle that is kept somewhere would keep them."""
-        for worker in self.workers:
+        for worker in self._workers.values():
             ray.kill(worker)
 
 
@@ -219,19 +250,21 @@ def evaluate_published(sweep: Sweep, _: list[str]) -> None:
     device, why = choose_device(recipe)
     lines.say(f"evaluation on {device} ({why})")
     skipped: set[Sampled] = set()
+    opened: list[Evaluation] = []  # that of the last attempt, whose evaluators live
 
     def attempt(_: WorkerFailure | None) -> None:
         over = False
         while not over:
-            gpus = _await_gpus(sweep) if device == "cuda" else 0
-            evaluation = open_evaluation(sweep, device, gpus, recipe.evaluate.samplings, checkpoints(sweep))
-            moves = (lambda gpus=gpus: own_gpus(sweep) != gpus) if device == "cuda" else (lambda: False)
-            over = evaluate_all(sweep, evaluation, skipped, moves)
-            evaluation.evaluators.end()
+            if not opened:
+                gpus = _await_gpus(sweep) if device == "cuda" else 0
+                opened.append(open_evaluation(sweep, device, gpus, recipe.evaluate.samplings, checkpoints(sweep)))
+            (evaluation,) = opened
+            over = evaluate_all(sweep, evaluation, skipped, evaluation.evaluators.move)
+            opened.pop().evaluators.end()
 
     with lease.hold(sweep.lease("evaluate")), metrics.refreshing(partial(show_backlog, sweep), BACKLOG_EVERY_S):
         try:
-            with_restarts(recipe, "evaluate", attempt, lambda: evaluated_count(sweep))
+            with_restarts(recipe, "evaluate", attempt, lambda: stored_blocks(sweep))
         except OutOfMemory as error:
             raise OutOfMemory(f"{error}; needs less memory: smaller evaluate.batch_images") from error
 
@@ -279,8 +312,16 @@ def checkpoints(sweep: Sweep) -> int:
     return len(sweep.recipe.models) * len(sweep.recipe.train.publish_images)
 
 
-def evaluated_count(sweep: Sweep) -> int:
-    return sum(len(state.evaluated_counts(sweep, model)) for model in sweep.recipe.models)
+def stored_blocks(sweep: Sweep) -> int:
+    """Return the blocks in storage, with one more for each finished evaluation: the progress of an evaluation."""
+    samplings, left = sweep.recipe.evaluate.samplings, state.evaluations_left(sweep)
+    finished = [
+        (block_count(settings) + 1) * len(state.evaluated_counts(sweep, model, variant))
+        for model in sweep.recipe.models
+        for variant, settings in samplings.items()
+    ]
+    names = in_order(left, lambda sampled: sweep.evaluation(sampled).list(), state.AT_ONCE)
+    return sum(finished) + sum(name.startswith("block-") for each in names for name in each)
 
 
 def evaluate_all(
@@ -346,16 +387,12 @@ def open_evaluation(
     sweep: Sweep, device: str, gpus: int, samplings: dict[str, Evaluate], checkpoints: int
 ) -> Evaluation:
     """Return the evaluation with its workers on Ray, of which `gpus` at most get a GPU of their own."""
-    workers = [
-        spawn(Evaluator, request, sweep, device, shared_gpu)
-        for shared_gpu, request in requests(sweep.recipe, device, gpus)
-    ]
-    logs.keep_workers(workers)
+    total = checkpoints * sum(map(block_count, samplings.values()))
+    evaluators = RayEvaluators(sweep, device, gpus, lambda done: lines.progress(done, total, "blocks"))
+    evaluators.spawn()
     from dis_scale.evaluation import reference
     from dis_scale.evaluation.sampling import labels_of
 
-    total = checkpoints * sum(map(block_count, samplings.values()))
-    evaluators = RayEvaluators(workers, lambda done: lines.progress(done, total, "blocks"))
     references, labels = reference.load_all(sweep), labels_of(sweep)
     return Evaluation(sweep, evaluators, references, samplings, labels)
 

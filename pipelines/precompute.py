@@ -95,7 +95,7 @@ class RayEncoders:
     sweep: Sweep
     device: str
     _workers: list[Any] = field(default_factory=list)
-    """Encoders that have ended their work, for the next; none after a failure."""
+    """Encoders that have ended their work, for the next."""
 
     def encoding(self) -> Encoding:
         """Return what the encoders encode with, from one of them that needs no GPU."""
@@ -126,10 +126,12 @@ class RayEncoders:
         workers, self._workers = self._workers[:count], []
         workers += [spawn(Encoder, request, self.sweep, self.device) for _ in range(count - len(workers))]
         logs.keep_workers(workers)
-        self._workers = share(
+        self._workers, _, failure = share(
             workers, work, (latents, encoding), left,
             lambda done: lines.progress(min(total - images + sum(done), total), total, unit),
         )  # fmt: skip
+        if failure:
+            raise failure
 
 
 def precompute_latents(sweep: Sweep, _: list[str]) -> None:

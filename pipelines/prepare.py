@@ -8,6 +8,8 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
+import ray
+
 from dis_scale.data.sources import Source, open_source
 from dis_scale.recipe import TrainedVae
 from dis_scale.storage import lease
@@ -150,11 +152,15 @@ def _compute_in_parts(sweep: Sweep, device: str) -> None:
     workers = [spawn(Preparer, request) for _ in range(count)]
     logs.keep_workers(workers)
     lines.say(f"reference: {len(left)} parts left of {part_count(images)}, {count} workers")
-    merger, *_ = share(
+    living, _, failure = share(
         workers, "make_parts", (sweep, device), left,
         lambda done: lines.progress(before + sum(done), images, "images"),
     )  # fmt: skip
-    watch([merger], [merger.merge_parts.remote(sweep, device)], lambda _: None)
+    if failure:
+        for worker in living:
+            ray.kill(worker)  # otherwise the exception's traceback would keep it, and its resources
+        raise failure
+    watch(living[:1], [living[0].merge_parts.remote(sweep, device)], lambda _: None)
 
 
 def _has_parts(sweep: Sweep, source: Source) -> bool:

@@ -2,13 +2,13 @@
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import waiting
-from pipelines.worker import amounts, watch
+from pipelines.worker import WorkerFailure, amounts, failure_of, watch
 
 Deal = Callable[[], int | None]
 """Returns the next number; None when there are no more."""
@@ -23,6 +23,11 @@ class Dealer:
     def next(self) -> int | None:
         with self._lock:
             return next(self._left, None)
+
+    def end(self) -> None:
+        """Deal no more numbers."""
+        with self._lock:
+            self._left = iter(())
 
 
 class _RemoteDealer:
@@ -40,20 +45,39 @@ def capacity(request: dict[str, Any]) -> int:
     return max(1, waiting.capacity(amounts(request), waiting.alive_nodes()))
 
 
+class Shared(NamedTuple):
+    """The outcome of shared work."""
+
+    workers: list[Any]
+    """Those that have ended their work and can be used again. The others were lost, or had no capacity."""
+    results: list[Any]
+    """What these returned."""
+    failure: WorkerFailure | None
+    """Why a worker was lost, if one was: another attempt makes what it had begun, and what was not dealt any more."""
+
+
 def share(
     workers: list[Any], work: str, arguments: tuple[Any, ...], numbers: list[int], report: Callable[[list[int]], None]
-) -> list[Any]:
-    """Call the method `work` of all workers with `arguments` and a `Deal` of these numbers; return the workers that had capacity.
+) -> Shared:
+    """Call the method `work` of all workers with `arguments` and a `Deal` of these numbers.
 
-    The others continue without a lost worker. One that has no capacity when the numbers are dealt is killed. WorkerFailure at the
-    end if a worker was lost: another attempt makes what it had begun.
+    When a worker is lost, the others end what they have begun and get no more numbers, so that the caller can replace it soon. One
+    without capacity when the numbers are dealt is killed. An error that is no accident is raised at once; no more is dealt then.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     dealer = ray.remote(num_cpus=0)(Dealer).options(scheduling_strategy=here).remote(numbers)
-    results = [getattr(worker, work).remote(*arguments, _RemoteDealer(dealer)) for worker in workers]
-    watch(workers, results, report, independent=True)
-    ended, _ = ray.wait(results, num_returns=len(results), timeout=0)
-    for each, result in zip(workers, results, strict=True):
-        if result not in ended:
+    calls = [getattr(worker, work).remote(*arguments, _RemoteDealer(dealer)) for worker in workers]
+    failure = None
+    try:
+        watch(workers, calls, report, independent=True, lost=lambda: dealer.end.remote())
+    except WorkerFailure as error:
+        failure = error
+    except ray.exceptions.RayTaskError:
+        ray.get(dealer.end.remote())
+        raise
+    ended, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
+    left = {each: call for each, call in zip(workers, calls, strict=True) if call in ended and not failure_of(call)}
+    for each in workers:
+        if each not in left:
             ray.kill(each)
-    return [each for each, result in zip(workers, results, strict=True) if result in ended]
+    return Shared(list(left), ray.get(list(left.values())), failure)

@@ -155,23 +155,25 @@ def watch(
     stop_early: Callable[[], bool] = lambda: False,
     independent: bool = False,
     last: float = float("inf"),
+    lost: Callable[[], object] = lambda: None,
 ) -> list[Any]:
     """Wait for all results; pass each worker's progress to `report`; forward a stop request, or one of `stop_early`.
 
     Raises the first failure at once: WorkerFailure if a new attempt may do better. A hang is one, too: no worker has made progress
     for `hang_after_s`, and not all have made the progress `last`; their stacks are logged. The accident of one of several
-    `independent` workers is raised when the others have ended: they need not be disturbed. When one of them has done its work,
-    those without capacity are not waited for: their results are left out.
+    `independent` workers is raised when the others have ended, whom it does not disturb; `lost` is called at once. When one of
+    them has done its work, those without capacity are not waited for: their results are left out.
     """
     try:
-        return _watch(workers, results, report, hang_after_s, stop_early, independent, last)
+        return _watch(workers, results, report, hang_after_s, stop_early, independent, last, lost)
     except (WorkerFailure, OutOfMemory, StorageAway, ray.exceptions.RayError) as error:
         logs.collect(workers)
         if not isinstance(error, WorkerFailure | StorageAway):
             raise
         # Free the workers' resources for the next attempt now: the exception's traceback would keep the handles alive.
-        for worker in workers:
-            ray.kill(worker)
+        if not independent or isinstance(error, StorageAway):
+            for worker in workers:
+                ray.kill(worker)
         raise
 
 
@@ -183,6 +185,7 @@ def _watch(
     stop_early: Callable[[], bool],
     independent: bool,
     last: float,
+    lost: Callable[[], object],
 ) -> list[Any]:
     waiting, stopping, ended = list(results), False, list[Any]()
     asked, capacity, done, progress_s = _Polls(workers), Wait(), 0, time.monotonic()
@@ -195,11 +198,13 @@ def _watch(
             done, progress_s = sum(polls), time.monotonic()
         silent_s = time.monotonic() - progress_s
         ended += finished
-        if independent and len(waiting) == len(unplaced) and any(_failure(result) is None for result in ended):
+        if independent and len(waiting) == len(unplaced) and any(failure_of(result) is None for result in ended):
             waiting = []
         failures = [failure for _, failure in _failures(finished, results)]
         if not (independent and waiting and all(map(may_pass, failures))):
             _raise_failure(ended, results, max(polls), silent_s)
+        if failures:
+            lost()
         for failure in failures:
             lines.say(
                 f"{describe(failure)}; {len(waiting)} others continue, and another attempt makes what it had begun"
@@ -237,10 +242,10 @@ def _raise_failure(finished: Sequence[Any], results: Sequence[Any], done: int, s
 
 def _failures(ended: Sequence[Any], results: Sequence[Any]) -> list[tuple[int, Exception]]:
     """Return (number of its worker, failure) of the results that ended in one."""
-    return [(n, failure) for n, result in enumerate(results) if result in ended and (failure := _failure(result))]
+    return [(n, failure) for n, result in enumerate(results) if result in ended and (failure := failure_of(result))]
 
 
-def _failure(result: Any) -> Exception | None:
+def failure_of(result: Any) -> Exception | None:
     try:
         ray.get(result)
     except ray.exceptions.RayError as error:
@@ -314,7 +319,7 @@ class _Polls:
         for number, call in list(self._calls.items()):
             if call in answered:
                 del self._calls[number]
-                if _failure(call) is None:
+                if failure_of(call) is None:
                     self._up.add(number)
                     self.done[number], new = ray.get(call)
                     for line in new:
@@ -329,7 +334,7 @@ def _unplaced(workers: Sequence[Any]) -> list[Any]:
 def _ask(calls: Sequence[Any]) -> list[Any]:
     """Each worker's answer within `STACKS_S`, None if it does not answer."""
     answered, _ = ray.wait(list(calls), num_returns=len(calls), timeout=STACKS_S)
-    return [ray.get(call) if call in answered and not _failure(call) else None for call in calls]
+    return [ray.get(call) if call in answered and not failure_of(call) else None for call in calls]
 
 
 def _log_stacks(workers: Sequence[Any]) -> None:

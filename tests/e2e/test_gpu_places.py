@@ -108,7 +108,8 @@ class Evaluated:
     evaluators: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        self.evaluators = evaluate.RayEvaluators(self.workers, lambda _: None)
+        living = dict(enumerate(self.workers))
+        self.evaluators = evaluate.RayEvaluators(self.sweep, "cuda", GPUS, lambda _: None, living)
 
     def evaluate(self, sampled: Sampled) -> dict[str, float]:
         watch(self.workers, [worker.where.remote() for worker in self.workers], lambda _: None)

@@ -61,27 +61,37 @@ def test_a_worker_without_capacity_holds_up_nothing(tmp_path: Path) -> None:
     """Its numbers are taken by the other, which alone is returned and can be used again."""
     progress: list[list[int]] = []
     workers = takers(2)
-    placed = share(workers, "take", (tmp_path,), list(range(20)), progress.append)
-    assert len(placed) == 1
+    placed, results, failure = share(workers, "take", (tmp_path,), list(range(20)), progress.append)
+    assert (len(placed), results, failure) == (1, [None], None)
     assert sorted(progress[-1]) == [0, 20]
     del workers
-    assert share(placed, "take", (tmp_path,), list(range(3)), progress.append) == placed
+    assert share(placed, "take", (tmp_path,), list(range(3)), progress.append).workers == placed
     assert progress[-1] == [23]
 
 
-def test_the_others_do_the_rest_without_a_lost_worker_and_progress_stays(tmp_path: Path) -> None:
+def test_a_lost_worker_is_reported_soon_and_can_be_replaced(tmp_path: Path) -> None:
+    """The other ends what it has begun, and gets no more numbers until the caller has another beside it."""
     progress: list[list[int]] = []
     workers = [spawn(Taker, resources("prepare", "cpu", 1)) for _ in range(2)]
-    with pytest.raises(WorkerFailure, match="a worker was lost"):
-        share(workers, "take", (tmp_path,), [*range(60), -1, *range(60, 120)], progress.append)
-    assert sorted(int(path.name) for path in tmp_path.iterdir()) == list(range(120))
-    sums = [sum(done) for done in progress]
+    living, _, failure = share(workers, "take", (tmp_path,), [*range(60), -1, *range(60, 1000)], progress.append)
+    assert isinstance(failure, WorkerFailure)
+    assert "a worker was lost" in str(failure)
+    done = {int(path.name) for path in tmp_path.iterdir()}
+    assert set(range(60)) <= done
+    assert len(done) < 1000
+    sums = [sum(each) for each in progress]
     assert sums == sorted(sums)
+    assert len(living) == 1
+    assert living[0] in workers
+    left = [number for number in range(1000) if number not in done][:20]
+    both = [*living, spawn(Taker, resources("prepare", "cpu", 1))]
+    assert share(both, "take", (tmp_path,), left, progress.append).failure is None
+    assert done | set(left) == {int(path.name) for path in tmp_path.iterdir()}
 
 
 def test_a_lost_worker_is_reported_though_another_has_no_capacity(tmp_path: Path) -> None:
     """Two have capacity on two CPUs; the third may get that of the lost one, or none."""
     workers = [spawn(Taker, resources("prepare", "cpu", 1)) for _ in range(3)]
-    with pytest.raises(WorkerFailure, match="a worker was lost"):
-        share(workers, "take", (tmp_path,), [*range(20), -1, *range(20, 40)], lambda _: None)
-    assert len(list(tmp_path.iterdir())) == 40
+    _, _, failure = share(workers, "take", (tmp_path,), [*range(20), -1], lambda _: None)
+    assert "a worker was lost" in str(failure)
+    assert len(list(tmp_path.iterdir())) == 20

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,9 +118,10 @@ def test_a_failure_that_is_not_the_checkpoints_skips_nothing(
 def test_an_evaluation_without_news_ends_with_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = sweep_at(tmp_path, reading.load(TINY, ["evaluate.give_up_after_s=0.3"]))
     opened: list[Any] = []
+    still = SimpleNamespace(evaluators=SimpleNamespace(move=lambda: False))
     monkeypatch.setattr(stage, "connect", lambda: None)
     monkeypatch.setattr(evaluate, "choose_device", lambda _: ("cpu", "test"))
-    monkeypatch.setattr(evaluate, "open_evaluation", lambda *arguments: opened.append(arguments))
+    monkeypatch.setattr(evaluate, "open_evaluation", lambda *arguments: opened.append(arguments) or still)
     monkeypatch.setattr(evaluate, "POLL_EVERY_S", 0.1)
     with pytest.raises(DisScaleError, match="nothing was published or saved for 0 s: is training running"):
         evaluate.evaluate_published(sweep, [])

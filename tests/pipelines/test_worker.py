@@ -66,7 +66,7 @@ def test_of_several_failures_the_one_to_blame_is_raised(
     monkeypatch: pytest.MonkeyPatch, failures: list[Exception], kind: type[Exception], words: str
 ) -> None:
     monkeypatch.setattr(ray, "wait", lambda results, **_: (results, []))
-    monkeypatch.setattr(worker, "_failure", lambda number: task_error(failures[number]))
+    monkeypatch.setattr(worker, "failure_of", lambda number: task_error(failures[number]))
     with pytest.raises(kind, match=words) as raised:
         worker._raise_failure([0], range(len(failures)), 0, 0.0)
     assert getattr(raised.value, "worker", 1) == 1

@@ -100,7 +100,7 @@ class OneEvaluator:
     worker: Evaluator
 
     def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[dict[str, float]]:
-        return [self.worker.sample(sampled, settings, blocks)]
+        return [self.worker.sample(sampled, settings, Dealer(blocks).next)]
 
     def held_out(self, sampled: Sampled) -> dict[str, float]:
         return self.worker.held_out(sampled)
@@ -113,7 +113,7 @@ def _evaluate(sweep: Sweep, _: list[str]) -> None:
         samplings = sweep.recipe.evaluate.samplings
         evaluate.evaluate_all(sweep, Evaluation(sweep, evaluator, references, samplings, labels), set())
 
-    with_restarts(sweep.recipe, "evaluate", attempt, lambda: evaluate.evaluated_count(sweep))
+    with_restarts(sweep.recipe, "evaluate", attempt, lambda: evaluate.stored_blocks(sweep))
 
 
 def _obeying(worker: Any) -> Any:
