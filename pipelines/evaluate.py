@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 POLL_EVERY_S = 2.0
 BACKLOG_EVERY_S = 600.0
-"""Interval at which the backlog is counted during an evaluation: a request for each published checkpoint and setting."""
+"""Interval at which the backlog is counted during an evaluation."""
 NICE = 19
 
 
@@ -262,15 +262,18 @@ def evaluate_published(sweep: Sweep, _: list[str]) -> None:
             over = evaluate_all(sweep, evaluation, skipped, evaluation.evaluators.move)
             opened.pop().evaluators.end()
 
-    with lease.hold(sweep.lease("evaluate")), metrics.refreshing(partial(show_backlog, sweep), BACKLOG_EVERY_S):
+    with (
+        lease.hold(sweep.lease("evaluate")),
+        metrics.refreshing(partial(show_backlog, state.Backlog(sweep, tuple(recipe.models))), BACKLOG_EVERY_S),
+    ):
         try:
             with_restarts(recipe, "evaluate", attempt, lambda: stored_blocks(sweep))
         except OutOfMemory as error:
             raise OutOfMemory(f"{error}; needs less memory: smaller evaluate.batch_images") from error
 
 
-def show_backlog(sweep: Sweep) -> None:
-    metrics.gauge("evaluation_backlog", len(state.evaluations_left(sweep)))
+def show_backlog(backlog: state.Backlog) -> None:
+    metrics.gauge("evaluation_backlog", len(backlog.left()))
 
 
 def _await_gpus(sweep: Sweep) -> int:
@@ -337,8 +340,10 @@ def evaluate_all(
         evaluate_one(evaluation, sampled, skipped)
     _copy_earlier(sweep)
 
+    backlog = state.Backlog(sweep, tuple(sweep.recipe.models))
+
     def left() -> list[Sampled]:
-        return [sampled for sampled in state.evaluations_left(sweep) if sampled not in skipped]
+        return [sampled for sampled in backlog.left() if sampled not in skipped]
 
     while True:
         stage.raise_if_stopped()

@@ -43,7 +43,8 @@ def record(sweep: Sweep, cluster: Cluster) -> None:
 
 def find(sweep: Sweep) -> LastRay | None:
     """Return where the sweep last ran, None if it never did."""
-    return LastRay(**sweep.folder.read_json(RAY)) if sweep.folder.exists(RAY) else None
+    last = sweep.folder.find_json(RAY)
+    return LastRay(**last) if last else None
 
 
 def require_same_kind(sweep: Sweep) -> None:

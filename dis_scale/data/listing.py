@@ -8,6 +8,7 @@ sources.py defines the kinds of source.
 import hashlib
 import io
 import json
+import logging
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 import numpy as np
 
 from dis_scale.data.mixing import order_hash, permutation
-from dis_scale.errors import StorageError, UserError
+from dis_scale.errors import StorageAway, StorageError, UserError
 from dis_scale.progress import ReportDone
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
@@ -150,10 +151,13 @@ def stored(
 ) -> Listing:
     """Return the store's listing of the source that `key` declares; if none, build it and store it once `check` accepts it.
 
+    A damaged listing is made again.
+
     If two processes list at once, both use the first manifest. Parts are named by their content, so neither damages the other's.
     """
     target = folder_of(store, key)
-    if manifest.find(target) is None:
+
+    def make() -> None:
         files: dict[str, dict[str, Any]] = {}
 
         def put(_: int, data: bytes) -> None:
@@ -163,16 +167,32 @@ def stored(
 
         facts = build(find(), put, report, str(target))
         new = {"format": manifest.FORMAT, "source": key, **facts, "files": files}
-        check(_open(target, new))
+        check(_open(target, new, lambda: None))
         target.create(manifest.NAME, (json.dumps(new, indent=1) + "\n").encode())
-    listing = _open(target, manifest.require(target))
+
+    if target.find_json(manifest.NAME) is None:
+        target.delete(manifest.NAME)  # a damaged one
+        make()
+    listing = _open(target, manifest.require(target), make)
     check(listing)
     return listing
 
 
-def _open(target: Folder, facts: dict[str, Any]) -> Listing:
+def _open(target: Folder, facts: dict[str, Any], make: Callable[[], None]) -> Listing:
+    """Return the listing of this manifest. `make` writes all its parts again: those of an unchanged source have the same names."""
     names = list(facts["files"])
-    return Listing(facts, lambda number: manifest.read(target, names[number], facts), str(target))
+
+    def read(number: int) -> bytes:
+        try:
+            return manifest.read(target, names[number], facts)
+        except StorageAway:
+            raise
+        except StorageError as error:
+            logging.getLogger(__name__).warning("%s; it is made again", error)
+            make()
+            return manifest.read(target, names[number], facts)
+
+    return Listing(facts, read, str(target))
 
 
 class _Labels:

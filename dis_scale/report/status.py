@@ -83,8 +83,8 @@ def _holder(holding: lease.Holding | None) -> str:
 def _run(sweep: Sweep, model: str, now: float) -> tuple[RunStatus, list[Sampled]]:
     """Return a model's status and its evaluations that are due."""
     run, images = sweep.run(model), sweep.recipe.train.images
-    left = state.evaluations_left(sweep, [model])
-    published = state.published_counts(run)
+    backlog = state.Backlog(sweep, (model,))
+    left, published = backlog.left(), backlog.published
     due = {sampled.images_seen for sampled in left if not sampled.variant}
     evaluated = [n for n in published if n not in due and n in sweep.recipe.train.publish_images]
     newest, point, holding = rows.newest(run.log), state.newest_complete(run), lease.last_holding(run.lease)

@@ -16,6 +16,7 @@ Pitfalls:
 import errno
 import io
 import json
+import logging
 import os
 import random
 import time
@@ -40,6 +41,8 @@ _TEMPORARY = ".part-"
 _RANGE_BYTES = 16 * 2**20
 """Longer objects are read from S3 by ranges of this size, several at once: one connection is slower than a network card."""
 _READ_TIMEOUT_S = 60
+_CONNECTIONS = 64
+"""Connections of a process to S3; botocore's default of 10 would let threads wait for each other."""
 _allowed_at: dict[tuple[str, str], float] = {}
 """Time (monotonic, seconds) when a store, named by protocol and bucket, last allowed an action, named by its verb."""
 LISTING_CACHES = ("gs://", "gcs://", "az://", "abfs://", "abfss://")
@@ -96,6 +99,18 @@ class Folder:
             return json.loads(data)
         except ValueError as error:
             raise StorageError(f"{self.url}/{path}: damaged: not JSON ({error})") from error
+
+    def find_json(self, path: str) -> Any:
+        """Return the object, None if it is missing or damaged: for what can be made again. Damage is logged."""
+        try:
+            return self.read_json(path)
+        except FileNotFoundError:
+            return None
+        except StorageAway:
+            raise
+        except StorageError as error:
+            logging.getLogger(__name__).warning("%s; it is made again", error)
+            return None
 
     def write(self, path: str, data: bytes) -> None:
         """Write the object atomically; replaces an older one."""
@@ -301,7 +316,7 @@ def _options(url: str) -> dict[str, Any]:
     return {
         "use_listings_cache": False,
         "default_block_size": _RANGE_BYTES,
-        "config_kwargs": {"retries": retries} | timeouts,
+        "config_kwargs": {"retries": retries, "max_pool_connections": _CONNECTIONS} | timeouts,
     }
 
 

@@ -1,7 +1,8 @@
 """State of a sweep, read from its storage: what exists and what is left to do. Other modules do not decide this."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from dis_scale.errors import StorageAway, StorageError, UserError
@@ -26,7 +27,7 @@ from dis_scale.sweep import (
 from dis_scale.sweep.extractors import part_count, reference_file, reference_part, weights_identity
 from dis_scale.threads import in_order
 
-AT_ONCE = 16
+AT_ONCE = 32
 """Requests to storage at a time: a sweep may have a thousand checkpoints."""
 T = TypeVar("T")
 
@@ -76,9 +77,9 @@ def find_latents(sweep: Folder) -> Folder | None:
 
     Reads no recipe, so that latents can be checked without one.
     """
-    if not sweep.exists(LATENTS):
+    pointer = sweep.find_json(LATENTS)
+    if pointer is None:
         return None
-    pointer = sweep.read_json(LATENTS)
     latents = store_of(sweep) / pointer["folder"]
     facts = manifest.find(latents)
     if facts is None:
@@ -126,10 +127,11 @@ def require_same_vae(where: Folder, latents_vae: str, given_vae: str) -> None:
         )
 
 
-def published_counts(run: Run) -> list[int]:
-    """Return the image counts that a run has published completely, rising."""
+def published_counts(run: Run, known: Collection[int] = ()) -> list[int]:
+    """Return the image counts that a run has published completely, rising. Storage is not asked about `known` ones."""
     counts = [int(name) for name in run.published.list() if name.isdigit()]
-    return _existing(counts, lambda n: run.published_at(n).exists(manifest.NAME))
+    found = _existing([n for n in counts if n not in known], lambda n: run.published_at(n).exists(manifest.NAME))
+    return sorted({*known, *found})
 
 
 def missing_published(sweep: Sweep) -> dict[str, list[int]]:
@@ -168,7 +170,7 @@ def resumable_images(run: Run) -> int:
 
 def trained(sweep: Sweep, model: str) -> bool:
     """Whether a model has published its last count."""
-    return sweep.recipe.train.images in published_counts(sweep.run(model))
+    return sweep.run(model).published_at(sweep.recipe.train.images).exists(manifest.NAME)
 
 
 def ended(sweep: Sweep, model: str) -> str | None:
@@ -185,7 +187,7 @@ def record_device(run: Run, device: str) -> None:
 
 def last_device(run: Run) -> str | None:
     """Return the kind of device that the run last trained on, None if it has not begun."""
-    device: str | None = run.folder.read_json(DEVICE)["device"] if run.folder.exists(DEVICE) else None
+    device: str | None = (run.folder.find_json(DEVICE) or {}).get("device")
     return device
 
 
@@ -215,7 +217,7 @@ def node_failures(sweep: Sweep) -> Counter[str]:
 
 
 def _node_failures(run: Run) -> dict[str, list[str]]:
-    return run.folder.read_json(FAILED_NODES) if run.folder.exists(FAILED_NODES) else {}
+    return run.folder.find_json(FAILED_NODES) or {}
 
 
 def training_over(sweep: Sweep) -> bool:
@@ -265,13 +267,38 @@ def _read_metrics(folder: Folder) -> dict[str, Any] | None:
 
 def evaluations_left(sweep: Sweep, models: Iterable[str] | None = None) -> list[Sampled]:
     """Return what is published and not evaluated: main settings before variants, then by images in the recipe's order."""
-    left = []
-    for model in sweep.recipe.models if models is None else models:
-        counts = set(published_counts(sweep.run(model))) & set(sweep.recipe.train.publish_images)
-        for variant in sweep.recipe.evaluate.samplings:
-            left += [Sampled(model, n, variant) for n in counts - set(evaluated_counts(sweep, model, variant))]
-    sign = -1 if sweep.recipe.evaluate.order == "newest_first" else 1
-    return sorted(left, key=lambda sampled: (sampled.variant != MAIN, sign * sampled.images_seen))
+    return Backlog(sweep, tuple(sweep.recipe.models if models is None else models)).left()
+
+
+@dataclass
+class Backlog:
+    """The evaluations that are due, for a process that asks again and again: it asks storage only for what it has not found yet."""
+
+    sweep: Sweep
+    models: tuple[str, ...]
+    _published: set[Sampled] = field(default_factory=set)
+    _evaluated: set[Sampled] = field(default_factory=set)
+
+    @property
+    def published(self) -> list[int]:
+        """Image counts that were published when `left` was asked last, of all models, rising."""
+        return sorted(each.images_seen for each in self._published)
+
+    def left(self) -> list[Sampled]:
+        """Return what is published and not evaluated, as `evaluations_left`."""
+        sweep = self.sweep
+        for model in self.models:
+            known = [each.images_seen for each in self._published if each.model == model]
+            self._published |= {Sampled(model, n) for n in published_counts(sweep.run(model), known)}
+        counts, variants = set(sweep.recipe.train.publish_images), sweep.recipe.evaluate.samplings
+        due = {each._replace(variant=v) for each in self._published if each.images_seen in counts for v in variants}
+        open_ = sorted(due - self._evaluated)
+        self._evaluated |= set(_existing(open_, lambda sampled: sweep.evaluation(sampled).exists(METRICS)))
+        sign = -1 if sweep.recipe.evaluate.order == "newest_first" else 1
+        return sorted(
+            due - self._evaluated,
+            key=lambda sampled: (sampled.variant != MAIN, sign * sampled.images_seen, self.models.index(sampled.model)),
+        )
 
 
 def outdated(sweep: Sweep) -> dict[Sampled, str]:

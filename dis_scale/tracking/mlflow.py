@@ -39,8 +39,8 @@ def open_client(uri: str) -> Any:
 
 
 def stored_ids(sweep: Sweep) -> dict[str, Any]:
-    """Return the ids of the sweep's runs and the URI of their MLflow; empty if it was never tracked."""
-    return sweep.folder.read_json(TRACKING) if sweep.folder.exists(TRACKING) else {}
+    """Return the ids of the sweep's runs and the URI of their MLflow; empty if it was never tracked, or if they are damaged."""
+    return sweep.folder.find_json(TRACKING) or {}
 
 
 def create_runs(sweep: Sweep, uri: str, parameters: dict[str, dict[str, Any]]) -> dict[str, Any]:

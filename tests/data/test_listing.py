@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from dis_scale.data.mixing import permutation
 from dis_scale.data.sources import open_source
 from dis_scale.errors import StorageError, UserError
 from dis_scale.storage import manifest
-from dis_scale.storage.folder import open_folder
+from dis_scale.storage.folder import Folder, open_folder
 from tests.support import labelled_images
 from tests.support.labelled_images import CLASSES, data, png
 
@@ -119,11 +119,36 @@ def test_two_processes_that_list_at_once_use_the_first_listing(tmp_path: Path) -
     assert one == list(entries(len(one)))
 
 
-def test_a_damaged_listing_is_named(tmp_path: Path) -> None:
-    store = open_folder(tmp_path)
-    open_source(data(labelled_images.class_folders(open_folder(tmp_path) / "images")), store)
+def stored_listing(root: Path) -> Folder:
+    """A stored listing of class folders; its folder."""
+    store = open_folder(root)
+    open_source(data(labelled_images.class_folders(open_folder(root) / "images")), store)
     (folder,) = store.list("listings")
-    (name,) = [n for n in (store / "listings" / folder).list() if n != manifest.NAME]
-    (store / "listings" / folder).write(name, b"x")
-    with pytest.raises(StorageError, match=f"{folder}/{name}: damaged: 1 bytes, its manifest says"):
-        open_source(data(labelled_images.class_folders(open_folder(tmp_path) / "images")), store).names[0]
+    return store / "listings" / folder
+
+
+def part_of(folder: Folder) -> str:
+    (name,) = [each for each in folder.list() if each != manifest.NAME]
+    return name
+
+
+@pytest.mark.parametrize("damaged", [part_of, lambda _: manifest.NAME], ids=["a part", "the manifest"])
+def test_a_damaged_listing_is_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: Callable[[Folder], str]
+) -> None:
+    folder = stored_listing(tmp_path)
+    name, before = damaged(folder), {each: folder.read(each) for each in folder.list()}
+    folder.write(name, b"x")
+    source = data(labelled_images.class_folders(open_folder(tmp_path) / "images"))
+    assert len(list(open_source(source, open_folder(tmp_path)).listing)) == 7
+    assert f"{folder}/{name}: damaged: " in caplog.text
+    assert {each: folder.read(each) for each in folder.list()} == before
+
+
+def test_a_damaged_listing_of_a_changed_source_is_named(tmp_path: Path) -> None:
+    folder = stored_listing(tmp_path)
+    name, images = part_of(folder), open_folder(tmp_path) / "images"
+    folder.write(name, b"x")
+    images.write("dog/7.png", png(7))
+    with pytest.raises(StorageError, match=f"{name}: damaged: 1 bytes, its manifest says"):
+        list(open_source(data({"kind": "folder", "url": images.url}), open_folder(tmp_path)).listing)

@@ -94,3 +94,11 @@ def test_mlflow_away_is_logged_once_and_the_rows_wait(
     assert [r.message for r in caplog.records] == ["MLflow cannot be reached, rows wait in storage: no MLflow here"]
     copy.send([])
     assert history(sweep, uri, "loss") == [(10, 0.5), (20, 0.4)]
+
+
+def test_damaged_ids_are_made_again(tiny: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sweep = Sweep.below(open_folder(tmp_path), tiny)
+    sweep.folder.write(TRACKING, b"{")
+    ids = mlflow.create_runs(sweep, f"sqlite:///{tmp_path}/mlflow.db", {"dit": {"seed": 0}})
+    assert mlflow.stored_ids(sweep) == ids
+    assert "tracking.json: damaged: not JSON" in caplog.text
