@@ -8,6 +8,8 @@ import contextlib
 import ctypes
 import json
 import os
+import re
+import secrets
 import shutil
 import signal
 import socket
@@ -29,6 +31,10 @@ from pipelines.shared_folder import require_shared
 from pipelines.stage import keeping_handlers
 
 START_TIMEOUT_S = 90.0
+_FOLDER = "dis-scale-ray-"
+"""Start of the name of a folder of our own Ray below /tmp. It has mode 0700; Ray opens its own, `ray` below, to all users."""
+_OURS = re.compile(r"http://(?:127\.0\.0\.1|localhost):(\d+)")
+"""Dashboard of a Ray of our own; its port names the token's file."""
 
 
 @dataclass
@@ -58,13 +64,13 @@ def open_cluster(recipe: Recipe) -> Iterator[Cluster]:
     if address := os.environ.get("RAY_ADDRESS"):
         yield _joined(address, recipe)
         return
-    folder = Path(tempfile.mkdtemp(prefix="dis-scale-ray-", dir="/tmp"))  # Ray's sockets need a short path
+    folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir="/tmp"))  # Ray's sockets need a short path
     head = None
     try:
         gpus, fault = usable_gpus()
         head, dashboard = _start_head(recipe, folder, gpus)
         yield Cluster(
-            JobSubmissionClient(dashboard), {}, f"a local Ray that this command started ({dashboard})",
+            client_of(dashboard), {}, f"a local Ray that this command started ({dashboard})",
             ours=True, capacity=1, gpus=gpus, gpu_fault=fault, id=folder.name, address=dashboard,
             gpu_bytes=smallest_gpu_bytes() if gpus else None,
         )  # fmt: skip
@@ -75,6 +81,23 @@ def open_cluster(recipe: Recipe) -> Iterator[Cluster]:
                 head.wait(20)
             head.kill()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def client_of(address: str | None) -> JobSubmissionClient:
+    """Return a client of the Ray at a dashboard (default: RAY_ADDRESS), with the token of a Ray of our own on this machine.
+
+    Any other Ray's token comes from the environment, by Ray's rules. Raises ConnectionError if no Ray answers.
+    """
+    token = _token_of(address) if address else None
+    return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+
+
+def _token_of(address: str) -> str | None:
+    """Return the token of a Ray that a command of this user started; the newest one, if a killed command left its folder."""
+    ours, user = _OURS.fullmatch(address.rstrip("/")), os.getuid()
+    files = Path("/tmp").glob(f"{_FOLDER}*/token-{ours[1]}") if ours else ()
+    dated = [(status.st_mtime, path) for path in files if (status := path.stat()).st_uid == user]
+    return max(dated)[1].read_text() if dated else None
 
 
 def require_root(recipe: Recipe) -> str:
@@ -174,7 +197,10 @@ def largest_gpu_bytes(client: JobSubmissionClient) -> int | None:
 
 
 def _start_head(recipe: Recipe, folder: Path, gpus: int) -> tuple[subprocess.Popen, str]:
-    """Start a Ray head on loopback with free ports that dies with this process; return it and the dashboard's URL."""
+    """Start a Ray head on loopback with free ports and a token of its own, which dies with this process.
+
+    Returns it and the dashboard's URL.
+    """
     port, dashboard, agent = free_ports(3)
     resources = {
         "prepare": 1, "precompute": recipe.precompute.workers, "train": recipe.train.most_workers,
@@ -184,14 +210,18 @@ def _start_head(recipe: Recipe, folder: Path, gpus: int) -> tuple[subprocess.Pop
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats",
         "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--include-dashboard=true",
         f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
-        f"--temp-dir={folder}", f"--resources={json.dumps(resources)}", f"--object-store-memory={256 * 2**20}",
+        f"--temp-dir={folder}/ray", f"--resources={json.dumps(resources)}", f"--object-store-memory={256 * 2**20}",
         f"--num-cpus={max(os.cpu_count() or 1, recipe.train.most_workers, recipe.precompute.workers)}",
         f"--num-gpus={gpus}",  # Ray would also count GPUs that PyTorch cannot use
     ]  # fmt: skip
+    token = folder / f"token-{dashboard}"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
     environment = (
-        os.environ
+        {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}  # it would replace the file's
         | {
-            "RAY_AUTH_MODE": "disabled",
+            "RAY_AUTH_MODE": "token",  # otherwise any user of this machine could submit a job, which runs as this one
+            "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux, too: without it Ray replaces 127.0.0.1 by the machine's address
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # its jobs have ended before it is stopped
             "RAY_prestart_worker_first_driver": "0",  # such workers lack a job's environment: no job would use them
@@ -207,7 +237,7 @@ def _start_head(recipe: Recipe, folder: Path, gpus: int) -> tuple[subprocess.Pop
     deadline = time.monotonic() + START_TIMEOUT_S
     while head.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(ConnectionError, RuntimeError):
-            JobSubmissionClient(url).list_jobs()
+            client_of(url).list_jobs()
             return head, url
         time.sleep(0.3)
     head.kill()

@@ -67,7 +67,7 @@ def pid_of_rank_1(sweep: Sweep) -> int:
 
 def scrape_until(cluster: Cluster, true: Callable[[dict[str, list[float]]], bool]) -> dict[str, list[float]]:
     """Return our metrics of model dit by name, each without its prefix, as Prometheus would read them."""
-    (group,) = json.loads(Path(f"/tmp/{cluster.id}/prom_metrics_service_discovery.json").read_text())
+    (group,) = json.loads(Path(f"/tmp/{cluster.id}/ray/prom_metrics_service_discovery.json").read_text())
     deadline = time.monotonic() + 200
     while True:
         values: dict[str, list[float]] = {}

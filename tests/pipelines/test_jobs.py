@@ -141,7 +141,7 @@ def test_any_spelling_of_a_sweeps_folder_finds_its_jobs(
         def stop_job(self, name: str) -> None:
             asked.append(name)
 
-    monkeypatch.setattr(jobs, "JobSubmissionClient", Client)
+    monkeypatch.setattr(jobs, "client_of", Client)
     for root in ("real", "real/", "./real//", f"{tmp_path}/link", "link/", f"file://{tmp_path}/link"):
         assert len(jobs.stop_all(Sweep.below(open_folder(root), tiny), "http://127.0.0.1:1")) == 1
     assert len(asked) == 6
