@@ -103,7 +103,7 @@ def open_source(data: Data, store: Folder | None = None, report: ReportDone = la
 
     UserError if the source is missing, empty, or has other classes than the recipe says.
     """
-    kind = _open_kind(data.source)
+    kind = _open_kind(data.source, outside=data.csv_outside == "allow")
 
     def find() -> Contents:
         contents = kind.find()
@@ -198,16 +198,25 @@ class _ClassFolders(_OneFileEach):
 class _Csv(_OneFileEach):
     """A CSV file of paths and labels."""
 
-    def __init__(self, settings: CsvSource) -> None:
-        self._file, self._settings = open_folder(settings.url), settings
+    def __init__(self, settings: CsvSource, outside: bool) -> None:
+        self._file, self._settings, self._outside = open_folder(settings.url), settings, outside
         self._root = Folder(self._file.url.rpartition("/")[0])
         self.where, self.missing = self._file.url, f"no lines in {self._file}"
 
     def find(self) -> Contents:
-        return Contents(_csv_entries(self._root, self._file.name, self._settings))
+        return Contents(map(self._allowed, _csv_entries(self._root, self._file.name, self._settings)))
 
     def read_one(self, entry: Entry) -> bytes:
-        return _read_anywhere(self._root, entry.name)
+        """Read from the folder of the CSV, or from where its line says. The listing may be of a time when that was allowed."""
+        return _read_anywhere(self._root, self._allowed(entry).name)
+
+    def _allowed(self, entry: Entry) -> Entry:
+        """UserError for a path outside the folder: whoever wrote the CSV could have any file of this user or store read."""
+        if not (self._outside or _is_inside(entry.name)):
+            raise UserError(
+                f"{self.where}: image {entry.name} is outside the CSV's folder; if the CSV is yours, --set data.csv_outside=allow"
+            )
+        return entry
 
 
 class _Tars:
@@ -243,14 +252,14 @@ class _Parquet:
         return parquet.find(self._root, self._names, self._settings)
 
 
-def _open_kind(settings: DigitsSource | FolderSource | TarSource | ParquetSource | CsvSource) -> _Kind:
+def _open_kind(settings: DigitsSource | FolderSource | TarSource | ParquetSource | CsvSource, outside: bool) -> _Kind:
     match settings:
         case DigitsSource():
             return _Digits()
         case FolderSource():
             return _ClassFolders(settings)
         case CsvSource():
-            return _Csv(settings)
+            return _Csv(settings, outside)
         case TarSource():
             return _Tars(settings)
         case ParquetSource():
@@ -312,6 +321,11 @@ def _csv_entries(root: Folder, name: str, settings: CsvSource) -> Iterator[Entry
         raise UserError(f"data.source.url: no file {where}") from error
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{where}: not a CSV in UTF-8: {error}") from error
+
+
+def _is_inside(path: str) -> bool:
+    """Whether a CSV's path cannot leave the CSV's folder: not complete, not a URL, no `..`."""
+    return not path.startswith("/") and "://" not in path and "::" not in path and ".." not in path.split("/")
 
 
 def _read_anywhere(root: Folder, path: str) -> bytes:

@@ -61,7 +61,7 @@ class ParquetSource(StoredSource):
 
 
 class CsvSource(StoredSource):
-    """A CSV file with a header and one row per image; relative paths start at the file's own folder."""
+    """A CSV file with a header and one row per image; paths start at the file's own folder. See `data.csv_outside`."""
 
     kind: Literal["csv"]
     path: str = "path"
@@ -84,6 +84,8 @@ class Data(Settings):
     num_classes: Count
     undecodable: Literal["refuse", "skip"] = runtime("refuse")
     """Treatment of empty, damaged or bomb-sized images: stop with an error that names it, or skip, count and list it."""
+    csv_outside: Literal["refuse", "allow"] = runtime("refuse")
+    """Treatment of a CSV's images outside its own folder: `../`, a complete path or a URL. Allow it only for a CSV of your own."""
     mirror: bool = True
     """Flip each image horizontally with probability 1/2 in training."""
     normalise: Normalise = "vae"

@@ -91,13 +91,38 @@ def test_number_labels_are_kept_and_names_are_sorted(tmp_path: Path) -> None:
     assert (list(named.labels), named.label_names) == (order, ["z10", "z2"])
 
 
-def test_paths_of_a_csv_may_be_urls(tmp_path: Path) -> None:
+def test_paths_of_a_csv_may_be_urls_if_a_setting_allows_it(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/x.png").write_bytes(png(0))
-    lines = ["path,label", f"{tmp_path}/elsewhere/x.png,0", f"file://{tmp_path}/elsewhere/x.png,1"]
+    lines = [
+        "path,label",
+        f"{tmp_path}/elsewhere/x.png,0",
+        f"file://{tmp_path}/elsewhere/x.png,1",
+        "../elsewhere/x.png,1",
+    ]
     open_folder(tmp_path).write("lists/l.csv", "\n".join(lines).encode())
-    source = open_source(data({"kind": "csv", "url": f"{tmp_path}/lists/l.csv"}))
+    refusing = data({"kind": "csv", "url": f"{tmp_path}/lists/l.csv"})
+    allowing = refusing.model_copy(update={"csv_outside": "allow"})
+    source = open_source(allowing, open_folder(tmp_path))
     np.testing.assert_array_equal(source.pixels(0, 16), source.pixels(1, 16))
+    np.testing.assert_array_equal(source.pixels(0, 16), source.pixels(2, 16))
+    listed = open_source(refusing, open_folder(tmp_path))
+    with pytest.raises(
+        UserError, match=r"l.csv: image .*elsewhere/x.png is outside the CSV's folder; .*csv_outside=allow"
+    ):
+        listed.pixels(0, 16)
+
+
+@pytest.mark.parametrize(
+    "path", ["../x.png", "a/../../x.png", "..", "/etc/passwd", "file:///etc/passwd", "s3://other/x.png", "zip::x.png"]
+)
+def test_a_csv_may_not_name_files_outside_its_folder(path: str, tmp_path: Path) -> None:
+    open_folder(tmp_path).write("lists/l.csv", f"path,label\na..b/x.png,0\n{path},1\n".encode())
+    with pytest.raises(UserError) as caught:
+        open_source(data({"kind": "csv", "url": f"{tmp_path}/lists/l.csv"}))
+    assert f"{tmp_path}/lists/l.csv: image {path} is outside the CSV's folder; if the CSV is yours, --set" in str(
+        caught.value
+    )
 
 
 def bad(root: Folder, what: str) -> dict[str, Any]:
