@@ -7,11 +7,16 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from dis_scale.redaction import redact
+
 
 class DisScaleError(Exception):
-    """A failure with a message for the user; ends the command with exit code 1."""
+    """A failure with a message for the user; ends the command with exit code 1. Its text has no secrets, whoever prints it."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
 
 
 class UserError(DisScaleError):

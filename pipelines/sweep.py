@@ -22,6 +22,7 @@ from dis_scale.plan import Plan, price_reading, price_sweep, table
 from dis_scale.progress import Board, listing_words
 from dis_scale.recipe import Recipe, reading
 from dis_scale.recipe.identity import identity_differences
+from dis_scale.redaction import redact
 from dis_scale.report import mlflow_copy
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
@@ -251,7 +252,7 @@ def begin_tracking(driver: Driver, plan: Plan, uri: str) -> None:
     except DisScaleError:
         raise
     except Exception as error:
-        why = " ".join(str(error).split())[:200]
+        why = redact(" ".join(str(error).split()))[:200]
         driver.board.say(f"tracking MLflow cannot be reached at {uri}, results are in storage only: {why}")
 
 

@@ -2,7 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from dis_scale.redaction import has_credentials
 
 NARROWEST_EMA, WIDEST_EMA = 0.005, 0.28
 """Relative widths that a power-function average can have; 0.289 would be the plain mean over all of training."""
@@ -35,3 +37,15 @@ class Settings(BaseModel):
     """Frozen, strict, no unknown keys. A field without a role belongs to the sweep's identity and may not change."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _no_credentials(cls, value: Any) -> Any:
+        """A recipe is stored, printed and copied to MLflow."""
+        if isinstance(value, str) and has_credentials(value):
+            raise ValueError(
+                "a URL with credentials, and a recipe is stored and printed: leave them out, and set them in the environment: "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, PGPASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                "or what the store's client reads"
+            )
+        return value

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dis_scale.redaction import redact
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import TRACKING, Sweep
 from dis_scale.tracking.rows import Row
@@ -126,7 +127,9 @@ class RunCopy:
             action(open_client(ids["uri"]), ids["models"][self.model] if self.model else ids["sweep"])
         except Exception as error:  # whatever MLflow raises: results are in storage, this is only their copy
             if not self.away:
-                log.warning("MLflow cannot be reached, rows wait in storage: %s", " ".join(str(error).split())[:200])
+                log.warning(
+                    "MLflow cannot be reached, rows wait in storage: %s", redact(" ".join(str(error).split()))[:200]
+                )
             self.away = True
             return False
         self.away = False

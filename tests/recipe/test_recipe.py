@@ -56,6 +56,35 @@ def test_mistakes_are_named(override: str, words: str) -> None:
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "url"),
+    [
+        ("tracking.uri", "https://me:pa55word@mlflow:5000"),
+        ("tracking.uri", "https://pa55word@mlflow:5000"),
+        ("tracking.uri", "postgresql://me:pa55word@db:5432/mlflow"),
+        ("storage.root", "s3://me:pa55word@bucket/prefix"),
+        ("data.source", "{kind: tar, url: 'sftp://me:pa55word@host/images'}"),
+        ("vae", "{kind: torchscript, posterior: false, path: 'https://host/v.pt?X-Amz-Signature=pa55word'}"),
+    ],
+)
+def test_a_url_with_credentials_is_refused_without_showing_it(key: str, url: str) -> None:
+    with pytest.raises(UserError) as caught:
+        reading.load(TINY, [f"{key}={url}"])
+    assert "pa55word" not in str(caught.value)
+    assert re.search(
+        rf"{key}[a-z.]*: a URL with credentials.*MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        str(caught.value),
+    )
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://me@db:5432/mlflow", "http://mlflow:5000", "sqlite:////data/a@b:c/mlflow.db"]
+)
+def test_a_url_without_credentials_is_taken(url: str) -> None:
+    assert reading.load(TINY, [f"tracking.uri={url}"]).tracking.uri == url
+    assert reading.load(TINY, ["storage.root=abfs://container@account/x"]).storage.root.startswith("abfs://container@")
+
+
 def test_a_missing_recipe_is_named() -> None:
     with pytest.raises(UserError, match=r"cannot read the recipe none.yaml: No such file"):
         reading.load("none.yaml")

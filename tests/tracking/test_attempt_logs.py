@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dis_scale.errors import StorageError
 from dis_scale.recipe import Recipe
 from dis_scale.redaction import redact
 from dis_scale.storage.folder import Folder, open_folder
@@ -101,12 +102,15 @@ def test_a_line_without_an_end_is_bounded() -> None:
         ("GET b?X-Amz-Credential=AK%2Fx&X-Amz-Signature=0f HTTP", "GET b?X-Amz-Credential=***&X-Amz-Signature=*** HTTP"),
         ("token hf_0123456789abcdef is wrong", "token *** is wrong"),
         ("mail me@example.org; tokenizers false", "mail me@example.org; tokenizers false"),
+        ("no file /run/secrets/token", "no file /run/secrets/token"),
     ],
 )  # fmt: skip
 def test_secrets_are_replaced(monkeypatch: pytest.MonkeyPatch, text: str, shown: str) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789abcdef")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/run/secrets/token")
     assert redact(text) == shown
+    assert str(StorageError(text)) == shown, "an error is printed, and stored as the reason of a failure"
 
 
 def test_old_attempts_are_deleted_and_the_drivers_log_stays(tmp_path: Path) -> None:
