@@ -28,6 +28,7 @@ from dis_scale.evaluation import parts
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor, load_extractors
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import Sweep, extractors
 from pipelines.prepare import Preparer
 from pipelines.sharing import share
@@ -79,7 +80,8 @@ def recipe_for(root: Folder) -> Recipe:
     torch.jit.script(Net().eval()).save(path)
     settings = [
         f"data.source={{kind: folder, url: {root}/photos}}", f"data.num_classes={CLASSES}",
-        f"data.resolution={RESOLUTION}", f"evaluate.extractor={{kind: torchscript, name: small, path: {path}}}",
+        f"data.resolution={RESOLUTION}",
+        f"evaluate.extractor={{kind: torchscript, name: small, path: {path}, sha256: '{hash_of(str(path), 'small')}'}}",
     ]  # fmt: skip
     return reading.load(EMBEDDED, settings)
 

@@ -27,6 +27,7 @@ from dis_scale.evaluation.sampling import open_sampler
 from dis_scale.recipe import LatentShape, PretrainedVae, TorchScriptVae, TrainedVae, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.vae import to_pixels, to_unit
 from dis_scale.vae.scaling import Scaling
@@ -161,7 +162,8 @@ class Encoding(torch.nn.Module):
 def scripted(where: Path, posterior: bool, net: torch.nn.Module | None = None, **settings: object) -> TorchScriptVae:
     """Save an autoencoder as a TorchScript file."""
     torch.jit.script(net or Folded(posterior)).save(str(where))
-    return TorchScriptVae(kind="torchscript", path=str(where), posterior=posterior, **settings)  # type: ignore[arg-type]
+    digest = hash_of(str(where), "vae")
+    return TorchScriptVae(kind="torchscript", path=str(where), posterior=posterior, sha256=digest, **settings)  # type: ignore[arg-type]
 
 
 def saved(where: Path, levels: int, **config: object) -> PretrainedVae:
@@ -290,9 +292,11 @@ def test_other_torchscript_files_are_refused(tmp_path: Path) -> None:
         "has sha256 [0-9a-f]{64}, the recipe expects 0000": good.model_copy(update={"sha256": "0" * 64}),
         "has no method decode: export both": scripted(tmp_path / "half.pt", False, Encoding()),
         "has no method encode and no method decode": scripted(tmp_path / "none.pt", False, torch.nn.Identity()),
-        r"encode returns \(2, 24, 16, 16\).*expected \(2, C, h, h\)": good.model_copy(
-            update={"path": scripted(tmp_path / "more.pt", True).path}
+        r"encode returns \(2, 24, 16, 16\).*expected \(2, C, h, h\)": scripted(tmp_path / "more.pt", True).model_copy(
+            update={"posterior": False}
         ),
+        r"vae.pt is a program.* if you trust the file, add beside its path:\n  sha256: "
+        + str(good.sha256): good.model_copy(update={"sha256": None}),
         "an image of 33 pixels is not encoded and decoded": good,
     }
     for words, settings in refused.items():
@@ -300,7 +304,9 @@ def test_other_torchscript_files_are_refused(tmp_path: Path) -> None:
             vae.latent_shape(settings, 33 if "33" in words else 32)
     (tmp_path / "bytes.pt").write_bytes(b"nothing")
     with pytest.raises(UserError, match="is not a TorchScript file"):
-        vae.load_script(good.model_copy(update={"path": str(tmp_path / "bytes.pt")}))
+        vae.load_script(
+            good.model_copy(update={"path": (path := str(tmp_path / "bytes.pt")), "sha256": hash_of(path, "vae")})
+        )
 
 
 @pytest.mark.parametrize(
@@ -332,11 +338,15 @@ def test_a_torchscript_file_gets_tensors_on_its_own_device(tmp_path: Path) -> No
     """A frozen file has no parameters to be moved: it stays on the CPU, and latents from a GPU are moved to it."""
     frozen = torch.jit.freeze(torch.jit.script(Folded(False).eval()), preserved_attrs=["encode", "decode"])
     frozen.save(str(tmp_path / "frozen.pt"))
-    decoder = vae.load_script(TorchScriptVae(kind="torchscript", path=str(tmp_path / "frozen.pt"), posterior=False))
+    decoder = vae.load_script(
+        TorchScriptVae(
+            kind="torchscript", path=(path := str(tmp_path / "frozen.pt")), sha256=hash_of(path, "vae"), posterior=False
+        )
+    )
     assert decoder.device.type == "cpu"
     assert decoder.latent(32) == (12, 16)
     settings = TorchScriptVae(kind="torchscript", path="unused", posterior=False)
-    elsewhere = ScriptVae(Folded(False).to("meta"), settings, "")  # a device that every machine has
+    elsewhere = ScriptVae(Folded(False).to("meta"), settings)  # a device that every machine has
     assert elsewhere._decode(torch.zeros(1, 12, 4, 4)).device.type == "meta"
 
 

@@ -122,7 +122,7 @@ class TorchScriptVae(Settings):
     path: str = runtime(...)
     """Path or URL of the file."""
     sha256: str | None = pin(pattern=r"^[0-9a-f]{64}$")
-    """Hash of the file, which is checked whenever it is loaded."""
+    """Hash of the file, checked whenever it is loaded, and required then: the file is a program that runs."""
     posterior: bool
     """Whether `encode` returns mean and log-variance, (B, 2C, h, w), or latents, (B, C, h, w)."""
     scale: float = Field(1.0, gt=0)

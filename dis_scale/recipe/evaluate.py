@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from dis_scale.recipe.settings import Count, InferencePrecision, Settings, Width, runtime
+from dis_scale.recipe.settings import Count, InferencePrecision, Settings, Width, pin, runtime
 
 MAIN = ""
 """Name of the main sampling settings, next to the variants' names."""
@@ -56,7 +56,8 @@ class TorchScriptExtractor(Settings):
     """Path or URL of the file."""
     size: Count | None = None
     """Pixels per side of its input; other images are resized, antialiased. Default: images are not resized."""
-    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    sha256: str | None = pin(pattern=r"^[0-9a-f]{64}$")
+    """Hash of the file, checked whenever it is loaded, and required then: the file is a program that runs."""
 
 
 ExtractorSettings = Annotated[TrainedExtractor | InceptionExtractor | TorchScriptExtractor, Field(discriminator="kind")]

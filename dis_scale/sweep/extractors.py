@@ -4,11 +4,12 @@ import hashlib
 import json
 from typing import Any
 
-from dis_scale.errors import StorageError, UserError
+from dis_scale.errors import StorageError
 from dis_scale.recipe import ExtractorSettings, InceptionExtractor, TorchScriptExtractor, TrainedExtractor
 from dis_scale.recipe.evaluate import INCEPTION_SHA256
 from dis_scale.storage import manifest
-from dis_scale.storage.folder import Folder, locate
+from dis_scale.storage.folder import Folder
+from dis_scale.storage.programs import read_program
 from dis_scale.sweep import Sweep
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -25,7 +26,8 @@ def weights_identity(sweep: Sweep, extractor: ExtractorSettings) -> str:
     if isinstance(extractor, TrainedExtractor):
         return classifier_manifest(sweep.extractor(extractor.name))["files"][WEIGHTS_FILE]["sha256"]
     size = str(extractor.size) if extractor.size else ""
-    return hashlib.sha256(read_script(extractor)).hexdigest() + size
+    read_script(extractor)  # it is there, and has the recipe's hash
+    return f"{extractor.sha256}{size}"
 
 
 def classifier_manifest(folder: Folder) -> dict[str, Any]:
@@ -37,16 +39,8 @@ def classifier_manifest(folder: Folder) -> dict[str, Any]:
 
 
 def read_script(extractor: TorchScriptExtractor) -> bytes:
-    """Return a TorchScript file; UserError if it is missing or has another hash than the recipe expects."""
-    parent, name = locate(extractor.path)
-    try:
-        data = parent.read(name)
-    except FileNotFoundError as error:
-        raise UserError(f"extractor {extractor.name}: no file {extractor.path}") from error
-    digest = hashlib.sha256(data).hexdigest()
-    if extractor.sha256 not in (None, digest):
-        raise UserError(f"{extractor.path}: sha256 {digest}, the recipe expects {extractor.sha256}")
-    return data
+    """Return a TorchScript file; UserError if it is missing or the recipe has not its hash."""
+    return read_program(extractor.path, extractor.sha256, f"extractor {extractor.name}")
 
 
 def reference_file(sweep: Sweep, name: str, identity: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, TorchScriptVae, TrainedVae, VaeSettings
 from dis_scale.storage import manifest
+from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import Sweep, state
 from dis_scale.vae.autoencoders import (
     CONFIG,
@@ -75,7 +76,7 @@ def from_path(path: str, facts: Mapping[str, Any]) -> Vae:
         return PixelVae()
     if "://" not in path and not Path(path).is_file():
         return load_pretrained(PretrainedVae(kind="pretrained", path=path))
-    own = {"posterior": True} | {
+    own = {"posterior": True, "sha256": hash_of(path, "--vae")} | {
         k: facts[k] for k in ("posterior", "shift", "scale") if isinstance(facts.get(k), bool | float)
     }
     return load_script(TorchScriptVae.model_validate({"kind": "torchscript", "path": path} | own))

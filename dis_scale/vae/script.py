@@ -8,9 +8,9 @@ from functools import cached_property
 
 import torch
 
-from dis_scale.errors import StorageError, UserError
+from dis_scale.errors import UserError
 from dis_scale.recipe import LatentShape, TorchScriptVae
-from dis_scale.storage.folder import locate
+from dis_scale.storage.programs import read_program
 from dis_scale.vae.interface import Vae
 
 
@@ -19,7 +19,6 @@ class ScriptVae(Vae):
     """A TorchScript module in evaluation mode, and the settings that the file does not tell."""
 
     settings: TorchScriptVae
-    sha256: str
 
     @property
     def scale(self) -> float:
@@ -36,7 +35,7 @@ class ScriptVae(Vae):
     @cached_property
     def identity(self) -> str:
         """sha256 over that of the file and the settings that the latents depend on."""
-        key = [self.sha256, self.settings.posterior, self.scale, self.shift]
+        key = [self.settings.sha256, self.settings.posterior, self.scale, self.shift]
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
     @torch.no_grad()
@@ -83,16 +82,8 @@ class ScriptVae(Vae):
 
 
 def load_script(settings: TorchScriptVae) -> Vae:
-    """Load a TorchScript file; UserError if it is missing, has another hash, or lacks one of the methods."""
-    parent, name = locate(settings.path)
-    try:
-        data = parent.read(name)
-    except (FileNotFoundError, StorageError) as error:
-        if isinstance(error, StorageError) and not isinstance(error.__cause__, IsADirectoryError):
-            raise  # the file may be good
-        raise UserError(f"vae.path: no file {settings.path}") from error
-    if settings.sha256 not in (None, digest := hashlib.sha256(data).hexdigest()):
-        raise UserError(f"vae.path: {settings.path} has sha256 {digest}, the recipe expects {settings.sha256}")
+    """Load a TorchScript file; UserError if it is missing, has another hash than the recipe, or lacks a method."""
+    data = read_program(settings.path, settings.sha256, "vae.path")
     try:
         net = torch.jit.load(io.BytesIO(data), map_location="cpu").eval()
     except RuntimeError as error:
@@ -102,4 +93,4 @@ def load_script(settings: TorchScriptVae) -> Vae:
             f"vae.path: {settings.path} has no method {' and no method '.join(missing)}: export both with "
             "@torch.jit.export before torch.jit.script"
         )
-    return ScriptVae(net, settings, digest)
+    return ScriptVae(net, settings)

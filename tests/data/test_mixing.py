@@ -22,6 +22,7 @@ from dis_scale.errors import StorageAway, UserError
 from dis_scale.recipe import LatentShape, Precompute, Recipe, TorchScriptVae, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import Sweep
 from pipelines import precompute
 from pipelines.precompute import Encoder
@@ -275,8 +276,8 @@ class Negative(torch.nn.Module):
 
 def test_latents_without_variance_are_mixed_and_repaired(small: Sweep, tmp_path: Path) -> None:
     """Each shard has the bytes of the repair, and half the values of the same images with a log-variance."""
-    torch.jit.script(Negative()).save(str(tmp_path / "vae.pt"))
-    settings = TorchScriptVae(kind="torchscript", path=str(tmp_path / "vae.pt"), posterior=False)
+    torch.jit.script(Negative()).save(path := str(tmp_path / "vae.pt"))
+    settings = TorchScriptVae(kind="torchscript", path=path, sha256=hash_of(path, "vae"), posterior=False)
     other = replace(small, recipe=small.recipe.model_copy(update={"vae": settings}))
     pixels, latents = make(small), make(other)
     setup = Setup(open_source(other.recipe.data, other.store), vae.load(other), other.recipe)

@@ -25,6 +25,7 @@ from torch import nn
 from dis_scale import vae
 from dis_scale.recipe import TrainedVae
 from dis_scale.storage.folder import open_folder
+from dis_scale.storage.programs import hash_of
 from pipelines.cluster import free_ports
 from tests.conftest import TINY
 from tests.support import clusters, labelled_images, pods, sweeps
@@ -152,12 +153,13 @@ def _upload(bucket: str, folder: Path) -> None:
 def _small_recipe(app: Path, source: str) -> None:
     """Write the tiny recipe with a pretrained VAE and a TorchScript extractor under the name of the file's recipe."""
     recipe: dict[str, Any] = yaml.safe_load(TINY.read_text())
+    digest = hash_of(str(app.parent / "models/features.pt"), "extractor")
     recipe |= {"name": RECIPE, "vae": {"kind": "pretrained", "path": "none yet"}}
     recipe["data"] |= {"source": {"kind": "folder", "url": source}, "num_classes": 2, "held_out_images": 8}
     recipe["models"] = {"dit": recipe["models"]["dit"]}
     recipe["precompute"]["shard_images"] = 30
     recipe["evaluate"] |= {
-        "extractor": {"kind": "torchscript", "name": "means", "path": "none yet"},
+        "extractor": {"kind": "torchscript", "name": "means", "path": "none yet", "sha256": digest},
         "variants": {},
         "workers": 2,
     }

@@ -21,6 +21,7 @@ from dis_scale.evaluation.features import Extractor, load_extractors
 from dis_scale.evaluation.metrics import fit, frechet
 from dis_scale.recipe import reading
 from dis_scale.storage.folder import open_folder
+from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import Sweep, extractors, state
 from dis_scale.sweep.extractors import part_count, reference_file
 from pipelines.prepare import Preparer
@@ -198,7 +199,8 @@ def photos(tmp_path: Path, count: int = 26) -> Sweep:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
     (tmp_path / "photos/a/03.png").write_bytes(b"broken")
-    extractor = f"{{kind: torchscript, name: dino, path: '{script(tmp_path / 'dino.pt')}'}}"
+    path = script(tmp_path / "dino.pt")
+    extractor = f"{{kind: torchscript, name: dino, path: '{path}', sha256: '{hash_of(str(path), 'dino')}'}}"
     source = f"data.source={{kind: folder, url: '{tmp_path}/photos'}}"
     settings = [source, "data.num_classes=2", f"evaluate.extractor={extractor}", "data.undecodable=skip"]
     return Sweep.below(open_folder(tmp_path) / "store", reading.load(TINY, settings))

@@ -18,6 +18,7 @@ from dis_scale.evaluation.features import Extractor, load_extractor, load_extrac
 from dis_scale.evaluation.metrics import MeanCovariance, fit, frechet
 from dis_scale.recipe import Recipe, TorchScriptExtractor, reading
 from dis_scale.storage.folder import open_folder
+from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.extractors import reference_file
 from tests.conftest import TINY
@@ -44,8 +45,15 @@ def script(path: Path, net: nn.Module | None = None) -> Path:
 
 def with_scripts(**paths: Path) -> Recipe:
     """Return the digits with these TorchScript files as extractors, the main one first."""
-    main, *others = (f"{{kind: torchscript, name: {name}, path: '{path}'}}" for name, path in paths.items())
+    main, *others = (
+        f"{{kind: torchscript, name: {name}, path: '{path}', sha256: '{hash_of(str(path), name)}'}}"
+        for name, path in paths.items()
+    )
     return reading.load(TINY, [f"evaluate.extractor={main}", f"evaluate.also=[{', '.join(others)}]"])
+
+
+def dino(path: Path, **changes: object) -> TorchScriptExtractor:
+    return DINO.model_copy(update={"path": str(path), "sha256": hash_of(str(path), "dino")} | changes)
 
 
 @pytest.fixture
@@ -131,7 +139,7 @@ def test_a_torchscript_file_is_an_extractor(recipe: Recipe, sweep: Sweep, source
 
 
 def test_images_are_resized_for_a_torchscript_file(tmp_path: Path, sweep: Sweep, source: Source) -> None:
-    settings = DINO.model_copy(update={"path": str(script(tmp_path / "dino.pt")), "size": 64})
+    settings = dino(script(tmp_path / "dino.pt"), size=64)
     assert load_extractor(settings, sweep, CPU)(pixels(source)[:2]).pooled.shape == (2, 16)
 
 
@@ -139,12 +147,14 @@ def test_torchscript_files_that_do_not_fit_are_refused(tmp_path: Path, sweep: Sw
     path = script(tmp_path / "dino.pt")
     with pytest.raises(UserError, match=f"extractor dino: no file {tmp_path}/none.pt"):
         load_extractor(DINO.model_copy(update={"path": str(tmp_path / "none.pt")}), sweep, CPU)
-    with pytest.raises(UserError, match=f"dino.pt: sha256 [0-9a-f]+, the recipe expects {'0' * 64}"):
-        load_extractor(DINO.model_copy(update={"path": str(path), "sha256": "0" * 64}), sweep, CPU)
+    with pytest.raises(UserError, match=f"dino.pt has sha256 [0-9a-f]+, the recipe expects {'0' * 64}"):
+        load_extractor(dino(path, sha256="0" * 64), sweep, CPU)
+    with pytest.raises(UserError, match=f"dino.pt is a program.* no hash .*\n  sha256: {dino(path).sha256}"):
+        load_extractor(dino(path, sha256=None), sweep, CPU)
     (tmp_path / "text.pt").write_text("no archive")
     with pytest.raises(UserError, match=r"text.pt: not a TorchScript file"):
-        load_extractor(DINO.model_copy(update={"path": str(tmp_path / "text.pt")}), sweep, CPU)
-    maps = load_extractor(DINO.model_copy(update={"path": str(script(tmp_path / "maps.pt", nn.ReLU()))}), sweep, CPU)
+        load_extractor(dino(tmp_path / "text.pt"), sweep, CPU)
+    maps = load_extractor(dino(script(tmp_path / "maps.pt", nn.ReLU())), sweep, CPU)
     with pytest.raises(UserError, match=r"features of shape \(2, 3, 32, 32\) for 2 images, expected \(2, d\)"):
         maps(pixels(source)[:2])
 

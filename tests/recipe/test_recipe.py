@@ -128,15 +128,19 @@ def test_runtime_and_extent_may_change(tiny: Recipe, allowed: str) -> None:
     assert identity_differences(tiny, reading.load(TINY, [allowed])) == []
 
 
-def test_the_hash_of_a_file_may_be_added_and_not_changed() -> None:
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [("vae", "posterior: false"), ("evaluate.extractor", "name: dino")],
+)
+def test_the_hash_of_a_file_may_be_added_and_not_changed(key: str, settings: str) -> None:
     without, first, second = (
-        reading.load(TINY, [f"vae={{kind: torchscript, path: v.pt, posterior: false{pinned}}}"])
+        reading.load(TINY, [f"{key}={{kind: torchscript, path: v.pt, {settings}{pinned}}}"])
         for pinned in ("", f", sha256: '{'0' * 64}'", f", sha256: '{'1' * 64}'")
     )
     assert identity_differences(without, first) == []
     for given in (second, without):
         (difference,) = identity_differences(first, given)
-        assert difference.startswith(f"vae.sha256: stored {'0' * 64}, given ")
+        assert difference.startswith(f"{key}.sha256: stored {'0' * 64}, given ")
 
 
 @pytest.mark.parametrize(
