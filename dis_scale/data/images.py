@@ -12,15 +12,20 @@ from dis_scale.errors import UndecodableImage
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
+IMAGE_BYTES = 2**30
+"""Most bytes of an image's file; no more are read. The most pixels that Pillow decodes have half as many, uncompressed."""
+
 
 def decode(data: bytes, name: str, resolution: int) -> np.ndarray:
-    """Decode to uint8 (resolution, resolution, 3); UndecodableImage if it is empty, damaged, truncated or a decompression bomb.
+    """Decode to uint8 (resolution, resolution, 3); UndecodableImage if it is empty, damaged, truncated, too large or a bomb.
 
     Decodes the first frame of an animation. A bomb has more than twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million) pixels.
     """
     try:
         if not data:
             raise ValueError("it is empty (0 bytes)")
+        if len(data) > IMAGE_BYTES:
+            raise ValueError(f"it has over {IMAGE_BYTES:,} bytes")
         return square(Image.open(io.BytesIO(data)), resolution)
     except MemoryError:
         raise

@@ -27,6 +27,8 @@ from dis_scale.threads import batched
 
 PART = 2**17
 """Entries in a part: about 20 MB in memory while it is read. ImageNet has ten parts."""
+PART_BYTES = 2**30
+"""Most bytes of an unpacked part: its entries with names of 4,096 bytes, a path's limit, have half as many."""
 REPORT_EVERY = 1000
 LISTINGS = "listings"
 """Folder of all listings below a storage root."""
@@ -262,6 +264,8 @@ class _Part:
     @classmethod
     def from_bytes(cls, data: bytes) -> "_Part":
         with np.load(io.BytesIO(data)) as z:
+            if sum(member.file_size for member in z.zip.infolist()) > PART_BYTES:
+                raise ValueError(f"unpacked it has over {PART_BYTES:,} bytes")
             files = os.fsdecode(z["files"].tobytes()).split("\0")
             return cls(z["names"].tobytes(), z["ends"], z["labels"], files, z["file_of"], z["places"])
 

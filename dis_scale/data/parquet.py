@@ -17,6 +17,9 @@ from dis_scale.errors import StorageError, UserError
 from dis_scale.recipe import ParquetSource
 from dis_scale.storage.folder import Folder
 
+GROUP_BYTES = 8 * 2**30
+"""Most bytes of a row group's column; larger ones are not read. Hugging Face's groups of images have 100 MB to 1 GB."""
+
 
 def find(root: Folder, names: list[str], settings: ParquetSource) -> Contents:
     """List every row of the files, sorted by file name. Only the label column is read."""
@@ -91,7 +94,15 @@ def _has_bytes(kind: pa.DataType) -> bool:
 
 
 def _read(file: pq.ParquetFile, group: int, column: str, where: str) -> pa.Table:
-    """Read a column of a row group; StorageError if its pages are damaged."""
+    """Read a column of a row group; StorageError if its pages are damaged, UserError if they would not fit into memory."""
+    group_facts = file.metadata.row_group(group)
+    chunks = (group_facts.column(i) for i in range(group_facts.num_columns))
+    size = sum(c.total_uncompressed_size for c in chunks if f"{c.path_in_schema}.".startswith(f"{column}."))
+    if size > GROUP_BYTES:
+        raise UserError(
+            f"{where}: row group {group} has {size:,} bytes in column {column!r}, and {GROUP_BYTES:,} are read at most: "
+            "write smaller row groups"
+        )
     try:
         return file.read_row_group(group, columns=[column])
     except FileNotFoundError:

@@ -23,6 +23,9 @@ from dis_scale.progress import ReportDone
 from dis_scale.recipe import CsvSource, Data, DigitsSource, FolderSource, ParquetSource, TarSource
 from dis_scale.storage.folder import Folder, open_folder
 
+LINE_CHARACTERS = 2**20
+"""Most characters of a CSV's line: paths have up to 4,096, and a field of Python's csv up to 131,072."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -192,7 +195,7 @@ class _ClassFolders(_OneFileEach):
         )
 
     def read_one(self, entry: Entry) -> bytes:
-        return self._root.read(entry.name)
+        return self._root.read_up_to(entry.name, images.IMAGE_BYTES)
 
 
 class _Csv(_OneFileEach):
@@ -306,7 +309,7 @@ def _csv_entries(root: Folder, name: str, settings: CsvSource) -> Iterator[Entry
     where = f"{root}/{name}"
     try:
         with io.TextIOWrapper(root.open(name), encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, strict=True)
+            rows = csv.DictReader(_lines(file, where), strict=True)
             for key, column in (("path", settings.path), ("label", settings.label)):
                 if column not in (rows.fieldnames or []):
                     has = ", ".join(rows.fieldnames or ["nothing"])
@@ -323,6 +326,14 @@ def _csv_entries(root: Folder, name: str, settings: CsvSource) -> Iterator[Entry
         raise UserError(f"{where}: not a CSV in UTF-8: {error}") from error
 
 
+def _lines(file: io.TextIOWrapper, where: str) -> Iterator[str]:
+    """Yield the lines; UserError for one that is too long to be a path and a label, before it fills the memory."""
+    while line := file.readline(LINE_CHARACTERS + 1):
+        if len(line) > LINE_CHARACTERS:
+            raise UserError(f"{where}: not a CSV of images: a line has over {LINE_CHARACTERS:,} characters")
+        yield line
+
+
 def _is_inside(path: str) -> bool:
     """Whether a CSV's path cannot leave the CSV's folder: not complete, not a URL, no `..`."""
     return not path.startswith("/") and "://" not in path and "::" not in path and ".." not in path.split("/")
@@ -330,9 +341,9 @@ def _is_inside(path: str) -> bool:
 
 def _read_anywhere(root: Folder, path: str) -> bytes:
     if "://" not in path and not path.startswith("/"):
-        return root.read(path)
+        return root.read_up_to(path, images.IMAGE_BYTES)
     parent, _, name = path.rpartition("/")
-    return Folder(parent).read(name)
+    return Folder(parent).read_up_to(name, images.IMAGE_BYTES)
 
 
 @cache

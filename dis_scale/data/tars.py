@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from typing import BinaryIO
 
-from dis_scale.data.images import SUFFIXES
+from dis_scale.data.images import IMAGE_BYTES, SUFFIXES
 from dis_scale.data.listing import Contents, Entry, number_or_name
 from dis_scale.errors import StorageError, UserError
 from dis_scale.recipe import TarSource
@@ -21,7 +21,9 @@ TARS_AT_ONCE = 8
 LARGE_BYTES = 8 * 2**30
 """A larger tar is indexed on its own."""
 SPAN_BYTES = 8 * 2**20
-"""Most bytes of images that one read returns."""
+"""Most bytes of images that one read returns, unless a single one is larger."""
+LABEL_BYTES = 16 * 2**20
+"""Most bytes of a `.cls` or `.json` member; larger ones are not read. A label has a few, a sample's metadata some kilobytes."""
 
 
 def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]:
@@ -53,6 +55,8 @@ def find(root: Folder, names: list[str], settings: TarSource) -> Contents:
 def read(root: Folder, entries: Sequence[Entry]) -> list[bytes]:
     """Return the images' bytes by one range read; all entries are in one tar, in its order. StorageError if it is too short."""
     first, last = entries[0].location[0], sum(entries[-1].location)
+    if len(entries) == 1:
+        last = min(last, first + IMAGE_BYTES + 1)  # enough to be refused as an image
     data = root.read(entries[0].file, first, last) if last > first else b""
     if len(data) != last - first:
         raise StorageError(
@@ -92,6 +96,10 @@ def _members(file: BinaryIO) -> Iterator[_Member]:
                 continue
             assert isinstance(member, _Member)
             if member.name.endswith((".cls", ".json")):
+                if member.size > LABEL_BYTES:
+                    raise tarfile.ReadError(
+                        f"{member.name} has {member.size:,} bytes, and a label at most {LABEL_BYTES:,}"
+                    )
                 file.seek(member.offset_data)
                 member.data = file.read(member.size)
             yield member

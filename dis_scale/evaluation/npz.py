@@ -27,6 +27,8 @@ def from_bytes(data: bytes, where: str) -> dict[str, np.ndarray]:
         raise StorageError(f"{where}: damaged: its sha256 differs from the one at its end")
     try:
         with np.load(io.BytesIO(body)) as z:
+            if sum(member.file_size for member in z.zip.infolist()) > len(body):
+                raise ValueError("its arrays would be larger than the file, and ours are not compressed")
             return dict(z)
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise StorageError(f"{where}: damaged: {error}") from error

@@ -45,6 +45,8 @@ _CONNECTIONS = 64
 """Connections of a process to S3; botocore's default of 10 would let threads wait for each other."""
 _allowed_at: dict[tuple[str, str], float] = {}
 """Time (monotonic, seconds) when a store, named by protocol and bucket, last allowed an action, named by its verb."""
+JSON_BYTES = 256 * 2**20
+"""Most bytes of a JSON object; larger ones are not read. The manifest of 100 million images in 100,000 shards has about 20 MB."""
 LISTING_CACHES = ("gs://", "gcs://", "az://", "abfs://", "abfss://")
 """Stores beside S3 whose cache of listings is turned off; `require_usable` refuses any store that remembers listings."""
 
@@ -85,6 +87,21 @@ class Folder:
         """Return the object, or its bytes [start, end)."""
         return self._do("read", path, lambda fs, full: fs.cat_file(full, start=start, end=end))
 
+    def read_up_to(self, path: str, most: int) -> bytes:
+        """Return the object; of one with more than `most` bytes the first `most` + 1. One request, also where sizes cost one."""
+        if self.local:
+            try:
+                large = (self.local / path).stat().st_size > most
+            except OSError:
+                large = False  # reading it gives the reason
+            return self.read(path, 0, most + 1) if large else self.read(path)
+        try:
+            return self.read(path, 0, most + 1)
+        except StorageError as error:
+            if error.__cause__ and _http_status(error.__cause__) == 416:  # an empty object has no range
+                return b""
+            raise
+
     def open(self, path: str, buffer_bytes: int = 2**20) -> io.BufferedReader:
         """Open the object as a seekable file that is read by ranges of at least `buffer_bytes`."""
         return io.BufferedReader(_Ranges(self, path, self.size(path)), buffer_bytes)
@@ -94,7 +111,9 @@ class Folder:
         return self._do("look up", path, lambda fs, full: fs.size(full))
 
     def read_json(self, path: str) -> Any:
-        data = self.read(path)
+        data = self.read_up_to(path, JSON_BYTES)
+        if len(data) > JSON_BYTES:
+            raise StorageError(f"{self.url}/{path}: damaged: over {JSON_BYTES:,} bytes, which no JSON of a sweep has")
         try:
             return json.loads(data)
         except ValueError as error:

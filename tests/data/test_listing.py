@@ -119,6 +119,14 @@ def test_two_processes_that_list_at_once_use_the_first_listing(tmp_path: Path) -
     assert one == list(entries(len(one)))
 
 
+def test_a_part_that_grows_when_unpacked_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, store = data(labelled_images.csv_file(open_folder(tmp_path))), open_folder(tmp_path / "store")
+    assert open_source(source, store).names[0]
+    monkeypatch.setattr(listing, "PART_BYTES", 100)
+    with pytest.raises(StorageError, match="part 0 is damaged: unpacked it has over 100 bytes"):
+        open_source(source, store).names[0]
+
+
 def stored_listing(root: Path) -> Folder:
     """A stored listing of class folders; its folder."""
     store = open_folder(root)

@@ -1,5 +1,7 @@
 """Blocks to named metrics: bit-equal for any workers, two extractors in one pass, and blocks that cannot be measured."""
 
+import hashlib
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from dis_scale.errors import DisScaleError, StorageError, UserError
-from dis_scale.evaluation import kernel, metrics, neighbours, score
+from dis_scale.evaluation import kernel, metrics, neighbours, npz, score
 from dis_scale.evaluation.features import Features
 from dis_scale.evaluation.measure import measure_blocks, notes
 from dis_scale.evaluation.metrics import Frechet, fit, frechet
@@ -221,6 +223,13 @@ def test_a_damaged_block_is_named(damage: Any) -> None:
     assert np.array_equal(SampleBlock.from_bytes(data, "here").features["digits"].pooled, seen(80, 0).pooled)
     with pytest.raises(StorageError, match=r"sweep/block-00003\.npz: damaged"):
         SampleBlock.from_bytes(damage(data), "sweep/block-00003.npz")
+
+
+def test_a_block_that_grows_when_unpacked_is_not_unpacked() -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, features=np.zeros(10**6))
+    with pytest.raises(StorageError, match=r"block-00003\.npz: damaged: its arrays would be larger than the file"):
+        npz.from_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest(), "block-00003.npz")
 
 
 def test_samples_that_are_not_finite_are_named_before_they_become_pixels() -> None:

@@ -36,6 +36,33 @@ def test_a_missing_object_is_a_file_not_found(store_url: str) -> None:
         open_folder(store_url).read("nothing")
 
 
+def test_no_more_is_read_than_was_asked_for(store_url: str) -> None:
+    root = open_folder(store_url)
+    for size in (0, 1, 99, 100, 101, 5000):
+        root.write("a/b", data := os.urandom(size))
+        assert root.read_up_to("a/b", 100) == data[:101]
+    with pytest.raises(FileNotFoundError):
+        root.read_up_to("a/none", 100)
+
+
+def test_a_huge_manifest_is_not_read(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, read = open_folder(store_url), Folder.read
+    monkeypatch.setattr("dis_scale.storage.folder.JSON_BYTES", 1000)
+    root.write_json("manifest.json", ["x" * 990])
+    assert root.read_json("manifest.json") == ["x" * 990]
+    root.write_json("manifest.json", ["x" * 100_000])
+    sizes = list[int]()
+
+    def counted(folder: Folder, *arguments: Any) -> bytes:
+        sizes.append(len(data := read(folder, *arguments)))
+        return data
+
+    monkeypatch.setattr(Folder, "read", counted)
+    with pytest.raises(StorageError, match=r"manifest.json: damaged: over 1,000 bytes, which no JSON of a sweep has"):
+        root.read_json("manifest.json")
+    assert sizes == [1001]
+
+
 def test_one_of_many_creators_wins(store_url: str) -> None:
     root = open_folder(store_url)
     with ThreadPoolExecutor(8) as pool:
