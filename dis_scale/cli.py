@@ -426,16 +426,17 @@ def sync(
 
 
 def _plan(sweep: "Sweep") -> "Plan":
-    """The plan of a stored sweep; UserError before it has latents. Their shape is read from storage: no hub is asked."""
+    """The plan of a stored sweep; UserError if it has nothing to report. A hub is asked only if the latents were deleted."""
     from dis_scale.sweep import state
 
     shape = state.latent_shape(sweep)
-    if shape is None:
+    if shape is None and not any(sweep.evaluations(model).list() for model in sweep.recipe.models):
         raise UserError(f"{sweep}: nothing to report yet: its latents are not complete (dis-scale status {sweep})")
 
+    from dis_scale import vae
     from dis_scale.plan import price_sweep
 
-    return price_sweep(sweep.recipe, shape)
+    return price_sweep(sweep.recipe, shape or vae.latent_shape(sweep.recipe.vae, sweep.recipe.data.resolution))
 
 
 def _driver_console() -> Console:
