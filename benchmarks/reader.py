@@ -42,7 +42,7 @@ from dis_scale.data.latents import Latents, micro_batch
 from dis_scale.data.shards import Sample
 from dis_scale.recipe import LatentShape, Recipe, reading
 from dis_scale.storage.folder import Folder, open_folder
-from tests.support import object_store
+from ops.drills import object_store
 
 SHARDS, SHARD, BATCH = 16, 512, 64
 SHAPE, SMALL = (2, 8, 32, 32), (2, 8, 8, 8)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import settings
 
 from dis_scale.recipe import Recipe, reading
-from tests.support import faulty_gateway, object_store
+from ops.drills import object_store
+from tests.support import faulty_gateway
 from tests.support.faulty_gateway import Gateway
 
 # As for jobs: threads of OpenMP that spin while they wait make everything many times slower on a machine that others use, too.

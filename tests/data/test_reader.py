@@ -20,7 +20,7 @@ from dis_scale.errors import StorageError, UserError
 from dis_scale.recipe import Reader, Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
-from tests.support import object_store
+from ops.drills import object_store
 from tests.support.faulty_gateway import Gateway
 from tests.support.flaky_store import FlakyFileSystem, busy, bytes_read, reads
 from tests.support.small_latents import CLASSES, make, read, read_epoch

@@ -26,11 +26,11 @@ from dis_scale import vae
 from dis_scale.recipe import TrainedVae
 from dis_scale.storage.folder import open_folder
 from dis_scale.storage.programs import hash_of
+from ops.drills.object_store import ObjectStore
 from pipelines.cluster import free_ports
 from tests.conftest import TINY
 from tests.support import clusters, labelled_images, pods, sweeps
 from tests.support.clusters import RayNodes
-from tests.support.object_store import ObjectStore
 
 pytestmark = pytest.mark.faults
 RECIPE = "imagenet256"

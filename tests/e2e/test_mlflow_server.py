@@ -20,9 +20,9 @@ import mlflow
 import pytest
 import s3fs
 
+from ops.drills.object_store import ObjectStore
 from pipelines.cluster import free_ports
 from tests.support import pods, sweeps
-from tests.support.object_store import ObjectStore
 
 pytestmark = pytest.mark.faults
 PROGRAMS = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)

@@ -13,7 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from dis_scale import faults
 from dis_scale.errors import StorageAway, StorageError, UserError
 from dis_scale.storage.folder import Folder, open_folder
-from tests.support import object_store
+from ops.drills import object_store
 from tests.support.faulty_gateway import Gateway
 
 

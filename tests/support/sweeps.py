@@ -1,7 +1,6 @@
 """The command as a user runs it, in its own process, and its results in storage."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.training import checkpoint
+from ops.drills.processes import kill_all as kill_all
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests/support/tiny.yaml"
@@ -50,18 +50,6 @@ def wait_until(true: Callable[[], bool], process: subprocess.Popen[bytes], log: 
         assert process.poll() is None, f"the sweep ended too early:\n{log.read_text()}"
         assert time.monotonic() < deadline, f"it did not come:\n{log.read_text()}"
         time.sleep(0.05)
-
-
-def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """Send SIGKILL to the command and all its descendants, so that none can clean up."""
-    import psutil
-
-    for child in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-        try:
-            child.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
-    process.wait()
 
 
 def sweep_at(root: str | Path, *settings: str) -> Sweep:

@@ -1,4 +1,4 @@
-"""A real S3 server for tests: Ceph's object gateway with one monitor and one OSD, in memory or on disk, on loopback.
+"""A real S3 server for drills and tests: Ceph's object gateway with one monitor and one OSD, in memory or on disk, on loopback.
 
     apt-get install --no-install-recommends radosgw ceph-mon ceph-osd
 
