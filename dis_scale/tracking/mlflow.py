@@ -19,12 +19,14 @@ from dis_scale.sweep import TRACKING, Sweep
 from dis_scale.tracking.rows import Row
 
 log = logging.getLogger(__name__)
+SQLITE = "sqlite:///"
+"""Beginning of the URI of a local database."""
 
 
 def default_uri(root: Folder) -> str:
     """Return an SQLite file next to the sweeps; below the home folder if they are in an object store."""
     folder = root.local or Path.home() / "dis-scale"
-    return f"sqlite:///{folder / 'mlflow.db'}"
+    return f"{SQLITE}{folder / 'mlflow.db'}"
 
 
 def open_client(uri: str) -> Any:
@@ -82,14 +84,20 @@ def _run_exists(uri: str, run: str) -> bool:
     return True
 
 
+def _require_database(uri: str) -> None:
+    """FileNotFoundError if an SQLite file is gone: opening it would make an empty one, in several processes at once."""
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+        raise FileNotFoundError(f"{uri} is gone: dis-scale mlflow sync makes it again, once the sweep has ended")
+
+
 def _experiment(uri: str, sweep_name: str) -> str:
     """The id of this sweep's experiment. With SQLite its files are stored next to the database."""
     client, name = open_client(uri), f"dis-scale {sweep_name}"
     if existing := client.get_experiment_by_name(name):
         return existing.experiment_id
     location = None
-    if uri.startswith("sqlite:///"):
-        database = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith(SQLITE):
+        database = Path(uri.removeprefix(SQLITE))
         database.parent.mkdir(parents=True, exist_ok=True)
         location = (database.parent / "mlflow-artifacts" / sweep_name).as_uri()
     return client.create_experiment(name, artifact_location=location)
@@ -124,6 +132,7 @@ class RunCopy:
     def _try(self, action: Any) -> bool:
         try:
             ids = self.sweep.folder.read_json(TRACKING)
+            _require_database(ids["uri"])
             action(open_client(ids["uri"]), ids["models"][self.model] if self.model else ids["sweep"])
         except Exception as error:  # whatever MLflow raises: results are in storage, this is only their copy
             if not self.away:

@@ -73,6 +73,23 @@ def test_an_emptied_mlflow_gets_its_runs_again(tmp_path: Path, tiny: Recipe) -> 
     assert run.data.params == {"seed": "0"}
 
 
+def test_a_database_that_is_gone_is_not_made_by_a_copy_but_by_the_next_sync(
+    tmp_path: Path, tiny: Recipe, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Jobs that would make it at the same time would damage it."""
+    sweep, database = Sweep(open_folder(tmp_path) / "sweeps/s", tiny), tmp_path / "lost.db"
+    uri = f"sqlite:///{database}"
+    sweep.folder.write_json(TRACKING, {"uri": uri, "experiment": "1", "sweep": "old", "models": {"dis": "older"}})
+    copy = RunCopy(sweep, "dis")
+    copy.send([Row("loss", 0.5, 10, 1.0)])
+    assert copy.away
+    assert not database.exists()
+    assert "lost.db is gone: dis-scale mlflow sync makes it again" in caplog.text
+    assert create_runs(sweep, uri, {"dis": {}})["sweep"] != "old"
+    copy.send([])
+    assert history(sweep, uri, "loss") == [(10, 0.5)]
+
+
 def test_files_are_stored_with_the_run(sweep: Sweep, uri: str, tmp_path: Path) -> None:
     (tmp_path / "grid.png").write_bytes(b"picture")
     RunCopy(sweep, "dis").send_file(tmp_path / "grid.png", "samples")
