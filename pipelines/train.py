@@ -22,7 +22,7 @@ from dis_scale.errors import OutOfMemory, StorageError
 from dis_scale.recipe import Recipe
 from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
-from dis_scale.tracking.mlflow import RunCopy
+from dis_scale.tracking.mlflow import RunCopy, stored_ids
 from dis_scale.tracking.rows import RowReader
 from dis_scale.training.lanes import largest_share
 from pipelines import devices, environment, lines, logs, metrics, nodes, stage
@@ -304,7 +304,8 @@ def _copying(copy: RunCopy, rows: RowReader) -> Iterator[None]:
         for batch in rows.batches():
             metrics.show_rows(rows.newest.values(), copy.sweep.recipe.train, began_at)
             copy.send(batch)
-        metrics.gauge("mlflow_away", float(copy.away))
+        if not copy.away or stored_ids(copy.sweep):  # a sweep without a run in MLflow misses none
+            metrics.gauge("mlflow_away", float(copy.away))
 
     def run() -> None:
         while not over.wait(COPY_EVERY_S):
