@@ -137,7 +137,10 @@ def _wrong(sweep: Sweep, runs: list[RunStatus], holder: str) -> list[str]:
             )
         if run.doing == "stopped":
             lines.append(f"{run.model}: stopped at {run.images_seen:,} images: run the sweep command again to continue")
-    lines += [f"{node}: {count} failures of its devices" for node, count in state.node_failures(sweep).items()]
+    lines += [
+        f"{node}: {count} failures of its devices; see ops/runbooks/bad-gpu-or-node.md"
+        for node, count in state.node_failures(sweep).items()
+    ]
     if not holder and any(run.doing != "trained" for run in runs):
         lines.append("no sweep command runs: start it again to continue")
     return lines

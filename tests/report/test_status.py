@@ -95,7 +95,7 @@ def test_the_backlog_of_evaluation_and_the_last_distance_are_told(sweep: Sweep) 
     found, run = of(sweep, "dis")
     assert (run.doing, run.published, run.evaluated, run.metric) == ("trained", 3, 1, 12.5)
     assert found.backlog == len(state.evaluations_left(sweep)) > 0
-    assert "node-7: 1 failures of its devices" in found.wrong
+    assert "node-7: 1 failures of its devices; see ops/runbooks/bad-gpu-or-node.md" in found.wrong
     assert json.loads(json.dumps(found.to_json()))["runs"][0]["metric"] == 12.5
 
 
