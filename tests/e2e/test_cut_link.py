@@ -1,55 +1,30 @@
 """Three machines, as network namespaces on one bridge: Ray's head and two workers; one loses its link and its processes."""
 
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dis_scale.sweep import state
+from ops.drills import network
+from ops.drills.network import ip, within
 from pipelines import jobs
 from tests.support import sweeps
 from tests.support.clusters import Events, RayNodes, sweep_to_train, wait_for_end, wait_for_nodes, wait_until
 
-BRIDGE, NAMES, SUBNET = "ds-bridge", ("ds-head", "ds-one", "ds-two"), "10.233.77"
+NAMES = ("ds-head", "ds-one", "ds-two")
 SETTINGS = (
     "models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}", "train.publish_images=[0, 8000]",
     "train.workers=1..2", "train.resume_every_images=160",
 )  # fmt: skip
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
-
-
 @pytest.fixture
 def links() -> Iterator[dict[str, str]]:
-    """The address of each namespace; its end of the link is `eth0` inside and has the namespace's name outside."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces want root and `ip` (apt-get install iproute2)")
-    addresses = {name: f"{SUBNET}.{number}" for number, name in enumerate(NAMES, 2)}
-    try:
-        ip("link", "add", BRIDGE, "type", "bridge")
-        ip("addr", "add", f"{SUBNET}.1/24", "dev", BRIDGE)
-        ip("link", "set", BRIDGE, "up")
-        for name, address in addresses.items():
-            ip("netns", "add", name)
-            ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
-            ip("link", "set", name, "master", BRIDGE, "up")
-            for words in (["addr", "add", f"{address}/24", "dev", "eth0"], ["link", "set", "eth0", "up"]):
-                ip("-n", name, *words)
-            ip("-n", name, "link", "set", "lo", "up")
+    if missing := network.missing():
+        pytest.skip(f"network namespaces want {missing}")
+    with network.linked(NAMES) as addresses:
         yield addresses
-    finally:
-        for name in NAMES:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
-        subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True)
-
-
-def within(name: str) -> list[str]:
-    return ["ip", "netns", "exec", name]
 
 
 @pytest.mark.faults
