@@ -1,0 +1,137 @@
+"""Drills of processes, nodes and networks that fail, and of clusters."""
+
+import os
+import re
+import signal
+
+from dis_scale.storage.folder import open_folder
+from ops.drills import network
+from ops.drills.drill import DONE, FAILED, HELD, MISTAKE, STOPPED, Drill, Missing
+from ops.drills.network import ip, within
+from ops.drills.nodes import Node, wait_for_nodes
+from ops.drills.processes import kill_all
+
+NAMES = ("ds-head", "ds-one", "ds-two")
+"""Machines of the drill that cuts a link."""
+
+
+def preempted_sweep(drill: Drill) -> None:
+    """A rank is killed, then the command is asked to stop."""
+    sweep = drill.start()
+    drill.until_saved(sweep, 3)
+    os.kill(drill.pid_of_rank(1), signal.SIGKILL)
+    drill.until_logged(sweep, "attempt 2, 2 workers")
+    drill.until_saved(sweep, 5)
+    sweep.terminate()
+    drill.wait(sweep, STOPPED)
+    drill.expect("a worker was lost .*; restart from the stored state in")
+    drill.expect("stopped as requested; to continue: dis-scale resume")
+    drill.resume()
+
+
+def loss_not_finite(drill: Drill) -> None:
+    """Simulated: a fault multiplies one rank's gradient by NaN."""
+    drill.run_sweep("train.skips_in_a_row=3", faults="nan at loss rank=1 images=480 times=6", ends=FAILED)
+    drill.expect("the gradient was not finite in 3 steps in a row")
+    dump = re.search(r"losses and weights are in (\S+/\d{12}-\d{4})", drill.output)
+    assert dump is not None
+    print(f"    {dump[1].replace(str(drill.root), 'ROOT')}: {', '.join(open_folder(dump[1]).list())}")
+    drill.resume()
+
+
+def stuck_job(drill: Drill) -> None:
+    """A rank's process is suspended."""
+    sweep = drill.start("train.hang_after_s=30")
+    drill.until_saved(sweep, 3)
+    os.kill(drill.pid_of_rank(1), signal.SIGSTOP)
+    drill.wait(sweep, DONE)
+    drill.expect("no step ended for 3. s: hanging")
+    drill.expect("failure noticed .* first new step")
+    drill.dis_scale("logs", str(drill.sweep), "dit")
+
+
+def another_cluster(drill: Drill) -> None:
+    """Two clusters of two nodes each."""
+    old = drill.cluster(cpus=1)
+    old.node(1)
+    first = drill.start()
+    drill.until_saved(first, 3)
+    new = drill.cluster(cpus=1)
+    new.node(1)
+    drill.resume(ends=HELD)
+    drill.expect(f"held by process {first.pid} on .*, which is alive: one writer at a time")
+    drill.dis_scale("stop", str(drill.sweep), "--address", old.url)
+    drill.wait(first, STOPPED)
+    drill.resume()
+
+
+def bad_gpu_or_node(drill: Drill) -> None:
+    """Simulated: on one of three nodes each check of the device reports an uncorrectable memory error."""
+    plan = drill.root / "broken"
+    plan.write_text("broken at check times=99\n")
+    slot = ['--resources={"train": 1}']
+    nodes = drill.cluster(cpus=2, options=slot)
+    nodes.node(1, options=[*slot, "--node-name=bad"], DIS_SCALE_FAULTS=str(plan))
+    sweep = drill.start()
+    drill.until_logged(sweep, "node bad: failure 1 of its devices")
+    nodes.node(1, options=slot)
+    drill.wait(sweep, DONE)
+    drill.expect("node bad: failure 2 of its devices: .*uncorrectable ECC error")
+    drill.expect("node bad is excluded after 2 failures: drain it, or repair it")
+    drill.dis_scale("status", str(drill.sweep))
+    drill.expect("bad: 2 failures of its devices")
+
+
+def pods_pending(drill: Drill) -> None:
+    """A cluster that has a node for one of two workers."""
+    nodes = drill.cluster(cpus=2, options=['--resources={"train": 1}'])
+    drill.run_sweep(ends=MISTAKE)
+    drill.expect(
+        "waiting for capacity for 2 workers, each with .*; the nodes hold 1 of them, so they wait until one joins"
+    )
+    drill.expect("no capacity for 2 workers, each with .* within 6. s; nodes: ")
+    sweep = drill.start()
+    drill.until_logged(sweep, "waiting for capacity for 2 workers")
+    nodes.node(1, options=['--resources={"train": 1}'])
+    drill.wait(sweep, DONE)
+
+
+def out_of_memory(drill: Drill) -> None:
+    """A node with a limit of 1 % of its memory, at which Ray's own monitor kills workers. A GPU's memory is not exercised."""
+    slots = ['--resources={"train": 2}']
+    nodes = drill.cluster(cpus=2, options=['--resources={"evaluate": 1}'])
+    small = nodes.node(2, options=slots, RAY_memory_usage_threshold="0.01")
+    drill.run_sweep("train.restarts=1", ends=FAILED)
+    drill.expect("memory")
+    kill_all(small)
+    nodes.node(2, options=slots)
+    drill.resume()
+
+
+def nccl_or_network(drill: Drill) -> None:
+    """Three machines as network namespaces. The link of one is cut; its node is started again when the link is back."""
+    if missing := network.missing():
+        raise Missing(missing)
+    head, one, two = NAMES
+    links = drill.ends.enter_context(network.linked(NAMES))
+    nodes = drill.cluster(cpus=2, ip=links[head], within=within(head), options=['--resources={"evaluate": 1}'])
+    drill.within = within(head)
+
+    def start_node(name: str, count: int) -> Node:
+        node = nodes.node(1, links[name], within(name), options=['--resources={"train": 1}', f"--node-name={name}"])
+        wait_for_nodes(nodes, count, node, within(head))  # one by one: they share a folder, unlike machines
+        return node
+
+    start_node(one, 2)
+    cut = start_node(two, 3)
+    sweep = drill.start("train.hang_after_s=30")
+    drill.until_saved(sweep, 3)
+    ip("link", "set", two, "down")
+    drill.until_logged(sweep, "restart from the stored state")
+    ip("link", "set", two, "up")
+    kill_all(cut)
+    start_node(two, 3)
+    drill.wait(sweep, DONE)
+    drill.expect("; restart from the stored state in")
+    drill.expect(f"rank.* on node {two}: ")
+    drill.expect("failure noticed .* first new step")

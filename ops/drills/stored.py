@@ -1,0 +1,157 @@
+"""Drills of storage: full, away, damaged, lost, too dear, of another version."""
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from dis_scale.sweep import RECIPE as STORED_RECIPE
+from dis_scale.sweep import state
+from ops.drills.drill import DONE, FAILED, MISTAKE, MODEL, STOPPED, Drill, Missing, copy_tree, local, require
+
+SMALL_DISK = "48m"
+"""Size of the disk that fills up: what is prepared takes a third of it."""
+
+
+def damaged_resume_point(drill: Drill) -> None:
+    sweep = drill.start()
+    drill.until_saved(sweep, 4)
+    sweep.terminate()
+    drill.wait(sweep, STOPPED)
+    newest = state.point_names(drill.run)[-1]
+    folder, name = drill.run.resume_point(newest), "weights-00001.safetensors"
+    folder.write(name, flipped(folder.read(name)))
+    drill.dis_scale("verify", str(drill.sweep), ends=FAILED)
+    drill.expect(f"{newest}/{name}: damaged: .*training uses the resume point before it")
+    drill.resume()
+    drill.expect(f"resume point passed over: .*{newest}/{name}: damaged: its sha256 differs")
+
+
+def storage_down(drill: Drill) -> None:
+    """A real S3 server is killed: for 20 s while training writes to it, then while the sweep is stopped."""
+    store = drill.object_store()
+    sweep = drill.start()
+    drill.until_saved(sweep, 2)
+    store.kill()
+    time.sleep(20)
+    store.resume()
+    drill.until_saved(sweep, 3)
+    sweep.terminate()
+    drill.wait(sweep, STOPPED)
+    store.kill()
+    drill.dis_scale("resume", str(drill.sweep), ends=FAILED)
+    drill.expect("cannot (read|look up) .*")
+    drill.run_sweep(ends=MISTAKE)
+    drill.expect("storage cannot be used: cannot .*")
+    store.resume()
+    drill.resume()
+
+
+def disk_full(drill: Drill) -> None:
+    """Another program's file takes all that is free on a small disk."""
+    mount_small_disk(Path(drill.store), drill)
+    sweep = drill.start()
+    drill.until_saved(sweep, 3)
+    ballast = Path(drill.store) / "ballast"
+    fill(ballast)
+    drill.wait(sweep, FAILED)
+    drill.expect("no space left on the device: free some, then run the same command again")
+    ballast.unlink()
+    drill.resume()
+
+
+def mount_small_disk(folder: Path, drill: Drill) -> None:
+    """Put the content of a folder on a disk of its own."""
+    if os.geteuid():
+        raise Missing("root, to mount a disk")
+    moved = folder.rename(folder.with_name("moved"))
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "drill", str(folder)], check=True)
+    drill.ends.callback(subprocess.run, ["umount", "--lazy", str(folder)], check=True)
+    shutil.copytree(moved, folder, dirs_exist_ok=True)
+
+
+def fill(file: Path) -> None:
+    """Write to a file until its disk is full."""
+    with file.open("wb", buffering=0) as out:
+        try:
+            while True:
+                out.write(bytes(2**16))
+        except OSError:
+            pass
+
+
+def roll_back(drill: Drill) -> None:
+    """A sweep in a bucket."""
+    theirs = local(drill.undisturbed)
+    drill.object_store()
+    copy_tree(theirs / "runs", drill.sweep.folder / "runs")
+    drill.sweep.folder.write(STORED_RECIPE, (theirs / STORED_RECIPE).read_bytes())
+    drill.dis_scale("fork", str(drill.sweep), MODEL, "--at", "2880", "--as", "dit-again")
+    drill.expect("forked .*: continues from 2880 images")
+    drill.resume(f"storage.root={drill.store}")
+    drill.expect("dit-again: attempt 1, 2 workers, from 000000002880-0000")
+    drill.require_same_weights("dit-again")
+
+
+def mlflow_database_lost(drill: Drill) -> None:
+    """The database is deleted while training writes to it."""
+    database = Path(drill.store) / "mlflow.db"
+    sweep = drill.start()
+    drill.until_saved(sweep, 2)
+    for file in database.parent.glob(f"{database.name}*"):
+        file.unlink()
+    drill.wait(sweep, DONE)
+    drill.expect("MLflow cannot be reached, rows wait in storage: sqlite:.* is gone")
+    assert not database.exists()
+    drill.dis_scale("mlflow", "sync", str(drill.sweep))
+    drill.expect(r"[1-9][\d,]* rows of training and all evaluations are in sqlite:")
+
+
+def cost_out_of_hand(drill: Drill) -> None:
+    sweep = drill.start()
+    drill.until_saved(sweep, 3)
+    drill.dis_scale("status", str(drill.sweep))
+    drill.expect("training")
+    drill.dis_scale("stop", str(drill.sweep))
+    drill.expect("stop requested: ")
+    drill.wait(sweep, STOPPED)
+    drill.dis_scale("status", str(drill.sweep))
+    drill.expect("no sweep command runs: start it again to continue")
+    drill.resume()
+    drill.dis_scale("gc", str(drill.sweep))
+    drill.expect("total .*; to delete them: dis-scale gc .* --yes")
+    drill.dis_scale("gc", str(drill.sweep), "--yes")
+    drill.expect("deleted ")
+    drill.dis_scale("verify", str(drill.sweep))
+
+
+def upgrade_in_mid_sweep(drill: Drill) -> None:
+    """Simulated: only one PyTorch is installed, so unfinished latents get the version of another one, then complete ones."""
+    (name,) = drill.sweep.store.folders("latents")
+    latents = drill.sweep.store / "latents" / name
+    begun, sealed = latents.read("begun.json"), latents.read("manifest.json")
+    for unfinished in (latents / "manifest.json", latents / "000001.json", drill.sweep.folder / "latents.json"):
+        unfinished.delete()
+    latents.write("begun.json", as_of_another_torch(begun))
+    drill.run_sweep(ends=MISTAKE)
+    drill.expect("begun with torch '2.0.0', now .*: finish it as it was begun, or delete it, or use another root")
+    latents.write("begun.json", begun)  # the version of before finishes the set
+    sweep = drill.start()
+    drill.until_saved(sweep, 2)
+    sweep.terminate()
+    drill.wait(sweep, STOPPED)
+    require(latents.read("manifest.json") == sealed, "the finished latents differ from the undisturbed sweep's")
+    latents.write("begun.json", as_of_another_torch(begun))
+    drill.resume()
+
+
+def as_of_another_torch(facts: bytes) -> bytes:
+    return re.sub(rb'("torch": )"[^"]+"', rb'\1"2.0.0"', facts)
+
+
+def flipped(data: bytes) -> bytes:
+    """Return the same bytes with one bit of the last one flipped."""
+    return data[:-1] + bytes([data[-1] ^ 1])
