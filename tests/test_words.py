@@ -3,6 +3,7 @@
 A test over many commands or files collects its offenders.
 """
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -173,7 +174,10 @@ def shown(name: str) -> str:
     return first + slash
 
 
-RUNBOOKS = {path.stem: path.read_text() for path in (ROOT / "ops" / "runbooks").glob("*.md")}
+RUNBOOKS = {p.stem: p.read_text() for p in (ROOT / "ops" / "runbooks").glob("*.md") if p.stem != "README"}
+INDEX = (ROOT / "ops" / "runbooks" / "README.md").read_text()
+OTHERS = ("Ray", "botocore", "NCCL", "PyTorch", "gloo", "Kubernetes", "CUDA", "the kernel")
+"""Programs whose messages the index has, too."""
 
 
 def test_each_runbook_has_its_drill() -> None:
@@ -185,10 +189,46 @@ def test_each_runbook_has_its_drill() -> None:
     assert "drills" in targets()
 
 
+def messages() -> Iterator[tuple[str, str, str]]:
+    """Yield each message of the index, the program that logs it if it is not ours, and its page."""
+    yield from re.findall(r"^\| `(.+?)`(?: \((.+?)\))? \| \[.+\]\((.+)\.md\) \|", INDEX, re.MULTILINE)
+
+
+def product_strings() -> set[str]:
+    """Return all constant parts of strings in the product, as they are printed."""
+    trees = [
+        ast.parse(path.read_text()) for folder in ("dis_scale", "pipelines") for path in (ROOT / folder).rglob("*.py")
+    ]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+def test_each_message_of_the_index_is_one_of_the_product() -> None:
+    """A message is parts of a string with `...` between them."""
+    strings = product_strings()
+    known = list(messages())
+    assert len(known) > 30
+    assert {program for _, program, _ in known} <= {"", *OTHERS}
+    parts = [part.strip() for message, program, _ in known if not program for part in message.split("...") if part]
+    assert [part for part in parts if len(part) < 6 or not any(part in string for string in strings)] == []
+
+
+def test_the_index_leads_to_each_page() -> None:
+    assert {page for _, _, page in messages()} == RUNBOOKS.keys()
+
+
+def test_pages_that_the_product_and_the_alerts_name_exist() -> None:
+    texts = [*product_strings(), (ROOT / "ops" / "prometheus" / "alerts.yaml").read_text()]
+    named = {name for text in texts for name in re.findall(r"ops/runbooks/([\w-]+)\.md", text)}
+    assert len(named) > 5
+    assert named <= RUNBOOKS.keys()
+
+
 def runbook_commands(text: str) -> list[list[str]]:
     """Return our own commands in a runbook's code."""
     lines = [line.strip() for block in blocks(text) for line in block.splitlines()]
-    return [shlex.split(line, comments=True) for line in lines if re.match(r"(python|dis-scale) ", line)]
+    ours = [line.partition(" | ")[0] for line in lines if re.match(r"(python -m|dis-scale) ", line)]
+    return [shlex.split(line, comments=True) for line in ours]
 
 
 def require_runbook_command(words: list[str]) -> None:
@@ -197,7 +237,7 @@ def require_runbook_command(words: list[str]) -> None:
 
 def test_the_runbooks_commands_exist() -> None:
     commands = {name: runbook_commands(text) for name, text in RUNBOOKS.items()}
-    assert [name for name in RUNBOOKS if not commands[name]] == ["stuck-job"]
+    assert [name for name in RUNBOOKS if not commands[name]] == []
     assert failures(require_runbook_command, (words for name in RUNBOOKS for words in commands[name])) == []
 
 
