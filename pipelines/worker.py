@@ -47,6 +47,8 @@ AMBIGUOUS = re.compile(r"illegal memory access|misaligned address|illegal instru
 Cause = Literal["device", "lost", "storage", "memory", "mistake", "connection"]
 CAUSES = get_args(Cause)
 """In the order of blame: of several failures the first is reported, since broken connections follow from all others."""
+LOST = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
+"""Errors of a worker whose process is gone; the second: Ray killed it because its node ran low on memory."""
 _requests: dict[str, dict[str, float]] = {}
 """The resources that each worker of this driver asked for, by its actor's id."""
 ACCIDENTS = {"device", "lost", "storage", "connection"}
@@ -260,7 +262,7 @@ def may_pass(error: Exception) -> bool:
 
 def blame(error: Exception) -> Cause:
     """Return the cause of an error of Ray; an error that is none of an accident's is a mistake."""
-    if isinstance(error, ray.exceptions.RayActorError):
+    if isinstance(error, LOST):
         return "lost"
     cause = getattr(error, "cause", None)
     if isinstance(cause, StorageAway):
@@ -283,7 +285,7 @@ def blame(error: Exception) -> Cause:
 
 def describe(error: Exception) -> str:
     """Return an error of Ray in one line."""
-    if isinstance(error, ray.exceptions.RayActorError):
+    if isinstance(error, LOST):
         return f"a worker was lost ({' '.join(str(error).split())[:200]})"
     return " ".join(str(getattr(error, "cause", error)).split())[:300]
 

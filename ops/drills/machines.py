@@ -8,9 +8,11 @@ from dis_scale.storage.folder import open_folder
 from ops.drills import network
 from ops.drills.drill import DONE, FAILED, HELD, MISTAKE, STOPPED, Drill, Missing
 from ops.drills.network import ip, within
-from ops.drills.nodes import Node, wait_for_nodes
+from ops.drills.nodes import Node, RayNodes, wait_for_nodes
 from ops.drills.processes import kill_all
 
+SLOT = '--resources={"train": 1}'
+"""Option of a node that trains with one worker, in a cluster whose other nodes do not."""
 NAMES = ("ds-head", "ds-one", "ds-two")
 """Machines of the drill that cuts a link."""
 
@@ -53,11 +55,10 @@ def stuck_job(drill: Drill) -> None:
 def another_cluster(drill: Drill) -> None:
     """Two clusters of two nodes each."""
     old = drill.cluster(cpus=1)
-    old.node(1)
+    join(old)
     first = drill.start()
     drill.until_saved(first, 3)
-    new = drill.cluster(cpus=1)
-    new.node(1)
+    join(drill.cluster(cpus=1))
     drill.resume(ends=HELD)
     drill.expect(f"held by process {first.pid} on .*, which is alive: one writer at a time")
     drill.dis_scale("stop", str(drill.sweep), "--address", old.url)
@@ -65,46 +66,50 @@ def another_cluster(drill: Drill) -> None:
     drill.resume()
 
 
+def join(nodes: RayNodes, *options: str, cpus: int = 1, **environment: str) -> Node:
+    """Start one more node and wait until it is up."""
+    node = nodes.node(cpus, options=options, **environment)
+    wait_for_nodes(nodes, sum(each.poll() is None for each in nodes.nodes), node)
+    return node
+
+
 def bad_gpu_or_node(drill: Drill) -> None:
     """Simulated: on one of three nodes each check of the device reports an uncorrectable memory error."""
     plan = drill.root / "broken"
     plan.write_text("broken at check times=99\n")
-    slot = ['--resources={"train": 1}']
-    nodes = drill.cluster(cpus=2, options=slot)
-    nodes.node(1, options=[*slot, "--node-name=bad"], DIS_SCALE_FAULTS=str(plan))
+    nodes = drill.cluster(cpus=2, options=[SLOT])
+    join(nodes, SLOT, "--node-name=bad", DIS_SCALE_FAULTS=str(plan))
     sweep = drill.start()
     drill.until_logged(sweep, "node bad: failure 1 of its devices")
-    nodes.node(1, options=slot)
+    join(nodes, SLOT)
     drill.wait(sweep, DONE)
     drill.expect("node bad: failure 2 of its devices: .*uncorrectable ECC error")
     drill.expect("node bad is excluded after 2 failures: drain it, or repair it")
     drill.dis_scale("status", str(drill.sweep))
-    drill.expect("bad: 2 failures of its devices")
+    drill.expect("bad: 2 failures of its devices; see ops/runbooks/bad-gpu-or-node.md")
 
 
 def pods_pending(drill: Drill) -> None:
     """A cluster that has a node for one of two workers."""
-    nodes = drill.cluster(cpus=2, options=['--resources={"train": 1}'])
+    nodes = drill.cluster(cpus=2, options=[SLOT])
     drill.run_sweep(ends=MISTAKE)
-    drill.expect(
-        "waiting for capacity for 2 workers, each with .*; the nodes hold 1 of them, so they wait until one joins"
-    )
-    drill.expect("no capacity for 2 workers, each with .* within 6. s; nodes: ")
+    drill.expect("waiting for capacity for 2 workers.*; the nodes hold 1 of them, so they wait until one joins")
+    drill.expect("no capacity for 2 workers, each with .* within .* s; nodes: ")
     sweep = drill.start()
     drill.until_logged(sweep, "waiting for capacity for 2 workers")
-    nodes.node(1, options=['--resources={"train": 1}'])
+    join(nodes, SLOT)
     drill.wait(sweep, DONE)
 
 
 def out_of_memory(drill: Drill) -> None:
     """A node with a limit of 1 % of its memory, at which Ray's own monitor kills workers. A GPU's memory is not exercised."""
-    slots = ['--resources={"train": 2}']
+    slots = '--resources={"train": 2}'
     nodes = drill.cluster(cpus=2, options=['--resources={"evaluate": 1}'])
-    small = nodes.node(2, options=slots, RAY_memory_usage_threshold="0.01")
+    small = join(nodes, slots, cpus=2, RAY_memory_usage_threshold="0.01")
     drill.run_sweep("train.restarts=1", ends=FAILED)
-    drill.expect("memory")
+    drill.expect("a worker was lost .*low on memory")
     kill_all(small)
-    nodes.node(2, options=slots)
+    join(nodes, slots, cpus=2)
     drill.resume()
 
 
@@ -118,7 +123,7 @@ def nccl_or_network(drill: Drill) -> None:
     drill.within = within(head)
 
     def start_node(name: str, count: int) -> Node:
-        node = nodes.node(1, links[name], within(name), options=['--resources={"train": 1}', f"--node-name={name}"])
+        node = nodes.node(1, links[name], within(name), options=[SLOT, f"--node-name={name}"])
         wait_for_nodes(nodes, count, node, within(head))  # one by one: they share a folder, unlike machines
         return node
 

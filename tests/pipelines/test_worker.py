@@ -48,6 +48,16 @@ def test_a_broken_connection_or_device_restarts_as_a_lost_worker_does(cause: Exc
     assert may_pass(task_error(cause)) == passes
 
 
+def test_a_worker_that_ray_killed_for_its_nodes_memory_is_a_lost_one() -> None:
+    error = ray.exceptions.OutOfMemoryError(
+        "Task was killed due to the node running low on memory.\nMemory on the node"
+    )
+    assert may_pass(error)
+    assert worker.describe(error).startswith(
+        "a worker was lost (Task was killed due to the node running low on memory."
+    )
+
+
 def task_error(cause: Exception) -> ray.exceptions.RayTaskError:
     return ray.exceptions.RayTaskError("train", "trace", cause)
 
