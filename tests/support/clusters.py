@@ -9,6 +9,8 @@ import psutil
 
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
+from ops.drills.nodes import ENVIRONMENT as ENVIRONMENT
+from ops.drills.nodes import RAY as RAY
 from ops.drills.nodes import Node as Node
 from ops.drills.nodes import RayNodes as RayNodes
 from ops.drills.nodes import wait_for_nodes as wait_for_nodes
