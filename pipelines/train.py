@@ -304,8 +304,8 @@ def _copying(copy: RunCopy, rows: RowReader) -> Iterator[None]:
         for batch in rows.batches():
             metrics.show_rows(rows.newest.values(), copy.sweep.recipe.train, began_at)
             copy.send(batch)
-        if not copy.away or stored_ids(copy.sweep):  # a sweep without a run in MLflow misses none
-            metrics.gauge("mlflow_away", float(copy.away))
+        # A sweep without a run in MLflow misses none.
+        metrics.gauge("mlflow_away", float(copy.away and bool(stored_ids(copy.sweep))))
 
     def run() -> None:
         while not over.wait(COPY_EVERY_S):

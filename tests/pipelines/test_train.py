@@ -1,6 +1,15 @@
-"""World sizes: an attempt has the largest one of the recipe for which the nodes have capacity. Ranks: ordered by node and GPU."""
+"""World sizes: the largest of the recipe that has capacity. Ranks: ordered by node and GPU. The copy of rows in MLflow."""
 
-from dis_scale.recipe import reading
+from pathlib import Path
+
+import pytest
+
+from dis_scale.recipe import Recipe, reading
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import TRACKING, Sweep
+from dis_scale.tracking.mlflow import RunCopy
+from dis_scale.tracking.rows import RowReader, RowWriter
+from pipelines import metrics, train
 from pipelines.train import Place, largest_fitting, rank_order
 from pipelines.waiting import capacity
 from tests.conftest import TINY
@@ -27,3 +36,20 @@ def test_ranks_are_in_the_order_of_nodes_and_gpus() -> None:
     ]  # fmt: skip
     assert rank_order(places) == [3, 2, 1, 0]
     assert [places[::-1][n] for n in rank_order(places[::-1])] == [places[n] for n in rank_order(places)]
+
+
+@pytest.mark.parametrize(("tracked", "away"), [(False, 0.0), (True, 1.0)])
+def test_mlflow_is_away_only_for_a_sweep_that_has_runs_there(
+    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch, tracked: bool, away: float
+) -> None:
+    sweep, shown = Sweep(open_folder(tmp_path) / "sweeps/s", tiny), dict[str, float]()
+    if tracked:
+        ids = {"uri": f"sqlite:///{tmp_path}/gone.db", "experiment": "1", "sweep": "s", "models": {"dis": "d"}}
+        sweep.folder.write_json(TRACKING, ids)
+    rows = RowWriter(sweep.run("dis").log, 1)
+    rows.add(16, {"loss": 1.0})
+    rows.settle()
+    monkeypatch.setattr(metrics, "gauge", shown.__setitem__)
+    with train._copying(RunCopy(sweep, "dis"), RowReader(sweep.run("dis").log)):
+        pass
+    assert shown["mlflow_away"] == away
