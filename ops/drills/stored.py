@@ -87,11 +87,12 @@ def roll_back(drill: Drill) -> None:
     """A sweep in a bucket."""
     theirs = local(drill.undisturbed)
     drill.object_store()
-    copy_tree(theirs / "runs", drill.sweep.folder / "runs")
+    for made in ("runs", "evaluation"):
+        copy_tree(theirs / made, drill.sweep.folder / made)
     drill.sweep.folder.write(STORED_RECIPE, (theirs / STORED_RECIPE).read_bytes())
     drill.dis_scale("fork", str(drill.sweep), MODEL, "--at", "2880", "--as", "dit-again")
     drill.expect("forked .*: continues from 2880 images")
-    drill.resume(f"storage.root={drill.store}")
+    drill.resume()
     drill.expect("dit-again: attempt 1, 2 workers, from 000000002880-0000")
     drill.require_same_weights("dit-again")
 
