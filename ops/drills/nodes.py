@@ -106,9 +106,14 @@ LIST = "import ray, sys, json; ray.init(sys.argv[1], log_to_driver=False, loggin
 
 
 def wait_for_nodes(nodes: RayNodes, count: int, newest: Node, within: Sequence[str] = ()) -> None:
-    """Wait until this many nodes are up."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while len(nodes.alive(within)) < count:
+    """Wait until this many nodes are up; on a busy machine Ray may refuse a driver meanwhile."""
+    deadline, refused = time.monotonic() + TIMEOUT_S, b""
+    while True:
+        try:
+            if len(nodes.alive(within)) >= count:
+                return
+        except subprocess.CalledProcessError as error:
+            refused = error.stderr
         assert newest.poll() is None
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, refused.decode()
         time.sleep(0.2)
