@@ -50,11 +50,11 @@ def test_a_broken_connection_or_device_restarts_as_a_lost_worker_does(cause: Exc
 
 def test_a_worker_that_ray_killed_for_its_nodes_memory_is_a_lost_one() -> None:
     error = ray.exceptions.OutOfMemoryError(
-        "Task was killed due to the node running low on memory.\nMemory on the node"
+        "1 worker(s) were killed due to the node running low on memory.\nMemory on the node"
     )
     assert may_pass(error)
     assert worker.describe(error).startswith(
-        "a worker was lost (Task was killed due to the node running low on memory."
+        "a worker was lost (1 worker(s) were killed due to the node running low on memory."
     )
 
 
