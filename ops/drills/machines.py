@@ -54,11 +54,13 @@ def stuck_job(drill: Drill) -> None:
 
 def another_cluster(drill: Drill) -> None:
     """Two clusters of two nodes each."""
-    old = drill.cluster(cpus=1)
+    old, new = drill.cluster(cpus=1), drill.cluster(cpus=1)
     join(old)
+    join(new)
+    drill.use(old)
     first = drill.start()
     drill.until_saved(first, 3)
-    join(drill.cluster(cpus=1))
+    drill.use(new)
     drill.resume(ends=HELD)
     drill.expect(f"held by process {first.pid} on .*, which is alive: one writer at a time")
     drill.dis_scale("stop", str(drill.sweep), "--address", old.url)
