@@ -96,7 +96,7 @@ def _token_of(address: str) -> str | None:
     """Return the token of a Ray that a command of this user started; the newest one, if a killed command left its folder."""
     ours, user = _OURS.fullmatch(address.rstrip("/")), os.getuid()
     files = Path("/tmp").glob(f"{_FOLDER}*/token-{ours[1]}") if ours else ()
-    dated = [(status.st_mtime, path) for path in files if (status := path.stat()).st_uid == user]
+    dated = [(status.st_mtime, path) for path in files if (status := path.lstat()).st_uid == user]
     return max(dated)[1].read_text() if dated else None
 
 

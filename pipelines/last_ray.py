@@ -50,7 +50,7 @@ def find(sweep: Sweep) -> LastRay | None:
 def require_same_kind(sweep: Sweep) -> None:
     """UserError if the sweep last ran on a cluster, and would continue on a Ray of this machine alone."""
     last = find(sweep)
-    if last is None or last.address or "RAY_ADDRESS" in os.environ:
+    if last is None or last.address or os.environ.get("RAY_ADDRESS"):
         return
     raise UserError(
         f"{sweep} last ran on a Ray cluster with {last.gpus} GPUs (its driver was on {last.host}), and RAY_ADDRESS is not set: "

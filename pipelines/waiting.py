@@ -41,7 +41,7 @@ class Wait:
 
         UserError if the cluster can never hold `together` of them.
         """
-        if count == 0:
+        if count == 0 or not request:  # without a request only their processes have to start
             self._since_s, self._logged = 0.0, 0
             return None
         self._since_s = self._since_s or time.monotonic()

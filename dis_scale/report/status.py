@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rich.table import Table
+from rich.text import Text
 
 from dis_scale.storage import lease, manifest
 from dis_scale.sweep import METRICS, Sampled, Sweep, state
@@ -148,7 +149,11 @@ def _wrong(sweep: Sweep, runs: list[RunStatus], holder: str) -> list[str]:
 
 def table(status: Status) -> Table:
     """Return one row per model."""
-    out = Table(title=f"{status.sweep}: {status.doing}", caption="\n".join(status.wrong), caption_justify="left")
+    title, caption = (
+        Text(f"{status.sweep}: {status.doing}"),
+        Text("\n".join(status.wrong)),
+    )  # errors may look like markup
+    out = Table(title=title, caption=caption, caption_justify="left")
     for column in (
         "model",
         "doing",

@@ -45,8 +45,11 @@ def test_the_ray_is_named_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert last_ray.words() == "the cluster at RAY_ADDRESS=10.0.0.1:6379"
 
 
-def test_the_sweep_of_a_cluster_does_not_start_here_and_says_what_to_type(tmp_path: Path) -> None:
+def test_the_sweep_of_a_cluster_does_not_start_here_and_says_what_to_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sweep = stored(tmp_path, ON_A_CLUSTER)
+    monkeypatch.setenv("RAY_ADDRESS", "")  # as good as none
     before = sweep.folder.list()
     for run in (lambda: pipeline.resume_sweep(sweep, [], quiet()), lambda: pipeline.run_sweep(sweep.recipe, quiet())):
         with pytest.raises(UserError, match=r"16 GPUs .*old-head.*: nothing was started here") as raised:

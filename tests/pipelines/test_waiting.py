@@ -166,3 +166,10 @@ def _wait_until(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def test_workers_that_ask_for_nothing_wait_for_their_processes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "LOGGED_AFTER_S", 0.0)
+    monkeypatch.setattr(waiting, "GIVE_UP_AFTER_S", 0.0)
+    wait = waiting.Wait()
+    assert [wait.poll(2, {}) for _ in range(2)] == [None, None]

@@ -132,3 +132,9 @@ def printed(found: Status) -> str:
     with console.capture() as capture:
         console.print(status.table(found))
     return capture.get()
+
+
+def test_an_error_that_looks_like_markup_is_shown_as_it_is(sweep: Sweep) -> None:
+    why = "[/pytorch/third_party/gloo/pair.cc:534] Connection closed by peer"
+    sweep.run("dis").folder.write_json(ENDED, {"why": why})
+    assert why in printed(of(sweep, "dis")[0])
