@@ -91,9 +91,9 @@ def test_shares_of_the_multiply_adds_of_h():
 
 def test_the_largest_models_are_counted_in_under_a_second():
     cost_of("DiS-S/2")
-    start = time.perf_counter()
+    start = time.process_time()
     cost_of("DiS-H/2"), cost_of("DiT-XL/2")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 SETTINGS = {

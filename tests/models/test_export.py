@@ -130,5 +130,5 @@ def test_a_torchscript_autoencoder_is_refused_before_anything_is_written(tmp_pat
     settings = TorchScriptVae(kind="torchscript", path="unused", posterior=False)
     model = build(DIS, LatentShape(4, 8), 10)
     with pytest.raises(UserError, match=r"a TorchScript autoencoder is not a model of diffusers"):
-        save_pipeline(tmp_path / "export", model, Flow(kind="flow"), ScriptVae(torch.nn.Identity(), settings, ""))
+        save_pipeline(tmp_path / "export", model, Flow(kind="flow"), ScriptVae(torch.nn.Identity(), settings))
     assert not (tmp_path / "export").exists()

@@ -10,7 +10,7 @@ from dis_scale.errors import StorageAway
 from dis_scale.recipe import Recipe
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import METRICS, Sampled, Sweep
+from dis_scale.sweep import METRICS, Sampled, Sweep, state
 from dis_scale.tracking.rows import Row, RowReader, RowWriter
 from pipelines import evaluate, metrics
 
@@ -91,5 +91,5 @@ def test_the_backlog_counts_what_is_published_and_not_evaluated(
     for images in (0, 160):
         manifest.put(sweep.run("dit").published_at(images), {})
     sweep.evaluation(Sampled("dit", 0)).write_json(METRICS, {})
-    evaluate.show_backlog(sweep)
+    evaluate.show_backlog(state.Backlog(sweep, tuple(tiny.models)))
     assert shown == {"evaluation_backlog": 3}, "two checkpoints under two settings, less one"
