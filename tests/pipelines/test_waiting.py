@@ -99,7 +99,7 @@ def test_a_sweep_says_at_its_start_which_stage_can_never_be_placed(
     with pytest.raises(UserError, match="no capacity for 3 workers, each with 1 CPU, 1 GPU, within 2 s; nodes: "):
         sweep._await_nodes(driver, cluster)
     assert [line.partition(",")[0] for line in said] == ["waiting for capacity for 3 workers"]
-    driver.stop_requested = True
+    driver.stop_requested.set()
     with pytest.raises(Preempted):
         sweep._await_nodes(driver, cluster)
     fitting = Driver(sweeps.sweep_at(tmp_path, "device=cuda", "train.workers=2"), board)
