@@ -211,8 +211,10 @@ def test_a_wrong_key_stops_with_object_and_cause(bucket: str, monkeypatch: pytes
 
     latents = Latents(make(open_folder(bucket), [3]), 0)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
     s3fs.S3FileSystem.clear_instance_cache()
-    with pytest.raises(StorageError, match=f"cannot read {bucket}/000000.tar: permission denied: check the key"):
+    words = rf"cannot read {bucket}/000000.tar: refused, but allowed \d+ s ago: .*; permission denied: check the key"
+    with pytest.raises(StorageError, match=words):
         read(latents, 0, 3)
     s3fs.S3FileSystem.clear_instance_cache()
 
