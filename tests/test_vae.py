@@ -559,7 +559,7 @@ def test_all_stages_normalised_by_channel(tmp_path: Path) -> None:
     latents.delete()
     assert open_for_sampling(published, None).decoder.scaling == alone.decoder.scaling
     scripted(tmp_path / "vae.pt", posterior=False, net=Folded(False).half())
-    with pytest.raises(UserError, match=r"000000000016: latents of another VAE: theirs is"):
+    with pytest.raises(UserError, match=r"vae.pt has sha256 .*, the recipe expects"):
         open_for_sampling(published, None)
     (note,) = open_for_sampling(copied, settings.path).notes
     assert f"{settings.path} did not encode the model's latents: its identity is" in note
