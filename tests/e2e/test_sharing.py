@@ -30,7 +30,8 @@ class Taker(Worker):
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     """A Ray of this process with two CPUs, of which precompute declares one."""
-    with stage.keeping_handlers():
+    with pytest.MonkeyPatch.context() as patch, stage.keeping_handlers():
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # by default a Ray in this process leaves another mode behind
         ray.init(
             "local", num_cpus=2, resources={"precompute": 1}, include_dashboard=False, log_to_driver=False,
             logging_level="ERROR",
