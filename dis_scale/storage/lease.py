@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,12 @@ class Lease:
 def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
     """Hold the lease, with a heartbeat, for the block; Held names the other holder and its cluster."""
     latest = _latest(folder)
-    if latest and (holder := _live_holder(folder, latest)):
+    taken_over = latest > 0 and not _ended(folder, latest)
+    if taken_over and (holder := _live_holder(folder, latest)):
         raise Held(
             f"{folder}: held by process {holder['pid']} on {holder['host']}, which is alive: one writer at a time",
             holder,
         )
-    taken_over = latest > 0 and not folder.exists(f"{latest:04d}.end")
     facts = {"cluster": cluster, "nonce": uuid.uuid4().hex, "at": time.time()}
     lease, mine = Lease(folder, latest + 1), _this_process() | facts
     if not folder.create(f"{lease.number:04d}", json.dumps(mine).encode()):
@@ -82,12 +82,12 @@ def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
 def live_holder(folder: Folder) -> dict[str, Any] | None:
     """Return the facts of the live process that holds the lease, None if none does; takes up to STILL_S."""
     latest = _latest(folder)
-    return _live_holder(folder, latest) if latest else None
+    return _live_holder(folder, latest) if latest and not _ended(folder, latest) else None
 
 
-def earlier(folder: Folder) -> list[str]:
-    """Return the names of the files of all holders but the last."""
-    names, latest = folder.list(), _latest(folder)
+def earlier(names: Collection[str]) -> list[str]:
+    """Return those of a lease's files that belong to another holder than the last."""
+    latest = _highest(names)
     return [name for name in names if (number := name.partition(".")[0]).isdigit() and int(number) < latest]
 
 
@@ -128,13 +128,21 @@ def _send_heartbeats(lease: Lease, ended: threading.Event) -> None:
 
 
 def _latest(folder: Folder) -> int:
-    return max((int(name) for name in folder.list() if name.isdigit()), default=0)
+    return _highest(folder.list())
+
+
+def _highest(names: Iterable[str]) -> int:
+    """Return the highest number that is the name of a holder, 0 if none."""
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def _ended(folder: Folder, number: int) -> bool:
+    return folder.exists(f"{number:04d}.end")
 
 
 def _live_holder(folder: Folder, number: int) -> dict[str, Any] | None:
+    """Return the facts of a holder that did not end the lease, None if it is dead."""
     name = f"{number:04d}"
-    if folder.exists(f"{name}.end"):
-        return None
     holder: dict[str, Any] = folder.read_json(name)
     here = _this_process()
     if all(holder.get(key) == here[key] for key in ("host", "boot", "processes")):

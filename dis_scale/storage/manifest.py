@@ -5,14 +5,18 @@ A folder without a manifest is incomplete: it may be overwritten or deleted. Rea
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 from dis_scale.errors import StorageError
 from dis_scale.storage.folder import Folder
+from dis_scale.threads import in_order
 
 FORMAT = 3
 """Version of every manifest and sidecar; this code reads FORMAT and FORMAT - 1."""
 NAME = "manifest.json"
+READING_THREADS = 4
+"""Files that are read and hashed at once; each is in memory meanwhile."""
 
 
 def digest(data: bytes) -> dict[str, Any]:
@@ -70,6 +74,12 @@ def require_format(value: Any, where: str) -> None:
 def read(folder: Folder, name: str, manifest: dict[str, Any]) -> bytes:
     """Return one file after comparing it with the manifest; StorageError names a missing, short or damaged one."""
     return verified(folder, name, manifest["files"][name])
+
+
+def read_all(folder: Folder, manifest: dict[str, Any], use: Callable[[str, bytes], None] = lambda *_: None) -> None:
+    """Read all files, some at once, and give each with its name to `use`; StorageError names one that differs from the manifest."""
+    for _ in in_order(manifest["files"], lambda name: use(name, read(folder, name, manifest)), READING_THREADS):
+        pass
 
 
 def verified(folder: Folder, name: str, expected: dict[str, Any]) -> bytes:

@@ -243,6 +243,15 @@ def evaluated_counts(sweep: Sweep, model: str, variant: str = MAIN) -> list[int]
     return _existing(counts, lambda n: sweep.evaluation(Sampled(model, n, variant)).exists(METRICS))
 
 
+def measured(sweep: Sweep, model: str) -> list[Sampled]:
+    """Return all finished evaluations of a model: under each sampling setting of the recipe, and its ablations."""
+    variants = sweep.recipe.evaluate.samplings
+    every = [Sampled(model, n, variant) for variant in variants for n in evaluated_counts(sweep, model, variant)]
+    counts = [each.images_seen for each in every if each.variant == MAIN]
+    ablated = in_order(counts, lambda n: evaluated_ablations(sweep, model, n), AT_ONCE)
+    return every + [each for of_one in ablated for each in of_one]
+
+
 def evaluated(sweep: Sweep, model: str, variant: str = MAIN) -> dict[int, dict[str, Any]]:
     """Return a model's metrics files by images seen, without damaged ones."""
     return {n: metrics for n, metrics in _metrics(sweep, model, variant).items() if metrics is not None}

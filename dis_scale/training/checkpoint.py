@@ -21,14 +21,11 @@ from dis_scale.recipe import Train
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import PointName, Run, state
-from dis_scale.threads import in_order
 from dis_scale.training import ema
 from dis_scale.training.ema import Snapshot
 from dis_scale.training.engine import MOMENTS, WEIGHTS, Engine, Segment
 
 SIDECAR_WAIT_S = 600.0
-VERIFYING_THREADS = 4
-"""Files that are read and hashed at once; each is in memory meanwhile."""
 WEIGHTS_FILE = "weights.safetensors"
 
 
@@ -115,13 +112,11 @@ class ResumePoint:
     def verify(self) -> None:
         """Read all files back, some at once, and keep the weights; StorageError names the first that differs from the manifest."""
 
-        def check(name: str) -> None:
-            data = manifest.read(self.folder, name, self.manifest)
+        def keep(name: str, data: bytes) -> None:
             if name.startswith(f"{WEIGHTS}-"):
                 self._files[name] = safetensors.torch.load(data)
 
-        for _ in in_order(self.manifest["files"], check, VERIFYING_THREADS):
-            pass
+        manifest.read_all(self.folder, self.manifest, keep)
 
     def read(self, kind: str, name: str, start: int, end: int) -> torch.Tensor:
         """Return elements [start, end) of one of `engine.kinds` of the parameter `name`, whichever ranks wrote them."""

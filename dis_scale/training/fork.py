@@ -11,10 +11,7 @@ from dis_scale.recipe.reading import with_model
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import ORIGIN, PointName, Run, Sweep, state
-from dis_scale.threads import in_order
 
-READING_THREADS = 4
-"""Files that are read and hashed at once; each is in memory meanwhile."""
 ATTEMPT = 0
 """Attempt in the name of a copied resume point: no attempt of the new run wrote it."""
 
@@ -31,7 +28,7 @@ def fork_run(sweep: Sweep, model: str, images_seen: int, new: str) -> Run:
     target = grown.run(new)
     _require_free(sweep, target, origin, new)
     point = _require_point(run, model, images_seen)
-    _verify(point)
+    manifest.read_all(point, manifest.require(point))
     target.folder.write_json(ORIGIN, {"format": manifest.FORMAT, **origin, "resume_point": point.name})
     for count in [n for n in state.published_counts(run) if n <= images_seen]:
         _copy(run.published_at(count), target.published_at(count), new)
@@ -59,13 +56,6 @@ def _require_point(run: Run, model: str, images_seen: int) -> Folder:
             f"--at {images_seen}: {model} has no resume point there; it has {counts} (train.keep_resume sets how many stay)"
         )
     return run.resume_point(names[-1])
-
-
-def _verify(point: Folder) -> None:
-    """Read all files back; StorageError names the first that differs from the manifest."""
-    contents = manifest.require(point)
-    for _ in in_order(contents["files"], lambda name: manifest.read(point, name, contents), READING_THREADS):
-        pass
 
 
 def _copy(source: Folder, target: Folder, model: str) -> None:

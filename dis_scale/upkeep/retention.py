@@ -12,7 +12,7 @@ from dis_scale.data import listing
 from dis_scale.errors import StorageAway, StorageError, UserError
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import LATENTS, Sampled, Sweep, state, sweeps_below
+from dis_scale.sweep import Sweep, state, sweeps_below
 from dis_scale.sweep.state import AT_ONCE
 from dis_scale.threads import in_order
 
@@ -33,7 +33,8 @@ class Unneeded(NamedTuple):
 def find_unneeded(sweep: Sweep) -> list[Unneeded]:
     """Return the files of the sweep itself that can be deleted."""
     outdated, models = state.outdated(sweep), sweep.recipe.models
-    samples = [sweep.evaluation(each) for each in _measured(sweep) if each not in outdated]
+    finished = [each for model in models for each in state.measured(sweep, model)]
+    samples = [sweep.evaluation(each) for each in finished if each not in outdated]
     leases = [sweep.run(model).lease for model in models]
     leases += [sweep.lease(name) for name in sweep.leases.folders()]
     trained = [sweep.run(model).bad_steps for model in models if state.trained(sweep, model)]
@@ -51,11 +52,10 @@ def find_unshared(store: Folder) -> list[Unneeded]:
 
     UserError if a sweep there runs, cannot be read, or has no latents yet: it may be about to use any of them.
     """
-    sweeps = list(in_order(sweeps_below(store), _require_settled, AT_ONCE))
-    latents = {sweep.folder.read_json(LATENTS)["folder"].rpartition("/")[2] for sweep in sweeps}
-    sources = [sweep.recipe.data.source.model_dump(mode="json") for sweep in sweeps]
+    used = list(in_order(sweeps_below(store), _require_settled, AT_ONCE))
+    sources = [sweep.recipe.data.source.model_dump(mode="json") for sweep, _ in used]
     listings = {listing.folder_of(store, source).name for source in sources}
-    kinds = {"latents": latents, listing.LISTINGS: listings}
+    kinds = {"latents": {latents.name for _, latents in used}, listing.LISTINGS: listings}
     folders = [(kind, store / kind / name) for kind in kinds for name in store.folders(kind) if name not in kinds[kind]]
     return [found for found in in_order(folders, lambda each: _sized(*each), AT_ONCE) if found.sizes]
 
@@ -71,41 +71,27 @@ def delete(unneeded: Iterable[Unneeded]) -> None:
             each.folder.delete()  # on a disk: the empty folder
 
 
-def _measured(sweep: Sweep) -> list[Sampled]:
-    """Return all finished evaluations, ablations, too."""
-    main = [
-        Sampled(model, count, variant)
-        for model in sweep.recipe.models
-        for variant in sweep.recipe.evaluate.samplings
-        for count in state.evaluated_counts(sweep, model, variant)
-    ]
-    checkpoints = [each for each in main if not each.variant]
-    ablations = in_order(
-        checkpoints, lambda each: state.evaluated_ablations(sweep, each.model, each.images_seen), AT_ONCE
-    )
-    return [*main, *(each for of_one in ablations for each in of_one)]
-
-
 def _sized(kind: str, folder: Folder, wanted: Callable[[str], bool] = lambda _: True) -> Unneeded:
     return Unneeded(kind, folder, {name: size for name, size in folder.sizes().items() if wanted(name)})
 
 
 def _earlier_leases(folder: Folder) -> Unneeded:
-    return _sized("leases", folder, set(lease.earlier(folder)).__contains__)
+    sizes = folder.sizes()
+    return Unneeded("leases", folder, {name: sizes[name] for name in lease.earlier(sizes)})
 
 
-def _require_settled(folder: Folder) -> Sweep:
-    """Return the sweep in a folder; UserError if it cannot be read, has no latents yet, or runs."""
+def _require_settled(folder: Folder) -> tuple[Sweep, Folder]:
+    """Return the sweep in a folder, and its latents; UserError if it cannot be read, has no latents yet, or runs."""
     kept = "latents and listings are kept"
     try:
         sweep = Sweep.open(folder.url)
-        settled = state.find_latents(folder) is not None
+        latents = state.find_latents(folder)
     except StorageAway:
         raise
     except (StorageError, UserError) as error:
         raise UserError(f"{kept}: {folder} cannot be read, so what it uses is unknown: {error}") from error
-    if not settled:
+    if latents is None:
         raise UserError(f"{kept}: {folder} has no complete latents yet: finish it, or delete its folder")
     if holder := lease.live_holder(sweep.lease("sweep")):
         raise UserError(f"{kept}: {folder} is running (process {holder['pid']} on {holder['host']})")
-    return sweep
+    return sweep, latents

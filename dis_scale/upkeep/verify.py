@@ -9,11 +9,8 @@ from dis_scale.evaluation import npz
 from dis_scale.progress import ReportShare
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import METRICS, TRACKING, Sampled, Sweep, state
+from dis_scale.sweep import METRICS, TRACKING, Sweep, state
 from dis_scale.threads import in_order
-
-READING_THREADS = 4
-"""Files that are read and hashed at once; each is in memory meanwhile."""
 
 
 class Check(NamedTuple):
@@ -34,7 +31,7 @@ def verify_sweep(sweep: Sweep, report: ReportShare) -> list[str]:
         for n in counts
     ]
     checks = list(_checks(sweep))
-    for number, words in enumerate(in_order(checks, _damage, READING_THREADS), 1):
+    for number, words in enumerate(in_order(checks, _damage, manifest.READING_THREADS), 1):
         damaged += words
         report(number, len(checks))
     return damaged
@@ -76,7 +73,7 @@ def _checks(sweep: Sweep) -> Iterator[Check]:
             yield from _files(run.resume_point(point), "training uses the resume point before it")
         for count in state.published_counts(run):
             yield from _files(run.published_at(count), _LOST)
-        for sampled in _evaluations(sweep, model):
+        for sampled in state.measured(sweep, model):
             yield from _evaluation(sweep.evaluation(sampled))
     if sweep.folder.exists(TRACKING):
         yield Check(partial(sweep.folder.read_json, TRACKING), f"delete it: {_NEXT_RUN}")
@@ -94,15 +91,6 @@ def _files(folder: Folder, cure: str) -> Iterator[Check]:
     if contents:
         for name in contents["files"]:
             yield Check(partial(manifest.read, folder, name, contents), cure)
-
-
-def _evaluations(sweep: Sweep, model: str) -> Iterator[Sampled]:
-    """Yield all measured evaluations of a model, its ablations, too."""
-    for variant in sweep.recipe.evaluate.samplings:
-        for count in state.evaluated_counts(sweep, model, variant):
-            yield Sampled(model, count, variant)
-            if not variant:
-                yield from state.evaluated_ablations(sweep, model, count)
 
 
 def _evaluation(folder: Folder) -> Iterator[Check]:
