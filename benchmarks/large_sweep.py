@@ -4,17 +4,15 @@ One root with 100 sweeps. One of them has 1,000 published and evaluated checkpoi
 points of 64 workers.
 """
 
-import contextlib
 import json
 import os
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from unittest.mock import patch
 
-from dis_scale import faults
+from benchmarks.weeks import REQUEST_S, requests
 from dis_scale.plan import price_sweep
 from dis_scale.recipe import LatentShape, reading
 from dis_scale.report import points, status
@@ -25,21 +23,8 @@ from dis_scale.tracking.rows import RowWriter
 from dis_scale.upkeep import retention
 from pipelines.evaluate import stored_blocks
 
-REQUEST_S, SWEEPS, WORKERS = 0.03, 100, 64
+SWEEPS, WORKERS = 100, 64
 RECIPE = "tests/support/tiny.yaml"
-
-
-@contextlib.contextmanager
-def requests(latency_s: float) -> Iterator[Counter[str]]:
-    """Count the requests to storage by kind, and delay each."""
-    counts = Counter[str]()
-
-    def request(verb: str, **_: object) -> None:
-        counts[verb] += 1
-        time.sleep(latency_s)
-
-    with patch.object(faults, "at", request):
-        yield counts
 
 
 def make(root: str, checkpoints: int) -> Sweep:
@@ -95,7 +80,7 @@ def main(checkpoints: int = 1000) -> None:
         }  # fmt: skip
         for name, run in work.items():
             began_s = time.perf_counter()
-            with requests(REQUEST_S) as counts:
+            with requests(REQUEST_S, ("look up", "read", "list")) as counts:
                 run()
             row = {"command": name, "requests": counts.total(), "seconds": round(time.perf_counter() - began_s, 1)}
             print(json.dumps(row | {"checkpoints": checkpoints, "request_s": REQUEST_S}), flush=True)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from unittest.mock import patch
 
 from dis_scale import faults
@@ -36,15 +36,17 @@ METRICS = (
     "skipped",
 )
 REQUEST_S = 0.03
+OF_ROWS = ("read", "write", "delete", "list")
+"""Kinds of requests that write, merge and read rows."""
 
 
 @contextlib.contextmanager
-def requests(latency_s: float = 0.0) -> Iterator[Counter[str]]:
-    """Count the requests to storage by kind, and delay each."""
+def requests(latency_s: float = 0.0, verbs: Container[str] = OF_ROWS) -> Iterator[Counter[str]]:
+    """Count the requests to storage of these kinds, and delay each."""
     counts = Counter[str]()
 
     def request(verb: str, **_: object) -> None:
-        if verb in ("read", "write", "delete", "list"):
+        if verb in verbs:
             counts[verb] += 1
             time.sleep(latency_s)
 
