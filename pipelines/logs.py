@@ -39,9 +39,8 @@ def keep(folder: Folder, name: LogName) -> None:
 def keep_driver(sweep: Sweep) -> None:
     """Keep the log of this driver, if it is that of a stage's job."""
     if stage := context.facts.get("stage"):
-        folder = open_folder(
-            sweep.logs(stage, context.facts.get("model")).url
-        )  # impatient: nobody waits long for a log
+        # opened again, since the sweep's folder retries for minutes, and no log is worth that wait
+        folder = open_folder(sweep.logs(stage, context.facts.get("model")).url)
         attempt_logs.prune(folder)
         keep(folder, LogName(attempt_logs.stamp(), DRIVER))
 

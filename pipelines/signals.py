@@ -20,9 +20,8 @@ def obeying_signals(stop_requested: Event) -> Iterator[None]:
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         numbers.remove(signal.SIGHUP)
-    terminals = [
-        stream for stream in (sys.stdout, sys.stderr) if stream.isatty()
-    ]  # later they would say that they are none
+    # now, since a closed terminal no longer reports that it is one
+    terminals = [stream for stream in (sys.stdout, sys.stderr) if stream.isatty()]
 
     def request(number: int, _: FrameType | None) -> None:
         if number == signal.SIGHUP:

@@ -149,10 +149,8 @@ def _wrong(sweep: Sweep, runs: list[RunStatus], holder: str) -> list[str]:
 
 def table(status: Status) -> Table:
     """Return one row per model."""
-    title, caption = (
-        Text(f"{status.sweep}: {status.doing}"),
-        Text("\n".join(status.wrong)),
-    )  # errors may look like markup
+    # as Text, since a name or an error may look like markup
+    title, caption = Text(f"{status.sweep}: {status.doing}"), Text("\n".join(status.wrong))
     out = Table(title=title, caption=caption, caption_justify="left")
     for column in (
         "model",
