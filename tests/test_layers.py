@@ -46,7 +46,6 @@ DOORS = {
     "fsspec": "dis_scale/storage/folder.py",
     "s3fs": "dis_scale/storage/folder.py",
     "pyarrow": "dis_scale/data/parquet.py",
-    "sklearn": "dis_scale/data/sources.py",
     "matplotlib": "dis_scale/report/figures.py",
     "scipy": "dis_scale/report/fits.py dis_scale/evaluation",
     "typer": "dis_scale/cli.py",

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib.metadata import distribution
 from typing import Literal, Protocol
 
 import numpy as np
@@ -348,7 +349,7 @@ def _read_anywhere(root: Folder, path: str) -> bytes:
 
 @cache
 def _digits() -> tuple[np.ndarray, list[int]]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    return np.round(digits.images * (255 / 16)).astype(np.uint8), [int(y) for y in digits.target]
+    """Return the images, uint8 (1797, 8, 8), and labels: from scikit-learn's file, since its import takes 1.4 s of CPU time."""
+    file = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+    rows = np.loadtxt(str(file), delimiter=",")  # 64 pixels from 0 to 16, and the digit
+    return np.round(rows[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), [int(y) for y in rows[:, -1]]
