@@ -7,16 +7,17 @@ import pytest
 from dis_scale.recipe import Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import Sweep
+from dis_scale.sweep import Sampled, Sweep
 from tests.test_cli import invoke
 
 
 @pytest.fixture
 def sweep(tmp_path: Path, tiny: Recipe) -> Path:
-    """A sweep with one published checkpoint, which no test opens."""
+    """A sweep with one published checkpoint, whose evaluation has begun; no test opens either."""
     made = Sweep.below(open_folder(tmp_path), tiny)
     made.save_recipe()
     manifest.put(made.run("dis").published_at(160), {"weights.safetensors": b""}, images=160)
+    made.evaluation(Sampled("dis", 160)).write("block-00000.npz", b"")
     return tmp_path / "sweeps/tiny"
 
 
