@@ -152,9 +152,9 @@ def test_an_operators_commands_need_no_pytorch(elsewhere: Sweep) -> None:
 
 
 @pytest.mark.parametrize("words", [["report"], ["compare", ""], ["mlflow", "sync"]], ids=["report", "compare", "sync"])
-def test_commands_on_a_stored_sweep_ask_no_hub(elsewhere: Sweep, words: list[str]) -> None:
+def test_commands_on_a_stored_sweep_ask_no_hub(elsewhere: Sweep, words: list[str], tmp_path: Path) -> None:
     filled = [word or elsewhere.folder.url for word in words]
-    uri = ["--uri", "sqlite:////proc/never.db"] if words[0] == "mlflow" else []
+    uri = ["--uri", f"sqlite:///{tmp_path}/mlflow.db"] if words[0] == "mlflow" else []
     code, output = invoke(*filled, elsewhere.folder.url, *uri)
     assert (code, "nothing to report yet: its latents are not complete" in output) == (2, True), output
     manifest.seal(elsewhere.store / "latents/made", {}, vae="identity", latent=[4, 8], count=1, shards=[])
