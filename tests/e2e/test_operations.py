@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -32,10 +33,9 @@ class Observed(NamedTuple):
     ended: dict[str, list[float]]
 
 
-@pytest.fixture(scope="module")
-def observed(tmp_path_factory: pytest.TempPathFactory) -> Observed:
+def observe(root: Path) -> Observed:
     sweep = clusters.sweep_to_train(
-        tmp_path_factory.mktemp("store"), f"models={stages.ONE_MODEL}", "train.publish_images=[0, 160, 3200000]",
+        root, f"models={stages.ONE_MODEL}", "train.publish_images=[0, 160, 3200000]",
         "train.resume_every_images=160",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -72,14 +72,22 @@ def scrape_until(cluster: Cluster, true: Callable[[dict[str, list[float]]], bool
     while True:
         values: dict[str, list[float]] = {}
         for target in group["targets"]:
-            with urllib.request.urlopen(f"http://{target}/metrics", timeout=30) as answer:
-                for line in answer.read().decode().splitlines():
-                    if found := re.fullmatch(r'ray_dis_scale_(\w+)\{.*model="dit".*sweep="tiny".*\} (\S+)', line):
-                        values.setdefault(found[1], []).append(float(found[2]))
+            for line in scrape(target).splitlines():
+                if found := re.fullmatch(r'ray_dis_scale_(\w+)\{.*model="dit".*sweep="tiny".*\} (\S+)', line):
+                    values.setdefault(found[1], []).append(float(found[2]))
         if true(values):
             return values
         assert time.monotonic() < deadline, values
         time.sleep(2)
+
+
+def scrape(target: str) -> str:
+    """Return the exporter's answer; empty if it has not started yet."""
+    try:
+        with urllib.request.urlopen(f"http://{target}/metrics", timeout=30) as answer:
+            return str(answer.read().decode())
+    except urllib.error.URLError:
+        return ""
 
 
 def logs_of(sweep: Sweep) -> list[str]:
@@ -87,7 +95,14 @@ def logs_of(sweep: Sweep) -> list[str]:
     return sorted({n.begun for n in attempt_logs.listed(sweep.logs("train", "dit")) if n.process != "driver"})
 
 
-def test_the_stacks_of_a_crash_are_kept(observed: Observed) -> None:
+def test_what_operators_see_of_a_crash(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    observed = observe(tmp_path)
+    for part in (stacks_are_kept, events_are_json, metrics_are_exported, gauges_of_an_ended_run_disappear):
+        with subtests.test(part.__name__):
+            part(observed)
+
+
+def stacks_are_kept(observed: Observed) -> None:
     first, second = logs_of(observed.sweep)
     texts = attempt_logs.read_attempt(observed.sweep.logs("train", "dit"), first)
     (crashed,) = [text for name, text in texts.items() if name.process.endswith("-end")]
@@ -99,7 +114,7 @@ def test_the_stacks_of_a_crash_are_kept(observed: Observed) -> None:
     assert '"attempt": 2, "rank": 1' in printed
 
 
-def test_each_event_is_json_with_its_facts(observed: Observed) -> None:
+def events_are_json(observed: Observed) -> None:
     folder = observed.sweep.logs("train", "dit")
     (driver,) = [name for name in attempt_logs.listed(folder) if name.process == "driver"]
     lines = folder.read(str(driver)).decode().splitlines()
@@ -111,7 +126,7 @@ def test_each_event_is_json_with_its_facts(observed: Observed) -> None:
     assert of_ranks[-1]["images"] > 0
 
 
-def test_the_metrics_of_training_are_exported(observed: Observed) -> None:
+def metrics_are_exported(observed: Observed) -> None:
     values, now = observed.running, time.time()
     assert {name: len(values[name]) for name in metrics.GAUGES if name in values} == dict.fromkeys(
         metrics.GAUGES.keys() - NOT_OF_TRAINING, 1
@@ -130,5 +145,5 @@ def test_the_metrics_of_training_are_exported(observed: Observed) -> None:
     assert values["skipped_steps"] == values["failed_nodes"] == [0]
 
 
-def test_the_gauges_of_an_ended_run_disappear(observed: Observed) -> None:
+def gauges_of_an_ended_run_disappear(observed: Observed) -> None:
     assert observed.ended.keys() == {f"{name}_total" for name in counts.MEANINGS}
