@@ -67,6 +67,9 @@ class RayNodes:
         client = JobSubmissionClient(self.url)
         return Cluster(client, {}, self.url, ours=False, capacity=1, gpus=0, gpu_fault="", id=self.folder)
 
+    def log_of(self, node: Node) -> str:
+        return (Path(self.folder) / f"node-{self.nodes.index(node)}.log").read_text()
+
     def alive(self, within: Sequence[str] = ()) -> set[str]:
         """Return the ids of the nodes that are up, by Ray's own list, asked on the head's machine."""
         listed = subprocess.run(
@@ -114,6 +117,6 @@ def wait_for_nodes(nodes: RayNodes, count: int, newest: Node, within: Sequence[s
                 return
         except subprocess.CalledProcessError as error:
             refused = error.stderr
-        assert newest.poll() is None
+        assert newest.poll() is None, nodes.log_of(newest)
         assert time.monotonic() < deadline, refused.decode()
         time.sleep(0.2)

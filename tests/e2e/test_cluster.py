@@ -42,7 +42,7 @@ def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     url, deadline = f"http://127.0.0.1:{dashboard}", time.monotonic() + 90
     while True:
         try:
-            JobSubmissionClient(url).list_jobs()
+            JobSubmissionClient(url).submit_job(entrypoint="true")  # refused until the node's agent has started, too
             break
         except (ConnectionError, RuntimeError):
             assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
