@@ -213,6 +213,7 @@ def _start_head(recipe: Recipe, folder: Path, gpus: int) -> tuple[subprocess.Pop
         f"--temp-dir={folder}/ray", f"--resources={json.dumps(resources)}", f"--object-store-memory={256 * 2**20}",
         f"--num-cpus={max(os.cpu_count() or 1, recipe.train.most_workers, recipe.precompute.workers)}",
         f"--num-gpus={gpus}",  # Ray would also count GPUs that PyTorch cannot use
+        "--no-monitor", "--include-log-monitor=false",  # 1 s of CPU time: neither autoscaler nor copies of logs are used here
     ]  # fmt: skip
     token = folder / f"token-{dashboard}"
     token.touch(mode=0o600)
