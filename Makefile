@@ -15,10 +15,10 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -v -n 3 --dist worksteal
 
-# All tables of faults, including those on Ray; and random kills: `make soak KILLS=20 SEED=1`.
+# All tables of faults, and each test that is too long for `make test`; and random kills: `make soak KILLS=20 SEED=1`.
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/faults -v -m "faults or not faults"
-	$(BIN)/python -m pytest tests/e2e -v -m faults
+	$(BIN)/python -m pytest tests --ignore=tests/faults -v -m faults
 
 soak: $(VENV)/installed-dev
 	$(BIN)/python -m tests.faults.soak --kills $(or $(KILLS),100) $(if $(SEED),--seed $(SEED))
