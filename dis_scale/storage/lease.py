@@ -103,19 +103,42 @@ class Holding:
     """None while it holds the lease, and for good if it died without ending it."""
     why: str
     """The error that ended it, if any."""
+    beat: float | None
+    """Time of its last heartbeat or, before the first, of its beginning; None if not known."""
+    gone: bool
+    """Whether it was a process of this machine that has ended."""
 
 
 def last_holding(folder: Folder) -> Holding | None:
     """Return the lease's last holder, None if it was never held."""
-    number = _latest(folder)
-    if not number:
-        return None
-    holder, end = folder.read_json(f"{number:04d}"), dict[str, Any]()
-    with contextlib.suppress(FileNotFoundError):
+    return next(iter(last_holdings(folder, 1)), None)
+
+
+def last_holdings(folder: Folder, count: int) -> list[Holding]:
+    """Return at most `count` of the lease's last holders, the last one first."""
+    names = set(folder.list())
+    numbers = range(_highest(names), 0, -1)[:count]
+    return [_holding(folder, number, names) for number in numbers if f"{number:04d}" in names]
+
+
+def _holding(folder: Folder, number: int, names: Collection[str]) -> Holding:
+    """Return a holder from those of its files that are among `names`."""
+    name = f"{number:04d}"
+    holder, end = folder.read_json(name), dict[str, Any]()
+    if f"{name}.end" in names:
         end = json.loads(
-            folder.read(f"{number:04d}.end") or '{"at": 0.0, "why": ""}'
+            folder.read(f"{name}.end") or '{"at": 0.0, "why": ""}'
         )  # earlier versions wrote nothing into it
-    return Holding(number, holder["host"], holder["pid"], holder.get("at"), end.get("at"), end.get("why", ""))
+    since: float | None = holder.get("at")
+    beat = _time_of(folder.read(f"{name}.beat")) if not end and f"{name}.beat" in names else since
+    gone = _is_here(holder) and _started(holder["pid"]) != holder["started"]
+    return Holding(number, holder["host"], holder["pid"], since, end.get("at"), end.get("why", ""), beat, gone)
+
+
+def _time_of(heartbeat: bytes) -> float | None:
+    """Return the time of a heartbeat; None for one of an earlier version, which has none."""
+    _, _, at = heartbeat.partition(b" ")
+    return float(at) if at else None
 
 
 def _send_heartbeats(lease: Lease, ended: threading.Event) -> None:
@@ -124,7 +147,7 @@ def _send_heartbeats(lease: Lease, ended: threading.Event) -> None:
         beats += 1
         # Storage may be away for a while. If another process takes over meanwhile, `held` sees its number.
         with contextlib.suppress(DisScaleError):
-            lease.folder.write(f"{lease.number:04d}.beat", str(beats).encode())
+            lease.folder.write(f"{lease.number:04d}.beat", f"{beats} {time.time():.0f}".encode())
 
 
 def _latest(folder: Folder) -> int:
@@ -143,13 +166,19 @@ def _ended(folder: Folder, number: int) -> bool:
 def _live_holder(folder: Folder, number: int) -> dict[str, Any] | None:
     """Return the facts of a holder that did not end the lease, None if it is dead."""
     name = f"{number:04d}"
-    holder: dict[str, Any] = folder.read_json(name)
-    here = _this_process()
-    if all(holder.get(key) == here[key] for key in ("host", "boot", "processes")):
-        alive = holder["pid"] != here["pid"] and _started(holder["pid"]) == holder["started"]
+    # of a damaged lease the heartbeat is left
+    holder: dict[str, Any] = folder.find_json(name) or {"pid": "unknown", "host": "an unknown host"}
+    if _is_here(holder):
+        alive = holder["pid"] != os.getpid() and _started(holder["pid"]) == holder["started"]
     else:
         alive = _heartbeat_changes(folder, name)
     return holder if alive else None
+
+
+def _is_here(holder: dict[str, Any]) -> bool:
+    """Whether the holder is or was a process that this machine, or this container, would list."""
+    here = _this_process()
+    return all(holder.get(key) == here[key] for key in ("host", "boot", "processes"))
 
 
 def _heartbeat_changes(folder: Folder, name: str) -> bool:

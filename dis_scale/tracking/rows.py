@@ -169,9 +169,14 @@ def _rows(line: dict) -> list[Row]:
 
 def newest(folder: Folder) -> dict[str, Row]:
     """Return the last row of each name in the newest file: what a run did last, without reading its history."""
-    files = _listed(folder)
-    lines = folder.read(files[-1].name).splitlines() if files else []
-    return {row.name: row for line in lines for row in _rows(json.loads(line))}
+    for _ in range(_TRIES):
+        files = _listed(folder)
+        if not files:
+            return {}
+        with contextlib.suppress(FileNotFoundError):  # merged since it was listed
+            lines = folder.read(files[-1].name).splitlines()
+            return {row.name: row for line in lines for row in _rows(json.loads(line))}
+    raise StorageError(f"{folder}: files of rows are listed and cannot be read")
 
 
 def _listed(folder: Folder) -> list[_File]:

@@ -94,6 +94,16 @@ def test_a_lease_that_another_took_first_is_not_ours(tmp_path: Path, monkeypatch
         pass
 
 
+def test_a_damaged_lease_is_free_once_its_heartbeat_has_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = open_folder(tmp_path)
+    folder.write("0001", b"{")
+    monkeypatch.setattr(lease, "STILL_S", 0.0)
+    with lease.hold(folder) as ours:
+        assert ours.number == 2
+
+
 def test_a_container_of_the_same_host_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process ids are its own: only the heartbeat shows whether its process is alive."""
     folder = open_folder(tmp_path)
