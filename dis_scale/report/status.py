@@ -4,20 +4,31 @@ Reads listings, the newest of everything, and no history, so it takes seconds fo
 """
 
 import time
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeVar
 
 from rich.table import Table
 from rich.text import Text
 
+from dis_scale.errors import StorageAway, StorageError
 from dis_scale.storage import lease, manifest
-from dis_scale.sweep import METRICS, Sampled, Sweep, state
+from dis_scale.storage.folder import Folder
+from dis_scale.storage.lease import Holding
+from dis_scale.sweep import METRICS, PointName, Run, Sampled, Sweep, state
 from dis_scale.threads import in_order
 from dis_scale.tracking import rows
 
 Doing = Literal["waiting", "training", "silent", "stopped", "failed", "trained"]
 QUIET_S = 300.0
 """Time without a new metric row after which a run counts as silent."""
+BEATLESS_S = 60.0
+"""Time without a heartbeat after which a process counts as dead; includes the difference between two machines' clocks."""
+ENDS = 3
+"""Number of a run's last attempts whose errors are shown."""
+LEASES = ("sweep", "prepare", "evaluate")
+"""Leases of the sweep command and of stages; a run has its own."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,12 +49,18 @@ class RunStatus:
     """Age of the newest resume point: what a failure would cost now."""
     attempts: int
     holder: str
-    """Who trains it now: host and process."""
-    last_end: str
-    """Why the last attempt ended, if it ended by an error."""
+    """Host and process of an attempt that has not ended its lease, alive or not."""
+    beat_age_s: float | None
+    """Age of that process's last heartbeat."""
+    ends: list[str]
+    """Errors by which the last attempts ended, the newest first."""
+    ended: str | None
+    """Why the model failed."""
     published: int
     evaluated: int
     """Checkpoints that are measured under the main settings."""
+    backlog: int
+    """Evaluations that are due, under all settings."""
     metric: float | None
     """The main metric of the newest measured checkpoint."""
 
@@ -54,7 +71,11 @@ class Status:
 
     sweep: str
     doing: str
+    """How far it is, whether a process works on it or not."""
+    stopped: str
+    """Why no process works on it; empty while one does, and once it is done."""
     holder: str
+    """Host and process of a sweep command that has not ended its lease, alive or not."""
     runs: list[RunStatus]
     backlog: int
     """Evaluations that are due."""
@@ -64,55 +85,126 @@ class Status:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class _Reader:
+    """Reads a sweep's files, as seen at the time `now`; names each damaged one."""
+
+    sweep: Sweep
+    now: float
+    damaged: list[str] = field(default_factory=list)
+
+    def read(self, what: str, read: Callable[[], T]) -> T | None:
+        """Return what `read` returns, None if a file is damaged."""
+        try:
+            return read()
+        except StorageAway:
+            raise
+        except (StorageError, ValueError, LookupError, TypeError, AttributeError, FileNotFoundError) as error:
+            words = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
+            self.damaged.append(f"{what} cannot be read: {words}; see ops/runbooks/damaged-resume-point.md")
+            return None
+
+    def holdings(self, what: str, folder: Folder, count: int = 1) -> list[Holding]:
+        """Return the last holders of a lease, the last one first."""
+        return self.read(f"the lease of {what}", lambda: lease.last_holdings(folder, count)) or []
+
+    def alive(self, holding: Holding | None) -> bool:
+        """Whether a lease's holder works, as far as its heartbeats tell."""
+        if holding is None or holding.ended is not None or holding.gone:
+            return False
+        return holding.beat is None or self.now - holding.beat < BEATLESS_S
+
+
 def collect(sweep: Sweep, now: float) -> Status:
     """Return the status at the Unix time `now`."""
-    models = sweep.recipe.models
-    found = list(in_order(models, lambda model: _run(sweep, model, now), len(models)))
-    runs, left = [run for run, _ in found], [sampled for _, due in found for sampled in due]
-    holder = _holder(lease.last_holding(sweep.lease("sweep")))
-    wrong = _wrong(sweep, runs, holder) + [
-        f"skipped: {each}: {why}" for each, why in state.why_skipped(sweep, left).items()
+    reader, models = _Reader(sweep, now), sweep.recipe.models
+    held = [next(iter(reader.holdings(name, sweep.lease(name))), None) for name in LEASES]
+    commanded = reader.alive(held[0])
+    both = list(in_order(models, lambda model: _run(reader, model, commanded), len(models)))
+    runs, left = [run for run, _ in both], [sampled for _, due in both for sampled in due]
+    doing = reader.read("the VAE, the latents or the reference", lambda: _doing(sweep, runs, len(left))) or "preparing"
+    works = any(map(reader.alive, held)) or any(run.doing in ("training", "silent") for run in runs)
+    stopped = "" if works or doing == "done" else _why_stopped(held[0], now)
+    cure = "" if "to continue: " in stopped else f"; to continue: dis-scale resume {sweep}"
+    wrong = [f"stopped: {stopped}{cure}"] if stopped else []
+    if not stopped and not commanded and doing != "done":
+        wrong.append(f"no sweep command runs, and its jobs do: dis-scale resume {sweep} joins them")
+    skipped = reader.read("the reason of a skipped evaluation", lambda: state.why_skipped(sweep, left)) or {}
+    wrong += [
+        *_wrong(reader, runs),
+        *(f"skipped: {each}: {why}" for each, why in skipped.items()),
+        *reader.damaged,
     ]
-    return Status(str(sweep), _doing(sweep, runs, len(left)), holder, runs, len(left), wrong)
+    return Status(str(sweep), doing, stopped, _holder(held[0]), runs, len(left), wrong)
 
 
-def _holder(holding: lease.Holding | None) -> str:
+def _holder(holding: Holding | None) -> str:
     """Name the process that holds a lease; empty if none does."""
     return f"process {holding.pid} on {holding.host}" if holding and holding.ended is None else ""
 
 
-def _run(sweep: Sweep, model: str, now: float) -> tuple[RunStatus, list[Sampled]]:
-    """Return a model's status and its evaluations that are due."""
+def _why_stopped(command: Holding | None, now: float) -> str:
+    """Return why no sweep command works."""
+    if command is None:
+        return "no sweep command has run yet"
+    if command.ended is None:
+        return _no_heartbeat(_holder(command), None if command.beat is None else now - command.beat)
+    return f"the last sweep command ended{f': {command.why}' if command.why else ''}"
+
+
+def _no_heartbeat(holder: str, age_s: float | None) -> str:
+    return f"no heartbeat {'' if age_s is None else f'for {_span(age_s)} '}from {holder}"
+
+
+def _run(reader: _Reader, model: str, commanded: bool) -> tuple[RunStatus, list[Sampled]]:
+    """Return a model's status and its evaluations that are due. `commanded`: a sweep command will train it in its turn."""
+    sweep, now = reader.sweep, reader.now
     run, images = sweep.run(model), sweep.recipe.train.images
     backlog = state.Backlog(sweep, (model,))
     left, published = backlog.left(), backlog.published
     due = {sampled.images_seen for sampled in left if not sampled.variant}
     evaluated = [n for n in published if n not in due and n in sweep.recipe.train.publish_images]
-    newest, point, holding = rows.newest(run.log), state.newest_complete(run), lease.last_holding(run.lease)
+    newest = reader.read(f"{model}: the newest metric rows", lambda: rows.newest(run.log)) or {}
+    ended = reader.read(f"{model}: why it failed", lambda: state.ended(sweep, model))
+    holdings, point = reader.holdings(model, run.lease, ENDS), state.newest_complete(run)
+    holding = holdings[0] if holdings else None
     last = max(newest.values(), key=lambda row: row.time, default=None)
-    row_age_s = now - last.time if last else None
-    holder = _holder(holding)
+    quiet_s = now - max(last.time if last else 0.0, holding.since or 0.0) if holding else 0.0
     doing: Doing
     if images in published:
         doing = "trained"
-    elif state.ended(sweep, model):
+    elif ended:
         doing = "failed"
-    elif holder:
-        doing = "training" if row_age_s is not None and row_age_s < QUIET_S else "silent"
+    elif reader.alive(holding):
+        doing = "training" if quiet_s < QUIET_S else "silent"
     else:
-        doing = "stopped" if holding else "waiting"
+        doing = "waiting" if holding is None or (commanded and holding.ended is not None) else "stopped"
     seen = max(last.images if last else 0, point.images_seen if point else 0, *published, 0)
     rate = newest["images_per_s"].value if "images_per_s" in newest else None
-    saved = manifest.find(run.resume_point(point)) if point else None
-    measured = sweep.evaluation(Sampled(model, evaluated[-1])).read_json(METRICS)["values"] if evaluated else {}
     status = RunStatus(
         model=model, doing=doing, images_seen=seen, images=images, images_per_s=rate,
-        left_s=(images - seen) / rate if rate and doing == "training" else None, row_age_s=row_age_s,
-        resume_images=point.images_seen if point else 0, resume_age_s=now - saved["at"] if saved and "at" in saved else None,
-        attempts=holding.number if holding else 0, holder=holder, last_end=holding.why if holding else "",
-        published=len(published), evaluated=len(evaluated), metric=measured.get(sweep.recipe.evaluate.metric),
+        left_s=(images - seen) / rate if rate and doing == "training" else None, row_age_s=now - last.time if last else None,
+        resume_images=point.images_seen if point else 0,
+        resume_age_s=reader.read(f"{model}: resume point {point}", lambda: _age_s(run, point, now)) if point else None,
+        attempts=holding.number if holding else 0, holder=_holder(holding),
+        beat_age_s=now - holding.beat if holding and holding.ended is None and holding.beat is not None else None,
+        ends=[f"attempt {each.number} ended: {each.why}" for each in holdings if each.why], ended=ended,
+        published=len(published), evaluated=len(evaluated), backlog=len(left),
+        metric=_metric(reader, Sampled(model, evaluated[-1])) if evaluated else None,
     )  # fmt: skip
     return status, left
+
+
+def _age_s(run: Run, point: PointName, now: float) -> float | None:
+    """Return the age of a resume point, None if it does not say when it was written."""
+    saved = manifest.find(run.resume_point(point))
+    return now - saved["at"] if saved and "at" in saved else None
+
+
+def _metric(reader: _Reader, sampled: Sampled) -> float | None:
+    """Return the main metric of an evaluation."""
+    folder, name = reader.sweep.evaluation(sampled), reader.sweep.recipe.evaluate.metric
+    return reader.read(f"evaluation of {sampled}", lambda: folder.read_json(METRICS)["values"].get(name))
 
 
 def _doing(sweep: Sweep, runs: list[RunStatus], backlog: int) -> str:
@@ -125,33 +217,37 @@ def _doing(sweep: Sweep, runs: list[RunStatus], backlog: int) -> str:
     return "encoding latents" if state.prepared(sweep) else "preparing"
 
 
-def _wrong(sweep: Sweep, runs: list[RunStatus], holder: str) -> list[str]:
-    """Return what an operator should know or do, the most urgent first."""
+def _wrong(reader: _Reader, runs: list[RunStatus]) -> list[str]:
+    """Return what is wrong with the models and the nodes, the most urgent first."""
     lines = []
     for run in runs:
         if run.doing == "failed":
-            lines.append(f"{run.model}: ended: {state.ended(sweep, run.model)}; the next sweep command trains it again")
+            lines.append(f"{run.model}: ended: {run.ended}; the next sweep command trains it again")
         if run.doing == "silent":
             lines.append(
-                f"{run.model}: no metric row for {_span(run.row_age_s) or 'its whole time'}, and {run.holder} holds the run: "
-                "it starts, hangs, or died without a word; see ops/runbooks/stuck-job.md"
+                f"{run.model}: no metric row for {_span(run.row_age_s) or 'its whole time'}, and {run.holder} is alive: "
+                "it starts or hangs; see ops/runbooks/stuck-job.md"
             )
         if run.doing == "stopped":
-            lines.append(f"{run.model}: stopped at {run.images_seen:,} images: run the sweep command again to continue")
-    lines += [
+            lost = f"; {_no_heartbeat(run.holder, run.beat_age_s)}" if run.holder else ""
+            lines.append(f"{run.model}: stopped at {run.images_seen:,} images{lost}")
+    failures: dict[str, int] = reader.read("the failures of nodes", lambda: state.node_failures(reader.sweep)) or {}
+    return lines + [
         f"{node}: {count} failures of its devices; see ops/runbooks/bad-gpu-or-node.md"
-        for node, count in state.node_failures(sweep).items()
+        for node, count in failures.items()
     ]
-    if not holder and any(run.doing != "trained" for run in runs):
-        lines.append("no sweep command runs: start it again to continue")
-    return lines
 
 
 def table(status: Status) -> Table:
     """Return one row per model."""
+    how = f"stopped ({status.doing})" if status.stopped else status.doing
+    attempts = [f"{run.model}: {', '.join([*_held(run), *run.ends])}" for run in status.runs if run.holder or run.ends]
     # as Text, since a name or an error may look like markup
-    title, caption = Text(f"{status.sweep}: {status.doing}"), Text("\n".join(status.wrong))
-    out = Table(title=title, caption=caption, caption_justify="left")
+    out = Table(
+        title=Text(f"{status.sweep}: {how}{f', run by {status.holder}' if status.holder else ''}"),
+        caption=Text("\n".join(status.wrong + attempts)),
+        caption_justify="left",
+    )
     for column in (
         "model",
         "doing",
@@ -162,6 +258,7 @@ def table(status: Status) -> Table:
         "resume point",
         "attempts",
         "evaluated",
+        "due",
         "metric",
     ):
         out.add_column(column, justify="left" if column in ("model", "doing") else "right")
@@ -169,9 +266,14 @@ def table(status: Status) -> Table:
         out.add_row(
             run.model, run.doing, f"{run.images_seen:,}", f"{run.images_seen / run.images:.0%}",
             "" if run.images_per_s is None else f"{run.images_per_s:,.0f}", _span(run.left_s), _span(run.resume_age_s, " ago"),
-            f"{run.attempts}", f"{run.evaluated}/{run.published}", "" if run.metric is None else f"{run.metric:.4g}",
+            f"{run.attempts}", f"{run.evaluated}/{run.published}", f"{run.backlog}",
+            "" if run.metric is None else f"{run.metric:.4g}",
         )  # fmt: skip
     return out
+
+
+def _held(run: RunStatus) -> list[str]:
+    return [f"attempt {run.attempts} held by {run.holder}"] if run.holder else []
 
 
 def _span(seconds: float | None, after: str = "") -> str:

@@ -120,7 +120,7 @@ def cost_out_of_hand(drill: Drill) -> None:
     drill.expect("stop requested: ")
     drill.wait(sweep, STOPPED)
     drill.dis_scale("status", str(drill.sweep))
-    drill.expect("no sweep command runs: start it again to continue")
+    drill.expect("stopped: the last sweep command ended")
     drill.resume()
     drill.dis_scale("gc", str(drill.sweep))
     drill.expect("total .*; to delete them: dis-scale gc .* --yes")

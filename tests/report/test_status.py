@@ -13,8 +13,9 @@ from dis_scale.recipe import Recipe, reading
 from dis_scale.report import status
 from dis_scale.report.status import RunStatus, Status
 from dis_scale.storage import lease, manifest
-from dis_scale.storage.folder import open_folder
+from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import ENDED, METRICS, PointName, Sampled, Sweep, state
+from dis_scale.tracking import rows
 from dis_scale.tracking.rows import RowWriter
 from tests.conftest import TINY
 
@@ -39,9 +40,15 @@ def train(sweep: Sweep, model: str, images: int, rate: float = 10.0, attempt: in
 
 @pytest.fixture
 def held(sweep: Sweep) -> Iterator[None]:
-    """The run of `dis` has a holder."""
-    with lease.hold(sweep.run("dis").lease):
+    """A sweep command runs, and the run of `dis` has a holder."""
+    with lease.hold(sweep.lease("sweep")), lease.hold(sweep.run("dis").lease):
         yield
+
+
+def die(folder: Folder, last_beat: float, number: int = 1) -> None:
+    """Leave a holder of another machine, whose last heartbeat was at this Unix time."""
+    folder.write_json(f"{number:04d}", {"host": "gone", "pid": 7, "at": last_beat - 60})
+    folder.write(f"{number:04d}.beat", f"12 {last_beat:.0f}".encode())
 
 
 def of(sweep: Sweep, model: str, later_s: float = 0.0) -> tuple[Status, RunStatus]:
@@ -51,9 +58,9 @@ def of(sweep: Sweep, model: str, later_s: float = 0.0) -> tuple[Status, RunStatu
 
 def test_a_sweep_that_has_not_begun(sweep: Sweep) -> None:
     found, run = of(sweep, "dis")
-    assert (found.doing, found.backlog) == ("preparing", 0)
+    assert (found.doing, found.stopped, found.backlog) == ("preparing", "no sweep command has run yet", 0)
     assert (run.doing, run.images_seen, run.attempts, run.published) == ("waiting", 0, 0, 0)
-    assert found.wrong == ["no sweep command runs: start it again to continue"]
+    assert found.wrong == [f"stopped: no sweep command has run yet; to continue: dis-scale resume {sweep}"]
 
 
 def test_a_run_in_training_tells_its_rate_and_what_a_failure_would_cost(sweep: Sweep, held: None) -> None:
@@ -69,6 +76,9 @@ def test_a_run_in_training_tells_its_rate_and_what_a_failure_would_cost(sweep: S
 
 def test_a_run_that_says_nothing_is_named(sweep: Sweep, held: None) -> None:
     train(sweep, "dis", 160)
+    lease_, now = sweep.run("dis").lease, time.time()
+    for folder in (lease_, sweep.lease("sweep")):
+        folder.write("0001.beat", f"200 {now + 1000:.0f}".encode())
     found, run = of(sweep, "dis", later_s=1000)
     assert run.doing == "silent"
     assert found.wrong[0].startswith("dis: no metric row for 17 min, and process")
@@ -79,11 +89,98 @@ def test_why_the_last_attempt_ended_is_told(sweep: Sweep) -> None:
         raise ConnectionError("a worker was lost")
     train(sweep, "dis", 160)
     found, run = of(sweep, "dis")
-    assert (run.doing, run.attempts, run.last_end) == ("stopped", 1, "ConnectionError: a worker was lost")
-    assert "dis: stopped at 160 images: run the sweep command again to continue" in found.wrong
+    assert (run.doing, run.attempts) == ("stopped", 1)
+    assert run.ends == ["attempt 1 ended: ConnectionError: a worker was lost"]
+    assert "dis: stopped at 160 images" in found.wrong
+    assert "dis: attempt 1 ended: ConnectionError: a worker was lost" in printed(found)
     sweep.run("dis").folder.write_json(ENDED, {"why": "it diverged"})
     assert of(sweep, "dis")[1].doing == "failed"
     assert "dis: ended: it diverged; the next sweep command trains it again" in of(sweep, "dis")[0].wrong
+
+
+def test_dead_processes_are_named_with_what_to_type(sweep: Sweep) -> None:
+    train(sweep, "dis", 160)
+    for folder in (sweep.lease("sweep"), sweep.run("dis").lease):
+        die(folder, time.time() - 720)
+    found, run = of(sweep, "dis")
+    assert (run.doing, found.doing) == ("stopped", "training")
+    assert found.wrong[:2] == [
+        f"stopped: no heartbeat for 12 min from process 7 on gone; to continue: dis-scale resume {sweep}",
+        "dis: stopped at 160 images; no heartbeat for 12 min from process 7 on gone",
+    ]
+    assert "stopped (training)" in printed(found)
+
+
+def test_an_evaluation_without_its_processes_is_stopped(sweep: Sweep) -> None:
+    for model in sweep.recipe.models:
+        manifest.seal(sweep.run(model).published_at(320), {}, images=320)
+    for name in ("sweep", "evaluate"):
+        die(sweep.lease(name), time.time() - 720)
+    found, _ = of(sweep, "dis")
+    assert (found.doing, found.stopped) == ("evaluating", "no heartbeat for 12 min from process 7 on gone")
+    with lease.hold(sweep.lease("evaluate")):
+        found, _ = of(sweep, "dis")
+    assert found.stopped == ""
+    assert found.wrong[0] == f"no sweep command runs, and its jobs do: dis-scale resume {sweep} joins them"
+
+
+def test_a_process_that_was_killed_on_this_machine_is_not_waited_for(sweep: Sweep) -> None:
+    with lease.hold(sweep.lease("sweep")):
+        holder = sweep.lease("sweep").read_json("0001")
+        sweep.lease("sweep").write_json("0001", holder | {"started": 1.0})
+        assert of(sweep, "dis")[0].stopped.startswith("no heartbeat for 0 s from process")
+
+
+def test_a_model_that_waits_for_its_turn_is_not_stopped(sweep: Sweep, held: None) -> None:
+    with lease.hold(sweep.run("dit").lease):
+        pass
+    assert of(sweep, "dit")[1].doing == "waiting"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"7"])
+def test_damaged_files_are_named_and_the_rest_is_shown(sweep: Sweep, content: bytes) -> None:
+    """Each file that may be damaged, one after the other, with the rest of the sweep in order."""
+    train(sweep, "dis", 160)
+    train(sweep, "dit", 160)
+    manifest.seal(sweep.run("dis").published_at(160), {}, images=160)
+    evaluation = sweep.evaluation(Sampled("dis", 160))
+    evaluation.write_json(METRICS, {"values": {}})
+    with lease.hold(sweep.run("dis").lease), lease.hold(sweep.lease("sweep")):
+        pass
+    run = sweep.run("dis")
+    files = [
+        (evaluation, METRICS, "evaluation of dis at 160 images"),
+        (run.lease, "0001", "the lease of dis"),
+        (sweep.lease("sweep"), "0001", "the lease of sweep"),
+        (run.resume_point(PointName(80, 1)), manifest.NAME, "dis: resume point 000000000080-0001"),
+    ]
+    if content not in (b"", b"{}"):  # an empty file is one without rows, and of an older version of a lease
+        files += [
+            (run.log, "0001-000000.jsonl", "dis: the newest metric rows"),
+            (run.lease, "0001.end", "the lease of dis"),
+        ]
+    for folder, name, words in files:
+        before = folder.read(name)
+        folder.write(name, content)
+        found, other = of(sweep, "dit")
+        assert found.wrong[-1].startswith(f"{words} cannot be read: ")
+        assert other.images_seen == 160
+        json.dumps(found.to_json())
+        folder.write(name, before)
+
+
+def test_rows_that_are_merged_meanwhile_are_found(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(sweep, "dis", 160)
+    listed, log = rows._listed, sweep.run("dis").log
+    old = [rows._File(1, 0, -1), *listed(log)]
+    old.append(rows._File(1, 9, -9))  # the newest of a listing before the merge
+    answers = iter([old])
+    monkeypatch.setattr(rows, "_listed", lambda folder: next(answers, None) or listed(folder))
+    found, run = of(sweep, "dis")
+    assert (run.images_seen, found.wrong[-1]) == (
+        160,
+        f"stopped: no sweep command has run yet; to continue: dis-scale resume {sweep}",
+    )
 
 
 def test_the_backlog_of_evaluation_and_the_last_distance_are_told(sweep: Sweep) -> None:
@@ -93,6 +190,7 @@ def test_the_backlog_of_evaluation_and_the_last_distance_are_told(sweep: Sweep) 
     sweep.evaluation(Sampled("dis", 160)).write_json(METRICS, {"values": values})
     state.record_node_failure(sweep.run("dit"), "node-7", "ECC")
     found, run = of(sweep, "dis")
+    assert run.backlog == len(state.evaluations_left(sweep, ["dis"]))
     assert (run.doing, run.published, run.evaluated, run.metric) == ("trained", 3, 1, 12.5)
     assert found.backlog == len(state.evaluations_left(sweep)) > 0
     assert "node-7: 1 failures of its devices; see ops/runbooks/bad-gpu-or-node.md" in found.wrong
