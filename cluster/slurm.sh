@@ -2,13 +2,14 @@
 # A sweep on Slurm: starts Ray on all nodes of the job, runs the sweep, forwards signals, and puts the job back into the queue.
 #
 #   sbatch cluster/slurm.sh configs/imagenet256.yaml --set storage.root=s3://bucket/prefix --set train.workers=32 --set device=cuda
+#   sbatch cluster/slurm.sh resume s3://bucket/prefix/sweeps/imagenet256  # with the recipe and overrides that it has stored
 #
 # Submit it from the repository, on a file system that all nodes mount, with the environment of dis-scale active. Storage may be an
 # object store (its keys in the environment) or a file system that all nodes mount. Change the lines below for your cluster, or
 # override them on sbatch's command line.
 #
 # The job's time limit and a preemption are a stop request: training saves, and the job is queued again and continues. To stop it
-# for good: scancel --batch --signal=INT JOB. An error (exit codes 1, 2, 69) is not queued again.
+# for good: dis-scale stop SWEEP, or scancel --batch --signal=INT JOB. An error (exit codes 1, 2, 69) is not queued again.
 #SBATCH --job-name=dis-scale
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -83,7 +84,9 @@ while (joined := nodes()) < wanted:
 [ "$code" = 0 ] || [ -n "$requested" ] || exit "$code"
 
 if [ -z "$requested" ]; then
-    run python -m dis_scale.sweep "$@"
+    program=dis_scale.sweep
+    [ "${1:-}" != resume ] || program=dis_scale
+    run python -m $program "$@"
 else
     code=75
 fi

@@ -58,10 +58,15 @@ class Cluster:
     """Memory of the smallest GPU of a Ray of our own, of the largest one of another cluster; None if none is known."""
 
 
+def ray_address() -> str | None:
+    """Return the cluster that this process is to use, by RAY_ADDRESS; None if that is empty or not set."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
 @contextlib.contextmanager
 def open_cluster(recipe: Recipe) -> Iterator[Cluster]:
     """Yield the Ray that this process runs in (RAY_ADDRESS), otherwise one of our own that ends with this block and process."""
-    if address := os.environ.get("RAY_ADDRESS"):
+    if address := ray_address():
         yield _joined(address, recipe)
         return
     folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir="/tmp"))  # Ray's sockets need a short path
@@ -107,18 +112,18 @@ def require_root(recipe: Recipe) -> str:
     """
     root = recipe.storage.root
     on_disk = "://" not in root or root.startswith("file://")
-    if not on_disk or "RAY_ADDRESS" not in os.environ:
+    if not on_disk or ray_address() is None:
         return root
+    complete = root.startswith(("/", "file://"))
     if not _one_node():
-        if not root.startswith(("/", "file://")):
+        if not complete:
             raise UserError(
                 f"storage.root: {root!r} is a folder of one node, and this cluster has several: give a root that all reach, "
                 "for example --set storage.root=s3://bucket/prefix, or the complete path of a file system that all mount"
             )
         require_shared(root)
         return root
-    moved = in_ray_job() and not root.startswith(("/", "file://"))
-    return str(Path.home() / "dis-scale" / root) if moved else root
+    return str(Path.home() / "dis-scale" / root) if in_ray_job() and not complete else root
 
 
 def in_ray_job() -> bool:
@@ -164,9 +169,8 @@ def _connect() -> None:
             with keeping_handlers():
                 ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False)
         except (ConnectionError, ValueError) as error:
-            address = os.environ.get("RAY_ADDRESS")
             raise UserError(
-                f"no Ray answers at RAY_ADDRESS={address}: start it, or unset the variable to run here"
+                f"no Ray answers at RAY_ADDRESS={ray_address()}: start it, or unset the variable to run here"
             ) from error
 
 

@@ -26,7 +26,7 @@ from dis_scale import context, jsonlog
 from dis_scale.errors import DisScaleError, Held, Preempted, UserError
 from dis_scale.sweep import Sweep
 from pipelines import lines
-from pipelines.cluster import START_TIMEOUT_S, Cluster, client_of, own_job
+from pipelines.cluster import START_TIMEOUT_S, Cluster, client_of, own_job, ray_address
 from pipelines.environment import KEEP_FREED_MEMORY, PASSIVE, SPINNING
 
 ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
@@ -204,12 +204,11 @@ def stop_all(sweep: Sweep, address: str | None) -> list[str]:
         client = client_of(address)
         running = [job.submission_id for job in client.list_jobs() if job.status not in ENDED and job.submission_id]
     except (ConnectionError, RuntimeError) as error:
-        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+        where = address or ray_address() or "this machine"
         raise UserError(f"no Ray answers at {where}: has the sweep ended already? (--address names another)") from error
     except AuthenticationError as error:
-        named = address or os.environ.get("RAY_ADDRESS")
         raise UserError(
-            f"the Ray at {named} refuses this process: if another user started it, only they can stop it; "
+            f"the Ray at {address or ray_address()} refuses this process: if another user started it, only they can stop it; "
             "for a cluster, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from error
     ours = [job for job in running if job.startswith(f"{_prefix(sweep)}-")]

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from dis_scale.errors import UserError
 from dis_scale.sweep import RAY, Sweep
-from pipelines.cluster import Cluster
+from pipelines.cluster import Cluster, ray_address
 
 
 @dataclass(frozen=True)
@@ -20,24 +20,31 @@ class LastRay:
     gpus: int = 0
     kuberay: str | None = None
     """Name of KubeRay's cluster, which its operator sets in each pod."""
+    slurm: str | None = None
+    """Number of the Slurm job."""
 
-    @property
-    def cure(self) -> str:
-        """How to continue on a cluster of that kind. Has the place holder SWEEP."""
+    def cure(self, sweep: Sweep) -> str:
+        """Return what to type to continue the sweep on a cluster of that kind."""
         if self.kuberay:
-            return f"apply its RayJob again (the last cluster was {self.kuberay})"
-        return f"ray job submit --address http://{self.host}:8265 --working-dir . -- python -m dis_scale resume SWEEP"
+            return (
+                "kubectl delete rayjob NAME, then kubectl apply -f its file (kubectl get rayjob lists the names; the last cluster "
+                f"was {self.kuberay})"
+            )
+        if self.slurm:
+            return f"sbatch cluster/slurm.sh resume {sweep} (the last job was {self.slurm})"
+        return f"ray job submit --address http://{self.host}:8265 --working-dir . -- python -m dis_scale resume {sweep}"
 
 
 def words() -> str:
     """Say which Ray this process uses."""
-    address = os.environ.get("RAY_ADDRESS")
+    address = ray_address()
     return f"the cluster at RAY_ADDRESS={address}" if address else "one of its own on this machine (no RAY_ADDRESS)"
 
 
 def record(sweep: Sweep, cluster: Cluster) -> None:
     """Store that the sweep runs on this cluster."""
-    last = LastRay(cluster.address, socket.gethostname(), cluster.gpus, os.environ.get("RAY_CLUSTER_NAME"))
+    kuberay, slurm = map(os.environ.get, ("RAY_CLUSTER_NAME", "SLURM_JOB_ID"))
+    last = LastRay(cluster.address, socket.gethostname(), cluster.gpus, kuberay, slurm)
     sweep.folder.write_json(RAY, asdict(last))
 
 
@@ -50,11 +57,11 @@ def find(sweep: Sweep) -> LastRay | None:
 def require_same_kind(sweep: Sweep) -> None:
     """UserError if the sweep last ran on a cluster, and would continue on a Ray of this machine alone."""
     last = find(sweep)
-    if last is None or last.address or os.environ.get("RAY_ADDRESS"):
+    if last is None or last.address or ray_address():
         return
     raise UserError(
         f"{sweep} last ran on a Ray cluster with {last.gpus} GPUs (its driver was on {last.host}), and RAY_ADDRESS is not set: "
-        f"nothing was started here. To continue there: {last.cure.replace('SWEEP', str(sweep))}. "
+        f"nothing was started here. To continue there: {last.cure(sweep)}. "
         "To continue on this machine all the same, add --here"
     )
 

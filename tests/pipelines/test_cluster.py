@@ -25,6 +25,12 @@ def root(monkeypatch: pytest.MonkeyPatch, given: str, in_job: bool, one_node: bo
     return cluster.require_root(reading.load(TINY, [f"storage.root={given}"]))
 
 
+def test_an_empty_address_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_one_node", lambda: pytest.fail("no cluster is asked"))
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    assert cluster.require_root(reading.load(TINY, ["storage.root=outputs"])) == "outputs"
+
+
 @pytest.mark.parametrize("in_job", [True, False])
 def test_a_root_of_one_node_is_refused_on_several(monkeypatch: pytest.MonkeyPatch, in_job: bool) -> None:
     with pytest.raises(

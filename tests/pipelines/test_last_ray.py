@@ -33,6 +33,7 @@ def stored(root: Path, last: dict[str, object] | None = None) -> Sweep:
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("RAY_CLUSTER_NAME", raising=False)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
 
 
 def test_the_ray_is_named_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,8 +61,20 @@ def test_the_sweep_of_a_cluster_does_not_start_here_and_says_what_to_type(
 
 
 def test_a_sweep_of_kuberay_is_sent_to_its_rayjob(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"apply its RayJob again \(the last cluster was imagenet256-x7k\)"):
+    with pytest.raises(
+        UserError, match=r"kubectl delete rayjob NAME, then kubectl apply -f .*last cluster was imagenet256-x7k"
+    ):
         last_ray.require_same_kind(stored(tmp_path, ON_A_CLUSTER | {"kuberay": "imagenet256-x7k"}))
+
+
+def test_a_sweep_of_slurm_is_sent_to_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Slurm job has a Ray of its own, which ended with it, and its nodes' names are of no use."""
+    sweep = stored(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    last_ray.record(sweep, joined_cluster())
+    with pytest.raises(UserError) as raised:
+        last_ray.require_same_kind(sweep)
+    assert f"sbatch cluster/slurm.sh resume {sweep} (the last job was 4711)" in str(raised.value)
 
 
 @pytest.mark.parametrize("last", [None, ON_THIS_MACHINE])
@@ -76,10 +89,9 @@ def test_on_a_cluster_any_sweep_may_continue(tmp_path: Path, monkeypatch: pytest
 
 
 def test_what_is_recorded_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep, client = stored(tmp_path), None
+    sweep = stored(tmp_path)
     monkeypatch.setenv("RAY_CLUSTER_NAME", "imagenet256-x7k")
-    joined = Cluster(client, {}, "a cluster", ours=False, capacity=1, gpus=16, gpu_fault="", id="c")  # type: ignore[arg-type]
-    last_ray.record(sweep, joined)
+    last_ray.record(sweep, joined_cluster())
     assert last_ray.find(sweep) == last_ray.LastRay(None, socket.gethostname(), 16, "imagenet256-x7k")
     with pytest.raises(UserError, match=f"it last ran on {socket.gethostname()}.*--address"):
         last_ray.address_of(sweep)
@@ -102,6 +114,10 @@ def test_a_sweep_in_a_folder_of_another_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "sweeps/tiny").rename(tmp_path / "sweeps/copy")
     with pytest.raises(UserError, match=f"sweeps/copy holds the sweep tiny, which belongs into {sweep}: move it"):
         pipeline.resume_sweep(Sweep.open(str(tmp_path / "sweeps/copy")), [], quiet())
+
+
+def joined_cluster() -> Cluster:
+    return Cluster(None, {}, "a cluster", ours=False, capacity=1, gpus=16, gpu_fault="", id="c")  # type: ignore[arg-type]
 
 
 def quiet() -> Console:
