@@ -104,15 +104,21 @@ def plan(
 def stop(
     sweep: SweepUrl,
     address: Annotated[
-        str | None, typer.Option(help="Ray's dashboard, http://HOST:8265; default: the sweep's own or RAY_ADDRESS.")
+        str | None,
+        typer.Option(
+            help="Dashboard of the Ray whose jobs a killed command left, http://HOST:8265; default: the sweep's own."
+        ),
     ] = None,
 ) -> None:
-    """Ask a running sweep to save and stop; `dis-scale resume SWEEP` continues it."""
-    from dis_scale.sweep import Sweep
+    """Ask a running sweep to save and stop, from any machine; `dis-scale resume SWEEP` continues it."""
     from pipelines.stop import stop_sweep
 
-    stopped = stop_sweep(Sweep.open(sweep), address)
-    _print(f"stop requested: {', '.join(stopped)}" if stopped else "nothing to stop: no job of this sweep is running")
+    stopped = stop_sweep(sweep, address)
+    _print(
+        f"stop requested: {', '.join(stopped)}"
+        if stopped
+        else "nothing to stop: no command and no job of this sweep is running"
+    )
 
 
 @app.command()

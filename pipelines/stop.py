@@ -1,13 +1,27 @@
-"""The stop request of another process: ask Ray to stop a sweep's jobs. Needs no PyTorch."""
+"""The stop request of another process: to the sweep's command through storage, and to the jobs through Ray. Needs no PyTorch."""
 
-import os
-
-from dis_scale.sweep import Sweep
+from dis_scale.errors import UserError
+from dis_scale.storage import lease
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import Sweep, command_lease
 from pipelines import jobs, last_ray
+from pipelines.cluster import ray_address
 
 
-def stop_sweep(sweep: Sweep, address: str | None) -> list[str]:
-    """Stop the sweep's jobs wherever they run; return their ids. UserError if no Ray is known or none answers."""
-    if address is None and not os.environ.get("RAY_ADDRESS"):
-        address = last_ray.address_of(sweep)
-    return jobs.stop_all(sweep, address)
+def stop_sweep(url: str, address: str | None) -> list[str]:
+    """Request the command that runs a sweep to stop, wherever it runs, and its jobs if their Ray is known; return their names.
+
+    Jobs alone may be left by a command that was killed. UserError if there is no sweep, or if only its Ray could know and none
+    answers.
+    """
+    command = lease.request_stop(command_lease(open_folder(url)))
+    asked = [f"process {command.pid} on {command.host}"] if command else []
+    try:
+        sweep = Sweep.open(url)
+        if address is None and ray_address() is None:
+            address = last_ray.address_of(sweep)
+        return asked + jobs.stop_all(sweep, address)
+    except UserError:
+        if not asked:
+            raise
+        return asked

@@ -10,12 +10,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 
 from rich.console import Console
 
 from dis_scale import context, jsonlog, report, vae
-from dis_scale.data.sources import open_source
+from dis_scale.data.sources import open_source, require_source
 from dis_scale.errors import DisScaleError, Held, Preempted, UserError
 from dis_scale.evaluation.features import require_weights
 from dis_scale.plan import Plan, price_reading, price_sweep, table
@@ -26,7 +26,7 @@ from dis_scale.redaction import redact
 from dis_scale.report import mlflow_copy
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.sweep import ENDED, RECIPE, Sampled, Sweep, state
+from dis_scale.sweep import ENDED, RECIPE, Sampled, Sweep, command_lease, state
 from dis_scale.tracking import mlflow
 from dis_scale.training.memory import lanes_at_once
 from pipelines import devices, jobs, last_ray, lines, places
@@ -99,11 +99,7 @@ def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
     sweep, board = driver.sweep, driver.board
     store.require_usable()
     driver.sweep = sweep = sweep.patient  # storage works, so from here on retry for a minute
-    source = open_source(sweep.recipe.data, store, listing_words(board.say))
-    board.say(
-        f"source   {len(source):,} images in {len(source.label_names)} classes, as listed in {source.listing.where}"
-    )
-    board.say(f"data     {price_reading(sweep.recipe, plan.shape, len(source))}")
+    require_source(sweep.recipe.data, store)
     for extractor in sweep.recipe.evaluate.extractors:
         require_weights(extractor)
     with (
@@ -112,6 +108,7 @@ def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
         one_at_a_time(driver, cluster) as first,
     ):
         board.say(f"cluster  {cluster.description}")
+        _list_images(driver, plan, store)
         driver.sweep = sweep = store_recipe(driver, first)
         begin_tracking(driver, plan, sweep.recipe.tracking.uri or mlflow.default_uri(store))
         last_ray.record(sweep, cluster)
@@ -133,6 +130,21 @@ def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
             raise
     skipped = {f"evaluation of {sampled}": why for sampled, why in state.skipped(sweep).items()}
     return replace(failures, skipped=skipped | _missing_weights(sweep))
+
+
+def _list_images(driver: Driver, plan: Plan, store: Folder) -> None:
+    """List the source's images, or open their listing, and log it; Preempted if a stop is requested meanwhile."""
+    recipe, show = driver.sweep.recipe, listing_words(driver.board.say)
+
+    def report(images: int) -> None:
+        _raise_if_stopped(driver)
+        show(images)
+
+    source = open_source(recipe.data, store, report)
+    driver.board.say(
+        f"source   {len(source):,} images in {len(source.label_names)} classes, as listed in {source.listing.where}"
+    )
+    driver.board.say(f"data     {price_reading(recipe, plan.shape, len(source))}")
 
 
 def _missing_weights(sweep: Sweep) -> dict[str, str]:
@@ -209,13 +221,32 @@ def one_at_a_time(driver: Driver, cluster: Cluster) -> Iterator[bool]:
     with contextlib.ExitStack() as stack:
         first = True
         try:
-            stack.enter_context(lease.hold(driver.sweep.lease("sweep"), cluster.id))
+            held = stack.enter_context(lease.hold(command_lease(driver.sweep.folder), cluster.id))
+            stack.enter_context(_obeying_requests(held, driver.stop_requested))
         except Held as error:
             first = False
             if error.holder.get("cluster") != cluster.id:
                 raise
             driver.board.say(f"joined   process {error.holder['pid']}, which runs this sweep on the same Ray")
         yield first
+
+
+@contextlib.contextmanager
+def _obeying_requests(held: lease.Lease, stop_requested: Event) -> Iterator[None]:
+    """Set `stop_requested` once another process has requested the stop through storage (`dis-scale stop`)."""
+    over = Event()
+
+    def poll() -> None:
+        while not (over.wait(lease.BEAT_S) or stop_requested.is_set()):
+            with contextlib.suppress(DisScaleError):  # storage may be away for a while
+                if held.stop_requested():
+                    stop_requested.set()
+
+    Thread(target=poll, daemon=True, name="stop requests").start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def resume_sweep(sweep: Sweep, overrides: list[str], console: Console, here: bool = False) -> None:

@@ -9,7 +9,7 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib.metadata import distribution
 from typing import Literal, Protocol
 
@@ -22,6 +22,7 @@ from dis_scale.data.mixing import order_hash, permutation
 from dis_scale.errors import StorageError, UndecodableImage, UserError
 from dis_scale.progress import ReportDone
 from dis_scale.recipe import CsvSource, Data, DigitsSource, FolderSource, ParquetSource, TarSource
+from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 
 LINE_CHARACTERS = 2**20
@@ -108,10 +109,7 @@ def open_source(data: Data, store: Folder | None = None, report: ReportDone = la
     UserError if the source is missing, empty, or has other classes than the recipe says.
     """
     kind = _open_kind(data.source, outside=data.csv_outside == "allow")
-
-    def find() -> Contents:
-        contents = kind.find()
-        return contents._replace(entries=_at_least_one(contents.entries, kind.missing), mixed=kind.mixed)
+    find = partial(_find, kind)
 
     def check(opened: Listing) -> None:
         _label_names(opened, data, kind.where)
@@ -121,6 +119,17 @@ def open_source(data: Data, store: Folder | None = None, report: ReportDone = la
     else:
         opened = listing.stored(store, data.source.model_dump(mode="json"), find, check, report)
     return Source(opened, _label_names(opened, data, kind.where), kind.read, kind.near, kind.mixed)
+
+
+def require_source(data: Data, store: Folder) -> None:
+    """UserError if the recipe's source is missing or empty; nothing is read if the store has its listing."""
+    if not listing.folder_of(store, data.source.model_dump(mode="json")).exists(manifest.NAME):
+        next(iter(_find(_open_kind(data.source, outside=data.csv_outside == "allow")).entries))
+
+
+def _find(kind: "_Kind") -> Contents:
+    contents = kind.find()
+    return contents._replace(entries=_at_least_one(contents.entries, kind.missing), mixed=kind.mixed)
 
 
 class _Kind(Protocol):

@@ -22,8 +22,6 @@ from dis_scale.tracking import rows
 Doing = Literal["waiting", "training", "silent", "stopped", "failed", "trained"]
 QUIET_S = 300.0
 """Time without a new metric row after which a run counts as silent."""
-BEATLESS_S = 60.0
-"""Time without a heartbeat after which a process counts as dead; includes the difference between two machines' clocks."""
 ENDS = 3
 """Number of a run's last attempts whose errors are shown."""
 LEASES = ("sweep", "prepare", "evaluate")
@@ -108,22 +106,17 @@ class _Reader:
         """Return the last holders of a lease, the last one first."""
         return self.read(f"the lease of {what}", lambda: lease.last_holdings(folder, count)) or []
 
-    def alive(self, holding: Holding | None) -> bool:
-        """Whether a lease's holder works, as far as its heartbeats tell."""
-        if holding is None or holding.ended is not None or holding.gone:
-            return False
-        return holding.beat is None or self.now - holding.beat < BEATLESS_S
-
 
 def collect(sweep: Sweep, now: float) -> Status:
     """Return the status at the Unix time `now`."""
     reader, models = _Reader(sweep, now), sweep.recipe.models
     held = [next(iter(reader.holdings(name, sweep.lease(name))), None) for name in LEASES]
-    commanded = reader.alive(held[0])
+    working = [holding is not None and holding.works(now) for holding in held]
+    commanded = working[0]
     both = list(in_order(models, lambda model: _run(reader, model, commanded), len(models)))
     runs, left = [run for run, _ in both], [sampled for _, due in both for sampled in due]
     doing = reader.read("the VAE, the latents or the reference", lambda: _doing(sweep, runs, len(left))) or "preparing"
-    works = any(map(reader.alive, held)) or any(run.doing in ("training", "silent") for run in runs)
+    works = any(working) or any(run.doing in ("training", "silent") for run in runs)
     stopped = "" if works or doing == "done" else _why_stopped(held[0], now)
     cure = "" if "to continue: " in stopped else f"; to continue: dis-scale resume {sweep}"
     wrong = [f"stopped: {stopped}{cure}"] if stopped else []
@@ -175,7 +168,7 @@ def _run(reader: _Reader, model: str, commanded: bool) -> tuple[RunStatus, list[
         doing = "trained"
     elif ended:
         doing = "failed"
-    elif reader.alive(holding):
+    elif holding and holding.works(now):
         doing = "training" if quiet_s < QUIET_S else "silent"
     else:
         doing = "waiting" if holding is None or (commanded and holding.ended is not None) else "stopped"

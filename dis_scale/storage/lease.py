@@ -30,6 +30,9 @@ BEAT_S = 5.0
 STILL_S = 20.0
 """Time without a heartbeat after which a holder on another machine counts as dead."""
 
+BEATLESS_S = 60.0
+"""Age of the last heartbeat from which a holder is reported dead; includes the difference between two machines' clocks."""
+
 PROCESSES = Path("/proc/self/ns/pid")
 """Linux: names the namespace of process ids. Containers of one host have the same host name and boot, if they share its network."""
 
@@ -44,6 +47,10 @@ class Lease:
     def held(self) -> bool:
         """Whether no other process has taken over."""
         return _latest(self.folder) == self.number
+
+    def stop_requested(self) -> bool:
+        """Whether another process has requested this one to stop, by `request_stop`."""
+        return self.folder.exists(_stop_request(self.number))
 
 
 @contextlib.contextmanager
@@ -108,6 +115,11 @@ class Holding:
     gone: bool
     """Whether it was a process of this machine that has ended."""
 
+    def works(self, now: float) -> bool:
+        """Whether it holds the lease and is alive at the Unix time `now`, as far as its heartbeats tell."""
+        beats = self.beat is None or now - self.beat < BEATLESS_S
+        return self.ended is None and not self.gone and beats
+
 
 def last_holding(folder: Folder) -> Holding | None:
     """Return the lease's last holder, None if it was never held."""
@@ -119,6 +131,19 @@ def last_holdings(folder: Folder, count: int) -> list[Holding]:
     names = set(folder.list())
     numbers = range(_highest(names), 0, -1)[:count]
     return [_holding(folder, number, names) for number in numbers if f"{number:04d}" in names]
+
+
+def request_stop(folder: Folder) -> Holding | None:
+    """Request the lease's holder to stop; return it, None if no live process holds the lease."""
+    holding = last_holding(folder)
+    if holding is None or not holding.works(time.time()):
+        return None
+    folder.write(_stop_request(holding.number), b"")
+    return holding
+
+
+def _stop_request(number: int) -> str:
+    return f"{number:04d}.stop"
 
 
 def _holding(folder: Folder, number: int, names: Collection[str]) -> Holding:

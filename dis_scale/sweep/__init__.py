@@ -28,6 +28,7 @@ DEVICE = "device.json"
 """File of one run: the kind of device that its last attempt trained on."""
 FAILED_NODES = "failed_nodes.json"
 """File of one run: the failures of devices, by the name of their node."""
+_LEASES = "leases"
 ABLATION = "vary"
 """Folder of an evaluation's ablations, next to its variants."""
 
@@ -72,6 +73,11 @@ def sweeps_below(store: Folder) -> list[Folder]:
 def store_of(sweep: Folder) -> Folder:
     """Return the storage root of a sweep's folder."""
     return replace(sweep, url=sweep.url.rsplit(f"/{SWEEPS}/", 1)[0])
+
+
+def command_lease(sweep: Folder) -> Folder:
+    """Return the lease of the command that runs the sweep in a folder; it is held before the recipe is stored."""
+    return sweep / _LEASES / "sweep"
 
 
 @dataclass(frozen=True)
@@ -184,7 +190,7 @@ class Sweep:
     @property
     def leases(self) -> Folder:
         """Leases of the sweep itself and of its stages."""
-        return self.folder / "leases"
+        return self.folder / _LEASES
 
     def lease(self, name: str) -> Folder:
         """Lease of the sweep itself or of a stage; a run's own is `Run.lease`."""

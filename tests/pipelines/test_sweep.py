@@ -1,6 +1,9 @@
 """The driver when something that it needs is missing or fails; a complete sweep is in tests/e2e."""
 
 import io
+import os
+import socket
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from dis_scale.tracking import mlflow
 from pipelines import jobs
 from pipelines import sweep as pipeline
 from pipelines.cluster import Cluster
+from pipelines.stop import stop_sweep
 from pipelines.sweep import Driver, Failures
 from tests.conftest import TINY
 
@@ -52,6 +56,25 @@ def test_a_second_sweep_joins_on_the_same_ray_and_is_refused_on_another(tiny: Re
     ):
         pass
     assert driver.sweep.folder.list("leases/sweep") == ["0001"]
+
+
+def test_a_stop_request_reaches_a_command_that_has_no_job_yet(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It needs no Ray and no stored recipe: the command may still list its images or wait for nodes."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    driver = driver_of(tiny, tmp_path)
+    with pipeline.one_at_a_time(driver, cluster("here")):
+        assert stop_sweep(str(driver.sweep), None) == [f"process {os.getpid()} on {socket.gethostname()}"]
+        deadline = time.monotonic() + 30
+        while not driver.stop_requested.is_set() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert driver.stop_requested.is_set()
+        with pytest.raises(Preempted, match="stopped as requested"):
+            pipeline._list_images(driver, price_sweep(tiny, LatentShape(4, 8)), driver.sweep.store)
+    with pytest.raises(UserError, match="no sweep at"):
+        stop_sweep(str(driver.sweep), None)
 
 
 def test_a_sweep_that_joins_changes_no_setting_of_the_running_one(tiny: Recipe, tmp_path: Path) -> None:

@@ -94,6 +94,20 @@ def test_a_lease_that_another_took_first_is_not_ours(tmp_path: Path, monkeypatch
         pass
 
 
+def test_a_stop_request_is_for_one_live_holder(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path)
+    assert lease.request_stop(folder) is None
+    with lease.hold(folder) as ours:
+        assert not ours.stop_requested()
+        asked = lease.request_stop(folder)
+        assert (asked and asked.pid, ours.stop_requested()) == (os.getpid(), True)
+    assert lease.request_stop(folder) is None, "it has ended"
+    with lease.hold(folder) as next_one:
+        assert not next_one.stop_requested()
+    folder.write_json("0003", {"host": "gone", "pid": 7, "at": 1.0})
+    assert lease.request_stop(folder) is None, "without a heartbeat"
+
+
 def test_a_damaged_lease_is_free_once_its_heartbeat_has_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
