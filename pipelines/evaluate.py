@@ -24,7 +24,7 @@ from dis_scale.storage.folder import Folder
 from dis_scale.sweep import GRID, METRICS, SKIPPED, Sampled, Sweep, state
 from dis_scale.threads import in_order
 from dis_scale.tracking.goodput import GOODPUT
-from pipelines import devices, lines, logs, metrics, stage
+from pipelines import devices, lines, metrics, stage
 from pipelines.devices import choose_device, total_gpus
 from pipelines.places import evaluators_on, own_gpus, requests
 from pipelines.restarts import with_restarts
@@ -130,7 +130,6 @@ class RayEvaluators:
         for number, (shared_gpu, request) in enumerate(requests(self.sweep.recipe, self.device, self.gpus)):
             if number not in self._workers:
                 self._workers[number] = spawn(Evaluator, request, self.sweep, self.device, shared_gpu)
-        logs.keep_workers(list(self._workers.values()))
 
     def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[dict[str, float]]:
         """Let the evaluators share the blocks. If one fails, raise its failure; the others stop after their current block."""

@@ -47,8 +47,7 @@ def keep_driver(sweep: Sweep) -> None:
 
 def keep_workers(workers: Sequence[Any]) -> None:
     """Let each worker of a new attempt keep its log, under its number in this order, which is the rank in training."""
-    workers = [worker for worker in workers if worker._actor_id.hex() not in _workers]
-    if _own is None or not workers:
+    if _own is None or not (workers := [worker for worker in workers if worker._actor_id.hex() not in _workers]):
         return
     threading.Thread(target=attempt_logs.prune, args=(_own.folder,), daemon=True, name="old logs").start()
     begun = attempt_logs.stamp()

@@ -20,7 +20,7 @@ from dis_scale.recipe import Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sweep, state
-from pipelines import devices, lines, logs, stage
+from pipelines import devices, lines, stage
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
 from pipelines.sharing import Deal, capacity, share
@@ -100,7 +100,7 @@ class RayEncoders:
     def encoding(self) -> Encoding:
         """Return what the encoders encode with, from one of them that needs no GPU."""
         worker = spawn(Encoder, resources("precompute", "cpu", 1), self.sweep, self.device)
-        (encoding,) = watch([worker], [worker.encoding.remote()], lambda _: None)
+        (encoding,) = watch([worker], [worker.encoding.remote()], lambda _: None, keep_logs=False)
         if self.device == "cpu":
             self._workers = [worker]
         return encoding
@@ -125,7 +125,6 @@ class RayEncoders:
         count = min(self.sweep.recipe.precompute.workers, len(left), capacity(request))
         workers, self._workers = self._workers[:count], []
         workers += [spawn(Encoder, request, self.sweep, self.device) for _ in range(count - len(workers))]
-        logs.keep_workers(workers)
         self._workers, _, failure = share(
             workers, work, (latents, encoding), left,
             lambda done: lines.progress(min(total - images + sum(done), total), total, unit),

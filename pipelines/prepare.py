@@ -15,7 +15,7 @@ from dis_scale.recipe import TrainedVae
 from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.extractors import part_count, part_positions
-from pipelines import devices, lines, logs, stage
+from pipelines import devices, lines, stage
 from pipelines.devices import choose_device
 from pipelines.places import PREPARE_CPUS, prepare_request
 from pipelines.restarts import with_restarts
@@ -136,7 +136,6 @@ def prepare_sweep(sweep: Sweep, _: list[str]) -> None:
 
 def _prepare_with_one(sweep: Sweep, device: str, request: dict[str, Any]) -> None:
     worker = spawn(Preparer, request)
-    logs.keep_workers([worker])
     result = worker.prepare.remote(sweep, device)
     total = cache(partial(_steps_and_images, sweep))  # counted at the first report, while the worker starts
     watch([worker], [result], lambda done: lines.progress(done[0], total(), "steps"))
@@ -150,7 +149,6 @@ def _compute_in_parts(sweep: Sweep, device: str) -> None:
     request = resources("precompute", device, 1)
     count = max(1, min(sweep.recipe.precompute.workers, len(left), capacity(request)))
     workers = [spawn(Preparer, request) for _ in range(count)]
-    logs.keep_workers(workers)
     lines.say(f"reference: {len(left)} parts left of {part_count(images)}, {count} workers")
     living, _, failure = share(
         workers, "make_parts", (sweep, device), left,

@@ -25,7 +25,7 @@ from dis_scale.sweep import Sweep, state
 from dis_scale.tracking.mlflow import RunCopy, stored_ids
 from dis_scale.tracking.rows import RowReader
 from dis_scale.training.lanes import largest_share
-from pipelines import devices, environment, lines, logs, metrics, nodes, stage
+from pipelines import devices, environment, lines, metrics, nodes, stage
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
 from pipelines.waiting import Wait, capacity
@@ -182,11 +182,9 @@ def _ranks(request: dict[str, Any], group: Any, world: int, device: str) -> tupl
     """Start a worker in each bundle; return workers and places by rank."""
     bundles = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(world)]
     workers = [spawn(Trainer, request | {"scheduling_strategy": bundle}) for bundle in bundles]
-    places = watch(workers, [worker.place.remote(device) for worker in workers], lambda _: None)
+    places = watch(workers, [worker.place.remote(device) for worker in workers], lambda _: None, keep_logs=False)
     order = rank_order(places)
-    ranks = [workers[n] for n in order]
-    logs.keep_workers(ranks)
-    return ranks, [places[n] for n in order]
+    return [workers[n] for n in order], [places[n] for n in order]
 
 
 def rank_order(places: Sequence[Place]) -> list[int]:

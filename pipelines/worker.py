@@ -158,14 +158,18 @@ def watch(
     independent: bool = False,
     last: float = float("inf"),
     lost: Callable[[], object] = lambda: None,
+    keep_logs: bool = True,
 ) -> list[Any]:
     """Wait for all results; pass each worker's progress to `report`; forward a stop request, or one of `stop_early`.
 
     Raises the first failure at once: WorkerFailure if a new attempt may do better. A hang is one, too: no worker has made progress
     for `hang_after_s`, and not all have made the progress `last`; their stacks are logged. The accident of one of several
     `independent` workers is raised when the others have ended, whom it does not disturb; `lost` is called at once. When one of
-    them has done its work, those without capacity are not waited for: their results are left out.
+    them has done its work, those without capacity are not waited for: their results are left out. Each worker's log is kept under
+    its number from now on, unless `keep_logs` is false: for a call before the order of the workers is final.
     """
+    if keep_logs:
+        logs.keep_workers(workers)
     try:
         return _watch(workers, results, report, hang_after_s, stop_early, independent, last, lost)
     except (WorkerFailure, OutOfMemory, StorageAway, ray.exceptions.RayError) as error:

@@ -17,6 +17,24 @@ def actor(name: str) -> Any:
     return SimpleNamespace(_actor_id=SimpleNamespace(hex=lambda: name))
 
 
+def test_all_workers_that_are_watched_keep_their_logs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No stage has to think of it."""
+    kept: list[tuple[str, str]] = []
+
+    def worker_of(name: str) -> Any:
+        observe = SimpleNamespace(remote=lambda _, log: kept.append((name, log.process)))
+        return SimpleNamespace(_actor_id=SimpleNamespace(hex=lambda: name), observe=observe)
+
+    monkeypatch.setattr(logs, "_own", SimpleNamespace(folder=open_folder(tmp_path)))
+    monkeypatch.setattr(logs, "_workers", {})
+    monkeypatch.setattr(worker, "_watch", lambda *_: [])
+    ranks = [worker_of("aa"), worker_of("bb")]
+    worker.watch(ranks[::-1], [], lambda _: None, keep_logs=False)
+    worker.watch(ranks, [], lambda _: None)
+    worker.watch([*ranks, worker_of("cc")], [], lambda _: None)
+    assert kept == [("aa", "0000"), ("bb", "0001"), ("cc", "0000")]
+
+
 @pytest.mark.parametrize("of", ["another attempt", "this attempt"])
 def test_a_failure_is_raised_whatever_becomes_of_the_logs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, of: str
