@@ -6,6 +6,7 @@ handler of SIGTERM. We never run `ray stop`: it ends all Rays of the machine.
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import re
@@ -33,6 +34,8 @@ from pipelines.stage import keeping_handlers
 START_TIMEOUT_S = 90.0
 _FOLDER = "dis-scale-ray-"
 """Start of the name of a folder of our own Ray below /tmp. It has mode 0700; Ray opens its own, `ray` below, to all users."""
+_LOCK = "lock"
+"""File of that folder which its command has locked."""
 _OURS = re.compile(r"http://(?:127\.0\.0\.1|localhost):(\d+)")
 """Dashboard of a Ray of our own; its port names the token's file."""
 
@@ -69,22 +72,45 @@ def open_cluster(recipe: Recipe) -> Iterator[Cluster]:
     if address := ray_address():
         yield _joined(address, recipe)
         return
+    with _own_folder() as folder:
+        head = None
+        try:
+            gpus, fault = usable_gpus()
+            head, dashboard = _start_head(recipe, folder, gpus)
+            yield Cluster(
+                client_of(dashboard), {}, f"a local Ray that this command started ({dashboard})",
+                ours=True, capacity=1, gpus=gpus, gpu_fault=fault, id=folder.name, address=dashboard,
+                gpu_bytes=smallest_gpu_bytes() if gpus else None,
+            )  # fmt: skip
+        finally:
+            if head:
+                head.send_signal(signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    head.wait(20)
+                head.kill()
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[Path]:
+    """Yield a new folder for a Ray of our own and remove it at the end; remove those that killed commands have left, too.
+
+    The kernel frees the lock on its file when the process ends in any way.
+    """
+    for left in Path("/tmp").glob(f"{_FOLDER}*"):
+        with (
+            contextlib.suppress(OSError),
+            (left / _LOCK).open() as lock,
+        ):  # another user's, removed meanwhile, or in use
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if left.lstat().st_uid == os.getuid():
+                shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir="/tmp"))  # Ray's sockets need a short path
-    head = None
     try:
-        gpus, fault = usable_gpus()
-        head, dashboard = _start_head(recipe, folder, gpus)
-        yield Cluster(
-            client_of(dashboard), {}, f"a local Ray that this command started ({dashboard})",
-            ours=True, capacity=1, gpus=gpus, gpu_fault=fault, id=folder.name, address=dashboard,
-            gpu_bytes=smallest_gpu_bytes() if gpus else None,
-        )  # fmt: skip
+        with (folder / "locking").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (folder / "locking").rename(folder / _LOCK)  # from here on another command may try it
+            yield folder
     finally:
-        if head:
-            head.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                head.wait(20)
-            head.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 

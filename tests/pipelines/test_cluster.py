@@ -1,6 +1,8 @@
 """The storage root of a sweep that runs on a cluster, and the memory of the cluster's GPUs."""
 
 import json
+import subprocess
+import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -23,6 +25,23 @@ def root(monkeypatch: pytest.MonkeyPatch, given: str, in_job: bool, one_node: bo
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(cluster, "_one_node", lambda: one_node)
     return cluster.require_root(reading.load(TINY, [f"storage.root={given}"]))
+
+
+def test_the_folder_that_a_killed_command_left_is_removed_at_the_next_start() -> None:
+    program = "from pipelines.cluster import _own_folder\nwith _own_folder() as own: print(own, flush=True); input()"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    killed, living = (Path(process.stdout.readline().strip()) for process in processes if process.stdout)
+    processes[0].kill()
+    processes[0].wait()
+    assert killed.is_dir(), "nobody was left to remove it"
+    with cluster._own_folder() as own:
+        assert (killed.exists(), living.exists(), own.exists()) == (False, True, True)
+    assert not own.exists()
+    processes[1].communicate("", timeout=30)
+    assert not living.exists()
 
 
 def test_an_empty_address_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
