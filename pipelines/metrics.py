@@ -32,6 +32,8 @@ GAUGES = {
     "gradient_norm": "Norm of the gradient of the last logged step, before clipping.",
     "skipped_steps": "Steps of the run that were skipped because their gradient was not finite.",
     "images_seen": "Images that the run has seen.",
+    "training_begun_timestamp_seconds": "Time at which the job of this training began; its restarts do not change it.",
+    "waiting_workers": "Workers that wait for capacity.",
     "row_timestamp_seconds": "Time of the newest metric row.",
     "attempts": "Number of the run's current attempt.",
     "resume_point_timestamp_seconds": "Time of the newest complete resume point.",

@@ -187,6 +187,7 @@ def _await_nodes(driver: Driver, cluster: Cluster) -> None:
             driver.board.say(text)
         _raise_if_stopped(driver)
         time.sleep(POLL_EVERY_S)
+    wait.poll(0, {})
 
 
 def _require_memory(plan: Plan, cluster: Cluster) -> None:

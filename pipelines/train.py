@@ -112,6 +112,7 @@ def train_one(sweep: Sweep, arguments: list[str]) -> None:
     """Train one model to its last published count; `train.restarts` limits failures in a row without a new resume point."""
     (model,) = arguments
     stage.connect()
+    metrics.gauge("training_begun_timestamp_seconds", time.time())
     device, why = choose_device(sweep.recipe)
     lines.say(f"{model}: device {device} ({why})")
     state.require_device(sweep, device, why)

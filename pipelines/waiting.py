@@ -11,7 +11,7 @@ from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.experimental.internal_kv import _internal_kv_get
 
 from dis_scale.errors import UserError
-from pipelines import lines, stage
+from pipelines import lines, metrics, stage
 
 LOGGED_AFTER_S = 5.0
 """A worker whose process only has to start is not logged."""
@@ -35,12 +35,14 @@ class Wait:
 
     def __init__(self) -> None:
         self._since_s, self._logged = 0.0, 0
+        self._exported: int | None = None
 
     def poll(self, count: int, request: Request, together: int = 1) -> str | None:
         """Return a line to log if `count` workers wait and it is news.
 
         UserError if the cluster can never hold `together` of them.
         """
+        self._export(count if request else 0)
         if count == 0 or not request:  # without a request only their processes have to start
             self._since_s, self._logged = 0.0, 0
             return None
@@ -55,6 +57,11 @@ class Wait:
             return None
         self._logged = count
         return words(count, request, alive_nodes(), ray.available_resources(), together)
+
+    def _export(self, count: int) -> None:
+        if count != self._exported:
+            metrics.gauge("waiting_workers", count)
+            self._exported = count
 
     def log(self, count: int, request: Request, together: int = 1) -> None:
         """Poll and log it, in a stage's job; a stop request ends the wait."""

@@ -15,7 +15,7 @@ from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from dis_scale.errors import Preempted, UserError
-from pipelines import sweep, train, waiting
+from pipelines import metrics, sweep, train, waiting
 from pipelines.sweep import Driver
 from pipelines.waiting import hopeless, words
 from pipelines.worker import Worker, amounts, spawn, watch
@@ -166,6 +166,15 @@ def _wait_until(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def test_workers_that_wait_are_exported_once_and_so_is_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[str, float]] = []
+    monkeypatch.setattr(metrics, "gauge", lambda *gauge: shown.append(gauge))
+    wait, request = waiting.Wait(), {"GPU": 1.0}
+    for count in (3, 3, 2, 0, 0):
+        assert wait.poll(count, request) is None
+    assert shown == [("waiting_workers", 3), ("waiting_workers", 2), ("waiting_workers", 0)]
 
 
 def test_workers_that_ask_for_nothing_wait_for_their_processes_only(monkeypatch: pytest.MonkeyPatch) -> None:
