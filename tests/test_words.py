@@ -153,6 +153,14 @@ def test_a_wrong_command_is_detected(line: str) -> None:
     assert len(failures(require_command, [line.split()])) == 1
 
 
+def test_each_ray_that_a_page_starts_has_a_token() -> None:
+    """Without one, all who reach its ports can run programs as its user."""
+    pages = [README, *(path.read_text() for path in (ROOT / "docs").glob("*.md")), *RUNBOOKS.values()]
+    starting = [block for page in pages for block in blocks(page) if "ray start --head" in block]
+    assert len(starting) >= 2
+    assert [block for block in starting if "RAY_AUTH_MODE=token" not in block.partition("ray start")[0]] == []
+
+
 def test_the_two_commands_are_shown_and_ci_runs_the_second() -> None:
     assert {("make", "demo"), ("make", "test")} <= {tuple(words) for words in commands()}
     assert re.search(r"^make test\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
