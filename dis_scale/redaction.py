@@ -3,35 +3,60 @@
 A recipe with credentials in a URL is refused (recipe/settings.py); this is for text of other origin, such as a library's error.
 """
 
+import json
 import os
 import re
+from urllib.parse import quote, quote_plus
 
 HIDDEN = "***"
-_NAMES = re.compile("KEY|SECRET|TOKEN|PASSW|CREDENTIAL", re.IGNORECASE)
+_NAMES = re.compile("KEY|SECRET|TOKEN|PASSW|_PWD$|CREDENTIAL|CONNECTION_STRING", re.IGNORECASE)
 """Parts of the names of environment variables whose values are secret."""
 _FILES = re.compile("(_FILE|_PATH|_DIR)$", re.IGNORECASE)
 """Ends of the names of variables that name a file, such as RAY_AUTH_TOKEN_PATH; errors must be able to name it, too."""
 _SHORTEST = 8
 """Characters of a secret value; shorter ones, such as `false`, are words of any text."""
-_IN_URLS = re.compile(r"(?<=://)[^\s/@'\"]+(?=@)")
-"""User and password of a URL."""
-_SIGNED = re.compile(r"((?:Signature|Security-Token|Credential|[?&]sig|[?&]token)=)[^&\s'\"]+", re.IGNORECASE)
-"""Parameters of a signed URL."""
-_PASSWORDS = re.compile(r"https?://[^/?#]*@|://[^/?#:]*:[^/?#]*@", re.IGNORECASE)
+_PASSWORD = r"[^\s/?#:@'\"]*:(?!\d+/)[^\s'\"]*"
+"""User and password of a URL; a password may have any character, but `host:5000/` has none."""
+_IN_URLS = re.compile(rf"(?<=://)(?:{_PASSWORD}|[^\s/@'\"]+)(?=@)")
+"""User and password, or user alone, of a URL in a text."""
+_PARAMETERS = re.compile(
+    r"((?:Signature|Security-Token|Credential|AccountKey|"
+    r"[?&;](?:sig|pwd|[\w.-]*(?:token|passw(?:or)?d|secret|api[_-]?key|access[_-]?key(?:id)?)))=)[^&;\s'\"]+",
+    re.IGNORECASE,
+)
+"""Secret parameters of a URL, of its signature and of a connection string."""
+_HEADERS = re.compile(r"(\bAuthorization\b\W{1,4}(?:Basic|Bearer|Token)\s+)[^\s'\",]+", re.IGNORECASE)
+"""Secrets in HTTP's header, in the spelling of any library."""
+_PASSWORDS = re.compile(rf"https?://[^/?#]*@|://{_PASSWORD}@", re.IGNORECASE)
 """Password of a URL, and any user of HTTP, which may be a token; `postgresql://user@host` and `abfs://container@host` are none."""
 
 
 def redact(text: str) -> str:
     """Return the text without secrets that can be recognised."""
     values = {line.strip() for name, value in os.environ.items() if _secret(name) for line in value.splitlines()}
-    for secret in sorted((value for value in values if len(value) >= _SHORTEST), key=len, reverse=True):
+    spellings = {each for value in values if len(value) >= _SHORTEST for each in _spellings(value)}
+    for secret in sorted(spellings, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
-    return _SIGNED.sub(rf"\1{HIDDEN}", _IN_URLS.sub(HIDDEN, text))
+    for pattern, shown in ((_IN_URLS, HIDDEN), (_PARAMETERS, rf"\1{HIDDEN}"), (_HEADERS, rf"\1{HIDDEN}")):
+        text = pattern.sub(shown, text)
+    return text
+
+
+def _spellings(secret: str) -> set[str]:
+    """Return a secret as it is, quoted as in a URL, and as in JSON and Python's strings, without their quotation marks."""
+    return {
+        secret,
+        quote(secret, safe=""),
+        quote(secret),
+        quote_plus(secret),
+        json.dumps(secret)[1:-1],
+        repr(secret)[1:-1],
+    }
 
 
 def has_credentials(url: str) -> bool:
     """Return whether a URL has a password, or is signed."""
-    return "://" in url and bool(_PASSWORDS.search(url) or _SIGNED.search(url))
+    return "://" in url and bool(_PASSWORDS.search(url) or _PARAMETERS.search(url))
 
 
 def _secret(name: str) -> bool:

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dis_scale.errors import DisScaleError
+from dis_scale.errors import DisScaleError, UserError
 from dis_scale.sweep import GRID, METRICS, Sampled, Sweep, images_name, state
 from dis_scale.tracking.mlflow import RunCopy, create_runs
 from dis_scale.tracking.rows import Row, RowReader
@@ -42,6 +42,8 @@ def copy_everything(sweep: Sweep, plan: "Plan", uri: str) -> int:
     """Copy all that storage holds of a sweep; return the number of rows. DisScaleError if MLflow did not take all."""
     try:
         create_runs(sweep, uri, plan.parameters())
+    except UserError:
+        raise
     except Exception as error:  # whatever MLflow raises
         raise DisScaleError(f"MLflow cannot be reached at {uri}: {' '.join(str(error).split())[:200]}") from error
     models = sweep.recipe.models

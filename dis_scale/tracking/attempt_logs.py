@@ -13,7 +13,7 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +32,7 @@ CLOSE_S = 10.0
 HEAD_BYTES, TAIL_BYTES = 64 * 2**10, 192 * 2**10
 """Size of the first and of the last lines that are kept of one output file."""
 LINE_BYTES = 16 * 2**10
-"""Longer lines are cut into several."""
+"""Longer lines are kept and left out in pieces."""
 ATTEMPTS_KEPT = 20
 DRIVER = "driver"
 _READ_BYTES = 2**20
@@ -70,16 +70,13 @@ class Excerpt:
     _partial: bytes = b""
 
     def add(self, data: bytes) -> None:
-        *lines, self._partial = (self._partial + data).split(b"\n")
+        *lines, partial = (self._partial + data).split(b"\n")
         for line in lines:
-            self._add_line(line)
-        while len(self._partial) > LINE_BYTES:
-            self._add_line(self._partial[:LINE_BYTES])
-            self._partial = self._partial[LINE_BYTES:]
-
-    def _add_line(self, line: bytes) -> None:
-        for start in range(0, len(line) or 1, LINE_BYTES):
-            self._keep(line[start : start + LINE_BYTES] + b"\n")
+            for piece in _pieces(line + b"\n"):
+                self._keep(piece)
+        *pieces, self._partial = _pieces(partial)
+        for piece in pieces:
+            self._keep(piece)
 
     def _keep(self, line: bytes) -> None:
         if self.without and line.startswith(self.without):
@@ -98,6 +95,15 @@ class Excerpt:
         gap = f"... {self._dropped_bytes:,} bytes are left out here ...\n" if self._dropped_bytes else ""
         parts = [bytes(self._head).decode(errors="replace"), gap, b"".join(self._tail).decode(errors="replace")]
         return "".join(parts) + self._partial.decode(errors="replace")
+
+
+def _pieces(line: bytes) -> Iterator[bytes]:
+    """Cut a line between words if possible. Nothing is added at a cut, so that no secret gets another spelling there."""
+    while len(line) > LINE_BYTES:
+        end = line.rfind(b" ", 0, LINE_BYTES) + 1 or LINE_BYTES
+        yield line[:end]
+        line = line[end:]
+    yield line
 
 
 @dataclass

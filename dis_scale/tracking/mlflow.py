@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dis_scale.redaction import redact
+from dis_scale.errors import UserError
+from dis_scale.redaction import has_credentials, redact
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import TRACKING, Sweep
 from dis_scale.tracking.rows import Row
@@ -49,8 +50,13 @@ def stored_ids(sweep: Sweep) -> dict[str, Any]:
 def create_runs(sweep: Sweep, uri: str, parameters: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Create what is missing: the experiment, the sweep's run, and one run per model with its parameters; return the ids.
 
-    Called by the sweep only. Raises whatever MLflow raises; the sweep then continues without it.
+    Called by the sweep only. Raises whatever MLflow raises; the sweep then continues without it. UserError for a URI with
+    credentials, since it is stored.
     """
+    if has_credentials(uri):
+        raise UserError(
+            "a URI with credentials is not stored: leave them out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
     ids = stored_ids(sweep)
     if ids.get("uri") != uri or not _run_exists(uri, ids["sweep"]):
         name = sweep.folder.name

@@ -62,6 +62,10 @@ def test_mistakes_are_named(override: str, words: str) -> None:
         ("tracking.uri", "https://me:pa55word@mlflow:5000"),
         ("tracking.uri", "https://pa55word@mlflow:5000"),
         ("tracking.uri", "postgresql://me:pa55word@db:5432/mlflow"),
+        ("tracking.uri", "postgresql://me:pa55/word@db:5432/mlflow"),
+        ("tracking.uri", "mysql://db/mlflow?user=me&password=pa55word"),
+        ("tracking.uri", "https://mlflow:5000/?access_token=pa55word"),
+        ("tracking.uri", "https://mlflow:5000?token=pa55word"),
         ("storage.root", "s3://me:pa55word@bucket/prefix"),
         ("data.source", "{kind: tar, url: 'sftp://me:pa55word@host/images'}"),
         ("vae", "{kind: torchscript, posterior: false, path: 'https://host/v.pt?X-Amz-Signature=pa55word'}"),
@@ -70,7 +74,7 @@ def test_mistakes_are_named(override: str, words: str) -> None:
 def test_a_url_with_credentials_is_refused_without_showing_it(key: str, url: str) -> None:
     with pytest.raises(UserError) as caught:
         reading.load(TINY, [f"{key}={url}"])
-    assert "pa55word" not in str(caught.value)
+    assert "pa55" not in str(caught.value)
     assert re.search(
         rf"{key}[a-z.]*: a URL with credentials.*MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
         str(caught.value),
@@ -78,7 +82,13 @@ def test_a_url_with_credentials_is_refused_without_showing_it(key: str, url: str
 
 
 @pytest.mark.parametrize(
-    "url", ["postgresql://me@db:5432/mlflow", "http://mlflow:5000", "sqlite:////data/a@b:c/mlflow.db"]
+    "url",
+    [
+        "postgresql://me@db:5432/mlflow?sslmode=require",
+        "http://mlflow:5000",
+        "http://mlflow:5000/a@b",
+        "sqlite:////data/a@b:c/mlflow.db",
+    ],
 )
 def test_a_url_without_credentials_is_taken(url: str) -> None:
     assert reading.load(TINY, [f"tracking.uri={url}"]).tracking.uri == url

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dis_scale.errors import DisScaleError
+from dis_scale.errors import DisScaleError, UserError
 from dis_scale.plan import Plan, price_sweep
 from dis_scale.recipe import LatentShape, reading
 from dis_scale.report.mlflow_copy import copy_evaluation, copy_everything, copy_report
@@ -91,6 +91,13 @@ def test_an_mlflow_that_is_away_is_an_error(sweep: Sweep, plan: Plan, monkeypatc
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(DisScaleError, match=r"MLflow cannot be reached at http://127\.0\.0\.1:9"):
         copy_everything(sweep, plan, "http://127.0.0.1:9")
+
+
+def test_a_uri_with_credentials_is_neither_stored_nor_shown(sweep: Sweep, plan: Plan) -> None:
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD") as raised:
+        copy_everything(sweep, plan, "http://me:pa55word@127.0.0.1:9")
+    assert "pa55" not in str(raised.value)
+    assert stored_ids(sweep) == {}
 
 
 def test_a_sweep_that_was_never_tracked_needs_a_uri(sweep: Sweep) -> None:

@@ -15,7 +15,7 @@ from dis_scale.redaction import redact
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep
 from dis_scale.tracking import attempt_logs
-from dis_scale.tracking.attempt_logs import HEAD_BYTES, TAIL_BYTES, Excerpt, LogName
+from dis_scale.tracking.attempt_logs import HEAD_BYTES, LINE_BYTES, TAIL_BYTES, Excerpt, LogName
 from tests.test_cli import invoke
 
 WRITES = """
@@ -103,14 +103,45 @@ def test_a_line_without_an_end_is_bounded() -> None:
         ("token hf_0123456789abcdef is wrong", "token *** is wrong"),
         ("mail me@example.org; tokenizers false", "mail me@example.org; tokenizers false"),
         ("no file /run/secrets/token", "no file /run/secrets/token"),
+        ("at /home/user/train", "at /home/user/train"),
+        ("postgresql://user:pa/ss@w:0rd@db:5432/mlflow", "postgresql://***@db:5432/mlflow"),
+        ("http://db:5000/mail/me@example.org", "http://db:5000/mail/me@example.org"),
+        ("GET http://h/x?a=1&access_token=e30.x&b=2", "GET http://h/x?a=1&access_token=***&b=2"),
+        ("mysql://h/db?user=u&password=p/w&ssl=1", "mysql://h/db?user=u&password=***&ssl=1"),
+        ("{'Authorization': 'Basic dXNlcjpwYXNz'}", "{'Authorization': 'Basic ***'}"),
+        ("authorization: Bearer e30.e30.abc, retry", "authorization: Bearer ***, retry"),
+        ("AccountName=a;AccountKey=k3y==;EndpointSuffix=e", "AccountName=a;AccountKey=***;EndpointSuffix=e"),
+        ("near 'azure;0123'", "near '***'"),
+        ("mysql: my-secret-pwd", "mysql: ***"),
+        ('{"key": "quo\\"ted/s3cret"} quo%22ted%2Fs3cret', '{"key": "***"} ***'),
     ],
 )  # fmt: skip
 def test_secrets_are_replaced(monkeypatch: pytest.MonkeyPatch, text: str, shown: str) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789abcdef")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/run/secrets/token")
+    monkeypatch.setenv("PWD", "/home/user")
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "azure;0123")
+    monkeypatch.setenv("MYSQL_PWD", "my-secret-pwd")
+    monkeypatch.setenv("STORE_KEY", 'quo"ted/s3cret')
     assert redact(text) == shown
     assert str(StorageError(text)) == shown, "an error is printed, and stored as the reason of a failure"
+
+
+@pytest.mark.parametrize("space", [b" ", b"."])
+@pytest.mark.parametrize("end", [b"\n", b""])
+def test_a_secret_at_the_cut_of_a_long_line_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, space: bytes, end: bytes
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789abcdef")
+    for before in range(LINE_BYTES - 25, LINE_BYTES + 5):
+        excerpt = Excerpt()
+        for data in (b"x" * before + space, b"hf_01234", b"56789abcdef", space + b"y" * 20_000 + end):
+            excerpt.add(data)
+        text = attempt_logs.to_bytes({}, {"out": excerpt.text()}).decode()
+        assert "***" in text
+        assert "hf_01" not in text
+        assert "cdef" not in text
 
 
 def test_old_attempts_are_deleted_and_the_drivers_log_stays(tmp_path: Path) -> None:
