@@ -1,8 +1,9 @@
 """Metrics for Prometheus, through the exporter of each node's Ray agent, which adds the prefix `ray_`.
 
-Gauges are set by a stage's driver, from what is in storage; a process that ends takes its gauges with it after some 20 s. Totals
-are counted in each process, and Ray adds the label WorkerId: sum them. Times are Unix times: an age grows also if the process that
-would report it hangs. Ray exports no NaN: a loss that is not finite shows in the skipped steps.
+Gauges are set by a stage's driver, from what is in storage. Ray drops a gauge that was not set for some 20 s, so each is exported
+every few seconds with its last value; a process that ends takes its gauges with it. Totals are counted in each process, and Ray
+adds the label WorkerId: sum them. Times are Unix times: an age grows also if the process that would report it hangs. Ray exports no
+NaN: a loss that is not finite shows in the skipped steps.
 """
 
 import contextlib
@@ -54,16 +55,30 @@ FROM_ROWS = {
 }
 """Metric rows, and the gauges that show the last of each."""
 _made: dict[str, Any] = {}
+_gauges: dict[tuple[str, tuple[str, ...]], float] = {}
+"""Last value of each gauge, by its name and the values of its labels."""
 _exported = dict.fromkeys(counts.MEANINGS, 0.0)
 _exporting = threading.Lock()
 
 
 def gauge(name: str, value: float) -> None:
     """Set a gauge of this process's sweep and model."""
+    labels = _labels()
+    _gauges[name, tuple(labels.values())] = value
     with contextlib.suppress(Exception):  # a metric never stops the thread that sets it
-        if name not in _made:
-            _made[name] = Gauge(PREFIX + name, GAUGES[name], LABELS)
-        _made[name].set(value, _labels())
+        _set(name, labels, value)
+
+
+def _set(name: str, labels: dict[str, str], value: float) -> None:
+    if name not in _made:
+        _made[name] = Gauge(PREFIX + name, GAUGES[name], LABELS)
+    _made[name].set(value, labels)
+
+
+def export_gauges() -> None:
+    """Export all gauges again: Ray drops one that was not set for some 20 s."""
+    for (name, values), value in list(_gauges.items()):
+        _set(name, dict(zip(LABELS, values, strict=True)), value)
 
 
 def _labels() -> dict[str, str]:
@@ -82,7 +97,7 @@ def export_totals() -> None:
 
 
 def start() -> None:
-    """Export this process's totals from now on, in a thread of its own."""
+    """Export this process's totals and gauges from now on, in a thread of its own."""
     if _exporting.acquire(blocking=False):
         threading.Thread(target=_export, daemon=True, name="metrics").start()
 
@@ -91,6 +106,7 @@ def _export() -> None:
     while True:
         with contextlib.suppress(Exception):  # metrics never stop a process
             export_totals()
+            export_gauges()
         time.sleep(EXPORT_EVERY_S)
 
 

@@ -29,7 +29,7 @@ from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import ENDED, RECIPE, Sampled, Sweep, command_lease, state
 from dis_scale.tracking import mlflow
 from dis_scale.training.memory import lanes_at_once
-from pipelines import devices, jobs, last_ray, lines, places
+from pipelines import devices, jobs, last_ray, lines, metrics, places
 from pipelines.cluster import Cluster, in_ray_job, open_cluster, require_root
 from pipelines.jobs import Job
 from pipelines.signals import obeying_signals
@@ -180,6 +180,7 @@ def _require_device(driver: Driver, cluster: Cluster) -> None:
 def _await_nodes(driver: Driver, cluster: Cluster) -> None:
     """Wait until the nodes can hold each stage's workers; UserError if they never will: better now than after days."""
     recipe, wait = driver.sweep.recipe, Wait()
+    metrics.start()
     device, _ = devices.device_of(recipe, cluster.gpus)
     while need := places.lacking(recipe, device):
         workers, request = need

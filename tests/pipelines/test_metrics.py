@@ -1,10 +1,11 @@
 """Metrics: what is counted where, and which rows set which gauge. That Ray exports them is in tests/e2e/test_operations.py."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from dis_scale import counts
+from dis_scale import context, counts
 from dis_scale.data.cache import Cache
 from dis_scale.errors import StorageAway
 from dis_scale.recipe import Recipe
@@ -21,6 +22,20 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     gauges: dict[str, float] = {}
     monkeypatch.setattr(metrics, "gauge", gauges.__setitem__)
     return gauges
+
+
+def test_gauges_are_exported_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray drops a gauge that was not set for some 20 s, and storage is read once a minute."""
+    exported: list[tuple[float, dict[str, str]]] = []
+    monkeypatch.setattr(metrics, "_made", {"loss": SimpleNamespace(set=lambda *values: exported.append(values))})
+    monkeypatch.setattr(metrics, "_gauges", {})
+    monkeypatch.setattr(context, "facts", {"sweep": "tiny", "model": "dit"})
+    metrics.gauge("loss", 0.5)
+    metrics.gauge("loss", 0.25)
+    context.facts.clear()
+    metrics.export_gauges()
+    labels = {"sweep": "tiny", "model": "dit"}
+    assert exported == [(0.5, labels), (0.25, labels), (0.25, labels)]
 
 
 def counted(name: str, before: dict[str, float]) -> float:
