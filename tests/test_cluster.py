@@ -235,14 +235,27 @@ def test_kubernetes_and_kuberay_know_every_field(name: str) -> None:
     assert [refusal for document in pods.documents(name) for refusal in refusals(document)] == []
 
 
-COMMENTED = re.compile(r"^( *)# (- \{name: |labels: \{|suspend: |serviceAccountName: )", re.MULTILINE)
+COMMENTED = re.compile(
+    r"^( *)# (- \{name: |- \{namespaceSelector: |labels: \{|suspend: |serviceAccountName: |rdma/\w+: |vpc\.[\w./]+: |hugepages-)",
+    re.MULTILINE,
+)
+
+
+def test_each_secret_that_a_job_needs_is_named_at_its_top() -> None:
+    """A job without MLflow's login would wait for its image, or be refused by MLflow; the second job refers to the first."""
+    text = (pods.CLUSTER / "rayjob.yaml").read_text()
+    top, _, rest = text.partition("apiVersion:")
+    files = rest + (pods.CLUSTER / "mlflow.yaml").read_text().partition("apiVersion:")[2]
+    secrets = set(re.findall(r"(?:secretRef: \{|secretKeyRef: \{|imagePullSecrets: .*\[\{)name: ([\w-]+)", files))
+    assert secrets >= {"registry", "object-storage", "mlflow-login", "mlflow-server"}
+    assert [name for name in secrets if not re.search(rf"kubectl create secret \S+ {name}\b", top)] == []
 
 
 @pytest.mark.parametrize("name", [*pods.JOBS, "mlflow.yaml"])
 def test_the_commented_lines_are_valid_too(name: str) -> None:
     """Network, RDMA, Kueue and keyless identity: uncommented, all at once."""
     text, count = COMMENTED.subn(r"\1\2", (pods.CLUSTER / name).read_text())
-    assert count == {"rayjob-4x8.yaml": 9}.get(name, 1)
+    assert count == {"rayjob-4x8.yaml": 12, "mlflow.yaml": 2}.get(name, 1)
     assert [refusal for document in yaml.safe_load_all(text) for refusal in refusals(document)] == []
 
 
