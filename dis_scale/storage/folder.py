@@ -246,9 +246,7 @@ class Folder:
     def _write_as_another_client(self, path: str, data: bytes) -> None:
         """Write the object by an instance of fsspec that shares nothing with ours, such as a cache of listings."""
         full = f"{self.url}/{path}"
-        fs, _, (inner,) = fsspec.get_fs_token_paths(
-            full, storage_options=_options(full) | {"skip_instance_cache": True}
-        )
+        fs, inner = fsspec.url_to_fs(full, **_options(full), skip_instance_cache=True)
         if not self.local:
             fs.pipe_file(inner, data)
         else:
@@ -259,9 +257,9 @@ class Folder:
         store = ("/".join(full.split("/")[:3]), verb)
 
         def once() -> T:
-            fs, inner = _client(full)
+            fs, base = _client(self.url)
             faults.at(verb, path=full)
-            return action(fs, inner)
+            return action(fs, f"{base}/{path}" if path else base)  # fsspec would expand `*` and `::` in a name
 
         done = _with_retries(once, f"cannot {verb} {full}", self.tries, None if self.local else store)
         if verb in ("write", "create"):
@@ -342,10 +340,10 @@ def _options(url: str) -> dict[str, Any]:
 def _client(url: str) -> tuple[Any, str]:
     """Return the file system of a URL and the path there."""
     try:
-        fs, _, (inner,) = fsspec.get_fs_token_paths(url, storage_options=_options(url))
+        fs, path = fsspec.url_to_fs(url, **_options(url))
     except (ImportError, ValueError) as error:
         raise UserError(f"storage {url}: {error}") from error
-    return fs, inner
+    return fs, path
 
 
 def _with_retries(action: Callable[[], T], what: str, tries: int, store: tuple[str, str] | None = None) -> T:

@@ -113,8 +113,23 @@ def test_paths_of_a_csv_may_be_urls_if_a_setting_allows_it(tmp_path: Path) -> No
         listed.pixels(0, 16)
 
 
+@pytest.mark.parametrize("kind", ["folder", "csv"])
+def test_names_of_images_mean_nothing_to_the_file_system(kind: str, store_url: str) -> None:
+    """Of `a*.png` fsspec would read `ab.png`, if there is no other; `zip::a.png` would be a file of an archive."""
+    root, names = open_folder(store_url), ["a*.png", "zip::a.png", "a[b].png", "a?.png", "a b#%20.png"]
+    for number, name in enumerate(names):
+        root.write(f"0/{name}", png(number))
+    root.write("0/ab.png", png(9))
+    lines = [f"0/{name},0" for name in [*names, "ab.png"]]
+    root.write("l.csv", "\n".join(["path,label", *lines]).encode())
+    source = open_source(data({"kind": kind, "url": store_url + ("/l.csv" if kind == "csv" else "")}, 1))
+    for name, number in zip([*names, "ab.png"], [*range(len(names)), 9], strict=True):
+        position = list(source.names).index(f"0/{name}")
+        np.testing.assert_array_equal(source.pixels(position, 16), images.decode(png(number), "", 16))
+
+
 @pytest.mark.parametrize(
-    "path", ["../x.png", "a/../../x.png", "..", "/etc/passwd", "file:///etc/passwd", "s3://other/x.png", "zip::x.png"]
+    "path", ["../x.png", "a/../../x.png", "..", "/etc/passwd", "file:///etc/passwd", "s3://other/x.png"]
 )
 def test_a_csv_may_not_name_files_outside_its_folder(path: str, tmp_path: Path) -> None:
     open_folder(tmp_path).write("lists/l.csv", f"path,label\na..b/x.png,0\n{path},1\n".encode())
