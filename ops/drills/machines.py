@@ -50,6 +50,9 @@ def stuck_job(drill: Drill) -> None:
     drill.expect(r"no step ended for \d+ s: hanging")
     drill.expect("failure noticed .* first new step")
     drill.dis_scale("logs", str(drill.sweep), "dit")
+    drill.expect("stacks of worker 0:")
+    drill.expect("no answer: the process is gone or does not run")
+    drill.expect("process group 0: ")
 
 
 def another_cluster(drill: Drill) -> None:
@@ -63,7 +66,8 @@ def another_cluster(drill: Drill) -> None:
     drill.use(new)
     drill.resume(ends=HELD)
     drill.expect(f"held by process {first.pid} on .*, which is alive: one writer at a time")
-    drill.dis_scale("stop", str(drill.sweep), "--address", old.url)
+    drill.dis_scale("stop", str(drill.sweep))
+    drill.expect(f"stop requested: process {first.pid} on ")
     drill.wait(first, STOPPED)
     drill.resume()
 
