@@ -280,10 +280,14 @@ def _span(seconds: float | None, after: str = "") -> str:
 
 
 def watch(sweep: Sweep, every_s: float) -> None:
-    """Show the status again and again until it is interrupted."""
+    """Show the status again and again until it is interrupted; storage that is away is shown and asked again."""
     from rich.live import Live
 
-    with Live(table(collect(sweep, time.time())), auto_refresh=False) as live:
+    with Live(auto_refresh=False) as live:
         while True:
+            try:
+                shown: Table | Text = table(collect(sweep, time.time()))
+            except StorageAway as error:
+                shown = Text(f"{sweep}: {error}; asked again in {_span(every_s)}")
+            live.update(shown, refresh=True)
             time.sleep(every_s)
-            live.update(table(collect(sweep, time.time())), refresh=True)

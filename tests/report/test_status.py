@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dis_scale import faults
+from dis_scale.errors import StorageAway
 from dis_scale.recipe import Recipe, reading
 from dis_scale.report import status
 from dis_scale.report.status import RunStatus, Status
@@ -167,6 +168,21 @@ def test_damaged_files_are_named_and_the_rest_is_shown(sweep: Sweep, content: by
         assert other.images_seen == 160
         json.dumps(found.to_json())
         folder.write(name, before)
+
+
+def test_storage_that_is_away_does_not_end_the_watch(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[BaseException | None] = [None, StorageAway("storage is away"), None, KeyboardInterrupt()]
+    collect = status.collect
+
+    def answer(*arguments: Any) -> Status:
+        if error := answers.pop(0):
+            raise error
+        return collect(*arguments)
+
+    monkeypatch.setattr(status, "collect", answer)
+    with pytest.raises(KeyboardInterrupt):
+        status.watch(sweep, 0.01)
+    assert answers == []
 
 
 def test_rows_that_are_merged_meanwhile_are_found(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
