@@ -7,6 +7,7 @@ values of one step. Read next: goodput.py, mlflow.py.
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,6 +19,7 @@ from dis_scale.errors import StorageError
 from dis_scale.storage.folder import Folder
 from dis_scale.threads import in_order
 
+log = logging.getLogger(__name__)
 SEGMENT_BYTES = 4 * 2**20
 """Files of this size are not merged any more."""
 AT_ONCE = 16
@@ -145,7 +147,7 @@ class RowReader:
     def _read(self) -> Iterator[list[Row]]:
         left = [file for file in _listed(self.folder) if file.last >= self._next.get(file.attempt, 0)]
         for file, data in zip(left, in_order(left, lambda file: self.folder.read(file.name), AT_ONCE), strict=True):
-            yield [row for line in data.splitlines() for row in _rows(json.loads(line)) if self._first(row)]
+            yield [row for row in _parse(data, f"{self.folder}/{file.name}") if self._first(row)]
             self._next[file.attempt] = file.last + 1
 
     def _first(self, row: Row) -> bool:
@@ -161,10 +163,24 @@ def _compact_if_possible(folder: Folder) -> None:
         compact(folder)
 
 
+def _parse(data: bytes, where: str) -> list[Row]:
+    """Return the rows of a file; damaged lines are left out and logged."""
+    rows, damaged = list[Row](), 0
+    for line in data.splitlines():
+        try:
+            rows += _rows(json.loads(line))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            damaged += 1
+    if damaged:
+        log.warning("%s: damaged: %d lines are no rows and left out", where, damaged)
+    return rows
+
+
 def _rows(line: dict) -> list[Row]:
     if "values" not in line:
-        return [Row(**line)]  # as earlier versions wrote it
-    return [Row(name, value, line["images"], line["time"]) for name, value in line["values"].items()]
+        line = {"values": {line["name"]: line["value"]}, **line}  # as earlier versions wrote it
+    images, at = int(line["images"]), float(line["time"])
+    return [Row(name, float(value), images, at) for name, value in line["values"].items()]
 
 
 def newest(folder: Folder) -> dict[str, Row]:
@@ -173,9 +189,9 @@ def newest(folder: Folder) -> dict[str, Row]:
         files = _listed(folder)
         if not files:
             return {}
+        name = files[-1].name
         with contextlib.suppress(FileNotFoundError):  # merged since it was listed
-            lines = folder.read(files[-1].name).splitlines()
-            return {row.name: row for line in lines for row in _rows(json.loads(line))}
+            return {row.name: row for row in _parse(folder.read(name), f"{folder}/{name}")}
     raise StorageError(f"{folder}: files of rows are listed and cannot be read")
 
 
@@ -193,7 +209,8 @@ def compact(folder: Folder) -> None:
         files = list(of_attempt)
         whole = _not_covered(files)
         for group in _groups(whole, sizes):
-            data = b"".join(in_order(group, lambda file: folder.read(file.name), AT_ONCE))
+            parts = in_order(group, lambda file: folder.read(file.name), AT_ONCE)
+            data = b"".join(part.rstrip(b"\n") + b"\n" for part in parts)  # one may be cut off
             folder.write(_File(group[0].attempt, group[0].first, group[-1].minus_last).name, data)
             _delete(folder, group)
         _delete(folder, set(files) - set(whole))  # left by a merge that was cut off

@@ -1,5 +1,6 @@
 """Metric rows over weeks: written beside training, merged at resume points, read once; and the goodput that needs none of them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,36 @@ def test_rows_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     folder.write("0001-000000.jsonl", b'{"name": "loss", "value": 0.5, "images": 1, "time": 2.0}\n')
     write(RowWriter(folder, 2), range(2, 4))
     assert losses(RowReader(folder)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("damage", "left"),
+    [
+        (lambda data: data[:-30], [1, 2, 4]),
+        (lambda _: b"\x00" * 64, [1, 4]),
+        (lambda data: data.replace(b'"images"', b'"imager"', 1), [1, 3, 4]),
+        (lambda _: b'null\n["loss"]\n', [1, 4]),
+    ],
+    ids=["cut off", "zeros", "a flipped byte", "other JSON"],
+)
+def test_damaged_rows_are_named_and_left_out(
+    damage: Callable[[bytes], bytes], left: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, writer = open_folder(tmp_path), RowWriter(open_folder(tmp_path), 1)
+    write(writer, range(1, 2))
+    for seen in (2, 3):
+        writer.add(seen, {"loss": 1.0 / seen, "lr": 0.1})
+    writer.settle()
+    write(writer, range(4, 5))
+    name = "0001-000001.jsonl"
+    folder.write(name, damage(folder.read(name)))
+    reader = RowReader(folder)
+    assert losses(reader) == left
+    assert f"{folder}/{name}: damaged: " in caplog.text
+    assert reader.new() == []
+    compact(folder)
+    assert losses(RowReader(folder)) == left
+    assert rows.newest(folder)["loss"].images == 4
 
 
 def test_goodput_counts_steps_that_no_later_attempt_repeats() -> None:
