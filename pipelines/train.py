@@ -29,7 +29,7 @@ from pipelines import devices, environment, lines, metrics, nodes, stage
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
 from pipelines.waiting import Wait, capacity
-from pipelines.worker import DeviceFailure, Worker, WorkerFailure, amounts, resources, spawn, watch
+from pipelines.worker import DeviceFailure, Worker, WorkerFailure, amounts, describe, resources, spawn, watch
 
 CAPACITY_WAIT_S = 5.0
 """Longest wait for resources that the previous attempt has not freed yet."""
@@ -296,7 +296,10 @@ def _can_grow(sweep: Sweep, model: str, bundle: dict[str, float], world: int, av
 
 @contextlib.contextmanager
 def _copying(copy: RunCopy, rows: RowReader) -> Iterator[None]:
-    """Copy rows to metrics and to MLflow from a thread of its own: an MLflow that hangs does not delay training."""
+    """Copy rows to metrics and to MLflow from a thread of its own: an MLflow that hangs does not delay training.
+
+    Storage has the rows, and a copy that fails is tried again. After the end it is logged: it never fails the model.
+    """
     over, began_at = threading.Event(), time.time()
 
     def send() -> None:
@@ -308,7 +311,7 @@ def _copying(copy: RunCopy, rows: RowReader) -> Iterator[None]:
 
     def run() -> None:
         while not over.wait(COPY_EVERY_S):
-            with contextlib.suppress(StorageError):
+            with contextlib.suppress(Exception):
                 send()
 
     thread = threading.Thread(target=run, daemon=True, name="mlflow")
@@ -318,5 +321,13 @@ def _copying(copy: RunCopy, rows: RowReader) -> Iterator[None]:
     finally:
         over.set()
         thread.join(LAST_COPY_S)
-    if not thread.is_alive():
-        send()
+        try:
+            if thread.is_alive():
+                raise TimeoutError(f"no answer for {LAST_COPY_S:g} s")
+            send()
+        except Exception as error:
+            lines.say(
+                f"{copy.model}: its last rows are in storage and not in MLflow: {describe(error)}; "
+                f"to copy them: dis-scale mlflow sync {copy.sweep}",
+                level="warning",
+            )

@@ -1,9 +1,12 @@
 """World sizes: the largest of the recipe that has capacity. Ranks: ordered by node and GPU. The copy of rows in MLflow."""
 
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 
+from dis_scale import faults
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import TRACKING, Sweep
@@ -53,3 +56,41 @@ def test_mlflow_is_away_only_for_a_sweep_that_has_runs_there(
     with train._copying(RunCopy(sweep, "dis"), RowReader(sweep.run("dis").log)):
         pass
     assert shown["mlflow_away"] == away
+
+
+def test_a_finished_model_does_not_fail_by_the_copy_of_its_rows(
+    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Storage is away when the last rows are copied; the error of training, if any, is the one that is raised."""
+
+    def away(verb: str, path: str = "", **_: Any) -> None:
+        if verb == "list":
+            raise ConnectionError("no answer")
+
+    sweep = Sweep(open_folder(tmp_path) / "sweeps/s", tiny)
+    monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(faults, "at", away)
+    with train._copying(RunCopy(sweep, "dis"), RowReader(sweep.run("dis").log)):
+        pass
+    words = "dis: its last rows are in storage and not in MLflow: cannot list "
+    assert words in capsys.readouterr().out
+    with pytest.raises(ValueError, match="a mistake"), train._copying(RunCopy(sweep, "dis"), RowReader(sweep.folder)):
+        raise ValueError("a mistake")
+
+
+def test_a_copy_that_hangs_at_the_end_is_named(
+    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep, begun, over = Sweep(open_folder(tmp_path) / "sweeps/s", tiny), Event(), Event()
+
+    def hang(*_: Any, **__: Any) -> None:
+        begun.set()
+        over.wait(60)
+
+    monkeypatch.setattr(train, "COPY_EVERY_S", 0.0)
+    monkeypatch.setattr(train, "LAST_COPY_S", 0.1)
+    monkeypatch.setattr(metrics, "gauge", hang)
+    with train._copying(RunCopy(sweep, "dis"), RowReader(sweep.run("dis").log)):
+        begun.wait(60)
+    over.set()
+    assert f"no answer for 0.1 s; to copy them: dis-scale mlflow sync {sweep}" in capsys.readouterr().out
