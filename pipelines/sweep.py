@@ -322,8 +322,12 @@ def _train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
             if ended:
                 del training[model]
                 if job.status() != "SUCCEEDED":
-                    failures.models[model] = _failure(driver, job, model)
-                    sweep.run(model).folder.write_json(ENDED, {"why": failures.models[model]})
+                    why = _failure(driver, job, model)
+                    if state.trained(sweep, model):
+                        driver.board.say(f"{model} is trained all the same: its last count is published")
+                        continue
+                    failures.models[model] = why
+                    sweep.run(model).folder.write_json(ENDED, {"why": why})
         if failures.evaluation is None and evaluated and evaluation.status() != "SUCCEEDED":
             failures.evaluation = _failure(driver, evaluation, "evaluate")
     return failures

@@ -223,6 +223,24 @@ def test_a_failed_model_does_not_hide_the_others(driver: Driver, monkeypatch: py
     assert (state.ended(driver.sweep, "dit"), state.ended(driver.sweep, "evaluate")) == ("a worker was lost", None)
 
 
+def test_a_job_that_fails_after_the_last_count_is_published_fails_no_model(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest.put(driver.sweep.run("dit").published_at(driver.sweep.recipe.train.images), {})
+    monkeypatch.setattr(state, "trained", lambda sweep, model, real=state.trained: submitted and real(sweep, model))
+    submitted = list[str]()
+
+    def submit(_: Cluster, __: Sweep, *words: str) -> FakeJob:
+        submitted.append(words[0])
+        return failed("its node was lost") if words == ("train", "dit") else SUCCEEDED
+
+    monkeypatch.setattr(pipeline, "POLL_EVERY_S", 0.0)
+    monkeypatch.setattr(jobs, "submit", submit)
+    assert pipeline._train_and_evaluate(driver, cluster("here")) == Failures()
+    assert state.ended(driver.sweep, "dit") is None
+    assert "dit is trained all the same: its last count is published" in logged(driver)
+
+
 @pytest.mark.parametrize("polls", range(6))
 def test_an_evaluation_that_fails_at_any_moment_is_noted(
     driver: Driver, monkeypatch: pytest.MonkeyPatch, polls: int
