@@ -43,6 +43,8 @@ _RANGE_BYTES = 16 * 2**20
 _READ_TIMEOUT_S = 60
 _CONNECTIONS = 64
 """Connections of a process to S3; botocore's default of 10 would let threads wait for each other."""
+_MISTAKES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
+"""Errors of botocore that no retry changes."""
 _allowed_at: dict[tuple[str, str], float] = {}
 """Time (monotonic, seconds) when a store, named by protocol and bucket, last allowed an action, named by its verb."""
 JSON_BYTES = 256 * 2**20
@@ -218,7 +220,10 @@ class Folder:
             return
 
     def require_usable(self) -> None:
-        """UserError if the folder cannot be written and read, lists what was there before, or cannot create only if absent."""
+        """UserError if the folder cannot be written and read, lists what was there before, or cannot create only if absent.
+
+        StorageAway if it does not answer.
+        """
         if self.url.startswith("memory://"):
             raise UserError(
                 f"storage {self.url} is in the memory of one process, and no other sees it: use a local folder"
@@ -230,6 +235,8 @@ class Folder:
             self._write_as_another_client(f"{probe}/2", data)
             after = self.list(probe)
             self.delete(probe)
+        except StorageAway:
+            raise
         except (DisScaleError, OSError, ValueError, TypeError) as error:
             raise UserError(f"storage {self.url} cannot be used: {_cause(error)}") from error
         if not (first and same) or second:
@@ -247,10 +254,8 @@ class Folder:
         """Write the object by an instance of fsspec that shares nothing with ours, such as a cache of listings."""
         full = f"{self.url}/{path}"
         fs, inner = fsspec.url_to_fs(full, **_options(full), skip_instance_cache=True)
-        if not self.local:
-            fs.pipe_file(inner, data)
-        else:
-            _replace(Path(inner), data)
+        write = (lambda: _replace(Path(inner), data)) if self.local else (lambda: fs.pipe_file(inner, data))
+        _with_retries(write, f"cannot write {full}", self.tries)
 
     def _do(self, verb: str, path: str, action: Callable[[Any, str], T]) -> T:
         full = f"{self.url}/{path}" if path else self.url
@@ -377,6 +382,8 @@ def _may_pass(error: Exception) -> bool:
     """Whether a retry can help: not for a wrong key, a full disk or a bug."""
     if isinstance(error, ConnectionError | TimeoutError):
         return True
+    if type(error).__name__ in _MISTAKES:
+        return False
     status = _http_status(error)
     if status is not None:
         return status >= 500 or status in (408, 409, 429)
@@ -394,10 +401,14 @@ def _expired_key(error: Exception, store: tuple[str, str] | None) -> str:
 
 
 def _denied(error: Exception) -> bool:
-    """Whether a store refused the key. S3 answers a HEAD request whose token has expired with 400 and no code."""
+    """Whether a store refused the key, or no key is found.
+
+    S3 answers a HEAD request whose token has expired with 400 and no code.
+    """
     cause = getattr(error.__cause__, "response", None)
     code = cause.get("Error", {}).get("Code") if isinstance(cause, dict) else None
-    return isinstance(error, PermissionError) or _http_status(error) in (401, 403) or code == "400"
+    gone = type(error).__name__ in _MISTAKES
+    return gone or isinstance(error, PermissionError) or _http_status(error) in (401, 403) or code == "400"
 
 
 def _http_status(error: BaseException) -> int | None:

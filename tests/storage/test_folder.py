@@ -97,6 +97,31 @@ def test_a_wrong_key_is_named_and_not_retried(bucket: str, monkeypatch: pytest.M
     s3fs.S3FileSystem.clear_instance_cache()
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1:9", "no-such-host.invalid:9"], ids=["refused", "no name"])
+def test_a_server_that_does_not_answer_is_away_and_a_missing_key_is_a_mistake(
+    host: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import s3fs
+
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"), "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
+    s3fs.S3FileSystem.clear_instance_cache()
+    root = open_folder("s3://bucket/root")
+    for use in (root.require_usable, lambda: root._write_as_another_client("x", b"")):
+        with pytest.raises(StorageAway, match="Could not connect to the endpoint URL"):
+            use()
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(UserError, match=r"cannot be used: .*no credentials: set AWS_ACCESS_KEY_ID"):
+        root.require_usable()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
 def test_a_rotated_key_is_read_again_and_an_expired_one_is_named(
     bucket: str, ceph: object_store.ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
