@@ -9,7 +9,7 @@
 # override them on sbatch's command line.
 #
 # The job's time limit and a preemption are a stop request: training saves, and the job is queued again and continues. To stop it
-# for good: dis-scale stop SWEEP, or scancel --batch --signal=INT JOB. An error (exit codes 1, 2, 69) is not queued again.
+# for good: dis-scale stop SWEEP, or scancel --batch --signal=INT JOB. An error (exit codes 1, 2, 69, 74) is not queued again.
 #SBATCH --job-name=dis-scale
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1

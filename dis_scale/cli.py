@@ -1,4 +1,5 @@
-"""The `dis-scale` command. Exit code 0, 2 for a user's mistake, 1 for a failure, 69 if held elsewhere, 75 if stopped as requested.
+"""The `dis-scale` command. Exit code 0, 2 for a user's mistake, 1 for a failure, 69 if held elsewhere, 74 if storage is
+away, 75 if stopped as requested.
 
 Each command imports what it needs when it runs, so that `--help` and a mistake are answered at once.
 """
@@ -67,10 +68,13 @@ def sweep(recipe: RecipePath = None, overrides: Overrides = None, here: Here = F
 @app.command()
 def resume(sweep: SweepUrl, overrides: Overrides = None, here: Here = False) -> None:
     """Continue a stored sweep with its own recipe, on the kind of cluster where it last ran."""
+    from dis_scale.storage.folder import open_folder
     from dis_scale.sweep import Sweep
-    from pipelines.sweep import resume_sweep
+    from pipelines.sweep import await_storage, resume_sweep
 
-    resume_sweep(Sweep.open(sweep), overrides or [], _driver_console(), here)
+    console = _driver_console()
+    await_storage(open_folder(sweep), console)
+    resume_sweep(Sweep.open(sweep), overrides or [], console, here)
 
 
 @app.command()

@@ -32,6 +32,8 @@ class StorageError(DisScaleError):
 class StorageAway(StorageError):
     """Storage did not answer after all retries. A later attempt may succeed."""
 
+    exit_code = 74  # EX_IOERR of sysexits.h; apart from Held, which a new cluster would only repeat
+
 
 class StorageFull(StorageError):
     """No space left in storage; the data to write is not at fault."""

@@ -23,7 +23,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from dis_scale import context, jsonlog
-from dis_scale.errors import DisScaleError, Held, Preempted, UserError
+from dis_scale.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.sweep import Sweep
 from pipelines import lines
 from pipelines.cluster import START_TIMEOUT_S, Cluster, client_of, own_job, ray_address
@@ -110,9 +110,10 @@ class Job:
         return errors[-1] if errors else (self.cluster.client.get_job_info(self.id).message or "no message").strip()
 
     def error(self, words: str) -> DisScaleError:
-        """Return the error of a job that ended: a mistake, a stop and a refusal keep their exit codes."""
+        """Return the error of a job that ended: a mistake, a stop, a refusal and storage that is away keep their exit codes."""
         code = self.cluster.client.get_job_info(self.id).driver_exit_code
-        kinds: dict[int | None, type[DisScaleError]] = {kind.exit_code: kind for kind in (UserError, Preempted, Held)}
+        every = (UserError, Preempted, Held, StorageAway)
+        kinds: dict[int | None, type[DisScaleError]] = {kind.exit_code: kind for kind in every}
         stopped = self.status() == JobStatus.STOPPED  # by `dis-scale stop` or `ray job stop`, in time or not
         return Preempted(words) if stopped else kinds.get(code, DisScaleError)(words)
 
@@ -178,10 +179,12 @@ def end_own_job(exit_code: int) -> None:
     """Let the Ray job of a sweep that ends with this exit code count as stopped, where a failure would only be tried again.
 
     KubeRay starts a new cluster for a job that FAILED, up to backoffLimit times, and none for one that was STOPPED. A stop request
-    is never a failure; a user's mistake, a lease held elsewhere and a finished failure are none if `FINAL` is set.
+    is never a failure; a user's mistake, a lease held elsewhere and a finished failure are none if `FINAL` is set. Storage that
+    is away may be back for the next attempt.
     """
     own, stopped = own_job(), exit_code == Preempted.exit_code
-    if own is None or not (stopped or FINAL in os.environ):
+    final = FINAL in os.environ and exit_code != StorageAway.exit_code
+    if own is None or not (stopped or final):
         return
     with contextlib.suppress(ConnectionError, RuntimeError):
         JobSubmissionClient().stop_job(own)

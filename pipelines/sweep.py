@@ -16,7 +16,7 @@ from rich.console import Console
 
 from dis_scale import context, jsonlog, report, vae
 from dis_scale.data.sources import open_source, require_source
-from dis_scale.errors import DisScaleError, Held, Preempted, UserError
+from dis_scale.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.evaluation.features import require_weights
 from dis_scale.plan import Plan, price_reading, price_sweep, table
 from dis_scale.progress import Board, listing_words
@@ -69,11 +69,12 @@ def run_sweep(recipe: Recipe, console: Console, here: bool = False) -> None:
     `here` allows a Ray of this machine for a sweep that last ran on a cluster.
     """
     console.print(f"ray      {last_ray.words()}", highlight=False, soft_wrap=True)
-    store = open_folder(require_root(recipe))
+    store = open_folder(require_root(recipe)).patient
     storage = recipe.storage.model_copy(update={"root": store.url})
     sweep = Sweep.below(store, recipe.model_copy(update={"storage": storage}))
     context.facts["sweep"] = recipe.name
     console.print(f"sweep    {sweep}", highlight=False, soft_wrap=True)
+    await_storage(sweep.folder, console)
     _require_same_identity(sweep)
     plan = price_sweep(sweep.recipe, vae.latent_shape(recipe.vae, recipe.data.resolution))
     console.print(table(plan))
@@ -87,18 +88,26 @@ def run_sweep(recipe: Recipe, console: Console, here: bool = False) -> None:
                 last_ray.require_same_kind(sweep)
             driver = Driver(sweep, board)
             failures = _run_stages(driver, plan, store)
-            sweep = driver.sweep  # the patient one
+            sweep = driver.sweep  # of the running sweep, if it joined one
             _write_report(sweep, plan, failures)
     _print_results(sweep, plan, console)
     if words := failures.words():
         raise DisScaleError(f"{words}; {_how_to_continue(sweep)}")
 
 
+def await_storage(sweep: Folder, console: Console) -> None:
+    """Wait for storage that is away, as long as a stage does; StorageAway after that."""
+    try:
+        open_folder(sweep.url).exists(RECIPE)
+    except StorageAway as error:
+        console.print(f"waiting  storage does not answer, retried for about a minute: {error}")
+        sweep.patient.exists(RECIPE)
+
+
 def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
     """Run all stages that are left, on the Ray that this process runs in or on one of our own."""
     sweep, board = driver.sweep, driver.board
     store.require_usable()
-    driver.sweep = sweep = sweep.patient  # storage works, so from here on retry for a minute
     require_source(sweep.recipe.data, store)
     for extractor in sweep.recipe.evaluate.extractors:
         require_weights(extractor)
@@ -334,9 +343,9 @@ def _train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
 
 
 def _failure(driver: Driver, job: Job, name: str) -> str:
-    """Return why a job failed. Re-raises if it was stopped from outside or is held elsewhere: neither is a failure."""
+    """Return why a job failed. Re-raises if it was stopped from outside, is held elsewhere or lost storage: none is a failure."""
     why = job.reason()
-    if isinstance(error := job.error(f"{name}: {why}"), Held):
+    if isinstance(error := job.error(f"{name}: {why}"), Held | StorageAway):
         raise error
     if isinstance(error, Preempted):
         raise Preempted(f"{name} was stopped from outside; {_how_to_continue(driver.sweep)}")
@@ -397,9 +406,11 @@ def _require_same_identity(sweep: Sweep) -> None:
     try:
         if not sweep.folder.exists(RECIPE):
             return
-        stored = Sweep.open(sweep.folder.url).recipe
+        stored = Sweep.open(sweep.folder.url, patient=True).recipe
     except UserError as error:
         raise UserError(f"{error}; the stored recipe is from another version: give this sweep another name") from error
+    except StorageAway:
+        raise
     except DisScaleError as error:
         raise UserError(f"storage cannot be used: {error}") from error
     if differences := identity_differences(stored, sweep.recipe):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dis_scale import cli
-from dis_scale.errors import DisScaleError, Held, Preempted, UserError
+from dis_scale.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
@@ -54,9 +54,10 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         (DisScaleError("a stage failed"), 1),
         (UserError("an impossible setting"), 2),
         (Held("held by process 1"), 69),
+        (StorageAway("cannot read x"), 74),
         (Preempted("stopped as requested"), 75),
     ],
-    ids=["failure", "user's mistake", "held elsewhere", "stopped"],
+    ids=["failure", "user's mistake", "held elsewhere", "storage away", "stopped"],
 )
 def test_each_kind_of_error_has_its_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: DisScaleError, code: int

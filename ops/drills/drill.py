@@ -25,7 +25,7 @@ from ops.drills.nodes import ENVIRONMENT, RayNodes
 
 RECIPE = Path(__file__).with_name("drill.yaml")
 MODEL = "dit"
-DONE, FAILED, MISTAKE, HELD, STOPPED = 0, 1, 2, 69, 75
+DONE, FAILED, MISTAKE, HELD, AWAY, STOPPED = 0, 1, 2, 69, 74, 75
 TIMEOUT_S = 600
 MADE_BY_TRAINING = ("runs", "evaluation", "report", "logs", "tracking.json", "recipe.yaml", "ray.json", "mlflow.db*")
 """Files and folders of a sweep that a drill does not copy from the undisturbed one."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dis_scale.sweep import RECIPE as STORED_RECIPE
 from dis_scale.sweep import state
-from ops.drills.drill import DONE, FAILED, MISTAKE, MODEL, STOPPED, Drill, Missing, copy_tree, local, require
+from ops.drills.drill import AWAY, DONE, FAILED, MISTAKE, MODEL, STOPPED, Drill, Missing, copy_tree, local, require
 
 SMALL_DISK = "48m"
 """Size of the disk that fills up: what is prepared takes a third of it."""
@@ -41,10 +41,10 @@ def storage_down(drill: Drill) -> None:
     sweep.terminate()
     drill.wait(sweep, STOPPED)
     store.kill()
-    drill.dis_scale("resume", str(drill.sweep), ends=FAILED)
-    drill.expect("cannot (read|look up) .*")
-    drill.run_sweep(ends=MISTAKE)
-    drill.expect("storage cannot be used: cannot .*")
+    drill.dis_scale("resume", str(drill.sweep), ends=AWAY)
+    drill.expect("waiting  storage does not answer.*")
+    drill.run_sweep(ends=AWAY)
+    drill.expect("error: cannot (read|look up) .*")
     store.resume()
     drill.resume()
 

@@ -91,6 +91,7 @@ def test_a_running_log_is_never_read_as_a_whole(monkeypatch: pytest.MonkeyPatch)
         (2, True, True),
         (69, True, True),
         (1, True, True),
+        (74, True, False),
         (2, False, False),
         (1, False, False),
     ],

@@ -13,7 +13,8 @@ import pytest
 from ray.job_submission import JobStatus
 from rich.console import Console
 
-from dis_scale.errors import DisScaleError, Held, Preempted, UserError
+from dis_scale import faults
+from dis_scale.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.plan import price_sweep
 from dis_scale.progress import Board
 from dis_scale.recipe import LatentShape, Recipe, reading
@@ -27,6 +28,7 @@ from pipelines.cluster import Cluster
 from pipelines.stop import stop_sweep
 from pipelines.sweep import Driver, Failures
 from tests.conftest import TINY
+from tests.test_cli import invoke
 
 
 def driver_of(recipe: Recipe, root: Path) -> Driver:
@@ -125,6 +127,53 @@ def test_a_stored_recipe_of_another_identity_is_refused_with_the_difference(tiny
     other = reading.load(TINY, ["seed=5", f"storage.root={tmp_path}"])
     with pytest.raises(UserError, match=r"was begun with another recipe; .*\n  seed: stored 0, given 5"):
         pipeline.run_sweep(other, Console(file=io.StringIO()))
+
+
+def lose_storage(monkeypatch: pytest.MonkeyPatch, requests: int) -> list[str]:
+    """Let the next requests to storage find no connection; return the list of all requests."""
+    made = list[str]()
+
+    def at(verb: str, path: str = "", **_: Any) -> None:
+        made.append(path)
+        if len(made) <= requests:
+            raise ConnectionError("connection refused")
+
+    monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(faults, "at", at)
+    return made
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_storage_that_is_away_at_the_start_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
+) -> None:
+    settings = ["data.source={kind: folder, url: /nowhere}", f"storage.root={tmp_path}"]
+    recipe = reading.load(TINY, settings)
+    Sweep.below(open_folder(tmp_path), recipe).save_recipe()
+    lose_storage(monkeypatch, 10)
+    arguments = ["resume", f"{tmp_path}/sweeps/tiny"] if resumed else ["sweep", str(TINY), "--set", settings[0]]
+    code, output = invoke(*arguments, *([] if resumed else ["--set", settings[1]]))
+    assert "waiting  storage does not answer" in output
+    assert (code, "no images in class folders below /nowhere" in output) == (2, True), "it came to the next check"
+
+
+@pytest.mark.parametrize("command", ["sweep", "resume"])
+def test_storage_that_stays_away_is_not_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    made = lose_storage(monkeypatch, 10_000)
+    where = ["resume", f"{tmp_path}/sweeps/tiny"]
+    sweep = ["sweep", str(TINY), "--set", f"storage.root={tmp_path}"]
+    code, output = invoke(*(sweep if command == "sweep" else where))
+    assert code == StorageAway.exit_code
+    assert "error: cannot look up" in output
+    assert len(made) == 5 + 9, "the tries of a command, then those of a stage"
+
+
+def test_storage_that_goes_away_in_the_probe_is_not_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lose_storage(monkeypatch, 10_000)
+    with pytest.raises(StorageAway, match="cannot create"):
+        open_folder(tmp_path).require_usable()
 
 
 def test_deleted_weights_that_were_never_evaluated_are_a_failure(tiny: Recipe, tmp_path: Path) -> None:
@@ -252,8 +301,12 @@ def test_an_evaluation_that_fails_at_any_moment_is_noted(
 
 
 @pytest.mark.parametrize("job", [("evaluate",), ("train", "dit")], ids=" ".join)
-@pytest.mark.parametrize("error", [Preempted("stopped"), Held("held by process 1")], ids=["stopped", "held"])
-def test_a_job_that_was_stopped_or_is_held_elsewhere_is_no_failure(
+@pytest.mark.parametrize(
+    "error",
+    [Preempted("stopped"), Held("held by process 1"), StorageAway("no answer")],
+    ids=["stopped", "held", "storage away"],
+)
+def test_a_job_that_was_stopped_is_held_elsewhere_or_lost_storage_is_no_failure(
     driver: Driver, monkeypatch: pytest.MonkeyPatch, job: tuple[str, ...], error: DisScaleError
 ) -> None:
     fakes = {("evaluate",): SUCCEEDED, ("train", "evaluate"): SUCCEEDED, ("train", "dit"): SUCCEEDED}
