@@ -151,8 +151,8 @@ def newest_point(run: Run, log: Callable[[str], None], start_over: bool = False)
     A damaged one is logged and the one before is used. StorageAway if storage does not answer: what cannot be read now is not
     damaged. UserError if the run was further and all is lost, unless it may `start_over`.
     """
-    damaged = 0
-    for name in reversed(state.point_names(run)):
+    names, damaged = state.point_names(run), 0
+    for name in reversed(names):
         try:
             point = find_point(run, name)
             if point is None:
@@ -165,7 +165,9 @@ def newest_point(run: Run, log: Callable[[str], None], start_over: bool = False)
             damaged += 1
             continue
         return point
-    if (damaged or any(state.published_counts(run))) and not start_over:
+    # Before its first complete resume point, which is at 0 images, a run saves and publishes nothing at a later count.
+    was_further = damaged or any(name.images_seen for name in names) or any(state.published_counts(run))
+    if was_further and not start_over:
         raise UserError(
             f"{run.resume}: no resume point can be used ({damaged} damaged), and this run has trained before: restore them, or "
             "train it from the beginning with --set train.start_over=true"

@@ -130,13 +130,24 @@ def test_a_run_whose_resume_points_are_all_damaged_does_not_start_over_unasked(t
 def test_a_run_that_has_published_does_not_start_over_unasked(tmp_path: Path) -> None:
     """Its resume points were deleted. One that was cut off in its first save starts again."""
     run = Run(open_folder(tmp_path))
-    run.resume.write("000000000160-0001/weights-00000.safetensors", b"half")
+    run.resume.write("000000000000-0001/weights-00000.safetensors", b"half")
     assert checkpoint.newest_point(run, print) is None
     manifest.put(run.published_at(0), {}, images=0)
     assert checkpoint.newest_point(run, print) is None
     manifest.put(run.published_at(160), {}, images=160)
     with pytest.raises(UserError, match=r"0 damaged"):
         checkpoint.newest_point(run, print)
+
+
+def test_a_run_without_a_complete_resume_point_does_not_start_over_unasked(tmp_path: Path) -> None:
+    """Its manifests were lost before it had published a count after 0."""
+    run = run_with_points(tmp_path, {160: b"1", 240: b"2"})
+    manifest.put(run.published_at(0), {}, images=0)
+    for name in run.resume.list():
+        run.resume.delete(f"{name}/{manifest.NAME}")
+    with pytest.raises(UserError, match=r"no resume point can be used \(0 damaged\), and this run has trained before"):
+        checkpoint.newest_point(run, print)
+    assert checkpoint.newest_point(run, print, start_over=True) is None
 
 
 def run_with_points(at: Path, points: dict[int, bytes]) -> Run:
