@@ -261,9 +261,12 @@ def _obeying_requests(held: lease.Lease, stop_requested: Event) -> Iterator[None
 
 
 def resume_sweep(sweep: Sweep, overrides: list[str], console: Console, here: bool = False) -> None:
-    """Run what is left of a stored sweep with its own recipe and more overrides; otherwise as `run_sweep`."""
-    root = [*overrides, f"storage.root={sweep.store}"]
-    recipe = reading.parse(reading.dump(sweep.recipe), f"{sweep}/{RECIPE}", root)
+    """Run what is left of a stored sweep with its own recipe and more overrides; otherwise as `run_sweep`.
+
+    `train.start_over` is an act of one command: only that of `overrides` counts.
+    """
+    settings = ["train.start_over=false", *overrides, f"storage.root={sweep.store}"]
+    recipe = reading.parse(reading.dump(sweep.recipe), f"{sweep}/{RECIPE}", settings)
     if (expected := Sweep.below(sweep.store, recipe)) != replace(sweep, recipe=recipe):
         raise UserError(f"{sweep} holds the sweep {recipe.name}, which belongs into {expected}: move it there")
     run_sweep(recipe, console, here)

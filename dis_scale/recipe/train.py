@@ -94,7 +94,8 @@ class Train(Settings):
     restarts: int = runtime(3, ge=0)
     """Consecutive attempts within one job that may fail without a new resume point."""
     start_over: bool = runtime(False)
-    """Train a run from the beginning although it was further, if none of its resume points can be used any more."""
+    """Train a run from the beginning although it was further, if none of its resume points can be used any more.
+    `dis-scale resume` forgets it."""
     hang_after_s: Annotated[float, Field(gt=0)] = runtime(900.0)
     """Seconds without a finished step after which an attempt counts as hanging: its stacks are logged and it restarts."""
     skips_in_a_row: Count = runtime(20)

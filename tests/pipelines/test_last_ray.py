@@ -109,6 +109,19 @@ def test_a_resumed_sweep_has_its_own_settings_and_the_new_ones(tmp_path: Path, m
     assert recipe.storage.root == str(tmp_path / "after")
 
 
+def test_starting_over_is_an_act_of_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = list[Recipe]()
+
+    def run_sweep(recipe: Recipe, *_: object) -> None:
+        ran.append(recipe)
+        Sweep.below(open_folder(tmp_path), recipe).save_recipe()
+
+    monkeypatch.setattr(pipeline, "run_sweep", run_sweep)
+    pipeline.resume_sweep(stored(tmp_path), ["train.start_over=true"], quiet())
+    pipeline.resume_sweep(Sweep.open(f"{tmp_path}/sweeps/tiny"), [], quiet())
+    assert [recipe.train.start_over for recipe in ran] == [True, False]
+
+
 def test_a_sweep_in_a_folder_of_another_name_is_refused(tmp_path: Path) -> None:
     sweep = stored(tmp_path)
     (tmp_path / "sweeps/tiny").rename(tmp_path / "sweeps/copy")
