@@ -24,6 +24,7 @@ from dis_scale.storage.folder import Folder
 from dis_scale.sweep import GRID, METRICS, SKIPPED, Sampled, Sweep, state
 from dis_scale.threads import in_order
 from dis_scale.tracking.goodput import GOODPUT
+from dis_scale.tracking.mlflow import RunCopy
 from pipelines import devices, lines, metrics, stage
 from pipelines.devices import choose_device, total_gpus
 from pipelines.places import evaluators_on, own_gpus, requests
@@ -360,13 +361,13 @@ def evaluate_all(
 
 
 def _copy_earlier(sweep: Sweep) -> None:
-    """Copy earlier evaluations that MLflow may have missed; stop at the first copy that fails."""
+    """Copy the earlier evaluations that MLflow lacks; stop at the first copy that fails."""
     for model in sweep.recipe.models:
-        for variant in sweep.recipe.evaluate.samplings:
-            for images in state.evaluated_counts(sweep, model, variant):
-                stage.raise_if_stopped()
-                if not mlflow_copy.copy_evaluation(sweep, Sampled(model, images, variant)):
-                    return
+        copy = RunCopy(sweep, model)
+        for sampled in mlflow_copy.evaluations_to_copy(sweep, model, copy):
+            stage.raise_if_stopped()
+            if not mlflow_copy.copy_evaluation(sweep, sampled, copy):
+                return
 
 
 def wait_for_training(sweep: Sweep, news: Callable[[], bool]) -> None:

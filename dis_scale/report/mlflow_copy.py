@@ -4,12 +4,13 @@ Each row is sent once, with its own first time, so an empty MLflow that is fille
 Read next: tracking/mlflow.py.
 """
 
+import logging
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dis_scale.errors import DisScaleError, UserError
-from dis_scale.sweep import GRID, METRICS, Sampled, Sweep, images_name, state
+from dis_scale.errors import DisScaleError, StorageAway, StorageError, UserError
+from dis_scale.sweep import GRID, Sampled, Sweep, images_name, state
 from dis_scale.tracking.mlflow import RunCopy, create_runs
 from dis_scale.tracking.rows import Row, RowReader
 
@@ -17,15 +18,48 @@ if TYPE_CHECKING:
     from dis_scale.plan import Plan
 
 
-def copy_evaluation(sweep: Sweep, sampled: Sampled) -> bool:
-    """Copy one evaluation's values, the seconds that they took, and its grid; return whether MLflow has them."""
-    folder, copy = sweep.evaluation(sampled), RunCopy(sweep, sampled.model)
-    metrics, suffix = folder.read_json(METRICS), f"/{sampled.variant}" if sampled.variant else ""
-    values = metrics["values"] | {f"evaluation/{name}": value for name, value in metrics["seconds"].items()}
-    rows = [Row(f"{name}{suffix}", value, sampled.images_seen, metrics["time"]) for name, value in values.items()]
-    copy.send([row for row in rows if not row.name.endswith("_floor")])
-    _send_file(copy, f"samples-{images_name(sampled.images_seen)}.png", folder.read(GRID), f"samples{suffix}")
+log = logging.getLogger(__name__)
+LAST = "evaluation/metrics"
+"""Row of each evaluation, the seconds of its measuring. Rows are sent together and after the grid: a run that has it has all."""
+
+
+def copy_evaluation(sweep: Sweep, sampled: Sampled, copy: RunCopy | None = None) -> bool:
+    """Copy one evaluation's grid, values, and the seconds that they took; return whether MLflow has them.
+
+    `copy` is that of the model; one for many evaluations asks MLflow once what it has. What is missing or damaged in storage is
+    logged and left out.
+    """
+    folder, copy, suffix = sweep.evaluation(sampled), copy or RunCopy(sweep, sampled.model), _suffix(sampled.variant)
+    try:
+        _send_file(copy, f"samples-{images_name(sampled.images_seen)}.png", folder.read(GRID), f"samples{suffix}")
+    except FileNotFoundError:
+        log.warning("%s/%s is missing: MLflow gets the numbers only", folder, GRID)
+    try:
+        metrics = state.read_metrics(folder)
+    except StorageAway:
+        raise
+    except StorageError as error:
+        log.warning("%s; MLflow does not get this evaluation", error)
+        return not copy.away
+    if not copy.away:
+        values = metrics["values"] | {f"evaluation/{name}": value for name, value in metrics["seconds"].items()}
+        rows = [Row(f"{name}{suffix}", value, sampled.images_seen, metrics["time"]) for name, value in values.items()]
+        copy.send([row for row in rows if not row.name.endswith("_floor")])
     return not copy.away
+
+
+def evaluations_to_copy(sweep: Sweep, model: str, copy: RunCopy) -> list[Sampled]:
+    """Return a model's evaluations, without ablations, that MLflow lacks; all if it is away."""
+    missing = []
+    for variant in sweep.recipe.evaluate.samplings:
+        known = copy.images_of(f"{LAST}{_suffix(variant)}")
+        counts = state.evaluated_counts(sweep, model, variant)
+        missing += [Sampled(model, images, variant) for images in counts if images not in known]
+    return missing
+
+
+def _suffix(variant: str) -> str:
+    return f"/{variant}" if variant else ""
 
 
 def copy_report(sweep: Sweep, status: str | None) -> bool:
@@ -74,12 +108,12 @@ def _copy_model(sweep: Sweep, model: str, rows: list[Row]) -> bool:
     ]
     for images in state.evaluated_counts(sweep, model):
         evaluated += state.evaluated_ablations(sweep, model, images)
-    copied = [copy_evaluation(sweep, sampled) for sampled in evaluated]
+    copied = all(copy_evaluation(sweep, sampled, copy) for sampled in evaluated)
     if state.ended(sweep, model):
         copy.finish("FAILED")
     elif state.trained(sweep, model):
         copy.finish("FINISHED")
-    return all([*copied, not copy.away])
+    return copied and not copy.away
 
 
 def _send_file(copy: RunCopy, name: str, data: bytes, folder: str) -> None:

@@ -261,17 +261,24 @@ def _metrics(sweep: Sweep, model: str, variant: str) -> dict[int, dict[str, Any]
     """Return a model's metrics files by images seen, None for a damaged one."""
     counts = evaluated_counts(sweep, model, variant)
     folders = [sweep.evaluation(Sampled(model, n, variant)) for n in counts]
-    return dict(zip(counts, in_order(folders, _read_metrics, AT_ONCE), strict=True))
+    return dict(zip(counts, in_order(folders, _find_metrics, AT_ONCE), strict=True))
 
 
-def _read_metrics(folder: Folder) -> dict[str, Any] | None:
+def read_metrics(folder: Folder) -> dict[str, Any]:
+    """Return the metrics file of an evaluation's folder; StorageError if it is damaged."""
+    metrics = folder.read_json(METRICS)
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("values"), dict) or "metrics" not in metrics:
+        raise StorageError(f"{folder}/{METRICS}: damaged: it has no metrics")
+    return metrics
+
+
+def _find_metrics(folder: Folder) -> dict[str, Any] | None:
     try:
-        metrics = folder.read_json(METRICS)
+        return read_metrics(folder)
     except StorageAway:
         raise
     except StorageError:
         return None
-    return metrics if isinstance(metrics, dict) and {"values", "metrics"} <= metrics.keys() else None
 
 
 def evaluations_left(sweep: Sweep, models: Iterable[str] | None = None) -> list[Sampled]:

@@ -128,6 +128,12 @@ class RunCopy:
         if self._waiting and self._try(lambda client, run: self._send(client, run, self._waiting)):
             self._waiting = []
 
+    def images_of(self, metric: str) -> set[int]:
+        """Return the image counts at which MLflow has a metric: one request. None if it is away."""
+        known = set[int]()
+        self._try(lambda client, run: known.update(m.step for m in client.get_metric_history(run, metric)))
+        return known
+
     def send_file(self, path: Path, folder: str) -> None:
         self._try(lambda client, run: client.log_artifact(run, str(path), folder))
 

@@ -12,9 +12,11 @@ from dis_scale.report.mlflow_copy import copy_evaluation, copy_everything, copy_
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import ENDED, GRID, METRICS, Sampled, Sweep
+from dis_scale.tracking import mlflow
 from dis_scale.tracking.goodput import ATTEMPT
 from dis_scale.tracking.mlflow import RunCopy, create_runs, open_client, stored_ids
 from dis_scale.tracking.rows import RowReader, RowWriter
+from pipelines import evaluate
 from tests.conftest import TINY
 from tests.test_cli import invoke
 
@@ -38,7 +40,12 @@ def sweep(tmp_path: Path, plan: Plan) -> Sweep:
         for variant in plan.recipe.evaluate.samplings:
             folder = made.evaluation(Sampled(model, 160, variant))
             values = {"fd_digits_80": 9.0, "fd_digits_80_error": 0.5, "fd_digits_80_floor": 0.1}
-            metrics = {"values": values, "seconds": {"sampling": 2.5}, "time": 7.25, "metrics": ["distance"]}
+            metrics = {
+                "values": values,
+                "seconds": {"sampling": 2.5, "metrics": 1.5},
+                "time": 7.25,
+                "metrics": ["distance"],
+            }
             folder.write_json(METRICS, metrics)
             folder.write(GRID, b"a picture")
     made.report.write("index.html", b"<!doctype html>")
@@ -78,6 +85,61 @@ def test_an_emptied_mlflow_is_filled_to_the_first_one(sweep: Sweep, plan: Plan, 
     assert content(sweep, second) == as_it_came
     assert invoke("mlflow", "sync", sweep.folder.url)[0] == 0
     assert content(sweep, second) == as_it_came, "a second time doubles nothing"
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the calls of MLflow's clients, as they come."""
+    made = list[str]()
+
+    class Counting:
+        def __init__(self, client: Any) -> None:
+            self.client = client
+
+        def __getattr__(self, name: str) -> Any:
+            made.append(name)
+            return getattr(self.client, name)
+
+    monkeypatch.setattr(mlflow, "open_client", lambda uri: Counting(open_client(uri)))
+    return made
+
+
+def test_an_attempt_sends_what_mlflow_lacks_and_nothing_again(
+    sweep: Sweep, plan: Plan, tmp_path: Path, calls: list[str]
+) -> None:
+    create_runs(sweep, f"sqlite:///{tmp_path}/mlflow.db", plan.parameters())
+    main = sweep.evaluation(Sampled("dis", 160))
+    for images in range(320, 1601, 160):
+        folder = sweep.evaluation(Sampled("dis", images))
+        folder.write_json(METRICS, main.read_json(METRICS))
+        folder.write(GRID, b"a picture")
+    del calls[:]
+    evaluate._copy_earlier(sweep)
+    assert calls.count("log_artifact") == calls.count("log_batch") == 10 + 3, "dis, and each of the others once"
+    del calls[:]
+    evaluate._copy_earlier(sweep)
+    assert calls == ["get_metric_history"] * 4, "one for each model and sampling setting"
+    late = sweep.evaluation(Sampled("dit", 320))
+    late.write_json(METRICS, main.read_json(METRICS))
+    late.write(GRID, b"a picture")
+    evaluate._copy_earlier(sweep)
+    assert calls.count("log_artifact") == calls.count("log_batch") == 1
+
+
+def test_an_evaluation_without_a_grid_or_with_damaged_metrics_ends_no_copy(
+    sweep: Sweep, plan: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    create_runs(sweep, uri, plan.parameters())
+    sweep.evaluation(Sampled("dis", 160)).delete(GRID)
+    sweep.evaluation(Sampled("dis", 160, "wide")).write(METRICS, b"null")
+    evaluate._copy_earlier(sweep)
+    metrics, _, files, _ = content(sweep, uri)["dis"]
+    assert metrics["fd_digits_80"] == [(160, 9.0, 7250)]
+    assert "fd_digits_80/wide" not in metrics
+    assert files == ["samples/wide/samples-000000000160.png"]
+    assert "samples.png is missing: MLflow gets the numbers only" in caplog.text
+    assert "metrics.json: damaged: it has no metrics; MLflow does not get this evaluation" in caplog.text
 
 
 def test_a_model_that_failed_is_marked(sweep: Sweep, plan: Plan, tmp_path: Path) -> None:
