@@ -1,20 +1,16 @@
 """Evaluate, a Ray job next to training: samples and measures each new published checkpoint, writes metrics and a grid of samples.
 
-Blocks of samples are the unit of work and are kept, so an evaluation that was killed continues where it was. Its workers
-reserve no CPU and run at low priority: on a small machine a reserved CPU would block training's placement for ever.
-PyTorch is imported where it is used: the driver starts its workers first, and all load it at the same time.
+Blocks of samples are the unit of work and are kept, so an evaluation that was killed continues where it was. Its workers are in
+evaluators.py. PyTorch is imported where it is used: the driver starts its workers first, and all load it at the same time.
 """
 
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import ray
 
 from dis_scale.errors import DisScaleError, OutOfMemory, Preempted, StorageAway, StorageError, StorageFull
 from dis_scale.recipe import Evaluate
@@ -25,150 +21,21 @@ from dis_scale.sweep import GRID, METRICS, SKIPPED, Sampled, Sweep, state
 from dis_scale.threads import in_order
 from dis_scale.tracking.goodput import GOODPUT
 from dis_scale.tracking.mlflow import RunCopy
-from pipelines import devices, lines, metrics, stage
+from pipelines import lines, metrics, stage
 from pipelines.devices import choose_device, total_gpus
-from pipelines.places import evaluators_on, own_gpus, requests
+from pipelines.evaluators import RayEvaluators, block_name
+from pipelines.places import evaluators_on, own_gpus
 from pipelines.restarts import with_restarts
-from pipelines.sharing import Deal, share
 from pipelines.waiting import Wait, alive_nodes
-from pipelines.worker import Worker, WorkerFailure, amounts, resources, spawn, watch
+from pipelines.worker import WorkerFailure, amounts, resources
 
 if TYPE_CHECKING:
     from dis_scale.evaluation.reference import Reference
     from dis_scale.evaluation.sampling import SampleBlock
-    from dis_scale.models import Backbone
 
 POLL_EVERY_S = 2.0
 BACKLOG_EVERY_S = 600.0
 """Interval at which the backlog is counted during an evaluation."""
-NICE = 19
-
-
-class Evaluator(Worker):
-    """Samples blocks and measures the held-out loss; progress counts the blocks that it sampled, without kept ones."""
-
-    def __init__(self, sweep: Sweep, device: str, shared_gpu: int | None = None) -> None:
-        super().__init__()
-        os.nice(NICE)
-        if shared_gpu is not None:
-            devices.hide_others(shared_gpu)
-        import torch
-
-        from dis_scale import vae
-        from dis_scale.data.encode import compute_exactly
-        from dis_scale.evaluation.sampling import open_sampler
-
-        compute_exactly()
-        self._sampling = threading.Lock()
-        where = devices.torch_device(device)
-        if shared_gpu is not None:
-            torch.cuda.set_per_process_memory_fraction(sweep.recipe.evaluate.gpu_share, 0)
-        decoder = vae.for_samples(sweep, vae.load(sweep))
-        state.require_sweep_vae(sweep, decoder.identity)
-        decoder.net.to(where)
-        self.sweep, self.sampler = sweep, open_sampler(sweep, decoder, where)
-
-    def sample(self, sampled: Sampled, settings: Evaluate, deal: Deal) -> dict[str, float]:
-        """Sample and keep the blocks that `deal` names; return the seconds of each part, and the number of samples as `images`."""
-        from dis_scale.data.encode import compute_exactly
-
-        with self._sampling:  # an earlier call, of which another worker has failed, may still be in its last block
-            compute_exactly()  # the number of threads is set per thread
-            folder, images, before = self.sweep.evaluation(sampled), 0, dict(self.sampler.seconds)
-
-            @cache
-            def model() -> "Backbone":
-                """Loaded for the first block only; never if no block is left."""
-                loaded = self.sampler.model(sampled.model, sampled.images_seen, settings)
-                self.emit("work")
-                return loaded
-
-            for number in iter(deal, None):
-                if self.stop_requested():
-                    break
-                block = self.sampler.sample(model(), settings, number)
-                folder.write(block_name(number), block.to_bytes())
-                self.report(self._done + 1)
-                images += len(block.right)
-            return {part: s - before[part] for part, s in self.sampler.seconds.items()} | {"images": images}
-
-    def held_out(self, sampled: Sampled) -> dict[str, float]:
-        """Return the loss on the images that training never saw."""
-        from dis_scale import diffusion
-        from dis_scale.data.encode import compute_exactly
-        from dis_scale.data.latents import Latents
-        from dis_scale.evaluation import held_out
-
-        with self._sampling:
-            compute_exactly()
-            recipe, settings = self.sweep.recipe, self.sweep.recipe.evaluate
-            latents = Latents(
-                state.require_latents(self.sweep.folder), recipe.seed, recipe.data.held_out_images,
-                normalise=recipe.data.normalise,
-            )  # fmt: skip
-            model = self.sampler.model(sampled.model, sampled.images_seen, settings)
-            process = diffusion.build(recipe.diffusion)
-            return held_out.losses(model, process, latents, recipe.seed, settings.batch_images)
-
-
-@dataclass
-class RayEvaluators:
-    """Evaluators on Ray, as one: as many as the recipe names and the cluster has room for. A lost one is replaced."""
-
-    sweep: Sweep
-    device: str
-    gpus: int
-    """Number of those with a GPU of their own."""
-    report: Callable[[int], None]
-    """Gets the number of blocks that were sampled here."""
-    _workers: dict[int, Any] = field(default_factory=dict)
-    """Living evaluators by their number among the requests."""
-    _blocks: dict[Any, int] = field(default_factory=dict)
-    """Blocks that each has sampled, the lost ones, too."""
-
-    def spawn(self) -> None:
-        """Start the evaluators that are missing: all of them, or those that were lost or had no capacity."""
-        for number, (shared_gpu, request) in enumerate(requests(self.sweep.recipe, self.device, self.gpus)):
-            if number not in self._workers:
-                self._workers[number] = spawn(Evaluator, request, self.sweep, self.device, shared_gpu)
-
-    def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[dict[str, float]]:
-        """Let the evaluators share the blocks. If one fails, raise its failure; the others stop after their current block."""
-        self.spawn()
-        before, workers = self._workers, list(self._workers.values())
-        self._workers = {}
-
-        def count(done: list[int]) -> None:
-            self._blocks |= {each._actor_id: n for each, n in zip(workers, done, strict=True)}
-            self.report(sum(self._blocks.values()))
-
-        try:
-            living, spent, failure = share(workers, "sample", (sampled, settings), blocks, count)
-        except ray.exceptions.RayTaskError:
-            self._workers = before  # the checkpoint is to blame
-            raise
-        self._workers = {number: each for number, each in before.items() if each in living}
-        if failure:
-            raise failure
-        return spent
-
-    def held_out(self, sampled: Sampled) -> dict[str, float]:
-        number, worker = next(iter(self._workers.items()))
-        try:
-            (values,) = watch([worker], [worker.held_out.remote(sampled)], lambda _: None)
-        except WorkerFailure:
-            del self._workers[number]
-            raise
-        return values
-
-    def move(self) -> bool:
-        """Whether others have to continue, because training needs more or fewer GPUs than before."""
-        return self.device == "cuda" and own_gpus(self.sweep) != self.gpus
-
-    def end(self) -> None:
-        """Give back the GPUs now: a handle that is kept somewhere would keep them."""
-        for worker in self._workers.values():
-            ray.kill(worker)
 
 
 @dataclass
@@ -438,10 +305,6 @@ def _seconds(spent: list[dict[str, float]]) -> dict[str, float]:
 
 def block_count(settings: Evaluate) -> int:
     return -(-settings.samples // settings.block_images)
-
-
-def block_name(block: int) -> str:
-    return f"block-{block:05d}.npz"
 
 
 def _read_block(folder: Folder, block: int) -> "SampleBlock":

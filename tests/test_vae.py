@@ -33,7 +33,7 @@ from dis_scale.vae import to_pixels, to_unit
 from dis_scale.vae.scaling import Scaling
 from dis_scale.vae.script import ScriptVae
 from pipelines import precompute
-from pipelines.evaluate import Evaluator
+from pipelines.evaluators import Evaluator
 from pipelines.precompute import Encoder
 from pipelines.prepare import Preparer
 from pipelines.sharing import Dealer

@@ -17,6 +17,7 @@ from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import ENDED, METRICS, Sampled, Sweep, state
 from pipelines import evaluate, stage
+from pipelines.evaluators import RayEvaluators
 from pipelines.places import requests, spare_gpus
 from pipelines.worker import Worker, resources, spawn, watch
 from tests.conftest import TINY
@@ -109,7 +110,7 @@ class Evaluated:
 
     def __post_init__(self) -> None:
         living = dict(enumerate(self.workers))
-        self.evaluators = evaluate.RayEvaluators(self.sweep, "cuda", GPUS, lambda _: None, living)
+        self.evaluators = RayEvaluators(self.sweep, "cuda", GPUS, lambda _: None, living)
 
     def evaluate(self, sampled: Sampled) -> dict[str, float]:
         watch(self.workers, [worker.where.remote() for worker in self.workers], lambda _: None)

@@ -17,7 +17,8 @@ from dis_scale.recipe import Evaluate
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sampled, Sweep, state
 from pipelines import evaluate, precompute, stage
-from pipelines.evaluate import Evaluation, Evaluator
+from pipelines.evaluate import Evaluation
+from pipelines.evaluators import Evaluator
 from pipelines.precompute import Encoder
 from pipelines.prepare import Preparer
 from pipelines.restarts import with_restarts

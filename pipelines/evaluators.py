@@ -1,0 +1,156 @@
+"""Workers of an evaluation: one samples blocks of one checkpoint and keeps them; all of them as one, on Ray.
+
+They reserve no CPU and run at low priority: on a small machine a reserved CPU would block training's placement for ever.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from dis_scale.recipe import Evaluate
+from dis_scale.sweep import Sampled, Sweep, state
+from pipelines import devices
+from pipelines.places import own_gpus, requests
+from pipelines.sharing import Deal, share
+from pipelines.worker import Worker, WorkerFailure, spawn, watch
+
+if TYPE_CHECKING:
+    from dis_scale.models import Backbone
+
+NICE = 19
+
+
+class Evaluator(Worker):
+    """Samples blocks and measures the held-out loss; progress counts the blocks that it sampled, without kept ones."""
+
+    def __init__(self, sweep: Sweep, device: str, shared_gpu: int | None = None) -> None:
+        super().__init__()
+        os.nice(NICE)
+        if shared_gpu is not None:
+            devices.hide_others(shared_gpu)
+        import torch
+
+        from dis_scale import vae
+        from dis_scale.data.encode import compute_exactly
+        from dis_scale.evaluation.sampling import open_sampler
+
+        compute_exactly()
+        self._sampling = threading.Lock()
+        where = devices.torch_device(device)
+        if shared_gpu is not None:
+            torch.cuda.set_per_process_memory_fraction(sweep.recipe.evaluate.gpu_share, 0)
+        decoder = vae.for_samples(sweep, vae.load(sweep))
+        state.require_sweep_vae(sweep, decoder.identity)
+        decoder.net.to(where)
+        self.sweep, self.sampler = sweep, open_sampler(sweep, decoder, where)
+
+    def sample(self, sampled: Sampled, settings: Evaluate, deal: Deal) -> dict[str, float]:
+        """Sample and keep the blocks that `deal` names; return the seconds of each part, and the number of samples as `images`."""
+        from dis_scale.data.encode import compute_exactly
+
+        with self._sampling:  # an earlier call, of which another worker has failed, may still be in its last block
+            compute_exactly()  # the number of threads is set per thread
+            folder, images, before = self.sweep.evaluation(sampled), 0, dict(self.sampler.seconds)
+
+            @cache
+            def model() -> "Backbone":
+                """Loaded for the first block only; never if no block is left."""
+                loaded = self.sampler.model(sampled.model, sampled.images_seen, settings)
+                self.emit("work")
+                return loaded
+
+            for number in iter(deal, None):
+                if self.stop_requested():
+                    break
+                block = self.sampler.sample(model(), settings, number)
+                folder.write(block_name(number), block.to_bytes())
+                self.report(self._done + 1)
+                images += len(block.right)
+            return {part: s - before[part] for part, s in self.sampler.seconds.items()} | {"images": images}
+
+    def held_out(self, sampled: Sampled) -> dict[str, float]:
+        """Return the loss on the images that training never saw."""
+        from dis_scale import diffusion
+        from dis_scale.data.encode import compute_exactly
+        from dis_scale.data.latents import Latents
+        from dis_scale.evaluation import held_out
+
+        with self._sampling:
+            compute_exactly()
+            recipe, settings = self.sweep.recipe, self.sweep.recipe.evaluate
+            latents = Latents(
+                state.require_latents(self.sweep.folder), recipe.seed, recipe.data.held_out_images,
+                normalise=recipe.data.normalise,
+            )  # fmt: skip
+            model = self.sampler.model(sampled.model, sampled.images_seen, settings)
+            process = diffusion.build(recipe.diffusion)
+            return held_out.losses(model, process, latents, recipe.seed, settings.batch_images)
+
+
+@dataclass
+class RayEvaluators:
+    """Evaluators on Ray, as one: as many as the recipe names and the cluster has room for. A lost one is replaced."""
+
+    sweep: Sweep
+    device: str
+    gpus: int
+    """Number of those with a GPU of their own."""
+    report: Callable[[int], None]
+    """Gets the number of blocks that were sampled here."""
+    _workers: dict[int, Any] = field(default_factory=dict)
+    """Living evaluators by their number among the requests."""
+    _blocks: dict[Any, int] = field(default_factory=dict)
+    """Blocks that each has sampled, the lost ones, too."""
+
+    def spawn(self) -> None:
+        """Start the evaluators that are missing: all of them, or those that were lost or had no capacity."""
+        for number, (shared_gpu, request) in enumerate(requests(self.sweep.recipe, self.device, self.gpus)):
+            if number not in self._workers:
+                self._workers[number] = spawn(Evaluator, request, self.sweep, self.device, shared_gpu)
+
+    def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[dict[str, float]]:
+        """Let the evaluators share the blocks. If one fails, raise its failure; the others stop after their current block."""
+        self.spawn()
+        before, workers = self._workers, list(self._workers.values())
+        self._workers = {}
+
+        def count(done: list[int]) -> None:
+            self._blocks |= {each._actor_id: n for each, n in zip(workers, done, strict=True)}
+            self.report(sum(self._blocks.values()))
+
+        try:
+            living, spent, failure = share(workers, "sample", (sampled, settings), blocks, count)
+        except ray.exceptions.RayTaskError:
+            self._workers = before  # the checkpoint is to blame
+            raise
+        self._workers = {number: each for number, each in before.items() if each in living}
+        if failure:
+            raise failure
+        return spent
+
+    def held_out(self, sampled: Sampled) -> dict[str, float]:
+        number, worker = next(iter(self._workers.items()))
+        try:
+            (values,) = watch([worker], [worker.held_out.remote(sampled)], lambda _: None)
+        except WorkerFailure:
+            del self._workers[number]
+            raise
+        return values
+
+    def move(self) -> bool:
+        """Whether others have to continue, because training needs more or fewer GPUs than before."""
+        return self.device == "cuda" and own_gpus(self.sweep) != self.gpus
+
+    def end(self) -> None:
+        """Give back the GPUs now: a handle that is kept somewhere would keep them."""
+        for worker in self._workers.values():
+            ray.kill(worker)
+
+
+def block_name(block: int) -> str:
+    return f"block-{block:05d}.npz"
