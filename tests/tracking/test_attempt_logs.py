@@ -103,7 +103,7 @@ def test_a_line_without_an_end_is_bounded() -> None:
         ("token hf_0123456789abcdef is wrong", "token *** is wrong"),
         ("mail me@example.org; tokenizers false", "mail me@example.org; tokenizers false"),
         ("no file /run/secrets/token", "no file /run/secrets/token"),
-        ("at /home/user/train", "at /home/user/train"),
+        ("at /srv/user/train", "at /srv/user/train"),
         ("postgresql://user:pa/ss@w:0rd@db:5432/mlflow", "postgresql://***@db:5432/mlflow"),
         ("http://db:5000/mail/me@example.org", "http://db:5000/mail/me@example.org"),
         ("GET http://h/x?a=1&access_token=e30.x&b=2", "GET http://h/x?a=1&access_token=***&b=2"),
@@ -120,7 +120,7 @@ def test_secrets_are_replaced(monkeypatch: pytest.MonkeyPatch, text: str, shown:
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789abcdef")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/run/secrets/token")
-    monkeypatch.setenv("PWD", "/home/user")
+    monkeypatch.setenv("PWD", "/srv/user")
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "azure;0123")
     monkeypatch.setenv("MYSQL_PWD", "my-secret-pwd")
     monkeypatch.setenv("STORE_KEY", 'quo"ted/s3cret')
