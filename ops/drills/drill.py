@@ -123,11 +123,15 @@ class Drill:
         log = self._logs[process.pid]
         self.until(process, lambda: re.search(pattern, log.read_text()) is not None, f"no line matches {pattern!r}")
 
-    def pid_of_rank(self, rank: int) -> int:
-        """Return the process id of a rank of the newest attempt, as the first line of its stored log has it."""
+    def pid_of_rank(self, process: subprocess.Popen[bytes], rank: int) -> int:
+        """Return the process id of a rank of the newest attempt, once its log is stored, whose first line has it."""
         folder = self.sweep.logs("train", MODEL)
-        of_rank = [name for name in attempt_logs.listed(folder) if name.process == f"{rank:04d}"]
-        newest = max(of_rank, key=lambda name: name.begun)
+
+        def of_rank() -> list[attempt_logs.LogName]:
+            return [name for name in attempt_logs.listed(folder) if name.process == f"{rank:04d}"]
+
+        self.until(process, lambda: bool(of_rank()), f"rank {rank} has stored no log")
+        newest = max(of_rank(), key=lambda name: name.begun)
         return int(json.loads(folder.read(str(newest)).splitlines()[0])["pid"])
 
     def _start(self, *words: str, **environment: str) -> subprocess.Popen[bytes]:

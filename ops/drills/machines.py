@@ -21,7 +21,7 @@ def preempted_sweep(drill: Drill) -> None:
     """A rank is killed, then the command is asked to stop."""
     sweep = drill.start()
     drill.until_saved(sweep, 3)
-    os.kill(drill.pid_of_rank(1), signal.SIGKILL)
+    os.kill(drill.pid_of_rank(sweep, 1), signal.SIGKILL)
     drill.until_logged(sweep, "attempt 2, 2 workers")
     drill.until_saved(sweep, 5)
     sweep.terminate()
@@ -45,7 +45,7 @@ def stuck_job(drill: Drill) -> None:
     """A rank's process is suspended."""
     sweep = drill.start("train.hang_after_s=30")
     drill.until_saved(sweep, 3)
-    os.kill(drill.pid_of_rank(1), signal.SIGSTOP)
+    os.kill(drill.pid_of_rank(sweep, 1), signal.SIGSTOP)
     drill.wait(sweep, DONE)
     drill.expect(r"no step ended for \d+ s: hanging")
     drill.expect("failure noticed .* first new step")
