@@ -3,6 +3,7 @@
 Reads listings, the newest of everything, and no history, so it takes seconds for any sweep.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -107,9 +108,30 @@ class _Reader:
         return self.read(f"the lease of {what}", lambda: lease.last_holdings(folder, count)) or []
 
 
+class _Warnings(logging.Handler):
+    """Collects this package's warnings in a list: they name damaged files that the reading functions left out."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(record.getMessage())
+
+
 def collect(sweep: Sweep, now: float) -> Status:
     """Return the status at the Unix time `now`."""
-    reader, models = _Reader(sweep, now), sweep.recipe.models
+    reader = _Reader(sweep, now)
+    log, warnings = logging.getLogger("dis_scale"), _Warnings(reader.damaged)
+    log.addHandler(warnings)
+    try:
+        return _collect(reader)
+    finally:
+        log.removeHandler(warnings)
+
+
+def _collect(reader: _Reader) -> Status:
+    sweep, now, models = reader.sweep, reader.now, reader.sweep.recipe.models
     held = [next(iter(reader.holdings(name, sweep.lease(name))), None) for name in LEASES]
     working = [holding is not None and holding.works(now) for holding in held]
     commanded = working[0]
