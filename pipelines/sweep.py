@@ -410,9 +410,7 @@ def _require_same_identity(sweep: Sweep) -> None:
         if not sweep.folder.exists(RECIPE):
             return
         stored = Sweep.open(sweep.folder.url, patient=True).recipe
-    except UserError as error:
-        raise UserError(f"{error}; the stored recipe is from another version: give this sweep another name") from error
-    except StorageAway:
+    except (StorageAway, UserError):
         raise
     except DisScaleError as error:
         raise UserError(f"storage cannot be used: {error}") from error

@@ -1,5 +1,7 @@
 """Verification of all that results rest on, and of what none needs; on a small sweep made by hand."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,13 @@ from dis_scale.errors import UserError
 from dis_scale.evaluation import npz
 from dis_scale.recipe import Recipe
 from dis_scale.storage import lease, manifest
-from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import METRICS, PointName, Sampled, Sweep, state
+from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.sweep import LATENTS, METRICS, RECIPE, PointName, Sampled, Sweep, state
+from dis_scale.sweep.extractors import reference_file, weights_identity
 from dis_scale.upkeep import retention
 from dis_scale.upkeep.verify import verify_sweep
 from tests.support import small_latents
+from tests.test_cli import invoke
 
 COUNTS = (0, 160, 320)
 
@@ -28,8 +32,11 @@ def sweep(tmp_path: Path, tiny: Recipe) -> Sweep:
     latents = small_latents.make(made.store / "latents/used", [4, 4])
     state.use_latents(made, latents, manifest.require(latents)["vae"])
     manifest.put(made.vae, {"weights.safetensors": b"autoencoder"})
-    manifest.put(made.extractor("digits"), {"weights.safetensors": b"classifier"})
-    made.references.write("0123.npz", block())
+    for name, _ in state.classifiers(made):
+        manifest.put(made.extractor(name), {"weights.safetensors": b"classifier"})
+    for extractor in tiny.evaluate.extractors:
+        identity = weights_identity(made, extractor)
+        made.references.write(reference_file(made, extractor.name, identity), block())
     for model in tiny.models:
         run = made.run(model)
         for attempt in (1, 2):
@@ -97,7 +104,64 @@ def test_deleted_published_weights_are_named(sweep: Sweep) -> None:
     sweep.run("dit").published_at(160).delete()
     assert state.missing_published(sweep) == {"dit": [160]}
     (line,) = verified(sweep)
-    assert "dit/published/000000000160: published weights are missing; restore them from a backup" in line
+    assert "dit/published/000000000160: no manifest.json: the folder is incomplete or was deleted; restore them" in line
+
+
+def flip_key(folder: Folder, name: str, key: str) -> None:
+    folder.write(name, folder.read(name).replace(f'"{key}"'.encode(), b'"?"'))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda s: s.vae.delete(), "/vae: no manifest.json: the folder is incomplete or was deleted; restore it from"),
+        (lambda s: s.extractor("judge").delete(), "/extractors/judge: no manifest.json"),
+        (lambda s: s.references.delete(), "/reference: the statistics under digits are missing; the next run that needs it"),
+        (lambda s: (s.store / "latents/used").delete(), "latents/used: no manifest.json"),
+        (lambda s: s.store.delete("latents/used/000000.tar"), "000000.tar: missing, though its manifest names it; repair"),
+        (lambda s: flip_key(s.store / "latents/used", manifest.NAME, "shards"), "manifest.json: damaged: expected"),
+        (lambda s: s.folder.delete(LATENTS), "/sweeps/tiny/latents.json is missing; the next run"),
+        (lambda s: s.folder.write(LATENTS, b"{"), "latents.json: damaged: not JSON"),
+        (lambda s: flip_key(s.folder, LATENTS, "folder"), "latents.json: damaged: expected a mapping with folder, vae"),
+        (lambda s: state.use_latents(s, s.store / "latents/used", "0" * 64), "latents of another VAE"),
+        (lambda s: s.run("dit").published_at(320).delete(), "dit/published/000000000320: no manifest.json"),
+        (
+            lambda s: s.run("dit").published_at(160).delete("weights-0001.safetensors"),
+            "000000000160/weights-0001.safetensors: missing, though its manifest names it; restore them",
+        ),
+        (lambda s: flip_key(s.run("dit").published_at(160), manifest.NAME, "files"), "damaged: expected a mapping with files"),
+        (lambda s: s.evaluation(Sampled("dit", 160)).write(METRICS, b"null"), "metrics.json: damaged: expected a mapping"),
+        (
+            lambda s: s.evaluation(Sampled("dit", 160)).write_json(METRICS, {"values": None, "metrics": []}),
+            "metrics.json: damaged: its values are no mapping",
+        ),
+    ],
+)  # fmt: skip
+def test_what_was_deleted_or_lost_its_meaning_is_named_with_a_cure(
+    sweep: Sweep, spoil: Callable[[Sweep], object], words: str
+) -> None:
+    spoil(sweep)
+    (line,) = verified(sweep)
+    assert words in line
+    assert any(cure in line for cure in ("restore", "delete it", "repair", "makes it again"))
+
+
+def test_a_sweep_that_has_only_begun_misses_nothing(tmp_path: Path, tiny: Recipe) -> None:
+    sweep = Sweep.below(open_folder(tmp_path), tiny)
+    sweep.save_recipe()
+    assert verified(sweep) == []
+    manifest.put(sweep.vae, {"weights.safetensors": b"autoencoder"})
+    assert verified(sweep) == []
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"{", b"models: 1"])
+def test_a_damaged_recipe_is_one_line_with_its_cure(sweep: Sweep, damage: bytes) -> None:
+    sweep.folder.write(RECIPE, damage)
+    code, output = invoke("verify", str(sweep))
+    assert code == 2
+    assert output.count("\n") == 1
+    assert f"{sweep}/{RECIPE}: " in output
+    assert "restore it from a backup; or delete it and run the sweep with its own recipe file" in output
 
 
 def test_what_no_result_needs_is_found_and_deleted(sweep: Sweep, tmp_path: Path) -> None:
@@ -125,6 +189,30 @@ def test_samples_of_an_evaluation_that_is_measured_again_stay(sweep: Sweep) -> N
     folder = sweep.evaluation(Sampled("dit", 160))
     folder.write_json(METRICS, {"values": {}, "metrics": []})
     assert folder not in [each.folder for each in retention.find_unneeded(sweep)]
+
+
+def test_samples_of_an_ablation_with_damaged_metrics_stay(sweep: Sweep) -> None:
+    """The metrics are made again from them."""
+    folder = sweep.evaluation(Sampled("dit", 160, "vary/guidance-2"))
+    folder.write("block-00000.npz", block())
+    folder.write_json(METRICS, {"values": {}, "metrics": []})
+    assert folder in [each.folder for each in retention.find_unneeded(sweep)]
+    folder.write(METRICS, b"{")
+    assert folder not in [each.folder for each in retention.find_unneeded(sweep)]
+
+
+def test_dead_leases_of_other_machines_are_polled_together(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    holder = {"host": "elsewhere", "boot": "x", "processes": "", "pid": 1, "started": 0.0}
+    for number in range(70):
+        other = Sweep.below(sweep.store, sweep.recipe.model_copy(update={"name": f"other-{number}"}))
+        other.save_recipe()
+        other.folder.write(LATENTS, sweep.folder.read(LATENTS))
+        other.lease("sweep").write_json("0001", holder)
+    pauses, pause = list[float](), time.sleep
+    monkeypatch.setattr(lease, "STILL_S", 0.5)
+    monkeypatch.setattr(lease.time, "sleep", lambda seconds: (pauses.append(seconds), pause(seconds)))
+    assert retention.find_unshared(sweep.store) == []
+    assert pauses == [1]
 
 
 def test_a_run_that_still_trains_keeps_its_failed_steps(sweep: Sweep) -> None:

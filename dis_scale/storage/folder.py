@@ -112,25 +112,32 @@ class Folder:
         """Return the object's size in bytes."""
         return self._do("look up", path, lambda fs, full: fs.size(full))
 
-    def read_json(self, path: str) -> Any:
+    def read_json(self, path: str, *keys: str) -> Any:
+        """Return the object; StorageError if it is damaged: no JSON, or, if `keys` are given, no mapping that has them."""
         data = self.read_up_to(path, JSON_BYTES)
         if len(data) > JSON_BYTES:
             raise StorageError(f"{self.url}/{path}: damaged: over {JSON_BYTES:,} bytes, which no JSON of a sweep has")
         try:
-            return json.loads(data)
+            value = json.loads(data)
         except ValueError as error:
             raise StorageError(f"{self.url}/{path}: damaged: not JSON ({error})") from error
+        if keys and not (isinstance(value, dict) and set(keys) <= value.keys()):
+            raise StorageError(f"{self.url}/{path}: damaged: expected a mapping with {', '.join(keys)}")
+        return value
 
-    def find_json(self, path: str) -> Any:
-        """Return the object, None if it is missing or damaged: for what can be made again. Damage is logged."""
+    def find_json(self, path: str, *keys: str) -> dict[str, Any] | None:
+        """Return the object, None if it is missing, damaged or lacks `keys`: for what can be missing. Damage is logged."""
         try:
-            return self.read_json(path)
+            value = self.read_json(path, *keys)
+            if not isinstance(value, dict):
+                raise StorageError(f"{self.url}/{path}: damaged: expected a mapping")
+            return value
         except FileNotFoundError:
             return None
         except StorageAway:
             raise
         except StorageError as error:
-            logging.getLogger(__name__).warning("%s; it is made again", error)
+            logging.getLogger(__name__).warning("%s; treated as missing", error)
             return None
 
     def write(self, path: str, data: bytes) -> None:

@@ -14,24 +14,26 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
 from dis_scale import counts
 from dis_scale.errors import DisScaleError, Held
 from dis_scale.storage.folder import Folder
+from dis_scale.threads import in_order
 
 BEAT_S = 5.0
 """Time between two heartbeats."""
 STILL_S = 20.0
 """Time without a heartbeat after which a holder on another machine counts as dead."""
-
 BEATLESS_S = 60.0
 """Age of the last heartbeat from which a holder is reported dead; includes the difference between two machines' clocks."""
+AT_ONCE = 32
+"""Leases that are read at a time."""
 
 PROCESSES = Path("/proc/self/ns/pid")
 """Linux: names the namespace of process ids. Containers of one host have the same host name and boot, if they share its network."""
@@ -58,19 +60,16 @@ def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
     """Hold the lease, with a heartbeat, for the block; Held names the other holder and its cluster."""
     latest = _latest(folder)
     taken_over = latest > 0 and not _ended(folder, latest)
-    if taken_over and (holder := _live_holder(folder, latest)):
+    if taken_over and _living([holder := _holder(folder, latest)])[0]:
         raise Held(
-            f"{folder}: held by process {holder['pid']} on {holder['host']}, which is alive: one writer at a time",
-            holder,
+            f"{folder}: held by process {name_of(holder.facts)}, which is alive: one writer at a time", holder.facts
         )
     facts = {"cluster": cluster, "nonce": uuid.uuid4().hex, "at": time.time()}
     lease, mine = Lease(folder, latest + 1), _this_process() | facts
     if not folder.create(f"{lease.number:04d}", json.dumps(mine).encode()):
-        first = folder.read_json(f"{lease.number:04d}")
+        first = folder.find_json(f"{lease.number:04d}") or {}
         if first.get("nonce") != mine["nonce"]:  # otherwise it is ours: the answer was lost, and the retry found it
-            raise Held(
-                f"{folder}: process {first['pid']} on {first['host']} took the lease first: one writer at a time", first
-            )
+            raise Held(f"{folder}: process {name_of(first)} took the lease first: one writer at a time", first)
     if taken_over:
         counts.add(counts.TAKEOVERS)
     ended = threading.Event()
@@ -86,10 +85,15 @@ def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
         folder.write_json(f"{lease.number:04d}.end", {"at": time.time(), "why": why})
 
 
-def live_holder(folder: Folder) -> dict[str, Any] | None:
-    """Return the facts of the live process that holds the lease, None if none does; takes up to STILL_S."""
-    latest = _latest(folder)
-    return _live_holder(folder, latest) if latest and not _ended(folder, latest) else None
+def name_of(holder: dict[str, Any]) -> str:
+    """Return the number and host of a holder's process by its facts, none if its file is damaged."""
+    return f"{holder['pid']} on {holder['host']}" if holder else "? on ? (its file is damaged)"
+
+
+def live_holders(folders: Iterable[Folder]) -> dict[Folder, dict[str, Any]]:
+    """Return the facts of the live process that holds each lease, without leases that none holds; takes up to STILL_S for all."""
+    holders = [holder for holder in in_order(folders, _unended, AT_ONCE) if holder]
+    return {each.folder: each.facts for each, alive in zip(holders, _living(holders), strict=True) if alive}
 
 
 def earlier(names: Collection[str]) -> list[str]:
@@ -151,9 +155,8 @@ def _holding(folder: Folder, number: int, names: Collection[str]) -> Holding:
     name = f"{number:04d}"
     holder, end = folder.read_json(name), dict[str, Any]()
     if f"{name}.end" in names:
-        end = json.loads(
-            folder.read(f"{name}.end") or '{"at": 0.0, "why": ""}'
-        )  # earlier versions wrote nothing into it
+        # earlier versions wrote nothing into it
+        end = json.loads(folder.read(f"{name}.end") or '{"at": 0.0, "why": ""}')
     since: float | None = holder.get("at")
     beat = _time_of(folder.read(f"{name}.beat")) if not end and f"{name}.beat" in names else since
     gone = _is_here(holder) and _started(holder["pid"]) != holder["started"]
@@ -188,33 +191,52 @@ def _ended(folder: Folder, number: int) -> bool:
     return folder.exists(f"{number:04d}.end")
 
 
-def _live_holder(folder: Folder, number: int) -> dict[str, Any] | None:
-    """Return the facts of a holder that did not end the lease, None if it is dead."""
-    name = f"{number:04d}"
-    # of a damaged lease the heartbeat is left
-    holder: dict[str, Any] = folder.find_json(name) or {"pid": "unknown", "host": "an unknown host"}
-    if _is_here(holder):
-        alive = holder["pid"] != os.getpid() and _started(holder["pid"]) == holder["started"]
-    else:
-        alive = _heartbeat_changes(folder, name)
-    return holder if alive else None
-
-
 def _is_here(holder: dict[str, Any]) -> bool:
     """Whether the holder is or was a process that this machine, or this container, would list."""
     here = _this_process()
     return all(holder.get(key) == here[key] for key in ("host", "boot", "processes"))
 
 
-def _heartbeat_changes(folder: Folder, name: str) -> bool:
-    """Whether the holder's heartbeat changes within STILL_S; clocks of two machines are never compared."""
-    first = _heartbeat(folder, name)
-    deadline = time.monotonic() + STILL_S
-    while time.monotonic() < deadline:
+class _Holder(NamedTuple):
+    """A holder that did not end its lease."""
+
+    folder: Folder
+    name: str
+    facts: dict[str, Any]
+    """Empty if its file is damaged."""
+    alive: bool | None
+    """None if only its heartbeat can show it: that of another machine's process, or of one without facts."""
+
+
+def _holder(folder: Folder, number: int) -> _Holder:
+    name, alive = f"{number:04d}", None
+    facts = folder.find_json(name, "host", "pid", "started") or {}
+    if _is_here(facts):
+        alive = facts["pid"] != os.getpid() and _started(facts["pid"]) == facts["started"]
+    return _Holder(folder, name, facts, alive)
+
+
+def _unended(folder: Folder) -> _Holder | None:
+    latest = _latest(folder)
+    return _holder(folder, latest) if latest and not _ended(folder, latest) else None
+
+
+def _living(holders: Sequence[_Holder]) -> list[bool]:
+    """Return whether each is alive; up to STILL_S for the heartbeats of all. Clocks of two machines are never compared."""
+    alive, deadline = [holder.alive for holder in holders], time.monotonic() + STILL_S
+
+    def beats(numbers: list[int]) -> dict[int, bytes]:
+        read = in_order(numbers, lambda n: _heartbeat(holders[n].folder, holders[n].name), AT_ONCE)
+        return dict(zip(numbers, read, strict=True))
+
+    first = beats([n for n, known in enumerate(alive) if known is None])
+    while first and time.monotonic() < deadline:
         time.sleep(1)
-        if _heartbeat(folder, name) != first:
-            return True
-    return False
+        for n, beat in beats(list(first)).items():
+            if beat != first[n]:
+                alive[n] = True
+                del first[n]
+    return [bool(each) for each in alive]
 
 
 def _heartbeat(folder: Folder, name: str) -> bytes:

@@ -54,11 +54,13 @@ def find(folder: Folder) -> dict[str, Any] | None:
     return manifest
 
 
-def require(folder: Folder) -> dict[str, Any]:
-    """Return the manifest of a folder that must be complete; StorageError if it has none."""
+def require(folder: Folder, *keys: str) -> dict[str, Any]:
+    """Return the manifest of a folder that must be complete; StorageError if it has none, or one without `keys`."""
     manifest = find(folder)
     if manifest is None:
         raise StorageError(f"{folder}: no {NAME}: the folder is incomplete or was deleted")
+    if not set(keys) <= manifest.keys():
+        raise StorageError(f"{folder}/{NAME}: damaged: expected a mapping with {', '.join(keys)}")
     return manifest
 
 

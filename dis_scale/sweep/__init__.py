@@ -129,14 +129,22 @@ class Sweep:
 
     @classmethod
     def open(cls, url: str, patient: bool = False) -> "Sweep":
-        """Return the sweep at a URL or path with the recipe that it stored; UserError if there is none.
+        """Return the sweep at a URL or path with the recipe that it stored; UserError if there is none, or a damaged one.
 
         `patient` retries storage for about a minute, from the first read on.
         """
         folder = open_folder(url).patient if patient else open_folder(url)
         if not folder.exists(RECIPE):
             raise UserError(f"no sweep at {folder}: expected a folder with {RECIPE}, for example outputs/sweeps/digits")
-        return cls(folder, reading.parse(folder.read(RECIPE).decode(), f"{folder}/{RECIPE}"))
+        try:
+            return cls(folder, reading.parse(folder.read(RECIPE).decode(), f"{folder}/{RECIPE}"))
+        except (UnicodeDecodeError, UserError) as error:
+            first, *_ = str(error).splitlines()
+            where = "" if isinstance(error, UserError) else f"{folder}/{RECIPE}: "
+            raise UserError(
+                f"{where}{first}; the stored recipe is damaged or from another version: restore it from a backup; "
+                "or delete it and run the sweep with its own recipe file, which stores it again"
+            ) from error
 
     @classmethod
     def below(cls, store: Folder, recipe: Recipe) -> "Sweep":

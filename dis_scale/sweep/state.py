@@ -49,12 +49,14 @@ def vae_missing(sweep: Sweep) -> bool:
 
 
 def classifiers_missing(sweep: Sweep) -> list[tuple[str, str]]:
-    """Return (name, kind) of the classifiers still to be trained; none if no extractor is trained."""
+    """Return (name, kind) of the classifiers still to be trained."""
+    return [(name, kind) for name, kind in classifiers(sweep) if manifest.find(sweep.extractor(name)) is None]
+
+
+def classifiers(sweep: Sweep) -> list[tuple[str, str]]:
+    """Return (name, kind) of the classifiers that the sweep trains; none if no extractor is trained."""
     extractor = sweep.recipe.evaluate.trained
-    if extractor is None:
-        return []
-    needed = [(extractor.name, "extractor"), (JUDGE, "judge")]
-    return [(name, kind) for name, kind in needed if manifest.find(sweep.extractor(name)) is None]
+    return [(extractor.name, "extractor"), (JUDGE, "judge")] if extractor else []
 
 
 def references_missing(sweep: Sweep) -> list[str]:
@@ -77,7 +79,7 @@ def find_latents(sweep: Folder) -> Folder | None:
 
     Reads no recipe, so that latents can be checked without one.
     """
-    pointer = sweep.find_json(LATENTS)
+    pointer = _find_pointer(sweep)
     if pointer is None:
         return None
     latents = store_of(sweep) / pointer["folder"]
@@ -86,6 +88,10 @@ def find_latents(sweep: Folder) -> Folder | None:
         return None
     require_same_vae(latents, facts["vae"], pointer["vae"])
     return latents
+
+
+def _find_pointer(sweep: Folder) -> dict[str, Any] | None:
+    return sweep.find_json(LATENTS, "folder", "vae")
 
 
 def latent_shape(sweep: Sweep) -> LatentShape | None:
@@ -109,8 +115,8 @@ def use_latents(sweep: Sweep, latents: Folder, vae_identity: str) -> None:
 
 def latents_vae(sweep: Sweep) -> str | None:
     """Return the identity of the VAE that made the sweep's latents, None if there are none yet."""
-    identity: str | None = sweep.folder.read_json(LATENTS)["vae"] if sweep.folder.exists(LATENTS) else None
-    return identity
+    pointer = _find_pointer(sweep.folder)
+    return pointer["vae"] if pointer else None
 
 
 def require_sweep_vae(sweep: Sweep, vae_identity: str) -> None:
@@ -176,7 +182,9 @@ def trained(sweep: Sweep, model: str) -> bool:
 def ended(sweep: Sweep, model: str) -> str | None:
     """Return why a model's training ended before its last count; None if it may continue."""
     run = sweep.run(model).folder
-    return run.read_json(ENDED)["why"] if run.exists(ENDED) else None
+    if not run.exists(ENDED):
+        return None
+    return (run.find_json(ENDED, "why") or {"why": f"{ENDED} is damaged"})["why"]
 
 
 def record_device(run: Run, device: str) -> None:
@@ -261,18 +269,19 @@ def _metrics(sweep: Sweep, model: str, variant: str) -> dict[int, dict[str, Any]
     """Return a model's metrics files by images seen, None for a damaged one."""
     counts = evaluated_counts(sweep, model, variant)
     folders = [sweep.evaluation(Sampled(model, n, variant)) for n in counts]
-    return dict(zip(counts, in_order(folders, _find_metrics, AT_ONCE), strict=True))
+    return dict(zip(counts, in_order(folders, find_metrics, AT_ONCE), strict=True))
 
 
 def read_metrics(folder: Folder) -> dict[str, Any]:
     """Return the metrics file of an evaluation's folder; StorageError if it is damaged."""
-    metrics = folder.read_json(METRICS)
-    if not isinstance(metrics, dict) or not isinstance(metrics.get("values"), dict) or "metrics" not in metrics:
-        raise StorageError(f"{folder}/{METRICS}: damaged: it has no metrics")
+    metrics: dict[str, Any] = folder.read_json(METRICS, "values", "metrics")
+    if not isinstance(metrics["values"], dict):
+        raise StorageError(f"{folder}/{METRICS}: damaged: its values are no mapping")
     return metrics
 
 
-def _find_metrics(folder: Folder) -> dict[str, Any] | None:
+def find_metrics(folder: Folder) -> dict[str, Any] | None:
+    """Return the metrics file of an evaluation's folder, None if it is damaged."""
     try:
         return read_metrics(folder)
     except StorageAway:
@@ -343,7 +352,8 @@ def skipped(sweep: Sweep) -> dict[Sampled, str]:
 def why_skipped(sweep: Sweep, every: Sequence[Sampled]) -> dict[Sampled, str]:
     """Return those of some evaluations that were skipped, each with the reason."""
     found = _existing(every, lambda sampled: sweep.evaluation(sampled).exists(SKIPPED))
-    return {sampled: sweep.evaluation(sampled).read_json(SKIPPED)["why"] for sampled in found}
+    reasons = {sampled: sweep.evaluation(sampled).find_json(SKIPPED, "why") for sampled in found}
+    return {sampled: reason["why"] for sampled, reason in reasons.items() if reason}
 
 
 def all_evaluated(sweep: Sweep) -> bool:

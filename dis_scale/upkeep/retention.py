@@ -16,6 +16,8 @@ from dis_scale.sweep import Sweep, state, sweeps_below
 from dis_scale.sweep.state import AT_ONCE
 from dis_scale.threads import in_order
 
+KEPT = "latents and listings are kept"
+
 
 class Unneeded(NamedTuple):
     """Files in one folder that no result needs."""
@@ -40,7 +42,7 @@ def find_unneeded(sweep: Sweep) -> list[Unneeded]:
     trained = [sweep.run(model).bad_steps for model in models if state.trained(sweep, model)]
     steps = [folder / name for folder in trained for name in folder.list()]
     finders: list[Callable[[], Unneeded]] = [
-        *(partial(_sized, "samples", folder, lambda name: name.startswith("block-")) for folder in samples),
+        *(partial(_samples, folder) for folder in samples),
         *(partial(_earlier_leases, folder) for folder in leases),
         *(partial(_sized, "failed steps", folder) for folder in steps),
     ]
@@ -53,6 +55,10 @@ def find_unshared(store: Folder) -> list[Unneeded]:
     UserError if a sweep there runs, cannot be read, or has no latents yet: it may be about to use any of them.
     """
     used = list(in_order(sweeps_below(store), _require_settled, AT_ONCE))
+    running = lease.live_holders([sweep.lease("sweep") for sweep, _ in used])
+    for sweep, _ in used:
+        if sweep.lease("sweep") in running:
+            raise UserError(f"{KEPT}: {sweep} is running (process {lease.name_of(running[sweep.lease('sweep')])})")
     sources = [sweep.recipe.data.source.model_dump(mode="json") for sweep, _ in used]
     listings = {listing.folder_of(store, source).name for source in sources}
     kinds = {"latents": {latents.name for _, latents in used}, listing.LISTINGS: listings}
@@ -75,23 +81,26 @@ def _sized(kind: str, folder: Folder, wanted: Callable[[str], bool] = lambda _: 
     return Unneeded(kind, folder, {name: size for name, size in folder.sizes().items() if wanted(name)})
 
 
+def _samples(evaluation: Folder) -> Unneeded:
+    """Return an evaluation's samples; none if its metrics are damaged, which are made again from them."""
+    intact = state.find_metrics(evaluation) is not None
+    return _sized("samples", evaluation, lambda name: intact and name.startswith("block-"))
+
+
 def _earlier_leases(folder: Folder) -> Unneeded:
     sizes = folder.sizes()
     return Unneeded("leases", folder, {name: sizes[name] for name in lease.earlier(sizes)})
 
 
 def _require_settled(folder: Folder) -> tuple[Sweep, Folder]:
-    """Return the sweep in a folder, and its latents; UserError if it cannot be read, has no latents yet, or runs."""
-    kept = "latents and listings are kept"
+    """Return the sweep in a folder, and its latents; UserError if it cannot be read or has no latents yet."""
     try:
         sweep = Sweep.open(folder.url)
         latents = state.find_latents(folder)
     except StorageAway:
         raise
     except (StorageError, UserError) as error:
-        raise UserError(f"{kept}: {folder} cannot be read, so what it uses is unknown: {error}") from error
+        raise UserError(f"{KEPT}: {folder} cannot be read, so what it uses is unknown: {error}") from error
     if latents is None:
-        raise UserError(f"{kept}: {folder} has no complete latents yet: finish it, or delete its folder")
-    if holder := lease.live_holder(sweep.lease("sweep")):
-        raise UserError(f"{kept}: {folder} is running (process {holder['pid']} on {holder['host']})")
+        raise UserError(f"{KEPT}: {folder} has no complete latents yet: finish it, or delete its folder")
     return sweep, latents

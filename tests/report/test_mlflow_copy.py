@@ -139,7 +139,10 @@ def test_an_evaluation_without_a_grid_or_with_damaged_metrics_ends_no_copy(
     assert "fd_digits_80/wide" not in metrics
     assert files == ["samples/wide/samples-000000000160.png"]
     assert "samples.png is missing: MLflow gets the numbers only" in caplog.text
-    assert "metrics.json: damaged: it has no metrics; MLflow does not get this evaluation" in caplog.text
+    assert (
+        "metrics.json: damaged: expected a mapping with values, metrics; MLflow does not get this evaluation"
+        in caplog.text
+    )
 
 
 def test_a_model_that_failed_is_marked(sweep: Sweep, plan: Plan, tmp_path: Path) -> None:

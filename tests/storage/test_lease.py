@@ -45,6 +45,27 @@ def test_a_live_holder_is_named(tmp_path: Path) -> None:
         assert ours.number == 2
 
 
+@pytest.mark.parametrize("damage", [b"", b"{", b"null", b'{"host": "elsewhere"}'])
+@pytest.mark.parametrize("beating", [True, False])
+def test_a_holder_whose_file_is_damaged_is_known_by_its_heartbeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes, beating: bool
+) -> None:
+    folder, beats = open_folder(tmp_path), iter(range(100))
+    folder.write("0001", damage)
+    monkeypatch.setattr(lease, "STILL_S", 0.2)
+    monkeypatch.setattr(lease, "_heartbeat", lambda *_: str(next(beats) if beating else 0).encode())
+    monkeypatch.setattr(lease.time, "sleep", lambda _: None)
+    if beating:
+        with (
+            pytest.raises(Held, match=r"held by process \? on \? \(its file is damaged\), which is alive"),
+            lease.hold(folder),
+        ):
+            pass
+    else:
+        with lease.hold(folder) as ours:
+            assert ours.number == 2
+
+
 @pytest.mark.parametrize("beating", [True, False])
 def test_a_holder_on_another_machine_is_alive_while_its_heartbeat_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beating: bool

@@ -10,7 +10,7 @@ from dis_scale.errors import StorageError, UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import METRICS, SKIPPED, PointName, Run, Sampled, Sweep, state
+from dis_scale.sweep import ENDED, LATENTS, METRICS, SKIPPED, PointName, Run, Sampled, Sweep, state
 from dis_scale.sweep.extractors import part_count, part_positions
 from dis_scale.training import checkpoint
 from tests.conftest import TINY
@@ -123,3 +123,18 @@ def test_parts_of_the_reference_hold_each_image_once_and_are_few_for_any_set(ima
     positions = [part_positions(number, images) for number in range(parts)]
     assert (positions[0].start, positions[-1].stop) == (0, images)
     assert all(before.stop == after.start for before, after in pairwise(positions))
+
+
+@pytest.mark.parametrize("damage", [b"{", b"null", b"{}"])
+def test_damaged_notes_of_an_evaluation_and_a_run_are_named_and_stop_nothing(
+    sweep: Sweep, damage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    sampled, run = Sampled("dit", 0), sweep.run("dit").folder
+    sweep.evaluation(sampled).write(SKIPPED, damage)
+    assert state.why_skipped(sweep, [sampled]) == {}
+    assert f"{SKIPPED}: damaged: " in caplog.text
+    run.write(ENDED, damage)
+    assert state.ended(sweep, "dit") == f"{ENDED} is damaged"
+    sweep.folder.write(LATENTS, damage)
+    assert state.find_latents(sweep.folder) is None
+    assert state.latents_vae(sweep) is None
