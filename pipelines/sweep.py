@@ -36,6 +36,7 @@ from pipelines.signals import obeying_signals
 from pipelines.waiting import Wait
 
 POLL_EVERY_S = 0.5
+DELETED = "its published weights were deleted, and only training makes them: restore them, or remove the count from the recipe"
 
 
 @dataclass
@@ -80,6 +81,7 @@ def run_sweep(recipe: Recipe, console: Console, here: bool = False) -> None:
     console.print(table(plan))
     failures = Failures()
     with Board(console) as board:
+        _name_deleted_weights(sweep, board)
         done = state.all_evaluated(sweep) and not state.outdated(sweep)
         if done and sweep.report.exists(report.CSV):
             board.say("nothing to do: every model is trained and evaluated at every published count")
@@ -125,8 +127,6 @@ def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
         if not cluster.ours:
             _await_nodes(driver, cluster)
         _require_memory(plan, cluster)
-        for what, why in _missing_weights(sweep).items():
-            board.say(f"missing  {what}: {why}")
         try:
             if not state.prepared(sweep):
                 run_stage(driver, cluster, "prepare")
@@ -156,11 +156,17 @@ def _list_images(driver: Driver, plan: Plan, store: Folder) -> None:
     driver.board.say(f"data     {price_reading(recipe, plan.shape, len(source))}")
 
 
+def _name_deleted_weights(sweep: Sweep, board: Board) -> None:
+    """Log the published weights that were deleted, also of a finished sweep: forks, ablations and added metrics need them."""
+    for model, counts in state.missing_published(sweep).items():
+        for count in counts:
+            board.say(f"missing  {Sampled(model, count)}: {DELETED}")
+
+
 def _missing_weights(sweep: Sweep) -> dict[str, str]:
     """Return the reason for each evaluation that cannot be done, because its published weights were deleted."""
-    why = "its published weights were deleted, and only training makes them: restore them, or remove the count from the recipe"
     return {
-        f"evaluation of {Sampled(model, count)}": why
+        f"evaluation of {Sampled(model, count)}": DELETED
         for model, counts in state.missing_published(sweep).items()
         for count in set(counts) - set(state.evaluated_counts(sweep, model))
     }

@@ -13,11 +13,11 @@ import pytest
 from ray.job_submission import JobStatus
 from rich.console import Console
 
-from dis_scale import faults
+from dis_scale import faults, report
 from dis_scale.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.plan import price_sweep
 from dis_scale.progress import Board
-from dis_scale.recipe import LatentShape, Recipe, reading
+from dis_scale.recipe import LatentShape, Recipe, Storage, reading
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import METRICS, Sampled, Sweep, state
@@ -184,6 +184,24 @@ def test_deleted_weights_that_were_never_evaluated_are_a_failure(tiny: Recipe, t
     assert what == "evaluation of dit at 160 images"
     sweep.evaluation(Sampled("dit", 160)).write_json(METRICS, {})
     assert pipeline._missing_weights(sweep) == {}, "evaluated before they were deleted"
+
+
+def test_deleted_weights_are_named_at_the_next_start(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a sweep in which nothing is left to do."""
+    sweep = driver_of(tiny.model_copy(update={"storage": Storage(root=str(tmp_path))}), tmp_path).sweep
+    console = Console(file=io.StringIO(), width=200, record=True)
+    sweep.save_recipe()
+    for count in (0, 320):
+        manifest.put(sweep.run("dit").published_at(count), {})
+    monkeypatch.setattr(state, "all_evaluated", lambda _: True)
+    monkeypatch.setattr(pipeline, "_print_results", lambda *_: None)
+    sweep.report.write(report.CSV, b"")
+    pipeline.run_sweep(sweep.recipe, console)
+    shown = console.export_text()
+    assert "missing  dit at 160 images: its published weights were deleted, and only training makes them" in shown
+    assert "nothing to do" in shown
 
 
 # -- failures of jobs --------------------------------------------------------------------------------------------------
