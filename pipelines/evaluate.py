@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from dis_scale.evaluation.reference import Reference
     from dis_scale.evaluation.sampling import SampleBlock
 
-POLL_EVERY_S = 2.0
+POLL_EVERY_S, LONGEST_POLL_S = 2.0, 30.0
+"""Interval of polls for news of training: a twentieth of the wait so far, within these. Each poll costs several requests."""
 BACKLOG_EVERY_S = 600.0
 """Interval at which the backlog is counted during an evaluation."""
 
@@ -240,14 +241,15 @@ def _copy_earlier(sweep: Sweep) -> None:
 def wait_for_training(sweep: Sweep, news: Callable[[], bool]) -> None:
     """Wait for `news`; DisScaleError if for `give_up_after_s` nothing is published or saved either."""
     give_up_s = sweep.recipe.evaluate.give_up_after_s
-    since_s, before = time.monotonic(), None
+    began_s = since_s = time.monotonic()
+    before = None
     while not news():
         stage.raise_if_stopped()
         if time.monotonic() - since_s > give_up_s:
             if before == (now := _signs_of_training(sweep)):
                 raise DisScaleError(f"nothing was published or saved for {give_up_s:.0f} s: is training running?")
             since_s, before = time.monotonic(), now
-        stage.pause(POLL_EVERY_S)
+        stage.pause(min(LONGEST_POLL_S, max(POLL_EVERY_S, (time.monotonic() - began_s) / 20)))
 
 
 def _signs_of_training(sweep: Sweep) -> list[list[str]]:

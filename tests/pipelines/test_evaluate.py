@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -134,3 +135,21 @@ def test_seconds_add_up_and_name_the_rate() -> None:
         "sampling": 6.0, "decoding": 2.0, "sampling_images_per_s": 10.0, "decoding_images_per_s": 30.0,
     }  # fmt: skip
     assert evaluate._seconds([{"sampling": 0.0, "images": 0}]) == {}
+
+
+def test_a_wait_of_a_day_asks_storage_rarely(tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each poll costs several requests."""
+    now_s, polls = [0.0], list[float]()
+
+    def pause(seconds: float) -> None:
+        now_s[0] += seconds
+
+    def news() -> bool:
+        polls.append(now_s[0])
+        return now_s[0] > 86_400
+
+    monkeypatch.setattr(evaluate.time, "monotonic", lambda: now_s[0])
+    monkeypatch.setattr(stage, "pause", pause)
+    evaluate.wait_for_training(sweep_at(tmp_path, tiny), news)
+    assert len(polls) < 3000
+    assert all(later - poll < 1.001 * max(2, poll / 20) for poll, later in pairwise(polls))
