@@ -151,7 +151,7 @@ def _environment(cluster: Cluster, sweep: Sweep, alone: bool) -> dict[str, str]:
 
 
 def _submit(cluster: Cluster, name: str, command: list[str], environment: dict[str, str]) -> Job:
-    deadline = time.monotonic() + START_TIMEOUT_S
+    deadline, unanswered = time.monotonic() + START_TIMEOUT_S, False
     while True:
         try:
             cluster.client.submit_job(
@@ -160,10 +160,11 @@ def _submit(cluster: Cluster, name: str, command: list[str], environment: dict[s
                 runtime_env=cluster.runtime_env | {"env_vars": environment},
             )
             return Job(cluster, name, ours=True)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             if "already" in str(error):
-                return Job(cluster, name, ours=False)
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                return Job(cluster, name, ours=unanswered)
+            unanswered = isinstance(error, OSError)  # requests' errors of connections; the job may have been taken
+            if not (unanswered or "No available agent" in str(error)) or time.monotonic() > deadline:
                 raise DisScaleError(f"Ray did not take the job {name}: {' '.join(str(error).split())[:300]}") from error
         time.sleep(1)  # Ray has just started on a busy machine: its agent comes up after its dashboard
 

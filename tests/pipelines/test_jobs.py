@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from ray.job_submission import JobDetails, JobStatus
 
 from dis_scale.recipe import Recipe
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
 from pipelines import jobs
+from pipelines.cluster import Cluster
 from pipelines.jobs import Job
 
 
@@ -115,6 +117,22 @@ def test_what_a_new_cluster_would_only_repeat_ends_as_stopped(
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
     jobs.end_own_job(code)
     assert len(asked) <= 1, "outside a Ray job nothing is asked"
+
+
+def test_a_job_is_submitted_again_until_the_dashboard_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was taken although its answer was lost."""
+    answers = iter(
+        [RuntimeError("No available agent"), requests.ConnectionError("aborted"), RuntimeError("already exists")]
+    )
+
+    class Client:
+        def submit_job(self, **_: object) -> None:
+            raise next(answers)
+
+    monkeypatch.setattr(jobs.time, "sleep", lambda _: None)
+    client: Any = Client()
+    cluster = Cluster(client, {}, "a Ray", ours=True, capacity=1, gpus=0, gpu_fault="", id="x")
+    assert jobs._submit(cluster, "tiny-train-1", ["true"], {}).ours
 
 
 def test_any_spelling_of_a_sweeps_folder_finds_its_jobs(
