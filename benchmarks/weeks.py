@@ -97,6 +97,7 @@ def watch(root: str) -> dict[str, Counter[str]]:
     leases = (sweep.lease("sweep"), sweep.lease("evaluate"), run.lease)
     causes: dict[str, tuple[float, Callable[[], object]]] = {
         "heartbeats": (lease.BEAT_S, lambda: [folder.write("0001.beat", b"1") for folder in leases]),
+        "poll for a stop request": (lease.BEAT_S, lease.Lease(sweep.lease("sweep"), 1).stop_requested),
         "evaluation's poll": (evaluate.LONGEST_POLL_S, lambda: (backlog.left(), state.training_over(sweep))),
         "copy of rows, no new ones": (2 * train_job.COPY_EVERY_S, reader.new),
         "copy of rows, a new file": (2 * train_job.COPY_EVERY_S, copy),
