@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from ray.exceptions import RayTaskError
 
 from dis_scale.errors import DisScaleError, Preempted, StorageAway, StorageError, StorageFull, UserError
@@ -62,9 +63,9 @@ def test_as_many_evaluators_have_a_gpu_as_training_leaves_and_nodes_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, float]], before: int, after: int
 ) -> None:
     sweep = sweep_at(tmp_path, reading.load(TINY, ["train.workers=8", "train.lanes=8", "evaluate.workers=4"]))
-    monkeypatch.setattr(evaluate.ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
     total = {name: sum(node.get(name, 0) for node in nodes) for node in nodes for name in node}
-    monkeypatch.setattr(evaluate.ray, "cluster_resources", lambda: total)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: total)
     assert evaluate.own_gpus(sweep) == before
     monkeypatch.setattr(state, "training_over", lambda _: True)
     assert evaluate.own_gpus(sweep) == after
@@ -74,7 +75,7 @@ def test_evaluators_stay_off_the_nodes_that_training_needs(monkeypatch: pytest.M
     """Otherwise one of them may hold a GPU of the only node on which four workers fit, and training waits for ever."""
     declared = {"a": {"GPU": 4.0, "CPU": 8.0, "train": 4.0}, "b": {"GPU": 2.0, "CPU": 8.0}}
     nodes = [{"Alive": True, "NodeID": name, "Resources": node} for name, node in declared.items()]
-    monkeypatch.setattr(evaluate.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
     recipe = reading.load(TINY, ["evaluate.workers=3"])
     selectors = [request.get("label_selector") for _, request in places.requests(recipe, "cuda", 3)]
     assert selectors == [{"ray.io/node-id": "!in(a)"}] * 2 + [None]
