@@ -10,6 +10,7 @@ import time
 from typing import Any, Literal, NamedTuple
 
 from dis_scale import jsonlog
+from dis_scale.redaction import redact
 
 PROGRESS_EVERY_S = 2.0
 _MARKS = {"progress": "@progress ", "message": "@say ", "event": "@event "}
@@ -76,7 +77,8 @@ def say(text: str, level: str = "info") -> None:
 
 
 def fail(text: str) -> None:
-    """Log the error that ends the job."""
+    """Log the error that ends the job, without secrets."""
+    text = redact(text)
     write(jsonlog.entry("error", "error", message=text) if jsonlog.wanted() else _ERROR + text)
 
 

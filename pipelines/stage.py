@@ -14,6 +14,7 @@ from typing import NoReturn
 import ray
 
 from dis_scale.errors import DisScaleError, Preempted
+from dis_scale.redaction import redact
 from dis_scale.sweep import Sweep
 from pipelines import environment, lines, logs, metrics
 
@@ -60,7 +61,7 @@ def _exit_with(cause: BaseException, error: BaseException) -> NoReturn:
     if isinstance(cause, DisScaleError):
         lines.fail(str(cause))
     else:
-        traceback.print_exception(error, file=sys.stdout)
+        print(redact("".join(traceback.format_exception(error))), end="", flush=True)
         lines.fail(f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0][:300]}")
     logs.close()
     os._exit(cause.exit_code if isinstance(cause, DisScaleError) else 1)

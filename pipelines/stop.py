@@ -1,5 +1,7 @@
 """The stop request of another process: to the sweep's command through storage, and to the jobs through Ray. Needs no PyTorch."""
 
+import time
+
 from dis_scale.errors import UserError
 from dis_scale.storage import lease
 from dis_scale.storage.folder import open_folder
@@ -16,12 +18,15 @@ def stop_sweep(url: str, address: str | None) -> list[str]:
     """
     command = lease.request_stop(command_lease(open_folder(url)))
     asked = [f"process {command.pid} on {command.host}"] if command else []
+    dead = command is not None and not command.works(time.time())
     try:
         sweep = Sweep.open(url)
         if address is None and ray_address() is None:
             address = last_ray.address_of(sweep)
         return asked + jobs.stop_all(sweep, address)
-    except UserError:
+    except UserError as error:
+        if dead:
+            raise UserError(f"{error}; a request was left for {asked[0]}, of which no heartbeat came lately") from error
         if not asked:
             raise
         return asked

@@ -23,6 +23,7 @@ import psutil
 
 from dis_scale import counts
 from dis_scale.errors import DisScaleError, Held
+from dis_scale.redaction import redact
 from dis_scale.storage.folder import Folder
 from dis_scale.threads import in_order
 
@@ -32,6 +33,8 @@ STILL_S = 20.0
 """Time without a heartbeat after which a holder on another machine counts as dead."""
 BEATLESS_S = 60.0
 """Age of the last heartbeat from which a holder is reported dead; includes the difference between two machines' clocks."""
+WHY_CHARACTERS = 500
+"""Most characters of the error that ended a lease."""
 AT_ONCE = 32
 """Leases that are read at a time."""
 
@@ -78,11 +81,17 @@ def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
     try:
         yield lease
     except BaseException as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())
+        why = _why(error)
         raise
     finally:
         ended.set()
         folder.write_json(f"{lease.number:04d}.end", {"at": time.time(), "why": why})
+
+
+def _why(error: BaseException) -> str:
+    """Return an error in one line without secrets; of an error of Ray, what its worker raised, without the worker's traceback."""
+    cause = getattr(error, "cause", None) or error
+    return redact(" ".join(f"{type(cause).__name__}: {cause}".split()))[:WHY_CHARACTERS]
 
 
 def name_of(holder: dict[str, Any]) -> str:
@@ -138,9 +147,9 @@ def last_holdings(folder: Folder, count: int) -> list[Holding]:
 
 
 def request_stop(folder: Folder) -> Holding | None:
-    """Request the lease's holder to stop; return it, None if no live process holds the lease."""
+    """Request the lease's holder to stop; return it, None if it has ended or was a process of this machine that is gone."""
     holding = last_holding(folder)
-    if holding is None or not holding.works(time.time()):
+    if holding is None or holding.ended is not None or holding.gone:  # of any other, clocks do not show that it is dead
         return None
     folder.write(_stop_request(holding.number), b"")
     return holding
@@ -153,20 +162,29 @@ def _stop_request(number: int) -> str:
 def _holding(folder: Folder, number: int, names: Collection[str]) -> Holding:
     """Return a holder from those of its files that are among `names`."""
     name = f"{number:04d}"
-    holder, end = folder.read_json(name), dict[str, Any]()
-    if f"{name}.end" in names:
-        # earlier versions wrote nothing into it
-        end = json.loads(folder.read(f"{name}.end") or '{"at": 0.0, "why": ""}')
-    since: float | None = holder.get("at")
-    beat = _time_of(folder.read(f"{name}.beat")) if not end and f"{name}.beat" in names else since
-    gone = _is_here(holder) and _started(holder["pid"]) != holder["started"]
-    return Holding(number, holder["host"], holder["pid"], since, end.get("at"), end.get("why", ""), beat, gone)
+    holder = folder.find_json(name, "host", "pid") or {"host": "an unknown host", "pid": 0}
+    ended, why = _end(folder, name) if f"{name}.end" in names else (None, "")
+    since = _number(holder.get("at"))
+    beat = _time_of(folder.read(f"{name}.beat")) if ended is None and f"{name}.beat" in names else since
+    gone = _is_here(holder) and _started(holder["pid"]) != holder.get("started")
+    return Holding(number, holder["host"], holder["pid"], since, ended, why, beat, gone)
+
+
+def _end(folder: Folder, name: str) -> tuple[float, str]:
+    """Return the time and the reason of a lease's end; 0 and none if they are damaged, or of an earlier version, which has none."""
+    written = folder.read(f"{name}.end")
+    end = (folder.find_json(f"{name}.end", "at") if written else None) or {}
+    return _number(end.get("at")) or 0.0, str(end.get("why", ""))
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _time_of(heartbeat: bytes) -> float | None:
-    """Return the time of a heartbeat; None for one of an earlier version, which has none."""
+    """Return the time of a heartbeat; None for a damaged one, or one of an earlier version, which has none."""
     _, _, at = heartbeat.partition(b" ")
-    return float(at) if at else None
+    return float(at) if at.isdigit() else None
 
 
 def _send_heartbeats(lease: Lease, ended: threading.Event) -> None:

@@ -152,14 +152,14 @@ def test_damaged_files_are_named_and_the_rest_is_shown(sweep: Sweep, content: by
     run = sweep.run("dis")
     files = [
         (evaluation, METRICS, "evaluation of dis at 160 images"),
-        (run.lease, "0001", "the lease of dis"),
-        (sweep.lease("sweep"), "0001", "the lease of sweep"),
+        (run.lease, "0001", str(run.lease)),
+        (sweep.lease("sweep"), "0001", str(sweep.lease("sweep"))),
         (run.resume_point(PointName(80, 1)), manifest.NAME, "dis: resume point 000000000080-0001"),
     ]
     if content not in (b"", b"{}"):  # an empty file is one without rows, and of an older version of a lease
         files += [
             (run.log, "0001-000000.jsonl", str(run.log)),
-            (run.lease, "0001.end", "the lease of dis"),
+            (run.lease, "0001.end", str(run.lease)),
         ]
     for folder, name, words in files:
         before = folder.read(name)

@@ -5,12 +5,14 @@ import os
 import random
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import ray
 
-from dis_scale.errors import Held
+from dis_scale.errors import DisScaleError, Held
 from dis_scale.storage import lease
 from dis_scale.storage.folder import open_folder
 from tests.support.faulty_gateway import Gateway, Request
@@ -115,6 +117,36 @@ def test_a_lease_that_another_took_first_is_not_ours(tmp_path: Path, monkeypatch
         pass
 
 
+def test_the_reason_of_its_end_is_one_line_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an error of Ray it is what the worker raised."""
+    monkeypatch.setenv("STORE_PASSWORD", "hunter2hunter2")
+    error = ray.exceptions.RayTaskError("train", "a long\ntraceback", DisScaleError("no such table: hunter2hunter2"))
+    with pytest.raises(ray.exceptions.RayTaskError), lease.hold(open_folder(tmp_path)):
+        raise error
+    holding = lease.last_holding(open_folder(tmp_path))
+    assert holding
+    assert holding.why == "DisScaleError: no such table: ***"
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"null", b"{}", b'{"at": "x"}'])
+@pytest.mark.parametrize("name", ["0001", "0001.end", "0001.beat"])
+def test_a_damaged_file_hides_no_holder(tmp_path: Path, name: str, damage: bytes) -> None:
+    folder = open_folder(tmp_path)
+    folder.write_json("0001", {"host": "elsewhere", "boot": "x", "pid": 7, "started": 0.0, "at": time.time()})
+    folder.write(name, damage)
+    holding = lease.last_holding(folder)
+    assert holding
+    assert (holding.ended is not None) == (name == "0001.end")
+    assert (lease.request_stop(folder) is None) == (name == "0001.end")
+
+
+def test_a_stop_request_reaches_a_holder_whose_clock_differs(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path)
+    folder.write_json("0001", {"host": "elsewhere", "boot": "x", "pid": 7, "started": 0.0, "at": time.time() - 600})
+    assert lease.request_stop(folder)
+    assert folder.exists("0001.stop")
+
+
 def test_a_stop_request_is_for_one_live_holder(tmp_path: Path) -> None:
     folder = open_folder(tmp_path)
     assert lease.request_stop(folder) is None
@@ -125,8 +157,6 @@ def test_a_stop_request_is_for_one_live_holder(tmp_path: Path) -> None:
     assert lease.request_stop(folder) is None, "it has ended"
     with lease.hold(folder) as next_one:
         assert not next_one.stop_requested()
-    folder.write_json("0003", {"host": "gone", "pid": 7, "at": 1.0})
-    assert lease.request_stop(folder) is None, "without a heartbeat"
 
 
 def test_a_damaged_lease_is_free_once_its_heartbeat_has_stopped(
