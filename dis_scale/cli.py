@@ -6,6 +6,7 @@ Each command imports what it needs when it runs, so that `--help` and a mistake 
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -487,21 +488,35 @@ def _numbers(option: str, text: str) -> list[float]:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; an error of ours becomes one line and its exit code, unless `--debug` is given anywhere."""
     words = sys.argv[1:] if arguments is None else arguments
+    drives = words[:1] in (["sweep"], ["resume"])
     try:
         app([word for word in words if word != "--debug"])
+    except SystemExit as end:  # by Typer
+        if drives and end.code == UserError.exit_code:
+            _end_own_job(UserError.exit_code)
+        raise
     except DisScaleError as error:
         if "--debug" in words:
             raise
-        drives = words[:1] in (["sweep"], ["resume"])
         words_of_error = f"error: {error}"
         if drives and os.environ.get(jsonlog.VARIABLE) == "json":
             words_of_error = jsonlog.entry("error", "error", message=str(error))
         print(words_of_error, file=sys.stderr, flush=True)
         if drives:
-            from pipelines.jobs import end_own_job
-
-            end_own_job(error.exit_code)
+            _end_own_job(error.exit_code)
         raise SystemExit(error.exit_code) from None
+    except Exception:
+        if not drives:
+            raise
+        traceback.print_exc()
+        _end_own_job(DisScaleError.exit_code)
+        raise SystemExit(DisScaleError.exit_code) from None
+
+
+def _end_own_job(exit_code: int) -> None:
+    from pipelines.jobs import end_own_job
+
+    end_own_job(exit_code)
 
 
 if __name__ == "__main__":

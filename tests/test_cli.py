@@ -16,6 +16,7 @@ from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
+from pipelines import jobs
 from pipelines import sweep as pipeline
 from tests.conftest import TINY
 
@@ -29,6 +30,33 @@ def invoke(*arguments: str) -> tuple[int, str]:
         except SystemExit as end:
             code = int(end.code or 0)
     return code, output.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "expected"),
+    [
+        (["sweep", "--sett", "x=1"], None, 2),
+        (["sweep"], UserError("no"), 2),
+        (["sweep"], ZeroDivisionError("ours"), 1),
+        (["sweep"], None, None),
+        (["status", "--sett"], None, None),
+    ],
+)
+def test_every_error_ends_the_job_of_the_sweep(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], error: Exception | None, expected: int | None
+) -> None:
+    """Otherwise KubeRay would start further clusters for a typing mistake."""
+
+    def run_sweep(*_: object) -> None:
+        if error:
+            raise error
+
+    ended: list[int] = []
+    monkeypatch.setattr(pipeline, "run_sweep", run_sweep)
+    monkeypatch.setattr(jobs, "end_own_job", ended.append)
+    code, _ = invoke(*words)
+    assert ended == ([] if expected is None else [expected])
+    assert code == (expected or (2 if words[0] == "status" else 0))
 
 
 def test_without_a_recipe_the_embedded_one_is_used_and_logged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,8 +117,10 @@ def test_debug_changes_nothing_without_an_error(monkeypatch: pytest.MonkeyPatch,
 
 def test_an_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     fail_with(monkeypatch, ZeroDivisionError("our own mistake"))
-    with pytest.raises(ZeroDivisionError, match="our own mistake"):
-        invoke("sweep", str(TINY))
+    code, output = invoke("sweep", str(TINY))
+    assert code == 1
+    assert output.startswith("Traceback")
+    assert output.endswith("ZeroDivisionError: our own mistake\n")
 
 
 def test_a_plan_shows_models_and_price_and_starts_nothing(tmp_path: Path) -> None:
