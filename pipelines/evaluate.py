@@ -151,8 +151,6 @@ def _await_gpus(sweep: Sweep) -> int:
     def ready() -> bool:
         nonlocal own
         own = own_gpus(sweep)
-        if own == 0 and state.training_over(sweep):
-            wait.log(1, amounts(resources("evaluate", "cuda", 0)))
         return own > 0 or (shares and total_gpus() > 0)
 
     if not ready():
@@ -161,7 +159,11 @@ def _await_gpus(sweep: Sweep) -> int:
             f"evaluation waits until training has ended, which uses all {total_gpus()} GPUs: "
             "evaluate.gpu_share or fewer train.workers would let it run beside training"
         )
-        wait_for_training(sweep, ready)
+        wait_for_training(sweep, lambda: ready() or state.training_over(sweep))
+        while not ready():
+            wait.log(1, amounts(resources("evaluate", "cuda", 0)))
+            stage.pause(POLL_EVERY_S)
+        wait.log(0, {})
     return own
 
 

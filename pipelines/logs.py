@@ -46,12 +46,21 @@ def keep_driver(sweep: Sweep) -> None:
 
 
 def keep_workers(workers: Sequence[Any]) -> None:
-    """Let each worker of a new attempt keep its log, under its number in this order, which is the rank in training."""
-    if _own is None or not (workers := [worker for worker in workers if worker._actor_id.hex() not in _workers]):
+    """Let each worker keep its log: those of a new attempt by their number in this order, which is the rank in training.
+
+    A worker that replaces a lost one of several gets the next number of the attempt that the others belong to.
+    """
+    if _own is None:
         return
-    threading.Thread(target=attempt_logs.prune, args=(_own.folder,), daemon=True, name="old logs").start()
-    begun = attempt_logs.stamp()
-    for number, worker in enumerate(workers):
+    known = [_workers[id][1].begun for worker in workers if (id := worker._actor_id.hex()) in _workers]
+    if len(known) == len(workers):
+        return
+    begun = max(known) if known else attempt_logs.stamp()
+    first = sum(name.begun == begun for _, name in _workers.values())
+    if not known:
+        threading.Thread(target=attempt_logs.prune, args=(_own.folder,), daemon=True, name="old logs").start()
+    new = [worker for worker in workers if worker._actor_id.hex() not in _workers]
+    for number, worker in enumerate(new, first):
         name = LogName(begun, f"{number:04d}")
         _workers[worker._actor_id.hex()] = (_own.folder, name)
         worker.observe.remote(_own.folder, name)

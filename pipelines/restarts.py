@@ -9,7 +9,7 @@ from dis_scale import counts
 from dis_scale.errors import DisScaleError, StorageAway
 from dis_scale.recipe import Recipe
 from pipelines import lines, stage
-from pipelines.worker import WorkerFailure, describe, may_pass
+from pipelines.worker import StorageFailure, WorkerFailure, blame, describe, may_pass
 
 T = TypeVar("T")
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 2.0, 60.0
@@ -22,6 +22,7 @@ def with_restarts(
     """Return the attempt's result. After a failure run it again with that failure, as often as the recipe allows.
 
     Only consecutive attempts without progress (`stored` has not grown) count towards the limit. The wait between them doubles.
+    DisScaleError after the last; StorageAway if storage was away in it.
     """
     failures: list[WorkerFailure] = []
     before = _stored_or(0, stored)
@@ -32,11 +33,12 @@ def with_restarts(
             if isinstance(error, ray.exceptions.RayError) and not may_pass(error):
                 raise
             stage.raise_if_stopped()
-            failure = error if isinstance(error, WorkerFailure) else WorkerFailure(describe(error))
+            failure = error if isinstance(error, WorkerFailure) else _failure(error)
         now = _stored_or(before, stored)
         failures, before = ([failure] if now > before else [*failures, failure]), now
         if len(failures) > recipe.train.restarts:
-            raise DisScaleError(_last_words(name, failures)) from failure
+            kind = StorageAway if isinstance(failure, StorageFailure) else DisScaleError
+            raise kind(_last_words(name, failures)) from failure
         wait_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (len(failures) - 2)) if len(failures) > 1 else 0.0
         left = recipe.train.restarts - len(failures)
         counts.add(counts.RESTARTS)
@@ -47,6 +49,11 @@ def with_restarts(
         )
         stage.pause(wait_s)
         stage.raise_if_stopped()
+
+
+def _failure(error: Exception) -> WorkerFailure:
+    away = isinstance(error, StorageAway) or blame(error) == "storage"
+    return (StorageFailure if away else WorkerFailure)(describe(error))
 
 
 def _stored_or(before: int, stored: Callable[[], int]) -> int:

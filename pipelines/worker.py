@@ -63,6 +63,10 @@ class WorkerFailure(DisScaleError):
         self.done, self.silent_s, self.at = done, silent_s, time.time()
 
 
+class StorageFailure(WorkerFailure):
+    """An attempt ended because storage was away."""
+
+
 class DeviceFailure(WorkerFailure):
     """An attempt ended by a failed device; `worker` is the number of its worker."""
 
@@ -181,6 +185,8 @@ def watch(
             for worker in workers:
                 ray.kill(worker)
         raise
+    finally:
+        metrics.gauge("waiting_workers", 0)  # some may still have waited when the work was done
 
 
 def _watch(
@@ -241,6 +247,8 @@ def _raise_failure(finished: Sequence[Any], results: Sequence[Any], done: int, s
             raise DeviceFailure(describe(worst), worker, done, silent_s)
         case "memory":
             raise OutOfMemory(describe(worst))
+        case "storage":
+            raise StorageFailure(describe(worst), done, silent_s)
         case "mistake":
             raise worst
     raise WorkerFailure(describe(worst), done, silent_s)

@@ -32,7 +32,7 @@ def test_all_workers_that_are_watched_keep_their_logs(monkeypatch: pytest.Monkey
     worker.watch(ranks[::-1], [], lambda _: None, keep_logs=False)
     worker.watch(ranks, [], lambda _: None)
     worker.watch([*ranks, worker_of("cc")], [], lambda _: None)
-    assert kept == [("aa", "0000"), ("bb", "0001"), ("cc", "0000")]
+    assert kept == [("aa", "0000"), ("bb", "0001"), ("cc", "0002")], "it replaces a lost one"
 
 
 @pytest.mark.parametrize("of", ["another attempt", "this attempt"])

@@ -1,11 +1,12 @@
 """Restarts: which failures lead to another attempt, how many there are, how long they wait, and the error after the last."""
 
 import pytest
+import ray
 
 from dis_scale.errors import DisScaleError, StorageAway, StorageError
 from dis_scale.recipe import Recipe
 from pipelines import restarts, stage
-from pipelines.worker import WorkerFailure
+from pipelines.worker import StorageFailure, WorkerFailure
 from tests.support.events import events
 
 
@@ -61,3 +62,14 @@ def test_an_attempt_follows_unavailable_storage_but_not_damage(tiny: Recipe, wai
     assert len(run(tiny, [StorageAway("away")], [0, 0])) == 2
     with pytest.raises(StorageError, match="damaged"):
         run(tiny, [StorageError("damaged")], [0, 0])
+
+
+def test_after_the_last_attempt_storage_that_is_away_is_reported_as_such(tiny: Recipe, waits: list[float]) -> None:
+    """Its exit code lets a new cluster try again; a driver's error and a worker's count alike."""
+    of_a_rank = ray.exceptions.RayTaskError("train", "traceback", StorageAway("away"))
+    for failure in (StorageAway("away"), of_a_rank, StorageFailure("away")):
+        with pytest.raises(StorageAway, match="dis: 4 attempts in a row failed without progress: away"):
+            run(tiny, [WorkerFailure("lost")] * 3 + [failure], [0] * 5)
+    with pytest.raises(DisScaleError) as raised:
+        run(tiny, [StorageAway("away")] * 3 + [WorkerFailure("lost")], [0] * 5)
+    assert not isinstance(raised.value, StorageAway)
