@@ -173,7 +173,7 @@ def _prefix(sweep: Sweep) -> str:
     """First part of the ids of all jobs of a sweep. A local folder counts by its real path, so that any way to it finds them."""
     local = sweep.folder.local
     where = str(local.resolve()) if local else sweep.folder.url
-    return f"{sweep.folder.name}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
+    return f"{where.rpartition('/')[2]}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
 
 
 def end_own_job(exit_code: int) -> None:
@@ -193,12 +193,11 @@ def end_own_job(exit_code: int) -> None:
 
 
 def stop_jobs(jobs: list[Job], wait_s: float) -> None:
-    """Ask Ray to stop the jobs that we submitted; wait up to `wait_s` for their end."""
+    """Ask Ray to stop these jobs; wait up to `wait_s` for their end."""
     for job in jobs:
-        if job.ours:
-            job.stop()
+        job.stop()
     deadline = time.monotonic() + wait_s
-    while time.monotonic() < deadline and not all(job.ended() for job in jobs if job.ours):
+    while time.monotonic() < deadline and not all(job.ended() for job in jobs):
         time.sleep(0.3)
 
 

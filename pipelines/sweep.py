@@ -16,7 +16,7 @@ from rich.console import Console
 
 from dis_scale import context, jsonlog, report, vae
 from dis_scale.data.sources import open_source, require_source
-from dis_scale.errors import DisScaleError, Held, Preempted, StorageAway, UserError
+from dis_scale.errors import DisScaleError, Held, Preempted, StorageAway, StorageError, UserError
 from dis_scale.evaluation.features import require_weights
 from dis_scale.plan import Plan, price_reading, price_sweep, table
 from dis_scale.progress import Board, listing_words
@@ -104,6 +104,8 @@ def await_storage(sweep: Folder, console: Console) -> None:
     except StorageAway as error:
         console.print(f"waiting  storage does not answer, retried for about a minute: {error}")
         sweep.patient.exists(RECIPE)
+    except StorageError as error:
+        raise UserError(f"storage cannot be used: {error}") from error
 
 
 def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
@@ -135,7 +137,10 @@ def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
             failures = _train_and_evaluate(driver, cluster)
         except BaseException:
             # Wait until the jobs have saved: their Ray may end with this process. A Ray job has no time for it.
-            jobs.stop_jobs(driver.jobs, wait_s=0.0 if in_ray_job() else sweep.recipe.grace_s + 5)
+            stopped = [
+                job for job in driver.jobs if job.ours or first
+            ]  # also those of an earlier command that was killed
+            jobs.stop_jobs(stopped, wait_s=0.0 if in_ray_job() else sweep.recipe.grace_s + 5)
             raise
     skipped = {f"evaluation of {sampled}": why for sampled, why in state.skipped(sweep).items()}
     return replace(failures, skipped=skipped | _missing_weights(sweep))

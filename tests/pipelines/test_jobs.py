@@ -28,9 +28,13 @@ class Log:
     status: JobStatus = JobStatus.RUNNING
     complete_reads: int = 0
     connections: list[int] = field(default_factory=list)
+    stopped: list[str] = field(default_factory=list)
 
     def get_job_status(self, _: str) -> JobStatus:
         return self.status
+
+    def stop_job(self, name: str) -> None:
+        self.stopped.append(name)
 
     def get_job_logs(self, _: str) -> str:
         self.complete_reads += 1
@@ -119,6 +123,13 @@ def test_what_a_new_cluster_would_only_repeat_ends_as_stopped(
     assert len(asked) <= 1, "outside a Ray job nothing is asked"
 
 
+def test_all_given_jobs_are_stopped_also_those_of_an_earlier_command() -> None:
+    log = Log([], [], JobStatus.STOPPED)
+    joined = Job(job_of(log).cluster, "tiny-train-1", ours=False)
+    jobs.stop_jobs([joined], 0.0)
+    assert log.stopped == ["tiny-train-1"]
+
+
 def test_a_job_is_submitted_again_until_the_dashboard_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was taken although its answer was lost."""
     answers = iter(
@@ -140,6 +151,7 @@ def test_any_spelling_of_a_sweeps_folder_finds_its_jobs(
 ) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "alias").symlink_to(tmp_path / "real/sweeps/tiny")
     monkeypatch.chdir(tmp_path)
     asked = list[str]()
 
@@ -161,6 +173,7 @@ def test_any_spelling_of_a_sweeps_folder_finds_its_jobs(
             asked.append(name)
 
     monkeypatch.setattr(jobs, "client_of", Client)
+    assert len(jobs.stop_all(Sweep(open_folder(tmp_path / "alias"), tiny), "http://127.0.0.1:1")) == 1
     for root in ("real", "real/", "./real//", f"{tmp_path}/link", "link/", f"file://{tmp_path}/link"):
         assert len(jobs.stop_all(Sweep.below(open_folder(root), tiny), "http://127.0.0.1:1")) == 1
-    assert len(asked) == 6
+    assert len(asked) == 7
