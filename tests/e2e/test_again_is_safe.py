@@ -14,6 +14,8 @@ from dis_scale.tracking.rows import RowReader
 from pipelines.stop import stop_sweep
 from tests.support import sweeps
 
+ONE_MODEL = (*sweeps.SLOW, "models={dis: {kind: dis, width: 16, depth: 2, patch: 4}}")
+
 
 def in_prepare(root: Path) -> bool:
     return sweeps.sweep_at(root).vae.exists("manifest.json")
@@ -32,42 +34,49 @@ def in_evaluation(root: Path) -> bool:
     return sweeps.sweep_at(root).folder.exists("evaluation/dis/000000003200/block-00000.npz")
 
 
-def kill_in(stage: Callable[[Path], bool], root: Path, log: Path) -> None:
+def kill_in(stage: Callable[[Path], bool], root: Path, log: Path, settings: tuple[str, ...] = sweeps.SLOW) -> None:
     """SIGKILL the command and all its children in a stage."""
     assert not stage(root), f"{stage.__name__} was passed before"
-    process = sweeps.start(str(root), *sweeps.SLOW, log=log)
+    process = sweeps.start(str(root), *settings, log=log)
     sweeps.wait_until(lambda: stage(root), process, log)
     sweeps.kill_all(process)
 
 
-def test_killed_in_precompute_and_stopped_in_training_it_makes_everything_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [ONE_MODEL, pytest.param(sweeps.SLOW, marks=pytest.mark.faults)],
+    ids=["one model", "two models"],
+)
+def test_killed_in_precompute_and_stopped_in_training_it_makes_everything_once(
+    tmp_path: Path, settings: tuple[str, ...]
+) -> None:
     root, log = tmp_path / "store", tmp_path / "log"
-    kill_in(in_precompute, root, log)
+    kill_in(in_precompute, root, log, settings)
     made = _nothing_made_again(root, {})
 
-    sweep = sweeps.sweep_at(root, *sweeps.SLOW)
-    process = sweeps.start(str(root), *sweeps.SLOW, log=log)
+    sweep = sweeps.sweep_at(root, *settings)
+    process = sweeps.start(str(root), *settings, log=log)
     sweeps.wait_until(lambda: in_training(root), process, log)
     assert stop_sweep(str(sweep), None)[0].startswith(f"process {process.pid} on ")
     assert process.wait(60) == 75, log.read_text()
     assert any(row.name == GOODPUT for row in RowReader(sweep.run("dis").log).new()), "it agreed on a step and saved"
     made = _nothing_made_again(root, made)
 
-    done = sweeps.run(str(root), *sweeps.SLOW)
+    done = sweeps.run(str(root), *settings)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.index("plan of tiny") < done.stdout.index("Ray job")
     assert f"page     {root}/sweeps/tiny/report/index.html" in done.stdout
-    sweeps.assert_complete(str(root), *sweeps.SLOW)
+    sweeps.assert_complete(str(root), *settings)
     made = _nothing_made_again(root, made)
-    _assert_mlflow_has_everything(root)
+    _assert_mlflow_has_everything(root, settings)
 
     begin = time.monotonic()
-    rerun = sweeps.run(str(root), *sweeps.SLOW)
+    rerun = sweeps.run(str(root), *settings)
     assert rerun.returncode == 0, rerun.stdout + rerun.stderr
     assert "nothing to do: every model is trained and evaluated" in rerun.stdout
     assert time.monotonic() - begin < 30
     assert sweeps.times(str(root)) == made
-    other = sweeps.run(str(root), *sweeps.SLOW, "seed=1")
+    other = sweeps.run(str(root), *settings, "seed=1")
     assert other.returncode == 2
     assert "seed: stored 0, given 1" in other.stderr
     assert "Traceback" not in other.stderr
@@ -114,8 +123,8 @@ def _nothing_made_again(root: Path, before: dict[str, float]) -> dict[str, float
     return now
 
 
-def _assert_mlflow_has_everything(root: Path) -> None:
-    sweep = sweeps.sweep_at(root, *sweeps.SLOW)
+def _assert_mlflow_has_everything(root: Path, settings: tuple[str, ...]) -> None:
+    sweep = sweeps.sweep_at(root, *settings)
     ids = sweep.folder.read_json(TRACKING)
     client = open_client(ids["uri"])
     assert set(ids["models"]) == set(sweep.recipe.models)
