@@ -45,6 +45,13 @@ _CONNECTIONS = 64
 """Connections of a process to S3; botocore's default of 10 would let threads wait for each other."""
 _MISTAKES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
 """Errors of botocore that no retry changes."""
+_BUSY = {
+    "RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete", "Throttling", "ThrottlingException",
+    "ThrottledException", "RequestThrottledException", "TooManyRequestsException", "ProvisionedThroughputExceededException",
+    "TransactionInProgressException", "RequestLimitExceeded", "BandwidthLimitExceeded", "LimitExceededException",
+    "RequestThrottled", "SlowDown", "EC2ThrottledException",
+}  # fmt: skip
+"""Error codes that botocore's standard retries repeat, whatever the status (botocore/retries/standard.py); some come with 400."""
 _allowed_at: dict[tuple[str, str], float] = {}
 """Time (monotonic, seconds) when a store, named by protocol and bucket, last allowed an action, named by its verb."""
 JSON_BYTES = 256 * 2**20
@@ -391,6 +398,8 @@ def _may_pass(error: Exception) -> bool:
         return True
     if type(error).__name__ in _MISTAKES:
         return False
+    if _s3_code(error) in _BUSY:
+        return True
     status = _http_status(error)
     if status is not None:
         return status >= 500 or status in (408, 409, 429)
@@ -412,10 +421,15 @@ def _denied(error: Exception) -> bool:
 
     S3 answers a HEAD request whose token has expired with 400 and no code.
     """
-    cause = getattr(error.__cause__, "response", None)
-    code = cause.get("Error", {}).get("Code") if isinstance(cause, dict) else None
     gone = type(error).__name__ in _MISTAKES
-    return gone or isinstance(error, PermissionError) or _http_status(error) in (401, 403) or code == "400"
+    refused = isinstance(error, PermissionError) or _http_status(error) in (401, 403)
+    return gone or refused or _s3_code(error) == "400"
+
+
+def _s3_code(error: Exception) -> str | None:
+    """Return the error code of S3's response; the status if it has none."""
+    response = getattr(error.__cause__, "response", None)  # s3fs raises its own errors from botocore's
+    return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
 
 
 def _http_status(error: BaseException) -> int | None:

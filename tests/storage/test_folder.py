@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import fsspec
 import pytest
+from botocore.retries import standard
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dis_scale import faults
@@ -185,6 +186,30 @@ def test_temporary_failures_are_retried(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Folder, "_do", lambda self, verb, path, action: flaky(verb, path, action))
     assert root.read("x") == b"data"
+
+
+@pytest.mark.parametrize("code", ["ThrottlingException", "Throttling", "SlowDown"])
+def test_a_store_that_throttles_is_asked_again(bucket: str, gateway: Gateway, code: str) -> None:
+    """Some gateways throttle with status 400."""
+    root = open_folder(bucket)
+    root.write("x", b"data")
+    gateway.concerns = lambda request: request.method == "GET"  # a response to HEAD has no code
+    gateway.faults = [(400, code)] * 3
+    assert (root.read("x"), gateway.faults) == (b"data", [])
+    gateway.faults = [(400, code)] * 100
+    with pytest.raises(StorageAway, match="injected fault"):
+        root.read("x")
+    gateway.faults = [(400, "InvalidRequest")] * 2
+    with pytest.raises(StorageError, match="injected fault") as raised:
+        root.read("x")
+    assert (type(raised.value), len(gateway.faults)) == (StorageError, 1)
+
+
+def test_all_codes_that_botocore_repeats_are_known() -> None:
+    from dis_scale.storage.folder import _BUSY
+
+    throttled = standard.ThrottledRetryableChecker._THROTTLED_ERROR_CODES
+    assert set(throttled + standard.TransientRetryableChecker._TRANSIENT_ERROR_CODES) <= _BUSY
 
 
 class ServiceRequestError(Exception):

@@ -14,11 +14,14 @@ class Request(NamedTuple):
     range: str | None
 
 
+Fault = int | str | tuple[int, str]
+
+
 class Gateway(ThreadingHTTPServer):
     """Forwards requests to `port`. Each of `faults` is used once, for the next request for which `concerns` is true.
 
-    A number is the status of the response. "cut" sends half of the response, "closed" none, "hangs" none until the server ends;
-    "lost" does what was requested and sends no answer.
+    A number is the status of the response, a tuple its status and error code. "cut" sends half of the response, "closed" none,
+    "hangs" none until the server ends; "lost" does what was requested and sends no answer.
     """
 
     daemon_threads = True
@@ -26,12 +29,12 @@ class Gateway(ThreadingHTTPServer):
     def __init__(self, port: int) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream_port, self.seen = port, list[Request]()
-        self.faults: list[int | str] = []
+        self.faults: list[Fault] = []
         self.concerns: Callable[[Request], bool] = lambda _: True
         self.ending = threading.Event()
         self._one_at_a_time = threading.Lock()
 
-    def fault_for(self, request: Request) -> int | str | None:
+    def fault_for(self, request: Request) -> Fault | None:
         with self._one_at_a_time:
             self.seen.append(request)
             return self.faults.pop(0) if self.faults and self.concerns(request) else None
@@ -48,8 +51,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.ending.wait()
         if fault in ("closed", "hangs"):
             self.close_connection = True
-        elif isinstance(fault, int):
-            self._answer(fault, {}, b"<Error><Code>InternalError</Code><Message>injected fault</Message></Error>")
+        elif isinstance(fault, int | tuple):
+            status, code = fault if isinstance(fault, tuple) else (fault, "InternalError")
+            self._answer(status, {}, f"<Error><Code>{code}</Code><Message>injected fault</Message></Error>".encode())
         else:
             self._forward(body, str(fault))
 
