@@ -35,6 +35,10 @@ class StorageAway(StorageError):
     exit_code = 74  # EX_IOERR of sysexits.h; apart from Held, which a new cluster would only repeat
 
 
+class Damaged(StorageError):
+    """An object that differs from its manifest, that is missing though its manifest names it, or that is not JSON."""
+
+
 class StorageFull(StorageError):
     """No space left in storage; the data to write is not at fault."""
 

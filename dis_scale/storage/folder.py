@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from dis_scale import counts, faults
-from dis_scale.errors import DisScaleError, StorageAway, StorageError, StorageFull, UserError
+from dis_scale.errors import Damaged, DisScaleError, StorageAway, StorageError, StorageFull, UserError
 
 T = TypeVar("T")
 
@@ -120,16 +120,16 @@ class Folder:
         return self._do("look up", path, lambda fs, full: fs.size(full))
 
     def read_json(self, path: str, *keys: str) -> Any:
-        """Return the object; StorageError if it is damaged: no JSON, or, if `keys` are given, no mapping that has them."""
+        """Return the object; Damaged if it is not JSON or, if `keys` are given, no mapping that has them."""
         data = self.read_up_to(path, JSON_BYTES)
         if len(data) > JSON_BYTES:
-            raise StorageError(f"{self.url}/{path}: damaged: over {JSON_BYTES:,} bytes, which no JSON of a sweep has")
+            raise Damaged(f"{self.url}/{path}: damaged: over {JSON_BYTES:,} bytes, which no JSON of a sweep has")
         try:
             value = json.loads(data)
         except ValueError as error:
-            raise StorageError(f"{self.url}/{path}: damaged: not JSON ({error})") from error
+            raise Damaged(f"{self.url}/{path}: damaged: not JSON ({error})") from error
         if keys and not (isinstance(value, dict) and set(keys) <= value.keys()):
-            raise StorageError(f"{self.url}/{path}: damaged: expected a mapping with {', '.join(keys)}")
+            raise Damaged(f"{self.url}/{path}: damaged: expected a mapping with {', '.join(keys)}")
         return value
 
     def find_json(self, path: str, *keys: str) -> dict[str, Any] | None:
@@ -137,7 +137,7 @@ class Folder:
         try:
             value = self.read_json(path, *keys)
             if not isinstance(value, dict):
-                raise StorageError(f"{self.url}/{path}: damaged: expected a mapping")
+                raise Damaged(f"{self.url}/{path}: damaged: expected a mapping")
             return value
         except FileNotFoundError:
             return None

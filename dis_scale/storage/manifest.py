@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from dis_scale.errors import StorageError
+from dis_scale.errors import Damaged, StorageError
 from dis_scale.storage.folder import Folder
 from dis_scale.threads import in_order
 
@@ -65,10 +65,10 @@ def require(folder: Folder, *keys: str) -> dict[str, Any]:
 
 
 def require_format(value: Any, where: str) -> None:
-    """StorageError for a format version that this code does not read."""
+    """StorageError for a format version that this code does not read; Damaged if there is none."""
     version = value.get("format") if isinstance(value, dict) else None
     if version not in (FORMAT, FORMAT - 1):
-        raise StorageError(
+        raise (Damaged if version is None else StorageError)(
             f"{where}: format {version!r} is not read by this version (it reads {FORMAT - 1} and {FORMAT})"
         )
 
@@ -85,14 +85,14 @@ def read_all(folder: Folder, manifest: dict[str, Any], use: Callable[[str, bytes
 
 
 def verified(folder: Folder, name: str, expected: dict[str, Any]) -> bytes:
-    """Return one file after comparing it with its `digest`; StorageError names a missing, short or damaged one."""
+    """Return one file after comparing it with its `digest`; Damaged names a missing, short or damaged one."""
     try:
         data = folder.read(name)
     except FileNotFoundError as error:
-        raise StorageError(f"{folder}/{name}: missing, though its manifest names it") from error
+        raise Damaged(f"{folder}/{name}: missing, though its manifest names it") from error
     actual = digest(data)
     if actual["bytes"] != expected["bytes"]:
-        raise StorageError(f"{folder}/{name}: damaged: {actual['bytes']} bytes, its manifest says {expected['bytes']}")
+        raise Damaged(f"{folder}/{name}: damaged: {actual['bytes']} bytes, its manifest says {expected['bytes']}")
     if actual["sha256"] != expected["sha256"]:
-        raise StorageError(f"{folder}/{name}: damaged: its sha256 differs from the manifest's")
+        raise Damaged(f"{folder}/{name}: damaged: its sha256 differs from the manifest's")
     return data

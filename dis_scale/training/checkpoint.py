@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from dis_scale.data.latents import Latents
-from dis_scale.errors import StorageAway, StorageError, UserError
+from dis_scale.errors import Damaged, StorageError, UserError
 from dis_scale.recipe import Train
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
@@ -148,8 +148,8 @@ def find_point(run: Run, name: PointName) -> ResumePoint | None:
 def newest_point(run: Run, log: Callable[[str], None], start_over: bool = False) -> ResumePoint | None:
     """Return the newest complete resume point, None for a run that has saved nothing yet.
 
-    A damaged one is logged and the one before is used. StorageAway if storage does not answer: what cannot be read now is not
-    damaged. UserError if the run was further and all is lost, unless it may `start_over`.
+    A damaged one is logged and the one before is used. StorageError if one cannot be read for another reason, such as missing
+    rights. UserError if the run was further and all is lost, unless it may `start_over`.
     """
     names, damaged = state.point_names(run), 0
     for name in reversed(names):
@@ -158,9 +158,7 @@ def newest_point(run: Run, log: Callable[[str], None], start_over: bool = False)
             if point is None:
                 continue
             point.verify()
-        except StorageAway:
-            raise
-        except StorageError as error:
+        except Damaged as error:
             log(f"resume point passed over: {error}")
             damaged += 1
             continue

@@ -1,5 +1,6 @@
 """A run that was stopped and resumed equals the undisturbed one to the bit, for each ZeRO stage and precision."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,40 @@ def test_storage_that_is_away_is_not_taken_for_damage(tmp_path: Path, monkeypatc
     with pytest.raises(StorageAway, match="000000000320"):
         checkpoint.newest_point(run, logged.append)
     assert logged == []
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(errno.EACCES, "Access Denied"), OSError(errno.EINVAL, "Bad Request")]
+)
+def test_a_resume_point_that_cannot_be_read_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    run, logged = run_with_points(tmp_path, {160: b"1", 320: b"2"}), list[str]()
+
+    def refuse(verb: str, path: str = "", **_: Any) -> None:
+        if path.endswith("000000000320-0001/weights-00000.safetensors"):
+            raise error
+
+    monkeypatch.setattr(faults, "at", refuse)
+    with pytest.raises(StorageError, match=r"cannot read .*000000000320-0001/weights-00000.safetensors"):
+        checkpoint.newest_point(run, logged.append)
+    assert logged == []
+
+
+def test_a_resume_point_of_a_newer_version_is_not_passed_over(tmp_path: Path) -> None:
+    run = run_with_points(tmp_path, {160: b"1", 320: b"2"})
+    run.resume.write_json(f"000000000320-0001/{manifest.NAME}", {"format": manifest.FORMAT + 1})
+    with pytest.raises(StorageError, match=r"000000000320-0001/manifest.json: format 4 is not read by this version"):
+        checkpoint.newest_point(run, print)
+
+
+@pytest.mark.parametrize("damage", [b"", b"null", b'{"images": 320}'])
+def test_a_resume_point_with_a_damaged_manifest_is_passed_over(tmp_path: Path, damage: bytes) -> None:
+    one = safetensors.torch.save({"weight": torch.ones(1)})
+    run, logged = run_with_points(tmp_path, {160: one, 320: one}), list[str]()
+    run.resume.write(f"000000000320-0001/{manifest.NAME}", damage)
+    point = checkpoint.newest_point(run, logged.append)
+    assert (point and point.images_seen, len(logged)) == (160, 1)
 
 
 def test_a_run_whose_resume_points_are_all_damaged_does_not_start_over_unasked(tmp_path: Path) -> None:
