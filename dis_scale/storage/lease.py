@@ -85,7 +85,8 @@ def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
         raise
     finally:
         ended.set()
-        folder.write_json(f"{lease.number:04d}.end", {"at": time.time(), "why": why})
+        with contextlib.suppress(*[DisScaleError] if why else []):  # the error that ended the block is the one to raise
+            folder.write_json(f"{lease.number:04d}.end", {"at": time.time(), "why": why})
 
 
 def _why(error: BaseException) -> str:

@@ -8,11 +8,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
-from dis_scale.errors import DisScaleError, Held
+from dis_scale import faults
+from dis_scale.errors import DisScaleError, Held, Preempted, StorageAway
 from dis_scale.storage import lease
 from dis_scale.storage.folder import open_folder
 from tests.support.faulty_gateway import Gateway, Request
@@ -145,6 +147,24 @@ def test_a_stop_request_reaches_a_holder_whose_clock_differs(tmp_path: Path) -> 
     folder.write_json("0001", {"host": "elsewhere", "boot": "x", "pid": 7, "started": 0.0, "at": time.time() - 600})
     assert lease.request_stop(folder)
     assert folder.exists("0001.stop")
+
+
+def test_storage_that_is_away_at_the_end_does_not_replace_the_error_on_its_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(verb: str, path: str = "", **_: Any) -> None:
+        if path.endswith(".end"):
+            raise ConnectionError("no answer")
+
+    monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(faults, "at", away)
+    with pytest.raises(Preempted, match="saved"), lease.hold(open_folder(tmp_path / "preempted")):
+        raise Preempted("saved")
+    with (
+        pytest.raises(StorageAway, match=r"0001.end: ConnectionError: no answer"),
+        lease.hold(open_folder(tmp_path / "finished")),
+    ):
+        pass
 
 
 def test_a_stop_request_is_for_one_live_holder(tmp_path: Path) -> None:
