@@ -97,13 +97,9 @@ def _own_folder() -> Iterator[Path]:
     The kernel frees the lock on its file when the process ends in any way.
     """
     for left in Path("/tmp").glob(f"{_FOLDER}*"):
-        with (
-            contextlib.suppress(OSError),
-            (left / _LOCK).open() as lock,
-        ):  # another user's, removed meanwhile, or in use
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if left.lstat().st_uid == os.getuid():
-                shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):  # removed meanwhile, or in use
+            if left.lstat().st_uid == os.getuid():  # another user's may hold anything
+                _remove_unless_in_use(left)
     folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir="/tmp"))  # Ray's sockets need a short path
     try:
         with (folder / "locking").open("w") as lock:
@@ -112,6 +108,18 @@ def _own_folder() -> Iterator[Path]:
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_unless_in_use(folder: Path) -> None:
+    """Remove a folder of our own Ray; BlockingIOError if its command still runs."""
+    lock = os.open(
+        folder / _LOCK, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
+    )  # neither waits for a pipe nor follows a link
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def client_of(address: str | None) -> JobSubmissionClient:

@@ -1,8 +1,11 @@
 """The storage root of a sweep that runs on a cluster, and the memory of the cluster's GPUs."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -42,6 +45,20 @@ def test_the_folder_that_a_killed_command_left_is_removed_at_the_next_start() ->
     assert not own.exists()
     processes[1].communicate("", timeout=30)
     assert not living.exists()
+
+
+@pytest.mark.parametrize(("user", "stays"), [(os.getuid(), False), (os.getuid() + 1, True)], ids=["ours", "another's"])
+def test_a_lock_that_is_a_pipe_holds_up_no_start(user: int, stays: bool) -> None:
+    left = Path(tempfile.mkdtemp(prefix=cluster._FOLDER, dir="/tmp"))
+    os.mkfifo(left / "lock")
+    program = (
+        f"import os; os.getuid = lambda: {user}\nfrom pipelines.cluster import _own_folder\nwith _own_folder(): pass"
+    )
+    try:
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+        assert left.exists() == stays
+    finally:
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def test_an_empty_address_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
