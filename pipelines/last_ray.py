@@ -1,12 +1,15 @@
 """Which Ray a command uses, and where a sweep last ran: the sweep of a cluster does not continue on a laptop by accident."""
 
+import logging
 import os
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from dis_scale.errors import UserError
 from dis_scale.sweep import RAY, Sweep
 from pipelines.cluster import Cluster, ray_address
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,14 @@ def record(sweep: Sweep, cluster: Cluster) -> None:
 
 
 def find(sweep: Sweep) -> LastRay | None:
-    """Return where the sweep last ran, None if it never did."""
-    last = sweep.folder.find_json(RAY)
-    return LastRay(**last) if last else None
+    """Return where the sweep last ran, None if it never did or its file is damaged; keys of another version are ignored."""
+    last = sweep.folder.find_json(RAY, "address", "host")
+    if last is None:
+        return None
+    known = {field.name for field in fields(LastRay)}
+    if unknown := sorted(last.keys() - known):
+        log.warning("%s/%s: unknown keys, ignored: %s", sweep, RAY, ", ".join(unknown))
+    return LastRay(**{key: value for key, value in last.items() if key in known})
 
 
 def require_same_kind(sweep: Sweep) -> None:

@@ -1,5 +1,6 @@
 """State of a sweep, read from its storage: what exists and what is left to do. Other modules do not decide this."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from dis_scale.threads import in_order
 AT_ONCE = 32
 """Requests to storage at a time: a sweep may have a thousand checkpoints."""
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 def _existing(items: Sequence[T], exists: Callable[[T], bool]) -> list[T]:
@@ -225,7 +227,11 @@ def node_failures(sweep: Sweep) -> Counter[str]:
 
 
 def _node_failures(run: Run) -> dict[str, list[str]]:
-    return run.folder.find_json(FAILED_NODES) or {}
+    failures: dict[str, list[str]] = run.folder.find_json(FAILED_NODES) or {}
+    if not all(isinstance(each, list) for each in failures.values()):
+        log.warning("%s/%s: damaged: expected a list for each node; treated as missing", run.folder, FAILED_NODES)
+        return {}
+    return failures
 
 
 def training_over(sweep: Sweep) -> bool:
@@ -277,6 +283,8 @@ def read_metrics(folder: Folder) -> dict[str, Any]:
     metrics: dict[str, Any] = folder.read_json(METRICS, "values", "metrics")
     if not isinstance(metrics["values"], dict):
         raise StorageError(f"{folder}/{METRICS}: damaged: its values are no mapping")
+    if not isinstance(metrics["metrics"], list):
+        raise StorageError(f"{folder}/{METRICS}: damaged: its metrics are no list")
     return metrics
 
 

@@ -97,6 +97,18 @@ def test_what_is_recorded_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         last_ray.address_of(sweep)
 
 
+def test_a_damaged_file_is_named_and_that_of_another_version_still_guards(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged = stored(tmp_path, {"gpus": 16})
+    assert last_ray.find(damaged) is None
+    assert "ray.json: damaged: expected a mapping with address, host; treated as missing" in caplog.text
+    newer = stored(tmp_path, ON_A_CLUSTER | {"zone": "a"})
+    with pytest.raises(UserError, match="last ran on a Ray cluster with 16 GPUs"):
+        last_ray.require_same_kind(newer)
+    assert "ray.json: unknown keys, ignored: zone" in caplog.text
+
+
 def test_a_resumed_sweep_has_its_own_settings_and_the_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also after its storage root was renamed, which the stored recipe does not know."""
     begun, ran = stored(tmp_path / "before"), list[Recipe]()

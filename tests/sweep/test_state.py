@@ -10,10 +10,12 @@ from dis_scale.errors import StorageError, UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import ENDED, LATENTS, METRICS, SKIPPED, PointName, Run, Sampled, Sweep, state
+from dis_scale.sweep import ENDED, FAILED_NODES, LATENTS, METRICS, SKIPPED, PointName, Run, Sampled, Sweep, state
 from dis_scale.sweep.extractors import part_count, part_positions
 from dis_scale.training import checkpoint
 from tests.conftest import TINY
+
+NO_METRICS = b'{"values": {}, "metrics": null}'
 
 
 @pytest.fixture
@@ -50,13 +52,25 @@ def test_a_metric_added_later_is_measured_again(sweep: Sweep) -> None:
     assert done not in state.evaluations_left(sweep), "the old metrics stay until there are new ones"
 
 
-@pytest.mark.parametrize("damaged", [b"", b'{"values": {', b"[]", b'{"values": {}}', b"\xff\xfe"])
+@pytest.mark.parametrize("damaged", [b"", b'{"values": {', b"[]", b'{"values": {}}', NO_METRICS, b"\xff\xfe"])
 def test_damaged_metrics_are_measured_again_and_hide_no_others(sweep: Sweep, damaged: bytes) -> None:
     for images in (0, 160):
         sweep.evaluation(Sampled("dis", images)).write_json(METRICS, {"metrics": ["distance"], "values": {"fd": 1.0}})
     sweep.evaluation(Sampled("dis", 160)).write(METRICS, damaged)
     assert state.outdated(sweep) == {Sampled("dis", 160): "its metrics.json is damaged"}
     assert list(state.evaluated(sweep, "dis")) == [0]
+
+
+@pytest.mark.parametrize("damage", [b"[]", b"null", b'"node"', b'{"node": null}', b'{"node": "ECC"}'])
+def test_a_damaged_list_of_failed_nodes_is_named_and_excludes_none(
+    sweep: Sweep, damage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    sweep.run("dis").folder.write(FAILED_NODES, damage)
+    state.record_node_failure(sweep.run("dit"), "node", "ECC")
+    assert state.node_failures(sweep) == {"node": 1}
+    assert "failed_nodes.json: damaged: expected a" in caplog.text
+    state.record_node_failure(sweep.run("dis"), "node", "ECC")
+    assert state.node_failures(sweep) == {"node": 2}
 
 
 def test_a_sweep_is_evaluated_when_each_sampling_is(sweep: Sweep) -> None:
