@@ -146,7 +146,7 @@ def show_backlog(backlog: state.Backlog) -> None:
 
 def _await_gpus(sweep: Sweep) -> int:
     """Return the number of evaluators with a GPU of their own, once there is one, or a GPU to share if the recipe allows that."""
-    shares, own, wait = sweep.recipe.evaluate.gpu_share is not None, 0, Wait()
+    shares, own = sweep.recipe.evaluate.gpu_share is not None, 0
 
     def ready() -> bool:
         nonlocal own
@@ -160,10 +160,10 @@ def _await_gpus(sweep: Sweep) -> int:
             "evaluate.gpu_share or fewer train.workers would let it run beside training"
         )
         wait_for_training(sweep, lambda: ready() or state.training_over(sweep))
-        while not ready():
-            wait.log(1, amounts(resources("evaluate", "cuda", 0)))
-            stage.pause(POLL_EVERY_S)
-        wait.log(0, {})
+        with Wait() as wait:
+            while not ready():
+                wait.log(1, amounts(resources("evaluate", "cuda", 0)))
+                stage.pause(POLL_EVERY_S)
     return own
 
 

@@ -136,10 +136,9 @@ def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
                 run_stage(driver, cluster, "precompute")
             failures = _train_and_evaluate(driver, cluster)
         except BaseException:
+            # The first command also stops jobs that a killed one left.
+            stopped = [job for job in driver.jobs if job.ours or first]
             # Wait until the jobs have saved: their Ray may end with this process. A Ray job has no time for it.
-            stopped = [
-                job for job in driver.jobs if job.ours or first
-            ]  # also those of an earlier command that was killed
             jobs.stop_jobs(stopped, wait_s=0.0 if in_ray_job() else sweep.recipe.grace_s + 5)
             raise
     skipped = {f"evaluation of {sampled}": why for sampled, why in state.skipped(sweep).items()}
@@ -199,16 +198,16 @@ def _require_device(driver: Driver, cluster: Cluster) -> None:
 
 def _await_nodes(driver: Driver, cluster: Cluster) -> None:
     """Wait until the nodes can hold each stage's workers; UserError if they never will: better now than after days."""
-    recipe, wait = driver.sweep.recipe, Wait()
+    recipe = driver.sweep.recipe
     metrics.start()
     device, _ = devices.device_of(recipe, cluster.gpus)
-    while need := places.lacking(recipe, device):
-        workers, request = need
-        if text := wait.poll(workers, request, together=workers):
-            driver.board.say(text)
-        _raise_if_stopped(driver)
-        time.sleep(POLL_EVERY_S)
-    wait.poll(0, {})
+    with Wait() as wait:
+        while need := places.lacking(recipe, device):
+            workers, request = need
+            if text := wait.poll(workers, request, together=workers):
+                driver.board.say(text)
+            _raise_if_stopped(driver)
+            time.sleep(POLL_EVERY_S)
 
 
 def _require_memory(plan: Plan, cluster: Cluster) -> None:

@@ -222,11 +222,12 @@ def _place(recipe: Recipe, bundle: dict[str, float], avoided: Collection[str]) -
 
 def _placed(group: Any, world: int, bundle: dict[str, float], fitting: Callable[[], int]) -> bool:
     """Wait for capacity, and log it; False if only fewer workers fit now, as after the loss of a node."""
-    ready, wait = group.ready(), Wait()
-    while not ray.wait([ready], timeout=1)[0]:
-        if 0 < fitting() < world:
-            return False
-        wait.log(world, bundle, together=world)
+    ready = group.ready()
+    with Wait() as wait:
+        while not ray.wait([ready], timeout=1)[0]:
+            if 0 < fitting() < world:
+                return False
+            wait.log(world, bundle, together=world)
     return True
 
 

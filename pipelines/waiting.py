@@ -4,6 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
+from typing import Self
 
 import ray
 from ray._private.worker import global_worker
@@ -31,11 +32,17 @@ def capacity(request: Request, nodes: Sequence[Request]) -> int:
 
 
 class Wait:
-    """One wait for capacity, polled until it ends."""
+    """One wait for capacity, polled until it ends; as a context it no longer counts as waiting after its block."""
 
     def __init__(self) -> None:
         self._since_s, self._logged = 0.0, 0
         self._exported: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._export(0)
 
     def poll(self, count: int, request: Request, together: int = 1) -> str | None:
         """Return a line to log if `count` workers wait and it is news.

@@ -175,7 +175,8 @@ def watch(
     if keep_logs:
         logs.keep_workers(workers)
     try:
-        return _watch(workers, results, report, hang_after_s, stop_early, independent, last, lost)
+        with Wait() as capacity:  # some may still wait when the work is done
+            return _watch(workers, results, report, hang_after_s, stop_early, independent, last, lost, capacity)
     except (WorkerFailure, OutOfMemory, StorageAway, ray.exceptions.RayError) as error:
         logs.collect(workers)
         if not isinstance(error, WorkerFailure | StorageAway):
@@ -185,8 +186,6 @@ def watch(
             for worker in workers:
                 ray.kill(worker)
         raise
-    finally:
-        metrics.gauge("waiting_workers", 0)  # some may still have waited when the work was done
 
 
 def _watch(
@@ -198,9 +197,10 @@ def _watch(
     independent: bool,
     last: float,
     lost: Callable[[], object],
+    capacity: Wait,
 ) -> list[Any]:
     waiting, stopping, ended = list(results), False, list[Any]()
-    asked, capacity, done, progress_s = _Polls(workers), Wait(), 0, time.monotonic()
+    asked, done, progress_s = _Polls(workers), 0, time.monotonic()
     while waiting:
         finished, waiting = ray.wait(waiting, timeout=POLL_EVERY_S)
         asked.ask({number for number, result in enumerate(results) if result not in waiting})

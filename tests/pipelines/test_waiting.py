@@ -1,5 +1,6 @@
 """Workers that wait: what they say, and when the wait has no end. A real Ray with nodes of declared resources."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,16 @@ def test_what_waits_says_for_what_what_the_cluster_has_and_what_to_do() -> None:
     assert busy.endswith("free in the cluster: 8 CPU, 0 GPU; nodes: 2 with 8 CPU, 8 GPU")
     few = words(9, amounts({"num_gpus": 1}), [NODE, HEAD], {}, together=9)
     assert "; the nodes hold 8 of them, so they wait until one joins: start such a node" in few
+
+
+def test_workers_no_longer_count_as_waiting_after_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if it ended in an error, or while some still waited."""
+    exported: list[float] = []
+    monkeypatch.setattr(waiting.metrics, "gauge", lambda _, value: exported.append(value))
+    with contextlib.suppress(Preempted), waiting.Wait() as wait:
+        wait.poll(2, {"CPU": 1.0})
+        raise Preempted("stopped")
+    assert exported == [2, 0]
 
 
 @pytest.fixture
