@@ -28,7 +28,7 @@ _PARAMETERS = re.compile(
 _HEADERS = re.compile(r"(\bAuthorization\b\W{1,4}(?:Basic|Bearer|Token)\s+)[^\s'\",]+", re.IGNORECASE)
 """Secrets in HTTP's header, in the spelling of any library."""
 _PASSWORDS = re.compile(rf"https?://[^/?#]*@|://{_PASSWORD}@", re.IGNORECASE)
-"""Password of a URL, and any user of HTTP, which may be a token; `postgresql://user@host` and `abfs://container@host` are none."""
+"""Password of a URL, and any user of HTTP, which may be a token; `postgresql://user@host` and `abfs://container@host` have none."""
 
 
 def redact(text: str) -> str:

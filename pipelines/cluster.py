@@ -112,9 +112,8 @@ def _own_folder() -> Iterator[Path]:
 
 def _remove_unless_in_use(folder: Path) -> None:
     """Remove a folder of our own Ray; BlockingIOError if its command still runs."""
-    lock = os.open(
-        folder / _LOCK, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
-    )  # neither waits for a pipe nor follows a link
+    # neither waits for a pipe nor follows a link
+    lock = os.open(folder / _LOCK, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder, ignore_errors=True)

@@ -180,8 +180,8 @@ def end_own_job(exit_code: int) -> None:
     """Let the Ray job of a sweep that ends with this exit code count as stopped, where a failure would only be tried again.
 
     KubeRay starts a new cluster for a job that FAILED, up to backoffLimit times, and none for one that was STOPPED. A stop request
-    is never a failure; a user's mistake, a lease held elsewhere and a finished failure are none if `FINAL` is set. Storage that
-    is away may be back for the next attempt.
+    is never a failure; if `FINAL` is set, nor are a user's mistake, a lease held elsewhere and a finished failure. Storage that is
+    away may be back for the next attempt.
     """
     own, stopped = own_job(), exit_code == Preempted.exit_code
     final = FINAL in os.environ and exit_code != StorageAway.exit_code

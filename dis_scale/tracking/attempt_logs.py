@@ -54,7 +54,7 @@ class LogName(NamedTuple):
 
 
 def stamp() -> str:
-    """Return the time now as it stands in names, for example `20261121T183819`."""
+    """Return the time now in the form of the logs' names, for example `20261121T183819`."""
     return datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
 
 
@@ -207,7 +207,7 @@ def overview(sweep: Sweep) -> list[str]:
 
 
 def read_attempt(folder: Folder, begun: str | None) -> dict[LogName, str]:
-    """Return the texts of the logs of the attempt that began then, by default of the newest; UserError if there are none."""
+    """Return the texts of the logs of the attempt that began then, by default of the newest; UserError if none."""
     names = listed(folder)
     wanted = of_attempt(names, begun or max((name.begun for name in names), default=""))
     if not wanted:

@@ -1,4 +1,4 @@
-"""Run the steps of cluster/Dockerfile in order in a clean root, where there is no container engine. Needs root.
+"""Run the steps of cluster/Dockerfile in order in a clean root, for machines without a container engine. Needs root.
 
     debootstrap --variant=minbase --include=ca-certificates bookworm ROOT
     python -m tests.support.clean_root ROOT [NAME=VALUE of a build argument ...]
