@@ -26,6 +26,14 @@ class LastRay:
     slurm: str | None = None
     """Number of the Slurm job."""
 
+    def cancel(self) -> str:
+        """Return what to type to take a job out of the queue of that kind of cluster; empty if it has none."""
+        if self.kuberay:
+            return (
+                f"kubectl delete rayjob NAME (kubectl get rayjob lists the names; the last cluster was {self.kuberay})"
+            )
+        return f"scancel JOB (squeue lists the jobs; the last was {self.slurm})" if self.slurm else ""
+
     def cure(self, sweep: Sweep) -> str:
         """Return what to type to continue the sweep on a cluster of that kind."""
         if self.kuberay:
@@ -80,4 +88,5 @@ def address_of(sweep: Sweep) -> str:
     if last and last.address and last.host == socket.gethostname():
         return last.address
     where = f" (it last ran on {last.host})" if last else ""
-    raise UserError(f"{sweep}: no Ray is known here{where}: --address http://HOST:8265, or set RAY_ADDRESS")
+    queued = f"; if it waits in a queue: {last.cancel()}" if last and last.cancel() else ""
+    raise UserError(f"{sweep}: no Ray is known here{where}: --address http://HOST:8265, or set RAY_ADDRESS{queued}")

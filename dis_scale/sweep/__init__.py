@@ -135,7 +135,10 @@ class Sweep:
         """
         folder = open_folder(url).patient if patient else open_folder(url)
         if not folder.exists(RECIPE):
-            raise UserError(f"no sweep at {folder}: expected a folder with {RECIPE}, for example outputs/sweeps/digits")
+            raise UserError(
+                f"no sweep at {folder}: expected a folder with {RECIPE}, for example outputs/sweeps/digits; a first start "
+                "writes it when it has listed its images"
+            )
         try:
             return cls(folder, reading.parse(folder.read(RECIPE).decode(), f"{folder}/{RECIPE}"))
         except (UnicodeDecodeError, UserError) as error:

@@ -97,6 +97,16 @@ def test_what_is_recorded_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         last_ray.address_of(sweep)
 
 
+@pytest.mark.parametrize(
+    ("kind", "typed"),
+    [("kuberay", "kubectl delete rayjob NAME .*imagenet256-7"), ("slurm", "scancel JOB .*imagenet256-7")],
+)
+def test_a_stop_names_how_to_take_a_job_out_of_its_queue(tmp_path: Path, kind: str, typed: str) -> None:
+    """While the job only waits, no command reads the request in storage."""
+    with pytest.raises(UserError, match=f"if it waits in a queue: {typed}"):
+        last_ray.address_of(stored(tmp_path, ON_A_CLUSTER | {kind: "imagenet256-7"}))
+
+
 def test_a_damaged_file_is_named_and_that_of_another_version_still_guards(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
