@@ -119,8 +119,8 @@ class RunCopy:
     sweep: Sweep
     model: str | None
     away: bool = False
-    _sent: set[tuple[str, int]] = field(default_factory=set)
-    _known_metrics: set[str] = field(default_factory=set)
+    _sent: dict[str, set[int]] = field(default_factory=dict)
+    """By metric: the image counts at which MLflow has it. Numbers alone, since the rows of weeks are a million."""
     _waiting: list[Row] = field(default_factory=list)
 
     def send(self, rows: Iterable[Row]) -> None:
@@ -159,11 +159,11 @@ class RunCopy:
     def _send(self, client: Any, run: str, rows: list[Row]) -> None:
         from mlflow.entities import Metric
 
-        for name in {row.name for row in rows} - self._known_metrics:
-            self._sent |= {(name, m.step) for m in client.get_metric_history(run, name)}
-            self._known_metrics.add(name)
-        fresh = [row for row in rows if (row.name, row.images) not in self._sent]
+        for name in {row.name for row in rows} - self._sent.keys():
+            self._sent[name] = {m.step for m in client.get_metric_history(run, name)}
+        fresh = [row for row in rows if row.images not in self._sent[row.name]]
         for i in range(0, len(fresh), 1000):
             part = fresh[i : i + 1000]
             client.log_batch(run, metrics=[Metric(r.name, r.value, int(r.time * 1000), r.images) for r in part])
-            self._sent |= {(row.name, row.images) for row in part}
+            for row in part:
+                self._sent[row.name].add(row.images)
