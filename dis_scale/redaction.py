@@ -15,8 +15,8 @@ _FILES = re.compile("(_FILE|_PATH|_DIR)$", re.IGNORECASE)
 """Ends of the names of variables that name a file, such as RAY_AUTH_TOKEN_PATH; errors must be able to name it, too."""
 _SHORTEST = 8
 """Characters of a secret value; shorter ones, such as `false`, are words of any text."""
-_PASSWORD = r"[^\s/?#:@'\"]*:(?!\d+/)[^\s'\"]*"
-"""User and password of a URL; a password may have any character, but `host:5000/` has none."""
+_PASSWORD = r"[^\s/?#:@'\"]{0,1000}:(?!\d+/)[^\s'\"]{0,4000}"
+"""User and password of a URL; a password may have any character, but `host:5000/` has none. Bounded for long lines."""
 _IN_URLS = re.compile(rf"(?<=://)(?:{_PASSWORD}|[^\s/@'\"]+)(?=@)")
 """User and password, or user alone, of a URL in a text."""
 _PARAMETERS = re.compile(
