@@ -19,7 +19,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 import numpy as np
 
 from dis_scale.data.mixing import order_hash, permutation
-from dis_scale.errors import StorageAway, StorageError, UserError
+from dis_scale.errors import Damaged, StorageError, UserError
 from dis_scale.progress import ReportDone
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
@@ -187,9 +187,7 @@ def _open(target: Folder, facts: dict[str, Any], make: Callable[[], None]) -> Li
     def read(number: int) -> bytes:
         try:
             return manifest.read(target, names[number], facts)
-        except StorageAway:
-            raise
-        except StorageError as error:
+        except Damaged as error:
             logging.getLogger(__name__).warning("%s; it is made again", error)
             make()
             return manifest.read(target, names[number], facts)

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dis_scale.errors import DisScaleError, StorageAway, StorageError, UserError
+from dis_scale.errors import Damaged, DisScaleError, UserError
 from dis_scale.sweep import GRID, Sampled, Sweep, images_name, state
 from dis_scale.tracking.mlflow import RunCopy, create_runs
 from dis_scale.tracking.rows import Row, RowReader
@@ -36,9 +36,7 @@ def copy_evaluation(sweep: Sweep, sampled: Sampled, copy: RunCopy | None = None)
         log.warning("%s/%s is missing: MLflow gets the numbers only", folder, GRID)
     try:
         metrics = state.read_metrics(folder)
-    except StorageAway:
-        raise
-    except StorageError as error:
+    except Damaged as error:
         log.warning("%s; MLflow does not get this evaluation", error)
         return not copy.away
     if not copy.away:

@@ -141,9 +141,7 @@ class Folder:
             return value
         except FileNotFoundError:
             return None
-        except StorageAway:
-            raise
-        except StorageError as error:
+        except Damaged as error:
             logging.getLogger(__name__).warning("%s; treated as missing", error)
             return None
 

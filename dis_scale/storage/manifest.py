@@ -44,23 +44,23 @@ def seal_once(folder: Folder, files: dict[str, dict[str, Any]], **facts: Any) ->
     folder.create(NAME, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
-def find(folder: Folder) -> dict[str, Any] | None:
-    """Return the folder's manifest, or None if the folder is incomplete or does not exist."""
+def find(folder: Folder, *keys: str) -> dict[str, Any] | None:
+    """Return the folder's manifest, or None if the folder is incomplete or does not exist; Damaged if it lacks `keys`."""
     try:
         manifest = folder.read_json(NAME)
     except FileNotFoundError:
         return None
     require_format(manifest, f"{folder}/{NAME}")
+    if not set(keys) <= manifest.keys():
+        raise Damaged(f"{folder}/{NAME}: damaged: expected a mapping with {', '.join(keys)}")
     return manifest
 
 
 def require(folder: Folder, *keys: str) -> dict[str, Any]:
     """Return the manifest of a folder that must be complete; StorageError if it has none, or one without `keys`."""
-    manifest = find(folder)
+    manifest = find(folder, *keys)
     if manifest is None:
         raise StorageError(f"{folder}: no {NAME}: the folder is incomplete or was deleted")
-    if not set(keys) <= manifest.keys():
-        raise StorageError(f"{folder}/{NAME}: damaged: expected a mapping with {', '.join(keys)}")
     return manifest
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from dis_scale.errors import StorageAway, StorageError, UserError
+from dis_scale.errors import Damaged, UserError
 from dis_scale.recipe import MAIN, Evaluate, LatentShape, TrainedVae
 from dis_scale.recipe.evaluate import JUDGE
 from dis_scale.storage import manifest
@@ -279,12 +279,12 @@ def _metrics(sweep: Sweep, model: str, variant: str) -> dict[int, dict[str, Any]
 
 
 def read_metrics(folder: Folder) -> dict[str, Any]:
-    """Return the metrics file of an evaluation's folder; StorageError if it is damaged."""
+    """Return the metrics file of an evaluation's folder; Damaged if it is."""
     metrics: dict[str, Any] = folder.read_json(METRICS, "values", "metrics")
     if not isinstance(metrics["values"], dict):
-        raise StorageError(f"{folder}/{METRICS}: damaged: its values are no mapping")
+        raise Damaged(f"{folder}/{METRICS}: damaged: its values are no mapping")
     if not isinstance(metrics["metrics"], list):
-        raise StorageError(f"{folder}/{METRICS}: damaged: its metrics are no list")
+        raise Damaged(f"{folder}/{METRICS}: damaged: its metrics are no list")
     return metrics
 
 
@@ -292,9 +292,7 @@ def find_metrics(folder: Folder) -> dict[str, Any] | None:
     """Return the metrics file of an evaluation's folder, None if it is damaged."""
     try:
         return read_metrics(folder)
-    except StorageAway:
-        raise
-    except StorageError:
+    except Damaged:
         return None
 
 

@@ -141,7 +141,7 @@ class ResumePoint:
 def find_point(run: Run, name: PointName) -> ResumePoint | None:
     """Return the resume point of this name; None if it is incomplete."""
     folder = run.resume_point(name)
-    contents = manifest.find(folder)
+    contents = manifest.find(folder, "files", "images")
     return None if contents is None else ResumePoint(folder, contents)
 
 

@@ -1,11 +1,14 @@
 """Evaluations that are left, their order, and those that must be measured again."""
 
+import errno
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dis_scale import faults
 from dis_scale.errors import StorageError, UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import manifest
@@ -59,6 +62,20 @@ def test_damaged_metrics_are_measured_again_and_hide_no_others(sweep: Sweep, dam
     sweep.evaluation(Sampled("dis", 160)).write(METRICS, damaged)
     assert state.outdated(sweep) == {Sampled("dis", 160): "its metrics.json is damaged"}
     assert list(state.evaluated(sweep, "dis")) == [0]
+
+
+def test_metrics_that_may_not_be_read_are_not_measured_again(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = sweep.evaluation(Sampled("dis", 160))
+    folder.write_json(METRICS, {"values": {}, "metrics": []})
+
+    def refuse(verb: str, **_: Any) -> None:
+        if verb == "read":
+            raise PermissionError(errno.EACCES, "Access Denied")
+
+    monkeypatch.setattr(faults, "at", refuse)
+    for read in (lambda: state.find_metrics(folder), lambda: folder.find_json(METRICS)):
+        with pytest.raises(StorageError, match=r"metrics.json.*Access Denied"):
+            read()
 
 
 @pytest.mark.parametrize("damage", [b"[]", b"null", b'"node"', b'{"node": null}', b'{"node": "ECC"}'])

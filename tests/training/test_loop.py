@@ -144,7 +144,7 @@ def test_a_resume_point_of_a_newer_version_is_not_passed_over(tmp_path: Path) ->
         checkpoint.newest_point(run, print)
 
 
-@pytest.mark.parametrize("damage", [b"", b"null", b'{"images": 320}'])
+@pytest.mark.parametrize("damage", [b"", b"null", b'{"images": 320}', b'{"format": 3}'])
 def test_a_resume_point_with_a_damaged_manifest_is_passed_over(tmp_path: Path, damage: bytes) -> None:
     one = safetensors.torch.save({"weight": torch.ones(1)})
     run, logged = run_with_points(tmp_path, {160: one, 320: one}), list[str]()
