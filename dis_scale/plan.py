@@ -1,5 +1,6 @@
 """Price of a sweep before it starts: counts and arithmetic, nothing measured."""
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 from rich.table import Table
@@ -25,12 +26,12 @@ class Plan:
 
     def parameters(self) -> dict[str, dict[str, object]]:
         """Return the parameters of each model's run in MLflow."""
-        train = self.recipe.train
+        recipe, settings = self.recipe, {name: self.recipe.train_of(name) for name in self.costs}
         return {
             name: {
                 "gmacs_forward": round(c.gmacs_forward, 6), "parameters": c.parameters, "tokens": c.tokens,
-                "global_batch": train.batch_images, "seed": self.recipe.seed, "kind": self.recipe.models[name].kind,
-                "images": train.images, "metric": self.recipe.evaluate.metric,
+                "global_batch": settings[name].batch_images, "seed": recipe.seed_of(name), "kind": recipe.models[name].kind,
+                "images": settings[name].images, "metric": recipe.evaluate.metric,
             }
             for name, c in self.costs.items()
         }  # fmt: skip
@@ -67,11 +68,10 @@ def table(plan: Plan) -> Table:
     all states, and twice the bytes of one state at a time.
     """
     train = plan.recipe.train
-    steps = train.images // train.batch_images
     share = largest_share(train.lanes, train.most_workers)
     caption = (
         f"batch {train.batch_images} = {train.lanes} lanes x {train.lane_images}, up to {share} lanes on each of "
-        f"{train.most_workers} workers; {train.images:,} images = {steps:,} steps; ZeRO stage {train.zero_stage}, "
+        f"{train.most_workers} workers; {_lengths(plan.recipe)}; ZeRO stage {train.zero_stage}, "
         f"{train.precision}; Gflops are multiply-adds (DiT's convention); host memory while saving is over all workers"
     )
     out = Table(
@@ -91,6 +91,7 @@ def table(plan: Plan) -> Table:
     ):
         out.add_column(column, justify="left" if column in ("model", "kind") else "right")
     for name, c in plan.costs.items():
+        train = plan.recipe.train_of(name)
         petaflop = 2 * c.gmacs_training * train.images / 1e6
         gpu = worker_bytes(c, train, train.most_workers, train.micro_images or train.lane_images)
         state, serialised = c.parameters * 4 * len(kinds(train)), 2 * c.parameters * 4
@@ -100,3 +101,16 @@ def table(plan: Plan) -> Table:
             f"{state / 1e6:,.1f} MB", f"{(state + serialised) / 1e6:,.1f} MB",
         )  # fmt: skip
     return out
+
+
+def _lengths(recipe: Recipe) -> str:
+    """Say how many images and steps each model is trained, those of one length together."""
+    names = defaultdict[tuple[int, int], list[str]](list)
+    for name in recipe.models:
+        train = recipe.train_of(name)
+        names[train.images, train.batch_images].append(name)
+    return "; ".join(
+        f"{images:,} images = {images // batch:,} steps"
+        + (f" of {batch} ({', '.join(which)})" if len(names) > 1 else "")
+        for (images, batch), which in names.items()
+    )

@@ -53,7 +53,7 @@ def _published(sweep: Sweep, model: str, at_images: int | None) -> int:
 
 
 def _require_possible(sweep: Sweep, model: str, images_seen: int, setting: str, values: Sequence[float]) -> None:
-    train = sweep.recipe.train
+    train = sweep.recipe.train_of(model)
     if setting == WIDTH and train.power_ema is None:
         raise UserError("no width can be rebuilt: this sweep tracked no power-function averages (train.power_ema)")
     known = checkpoint.snapshots(sweep.run(model), images_seen, train)

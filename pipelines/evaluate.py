@@ -88,7 +88,7 @@ class Evaluation:
         """A note on the error of the rebuilt averaging profile; empty without `ema_width`."""
         from dis_scale.training import checkpoint, ema
 
-        train = self.sweep.recipe.train
+        train = self.sweep.recipe.train_of(sampled.model)
         known = checkpoint.snapshots(self.sweep.run(sampled.model), sampled.images_seen, train)
         if settings.ema_width is None or not known:
             return []
@@ -182,7 +182,7 @@ def ablate(sweep: Sweep, arguments: list[str]) -> None:
 
 def checkpoints(sweep: Sweep) -> int:
     """Return the number of checkpoints that the recipe publishes."""
-    return len(sweep.recipe.models) * len(sweep.recipe.train.publish_images)
+    return sum(len(sweep.recipe.train_of(model).publish_images) for model in sweep.recipe.models)
 
 
 def stored_blocks(sweep: Sweep) -> int:

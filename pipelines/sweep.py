@@ -212,11 +212,12 @@ def _await_nodes(driver: Driver, cluster: Cluster) -> None:
 
 def _require_memory(plan: Plan, cluster: Cluster) -> None:
     """UserError if the cluster's GPUs are too small for a model at one of the world sizes."""
-    settings, shared = plan.recipe.train, plan.recipe.evaluate.gpu_share
+    shared = plan.recipe.evaluate.gpu_share
     device, _ = devices.device_of(plan.recipe, cluster.gpus)
     if cluster.gpu_bytes is None or device == "cpu":
         return
     for model, cost in plan.costs.items():
+        settings = plan.recipe.train_of(model)
         for world in settings.world_sizes:
             lanes_at_once(model, cost, settings, world, cluster.gpu_bytes, shared)
 

@@ -116,11 +116,11 @@ def train_one(sweep: Sweep, arguments: list[str]) -> None:
     device, why = choose_device(sweep.recipe)
     lines.say(f"{model}: device {device} ({why})")
     state.require_device(sweep, device, why)
-    run = sweep.run(model)
+    run, images = sweep.run(model), sweep.recipe.train_of(model).images
 
     def attempts(failure: WorkerFailure | None) -> int:
         images_seen = _attempt(sweep, model, device, failure)
-        while images_seen < sweep.recipe.train.images and not stage.stop_requested():
+        while images_seen < images and not stage.stop_requested():
             images_seen = _attempt(sweep, model, device, None)  # it stopped to grow, or to leave a node
         return images_seen
 
@@ -131,7 +131,7 @@ def train_one(sweep: Sweep, arguments: list[str]) -> None:
             images_seen = with_restarts(sweep.recipe, model, attempts, lambda: state.resumable_images(run))
         except OutOfMemory as error:
             raise OutOfMemory(f"{error}; {FITS}") from error
-    if images_seen < sweep.recipe.train.images:
+    if images_seen < images:
         stage.raise_if_stopped()
     copy.finish("FINISHED")
 
@@ -143,7 +143,7 @@ def _show_run(sweep: Sweep, model: str) -> None:
 def _attempt(sweep: Sweep, model: str, device: str, failure: WorkerFailure | None) -> int:
     """Run one attempt at a fixed world size, under a lease of its own; return the images seen, fewer if it stopped to move."""
     requested_at, silent_s = (failure.at, failure.silent_s) if failure else (time.time(), None)
-    settings, request = sweep.recipe.train, resources("train", device, 1)
+    settings, request = sweep.recipe.train_of(model), resources("train", device, 1)
     bundle = amounts(request)
     avoided = nodes.excluded(sweep, lambda ids: largest_fitting(settings.world_sizes, _possible(bundle, ids)) > 0)
     world, group = _place(sweep.recipe, bundle, avoided)
@@ -301,11 +301,11 @@ def _copying(copy: RunCopy, rows: RowReader) -> Iterator[None]:
 
     Storage has the rows, and a copy that fails is tried again. After the end it is logged: it never fails the model.
     """
-    over, began_at = threading.Event(), time.time()
+    over, began_at, settings = threading.Event(), time.time(), copy.sweep.recipe.train_of(str(copy.model))
 
     def send() -> None:
         for batch in rows.batches():
-            metrics.show_rows(rows.newest.values(), copy.sweep.recipe.train, began_at)
+            metrics.show_rows(rows.newest.values(), settings, began_at)
             copy.send(batch)
         # A sweep without a run in MLflow misses none.
         metrics.gauge("mlflow_away", float(copy.away and bool(stored_ids(copy.sweep))))

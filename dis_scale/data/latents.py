@@ -41,7 +41,7 @@ class Latents:
 
     def __init__(
         self, folder: Folder, seed: int, held_out: int = 0, *, normalise: Normalise = "vae", cache: Cache | None = None,
-        keep_all: bool = False,
+        keep_all: bool = False, order_seed: int | None = None,
     ) -> None:  # fmt: skip
         self.folder, self.manifest = folder.patient, manifest.require(folder)
         if "mixing" not in self.manifest:
@@ -51,7 +51,8 @@ class Latents:
             )
         self.shape = LatentShape(*self.manifest["latent"])
         self.scaling = Scaling.of(self.manifest, normalise)
-        self.order = Order([shard["count"] for shard in self.manifest["shards"]], seed, held_out=held_out)
+        counts = [shard["count"] for shard in self.manifest["shards"]]
+        self.order = Order(counts, seed, held_out=held_out, order_seed=order_seed)
         self._cache, self._buffer = cache, MemoryBuffer(self._load, keep_all)
 
     @property
@@ -102,8 +103,13 @@ class Latents:
         return unpack(data, f"{self.folder}/{entry['name']}")
 
 
-def open_latents(folder: Folder, recipe: Recipe, workers: int, say: Callable[[str], None]) -> tuple[Latents, list[str]]:
-    """Return the reader for one of `workers`, and lines about how it reads and is mixed; `say` is called if its cache fails."""
+def open_latents(
+    folder: Folder, recipe: Recipe, workers: int, say: Callable[[str], None], order_seed: int | None = None
+) -> tuple[Latents, list[str]]:
+    """Return the reader for one of `workers`, and lines about how it reads and is mixed; `say` is called if its cache fails.
+
+    `order_seed` is that of a model with a seed of its own: the held-out images are the sweep's.
+    """
     facts = manifest.require(folder)
     require_allowed(folder, recipe.data)
     set_bytes = sum(shard["bytes"] for shard in facts["shards"])
@@ -119,8 +125,9 @@ def open_latents(folder: Folder, recipe: Recipe, workers: int, say: Callable[[st
         how += f"; cache {cache.folder}, up to {recipe.reader.cache_gib:g} GiB"
     data = recipe.data
     latents = Latents(
-        folder, recipe.seed, data.held_out_images, normalise=data.normalise, cache=cache, keep_all=keep_all
-    )
+        folder, recipe.seed, data.held_out_images, normalise=data.normalise, cache=cache, keep_all=keep_all,
+        order_seed=order_seed,
+    )  # fmt: skip
     return latents, [how, mixing.words(facts["mixing"])]
 
 

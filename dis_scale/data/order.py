@@ -24,11 +24,15 @@ class Locations(NamedTuple):
 class Order:
     """The endless sequence of samples, without the held-out ones; position p is in epoch p // `total`.
 
+    `seed` chooses the held-out ones, and the order unless it has a seed of its own.
     Memory: a few numbers for each shard and held-out sample, and the tables of the last four blocks.
     """
 
-    def __init__(self, counts: list[int], seed: int, block_shards: int = BLOCK_SHARDS, held_out: int = 0) -> None:
+    def __init__(
+        self, counts: list[int], seed: int, block_shards: int = BLOCK_SHARDS, held_out: int = 0, order_seed: int | None = None
+    ) -> None:  # fmt: skip
         self.seed, self.block_shards = seed, block_shards
+        self.order_seed = seed if order_seed is None else order_seed
         self.sizes = np.array(counts)
         self.held_out = self._hold_out(held_out)
         self.counts = self.sizes - np.bincount(self.held_out.shards, minlength=len(counts))
@@ -75,7 +79,7 @@ class Order:
 
     def _epoch_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the first position of each block, and all shards in the epoch's order."""
-        shards = seeds.generator("shards", self.seed, epoch).permutation(len(self.counts))
+        shards = seeds.generator("shards", self.order_seed, epoch).permutation(len(self.counts))
         sizes = np.add.reduceat(self.counts[shards], np.arange(0, len(shards), self.block_shards))
         return np.cumsum(sizes) - sizes, shards
 
@@ -86,7 +90,7 @@ class Order:
         """Return the block's samples in the epoch's order."""
         inside = self._shards_of(self._epoch(epoch)[1], block)
         rows = [self._rows_of(shard) for shard in inside]
-        order = seeds.generator("samples", self.seed, epoch, block).permutation(sum(map(len, rows)))
+        order = seeds.generator("samples", self.order_seed, epoch, block).permutation(sum(map(len, rows)))
         return Locations(np.repeat(inside, self.counts[inside])[order], np.concatenate(rows)[order])
 
     def _rows_of(self, shard: int) -> np.ndarray:

@@ -84,7 +84,7 @@ class BlockSampler:
 
     def model(self, name: str, images_seen: int, settings: Evaluate) -> Backbone:
         """Load a published model or one of its averages, as `settings` says; StorageError names a damaged one."""
-        run, train = self.sweep.run(name), self.recipe.train
+        run, train = self.sweep.run(name), self.recipe.train_of(name)
         if settings.ema_width is None:
             weights = checkpoint.load_published(run, images_seen)
         else:

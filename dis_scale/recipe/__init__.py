@@ -7,7 +7,7 @@ is cheap. Read next: reading.py (YAML and `--set`), identity.py, configs/digits.
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from dis_scale.recipe.data import (
     CsvSource,
@@ -37,15 +37,16 @@ from dis_scale.recipe.evaluate import (
     TrainedExtractor,
     Variant,
 )
-from dis_scale.recipe.models import DiffuSsm, Dis, Dit, Model
+from dis_scale.recipe.models import DiffuSsm, Dis, Dit, Model, ModelTrain
 from dis_scale.recipe.settings import Precision, Settings, extent, runtime
 from dis_scale.recipe.train import CHECKPOINTING, SCAN_DEVICES, Flow, Gaussian, Reader, Train
 
 __all__ = [
-    "CHECKPOINTING", "MAIN", "CsvSource", "Data", "DiffuSsm", "DigitsSource", "Dis", "Dit", "Evaluate",
-    "ExtractorSettings", "Flow", "FolderSource", "Gaussian", "InceptionExtractor", "LatentShape", "Model", "NoVae", "Normalise",
-    "ParquetSource", "Precision", "Precompute", "PretrainedVae", "Reader", "Recipe", "Settings", "SourceSettings", "StoredSource",
-    "TarSource", "TorchScriptExtractor", "TorchScriptVae", "Train", "TrainedExtractor", "TrainedVae", "VaeSettings", "Variant",
+    "CHECKPOINTING", "MAIN", "CsvSource", "Data", "DiffuSsm", "DigitsSource", "Dis", "Dit", "Evaluate", "ExtractorSettings",
+    "Flow", "FolderSource", "Gaussian", "InceptionExtractor", "LatentShape", "Model", "ModelTrain", "NoVae", "Normalise",
+    "ParquetSource", "Precision", "Precompute", "PretrainedVae", "Reader", "Recipe", "Settings", "SourceSettings",
+    "StoredSource", "TarSource", "TorchScriptExtractor", "TorchScriptVae", "Train", "TrainedExtractor", "TrainedVae",
+    "VaeSettings", "Variant",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -84,8 +85,23 @@ class Recipe(Settings):
     reader: Reader = Reader()
     evaluate: Evaluate
 
+    def train_of(self, model: str) -> Train:
+        """Return the training settings of a model: the recipe's, with those of its own."""
+        return self.train.model_copy(update=self.models[model].train.changes)
+
+    def seed_of(self, model: str) -> int:
+        """Return the seed of a model's training: the recipe's, or one of its own."""
+        own = self.models[model].seed
+        return self.seed if own is None else own
+
+    def for_model(self, model: str) -> Self:
+        """Return the recipe with the training settings of this model."""
+        return self.model_copy(update={"train": self.train_of(model)})
+
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
+        for name in self.models:
+            self._training_fits(name)
         for name, settings in self.evaluate.samplings.items():
             self._sampling_fits(f"evaluate.variants.{name}" if name else "evaluate", settings)
         if self.data.source.kind == "digits" and self.data.num_classes != 10:
@@ -93,6 +109,12 @@ class Recipe(Settings):
         if self.device != "auto":
             self.require_scan_on(self.device)
         return self
+
+    def _training_fits(self, model: str) -> None:
+        try:
+            Train.model_validate(self.train_of(model).model_dump())
+        except ValidationError as error:
+            raise ValueError(f"models.{model}.train: {error.errors()[0]['ctx']['error']}") from error
 
     def require_scan_on(self, device: str) -> None:
         """ValueError if the backend of the scan does not run on this device."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Recipe, Train
 from dis_scale.recipe.settings import Settings
 
 
@@ -12,20 +12,23 @@ def identity_differences(stored: Recipe, given: Recipe) -> list[str]:
     lines = [f"{key}: stored {old}, given {new}" for key, old, new in _differences(stored, given)]
     lines += _named_differences("models", stored.models, given.models)
     lines += _named_differences("evaluate.variants", stored.evaluate.variants, given.evaluate.variants)
-    lines += _published_differences(stored, given)
+    lines += _published_differences("train", stored.train, given.train)
+    for name in stored.models.keys() & given.models.keys():
+        if stored.models[name].train.publish_images or given.models[name].train.publish_images:
+            lines += _published_differences(f"models.{name}.train", stored.train_of(name), given.train_of(name))
     return sorted(lines)
 
 
-def _published_differences(stored: Recipe, given: Recipe) -> list[str]:
+def _published_differences(where: str, stored: Train, given: Train) -> list[str]:
     """Published counts may only be added after the last one; with a decay, none at all."""
-    before, now = set(stored.train.publish_images), set(given.train.publish_images)
+    before, now = set(stored.publish_images), set(given.publish_images)
     last = max(before)
-    if stored.train.decay != "none" and given.train.images != stored.train.images:
-        return [f"train.publish_images: the {stored.train.decay} decay ends at {last}, given {given.train.images}"]
+    if stored.decay != "none" and given.images != stored.images:
+        return [f"{where}.publish_images: the {stored.decay} decay ends at {last}, given {given.images}"]
     if max(now) < last:
-        return [f"train.publish_images: stored up to {last}, given only up to {max(now)}"]
+        return [f"{where}.publish_images: stored up to {last}, given only up to {max(now)}"]
     passed = sorted(n for n in now - before if n < last)
-    return [f"train.publish_images: {passed[0]} is before {last}, which training may have passed"] if passed else []
+    return [f"{where}.publish_images: {passed[0]} is before {last}, which training may have passed"] if passed else []
 
 
 def _named_differences(where: str, stored: Mapping[str, Settings], given: Mapping[str, Settings]) -> list[str]:

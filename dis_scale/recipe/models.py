@@ -1,13 +1,47 @@
-"""Settings of the three backbones."""
+"""Settings of the three backbones, and the training settings that a model may have of its own."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from dis_scale.recipe.settings import Count, Fraction, Settings
+from dis_scale.recipe.train import PublishImages
 
 
-class Dis(Settings):
+class ModelTrain(Settings):
+    """Training settings of one model; what is left out is as in the recipe's `train`."""
+
+    publish_images: PublishImages | None = Field(None, json_schema_extra={"role": "extent"})
+    batch_images: Count | None = None
+    """A multiple of the recipe's lanes."""
+    learning_rate: float | None = Field(None, gt=0)
+    weight_decay: float | None = Field(None, ge=0)
+    warmup_images: int | None = Field(None, ge=0)
+    decay: Literal["none", "linear", "cosine"] | None = None
+    decay_from: Fraction | None = None
+    clip: float | None = Field(None, ge=0)
+    ema: Fraction | None = None
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What differs from the recipe's `train`."""
+        return {name: value for name, value in self if value is not None}
+
+    @model_serializer
+    def _without_what_is_left_out(self) -> dict[str, Any]:
+        return self.changes
+
+
+class Backbone(Settings):
+    """What each model has."""
+
+    train: ModelTrain = ModelTrain()
+    seed: int | None = Field(None, ge=0)
+    """Seed of the initial weights and of all that training draws, the order of images included; default: the recipe's.
+    `seeds: 3` stands for three models: this one, and `<name>-seed-1` and `<name>-seed-2` with the next seeds."""
+
+
+class Dis(Backbone):
     """DiS: bidirectional Mamba blocks with long skips (arXiv 2402.05608)."""
 
     kind: Literal["dis"]
@@ -25,7 +59,7 @@ class Dis(Settings):
     zero_final: bool = False
 
 
-class DiffuSsm(Settings):
+class DiffuSsm(Backbone):
     """DiffuSSM: gated bidirectional S4D with hourglass layers (arXiv 2311.18257), as specified in docs/models.md."""
 
     kind: Literal["diffussm"]
@@ -40,7 +74,7 @@ class DiffuSsm(Settings):
     dt_max: float = Field(1e-1, gt=0)
 
 
-class Dit(Settings):
+class Dit(Backbone):
     """DiT, the baseline: attention with adaLN-Zero (arXiv 2212.09748)."""
 
     kind: Literal["dit"]

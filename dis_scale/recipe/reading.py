@@ -44,14 +44,30 @@ def parse(text: str, where: str, overrides: list[str] | None = None) -> Recipe:
         _set(data, override)
     if data.get("format", FORMAT) not in (FORMAT, FORMAT - 1):
         raise UserError(f"{where}: this version reads recipes of format {FORMAT}, got format {data['format']}")
-    models = data.get("models")
-    for name, model in models.items() if isinstance(models, dict) else ():
-        if isinstance(model, dict) and "preset" in model:
-            data["models"][name] = preset(str(model["preset"])) | {k: v for k, v in model.items() if k != "preset"}
+    if isinstance(models := data.get("models"), dict):
+        data["models"] = dict(_written_out(models, data.get("seed", 0), where))
     try:
         return Recipe.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
         raise UserError("\n".join(f"{where}: {line}" for line in _lines(error, data))) from None
+
+
+def _written_out(models: dict[str, Any], seed: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """Yield each model with its preset's settings in place of the name, and one model more for each further seed."""
+    for name, model in models.items():
+        if not isinstance(model, dict):
+            yield name, model
+            continue
+        own = {key: value for key, value in model.items() if key not in ("preset", "seeds")}
+        written = (preset(str(model["preset"])) if "preset" in model else {}) | own
+        yield name, written
+        seeds = model.get("seeds", 1)
+        if not isinstance(seeds, int) or seeds < 1 or ("seed" in model and "seeds" in model):
+            raise UserError(
+                f"{where}: models.{name}.seeds: got {seeds!r}, expected: a number of trainings, without seed"
+            )
+        for further in range(1, seeds):
+            yield f"{name}-seed-{further}", written | {"seed": seed + further}
 
 
 def dump(recipe: Recipe) -> str:

@@ -48,10 +48,13 @@ Checkpointing = Annotated[str, BeforeValidator(_known_checkpointing)]
 Workers = Annotated[int | str, BeforeValidator(_count_or_range)]
 
 
-class Train(Settings):
-    """One training run per model; images seen are the clock."""
+PublishImages = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
-    publish_images: tuple[Annotated[int, Field(ge=0)], ...] = extent(min_length=1)
+
+class Train(Settings):
+    """One training run per model; images seen are the clock. A model may have settings of its own (`ModelTrain`)."""
+
+    publish_images: PublishImages = extent()
     """Image counts at which EMA weights are published; training ends at the last."""
     batch_images: Count
     lanes: Count

@@ -174,11 +174,12 @@ def _no_heartbeat(holder: str, age_s: float | None) -> str:
 def _run(reader: _Reader, model: str, commanded: bool) -> tuple[RunStatus, list[Sampled]]:
     """Return a model's status and its evaluations that are due. `commanded`: a sweep command will train it in its turn."""
     sweep, now = reader.sweep, reader.now
-    run, images = sweep.run(model), sweep.recipe.train.images
+    run, settings = sweep.run(model), sweep.recipe.train_of(model)
+    images = settings.images
     backlog = state.Backlog(sweep, (model,))
     left, published = backlog.left(), backlog.published
     due = {sampled.images_seen for sampled in left if not sampled.variant}
-    evaluated = [n for n in published if n not in due and n in sweep.recipe.train.publish_images]
+    evaluated = [n for n in published if n not in due and n in settings.publish_images]
     newest = reader.read(f"{model}: the newest metric rows", lambda: rows.newest(run.log)) or {}
     ended = reader.read(f"{model}: why it failed", lambda: state.ended(sweep, model))
     holdings, point = reader.holdings(model, run.lease, ENDS), state.newest_complete(run)

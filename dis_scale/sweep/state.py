@@ -149,7 +149,7 @@ def missing_published(sweep: Sweep) -> dict[str, list[int]]:
         run = sweep.run(model)
         published = published_counts(run)
         reached = max([resumable_images(run), *published])
-        counts = [n for n in sweep.recipe.train.publish_images if n < reached and n not in published]
+        counts = [n for n in sweep.recipe.train_of(model).publish_images if n < reached and n not in published]
         if counts:
             missing[model] = counts
     return missing
@@ -178,7 +178,7 @@ def resumable_images(run: Run) -> int:
 
 def trained(sweep: Sweep, model: str) -> bool:
     """Whether a model has published its last count."""
-    return sweep.run(model).published_at(sweep.recipe.train.images).exists(manifest.NAME)
+    return sweep.run(model).published_at(sweep.recipe.train_of(model).images).exists(manifest.NAME)
 
 
 def ended(sweep: Sweep, model: str) -> str | None:
@@ -321,8 +321,10 @@ class Backlog:
         for model in self.models:
             known = [each.images_seen for each in self._published if each.model == model]
             self._published |= {Sampled(model, n) for n in published_counts(sweep.run(model), known)}
-        counts, variants = set(sweep.recipe.train.publish_images), sweep.recipe.evaluate.samplings
-        due = {each._replace(variant=v) for each in self._published if each.images_seen in counts for v in variants}
+        variants = sweep.recipe.evaluate.samplings
+        counts = {model: set(sweep.recipe.train_of(model).publish_images) for model in self.models}
+        wanted = [each for each in self._published if each.images_seen in counts[each.model]]
+        due = {each._replace(variant=variant) for each in wanted for variant in variants}
         open_ = sorted(due - self._evaluated)
         self._evaluated |= set(_existing(open_, lambda sampled: sweep.evaluation(sampled).exists(METRICS)))
         sign = -1 if sweep.recipe.evaluate.order == "newest_first" else 1
@@ -350,8 +352,13 @@ def skipped(sweep: Sweep) -> dict[Sampled, str]:
     begun = {
         model: set(map(int, filter(str.isdigit, sweep.evaluations(model).list()))) for model in sweep.recipe.models
     }
-    counts, variants = sweep.recipe.train.publish_images, sweep.recipe.evaluate.samplings
-    every = [Sampled(model, n, variant) for model in begun for n in counts if n in begun[model] for variant in variants]
+    every = [
+        Sampled(model, n, variant)
+        for model, counts in begun.items()
+        for n in sweep.recipe.train_of(model).publish_images
+        if n in counts
+        for variant in sweep.recipe.evaluate.samplings
+    ]
     return why_skipped(sweep, every)
 
 
@@ -364,9 +371,8 @@ def why_skipped(sweep: Sweep, every: Sequence[Sampled]) -> dict[Sampled, str]:
 
 def all_evaluated(sweep: Sweep) -> bool:
     """Whether every model is evaluated at every published count under all sampling settings."""
-    counts = set(sweep.recipe.train.publish_images)
     return all(
-        counts <= set(evaluated_counts(sweep, model, variant))
+        set(sweep.recipe.train_of(model).publish_images) <= set(evaluated_counts(sweep, model, variant))
         for model in sweep.recipe.models
         for variant in sweep.recipe.evaluate.samplings
     )

@@ -25,6 +25,7 @@ class StepInput(NamedTuple):
 
 def step_inputs(
     recipe: Recipe,
+    seed: int,
     device: torch.device,
     latents: Latents,
     rates: tuple[float, ...],
@@ -33,18 +34,18 @@ def step_inputs(
 ) -> Iterator[StepInput]:
     """Yield this rank's inputs from `images_seen` on, in order: one per forward pass and step, pinned for a GPU.
 
-    `rates` are those of the model's drop path.
+    `seed` is that of the model's training, `rates` are those of its drop path.
     """
     settings, process = recipe.train, diffusion.build(recipe.diffusion)
 
     def of_lane(step: int, lane: int, weight: float) -> StepInput:
         micro = micro_batch(
-            latents, step, lane, batch=settings.batch_images, lanes=settings.lanes, seed=recipe.seed,
+            latents, step, lane, batch=settings.batch_images, lanes=settings.lanes, seed=seed,
             flip=recipe.data.mirror, label_dropout=settings.label_dropout,
         )  # fmt: skip
         n = len(micro.y_B)
-        t_B = process.sample_times(seeds.generator("time", recipe.seed, step, lane), n)
-        return StepInput(micro, t_B, _drop_masks(rates, n, recipe.seed, step, lane), weight)
+        t_B = process.sample_times(seeds.generator("time", seed, step, lane), n)
+        return StepInput(micro, t_B, _drop_masks(rates, n, seed, step, lane), weight)
 
     for step in range(images_seen // settings.batch_images, settings.images // settings.batch_images):
         for lanes, weight in passes:

@@ -74,7 +74,8 @@ class Attempt:
 
     @property
     def recipe(self) -> Recipe:
-        return self.sweep.recipe
+        """The sweep's recipe with this model's training settings."""
+        return self.sweep.recipe.for_model(self.model)
 
     @property
     def run(self) -> Run:
@@ -118,7 +119,8 @@ def train_model(attempt: Attempt) -> int:
         _compare_with_grace(attempt, saver)
 
     attempt.emit("work")
-    inputs_ahead = prefetch(step_inputs(recipe, attempt.device, latents, model.drop_rates, images_seen, passes))
+    seed = recipe.seed_of(attempt.model)
+    inputs_ahead = prefetch(step_inputs(recipe, seed, attempt.device, latents, model.drop_rates, images_seen, passes))
     with closing(inputs_ahead) as batches:
         while images_seen < settings.images and not agreement.stop(attempt.stop_requested()):
             # Take one step.
@@ -196,7 +198,7 @@ def open_training(attempt: Attempt, on_this_node: int, log_rates: Callable[[str]
     `on_this_node` workers share this node's memory. `log_rates` is called with lines on speed, on one rank.
     """
     recipe = attempt.recipe
-    latents, how = open_latents(attempt.latents, recipe, on_this_node, attempt.log)
+    latents, how = open_latents(attempt.latents, recipe, on_this_node, attempt.log, recipe.seed_of(attempt.model))
     price = price_model(recipe.models[attempt.model], latents.shape, recipe.data.num_classes)
     settings, rank, world = recipe.train, dist.get_rank(), dist.get_world_size()
     memory: list[int | None] = [None] * world
@@ -309,9 +311,10 @@ def start(attempt: Attempt, latents: Latents, passes: int) -> tuple[Engine, Back
     A step has `passes` forward passes on each rank.
     """
     settings, recipe = attempt.recipe.train, attempt.recipe
+    seed = seeds.seed("init", recipe.seed_of(attempt.model)) % 2**63
     model = models.build(
         recipe.models[attempt.model], latents.shape, recipe.data.num_classes, scan=settings.scan,
-        checkpointing=settings.checkpointing, precision=settings.precision, seed=seeds.seed("init", recipe.seed) % 2**63,
+        checkpointing=settings.checkpointing, precision=settings.precision, seed=seed,
     )  # fmt: skip
     if settings.compile:
         model.compile_blocks()

@@ -17,7 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dis_scale.data.latents import prefetch
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import ModelTrain, Recipe
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.state import require_latents
@@ -33,12 +33,13 @@ TOP = 12
 """Operators in the profile's table."""
 
 
-def one_share(recipe: Recipe) -> Recipe:
-    """Return the recipe of one worker's share of each step."""
-    train = recipe.train
+def one_share(recipe: Recipe, model: str) -> Recipe:
+    """Return the recipe of one worker's share of each step of this model."""
+    train = recipe.train_of(model)
     lanes = largest_share(train.lanes, train.most_workers)
     part = {"batch_images": lanes * train.lane_images, "lanes": lanes, "workers": 1}
-    return recipe.model_copy(update={"train": train.model_copy(update=part)})
+    alone = {model: recipe.models[model].model_copy(update={"train": ModelTrain()})}
+    return recipe.model_copy(update={"train": train.model_copy(update=part), "models": alone})
 
 
 def profile_training(
@@ -49,7 +50,7 @@ def profile_training(
     UserError for an unknown model, or a sweep without latents.
     """
     sweep.run(model)
-    recipe, latents = one_share(sweep.recipe), require_latents(sweep.folder)
+    recipe, latents = one_share(sweep.recipe, model), require_latents(sweep.folder)
     device = torch.device("cuda" if recipe.device != "cpu" and torch.cuda.is_available() else "cpu")
     settings = recipe.train
     log(f"{model}: one worker's share of a step, {settings.lanes} lanes of {settings.lane_images} images, on {device}")
@@ -60,7 +61,8 @@ def profile_training(
             emit=lambda *_, **__: None,
         )  # fmt: skip
         reader, process, state, backbone, passes, meter, images_seen, _ = open_training(attempt, 1, log)
-        with closing(prefetch(step_inputs(recipe, device, reader, backbone.drop_rates, 0, passes))) as batches:
+        inputs = step_inputs(recipe, recipe.seed_of(model), device, reader, backbone.drop_rates, 0, passes)
+        with closing(prefetch(inputs)) as batches:
 
             def take_step() -> None:
                 nonlocal images_seen

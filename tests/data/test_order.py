@@ -117,3 +117,10 @@ def test_ten_million_samples_take_little_time_and_memory() -> None:
     tracemalloc.stop()
     assert time.process_time() - began < 5
     assert peak < 4e6
+
+
+def test_another_order_has_the_same_held_out_images() -> None:
+    first, other = (Order([8] * 4, 0, held_out=11, order_seed=seed) for seed in (None, 3))
+    assert all(np.array_equal(a, b) for a, b in zip(first.held_out, other.held_out, strict=True))
+    assert samples_at(first, 0, 21) != samples_at(other, 0, 21)
+    assert sorted(samples_at(first, 0, 21)) == sorted(samples_at(other, 0, 21))

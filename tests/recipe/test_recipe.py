@@ -42,6 +42,14 @@ def test_a_stored_recipe_is_read_back_unchanged(tiny: Recipe) -> None:
         ("train.zero_stage=0", "train.zero_stage: got 0, expected: 1, 2 or 3"),
         ("evaluate.sampler=euler", "sampler euler does not fit the process gaussian"),
         ("models.dit.heads=3", "models.dit: width 16 is not a multiple of heads 3"),
+        ("models.dit.train={batch_images: 18}", "models.dit.train: batch_images 18 is not a multiple of lanes 4"),
+        (
+            "models.dit.train={publish_images: [8]}",
+            "models.dit.train: publish_images: 8 is not a multiple of batch_images 16",
+        ),
+        ("models.dit.train={lanes: 2}", "models.dit.train.lanes: unknown key"),
+        ("models.dit.train={learning_rate: 0}", "models.dit.train.learning_rate: got 0, expected: greater than 0"),
+        ("models.dit.seeds=0", "models.dit.seeds: got 0, expected: a number of trainings"),
         ("data.num_classes=9", "the digits have 10 classes, got 9"),
         ("format=7", "this version reads recipes of format 1, got format 7"),
         ("train.x.y", "expected a.b=value"),
@@ -165,6 +173,12 @@ def test_the_hash_of_a_file_may_be_added_and_not_changed(key: str, settings: str
             "train.publish_images=[0, 80, 160, 320]",
             "train.publish_images: 80 is before 320, which training may have passed",
         ),
+        ("models.dis.train={ema: 0.5}", "models.dis.train.ema: stored None, given 0.5"),
+        (
+            "models.dis.train={publish_images: [0, 160]}",
+            "models.dis.train.publish_images: stored up to 320, given only up to 160",
+        ),
+        ("models.dis.seed=3", "models.dis.seed: stored None, given 3"),
     ],
 )
 def test_identity_may_not_change(tiny: Recipe, changed: str, words: str) -> None:
@@ -226,3 +240,22 @@ def test_a_variant_may_be_added_but_not_changed() -> None:
     assert identity_differences(stored, more) == []
     other = reading.load(TINY, ["evaluate.variants.wide.guidance=2.0"])
     assert identity_differences(stored, other) == ["evaluate.variants.wide.guidance: stored 1.0, given 2.0"]
+
+
+def test_a_model_has_training_settings_of_its_own() -> None:
+    own = "models.dis.train={learning_rate: 3e-4, batch_images: 32, publish_images: [0, 640]}"
+    recipe = reading.load(TINY, [own])
+    changed, common = recipe.train_of("dis"), recipe.train_of("dit")
+    assert (changed.learning_rate, changed.batch_images, changed.images, changed.lanes) == (3e-4, 32, 640, 4)
+    assert common == recipe.train
+    assert reading.parse(reading.dump(recipe), "stored") == recipe
+    longer = reading.load(TINY, [own.replace("[0, 640]", "[0, 640, 1280]")])
+    assert identity_differences(recipe, longer) == []
+
+
+def test_several_seeds_of_a_model_are_several_models() -> None:
+    recipe = reading.load(TINY, ["seed=5", "models.dis.seeds=3"])
+    assert list(recipe.models) == ["dis", "dis-seed-1", "dis-seed-2", "dit"]
+    assert [recipe.seed_of(model) for model in recipe.models] == [5, 6, 7, 5]
+    assert identity_differences(reading.load(TINY, ["seed=5"]), recipe) == []
+    assert reading.parse(reading.dump(recipe), "stored") == recipe

@@ -1,6 +1,7 @@
 """A run that was stopped and resumed equals the undisturbed one to the bit, for each ZeRO stage and precision."""
 
 import errno
+import json
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,20 @@ def test_a_stopped_run_ends_as_the_undisturbed_one(tmp_path: Path, settings: lis
         assert_bit_equal(*rebuilt)
         assert any(not torch.equal(rebuilt[0][name], tensor) for name, tensor in weights(tmp_path / "calm").items())
     assert losses(tmp_path / "calm") == losses(tmp_path / "stopped") != []
+
+
+def test_a_model_is_trained_with_its_own_settings_and_seed(tmp_path: Path) -> None:
+    """As if they were those of the recipe."""
+    model, own = "kind: dit, width: 16, depth: 1, heads: 2, patch: 4", ["train.workers=1", "data.held_out_images=0"]
+    settings = {"learning_rate": 3e-3, "batch_images": 32, "publish_images": [0, 96]}
+    its = f"{{{model}, seed: 1, train: {json.dumps(settings)}}}"
+    ranks.run(reading.load(TINY, [f"models={{dit: {its}}}", *own]), "dit", tmp_path / "its own", attempt=1)
+    own += ["seed=1", *(f"train.{name}={value}" for name, value in settings.items())]
+    ranks.run(reading.load(TINY, [f"models={{dit: {{{model}}}}}", *own]), "dit", tmp_path / "the recipe's", attempt=1)
+    mine, same = (ranks.inputs(tmp_path / at) for at in ("its own", "the recipe's"))
+    assert list(mine) == [0, 32, 64]
+    assert mine == same
+    assert_bit_equal(*(weights(tmp_path / at, "dit", 96) for at in ("its own", "the recipe's")))
 
 
 def test_a_run_does_not_continue_on_other_latents(tmp_path: Path) -> None:

@@ -50,6 +50,6 @@ def test_what_cannot_be_profiled_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_share_is_one_workers_part_in_micro_batches_of_the_same_size(tiny: Recipe) -> None:
-    share, whole = one_share(tiny).train, tiny.train
+    share, whole = one_share(tiny, "dis").train, tiny.train
     assert (share.batch_images, share.lanes, share.most_workers) == (whole.batch_images // 2, whole.lanes // 2, 1)
     assert share.lane_images == whole.lane_images
