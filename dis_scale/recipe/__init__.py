@@ -49,7 +49,7 @@ __all__ = [
     "VaeSettings", "Variant",
 ]  # fmt: skip
 
-FORMAT = 1
+FORMAT = 2
 """Version of the stored recipe; this code reads FORMAT and FORMAT - 1."""
 
 
@@ -68,7 +68,7 @@ class Tracking(Settings):
 class Recipe(Settings):
     """A sweep."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
     seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = runtime("auto")

@@ -44,6 +44,8 @@ def parse(text: str, where: str, overrides: list[str] | None = None) -> Recipe:
         _set(data, override)
     if data.get("format", FORMAT) not in (FORMAT, FORMAT - 1):
         raise UserError(f"{where}: this version reads recipes of format {FORMAT}, got format {data['format']}")
+    if data.pop("format", FORMAT) == 1 and isinstance(train := data.get("train"), dict):
+        train.setdefault("ema_ramp", None)  # a sweep that has begun keeps its average
     if isinstance(models := data.get("models"), dict):
         data["models"] = dict(_written_out(models, data.get("seed", 0), where))
     try:

@@ -87,6 +87,9 @@ class Train(Settings):
     """Largest norm of a step's gradient, which is scaled down to it; 0 for no limit."""
     ema: Fraction = 0.9999
     """Decay per step of the exponential moving average of the weights."""
+    ema_ramp: Annotated[float, Field(gt=0)] | None = 0.05
+    """Half-life of that average at most this share of the steps so far (EDM's ramp), so that an early one is not the random
+    start; `null` for none, as the papers of DiT and DiS have it."""
     power_ema: tuple[Width, Width] | None = None
     """Relative widths of two power-function averages to track as well (0.05 and 0.1 are usual); others are rebuilt from them."""
     label_dropout: Fraction = 0.1

@@ -35,9 +35,26 @@ def power_name(width: float) -> str:
 
 
 def decays(settings: Train, step: int) -> dict[str, float]:
-    """Return the decay of each average at step number `step`, counted from 1 (power functions: equation 127)."""
+    """Return the decay of each average at step number `step`, counted from 1 (power functions: equation 127).
+
+    With a ramp, the exponential one's half-life is at most that share of the steps (Karras et al. 2022, arXiv 2206.00364, their
+    code's `ema_rampup_ratio`).
+    """
     powers = {power_name(width): (1 - 1 / step) ** (exponent(width) + 1) for width in settings.power_ema or ()}
-    return {EXPONENTIAL: settings.ema} | powers
+    return {EXPONENTIAL: float(_exponential(settings, np.array(step)))} | powers
+
+
+def start_share(settings: Train, images_seen: int) -> float:
+    """Return the share of the initial weights in the exponential average."""
+    steps = np.arange(1, images_seen // settings.batch_images + 1)
+    return float(np.exp(np.log(_exponential(settings, steps)).sum()))
+
+
+def _exponential(settings: Train, steps: np.ndarray) -> np.ndarray:
+    """Return the decay of the exponential average at these steps."""
+    if settings.ema_ramp is None:
+        return np.full(steps.shape, settings.ema)
+    return np.minimum(settings.ema, 0.5 ** (1 / (settings.ema_ramp * steps)))
 
 
 def exponent(width: float) -> float:

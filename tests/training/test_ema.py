@@ -1,4 +1,4 @@
-"""Power-function averages: their widths, their recurrence, and other widths rebuilt from two."""
+"""The exponential average's ramp; power-function averages: their widths, their recurrence, and other widths rebuilt from two."""
 
 import numpy as np
 import pytest
@@ -62,3 +62,19 @@ def test_a_tracked_width_is_its_own_snapshot() -> None:
 def test_a_width_that_no_power_function_has_is_refused(width: float) -> None:
     with pytest.raises(UserError, match=r"expected a relative width from 0\.005 to 0\.28"):
         ema.exponent(width)
+
+
+def test_with_a_ramp_no_average_is_the_random_start() -> None:
+    ramped, plain = (SETTINGS.model_copy(update={"ema": 0.9999, "ema_ramp": ramp}) for ramp in (0.05, None))
+    assert ema.start_share(plain, 100) == pytest.approx(0.9999**10)
+    assert ema.start_share(ramped, 100) < 1e-9
+    assert ema.start_share(ramped, 0) == ema.start_share(plain, 0) == 1
+    shares = [ema.decays(ramped, step)[ema.EXPONENTIAL] for step in range(1, 11)]
+    assert ema.start_share(ramped, 100) == pytest.approx(np.prod(shares))
+
+
+def test_the_ramp_ends_at_the_decay() -> None:
+    """Its half-life is a twentieth of the steps so far: that of 0.99, 69 steps, is reached at step 1,380."""
+    before, after = (ema.decays(SETTINGS, step)[ema.EXPONENTIAL] for step in (1379, 1380))
+    assert before == pytest.approx(0.5 ** (1 / (0.05 * 1379)))
+    assert before < 0.99 == after
