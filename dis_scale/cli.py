@@ -250,13 +250,16 @@ def fork(
     model: Model,
     at: Annotated[int, typer.Option(help="Images seen at a resume point of the model.", min=0)],
     new: Annotated[str, typer.Option("--as", help="The new run's name.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the new run's training, such as learning_rate=5e-5.")
+    ] = None,
 ) -> None:
-    """Start a new run from another run's resume point. To roll back, fork from an earlier point."""
+    """Start a new run from another run's resume point. To roll back, fork from an earlier point, with another learning rate."""
     from dis_scale.sweep import Sweep
     from dis_scale.training.fork import fork_run
 
     opened = Sweep.open(sweep)
-    run = fork_run(opened, model, at, new)
+    run = fork_run(opened, model, at, new, settings or [])
     _print(
         f"forked   {run.folder}: continues from {at} images\n"
         f"next     dis-scale resume {opened}; or give {new} the settings of {model} under models: in your recipe and run that"

@@ -92,7 +92,8 @@ def table(plan: Plan) -> Table:
         out.add_column(column, justify="left" if column in ("model", "kind") else "right")
     for name, c in plan.costs.items():
         train = plan.recipe.train_of(name)
-        petaflop = 2 * c.gmacs_training * train.images / 1e6
+        branch = plan.recipe.models[name].branch
+        petaflop = 2 * c.gmacs_training * (train.images - (branch.at if branch else 0)) / 1e6
         gpu = worker_bytes(c, train, train.most_workers, train.micro_images or train.lane_images)
         state, serialised = c.parameters * 4 * len(kinds(train)), 2 * c.parameters * 4
         out.add_row(

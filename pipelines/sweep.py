@@ -36,6 +36,8 @@ from pipelines.signals import obeying_signals
 from pipelines.waiting import Wait
 
 POLL_EVERY_S = 0.5
+ASK_EVERY_S = 10.0
+"""Interval at which storage is asked whether a branch can begin."""
 DELETED = "its published weights were deleted, and only training makes them: restore them, or remove the count from the recipe"
 
 
@@ -331,11 +333,11 @@ def _train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
         sweep.run(model).folder.delete(ENDED)
     evaluation = _submit(driver, cluster, "evaluate")
     training: dict[str, Job] = {}
-    evaluated = False
+    evaluated, asked_s = False, float("-inf")
     while waiting or training or not evaluated:
-        while waiting and len(training) < cluster.capacity:
-            model = waiting.pop(0)
-            training[model] = _submit(driver, cluster, "train", model)
+        due = time.monotonic() > asked_s + ASK_EVERY_S
+        _begin_waiting(driver, cluster, waiting, training, failures, due)
+        asked_s = time.monotonic() if due else asked_s
         time.sleep(POLL_EVERY_S)
         evaluated = evaluation.ended()  # asked once per round and before its log, so that its end is handled completely
         _poll(driver, evaluation, "evaluate")
@@ -349,11 +351,33 @@ def _train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
                     if state.trained(sweep, model):
                         driver.board.say(f"{model} is trained all the same: its last count is published")
                         continue
-                    failures.models[model] = why
-                    sweep.run(model).folder.write_json(ENDED, {"why": why})
+                    _fail(driver, failures, model, why)
         if failures.evaluation is None and evaluated and evaluation.status() != "SUCCEEDED":
             failures.evaluation = _failure(driver, evaluation, "evaluate")
     return failures
+
+
+def _begin_waiting(
+    driver: Driver, cluster: Cluster, waiting: list[str], training: dict[str, Job], failures: Failures, ask: bool
+) -> None:
+    """Start to train waiting models while the cluster has room; branches only if storage may be asked about their trunks."""
+    for model in list(waiting):
+        branch = driver.sweep.recipe.models[model].branch
+        if len(training) == cluster.capacity or (branch and not ask):
+            continue
+        if state.may_begin(driver.sweep, model):
+            waiting.remove(model)
+            training[model] = _submit(driver, cluster, "train", model)
+        elif branch and branch.of not in (*waiting, *training):
+            waiting.remove(model)
+            why = f"{branch.of} has ended without a resume point at {branch.at} images, from which {model} branches"
+            _fail(driver, failures, model, why)
+
+
+def _fail(driver: Driver, failures: Failures, model: str, why: str) -> None:
+    """Note that a model has failed; the others continue."""
+    failures.models[model] = why
+    driver.sweep.run(model).folder.write_json(ENDED, {"why": why})
 
 
 def _failure(driver: Driver, job: Job, name: str) -> str:

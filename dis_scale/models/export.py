@@ -119,7 +119,7 @@ def describe(model: Backbone, facts: SamplingFacts | None = None) -> dict[str, A
     """Settings, shape and number of classes as plain data, the input of `from_description`; and the sampling facts, if known."""
     sampling = {} if facts is None else {"sampling": TypeAdapter(SamplingFacts).dump_python(facts, mode="json")}
     return sampling | {
-        "model": model.settings.model_dump(mode="json", exclude={"train", "seed"}),
+        "model": model.settings.sizes,
         "shape": list(model.shape),
         "num_classes": model.num_classes,
     }

@@ -37,14 +37,14 @@ from dis_scale.recipe.evaluate import (
     TrainedExtractor,
     Variant,
 )
-from dis_scale.recipe.models import DiffuSsm, Dis, Dit, Model, ModelTrain
+from dis_scale.recipe.models import Branch, DiffuSsm, Dis, Dit, Model, ModelTrain
 from dis_scale.recipe.settings import Precision, Settings, extent, runtime
 from dis_scale.recipe.train import CHECKPOINTING, SCAN_DEVICES, Flow, Gaussian, Reader, Train
 
 __all__ = [
-    "CHECKPOINTING", "MAIN", "CsvSource", "Data", "DiffuSsm", "DigitsSource", "Dis", "Dit", "Evaluate", "ExtractorSettings",
-    "Flow", "FolderSource", "Gaussian", "InceptionExtractor", "LatentShape", "Model", "ModelTrain", "NoVae", "Normalise",
-    "ParquetSource", "Precision", "Precompute", "PretrainedVae", "Reader", "Recipe", "Settings", "SourceSettings",
+    "CHECKPOINTING", "MAIN", "Branch", "CsvSource", "Data", "DiffuSsm", "DigitsSource", "Dis", "Dit", "Evaluate",
+    "ExtractorSettings", "Flow", "FolderSource", "Gaussian", "InceptionExtractor", "LatentShape", "Model", "ModelTrain", "NoVae",
+    "Normalise", "ParquetSource", "Precision", "Precompute", "PretrainedVae", "Reader", "Recipe", "Settings", "SourceSettings",
     "StoredSource", "TarSource", "TorchScriptExtractor", "TorchScriptVae", "Train", "TrainedExtractor", "TrainedVae",
     "VaeSettings", "Variant",
 ]  # fmt: skip
@@ -115,6 +115,26 @@ class Recipe(Settings):
             Train.model_validate(self.train_of(model).model_dump())
         except ValidationError as error:
             raise ValueError(f"models.{model}.train: {error.errors()[0]['ctx']['error']}") from error
+        if branch := self.models[model].branch:
+            self._branch_fits(model, branch)
+
+    def _branch_fits(self, model: str, branch: Branch) -> None:
+        where, trunk = f"models.{model}.branch", self.models.get(branch.of)
+        if trunk is None or trunk.branch:
+            raise ValueError(f"{where}.of: got {branch.of!r}, expected a model of this recipe that is no branch itself")
+        if self.models[model].sizes != trunk.sizes:
+            raise ValueError(f"{where}.of: {branch.of} has other sizes: expected the same, apart from train and seed")
+        its, own = self.train_of(branch.of), self.train_of(model)
+        last = min(its.images, own.publish_images[0] - 1)
+        if branch.at > last or branch.at % its.batch_images or branch.at % own.batch_images:
+            raise ValueError(
+                f"{where}.at: got {branch.at}, expected a multiple of batch_images up to {last}, which is before the first "
+                "published count"
+            )
+
+    def branches_at(self, model: str) -> set[int]:
+        """Return the image counts at which other models leave the training of this one."""
+        return {each.branch.at for each in self.models.values() if each.branch and each.branch.of == model}
 
     def require_scan_on(self, device: str) -> None:
         """ValueError if the backend of the scan does not run on this device."""

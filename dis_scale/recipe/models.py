@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_serializer, model_validator
 
-from dis_scale.recipe.settings import Count, Fraction, Settings
+from dis_scale.recipe.settings import Count, Fraction, Precision, Settings
 from dis_scale.recipe.train import PublishImages
 
 
@@ -21,6 +21,7 @@ class ModelTrain(Settings):
     decay_from: Fraction | None = None
     clip: float | None = Field(None, ge=0)
     ema: Fraction | None = None
+    precision: Precision | None = None
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -32,16 +33,32 @@ class ModelTrain(Settings):
         return self.changes
 
 
-class Backbone(Settings):
+class Branch(Settings):
+    """Where a model's training leaves that of another model of the same sizes, to go on with settings of its own."""
+
+    of: str
+    """Name of the other model, the trunk."""
+    at: Count
+    """Images seen, of which the trunk keeps a resume point."""
+
+
+class BackboneSettings(Settings):
     """What each model has."""
 
     train: ModelTrain = ModelTrain()
     seed: int | None = Field(None, ge=0)
     """Seed of the initial weights and of all that training draws, the order of images included; default: the recipe's.
     `seeds: 3` stands for three models: this one, and `<name>-seed-1` and `<name>-seed-2` with the next seeds."""
+    branch: Branch | None = None
+    """The training begins at another model's resume point instead of at random weights."""
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What the network is, apart from its training."""
+        return self.model_dump(exclude={"train", "seed", "branch"})
 
 
-class Dis(Backbone):
+class Dis(BackboneSettings):
     """DiS: bidirectional Mamba blocks with long skips (arXiv 2402.05608)."""
 
     kind: Literal["dis"]
@@ -59,7 +76,7 @@ class Dis(Backbone):
     zero_final: bool = False
 
 
-class DiffuSsm(Backbone):
+class DiffuSsm(BackboneSettings):
     """DiffuSSM: gated bidirectional S4D with hourglass layers (arXiv 2311.18257), as specified in docs/models.md."""
 
     kind: Literal["diffussm"]
@@ -74,7 +91,7 @@ class DiffuSsm(Backbone):
     dt_max: float = Field(1e-1, gt=0)
 
 
-class Dit(Backbone):
+class Dit(BackboneSettings):
     """DiT, the baseline: attention with adaLN-Zero (arXiv 2212.09748)."""
 
     kind: Literal["dit"]

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ def parse(text: str, where: str, overrides: list[str] | None = None) -> Recipe:
     if data.pop("format", FORMAT) == 1 and isinstance(train := data.get("train"), dict):
         train.setdefault("ema_ramp", None)  # a sweep that has begun keeps its average
     if isinstance(models := data.get("models"), dict):
-        data["models"] = dict(_written_out(models, data.get("seed", 0), where))
+        models = dict(_written_out(models, data.get("seed", 0), where))
+        data["models"] = models | dict(_cooldowns(models, data.get("train"), where))
     try:
         return Recipe.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
@@ -72,16 +73,36 @@ def _written_out(models: dict[str, Any], seed: Any, where: str) -> Iterator[tupl
             yield f"{name}-seed-{further}", written | {"seed": seed + further}
 
 
+def _cooldowns(models: dict[str, Any], train: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """Yield a branch of each model for each count of `train.cooldowns`: the last `share` of its images at a falling rate."""
+    if not isinstance(train, dict) or (wanted := train.pop("cooldowns", None)) is None:
+        return
+    try:
+        counts, share, batch = list(wanted["images"]), float(wanted.get("share", 0.2)), int(train["batch_images"])
+        begins = {n: int((1 - share) * n) // batch * batch for n in counts}
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise UserError(
+            f"{where}: train.cooldowns: got {wanted!r}, expected image counts and a share, such as {{images: [51200], share: 0.2}}"
+        ) from None
+    for name, model in models.items():
+        for images, begin in begins.items():
+            if isinstance(model, dict) and "branch" not in model:
+                schedule = {"publish_images": [images], "decay": "linear", "decay_from": begin / images}
+                own = (model.get("train") or {}) | schedule
+                yield f"{name}-at-{images}", model | {"branch": {"of": name, "at": begin}, "train": own}
+
+
 def dump(recipe: Recipe) -> str:
     """Return the recipe as YAML that `parse` reads back to an equal one."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
 
 
-def with_model(recipe: Recipe, name: str, model: Model) -> Recipe:
-    """Return the recipe with one more model; UserError if the name is invalid."""
+def with_model(recipe: Recipe, name: str, model: Model, settings: Sequence[str] = ()) -> Recipe:
+    """Return the recipe with one more model and `a=value` settings of its training; UserError if the name or one is invalid."""
     data = recipe.model_dump(mode="json")
     data["models"][name] = model.model_dump(mode="json")
-    return parse(yaml.safe_dump(data, sort_keys=False), f"a model named {name}")
+    own = [f"models.{name}.train.{setting}" for setting in settings]
+    return parse(yaml.safe_dump(data, sort_keys=False), f"a model named {name}", own)
 
 
 def _set(data: dict[str, Any], override: str) -> None:

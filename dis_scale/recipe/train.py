@@ -96,7 +96,9 @@ class Train(Settings):
     resume_every_images: Count = runtime(100_000)
     """Images between resume points, rounded up to complete steps."""
     keep_resume: Count = runtime(2)
-    """Resume points that are kept."""
+    """Last resume points that are kept."""
+    keep_spaced: int = runtime(4, ge=0)
+    """Resume points that are kept besides, evenly spaced over the training, so that a run can be rolled back (`dis-scale fork`)."""
     restarts: int = runtime(3, ge=0)
     """Consecutive attempts within one job that may fail without a new resume point."""
     start_over: bool = runtime(False)

@@ -165,6 +165,18 @@ def complete_points(run: Run, names: Iterable[PointName]) -> Iterator[PointName]
     return (name for name in names if run.resume_point(name).exists(manifest.NAME))
 
 
+def point_at(run: Run, images_seen: int) -> PointName | None:
+    """Return the newest attempt's complete resume point at this image count."""
+    names = [name for name in point_names(run) if name.images_seen == images_seen]
+    return next(complete_points(run, reversed(names)), None)
+
+
+def may_begin(sweep: Sweep, model: str) -> bool:
+    """Whether a model can be trained now: a branch needs its trunk's resume point, unless it has saved one of its own."""
+    branch, run = sweep.recipe.models[model].branch, sweep.run(model)
+    return branch is None or point_at(sweep.run(branch.of), branch.at) is not None or newest_complete(run) is not None
+
+
 def newest_complete(run: Run) -> PointName | None:
     """Return the newest resume point with a manifest. Its files are not checked."""
     return next(complete_points(run, reversed(point_names(run))), None)

@@ -7,9 +7,9 @@ manifest. There is no gather and no collective off the training thread. Loading 
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import safetensors.torch
 import torch
@@ -17,10 +17,10 @@ import torch.distributed as dist
 
 from dis_scale.data.latents import Latents
 from dis_scale.errors import Damaged, StorageError, UserError
-from dis_scale.recipe import Train
+from dis_scale.recipe import Branch, Recipe, Train
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import PointName, Run, state
+from dis_scale.sweep import PointName, Run, Sweep, state
 from dis_scale.training import ema
 from dis_scale.training.ema import Snapshot
 from dis_scale.training.engine import MOMENTS, WEIGHTS, Engine, Segment
@@ -173,6 +173,43 @@ def newest_point(run: Run, log: Callable[[str], None], start_over: bool = False)
     return None
 
 
+def branch_point(sweep: Sweep, branch: Branch) -> ResumePoint:
+    """Return the resume point at which a branch leaves its trunk; StorageError if it is missing or damaged."""
+    run = sweep.run(branch.of)
+    name = state.point_at(run, branch.at)
+    point = name and find_point(run, name)
+    if point is None:
+        raise StorageError(f"{run.resume}: no resume point at {branch.at} images, from which a branch begins")
+    point.verify()
+    return point
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which complete resume points of a training stay."""
+
+    last: int
+    """Number of the newest ones."""
+    spaced: int
+    """Number of those kept besides, spread evenly over the training."""
+    images: int
+    """Images of the complete training."""
+    branches: frozenset[int]
+    """Image counts at which other models' trainings begin."""
+
+    @classmethod
+    def of_model(cls, recipe: Recipe, model: str) -> Self:
+        settings = recipe.train_of(model)
+        return cls(settings.keep_resume, settings.keep_spaced, settings.images, frozenset(recipe.branches_at(model)))
+
+    def of(self, complete: Sequence[PointName]) -> set[PointName]:
+        """Return those of all complete resume points, oldest first, that stay."""
+        apart = self.images / (self.spaced + 1)
+        spaced = {int(name.images_seen // apart): name for name in reversed(complete) if name.images_seen >= apart}
+        branches = {name.images_seen: name for name in complete if name.images_seen in self.branches}
+        return {*complete[-self.last :], *spaced.values(), *branches.values()}
+
+
 @dataclass
 class Saver:
     """Writes one run's resume points and published weights next to training, one at a time.
@@ -185,7 +222,7 @@ class Saver:
     rank: int
     world: int
     held: Callable[[], bool]
-    keep: int
+    keep: Keep
     paused_s: float = 0.0
     """Time for which training waited for resume points, including one that was still being written."""
     longest_s: float = 0.0
@@ -282,16 +319,18 @@ class Saver:
             )
 
     def _prune(self, images_seen: int) -> None:
-        """Delete all but the last `keep` complete resume points up to `images_seen`.
+        """Delete the resume points up to `images_seen` that are incomplete or not to be kept.
 
         A faster rank may already write a later one, which stays. The manifest is deleted first, so that a resume point that is only
         partly deleted is never loaded.
         """
         passed = [name for name in state.point_names(self.run) if name.images_seen <= images_seen]
         complete = list(state.complete_points(self.run, passed))
-        for name in complete[: -self.keep]:
-            self.run.resume_point(name).delete(manifest.NAME)
-        for name in set(passed) - set(complete[-self.keep :]):
+        kept = self.keep.of(complete)
+        for name in complete:
+            if name not in kept:
+                self.run.resume_point(name).delete(manifest.NAME)
+        for name in set(passed) - kept:
             self.run.resume_point(name).delete()
 
 

@@ -3,6 +3,7 @@
 The sweep's stored recipe gains the model under the new name. The original run stays as it is.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,15 +17,16 @@ ATTEMPT = 0
 """Attempt in the name of a copied resume point: no attempt of the new run wrote it."""
 
 
-def fork_run(sweep: Sweep, model: str, images_seen: int, new: str) -> Run:
+def fork_run(sweep: Sweep, model: str, images_seen: int, new: str, settings: Sequence[str] = ()) -> Run:
     """Start the run `new` of a sweep where `model` had seen `images_seen` images; return it.
 
-    Published weights up to there are copied, too. A rerun does only what is left. UserError if it cannot be done.
+    `settings` (`a=value`) change its training from there on. Published weights up to there are copied, too. A rerun does only what
+    is left. UserError if it cannot be done.
     """
     run, origin = sweep.run(model), {"model": model, "images": images_seen}
     grown = sweep
     if new not in sweep.recipe.models:
-        grown = replace(sweep, recipe=with_model(sweep.recipe, new, sweep.recipe.models[model]))
+        grown = replace(sweep, recipe=with_model(sweep.recipe, new, sweep.recipe.models[model], settings))
     target = grown.run(new)
     _require_free(sweep, target, origin, new)
     point = _require_point(run, model, images_seen)
@@ -48,14 +50,15 @@ def _require_free(sweep: Sweep, target: Run, origin: dict[str, Any], new: str) -
 
 def _require_point(run: Run, model: str, images_seen: int) -> Folder:
     """The newest attempt's complete resume point at this image count; UserError names the counts that exist."""
-    complete = list(state.complete_points(run, state.point_names(run)))
-    names = [name for name in complete if name.images_seen == images_seen]
-    if not names:
+    name = state.point_at(run, images_seen)
+    if name is None:
+        complete = state.complete_points(run, state.point_names(run))
         counts = ", ".join(str(n) for n in sorted({name.images_seen for name in complete})) or "none"
         raise UserError(
-            f"--at {images_seen}: {model} has no resume point there; it has {counts} (train.keep_resume sets how many stay)"
+            f"--at {images_seen}: {model} has no resume point there; it has {counts} (train.keep_resume and "
+            "train.keep_spaced set how many stay)"
         )
-    return run.resume_point(names[-1])
+    return run.resume_point(name)
 
 
 def _copy(source: Folder, target: Folder, model: str) -> None:

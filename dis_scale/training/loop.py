@@ -33,7 +33,7 @@ from dis_scale.tracking.goodput import ATTEMPT, GOODPUT, Goodput
 from dis_scale.tracking.rows import RowWriter
 from dis_scale.training import checkpoint, ema, engine
 from dis_scale.training.bad_step import dump_step
-from dis_scale.training.checkpoint import ResumePoint, Saver
+from dis_scale.training.checkpoint import Keep, ResumePoint, Saver
 from dis_scale.training.engine import Engine
 from dis_scale.training.inputs import StepInput, step_inputs, to_device
 from dis_scale.training.lanes import ForwardPass, forward_passes
@@ -95,12 +95,12 @@ def train_model(attempt: Attempt) -> int:
     latents, process, state, model, passes, meter, images_seen, earlier = open_training(
         attempt, _workers_on_this_node(world), log_rates
     )
-    saver = Saver(attempt.run, attempt.number, rank, world, attempt.held, settings.keep_resume)
+    saver = Saver(attempt.run, attempt.number, rank, world, attempt.held, Keep.of_model(recipe, attempt.model))
     rows, agreement = RowWriter(attempt.run.log, attempt.number), StopAgreement()
     description = json.dumps(describe(model, SamplingFacts.of(recipe, latents.manifest)))
     began_s = flushed_s = time.monotonic()
     first_images = saved_images = images_seen
-    bad_steps = 0
+    bad_steps, branches = 0, recipe.branches_at(attempt.model)
 
     def facts() -> dict[str, Any]:
         now = time.time()
@@ -148,7 +148,7 @@ def train_model(attempt: Attempt) -> int:
 
             # Publish and save. A resume point never exists without the rows before it.
             publish_due = images_seen in settings.publish_images
-            save_due = images_seen % settings.resume_every_images < settings.batch_images
+            save_due = images_seen % settings.resume_every_images < settings.batch_images or images_seen in branches
             saver.raise_failed()
             if time.monotonic() > flushed_s + FLUSH_EVERY_S:
                 rows.flush()
@@ -321,6 +321,7 @@ def start(attempt: Attempt, latents: Latents, passes: int) -> tuple[Engine, Back
     point = _agreed_resume_point(attempt)
     if point:
         point.require_latents(latents)
+    own = point is None or point.manifest.get("model", attempt.model) == attempt.model  # not that of a branch's trunk
     images_seen, adam_step = (point.images_seen, point.adam_step) if point else (0, 0)
     read = point.read if point else checkpoint.fresh(model)
     if point and dist.get_rank() == 0:  # the engine sends rank 0's weights to the others
@@ -331,20 +332,21 @@ def start(attempt: Attempt, latents: Latents, passes: int) -> tuple[Engine, Back
     state = engine.start(model.to(attempt.device), settings, attempt.device, read, adam_step, passes)
     state.set_learning_rate(learning_rate(settings, images_seen))
     if dist.get_rank() == 0:
-        where = f"from {point.folder.name}" if point else "from the beginning"
+        origin = "" if own else f"{point.manifest['model']}'s " if point else ""
+        where = f"from {origin}{point.folder.name}" if point else "from the beginning"
         scan = f", scan {choose(settings.scan, attempt.device)}" if recipe.models[attempt.model].kind == "dis" else ""
         attempt.emit("start", attempt=attempt.number, workers=dist.get_world_size(), images=images_seen)
         attempt.log(f"{attempt.model}: attempt {attempt.number}, {dist.get_world_size()} workers, {where}{scan}")
-    return state, model, images_seen, point.manifest if point else {}
+    return state, model, images_seen, point.manifest if point and own else {}
 
 
 def _agreed_resume_point(attempt: Attempt) -> ResumePoint | None:
-    """Rank 0 finds and checks the newest resume point; all ranks use it."""
-    point = (
-        checkpoint.newest_point(attempt.run, attempt.log, attempt.recipe.train.start_over)
-        if dist.get_rank() == 0
-        else None
-    )
+    """Rank 0 finds and checks the newest resume point, for a new branch its trunk's; all ranks use it."""
+    point, branch = None, attempt.recipe.models[attempt.model].branch
+    if dist.get_rank() == 0:
+        point = checkpoint.newest_point(attempt.run, attempt.log, attempt.recipe.train.start_over)
+        if point is None and branch:
+            point = checkpoint.branch_point(attempt.sweep, branch)
     others: list[ResumePoint | None] = [point and ResumePoint(point.folder, point.manifest)]  # without what it has read
     dist.broadcast_object_list(others)
     return point or others[0]

@@ -49,6 +49,13 @@ def test_a_stored_recipe_is_read_back_unchanged(tiny: Recipe) -> None:
         ),
         ("models.dit.train={lanes: 2}", "models.dit.train.lanes: unknown key"),
         ("models.dit.train={learning_rate: 0}", "models.dit.train.learning_rate: got 0, expected: greater than 0"),
+        ("models.dit.branch={of: dis, at: 160}", "models.dit.branch.of: dis has other sizes"),
+        (
+            "models.dit.branch={of: dit, at: 160}",
+            "models.dit.branch.of: got 'dit', expected a model of this recipe that is no",
+        ),
+        ("train.cooldowns=[320]", "train.cooldowns: got [320], expected image counts and a share"),
+        ("train.cooldowns={images: [16]}", "models.dis-at-16.branch.at: got 0"),
         ("models.dit.seeds=0", "models.dit.seeds: got 0, expected: a number of trainings"),
         ("data.num_classes=9", "the digits have 10 classes, got 9"),
         ("format=7", "this version reads recipes of format 2, got format 7"),
@@ -266,3 +273,17 @@ def test_a_stored_recipe_of_the_last_format_keeps_its_average() -> None:
     del stored["train"]["ema_ramp"]
     assert reading.parse(yaml.safe_dump(stored), "stored").train.ema_ramp is None
     assert reading.load(TINY).train.ema_ramp == 0.05
+
+
+def test_cooldowns_are_branches_of_each_model() -> None:
+    recipe = reading.load(TINY, ["models.dit.seeds=2", "train.cooldowns={images: [160, 320], share: 0.25}"])
+    assert list(recipe.models) == [
+        *("dis", "dit", "dit-seed-1"),
+        *(f"{name}-at-{n}" for name in ("dis", "dit", "dit-seed-1") for n in (160, 320)),
+    ]
+    branch, settings = recipe.models["dit-seed-1-at-160"], recipe.train_of("dit-seed-1-at-160")
+    assert (branch.branch and branch.branch.of, branch.seed) == ("dit-seed-1", 1)
+    assert (settings.decay, settings.publish_images) == ("linear", (160,))
+    assert settings.decay_from * 160 == branch.branch.at == 112
+    assert recipe.branches_at("dit") == {112, 240}
+    assert reading.parse(reading.dump(recipe), "stored") == recipe

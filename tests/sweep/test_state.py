@@ -16,6 +16,7 @@ from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import ENDED, FAILED_NODES, LATENTS, METRICS, SKIPPED, PointName, Run, Sampled, Sweep, state
 from dis_scale.sweep.extractors import part_count, part_positions
 from dis_scale.training import checkpoint
+from dis_scale.training.checkpoint import Keep
 from tests.conftest import TINY
 
 NO_METRICS = b'{"values": {}, "metrics": null}'
@@ -117,7 +118,9 @@ def test_a_stray_folder_among_resume_points_is_no_resume_point(tmp_path: Path) -
     run.resume.write("notes/readme.txt", b"a person was here")
     assert state.point_names(run) == [PointName(160, 2)]
     assert state.resumable_images(run) == 160
-    checkpoint.Saver(run, attempt=2, rank=0, world=1, held=lambda: True, keep=1)._prune(160)
+    checkpoint.Saver(run, attempt=2, rank=0, world=1, held=lambda: True, keep=Keep(1, 0, 10**9, frozenset()))._prune(
+        160
+    )
     assert run.resume.list() == ["000000000160-0002", "notes"]
 
 

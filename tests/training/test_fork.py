@@ -5,6 +5,7 @@ import pytest
 from dis_scale.errors import UserError
 from dis_scale.recipe import reading
 from dis_scale.sweep import Sweep, state
+from dis_scale.tracking.rows import RowReader
 from dis_scale.training import checkpoint
 from dis_scale.training.fork import fork_run
 from tests.conftest import TINY
@@ -37,6 +38,21 @@ def test_a_fork_trains_on_to_the_bit(sweep: Sweep) -> None:
     assert ends[1] is not None
     assert ends[0].manifest["files"] == ends[1].manifest["files"]
     assert ends[1].manifest["model"] == "again"
+
+
+def test_a_fork_may_change_the_training_from_there_on(sweep: Sweep) -> None:
+    """A run that diverged is rolled back and continues at a lower rate."""
+    made = fork_run(Sweep.open(sweep.folder.url), "dit", 240, "lower", ["learning_rate=1e-5", "clip=0.5"])
+    recipe = Sweep.open(sweep.folder.url).recipe
+    settings = recipe.train_of("lower")
+    assert (settings.learning_rate, settings.clip, settings.batch_images) == (1e-5, 0.5, 16)
+    assert recipe.train_of("dit").learning_rate == 1e-3
+    assert sweep.folder.local
+    ranks.run(recipe, "lower", sweep.folder.local.parent, attempt=1)
+    rates = {row.value for row in RowReader(made.log).new() if row.name == "learning_rate"}
+    assert rates == {1e-5}
+    with pytest.raises(UserError, match=r"models.new.train.learning_rat: unknown key \(did you mean 'learning_rate'"):
+        fork_run(Sweep.open(sweep.folder.url), "dit", 240, "new", ["learning_rat=1"])
 
 
 @pytest.mark.parametrize(

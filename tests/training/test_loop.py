@@ -18,11 +18,13 @@ from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import PointName, Run, state
 from dis_scale.tracking.rows import RowReader
 from dis_scale.training import checkpoint, loop
+from dis_scale.training.checkpoint import Keep
 from dis_scale.training.loop import Attempt, Start, learning_rate
 from tests.conftest import TINY
 from tests.support import ranks
 
 LAST = 320
+LAST_ONE = Keep(1, 0, LAST, frozenset())
 BOTH = ("calm", "stopped")
 
 
@@ -82,6 +84,35 @@ def test_a_model_is_trained_with_its_own_settings_and_seed(tmp_path: Path) -> No
     assert list(mine) == [0, 32, 64]
     assert mine == same
     assert_bit_equal(*(weights(tmp_path / at, "dit", 96) for at in ("its own", "the recipe's")))
+
+
+def test_a_cooldown_branch_ends_as_the_complete_training_with_that_schedule(tmp_path: Path) -> None:
+    """The trunk goes on at a constant rate. A branch that was stopped continues from its own resume point."""
+    model = "models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}"
+    settings = [model, "train.workers=1", "train.keep_spaced=0", "train.resume_every_images=400"]
+    trunk = reading.load(TINY, [*settings, "train.cooldowns={images: [320], share: 0.3}"])
+    assert (branch := trunk.models["dit-at-320"].branch)
+    assert branch.at == 224
+    ranks.run(trunk, "dit", tmp_path / "trunk", attempt=1)
+    assert [name.images_seen for name in state.point_names(run_at(tmp_path / "trunk", "dit"))] == [224, 320]
+    ranks.run(trunk, "dit-at-320", tmp_path / "trunk", attempt=1, stop_at=32)
+    ranks.run(trunk, "dit-at-320", tmp_path / "trunk", attempt=2)
+    assert state.published_counts(run_at(tmp_path / "trunk", "dit-at-320")) == [320]
+    complete = reading.load(TINY, [*settings, "train.decay=linear", "train.decay_from=0.7"])
+    ranks.run(complete, "dit", tmp_path / "complete", attempt=1)
+    annealed = weights(tmp_path / "trunk", "dit-at-320")
+    assert_bit_equal(annealed, weights(tmp_path / "complete", "dit"))
+    assert any(not torch.equal(annealed[name], w) for name, w in weights(tmp_path / "trunk", "dit").items())
+
+
+def test_resume_points_stay_spaced_so_that_a_run_can_be_rolled_back() -> None:
+    every = [PointName(images, 1) for images in range(0, 1001, 50)]
+    keep = Keep(last=2, spaced=3, images=1000, branches=frozenset({350}))
+    assert sorted(name.images_seen for name in keep.of(every)) == [250, 350, 500, 750, 950, 1000]
+    kept: list[PointName] = []
+    for name in every:  # as they are saved
+        kept = sorted(keep.of([*kept, name]))
+    assert [name.images_seen for name in kept] == [250, 350, 500, 750, 950, 1000]
 
 
 def test_a_run_does_not_continue_on_other_latents(tmp_path: Path) -> None:
@@ -209,7 +240,7 @@ def run_with_points(at: Path, points: dict[int, bytes]) -> Run:
 
 
 def test_only_the_last_resume_points_are_kept_and_none_without_its_manifest(tmp_path: Path) -> None:
-    recipe = reading.load(TINY, ["train.workers=1", "train.keep_resume=2"])
+    recipe = reading.load(TINY, ["train.workers=1", "train.keep_resume=2", "train.keep_spaced=0"])
     ranks.run(recipe, "dis", tmp_path, attempt=1)
     resume = run_at(tmp_path, "dis").resume
     assert resume.list() == ["000000000240-0001", "000000000320-0001"]
@@ -223,7 +254,7 @@ def test_pruning_spares_what_a_faster_rank_has_begun(tmp_path: Path) -> None:
         point.write("weights-00001.safetensors", b"begun")
         if files is not None:
             manifest.put(point, files, images=images_seen)
-    checkpoint.Saver(run, attempt=1, rank=0, world=2, held=lambda: True, keep=1)._prune(160)
+    checkpoint.Saver(run, attempt=1, rank=0, world=2, held=lambda: True, keep=LAST_ONE)._prune(160)
     assert run.resume.list() == ["000000000160-0001", "000000000240-0001"]
 
 
@@ -231,7 +262,7 @@ def test_a_late_write_of_a_lost_attempt_tears_no_published_weights(tmp_path: Pat
     """The first attempt has lost the run while it writes, and ends after its successor; its manifest may come late, too."""
     run, held = Run(open_folder(tmp_path)), iter([False, True])
     first, second = (
-        checkpoint.Saver(run, attempt, rank=0, world=1, held=check, keep=1)
+        checkpoint.Saver(run, attempt, rank=0, world=1, held=check, keep=LAST_ONE)
         for attempt, check in ((1, lambda: next(held)), (2, lambda: True))
     )
     weights = {n: safetensors.torch.save({"w": torch.full((2,), float(n))}) for n in (1, 2)}
@@ -258,7 +289,7 @@ def test_a_save_longer_than_the_grace_is_a_warning_at_the_start(
         ranks.sweep_of(tmp_path, tiny), "dit", open_folder(tmp_path) / "latents", 1, torch.device("cpu"), Start(0.0),
         held=lambda: True, stop_requested=lambda: False, report=print, log=logged.append, emit=print,
     )  # fmt: skip
-    saver = checkpoint.Saver(attempt.run, attempt=1, rank=0, world=1, held=attempt.held, keep=2, took_s=took_s)
+    saver = checkpoint.Saver(attempt.run, attempt=1, rank=0, world=1, held=attempt.held, keep=LAST_ONE, took_s=took_s)
     loop._compare_with_grace(attempt, saver)
     assert len(logged) == len(warnings)
     assert all(
