@@ -19,12 +19,17 @@ REFUSED = 69
 
 
 def start(
-    root: str, log: Path, *settings: str, address: str = "", monkeypatch: pytest.MonkeyPatch
+    root: str,
+    log: Path,
+    *settings: str,
+    address: str = "",
+    options: tuple[str, ...] = (),
+    monkeypatch: pytest.MonkeyPatch,
 ) -> subprocess.Popen[bytes]:
     with monkeypatch.context() as patch:
         if address:
             patch.setenv("RAY_ADDRESS", address)
-        return sweeps.start(root, f"tracking.uri=sqlite:///{log.parent}/mlflow.db", *settings, log=log)
+        return sweeps.start(root, f"tracking.uri=sqlite:///{log.parent}/mlflow.db", *settings, log=log, options=options)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +76,7 @@ def test_on_one_cluster_it_joins_and_jobs_that_outlive_their_sweep_keep_others_o
     drivers = [driver(sweep, stage) for stage in ("train", "evaluate")]
     for each in drivers:  # their jobs last until all others have come
         each.suspend()
-    elsewhere = start(root, tmp_path / "elsewhere", *LONG, monkeypatch=monkeypatch)
+    elsewhere = start(root, tmp_path / "elsewhere", *LONG, options=("--here",), monkeypatch=monkeypatch)
     assert elsewhere.wait(120) == REFUSED, (tmp_path / "elsewhere").read_text()
     assert "/leases/evaluate: held by process" in " ".join((tmp_path / "elsewhere").read_text().split())
     assert state.ended(sweep, "dit") is None

@@ -38,10 +38,12 @@ def run(root: str, *settings: str, **environment: str) -> subprocess.CompletedPr
     )
 
 
-def start(root: str, *settings: str, log: Path) -> subprocess.Popen[bytes]:
+def start(root: str, *settings: str, log: Path, options: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
     """Start the sweep in the background, in its own process group, so that a test can kill it with all its children."""
     with log.open("wb") as out:
-        return subprocess.Popen(command(root, *settings), cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+        return subprocess.Popen(
+            [*command(root, *settings), *options], cwd=ROOT, stdout=out, stderr=out, start_new_session=True
+        )
 
 
 def wait_until(true: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
