@@ -5,7 +5,7 @@ change under one name) unless it is marked *extent* (may grow) or *runtime* (may
 is cheap. Read next: reading.py (YAML and `--set`), identity.py, configs/digits.yaml.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -131,6 +131,15 @@ class Recipe(Settings):
                 f"{where}.at: got {branch.at}, expected a multiple of batch_images up to {last}, which is before the first "
                 "published count"
             )
+
+    def first_seed(self, model: str) -> str:
+        """Return the first of the models that differ from this one in their seeds alone, those of their trunks included."""
+        return next(name for name in self.models if self._without_seed(name) == self._without_seed(model))
+
+    def _without_seed(self, model: str) -> tuple[Any, ...]:
+        own = self.models[model]
+        trunk = self._without_seed(own.branch.of) if own.branch else ()
+        return own.sizes, own.train, own.branch and own.branch.at, trunk
 
     def branches_at(self, model: str) -> set[int]:
         """Return the image counts at which other models leave the training of this one."""

@@ -1,6 +1,7 @@
 """The figures. Families differ by marker and line, image counts by grey, so figures are readable in black and white."""
 
 import io
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,14 +35,17 @@ def gflops_distance(report: Report, published: bool = False) -> Figure:
 
 
 def compute_distance(report: Report) -> Figure:
-    """Plot training compute against distance: a line for each model, and the lower hull of all."""
+    """Plot training compute against distance: a line for each model and for its cooled-down points, and the lower hull.
+
+    The hull has the points alone whose schedule has ended.
+    """
     figure, axes = _axes(report, "training compute (EFLOP, two operations a multiply-add)")
     trained = [p for p in report.main if p.images_seen]
     for model, points in _by_model(trained).items():
-        _line(axes, report, points, points[0].kind, _shade(report, model), model, "eflops")
-    if trained:
-        hull = fits.lower_hull([p.eflops for p in trained], [report.distance(p) for p in trained])
-        best = [trained[i] for i in hull]
+        _line(axes, report, points, points[0].kind, _shade(report, points[0].model), model, "eflops")
+    if ended := [p for p in trained if not p.unfinished]:
+        hull = fits.lower_hull([p.eflops for p in ended], [report.distance(p) for p in ended])
+        best = [ended[i] for i in hull]
         axes.plot(
             [p.eflops for p in best], [report.distance(p) for p in best], color="black", linewidth=4, alpha=0.25,
             label="lower hull", solid_capstyle="round",
@@ -54,7 +58,7 @@ def distance_images(report: Report) -> Figure:
     """Plot distance over images seen: a line for each model, without the untrained models."""
     figure, axes = _axes(report, "images seen")
     for model, points in _by_model([p for p in report.main if p.images_seen]).items():
-        _line(axes, report, points, points[0].kind, _shade(report, model), model, "images_seen")
+        _line(axes, report, points, points[0].kind, _shade(report, points[0].model), model, "images_seen")
     _name_last(axes, report, "images_seen")
     return _finish(figure, axes, report)
 
@@ -134,12 +138,15 @@ def _finish(figure: Figure, axes: Axes, report: Report) -> Figure:
 
 
 def _line(axes: Axes, report: Report, points: list[Point], kind: str, shade: str, label: str, along: str) -> None:
-    """Plot points with their errors as one line."""
+    """Plot points with their errors, if known, as one line; hollow markers for schedules that have not ended."""
     if points:
-        axes.errorbar(
-            [getattr(p, along) for p in points], [report.distance(p) for p in points], [report.error(p) or 0.0 for p in points],
-            marker=MARKERS[kind], linestyle=LINES[kind], capsize=2, color=shade, label=label,
-        )  # fmt: skip
+        errors = [float("nan") if (error := report.error(p)) is None else error for p in points]
+        x, y = [getattr(p, along) for p in points], [report.distance(p) for p in points]
+        axes.errorbar(x, y, errors, marker=MARKERS[kind], linestyle=LINES[kind], capsize=2, color=shade, label=label)
+        if hollow := [i for i, p in enumerate(points) if p.unfinished]:
+            axes.plot(
+                [x[i] for i in hollow], [y[i] for i in hollow], MARKERS[kind], color=shade, markerfacecolor="white"
+            )
 
 
 def _fit(axes: Axes, report: Report) -> None:
@@ -161,17 +168,22 @@ def _published(axes: Axes) -> None:
 
 def _name_last(axes: Axes, report: Report, along: str) -> None:
     """Write each model's name next to its last point."""
-    for points in _by_model([p for p in report.main if p.images_seen]).values():
+    for name, points in _by_model([p for p in report.main if p.images_seen]).items():
         last = points[-1]
         position = (getattr(last, along), report.distance(last))
-        axes.annotate(last.model, position, xytext=(5, -11), textcoords="offset points", fontsize=8)
+        axes.annotate(name, position, xytext=(5, -11), textcoords="offset points", fontsize=8)
 
 
 def _by_model(points: list[Point]) -> dict[str, list[Point]]:
-    return {
-        model: sorted((p for p in points if p.model == model), key=lambda p: p.images_seen)
-        for model in dict.fromkeys(p.model for p in points)
-    }
+    """Return each model's points by rising images seen; those of all branches of a trunk together."""
+    lines = defaultdict[str, list[Point]](list)
+    for p in sorted(points, key=lambda p: p.images_seen):
+        lines[_line_of(p)].append(p)
+    return {line: lines[line] for line in dict.fromkeys(_line_of(p) for p in points)}
+
+
+def _line_of(p: Point) -> str:
+    return p.model if p.trunk == p.group else f"{p.trunk}, cooled down"
 
 
 def _shade(report: Report, model: str) -> str:

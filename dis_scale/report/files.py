@@ -2,6 +2,7 @@
 
 from dis_scale.errors import UserError
 from dis_scale.report.points import Report
+from dis_scale.report.published import STEPS as PUBLISHED_STEPS
 from dis_scale.report.tables import to_csv
 from dis_scale.sweep import GRID, Sampled, Sweep
 
@@ -18,6 +19,8 @@ def write(sweep: Sweep, report: Report, published: bool = False) -> dict[str, by
             f"--published: those points are FID of 50,000 samples on ImageNet 256 x 256, {report.sweep} has {report.metric} "
             f"at {report.resolution} pixels and {report.num_classes} classes"
         )
+    if published:
+        _require_published_protocol(report)
     from dis_scale.report import (
         figures,
     )  # here: matplotlib and scipy take two seconds, and most processes write no report
@@ -35,6 +38,17 @@ def write(sweep: Sweep, report: Report, published: bool = False) -> dict[str, by
     for name, data in files.items():
         sweep.report.write(name, data)
     return files
+
+
+def _require_published_protocol(report: Report) -> None:
+    """UserError if the sweep's own points were sampled in another way than the published ones."""
+    unlike = sorted({f"guidance {p.facts['guidance']:g}" for p in report.main if p.facts["guidance"] != 1})
+    unlike += sorted({f"{p.facts['steps']} steps" for p in report.main if p.facts["steps"] < PUBLISHED_STEPS})
+    if unlike:
+        raise UserError(
+            f"--published: those points are without guidance, in {PUBLISHED_STEPS} steps; {report.sweep}'s main sampling has "
+            f"{', '.join(unlike)}: measure it in a sweep whose main sampling is theirs"
+        )
 
 
 def _grids(sweep: Sweep, report: Report) -> dict[str, bytes]:

@@ -1,11 +1,15 @@
 """All evaluations of a sweep as points: model, cost, images seen and measured values."""
 
-from dataclasses import dataclass
+import math
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dis_scale.recipe import MAIN
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.tracking.goodput import GOODPUT
+from dis_scale.training.ema import start_share
 
 if TYPE_CHECKING:
     from dis_scale.models.cost import Cost
@@ -28,16 +32,23 @@ class Point:
     values: dict[str, float]
     facts: dict[str, Any]
     goodput: float | None
+    group: str
+    """The first of the models that differ in their seeds alone."""
+    trunk: str
+    """The model whose training it is: itself, or the one that it branches from."""
+    eflops: float
+    """10^18 operations of the training so far: two for each multiply-add."""
+    unfinished: bool
+    """Whether the learning rate was to fall further: such a point is above what its compute could reach."""
+    start_share: float
+    """Share of the random start in the exponential average."""
+    seeds: int = 1
+    """Number of trainings whose mean this is."""
 
     @property
     def gmacs(self) -> float:
         """10^9 multiply-adds of one forward pass for one image."""
         return self.cost.gmacs_forward
-
-    @property
-    def eflops(self) -> float:
-        """10^18 operations of the training so far: two for each multiply-add."""
-        return 2 * self.cost.gmacs_training * self.images_seen / 1e9
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,15 @@ class Report:
     @property
     def main(self) -> list[Point]:
         """Points of the curves: the main sampling, with a distance that logarithmic axes can show."""
-        return [p for p in self.points if p.variant == MAIN and self.distance(p) > 0]
+        return [p for p in self.means if p.variant == MAIN and self.distance(p) > 0]
+
+    @property
+    def means(self) -> list[Point]:
+        """All points, with the mean over the seeds of a model in place of its trainings."""
+        groups = defaultdict[tuple[str, str, int], list[Point]](list)
+        for p in self.points:
+            groups[p.group, p.variant, p.images_seen].append(p)
+        return [_mean(each, self.metric) for each in groups.values()]
 
     @property
     def counts(self) -> list[int]:
@@ -84,25 +103,42 @@ class Report:
         return point.values[self.metric]
 
     def error(self, point: Point) -> float | None:
-        """Return the distance's standard error, None if it could not be estimated."""
+        """Return the distance's standard error, over seeds if there are several; None if it could not be estimated."""
         return point.values.get(f"{self.metric}_error")
 
     def family(self, kind: str, images_seen: int) -> list[Point]:
-        """Return a family's points at one count of images seen, by rising cost."""
-        return sorted((p for p in self.main if (p.kind, p.images_seen) == (kind, images_seen)), key=lambda p: p.gmacs)
+        """Return a family's points at one count of images seen, by rising cost; of a trunk and its branch the branch's."""
+        points = [p for p in self.main if (p.kind, p.images_seen) == (kind, images_seen)]
+        annealed = {p.trunk for p in points if p.trunk != p.group}
+        return sorted((p for p in points if p.group not in annealed), key=lambda p: p.gmacs)
+
+
+def _mean(points: list[Point], metric: str) -> Point:
+    """Return the mean of a model's trainings; its error is that of a mean over seeds, which holds the error of sampling, too."""
+    if len(points) == 1:
+        return points[0]
+    names = [name for name in points[0].values if all(name in p.values for p in points)]
+    values = {name: statistics.fmean(p.values[name] for p in points) for name in names}
+    values[f"{metric}_error"] = statistics.stdev(p.values[metric] for p in points) / math.sqrt(len(points))
+    return replace(points[0], model=points[0].group, values=values, seeds=len(points))
 
 
 def collect(sweep: Sweep, plan: "Plan") -> Report:
     """Collect all evaluations of a sweep."""
     recipe, points = sweep.recipe, list[Point]()
     for model, cost in plan.costs.items():
+        train, branch, group = recipe.train_of(model), recipe.models[model].branch, recipe.first_seed(model)
+        trunk = recipe.first_seed(branch.of) if branch else group
+        flops = cost.training_flops(train.micro_images or train.lane_images)
         for variant in recipe.evaluate.samplings:
             for images_seen, evaluation in state.evaluated(sweep, model, variant).items():
                 facts = {key: value for key, value in evaluation.items() if key not in ("values", "format")}
                 kind = recipe.models[model].kind
                 point = Point(
                     model=model, kind=kind, variant=variant, images_seen=images_seen, cost=cost,
-                    values=evaluation["values"], facts=facts, goodput=facts.pop(GOODPUT, None),
+                    values=evaluation["values"], facts=facts, goodput=facts.pop(GOODPUT, None), group=group, trunk=trunk,
+                    eflops=flops * images_seen / 1e18, unfinished=train.decay != "none" and images_seen < train.images,
+                    start_share=start_share(train, images_seen),
                 )  # fmt: skip
                 points.append(point)
     failed = {model: why for model in plan.costs if (why := state.ended(sweep, model))}

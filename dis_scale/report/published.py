@@ -16,6 +16,8 @@ class Published(NamedTuple):
 
 
 IMAGES = 400_000 * 256
+STEPS = 250
+"""Sampling steps of all of them."""
 PUBLISHED = [
     # Peebles and Xie 2022 (arXiv 2212.09748), table 4; multiply-adds from its table 1
     Published("DiT", "DiT-S/2", 6.06, 68.4),

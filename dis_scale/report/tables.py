@@ -11,6 +11,10 @@ from rich.text import Text
 
 from dis_scale.report.points import Point, Report
 
+UNFINISHED = " *"
+"""Mark of a point taken before its schedule has ended."""
+NOTED_START = 0.01
+"""Share of the random start in the average from which on it is noted."""
 COST = (
     "model", "kind", "variant", "gmacs_forward", "paper_gflops", "parameters", "images", "training_eflops", "goodput",
 )  # fmt: skip
@@ -25,7 +29,7 @@ def table(report: Report) -> Table:
     )
     for column in columns(report):
         out.add_column(column, justify="left" if column in ("model", "sampling", "sampler") else "right", no_wrap=True)
-    for point in report.points:
+    for point in report.means:
         out.add_row(*row(report, point))
     return out
 
@@ -45,10 +49,11 @@ def row(report: Report, p: Point) -> list[str]:
     paper = [f"{p.cost.paper_gflops:.3g}" if p.cost.paper_gflops else ""] if _papers(report) else []
     goodput = "" if p.goodput is None else f"{p.goodput:.0%}"
     sampling = [p.variant or "main"] if len(report.samplings) > 1 else []
+    name = f"{p.model} ({p.seeds} seeds)" if p.seeds > 1 else p.model
+    distance = with_error(report.distance(p), report.error(p)) + (UNFINISHED if p.unfinished else "")
     return [
-        p.model, *sampling, f"{p.cost.parameters:,}", f"{p.gmacs:.3g}", *paper, f"{p.images_seen:,}", f"{p.eflops:.3g}", goodput,
-        with_error(report.distance(p), report.error(p)), *judged, f"{p.facts['sampler']} {p.facts['steps']}",
-        f"{p.facts['guidance']:g}",
+        name, *sampling, f"{p.cost.parameters:,}", f"{p.gmacs:.3g}", *paper, f"{p.images_seen:,}", f"{p.eflops:.3g}", goodput,
+        distance, *judged, f"{p.facts['sampler']} {p.facts['steps']}", f"{p.facts['guidance']:g}",
     ]  # fmt: skip
 
 
@@ -59,7 +64,21 @@ def with_error(distance: float, error: float | None) -> str:
 
 def notes(report: Report) -> list[str]:
     """Return the table's footnotes, a line each."""
-    lines = ["Gflops are multiply-adds of one forward pass (DiT's convention), ± is one standard error"]
+    error = (
+        "over the seeds where a model has several; elsewhere of sampling alone, without the spread between trainings"
+    )
+    lines = [f"Gflops are multiply-adds of one forward pass (DiT's convention), ± is one standard error, {error}"]
+    if any(p.unfinished for p in report.points):
+        lines.append(
+            f"{UNFINISHED.strip()} the learning rate was to fall further: not in the hull of what a budget buys"
+        )
+    for p in report.means:
+        if p.images_seen and p.start_share > NOTED_START and not p.facts.get("ema_width"):
+            lines.append(
+                f"{p.model} at {p.images_seen:,} images: {p.start_share:.0%} of the average are the random start "
+                "(train.ema_ramp avoids that)"
+            )
+    lines = list(dict.fromkeys(lines))
     for variant, p in report.samplings.items():
         facts = p.facts
         average = f", average of width {facts['ema_width']}" if facts.get("ema_width") else ""

@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,68 @@ def test_published_points_are_marked_and_never_in_the_fit(sweep: Sweep) -> None:
     assert len(fitted) == 1, "the same fit with the published points and without"
     assert figures.correlations(report)[:1] == ["dis at 160 images: r = -0.91 on log Gflops, n = 4 (few points)"]
     assert "fitted power law fd_digits_80 = " in figures.correlations(report)[1]
+
+
+def test_seeds_of_a_model_are_one_point_with_their_error(tmp_path: Path) -> None:
+    made = sweep_at(tmp_path, "tiny", reading.load(TINY, ["models.dit.seeds=3"]))
+    for model, distance in [("dit", 9.0), ("dit-seed-1", 10.0), ("dit-seed-2", 14.0), ("dis", 5.0)]:
+        put(made, Sampled(model, 320), distance)
+    report = collect(made)
+    (mean,) = (p for p in report.main if p.kind == "dit")
+    assert (mean.model, mean.seeds, report.distance(mean)) == ("dit", 3, 11.0)
+    assert report.error(mean) == pytest.approx(np.std([9, 10, 14], ddof=1) / np.sqrt(3))
+    text = " ".join(shown(reports.table(report)).split())
+    assert "dit (3 seeds)" in text
+    assert "11 ± 1.5" in text
+    assert "over the seeds where a model has several; elsewhere of sampling alone" in text
+    rows = list(csv.DictReader(io.StringIO(reports.write(made, report)[reports.CSV].decode())))
+    assert [row["model"] for row in rows] == ["dis", "dit", "dit-seed-1", "dit-seed-2"]
+
+
+def test_points_before_the_end_of_a_schedule_are_marked_and_not_in_the_hull(tmp_path: Path) -> None:
+    made = sweep_at(tmp_path, "tiny", reading.load(TINY, ["train.decay=linear"]))
+    for images, distance in [(160, 3.0), (320, 2.0)]:
+        put(made, Sampled("dit", images), distance)
+    report = collect(made)
+    text = " ".join(shown(reports.table(report)).split())
+    assert "3 ± 0.5 *" in text
+    assert "2 ± 0.5 *" not in text
+    assert "* the learning rate was to fall further: not in the hull" in text
+    axes = figures.compute_distance(report).axes[0]
+    assert tuple(next(line for line in axes.lines if line.get_label() == "lower hull").get_ydata()) == (2.0,)
+    assert [tuple(line.get_ydata()) for line in axes.lines if line.get_markerfacecolor() == "white"] == [(3.0,)]
+
+
+def test_a_branch_takes_its_trunks_place_in_the_curve(tmp_path: Path) -> None:
+    recipe = reading.load(TINY, ["train.cooldowns={images: [160, 320], share: 0.5}", "models.dit.seeds=2"])
+    made = sweep_at(tmp_path, "tiny", recipe)
+    trunks = [("dit", 160, 9.0), ("dit", 320, 8.0), ("dit-seed-1", 160, 9.0), ("dis", 160, 7.0)]
+    branches = [("dit-at-160", 160, 6.0), ("dit-at-320", 320, 4.0), ("dit-seed-1-at-160", 160, 7.0)]
+    for model, images, distance in trunks + branches:
+        put(made, Sampled(model, images), distance)
+    report = collect(made)
+    assert [(p.model, report.distance(p)) for p in report.family("dit", 160)] == [("dit-at-160", 6.5)]
+    assert [p.model for p in report.family("dis", 160)] == ["dis"]
+    lines = {line.get_text() for line in figures.compute_distance(report).axes[0].get_legend().get_texts()}
+    assert {"dit", "dit, cooled down", "dis", "lower hull"} <= lines
+
+
+def test_an_average_of_the_random_start_is_noted(tmp_path: Path) -> None:
+    made = sweep_at(tmp_path, "tiny", reading.load(TINY, ["train.ema=0.99", "train.ema_ramp=null"]))
+    put(made, Sampled("dit", 320), 9.0)
+    assert "dit at 320 images: 82% of the average are the random start (train.ema_ramp" in shown(
+        reports.table(collect(made))
+    )
+    ramped = sweep_at(tmp_path, "ramped", reading.load(TINY, ["train.ema=0.99"]))
+    put(ramped, Sampled("dit", 320), 9.0)
+    assert "random start" not in shown(reports.table(collect(ramped)))
+
+
+def test_published_points_are_refused_beside_guided_ones(sweep: Sweep) -> None:
+    report = replace(collect(sweep), metric="fid", resolution=256, num_classes=1000)
+    points = [replace(p, values=p.values | {"fid": report.points[0].values["fd_digits_80"]}) for p in report.points]
+    with pytest.raises(UserError, match=r"tiny's main sampling has guidance 1.5, 3 steps"):
+        reports.write(sweep, replace(report, points=points), published=True)
 
 
 def test_missing_points_are_named(sweep: Sweep) -> None:
