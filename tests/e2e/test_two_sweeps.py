@@ -77,7 +77,7 @@ def test_on_one_cluster_it_joins_and_jobs_that_outlive_their_sweep_keep_others_o
     for each in drivers:  # their jobs last until all others have come
         each.suspend()
     elsewhere = start(root, tmp_path / "elsewhere", *LONG, options=("--here",), monkeypatch=monkeypatch)
-    assert elsewhere.wait(120) == REFUSED, (tmp_path / "elsewhere").read_text()
+    assert elsewhere.wait(sweeps.TIMEOUT_S) == REFUSED, (tmp_path / "elsewhere").read_text()
     assert "/leases/evaluate: held by process" in " ".join((tmp_path / "elsewhere").read_text().split())
     assert state.ended(sweep, "dit") is None
 
