@@ -16,9 +16,25 @@ from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, Precision
 from dis_scale.scan import choose
 from dis_scale.scan.selftest import verify
 
-__all__ = ["Backbone", "DiS", "DiT", "DiffuSSM", "build", "check_finite", "construct", "decays", "verify_kernels"]
+__all__ = [
+    "Backbone",
+    "DiS",
+    "DiT",
+    "DiffuSSM",
+    "build",
+    "check_finite",
+    "construct",
+    "decays",
+    "rate_group",
+    "verify_kernels",
+]
 UNDECAYED = {"A_log", "D", "dt_bias", "log_dt", "log_neg_re", "im", "B", "bias", "position"}
 """Last part of the names of parameters that weight decay would spoil, whatever their number of axes; with one axis: all."""
+
+DYNAMICS = {"A_log", "dt_bias", "log_dt", "log_neg_re", "im", "B"}
+"""Last part of the names of a scan's dynamics: what S4's code trains at a rate of its own."""
+INPUT = {"patches", "embed", "time", "label", "position"}
+"""First part of the names of weights whose inputs do not grow with the width, and of the tables."""
 
 
 def build(
@@ -74,6 +90,16 @@ def verify_kernels(model: Backbone, device: torch.device) -> None:
 def decays(name: str, parameter: torch.Tensor) -> bool:
     """Whether weight decay applies: not to the scans' dynamics, norms, biases and positions (as in Mamba and S4)."""
     return parameter.ndim > 1 and name.rpartition(".")[2] not in UNDECAYED
+
+
+def rate_group(name: str, parameter: torch.Tensor) -> str:
+    """Return the field of `Rates` for a parameter."""
+    first, last = name.partition(".")[0], name.rpartition(".")[2]
+    if last in DYNAMICS:
+        return "dynamics"
+    if parameter.ndim < 2 or last == "bias":
+        return "vectors"
+    return "input" if first in INPUT else "output" if first == "final" else "hidden"
 
 
 def check_finite(model: torch.nn.Module) -> None:

@@ -39,14 +39,14 @@ from dis_scale.recipe.evaluate import (
 )
 from dis_scale.recipe.models import Branch, DiffuSsm, Dis, Dit, Model, ModelTrain
 from dis_scale.recipe.settings import Precision, Settings, extent, runtime
-from dis_scale.recipe.train import CHECKPOINTING, SCAN_DEVICES, Flow, Gaussian, Reader, Train
+from dis_scale.recipe.train import CHECKPOINTING, SCAN_DEVICES, Flow, Gaussian, Rates, Reader, Train
 
 __all__ = [
     "CHECKPOINTING", "MAIN", "Branch", "CsvSource", "Data", "DiffuSsm", "DigitsSource", "Dis", "Dit", "Evaluate",
     "ExtractorSettings", "Flow", "FolderSource", "Gaussian", "InceptionExtractor", "LatentShape", "Model", "ModelTrain", "NoVae",
-    "Normalise", "ParquetSource", "Precision", "Precompute", "PretrainedVae", "Reader", "Recipe", "Settings", "SourceSettings",
-    "StoredSource", "TarSource", "TorchScriptExtractor", "TorchScriptVae", "Train", "TrainedExtractor", "TrainedVae",
-    "VaeSettings", "Variant",
+    "Normalise", "ParquetSource", "Precision", "Precompute", "PretrainedVae", "Rates", "Reader", "Recipe", "Settings",
+    "SourceSettings", "StoredSource", "TarSource", "TorchScriptExtractor", "TorchScriptVae", "Train", "TrainedExtractor",
+    "TrainedVae", "VaeSettings", "Variant",
 ]  # fmt: skip
 
 FORMAT = 2

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_serializer, model_validator
 
 from dis_scale.recipe.settings import Count, Fraction, Precision, Settings
-from dis_scale.recipe.train import PublishImages
+from dis_scale.recipe.train import PublishImages, Rates
 
 
 class ModelTrain(Settings):
@@ -15,6 +15,7 @@ class ModelTrain(Settings):
     batch_images: Count | None = None
     """A multiple of the recipe's lanes."""
     learning_rate: float | None = Field(None, gt=0)
+    rates: Rates | None = None
     weight_decay: float | None = Field(None, ge=0)
     warmup_images: int | None = Field(None, ge=0)
     decay: Literal["none", "linear", "cosine"] | None = None

@@ -18,6 +18,9 @@ Width = Annotated[float, Field(ge=NARROWEST_EMA, le=WIDEST_EMA)]
 """Relative width of a power-function average, see training/ema.py."""
 
 
+Rate = Annotated[float, Field(ge=0)]
+
+
 def runtime(default: Any, **limits: Any) -> Any:
     """Declare a field that may change freely between two starts of a sweep."""
     return Field(default, json_schema_extra={"role": "runtime"}, **limits)

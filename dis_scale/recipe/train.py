@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dis_scale.recipe.settings import Count, Fraction, Precision, Settings, Width, extent, runtime
+from dis_scale.recipe.settings import Count, Fraction, Precision, Rate, Settings, Width, extent, runtime
 
 
 class Gaussian(Settings):
@@ -48,6 +48,24 @@ Checkpointing = Annotated[str, BeforeValidator(_known_checkpointing)]
 Workers = Annotated[int | str, BeforeValidator(_count_or_range)]
 
 
+class Rates(Settings):
+    """Factors of the learning rate by kind of parameter (models.rate_group); 0 freezes. Experimental but for `hidden` of DiT.
+
+    At a rate found on a small width, maximal-update parametrisation scales `hidden` by small width / width (arXiv 2505.15270).
+    """
+
+    input: Rate = 1.0
+    """Embeddings: patches, times, classes, positions."""
+    hidden: Rate = 1.0
+    """Products within the width."""
+    output: Rate = 1.0
+    """The last product."""
+    dynamics: Rate = 1.0
+    """A, the time step, S4D's B."""
+    vectors: Rate = 1.0
+    """Biases, norms, D."""
+
+
 PublishImages = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
 
@@ -76,6 +94,7 @@ class Train(Settings):
     scan: Literal["auto", "reference", "native", "triton", "mamba", "chunked"] = runtime("auto")
     """Backend of the selective scan; `auto` takes the fastest that the device has."""
     learning_rate: float = Field(1e-4, gt=0)
+    rates: Rates = Rates()
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
     """For products, convolutions and embeddings; the scans' dynamics, norms, biases and positions never decay."""

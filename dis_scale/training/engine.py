@@ -12,6 +12,7 @@ Pitfalls:
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -84,7 +85,12 @@ class Engine:
 
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate"]
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next step, before the factors of kinds of parameters."""
+        return next((group["lr"] / group["rate"] for group in self.optimizer.param_groups if group["rate"]), 0.0)
 
     @property
     def skipped(self) -> bool:
@@ -173,9 +179,7 @@ def start(
 
     A step accumulates the gradients of `passes` forward passes.
     """
-    optimizer = torch.optim.AdamW(
-        _groups(model, settings), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(_groups(model, settings), settings.learning_rate, settings.betas, fused=True)
     names = {id(p): name for name, p in model.named_parameters()}
     shapes = {name: p.shape for name, p in model.named_parameters()}
     sharded, *_ = _deepspeed(device).initialize(
@@ -196,13 +200,12 @@ def start(
 
 
 def _groups(model: nn.Module, settings: Train) -> list[dict[str, Any]]:
-    """The optimizer's groups: all parameters, or apart those that do not decay."""
-    if not settings.weight_decay:
-        return [{"params": list(model.parameters())}]
-    kinds: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    """The optimizer's groups: the parameters of one weight decay and one factor of the learning rate together."""
+    groups = defaultdict[tuple[float, float], list[nn.Parameter]](list)
     for name, parameter in model.named_parameters():
-        kinds[models.decays(name, parameter)].append(parameter)
-    return [{"params": kinds[True]}, {"params": kinds[False], "weight_decay": 0.0}]
+        decay = settings.weight_decay if models.decays(name, parameter) else 0.0
+        groups[decay, getattr(settings.rates, models.rate_group(name, parameter))].append(parameter)
+    return [{"params": each, "weight_decay": decay, "rate": rate} for (decay, rate), each in groups.items()]
 
 
 def _deepspeed(device: torch.device) -> Any:

@@ -409,6 +409,6 @@ def _step_row(
     return {
         "loss": total.item() / (len(losses) * dist.get_world_size()),
         "gradient_norm": state.gradient_norm,
-        "learning_rate": state.optimizer.param_groups[0]["lr"],
+        "learning_rate": state.learning_rate,
         "skipped": float(images_seen // settings.batch_images - _adam_step(state)),
     }

@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from dis_scale.errors import DisScaleError
-from dis_scale.models import build
+from dis_scale.models import build, rate_group
 from dis_scale.models.s4d import S4D
-from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, Train, reading
+from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, Rates, Train, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Run
 from dis_scale.training import checkpoint, engine
@@ -115,6 +115,33 @@ def test_the_gradient_does_not_depend_on_the_number_of_workers(
         first_moments.append(torch.cat([point.read("exp_avg", name, 0, size) for name, size in sizes.items()]))
     one, more = first_moments
     assert torch.linalg.norm(one - more) < tolerance * torch.linalg.norm(one) > 0
+
+
+def test_kinds_of_parameters_have_factors_of_the_rate() -> None:
+    on_ranks(1, at_each_stage, moves_by_kind)
+
+
+def moves_by_kind(stage: int) -> None:
+    """Adam's first step moves each weight that has a gradient by the rate, whatever the gradient."""
+    rates = {"input": 0.5, "hidden": 0.25, "output": 2.0, "dynamics": 0.0, "vectors": 1.0}
+    settings = train(zero_stage=stage, learning_rate=1e-3, clip=0.0, rates=Rates(**rates))
+    for tiny in (DIFFUSSM, DIS):
+        model = build(tiny, SHAPE, 10)
+        with torch.no_grad():  # a last product of zeros would hide the others' gradients
+            for p in model.parameters():
+                p += 0.02 * torch.randn_like(p)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        kinds = {name: rate_group(name, p) for name, p in model.named_parameters()}
+        state = engine.start(model, settings, torch.device("cpu"), checkpoint.fresh(model), adam_step=0)
+        state.set_learning_rate(1e-3)
+        assert state.learning_rate == pytest.approx(1e-3)
+        predicted = state.deepspeed(torch.randn(2, 4, 8, 8), torch.rand(2), torch.arange(2))
+        state.micro_step((predicted * torch.randn_like(predicted)).sum())
+        moved = dict.fromkeys(rates, 0.0)
+        for segment, flat in state.segments(engine.WEIGHTS).items():
+            change = float((flat - before[segment.name].flatten()).abs().max())
+            moved[kinds[segment.name]] = max(moved[kinds[segment.name]], change)
+        assert moved == {kind: pytest.approx(1e-3 * rate, rel=1e-2) for kind, rate in rates.items()}
 
 
 def test_weight_decay_spares_dynamics_norms_biases_and_positions() -> None:
