@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +63,8 @@ class Slurm:
         (folder / "state").mkdir()
         config = CONFIG.format(host=host, controller=controller, folder=folder, nodes="\n".join(lines))
         (folder / "slurm.conf").write_text(config)
-        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+        active = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as slurm.sh asks for
+        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": active}
         key = folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
