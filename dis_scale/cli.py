@@ -234,14 +234,39 @@ def report(
 
 
 @app.command()
-def compare(a: SweepUrl, b: SweepUrl) -> None:
-    """Show two sweeps side by side, with the errors of their differences."""
+def compare(
+    a: SweepUrl,
+    b: SweepUrl,
+    pair: Annotated[
+        list[str] | None, typer.Option(help="Compare a model of the first with one of the second: NAME=NAME.")
+    ] = None,
+    by_cost: Annotated[
+        bool, typer.Option("--by-cost", help="Compare models of about one cost instead of one name.")
+    ] = False,
+    figure: Annotated[Path | None, typer.Option(help="Draw the curves of both into this file (.png or .svg).")] = None,
+) -> None:
+    """Show two sweeps side by side, with the errors of their differences, and how the sweeps differ."""
     from dis_scale.report import collect
-    from dis_scale.report.compare import comparison_table
+    from dis_scale.report import compare as comparison
     from dis_scale.sweep import Sweep
 
-    sweeps = [Sweep.open(url) for url in (a, b)]
-    _console().print(comparison_table(*(collect(sweep, _plan(sweep)) for sweep in sweeps)))
+    first, second = (collect(sweep, _plan(sweep)) for sweep in (Sweep.open(a), Sweep.open(b)))
+    pairs = (comparison.by_cost if by_cost else comparison.by_name)(first, second)
+    if pair:
+        if not all(name.count("=") == 1 for name in pair):
+            raise UserError(
+                f"--pair {' '.join(pair)}: expected NAME=NAME, a model of the first sweep and one of the second"
+            )
+        pairs = dict(name.split("=") for name in pair)
+    _console().print(comparison.comparison_table(first, second, pairs))
+    if figure:
+        from dis_scale.report import figures
+
+        kind = figure.suffix.removeprefix(".")
+        if kind not in figures.FORMATS:
+            raise UserError(f"--figure {figure}: expected a file that ends in {' or '.join(figures.FORMATS)}")
+        figure.write_bytes(figures.render(figures.both(first, second))[kind])
+        _print(f"figure   {figure}")
 
 
 @app.command()

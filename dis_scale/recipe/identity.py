@@ -9,7 +9,7 @@ from dis_scale.recipe.settings import Settings
 
 def identity_differences(stored: Recipe, given: Recipe) -> list[str]:
     """Return one line for each change that `given` may not make to the sweep `stored`; empty if it may continue."""
-    lines = [f"{key}: stored {old}, given {new}" for key, old, new in _differences(stored, given)]
+    lines = [f"{key}: stored {old}, given {new}" for key, old, new in differing(stored, given)]
     lines += _named_differences("models", stored.models, given.models)
     lines += _named_differences("evaluate.variants", stored.evaluate.variants, given.evaluate.variants)
     lines += _published_differences("train", stored.train, given.train)
@@ -36,11 +36,12 @@ def _named_differences(where: str, stored: Mapping[str, Settings], given: Mappin
     return [
         f"{where}.{name}.{key}: stored {old}, given {new}"
         for name in stored.keys() & given.keys()
-        for key, old, new in _differences(stored[name], given[name])
+        for key, old, new in differing(stored[name], given[name])
     ]
 
 
-def _differences(stored: Settings, given: Settings, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differing(stored: Settings, given: Settings, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield key and both values of each setting of identity that differs."""
     if type(stored) is not type(given):
         yield prefix.rstrip("."), stored, given
         return
@@ -48,6 +49,6 @@ def _differences(stored: Settings, given: Settings, prefix: str = "") -> Iterato
         old, new = getattr(stored, name), getattr(given, name)
         role = (field.json_schema_extra or {}).get("role") if isinstance(field.json_schema_extra, Mapping) else None
         if isinstance(old, Settings) and isinstance(new, Settings):
-            yield from _differences(old, new, f"{prefix}{name}.")
+            yield from differing(old, new, f"{prefix}{name}.")
         elif old != new and (role is None or (role == "pin" and old is not None)):
             yield f"{prefix}{name}", old, new

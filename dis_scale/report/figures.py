@@ -18,6 +18,7 @@ LINES = {"dis": "-", "diffussm": "-.", "dit": "--"}
 PUBLISHED_MARKERS = {"DiT": "1", "SiT": "2", "DiG": "3"}
 GFLOPS = "Gflops (multiply-adds, DiT's convention)"
 SIZE = (7.2, 4.8)
+FORMATS = ("png", "svg")
 
 
 def gflops_distance(report: Report, published: bool = False) -> Figure:
@@ -32,6 +33,17 @@ def gflops_distance(report: Report, published: bool = False) -> Figure:
         _published(axes)
     _name_last(axes, report, "gmacs")
     return _finish(figure, axes, report)
+
+
+def both(a: Report, b: Report) -> Figure:
+    """Plot Gflops against distance of two sweeps at the last count of each: the second's lines are grey."""
+    figure, axes = _axes(a, GFLOPS)
+    axes.set_title(f"{a.sweep} and {b.sweep}")
+    for report, shade in ((a, "0.0"), (b, "0.6")):
+        for kind in report.families if report.counts else []:
+            last = report.counts[-1]
+            _line(axes, report, report.family(kind, last), kind, shade, f"{report.sweep}: {kind} at {last:,}", "gmacs")
+    return _finish(figure, axes, a)
 
 
 def compute_distance(report: Report) -> Figure:
@@ -78,7 +90,7 @@ def render(figure: Figure) -> dict[str, bytes]:
     """Render PNG and SVG, by file ending; the same figure gives the same bytes."""
     files = {}
     with rc_context({"svg.hashsalt": "dis-scale"}):
-        for ending in ("png", "svg"):
+        for ending in FORMATS:
             buffer = io.BytesIO()
             figure.savefig(buffer, format=ending, dpi=160, metadata={"Date": None} if ending == "svg" else None)
             files[ending] = buffer.getvalue()

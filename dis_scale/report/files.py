@@ -14,10 +14,11 @@ def write(sweep: Sweep, report: Report, published: bool = False) -> dict[str, by
 
     `published` adds published results to the plot; UserError if the sweep's metric is not FID on the same images.
     """
-    if published and (report.metric, report.resolution, report.num_classes) != ("fid", 256, 1000):
+    images = report.recipe.data
+    if published and (report.metric, images.resolution, images.num_classes) != ("fid", 256, 1000):
         raise UserError(
             f"--published: those points are FID of 50,000 samples on ImageNet 256 x 256, {report.sweep} has {report.metric} "
-            f"at {report.resolution} pixels and {report.num_classes} classes"
+            f"at {images.resolution} pixels and {images.num_classes} classes"
         )
     if published:
         _require_published_protocol(report)

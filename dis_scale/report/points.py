@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dis_scale.recipe import MAIN
+from dis_scale.recipe import MAIN, Recipe
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.tracking.goodput import GOODPUT
 from dis_scale.training.ema import start_share
@@ -60,10 +60,7 @@ class Report:
     points: list[Point]
     failed: dict[str, str]
     skipped: dict[Sampled, str]
-    resolution: int
-    num_classes: int
-    normalise: str
-    """`data.normalise` of the recipe."""
+    recipe: Recipe
     vae: str | None
     """Identity of the VAE that made the latents, None without latents."""
 
@@ -144,6 +141,5 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
     failed = {model: why for model in plan.costs if (why := state.ended(sweep, model))}
     return Report(
         sweep=sweep.folder.name, metric=recipe.evaluate.metric, points=points, failed=failed,
-        skipped=state.skipped(sweep), resolution=recipe.data.resolution, num_classes=recipe.data.num_classes,
-        normalise=recipe.data.normalise, vae=state.latents_vae(sweep),
+        skipped=state.skipped(sweep), recipe=recipe, vae=state.latents_vae(sweep),
     )  # fmt: skip

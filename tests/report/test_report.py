@@ -188,7 +188,8 @@ def test_an_average_of_the_random_start_is_noted(tmp_path: Path) -> None:
 
 
 def test_published_points_are_refused_beside_guided_ones(sweep: Sweep) -> None:
-    report = replace(collect(sweep), metric="fid", resolution=256, num_classes=1000)
+    data = sweep.recipe.data.model_copy(update={"resolution": 256, "num_classes": 1000})
+    report = replace(collect(sweep), metric="fid", recipe=sweep.recipe.model_copy(update={"data": data}))
     points = [replace(p, values=p.values | {"fid": report.points[0].values["fd_digits_80"]}) for p in report.points]
     with pytest.raises(UserError, match=r"tiny's main sampling has guidance 1.5, 3 steps"):
         reports.write(sweep, replace(report, points=points), published=True)
@@ -221,41 +222,90 @@ def test_a_sweep_without_evaluations_has_a_report(tmp_path: Path, recipe: Recipe
     assert len(reports.write(empty, collect(empty))) == 8
 
 
+def compared(a: reports.Report, b: reports.Report, pairs: dict[str, str] | None = None) -> str:
+    table = compare.comparison_table(a, b, compare.by_name(a, b) if pairs is None else pairs)
+    return " ".join(shown(table).split())
+
+
 def test_differences_of_two_sweeps_have_errors(sweep: Sweep, tmp_path: Path, recipe: Recipe) -> None:
     other = sweep_at(tmp_path, "other", recipe)
     put(other, Sampled("dis", 160), 4.0, error=1.2)
     put(other, Sampled("dis64", 160), 5.5, error=1.2)
     a, b = collect(sweep), collect(other)
-    assert [(d.a.model, d.change, d.error) for d in compare.differences(a, b)] == [
-        ("dis", -5.0, pytest.approx(1.3)),
-        ("dis64", 0.5, pytest.approx(1.3)),
+    found = compare.differences(a, b, compare.by_name(a, b))
+    assert [(d.a.model, d.change, d.error, d.significant) for d in found] == [
+        ("dis", -5.0, pytest.approx(1.3), False),
+        ("dis64", 0.5, pytest.approx(1.3), False),
     ]
-    text = " ".join(shown(compare.comparison_table(a, b)).split())
+    text = compared(a, b)
     assert "-5 ± 1.3" in text
     assert "-3.8" in text
+    assert "models with one seed: the error is of sampling alone" in text
     assert "4 points are in one sweep only" in text
 
 
-def test_a_comparison_names_other_latents(sweep: Sweep, tmp_path: Path, recipe: Recipe) -> None:
-    by_channel = recipe.model_copy(update={"data": recipe.data.model_copy(update={"normalise": "channels"})})
-    other = sweep_at(tmp_path, "other", by_channel)
+def test_only_a_difference_over_seeds_is_significant(tmp_path: Path) -> None:
+    sweeps = []
+    for name, distances in (("a", [9.0, 9.2, 9.4]), ("b", [5.0, 5.2, 5.1])):
+        made = sweep_at(tmp_path, name, reading.load(TINY, ["models.dit.seeds=3"]))
+        for model, distance in zip(("dit", "dit-seed-1", "dit-seed-2"), distances, strict=True):
+            put(made, Sampled(model, 320), distance)
+        put(made, Sampled("dis", 320), distances[0])
+        sweeps.append(collect(made))
+    found = {d.a.model: d for d in compare.differences(*sweeps, compare.by_name(*sweeps))}
+    assert {model: d.significant for model, d in found.items()} == {"dit": True, "dis": False}
+    assert found["dit"].error == pytest.approx(
+        np.hypot(np.std([9, 9.2, 9.4], ddof=1), np.std([5, 5.2, 5.1], ddof=1)) / np.sqrt(3)
+    )
+
+
+def test_a_comparison_names_all_that_differs(sweep: Sweep, tmp_path: Path) -> None:
+    text = sweep.recipe.model_dump(mode="json")
+    text["data"]["normalise"] = "channels"
+    text["train"] |= {"batch_images": 32, "learning_rate": 2e-3, "resume_every_images": 77}
+    other = sweep_at(tmp_path, "other", Recipe.model_validate(text, strict=False))
     put(other, Sampled("dis", 160), 4.0)
     for each, vae in ((sweep, "a" * 64), (other, "b" * 64)):
         state.use_latents(each, each.store / "latents/0", vae)
     a, b = collect(sweep), collect(other)
-    text = " ".join(shown(compare.comparison_table(a, b)).split())
-    assert f"VAE differs: {'a' * 12} and {'b' * 12}" in text
-    assert "data.normalise differs: vae and channels" in text
-    assert "differs" not in shown(compare.comparison_table(a, a))
+    words = compared(a, b)
+    assert f"VAE differs: {'a' * 12} and {'b' * 12}" in words
+    assert "data.normalise differs: vae and channels" in words
+    assert "train.batch_images differs: 16 and 32" in words
+    assert "train.learning_rate differs: 0.001 and 0.002" in words
+    assert "resume_every_images" not in words
+    assert "differs" not in compared(a, a)
+
+
+def test_models_of_other_names_are_compared_by_pairs_or_by_cost(sweep: Sweep, tmp_path: Path, recipe: Recipe) -> None:
+    text = recipe.model_dump(mode="json")
+    text["models"] = {"large": text["models"]["dis64"], "other": text["models"]["dis"] | {"width": 256}}
+    made = sweep_at(tmp_path, "renamed", Recipe.model_validate(text, strict=False))
+    put(made, Sampled("large", 160), 4.0)
+    put(made, Sampled("other", 160), 3.0)
+    a, b = collect(sweep), collect(made)
+    assert compare.by_cost(a, b) == {"dis64": "large"}
+    (difference,) = compare.differences(a, b, compare.by_cost(a, b))
+    assert difference.change == -1.0
+    assert "dis64 = other" in compared(a, b, {"dis64": "other"})
+    with pytest.raises(UserError, match=r"renamed has no model 'dis': it has large, other"):
+        compare.differences(a, b, {"dis": "dis"})
+    lines = [line.get_text() for line in figures.both(a, b).axes[0].get_legend().get_texts()]
+    assert lines == ["tiny: dis at 160", "renamed: dis at 160"]
 
 
 def test_sweeps_that_cannot_be_compared_are_refused(sweep: Sweep, tmp_path: Path, recipe: Recipe) -> None:
     a, empty = collect(sweep), collect(sweep_at(tmp_path, "empty", recipe))
-    with pytest.raises(UserError, match="tiny and empty have no model at one image count in common"):
-        compare.differences(a, empty)
-    other = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"samples": 81})})
-    with pytest.raises(UserError, match="tiny was measured by fd_digits_80, tiny by fd_digits_81: these cannot"):
-        compare.differences(a, collect(sweep_at(tmp_path, "tiny", other)))
+    with pytest.raises(UserError, match="tiny and empty have no model at one image count in common: name pairs"):
+        compare.differences(a, empty, {})
+    for changes, words in (
+        ({"evaluate": {"samples": 81}}, "tiny was measured by fd_digits_80, tiny by fd_digits_81: these cannot"),
+        ({"data": {"resolution": 64}}, "data.resolution: tiny has 32, tiny has 64: their distances cannot be compared"),
+    ):
+        parts = {part: getattr(recipe, part).model_copy(update=change) for part, change in changes.items()}
+        other = sweep_at(tmp_path, "tiny", recipe.model_copy(update=parts))
+        with pytest.raises(UserError, match=words):
+            compare.differences(a, collect(other), {})
 
 
 def test_the_plan_derives_the_batch_and_names_the_price(tiny: Recipe) -> None:
