@@ -60,6 +60,8 @@ def _require_possible(sweep: Sweep, model: str, images_seen: int, setting: str, 
     for value in values:
         if not 0 <= value < math.inf:
             raise UserError(f"{setting} {value:g}: expected 0 or more")
+        if setting == GUIDANCE and (refusal := sweep.recipe.guidance_refusal(value)):
+            raise UserError(f"{setting}: {refusal}")
         if setting == WIDTH and known:
             misfit = ema.misfit(known, Snapshot(images_seen // train.batch_images, value))
             if misfit > LARGEST_MISFIT:

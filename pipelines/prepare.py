@@ -84,6 +84,7 @@ class Preparer(Worker):
 
         pixels, labels = self._pixels(sweep)
         recipe, steps = sweep.recipe, _classifier_steps(sweep)
+        assert recipe.data.num_classes is not None, "the recipe refuses a trained extractor without classes"
         net, accuracy = small_nets.train_classifier(
             kind, pixels, labels, recipe.data.num_classes, steps, recipe.seed, self._progress()
         )

@@ -156,9 +156,8 @@ def _list_images(driver: Driver, plan: Plan, store: Folder) -> None:
         show(images)
 
     source = open_source(recipe.data, store, report)
-    driver.board.say(
-        f"source   {len(source):,} images in {len(source.label_names)} classes, as listed in {source.listing.where}"
-    )
+    classes = "without labels" if recipe.data.num_classes is None else f"in {len(source.label_names)} classes"
+    driver.board.say(f"source   {len(source):,} images {classes}, as listed in {source.listing.where}")
     driver.board.say(f"data     {price_reading(recipe, plan.shape, len(source))}")
 
 

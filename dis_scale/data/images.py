@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dis_scale.errors import UndecodableImage
+from dis_scale.recipe.data import Crop
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -16,7 +17,7 @@ IMAGE_BYTES = 2**30
 """Most bytes of an image's file; no more are read. The most pixels that Pillow decodes have half as many, uncompressed."""
 
 
-def decode(data: bytes, name: str, resolution: int) -> np.ndarray:
+def decode(data: bytes, name: str, resolution: int, crop: Crop | None = None) -> np.ndarray:
     """Decode to uint8 (resolution, resolution, 3); UndecodableImage if it is empty, damaged, truncated, too large or a bomb.
 
     Decodes the first frame of an animation. A bomb has more than twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million) pixels.
@@ -26,7 +27,7 @@ def decode(data: bytes, name: str, resolution: int) -> np.ndarray:
             raise ValueError("it is empty (0 bytes)")
         if len(data) > IMAGE_BYTES:
             raise ValueError(f"it has over {IMAGE_BYTES:,} bytes")
-        return square(Image.open(io.BytesIO(data)), resolution)
+        return square(Image.open(io.BytesIO(data)), resolution, crop)
     except MemoryError:
         raise
     except Exception as error:  # on damaged bytes Pillow raises struct.error, IndexError and many others
@@ -36,9 +37,17 @@ def decode(data: bytes, name: str, resolution: int) -> np.ndarray:
         ) from error
 
 
-def square(image: Image.Image, resolution: int) -> np.ndarray:
-    """Make it upright, RGB, centre-cropped and resized as ADM and DiT do: box halving, then bicubic; uint8 (R, R, 3)."""
+def square(image: Image.Image, resolution: int, crop: Crop | None = None) -> np.ndarray:
+    """Make it upright, RGB, centre-cropped and resized as ADM and DiT do: box halving, then bicubic; uint8 (R, R, 3).
+
+    With `crop` it is that square of the upright image; ValueError if the image does not contain it.
+    """
     image = rgb(ImageOps.exif_transpose(image))
+    if crop is not None:
+        left, top, side = crop
+        if image.width < left + side or image.height < top + side:
+            raise ValueError(f"it has {image.width} x {image.height} pixels, and data.crop {list(crop)} needs more")
+        image = image.crop((left, top, left + side, top + side))
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)

@@ -147,10 +147,13 @@ def fits_in_memory(reader: Reader, set_bytes: int, workers: int, models: int) ->
 
 
 class Micro(NamedTuple):
-    """One lane of a step: scaled latents (B, C, h, w), labels (B; dropped ones are the null label) and noise (B, C, h, w)."""
+    """One lane of a step: scaled latents (B, C, h, w), labels (B; dropped ones are the null label) and noise (B, C, h, w).
+
+    Labels are None for unconditional models.
+    """
 
     x_BCHW: torch.Tensor
-    y_B: torch.Tensor
+    y_B: torch.Tensor | None
     noise_BCHW: torch.Tensor
 
 
@@ -172,8 +175,11 @@ def micro_batch(
     sides = generator("mirror").integers(0, 2, micro) if flip else np.zeros(micro, np.int64)
     moments, labels = latents.read(positions, sides)
     sample = sample_posterior(moments, generator("posterior"))
-    labels[generator("label dropout").random(micro) < label_dropout] = latents.manifest["num_classes"]
-    return Micro(torch.from_numpy(latents.scaled(sample)), torch.from_numpy(labels), torch.from_numpy(noise.result()))
+    y_B = None
+    if (null := latents.manifest["num_classes"]) is not None:
+        labels[generator("label dropout").random(micro) < label_dropout] = null
+        y_B = torch.from_numpy(labels)
+    return Micro(torch.from_numpy(latents.scaled(sample)), y_B, torch.from_numpy(noise.result()))
 
 
 def sample_posterior(moments_BCHW: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -94,7 +94,7 @@ def repair(url: str, report: ReportShare, listed: ReportDone) -> list[str]:
 def describe(latents: Folder) -> list[str]:
     """Return totals, labels, statistics and identity, a line each."""
     m = manifest.require(latents)
-    channels, size = m["latent"]
+    (channels, size), classes = m["latent"], m["num_classes"]
     total = sum(shard["bytes"] for shard in m["shards"])
     names = dict(enumerate(m.get("label_names", [])))
     labels = [f"{names.get(int(label), label)} {count:,}" for label, count in m.get("labels", {}).items()]
@@ -105,7 +105,7 @@ def describe(latents: Folder) -> list[str]:
         f"latents  {latents}",
         f"images   {m['count']:,} in {len(m['shards'])} shards, {total / 1e6:,.1f} MB{refused}",
         f"latent   {channels}x{size}x{size}, float16 {stored} of image and horizontal flip",
-        f"labels   {len(labels)} of {m['num_classes']} classes: {_some(labels)}",
+        "labels   none" if classes is None else f"labels   {len(labels)} of {classes} classes: {_some(labels)}",
         f"mixing   {mixing.words(m['mixing']) if 'mixing' in m else 'none: made by an earlier version'}",
         f"mean     {_numbers(m['mean'])} by channel; shift {_numbers(shift)}",
         f"std      {_numbers(m['std'])}; scale {_numbers(scale)} makes it {_numbers(np.abs(scale) * m['std'])}",

@@ -21,11 +21,10 @@ GROUP_BYTES = 8 * 2**30
 """Most bytes of a row group's column; larger ones are not read. Hugging Face's groups of images have 100 MB to 1 GB."""
 
 
-def find(root: Folder, names: list[str], settings: ParquetSource) -> Contents:
-    """List every row of the files, sorted by file name. Only the label column is read."""
-    return Contents(
-        (entry for name in names for entry in _entries(root, name, settings)), _class_names(root, names, settings)
-    )
+def find(root: Folder, names: list[str], settings: ParquetSource, labelled: bool = True) -> Contents:
+    """List every row of the files, sorted by file name. Only the label column is read, and none of unlabelled images."""
+    entries = (entry for name in names for entry in _entries(root, name, settings, labelled))
+    return Contents(entries, _class_names(root, names, settings) if labelled else None)
 
 
 class ParquetReader:
@@ -52,13 +51,16 @@ def near(first: Entry, entry: Entry) -> bool:
     return (first.file, first.location[0]) == (entry.file, entry.location[0])
 
 
-def _entries(root: Folder, name: str, settings: ParquetSource) -> Iterator[Entry]:
+def _entries(root: Folder, name: str, settings: ParquetSource, labelled: bool) -> Iterator[Entry]:
     with _opened(root, name) as file:
         where = f"{root}/{name}"
-        _require_columns(file, where, settings)
+        _require_columns(file, where, settings, labelled)
         row = 0
         for group in range(file.num_row_groups):
-            labels = _read(file, group, settings.label, where).column(0).to_pylist()
+            if labelled:
+                labels = _read(file, group, settings.label, where).column(0).to_pylist()
+            else:
+                labels = [0] * file.metadata.row_group(group).num_rows
             for i, label in enumerate(labels):
                 if not isinstance(label, int | str):
                     raise UserError(f"{where}: row {row + i}: label {label!r}, expected a number or a name")
@@ -74,9 +76,10 @@ def _class_names(root: Folder, names: list[str], settings: ParquetSource) -> lis
     return list(feature["names"]) if feature.get("_type") == "ClassLabel" and "names" in feature else None
 
 
-def _require_columns(file: pq.ParquetFile, where: str, settings: ParquetSource) -> None:
+def _require_columns(file: pq.ParquetFile, where: str, settings: ParquetSource, labelled: bool) -> None:
     schema = file.schema_arrow
-    for key, column in (("image", settings.image), ("label", settings.label)):
+    columns = {"image": settings.image} | ({"label": settings.label} if labelled else {})
+    for key, column in columns.items():
         if column not in schema.names:
             raise UserError(f"data.source.{key}: no column {column!r} in {where}; it has {', '.join(schema.names)}")
     if not _is_bytes(file, settings) and not _has_bytes(schema.field(settings.image).type):

@@ -97,8 +97,9 @@ def shard_positions(number: int, images: int, settings: Precompute) -> range:
 def latents_folder(sweep: Sweep, vae_identity: str) -> Folder:
     """Return the folder of this declared source's latents under this VAE: next to the sweeps, which share it."""
     recipe = sweep.recipe
+    crop = {"crop": recipe.data.crop} if recipe.data.crop else {}
     key = [
-        recipe.data.source.model_dump(mode="json"), recipe.data.resolution, "refuse", vae_identity,  # a constant: once a setting
+        recipe.data.declared | crop, recipe.data.resolution, "refuse", vae_identity,  # a constant: once a setting
         recipe.precompute.shard_images, recipe.precompute.encode_images, recipe.precompute.precision, manifest.FORMAT,
     ]  # fmt: skip
     return sweep.store / f"latents/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"

@@ -22,6 +22,7 @@ from dis_scale.data.mixing import order_hash, permutation
 from dis_scale.errors import StorageError, UndecodableImage, UserError
 from dis_scale.progress import ReportDone
 from dis_scale.recipe import CsvSource, Data, DigitsSource, FolderSource, ParquetSource, TarSource
+from dis_scale.recipe.data import Crop
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 
@@ -31,7 +32,7 @@ LINE_CHARACTERS = 2**20
 
 @dataclass(frozen=True)
 class Source:
-    """Labelled images; position i of the dataset is `names[i]`, of class `labels[i]`."""
+    """Images; position i of the dataset is `names[i]`, of class `labels[i]`: 0 in all, without `label_names`, if unconditional."""
 
     listing: Listing
     label_names: list[str]
@@ -41,6 +42,8 @@ class Source:
     """True if both entries, the second after the first, belong in one call of `read`."""
     mixed: bool
     """Whether positions are in the mixed order; otherwise latents are mixed after encoding (staging.py)."""
+    crop: Crop | None
+    """The square of each image that is used; None for the complete image."""
 
     def __len__(self) -> int:
         return len(self.listing)
@@ -72,7 +75,13 @@ class Source:
             files = self.read(entries)
         except FileNotFoundError as error:
             raise _gone(entries[0].file) from error
-        return [_decoded(data, entry.name, resolution) for data, entry in zip(files, entries, strict=True)]
+        return [self._decoded(data, entry.name, resolution) for data, entry in zip(files, entries, strict=True)]
+
+    def _decoded(self, data: bytes, name: str, resolution: int) -> np.ndarray | UndecodableImage:
+        try:
+            return images.decode(data, name, resolution, self.crop)
+        except UndecodableImage as error:
+            return error
 
     def read_ranges(self, positions: range, most: int) -> Iterator[range]:
         """Split the positions into ranges of one read and at most `most` images each."""
@@ -108,7 +117,7 @@ def open_source(data: Data, store: Folder | None = None, report: ReportDone = la
 
     UserError if the source is missing, empty, or has other classes than the recipe says.
     """
-    kind = _open_kind(data.source, outside=data.csv_outside == "allow")
+    kind = _open_kind(data)
     find = partial(_find, kind)
 
     def check(opened: Listing) -> None:
@@ -117,14 +126,14 @@ def open_source(data: Data, store: Folder | None = None, report: ReportDone = la
     if store is None:
         opened = listing.in_memory(find(), report, kind.where)
     else:
-        opened = listing.stored(store, data.source.model_dump(mode="json"), find, check, report)
-    return Source(opened, _label_names(opened, data, kind.where), kind.read, kind.near, kind.mixed)
+        opened = listing.stored(store, data.declared, find, check, report)
+    return Source(opened, _label_names(opened, data, kind.where), kind.read, kind.near, kind.mixed, data.crop)
 
 
 def require_source(data: Data, store: Folder) -> None:
     """UserError if the recipe's source is missing or empty; nothing is read if the store has its listing."""
-    if not listing.folder_of(store, data.source.model_dump(mode="json")).exists(manifest.NAME):
-        next(iter(_find(_open_kind(data.source, outside=data.csv_outside == "allow")).entries))
+    if not listing.folder_of(store, data.declared).exists(manifest.NAME):
+        next(iter(_find(_open_kind(data)).entries))
 
 
 def _find(kind: "_Kind") -> Contents:
@@ -173,9 +182,13 @@ class _Digits(_OneFileEach):
 
     where, missing = "scikit-learn's digits", ""
 
+    def __init__(self, labelled: bool) -> None:
+        self._labelled = labelled
+
     def find(self) -> Contents:
         labels = _digits()[1]
-        return Contents((Entry(f"digits/{i:04d}", y, "", (i, 0)) for i, y in enumerate(labels)), list("0123456789"))
+        entries = (Entry(f"digits/{i:04d}", y * self._labelled, "", (i, 0)) for i, y in enumerate(labels))
+        return Contents(entries, list("0123456789") if self._labelled else None)
 
     def read_one(self, entry: Entry) -> bytes:
         buffer = io.BytesIO()
@@ -184,40 +197,45 @@ class _Digits(_OneFileEach):
 
 
 class _ClassFolders(_OneFileEach):
-    """A folder of images for each class."""
+    """A folder of images for each class; unlabelled images may also be beside these folders."""
 
-    def __init__(self, settings: FolderSource) -> None:
-        self._root = open_folder(settings.url)
+    def __init__(self, settings: FolderSource, labelled: bool) -> None:
+        self._root, self._labelled = open_folder(settings.url), labelled
         self.where = self._root.url
-        self.missing = f"no images in class folders below {self._root}; expected {self._root}/<class>/<image>.png"
+        self.missing = (
+            f"no images in class folders below {self._root}; expected {self._root}/<class>/<image>.png"
+            if labelled
+            else f"no images in {self._root} or its folders; expected {self._root}/<image>.png"
+        )
 
     def find(self) -> Contents:
         """List class by class and, on S3, page by page: there a million names are never in memory at once."""
         classes = [name for name in self._root.folders() if not name.startswith(".")]
-        return Contents(
-            (
-                Entry(f"{name}/{file}", label)
-                for label, name in enumerate(classes)
-                for file in self._root.files(name)
-                if file.lower().endswith(images.SUFFIXES) and not file.startswith(".")
-            ),
-            classes,
-        )
+        if not self._labelled:
+            return Contents(Entry(name, 0) for folder in ("", *classes) for name in self._images(folder))
+        return Contents((Entry(name, label) for label, of in enumerate(classes) for name in self._images(of)), classes)
+
+    def _images(self, folder: str) -> Iterator[str]:
+        """Yield the paths of a folder's images."""
+        for file in self._root.files(folder):
+            if file.lower().endswith(images.SUFFIXES) and not file.startswith("."):
+                yield f"{folder}/{file}" if folder else file
 
     def read_one(self, entry: Entry) -> bytes:
         return self._root.read_up_to(entry.name, images.IMAGE_BYTES)
 
 
 class _Csv(_OneFileEach):
-    """A CSV file of paths and labels."""
+    """A CSV file of paths, and of labels unless the images are unlabelled."""
 
-    def __init__(self, settings: CsvSource, outside: bool) -> None:
-        self._file, self._settings, self._outside = open_folder(settings.url), settings, outside
+    def __init__(self, settings: CsvSource, outside: bool, labelled: bool) -> None:
+        self._file, self._outside = open_folder(settings.url), outside
+        self._path, self._label = settings.path, settings.label if labelled else None
         self._root = Folder(self._file.url.rpartition("/")[0])
         self.where, self.missing = self._file.url, f"no lines in {self._file}"
 
     def find(self) -> Contents:
-        return Contents(map(self._allowed, _csv_entries(self._root, self._file.name, self._settings)))
+        return Contents(map(self._allowed, _csv_entries(self._root, self._file.name, self._path, self._label)))
 
     def read_one(self, entry: Entry) -> bytes:
         """Read from the folder of the CSV, or from where its line says. The listing may be of a time when that was allowed."""
@@ -237,14 +255,14 @@ class _Tars:
 
     mixed = False
 
-    def __init__(self, settings: TarSource) -> None:
+    def __init__(self, settings: TarSource, labelled: bool) -> None:
         self._root, self._names = tars.files_of(open_folder(settings.url), settings.files, ".tar")
-        self._settings, self.near = settings, tars.near
+        self._settings, self._labelled, self.near = settings, labelled, tars.near
         self.where = self._root.url
         self.missing = f"no images ({', '.join(images.SUFFIXES)}) in the tars of {self._root}"
 
     def find(self) -> Contents:
-        return tars.find(self._root, self._names, self._settings)
+        return tars.find(self._root, self._names, self._settings, self._labelled)
 
     def read(self, entries: Sequence[Entry]) -> list[bytes]:
         return tars.read(self._root, entries)
@@ -255,39 +273,38 @@ class _Parquet:
 
     mixed = False
 
-    def __init__(self, settings: ParquetSource) -> None:
+    def __init__(self, settings: ParquetSource, labelled: bool) -> None:
         self._root, self._names = tars.files_of(open_folder(settings.url), settings.files, ".parquet")
-        self._settings, self.near = settings, parquet.near
+        self._settings, self._labelled, self.near = settings, labelled, parquet.near
         self.read = parquet.ParquetReader(self._root, settings).read
         self.where, self.missing = self._root.url, f"no rows in the Parquet files of {self._root}"
 
     def find(self) -> Contents:
-        return parquet.find(self._root, self._names, self._settings)
+        return parquet.find(self._root, self._names, self._settings, self._labelled)
 
 
-def _open_kind(settings: DigitsSource | FolderSource | TarSource | ParquetSource | CsvSource, outside: bool) -> _Kind:
-    match settings:
+def _open_kind(data: Data) -> _Kind:
+    labelled = data.num_classes is not None
+    match data.source:
         case DigitsSource():
-            return _Digits()
+            return _Digits(labelled)
         case FolderSource():
-            return _ClassFolders(settings)
+            return _ClassFolders(data.source, labelled)
         case CsvSource():
-            return _Csv(settings, outside)
+            return _Csv(data.source, data.csv_outside == "allow", labelled)
         case TarSource():
-            return _Tars(settings)
+            return _Tars(data.source, labelled)
         case ParquetSource():
-            return _Parquet(settings)
-
-
-def _decoded(data: bytes, name: str, resolution: int) -> np.ndarray | UndecodableImage:
-    try:
-        return images.decode(data, name, resolution)
-    except UndecodableImage as error:
-        return error
+            return _Parquet(data.source, labelled)
 
 
 def _label_names(opened: Listing, data: Data, where: str) -> list[str]:
-    """Return the classes' names, or their numbers if they have none; UserError if their number is not the recipe's."""
+    """Return the classes' names, or their numbers if they have none; UserError if their number is not the recipe's.
+
+    Empty for unlabelled images.
+    """
+    if data.num_classes is None:
+        return []
     names, largest = opened.facts["label_names"], opened.facts["largest"]
     if names is None and largest >= data.num_classes:
         raise UserError(f"data.num_classes: got {data.num_classes}, but {where} has labels up to {largest}")
@@ -315,21 +332,22 @@ def _gone(what: str) -> StorageError:
     )
 
 
-def _csv_entries(root: Folder, name: str, settings: CsvSource) -> Iterator[Entry]:
+def _csv_entries(root: Folder, name: str, path: str, label: str | None) -> Iterator[Entry]:
+    """Yield the images in column `path`, of the classes in column `label` if given."""
     where = f"{root}/{name}"
     try:
         with io.TextIOWrapper(root.open(name), encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(_lines(file, where), strict=True)
-            for key, column in (("path", settings.path), ("label", settings.label)):
-                if column not in (rows.fieldnames or []):
+            for key, column in (("path", path), ("label", label)):
+                if column is not None and column not in (rows.fieldnames or []):
                     has = ", ".join(rows.fieldnames or ["nothing"])
                     raise UserError(f"data.source.{key}: no column {column!r} in {where}; it has {has}")
             for row in rows:
-                if not row[settings.path] or not row[settings.label]:
+                if not row[path] or (label is not None and not row[label]):
                     raise UserError(
                         f"{where}: line {rows.line_num}: expected a path and a label, got {list(row.values())}"
                     )
-                yield Entry(row[settings.path], number_or_name(row[settings.label]))
+                yield Entry(row[path], 0 if label is None else number_or_name(row[label]))
     except FileNotFoundError as error:
         raise UserError(f"data.source.url: no file {where}") from error
     except (csv.Error, UnicodeDecodeError) as error:

@@ -39,14 +39,14 @@ def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]
     return url, names
 
 
-def find(root: Folder, names: list[str], settings: TarSource) -> Contents:
+def find(root: Folder, names: list[str], settings: TarSource, labelled: bool = True) -> Contents:
     """List every image of the tars, in the order of the tars' names and their members.
 
     Several tars are indexed at once. The members of a large tar are streamed instead, since it may hold ten million.
     """
 
     def index(name: str) -> Iterable[Entry]:
-        entries = _entries(root, name, settings)
+        entries = _entries(root, name, settings, labelled)
         return entries if root.size(name) > LARGE_BYTES else list(entries)
 
     return Contents(entry for tar in in_order(names, index, TARS_AT_ONCE) for entry in tar)
@@ -71,11 +71,11 @@ def near(first: Entry, entry: Entry) -> bool:
     return first.file == entry.file and sum(entry.location) - first.location[0] <= SPAN_BYTES
 
 
-def _entries(root: Folder, name: str, settings: TarSource) -> Iterator[Entry]:
+def _entries(root: Folder, name: str, settings: TarSource, labelled: bool) -> Iterator[Entry]:
     where = f"{root}/{name}"
     try:
         with root.open(name) as file:
-            yield from _labelled(_members(file), name, where, settings)
+            yield from _images(_members(file), name, where, settings, labelled)
     except (tarfile.TarError, EOFError) as error:
         raise StorageError(
             f"{where}: not a complete tar: {error}; repair it or remove it from data.source.files"
@@ -115,8 +115,8 @@ def _next(tar: tarfile.TarFile, file: BinaryIO) -> tarfile.TarInfo | None:
     return member
 
 
-def _labelled(members: Iterator[_Member], tar: str, where: str, settings: TarSource) -> Iterator[Entry]:
-    """Yield the images with their labels; the files of one sample are adjacent and share a key, as in WebDataset."""
+def _images(members: Iterator[_Member], tar: str, where: str, settings: TarSource, labelled: bool) -> Iterator[Entry]:
+    """Yield the images, with their labels if `labelled`; the files of one sample are adjacent and share a key, as in WebDataset."""
     key, images, label = "", list[_Member](), None
     for member in members:
         folder, _, base = member.name.rpartition("/")
@@ -124,17 +124,17 @@ def _labelled(members: Iterator[_Member], tar: str, where: str, settings: TarSou
             continue  # macOS's ._x.jpg
         stem, _, kind = base.partition(".")
         if f"{folder}/{stem}" != key:
-            yield from _sample_entries(images, label, tar, where, settings)
+            yield from _sample_entries(images, label, tar, where, settings, labelled)
             key, images, label = f"{folder}/{stem}", [], None
         if kind == settings.image or (settings.image is None and f".{kind.lower()}".endswith(SUFFIXES)):
             images.append(member)
-        elif kind == settings.label:
+        elif labelled and kind == settings.label:
             label = _label(member, f"{where}: {member.name}", settings)
-    yield from _sample_entries(images, label, tar, where, settings)
+    yield from _sample_entries(images, label, tar, where, settings, labelled)
 
 
 def _sample_entries(
-    images: list[_Member], label: int | str | None, tar: str, where: str, settings: TarSource
+    images: list[_Member], label: int | str | None, tar: str, where: str, settings: TarSource, labelled: bool
 ) -> Iterator[Entry]:
     if len(images) > 1 and settings.label in ("cls", "json"):
         raise UserError(
@@ -142,7 +142,10 @@ def _sample_entries(
             f"say which is the image, for example data.source.image = {images[0].name.rpartition('.')[2]}"
         )
     for image in images:
-        image_label = _from_name(image.name, tar, settings) if settings.label in ("folder", "tar") else label
+        if not labelled:
+            image_label: int | str | None = 0
+        else:
+            image_label = _from_name(image.name, tar, settings) if settings.label in ("folder", "tar") else label
         if image_label is None or image_label == "":
             expected = "a folder around it" if settings.label == "folder" else f"a .{settings.label} next to it"
             raise UserError(

@@ -33,11 +33,14 @@ def guided(
     """Return a model function u + scale (c - u) on the first `channels` channels (by default all noise channels).
 
     Scale 1 is the conditional model. `interval` limits guidance to model times low <= t <= high (Kynkaanniemi et al.
-    2024). The variance channels are those of the conditional model. UserError if labels and model do not fit.
+    2024). The variance channels are those of the conditional model. UserError if labels and model do not fit, or if an
+    unconditional model is to be guided.
     """
     if y_B is None or model.num_classes is None:
         if y_B is not None or model.num_classes is not None:
             raise UserError(f"labels and model do not fit: num_classes is {model.num_classes}, labels are {y_B}")
+        if scale != 1:
+            raise UserError(f"guidance {scale:g}: an unconditional model cannot be guided, expected 1")
         return lambda x_BCHW, t_B: model(x_BCHW, t_B)
     both_2B = torch.cat([y_B, torch.full_like(y_B, model.num_classes)])
 

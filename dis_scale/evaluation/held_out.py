@@ -33,7 +33,7 @@ def _loss_at(model: Backbone, process: Process, share: torch.Tensor, data: list[
         t_B = t.to(x_BCHW.device).expand(len(x_BCHW))
 
         def model_fn(x_BCHW: torch.Tensor, t_B: torch.Tensor, y_B: torch.Tensor = y_B) -> torch.Tensor:
-            return model(x_BCHW, t_B, y_B).float()
+            return model(x_BCHW, t_B, None if model.num_classes is None else y_B).float()
 
         each.append(process.losses(model_fn, x_BCHW, t_B, noise_BCHW).total)
     return float(torch.cat(each).double().mean())

@@ -75,6 +75,7 @@ class BlockSampler:
     extractors: list[Extractor]
     judge: Classifier | None
     labels: np.ndarray
+    """Label of each sample, or its column in the grid if the models have no classes."""
     device: torch.device
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
@@ -107,7 +108,7 @@ class BlockSampler:
 
     def _pixels(self, model: Backbone, settings: Evaluate, numbers: range) -> np.ndarray:
         """Return the images of a micro-batch, uint8 (B, H, W, 3)."""
-        labels = self.labels[numbers.start : numbers.stop].tolist()
+        labels = None if model.num_classes is None else self.labels[numbers.start : numbers.stop].tolist()
         with self._timed("sampling"), torch.no_grad():
             allow_tf32(settings.precision == "tf32")
             latents = generate(
@@ -166,8 +167,11 @@ def load_model(recipe: Recipe, name: str, shape: LatentShape, weights: dict[str,
 
 
 def labels_of(sweep: Sweep) -> np.ndarray:
-    """Return the label of each of the sweep's samples."""
-    counts, classes = manifest.require(require_latents(sweep.folder))["labels"], sweep.recipe.data.num_classes
+    """Return the label of each of the sweep's samples; without classes its column in the grid, in turn."""
+    classes = sweep.recipe.data.num_classes
+    if classes is None:
+        return np.arange(sweep.recipe.evaluate.samples) % COLUMNS
+    counts = manifest.require(require_latents(sweep.folder))["labels"]
     return sample_labels(sweep.recipe, [counts.get(str(label), 0) for label in range(classes)])
 
 

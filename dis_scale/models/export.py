@@ -66,7 +66,7 @@ class DisScalePipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(
-        self, class_labels=None, num_images=1, guidance_scale=1.5, num_inference_steps=50, sampler=None, seed=0,
+        self, class_labels=None, num_images=1, guidance_scale=1.0, num_inference_steps=50, sampler=None, seed=0,
         output_type="pil",
     ):
         from dis_scale.diffusion.generate import generate

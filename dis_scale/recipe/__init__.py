@@ -102,10 +102,15 @@ class Recipe(Settings):
     def _parts_fit(self) -> Self:
         for name in self.models:
             self._training_fits(name)
+        if self.data.source.kind == "digits" and self.data.num_classes not in (10, None):
+            raise ValueError(f"data.num_classes: the digits have 10 classes, got {self.data.num_classes}")
+        if self.data.num_classes is None and self.evaluate.trained:
+            raise ValueError(
+                f"evaluate: extractor {self.evaluate.trained.name} is a classifier that the sweep trains, and data.num_classes is "
+                "none: expected kind inception or torchscript"
+            )
         for name, settings in self.evaluate.samplings.items():
             self._sampling_fits(f"evaluate.variants.{name}" if name else "evaluate", settings)
-        if self.data.source.kind == "digits" and self.data.num_classes != 10:
-            raise ValueError(f"data.num_classes: the digits have 10 classes, got {self.data.num_classes}")
         if self.device != "auto":
             self.require_scan_on(self.device)
         return self
@@ -152,11 +157,24 @@ class Recipe(Settings):
                 f"train.scan {self.train.scan} does not run on {device}: set train.scan to auto, or another device"
             )
 
+    def guidance_refusal(self, scale: float) -> str | None:
+        """Return why the models cannot be guided by this scale; None if they can."""
+        if scale == 1 or (self.data.num_classes is not None and self.train.label_dropout > 0):
+            return None
+        if self.data.num_classes is None:
+            return f"got {scale:g}, expected 1: data.num_classes is none, and guidance needs labels: set it to 1"
+        return (
+            f"got {scale:g}, expected 1: train.label_dropout is 0, so no model learns to do without labels: set it to 1, or "
+            "train.label_dropout to 0.1"
+        )
+
     def _sampling_fits(self, where: str, settings: Evaluate) -> None:
         if (settings.sampler in FLOW_SAMPLERS) != (self.diffusion.kind == "flow"):
             raise ValueError(f"{where}: sampler {settings.sampler} does not fit the process {self.diffusion.kind}")
         if self.diffusion.kind == "gaussian" and settings.steps > self.diffusion.steps:
             raise ValueError(f"{where}.steps {settings.steps} exceeds diffusion.steps {self.diffusion.steps}")
+        if refusal := self.guidance_refusal(settings.guidance):
+            raise ValueError(f"{where}.guidance: {refusal}")
         if (times := settings.guidance_interval) is not None and not 0 <= times[0] < times[1] <= 1000:
             raise ValueError(f"{where}.guidance_interval: got {list(times)}, expected two rising times from 0 to 1000")
         if settings.ema_width is not None and self.train.power_ema is None:

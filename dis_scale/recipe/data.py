@@ -1,8 +1,8 @@
 """Settings of images and latents: the source, the VAE, and how latent shards are made."""
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, PlainSerializer
 
 from dis_scale.recipe.settings import Count, InferencePrecision, Settings, pin, runtime
 
@@ -29,7 +29,7 @@ class StoredSource(Settings):
 
 
 class FolderSource(StoredSource):
-    """A folder of class folders (ImageNet's layout); labels are the sorted folder names."""
+    """A folder of class folders (ImageNet's layout); labels are the sorted folder names. Unlabelled images need no such folders."""
 
     kind: Literal["folder"]
 
@@ -74,14 +74,28 @@ SourceSettings = DigitsSource | FolderSource | TarSource | ParquetSource | CsvSo
 
 
 Normalise = Literal["vae", "channels"]
+Crop = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Count]
+"""Left, top and side of a square, in pixels of the upright image."""
+
+
+def _classes(value: Any) -> Any:
+    if value is None:
+        raise ValueError("got null, expected: a number of classes, or none for unconditional models")
+    return None if value == "none" else value
+
+
+NumClasses = Annotated[Count | None, BeforeValidator(_classes), PlainSerializer(lambda n: "none" if n is None else n)]
 
 
 class Data(Settings):
-    """Labelled images, resized to `resolution` x `resolution` after a centre crop."""
+    """Images, labelled or not, resized to `resolution` x `resolution` and cropped to their centre."""
 
     source: Annotated[SourceSettings, Field(discriminator="kind")]
     resolution: Count
-    num_classes: Count
+    num_classes: NumClasses
+    """Number of classes; `none` for unconditional models: labels are not read, and the source needs none."""
+    crop: Crop | None = None
+    """Square that is cut out of each image first, such as CelebA's faces, [25, 57, 128]; default: the complete image."""
     undecodable: Literal["refuse", "skip"] = runtime("refuse")
     """Treatment of empty, damaged or bomb-sized images: stop with an error that names it, or skip, count and list it."""
     csv_outside: Literal["refuse", "allow"] = runtime("refuse")
@@ -92,6 +106,11 @@ class Data(Settings):
     """Normalise latents by the VAE's scale and shift, or each channel by its own mean and deviation over the set's posteriors."""
     held_out_images: int = Field(0, ge=0)
     """Images that training never sees, selected by the seed; their loss is measured at each published count."""
+
+    @property
+    def declared(self) -> dict[str, Any]:
+        """Declaration of the listed images, by which sweeps share a listing and latents."""
+        return self.source.model_dump(mode="json") | ({"labels": "none"} if self.num_classes is None else {})
 
 
 class TrainedVae(Settings):

@@ -84,7 +84,8 @@ class Evaluate(Settings):
     samples: Count
     sampler: Sampler
     steps: Count
-    guidance: float = Field(1.5, ge=0)
+    guidance: float = Field(1.0, ge=0)
+    """Scale of classifier-free guidance; 1 is without. Other values need classes and `train.label_dropout`."""
     guidance_interval: Interval | None = None
     """Guide only between these times (Kynkaanniemi et al. 2024); default: at all times."""
     ema_width: Width | None = None

@@ -18,7 +18,7 @@ def write(sweep: Sweep, report: Report, published: bool = False) -> dict[str, by
     if published and (report.metric, images.resolution, images.num_classes) != ("fid", 256, 1000):
         raise UserError(
             f"--published: those points are FID of 50,000 samples on ImageNet 256 x 256, {report.sweep} has {report.metric} "
-            f"at {images.resolution} pixels and {images.num_classes} classes"
+            f"at {images.resolution} pixels and {images.num_classes or 'no'} classes"
         )
     if published:
         _require_published_protocol(report)

@@ -72,7 +72,8 @@ def reference_facts(sweep: Sweep, name: str, identity: str) -> dict[str, str]:
     """Return the inputs of the statistics under one extractor, which are stored with them."""
     recipe = sweep.recipe
     source = recipe.data.source.model_dump(mode="json")
-    declared = {"source": source, "undecodable": "refuse"}  # a constant: once a setting
+    crop = {"crop": recipe.data.crop} if recipe.data.crop else {}
+    declared = {"source": source, "undecodable": "refuse"} | crop  # "refuse" is a constant: once a setting
     images = recipe.evaluate.reference or json.dumps(declared, sort_keys=True)
     return {
         "format": str(REFERENCE_FORMAT), "extractor": name, "weights": identity,

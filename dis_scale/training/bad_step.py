@@ -43,8 +43,8 @@ def dump_step(
 def _batch(inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for number, (micro, t_B, drop, _) in enumerate(inputs):
-        of_pass = micro._asdict() | {"t_B": t_B} | ({} if drop is None else {"drop": drop})
-        tensors |= {f"{number}/{name}": tensor.contiguous() for name, tensor in of_pass.items()}
+        of_pass = micro._asdict() | {"t_B": t_B, "drop": drop}
+        tensors |= {f"{number}/{name}": tensor.contiguous() for name, tensor in of_pass.items() if tensor is not None}
     return tensors
 
 

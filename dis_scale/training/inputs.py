@@ -56,10 +56,20 @@ def _together(parts: Sequence[StepInput]) -> StepInput:
     """The inputs of several lanes as those of one forward pass."""
     if len(parts) == 1:
         return parts[0]
-    micro = Micro(*map(torch.cat, zip(*(part.micro for part in parts), strict=True)))
-    drops = [part.drop for part in parts if part.drop is not None]
-    drop = torch.cat(drops, dim=1) if drops else None
+    micros = [part.micro for part in parts]
+    micro = Micro(
+        torch.cat([micro.x_BCHW for micro in micros]),
+        _joined([micro.y_B for micro in micros]),
+        torch.cat([micro.noise_BCHW for micro in micros]),
+    )
+    drop = _joined([part.drop for part in parts], dim=1)
     return StepInput(micro, torch.cat([part.t_B for part in parts]), drop, parts[0].weight)
+
+
+def _joined(parts: Sequence[torch.Tensor | None], dim: int = 0) -> torch.Tensor | None:
+    """The parts as one tensor; None if the lanes have none."""
+    present = [part for part in parts if part is not None]
+    return torch.cat(present, dim) if present else None
 
 
 def _drop_masks(rates: tuple[float, ...], n: int, *where: int) -> torch.Tensor | None:
@@ -85,5 +95,6 @@ def to_device(host_input: StepInput, device: torch.device) -> StepInput:
 
 
 def _mapped(of: StepInput, each: Callable[[torch.Tensor], torch.Tensor]) -> StepInput:
-    drop = None if of.drop is None else each(of.drop)
-    return StepInput(Micro(*map(each, of.micro)), each(of.t_B), drop, of.weight)
+    (x_BCHW, y_B, noise_BCHW), drop = of.micro, of.drop
+    micro = Micro(each(x_BCHW), y_B if y_B is None else each(y_B), each(noise_BCHW))
+    return StepInput(micro, each(of.t_B), drop if drop is None else each(drop), of.weight)

@@ -59,8 +59,7 @@ def find_unshared(store: Folder) -> list[Unneeded]:
     for sweep, _ in used:
         if sweep.lease("sweep") in running:
             raise UserError(f"{KEPT}: {sweep} is running (process {lease.name_of(running[sweep.lease('sweep')])})")
-    sources = [sweep.recipe.data.source.model_dump(mode="json") for sweep, _ in used]
-    listings = {listing.folder_of(store, source).name for source in sources}
+    listings = {listing.folder_of(store, sweep.recipe.data.declared).name for sweep, _ in used}
     kinds = {"latents": {latents.name for _, latents in used}, listing.LISTINGS: listings}
     folders = [(kind, store / kind / name) for kind in kinds for name in store.folders(kind) if name not in kinds[kind]]
     return [found for found in in_order(folders, lambda each: _sized(*each), AT_ONCE) if found.sizes]

@@ -91,6 +91,15 @@ def test_crop_and_resize_equal_the_public_code(shape: tuple[int, int]) -> None:
     np.testing.assert_array_equal(square(image, 16), center_crop_arr(image, 16))
 
 
+def test_a_square_is_cut_out_before_resizing() -> None:
+    image = noise(100, 70)
+    np.testing.assert_array_equal(square(image, 16, (5, 31, 60)), center_crop_arr(image.crop((5, 31, 65, 91)), 16))
+    with pytest.raises(
+        UndecodableImage, match=r"image x cannot .*70 x 100 pixels, and data.crop \[11, 31, 60\] needs more"
+    ):
+        decode(saved(image, "PNG"), "x", 16, (11, 31, 60))
+
+
 def test_crop_and_resize_are_frozen() -> None:
     """Stored latents depend on these bytes: a Pillow that changes them makes another data set."""
     assert hashlib.sha256(square(noise(100, 70), 16).tobytes()).hexdigest()[:16] == "f1b0785cebb88265"

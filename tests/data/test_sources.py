@@ -1,17 +1,22 @@
 """Images of every kind of source have one order and are read by position; mistakes are named."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from dis_scale.data import images, tars
+from dis_scale.data import images, shards, tars
 from dis_scale.data.mixing import permutation
 from dis_scale.data.sources import Source, open_source
 from dis_scale.errors import DisScaleError, StorageError, UndecodableImage, UserError
+from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.sweep import Sweep, extractors
+from tests.conftest import TINY
 from tests.support import labelled_images
 from tests.support.labelled_images import CLASSES, KINDS, LABELS, data, png
 
@@ -333,3 +338,21 @@ def test_labels_in_json_may_be_numbers_but_not_lists(tmp_path: Path) -> None:
     root.write("x.tar", labelled_images.tar({"1.png": png(1), "1.json": json.dumps({"label": [1]}).encode()}))
     with pytest.raises(UserError, match=r"x.tar: 1.json: label \[1\], expected a number or a name"):
         open_source(data(source))
+
+
+def test_images_are_cropped_as_the_recipe_says_in_latents_of_their_own(tmp_path: Path) -> None:
+    """The listing is shared: it has no pixels."""
+    url = labelled_images.class_folders(open_folder(tmp_path / "images"))["url"]
+    settings = [f"data.source={{kind: folder, url: {url}}}", "data.num_classes=2", f"storage.root={tmp_path}"]
+    plain, cropped = (sweep_of(reading.load(TINY, [*settings, *more])) for more in ([], ["data.crop=[2, 4, 16]"]))
+    assert shards.latents_folder(plain, "v") != shards.latents_folder(cropped, "v")
+    assert extractors.reference_facts(plain, "x", "w") != extractors.reference_facts(cropped, "x", "w")
+    source = open_source(cropped.recipe.data, cropped.store)
+    assert source.listing.where == open_source(plain.recipe.data, plain.store).listing.where
+    (i,) = (i for i, name in enumerate(source.names) if name.endswith("/3.png"))
+    picture = np.asarray(Image.open(io.BytesIO(png(3))))
+    np.testing.assert_array_equal(source.pixels(i, 16), picture[4:20, 2:18])
+
+
+def sweep_of(recipe: Recipe) -> Sweep:
+    return Sweep.below(open_folder(recipe.storage.root), recipe)

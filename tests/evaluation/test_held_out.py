@@ -16,6 +16,8 @@ from tests.support.ranks import make_latents
 class Echo(torch.nn.Module):
     """Returns a multiple of its input and records the labels."""
 
+    num_classes = 10
+
     def __init__(self, scale: float) -> None:
         super().__init__()
         self.scale = torch.nn.Parameter(torch.tensor(scale))

@@ -13,6 +13,7 @@ from dis_scale.recipe.presets import preset
 from tests.conftest import TINY
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+UNCONDITIONAL = ("data.num_classes=none", "evaluate.extractor={kind: torchscript, name: x, path: x.pt}")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
@@ -59,6 +60,12 @@ def test_a_stored_recipe_is_read_back_unchanged(tiny: Recipe) -> None:
         ("models.dit.seeds=0", "models.dit.seeds: got 0, expected: a number of trainings"),
         ("data.num_classes=9", "the digits have 10 classes, got 9"),
         ("format=7", "this version reads recipes of format 2, got format 7"),
+        ("data.num_classes=null", "got null, expected: a number of classes, or none for unconditional models"),
+        ("data.num_classes=no", "data.num_classes: got False, expected: a valid integer"),
+        (
+            "data.num_classes=none",
+            "extractor digits is a classifier that the sweep trains, and data.num_classes is none",
+        ),
         ("train.x.y", "expected a.b=value"),
         ("train.lanes=[1", "--set 'train.lanes=[1': not YAML"),
         ("models=[a]", "models: got ['a'], expected"),
@@ -108,6 +115,22 @@ def test_a_url_with_credentials_is_refused_without_showing_it(key: str, url: str
 def test_a_url_without_credentials_is_taken(url: str) -> None:
     assert reading.load(TINY, [f"tracking.uri={url}"]).tracking.uri == url
     assert reading.load(TINY, ["storage.root=abfs://container@account/x"]).storage.root.startswith("abfs://container@")
+
+
+def test_an_unconditional_recipe_is_stored_by_the_same_word() -> None:
+    recipe = reading.load(TINY, [*UNCONDITIONAL, "evaluate.guidance=1"])
+    assert recipe.data.num_classes is None
+    stored = reading.dump(recipe)
+    assert "num_classes: none" in stored
+    assert reading.parse(stored, "stored") == recipe
+    given = reading.load(TINY, ["evaluate.guidance=1", UNCONDITIONAL[1]])
+    assert "data.num_classes: stored None, given 10" in identity_differences(recipe, given)
+
+
+def test_samples_are_not_guided_unless_the_recipe_says_so() -> None:
+    without = yaml.safe_load(TINY.read_text())
+    del without["evaluate"]["guidance"]
+    assert reading.parse(yaml.safe_dump(without), "here").evaluate.guidance == 1.0
 
 
 def test_a_missing_recipe_is_named() -> None:
@@ -217,6 +240,19 @@ def test_longer_training_is_refused_if_the_schedule_has_an_end() -> None:
             "evaluate.variants.wide.ema_width needs power-function averages, and train.power_ema tracks none",
         ),
         (["evaluate.ema_width=0.5"], "evaluate.ema_width: got 0.5, expected: less than or equal to 0.28"),
+        (
+            ["train.label_dropout=0.0"],
+            "evaluate.guidance: got 1.5, expected 1: train.label_dropout is 0, so no model learns to do without labels: "
+            "set it to 1, or train.label_dropout to 0.1",
+        ),
+        (
+            ["train.label_dropout=0.0", "evaluate.guidance=1", "evaluate.variants={more: {guidance: 3.0}}"],
+            "evaluate.variants.more.guidance: got 3, expected 1: train.label_dropout is 0",
+        ),
+        (
+            [*UNCONDITIONAL, "evaluate.guidance=2"],
+            "evaluate.guidance: got 2, expected 1: data.num_classes is none, and guidance needs labels: set it to 1",
+        ),
     ],
 )
 def test_settings_that_cannot_be_sampled_or_measured_are_refused(settings: list[str], line: str) -> None:

@@ -103,5 +103,5 @@ KINDS = {
 }  # fmt: skip
 
 
-def data(source: dict[str, Any], num_classes: int = 2, **more: Any) -> Data:
+def data(source: dict[str, Any], num_classes: int | str = 2, **more: Any) -> Data:
     return Data.model_validate({"source": source, "resolution": 16, "num_classes": num_classes, **more})
