@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dis_scale.diffusion.process import Losses, ModelFn, mean_flat
+from dis_scale.diffusion.process import Losses, ModelFn, mean_flat, uniform_numbers
 from dis_scale.errors import UserError
 from dis_scale.recipe import Gaussian
 
@@ -107,8 +107,10 @@ class GaussianDiffusion:
         """Length of the training chain."""
         return self.settings.steps
 
-    def sample_times(self, rng: np.random.Generator, n: int) -> Tensor:
+    def sample_times(self, rng: np.random.Generator, n: int, lane: int = 0, lanes: int = 1) -> Tensor:
         """Sample steps (n,), uniform, int64."""
+        if self.settings.stratified:
+            return torch.from_numpy(uniform_numbers(rng, n, (lane, lanes)) * self.num_steps).long()
         return torch.from_numpy(rng.integers(self.num_steps, size=n))
 
     def losses(self, model_fn: ModelFn, x0_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Losses:

@@ -16,6 +16,8 @@ class Gaussian(Settings):
     steps: Count = 1000
     min_snr_gamma: float | None = None
     """Weight the MSE by min(SNR, gamma) / SNR (Hang et al. 2023)."""
+    stratified: bool = False
+    """Spread the times evenly over the batch: one in each of as many equal parts as it has images. Less noise in the loss."""
 
 
 class Flow(Settings):
@@ -25,6 +27,8 @@ class Flow(Settings):
     times: Literal["uniform", "logit_normal"] = "uniform"
     shift: float = Field(1.0, gt=0)
     """Time shift for resolution: t <- shift t / (1 + (shift - 1) t) (Esser et al. 2024)."""
+    stratified: bool = False
+    """Spread the times evenly over the batch: one in each of as many equal parts as it has images. Less noise in the loss."""
 
 
 def _count_or_range(value: Any) -> Any:

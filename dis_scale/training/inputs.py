@@ -43,8 +43,8 @@ def step_inputs(
             latents, step, lane, batch=settings.batch_images, lanes=settings.lanes, seed=seed,
             flip=recipe.data.mirror, label_dropout=settings.label_dropout,
         )  # fmt: skip
-        n = len(micro.y_B)
-        t_B = process.sample_times(seeds.generator("time", seed, step, lane), n)
+        n = len(micro.x_BCHW)
+        t_B = process.sample_times(seeds.generator("time", seed, step, lane), n, lane, settings.lanes)
         return StepInput(micro, t_B, _drop_masks(rates, n, seed, step, lane), weight)
 
     for step in range(images_seen // settings.batch_images, settings.images // settings.batch_images):
