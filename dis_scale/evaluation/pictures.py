@@ -17,6 +17,7 @@ from dis_scale.models import Backbone
 from dis_scale.models.export import SamplingFacts, open_checkpoint, sampling_facts
 from dis_scale.recipe import Flow, Gaussian
 from dis_scale.storage import manifest
+from dis_scale.models.official import SiT
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import RECIPE, Sweep, state
 from dis_scale.training.checkpoint import WEIGHTS_FILE, stored_file
@@ -64,14 +65,20 @@ def open_for_sampling(path: Path, vae_path: str | None, heads: int | None = None
     elif sweep:
         process, decoder = sweep.recipe.diffusion, vae.for_samples(sweep, decoder)
     else:
-        process = Gaussian(kind="gaussian")
+        process = Flow(kind="flow") if isinstance(model, SiT) else Gaussian(kind="gaussian")
+        assumed = (
+            "linear flow: its variance is zero, as in SiT"
+            if process.kind == "flow"
+            else f"gaussian process, {process.betas} betas, {process.steps} steps"
+        )
         notes.append(
-            f"assumed  {process.kind} process, {process.betas} betas, {process.steps} steps; latents by scale "
-            f"{decoder.scale} and shift {decoder.shift}: the file does not tell"
+            f"assumed  {assumed}; latents by scale {decoder.scale} and shift {decoder.shift}: the file does not tell"
         )
     sampling = sweep.recipe.evaluate if sweep else facts
-    sampler, steps = (sampling.sampler, sampling.steps) if sampling else ("ddpm", 250)
-    return OpenCheckpoint(model, process, decoder, sampler, steps, notes)
+    published = "euler_maruyama" if process.kind == "flow" else "ddpm"
+    sampler, steps = (sampling.sampler, sampling.steps) if sampling else (published, 250)
+    guidance = (sweep.recipe.evaluate.guidance, sweep.recipe.evaluate.guidance_channels) if sweep else (1.0, None)
+    return OpenCheckpoint(model, process, decoder, sampler, steps, *guidance, notes)
 
 
 def _facts_of(sweep: Sweep) -> SamplingFacts | None:

@@ -1,4 +1,6 @@
-"""DiT, the baseline: attention with adaLN-Zero (Peebles and Xie, arXiv 2212.09748), as published.
+"""DiT, the baseline: attention with adaLN-Zero (Peebles and Xie, arXiv 2212.09748), as in the first release of its code.
+
+That release leaves the patches' bias at PyTorch's uniform default, as here; a later one starts it at zero.
 
 Axes: B samples, C channels, T patches, D width. Read next: official.py for the published weights' layout.
 """

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from dis_scale import diffusion
 from dis_scale.errors import UserError
 from dis_scale.models import Backbone, build, check_finite
-from dis_scale.models.official import from_official, from_official_dit, read_weights
+from dis_scale.models.official import SiT, from_official, from_official_dit, read_weights
 from dis_scale.recipe import Flow, Gaussian, LatentShape, Model, Recipe
 from dis_scale.recipe.evaluate import Sampler
 from dis_scale.vae import DiffusersVae, PixelVae, Vae
@@ -117,6 +117,8 @@ class SamplingFacts:
 
 def describe(model: Backbone, facts: SamplingFacts | None = None) -> dict[str, Any]:
     """Settings, shape and number of classes as plain data, the input of `from_description`; and the sampling facts, if known."""
+    if isinstance(model, SiT):
+        raise UserError("a public SiT is not described by settings of ours: sample from its own file")
     sampling = {} if facts is None else {"sampling": TypeAdapter(SamplingFacts).dump_python(facts, mode="json")}
     return sampling | {
         "model": model.settings.sizes,

@@ -1,6 +1,7 @@
 """Import and export of the public weights of DiS (feizc/DiS) and DiT (facebookresearch/DiT). Sizes are read from them.
 
-A round trip is bit-equal. Only tensors are unpickled. Read next: dis.py, dit.py, export.py.
+Files of SiT (willisma/SiT) have DiT's names; `SiT` samples from them by our flow. A round trip is bit-equal. Only tensors are
+unpickled. Read next: dis.py, dit.py, export.py.
 """
 
 import argparse
@@ -49,6 +50,16 @@ DIT_BLOCK = {
 }
 
 
+class SiT(DiT):
+    """A public SiT as the velocity of our flow: from data at t = 0 to noise at t = 1, with the input 1000 t.
+
+    SiT itself has the noise at t = 0 and the data at t = 1, the input t, and the velocity towards the data (arXiv 2401.08740).
+    """
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
+        return -super().forward(x_BCHW, 1 - t_B / 1000, y_B, drop)
+
+
 class PublicWeight(NamedTuple):
     """Name and shape of a weight in the public layout."""
 
@@ -91,7 +102,10 @@ def from_official(state_dict: StateDict) -> DiS:
 
 
 def from_official_dit(state_dict: StateDict, heads: int | None = None) -> DiT:
-    """Return a DiT from the published state dict. The weights do not determine `heads`: by default the published number."""
+    """Return a DiT, or a SiT, from the published state dict.
+
+    The weights do not determine `heads`: by default the published number.
+    """
     patch_weight = _sized(state_dict, "x_embedder.proj.weight", 4)
     position, label = _sized(state_dict, "pos_embed", 3), _sized(state_dict, "y_embedder.embedding_table.weight", 2)
     width, patch = patch_weight.shape[0], patch_weight.shape[-1]
@@ -102,14 +116,23 @@ def from_official_dit(state_dict: StateDict, heads: int | None = None) -> DiT:
         heads = known[width]
     settings = Dit(kind="dit", width=width, depth=max(_count(state_dict, "blocks"), 1), heads=heads, patch=patch)
     side = math.isqrt(position.shape[1])
+    kind = SiT if _is_sit(state_dict, patch_weight.shape[1]) else DiT
     with torch.device("meta"):
-        model = construct(settings, LatentShape(patch_weight.shape[1], side * patch), len(label) - 1)
-    assert isinstance(model, DiT)
+        model = kind(settings, LatentShape(patch_weight.shape[1], side * patch), len(label) - 1, "none")
     model.position = position_table(side, width)
     if position.shape != model.position.shape or not torch.allclose(position.float(), model.position, atol=1e-5):
         raise UserError("pos_embed is not DiT's fixed sine-cosine table: these weights belong to another model")
     _load(model, {name: weight for name, weight in state_dict.items() if name != "pos_embed"})
     return model
+
+
+def _is_sit(state_dict: StateDict, channels: int) -> bool:
+    """Whether these are weights of a SiT: trained, with a variance that is still zero, since SiT's loss does not use it."""
+    rows_OI = _sized(state_dict, "final_layer.linear.weight", 2)
+    if len(rows_OI) % (2 * channels):
+        return False
+    velocity, variance = rows_OI.unflatten(0, (-1, 2, channels)).unbind(1)
+    return bool(velocity.any()) and not bool(variance.any())
 
 
 def to_official(model: Backbone) -> dict[str, Tensor]:

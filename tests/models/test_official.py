@@ -5,11 +5,16 @@ import argparse
 import pytest
 import torch
 
+from dis_scale.diffusion import build as build_process
+from dis_scale.diffusion.generate import SampleNoise, generate
 from dis_scale.errors import UserError
-from dis_scale.models import build
-from dis_scale.models.official import from_official, from_official_dit, layout, read_weights, to_official
-from dis_scale.recipe import Dis, Dit, LatentShape
+from dis_scale.evaluation.pictures import open_for_sampling
+from dis_scale.models import DiT, build
+from dis_scale.models.export import save
+from dis_scale.models.official import SiT, from_official, from_official_dit, layout, read_weights, to_official
+from dis_scale.recipe import Dis, Dit, Flow, LatentShape, TrainedVae
 from dis_scale.recipe.presets import preset
+from dis_scale.vae import new
 from tests.support.public_dis import PublicDiS
 
 CASES = pytest.mark.parametrize(
@@ -131,6 +136,43 @@ def test_dit_round_trip_and_its_published_names():
         from_official_dit(state)
     with pytest.raises(UserError, match="pos_embed is not DiT's"):
         from_official_dit(state | {"pos_embed": state["pos_embed"] + 1}, heads=4)
+
+
+def sit_state():
+    """Weights that SiT's training would leave: its loss has no variance, whose rows stay at zero."""
+    state = to_official(dit_model())
+    rows = {name: state[f"final_layer.linear.{name}"].unflatten(0, (4, 2, 4)).clone() for name in ("weight", "bias")}
+    for weight in rows.values():
+        weight[:, 1] = 0
+    return state | {f"final_layer.linear.{name}": weight.flatten(0, 2) for name, weight in rows.items()}
+
+
+def test_a_public_sit_is_sampled_as_a_flow_in_its_own_time_and_direction():
+    """Euler's steps as SiT takes them, from noise at t = 0 to data at t = 1 along its velocity, give the same samples."""
+    state = sit_state()
+    sit, network = from_official_dit(state, heads=4), build(DIT, LatentShape(4, 8), 10)
+    network.load_state_dict(sit.state_dict())
+    assert (type(sit), type(from_official_dit(to_official(dit_model()), heads=4))) == (SiT, DiT)
+    noise, labels = SampleNoise(3, [0, 1]), [1, 7]
+    x = noise.start((2, 4, 8, 8))
+    with torch.no_grad():
+        for step in range(5):
+            x = x + network(x, torch.full((2,), step / 5), torch.tensor(labels))[:, :4] / 5
+        got = generate(sit, build_process(Flow(kind="flow")), labels, [0, 1], sampler="euler", steps=5, seed=3)
+    assert float((got - noise.start((2, 4, 8, 8))).abs().max()) > 0.1, "the samples have moved"
+    assert near(got, x)
+    back = to_official(sit)
+    assert all(torch.equal(back[name], state[name]) for name in state if name != "pos_embed")
+
+
+def test_a_public_sit_is_assumed_to_be_a_flow_and_not_exported(tmp_path):
+    torch.save({"ema": sit_state()}, tmp_path / "sit.pt")
+    new(TrainedVae(kind="trained", widths=(8,)), 8).save_pretrained(tmp_path / "vae")
+    opened = open_for_sampling(tmp_path / "sit.pt", str(tmp_path / "vae"), heads=4)
+    assert (opened.process.kind, opened.sampler, opened.steps) == ("flow", "euler_maruyama", 250)
+    assert opened.notes[0].startswith("assumed  linear flow: its variance is zero, as in SiT; latents by scale 0.18215")
+    with pytest.raises(UserError, match="a public SiT is not described by settings of ours"):
+        save(opened.model, tmp_path / "sit.safetensors")
 
 
 def test_published_width_determines_the_heads_of_dit():
