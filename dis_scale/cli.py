@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -18,9 +18,16 @@ from dis_scale.errors import DisScaleError, UserError
 from dis_scale.jsonlog import JsonLines
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    import numpy as np
+
     from dis_scale.plan import Plan
+    from dis_scale.progress import ReportDone
     from dis_scale.sweep import Sweep
 
+ADM_SAMPLES = 50_000
+"""Samples that FID is defined by."""
 EMBEDDED = Path(__file__).parent.parent / "configs" / "digits.yaml"
 app = typer.Typer(
     help="Scaling sweeps of diffusion models with a state-space backbone.",
@@ -354,9 +361,24 @@ def sample(
     classes: Annotated[
         str | None, typer.Option(help="Labels, for example 1,7; omit for a model without classes.")
     ] = None,
-    count: Annotated[int | None, typer.Option(help="Number of images; default: one per label.", min=1)] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Number of images; default: one per label, 50000 with --npz.", min=1)
+    ] = None,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
-    guidance: Annotated[float, typer.Option(min=0)] = 1.5,
+    npz: Annotated[
+        Path | None,
+        typer.Option(help="Write all images to this file instead, for ADM's evaluator; default: of all classes."),
+    ] = None,
+    labels: Annotated[
+        Literal["balanced", "random"], typer.Option(help="With --npz: each class equally often, or random labels.")
+    ] = "balanced",
+    guidance: Annotated[float | None, typer.Option(min=0, help="Default: the sweep's own, or 1: none.")] = None,
+    guidance_channels: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Guide the first channels only: 3 as in DiT's code. Default: the sweep's own, or all."
+        ),
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help="Default: the sweep's own, or that in the checkpoint.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Default: as for the sampler.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -364,20 +386,46 @@ def sample(
     vae: VaeOption = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads, for a public DiT of unusual size.", min=1)] = None,
 ) -> None:
-    """Sample a grid of images from one checkpoint."""
-    from dis_scale.evaluation.pictures import open_for_sampling, sample_pictures
-    from dis_scale.evaluation.sampling import grid
+    """Sample a grid of images from one checkpoint, or a file of many for ADM's evaluator; on a GPU if there is one."""
+    import numpy as np
+    import torch
 
-    labels = _labels(classes)
-    _require_folder(out)
+    from dis_scale.evaluation import adm, pictures
+    from dis_scale.evaluation.pictures import open_for_sampling
+    from dis_scale.evaluation.sampling import grid
+    from dis_scale.progress import Board
+
+    of_classes = _labels(classes)
+    _require_folder(npz or out, "--npz" if npz else "--out")
     opened = open_for_sampling(checkpoint, vae, heads)
     for line in opened.notes:
         _print(line)
-    images = count or len(labels or [0])
-    how = {"sampler": sampler or opened.sampler, "steps": steps or opened.steps}
-    pictures = sample_pictures(opened, labels, images, **how, guidance=guidance, seed=seed, batch=batch)  # type: ignore[arg-type]
-    out.write_bytes(grid(pictures, columns=min(10, images)))
-    _print(f"{images} images in {out}")
+    images = count or (ADM_SAMPLES if npz else len(of_classes or [0]))
+    if npz and of_classes is None:
+        each_label = pictures.labels_of_all(opened, labels, images, seed)
+    else:
+        each_label = pictures.labels_in_turn(opened, of_classes, images)
+    parts = pictures.sample_pictures(
+        opened, each_label, images, sampler=sampler or opened.sampler, steps=steps or opened.steps,
+        guidance=opened.guidance if guidance is None else guidance,
+        channels=guidance_channels or opened.guidance_channels, seed=seed, batch=batch,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )  # fmt: skip
+    if npz is None:
+        out.write_bytes(grid(np.concatenate(list(parts)), columns=min(10, images)))
+    else:
+        with Board(_console()) as board:
+            adm.write_samples(npz, images, _counted(parts, lambda n: board.update("sample", n, images, "images")))
+    _print(f"{images} images in {npz or out}")
+
+
+def _counted(parts: "Iterable[np.ndarray]", report: "ReportDone") -> "Iterator[np.ndarray]":
+    """Yield the parts; `report` gets the images so far."""
+    done = 0
+    for part in parts:
+        yield part
+        done += len(part)
+        report(done)
 
 
 data = typer.Typer(help="Verify, repair and describe a sweep's latents.", no_args_is_help=True)

@@ -295,7 +295,17 @@ def _shown(sampled: Sampled, values: dict[str, float]) -> str:
 
 
 def _facts(sampled: Sampled, settings: Evaluate) -> dict[str, Any]:
-    stored = {"samples", "sampler", "steps", "guidance", "guidance_interval", "ema_width", "precision", "metrics"}
+    stored = {
+        "samples",
+        "labels",
+        "sampler",
+        "steps",
+        "guidance",
+        "guidance_interval",
+        "guidance_channels",
+        "ema_width",
+    }
+    stored |= {"precision", "metrics"}
     facts = {"format": manifest.FORMAT, "model": sampled.model, "images": sampled.images_seen, "time": time.time()}
     return facts | settings.model_dump(mode="json", include=stored)
 

@@ -512,7 +512,7 @@ def test_all_stages_in_pixel_space(tmp_path: Path) -> None:
     assert block.pictures.shape[1:] == (16, 16, 3)
     assert len(block.right) == 20
     opened = open_for_sampling(tmp_path / "sweep/runs/dis/published/000000000320", None)
-    pictures = sample_pictures(opened, [3], 2, sampler="ddim", steps=2, guidance=1.0, seed=0, batch=2)
+    (pictures,) = sample_pictures(opened, [3, 3], 2, sampler="ddim", steps=2, guidance=1.0, seed=0, batch=2)
     assert pictures.shape == (2, 16, 16, 3)
 
 

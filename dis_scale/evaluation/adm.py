@@ -1,12 +1,14 @@
-"""ADM's reference `.npz` (openai/guided-diffusion, evaluations): `mu, sigma, mu_s, sigma_s` and, in `arr_0`, the images.
+"""ADM's `.npz` (openai/guided-diffusion, evaluations). A reference has `mu, sigma, mu_s, sigma_s`; both have images in `arr_0`.
 
 Images are read in parts: 10,000 of 256 x 256 would take 2 GB of memory.
 """
 
 import io
+import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -86,6 +88,26 @@ def open_reference(url: str) -> Adm:
         raise UserError(f"evaluate.reference: no file {url}") from error
     except (zipfile.BadZipFile, StorageError) as error:
         raise UserError(f"evaluate.reference: {url} is not an ADM reference .npz: {error}") from error
+
+
+def write_samples(path: Path, count: int, batches: Iterable[np.ndarray]) -> None:
+    """Write `count` uint8 images for ADM's evaluator, from batches (B, R, R, 3); one batch is in memory at a time.
+
+    The file appears when it is complete.
+    """
+    incomplete, written = path.with_name(f".{path.name}.part-{os.getpid()}"), 0
+    try:
+        with zipfile.ZipFile(incomplete, "w") as file, file.open(f"{IMAGES}.npy", "w", force_zip64=True) as stream:
+            for batch in batches:
+                if not written:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *batch.shape[1:])}
+                    np.lib.format.write_array_header_1_0(stream, header)
+                stream.write(np.ascontiguousarray(batch).tobytes())
+                written += len(batch)
+        assert written == count, f"{written} images, the header says {count}"
+        incomplete.replace(path)
+    finally:
+        incomplete.unlink(missing_ok=True)
 
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:

@@ -3,21 +3,23 @@
 Noise is a function of the seed and the sample's number, so the batch size does not change the pictures.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
-from dis_scale import diffusion, vae
+from dis_scale import diffusion, seeds, vae
 from dis_scale.diffusion.generate import generate
 from dis_scale.diffusion.process import check_labels
 from dis_scale.errors import UserError
 from dis_scale.models import Backbone
 from dis_scale.models.export import SamplingFacts, open_checkpoint, sampling_facts
+from dis_scale.models.official import SiT
 from dis_scale.recipe import Flow, Gaussian
 from dis_scale.storage import manifest
-from dis_scale.models.official import SiT
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import RECIPE, Sweep, state
 from dis_scale.training.checkpoint import WEIGHTS_FILE, stored_file
@@ -33,6 +35,8 @@ class OpenCheckpoint:
     decoder: Vae
     sampler: str
     steps: int
+    guidance: float
+    guidance_channels: int | None
     notes: list[str]
     """Lines on what is assumed or differs."""
 
@@ -60,6 +64,7 @@ def open_for_sampling(path: Path, vae_path: str | None, heads: int | None = None
             f"vae      {vae_path} did not encode the model's latents: its identity is {decoder.identity[:12]}, "
             f"theirs is {facts.vae.identity[:12]}"
         )
+    process: Gaussian | Flow
     if facts:
         process, decoder = facts.diffusion, replace(decoder, normalised=facts.scaling)
     elif sweep:
@@ -120,28 +125,53 @@ def _weights_in(published: Path) -> str | None:
     return stored_file(WEIGHTS_FILE, contents) if contents else None
 
 
+def labels_in_turn(opened: OpenCheckpoint, classes: list[int] | None, count: int) -> list[int] | None:
+    """Return labels for `count` samples, these classes in turn; None for a model without classes. UserError for invalid ones."""
+    known = opened.model.num_classes
+    if classes is None and known is not None:
+        raise UserError(f"--classes: the model has {known} classes: name the labels to sample")
+    if classes is None or known is None:
+        if classes is not None:
+            raise UserError("--classes: the model has no classes: omit it")
+        return None
+    check_labels(torch.tensor(classes), known)
+    return [classes[i % len(classes)] for i in range(count)]
+
+
+def labels_of_all(
+    opened: OpenCheckpoint, how: Literal["balanced", "random"], count: int, seed: int
+) -> list[int] | None:
+    """Return labels for `count` samples, each class equally often or at random; None for a model without classes."""
+    known = opened.model.num_classes
+    if known is None:
+        return None
+    if how == "balanced":
+        return [i % known for i in range(count)]
+    return seeds.generator("sample labels", seed).integers(known, size=count).tolist()
+
+
 def sample_pictures(
     opened: OpenCheckpoint,
-    classes: list[int] | None,
+    labels: list[int] | None,
     count: int,
     *,
     sampler: str,
     steps: int,
     guidance: float,
+    channels: int | None = None,
     seed: int,
     batch: int,
-) -> np.ndarray:
-    """Sample uint8 images (count, H, W, 3), the classes in turn, `batch` at a time; UserError for a label out of range."""
-    labels = None if classes is None else [classes[i % len(classes)] for i in range(count)]
-    if labels is not None and opened.model.num_classes is not None:
-        check_labels(torch.tensor(labels), opened.model.num_classes)
-    process, images = diffusion.build(opened.process), []
+    device: torch.device | str = "cpu",
+) -> Iterator[np.ndarray]:
+    """Yield `count` uint8 images of these labels in parts (B, H, W, 3), `batch` at a time."""
+    process, model = diffusion.build(opened.process), opened.model.to(device)
+    opened.decoder.net.to(device)
     for first in range(0, count, batch):
         numbers = range(first, min(first + batch, count))
-        part = None if labels is None else [labels[n] for n in numbers]
+        part = None if labels is None else labels[numbers.start : numbers.stop]
         with torch.no_grad():
             latents = generate(
-                opened.model, process, part, list(numbers), sampler=sampler, steps=steps, guidance=guidance, seed=seed
-            )
-        images.append(opened.decoder.decode(latents))
-    return np.concatenate(images)
+                model, process, part, numbers, sampler=sampler, steps=steps, guidance=guidance, channels=channels,
+                seed=seed, device=device,
+            )  # fmt: skip
+        yield opened.decoder.decode(latents)

@@ -114,7 +114,7 @@ class BlockSampler:
             latents = generate(
                 model, diffusion.build(self.recipe.diffusion), labels, numbers, sampler=settings.sampler,
                 steps=settings.steps, guidance=settings.guidance, interval=settings.guidance_interval,
-                seed=self.recipe.seed, device=self.device,
+                channels=settings.guidance_channels, seed=self.recipe.seed, device=self.device,
             )  # fmt: skip
             allow_tf32(False)
             require_finite(latents, numbers)
@@ -178,12 +178,16 @@ def labels_of(sweep: Sweep) -> np.ndarray:
 def sample_labels(recipe: Recipe, counts: Sequence[int]) -> np.ndarray:
     """Return labels (samples) as frequent as in the training set's `counts`; more samples only append labels.
 
-    Labels follow steps of the golden ratio (a Kronecker sequence), so any range of samples has nearly the right shares: random
-    labels would add noise to every distance.
+    Balanced labels follow steps of the golden ratio (a Kronecker sequence), so any range of samples has nearly the right shares:
+    random labels add noise to every distance.
     """
-    start = seeds.generator("sample labels", recipe.seed).random()
-    points = (start + np.arange(recipe.evaluate.samples) * GOLDEN) % 1
+    random, samples = seeds.generator("sample labels", recipe.seed), recipe.evaluate.samples
+    points = random.random(samples) if recipe.evaluate.labels == "random" else _kronecker(random.random(), samples)
     return np.searchsorted(np.cumsum(counts) / np.sum(counts), points, side="right")
+
+
+def _kronecker(start: float, count: int) -> np.ndarray:
+    return (start + np.arange(count) * GOLDEN) % 1
 
 
 def grid_numbers(labels: np.ndarray) -> list[int]:

@@ -74,6 +74,7 @@ class Variant(Settings):
     steps: Count | None = None
     guidance: float | None = Field(None, ge=0)
     guidance_interval: Interval | None = None
+    guidance_channels: Literal[3] | None = None
     ema_width: Width | None = None
     precision: InferencePrecision | None = None
 
@@ -88,10 +89,15 @@ class Evaluate(Settings):
     """Scale of classifier-free guidance; 1 is without. Other values need classes and `train.label_dropout`."""
     guidance_interval: Interval | None = None
     """Guide only between these times (Kynkaanniemi et al. 2024); default: at all times."""
+    guidance_channels: Literal[3] | None = None
+    """Guide only the first three channels, as the public code of DiT and DiS does of four; default: all."""
     ema_width: Width | None = None
     """Sample from the rebuilt power-function average of this relative width; default: from the exponential average."""
     precision: InferencePrecision = "fp32"
     """Precision of the model's products while it samples; decoding and features are float32."""
+    labels: Literal["balanced", "random"] = "balanced"
+    """Labels of the samples, as frequent as in the training set: in equal shares in any range of samples, or independent of each
+    other, as in published results, which adds noise to a distance."""
     variants: dict[Name, Variant] = Field(default_factory=dict, json_schema_extra={"role": "extent"})
     """Further sampling settings for each checkpoint; each gives a metric of its own, `<metric>/<name>`."""
     order: Literal["oldest_first", "newest_first"] = runtime("oldest_first")

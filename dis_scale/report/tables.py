@@ -18,7 +18,9 @@ NOTED_START = 0.01
 COST = (
     "model", "kind", "variant", "gmacs_forward", "paper_gflops", "parameters", "images", "training_eflops", "goodput",
 )  # fmt: skip
-FACTS = ("samples", "sampler", "steps", "guidance", "guidance_interval", "ema_width", "precision")
+FACTS = (
+    "samples", "labels", "sampler", "steps", "guidance", "guidance_interval", "guidance_channels", "ema_width", "precision",
+)  # fmt: skip
 
 
 def table(report: Report) -> Table:
@@ -83,9 +85,11 @@ def notes(report: Report) -> list[str]:
         facts = p.facts
         average = f", average of width {facts['ema_width']}" if facts.get("ema_width") else ""
         within = f" between times {facts['guidance_interval']}" if facts.get("guidance_interval") else ""
+        of = f" on {facts['guidance_channels']} channels" if facts.get("guidance_channels") else ""
+        drawn = ", random labels" if facts.get("labels") == "random" else ""
         lines.append(
             f"{variant or 'main'}: {facts['samples']:,} samples, {facts['sampler']}, {facts['steps']} steps, "
-            f"guidance {facts['guidance']}{within}{average}, {facts['precision']}"
+            f"guidance {facts['guidance']}{of}{within}{average}, {facts['precision']}{drawn}"
         )
     lines += dict.fromkeys(note for p in report.points for note in p.facts.get("notes", ()))
     if report.floor is not None:

@@ -87,3 +87,30 @@ def test_bad_input_is_one_clear_line_before_any_work():
     with pytest.raises(UserError, match="sampler ddpm is stochastic: give it a noise source"):
         sample(model, PROCESSES["gaussian"], "ddpm", 2, torch.randn(1, 4, 3, 3))
     assert model.calls == 0
+
+
+class Unconditional(Toy):
+    num_classes = None
+
+    def __call__(self, x, t, y=None):
+        assert y is None
+        return super().__call__(x, t, torch.zeros(len(x)))
+
+
+def test_an_unconditional_model_is_sampled_without_labels_and_not_guided():
+    def draw(**more):
+        return generate(Unconditional(), PROCESSES["flow"], None, [0, 1], sampler="euler", steps=2, **more)
+
+    assert draw().shape == (2, 4, 3, 3)
+    with pytest.raises(UserError, match=r"guidance 1.5: an unconditional model cannot be guided, expected 1"):
+        draw(guidance=1.5)
+
+
+def test_only_the_first_channels_are_guided_if_asked():
+    def draw(**more):
+        return generate(Toy(), PROCESSES["flow"], [1, 7], [0, 1], sampler="euler", steps=3, **more)
+
+    all_channels, three, none = draw(guidance=3.0), draw(guidance=3.0, channels=3), draw()
+    assert torch.equal(three[:, :3], all_channels[:, :3])
+    assert torch.equal(three[:, 3:], none[:, 3:])
+    assert not torch.equal(all_channels[:, 3:], none[:, 3:])

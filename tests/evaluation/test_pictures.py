@@ -1,5 +1,6 @@
 """`dis-scale sample`: equal pictures at any batch size, and one line for each mistake."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from PIL import Image
 
 from dis_scale import models, vae
 from dis_scale.errors import UserError
-from dis_scale.evaluation.pictures import open_for_sampling, sample_pictures
+from dis_scale.evaluation.adm import open_reference, write_samples
+from dis_scale.evaluation.pictures import labels_in_turn, labels_of_all, open_for_sampling, sample_pictures
 from dis_scale.models.export import LatentsVae, SamplingFacts, save
 from dis_scale.recipe import Flow, Gaussian, LatentShape, Recipe, TrainedVae, reading
 from dis_scale.storage.folder import open_folder
@@ -32,11 +34,13 @@ def files(tmp_path: Path, tiny: Recipe) -> tuple[Path, Path]:
 def test_pixels_agree_at_any_batch_split(files: tuple[Path, Path]) -> None:
     opened = open_for_sampling(files[0], str(files[1]))
     options = {"sampler": "ddpm", "steps": 5, "guidance": 1.5, "seed": 3}
-    at_once = sample_pictures(opened, [1, 7], 6, batch=6, **options)  # type: ignore[arg-type]
-    split = sample_pictures(opened, [1, 7], 6, batch=4, **options)  # type: ignore[arg-type]
+    labels = labels_in_turn(opened, [1, 7], 6)
+    assert labels == [1, 7, 1, 7, 1, 7]
+    (at_once,) = sample_pictures(opened, labels, 6, batch=6, **options)  # type: ignore[arg-type]
+    split = np.concatenate(list(sample_pictures(opened, labels, 6, batch=4, **options)))  # type: ignore[arg-type]
     assert at_once.shape == (6, 32, 32, 3)
     assert np.abs(at_once.astype(int) - split.astype(int)).max() <= 1  # float32 sums of another batch size
-    other = sample_pictures(opened, [1, 7], 6, batch=6, **(options | {"seed": 4}))  # type: ignore[arg-type]
+    (other,) = sample_pictures(opened, labels, 6, batch=6, **(options | {"seed": 4}))  # type: ignore[arg-type]
     assert not np.array_equal(at_once, other)
 
 
@@ -45,6 +49,55 @@ def test_the_command_writes_a_grid(files: tuple[Path, Path], tmp_path: Path) -> 
     code, output = invoke(*command, "--out", str(tmp_path / "grid.png"))
     assert code == 0, output
     assert Image.open(tmp_path / "grid.png").size == (2 * 64, 64)
+
+
+def test_adms_file_has_all_images_as_numpy_and_our_reader_read_it(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """The same images as in a grid of the same labels, whatever the batch; the file is absent until it is complete."""
+    file = tmp_path / "samples.npz"
+    base = [
+        "sample",
+        "--checkpoint",
+        str(files[0]),
+        "--vae",
+        str(files[1]),
+        "--steps",
+        "2",
+        "--count",
+        "23",
+        "--seed",
+        "3",
+    ]
+    code, output = invoke(*base, "--npz", str(file), "--batch", "8")
+    assert (code, f"23 images in {file}" in output) == (0, True), output
+    assert sorted(path.name for path in tmp_path.glob("*samples*")) == ["samples.npz"]
+    images = np.load(file)["arr_0"]
+    assert (images.shape, images.dtype) == ((23, 32, 32, 3), np.uint8)
+    opened = open_for_sampling(files[0], str(files[1]))
+    labels = labels_of_all(opened, "balanced", 23, 3)
+    (expected,) = sample_pictures(opened, labels, 23, sampler="ddpm", steps=2, guidance=1.0, seed=3, batch=23)
+    assert np.abs(images.astype(int) - expected.astype(int)).max() <= 1
+    adm = open_reference(str(file))
+    assert (adm.image_count(32), np.concatenate(list(adm.images(10))).tolist()) == (23, images.tolist())
+    adm.close()
+
+
+def test_no_file_is_left_of_samples_that_end_early(tmp_path: Path) -> None:
+    def parts() -> Iterator[np.ndarray]:
+        yield np.zeros((2, 4, 4, 3), np.uint8)
+        raise UserError("stopped")
+
+    with pytest.raises(UserError, match="stopped"):
+        write_samples(tmp_path / "a.npz", 4, parts())
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_of_all_classes_are_balanced_or_random(files: tuple[Path, Path]) -> None:
+    opened = open_for_sampling(files[0], str(files[1]))
+    balanced, random = (np.array(labels_of_all(opened, how, 5000, 0)) for how in ("balanced", "random"))  # type: ignore[arg-type]
+    assert (np.bincount(balanced) == 500).all()
+    assert np.abs(np.bincount(random, minlength=10) - 500).max() < 5 * (5000 * 0.1 * 0.9) ** 0.5
+    assert not (np.bincount(random, minlength=10) == 500).all()
+    assert labels_of_all(opened, "random", 10, 0) == random[:10].tolist()
 
 
 def test_a_file_tells_how_to_sample_from_it(files: tuple[Path, Path], tmp_path: Path, tiny: Recipe) -> None:
@@ -57,7 +110,7 @@ def test_a_file_tells_how_to_sample_from_it(files: tuple[Path, Path], tmp_path: 
     opened = open_for_sampling(tmp_path / "a.safetensors", str(files[1]))
     assert (opened.process, opened.sampler, opened.steps) == (facts.diffusion, "euler", 7)
     assert (opened.decoder.scaling, opened.notes) == (scaling, [])
-    pictures = sample_pictures(opened, [3], 1, sampler="euler", steps=2, guidance=1.0, seed=0, batch=1)
+    (pictures,) = sample_pictures(opened, [3], 1, sampler="euler", steps=2, guidance=1.0, seed=0, batch=1)
     assert pictures.shape == (1, 32, 32, 3)
 
     facts = replace(facts, vae=replace(theirs, identity="0" * 64), scaling=None)

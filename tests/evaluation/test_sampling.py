@@ -112,6 +112,40 @@ def test_labels_are_as_frequent_as_in_training_for_any_number_of_samples(recipe:
     np.testing.assert_array_equal(sample_labels(recipe, counts), labels[:70])
 
 
+def test_random_labels_have_the_shares_of_training_and_the_noise_of_chance(recipe: Recipe) -> None:
+    counts = [0, 300, 100, 0, 600, 0, 0, 0, 0, 0]
+    many = reading.load(TINY, ["evaluate.samples=20000", "evaluate.labels=random"])
+    labels = sample_labels(many, counts)
+    np.testing.assert_allclose(np.bincount(labels, minlength=10) / 20000, np.array(counts) / 1000, atol=0.015)
+    in_parts = [np.bincount(part, minlength=10)[4] for part in labels.reshape(100, 200)]
+    balanced = [np.bincount(part, minlength=10)[4] for part in sample_labels(_balanced(many), counts).reshape(100, 200)]
+    assert np.std(in_parts) == pytest.approx((200 * 0.6 * 0.4) ** 0.5, rel=0.3)
+    assert np.std(balanced) < 1
+    fewer = reading.load(TINY, ["evaluate.samples=70", "evaluate.labels=random"])
+    np.testing.assert_array_equal(sample_labels(fewer, counts), labels[:70])
+
+
+def _balanced(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"labels": "balanced"})})
+
+
+def test_guided_channels_are_those_of_the_recipe(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, settings = sampler(sweep), sweep.recipe.evaluate
+    three = settings.model_copy(update={"guidance": 3.0, "guidance_channels": 3})
+    seen = list[int | None]()
+
+    def noted(*arguments: Any, channels: int | None, **more: Any) -> torch.Tensor:
+        seen.append(channels)
+        return generate(*arguments, channels=channels, **more)
+
+    generate = sampling.generate
+    monkeypatch.setattr(sampling, "generate", noted)
+    model = one.model("dis", 160, settings)
+    for each in (three, settings):
+        one.sample(model, each, 0)
+    assert (set(seen[: len(seen) // 2]), set(seen[len(seen) // 2 :])) == ({3}, {None})
+
+
 def test_the_grid_has_a_column_for_each_class() -> None:
     labels = np.array([2, 2, 7, 2, 5, 7, 7, 5])
     assert grid_numbers(labels) == [0, 4, 2, 1, 7, 5]

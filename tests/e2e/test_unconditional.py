@@ -1,0 +1,83 @@
+"""Unconditional models: a complete sweep of pictures without labels, and samples from what it published."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import GRID, Sampled, state
+from dis_scale.training import checkpoint
+from tests.support import sweeps
+from tests.support.labelled_images import png
+from tests.test_cli import invoke
+
+IMAGES, HELD_OUT = 60, 8
+MODEL = "models={dis: {kind: dis, width: 16, depth: 2, patch: 8}}"
+
+
+class Means(nn.Module):
+    """Mean colours of the quarters of a picture: 12 features."""
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return x_BCHW.float().reshape(x_BCHW.shape[0], 3, 2, 8, 2, 8).mean(dim=(3, 5)).flatten(1)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> tuple[str, ...]:
+    pictures = open_folder(tmp_path / "pictures")
+    for i in range(IMAGES):
+        pictures.write(f"{i:02d}.png", png(i))
+    extractor = tmp_path / "means.pt"
+    torch.jit.script(Means()).save(extractor)
+    sha256 = hashlib.sha256(extractor.read_bytes()).hexdigest()
+    return (
+        f"data.source={{kind: folder, url: {pictures.url}}}", "data.resolution=16", "data.num_classes=none",
+        f"data.held_out_images={HELD_OUT}", "vae={kind: none}", "precompute.shard_images=20", MODEL, "train.publish_images=[0, 32]",
+        f"evaluate.extractor={{kind: torchscript, name: means, path: {extractor}, sha256: {sha256}}}",
+        "evaluate.guidance=1", "evaluate.variants={fast: {steps: 2}}",
+    )  # fmt: skip
+
+
+def test_pictures_without_labels_pass_all_stages(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    root = str(tmp_path / "store")
+    done = sweeps.run(root, *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{IMAGES} images without labels" in done.stdout
+    sweep = sweeps.sweep_at(root, *settings)
+    assert not [name for name in checkpoint.load_published(sweep.run("dis"), 32) if name.startswith("label")]
+    values = state.evaluated(sweep, "dis")[32]["values"]
+    assert values["fd_means_80"] > 0
+    assert values["held_out_loss"] > 0
+    assert "class_accuracy" not in values
+    folder = sweep.evaluation(Sampled("dis", 32)).local
+    assert folder is not None
+    assert Image.open(folder / GRID).size == (10 * 64, 8 * 64), "80 samples in rows of ten"
+    assert {"gflops_fid.png", "index.html"} <= set(sweep.report.list())
+
+    published = str(sweep.run("dis").published_at(32).local)
+    out = str(tmp_path / "grid.png")
+    code, output = invoke("sample", "--checkpoint", published, "--count", "3", "--out", out)
+    assert (code, Image.open(out).size) == (0, (3 * 64, 64)), output
+    for arguments, words in (
+        (["--guidance", "1.5"], "guidance 1.5: an unconditional model cannot be guided, expected 1"),
+        (["--classes", "1"], "--classes: the model has no classes: omit it"),
+    ):
+        code, output = invoke("sample", "--checkpoint", published, "--out", out, *arguments)
+        assert (code, words in output) == (2, True), output
+    code, output = invoke("ablate", "guidance", str(sweep), "dis", "--scales", "1,2")
+    assert (code, "guidance: got 2, expected 1: data.num_classes is none" in output) == (2, True), output
+    code, output = invoke("data", "show", str(sweep), "--out", out)
+    assert "labels   none\n" in output
+    assert (
+        json.loads((tmp_path / "store" / "latents" / _only(root) / "manifest.json").read_text())["num_classes"] is None
+    )
+
+
+def _only(root: str) -> str:
+    (name,) = (open_folder(root) / "latents").list()
+    return name
