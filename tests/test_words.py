@@ -19,7 +19,7 @@ import typer.main
 from dis_scale.cli import app
 from dis_scale.errors import DisScaleError
 from dis_scale.models.cost import price_model
-from dis_scale.recipe import LatentShape, Recipe, SourceSettings, TrainedVae, VaeSettings, reading
+from dis_scale.recipe import LatentShape, NoVae, Recipe, SourceSettings, VaeSettings, reading
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -272,8 +272,10 @@ def test_the_recipe_for_own_images_is_valid() -> None:
 def unpriced(path: Path) -> list[str]:
     """Return the rows of computed prices that a recipe's first lines lack."""
     recipe, text = reading.load(path), path.read_text()
-    factor = 2 ** (len(recipe.vae.widths) - 1) if isinstance(recipe.vae, TrainedVae) else SD_FACTOR
-    shape = LatentShape(4, recipe.data.resolution // factor)
+    if isinstance(recipe.vae, NoVae):
+        shape = LatentShape(3, recipe.data.resolution)
+    else:
+        shape = LatentShape(4, recipe.data.resolution // SD_FACTOR)
     passes = 1 if recipe.evaluate.guidance == 1 else 2
     lines, rows = [" ".join(line.split()) for line in text.splitlines()], []
     for name, model in recipe.models.items():
