@@ -1,0 +1,46 @@
+"""Inputs of a step: the same for any number of workers; without classes they have no labels."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dis_scale.data.latents import Latents
+from dis_scale.recipe import Recipe, reading
+from dis_scale.storage.folder import open_folder
+from dis_scale.training.inputs import StepInput, step_inputs
+from dis_scale.training.lanes import forward_passes
+from tests.conftest import TINY
+from tests.support.ranks import make_latents
+
+UNCONDITIONAL = (
+    "data.num_classes=none", "evaluate.extractor={kind: torchscript, name: x, path: x.pt}", "evaluate.guidance=1.0"
+)  # fmt: skip
+
+
+def first_step(recipe: Recipe, latents: Latents, world: int, at_once: int) -> list[StepInput]:
+    """The inputs of the first step, of all ranks in order."""
+    ranks = [forward_passes(recipe.train.lanes, rank, world, at_once) for rank in range(world)]
+    each = [step_inputs(recipe, torch.device("cpu"), latents, (0.5,), 0, passes) for passes in ranks]
+    return [next(inputs) for inputs, passes in zip(each, ranks, strict=True) for _ in passes]
+
+
+@pytest.mark.parametrize("more", [(), ("diffusion.stratified=true",), UNCONDITIONAL])
+def test_a_step_has_the_same_inputs_for_any_number_of_workers(more: tuple[str, ...], tmp_path: Path) -> None:
+    recipe = reading.load(TINY, list(more))
+    latents = Latents(make_latents(open_folder(tmp_path), recipe), seed=0)
+    (one,) = first_step(recipe, latents, world=1, at_once=4)
+    for world, at_once in ((1, 1), (2, 2), (2, 1), (4, 1)):
+        parts = first_step(recipe, latents, world, at_once)
+        assert len(parts) == recipe.train.lanes // at_once
+        assert torch.equal(torch.cat([part.t_B for part in parts]), one.t_B)
+        assert torch.equal(torch.cat([part.micro.x_BCHW for part in parts]), one.micro.x_BCHW)
+        assert torch.equal(torch.cat([part.micro.noise_BCHW for part in parts]), one.micro.noise_BCHW)
+        labels = [part.micro.y_B for part in parts if part.micro.y_B is not None]
+        if one.micro.y_B is None:
+            assert not labels
+        else:
+            assert torch.equal(torch.cat(labels), one.micro.y_B)
+    assert (one.micro.y_B is None) == (more == UNCONDITIONAL)
+    if more == ("diffusion.stratified=true",):
+        assert sorted((one.t_B * recipe.train.batch_images // 1000).tolist()) == list(range(recipe.train.batch_images))
