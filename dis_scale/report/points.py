@@ -129,7 +129,7 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
         flops = cost.training_flops(train.micro_images or train.lane_images)
         for variant in recipe.evaluate.samplings:
             for images_seen, evaluation in state.evaluated(sweep, model, variant).items():
-                facts = {key: value for key, value in evaluation.items() if key not in ("values", "format")}
+                facts = {"labels": "balanced"} | {k: v for k, v in evaluation.items() if k not in ("values", "format")}
                 kind = recipe.models[model].kind
                 point = Point(
                     model=model, kind=kind, variant=variant, images_seen=images_seen, cost=cost,

@@ -204,6 +204,21 @@ def test_missing_points_are_named(sweep: Sweep) -> None:
     assert text.count("not verified against published tables") == 1
 
 
+def test_published_ways_of_sampling_are_named(tmp_path: Path, recipe: Recipe) -> None:
+    """Metrics of earlier versions do not say how labels were chosen: they were balanced."""
+    made, earlier = (sweep_at(tmp_path, name, recipe) for name in ("published", "earlier"))
+    for each in (made, earlier):
+        put(each, Sampled("dis", 160), 9.0)
+    folder = made.evaluation(Sampled("dis", 160))
+    folder.write_json(METRICS, folder.read_json(METRICS) | {"labels": "random", "guidance_channels": 3})
+    text = " ".join(shown(reports.table(collect(made))).split())
+    assert "main: 60 samples, ddim, 3 steps, guidance 1.5 on 3 channels, fp32, random labels" in text
+    assert collect(earlier).points[0].facts["labels"] == "balanced"
+    compared = " ".join(shown(compare.comparison_table(collect(earlier), collect(made))).split())
+    assert "labels differs: balanced and random" in compared
+    assert "guidance_channels differs: None and 3" in compared
+
+
 def test_the_page_is_self_contained(sweep: Sweep) -> None:
     text = reports.write(sweep, collect(sweep))[reports.PAGE].decode()
     assert text.count("data:image/svg+xml;base64,") == 3
