@@ -47,7 +47,7 @@ def guided(
     def model_fn(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
         if scale == 1 or (interval is not None and not interval[0] <= float(t_B[0]) <= interval[1]):
             return model(x_BCHW, t_B, y_B)
-        n = x_BCHW.shape[1] if channels is None else channels
+        n = min(channels or x_BCHW.shape[1], x_BCHW.shape[1])
         with_BCHW, without_BCHW = model(torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), both_2B).chunk(2)
         noise_BCHW = torch.lerp(without_BCHW[:, :n], with_BCHW[:, :n], scale)
         return torch.cat([noise_BCHW, with_BCHW[:, n:]], dim=1)

@@ -61,6 +61,7 @@ def test_guidance_covers_all_noise_channels_or_the_official_three():
     three = guided(model, y, 3.0, channels=OFFICIAL_CHANNELS)(x, t)
     assert torch.equal(three[:, :3], out[:, :3])
     assert torch.equal(three[:, 3:], with_labels[:, 3:])
+    assert torch.equal(guided(model, y, 3.0, channels=8)(x, t), out), "the variance is never guided"
     assert torch.equal(guided(model, y, 3.0, interval=(0, 400))(x, t), with_labels)
     assert torch.equal(guided(model, y, 3.0, interval=(400, 600))(x, t), out)
 
