@@ -15,7 +15,7 @@ from dis_scale import diffusion, seeds, vae
 from dis_scale.diffusion.generate import generate
 from dis_scale.diffusion.process import check_labels
 from dis_scale.errors import UserError
-from dis_scale.models import Backbone
+from dis_scale.models import Backbone, verify_kernels
 from dis_scale.models.export import SamplingFacts, open_checkpoint, sampling_facts
 from dis_scale.models.official import SiT
 from dis_scale.recipe import Flow, Gaussian
@@ -165,6 +165,7 @@ def sample_pictures(
 ) -> Iterator[np.ndarray]:
     """Yield `count` uint8 images of these labels in parts (B, H, W, 3), `batch` at a time."""
     process, model = diffusion.build(opened.process), opened.model.to(device)
+    verify_kernels(model, torch.device(device))
     opened.decoder.net.to(device)
     for first in range(0, count, batch):
         numbers = range(first, min(first + batch, count))

@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -63,6 +64,9 @@ def test_pictures_without_labels_pass_all_stages(tmp_path: Path, settings: tuple
     out = str(tmp_path / "grid.png")
     code, output = invoke("sample", "--checkpoint", published, "--count", "3", "--out", out)
     assert (code, Image.open(out).size) == (0, (3 * 64, 64)), output
+    npz = str(tmp_path / "samples.npz")
+    code, output = invoke("sample", "--checkpoint", published, "--count", "3", "--npz", npz)
+    assert (code, np.load(npz)["arr_0"].shape) == (0, (3, 16, 16, 3)), output
     for arguments, words in (
         (["--guidance", "1.5"], "guidance 1.5: an unconditional model cannot be guided, expected 1"),
         (["--classes", "1"], "--classes: the model has no classes: omit it"),
