@@ -8,7 +8,9 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from dis_scale.recipe import MAIN
 from dis_scale.report import fits
 from dis_scale.report.points import Point, Report
 from dis_scale.report.published import PUBLISHED
@@ -16,6 +18,8 @@ from dis_scale.report.published import PUBLISHED
 MARKERS = {"dis": "o", "diffussm": "^", "dit": "s"}
 LINES = {"dis": "-", "diffussm": "-.", "dit": "--"}
 PUBLISHED_MARKERS = {"DiT": "1", "SiT": "2", "DiG": "3"}
+HELD_OUT = "held_out_loss"
+COMPUTE = "training compute (EFLOP, two operations a multiply-add)"
 GFLOPS = "Gflops (multiply-adds, DiT's convention)"
 SIZE = (7.2, 4.8)
 FORMATS = ("png", "svg")
@@ -51,7 +55,7 @@ def compute_distance(report: Report) -> Figure:
 
     The hull has the points alone whose schedule has ended.
     """
-    figure, axes = _axes(report, "training compute (EFLOP, two operations a multiply-add)")
+    figure, axes = _axes(report, COMPUTE)
     trained = [p for p in report.main if p.images_seen]
     for model, points in _by_model(trained).items():
         _line(axes, report, points, points[0].kind, _shade(report, points[0].model), model, "eflops")
@@ -64,6 +68,23 @@ def compute_distance(report: Report) -> Figure:
         )  # fmt: skip
     _name_last(axes, report, "eflops")
     return _finish(figure, axes, report)
+
+
+def compute_loss(report: Report) -> Figure | None:
+    """Plot training compute against the held-out loss: a line for each model; None for a sweep that does not measure it."""
+    measured = [p for p in report.means if p.variant == MAIN and p.images_seen and HELD_OUT in p.values]
+    if not measured:
+        return None
+    figure, axes = _axes(report, COMPUTE)
+    axes.set_ylabel("held-out loss")
+    for model, points in _by_model(measured).items():
+        kind, shade = points[0].kind, _shade(report, points[0].model)
+        axes.plot(
+            [p.eflops for p in points], [p.values[HELD_OUT] for p in points], marker=MARKERS[kind], linestyle=LINES[kind],
+            color=shade, label=model,
+        )  # fmt: skip
+    axes.legend(fontsize=8)
+    return figure
 
 
 def distance_images(report: Report) -> Figure:
@@ -129,6 +150,10 @@ def _axes(report: Report, xlabel: str) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     axes.margins(x=0.12)
     axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=report.metric, title=report.sweep)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        axis.set_minor_formatter(NullFormatter())
     return figure, axes
 
 

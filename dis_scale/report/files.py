@@ -32,6 +32,8 @@ def write(sweep: Sweep, report: Report, published: bool = False) -> dict[str, by
         "compute_fid": (figures.compute_distance(report), "Training compute against distance, with its lower hull"),
         "fid_images": (figures.distance_images(report), "Distance over images seen"),
     }
+    if loss := figures.compute_loss(report):
+        plots["compute_loss"] = (loss, "Training compute against the loss on images that training never saw")
     rendered = {name: figures.render(figure) for name, (figure, _) in plots.items()}
     files = {f"{name}.{ending}": data for name, kinds in rendered.items() for ending, data in kinds.items()}
     captions = {caption: rendered[name]["svg"] for name, (_, caption) in plots.items()}

@@ -176,6 +176,30 @@ def test_a_branch_takes_its_trunks_place_in_the_curve(tmp_path: Path) -> None:
     assert {"dit", "dit, cooled down", "dis", "lower hull"} <= lines
 
 
+def test_the_held_out_loss_is_drawn_where_it_is_measured(tmp_path: Path) -> None:
+    made = sweep_at(tmp_path, "tiny", reading.load(TINY))
+    for images, loss in [(160, 0.5), (320, 0.4)]:
+        put(made, Sampled("dit", images), 9.0)
+        folder = made.evaluation(Sampled("dit", images))
+        stored = folder.read_json(METRICS)
+        folder.write_json(METRICS, stored | {"values": stored["values"] | {"held_out_loss": loss}})
+    put(made, Sampled("dis", 320), 9.0)
+    report = collect(made)
+    assert (figure := figures.compute_loss(report))
+    assert [tuple(line.get_ydata()) for line in figure.axes[0].lines] == [(0.5, 0.4)]
+    assert "compute_loss.png" in reports.write(made, report)
+
+
+def test_the_axes_have_plain_numbers(sweep: Sweep) -> None:
+    figure = figures.distance_images(collect(sweep))
+    figure.canvas.draw()
+    words = [
+        label.get_text() for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis) for label in axis.get_ticklabels()
+    ]
+    assert {"5", "10", "100", "200"} <= set(words)
+    assert not [word for word in words if "$" in word or "e" in word]
+
+
 def test_an_average_of_the_random_start_is_noted(tmp_path: Path) -> None:
     made = sweep_at(tmp_path, "tiny", reading.load(TINY, ["train.ema=0.99", "train.ema_ramp=null"]))
     put(made, Sampled("dit", 320), 9.0)
@@ -214,9 +238,9 @@ def test_published_ways_of_sampling_are_named(tmp_path: Path, recipe: Recipe) ->
     text = " ".join(shown(reports.table(collect(made))).split())
     assert "main: 60 samples, ddim, 3 steps, guidance 1.5 on 3 channels, fp32, random labels" in text
     assert collect(earlier).points[0].facts["labels"] == "balanced"
-    compared = " ".join(shown(compare.comparison_table(collect(earlier), collect(made))).split())
-    assert "labels differs: balanced and random" in compared
-    assert "guidance_channels differs: None and 3" in compared
+    words = compared(collect(earlier), collect(made))
+    assert "labels differs: balanced and random" in words
+    assert "guidance_channels differs: None and 3" in words
 
 
 def test_the_page_is_self_contained(sweep: Sweep) -> None:
