@@ -1,4 +1,4 @@
-"""Logs of workers, as their driver collects them. With real workers: tests/e2e/test_operations.py."""
+"""Logs of workers, as their driver collects them. With real workers: tests/e2e/test_lost_workers.py."""
 
 from pathlib import Path
 from types import SimpleNamespace
