@@ -50,17 +50,31 @@ def test_workers_no_longer_count_as_waiting_after_the_wait(monkeypatch: pytest.M
     assert exported == [2, 0]
 
 
-@pytest.fixture
-def two_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """A head without a GPU that declares `prepare`, and a node with two that does not: the shape of the first cluster files."""
+@pytest.mark.faults  # before those on `two_gpus`: a process is a driver of one Ray at a time
+def test_the_first_autoscalers_node_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A type of node that does not exist yet: this autoscaler reports neither its types nor what it can never add."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    head = {"num_cpus": 2, "num_gpus": 0, "resources": {"prepare": 1}, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    cluster.add_node(num_cpus=2, num_gpus=2)
-    ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    nodes = _autoscaled(tmp_path)
+    try:
+        ray.init(nodes.address, log_to_driver=False, logging_level="ERROR")
+        _wait_until(lambda: not hopeless({"GPU": 2.0}))
+    finally:
+        ray.shutdown()
+        nodes.stop()
+
+
+@pytest.fixture(scope="module")
+def two_gpus() -> Iterator[Cluster]:
+    """A head without a GPU that declares `prepare`, and a node with two that does not: the shape of the first cluster files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        head = {"num_cpus": 2, "num_gpus": 0, "resources": {"prepare": 1}, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        cluster.add_node(num_cpus=2, num_gpus=2)
+        ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
 
 
 class Idle(Worker):
@@ -117,26 +131,6 @@ def test_a_sweep_says_at_its_start_which_stage_can_never_be_placed(
     sweep._await_nodes(fitting, cluster)
 
 
-def test_after_the_loss_of_a_node_its_replacement_is_awaited(two_gpus: Cluster) -> None:
-    assert hopeless({"GPU": 3.0})
-    assert not hopeless({"GPU": 2.0})
-    two_gpus.remove_node(next(iter(two_gpus.worker_nodes)))
-    _wait_until(lambda: len(waiting.alive_nodes()) == 1)
-    assert not hopeless({"GPU": 2.0})
-
-
-def test_the_first_autoscalers_node_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A type of node that does not exist yet: this autoscaler reports neither its types nor what it can never add."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    nodes = _autoscaled(tmp_path)
-    try:
-        ray.init(nodes.address, log_to_driver=False, logging_level="ERROR")
-        _wait_until(lambda: not hopeless({"GPU": 2.0}))
-    finally:
-        ray.shutdown()
-        nodes.stop()
-
-
 def test_the_second_autoscaler_reports_what_it_can_never_add(
     two_gpus: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +143,16 @@ def test_the_second_autoscaler_reports_what_it_can_never_add(
     answer = SimpleNamespace(get_cluster_status=lambda timeout_s: reply.SerializeToString())
     monkeypatch.setattr(waiting, "global_worker", SimpleNamespace(gcs_client=answer))
     assert [hopeless({"GPU": count}) for count in (64.0, 3.0, 4.0)] == [True, True, False]
+
+
+@pytest.mark.faults
+def test_after_the_loss_of_a_node_its_replacement_is_awaited(two_gpus: Cluster) -> None:
+    """The last test on this cluster: nothing on it is hopeless from then on."""
+    assert hopeless({"GPU": 3.0})
+    assert not hopeless({"GPU": 2.0})
+    two_gpus.remove_node(next(iter(two_gpus.worker_nodes)))
+    _wait_until(lambda: len(waiting.alive_nodes()) == 1)
+    assert not hopeless({"GPU": 2.0})
 
 
 def _autoscaled(folder: Path) -> RayNodes:
