@@ -1,6 +1,7 @@
 """Tests of the Triton kernels under Triton's interpreter. It must be enabled before Triton is imported, so in a new process.
 
-test_scan_triton.py runs `TRITON_INTERPRET=1 python -m pytest tests/support/interpreted_triton.py`.
+test_scan_triton.py runs `TRITON_INTERPRET=1 python -m pytest tests/support/interpreted_triton.py`: `make test` those that alone
+cross a border of the kernels, `make faults` the rest.
 """
 
 from collections.abc import Iterator
@@ -60,13 +61,19 @@ def test_outputs_and_gradients_equal_the_reference(call: str) -> None:
     check_results(call, ODD, torch.float32, outputs_and_gradients(call, random_tensors(ODD), "triton"))
 
 
+# A chunk without a remainder in two batch rows; more states than a chunk has steps; a second program of channels.
+BORDERS = [(2, 16, 2, 2), (1, 17, 1, 17), (1, 2, 130, 2)]
+# A single step; a chunk between two others.
+OTHERS = [pytest.param(sizes, marks=pytest.mark.faults) for sizes in [(1, 1, 1, 4), (1, 33, 3, 1)]]
+
+
 @pytest.mark.parametrize("call", ["two-way scan", "two-way conv"])
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 4), (2, 16, 2, 2), (1, 33, 3, 1), (1, 17, 1, 17), (1, 2, 130, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [*BORDERS, *OTHERS], ids=str)
 def test_other_sizes(sizes: tuple[int, int, int, int], call: str) -> None:
     check_results(call, sizes, torch.float32, outputs_and_gradients(call, random_tensors(sizes), "triton"))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.faults)], ids=str)
 @pytest.mark.parametrize("call", ["two-way scan", "two-way conv"])
 def test_half_precision_is_rounded_once(call: str, dtype: torch.dtype) -> None:
     sizes = (1, 6, 3, 2)
@@ -75,7 +82,7 @@ def test_half_precision_is_rounded_once(call: str, dtype: torch.dtype) -> None:
     )
 
 
-@pytest.mark.parametrize("call", ["two-way scan", "two-way conv"])
+@pytest.mark.parametrize("call", [pytest.param("two-way scan", marks=pytest.mark.faults), "two-way conv"])
 def test_views_and_contiguous_tensors_are_bit_equal(call: str) -> None:
     sizes = (2, 5, 3, 1)
     expected = outputs_and_gradients(call, random_tensors(sizes), "triton")
@@ -92,15 +99,15 @@ def test_a_gated_scan_without_gradients_is_bit_equal() -> None:
 
 def test_gradients_twice_on_one_graph_are_the_same() -> None:
     """The states are stored in the gradients' memory until these are written; it must be allocated for each pass."""
-    tensors = random_tensors((1, 18, 2, 1))
+    tensors = random_tensors((1, 17, 1, 1))
     (y,) = CALLS["two-way scan"](tensors, "triton")
     first, again = (torch.autograd.grad(y, tensors, torch.ones_like(y), retain_graph=True) for _ in range(2))
     assert all(torch.equal(x, z) for x, z in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.faults), torch.bfloat16], ids=str)
 def test_the_self_test_passes(dtype: torch.dtype) -> None:
-    """Products of one type, weights and dynamics in float32."""
+    """Products of one type, weights and dynamics in float32, and every tensor with the strides that a mixer passes."""
     verify("triton", torch.device("cpu"), dtype, L=5, E=3, N=2)
 
 
