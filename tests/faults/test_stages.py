@@ -113,7 +113,6 @@ FAULTS: dict[str, tuple[str, str, list[int], str]] = {
 }  # fmt: skip
 FEW = (
     "prepare: killed before a classifier's manifest",
-    "precompute: killed between tar and sidecar",
     "precompute: a byte of a sidecar flips, then a kill",
     "evaluate: a byte of a block of features flips, then a kill",
 )

@@ -57,7 +57,7 @@ FAULTS = {
     ),
     "the clock jumps forward a day": ("jump at step rank=0 images=96 seconds=86400", None),
 }
-FEW = ("killed before the manifest of a save", "stopped in a save after a file", "storage fails three times")
+FEW = ("killed before the manifest of a save", "stopped in a save after a file")
 """Run by `make test`; the others by `make faults`."""
 
 

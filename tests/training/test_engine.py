@@ -87,7 +87,12 @@ def kernels_are_exact(stage: int) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "precision", "lanes", "workers", "tolerance"),
-    [(1, "bf16", 64, 8, 1e-3), (2, "bf16", 16, 4, 1e-3), (3, "bf16", 16, 4, 1e-3), (1, "fp32", 16, 5, 1e-5)],
+    [
+        pytest.param(1, "bf16", 64, 8, 1e-3, marks=pytest.mark.faults),
+        (2, "bf16", 16, 4, 1e-3),
+        (3, "bf16", 16, 4, 1e-3),
+        (1, "fp32", 16, 5, 1e-5),
+    ],
 )
 def test_the_gradient_does_not_depend_on_the_number_of_workers(
     tmp_path: Path, stage: int, precision: str, lanes: int, workers: int, tolerance: float
