@@ -54,30 +54,45 @@ def test_the_hash_is_of_content_and_order() -> None:
     assert len({sha(x) for x in ([one, two], [two, one], [one], [one._replace(label=3), two])}) == 4
 
 
-def list_imagenet(where: str, mixed: bool) -> None:
-    """In a process of its own: list, read the ends, print the number of reports and the peak memory."""
+def list_many(where: str, count: int, part: int, mixed: bool) -> None:
+    """In a process of its own: list, read the ends, print the number of reports and how much memory that needed at most."""
+    listing.PART = part
     reports: list[int] = []
+    before = peak_bytes()
     made = listing.stored(
-        open_folder(where), "imagenet", lambda: Contents(entries(IMAGENET), mixed=mixed), lambda _: None, reports.append
+        open_folder(where), "many", lambda: Contents(entries(count), mixed=mixed), lambda _: None, reports.append
     )
-    ends = [0, IMAGENET - 1]
-    expected = permutation(IMAGENET)[ends].tolist() if mixed else ends
+    ends = [0, count - 1]
+    expected = permutation(count)[ends].tolist() if mixed else ends
     assert [made[i].location[0] for i in ends] == expected
     assert made[0].label == expected[0] % 1000
-    # Not getrusage's ru_maxrss, which a child inherits from its parent.
-    status = Path("/proc/self/status").read_text()
-    print(len(reports), 1024 * int(status.partition("VmHWM:")[2].split()[0]))
+    print(len(reports), peak_bytes() - before)
 
 
-@pytest.mark.parametrize(("mixed", "most_bytes"), [(False, 2**28), (True, 5 * 2**26)])
-def test_a_million_images_are_listed_and_read_in_little_memory(mixed: bool, most_bytes: int, tmp_path: Path) -> None:
-    """ImageNet's number of entries, including Python: only one part is in memory; in the mixed order all, but compact."""
-    code = f"from tests.data.test_listing import list_imagenet; list_imagenet({str(tmp_path)!r}, {mixed})"
+def peak_bytes() -> int:
+    """Return this process's peak memory; not getrusage's ru_maxrss, which a child inherits from its parent."""
+    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+
+@pytest.mark.parametrize(
+    ("count", "part", "mixed", "most_bytes"),
+    [
+        (10 * 2**13 + 1, 2**13, False, 10 * 2**20),
+        (10 * 2**13 + 1, 2**13, True, 18 * 2**20),
+        pytest.param(IMAGENET, listing.PART, False, 5 * 2**25, marks=pytest.mark.faults),
+        pytest.param(IMAGENET, listing.PART, True, 7 * 2**25, marks=pytest.mark.faults),
+    ],
+)
+def test_many_images_are_listed_and_read_in_little_memory(
+    count: int, part: int, mixed: bool, most_bytes: int, tmp_path: Path
+) -> None:
+    """Ten parts, as of ImageNet: only one of them is in memory; in the mixed order all, but compact."""
+    code = f"from tests.data.test_listing import list_many; list_many({str(tmp_path)!r}, {count}, {part}, {mixed})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
-    reports, peak_bytes = map(int, done.stdout.split())
-    assert reports == IMAGENET // listing.REPORT_EVERY
-    assert peak_bytes < most_bytes
-    assert sum(path.stat().st_size for path in tmp_path.rglob("*.npz")) < 2**25
+    reports, grown_bytes = map(int, done.stdout.split())
+    assert reports == count // listing.REPORT_EVERY
+    assert grown_bytes < most_bytes
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.npz")) < 26 * count
 
 
 def test_a_declared_source_is_listed_once_for_each_version(store_url: str, tmp_path: Path) -> None:
