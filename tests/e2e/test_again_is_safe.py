@@ -1,6 +1,7 @@
-"""Stopped or killed in any stage with all its children, and rerun: everything is made once."""
+"""Stopped or killed in any stage with all its children, and rerun: everything is made once. No file or title has a secret."""
 
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,9 @@ from dis_scale.tracking.goodput import GOODPUT
 from dis_scale.tracking.mlflow import open_client
 from dis_scale.tracking.rows import RowReader
 from pipelines.stop import stop_sweep
-from tests.support import sweeps
+from tests.support import secrets, sweeps
 
-ONE_MODEL = (*sweeps.SLOW, "models={dis: {kind: dis, width: 16, depth: 2, patch: 4}}")
+ONE_MODEL = "models={dis: {kind: dis, width: 16, depth: 2, patch: 4}}"
 
 
 def in_prepare(root: Path) -> bool:
@@ -34,43 +35,53 @@ def in_evaluation(root: Path) -> bool:
     return sweeps.sweep_at(root).folder.exists("evaluation/dis/000000003200/block-00000.npz")
 
 
-def kill_in(stage: Callable[[Path], bool], root: Path, log: Path, settings: tuple[str, ...] = sweeps.SLOW) -> None:
+def kill_in(stage: Callable[[Path], bool], root: Path, log: Path) -> None:
     """SIGKILL the command and all its children in a stage."""
     assert not stage(root), f"{stage.__name__} was passed before"
-    process = sweeps.start(str(root), *settings, log=log)
+    process = sweeps.start(str(root), *sweeps.SLOW, log=log)
     sweeps.wait_until(lambda: stage(root), process, log)
     sweeps.kill_all(process)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [ONE_MODEL, pytest.param(sweeps.SLOW, marks=pytest.mark.faults)],
-    ids=["one model", "two models"],
-)
-def test_killed_in_precompute_and_stopped_in_training_it_makes_everything_once(
-    tmp_path: Path, settings: tuple[str, ...]
+def test_a_sweep_makes_everything_without_a_secret_and_a_rerun_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name, value in secrets.SECRETS.items():
+        monkeypatch.setenv(name, value)
+    root, log, search = tmp_path / "store", tmp_path / "printed.log", secrets.Search()
+    _run_and_search(sweeps.start(str(root), ONE_MODEL, log=log), log, search)
+    assert log.read_text().index("plan of tiny") < log.read_text().index("Ray job")
+    assert f"page     {root}/sweeps/tiny/report/index.html" in log.read_text()
+    search.folder(tmp_path)
+    search.assert_none()
+    _assert_complete_and_rerun(root, ONE_MODEL)
+
+
+@pytest.mark.faults
+def test_killed_in_precompute_and_stopped_in_training_it_makes_everything_once(tmp_path: Path) -> None:
     root, log = tmp_path / "store", tmp_path / "log"
-    kill_in(in_precompute, root, log, settings)
+    kill_in(in_precompute, root, log)
     made = _nothing_made_again(root, {})
 
-    sweep = sweeps.sweep_at(root, *settings)
-    process = sweeps.start(str(root), *settings, log=log)
+    sweep = sweeps.sweep_at(root, *sweeps.SLOW)
+    process = sweeps.start(str(root), *sweeps.SLOW, log=log)
     sweeps.wait_until(lambda: in_training(root), process, log)
     assert stop_sweep(str(sweep), None)[0].startswith(f"process {process.pid} on ")
     assert process.wait(60) == 75, log.read_text()
     assert any(row.name == GOODPUT for row in RowReader(sweep.run("dis").log).new()), "it agreed on a step and saved"
     made = _nothing_made_again(root, made)
 
-    done = sweeps.run(str(root), *settings)
+    done = sweeps.run(str(root), *sweeps.SLOW)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.index("plan of tiny") < done.stdout.index("Ray job")
-    assert f"page     {root}/sweeps/tiny/report/index.html" in done.stdout
-    sweeps.assert_complete(str(root), *settings)
-    made = _nothing_made_again(root, made)
-    _assert_mlflow_has_everything(root, settings)
+    _nothing_made_again(root, made)
+    _assert_complete_and_rerun(root, *sweeps.SLOW)
 
-    begin = time.monotonic()
+
+def _assert_complete_and_rerun(root: Path, *settings: str) -> None:
+    """Assert that everything exists, also in MLflow; that a rerun makes nothing, and one with another seed is refused."""
+    sweeps.assert_complete(str(root), *settings)
+    _assert_mlflow_has_everything(root, settings)
+    made, begin = sweeps.times(str(root)), time.monotonic()
     rerun = sweeps.run(str(root), *settings)
     assert rerun.returncode == 0, rerun.stdout + rerun.stderr
     assert "nothing to do: every model is trained and evaluated" in rerun.stdout
@@ -80,6 +91,21 @@ def test_killed_in_precompute_and_stopped_in_training_it_makes_everything_once(
     assert other.returncode == 2
     assert "seed: stored 0, given 1" in other.stderr
     assert "Traceback" not in other.stderr
+
+
+def _run_and_search(process: subprocess.Popen[bytes], printed: Path, search: secrets.Search) -> None:
+    """Await the end of a sweep that succeeds; search its Ray's folder and all process titles meanwhile."""
+    deadline = time.monotonic() + sweeps.TIMEOUT_S
+    try:
+        while process.poll() is None:
+            assert time.monotonic() < deadline, printed.read_text()
+            search.ray(printed.read_text())
+            search.processes()
+            time.sleep(3)
+    finally:
+        if process.poll() is None:
+            sweeps.kill_all(process)
+    assert process.returncode == 0, printed.read_text()
 
 
 @pytest.mark.faults
@@ -126,18 +152,20 @@ def _nothing_made_again(root: Path, before: dict[str, float]) -> dict[str, float
 def _assert_mlflow_has_everything(root: Path, settings: tuple[str, ...]) -> None:
     sweep = sweeps.sweep_at(root, *settings)
     ids = sweep.folder.read_json(TRACKING)
-    client = open_client(ids["uri"])
+    client, counts = open_client(ids["uri"]), list(sweep.recipe.train.publish_images)
     assert set(ids["models"]) == set(sweep.recipe.models)
     for run_id in ids["models"].values():
         run = client.get_run(run_id)
         assert run.info.status == "FINISHED"
         assert {"gmacs_forward", "parameters", "tokens", "global_batch", "seed"} <= run.data.params.keys()
         losses = client.get_metric_history(run_id, "loss")
-        assert sorted(m.step for m in losses) == list(range(160, 3201, 160)), "each row once, whatever was stopped"
+        assert sorted(m.step for m in losses) == list(range(160, counts[-1] + 1, 160)), (
+            "each row once, whatever was stopped"
+        )
         distances = client.get_metric_history(run_id, sweep.recipe.evaluate.metric)
-        assert sorted(m.step for m in distances) == [0, 160, 3200]
+        assert sorted(m.step for m in distances) == counts
         grids = [a.path for folder in ("samples", "samples/wide") for a in client.list_artifacts(run_id, folder)]
-        assert len([path for path in grids if path.endswith(".png")]) == 6
+        assert len([path for path in grids if path.endswith(".png")]) == 2 * len(counts)
     stored = [f"report/{name}" for name in sweep.report.list()]
     assert [a.path for a in client.list_artifacts(ids["sweep"], "report")] == stored
 
