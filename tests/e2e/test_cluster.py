@@ -1,7 +1,5 @@
-"""On a cluster that a user started: the sweep as a Ray job, stopped by Ray and rerun; evaluation that starts before training."""
+"""On a cluster that a user started: the sweep as a Ray job with all state in an object store, stopped by Ray and rerun."""
 
-import contextlib
-import json
 import os
 import shlex
 import subprocess
@@ -9,28 +7,57 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-import psutil
 import pytest
 from ray.job_submission import JobSubmissionClient
 
-from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import state
+from dis_scale.sweep import Sweep, state
 from pipelines import jobs
-from pipelines.cluster import free_ports, open_cluster
-from tests.support import clusters, stages, sweeps
+from pipelines.cluster import free_ports
+from tests.support import stages, sweeps
 
-SETTINGS = (*sweeps.SLOW, f"models={stages.ONE_MODEL}", "evaluate.variants={}")
-"""One model and one way to sample: other tests cover more."""
+SETTINGS = ("train.resume_every_images=160", "evaluate.variants={}")
+"""One way to sample: other tests cover more."""
+SHARDED = (
+    "models={dis: {kind: dis, width: 16, depth: 2, patch: 4}}", "train.zero_stage=3", "train.precision=bf16",
+    "train.publish_images=[0, 800]",
+)  # fmt: skip
+"""Steps of a tenth of a second: 50 last long enough to stop them."""
+NOT_SHARDED = (f"models={stages.ONE_MODEL}", "train.publish_images=[0, 3200]")
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
+class Store(NamedTuple):
+    given: str
+    """storage.root as the recipe gives it."""
+    root: str
+    """Where that is."""
+    settings: tuple[str, ...]
+    model: str
+
+    @property
+    def sweep(self) -> Sweep:
+        return sweeps.sweep_at(self.root, *self.settings)
+
+
+@pytest.fixture(params=["object store", pytest.param("below the home", marks=pytest.mark.faults)])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An object store, whose sweep is sharded; and a relative root, which on one node is below the head's home."""
+    if request.param == "object store":
+        root = f"{request.getfixturevalue('bucket')}/prefix"
+        return Store(root, root, (*SETTINGS, *SHARDED, f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"), "dis")
+    return Store("store", f"{tmp_path}/home/dis-scale/store", (*SETTINGS, *NOT_SHARDED), "dit")
+
+
 @pytest.fixture
-def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def head(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A plain `ray start --head` of two CPUs with no named resources; its dashboard's URL."""
     port, dashboard, agent = free_ports(3)
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))  # has the compiled scan
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # has no token for Ray
     monkeypatch.setenv(jobs.FINAL, "1")  # as in rayjob.yaml's head
     command = [
         RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}",
@@ -40,39 +67,47 @@ def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     with (tmp_path / "head.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     url, deadline = f"http://127.0.0.1:{dashboard}", time.monotonic() + 90
-    while True:
-        try:
-            JobSubmissionClient(url).submit_job(entrypoint="true")  # refused until the node's agent has started, too
-            break
-        except (ConnectionError, RuntimeError):
-            assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
-            time.sleep(0.3)
-    yield url
-    sweeps.kill_all(process)
+    try:
+        while True:
+            try:
+                JobSubmissionClient(url).submit_job(
+                    entrypoint="true"
+                )  # refused until the node's agent has started, too
+                break
+            except (ConnectionError, RuntimeError):
+                assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
+                time.sleep(0.3)
+        yield url
+    finally:
+        sweeps.kill_all(process)
 
 
-def submit(url: str, name: str, *settings: str) -> subprocess.CompletedProcess[str]:
+def entry(store: Store, *settings: str) -> list[str]:
+    overrides = [
+        word for setting in (f"storage.root={store.given}", *settings, *store.settings) for word in ("--set", setting)
+    ]
+    return [sys.executable, "-m", "dis_scale.sweep", "tests/support/tiny.yaml", *overrides]
+
+
+def submit(url: str, name: str, store: Store, *settings: str) -> subprocess.CompletedProcess[str]:
     """Run `ray job submit` as the README shows it."""
-    overrides = [word for setting in settings for word in ("--set", setting)]
     command = [RAY, "job", "submit", "--address", url, "--working-dir", ".", "--submission-id", name, "--"]
-    command += [sys.executable, "-m", "dis_scale.sweep", "tests/support/tiny.yaml", *overrides]
+    command += entry(store, *settings)
     return subprocess.run(command, cwd=sweeps.ROOT, env=os.environ.copy(), capture_output=True, text=True, timeout=400)
 
 
-def test_submitted_stopped_and_submitted_again(head: str, tmp_path: Path) -> None:
-    """A relative root on one node is below the head's home; `ray job stop` on the sweep stops its stages."""
-    client = JobSubmissionClient(head)
-    overrides = ["--set", "storage.root=store", *[word for setting in SETTINGS for word in ("--set", setting)]]
-    entry = [sys.executable, "-m", "dis_scale.sweep", "tests/support/tiny.yaml", *overrides]
+def test_submitted_stopped_and_submitted_again(head: str, store: Store, tmp_path: Path) -> None:
+    """`ray job stop` on the sweep stops its stages. All that comes before training is there."""
+    client, sweep = JobSubmissionClient(head), store.sweep
+    stages.prepare_and_precompute(sweep, tmp_path / "faults")
+    run = sweep.run(store.model)
     client.submit_job(
-        entrypoint=shlex.join(entry),
+        entrypoint=shlex.join(entry(store)),
         submission_id="first",
         runtime_env={"working_dir": str(sweeps.ROOT), "excludes": [".git", ".venv"]},
     )
-    root = tmp_path / "home/dis-scale/store"
-    resume = open_folder(root) / "sweeps/tiny/runs/dit/resume"
     deadline = time.monotonic() + 300
-    while len(resume.list()) < 2:
+    while len(run.resume.list()) < 2:
         assert time.monotonic() < deadline, client.get_job_logs("first")
         assert client.get_job_status("first") not in jobs.ENDED, client.get_job_logs("first")
         time.sleep(0.2)
@@ -81,41 +116,11 @@ def test_submitted_stopped_and_submitted_again(head: str, tmp_path: Path) -> Non
         assert time.monotonic() < deadline, client.list_jobs()
         time.sleep(0.2)
     assert client.get_job_status("first") == "STOPPED"
-    assert not open_folder(root).exists("sweeps/tiny/runs/dit/published/000000003200/manifest.json")
-    done = submit(head, "second", "storage.root=store", *SETTINGS)
+    assert state.resumable_images(run) > 0
+    assert state.published_counts(run) == [0]
+    done = submit(head, "second", store)
     assert done.returncode == 0, done.stdout + done.stderr
-    sweeps.assert_complete(str(root), *SETTINGS)
-    refused = submit(head, "refused", "storage.root=store", "seed=1", *SETTINGS)
+    sweeps.assert_complete(store.root, *store.settings)
+    refused = submit(head, "refused", store, "seed=1")
     assert "seed: stored 0, given 1" in refused.stdout + refused.stderr
     assert client.get_job_status("refused") == "STOPPED", "KubeRay tries again what has failed"
-
-
-def test_evaluation_first_does_not_block_training_and_a_killed_worker_is_replaced(tmp_path: Path) -> None:
-    sweep = sweeps.sweep_at(tmp_path, *SETTINGS, "train.publish_images=[0, 160, 6400]")
-    stages.prepare_and_precompute(sweep, tmp_path / "faults")
-    with open_cluster(sweep.recipe) as cluster:
-        evaluation = jobs.submit(cluster, sweep, "evaluate")
-        clusters.wait_until(lambda: bool(sweep.lease("evaluate").list()), evaluation)
-        joined = jobs.submit(cluster, sweep, "evaluate")
-        assert (joined.id, joined.ours) == (evaluation.id, False)
-        events = clusters.Events(training := jobs.submit(cluster, sweep, "train", "dit"))
-        clusters.wait_until(lambda: len(sweep.run("dit").resume.list()) > 1, training)
-        _kill_one_trainer()
-        events.wait("restart")
-        assert clusters.wait_for_end(training) == "SUCCEEDED", training.reason()
-        assert clusters.wait_for_end(evaluation) == "SUCCEEDED", evaluation.reason()
-    assert sorted(state.evaluated(sweep, "dit")) == [0, 160, 6400]
-    metrics = json.loads(sweep.folder.read("evaluation/dit/000000006400/metrics.json"))
-    assert metrics["samples"] == sweep.recipe.evaluate.samples
-
-
-def _kill_one_trainer() -> None:
-    workers = [process for process in psutil.Process().children(recursive=True) if _is_trainer(process)]
-    assert len(workers) == 2
-    workers[1].kill()
-
-
-def _is_trainer(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):  # other processes come and go
-        return "Trainer" in process.name() + " ".join(process.cmdline())
-    return False
