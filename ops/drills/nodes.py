@@ -22,7 +22,11 @@ from pipelines.cluster import Cluster, free_ports
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 400
 RAY = str(Path(sys.executable).with_name("ray"))
-ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "OMP_WAIT_POLICY": "PASSIVE"}
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "RAY_prestart_worker_first_driver": "0",  # such workers lack a job's environment: no job would use them
+}
 Node = subprocess.Popen[bytes]
 
 
