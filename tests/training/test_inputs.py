@@ -21,7 +21,7 @@ UNCONDITIONAL = (
 def first_step(recipe: Recipe, latents: Latents, world: int, at_once: int) -> list[StepInput]:
     """The inputs of the first step, of all ranks in order."""
     ranks = [forward_passes(recipe.train.lanes, rank, world, at_once) for rank in range(world)]
-    each = [step_inputs(recipe, torch.device("cpu"), latents, (0.5,), 0, passes) for passes in ranks]
+    each = [step_inputs(recipe, recipe.seed, torch.device("cpu"), latents, (0.5,), 0, passes) for passes in ranks]
     return [next(inputs) for inputs, passes in zip(each, ranks, strict=True) for _ in passes]
 
 
