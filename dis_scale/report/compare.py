@@ -10,19 +10,25 @@ from rich.text import Text
 from dis_scale.errors import UserError
 from dis_scale.recipe.identity import differing
 from dis_scale.report.points import Point, Report
-from dis_scale.report.tables import FACTS
+from dis_scale.report.tables import FACTS, UNFINISHED
 
 ALIKE = 0.1
 """Largest relative difference of multiply-adds at which two models of other names count as equally costly."""
 
 
 class Difference(NamedTuple):
-    """One model at one count in both sweeps: b - a, and its standard error if both have one."""
+    """One model at one count in both sweeps: b - a, and the standard error of each."""
 
     a: Point
     b: Point
     change: float
-    error: float | None
+    error_a: float | None
+    error_b: float | None
+
+    @property
+    def error(self) -> float | None:
+        """The change's standard error, if both have one."""
+        return None if self.error_a is None or self.error_b is None else math.hypot(self.error_a, self.error_b)
 
     @property
     def over_seeds(self) -> bool:
@@ -31,7 +37,12 @@ class Difference(NamedTuple):
 
     @property
     def significant(self) -> bool:
-        return self.over_seeds and self.error is not None and abs(self.change) > 2 * self.error
+        """Whether Welch's test over the seeds refuses, at 5 %, that both are equal."""
+        from dis_scale.report import fits  # here: scipy takes a second
+
+        if not self.over_seeds or not self.error or self.error_a is None or self.error_b is None:
+            return False
+        return fits.differ(self.change, (self.error_a, self.error_b), (self.a.seeds, self.b.seeds))
 
 
 def by_name(a: Report, b: Report) -> dict[str, str]:
@@ -41,11 +52,22 @@ def by_name(a: Report, b: Report) -> dict[str, str]:
 
 
 def by_cost(a: Report, b: Report) -> dict[str, str]:
-    """Return, for each model of `a`, that of `b` nearest in multiply-adds, if it is within `ALIKE`."""
-    costs = {p.group: p.gmacs for p in b.points}
-    nearest = {p.group: min(costs, key=lambda name: abs(costs[name] - p.gmacs)) for p in a.points if costs}
-    own = {p.group: p.gmacs for p in a.points}
-    return {name: other for name, other in nearest.items() if abs(costs[other] - own[name]) <= ALIKE * own[name]}
+    """Return, for each model of `a`, that of `b` nearest in multiply-adds, if it is within `ALIKE` and in no other pair.
+
+    Branches are paired with branches that end at the same count.
+    """
+    pairs: dict[str, str] = {}
+    for name, p in {p.group: p for p in a.points}.items():
+        others = {q.group: q for q in b.points if q.group not in pairs.values() and _end(b, q) == _end(a, p)}
+        near = sorted(others, key=lambda other: abs(others[other].gmacs - p.gmacs))
+        if near and abs(others[near[0]].gmacs - p.gmacs) <= ALIKE * p.gmacs:
+            pairs[name] = near[0]
+    return pairs
+
+
+def _end(report: Report, p: Point) -> int | None:
+    """Return the count at which a branch ends, None for another model."""
+    return report.recipe.train_of(p.group).images if p.trunk != p.group else None
 
 
 def differences(a: Report, b: Report, pairs: Mapping[str, str]) -> list[Difference]:
@@ -65,41 +87,41 @@ def differences(a: Report, b: Report, pairs: Mapping[str, str]) -> list[Differen
             f"{a.sweep} and {b.sweep} have no model at one image count in common: name pairs (--pair NAME=NAME), or pair models "
             "of about one cost (--by-cost)"
         )
-    return [Difference(p, q, b.distance(q) - a.distance(p), _error(a.error(p), b.error(q))) for p, q in found]
+    return [Difference(p, q, b.distance(q) - a.distance(p), a.error(p), b.error(q)) for p, q in found]
 
 
 def _require_comparable(a: Report, b: Report) -> None:
     """UserError if a distance of one sweep is another quantity than that of the other."""
     if a.metric != b.metric:
         raise UserError(f"{a.sweep} was measured by {a.metric}, {b.sweep} by {b.metric}: these cannot be compared")
-    for what, x, y in (
-        ("data.resolution", a.recipe.data.resolution, b.recipe.data.resolution),
-        ("data.num_classes", a.recipe.data.num_classes, b.recipe.data.num_classes),
-        ("evaluate.reference", a.recipe.evaluate.reference, b.recipe.evaluate.reference),
-        *(
-            (f"evaluate.extractor.{key}", x, y)
-            for key, x, y in differing(a.recipe.evaluate.extractor, b.recipe.evaluate.extractor)
-        ),
-    ):
+    images, others, one, other = a.recipe.data, b.recipe.data, a.recipe.evaluate, b.recipe.evaluate
+    facts = [
+        ("data.resolution", images.resolution, others.resolution),
+        ("data.num_classes", images.num_classes, others.num_classes),
+        ("evaluate.reference", one.reference, other.reference),
+        *((f"evaluate.extractor.{key}", x, y) for key, x, y in differing(one.extractor, other.extractor)),
+    ]
+    if not one.reference:  # it is made from these
+        facts += [("data.source", images.source, others.source), ("data.crop", images.crop, others.crop)]
+    if one.extractor.kind == "trained":
+        facts.append(("seed, from which each sweep trains its extractor", a.recipe.seed, b.recipe.seed))
+    for what, x, y in facts:
         if x != y:
             raise UserError(f"{what}: {a.sweep} has {x}, {b.sweep} has {y}: their distances cannot be compared")
 
 
-def _error(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else math.hypot(a, b)
-
-
 def comparison_table(a: Report, b: Report, pairs: Mapping[str, str]) -> Table:
-    """Return a table with a row for each common point, bold if the difference is beyond twice its error over seeds."""
+    """Return a table with a row for each common point, bold if the difference is significant over seeds."""
     found = differences(a, b, pairs)
     out = Table(title=f"{a.sweep} against {b.sweep}: {a.metric}", caption=Text("\n".join(_notes(a, b, found))))
     for column in ("model", "sampling", "images", a.sweep, b.sweep, "difference", "in errors"):
         out.add_column(column, justify="left" if column in ("model", "sampling") else "right")
     for difference in found:
-        p, q, change, error = difference
+        p, q, change, error = difference.a, difference.b, difference.change, difference.error
+        cells = [f"{each.distance(s):.4g}{UNFINISHED if s.unfinished else ''}" for each, s in ((a, p), (b, q))]
         name = p.model if p.model == q.model else f"{p.model} = {q.model}"
         out.add_row(
-            name, p.variant or "main", f"{p.images_seen:,}", f"{a.distance(p):.4g}", f"{b.distance(q):.4g}",
+            name, p.variant or "main", f"{p.images_seen:,}", *cells,
             f"{change:+.3g}" + (f" ± {error:.2g}" if error else ""), f"{change / error:+.1f}" if error else "",
             style="bold" if difference.significant else "",
         )  # fmt: skip
@@ -110,13 +132,17 @@ def _notes(a: Report, b: Report, found: list[Difference]) -> list[str]:
     """Return the table's footnotes: what the errors hold, points of one sweep only, and all other differences."""
     lines = []
     if any(each.over_seeds for each in found):
-        lines.append("bold: beyond two standard errors over seeds")
+        lines.append("bold: Welch's test over the seeds refuses at 5 % that both are equal")
     if not all(each.over_seeds for each in found):
+        shared = ", and both sweeps share their noise" if a.recipe.seed == b.recipe.seed else ""
         lines.append(
-            "models with one seed: the error is of sampling alone. Trainings of other seeds usually differ by more (seeds: 3), "
-            "and both sweeps share their noise"
+            "models with one seed: the error is of sampling alone. Trainings of other seeds usually differ by more (seeds: 3)"
+            + shared
         )
-    if alone := len(a.means) + len(b.means) - 2 * len(found):
+    if any(each.a.unfinished or each.b.unfinished for each in found):
+        lines.append(f"{UNFINISHED.strip()} the learning rate was to fall further")
+    taken = {(q.group, q.variant, q.images_seen) for _, q, *_ in found}
+    if alone := len(a.means) + len(b.means) - len(found) - len(taken):
         lines.append(f"{alone} points are in one sweep only")
     if a.vae and b.vae and a.vae != b.vae:
         lines.append(f"VAE differs: {a.vae[:12]} and {b.vae[:12]}")
@@ -127,14 +153,21 @@ def _notes(a: Report, b: Report, found: list[Difference]) -> list[str]:
 def _unlike(a: Report, b: Report, pair: Difference) -> Iterator[tuple[str, str, str]]:
     """Yield key and values of each setting of data, diffusion, training and sampling that differs."""
     x, y = a.recipe, b.recipe
+    mine, theirs = x.train_of(pair.a.model), y.train_of(pair.b.model)
     settings = (
         ("data", x.data, y.data),
         ("diffusion", x.diffusion, y.diffusion),
-        ("train", x.train_of(pair.a.model), y.train_of(pair.b.model)),
+        ("train", mine, theirs),
+        (f"models.{pair.a.model}", x.models[pair.a.model], y.models[pair.b.model]),
     )
-    for part, mine, theirs in settings:
-        for key, one, other in differing(mine, theirs):
-            yield f"{part}.{key}" if key else part, str(one), str(other)
+    for part, own, others in settings:
+        for key, one, other in differing(own, others):
+            if not key.startswith(("train.", "seed")):
+                yield f"{part}.{key}" if key else part, str(one), str(other)
+    if x.seed != y.seed:
+        yield "seed", str(x.seed), str(y.seed)
+    if mine.images != theirs.images and {mine.decay, theirs.decay} != {"none"}:
+        yield "end of the schedule", f"{mine.images:,}", f"{theirs.images:,}"
     for key in FACTS:
         if (one := str(pair.a.facts.get(key))) != (other := str(pair.b.facts.get(key))):
             yield key, one, other

@@ -1,5 +1,6 @@
 """How distance depends on cost: correlation, a power law with its interval, the lower hull."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,13 @@ def power_law(costs: Sequence[float], distances: Sequence[float]) -> PowerLaw | 
     return PowerLaw(
         float(np.exp(fit.intercept)), float(fit.slope), float(fit.slope - margin), float(fit.slope + margin)
     )
+
+
+def differ(change: float, errors: Sequence[float], counts: Sequence[int]) -> bool:
+    """Whether Welch's test refuses, at 5 %, that two means are equal; each has a standard error from so many values."""
+    squares = [error**2 for error in errors]
+    freedom = sum(squares) ** 2 / sum(square**2 / (n - 1) for square, n in zip(squares, counts, strict=True))
+    return bool(abs(change) > stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * math.sqrt(sum(squares)))
 
 
 def lower_hull(costs: Sequence[float], distances: Sequence[float]) -> list[int]:

@@ -75,7 +75,13 @@ class Report:
         groups = defaultdict[tuple[str, str, int], list[Point]](list)
         for p in self.points:
             groups[p.group, p.variant, p.images_seen].append(p)
-        return [_mean(each, self.metric) for each in groups.values()]
+        models, variants = list(self.recipe.models), list(self.recipe.evaluate.samplings)
+        ordered = sorted(groups, key=lambda key: (models.index(key[0]), variants.index(key[1]), key[2]))
+        return [_mean(groups[key], self.metric) for key in ordered]
+
+    def trainings(self, point: Point) -> int:
+        """Return the number of the model's trainings, one for each seed, measured or not."""
+        return sum(self.recipe.first_seed(model) == point.group for model in self.recipe.models)
 
     @property
     def counts(self) -> list[int]:
@@ -104,20 +110,34 @@ class Report:
         return point.values.get(f"{self.metric}_error")
 
     def family(self, kind: str, images_seen: int) -> list[Point]:
-        """Return a family's points at one count of images seen, by rising cost; of a trunk and its branch the branch's."""
+        """Return a family's points at one count of images seen, by rising cost.
+
+        Of a model with a branch that ends there the branch's, measured or not: at a constant rate the trunk's is no match.
+        """
         points = [p for p in self.main if (p.kind, p.images_seen) == (kind, images_seen)]
-        annealed = {p.trunk for p in points if p.trunk != p.group}
+        recipe, branches = (
+            self.recipe,
+            {name: model.branch for name, model in self.recipe.models.items() if model.branch},
+        )
+        ending = [branch for name, branch in branches.items() if recipe.train_of(name).images == images_seen]
+        annealed = {recipe.first_seed(branch.of) for branch in ending}
         return sorted((p for p in points if p.group not in annealed), key=lambda p: p.gmacs)
 
 
 def _mean(points: list[Point], metric: str) -> Point:
-    """Return the mean of a model's trainings; its error is that of a mean over seeds, which holds the error of sampling, too."""
+    """Return the mean of a model's trainings, with the error of a mean over seeds.
+
+    It does not hold what the seeds share: the noise and the labels of their samples.
+    """
+    first = replace(points[0], model=points[0].group)
     if len(points) == 1:
-        return points[0]
+        return first
     names = [name for name in points[0].values if all(name in p.values for p in points)]
     values = {name: statistics.fmean(p.values[name] for p in points) for name in names}
     values[f"{metric}_error"] = statistics.stdev(p.values[metric] for p in points) / math.sqrt(len(points))
-    return replace(points[0], model=points[0].group, values=values, seeds=len(points))
+    goodputs = [p.goodput for p in points if p.goodput is not None]
+    goodput = statistics.fmean(goodputs) if goodputs else None
+    return replace(first, values=values, seeds=len(points), goodput=goodput)
 
 
 def collect(sweep: Sweep, plan: "Plan") -> Report:

@@ -67,7 +67,8 @@ def with_error(distance: float, error: float | None) -> str:
 def notes(report: Report) -> list[str]:
     """Return the table's footnotes, a line each."""
     error = (
-        "over the seeds where a model has several; elsewhere of sampling alone, without the spread between trainings"
+        "over the seeds where a model has several, without what they share: the noise and the labels of the samples; elsewhere of "
+        "sampling alone, without the spread between trainings"
     )
     lines = [f"Gflops are multiply-adds of one forward pass (DiT's convention), ± is one standard error, {error}"]
     if any(p.unfinished for p in report.points):
@@ -75,6 +76,8 @@ def notes(report: Report) -> list[str]:
             f"{UNFINISHED.strip()} the learning rate was to fall further: not in the hull of what a budget buys"
         )
     for p in report.means:
+        if p.seeds < (expected := report.trainings(p)):
+            lines.append(f"{p.model} at {p.images_seen:,} images: {p.seeds} of {expected} seeds are measured")
         if p.images_seen and p.start_share > NOTED_START and not p.facts.get("ema_width"):
             lines.append(
                 f"{p.model} at {p.images_seen:,} images: {p.start_share:.0%} of the average are the random start "
@@ -84,8 +87,9 @@ def notes(report: Report) -> list[str]:
     for variant, p in report.samplings.items():
         facts = p.facts
         average = f", average of width {facts['ema_width']}" if facts.get("ema_width") else ""
-        within = f" between times {facts['guidance_interval']}" if facts.get("guidance_interval") else ""
-        of = f" on {facts['guidance_channels']} channels" if facts.get("guidance_channels") else ""
+        guided = facts["guidance"] != 1
+        within = f" between times {facts['guidance_interval']}" if guided and facts.get("guidance_interval") else ""
+        of = f" on {facts['guidance_channels']} channels" if guided and facts.get("guidance_channels") else ""
         drawn = ", random labels" if facts.get("labels") == "random" else ""
         lines.append(
             f"{variant or 'main'}: {facts['samples']:,} samples, {facts['sampler']}, {facts['steps']} steps, "

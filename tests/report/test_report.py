@@ -5,11 +5,13 @@ import io
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
 from dis_scale import plan as plans
 from dis_scale import report as reports
@@ -143,7 +145,7 @@ def test_seeds_of_a_model_are_one_point_with_their_error(tmp_path: Path) -> None
     text = " ".join(shown(reports.table(report)).split())
     assert "dit (3 seeds)" in text
     assert "11 ± 1.5" in text
-    assert "over the seeds where a model has several; elsewhere of sampling alone" in text
+    assert "over the seeds where a model has several, without what they share" in text
     rows = list(csv.DictReader(io.StringIO(reports.write(made, report)[reports.CSV].decode())))
     assert [row["model"] for row in rows] == ["dis", "dit", "dit-seed-1", "dit-seed-2"]
 
@@ -171,7 +173,7 @@ def test_a_branch_takes_its_trunks_place_in_the_curve(tmp_path: Path) -> None:
         put(made, Sampled(model, images), distance)
     report = collect(made)
     assert [(p.model, report.distance(p)) for p in report.family("dit", 160)] == [("dit-at-160", 6.5)]
-    assert [p.model for p in report.family("dis", 160)] == ["dis"]
+    assert report.family("dis", 160) == [], "its branch is not measured yet"
     lines = {line.get_text() for line in figures.compute_distance(report).axes[0].get_legend().get_texts()}
     assert {"dit", "dit, cooled down", "dis", "lower hull"} <= lines
 
@@ -293,6 +295,7 @@ def test_only_a_difference_over_seeds_is_significant(tmp_path: Path) -> None:
         sweeps.append(collect(made))
     found = {d.a.model: d for d in compare.differences(*sweeps, compare.by_name(*sweeps))}
     assert {model: d.significant for model, d in found.items()} == {"dit": True, "dis": False}
+    assert "bold: Welch's test over the seeds" in compared(*sweeps)
     assert found["dit"].error == pytest.approx(
         np.hypot(np.std([9, 9.2, 9.4], ddof=1), np.std([5, 5.2, 5.1], ddof=1)) / np.sqrt(3)
     )
@@ -301,6 +304,7 @@ def test_only_a_difference_over_seeds_is_significant(tmp_path: Path) -> None:
 def test_a_comparison_names_all_that_differs(sweep: Sweep, tmp_path: Path) -> None:
     text = sweep.recipe.model_dump(mode="json")
     text["data"]["normalise"] = "channels"
+    text["models"]["dis"]["drop_path"] = 0.3
     text["train"] |= {"batch_images": 32, "learning_rate": 2e-3, "resume_every_images": 77}
     other = sweep_at(tmp_path, "other", Recipe.model_validate(text, strict=False))
     put(other, Sampled("dis", 160), 4.0)
@@ -313,7 +317,47 @@ def test_a_comparison_names_all_that_differs(sweep: Sweep, tmp_path: Path) -> No
     assert "train.batch_images differs: 16 and 32" in words
     assert "train.learning_rate differs: 0.001 and 0.002" in words
     assert "resume_every_images" not in words
+    assert "models.dis.drop_path differs: 0.1 and 0.3" in words
     assert "differs" not in compared(a, a)
+
+
+def test_three_seeds_need_more_than_two_standard_errors() -> None:
+    """Welch's test as scipy has it for the values themselves."""
+    for shift in (0.6, 0.9):
+        mine, theirs = np.array([9.0, 9.4, 9.8]), np.array([9.0, 9.3, 9.6]) - shift
+        points = [SimpleNamespace(seeds=3) for _ in range(2)]
+        errors = [float(np.std(values, ddof=1) / np.sqrt(3)) for values in (mine, theirs)]
+        made = compare.Difference(*points, float(theirs.mean() - mine.mean()), *errors)
+        assert made.significant == (stats.ttest_ind(mine, theirs, equal_var=False).pvalue < 0.05)
+        assert abs(made.change) > 2 * (made.error or 0)
+
+
+def test_a_seed_that_is_missing_at_a_count_is_noted(tmp_path: Path) -> None:
+    made = sweep_at(tmp_path, "tiny", reading.load(TINY, ["models.dit.seeds=2"]))
+    for model, images in [("dit", 160), ("dit-seed-1", 160), ("dit-seed-1", 320)]:
+        put(made, Sampled(model, images), 9.0)
+    report = collect(made)
+    assert [(p.model, p.images_seen, p.seeds) for p in report.main] == [("dit", 160, 2), ("dit", 320, 1)]
+    assert "dit at 320 images: 1 of 2 seeds are measured" in " ".join(shown(reports.table(report)).split())
+    assert len(figures.distance_images(report).axes[0].get_legend().get_texts()) == 1
+
+
+def test_a_fork_is_no_other_seed(tmp_path: Path) -> None:
+    recipe = reading.with_model(reading.load(TINY), "again", reading.load(TINY).models["dit"])
+    made = sweep_at(tmp_path, "tiny", recipe)
+    for model in ("dit", "again"):
+        put(made, Sampled(model, 320), 9.0)
+    assert [(p.model, p.seeds) for p in collect(made).main] == [("dit", 1), ("again", 1)]
+
+
+def test_branches_are_paired_with_branches(tmp_path: Path) -> None:
+    sweeps = []
+    for name in ("a", "b"):
+        made = sweep_at(tmp_path, name, reading.load(TINY, ["train.cooldowns={images: [160, 320], share: 0.5}"]))
+        for model, images in [("dit", 320), ("dit-at-160", 160), ("dit-at-320", 320)]:
+            put(made, Sampled(model, images), 9.0)
+        sweeps.append(collect(made))
+    assert compare.by_cost(*sweeps) == {name: name for name in ("dit", "dit-at-160", "dit-at-320")}
 
 
 def test_models_of_other_names_are_compared_by_pairs_or_by_cost(sweep: Sweep, tmp_path: Path, recipe: Recipe) -> None:
@@ -339,6 +383,10 @@ def test_sweeps_that_cannot_be_compared_are_refused(sweep: Sweep, tmp_path: Path
         compare.differences(a, empty, {})
     for changes, words in (
         ({"evaluate": {"samples": 81}}, "tiny was measured by fd_digits_80, tiny by fd_digits_81: these cannot"),
+        (
+            {"data": {"crop": (0, 0, 8)}},
+            r"data.crop: tiny has None, tiny has \(0, 0, 8\): their distances cannot be compared",
+        ),
         ({"data": {"resolution": 64}}, "data.resolution: tiny has 32, tiny has 64: their distances cannot be compared"),
     ):
         parts = {part: getattr(recipe, part).model_copy(update=change) for part, change in changes.items()}
