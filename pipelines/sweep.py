@@ -20,7 +20,7 @@ from dis_scale.errors import DisScaleError, Held, Preempted, StorageAway, Storag
 from dis_scale.evaluation.features import require_weights
 from dis_scale.plan import Plan, price_reading, price_sweep, table
 from dis_scale.progress import Board, listing_words
-from dis_scale.recipe import Recipe, reading
+from dis_scale.recipe import Branch, Recipe, reading
 from dis_scale.recipe.identity import identity_differences
 from dis_scale.redaction import redact
 from dis_scale.report import mlflow_copy
@@ -364,13 +364,22 @@ def _begin_waiting(
         branch = driver.sweep.recipe.models[model].branch
         if len(training) == cluster.capacity or (branch and not ask):
             continue
-        if state.may_begin(driver.sweep, model):
+        try:
+            begins = state.may_begin(driver.sweep, model)
+        except StorageAway:
+            return  # it may be for a while, and the jobs that run wait by themselves
+        if begins:
             waiting.remove(model)
             training[model] = _submit(driver, cluster, "train", model)
-        elif branch and branch.of not in (*waiting, *training):
+        elif branch and (branch.of not in (*waiting, *training) or _has_passed(driver.sweep, branch)):
             waiting.remove(model)
-            why = f"{branch.of} has ended without a resume point at {branch.at} images, from which {model} branches"
+            why = f"{branch.of} has no resume point at {branch.at} images any more, from which {model} branches"
             _fail(driver, failures, model, why)
+
+
+def _has_passed(sweep: Sweep, branch: Branch) -> bool:
+    """Whether the trunk has saved later points: its resume point at the branch was not kept and will not come."""
+    return state.resumable_images(sweep.run(branch.of)) > branch.at
 
 
 def _fail(driver: Driver, failures: Failures, model: str, why: str) -> None:

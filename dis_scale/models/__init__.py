@@ -33,8 +33,8 @@ UNDECAYED = {"A_log", "D", "dt_bias", "log_dt", "log_neg_re", "im", "B", "bias",
 
 DYNAMICS = {"A_log", "dt_bias", "log_dt", "log_neg_re", "im", "B"}
 """Last part of the names of a scan's dynamics: what S4's code trains at a rate of its own."""
-INPUT = {"patches", "embed", "time", "label", "position"}
-"""First part of the names of weights whose inputs do not grow with the width, and of the tables."""
+INPUT = ("patches.", "embed.", "time.up.", "label.", "position")
+"""Beginnings of the names of weights whose inputs do not grow with the width, and of the tables."""
 
 
 def build(
@@ -94,12 +94,12 @@ def decays(name: str, parameter: torch.Tensor) -> bool:
 
 def rate_group(name: str, parameter: torch.Tensor) -> str:
     """Return the field of `Rates` for a parameter."""
-    first, last = name.partition(".")[0], name.rpartition(".")[2]
+    last = name.rpartition(".")[2]
     if last in DYNAMICS:
         return "dynamics"
-    if parameter.ndim < 2 or last == "bias":
+    if parameter.ndim < 2 or last in ("bias", "C"):
         return "vectors"
-    return "input" if first in INPUT else "output" if first == "final" else "hidden"
+    return "input" if name.startswith(INPUT) else "output" if name.startswith("final.") else "hidden"
 
 
 def check_finite(model: torch.nn.Module) -> None:

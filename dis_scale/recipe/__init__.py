@@ -138,8 +138,13 @@ class Recipe(Settings):
             )
 
     def first_seed(self, model: str) -> str:
-        """Return the first of the models that differ from this one in their seeds alone, those of their trunks included."""
-        return next(name for name in self.models if self._without_seed(name) == self._without_seed(model))
+        """Return the first of the models that differ from this one in their seeds alone, those of their trunks included.
+
+        A fork that has the seed of an earlier model is a model of its own.
+        """
+        alike = [name for name in self.models if self._without_seed(name) == self._without_seed(model)]
+        same = [name for name in alike if self.seed_of(name) == self.seed_of(model)]
+        return alike[0] if same[0] == model else model
 
     def _without_seed(self, model: str) -> tuple[Any, ...]:
         own = self.models[model]

@@ -14,7 +14,8 @@ def identity_differences(stored: Recipe, given: Recipe) -> list[str]:
     lines += _named_differences("evaluate.variants", stored.evaluate.variants, given.evaluate.variants)
     lines += _published_differences("train", stored.train, given.train)
     for name in stored.models.keys() & given.models.keys():
-        if stored.models[name].train.publish_images or given.models[name].train.publish_images:
+        own = {"publish_images", "decay"}
+        if own & (stored.models[name].train.changes.keys() | given.models[name].train.changes.keys()):
             lines += _published_differences(f"models.{name}.train", stored.train_of(name), given.train_of(name))
     return sorted(lines)
 

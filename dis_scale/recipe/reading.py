@@ -78,15 +78,20 @@ def _cooldowns(models: dict[str, Any], train: Any, where: str) -> Iterator[tuple
     if not isinstance(train, dict) or (wanted := train.pop("cooldowns", None)) is None:
         return
     try:
-        counts, share, batch = list(wanted["images"]), float(wanted.get("share", 0.2)), int(train["batch_images"])
-        begins = {n: int((1 - share) * n) // batch * batch for n in counts}
+        counts, share, batch = (
+            list(map(int, wanted["images"])),
+            float(wanted.get("share", 0.2)),
+            int(train["batch_images"]),
+        )
     except (TypeError, ValueError, KeyError, AttributeError):
         raise UserError(
             f"{where}: train.cooldowns: got {wanted!r}, expected image counts and a share, such as {{images: [51200], share: 0.2}}"
         ) from None
     for name, model in models.items():
-        for images, begin in begins.items():
-            if isinstance(model, dict) and "branch" not in model:
+        for images in counts:
+            if isinstance(model, dict) and "branch" not in model and f"{name}-at-{images}" not in models:
+                own_batch = (model.get("train") or {}).get("batch_images") or batch
+                begin = int((1 - share) * images) // own_batch * own_batch
                 schedule = {"publish_images": [images], "decay": "linear", "decay_from": begin / images}
                 own = (model.get("train") or {}) | schedule
                 yield f"{name}-at-{images}", model | {"branch": {"of": name, "at": begin}, "train": own}

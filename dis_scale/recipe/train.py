@@ -67,7 +67,7 @@ class Rates(Settings):
     dynamics: Rate = 1.0
     """A, the time step, S4D's B."""
     vectors: Rate = 1.0
-    """Biases, norms, D."""
+    """Biases, norms, D, S4D's C."""
 
 
 PublishImages = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]

@@ -145,11 +145,11 @@ def find_point(run: Run, name: PointName) -> ResumePoint | None:
     return None if contents is None else ResumePoint(folder, contents)
 
 
-def newest_point(run: Run, log: Callable[[str], None], start_over: bool = False) -> ResumePoint | None:
+def newest_point(run: Run, log: Callable[[str], None], start_over: bool = False, begin: int = 0) -> ResumePoint | None:
     """Return the newest complete resume point, None for a run that has saved nothing yet.
 
     A damaged one is logged and the one before is used. StorageError if one cannot be read for another reason, such as missing
-    rights. UserError if the run was further and all is lost, unless it may `start_over`.
+    rights. UserError if the run was further than at its `begin` and all is lost, unless it may `start_over`.
     """
     names, damaged = state.point_names(run), 0
     for name in reversed(names):
@@ -163,8 +163,8 @@ def newest_point(run: Run, log: Callable[[str], None], start_over: bool = False)
             damaged += 1
             continue
         return point
-    # Before its first complete resume point, which is at 0 images, a run saves and publishes nothing at a later count.
-    was_further = damaged or any(name.images_seen for name in names) or any(state.published_counts(run))
+    # Before its first complete resume point, where it begins, a run saves and publishes nothing at a later count.
+    was_further = damaged or any(name.images_seen > begin for name in names) or any(state.published_counts(run))
     if was_further and not start_over:
         raise UserError(
             f"{run.resume}: no resume point can be used ({damaged} damaged), and this run has trained before: restore them, or "
@@ -204,7 +204,7 @@ class Keep:
 
     def of(self, complete: Sequence[PointName]) -> set[PointName]:
         """Return those of all complete resume points, oldest first, that stay."""
-        apart = self.images / (self.spaced + 1)
+        apart = max(1.0, self.images / (self.spaced + 1))
         spaced = {int(name.images_seen // apart): name for name in reversed(complete) if name.images_seen >= apart}
         branches = {name.images_seen: name for name in complete if name.images_seen in self.branches}
         return {*complete[-self.last :], *spaced.values(), *branches.values()}

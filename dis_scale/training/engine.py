@@ -205,7 +205,8 @@ def _groups(model: nn.Module, settings: Train) -> list[dict[str, Any]]:
     for name, parameter in model.named_parameters():
         decay = settings.weight_decay if models.decays(name, parameter) else 0.0
         groups[decay, getattr(settings.rates, models.rate_group(name, parameter))].append(parameter)
-    return [{"params": each, "weight_decay": decay, "rate": rate} for (decay, rate), each in groups.items()]
+    ordered = sorted(groups.items(), key=lambda item: item[0][0], reverse=True)  # the norm's bits depend on it
+    return [{"params": each, "weight_decay": decay, "rate": rate} for (decay, rate), each in ordered]
 
 
 def _deepspeed(device: torch.device) -> Any:

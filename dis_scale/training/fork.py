@@ -24,12 +24,13 @@ def fork_run(sweep: Sweep, model: str, images_seen: int, new: str, settings: Seq
     is left. UserError if it cannot be done.
     """
     run, origin = sweep.run(model), {"model": model, "images": images_seen}
-    grown = sweep
-    if new not in sweep.recipe.models:
-        grown = replace(sweep, recipe=with_model(sweep.recipe, new, sweep.recipe.models[model], settings))
+    grown = replace(sweep, recipe=with_model(sweep.recipe, new, sweep.recipe.models[model], settings))
+    if new in sweep.recipe.models and grown.recipe.models[new] != sweep.recipe.models[new]:
+        raise UserError(f"--as {new}: this sweep has a model of that name, with other settings: choose another name")
     target = grown.run(new)
     _require_free(sweep, target, origin, new)
     point = _require_point(run, model, images_seen)
+    _require_possible(sweep, grown, model, images_seen, new)
     manifest.read_all(point, manifest.require(point))
     target.folder.write_json(ORIGIN, {"format": manifest.FORMAT, **origin, "resume_point": point.name})
     for count in [n for n in state.published_counts(run) if n <= images_seen]:
@@ -37,6 +38,19 @@ def fork_run(sweep: Sweep, model: str, images_seen: int, new: str, settings: Seq
     _copy(point, target.resume_point(PointName(images_seen, ATTEMPT)), new)
     grown.save_recipe()
     return target
+
+
+def _require_possible(sweep: Sweep, grown: Sweep, model: str, images_seen: int, new: str) -> None:
+    """UserError if the fork's settings fit neither its beginning nor what `model` has published."""
+    settings = grown.recipe.train_of(new)
+    if images_seen % settings.batch_images:
+        raise UserError(f"--at {images_seen}: not a multiple of the new run's batch_images {settings.batch_images}")
+    published = set(state.published_counts(sweep.run(model)))
+    passed = [n for n in settings.publish_images if n <= images_seen and n not in published]
+    if passed:
+        raise UserError(
+            f"publish_images: {passed[0]} is not after {images_seen}, where the new run begins, and {model} has not published it"
+        )
 
 
 def _require_free(sweep: Sweep, target: Run, origin: dict[str, Any], new: str) -> None:

@@ -114,8 +114,8 @@ def train_model(attempt: Attempt) -> int:
         rows.flush()
     if images_seen in settings.publish_images:
         saver.publish(state, images_seen, facts(), description)
-    if images_seen == 0:
-        saver.save(state, 0, facts())
+    if not earlier:  # also a branch, whose trunk's resume point is not its own
+        saver.save(state, images_seen, facts())
         _compare_with_grace(attempt, saver)
 
     attempt.emit("work")
@@ -344,7 +344,8 @@ def _agreed_resume_point(attempt: Attempt) -> ResumePoint | None:
     """Rank 0 finds and checks the newest resume point, for a new branch its trunk's; all ranks use it."""
     point, branch = None, attempt.recipe.models[attempt.model].branch
     if dist.get_rank() == 0:
-        point = checkpoint.newest_point(attempt.run, attempt.log, attempt.recipe.train.start_over)
+        begin, start_over = branch.at if branch else 0, attempt.recipe.train.start_over
+        point = checkpoint.newest_point(attempt.run, attempt.log, start_over, begin)
         if point is None and branch:
             point = checkpoint.branch_point(attempt.sweep, branch)
     others: list[ResumePoint | None] = [point and ResumePoint(point.folder, point.manifest)]  # without what it has read

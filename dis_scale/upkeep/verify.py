@@ -70,7 +70,9 @@ def _checks(sweep: Sweep) -> Iterator[Check]:
     for model in models:
         run = sweep.run(model)
         for point in state.point_names(run):
-            yield from _files(run.resume_point(point), "training uses the resume point before it")
+            branches = point.images_seen in sweep.recipe.branches_at(model)
+            cure = "restore it: branches begin there" if branches else "training uses the resume point before it"
+            yield from _files(run.resume_point(point), cure)
         for count in sorted({*state.published_counts(run), *missing.get(model, ()), *evaluated[model]}):
             yield from _files(run.published_at(count), _LOST, expected=True)
         for sampled in state.measured(sweep, model):

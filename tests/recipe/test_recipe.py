@@ -311,6 +311,16 @@ def test_a_stored_recipe_of_the_last_format_keeps_its_average() -> None:
     assert reading.load(TINY).train.ema_ramp == 0.05
 
 
+def test_a_models_own_decay_may_not_end_elsewhere() -> None:
+    begun, longer = (
+        reading.load(TINY, ["models.dis.train={decay: linear}", f"train.publish_images={counts}"])
+        for counts in ([0, 320], [0, 320, 640])
+    )
+    assert identity_differences(begun, longer) == [
+        "models.dis.train.publish_images: the linear decay ends at 320, given 640"
+    ]
+
+
 def test_cooldowns_are_branches_of_each_model() -> None:
     recipe = reading.load(TINY, ["models.dit.seeds=2", "train.cooldowns={images: [160, 320], share: 0.25}"])
     assert list(recipe.models) == [

@@ -56,11 +56,28 @@ def test_a_fork_may_change_the_training_from_there_on(sweep: Sweep) -> None:
 
 
 @pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("batch_images=32", r"--at 240: not a multiple of the new run's batch_images 32"),
+        (
+            "publish_images=[224]",
+            r"publish_images: 224 is not after 240, where the new run begins, and dit has not published it",
+        ),
+    ],
+)
+def test_a_fork_that_would_never_end_is_refused(sweep: Sweep, setting: str, words: str) -> None:
+    before = sweep.folder.list("runs")
+    with pytest.raises(UserError, match=words):
+        fork_run(sweep, "dit", 240, "never", [setting])
+    assert sweep.folder.list("runs") == before
+
+
+@pytest.mark.parametrize(
     ("model", "images", "new", "words"),
     [
         ("dip", 80, "x", r"has no model 'dip' \(did you mean 'dit'\?\): it has dis, dit"),
         ("dit", 96, "x", r"--at 96: dit has no resume point there; it has 0, 80, 160, 240, 320"),
-        ("dit", 80, "dis", r"--as dis: this sweep has a run of that name: choose another name"),
+        ("dit", 80, "dis", r"--as dis: this sweep has a model of that name, with other settings: choose another name"),
         ("dit", 80, "X!", r"models.X!"),
     ],
 )

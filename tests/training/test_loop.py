@@ -98,6 +98,8 @@ def test_a_cooldown_branch_ends_as_the_complete_training_with_that_schedule(tmp_
     ranks.run(trunk, "dit", tmp_path / "trunk", attempt=1)
     assert [name.images_seen for name in state.point_names(run_at(tmp_path / "trunk", "dit"))] == [224, 320]
     ranks.run(trunk, "dit-at-320", tmp_path / "trunk", attempt=1, stop_at=32)
+    own = [name.images_seen for name in state.point_names(run_at(tmp_path / "trunk", "dit-at-320"))]
+    assert own == [224, 272], "one where it begins"
     ranks.run(trunk, "dit-at-320", tmp_path / "trunk", attempt=2)
     assert state.published_counts(run_at(tmp_path / "trunk", "dit-at-320")) == [320]
     complete = reading.load(TINY, [*settings, "train.decay=linear", "train.decay_from=0.7"])
@@ -105,6 +107,14 @@ def test_a_cooldown_branch_ends_as_the_complete_training_with_that_schedule(tmp_
     annealed = weights(tmp_path / "trunk", "dit-at-320")
     assert_bit_equal(annealed, weights(tmp_path / "complete", "dit"))
     assert any(not torch.equal(annealed[name], w) for name, w in weights(tmp_path / "trunk", "dit").items())
+
+
+def test_a_branch_that_was_killed_in_its_first_save_begins_again(tmp_path: Path) -> None:
+    run = Run(open_folder(tmp_path))
+    run.resume.write("000000000224-0001/weights-00000.safetensors", b"half")
+    assert checkpoint.newest_point(run, print, begin=224) is None
+    with pytest.raises(UserError, match="this run has trained before"):
+        checkpoint.newest_point(run, print)
 
 
 def test_resume_points_stay_spaced_so_that_a_run_can_be_rolled_back() -> None:
