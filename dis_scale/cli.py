@@ -397,6 +397,10 @@ def sample(
 
     of_classes = _labels(classes)
     _require_folder(npz or out, "--npz" if npz else "--out")
+    if ":/" in str(checkpoint):
+        raise UserError(
+            f"--checkpoint {checkpoint}: expected a path of this machine: copy the published folder, or mount the store"
+        )
     opened = open_for_sampling(checkpoint, vae, heads)
     for line in opened.notes:
         _print(line)
@@ -405,10 +409,14 @@ def sample(
         each_label = pictures.labels_of_all(opened, labels, images, seed)
     else:
         each_label = pictures.labels_in_turn(opened, of_classes, images)
+    scale, channels, sampler, steps = (
+        opened.scale(guidance), guidance_channels or opened.guidance_channels, sampler or opened.sampler, steps or opened.steps,
+    )  # fmt: skip
+    _print(
+        f"sampling {sampler}, {steps} steps, guidance {scale:g}{f' on {channels} channels' if channels else ''}, fp32"
+    )
     parts = pictures.sample_pictures(
-        opened, each_label, images, sampler=sampler or opened.sampler, steps=steps or opened.steps,
-        guidance=opened.guidance if guidance is None else guidance,
-        channels=guidance_channels or opened.guidance_channels, seed=seed, batch=batch,
+        opened, each_label, images, sampler=sampler, steps=steps, guidance=scale, channels=channels, seed=seed, batch=batch,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )  # fmt: skip
     if npz is None:

@@ -18,7 +18,7 @@ from dis_scale.errors import UserError
 from dis_scale.models import Backbone, verify_kernels
 from dis_scale.models.export import SamplingFacts, open_checkpoint, sampling_facts
 from dis_scale.models.official import SiT
-from dis_scale.recipe import Flow, Gaussian
+from dis_scale.recipe import Flow, Gaussian, Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import RECIPE, Sweep, state
@@ -39,6 +39,15 @@ class OpenCheckpoint:
     guidance_channels: int | None
     notes: list[str]
     """Lines on what is assumed or differs."""
+    recipe: Recipe | None
+    """That of its sweep, None outside one."""
+
+    def scale(self, given: float | None) -> float:
+        """Return the guidance scale: the given one or its own. UserError if the model cannot be guided by it."""
+        scale = self.guidance if given is None else given
+        if self.recipe and (refusal := self.recipe.guidance_refusal(scale)):
+            raise UserError(f"--guidance: {refusal}")
+        return scale
 
 
 def open_for_sampling(path: Path, vae_path: str | None, heads: int | None = None) -> OpenCheckpoint:
@@ -83,7 +92,9 @@ def open_for_sampling(path: Path, vae_path: str | None, heads: int | None = None
     published = "euler_maruyama" if process.kind == "flow" else "ddpm"
     sampler, steps = (sampling.sampler, sampling.steps) if sampling else (published, 250)
     guidance = (sweep.recipe.evaluate.guidance, sweep.recipe.evaluate.guidance_channels) if sweep else (1.0, None)
-    return OpenCheckpoint(model, process, decoder, sampler, steps, *guidance, notes)
+    if sweep and (own := sweep.recipe.evaluate).guidance_interval:
+        notes.append(f"guided   at all times; the sweep's own samples between {list(own.guidance_interval or ())}")
+    return OpenCheckpoint(model, process, decoder, sampler, steps, *guidance, notes, sweep.recipe if sweep else None)
 
 
 def _facts_of(sweep: Sweep) -> SamplingFacts | None:
