@@ -35,7 +35,8 @@ def gflops_distance(report: Report, published: bool = False) -> Figure:
     _fit(axes, report)
     if published:
         _published(axes)
-    _name_last(axes, report, "gmacs")
+    drawn = [p for images in report.counts for kind in report.families for p in report.family(kind, images)]
+    _name_last(axes, report, drawn, "gmacs")
     return _finish(figure, axes, report)
 
 
@@ -66,7 +67,7 @@ def compute_distance(report: Report) -> Figure:
             [p.eflops for p in best], [report.distance(p) for p in best], color="black", linewidth=4, alpha=0.25,
             label="lower hull", solid_capstyle="round",
         )  # fmt: skip
-    _name_last(axes, report, "eflops")
+    _name_last(axes, report, trained, "eflops")
     return _finish(figure, axes, report)
 
 
@@ -90,9 +91,10 @@ def compute_loss(report: Report) -> Figure | None:
 def distance_images(report: Report) -> Figure:
     """Plot distance over images seen: a line for each model, without the untrained models."""
     figure, axes = _axes(report, "images seen")
-    for model, points in _by_model([p for p in report.main if p.images_seen]).items():
+    trained = [p for p in report.main if p.images_seen]
+    for model, points in _by_model(trained).items():
         _line(axes, report, points, points[0].kind, _shade(report, points[0].model), model, "images_seen")
-    _name_last(axes, report, "images_seen")
+    _name_last(axes, report, trained, "images_seen")
     return _finish(figure, axes, report)
 
 
@@ -203,9 +205,9 @@ def _published(axes: Axes) -> None:
         )  # fmt: skip
 
 
-def _name_last(axes: Axes, report: Report, along: str) -> None:
-    """Write each model's name next to its last point."""
-    for name, points in _by_model([p for p in report.main if p.images_seen]).items():
+def _name_last(axes: Axes, report: Report, drawn: list[Point], along: str) -> None:
+    """Write each model's name next to its last point of those that are drawn."""
+    for name, points in _by_model(drawn).items():
         last = points[-1]
         position = (getattr(last, along), report.distance(last))
         axes.annotate(name, position, xytext=(5, -11), textcoords="offset points", fontsize=8)

@@ -176,6 +176,9 @@ def test_a_branch_takes_its_trunks_place_in_the_curve(tmp_path: Path) -> None:
     assert report.family("dis", 160) == [], "its branch is not measured yet"
     lines = {line.get_text() for line in figures.compute_distance(report).axes[0].get_legend().get_texts()}
     assert {"dit", "dit, cooled down", "dis", "lower hull"} <= lines
+    named = {text.get_text() for text in figures.gflops_distance(report).axes[0].texts}
+    assert "dit, cooled down" in named
+    assert "dit" not in named, "its point has no match in this figure"
 
 
 def test_the_held_out_loss_is_drawn_where_it_is_measured(tmp_path: Path) -> None:
