@@ -68,7 +68,7 @@ def test_pictures_without_labels_pass_all_stages(tmp_path: Path, settings: tuple
     code, output = invoke("sample", "--checkpoint", published, "--count", "3", "--npz", npz)
     assert (code, np.load(npz)["arr_0"].shape) == (0, (3, 16, 16, 3)), output
     for arguments, words in (
-        (["--guidance", "1.5"], "guidance 1.5: an unconditional model cannot be guided, expected 1"),
+        (["--guidance", "1.5"], "--guidance: got 1.5, expected 1: data.num_classes is none, and guidance needs labels"),
         (["--classes", "1"], "--classes: the model has no classes: omit it"),
     ):
         code, output = invoke("sample", "--checkpoint", published, "--out", out, *arguments)
