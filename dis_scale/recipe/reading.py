@@ -65,7 +65,7 @@ def _written_out(models: dict[str, Any], seed: Any, where: str) -> Iterator[tupl
         written = (preset(str(model["preset"])) if "preset" in model else {}) | own
         yield name, written
         seeds = model.get("seeds", 1)
-        if not isinstance(seeds, int) or seeds < 1 or ("seed" in model and "seeds" in model):
+        if not isinstance(seeds, int) or seeds < 1 or ("seeds" in model and model.get("seed") is not None):
             raise UserError(
                 f"{where}: models.{name}.seeds: got {seeds!r}, expected: a number of trainings, without seed"
             )
@@ -89,7 +89,7 @@ def _cooldowns(models: dict[str, Any], train: Any, where: str) -> Iterator[tuple
         ) from None
     for name, model in models.items():
         for images in counts:
-            if isinstance(model, dict) and "branch" not in model and f"{name}-at-{images}" not in models:
+            if isinstance(model, dict) and not model.get("branch") and f"{name}-at-{images}" not in models:
                 own_batch = (model.get("train") or {}).get("batch_images") or batch
                 begin = int((1 - share) * images) // own_batch * own_batch
                 schedule = {"publish_images": [images], "decay": "linear", "decay_from": begin / images}

@@ -311,6 +311,12 @@ def test_a_stored_recipe_of_the_last_format_keeps_its_average() -> None:
     assert reading.load(TINY).train.ema_ramp == 0.05
 
 
+def test_a_stored_recipe_may_gain_seeds_and_cooldowns() -> None:
+    """It names each setting, also those that were left out."""
+    stored, more = reading.dump(reading.load(TINY)), ["models.dit.seeds=2", "train.cooldowns={images: [320]}"]
+    assert reading.parse(stored, "stored", more).models == reading.load(TINY, more).models
+
+
 def test_a_models_own_decay_may_not_end_elsewhere() -> None:
     begun, longer = (
         reading.load(TINY, ["models.dis.train={decay: linear}", f"train.publish_images={counts}"])
