@@ -137,19 +137,22 @@ class Recipe(Settings):
                 "published count"
             )
 
-    def first_seed(self, model: str) -> str:
-        """Return the first of the models that differ from this one in their seeds alone, those of their trunks included.
+    def seed_groups(self) -> dict[str, str]:
+        """Return, for each model, the first of those that differ from it in their seeds alone, those of their trunks included.
 
         A fork that has the seed of an earlier model is a model of its own.
         """
-        alike = [name for name in self.models if self._without_seed(name) == self._without_seed(model)]
-        same = [name for name in alike if self.seed_of(name) == self.seed_of(model)]
-        return alike[0] if same[0] == model else model
+        firsts, taken, groups = dict[Any, str](), set[Any](), dict[str, str]()
+        for model in self.models:
+            alike, seed = self._without_seed(model), self.seed_of(model)
+            groups[model] = model if (alike, seed) in taken else firsts.setdefault(alike, model)
+            taken.add((alike, seed))
+        return groups
 
     def _without_seed(self, model: str) -> tuple[Any, ...]:
         own = self.models[model]
         trunk = self._without_seed(own.branch.of) if own.branch else ()
-        return own.sizes, own.train, own.branch and own.branch.at, trunk
+        return tuple(own.sizes.items()), own.train, own.branch and own.branch.at, trunk
 
     def branches_at(self, model: str) -> set[int]:
         """Return the image counts at which other models leave the training of this one."""

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dis_scale.recipe import MAIN, Recipe
@@ -61,6 +62,8 @@ class Report:
     failed: dict[str, str]
     skipped: dict[Sampled, str]
     recipe: Recipe
+    groups: dict[str, str]
+    """The group of each model."""
     vae: str | None
     """Identity of the VAE that made the latents, None without latents."""
 
@@ -69,7 +72,7 @@ class Report:
         """Points of the curves: the main sampling, with a distance that logarithmic axes can show."""
         return [p for p in self.means if p.variant == MAIN and self.distance(p) > 0]
 
-    @property
+    @cached_property
     def means(self) -> list[Point]:
         """All points, with the mean over the seeds of a model in place of its trainings."""
         groups = defaultdict[tuple[str, str, int], list[Point]](list)
@@ -81,7 +84,7 @@ class Report:
 
     def trainings(self, point: Point) -> int:
         """Return the number of the model's trainings, one for each seed, measured or not."""
-        return sum(self.recipe.first_seed(model) == point.group for model in self.recipe.models)
+        return sum(group == point.group for group in self.groups.values())
 
     @property
     def counts(self) -> list[int]:
@@ -114,13 +117,9 @@ class Report:
 
         Of a model with a branch that ends there the branch's, measured or not: at a constant rate the trunk's is no match.
         """
-        points = [p for p in self.main if (p.kind, p.images_seen) == (kind, images_seen)]
-        recipe, branches = (
-            self.recipe,
-            {name: model.branch for name, model in self.recipe.models.items() if model.branch},
-        )
-        ending = [branch for name, branch in branches.items() if recipe.train_of(name).images == images_seen]
-        annealed = {recipe.first_seed(branch.of) for branch in ending}
+        recipe, points = self.recipe, [p for p in self.main if (p.kind, p.images_seen) == (kind, images_seen)]
+        ending = [name for name in recipe.models if recipe.train_of(name).images == images_seen]
+        annealed = {self.groups[branch.of] for name in ending if (branch := recipe.models[name].branch)}
         return sorted((p for p in points if p.group not in annealed), key=lambda p: p.gmacs)
 
 
@@ -142,10 +141,10 @@ def _mean(points: list[Point], metric: str) -> Point:
 
 def collect(sweep: Sweep, plan: "Plan") -> Report:
     """Collect all evaluations of a sweep."""
-    recipe, points = sweep.recipe, list[Point]()
+    recipe, points, groups = sweep.recipe, list[Point](), sweep.recipe.seed_groups()
     for model, cost in plan.costs.items():
-        train, branch, group = recipe.train_of(model), recipe.models[model].branch, recipe.first_seed(model)
-        trunk = recipe.first_seed(branch.of) if branch else group
+        train, branch, group = recipe.train_of(model), recipe.models[model].branch, groups[model]
+        trunk = groups[branch.of] if branch else group
         flops = cost.training_flops(train.micro_images or train.lane_images)
         for variant in recipe.evaluate.samplings:
             for images_seen, evaluation in state.evaluated(sweep, model, variant).items():
@@ -161,5 +160,5 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
     failed = {model: why for model in plan.costs if (why := state.ended(sweep, model))}
     return Report(
         sweep=sweep.folder.name, metric=recipe.evaluate.metric, points=points, failed=failed,
-        skipped=state.skipped(sweep), recipe=recipe, vae=state.latents_vae(sweep),
+        skipped=state.skipped(sweep), recipe=recipe, groups=groups, vae=state.latents_vae(sweep),
     )  # fmt: skip
