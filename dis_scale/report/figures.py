@@ -3,6 +3,7 @@
 import io
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from matplotlib import rc_context
@@ -10,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from dis_scale.recipe import MAIN
 from dis_scale.report import fits
 from dis_scale.report.points import Point, Report
 from dis_scale.report.published import PUBLISHED
@@ -58,8 +58,7 @@ def compute_distance(report: Report) -> Figure:
     """
     figure, axes = _axes(report, COMPUTE)
     trained = [p for p in report.main if p.images_seen]
-    for model, points in _by_model(trained).items():
-        _line(axes, report, points, points[0].kind, _shade(report, points[0].model), model, "eflops")
+    _lines(axes, report, trained, "eflops")
     if ended := [p for p in trained if not p.unfinished]:
         hull = fits.lower_hull([p.eflops for p in ended], [report.distance(p) for p in ended])
         best = [ended[i] for i in hull]
@@ -73,27 +72,21 @@ def compute_distance(report: Report) -> Figure:
 
 def compute_loss(report: Report) -> Figure | None:
     """Plot training compute against the held-out loss: a line for each model; None for a sweep that does not measure it."""
-    measured = [p for p in report.means if p.variant == MAIN and p.images_seen and HELD_OUT in p.values]
-    if not measured:
+    loss = replace(report, metric=HELD_OUT, points=[p for p in report.points if HELD_OUT in p.values])
+    trained = [p for p in loss.main if p.images_seen]
+    if not trained:
         return None
-    figure, axes = _axes(report, COMPUTE)
+    figure, axes = _axes(loss, COMPUTE)
     axes.set_ylabel("held-out loss")
-    for model, points in _by_model(measured).items():
-        kind, shade = points[0].kind, _shade(report, points[0].model)
-        axes.plot(
-            [p.eflops for p in points], [p.values[HELD_OUT] for p in points], marker=MARKERS[kind], linestyle=LINES[kind],
-            color=shade, label=model,
-        )  # fmt: skip
-    axes.legend(fontsize=8)
-    return figure
+    _lines(axes, loss, trained, "eflops")
+    return _finish(figure, axes, loss)
 
 
 def distance_images(report: Report) -> Figure:
     """Plot distance over images seen: a line for each model, without the untrained models."""
     figure, axes = _axes(report, "images seen")
     trained = [p for p in report.main if p.images_seen]
-    for model, points in _by_model(trained).items():
-        _line(axes, report, points, points[0].kind, _shade(report, points[0].model), model, "images_seen")
+    _lines(axes, report, trained, "images_seen")
     _name_last(axes, report, trained, "images_seen")
     return _finish(figure, axes, report)
 
@@ -176,10 +169,17 @@ def _finish(figure: Figure, axes: Axes, report: Report) -> Figure:
     return figure
 
 
+def _lines(axes: Axes, report: Report, points: list[Point], along: str) -> None:
+    """Plot a line for each model, and one for the cooled-down points of each trunk."""
+    for model, line in _by_model(points).items():
+        _line(axes, report, line, line[0].kind, _shade(report, line[0].model), model, along)
+
+
 def _line(axes: Axes, report: Report, points: list[Point], kind: str, shade: str, label: str, along: str) -> None:
     """Plot points with their errors, if known, as one line; hollow markers for schedules that have not ended."""
     if points:
-        errors = [float("nan") if (error := report.error(p)) is None else error for p in points]
+        known = [report.error(p) for p in points]
+        errors = [float("nan") if error is None else error for error in known] if any(known) else None
         x, y = [getattr(p, along) for p in points], [report.distance(p) for p in points]
         axes.errorbar(x, y, errors, marker=MARKERS[kind], linestyle=LINES[kind], capsize=2, color=shade, label=label)
         if hollow := [i for i, p in enumerate(points) if p.unfinished]:
