@@ -391,7 +391,6 @@ def sample(
     import torch
 
     from dis_scale.evaluation import adm, pictures
-    from dis_scale.evaluation.pictures import open_for_sampling
     from dis_scale.evaluation.sampling import grid
     from dis_scale.progress import Board
 
@@ -401,7 +400,7 @@ def sample(
         raise UserError(
             f"--checkpoint {checkpoint}: expected a path of this machine: copy the published folder, or mount the store"
         )
-    opened = open_for_sampling(checkpoint, vae, heads)
+    opened = pictures.open_for_sampling(checkpoint, vae, heads)
     for line in opened.notes:
         _print(line)
     images = count or (ADM_SAMPLES if npz else len(of_classes or [0]))

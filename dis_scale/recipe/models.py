@@ -49,7 +49,7 @@ class BackboneSettings(Settings):
     train: ModelTrain = ModelTrain()
     seed: int | None = Field(None, ge=0)
     """Seed of the initial weights and of all that training draws, the order of images included; default: the recipe's.
-    `seeds: 3` stands for three models: this one, and `<name>-seed-1` and `<name>-seed-2` with the next seeds."""
+    `seeds: 3` is short for three models: this one, and `<name>-seed-1` and `<name>-seed-2` with the next seeds."""
     branch: Branch | None = None
     """The training begins at another model's resume point instead of at random weights."""
 

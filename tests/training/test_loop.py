@@ -89,7 +89,7 @@ def test_a_model_is_trained_with_its_own_settings_and_seed(tmp_path: Path) -> No
 
 
 def test_a_cooldown_branch_ends_as_the_complete_training_with_that_schedule(tmp_path: Path) -> None:
-    """The trunk goes on at a constant rate. A branch that was stopped continues from its own resume point."""
+    """The trunk continues at a constant rate. A branch that was stopped continues from its own resume point."""
     model = "models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}"
     settings = [model, "train.workers=1", "train.keep_spaced=0", "train.resume_every_images=400"]
     trunk = reading.load(TINY, [*settings, "train.cooldowns={images: [320], share: 0.3}"])
