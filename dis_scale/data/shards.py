@@ -192,7 +192,8 @@ def put_shard(latents: Folder, number: int, samples: list[Sample], refused: list
     latents.write(f"{shard_name(number)}.tar", data)
     sidecar = {"format": manifest.FORMAT, "count": len(samples), **manifest.digest(data), "refused": refused}
     labels = {str(label): count for label, count in sorted(Counter(s.label for s in samples).items())}
-    latents.write_json(f"{shard_name(number)}.json", sidecar | {"labels": labels, "sums": _sums(samples)})
+    sidecar |= {"labels": labels, "sums": _sums(samples)}
+    manifest.write_sidecar(latents, f"{shard_name(number)}.json", sidecar)
 
 
 def finished(latents: Folder, numbers: range, kind: str = "tar") -> set[int]:
@@ -218,7 +219,7 @@ def clear_strays(latents: Folder, numbers: range) -> list[str]:
 def write_manifest(latents: Folder, numbers: range, facts: dict[str, Any]) -> dict[str, Any]:
     """Write the manifest over all sidecars, as the last file; StorageError if a shard's size is not its sidecar's."""
     shards, sums, refused, labels, sizes = [], [], list[str](), LabelCounts(), latents.sizes()
-    read = in_order(numbers, lambda n: latents.read_json(f"{shard_name(n)}.json"), READS_AT_ONCE)
+    read = in_order(numbers, lambda n: manifest.read_sidecar(latents, f"{shard_name(n)}.json"), READS_AT_ONCE)
     for n, sidecar in zip(numbers, read, strict=True):  # one at a time: up to 100,000 sidecars, each with 1,000 labels
         _require_size(latents, n, sidecar, sizes)
         shards.append({"name": f"{shard_name(n)}.tar", **{k: sidecar[k] for k in ("count", "bytes", "sha256")}})
@@ -248,7 +249,7 @@ def _require_size(latents: Folder, number: int, sidecar: dict[str, Any], sizes: 
 def _sidecar_bytes(latents: Folder, number: int) -> int | None:
     """Size of the shard by its sidecar; None if the sidecar is damaged."""
     try:
-        return int(latents.read_json(f"{shard_name(number)}.json")["bytes"])
+        return int(manifest.read_sidecar(latents, f"{shard_name(number)}.json")["bytes"])
     except StorageAway:
         raise  # the shard may be good
     except (StorageError, KeyError, TypeError):

@@ -24,7 +24,7 @@ from dis_scale.data.shards import (
     shard_positions,
 )
 from dis_scale.data.sources import Source
-from dis_scale.errors import StorageAway, StorageError
+from dis_scale.errors import Damaged, StorageAway, StorageError
 from dis_scale.recipe import LatentShape, Precompute
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
@@ -116,7 +116,7 @@ def put_part(latents: Folder, mixer: MixedOrder, part: EncodedShard) -> None:
         "orders": [mixing.order_hash(run) for run in by_group],
         "runs": [manifest.digest(run) for run in runs],
     }
-    staged.write_json(f"{name}.json", sidecar | {"refused": refused})
+    manifest.write_sidecar(staged, f"{name}.json", sidecar | {"refused": refused})
 
 
 def delete_parts(latents: Folder) -> None:
@@ -151,8 +151,8 @@ def mixed_shards(
             )
     if damaged:
         raise StorageAway(
-            f"{latents / STAGED}: {len(damaged)} of {len(parts)} parts are damaged, the first is {damaged[0]}: one of its runs has "
-            "another hash than its sidecar says"
+            f"{latents / STAGED}: {len(damaged)} of {len(parts)} parts are damaged, the first is {damaged[0]}: one of its runs, or "
+            "its sidecar, has another hash than the sidecar says"
         )
     for number in range(inside.start // shard_images, -(-inside.stop // shard_images)):
         each = samples[number * shard_images - inside.start :][:shard_images]
@@ -160,17 +160,20 @@ def mixed_shards(
 
 
 def _read(staged: Folder, mixer: MixedOrder, part: int, group: int) -> _Run | str:
-    """Return one run of a part; the part's file if the run has another hash than the part's sidecar says, which is deleted."""
+    """Return one run of a part; the part's file if it is damaged, whose sidecar is then deleted: the next attempt encodes it."""
     name = shard_name(part)
     try:
-        sidecar = staged.read_json(f"{name}.json")
+        sidecar = manifest.read_sidecar(staged, f"{name}.json")
         start, expected = sum(run["bytes"] for run in sidecar["runs"][:group]), sidecar["runs"][group]
         data = staged.read(f"{name}.{PART}", start, start + expected["bytes"]) if expected["bytes"] else b""
     except FileNotFoundError as error:
         raise StorageAway(f"{staged}/{name}: gone: another process has finished the set, or deleted it") from error
+    except Damaged:
+        staged.delete(f"{name}.json")
+        return f"{name}.{PART}"
     entries = mixer.runs(part)[group]
     if (manifest.digest(data), mixing.order_hash(entries)) != (expected, sidecar["orders"][group]):
-        staged.delete(f"{name}.json")  # the part counts as missing, and the next attempt encodes it
+        staged.delete(f"{name}.json")
         return f"{name}.{PART}"
     return _Run(
         entries,

@@ -84,6 +84,23 @@ def read_all(folder: Folder, manifest: dict[str, Any], use: Callable[[str, bytes
         pass
 
 
+def write_sidecar(folder: Folder, name: str, facts: dict[str, Any]) -> None:
+    """Write the facts of one file of a set, with their own hash: no manifest has it before the set is complete."""
+    folder.write_json(name, facts | {"facts_sha256": _facts_hash(facts)})
+
+
+def read_sidecar(folder: Folder, name: str) -> dict[str, Any]:
+    """Return the facts; Damaged if they differ from their hash. Those of an earlier version have none."""
+    facts: dict[str, Any] = folder.read_json(name, "format")
+    if facts.pop("facts_sha256", None) not in (None, _facts_hash(facts)):
+        raise Damaged(f"{folder}/{name}: damaged: its facts have another sha256 than it says")
+    return facts
+
+
+def _facts_hash(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def verified(folder: Folder, name: str, expected: dict[str, Any]) -> bytes:
     """Return one file after comparing it with its `digest`; Damaged names a missing, short or damaged one."""
     try:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dis_scale.data import shards
 from dis_scale.data.latents import Latents, micro_batch, prefetch
@@ -81,6 +83,19 @@ def test_finished_shards_exclude_damaged_and_incomplete_ones(store_url: str) -> 
     assert shards.finished(at, range(4)) == {0}
 
 
+@settings(max_examples=100, deadline=None)
+@given(at=st.integers(0), bit=st.integers(0, 7))
+def test_no_flipped_bit_of_a_sidecar_passes(tmp_path_factory: pytest.TempPathFactory, at: int, bit: int) -> None:
+    """Most of its bytes are digits of sums, with which it would still be JSON."""
+    folder = open_folder(tmp_path_factory.mktemp("set"))
+    shards.put_shard(folder, 0, samples(0, 3), [])
+    intact, data = manifest.read_sidecar(folder, "000000.json"), bytearray(folder.read("000000.json"))
+    data[at % len(data)] ^= 1 << bit
+    folder.write("000000.json", bytes(data))
+    if shards.finished(folder, range(1)):
+        assert {key: manifest.read_sidecar(folder, "000000.json")[key] for key in intact} == intact
+
+
 def test_statistics_merge_to_those_of_all_samples(tmp_path: Path) -> None:
     make(open_folder(tmp_path), [4, 7, 2])
     facts = manifest.require(open_folder(tmp_path))
@@ -103,7 +118,7 @@ def test_sets_without_the_posteriors_variance_are_normalised_by_the_vae_only(tmp
     """A sidecar of an earlier version lacks it: the set is complete, and refused for `channels`."""
     at = make(open_folder(tmp_path), [4, 7, 2])
     sidecar = at.read_json("000001.json")
-    del sidecar["sums"]["variance"]
+    del sidecar["sums"]["variance"], sidecar["facts_sha256"]
     at.write_json("000001.json", sidecar)
     before = manifest.require(at)
     keys = ("vae", "scale", "shift", "latent", "num_classes")

@@ -249,6 +249,18 @@ def test_all_damaged_parts_are_found_at_once(small: Sweep, monkeypatch: pytest.M
     assert shards.finished(staged, range(10), staging.PART) == set(range(10)) - read
 
 
+def test_a_part_with_a_damaged_sidecar_is_made_again(small: Sweep) -> None:
+    """It is JSON, and its runs are intact: a refused image more would move those after it."""
+    latents, source, encoding = _parts(small)
+    Encoder(small, "cpu").encode(latents, encoding, Dealer(list(range(10))).next)
+    staged = latents / STAGED
+    staged.write_json("000003.json", staged.read_json("000003.json") | {"refused": [staging.READS_AT_ONCE]})
+    mixer = MixedOrder.of(source, small.recipe.precompute, encoding)
+    with pytest.raises(StorageAway, match=r"1 of 10 parts are damaged, the first is 000003.bin"):
+        list(staging.mixed_shards(latents, source, mixer, 0))
+    assert shards.finished(staged, range(10), staging.PART) == set(range(10)) - {3}
+
+
 def _parts(sweep: Sweep) -> tuple[Folder, Any, Any]:
     encoding = Encoder(sweep, "cpu").encoding()
     return shards.latents_folder(sweep, encoding.vae), open_source(sweep.recipe.data, sweep.store), encoding
