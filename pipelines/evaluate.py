@@ -45,7 +45,7 @@ class Evaluation:
 
     sweep: Sweep
     evaluators: Any
-    """Has `sample` and `held_out`: `RayEvaluators`."""
+    """Has `sample`, `floor` and `held_out`: `RayEvaluators`."""
     references: dict[str, "Reference"]
     samplings: dict[str, Evaluate]
     labels: np.ndarray
@@ -53,7 +53,7 @@ class Evaluation:
     def evaluate(self, sampled: Sampled) -> dict[str, float]:
         """Sample what is missing of one published checkpoint; write its grid and, last, its metrics; return them."""
         folder, settings = self.sweep.evaluation(sampled), self.samplings[sampled.variant]
-        left = [b for b in range(block_count(settings)) if not _block_kept(folder, b)]
+        left = [b for b in range(block_count(settings)) if not _kept(folder, b, _parse)]
         spent = self.evaluators.sample(sampled, settings, left)
         stage.raise_if_stopped()
         values = self._held_out(sampled)
@@ -72,6 +72,23 @@ class Evaluation:
         folder.delete(SKIPPED)
         mlflow_copy.copy_evaluation(self.sweep, sampled)
         return values
+
+    def floor(self) -> None:
+        """Measure what is missing of the floor; write its metrics last."""
+        from dis_scale.data.sources import open_source
+        from dis_scale.evaluation import floor
+
+        recipe, folder = self.sweep.recipe, self.sweep.floor
+        images = len(floor.chosen_images(recipe.evaluate.samples, len(open_source(recipe.data, self.sweep.store))))
+        floor.require_enough(images, self.references)
+        numbers = range(-(-images // recipe.evaluate.block_images))
+        self.evaluators.floor([b for b in numbers if not _kept(folder, b, floor.from_bytes)])
+        stage.raise_if_stopped()
+        blocks = (floor.from_bytes(folder.read(block_name(b)), f"{folder}/{block_name(b)}") for b in numbers)
+        values = floor.measure_floor(blocks, self.references, recipe.evaluate, images)
+        facts = {"format": manifest.FORMAT, "images": images, "time": time.time(), "metrics": ["distance"]}
+        folder.write_json(METRICS, facts | {"values": values})
+        lines.say(f"floor: {'; '.join(f'{kind}: {_values(each)}' for kind, each in values.items())}")
 
     def _held_out(self, sampled: Sampled) -> dict[str, float]:
         """The held-out loss; empty for a variant, since it is measured once per checkpoint, under the main settings."""
@@ -194,7 +211,8 @@ def stored_blocks(sweep: Sweep) -> int:
         for variant, settings in samplings.items()
     ]
     names = in_order(left, lambda sampled: sweep.evaluation(sampled).list(), state.AT_ONCE)
-    return sum(finished) + sum(name.startswith("block-") for each in names for name in each)
+    blocks = sum(name.startswith("block-") for each in names for name in each)
+    return sum(finished) + blocks + len(sweep.floor.list())
 
 
 def evaluate_all(
@@ -209,6 +227,8 @@ def evaluate_all(
         lines.say(f"{sampled}: measured again from its blocks: {why}")
         evaluate_one(evaluation, sampled, skipped)
     _copy_earlier(sweep)
+    if sweep.recipe.evaluate.floor and state.floor(sweep) is None:
+        measure_floor(evaluation)
 
     backlog = state.Backlog(sweep, tuple(sweep.recipe.models))
 
@@ -289,9 +309,22 @@ def evaluate_one(evaluation: Evaluation, sampled: Sampled, skipped: set[Sampled]
     lines.say(_shown(sampled, values))
 
 
+def measure_floor(evaluation: Evaluation) -> None:
+    """Measure the floor; log why if it cannot be measured. The next run tries again."""
+    try:
+        evaluation.floor()
+    except (OutOfMemory, Preempted, StorageAway, StorageFull, WorkerFailure):
+        raise
+    except DisScaleError as error:
+        lines.say(f"floor: not measured: {stage.cause_of(error)}", level="warning")
+
+
 def _shown(sampled: Sampled, values: dict[str, float]) -> str:
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name)
-    return f"{sampled}: {shown}"
+    return f"{sampled}: {_values(values)}"
+
+
+def _values(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name)
 
 
 def _facts(sampled: Sampled, settings: Evaluate) -> dict[str, Any]:
@@ -322,18 +355,22 @@ def block_count(settings: Evaluate) -> int:
 
 
 def _read_block(folder: Folder, block: int) -> "SampleBlock":
+    return _parse(folder.read(block_name(block)), f"{folder}/{block_name(block)}")
+
+
+def _parse(data: bytes, where: str) -> "SampleBlock":
     from dis_scale.evaluation.sampling import SampleBlock
 
-    return SampleBlock.from_bytes(folder.read(block_name(block)), f"{folder}/{block_name(block)}")
+    return SampleBlock.from_bytes(data, where)
 
 
-def _block_kept(folder: Folder, block: int) -> bool:
-    """Whether an earlier evaluation left this block complete; a damaged one is logged and sampled again."""
+def _kept(folder: Folder, block: int, parse: Callable[[bytes, str], Any]) -> bool:
+    """Whether an earlier evaluation left this block complete; a damaged one is logged and made again."""
     try:
-        _read_block(folder, block)
+        parse(folder.read(block_name(block)), f"{folder}/{block_name(block)}")
     except FileNotFoundError:
         return False
     except StorageError as error:
-        lines.say(f"sampled again: {error}")
+        lines.say(f"made again: {error}")
         return False
     return True

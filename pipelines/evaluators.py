@@ -73,6 +73,22 @@ class Evaluator(Worker):
                 images += len(block.right)
             return {part: s - before[part] for part, s in self.sampler.seconds.items()} | {"images": images}
 
+    def floor(self, deal: Deal) -> None:
+        """Measure and keep the blocks of real images that `deal` names."""
+        from dis_scale.data.encode import compute_exactly
+        from dis_scale.data.sources import open_source
+        from dis_scale.evaluation import floor
+
+        with self._sampling:
+            compute_exactly()
+            source = open_source(self.sweep.recipe.data, self.sweep.store)
+            for number in iter(deal, None):
+                if self.stop_requested():
+                    break
+                block = floor.make_block(self.sampler, source, number)
+                self.sweep.floor.write(block_name(number), floor.to_bytes(block))
+                self.report(self._done + 1)
+
     def held_out(self, sampled: Sampled) -> dict[str, float]:
         """Return the loss on the images that training never saw."""
         from dis_scale import diffusion
@@ -114,7 +130,15 @@ class RayEvaluators:
                 self._workers[number] = spawn(Evaluator, request, self.sweep, self.device, shared_gpu)
 
     def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[dict[str, float]]:
-        """Let the evaluators share the blocks. If one fails, raise its failure; the others stop after their current block."""
+        """Let the evaluators share the blocks of a checkpoint; return what each spent."""
+        return self._share("sample", (sampled, settings), blocks)
+
+    def floor(self, blocks: list[int]) -> None:
+        """Let the evaluators share the blocks of the floor."""
+        self._share("floor", (), blocks)
+
+    def _share(self, method: str, arguments: tuple[Any, ...], blocks: list[int]) -> list[Any]:
+        """Let the evaluators share blocks. If one fails, raise its failure; the others stop after their current block."""
         self.spawn()
         before, workers = self._workers, list(self._workers.values())
         self._workers = {}
@@ -124,9 +148,9 @@ class RayEvaluators:
             self.report(sum(self._blocks.values()))
 
         try:
-            living, spent, failure = share(workers, "sample", (sampled, settings), blocks, count)
+            living, spent, failure = share(workers, method, arguments, blocks, count)
         except ray.exceptions.RayTaskError:
-            self._workers = before  # the checkpoint is to blame
+            self._workers = before  # the checkpoint, or an image, is to blame
             raise
         self._workers = {number: each for number, each in before.items() if each in living}
         if failure:

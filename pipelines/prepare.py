@@ -96,10 +96,8 @@ class Preparer(Worker):
 
         recipe = sweep.recipe
         reference.prepare(sweep, _source(sweep), self._extractors(sweep, device), self._progress(), self.log)
-        floor = reference.load_all(sweep)[recipe.evaluate.extractor.name].floor
-        if floor is None:
-            return f"reference: {recipe.evaluate.reference}"
-        return f"reference: {recipe.evaluate.metric} between two halves of the real images is {floor:.3g}"
+        pooled = reference.load_all(sweep)[recipe.evaluate.extractor.name].pooled
+        return f"reference: {recipe.evaluate.reference or f'{pooled.count:,} images'}"
 
     def _pixels(self, sweep: Sweep) -> Any:
         from dis_scale import small_nets

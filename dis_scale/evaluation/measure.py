@@ -27,7 +27,7 @@ def measure_blocks(
 ) -> dict[str, float]:
     """Return metrics by name: the Frechet distance of each extractor, and the others that `settings.metrics` names.
 
-    `<name>_error` is added if it can be estimated, `<distance>_floor` if the reference has one.
+    `<name>_error` is added if it can be estimated.
 
     `blocks` are all blocks of one evaluation, in order. With a judge, `class_accuracy` is included. StorageError if a block lacks
     an extractor or has features of other weights than the reference; DisScaleError for too few samples or features that are not
@@ -95,15 +95,13 @@ class _Pass:
             self._kept.append(features.pooled)
 
     def by_name(self) -> dict[str, float]:
-        """Return the metrics by name, with errors and the floor."""
+        """Return the metrics by name, with errors."""
         values: dict[str, float] = {}
         for stem, value, error in self._metrics():
             metric = self._settings.metric_name(stem, self.name)
             values[metric] = value
             if error is not None:
                 values[f"{metric}_error"] = error
-        if self._reference.floor is not None:
-            values[f"{self._settings.metric_name('fid', self.name)}_floor"] = self._reference.floor
         return values
 
     def _metrics(self) -> Iterator[MetricValue]:

@@ -69,6 +69,14 @@ class Sums:
         sums.count, sums._sum, sums._outer = int(arrays["count"]), arrays["sum"], arrays["outer"]
         return sums
 
+    @classmethod
+    def of(cls, statistics: MeanCovariance) -> "Sums":
+        """Return the sums that have this mean and covariance."""
+        sums, n, mean = cls(), statistics.count, statistics.mean
+        sums.count, sums._sum = n, n * mean
+        sums._outer = (n - 1) * statistics.covariance + n * np.outer(mean, mean)
+        return sums
+
     def mean_covariance(self) -> MeanCovariance:
         """Return mean and covariance; DisScaleError if there are too few samples."""
         if self.count < 2:
@@ -139,9 +147,17 @@ class Groups:
         require_samples(statistics.count, len(statistics.mean))
         if not has_error(statistics.count, len(statistics.mean)):
             return frechet(statistics), None
-        left_out = np.array([frechet(total.without(group).mean_covariance()) for group in self._groups])
-        variance = (FOLDS - 1) / FOLDS * ((left_out - left_out.mean()) ** 2).sum()
-        return frechet(statistics), float(np.sqrt(variance))
+        return frechet(statistics), jackknife_error(self.left_out(frechet))
+
+    def left_out(self, frechet: Frechet) -> np.ndarray:
+        """Return the distances (FOLDS) of the samples without each group."""
+        total = self.total()
+        return np.array([frechet(total.without(group).mean_covariance()) for group in self._groups])
+
+
+def jackknife_error(left_out: np.ndarray) -> float:
+    """Return the standard error of a value from its values without each group."""
+    return float(np.sqrt((FOLDS - 1) / FOLDS * ((left_out - left_out.mean()) ** 2).sum()))
 
 
 def require_finite(features_ND: np.ndarray, first: int) -> None:

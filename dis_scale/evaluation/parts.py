@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from dis_scale import seeds
-from dis_scale.data.mixing import permutation
 from dis_scale.data.sources import Source, select_decodable
 from dis_scale.errors import StorageError
 from dis_scale.evaluation import npz
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor, Features
-from dis_scale.evaluation.metrics import Sums, require_finite
+from dis_scale.evaluation.metrics import Sums
 from dis_scale.progress import ReportDone
 from dis_scale.recipe import Data
 from dis_scale.sweep import Sweep
@@ -30,25 +29,19 @@ FILES = 8, 32
 
 
 class Statistics:
-    """Sums over the images at even and at odd places of the mixed order, spatial sums, and the features of some images."""
+    """Sums over the images, spatial sums, and the features of some images."""
 
     def __init__(self) -> None:
-        self.halves, self.spatial, self._kept = (Sums(), Sums()), Sums(), list[np.ndarray]()
-
-    @property
-    def count(self) -> int:
-        return sum(half.count for half in self.halves)
+        self.pooled, self.spatial, self._kept = Sums(), Sums(), list[np.ndarray]()
 
     @property
     def kept(self) -> np.ndarray:
         """Features (M, d), float32."""
         return np.concatenate(self._kept) if self._kept else np.zeros((0, 0), np.float32)
 
-    def add(self, batch: Features, odd_B: np.ndarray, kept_B: np.ndarray) -> None:
-        """Add features of images; say which of them are at odd places, and whose features are kept."""
-        require_finite(batch.pooled, self.count)
-        for half, chosen_B in zip(self.halves, (~odd_B, odd_B), strict=True):
-            half.add(batch.pooled[chosen_B])
+    def add(self, batch: Features, kept_B: np.ndarray) -> None:
+        """Add features of images, of which some are kept."""
+        self.pooled.add(batch.pooled)
         if batch.spatial is not None:
             self.spatial.add(batch.spatial)
         self._kept.append(batch.pooled[kept_B])
@@ -56,14 +49,13 @@ class Statistics:
     def merge(self, after: "Statistics") -> "Statistics":
         """Return the statistics of both sets; the images of `after` follow this set's."""
         both = Statistics()
-        both.halves = self.halves[0].merge(after.halves[0]), self.halves[1].merge(after.halves[1])
-        both.spatial = self.spatial.merge(after.spatial)
+        both.pooled, both.spatial = self.pooled.merge(after.pooled), self.spatial.merge(after.spatial)
         both._kept = self._kept + after._kept
         return both
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return all values, under the names of a part's file."""
-        sums = {"even": self.halves[0], "odd": self.halves[1], "spatial": self.spatial}
+        sums = {"pooled": self.pooled, "spatial": self.spatial}
         values = {f"{end}_{name}": array for end, each in sums.items() for name, array in each.arrays().items()}
         return values | ({"kept": self.kept} if self._kept else {})
 
@@ -73,7 +65,7 @@ class Statistics:
             return Sums.from_arrays({name: z[f"{end}_{name}"] for name in ("count", "sum", "outer")})
 
         statistics = cls()
-        statistics.halves, statistics.spatial = (sums("even"), sums("odd")), sums("spatial")
+        statistics.pooled, statistics.spatial = sums("pooled"), sums("spatial")
         statistics._kept = [z["kept"]] if "kept" in z else []
         return statistics
 
@@ -118,23 +110,11 @@ def compute(
     statistics = {e.name: Statistics() for e in extractors}
     keep = np.zeros(len(source), bool)
     keep[choose_kept(len(source))] = True
-    odd = odd_places(source)
     for batch in batched(_images(source, data, positions, report), 2 * BATCH_IMAGES):
         pixels, chosen = np.stack([image for _, image in batch]), [i for i, _ in batch]
         for extractor in extractors:
-            statistics[extractor.name].add(extractor(pixels), odd[chosen], keep[chosen])
+            statistics[extractor.name].add(extractor(pixels), keep[chosen])
     return statistics
-
-
-def odd_places(source: Source) -> np.ndarray:
-    """Return for each position whether its image is at an odd place of the mixed order.
-
-    Even and odd positions of a tar would have the classes in equal shares: a smaller distance than that of two random halves.
-    """
-    odd = np.arange(len(source)) % 2 == 1
-    if not source.mixed:
-        odd[permutation(len(source))] = odd.copy()
-    return odd
 
 
 def choose_kept(count: int) -> np.ndarray:
@@ -170,7 +150,7 @@ def _load(
 def _facts(sweep: Sweep, source: Source, extractor: Extractor, number: int) -> dict[str, str]:
     """Return the inputs of a part, which are stored with it."""
     positions, listing = part_positions(number, len(source)), source.listing.facts["sha256"]
-    part = {"listing": listing, "positions": f"{positions.start} to {positions.stop}", "halves": "places"}
+    part = {"listing": listing, "positions": f"{positions.start} to {positions.stop}", "sums": "all images"}
     return reference_facts(sweep, extractor.name, extractor.identity) | part
 
 

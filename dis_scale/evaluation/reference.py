@@ -15,7 +15,7 @@ from dis_scale.errors import StorageError
 from dis_scale.evaluation import npz, parts
 from dis_scale.evaluation.adm import open_reference
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor
-from dis_scale.evaluation.metrics import MeanCovariance, frechet, require_infinity, require_samples
+from dis_scale.evaluation.metrics import MeanCovariance, require_infinity, require_samples
 from dis_scale.progress import ReportDone
 from dis_scale.recipe import Recipe
 from dis_scale.recipe.evaluate import KID_SUBSET_IMAGES
@@ -26,21 +26,17 @@ from dis_scale.sweep.state import references_missing
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics of the real images under one extractor; `identity` is the hash of its weights.
-
-    `floor` is the distance between two halves of the images; an ADM reference has none.
-    """
+    """Statistics of the real images under one extractor; `identity` is the hash of its weights."""
 
     identity: str
     pooled: MeanCovariance
     spatial: MeanCovariance | None = None
     kept: np.ndarray | None = None
     """Features (M, d) of up to `parts.KEPT` images, float32."""
-    floor: float | None = None
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return what is known, under the names of the stored file."""
-        values: dict[str, Any] = {"kept": self.kept, "floor": self.floor}
+        values: dict[str, Any] = {"kept": self.kept}
         for end, statistics in (("", self.pooled), ("_s", self.spatial)):
             if statistics:
                 values |= {
@@ -52,17 +48,14 @@ class Reference:
 
     @classmethod
     def of(cls, identity: str, statistics: parts.Statistics) -> "Reference":
-        even, odd = (half.mean_covariance() for half in statistics.halves)
         spatial = statistics.spatial.mean_covariance() if statistics.spatial.count else None
-        pooled = statistics.halves[0].merge(statistics.halves[1]).mean_covariance()
-        return cls(identity, pooled, spatial, statistics.kept, frechet(even, odd))
+        return cls(identity, statistics.pooled.mean_covariance(), spatial, statistics.kept)
 
     @classmethod
     def from_arrays(cls, z: Mapping[str, np.ndarray]) -> "Reference":
         spatial = MeanCovariance(int(z["count_s"]), z["mu_s"], z["sigma_s"]) if "mu_s" in z else None
-        floor = float(z["floor"]) if "floor" in z else None
         pooled = MeanCovariance(int(z["count"]), z["mu"], z["sigma"])
-        return cls(str(z["weights"]), pooled, spatial, z.get("kept"), floor)
+        return cls(str(z["weights"]), pooled, spatial, z.get("kept"))
 
 
 def prepare(

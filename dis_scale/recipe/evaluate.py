@@ -114,6 +114,9 @@ class Evaluate(Settings):
     """Samples of a block: the unit of work of one worker, which is kept."""
     batch_images: Count = 50
     """Samples generated, decoded and measured together, within a block."""
+    floor: bool = runtime(True)
+    """Measure also as many real images, which the reference then lacks, and the autoencoder's reconstructions of them: the least
+    that a model can reach."""
     workers: Count = runtime(1)
     gpu_share: Annotated[float, Field(gt=0, lt=1)] | None = runtime(None)
     """Fraction of a GPU's memory for an evaluator beside training, if training leaves it no GPU; default: evaluation waits."""

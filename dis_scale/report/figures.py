@@ -18,6 +18,8 @@ from dis_scale.report.published import PUBLISHED
 MARKERS = {"dis": "o", "diffussm": "^", "dit": "s"}
 LINES = {"dis": "-", "diffussm": "-.", "dit": "--"}
 PUBLISHED_MARKERS = {"DiT": "1", "SiT": "2", "DiG": "3"}
+FLOOR_LINES = ":", (0, (5, 3))
+"""Lines of the real images and of their reconstructions."""
 HELD_OUT = "held_out_loss"
 COMPUTE = "training compute (EFLOP, two operations a multiply-add)"
 GFLOPS = "Gflops (multiply-adds, DiT's convention)"
@@ -72,7 +74,7 @@ def compute_distance(report: Report) -> Figure:
 
 def compute_loss(report: Report) -> Figure | None:
     """Plot training compute against the held-out loss: a line for each model; None for a sweep that does not measure it."""
-    loss = replace(report, metric=HELD_OUT, points=[p for p in report.points if HELD_OUT in p.values])
+    loss = replace(report, metric=HELD_OUT, points=[p for p in report.points if HELD_OUT in p.values], floors=[])
     trained = [p for p in loss.main if p.images_seen]
     if not trained:
         return None
@@ -153,20 +155,27 @@ def _axes(report: Report, xlabel: str) -> tuple[Figure, Axes]:
 
 
 def _finish(figure: Figure, axes: Axes, report: Report) -> Figure:
-    """Add the floor, the limits and the legend."""
-    if report.floor is not None:
-        axes.axhline(report.floor, linestyle=":", color="black", linewidth=1)
-        axes.annotate(
-            "two halves of the real images", (0.99, report.floor), xycoords=("axes fraction", "data"),
-            ha="right", va="bottom", fontsize=8,
-        )  # fmt: skip
-    for axis in (axes.xaxis, axes.yaxis):
-        low, high = axis.get_data_interval()
-        if 0 < low <= high < 1.5 * low:  # almost one value: widen the axis
-            axis.set_view_interval(low / 2, high * 2, ignore=True)
+    """Add the limits, the floors and the legend."""
+    _widen(axes, [each.distance for each in report.floors])
+    for (text, distance, error), line, side in zip(report.floors, FLOOR_LINES, ("top", "bottom"), strict=False):
+        axes.axhline(distance, linestyle=line, color="black", linewidth=1)
+        if error is not None:
+            axes.axhspan(max(distance - error, distance / 2), distance + error, color="black", alpha=0.12, linewidth=0)
+        axes.annotate(text, (0.99, distance), xycoords=("axes fraction", "data"), ha="right", va=side, fontsize=8)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
     return figure
+
+
+def _widen(axes: Axes, floors: list[float]) -> None:
+    """Widen an axis of almost one value, before anything asks for the view: matplotlib would compute it, with a warning."""
+    x, y = _ends(axes.xaxis.get_data_interval()), _ends([*axes.yaxis.get_data_interval(), *floors])
+    if 0 < x[0] <= x[1] < 1.5 * x[0]:
+        axes.autoscale(enable=False, axis="x")
+        axes.set_xlim(x[0] / 2, x[1] * 2)
+    if 0 < y[0] <= y[1] < 1.5 * y[0]:
+        axes.autoscale(enable=False, axis="y")
+        axes.set_ylim(y[0] / 2, y[1] * 2)
 
 
 def _lines(axes: Axes, report: Report, points: list[Point], along: str) -> None:

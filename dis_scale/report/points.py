@@ -5,7 +5,7 @@ import statistics
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dis_scale.recipe import MAIN, Recipe
 from dis_scale.sweep import Sampled, Sweep, state
@@ -52,6 +52,14 @@ class Point:
         return self.cost.gmacs_forward
 
 
+class Floor(NamedTuple):
+    """A distance that no model is expected to undercut, with its standard error, if any."""
+
+    words: str
+    distance: float
+    error: float | None
+
+
 @dataclass(frozen=True)
 class Report:
     """All points of a sweep under one metric; `failed` and `skipped` hold the reasons for missing points."""
@@ -66,6 +74,8 @@ class Report:
     """The group of each model."""
     vae: str | None
     """Identity of the VAE that made the latents, None without latents."""
+    floors: list[Floor]
+    """Of real images, then of their reconstructions; empty if they are not measured."""
 
     @property
     def main(self) -> list[Point]:
@@ -99,11 +109,6 @@ class Report:
     def samplings(self) -> dict[str, Point]:
         """One point of each sampling, by the variant's name."""
         return {p.variant: p for p in self.points}
-
-    @property
-    def floor(self) -> float | None:
-        """Distance between two halves of the real images; None if unknown."""
-        return self.points[0].values.get(f"{self.metric}_floor") if self.points else None
 
     def distance(self, point: Point) -> float:
         return point.values[self.metric]
@@ -148,11 +153,12 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
         flops = cost.training_flops(train.micro_images or train.lane_images)
         for variant in recipe.evaluate.samplings:
             for images_seen, evaluation in state.evaluated(sweep, model, variant).items():
+                values = {name: value for name, value in evaluation["values"].items() if not name.endswith("_floor")}
                 facts = {"labels": "balanced"} | {k: v for k, v in evaluation.items() if k not in ("values", "format")}
                 kind = recipe.models[model].kind
                 point = Point(
                     model=model, kind=kind, variant=variant, images_seen=images_seen, cost=cost,
-                    values=evaluation["values"], facts=facts, goodput=facts.pop(GOODPUT, None), group=group, trunk=trunk,
+                    values=values, facts=facts, goodput=facts.pop(GOODPUT, None), group=group, trunk=trunk,
                     eflops=flops * images_seen / 1e18, unfinished=train.decay != "none" and images_seen < train.images,
                     start_share=start_share(train, images_seen),
                 )  # fmt: skip
@@ -160,5 +166,16 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
     failed = {model: why for model in plan.costs if (why := state.ended(sweep, model))}
     return Report(
         sweep=sweep.folder.name, metric=recipe.evaluate.metric, points=points, failed=failed,
-        skipped=state.skipped(sweep), recipe=recipe, groups=groups, vae=state.latents_vae(sweep),
+        skipped=state.skipped(sweep), recipe=recipe, groups=groups, vae=state.latents_vae(sweep), floors=_floors(sweep),
     )  # fmt: skip
+
+
+def _floors(sweep: Sweep) -> list[Floor]:
+    """Return the floors under the main metric."""
+    settings, floor = sweep.recipe.evaluate, state.floor(sweep)
+    if not floor:
+        return []
+    which = "of the source" if settings.reference else "held out of the reference"
+    words = {"real": f"{settings.samples:,} real images {which}", "reconstructed": "their reconstructions by the VAE"}
+    every = [(words[kind], values, settings.metric) for kind, values in floor["values"].items() if kind in words]
+    return [Floor(text, v[metric], v.get(f"{metric}_error")) for text, v, metric in every if metric in v]

@@ -96,9 +96,7 @@ def notes(report: Report) -> list[str]:
             f"guidance {facts['guidance']}{of}{within}{average}, {facts['precision']}{drawn}"
         )
     lines += dict.fromkeys(note for p in report.points for note in p.facts.get("notes", ()))
-    if report.floor is not None:
-        lines.append(f"floor (two halves of the real images): {report.floor:.4g}")
-    return lines
+    return lines + [f"floor: {text}: {with_error(distance, error)}" for text, distance, error in report.floors]
 
 
 def missing(report: Report) -> list[str]:

@@ -176,6 +176,11 @@ class Sweep:
         return self.references / "parts"
 
     @property
+    def floor(self) -> Folder:
+        """Distances of real images and of their reconstructions, with their blocks."""
+        return self.folder / "floor"
+
+    @property
     def store(self) -> Folder:
         """Storage root that the sweep shares with others: latents and listings are below it."""
         return store_of(self.folder)

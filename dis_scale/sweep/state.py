@@ -308,6 +308,11 @@ def find_metrics(folder: Folder) -> dict[str, Any] | None:
         return None
 
 
+def floor(sweep: Sweep) -> dict[str, Any] | None:
+    """Return the metrics file of the floor; None if it is missing or damaged."""
+    return find_metrics(sweep.floor) if sweep.floor.exists(METRICS) else None
+
+
 def evaluations_left(sweep: Sweep, models: Iterable[str] | None = None) -> list[Sampled]:
     """Return what is published and not evaluated: main settings before variants, then by images in the recipe's order."""
     return Backlog(sweep, tuple(sweep.recipe.models if models is None else models)).left()

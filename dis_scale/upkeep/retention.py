@@ -37,6 +37,7 @@ def find_unneeded(sweep: Sweep) -> list[Unneeded]:
     outdated, models = state.outdated(sweep), sweep.recipe.models
     finished = [each for model in models for each in state.measured(sweep, model)]
     samples = [sweep.evaluation(each) for each in finished if each not in outdated]
+    samples += [sweep.floor] if state.floor(sweep) else []
     leases = [sweep.run(model).lease for model in models]
     leases += [sweep.lease(name) for name in sweep.leases.folders()]
     trained = [sweep.run(model).bad_steps for model in models if state.trained(sweep, model)]

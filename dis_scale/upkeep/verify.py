@@ -10,7 +10,7 @@ from dis_scale.progress import ReportShare
 from dis_scale.recipe import TrainedVae
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import LATENTS, TRACKING, Sweep, state
+from dis_scale.sweep import LATENTS, METRICS, TRACKING, Sweep, state
 from dis_scale.threads import in_order
 
 
@@ -77,6 +77,8 @@ def _checks(sweep: Sweep) -> Iterator[Check]:
             yield from _files(run.published_at(count), _LOST, expected=True)
         for sampled in state.measured(sweep, model):
             yield from _evaluation(sweep.evaluation(sampled))
+    if sweep.floor.exists(METRICS):
+        yield from _evaluation(sweep.floor)
     if sweep.folder.exists(TRACKING):
         yield Check(partial(sweep.folder.read_json, TRACKING), f"delete it: {_NEXT_RUN}")
 

@@ -61,9 +61,9 @@ def blocks(sizes: list[int], **by_name: Features) -> list[SampleBlock]:
     return [SampleBlock({n: p[i] for n, p in parts.items()}, right[:size], pictures) for i, size in enumerate(sizes)]
 
 
-def reference(features: Features, floor: float | None = 0.5) -> Reference:
+def reference(features: Features) -> Reference:
     spatial = None if features.spatial is None else fit(features.spatial)
-    return Reference("seeded", fit(features.pooled), spatial, features.pooled, floor)
+    return Reference("seeded", fit(features.pooled), spatial, features.pooled)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_each_metric_has_its_name_its_value_and_its_error(images: tuple[Features
     assert generated.spatial is not None
     assert real.spatial is not None
     expected = {
-        "fid_1200": target(fit(pooled)), "fid_1200_floor": 0.5, "sfid_1200": frechet(fit(real.spatial), fit(generated.spatial)),
+        "fid_1200": target(fit(pooled)), "sfid_1200": frechet(fit(real.spatial), fit(generated.spatial)),
         "kid_1200": kernel.kid(pooled, kept), "precision_1200": precision[0], "recall_1200": precision[1],
         "precision_1200_error": np.sqrt(precision[0] * (1 - precision[0]) / 1200),
         "fid_infinity_1200": limit, "fid_infinity_1200_error": limit_error,
@@ -125,11 +125,11 @@ def test_two_extractors_in_one_pass_each_under_its_name() -> None:
     script = TorchScriptExtractor(kind="torchscript", name="dino", path="none")
     settings = evaluate(samples=2000, also=(script,), metrics=("distance", "precision_recall"))
     generated = {"digits": seen(2000, 0, shift=0.2), "dino": seen(2000, 2, d=4, shift=1.0)}
-    real = {"digits": reference(seen(900, 1)), "dino": reference(seen(900, 3, d=4), floor=None)}
+    real = {"digits": reference(seen(900, 1)), "dino": reference(seen(900, 3, d=4))}
     values = measure_blocks(blocks([1000, 1000], **generated), real, settings)
     assert values["fd_dino_2k"] == pytest.approx(frechet(real["dino"].pooled, fit(generated["dino"].pooled)), rel=1e-9)
     assert values.keys() == {
-        "fd_digits_2k", "fd_digits_2k_error", "fd_digits_2k_floor", "precision_digits_2k", "precision_digits_2k_error",
+        "fd_digits_2k", "fd_digits_2k_error", "precision_digits_2k", "precision_digits_2k_error",
         "recall_digits_2k", "fd_dino_2k", "fd_dino_2k_error", "precision_dino_2k", "precision_dino_2k_error", "recall_dino_2k",
     }  # fmt: skip
 

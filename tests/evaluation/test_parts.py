@@ -1,7 +1,6 @@
 """Statistics in parts: equal bytes for any number of workers, and only missing or damaged parts are computed again."""
 
 import copy
-import io
 import threading
 import time
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from dis_scale.data.sources import Source, open_source
 from dis_scale.errors import DisScaleError, UndecodableImage
 from dis_scale.evaluation import parts, reference
 from dis_scale.evaluation.features import Extractor, load_extractors
-from dis_scale.evaluation.metrics import fit, frechet
 from dis_scale.recipe import reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.storage.programs import hash_of
@@ -28,7 +26,6 @@ from pipelines.prepare import Preparer
 from pipelines.sharing import Dealer
 from tests.conftest import TINY
 from tests.evaluation.test_reference import Pixels, pixels, script, with_scripts
-from tests.support.labelled_images import data, tar
 
 PART = 300
 
@@ -117,7 +114,6 @@ def test_parts_give_the_statistics_of_one_pass(sweep: Sweep, source: Source) -> 
         )
         np.testing.assert_allclose(ours.pooled.mean, features.mean(0, np.float64), rtol=1e-12)
         np.testing.assert_allclose(ours.pooled.covariance, np.cov(features.T), rtol=1e-9)
-        assert ours.floor == pytest.approx(frechet(fit(features[::2]), fit(features[1::2])), rel=1e-9)
         assert np.array_equal(ours.kept, features)  # type: ignore[arg-type]
 
 
@@ -206,8 +202,8 @@ def photos(tmp_path: Path, count: int = 26) -> Sweep:
     return Sweep.below(open_folder(tmp_path) / "store", reading.load(TINY, settings))
 
 
-def test_an_undecodable_image_is_skipped_and_stays_in_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One part has nine decodable images: the halves of the next are the same as in one pass."""
+def test_an_undecodable_image_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One part has nine decodable images."""
     monkeypatch.setattr(extractors, "REFERENCE_PART_IMAGES", 10)
     sweep = photos(tmp_path)
     source, extractor = open_source(sweep.recipe.data), loaded(sweep)[0]
@@ -216,39 +212,13 @@ def test_an_undecodable_image_is_skipped_and_stays_in_no_half(tmp_path: Path, mo
     assert broken < 20, "a part follows"
     decodable = [i for i in range(26) if i != broken]
     features = extractor(np.stack([source.pixels(i, 32) for i in decodable])).pooled
-    odd = np.array(decodable) % 2 == 1
-    assert in_parts.count == 25
+    assert in_parts.pooled.count == 25
     assert np.array_equal(in_parts.kept, features)
-    for half, expected in zip(in_parts.halves, (features[~odd], features[odd]), strict=True):
-        np.testing.assert_allclose(half.mean_covariance().mean, expected.mean(0, np.float64), rtol=1e-12)
+    np.testing.assert_allclose(in_parts.pooled.mean_covariance().mean, features.mean(0, np.float64), rtol=1e-12)
     monkeypatch.setattr(extractors, "REFERENCE_PART_IMAGES", 1)  # a part without any image
     one_each = parts.merged(sweep, source, [extractor], lambda _: None, lambda _: None)["dino"]
-    assert (part_count(26), one_each.count) == (26, 25)
+    assert (part_count(26), one_each.pooled.count) == (26, 25)
     assert np.array_equal(one_each.kept, features)
-
-
-def floor_of(url: str, kind: str, sweep: Sweep) -> tuple[float, Source]:
-    source = open_source(data({"kind": kind, "url": url} | ({"label": "folder"} if kind == "tar" else {}), 10))
-    (total,) = parts.merged(sweep, source, loaded(sweep)[:1], lambda _: None, lambda _: None).values()
-    return frechet(*(half.mean_covariance() for half in total.halves)), source
-
-
-def test_the_floor_of_images_sorted_by_class_is_that_of_random_halves_in_a_tar_as_in_folders(tmp_path: Path) -> None:
-    """Even and odd images of a tar would have the ten classes, which are far apart, in equal shares."""
-    rng, root, members = np.random.default_rng(0), open_folder(tmp_path / "images"), dict[str, bytes]()
-    for i in range(200):
-        buffer, pixels = io.BytesIO(), rng.normal(25 * (i // 20), 4, (16, 16, 3)).clip(0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(buffer, "PNG")
-        members[f"{i // 20}/{i:03d}.png"] = buffer.getvalue()
-        root.write(f"{i // 20}/{i:03d}.png", buffer.getvalue())
-    open_folder(tmp_path).write("all.tar", tar(members))
-    recipe = with_scripts(a=script(tmp_path / "a.pt"))
-    folders, _ = floor_of(root.url, "folder", Sweep.below(open_folder(tmp_path) / "one", recipe))
-    in_a_tar, source = floor_of(f"{tmp_path}/all.tar", "tar", Sweep.below(open_folder(tmp_path) / "two", recipe))
-    assert in_a_tar == pytest.approx(folders, rel=1e-6)
-    (extractor,) = loaded(Sweep.below(open_folder(tmp_path) / "two", recipe))
-    features = extractor(np.stack([source.pixels(i, 16) for i in range(200)])).pooled
-    assert frechet(fit(features[::2]), fit(features[1::2])) < 0.5 * in_a_tar
 
 
 def test_an_undecodable_image_is_refused_by_default(tmp_path: Path) -> None:

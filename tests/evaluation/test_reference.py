@@ -15,7 +15,7 @@ from dis_scale.errors import DisScaleError, StorageError, UndecodableImage, User
 from dis_scale.evaluation import parts, reference
 from dis_scale.evaluation.adm import open_reference
 from dis_scale.evaluation.features import Extractor, load_extractor, load_extractors
-from dis_scale.evaluation.metrics import MeanCovariance, fit, frechet
+from dis_scale.evaluation.metrics import MeanCovariance
 from dis_scale.recipe import Recipe, TorchScriptExtractor, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.storage.programs import hash_of
@@ -113,7 +113,6 @@ def test_one_pass_serves_all_extractors(source: Source, tmp_path: Path) -> None:
         assert features.shape == (1797, values)
         np.testing.assert_allclose(loaded.pooled.mean, features.mean(0, np.float64), rtol=1e-12)
         np.testing.assert_allclose(loaded.pooled.covariance, np.cov(features.T), rtol=1e-9)
-        assert loaded.floor == pytest.approx(frechet(fit(features[::2]), fit(features[1::2])), rel=1e-9)
         assert loaded.kept is not None
         assert np.array_equal(loaded.kept, features)  # fewer than are kept
 
@@ -224,7 +223,6 @@ def test_adms_file_gives_statistics_and_images(
     for statistics, end in ((loaded.pooled, ""), (loaded.spatial, "_s")):
         assert np.array_equal(statistics.mean, adm_arrays[f"mu{end}"])
         assert np.array_equal(statistics.covariance, adm_arrays[f"sigma{end}"])
-    assert loaded.floor is None
     assert np.array_equal(loaded.kept, judge(adm_arrays["arr_0"]).pooled)
 
 

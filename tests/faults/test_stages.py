@@ -107,7 +107,7 @@ FAULTS: dict[str, tuple[str, str, list[int], str]] = {
     "evaluate: disk full": ("evaluate", "full at write path=block-00001.npz", FAILED, FULL),
     "evaluate: a byte of a block of features flips, then a kill": (
         "evaluate", "flip at written path=block-00000.npz\nkill at written path=block-00001.npz", KILLED,
-        "sampled again: .*block-00000.npz: damaged",
+        "made again: .*block-00000.npz: damaged",
     ),
     "evaluate: the clock jumps back an hour": ("evaluate", "jump at written path=block-00001.npz seconds=-3600", [0], ""),
 }  # fmt: skip

@@ -117,8 +117,28 @@ def test_a_failure_that_is_not_the_checkpoints_skips_nothing(
     assert state.skipped(sweep) == {}
 
 
+@pytest.mark.parametrize("wrap", [lambda error: error, from_a_worker], ids=["here", "in a worker"])
+def test_a_floor_that_cannot_be_measured_is_logged_and_stops_nothing(
+    capsys: pytest.CaptureFixture[str], wrap: Callable[[Any], Any]
+) -> None:
+    def fail() -> None:
+        raise wrap(StorageError("photos/a/03.png: storage refuses access (403)"))
+
+    evaluate.measure_floor(SimpleNamespace(floor=fail))  # type: ignore[arg-type]
+    assert "floor: not measured: photos/a/03.png: storage refuses access (403)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", OTHERS, ids=str)
+def test_a_failure_that_is_not_the_floors_is_raised(error: DisScaleError) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        evaluate.measure_floor(SimpleNamespace(floor=fail))  # type: ignore[arg-type]
+
+
 def test_an_evaluation_without_news_ends_with_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep = sweep_at(tmp_path, reading.load(TINY, ["evaluate.give_up_after_s=0.3"]))
+    sweep = sweep_at(tmp_path, reading.load(TINY, ["evaluate.give_up_after_s=0.3", "evaluate.floor=false"]))
     opened: list[Any] = []
     still = SimpleNamespace(evaluators=SimpleNamespace(move=lambda: False))
     monkeypatch.setattr(stage, "connect", lambda: None)

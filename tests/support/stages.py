@@ -103,6 +103,9 @@ class OneEvaluator:
     def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[dict[str, float]]:
         return [self.worker.sample(sampled, settings, Dealer(blocks).next)]
 
+    def floor(self, blocks: list[int]) -> None:
+        self.worker.floor(Dealer(blocks).next)
+
     def held_out(self, sampled: Sampled) -> dict[str, float]:
         return self.worker.held_out(sampled)
 

@@ -1,0 +1,145 @@
+"""The floor of a sweep's distances: that of real images which the reference lacks, and that of the autoencoder's reconstructions.
+
+A distance falls with the number of images on both sides, so the floor is that of as many images as a model has samples. The
+images are taken out of the reference, and the distance is then scaled to its complete size. Blocks as in sampling.py.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+
+from dis_scale import seeds
+from dis_scale.data.latents import sample_posterior
+from dis_scale.data.sources import Source, select_decodable
+from dis_scale.errors import StorageError
+from dis_scale.evaluation import npz
+from dis_scale.evaluation.features import Features
+from dis_scale.evaluation.metrics import (
+    Frechet,
+    Groups,
+    MeanCovariance,
+    Sums,
+    has_error,
+    jackknife_error,
+    require_samples,
+)
+from dis_scale.evaluation.reference import Reference
+from dis_scale.evaluation.sampling import BlockSampler, block_numbers
+from dis_scale.recipe import Evaluate
+from dis_scale.threads import in_order
+from dis_scale.vae import PixelVae, Vae
+
+REAL, RECONSTRUCTED = "real", "reconstructed"
+READERS = 32
+"""Threads that read and decode images: at 30 ms a request, about 1,000 images/s."""
+FloorBlock = Mapping[str, Mapping[str, Features]]
+"""Features of the images of one block, by kind (`REAL`, `RECONSTRUCTED`) and extractor."""
+
+
+def chosen_images(samples: int, images: int) -> np.ndarray:
+    """Return the positions of the images, in random order: as many as there are samples, at most half of all."""
+    return seeds.generator("floor", images).permutation(images)[: min(samples, images // 2)]
+
+
+def require_enough(images: int, references: Mapping[str, Reference]) -> None:
+    """DisScaleError if the images are too few for the covariance of an extractor's features."""
+    for reference in references.values():
+        require_samples(images, len(reference.pooled.mean))
+
+
+def make_block(sampler: BlockSampler, source: Source, number: int) -> FloorBlock:
+    """Read the images of a block, and return their features and those of their reconstructions."""
+    settings, chosen = sampler.recipe.evaluate, chosen_images(sampler.recipe.evaluate.samples, len(source))
+    numbers = block_numbers(len(chosen), settings.block_images, number)
+    pixels = _read(source, np.sort(chosen[numbers.start : numbers.stop]).tolist(), sampler)
+    kinds = {REAL: pixels}
+    if not isinstance(sampler.vae, PixelVae):
+        kinds[RECONSTRUCTED] = _reconstruct(sampler.vae, pixels, settings.batch_images, number)
+    return {kind: {e.name: e(images) for e in sampler.extractors} for kind, images in kinds.items()}
+
+
+def _read(source: Source, positions: list[int], sampler: BlockSampler) -> np.ndarray:
+    """Return the decodable images of these positions, uint8 (N, H, W, 3)."""
+    data = sampler.recipe.data
+    read = in_order(positions, lambda i: source.decoded(range(i, i + 1), data.resolution)[0], READERS)
+    return np.stack([image for _, image in select_decodable(positions, read, data.undecodable)[0]])
+
+
+def _reconstruct(vae: Vae, pixels_NHWC: np.ndarray, batch: int, block: int) -> np.ndarray:
+    """Return the decoded samples of the images' posteriors: what a model without any error would generate."""
+    parts = []
+    for first in range(0, len(pixels_NHWC), batch):
+        moments = vae.encode(pixels_NHWC[first : first + batch]).half().cpu().numpy()
+        rng = seeds.generator("reconstruction", block, first)
+        latents = sample_posterior(moments, rng) if vae.posterior else moments.astype(np.float32)
+        parts.append(vae.decode(torch.from_numpy(vae.scaling.apply(latents)).to(vae.device)))
+    return np.concatenate(parts)
+
+
+def to_bytes(block: FloorBlock) -> bytes:
+    """Return a block as an npz."""
+    arrays = {f"{kind}.{name}": each.pooled for kind, by_name in block.items() for name, each in by_name.items()}
+    identities = {f"identity.{name}": np.asarray(each.identity) for name, each in block[REAL].items()}
+    return npz.to_bytes(arrays | identities)
+
+
+def from_bytes(data: bytes, where: str) -> FloorBlock:
+    """Read a block; StorageError names a damaged one."""
+    arrays = npz.from_bytes(data, where)
+    block: dict[str, dict[str, Features]] = {}
+    for key in arrays:
+        kind, _, name = key.partition(".")
+        if kind != "identity":
+            block.setdefault(kind, {})[name] = Features(str(arrays[f"identity.{name}"]), arrays[key])
+    return block
+
+
+def measure_floor(
+    blocks: Iterable[FloorBlock], references: Mapping[str, Reference], settings: Evaluate, images: int
+) -> dict[str, dict[str, float]]:
+    """Return the distances of `images` chosen images by kind and metric, each with its `<metric>_error` if it can be estimated.
+
+    StorageError if a block has features of other weights than the reference; DisScaleError for too few images.
+    """
+    groups: dict[str, dict[str, Groups]] = {}
+    for number, block in enumerate(blocks):
+        for kind, by_name in block.items():
+            for name, features in by_name.items():
+                if features.identity != references[name].identity:
+                    raise StorageError(
+                        f"floor/block-{number:05d}.npz has features of another {name}: delete it and rerun"
+                    )
+                groups.setdefault(name, {}).setdefault(kind, Groups(images)).add(features.pooled)
+    found: dict[str, dict[str, float]] = {}
+    for name, by_kind in groups.items():
+        metric = settings.metric_name("fid", name)
+        for kind, (value, error) in _distances(by_kind, references[name].pooled, settings).items():
+            known = {metric: value} | ({} if error is None else {f"{metric}_error": error})
+            found[kind] = found.get(kind, {}) | known
+    return found
+
+
+def _distances(
+    by_kind: Mapping[str, Groups], reference: MeanCovariance, settings: Evaluate
+) -> dict[str, tuple[float, float | None]]:
+    """Return each kind's distance and standard error at the size of the samples and of the complete reference.
+
+    The part of a distance that comes from finite sets is proportional to 1/n + 1/m for n and m images (Chong and Forsyth 2020),
+    and it is all that the real images have. An ADM reference has other files, from which nothing can be taken out.
+    """
+    real, d = by_kind[REAL].total(), len(reference.mean)
+    rest, share = reference, 1.0
+    if not settings.reference:
+        left = Sums.of(reference).without(real)
+        require_samples(left.count, d)
+        rest = left.mean_covariance()
+        share = (1 / settings.samples + 1 / reference.count) / (1 / real.count + 1 / rest.count)
+    frechet = Frechet(rest)
+    values = {kind: frechet(groups.total().mean_covariance()) for kind, groups in by_kind.items()}
+    scaled = {kind: value - (1 - share) * values[REAL] for kind, value in values.items()}
+    if not has_error(real.count, d):
+        return {kind: (value, None) for kind, value in scaled.items()}
+    without = {kind: groups.left_out(frechet) for kind, groups in by_kind.items()}
+    errors = {kind: jackknife_error(each - (1 - share) * without[REAL]) for kind, each in without.items()}
+    return {kind: (scaled[kind], errors[kind]) for kind in scaled}
