@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dis_scale.errors import UserError
+from dis_scale.errors import DisScaleError, UserError
 from dis_scale.storage.folder import open_folder
 
 TIMEOUT_S = 120.0
@@ -44,7 +44,10 @@ def require_shared(url: str) -> None:
 
 
 def _on_each(nodes: Mapping[str, str], work: Any, probe: str) -> dict[str, Any]:
-    """Run the work on each node; return its results by node. UserError names a node where it failed or did not end."""
+    """Run the work on each node; return its results by node.
+
+    UserError names a node where it failed or did not end; DisScaleError one that was lost, or had no memory for it.
+    """
     calls = {
         node: work.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(probe, node)
         for node in nodes
@@ -53,8 +56,12 @@ def _on_each(nodes: Mapping[str, str], work: Any, probe: str) -> dict[str, Any]:
     for node, call in calls.items():
         try:
             results[node] = ray.get(call, timeout=TIMEOUT_S)
-        except (ray.exceptions.RayError, TimeoutError) as error:
+        except ray.exceptions.RayError as error:
             why = " ".join(str(getattr(error, "cause", error)).split())[:200]
+            if not isinstance(error, ray.exceptions.RayTaskError | ray.exceptions.GetTimeoutError):
+                raise DisScaleError(
+                    f"storage.root: not tried on {nodes[node]}, run the command again: {why}"
+                ) from error
             raise UserError(
                 f"storage.root: {probe.rpartition('/')[0]} cannot be used on {nodes[node]}: {why}; {CURE}"
             ) from error
