@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from dis_scale.models import build
 from dis_scale.models.checkpointing import recompute_every
-from dis_scale.models.dis import TAPS, inner_width, step_rank
+from dis_scale.models.dis import TAPS, extra_tokens, inner_width, step_rank
 from dis_scale.models.dit import FREQUENCIES
 from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, Precision
 from dis_scale.scan.backend import NATIVE_CHUNK
@@ -169,7 +169,7 @@ def _by_part(counts: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 def _dis(settings: Dis, shape: LatentShape, num_classes: int | None, parameters: dict[str, int]) -> Cost:
     T = (shape.size // settings.patch) ** 2
-    L = T + (1 if num_classes is None else 2)
+    L = T + extra_tokens(settings, num_classes)
     parts = tuple(_dis_parts(settings, shape, num_classes, T, L))
     D = settings.width
     kept = Kept(
@@ -177,29 +177,32 @@ def _dis(settings: Dis, shape: LatentShape, num_classes: int | None, parameters:
         block=_dis_block_elements(settings, L),
         boundary=2 * L * D,  # branch and stream; the skips are branches
         products=_dis_product_elements(settings, L),
-        skips=settings.depth // 2 * 2 * L * D,
+        skips=settings.depth // 2 * 2 * L * D if settings.skip == "concat" else 0,
         ends=5 * T * D,
         wide=L * D,
         wide_boundary=L * D,
     )
-    return Cost(parameters, L, parts, kept, paper_gflops=_paper_gflops(settings, shape, num_classes, T, L))
+    published = (settings.skip, settings.conditioning) == ("concat", "tokens")
+    paper_gflops = _paper_gflops(settings, shape, num_classes, T, L) if published else None
+    return Cost(parameters, L, parts, kept, paper_gflops=paper_gflops)
 
 
 def _dis_parts(settings: Dis, shape: LatentShape, num_classes: int | None, T: int, L: int) -> Iterator[Part]:
     D, N, E, R = settings.width, settings.state_size, inner_width(settings.width), step_rank(settings.width)
-    P, blocks = shape.channels * settings.patch**2, settings.depth + 1
+    P, blocks, ways = shape.channels * settings.patch**2, settings.depth + 1, settings.directions
     yield Part("patches", T * P * D, passes=2, in_block=False)
     yield Part("time: first", 4 * D * D, passes=2, in_block=False)
     yield Part("time: second", 4 * D * D, in_block=False)
-    yield Part("skip", (settings.depth // 2) * L * 2 * D * D)
+    if settings.skip == "concat":
+        yield Part("skip", (settings.depth // 2) * L * 2 * D * D)
     yield Part("in_proj", blocks * L * D * 2 * E)
-    yield Part("conv", blocks * 2 * L * E * TAPS)
-    yield Part("x_proj", blocks * 2 * L * E * (R + 2 * N))
-    yield Part("dt_proj", blocks * 2 * L * R * E)
-    yield Part("scan", blocks * 2 * L * E * N * SCAN_MACS)
-    yield Part("D u and gate", blocks * (2 * L * E + 2 * L * E))
+    yield Part("conv", blocks * ways * L * E * TAPS)
+    yield Part("x_proj", blocks * ways * L * E * (R + 2 * N))
+    yield Part("dt_proj", blocks * ways * L * R * E)
+    yield Part("scan", blocks * ways * L * E * N * SCAN_MACS)
+    yield Part("D u and gate", blocks * (ways * L * E + ways * L * E))
     yield Part("out_proj", blocks * L * E * D)
-    if settings.conditioning == "adaln_zero":
+    if settings.conditioning != "tokens":
         yield Part("modulation", blocks * 3 * D * D)
     if num_classes is not None:
         yield Part("final modulation", 2 * D * D, in_block=False)
@@ -207,16 +210,22 @@ def _dis_parts(settings: Dis, shape: LatentShape, num_classes: int | None, T: in
 
 
 def _dis_block_elements(settings: Dis, L: int) -> int:
-    """Stream and norm (3 D), x and z, both directions' u, delta and (step, B, C), the scan's states, the gated sum."""
+    """Stream and norm (3 D), x and z, each direction's u, delta and (step, B, C), the scan's states, the gated sum.
+
+    An adaptive norm keeps its output and what its gate multiplies. One direction alone is gated by PyTorch: both factors.
+    """
     D, N, E, R = settings.width, settings.state_size, inner_width(settings.width), step_rank(settings.width)
-    states = 2 * E * N * ((L - 1) // NATIVE_CHUNK)
-    return L * (3 * D + 2 * E + 2 * (2 * E + R + 2 * N) + E) + states
+    ways, alone = settings.directions, 2 - settings.directions
+    states = ways * E * N * ((L - 1) // NATIVE_CHUNK)
+    modulated = 0 if settings.conditioning == "tokens" else 2 * D
+    return L * (3 * D + modulated + 2 * E + ways * (2 * E + R + 2 * N) + E + alone * 2 * E) + states
 
 
 def _dis_product_elements(settings: Dis, L: int) -> int:
-    """x and z, both directions' (step, B, C), and in half of the blocks the skip. out_proj's product is the boundary."""
+    """x and z, each direction's (step, B, C), and in half of the blocks the skip. out_proj's product is the boundary."""
     D, N, E, R = settings.width, settings.state_size, inner_width(settings.width), step_rank(settings.width)
-    return L * (2 * E + 2 * (R + 2 * N) + D * (settings.depth // 2) // (settings.depth + 1))
+    skip = D * (settings.depth // 2) // (settings.depth + 1) if settings.skip == "concat" else 0
+    return L * (2 * E + settings.directions * (R + 2 * N) + skip)
 
 
 def _paper_gflops(settings: Dis, shape: LatentShape, num_classes: int | None, T: int, L: int) -> float:
@@ -250,11 +259,12 @@ def _dit(settings: Dit, shape: LatentShape, parameters: dict[str, int]) -> Cost:
 
 def _diffussm(settings: DiffuSsm, shape: LatentShape, parameters: dict[str, int]) -> Cost:
     """Products and two data FFTs per direction. The kernels, once per micro-batch, are counted separately."""
-    D, M, C, L, depth = settings.width, settings.hourglass, shape.channels, shape.size**2, settings.depth
+    D, M, depth = settings.width, settings.hourglass, settings.depth
+    P, L = shape.channels * settings.patch**2, (shape.size // settings.patch) ** 2
     G, S = L // M, (2 if settings.bidirectional else 1) * D
     kernels = depth * D * (2 if settings.bidirectional and not settings.tied else 1)
     parts = (
-        Part("embed", G * C * M * D, passes=2, in_block=False),
+        Part("embed", G * P * M * D, passes=2, in_block=False),
         Part("time: first", FREQUENCIES * D, passes=2, in_block=False),
         Part("time: second", D * D, in_block=False),
         Part("modulation", depth * 3 * D * D),
@@ -265,7 +275,7 @@ def _diffussm(settings: DiffuSsm, shape: LatentShape, parameters: dict[str, int]
         Part("FFT", depth * S * 2 * _fft_macs(2 * L)),
         Part("spectra's product", depth * S * 4 * (L + 1)),
         Part("final modulation", 2 * D * D, in_block=False),
-        Part("final", G * D * M * 2 * C, in_block=False),
+        Part("final", G * D * M * 2 * P, in_block=False),
     )
     # Per mode and tap a complex power (4) and the real part of a complex product (2), then one FFT of the kernel.
     kernel = kernels * (settings.state_size // 2 * L * 6 + _fft_macs(2 * L))
@@ -279,7 +289,7 @@ def _diffussm(settings: DiffuSsm, shape: LatentShape, parameters: dict[str, int]
         ends=4 * G * D,
         wide=5 * L * S,
     )
-    xl = (D, depth, M) == (1152, 29, 2)
+    xl = (D, depth, M, settings.patch) == (1152, 29, 2, 1)
     published = DIFFUSSM_XL_GMACS.get(shape.size) if xl else None
     return Cost(parameters, L, parts, kept, kernel_gmacs=kernel / 1e9, published_gmacs=published)
 

@@ -1,7 +1,7 @@
 """DiffuSSM as specified here: gated bidirectional S4D with hourglass layers (after Yan, Gu and Rush, arXiv 2311.18257).
 
 No code was released; W4, the depths of S and L, and the zero-initialised final layer are ours. Axes: B samples, C
-channels, L pixels of the latent in raster order, G = L / M groups of M pixels, D width, S = 2D both directions.
+channels, L pixels of the latent (or patches) in raster order, G = L / M groups of M pixels, D width, S = 2D both directions.
 """
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from dis_scale.errors import UserError
 from dis_scale.models.checkpointing import run_block
-from dis_scale.models.dit import FREQUENCIES
+from dis_scale.models.dit import FREQUENCIES, position_table
 from dis_scale.models.s4d import S4D, convolve
-from dis_scale.models.tokens import Backbone, Linear, TimeEmbedding, modulate, zero_
+from dis_scale.models.tokens import Backbone, Linear, TimeEmbedding, modulate, patchify, unpatchify, zero_
 from dis_scale.recipe import DiffuSsm, LatentShape
 from dis_scale.scan.graphs import outside_graphs
 
@@ -84,25 +84,28 @@ def _norm(x_BGD: Tensor) -> Tensor:
 
 
 class DiffuSSM(Backbone):
-    """The model. It has no patches; outside the scan it works on groups of M neighbours in raster order."""
+    """The model. Outside the scan it works on groups of M neighbours in raster order; as published it has no patches."""
 
     settings: DiffuSsm
 
     def __init__(self, settings: DiffuSsm, shape: LatentShape, num_classes: int | None, checkpointing: str):
-        super().__init__(shape, num_classes, patch=1)
-        D, M, C = settings.width, settings.hourglass, shape.channels
-        if shape.size**2 % M or 2 * D % M:
+        super().__init__(shape, num_classes, settings.patch)
+        D, M, P = settings.width, settings.hourglass, shape.channels * settings.patch**2
+        side = shape.size // settings.patch
+        if side**2 % M or 2 * D % M:
             raise UserError(
-                f"hourglass {M} must divide both size x size = {shape.size**2} and twice the width = {2 * D}: "
+                f"hourglass {M} must divide both {side} x {side} = {side**2} positions and twice the width = {2 * D}: "
                 "choose another hourglass"
             )
         self.settings, self.checkpointing = settings, checkpointing
-        self.embed = Linear(C * M, D)
+        self.embed = Linear(P * M, D)
+        table = position_table(side, D).reshape(1, -1, M, D).mean(2) if settings.position == "sine" else None
+        self.register_buffer("position", table, persistent=False)
         self.time = TimeEmbedding(FREQUENCIES, D, D)
         self.label = None if num_classes is None else nn.Embedding(num_classes + 1, D)
         self.blocks = nn.ModuleList([DiffuSSMBlock(settings) for _ in range(settings.depth)])
         self.modulation = Linear(D, 2 * D)
-        self.final = Linear(D, M * 2 * C)
+        self.final = Linear(D, M * 2 * P)
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.02)
         zero_(self.modulation, self.final)
@@ -111,11 +114,13 @@ class DiffuSSM(Backbone):
         self.check(x_BCHW, y_B)
         dtype = self.compute_dtype
         c_BD = self.condition(t_B, y_B)
-        B, C, H, W = x_BCHW.shape
-        raster_BLC = x_BCHW.to(dtype).flatten(2).transpose(1, 2)
-        I_BGD = self.embed(raster_BLC.reshape(B, -1, C * self.settings.hourglass))
+        raster_BLP = patchify(x_BCHW.to(dtype), self.patch)
+        B, L, P = raster_BLP.shape
+        I_BGD = self.embed(raster_BLP.reshape(B, -1, P * self.settings.hourglass))
+        if self.position is not None:
+            I_BGD = I_BGD + self.position.to(dtype)
         for i, block in enumerate(self.blocks):
             I_BGD = run_block(self.checkpointing, i, block, I_BGD, c_BD)
         shift_BD, scale_BD = self.modulation(F.silu(c_BD)).chunk(2, dim=1)
         out_BGP = self.final(modulate(_norm(I_BGD), shift_BD, scale_BD))
-        return out_BGP.reshape(B, H * W, 2 * C).transpose(1, 2).reshape(B, 2 * C, H, W)
+        return unpatchify(out_BGP.reshape(B, L, 2 * P), self.patch)

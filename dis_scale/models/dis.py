@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dis_scale.models.checkpointing import run_block
 from dis_scale.models.tokens import Backbone, Linear, PatchEmbed, TimeEmbedding, modulate, unpatchify, wide, zero_
 from dis_scale.recipe import Dis, LatentShape
-from dis_scale.scan import Direction, two_way_conv_silu, two_way_scan
+from dis_scale.scan import Direction, causal_conv_silu, selective_scan, two_way_conv_silu, two_way_scan
 
 TAPS = 4
 """Width of the causal convolution (Mamba's d_conv)."""
@@ -25,6 +25,11 @@ EPS = 1e-5
 def inner_width(width: int) -> int:
     """E: channels of the scan."""
     return 2 * width
+
+
+def extra_tokens(settings: Dis, num_classes: int | None) -> int:
+    """Number of tokens before the patches: label and time."""
+    return 0 if settings.conditioning == "adaln_zero_alone" else 1 if num_classes is None else 2
 
 
 def step_rank(width: int) -> int:
@@ -70,7 +75,7 @@ def _log_uniform_steps(E: int, low: float = 1e-3, high: float = 0.1, floor: floa
 
 
 class Mixer(nn.Module):
-    """The bidirectional mixer ("bimamba v2"): (s_f + s_b) SiLU(z) between two products; the sum is not averaged.
+    """The bidirectional mixer ("bimamba v2"): (s_f + s_b) SiLU(z) between two products; the sum is not averaged. Or s_f SiLU(z).
 
     `rightward` and `leftward` are the forward and the backward direction in token order. They are state-dict keys, so their
     names stay; everywhere else the directions are called forward and backward.
@@ -82,16 +87,22 @@ class Mixer(nn.Module):
         self.scan, self.halve = scan, settings.halve_sum
         self.in_proj = uniform(2 * E, D, bound=D**-0.5)
         self.conv_weight, self.conv_bias = _conv_parameters(E)
-        self.back_conv_weight, self.back_conv_bias = _conv_parameters(E)
+        if settings.directions == 2:
+            self.back_conv_weight, self.back_conv_bias = _conv_parameters(E)
         self.rightward = DirectionProjections(settings, reverse=False)
-        self.leftward = DirectionProjections(settings, reverse=True)
+        self.leftward = DirectionProjections(settings, reverse=True) if settings.directions == 2 else None
         self.out_proj = uniform(D, E, bound=(E * settings.depth) ** -0.5)  # GPT-2's 1 / sqrt(depth)
 
     def forward(self, h_BLD: Tensor) -> Tensor:
         x_BLE, z_BLE = product(h_BLD, self.in_proj).chunk(2, dim=-1)
-        convs = (self.conv_weight, self.conv_bias, self.back_conv_weight, self.back_conv_bias)
-        forward_BLE, backward_BLE = two_way_conv_silu(x_BLE, *convs, backend=self.scan)
-        y_BLE = two_way_scan(self.rightward(forward_BLE), self.leftward(backward_BLE), z_BLE, backend=self.scan)
+        if self.leftward is None:
+            u_BLE = causal_conv_silu(x_BLE, self.conv_weight, self.conv_bias, backend=self.scan)
+            direction: Direction = self.rightward(u_BLE)
+            y_BLE = selective_scan(*direction, backend=self.scan) * F.silu(z_BLE)
+        else:
+            convs = (self.conv_weight, self.conv_bias, self.back_conv_weight, self.back_conv_bias)
+            forward_BLE, backward_BLE = two_way_conv_silu(x_BLE, *convs, backend=self.scan)
+            y_BLE = two_way_scan(self.rightward(forward_BLE), self.leftward(backward_BLE), z_BLE, backend=self.scan)
         return product(y_BLE * 0.5 if self.halve else y_BLE, self.out_proj)
 
 
@@ -107,16 +118,16 @@ class DiSBlock(nn.Module):
         D = settings.width
         self.norm = nn.Parameter(torch.ones(D))
         self.mixer = Mixer(settings, scan)
-        self.skip = _zero_bias(Linear(2 * D, D)) if skip else None
-        self.modulation = Linear(D, 3 * D) if settings.conditioning == "adaln_zero" else None
+        self.skip = _zero_bias(Linear(2 * D, D)) if skip and settings.skip == "concat" else None
+        self.modulation = None if settings.conditioning == "tokens" else Linear(D, 3 * D)
         if self.modulation is not None:
             zero_(self.modulation)
 
     def forward(
         self, h_BLD: Tensor, r_BLD: Tensor | None, c_BD: Tensor, skip_BLD: Tensor | None, drop_B: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        if self.skip is not None and skip_BLD is not None:
-            h_BLD = self.skip(torch.cat([h_BLD, skip_BLD], dim=-1))
+        if skip_BLD is not None:
+            h_BLD = h_BLD + skip_BLD if self.skip is None else self.skip(torch.cat([h_BLD, skip_BLD], dim=-1))
         r_BLD = add_to_stream(r_BLD, h_BLD, drop_B)
         n_BLD = rms_norm(r_BLD, self.norm).to(h_BLD.dtype)
         if self.modulation is None:
@@ -143,7 +154,7 @@ def _zero_bias(layer: nn.Linear) -> nn.Linear:
 
 
 class DiS(Backbone):
-    """depth / 2 in-blocks, a middle block, depth / 2 out-blocks. Each out-block takes an in-block's branch, last in, first out."""
+    """depth / 2 in-blocks, a middle block, depth / 2 out-blocks. An out-block takes in an in-block's branch: last in, first out."""
 
     settings: Dis
 
@@ -154,8 +165,9 @@ class DiS(Backbone):
         self.patches = PatchEmbed(shape.channels, settings.patch, D)
         self.time = TimeEmbedding(D, 4 * D, D)
         self.label = None if num_classes is None else nn.Embedding(num_classes + 1, D)
-        self.extras = 1 if num_classes is None else 2
-        self.position = nn.Parameter(torch.zeros(1, self.extras + (shape.size // settings.patch) ** 2, D))
+        self.extras = extra_tokens(settings, num_classes)
+        self.length = self.extras + (shape.size // settings.patch) ** 2
+        self.position = nn.Parameter(torch.zeros(1, self.length, D)) if settings.position == "learned" else None
         self.blocks = nn.ModuleList(DiSBlock(settings, scan, skip=i > half) for i in range(2 * half + 1))
         self.norm = nn.Parameter(torch.ones(D))
         self.modulation = None if num_classes is None else Linear(D, 2 * D)
@@ -184,7 +196,9 @@ class DiS(Backbone):
             label_BD = self.label(y_B).to(dtype)
             c_BD = time_BD + label_BD
             tokens = [label_BD.unsqueeze(1), *tokens]
-        h_BLD = torch.cat(tokens, dim=1) + self.position.to(dtype)
+        h_BLD = torch.cat(tokens, dim=1) if self.extras else tokens[-1]
+        if self.position is not None:
+            h_BLD = h_BLD + self.position.to(dtype)
         drops: list[Tensor | None] = [None] * (len(self.blocks) + 1)
         if drop is not None and self.drop_rates:
             drops[1:] = drop.unbind()
@@ -194,16 +208,16 @@ class DiS(Backbone):
     @property
     def scan_sizes(self) -> tuple[int, int, int]:
         """L, E and N of the scans."""
-        return self.position.shape[1], inner_width(self.settings.width), self.settings.state_size
+        return self.length, inner_width(self.settings.width), self.settings.state_size
 
     def _run(self, h_BLD: Tensor, c_BD: Tensor, drops: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
         half = len(self.blocks) // 2
         skips: list[Tensor] = []
         r_BLD: Tensor | None = None
         for i, block in enumerate(self.blocks):
-            inputs = (h_BLD, r_BLD, c_BD, skips.pop() if i > half else None, drops[i])
+            inputs = (h_BLD, r_BLD, c_BD, skips.pop() if i > half and skips else None, drops[i])
             h_BLD, r_BLD = run_block(self.checkpointing, i, block, *inputs)
-            if i < half:
+            if i < half and self.settings.skip != "none":
                 skips.append(h_BLD)
         return h_BLD, r_BLD
 

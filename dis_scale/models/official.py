@@ -145,8 +145,18 @@ def to_official(model: Backbone) -> dict[str, Tensor]:
 def layout(model: Backbone) -> dict[str, PublicWeight]:
     """Map the name of each of the model's weights to its public name and shape."""
     if isinstance(model, DiS):
-        if model.settings.conditioning != "tokens" or model.settings.halve_sum:
-            raise UserError("the public layout of DiS has no adaLN-Zero blocks and no halved sum: export another way")
+        settings = model.settings
+        lacking = {
+            "conditioning": "tokens",
+            "skip": "concat",
+            "directions": 2,
+            "position": "learned",
+            "halve_sum": False,
+        }
+        if unlike := [name for name, public in lacking.items() if getattr(settings, name) != public]:
+            raise UserError(
+                f"the public layout of DiS has no {unlike[0]}: {getattr(settings, unlike[0])}: export another way"
+            )
         rename = _dis_name
     elif isinstance(model, DiT):
         rename = _dit_name

@@ -73,7 +73,13 @@ class Dis(BackboneSettings):
     """`official` keeps the published code's zero bias in the backward direction's dt projection."""
     halve_sum: bool = False
     """Average the two directions instead of summing them (Vim, pull request 90)."""
-    conditioning: Literal["tokens", "adaln_zero"] = "tokens"
+    conditioning: Literal["tokens", "adaln_zero", "adaln_zero_alone"] = "tokens"
+    """Time and class as two tokens; also by norms with shift, scale and gate in each block; by such norms alone, without tokens."""
+    skip: Literal["concat", "add", "none"] = "concat"
+    """How an out-block takes in an in-block's branch: by a product of both, by their sum, or not at all."""
+    directions: Literal[1, 2] = 2
+    """1: blocks scan from the first token to the last only, which sees label and time but no later patch."""
+    position: Literal["learned", "none"] = "learned"
     zero_final: bool = False
 
 
@@ -83,10 +89,14 @@ class DiffuSsm(BackboneSettings):
     kind: Literal["diffussm"]
     width: Count
     depth: Count
+    patch: Count = 1
+    """Pixels of the latent per side of a patch, which then is one position; 1 as in the paper, whose point is to need none."""
     state_size: Annotated[int, Field(ge=2, multiple_of=2)] = 64
     hourglass: Count = 2
     bidirectional: bool = True
     tied: bool = False
+    position: Literal["none", "sine"] = "none"
+    """`sine` adds DiT's fixed table, averaged over the positions of a group."""
     init: Literal["lin", "inv", "legs"] = "lin"
     dt_min: float = Field(1e-3, gt=0)
     dt_max: float = Field(1e-1, gt=0)

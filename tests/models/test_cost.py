@@ -101,6 +101,12 @@ SETTINGS = {
     "dit": Dit(kind="dit", width=64, depth=4, heads=4, patch=2),
     "diffussm": DiffuSsm(kind="diffussm", width=64, depth=4),
     "diffussm-4": DiffuSsm(kind="diffussm", width=64, depth=4, hourglass=4),
+    "dis without skips": Dis(kind="dis", width=64, depth=4, patch=2, skip="none"),
+    "dis with added skips": Dis(kind="dis", width=64, depth=4, patch=2, skip="add", position="none"),
+    "dis in one direction": Dis(kind="dis", width=64, depth=4, patch=2, directions=1),
+    "dis by norms alone": Dis(kind="dis", width=64, depth=4, patch=2, conditioning="adaln_zero_alone"),
+    "diffussm in patches": DiffuSsm(kind="diffussm", width=64, depth=4, patch=2, position="sine"),
+    "diffussm in one direction": DiffuSsm(kind="diffussm", width=64, depth=4, bidirectional=False),
 }
 NOT_PRODUCTS = ("conv", "scan", "D u and gate", "FFT", "spectra's product")
 
@@ -114,6 +120,10 @@ def counted(monkeypatch):
     """
     monkeypatch.setattr(dis, "two_way_scan", lambda f, b, z, **_: (f.delta_BLE + b.delta_BLE) * _use_inputs(f, b) * z)
     monkeypatch.setattr(dis, "two_way_conv_silu", _convolutions)
+    monkeypatch.setattr(
+        dis, "selective_scan", lambda u, delta, A, B, C, *_, **__: delta * (B * C).sum(-1, keepdim=True)
+    )
+    monkeypatch.setattr(dis, "causal_conv_silu", lambda x, w, b, **_: _convolution(x, w, b))
 
     def count(settings, backward):
         two, one = _macs(settings, 2, backward), _macs(settings, 1, backward)
@@ -141,8 +151,11 @@ def _use_inputs(f, b):
 
 
 def _convolutions(x_BLE, w_f, b_f, w_b, b_b, **_):
-    x_BEL = F.pad(x_BLE.transpose(1, 2), (3, 0))
-    return tuple(F.conv1d(x_BEL, w[:, None], b, groups=len(b)).transpose(1, 2) for w, b in ((w_f, b_f), (w_b, b_b)))
+    return _convolution(x_BLE, w_f, b_f), _convolution(x_BLE, w_b, b_b)
+
+
+def _convolution(x_BLE, w, b):
+    return F.conv1d(F.pad(x_BLE.transpose(1, 2), (3, 0)), w[:, None], b, groups=len(b)).transpose(1, 2)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

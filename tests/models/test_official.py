@@ -98,7 +98,7 @@ def test_errors_name_the_weight():
 
 def test_options_that_the_public_code_lacks_are_errors():
     model = build(Dis(kind="dis", width=32, depth=2, patch=2, conditioning="adaln_zero"), LatentShape(4, 8), 10)
-    with pytest.raises(UserError, match="no adaLN-Zero"):
+    with pytest.raises(UserError, match="no conditioning: adaln_zero"):
         to_official(model)
 
 

@@ -1,0 +1,141 @@
+"""The ablations of both papers, each compared with its definition. Their cost: test_cost.py."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dis_scale.errors import UserError
+from dis_scale.models import build
+from dis_scale.models.dit import position_table
+from dis_scale.models.official import to_official
+from dis_scale.recipe import DiffuSsm, Dis, LatentShape
+from dis_scale.scan import causal_conv_silu, selective_scan
+
+SHAPE = LatentShape(4, 8)
+
+
+def moved(built):
+    """Return a model in float64 without zero weights."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in built.parameters():
+            weight += torch.randn_like(weight) * 0.05
+    return built.double().requires_grad_(False)
+
+
+def dis(**options):
+    settings = Dis(**{"kind": "dis", "width": 16, "depth": 4, "patch": 2} | options)
+    return moved(build(settings, SHAPE, 10, scan="reference"))
+
+
+def diffussm(**options):
+    sizes = {"kind": "diffussm", "width": 8, "depth": 2, "state_size": 4}
+    return moved(build(DiffuSsm(**sizes | options), SHAPE, 10))
+
+
+def inputs():
+    torch.manual_seed(1)
+    return torch.randn(3, 4, 8, 8, dtype=torch.float64), torch.tensor([0.0, 10.5, 999.0]), torch.tensor([0, 3, 10])
+
+
+@pytest.mark.parametrize("skip", ["concat", "add", "none"])
+def test_out_blocks_get_the_branches_of_in_blocks_last_in_first_out(skip):
+    model, got, given = dis(skip=skip), [], []
+
+    def note(_, arguments, outputs):
+        got.append(arguments[3])
+        given.append(outputs[0])
+
+    for block in model.blocks:
+        block.register_forward_hook(note)
+    model(*inputs())
+    assert [each is None for each in got] == [True, True, True, skip == "none", skip == "none"]
+    if skip != "none":
+        assert got[3] is given[1]
+        assert got[4] is given[0]
+
+
+@pytest.mark.parametrize("skip", ["concat", "add"])
+def test_an_out_block_adds_the_product_or_the_sum_to_the_stream(skip):
+    block = dis(skip=skip).blocks[4]
+    torch.manual_seed(2)
+    h, r, taken = torch.randn(3, 2, 18, 16, dtype=torch.float64)
+    _, stream = block(h, r, None, taken, None)
+    if skip == "add":
+        assert torch.equal(stream, r + (h + taken))
+        assert block.skip is None
+    else:
+        product = torch.cat([h, taken], -1) @ block.skip.weight.T + block.skip.bias
+        assert torch.allclose(stream, r + product, atol=1e-12)
+
+
+def test_one_direction_is_the_forward_scan_of_the_forward_convolution():
+    mixer = dis(directions=1).blocks[0].mixer
+    torch.manual_seed(2)
+    h = torch.randn(2, 18, 16, dtype=torch.float64)
+    x, z = F.linear(h, mixer.in_proj).chunk(2, dim=-1)
+    u = causal_conv_silu(x, mixer.conv_weight, mixer.conv_bias, backend="reference")
+    y = selective_scan(*mixer.rightward(u), backend="reference") * F.silu(z)
+    assert torch.allclose(mixer(h), F.linear(y, mixer.out_proj), atol=1e-10)
+    assert not [name for name, _ in mixer.named_parameters() if "leftward" in name or "back_" in name]
+
+
+def test_with_one_direction_a_token_changes_later_ones_only():
+    one, both = dis(directions=1), dis()
+    x, t, y = inputs()
+    changed = x.clone()
+    changed[:, :, 4:] += 1  # the last two rows of patches
+    for model, same in ((one, True), (both, False)):
+        assert torch.allclose(model(changed, t, y)[:, :, :4], model(x, t, y)[:, :, :4], atol=1e-10) == same
+
+
+def test_adaptive_norms_alone_have_no_tokens_and_still_see_time_and_class():
+    model = dis(conditioning="adaln_zero_alone")
+    assert model.length == 16, "the patches"
+    assert model.position.shape == (1, 16, 16)
+    x, t, y = inputs()
+    assert not torch.allclose(model(x, t, y), model(x, t + 100, y))
+    assert not torch.allclose(model(x, t, y), model(x, t, (y + 1) % 10))
+
+
+def test_without_a_position_table_the_model_is_one_with_a_table_of_zeros():
+    with_table, without = dis(), dis(position="none")
+    weights = with_table.state_dict()
+    table = weights.pop("position")
+    without.load_state_dict(weights)
+    with_table.position.sub_(table)
+    assert torch.equal(without(*inputs()), with_table(*inputs()))
+
+
+@pytest.mark.parametrize(
+    "options", [{"skip": "add"}, {"directions": 1}, {"position": "none"}, {"conditioning": "adaln_zero_alone"}], ids=str
+)
+def test_an_ablation_is_not_exported_as_a_public_dis(options):
+    name = next(iter(options))
+    with pytest.raises(UserError, match=f"the public layout of DiS has no {name}: {options[name]}"):
+        to_official(dis(**options))
+
+
+def test_patches_of_diffussm_are_the_pixels_of_a_smaller_latent():
+    """Of patches of 2 x 2: the same as a model without patches on a latent of half the size and four times the channels."""
+    patched = diffussm(patch=2)
+    plain = build(patched.settings.model_copy(update={"patch": 1}), LatentShape(16, 4), 10).double()
+    plain.load_state_dict(patched.state_dict())
+    x, t, y = inputs()
+    blocks = x.reshape(3, 4, 4, 2, 4, 2).permute(0, 1, 3, 5, 2, 4).reshape(3, 16, 4, 4)
+    out = plain(blocks, t, y)  # (3, 32, 4, 4): a patch's values are ordered by row, column, channel
+    expected = out.reshape(3, 2, 2, 8, 4, 4).permute(0, 3, 4, 1, 5, 2).reshape(3, 8, 8, 8)
+    assert torch.allclose(patched(x, t, y), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("hourglass", [1, 2, 4])
+def test_the_sine_table_is_dits_averaged_over_the_positions_of_a_group(hourglass):
+    model = diffussm(position="sine", hourglass=hourglass)
+    table = position_table(8, 8)[0].double()
+    expected = torch.stack([table[j * hourglass : (j + 1) * hourglass].mean(0) for j in range(64 // hourglass)])
+    assert torch.allclose(model.position[0], expected, atol=1e-6)
+    assert "position" not in model.state_dict()
+    plain = diffussm(hourglass=hourglass)
+    plain.load_state_dict(model.state_dict())
+    plain.embed.register_forward_hook(lambda _, __, out: out + model.position)
+    assert torch.equal(plain(*inputs()), model(*inputs()))
