@@ -19,7 +19,7 @@ from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import GRID, METRICS, SKIPPED, Sampled, Sweep, state
 from dis_scale.threads import in_order
-from dis_scale.tracking.goodput import GOODPUT
+from dis_scale.tracking.goodput import GOODPUT, WORKER_HOURS
 from dis_scale.tracking.mlflow import RunCopy
 from pipelines import lines, metrics, stage
 from pipelines.devices import choose_device, total_gpus
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 POLL_EVERY_S, LONGEST_POLL_S = 2.0, 30.0
 """Interval of polls for news of training: a twentieth of the wait so far, within these. Each poll costs several requests."""
+COSTS = (GOODPUT, WORKER_HOURS, "memory_gib", "trained_on")
+"""Facts of published weights that the metrics file has, too."""
+SAMPLED_ON = "sampled_on"
 BACKLOG_EVERY_S = 600.0
 """Interval at which the backlog is counted during an evaluation."""
 
@@ -67,7 +70,7 @@ class Evaluation:
         folder.write(GRID, grid(arrange(pictures, self.labels), grid_columns(self.labels)))
         notes = measure.notes(self.references, settings) + self._average_note(sampled, settings)
         seconds = _seconds(spent) | {"metrics": time.monotonic() - began_s}
-        facts = _facts(sampled, settings) | self._goodput(sampled)
+        facts = _facts(sampled, settings) | self._training(sampled) | _machines(spent)
         folder.write_json(METRICS, facts | {"notes": notes, "values": values, "seconds": seconds})
         folder.delete(SKIPPED)
         mlflow_copy.copy_evaluation(self.sweep, sampled)
@@ -96,10 +99,10 @@ class Evaluation:
             return {}
         return self.evaluators.held_out(sampled)
 
-    def _goodput(self, sampled: Sampled) -> dict[str, float]:
-        """The run's goodput up to this checkpoint; empty at its beginning."""
-        known = manifest.require(self.sweep.run(sampled.model).published_at(sampled.images_seen)).get(GOODPUT)
-        return {GOODPUT: known} if known is not None and sampled.images_seen else {}
+    def _training(self, sampled: Sampled) -> dict[str, Any]:
+        """What the run had cost up to this checkpoint; empty at its beginning."""
+        known = manifest.require(self.sweep.run(sampled.model).published_at(sampled.images_seen))
+        return {name: known[name] for name in COSTS if name in known and sampled.images_seen}
 
     def _average_note(self, sampled: Sampled, settings: Evaluate) -> list[str]:
         """A note on the error of the rebuilt averaging profile; empty without `ema_width`."""
@@ -343,9 +346,15 @@ def _facts(sampled: Sampled, settings: Evaluate) -> dict[str, Any]:
     return facts | settings.model_dump(mode="json", include=stored)
 
 
-def _seconds(spent: list[dict[str, float]]) -> dict[str, float]:
+def _machines(spent: list[dict[str, Any]]) -> dict[str, str]:
+    """The machines that sampled, as a fact; empty if all blocks were kept."""
+    names = sorted({each["machine"] for each in spent if each["images"]})
+    return {SAMPLED_ON: ", ".join(names)} if names else {}
+
+
+def _seconds(spent: list[dict[str, Any]]) -> dict[str, float]:
     """Worker seconds of each part, and its images per second and worker; empty if all blocks were kept."""
-    total = {part: sum(each[part] for each in spent) for part in spent[0]}
+    total = {part: sum(each[part] for each in spent) for part in spent[0] if part != "machine"}
     images = total.pop("images")
     return total | {f"{part}_images_per_s": images / s for part, s in total.items() if s} if images else {}
 

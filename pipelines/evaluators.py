@@ -49,9 +49,10 @@ class Evaluator(Worker):
         decoder.net.to(where)
         self.sweep, self.sampler = sweep, open_sampler(sweep, decoder, where)
 
-    def sample(self, sampled: Sampled, settings: Evaluate, deal: Deal) -> dict[str, float]:
-        """Sample and keep the blocks that `deal` names; return the seconds of each part, and the number of samples as `images`."""
+    def sample(self, sampled: Sampled, settings: Evaluate, deal: Deal) -> dict[str, Any]:
+        """Sample and keep the blocks that `deal` names; return the seconds of each part, the number of `images`, the `machine`."""
         from dis_scale.data.encode import compute_exactly
+        from dis_scale.training.throughput import machine_name
 
         with self._sampling:  # an earlier call, of which another worker has failed, may still be in its last block
             compute_exactly()  # the number of threads is set per thread
@@ -71,7 +72,8 @@ class Evaluator(Worker):
                 folder.write(block_name(number), block.to_bytes())
                 self.report(self._done + 1)
                 images += len(block.right)
-            return {part: s - before[part] for part, s in self.sampler.seconds.items()} | {"images": images}
+            facts = {"images": images, "machine": machine_name(self.sampler.device)}
+            return {part: s - before[part] for part, s in self.sampler.seconds.items()} | facts
 
     def floor(self, deal: Deal) -> None:
         """Measure and keep the blocks of real images that `deal` names."""
@@ -129,7 +131,7 @@ class RayEvaluators:
             if number not in self._workers:
                 self._workers[number] = spawn(Evaluator, request, self.sweep, self.device, shared_gpu)
 
-    def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[dict[str, float]]:
+    def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[dict[str, Any]]:
         """Let the evaluators share the blocks of a checkpoint; return what each spent."""
         return self._share("sample", (sampled, settings), blocks)
 

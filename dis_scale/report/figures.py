@@ -84,6 +84,45 @@ def compute_loss(report: Report) -> Figure | None:
     return _finish(figure, axes, loss)
 
 
+def hours_distance(report: Report) -> Figure | None:
+    """Plot the workers' training time against distance: a line for each model. None if no point knows its time."""
+    known = [p for p in report.main if p.images_seen and p.worker_hours]
+    unit = "worker-hours" if any("(CPU)" in p.facts.get("trained_on", "") for p in known) else "GPU-hours"
+    return _measured(report, known, "worker_hours", f"training, {unit} of {_machines(known, 'trained_on')}")
+
+
+def memory_distance(report: Report) -> Figure | None:
+    """Plot a training worker's peak memory against distance, at each model's last count."""
+    known = _last([p for p in report.main if p.images_seen and p.memory_gib])
+    return _measured(report, known, "memory_gib", f"peak memory of a worker, GiB, on {_machines(known, 'trained_on')}")
+
+
+def sample_distance(report: Report) -> Figure | None:
+    """Plot the time of a sample against distance, at each model's last count: a line for each model through its samplings."""
+    known = _last([p for p in report.means if p.images_seen and p.sample_ms and report.distance(p) > 0])
+    return _measured(report, known, "sample_ms", f"ms a sample, one worker on {_machines(known, 'sampled_on')}")
+
+
+def _last(points: list[Point]) -> list[Point]:
+    """Return the points of each model at its last count."""
+    counts = {p.model: p.images_seen for p in sorted(points, key=lambda p: p.images_seen)}
+    return [p for p in points if p.images_seen == counts[p.model]]
+
+
+def _machines(points: list[Point], fact: str) -> str:
+    return " and ".join(sorted({p.facts.get(fact, "an unknown machine") for p in points}))
+
+
+def _measured(report: Report, points: list[Point], along: str, xlabel: str) -> Figure | None:
+    """Plot a measured value against distance: a line for each model, in the value's order; None without points."""
+    if not points:
+        return None
+    figure, axes = _axes(report, xlabel)
+    _lines(axes, report, sorted(points, key=lambda p: getattr(p, along)), along)
+    _name_last(axes, report, points, along)
+    return _finish(figure, axes, report)
+
+
 def distance_images(report: Report) -> Figure:
     """Plot distance over images seen: a line for each model, without the untrained models."""
     figure, axes = _axes(report, "images seen")

@@ -34,6 +34,15 @@ def write(sweep: Sweep, report: Report, published: bool = False) -> dict[str, by
     }
     if loss := figures.compute_loss(report):
         plots["compute_loss"] = (loss, "Training compute against the loss on images that training never saw")
+    measured = {
+        "hours_fid": (figures.hours_distance(report), "Training time against distance"),
+        "sample_ms_fid": (
+            figures.sample_distance(report),
+            "Time of a sample against distance, under each sampling setting",
+        ),
+        "memory_fid": (figures.memory_distance(report), "Peak memory of training against distance"),
+    }
+    plots |= {name: (figure, caption) for name, (figure, caption) in measured.items() if figure}
     rendered = {name: figures.render(figure) for name, (figure, _) in plots.items()}
     files = {f"{name}.{ending}": data for name, kinds in rendered.items() for ending, data in kinds.items()}
     captions = {caption: rendered[name]["svg"] for name, (_, caption) in plots.items()}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dis_scale.recipe import MAIN, Recipe
 from dis_scale.sweep import Sampled, Sweep, state
-from dis_scale.tracking.goodput import GOODPUT
+from dis_scale.tracking.goodput import GOODPUT, WORKER_HOURS
 from dis_scale.training.ema import start_share
 
 if TYPE_CHECKING:
@@ -50,6 +50,22 @@ class Point:
     def gmacs(self) -> float:
         """10^9 multiply-adds of one forward pass for one image."""
         return self.cost.gmacs_forward
+
+    @property
+    def worker_hours(self) -> float | None:
+        """Time of all workers in the steps that counted; None if an earlier version trained."""
+        return self.facts.get(WORKER_HOURS)
+
+    @property
+    def memory_gib(self) -> float | None:
+        """Peak memory of a training worker."""
+        return self.facts.get("memory_gib")
+
+    @property
+    def sample_ms(self) -> float | None:
+        """Time of one worker for a sample, without decoding; None if all samples were kept from another run."""
+        rate = self.facts.get("seconds", {}).get("sampling_images_per_s")
+        return 1000 / rate if rate else None
 
 
 class Floor(NamedTuple):

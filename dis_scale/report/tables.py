@@ -17,6 +17,7 @@ NOTED_START = 0.01
 """Share of the random start in the average from which on it is noted."""
 COST = (
     "model", "kind", "variant", "gmacs_forward", "paper_gflops", "parameters", "images", "training_eflops", "goodput",
+    "worker_hours", "memory_gib", "sample_ms",
 )  # fmt: skip
 FACTS = (
     "samples", "labels", "sampler", "steps", "guidance", "guidance_interval", "guidance_channels", "ema_width", "precision",
@@ -112,7 +113,9 @@ def to_csv(report: Report) -> bytes:
     for p in report.points:
         measured = [p.values.get(name, "") for name in values] + [p.facts.get(name, "") for name in FACTS]
         cost = [f"{p.gmacs:.6g}", p.cost.paper_gflops or "", p.cost.parameters, p.images_seen, f"{p.eflops:.6g}"]
-        rows.append([p.model, p.kind, p.variant, *cost, "" if p.goodput is None else f"{p.goodput:.4f}", *measured])
+        goodput = "" if p.goodput is None else f"{p.goodput:.4f}"
+        spent = ["" if value is None else f"{value:.6g}" for value in (p.worker_hours, p.memory_gib, p.sample_ms)]
+        rows.append([p.model, p.kind, p.variant, *cost, goodput, *spent, *measured])
     return csv_bytes([*COST, *values, *FACTS], rows)
 
 

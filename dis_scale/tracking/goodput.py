@@ -1,4 +1,4 @@
-"""Goodput: the share of a run's time that went into steps that counted."""
+"""Goodput: the share of a run's time that went into steps that counted; and their cost in worker hours."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ ATTEMPT = "attempt"
 """Name of the row that begins an attempt: its number, at the images that it starts from."""
 GOODPUT = "goodput"
 """Name of the row that ends an attempt, and of the fact in manifests: the run's goodput up to there."""
+WORKER_HOURS = "worker_hours"
+"""Name of the fact in manifests: the workers' time in the lasting steps up to there, a branch's trunk included."""
 _SPENT = "spent"
 
 
@@ -27,12 +29,16 @@ class Goodput:
     lasting_s: float
     """Time in lasting steps of the attempts before."""
     began_at: float
+    worker_s: float = 0.0
+    """Time in lasting steps of the attempts before, of all workers."""
+    workers: int = 1
 
     @classmethod
-    def begin(cls, earlier: Mapping[str, Any], now: float) -> "Goodput":
-        """Begin an attempt from a resume point's facts, or from none."""
-        spent = earlier.get(_SPENT, {"first_at": now, "lasting_s": 0.0})
-        return cls(spent["first_at"], spent["lasting_s"], now)
+    def begin(cls, earlier: Mapping[str, Any], now: float, workers: int = 1) -> "Goodput":
+        """Begin an attempt on `workers` from a resume point's facts, or from none."""
+        spent = earlier.get(_SPENT, {"first_at": now, "lasting_s": 0.0, "worker_s": 0.0})
+        earlier_s = spent.get("worker_s", spent["lasting_s"] * workers)  # an earlier version did not count it
+        return cls(spent["first_at"], spent["lasting_s"], now, earlier_s, workers)
 
     def share(self, now: float) -> float:
         """Return the goodput at a time of this attempt, from 0 to 1 also if a clock was set back."""
@@ -40,7 +46,17 @@ class Goodput:
 
     def facts(self, now: float) -> dict[str, Any]:
         """Return the facts for a manifest that is written now."""
-        return {GOODPUT: self.share(now), _SPENT: {"first_at": self.first_at, "lasting_s": self._lasting_s(now)}}
+        worker_s = self.worker_s + self.workers * self._here_s(now)
+        spent = {"first_at": self.first_at, "lasting_s": self._lasting_s(now), "worker_s": worker_s}
+        return {GOODPUT: self.share(now), WORKER_HOURS: worker_s / 3600, _SPENT: spent}
 
     def _lasting_s(self, now: float) -> float:
-        return self.lasting_s + max(0.0, now - self.began_at)
+        return self.lasting_s + self._here_s(now)
+
+    def _here_s(self, now: float) -> float:
+        return max(0.0, now - self.began_at)
+
+
+def spent_by_trunk(facts: Mapping[str, Any], now: float) -> dict[str, Any]:
+    """Return the facts for a branch that begins now at its trunk's resume point: the trunk's cost, and none of its time."""
+    return {_SPENT: {"first_at": now, "lasting_s": 0.0, "worker_s": facts.get(_SPENT, {}).get("worker_s", 0.0)}}

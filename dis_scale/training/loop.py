@@ -29,7 +29,7 @@ from dis_scale.recipe import Recipe, Train
 from dis_scale.scan import choose
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import PointName, Run, Sweep
-from dis_scale.tracking.goodput import ATTEMPT, GOODPUT, Goodput
+from dis_scale.tracking.goodput import ATTEMPT, GOODPUT, Goodput, spent_by_trunk
 from dis_scale.tracking.rows import RowWriter
 from dis_scale.training import checkpoint, ema, engine
 from dis_scale.training.bad_step import dump_step
@@ -38,7 +38,15 @@ from dis_scale.training.engine import Engine
 from dis_scale.training.inputs import StepInput, step_inputs, to_device
 from dis_scale.training.lanes import ForwardPass, forward_passes
 from dis_scale.training.memory import lanes_at_once
-from dis_scale.training.throughput import ThroughputMeter, gpu_bytes, open_meter
+from dis_scale.training.throughput import (
+    MEMORY,
+    TRAINED_ON,
+    ThroughputMeter,
+    gpu_bytes,
+    machine_name,
+    open_meter,
+    peak_memory_bytes,
+)
 
 ROWS_EVERY_STEPS = 10
 FLUSH_EVERY_S = 10.0
@@ -105,16 +113,17 @@ def train_model(attempt: Attempt) -> int:
     def facts() -> dict[str, Any]:
         now = time.time()
         facts = {"adam_step": _adam_step(state), "model": attempt.model, "latents": latents.identity, "at": now}
-        return facts | goodput.facts(now)
+        measured = {TRAINED_ON: machine_name(attempt.device), MEMORY: peak_memory_bytes(attempt.device) / 2**30}
+        return facts | measured | goodput.facts(now)
 
     # Record the start. Publish at 0 images, or again if the weights published at this resume point were deleted.
-    goodput = Goodput.begin(earlier, time.time())
+    goodput = Goodput.begin(earlier, time.time(), world)
     if rank == 0:
         rows.add(images_seen, {ATTEMPT: attempt.number})
         rows.flush()
     if images_seen in settings.publish_images:
         saver.publish(state, images_seen, facts(), description)
-    if not earlier:  # also a branch, whose trunk's resume point is not its own
+    if "adam_step" not in earlier:  # also a branch, whose trunk's resume point is not its own
         saver.save(state, images_seen, facts())
         _compare_with_grace(attempt, saver)
 
@@ -189,7 +198,7 @@ class Opened(NamedTuple):
     meter: ThroughputMeter
     images_seen: int
     earlier: Mapping[str, Any]
-    """Facts of the resume point, none at the beginning."""
+    """Facts of the run's resume point; at the beginning none, or what a branch's trunk has spent."""
 
 
 def open_training(attempt: Attempt, on_this_node: int, log_rates: Callable[[str], None] | None) -> Opened:
@@ -337,7 +346,9 @@ def start(attempt: Attempt, latents: Latents, passes: int) -> tuple[Engine, Back
         scan = f", scan {choose(settings.scan, attempt.device)}" if recipe.models[attempt.model].kind == "dis" else ""
         attempt.emit("start", attempt=attempt.number, workers=dist.get_world_size(), images=images_seen)
         attempt.log(f"{attempt.model}: attempt {attempt.number}, {dist.get_world_size()} workers, {where}{scan}")
-    return state, model, images_seen, point.manifest if point and own else {}
+    if point is None:
+        return state, model, images_seen, {}
+    return state, model, images_seen, point.manifest if own else spent_by_trunk(point.manifest, time.time())
 
 
 def _agreed_resume_point(attempt: Attempt) -> ResumePoint | None:

@@ -4,10 +4,12 @@ MFU is model FLOPs over peak FLOPs (Chowdhery et al. 2022, arXiv 2204.02311, app
 and one backward pass, even if checkpointing computes parts twice. Read next: models/cost.py for the count.
 """
 
+import platform
 import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -16,6 +18,8 @@ from dis_scale.recipe import Train
 
 DATASHEET_TFLOPS = {"A100": (312.0, 19.5), "H100 80GB HBM3": (989.0, 67.0), "H200": (989.0, 67.0)}
 """Peak TFLOP/s of dense products in bf16 and in fp32 without TF32, by a part of the GPU's name (NVIDIA's datasheets)."""
+MEMORY, TRAINED_ON = "memory_gib", "trained_on"
+"""Facts in manifests: a worker's peak memory, and the machine that trained."""
 MATRIX_SIDES = {"cpu": 1024, "cuda": 8192}
 """Side of the square matrices whose product is timed if the device is not in DATASHEET_TFLOPS."""
 
@@ -49,7 +53,7 @@ class ThroughputMeter:
             "images_per_s": rate,
             "tokens_per_s": rate * self.cost.tokens,
             "mfu": rate * self.cost.training_flops(self.micro_images) / (self.world * self.peak_flops),
-            "memory_gib": peak_memory_bytes(self.device) / 2**30,
+            MEMORY: peak_memory_bytes(self.device) / 2**30,
         }
         if self.log:
             self.log(self._describe(rates))
@@ -59,7 +63,7 @@ class ThroughputMeter:
     def _describe(self, rates: dict[str, float]) -> str:
         return (
             f"speed    {rates['images_per_s']:,.1f} images/s, {rates['tokens_per_s']:,.0f} tokens/s, MFU {rates['mfu']:.1%} of "
-            f"{self.world} x {self.peak_flops / 1e12:.3g} TFLOP/s ({self.peak_source}), {rates['memory_gib']:.2f} GiB per worker"
+            f"{self.world} x {self.peak_flops / 1e12:.3g} TFLOP/s ({self.peak_source}), {rates[MEMORY]:.2f} GiB per worker"
         )
 
 
@@ -97,6 +101,15 @@ def _product_s(device: torch.device, precision: str, side: int) -> float:
         synchronize(device)
         times.append(time.perf_counter() - began)
     return min(times)
+
+
+def machine_name(device: torch.device) -> str:
+    """Return the name of the GPU, or of the processor that computes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()} (CPU)"
 
 
 def synchronize(device: torch.device) -> None:

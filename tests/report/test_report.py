@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,6 +112,41 @@ def test_the_figures_show_each_family_each_model_and_both_floors(sweep: Sweep) -
     assert {9.0, 4.5} <= set(hull.get_ydata()) <= {9.0, 6.0, 5.0, 4.5}
     over_images = figures.distance_images(report).axes[0]
     assert {(9.0,), (6.0,), (5.0,)} <= {tuple(line.get_ydata()) for line in over_images.lines}
+
+
+def test_measured_costs_have_figures_that_name_the_machine(sweep: Sweep) -> None:
+    """Of the points that know them; `dis` was sampled in another way, too, with half of the steps."""
+    assert figures.hours_distance(collect(sweep)) is None, "an earlier version measured no times"
+    for model, images, hours in (("dis", 160, 3.0), ("dis32", 160, 5.0)):
+        spend(sweep, Sampled(model, images), hours)
+    spend(sweep, Sampled("dis", 160, "plain"), 3.0, images_per_s=20.0)
+    report = collect(sweep)
+    hours, memory, times = (
+        getattr(figures, f"{name}_distance")(report).axes[0] for name in ("hours", "memory", "sample")
+    )
+    assert [axes.get_xlabel() for axes in (hours, memory, times)] == [
+        "training, GPU-hours of NVIDIA H200",
+        "peak memory of a worker, GiB, on NVIDIA H200",
+        "ms a sample, one worker on AMD EPYC (CPU)",
+    ]
+    assert _plotted(hours) == {"dis": ([3.0], [9.0]), "dis32": ([5.0], [6.0])}
+    assert _plotted(times) == {"dis": ([50.0, 100.0], [12.0, 9.0]), "dis32": ([100.0], [6.0])}
+    rows = list(csv.DictReader(io.StringIO(reports.write(sweep, report)[reports.CSV].decode())))
+    assert [row["worker_hours"] for row in rows if row["model"] == "dis32"] == ["5"]
+    assert sweep.report.exists("hours_fid.svg")
+
+
+def spend(sweep: Sweep, sampled: Sampled, hours: float, images_per_s: float = 10.0) -> None:
+    """Add the measured costs to an evaluation."""
+    costs = {"worker_hours": hours, "memory_gib": 1.5, "trained_on": "NVIDIA H200", "sampled_on": "AMD EPYC (CPU)"}
+    folder = sweep.evaluation(sampled)
+    seconds = {"seconds": {"sampling_images_per_s": images_per_s}}
+    folder.write_json(METRICS, folder.read_json(METRICS) | costs | seconds)
+
+
+def _plotted(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
+    """Return x and y of each model's line."""
+    return {each.get_label(): tuple(map(list, each.lines[0].get_data())) for each in axes.containers}
 
 
 def test_published_points_are_marked_and_never_in_the_fit(sweep: Sweep) -> None:

@@ -100,7 +100,7 @@ class OneEvaluator:
 
     worker: Evaluator
 
-    def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[dict[str, float]]:
+    def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[dict[str, Any]]:
         return [self.worker.sample(sampled, settings, Dealer(blocks).next)]
 
     def floor(self, blocks: list[int]) -> None:

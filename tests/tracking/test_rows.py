@@ -10,7 +10,7 @@ from dis_scale import faults
 from dis_scale.errors import StorageError
 from dis_scale.storage.folder import open_folder
 from dis_scale.tracking import rows
-from dis_scale.tracking.goodput import GOODPUT, Goodput
+from dis_scale.tracking.goodput import GOODPUT, WORKER_HOURS, Goodput, spent_by_trunk
 from dis_scale.tracking.rows import RowReader, RowWriter, compact
 
 
@@ -164,3 +164,17 @@ def test_goodput_counts_steps_that_no_later_attempt_repeats() -> None:
     third = Goodput.begin(second.facts(1026.0), 1030.0)
     assert third.share(1032.0) == pytest.approx((6 + 6 + 2) / 32)
     assert Goodput.begin(saved, 900.0).share(800.0) in (0.0, 1.0), "a clock that was set back"
+
+
+def test_worker_hours_are_those_of_lasting_steps_on_each_attempts_workers() -> None:
+    """As above, on eight workers and then on four; then a branch leaves, on two."""
+    saved = Goodput.begin({}, 1000.0, workers=8).facts(1006.0)
+    end = Goodput.begin(saved, 1020.0, workers=4).facts(1026.0)
+    assert end[WORKER_HOURS] == pytest.approx((8 * 6 + 4 * 6) / 3600)
+    branch = Goodput.begin(spent_by_trunk(end, 2000.0), 2000.0, workers=2).facts(2010.0)
+    assert branch[WORKER_HOURS] == pytest.approx((8 * 6 + 4 * 6 + 2 * 10) / 3600)
+    assert branch[GOODPUT] == 1.0, "the trunk's time is not the branch's"
+    del end["spent"]["worker_s"]
+    assert Goodput.begin(end, 3000.0, workers=2).facts(3000.0)[WORKER_HOURS] == pytest.approx(2 * 12 / 3600), (
+        "an older one"
+    )

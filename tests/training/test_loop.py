@@ -16,6 +16,7 @@ from dis_scale.recipe import Recipe, Train, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import PointName, Run, state
+from dis_scale.tracking.goodput import WORKER_HOURS
 from dis_scale.tracking.rows import RowReader
 from dis_scale.training import checkpoint, loop
 from dis_scale.training.checkpoint import Keep
@@ -101,7 +102,11 @@ def test_a_cooldown_branch_ends_as_the_complete_training_with_that_schedule(tmp_
     own = [name.images_seen for name in state.point_names(run_at(tmp_path / "trunk", "dit-at-320"))]
     assert own == [224, 272], "one where it begins"
     ranks.run(trunk, "dit-at-320", tmp_path / "trunk", attempt=2)
-    assert state.published_counts(run_at(tmp_path / "trunk", "dit-at-320")) == [320]
+    annealed_run = run_at(tmp_path / "trunk", "dit-at-320")
+    assert state.published_counts(annealed_run) == [320]
+    at_branch = run_at(tmp_path / "trunk", "dit").resume_point(PointName(224, 1))
+    hours = [manifest.require(folder)[WORKER_HOURS] for folder in (at_branch, annealed_run.published_at(320))]
+    assert 0 < hours[0] < hours[1], "the trunk's hours are the branch's, too"
     complete = reading.load(TINY, [*settings, "train.decay=linear", "train.decay_from=0.7"])
     ranks.run(complete, "dit", tmp_path / "complete", attempt=1)
     annealed = weights(tmp_path / "trunk", "dit-at-320")
