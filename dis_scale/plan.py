@@ -1,6 +1,7 @@
 """Price of a sweep before it starts: counts and arithmetic, nothing measured."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.table import Table
@@ -8,6 +9,7 @@ from rich.table import Table
 from dis_scale.data.cache import share_read
 from dis_scale.data.latents import GIB
 from dis_scale.data.shards import sample_bytes
+from dis_scale.models import transfer
 from dis_scale.models.cost import Cost, price_model
 from dis_scale.recipe import LatentShape, Recipe
 from dis_scale.training.engine import kinds
@@ -73,6 +75,7 @@ def table(plan: Plan) -> Table:
         f"batch {train.batch_images} = {train.lanes} lanes x {train.lane_images}, up to {share} lanes on each of "
         f"{train.most_workers} workers; {_lengths(plan.recipe)}; ZeRO stage {train.zero_stage}, "
         f"{train.precision}; Gflops are multiply-adds (DiT's convention); host memory while saving is over all workers"
+        + "".join(f"; {line}" for line in _transfers(plan.recipe))
     )
     out = Table(
         title=f"plan of {plan.recipe.name}: latents {plan.shape.channels}x{plan.shape.size}x{plan.shape.size}",
@@ -102,6 +105,13 @@ def table(plan: Plan) -> Table:
             f"{state / 1e6:,.1f} MB", f"{(state + serialised) / 1e6:,.1f} MB",
         )  # fmt: skip
     return out
+
+
+def _transfers(recipe: Recipe) -> Iterator[str]:
+    """Yield the change of the learning rate of each model that has a base width."""
+    for name, model in recipe.models.items():
+        if base_width := recipe.train_of(name).base_width:
+            yield f"{name}: {transfer.words(model, base_width)}"
 
 
 def _lengths(recipe: Recipe) -> str:

@@ -120,8 +120,31 @@ class Recipe(Settings):
             Train.model_validate(self.train_of(model).model_dump())
         except ValidationError as error:
             raise ValueError(f"models.{model}.train: {error.errors()[0]['ctx']['error']}") from error
+        self._base_width_fits(model)
         if branch := self.models[model].branch:
             self._branch_fits(model, branch)
+
+    def _base_width_fits(self, model: str) -> None:
+        """The base model must exist; and rates transfer between attentions whose heads have one size (arXiv 2505.15270)."""
+        where, own, base = f"models.{model}", self.models[model], self.train_of(model).base_width
+        if base is None:
+            return
+        if isinstance(own, DiffuSsm) and 2 * base % own.hourglass:
+            raise ValueError(
+                f"{where}: hourglass {own.hourglass} does not divide twice the base_width {base}: choose another"
+            )
+        if not isinstance(own, Dit):
+            return
+        if base % own.head_size:
+            raise ValueError(
+                f"{where}: heads of size {own.head_size} do not divide base_width {base}: choose heads or a base_width that fit"
+            )
+        for name, other in self.models.items():
+            if isinstance(other, Dit) and self.train_of(name).base_width == base and other.head_size != own.head_size:
+                raise ValueError(
+                    f"{where}: heads of size {own.head_size}, and {name} of the same base_width has {other.head_size}: rates "
+                    "transfer between heads of one size alone: choose heads that are proportional to the width"
+                )
 
     def _branch_fits(self, model: str, branch: Branch) -> None:
         where, trunk = f"models.{model}.branch", self.models.get(branch.of)

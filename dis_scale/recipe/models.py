@@ -16,6 +16,7 @@ class ModelTrain(Settings):
     """A multiple of the recipe's lanes."""
     learning_rate: float | None = Field(None, gt=0)
     rates: Rates | None = None
+    base_width: Count | None = None
     weight_decay: float | None = Field(None, ge=0)
     warmup_images: int | None = Field(None, ge=0)
     decay: Literal["none", "linear", "cosine"] | None = None
@@ -116,6 +117,10 @@ class Dit(BackboneSettings):
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}: choose heads that divide it")
         return self
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
 
 
 Model = Annotated[Dis | DiffuSsm | Dit, Field(discriminator="kind")]

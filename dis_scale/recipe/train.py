@@ -53,10 +53,7 @@ Workers = Annotated[int | str, BeforeValidator(_count_or_range)]
 
 
 class Rates(Settings):
-    """Factors of the learning rate by kind of parameter (models.rate_group); 0 freezes. Experimental but for `hidden` of DiT.
-
-    At a rate found on a small width, maximal-update parametrisation scales `hidden` by small width / width (arXiv 2505.15270).
-    """
+    """Factors of the learning rate by kind of parameter (models.rate_group); 0 freezes. They multiply those of `base_width`."""
 
     input: Rate = 1.0
     """Embeddings: patches, times, classes, positions."""
@@ -99,6 +96,9 @@ class Train(Settings):
     """Backend of the selective scan; `auto` takes the fastest that the device has."""
     learning_rate: float = Field(1e-4, gt=0)
     rates: Rates = Rates()
+    base_width: Count | None = None
+    """Width at which the learning rate was found. Rates and initial weights of other widths follow by maximal-update
+    parametrisation (models/transfer.py); experimental for DiS and DiffuSSM. Default: every width as it is."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
     """For products, convolutions and embeddings; the scans' dynamics, norms, biases and positions never decay."""

@@ -25,6 +25,7 @@ from torch import nn
 from dis_scale import models
 from dis_scale.errors import DisScaleError
 from dis_scale.imports import hidden
+from dis_scale.models import Backbone, transfer
 from dis_scale.recipe import Train
 from dis_scale.training import ema
 
@@ -173,13 +174,13 @@ def connect(device: torch.device) -> None:
 
 
 def start(
-    model: nn.Module, settings: Train, device: torch.device, read: Read, adam_step: int, passes: int = 1
+    model: Backbone, settings: Train, device: torch.device, read: Read, adam_step: int, passes: int = 1
 ) -> Engine:
     """Shard `model`, which already holds the stored weights on rank 0, and fill all states through `read`.
 
     A step accumulates the gradients of `passes` forward passes.
     """
-    optimizer = torch.optim.AdamW(_groups(model, settings), settings.learning_rate, settings.betas, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings), settings.learning_rate, settings.betas, fused=True)
     names = {id(p): name for name, p in model.named_parameters()}
     shapes = {name: p.shape for name, p in model.named_parameters()}
     sharded, *_ = _deepspeed(device).initialize(
@@ -199,12 +200,17 @@ def start(
     return engine
 
 
-def _groups(model: nn.Module, settings: Train) -> list[dict[str, Any]]:
-    """The optimizer's groups: the parameters of one weight decay and one factor of the learning rate together."""
+def parameter_groups(model: Backbone, settings: Train) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: the parameters of one weight decay and one factor of the learning rate, `rate`, together.
+
+    With a base width, a step decays weights by the same share at each width, as Yang et al.'s package `mup` does.
+    """
+    growth = transfer.fan_in_growth(model, settings.base_width) if settings.base_width else defaultdict(lambda: 1.0)
     groups = defaultdict[tuple[float, float], list[nn.Parameter]](list)
     for name, parameter in model.named_parameters():
-        decay = settings.weight_decay if models.decays(name, parameter) else 0.0
-        groups[decay, getattr(settings.rates, models.rate_group(name, parameter))].append(parameter)
+        decay = settings.weight_decay * growth[name] if models.decays(name, parameter) else 0.0
+        rate = getattr(settings.rates, models.rate_group(name, parameter)) / growth[name]
+        groups[decay, rate].append(parameter)
     ordered = sorted(groups.items(), key=lambda item: item[0][0], reverse=True)  # the norm's bits depend on it
     return [{"params": each, "weight_decay": decay, "rate": rate} for (decay, rate), each in ordered]
 

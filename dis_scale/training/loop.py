@@ -22,7 +22,7 @@ from dis_scale import diffusion, faults, models, seeds
 from dis_scale.data.latents import Latents, Micro, open_latents, prefetch
 from dis_scale.diffusion.process import Process
 from dis_scale.errors import DisScaleError
-from dis_scale.models import Backbone
+from dis_scale.models import Backbone, transfer
 from dis_scale.models.cost import price_model
 from dis_scale.models.export import SamplingFacts, describe
 from dis_scale.recipe import Recipe, Train
@@ -325,6 +325,8 @@ def start(attempt: Attempt, latents: Latents, passes: int) -> tuple[Engine, Back
         recipe.models[attempt.model], latents.shape, recipe.data.num_classes, scan=settings.scan,
         checkpointing=settings.checkpointing, precision=settings.precision, seed=seed,
     )  # fmt: skip
+    if settings.base_width:
+        transfer.scale_initial(model, settings.base_width)
     if settings.compile:
         model.compile_blocks()
     point = _agreed_resume_point(attempt)
@@ -346,6 +348,8 @@ def start(attempt: Attempt, latents: Latents, passes: int) -> tuple[Engine, Back
         scan = f", scan {choose(settings.scan, attempt.device)}" if recipe.models[attempt.model].kind == "dis" else ""
         attempt.emit("start", attempt=attempt.number, workers=dist.get_world_size(), images=images_seen)
         attempt.log(f"{attempt.model}: attempt {attempt.number}, {dist.get_world_size()} workers, {where}{scan}")
+        if settings.base_width:
+            attempt.log(f"{attempt.model}: {transfer.words(model.settings, settings.base_width)}")
     if point is None:
         return state, model, images_seen, {}
     return state, model, images_seen, point.manifest if own else spent_by_trunk(point.manifest, time.time())

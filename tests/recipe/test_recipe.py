@@ -50,6 +50,12 @@ def test_a_stored_recipe_is_read_back_unchanged(tiny: Recipe) -> None:
         ),
         ("models.dit.train={lanes: 2}", "models.dit.train.lanes: unknown key"),
         ("models.dit.train={learning_rate: 0}", "models.dit.train.learning_rate: got 0, expected: greater than 0"),
+        ("train.base_width=0", "train.base_width: got 0, expected: greater than or equal to 1"),
+        ("train.base_width=12", "models.dit: heads of size 8 do not divide base_width 12"),
+        (
+            "models.dit={kind: diffussm, width: 16, depth: 1, hourglass: 4, train: {base_width: 7}}",
+            "models.dit: hourglass 4 does not divide twice the base_width 7",
+        ),
         ("models.dit.branch={of: dis, at: 160}", "models.dit.branch.of: dis has other sizes"),
         (
             "models.dit.branch={of: dit, at: 160}",
@@ -76,6 +82,13 @@ def test_mistakes_are_named(override: str, words: str) -> None:
     with pytest.raises(UserError) as caught:
         reading.load(TINY, [override])
     assert words in str(caught.value)
+
+
+def test_rates_transfer_between_heads_of_one_size_alone() -> None:
+    other = "models.wide={kind: dit, width: 32, depth: 1, heads: 2, patch: 4}"
+    with pytest.raises(UserError, match=r"models.dit: heads of size 8, and wide of the same base_width has 16"):
+        reading.load(TINY, [other, "train.base_width=16"])
+    reading.load(TINY, [other, "models.wide.train.base_width=32", "models.dit.train.base_width=16"])
 
 
 @pytest.mark.parametrize(

@@ -444,6 +444,13 @@ def test_the_plan_derives_the_batch_and_names_the_price(tiny: Recipe) -> None:
     assert "22,304" in text
 
 
+def test_the_plan_names_the_rates_of_a_base_width() -> None:
+    recipe = reading.load(TINY, ["models.dit.train.base_width=8"])
+    text = " ".join(shown(plans.table(price_sweep(recipe, SHAPE))).split())
+    assert "dit: learning rate of sums over the width x 0.5 (width 16, base_width 8)" in text
+    assert "dis: learning rate" not in text
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
