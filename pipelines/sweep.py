@@ -28,6 +28,7 @@ from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import ENDED, RECIPE, Sampled, Sweep, command_lease, state
 from dis_scale.tracking import mlflow
+from dis_scale.training import warm_start
 from dis_scale.training.memory import lanes_at_once
 from pipelines import devices, jobs, last_ray, lines, metrics, places
 from pipelines.cluster import Cluster, in_ray_job, open_cluster, require_root
@@ -117,6 +118,7 @@ def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
     require_source(sweep.recipe.data, store)
     for extractor in sweep.recipe.evaluate.extractors:
         require_weights(extractor)
+    _require_starts(sweep, plan)
     with (
         obeying_signals(driver.stop_requested),
         open_cluster(sweep.recipe) as cluster,
@@ -145,6 +147,13 @@ def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
             raise
     skipped = {f"evaluation of {sampled}": why for sampled, why in state.skipped(sweep).items()}
     return replace(failures, skipped=skipped | _missing_weights(sweep))
+
+
+def _require_starts(sweep: Sweep, plan: Plan) -> None:
+    """UserError if the weights that a new training begins with are missing or do not fit its model."""
+    models = sweep.recipe.models
+    new = [name for name in models if models[name].start and state.newest_complete(sweep.run(name)) is None]
+    warm_start.require_fits(sweep.recipe, new, plan.shape)
 
 
 def _list_images(driver: Driver, plan: Plan, store: Folder) -> None:

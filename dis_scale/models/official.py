@@ -16,6 +16,7 @@ from torch import Tensor
 from dis_scale.errors import UserError
 from dis_scale.models import Backbone, DiS, DiT, check_finite, construct
 from dis_scale.models.dit import position_table
+from dis_scale.models.tokens import time_features
 from dis_scale.recipe import Dis, Dit, LatentShape
 from dis_scale.recipe.presets import PRESETS
 
@@ -109,11 +110,8 @@ def from_official_dit(state_dict: StateDict, heads: int | None = None) -> DiT:
     patch_weight = _sized(state_dict, "x_embedder.proj.weight", 4)
     position, label = _sized(state_dict, "pos_embed", 3), _sized(state_dict, "y_embedder.embedding_table.weight", 2)
     width, patch = patch_weight.shape[0], patch_weight.shape[-1]
-    if heads is None:
-        known = {p["width"]: p["heads"] for p in PRESETS.values() if p["kind"] == "dit"}
-        if width not in known:
-            raise UserError(f"a DiT of width {width} is not a published one: give its number of heads")
-        heads = known[width]
+    if heads is None and (heads := published_heads(width)) is None:
+        raise UserError(f"a DiT of width {width} is not a published one: give its number of heads")
     settings = Dit(kind="dit", width=width, depth=max(_count(state_dict, "blocks"), 1), heads=heads, patch=patch)
     side = math.isqrt(position.shape[1])
     kind = SiT if _is_sit(state_dict, patch_weight.shape[1]) else DiT
@@ -124,6 +122,30 @@ def from_official_dit(state_dict: StateDict, heads: int | None = None) -> DiT:
         raise UserError("pos_embed is not DiT's fixed sine-cosine table: these weights belong to another model")
     _load(model, {name: weight for name, weight in state_dict.items() if name != "pos_embed"})
     return model
+
+
+def published_heads(width: int) -> int | None:
+    """Return the heads of the published DiT of this width; None if no such model was published."""
+    return next((p["heads"] for p in PRESETS.values() if p["kind"] == "dit" and p["width"] == width), None)
+
+
+def as_flow(model: SiT) -> DiT:
+    """Return a DiT that computes what the SiT computes as our flow, to the rounding of float32.
+
+    The sign moves into the last product. SiT's frequencies are 1,000 times ours: its features of 1 - t / 1000 are sums of ours of
+    t, to 1e-13, and the time's first product takes them up.
+    """
+    t_T = torch.arange(0, 1000.5, 0.5, dtype=torch.float64)
+    ours_TF, theirs_TF = (time_features(times, model.time.features) for times in (t_T, 1 - t_T / 1000))
+    ours_to_theirs_FF = torch.linalg.lstsq(ours_TF, theirs_TF, driver="gelsd").solution
+    weights = dict(model.state_dict())
+    weights["time.up.weight"] = (weights["time.up.weight"].double() @ ours_to_theirs_FF.T).float()
+    weights |= {name: -weights[name] for name in ("final.weight", "final.bias")}
+    with torch.device("meta"):
+        flow = DiT(model.settings, model.shape, model.num_classes, "none")
+    flow.position = model.position
+    flow.load_state_dict(weights, assign=True)
+    return flow
 
 
 def _is_sit(state_dict: StateDict, channels: int) -> bool:

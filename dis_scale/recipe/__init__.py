@@ -37,16 +37,16 @@ from dis_scale.recipe.evaluate import (
     TrainedExtractor,
     Variant,
 )
-from dis_scale.recipe.models import Branch, DiffuSsm, Dis, Dit, Model, ModelTrain
+from dis_scale.recipe.models import Branch, DiffuSsm, Dis, Dit, FileStart, Model, ModelTrain, SweepStart
 from dis_scale.recipe.settings import Precision, Settings, extent, runtime
 from dis_scale.recipe.train import CHECKPOINTING, SCAN_DEVICES, Flow, Gaussian, Rates, Reader, Train
 
 __all__ = [
     "CHECKPOINTING", "MAIN", "Branch", "CsvSource", "Data", "DiffuSsm", "DigitsSource", "Dis", "Dit", "Evaluate",
-    "ExtractorSettings", "Flow", "FolderSource", "Gaussian", "InceptionExtractor", "LatentShape", "Model", "ModelTrain", "NoVae",
-    "Normalise", "ParquetSource", "Precision", "Precompute", "PretrainedVae", "Rates", "Reader", "Recipe", "Settings",
-    "SourceSettings", "StoredSource", "TarSource", "TorchScriptExtractor", "TorchScriptVae", "Train", "TrainedExtractor",
-    "TrainedVae", "VaeSettings", "Variant",
+    "ExtractorSettings", "FileStart", "Flow", "FolderSource", "Gaussian", "InceptionExtractor", "LatentShape", "Model",
+    "ModelTrain", "NoVae", "Normalise", "ParquetSource", "Precision", "Precompute", "PretrainedVae", "Rates", "Reader",
+    "Recipe", "Settings", "SourceSettings", "StoredSource", "SweepStart", "TarSource", "TorchScriptExtractor", "TorchScriptVae",
+    "Train", "TrainedExtractor", "TrainedVae", "VaeSettings", "Variant",
 ]  # fmt: skip
 
 FORMAT = 2
@@ -148,6 +148,8 @@ class Recipe(Settings):
 
     def _branch_fits(self, model: str, branch: Branch) -> None:
         where, trunk = f"models.{model}.branch", self.models.get(branch.of)
+        if self.models[model].start:
+            raise ValueError(f"{where}: a branch begins with its trunk's weights: leave out models.{model}.start")
         if trunk is None or trunk.branch:
             raise ValueError(f"{where}.of: got {branch.of!r}, expected a model of this recipe that is no branch itself")
         if self.models[model].sizes != trunk.sizes:
@@ -175,7 +177,12 @@ class Recipe(Settings):
     def _without_seed(self, model: str) -> tuple[Any, ...]:
         own = self.models[model]
         trunk = self._without_seed(own.branch.of) if own.branch else ()
-        return tuple(own.sizes.items()), own.train, own.branch and own.branch.at, trunk
+        return tuple(own.sizes.items()), own.train, own.start, own.branch and own.branch.at, trunk
+
+    def start_of(self, model: str) -> FileStart | SweepStart | None:
+        """Return the weights with which the training of a model, or of its trunk, began; None for random ones."""
+        branch = self.models[model].branch
+        return self.models[branch.of if branch else model].start
 
     def branches_at(self, model: str) -> set[int]:
         """Return the image counts at which other models leave the training of this one."""

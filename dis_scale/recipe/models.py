@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_serializer, model_validator
 
-from dis_scale.recipe.settings import Count, Fraction, Precision, Settings
+from dis_scale.recipe.settings import Count, Fraction, Precision, Settings, runtime
 from dis_scale.recipe.train import PublishImages, Rates
 
 
@@ -44,6 +44,35 @@ class Branch(Settings):
     """Images seen, of which the trunk keeps a resume point."""
 
 
+class FileStart(Settings):
+    """Weights from a file: a public `.pt` of DiT, SiT or DiS, or a `.safetensors` of ours."""
+
+    kind: Literal["file"]
+    path: str = runtime(...)
+    """Path or URL of the file."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Hash of the file, checked when it is read."""
+
+    @property
+    def words(self) -> str:
+        return self.path
+
+
+class SweepStart(Settings):
+    """Averaged weights that a model of another sweep has published."""
+
+    kind: Literal["sweep"]
+    url: str
+    """Folder of the sweep, below any storage root."""
+    model: str
+    images: int = Field(ge=0)
+    """Published image count."""
+
+    @property
+    def words(self) -> str:
+        return f"{self.model} at {self.images:,} images of {self.url}"
+
+
 class BackboneSettings(Settings):
     """What each model has."""
 
@@ -53,11 +82,13 @@ class BackboneSettings(Settings):
     `seeds: 3` is short for three models: this one, and `<name>-seed-1` and `<name>-seed-2` with the next seeds."""
     branch: Branch | None = None
     """The training begins at another model's resume point instead of at random weights."""
+    start: Annotated[FileStart | SweepStart, Field(discriminator="kind")] | None = None
+    """The training begins at 0 images with these weights, and with new moments, instead of at random weights."""
 
     @property
     def sizes(self) -> dict[str, Any]:
         """What the network is, apart from its training."""
-        return self.model_dump(exclude={"train", "seed", "branch"})
+        return self.model_dump(exclude={"train", "seed", "branch", "start"})
 
 
 class Dis(BackboneSettings):

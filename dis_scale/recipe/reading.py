@@ -94,7 +94,8 @@ def _cooldowns(models: dict[str, Any], train: Any, where: str) -> Iterator[tuple
                 begin = int((1 - share) * images) // own_batch * own_batch
                 schedule = {"publish_images": [images], "decay": "linear", "decay_from": begin / images}
                 own = (model.get("train") or {}) | schedule
-                yield f"{name}-at-{images}", model | {"branch": {"of": name, "at": begin}, "train": own}
+                trunk = {key: value for key, value in model.items() if key != "start"}
+                yield f"{name}-at-{images}", trunk | {"branch": {"of": name, "at": begin}, "train": own}
 
 
 def dump(recipe: Recipe) -> str:

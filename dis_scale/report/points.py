@@ -42,7 +42,7 @@ class Point:
     unfinished: bool
     """Whether the learning rate was to fall further: such a point is above what its compute could reach."""
     start_share: float
-    """Share of the random start in the exponential average."""
+    """Share of the random start in the exponential average; 0 for a training that began with other weights."""
     seeds: int = 1
     """Number of trainings whose mean this is."""
 
@@ -176,7 +176,7 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
                     model=model, kind=kind, variant=variant, images_seen=images_seen, cost=cost,
                     values=values, facts=facts, goodput=facts.pop(GOODPUT, None), group=group, trunk=trunk,
                     eflops=flops * images_seen / 1e18, unfinished=train.decay != "none" and images_seen < train.images,
-                    start_share=start_share(train, images_seen),
+                    start_share=0.0 if recipe.start_of(model) else start_share(train, images_seen),
                 )  # fmt: skip
                 points.append(point)
     failed = {model: why for model in plan.costs if (why := state.ended(sweep, model))}

@@ -84,6 +84,11 @@ def notes(report: Report) -> list[str]:
                 f"{p.model} at {p.images_seen:,} images: {p.start_share:.0%} of the average are the random start "
                 "(train.ema_ramp avoids that)"
             )
+    lines += [
+        f"{model}: began with weights of {start.words}, whose training its images and EFLOP leave out"
+        for model in dict.fromkeys(p.model for p in report.points)
+        if (start := report.recipe.start_of(model))
+    ]
     lines = list(dict.fromkeys(lines))
     for variant, p in report.samplings.items():
         facts = p.facts

@@ -8,14 +8,18 @@ from dis_scale.storage.folder import locate
 
 def read_program(path: str, sha256: str | None, key: str) -> bytes:
     """Return the file at a path or URL; UserError, with its hash, if it is missing or `sha256` is not that of its bytes."""
-    data = _read(path, key)
-    digest = hashlib.sha256(data).hexdigest()
     if sha256 is None:
         raise UserError(
             f"{key}: {path} is a program, and the recipe has no hash of it; if you trust the file, add beside its path:\n"
-            f"  sha256: {digest}"
+            f"  sha256: {hash_of(path, key)}"
         )
-    if sha256 != digest:
+    return read_hashed(path, sha256, key)
+
+
+def read_hashed(path: str, sha256: str, key: str) -> bytes:
+    """Return the file at a path or URL, a program or not; UserError if it is missing or has another hash."""
+    data = _read(path, key)
+    if (digest := hashlib.sha256(data).hexdigest()) != sha256:
         raise UserError(f"{key}: {path} has sha256 {digest}, the recipe expects {sha256}")
     return data
 

@@ -31,7 +31,7 @@ from dis_scale.storage.folder import Folder
 from dis_scale.sweep import PointName, Run, Sweep
 from dis_scale.tracking.goodput import ATTEMPT, GOODPUT, Goodput, spent_by_trunk
 from dis_scale.tracking.rows import RowWriter
-from dis_scale.training import checkpoint, ema, engine
+from dis_scale.training import checkpoint, ema, engine, warm_start
 from dis_scale.training.bad_step import dump_step
 from dis_scale.training.checkpoint import Keep, ResumePoint, Saver
 from dis_scale.training.engine import Engine
@@ -334,6 +334,8 @@ def start(attempt: Attempt, latents: Latents, passes: int) -> tuple[Engine, Back
         point.require_latents(latents)
     own = point is None or point.manifest.get("model", attempt.model) == attempt.model  # not that of a branch's trunk
     images_seen, adam_step = (point.images_seen, point.adam_step) if point else (0, 0)
+    if point is None and recipe.models[attempt.model].start:
+        warm_start.load_into(model, recipe, attempt.model, attempt.log)
     read = point.read if point else checkpoint.fresh(model)
     if point and dist.get_rank() == 0:  # the engine sends rank 0's weights to the others
         with torch.no_grad():

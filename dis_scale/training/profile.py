@@ -38,7 +38,8 @@ def one_share(recipe: Recipe, model: str) -> Recipe:
     train = recipe.train_of(model)
     lanes = largest_share(train.lanes, train.most_workers)
     part = {"batch_images": lanes * train.lane_images, "lanes": lanes, "workers": 1}
-    alone = {model: recipe.models[model].model_copy(update={"train": ModelTrain(), "branch": None})}
+    own = {"train": ModelTrain(), "branch": None, "start": None}
+    alone = {model: recipe.models[model].model_copy(update=own)}
     return recipe.model_copy(update={"train": train.model_copy(update=part), "models": alone})
 
 

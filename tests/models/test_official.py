@@ -11,7 +11,7 @@ from dis_scale.errors import UserError
 from dis_scale.evaluation.pictures import open_for_sampling
 from dis_scale.models import DiT, build
 from dis_scale.models.export import save
-from dis_scale.models.official import SiT, from_official, from_official_dit, layout, read_weights, to_official
+from dis_scale.models.official import SiT, as_flow, from_official, from_official_dit, layout, read_weights, to_official
 from dis_scale.recipe import Dis, Dit, Flow, LatentShape, TrainedVae
 from dis_scale.recipe.presets import preset
 from dis_scale.vae import new
@@ -163,6 +163,16 @@ def test_a_public_sit_is_sampled_as_a_flow_in_its_own_time_and_direction():
     assert near(got, x)
     back = to_official(sit)
     assert all(torch.equal(back[name], state[name]) for name in state if name != "pos_embed")
+
+
+def test_a_sit_becomes_a_dit_of_our_flow():
+    """At all times, between the grid's points too: features of SiT's times are sums of ours."""
+    sit, (x, _, y) = from_official_dit(sit_state(), heads=4), inputs(4, 8, 10)
+    flow = as_flow(sit)
+    assert type(flow) is DiT
+    with torch.no_grad():
+        for t in ([0.0, 1.3, 500.77], [999.9, 1000.0, 250.01]):
+            assert near(flow(x, torch.tensor(t), y), sit(x, torch.tensor(t), y))
 
 
 def test_a_public_sit_is_assumed_to_be_a_flow_and_not_exported(tmp_path):

@@ -20,7 +20,7 @@ from dis_scale.progress import Board
 from dis_scale.recipe import LatentShape, Recipe, Storage, reading
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import METRICS, Sampled, Sweep, state
+from dis_scale.sweep import METRICS, PointName, Sampled, Sweep, state
 from dis_scale.tracking import mlflow
 from pipelines import jobs
 from pipelines import sweep as pipeline
@@ -58,6 +58,16 @@ def test_a_second_sweep_joins_on_the_same_ray_and_is_refused_on_another(tiny: Re
     ):
         pass
     assert driver.sweep.folder.list("leases/sweep") == ["0001"]
+
+
+def test_a_missing_start_is_refused_before_anything_begins(tmp_path: Path) -> None:
+    recipe = reading.load(TINY, [f"models.dit.start={{kind: file, path: nowhere.pt, sha256: '{'0' * 64}'}}"])
+    driver, plan = driver_of(recipe, tmp_path), price_sweep(recipe, LatentShape(4, 8))
+    with pytest.raises(UserError, match=r"models.dit.start.path: no file nowhere.pt"):
+        pipeline._run_stages(driver, plan, driver.sweep.store)
+    assert (driver.jobs, driver.sweep.folder.list()) == ([], [])
+    driver.sweep.run("dit").resume_point(PointName(16, 1)).write_json(manifest.NAME, {})
+    pipeline._require_starts(driver.sweep, plan)  # a training that has begun needs its start no more
 
 
 def test_a_stop_request_reaches_a_command_that_has_no_job_yet(

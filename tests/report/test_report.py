@@ -254,6 +254,15 @@ def test_an_average_of_the_random_start_is_noted(tmp_path: Path) -> None:
     assert "random start" not in shown(reports.table(collect(ramped)))
 
 
+def test_a_start_from_other_weights_is_noted_and_not_called_random(tmp_path: Path) -> None:
+    start = "models.dit.start={kind: sweep, url: s3://b/sweeps/small, model: h, images: 1600}"
+    made = sweep_at(tmp_path, "tiny", reading.load(TINY, ["train.ema=0.99", "train.ema_ramp=null", start]))
+    put(made, Sampled("dit", 320), 9.0)
+    text = " ".join(shown(reports.table(collect(made))).split())
+    assert "random start" not in text
+    assert "dit: began with weights of h at 1,600 images of s3://b/sweeps/small, whose training its images and" in text
+
+
 def test_published_points_are_refused_beside_guided_ones(sweep: Sweep) -> None:
     data = sweep.recipe.data.model_copy(update={"resolution": 256, "num_classes": 1000})
     report = replace(collect(sweep), metric="fid", recipe=sweep.recipe.model_copy(update={"data": data}))

@@ -1,0 +1,159 @@
+"""Warm start: a training that begins at 0 images with weights from a file or from another sweep (`models.<name>.start`).
+
+What depends on the number of pixels or classes is fitted; all else must be equal. Moments are new, and averages begin at these
+weights. Only the first attempt reads them: later ones continue from resume points. Read next: models/official.py, loop.py.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from dis_scale.errors import UserError
+from dis_scale.models import Backbone, DiS, check_finite, construct
+from dis_scale.models.export import open_checkpoint
+from dis_scale.models.official import SiT, as_flow, published_heads
+from dis_scale.recipe import DiffuSsm, Dis, Dit, FileStart, LatentShape, Recipe, SweepStart
+from dis_scale.storage.programs import read_hashed
+from dis_scale.sweep import Sweep, state
+from dis_scale.training import checkpoint
+
+ONLY_INITIAL = {"drop_path", "init", "zero_final", "dt_min", "dt_max"}
+"""Settings of a model that shape its random start or its training, and not what it computes from its weights."""
+
+
+class StartWeights(NamedTuple):
+    """Weights by our names, the settings of the model that they belong to, and lines on what differs besides the model."""
+
+    settings: Dis | DiffuSsm | Dit
+    weights: dict[str, Tensor]
+    notes: list[str]
+
+
+class Fitted(NamedTuple):
+    """Weights that a model can load, and a line for each thing that could not stay as it is in the source."""
+
+    weights: dict[str, Tensor]
+    notes: list[str]
+
+
+def load_into(model: Backbone, recipe: Recipe, name: str, log: Callable[[str], None]) -> None:
+    """Copy the start's weights, read on rank 0, into a model on the CPU of every rank. Collective."""
+    if dist.get_rank() == 0:
+        fitted = fit(read_source(recipe, name), model, f"models.{name}.start")
+        model.load_state_dict(fitted.weights)
+        check_finite(model)
+        start = recipe.models[name].start
+        for line in (f"begins with the weights of {start and start.words}", *fitted.notes):
+            log(f"{name}: {line}")
+    hosts = dist.new_group(backend="gloo")
+    for parameter in model.parameters():
+        dist.broadcast(parameter.detach(), 0, group=hosts)
+
+
+def require_fits(recipe: Recipe, names: Iterable[str], shape: LatentShape) -> None:
+    """Read the starts of these models, if any, and compare them with the models; UserError for one that does not fit."""
+    sources = dict[FileStart | SweepStart, StartWeights]()
+    for name in names:
+        if start := recipe.models[name].start:
+            if start not in sources:
+                sources[start] = read_source(recipe, name)
+            with torch.device("meta"):
+                model = construct(recipe.models[name], shape, recipe.data.num_classes)
+            fit(sources[start], model, f"models.{name}.start")
+
+
+def read_source(recipe: Recipe, name: str) -> StartWeights:
+    """Return the source of a model's start; UserError if it is missing or damaged."""
+    settings, where = recipe.models[name], f"models.{name}.start"
+    match settings.start:
+        case FileStart() as start:
+            return _from_file(start, settings, recipe.diffusion.kind, where)
+        case SweepStart() as start:
+            return _from_sweep(start, recipe, where)
+        case _:
+            raise ValueError(f"{name} has no start")
+
+
+def _from_file(start: FileStart, settings: Dis | DiffuSsm | Dit, process: str, where: str) -> StartWeights:
+    data = read_hashed(start.path, start.sha256, f"{where}.path")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"weights{Path(start.path).suffix}"
+        file.write_bytes(data)
+        heads = (published_heads(settings.width) or settings.heads) if isinstance(settings, Dit) else None
+        try:
+            model = open_checkpoint(file, heads)
+        except UserError as error:
+            raise UserError(f"{where}.path: {start.path}: {str(error).replace(str(file), 'the file')}") from error
+    if isinstance(model, SiT):
+        if process != "flow":
+            raise UserError(
+                f"{where}.path: {start.path} holds a SiT, which predicts velocities: expected diffusion.kind flow"
+            )
+        model = as_flow(model)
+    return StartWeights(model.settings, model.state_dict(), [])
+
+
+def _from_sweep(start: SweepStart, recipe: Recipe, where: str) -> StartWeights:
+    sweep = Sweep.open(start.url)
+    run = sweep.run(start.model)
+    if start.images not in (counts := state.published_counts(run)):
+        known = ", ".join(map(str, counts)) or "none"
+        raise UserError(
+            f"{where}.images: {start.model} of {sweep} has not published {start.images}, expected one of: {known}"
+        )
+    its = sweep.recipe
+    notes = [
+        f"warning: trained with another {part} than this recipe's"
+        for part in ("vae", "diffusion")
+        if getattr(its, part) != getattr(recipe, part)
+    ]
+    return StartWeights(its.models[start.model], checkpoint.load_published(run, start.images), notes)
+
+
+def fit(source: StartWeights, model: Backbone, where: str) -> Fitted:
+    """Return the source's weights in the shapes of `model`, whose own weights fill what is new.
+
+    Learned positions of another number of patches are interpolated (bicubic with antialiasing, as `timm` does); fixed ones are no
+    weights. A table of another number of classes is the model's own. UserError for anything else that differs.
+    """
+    theirs, ours = source.settings.sizes, model.settings.sizes
+    for key in sorted((theirs.keys() | ours.keys()) - ONLY_INITIAL, key=lambda key: (key != "kind", key)):
+        if theirs.get(key) != ours.get(key):
+            raise UserError(
+                f"{where}: its model has {key} {theirs.get(key)}, this one {ours.get(key)}: expected the same"
+            )
+    own, weights, notes = model.state_dict(), dict(source.weights), list(source.notes)
+    if different := sorted(own.keys() ^ weights.keys()):
+        raise UserError(
+            f"{where}: only one of the two models has classes, or weights are missing: {', '.join(different[:3])}"
+        )
+    for name, weight in own.items():
+        if weights[name].shape == weight.shape:
+            continue
+        rows = len(weights[name]) - 1
+        if name == "label.weight":
+            notes.append(f"new table of {model.num_classes} classes instead of {rows}")
+            weights[name] = weight
+        elif name == "position" and isinstance(model, DiS):
+            weights[name] = resized_positions(weights[name], model.extras, weight.shape[1] - model.extras)
+            notes.append(f"positions of {weight.shape[1] - model.extras} patches interpolated")
+        else:
+            shapes = f"shape {tuple(weights[name].shape)}, this model's has {tuple(weight.shape)}"
+            raise UserError(f"{where}: {name} has {shapes}: expected latents of as many channels")
+    return Fitted(weights, notes)
+
+
+def resized_positions(position_1LD: Tensor, extras: int, patches: int) -> Tensor:
+    """Return learned positions of `patches` patches of a square image; those of the `extras` first tokens stay."""
+    first, grid_1TD = position_1LD[:, :extras], position_1LD[:, extras:]
+    before, after = math.isqrt(grid_1TD.shape[1]), math.isqrt(patches)
+    grid_1DHW = grid_1TD.float().unflatten(1, (before, before)).permute(0, 3, 1, 2)
+    resized = F.interpolate(grid_1DHW, size=(after, after), mode="bicubic", align_corners=False, antialias=True)
+    return torch.cat([first, resized.flatten(2).transpose(1, 2)], dim=1)
