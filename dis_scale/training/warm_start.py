@@ -6,7 +6,7 @@ weights. Only the first attempt reads them: later ones continue from resume poin
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,16 +57,15 @@ def load_into(model: Backbone, recipe: Recipe, name: str, log: Callable[[str], N
         dist.broadcast(parameter.detach(), 0, group=hosts)
 
 
-def require_fits(recipe: Recipe, names: Iterable[str], shape: LatentShape) -> None:
+def require_fits(recipe: Recipe, names: Collection[str], shape: LatentShape) -> None:
     """Read the starts of these models, if any, and compare them with the models; UserError for one that does not fit."""
-    sources = dict[FileStart | SweepStart, StartWeights]()
-    for name in names:
-        if start := recipe.models[name].start:
-            if start not in sources:
-                sources[start] = read_source(recipe, name)
+    for start in filter(None, dict.fromkeys(recipe.models[name].start for name in names)):
+        same = [name for name in names if recipe.models[name].start == start]
+        source = read_source(recipe, same[0])  # one at a time: the largest have gigabytes
+        for name in same:
             with torch.device("meta"):
                 model = construct(recipe.models[name], shape, recipe.data.num_classes)
-            fit(sources[start], model, f"models.{name}.start")
+            fit(source, model, f"models.{name}.start")
 
 
 def read_source(recipe: Recipe, name: str) -> StartWeights:
