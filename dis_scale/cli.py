@@ -98,18 +98,23 @@ def plan(
 
     settings = reading.load(recipe or EMBEDDED, overrides)
 
-    from dis_scale import vae
+    from dis_scale import isoflop, vae
     from dis_scale.data.sources import open_source
     from dis_scale.plan import price_reading, price_sweep, table
     from dis_scale.progress import listing_words
 
-    priced = price_sweep(settings, vae.latent_shape(settings.vae, settings.data.resolution))
+    shape = vae.latent_shape(settings.vae, settings.data.resolution)
+    study = isoflop.cells(price_sweep(settings, shape))
+    priced = price_sweep(isoflop.written_out(settings, shape), shape)
     Console().print(table(priced))
+    count = images
     try:
-        count = images or len(open_source(settings.data, None, listing_words(_print)))
-        _print(f"data     {price_reading(settings, priced.shape, count)}")
+        count = count or len(open_source(settings.data, None, listing_words(_print)))
+        _print(f"data     {price_reading(settings, shape, count)}")
     except DisScaleError as error:
         _print(f"data     unknown: {error}; to price it all the same, name the number of images: --images 1281167")
+    if study:
+        Console().print(isoflop.table(priced, study, count))
 
 
 @app.command()

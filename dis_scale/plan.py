@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from rich.table import Table
 
@@ -11,7 +12,7 @@ from dis_scale.data.latents import GIB
 from dis_scale.data.shards import sample_bytes
 from dis_scale.models import transfer
 from dis_scale.models.cost import Cost, price_model
-from dis_scale.recipe import LatentShape, Recipe
+from dis_scale.recipe import LatentShape, Model, ModelTrain, Recipe
 from dis_scale.training.engine import kinds
 from dis_scale.training.lanes import largest_share
 from dis_scale.training.memory import worker_bytes
@@ -25,6 +26,28 @@ class Plan:
     recipe: Recipe
     shape: LatentShape
     costs: dict[str, Cost]
+
+    def training_flops(self, model: str) -> float:
+        """FLOPs of training on one image, two for each multiply-add, without recomputation."""
+        return self.costs[model].training_flops(self.recipe.train_of(model).lane_images)
+
+    def own_flops(self, model: str) -> float:
+        """FLOPs of a model's own training: a branch's begins at its trunk's resume point."""
+        branch = self.recipe.models[model].branch
+        return self.training_flops(model) * (self.recipe.train_of(model).images - (branch.at if branch else 0))
+
+    def budgets(self) -> dict[str, float]:
+        """Return the budget of each branch of a study (`isoflop`): the nearest one, if it is less than a step away."""
+        if self.recipe.isoflop is None:
+            return {}
+        nearest = dict[str, float]()
+        for name in [name for name, model in self.recipe.models.items() if model.branch]:
+            train, flops = self.recipe.train_of(name), self.training_flops(name)
+            spent = flops * train.images
+            budget = min(self.recipe.isoflop.flops, key=lambda each: abs(each - spent))
+            if abs(budget - spent) < flops * train.batch_images:
+                nearest[name] = budget
+        return nearest
 
     def parameters(self) -> dict[str, dict[str, object]]:
         """Return the parameters of each model's run in MLflow."""
@@ -56,11 +79,13 @@ def price_reading(recipe: Recipe, shape: LatentShape, images: int) -> str:
 
 def price_sweep(recipe: Recipe, shape: LatentShape) -> Plan:
     """Return the plan of a recipe whose latents have this shape; UserError for a model that does not fit them."""
-    return Plan(
-        recipe,
-        shape,
-        {name: price_model(model, shape, recipe.data.num_classes) for name, model in recipe.models.items()},
-    )
+
+    @cache
+    def price(alone: Model) -> Cost:
+        return price_model(alone, shape, recipe.data.num_classes)
+
+    alike = {"train": ModelTrain(), "seed": None, "branch": None, "start": None}
+    return Plan(recipe, shape, {name: price(model.model_copy(update=alike)) for name, model in recipe.models.items()})
 
 
 def table(plan: Plan) -> Table:
@@ -95,13 +120,11 @@ def table(plan: Plan) -> Table:
         out.add_column(column, justify="left" if column in ("model", "kind") else "right")
     for name, c in plan.costs.items():
         train = plan.recipe.train_of(name)
-        branch = plan.recipe.models[name].branch
-        petaflop = 2 * c.gmacs_training * (train.images - (branch.at if branch else 0)) / 1e6
         gpu = worker_bytes(c, train, train.most_workers, train.micro_images or train.lane_images)
         state, serialised = c.parameters * 4 * len(kinds(train)), 2 * c.parameters * 4
         out.add_row(
             name, plan.recipe.models[name].kind, f"{c.parameters:,}", str(c.tokens), f"{c.gmacs_forward:.4g}",
-            f"{petaflop:.3g}", f"{gpu / 2**30:.1f} GiB",
+            f"{plan.own_flops(name) / 1e15:.3g}", f"{gpu / 2**30:.1f} GiB",
             f"{state / 1e6:,.1f} MB", f"{(state + serialised) / 1e6:,.1f} MB",
         )  # fmt: skip
     return out
@@ -115,9 +138,9 @@ def _transfers(recipe: Recipe) -> Iterator[str]:
 
 
 def _lengths(recipe: Recipe) -> str:
-    """Say how many images and steps each model is trained, those of one length together."""
+    """Return images and steps of each training, those of one length together; a branch has its count in its name."""
     names = defaultdict[tuple[int, int], list[str]](list)
-    for name in recipe.models:
+    for name in [name for name, model in recipe.models.items() if not model.branch]:
         train = recipe.train_of(name)
         names[train.images, train.batch_images].append(name)
     return "; ".join(

@@ -14,7 +14,7 @@ from threading import Event, Thread
 
 from rich.console import Console
 
-from dis_scale import context, jsonlog, report, vae
+from dis_scale import context, isoflop, jsonlog, report, vae
 from dis_scale.data.sources import open_source, require_source
 from dis_scale.errors import DisScaleError, Held, Preempted, StorageAway, StorageError, UserError
 from dis_scale.evaluation.features import require_weights
@@ -79,8 +79,10 @@ def run_sweep(recipe: Recipe, console: Console, here: bool = False) -> None:
     context.facts["sweep"] = recipe.name
     console.print(f"sweep    {sweep}", highlight=False, soft_wrap=True)
     await_storage(sweep.folder, console)
+    shape = vae.latent_shape(recipe.vae, recipe.data.resolution)
+    sweep = replace(sweep, recipe=isoflop.written_out(sweep.recipe, shape))
     _require_same_identity(sweep)
-    plan = price_sweep(sweep.recipe, vae.latent_shape(recipe.vae, recipe.data.resolution))
+    plan = price_sweep(sweep.recipe, shape)
     console.print(table(plan))
     failures = Failures()
     with Board(console) as board:
@@ -354,6 +356,7 @@ def _train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
             _poll(driver, job, f"train {model}")
             if ended:
                 del training[model]
+                asked_s = float("-inf")  # a branch may begin now
                 if job.status() != "SUCCEEDED":
                     why = _failure(driver, job, model)
                     if state.trained(sweep, model):

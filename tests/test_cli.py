@@ -131,6 +131,16 @@ def test_a_plan_shows_models_and_price_and_starts_nothing(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_of_a_study_shows_the_images_of_each_budget(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text("".join(line for line in TINY.read_text().splitlines(True) if "publish_images" not in line))
+    code, output = invoke("plan", str(path), "--set", "isoflop.flops=[1e10, 2e10]", "--set", "isoflop.least_steps=10")
+    assert code == 0
+    assert "study of tiny: images, steps and epochs at each budget" in " ".join(output.split())
+    assert "complete trainings for each budget: 6" in " ".join(output.split())
+    assert " epochs" in output
+
+
 def test_a_plan_without_the_images_asks_for_their_number(tmp_path: Path) -> None:
     source = ["--set", f"data.source={{kind: folder, url: {tmp_path}/none}}"]
     code, output = invoke("plan", str(TINY), *source)

@@ -28,7 +28,7 @@ LAYERS = [
     "scan diffusion data tracking vae",
     "models training",
     "small_nets evaluation",
-    "plan report upkeep",
+    "plan isoflop report upkeep",
     "pipelines",
     "cli",
 ]
@@ -49,7 +49,10 @@ DOORS = {
     "matplotlib": "dis_scale/report/figures.py",
     "scipy": "dis_scale/report/fits.py dis_scale/evaluation",
     "typer": "dis_scale/cli.py",
-    "rich": "dis_scale/plan.py dis_scale/report dis_scale/progress.py dis_scale/cli.py pipelines/sweep.py pipelines/ablate.py",
+    "rich": (
+        "dis_scale/plan.py dis_scale/isoflop.py dis_scale/report dis_scale/progress.py dis_scale/cli.py pipelines/sweep.py "
+        "pipelines/ablate.py"
+    ),
     "psutil": "dis_scale/storage/lease.py pipelines/environment.py",
     "mamba_ssm": "dis_scale/scan",
     "causal_conv1d": "dis_scale/scan",

@@ -25,8 +25,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DATA = (ROOT / "docs" / "data.md").read_text()
 PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
-PRICED = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "digits")
-"""Recipes with a table of their price in their first lines; that of digits.yaml is what the plan prints."""
+PRICED = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.stem.startswith("digits"))
+"""Recipes with a table of their price in their first lines; those of the digits have what the plan prints."""
 SD_FACTOR = 8
 """Pixels per latent position of Stable Diffusion's autoencoder; its latents have 4 channels."""
 

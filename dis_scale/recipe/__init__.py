@@ -37,13 +37,14 @@ from dis_scale.recipe.evaluate import (
     TrainedExtractor,
     Variant,
 )
+from dis_scale.recipe.isoflop import Isoflop
 from dis_scale.recipe.models import Branch, DiffuSsm, Dis, Dit, FileStart, Model, ModelTrain, SweepStart
 from dis_scale.recipe.settings import Precision, Settings, extent, runtime
 from dis_scale.recipe.train import CHECKPOINTING, SCAN_DEVICES, Flow, Gaussian, Rates, Reader, Train
 
 __all__ = [
     "CHECKPOINTING", "MAIN", "Branch", "CsvSource", "Data", "DiffuSsm", "DigitsSource", "Dis", "Dit", "Evaluate",
-    "ExtractorSettings", "FileStart", "Flow", "FolderSource", "Gaussian", "InceptionExtractor", "LatentShape", "Model",
+    "ExtractorSettings", "FileStart", "Flow", "FolderSource", "Gaussian", "InceptionExtractor", "Isoflop", "LatentShape", "Model",
     "ModelTrain", "NoVae", "Normalise", "ParquetSource", "Precision", "Precompute", "PretrainedVae", "Rates", "Reader",
     "Recipe", "Settings", "SourceSettings", "StoredSource", "SweepStart", "TarSource", "TorchScriptExtractor", "TorchScriptVae",
     "Train", "TrainedExtractor", "TrainedVae", "VaeSettings", "Variant",
@@ -81,6 +82,7 @@ class Recipe(Settings):
     precompute: Precompute = Precompute()
     diffusion: Annotated[Gaussian | Flow, Field(discriminator="kind")]
     models: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")], Model] = extent(min_length=1)
+    isoflop: Isoflop | None = Field(None, json_schema_extra={"role": "extent"})
     train: Train
     reader: Reader = Reader()
     evaluate: Evaluate
@@ -93,6 +95,11 @@ class Recipe(Settings):
         """Return the seed of a model's training: the recipe's, or one of its own."""
         own = self.models[model].seed
         return self.seed if own is None else own
+
+    @property
+    def uncounted(self) -> list[str]:
+        """Names of the models without image counts, which are the sizes of a study that is not yet written out."""
+        return [name for name in self.models if not self.train_of(name).publish_images]
 
     def for_model(self, model: str) -> Self:
         """Return the recipe with the training settings of this model."""
@@ -121,6 +128,8 @@ class Recipe(Settings):
         except ValidationError as error:
             raise ValueError(f"models.{model}.train: {error.errors()[0]['ctx']['error']}") from error
         self._base_width_fits(model)
+        if model in self.uncounted:
+            self._size_fits(model)
         if branch := self.models[model].branch:
             self._branch_fits(model, branch)
 
@@ -146,12 +155,25 @@ class Recipe(Settings):
                     "transfer between heads of one size alone: choose heads that are proportional to the width"
                 )
 
+    def _size_fits(self, model: str) -> None:
+        if self.isoflop is None or self.models[model].branch:
+            raise ValueError(
+                f"models.{model}.train.publish_images: none, expected image counts, or budgets (`isoflop`)"
+            )
+        if (decay := self.train_of(model).decay) != "none":
+            raise ValueError(
+                f"models.{model}: train.decay is {decay}, expected none: a size of a study (`isoflop`) is trained at a constant "
+                "rate, and its cooldowns decay"
+            )
+
     def _branch_fits(self, model: str, branch: Branch) -> None:
         where, trunk = f"models.{model}.branch", self.models.get(branch.of)
         if self.models[model].start:
             raise ValueError(f"{where}: a branch begins with its trunk's weights: leave out models.{model}.start")
-        if trunk is None or trunk.branch:
-            raise ValueError(f"{where}.of: got {branch.of!r}, expected a model of this recipe that is no branch itself")
+        if trunk is None or trunk.branch or branch.of in self.uncounted:
+            raise ValueError(
+                f"{where}.of: got {branch.of!r}, expected a model of this recipe that is no branch itself, with image counts"
+            )
         if self.models[model].sizes != trunk.sizes:
             raise ValueError(f"{where}.of: {branch.of} has other sizes: expected the same, apart from train and seed")
         its, own = self.train_of(branch.of), self.train_of(model)

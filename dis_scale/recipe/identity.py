@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dis_scale.recipe import Recipe, Train
+from dis_scale.recipe import Isoflop, Recipe, Train
 from dis_scale.recipe.settings import Settings
 
 
@@ -13,6 +13,7 @@ def identity_differences(stored: Recipe, given: Recipe) -> list[str]:
     lines += _named_differences("models", stored.models, given.models)
     lines += _named_differences("evaluate.variants", stored.evaluate.variants, given.evaluate.variants)
     lines += _published_differences("train", stored.train, given.train)
+    lines += _budget_differences(stored.isoflop, given.isoflop)
     for name in stored.models.keys() & given.models.keys():
         own = {"publish_images", "decay"}
         if own & (stored.models[name].train.changes.keys() | given.models[name].train.changes.keys()):
@@ -23,6 +24,8 @@ def identity_differences(stored: Recipe, given: Recipe) -> list[str]:
 def _published_differences(where: str, stored: Train, given: Train) -> list[str]:
     """Published counts may only be added after the last one; with a decay, none at all."""
     before, now = set(stored.publish_images), set(given.publish_images)
+    if not before or not now:
+        return []  # a study: its models have counts of their own
     last = max(before)
     if stored.decay != "none" and given.images != stored.images:
         return [f"{where}.publish_images: the {stored.decay} decay ends at {last}, given {given.images}"]
@@ -30,6 +33,18 @@ def _published_differences(where: str, stored: Train, given: Train) -> list[str]
         return [f"{where}.publish_images: stored up to {last}, given only up to {max(now)}"]
     passed = sorted(n for n in now - before if n < last)
     return [f"{where}.publish_images: {passed[0]} is before {last}, which training may have passed"] if passed else []
+
+
+def _budget_differences(stored: Isoflop | None, given: Isoflop | None) -> list[str]:
+    """Budgets may only be added above the largest one: its trunks may have passed the others."""
+    if stored is None or given is None:
+        return []
+    passed = [n for n in given.flops if n < stored.flops[-1] and n not in stored.flops]
+    return (
+        [f"isoflop.flops: {passed[0]:g} is below {stored.flops[-1]:g}, whose trunks may have passed it"]
+        if passed
+        else []
+    )
 
 
 def _named_differences(where: str, stored: Mapping[str, Settings], given: Mapping[str, Settings]) -> list[str]:

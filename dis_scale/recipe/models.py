@@ -5,13 +5,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_serializer, model_validator
 
 from dis_scale.recipe.settings import Count, Fraction, Precision, Settings, runtime
-from dis_scale.recipe.train import PublishImages, Rates
+from dis_scale.recipe.train import ImageCounts, Rates
 
 
 class ModelTrain(Settings):
     """Training settings of one model; what is left out is as in the recipe's `train`."""
 
-    publish_images: PublishImages | None = Field(None, json_schema_extra={"role": "extent"})
+    publish_images: Annotated[ImageCounts, Field(min_length=1)] | None = Field(
+        None, json_schema_extra={"role": "extent"}
+    )
     batch_images: Count | None = None
     """A multiple of the recipe's lanes."""
     learning_rate: float | None = Field(None, gt=0)

@@ -46,6 +46,8 @@ def parse(text: str, where: str, overrides: list[str] | None = None) -> Recipe:
         raise UserError(f"{where}: this version reads recipes of format {FORMAT}, got format {data['format']}")
     if data.pop("format", FORMAT) == 1 and isinstance(train := data.get("train"), dict):
         train.setdefault("ema_ramp", None)  # a sweep that has begun keeps its average
+    if data.get("isoflop") is not None and isinstance(train := data.get("train"), dict):
+        train.setdefault("publish_images", [])
     if isinstance(models := data.get("models"), dict):
         models = dict(_written_out(models, data.get("seed", 0), where))
         data["models"] = models | dict(_cooldowns(models, data.get("train"), where))
@@ -91,11 +93,18 @@ def _cooldowns(models: dict[str, Any], train: Any, where: str) -> Iterator[tuple
         for images in counts:
             if isinstance(model, dict) and not model.get("branch") and f"{name}-at-{images}" not in models:
                 own_batch = (model.get("train") or {}).get("batch_images") or batch
-                begin = int((1 - share) * images) // own_batch * own_batch
-                schedule = {"publish_images": [images], "decay": "linear", "decay_from": begin / images}
-                own = (model.get("train") or {}) | schedule
-                trunk = {key: value for key, value in model.items() if key != "start"}
-                yield f"{name}-at-{images}", trunk | {"branch": {"of": name, "at": begin}, "train": own}
+                yield cooldown(name, model, images, share, own_batch)
+
+
+def cooldown(
+    name: str, model: dict[str, Any], images: int, share: float, batch_images: int
+) -> tuple[str, dict[str, Any]]:
+    """Return name and settings of a branch that ends at `images`: their last `share`, in complete steps, at a falling rate."""
+    trunk = {key: value for key, value in model.items() if key != "start"}
+    begin = int((1 - share) * images) // batch_images * batch_images
+    schedule = {"publish_images": [images], "decay": "linear", "decay_from": begin / images}
+    own = (model.get("train") or {}) | schedule
+    return f"{name}-at-{images}", trunk | {"branch": {"of": name, "at": begin}, "train": own}
 
 
 def dump(recipe: Recipe) -> str:

@@ -67,14 +67,15 @@ class Rates(Settings):
     """Biases, norms, D, S4D's C."""
 
 
-PublishImages = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+ImageCounts = tuple[Annotated[int, Field(ge=0)], ...]
 
 
 class Train(Settings):
     """One training run per model; images seen are the clock. A model may have settings of its own (`ModelTrain`)."""
 
-    publish_images: PublishImages = extent()
-    """Image counts at which EMA weights are published; training ends at the last."""
+    publish_images: ImageCounts = extent()
+    """Image counts at which EMA weights are published; training ends at the last. Left out only in a study (`isoflop`), which
+    computes them."""
     batch_images: Count
     lanes: Count
     """Parts of equal size that the global batch always splits into; a worker computes one or more of them."""

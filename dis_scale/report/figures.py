@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from dis_scale.report import fits
-from dis_scale.report.points import Point, Report
+from dis_scale.report import fits, isoflop
+from dis_scale.report.points import HELD_OUT, Point, Report
 from dis_scale.report.published import PUBLISHED
 
 MARKERS = {"dis": "o", "diffussm": "^", "dit": "s"}
@@ -20,10 +20,11 @@ LINES = {"dis": "-", "diffussm": "-.", "dit": "--"}
 PUBLISHED_MARKERS = {"DiT": "1", "SiT": "2", "DiG": "3"}
 FLOOR_LINES = ":", (0, (5, 3))
 """Lines of the real images and of their reconstructions."""
-HELD_OUT = "held_out_loss"
 COMPUTE = "training compute (EFLOP, two operations a multiply-add)"
 GFLOPS = "Gflops (multiply-adds, DiT's convention)"
+COMPUTE_FLOPS = "training compute (FLOPs, two a multiply-add)"
 SIZE = (7.2, 4.8)
+WIDE = (11.0, 4.8)
 FORMATS = ("png", "svg")
 
 
@@ -33,7 +34,9 @@ def gflops_distance(report: Report, published: bool = False) -> Figure:
     shades = np.linspace(0.7, 0.0, len(report.counts)) if len(report.counts) > 1 else [0.0]
     for images, shade in zip(report.counts, shades, strict=False):
         for kind in report.families:
-            _line(axes, report, report.family(kind, images), kind, str(shade), f"{kind} at {images:,}", "gmacs")
+            family = report.family(kind, images)
+            unnamed = report.recipe.isoflop and len(family) == 1  # in a study almost each point has a count of its own
+            _line(axes, report, family, kind, str(shade), "" if unnamed else f"{kind} at {images:,}", "gmacs")
     _fit(axes, report)
     if published:
         _published(axes)
@@ -82,6 +85,67 @@ def compute_loss(report: Report) -> Figure | None:
     axes.set_ylabel("held-out loss")
     _lines(axes, loss, trained, "eflops")
     return _finish(figure, axes, loss)
+
+
+def of_study(report: Report) -> dict[str, tuple[Figure, str]]:
+    """Return the figures of a study of budgets with their captions, by name; none for any other sweep."""
+    metrics = {"isoflop_loss": HELD_OUT, "isoflop_fid": report.metric}
+    drawn = {name: (isoflop_profiles(report, metric), metric) for name, metric in metrics.items()}
+    words = "parabola of each budget, and its minimum against compute"
+    return {name: (figure, f"{metric}: {words}") for name, (figure, metric) in drawn.items() if figure}
+
+
+def isoflop_profiles(report: Report, metric: str) -> Figure | None:
+    """Plot the parabola of each budget, and beside it size and images of the minima against compute, with their power laws.
+
+    None for a sweep without a study, or without enough measured sizes.
+    """
+    families = isoflop.profiles(report, metric)
+    if not any(families.values()):
+        return None
+    figure = Figure(figsize=WIDE, layout="constrained")
+    profiles, minima = figure.subplots(1, 2)
+    figure.suptitle(report.sweep)
+    _log_axes(profiles, "parameters", metric)
+    profiles.yaxis.set_major_locator(LogLocator(subs=range(1, 10)))  # losses span less than a decade
+    _log_axes(minima, COMPUTE_FLOPS, "at the minimum")
+    for kind, family in families.items():
+        for profile, shade in zip(family, np.linspace(0.7, 0.0, len(family)), strict=True):
+            _profile(profiles, profile, kind, str(shade))
+        _minima(minima, [profile for profile in family if profile.best], isoflop.laws(family), kind)
+    for axes in (profiles, minima):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    return figure
+
+
+def _profile(axes: Axes, profile: isoflop.Profile, kind: str, shade: str) -> None:
+    """Plot the runs of a budget, their parabola, and a cross at its minimum; runs that are not fitted are hollow."""
+    sizes = np.geomspace(*_ends(profile.parameters.tolist()), 100)
+    axes.plot(*profile.beyond, MARKERS[kind], color=shade, markerfacecolor="white")
+    axes.plot(profile.parameters, profile.values, MARKERS[kind], color=shade, label=f"{kind}, {profile.budget:g} FLOPs")
+    axes.plot(sizes, profile.at(sizes), LINES[kind], color=shade, linewidth=1)
+    if profile.best:
+        parameters, _, value = profile.best
+        axes.plot(parameters, value, "x", color=shade, markersize=10, markeredgewidth=2)
+
+
+def _minima(axes: Axes, found: list[isoflop.Profile], fitted: isoflop.Laws | None, kind: str) -> None:
+    """Plot the best sizes (filled) and their images (hollow), and the laws as lines."""
+    budgets, best = [profile.budget for profile in found], [profile.best for profile in found if profile.best]
+    for column, (name, face) in enumerate({"parameters": "black", "images": "white"}.items()):
+        law = fitted and (fitted.parameters, fitted.images)[column]
+        words = f": compute^{law.exponent:.2f} ({law.low:.2f} to {law.high:.2f})" if law else ""
+        axes.plot(
+            budgets,
+            [each[column] for each in best],
+            MARKERS[kind],
+            color="black",
+            markerfacecolor=face,
+            label=f"{kind}, {name}{words}",
+        )
+        if law:
+            axes.plot(budgets, law.at(np.array(budgets)), LINES[kind], color="black", linewidth=1)
 
 
 def hours_distance(report: Report) -> Figure | None:
@@ -183,14 +247,18 @@ def _laws(report: Report) -> list[tuple[str, fits.PowerLaw]]:
 
 def _axes(report: Report, xlabel: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(title=report.sweep)
+    _log_axes(axes, xlabel, report.metric)
+    return figure, axes
+
+
+def _log_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
     axes.margins(x=0.12)
-    axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=report.metric, title=report.sweep)
+    axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         axis.set_minor_formatter(NullFormatter())
-    return figure, axes
 
 
 def _finish(figure: Figure, axes: Axes, report: Report) -> Figure:

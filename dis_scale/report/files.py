@@ -27,7 +27,7 @@ def write(sweep: Sweep, report: Report, published: bool = False) -> dict[str, by
     )  # here: matplotlib and scipy take two seconds, and most processes write no report
     from dis_scale.report.page import render_page
 
-    plots = {
+    plots = figures.of_study(report) | {
         "gflops_fid": (figures.gflops_distance(report, published), "Gflops against distance at each image count"),
         "compute_fid": (figures.compute_distance(report), "Training compute against distance, with its lower hull"),
         "fid_images": (figures.distance_images(report), "Distance over images seen"),

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from dis_scale.models.cost import Cost
     from dis_scale.plan import Plan
 
+HELD_OUT = "held_out_loss"
+
 
 @dataclass(frozen=True)
 class Point:
@@ -41,6 +43,8 @@ class Point:
     """10^18 operations of the training so far: two for each multiply-add."""
     unfinished: bool
     """Whether the learning rate was to fall further: such a point is above what its compute could reach."""
+    budget: float | None
+    """Budget of the study (`isoflop`) that the training ends at, in operations."""
     start_share: float
     """Share of the random start in the exponential average; 0 for a training that began with other weights."""
     seeds: int = 1
@@ -163,10 +167,11 @@ def _mean(points: list[Point], metric: str) -> Point:
 def collect(sweep: Sweep, plan: "Plan") -> Report:
     """Collect all evaluations of a sweep."""
     recipe, points, groups = sweep.recipe, list[Point](), sweep.recipe.seed_groups()
+    budgets = plan.budgets()
     for model, cost in plan.costs.items():
         train, branch, group = recipe.train_of(model), recipe.models[model].branch, groups[model]
         trunk = groups[branch.of] if branch else group
-        flops = cost.training_flops(train.micro_images or train.lane_images)
+        flops = plan.training_flops(model)
         for variant in recipe.evaluate.samplings:
             for images_seen, evaluation in state.evaluated(sweep, model, variant).items():
                 values = {name: value for name, value in evaluation["values"].items() if not name.endswith("_floor")}
@@ -176,7 +181,7 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
                     model=model, kind=kind, variant=variant, images_seen=images_seen, cost=cost,
                     values=values, facts=facts, goodput=facts.pop(GOODPUT, None), group=group, trunk=trunk,
                     eflops=flops * images_seen / 1e18, unfinished=train.decay != "none" and images_seen < train.images,
-                    start_share=0.0 if recipe.start_of(model) else start_share(train, images_seen),
+                    start_share=0.0 if recipe.start_of(model) else start_share(train, images_seen), budget=budgets.get(model),
                 )  # fmt: skip
                 points.append(point)
     failed = {model: why for model in plan.costs if (why := state.ended(sweep, model))}

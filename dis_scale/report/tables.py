@@ -102,7 +102,16 @@ def notes(report: Report) -> list[str]:
             f"guidance {facts['guidance']}{of}{within}{average}, {facts['precision']}{drawn}"
         )
     lines += dict.fromkeys(note for p in report.points for note in p.facts.get("notes", ()))
-    return lines + [f"floor: {text}: {with_error(distance, error)}" for text, distance, error in report.floors]
+    lines += [f"floor: {text}: {with_error(distance, error)}" for text, distance, error in report.floors]
+    return lines + _of_study(report)
+
+
+def _of_study(report: Report) -> list[str]:
+    if report.recipe.isoflop is None:
+        return []
+    from dis_scale.report import isoflop  # here: scipy takes a second, and few sweeps are studies
+
+    return isoflop.lines(report)
 
 
 def missing(report: Report) -> list[str]:

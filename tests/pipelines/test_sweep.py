@@ -13,7 +13,7 @@ import pytest
 from ray.job_submission import JobStatus
 from rich.console import Console
 
-from dis_scale import faults, report
+from dis_scale import faults, isoflop, report
 from dis_scale.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.plan import price_sweep
 from dis_scale.progress import Board
@@ -29,6 +29,7 @@ from pipelines.stop import stop_sweep
 from pipelines.sweep import Driver, Failures
 from tests.conftest import TINY
 from tests.test_cli import invoke
+from tests.test_isoflop import study
 
 
 def driver_of(recipe: Recipe, root: Path) -> Driver:
@@ -137,6 +138,15 @@ def test_a_stored_recipe_of_another_identity_is_refused_with_the_difference(tiny
     other = reading.load(TINY, ["seed=5", f"storage.root={tmp_path}"])
     with pytest.raises(UserError, match=r"was begun with another recipe; .*\n  seed: stored 0, given 5"):
         pipeline.run_sweep(other, Console(file=io.StringIO()))
+
+
+def test_a_study_is_written_out_before_it_is_compared_with_the_stored_one(tmp_path: Path) -> None:
+    begun, root = isoflop.written_out(study(), LatentShape(4, 8)), f"storage.root={tmp_path}"
+    Sweep.below(open_folder(tmp_path), begun).save_recipe()
+    with pytest.raises(
+        UserError, match=r"isoflop.share: stored 0.25, given 0.2\n.*models.dis-at-\d+.branch.at: stored"
+    ):
+        pipeline.run_sweep(study(root, "isoflop.share=0.2"), Console(file=io.StringIO()))
 
 
 def lose_storage(monkeypatch: pytest.MonkeyPatch, requests: int) -> list[str]:

@@ -1,0 +1,30 @@
+"""Settings of a study of compute budgets. Its image counts are computed by dis_scale/isoflop.py, which knows what a model costs."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from dis_scale.recipe.settings import Count, Settings, extent
+
+
+class Isoflop(Settings):
+    """Compute budgets at which model sizes are compared (IsoFLOP profiles: Hoffmann et al. 2022, approach 2).
+
+    The sizes are the models without `publish_images`. Each is trained once, at a constant rate; a cooldown branch ends at
+    each budget.
+    """
+
+    flops: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = extent()
+    """Operations of one training, two for each multiply-add, rising. Larger budgets may be added."""
+    share: float = Field(0.2, gt=0, lt=1)
+    """Share of a training's images at the falling rate."""
+    least_steps: Count = 100
+    """A size with fewer steps at a budget is left out there."""
+    most_images: Count | None = None
+    """A size with more images at a budget is left out there: its epochs would be too many, or its training too long."""
+
+    @model_validator(mode="after")
+    def _flops_rise(self) -> Self:
+        if list(self.flops) != sorted(set(self.flops)):
+            raise ValueError(f"flops must rise: got {list(self.flops)}")
+        return self

@@ -1,0 +1,178 @@
+"""IsoFLOP fits on runs with a known law: minima, exponents, coverage of the intervals, and inputs without an answer."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dis_scale import isoflop as studies
+from dis_scale import report as reports
+from dis_scale.plan import price_sweep
+from dis_scale.report import figures, isoflop, tables
+from dis_scale.report.isoflop import Profile, laws
+from dis_scale.report.points import HELD_OUT, Report
+from dis_scale.sweep import METRICS, Sampled, Sweep
+from tests.report.test_report import SHAPE, sweep_at
+from tests.test_isoflop import study
+
+BUDGETS = np.geomspace(1e18, 1e20, 4)
+SIZE_EXPONENT, VALUE_EXPONENT = 0.55, -0.05
+OFFSETS = np.geomspace(0.4, 2.2, 6)
+"""Sizes of each budget as multiples of its best one."""
+
+
+def family(noise: float = 0.0, seed: int = 0, offsets: np.ndarray = OFFSETS) -> list[Profile]:
+    """Runs whose best size, images and value are power laws, with noise on the logarithm of the values."""
+    rng, made = np.random.default_rng(seed), []
+    for budget in BUDGETS:
+        best = 0.1 * budget**SIZE_EXPONENT
+        logs = (
+            np.log(90 * budget**VALUE_EXPONENT)
+            + 0.08 * np.log(offsets) ** 2
+            + noise * rng.standard_normal(len(offsets))
+        )
+        made.append(profile_of(float(budget), best * offsets, budget / (6 * best * offsets), np.exp(logs)))
+    return made
+
+
+def profile_of(*columns: Any) -> Profile:
+    profile = Profile.of(*columns)
+    assert profile
+    return profile
+
+
+def test_known_laws_are_recovered() -> None:
+    fitted = laws(family())
+    assert fitted
+    assert fitted.parameters.exponent == pytest.approx(SIZE_EXPONENT)
+    assert fitted.images.exponent == pytest.approx(1 - SIZE_EXPONENT), "compute is 6 x parameters x images here"
+    assert fitted.value.exponent == pytest.approx(VALUE_EXPONENT)
+    assert fitted.parameters.at(BUDGETS) == pytest.approx(0.1 * BUDGETS**SIZE_EXPONENT)
+    assert fitted.value.at(BUDGETS) == pytest.approx(90 * BUDGETS**VALUE_EXPONENT)
+    assert (fitted.parameters.high - fitted.parameters.low, fitted.at_edge) == (pytest.approx(0, abs=1e-9), 0)
+
+
+def test_a_profile_has_its_minimum_between_the_sizes() -> None:
+    (profile, *_) = family()
+    assert profile.best == pytest.approx(
+        (0.1 * 1e18**SIZE_EXPONENT, 1e18 / (0.6 * 1e18**SIZE_EXPONENT), 90 * 1e18**VALUE_EXPONENT)
+    )
+    assert profile.at(profile.parameters) == pytest.approx(profile.values)
+
+
+def test_the_intervals_cover_the_exponents_in_about_95_percent() -> None:
+    """Within three binomial errors of 400 tries."""
+    tries = [laws(family(noise=0.01, seed=1 + seed), resamples=400) for seed in range(400)]
+    for name, truth in (("parameters", SIZE_EXPONENT), ("images", 1 - SIZE_EXPONENT), ("value", VALUE_EXPONENT)):
+        fitted = [getattr(each, name) for each in tries]
+        assert 0.917 < np.mean([law.low <= truth <= law.high for law in fitted]) < 0.983, name
+
+
+def test_more_noise_widens_the_interval() -> None:
+    quiet, loud = (laws(family(noise)) for noise in (0.002, 0.02))
+    assert quiet
+    assert loud
+    assert loud.parameters.high - loud.parameters.low > 4 * (quiet.parameters.high - quiet.parameters.low)
+
+
+def test_a_minimum_at_an_end_of_the_sizes_is_left_out_of_the_law() -> None:
+    rising, *_ = family(offsets=np.geomspace(1.1, 4, 4))
+    _, *others = family()
+    assert rising.best is None
+    fitted = laws([rising, *others])
+    assert fitted
+    assert fitted.parameters.exponent == pytest.approx(SIZE_EXPONENT)
+    assert laws([rising, *others[:2]]) is None, "two budgets give no law"
+
+
+def test_runs_far_from_the_lowest_are_not_fitted() -> None:
+    """Their loss need not be on the parabola."""
+    (profile, *_) = family()
+    sizes = np.append(profile.parameters, profile.parameters[3] * 5)
+    values, images = np.append(profile.values, 9 * profile.values.max()), np.append(profile.images, 1.0)
+    wide = profile_of(profile.budget, sizes, images, values)
+    assert wide.best == pytest.approx(profile.best)
+    assert wide.beyond.tolist() == [[sizes[-1]], [values[-1]]]
+    assert Profile.of(profile.budget, sizes[4:], images[4:], values[4:]) is None, "three sizes are left"
+
+
+def test_a_parabola_that_opens_downwards_has_no_minimum() -> None:
+    (profile, *_) = family()
+    hill = replace(profile, values=1 / profile.values)
+    assert hill.best is None
+    assert hill.values[0] < hill.values[-1]
+    assert hill.minimum.size == pytest.approx(np.log(hill.parameters[0]))
+
+
+def test_resamples_with_a_minimum_at_an_end_are_counted() -> None:
+    fitted = laws(family(noise=0.08, seed=3))
+    assert fitted
+    assert 0 < fitted.at_edge < 1
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Report:
+    """The report of a study of four sizes at three budgets. Losses have a known best size; the distance is never at its best."""
+    recipe = study("isoflop={flops: [1e10, 2e10, 4e10], least_steps: 10}", *(
+        f"models.dis{width}={{kind: dis, width: {width}, depth: 2, patch: 4}}" for width in (24, 32, 48)
+    ))  # fmt: skip
+    plan = price_sweep(studies.written_out(recipe, SHAPE), SHAPE)
+    sweep = sweep_at(tmp_path, "tiny", plan.recipe)
+    for model, budget in plan.budgets().items():
+        distance = np.log(plan.costs[model].parameters / 3e4 * (1e10 / budget) ** 0.5) ** 2
+        put(
+            sweep,
+            model,
+            {HELD_OUT: float(np.exp(distance)), plan.recipe.evaluate.metric: 1e6 / plan.costs[model].parameters},
+        )
+    return reports.collect(sweep, plan)
+
+
+def put(sweep: Sweep, model: str, values: dict[str, float]) -> None:
+    facts = {"samples": 60, "sampler": "ddim", "steps": 3, "guidance": 1.5, "precision": "fp32"}
+    images = sweep.recipe.train_of(model).images
+    sweep.evaluation(Sampled(model, images)).write_json(METRICS, facts | {"metrics": ["distance"], "values": values})
+
+
+def test_the_report_of_a_study_has_its_profiles_and_laws(measured: Report) -> None:
+    profiles = isoflop.profiles(measured, HELD_OUT)
+    assert profiles["dit"] == [], "one size is too few"
+    assert [(p.budget, len(p.values)) for p in profiles["dis"]] == [(1e10, 4), (2e10, 4), (4e10, 4)]
+    notes = tables.notes(measured)
+    assert any(
+        line.startswith("held_out_loss, dis: best size ~ compute^0.50 (95 % interval 0.50 to 0.50)") for line in notes
+    )
+    assert any("held_out_loss, dis at 1e+10 FLOPs: lowest, 1, at 30,000 parameters" in line for line in notes)
+    metric = measured.metric
+    assert f"{metric}, dis at 4e+10 FLOPs: no minimum within the sizes, so the budget is not in the laws" in notes
+    assert f"{metric}, dis: no law, which needs 3 budgets with a minimum" in notes
+    assert "held_out_loss, dit at 1e+10, 2e+10, 4e+10 FLOPs: fewer than 4 measured sizes, so not fitted" in notes
+
+
+def test_the_figure_marks_the_minima(measured: Report) -> None:
+    figure = figures.isoflop_profiles(measured, HELD_OUT)
+    assert figure
+    parabolas, minima = figure.axes
+    crosses = [line.get_xdata()[0] for line in parabolas.lines if line.get_marker() == "x"]
+    assert crosses == pytest.approx([3e4, 3e4 * 2**0.5, 6e4], rel=1e-3)
+    sizes = next(line for line in minima.lines if "parameters" in line.get_label())
+    assert list(sizes.get_xdata()) == [1e10, 2e10, 4e10]
+    assert list(sizes.get_ydata()) == pytest.approx(crosses)
+
+
+def test_the_page_begins_with_the_study(measured: Report, tmp_path: Path) -> None:
+    files = reports.write(sweep_at(tmp_path, "tiny", measured.recipe), measured)
+    assert {"isoflop_loss.png", "isoflop_fid.svg"} <= files.keys()
+    captions = re.findall(r"<figcaption>([^<]+)", files[reports.PAGE].decode())
+    assert captions[0] == "held_out_loss: parabola of each budget, and its minimum against compute"
+    legend = figures.gflops_distance(measured).axes[0].get_legend_handles_labels()[1]
+    assert legend == [], "each count has one point"
+
+
+def test_a_study_without_enough_sizes_has_no_figure(measured: Report) -> None:
+    few = replace(measured, points=[p for p in measured.points if p.cost.parameters < 4e4])
+    assert figures.isoflop_profiles(few, HELD_OUT) is None
+    assert any("dis at 1e+10, 2e+10, 4e+10 FLOPs: fewer than 4 measured sizes" in line for line in tables.notes(few))
