@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import record, rows, throughput
+from benchmarks import cooldowns, record, rows, throughput
+from dis_scale.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -181,3 +182,16 @@ def test_every_job_of_the_throughput_part_is_valid() -> None:
     """A combination that is refused would be known on the GPU only."""
     for job in throughput.SIZED + throughput.VARIED:
         assert throughput.recipe_of(job, "cuda").train.precision == "bf16"
+
+
+def test_cooldowns_compare_trainings_of_equal_length_and_seed(tmp_path: Path) -> None:
+    cooled, complete = (cooldowns.recipe_of(tmp_path, *own) for own in (cooldowns.COOLED, cooldowns.COMPLETE))
+
+    def ends(recipe: Recipe) -> list[tuple[int, int]]:
+        trained = [(recipe.train_of(model).images, recipe.seed_of(model)) for model in recipe.models]
+        return sorted(each for each in trained if each[0] in cooldowns.COUNTS)
+
+    assert ends(cooled) == ends(complete)
+    assert len(ends(cooled)) == len(cooldowns.COUNTS) * cooldowns.SEEDS
+    assert {complete.train_of(model).decay for model in complete.models} == {"linear"}
+    assert all(bool(model.branch) == ("-at-" in name) for name, model in cooled.models.items())
