@@ -82,7 +82,8 @@ class Evaluation:
         from dis_scale.evaluation import floor
 
         recipe, folder = self.sweep.recipe, self.sweep.floor
-        images = len(floor.chosen_images(recipe.evaluate.samples, len(open_source(recipe.data, self.sweep.store))))
+        source = open_source(recipe.data, self.sweep.store)
+        images = len(floor.chosen_images(source, self.labels, recipe.data.num_classes))
         floor.require_enough(images, self.references)
         numbers = range(-(-images // recipe.evaluate.block_images))
         self.evaluators.floor([b for b in numbers if not _kept(folder, b, floor.from_bytes)])

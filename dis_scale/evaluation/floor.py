@@ -1,7 +1,8 @@
 """The floor of a sweep's distances: that of real images which the reference lacks, and that of the autoencoder's reconstructions.
 
-A distance falls with the number of images on both sides, so the floor is that of as many images as a model has samples. The
-images are taken out of the reference, and the distance is then scaled to its complete size. Blocks as in sampling.py.
+Each sample of a model is replaced by a real image of its class, since a distance falls with the number of images, and with the
+equality of the classes' shares. These images are taken out of the reference, and the distance is then scaled to its complete size.
+Blocks as in sampling.py.
 """
 
 from collections.abc import Iterable, Mapping
@@ -37,9 +38,27 @@ FloorBlock = Mapping[str, Mapping[str, Features]]
 """Features of the images of one block, by kind (`REAL`, `RECONSTRUCTED`) and extractor."""
 
 
-def chosen_images(samples: int, images: int) -> np.ndarray:
-    """Return the positions of the images, in random order: as many as there are samples, at most half of all."""
-    return seeds.generator("floor", images).permutation(images)[: min(samples, images // 2)]
+def chosen_images(source: Source, labels_S: np.ndarray, num_classes: int | None) -> np.ndarray:
+    """Return the positions of random images, each once: one of the class of each sample, for the first half of all images at most.
+
+    Without classes any image will do. A class whose images have all been chosen gives none.
+    """
+    images = len(source)
+    classes = np.fromiter(source.labels, int, images) * (num_classes is not None)
+    wanted = labels_S[: images // 2] * (num_classes is not None)
+    order = seeds.generator("floor", images).permutation(images)
+    by_class = order[np.argsort(classes[order], kind="stable")]
+    first, last = (np.searchsorted(classes[by_class], wanted, side) for side in ("left", "right"))
+    place = first + _occurrence(wanted)
+    return by_class[place[place < last]]
+
+
+def _occurrence(labels_S: np.ndarray) -> np.ndarray:
+    """Return for each label how often it occurs before."""
+    order = np.argsort(labels_S, kind="stable")
+    occurrence = np.empty_like(order)
+    occurrence[order] = np.arange(len(order)) - np.searchsorted(labels_S[order], labels_S[order])
+    return occurrence
 
 
 def require_enough(images: int, references: Mapping[str, Reference]) -> None:
@@ -50,7 +69,8 @@ def require_enough(images: int, references: Mapping[str, Reference]) -> None:
 
 def make_block(sampler: BlockSampler, source: Source, number: int) -> FloorBlock:
     """Read the images of a block, and return their features and those of their reconstructions."""
-    settings, chosen = sampler.recipe.evaluate, chosen_images(sampler.recipe.evaluate.samples, len(source))
+    settings = sampler.recipe.evaluate
+    chosen = chosen_images(source, sampler.labels, sampler.recipe.data.num_classes)
     numbers = block_numbers(len(chosen), settings.block_images, number)
     pixels = _read(source, np.sort(chosen[numbers.start : numbers.stop]).tolist(), sampler)
     kinds = {REAL: pixels}

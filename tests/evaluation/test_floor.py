@@ -1,11 +1,15 @@
 """The floor is the distance of a perfect model, and of the VAE's reconstructions, at the sizes at which models are measured."""
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dis_scale import vae
 from dis_scale.data.sources import open_source
@@ -15,19 +19,42 @@ from dis_scale.evaluation.features import Features
 from dis_scale.evaluation.floor import REAL, RECONSTRUCTED, FloorBlock
 from dis_scale.evaluation.metrics import Frechet, fit
 from dis_scale.evaluation.reference import Reference
-from dis_scale.evaluation.sampling import BlockSampler
-from dis_scale.recipe import Evaluate, Recipe, TrainedVae
+from dis_scale.evaluation.sampling import BlockSampler, sample_labels
+from dis_scale.recipe import Evaluate, Recipe, TrainedVae, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
+from tests.conftest import TINY
 from tests.evaluation.test_measure import evaluate
 from tests.evaluation.test_reference import script, with_scripts
 
 D, IMAGES, SAMPLES, DRAWS = 12, 3000, 500, 30
+CLASSES = 4
 
 
-def images(seed: int, count: int = IMAGES) -> np.ndarray:
-    """Return features (count, D) of real images, with a mean and scales of their own."""
-    return (np.random.default_rng(seed).standard_normal((count, D)) * np.linspace(0.5, 3, D) + 2).astype(np.float32)
+@dataclass(frozen=True)
+class Labelled:
+    """A source that has no more than its labels."""
+
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def images(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Return features (N, D) of real images, whose classes differ, with scales of their own."""
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal((len(labels), D)) * np.linspace(0.5, 3, D) + 2 * labels[:, None]).astype(np.float32)
+
+
+def real_labels(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).choice(CLASSES, IMAGES, p=[0.1, 0.2, 0.3, 0.4])
+
+
+def wanted_labels(samples: int, labels: np.ndarray) -> np.ndarray:
+    """Return the labels of a model's samples: balanced, as frequent as in the training set."""
+    recipe = reading.load(TINY, [f"evaluate.samples={samples}"])
+    return sample_labels(recipe, np.bincount(labels, minlength=CLASSES).tolist())
 
 
 def blocks(kinds: dict[str, np.ndarray], weights: str = "seeded") -> Iterator[FloorBlock]:
@@ -36,25 +63,34 @@ def blocks(kinds: dict[str, np.ndarray], weights: str = "seeded") -> Iterator[Fl
 
 
 def measured(
-    every: np.ndarray, settings: Evaluate, blur: float = 0.0, seed: int = 0
+    seed: int, sampled: Evaluate, blur: float = 0.0, choice: int | None = None
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the floors of chosen images, and of ones whose features `blur` shifts."""
-    chosen = np.random.default_rng(seed).permutation(len(every))[: min(settings.samples, len(every) // 2)]
+    """Return the floors of one set of real images, and of ones whose features `blur` shifts.
+
+    `choice` takes other images of the set, by another order of its positions.
+    """
+    labels = real_labels(seed)
+    every = images(labels, seed)
+    if choice is not None:
+        order = np.random.default_rng(choice).permutation(IMAGES)
+        labels, every = labels[order], every[order]
+    chosen = floor.chosen_images(Labelled(labels), wanted_labels(sampled.samples, labels), CLASSES)  # type: ignore[arg-type]
     kinds = {REAL: every[chosen], RECONSTRUCTED: every[chosen] + np.float32(blur)}
     references = {"digits": Reference("seeded", fit(every))}
-    values = floor.measure_floor(blocks(kinds), references, settings, len(chosen))
+    values = floor.measure_floor(blocks(kinds), references, sampled, len(chosen))
     return values[REAL], values[RECONSTRUCTED]
 
 
 @pytest.mark.parametrize("samples", [SAMPLES, 2500], ids=["fewer than half", "more than half"])
 def test_real_images_have_the_distance_of_a_perfect_model(samples: int) -> None:
-    """That of other images of the same kind, as many as there are samples: the mean over 30 draws, within three errors."""
-    settings, ours, theirs = evaluate(samples=samples), list[float](), list[float]()
-    metric = settings.metric
+    """That of new images of the samples' classes: the mean over 30 sets, within three errors."""
+    sampled, ours, theirs = evaluate(samples=samples), list[float](), list[float]()
+    metric = sampled.metric
     for seed in range(DRAWS):
-        every = images(seed)
-        ours.append(measured(every, settings)[0][metric])
-        theirs.append(Frechet(fit(every))(fit(images(1000 + seed, samples))))
+        labels = real_labels(seed)
+        ours.append(measured(seed, sampled)[0][metric])
+        perfect = images(wanted_labels(samples, labels), 1000 + seed)
+        theirs.append(Frechet(fit(images(labels, seed)))(fit(perfect)))
     error = np.hypot(np.std(ours), np.std(theirs)) / np.sqrt(DRAWS)
     assert np.mean(ours) == pytest.approx(np.mean(theirs), abs=3 * error)
     assert error < 0.08 * np.mean(theirs), "otherwise the test would accept two halves of the images"
@@ -63,39 +99,54 @@ def test_real_images_have_the_distance_of_a_perfect_model(samples: int) -> None:
 def test_reconstructions_keep_their_own_distance() -> None:
     """A shift by 0.5 of each feature adds D / 4 to what a perfect model has, at any number of images."""
     for samples in (SAMPLES, 2500):
-        settings = evaluate(samples=samples)
-        pairs = [measured(images(seed), settings, blur=0.5) for seed in range(DRAWS)]
-        added = [moved[settings.metric] - real[settings.metric] for real, moved in pairs]
+        sampled = evaluate(samples=samples)
+        pairs = [measured(seed, sampled, blur=0.5) for seed in range(DRAWS)]
+        added = [moved[sampled.metric] - real[sampled.metric] for real, moved in pairs]
         assert np.mean(added) == pytest.approx(D / 4, rel=0.08)
 
 
 def test_the_error_is_the_spread_over_other_choices() -> None:
-    settings, every = evaluate(samples=SAMPLES), images(0)
-    found = [measured(every, settings, blur=0.5, seed=seed) for seed in range(DRAWS)]
+    sampled = evaluate(samples=SAMPLES)
+    found = [measured(0, sampled, blur=0.5, choice=choice) for choice in range(DRAWS)]
     for kind in (0, 1):
         values, errors = zip(
-            *((each[kind][settings.metric], each[kind][f"{settings.metric}_error"]) for each in found), strict=True
+            *((each[kind][sampled.metric], each[kind][f"{sampled.metric}_error"]) for each in found), strict=True
         )
         assert np.mean(errors) == pytest.approx(np.std(values), rel=0.6)
 
 
-def test_the_chosen_images_are_random_and_at_most_half() -> None:
-    few, half = floor.chosen_images(100, 1000), floor.chosen_images(5000, 1000)
-    assert (len(few), len(half), len(set(half.tolist()))) == (100, 500, 500)
-    assert np.array_equal(few, half[:100])
+@settings(max_examples=50, deadline=None)
+@given(labels=st.lists(st.integers(0, 3), min_size=2, max_size=40), wanted=st.lists(st.integers(0, 5), max_size=60))
+def test_each_chosen_image_is_one_of_its_samples_class(labels: list[int], wanted: list[int]) -> None:
+    source = Labelled(np.array(labels))
+    chosen = floor.chosen_images(source, np.array(wanted, int), 6).tolist()  # type: ignore[arg-type]
+    assert len(set(chosen)) == len(chosen) <= len(labels) // 2
+    left, expected = Counter(labels), list[int]()
+    for label in wanted[: len(labels) // 2]:
+        if left[label]:
+            left[label] -= 1
+            expected.append(label)
+    assert [labels[i] for i in chosen] == expected
+
+
+def test_without_classes_the_chosen_images_are_random() -> None:
+    source, columns = Labelled(np.zeros(1000, int)), np.arange(400) % 10
+    few, more = (floor.chosen_images(source, columns[:n], None) for n in (100, 400))  # type: ignore[arg-type]
+    assert (len(few), len(more)) == (100, 400)
+    assert np.array_equal(few, more[:100])
     assert 300 < few.mean() < 700
-    assert not np.array_equal(few, np.sort(few))
 
 
 def test_features_of_other_weights_are_refused() -> None:
-    every = {REAL: images(0)}
+    some = images(real_labels(0), 0)
+    every = {REAL: some}
     with pytest.raises(StorageError, match=r"floor/block-00000.npz has features of another digits"):
-        floor.measure_floor(blocks(every, "others"), {"digits": Reference("seeded", fit(images(0)))}, evaluate(), 3000)
+        floor.measure_floor(blocks(every, "others"), {"digits": Reference("seeded", fit(some))}, evaluate(), 3000)
 
 
 def test_too_few_images_are_refused_before_any_is_read() -> None:
     with pytest.raises(DisScaleError, match="12 samples are too few for the covariance of 12 features"):
-        floor.require_enough(12, {"digits": Reference("seeded", fit(images(0)))})
+        floor.require_enough(12, {"digits": Reference("seeded", fit(images(real_labels(0), 0)))})
 
 
 @pytest.fixture
@@ -113,7 +164,7 @@ def sampler(tmp_path: Path, recipe: Recipe) -> BlockSampler:
     sweep = Sweep.below(open_folder(tmp_path) / "store", recipe)
     vae.save(sweep.vae, vae.new(TrainedVae(kind="trained", widths=(8, 8, 8)), 32))
     cpu = torch.device("cpu")
-    return BlockSampler(sweep, vae.load(sweep), load_extractors(sweep, cpu), None, np.zeros(300, int), cpu)
+    return BlockSampler(sweep, vae.load(sweep), load_extractors(sweep, cpu), None, np.arange(300) % 10, cpu)
 
 
 def test_a_block_has_the_features_of_its_images_and_of_their_reconstructions(
@@ -121,7 +172,8 @@ def test_a_block_has_the_features_of_its_images_and_of_their_reconstructions(
 ) -> None:
     source, (extractor,) = open_source(recipe.data), sampler.extractors
     block = floor.make_block(sampler, source, 1)
-    chosen = np.sort(floor.chosen_images(300, len(source))[40:80]).tolist()
+    every = floor.chosen_images(source, sampler.labels, recipe.data.num_classes)
+    chosen = np.sort(every[40:80]).tolist()
     pixels = np.stack([source.pixels(i, recipe.data.resolution) for i in chosen])
     assert np.array_equal(block[REAL]["a"].pooled, extractor(pixels).pooled)
     assert not np.array_equal(block[RECONSTRUCTED]["a"].pooled, block[REAL]["a"].pooled)
