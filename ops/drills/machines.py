@@ -4,6 +4,8 @@ import os
 import re
 import signal
 
+import psutil
+
 from dis_scale.storage.folder import open_folder
 from ops.drills import network
 from ops.drills.drill import DONE, FAILED, HELD, MISTAKE, STOPPED, Drill, Missing
@@ -113,10 +115,15 @@ def pods_pending(drill: Drill) -> None:
 
 
 def out_of_memory(drill: Drill) -> None:
-    """A node with a limit of 1 % of its memory, at which Ray's own monitor kills workers. A GPU's memory is not exercised."""
+    """A node with 2 GiB left below the limit at which Ray's own monitor kills workers. A GPU's memory is not exercised.
+
+    That is enough for the probe of the shared folder, and too little for training, whose workers and drivers need twice as much.
+    """
     slots = '--resources={"train": 2}'
     nodes = drill.cluster(cpus=2, options=['--resources={"evaluate": 1}'])
-    small = join(nodes, slots, cpus=2, RAY_memory_usage_threshold="0.01")
+    memory = psutil.virtual_memory()
+    limit = (memory.total - memory.available + 2 * 2**30) / memory.total
+    small = join(nodes, slots, cpus=2, RAY_memory_usage_threshold=f"{limit:.4f}")
     drill.run_sweep("train.restarts=1", ends=FAILED)
     drill.expect("a worker was lost .*low on memory")
     kill_all(small)
