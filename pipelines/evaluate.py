@@ -69,8 +69,11 @@ class Evaluation:
         values |= measured
         folder.write(GRID, grid(arrange(pictures, self.labels), grid_columns(self.labels)))
         notes = measure.notes(self.references, settings) + self._average_note(sampled, settings)
-        seconds = _seconds(spent) | {"metrics": time.monotonic() - began_s}
-        facts = _facts(sampled, settings) | self._training(sampled) | _machines(spent)
+        machines, seconds = _machines(spent), _seconds(spent)
+        if not seconds and (before := folder.find_json(METRICS, "seconds")):  # all blocks were kept
+            machines, seconds = {SAMPLED_ON: before.get(SAMPLED_ON, "an unknown machine")}, before["seconds"]
+        seconds |= {"metrics": time.monotonic() - began_s}
+        facts = _facts(sampled, settings) | self._training(sampled) | machines
         folder.write_json(METRICS, facts | {"notes": notes, "values": values, "seconds": seconds})
         folder.delete(SKIPPED)
         mlflow_copy.copy_evaluation(self.sweep, sampled)
@@ -86,12 +89,13 @@ class Evaluation:
         images = len(floor.chosen_images(source, self.labels, recipe.data.num_classes))
         floor.require_enough(images, self.references)
         numbers = range(-(-images // recipe.evaluate.block_images))
-        self.evaluators.floor([b for b in numbers if not _kept(folder, b, floor.from_bytes)])
+        self.evaluators.floor([b for b in numbers if not _kept(folder, b, floor.FloorBlock.from_bytes)])
         stage.raise_if_stopped()
-        blocks = (floor.from_bytes(folder.read(block_name(b)), f"{folder}/{block_name(b)}") for b in numbers)
+        blocks = (floor.FloorBlock.from_bytes(folder.read(block_name(b)), f"{folder}/{block_name(b)}") for b in numbers)
         values = floor.measure_floor(blocks, self.references, recipe.evaluate, images)
         facts = {"format": manifest.FORMAT, "images": images, "time": time.time(), "metrics": ["distance"]}
         folder.write_json(METRICS, facts | {"values": values})
+        folder.delete(SKIPPED)
         lines.say(f"floor: {'; '.join(f'{kind}: {_values(each)}' for kind, each in values.items())}")
 
     def _held_out(self, sampled: Sampled) -> dict[str, float]:
@@ -231,10 +235,9 @@ def evaluate_all(
         lines.say(f"{sampled}: measured again from its blocks: {why}")
         evaluate_one(evaluation, sampled, skipped)
     _copy_earlier(sweep)
-    if sweep.recipe.evaluate.floor and state.floor(sweep) is None:
-        measure_floor(evaluation)
 
     backlog = state.Backlog(sweep, tuple(sweep.recipe.models))
+    floor_due = sweep.recipe.evaluate.floor and state.floor(sweep) is None
 
     def left() -> list[Sampled]:
         return [sampled for sampled in backlog.left() if sampled not in skipped]
@@ -244,12 +247,15 @@ def evaluate_all(
         over = state.training_over(sweep)  # asked before the list, so that the last publication is not missed
         waiting = left()
         metrics.gauge("evaluation_backlog", len(waiting))
-        if over and not waiting:
+        if over and not waiting and not floor_due:
             return True
         if moves():
             return False
         if waiting:
             evaluate_one(evaluation, waiting[0], skipped)
+        elif floor_due:
+            measure_floor(evaluation)
+            floor_due = False
         else:
             wait_for_training(sweep, lambda: bool(left()) or state.training_over(sweep) or moves())
 
@@ -288,6 +294,7 @@ def open_evaluation(
 ) -> Evaluation:
     """Return the evaluation with its workers on Ray, of which `gpus` at most get a GPU of their own."""
     total = checkpoints * sum(map(block_count, samplings.values()))
+    total += 0 if state.floor_settled(sweep) else block_count(sweep.recipe.evaluate)
     evaluators = RayEvaluators(sweep, device, gpus, lambda done: lines.progress(done, total, "blocks"))
     evaluators.spawn()
     from dis_scale.evaluation import reference
@@ -314,13 +321,15 @@ def evaluate_one(evaluation: Evaluation, sampled: Sampled, skipped: set[Sampled]
 
 
 def measure_floor(evaluation: Evaluation) -> None:
-    """Measure the floor; log why if it cannot be measured. The next run tries again."""
+    """Measure the floor; log and note why if it cannot be measured: no model needs it. A run that evaluates more tries again."""
     try:
         evaluation.floor()
-    except (OutOfMemory, Preempted, StorageAway, StorageFull, WorkerFailure):
+    except (Preempted, StorageFull, WorkerFailure):
         raise
-    except DisScaleError as error:
-        lines.say(f"floor: not measured: {stage.cause_of(error)}", level="warning")
+    except DisScaleError as error:  # StorageAway, too: it may be the images' storage
+        why = str(stage.cause_of(error))
+        lines.say(f"floor: not measured: {why}", level="warning")
+        evaluation.sweep.floor.write_json(SKIPPED, {"why": why})
 
 
 def _shown(sampled: Sampled, values: dict[str, float]) -> str:

@@ -88,7 +88,7 @@ class Evaluator(Worker):
                 if self.stop_requested():
                     break
                 block = floor.make_block(self.sampler, source, number)
-                self.sweep.floor.write(block_name(number), floor.to_bytes(block))
+                self.sweep.floor.write(block_name(number), block.to_bytes())
                 self.report(self._done + 1)
 
     def held_out(self, sampled: Sampled) -> dict[str, float]:

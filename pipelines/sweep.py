@@ -87,7 +87,7 @@ def run_sweep(recipe: Recipe, console: Console, here: bool = False) -> None:
     failures = Failures()
     with Board(console) as board:
         _name_deleted_weights(sweep, board)
-        done = state.all_evaluated(sweep) and not state.outdated(sweep)
+        done = state.all_evaluated(sweep) and not state.outdated(sweep) and state.floor_settled(sweep)
         if done and sweep.report.exists(report.CSV):
             board.say("nothing to do: every model is trained and evaluated at every published count")
         else:

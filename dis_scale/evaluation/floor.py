@@ -6,6 +6,7 @@ Blocks as in sampling.py.
 """
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,16 +33,39 @@ from dis_scale.threads import in_order
 from dis_scale.vae import PixelVae, Vae
 
 REAL, RECONSTRUCTED = "real", "reconstructed"
-READERS = 32
-"""Threads that read and decode images: at 30 ms a request, about 1,000 images/s."""
-FloorBlock = Mapping[str, Mapping[str, Features]]
-"""Features of the images of one block, by kind (`REAL`, `RECONSTRUCTED`) and extractor."""
+READERS, PARQUET_READERS = 32, 2
+"""Threads that read and decode images: at 30 ms a request, about 1,000 images/s. Parquet's reader keeps two row groups."""
+
+
+class FloorBlock(NamedTuple):
+    """Images of one block: the number of the sample that each replaces (N), and features by kind and extractor."""
+
+    numbers: np.ndarray
+    features: Mapping[str, Mapping[str, Features]]
+
+    def to_bytes(self) -> bytes:
+        """Return the block as an npz."""
+        every = [(kind, name, each) for kind, by_name in self.features.items() for name, each in by_name.items()]
+        arrays = {f"{kind}.{name}": each.pooled for kind, name, each in every}
+        identities = {f"identity.{name}": np.asarray(each.identity) for _, name, each in every}
+        return npz.to_bytes({"numbers": self.numbers} | arrays | identities)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> "FloorBlock":
+        """Read a block; StorageError names a damaged one."""
+        arrays = npz.from_bytes(data, where)
+        features: dict[str, dict[str, Features]] = {}
+        for key in arrays.keys() - {"numbers"}:
+            kind, _, name = key.partition(".")
+            if kind != "identity":
+                features.setdefault(kind, {})[name] = Features(str(arrays[f"identity.{name}"]), arrays[key])
+        return cls(arrays["numbers"], features)
 
 
 def chosen_images(source: Source, labels_S: np.ndarray, num_classes: int | None) -> np.ndarray:
     """Return the positions of random images, each once: one of the class of each sample, for the first half of all images at most.
 
-    Without classes any image will do. A class whose images have all been chosen gives none.
+    Without classes any image will do. A class whose images have all been chosen gives none. Image i replaces sample i.
     """
     images = len(source)
     classes = np.fromiter(source.labels, int, images) * (num_classes is not None)
@@ -68,22 +92,27 @@ def require_enough(images: int, references: Mapping[str, Reference]) -> None:
 
 
 def make_block(sampler: BlockSampler, source: Source, number: int) -> FloorBlock:
-    """Read the images of a block, and return their features and those of their reconstructions."""
-    settings = sampler.recipe.evaluate
-    chosen = chosen_images(source, sampler.labels, sampler.recipe.data.num_classes)
-    numbers = block_numbers(len(chosen), settings.block_images, number)
-    pixels = _read(source, np.sort(chosen[numbers.start : numbers.stop]).tolist(), sampler)
-    kinds = {REAL: pixels}
+    """Read the images of a block, and return their features and those of their reconstructions.
+
+    Blocks follow the source's order, so that images which are stored together are read together.
+    """
+    settings, data = sampler.recipe.evaluate, sampler.recipe.data
+    chosen = chosen_images(source, sampler.labels, data.num_classes)
+    part = block_numbers(len(chosen), settings.block_images, number)
+    numbers = np.argsort(chosen)[part.start : part.stop]
+    positions = chosen[numbers].tolist()
+    threads = PARQUET_READERS if data.source.kind == "parquet" else READERS
+    read = in_order(positions, lambda i: source.decoded(range(i, i + 1), data.resolution)[0], threads)
+    decodable, refused = select_decodable(positions, read, data.undecodable)
+    numbers = numbers[~np.isin(positions, refused)]
+    if not decodable:
+        return FloorBlock(numbers, {})
+    kinds = {REAL: np.stack([image for _, image in decodable])}
     if not isinstance(sampler.vae, PixelVae):
-        kinds[RECONSTRUCTED] = _reconstruct(sampler.vae, pixels, settings.batch_images, number)
-    return {kind: {e.name: e(images) for e in sampler.extractors} for kind, images in kinds.items()}
-
-
-def _read(source: Source, positions: list[int], sampler: BlockSampler) -> np.ndarray:
-    """Return the decodable images of these positions, uint8 (N, H, W, 3)."""
-    data = sampler.recipe.data
-    read = in_order(positions, lambda i: source.decoded(range(i, i + 1), data.resolution)[0], READERS)
-    return np.stack([image for _, image in select_decodable(positions, read, data.undecodable)[0]])
+        kinds[RECONSTRUCTED] = _reconstruct(sampler.vae, kinds[REAL], settings.batch_images, number)
+    return FloorBlock(
+        numbers, {kind: {e.name: e(pixels) for e in sampler.extractors} for kind, pixels in kinds.items()}
+    )
 
 
 def _reconstruct(vae: Vae, pixels_NHWC: np.ndarray, batch: int, block: int) -> np.ndarray:
@@ -97,24 +126,6 @@ def _reconstruct(vae: Vae, pixels_NHWC: np.ndarray, batch: int, block: int) -> n
     return np.concatenate(parts)
 
 
-def to_bytes(block: FloorBlock) -> bytes:
-    """Return a block as an npz."""
-    arrays = {f"{kind}.{name}": each.pooled for kind, by_name in block.items() for name, each in by_name.items()}
-    identities = {f"identity.{name}": np.asarray(each.identity) for name, each in block[REAL].items()}
-    return npz.to_bytes(arrays | identities)
-
-
-def from_bytes(data: bytes, where: str) -> FloorBlock:
-    """Read a block; StorageError names a damaged one."""
-    arrays = npz.from_bytes(data, where)
-    block: dict[str, dict[str, Features]] = {}
-    for key in arrays:
-        kind, _, name = key.partition(".")
-        if kind != "identity":
-            block.setdefault(kind, {})[name] = Features(str(arrays[f"identity.{name}"]), arrays[key])
-    return block
-
-
 def measure_floor(
     blocks: Iterable[FloorBlock], references: Mapping[str, Reference], settings: Evaluate, images: int
 ) -> dict[str, dict[str, float]]:
@@ -124,13 +135,13 @@ def measure_floor(
     """
     groups: dict[str, dict[str, Groups]] = {}
     for number, block in enumerate(blocks):
-        for kind, by_name in block.items():
+        for kind, by_name in block.features.items():
             for name, features in by_name.items():
                 if features.identity != references[name].identity:
                     raise StorageError(
                         f"floor/block-{number:05d}.npz has features of another {name}: delete it and rerun"
                     )
-                groups.setdefault(name, {}).setdefault(kind, Groups(images)).add(features.pooled)
+                groups.setdefault(name, {}).setdefault(kind, Groups(images)).add(features.pooled, block.numbers)
     found: dict[str, dict[str, float]] = {}
     for name, by_kind in groups.items():
         metric = settings.metric_name("fid", name)

@@ -117,16 +117,17 @@ def frechet(a: MeanCovariance, b: MeanCovariance) -> float:
 
 
 class Groups:
-    """`Sums` over `FOLDS` even groups of `samples` samples, added in order, for the jackknife."""
+    """`Sums` over `FOLDS` even groups of `samples` samples, consecutive ones together, for the jackknife."""
 
     def __init__(self, samples: int) -> None:
         self.samples, self._seen = samples, 0
         self._groups = [Sums() for _ in range(FOLDS)]
 
-    def add(self, features_ND: np.ndarray) -> None:
-        """Add the next samples; DisScaleError names the first that is not finite."""
+    def add(self, features_ND: np.ndarray, numbers_N: np.ndarray | None = None) -> None:
+        """Add samples of these numbers, by default the next ones; DisScaleError names the first that is not finite."""
         require_finite(features_ND, self._seen)
-        group = (self._seen + np.arange(len(features_ND))) * FOLDS // self.samples
+        numbers_N = self._seen + np.arange(len(features_ND)) if numbers_N is None else numbers_N
+        group = numbers_N * FOLDS // self.samples
         for g in np.unique(group):
             self._groups[g].add(features_ND[group == g])
         self._seen += len(features_ND)

@@ -116,6 +116,12 @@ class Dis(BackboneSettings):
     position: Literal["learned", "none"] = "learned"
     zero_final: bool = False
 
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        if self.halve_sum and self.directions == 1:
+            raise ValueError("halve_sum averages two directions, and directions is 1: leave out one of them")
+        return self
+
 
 class DiffuSsm(BackboneSettings):
     """DiffuSSM: gated bidirectional S4D with hourglass layers (arXiv 2311.18257), as specified in docs/models.md."""
@@ -134,6 +140,12 @@ class DiffuSsm(BackboneSettings):
     init: Literal["lin", "inv", "legs"] = "lin"
     dt_min: float = Field(1e-3, gt=0)
     dt_max: float = Field(1e-1, gt=0)
+
+    @model_validator(mode="after")
+    def _table_fits(self) -> Self:
+        if self.position == "sine" and self.width % 4:
+            raise ValueError(f"position sine needs a width that is a multiple of 4, got {self.width}")
+        return self
 
 
 class Dit(BackboneSettings):

@@ -96,6 +96,8 @@ class Report:
     """Identity of the VAE that made the latents, None without latents."""
     floors: list[Floor]
     """Of real images, then of their reconstructions; empty if they are not measured."""
+    no_floor: str | None
+    """The reason why they could not be measured."""
 
     @property
     def main(self) -> list[Point]:
@@ -161,7 +163,20 @@ def _mean(points: list[Point], metric: str) -> Point:
     values[f"{metric}_error"] = statistics.stdev(p.values[metric] for p in points) / math.sqrt(len(points))
     goodputs = [p.goodput for p in points if p.goodput is not None]
     goodput = statistics.fmean(goodputs) if goodputs else None
-    return replace(first, values=values, seeds=len(points), goodput=goodput)
+    return replace(first, values=values, seeds=len(points), goodput=goodput, facts=_mean_facts(points))
+
+
+def _mean_facts(points: list[Point]) -> dict[str, Any]:
+    """Return the facts of the first, with the mean of the known costs and all machines' names."""
+    facts = dict(points[0].facts)
+    for name in (WORKER_HOURS, "memory_gib"):
+        if known := [p.facts[name] for p in points if name in p.facts]:
+            facts[name] = statistics.fmean(known)
+    if times := [p.sample_ms for p in points if p.sample_ms]:
+        facts["seconds"] = {"sampling_images_per_s": 1000 / statistics.fmean(times)}
+    facts["trained_on"] = sorted({name for p in points for name in p.facts.get("trained_on", ())})
+    facts["sampled_on"] = ", ".join(sorted({p.facts["sampled_on"] for p in points if "sampled_on" in p.facts}))
+    return facts
 
 
 def collect(sweep: Sweep, plan: "Plan") -> Report:
@@ -188,6 +203,7 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
     return Report(
         sweep=sweep.folder.name, metric=recipe.evaluate.metric, points=points, failed=failed,
         skipped=state.skipped(sweep), recipe=recipe, groups=groups, vae=state.latents_vae(sweep), floors=_floors(sweep),
+        no_floor=state.floor_skipped(sweep),
     )  # fmt: skip
 
 
@@ -196,7 +212,8 @@ def _floors(sweep: Sweep) -> list[Floor]:
     settings, floor = sweep.recipe.evaluate, state.floor(sweep)
     if not floor:
         return []
+    images = floor.get("images", settings.samples) if settings.reference else settings.samples
     which = "of the source" if settings.reference else "held out of the reference"
-    words = {"real": f"{settings.samples:,} real images {which}", "reconstructed": "their reconstructions by the VAE"}
+    words = {"real": f"{images:,} real images {which}", "reconstructed": "their reconstructions by the VAE"}
     every = [(words[kind], values, settings.metric) for kind, values in floor["values"].items() if kind in words]
     return [Floor(text, v[metric], v.get(f"{metric}_error")) for text, v, metric in every if metric in v]

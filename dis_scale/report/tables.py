@@ -103,6 +103,7 @@ def notes(report: Report) -> list[str]:
         )
     lines += dict.fromkeys(note for p in report.points for note in p.facts.get("notes", ()))
     lines += [f"floor: {text}: {with_error(distance, error)}" for text, distance, error in report.floors]
+    lines += [f"floor: not measured: {report.no_floor}"] if report.no_floor else []
     return lines + _of_study(report)
 
 

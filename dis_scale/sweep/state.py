@@ -313,6 +313,17 @@ def floor(sweep: Sweep) -> dict[str, Any] | None:
     return find_metrics(sweep.floor) if sweep.floor.exists(METRICS) else None
 
 
+def floor_settled(sweep: Sweep) -> bool:
+    """Whether the floor is measured, is known to be impossible to measure, or is not wanted."""
+    return not sweep.recipe.evaluate.floor or floor(sweep) is not None or sweep.floor.exists(SKIPPED)
+
+
+def floor_skipped(sweep: Sweep) -> str | None:
+    """Return why the floor could not be measured; None if it is measured, or was not tried."""
+    reason = sweep.floor.find_json(SKIPPED, "why")
+    return reason["why"] if reason else None
+
+
 def evaluations_left(sweep: Sweep, models: Iterable[str] | None = None) -> list[Sampled]:
     """Return what is published and not evaluated: main settings before variants, then by images in the recipe's order."""
     return Backlog(sweep, tuple(sweep.recipe.models if models is None else models)).left()

@@ -29,16 +29,15 @@ class Goodput:
     lasting_s: float
     """Time in lasting steps of the attempts before."""
     began_at: float
-    worker_s: float = 0.0
-    """Time in lasting steps of the attempts before, of all workers."""
+    worker_s: float | None = 0.0
+    """Time in lasting steps of the attempts before, of all workers; None if an earlier version did not count it."""
     workers: int = 1
 
     @classmethod
     def begin(cls, earlier: Mapping[str, Any], now: float, workers: int = 1) -> "Goodput":
         """Begin an attempt on `workers` from a resume point's facts, or from none."""
         spent = earlier.get(_SPENT, {"first_at": now, "lasting_s": 0.0, "worker_s": 0.0})
-        earlier_s = spent.get("worker_s", spent["lasting_s"] * workers)  # an earlier version did not count it
-        return cls(spent["first_at"], spent["lasting_s"], now, earlier_s, workers)
+        return cls(spent["first_at"], spent["lasting_s"], now, spent.get("worker_s"), workers)
 
     def share(self, now: float) -> float:
         """Return the goodput at a time of this attempt, from 0 to 1 also if a clock was set back."""
@@ -46,9 +45,12 @@ class Goodput:
 
     def facts(self, now: float) -> dict[str, Any]:
         """Return the facts for a manifest that is written now."""
-        worker_s = self.worker_s + self.workers * self._here_s(now)
-        spent = {"first_at": self.first_at, "lasting_s": self._lasting_s(now), "worker_s": worker_s}
-        return {GOODPUT: self.share(now), WORKER_HOURS: worker_s / 3600, _SPENT: spent}
+        spent = {"first_at": self.first_at, "lasting_s": self._lasting_s(now)}
+        facts: dict[str, Any] = {GOODPUT: self.share(now), _SPENT: spent}
+        if self.worker_s is not None:
+            spent["worker_s"] = self.worker_s + self.workers * self._here_s(now)
+            facts[WORKER_HOURS] = spent["worker_s"] / 3600
+        return facts
 
     def _lasting_s(self, now: float) -> float:
         return self.lasting_s + self._here_s(now)
@@ -59,4 +61,5 @@ class Goodput:
 
 def spent_by_trunk(facts: Mapping[str, Any], now: float) -> dict[str, Any]:
     """Return the facts for a branch that begins now at its trunk's resume point: the trunk's cost, and none of its time."""
-    return {_SPENT: {"first_at": now, "lasting_s": 0.0, "worker_s": facts.get(_SPENT, {}).get("worker_s", 0.0)}}
+    known = {name: facts[_SPENT][name] for name in ("worker_s",) if name in facts.get(_SPENT, {})}
+    return {_SPENT: {"first_at": now, "lasting_s": 0.0} | known}

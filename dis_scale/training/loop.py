@@ -114,8 +114,9 @@ def train_model(attempt: Attempt) -> int:
     def facts() -> dict[str, Any]:
         now = time.time()
         facts = {"adam_step": _adam_step(state), "model": attempt.model, "latents": latents.identity, "at": now}
-        measured = {TRAINED_ON: machine_name(attempt.device), MEMORY: peak_memory_bytes(attempt.device) / 2**30}
-        return facts | measured | goodput.facts(now)
+        machines = sorted({*earlier.get(TRAINED_ON, ()), machine_name(attempt.device)})
+        memory_gib = max(earlier.get(MEMORY, 0.0), peak_memory_bytes(attempt.device) / 2**30)
+        return facts | {TRAINED_ON: machines, MEMORY: memory_gib} | goodput.facts(now)
 
     # Record the start. Publish at 0 images, or again if the weights published at this resume point were deleted.
     goodput = Goodput.begin(earlier, time.time(), world)
@@ -327,7 +328,10 @@ def start(attempt: Attempt, latents: Latents, passes: int) -> tuple[Engine, Back
             attempt.log(f"{attempt.model}: {transfer.words(model.settings, settings.base_width)}")
     if point is None:
         return state, model, images_seen, {}
-    return state, model, images_seen, point.manifest if own else spent_by_trunk(point.manifest, time.time())
+    if own:
+        return state, model, images_seen, point.manifest
+    machines = {TRAINED_ON: point.manifest.get(TRAINED_ON, [])}
+    return state, model, images_seen, spent_by_trunk(point.manifest, time.time()) | machines
 
 
 def _agreed_resume_point(attempt: Attempt) -> ResumePoint | None:

@@ -19,7 +19,7 @@ from dis_scale.recipe import Train
 DATASHEET_TFLOPS = {"A100": (312.0, 19.5), "H100 80GB HBM3": (989.0, 67.0), "H200": (989.0, 67.0)}
 """Peak TFLOP/s of dense products in bf16 and in fp32 without TF32, by a part of the GPU's name (NVIDIA's datasheets)."""
 MEMORY, TRAINED_ON = "memory_gib", "trained_on"
-"""Facts in manifests: a worker's peak memory, and the machine that trained."""
+"""Facts in manifests, of rank 0: the largest peak memory of its processes, and the names of all machines that trained."""
 MATRIX_SIDES = {"cpu": 1024, "cuda": 8192}
 """Side of the square matrices whose product is timed if the device is not in DATASHEET_TFLOPS."""
 

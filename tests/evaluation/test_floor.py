@@ -1,8 +1,8 @@
 """The floor is the distance of a perfect model, and of the VAE's reconstructions, at the sizes at which models are measured."""
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dis_scale import vae
+from dis_scale.data.listing import Entry
 from dis_scale.data.sources import open_source
 from dis_scale.errors import DisScaleError, StorageError
 from dis_scale.evaluation import floor
@@ -59,7 +60,8 @@ def wanted_labels(samples: int, labels: np.ndarray) -> np.ndarray:
 
 def blocks(kinds: dict[str, np.ndarray], weights: str = "seeded") -> Iterator[FloorBlock]:
     for first in range(0, len(kinds[REAL]), 250):
-        yield {kind: {"digits": Features(weights, x[first : first + 250])} for kind, x in kinds.items()}
+        part = {kind: {"digits": Features(weights, x[first : first + 250])} for kind, x in kinds.items()}
+        yield FloorBlock(np.arange(first, first + len(part[REAL]["digits"])), part)
 
 
 def measured(
@@ -173,16 +175,45 @@ def test_a_block_has_the_features_of_its_images_and_of_their_reconstructions(
     source, (extractor,) = open_source(recipe.data), sampler.extractors
     block = floor.make_block(sampler, source, 1)
     every = floor.chosen_images(source, sampler.labels, recipe.data.num_classes)
-    chosen = np.sort(every[40:80]).tolist()
+    chosen = np.sort(every)[40:80].tolist()
+    assert every[block.numbers].tolist() == chosen, "in the source's order"
     pixels = np.stack([source.pixels(i, recipe.data.resolution) for i in chosen])
-    assert np.array_equal(block[REAL]["a"].pooled, extractor(pixels).pooled)
-    assert not np.array_equal(block[RECONSTRUCTED]["a"].pooled, block[REAL]["a"].pooled)
-    again = floor.from_bytes(floor.to_bytes(floor.make_block(sampler, source, 1)), "here")
+    assert np.array_equal(block.features[REAL]["a"].pooled, extractor(pixels).pooled)
+    assert not np.array_equal(block.features[RECONSTRUCTED]["a"].pooled, block.features[REAL]["a"].pooled)
+    again = FloorBlock.from_bytes(floor.make_block(sampler, source, 1).to_bytes(), "here")
+    assert np.array_equal(again.numbers, block.numbers)
     for kind in (REAL, RECONSTRUCTED):
-        assert again[kind]["a"].identity == extractor.identity
-        assert np.array_equal(again[kind]["a"].pooled, block[kind]["a"].pooled)
+        assert again.features[kind]["a"].identity == extractor.identity
+        assert np.array_equal(again.features[kind]["a"].pooled, block.features[kind]["a"].pooled)
+
+
+def test_undecodable_images_are_left_out_also_all_of_a_block(sampler: BlockSampler, recipe: Recipe) -> None:
+    data = recipe.data.model_copy(update={"undecodable": "skip"})
+    sampler.sweep = replace(sampler.sweep, recipe=recipe.model_copy(update={"data": data}))
+    source = open_source(data)
+    chosen = np.sort(floor.chosen_images(source, sampler.labels, 10))
+    broken = {source.names[i] for i in [*chosen[:40], chosen[41]]}
+
+    def read(entries: Sequence[Entry]) -> list[bytes]:
+        return [b"" if each.name in broken else data for each, data in zip(entries, source.read(entries), strict=True)]
+
+    damaged = replace(source, read=read)
+    none, some = (FloorBlock.from_bytes(floor.make_block(sampler, damaged, n).to_bytes(), "here") for n in (0, 1))
+    assert (len(none.numbers), none.features) == (0, {})
+    assert len(some.numbers) == len(some.features[REAL]["a"].pooled) == 39
+
+
+def test_the_order_of_the_blocks_does_not_change_the_error() -> None:
+    """Blocks have images that are stored together; the jackknife's groups are by the samples' numbers."""
+    every = images(real_labels(0), 0)
+    order = np.argsort(every[:SAMPLES, 0])
+    references, sampled = {"digits": Reference("seeded", fit(every))}, evaluate(samples=SAMPLES)
+    mixed = FloorBlock(order, {REAL: {"digits": Features("seeded", every[:SAMPLES][order])}})
+    plain = FloorBlock(np.arange(SAMPLES), {REAL: {"digits": Features("seeded", every[:SAMPLES])}})
+    one, other = (floor.measure_floor([block], references, sampled, SAMPLES)[REAL] for block in (mixed, plain))
+    assert one == pytest.approx(other, rel=1e-9)
 
 
 def test_pixels_have_no_reconstructions(sampler: BlockSampler, recipe: Recipe) -> None:
     sampler.vae = vae.PixelVae()
-    assert floor.make_block(sampler, open_source(recipe.data), 0).keys() == {REAL}
+    assert floor.make_block(sampler, open_source(recipe.data), 0).features.keys() == {REAL}

@@ -116,6 +116,13 @@ def test_an_ablation_is_not_exported_as_a_public_dis(options):
         to_official(dis(**options))
 
 
+def test_options_that_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match="halve_sum averages two directions"):
+        Dis(kind="dis", width=16, depth=4, patch=2, directions=1, halve_sum=True)
+    with pytest.raises(ValueError, match="a width that is a multiple of 4, got 6"):
+        DiffuSsm(kind="diffussm", width=6, depth=2, position="sine")
+
+
 def test_patches_of_diffussm_are_the_pixels_of_a_smaller_latent():
     """Of patches of 2 x 2: the same as a model without patches on a latent of half the size and four times the channels."""
     patched = diffussm(patch=2)

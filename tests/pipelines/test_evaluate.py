@@ -119,16 +119,20 @@ def test_a_failure_that_is_not_the_checkpoints_skips_nothing(
 
 @pytest.mark.parametrize("wrap", [lambda error: error, from_a_worker], ids=["here", "in a worker"])
 def test_a_floor_that_cannot_be_measured_is_logged_and_stops_nothing(
-    capsys: pytest.CaptureFixture[str], wrap: Callable[[Any], Any]
+    tmp_path: Path, tiny: Recipe, capsys: pytest.CaptureFixture[str], wrap: Callable[[Any], Any]
 ) -> None:
     def fail() -> None:
         raise wrap(StorageError("photos/a/03.png: storage refuses access (403)"))
 
-    evaluate.measure_floor(SimpleNamespace(floor=fail))  # type: ignore[arg-type]
+    sweep = sweep_at(tmp_path, tiny)
+    assert not state.floor_settled(sweep)
+    evaluate.measure_floor(SimpleNamespace(floor=fail, sweep=sweep))  # type: ignore[arg-type]
+    assert state.floor_settled(sweep)
+    assert state.floor_skipped(sweep) == "photos/a/03.png: storage refuses access (403)"
     assert "floor: not measured: photos/a/03.png: storage refuses access (403)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("error", OTHERS, ids=str)
+@pytest.mark.parametrize("error", [e for e in OTHERS if not isinstance(e, StorageAway)], ids=str)
 def test_a_failure_that_is_not_the_floors_is_raised(error: DisScaleError) -> None:
     def fail() -> None:
         raise error
