@@ -4,14 +4,14 @@ The stored recipe has its trunks and branches written out. Read next: recipe/iso
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from rich.table import Table
 
 from dis_scale.errors import UserError
 from dis_scale.plan import Plan, price_sweep
-from dis_scale.recipe import LatentShape, Recipe, reading
+from dis_scale.recipe import MODEL_NAME_CHARACTERS, LatentShape, Recipe, reading
 
 
 class Cell(NamedTuple):
@@ -32,11 +32,13 @@ def cells(plan: Plan) -> list[Cell]:
 
 def _cell(plan: Plan, size: str, budget: float) -> Cell:
     """Return one size at one budget, in complete steps."""
-    study, batch = plan.recipe.isoflop, plan.recipe.train_of(size).batch_images
+    study, train = plan.recipe.isoflop, plan.recipe.train_of(size)
     assert study
-    steps = round(budget / plan.training_flops(size) / batch)
-    images, refusal = steps * batch, None
-    if steps < study.least_steps:
+    steps = round(budget / plan.training_flops(size) / train.batch_images)
+    images, refusal = steps * train.batch_images, None
+    if train.warmup_images >= (1 - study.share) * images:
+        refusal = f"warm-up ({train.warmup_images:,} images) lasts beyond the constant rate"
+    elif steps < study.least_steps:
         refusal = f"under {study.least_steps:,} steps"
     elif study.most_images is not None and images > study.most_images:
         refusal = f"over {study.most_images:,} images"
@@ -54,12 +56,16 @@ def written_out(recipe: Recipe, shape: LatentShape) -> Recipe:
     trained = [cell for cell in cells(price_sweep(recipe, shape)) if not cell.refusal]
     for size in recipe.uncounted:
         model, counts = data["models"][size], [cell.images for cell in trained if cell.size == size]
-        batch = recipe.train_of(size).batch_images
-        branches = dict(reading.cooldown(size, model, images, share, batch) for images in counts)
-        if not branches:
+        if not counts:
             raise UserError(
                 f"isoflop: {size} has no budget within its limits: change least_steps ({recipe.isoflop.least_steps:,}), "
-                f"most_images ({recipe.isoflop.most_images}) or flops, or remove the model"
+                f"most_images ({recipe.isoflop.most_images}), warmup_images or flops, or remove the model"
+            )
+        branches = dict(_branch(recipe, cell, model, share) for cell in trained if cell.size == size)
+        if len(branches) < len(counts):
+            raise UserError(
+                f"isoflop.flops: two budgets give {size} the same number of images, one of {sorted(counts)}: they are less than "
+                "a step apart"
             )
         longest = max(branch["branch"]["at"] for branch in branches.values())
         data["models"][size] = model | {"train": model["train"] | {"publish_images": [longest]}}
@@ -67,6 +73,20 @@ def written_out(recipe: Recipe, shape: LatentShape) -> Recipe:
     complete = reading.parse(yaml.safe_dump(data, sort_keys=False), "isoflop")
     _require_every_budget(price_sweep(complete, shape))
     return complete
+
+
+def _branch(recipe: Recipe, cell: Cell, model: dict[str, Any], share: float) -> tuple[str, dict[str, Any]]:
+    """Return name and settings of the branch of a cell; UserError if it has no valid name, or no step before it."""
+    batch = recipe.train_of(cell.size).batch_images
+    name, branch = reading.cooldown(cell.size, model, cell.images, share, batch)
+    if len(name) > MODEL_NAME_CHARACTERS:
+        raise UserError(
+            f"models.{cell.size}: its branch would be called {name}: expected at most {MODEL_NAME_CHARACTERS} characters: "
+            "shorten the model's name"
+        )
+    if not branch["branch"]["at"]:
+        raise UserError(f"isoflop.share: {share:g} leaves {cell.size} no step at the constant rate: set it lower")
+    return name, branch | {"branch": branch["branch"] | {"budget": cell.budget}}
 
 
 def _require_every_budget(plan: Plan) -> None:

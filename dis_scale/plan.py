@@ -37,17 +37,9 @@ class Plan:
         return self.training_flops(model) * (self.recipe.train_of(model).images - (branch.at if branch else 0))
 
     def budgets(self) -> dict[str, float]:
-        """Return the budget of each branch of a study (`isoflop`): the nearest one, if it is less than a step away."""
-        if self.recipe.isoflop is None:
-            return {}
-        nearest = dict[str, float]()
-        for name in [name for name, model in self.recipe.models.items() if model.branch]:
-            train, flops = self.recipe.train_of(name), self.training_flops(name)
-            spent = flops * train.images
-            budget = min(self.recipe.isoflop.flops, key=lambda each: abs(each - spent))
-            if abs(budget - spent) < flops * train.batch_images:
-                nearest[name] = budget
-        return nearest
+        """Return the budget of each branch that a study (`isoflop`) has written out."""
+        branches = {name: model.branch for name, model in self.recipe.models.items() if model.branch}
+        return {name: branch.budget for name, branch in branches.items() if branch.budget is not None}
 
     def parameters(self) -> dict[str, dict[str, object]]:
         """Return the parameters of each model's run in MLflow."""

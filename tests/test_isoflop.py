@@ -11,6 +11,7 @@ from dis_scale.errors import UserError
 from dis_scale.plan import Plan, price_sweep
 from dis_scale.recipe import LatentShape, Recipe, reading
 from dis_scale.recipe.identity import identity_differences
+from dis_scale.training import fork
 from tests.conftest import TINY
 
 SHAPE = LatentShape(4, 8)
@@ -52,6 +53,23 @@ def test_a_written_out_study_is_read_back_and_stays_as_it_is() -> None:
     assert len(recipe.models) == 3 * (1 + 2)
     stored = reading.parse(reading.dump(recipe), "stored")
     assert isoflop.written_out(stored, SHAPE) == stored == recipe
+
+
+def test_a_branch_keeps_its_budget_and_a_fork_has_none() -> None:
+    """Whatever a later version counts as operations; and a fork's training is another."""
+    recipe = written_out().recipe
+    name = next(name for name, model in recipe.models.items() if model.branch)
+    forked = reading.with_model(recipe, "other", fork._outside_studies(recipe.models[name]), ["learning_rate=0.5"])
+    assert set(price_sweep(forked, SHAPE).budgets()) == set(price_sweep(recipe, SHAPE).budgets())
+
+
+def test_a_size_whose_warm_up_lasts_is_left_out() -> None:
+    images = sorted(cell.images for cell in isoflop.cells(price_sweep(study(), SHAPE)))
+    warmup = int(0.75 * images[1]) + 1
+    cells = isoflop.cells(price_sweep(study(f"train.warmup_images={warmup}"), SHAPE))
+    for cell in cells:
+        assert (cell.refusal is not None and "warm-up" in cell.refusal) == (0.75 * cell.images <= warmup)
+    assert {cell.refusal is None for cell in cells} == {True, False}
 
 
 def test_a_recipe_without_a_study_stays_as_it_is(tiny: Recipe) -> None:
@@ -124,6 +142,12 @@ def test_mistakes_are_named(override: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("isoflop.flops=[1e10, 1.0001e10]", "isoflop.flops: two budgets give dis the same number of images"),
+        ("isoflop.share=0.9999", "isoflop.share: 0.9999 leaves dis no step at the constant rate"),
+        (
+            f"models.{'d' * 36}={{kind: dis, width: 16, depth: 2, patch: 4}}",
+            f"models.{'d' * 36}: its branch would be called {'d' * 36}-at-",
+        ),
         ("isoflop.least_steps=1000000", "isoflop: dis has no budget within its limits: change least_steps (1,000,000)"),
         ("isoflop.most_images=16", "isoflop: dis has no budget within its limits"),
         ("train.publish_images=[160]", "isoflop.flops: no model is trained for 1e+10, 2e+10: expected models without"),

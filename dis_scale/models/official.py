@@ -158,10 +158,19 @@ def _is_sit(state_dict: StateDict, channels: int) -> bool:
 
 
 def to_official(model: Backbone) -> dict[str, Tensor]:
-    """Return the weights in the public code's names and shapes. UserError for options that the public code lacks."""
+    """Return the weights in the public code's names and shapes. UserError for options that the public code lacks.
+
+    Also for a DiT trained as a flow: readers know a SiT, whose time runs the other way, by a variance that is still zero.
+    """
     weights = model.state_dict()
     out = {weight.name: weights[ours].detach().reshape(weight.shape).clone() for ours, weight in layout(model).items()}
-    return out | ({"pos_embed": model.get_buffer("position").clone()} if isinstance(model, DiT) else {})
+    if not isinstance(model, DiT):
+        return out
+    if not isinstance(model, SiT) and _is_sit(out, model.shape.channels):
+        raise UserError(
+            "a DiT that was trained as a flow has no public layout: it would be taken for a SiT; export it as .safetensors"
+        )
+    return out | {"pos_embed": model.get_buffer("position").clone()}
 
 
 def layout(model: Backbone) -> dict[str, PublicWeight]:

@@ -43,13 +43,16 @@ from dis_scale.recipe.settings import Precision, Settings, extent, runtime
 from dis_scale.recipe.train import CHECKPOINTING, SCAN_DEVICES, Flow, Gaussian, Rates, Reader, Train
 
 __all__ = [
-    "CHECKPOINTING", "MAIN", "Branch", "CsvSource", "Data", "DiffuSsm", "DigitsSource", "Dis", "Dit", "Evaluate",
+    "CHECKPOINTING", "MAIN", "MODEL_NAME_CHARACTERS",
+    "Branch", "CsvSource", "Data", "DiffuSsm", "DigitsSource", "Dis", "Dit", "Evaluate",
     "ExtractorSettings", "FileStart", "Flow", "FolderSource", "Gaussian", "InceptionExtractor", "Isoflop", "LatentShape", "Model",
     "ModelTrain", "NoVae", "Normalise", "ParquetSource", "Precision", "Precompute", "PretrainedVae", "Rates", "Reader",
     "Recipe", "Settings", "SourceSettings", "StoredSource", "SweepStart", "TarSource", "TorchScriptExtractor", "TorchScriptVae",
     "Train", "TrainedExtractor", "TrainedVae", "VaeSettings", "Variant",
 ]  # fmt: skip
 
+MODEL_NAME_CHARACTERS = 40
+"""Most characters of a model's name, which is part of job ids and of folders."""
 FORMAT = 2
 """Version of the stored recipe; this code reads FORMAT and FORMAT - 1."""
 
@@ -81,7 +84,9 @@ class Recipe(Settings):
     vae: Annotated[VaeSettings, Field(discriminator="kind")]
     precompute: Precompute = Precompute()
     diffusion: Annotated[Gaussian | Flow, Field(discriminator="kind")]
-    models: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")], Model] = extent(min_length=1)
+    models: dict[Annotated[str, Field(pattern=rf"^[a-z0-9][a-z0-9-]{{0,{MODEL_NAME_CHARACTERS - 1}}}$")], Model] = (
+        extent(min_length=1)
+    )
     isoflop: Isoflop | None = Field(None, json_schema_extra={"role": "extent"})
     train: Train
     reader: Reader = Reader()

@@ -44,6 +44,8 @@ class Branch(Settings):
     """Name of the other model, the trunk."""
     at: Count
     """Images seen, of which the trunk keeps a resume point."""
+    budget: float | None = None
+    """Compute budget of a study (`isoflop`) that the branch ends at; written out by it."""
 
 
 class FileStart(Settings):

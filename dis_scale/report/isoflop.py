@@ -174,8 +174,8 @@ def lines(report: Report) -> list[str]:
             out += [f"{metric}, {kind}: {words}" for words in _law_words(laws(family), metric)]
     return [
         *out,
-        "the intervals hold the spread of runs about the parabolas, by a bootstrap of the residuals; not what all runs share: "
-        "learning rate, held-out images, a seed's order of images, the range of sizes",
+        "the intervals hold the spread of runs about the parabolas, by a bootstrap of the residuals; not what runs share: "
+        "the trunk of a size's branches, learning rate, held-out images, a seed's order of images, the range of sizes",
     ]
 
 

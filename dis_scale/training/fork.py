@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from dis_scale.errors import UserError
+from dis_scale.recipe import Model
 from dis_scale.recipe.reading import with_model
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
@@ -24,7 +25,7 @@ def fork_run(sweep: Sweep, model: str, images_seen: int, new: str, settings: Seq
     is left. UserError if it cannot be done.
     """
     run, origin = sweep.run(model), {"model": model, "images": images_seen}
-    grown = replace(sweep, recipe=with_model(sweep.recipe, new, sweep.recipe.models[model], settings))
+    grown = replace(sweep, recipe=with_model(sweep.recipe, new, _outside_studies(sweep.recipe.models[model]), settings))
     if new in sweep.recipe.models and grown.recipe.models[new] != sweep.recipe.models[new]:
         raise UserError(f"--as {new}: this sweep has a model of that name, with other settings: choose another name")
     target = grown.run(new)
@@ -38,6 +39,12 @@ def fork_run(sweep: Sweep, model: str, images_seen: int, new: str, settings: Seq
     _copy(point, target.resume_point(PointName(images_seen, ATTEMPT)), new)
     grown.save_recipe()
     return target
+
+
+def _outside_studies(model: Model) -> Model:
+    """A fork ends at no budget of a study: its training is another."""
+    branch = model.branch and model.branch.model_copy(update={"budget": None})
+    return model.model_copy(update={"branch": branch})
 
 
 def _require_possible(sweep: Sweep, grown: Sweep, model: str, images_seen: int, new: str) -> None:

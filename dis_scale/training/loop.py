@@ -157,7 +157,8 @@ def train_model(attempt: Attempt) -> int:
             if rank == 0:
                 rows.add(images_seen, row)
 
-            # Publish and save. A resume point never exists without the rows before it.
+            # Save and publish. A resume point never exists without the rows before it, nor the last published count without the
+            # resume point there: a trunk that has published it is trained, and its branches need that point.
             publish_due = images_seen in settings.publish_images
             save_due = images_seen % settings.resume_every_images < settings.batch_images or images_seen in branches
             saver.raise_failed()
@@ -166,12 +167,12 @@ def train_model(attempt: Attempt) -> int:
                 flushed_s = time.monotonic()
             if publish_due or save_due:
                 rows.settle()
-            if publish_due:
-                saver.publish(state, images_seen, facts(), description)
             if save_due:
                 saver.save(state, images_seen, facts())
                 rows.compact()
                 saved_images = images_seen
+            if publish_due:
+                saver.publish(state, images_seen, facts(), description)
 
     # Save the last step, if the grace period allows it, and end the log.
     saver.finish()
@@ -309,7 +310,7 @@ def start(attempt: Attempt, latents: Latents, passes: int) -> tuple[Engine, Back
     own = point is None or point.manifest.get("model", attempt.model) == attempt.model  # not that of a branch's trunk
     images_seen, adam_step = (point.images_seen, point.adam_step) if point else (0, 0)
     if point is None and recipe.models[attempt.model].start:
-        warm_start.load_into(model, recipe, attempt.model, attempt.log)
+        warm_start.load_into(model, attempt.sweep, attempt.model, attempt.log)
     read = point.read if point else checkpoint.fresh(model)
     if point and dist.get_rank() == 0:  # the engine sends rank 0's weights to the others
         with torch.no_grad():

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from dis_scale.errors import UserError
 from dis_scale.models import Backbone, DiS, check_finite, construct
-from dis_scale.models.export import open_checkpoint
+from dis_scale.models.export import open_checkpoint, sampling_facts
 from dis_scale.models.official import SiT, as_flow, published_heads
-from dis_scale.recipe import DiffuSsm, Dis, Dit, FileStart, LatentShape, Recipe, SweepStart
+from dis_scale.recipe import DiffuSsm, Dis, Dit, FileStart, Flow, Gaussian, LatentShape, Recipe, SweepStart
 from dis_scale.storage.programs import read_hashed
 from dis_scale.sweep import Sweep, state
 from dis_scale.training import checkpoint
@@ -43,14 +43,15 @@ class Fitted(NamedTuple):
     notes: list[str]
 
 
-def load_into(model: Backbone, recipe: Recipe, name: str, log: Callable[[str], None]) -> None:
+def load_into(model: Backbone, sweep: Sweep, name: str, log: Callable[[str], None]) -> None:
     """Copy the start's weights, read on rank 0, into a model on the CPU of every rank. Collective."""
     if dist.get_rank() == 0:
-        fitted = fit(read_source(recipe, name), model, f"models.{name}.start")
+        start = sweep.recipe.models[name].start
+        fitted = fit(read_source(sweep.recipe, name), model, f"models.{name}.start")
         model.load_state_dict(fitted.weights)
         check_finite(model)
-        start = recipe.models[name].start
-        for line in (f"begins with the weights of {start and start.words}", *fitted.notes):
+        of_latents = latent_notes(Sweep.open(start.url), sweep) if isinstance(start, SweepStart) else []
+        for line in (f"begins with the weights of {start and start.words}", *fitted.notes, *of_latents):
             log(f"{name}: {line}")
     hosts = dist.new_group(backend="gloo")
     for parameter in model.parameters():
@@ -73,14 +74,25 @@ def read_source(recipe: Recipe, name: str) -> StartWeights:
     settings, where = recipe.models[name], f"models.{name}.start"
     match settings.start:
         case FileStart() as start:
-            return _from_file(start, settings, recipe.diffusion.kind, where)
+            return _from_file(start, settings, recipe.diffusion, where)
         case SweepStart() as start:
             return _from_sweep(start, recipe, where)
         case _:
             raise ValueError(f"{name} has no start")
 
 
-def _from_file(start: FileStart, settings: Dis | DiffuSsm | Dit, process: str, where: str) -> StartWeights:
+def latent_notes(theirs: Sweep, ours: Sweep) -> list[str]:
+    """Return a warning for each difference of two sweeps' latents or classes, which the weights have learned."""
+    data, others = ours.recipe.data, theirs.recipe.data
+    different = {
+        "another autoencoder": state.latents_vae(theirs) != state.latents_vae(ours),
+        "another data.normalise": data.normalise != others.normalise,
+        "other images, whose classes may be others": data.source != others.source,
+    }
+    return [f"warning: trained on {what} than this sweep's" for what, differs in different.items() if differs]
+
+
+def _from_file(start: FileStart, settings: Dis | DiffuSsm | Dit, process: Gaussian | Flow, where: str) -> StartWeights:
     data = read_hashed(start.path, start.sha256, f"{where}.path")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"weights{Path(start.path).suffix}"
@@ -88,15 +100,20 @@ def _from_file(start: FileStart, settings: Dis | DiffuSsm | Dit, process: str, w
         heads = (published_heads(settings.width) or settings.heads) if isinstance(settings, Dit) else None
         try:
             model = open_checkpoint(file, heads)
+            facts = sampling_facts(file) if file.suffix == ".safetensors" else None
         except UserError as error:
             raise UserError(f"{where}.path: {start.path}: {str(error).replace(str(file), 'the file')}") from error
     if isinstance(model, SiT):
-        if process != "flow":
+        if process.kind != "flow":
             raise UserError(
                 f"{where}.path: {start.path} holds a SiT, which predicts velocities: expected diffusion.kind flow"
             )
-        model = as_flow(model)
-    return StartWeights(model.settings, model.state_dict(), [])
+        return StartWeights(model.settings, as_flow(model).state_dict(), [])
+    same = (
+        facts.diffusion == process if facts else process.kind == "gaussian"
+    )  # public files of DiT and DiS predict noise
+    notes = [] if same else ["warning: trained with another diffusion than this recipe's"]
+    return StartWeights(model.settings, model.state_dict(), notes)
 
 
 def _from_sweep(start: SweepStart, recipe: Recipe, where: str) -> StartWeights:
@@ -108,11 +125,7 @@ def _from_sweep(start: SweepStart, recipe: Recipe, where: str) -> StartWeights:
             f"{where}.images: {start.model} of {sweep} has not published {start.images}, expected one of: {known}"
         )
     its = sweep.recipe
-    notes = [
-        f"warning: trained with another {part} than this recipe's"
-        for part in ("vae", "diffusion")
-        if getattr(its, part) != getattr(recipe, part)
-    ]
+    notes = [] if its.diffusion == recipe.diffusion else ["warning: trained with another diffusion than this recipe's"]
     return StartWeights(its.models[start.model], checkpoint.load_published(run, start.images), notes)
 
 

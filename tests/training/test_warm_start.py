@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from dis_scale.models import build
 from dis_scale.models.export import save
 from dis_scale.models.official import read_weights, to_official
 from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, Recipe, reading
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import Sweep, state
 from dis_scale.training import checkpoint, warm_start
 from dis_scale.training.warm_start import StartWeights
 from tests.conftest import TINY
@@ -97,10 +100,17 @@ def test_a_file_of_ours_gives_the_same_outputs(tmp_path: Path, settings: Dit | D
 def test_a_public_sit_starts_a_flow_alone(tmp_path: Path) -> None:
     """Its variance is zero: SiT's loss does not use it. The velocity of our flow is that of the SiT in its own time."""
     source = varied(DIT)
+    public = to_official(source)
+    finals = [
+        *source.get_submodule("final").parameters(),
+        *(public[f"final_layer.linear.{n}"] for n in ("weight", "bias")),
+    ]
     with torch.no_grad():
-        for p in source.get_submodule("final").parameters():
+        for p in finals:
             p.unflatten(0, (16, 2, 4))[:, 1] = 0
-    torch.save(to_official(source), tmp_path / "sit.pt")
+    torch.save(public, tmp_path / "sit.pt")
+    with pytest.raises(UserError, match="a DiT that was trained as a flow has no public layout"):
+        to_official(source)
     flow = from_file(tmp_path / "sit.pt", "diffusion={kind: flow}", "evaluate.sampler=heun")
     model = build(DIT, SMALL, 10)
     model.load_state_dict(warm_start.fit(warm_start.read_source(flow, "dit"), model, "here").weights)
@@ -203,3 +213,23 @@ def test_a_start_is_part_of_a_models_identity_and_not_of_its_branches() -> None:
         reading.load(TINY, [
             f"models.b={{kind: dit, width: 16, depth: 1, heads: 2, patch: 4, start: {start}, branch: {{of: dit, at: 160}}}}"
         ])  # fmt: skip
+
+
+def test_a_start_on_other_latents_is_logged(tmp_path: Path) -> None:
+    """A trained autoencoder depends on its sweep: settings alone would not tell."""
+    theirs, ours = (Sweep.below(open_folder(tmp_path / name), reading.load(TINY, [])) for name in ("theirs", "ours"))
+    for sweep, identity in ((theirs, "a"), (ours, "b")):
+        state.use_latents(sweep, open_folder(tmp_path) / "latents/some", identity)
+    assert warm_start.latent_notes(theirs, ours) == ["warning: trained on another autoencoder than this sweep's"]
+    state.use_latents(ours, open_folder(tmp_path) / "latents/some", "a")
+    assert warm_start.latent_notes(theirs, ours) == []
+    scaled = replace(ours, recipe=reading.load(TINY, ["data.normalise=channels"]))
+    assert warm_start.latent_notes(theirs, scaled) == ["warning: trained on another data.normalise than this sweep's"]
+
+
+def test_a_file_that_predicts_noise_is_named_under_a_flow(tmp_path: Path) -> None:
+    torch.save(to_official(varied(DIT)), tmp_path / "dit.pt")
+    flow = from_file(tmp_path / "dit.pt", "diffusion={kind: flow}", "evaluate.sampler=heun")
+    warning = "warning: trained with another diffusion than this recipe's"
+    assert warm_start.read_source(flow, "dit").notes == [warning]
+    assert warm_start.read_source(from_file(tmp_path / "dit.pt"), "dit").notes == []
