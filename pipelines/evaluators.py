@@ -83,11 +83,13 @@ class Evaluator(Worker):
 
         with self._sampling:
             compute_exactly()
-            source = open_source(self.sweep.recipe.data, self.sweep.store)
+            data = self.sweep.recipe.data
+            source = open_source(data, self.sweep.store)
+            chosen = floor.chosen_images(source, self.sampler.labels, data.num_classes)
             for number in iter(deal, None):
                 if self.stop_requested():
                     break
-                block = floor.make_block(self.sampler, source, number)
+                block = floor.make_block(self.sampler, source, chosen, number)
                 self.sweep.floor.write(block_name(number), block.to_bytes())
                 self.report(self._done + 1)
 

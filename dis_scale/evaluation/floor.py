@@ -91,13 +91,12 @@ def require_enough(images: int, references: Mapping[str, Reference]) -> None:
         require_samples(images, len(reference.pooled.mean))
 
 
-def make_block(sampler: BlockSampler, source: Source, number: int) -> FloorBlock:
-    """Read the images of a block, and return their features and those of their reconstructions.
+def make_block(sampler: BlockSampler, source: Source, chosen: np.ndarray, number: int) -> FloorBlock:
+    """Read the images of a block of the chosen ones, and return their features and those of their reconstructions.
 
     Blocks follow the source's order, so that images which are stored together are read together.
     """
     settings, data = sampler.recipe.evaluate, sampler.recipe.data
-    chosen = chosen_images(source, sampler.labels, data.num_classes)
     part = block_numbers(len(chosen), settings.block_images, number)
     numbers = np.argsort(chosen)[part.start : part.stop]
     positions = chosen[numbers].tolist()
@@ -157,7 +156,7 @@ def _distances(
     """Return each kind's distance and standard error at the size of the samples and of the complete reference.
 
     The part of a distance that comes from finite sets is proportional to 1/n + 1/m for n and m images (Chong and Forsyth 2020),
-    and it is all that the real images have. An ADM reference has other files, from which nothing can be taken out.
+    and it is all that the real images have. From an ADM reference nothing can be taken out.
     """
     real, d = by_kind[REAL].total(), len(reference.mean)
     rest, share = reference, 1.0

@@ -173,14 +173,14 @@ def test_a_block_has_the_features_of_its_images_and_of_their_reconstructions(
     sampler: BlockSampler, recipe: Recipe
 ) -> None:
     source, (extractor,) = open_source(recipe.data), sampler.extractors
-    block = floor.make_block(sampler, source, 1)
     every = floor.chosen_images(source, sampler.labels, recipe.data.num_classes)
+    block = floor.make_block(sampler, source, every, 1)
     chosen = np.sort(every)[40:80].tolist()
     assert every[block.numbers].tolist() == chosen, "in the source's order"
     pixels = np.stack([source.pixels(i, recipe.data.resolution) for i in chosen])
     assert np.array_equal(block.features[REAL]["a"].pooled, extractor(pixels).pooled)
     assert not np.array_equal(block.features[RECONSTRUCTED]["a"].pooled, block.features[REAL]["a"].pooled)
-    again = FloorBlock.from_bytes(floor.make_block(sampler, source, 1).to_bytes(), "here")
+    again = FloorBlock.from_bytes(floor.make_block(sampler, source, every, 1).to_bytes(), "here")
     assert np.array_equal(again.numbers, block.numbers)
     for kind in (REAL, RECONSTRUCTED):
         assert again.features[kind]["a"].identity == extractor.identity
@@ -191,14 +191,17 @@ def test_undecodable_images_are_left_out_also_all_of_a_block(sampler: BlockSampl
     data = recipe.data.model_copy(update={"undecodable": "skip"})
     sampler.sweep = replace(sampler.sweep, recipe=recipe.model_copy(update={"data": data}))
     source = open_source(data)
-    chosen = np.sort(floor.chosen_images(source, sampler.labels, 10))
+    every = floor.chosen_images(source, sampler.labels, 10)
+    chosen = np.sort(every)
     broken = {source.names[i] for i in [*chosen[:40], chosen[41]]}
 
     def read(entries: Sequence[Entry]) -> list[bytes]:
         return [b"" if each.name in broken else data for each, data in zip(entries, source.read(entries), strict=True)]
 
     damaged = replace(source, read=read)
-    none, some = (FloorBlock.from_bytes(floor.make_block(sampler, damaged, n).to_bytes(), "here") for n in (0, 1))
+    none, some = (
+        FloorBlock.from_bytes(floor.make_block(sampler, damaged, every, n).to_bytes(), "here") for n in (0, 1)
+    )
     assert (len(none.numbers), none.features) == (0, {})
     assert len(some.numbers) == len(some.features[REAL]["a"].pooled) == 39
 
@@ -215,5 +218,5 @@ def test_the_order_of_the_blocks_does_not_change_the_error() -> None:
 
 
 def test_pixels_have_no_reconstructions(sampler: BlockSampler, recipe: Recipe) -> None:
-    sampler.vae = vae.PixelVae()
-    assert floor.make_block(sampler, open_source(recipe.data), 0).features.keys() == {REAL}
+    sampler.vae, source = vae.PixelVae(), open_source(recipe.data)
+    assert floor.make_block(sampler, source, np.arange(100), 0).features.keys() == {REAL}

@@ -20,7 +20,7 @@ from dis_scale.progress import Board
 from dis_scale.recipe import LatentShape, Recipe, Storage, reading
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import METRICS, PointName, Sampled, Sweep, state
+from dis_scale.sweep import METRICS, SKIPPED, PointName, Sampled, Sweep, state
 from dis_scale.tracking import mlflow
 from pipelines import jobs
 from pipelines import sweep as pipeline
@@ -215,6 +215,7 @@ def test_deleted_weights_are_named_at_the_next_start(
     sweep.save_recipe()
     for count in (0, 320):
         manifest.put(sweep.run("dit").published_at(count), {})
+    sweep.floor.write_json(SKIPPED, {"why": "too few images"})
     monkeypatch.setattr(state, "all_evaluated", lambda _: True)
     monkeypatch.setattr(pipeline, "_print_results", lambda *_: None)
     sweep.report.write(report.CSV, b"")
