@@ -122,6 +122,21 @@ def test_a_branch_that_was_killed_in_its_first_save_begins_again(tmp_path: Path)
         checkpoint.newest_point(run, print)
 
 
+def test_a_trunk_that_is_killed_at_its_last_resume_point_is_not_trained(tmp_path: Path) -> None:
+    """Its last published count is where its last branch begins: trained without that point, it would never run again."""
+    model = "models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}"
+    settings = [model, "train.workers=1", "train.publish_images=[224]", "train.resume_every_images=400"]
+    recipe = reading.load(TINY, [*settings, "train.cooldowns={images: [320], share: 0.3}"])
+    plan = tmp_path / "faults"
+    plan.write_text("kill at write path=resume/000000000224\n")
+    with pytest.raises(Exception, match="SIGKILL"):
+        ranks.run(recipe, "dit", tmp_path, attempt=1, faults=plan)
+    assert state.published_counts(run_at(tmp_path, "dit")) == []
+    ranks.run(recipe, "dit", tmp_path, attempt=2)
+    assert state.published_counts(run_at(tmp_path, "dit")) == [224]
+    assert state.point_at(run_at(tmp_path, "dit"), 224) is not None
+
+
 def test_resume_points_stay_spaced_so_that_a_run_can_be_rolled_back() -> None:
     every = [PointName(images, 1) for images in range(0, 1001, 50)]
     keep = Keep(last=2, spaced=3, images=1000, branches=frozenset({350}))
