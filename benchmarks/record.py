@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from dis_scale.training.throughput import processor
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
     "torch",
@@ -39,11 +41,6 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := installed(name))},
     }  # fmt: skip
-
-
-def processor() -> str:
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return models[0].partition(": ")[2] if models else platform.processor()
 
 
 def installed(package: str) -> str | None:

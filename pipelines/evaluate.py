@@ -19,7 +19,7 @@ from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import GRID, METRICS, SKIPPED, Sampled, Sweep, state
 from dis_scale.threads import in_order
-from dis_scale.tracking.goodput import GOODPUT, WORKER_HOURS
+from dis_scale.tracking.goodput import GOODPUT, MEMORY, SAMPLED_ON, TRAINED_ON, WORKER_HOURS
 from dis_scale.tracking.mlflow import RunCopy
 from pipelines import lines, metrics, stage
 from pipelines.devices import choose_device, total_gpus
@@ -35,9 +35,8 @@ if TYPE_CHECKING:
 
 POLL_EVERY_S, LONGEST_POLL_S = 2.0, 30.0
 """Interval of polls for news of training: a twentieth of the wait so far, within these. Each poll costs several requests."""
-COSTS = (GOODPUT, WORKER_HOURS, "memory_gib", "trained_on")
+COSTS = (GOODPUT, WORKER_HOURS, MEMORY, TRAINED_ON)
 """Facts of published weights that the metrics file has, too."""
-SAMPLED_ON = "sampled_on"
 BACKLOG_EVERY_S = 600.0
 """Interval at which the backlog is counted during an evaluation."""
 
@@ -71,7 +70,7 @@ class Evaluation:
         notes = measure.notes(self.references, settings) + self._average_note(sampled, settings)
         machines, seconds = _machines(spent), _seconds(spent)
         if not seconds and (before := folder.find_json(METRICS, "seconds")):  # all blocks were kept
-            machines, seconds = {SAMPLED_ON: before.get(SAMPLED_ON, "an unknown machine")}, before["seconds"]
+            machines, seconds = {SAMPLED_ON: before.get(SAMPLED_ON, [])}, before["seconds"]
         seconds |= {"metrics": time.monotonic() - began_s}
         facts = _facts(sampled, settings) | self._training(sampled) | machines
         folder.write_json(METRICS, facts | {"notes": notes, "values": values, "seconds": seconds})
@@ -356,10 +355,10 @@ def _facts(sampled: Sampled, settings: Evaluate) -> dict[str, Any]:
     return facts | settings.model_dump(mode="json", include=stored)
 
 
-def _machines(spent: list[dict[str, Any]]) -> dict[str, str]:
+def _machines(spent: list[dict[str, Any]]) -> dict[str, list[str]]:
     """The machines that sampled, as a fact; empty if all blocks were kept."""
     names = sorted({each["machine"] for each in spent if each["images"]})
-    return {SAMPLED_ON: ", ".join(names)} if names else {}
+    return {SAMPLED_ON: names} if names else {}
 
 
 def _seconds(spent: list[dict[str, Any]]) -> dict[str, float]:

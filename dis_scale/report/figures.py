@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from dis_scale.report import fits, isoflop
 from dis_scale.report.points import HELD_OUT, Point, Report
 from dis_scale.report.published import PUBLISHED
+from dis_scale.tracking.goodput import SAMPLED_ON, TRAINED_ON
 
 MARKERS = {"dis": "o", "diffussm": "^", "dit": "s"}
 LINES = {"dis": "-", "diffussm": "-.", "dit": "--"}
@@ -151,20 +152,20 @@ def _minima(axes: Axes, found: list[isoflop.Profile], fitted: isoflop.Laws | Non
 def hours_distance(report: Report) -> Figure | None:
     """Plot the workers' training time against distance: a line for each model. None if no point knows its time."""
     known = [p for p in report.main if p.images_seen and p.worker_hours]
-    unit = "worker-hours" if "(CPU)" in _machines(known, "trained_on") else "GPU-hours"
-    return _measured(report, known, "worker_hours", f"training, {unit} of {_machines(known, 'trained_on')}")
+    unit = "worker-hours" if "(CPU)" in _machines(known, TRAINED_ON) else "GPU-hours"
+    return _measured(report, known, "worker_hours", f"training, {unit} of {_machines(known, TRAINED_ON)}")
 
 
 def memory_distance(report: Report) -> Figure | None:
     """Plot a training worker's peak memory against distance, at each model's last count."""
     known = [p for p in _last(report.main) if p.images_seen and p.memory_gib]
-    return _measured(report, known, "memory_gib", f"peak memory of a worker, GiB, on {_machines(known, 'trained_on')}")
+    return _measured(report, known, "memory_gib", f"peak memory of a worker, GiB, on {_machines(known, TRAINED_ON)}")
 
 
 def sample_distance(report: Report) -> Figure | None:
     """Plot the time of a sample against distance, at each model's last count: a line for each model through its samplings."""
     known = [p for p in _last(report.means) if p.images_seen and p.sample_ms and report.distance(p) > 0]
-    return _measured(report, known, "sample_ms", f"ms a sample, one worker on {_machines(known, 'sampled_on')}")
+    return _measured(report, known, "sample_ms", f"ms a sample, one worker on {_machines(known, SAMPLED_ON)}")
 
 
 def _last(points: list[Point]) -> list[Point]:
@@ -174,9 +175,8 @@ def _last(points: list[Point]) -> list[Point]:
 
 
 def _machines(points: list[Point], fact: str) -> str:
-    """Return the names of all machines in a fact: a list, or one string."""
-    each = [p.facts.get(fact) or "an unknown machine" for p in points]
-    return " and ".join(sorted({name for names in each for name in ([names] if isinstance(names, str) else names)}))
+    """Return the names of all machines in a fact of the points."""
+    return " and ".join(sorted({name for p in points for name in p.facts.get(fact) or ["an unknown machine"]}))
 
 
 def _measured(report: Report, points: list[Point], along: str, xlabel: str) -> Figure | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dis_scale.recipe import MAIN, Recipe
 from dis_scale.sweep import Sampled, Sweep, state
-from dis_scale.tracking.goodput import GOODPUT, WORKER_HOURS
+from dis_scale.tracking.goodput import GOODPUT, MEMORY, SAMPLED_ON, TRAINED_ON, WORKER_HOURS
 from dis_scale.training.ema import start_share
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Point:
     @property
     def memory_gib(self) -> float | None:
         """Peak memory of a training worker."""
-        return self.facts.get("memory_gib")
+        return self.facts.get(MEMORY)
 
     @property
     def sample_ms(self) -> float | None:
@@ -169,14 +169,13 @@ def _mean(points: list[Point], metric: str) -> Point:
 def _mean_facts(points: list[Point]) -> dict[str, Any]:
     """Return the facts of the first, with the mean of the known costs and all machines' names."""
     facts = dict(points[0].facts)
-    for name in (WORKER_HOURS, "memory_gib"):
+    for name in (WORKER_HOURS, MEMORY):
         if known := [p.facts[name] for p in points if name in p.facts]:
             facts[name] = statistics.fmean(known)
     if times := [p.sample_ms for p in points if p.sample_ms]:
         facts["seconds"] = {"sampling_images_per_s": 1000 / statistics.fmean(times)}
-    facts["trained_on"] = sorted({name for p in points for name in p.facts.get("trained_on", ())})
-    facts["sampled_on"] = ", ".join(sorted({p.facts["sampled_on"] for p in points if "sampled_on" in p.facts}))
-    return facts
+    machines = {fact: {name for p in points for name in p.facts.get(fact, ())} for fact in (TRAINED_ON, SAMPLED_ON)}
+    return facts | {fact: sorted(names) for fact, names in machines.items()}
 
 
 def collect(sweep: Sweep, plan: "Plan") -> Report:

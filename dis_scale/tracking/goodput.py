@@ -10,6 +10,10 @@ GOODPUT = "goodput"
 """Name of the row that ends an attempt, and of the fact in manifests: the run's goodput up to there."""
 WORKER_HOURS = "worker_hours"
 """Name of the fact in manifests: the workers' time in the lasting steps up to there, a branch's trunk included."""
+MEMORY, TRAINED_ON = "memory_gib", "trained_on"
+"""Facts in manifests, of rank 0: the largest peak memory of its processes, and the names of all machines that trained."""
+SAMPLED_ON = "sampled_on"
+"""Fact in an evaluation's metrics: the names of the machines that sampled."""
 _SPENT = "spent"
 
 
@@ -61,5 +65,5 @@ class Goodput:
 
 def spent_by_trunk(facts: Mapping[str, Any], now: float) -> dict[str, Any]:
     """Return the facts for a branch that begins now at its trunk's resume point: the trunk's cost, and none of its time."""
-    known = {name: facts[_SPENT][name] for name in ("worker_s",) if name in facts.get(_SPENT, {})}
-    return {_SPENT: {"first_at": now, "lasting_s": 0.0} | known}
+    spent = facts.get(_SPENT, {}) | {"first_at": now, "lasting_s": 0.0}
+    return {_SPENT: spent, TRAINED_ON: facts.get(TRAINED_ON, [])}

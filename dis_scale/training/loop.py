@@ -29,7 +29,7 @@ from dis_scale.recipe import Recipe, Train
 from dis_scale.scan import choose
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import PointName, Run, Sweep
-from dis_scale.tracking.goodput import ATTEMPT, GOODPUT, Goodput, spent_by_trunk
+from dis_scale.tracking.goodput import ATTEMPT, GOODPUT, MEMORY, TRAINED_ON, Goodput, spent_by_trunk
 from dis_scale.tracking.rows import RowWriter
 from dis_scale.training import checkpoint, ema, engine, warm_start
 from dis_scale.training.bad_step import dump_step
@@ -40,8 +40,6 @@ from dis_scale.training.lanes import ForwardPass, forward_passes
 from dis_scale.training.memory import lanes_at_once
 from dis_scale.training.stop import StopAgreement
 from dis_scale.training.throughput import (
-    MEMORY,
-    TRAINED_ON,
     ThroughputMeter,
     gpu_bytes,
     machine_name,
@@ -110,11 +108,11 @@ def train_model(attempt: Attempt) -> int:
     began_s = flushed_s = time.monotonic()
     first_images = saved_images = images_seen
     bad_steps, branches = 0, recipe.branches_at(attempt.model)
+    machines = sorted({*earlier.get(TRAINED_ON, ()), machine_name(attempt.device)})
 
     def facts() -> dict[str, Any]:
         now = time.time()
         facts = {"adam_step": _adam_step(state), "model": attempt.model, "latents": latents.identity, "at": now}
-        machines = sorted({*earlier.get(TRAINED_ON, ()), machine_name(attempt.device)})
         memory_gib = max(earlier.get(MEMORY, 0.0), peak_memory_bytes(attempt.device) / 2**30)
         return facts | {TRAINED_ON: machines, MEMORY: memory_gib} | goodput.facts(now)
 
@@ -329,10 +327,7 @@ def start(attempt: Attempt, latents: Latents, passes: int) -> tuple[Engine, Back
             attempt.log(f"{attempt.model}: {transfer.words(model.settings, settings.base_width)}")
     if point is None:
         return state, model, images_seen, {}
-    if own:
-        return state, model, images_seen, point.manifest
-    machines = {TRAINED_ON: point.manifest.get(TRAINED_ON, [])}
-    return state, model, images_seen, spent_by_trunk(point.manifest, time.time()) | machines
+    return state, model, images_seen, point.manifest if own else spent_by_trunk(point.manifest, time.time())
 
 
 def _agreed_resume_point(attempt: Attempt) -> ResumePoint | None:

@@ -15,11 +15,10 @@ import torch
 
 from dis_scale.models.cost import Cost
 from dis_scale.recipe import Train
+from dis_scale.tracking.goodput import MEMORY
 
 DATASHEET_TFLOPS = {"A100": (312.0, 19.5), "H100 80GB HBM3": (989.0, 67.0), "H200": (989.0, 67.0)}
 """Peak TFLOP/s of dense products in bf16 and in fp32 without TF32, by a part of the GPU's name (NVIDIA's datasheets)."""
-MEMORY, TRAINED_ON = "memory_gib", "trained_on"
-"""Facts in manifests, of rank 0: the largest peak memory of its processes, and the names of all machines that trained."""
 MATRIX_SIDES = {"cpu": 1024, "cuda": 8192}
 """Side of the square matrices whose product is timed if the device is not in DATASHEET_TFLOPS."""
 
@@ -107,9 +106,13 @@ def machine_name(device: torch.device) -> str:
     """Return the name of the GPU, or of the processor that computes."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return f"{processor()} (CPU)"
+
+
+def processor() -> str:
+    """Return the name of this machine's processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()} (CPU)"
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def synchronize(device: torch.device) -> None:

@@ -138,7 +138,7 @@ def test_measured_costs_have_figures_that_name_the_machine(sweep: Sweep) -> None
 
 def spend(sweep: Sweep, sampled: Sampled, hours: float, images_per_s: float = 10.0) -> None:
     """Add the measured costs to an evaluation."""
-    costs = {"worker_hours": hours, "memory_gib": 1.5, "trained_on": ["NVIDIA H200"], "sampled_on": "AMD EPYC (CPU)"}
+    costs = {"worker_hours": hours, "memory_gib": 1.5, "trained_on": ["NVIDIA H200"], "sampled_on": ["AMD EPYC (CPU)"]}
     folder = sweep.evaluation(sampled)
     seconds = {"seconds": {"sampling_images_per_s": images_per_s}}
     folder.write_json(METRICS, folder.read_json(METRICS) | costs | seconds)
