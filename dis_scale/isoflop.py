@@ -71,7 +71,7 @@ def written_out(recipe: Recipe, shape: LatentShape) -> Recipe:
         data["models"][size] = model | {"train": model["train"] | {"publish_images": [longest]}}
         data["models"] |= branches
     complete = reading.parse(yaml.safe_dump(data, sort_keys=False), "isoflop")
-    _require_every_budget(price_sweep(complete, shape))
+    _require_every_budget(complete)
     return complete
 
 
@@ -89,8 +89,8 @@ def _branch(recipe: Recipe, cell: Cell, model: dict[str, Any], share: float) -> 
     return name, branch | {"branch": branch["branch"] | {"budget": cell.budget}}
 
 
-def _require_every_budget(plan: Plan) -> None:
-    study, trained = plan.recipe.isoflop, set(plan.budgets().values())
+def _require_every_budget(recipe: Recipe) -> None:
+    study, trained = recipe.isoflop, set(recipe.budgets.values())
     assert study
     if empty := [f"{budget:g}" for budget in study.flops if budget not in trained]:
         raise UserError(
@@ -106,7 +106,7 @@ def table(plan: Plan, study: Sequence[Cell], source_images: int | None) -> Table
     """
     epoch_images = source_images and source_images - plan.recipe.data.held_out_images
     spent = sum(plan.own_flops(name) for name in plan.costs if name in {cell.size for cell in study})
-    spent += sum(plan.own_flops(name) for name in plan.budgets())
+    spent += sum(plan.own_flops(name) for name in plan.recipe.budgets)
     complete = sum(cell.images * plan.training_flops(cell.size) for cell in study if not cell.refusal)
     out = Table(
         title=f"study of {plan.recipe.name}: images, steps and epochs at each budget (FLOPs, two for each multiply-add)",

@@ -36,11 +36,6 @@ class Plan:
         branch = self.recipe.models[model].branch
         return self.training_flops(model) * (self.recipe.train_of(model).images - (branch.at if branch else 0))
 
-    def budgets(self) -> dict[str, float]:
-        """Return the budget of each branch that a study (`isoflop`) has written out."""
-        branches = {name: model.branch for name, model in self.recipe.models.items() if model.branch}
-        return {name: branch.budget for name, branch in branches.items() if branch.budget is not None}
-
     def parameters(self) -> dict[str, dict[str, object]]:
         """Return the parameters of each model's run in MLflow."""
         recipe, settings = self.recipe, {name: self.recipe.train_of(name) for name in self.costs}
@@ -71,13 +66,15 @@ def price_reading(recipe: Recipe, shape: LatentShape, images: int) -> str:
 
 def price_sweep(recipe: Recipe, shape: LatentShape) -> Plan:
     """Return the plan of a recipe whose latents have this shape; UserError for a model that does not fit them."""
+    alike, classes = {"train": ModelTrain(), "seed": None, "branch": None, "start": None}, recipe.data.num_classes
+    costs = {name: _price(model.model_copy(update=alike), shape, classes) for name, model in recipe.models.items()}
+    return Plan(recipe, shape, costs)
 
-    @cache
-    def price(alone: Model) -> Cost:
-        return price_model(alone, shape, recipe.data.num_classes)
 
-    alike = {"train": ModelTrain(), "seed": None, "branch": None, "start": None}
-    return Plan(recipe, shape, {name: price(model.model_copy(update=alike)) for name, model in recipe.models.items()})
+@cache
+def _price(alone: Model, shape: LatentShape, num_classes: int | None) -> Cost:
+    """Price a model without settings of its training: a study prices its sizes again with each of their branches."""
+    return price_model(alone, shape, num_classes)
 
 
 def table(plan: Plan) -> Table:

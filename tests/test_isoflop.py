@@ -35,7 +35,7 @@ def test_a_branch_ends_within_half_a_step_of_its_budget() -> None:
     for name, budget in zip(branches, (1e10, 2e10) * 2, strict=True):
         step = plan.training_flops(name) * plan.recipe.train_of(name).batch_images
         assert abs(plan.training_flops(name) * plan.recipe.train_of(name).images - budget) <= step / 2
-        assert plan.budgets()[name] == budget
+        assert plan.recipe.budgets[name] == budget
 
 
 def test_each_size_is_one_trunk_as_long_as_its_last_branch_needs() -> None:
@@ -60,7 +60,7 @@ def test_a_branch_keeps_its_budget_and_a_fork_has_none() -> None:
     recipe = written_out().recipe
     name = next(name for name, model in recipe.models.items() if model.branch)
     forked = reading.with_model(recipe, "other", fork._outside_studies(recipe.models[name]), ["learning_rate=0.5"])
-    assert set(price_sweep(forked, SHAPE).budgets()) == set(price_sweep(recipe, SHAPE).budgets())
+    assert set(forked.budgets) == set(recipe.budgets)
 
 
 def test_a_size_whose_warm_up_lasts_is_left_out() -> None:
@@ -100,7 +100,7 @@ def test_a_size_out_of_its_limits_is_left_out_of_a_budget_and_the_plan_names_the
         ("dit", 1e10): None, ("dit", 2e10): f"over {most:,} images",
     }  # fmt: skip
     plan = written_out(*limits)
-    assert len(plan.budgets()) == 2
+    assert len(plan.recipe.budgets) == 2
     assert f"over {most:,} images" in shown(plan, isoflop.cells(price_sweep(study(*limits), SHAPE)))
 
 

@@ -106,6 +106,12 @@ class Recipe(Settings):
         """Names of the models without image counts, which are the sizes of a study that is not yet written out."""
         return [name for name in self.models if not self.train_of(name).publish_images]
 
+    @property
+    def budgets(self) -> dict[str, float]:
+        """Budget of each branch that a study has written out."""
+        branches = {name: model.branch for name, model in self.models.items() if model.branch}
+        return {name: branch.budget for name, branch in branches.items() if branch.budget is not None}
+
     def for_model(self, model: str) -> Self:
         """Return the recipe with the training settings of this model."""
         return self.model_copy(update={"train": self.train_of(model)})

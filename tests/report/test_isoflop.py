@@ -121,7 +121,7 @@ def measured(tmp_path: Path) -> Report:
     ))  # fmt: skip
     plan = price_sweep(studies.written_out(recipe, SHAPE), SHAPE)
     sweep = sweep_at(tmp_path, "tiny", plan.recipe)
-    for model, budget in plan.budgets().items():
+    for model, budget in plan.recipe.budgets.items():
         distance = np.log(plan.costs[model].parameters / 3e4 * (1e10 / budget) ** 0.5) ** 2
         put(
             sweep,
