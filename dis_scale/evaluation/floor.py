@@ -22,7 +22,6 @@ from dis_scale.evaluation.metrics import (
     Groups,
     MeanCovariance,
     Sums,
-    has_error,
     jackknife_error,
     require_samples,
 )
@@ -166,10 +165,12 @@ def _distances(
         rest = left.mean_covariance()
         share = (1 / settings.samples + 1 / reference.count) / (1 / real.count + 1 / rest.count)
     frechet = Frechet(rest)
-    values = {kind: frechet(groups.total().mean_covariance()) for kind, groups in by_kind.items()}
-    scaled = {kind: value - (1 - share) * values[REAL] for kind, value in values.items()}
-    if not has_error(real.count, d):
-        return {kind: (value, None) for kind, value in scaled.items()}
-    without = {kind: groups.left_out(frechet) for kind, groups in by_kind.items()}
-    errors = {kind: jackknife_error(each - (1 - share) * without[REAL]) for kind, each in without.items()}
-    return {kind: (scaled[kind], errors[kind]) for kind in scaled}
+    measured = {kind: groups.distances(frechet) for kind, groups in by_kind.items()}
+    least, least_without = measured[REAL]
+    scaled: dict[str, tuple[float, float | None]] = {}
+    for kind, (value, without) in measured.items():
+        error = None
+        if without is not None and least_without is not None:
+            error = jackknife_error(without - (1 - share) * least_without)
+        scaled[kind] = value - (1 - share) * least, error
+    return scaled

@@ -143,17 +143,17 @@ class Groups:
 
         The error is None if a set without a group has no more samples than features: its covariance is singular.
         """
+        value, left_out = self.distances(frechet)
+        return value, None if left_out is None else jackknife_error(left_out)
+
+    def distances(self, frechet: Frechet) -> tuple[float, np.ndarray | None]:
+        """Return the distance, and those (FOLDS) of the samples without each group, None if their covariance is singular."""
         total = self.total()
         statistics = total.mean_covariance()
         require_samples(statistics.count, len(statistics.mean))
         if not has_error(statistics.count, len(statistics.mean)):
             return frechet(statistics), None
-        return frechet(statistics), jackknife_error(self.left_out(frechet))
-
-    def left_out(self, frechet: Frechet) -> np.ndarray:
-        """Return the distances (FOLDS) of the samples without each group."""
-        total = self.total()
-        return np.array([frechet(total.without(group).mean_covariance()) for group in self._groups])
+        return frechet(statistics), np.array([frechet(total.without(g).mean_covariance()) for g in self._groups])
 
 
 def jackknife_error(left_out: np.ndarray) -> float:

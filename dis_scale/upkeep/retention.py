@@ -12,7 +12,7 @@ from dis_scale.data import listing
 from dis_scale.errors import StorageAway, StorageError, UserError
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import Sweep, state, sweeps_below
+from dis_scale.sweep import METRICS, Sweep, state, sweeps_below
 from dis_scale.sweep.state import AT_ONCE
 from dis_scale.threads import in_order
 
@@ -37,7 +37,7 @@ def find_unneeded(sweep: Sweep) -> list[Unneeded]:
     outdated, models = state.outdated(sweep), sweep.recipe.models
     finished = [each for model in models for each in state.measured(sweep, model)]
     samples = [sweep.evaluation(each) for each in finished if each not in outdated]
-    samples += [sweep.floor] if state.floor(sweep) else []
+    samples += [sweep.floor] if sweep.floor.exists(METRICS) else []
     leases = [sweep.run(model).lease for model in models]
     leases += [sweep.lease(name) for name in sweep.leases.folders()]
     trained = [sweep.run(model).bad_steps for model in models if state.trained(sweep, model)]
