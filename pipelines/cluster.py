@@ -238,7 +238,7 @@ def _start_head(recipe: Recipe, folder: Path, gpus: int) -> tuple[subprocess.Pop
 
     Returns it and the dashboard's URL.
     """
-    port, dashboard, agent = free_ports(3)
+    port, dashboard, agent, environments = free_ports(4)
     resources = {
         "prepare": 1, "precompute": recipe.precompute.workers, "train": recipe.train.most_workers,
         "evaluate": recipe.evaluate.workers,
@@ -247,6 +247,7 @@ def _start_head(recipe: Recipe, folder: Path, gpus: int) -> tuple[subprocess.Pop
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats",
         "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--include-dashboard=true",
         f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+        f"--runtime-env-agent-port={environments}",  # else the head ends if a busy machine needs over 30 s to find it
         f"--temp-dir={folder}/ray", f"--resources={json.dumps(resources)}", f"--object-store-memory={256 * 2**20}",
         f"--num-cpus={max(os.cpu_count() or 1, recipe.train.most_workers, recipe.precompute.workers)}",
         f"--num-gpus={gpus}",  # Ray would also count GPUs that PyTorch cannot use

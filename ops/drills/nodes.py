@@ -85,10 +85,11 @@ class RayNodes:
         return {node["NodeID"] for node in json.loads(listed.stdout.splitlines()[-1]) if node["Alive"]}
 
     def _start(self, place: list[str], cpus: int, ip: str, within: Sequence[str], **environment: str) -> Node:
-        (agent,) = free_ports(1)
+        agent, environments = free_ports(2)
         command = [
             *within, RAY, "start", "--block", "--disable-usage-stats", *place, f"--num-cpus={cpus}",
             f"--node-ip-address={ip}", f"--dashboard-agent-listen-port={agent}", "--object-store-memory=100000000",
+            f"--runtime-env-agent-port={environments}",  # as in pipelines/cluster.py
         ]  # fmt: skip
         with (Path(self.folder) / f"node-{len(self.nodes)}.log").open("wb") as log:
             node = subprocess.Popen(

@@ -53,7 +53,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 @pytest.fixture
 def head(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A plain `ray start --head` of two CPUs with no named resources; its dashboard's URL."""
-    port, dashboard, agent = free_ports(3)
+    port, dashboard, agent, environments = free_ports(4)
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))  # has the compiled scan
     monkeypatch.setenv("XDG_CACHE_HOME", cache)
@@ -63,6 +63,7 @@ def head(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}",
         f"--dashboard-agent-listen-port={agent}", f"--temp-dir=/tmp/ray-test-{port}", "--disable-usage-stats",
         "--node-ip-address=127.0.0.1", "--object-store-memory=200000000",
+        f"--runtime-env-agent-port={environments}",  # as in pipelines/cluster.py
     ]  # fmt: skip
     with (tmp_path / "head.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
