@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dis_scale import cli
+from dis_scale.cli import running
 from dis_scale.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import manifest
@@ -185,7 +186,11 @@ def test_an_operators_commands_need_no_pytorch(elsewhere: Sweep) -> None:
     )
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=cli.EMBEDDED.parents[1], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", program],
+        cwd=running.EMBEDDED.parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert re.findall(r"^(\w+ \d)$", done.stdout, re.MULTILINE) == ["status 0", "stop 2", "fork 2", "report 2"], done
     assert "no Ray is known here" in done.stderr

@@ -53,7 +53,7 @@ def main(root: Path, given: dict[str, str]) -> None:
             case "RUN":
                 run(root, folder, user, environment, [*shell, rest])
         print(f"{time.monotonic() - began_s:7.1f} s  {word} {rest[:100]}", flush=True)
-    check = "id -u; g++ --version; python -m dis_scale.cli plan configs/digits.yaml; ray --version; mlflow --version"
+    check = "id -u; g++ --version; python -m dis_scale plan configs/digits.yaml; ray --version; mlflow --version"
     run(root, folder, user, environment, ["/bin/bash", "-lc", check])
 
 

@@ -25,7 +25,7 @@ def made(root: Path, recipe: Recipe) -> Sweep:
 def test_steps_are_timed_and_traced_and_nothing_is_kept(tmp_path: Path) -> None:
     sweep = made(tmp_path, reading.load(TINY, ["data.held_out_images=0"]))
     before = sorted(tmp_path.rglob("*"))
-    command = [sys.executable, "-m", "dis_scale.cli", "profile", str(sweep), "dis", "--steps", "3"]
+    command = [sys.executable, "-m", "dis_scale", "profile", str(sweep), "dis", "--steps", "3"]
     trace = tmp_path / "trace.json"
     done = subprocess.run([*command, "--trace", str(trace)], check=True, capture_output=True, text=True)
     assert "dis: one worker's share of a step, 2 lanes of 4 images, on cpu" in done.stdout

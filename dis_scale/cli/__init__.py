@@ -1,0 +1,81 @@
+"""The `dis-scale` command. Exit code 0, 2 for a user's mistake, 1 for a failure, 69 if held elsewhere, 74 if storage is
+away, 75 if stopped as requested.
+
+Each command imports what it needs when it runs, so that `--help` and a mistake are answered at once.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from dis_scale import jsonlog
+from dis_scale.cli import results, running, sampling, stored
+from dis_scale.errors import DisScaleError, UserError
+
+
+def _group(words: str, **commands: Callable[..., None]) -> typer.Typer:
+    group = typer.Typer(help=words, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    for name, command in commands.items():
+        group.command(name)(command)
+    return group
+
+
+app = _group(
+    "Scaling sweeps of diffusion models with a state-space backbone.",
+    sweep=running.sweep, resume=running.resume, plan=running.plan, stop=running.stop, status=running.status,
+    logs=running.logs, fork=running.fork, profile=running.profile,
+    report=results.report, compare=results.compare, sample=sampling.sample,
+    verify=stored.verify_results, gc=stored.gc,
+)  # fmt: skip
+ablations = _group(
+    "Evaluate one checkpoint at several values of one sampling setting.", guidance=results.guidance, ema=results.ema
+)
+data = _group(
+    "Verify, repair and describe a sweep's latents.", verify=stored.verify, repair=stored.repair, show=stored.show
+)
+app.add_typer(ablations, name="ablate")
+app.add_typer(data, name="data")
+app.add_typer(_group("MLflow, a copy of what is in storage.", sync=results.sync), name="mlflow")
+
+
+@app.callback()
+def options(_: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; an error of ours becomes one line and its exit code, unless `--debug` is given anywhere."""
+    words = sys.argv[1:] if arguments is None else arguments
+    drives = words[:1] in (["sweep"], ["resume"])
+    try:
+        app([word for word in words if word != "--debug"])
+    except SystemExit as end:  # by Typer
+        if drives and end.code == UserError.exit_code:
+            _end_own_job(UserError.exit_code)
+        raise
+    except DisScaleError as error:
+        if "--debug" in words:
+            raise
+        words_of_error = f"error: {error}"
+        if drives and os.environ.get(jsonlog.VARIABLE) == "json":
+            words_of_error = jsonlog.entry("error", "error", message=str(error))
+        print(words_of_error, file=sys.stderr, flush=True)
+        if drives:
+            _end_own_job(error.exit_code)
+        raise SystemExit(error.exit_code) from None
+    except Exception:
+        if not drives:
+            raise
+        traceback.print_exc()
+        _end_own_job(DisScaleError.exit_code)
+        raise SystemExit(DisScaleError.exit_code) from None
+
+
+def _end_own_job(exit_code: int) -> None:
+    from pipelines.jobs import end_own_job
+
+    end_own_job(exit_code)

@@ -1,0 +1,116 @@
+"""Commands that show what was evaluated, and evaluate one checkpoint at other settings."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dis_scale.cli.shared import At, Model, SweepUrl, console, plan_of, say
+from dis_scale.errors import UserError
+
+
+def report(
+    sweep: SweepUrl,
+    published: Annotated[
+        bool, typer.Option("--published", help="Show published points of DiT, SiT and DiG as well.")
+    ] = False,
+) -> None:
+    """Rebuild a sweep's table, figures and page from what was evaluated."""
+    from dis_scale.report import PAGE, collect, table, write
+    from dis_scale.sweep import Sweep
+
+    opened = Sweep.open(sweep)
+    points = collect(opened, plan_of(opened))
+    write(opened, points, published)
+    console().print(table(points))
+    say(f"page     {opened.report}/{PAGE}")
+
+
+def compare(
+    a: SweepUrl,
+    b: SweepUrl,
+    pair: Annotated[
+        list[str] | None, typer.Option(help="Compare a model of the first with one of the second: NAME=NAME.")
+    ] = None,
+    by_cost: Annotated[
+        bool, typer.Option("--by-cost", help="Compare models of about one cost instead of one name.")
+    ] = False,
+    figure: Annotated[Path | None, typer.Option(help="Draw the curves of both into this file (.png or .svg).")] = None,
+) -> None:
+    """Show two sweeps side by side, with the errors of their differences, and how the sweeps differ."""
+    from dis_scale.report import collect
+    from dis_scale.report import compare as comparison
+    from dis_scale.sweep import Sweep
+
+    first, second = (collect(sweep, plan_of(sweep)) for sweep in (Sweep.open(a), Sweep.open(b)))
+    pairs = (comparison.by_cost if by_cost else comparison.by_name)(first, second)
+    if pair:
+        if not all(name.count("=") == 1 for name in pair):
+            raise UserError(
+                f"--pair {' '.join(pair)}: expected NAME=NAME, a model of the first sweep and one of the second"
+            )
+        pairs = dict(name.split("=") for name in pair)
+    console().print(comparison.comparison_table(first, second, pairs))
+    if figure:
+        from dis_scale.report import figures
+
+        kind = figure.suffix.removeprefix(".")
+        if kind not in figures.FORMATS:
+            raise UserError(f"--figure {figure}: expected a file that ends in {' or '.join(figures.FORMATS)}")
+        figure.write_bytes(figures.render(figures.both(first, second))[kind])
+        say(f"figure   {figure}")
+
+
+def guidance(
+    sweep: SweepUrl,
+    model: Model,
+    scales: Annotated[str, typer.Option(help="Guidance scales, separated by commas.")] = "1,1.25,1.5,2,3",
+    at: At = None,
+) -> None:
+    """Measure the curve of guidance against distance."""
+    from pipelines.ablate import GUIDANCE
+
+    _ablate(sweep, model, at, GUIDANCE, _numbers("--scales", scales))
+
+
+def ema(
+    sweep: SweepUrl,
+    model: Model,
+    widths: Annotated[str, typer.Option(help="Relative widths, separated by commas.")] = "0.03,0.05,0.07,0.1,0.15",
+    at: At = None,
+) -> None:
+    """Measure the curve of averaging width against distance; the averages are rebuilt after training."""
+    from pipelines.ablate import WIDTH
+
+    _ablate(sweep, model, at, WIDTH, _numbers("--widths", widths))
+
+
+def _ablate(url: str, model: str, at: int | None, setting: str, values: list[float]) -> None:
+    from dis_scale.sweep import Sweep
+    from pipelines.ablate import run_ablation
+
+    run_ablation(Sweep.open(url), model, at, setting, values, console())
+
+
+def sync(
+    sweep: SweepUrl,
+    uri: Annotated[str | None, typer.Option(help="The MLflow to fill; default: the one that tracks the sweep.")] = None,
+) -> None:
+    """Fill MLflow from storage: an empty one with everything, one that was away with what it missed."""
+    from dis_scale.report.mlflow_copy import copy_everything
+    from dis_scale.sweep import Sweep
+    from dis_scale.tracking.mlflow import stored_ids
+
+    opened = Sweep.open(sweep)
+    into = uri or stored_ids(opened).get("uri")
+    if into is None:
+        raise UserError(f"{opened} was never tracked: name an MLflow, --uri sqlite:///mlflow.db or http://...")
+    rows = copy_everything(opened, plan_of(opened), into)
+    say(f"{rows:,} rows of training and all evaluations are in {into}")
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text!r}: expected numbers with commas between them, for example 1,1.5,2") from None

@@ -1,0 +1,179 @@
+"""Commands that start, price, watch and stop sweeps."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from dis_scale.cli.shared import Model, SweepUrl, console, driver_console, require_folder, say
+from dis_scale.errors import DisScaleError, UserError
+
+EMBEDDED = Path(__file__).parents[2] / "configs" / "digits.yaml"
+RecipePath = Annotated[Path | None, typer.Argument(help="A recipe; default: configs/digits.yaml.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: a.b=value. Repeatable.")]
+Here = Annotated[
+    bool, typer.Option("--here", help="Continue on a Ray of this machine, though the sweep last ran on a cluster.")
+]
+
+
+def sweep(recipe: RecipePath = None, overrides: Overrides = None, here: Here = False) -> None:
+    """Train, evaluate and report a sweep; a rerun does what is left."""
+    from dis_scale.recipe import reading
+
+    console = driver_console()
+    if recipe is None:
+        console.print(f"recipe   {EMBEDDED.name} (the embedded example: no recipe was given)", highlight=False)
+    settings = reading.load(recipe or EMBEDDED, overrides)
+
+    from pipelines.sweep import run_sweep
+
+    run_sweep(settings, console, here)
+
+
+def resume(sweep: SweepUrl, overrides: Overrides = None, here: Here = False) -> None:
+    """Continue a stored sweep with its own recipe, on the kind of cluster where it last ran."""
+    from dis_scale.storage.folder import open_folder
+    from dis_scale.sweep import Sweep
+    from pipelines.sweep import await_storage, resume_sweep
+
+    console = driver_console()
+    await_storage(open_folder(sweep), console)
+    resume_sweep(Sweep.open(sweep), overrides or [], console, here)
+
+
+def plan(
+    recipe: RecipePath = None,
+    overrides: Overrides = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Images of the source, if it cannot be listed from here.")
+    ] = None,
+) -> None:
+    """Show what a sweep will cost, and start nothing."""
+    from dis_scale.recipe import reading
+
+    settings = reading.load(recipe or EMBEDDED, overrides)
+
+    from dis_scale import isoflop, vae
+    from dis_scale.data.sources import open_source
+    from dis_scale.plan import price_reading, price_sweep, table
+    from dis_scale.progress import listing_words
+
+    shape = vae.latent_shape(settings.vae, settings.data.resolution)
+    study = isoflop.cells(price_sweep(settings, shape))
+    priced = price_sweep(isoflop.written_out(settings, shape), shape)
+    Console().print(table(priced))
+    count = images
+    try:
+        count = count or len(open_source(settings.data, None, listing_words(say)))
+        say(f"data     {price_reading(settings, shape, count)}")
+    except DisScaleError as error:
+        say(f"data     unknown: {error}; to price it all the same, name the number of images: --images 1281167")
+    if study:
+        Console().print(isoflop.table(priced, study, count))
+
+
+def stop(
+    sweep: SweepUrl,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Dashboard of the Ray whose jobs a killed command left, http://HOST:8265; default: the sweep's own."
+        ),
+    ] = None,
+) -> None:
+    """Ask a running sweep to save and stop, from any machine; `dis-scale resume SWEEP` continues it."""
+    from pipelines.stop import stop_sweep
+
+    stopped = stop_sweep(sweep, address)
+    say(
+        f"stop requested: {', '.join(stopped)}"
+        if stopped
+        else "nothing to stop: no command and no job of this sweep is running"
+    )
+
+
+def status(
+    sweep: SweepUrl,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    every: Annotated[float | None, typer.Option("--watch", help="Show it again every so many seconds.", min=1)] = None,
+) -> None:
+    """Show what a sweep is doing and what is wrong, from its storage alone: no cluster is asked."""
+    import json
+    import time
+
+    from dis_scale.report import status as statuses
+    from dis_scale.sweep import Sweep
+
+    opened = Sweep.open(sweep)
+    if every:
+        return statuses.watch(opened, every)
+    found = statuses.collect(opened, time.time())
+    if as_json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        console().print(statuses.table(found))
+
+
+def logs(
+    sweep: SweepUrl,
+    model: Annotated[str | None, typer.Argument(help="A model: the logs of its training.", show_default=False)] = None,
+    stage: Annotated[str | None, typer.Option(help="A stage instead: prepare, precompute or evaluate.")] = None,
+    attempt: Annotated[str | None, typer.Option(help="When it began, as listed; default: the newest.")] = None,
+) -> None:
+    """List the logs that attempts left in storage, or print those of one attempt: of its driver and of each worker."""
+    from dis_scale.sweep import Sweep
+    from dis_scale.tracking import attempt_logs
+
+    opened = Sweep.open(sweep)
+    if model is not None and stage is not None:
+        raise UserError("logs: expected a model or --stage, got both")
+    if model is None and stage is None:
+        for line in attempt_logs.overview(opened):
+            say(line)
+        return
+    if model is not None:
+        opened.run(model)  # refuses an unknown one
+    folder = opened.logs(stage or "train", model)
+    for name, text in attempt_logs.read_attempt(folder, attempt).items():
+        print(f"==> {folder}/{name} <==\n{text}")
+
+
+def fork(
+    sweep: SweepUrl,
+    model: Model,
+    at: Annotated[int, typer.Option(help="Images seen at a resume point of the model.", min=0)],
+    new: Annotated[str, typer.Option("--as", help="The new run's name.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the new run's training, such as learning_rate=5e-5.")
+    ] = None,
+) -> None:
+    """Start a new run from another run's resume point. To roll back, fork from an earlier point, with another learning rate."""
+    from dis_scale.sweep import Sweep
+    from dis_scale.training.fork import fork_run
+
+    opened = Sweep.open(sweep)
+    run = fork_run(opened, model, at, new, settings or [])
+    say(
+        f"forked   {run.folder}: continues from {at} images\n"
+        f"next     dis-scale resume {opened}; or give {new} the settings of {model} under models: in your recipe and run that"
+    )
+
+
+def profile(
+    sweep: SweepUrl,
+    model: Model,
+    steps: Annotated[int, typer.Option(help="Steps that are timed.", min=1)] = 10,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write one more step into this Chrome trace (chrome://tracing, Perfetto).")
+    ] = None,
+) -> None:
+    """Time a few training steps on this machine: rates, memory, where the time goes. Nothing is saved."""
+    from dis_scale.sweep import Sweep
+    from dis_scale.training.profile import profile_training
+
+    if trace is not None:
+        require_folder(trace, "--trace")
+    profile_training(Sweep.open(sweep), model, steps, trace, say)
+    if trace is not None:
+        say(f"trace    {trace}")

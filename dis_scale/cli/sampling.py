@@ -1,0 +1,103 @@
+"""The command that samples from one checkpoint."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from dis_scale.cli.shared import VaeOption, console, require_folder, say
+from dis_scale.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dis_scale.progress import ReportDone
+
+ADM_SAMPLES = 50_000
+"""Samples that FID is defined by."""
+
+
+def sample(
+    checkpoint: Annotated[Path, typer.Option(help="A published folder, a .safetensors file, or a public .pt.")],
+    classes: Annotated[
+        str | None, typer.Option(help="Labels, for example 1,7; omit for a model without classes.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Number of images; default: one per label, 50000 with --npz.", min=1)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
+    npz: Annotated[
+        Path | None,
+        typer.Option(help="Write all images to this file instead, for ADM's evaluator; default: of all classes."),
+    ] = None,
+    labels: Annotated[
+        Literal["balanced", "random"], typer.Option(help="With --npz: each class equally often, or random labels.")
+    ] = "balanced",
+    guidance: Annotated[float | None, typer.Option(min=0, help="Default: the sweep's own, or 1: none.")] = None,
+    guidance_channels: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Guide the first channels only: 3 as in DiT's code. Default: the sweep's own, or all."
+        ),
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="Default: the sweep's own, or that in the checkpoint.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: as for the sampler.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Images sampled at a time; does not change them.", min=1)] = 64,
+    vae: VaeOption = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads, for a public DiT of unusual size.", min=1)] = None,
+) -> None:
+    """Sample a grid of images from one checkpoint, or a file of many for ADM's evaluator; on a GPU if there is one."""
+    import numpy as np
+    import torch
+
+    from dis_scale.evaluation import adm, pictures
+    from dis_scale.evaluation.sampling import grid
+    from dis_scale.progress import Board
+
+    of_classes = _labels(classes)
+    require_folder(npz or out, "--npz" if npz else "--out")
+    if ":/" in str(checkpoint):
+        raise UserError(
+            f"--checkpoint {checkpoint}: expected a path of this machine: copy the published folder, or mount the store"
+        )
+    opened = pictures.open_for_sampling(checkpoint, vae, heads)
+    for line in opened.notes:
+        say(line)
+    images = count or (ADM_SAMPLES if npz else len(of_classes or [0]))
+    if npz and of_classes is None:
+        each_label = pictures.labels_of_all(opened, labels, images, seed)
+    else:
+        each_label = pictures.labels_in_turn(opened, of_classes, images)
+    scale, channels, sampler, steps = (
+        opened.scale(guidance), guidance_channels or opened.guidance_channels, sampler or opened.sampler, steps or opened.steps,
+    )  # fmt: skip
+    say(f"sampling {sampler}, {steps} steps, guidance {scale:g}{f' on {channels} channels' if channels else ''}, fp32")
+    parts = pictures.sample_pictures(
+        opened, each_label, images, sampler=sampler, steps=steps, guidance=scale, channels=channels, seed=seed, batch=batch,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )  # fmt: skip
+    if npz is None:
+        out.write_bytes(grid(np.concatenate(list(parts)), columns=min(10, images)))
+    else:
+        with Board(console()) as board:
+            adm.write_samples(npz, images, _counted(parts, lambda n: board.update("sample", n, images, "images")))
+    say(f"{images} images in {npz or out}")
+
+
+def _counted(parts: "Iterable[np.ndarray]", report: "ReportDone") -> "Iterator[np.ndarray]":
+    """Yield the parts; `report` gets the images so far."""
+    done = 0
+    for part in parts:
+        yield part
+        done += len(part)
+        report(done)
+
+
+def _labels(classes: str | None) -> list[int] | None:
+    if classes is None:
+        return None
+    if not all(word.strip().isdigit() for word in classes.split(",")):
+        raise UserError(f"--classes {classes!r}: expected labels with commas between them, for example 1,7")
+    return [int(word) for word in classes.split(",")]

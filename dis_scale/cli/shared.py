@@ -1,0 +1,60 @@
+"""What several commands share: their arguments, the terminal, the plan of a stored sweep."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from dis_scale import jsonlog
+from dis_scale.errors import UserError
+from dis_scale.jsonlog import JsonLines
+
+if TYPE_CHECKING:
+    from dis_scale.plan import Plan
+    from dis_scale.sweep import Sweep
+
+SweepUrl = Annotated[str, typer.Argument(help="A sweep's folder or URL, for example outputs/sweeps/digits.")]
+Model = Annotated[str, typer.Argument(help="A model of the sweep.")]
+At = Annotated[int | None, typer.Option(help="A published image count; default: the last.", min=0)]
+VaeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Autoencoder: folder or hub id, TorchScript file, or `none` for pixels; default: the sweep's own."
+    ),
+]
+
+
+def driver_console() -> Console:
+    """The console of a command that runs a sweep: as `console`, or one JSON line for each of its lines."""
+    return Console(file=JsonLines(sys.stdout), width=120) if jsonlog.wanted() else console()
+
+
+def console() -> Console:
+    """The terminal, or 120 characters if the output is not one."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def say(line: str) -> None:
+    """Print a line as it is: not wrapped, no colours."""
+    console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def plan_of(sweep: "Sweep") -> "Plan":
+    """The plan of a stored sweep; UserError if it has nothing to report. A hub is asked only if the latents were deleted."""
+    from dis_scale.sweep import state
+
+    shape = state.latent_shape(sweep)
+    if shape is None and not any(sweep.evaluations(model).list() for model in sweep.recipe.models):
+        raise UserError(f"{sweep}: nothing to report yet: its latents are not complete (dis-scale status {sweep})")
+
+    from dis_scale import vae
+    from dis_scale.plan import price_sweep
+
+    return price_sweep(sweep.recipe, shape or vae.latent_shape(sweep.recipe.vae, sweep.recipe.data.resolution))
+
+
+def require_folder(out: Path, option: str = "--out") -> None:
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"{option} {out}: there is no folder {out.absolute().parent}")

@@ -1,0 +1,105 @@
+"""Commands that read back, repair, describe and delete what is in storage."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from dis_scale.cli.shared import SweepUrl, VaeOption, console, require_folder, say
+from dis_scale.errors import DisScaleError, UserError
+
+Latents = Annotated[str, typer.Argument(help="A sweep's folder, or a folder of latents; local or any fsspec URL.")]
+
+
+def verify_results(sweep: SweepUrl) -> None:
+    """Read back everything that a sweep's results rest on and name what is damaged or missing; exit code 1 if there is any."""
+    from dis_scale.progress import Board
+    from dis_scale.sweep import Sweep
+    from dis_scale.upkeep.verify import verify_sweep
+
+    with Board(console()) as board:
+        damaged = verify_sweep(Sweep.open(sweep), lambda done, total: board.update("verify", done, total, "files"))
+        for line in damaged:
+            board.say(f"damaged  {line}")
+    if damaged:
+        raise DisScaleError(f"{sweep}: {len(damaged)} files are damaged or missing")
+    say("complete all that the results rest on was read back")
+
+
+def gc(sweep: SweepUrl, yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed.")] = False) -> None:
+    """List what no result needs, with its size: samples of finished evaluations, old leases, latents that no sweep uses, ...
+
+    A metric that is added to the recipe later needs samples: they are sampled again.
+    """
+    from dis_scale.sweep import Sweep
+    from dis_scale.upkeep import retention
+
+    opened = Sweep.open(sweep)
+    found = retention.find_unneeded(opened)
+    try:
+        found += retention.find_unshared(opened.store)
+    except UserError as error:
+        say(f"kept     {error}")
+    for each in found:
+        say(f"{each.kind:<12} {each.folder}: {len(each.sizes)} files, {each.size_bytes / 1e6:,.1f} MB")
+    total = (
+        f"{sum(each.size_bytes for each in found) / 1e9:,.3f} GB in {sum(len(each.sizes) for each in found):,} files"
+    )
+    if yes:
+        retention.delete(found)
+    say(f"deleted  {total}" if yes else f"total    {total}; to delete them: dis-scale gc {sweep} --yes")
+
+
+def verify(
+    url: Latents,
+    fast: Annotated[bool, typer.Option("--fast", help="Compare sizes only; read nothing back.")] = False,
+) -> None:
+    """Compare all shards with the manifest and name each damaged one; exit code 1 if there is any."""
+    from dis_scale.data import maintenance
+    from dis_scale.progress import Board
+
+    with Board(Console()) as board:
+        sweep, latents = maintenance.locate_latents(url)
+        damaged = maintenance.verify(latents, fast, lambda done, total: board.update("verify", done, total, "shards"))
+        for words in damaged.values():
+            board.say(f"damaged  {words}")
+        maintenance.require_undamaged(latents, damaged, sweep)
+        board.say(f"complete {latents}{' by its sizes' if fast else ''}")
+
+
+def repair(
+    sweep: Annotated[str, typer.Argument(help="The sweep's folder; its recipe names the images and the VAE.")],
+) -> None:
+    """Rebuild the damaged shards, byte for byte as they were."""
+    from dis_scale.data import maintenance
+    from dis_scale.progress import Board, listing_words
+
+    with Board(Console()) as board:
+        repaired = maintenance.repair(
+            sweep,
+            lambda done, total: board.update("verify", done, total, "shards"),
+            listing_words(board.say),
+        )
+        board.say(f"repaired {', '.join(repaired)}" if repaired else "nothing to repair: every shard is complete")
+
+
+def show(
+    url: Latents,
+    out: Annotated[Path, typer.Option(help="The PNG of decoded images to write.")] = Path("latents.png"),
+    vae: VaeOption = None,
+) -> None:
+    """Show totals, labels, statistics and identity of latents; write a grid of decoded images."""
+    from dis_scale.data import maintenance
+    from dis_scale.evaluation.sampling import grid
+
+    sweep, latents = maintenance.locate_latents(url)
+    for line in maintenance.describe(latents):
+        say(line)
+    decoder = maintenance.load_decoder(sweep, latents, vae)
+    if decoder is None:
+        say("grid     none: to decode images, give the sweep's folder or --vae")
+        return
+    require_folder(out)
+    out.write_bytes(grid(maintenance.decode_examples(latents, decoder), columns=10))
+    say(f"grid     {out}")
