@@ -1,5 +1,6 @@
 """Comparison of two recipes under one name: what differs in the sweep's identity."""
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from dis_scale.recipe.settings import Settings
 
 def identity_differences(stored: Recipe, given: Recipe) -> list[str]:
     """Return one line for each change that `given` may not make to the sweep `stored`; empty if it may continue."""
-    lines = [f"{key}: stored {old}, given {new}" for key, old, new in differing(stored, given)]
+    lines = [f"{key}: stored {in_recipe(old)}, given {in_recipe(new)}" for key, old, new in differing(stored, given)]
     lines += _named_differences("models", stored.models, given.models)
     lines += _named_differences("evaluate.variants", stored.evaluate.variants, given.evaluate.variants)
     lines += _published_differences("train", stored.train, given.train)
@@ -50,10 +51,15 @@ def _budget_differences(stored: Isoflop | None, given: Isoflop | None) -> list[s
 def _named_differences(where: str, stored: Mapping[str, Settings], given: Mapping[str, Settings]) -> list[str]:
     """Named parts may be added and removed, but not change under their name."""
     return [
-        f"{where}.{name}.{key}: stored {old}, given {new}"
+        f"{where}.{name}.{key}: stored {in_recipe(old)}, given {in_recipe(new)}"
         for name in stored.keys() & given.keys()
         for key, old, new in differing(stored[name], given[name])
     ]
+
+
+def in_recipe(value: Any) -> str:
+    """Return a setting's value as a recipe has it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def differing(stored: Settings, given: Settings, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dis_scale.errors import UserError
-from dis_scale.recipe.identity import differing
+from dis_scale.recipe.identity import differing, in_recipe
 from dis_scale.report.points import Point, Report
 from dis_scale.report.tables import FACTS, UNFINISHED
 
@@ -107,7 +107,9 @@ def _require_comparable(a: Report, b: Report) -> None:
         facts.append(("seed, from which each sweep trains its extractor", a.recipe.seed, b.recipe.seed))
     for what, x, y in facts:
         if x != y:
-            raise UserError(f"{what}: {a.sweep} has {x}, {b.sweep} has {y}: their distances cannot be compared")
+            raise UserError(
+                f"{what}: {a.sweep} has {in_recipe(x)}, {b.sweep} has {in_recipe(y)}: their distances cannot be compared"
+            )
 
 
 def comparison_table(a: Report, b: Report, pairs: Mapping[str, str]) -> Table:
@@ -163,7 +165,7 @@ def _unlike(a: Report, b: Report, pair: Difference) -> Iterator[tuple[str, str, 
     for part, own, others in settings:
         for key, one, other in differing(own, others):
             if not key.startswith(("train.", "seed")):
-                yield f"{part}.{key}" if key else part, str(one), str(other)
+                yield f"{part}.{key}" if key else part, in_recipe(one), in_recipe(other)
     if x.seed != y.seed:
         yield "seed", str(x.seed), str(y.seed)
     if mine.images != theirs.images and {mine.decay, theirs.decay} != {"none"}:

@@ -137,7 +137,7 @@ def test_an_unconditional_recipe_is_stored_by_the_same_word() -> None:
     assert "num_classes: none" in stored
     assert reading.parse(stored, "stored") == recipe
     given = reading.load(TINY, ["evaluate.guidance=1", UNCONDITIONAL[1]])
-    assert "data.num_classes: stored None, given 10" in identity_differences(recipe, given)
+    assert "data.num_classes: stored null, given 10" in identity_differences(recipe, given)
 
 
 def test_samples_are_not_guided_unless_the_recipe_says_so() -> None:
@@ -216,12 +216,12 @@ def test_the_hash_of_a_file_may_be_added_and_not_changed(key: str, settings: str
             "train.publish_images=[0, 80, 160, 320]",
             "train.publish_images: 80 is before 320, which training may have passed",
         ),
-        ("models.dis.train={ema: 0.5}", "models.dis.train.ema: stored None, given 0.5"),
+        ("models.dis.train={ema: 0.5}", "models.dis.train.ema: stored null, given 0.5"),
         (
             "models.dis.train={publish_images: [0, 160]}",
             "models.dis.train.publish_images: stored up to 320, given only up to 160",
         ),
-        ("models.dis.seed=3", "models.dis.seed: stored None, given 3"),
+        ("models.dis.seed=3", "models.dis.seed: stored null, given 3"),
     ],
 )
 def test_identity_may_not_change(tiny: Recipe, changed: str, words: str) -> None:
