@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,9 @@ from PIL import Image
 from torch import nn
 
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import GRID, Sampled, state
+from dis_scale.sweep import GRID, Sampled, Sweep, state
 from dis_scale.training import checkpoint
-from tests.support import sweeps
+from tests.support import stages, sweeps
 from tests.support.labelled_images import png
 from tests.test_cli import invoke
 
@@ -44,12 +45,23 @@ def settings(tmp_path: Path) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def test_pictures_without_labels_pass_all_stages(tmp_path: Path, settings: tuple[str, ...]) -> None:
-    root = str(tmp_path / "store")
-    done = sweeps.run(root, *settings)
+def by_hand(sweep: Sweep, tmp_path: Path, _: tuple[str, ...]) -> None:
+    stages.complete(sweep, tmp_path)
+
+
+def by_the_command(sweep: Sweep, _: Path, settings: tuple[str, ...]) -> None:
+    done = sweeps.run(sweep.store.url, *settings)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{IMAGES} images without labels" in done.stdout
+
+
+@pytest.mark.parametrize("make", [by_hand, pytest.param(by_the_command, marks=pytest.mark.faults)])
+def test_pictures_without_labels_pass_all_stages(
+    make: Callable[[Sweep, Path, tuple[str, ...]], None], tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    root = str(tmp_path / "store")
     sweep = sweeps.sweep_at(root, *settings)
+    make(sweep, tmp_path, settings)
     assert not [name for name in checkpoint.load_published(sweep.run("dis"), 32) if name.startswith("label")]
     values = state.evaluated(sweep, "dis")[32]["values"]
     assert values["fd_means_80"] > 0

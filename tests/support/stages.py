@@ -25,6 +25,7 @@ from pipelines.restarts import with_restarts
 from pipelines.sharing import Dealer
 from pipelines.worker import WorkerFailure
 from tests.support import ranks
+from tests.test_cli import invoke
 
 multiprocessing.set_forkserver_preload([*ranks.PRELOAD, __name__])
 UNLIKE = (".part-", "/leases/")
@@ -52,6 +53,24 @@ def prepare_and_precompute(sweep: Sweep, plan: Path) -> None:
     for name in ("prepare", "precompute"):
         code, output = run(name, sweep, plan)
         assert code == 0, output
+
+
+def train(sweep: Sweep, model: str, scratch: Path) -> None:
+    """Train a model of a sweep that has latents, in ranks without Ray."""
+    (scratch / "sweep").symlink_to(sweep.folder.url)  # `ranks` trains these two
+    (scratch / "latents").symlink_to(state.require_latents(sweep.folder).url)
+    ranks.run(sweep.recipe, model, scratch, attempt=1)
+
+
+def complete(sweep: Sweep, scratch: Path) -> None:
+    """Make everything of a sweep of one model without Ray, up to its report."""
+    prepare_and_precompute(sweep, scratch / "faults")
+    (model,) = sweep.recipe.models
+    train(sweep, model, scratch)
+    code, output = run("evaluate", sweep, scratch / "faults")
+    assert code == 0, output
+    code, output = invoke("report", str(sweep))
+    assert code == 0, output
 
 
 def _enter(name: str, url: str, plan: Path, output: Path) -> None:
