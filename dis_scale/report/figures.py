@@ -10,6 +10,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 from dis_scale.report import fits, isoflop
 from dis_scale.report.points import HELD_OUT, Point, Report
@@ -42,7 +43,7 @@ def gflops_distance(report: Report, published: bool = False) -> Figure:
     if published:
         _published(axes)
     drawn = [p for images in report.counts for kind in report.families for p in report.family(kind, images)]
-    _name_last(axes, report, drawn, "gmacs")
+    _name_last(axes, report, drawn)
     return _finish(figure, axes, report)
 
 
@@ -72,7 +73,6 @@ def compute_distance(report: Report) -> Figure:
             [p.eflops for p in best], [report.distance(p) for p in best], color="black", linewidth=4, alpha=0.25,
             label="lower hull", solid_capstyle="round",
         )  # fmt: skip
-    _name_last(axes, report, trained, "eflops")
     return _finish(figure, axes, report)
 
 
@@ -185,7 +185,6 @@ def _measured(report: Report, points: list[Point], along: str, xlabel: str) -> F
         return None
     figure, axes = _axes(report, xlabel)
     _lines(axes, report, sorted(points, key=lambda p: getattr(p, along)), along)
-    _name_last(axes, report, points, along)
     return _finish(figure, axes, report)
 
 
@@ -194,7 +193,6 @@ def distance_images(report: Report) -> Figure:
     figure, axes = _axes(report, "images seen")
     trained = [p for p in report.main if p.images_seen]
     _lines(axes, report, trained, "images_seen")
-    _name_last(axes, report, trained, "images_seen")
     return _finish(figure, axes, report)
 
 
@@ -264,7 +262,7 @@ def _log_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
 
 
 def _finish(figure: Figure, axes: Axes, report: Report) -> Figure:
-    """Add the limits, the floors and the legend."""
+    """Add the limits, the floors and the legend, and remove names that would be written over others."""
     _widen(axes, [each.distance for each in report.floors])
     for (text, distance, error), line, side in zip(report.floors, FLOOR_LINES, ("top", "bottom"), strict=False):
         axes.axhline(distance, linestyle=line, color="black", linewidth=1)
@@ -273,7 +271,20 @@ def _finish(figure: Figure, axes: Axes, report: Report) -> Figure:
         axes.annotate(text, (0.99, distance), xycoords=("axes fraction", "data"), ha="right", va=side, fontsize=8)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
+    _remove_overlapping(figure, axes)
     return figure
+
+
+def _remove_overlapping(figure: Figure, axes: Axes) -> None:
+    """Remove each text that overlaps one before it: a study has more models than a figure has room for names."""
+    figure.draw_without_rendering()  # gives the texts their places
+    kept: list[Bbox] = []
+    for text in list(axes.texts):
+        box = text.get_window_extent()
+        if any(box.overlaps(other) for other in kept):
+            text.remove()
+        else:
+            kept.append(box)
 
 
 def _widen(axes: Axes, floors: list[float]) -> None:
@@ -323,12 +334,13 @@ def _published(axes: Axes) -> None:
         )  # fmt: skip
 
 
-def _name_last(axes: Axes, report: Report, drawn: list[Point], along: str) -> None:
+def _name_last(axes: Axes, report: Report, drawn: list[Point]) -> None:
     """Write each model's name next to its last point of those that are drawn."""
     for name, points in _by_model(drawn).items():
         last = points[-1]
-        position = (getattr(last, along), report.distance(last))
-        axes.annotate(name, position, xytext=(5, -11), textcoords="offset points", fontsize=8)
+        axes.annotate(
+            name, (last.gmacs, report.distance(last)), xytext=(5, -11), textcoords="offset points", fontsize=8
+        )
 
 
 def _by_model(points: list[Point]) -> dict[str, list[Point]]:

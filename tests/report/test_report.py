@@ -114,6 +114,17 @@ def test_the_figures_show_each_family_each_model_and_both_floors(sweep: Sweep) -
     assert {(9.0,), (6.0,), (5.0,)} <= {tuple(line.get_ydata()) for line in over_images.lines}
 
 
+def test_no_name_is_written_over_another(sweep: Sweep) -> None:
+    put(sweep, Sampled("dis32", 160), 8.9)
+    report = collect(sweep)
+    points = [replace(p, cost=report.points[0].cost) for p in report.points]
+    axes = figures.gflops_distance(replace(report, points=points)).axes[0]
+    names = {text.get_text() for text in axes.texts}
+    assert "dis" in names
+    assert "dis32" not in names
+    assert "dis64" in names
+
+
 def test_measured_costs_have_figures_that_name_the_machine(sweep: Sweep) -> None:
     """Of the points that know them; `dis` was sampled in another way, too, with half of the steps."""
     assert figures.hours_distance(collect(sweep)) is None, "an earlier version measured no times"
@@ -435,7 +446,7 @@ def test_sweeps_that_cannot_be_compared_are_refused(sweep: Sweep, tmp_path: Path
         ({"evaluate": {"samples": 81}}, "tiny was measured by fd_digits_80, tiny by fd_digits_81: these cannot"),
         (
             {"data": {"crop": (0, 0, 8)}},
-            r"data.crop: tiny has None, tiny has \(0, 0, 8\): their distances cannot be compared",
+            r"data.crop: tiny has null, tiny has \(0, 0, 8\): their distances cannot be compared",
         ),
         ({"data": {"resolution": 64}}, "data.resolution: tiny has 32, tiny has 64: their distances cannot be compared"),
     ):
