@@ -1,5 +1,6 @@
 """Numbered work shared by independent workers: each takes the next number when it needs one, so none waits for a slow one."""
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,14 +31,52 @@ class Dealer:
             self._left = iter(())
 
 
-class _RemoteDealer:
-    """A remote call for the dealer's next number; picklable."""
+class _Deals:
+    """One actor deals for all shared work of a driver in turn: its process takes seconds to start."""
 
-    def __init__(self, dealer: Any) -> None:
-        self._dealer = dealer
+    def __init__(self) -> None:
+        self._current, self._dealer = 0, Dealer([])
+
+    def begin(self, numbers: list[int]) -> int:
+        """Return the new deal's number; the one before deals no more."""
+        self._current, self._dealer = self._current + 1, Dealer(numbers)
+        return self._current
+
+    def next(self, deal: int) -> int | None:
+        return self._dealer.next() if deal == self._current else None
+
+    def end(self, deal: int) -> None:
+        if deal == self._current:
+            self._dealer.end()
+
+
+@functools.cache
+def _deals(job: str) -> Any:  # noqa: ARG001  # another Ray of this process is another job
+    """Return the actor of this driver, on its node."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(_Deals).options(scheduling_strategy=here).remote()
+
+
+class _RemoteDeal:
+    """A deal's next number and its end, by remote calls; picklable."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        job = ray.get_runtime_context().get_job_id()
+        try:
+            self._begin(_deals(job), numbers)
+        except ray.exceptions.RayActorError:
+            _deals.cache_clear()
+            self._begin(_deals(job), numbers)
+
+    def _begin(self, deals: Any, numbers: list[int]) -> None:
+        self._deals, self._number = deals, ray.get(deals.begin.remote(numbers))
 
     def __call__(self) -> int | None:
-        return ray.get(self._dealer.next.remote())
+        return ray.get(self._deals.next.remote(self._number))
+
+    def end(self) -> Any:
+        """Deal no more; return the call, which is not awaited."""
+        return self._deals.end.remote(self._number)
 
 
 def capacity(request: dict[str, Any]) -> int:
@@ -64,16 +103,15 @@ def share(
     When a worker is lost, the others end what they have begun and get no more numbers, so that the caller can replace it soon. One
     without capacity when the numbers are dealt is killed. An error that is no accident is raised at once; no more is dealt then.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    dealer = ray.remote(num_cpus=0)(Dealer).options(scheduling_strategy=here).remote(numbers)
-    calls = [getattr(worker, work).remote(*arguments, _RemoteDealer(dealer)) for worker in workers]
+    deal = _RemoteDeal(numbers)
+    calls = [getattr(worker, work).remote(*arguments, deal) for worker in workers]
     failure = None
     try:
-        watch(workers, calls, report, independent=True, lost=lambda: dealer.end.remote())
+        watch(workers, calls, report, independent=True, lost=deal.end)
     except WorkerFailure as error:
         failure = error
     except ray.exceptions.RayTaskError:
-        ray.get(dealer.end.remote())
+        ray.get(deal.end())
         raise
     ended, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
     left = {each: call for each, call in zip(workers, calls, strict=True) if call in ended and not failure_of(call)}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
@@ -68,6 +69,23 @@ def test_a_worker_without_capacity_holds_up_nothing(tmp_path: Path) -> None:
     del workers
     assert share(placed, "take", (tmp_path,), list(range(3)), progress.append).workers == placed
     assert progress[-1] == [23]
+
+
+def test_one_process_deals_for_all_work_and_is_replaced_if_it_dies(tmp_path: Path) -> None:
+    workers = takers(1)
+    for numbers in (3, 5):
+        dealers = dealing()
+        assert share(workers, "take", (tmp_path,), list(range(numbers)), lambda _: None).failure is None
+    assert dealing() == dealers, "the second deal began no process"
+    (dealer,) = dealers
+    dealer.kill()
+    dealer.wait(10)
+    assert share(workers, "take", (tmp_path,), [7, 8], lambda _: None).failure is None
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "2", "3", "4", "7", "8"}
+
+
+def dealing() -> list[psutil.Process]:
+    return [each for each in psutil.Process().children(recursive=True) if each.cmdline()[:1] == ["ray::_Deals"]]
 
 
 def test_a_lost_worker_is_reported_soon_and_can_be_replaced(tmp_path: Path) -> None:
