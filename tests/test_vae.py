@@ -219,7 +219,13 @@ def test_any_channels_factor_scale_and_shift(kind: str, tmp_path: Path) -> None:
     assert np.abs(decoded.astype(int) - plain.astype(int)).max() <= 1  # one more rounding
 
 
-@pytest.mark.parametrize("name", CLASSES)
+FEW = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderDC")
+"""Run by `make test`, with and without a posterior; the others by `make faults`."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FEW else [pytest.mark.faults]) for name in CLASSES]
+)
 def test_every_class_gives_its_latents_back(name: str, tmp_path: Path) -> None:
     """Encode, write shards, read, scale and decode: the picture is the network's own decoding of the stored mean."""
     settings = saved_class(tmp_path / "vae", name)
@@ -516,8 +522,9 @@ def test_all_stages_in_pixel_space(tmp_path: Path) -> None:
     assert pictures.shape == (2, 16, 16, 3)
 
 
-def test_all_stages_normalised_by_channel(tmp_path: Path) -> None:
+def test_all_stages_normalised_by_channel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training and the held-out loss see normalised latents, and evaluation and `dis-scale sample` decode them to the images."""
+    monkeypatch.setattr("os.nice", lambda _: 0)  # an evaluator's process gives way; this one has further tests to run
     settings = scripted(tmp_path / "vae.pt", posterior=False, scale=0.25)
     stages = [
         "data.normalise=channels",

@@ -21,6 +21,7 @@ def nodes() -> Iterator[RayNodes]:
     made.stop()
 
 
+@pytest.mark.faults  # and the drill bad-gpu-or-node
 def test_a_node_with_two_failures_is_left_out(nodes: RayNodes, tmp_path: Path) -> None:
     plan = tmp_path / "faults"
     plan.write_text("broken at check times=99\n")

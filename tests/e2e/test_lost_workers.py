@@ -46,6 +46,7 @@ def with_faults(cluster: Cluster, plan: Path) -> Cluster:
     return replace(cluster, runtime_env={"env_vars": {faults.VARIABLE: str(plan)}})
 
 
+@pytest.mark.faults
 def test_evaluation_first_does_not_block_training_and_a_rank_that_hangs_is_replaced(
     cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -86,6 +87,7 @@ def latents_of(sweep: Sweep) -> dict[str, bytes]:
     return {name: folder.read(name) for name in folder.list()}
 
 
+@pytest.mark.faults  # tests/e2e/test_sharing.py loses workers, tests/pipelines/test_precompute.py encoders, in `make test`
 def test_a_lost_encoder_and_a_lost_mixer_cost_what_they_had_begun(cluster: Cluster, tmp_path: Path) -> None:
     """The others continue, the next attempt makes the rest, and the set has the same bytes."""
     plan = tmp_path / "faults"
