@@ -10,6 +10,8 @@
 * The library is stored in `$XDG_CACHE_HOME/dis_scale` (or `~/.cache/dis_scale`) under a hash of its sources and flags.
 """
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -18,6 +20,7 @@ import shutil
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -72,14 +75,33 @@ def cached_library() -> Path:
 
 
 def _load(library: Path) -> None:
+    if _loads(library):
+        return
+    with _one_builder(library):
+        if not _loads(library):
+            _build(library)
+
+
+def _loads(library: Path) -> bool:
     try:
         torch.ops.load_library(library)
     except OSError:  # missing or damaged
-        _build(library)
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _one_builder(library: Path) -> Iterator[None]:
+    """Let one process of a machine build at a time: ranks that start together would all compile the same for half a minute."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a file system without locks: all build, and still do not collide
+            library.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(library.with_suffix(".lock").open("w")), fcntl.LOCK_EX)
+        yield
 
 
 def _build(library: Path) -> None:
-    """Build and load the library, then publish it by one rename: no lock is needed, and builders cannot collide.
+    """Build and load the library, then publish it by one rename, so that builders cannot collide.
 
     Loading the library twice, under two names, would abort the process: its operators would be registered twice.
     """

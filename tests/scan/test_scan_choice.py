@@ -1,9 +1,11 @@
 """Selection of the backend, and the errors if it cannot run, tested by their text."""
 
+import fcntl
 import functools
 import os
 import sys
 import sysconfig
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -151,7 +153,7 @@ def test_a_failed_build_shows_the_compilers_output_and_auto_uses_chunked(
     assert choose("auto", "cpu").name == "chunked"
     assert str(choose("auto", "cpu")).startswith("chunked (auto: the native scan cannot be built")
     assert selective_scan(*random_direction(1, 3, 2, 4)).shape == (1, 3, 2)
-    assert [path.name for path in (tmp_path / "dis_scale").iterdir()] == []  # no lock and no incomplete library
+    assert [path.suffix for path in (tmp_path / "dis_scale").iterdir()] == [".lock"], "no incomplete library"
 
 
 def test_no_compiler_is_the_same_failure(fresh_process: pytest.MonkeyPatch) -> None:
@@ -179,6 +181,28 @@ def test_a_library_that_does_not_load_is_rebuilt(
         library.write_bytes(content)
     native._load(library)
     assert built == [library]
+
+
+def test_processes_wait_for_the_one_that_builds(fresh_process: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They load what it has built."""
+    library, loaded = tmp_path / "native.so", list[Path]()
+
+    def load(path: Path) -> None:
+        if not path.exists():
+            raise OSError("no such file")
+        loaded.append(path)
+
+    fresh_process.setattr(torch.ops, "load_library", load)
+    fresh_process.setattr(native, "_build", lambda _: pytest.fail("built twice"))
+    with library.with_suffix(".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=native._load, args=[library])
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        library.touch()
+    waiting.join(10)
+    assert loaded == [library]
 
 
 def test_the_librarys_name_depends_on_its_sources_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
