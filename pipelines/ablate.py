@@ -16,8 +16,8 @@ from dis_scale.training import checkpoint, ema
 from dis_scale.training.ema import Snapshot
 from pipelines import last_ray
 from pipelines.cluster import open_cluster
+from pipelines.driver import Driver, run_stage
 from pipelines.signals import obeying_signals
-from pipelines.sweep import Driver, run_stage
 
 GUIDANCE, WIDTH = "guidance", "ema_width"
 """The settings that can be varied, as the recipe names them."""

@@ -17,7 +17,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from dis_scale.errors import Preempted, UserError
 from pipelines import metrics, sweep, train, waiting
-from pipelines.sweep import Driver
+from pipelines.driver import Driver
 from pipelines.waiting import hopeless, words
 from pipelines.worker import Worker, amounts, spawn, watch
 from tests.support import sweeps

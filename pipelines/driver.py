@@ -1,0 +1,160 @@
+"""The jobs of a sweep that is running: one stage to its end, or all trainings with the evaluation next to them."""
+
+import time
+from dataclasses import dataclass, field
+from threading import Event
+
+from dis_scale import jsonlog
+from dis_scale.errors import Held, Preempted, StorageAway
+from dis_scale.progress import Board
+from dis_scale.recipe import Branch
+from dis_scale.sweep import ENDED, Sweep, state
+from pipelines import jobs, lines
+from pipelines.cluster import Cluster
+from pipelines.jobs import Job
+
+POLL_EVERY_S = 0.5
+ASK_EVERY_S = 10.0
+"""Interval at which storage is asked whether a branch can begin."""
+
+
+@dataclass
+class Driver:
+    """A sweep that is running: its board, its jobs and the stop request."""
+
+    sweep: Sweep
+    board: Board
+    jobs: list[Job] = field(default_factory=list)
+    stop_requested: Event = field(default_factory=Event)
+
+
+@dataclass
+class Failures:
+    """Failed models by name, the failure of the evaluation job, and single failed evaluations; each with its reason."""
+
+    models: dict[str, str] = field(default_factory=dict)
+    evaluation: str | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def words(self) -> str:
+        """Return all failures in one line, empty if there are none."""
+        evaluation = [] if self.evaluation is None else [("evaluate", self.evaluation)]
+        failed = [*self.models.items(), *evaluation, *self.skipped.items()]  # a model may be named evaluate, too
+        return "; ".join(f"{name} failed: {why}" for name, why in failed)
+
+
+def run_stage(driver: Driver, cluster: Cluster, name: str, *arguments: str) -> None:
+    """Run one stage to its end; DisScaleError gives the reason if it failed."""
+    job = _submit(driver, cluster, name, *arguments)
+    while not job.ended():
+        _poll(driver, job, name)
+        time.sleep(POLL_EVERY_S)
+    _poll(driver, job, name)
+    if job.status() != "SUCCEEDED":
+        raise job.error(f"{name} failed: {job.reason()}")
+
+
+def train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
+    """Train models in the recipe's order, as many at a time as the cluster can hold, with the evaluation next to them."""
+    sweep, failures = driver.sweep, Failures()
+    waiting = [model for model in sweep.recipe.models if not state.trained(sweep, model)]
+    for model in waiting:
+        sweep.run(model).folder.delete(ENDED)
+    evaluation = _submit(driver, cluster, "evaluate")
+    training: dict[str, Job] = {}
+    evaluated, asked_s = False, float("-inf")
+    while waiting or training or not evaluated:
+        due = time.monotonic() > asked_s + ASK_EVERY_S
+        _begin_waiting(driver, cluster, waiting, training, failures, due)
+        asked_s = time.monotonic() if due else asked_s
+        time.sleep(POLL_EVERY_S)
+        evaluated = evaluation.ended()  # asked once per round and before its log, so that its end is handled completely
+        _poll(driver, evaluation, "evaluate")
+        for model, job in list(training.items()):
+            ended = job.ended()
+            _poll(driver, job, f"train {model}")
+            if ended:
+                del training[model]
+                asked_s = float("-inf")  # a branch may begin now
+                if job.status() != "SUCCEEDED":
+                    why = _failure(driver, job, model)
+                    if state.trained(sweep, model):
+                        driver.board.say(f"{model} is trained all the same: its last count is published")
+                        continue
+                    _fail(driver, failures, model, why)
+        if failures.evaluation is None and evaluated and evaluation.status() != "SUCCEEDED":
+            failures.evaluation = _failure(driver, evaluation, "evaluate")
+    return failures
+
+
+def _begin_waiting(
+    driver: Driver, cluster: Cluster, waiting: list[str], training: dict[str, Job], failures: Failures, ask: bool
+) -> None:
+    """Start to train waiting models while the cluster has room; branches only if storage may be asked about their trunks."""
+    for model in list(waiting):
+        branch = driver.sweep.recipe.models[model].branch
+        if len(training) == cluster.capacity or (branch and not ask):
+            continue
+        try:
+            begins = state.may_begin(driver.sweep, model)
+        except StorageAway:
+            return  # it may be for a while, and the jobs that run wait by themselves
+        if begins:
+            waiting.remove(model)
+            training[model] = _submit(driver, cluster, "train", model)
+        elif branch and (branch.of not in (*waiting, *training) or _has_passed(driver.sweep, branch)):
+            waiting.remove(model)
+            why = f"{branch.of} has no resume point at {branch.at} images any more, from which {model} branches"
+            _fail(driver, failures, model, why)
+
+
+def _has_passed(sweep: Sweep, branch: Branch) -> bool:
+    """Whether the trunk has saved later points: its resume point at the branch was not kept and will not come."""
+    return state.resumable_images(sweep.run(branch.of)) > branch.at
+
+
+def _fail(driver: Driver, failures: Failures, model: str, why: str) -> None:
+    """Note that a model has failed; the others continue."""
+    failures.models[model] = why
+    driver.sweep.run(model).folder.write_json(ENDED, {"why": why})
+
+
+def _failure(driver: Driver, job: Job, name: str) -> str:
+    """Return why a job failed. Re-raises if it was stopped from outside, is held elsewhere or lost storage: none is a failure."""
+    why = job.reason()
+    if isinstance(error := job.error(f"{name}: {why}"), Held | StorageAway):
+        raise error
+    if isinstance(error, Preempted):
+        raise Preempted(f"{name} was stopped from outside; {how_to_continue(driver.sweep)}")
+    driver.board.say(f"{name} failed: {why}; the other jobs continue")
+    return why
+
+
+def how_to_continue(sweep: Sweep) -> str:
+    return f"to continue: dis-scale resume {sweep}"
+
+
+def _submit(driver: Driver, cluster: Cluster, stage: str, *arguments: str) -> Job:
+    job = jobs.submit(cluster, driver.sweep, stage, *arguments)
+    driver.jobs.append(job)
+    joined = "" if job.ours else " (running already: joined)"
+    driver.board.say(f"{' '.join([stage, *arguments])}: Ray job {job.id}{joined}")
+    return job
+
+
+def _poll(driver: Driver, job: Job, name: str) -> None:
+    """Show what the job logged since the last poll; raise Preempted if this process was asked to stop."""
+    raise_if_stopped(driver)
+    for raw in job.lines():
+        line = lines.parse(raw)
+        if line and line.kind == "progress":
+            driver.board.update(name, **line.facts)
+        elif line and jsonlog.wanted():
+            lines.write(raw)
+        elif line and line.kind == "message":
+            driver.board.say(f"  {line.text}")
+
+
+def raise_if_stopped(driver: Driver) -> None:
+    if driver.stop_requested.is_set():
+        raise Preempted(f"stopped as requested; {how_to_continue(driver.sweep)}")

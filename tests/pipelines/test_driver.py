@@ -1,0 +1,153 @@
+"""The jobs of a running sweep: which failures are whose, and what a stop, a lost storage or a late failure changes."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from ray.job_submission import JobStatus
+
+from dis_scale.errors import DisScaleError, Held, Preempted, StorageAway
+from dis_scale.recipe import reading
+from dis_scale.storage import manifest
+from dis_scale.sweep import Sweep, state
+from pipelines import driver as running
+from pipelines import jobs
+from pipelines.cluster import Cluster
+from pipelines.driver import Driver, Failures
+from tests.conftest import TINY
+from tests.pipelines.test_sweep import cluster, driver_of, logged
+
+
+@dataclass
+class FakeJob:
+    """A job without Ray: its statuses one after the other, the last for ever, and the error that it ends with."""
+
+    statuses: list[JobStatus]
+    failure: DisScaleError = field(default_factory=lambda: DisScaleError("no failure"))
+    id: str = "job"
+    ours: bool = True
+
+    def status(self) -> JobStatus:
+        return self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
+
+    def ended(self) -> bool:
+        return self.status() != JobStatus.RUNNING
+
+    def lines(self) -> list[str]:
+        return []
+
+    def reason(self) -> str:
+        return str(self.failure)
+
+    def error(self, words: str) -> DisScaleError:
+        return type(self.failure)(words)
+
+
+def failed(why: str) -> FakeJob:
+    return FakeJob([JobStatus.FAILED], DisScaleError(why))
+
+
+def train_and_evaluate(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, fakes: dict[tuple[str, ...], FakeJob]
+) -> Failures:
+    """Run these jobs, by stage and arguments, in place of those on Ray."""
+    monkeypatch.setattr(running, "POLL_EVERY_S", 0.0)
+    monkeypatch.setattr(jobs, "submit", lambda _, __, *words: fakes[words])
+    return running.train_and_evaluate(driver, cluster("here"))
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Driver:
+    """A sweep whose models are `evaluate`, like the stage, and `dit`."""
+    model = "{kind: dit, width: 16, depth: 1, heads: 2, patch: 4}"
+    return driver_of(reading.load(TINY, [f"models={{evaluate: {model}, dit: {model}}}"]), tmp_path)
+
+
+SUCCEEDED = FakeJob([JobStatus.SUCCEEDED])
+
+
+def test_a_model_named_evaluate_keeps_its_failure_apart_from_evaluations(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes = {
+        ("evaluate",): failed("the VAE is damaged"),
+        ("train", "evaluate"): failed("a worker was lost"),
+        ("train", "dit"): SUCCEEDED,
+    }
+    failures = train_and_evaluate(driver, monkeypatch, fakes)
+    assert failures == Failures({"evaluate": "a worker was lost"}, "the VAE is damaged")
+    assert failures.words() == "evaluate failed: a worker was lost; evaluate failed: the VAE is damaged"
+    assert state.ended(driver.sweep, "evaluate") == "a worker was lost"
+    assert "evaluate failed: a worker was lost; the other jobs continue" in logged(driver)
+
+
+def test_a_failed_evaluation_is_no_failure_of_a_model_named_evaluate(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes = {
+        ("evaluate",): failed("the VAE is damaged"), ("train", "evaluate"): SUCCEEDED, ("train", "dit"): SUCCEEDED,
+    }  # fmt: skip
+    failures = train_and_evaluate(driver, monkeypatch, fakes)
+    assert failures == Failures({}, "the VAE is damaged")
+    assert state.ended(driver.sweep, "evaluate") is None
+
+
+def test_a_failed_model_does_not_hide_the_others(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes = {
+        ("evaluate",): SUCCEEDED, ("train", "evaluate"): SUCCEEDED, ("train", "dit"): failed("a worker was lost"),
+    }  # fmt: skip
+    failures = train_and_evaluate(driver, monkeypatch, fakes)
+    assert failures == Failures({"dit": "a worker was lost"})
+    assert (state.ended(driver.sweep, "dit"), state.ended(driver.sweep, "evaluate")) == ("a worker was lost", None)
+
+
+def test_a_job_that_fails_after_the_last_count_is_published_fails_no_model(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest.put(driver.sweep.run("dit").published_at(driver.sweep.recipe.train.images), {})
+    monkeypatch.setattr(state, "trained", lambda sweep, model, real=state.trained: submitted and real(sweep, model))
+    submitted = list[str]()
+
+    def submit(_: Cluster, __: Sweep, *words: str) -> FakeJob:
+        submitted.append(words[0])
+        return failed("its node was lost") if words == ("train", "dit") else SUCCEEDED
+
+    monkeypatch.setattr(running, "POLL_EVERY_S", 0.0)
+    monkeypatch.setattr(jobs, "submit", submit)
+    assert running.train_and_evaluate(driver, cluster("here")) == Failures()
+    assert state.ended(driver.sweep, "dit") is None
+    assert "dit is trained all the same: its last count is published" in logged(driver)
+
+
+@pytest.mark.parametrize("polls", range(6))
+def test_an_evaluation_that_fails_at_any_moment_is_noted(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, polls: int
+) -> None:
+    """After the end of training, before or after any poll of its status."""
+    evaluation = FakeJob([JobStatus.RUNNING] * polls + [JobStatus.FAILED], DisScaleError("the VAE is damaged"))
+    fakes = {("evaluate",): evaluation, ("train", "evaluate"): SUCCEEDED, ("train", "dit"): SUCCEEDED}
+    assert train_and_evaluate(driver, monkeypatch, fakes).evaluation == "the VAE is damaged"
+
+
+@pytest.mark.parametrize("job", [("evaluate",), ("train", "dit")], ids=" ".join)
+@pytest.mark.parametrize(
+    "error",
+    [Preempted("stopped"), Held("held by process 1"), StorageAway("no answer")],
+    ids=["stopped", "held", "storage away"],
+)
+def test_a_job_that_was_stopped_is_held_elsewhere_or_lost_storage_is_no_failure(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, job: tuple[str, ...], error: DisScaleError
+) -> None:
+    fakes = {("evaluate",): SUCCEEDED, ("train", "evaluate"): SUCCEEDED, ("train", "dit"): SUCCEEDED}
+    with pytest.raises(type(error)):
+        train_and_evaluate(driver, monkeypatch, fakes | {job: FakeJob([JobStatus.FAILED], error)})
+    assert state.ended(driver.sweep, "dit") is None
+
+
+def test_failures_are_shown_in_one_line() -> None:
+    failures = Failures({"dis": "a worker was lost"}, "no space left", {"evaluation of dit at 0 images": "damaged"})
+    assert failures.words() == (
+        "dis failed: a worker was lost; evaluate failed: no space left; evaluation of dit at 0 images failed: damaged"
+    )
+    assert Failures().words() == ""
+    assert Failures(evaluation="").words() == "evaluate failed: ", "a failure without a reason is a failure"
