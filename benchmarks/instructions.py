@@ -1,9 +1,10 @@
-"""Cost of the scan's Triton kernels by counting their instructions: `python -m benchmarks.instructions`. Needs no GPU.
+"""Cost of the Triton kernels by counting their instructions: `python -m benchmarks.instructions`. Needs no GPU.
 
-The kernels are compiled ahead for sm_90, bf16, L258 E2048 N16 (DiS-L/2 at 256 pixels). Counts are per state, step and warp of
-32 channels, from the loops of the machine code. An instruction of a warp takes one cycle of its scheduler, 8 on the
-special-function units (MUFU), and 4 in the load-store unit (LSU), which four schedulers share. The largest of the three sums
-is a lower bound of the time; the bytes at 4.8 TB/s are another. Both are given for B32 on an H200. Neither includes latency.
+The kernels are compiled ahead for sm_90, bf16, L258 E2048 N16 (DiS-L/2 at 256 pixels). Counts are per step and warp of 32
+channels, for the scan also per state, from the machine code. An instruction of a warp takes one cycle of its scheduler, 8 on
+the special-function units (MUFU), and 4 in the load-store unit (LSU), which four schedulers share. The largest of the three
+sums is a lower bound of the time; the bytes at 4.8 TB/s are another. Both are given for B32 on an H200. Neither includes
+latency.
 """
 
 import json
@@ -18,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dis_scale.scan import triton_conv, triton_scan
-from dis_scale.scan.triton import CHUNK, LANES, ROWS, WARPS
+from dis_scale.scan.triton import CHUNK, LANES, ROWS, SEGMENT, WARPS
 
 B, L, E, N = 32, 258, 2048, 16
 SCHEDULERS, CLOCK_HZ, BYTES_PER_S = 132 * 4, 1.98e9, 4.8e12
@@ -27,8 +28,10 @@ CYCLES = {"MUFU": 8, "LSU": 4}
 UNITS = {"MUFU": "MUFU", **dict.fromkeys(("LDG", "STG", "LDS", "STS", "LDL", "STL", "SHFL"), "LSU")}
 SCAN = {"LANES": LANES, "WARPS": WARPS, "CHUNK": CHUNK, "E": E, "L": L, "N": N, "GATED": True, "STATE_ROWS": CHUNK}
 SCAN |= {"u_row": E, "delta_row": E, "z_row": 2 * E, "dy_row": E}  # z is half of a product
-CONV = {"LANES": LANES, "ROWS": ROWS, "TAPS": 4, "L": L, "FORWARD": True, "BACKWARD": True}
-FLOAT32 = {"warp_sums", "dBC", "parameters", "sums0", "sums1"}
+CONV = {"LANES": LANES * WARPS, "ROWS": ROWS, "TAPS": 4, "E": E, "L": L, "FORWARD": True, "BACKWARD": True}
+CONV |= {"x_row": 2 * E}
+FLOAT32 = {"warp_sums", "dBC", "parameters"}
+FLOAT32_PAIR = "*fp32", "*fp32"
 
 
 def forward(second: bool, for_backward: bool) -> dict[str, Any]:
@@ -42,7 +45,7 @@ KERNELS: dict[str, dict[str, Any]] = {
     "scan_forward, second, for backward": forward(True, True),
     "scan_backward": SCAN | {"REVERSE": True, "STATES": N},
     "conv_forward": CONV,
-    "conv_backward": CONV,
+    "conv_backward": CONV | {"SEGMENT": SEGMENT, "dy0_row": E, "dy1_row": E},
 }
 """Compile-time constants of each kernel."""
 BYTES = {
@@ -51,8 +54,18 @@ BYTES = {
     "scan_forward, first, for backward": 12,  # u, delta; y; states
     "scan_forward, second, for backward": 18,  # u, delta, z, dy; y of the first, dz; states
     "scan_backward": 36,  # u, delta, z, dy; states, du, ddelta; parts of dB and dC, 128 channels in one; both directions
+    "conv_forward": 6,  # x; both outputs
+    "conv_backward": 8,  # x, both gradients; dx
 }
 """Bytes read and written per element of (B, L, E). A second read within a chunk comes from a cache and does not count."""
+WORK = {
+    **{name: {1: CHUNK * N, 2: 4 * N} for name in KERNELS if name.startswith("scan_forward")},
+    "scan_backward": {1: CHUNK * N, 2: CHUNK},
+    "conv_forward": {0: ROWS},
+    "conv_backward": {0: SEGMENT, 1: ROWS},
+}
+"""Units of work of a pass through the code at each depth of loops: a step and state of the scan, a step of the convolution.
+Code that a program runs once is left out if it is much shorter than its loops."""
 
 
 def compiled(name: str, capability: int, dtype: str) -> Any:
@@ -61,10 +74,14 @@ def compiled(name: str, capability: int, dtype: str) -> Any:
     kernel, constants = getattr(module, name.split(",")[0]), KERNELS[name]
     pointer, halves = f"*{dtype}", "*fp32" if dtype == "fp32" or constants.get("FOR_BACKWARD") is False else "*i16"
     types: dict[str, str | tuple[str, ...]] = dict.fromkeys(kernel.arg_names, pointer)
-    types |= dict.fromkeys([name for name in kernel.arg_names if name == "E" or name.endswith("_row")], "i32")
     types |= dict.fromkeys(FLOAT32, "*fp32") | dict.fromkeys(constants, "constexpr")
-    types |= {"inputs": (pointer, pointer, "*fp32", "*fp32", pointer, pointer), "gradients": (pointer, pointer)}
-    types |= dict.fromkeys(("y_halves", "h_halves"), (halves, halves))
+    if module is triton_scan:
+        types |= {"inputs": (pointer, pointer, "*fp32", "*fp32", pointer, pointer), "gradients": (pointer, pointer)}
+        types |= dict.fromkeys(("y_halves", "h_halves"), (halves, halves))
+    else:
+        types |= dict.fromkeys(("outs", "dys"), (pointer, pointer)) | dict.fromkeys(
+            ("weights", "biases", "sums"), FLOAT32_PAIR
+        )
     signature = {name: types[name] for name in kernel.arg_names}
     values = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
     aligned: list[tuple[int, ...]] = []
@@ -72,8 +89,7 @@ def compiled(name: str, capability: int, dtype: str) -> Any:
         aligned += [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
     attributes = {path: [["tt.divisibility", 16]] for path in aligned if path not in values}
     source = ASTSource(kernel, signature=signature, constexprs=values, attrs=attributes)
-    warps = constants.get("WARPS", 1)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS})
 
 
 def disassembled(program: Any, *options: str) -> str:
@@ -96,31 +112,29 @@ def registers(program: Any) -> Registers:
     return Registers(int(usage[1]), int(usage[2]))
 
 
-def counted(program: Any, steps: int) -> dict[str, float]:
-    """Cycles per state, step and warp: in total and by unit. The outer loop is over chunks. The inner loop covers `steps`
-    steps, of one state if that is a whole chunk, otherwise of all states."""
+def counted(program: Any, work: dict[int, int]) -> dict[str, float]:
+    """Cycles per unit of work and warp: in total and by unit. `work` has the units of each depth of loops that counts."""
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9]+)(.*?);", disassembled(program, "-sass"))
-    code = [(int(at, 16), op, rest) for at, op, rest in lines]
+    code = [(int(at, 16), op, rest) for at, op, rest in lines if op != "NOP"]
     targets = [(at, re.search(r"0x([0-9a-f]+)", rest)) for at, op, rest in code if op == "BRA"]
     loops = [(int(to[1], 16), at) for at, to in targets if to and int(to[1], 16) < at]
-    work = {1: CHUNK * N, 2: steps if steps == CHUNK else steps * N}
     cycles = {"issued": 0.0, "MUFU": 0.0, "LSU": 0.0}
     for at, op, _ in code:
-        if depth := sum(begin <= at <= end for begin, end in loops):
-            cycles["issued"] += 1 / work[depth]
+        if units := work.get(sum(begin <= at <= end for begin, end in loops)):
+            cycles["issued"] += 1 / units
             if unit := UNITS.get(op):
-                cycles[unit] += CYCLES[unit] / work[depth]
+                cycles[unit] += CYCLES[unit] / units
     return cycles
 
 
 def main() -> None:
-    warps, elements = B * L * N * E / LANES, B * L * E
     table = []
     for name, moved in BYTES.items():
-        program, directions = compiled(name, 90, "bf16"), 2 if name == "scan_backward" else 1
-        cycles = counted(program, CHUNK if name == "scan_backward" else 4)
-        least_us = 1e6 * max(cycles.values()) * directions * warps / SCHEDULERS / CLOCK_HZ
-        bytes_us = 1e6 * moved * elements / BYTES_PER_S
+        program = compiled(name, 90, "bf16")
+        cycles = counted(program, WORK[name])
+        units = {"scan_backward": 2 * N}.get(name, N if name.startswith("scan") else 1)  # both directions
+        least_us = 1e6 * max(cycles.values()) * units * B * L * E / LANES / SCHEDULERS / CLOCK_HZ
+        bytes_us = 1e6 * moved * B * L * E / BYTES_PER_S
         used = registers(program)
         facts = {"cycles": cycles, "us": least_us, "bytes_an_element": moved, "bytes_us": bytes_us}
         print(json.dumps({"name": name, **used._asdict(), "shared_bytes": program.metadata.shared} | facts))
@@ -128,7 +142,9 @@ def main() -> None:
     print(f"\n{'':36} {'registers':>9} {'spilled':>8} {'issued':>8} {'MUFU':>8} {'LSU':>8} {'us':>8} {'bytes us':>8}")
     for name, count, spilled, *numbers in table:
         print(f"{name:36} {count:9} {spilled:8}", *(f"{x:8.1f}" for x in numbers))
-    print(f"{'total':81}", *(f"{sum(row[i] for row in table):8.1f}" for i in (6, 7)))
+    for part in ("scan", "conv"):
+        sums = (sum(row[i] for row in table if row[0].startswith(part)) for i in (6, 7))
+        print(f"{f'total of {part}':81}", *(f"{x:8.1f}" for x in sums))
 
 
 if __name__ == "__main__":

@@ -41,8 +41,10 @@ WARPS = 4
 """Warps of a scan's program; the program sums their parts of B's and C's gradients."""
 CHUNK = LANES // 2
 """Steps between stored states, limited by registers. Each step has one lane for B's gradient and one for C's."""
-ROWS = 4
-"""Steps of a tile of the convolution."""
+ROWS = 16
+"""Steps that a thread of the convolution computes at a time, limited by registers: the halo of a group is computed twice."""
+SEGMENT = 6 * ROWS
+"""Steps of a program of the convolution's backward pass, which has one part of the weights' gradients per segment."""
 CAPABILITY = 8, 0
 """Lowest compute capability for which the kernels are compiled in the tests."""
 MOST_PROGRAMS = 65_535
@@ -326,26 +328,25 @@ class _Conv(torch.autograd.Function):
 
 def _conv_forward(x: Tensor, weights: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The outputs of both directions; None for a skipped one."""
-    pointers, enabled = _conv_pointers(weights), _conv_directions(weights)
-    outs = [_empty_like(x) if on else None for on in enabled.values()]
+    outs = [None if weight is None else _empty_like(x) for weight in weights[::2]]
     _launch(
-        triton_conv.conv_forward, _grid(x, LANES, triton.cdiv(x.shape[1], ROWS)),
-        x, *pointers, *(x if out is None else out for out in outs), x.stride(1), x.shape[2], x.shape[1],
-        **enabled, ROWS=ROWS, LANES=LANES, TAPS=pointers[0].shape[1], num_warps=LANES // 32,
+        triton_conv.conv_forward, _grid(x, LANES * WARPS, triton.cdiv(x.shape[1], ROWS)),
+        x, *_conv_pointers(weights), tuple(x if out is None else out for out in outs), x_row=x.stride(1),
+        **_conv_constants(x, weights),
     )  # fmt: skip
     return outs
 
 
 def _conv_backward(x: Tensor, weights: Sequence[Tensor | None], dys: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients of the input, and of each direction's weight and bias."""
-    pointers, dx = _conv_pointers(weights), _empty_like(x)
-    rows = [x if dy is None else _rowwise(dy) for dy in dys]
-    taps = pointers[0].shape[1]
-    sums = [x.new_empty(x.shape[0], x.shape[2], taps + 1, dtype=torch.float32) for _ in rows]
+    (B, L, E), constants = x.shape, _conv_constants(x, weights)
+    segments, taps = triton.cdiv(L, SEGMENT), constants["TAPS"]
+    dx, rows = _empty_like(x), tuple(x if dy is None else _rowwise(dy) for dy in dys)
+    sums = tuple(x.new_empty(B * segments, taps + 1, E, dtype=torch.float32) for _ in rows)
     _launch(
-        triton_conv.conv_backward, _grid(x, LANES),
-        x, *pointers, *rows, dx, *sums, x.stride(1), *(dy.stride(1) for dy in rows), x.shape[2], x.shape[1],
-        **_conv_directions(weights), ROWS=ROWS, LANES=LANES, TAPS=taps, num_warps=LANES // 32,
+        triton_conv.conv_backward, _grid(x, LANES * WARPS, segments),
+        x, *_conv_pointers(weights), rows, dx, sums, x_row=x.stride(1), dy0_row=rows[0].stride(1), dy1_row=rows[1].stride(1),
+        **constants, SEGMENT=SEGMENT,
     )  # fmt: skip
     gradients: list[Tensor | None] = [dx]
     for weight, bias, total in zip(weights[::2], weights[1::2], sums, strict=True):
@@ -353,19 +354,20 @@ def _conv_backward(x: Tensor, weights: Sequence[Tensor | None], dys: Sequence[Te
             gradients += [None, None]
         else:
             both = total.sum(0)
-            gradients += [both[:, :taps].to(weight.dtype), both[:, taps].to(bias.dtype)]
+            gradients += [both[:taps].t().to(weight.dtype), both[taps].to(bias.dtype)]
     return gradients
 
 
-def _conv_directions(weights: Sequence[Tensor | None]) -> dict[str, bool]:
-    """The kernels' flags of the directions that are computed."""
-    return {"FORWARD": weights[0] is not None, "BACKWARD": weights[2] is not None}
+def _conv_constants(x: Tensor, weights: Sequence[Tensor | None]) -> dict[str, int]:
+    (_, L, E), taps = x.shape, next(w.shape[1] for w in weights[::2] if w is not None)
+    sizes = {"E": E, "L": L, "TAPS": taps, "ROWS": ROWS, "LANES": LANES * WARPS, "num_warps": WARPS}
+    return sizes | {"FORWARD": weights[0] is not None, "BACKWARD": weights[2] is not None}
 
 
-def _conv_pointers(weights: Sequence[Tensor | None]) -> list[Tensor]:
-    """Two weights and biases. Those of a skipped direction are never read: the other direction's take their place."""
+def _conv_pointers(weights: Sequence[Tensor | None]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Both weights and both biases. Those of a skipped direction are never used: the other direction's take their place."""
     present = [w.contiguous() for w in weights if w is not None]
-    return (present * 2)[:4]
+    return (present[0], present[-2]), (present[1], present[-1])
 
 
 def _refuse_float64(*tensors: Tensor | None) -> None:

@@ -1,13 +1,27 @@
 """The Triton backend's convolution: the kernels conv_forward and conv_backward, which triton.py launches.
 
-A program computes a tile of ROWS steps and LANES channels, and loads the tile once for each tap. A direction's weight and
-bias, and their gradients, are tuples of TAPS + 1 vectors over the channels.
+A thread computes one channel and reads only its own values: no data is exchanged. It computes ROWS steps at a time. Values in
+tuples are in registers, one per step. A step's output needs the HALO steps before it or after it, so a group of steps loads
+ROWS + 2 HALO steps of x. A tap is one number of a channel's weight; `taps` are a weight's and its bias.
 
-    FORWARD     compute direction 0, which reads earlier steps (causal): weight0, bias0, out0, dy0, sums0
-    BACKWARD    compute direction 1, which reads later steps: weight1, bias1, out1, dy1, sums1
-    SIGN        1 for the forward direction, -1 for the backward direction
-    sums        gradients of weight and bias, (batch, E, TAPS + 1), float32
-    ..._row     distance between two rows of that tensor, in elements
+Names end in their axes: e channels, t time. Sizes and flags, all compile-time constants:
+
+    E, L            channels, time
+    x_row, ...      distance between two rows of that tensor, in elements
+    FORWARD         compute direction 0, which reads earlier steps (causal): weights[0], biases[0], outs[0], dys[0], sums[0]
+    BACKWARD        compute direction 1, which reads later steps: weights[1], ...
+    SIGN            1 for the forward direction, -1 for the backward direction
+    LANES           channels of a program
+    ROWS            steps of a group
+    SEGMENT         steps of a program of conv_backward, a multiple of ROWS
+    TAPS, HALO      taps of a weight; TAPS - 1
+
+Pointers, (batch, time, channels) unless given otherwise. A kernel takes those of both directions in tuples.
+
+    x, dx           the input and its gradient
+    weight, bias    (E, TAPS) and (E)
+    out, dy         the output after SiLU, and its gradient
+    sums            gradients of weight and bias, one part per batch row and segment: (parts, TAPS + 1, E), float32
 """
 
 import triton
@@ -17,108 +31,135 @@ from dis_scale.scan.triton_scan import sigmoid
 
 
 @triton.jit
-def _load_tile(x, x_row, batch, t, e, L, E):
-    """Load (rows, channels) in float32; zeros outside the sequence and the width."""
-    valid = (t[:, None] >= 0) & (t[:, None] < L) & (e[None, :] < E)
-    return tl.load(x + (batch * L + t[:, None]) * x_row + e[None, :], mask=valid, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _load_taps(weight, bias, e, E, TAPS: tl.constexpr):
-    """Load a weight and a bias as a tuple of TAPS + 1 vectors over the channels."""
+def _load_taps(weight, bias, e, inside, TAPS: tl.constexpr):
+    """Load a weight and its bias as TAPS + 1 vectors over the channels."""
     taps = ()
     for k in tl.static_range(TAPS):
-        taps += (tl.load(weight + e * TAPS + k, mask=e < E, other=0.0).to(tl.float32),)
-    return taps + (tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32),)
+        taps += (tl.load(weight + e * TAPS + k, mask=inside, other=0.0).to(tl.float32),)
+    return taps + (tl.load(bias + e, mask=inside, other=0.0).to(tl.float32),)
 
 
 @triton.jit
-def _convolved(xs, taps, shift: tl.constexpr, SIGN: tl.constexpr, TAPS: tl.constexpr):
-    """The convolution before SiLU, `shift` steps later. `xs`: tiles of x from TAPS - 1 steps earlier to TAPS - 1 later."""
-    total = taps[TAPS][None, :] + tl.zeros(xs[0].shape, tl.float32)
-    for k in tl.static_range(TAPS):
-        total += taps[k][None, :] * xs[TAPS - 1 + shift - SIGN * (TAPS - 1 - k)]
-    return total
+def _load_steps(x, row: tl.constexpr, first, e, inside, L: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr):
+    """Load the steps from first + BEGIN to first + END, END excluded; zeros outside of the sequence."""
+    x_t = ()
+    for j in tl.static_range(BEGIN, END):
+        valid = inside & (first + j >= 0) & (first + j < L)
+        x_t += (tl.load(x + (first * row + e) + j * row, mask=valid, other=0.0).to(tl.float32),)
+    return x_t
 
 
 @triton.jit
-def _load_window(x, x_row, batch, t, e, L, E, TAPS: tl.constexpr):
-    xs = ()
-    for i in tl.static_range(2 * TAPS - 1):
-        xs += (_load_tile(x, x_row, batch, t + (i - TAPS + 1), e, L, E),)
-    return xs
+def _store_step(out, first, j, e, value_e, inside, E: tl.constexpr, L: tl.constexpr):
+    tl.store(out + (first * E + e) + j * E, value_e.to(out.dtype.element_ty), mask=inside & (first + j < L))
 
 
 @triton.jit
-def _store_silu(total, out, batch, t, e, L, E):
-    valid = (t[:, None] < L) & (e[None, :] < E)
-    y = total * sigmoid(total)
-    tl.store(out + (batch * L + t[:, None]) * E + e[None, :], y.to(out.dtype.element_ty), mask=valid)
+def _convolved(x_t, taps, i, SIGN: tl.constexpr):
+    """The convolution before SiLU at the step of x_t[i]."""
+    HALO: tl.constexpr = len(taps) - 2
+    total_e = taps[HALO + 1]
+    for k in tl.static_range(HALO + 1):
+        total_e += taps[k] * x_t[i - SIGN * (HALO - k)]
+    return total_e
+
+
+@triton.jit
+def _store_outputs(
+    x_t, weight, bias, out, first, e, inside,
+    E: tl.constexpr, L: tl.constexpr, SIGN: tl.constexpr, ROWS: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    """Convolution and SiLU of one direction."""
+    taps = _load_taps(weight, bias, e, inside, TAPS)
+    for j in tl.static_range(ROWS):
+        total_e = _convolved(x_t, taps, j + TAPS - 1, SIGN)
+        _store_step(out, first, j, e, total_e * sigmoid(total_e), inside, E, L)
 
 
 @triton.jit
 def conv_forward(
-    x, weight0, bias0, weight1, bias1, out0, out1, x_row, E, L: tl.constexpr,
-    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, TAPS: tl.constexpr,
+    x, weights, biases, outs, x_row: tl.constexpr, E: tl.constexpr, L: tl.constexpr,
+    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """Convolution and SiLU of one tile, in one or both directions."""
-    e, t = tl.program_id(0) * LANES + tl.arange(0, LANES), tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    batch = tl.program_id(1).to(tl.int64)
-    xs = _load_window(x, x_row, batch, t, e, L, E, TAPS)
+    """Convolution and SiLU of one group of steps, in one or both directions."""
+    e, rows = tl.program_id(0) * LANES + tl.arange(0, LANES), tl.program_id(1).to(tl.int64) * L
+    inside, first = e < E, tl.program_id(2) * ROWS
+    x_t = _load_steps(x + rows * x_row, x_row, first, e, inside, L, 1 - TAPS, ROWS + TAPS - 1)
     if FORWARD:
-        _store_silu(_convolved(xs, _load_taps(weight0, bias0, e, E, TAPS), 0, 1, TAPS), out0, batch, t, e, L, E)
+        _store_outputs(x_t, weights[0], biases[0], outs[0] + rows * E, first, e, inside, E, L, 1, ROWS, TAPS)
     if BACKWARD:
-        _store_silu(_convolved(xs, _load_taps(weight1, bias1, e, E, TAPS), 0, -1, TAPS), out1, batch, t, e, L, E)
+        _store_outputs(x_t, weights[1], biases[1], outs[1] + rows * E, first, e, inside, E, L, -1, ROWS, TAPS)
 
 
 @triton.jit
-def _conv_gradients(
-    dx, sums, xs, taps, dy, dy_row, batch, t, e, L, E,
-    SIGN: tl.constexpr, TAPS: tl.constexpr,
+def _add_gradients(
+    dx_t, sums, x_t, taps, dy, dy_row: tl.constexpr, first, e, inside,
+    L: tl.constexpr, SIGN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Add one direction's part to dx, and to the sums over time for the weight and the bias."""
-    for s in tl.static_range(TAPS):  # x at t contributes to y at t + s, by tap TAPS - 1 - s
-        total = _convolved(xs, taps, SIGN * s, SIGN, TAPS)
-        gate = sigmoid(total)
-        g = _load_tile(dy, dy_row, batch, t + SIGN * s, e, L, E) * gate * (1.0 + total * (1.0 - gate))
-        dx += g * taps[TAPS - 1 - s][None, :]
-        if s == 0:
-            here = g
-    new = ()
-    for k in tl.static_range(TAPS):
-        new += (sums[k] + tl.sum(here * xs[TAPS - 1 - SIGN * (TAPS - 1 - k)], axis=0),)
-    return dx, new + (sums[TAPS] + tl.sum(here, axis=0),)
+    HALO: tl.constexpr = len(taps) - 2
+    BEGIN: tl.constexpr = 0 if SIGN == 1 else -HALO  # dx of a group needs the gradients of HALO more steps
+    dy_t = _load_steps(dy, dy_row, first, e, inside, L, BEGIN, BEGIN + ROWS + HALO)
+    g_t = ()  # gradients before SiLU
+    for i in tl.static_range(ROWS + HALO):
+        total_e = _convolved(x_t, taps, i + BEGIN + HALO, SIGN)
+        gate_e = sigmoid(total_e)
+        g_t += (dy_t[i] * gate_e * (1.0 + total_e * (1.0 - gate_e)),)
+    added, new = (), ()
+    for j in tl.static_range(ROWS):
+        dx_e = dx_t[j]
+        for s in tl.static_range(HALO + 1):  # x contributes to y SIGN * s steps later, by tap HALO - s
+            dx_e += g_t[j - BEGIN + SIGN * s] * taps[HALO - s]
+        added += (dx_e,)
+    for k in tl.static_range(HALO + 2):
+        sum_e = sums[k]
+        for j in tl.static_range(ROWS):
+            sum_e += g_t[j - BEGIN] * (x_t[j + HALO - SIGN * (HALO - k)] if k <= HALO else 1.0)
+        new += (sum_e,)
+    return added, new
 
 
 @triton.jit
-def _store_sums(sums, out, batch, e, E, TAPS: tl.constexpr):
-    for k in tl.static_range(TAPS + 1):
-        tl.store(out + (batch * E + e) * (TAPS + 1) + k, sums[k], mask=e < E)
+def _zeros(e, COUNT: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(COUNT):
+        zeros += (tl.zeros(e.shape, tl.float32),)
+    return zeros
+
+
+@triton.jit
+def _store_sums(sums, out, part, e, inside, E: tl.constexpr):
+    for k in tl.static_range(len(sums)):
+        tl.store(out + (part * len(sums) + k) * E + e, sums[k], mask=inside)
 
 
 @triton.jit
 def conv_backward(
-    x, weight0, bias0, weight1, bias1, dy0, dy1, dx, sums0, sums1, x_row, dy0_row, dy1_row, E, L: tl.constexpr,
-    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, TAPS: tl.constexpr,
+    x, weights, biases, dys, dx, sums, x_row: tl.constexpr, dy0_row: tl.constexpr, dy1_row: tl.constexpr,
+    E: tl.constexpr, L: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
+    LANES: tl.constexpr, ROWS: tl.constexpr, SEGMENT: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a batch row over its whole time. The values before SiLU are computed again."""
+    """Gradients of one segment of a batch row. The values before SiLU are computed again."""
     e, batch = tl.program_id(0) * LANES + tl.arange(0, LANES), tl.program_id(1).to(tl.int64)
-    taps0, taps1 = _load_taps(weight0, bias0, e, E, TAPS), _load_taps(weight1, bias1, e, E, TAPS)
-    totals0, totals1 = (), ()
-    for _ in tl.static_range(TAPS + 1):
-        totals0 += (tl.zeros([LANES], tl.float32),)
-        totals1 += (tl.zeros([LANES], tl.float32),)
-    for first in range(0, L, ROWS):
-        t = first + tl.arange(0, ROWS)
-        xs = _load_window(x, x_row, batch, t, e, L, E, TAPS)
-        dx_te = tl.zeros([ROWS, LANES], tl.float32)
+    inside, rows, first = e < E, batch * L, tl.program_id(2) * SEGMENT
+    end = min(first + SEGMENT, L)
+    part = batch * tl.num_programs(2) + tl.program_id(2)
+    taps0 = _load_taps(weights[0], biases[0], e, inside, TAPS)
+    taps1 = _load_taps(weights[1], biases[1], e, inside, TAPS)
+    sums0, sums1 = _zeros(e, TAPS + 1), _zeros(e, TAPS + 1)
+    while first < end:  # the interpreter's `range` takes no tensor
+        x_t = _load_steps(x + rows * x_row, x_row, first, e, inside, L, 1 - TAPS, ROWS + TAPS - 1)
+        dx_t = _zeros(e, ROWS)
         if FORWARD:
-            dx_te, totals0 = _conv_gradients(dx_te, totals0, xs, taps0, dy0, dy0_row, batch, t, e, L, E, 1, TAPS)
+            dy = dys[0] + rows * dy0_row
+            dx_t, sums0 = _add_gradients(dx_t, sums0, x_t, taps0, dy, dy0_row, first, e, inside, L, 1, ROWS)
         if BACKWARD:
-            dx_te, totals1 = _conv_gradients(dx_te, totals1, xs, taps1, dy1, dy1_row, batch, t, e, L, E, -1, TAPS)
-        valid = (t[:, None] < L) & (e[None, :] < E)
-        tl.store(dx + (batch * L + t[:, None]) * E + e[None, :], dx_te.to(dx.dtype.element_ty), mask=valid)
+            dy = dys[1] + rows * dy1_row
+            dx_t, sums1 = _add_gradients(dx_t, sums1, x_t, taps1, dy, dy1_row, first, e, inside, L, -1, ROWS)
+        for j in tl.static_range(ROWS):
+            _store_step(dx + rows * E, first, j, e, dx_t[j], inside, E, L)
+        first += ROWS
     if FORWARD:
-        _store_sums(totals0, sums0, batch, e, E, TAPS)
+        _store_sums(sums0, sums[0], part, e, inside, E)
     if BACKWARD:
-        _store_sums(totals1, sums1, batch, e, E, TAPS)
+        _store_sums(sums1, sums[1], part, e, inside, E)

@@ -12,6 +12,7 @@ import torch
 from triton.runtime import interpreter
 
 from dis_scale.scan import choose
+from dis_scale.scan import triton as scan_triton
 from dis_scale.scan.selftest import verify
 from tests.scan.test_scan_admission import (
     CALLS,
@@ -71,6 +72,14 @@ OTHERS = [pytest.param(sizes, marks=pytest.mark.faults) for sizes in [(1, 1, 1, 
 @pytest.mark.parametrize("sizes", [*BORDERS, *OTHERS], ids=str)
 def test_other_sizes(sizes: tuple[int, int, int, int], call: str) -> None:
     check_results(call, sizes, torch.float32, outputs_and_gradients(call, random_tensors(sizes), "triton"))
+
+
+def test_a_convolution_over_several_segments() -> None:
+    """A program of its backward pass computes one segment; the second of these has an incomplete group of steps."""
+    sizes = (2, scan_triton.SEGMENT + 18, 2, 4)
+    check_results(
+        "two-way conv", sizes, torch.float32, outputs_and_gradients("two-way conv", random_tensors(sizes), "triton")
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.faults)], ids=str)
