@@ -72,11 +72,11 @@ def compiled(name: str, capability: int, dtype: str) -> Any:
     """Compile a kernel as a launch with DiS-L/2 does: all pointers are multiples of 16 bytes."""
     module = triton_scan if name.startswith("scan") else triton_conv
     kernel, constants = getattr(module, name.split(",")[0]), KERNELS[name]
-    pointer, halves = f"*{dtype}", "*fp32" if dtype == "fp32" or constants.get("FOR_BACKWARD") is False else "*i16"
+    pointer, halves = f"*{dtype}", f"*{'fp32' if constants.get('FOR_BACKWARD') is False else dtype}"
     types: dict[str, str | tuple[str, ...]] = dict.fromkeys(kernel.arg_names, pointer)
     types |= dict.fromkeys(FLOAT32, "*fp32") | dict.fromkeys(constants, "constexpr")
     if module is triton_scan:
-        types |= {"inputs": (pointer, pointer, "*fp32", "*fp32", pointer, pointer), "gradients": (pointer, pointer)}
+        types |= {"inputs": (pointer, pointer, *["*fp32"] * 4), "gradients": (pointer, pointer)}
         types |= dict.fromkeys(("y_halves", "h_halves"), (halves, halves))
     else:
         types |= dict.fromkeys(("outs", "dys"), (pointer, pointer)) | dict.fromkeys(

@@ -6,49 +6,54 @@ copy. Nothing is added atomically: partial gradients of B and C (over groups of 
 rows) are stored in a buffer and then summed, so every run gives the same bits. `TRITON_INTERPRET=1`, set before Triton is
 imported, runs everything on the CPU, slowly.
 
-A two-way scan launches one kernel per direction. The first stores its y in float32; the second adds its own, applies the
-gate and writes the output, so nothing is flipped. The forward pass keeps only its inputs. The backward pass repeats the scan
-and stores the states of every 16th step in the memory where the gradients of u and delta will be written later, so it needs
-almost no memory of its own. Then it computes the gradients of each direction separately. Each direction computes y's
-gradient before the gate again: storing it would move as many bytes as reading z and dy again, in bf16 twice as many. The
-values before SiLU of the convolution are computed again too.
+A scan's first kernel brings B and C into the layout of the others. Then there is one kernel per direction. The first
+direction stores its y in float32; the second adds its own, applies the gate and writes the output, so nothing is flipped. The
+forward pass keeps only its inputs, and B and C in the new layout. The backward pass repeats the scan and stores the states of
+every 16th step in the memory where the gradients of u and delta will be written later, so it needs almost no memory of its
+own. Then it computes the gradients of each direction separately. Each direction computes y's gradient before the gate again:
+storing it would move as many bytes as reading z and dy again, in bf16 twice as many. The values before SiLU of the convolution
+are computed again too.
 
-Axes: B batch, L time, E channels, N states, W taps of the convolution. Read next: triton_scan.py.
+Axes: B batch, L time, E channels, N states, W taps of the convolution. Read next: triton_scan.py, triton_launch.py.
 """
 
-import functools
-import math
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dis_scale.errors import DisScaleError, UserError
-from dis_scale.scan import triton_conv, triton_scan
+from dis_scale.scan import triton_conv, triton_layout, triton_scan
 from dis_scale.scan.backend import Backend, Direction
+from dis_scale.scan.triton_launch import (
+    LANES,
+    WARPS,
+    ceil_div,
+    check_offsets,
+    compile_once,
+    grid,
+    launch,
+    next_power_of_2,
+    rowwise,
+    without_memory,
+)
 
-LANES = 32
-"""Channels per warp, one per thread: a thread reads back only what it wrote itself."""
-WARPS = 4
-"""Warps of a scan's program; the program sums their parts of B's and C's gradients."""
 CHUNK = LANES // 2
 """Steps between stored states, limited by registers. Each step has one lane for B's gradient and one for C's."""
 ROWS = 16
 """Steps that a thread of the convolution computes at a time, limited by registers: the halo of a group is computed twice."""
 SEGMENT = 6 * ROWS
 """Steps of a program of the convolution's backward pass, which has one part of the weights' gradients per segment."""
+STEPS, SIZE = 32, 256
+"""Steps, and numbers, of a program of triton_layout.py."""
 CAPABILITY = 8, 0
 """Lowest compute capability for which the kernels are compiled in the tests."""
-MOST_PROGRAMS = 65_535
-"""Largest grid of a kernel on its second axis (the batch) and on its third (the convolution's tiles)."""
 
 
 def problem() -> DisScaleError | None:
@@ -85,84 +90,59 @@ def _scheme() -> str:
     return sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
 
 
-def _rowwise(x_BLX: Tensor) -> Tensor:
-    """x with contiguous channels and evenly spaced rows in the whole batch; a copy only if necessary."""
-    B, L, X = x_BLX.shape
-    even = B == 1 or x_BLX.stride(0) == L * x_BLX.stride(1)
-    rows_BLX = x_BLX if even and (X == 1 or x_BLX.stride(2) == 1) else x_BLX.contiguous()
-    _check_offsets(L, rows_BLX.stride(1))
-    return rows_BLX
+def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _check_offsets(rows: int, row: int) -> None:
-    """UserError if an offset within a batch row needs more than 32 bits."""
-    if rows * row >= 2**31:
-        raise UserError(
-            f"the triton scan takes batch rows of fewer than 2**31 numbers, got {rows:,} rows of {row:,}: "
-            "set the backend to chunked"
-        )
+class _Operands(NamedTuple):
+    """One direction's inputs: six as the kernels take them, of which BC is B and C in the layout of `_by_state`; B and C."""
 
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    BC: Tensor
+    D: Tensor
+    bias: Tensor
+    B: Tensor
+    C: Tensor
 
-def _empty_like(x_BLE: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(x_BLE.shape, dtype=dtype or x_BLE.dtype, device=x_BLE.device)
+    @property
+    def pointers(self) -> tuple[Tensor, ...]:
+        return self[:6]
 
-
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel; for tensors on the meta device, only compile it."""
-    first = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
-    if first.is_meta:
-        kernel.warmup(*arguments, grid=grid, **constants)
-        return
-    with torch.cuda.device_of(first):
-        kernel[grid](*arguments, **constants)
-
-
-def _grid(x_BLE: Tensor, channels: int, *tiles: int) -> tuple[int, ...]:
-    B, L, E = x_BLE.shape
-    if B > MOST_PROGRAMS:
-        raise UserError(
-            f"the triton scan takes at most {MOST_PROGRAMS:,} images per call, got {B:,}: "
-            "take smaller micro-batches, or set the backend to chunked"
-        )
-    if max(tiles, default=0) > MOST_PROGRAMS:
-        raise UserError(
-            f"the triton convolution takes at most {MOST_PROGRAMS * ROWS:,} steps, got {L:,}: set the backend to chunked"
-        )
-    return triton.cdiv(E, channels), B, *tiles
-
-
-class _Operands:
-    """One direction's inputs in the layout of the kernels."""
-
-    def __init__(self, direction: Direction, reverse: bool):
-        u, delta, A, B, C, D, bias = direction
-        self.u, self.delta, self.reverse = _rowwise(u), _rowwise(delta), reverse
-        A_NE = (A.float() / math.log(2)).t().contiguous()
-        self.pointers = self.u, self.delta, A_NE, self._by_state(B, C), D.contiguous(), bias.contiguous()
-
-    def _steps(self) -> slice:
-        """Position of the sequence in the padded one: at the beginning, or at the end if reversed."""
-        L = self.u.shape[1]
-        return slice(-L, None) if self.reverse else slice(L)
-
-    def _by_state(self, B: Tensor, C: Tensor) -> Tensor:
-        """B and C as (B, 2, N, L) in float32, steps contiguous, padded with zeros to whole chunks."""
-        batch, L, N = B.shape
-        both = B.new_zeros(batch, 2, N, triton.cdiv(L, CHUNK) * CHUNK, dtype=torch.float32)
-        for i, x in enumerate((B, C)):
-            both[:, i, :, self._steps()] = x.transpose(1, 2)
-        return both
-
-    def from_states(self, both: Tensor) -> list[Tensor]:
-        """The inverse of `_by_state`: [B, C] without the padding."""
-        return [x[..., self._steps()].transpose(1, 2) for x in both.unbind(1)]
-
-    def constants(self, z: Tensor, dy: Tensor) -> dict[str, int]:
-        (_, L, E), N = self.u.shape, self.pointers[2].shape[0]
-        named = {"u_row": self.u, "delta_row": self.delta, "z_row": z, "dy_row": dy}
-        rows = {name: x.stride(1) for name, x in named.items()}
+    def constants(self, reverse: bool, z: Tensor, dy: Tensor) -> dict[str, int]:
+        (_, L, E), N = self.u.shape, self.A.shape[1]
+        rows = {
+            "u_row": self.u.stride(1),
+            "delta_row": self.delta.stride(1),
+            "z_row": z.stride(1),
+            "dy_row": dy.stride(1),
+        }
         tile = {"LANES": LANES, "WARPS": WARPS, "CHUNK": CHUNK, "num_warps": WARPS}
-        return {"E": E, "L": L, "N": N, "REVERSE": self.reverse, **rows, **tile}
+        return {"E": E, "L": L, "N": N, "REVERSE": reverse, **rows, **tile}
+
+
+def _operands(reverse: bool, inputs: Sequence[Tensor]) -> list[_Operands]:
+    """The operands of each direction, whose inputs follow each other."""
+    directions = [Direction(*inputs[i : i + 7]) for i in range(0, len(inputs), 7)]
+    return [
+        _Operands(rowwise(u), rowwise(delta), A.contiguous(), BC, D.contiguous(), bias.contiguous(), B, C)
+        for (u, delta, A, B, C, D, bias), BC in zip(directions, _by_state(reverse, directions), strict=True)
+    ]
+
+
+def _by_state(reverse: bool, directions: Sequence[Direction]) -> list[Tensor]:
+    """B and C of each direction as (B, 2, N, L) in float32, steps contiguous, padded with zeros to complete chunks."""
+    both = tuple(rowwise(x) for direction in directions for x in (direction.B_BLN, direction.C_BLN))
+    B, L, N = both[0].shape
+    length = ceil_div(L, CHUNK) * CHUNK
+    outs = [both[0].new_empty(B, 2, N, length, dtype=torch.float32) for _ in directions]
+    launch(
+        triton_layout.by_state, (ceil_div(length, STEPS), B, len(both)), both, tuple(outs),
+        rows=tuple([x.stride(1) for x in both]), L=L, N=N, LENGTH=length, REVERSE=reverse,
+        STATES=next_power_of_2(N), SIZE=STEPS,
+    )  # fmt: skip
+    return outs
 
 
 class _Gradients(NamedTuple):
@@ -176,15 +156,15 @@ class _Gradients(NamedTuple):
         for x in self:
             if x.dtype == torch.float32:
                 return x, x
-        return self.du.view(torch.int16), self.ddelta.view(torch.int16)
+        return self.du, self.ddelta
 
     def state_buffer(self, N: int) -> tuple[tuple[Tensor, Tensor], int]:
         """Memory for the states after each chunk, and its rows per chunk; a separate buffer if a chunk has too few rows."""
         if N <= CHUNK:
             return self.halves(), CHUNK
         B, L, E = self.du.shape
-        _check_offsets(triton.cdiv(L, CHUNK) * N, E)
-        buffer = self.du.new_empty(B, triton.cdiv(L, CHUNK), N, E, dtype=torch.float32)
+        check_offsets(ceil_div(L, CHUNK) * N, E)
+        buffer = self.du.new_empty(B, ceil_div(L, CHUNK), N, E, dtype=torch.float32)
         return (buffer, buffer), N
 
 
@@ -196,115 +176,96 @@ class _Scan(torch.autograd.Function):
         if inputs[0].is_cuda:
             gradients = any(ctx.needs_input_grad)
             key = ("scan", inputs[2].shape[1], len(inputs), reverse, z is None, gradients)
-            _compile_once(inputs[0], key, lambda: _launch_scan(reverse, z, inputs, gradients))
+            compile_once(inputs[0], key, lambda: launch_scan(reverse, z, inputs, gradients))
+        operands = _operands(reverse, inputs)
         ctx.reverse = reverse
-        ctx.save_for_backward(z, *inputs)
-        return _forward(reverse, z, inputs)
+        ctx.save_for_backward(z, *[x for direction in operands for x in direction])
+        return _forward(reverse, z, operands)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        z, *inputs = ctx.saved_tensors
-        return None, *_backward(ctx.reverse, z, inputs, dy)
+        z, *saved = ctx.saved_tensors
+        operands = [_Operands(*saved[i : i + 8]) for i in range(0, len(saved), 8)]
+        return None, *_backward(ctx.reverse, z, operands, dy)
 
 
-def _forward(reverse: bool, z: Tensor | None, inputs: Sequence[Tensor]) -> Tensor:
-    directions = _operands(reverse, inputs)
-    out, gate = _empty_like(directions[0].u), directions[0].u if z is None else _rowwise(z)
-    y = _empty_like(out, torch.float32) if len(directions) == 2 else out
+def launch_scan(reverse: bool, z: Tensor | None, inputs: Sequence[Tensor], gradients: bool) -> None:
+    """Launch all kernels of a scan for tensors without memory."""
+    gate, empty = None if z is None else without_memory(z), [without_memory(x) for x in inputs]
+    operands = _operands(reverse, empty)
+    out = _forward(reverse, gate, operands)
+    if gradients:
+        _backward(reverse, gate, operands, out)
+
+
+def _forward(reverse: bool, z: Tensor | None, directions: Sequence[_Operands]) -> Tensor:
+    out, gate = _empty_like(directions[0].u), directions[0].u if z is None else rowwise(z)
+    y, programs = _empty_like(out, torch.float32) if len(directions) == 2 else out, grid(out)
     for i, operands in enumerate(directions):
-        _launch(
-            triton_scan.scan_forward, _grid(out, LANES * WARPS), operands.pointers, gate, gate, out, (y, y), (y, y),
-            **operands.constants(gate, gate), FIRST=i + 1 < len(directions), SECOND=i > 0, GATED=z is not None,
-            FOR_BACKWARD=False, STATE_ROWS=CHUNK,
+        launch(
+            triton_scan.scan_forward, programs, operands.pointers, gate, gate, out, (y, y), (y, y),
+            **operands.constants(reverse != bool(i), gate, gate), FIRST=i + 1 < len(directions), SECOND=i > 0,
+            GATED=z is not None, FOR_BACKWARD=False, STATE_ROWS=CHUNK,
         )  # fmt: skip
     return out
 
 
-def _backward(reverse: bool, z: Tensor | None, inputs: Sequence[Tensor], dy: Tensor) -> list[Tensor | None]:
+def _backward(reverse: bool, z: Tensor | None, directions: Sequence[_Operands], dy: Tensor) -> list[Tensor | None]:
     """The gradients of z and of the inputs."""
-    directions, dy, dz = _operands(reverse, inputs), _rowwise(dy), None if z is None else _empty_like(z)
+    dy, dz = rowwise(dy), None if z is None else _empty_like(z)
+    z = None if z is None else rowwise(z)
     written_later = [_Gradients(_empty_like(operands.u), _empty_like(operands.delta)) for operands in directions]
-    y = written_later[-1].halves()
+    y, parts = written_later[-1].halves(), _Parts(directions[0])
     gradients: list[Tensor | None] = [dz]
-    z = None if z is None else _rowwise(z)
     for i, (operands, memory) in enumerate(zip(directions, written_later, strict=True)):
+        constants = operands.constants(reverse != bool(i), dy if z is None else z, dy) | {"GATED": z is not None}
         order = {"FIRST": dz is not None and i + 1 < len(directions), "SECOND": dz is not None and i > 0}
-        one_way = _one_way_gradients(operands, z, dy, dz, memory, y, order)
-        gradients += [g.to(x.dtype) for g, x in zip(one_way, inputs[7 * i : 7 * i + 7], strict=True)]
+        _one_way_gradients(operands, z, dy, dz, memory, y, parts, constants, order)
+        gradients += [*memory, *_sum_parts(operands, parts, reverse != bool(i))]
     return gradients
 
 
-_compiled = set[tuple[Any, ...]]()
-"""Sizes and types whose kernels are compiled."""
+class _Parts:
+    """Memory for a direction's sums, which programs store in parts. The directions use it one after the other."""
 
-
-def _compile_once(x: Tensor, key: tuple[Any, ...], launches: Callable[[], object]) -> None:
-    """Compile all kernels of these launches together before the first one: one after the other, a scan's six take a minute."""
-    key = (x.device, x.dtype, x.shape[1:], *key)
-    if key not in _compiled:
-        _compiled.add(key)
-        with torch.cuda.device_of(x):
-            _compile(launches)
-
-
-def _compile(launches: Callable[[], object]) -> None:
-    """Compile the kernels of launches for tensors without memory, in threads: Triton's compiler runs outside of Python's lock.
-
-    A kernel that cannot be compiled is an error at its first launch: an error here would leave Triton in this mode.
-    """
-    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-        launches()
-
-
-def _launch_scan(reverse: bool, z: Tensor | None, inputs: Sequence[Tensor], gradients: bool) -> None:
-    """Launch all kernels of a scan for tensors without memory."""
-    gate, empty = None if z is None else _without_memory(z), [_without_memory(x) for x in inputs]
-    out = _forward(reverse, gate, empty)
-    if gradients:
-        _backward(reverse, gate, empty, out)
-
-
-def _launch_conv(x: Tensor, weights: Sequence[Tensor | None], gradients: bool) -> None:
-    """Launch both kernels of a convolution for tensors without memory."""
-    empty, without = _without_memory(x), [None if w is None else _without_memory(w) for w in weights]
-    outs = _conv_forward(empty, without)
-    if gradients:
-        _conv_backward(empty, without, outs)
-
-
-def _without_memory(x: Tensor) -> Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-
-def _operands(reverse: bool, inputs: Sequence[Tensor]) -> list[_Operands]:
-    starts = range(0, len(inputs), 7)
-    return [_Operands(Direction(*inputs[i : i + 7]), reverse != bool(i)) for i in starts]
+    def __init__(self, operands: _Operands):
+        (programs, B, _), N, E = grid(operands.u), operands.A.shape[1], operands.u.shape[2]
+        self.warp_sums = operands.BC.new_empty(programs, B, N, WARPS * LANES)
+        self.dBC = operands.BC.new_empty(programs, *operands.BC.shape)
+        self.parameters = operands.BC.new_empty(B, 2 * N + 2, E)
 
 
 def _one_way_gradients(
     operands: _Operands, z: Tensor | None, dy: Tensor, dz: Tensor | None, memory: _Gradients, y: tuple[Tensor, Tensor],
-    order: dict[str, bool],
-) -> list[Tensor]:  # fmt: skip
-    """One direction's gradients, in the order of its inputs. The first direction stores its output in `y`; the second
-    reads it there and writes dz. `memory` holds states until the gradients of u and delta are written to it."""
-    B, N, E = operands.u.shape[0], *operands.pointers[2].shape
-    gate, grid = dy if z is None else z, _grid(operands.u, LANES * WARPS)
+    parts: _Parts, constants: dict[str, int], order: dict[str, bool],
+) -> None:  # fmt: skip
+    """Compute one direction's gradients. The first direction stores its output in `y`; the second reads it there and writes
+    dz. `memory` holds states until the gradients of u and delta are written to it."""
+    N, gate, programs = operands.A.shape[1], dy if z is None else z, grid(dy)
     states, rows = memory.state_buffer(N)
-    constants = operands.constants(gate, dy) | {"GATED": z is not None, "STATE_ROWS": rows}
-    _launch(
-        triton_scan.scan_forward, grid, operands.pointers, gate, dy, dy if dz is None else dz, y, states,
+    constants = constants | {"STATE_ROWS": rows}
+    launch(
+        triton_scan.scan_forward, programs, operands.pointers, gate, dy, dy if dz is None else dz, y, states,
         **constants, **order, FOR_BACKWARD=True,
     )  # fmt: skip
-    empty = functools.partial(torch.empty, dtype=torch.float32, device=operands.u.device)
-    warp_sums, dBC = empty(*grid, N, WARPS * LANES), empty(grid[0], *operands.pointers[3].shape)
-    parameters = empty(B, 2 * N + 2, E)
-    _launch(
-        triton_scan.scan_backward, grid, operands.pointers, gate, dy, states, warp_sums, tuple(memory), dBC, parameters,
-        **constants, STATES=triton.next_power_of_2(N),
+    launch(
+        triton_scan.scan_backward, programs, operands.pointers, gate, dy, states, parts.warp_sums, tuple(memory),
+        parts.dBC, parts.parameters, **constants, STATES=next_power_of_2(N),
     )  # fmt: skip
-    dA, dD, dbias = parameters[:, : N + 2].sum(0).split((N, 1, 1))
-    return [*memory, dA.t(), *operands.from_states(dBC.sum(0)), dD[0], dbias[0]]
+
+
+def _sum_parts(operands: _Operands, parts: _Parts, reverse: bool) -> list[Tensor]:
+    """The gradients of A, B, C, D and the bias."""
+    gradients = [_empty_like(x) for x in (operands.A, operands.B, operands.C, operands.D, operands.bias)]
+    programs, B, _, N, length = parts.dBC.shape
+    L, E = operands.u.shape[1:]
+    blocks = ceil_div(max(B * 2 * N * length, (N + 2) * E), SIZE)
+    launch(
+        triton_layout.sum_scan, (blocks, 2, 1), parts.dBC, parts.parameters, *gradients,
+        batch=B, E=E, L=L, N=N, LENGTH=length, REVERSE=reverse, PARTS=programs, SIZE=SIZE,
+    )  # fmt: skip
+    return gradients
 
 
 class _Conv(torch.autograd.Function):
@@ -312,10 +273,10 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
-        x = _rowwise(x)
+        x = rowwise(x)
         if x.is_cuda:
             gradients, both = any(ctx.needs_input_grad), [w is None for w in weights]
-            _compile_once(x, ("conv", *both, gradients), lambda: _launch_conv(x, weights, gradients))
+            compile_once(x, ("conv", *both, gradients), lambda: launch_conv(x, weights, gradients))
         ctx.save_for_backward(x, *weights)
         return tuple(_conv_forward(x, weights))
 
@@ -326,12 +287,19 @@ class _Conv(torch.autograd.Function):
         return tuple(_conv_backward(x, weights, dys))
 
 
+def launch_conv(x: Tensor, weights: Sequence[Tensor | None], gradients: bool) -> None:
+    """Launch all kernels of a convolution for tensors without memory."""
+    empty, without = without_memory(x), [None if w is None else without_memory(w) for w in weights]
+    outs = _conv_forward(empty, without)
+    if gradients:
+        _conv_backward(empty, without, outs)
+
+
 def _conv_forward(x: Tensor, weights: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The outputs of both directions; None for a skipped one."""
     outs = [None if weight is None else _empty_like(x) for weight in weights[::2]]
-    _launch(
-        triton_conv.conv_forward, _grid(x, LANES * WARPS, triton.cdiv(x.shape[1], ROWS)),
-        x, *_conv_pointers(weights), tuple(x if out is None else out for out in outs), x_row=x.stride(1),
+    launch(
+        triton_conv.conv_forward, grid(x, ROWS), x, *_conv_pointers(weights), _both(outs), x_row=x.stride(1),
         **_conv_constants(x, weights),
     )  # fmt: skip
     return outs
@@ -339,23 +307,28 @@ def _conv_forward(x: Tensor, weights: Sequence[Tensor | None]) -> list[Tensor | 
 
 def _conv_backward(x: Tensor, weights: Sequence[Tensor | None], dys: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients of the input, and of each direction's weight and bias."""
-    (B, L, E), constants = x.shape, _conv_constants(x, weights)
-    segments, taps = triton.cdiv(L, SEGMENT), constants["TAPS"]
-    dx, rows = _empty_like(x), tuple(x if dy is None else _rowwise(dy) for dy in dys)
-    sums = tuple(x.new_empty(B * segments, taps + 1, E, dtype=torch.float32) for _ in rows)
-    _launch(
-        triton_conv.conv_backward, _grid(x, LANES * WARPS, segments),
-        x, *_conv_pointers(weights), rows, dx, sums, x_row=x.stride(1), dy0_row=rows[0].stride(1), dy1_row=rows[1].stride(1),
-        **constants, SEGMENT=SEGMENT,
+    programs, constants = grid(x, SEGMENT), _conv_constants(x, weights)
+    _, B, segments = programs
+    E, taps = constants["E"], constants["TAPS"]
+    dx, rows = _empty_like(x), tuple(x if dy is None else rowwise(dy) for dy in dys)
+    sums = tuple(x.new_empty(B * segments, taps + 1, E, dtype=torch.float32) for w in weights[::2] if w is not None)
+    launch(
+        triton_conv.conv_backward, programs, x, *_conv_pointers(weights), rows, dx, _both(sums),
+        x_row=x.stride(1), dy0_row=rows[0].stride(1), dy1_row=rows[1].stride(1), **constants, SEGMENT=SEGMENT,
     )  # fmt: skip
-    gradients: list[Tensor | None] = [dx]
-    for weight, bias, total in zip(weights[::2], weights[1::2], sums, strict=True):
-        if weight is None or bias is None:
-            gradients += [None, None]
-        else:
-            both = total.sum(0)
-            gradients += [both[:taps].t().to(weight.dtype), both[taps].to(bias.dtype)]
-    return gradients
+    gradients = [None if w is None else _empty_like(w) for w in weights]
+    dweights, dbiases = (tuple(g for g in gradients[i::2] if g is not None) for i in range(2))
+    launch(
+        triton_layout.sum_conv, (ceil_div((taps + 1) * E, SIZE), len(sums), 1), sums, dweights, dbiases,
+        parts=B * segments, E=E, TAPS=taps, SIZE=SIZE,
+    )  # fmt: skip
+    return [dx, *gradients]
+
+
+def _both(tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """A tensor for each direction. The other direction's takes the place of a skipped one's, which is never used."""
+    present = [x for x in tensors if x is not None]
+    return present[0], present[-1]
 
 
 def _conv_constants(x: Tensor, weights: Sequence[Tensor | None]) -> dict[str, int]:
@@ -365,9 +338,9 @@ def _conv_constants(x: Tensor, weights: Sequence[Tensor | None]) -> dict[str, in
 
 
 def _conv_pointers(weights: Sequence[Tensor | None]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Both weights and both biases. Those of a skipped direction are never used: the other direction's take their place."""
-    present = [w.contiguous() for w in weights if w is not None]
-    return (present[0], present[-2]), (present[1], present[-1])
+    """Both weights, and both biases."""
+    contiguous = [None if w is None else w.contiguous() for w in weights]
+    return _both(contiguous[::2]), _both(contiguous[1::2])
 
 
 def _refuse_float64(*tensors: Tensor | None) -> None:

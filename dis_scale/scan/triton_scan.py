@@ -28,8 +28,9 @@ Pointers, (batch, time, channels) unless given otherwise. A kernel takes them in
 `gradients` is du, ddelta; `y_halves` and `h_halves` are the (high, low) pairs.
 
     u, delta        the inputs; delta is raw, without bias and softplus
-    A               A / ln 2, (N, E), float32
-    BC              B and C, (batch, 2, N, LENGTH), float32; LENGTH is L rounded up to whole chunks
+    A               (E, N)
+    BC              B and C, (batch, 2, N, LENGTH), float32; LENGTH is L rounded up to whole chunks, and the padding is zeros
+                    after the sequence, or before it if REVERSE
     D, bias         (E)
     z, dy           the gate, and the gradient of the gated output
     out             y, or the gradient of z
@@ -138,12 +139,18 @@ def _load_inputs(
 
 
 @triton.jit
-def _initial_states(A, e, inside, E: tl.constexpr, N: tl.constexpr):
+def _load_scaled(A, n, e, inside, N: tl.constexpr):
+    """Load one state's A / ln 2, for decays as powers of 2."""
+    return tl.load(A + e * N + n, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+
+
+@triton.jit
+def _initial_states(A, e, inside, N: tl.constexpr):
     """States of zero, and their A / ln 2."""
     h, A_n = (), ()
     for n in tl.static_range(N):
         h += (tl.zeros(e.shape, tl.float32),)
-        A_n += (tl.load(A + n * E + e, mask=inside, other=0.0),)
+        A_n += (_load_scaled(A, n, e, inside, N),)
     return h, A_n
 
 
@@ -179,8 +186,8 @@ def _store_halves(high, low, x_e, inside):
         tl.store(high, x_e, mask=inside)
     else:
         bits = x_e.to(tl.int32, bitcast=True)
-        tl.store(high, (bits >> 16).to(tl.int16), mask=inside)
-        tl.store(low, bits.to(tl.int16), mask=inside)
+        tl.store(high, (bits >> 16).to(tl.int16).to(high.dtype.element_ty, bitcast=True), mask=inside)
+        tl.store(low, bits.to(tl.int16).to(low.dtype.element_ty, bitcast=True), mask=inside)
 
 
 @triton.jit
@@ -188,8 +195,8 @@ def _load_halves(high, low, inside):
     if high.dtype.element_ty == tl.float32:
         return tl.load(high, mask=inside, other=0.0)
     else:
-        bits = tl.load(high, mask=inside, other=0).to(tl.int32) << 16
-        bits |= tl.load(low, mask=inside, other=0).to(tl.int32) & 0xFFFF
+        bits = tl.load(high, mask=inside, other=0.0).to(tl.int16, bitcast=True).to(tl.int32) << 16
+        bits |= tl.load(low, mask=inside, other=0.0).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         return bits.to(tl.float32, bitcast=True)
 
 
@@ -252,7 +259,7 @@ def scan_forward(
     h_high, h_low = _state_buffer(h_halves[0], h_halves[1], batch, E, L, STATE_ROWS, CHUNK)
     D_e = tl.load(D + e, mask=inside, other=0.0).to(tl.float32)
     bias_e = tl.load(bias + e, mask=inside, other=0.0).to(tl.float32)
-    h, A_n = _initial_states(A, e, inside, E, N)
+    h, A_n = _initial_states(A, e, inside, N)
     for chunk in range(CHUNKS if OUTPUT else CHUNKS - 1):
         for first in range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, L), 4):
             deltas, us = _load_inputs(u, delta, u_row, delta_row, bias_e, first, e, inside, L, REVERSE, 4)
@@ -326,7 +333,7 @@ def _load_state(
     at, after = n * E + e, inside & (first + CHUNK < L)
     start = _state_row(first // CHUNK - 1, n, L, STATE_ROWS, CHUNK, REVERSE) * E + e
     return (
-        tl.load(A + at, mask=inside, other=0.0),
+        _load_scaled(A, n, e, inside, N),
         _load_halves(h_high + start, h_low + start, inside & (first > 0)),
         tl.load(dA + at + (N + 2) * E, mask=after, other=0.0),
         tl.load(dA + at, mask=after, other=0.0),

@@ -23,8 +23,9 @@ from triton.runtime import driver
 
 from benchmarks.instructions import WORK, compiled, counted, registers
 from dis_scale.errors import UserError
-from dis_scale.scan import Direction, triton_conv, triton_scan
+from dis_scale.scan import Direction, triton_conv, triton_layout, triton_scan
 from dis_scale.scan import triton as scan_triton
+from dis_scale.scan.triton_launch import MOST_PROGRAMS, compile_together
 
 INTERPRETED = Path(__file__).parent.parent / "support" / "interpreted_triton.py"
 # Of scan_forward's four variants only the largest.
@@ -91,15 +92,16 @@ class Allocated(TorchDispatchMode):
 def test_memory_exceeds_inputs_outputs_and_gradients_by_a_tenth_at_most(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At DiS-L/2's sizes; no kernel runs. Between the passes only inputs and output are kept."""
-    monkeypatch.setattr(scan_triton, "_launch", lambda *_, **__: None)
+    """At DiS-L/2's sizes; no kernel runs. Between the passes only inputs, output, and B and C in another layout are kept."""
+    monkeypatch.setattr(scan_triton, "launch", lambda *_, **__: None)
     B, L, E, N = 32, 258, 2048, 16
     shapes = [(B, L, E), (B, L, E), (E, N), (B, L, N), (B, L, N), (E,), (E,)]
     with Allocated() as allocated:
         inputs = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in [*shapes, *shapes, (B, L, E)]]
         y = scan_triton.backend.two_way_scan(Direction(*inputs[:7]), Direction(*inputs[7:14]), inputs[14])
         needed = sum(x.nbytes for x in inputs) + y.nbytes
-        assert sum(allocated.alive.values()) == needed
+        by_state = 2 * 2 * B * N * (L + -L % scan_triton.CHUNK) * 4
+        assert sum(allocated.alive.values()) == needed + by_state
         dy = torch.empty_like(y)
         gradients = torch.autograd.grad(y, inputs, dy)
         needed += sum(x.nbytes for x in gradients) + dy.nbytes
@@ -117,9 +119,9 @@ def direction_of_meta(B: int, L: int, E: int, N: int, row: int = 0) -> Direction
 
 
 def test_sizes_beyond_a_grid_or_32_bits_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan_triton, "_launch", lambda *_, **__: None)
+    monkeypatch.setattr(scan_triton, "launch", lambda *_, **__: None)
     backend, ones = scan_triton.backend, torch.ones(1, 4, device="meta")
-    most = scan_triton.MOST_PROGRAMS
+    most = MOST_PROGRAMS
     with pytest.raises(UserError, match=r"at most 65,535 images per call, got 65,536: take smaller micro-batches"):
         backend.selective_scan(direction_of_meta(most + 1, 1, 1, 1), False)
     with pytest.raises(UserError, match=r"at most 1,048,560 steps, got 1,048,561: set the backend to chunked"):
@@ -152,7 +154,7 @@ class CompileOnly:
 
 
 def test_kernels_compile_together_and_are_those_that_a_launch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a pass without gradients, by the path of a launch: both of its kernels wait for each other."""
+    """Of a pass without gradients, by the path of a launch: both of its scans wait for each other."""
     monkeypatch.setattr(driver, "_active", CompileOnly())
     kernel, compiles = triton_scan.scan_forward, list[str]()
     monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
@@ -167,18 +169,18 @@ def test_kernels_compile_together_and_are_those_that_a_launch_takes(monkeypatch:
     monkeypatch.setattr(kernel, "compile", compile_with_the_other)
     shapes = [(1, 5, 8), (1, 5, 8), (8, 1), (1, 5, 1), (1, 5, 1), (8,), (8,)]
     inputs, z = [torch.ones(shape) for shape in shapes * 2], torch.ones(1, 5, 16)[..., 8:]
-    scan_triton._compile(lambda: scan_triton._launch_scan(False, z, inputs, gradients=False))
-    assert compiles == ["scan_forward", "scan_forward"]
-    monkeypatch.setattr(scan_triton, "_launch", lambda kernel, grid, *a, **k: kernel.warmup(*a, grid=grid, **k))
-    scan_triton._forward(False, z, inputs)
-    assert len(compiles) == 2
+    compile_together(lambda: scan_triton.launch_scan(False, z, inputs, gradients=False))
+    assert sorted(compiles) == ["by_state", "scan_forward", "scan_forward"]
+    monkeypatch.setattr(scan_triton, "launch", lambda kernel, grid, *a, **k: kernel.warmup(*a, grid=grid, **k))
+    scan_triton._forward(False, z, scan_triton._operands(False, inputs))
+    assert len(compiles) == 3
 
 
 def test_the_convolutions_kernels_compile_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "_active", CompileOnly())
-    together, compiles = threading.Barrier(2, timeout=300), list[str]()
+    together, compiles = threading.Barrier(3, timeout=300), list[str]()
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **k: compiles.append(k["fn"].name))
-    for kernel in (triton_conv.conv_forward, triton_conv.conv_backward):
+    for kernel in (triton_conv.conv_forward, triton_conv.conv_backward, triton_layout.sum_conv):
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
         kernel.device_caches[0]
 
@@ -188,8 +190,8 @@ def test_the_convolutions_kernels_compile_together(monkeypatch: pytest.MonkeyPat
 
         monkeypatch.setattr(kernel, "compile", compile_with_the_other)
     x, weights = torch.ones(1, 5, 16)[..., 8:], [torch.ones(8, 4), torch.ones(8)] * 2
-    scan_triton._compile(lambda: scan_triton._launch_conv(x, weights, gradients=True))
-    assert sorted(compiles) == ["conv_backward", "conv_forward"]
-    monkeypatch.setattr(scan_triton, "_launch", lambda kernel, grid, *a, **k: kernel.warmup(*a, grid=grid, **k))
+    compile_together(lambda: scan_triton.launch_conv(x, weights, gradients=True))
+    assert sorted(compiles) == ["conv_backward", "conv_forward", "sum_conv"]
+    monkeypatch.setattr(scan_triton, "launch", lambda kernel, grid, *a, **k: kernel.warmup(*a, grid=grid, **k))
     scan_triton._conv_backward(x, weights, scan_triton._conv_forward(x, weights))
-    assert len(compiles) == 2
+    assert len(compiles) == 3

@@ -11,7 +11,7 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from dis_scale.scan import choose
+from dis_scale.scan import choose, triton_layout
 from dis_scale.scan import triton as scan_triton
 from dis_scale.scan.selftest import verify
 from tests.scan.test_scan_admission import (
@@ -80,6 +80,14 @@ def test_a_convolution_over_several_segments() -> None:
     check_results(
         "two-way conv", sizes, torch.float32, outputs_and_gradients("two-way conv", random_tensors(sizes), "triton")
     )
+
+
+def test_sums_of_more_parts_than_are_loaded_together() -> None:
+    parts, taps, E = 2 * triton_layout.TOGETHER.value + 1, 4, 30
+    sums, weight, bias = torch.randn(parts, taps + 1, E), torch.empty(E, taps), torch.empty(E, dtype=torch.bfloat16)
+    triton_layout.sum_conv[3, 1, 1]((sums,), (weight,), (bias,), parts, E=E, TAPS=taps, SIZE=64)
+    torch.testing.assert_close(weight, sums.sum(0)[:taps].t())
+    torch.testing.assert_close(bias, sums.sum(0)[taps].bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.faults)], ids=str)

@@ -1,0 +1,123 @@
+"""Host time of the Triton backend: `python -m benchmarks.host_time [rounds]`. Needs no GPU.
+
+The time that a call keeps Python busy before the GPU can have its work. Every call takes the path of a launch, with a driver of
+an H100 that launches nothing; tensors are on the CPU and small. Not included: the CUDA driver's own time, some microseconds per
+launch. A row has the least time of all rounds, in us, and the launches: of Triton's kernels, and of PyTorch's operations that
+would launch one or more kernels on a GPU.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from dis_scale.scan import Direction
+from dis_scale.scan.triton import backend
+
+B, L, E, N, R = 2, 24, 64, 2, 4
+"""R: columns of the product before B and C, as in the mixer."""
+
+
+class NoLaunch:
+    """A driver of an H100 that compiles and launches nothing. `launches` counts."""
+
+    launches = 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+    @property
+    def utils(self) -> "NoLaunch":
+        return self
+
+    def get_device_properties(self, _: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 * 1024}
+
+    def load_binary(self, *_: Any) -> tuple[int, int, int, int, int]:
+        """Module, function, registers, spilled registers, most threads of a program."""
+        return 1, 1, 0, 0, 1024
+
+    def launcher_cls(self, *_: Any) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *_: Any) -> None:
+        self.launches += 1
+
+
+class Launches(TorchDispatchMode):
+    """Number of PyTorch's operations that are neither a view nor an allocation."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.count += not (func.is_view or "empty" in name or name == "detach")
+        return func(*args, **(kwargs or {}))
+
+
+def direction() -> Direction:
+    """Inputs of one direction as in the mixer: B and C are columns of a product, parameters float32."""
+    u, delta = (torch.randn(B, L, E, dtype=torch.bfloat16) for _ in range(2))
+    product = torch.randn(B, L, R + 2 * N, dtype=torch.bfloat16)
+    parameters = -torch.ones(E, N), torch.ones(E), torch.ones(E)
+    leaves = [x.requires_grad_() for x in (u, delta, product, *parameters)]
+    b, c = leaves[2].split((R, N, N), -1)[1:]
+    return Direction(leaves[0], leaves[1], leaves[3], b, c, leaves[4], leaves[5])
+
+
+def scan() -> tuple[Callable[[], Sequence[Tensor]], list[Tensor]]:
+    """The two-way scan, and the inputs that have gradients."""
+    front, back = direction(), direction()
+    z = torch.randn(B, L, 2 * E, dtype=torch.bfloat16)[..., E:].requires_grad_()
+    return lambda: [backend.two_way_scan(front, back, z)], [*front, *back, z]
+
+
+def conv() -> tuple[Callable[[], Sequence[Tensor]], list[Tensor]]:
+    x = torch.randn(B, L, 2 * E, dtype=torch.bfloat16)[..., :E].requires_grad_()
+    weights = [torch.ones(shape).requires_grad_() for shape in ((E, 4), (E,)) * 2]
+    return lambda: backend.two_way_conv_silu(x, *weights), [x, *weights]
+
+
+def least_us(job: Callable[[], Any], rounds: int) -> float:
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        job()
+        times.append(time.perf_counter() - began)
+    return 1e6 * min(times)
+
+
+def main(rounds: int = 1000) -> None:
+    torch.set_num_threads(1)
+    driver.set_active(none := NoLaunch())
+    for name, (forward, inputs) in {"two-way scan": scan(), "two-way convolution": conv()}.items():
+        dys = [torch.ones_like(y) for y in forward()]
+        for passes, job in {
+            "forward": forward,
+            "forward and backward": lambda f=forward, i=inputs, d=dys: torch.autograd.grad(f(), i, d),
+        }.items():
+            job()
+            none.launches = 0
+            with Launches() as operations:
+                job()
+            counts = {"kernels": none.launches, "operations": operations.count}
+            print(
+                json.dumps({"name": f"{name}, {passes}", "us": round(least_us(job, rounds), 1), **counts}), flush=True
+            )
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,88 @@
+"""The Triton backend's small kernels before and after the scan and the convolution, which triton.py launches.
+
+`by_state` brings B and C into the layout of the scan's kernels. `sum_scan` and `sum_conv` sum what the backward passes stored
+in parts, always in the same order, and write the gradients in the inputs' types and layouts. One program computes SIZE numbers.
+Names are those of triton_scan.py and triton_conv.py.
+"""
+
+import triton
+import triton.language as tl
+
+TOGETHER = tl.constexpr(8)
+"""Parts that are loaded at the same time."""
+
+
+@triton.jit
+def _padding(L: tl.constexpr, LENGTH: tl.constexpr, REVERSE: tl.constexpr):
+    """Position of the first step in a padded sequence: the padding is where the direction ends."""
+    return LENGTH - L if REVERSE else 0
+
+
+@triton.jit
+def by_state(
+    inputs, outs, rows: tl.constexpr, L: tl.constexpr, N: tl.constexpr, LENGTH: tl.constexpr, REVERSE: tl.constexpr,
+    STATES: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Copy (batch, L, N) to (batch, 2, N, LENGTH) in float32, padded with zeros: B and C of each direction.
+
+    `inputs` is B and C of the first direction, then of the second one; `rows` the distances between their rows. `outs` has a
+    tensor per direction. REVERSE is the first direction's.
+    """
+    step, n = tl.program_id(0) * SIZE + tl.arange(0, SIZE)[None, :], tl.arange(0, STATES)[:, None]
+    batch = tl.program_id(1).to(tl.int64)
+    for i in tl.static_range(len(inputs)):
+        if tl.program_id(2) == i:
+            t = step - _padding(L, LENGTH, (i < 2) == REVERSE)
+            x = inputs[i] + (batch * L + t) * rows[i] + n
+            x = tl.load(x, mask=(t >= 0) & (t < L) & (n < N), other=0.0).to(tl.float32)
+            tl.store(outs[i // 2] + ((batch * 2 + i % 2) * N + n) * LENGTH + step, x, mask=(step < LENGTH) & (n < N))
+
+
+@triton.jit
+def _sum_parts(parts, i, inside, count, size):
+    """Sum the numbers at `i` of `count` parts, which are `size` numbers apart."""
+    total, k = tl.zeros(i.shape, tl.float32), 0
+    while k < count:  # the interpreter's `range` takes no tensor
+        for j in tl.static_range(TOGETHER):
+            total += tl.load(parts + (k + j) * size + i, mask=inside & (k + j < count), other=0.0)
+        k += TOGETHER
+    return total
+
+
+@triton.jit
+def _store(out, at, total, inside):
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def sum_scan(
+    dBC, parameters, dA, dB, dC, dD, dbias, batch, E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, LENGTH: tl.constexpr,
+    REVERSE: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Sum one direction's gradients of B and C over PARTS programs (axis 1: 0), and of the parameters over the batch (1)."""
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    if tl.program_id(1) == 0:
+        size = batch.to(tl.int64) * (2 * N * LENGTH)
+        total = _sum_parts(dBC, i, i < size, PARTS, size)
+        t, n, which = i % LENGTH - _padding(L, LENGTH, REVERSE), i // LENGTH % N, i // (LENGTH * N) % 2
+        at, inside = (i // (2 * N * LENGTH) * L + t) * N + n, (i < size) & (t >= 0) & (t < L)
+        _store(dB, at, total, inside & (which == 0))
+        _store(dC, at, total, inside & (which == 1))
+    else:
+        total = _sum_parts(parameters, i, i < (N + 2) * E, batch, (2 * N + 2) * E)
+        n, e = i // E, i % E
+        _store(dA, e * N + n, total, n < N)
+        _store(dD, e, total, n == N)
+        _store(dbias, e, total, n == N + 1)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def sum_conv(sums, dweights, dbiases, parts, E: tl.constexpr, TAPS: tl.constexpr, SIZE: tl.constexpr):
+    """Sum the gradients of weights and biases over parts, for each direction (axis 1)."""
+    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    for way in tl.static_range(len(sums)):
+        if tl.program_id(1) == way:
+            total = _sum_parts(sums[way], i, i < (TAPS + 1) * E, parts, (TAPS + 1) * E)
+            k, e = i // E, i % E
+            _store(dweights[way], e * TAPS + k, total, k < TAPS)
+            _store(dbiases[way], e, total, k == TAPS)
