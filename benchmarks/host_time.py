@@ -100,7 +100,7 @@ def least_us(job: Callable[[], Any], rounds: int) -> float:
     return 1e6 * min(times)
 
 
-def main(rounds: int = 1000) -> None:
+def main(rounds: int = 3000) -> None:
     torch.set_num_threads(1)
     driver.set_active(none := NoLaunch())
     for name, (forward, inputs) in {"two-way scan": scan(), "two-way convolution": conv()}.items():

@@ -112,15 +112,20 @@ def registers(program: Any) -> Registers:
     return Registers(int(usage[1]), int(usage[2]))
 
 
+def code(program: Any) -> list[tuple[str, int]]:
+    """A kernel's instructions in order, and how many loops each one is in."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9]+)(.*?);", disassembled(program, "-sass"))
+    operations = [(int(at, 16), op, rest) for at, op, rest in lines if op != "NOP"]
+    targets = [(at, re.search(r"0x([0-9a-f]+)", rest)) for at, op, rest in operations if op == "BRA"]
+    loops = [(int(to[1], 16), at) for at, to in targets if to and int(to[1], 16) < at]
+    return [(op, sum(begin <= at <= end for begin, end in loops)) for at, op, _ in operations]
+
+
 def counted(program: Any, work: dict[int, int]) -> dict[str, float]:
     """Cycles per unit of work and warp: in total and by unit. `work` has the units of each depth of loops that counts."""
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9]+)(.*?);", disassembled(program, "-sass"))
-    code = [(int(at, 16), op, rest) for at, op, rest in lines if op != "NOP"]
-    targets = [(at, re.search(r"0x([0-9a-f]+)", rest)) for at, op, rest in code if op == "BRA"]
-    loops = [(int(to[1], 16), at) for at, to in targets if to and int(to[1], 16) < at]
     cycles = {"issued": 0.0, "MUFU": 0.0, "LSU": 0.0}
-    for at, op, _ in code:
-        if units := work.get(sum(begin <= at <= end for begin, end in loops)):
+    for op, depth in code(program):
+        if units := work.get(depth):
             cycles["issued"] += 1 / units
             if unit := UNITS.get(op):
                 cycles[unit] += CYCLES[unit] / units

@@ -134,7 +134,7 @@ def _operands(reverse: bool, inputs: Sequence[Tensor]) -> list[_Operands]:
 def _by_state(reverse: bool, directions: Sequence[Direction]) -> list[Tensor]:
     """B and C of each direction as (B, 2, N, L) in float32, steps contiguous, padded with zeros to complete chunks."""
     both = tuple(rowwise(x) for direction in directions for x in (direction.B_BLN, direction.C_BLN))
-    B, L, N = both[0].shape
+    (_, B, _), (L, N) = grid(both[0]), both[0].shape[1:]
     length = ceil_div(L, CHUNK) * CHUNK
     outs = [both[0].new_empty(B, 2, N, length, dtype=torch.float32) for _ in directions]
     launch(

@@ -125,17 +125,12 @@ def _load_steps(x, first, e, STEPS: tl.constexpr, LENGTH: tl.constexpr, REVERSE:
 
 
 @triton.jit
-def _load_inputs(
-    u, delta, u_row, delta_row, bias_e, first, e, inside,
-    L: tl.constexpr, REVERSE: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """Load u and compute delta, step by step; delta is zero past the end."""
-    deltas, us = (), ()
-    for j in tl.static_range(STEPS):
-        raw_e = _load(delta, delta_row, first, j, e, inside, L, REVERSE) + bias_e
-        deltas += (tl.where(inside & (first + j < L), _softplus(raw_e), 0.0),)
-        us += (_load(u, u_row, first, j, e, inside, L, REVERSE),)
-    return deltas, us
+def _step_sizes(raws, bias_e, first, inside, L: tl.constexpr):
+    """Compute delta from its raw values; zeros past the end."""
+    deltas = ()
+    for j in tl.static_range(len(raws)):
+        deltas += (tl.where(inside & (first + j < L), _softplus(raws[j] + bias_e), 0.0),)
+    return deltas
 
 
 @triton.jit
@@ -215,27 +210,45 @@ def _state_row(chunk, n, L: tl.constexpr, STATE_ROWS: tl.constexpr, CHUNK: tl.co
 
 
 @triton.jit
+def _load_group(
+    u, delta, z, dy, y_high, y_low, u_row, delta_row, z_row, dy_row, first, e, inside, E: tl.constexpr, L: tl.constexpr,
+    REVERSE: tl.constexpr, SECOND: tl.constexpr, GATE: tl.constexpr, FOR_BACKWARD: tl.constexpr, STEPS: tl.constexpr = 4,
+):  # fmt: skip
+    """Load what a group of steps needs: raw delta, u, and for the output the first direction's y, z, and z's gradient's dy."""
+    raws, us, ys, zs, dys = (), (), (), (), ()
+    for j in tl.static_range(STEPS):
+        raws += (_load(delta, delta_row, first, j, e, inside, L, REVERSE),)
+        us += (_load(u, u_row, first, j, e, inside, L, REVERSE),)
+        if SECOND:
+            high, low = _address(y_high, E, first, j, e, L, REVERSE), _address(y_low, E, first, j, e, L, REVERSE)
+            ys += (_load_halves(high, low, inside & (first + j < L)),)
+        if GATE:
+            zs += (_load(z, z_row, first, j, e, inside, L, REVERSE),)
+            if FOR_BACKWARD:
+                dys += (_load(dy, dy_row, first, j, e, inside, L, REVERSE),)
+    return raws, us, ys, zs, dys
+
+
+@triton.jit
 def _store_output(
-    ys, z, dy, out, y_high, y_low, z_row, dy_row, first, e, inside, E: tl.constexpr, L: tl.constexpr,
-    REVERSE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, GATED: tl.constexpr, FOR_BACKWARD: tl.constexpr,
+    ys, first_ys, zs, dys, out, y_high, y_low, first, e, inside, E: tl.constexpr, L: tl.constexpr,
+    REVERSE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, GATE: tl.constexpr, FOR_BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Store y for the second direction; or add the first direction's y, gate it, and store y or z's gradient."""
     for j in tl.static_range(len(ys)):
-        y_e, valid = ys[j], inside & (first + j < L)
-        high, low = _address(y_high, E, first, j, e, L, REVERSE), _address(y_low, E, first, j, e, L, REVERSE)
+        y_e = ys[j]
+        if SECOND:
+            y_e += first_ys[j]
+        if GATE:
+            gate = sigmoid(zs[j])
+            if FOR_BACKWARD:
+                y_e *= dys[j] * gate * (1.0 + zs[j] * (1.0 - gate))
+            else:
+                y_e *= zs[j] * gate
         if FIRST:
-            _store_halves(high, low, y_e, valid)
+            high, low = _address(y_high, E, first, j, e, L, REVERSE), _address(y_low, E, first, j, e, L, REVERSE)
+            _store_halves(high, low, y_e, inside & (first + j < L))
         else:
-            if SECOND:
-                y_e += _load_halves(high, low, valid)
-            if GATED:
-                z_e = _load(z, z_row, first, j, e, inside, L, REVERSE)
-                gate = sigmoid(z_e)
-                if FOR_BACKWARD:
-                    dy_e = _load(dy, dy_row, first, j, e, inside, L, REVERSE)
-                    y_e *= dy_e * gate * (1.0 + z_e * (1.0 - gate))
-                else:
-                    y_e *= z_e * gate
             _store(out, E, first, j, e, y_e, inside, L, REVERSE)
 
 
@@ -252,6 +265,7 @@ def scan_forward(
     inside, rows = e < E, batch * L  # the only 64-bit number: within a batch row, distances fit 32 bits
     CHUNKS: tl.constexpr = (L + CHUNK - 1) // CHUNK
     OUTPUT: tl.constexpr = GATED or not FOR_BACKWARD
+    GATE: tl.constexpr = GATED and not FIRST
     u, delta, A, BC, D, bias = inputs
     u, delta, BC = u + rows * u_row, delta + rows * delta_row, BC + batch * (2 * N * CHUNKS * CHUNK)
     z, dy, out = z + rows * z_row, dy + rows * dy_row, out + rows * E
@@ -262,12 +276,16 @@ def scan_forward(
     h, A_n = _initial_states(A, e, inside, N)
     for chunk in range(CHUNKS if OUTPUT else CHUNKS - 1):
         for first in range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, L), 4):
-            deltas, us = _load_inputs(u, delta, u_row, delta_row, bias_e, first, e, inside, L, REVERSE, 4)
+            raws, us, first_ys, zs, dys = _load_group(
+                u, delta, z, dy, y_high, y_low, u_row, delta_row, z_row, dy_row, first, e, inside, E, L,
+                REVERSE, SECOND, GATE, FOR_BACKWARD,
+            )  # fmt: skip
+            deltas = _step_sizes(raws, bias_e, first, inside, L)
             h, ys = _advance(h, A_n, BC, D_e, deltas, us, first, e, CHUNKS * CHUNK, REVERSE, OUTPUT)
             if OUTPUT:
                 _store_output(
-                    ys, z, dy, out, y_high, y_low, z_row, dy_row, first, e, inside, E, L,
-                    REVERSE, FIRST, SECOND, GATED, FOR_BACKWARD,
+                    ys, first_ys, zs, dys, out, y_high, y_low, first, e, inside, E, L,
+                    REVERSE, FIRST, SECOND, GATE, FOR_BACKWARD,
                 )  # fmt: skip
         if FOR_BACKWARD:
             for n in tl.static_range(N):
@@ -406,8 +424,11 @@ def scan_backward(
     dD_e, dbias_e = tl.zeros_like(D_e), tl.zeros_like(D_e)
     for k in range(CHUNKS):
         first = (CHUNKS - 1 - k) * CHUNK
-        deltas, us = _load_inputs(u, delta, u_row, delta_row, bias_e, first, e, inside, L, REVERSE, CHUNK)
-        delta_us, dys, d_delta_us, d_deltas = (), (), (), ()
+        raws, us, delta_us, dys, d_delta_us, d_deltas = (), (), (), (), (), ()
+        for j in tl.static_range(CHUNK):
+            raws += (_load(delta, delta_row, first, j, e, inside, L, REVERSE),)
+            us += (_load(u, u_row, first, j, e, inside, L, REVERSE),)
+        deltas = _step_sizes(raws, bias_e, first, inside, L)
         for j in tl.static_range(CHUNK):
             dy_e = _load(dy, dy_row, first, j, e, inside, L, REVERSE)
             if GATED:

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from benchmarks.instructions import WORK, compiled, counted, registers
+from benchmarks.instructions import WORK, code, compiled, counted, registers
 from dis_scale.errors import UserError
 from dis_scale.scan import Direction, triton_conv, triton_layout, triton_scan
 from dis_scale.scan import triton as scan_triton
@@ -61,6 +61,13 @@ def test_the_instructions_are_counted() -> None:
     assert 20 < cycles["issued"] < 32
     assert cycles["MUFU"] == pytest.approx(10)
     assert 8 < cycles["LSU"] < 16
+
+
+def test_no_load_of_a_group_of_steps_waits_for_a_store() -> None:
+    """A thread waits for memory once for all steps of a group: a load cannot move above a store that may be to its address."""
+    group = [op for op, depth in code(compiled("scan_forward, second, for backward", 90, "bf16")) if depth == 2]
+    assert "LDG" in group[: group.index("STG")]
+    assert "LDG" not in group[group.index("STG") :]
 
 
 def test_the_convolutions_instructions_are_counted() -> None:
@@ -119,13 +126,15 @@ def direction_of_meta(B: int, L: int, E: int, N: int, row: int = 0) -> Direction
 
 
 def test_sizes_beyond_a_grid_or_32_bits_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan_triton, "launch", lambda *_, **__: None)
+    launched = list[str]()
+    monkeypatch.setattr(scan_triton, "launch", lambda kernel, *_, **__: launched.append(kernel.__name__))
     backend, ones = scan_triton.backend, torch.ones(1, 4, device="meta")
     most = MOST_PROGRAMS
     with pytest.raises(UserError, match=r"at most 65,535 images per call, got 65,536: take smaller micro-batches"):
         backend.selective_scan(direction_of_meta(most + 1, 1, 1, 1), False)
     with pytest.raises(UserError, match=r"at most 1,048,560 steps, got 1,048,561: set the backend to chunked"):
         backend.causal_conv_silu(torch.ones(1, 1_048_561, 1, device="meta"), ones, ones[0, :1], False)
+    assert not launched
     with pytest.raises(
         UserError, match=r"fewer than 2\*\*31 numbers, got 4,096 rows of 524,288: set the backend to ch"
     ):
