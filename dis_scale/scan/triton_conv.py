@@ -66,13 +66,11 @@ def _convolved(x_t, taps, i, SIGN: tl.constexpr):
 
 @triton.jit
 def _store_outputs(
-    x_t, weight, bias, out, first, e, inside,
-    E: tl.constexpr, L: tl.constexpr, SIGN: tl.constexpr, ROWS: tl.constexpr, TAPS: tl.constexpr,
-):  # fmt: skip
+    x_t, taps, out, first, e, inside, E: tl.constexpr, L: tl.constexpr, SIGN: tl.constexpr, ROWS: tl.constexpr
+):
     """Convolution and SiLU of one direction."""
-    taps = _load_taps(weight, bias, e, inside, TAPS)
     for j in tl.static_range(ROWS):
-        total_e = _convolved(x_t, taps, j + TAPS - 1, SIGN)
+        total_e = _convolved(x_t, taps, j + len(taps) - 2, SIGN)
         _store_step(out, first, j, e, total_e * sigmoid(total_e), inside, E, L)
 
 
@@ -84,11 +82,13 @@ def conv_forward(
     """Convolution and SiLU of one group of steps, in one or both directions."""
     e, rows = tl.program_id(0) * LANES + tl.arange(0, LANES), tl.program_id(1).to(tl.int64) * L
     inside, first = e < E, tl.program_id(2) * ROWS
+    taps0 = _load_taps(weights[0], biases[0], e, inside, TAPS)
+    taps1 = _load_taps(weights[1], biases[1], e, inside, TAPS)  # before the first store, which a load would wait for
     x_t = _load_steps(x + rows * x_row, x_row, first, e, inside, L, 1 - TAPS, ROWS + TAPS - 1)
     if FORWARD:
-        _store_outputs(x_t, weights[0], biases[0], outs[0] + rows * E, first, e, inside, E, L, 1, ROWS, TAPS)
+        _store_outputs(x_t, taps0, outs[0] + rows * E, first, e, inside, E, L, 1, ROWS)
     if BACKWARD:
-        _store_outputs(x_t, weights[1], biases[1], outs[1] + rows * E, first, e, inside, E, L, -1, ROWS, TAPS)
+        _store_outputs(x_t, taps1, outs[1] + rows * E, first, e, inside, E, L, -1, ROWS)
 
 
 @triton.jit
