@@ -44,8 +44,8 @@ def _sum_parts(parts, i, inside, count, size):
     total, k = tl.zeros(i.shape, tl.float32), 0
     while k < count:  # the interpreter's `range` takes no tensor
         for j in tl.static_range(TOGETHER):
-            total += tl.load(parts + (k + j) * size + i, mask=inside & (k + j < count), other=0.0)
-        k += TOGETHER
+            total += tl.load(parts + j * size + i, mask=inside & (k + j < count), other=0.0)
+        parts, k = parts + TOGETHER * size, k + TOGETHER  # a pointer has 64 bits
     return total
 
 
