@@ -149,6 +149,12 @@ class DiffuSsm(BackboneSettings):
             raise ValueError(f"position sine needs a width that is a multiple of 4, got {self.width}")
         return self
 
+    @model_validator(mode="after")
+    def _time_steps_rise(self) -> Self:
+        if self.dt_min >= self.dt_max:
+            raise ValueError(f"dt_min {self.dt_min:g} is not below dt_max {self.dt_max:g}: exchange them")
+        return self
+
 
 class Dit(BackboneSettings):
     """DiT, the baseline: attention with adaLN-Zero (arXiv 2212.09748)."""
@@ -163,6 +169,8 @@ class Dit(BackboneSettings):
     def _heads_divide_width(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}: choose heads that divide it")
+        if self.width % 4:
+            raise ValueError(f"DiT's table of positions needs a width that is a multiple of 4, got {self.width}")
         return self
 
     @property

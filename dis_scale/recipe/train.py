@@ -14,7 +14,7 @@ class Gaussian(Settings):
     kind: Literal["gaussian"]
     betas: Literal["linear", "cosine"] = "linear"
     steps: Count = 1000
-    min_snr_gamma: float | None = None
+    min_snr_gamma: float | None = Field(None, gt=0)
     """Weight the MSE by min(SNR, gamma) / SNR (Hang et al. 2023)."""
     stratified: bool = False
     """Spread the times evenly over the batch: one in each of as many equal parts as it has images. Less noise in the loss."""

@@ -63,6 +63,15 @@ def test_a_stored_recipe_is_read_back_unchanged(tiny: Recipe) -> None:
         ),
         ("train.cooldowns=[320]", "train.cooldowns: got [320], expected image counts and a share"),
         ("train.cooldowns={images: [16]}", "models.dis-at-16.branch.at: got 0"),
+        (
+            "models.dit={kind: dit, width: 6, depth: 1, heads: 2, patch: 4}",
+            "needs a width that is a multiple of 4, got 6",
+        ),
+        (
+            "models.dit={kind: diffussm, width: 16, depth: 1, dt_min: 0.1, dt_max: 0.01}",
+            "dt_min 0.1 is not below dt_max 0.01",
+        ),
+        ("diffusion.min_snr_gamma=0", "diffusion.min_snr_gamma: got 0, expected: greater than 0"),
         ("models.dit.seeds=0", "models.dit.seeds: got 0, expected: a number of trainings"),
         ("data.num_classes=9", "the digits have 10 classes, got 9"),
         ("format=7", "this version reads recipes of format 2, got format 7"),
@@ -338,6 +347,12 @@ def test_a_models_own_decay_may_not_end_elsewhere() -> None:
     assert identity_differences(begun, longer) == [
         "models.dis.train.publish_images: the linear decay ends at 320, given 640"
     ]
+
+
+def test_a_cooldown_needs_a_trunk_at_a_constant_rate() -> None:
+    words = r"models.dis-at-160.branch: the rate of dis decays itself \(train.decay linear\), so a cooldown would raise it again"
+    with pytest.raises(UserError, match=words):
+        reading.load(TINY, ["train.decay=linear", "train.cooldowns={images: [160]}"])
 
 
 def test_cooldowns_are_branches_of_each_model() -> None:
