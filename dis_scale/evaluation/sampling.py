@@ -176,14 +176,16 @@ def labels_of(sweep: Sweep) -> np.ndarray:
 
 
 def sample_labels(recipe: Recipe, counts: Sequence[int]) -> np.ndarray:
-    """Return labels (samples) as frequent as in the training set's `counts`; more samples only append labels.
+    """Return labels (samples) as frequent as in the training set's `counts`, or equally so; more samples only append labels.
 
     Balanced labels follow steps of the golden ratio (a Kronecker sequence), so any range of samples has nearly the right shares:
     random labels add noise to every distance.
     """
     random, samples = seeds.generator("sample labels", recipe.seed), recipe.evaluate.samples
-    points = random.random(samples) if recipe.evaluate.labels == "random" else _kronecker(random.random(), samples)
-    return np.searchsorted(np.cumsum(counts) / np.sum(counts), points, side="right")
+    labels = recipe.evaluate.labels
+    points = _kronecker(random.random(), samples) if labels == "balanced" else random.random(samples)
+    shares = np.ones(len(counts)) if labels == "uniform" else np.asarray(counts)
+    return np.searchsorted(np.cumsum(shares) / np.sum(shares), points, side="right")
 
 
 def _kronecker(start: float, count: int) -> np.ndarray:

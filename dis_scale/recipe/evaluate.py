@@ -95,9 +95,9 @@ class Evaluate(Settings):
     """Sample from the rebuilt power-function average of this relative width; default: from the exponential average."""
     precision: InferencePrecision = "fp32"
     """Precision of the model's products while it samples; decoding and features are float32."""
-    labels: Literal["balanced", "random"] = "balanced"
-    """Labels of the samples, as frequent as in the training set: in equal shares in any range of samples, or independent of each
-    other, as in published results, which adds noise to a distance."""
+    labels: Literal["balanced", "random", "uniform"] = "balanced"
+    """Labels of the samples: as frequent as in the training set, in nearly these shares in any range of samples, or independent
+    of each other; or independent and all equally likely, as in published results. Independent labels add noise to a distance."""
     variants: dict[Name, Variant] = Field(default_factory=dict, json_schema_extra={"role": "extent"})
     """Further sampling settings for each checkpoint; each gives a metric of its own, `<metric>/<name>`."""
     order: Literal["oldest_first", "newest_first"] = runtime("oldest_first")

@@ -125,6 +125,12 @@ def test_random_labels_have_the_shares_of_training_and_the_noise_of_chance(recip
     np.testing.assert_array_equal(sample_labels(fewer, counts), labels[:70])
 
 
+def test_uniform_labels_are_equally_likely_whatever_the_training_set_has() -> None:
+    many = reading.load(TINY, ["evaluate.samples=20000", "evaluate.labels=uniform"])
+    labels = sample_labels(many, [0, 300, 100, 0, 600, 0, 0, 0, 0, 0])
+    np.testing.assert_allclose(np.bincount(labels, minlength=10) / 20000, 0.1, atol=0.01)
+
+
 def _balanced(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"labels": "balanced"})})
 
