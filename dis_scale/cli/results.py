@@ -54,10 +54,11 @@ def compare(
     if figure:
         from dis_scale.report import figures
 
+        unlike = comparison.unlike_words(first, second, comparison.differences(first, second, pairs))
         kind = figure.suffix.removeprefix(".")
         if kind not in figures.FORMATS:
             raise UserError(f"--figure {figure}: expected a file that ends in {' or '.join(figures.FORMATS)}")
-        figure.write_bytes(figures.render(figures.both(first, second))[kind])
+        figure.write_bytes(figures.render(figures.both(first, second, unlike))[kind])
         say(f"figure   {figure}")
 
 

@@ -18,7 +18,9 @@ def write(sweep: Sweep, model: str, images_seen: int, setting: str, values: Sequ
     title = f"{model} after {images_seen:,} images: {metric}"
     distances, errors = [m[metric] for m in metrics], [m.get(f"{metric}_error") for m in metrics]
     name = f"{setting.replace('_', '-')}-{model}-{images_name(images_seen)}"
-    figure = figures.curve(title, metric, setting, values, distances, [error or 0.0 for error in errors])
+    figure = figures.curve(
+        title, metric, setting, values, distances, [float("nan") if error is None else error for error in errors]
+    )
     files = {f"{name}.{ending}": data for ending, data in figures.render(figure).items()}
     for file, data in (files | {f"{name}.csv": _csv(setting, values, metrics)}).items():
         sweep.report.write(file, data)

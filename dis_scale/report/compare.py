@@ -52,16 +52,19 @@ def by_name(a: Report, b: Report) -> dict[str, str]:
 
 
 def by_cost(a: Report, b: Report) -> dict[str, str]:
-    """Return, for each model of `a`, that of `b` nearest in multiply-adds, if it is within `ALIKE` and in no other pair.
+    """Return pairs of models of `a` and `b`, the nearest in multiply-adds first, as far as they are within `ALIKE`.
 
     Branches are paired with branches that end at the same count.
     """
+    ours, theirs = ({p.group: p for p in report.points} for report in (a, b))
+    near = sorted(
+        (max(p.gmacs, q.gmacs) / min(p.gmacs, q.gmacs), name, other)
+        for name, p in ours.items() for other, q in theirs.items() if _end(a, p) == _end(b, q)
+    )  # fmt: skip
     pairs: dict[str, str] = {}
-    for name, p in {p.group: p for p in a.points}.items():
-        others = {q.group: q for q in b.points if q.group not in pairs.values() and _end(b, q) == _end(a, p)}
-        near = sorted(others, key=lambda other: abs(others[other].gmacs - p.gmacs))
-        if near and abs(others[near[0]].gmacs - p.gmacs) <= ALIKE * p.gmacs:
-            pairs[name] = near[0]
+    for ratio, name, other in near:
+        if ratio <= 1 + ALIKE and name not in pairs and other not in pairs.values():
+            pairs[name] = other
     return pairs
 
 
@@ -134,7 +137,10 @@ def _notes(a: Report, b: Report, found: list[Difference]) -> list[str]:
     """Return the table's footnotes: what the errors hold, points of one sweep only, and all other differences."""
     lines = []
     if any(each.over_seeds for each in found):
-        lines.append("bold: Welch's test over the seeds refuses at 5 % that both are equal")
+        lines.append(
+            "bold: Welch's test refuses at 5 % that both are equal; its errors are those over the seeds and that of sampling, "
+            "whose noise and labels a model's seeds share"
+        )
     if not all(each.over_seeds for each in found):
         shared = ", and both sweeps share their noise" if a.recipe.seed == b.recipe.seed else ""
         lines.append(
@@ -148,8 +154,13 @@ def _notes(a: Report, b: Report, found: list[Difference]) -> list[str]:
         lines.append(f"{alone} points are in one sweep only")
     if a.vae and b.vae and a.vae != b.vae:
         lines.append(f"VAE differs: {a.vae[:12]} and {b.vae[:12]}")
+    return lines + unlike_words(a, b, found)
+
+
+def unlike_words(a: Report, b: Report, found: list[Difference]) -> list[str]:
+    """Return a line for each setting that differs between the points of these differences."""
     unlike = {line for difference in found for line in _unlike(a, b, difference)}
-    return lines + [f"{key} differs: {x} and {y}" for key, x, y in sorted(unlike)]
+    return [f"{key} differs: {x} and {y}" for key, x, y in sorted(unlike)]
 
 
 def _unlike(a: Report, b: Report, pair: Difference) -> Iterator[tuple[str, str, str]]:
@@ -158,6 +169,7 @@ def _unlike(a: Report, b: Report, pair: Difference) -> Iterator[tuple[str, str, 
     mine, theirs = x.train_of(pair.a.model), y.train_of(pair.b.model)
     settings = (
         ("data", x.data, y.data),
+        ("precompute", x.precompute, y.precompute),
         ("diffusion", x.diffusion, y.diffusion),
         ("train", mine, theirs),
         (f"models.{pair.a.model}", x.models[pair.a.model], y.models[pair.b.model]),
@@ -171,5 +183,5 @@ def _unlike(a: Report, b: Report, pair: Difference) -> Iterator[tuple[str, str, 
     if mine.images != theirs.images and {mine.decay, theirs.decay} != {"none"}:
         yield "end of the schedule", f"{mine.images:,}", f"{theirs.images:,}"
     for key in FACTS:
-        if (one := str(pair.a.facts.get(key))) != (other := str(pair.b.facts.get(key))):
-            yield key, one, other
+        if (one := pair.a.facts.get(key)) != (other := pair.b.facts.get(key)):
+            yield key, in_recipe(one), in_recipe(other)

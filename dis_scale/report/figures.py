@@ -15,8 +15,11 @@ from matplotlib.transforms import Bbox
 from dis_scale.report import fits, isoflop
 from dis_scale.report.points import HELD_OUT, Point, Report
 from dis_scale.report.published import PUBLISHED
+from dis_scale.report.published import SAMPLERS as PUBLISHED_SAMPLERS
 from dis_scale.tracking.goodput import SAMPLED_ON, TRAINED_ON
 
+HOLLOW = 3
+"""Above the filled markers, which error bars draw at 2.1."""
 MARKERS = {"dis": "o", "diffussm": "^", "dit": "s"}
 LINES = {"dis": "-", "diffussm": "-.", "dit": "--"}
 PUBLISHED_MARKERS = {"DiT": "1", "SiT": "2", "DiG": "3"}
@@ -41,21 +44,25 @@ def gflops_distance(report: Report, published: bool = False) -> Figure:
             _line(axes, report, family, kind, str(shade), "" if unnamed else f"{kind} at {images:,}", "gmacs")
     _fit(axes, report)
     if published:
-        _published(axes)
+        _published(axes, {p.facts["sampler"] for p in report.main})
     drawn = [p for images in report.counts for kind in report.families for p in report.family(kind, images)]
     _name_last(axes, report, drawn)
     return _remove_overlapping(_finish(figure, axes, report), axes)
 
 
-def both(a: Report, b: Report) -> Figure:
-    """Plot Gflops against distance of two sweeps at the last count of each: the second's lines are grey."""
+def both(a: Report, b: Report, unlike: Sequence[str] = ()) -> Figure:
+    """Plot Gflops against distance of two sweeps at the last count of each: the second's lines are grey.
+
+    What is `unlike` is written below, since figures leave their tables. A floor is drawn if it is that of both.
+    """
     figure, axes = _axes(a, GFLOPS)
     axes.set_title(f"{a.sweep} and {b.sweep}")
     for report, shade in ((a, "0.0"), (b, "0.6")):
         for kind in report.families if report.counts else []:
             last = report.counts[-1]
             _line(axes, report, report.family(kind, last), kind, shade, f"{report.sweep}: {kind} at {last:,}", "gmacs")
-    return _finish(figure, axes, a)
+    figure.supxlabel("\n".join(unlike), fontsize=7)
+    return _finish(figure, axes, replace(a, floors=[floor for floor in a.floors if floor in b.floors]))
 
 
 def compute_distance(report: Report) -> Figure:
@@ -314,8 +321,9 @@ def _line(axes: Axes, report: Report, points: list[Point], kind: str, shade: str
         axes.errorbar(x, y, errors, marker=MARKERS[kind], linestyle=LINES[kind], capsize=2, color=shade, label=label)
         if hollow := [i for i, p in enumerate(points) if p.unfinished]:
             axes.plot(
-                [x[i] for i in hollow], [y[i] for i in hollow], MARKERS[kind], color=shade, markerfacecolor="white"
-            )
+                [x[i] for i in hollow], [y[i] for i in hollow], MARKERS[kind], color=shade, markerfacecolor="white",
+                zorder=HOLLOW,
+            )  # fmt: skip
 
 
 def _fit(axes: Axes, report: Report) -> None:
@@ -325,14 +333,14 @@ def _fit(axes: Axes, report: Report) -> None:
         axes.plot(costs, law.at(costs), color="black", linewidth=0.8, linestyle=(0, (1, 3)), label=f"fit: {kind}")
 
 
-def _published(axes: Axes) -> None:
-    """Plot published results as markers without a line."""
+def _published(axes: Axes, samplers: set[str]) -> None:
+    """Plot published results of these samplers as markers without a line."""
     for family, marker in PUBLISHED_MARKERS.items():
-        points = [p for p in PUBLISHED if p.family == family]
-        axes.plot(
-            [p.gmacs for p in points], [p.fid for p in points], marker, color="black", markersize=9,
-            label=f"{family}, published (ImageNet 256, 102.4M images, no guidance)",
-        )  # fmt: skip
+        if points := [p for p in PUBLISHED if p.family == family and PUBLISHED_SAMPLERS[family] in samplers]:
+            axes.plot(
+                [p.gmacs for p in points], [p.fid for p in points], marker, color="black", markersize=9,
+                label=f"{family}, published (ImageNet 256, 102.4M images, no guidance, uniform labels, ADM's reference)",
+            )  # fmt: skip
 
 
 def _name_last(axes: Axes, report: Report, drawn: list[Point]) -> None:

@@ -2,6 +2,7 @@
 
 from dis_scale.errors import UserError
 from dis_scale.report.points import Report
+from dis_scale.report.published import SAMPLERS
 from dis_scale.report.published import STEPS as PUBLISHED_STEPS
 from dis_scale.report.tables import to_csv
 from dis_scale.sweep import GRID, Sampled, Sweep
@@ -55,11 +56,14 @@ def write(sweep: Sweep, report: Report, published: bool = False) -> dict[str, by
 def _require_published_protocol(report: Report) -> None:
     """UserError if the sweep's own points were sampled in another way than the published ones."""
     unlike = sorted({f"guidance {p.facts['guidance']:g}" for p in report.main if p.facts["guidance"] != 1})
-    unlike += sorted({f"{p.facts['steps']} steps" for p in report.main if p.facts["steps"] < PUBLISHED_STEPS})
+    unlike += sorted({f"{p.facts['steps']} steps" for p in report.main if p.facts["steps"] != PUBLISHED_STEPS})
+    unlike += sorted({p.facts["sampler"] for p in report.main} - set(SAMPLERS.values()))
+    unlike += sorted({f"ema_width {width:g}" for p in report.main if (width := p.facts.get("ema_width"))})
     if unlike:
         raise UserError(
-            f"--published: those points are without guidance, in {PUBLISHED_STEPS} steps; {report.sweep}'s main sampling has "
-            f"{', '.join(unlike)}: measure it in a sweep whose main sampling is theirs"
+            f"--published: those points are without guidance, in {PUBLISHED_STEPS} steps of ddpm (DiT, DiG) or euler_maruyama "
+            f"(SiT), from the exponential average; {report.sweep}'s main sampling has {', '.join(unlike)}: measure it in a sweep "
+            "whose main sampling is theirs"
         )
 
 

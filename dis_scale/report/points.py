@@ -151,16 +151,17 @@ class Report:
 
 
 def _mean(points: list[Point], metric: str) -> Point:
-    """Return the mean of a model's trainings, with the error of a mean over seeds.
+    """Return the mean of a model's trainings, with its error: that of a mean over seeds, and that of sampling.
 
-    It does not hold what the seeds share: the noise and the labels of their samples.
+    The latter does not fall with the seeds, which share the noise and the labels of their samples.
     """
     first = replace(points[0], model=points[0].group)
     if len(points) == 1:
         return first
     names = [name for name in points[0].values if all(name in p.values for p in points)]
     values = {name: statistics.fmean(p.values[name] for p in points) for name in names}
-    values[f"{metric}_error"] = statistics.stdev(p.values[metric] for p in points) / math.sqrt(len(points))
+    spread = statistics.stdev(p.values[metric] for p in points) / math.sqrt(len(points))
+    values[f"{metric}_error"] = math.hypot(spread, values.get(f"{metric}_error", 0.0))
     goodputs = [p.goodput for p in points if p.goodput is not None]
     goodput = statistics.fmean(goodputs) if goodputs else None
     return replace(first, values=values, seeds=len(points), goodput=goodput, facts=_mean_facts(points))

@@ -18,6 +18,8 @@ class Published(NamedTuple):
 IMAGES = 400_000 * 256
 STEPS = 250
 """Sampling steps of all of them."""
+SAMPLERS = {"DiT": "ddpm", "SiT": "euler_maruyama", "DiG": "ddpm"}
+"""Our name of each family's sampler."""
 PUBLISHED = [
     # Peebles and Xie 2022 (arXiv 2212.09748), table 4; multiply-adds from its table 1
     Published("DiT", "DiT-S/2", 6.06, 68.4),
@@ -28,6 +30,6 @@ PUBLISHED = [
     Published("SiT", "SiT-B/2", 23.0, 33.0),
     Published("SiT", "SiT-L/2", 80.7, 18.8),
     Published("SiT", "SiT-XL/2", 118.6, 17.2),
-    # Zhu et al. 2024 (arXiv 2405.18428); for smaller sizes only distances are known, not multiply-adds
+    # Zhu et al. 2024 (arXiv 2405.18428); its multiply-adds are another paper's count, and of smaller sizes none is known
     Published("DiG", "DiG-XL/2", 89.4, 18.5),
 ]

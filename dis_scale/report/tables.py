@@ -68,7 +68,7 @@ def with_error(distance: float, error: float | None) -> str:
 def notes(report: Report) -> list[str]:
     """Return the table's footnotes, a line each."""
     error = (
-        "over the seeds where a model has several, without what they share: the noise and the labels of the samples; elsewhere of "
+        "over the seeds where a model has several, with that of sampling, whose noise and labels they share; elsewhere of "
         "sampling alone, without the spread between trainings"
     )
     lines = [f"Gflops are multiply-adds of one forward pass (DiT's convention), ± is one standard error, {error}"]
