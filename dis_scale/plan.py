@@ -36,6 +36,12 @@ class Plan:
         branch = self.recipe.models[model].branch
         return self.training_flops(model) * (self.recipe.train_of(model).images - (branch.at if branch else 0))
 
+    def sampling_flops(self, model: str) -> float:
+        """FLOPs of the samples of one evaluation under the main settings: two passes if guided, two for each step of Heun."""
+        settings = self.recipe.evaluate
+        passes = (1 if settings.guidance == 1 else 2) * (2 if settings.sampler == "heun" else 1)
+        return 2e9 * self.costs[model].gmacs_forward * passes * settings.steps * settings.samples
+
     def parameters(self) -> dict[str, dict[str, object]]:
         """Return the parameters of each model's run in MLflow."""
         recipe, settings = self.recipe, {name: self.recipe.train_of(name) for name in self.costs}

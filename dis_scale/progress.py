@@ -57,6 +57,11 @@ def time_words(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def some(words: list[str]) -> str:
+    """Return the first ten words in a list, and how many there are besides."""
+    return ", ".join(words[:10]) + (f", ... ({len(words) - 10} more)" if len(words) > 10 else "")
+
+
 @dataclass
 class _Stage:
     bar: TaskID

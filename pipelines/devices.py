@@ -16,6 +16,8 @@ from dis_scale.recipe import Recipe
 if TYPE_CHECKING:
     import torch
 
+    from dis_scale.first_recipe import Machine
+
 SIDE = {"cpu": 64, "cuda": 1024}
 """Rows and columns of the matrices that are multiplied as a check."""
 
@@ -68,6 +70,19 @@ def usable_gpus() -> tuple[int, str]:
         return 0, f"CUDA_VISIBLE_DEVICES={visible} hides {present} NVIDIA GPUs"
     said = " ".join(str(caught[0].message).split())[:200] if caught else "PyTorch finds no NVIDIA driver"
     return 0, f"{present} NVIDIA GPUs cannot be used: {said}; {REMEDY}"
+
+
+def this_machine() -> "Machine":
+    """Return what training can use on this machine."""
+    import torch
+
+    from dis_scale.data.memory import free_memory_bytes
+    from dis_scale.first_recipe import Machine
+
+    cores, memory, (gpus, _) = len(os.sched_getaffinity(0)), free_memory_bytes(), usable_gpus()
+    if not gpus:
+        return Machine(cores, memory)
+    return Machine(cores, memory, gpus, smallest_gpu_bytes(), torch.cuda.get_device_name(0))
 
 
 def smallest_gpu_bytes() -> int:

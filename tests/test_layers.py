@@ -28,7 +28,7 @@ LAYERS = [
     "scan diffusion data tracking vae",
     "models training",
     "small_nets evaluation",
-    "plan isoflop report upkeep",
+    "plan isoflop first_recipe report upkeep",
     "pipelines",
     "cli",
 ]

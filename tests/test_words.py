@@ -120,7 +120,7 @@ def require_command(words: list[str]) -> None:
         case ["python", "-m", module, *modules] if module.startswith("benchmarks."):
             recorded = [f"benchmarks.{name}" for name in modules[1:]] if module == "benchmarks.record" else []
             assert all(importlib.util.find_spec(name) for name in [module, *recorded])
-        case ["dis-scale", *arguments] if any(word.startswith("SWEEP") for word in arguments):
+        case ["dis-scale", *arguments] if arguments[0] == "init" or any(word.startswith("SWEEP") for word in arguments):
             require_shape(arguments)
         case ["dis-scale", command, *arguments]:
             require_known(command, arguments)

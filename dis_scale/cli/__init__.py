@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from dis_scale import jsonlog
-from dis_scale.cli import results, running, sampling, stored
+from dis_scale.cli import results, running, sampling, starting, stored
 from dis_scale.errors import DisScaleError, UserError
 
 
@@ -26,6 +26,7 @@ def _group(words: str, **commands: Callable[..., None]) -> typer.Typer:
 
 app = _group(
     "Scaling sweeps of diffusion models with a state-space backbone.",
+    init=starting.init,
     sweep=running.sweep, resume=running.resume, plan=running.plan, stop=running.stop, status=running.status,
     logs=running.logs, fork=running.fork, profile=running.profile,
     report=results.report, compare=results.compare, sample=sampling.sample,

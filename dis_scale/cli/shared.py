@@ -31,9 +31,10 @@ def driver_console() -> Console:
     return Console(file=JsonLines(sys.stdout), width=120) if jsonlog.wanted() else console()
 
 
-def console() -> Console:
-    """The terminal, or 120 characters if the output is not one."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+def console(stderr: bool = False) -> Console:
+    """The terminal, or 120 characters if the output is not one; on stderr beside an output for programs."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else 120)
 
 
 def say(line: str) -> None:
@@ -58,3 +59,10 @@ def plan_of(sweep: "Sweep") -> "Plan":
 def require_folder(out: Path, option: str = "--out") -> None:
     if not out.absolute().parent.is_dir():
         raise UserError(f"{option} {out}: there is no folder {out.absolute().parent}")
+
+
+def require_new(out: Path, option: str) -> None:
+    """UserError if the file exists, or has no folder to be written to."""
+    require_folder(out, option)
+    if out.exists():
+        raise UserError(f"{option} {out}: the file exists: delete it, or give another name")

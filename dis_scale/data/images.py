@@ -4,6 +4,8 @@ Bytes only: sources.py reads them, so unavailable storage is never reported as a
 """
 
 import io
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -11,6 +13,7 @@ from PIL import Image, ImageOps
 from dis_scale.errors import UndecodableImage
 from dis_scale.recipe.data import Crop
 
+T = TypeVar("T")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 IMAGE_BYTES = 2**30
@@ -22,12 +25,21 @@ def decode(data: bytes, name: str, resolution: int, crop: Crop | None = None) ->
 
     Decodes the first frame of an animation. A bomb has more than twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million) pixels.
     """
+    return _decoded(data, name, lambda image: square(image, resolution, crop))
+
+
+def measure(data: bytes, name: str) -> tuple[int, int]:
+    """Decode all of an image; return width and height of the upright image. UndecodableImage as `decode`."""
+    return _decoded(data, name, lambda image: rgb(ImageOps.exif_transpose(image)).size)
+
+
+def _decoded(data: bytes, name: str, use: Callable[[Image.Image], T]) -> T:
     try:
         if not data:
             raise ValueError("it is empty (0 bytes)")
         if len(data) > IMAGE_BYTES:
             raise ValueError(f"it has over {IMAGE_BYTES:,} bytes")
-        return square(Image.open(io.BytesIO(data)), resolution, crop)
+        return use(Image.open(io.BytesIO(data)))
     except MemoryError:
         raise
     except Exception as error:  # on damaged bytes Pillow raises struct.error, IndexError and many others

@@ -16,7 +16,7 @@ from dis_scale.data.encode import HARDWARE, Setup, compute_exactly, encode_mixed
 from dis_scale.data.shards import EncodedShard
 from dis_scale.data.sources import open_source
 from dis_scale.errors import StorageError, UserError
-from dis_scale.progress import ReportDone, ReportShare
+from dis_scale.progress import ReportDone, ReportShare, some
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import LATENTS, Sweep
@@ -98,14 +98,14 @@ def describe(latents: Folder) -> list[str]:
     total = sum(shard["bytes"] for shard in m["shards"])
     names = dict(enumerate(m.get("label_names", [])))
     labels = [f"{names.get(int(label), label)} {count:,}" for label, count in m.get("labels", {}).items()]
-    refused = f", {len(m['refused'])} refused: {_some(m['refused'])}" if m["refused"] else ", none refused"
+    refused = f", {len(m['refused'])} refused: {some(m['refused'])}" if m["refused"] else ", none refused"
     scale, shift = np.atleast_1d(m["scale"]), np.atleast_1d(m["shift"])
     stored = "moments" if m.get("posterior", True) else "latents without variance"
     return [
         f"latents  {latents}",
         f"images   {m['count']:,} in {len(m['shards'])} shards, {total / 1e6:,.1f} MB{refused}",
         f"latent   {channels}x{size}x{size}, float16 {stored} of image and horizontal flip",
-        "labels   none" if classes is None else f"labels   {len(labels)} of {classes} classes: {_some(labels)}",
+        "labels   none" if classes is None else f"labels   {len(labels)} of {classes} classes: {some(labels)}",
         f"mixing   {mixing.words(m['mixing']) if 'mixing' in m else 'none: made by an earlier version'}",
         f"mean     {_numbers(m['mean'])} by channel; shift {_numbers(shift)}",
         f"std      {_numbers(m['std'])}; scale {_numbers(scale)} makes it {_numbers(np.abs(scale) * m['std'])}",
@@ -196,10 +196,6 @@ def _put_same(latents: Folder, shard: EncodedShard, entry: dict[str, Any]) -> No
             f"{entry['sha256'][:12]}): an image has changed, or the hardware is of another kind; not written"
         )
     shards.put_shard(latents, *shard)
-
-
-def _some(words: list[str]) -> str:
-    return ", ".join(words[:10]) + (f", ... ({len(words) - 10} more)" if len(words) > 10 else "")
 
 
 def _numbers(values: Iterable[float]) -> str:

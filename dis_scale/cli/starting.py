@@ -1,0 +1,73 @@
+"""Commands for new images and for a new machine."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dis_scale.cli.shared import console, require_new, say
+
+if TYPE_CHECKING:
+    from dis_scale.data.survey import Survey
+
+SHOWN = 20
+"""Names of broken images that are printed; more are written to a file."""
+
+
+def init(
+    images: Annotated[
+        str, typer.Argument(help="A folder of images, or of a folder of images for each class; or a URL.")
+    ],
+    out: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("recipe.yaml"),
+    resolution: Annotated[
+        int | None,
+        typer.Option(help="Default: of 32, 64, 128, 256 and 512 the largest that most images reach.", min=32, max=512),
+    ] = None,
+    names: Annotated[
+        Path | None,
+        typer.Option(
+            help=f"Write the names of broken images to this file; default: RECIPE.broken.txt if over {SHOWN}."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at a folder of images and write a recipe that fits them and this machine: dis-scale init photos --out photos.yaml"""
+    import json
+
+    from dis_scale.data import survey
+    from dis_scale.first_recipe import propose, resolution_of
+    from dis_scale.progress import Board, listing_words
+    from dis_scale.recipe import reading
+    from pipelines.devices import this_machine
+
+    require_new(out, "--out")
+    if names:
+        require_new(names, "--names")
+    with Board(console(stderr=as_json)) as board:
+        found = survey.take_survey(
+            images, listing_words(board.say), lambda done, total: board.update("look", done, total, "images")
+        )
+        for line in [*survey.describe(found), *_broken(found, out, names)]:
+            board.say(line)
+    machine = this_machine()
+    text = propose(found, machine, out.name, resolution or resolution_of(found, machine))
+    with out.open("x") as file:
+        file.write(text)
+    recipe = reading.parse(text, str(out))
+    if as_json:
+        print(json.dumps({"recipe": str(out), "settings": recipe.model_dump(mode="json"), **found.to_json()}, indent=1))
+        return
+    say(f"machine  {machine.words}")
+    say(f"recipe   {out}: {', '.join(recipe.models)} at {recipe.data.resolution} pixels")
+    say(f"next     dis-scale plan {out}\n         dis-scale sweep {out}")
+
+
+def _broken(found: "Survey", out: Path, names: Path | None) -> list[str]:
+    """Return the names of broken images, each with the reason; more than `SHOWN`, or if `names` is given, are in a file."""
+    lines = [f"{name}: {why}" for name, why in found.broken]
+    shown = [f"         {line}" for line in lines[:SHOWN]]
+    if names is None and len(lines) <= SHOWN:
+        return shown
+    file = names or out.with_suffix(".broken.txt")
+    file.write_text("".join(f"{line}\n" for line in lines))
+    return [*shown, f"         all {len(lines):,} names: {file}"]

@@ -1,0 +1,154 @@
+"""A first look at a folder of images, before any recipe: number, classes, sizes, and every image that cannot be decoded.
+
+Images are listed, read and decoded as a sweep does it. Read next: first_recipe.py, for the recipe that fits them.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from dis_scale.data import images
+from dis_scale.data.listing import Entry
+from dis_scale.data.sources import Source, open_source
+from dis_scale.errors import UndecodableImage, UserError
+from dis_scale.progress import ReportDone, ReportShare, some
+from dis_scale.recipe import Data
+from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.threads import batched, in_order
+
+READERS = 16
+"""Threads that read and decode: more than cores, since each waits for its reads."""
+AT_ONCE = 16
+"""Images of one piece of work."""
+
+
+class Broken(NamedTuple):
+    """An image that cannot be decoded, and the reason."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The images of a folder."""
+
+    url: str
+    classes: dict[str, int]
+    """Decodable images of each class folder; empty if the images are unlabelled."""
+    sides: Counter[int]
+    """Decodable images by their shorter side in pixels."""
+    broken: list[Broken]
+    """By name."""
+    beside: int
+    """Images that are in no class folder, though others are: a sweep with classes does not read them."""
+
+    @property
+    def count(self) -> int:
+        """Number of decodable images."""
+        return self.sides.total()
+
+    @property
+    def median_side(self) -> int:
+        """Median of the shorter sides in pixels."""
+        return sorted(self.sides.elements())[self.count // 2]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything, as JSON has it."""
+        sides = {"least": min(self.sides), "median": self.median_side, "most": max(self.sides)}
+        return {
+            "images": self.count, "classes": self.classes, "shorter_side": sides, "unused": self.beside,
+            "broken": [each._asdict() for each in self.broken],
+        }  # fmt: skip
+
+    def share_of(self, resolution: int) -> float:
+        """Return the share of the images whose shorter side has at least `resolution` pixels."""
+        return sum(number for side, number in self.sides.items() if side >= resolution) / self.count
+
+
+def take_survey(url: str, listed: ReportDone, report: ReportShare) -> Survey:
+    """Decode every image in a folder; `listed` gets the images listed so far, `report` those decoded and their number.
+
+    Class folders are labels if at least two of them have images. UserError if no image can be decoded.
+    """
+    folder = open_folder(url)
+    source = _open(folder, listed)
+    numbers = Counter(_class_of(name) for name in source.names)
+    beside = numbers.pop("", 0)
+    labelled = len(numbers) > 1
+    chosen = [i for i, name in enumerate(source.names) if not labelled or _class_of(name)]
+    sides, broken = Counter[int](), list[Broken]()
+    classes = dict.fromkeys(map(_text, _class_folders(folder)) if labelled else (), 0)
+    for done, (name, result) in enumerate(_measured(source, chosen), 1):
+        if isinstance(result, Broken):
+            broken.append(result)
+        else:
+            sides[result] += 1
+            if labelled:
+                classes[_text(_class_of(name))] += 1
+        report(done, len(chosen))
+    if not sides:
+        raise UserError(
+            f"{folder}: none of its {len(chosen):,} images can be decoded; the first: {' '.join(broken[0])}"
+        )
+    return Survey(folder.url, classes, sides, sorted(broken), beside if labelled else 0)
+
+
+def describe(found: Survey) -> list[str]:
+    """Return what was found, a line each, without the broken images' names."""
+    classes = [f"{name} {number:,}" for name, number in found.classes.items()]
+    empty = [name for name, number in found.classes.items() if not number]
+    lines = [
+        f"images   {found.count:,} in {found.url}",
+        f"classes  {f'{len(classes):,}: {some(classes)}' if classes else 'none: the images are not in class folders'}",
+        f"sizes    shorter side {min(found.sides):,} to {max(found.sides):,} pixels, median {found.median_side:,}",
+    ]
+    lines += [f"empty    class folders without images: {some(empty)}"] if empty else []
+    lines += [f"unused   {found.beside:,} images beside the class folders"] if found.beside else []
+    tried = found.count + len(found.broken)
+    lines += [f"broken   {len(found.broken):,} of {tried:,} images cannot be decoded"] if found.broken else []
+    return lines
+
+
+def _open(folder: Folder, listed: ReportDone) -> Source:
+    data = {"source": {"kind": "folder", "url": folder.url}, "resolution": 1, "num_classes": "none"}
+    try:
+        return open_source(Data.model_validate(data), None, listed)
+    except UserError as error:
+        nested = [name for name in _class_folders(folder) if folder.folders(name)]
+        cure = f": give the folder above the class folders, such as {folder}/{nested[0]}" if nested else ""
+        raise UserError(f"{folder}: no images ({', '.join(images.SUFFIXES)}) there or in its folders{cure}") from error
+
+
+def _class_folders(folder: Folder) -> list[str]:
+    """Return the folders that a sweep takes for classes, those without images included."""
+    return [name for name in folder.folders() if not name.startswith(".")]
+
+
+def _class_of(name: str) -> str:
+    """Return the class folder of an image; empty if it is in none."""
+    return name.rpartition("/")[0]
+
+
+def _text(name: str) -> str:
+    """Return a name that can be printed: bytes that are not UTF-8 as escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _measured(source: Source, positions: list[int]) -> Iterator[tuple[str, int | Broken]]:
+    """Yield the name of each image, and its shorter side or why it cannot be decoded."""
+    entries = ([source.listing[i] for i in part] for part in batched(positions, AT_ONCE))
+
+    def measure(part: list[Entry]) -> list[tuple[str, int | Broken]]:
+        return [(entry.name, _shorter_side(source.read([entry])[0], entry.name)) for entry in part]
+
+    for part in in_order(entries, measure, READERS):
+        yield from part
+
+
+def _shorter_side(data: bytes, name: str) -> int | Broken:
+    try:
+        return min(images.measure(data, name))
+    except UndecodableImage as error:
+        return Broken(_text(name), " ".join(str(error.__cause__).split()) or type(error.__cause__).__name__)
