@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from rich.table import Table
 
@@ -81,6 +82,36 @@ def price_sweep(recipe: Recipe, shape: LatentShape) -> Plan:
 def _price(alone: Model, shape: LatentShape, num_classes: int | None) -> Cost:
     """Price a model without settings of its training: a study prices its sizes again with each of their branches."""
     return price_model(alone, shape, num_classes)
+
+
+def derive(plan: Plan, source_images: int | None) -> dict[str, Any]:
+    """Return all numbers that follow from a recipe, as JSON has them. Epochs are None if the source's images are unknown.
+
+    `training_flops` are those of a model's own training, `sampling_flops` those of one evaluation.
+    """
+    recipe, shape = plan.recipe, plan.shape
+    epoch = source_images and source_images - recipe.data.held_out_images
+    counts = sum(len(recipe.train_of(name).publish_images) for name in plan.costs)
+    models = {}
+    for name, cost in plan.costs.items():
+        train = recipe.train_of(name)
+        models[name] = {
+            "tokens": cost.tokens, "parameters": cost.parameters, "gmacs_forward": cost.gmacs_forward,
+            "images": train.images, "steps": train.images // train.batch_images, "epochs": epoch and train.images / epoch,
+            "steps_between_resume_points": -(-train.resume_every_images // train.batch_images),
+            "training_flops": plan.own_flops(name), "sampling_flops": plan.sampling_flops(name),
+        }  # fmt: skip
+    return {
+        "latent": list(shape),
+        "source_images": source_images,
+        "latent_bytes": source_images and source_images * sample_bytes(shape, has_posterior(recipe.vae)),
+        "lane_images": recipe.train.lane_images,
+        "world_sizes": recipe.train.world_sizes,
+        "metric": recipe.evaluate.metric,
+        "evaluations": counts * len(recipe.evaluate.samplings),
+        "blocks": -(-recipe.evaluate.samples // recipe.evaluate.block_images),
+        "models": models,
+    }
 
 
 def table(plan: Plan) -> Table:

@@ -38,6 +38,10 @@ MACHINE_PATHS = re.compile(rb"(?<![\w.$}])/(?:home|root|work|Users|mnt)/\w")
 """Absolute paths of one machine; the pages write a user's own paths as /data or /shared."""
 
 
+WITHOUT_A_RECIPE = ("init", "recipe", "doctor")
+"""Commands whose first argument is no recipe."""
+
+
 def blocks(text: str) -> list[str]:
     """Return a page's code, fenced and indented."""
     fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
@@ -120,7 +124,7 @@ def require_command(words: list[str]) -> None:
         case ["python", "-m", module, *modules] if module.startswith("benchmarks."):
             recorded = [f"benchmarks.{name}" for name in modules[1:]] if module == "benchmarks.record" else []
             assert all(importlib.util.find_spec(name) for name in [module, *recorded])
-        case ["dis-scale", *arguments] if arguments[0] == "init" or any(word.startswith("SWEEP") for word in arguments):
+        case ["dis-scale", *arguments] if arguments[0] in WITHOUT_A_RECIPE or "SWEEP" in " ".join(arguments):
             require_shape(arguments)
         case ["dis-scale", command, *arguments]:
             require_known(command, arguments)

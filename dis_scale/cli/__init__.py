@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from dis_scale import jsonlog
-from dis_scale.cli import results, running, sampling, starting, stored
+from dis_scale.cli import recipes, results, running, sampling, starting, stored
 from dis_scale.errors import DisScaleError, UserError
 
 
@@ -38,6 +38,11 @@ ablations = _group(
 data = _group(
     "Verify, repair and describe a sweep's latents.", verify=stored.verify, repair=stored.repair, show=stored.show
 )
+recipe = _group(
+    "Show a recipe's settings and numbers, compare recipes, print their JSON schema.",
+    show=recipes.show, diff=recipes.diff, schema=recipes.schema,
+)  # fmt: skip
+app.add_typer(recipe, name="recipe")
 app.add_typer(ablations, name="ablate")
 app.add_typer(data, name="data")
 app.add_typer(_group("MLflow, a copy of what is in storage.", sync=results.sync), name="mlflow")

@@ -6,12 +6,22 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dis_scale.cli.shared import Model, SweepUrl, console, driver_console, require_folder, say
+from dis_scale.cli.shared import (
+    NAME_THE_NUMBER,
+    Model,
+    Overrides,
+    SourceImages,
+    SweepUrl,
+    console,
+    count_images,
+    driver_console,
+    require_folder,
+    say,
+)
 from dis_scale.errors import DisScaleError, UserError
 
 EMBEDDED = Path(__file__).parents[2] / "configs" / "digits.yaml"
 RecipePath = Annotated[Path | None, typer.Argument(help="A recipe; default: configs/digits.yaml.", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: a.b=value. Repeatable.")]
 Here = Annotated[
     bool, typer.Option("--here", help="Continue on a Ray of this machine, though the sweep last ran on a cluster.")
 ]
@@ -45,9 +55,7 @@ def resume(sweep: SweepUrl, overrides: Overrides = None, here: Here = False) -> 
 def plan(
     recipe: RecipePath = None,
     overrides: Overrides = None,
-    images: Annotated[
-        int | None, typer.Option(min=1, help="Images of the source, if it cannot be listed from here.")
-    ] = None,
+    images: SourceImages = None,
 ) -> None:
     """Show what a sweep will cost, and start nothing."""
     from dis_scale.recipe import reading
@@ -55,9 +63,7 @@ def plan(
     settings = reading.load(recipe or EMBEDDED, overrides)
 
     from dis_scale import isoflop, vae
-    from dis_scale.data.sources import open_source
     from dis_scale.plan import price_reading, price_sweep, table
-    from dis_scale.progress import listing_words
 
     shape = vae.latent_shape(settings.vae, settings.data.resolution)
     study = isoflop.cells(price_sweep(settings, shape))
@@ -65,10 +71,10 @@ def plan(
     Console().print(table(priced))
     count = images
     try:
-        count = count or len(open_source(settings.data, None, listing_words(say)))
+        count = count or count_images(settings)
         say(f"data     {price_reading(settings, shape, count)}")
     except DisScaleError as error:
-        say(f"data     unknown: {error}; to price it all the same, name the number of images: --images 1281167")
+        say(f"data     unknown: {error}; {NAME_THE_NUMBER}")
     if study:
         Console().print(isoflop.table(priced, study, count))
 

@@ -13,11 +13,17 @@ from dis_scale.jsonlog import JsonLines
 
 if TYPE_CHECKING:
     from dis_scale.plan import Plan
+    from dis_scale.recipe import Recipe
     from dis_scale.sweep import Sweep
 
 SweepUrl = Annotated[str, typer.Argument(help="A sweep's folder or URL, for example outputs/sweeps/digits.")]
 Model = Annotated[str, typer.Argument(help="A model of the sweep.")]
 At = Annotated[int | None, typer.Option(help="A published image count; default: the last.", min=0)]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: a.b=value. Repeatable.")]
+SourceImages = Annotated[
+    int | None, typer.Option("--images", min=1, help="Images of the source, if it cannot be listed from here.")
+]
+NAME_THE_NUMBER = "to price it all the same, name the number of images: --images 1281167"
 VaeOption = Annotated[
     str | None,
     typer.Option(
@@ -54,6 +60,14 @@ def plan_of(sweep: "Sweep") -> "Plan":
     from dis_scale.plan import price_sweep
 
     return price_sweep(sweep.recipe, shape or vae.latent_shape(sweep.recipe.vae, sweep.recipe.data.resolution))
+
+
+def count_images(recipe: "Recipe") -> int:
+    """List the recipe's source and return the number of its images; progress is on stderr."""
+    from dis_scale.data.sources import open_source
+    from dis_scale.progress import listing_words
+
+    return len(open_source(recipe.data, None, listing_words(lambda line: print(line, file=sys.stderr))))
 
 
 def require_folder(out: Path, option: str = "--out") -> None:

@@ -84,7 +84,11 @@ def _classes(value: Any) -> Any:
     return None if value == "none" else value
 
 
-NumClasses = Annotated[Count | None, BeforeValidator(_classes), PlainSerializer(lambda n: "none" if n is None else n)]
+NumClasses = Annotated[
+    Count | None,
+    BeforeValidator(_classes, json_schema_input_type=Count | Literal["none"]),
+    PlainSerializer(lambda n: "none" if n is None else n),
+]
 
 
 class Data(Settings):

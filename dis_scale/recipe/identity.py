@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import yaml
+
 from dis_scale.recipe import Isoflop, Recipe, Train
 from dis_scale.recipe.settings import Settings
 
@@ -59,7 +61,16 @@ def _named_differences(where: str, stored: Mapping[str, Settings], given: Mappin
 
 def in_recipe(value: Any) -> str:
     """Return a setting's value as a recipe has it."""
+    if isinstance(value, tuple | list | dict | Settings):
+        return yaml.safe_dump(_plain(value), default_flow_style=True, sort_keys=False, width=1000).strip()
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value without types of ours."""
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    return value.model_dump(mode="json") if isinstance(value, Settings) else value
 
 
 def differing(stored: Settings, given: Settings, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

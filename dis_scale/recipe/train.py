@@ -31,8 +31,11 @@ class Flow(Settings):
     """Spread the times evenly over the batch: one in each of as many equal parts as it has images. Less noise in the loss."""
 
 
+RANGE = re.compile(r"[1-9]\d*\.\.[1-9]\d*")
+
+
 def _count_or_range(value: Any) -> Any:
-    if (isinstance(value, int) and value > 0) or re.fullmatch(r"[1-9]\d*\.\.[1-9]\d*", str(value)):
+    if (isinstance(value, int) and value > 0) or RANGE.fullmatch(str(value)):
         return value
     raise ValueError(f"got {value!r}, expected: a number of workers, or a range of them such as 2..8")
 
@@ -48,8 +51,18 @@ def _known_checkpointing(value: Any) -> Any:
 
 SCAN_DEVICES = {"native": "cpu", "triton": "cuda", "mamba": "cuda"}
 """The device of each backend of the scan that needs one."""
-Checkpointing = Annotated[str, BeforeValidator(_known_checkpointing)]
-Workers = Annotated[int | str, BeforeValidator(_count_or_range)]
+Checkpointing = Annotated[
+    str,
+    BeforeValidator(
+        _known_checkpointing, json_schema_input_type=Annotated[str, Field(pattern=rf"^({CHECKPOINTING.pattern})$")]
+    ),
+]
+Workers = Annotated[
+    int | str,
+    BeforeValidator(
+        _count_or_range, json_schema_input_type=Count | Annotated[str, Field(pattern=rf"^{RANGE.pattern}$")]
+    ),
+]
 
 
 class Rates(Settings):

@@ -448,7 +448,7 @@ def test_sweeps_that_cannot_be_compared_are_refused(sweep: Sweep, tmp_path: Path
         ({"evaluate": {"samples": 81}}, "tiny was measured by fd_digits_80, tiny by fd_digits_81: these cannot"),
         (
             {"data": {"crop": (0, 0, 8)}},
-            r"data.crop: tiny has null, tiny has \(0, 0, 8\): their distances cannot be compared",
+            r"data.crop: tiny has null, tiny has \[0, 0, 8\]: their distances cannot be compared",
         ),
         ({"data": {"resolution": 64}}, "data.resolution: tiny has 32, tiny has 64: their distances cannot be compared"),
     ):

@@ -1,0 +1,124 @@
+"""Commands that show, compare and describe recipes; they start nothing."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from dis_scale.cli.shared import NAME_THE_NUMBER, Overrides, SourceImages, console, count_images, say
+from dis_scale.errors import DisScaleError
+
+if TYPE_CHECKING:
+    from dis_scale.recipe import Recipe
+
+RecipeOrSweep = Annotated[str, typer.Argument(help="A recipe, for example configs/digits.yaml, or a sweep's folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def show(
+    recipe: RecipeOrSweep, overrides: Overrides = None, images: SourceImages = None, as_json: AsJson = False
+) -> None:
+    """Show every setting with its value, and all numbers that follow: dis-scale recipe show configs/digits.yaml"""
+    from dis_scale.recipe import flat
+
+    settings = _open(recipe, overrides)
+    numbers, unknown = None, ""
+    try:
+        numbers = _derived(settings, images)
+    except DisScaleError as error:
+        unknown = str(error)
+    if as_json:
+        print(
+            json.dumps({"settings": settings.model_dump(mode="json"), "derived": numbers, "unknown": unknown}, indent=1)
+        )
+        return
+    for setting in flat.flatten(settings):
+        say(f"{setting.key}: {setting.words}{'' if setting.given else '  # default'}")
+    if numbers is None:
+        say(f"\nunknown  {unknown}")
+        return
+    for line in _lines(settings, numbers):
+        say(line)
+    console().print(_table(numbers["models"]))
+
+
+def diff(a: RecipeOrSweep, b: RecipeOrSweep, as_json: AsJson = False) -> None:
+    """Show the settings in which two recipes differ: dis-scale recipe diff configs/imagenet256.yaml configs/imagenet512.yaml"""
+    from dis_scale.recipe import flat
+
+    found = flat.differences(_open(a), _open(b))
+    if as_json:
+        print(json.dumps([each._asdict() for each in found], indent=1))
+        return
+    if not found:
+        say("equal    no setting differs")
+        return
+    table = Table("setting", a, b)
+    for each in found:
+        table.add_row(each.key, *("-" if value is None else value for value in (each.a, each.b)))
+    console().print(table)
+
+
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors: dis-scale recipe schema > schema.json"""
+    from dis_scale.recipe.schema import json_schema
+
+    print(json.dumps(json_schema(), indent=1))
+
+
+def _open(url: str, overrides: list[str] | None = None) -> "Recipe":
+    """Return the recipe in a file, or that of a sweep's folder."""
+    from dis_scale.recipe import reading
+
+    if "://" not in url and not Path(url).is_dir():
+        return reading.load(url, overrides)
+
+    from dis_scale.sweep import RECIPE, Sweep
+
+    stored = Sweep.open(url)
+    return reading.parse(reading.dump(stored.recipe), f"{stored}/{RECIPE}", overrides)
+
+
+def _derived(recipe: "Recipe", images: int | None) -> dict[str, Any]:
+    """Return the numbers that follow from a recipe; without epochs if the source cannot be listed."""
+    from dis_scale import isoflop, vae
+    from dis_scale.plan import derive, price_sweep
+
+    shape = vae.latent_shape(recipe.vae, recipe.data.resolution)
+    plan = price_sweep(isoflop.written_out(recipe, shape), shape)
+    try:
+        return derive(plan, images or count_images(recipe))
+    except DisScaleError as error:
+        return derive(plan, None) | {"source_unknown": f"{error}; {NAME_THE_NUMBER}"}
+
+
+def _lines(recipe: "Recipe", numbers: dict[str, Any]) -> list[str]:
+    """Return the numbers that hold for all models, a line each."""
+    train, (channels, size) = recipe.train, numbers["latent"]
+    source = numbers.get("source_unknown", "")
+    if count := numbers["source_images"]:
+        source = f"{count:,} images, {numbers['latent_bytes'] / 1e9:,.2f} GB of latents"
+    sizes = ", ".join(map(str, numbers["world_sizes"]))
+    return [
+        "",
+        f"latent   {channels}x{size}x{size}",
+        f"source   {source}",
+        f"batch    {train.batch_images:,} = {train.lanes} lanes x {numbers['lane_images']}; world sizes {sizes}",
+        f"evaluate {numbers['metric']}; {numbers['evaluations']} evaluations of {recipe.evaluate.samples:,} samples in "
+        f"{numbers['blocks']:,} blocks",
+    ]
+
+
+def _table(models: dict[str, dict[str, Any]]) -> Table:
+    table = Table("model", "tokens", "parameters", "Gflops", "images", "steps", "epochs", "steps between resume points")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, each in models.items():
+        epochs = "" if each["epochs"] is None else f"{each['epochs']:,.4g}"
+        table.add_row(
+            name, f"{each['tokens']:,}", f"{each['parameters']:,}", f"{each['gmacs_forward']:.4g}", f"{each['images']:,}",
+            f"{each['steps']:,}", epochs, f"{each['steps_between_resume_points']:,}",
+        )  # fmt: skip
+    return table
