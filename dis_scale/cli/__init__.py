@@ -26,7 +26,7 @@ def _group(words: str, **commands: Callable[..., None]) -> typer.Typer:
 
 app = _group(
     "Scaling sweeps of diffusion models with a state-space backbone.",
-    init=starting.init,
+    init=starting.init, doctor=starting.doctor,
     sweep=running.sweep, resume=running.resume, plan=running.plan, stop=running.stop, status=running.status,
     logs=running.logs, fork=running.fork, profile=running.profile,
     report=results.report, compare=results.compare, sample=sampling.sample,

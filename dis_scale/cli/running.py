@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from dis_scale.cli.shared import (
+    EMBEDDED,
     NAME_THE_NUMBER,
     Model,
     Overrides,
@@ -20,7 +21,6 @@ from dis_scale.cli.shared import (
 )
 from dis_scale.errors import DisScaleError, UserError
 
-EMBEDDED = Path(__file__).parents[2] / "configs" / "digits.yaml"
 RecipePath = Annotated[Path | None, typer.Argument(help="A recipe; default: configs/digits.yaml.", show_default=False)]
 Here = Annotated[
     bool, typer.Option("--here", help="Continue on a Ray of this machine, though the sweep last ran on a cluster.")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dis_scale.recipe import Recipe
     from dis_scale.sweep import Sweep
 
+EMBEDDED = Path(__file__).parents[2] / "configs" / "digits.yaml"
 SweepUrl = Annotated[str, typer.Argument(help="A sweep's folder or URL, for example outputs/sweeps/digits.")]
 Model = Annotated[str, typer.Argument(help="A model of the sweep.")]
 At = Annotated[int | None, typer.Option(help="A published image count; default: the last.", min=0)]

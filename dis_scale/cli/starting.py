@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dis_scale.cli.shared import console, require_new, say
+from dis_scale.cli.shared import EMBEDDED, console, require_new, say
+from dis_scale.errors import DisScaleError
 
 if TYPE_CHECKING:
     from dis_scale.data.survey import Survey
@@ -60,6 +61,34 @@ def init(
     say(f"machine  {machine.words}")
     say(f"recipe   {out}: {', '.join(recipe.models)} at {recipe.data.resolution} pixels")
     say(f"next     dis-scale plan {out}\n         dis-scale sweep {out}")
+
+
+def doctor(
+    storage: Annotated[
+        str | None, typer.Argument(help="Storage root to try; default: the recipe's.", show_default=False)
+    ] = None,
+    recipe: Annotated[
+        Path, typer.Option(help="Try what this recipe needs: its device, extractors and autoencoder.")
+    ] = EMBEDDED,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Try all that a sweep needs here: dis-scale doctor s3://bucket/prefix --recipe photos.yaml; exit code 1 if a part is bad."""
+    import json
+    from dataclasses import asdict
+
+    from dis_scale.recipe import reading
+    from dis_scale.storage.folder import open_folder
+    from pipelines.doctor import examine
+
+    settings, findings = reading.load(recipe), []
+    for each in examine(settings, open_folder(storage or settings.storage.root)):
+        findings.append(each)
+        if not as_json:
+            say(f"{each.state:<10} {each.part:<14} {each.words}")
+    if as_json:
+        print(json.dumps([asdict(each) for each in findings], indent=1))
+    if bad := [each.part for each in findings if each.state == "bad"]:
+        raise DisScaleError(f"{len(bad)} of {len(findings)} parts are bad: {', '.join(bad)}")
 
 
 def _broken(found: "Survey", out: Path, names: Path | None) -> list[str]:

@@ -27,10 +27,13 @@ from dis_scale.scan.backend import Backend, Direction
 from dis_scale.scan.graphs import outside_graphs
 
 __all__ = [
+    "BACKENDS",
+    "GPU_BACKENDS",
     "Choice",
     "Direction",
     "causal_conv_silu",
     "choose",
+    "problem",
     "selective_scan",
     "two_way_conv_silu",
     "two_way_scan",
@@ -127,8 +130,8 @@ def _choose(name: str, device: str) -> Choice:
         return _automatic(device)
     if name not in BACKENDS:
         raise UserError(f"no scan backend {name!r}{nearest(name, BACKENDS)}: there are auto, {', '.join(BACKENDS)}")
-    if problem := _problem(name, device):
-        raise problem
+    if error := problem(name, device):
+        raise error
     return Choice(
         name, "as asked; it adds gradients atomically, so no run is equal to the bit" if name == "mamba" else "as asked"
     )
@@ -138,13 +141,13 @@ def _automatic(device: str) -> Choice:
     best = {"cpu": "native", "cuda": "triton"}.get(device)
     if best is None:
         return Choice("chunked", f"auto: {device}")
-    if problem := _problem(best, device):
-        return Choice("chunked", f"auto: {problem}")
+    if error := problem(best, device):
+        return Choice("chunked", f"auto: {error}")
     return Choice(best, f"auto: {device}, {native.instruction_set() if best == 'native' else 'an NVIDIA GPU'}")
 
 
-def _problem(name: str, device: str) -> DisScaleError | None:
-    """The reason why a backend cannot run on a device, or None."""
+def problem(name: str, device: str) -> DisScaleError | None:
+    """Return why a backend cannot run on a device, or None."""
     if name == "native":
         wrong = UserError(
             f"the native scan is for the CPU, got tensors on {device}: set the backend to auto or chunked"

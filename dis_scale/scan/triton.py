@@ -67,7 +67,7 @@ def problem() -> DisScaleError | None:
         reason = "a GPU, and PyTorch finds none"
     elif (oldest := min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))) < CAPABILITY:
         reason = f"compute capability {_dotted(CAPABILITY)} or newer, got {_dotted(oldest)}"
-    elif not _compiler():
+    elif not compiler():
         reason = "a C compiler for its launcher: install gcc, or set CC"
     elif not (header := Path(sysconfig.get_paths(_scheme())["include"]) / "Python.h").exists():
         reason = f"Python's headers for its launcher, and there is no {header}: install python3-dev"
@@ -80,7 +80,7 @@ def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-def _compiler() -> str | None:
+def compiler() -> str | None:
     """The compiler that Triton takes."""
     return shutil.which(os.environ["CC"]) if "CC" in os.environ else shutil.which("gcc") or shutil.which("clang")
 

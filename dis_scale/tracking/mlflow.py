@@ -42,6 +42,16 @@ def open_client(uri: str) -> Any:
     return mlflow.MlflowClient(tracking_uri=uri)
 
 
+def require_usable(uri: str) -> str:
+    """Return in words what an MLflow is; raises whatever MLflow raises. An SQLite file that is missing is not made."""
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+        import mlflow  # it works
+
+        return f"{mlflow.__version__}, {uri} is made by the first sweep"
+    experiments = open_client(uri).search_experiments(max_results=1000)
+    return f"{uri} answers: {len(experiments)} experiments"
+
+
 def stored_ids(sweep: Sweep) -> dict[str, Any]:
     """Return the ids of the sweep's runs and the URI of their MLflow; empty if it was never tracked, or if they are damaged."""
     return sweep.folder.find_json(TRACKING) or {}

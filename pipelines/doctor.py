@@ -1,0 +1,284 @@
+"""What a recipe needs of this machine, each part tried: good, bad with its cure, or not needed. Behind `dis-scale doctor`.
+
+The checks are those that a sweep makes itself. Heavy libraries are imported in the checks, so a missing one is a finding.
+"""
+
+import os
+import platform
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+from dis_scale.errors import DisScaleError, UserError
+from dis_scale.recipe import Dis, InceptionExtractor, PretrainedVae, Recipe, TorchScriptExtractor, TorchScriptVae, Train
+from dis_scale.redaction import redact
+from dis_scale.storage.folder import Folder
+
+State = Literal["good", "bad", "not needed"]
+DRIVER = Path("/proc/driver/nvidia/version")
+PROBE_BYTES = 16 * 2**20
+INSTALL = "make venv"
+SCANS: list[str] = [name for name in get_args(Train.model_fields["scan"].annotation) if name != "auto"]
+"""Backends of the scan. The scan's own list would need PyTorch, which may be what is broken."""
+
+
+class Result(NamedTuple):
+    """Outcome of a check that did not fail."""
+
+    words: str
+    needed: bool = True
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One part of the machine."""
+
+    part: str
+    state: State
+    words: str
+
+
+@dataclass(frozen=True)
+class Needs:
+    """A recipe, and the storage root that its sweep would use."""
+
+    recipe: Recipe
+    store: Folder
+
+    @cached_property
+    def gpus(self) -> tuple[int, str]:
+        """Number of GPUs here that PyTorch can use, and the fault of others."""
+        from pipelines.devices import usable_gpus
+
+        return usable_gpus()
+
+    @property
+    def device(self) -> str:
+        """Device that the recipe's sweep computes on here."""
+        from pipelines.devices import device_of
+
+        return device_of(self.recipe, self.gpus[0])[0]
+
+
+def examine(recipe: Recipe, store: Folder) -> Iterator[Finding]:
+    """Yield a finding for each part that a sweep of this recipe may need; files written below `store` are deleted again."""
+    needs = Needs(recipe, store)
+    checks: dict[str, Callable[[Needs], Result]] = {
+        "python": _python,
+        "packages": _packages,
+        "torch": _torch,
+        "gpu": _gpus,
+    }
+    checks |= {"c++ compiler": _cpp, "c compiler": _c}
+    checks |= {f"scan {name}": partial(_scan, name) for name in SCANS}
+    checks |= {"ray": _ray, "deepspeed": _deepspeed, "storage": _storage, "mlflow": _mlflow}
+    checks |= {"extractors": _extractors, "vae": _vae}
+    for part, check in checks.items():
+        yield _tried(part, check, needs)
+
+
+def _tried(part: str, check: Callable[[Needs], Result], needs: Needs) -> Finding:
+    """Return the finding of a check; after any error the part is bad. Errors of ours name their cure."""
+    try:
+        words, needed = check(needs)
+    except Exception as error:
+        kind = "" if isinstance(error, DisScaleError) else f"{type(error).__name__}: "
+        cure = f"; install it again: {INSTALL}" if isinstance(error, ImportError) else ""
+        return Finding(part, "bad", redact(f"{kind}{' '.join(str(error).split())}{cure}"))
+    return Finding(part, "good" if needed else "not needed", words)
+
+
+def _python(_: Needs) -> Result:
+    here = platform.python_version()
+    bounds = re.findall(r"(<|>=)(\d+)\.(\d+)", metadata.metadata("dis-scale")["Requires-Python"])
+    minor = tuple(map(int, here.split(".")[:2]))
+    for sign, *version in bounds:
+        bound = tuple(map(int, version))
+        if not (minor < bound if sign == "<" else minor >= bound):
+            raise UserError(
+                f"{here}, expected {sign}{'.'.join(version)}: make venv PYTHON=python3.12, after rm -r .venv"
+            )
+    return Result(here)
+
+
+def _packages(_: Needs) -> Result:
+    """Compare the installed packages with those that the project names and its tests ran with."""
+    pins = dict(
+        re.findall(r"^([\w-]+)(?:\[\w+\])?==([\w.]+)$", "\n".join(metadata.requires("dis-scale") or []), re.MULTILINE)
+    )
+    other = []
+    for name, tested in pins.items():
+        try:
+            version = metadata.version(name).partition("+")[0]
+        except metadata.PackageNotFoundError:
+            version = "none"
+        other += [f"{name} {version} instead of {tested}"] if version != tested else []
+    if other:
+        raise UserError(f"{', '.join(other)}: {INSTALL}")
+    return Result(f"all {len(pins)} in the tested version")
+
+
+def _torch(_: Needs) -> Result:
+    import torch
+
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
+    return Result(f"{torch.__version__}, built for {build}; {torch.get_num_threads()} threads")
+
+
+def _gpus(needs: Needs) -> Result:
+    """Let each GPU allocate memory and multiply."""
+    import torch
+
+    from pipelines.devices import check_device, device_of, smallest_gpu_bytes
+
+    gpus, fault = needs.gpus
+    if fault:
+        raise UserError(fault)
+    device, why = device_of(needs.recipe, gpus)
+    if not gpus:
+        if device == "cuda":
+            raise UserError("no NVIDIA GPU, and the recipe names device cuda: set device to auto")
+        return Result(f"no NVIDIA GPU; the device is {device} ({why})", needed=False)
+    for number in range(gpus):
+        check_device(torch.device("cuda", number))
+    version = re.search(r"Kernel Module\s+(?:for \w+\s+)?(\S+)", DRIVER.read_text()) if DRIVER.exists() else None
+    driver = f", driver {version[1]}" if version else ""
+    return Result(
+        f"{gpus} x {torch.cuda.get_device_name(0)}, {smallest_gpu_bytes() / 2**30:.0f} GiB{driver}; the device is {device} ({why})"
+    )
+
+
+def _cpp(needs: Needs) -> Result:
+    """The compiler that PyTorch takes for the native scan."""
+    from dis_scale.scan import problem
+
+    name = os.environ.get("CXX", "c++")
+    if path := shutil.which(name):
+        return Result(path)
+    if _needs_scan(needs, "native") and (error := problem("native", "cpu")):
+        raise error
+    return Result(f"no {name}, and nothing to build", needed=False)
+
+
+def _c(needs: Needs) -> Result:
+    """The compiler that Triton takes for its launcher."""
+    if not (needs.gpus[0] and _needs_scan(needs, "triton")):
+        return Result("only Triton's kernels need one, on a GPU", needed=False)
+    from dis_scale.scan import problem, triton
+
+    if error := problem("triton", "cuda"):
+        raise error
+    return Result(str(triton.compiler()))
+
+
+def _needs_scan(needs: Needs, name: str) -> bool:
+    """Whether the recipe's models run this backend on its device: the one that it names, or that `auto` should take."""
+    best = {"cpu": "native", "cuda": "triton"}[needs.device]
+    wanted = needs.recipe.train.scan
+    return name == (best if wanted == "auto" else wanted) and any(
+        isinstance(model, Dis) for model in needs.recipe.models.values()
+    )
+
+
+def _scan(name: str, needs: Needs) -> Result:
+    """Compare a backend with the reference where it can run."""
+    import torch
+
+    from dis_scale.scan import GPU_BACKENDS, problem, selftest
+
+    device, needed = "cuda" if name in GPU_BACKENDS else "cpu", _needs_scan(needs, name)
+    if device == "cuda" and not needs.gpus[0] and not needed:
+        return Result("for NVIDIA GPUs", needed=False)
+    if error := problem(name, device):
+        if needed:
+            raise error
+        return Result(str(error), needed=False)
+    selftest.verify(name, torch.device(device), torch.float32)
+    return Result(f"usable on {device}, equal to the definition{'; the recipe uses it' if needed else ''}")
+
+
+def _ray(needs: Needs) -> Result:
+    """Start a Ray of our own, or connect to the one of RAY_ADDRESS, as a sweep does."""
+    from pipelines.cluster import open_cluster
+
+    began_s = time.monotonic()
+    with open_cluster(needs.recipe) as cluster:
+        return Result(f"{metadata.version('ray')}, {cluster.description}, ready in {time.monotonic() - began_s:.0f} s")
+
+
+def _deepspeed(needs: Needs) -> Result:
+    import torch
+
+    from dis_scale.training.profile import process_group
+
+    with process_group(torch.device(needs.device)):
+        return Result(f"{metadata.version('deepspeed')}, with a process group on {needs.device}")
+
+
+def _storage(needs: Needs) -> Result:
+    """Try all that a sweep asks of storage, then time an object of 16 MiB and a listing."""
+    needs.store.require_usable()
+    probe, data, times_s = needs.store / f".probe-{uuid.uuid4().hex}", os.urandom(PROBE_BYTES), []
+    try:
+        for action in (lambda: probe.write("data", data), lambda: probe.read("data"), probe.list):
+            began_s = time.monotonic()
+            action()
+            times_s.append(time.monotonic() - began_s)
+    finally:
+        probe.delete()
+    write, read, listing = times_s
+    return Result(
+        f"{needs.store}: creates only if absent, lists what others write; writes {PROBE_BYTES / write / 1e6:,.0f} MB/s, reads "
+        f"{PROBE_BYTES / read / 1e6:,.0f} MB/s, lists in {1000 * listing:,.1f} ms"
+    )
+
+
+def _mlflow(needs: Needs) -> Result:
+    from dis_scale.tracking import mlflow
+
+    uri = needs.recipe.tracking.uri or mlflow.default_uri(needs.store)
+    try:
+        return Result(mlflow.require_usable(uri))
+    except Exception as error:  # whatever MLflow raises
+        why = " ".join(str(error).split())[:200]
+        raise DisScaleError(
+            f"{uri} does not answer: start it, or change tracking.uri; sweeps run without it ({why})"
+        ) from error
+
+
+def _extractors(needs: Needs) -> Result:
+    """Load the weights that the recipe does not train; Inception's are downloaded if it names no file."""
+    from dis_scale.evaluation import features, inception
+
+    loaded = []
+    for extractor in needs.recipe.evaluate.extractors:
+        if isinstance(extractor, InceptionExtractor):
+            inception.load(extractor.weights)
+        elif isinstance(extractor, TorchScriptExtractor):
+            features.require_weights(extractor)
+        else:
+            continue
+        loaded.append(extractor.name)
+    if loaded:
+        return Result(f"{', '.join(loaded)}: the weights are those that the recipe expects")
+    return Result("the sweep trains its own; Inception's weights are for recipes with {kind: inception}", needed=False)
+
+
+def _vae(needs: Needs) -> Result:
+    """Load the autoencoder that the recipe names; one of a hub is downloaded."""
+    from dis_scale import vae
+
+    settings = needs.recipe.vae
+    if isinstance(settings, PretrainedVae):
+        return Result(f"{settings.path}, {type(vae.load_pretrained(settings).net).__name__}")
+    if isinstance(settings, TorchScriptVae):
+        vae.load_script(settings)
+        return Result(settings.path)
+    return Result("the sweep trains its own" if settings.kind == "trained" else "the models see pixels", needed=False)
