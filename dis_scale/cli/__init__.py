@@ -30,7 +30,7 @@ app = _group(
     sweep=running.sweep, resume=running.resume, plan=running.plan, stop=running.stop, status=running.status,
     logs=running.logs, fork=running.fork, profile=running.profile,
     report=results.report, compare=results.compare, sample=sampling.sample,
-    verify=stored.verify_results, gc=stored.gc,
+    verify=stored.verify_results, gc=stored.gc, delete=stored.delete,
 )  # fmt: skip
 ablations = _group(
     "Evaluate one checkpoint at several values of one sampling setting.", guidance=results.guidance, ema=results.ema

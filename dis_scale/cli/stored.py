@@ -51,6 +51,44 @@ def gc(sweep: SweepUrl, yes: Annotated[bool, typer.Option("--yes", help="Delete 
     say(f"deleted  {total}" if yes else f"total    {total}; to delete them: dis-scale gc {sweep} --yes")
 
 
+def delete(
+    sweep: SweepUrl,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List all that would go with a sweep, and what stays for other sweeps: dis-scale delete outputs/sweeps/digits --yes
+
+    Latents and listing go as well, unless other sweeps use them. Refused while the sweep runs.
+    """
+    import json
+
+    from dis_scale.sweep import Sweep
+    from dis_scale.upkeep import removal
+
+    found = removal.find(Sweep.open(sweep))
+    files, size_bytes = (
+        sum(map(count, found.parts)) for count in (lambda each: len(each.sizes), lambda each: each.size_bytes)
+    )
+    if not as_json:
+        for each in found.parts:
+            say(f"{each.kind:<12} {each.folder}: {len(each.sizes):,} files, {each.size_bytes / 1e6:,.1f} MB")
+        for note in found.notes:
+            say(f"{note.kind:<12} {note.words}")
+    if yes:
+        removal.delete(found)
+    if as_json:
+        parts = [
+            {"kind": p.kind, "url": p.folder.url, "files": len(p.sizes), "bytes": p.size_bytes} for p in found.parts
+        ]
+        notes = [note._asdict() for note in found.notes]
+        print(
+            json.dumps({"parts": parts, "notes": notes, "files": files, "bytes": size_bytes, "deleted": yes}, indent=1)
+        )
+        return
+    total = f"{size_bytes / 1e9:,.3f} GB in {files:,} files"
+    say(f"deleted      {total}" if yes else f"total        {total}; to delete them: dis-scale delete {sweep} --yes")
+
+
 def verify(
     url: Latents,
     fast: Annotated[bool, typer.Option("--fast", help="Compare sizes only; read nothing back.")] = False,

@@ -218,6 +218,15 @@ class Folder:
         entries = self._entries(path, detail=True)
         return {_base(entry["name"]): entry.get("size") or 0 for entry in entries if _shown(entry["name"], path)}
 
+    def tree(self) -> dict[str, int]:
+        """Return the paths of all files below the folder, incomplete ones included, each with its size in bytes."""
+
+        def find(fs: Any, full: str) -> dict[str, int]:
+            found = fs.find(full, detail=True).values()
+            return {entry["name"].removeprefix(f"{full}/"): entry.get("size") or 0 for entry in found}
+
+        return self._do("list", "", find)
+
     def _entries(self, path: str, detail: bool) -> Any:
         try:
             return self._do("list", path, lambda fs, full: fs.ls(full, detail=detail))

@@ -50,12 +50,13 @@ def find_unneeded(sweep: Sweep) -> list[Unneeded]:
     return [found for found in in_order(finders, lambda find: find(), AT_ONCE) if found.sizes]
 
 
-def find_unshared(store: Folder) -> list[Unneeded]:
-    """Return the latents and listings below a storage root that no sweep there uses.
+def find_unshared(store: Folder, besides: Folder | None = None) -> list[Unneeded]:
+    """Return the latents and listings below a storage root that no sweep there uses, or only the sweep in `besides`.
 
     UserError if a sweep there runs, cannot be read, or has no latents yet: it may be about to use any of them.
     """
-    used = list(in_order(sweeps_below(store), _require_settled, AT_ONCE))
+    others = [folder for folder in sweeps_below(store) if folder != besides]
+    used = list(in_order(others, _require_settled, AT_ONCE))
     running = lease.live_holders([sweep.lease("sweep") for sweep, _ in used])
     for sweep, _ in used:
         if sweep.lease("sweep") in running:

@@ -1,0 +1,123 @@
+"""Removal of a complete sweep, with the latents and the listing that no other sweep uses. Behind `dis-scale delete`.
+
+Read next: retention.py, for what a sweep that stays can spare.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from dis_scale.data import listing
+from dis_scale.errors import Held, StorageError, UserError
+from dis_scale.recipe import SweepStart
+from dis_scale.storage import lease, manifest
+from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.sweep import LATENTS, RECIPE, Sweep, command_lease, sweeps_below
+from dis_scale.sweep.state import AT_ONCE
+from dis_scale.threads import in_order
+from dis_scale.tracking import mlflow
+from dis_scale.upkeep import retention
+from dis_scale.upkeep.retention import Unneeded
+
+
+class Note(NamedTuple):
+    """What stays although the sweep uses it, or who will miss what goes."""
+
+    kind: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What is deleted with a sweep, and what is not."""
+
+    sweep: Sweep
+    own: list[Unneeded]
+    """Files in the sweep's folder, by the folder in it."""
+    unshared: list[Unneeded]
+    """Latents and listing that no other sweep uses."""
+    notes: list[Note]
+
+    @property
+    def parts(self) -> list[Unneeded]:
+        return [*self.own, *self.unshared]
+
+
+def find(sweep: Sweep) -> Removal:
+    """Return what deleting a sweep would remove.
+
+    Held if the sweep or one of its stages runs, UserError if it is not where its recipe's name belongs.
+    """
+    if Sweep.below(sweep.store, sweep.recipe).folder != sweep.folder:
+        raise UserError(
+            f"{sweep} holds the sweep {sweep.recipe.name}, whose folder has another name: delete it by hand"
+        )
+    _require_stopped(sweep)
+    unshared, kept = _unshared(sweep)
+    uri = mlflow.stored_ids(sweep).get("uri")
+    copies = [Note("mlflow", f"its runs stay in {uri}")] if uri else []
+    return Removal(sweep, _own(sweep.folder), unshared, [*kept, *_begun_from(sweep), *copies])
+
+
+def delete(removal: Removal) -> None:
+    """Delete it while holding the sweep's lease; Held if the sweep was started meanwhile. A rerun continues an interrupted one."""
+    sweep = removal.sweep
+    with lease.hold(command_lease(sweep.folder)) as held:
+        retention.delete(removal.unshared)
+        for part in removal.own:  # first, so that a folder that is only partly deleted does not exist
+            for _ in in_order(filter(_is_manifest, part.sizes), part.folder.delete, AT_ONCE):
+                pass
+        for name in sweep.folder.list():
+            if name not in (RECIPE, sweep.leases.name):  # needed by a rerun, and by this block
+                sweep.folder.delete(name)
+    if held.held():
+        sweep.folder.delete()
+
+
+def _is_manifest(path: str) -> bool:
+    return path.rpartition("/")[2] == manifest.NAME
+
+
+def _require_stopped(sweep: Sweep) -> None:
+    leases = [sweep.lease(name) for name in sweep.leases.folders()] + [sweep.run(m).lease for m in sweep.recipe.models]
+    for folder, holder in lease.live_holders(leases).items():
+        raise Held(
+            f"{sweep} is running: process {lease.name_of(holder)} holds {folder}: to stop it, dis-scale stop {sweep}",
+            holder,
+        )
+
+
+def _own(folder: Folder) -> list[Unneeded]:
+    """Return the files of a sweep's folder, by the folder in it; those of the folder itself come last."""
+    parts: dict[str, dict[str, int]] = {}
+    for path, size in folder.tree().items():
+        name, inner, rest = path.partition("/")
+        parts.setdefault(name if inner else "", {})[rest if inner else path] = size
+    own = [Unneeded(name, folder / name, sizes) for name, sizes in sorted(parts.items()) if name]
+    return [*own, Unneeded("sweep", folder, parts.get("", {}))]
+
+
+def _unshared(sweep: Sweep) -> tuple[list[Unneeded], list[Note]]:
+    """Return the latents and the listing that only this sweep uses, and a note for each that stays."""
+    pointer = sweep.folder.find_json(LATENTS, "folder")
+    used = {"listing": listing.folder_of(sweep.store, sweep.recipe.data.declared)}
+    used |= {"latents": sweep.store / pointer["folder"]} if pointer else {}
+    used = {kind: folder for kind, folder in used.items() if folder.list()}
+    try:
+        unshared = [each for each in retention.find_unshared(sweep.store, sweep.folder) if each.folder in used.values()]
+    except UserError as error:
+        return [], [Note("kept", f"{kind} {folder}, which others may use: {error}") for kind, folder in used.items()]
+    gone = [each.folder for each in unshared]
+    kept = {kind: folder for kind, folder in used.items() if folder not in gone}
+    return unshared, [Note("kept", f"{kind} {folder}: other sweeps use it") for kind, folder in kept.items()]
+
+
+def _begun_from(sweep: Sweep) -> list[Note]:
+    """Return a note for each model of another sweep of this storage root that begins with weights of this one."""
+    notes = []
+    for folder in sweeps_below(sweep.store):
+        with contextlib.suppress(StorageError, UserError):  # its recipe cannot be read
+            for name, model in Sweep.open(folder.url).recipe.models.items():
+                if isinstance(model.start, SweepStart) and open_folder(model.start.url) == sweep.folder:
+                    notes.append(Note("needed", f"{model.start.words}: {name} of {folder} begins with it"))
+    return notes
