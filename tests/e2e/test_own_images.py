@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from dis_scale.recipe import reading
@@ -28,6 +29,7 @@ def dis_scale(*words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.faults  # tests/e2e/test_again_is_safe.py has the command, tests/test_first_recipe.py what init writes
 def test_a_folder_of_images_becomes_a_finished_sweep(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0)
     for i in range(90):
