@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dis_scale.errors import UndecodableImage
 from dis_scale.recipe.data import Crop
@@ -44,6 +44,8 @@ def _decoded(data: bytes, name: str, use: Callable[[Image.Image], T]) -> T:
         raise
     except Exception as error:  # on damaged bytes Pillow raises struct.error, IndexError and many others
         why = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            why = "it is in no format that Pillow knows"  # Pillow names an address in memory
         raise UndecodableImage(
             f"image {name} cannot be decoded: {why}; repair or remove it, or --set data.undecodable=skip"
         ) from error
