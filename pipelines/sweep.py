@@ -20,7 +20,7 @@ from dis_scale.errors import DisScaleError, Held, StorageAway, StorageError, Use
 from dis_scale.evaluation.features import require_weights
 from dis_scale.plan import Plan, price_reading, price_sweep, table
 from dis_scale.progress import Board, listing_words
-from dis_scale.recipe import Recipe, reading
+from dis_scale.recipe import Branch, Recipe, reading
 from dis_scale.recipe.identity import identity_differences
 from dis_scale.redaction import redact
 from dis_scale.report import mlflow_copy
@@ -29,6 +29,7 @@ from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import RECIPE, Sampled, Sweep, command_lease, state
 from dis_scale.tracking import mlflow
 from dis_scale.training import warm_start
+from dis_scale.training.loop import learning_rate
 from dis_scale.training.memory import lanes_at_once
 from pipelines import devices, jobs, last_ray, metrics, places
 from pipelines.cluster import Cluster, in_ray_job, open_cluster, require_root
@@ -132,10 +133,26 @@ def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
 
 
 def _require_starts(sweep: Sweep, plan: Plan) -> None:
-    """UserError if the weights that a new training begins with are missing or do not fit its model."""
+    """UserError if a new training cannot begin as its recipe says: its weights are missing or do not fit, or its rate jumps up."""
     models = sweep.recipe.models
-    new = [name for name in models if models[name].start and state.newest_complete(sweep.run(name)) is None]
-    warm_start.require_fits(sweep.recipe, new, plan.shape)
+    later = [name for name, model in models.items() if model.start or model.branch]
+    new = [name for name in later if state.newest_complete(sweep.run(name)) is None]
+    warm_start.require_fits(sweep.recipe, [name for name in new if models[name].start], plan.shape)
+    for name in new:
+        if branch := models[name].branch:
+            _require_no_rise(sweep.recipe, name, branch)
+
+
+def _require_no_rise(recipe: Recipe, name: str, branch: Branch) -> None:
+    """UserError if the rate of a branch begins above that of its trunk, which has decayed by then."""
+    own, its = (
+        learning_rate(train, branch.at) / train.learning_rate for train in map(recipe.train_of, (name, branch.of))
+    )
+    if own > its * 1.001:
+        raise UserError(
+            f"models.{name}.branch: at {branch.at} images the rate of {branch.of} has decayed to {its:.0%}, and this one would "
+            f"begin at {own:.0%}: train {branch.of} at a constant rate (train.decay none), or begin earlier"
+        )
 
 
 def _list_images(driver: Driver, plan: Plan, store: Folder) -> None:

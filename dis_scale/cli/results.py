@@ -12,7 +12,8 @@ from dis_scale.errors import UserError
 def report(
     sweep: SweepUrl,
     published: Annotated[
-        bool, typer.Option("--published", help="Show published points of DiT, SiT and DiG as well.")
+        bool,
+        typer.Option("--published", help="Show published points of DiT, SiT and DiG, those of the sweep's sampler."),
     ] = False,
 ) -> None:
     """Rebuild a sweep's table, figures and page from what was evaluated."""
@@ -54,7 +55,9 @@ def compare(
     if figure:
         from dis_scale.report import figures
 
-        unlike = comparison.unlike_words(first, second, comparison.differences(first, second, pairs))
+        found = comparison.differences(first, second, pairs)
+        drawn = [d for d in found if not d.a.variant and d.a.images_seen in (first.counts[-1], second.counts[-1])]
+        unlike = comparison.unlike_words(first, second, drawn)
         kind = figure.suffix.removeprefix(".")
         if kind not in figures.FORMATS:
             raise UserError(f"--figure {figure}: expected a file that ends in {' or '.join(figures.FORMATS)}")

@@ -32,7 +32,8 @@ def sample(
         typer.Option(help="Write all images to this file instead, for ADM's evaluator; default: of all classes."),
     ] = None,
     labels: Annotated[
-        Literal["balanced", "random"], typer.Option(help="With --npz: each class equally often, or random labels.")
+        Literal["balanced", "uniform"],
+        typer.Option(help="With --npz: each class equally often, or independent labels, all equally likely."),
     ] = "balanced",
     guidance: Annotated[float | None, typer.Option(min=0, help="Default: the sweep's own, or 1: none.")] = None,
     guidance_channels: Annotated[

@@ -150,9 +150,12 @@ def labels_in_turn(opened: OpenCheckpoint, classes: list[int] | None, count: int
 
 
 def labels_of_all(
-    opened: OpenCheckpoint, how: Literal["balanced", "random"], count: int, seed: int
+    opened: OpenCheckpoint, how: Literal["balanced", "uniform"], count: int, seed: int
 ) -> list[int] | None:
-    """Return labels for `count` samples, each class equally often or at random; None for a model without classes."""
+    """Return labels for `count` samples: each class equally often, or independent of each other and equally likely.
+
+    None for a model without classes.
+    """
     known = opened.model.num_classes
     if known is None:
         return None

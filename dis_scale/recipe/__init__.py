@@ -188,11 +188,6 @@ class Recipe(Settings):
         if self.models[model].sizes != trunk.sizes:
             raise ValueError(f"{where}.of: {branch.of} has other sizes: expected the same, apart from train and seed")
         its, own = self.train_of(branch.of), self.train_of(model)
-        if its.decay != "none" and own.decay != "none":
-            raise ValueError(
-                f"{where}: the rate of {branch.of} decays itself (train.decay {its.decay}), so a cooldown would raise it again: "
-                f"set train.decay to none for {branch.of}"
-            )
         last = min(its.images, own.publish_images[0] - 1)
         if branch.at > last or branch.at % its.batch_images or branch.at % own.batch_images:
             raise ValueError(

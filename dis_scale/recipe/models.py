@@ -151,8 +151,8 @@ class DiffuSsm(BackboneSettings):
 
     @model_validator(mode="after")
     def _time_steps_rise(self) -> Self:
-        if self.dt_min >= self.dt_max:
-            raise ValueError(f"dt_min {self.dt_min:g} is not below dt_max {self.dt_max:g}: exchange them")
+        if self.dt_min > self.dt_max:
+            raise ValueError(f"dt_min {self.dt_min:g} is above dt_max {self.dt_max:g}: exchange them")
         return self
 
 

@@ -52,17 +52,17 @@ def by_name(a: Report, b: Report) -> dict[str, str]:
 
 
 def by_cost(a: Report, b: Report) -> dict[str, str]:
-    """Return pairs of models of `a` and `b`, the nearest in multiply-adds first, as far as they are within `ALIKE`.
+    """Return pairs of models of `a` and `b`, the nearest in multiply-adds and those of one name first, within `ALIKE`.
 
     Branches are paired with branches that end at the same count.
     """
     ours, theirs = ({p.group: p for p in report.points} for report in (a, b))
     near = sorted(
-        (max(p.gmacs, q.gmacs) / min(p.gmacs, q.gmacs), name, other)
+        (max(p.gmacs, q.gmacs) / min(p.gmacs, q.gmacs), name != other, name, other)
         for name, p in ours.items() for other, q in theirs.items() if _end(a, p) == _end(b, q)
     )  # fmt: skip
     pairs: dict[str, str] = {}
-    for ratio, name, other in near:
+    for ratio, _, name, other in near:
         if ratio <= 1 + ALIKE and name not in pairs and other not in pairs.values():
             pairs[name] = other
     return pairs
@@ -152,15 +152,14 @@ def _notes(a: Report, b: Report, found: list[Difference]) -> list[str]:
     taken = {(q.group, q.variant, q.images_seen) for _, q, *_ in found}
     if alone := len(a.means) + len(b.means) - len(found) - len(taken):
         lines.append(f"{alone} points are in one sweep only")
-    if a.vae and b.vae and a.vae != b.vae:
-        lines.append(f"VAE differs: {a.vae[:12]} and {b.vae[:12]}")
     return lines + unlike_words(a, b, found)
 
 
 def unlike_words(a: Report, b: Report, found: list[Difference]) -> list[str]:
     """Return a line for each setting that differs between the points of these differences."""
+    vae = [f"VAE differs: {a.vae[:12]} and {b.vae[:12]}"] if a.vae and b.vae and a.vae != b.vae else []
     unlike = {line for difference in found for line in _unlike(a, b, difference)}
-    return [f"{key} differs: {x} and {y}" for key, x, y in sorted(unlike)]
+    return vae + [f"{key} differs: {x} and {y}" for key, x, y in sorted(unlike)]
 
 
 def _unlike(a: Report, b: Report, pair: Difference) -> Iterator[tuple[str, str, str]]:

@@ -1,6 +1,7 @@
 """The figures. Families differ by marker and line, image counts by grey, so figures are readable in black and white."""
 
 import io
+import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,8 @@ from dis_scale.report.published import PUBLISHED
 from dis_scale.report.published import SAMPLERS as PUBLISHED_SAMPLERS
 from dis_scale.tracking.goodput import SAMPLED_ON, TRAINED_ON
 
+MOST_LINES = 8
+"""Most lines below a figure."""
 HOLLOW = 3
 """Above the filled markers, which error bars draw at 2.1."""
 MARKERS = {"dis": "o", "diffussm": "^", "dit": "s"}
@@ -61,7 +64,9 @@ def both(a: Report, b: Report, unlike: Sequence[str] = ()) -> Figure:
         for kind in report.families if report.counts else []:
             last = report.counts[-1]
             _line(axes, report, report.family(kind, last), kind, shade, f"{report.sweep}: {kind} at {last:,}", "gmacs")
-    figure.supxlabel("\n".join(unlike), fontsize=7)
+    more = [f"and {len(unlike) - MOST_LINES} more: dis-scale compare"] if len(unlike) > MOST_LINES else []
+    lines = [textwrap.shorten(line, 120, placeholder=" ...") for line in unlike[:MOST_LINES]] + more
+    figure.supxlabel("\n".join(lines), fontsize=7)
     return _finish(figure, axes, replace(a, floors=[floor for floor in a.floors if floor in b.floors]))
 
 

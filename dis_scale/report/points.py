@@ -161,7 +161,8 @@ def _mean(points: list[Point], metric: str) -> Point:
     names = [name for name in points[0].values if all(name in p.values for p in points)]
     values = {name: statistics.fmean(p.values[name] for p in points) for name in names}
     spread = statistics.stdev(p.values[metric] for p in points) / math.sqrt(len(points))
-    values[f"{metric}_error"] = math.hypot(spread, values.get(f"{metric}_error", 0.0))
+    if f"{metric}_error" in values:  # else the error is unknown, since a part of it is
+        values[f"{metric}_error"] = math.hypot(spread, values[f"{metric}_error"])
     goodputs = [p.goodput for p in points if p.goodput is not None]
     goodput = statistics.fmean(goodputs) if goodputs else None
     return replace(first, values=values, seeds=len(points), goodput=goodput, facts=_mean_facts(points))

@@ -96,7 +96,7 @@ def notes(report: Report) -> list[str]:
         guided = facts["guidance"] != 1
         within = f" between times {facts['guidance_interval']}" if guided and facts.get("guidance_interval") else ""
         of = f" on {facts['guidance_channels']} channels" if guided and facts.get("guidance_channels") else ""
-        drawn = ", random labels" if facts.get("labels") == "random" else ""
+        drawn = f", {labels} labels" if (labels := facts.get("labels", "balanced")) != "balanced" else ""
         lines.append(
             f"{variant or 'main'}: {facts['samples']:,} samples, {facts['sampler']}, {facts['steps']} steps, "
             f"guidance {facts['guidance']}{of}{within}{average}, {facts['precision']}{drawn}"

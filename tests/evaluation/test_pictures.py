@@ -91,13 +91,13 @@ def test_no_file_is_left_of_samples_that_end_early(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_labels_of_all_classes_are_balanced_or_random(files: tuple[Path, Path]) -> None:
+def test_labels_of_all_classes_are_balanced_or_uniform(files: tuple[Path, Path]) -> None:
     opened = open_for_sampling(files[0], str(files[1]))
-    balanced, random = (np.array(labels_of_all(opened, how, 5000, 0)) for how in ("balanced", "random"))  # type: ignore[arg-type]
+    balanced, random = (np.array(labels_of_all(opened, how, 5000, 0)) for how in ("balanced", "uniform"))  # type: ignore[arg-type]
     assert (np.bincount(balanced) == 500).all()
     assert np.abs(np.bincount(random, minlength=10) - 500).max() < 5 * (5000 * 0.1 * 0.9) ** 0.5
     assert not (np.bincount(random, minlength=10) == 500).all()
-    assert labels_of_all(opened, "random", 10, 0) == random[:10].tolist()
+    assert labels_of_all(opened, "uniform", 10, 0) == random[:10].tolist()
 
 
 def test_a_file_tells_how_to_sample_from_it(files: tuple[Path, Path], tmp_path: Path, tiny: Recipe) -> None:

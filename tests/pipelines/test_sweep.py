@@ -223,6 +223,20 @@ def test_deleted_weights_are_named_at_the_next_start(
     assert "nothing to do" in shown
 
 
+def test_a_cooldown_whose_trunk_has_decayed_is_refused_before_anything_is_spent(tmp_path: Path) -> None:
+    """One that begins before the decay is sound, and a training that has begun is not asked."""
+    decaying = ["train.decay=linear", "train.decay_from=0.5"]  # of 320 images
+    sound = driver_of(reading.load(TINY, [*decaying, "train.cooldowns={images: [160]}"]), tmp_path)
+    plan = price_sweep(sound.sweep.recipe, LatentShape(4, 8))
+    pipeline._require_starts(sound.sweep, plan)
+    late = driver_of(reading.load(TINY, [*decaying, "train.cooldowns={images: [320]}"]), tmp_path)
+    words = (
+        r"models.dis-at-320.branch: at 256 images the rate of dis has decayed to 40%, and this one would begin at 100%"
+    )
+    with pytest.raises(UserError, match=words):
+        pipeline._require_starts(late.sweep, plan)
+
+
 def test_a_run_on_gpus_continues_on_the_cpu_only_if_asked(tiny: Recipe, tmp_path: Path) -> None:
     driver, model = driver_of(tiny, tmp_path), next(iter(tiny.models))
     pipeline._require_device(driver, cluster("here"))
