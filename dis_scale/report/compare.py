@@ -9,7 +9,7 @@ from rich.text import Text
 
 from dis_scale.errors import UserError
 from dis_scale.recipe.identity import differing, in_recipe
-from dis_scale.report.points import Point, Report
+from dis_scale.report.points import FORKED, Point, Report
 from dis_scale.report.tables import FACTS, UNFINISHED
 
 ALIKE = 0.1
@@ -181,6 +181,6 @@ def _unlike(a: Report, b: Report, pair: Difference) -> Iterator[tuple[str, str, 
         yield "seed", str(x.seed), str(y.seed)
     if mine.images != theirs.images and {mine.decay, theirs.decay} != {"none"}:
         yield "end of the schedule", f"{mine.images:,}", f"{theirs.images:,}"
-    for key in FACTS:
+    for key in (*FACTS, FORKED):
         if (one := pair.a.facts.get(key)) != (other := pair.b.facts.get(key)):
             yield key, in_recipe(one), in_recipe(other)

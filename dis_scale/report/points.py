@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from dis_scale.plan import Plan
 
 HELD_OUT = "held_out_loss"
+
+
+FORKED = "forked_from"
+"""A fork's point has this fact: the run and the count whose training it continues."""
 
 
 @dataclass(frozen=True)
@@ -183,21 +188,25 @@ def _mean_facts(points: list[Point]) -> dict[str, Any]:
 def collect(sweep: Sweep, plan: "Plan") -> Report:
     """Collect all evaluations of a sweep."""
     recipe, points, groups = sweep.recipe, list[Point](), sweep.recipe.seed_groups()
-    budgets = recipe.budgets
+    budgets, origins = recipe.budgets, {model: state.origin(sweep.run(model)) for model in plan.costs}
     for model, cost in plan.costs.items():
         train, branch, group = recipe.train_of(model), recipe.models[model].branch, groups[model]
         trunk = groups[branch.of] if branch else group
-        flops = plan.training_flops(model)
+        flops, origin = plan.training_flops(model), origins[model]
         for variant in recipe.evaluate.samplings:
             for images_seen, evaluation in state.evaluated(sweep, model, variant).items():
                 values = {name: value for name, value in evaluation["values"].items() if not name.endswith("_floor")}
+                if origin and origin[0] in origins and images_seen <= origin[1]:
+                    continue  # copied: it is the origin's point
                 facts = {"labels": "balanced"} | {k: v for k, v in evaluation.items() if k not in ("values", "format")}
+                if origin:
+                    facts[FORKED] = f"{origin[0]} at {origin[1]:,} images"
                 kind = recipe.models[model].kind
                 point = Point(
                     model=model, kind=kind, variant=variant, images_seen=images_seen, cost=cost,
                     values=values, facts=facts, goodput=facts.pop(GOODPUT, None), group=group, trunk=trunk,
                     eflops=flops * images_seen / 1e18, unfinished=train.decay != "none" and images_seen < train.images,
-                    start_share=0.0 if recipe.start_of(model) else start_share(train, images_seen), budget=budgets.get(model),
+                    start_share=_random_share(recipe, model, images_seen, origins), budget=budgets.get(model),
                 )  # fmt: skip
                 points.append(point)
     failed = {model: why for model in plan.costs if (why := state.ended(sweep, model))}
@@ -206,6 +215,18 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
         skipped=state.skipped(sweep), recipe=recipe, groups=groups, vae=state.latents_vae(sweep), floors=_floors(sweep),
         no_floor=state.floor_skipped(sweep),
     )  # fmt: skip
+
+
+def _random_share(recipe: Recipe, model: str, images_seen: int, origins: Mapping[str, tuple[str, int] | None]) -> float:
+    """Return the share of random initial weights in a model's average, through the runs that it was forked or branched from."""
+    if recipe.start_of(model):
+        return 0.0
+    branch = recipe.models[model].branch
+    of, at = origins[model] or ((branch.of, branch.at) if branch else ("", 0))
+    if of not in origins:  # random from the start, or from a run that is no more in the recipe
+        return start_share(recipe.train_of(model), images_seen)
+    since = min(at, images_seen)
+    return _random_share(recipe, of, since, origins) * start_share(recipe.train_of(model), images_seen, since)
 
 
 def _floors(sweep: Sweep) -> list[Floor]:

@@ -18,6 +18,7 @@ from dis_scale.sweep import (
     FAILED_NODES,
     LATENTS,
     METRICS,
+    ORIGIN,
     SKIPPED,
     PointName,
     Run,
@@ -186,6 +187,12 @@ def resumable_images(run: Run) -> int:
     """Return the images seen at the newest resume point with a manifest, 0 if none."""
     point = newest_complete(run)
     return point.images_seen if point else 0
+
+
+def origin(run: Run) -> tuple[str, int] | None:
+    """Return the model and the count from which a fork began; None for any other run."""
+    begun = run.folder.find_json(ORIGIN, "model", "images")
+    return (str(begun["model"]), int(begun["images"])) if begun else None
 
 
 def trained(sweep: Sweep, model: str) -> bool:

@@ -44,9 +44,9 @@ def decays(settings: Train, step: int) -> dict[str, float]:
     return {EXPONENTIAL: float(_exponential(settings, np.array(step)))} | powers
 
 
-def start_share(settings: Train, images_seen: int) -> float:
-    """Return the share of the initial weights in the exponential average."""
-    steps = np.arange(1, images_seen // settings.batch_images + 1)
+def start_share(settings: Train, images_seen: int, since: int = 0) -> float:
+    """Return the share that the average of `since` images, at first the initial weights, has in the exponential average."""
+    steps = np.arange(since // settings.batch_images + 1, images_seen // settings.batch_images + 1)
     return float(np.exp(np.log(_exponential(settings, steps)).sum()))
 
 

@@ -23,7 +23,7 @@ from dis_scale.recipe import LatentShape, Recipe, reading
 from dis_scale.report import compare, figures
 from dis_scale.report.published import PUBLISHED
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import ENDED, GRID, METRICS, SKIPPED, Sampled, Sweep, state
+from dis_scale.sweep import ENDED, GRID, METRICS, ORIGIN, SKIPPED, Sampled, Sweep, state
 from tests.conftest import TINY
 
 SHAPE = LatentShape(4, 8)
@@ -411,6 +411,25 @@ def test_a_fork_is_no_other_seed(tmp_path: Path) -> None:
     for model in ("dit", "again"):
         put(made, Sampled(model, 320), 9.0)
     assert [(p.model, p.seeds) for p in collect(made).main] == [("dit", 1), ("again", 1)]
+
+
+def test_a_forks_past_is_that_of_its_origin(tmp_path: Path) -> None:
+    """Its copied points are left out, its random start is the origin's, and a comparison names where it began."""
+    recipe = reading.load(TINY, ["train.ema=0.9999", "train.ema_ramp=null", "train.decay=linear"])
+    model = recipe.models["dit"]
+    settings = model.train.model_copy(update={"ema": 0.5, "decay": "none"})
+    made, plain = (
+        sweep_at(tmp_path, name, reading.with_model(recipe, "again", model.model_copy(update={"train": settings})))
+        for name in ("forked", "plain")
+    )
+    for each in (made, plain):
+        for name, images in (("dit", 160), ("again", 160), ("again", 176)):
+            put(each, Sampled(name, images), 9.0)
+    made.run("again").folder.write_json(ORIGIN, {"model": "dit", "images": 160})
+    points = {(p.model, p.images_seen): p for p in collect(made).points}
+    assert list(points) == [("dit", 160), ("again", 176)]
+    assert points["again", 176].start_share == pytest.approx(0.9999**10 * 0.5)
+    assert "forked_from differs: null and dit at 160 images" in compared(collect(plain), collect(made))
 
 
 def test_branches_are_paired_with_branches(tmp_path: Path) -> None:
