@@ -116,7 +116,8 @@ def _build(library: Path) -> None:
             cpp_extension.load(
                 "native", str(SOURCES[0]), extra_cflags=FLAGS, build_directory=folder, is_python_module=False
             )
-            (Path(folder) / "native.so").replace(library)
+            (built,) = Path(folder).glob("native*.so")  # PyTorch adds a version to the name after a build that failed
+            built.replace(library)
     except (RuntimeError, OSError) as error:
         raise DisScaleError(_build_error(str(error))) from error
 

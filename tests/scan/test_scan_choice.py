@@ -149,11 +149,15 @@ def test_a_failed_build_shows_the_compilers_output_and_auto_uses_chunked(
     assert "the native scan cannot be built" in str(error.value)
     assert "broken.cpp:1" in str(error.value)
     assert "install a C++ compiler" in str(error.value)
+    build = native._build
     fresh_process.setattr(native, "_build", lambda _: pytest.fail("built twice"))
     assert choose("auto", "cpu").name == "chunked"
     assert str(choose("auto", "cpu")).startswith("chunked (auto: the native scan cannot be built")
     assert selective_scan(*random_direction(1, 3, 2, 4)).shape == (1, 3, 2)
     assert [path.suffix for path in (tmp_path / "dis_scale").iterdir()] == [".lock"], "no incomplete library"
+    source.write_text("int answer() { return 42; }\n")
+    build(tmp_path / "mended.so")
+    assert (tmp_path / "mended.so").exists(), "a process can build after a build that failed"
 
 
 def test_no_compiler_is_the_same_failure(fresh_process: pytest.MonkeyPatch) -> None:
