@@ -28,7 +28,7 @@ from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
 
-COUNTS, SEEDS, SHARE, SAMPLES = (16_000, 32_000, 64_000), 3, 0.2, 1000
+COUNTS, SEEDS, SHARE, SAMPLES = (32_000, 64_000, 128_000), 3, 0.2, 1000
 MODEL = f"kind: dis, width: 32, depth: 2, patch: 2, drop_path: 0.0, seeds: {SEEDS}"
 LAST = int((1 - SHARE) * COUNTS[-1])
 COOLED = (

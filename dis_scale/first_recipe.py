@@ -30,7 +30,7 @@ HUB_VAE, VAE_CHANNELS, VAE_FACTOR = "stabilityai/sd-vae-ft-ema", 4, 8
 LEAST_STEPS, MOST_EPOCHS = 1600, 1000
 """A small model samples the requested digit after 1,500 steps (configs/digits.yaml). DiS saw CIFAR-10 for 1,000 epochs."""
 CORE_FLOPS = 8e9
-"""Operations per second of a core that trains small models: 2.394e12 in 310 s (benchmarks/results/digits.json)."""
+"""Operations per second of a core that trains small models: four fifths of 4.787e12 in 484 s (benchmarks/results/digits.json)."""
 GPU_SHARE, UNKNOWN_TFLOPS = 0.15, 100.0
 """Share of a GPU's peak, and the peak of a GPU that is not in DATASHEET_TFLOPS. Both are assumed."""
 INCEPTION, TRAINED = FEATURE_DIMENSIONS["inception"], FEATURE_DIMENSIONS["trained"]
