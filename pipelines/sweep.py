@@ -29,8 +29,8 @@ from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import RECIPE, Sampled, Sweep, command_lease, state
 from dis_scale.tracking import mlflow
 from dis_scale.training import warm_start
-from dis_scale.training.loop import learning_rate
 from dis_scale.training.memory import lanes_at_once
+from dis_scale.training.schedule import learning_rate
 from pipelines import devices, jobs, last_ray, metrics, places
 from pipelines.cluster import Cluster, in_ray_job, open_cluster, require_root
 from pipelines.driver import (

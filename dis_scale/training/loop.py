@@ -38,6 +38,7 @@ from dis_scale.training.engine import Engine
 from dis_scale.training.inputs import StepInput, step_inputs, to_device
 from dis_scale.training.lanes import ForwardPass, forward_passes
 from dis_scale.training.memory import lanes_at_once
+from dis_scale.training.schedule import learning_rate
 from dis_scale.training.stop import StopAgreement
 from dis_scale.training.throughput import (
     ThroughputMeter,
@@ -270,21 +271,6 @@ def _workers_on_this_node(world: int) -> int:
     hosts: list[str] = [""] * world
     dist.all_gather_object(hosts, socket.gethostname())
     return hosts.count(socket.gethostname())
-
-
-def learning_rate(settings: Train, images_seen: int) -> float:
-    """Return the learning rate of the step that begins at `images_seen`: warm-up, plateau, decay to zero."""
-    warm = min(1.0, (images_seen + settings.batch_images) / settings.warmup_images) if settings.warmup_images else 1.0
-    first = settings.decay_from * settings.images
-    done = min(1.0, max(0.0, (images_seen - first) / (settings.images - first))) if settings.images else 0.0
-    match settings.decay:
-        case "none":
-            left = 1.0
-        case "linear":
-            left = 1 - done
-        case "cosine":
-            left = 0.5 * (1 + math.cos(math.pi * done))
-    return settings.learning_rate * warm * left
 
 
 def start(attempt: Attempt, latents: Latents, passes: int) -> tuple[Engine, Backbone, int, Mapping[str, Any]]:

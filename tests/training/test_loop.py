@@ -20,7 +20,8 @@ from dis_scale.tracking.goodput import WORKER_HOURS
 from dis_scale.tracking.rows import RowReader
 from dis_scale.training import checkpoint, loop
 from dis_scale.training.checkpoint import Keep
-from dis_scale.training.loop import Attempt, Start, learning_rate
+from dis_scale.training.loop import Attempt, Start
+from dis_scale.training.schedule import learning_rate
 from tests.conftest import TINY
 from tests.support import ranks
 

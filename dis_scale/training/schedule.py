@@ -1,0 +1,20 @@
+"""The learning rate over a training."""
+
+import math
+
+from dis_scale.recipe import Train
+
+
+def learning_rate(settings: Train, images_seen: int) -> float:
+    """Return the learning rate of the step that begins at `images_seen`: warm-up, plateau, decay to zero."""
+    warm = min(1.0, (images_seen + settings.batch_images) / settings.warmup_images) if settings.warmup_images else 1.0
+    first = settings.decay_from * settings.images
+    done = min(1.0, max(0.0, (images_seen - first) / (settings.images - first))) if settings.images else 0.0
+    match settings.decay:
+        case "none":
+            left = 1.0
+        case "linear":
+            left = 1 - done
+        case "cosine":
+            left = 0.5 * (1 + math.cos(math.pi * done))
+    return settings.learning_rate * warm * left
