@@ -188,7 +188,7 @@ def _mean_facts(points: list[Point]) -> dict[str, Any]:
 def collect(sweep: Sweep, plan: "Plan") -> Report:
     """Collect all evaluations of a sweep."""
     recipe, points, groups = sweep.recipe, list[Point](), sweep.recipe.seed_groups()
-    budgets, origins = recipe.budgets, {model: state.origin(sweep.run(model)) for model in plan.costs}
+    budgets, origins = recipe.budgets, state.origins(sweep)
     for model, cost in plan.costs.items():
         train, branch, group = recipe.train_of(model), recipe.models[model].branch, groups[model]
         trunk = groups[branch.of] if branch else group

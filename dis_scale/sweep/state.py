@@ -189,10 +189,14 @@ def resumable_images(run: Run) -> int:
     return point.images_seen if point else 0
 
 
-def origin(run: Run) -> tuple[str, int] | None:
-    """Return the model and the count from which a fork began; None for any other run."""
-    begun = run.folder.find_json(ORIGIN, "model", "images")
-    return (str(begun["model"]), int(begun["images"])) if begun else None
+def origins(sweep: Sweep) -> dict[str, tuple[str, int] | None]:
+    """Return, for each model, the model and the count from which it was forked; None for one that is no fork."""
+    models = list(sweep.recipe.models)
+    found = in_order(models, lambda model: sweep.run(model).folder.find_json(ORIGIN, "model", "images"), AT_ONCE)
+    return {
+        model: (str(begun["model"]), int(begun["images"])) if begun else None
+        for model, begun in zip(models, found, strict=True)
+    }
 
 
 def trained(sweep: Sweep, model: str) -> bool:
