@@ -2,7 +2,7 @@
 
     apt-get install --no-install-recommends radosgw ceph-mon ceph-osd
 
-A start sometimes hangs on a busy machine; `start` then tries again.
+A start sometimes hangs on a busy machine; `start` and `resume` then try again.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import tempfile
 import time
 import urllib.request
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.cluster import free_ports
@@ -87,13 +88,9 @@ class ObjectStore:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
-    def start(self, tries: int = 4) -> "ObjectStore":
-        for _ in range(tries):
-            with contextlib.suppress(subprocess.SubprocessError, TimeoutError):
-                self._start()
-                return self
-            self._halt()
-        raise RuntimeError(f"Ceph's gateway would not start in {tries} tries; logs in {self.folder}")
+    def start(self) -> "ObjectStore":
+        self._until_it_serves(self._start)
+        return self
 
     def add_key(self, key: str) -> None:
         """Give the user one more key, with the same secret."""
@@ -108,12 +105,22 @@ class ObjectStore:
 
     def resume(self) -> None:
         """Start again, at the same port with the same objects."""
-        self._monitor()
-        self._serve()
+        self._until_it_serves(self._start_again)
 
     def stop(self) -> None:
         self._halt()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _until_it_serves(self, begin: Callable[[], None], tries: int = 4) -> None:
+        for _ in range(tries):
+            with contextlib.suppress(subprocess.SubprocessError, TimeoutError):
+                return begin()
+            self._halt()
+        raise RuntimeError(f"Ceph's gateway would not start in {tries} tries; logs in {self.folder}")
+
+    def _start_again(self) -> None:
+        self._monitor()
+        self._serve()
 
     def _start(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
