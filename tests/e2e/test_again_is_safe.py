@@ -15,7 +15,9 @@ from dis_scale.tracking.rows import RowReader
 from pipelines.stop import stop_sweep
 from tests.support import secrets, sweeps
 
-ONE_MODEL = "models={dis: {kind: dis, width: 16, depth: 2, patch: 4}}"
+ONE_WORKER = ("models={dis: {kind: dis, width: 16, depth: 2, patch: 4}}", "train.workers=1")
+"""Of one model; tests/e2e/test_cluster.py trains in two workers."""
+SEARCH_EVERY_S = 8.0
 
 
 def in_prepare(root: Path) -> bool:
@@ -49,12 +51,12 @@ def test_a_sweep_makes_everything_without_a_secret_and_a_rerun_does_nothing(
     for name, value in secrets.SECRETS.items():
         monkeypatch.setenv(name, value)
     root, log, search = tmp_path / "store", tmp_path / "printed.log", secrets.Search()
-    _run_and_search(sweeps.start(str(root), ONE_MODEL, log=log), log, search)
+    _run_and_search(sweeps.start(str(root), *ONE_WORKER, log=log), log, search)
     assert log.read_text().index("plan of tiny") < log.read_text().index("Ray job")
     assert f"page     {root}/sweeps/tiny/report/index.html" in log.read_text()
     search.folder(tmp_path)
     search.assert_none()
-    _assert_complete_and_rerun(root, ONE_MODEL)
+    _assert_complete_and_rerun(root, *ONE_WORKER)
 
 
 @pytest.mark.faults
@@ -101,7 +103,7 @@ def _run_and_search(process: subprocess.Popen[bytes], printed: Path, search: sec
             assert time.monotonic() < deadline, printed.read_text()
             search.ray(printed.read_text())
             search.processes()
-            time.sleep(3)
+            time.sleep(SEARCH_EVERY_S)
     finally:
         if process.poll() is None:
             sweeps.kill_all(process)

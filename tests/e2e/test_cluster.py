@@ -122,6 +122,12 @@ def test_submitted_stopped_and_submitted_again(head: str, store: Store, tmp_path
     done = submit(head, "second", store)
     assert done.returncode == 0, done.stdout + done.stderr
     sweeps.assert_complete(store.root, *store.settings)
+
+
+@pytest.mark.faults  # tests/pipelines/test_jobs.py has it in `make test`, without Ray
+def test_a_refused_sweep_is_a_stopped_job(head: str, store: Store) -> None:
+    """KubeRay tries again what has failed."""
+    store.sweep.save_recipe()
     refused = submit(head, "refused", store, "seed=1")
     assert "seed: stored 0, given 1" in refused.stdout + refused.stderr
-    assert client.get_job_status("refused") == "STOPPED", "KubeRay tries again what has failed"
+    assert JobSubmissionClient(head).get_job_status("refused") == "STOPPED"

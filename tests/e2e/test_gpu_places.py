@@ -1,26 +1,36 @@
-"""Where workers run on a cluster with declared GPUs: a head without one and a node with two. Nothing computes on them."""
+"""Where workers run, and what those that wait say, on a cluster with declared GPUs: a head without one and a node with two.
+
+Nothing computes on them.
+"""
 
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from dis_scale.errors import Preempted, UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import ENDED, METRICS, Sampled, Sweep, state
-from pipelines import evaluate, stage
+from pipelines import evaluate, stage, train, waiting
+from pipelines import sweep as sweep_command
+from pipelines.driver import Driver
 from pipelines.evaluators import RayEvaluators
 from pipelines.places import requests, spare_gpus
+from pipelines.waiting import hopeless
 from pipelines.worker import Worker, resources, spawn, watch
 from tests.conftest import TINY
+from tests.support import sweeps
 from tests.support.events import events
 from tests.support.stages import ONE_MODEL
 
@@ -28,17 +38,22 @@ GPUS = 2
 
 
 @pytest.fixture(scope="module")
-def node() -> Iterator[str]:
-    """The id of the node with GPUs."""
+def nodes() -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         head = {"num_cpus": 2, "num_gpus": 0, "resources": {"prepare": 1, "train": 2}, "include_dashboard": False}
         cluster = Cluster(initialize_head=True, head_node_args=head)
-        added = cluster.add_node(num_cpus=2, num_gpus=GPUS, resources={"train": 2, "evaluate": 2})
+        cluster.add_node(num_cpus=2, num_gpus=GPUS, resources={"train": 2, "evaluate": 2})
         ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
-        yield added.node_id
+        yield cluster
         ray.shutdown()
         cluster.shutdown()
+
+
+@pytest.fixture
+def node(nodes: Cluster) -> str:
+    """The id of the node with GPUs."""
+    return next(iter(nodes.worker_nodes)).node_id
 
 
 class Probe(Worker):
@@ -117,6 +132,9 @@ class Evaluated:
         self.sweep.evaluation(sampled).write_json(METRICS, {"metrics": ["distance"], "values": {}})
         return {}
 
+    def floor(self) -> None:
+        """Measure no floor."""
+
 
 def publish(sweep: Sweep, images: int) -> None:
     sweep.run("dit").published_at(images).write_json(manifest.NAME, {})
@@ -172,6 +190,77 @@ def test_evaluation_waits_for_training_and_gives_its_gpus_back(
     job.join(300)
     assert not job.is_alive()
     assert state.evaluated_counts(sweep, "dit") == [0, 160]
+
+
+def test_what_can_never_be_placed_is_logged_within_ten_seconds_and_ends_with_the_cure(
+    node: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(waiting, "GIVE_UP_AFTER_S", 8.0)
+    other = spawn(Probe, {"num_cpus": 1})
+    idle = spawn(Probe, {"num_cpus": 1, "num_gpus": 1, "resources": {"prepare": 1}})
+    logged, began_s = list[float](), time.monotonic()
+    say = waiting.lines.say
+    monkeypatch.setattr(waiting.lines, "say", lambda text: (logged.append(time.monotonic() - began_s), say(text)))
+    with pytest.raises(
+        UserError, match=r"no capacity for 1 workers, each with 1 CPU, 1 GPU, 1 prepare.*start such a node"
+    ):
+        watch([other, idle], [other.where.remote(), idle.where.remote()], lambda _: None)
+    (event,) = events(capsys.readouterr().out, "waiting")
+    assert event["workers"] == 1
+    assert logged[0] < 10
+
+
+def test_a_group_that_is_larger_than_the_cluster_ends_with_the_cure(node: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "GIVE_UP_AFTER_S", 2.0)
+    bundle = {"CPU": 1.0, "GPU": 1.0}
+    group = placement_group([bundle] * 3)
+    with pytest.raises(UserError, match="no capacity for 3 workers, each with 1 CPU, 1 GPU, "):
+        train._placed(group, 3, bundle, lambda: 0)
+    remove_placement_group(group)
+
+
+def test_a_sweep_says_at_its_start_which_stage_can_never_be_placed(
+    node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after the days of the stages before it."""
+    monkeypatch.setattr(waiting, "LOGGED_AFTER_S", 0.5)
+    monkeypatch.setattr(waiting, "GIVE_UP_AFTER_S", 2.0)
+    said: list[str] = []
+    cluster: Any = SimpleNamespace(gpus=2)
+    board: Any = SimpleNamespace(say=said.append)
+    driver = Driver(sweeps.sweep_at(tmp_path, "device=cuda", "train.workers=3"), board)
+    with pytest.raises(
+        UserError, match="no capacity for 3 workers, each with 1 CPU, 1 GPU, 1 train, within 2 s; nodes: "
+    ):
+        sweep_command._await_nodes(driver, cluster)
+    assert [line.partition(",")[0] for line in said] == ["waiting for capacity for 3 workers"]
+    driver.stop_requested.set()
+    with pytest.raises(Preempted):
+        sweep_command._await_nodes(driver, cluster)
+    fitting = Driver(sweeps.sweep_at(tmp_path, "device=cuda", "train.workers=2"), board)
+    sweep_command._await_nodes(fitting, cluster)
+
+
+def test_the_second_autoscaler_reports_what_it_can_never_add(node: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a reply as it sends it; its provider for tests does not run next to other Rays on one machine."""
+    reply = GetClusterStatusReply()
+    reply.autoscaling_state.autoscaler_state_version = 7
+    reply.autoscaling_state.infeasible_resource_requests.add().resources_bundle.update({"GPU": 64.0})
+    gang = reply.autoscaling_state.infeasible_gang_resource_requests.add()
+    gang.requests.add().resources_bundle.update({"GPU": 3.0})
+    answer = SimpleNamespace(get_cluster_status=lambda timeout_s: reply.SerializeToString())
+    monkeypatch.setattr(waiting, "global_worker", SimpleNamespace(gcs_client=answer))
+    assert [hopeless({"GPU": count}) for count in (64.0, 3.0, 4.0)] == [True, True, False]
+
+
+@pytest.mark.faults
+def test_after_the_loss_of_a_node_its_replacement_is_awaited(nodes: Cluster, node: str) -> None:
+    """The last test on this cluster: nothing on it is hopeless from then on."""
+    assert hopeless({"GPU": 3.0})
+    assert not hopeless({"GPU": 2.0})
+    nodes.remove_node(next(iter(nodes.worker_nodes)))
+    wait_until(lambda: len(waiting.alive_nodes()) == 1)
+    assert not hopeless({"GPU": 2.0})
 
 
 def wait_until(true: Callable[[], bool]) -> None:

@@ -66,15 +66,27 @@ def reference(features: Features) -> Reference:
     return Reference("seeded", fit(features.pooled), spatial, features.pooled)
 
 
+UNEQUAL = [150] * 7 + [100, 50]
+"""Images of each block: 1,200 in all."""
+
+
 @pytest.fixture(scope="module")
 def images() -> tuple[Features, Features]:
     return seen(1200, 0, shift=0.4, spatial=True), seen(1500, 1, spatial=True)
 
 
-def test_each_metric_has_its_name_its_value_and_its_error(images: tuple[Features, Features]) -> None:
+@pytest.fixture(scope="module")
+def values(images: tuple[Features, Features]) -> dict[str, float]:
+    """Every metric, measured from blocks of unequal sizes."""
     generated, real = images
     settings = inception_settings(samples=1200, metrics=EVERY)
-    values = measure_blocks(blocks([500, 500, 200], inception=generated), {"inception": reference(real)}, settings)
+    return measure_blocks(blocks(UNEQUAL, inception=generated), {"inception": reference(real)}, settings)
+
+
+def test_each_metric_has_its_name_its_value_and_its_error(
+    images: tuple[Features, Features], values: dict[str, float]
+) -> None:
+    generated, real = images
     pooled, kept = generated.pooled, real.pooled
     target, precision = Frechet(fit(kept)), neighbours.precision_recall(pooled, kept)
     limit, limit_error = metrics.infinity(pooled, target, 1200)
@@ -111,14 +123,14 @@ def test_the_splits_are_those_of_torch_fidelity_and_adm() -> None:
     assert np.bincount(score.adm_splits(12_000)).tolist() == [5000, 5000, 2000]
 
 
-def test_metrics_of_stored_blocks_are_bit_equal(images: tuple[Features, Features]) -> None:
+def test_metrics_of_stored_blocks_are_bit_equal(images: tuple[Features, Features], values: dict[str, float]) -> None:
     """Eight workers' blocks, stored in another order, compared with one worker's."""
     generated, real = images
     settings, real_ones = inception_settings(samples=1200, metrics=EVERY), {"inception": reference(real)}
-    sampled = blocks([100] * 12, inception=generated)
-    arrived = {b: sampled[b].to_bytes() for worker in range(8) for b in reversed(range(worker, 12, 8))}
+    sampled = blocks(UNEQUAL, inception=generated)
+    arrived = {b: sampled[b].to_bytes() for worker in range(8) for b in reversed(range(worker, len(UNEQUAL), 8))}
     again = (SampleBlock.from_bytes(arrived[b], "here") for b in sorted(arrived))
-    assert measure_blocks(again, real_ones, settings) == measure_blocks(sampled, real_ones, settings)
+    assert measure_blocks(again, real_ones, settings) == values
 
 
 def test_two_extractors_in_one_pass_each_under_its_name() -> None:

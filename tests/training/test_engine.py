@@ -90,16 +90,16 @@ def kernels_are_exact(stage: int) -> None:
     [
         pytest.param(1, "bf16", 64, 8, 1e-3, marks=pytest.mark.faults),
         pytest.param(2, "bf16", 16, 4, 1e-3, marks=pytest.mark.faults),
-        (3, "bf16", 16, 4, 1e-3),
-        (1, "fp32", 16, 5, 1e-5),
+        (3, "bf16", 16, 2, 1e-3),
+        (1, "fp32", 16, 3, 1e-5),
     ],
 )
 def test_the_gradient_does_not_depend_on_the_number_of_workers(
     tmp_path: Path, stage: int, precision: str, lanes: int, workers: int, tolerance: float
 ) -> None:
-    """64 lanes on one worker and on eight; 16 on one, on four, on five with three or four: gradients are added in float32.
+    """64 lanes on one worker and on eight; 16 on one, two and four, and on three with five or six: gradients are added in float32.
 
-    With five workers the weights of the losses are no powers of two, so that bfloat16 would round other values.
+    With three workers the weights of the losses are no powers of two, so that bfloat16 would round other values.
     """
     first_moments = []
     for world in (1, workers):
