@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dis_scale.errors import UserError
+from dis_scale.imports import hidden
 from dis_scale.redaction import has_credentials, redact
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import TRACKING, Sweep
@@ -34,8 +35,9 @@ def open_client(uri: str) -> Any:
     """Return a client that gives up on an unreachable server within seconds: rows wait in storage for the next one."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    import mlflow
-    import mlflow.store.db.utils
+    with hidden("pandas"):  # for tables of runs, which we do not ask for: a second
+        import mlflow
+        import mlflow.store.db.utils
 
     for name in ("mlflow", "mlflow.store.db.utils", "alembic"):  # they log at INFO each table that they create
         logging.getLogger(name).setLevel(logging.WARNING)
