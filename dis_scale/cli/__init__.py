@@ -39,8 +39,8 @@ data = _group(
     "Verify, repair and describe a sweep's latents.", verify=stored.verify, repair=stored.repair, show=stored.show
 )
 recipe = _group(
-    "Show a recipe's settings and numbers, compare recipes, print their JSON schema.",
-    show=recipes.show, diff=recipes.diff, schema=recipes.schema,
+    "Show a recipe's settings and numbers, compare recipes, list the shipped ones, print their JSON schema.",
+    show=recipes.show, diff=recipes.diff, list=recipes.shipped, schema=recipes.schema,
 )  # fmt: skip
 app.add_typer(recipe, name="recipe")
 app.add_typer(ablations, name="ablate")

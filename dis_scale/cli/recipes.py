@@ -7,20 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from dis_scale.cli.shared import NAME_THE_NUMBER, Overrides, SourceImages, console, count_images, say
+from dis_scale.cli.shared import NAME_THE_NUMBER, AsJson, Overrides, SourceImages, console, count_images, say
 from dis_scale.errors import DisScaleError
 
 if TYPE_CHECKING:
     from dis_scale.recipe import Recipe
 
-RecipeOrSweep = Annotated[str, typer.Argument(help="A recipe, for example configs/digits.yaml, or a sweep's folder.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RecipeOrSweep = Annotated[str, typer.Argument(help="A recipe, the name of a shipped one, or a sweep's folder.")]
 
 
 def show(
     recipe: RecipeOrSweep, overrides: Overrides = None, images: SourceImages = None, as_json: AsJson = False
 ) -> None:
-    """Show every setting with its value, and all numbers that follow: dis-scale recipe show configs/digits.yaml"""
+    """Show every setting with its value, and all numbers that follow: dis-scale recipe show digits"""
     from dis_scale.recipe import flat
 
     settings = _open(recipe, overrides)
@@ -45,7 +44,7 @@ def show(
 
 
 def diff(a: RecipeOrSweep, b: RecipeOrSweep, as_json: AsJson = False) -> None:
-    """Show the settings in which two recipes differ: dis-scale recipe diff configs/imagenet256.yaml configs/imagenet512.yaml"""
+    """Show the settings in which two recipes differ: dis-scale recipe diff imagenet256 imagenet512"""
     from dis_scale.recipe import flat
 
     found = flat.differences(_open(a), _open(b))
@@ -59,6 +58,21 @@ def diff(a: RecipeOrSweep, b: RecipeOrSweep, as_json: AsJson = False) -> None:
     for each in found:
         table.add_row(each.key, *("-" if value is None else value for value in (each.a, each.b)))
     console().print(table)
+
+
+def shipped(as_json: AsJson = False) -> None:
+    """List the recipes that come with the package; their names are recipes for all commands."""
+    from dis_scale.recipe import shipped as recipes
+
+    purposes = {name: recipes.purpose(name) for name in recipes.names()}
+    if as_json:
+        found = [
+            {"name": name, "path": str(recipes.resolve(name)), "purpose": words} for name, words in purposes.items()
+        ]
+        print(json.dumps(found, indent=1))
+        return
+    for name, words in purposes.items():
+        say(f"{name:<24}{words}")
 
 
 def schema() -> None:

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from dis_scale.cli.shared import (
-    EMBEDDED,
     NAME_THE_NUMBER,
+    AsJson,
     Model,
     Overrides,
+    RecipePath,
     SourceImages,
     SweepUrl,
     console,
@@ -20,8 +20,8 @@ from dis_scale.cli.shared import (
     say,
 )
 from dis_scale.errors import DisScaleError, UserError
+from dis_scale.recipe.shipped import EMBEDDED
 
-RecipePath = Annotated[Path | None, typer.Argument(help="A recipe; default: configs/digits.yaml.", show_default=False)]
 Here = Annotated[
     bool, typer.Option("--here", help="Continue on a Ray of this machine, though the sweep last ran on a cluster.")
 ]
@@ -68,7 +68,7 @@ def plan(
     shape = vae.latent_shape(settings.vae, settings.data.resolution)
     study = isoflop.cells(price_sweep(settings, shape))
     priced = price_sweep(isoflop.written_out(settings, shape), shape)
-    Console().print(table(priced))
+    console().print(table(priced))
     count = images
     try:
         count = count or count_images(settings)
@@ -76,7 +76,7 @@ def plan(
     except DisScaleError as error:
         say(f"data     unknown: {error}; {NAME_THE_NUMBER}")
     if study:
-        Console().print(isoflop.table(priced, study, count))
+        console().print(isoflop.table(priced, study, count))
 
 
 def stop(
@@ -101,7 +101,7 @@ def stop(
 
 def status(
     sweep: SweepUrl,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     every: Annotated[float | None, typer.Option("--watch", help="Show it again every so many seconds.", min=1)] = None,
 ) -> None:
     """Show what a sweep is doing and what is wrong, from its storage alone: no cluster is asked."""

@@ -16,11 +16,17 @@ if TYPE_CHECKING:
     from dis_scale.recipe import Recipe
     from dis_scale.sweep import Sweep
 
-EMBEDDED = Path(__file__).parents[2] / "configs" / "digits.yaml"
 SweepUrl = Annotated[str, typer.Argument(help="A sweep's folder or URL, for example outputs/sweeps/digits.")]
 Model = Annotated[str, typer.Argument(help="A model of the sweep.")]
 At = Annotated[int | None, typer.Option(help="A published image count; default: the last.", min=0)]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: a.b=value. Repeatable.")]
+RecipePath = Annotated[
+    Path | None,
+    typer.Argument(
+        help="A recipe, or the name of a shipped one (dis-scale recipe list); default: digits.", show_default=False
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SourceImages = Annotated[
     int | None, typer.Option("--images", min=1, help="Images of the source, if it cannot be listed from here.")
 ]

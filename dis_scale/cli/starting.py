@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dis_scale.cli.shared import EMBEDDED, console, require_new, say
+from dis_scale.cli.shared import AsJson, console, require_new, say
 from dis_scale.errors import DisScaleError
+from dis_scale.recipe.shipped import EMBEDDED
 
 if TYPE_CHECKING:
     from dis_scale.data.survey import Survey
@@ -30,7 +31,7 @@ def init(
             help=f"Write the names of broken images to this file; default: RECIPE.broken.txt if over {SHOWN}."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Look at a folder of images and write a recipe that fits them and this machine: dis-scale init photos --out photos.yaml"""
     import json
@@ -70,7 +71,7 @@ def doctor(
     recipe: Annotated[
         Path, typer.Option(help="Try what this recipe needs: its device, extractors and autoencoder.")
     ] = EMBEDDED,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Try all that a sweep needs here: dis-scale doctor s3://bucket/prefix --recipe photos.yaml; exit code 1 if a part is bad."""
     import json

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dis_scale.cli.shared import SweepUrl, VaeOption, console, require_folder, say
+from dis_scale.cli.shared import AsJson, SweepUrl, VaeOption, console, require_folder, say
 from dis_scale.errors import DisScaleError, UserError
 
 Latents = Annotated[str, typer.Argument(help="A sweep's folder, or a folder of latents; local or any fsspec URL.")]
@@ -54,7 +54,7 @@ def gc(sweep: SweepUrl, yes: Annotated[bool, typer.Option("--yes", help="Delete 
 def delete(
     sweep: SweepUrl,
     yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List all that would go with a sweep, and what stays for other sweeps: dis-scale delete outputs/sweeps/digits --yes
 

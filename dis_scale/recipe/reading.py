@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dis_scale.errors import UserError, nearest
-from dis_scale.recipe import FORMAT, Model, Recipe
+from dis_scale.recipe import FORMAT, Model, Recipe, shipped
 from dis_scale.recipe.presets import preset
 
 
@@ -24,11 +24,17 @@ _Loader.add_implicit_resolver(
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Return the recipe at `path` with `a.b=value` overrides; UserError names file, key, got and expected."""
+    """Return the recipe at `path`, or the shipped one of this name, with `a.b=value` overrides.
+
+    UserError names file, key, got and expected.
+    """
+    path = shipped.resolve(path)
     try:
-        text = Path(path).read_text()
+        text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from error
+        known = f"{nearest(str(path), shipped.names())}; names of shipped recipes: dis-scale recipe list"
+        hint = "" if path.suffix else known
+        raise UserError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}{hint}") from error
     return parse(text, str(path), overrides)
 
 
