@@ -1,8 +1,9 @@
 """Price of a sweep before it starts: counts and arithmetic, nothing measured."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -11,12 +12,15 @@ from rich.table import Table
 from dis_scale.data.cache import share_read
 from dis_scale.data.latents import GIB
 from dis_scale.data.shards import sample_bytes
+from dis_scale.errors import UserError
 from dis_scale.models import transfer
 from dis_scale.models.cost import Cost, price_model
-from dis_scale.recipe import LatentShape, Model, ModelTrain, Recipe
+from dis_scale.recipe import Evaluate, LatentShape, Model, ModelTrain, Recipe
+from dis_scale.training import ema
 from dis_scale.training.engine import kinds
+from dis_scale.training.fleet import MOST_GPUS, Fleet, forecast, memory_grid
 from dis_scale.training.lanes import largest_share
-from dis_scale.training.memory import worker_bytes
+from dis_scale.training.memory import USABLE, worker_bytes
 from dis_scale.vae import has_posterior
 
 
@@ -37,11 +41,22 @@ class Plan:
         branch = self.recipe.models[model].branch
         return self.training_flops(model) * (self.recipe.train_of(model).images - (branch.at if branch else 0))
 
-    def sampling_flops(self, model: str) -> float:
-        """FLOPs of the samples of one evaluation under the main settings: two passes if guided, two for each step of Heun."""
-        settings = self.recipe.evaluate
+    def sampling_flops(self, model: str, settings: Evaluate | None = None) -> float:
+        """FLOPs of the samples of one evaluation, by default under the main settings: two passes if guided, two for Heun."""
+        settings = settings or self.recipe.evaluate
         passes = (1 if settings.guidance == 1 else 2) * (2 if settings.sampler == "heun" else 1)
         return 2e9 * self.costs[model].gmacs_forward * passes * settings.steps * settings.samples
+
+    def evaluation_s(self, model: str, fleet: Fleet) -> float:
+        """Seconds of one GPU for the samples of all evaluations of a model."""
+        counts, samplings = len(self.recipe.train_of(model).publish_images), self.recipe.evaluate.samplings.values()
+        return counts * sum(self.sampling_flops(model, each) / fleet.flops(each.precision) for each in samplings)
+
+    def stored_bytes(self, model: str) -> int:
+        """Bytes that stay of a trained model: its resume points and its published averages."""
+        train, one = self.recipe.train_of(model), 4 * self.costs[model].parameters
+        resume = (train.keep_resume + train.keep_spaced) * len(kinds(train))
+        return one * (resume + len(train.publish_images) * len(ema.names(train)))
 
     def parameters(self) -> dict[str, dict[str, object]]:
         """Return the parameters of each model's run in MLflow."""
@@ -112,6 +127,69 @@ def derive(plan: Plan, source_images: int | None) -> dict[str, Any]:
         "blocks": -(-recipe.evaluate.samples // recipe.evaluate.block_images),
         "models": models,
     }
+
+
+FLEETS = (1, 8, 64, 256, MOST_GPUS)
+"""Numbers of GPUs that are compared."""
+
+
+def on_fleet(plan: Plan, fleet: Fleet) -> dict[str, Any]:
+    """Return the sweep's forecast on a fleet, as JSON has it: what is assumed, each model, and the total for other numbers of GPUs.
+
+    UserError for a number of GPUs that is not from 1 to 1,024. Preemptions grow with the GPUs. None is a time or price without end:
+    training is preempted before it gets anywhere.
+    """
+    if not 1 <= fleet.count <= MOST_GPUS:
+        raise UserError(f"{fleet.count} GPUs: expected 1 to {MOST_GPUS:,}")
+    sizes = sorted({*FLEETS, fleet.count})
+    per_gpu = fleet.preemptions_per_day / fleet.count
+    others = [replace(fleet, count=count, preemptions_per_day=per_gpu * count) for count in sizes]
+    return {
+        "assumed": asdict(fleet), "usable_bytes": int(USABLE * fleet.gpu_bytes),
+        "models": {name: _on_fleet(plan, name, fleet) for name in plan.costs},
+        "total": _total(plan, fleet), "by_gpus": [_total(plan, other) for other in others],
+    }  # fmt: skip
+
+
+def _on_fleet(plan: Plan, name: str, fleet: Fleet) -> dict[str, Any]:
+    cost, train = plan.costs[name], plan.recipe.train_of(name)
+    branch = plan.recipe.models[name].branch
+    found = forecast(cost, train, train.images - (branch.at if branch else 0), fleet)
+    evaluation_hours, every_s = plan.evaluation_s(name, fleet) / 3600, found.preemption.every_s
+    every = max(1, round(every_s / found.step_s)) * train.batch_images if every_s < math.inf else None
+    return {
+        "memory_bytes": memory_grid(cost, train, found.gpus), "fits": found.fits, "micro_images": found.micro_images,
+        "gpus": found.gpus, "wire_bytes": found.wire_bytes, "steps_per_s": 1 / found.step_s, "days": found.days,
+        "expected_days": _finite(found.expected_days), "training_gpu_hours": _finite(found.gpu_hours),
+        "evaluation_gpu_hours": evaluation_hours, "price": _price_of(found.gpu_hours + evaluation_hours, fleet),
+        "loss": found.preemption.loss, "resume_bytes": found.resume_bytes, "stored_bytes": plan.stored_bytes(name),
+        "resume_every_s": _finite(every_s), "resume_every_images": every,
+    }  # fmt: skip
+
+
+def _total(plan: Plan, fleet: Fleet) -> dict[str, Any]:
+    """Return the sweep's days, hours and price: models train side by side if one leaves GPUs free, but none faster than alone."""
+    models = [_on_fleet(plan, name, fleet) for name in plan.costs]
+    hours = sum(_or_endless(each["training_gpu_hours"]) + each["evaluation_gpu_hours"] for each in models)
+    days = max(hours / 24 / fleet.count, *(_or_endless(each["expected_days"]) for each in models), 0.0)
+    return {
+        "gpus": fleet.count, "days": _finite(days), "gpu_hours": _finite(hours), "price": _price_of(hours, fleet),
+        "stored_bytes": sum(each["stored_bytes"] for each in models), "fits": all(each["fits"] for each in models),
+        "largest_loss": max(each["loss"] for each in models),
+    }  # fmt: skip
+
+
+def _price_of(hours: float, fleet: Fleet) -> float | None:
+    return None if fleet.price is None else _finite(fleet.price * hours)
+
+
+def _finite(value: float) -> float | None:
+    """Return None for an infinite number, which JSON lacks."""
+    return value if value < math.inf else None
+
+
+def _or_endless(value: float | None) -> float:
+    return math.inf if value is None else value
 
 
 def table(plan: Plan) -> Table:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import subprocess
@@ -151,6 +152,54 @@ def test_a_plan_without_the_images_asks_for_their_number(tmp_path: Path) -> None
     code, output = invoke("plan", str(TINY), *source, "--images", "1000")
     assert code == 0
     assert "data     1,000 images, " in output
+
+
+def test_a_plan_on_gpus_is_json_with_each_model_and_what_is_assumed() -> None:
+    fleet = ["--gpu", "h100", "--count", "64", "--price", "2.5", "--preemptions-per-day", "4", "--images", "1281167"]
+    code, output = invoke("plan", "imagenet256", *fleet, "--json")
+    assert code == 0, output
+    found = json.loads(output)
+    largest = found["fleet"]["models"]["dis-h"]
+    assert (largest["gpus"], largest["fits"], found["plan"]["models"]["dis-h"]["parameters"]) == (64, True, 906_966_560)
+    hours = largest["training_gpu_hours"] + largest["evaluation_gpu_hours"]
+    assert largest["price"] == pytest.approx(2.5 * hours)
+    assert found["fleet"]["assumed"]["preemptions_per_day"] == 4
+    days = {each["gpus"]: each["days"] for each in found["fleet"]["by_gpus"]}
+    assert sorted(days) == [1, 8, 64, 256, 1024]
+    assert days[1] > days[8] > days[64] >= days[1024]
+
+
+def test_a_plan_on_gpus_states_what_was_measured(tmp_path: Path) -> None:
+    code, output = invoke("plan", str(TINY), "--gpu", "h200", "--images", "1797")
+    assert code == 0
+    assert all(words in output for words in ("2 x h200; assumed: MFU 30%", "figures  measured:", "Computed: all else"))
+
+
+def test_a_fleet_that_is_always_preempted_never_ends() -> None:
+    fleet = ["--gpu", "h100", "--preemptions-per-day", "1e6", "--price", "2"]
+    code, output = invoke("plan", str(TINY), "--images", "1", *fleet, "--json")
+    assert (code, json.loads(output)["fleet"]["total"]["days"]) == (0, None)
+    assert "never" in invoke("plan", str(TINY), "--images", "1", *fleet)[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gpu", "h10"], "--gpu h10: unknown (did you mean 'h100'?); known: a100-40, a100, h100, h200"),
+        (["--count", "8"], "--count needs a GPU: add --gpu h100"),
+        (["--gpu", "h100", "--mfu", "30"], "--mfu 30: expected a share, over 0 and at most 1"),
+        (["--gpu", "h100", "--count", "2000"], "2000 GPUs: expected 1 to 1,024"),
+    ],
+)
+def test_an_impossible_fleet_is_refused(options: list[str], words: str) -> None:
+    code, output = invoke("plan", str(TINY), "--images", "1", *options)
+    assert (code, words in output) == (2, True), output
+
+
+def test_a_plan_asks_no_hub_for_stable_diffusions_autoencoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dis_scale.vae.published", lambda _: pytest.fail("asked the hub"))
+    code, output = invoke("plan", "imagenet512", "--images", "1281167")
+    assert (code, "latents 4x64x64" in output) == (0, True), output
 
 
 def test_a_model_that_does_not_fit_the_latents_is_refused() -> None:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from dis_scale import jsonlog
-from dis_scale.cli import recipes, results, running, sampling, starting, stored
+from dis_scale.cli import pricing, recipes, results, running, sampling, starting, stored
 from dis_scale.errors import DisScaleError, UserError
 
 
@@ -27,7 +27,7 @@ def _group(words: str, **commands: Callable[..., None]) -> typer.Typer:
 app = _group(
     "Scaling sweeps of diffusion models with a state-space backbone.",
     init=starting.init, doctor=starting.doctor,
-    sweep=running.sweep, resume=running.resume, plan=running.plan, stop=running.stop, status=running.status,
+    sweep=running.sweep, resume=running.resume, plan=pricing.plan, stop=running.stop, status=running.status,
     logs=running.logs, fork=running.fork, profile=running.profile,
     report=results.report, compare=results.compare, sample=sampling.sample,
     verify=stored.verify_results, gc=stored.gc, delete=stored.delete,

@@ -100,7 +100,7 @@ def _derived(recipe: "Recipe", images: int | None) -> dict[str, Any]:
     from dis_scale import isoflop, vae
     from dis_scale.plan import derive, price_sweep
 
-    shape = vae.latent_shape(recipe.vae, recipe.data.resolution)
+    shape = vae.planned_shape(recipe.vae, recipe.data.resolution)
     plan = price_sweep(isoflop.written_out(recipe, shape), shape)
     try:
         return derive(plan, images or count_images(recipe))

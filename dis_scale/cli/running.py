@@ -1,4 +1,4 @@
-"""Commands that start, price, watch and stop sweeps."""
+"""Commands that start, watch and stop sweeps."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,20 +6,17 @@ from typing import Annotated
 import typer
 
 from dis_scale.cli.shared import (
-    NAME_THE_NUMBER,
     AsJson,
     Model,
     Overrides,
     RecipePath,
-    SourceImages,
     SweepUrl,
     console,
-    count_images,
     driver_console,
     require_folder,
     say,
 )
-from dis_scale.errors import DisScaleError, UserError
+from dis_scale.errors import UserError
 from dis_scale.recipe.shipped import EMBEDDED
 
 Here = Annotated[
@@ -50,33 +47,6 @@ def resume(sweep: SweepUrl, overrides: Overrides = None, here: Here = False) -> 
     console = driver_console()
     await_storage(open_folder(sweep), console)
     resume_sweep(Sweep.open(sweep), overrides or [], console, here)
-
-
-def plan(
-    recipe: RecipePath = None,
-    overrides: Overrides = None,
-    images: SourceImages = None,
-) -> None:
-    """Show what a sweep will cost, and start nothing."""
-    from dis_scale.recipe import reading
-
-    settings = reading.load(recipe or EMBEDDED, overrides)
-
-    from dis_scale import isoflop, vae
-    from dis_scale.plan import price_reading, price_sweep, table
-
-    shape = vae.latent_shape(settings.vae, settings.data.resolution)
-    study = isoflop.cells(price_sweep(settings, shape))
-    priced = price_sweep(isoflop.written_out(settings, shape), shape)
-    console().print(table(priced))
-    count = images
-    try:
-        count = count or count_images(settings)
-        say(f"data     {price_reading(settings, shape, count)}")
-    except DisScaleError as error:
-        say(f"data     unknown: {error}; {NAME_THE_NUMBER}")
-    if study:
-        console().print(isoflop.table(priced, study, count))
 
 
 def stop(

@@ -6,7 +6,7 @@ Read next: interface.py; autoencoders.py, the door to diffusers; script.py.
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, TorchScriptVae, TrainedVae, VaeSettings
 from dis_scale.storage import manifest
@@ -30,8 +30,12 @@ from dis_scale.vae.script import load_script
 
 __all__ = [
     "CONFIG", "DiffusersVae", "PixelVae", "Vae", "for_samples", "from_path", "has_posterior", "latent_shape", "load",
-    "load_pretrained", "load_script", "new", "save", "to_pixels", "to_unit",
+    "load_pretrained", "load_script", "new", "planned_shape", "save", "to_pixels", "to_unit",
 ]  # fmt: skip
+
+
+HUB = {"stabilityai/sd-vae-ft-ema": (4, 8), "stabilityai/sd-vae-ft-mse": (4, 8)}
+"""Latent channels, and pixels of a position's side, of Stable Diffusion's autoencoders on the hub."""
 
 
 def latent_shape(settings: VaeSettings, resolution: int) -> LatentShape:
@@ -48,8 +52,19 @@ def latent_shape(settings: VaeSettings, resolution: int) -> LatentShape:
     return shape_of(*published(settings), resolution)
 
 
+def planned_shape(settings: VaeSettings, resolution: int) -> LatentShape:
+    """Return the latents' shape as `latent_shape` does; of an autoencoder in HUB without asking the hub."""
+    return fitted(*HUB[settings.path], resolution) if _on_hub(settings) else latent_shape(settings, resolution)
+
+
+def _on_hub(settings: VaeSettings) -> TypeGuard[PretrainedVae]:
+    return isinstance(settings, PretrainedVae) and settings.path in HUB and not Path(settings.path).exists()
+
+
 def has_posterior(settings: VaeSettings) -> bool:
     """Return whether the VAE's moments have a log-variance, from its settings or configuration."""
+    if _on_hub(settings):
+        return True
     if isinstance(settings, TorchScriptVae):
         return settings.posterior
     return not isinstance(settings, PretrainedVae) or published(settings)[0].__name__ not in DETERMINISTIC

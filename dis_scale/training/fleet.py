@@ -1,0 +1,184 @@
+"""Training of one model on a fleet of GPUs, by arithmetic: memory, network, time, money, loss to preemption.
+
+Only the memory of activations and states is compared with measurements (`benchmarks/memory.py`). Read next: memory.py, plan.py.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from dis_scale.models.cost import Cost
+from dis_scale.recipe import Train
+from dis_scale.recipe.settings import InferencePrecision
+from dis_scale.training.engine import kinds
+from dis_scale.training.lanes import largest_share
+from dis_scale.training.memory import USABLE, most_images, worker_bytes
+
+DAY_S = 86_400.0
+MOST_GPUS = 1024
+
+
+NODE_GPUS = 8
+
+
+class Gpu(NamedTuple):
+    """A GPU's memory, as PyTorch reports it; from NVIDIA's datasheets, peak TFLOP/s of dense products and 10^9 bytes/s it sends.
+
+    `node_gb_s` is NVLink's within a node of eight, `network_gb_s` that of a DGX between nodes.
+    """
+
+    memory_gib: float
+    bf16: float
+    tf32: float
+    fp32: float
+    node_gb_s: float
+    network_gb_s: float
+
+
+GPUS = {
+    "a100-40": Gpu(39.4, 312.0, 156.0, 19.5, 300.0, 25.0),
+    "a100": Gpu(79.1, 312.0, 156.0, 19.5, 300.0, 25.0),
+    "h100": Gpu(79.1, 989.0, 494.5, 67.0, 450.0, 50.0),
+    "h200": Gpu(139.8, 989.0, 494.5, 67.0, 450.0, 50.0),
+}
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """GPUs and what is assumed of them."""
+
+    gpu: str
+    """One of GPUS."""
+    count: int
+    price: float | None = None
+    """Of one GPU for an hour."""
+    preemptions_per_day: float = 0.0
+    """Of the fleet; each stops a training that uses all of it."""
+    mfu: float = 0.3
+    """Share of the peak that training and sampling reach."""
+    host_gb_s: float = 5.0
+    """10^9 bytes per second from a GPU to its host, while training pauses."""
+    storage_gb_s: float = 0.25
+    """10^9 bytes per second that a worker writes to storage."""
+    restart_s: float = 120.0
+    """Seconds from a preemption to the first new step, with capacity available."""
+
+    @property
+    def gpu_bytes(self) -> int:
+        return int(GPUS[self.gpu].memory_gib * 2**30)
+
+    def flops(self, precision: InferencePrecision) -> float:
+        """Return the operations per second of one GPU."""
+        return 1e12 * self.mfu * getattr(GPUS[self.gpu], precision)
+
+    def sending_s(self, sent_bytes: float, world: int) -> float:
+        """Return the seconds in which each of `world` GPUs sends so many bytes."""
+        gpu = GPUS[self.gpu]
+        return sent_bytes / (1e9 * (gpu.node_gb_s if world <= NODE_GPUS else gpu.network_gb_s))
+
+
+class Preemption(NamedTuple):
+    """Resume points of a training that is preempted at random, and what it loses."""
+
+    every_s: float
+    """Seconds of training between resume points."""
+    loss: float
+    """Expected share of the time that is lost: pauses, repeated work, restarts."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A model's training on a fleet."""
+
+    gpus: int
+    """Workers: at most one a lane."""
+    fits: bool
+    """Whether one lane's images fit, as the recipe is set."""
+    micro_images: int
+    """Most images that fit in a forward pass; 0 if none do."""
+    wire_bytes: float
+    """Bytes that a GPU sends in a step."""
+    step_s: float
+    days: float
+    """Without preemption."""
+    resume_bytes: int
+    preemption: Preemption
+
+    @property
+    def expected_days(self) -> float:
+        """Days with the loss to preemption; infinite if nothing remains."""
+        return self.days / (1 - self.preemption.loss) if self.preemption.loss < 1 else math.inf
+
+    @property
+    def gpu_hours(self) -> float:
+        return 24 * self.gpus * self.expected_days
+
+
+def forecast(cost: Cost, settings: Train, own_images: int, fleet: Fleet) -> Forecast:
+    """Return the training of `own_images` with these settings on a fleet.
+
+    The slowest worker's lanes set the time of a step, and the network if it is slower: products and messages overlap.
+    """
+    world = min(fleet.count, settings.lanes)
+    share_images = largest_share(settings.lanes, world) * settings.lane_images
+    micro = min(share_images, most_images(cost, settings, world, USABLE * fleet.gpu_bytes))
+    at_once = settings.micro_images or max(micro, settings.lane_images)
+    wire = wire_bytes(cost, settings, world, -(-share_images // at_once))
+    compute_s = share_images * cost.training_flops(at_once) / fleet.flops(settings.precision)
+    step_s = max(compute_s, fleet.sending_s(wire, world))
+    resume_bytes = 4 * cost.parameters * len(kinds(settings))
+    return Forecast(
+        gpus=world,
+        fits=micro >= (settings.micro_images or settings.lane_images),
+        micro_images=micro,
+        wire_bytes=wire,
+        step_s=step_s,
+        days=own_images / settings.batch_images * step_s / DAY_S,
+        resume_bytes=resume_bytes,
+        preemption=preemption(
+            fleet.preemptions_per_day * world / fleet.count,
+            pause_s=resume_bytes / world / (1e9 * fleet.host_gb_s),
+            write_s=resume_bytes / world / (1e9 * fleet.storage_gb_s),
+            restart_s=fleet.restart_s,
+        ),
+    )
+
+
+def wire_bytes(cost: Cost, settings: Train, world: int, passes: int) -> float:
+    """Return the bytes that a rank sends in a step of `passes` forward passes, by ring algorithms, all in float32.
+
+    DeepSpeed 0.19: stages 1 and 2 all-reduce gradients (twice their bytes) and gather the new weights; stage 1 reduces once a
+    step, stage 2 after each pass. Stage 3 gathers weights for each forward and backward pass, again to recompute blocks, and
+    reduces gradients to their owners. A rank sends (N - 1) / N of the bytes in each.
+    """
+    rounds = {1: 2 + 1, 2: 2 * passes + 1, 3: passes * (3 + (settings.checkpointing != "none"))}
+    return 4 * cost.parameters * rounds[settings.zero_stage] * (world - 1) / world
+
+
+def preemption(per_day: float, pause_s: float, write_s: float, restart_s: float) -> Preemption:
+    """Return Daly's interval between resume points and the expected loss.
+
+    The interval is that of Daly (2006, equation 37), a refinement of Young's sqrt(2 delta M) (1974): M is the mean time between
+    preemptions, delta the pause for a resume point. It is at least the time to write one, which overlaps training; work since
+    the last complete one is repeated.
+    """
+    if not per_day:
+        return Preemption(math.inf, 0.0)
+    mean_s = DAY_S / per_day
+    ratio = math.sqrt(pause_s / (2 * mean_s))
+    daly_s = math.sqrt(2 * pause_s * mean_s) * (1 + ratio / 3 + ratio**2 / 9) - pause_s if ratio < 1 else mean_s
+    every_s = max(daly_s, write_s, 1.0)
+    repeated_s = every_s / 2 + write_s + restart_s
+    return Preemption(every_s, min(1.0, pause_s / (every_s + pause_s) + repeated_s / mean_s))
+
+
+def memory_grid(cost: Cost, settings: Train, world: int) -> dict[str, int]:
+    """Return a worker's bytes with one lane, or `micro_images`, in a forward pass, by ZeRO stage and checkpointing."""
+    images = settings.micro_images or settings.lane_images
+    return {
+        f"ZeRO {stage}, {mode}": worker_bytes(
+            cost, settings.model_copy(update={"zero_stage": stage, "checkpointing": mode}), world, images
+        )
+        for stage in (1, 2, 3)
+        for mode in ("none", "selective", "block")
+    }

@@ -1,0 +1,86 @@
+"""Forecasts of a training on a fleet: messages, the interval of resume points, and 1 to 1,024 GPUs."""
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from dis_scale.models.cost import price_model
+from dis_scale.recipe import Dis, LatentShape, Train
+from dis_scale.recipe.presets import preset
+from dis_scale.training.fleet import GPUS, MOST_GPUS, Fleet, forecast, preemption, wire_bytes
+from dis_scale.training.memory import most_images, worker_bytes
+
+H = price_model(Dis(**preset("DiS-H/2")), LatentShape(4, 32), 1000)
+WEIGHTS = 4 * H.parameters
+GIB = 2**30
+
+
+def train(**settings: object) -> Train:
+    fixed = {"publish_images": (102_400_000,), "batch_images": 1024, "lanes": 64, "workers": 8, "precision": "bf16"}
+    return Train(**fixed | settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes", "rounds"),
+    [
+        ({"zero_stage": 1}, 4, 3),
+        ({"zero_stage": 2}, 4, 9),
+        ({"zero_stage": 3}, 4, 12),
+        ({"zero_stage": 3, "checkpointing": "block"}, 4, 16),
+    ],
+    ids=["1", "2", "3", "3, recomputed"],
+)
+def test_a_rank_sends_its_share_of_each_round(settings: dict[str, object], passes: int, rounds: int) -> None:
+    assert wire_bytes(H, train(**settings), 1, passes) == 0
+    assert wire_bytes(H, train(**settings), 4, passes) == rounds * WEIGHTS * 3 / 4
+
+
+def test_resume_points_come_at_the_interval_of_least_loss() -> None:
+    """Daly's interval is Young's for short pauses, and no other interval loses less by his model of the run time."""
+    found = preemption(4, pause_s=2.0, write_s=0.0, restart_s=0.0)
+    mean_s = 86_400 / 4
+    assert found.every_s == pytest.approx(math.sqrt(2 * 2.0 * mean_s), rel=0.01)
+
+    def run_time(every_s: float) -> float:
+        """Daly 2006, equation 20, for one second of work, without restarts."""
+        return mean_s * math.expm1((every_s + 2.0) / mean_s) / every_s
+
+    assert run_time(found.every_s) <= min(run_time(factor * found.every_s) for factor in (0.5, 0.9, 1.1, 2))
+    assert found.loss == pytest.approx(run_time(found.every_s) - 1, rel=0.02)
+
+
+def test_without_preemption_nothing_is_lost_and_a_constant_one_loses_all() -> None:
+    assert preemption(0, 2.0, 1.0, 60.0) == (math.inf, 0.0)
+    assert preemption(86_400, 2.0, 1.0, 60.0).loss == 1
+    assert preemption(4, 0.0, 30.0, 60.0).every_s == 30, "a resume point is written before the next one"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_more_gpus_take_less_time_up_to_the_lanes(stage: int) -> None:
+    counts = [2**n for n in range(11)]
+    assert counts[-1] == MOST_GPUS
+    found = {n: forecast(H, train(zero_stage=stage), 102_400_000, Fleet("h100", n)) for n in counts}
+    days = [each.days for each in found.values()]
+    assert all(more <= 1.05 * fewer for fewer, more in pairwise(days)), "a rank of a larger ring sends a little more"
+    assert {n: each.gpus for n, each in found.items()} == {n: min(n, 64) for n in counts}
+    flops = 102_400_000 * H.training_flops(16)
+    assert found[1].days == pytest.approx(flops / (989e12 * 0.3) / 86_400)
+    assert found[64].days >= found[1].days / 64
+    assert all(each.fits for each in found.values())
+
+
+def test_the_most_images_are_those_that_fit() -> None:
+    for settings in (train(), train(zero_stage=3, checkpointing="block")):
+        usable = 60 * GIB
+        most = most_images(H, settings, 8, usable)
+        assert worker_bytes(H, settings, 8, most) <= usable < worker_bytes(H, settings, 8, most + 1)
+    assert most_images(H, train(), 8, GIB) == 0
+    assert not forecast(H, train(micro_images=128), 1024, Fleet("a100-40", 8)).fits
+
+
+def test_a_gpu_has_the_peak_of_the_meters_table() -> None:
+    from dis_scale.training.throughput import DATASHEET_TFLOPS
+
+    peaks = {(bf16, fp32) for bf16, fp32 in DATASHEET_TFLOPS.values()}
+    assert {(gpu.bf16, gpu.fp32) for gpu in GPUS.values()} == peaks
