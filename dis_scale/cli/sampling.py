@@ -19,7 +19,9 @@ ADM_SAMPLES = 50_000
 
 
 def sample(
-    checkpoint: Annotated[Path, typer.Option(help="A published folder, a .safetensors file, or a public .pt.")],
+    checkpoint: Annotated[
+        str, typer.Option(help="A published folder, a .safetensors file, or a public .pt: a path or any fsspec URL.")
+    ],
     classes: Annotated[
         str | None, typer.Option(help="Labels, for example 1,7; omit for a model without classes.")
     ] = None,
@@ -56,13 +58,10 @@ def sample(
     from dis_scale.evaluation import adm, pictures
     from dis_scale.evaluation.sampling import grid
     from dis_scale.progress import Board
+    from dis_scale.training.throughput import machine_name
 
     of_classes = _labels(classes)
     require_folder(npz or out, "--npz" if npz else "--out")
-    if ":/" in str(checkpoint):
-        raise UserError(
-            f"--checkpoint {checkpoint}: expected a path of this machine: copy the published folder, or mount the store"
-        )
     opened = pictures.open_for_sampling(checkpoint, vae, heads)
     for line in opened.notes:
         say(line)
@@ -74,10 +73,12 @@ def sample(
     scale, channels, sampler, steps = (
         opened.scale(guidance), guidance_channels or opened.guidance_channels, sampler or opened.sampler, steps or opened.steps,
     )  # fmt: skip
-    say(f"sampling {sampler}, {steps} steps, guidance {scale:g}{f' on {channels} channels' if channels else ''}, fp32")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    guided = f"guidance {scale:g}{f' on {channels} channels' if channels else ''}"
+    say(f"sampling {sampler}, {steps} steps, {guided}, fp32 on {machine_name(device)}")
     parts = pictures.sample_pictures(
         opened, each_label, images, sampler=sampler, steps=steps, guidance=scale, channels=channels, seed=seed, batch=batch,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device,
     )  # fmt: skip
     if npz is None:
         out.write_bytes(grid(np.concatenate(list(parts)), columns=min(10, images)))

@@ -15,14 +15,14 @@ from dis_scale import diffusion, seeds, vae
 from dis_scale.diffusion.generate import generate
 from dis_scale.diffusion.process import check_labels
 from dis_scale.errors import UserError
+from dis_scale.evaluation.checkpoints import Located, find_checkpoint
 from dis_scale.models import Backbone, verify_kernels
 from dis_scale.models.export import SamplingFacts, open_checkpoint, sampling_facts
 from dis_scale.models.official import SiT
 from dis_scale.recipe import Flow, Gaussian, Recipe
 from dis_scale.storage import manifest
-from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import RECIPE, Sweep, state
-from dis_scale.training.checkpoint import WEIGHTS_FILE, stored_file
+from dis_scale.storage.folder import Folder
+from dis_scale.sweep import Sweep, state
 from dis_scale.vae import PixelVae, Vae
 
 
@@ -41,6 +41,7 @@ class OpenCheckpoint:
     """Lines on what is assumed or differs."""
     recipe: Recipe | None
     """That of its sweep, None outside one."""
+    located: Located
 
     def scale(self, given: float | None) -> float:
         """Return the guidance scale: the given one or its own. UserError if the model cannot be guided by it."""
@@ -50,25 +51,23 @@ class OpenCheckpoint:
         return scale
 
 
-def open_for_sampling(path: Path, vae_path: str | None, heads: int | None = None) -> OpenCheckpoint:
-    """Open the model at `path`. Outside a sweep, it needs `vae_path`, unless its latents are pixels.
+def open_for_sampling(at: str | Path, vae_path: str | None, heads: int | None = None) -> OpenCheckpoint:
+    """Open the model at a path or URL. Outside a sweep, it needs `vae_path`, unless its latents are pixels.
 
     The process and the scaling of latents come from the file. If it is of an earlier version, they come from its sweep, otherwise
     they are assumed. UserError if the sweep's VAE did not encode the latents; for another one at `vae_path`, a note.
     """
-    file = path / (_weights_in(path) or WEIGHTS_FILE) if path.is_dir() else path
-    if not file.exists():
-        raise UserError(f"no checkpoint at {path}: expected a published folder, a .safetensors file or a public .pt")
-    model = open_checkpoint(file, heads)
-    root = next((parent for parent in file.absolute().parents if (parent / RECIPE).exists()), None)
-    sweep = Sweep.open(str(root)) if root else None
-    facts = sampling_facts(file) or (_facts_of(sweep) if sweep else None)
+    located = find_checkpoint(str(at))
+    with located.fetched() as file:
+        model, in_file = open_checkpoint(file, heads), sampling_facts(file)
+    path, sweep = located.folder / located.name, located.sweep
+    facts = in_file or (_facts_of(sweep) if sweep else None)
     decoder, notes = _decoder(path, vae_path, sweep, facts), list[str]()
     if vae_path is not None:
         _require_fit(model, decoder, vae_path)
     if facts and facts.vae.identity != decoder.identity:
         if vae_path is None:
-            state.require_same_vae(open_folder(path), facts.vae.identity, decoder.identity)
+            state.require_same_vae(path, facts.vae.identity, decoder.identity)
         notes.append(
             f"vae      {vae_path} did not encode the model's latents: its identity is {decoder.identity[:12]}, "
             f"theirs is {facts.vae.identity[:12]}"
@@ -94,7 +93,9 @@ def open_for_sampling(path: Path, vae_path: str | None, heads: int | None = None
     guidance = (sweep.recipe.evaluate.guidance, sweep.recipe.evaluate.guidance_channels) if sweep else (1.0, None)
     if sweep and (own := sweep.recipe.evaluate).guidance_interval:
         notes.append(f"guided   at all times; the sweep's own samples between {list(own.guidance_interval or ())}")
-    return OpenCheckpoint(model, process, decoder, sampler, steps, *guidance, notes, sweep.recipe if sweep else None)
+    return OpenCheckpoint(
+        model, process, decoder, sampler, steps, *guidance, notes, sweep.recipe if sweep else None, located
+    )
 
 
 def _facts_of(sweep: Sweep) -> SamplingFacts | None:
@@ -103,7 +104,7 @@ def _facts_of(sweep: Sweep) -> SamplingFacts | None:
     return SamplingFacts.of(sweep.recipe, manifest.require(latents)) if latents else None
 
 
-def _decoder(path: Path, vae_path: str | None, sweep: Sweep | None, facts: SamplingFacts | None) -> Vae:
+def _decoder(path: Folder, vae_path: str | None, sweep: Sweep | None, facts: SamplingFacts | None) -> Vae:
     """Load the VAE at `vae_path`, else the sweep's, else `PixelVae` if the latents are pixels; UserError otherwise."""
     if vae_path is not None:
         return vae.from_path(vae_path, asdict(facts.vae) if facts else {})
@@ -128,12 +129,6 @@ def _require_fit(model: Backbone, decoder: Vae, vae_path: str) -> None:
         raise UserError(
             f"--vae {vae_path} does not decode the model's latents, {channels} channels of {size} x {size}: {reason}"
         )
-
-
-def _weights_in(published: Path) -> str | None:
-    """The file of the averaged weights in a published folder."""
-    contents = manifest.find(open_folder(published))
-    return stored_file(WEIGHTS_FILE, contents) if contents else None
 
 
 def labels_in_turn(opened: OpenCheckpoint, classes: list[int] | None, count: int) -> list[int] | None:

@@ -1,19 +1,24 @@
 """`dis-scale sample`: equal pictures at any batch size, and one line for each mistake."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from PIL import Image
 
 from dis_scale import models, vae
-from dis_scale.errors import UserError
+from dis_scale.errors import StorageError, UserError
+from dis_scale.evaluation import pictures
 from dis_scale.evaluation.adm import open_reference, write_samples
 from dis_scale.evaluation.pictures import labels_in_turn, labels_of_all, open_for_sampling, sample_pictures
-from dis_scale.models.export import LatentsVae, SamplingFacts, save
+from dis_scale.models.export import LatentsVae, SamplingFacts, describe, save
 from dis_scale.recipe import Flow, Gaussian, LatentShape, Recipe, TrainedVae, reading
+from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.vae.scaling import Scaling
@@ -49,6 +54,55 @@ def test_the_command_writes_a_grid(files: tuple[Path, Path], tmp_path: Path) -> 
     code, output = invoke(*command, "--out", str(tmp_path / "grid.png"))
     assert code == 0, output
     assert Image.open(tmp_path / "grid.png").size == (2 * 64, 64)
+
+
+def published_sweep(root: str) -> Sweep:
+    """A sweep in pixels below `root` with one published model, as training publishes it."""
+    settings = ["vae={kind: none}", "diffusion={kind: flow}", "evaluate.sampler=euler", "evaluate.steps=2"]
+    recipe = reading.load(TINY, settings)
+    sweep = Sweep.below(open_folder(root), recipe)
+    sweep.save_recipe()
+    model = models.build(recipe.models["dis"], LatentShape(3, 32), 10)
+    weights = safetensors.torch.save(model.state_dict(), {"dis_scale": json.dumps(describe(model))})
+    folder = sweep.run("dis").published_at(320)
+    folder.write("weights.safetensors", weights)
+    manifest.seal(folder, {"weights.safetensors": manifest.digest(weights)}, images=320)
+    return sweep
+
+
+def test_a_checkpoint_in_an_object_store_gives_the_pictures_of_one_on_disk(tmp_path: Path) -> None:
+    """From the published folder, or its file; the sweep around it is found as well."""
+    here, away = (published_sweep(root) for root in (str(tmp_path), f"memory://bucket/{tmp_path.name}"))
+    folders = [sweep.run("dis").published_at(320).url for sweep in (here, away)]
+    found = []
+    for at in [*folders, f"{folders[1]}/weights.safetensors"]:
+        opened = open_for_sampling(at, None)
+        assert (opened.sampler, opened.steps, str(opened.located.published)) == ("euler", 2, "dis at 320 images")
+        options = {"sampler": "euler", "steps": 2, "guidance": 1.0, "seed": 0, "batch": 2}
+        found.append(next(sample_pictures(opened, [1, 7], 2, **options)))  # type: ignore[arg-type]
+    assert all(np.array_equal(each, found[0]) for each in found)
+    away.run("dis").published_at(320).write("weights.safetensors", b"damaged")
+    with pytest.raises(StorageError, match=r"weights.safetensors"):
+        open_for_sampling(folders[1], None)
+    with pytest.raises(UserError, match=r"no checkpoint at memory://bucket/none: expected a published folder"):
+        open_for_sampling("memory://bucket/none", None)
+
+
+def test_a_gpu_samples_if_there_is_one(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = []
+
+    def sample(*_: object, device: torch.device, **__: object) -> Iterator[np.ndarray]:
+        devices.append(device.type)
+        yield np.zeros((1, 32, 32, 3), np.uint8)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(pictures, "sample_pictures", sample)
+    command = ["sample", "--checkpoint", str(files[0]), "--vae", str(files[1]), "--classes", "1"]
+    code, output = invoke(*command, "--out", str(tmp_path / "grid.png"))
+    assert (code, devices, "fp32 on NVIDIA H200" in output) == (0, ["cuda"], True), output
 
 
 def test_adms_file_has_all_images_as_numpy_and_our_reader_read_it(files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -110,8 +164,8 @@ def test_a_file_tells_how_to_sample_from_it(files: tuple[Path, Path], tmp_path: 
     opened = open_for_sampling(tmp_path / "a.safetensors", str(files[1]))
     assert (opened.process, opened.sampler, opened.steps) == (facts.diffusion, "euler", 7)
     assert (opened.decoder.scaling, opened.notes) == (scaling, [])
-    (pictures,) = sample_pictures(opened, [3], 1, sampler="euler", steps=2, guidance=1.0, seed=0, batch=1)
-    assert pictures.shape == (1, 32, 32, 3)
+    (images,) = sample_pictures(opened, [3], 1, sampler="euler", steps=2, guidance=1.0, seed=0, batch=1)
+    assert images.shape == (1, 32, 32, 3)
 
     facts = replace(facts, vae=replace(theirs, identity="0" * 64), scaling=None)
     save(model, tmp_path / "b.safetensors", facts)
