@@ -19,11 +19,14 @@ from dis_scale.models import build
 from dis_scale.models.checkpointing import recompute_every
 from dis_scale.models.dis import TAPS, extra_tokens, inner_width, step_rank
 from dis_scale.models.dit import FREQUENCIES
+from dis_scale.models.s4d import CHUNK
 from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, Precision
 from dis_scale.scan.backend import NATIVE_CHUNK
 
 DIFFUSSM_XL_GMACS = {32: 280.3, 64: 1066.2}
 """Published values by latent size (arXiv 2311.18257, as quoted by others)."""
+DISCRETISED = 39
+"""Float32 numbers that autograd keeps of a mode's discretisation (S4D.discrete), counted."""
 SCAN_MACS = 4.5
 """Multiply-adds per channel, state, token and direction: 9 FLOPs."""
 
@@ -58,6 +61,8 @@ class Kept:
     ends: int
     wide: int = 0
     wide_boundary: int = 0
+    kernel_bytes: int = 0
+    """Of a block, once per forward pass: DiffuSSM's kernels, in complex numbers of two float32."""
 
     def by_part(self, checkpointing: str) -> dict[str, int]:
         """Elements at the peak, by part. With checkpointing: all of one block, and the boundaries of the others.
@@ -79,11 +84,18 @@ class Kept:
         k = recompute_every(checkpointing)
         return len(range(0, self.blocks, k)) if k else 0
 
+    def _complete(self, checkpointing: str) -> int:
+        """Number of blocks that are in memory with all that they keep."""
+        recomputed = self._recomputed(checkpointing)
+        return self.blocks - recomputed + (1 if recomputed else 0)
+
     def wide_elements(self, checkpointing: str) -> int:
         """Elements of `by_part` that stay float32 under bf16."""
-        recomputed = self._recomputed(checkpointing)
-        whole = self.blocks - recomputed + (1 if recomputed else 0)
-        return whole * self.wide + recomputed * self.wide_boundary
+        return self._complete(checkpointing) * self.wide + self._recomputed(checkpointing) * self.wide_boundary
+
+    def fixed_bytes(self, checkpointing: str) -> int:
+        """Bytes that do not depend on the images of a forward pass."""
+        return self._complete(checkpointing) * self.kernel_bytes
 
 
 @dataclass(frozen=True)
@@ -279,7 +291,10 @@ def _diffussm(settings: DiffuSsm, shape: LatentShape, parameters: dict[str, int]
     )
     # Per mode and tap a complex power (4) and the real part of a complex product (2), then one FFT of the kernel.
     kernel = kernels * (settings.state_size // 2 * L * 6 + _fft_macs(2 * L))
-    # The kernels' own activations, once per micro-batch, are not counted.
+    # A block keeps its spectrum, its discretised modes, and all powers of them unless they are computed in chunks, which are
+    # recomputed one by one.
+    modes = settings.state_size // 2 * kernels // depth
+    powers = modes * L if settings.state_size // 2 <= CHUNK // (D * L) else 0
     kept = Kept(
         blocks=depth,
         block=16 * G * D + 7 * L * S,
@@ -288,6 +303,7 @@ def _diffussm(settings: DiffuSsm, shape: LatentShape, parameters: dict[str, int]
         skips=0,
         ends=4 * G * D,
         wide=5 * L * S,
+        kernel_bytes=8 * ((L + 1) * S + powers) + 4 * DISCRETISED * modes,
     )
     xl = (D, depth, M, settings.patch) == (1152, 29, 2, 1)
     published = DIFFUSSM_XL_GMACS.get(shape.size) if xl else None

@@ -49,14 +49,16 @@ def worker_bytes(cost: Cost, settings: Train, world: int, images: int) -> int:
     Activations are gone when the step joins this worker's reduced gradients in one more tensor.
     """
     activations = images * cost.activation_bytes(settings.checkpointing, settings.precision)
+    activations += cost.kept.fixed_bytes(settings.checkpointing)
     return sum(state_bytes(cost, settings, world).values()) + max(activations, 4 * cost.parameters // world)
 
 
 def most_images(cost: Cost, settings: Train, world: int, usable_bytes: float) -> int:
     """Return the most images in a forward pass for which a worker needs at most `usable_bytes`; 0 if none fit."""
     free = usable_bytes - sum(state_bytes(cost, settings, world).values())
-    joined = 4 * cost.parameters // world
-    return int(free // cost.activation_bytes(settings.checkpointing, settings.precision)) if free >= joined else 0
+    joined, fixed = 4 * cost.parameters // world, cost.kept.fixed_bytes(settings.checkpointing)
+    image = cost.activation_bytes(settings.checkpointing, settings.precision)
+    return max(0, int((free - fixed) // image)) if free >= joined else 0
 
 
 def lanes_at_once(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from dis_scale.models import build, construct, dis
+from dis_scale.models import build, construct, cost, dis, s4d
 from dis_scale.models.checkpointing import WORTH_KEEPING_MACS
 from dis_scale.models.cost import Cost, price_model
 from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape
@@ -216,6 +216,17 @@ def _kept_elements(settings, shape, batch):
         out = model(torch.randn(batch, 4, shape.size, shape.size), torch.rand(batch), torch.arange(batch))
     assert out.requires_grad
     return sum(tensor.untyped_storage().nbytes() // 4 for address, tensor in kept.items() if address not in own)
+
+
+@pytest.mark.parametrize("name", ["diffussm", "diffussm in one direction", "diffussm in chunks"])
+def test_kernels_are_kept_once_per_forward_pass(name, monkeypatch):
+    if name == "diffussm in chunks":
+        name = "diffussm"
+        for module in (cost, s4d):
+            monkeypatch.setattr(module, "CHUNK", 2**18)
+    settings, shape = SETTINGS[name], LatentShape(4, 16)
+    two, four = (_kept_elements(settings, shape, batch) for batch in (2, 4))
+    assert price_model(settings, shape, 10).kept.fixed_bytes("none") / 4 == pytest.approx(2 * two - four, rel=0.1)
 
 
 @pytest.mark.parametrize("mode", ["block", "every_2", "selective"])
