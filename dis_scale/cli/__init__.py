@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from dis_scale import jsonlog
-from dis_scale.cli import pricing, recipes, results, running, sampling, starting, stored
+from dis_scale.cli import checkpoints, pricing, recipes, results, running, sampling, starting, stored
 from dis_scale.errors import DisScaleError, UserError
 
 
@@ -30,6 +30,7 @@ app = _group(
     sweep=running.sweep, resume=running.resume, plan=pricing.plan, stop=running.stop, status=running.status,
     logs=running.logs, fork=running.fork, profile=running.profile,
     report=results.report, compare=results.compare, sample=sampling.sample,
+    export=checkpoints.export, **{"import": checkpoints.import_weights},
     verify=stored.verify_results, gc=stored.gc, delete=stored.delete,
 )  # fmt: skip
 ablations = _group(

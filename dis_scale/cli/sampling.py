@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from dis_scale.cli.checkpoints import Heads
 from dis_scale.cli.shared import VaeOption, console, require_folder, say
 from dis_scale.errors import UserError
 
@@ -49,7 +50,7 @@ def sample(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     batch: Annotated[int, typer.Option(help="Images sampled at a time; does not change them.", min=1)] = 64,
     vae: VaeOption = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads, for a public DiT of unusual size.", min=1)] = None,
+    heads: Heads = None,
 ) -> None:
     """Sample a grid of images from one checkpoint, or a file of many for ADM's evaluator; on a GPU if there is one."""
     import numpy as np

@@ -74,7 +74,7 @@ def read_source(recipe: Recipe, name: str) -> StartWeights:
     settings, where = recipe.models[name], f"models.{name}.start"
     match settings.start:
         case FileStart() as start:
-            return _from_file(start, settings, recipe.diffusion, where)
+            return from_file(start, settings, recipe.diffusion, f"{where}.path")
         case SweepStart() as start:
             return _from_sweep(start, recipe, where)
         case _:
@@ -92,8 +92,12 @@ def latent_notes(theirs: Sweep, ours: Sweep) -> list[str]:
     return [f"warning: trained on {what} than this sweep's" for what, differs in different.items() if differs]
 
 
-def _from_file(start: FileStart, settings: Dis | DiffuSsm | Dit, process: Gaussian | Flow, where: str) -> StartWeights:
-    data = read_hashed(start.path, start.sha256, f"{where}.path")
+def from_file(start: FileStart, settings: Dis | DiffuSsm | Dit, process: Gaussian | Flow, where: str) -> StartWeights:
+    """Return the weights of a file for a model of these settings and process.
+
+    UserError if it cannot be read, or holds a SiT and the process is no flow.
+    """
+    data = read_hashed(start.path, start.sha256, where)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"weights{Path(start.path).suffix}"
         file.write_bytes(data)
@@ -102,11 +106,11 @@ def _from_file(start: FileStart, settings: Dis | DiffuSsm | Dit, process: Gaussi
             model = open_checkpoint(file, heads)
             facts = sampling_facts(file) if file.suffix == ".safetensors" else None
         except UserError as error:
-            raise UserError(f"{where}.path: {start.path}: {str(error).replace(str(file), 'the file')}") from error
+            raise UserError(f"{where}: {start.path}: {str(error).replace(str(file), 'the file')}") from error
     if isinstance(model, SiT):
         if process.kind != "flow":
             raise UserError(
-                f"{where}.path: {start.path} holds a SiT, which predicts velocities: expected diffusion.kind flow"
+                f"{where}: {start.path} holds a SiT, which predicts velocities: expected diffusion.kind flow"
             )
         return StartWeights(model.settings, as_flow(model).state_dict(), [])
     same = (

@@ -1,0 +1,68 @@
+"""Commands that take public weights in, and give checkpoints to diffusers."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dis_scale.cli.shared import AsJson, Overrides, RecipePath, VaeOption, require_folder, say
+from dis_scale.recipe.shipped import EMBEDDED
+
+Heads = Annotated[int | None, typer.Option(help="Attention heads, for a public DiT of unusual size.", min=1)]
+
+
+def export(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A published folder, a .safetensors file, or a public .pt: a path or any fsspec URL.")
+    ],
+    folder: Annotated[Path, typer.Argument(help="The folder to write; it must be new or empty.")],
+    vae: VaeOption = None,
+    heads: Heads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint as a folder for diffusers, with a model card: dis-scale export SWEEP/runs/MODEL/published/IMAGES folder"""
+    from dis_scale.report import card
+
+    require_folder(folder, "FOLDER")
+    opened = card.export_checkpoint(checkpoint, folder, vae, heads)
+    if as_json:
+        print(json.dumps({"folder": str(folder), "checkpoint": str(opened.located), "notes": opened.notes}, indent=1))
+        return
+    for line in opened.notes:
+        say(line)
+    say(f"exported {folder}\nnext     fill in {folder / card.CARD}: data, licence")
+
+
+def import_weights(
+    file: Annotated[
+        str, typer.Argument(help="A public .pt of DiS, DiT or SiT, or a .safetensors of ours; path or URL.")
+    ],
+    recipe: RecipePath = None,
+    model: Annotated[str, typer.Option(help="The recipe's model that these weights are.")] = ...,  # type: ignore[assignment]
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Publish public weights as a model of a sweep, which evaluates and samples them: dis-scale import FILE RECIPE --model NAME"""
+    from dis_scale import vae
+    from dis_scale.recipe import reading
+    from dis_scale.storage.folder import open_folder
+    from dis_scale.sweep import Sweep
+    from dis_scale.training import public_weights
+
+    settings = reading.load(recipe or EMBEDDED, overrides)
+    store = open_folder(settings.storage.root)
+    storage = settings.storage.model_copy(update={"root": store.url})
+    sweep = Sweep.below(store, settings.model_copy(update={"storage": storage}))
+    shape = vae.planned_shape(settings.vae, settings.data.resolution)
+    found = public_weights.import_weights(sweep, model, file, shape)
+    if as_json:
+        print(json.dumps(found._asdict() | {"folder": found.folder.url}, indent=1))
+        return
+    for note in found.notes:
+        say(note)
+    say(
+        f"imported {found.folder}: {found.parameters:,} weights, at {found.images_seen:,} images\n"
+        f"next     dis-scale resume {sweep}: evaluates it; dis-scale sample --checkpoint {found.folder}\n"
+        f"         models.NAME.start: {{kind: sweep, url: {sweep}, model: {model}, images: {found.images_seen}}}"
+    )

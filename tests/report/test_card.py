@@ -1,0 +1,43 @@
+"""An exported checkpoint: diffusers opens the folder, and its card has the sweep's facts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dis_scale.sweep import METRICS, Sampled
+from tests.evaluation.test_pictures import published_sweep
+from tests.test_cli import invoke
+
+
+def test_a_published_checkpoint_is_exported_for_diffusers_with_its_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffusers.utils.dynamic_modules_utils as dynamic
+    from diffusers import DiffusionPipeline
+
+    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    sweep, folder = published_sweep(str(tmp_path)), tmp_path / "export"
+    facts = {"format": 2, "values": {"fd_digits_80": 12.5}, "metrics": ["distance"], "seconds": {}}
+    sweep.evaluation(Sampled("dis", 320)).write_json(METRICS, facts)
+    code, output = invoke("export", sweep.run("dis").published_at(320).url, str(folder))
+    assert (code, "fill in" in output) == (0, True), output
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffusers\nlicense: other")
+    for words in (
+        "# tiny-dis", "12.5", "80 samples, euler, 2 steps, guidance 1.5", "320 images seen", '"kind": "digits"',
+        "## Licence", "*To fill in.*",
+    ):  # fmt: skip
+        assert words in card
+    pipeline = DiffusionPipeline.from_pretrained(str(folder), custom_pipeline=str(folder), trust_remote_code=True)
+    assert len(pipeline([1, 7], sampler="euler", num_inference_steps=2).images) == 2
+
+
+def test_an_export_overwrites_nothing(tmp_path: Path) -> None:
+    published = published_sweep(str(tmp_path)).run("dis").published_at(320).url
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export/mine").write_text("mine")
+    code, output = invoke("export", published, str(tmp_path / "export"))
+    assert (code, "export exists: delete it, or name another folder" in output) == (2, True), output
+    code, output = invoke("export", published, str(tmp_path / "new"), "--json")
+    assert json.loads(output)["checkpoint"] == f"{published}/weights.safetensors"

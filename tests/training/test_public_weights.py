@@ -1,0 +1,129 @@
+"""Public weights as a published checkpoint: sampled, evaluated and trained from as one that was trained here."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dis_scale.evaluation.pictures import labels_in_turn, open_for_sampling, sample_pictures
+from dis_scale.models import build
+from dis_scale.models.official import as_flow, from_official_dit, to_official
+from dis_scale.recipe import Dit, LatentShape, reading
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import Sampled, Sweep, command_lease, state
+from dis_scale.training import checkpoint, warm_start
+from tests.conftest import TINY
+from tests.models.test_official import public_model, sit_state
+from tests.test_cli import invoke
+from tests.test_removal import run_elsewhere
+
+SETTINGS = ("vae={kind: none}", "models.dis.train.publish_images=[1024]", "evaluate.variants={}", "evaluate.steps=2")
+PUBLIC = {"D": 16, "depth": 2, "p": 4, "C": 3, "size": 32, "classes": 10}
+
+
+def words(root: Path, file: Path, *settings: str, model: str = "dis") -> list[str]:
+    """The command that imports a file into the tiny sweep below `root`."""
+    every = (*SETTINGS, f"storage.root={root}", *settings)
+    return ["import", str(file), str(TINY), "--model", model, *(word for each in every for word in ("--set", each))]
+
+
+def sweep_below(root: Path, *settings: str) -> Sweep:
+    return Sweep.below(open_folder(root), reading.load(TINY, [*SETTINGS, *settings]))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A small DiS in the public code's layout, as its training state has it."""
+    torch.save({"ema": public_model(**PUBLIC).state_dict()}, tmp_path / "dis.pt")
+    return tmp_path / "dis.pt"
+
+
+def test_imported_weights_compute_what_the_public_code_does_and_are_due_for_evaluation(
+    tmp_path: Path, file: Path
+) -> None:
+    code, output = invoke(*words(tmp_path, file))
+    assert code == 0, output
+    sweep, public = sweep_below(tmp_path), public_model(**PUBLIC)
+    run = sweep.run("dis")
+    assert f"imported {run.published_at(1024)}: " in output
+    model = build(sweep.recipe.models["dis"], LatentShape(3, 32), 10)
+    model.load_state_dict(checkpoint.load_published(run, 1024))
+    x, t, y = torch.randn(2, 3, 32, 32), torch.tensor([3.0, 700.0]), torch.tensor([1, 7])
+    assert torch.allclose(model.eval()(x, t, y), public(x, t, y), atol=1e-5)
+    assert state.trained(sweep, "dis")
+    assert state.evaluations_left(sweep, ["dis"]) == [Sampled("dis", 1024)]
+    assert invoke(*words(tmp_path, file))[0] == 0, "a rerun changes nothing"
+
+
+def test_imported_weights_are_sampled_and_begin_another_training(tmp_path: Path, file: Path) -> None:
+    assert invoke(*words(tmp_path, file))[0] == 0
+    sweep = sweep_below(tmp_path)
+    opened = open_for_sampling(sweep.run("dis").published_at(1024).url, None)
+    options = {"sampler": opened.sampler, "steps": 2, "guidance": 1.5, "seed": 0, "batch": 2}
+    (images,) = sample_pictures(opened, labels_in_turn(opened, [1, 7], 2), 2, **options)  # type: ignore[arg-type]
+    assert images.shape == (2, 32, 32, 3)
+    start = f"models.dis.start={{kind: sweep, url: {sweep}, model: dis, images: 1024}}"
+    source = warm_start.read_source(sweep_below(tmp_path / "other", start).recipe, "dis")
+    assert all(
+        torch.equal(weight, source.weights[name])
+        for name, weight in checkpoint.load_published(sweep.run("dis"), 1024).items()
+    )
+
+
+def test_a_sit_is_published_as_our_flow(tmp_path: Path) -> None:
+    theirs = sit_state()
+    torch.save(theirs, tmp_path / "sit.pt")
+    sit = from_official_dit(theirs, heads=4)
+    assert isinstance(sit.settings, Dit)
+    sizes = ", ".join(f"{name}: {getattr(sit.settings, name)}" for name in ("width", "depth", "heads", "patch"))
+    flow = [
+        f"models={{sit: {{kind: dit, {sizes}}}}}", "diffusion={kind: flow}", "evaluate.sampler=euler", "data.resolution=64",
+        "vae={kind: pretrained, path: stabilityai/sd-vae-ft-ema}", "train.publish_images=[1024]",
+    ]  # fmt: skip
+    command = ["import", str(tmp_path / "sit.pt"), str(TINY), "--model", "sit"]
+    every = ["evaluate.variants={}", f"storage.root={tmp_path}", *flow]
+    code, output = invoke(*command, *(word for each in every for word in ("--set", each)))
+    assert code == 0, output
+    run = Sweep.open(str(tmp_path / "sweeps/tiny")).run("sit")
+    expected = as_flow(sit).state_dict()  # type: ignore[arg-type]
+    assert all(torch.equal(w, expected[name]) for name, w in checkpoint.load_published(run, 1024).items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["models.dis.width=32"], "its model has width 16, this one 32: expected the same"),
+        (["data.resolution=64"], "positions of 256 patches interpolated: expected weights for as many pixels"),
+        (
+            [
+                "data.num_classes=none",
+                "evaluate.extractor={kind: torchscript, name: x, path: x.pt}",
+                "evaluate.guidance=1.0",
+            ],
+            "only one of the two models has classes",
+        ),
+        (["models.dis.train.publish_images=[16, 1024]"], "import: dis would also be trained: expected one count"),
+        (["evaluate.ema_width=0.07"], "import: evaluate.ema_width needs averages"),
+    ],
+)
+def test_what_is_not_this_model_is_refused_before_anything_is_written(
+    tmp_path: Path, file: Path, settings: list[str], message: str
+) -> None:
+    code, output = invoke(*words(tmp_path, file, *settings))
+    assert (code, message in output) == (2, True), output
+    assert not (tmp_path / "sweeps").exists()
+
+
+def test_other_weights_or_a_running_sweep_are_refused(tmp_path: Path, file: Path) -> None:
+    sweep = sweep_below(tmp_path)
+    run_elsewhere(command_lease(sweep.folder))
+    code, output = invoke(*words(tmp_path, file))
+    assert (code, "one writer at a time" in output) == (69, True), output
+    sweep.leases.delete()
+    assert invoke(*words(tmp_path, file))[0] == 0
+    torch.save(to_official(build(sweep.recipe.models["dis"], LatentShape(3, 32), 10, seed=1)), file)
+    code, output = invoke(*words(tmp_path, file))
+    assert (code, "already holds other weights" in output) == (2, True), output
+    published = sweep.run("dis").published_at(1024)
+    assert manifest.require(published)["imported"]["name"] == "dis.pt"
