@@ -1,17 +1,21 @@
-"""Forecasts of a training on a fleet: messages, the interval of resume points, and 1 to 1,024 GPUs."""
+"""Forecasts of a training on a fleet: memory as measured, messages, the interval of resume points, and 1 to 1,024 GPUs."""
 
+import json
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from dis_scale.models.cost import price_model
-from dis_scale.recipe import Dis, LatentShape, Train
+from dis_scale.recipe import Dis, LatentShape, Train, reading
 from dis_scale.recipe.presets import preset
 from dis_scale.training.fleet import GPUS, MOST_GPUS, Fleet, forecast, preemption, wire_bytes
 from dis_scale.training.memory import most_images, worker_bytes
 
-H = price_model(Dis(**preset("DiS-H/2")), LatentShape(4, 32), 1000)
+RESULTS = Path(__file__).parents[2] / "benchmarks/results/cpu.json"
+SHAPE = LatentShape(4, 32)
+H = price_model(Dis(**preset("DiS-H/2")), SHAPE, 1000)
 WEIGHTS = 4 * H.parameters
 GIB = 2**30
 
@@ -19,6 +23,23 @@ GIB = 2**30
 def train(**settings: object) -> Train:
     fixed = {"publish_images": (102_400_000,), "batch_images": 1024, "lanes": 64, "workers": 8, "precision": "bf16"}
     return Train(**fixed | settings)  # type: ignore[arg-type]
+
+
+def test_memory_is_within_a_tenth_of_what_was_measured() -> None:
+    """Peak of all tensors in real training steps, by `python -m benchmarks.record cpu memory`."""
+    _, *rows = json.loads(RESULTS.read_text())["benchmarks"]["memory"]
+    assert len({row["size"] for row in rows}) >= 3
+    assert {row["zero_stage"] for row in rows} == {1, 2, 3}
+    assert {row["checkpointing"] for row in rows} > {"none", "block"}
+    for row in rows:
+        settings = train(
+            batch_images=row["images"], lanes=1, workers=1, publish_images=(row["images"],), precision="fp32",
+            zero_stage=row["zero_stage"], checkpointing=row["checkpointing"],
+        )  # fmt: skip
+        text = f"{{preset: {row['size']}}}"
+        model = reading.load("imagenet256", [f"models={{model: {text}}}"]).models["model"]
+        computed = worker_bytes(price_model(model, SHAPE, 1000), settings, 1, row["images"])
+        assert computed / GIB == pytest.approx(row["measured_gib"], rel=0.1), row
 
 
 @pytest.mark.parametrize(
