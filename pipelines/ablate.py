@@ -27,10 +27,10 @@ LARGEST_MISFIT = 0.25
 
 def run_ablation(
     sweep: Sweep, model: str, at_images: int | None, setting: str, values: Sequence[float], console: Console
-) -> None:
-    """Evaluate what is missing and write the table and the figure below `report/`; UserError for an impossible value.
+) -> dict[float, dict[str, float]]:
+    """Evaluate what is missing and write the table and the figure below `report/`; return the metrics of each value.
 
-    `at_images` is a published count; default: the last.
+    UserError for an impossible value. `at_images` is a published count; default: the last.
     """
     images_seen, values = _published(sweep, model, at_images), sorted({float(f"{value:g}") for value in values})
     _require_possible(sweep, model, images_seen, setting, values)
@@ -40,7 +40,7 @@ def run_ablation(
         with obeying_signals(driver.stop_requested), open_cluster(sweep.recipe) as cluster:
             words = [f"{value:g}" for value in values]
             run_stage(driver, cluster, "ablate", model, str(images_seen), setting, *words)
-    ablation.write(sweep, model, images_seen, setting, values, console)
+    return ablation.write(sweep, model, images_seen, setting, values, console)
 
 
 def _published(sweep: Sweep, model: str, at_images: int | None) -> int:

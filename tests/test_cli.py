@@ -7,9 +7,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
 
 from dis_scale import cli
 from dis_scale.cli import running
@@ -32,6 +35,15 @@ def invoke(*arguments: str) -> tuple[int, str]:
         except SystemExit as end:
             code = int(end.code or 0)
     return code, output.getvalue()
+
+
+def answer(*arguments: str) -> Any:
+    """Run the command in this process; return what it printed for programs, on standard output."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as end:
+        cli.main(list(arguments))
+    assert not end.value.code
+    return json.loads(output.getvalue())
 
 
 @pytest.mark.parametrize(
@@ -256,3 +268,22 @@ def test_commands_on_a_stored_sweep_ask_no_hub(elsewhere: Sweep, words: list[str
     state.use_latents(elsewhere, elsewhere.store / "latents/made", "identity")
     _, output = invoke(*filled, elsewhere.folder.url, *uri)
     assert "nobody" not in output
+
+
+def leaves(group: Any, *above: str) -> Iterator[tuple[str, Any]]:
+    """Yield each command of a group and of the groups in it, with its words."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from leaves(command, *above, name)
+        else:
+            yield " ".join([*above, name]), command
+
+
+def test_each_result_is_available_as_json() -> None:
+    """A sweep logs JSON lines instead (DIS_SCALE_LOG), and a schema is JSON."""
+    commands = dict(leaves(typer.main.get_command(cli.app)))
+    assert len(commands) > 25
+    without = {
+        name for name, command in commands.items() if "--json" not in {o for p in command.params for o in p.opts}
+    }
+    assert without == {"sweep", "resume", "recipe schema"}

@@ -19,7 +19,7 @@ from dis_scale.sweep.extractors import reference_file, weights_identity
 from dis_scale.upkeep import retention
 from dis_scale.upkeep.verify import verify_sweep
 from tests.support import small_latents
-from tests.test_cli import invoke
+from tests.test_cli import answer, invoke
 
 COUNTS = (0, 160, 320)
 
@@ -248,3 +248,37 @@ def test_a_running_sweep_keeps_what_is_shared(sweep: Sweep) -> None:
         sweep.lease("sweep").write_json("0001", holder | {"pid": other.pid, "started": other.create_time()})
         with pytest.raises(UserError, match=f"latents and listings are kept: {sweep} is running .process {other.pid}"):
             retention.find_unshared(sweep.store)
+
+
+def test_data_gc_lists_and_deletes_latents_that_no_sweep_uses(sweep: Sweep) -> None:
+    unused = small_latents.make(sweep.store / "latents/unused", [4])
+    code, output = invoke("data", "gc", str(sweep.store))
+    assert (code, f"latents      {unused}: " in output, "to delete them: dis-scale data gc" in output) == (
+        0,
+        True,
+        True,
+    )
+    assert unused.list()
+    found = answer("data", "gc", str(sweep.store), "--yes", "--json")
+    assert ([part["url"] for part in found["parts"]], found["deleted"]) == ([unused.url], True)
+    assert found["bytes"] > 0
+    assert not unused.list()
+    assert answer("data", "gc", str(sweep.store), "--json")["parts"] == []
+    assert verified(sweep) == []
+
+
+def test_data_gc_refuses_what_is_no_storage_root(sweep: Sweep, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for root, words in (
+        (sweep, f"is a sweep: expected its storage root, {sweep.store}"),
+        (tmp_path / "empty", "expected a storage root"),
+    ):
+        code, output = invoke("data", "gc", str(root), "--yes")
+        assert (code, words in output) == (2, True), output
+
+
+def test_upkeep_is_json_for_programs(sweep: Sweep) -> None:
+    assert answer("verify", str(sweep), "--json") == {"damaged": []}
+    found = answer("gc", str(sweep), "--json")
+    assert {part["kind"] for part in found["parts"]} >= {"samples", "leases", "failed steps"}
+    assert not found["deleted"]

@@ -37,8 +37,9 @@ ablations = _group(
     "Evaluate one checkpoint at several values of one sampling setting.", guidance=results.guidance, ema=results.ema
 )
 data = _group(
-    "Verify, repair and describe a sweep's latents.", verify=stored.verify, repair=stored.repair, show=stored.show
-)
+    "Verify, repair, describe and delete latents.",
+    verify=stored.verify, repair=stored.repair, show=stored.show, gc=stored.gc_latents,
+)  # fmt: skip
 recipe = _group(
     "Show a recipe's settings and numbers, compare recipes, list the shipped ones, print their JSON schema.",
     show=recipes.show, diff=recipes.diff, list=recipes.shipped, schema=recipes.schema,

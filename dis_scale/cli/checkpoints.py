@@ -1,12 +1,11 @@
 """Commands that take public weights in, and give checkpoints to diffusers."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dis_scale.cli.shared import AsJson, Overrides, RecipePath, VaeOption, require_folder, say
+from dis_scale.cli.shared import AsJson, Overrides, RecipePath, VaeOption, print_json, require_folder, say
 from dis_scale.recipe.shipped import EMBEDDED
 
 Heads = Annotated[int | None, typer.Option(help="Attention heads, for a public DiT of unusual size.", min=1)]
@@ -27,7 +26,7 @@ def export(
     require_folder(folder, "FOLDER")
     opened = card.export_checkpoint(checkpoint, folder, vae, heads)
     if as_json:
-        print(json.dumps({"folder": str(folder), "checkpoint": str(opened.located), "notes": opened.notes}, indent=1))
+        print_json({"folder": str(folder), "checkpoint": str(opened.located), "notes": opened.notes})
         return
     for line in opened.notes:
         say(line)
@@ -57,7 +56,7 @@ def import_weights(
     shape = vae.planned_shape(settings.vae, settings.data.resolution)
     found = public_weights.import_weights(sweep, model, file, shape)
     if as_json:
-        print(json.dumps(found._asdict() | {"folder": found.folder.url}, indent=1))
+        print_json(found._asdict() | {"folder": found.folder.url})
         return
     for note in found.notes:
         say(note)

@@ -1,6 +1,5 @@
 """The command that prices a sweep; it starts nothing."""
 
-import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,7 @@ from dis_scale.cli.shared import (
     SourceImages,
     console,
     count_images,
+    print_json,
     say,
 )
 from dis_scale.errors import DisScaleError, UserError, nearest
@@ -65,7 +65,7 @@ def plan(
         unknown = f"{error}; {NAME_THE_NUMBER}"
     if as_json:
         found = {"recipe": settings.name, "plan": derive(priced, source), "source_unknown": unknown, "fleet": forecast}
-        print(json.dumps(found | {"study": [cell._asdict() for cell in study]}, indent=1))
+        print_json(found | {"study": [cell._asdict() for cell in study]})
         return
     say(f"data     {price_reading(settings, shape, source)}" if source else f"data     unknown: {unknown}")
     if study:

@@ -1,13 +1,21 @@
 """Commands that show, compare and describe recipes; they start nothing."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from dis_scale.cli.shared import NAME_THE_NUMBER, AsJson, Overrides, SourceImages, console, count_images, say
+from dis_scale.cli.shared import (
+    NAME_THE_NUMBER,
+    AsJson,
+    Overrides,
+    SourceImages,
+    console,
+    count_images,
+    print_json,
+    say,
+)
 from dis_scale.errors import DisScaleError
 
 if TYPE_CHECKING:
@@ -29,9 +37,7 @@ def show(
     except DisScaleError as error:
         unknown = str(error)
     if as_json:
-        print(
-            json.dumps({"settings": settings.model_dump(mode="json"), "derived": numbers, "unknown": unknown}, indent=1)
-        )
+        print_json({"settings": settings.model_dump(mode="json"), "derived": numbers, "unknown": unknown})
         return
     for setting in flat.flatten(settings):
         say(f"{setting.key}: {setting.words}{'' if setting.given else '  # default'}")
@@ -49,7 +55,7 @@ def diff(a: RecipeOrSweep, b: RecipeOrSweep, as_json: AsJson = False) -> None:
 
     found = flat.differences(_open(a), _open(b))
     if as_json:
-        print(json.dumps([each._asdict() for each in found], indent=1))
+        print_json([each._asdict() for each in found])
         return
     if not found:
         say("equal    no setting differs")
@@ -69,7 +75,7 @@ def shipped(as_json: AsJson = False) -> None:
         found = [
             {"name": name, "path": str(recipes.resolve(name)), "purpose": words} for name, words in purposes.items()
         ]
-        print(json.dumps(found, indent=1))
+        print_json(found)
         return
     for name, words in purposes.items():
         say(f"{name:<24}{words}")
@@ -79,7 +85,7 @@ def schema() -> None:
     """Print the JSON schema of recipes, for editors: dis-scale recipe schema > schema.json"""
     from dis_scale.recipe.schema import json_schema
 
-    print(json.dumps(json_schema(), indent=1))
+    print_json(json_schema())
 
 
 def _open(url: str, overrides: list[str] | None = None) -> "Recipe":

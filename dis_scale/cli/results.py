@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dis_scale.cli.shared import At, Model, SweepUrl, console, plan_of, say
+from dis_scale.cli.shared import AsJson, At, Model, SweepUrl, console, plan_of, print_json, say
 from dis_scale.errors import UserError
 
 
@@ -15,14 +15,18 @@ def report(
         bool,
         typer.Option("--published", help="Show published points of DiT, SiT and DiG, those of the sweep's sampler."),
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Rebuild a sweep's table, figures and page from what was evaluated."""
-    from dis_scale.report import PAGE, collect, table, write
+    from dis_scale.report import PAGE, collect, table, to_json, write
     from dis_scale.sweep import Sweep
 
     opened = Sweep.open(sweep)
     points = collect(opened, plan_of(opened))
     write(opened, points, published)
+    if as_json:
+        print_json(to_json(points) | {"page": f"{opened.report}/{PAGE}"})
+        return
     console().print(table(points))
     say(f"page     {opened.report}/{PAGE}")
 
@@ -37,6 +41,7 @@ def compare(
         bool, typer.Option("--by-cost", help="Compare models of about one cost instead of one name.")
     ] = False,
     figure: Annotated[Path | None, typer.Option(help="Draw the curves of both into this file (.png or .svg).")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show two sweeps side by side, with the errors of their differences, and how the sweeps differ."""
     from dis_scale.report import collect
@@ -51,7 +56,11 @@ def compare(
                 f"--pair {' '.join(pair)}: expected NAME=NAME, a model of the first sweep and one of the second"
             )
         pairs = dict(name.split("=") for name in pair)
-    console().print(comparison.comparison_table(first, second, pairs))
+    table = comparison.comparison_table(first, second, pairs)  # refuses sweeps without common points
+    if as_json:
+        print_json([each.to_json() for each in comparison.differences(first, second, pairs)])
+    else:
+        console().print(table)
     if figure:
         from dis_scale.report import figures
 
@@ -62,7 +71,8 @@ def compare(
         if kind not in figures.FORMATS:
             raise UserError(f"--figure {figure}: expected a file that ends in {' or '.join(figures.FORMATS)}")
         figure.write_bytes(figures.render(figures.both(first, second, unlike))[kind])
-        say(f"figure   {figure}")
+        if not as_json:
+            say(f"figure   {figure}")
 
 
 def guidance(
@@ -70,11 +80,12 @@ def guidance(
     model: Model,
     scales: Annotated[str, typer.Option(help="Guidance scales, separated by commas.")] = "1,1.25,1.5,2,3",
     at: At = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the curve of guidance against distance."""
     from pipelines.ablate import GUIDANCE
 
-    _ablate(sweep, model, at, GUIDANCE, _numbers("--scales", scales))
+    _ablate(sweep, model, at, GUIDANCE, _numbers("--scales", scales), as_json)
 
 
 def ema(
@@ -82,23 +93,27 @@ def ema(
     model: Model,
     widths: Annotated[str, typer.Option(help="Relative widths, separated by commas.")] = "0.03,0.05,0.07,0.1,0.15",
     at: At = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the curve of averaging width against distance; the averages are rebuilt after training."""
     from pipelines.ablate import WIDTH
 
-    _ablate(sweep, model, at, WIDTH, _numbers("--widths", widths))
+    _ablate(sweep, model, at, WIDTH, _numbers("--widths", widths), as_json)
 
 
-def _ablate(url: str, model: str, at: int | None, setting: str, values: list[float]) -> None:
+def _ablate(url: str, model: str, at: int | None, setting: str, values: list[float], as_json: bool) -> None:
     from dis_scale.sweep import Sweep
     from pipelines.ablate import run_ablation
 
-    run_ablation(Sweep.open(url), model, at, setting, values, console())
+    found = run_ablation(Sweep.open(url), model, at, setting, values, console(stderr=as_json))
+    if as_json:
+        print_json([{setting: value, "values": metrics} for value, metrics in found.items()])
 
 
 def sync(
     sweep: SweepUrl,
     uri: Annotated[str | None, typer.Option(help="The MLflow to fill; default: the one that tracks the sweep.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Fill MLflow from storage: an empty one with everything, one that was away with what it missed."""
     from dis_scale.report.mlflow_copy import copy_everything
@@ -110,6 +125,9 @@ def sync(
     if into is None:
         raise UserError(f"{opened} was never tracked: name an MLflow, --uri sqlite:///mlflow.db or http://...")
     rows = copy_everything(opened, plan_of(opened), into)
+    if as_json:
+        print_json({"uri": into, "rows": rows})
+        return
     say(f"{rows:,} rows of training and all evaluations are in {into}")
 
 

@@ -13,8 +13,10 @@ from dis_scale.cli.shared import (
     SweepUrl,
     console,
     driver_console,
+    print_json,
     require_folder,
     say,
+    say_aside,
 )
 from dis_scale.errors import UserError
 from dis_scale.recipe.shipped import EMBEDDED
@@ -57,11 +59,15 @@ def stop(
             help="Dashboard of the Ray whose jobs a killed command left, http://HOST:8265; default: the sweep's own."
         ),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Ask a running sweep to save and stop, from any machine; `dis-scale resume SWEEP` continues it."""
     from pipelines.stop import stop_sweep
 
     stopped = stop_sweep(sweep, address)
+    if as_json:
+        print_json({"stop_requested": stopped})
+        return
     say(
         f"stop requested: {', '.join(stopped)}"
         if stopped
@@ -75,7 +81,6 @@ def status(
     every: Annotated[float | None, typer.Option("--watch", help="Show it again every so many seconds.", min=1)] = None,
 ) -> None:
     """Show what a sweep is doing and what is wrong, from its storage alone: no cluster is asked."""
-    import json
     import time
 
     from dis_scale.report import status as statuses
@@ -86,7 +91,7 @@ def status(
         return statuses.watch(opened, every)
     found = statuses.collect(opened, time.time())
     if as_json:
-        print(json.dumps(found.to_json(), indent=1))
+        print_json(found.to_json())
     else:
         console().print(statuses.table(found))
 
@@ -96,6 +101,7 @@ def logs(
     model: Annotated[str | None, typer.Argument(help="A model: the logs of its training.", show_default=False)] = None,
     stage: Annotated[str | None, typer.Option(help="A stage instead: prepare, precompute or evaluate.")] = None,
     attempt: Annotated[str | None, typer.Option(help="When it began, as listed; default: the newest.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """List the logs that attempts left in storage, or print those of one attempt: of its driver and of each worker."""
     from dis_scale.sweep import Sweep
@@ -105,13 +111,20 @@ def logs(
     if model is not None and stage is not None:
         raise UserError("logs: expected a model or --stage, got both")
     if model is None and stage is None:
-        for line in attempt_logs.overview(opened):
+        lines = attempt_logs.overview(opened)
+        if as_json:
+            print_json({"attempts": lines})
+        for line in [] if as_json else lines:
             say(line)
         return
     if model is not None:
         opened.run(model)  # refuses an unknown one
     folder = opened.logs(stage or "train", model)
-    for name, text in attempt_logs.read_attempt(folder, attempt).items():
+    texts = attempt_logs.read_attempt(folder, attempt)
+    if as_json:
+        print_json({f"{folder}/{name}": text for name, text in texts.items()})
+        return
+    for name, text in texts.items():
         print(f"==> {folder}/{name} <==\n{text}")
 
 
@@ -123,6 +136,7 @@ def fork(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the new run's training, such as learning_rate=5e-5.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Start a new run from another run's resume point. To roll back, fork from an earlier point, with another learning rate."""
     from dis_scale.sweep import Sweep
@@ -130,6 +144,9 @@ def fork(
 
     opened = Sweep.open(sweep)
     run = fork_run(opened, model, at, new, settings or [])
+    if as_json:
+        print_json({"run": run.folder.url, "model": new, "images": at})
+        return
     say(
         f"forked   {run.folder}: continues from {at} images\n"
         f"next     dis-scale resume {opened}; or give {new} the settings of {model} under models: in your recipe and run that"
@@ -143,6 +160,7 @@ def profile(
     trace: Annotated[
         Path | None, typer.Option(help="Write one more step into this Chrome trace (chrome://tracing, Perfetto).")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Time a few training steps on this machine: rates, memory, where the time goes. Nothing is saved."""
     from dis_scale.sweep import Sweep
@@ -150,6 +168,8 @@ def profile(
 
     if trace is not None:
         require_folder(trace, "--trace")
-    profile_training(Sweep.open(sweep), model, steps, trace, say)
-    if trace is not None:
+    rates = profile_training(Sweep.open(sweep), model, steps, trace, say_aside if as_json else say)
+    if as_json:
+        print_json(rates | {"model": model, "steps": steps, "trace": trace and str(trace)})
+    elif trace is not None:
         say(f"trace    {trace}")

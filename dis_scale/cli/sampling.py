@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dis_scale.cli.checkpoints import Heads
-from dis_scale.cli.shared import VaeOption, console, require_folder, say
+from dis_scale.cli.shared import AsJson, VaeOption, console, print_json, require_folder, say, say_aside
 from dis_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def sample(
     batch: Annotated[int, typer.Option(help="Images sampled at a time; does not change them.", min=1)] = 64,
     vae: VaeOption = None,
     heads: Heads = None,
+    as_json: AsJson = False,
 ) -> None:
     """Sample a grid of images from one checkpoint, or a file of many for ADM's evaluator; on a GPU if there is one."""
     import numpy as np
@@ -64,8 +65,9 @@ def sample(
     of_classes = _labels(classes)
     require_folder(npz or out, "--npz" if npz else "--out")
     opened = pictures.open_for_sampling(checkpoint, vae, heads)
+    aside = say_aside if as_json else say
     for line in opened.notes:
-        say(line)
+        aside(line)
     images = count or (ADM_SAMPLES if npz else len(of_classes or [0]))
     if npz and of_classes is None:
         each_label = pictures.labels_of_all(opened, labels, images, seed)
@@ -76,7 +78,7 @@ def sample(
     )  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     guided = f"guidance {scale:g}{f' on {channels} channels' if channels else ''}"
-    say(f"sampling {sampler}, {steps} steps, {guided}, fp32 on {machine_name(device)}")
+    aside(f"sampling {sampler}, {steps} steps, {guided}, fp32 on {machine_name(device)}")
     parts = pictures.sample_pictures(
         opened, each_label, images, sampler=sampler, steps=steps, guidance=scale, channels=channels, seed=seed, batch=batch,
         device=device,
@@ -84,8 +86,19 @@ def sample(
     if npz is None:
         out.write_bytes(grid(np.concatenate(list(parts)), columns=min(10, images)))
     else:
-        with Board(console()) as board:
+        with Board(console(stderr=as_json)) as board:
             adm.write_samples(npz, images, _counted(parts, lambda n: board.update("sample", n, images, "images")))
+    if as_json:
+        found = {
+            "file": str(npz or out),
+            "images": images,
+            "sampler": sampler,
+            "steps": steps,
+            "guidance": scale,
+            "seed": seed,
+        }
+        print_json(found | {"device": machine_name(device), "notes": opened.notes})
+        return
     say(f"{images} images in {npz or out}")
 
 

@@ -1,8 +1,9 @@
 """What several commands share: their arguments, the terminal, the plan of a stored sweep."""
 
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,7 +24,8 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a s
 RecipePath = Annotated[
     Path | None,
     typer.Argument(
-        help="A recipe, or the name of a shipped one (dis-scale recipe list); default: digits.", show_default=False
+        help="A recipe, or the name of a shipped one (dis-scale recipe list); default: digits.",
+        show_default=False,
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -53,6 +55,16 @@ def console(stderr: bool = False) -> Console:
 def say(line: str) -> None:
     """Print a line as it is: not wrapped, no colours."""
     console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def say_aside(line: str) -> None:
+    """Print a line beside an output for programs: on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """Print a value for programs."""
+    print(json.dumps(value, indent=1))
 
 
 def plan_of(sweep: "Sweep") -> "Plan":

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dis_scale.cli.shared import AsJson, console, require_new, say
+from dis_scale.cli.shared import AsJson, console, print_json, require_new, say
 from dis_scale.errors import DisScaleError
 from dis_scale.recipe.shipped import EMBEDDED
 
@@ -34,8 +34,6 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Look at a folder of images and write a recipe that fits them and this machine: dis-scale init photos --out photos.yaml"""
-    import json
-
     from dis_scale.data import survey
     from dis_scale.first_recipe import propose, resolution_of
     from dis_scale.progress import Board, listing_words
@@ -57,7 +55,7 @@ def init(
         file.write(text)
     recipe = reading.parse(text, str(out))
     if as_json:
-        print(json.dumps({"recipe": str(out), "settings": recipe.model_dump(mode="json"), **found.to_json()}, indent=1))
+        print_json({"recipe": str(out), "settings": recipe.model_dump(mode="json"), **found.to_json()})
         return
     say(f"machine  {machine.words}")
     say(f"recipe   {out}: {', '.join(recipe.models)} at {recipe.data.resolution} pixels")
@@ -74,7 +72,6 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Try all that a sweep needs here: dis-scale doctor s3://bucket/prefix --recipe photos.yaml; exit code 1 if a part is bad."""
-    import json
     from dataclasses import asdict
 
     from dis_scale.recipe import reading
@@ -87,7 +84,7 @@ def doctor(
         if not as_json:
             say(f"{each.state:<10} {each.part:<14} {each.words}")
     if as_json:
-        print(json.dumps([asdict(each) for each in findings], indent=1))
+        print_json([asdict(each) for each in findings])
     if bad := [each.part for each in findings if each.state == "bad"]:
         raise DisScaleError(f"{len(bad)} of {len(findings)} parts are bad: {', '.join(bad)}")
 

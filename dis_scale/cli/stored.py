@@ -1,33 +1,40 @@
 """Commands that read back, repair, describe and delete what is in storage."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from dis_scale.cli.shared import AsJson, SweepUrl, VaeOption, console, require_folder, say
+from dis_scale.cli.shared import AsJson, SweepUrl, VaeOption, console, print_json, require_folder, say
 from dis_scale.errors import DisScaleError, UserError
+
+if TYPE_CHECKING:
+    from dis_scale.upkeep.retention import Unneeded
+
+Yes = Annotated[bool, typer.Option("--yes", help="Delete what is listed.")]
 
 Latents = Annotated[str, typer.Argument(help="A sweep's folder, or a folder of latents; local or any fsspec URL.")]
 
 
-def verify_results(sweep: SweepUrl) -> None:
+def verify_results(sweep: SweepUrl, as_json: AsJson = False) -> None:
     """Read back everything that a sweep's results rest on and name what is damaged or missing; exit code 1 if there is any."""
     from dis_scale.progress import Board
     from dis_scale.sweep import Sweep
     from dis_scale.upkeep.verify import verify_sweep
 
-    with Board(console()) as board:
+    with Board(console(stderr=as_json)) as board:
         damaged = verify_sweep(Sweep.open(sweep), lambda done, total: board.update("verify", done, total, "files"))
         for line in damaged:
             board.say(f"damaged  {line}")
+    if as_json:
+        print_json({"damaged": damaged})
     if damaged:
         raise DisScaleError(f"{sweep}: {len(damaged)} files are damaged or missing")
-    say("complete all that the results rest on was read back")
+    if not as_json:
+        say("complete all that the results rest on was read back")
 
 
-def gc(sweep: SweepUrl, yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed.")] = False) -> None:
+def gc(sweep: SweepUrl, yes: Yes = False, as_json: AsJson = False) -> None:
     """List what no result needs, with its size: samples of finished evaluations, old leases, latents that no sweep uses, ...
 
     A metric that is added to the recipe later needs samples: they are sampled again.
@@ -35,33 +42,56 @@ def gc(sweep: SweepUrl, yes: Annotated[bool, typer.Option("--yes", help="Delete 
     from dis_scale.sweep import Sweep
     from dis_scale.upkeep import retention
 
-    opened = Sweep.open(sweep)
+    opened, kept = Sweep.open(sweep), list[str]()
     found = retention.find_unneeded(opened)
     try:
         found += retention.find_unshared(opened.store)
     except UserError as error:
-        say(f"kept     {error}")
-    for each in found:
-        say(f"{each.kind:<12} {each.folder}: {len(each.sizes)} files, {each.size_bytes / 1e6:,.1f} MB")
-    total = (
-        f"{sum(each.size_bytes for each in found) / 1e9:,.3f} GB in {sum(len(each.sizes) for each in found):,} files"
-    )
+        kept.append(str(error))
+    _remove(found, kept, yes, as_json, f"; to delete them: dis-scale gc {sweep} --yes")
+
+
+def gc_latents(
+    root: Annotated[str, typer.Argument(help="A storage root: latents and listings are below it, and its sweeps.")],
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the latents and listings below a storage root that no sweep there uses: dis-scale data gc outputs --yes"""
+    from dis_scale.upkeep import retention
+
+    found = retention.find_unshared(retention.open_store(root))
+    _remove(found, [], yes, as_json, f"; to delete them: dis-scale data gc {root} --yes")
+
+
+def _remove(found: "list[Unneeded]", kept: list[str], yes: bool, as_json: bool, remedy: str) -> None:
+    """Print what was found, and delete it if `yes`; otherwise print the remedy."""
+    from dis_scale.upkeep import retention
+
+    files, size_bytes = sum(len(each.sizes) for each in found), sum(each.size_bytes for each in found)
+    if not as_json:
+        for line in kept:
+            say(f"kept     {line}")
+        for each in found:
+            say(f"{each.kind:<12} {each.folder}: {len(each.sizes):,} files, {each.size_bytes / 1e6:,.1f} MB")
     if yes:
         retention.delete(found)
-    say(f"deleted  {total}" if yes else f"total    {total}; to delete them: dis-scale gc {sweep} --yes")
+    if as_json:
+        total = {"files": files, "bytes": size_bytes, "deleted": yes}
+        print_json({"parts": [each.to_json() for each in found], "kept": kept} | total)
+        return
+    total_words = f"{size_bytes / 1e9:,.3f} GB in {files:,} files"
+    say(f"deleted  {total_words}" if yes else f"total    {total_words}{remedy}")
 
 
 def delete(
     sweep: SweepUrl,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed.")] = False,
+    yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
     """List all that would go with a sweep, and what stays for other sweeps: dis-scale delete outputs/sweeps/digits --yes
 
     Latents and listing go as well, unless other sweeps use them. Refused while the sweep runs.
     """
-    import json
-
     from dis_scale.sweep import Sweep
     from dis_scale.upkeep import removal
 
@@ -77,13 +107,8 @@ def delete(
     if yes:
         removal.delete(found)
     if as_json:
-        parts = [
-            {"kind": p.kind, "url": p.folder.url, "files": len(p.sizes), "bytes": p.size_bytes} for p in found.parts
-        ]
-        notes = [note._asdict() for note in found.notes]
-        print(
-            json.dumps({"parts": parts, "notes": notes, "files": files, "bytes": size_bytes, "deleted": yes}, indent=1)
-        )
+        parts, notes = [each.to_json() for each in found.parts], [note._asdict() for note in found.notes]
+        print_json({"parts": parts, "notes": notes, "files": files, "bytes": size_bytes, "deleted": yes})
         return
     total = f"{size_bytes / 1e9:,.3f} GB in {files:,} files"
     say(f"deleted      {total}" if yes else f"total        {total}; to delete them: dis-scale delete {sweep} --yes")
@@ -92,14 +117,17 @@ def delete(
 def verify(
     url: Latents,
     fast: Annotated[bool, typer.Option("--fast", help="Compare sizes only; read nothing back.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare all shards with the manifest and name each damaged one; exit code 1 if there is any."""
     from dis_scale.data import maintenance
     from dis_scale.progress import Board
 
-    with Board(Console()) as board:
+    with Board(console(stderr=as_json)) as board:
         sweep, latents = maintenance.locate_latents(url)
         damaged = maintenance.verify(latents, fast, lambda done, total: board.update("verify", done, total, "shards"))
+        if as_json:
+            print_json({"latents": latents.url, "damaged": damaged})
         for words in damaged.values():
             board.say(f"damaged  {words}")
         maintenance.require_undamaged(latents, damaged, sweep)
@@ -108,30 +136,38 @@ def verify(
 
 def repair(
     sweep: Annotated[str, typer.Argument(help="The sweep's folder; its recipe names the images and the VAE.")],
+    as_json: AsJson = False,
 ) -> None:
     """Rebuild the damaged shards, byte for byte as they were."""
     from dis_scale.data import maintenance
     from dis_scale.progress import Board, listing_words
 
-    with Board(Console()) as board:
+    with Board(console(stderr=as_json)) as board:
         repaired = maintenance.repair(
             sweep,
             lambda done, total: board.update("verify", done, total, "shards"),
             listing_words(board.say),
         )
         board.say(f"repaired {', '.join(repaired)}" if repaired else "nothing to repair: every shard is complete")
+    if as_json:
+        print_json({"repaired": repaired})
 
 
 def show(
     url: Latents,
     out: Annotated[Path, typer.Option(help="The PNG of decoded images to write.")] = Path("latents.png"),
     vae: VaeOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON; write no images.")] = False,
 ) -> None:
     """Show totals, labels, statistics and identity of latents; write a grid of decoded images."""
     from dis_scale.data import maintenance
     from dis_scale.evaluation.sampling import grid
+    from dis_scale.storage import manifest
 
     sweep, latents = maintenance.locate_latents(url)
+    if as_json:
+        print_json(manifest.require(latents) | {"latents": latents.url})
+        return
     for line in maintenance.describe(latents):
         say(line)
     decoder = maintenance.load_decoder(sweep, latents, vae)

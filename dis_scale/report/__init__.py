@@ -6,6 +6,6 @@ the HTML page, compare.py compares two sweeps.
 
 from dis_scale.report.files import CSV, PAGE, write
 from dis_scale.report.points import Point, Report, collect
-from dis_scale.report.tables import table
+from dis_scale.report.tables import table, to_json
 
-__all__ = ["CSV", "PAGE", "Point", "Report", "collect", "table", "write"]
+__all__ = ["CSV", "PAGE", "Point", "Report", "collect", "table", "to_json", "write"]

@@ -10,8 +10,10 @@ from dis_scale.report.tables import csv_bytes, with_error
 from dis_scale.sweep import METRICS, Sampled, Sweep, images_name, state
 
 
-def write(sweep: Sweep, model: str, images_seen: int, setting: str, values: Sequence[float], console: Console) -> None:
-    """Write the figure and the CSV below `report/` and print the table; all values must be evaluated."""
+def write(
+    sweep: Sweep, model: str, images_seen: int, setting: str, values: Sequence[float], console: Console
+) -> dict[float, dict[str, float]]:
+    """Write the figure and the CSV below `report/`, print the table, return the metrics; all values must be evaluated."""
     variants = state.ablations(sweep.recipe.evaluate, setting, values)
     metrics = [sweep.evaluation(Sampled(model, images_seen, v)).read_json(METRICS)["values"] for v in variants]
     metric = sweep.recipe.evaluate.metric
@@ -27,6 +29,7 @@ def write(sweep: Sweep, model: str, images_seen: int, setting: str, values: Sequ
     console.print(title, highlight=False)
     console.print(_table(setting, metric, values, distances, errors))
     console.print(f"figure   {sweep.report}/{name}.png", highlight=False, soft_wrap=True)
+    return dict(zip(values, metrics, strict=True))
 
 
 def _table(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.table import Table
 from rich.text import Text
@@ -29,6 +29,14 @@ class Difference(NamedTuple):
     def error(self) -> float | None:
         """The change's standard error, if both have one."""
         return None if self.error_a is None or self.error_b is None else math.hypot(self.error_a, self.error_b)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the difference with plain values."""
+        points = {
+            name: {"model": p.model, "seeds": p.seeds, "eflops": p.eflops} for name, p in (("a", self.a), ("b", self.b))
+        }
+        found = {"images": self.a.images_seen, "variant": self.a.variant, "change": self.change, "error": self.error}
+        return points | found | {"significant": self.significant}
 
     @property
     def over_seeds(self) -> bool:

@@ -134,6 +134,20 @@ def to_csv(report: Report) -> bytes:
     return csv_bytes([*COST, *values, *FACTS], rows)
 
 
+def to_json(report: Report) -> dict[str, Any]:
+    """Return the same with plain values, and what is missing."""
+    points = [
+        {
+            "model": p.model, "kind": p.kind, "variant": p.variant, "images": p.images_seen, "parameters": p.cost.parameters,
+            "gmacs_forward": p.gmacs, "training_eflops": p.eflops, "goodput": p.goodput, "worker_hours": p.worker_hours,
+            "memory_gib": p.memory_gib, "sample_ms": p.sample_ms, "values": p.values,
+            "sampling": {name: p.facts.get(name) for name in FACTS},
+        }
+        for p in report.points
+    ]  # fmt: skip
+    return {"sweep": report.sweep, "metric": report.metric, "points": points, "missing": missing(report)}
+
+
 def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
     """Return a CSV in UTF-8 with line feeds."""
     text = io.StringIO()

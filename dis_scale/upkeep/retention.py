@@ -6,13 +6,13 @@ root: latents and listings that no sweep there uses. What is needed to continue,
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dis_scale.data import listing
 from dis_scale.errors import StorageAway, StorageError, UserError
 from dis_scale.storage import lease
-from dis_scale.storage.folder import Folder
-from dis_scale.sweep import METRICS, Sweep, state, sweeps_below
+from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.sweep import METRICS, RECIPE, Sweep, state, store_of, sweeps_below
 from dis_scale.sweep.state import AT_ONCE
 from dis_scale.threads import in_order
 
@@ -30,6 +30,19 @@ class Unneeded(NamedTuple):
     @property
     def size_bytes(self) -> int:
         return sum(self.sizes.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "url": self.folder.url, "files": len(self.sizes), "bytes": self.size_bytes}
+
+
+def open_store(root: str) -> Folder:
+    """Return the storage root at a URL or path; UserError if nothing there is one."""
+    store = open_folder(root)
+    if store.exists(RECIPE):
+        raise UserError(f"{root} is a sweep: expected its storage root, {store_of(store)}")
+    if not {"latents", listing.LISTINGS} & set(store.folders()) and not sweeps_below(store):
+        raise UserError(f"{root}: expected a storage root, with sweeps, latents or {listing.LISTINGS} in it")
+    return store
 
 
 def find_unneeded(sweep: Sweep) -> list[Unneeded]:

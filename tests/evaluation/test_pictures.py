@@ -24,7 +24,7 @@ from dis_scale.sweep import Sweep, state
 from dis_scale.vae.scaling import Scaling
 from tests.conftest import TINY
 from tests.support import ranks
-from tests.test_cli import invoke
+from tests.test_cli import answer, invoke
 
 
 @pytest.fixture
@@ -54,6 +54,8 @@ def test_the_command_writes_a_grid(files: tuple[Path, Path], tmp_path: Path) -> 
     code, output = invoke(*command, "--out", str(tmp_path / "grid.png"))
     assert code == 0, output
     assert Image.open(tmp_path / "grid.png").size == (2 * 64, 64)
+    found = answer(*command, "--out", str(tmp_path / "grid.png"), "--json")
+    assert (found["images"], found["sampler"], found["steps"]) == (2, "ddpm", 2)
 
 
 def published_sweep(root: str) -> Sweep:

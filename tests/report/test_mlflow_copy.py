@@ -18,7 +18,7 @@ from dis_scale.tracking.mlflow import RunCopy, create_runs, open_client, stored_
 from dis_scale.tracking.rows import RowReader, RowWriter
 from pipelines import evaluate
 from tests.conftest import TINY
-from tests.test_cli import invoke
+from tests.test_cli import answer, invoke
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_an_emptied_mlflow_is_filled_to_the_first_one(sweep: Sweep, plan: Plan, 
     code, output = invoke("mlflow", "sync", sweep.folder.url, "--uri", second)
     assert (code, "8 rows of training and all evaluations are in" in output) == (0, True)
     assert content(sweep, second) == as_it_came
-    assert invoke("mlflow", "sync", sweep.folder.url)[0] == 0
+    assert answer("mlflow", "sync", sweep.folder.url, "--json")["rows"] == 8
     assert content(sweep, second) == as_it_came, "a second time doubles nothing"
 
 

@@ -25,6 +25,7 @@ from dis_scale.report.published import PUBLISHED
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import ENDED, GRID, METRICS, ORIGIN, SKIPPED, Sampled, Sweep, state
 from tests.conftest import TINY
+from tests.test_cli import answer
 
 SHAPE = LatentShape(4, 8)
 
@@ -99,6 +100,24 @@ def test_the_csv_has_each_point_with_its_cost_facts_and_values(sweep: Sweep) -> 
     assert float(rows[1]["training_eflops"]) == pytest.approx(2 * cost.gmacs_training * 160 / 1e9, rel=1e-5)
     assert float(rows[1]["paper_gflops"]) == cost.paper_gflops
     assert (rows[1]["sampler"], rows[1]["guidance"]) == ("ddim", "1.5")
+
+
+def test_the_points_and_differences_are_json_for_programs(sweep: Sweep, tmp_path: Path, recipe: Recipe) -> None:
+    sweep.save_recipe()
+    found = answer("report", str(sweep), "--json")
+    points = {(p["model"], p["images"]): p for p in found["points"] if not p["variant"]}
+    assert points["dis32", 160]["values"][found["metric"]] == 6.0
+    assert points["dis32", 160]["sampling"]["steps"] == 3
+    assert found["page"] == f"{sweep.report}/index.html"
+    other = sweep_at(tmp_path / "other", "tiny", recipe)
+    other.save_recipe()
+    put(other, Sampled("dis32", 160), 7.5)
+    (difference,) = answer("compare", str(sweep), str(other), "--json")
+    assert (difference["a"]["model"], difference["change"], difference["error"]) == (
+        "dis32",
+        1.5,
+        pytest.approx(0.5**0.5),
+    )
 
 
 def test_the_figures_show_each_family_each_model_and_both_floors(sweep: Sweep) -> None:

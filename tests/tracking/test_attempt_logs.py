@@ -16,7 +16,7 @@ from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep
 from dis_scale.tracking import attempt_logs
 from dis_scale.tracking.attempt_logs import HEAD_BYTES, LINE_BYTES, TAIL_BYTES, Excerpt, LogName
-from tests.test_cli import invoke
+from tests.test_cli import answer, invoke
 
 WRITES = """
 import os, sys, time
@@ -173,5 +173,8 @@ def test_the_command_lists_and_prints_an_attempt(tmp_path: Path, tiny: Recipe) -
     ]  # fmt: skip
     _, printed = invoke("logs", str(tmp_path / "tiny"), "dit", "--attempt", "20261121T180100")
     assert "text of 20261121T180100-0000" in printed
+    texts = answer("logs", str(tmp_path / "tiny"), "dit", "--json")
+    assert texts[f"{folder}/20261121T180200-0000.log"] == "text of 20261121T180200-0000\n"
+    assert len(answer("logs", str(tmp_path / "tiny"), "--json")["attempts"]) == 3
     code, printed = invoke("logs", str(tmp_path / "tiny"), "--stage", "prepare")
     assert (code, "no logs of the attempt" in printed) == (2, True)
