@@ -15,7 +15,7 @@ import pytest
 import typer.main
 
 from dis_scale import cli
-from dis_scale.cli import running
+from dis_scale.cli import running, shared
 from dis_scale.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import manifest
@@ -287,3 +287,40 @@ def test_each_result_is_available_as_json() -> None:
         name for name, command in commands.items() if "--json" not in {o for p in command.params for o in p.opts}
     }
     assert without == {"sweep", "resume", "recipe schema"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_gets_its_completion_script(monkeypatch: pytest.MonkeyPatch, shell: str) -> None:
+    monkeypatch.setenv("_DIS_SCALE_COMPLETE", f"source_{shell}")
+    code, output = invoke()
+    assert (code, "dis-scale" in output, f"complete_{shell}" in output) == (0, True, True)
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("pl", "plan"),
+        ("plan --preempt", "--preemptions-per-day"),
+        ("plan imagenet512_", "imagenet512_diffussm imagenet512_dit"),
+    ],
+)
+def test_commands_options_and_shipped_recipes_are_completed(
+    monkeypatch: pytest.MonkeyPatch, typed: str, completed: str
+) -> None:
+    monkeypatch.setenv("_DIS_SCALE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"dis-scale {typed}")
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split())))
+    assert invoke()[1].split() == completed.split()
+
+
+def test_no_color_keeps_a_terminal_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    colours = re.compile(r"\x1b\[[0-9;]*3[0-9]")
+    shown = []
+    for plain in ("", "1"):
+        monkeypatch.setenv("NO_COLOR", plain)
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            shared.console().print("[red]failed")
+        shown.append(bool(colours.search(output.getvalue())))
+    assert shown == [True, False]

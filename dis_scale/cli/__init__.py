@@ -16,9 +16,11 @@ from dis_scale import jsonlog
 from dis_scale.cli import checkpoints, pricing, recipes, results, running, sampling, starting, stored
 from dis_scale.errors import DisScaleError, UserError
 
+NAME = "dis-scale"
+
 
 def _group(words: str, **commands: Callable[..., None]) -> typer.Typer:
-    group = typer.Typer(help=words, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    group = typer.Typer(help=words, no_args_is_help=True, pretty_exceptions_enable=False)
     for name, command in commands.items():
         group.command(name)(command)
     return group
@@ -60,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     drives = words[:1] in (["sweep"], ["resume"])
     try:
-        app([word for word in words if word != "--debug"])
+        app([word for word in words if word != "--debug"], prog_name=NAME)
     except SystemExit as end:  # by Typer
         if drives and end.code == UserError.exit_code:
             _end_own_job(UserError.exit_code)

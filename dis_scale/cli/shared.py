@@ -11,6 +11,7 @@ from rich.console import Console
 from dis_scale import jsonlog
 from dis_scale.errors import UserError
 from dis_scale.jsonlog import JsonLines
+from dis_scale.recipe import shipped
 
 if TYPE_CHECKING:
     from dis_scale.plan import Plan
@@ -21,11 +22,19 @@ SweepUrl = Annotated[str, typer.Argument(help="A sweep's folder or URL, for exam
 Model = Annotated[str, typer.Argument(help="A model of the sweep.")]
 At = Annotated[int | None, typer.Option(help="A published image count; default: the last.", min=0)]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: a.b=value. Repeatable.")]
+
+
+def _shipped(incomplete: str) -> list[str]:
+    """Complete the name of a shipped recipe; the shell completes paths itself."""
+    return [name for name in shipped.names() if name.startswith(incomplete)]
+
+
 RecipePath = Annotated[
     Path | None,
     typer.Argument(
         help="A recipe, or the name of a shipped one (dis-scale recipe list); default: digits.",
         show_default=False,
+        autocompletion=_shipped,
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
