@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from dis_scale.recipe import Recipe
     from dis_scale.sweep import Sweep
 
-SweepUrl = Annotated[str, typer.Argument(help="A sweep's folder or URL, for example outputs/sweeps/digits.")]
-Model = Annotated[str, typer.Argument(help="A model of the sweep.")]
-At = Annotated[int | None, typer.Option(help="A published image count; default: the last.", min=0)]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: a.b=value. Repeatable.")]
-
 
 def _shipped(incomplete: str) -> list[str]:
     """Complete the name of a shipped recipe; the shell completes paths itself."""
     return [name for name in shipped.names() if name.startswith(incomplete)]
 
+
+SweepUrl = Annotated[str, typer.Argument(help="A sweep's folder or URL, for example outputs/sweeps/digits.")]
+Model = Annotated[str, typer.Argument(help="A model of the sweep.")]
+At = Annotated[int | None, typer.Option(help="A published image count; default: the last.", min=0)]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: a.b=value. Repeatable.")]
 
 RecipePath = Annotated[
     Path | None,

@@ -148,11 +148,11 @@ def wire_bytes(cost: Cost, settings: Train, world: int, passes: int) -> float:
     """Return the bytes that a rank sends in a step of `passes` forward passes, by ring algorithms, all in float32.
 
     DeepSpeed 0.19: stages 1 and 2 all-reduce gradients (twice their bytes) and gather the new weights; stage 1 reduces once a
-    step, stage 2 after each pass. Stage 3 gathers weights for each forward and backward pass, again to recompute blocks, and
-    reduces gradients to their owners. A rank sends (N - 1) / N of the bytes in each.
+    step, stage 2 after each pass. Stage 3 gathers weights for each forward and backward pass, and reduces gradients to their
+    owners; recomputed blocks add up to a tenth. A rank sends (N - 1) / N of the bytes in each.
     """
-    rounds = {1: 2 + 1, 2: 2 * passes + 1, 3: passes * (3 + (settings.checkpointing != "none"))}
-    return 4 * cost.parameters * rounds[settings.zero_stage] * (world - 1) / world
+    rounds = {1: 2 + 1, 2: 2 * passes + 1, 3: 3 * passes}[settings.zero_stage]
+    return 4 * cost.parameters * rounds * (world - 1) / world
 
 
 def preemption(per_day: float, pause_s: float, write_s: float, restart_s: float) -> Preemption:

@@ -2,14 +2,23 @@
 
 import json
 import math
+import os
+import socket
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
+from dis_scale.models import build
 from dis_scale.models.cost import price_model
-from dis_scale.recipe import Dis, LatentShape, Train, reading
+from dis_scale.recipe import Dis, Dit, LatentShape, Train, reading
 from dis_scale.recipe.presets import preset
+from dis_scale.training import checkpoint, engine
 from dis_scale.training.fleet import GPUS, MOST_GPUS, Fleet, forecast, preemption, wire_bytes
 from dis_scale.training.memory import most_images, worker_bytes
 
@@ -48,13 +57,67 @@ def test_memory_is_within_a_tenth_of_what_was_measured() -> None:
         ({"zero_stage": 1}, 4, 3),
         ({"zero_stage": 2}, 4, 9),
         ({"zero_stage": 3}, 4, 12),
-        ({"zero_stage": 3, "checkpointing": "block"}, 4, 16),
     ],
-    ids=["1", "2", "3", "3, recomputed"],
+    ids=["1", "2", "3"],
 )
 def test_a_rank_sends_its_share_of_each_round(settings: dict[str, object], passes: int, rounds: int) -> None:
     assert wire_bytes(H, train(**settings), 1, passes) == 0
     assert wire_bytes(H, train(**settings), 4, passes) == rounds * WEIGHTS * 3 / 4
+
+
+SENT = {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}
+"""Collectives of a step, and how often a ring sends what they are given."""
+PASSES = 2
+
+
+def test_two_ranks_send_what_the_formula_says(tmp_path: Path) -> None:
+    """Elements that DeepSpeed gives to its collectives in a real step, at each stage; small weights are kept at stage 3."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(_rank, (2, port, tmp_path), 2, start_method="forkserver")
+    counted = json.loads((tmp_path / "counted.json").read_text())
+    cost = price_model(SENDER, LatentShape(4, 4), 10)
+    for stage in (1, 2, 3):
+        sent = sum(SENT[name] * elements for name, elements in counted[str(stage)].items()) * 4 / 2
+        assert wire_bytes(cost, train(zero_stage=stage), 2, PASSES) == pytest.approx(sent, rel=0.1), stage
+
+
+SENDER = Dit(kind="dit", width=512, depth=2, heads=8, patch=2)
+
+
+def _rank(rank: int, world: int, port: int, folder: Path) -> None:
+    """Take a step at each stage, and count what its collectives are given."""
+    place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()})
+    torch.set_num_threads(1)
+    cpu, counts = torch.device("cpu"), Counter[str]()
+    for name in SENT:
+        setattr(dist, name, _counting(getattr(dist, name), name, counts))
+    engine.connect(cpu)
+    found = {}
+    for stage in (1, 2, 3):
+        model = build(SENDER, LatentShape(4, 4), 10)
+        sharded = engine.start(model, train(zero_stage=stage), cpu, checkpoint.fresh(model), 0, PASSES)
+        for _ in range(2):  # the second is counted: the first gathers more
+            counts.clear()
+            for _ in range(PASSES):
+                out = sharded.deepspeed(torch.randn(1, 4, 4, 4), torch.rand(1), torch.zeros(1, dtype=torch.long))
+                sharded.micro_step(out.square().mean())
+        found[stage] = dict(counts)
+    if rank == 0:
+        (folder / "counted.json").write_text(json.dumps(found))
+    dist.barrier()
+    os._exit(0)  # DeepSpeed's threads do not end
+
+
+def _counting(collective: Any, name: str, counts: Counter[str]) -> Any:
+    def counted(*arguments: Any, **named: Any) -> Any:
+        tensors = [each for each in (*arguments, *named.values()) if isinstance(each, torch.Tensor)]
+        counts[name] += max(tensor.numel() for tensor in tensors)  # of all ranks together, in and out
+        return collective(*arguments, **named)
+
+    return counted
 
 
 def test_resume_points_come_at_the_interval_of_least_loss() -> None:
