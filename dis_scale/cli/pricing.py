@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.table import Table
 
 from dis_scale.cli.shared import (
@@ -122,17 +123,17 @@ def _memory(forecast: dict[str, Any], plan: "Plan") -> Table:
 
 def _training(forecast: dict[str, Any], _: "Plan") -> Table:
     table = _table(
-        "training, by arithmetic", "model", "GPUs", "sent a step", "steps/s", "days", "GPU hours", "resume point", "every,\nimages",
-        "lost", "evaluation\nGPU hours", "stored", "price",
+        "training, by arithmetic", "model", "GPUs", "sent\na step", "steps/s", "days", "GPU hours", "resume\npoint",
+        "every,\nimages", "lost", "evaluation\nGPU hours", "stored", "price",
     )  # fmt: skip
     for name, each in forecast["models"].items():
         every_s, every_images = each["resume_every_s"], each["resume_every_images"]
         every = f"{every_s:,.0f} s,\n{every_images:,}" if every_s else "-"
         table.add_row(
             name, f"{each['gpus']:,}{'' if each['fits'] else ' too small'}", f"{each['wire_bytes'] / 1e9:,.2f} GB",
-            f"{each['steps_per_s']:.3g}", f"{each['days']:.3g}", _number(each["training_gpu_hours"]),
+            f"{each['steps_per_s']:.3g}", _number(each["days"]), _number(each["training_gpu_hours"]),
             f"{each['resume_bytes'] / 1e9:,.2f} GB", every, f"{each['loss']:.1%}",
-            f"{each['evaluation_gpu_hours']:,.4g}", f"{each['stored_bytes'] / 1e9:,.1f} GB", _money(each["price"]),
+            _number(each["evaluation_gpu_hours"]), f"{each['stored_bytes'] / 1e9:,.1f} GB", _money(each["price"]),
         )  # fmt: skip
     return table
 
@@ -148,14 +149,14 @@ def _sizes(forecast: dict[str, Any], _: "Plan") -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
     for column in columns:
-        table.add_column(column, justify="left" if column == "model" else "right")
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     return table
 
 
 def _number(value: float | None) -> str:
-    return "never" if value is None else f"{value:,.4g}"
+    return "never" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _money(price: float | None) -> str:
