@@ -17,6 +17,7 @@ from dis_scale.recipe import LatentShape, reading
 from dis_scale.recipe.evaluate import FEATURE_DIMENSIONS, JUDGE
 from dis_scale.training.memory import USABLE, lanes_at_once, worker_bytes
 from dis_scale.training.throughput import DATASHEET_TFLOPS
+from dis_scale.vae import HUB
 
 RESOLUTIONS = (32, 64, 128, 256, 512)
 MOSTLY = 0.9
@@ -26,7 +27,8 @@ MOST_AS_PIXELS = 64
 MOST_ON_A_CPU = 128
 """Largest resolution that is chosen without a GPU. An autoencoder for larger images takes seconds for each there."""
 MOST_TOKENS_ON_A_CPU = 256
-HUB_VAE, VAE_CHANNELS, VAE_FACTOR = "stabilityai/sd-vae-ft-ema", 4, 8
+HUB_VAE = "stabilityai/sd-vae-ft-ema"
+VAE_CHANNELS, VAE_FACTOR = HUB[HUB_VAE]
 LEAST_STEPS, MOST_EPOCHS = 1600, 1000
 """A small model samples the requested digit after 1,500 steps (configs/digits.yaml). DiS saw CIFAR-10 for 1,000 epochs."""
 CORE_FLOPS = 8e9

@@ -43,16 +43,15 @@ def invoke(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Invoke:
     (own,) = folder.glob("venv/lib/python*/site-packages")
     (own / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # its own .pth files are not read
     (folder / "empty").mkdir()
-    return lambda *words: run([folder / "venv/bin/dis-scale", *words], check=False, cwd=folder / "empty")
+    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
+    return lambda *words: subprocess.run(
+        [folder / "venv/bin/dis-scale", *words], cwd=folder / "empty", env=clean, capture_output=True, text=True
+    )
 
 
-def run(command: list[str | Path], check: bool = True, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
-    if check:  # the build may find setuptools there
-        environment |= {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+def run(command: list[str | Path]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_wheel_has_every_file_of_the_packages(wheel: Path) -> None:
