@@ -37,8 +37,8 @@ def import_weights(
     file: Annotated[
         str, typer.Argument(help="A public .pt of DiS, DiT or SiT, or a .safetensors of ours; path or URL.")
     ],
+    model: Annotated[str, typer.Option(help="The recipe's model that these weights are.")],
     recipe: RecipePath = None,
-    model: Annotated[str, typer.Option(help="The recipe's model that these weights are.")] = ...,  # type: ignore[assignment]
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
