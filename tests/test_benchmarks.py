@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cooldowns, record, rows, throughput
+from benchmarks import cooldowns, dit_counts, record, rows, throughput
 from dis_scale.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -195,3 +195,13 @@ def test_cooldowns_compare_trainings_of_equal_length_and_seed(tmp_path: Path) ->
     assert len(ends(cooled)) == len(cooldowns.COUNTS) * cooldowns.SEEDS
     assert {complete.train_of(model).decay for model in complete.models} == {"linear"}
     assert all(bool(model.branch) == ("-at-" in name) for name, model in cooled.models.items())
+
+
+def test_the_baseline_launches_no_more_than_public_code(capsys: pytest.CaptureFixture[str]) -> None:
+    """DiT against fast-DiT: neither operations nor bytes of a block or of the weights' average."""
+    dit_counts.main()
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for ours, public in zip(found[::2], found[1::2], strict=True):
+        assert (ours["name"], ours["code"], public["code"]) == (public["name"], "ours", "fast-DiT")
+        assert 0 < ours["launches"] < public["launches"]
+        assert 0 < ours["gbytes"] < public["gbytes"]
