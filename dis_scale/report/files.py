@@ -59,11 +59,12 @@ def _require_published_protocol(report: Report) -> None:
     unlike += sorted({f"{p.facts['steps']} steps" for p in report.main if p.facts["steps"] != PUBLISHED_STEPS})
     unlike += sorted({p.facts["sampler"] for p in report.main} - set(SAMPLERS.values()))
     unlike += sorted({f"ema_width {width:g}" for p in report.main if (width := p.facts.get("ema_width"))})
+    unlike += sorted({f"{p.facts['labels']} labels" for p in report.main if p.facts["labels"] != "uniform"})
     if unlike:
         raise UserError(
             f"--published: those points are without guidance, in {PUBLISHED_STEPS} steps of ddpm (DiT, DiG) or euler_maruyama "
-            f"(SiT), from the exponential average; {report.sweep}'s main sampling has {', '.join(unlike)}: measure it in a sweep "
-            "whose main sampling is theirs"
+            f"(SiT), of uniform labels, from the exponential average; {report.sweep}'s main sampling has {', '.join(unlike)}: "
+            "measure it in a sweep whose main sampling is theirs"
         )
 
 

@@ -300,7 +300,7 @@ def test_published_points_are_refused_beside_guided_ones(sweep: Sweep) -> None:
     data = sweep.recipe.data.model_copy(update={"resolution": 256, "num_classes": 1000})
     report = replace(collect(sweep), metric="fid", recipe=sweep.recipe.model_copy(update={"data": data}))
     points = [replace(p, values=p.values | {"fid": report.points[0].values["fd_digits_80"]}) for p in report.points]
-    with pytest.raises(UserError, match=r"tiny's main sampling has guidance 1.5, 3 steps, ddim"):
+    with pytest.raises(UserError, match=r"tiny's main sampling has guidance 1.5, 3 steps, ddim, balanced labels:"):
         reports.write(sweep, replace(report, points=points), published=True)
 
 
