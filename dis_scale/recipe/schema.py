@@ -40,7 +40,7 @@ COOLDOWNS = {
 def json_schema() -> dict[str, Any]:
     """Return the schema of a recipe as it is written in YAML (JSON Schema, draft 2020-12)."""
     schema = Recipe.model_json_schema()
-    described = {cls.__name__: dict(_docstrings(cls)) for cls in _subclasses(Settings)}
+    described = {cls.__name__: dict(docstrings(cls)) for cls in subclasses(Settings)}
     for name, part in [("Recipe", schema), *schema["$defs"].items()]:
         for field, value in part["properties"].items():
             _describe(value, described[name].get(field, ""))
@@ -95,7 +95,7 @@ def _describe(value: dict[str, Any], words: str) -> None:
         value["description"] = words
 
 
-def _docstrings(cls: type[BaseModel]) -> Iterator[tuple[str, str]]:
+def docstrings(cls: type[BaseModel]) -> Iterator[tuple[str, str]]:
     """Yield each field that has a docstring, with the docstrings of its base classes."""
     for base in reversed(cls.__mro__):
         if issubclass(base, Settings):
@@ -112,7 +112,7 @@ def _string(node: ast.stmt) -> str | None:
     return constant.value if isinstance(constant, ast.Constant) and isinstance(constant.value, str) else None
 
 
-def _subclasses(cls: type[BaseModel]) -> Iterator[type[BaseModel]]:
+def subclasses(cls: type[BaseModel]) -> Iterator[type[BaseModel]]:
     for inner in cls.__subclasses__():
         yield inner
-        yield from _subclasses(inner)
+        yield from subclasses(inner)

@@ -1,0 +1,12 @@
+"""Pages of the site that are generated from the code: settings, commands, errors. Used by the site's hook and by the tests."""
+
+from collections.abc import Callable
+
+from docs.reference import commands, errors, settings
+
+GENERATED: dict[str, Callable[[], str]] = {
+    "settings.md": settings.page,
+    "commands.md": commands.page,
+    "errors.md": errors.page,
+}
+"""Each page's file, and the function that returns its Markdown."""

@@ -1,0 +1,140 @@
+"""The page of all commands, from the command line itself: usage, arguments, options; and exit codes and environment variables."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+import typer.main
+
+from dis_scale.cli import app
+from dis_scale.errors import DisScaleError
+from dis_scale.recipe.schema import subclasses
+from docs.reference.markdown import code, table
+
+ROOT = Path(__file__).parents[2]
+INTRODUCTION = """# Commands
+
+All commands, generated from the command line itself. `SWEEP` is a sweep's folder: `outputs/sweeps/digits`, or
+`s3://bucket/prefix/sweeps/NAME`. `RECIPE` is a YAML file. `python -m dis_scale` is the same as `dis-scale`, and
+`python -m dis_scale.sweep` the same as `dis-scale sweep`: these forms are for Ray jobs. `--debug` before or after any command shows
+the traceback of an error.
+"""
+EXAMPLES = {
+    "init": "dis-scale init /data/photos --out photos.yaml",
+    "doctor": "dis-scale doctor s3://bucket/prefix --recipe configs/imagenet256.yaml",
+    "sweep": "dis-scale sweep configs/digits.yaml --set train.workers=1",
+    "resume": "dis-scale resume SWEEP --set train.workers=4",
+    "plan": "dis-scale plan configs/imagenet256.yaml --images 1281167",
+    "stop": "dis-scale stop SWEEP",
+    "status": "dis-scale status SWEEP --watch 10",
+    "logs": "dis-scale logs SWEEP dis-m",
+    "fork": "dis-scale fork SWEEP dis-m --at 80000 --as dis-m-slow --set learning_rate=5e-5",
+    "profile": "dis-scale profile SWEEP dis-m --steps 10 --trace trace.json",
+    "report": "dis-scale report SWEEP",
+    "compare": "dis-scale compare SWEEP SWEEP --pair dis-m=dit-s",
+    "sample": "dis-scale sample --checkpoint SWEEP/runs/dis-m/published/000000096000 --classes 1,7",
+    "verify": "dis-scale verify SWEEP",
+    "gc": "dis-scale gc SWEEP",
+    "delete": "dis-scale delete SWEEP",
+    "export": "dis-scale export SWEEP/runs/dis-m/published/000000096000 dis-m-for-diffusers",
+    "import": "dis-scale import DiT-XL-2-256x256.pt imagenet256_dit --model dit-xl",
+    "data gc": "dis-scale data gc outputs",
+    "recipe list": "dis-scale recipe list",
+    "recipe show": "dis-scale recipe show configs/digits.yaml",
+    "recipe diff": "dis-scale recipe diff configs/imagenet256.yaml configs/imagenet512.yaml",
+    "recipe schema": "dis-scale recipe schema",
+    "ablate guidance": "dis-scale ablate guidance SWEEP dis-m --scales 1,1.15,1.3,2",
+    "ablate ema": "dis-scale ablate ema SWEEP dis-m --widths 0.05,0.07,0.1",
+    "data verify": "dis-scale data verify SWEEP --fast",
+    "data repair": "dis-scale data repair SWEEP",
+    "data show": "dis-scale data show SWEEP --out latents.png",
+    "mlflow sync": "dis-scale mlflow sync SWEEP --uri sqlite:///mlflow.db",
+}
+"""An example of each command."""
+EXIT_CODES = {
+    0: "done",
+    1: "a stage, a model or a check failed; the line gives the reason. The other models continued, and the report marks the "
+    "failed one",
+    2: "invalid input: one line names the setting, its place and what was expected; also storage that cannot be used, and nodes "
+    "that never fit",
+    69: "the same sweep is running on another cluster, or another process holds one of its stages; the line says where",
+    74: "storage did not answer for about a minute: run the same command again",
+    75: "stopped as requested, with all state saved; a rerun continues",
+}
+ENVIRONMENT = {
+    "RAY_ADDRESS": "The Ray cluster that a sweep uses. Ray sets it within a job. Without it a sweep starts a Ray of its own on "
+    "this machine.",
+    "RAY_AUTH_MODE, RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH": "`token`, and Ray's token or a file that has it.",
+    "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL": "Keys of an object store, and the URL of a store "
+    "other than Amazon's.",
+    "HF_HOME, HF_TOKEN, HF_HUB_OFFLINE": "Hugging Face's cache, token and offline mode, for a `vae.path` that is a hub id.",
+    "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD": "Login of an MLflow server.",
+    "DIS_SCALE_LOG": "`json`: each event of a sweep and of its jobs is one JSON line; default: `lines`.",
+    "DIS_SCALE_FAILED_IS_FINAL": "Set on a KubeRay head: a sweep whose error a new cluster would only repeat ends its Ray job as "
+    "stopped, so that KubeRay starts no new cluster.",
+    "DIS_SCALE_FAULTS": "A file of injected faults, for tests.",
+    "DIS_SCALE_ISA": "Instruction set of the native scan: `plain`, `avx2` or `avx512`; default: the best of this CPU.",
+    "CXX, CC": "The compiler of the native scan, and that of Triton's launcher.",
+    "XDG_CACHE_HOME": "Cache of the compiled native scan; default: `~/.cache`.",
+    "CUDA_VISIBLE_DEVICES": "The GPUs that a sweep on this machine uses.",
+    "GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME": "Network interfaces of gloo and NCCL; default: that of the node's address in Ray.",
+}  # fmt: skip
+"""Environment variables that users set, with their meaning."""
+
+
+def page() -> str:
+    """Return the page in Markdown."""
+    codes = table(("exit code", "meaning"), ((str(number), words) for number, words in EXIT_CODES.items()))
+    variables = table(
+        ("variable", "meaning"),
+        ((", ".join(map(code, names.split(", "))), words) for names, words in ENVIRONMENT.items()),
+    )
+    sections = [_section(name, command) for name, command in commands()]
+    return "\n\n".join([INTRODUCTION, *sections, "## Exit codes", codes, "## Environment variables", variables])
+
+
+def commands(within: Any = None, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each command's words, such as `data verify`, and the command."""
+    for name, command in (within or typer.main.get_command(app)).commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{name} ")
+        else:
+            yield f"{path}{name}", command
+
+
+def exit_codes() -> set[int]:
+    """Return all codes with which a command ends."""
+    return {0, *(cls.exit_code for cls in (DisScaleError, *subclasses(DisScaleError)))}
+
+
+def _section(name: str, command: Any) -> str:
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    usage = " ".join([f"dis-scale {name}", *(_shown(p) for p in arguments), "[OPTIONS]"])
+    context = typer.Context(command)
+    rows = [(code(_usage(p, context)), p.help or "", _default(p)) for p in command.params if p.name != "help"]
+    parts = [f"## dis-scale {name}", command.help, f"    {usage}"]
+    if rows:
+        parts.append(table(("argument or option", "meaning", "default"), rows))
+    if name in EXAMPLES:
+        parts.append(f"Example:\n\n    {EXAMPLES[name]}")
+    return "\n\n".join(parts)
+
+
+def _shown(argument: Any) -> str:
+    name = argument.name.upper()
+    return name if argument.required else f"[{name}]"
+
+
+def _usage(parameter: Any, context: Any) -> str:
+    """Return an option with the type of its value."""
+    if parameter.param_type_name == "argument":
+        return _shown(parameter)
+    flags = ", ".join(parameter.opts)
+    return flags if parameter.is_flag else f"{flags} {parameter.display_type(context)}"
+
+
+def _default(parameter: Any) -> str:
+    if parameter.required:
+        return "required"
+    return "" if parameter.default in (None, False, (), []) else code(str(parameter.default).removeprefix(f"{ROOT}/"))

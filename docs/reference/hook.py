@@ -1,0 +1,67 @@
+"""Hook of the site's build (mkdocs.yml): adds the generated pages and the runbooks, and turns links that leave docs/."""
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from docs.reference import GENERATED  # noqa: E402
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
+
+LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?://)([^)#]*)(#[^)]*)?\)")
+"""A Markdown link to a file of the repository: `!` of a picture, text, path, section."""
+
+
+def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
+    """Add the generated pages, the runbooks and the other pages that are outside docs/."""
+    from mkdocs.structure.files import File
+
+    for name, make in GENERATED.items():
+        files.append(File.generated(config, name, content=make()))
+    for path in outside():
+        files.append(File.generated(config, site_path(path), content=path.read_text()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: "Page", **_: Any) -> str:
+    """Turn links to pages outside docs/ into links within the site, and links to other files into their paths."""
+    return LINK.sub(lambda link: _turned(link, page.file.src_uri), markdown)
+
+
+def outside() -> list[Path]:
+    """Return the pages of the site that are outside docs/."""
+    own = [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
+    return [*own, *sorted((ROOT / "ops" / "runbooks").glob("*.md"))]
+
+
+def site_path(path: Path) -> str:
+    """Return the path of a page outside docs/ in the site."""
+    if path.parent == ROOT:
+        return path.name.lower()
+    return f"runbooks/{'index.md' if path.name == 'README.md' else path.name}"
+
+
+def _turned(link: re.Match[str], page: str) -> str:
+    sources = {site_path(path): path for path in outside()}
+    folder = sources[page].parent if page in sources else (ROOT / "docs" / page).parent
+    _, text, path, section = link[1], link[2], link[3], link[4] or ""
+    if not path or link[1]:
+        return link[0]
+    target = (folder / path).resolve()
+    if target in (each.resolve() for each in outside()):
+        target_page = site_path(target)
+    elif target.is_relative_to(ROOT / "docs"):
+        target_page = str(target.relative_to(ROOT / "docs"))
+    elif target == ROOT / "README.md":
+        target_page = "index.md"
+    else:
+        return f"{text} (`{target.relative_to(ROOT)}`)"
+    up = "../" * page.count("/")
+    return f"[{text}]({up}{target_page}{section})"
