@@ -6,14 +6,23 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from dis_scale import models, vae
+from dis_scale.data.survey import Survey
 from dis_scale.errors import UserError
-from dis_scale.recipe import reading
+from dis_scale.first_recipe import Machine, propose
+from dis_scale.models.cost import price_model
+from dis_scale.models.export import save
+from dis_scale.plan import price_sweep
+from dis_scale.recipe import LatentShape, TrainedVae, reading
+from dis_scale.training.memory import worker_bytes
 from docs.reference import GENERATED, commands, errors, settings
-from tests.test_words import failures, require_command
+from tests.conftest import TINY
+from tests.test_words import blocks, failures, require_command
 
 ROOT = Path(__file__).parent.parent
 PRODUCT = [path for folder in ("dis_scale", "pipelines") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -132,3 +141,63 @@ def test_an_error_that_a_user_gets_is_on_the_page(change: str) -> None:
         reading.load(ROOT / "configs" / "digits.yaml", [change])
     texts = [message.text for message in errors.messages() if message.kind == "UserError"]
     assert [text for text in texts if is_of(text, str(caught.value))]
+
+
+def rows(page: str, columns: int) -> list[list[str]]:
+    """Return the cells of a page's table rows that begin with a published size and have so many columns."""
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| Di")
+    ]
+    return [cells for cells in lines if len(cells) == columns]
+
+
+def test_the_sizes_on_the_page_are_computed() -> None:
+    page = (ROOT / "docs" / "sizing.md").read_text()
+    recipe = reading.load(ROOT / "configs" / "imagenet256.yaml", ["models={m: {preset: DiS-S/2}}"])
+    shape, offered = LatentShape(4, 32), [(mode, stage) for mode in ("none", "selective", "block") for stage in (1, 3)]
+    memory, operations = rows(page, 8), rows(page, 2)
+    assert len(memory) == 7
+    assert [cells[0] for cells in memory] == [cells[0] for cells in operations]
+    for name, parameters, *gib in memory:
+        cost = price_model(
+            reading.parse(reading.dump(recipe), "", [f"models={{m: {{preset: {name}}}}}"]).models["m"], shape, 1000
+        )
+        needs = [
+            recipe.train.model_copy(update={"checkpointing": mode, "zero_stage": stage}) for mode, stage in offered
+        ]
+        assert gib == [f"{worker_bytes(cost, train, 8, 16) / 2**30:.1f}" for train in needs], name
+        assert parameters == f"{cost.parameters:,}"
+    for name, exa in operations:
+        priced = price_sweep(reading.parse(reading.dump(recipe), "", [f"models={{m: {{preset: {name}}}}}"]), shape)
+        assert exa == f"{priced.training_flops('m') * 1e6 / 1e18:.3g}", name
+
+
+def test_the_recipe_of_the_tutorial_is_what_init_writes() -> None:
+    survey = Survey("/data/photos", {f"class {n}": 3000 for n in range(10)}, Counter({320: 30_000}), [], 0)
+    machine = Machine(64, 2**39, gpus=4, gpu_bytes=80 * 2**30, gpu_name="NVIDIA H100 80GB HBM3")
+    assert propose(survey, machine, "photos.yaml", 256) in blocks((ROOT / "docs" / "own-images.md").read_text())
+
+
+def snippets(name: str) -> list[str]:
+    """Return the Python of a page."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / name).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_python_of_the_pages_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = reading.load(TINY)
+    model = models.build(tiny.models["dis"], LatentShape(4, 8), 10)
+    save(model, tmp_path / "model.safetensors")
+    vae.new(TrainedVae(kind="trained", widths=(8, 8, 8)), 32).save_pretrained(tmp_path / "vae")
+    moved = {
+        '"published/000000096000"': repr(str(tmp_path / "model.safetensors")), '"vae"': repr(str(tmp_path / "vae")),
+        '"model.safetensors"': repr(str(tmp_path / "model.safetensors")), '"outputs"': repr(str(tmp_path)),
+        '"configs/digits.yaml"': repr(str(ROOT / "configs" / "digits.yaml")), "steps=opened.steps": "steps=2",
+    }  # fmt: skip
+    for text in [*snippets("weights.md"), *snippets("extending.md")]:
+        for old, new in moved.items():
+            text = text.replace(old, new)
+        names: dict[str, object] = {}
+        exec(text, names)
+        if "images" in names:
+            assert names["images"].shape == (20, 32, 32, 3)  # type: ignore[attr-defined]
+    assert capsys.readouterr().out == "False\n"

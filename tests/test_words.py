@@ -1,4 +1,4 @@
-"""The pages are true: the README's commands, map and recipe, the prices of recipes; and no file names a path of one machine.
+"""The pages are true: commands, recipes, map, links, the prices of recipes; and no file names a path of one machine.
 
 A test over many commands or files collects its offenders.
 """
@@ -57,8 +57,8 @@ def commands() -> Iterator[list[str]]:
             yield shlex.split(command[1], comments=True)
 
 
-SNIPPETS = {name: text for text in blocks(README) for name in re.findall(r"\A# (\S+\.yaml)\n", text)}
-"""Recipes in the README, by the file name in their first line."""
+SNIPPETS = {name: text for page in PAGES for text in blocks(page) for name in re.findall(r"\A# (\S+\.yaml)\n", text)}
+"""Recipes in the pages, by the file name in their first line."""
 
 
 def load(path: str, overrides: list[str]) -> Recipe:
@@ -95,8 +95,8 @@ def require_shape(words: list[str]) -> None:
 
 
 def sources() -> list[str]:
-    """Return each line `source: {...}` in the code of the README and of docs/data.md; not those within a recipe."""
-    return [line for text in blocks(README) + blocks(DATA) for line in re.findall(r"^source: {.*}", text, re.MULTILINE)]
+    """Return each line `source: {...}` in the code of docs/data.md; not those within a recipe."""
+    return [line for text in blocks(DATA) for line in re.findall(r"^source: {.*}", text, re.MULTILINE)]
 
 
 def test_every_source_shown_is_valid() -> None:
@@ -173,7 +173,8 @@ def test_the_two_commands_are_shown_and_ci_runs_the_second() -> None:
 
 
 def test_the_map_is_the_repository() -> None:
-    (text,) = [block for block in blocks(README) if block.startswith("dis_scale/")]
+    page = (ROOT / "docs" / "extending.md").read_text()
+    (text,) = [block for block in blocks(page) if block.startswith("dis_scale/")]
     outer = {line.split()[0] for line in text.splitlines() if not line.startswith(" ")}
     inner = {line.split()[0] for line in text.splitlines() if line.startswith(" ")}
     assert outer == {shown(name) for name in TREE if not name.startswith(".")}
