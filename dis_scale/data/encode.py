@@ -2,7 +2,7 @@
 
 A shard's bytes do not depend on the worker: encode batches have a fixed size, end at shard borders, and the last is padded.
 Threads, because Pillow and PyTorch release Python's lock and images need no copy: benchmarks/precompute.py compares them with
-processes, Ray tasks and Ray Data, and docs/data.md has the figures. Read next: shards.py, pipelines/precompute.py.
+processes, Ray tasks and Ray Data, and docs/latents.md has the figures. Read next: shards.py, pipelines/precompute.py.
 """
 
 import json
