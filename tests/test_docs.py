@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dis_scale import models, vae
 from dis_scale.data.survey import Survey
@@ -55,6 +56,15 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
         r'<(?:script|img|iframe)[^>]+src="https?:|<link[^>]+rel="(?:stylesheet|preconnect)"[^>]+href="https?:'
     )
     assert [page.name for page in site.rglob("*.html") if loaded.search(page.read_text())] == []
+
+
+def test_the_severities_of_the_alerts_are_those_of_the_file() -> None:
+    alerts = yaml.safe_load((ROOT / "ops" / "prometheus" / "alerts.yaml").read_text())["groups"]
+    expected = {
+        rule["alert"]: rule["labels"]["severity"] for group in alerts for rule in group["rules"] if "alert" in rule
+    }
+    page = (ROOT / "docs" / "operations.md").read_text()
+    assert dict(re.findall(r"^\| `(DisScale\w+)` \| (\w+) \|", page, re.MULTILINE)) == expected
 
 
 @needs_mkdocs

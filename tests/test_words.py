@@ -20,7 +20,8 @@ from dis_scale.cli import app
 from dis_scale.errors import DisScaleError
 from dis_scale.models.cost import price_model
 from dis_scale.recipe import LatentShape, NoVae, Recipe, SourceSettings, VaeSettings, reading
-from docs.reference import GENERATED
+from docs.reference import GENERATED, settings
+from docs.reference.commands import EXIT_CODES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -284,6 +285,34 @@ def test_files_that_a_page_names_exist() -> None:
     assert {
         (page, path) for page, path in named if not (ROOT / path).exists() and not (ROOT / f"{path}.py").exists()
     } == set()
+
+
+def known_settings() -> set[str]:
+    """Return all settings as a page names them, `train.lanes`; those of several kinds have no kind, those of a model no name."""
+    return {
+        f"{path}.{name}".lstrip(".").replace("NAME.", "")
+        for path, part in settings.parts() for name in part.model_fields
+    }  # fmt: skip
+
+
+SECTION = r"(?:train|evaluate|data|vae|precompute|reader|storage|tracking|isoflop)"
+
+
+def test_settings_that_a_page_names_exist() -> None:
+    """Also with a value: `train.workers=4`. `train.cooldowns` is a short form."""
+    pattern = re.compile(rf"(?:`|--set )({SECTION}(?:\.[a-z_]+)+)(?=[`=: ])")
+    named = {(page.name, name) for page in LINKING for name in pattern.findall(page.read_text())}
+    assert len(named) > 50
+    files = {name for _, name in named if name.endswith((".py", ".md", ".json", ".yaml"))}
+    assert {(page, name) for page, name in named if name not in known_settings() | files | {"train.cooldowns"}} == set()
+
+
+def test_exit_codes_that_a_page_names_exist() -> None:
+    named = {
+        (page.name, int(code)) for page in LINKING for code in re.findall(r"exit code[s:]? (\d+)", page.read_text())
+    }
+    assert len(named) > 10
+    assert {(page, code) for page, code in named if code not in EXIT_CODES} == set()
 
 
 def test_the_recipe_for_own_images_is_valid() -> None:
