@@ -62,6 +62,7 @@ def _turned(link: re.Match[str], page: str) -> str:
     elif target == ROOT / "README.md":
         target_page = "index.md"
     else:
-        return f"{text} (`{target.relative_to(ROOT)}`)"
+        name = target.relative_to(ROOT).as_posix()
+        return f"`{name}`" if name.endswith(text) else f"{text} (`{name}`)"
     up = "../" * page.count("/")
     return f"[{text}]({up}{target_page}{section})"
