@@ -85,6 +85,8 @@ def test_each_setting_is_on_the_page_with_its_default() -> None:
         if name != "kind" and f"\n| `{name}` |" not in text
     ]  # fmt: skip
     assert missing == []
+    lines = {line for text in sections.values() for line in text.splitlines() if line.startswith("| `")}
+    assert [line for line in lines if line.endswith("|  |")] == []
     assert "| `keep_resume` | integer >= 1 | `2` | yes |" in page
     assert "| `lanes` | integer >= 1 | required | no |" in page
 

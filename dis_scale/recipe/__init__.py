@@ -61,32 +61,41 @@ class Storage(Settings):
     """Location of all state: a folder or any fsspec URL; sweeps below one root share latents."""
 
     root: str = runtime("outputs")
+    """Local folder, or URL of a folder that all nodes reach."""
 
 
 class Tracking(Settings):
     """MLflow's tracking URI; default: an SQLite file next to the sweeps."""
 
     uri: str | None = runtime(None)
+    """`sqlite:///...` or `http://...`, without a password."""
 
 
 class Recipe(Settings):
     """A sweep."""
 
     format: Literal[2] = 2
+    """Version of the recipe."""
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
+    """Name of the sweep and of its folder: small letters, digits and hyphens, at most 40."""
     seed: int = Field(0, ge=0)
+    """Seed of all random numbers; a model may have its own."""
     device: Literal["auto", "cpu", "cuda"] = runtime("auto")
+    """`auto` takes GPUs if there is one for each worker of the smallest world size."""
     grace_s: float = runtime(30.0, gt=0)
     """Seconds between a stop request and the end of a job."""
     storage: Storage = Storage()
     tracking: Tracking = Tracking()
     data: Data
     vae: Annotated[VaeSettings, Field(discriminator="kind")]
+    """Autoencoder between images and latents."""
     precompute: Precompute = Precompute()
     diffusion: Annotated[Gaussian | Flow, Field(discriminator="kind")]
+    """Process that the models learn to reverse."""
     models: dict[Annotated[str, Field(pattern=rf"^[a-z0-9][a-z0-9-]{{0,{MODEL_NAME_CHARACTERS - 1}}}$")], Model] = (
         extent(min_length=1)
     )
+    """Models by name, of one kind or several, trained and evaluated alike."""
     isoflop: Isoflop | None = Field(None, json_schema_extra={"role": "extent"})
     train: Train
     reader: Reader = Reader()

@@ -24,6 +24,7 @@ class StoredSource(Settings):
     """Images in storage, local or at any fsspec URL. A declared source is listed once; a new `version` lists it again."""
 
     url: str
+    """Folder, file or URL that all nodes reach."""
     version: str | None = None
     """Any word; change it if images were added, removed or replaced under the same URL."""
 
@@ -95,7 +96,9 @@ class Data(Settings):
     """Images, labelled or not, resized to `resolution` x `resolution` and cropped to their centre."""
 
     source: Annotated[SourceSettings, Field(discriminator="kind")]
+    """Location of the images, and how they are labelled."""
     resolution: Count
+    """Side of the images in pixels."""
     num_classes: NumClasses
     """Number of classes; `none` for unconditional models: labels are not read, and the source needs none."""
     crop: Crop | None = None
@@ -122,10 +125,15 @@ class TrainedVae(Settings):
 
     kind: Literal["trained"]
     widths: tuple[Count, ...] = (16, 32, 32)
+    """Channels of each level; each level but the last halves the side."""
     latent_channels: Count = 4
+    """Channels of a latent."""
     steps: Count = 600
+    """Training steps."""
     batch_images: Count = 64
+    """Images in a step."""
     learning_rate: float = 2e-3
+    """Learning rate of its training."""
     kl_weight: float = Field(1e-2, ge=0)
     """Weight of the KL divergence (nats per pixel value), added to the mean squared error."""
 
@@ -135,7 +143,9 @@ class PretrainedVae(Settings):
 
     kind: Literal["pretrained"]
     path: str
+    """Local folder or hub id."""
     subfolder: str | None = None
+    """Folder of the autoencoder within a pipeline, such as `vae`."""
 
 
 class TorchScriptVae(Settings):
@@ -151,6 +161,7 @@ class TorchScriptVae(Settings):
     scale: float = Field(1.0, gt=0)
     """The backbone sees latents as (z - shift) scale."""
     shift: float = 0.0
+    """See `scale`."""
 
 
 class NoVae(Settings):
@@ -166,9 +177,12 @@ class Precompute(Settings):
     """Latent shards: how images are grouped (identity) and who encodes them (runtime)."""
 
     shard_images: Count = 1024
+    """Images in a shard."""
     encode_images: Count = 64
+    """Images that are encoded together."""
     precision: InferencePrecision = "fp32"
     """Precision of the autoencoder's products."""
     workers: Count = runtime(1)
+    """Number of encoders, and of those that compute the reference."""
     decoders: Count = runtime(16)
     """Threads per worker that read and decode images ahead of the VAE: more than cores, since each waits for its reads."""

@@ -32,7 +32,9 @@ class TrainedExtractor(Settings):
 
     kind: Literal["trained"]
     name: str = Field(pattern=r"^[a-z0-9]+$")
+    """Word in the metric's name: `fd_<name>`."""
     steps: Count = 600
+    """Training steps."""
 
 
 class InceptionExtractor(Settings):
@@ -52,6 +54,7 @@ class TorchScriptExtractor(Settings):
 
     kind: Literal["torchscript"]
     name: str = Field(pattern=r"^[a-z0-9]+$")
+    """Word in the metric's name: `fd_<name>`."""
     path: str = runtime(...)
     """Path or URL of the file."""
     size: Count | None = None
@@ -83,8 +86,11 @@ class Evaluate(Settings):
     """How each published checkpoint is sampled, and what the samples are compared with."""
 
     samples: Count
+    """Images that are sampled from each checkpoint; part of the metric's name unless 50,000."""
     sampler: Sampler
+    """`ddpm`, `ddim`, `dpm_solver` for a Gaussian process; `euler`, `heun`, `euler_maruyama` for a flow."""
     steps: Count
+    """Steps of the sampler."""
     guidance: float = Field(1.0, ge=0)
     """Scale of classifier-free guidance; 1 is without. Other values need classes and `train.label_dropout`."""
     guidance_interval: Interval | None = None
@@ -118,6 +124,7 @@ class Evaluate(Settings):
     """Measure also as many real images, which the reference then lacks, and the autoencoder's reconstructions of them: the least
     that a model can reach."""
     workers: Count = runtime(1)
+    """Most evaluators that work at the same time."""
     gpu_share: Annotated[float, Field(gt=0, lt=1)] | None = runtime(None)
     """Fraction of a GPU's memory for an evaluator beside training, if training leaves it no GPU; default: evaluation waits."""
     give_up_after_s: Annotated[float, Field(gt=0)] = runtime(86_400.0)

@@ -69,6 +69,7 @@ class SweepStart(Settings):
     url: str
     """Folder of the sweep, below any storage root."""
     model: str
+    """Name of the model there."""
     images: int = Field(ge=0)
     """Published image count."""
 
@@ -81,6 +82,7 @@ class BackboneSettings(Settings):
     """What each model has."""
 
     train: ModelTrain = ModelTrain()
+    """Training settings of this model, where they differ from the recipe's."""
     seed: int | None = Field(None, ge=0)
     """Seed of the initial weights and of all that training draws, the order of images included; default: the recipe's.
     `seeds: 3` is short for three models: this one, and `<name>-seed-1` and `<name>-seed-2` with the next seeds."""
@@ -100,11 +102,15 @@ class Dis(BackboneSettings):
 
     kind: Literal["dis"]
     width: Count
+    """Channels of a token."""
     depth: Annotated[int, Field(ge=2, multiple_of=2)]
     """Blocks in addition to the middle one: depth / 2 in-blocks, 1 middle block, depth / 2 out-blocks."""
     patch: Count
+    """Pixels of the latent per side of a patch, which is one token."""
     state_size: Count = 16
+    """States of the scan per channel."""
     drop_path: Fraction = 0.1
+    """Probability with which the last block's branch is left out for an image in training; it rises from 0 over the blocks."""
     init: Literal["ours", "official"] = "ours"
     """`official` keeps the published code's zero bias in the backward direction's dt projection."""
     halve_sum: bool = False
@@ -116,7 +122,9 @@ class Dis(BackboneSettings):
     directions: Literal[1, 2] = 2
     """1: blocks scan from the first token to the last only, which sees label and time but no later patch."""
     position: Literal["learned", "none"] = "learned"
+    """Learned embeddings of the positions, or none."""
     zero_final: bool = False
+    """Start the last product at zero."""
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
@@ -130,18 +138,27 @@ class DiffuSsm(BackboneSettings):
 
     kind: Literal["diffussm"]
     width: Count
+    """Channels of a token."""
     depth: Count
+    """Number of blocks."""
     patch: Count = 1
     """Pixels of the latent per side of a patch, which then is one position; 1 as in the paper, whose point is to need none."""
     state_size: Annotated[int, Field(ge=2, multiple_of=2)] = 64
+    """Real states per channel, in pairs."""
     hourglass: Count = 2
+    """Positions in a group: all layers but the scans work on groups."""
     bidirectional: bool = True
+    """Scan in both directions; otherwise from the first token to the last."""
     tied: bool = False
+    """Share one set of S4D's parameters between the directions."""
     position: Literal["none", "sine"] = "none"
     """`sine` adds DiT's fixed table, averaged over the positions of a group."""
     init: Literal["lin", "inv", "legs"] = "lin"
+    """Initial modes of S4D: S4D-Lin, S4D-Inv or S4D-LegS."""
     dt_min: float = Field(1e-3, gt=0)
+    """Least initial time step."""
     dt_max: float = Field(1e-1, gt=0)
+    """Largest initial time step."""
 
     @model_validator(mode="after")
     def _table_fits(self) -> Self:
@@ -161,9 +178,13 @@ class Dit(BackboneSettings):
 
     kind: Literal["dit"]
     width: Count
+    """Channels of a token."""
     depth: Count
+    """Number of blocks."""
     heads: Count
+    """Heads of the attention."""
     patch: Count
+    """Pixels of the latent per side of a patch, which is one token."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:

@@ -13,7 +13,9 @@ class Gaussian(Settings):
 
     kind: Literal["gaussian"]
     betas: Literal["linear", "cosine"] = "linear"
+    """Schedule of the noise."""
     steps: Count = 1000
+    """Steps of the process, of which a sampler may use fewer."""
     min_snr_gamma: float | None = Field(None, gt=0)
     """Weight the MSE by min(SNR, gamma) / SNR (Hang et al. 2023)."""
     stratified: bool = False
@@ -25,6 +27,7 @@ class Flow(Settings):
 
     kind: Literal["flow"]
     times: Literal["uniform", "logit_normal"] = "uniform"
+    """Distribution of the times in training."""
     shift: float = Field(1.0, gt=0)
     """Time shift for resolution: t <- shift t / (1 + (shift - 1) t) (Esser et al. 2024)."""
     stratified: bool = False
@@ -90,6 +93,7 @@ class Train(Settings):
     """Image counts at which EMA weights are published; training ends at the last. Left out only in a study (`isoflop`), which
     computes them."""
     batch_images: Count
+    """Images in a step, over all workers; a multiple of the lanes."""
     lanes: Count
     """Parts of equal size that the global batch always splits into; a worker computes one or more of them."""
     micro_images: Count | None = runtime(None)
@@ -100,6 +104,7 @@ class Train(Settings):
     grow_after_s: Annotated[float, Field(gt=0)] = runtime(600.0)
     """Seconds that an attempt on fewer workers than possible runs before it may stop at a resume point to grow."""
     zero_stage: Literal[1, 2, 3] = runtime(1)
+    """DeepSpeed's ZeRO stage: 1 shards the optimizer, 2 also gradients, 3 also weights."""
     precision: Precision = "fp32"
     """`bf16`: products compute in bfloat16. Weights, gradients, norms and the dynamics of the scans stay float32."""
     checkpointing: Checkpointing = runtime("none")
@@ -109,15 +114,20 @@ class Train(Settings):
     scan: Literal["auto", "reference", "native", "triton", "mamba", "chunked"] = runtime("auto")
     """Backend of the selective scan; `auto` takes the fastest that the device has."""
     learning_rate: float = Field(1e-4, gt=0)
+    """Rate of AdamW after the warm-up."""
     rates: Rates = Rates()
+    """Factors of the rate by kind of parameter."""
     base_width: Count | None = None
     """Width at which the learning rate was found. Rates and initial weights of other widths follow by maximal-update
     parametrisation (models/transfer.py); experimental for DiS and DiffuSSM. Default: every width as it is."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay rates of AdamW's two moments."""
     weight_decay: float = Field(0.0, ge=0)
     """For products, convolutions and embeddings; the scans' dynamics, norms, biases and positions never decay."""
     warmup_images: int = Field(0, ge=0)
+    """Images over which the rate rises linearly from zero."""
     decay: Literal["none", "linear", "cosine"] = "none"
+    """Shape in which the rate falls to zero at the last published count."""
     decay_from: Fraction = 0.0
     """Share of the training after which the learning rate falls to zero."""
     clip: float = Field(1.0, ge=0)
@@ -130,6 +140,7 @@ class Train(Settings):
     power_ema: tuple[Width, Width] | None = None
     """Relative widths of two power-function averages to track as well (0.05 and 0.1 are usual); others are rebuilt from them."""
     label_dropout: Fraction = 0.1
+    """Share of the labels that are replaced by the null label, so that a model can be guided."""
     resume_every_images: Count = runtime(100_000)
     """Images between resume points, rounded up to complete steps."""
     keep_resume: Count = runtime(2)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Evaluate, ModelTrain, Recipe, Train, Variant
 from dis_scale.recipe.identity import in_recipe
 from dis_scale.recipe.schema import docstrings, subclasses
 from dis_scale.recipe.settings import Settings
@@ -28,6 +28,8 @@ The column *may change* is about a sweep that has begun. A change that is not al
 A list of sections (`evaluate.also`) is compared as one value. Short forms that a recipe may have: `preset`, `seeds` and
 `train.cooldowns`; see [the backbones](models.md#a-models-own-training).
 """
+AS_IN: dict[type[Settings], type[Settings]] = {ModelTrain: Train, Variant: Evaluate}
+"""Sections whose settings replace those of another section, and mean the same."""
 MAY_CHANGE = {None: "no", "runtime": "yes", "extent": "may grow", "pin": "may be added"}
 
 
@@ -84,16 +86,23 @@ def _section(path: str, part: type[Settings]) -> str:
 
 def _rows(part: type[Settings]) -> Iterator[tuple[str, ...]]:
     """Yield a row for each setting; those of a section that is a setting have their own default and role there."""
-    described = dict(docstrings(part))
+    described = dict(docstrings(AS_IN.get(part, part))) | dict(docstrings(part))
     for name, value in _properties(part).items():
         field = part.model_fields[name]
         if name == "kind":
             continue
         default = None if field.is_required() else field.get_default(call_default_factory=True)
-        inner = isinstance(default, Settings)
-        words = "required" if field.is_required() else "" if inner else code(in_recipe(default))
-        role = "" if inner else MAY_CHANGE[value.get("role")]
-        yield code(name), _type(value), words, role, described.get(name, "")
+        references, role = _references(value), value.get("role")
+        section = bool(references) and value.get("type") != "array"
+        words = "required" if field.is_required() else "" if isinstance(default, Settings) else code(in_recipe(default))
+        change = "" if section and not role else MAY_CHANGE[role]
+        yield code(name), _type(value), words, change, described.get(name) or _purpose(references)
+
+
+def _purpose(references: list[str]) -> str:
+    """Return what a section is for, if there is only one."""
+    classes = {cls.__name__: cls for cls in subclasses(Settings)}
+    return inspect.cleandoc(classes[references[0]].__doc__ or "").partition("\n\n")[0] if len(references) == 1 else ""
 
 
 def _type(value: dict[str, Any]) -> str:
