@@ -65,7 +65,7 @@ SNIPPETS = {name: text for page in PAGES for text in blocks(page) for name in re
 def load(path: str, overrides: list[str]) -> Recipe:
     if path in SNIPPETS:
         return reading.parse(SNIPPETS[path], path, overrides)
-    return reading.load(ROOT / path, overrides)
+    return reading.load(ROOT / path if (ROOT / path).exists() else path, overrides)
 
 
 def targets() -> set[str]:

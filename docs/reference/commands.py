@@ -16,16 +16,17 @@ ROOT = Path(__file__).parents[2]
 INTRODUCTION = """# Commands
 
 All commands, generated from the command line itself. `SWEEP` is a sweep's folder: `outputs/sweeps/digits`, or
-`s3://bucket/prefix/sweeps/NAME`. `RECIPE` is a YAML file. `python -m dis_scale` is the same as `dis-scale`, and
-`python -m dis_scale.sweep` the same as `dis-scale sweep`: these forms are for Ray jobs. `--debug` before or after any command shows
-the traceback of an error.
+`s3://bucket/prefix/sweeps/NAME`. `RECIPE` is a YAML file or the name of a shipped recipe (`dis-scale recipe list`).
+`python -m dis_scale` is the same as `dis-scale`, and `python -m dis_scale.sweep` the same as `dis-scale sweep`: these forms are for
+Ray jobs. `--debug` before or after any command shows the traceback of an error. After `dis-scale --install-completion` your shell
+completes commands, options and shipped recipes.
 """
 EXAMPLES = {
     "init": "dis-scale init /data/photos --out photos.yaml",
     "doctor": "dis-scale doctor s3://bucket/prefix --recipe configs/imagenet256.yaml",
     "sweep": "dis-scale sweep configs/digits.yaml --set train.workers=1",
     "resume": "dis-scale resume SWEEP --set train.workers=4",
-    "plan": "dis-scale plan configs/imagenet256.yaml --images 1281167",
+    "plan": "dis-scale plan imagenet256 --images 1281167 --gpu h100 --count 64 --price 2.5 --preemptions-per-day 3",
     "stop": "dis-scale stop SWEEP",
     "status": "dis-scale status SWEEP --watch 10",
     "logs": "dis-scale logs SWEEP dis-m",
