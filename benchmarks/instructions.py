@@ -34,8 +34,9 @@ FLOAT32 = {"warp_sums", "dBC", "parameters"}
 FLOAT32_PAIR = "*fp32", "*fp32"
 
 
-def forward(second: bool, for_backward: bool) -> dict[str, Any]:
-    return SCAN | {"REVERSE": second, "FIRST": not second, "SECOND": second, "FOR_BACKWARD": for_backward}
+def forward(second: bool, for_backward: bool, keep: bool = False) -> dict[str, Any]:
+    order = {"REVERSE": second, "FIRST": not second, "SECOND": second}
+    return SCAN | order | {"FOR_BACKWARD": for_backward, "KEEP": keep}
 
 
 KERNELS: dict[str, dict[str, Any]] = {
@@ -43,7 +44,10 @@ KERNELS: dict[str, dict[str, Any]] = {
     "scan_forward, second": forward(True, False),
     "scan_forward, first, for backward": forward(False, True),
     "scan_forward, second, for backward": forward(True, True),
-    "scan_backward": SCAN | {"REVERSE": True, "STATES": N},
+    "scan_forward, first, keeps": forward(False, False, keep=True),
+    "scan_forward, second, keeps": forward(True, False, keep=True),
+    "scan_backward": SCAN | {"REVERSE": True, "STATES": N, "GATE_GRADIENT": False},
+    "scan_backward, of the gate, too": SCAN | {"REVERSE": True, "STATES": N, "GATE_GRADIENT": True},
     "conv_forward": CONV,
     "conv_backward": CONV | {"SEGMENT": SEGMENT, "dy0_row": E, "dy1_row": E},
 }
@@ -53,14 +57,28 @@ BYTES = {
     "scan_forward, second": 12,  # u, delta, z; y of the first, out
     "scan_forward, first, for backward": 12,  # u, delta; y; states
     "scan_forward, second, for backward": 18,  # u, delta, z, dy; y of the first, dz; states
-    "scan_backward": 36,  # u, delta, z, dy; states, du, ddelta; parts of dB and dC, 128 channels in one; both directions
+    "scan_forward, first, keeps": 12,  # u, delta; y for the second; states
+    "scan_forward, second, keeps": 18,  # u, delta, z; y of the first, out; states, y
+    "scan_backward": 18,  # u, delta, z, dy; states, du, ddelta; parts of dB and dC, 128 channels in one
+    "scan_backward, of the gate, too": 22,  # also y, dz
     "conv_forward": 6,  # x; both outputs
     "conv_backward": 8,  # x, both gradients; dx
 }
 """Bytes read and written per element of (B, L, E). A second read within a chunk comes from a cache and does not count."""
+FORWARD = ("scan_forward, first", "scan_forward, second")
+TOTALS = {
+    "scan, forward and backward": (
+        *FORWARD, *(f"{name}, for backward" for name in FORWARD), "scan_backward", "scan_backward",
+    ),
+    "scan, recomputed forward and backward": (
+        *(f"{name}, keeps" for name in FORWARD), "scan_backward", "scan_backward, of the gate, too",
+    ),
+    "convolution, forward and backward": ("conv_forward", "conv_backward"),
+}  # fmt: skip
+"""Launches of both directions."""
 WORK = {
     **{name: {1: CHUNK * N, 2: 4 * N} for name in KERNELS if name.startswith("scan_forward")},
-    "scan_backward": {1: CHUNK * N, 2: CHUNK},
+    **{name: {1: CHUNK * N, 2: CHUNK} for name in KERNELS if name.startswith("scan_backward")},
     "conv_forward": {0: ROWS},
     "conv_backward": {0: SEGMENT, 1: ROWS},
 }
@@ -133,23 +151,23 @@ def counted(program: Any, work: dict[int, int]) -> dict[str, float]:
 
 
 def main() -> None:
+    times: dict[str, tuple[float, float]] = {}
     table = []
     for name, moved in BYTES.items():
         program = compiled(name, 90, "bf16")
         cycles = counted(program, WORK[name])
-        units = {"scan_backward": 2 * N}.get(name, N if name.startswith("scan") else 1)  # both directions
+        units = N if name.startswith("scan") else 1
         least_us = 1e6 * max(cycles.values()) * units * B * L * E / LANES / SCHEDULERS / CLOCK_HZ
-        bytes_us = 1e6 * moved * B * L * E / BYTES_PER_S
+        times[name] = least_us, 1e6 * moved * B * L * E / BYTES_PER_S
         used = registers(program)
-        facts = {"cycles": cycles, "us": least_us, "bytes_an_element": moved, "bytes_us": bytes_us}
+        facts = {"cycles": cycles, "us": least_us, "bytes_an_element": moved, "bytes_us": times[name][1]}
         print(json.dumps({"name": name, **used._asdict(), "shared_bytes": program.metadata.shared} | facts))
-        table.append((name, *used, *cycles.values(), least_us, bytes_us))
-    print(f"\n{'':36} {'registers':>9} {'spilled':>8} {'issued':>8} {'MUFU':>8} {'LSU':>8} {'us':>8} {'bytes us':>8}")
+        table.append((name, *used, *cycles.values(), *times[name]))
+    print(f"\n{'':38} {'registers':>9} {'spilled':>8} {'issued':>8} {'MUFU':>8} {'LSU':>8} {'us':>8} {'bytes us':>8}")
     for name, count, spilled, *numbers in table:
-        print(f"{name:36} {count:9} {spilled:8}", *(f"{x:8.1f}" for x in numbers))
-    for part in ("scan", "conv"):
-        sums = (sum(row[i] for row in table if row[0].startswith(part)) for i in (6, 7))
-        print(f"{f'total of {part}':81}", *(f"{x:8.1f}" for x in sums))
+        print(f"{name:38} {count:9} {spilled:8}", *(f"{x:8.1f}" for x in numbers))
+    for total, launched in TOTALS.items():
+        print(f"{total:83}", *(f"{sum(times[name][i] for name in launched):8.1f}" for i in range(2)))
 
 
 if __name__ == "__main__":

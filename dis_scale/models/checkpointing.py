@@ -8,7 +8,8 @@
 Losses do not depend on the mode. Read next: cost.py for the bytes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from dis_scale.errors import UserError, nearest
 from dis_scale.recipe import CHECKPOINTING
+from dis_scale.scan.backend import keeping_states
 
 WORTH_KEEPING_MACS = 128
 """Least multiply-adds per output number for a product to be kept. The scan's time step, of rank width / 16, has fewer."""
@@ -55,8 +57,25 @@ def run_block(mode: str, number: int, block: Callable[..., Any], *inputs: Tensor
     """Apply block `number` of the model to its inputs; keep activations as the mode requires."""
     if mode == "none" or number % recompute_every(mode) or not torch.is_grad_enabled():
         return block(*inputs)
-    rerun = partial(checkpoint, block, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return rerun(context_fn=partial(create_selective_checkpoint_contexts, _policy)) if mode == "selective" else rerun()
+    # Triton's scan keeps more when it is recomputed than at first: PyTorch would take other shapes for a mistake.
+    return checkpoint(
+        block, *inputs, use_reentrant=False, preserve_rng_state=False, determinism_check="none",
+        context_fn=partial(_contexts, mode == "selective"),
+    )  # fmt: skip
+
+
+def _contexts(selective: bool) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Contexts of a block's first and second forward pass."""
+    if not selective:
+        return nullcontext(), keeping_states()
+    first, second = create_selective_checkpoint_contexts(_policy)
+    return first, _keeping_states_too(second)
+
+
+@contextmanager
+def _keeping_states_too(context: AbstractContextManager[Any]) -> Iterator[None]:
+    with context, keeping_states():
+        yield
 
 
 def _policy(_: Any, op: Any, *arguments: Any, **__: Any) -> CheckpointPolicy:

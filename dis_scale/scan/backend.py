@@ -3,7 +3,9 @@
 Axes: B batch, L time, E channels, N states, W taps of the convolution.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -11,11 +13,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NATIVE_CHUNK = 86
-"""Steps between the states that the native scan keeps for its backward pass; Triton's scan keeps none.
+"""Steps between the states that the native scan keeps for its backward pass; Triton's keeps none, unless `keeping_states`.
 
 Images of 8, 16, 32 or 64 patches a side make 66, 258, 1026 or 4098 tokens with time and label. 86 leaves no small
 remainder of these lengths; a small remainder would cost nearly as much as a full chunk.
 """
+
+_keeping = ContextVar("keeping", default=False)
+
+
+@contextlib.contextmanager
+def keeping_states() -> Iterator[None]:
+    """Let a scan keep in this block whatever shortens its backward pass, which follows at once: at recomputing one block."""
+    token = _keeping.set(True)
+    try:
+        yield
+    finally:
+        _keeping.reset(token)
+
+
+def keeps_states() -> bool:
+    """Whether `keeping_states` is active in this thread."""
+    return _keeping.get()
 
 
 class Direction(NamedTuple):

@@ -10,7 +10,9 @@ A scan's first kernel brings B and C into the layout of the others. Then there i
 direction stores its y in float32; the second adds its own, applies the gate and writes the output, so nothing is flipped. The
 forward pass keeps only its inputs, and B and C in the new layout. The backward pass repeats the scan and stores the states of
 every 16th step in the memory where the gradients of u and delta will be written later, so it needs almost no memory of its
-own. Then it computes the gradients of each direction separately. Each direction computes y's gradient before the gate again:
+own. Where a block is recomputed for its own backward pass (`keeping_states`), the forward pass stores the states, and y before
+the gate, so that nothing is repeated: a block's memory, and only for this block. Then the backward pass computes the gradients of
+each direction separately. Each direction computes y's gradient before the gate again:
 storing it would move as many bytes as reading z and dy again, in bf16 twice as many. The values before SiLU of the convolution
 are computed again too.
 
@@ -30,7 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from dis_scale.errors import DisScaleError, UserError
 from dis_scale.scan import triton_conv, triton_layout, triton_scan
-from dis_scale.scan.backend import Backend, Direction
+from dis_scale.scan.backend import Backend, Direction, keeps_states
 from dis_scale.scan.triton_launch import (
     LANES,
     WARPS,
@@ -158,14 +160,29 @@ class _Gradients(NamedTuple):
                 return x, x
         return self.du, self.ddelta
 
-    def state_buffer(self, N: int) -> tuple[tuple[Tensor, Tensor], int]:
-        """Memory for the states after each chunk, and its rows per chunk; a separate buffer if a chunk has too few rows."""
-        if N <= CHUNK:
-            return self.halves(), CHUNK
-        B, L, E = self.du.shape
-        check_offsets(ceil_div(L, CHUNK) * N, E)
-        buffer = self.du.new_empty(B, ceil_div(L, CHUNK), N, E, dtype=torch.float32)
-        return (buffer, buffer), N
+    def state_buffer(self, N: int) -> tuple[Tensor, Tensor]:
+        """Memory for the states after each chunk; a separate buffer if a chunk has too few rows."""
+        return self.halves() if N <= CHUNK else _both([_new_states(self.du, N)])
+
+
+class _Kept(NamedTuple):
+    """What a forward pass keeps beside its inputs: each direction's states, and y before the gate if there is one."""
+
+    states: list[Tensor]
+    y: Tensor
+
+
+def _state_rows(N: int) -> int:
+    """Rows of a chunk in a buffer of states: as many as the chunk has steps, unless there are more states."""
+    return CHUNK if N <= CHUNK else N
+
+
+def _new_states(like: Tensor, N: int) -> Tensor:
+    """A buffer of states, for inputs like (B, L, E)."""
+    B, L, E = like.shape
+    rows = L if N <= CHUNK else ceil_div(L, CHUNK) * N
+    check_offsets(rows, E)
+    return like.new_empty(B, rows, E, dtype=torch.float32)
 
 
 class _Scan(torch.autograd.Function):
@@ -173,45 +190,58 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, reverse: bool, z: Tensor | None, *inputs: Tensor) -> Tensor:
+        gradients = any(ctx.needs_input_grad)
+        keep = gradients and keeps_states()
         if inputs[0].is_cuda:
-            gradients = any(ctx.needs_input_grad)
-            key = ("scan", inputs[2].shape[1], len(inputs), reverse, z is None, gradients)
-            compile_once(inputs[0], key, lambda: launch_scan(reverse, z, inputs, gradients))
+            key = ("scan", inputs[2].shape[1], len(inputs), reverse, z is None, gradients, keep)
+            compile_once(inputs[0], key, lambda: launch_scan(reverse, z, inputs, gradients, keep))
         operands = _operands(reverse, inputs)
+        out, kept = _forward(reverse, z, operands, keep)
         ctx.reverse = reverse
-        ctx.save_for_backward(z, *[x for direction in operands for x in direction])
-        return _forward(reverse, z, operands)
+        # Without memory if nothing is kept: a recomputed block must save as many tensors as it did at first.
+        ctx.save_for_backward(z, kept.y, *kept.states, *[x for direction in operands for x in direction])
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        z, *saved = ctx.saved_tensors
-        operands = [_Operands(*saved[i : i + 8]) for i in range(0, len(saved), 8)]
-        return None, *_backward(ctx.reverse, z, operands, dy)
+        z, y, *saved = ctx.saved_tensors
+        count = len(saved) // 9
+        operands = [_Operands(*saved[i : i + 8]) for i in range(count, len(saved), 8)]
+        return None, *_backward(ctx.reverse, z, operands, dy, _Kept(saved[:count], y))
 
 
-def launch_scan(reverse: bool, z: Tensor | None, inputs: Sequence[Tensor], gradients: bool) -> None:
+def launch_scan(reverse: bool, z: Tensor | None, inputs: Sequence[Tensor], gradients: bool, keep: bool) -> None:
     """Launch all kernels of a scan for tensors without memory."""
     gate, empty = None if z is None else without_memory(z), [without_memory(x) for x in inputs]
     operands = _operands(reverse, empty)
-    out = _forward(reverse, gate, operands)
+    out, kept = _forward(reverse, gate, operands, keep)
     if gradients:
-        _backward(reverse, gate, operands, out)
+        _backward(reverse, gate, operands, out, kept)
 
 
-def _forward(reverse: bool, z: Tensor | None, directions: Sequence[_Operands]) -> Tensor:
+def _forward(reverse: bool, z: Tensor | None, directions: Sequence[_Operands], keep: bool) -> tuple[Tensor, _Kept]:
     out, gate = _empty_like(directions[0].u), directions[0].u if z is None else rowwise(z)
     y, programs = _empty_like(out, torch.float32) if len(directions) == 2 else out, grid(out)
-    for i, operands in enumerate(directions):
+    N, none = directions[0].A.shape[1], out.new_empty(0)
+    kept = _Kept(
+        [_new_states(operands.u, N) if keep else none for operands in directions],
+        _empty_like(out) if keep and z is not None else none,
+    )
+    for i, (operands, states) in enumerate(zip(directions, kept.states, strict=True)):
+        unused = states if keep else y  # a pointer of the type that the kernel would store
         launch(
-            triton_scan.scan_forward, programs, operands.pointers, gate, gate, out, (y, y), (y, y),
-            **operands.constants(reverse != bool(i), gate, gate), FIRST=i + 1 < len(directions), SECOND=i > 0,
-            GATED=z is not None, FOR_BACKWARD=False, STATE_ROWS=CHUNK,
+            triton_scan.scan_forward, programs, operands.pointers, gate, gate, out, (y, y), (unused, unused),
+            kept.y if kept.y.numel() else out, **operands.constants(reverse != bool(i), gate, gate),
+            FIRST=i + 1 < len(directions), SECOND=i > 0, GATED=z is not None, FOR_BACKWARD=False, KEEP=keep,
+            STATE_ROWS=_state_rows(N),
         )  # fmt: skip
-    return out
+    return out, kept
 
 
-def _backward(reverse: bool, z: Tensor | None, directions: Sequence[_Operands], dy: Tensor) -> list[Tensor | None]:
+def _backward(
+    reverse: bool, z: Tensor | None, directions: Sequence[_Operands], dy: Tensor, kept: _Kept
+) -> list[Tensor | None]:
     """The gradients of z and of the inputs."""
     dy, dz = rowwise(dy), None if z is None else _empty_like(z)
     z = None if z is None else rowwise(z)
@@ -221,7 +251,12 @@ def _backward(reverse: bool, z: Tensor | None, directions: Sequence[_Operands], 
     for i, (operands, memory) in enumerate(zip(directions, written_later, strict=True)):
         constants = operands.constants(reverse != bool(i), dy if z is None else z, dy) | {"GATED": z is not None}
         order = {"FIRST": dz is not None and i + 1 < len(directions), "SECOND": dz is not None and i > 0}
-        _one_way_gradients(operands, z, dy, dz, memory, y, parts, constants, order)
+        states = _both([kept.states[i]])
+        if not kept.states[i].numel():
+            states = memory.state_buffer(operands.A.shape[1])
+            _repeat_forward(operands, z, dy, dz, y, states, constants, order)
+        last_kept = kept.y if i + 1 == len(directions) and kept.y.numel() else None
+        _one_way_gradients(operands, z, dy, dz, memory, states, parts, constants, last_kept)
         gradients += [*memory, *_sum_parts(operands, parts, reverse != bool(i))]
     return gradients
 
@@ -236,22 +271,29 @@ class _Parts:
         self.parameters = operands.BC.new_empty(B, 2 * N + 2, E)
 
 
-def _one_way_gradients(
-    operands: _Operands, z: Tensor | None, dy: Tensor, dz: Tensor | None, memory: _Gradients, y: tuple[Tensor, Tensor],
-    parts: _Parts, constants: dict[str, int], order: dict[str, bool],
+def _repeat_forward(
+    operands: _Operands, z: Tensor | None, dy: Tensor, dz: Tensor | None, y: tuple[Tensor, Tensor],
+    states: tuple[Tensor, Tensor], constants: dict[str, int], order: dict[str, bool],
 ) -> None:  # fmt: skip
-    """Compute one direction's gradients. The first direction stores its output in `y`; the second reads it there and writes
-    dz. `memory` holds states until the gradients of u and delta are written to it."""
-    N, gate, programs = operands.A.shape[1], dy if z is None else z, grid(dy)
-    states, rows = memory.state_buffer(N)
-    constants = constants | {"STATE_ROWS": rows}
+    """Store one direction's states. The first direction stores its output in `y`; the second reads it there and writes dz."""
+    gate, out = dy if z is None else z, dy if dz is None else dz
     launch(
-        triton_scan.scan_forward, programs, operands.pointers, gate, dy, dy if dz is None else dz, y, states,
-        **constants, **order, FOR_BACKWARD=True,
+        triton_scan.scan_forward, grid(dy), operands.pointers, gate, dy, out, y, states, out,
+        **constants, **order, FOR_BACKWARD=True, KEEP=False, STATE_ROWS=_state_rows(operands.A.shape[1]),
     )  # fmt: skip
+
+
+def _one_way_gradients(
+    operands: _Operands, z: Tensor | None, dy: Tensor, dz: Tensor | None, memory: _Gradients,
+    states: tuple[Tensor, Tensor], parts: _Parts, constants: dict[str, int], kept_y: Tensor | None,
+) -> None:  # fmt: skip
+    """Compute one direction's gradients, and dz if y before the gate was kept. `memory` may hold the states until the
+    gradients of u and delta are written to it."""
+    N, gate = operands.A.shape[1], dy if z is None else z
     launch(
-        triton_scan.scan_backward, programs, operands.pointers, gate, dy, states, parts.warp_sums, tuple(memory),
-        parts.dBC, parts.parameters, **constants, STATES=next_power_of_2(N),
+        triton_scan.scan_backward, grid(dy), operands.pointers, gate, dy, states, parts.warp_sums, tuple(memory),
+        parts.dBC, parts.parameters, dy if kept_y is None else kept_y, dy if dz is None else dz, **constants,
+        GATE_GRADIENT=kept_y is not None, STATE_ROWS=_state_rows(N), STATES=next_power_of_2(N),
     )  # fmt: skip
 
 

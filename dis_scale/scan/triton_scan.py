@@ -20,6 +20,8 @@ Sizes and flags, all compile-time constants:
     GATED           there is a gate z
     FOR_BACKWARD    the forward pass is repeated for the backward pass: store the states after each chunk; with a gate,
                     `out` is the gradient of z
+    KEEP            the forward pass stores these states itself, and y before the gate, so that it need not be repeated
+    GATE_GRADIENT   the backward pass computes the gradient of z from this y
     OUTPUT          y is needed
     STATE_ROWS      rows of (E) per chunk in the buffer of the states: CHUNK if they are stored in rows of gradients that are
                     not yet written, N in a buffer of their own
@@ -36,6 +38,8 @@ Pointers, (batch, time, channels) unless given otherwise. A kernel takes them in
     out             y, or the gradient of z
     y_high, y_low   y between the two directions; float32 numbers, or their upper and lower 16 bits
     h_high, h_low   the states after each chunk, in the same way
+    kept_y          y before the gate, as `out`
+    dz              the gradient of z
     du, ddelta      gradients
     warp_sums       a program's sums over channels for dB and dC, (N, WARPS, LANES), float32
     dBC             gradients of B and C, one part per program, as BC
@@ -231,8 +235,9 @@ def _load_group(
 
 @triton.jit
 def _store_output(
-    ys, first_ys, zs, dys, out, y_high, y_low, first, e, inside, E: tl.constexpr, L: tl.constexpr,
+    ys, first_ys, zs, dys, out, y_high, y_low, kept_y, first, e, inside, E: tl.constexpr, L: tl.constexpr,
     REVERSE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, GATE: tl.constexpr, FOR_BACKWARD: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """Store y for the second direction; or add the first direction's y, gate it, and store y or z's gradient."""
     for j in tl.static_range(len(ys)):
@@ -240,6 +245,8 @@ def _store_output(
         if SECOND:
             y_e += first_ys[j]
         if GATE:
+            if KEEP:
+                _store(kept_y, E, first, j, e, y_e, inside, L, REVERSE)
             gate = sigmoid(zs[j])
             if FOR_BACKWARD:
                 y_e *= dys[j] * gate * (1.0 + zs[j] * (1.0 - gate))
@@ -254,10 +261,10 @@ def _store_output(
 
 @triton.jit
 def scan_forward(
-    inputs, z, dy, out, y_halves, h_halves,
+    inputs, z, dy, out, y_halves, h_halves, kept_y,
     u_row: tl.constexpr, delta_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
     E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-    GATED: tl.constexpr, FOR_BACKWARD: tl.constexpr, STATE_ROWS: tl.constexpr,
+    GATED: tl.constexpr, FOR_BACKWARD: tl.constexpr, KEEP: tl.constexpr, STATE_ROWS: tl.constexpr,
     LANES: tl.constexpr, WARPS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Scan one direction: y, or what the backward pass needs (FOR_BACKWARD)."""
@@ -268,7 +275,7 @@ def scan_forward(
     GATE: tl.constexpr = GATED and not FIRST
     u, delta, A, BC, D, bias = inputs
     u, delta, BC = u + rows * u_row, delta + rows * delta_row, BC + batch * (2 * N * CHUNKS * CHUNK)
-    z, dy, out = z + rows * z_row, dy + rows * dy_row, out + rows * E
+    z, dy, out, kept_y = z + rows * z_row, dy + rows * dy_row, out + rows * E, kept_y + rows * E
     y_high, y_low = y_halves[0] + rows * E, y_halves[1] + rows * E
     h_high, h_low = _state_buffer(h_halves[0], h_halves[1], batch, E, L, STATE_ROWS, CHUNK)
     D_e = tl.load(D + e, mask=inside, other=0.0).to(tl.float32)
@@ -284,10 +291,10 @@ def scan_forward(
             h, ys = _advance(h, A_n, BC, D_e, deltas, us, first, e, CHUNKS * CHUNK, REVERSE, OUTPUT)
             if OUTPUT:
                 _store_output(
-                    ys, first_ys, zs, dys, out, y_high, y_low, first, e, inside, E, L,
-                    REVERSE, FIRST, SECOND, GATE, FOR_BACKWARD,
+                    ys, first_ys, zs, dys, out, y_high, y_low, kept_y, first, e, inside, E, L,
+                    REVERSE, FIRST, SECOND, GATE, FOR_BACKWARD, KEEP,
                 )  # fmt: skip
-        if FOR_BACKWARD:
+        if FOR_BACKWARD or KEEP:
             for n in tl.static_range(N):
                 at = _state_row(chunk, n, L, STATE_ROWS, CHUNK, REVERSE) * E + e
                 _store_halves(h_high + at, h_low + at, h[n], inside & (chunk < CHUNKS - 1))
@@ -401,9 +408,10 @@ def _store_gradients(
 
 @triton.jit
 def scan_backward(
-    inputs, z, dy, h_halves, warp_sums, gradients, dBC, parameters,
+    inputs, z, dy, h_halves, warp_sums, gradients, dBC, parameters, kept_y, dz,
     u_row: tl.constexpr, delta_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
-    E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr, STATE_ROWS: tl.constexpr,
+    E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr,
+    GATE_GRADIENT: tl.constexpr, STATE_ROWS: tl.constexpr,
     LANES: tl.constexpr, WARPS: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Compute one direction's gradients, from the last chunk to the first, after scan_forward has stored the states."""
@@ -416,6 +424,7 @@ def scan_backward(
     du, ddelta = gradients
     u, delta, BC = u + rows * u_row, delta + rows * delta_row, BC + batch * BOTH
     z, dy, du, ddelta = z + rows * z_row, dy + rows * dy_row, du + rows * E, ddelta + rows * E
+    kept_y, dz = kept_y + rows * E, dz + rows * E
     h_high, h_low = _state_buffer(h_halves[0], h_halves[1], batch, E, L, STATE_ROWS, CHUNK)
     dA = parameters + batch * (2 * N + 2) * E
     warp_sums, dBC = warp_sums + program * N * WARPS * LANES, dBC + program * BOTH
@@ -433,7 +442,12 @@ def scan_backward(
             dy_e = _load(dy, dy_row, first, j, e, inside, L, REVERSE)
             if GATED:
                 z_e = _load(z, z_row, first, j, e, inside, L, REVERSE)
-                dy_e *= z_e * sigmoid(z_e)
+                gate_e = sigmoid(z_e)
+                if GATE_GRADIENT:
+                    y_e = _load(kept_y, E, first, j, e, inside, L, REVERSE)
+                    dz_e = y_e * (dy_e * gate_e * (1.0 + z_e * (1.0 - gate_e)))
+                    _store(dz, E, first, j, e, dz_e, inside, L, REVERSE)
+                dy_e *= z_e * gate_e
             delta_us, dys = delta_us + (deltas[j] * us[j],), dys + (dy_e,)
             d_delta_us, d_deltas = d_delta_us + (tl.zeros_like(D_e),), d_deltas + (tl.zeros_like(D_e),)
         prefetched = _load_state(A, h_high, h_low, dA, 0, first, e, inside, E, L, N, REVERSE, STATE_ROWS, CHUNK)

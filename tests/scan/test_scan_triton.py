@@ -28,8 +28,12 @@ from dis_scale.scan import triton as scan_triton
 from dis_scale.scan.triton_launch import MOST_PROGRAMS, compile_together
 
 INTERPRETED = Path(__file__).parent.parent / "support" / "interpreted_triton.py"
-# Of scan_forward's four variants only the largest.
-COMPILED = ["scan_forward, second, for backward", "scan_backward", "conv_forward", "conv_backward"]
+# Of the variants of scan_forward and scan_backward `make test` compiles those with the most registers.
+COMPILED = [
+    "scan_forward, second, for backward", "scan_backward", "conv_forward", "conv_backward",
+    pytest.param("scan_forward, second, keeps", marks=pytest.mark.faults),
+    pytest.param("scan_backward, of the gate, too", marks=pytest.mark.faults),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("rows", ["not faults", pytest.param("faults", marks=pytest.mark.faults)])
@@ -178,10 +182,10 @@ def test_kernels_compile_together_and_are_those_that_a_launch_takes(monkeypatch:
     monkeypatch.setattr(kernel, "compile", compile_with_the_other)
     shapes = [(1, 5, 8), (1, 5, 8), (8, 1), (1, 5, 1), (1, 5, 1), (8,), (8,)]
     inputs, z = [torch.ones(shape) for shape in shapes * 2], torch.ones(1, 5, 16)[..., 8:]
-    compile_together(lambda: scan_triton.launch_scan(False, z, inputs, gradients=False))
+    compile_together(lambda: scan_triton.launch_scan(False, z, inputs, gradients=False, keep=False))
     assert sorted(compiles) == ["by_state", "scan_forward", "scan_forward"]
     monkeypatch.setattr(scan_triton, "launch", lambda kernel, grid, *a, **k: kernel.warmup(*a, grid=grid, **k))
-    scan_triton._forward(False, z, scan_triton._operands(False, inputs))
+    scan_triton._forward(False, z, scan_triton._operands(False, inputs), keep=False)
     assert len(compiles) == 3
 
 

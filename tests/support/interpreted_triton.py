@@ -11,8 +11,10 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
+from dis_scale.models.checkpointing import run_block
 from dis_scale.scan import choose, triton_layout
 from dis_scale.scan import triton as scan_triton
+from dis_scale.scan.backend import keeping_states, keeps_states
 from dis_scale.scan.selftest import verify
 from tests.scan.test_scan_admission import (
     CALLS,
@@ -72,6 +74,35 @@ OTHERS = [pytest.param(sizes, marks=pytest.mark.faults) for sizes in [(1, 1, 1, 
 @pytest.mark.parametrize("sizes", [*BORDERS, *OTHERS], ids=str)
 def test_other_sizes(sizes: tuple[int, int, int, int], call: str) -> None:
     check_results(call, sizes, torch.float32, outputs_and_gradients(call, random_tensors(sizes), "triton"))
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if "scan" in call])
+@pytest.mark.parametrize("sizes", [ODD, *BORDERS], ids=str)
+def test_kept_states_give_the_same_gradients(sizes: tuple[int, int, int, int], call: str) -> None:
+    """As when they are computed again, to the bit: in float32, in which y before the gate is kept without rounding."""
+    if call != "two-way scan" and sizes != ODD:
+        pytest.skip("the same kernels")
+    tensors = random_tensors(sizes)
+    with keeping_states():
+        kept = outputs_and_gradients(call, tensors, "triton")
+    check_results(call, sizes, torch.float32, kept)
+    for x, y in zip(kept, outputs_and_gradients(call, tensors, "triton"), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_recomputed_scan_keeps_its_states() -> None:
+    """Only in its second forward pass: the first one stores nothing."""
+    tensors, kept = random_tensors(ODD), list[bool]()
+
+    def block(*inputs: torch.Tensor) -> torch.Tensor:
+        kept.append(keeps_states())
+        (y,) = CALLS["two-way scan"](list(inputs), "triton")
+        return y
+
+    ways = ("block", "none")
+    grads = [torch.autograd.grad(run_block(way, 0, block, *tensors), tensors, torch.ones(ODD[:3])) for way in ways]
+    assert kept == [False, True, False]
+    assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
 
 
 def test_a_convolution_over_several_segments() -> None:
