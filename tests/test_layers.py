@@ -46,7 +46,8 @@ DOORS = {
     "fsspec": "dis_scale/storage/folder.py",
     "s3fs": "dis_scale/storage/folder.py",
     "pyarrow": "dis_scale/data/parquet.py",
-    "matplotlib": "dis_scale/report/figures.py",
+    "matplotlib": "dis_scale/report/figures.py dis_scale/report/api.py",
+    "pandas": "dis_scale/report/api.py",
     "scipy": "dis_scale/report/fits.py dis_scale/evaluation",
     "typer": "dis_scale/cli",
     "rich": (

@@ -55,7 +55,7 @@ def run(command: list[str | Path]) -> None:
 
 
 def test_a_wheel_has_every_file_of_the_packages(wheel: Path) -> None:
-    kinds = (".py", ".cpp", ".inl")
+    kinds = (".py", ".cpp", ".inl", ".typed")
     files = [
         path for folder in ("dis_scale", "pipelines") for path in (ROOT / folder).rglob("*") if path.suffix in kinds
     ]

@@ -180,7 +180,7 @@ def test_the_map_is_the_repository() -> None:
     inner = {line.split()[0] for line in text.splitlines() if line.startswith(" ")}
     assert outer == {shown(name) for name in TREE if not name.startswith(".")}
     mine = {shown(name.removeprefix("dis_scale/")) for name in TREE if name.startswith("dis_scale/")}
-    assert inner == mine - {"__init__.py"}
+    assert inner == mine - {"__init__.py", "py.typed"}
 
 
 def shown(name: str) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dis_scale.cli.shared import AsJson, At, Model, SweepUrl, console, plan_of, print_json, say
+from dis_scale.cli.shared import AsJson, At, Model, SweepUrl, console, print_json, say
 from dis_scale.errors import UserError
 
 
@@ -18,7 +18,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Rebuild a sweep's table, figures and page from what was evaluated."""
-    from dis_scale.report import PAGE, collect, table, to_json, write
+    from dis_scale.report import PAGE, collect, plan_of, table, to_json, write
     from dis_scale.sweep import Sweep
 
     opened = Sweep.open(sweep)
@@ -44,7 +44,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Show two sweeps side by side, with the errors of their differences, and how the sweeps differ."""
-    from dis_scale.report import collect
+    from dis_scale.report import collect, plan_of
     from dis_scale.report import compare as comparison
     from dis_scale.sweep import Sweep
 
@@ -116,6 +116,7 @@ def sync(
     as_json: AsJson = False,
 ) -> None:
     """Fill MLflow from storage: an empty one with everything, one that was away with what it missed."""
+    from dis_scale.report import plan_of
     from dis_scale.report.mlflow_copy import copy_everything
     from dis_scale.sweep import Sweep
     from dis_scale.tracking.mlflow import stored_ids

@@ -1,4 +1,4 @@
-"""What several commands share: their arguments, the terminal, the plan of a stored sweep."""
+"""What several commands share: their arguments, the terminal, JSON."""
 
 import json
 import sys
@@ -14,9 +14,7 @@ from dis_scale.jsonlog import JsonLines
 from dis_scale.recipe import shipped
 
 if TYPE_CHECKING:
-    from dis_scale.plan import Plan
     from dis_scale.recipe import Recipe
-    from dis_scale.sweep import Sweep
 
 
 def _shipped(incomplete: str) -> list[str]:
@@ -74,20 +72,6 @@ def say_aside(line: str) -> None:
 def print_json(value: Any) -> None:
     """Print a value for programs."""
     print(json.dumps(value, indent=1))
-
-
-def plan_of(sweep: "Sweep") -> "Plan":
-    """The plan of a stored sweep; UserError if it has nothing to report. A hub is asked only if the latents were deleted."""
-    from dis_scale.sweep import state
-
-    shape = state.latent_shape(sweep)
-    if shape is None and not any(sweep.evaluations(model).list() for model in sweep.recipe.models):
-        raise UserError(f"{sweep}: nothing to report yet: its latents are not complete (dis-scale status {sweep})")
-
-    from dis_scale import vae
-    from dis_scale.plan import price_sweep
-
-    return price_sweep(sweep.recipe, shape or vae.latent_shape(sweep.recipe.vae, sweep.recipe.data.resolution))
 
 
 def count_images(recipe: "Recipe") -> int:

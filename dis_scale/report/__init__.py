@@ -1,11 +1,11 @@
 """The report of a sweep, always rebuilt from storage: table, CSV, figures and one page.
 
 points.py collects the points, fits.py fits distance to cost, isoflop.py the best size to compute, figures.py plots, page.py writes
-the HTML page, compare.py compares two sweeps.
+the HTML page, compare.py compares two sweeps, api.py is the Python API.
 """
 
 from dis_scale.report.files import CSV, PAGE, write
-from dis_scale.report.points import Point, Report, collect
+from dis_scale.report.points import Point, Report, collect, plan_of
 from dis_scale.report.tables import table, to_json
 
-__all__ = ["CSV", "PAGE", "Point", "Report", "collect", "table", "to_json", "write"]
+__all__ = ["CSV", "PAGE", "Point", "Report", "collect", "plan_of", "table", "to_json", "write"]

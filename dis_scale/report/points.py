@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dis_scale.errors import UserError
 from dis_scale.recipe import MAIN, Recipe
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.tracking.goodput import GOODPUT, MEMORY, SAMPLED_ON, TRAINED_ON, WORKER_HOURS
@@ -183,6 +184,18 @@ def _mean_facts(points: list[Point]) -> dict[str, Any]:
         facts["seconds"] = {"sampling_images_per_s": 1000 / statistics.fmean(times)}
     machines = {fact: {name for p in points for name in p.facts.get(fact, ())} for fact in (TRAINED_ON, SAMPLED_ON)}
     return facts | {fact: sorted(names) for fact, names in machines.items()}
+
+
+def plan_of(sweep: Sweep) -> "Plan":
+    """Return the plan of a stored sweep; UserError if it has nothing to report. A hub is asked only if the latents were deleted."""
+    shape = state.latent_shape(sweep)
+    if shape is None and not any(sweep.evaluations(model).list() for model in sweep.recipe.models):
+        raise UserError(f"{sweep}: nothing to report yet: its latents are not complete (dis-scale status {sweep})")
+
+    from dis_scale import vae  # here: a mistake is answered without torch
+    from dis_scale.plan import price_sweep
+
+    return price_sweep(sweep.recipe, shape or vae.latent_shape(sweep.recipe.vae, sweep.recipe.data.resolution))
 
 
 def collect(sweep: Sweep, plan: "Plan") -> Report:

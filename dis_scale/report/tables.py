@@ -19,6 +19,10 @@ COST = (
     "model", "kind", "variant", "gmacs_forward", "paper_gflops", "parameters", "images", "training_eflops", "goodput",
     "worker_hours", "memory_gib", "sample_ms",
 )  # fmt: skip
+DIGITS = {"goodput": ".4f"} | dict.fromkeys(
+    ("gmacs_forward", "training_eflops", "worker_hours", "memory_gib", "sample_ms"), ".6g"
+)
+"""Format of the computed and measured costs in the CSV."""
 FACTS = (
     "samples", "labels", "sampler", "steps", "guidance", "guidance_interval", "guidance_channels", "ema_width", "precision",
 )  # fmt: skip
@@ -121,17 +125,33 @@ def missing(report: Report) -> list[str]:
     return [f"{model} failed: {why}" for model, why in report.failed.items()] + skipped
 
 
+def records(report: Report) -> list[dict[str, Any]]:
+    """Return a flat record for each point, all with the same fields: its cost, its values and its facts; None if not measured."""
+    values = _values(report)
+    return [
+        {
+            "model": p.model, "kind": p.kind, "variant": p.variant, "gmacs_forward": p.gmacs, "paper_gflops": p.cost.paper_gflops,
+            "parameters": p.cost.parameters, "images": p.images_seen, "training_eflops": p.eflops, "goodput": p.goodput,
+            "worker_hours": p.worker_hours, "memory_gib": p.memory_gib, "sample_ms": p.sample_ms,
+            **{name: p.values.get(name) for name in values}, **{name: p.facts.get(name) for name in FACTS},
+        }
+        for p in report.points
+    ]  # fmt: skip
+
+
 def to_csv(report: Report) -> bytes:
-    """Return a CSV with a row for each point: its cost, its facts and all its values."""
-    values = list(dict.fromkeys(name for p in report.points for name in p.values))
-    rows = []
-    for p in report.points:
-        measured = [p.values.get(name, "") for name in values] + [p.facts.get(name, "") for name in FACTS]
-        cost = [f"{p.gmacs:.6g}", p.cost.paper_gflops or "", p.cost.parameters, p.images_seen, f"{p.eflops:.6g}"]
-        goodput = "" if p.goodput is None else f"{p.goodput:.4f}"
-        spent = ["" if value is None else f"{value:.6g}" for value in (p.worker_hours, p.memory_gib, p.sample_ms)]
-        rows.append([p.model, p.kind, p.variant, *cost, goodput, *spent, *measured])
-    return csv_bytes([*COST, *values, *FACTS], rows)
+    """Return the records as a CSV."""
+    rows = [[_cell(name, value) for name, value in each.items()] for each in records(report)]
+    return csv_bytes([*COST, *_values(report), *FACTS], rows)
+
+
+def _cell(name: str, value: Any) -> Any:
+    return format(value, DIGITS[name]) if name in DIGITS and value is not None else value
+
+
+def _values(report: Report) -> list[str]:
+    """Return the names of all measured values."""
+    return list(dict.fromkeys(name for p in report.points for name in p.values))
 
 
 def to_json(report: Report) -> dict[str, Any]:
