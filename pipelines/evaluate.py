@@ -61,12 +61,13 @@ class Evaluation:
         values = self._held_out(sampled)
         stage.raise_if_stopped()
         from dis_scale.evaluation import measure
-        from dis_scale.evaluation.sampling import arrange, grid, grid_columns
+        from dis_scale.evaluation.sampling import arrange, column_names, grid, grid_columns
 
         began_s = time.monotonic()
         measured, pictures = self._measure(folder, settings)
         values |= measured
-        folder.write(GRID, grid(arrange(pictures, self.labels), grid_columns(self.labels)))
+        names = column_names(self.sweep, self.labels)
+        folder.write(GRID, grid(arrange(pictures, self.labels), grid_columns(self.labels), names))
         notes = measure.notes(self.references, settings) + self._average_note(sampled, settings)
         machines, seconds = _machines(spent), _seconds(spent)
         if not seconds and (before := folder.find_json(METRICS, "seconds")):  # all blocks were kept

@@ -9,10 +9,11 @@ import io
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import distribution
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from dis_scale import diffusion, models, seeds
 from dis_scale.data.encode import allow_tf32
@@ -35,6 +36,8 @@ COLUMNS, ROWS = 10, 10
 PARTS = ("sampling", "decoding", "features")
 """Timed parts of sampling."""
 GOLDEN = (5**0.5 - 1) / 2
+FONT = "matplotlib/mpl-data/fonts/ttf/DejaVuSans.ttf"
+"""A file of matplotlib: Pillow's own font has no letters beyond English."""
 FIELDS = ("identity", "pooled", "spatial", "logits")
 """Fields of `Features`, as a block's file names them."""
 
@@ -215,17 +218,43 @@ def block_numbers(samples: int, block_images: int, block: int) -> range:
     return range(block * block_images, min((block + 1) * block_images, samples))
 
 
-def grid(pictures: np.ndarray, columns: int) -> bytes:
-    """Return a PNG of uint8 pictures (N, H, W, 3), row by row."""
+def column_names(sweep: Sweep, labels: np.ndarray) -> list[str]:
+    """Return the class name of each column of the grid; empty for images without classes."""
+    if sweep.recipe.data.num_classes is None:
+        return []
+    names = dict(enumerate(manifest.require(require_latents(sweep.folder)).get("label_names", [])))
+    return [names.get(label, str(label)) for label in labels[grid_numbers(labels)][: grid_columns(labels)].tolist()]
+
+
+def cell_pixels(size: int) -> int:
+    """Return the size of a picture in a grid: small ones are enlarged by a whole factor, to at most 64 pixels."""
+    return size * max(1, 64 // size)
+
+
+def grid(pictures: np.ndarray, columns: int, names: Sequence[str] = ()) -> bytes:
+    """Return a PNG of uint8 pictures (N, H, W, 3), row by row, under the columns' names, if any.
+
+    The names add a quarter of a cell to the height.
+    """
     n, height, width, _ = pictures.shape
-    rows = -(-n // columns)
+    cell, rows = cell_pixels(height), -(-n // columns)
     sheet = np.zeros((rows * height, columns * width, 3), np.uint8)
     for i, picture in enumerate(pictures):
         y, x = divmod(i, columns)
         sheet[y * height : (y + 1) * height, x * width : (x + 1) * width] = picture
+    enlarged = Image.fromarray(sheet).resize((sheet.shape[1] * cell // height, rows * cell), Image.Resampling.NEAREST)
+    header = cell // 4 if names else 0
+    image = Image.new("RGB", (enlarged.width, header + enlarged.height), "white")
+    image.paste(enlarged, (0, header))
+    for i, name in enumerate(names):
+        _write_name(ImageDraw.Draw(image), name, i * enlarged.width // columns, cell)
     buffer = io.BytesIO()
-    scale = max(1, 64 // height)
-    Image.fromarray(sheet).resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST).save(
-        buffer, "PNG"
-    )
+    image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _write_name(draw: ImageDraw.ImageDraw, name: str, left: int, cell: int) -> None:
+    """Write a name above the column that begins at `left`, without the letters that have no space there."""
+    font = ImageFont.truetype(str(distribution("matplotlib").locate_file(FONT)), cell // 6)
+    fitting = next(name[:n] for n in range(len(name), -1, -1) if draw.textlength(name[:n], font) <= cell * 0.95)
+    draw.text((left + cell / 2, cell / 8), fitting, "black", font, anchor="mm")

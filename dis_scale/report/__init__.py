@@ -1,7 +1,7 @@
-"""The report of a sweep, always rebuilt from storage: table, CSV, figures and one page.
+"""The report of a sweep, always rebuilt from storage: table, CSV, figures and two pages.
 
 points.py collects the points, fits.py fits distance to cost, isoflop.py the best size to compute, figures.py plots, page.py writes
-the HTML page, compare.py compares two sweeps, api.py is the Python API.
+the HTML pages, samples.py cuts their samples, compare.py compares two sweeps, api.py is the Python API.
 """
 
 from dis_scale.report.files import CSV, PAGE, write

@@ -1,4 +1,4 @@
-"""The report's files below `report/`: figures, the CSV, the page."""
+"""The report's files below `report/`: figures, the CSV, the pages."""
 
 from dis_scale.errors import UserError
 from dis_scale.report.points import Report
@@ -11,7 +11,7 @@ CSV, PAGE = "gflops_fid.csv", "index.html"
 
 
 def write(sweep: Sweep, report: Report, published: bool = False) -> dict[str, bytes]:
-    """Write the figures, the page and, last, the CSV below `report/`; return them by name.
+    """Write the figures, the pages and, last, the CSV below `report/`; return them by name.
 
     `published` adds published results to the plot; UserError if the sweep's metric is not FID on the same images.
     """
@@ -26,7 +26,8 @@ def write(sweep: Sweep, report: Report, published: bool = False) -> dict[str, by
     from dis_scale.report import (
         figures,
     )  # here: matplotlib and scipy take two seconds, and most processes write no report
-    from dis_scale.report.page import render_page
+    from dis_scale.report.page import SAMPLES, render_page, render_samples
+    from dis_scale.report.samples import strips
 
     plots = figures.of_study(report) | {
         "gflops_fid": (figures.gflops_distance(report, published), "Gflops against distance at each image count"),
@@ -47,6 +48,8 @@ def write(sweep: Sweep, report: Report, published: bool = False) -> dict[str, by
     rendered = {name: figures.render(figure) for name, (figure, _) in plots.items()}
     files = {f"{name}.{ending}": data for name, kinds in rendered.items() for ending, data in kinds.items()}
     captions = {caption: rendered[name]["svg"] for name, (_, caption) in plots.items()}
+    if side_by_side := strips(sweep, report):
+        files[SAMPLES] = render_samples(report, side_by_side)
     files |= {PAGE: render_page(report, captions, _grids(sweep, report)), CSV: to_csv(report)}
     for name, data in files.items():
         sweep.report.write(name, data)

@@ -1,6 +1,8 @@
 """A block is a function of (recipe, published weights, its number): bit-equal for any worker and order."""
 
+import io
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,21 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from dis_scale import models, vae
 from dis_scale.evaluation import sampling
 from dis_scale.evaluation.features import store_classifier
-from dis_scale.evaluation.sampling import PARTS, BlockSampler, arrange, grid_numbers, open_sampler, sample_labels
+from dis_scale.evaluation.sampling import (
+    PARTS,
+    BlockSampler,
+    arrange,
+    column_names,
+    grid,
+    grid_numbers,
+    open_sampler,
+    sample_labels,
+)
 from dis_scale.recipe import LatentShape, Recipe, TrainedVae, reading
 from dis_scale.recipe.evaluate import JUDGE
 from dis_scale.small_nets import Classifier
@@ -158,3 +170,26 @@ def test_the_grid_has_a_column_for_each_class() -> None:
     by_number = np.array([0, 1, 2, 4, 5, 7])
     assert arrange(by_number, labels).tolist() == grid_numbers(labels)
     assert len(grid_numbers(np.repeat(np.arange(1000), 5))) == 10 * 5
+
+
+def test_the_grid_is_under_the_names_of_its_columns() -> None:
+    """A long name is cut, so that it is not over the next one's."""
+    pictures = np.full((4, 32, 32, 3), 200, np.uint8)
+    plain = Image.open(io.BytesIO(grid(pictures, 2)))
+    named = Image.open(io.BytesIO(grid(pictures, 2, ["", "a name of many more letters than have space"])))
+    assert (plain.size, named.size) == ((128, 128), (128, 16 + 128))
+    assert np.array_equal(np.asarray(named)[16:], np.asarray(plain))
+    header = np.asarray(named)[:16]
+    assert (header[:, :64] == 255).all()
+    assert (header[:, 64:] < 128).any()
+
+
+def test_the_columns_have_the_names_of_the_classes(tmp_path: Path, tiny: Recipe) -> None:
+    sweep = Sweep.below(open_folder(tmp_path), tiny)
+    latents = sweep.store / "latents/some"
+    manifest.seal(latents, {}, vae="v", label_names=["zero", "one", "two"])
+    state.use_latents(sweep, latents, "v")
+    assert column_names(sweep, np.array([2, 0, 2, 0, 0])) == ["zero", "two"]
+    assert column_names(sweep, np.array([9])) == ["9"], "latents of earlier versions have no names"
+    data = tiny.data.model_copy(update={"num_classes": None})
+    assert column_names(replace(sweep, recipe=tiny.model_copy(update={"data": data})), np.array([0, 1])) == []

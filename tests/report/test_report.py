@@ -334,9 +334,11 @@ def test_the_page_is_self_contained(sweep: Sweep) -> None:
     assert text.count("data:image/png;base64,") == 4
     assert "n = 4 (few points)" in text
     assert "dit failed" in text
-    assert [link for link in re.findall(r"(?:src|href)=['\"]([^'\"#]+)", text) if not link.startswith("data:")] == []
+    assert [link for link in re.findall(r"(?:src|href)=['\"]([^'\"#]+)", text) if not link.startswith("data:")] == [
+        "samples.html"
+    ]
     assert sorted(sweep.report.list()) == sorted(
-        [reports.CSV, reports.PAGE]
+        [reports.CSV, reports.PAGE, "samples.html"]
         + [f"{name}.{ending}" for name in ("gflops_fid", "compute_fid", "fid_images") for ending in ("png", "svg")]
     )
 

@@ -1,0 +1,73 @@
+"""Samples side by side: the right parts of the right grids, with their names."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dis_scale import report as reports
+from dis_scale.evaluation.sampling import grid
+from dis_scale.recipe import Recipe
+from dis_scale.report.samples import CELL, MOST_COUNTS, _evenly, strips
+from dis_scale.sweep import GRID, Sampled, Sweep
+from tests.report.test_report import collect, put, sweep_at
+
+
+def show(sweep: Sweep, model: str, images: int, shade: int, names: list[str]) -> None:
+    """Store an evaluation whose pictures are of one grey, with another one in the last row."""
+    put(sweep, Sampled(model, images), 4.5)
+    size = sweep.recipe.data.resolution
+    pictures = np.full((6, size, size, 3), shade, np.uint8)
+    pictures[4:] = 255 - shade
+    sweep.evaluation(Sampled(model, images)).write(GRID, grid(pictures, 2, names))
+
+
+def greys(png: bytes) -> tuple[tuple[int, int], list[int]]:
+    image = Image.open(io.BytesIO(png))
+    return image.size, np.unique(np.asarray(image)).tolist()
+
+
+def test_models_are_side_by_side_and_each_over_its_training(tmp_path: Path, tiny: Recipe) -> None:
+    sweep = sweep_at(tmp_path, "tiny", tiny)
+    for model, images, shade in [("dis", 0, 10), ("dis", 160, 20), ("dit", 160, 30)]:
+        show(sweep, model, images, shade, ["cat", "dog"])
+    every, dis = strips(sweep, collect(sweep))
+    assert [(every.title, words) for words, _ in every.parts] == [
+        ("All models", "dis, 160 images, fd_digits_80 4.5 ± 0.5"),
+        ("All models", "dit, 160 images, fd_digits_80 4.5 ± 0.5"),
+    ]
+    assert [greys(png) for _, png in every.parts] == [((128, 128), [20]), ((128, 128), [30])]
+    assert dis.title == "dis over its training"
+    assert [greys(png)[1] for _, png in dis.parts] == [[10], [20]]
+    assert dis.names is not None
+    assert greys(dis.names)[0] == (128, 16)
+
+
+def test_the_page_of_samples_is_complete(tmp_path: Path, tiny: Recipe) -> None:
+    sweep = sweep_at(tmp_path, "tiny", tiny)
+    put(sweep, Sampled("dis", 160), 4.5)
+    sweep.evaluation(Sampled("dis", 160)).delete(GRID)
+    assert "samples.html" not in reports.write(sweep, collect(sweep)), "no grid is stored"
+    show(sweep, "dis", 160, 20, [])
+    files = reports.write(sweep, collect(sweep))
+    assert "samples.html" in files
+    page = sweep.report.read("samples.html").decode()
+    assert "dis, 160 images" in page
+    assert page.count("data:image/png") == 1
+
+
+def test_large_pictures_are_made_smaller(tmp_path: Path, tiny: Recipe) -> None:
+    data = tiny.data.model_copy(update={"resolution": 128})
+    sweep = sweep_at(tmp_path, "tiny", tiny.model_copy(update={"data": data}))
+    show(sweep, "dis", 160, 20, ["cat", "dog"])
+    (every,) = strips(sweep, collect(sweep))
+    assert greys(every.parts[0][1]) == ((2 * CELL, 2 * CELL), [20])
+    assert every.names is not None
+    assert greys(every.names)[0] == (2 * CELL, CELL // 4)
+
+
+def test_many_counts_are_thinned_out_evenly() -> None:
+    shown = _evenly(range(50))  # type: ignore[arg-type]
+    assert (len(shown), shown[0], shown[-1]) == (MOST_COUNTS, 0, 49)
+    assert set(np.diff(shown)) == {7}
