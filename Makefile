@@ -54,3 +54,39 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) '.[dev]' --constraint constraints.txt
 	@touch $@
+
+# The supply chain: every package with its hashes, the licences, a bill of materials (CycloneDX), the known vulnerabilities. The
+# tools are in an environment of their own, so they are not in what they list. `lock` follows each change of constraints.txt.
+.PHONY: lock licences sbom audit
+SUPPLY := build/supply/bin
+LOCK := cluster/requirements.lock
+
+lock: $(SUPPLY)/installed
+	{ echo "# Every package of constraints.txt with its hashes, for Python 3.11 and 3.12 on Linux x86_64. Written by: make lock"; \
+	  echo "# To install: pip install --require-hashes --requirement $(LOCK) && pip install --no-deps --no-build-isolation --editable ."; \
+	  $(SUPPLY)/uv pip compile pyproject.toml --extra dev --constraint constraints.txt --generate-hashes --no-annotate \
+	      --no-header --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28; } > $(LOCK).part
+	mv $(LOCK).part $(LOCK)
+
+licences: $(SUPPLY)/installed $(VENV)/installed
+	$(SUPPLY)/pip-licenses --python $(BIN)/python --from=mixed --format=markdown --with-urls --output-file build/licences.md
+
+sbom: $(SUPPLY)/installed $(VENV)/installed
+	$(SUPPLY)/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible --output-file build/sbom.json
+	@echo "sbom: build/sbom.json"
+
+# Without --strict, pip-audit reports no vulnerabilities when its database knows none of the packages.
+audit: $(SUPPLY)/installed
+	@found=$$($(SUPPLY)/pip-audit --requirement $(LOCK) --require-hashes --disable-pip --strict --progress-spinner off 2>&1); \
+	status=$$?; echo "$$found"; \
+	case "$$status $$found" in \
+	    "0 "*) ;; \
+	    *"Found "*" known vulnerabilit"*) echo "audit: vulnerable packages: raise their versions in constraints.txt" >&2; exit 1 ;; \
+	    *) echo "audit: NOT DONE: the database of vulnerabilities cannot be reached or lacks a package" >&2; exit 1 ;; \
+	esac
+
+$(SUPPLY)/installed:
+	$(PYTHON) -m venv build/supply
+	$(SUPPLY)/python -m pip --disable-pip-version-check install \
+	    uv==0.13.9 pip-licenses==5.5.5 cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	@touch $@

@@ -1,0 +1,52 @@
+"""The lock file has exactly the packages of constraints.txt, with hashes; an audit that could not be done does not pass for one."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LOCK = (ROOT / "cluster/requirements.lock").read_text()
+CONSTRAINTS = (ROOT / "constraints.txt").read_text()
+UNREACHABLE = "ERROR:pip_audit._cli:zipp: Dependency not found on PyPI and could not be audited: zipp (4.1.2)"
+
+
+def versions(text: str) -> dict[str, str]:
+    """Return the version of each package, by its normalised name."""
+    pins = re.findall(r"^([\w.-]+)==([^\s;]+)", text, re.MULTILINE)
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins}
+
+
+def test_the_lock_file_agrees_with_the_constraints() -> None:
+    locked, constrained = versions(LOCK), versions(CONSTRAINTS)
+    assert len(locked) > 100
+    differing = {n for n in locked.keys() | constrained.keys() if locked.get(n) != constrained.get(n)}
+    assert sorted(differing) == [], "rerun: make lock"
+
+
+def test_each_package_has_a_hash_and_no_address() -> None:
+    pins = [entry for entry in re.split(r"\n(?=[^\s#])", LOCK) if not entry.startswith("#")]
+    assert len(pins) == len(versions(LOCK))
+    assert [pin for pin in pins if not re.search(r"--hash=sha256:[0-9a-f]{64}", pin)] == []
+    assert "://" not in LOCK
+    assert "Written by: make lock\n" in LOCK
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "succeeds", "words"),
+    [
+        ("No known vulnerabilities found", 0, True, ""),
+        ("Found 2 known vulnerabilities in 1 package", 1, False, "audit: vulnerable packages"),
+        (UNREACHABLE, 1, False, "audit: NOT DONE"),
+    ],
+)
+def test_the_audit_tells_its_three_outcomes_apart(
+    tmp_path: Path, output: str, status: int, succeeds: bool, words: str
+) -> None:
+    auditor = tmp_path / "pip-audit"
+    auditor.write_text(f"#!/bin/sh\necho '{output}' >&2\nexit {status}\n")
+    auditor.chmod(0o755)
+    (tmp_path / "installed").touch()
+    done = subprocess.run(["make", "audit", f"SUPPLY={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode == 0, output in done.stdout, words in done.stderr) == (succeeds, True, True), done
