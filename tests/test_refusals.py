@@ -44,6 +44,10 @@ def sweep(tmp_path: Path, tiny: Recipe) -> Path:
             ["report", "{}", "--published"],
             "points are FID of 50,000 samples on ImageNet 256 x 256, tiny has fd_digits_80",
         ),
+        (
+            ["compare", "{}", "{}", "--figure", "both.pdf"],
+            "--figure both.pdf: expected a file that ends in .png or .svg",
+        ),
         (["compare", "{}", "{}"], "tiny and tiny have no model at one image count in common"),
     ],
 )

@@ -8,6 +8,9 @@ import typer
 from dis_scale.cli.shared import AsJson, At, Model, SweepUrl, console, print_json, say
 from dis_scale.errors import UserError
 
+FIGURES = (".png", ".svg")
+"""Endings of a comparison's figure."""
+
 
 def report(
     sweep: SweepUrl,
@@ -44,6 +47,9 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Show two sweeps side by side, with the errors of their differences, and how the sweeps differ."""
+    if figure and figure.suffix not in FIGURES:
+        raise UserError(f"--figure {figure}: expected a file that ends in {' or '.join(FIGURES)}")
+
     from dis_scale.report import collect, plan_of
     from dis_scale.report import compare as comparison
     from dis_scale.sweep import Sweep
@@ -57,20 +63,17 @@ def compare(
             )
         pairs = dict(name.split("=") for name in pair)
     table = comparison.comparison_table(first, second, pairs)  # refuses sweeps without common points
+    found = comparison.differences(first, second, pairs) if as_json or figure else []
     if as_json:
-        print_json([each.to_json() for each in comparison.differences(first, second, pairs)])
+        print_json([each.to_json() for each in found])
     else:
         console().print(table)
     if figure:
         from dis_scale.report import figures
 
-        found = comparison.differences(first, second, pairs)
         drawn = [d for d in found if not d.a.variant and d.a.images_seen in (first.counts[-1], second.counts[-1])]
         unlike = comparison.unlike_words(first, second, drawn)
-        kind = figure.suffix.removeprefix(".")
-        if kind not in figures.FORMATS:
-            raise UserError(f"--figure {figure}: expected a file that ends in {' or '.join(figures.FORMATS)}")
-        figure.write_bytes(figures.render(figures.both(first, second, unlike))[kind])
+        figure.write_bytes(figures.render(figures.both(first, second, unlike))[figure.suffix.removeprefix(".")])
         if not as_json:
             say(f"figure   {figure}")
 
