@@ -65,8 +65,8 @@ lock: $(SUPPLY)/installed
 	{ echo "# Every package of constraints.txt with its hashes, for Python 3.11 and 3.12 on Linux x86_64. Written by: make lock"; \
 	  echo "# To install: pip install --require-hashes --requirement $(LOCK) && pip install --no-deps --no-build-isolation --editable ."; \
 	  $(SUPPLY)/uv pip compile pyproject.toml --extra dev --constraint constraints.txt --generate-hashes --no-annotate \
-	      --no-header --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28; } > $(LOCK).part
-	mv $(LOCK).part $(LOCK)
+	      --no-header --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28; } > build/requirements.lock
+	mv build/requirements.lock $(LOCK)
 
 licences: $(SUPPLY)/installed $(VENV)/installed
 	$(SUPPLY)/pip-licenses --python $(BIN)/python --from=mixed --format=markdown --with-urls --output-file build/licences.md
