@@ -16,6 +16,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: 
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; }
 figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; }
+.names { margin: 1.5rem 0 0; } .names img { max-width: 100%; display: block; } .names + figure { margin-top: 0; }
 figcaption, .note { color: #555; font-size: .9rem; } .missing { color: #a00; }
 """
 
@@ -44,7 +45,7 @@ def render_samples(report: Report, strips: list[Strip]) -> bytes:
         "<p>The pictures at one position of two parts have the same label and the same noise.</p>",
     ]
     for title, names, pictures in strips:
-        parts += [f"<h2>{escape(title)}</h2>", *([_figure("", _picture(names, "png"))] if names else [])]
+        parts += [f"<h2>{escape(title)}</h2>", *([f"<p class='names'>{_picture(names, 'png')}</p>"] if names else [])]
         parts += [_figure(words, _picture(png, "png")) for words, png in pictures]
     return _document(f"{report.sweep}: samples", parts)
 
