@@ -35,6 +35,7 @@ def open_client(uri: str) -> Any:
     """Return a client that gives up on an unreachable server within seconds: rows wait in storage for the next one."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     with hidden("pandas"):  # for tables of runs, which we do not ask for: a second
         import mlflow
         import mlflow.store.db.utils

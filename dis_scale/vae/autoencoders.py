@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -85,6 +86,7 @@ def _plain(value: Any) -> Any:
 
 def _diffusers(name: str) -> Any:
     """Import a class of diffusers only when needed: it takes seconds, and most of a sweep's processes open no VAE."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     with hidden("scipy"):  # needed by some of diffusers' schedulers, which we do not use: one second
         import diffusers
 
