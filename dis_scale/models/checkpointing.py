@@ -5,11 +5,11 @@
     every_<k>   the same for every k-th block; the other blocks keep everything
     selective   keep inputs, attention and expensive products; norms, convolutions and scans run twice
 
-Losses do not depend on the mode. Read next: cost.py for the bytes.
+Losses do not depend on the mode, but for rounding with Triton's scan in half precision. Read next: cost.py for the bytes.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from dis_scale.errors import UserError, nearest
 from dis_scale.recipe import CHECKPOINTING
-from dis_scale.scan.backend import keeping_states
+from dis_scale.scan.backend import KeepingStates
 
 WORTH_KEEPING_MACS = 128
 """Least multiply-adds per output number for a product to be kept. The scan's time step, of rank width / 16, has fewer."""
@@ -67,15 +67,24 @@ def run_block(mode: str, number: int, block: Callable[..., Any], *inputs: Tensor
 def _contexts(selective: bool) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Contexts of a block's first and second forward pass."""
     if not selective:
-        return nullcontext(), keeping_states()
+        return nullcontext(), KeepingStates()
     first, second = create_selective_checkpoint_contexts(_policy)
-    return first, _keeping_states_too(second)
+    return first, _KeepingStatesToo(second)
 
 
-@contextmanager
-def _keeping_states_too(context: AbstractContextManager[Any]) -> Iterator[None]:
-    with context, keeping_states():
-        yield
+class _KeepingStatesToo(KeepingStates):
+    """Another context and `KeepingStates`."""
+
+    def __init__(self, other: AbstractContextManager[Any]) -> None:
+        self._other = other
+
+    def __enter__(self) -> None:
+        self._other.__enter__()
+        super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._other.__exit__(*error)
 
 
 def _policy(_: Any, op: Any, *arguments: Any, **__: Any) -> CheckpointPolicy:

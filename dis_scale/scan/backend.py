@@ -3,8 +3,7 @@
 Axes: B batch, L time, E channels, N states, W taps of the convolution.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NATIVE_CHUNK = 86
-"""Steps between the states that the native scan keeps for its backward pass; Triton's keeps none, unless `keeping_states`.
+"""Steps between the states that the native scan keeps for its backward pass; Triton's keeps none, unless `KeepingStates`.
 
 Images of 8, 16, 32 or 64 patches a side make 66, 258, 1026 or 4098 tokens with time and label. 86 leaves no small
 remainder of these lengths; a small remainder would cost nearly as much as a full chunk.
@@ -22,18 +21,21 @@ remainder of these lengths; a small remainder would cost nearly as much as a ful
 _keeping = ContextVar("keeping", default=False)
 
 
-@contextlib.contextmanager
-def keeping_states() -> Iterator[None]:
-    """Let a scan keep in this block whatever shortens its backward pass, which follows at once: at recomputing one block."""
-    token = _keeping.set(True)
-    try:
-        yield
-    finally:
-        _keeping.reset(token)
+class KeepingStates:
+    """Let a scan keep in this block whatever shortens its backward pass, which follows at once: at recomputing one block.
+
+    It may be entered again, as PyTorch does for each backward pass through a block.
+    """
+
+    def __enter__(self) -> None:
+        _keeping.set(True)
+
+    def __exit__(self, *_: object) -> None:
+        _keeping.set(False)
 
 
 def keeps_states() -> bool:
-    """Whether `keeping_states` is active in this thread."""
+    """Whether a `KeepingStates` is active in this thread."""
     return _keeping.get()
 
 

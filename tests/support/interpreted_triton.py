@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 from dis_scale.models.checkpointing import run_block
 from dis_scale.scan import choose, triton_layout
 from dis_scale.scan import triton as scan_triton
-from dis_scale.scan.backend import keeping_states, keeps_states
+from dis_scale.scan.backend import KeepingStates, keeps_states
 from dis_scale.scan.selftest import verify
 from tests.scan.test_scan_admission import (
     CALLS,
@@ -83,7 +83,7 @@ def test_kept_states_give_the_same_gradients(sizes: tuple[int, int, int, int], c
     if call != "two-way scan" and sizes != ODD:
         pytest.skip("the same kernels")
     tensors = random_tensors(sizes)
-    with keeping_states():
+    with KeepingStates():
         kept = outputs_and_gradients(call, tensors, "triton")
     check_results(call, sizes, torch.float32, kept)
     for x, y in zip(kept, outputs_and_gradients(call, tensors, "triton"), strict=True):
