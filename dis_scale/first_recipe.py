@@ -15,6 +15,7 @@ from dis_scale.errors import UserError
 from dis_scale.plan import Plan, price_sweep
 from dis_scale.recipe import LatentShape, reading
 from dis_scale.recipe.evaluate import FEATURE_DIMENSIONS, JUDGE
+from dis_scale.training.fleet import ASSUMED_MFU
 from dis_scale.training.memory import USABLE, lanes_at_once, worker_bytes
 from dis_scale.training.throughput import DATASHEET_TFLOPS
 from dis_scale.vae import HUB
@@ -33,8 +34,8 @@ LEAST_STEPS, MOST_EPOCHS = 1600, 1000
 """A small model samples the requested digit after 1,500 steps (configs/digits.yaml). DiS saw CIFAR-10 for 1,000 epochs."""
 CORE_FLOPS = 8e9
 """Operations per second of a core that trains small models: four fifths of 4.787e12 in 484 s (benchmarks/results/digits.json)."""
-GPU_SHARE, UNKNOWN_TFLOPS = 0.15, 100.0
-"""Share of a GPU's peak, and the peak of a GPU that is not in DATASHEET_TFLOPS. Both are assumed."""
+UNKNOWN_TFLOPS = 100.0
+"""Assumed peak of a GPU that is not in DATASHEET_TFLOPS."""
 INCEPTION, TRAINED = FEATURE_DIMENSIONS["inception"], FEATURE_DIMENSIONS["trained"]
 
 
@@ -60,7 +61,7 @@ class Machine:
     def flops(self) -> float:
         """Operations per second of training."""
         peaks = [bf16 for part, (bf16, _) in DATASHEET_TFLOPS.items() if part in self.gpu_name]
-        gpu = GPU_SHARE * 1e12 * (peaks[0] if peaks else UNKNOWN_TFLOPS)
+        gpu = ASSUMED_MFU * 1e12 * (peaks[0] if peaks else UNKNOWN_TFLOPS)
         return self.gpus * gpu if self.gpus else self.cores * CORE_FLOPS
 
 
@@ -210,7 +211,7 @@ def _totals(draft: _Draft, plan: Plan, unit: float) -> Iterator[str]:
     train, machine, name = plan.recipe.train, draft.machine, draft.scale.unit[0]
     counts, epochs = len(train.publish_images), train.images / draft.survey.count
     trained, sampled = sum(map(plan.own_flops, plan.costs)), counts * sum(map(plan.sampling_flops, plan.costs))
-    speed = f"{GPU_SHARE:.0%} of the peak, assumed" if machine.gpus else "as measured on small models"
+    speed = f"{ASSUMED_MFU:.0%} of the peak, assumed" if machine.gpus else "as measured on small models"
     yield (
         f"Together {trained / unit:.3g} {name} to train {train.images:,} images ({epochs:,.0f} epochs) each, "
         f"{sampled / unit:.3g} to sample for {counts} evaluations per model."

@@ -184,7 +184,7 @@ def test_a_plan_on_gpus_is_json_with_each_model_and_what_is_assumed() -> None:
 def test_a_plan_on_gpus_states_what_was_measured(tmp_path: Path) -> None:
     code, output = invoke("plan", str(TINY), "--gpu", "h200", "--images", "1797")
     assert code == 0
-    assert all(words in output for words in ("2 x h200; assumed: MFU 30%", "figures  measured:", "Computed: all else"))
+    assert all(words in output for words in ("2 x h200; assumed: MFU 15%", "figures  measured:", "Computed: all else"))
 
 
 def test_a_fleet_that_is_always_preempted_never_ends() -> None:

@@ -40,7 +40,9 @@ def plan(
     count: Annotated[int | None, typer.Option(min=1, help="Number of GPUs; default: the recipe's workers.")] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Price of a GPU for an hour.")] = None,
     preemptions_per_day: Annotated[float | None, typer.Option(min=0, help="Of these GPUs together.")] = None,
-    mfu: Annotated[float | None, typer.Option(help="Share of the GPU's peak that is reached; default: 0.3.")] = None,
+    mfu: Annotated[
+        float | None, typer.Option(help="Share of the GPU's peak that is reached; assumed by default.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a sweep will cost, and start nothing: dis-scale plan imagenet256 --gpu h100 --count 64 --price 2.5"""
@@ -86,7 +88,7 @@ def _fleet(recipe: "Recipe", gpu: str | None, given: dict[str, Any]) -> "Fleet |
 
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu}: unknown{nearest(gpu, GPUS)}; known: {', '.join(GPUS)}")
-    if not 0 < given.get("mfu", 0.3) <= 1:
+    if not 0 < given.get("mfu", 1) <= 1:
         raise UserError(f"--mfu {given['mfu']:g}: expected a share, over 0 and at most 1")
     return replace(Fleet(gpu, recipe.train.most_workers), **given)
 

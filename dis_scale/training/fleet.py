@@ -16,15 +16,15 @@ from dis_scale.training.memory import USABLE, most_images, worker_bytes
 
 DAY_S = 86_400.0
 MOST_GPUS = 1024
-
-
 NODE_GPUS = 8
+ASSUMED_MFU = 0.15
+"""Share of a GPU's peak that training reaches. No GPU was measured; the kernels' instructions allow 0.29 of DiS-L/2."""
 
 
 class Gpu(NamedTuple):
     """A GPU's memory, as PyTorch reports it; from NVIDIA's datasheets, peak TFLOP/s of dense products and 10^9 bytes/s it sends.
 
-    `node_gb_s` is NVLink's within a node of eight, `network_gb_s` that of a DGX between nodes.
+    `node_gb_s` is NVLink's within a node of eight, `network_gb_s` that of its own network card in a DGX.
     """
 
     memory_gib: float
@@ -54,7 +54,7 @@ class Fleet:
     """Of one GPU for an hour."""
     preemptions_per_day: float = 0.0
     """Of the fleet; each stops a training that uses all of it."""
-    mfu: float = 0.3
+    mfu: float = ASSUMED_MFU
     """Share of the peak that training and sampling reach."""
     host_gb_s: float = 5.0
     """10^9 bytes per second from a GPU to its host, while training pauses."""
@@ -72,9 +72,13 @@ class Fleet:
         return 1e12 * self.mfu * getattr(GPUS[self.gpu], precision)
 
     def sending_s(self, sent_bytes: float, world: int) -> float:
-        """Return the seconds in which each of `world` GPUs sends so many bytes."""
+        """Return the seconds in which each of `world` GPUs sends so many bytes.
+
+        Rings between nodes use the network cards of all GPUs of a node: an eighth of a GPU's bytes leave through its own.
+        """
         gpu = GPUS[self.gpu]
-        return sent_bytes / (1e9 * (gpu.node_gb_s if world <= NODE_GPUS else gpu.network_gb_s))
+        network_gb_s = min(gpu.node_gb_s, NODE_GPUS * gpu.network_gb_s)
+        return sent_bytes / (1e9 * (gpu.node_gb_s if world <= NODE_GPUS else network_gb_s))
 
 
 class Preemption(NamedTuple):
@@ -129,7 +133,7 @@ def forecast(cost: Cost, settings: Train, own_images: int, fleet: Fleet) -> Fore
     resume_bytes = 4 * cost.parameters * len(kinds(settings))
     return Forecast(
         gpus=world,
-        fits=micro >= (settings.micro_images or settings.lane_images),
+        fits=micro >= min(settings.micro_images or settings.lane_images, share_images),
         micro_images=micro,
         wire_bytes=wire,
         step_s=step_s,

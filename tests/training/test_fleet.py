@@ -19,7 +19,7 @@ from dis_scale.models.cost import price_model
 from dis_scale.recipe import Dis, Dit, LatentShape, Train, reading
 from dis_scale.recipe.presets import preset
 from dis_scale.training import checkpoint, engine
-from dis_scale.training.fleet import GPUS, MOST_GPUS, Fleet, forecast, preemption, wire_bytes
+from dis_scale.training.fleet import ASSUMED_MFU, GPUS, MOST_GPUS, Fleet, forecast, preemption, wire_bytes
 from dis_scale.training.memory import most_images, worker_bytes
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results/cpu.json"
@@ -149,7 +149,7 @@ def test_more_gpus_take_less_time_up_to_the_lanes(stage: int) -> None:
     assert all(more <= 1.05 * fewer for fewer, more in pairwise(days)), "a rank of a larger ring sends a little more"
     assert {n: each.gpus for n, each in found.items()} == {n: min(n, 64) for n in counts}
     flops = 102_400_000 * H.training_flops(16)
-    assert found[1].days == pytest.approx(flops / (989e12 * 0.3) / 86_400)
+    assert found[1].days == pytest.approx(flops / (989e12 * ASSUMED_MFU) / 86_400)
     assert found[64].days >= found[1].days / 64
     assert all(each.fits for each in found.values())
 
