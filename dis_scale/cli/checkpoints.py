@@ -60,8 +60,10 @@ def import_weights(
         return
     for note in found.notes:
         say(note)
+    known = model in Sweep.open(sweep.folder.url).recipe.models
+    again = f"dis-scale resume {sweep}" if known else f"dis-scale sweep {recipe or EMBEDDED}"
     say(
         f"imported {found.folder}: {found.parameters:,} weights, at {found.images_seen:,} images\n"
-        f"next     dis-scale resume {sweep}: evaluates it; dis-scale sample --checkpoint {found.folder}\n"
+        f"next     {again}: evaluates it; dis-scale sample --checkpoint {found.folder}\n"
         f"         models.NAME.start: {{kind: sweep, url: {sweep}, model: {model}, images: {found.images_seen}}}"
     )

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from dis_scale.errors import UserError
 from dis_scale.evaluation.pictures import OpenCheckpoint, open_for_sampling
-from dis_scale.models.cost import price_model
+from dis_scale.models.cost import Cost, price_model
 from dis_scale.models.export import save_pipeline
 from dis_scale.models.official import SiT, as_flow
 from dis_scale.recipe import Recipe
 from dis_scale.storage import manifest
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.tracking.goodput import TRAINED_ON, WORKER_HOURS
+from dis_scale.training.public_weights import IMPORTED
 
 CARD = "README.md"
 FILL_IN = "*To fill in.*"
@@ -38,15 +39,19 @@ def model_card(opened: OpenCheckpoint) -> str:
     model, sweep, published = opened.model, opened.located.sweep, opened.located.published
     cost = price_model(model.settings, model.shape, model.num_classes)
     channels, size = model.shape
+    facts = (
+        manifest.find(sweep.run(published.model).published_at(published.images_seen)) if sweep and published else None
+    )
+    origin = (facts or {}).get(IMPORTED)
     name = f"{sweep.recipe.name}-{published.model}" if sweep and published else model.settings.kind
     parts = {
         "Model": f"{model.settings.kind}, {cost.parameters:,} parameters, {cost.tokens:,} tokens, {cost.gmacs_forward:.4g} Gflops "
         f"(multiply-adds of a forward pass), latents {channels}x{size}x{size}, {model.num_classes or 'no'} classes; "
         f"{opened.process.kind} process.",
         "Use": _use(opened),
-        "Data": _data(sweep.recipe) if sweep else FILL_IN,
+        "Data": _data(sweep.recipe, origin) if sweep else FILL_IN,
         "Metrics": _metrics(sweep, published) if sweep and published else FILL_IN,
-        "Price of training": _price(sweep, published, cost.training_flops(1)) if sweep and published else FILL_IN,
+        "Price of training": _price(sweep, published, cost) if sweep and published and not origin else FILL_IN,
         "Licence": f"{FILL_IN} It depends on the images and on the autoencoder.",
     }
     head = (
@@ -65,7 +70,9 @@ def _use(opened: OpenCheckpoint) -> str:
     )
 
 
-def _data(recipe: Recipe) -> str:
+def _data(recipe: Recipe, origin: dict[str, str] | None) -> str:
+    if origin:
+        return f"The weights are those of `{origin['name']}` (sha256 {origin['sha256']}). Their images: {FILL_IN}"
     source = json.dumps(recipe.data.source.model_dump(mode="json", exclude_none=True))
     return f"Images of {recipe.data.resolution}x{recipe.data.resolution} pixels from `{source}`. Origin and consent: {FILL_IN}"
 
@@ -78,13 +85,15 @@ def _metrics(sweep: Sweep, published: Sampled) -> str:
         how = (
             f"{settings.samples:,} samples, {settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}"
         )
+        how += f" on {settings.guidance_channels} channels" if settings.guidance_channels else ""
         lines += [f"| {name} | {value:.4g} | {how} |" for name, value in (metrics or {"values": {}})["values"].items()]
     return (
         "\n".join(["| metric | value | sampling |", "|---|--:|---|", *lines]) if lines else f"Not evaluated. {FILL_IN}"
     )
 
 
-def _price(sweep: Sweep, published: Sampled, flops_per_image: float) -> str:
+def _price(sweep: Sweep, published: Sampled, cost: Cost) -> str:
+    flops_per_image = cost.training_flops(sweep.recipe.train_of(published.model).lane_images)
     facts = manifest.require(sweep.run(published.model).published_at(published.images_seen))
     words = [f"{published.images_seen:,} images seen, {published.images_seen * flops_per_image / 1e18:.3g} EFLOP"]
     if hours := facts.get(WORKER_HOURS):

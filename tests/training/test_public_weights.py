@@ -54,6 +54,10 @@ def test_imported_weights_compute_what_the_public_code_does_and_are_due_for_eval
     assert state.trained(sweep, "dis")
     assert state.evaluations_left(sweep, ["dis"]) == [Sampled("dis", 1024)]
     assert invoke(*words(tmp_path, file))[0] == 0, "a rerun changes nothing"
+    assert invoke("export", run.published_at(1024).url, str(tmp_path / "export"))[0] == 0
+    card = (tmp_path / "export/README.md").read_text()
+    assert "weights are those of `dis.pt`" in card
+    assert "images seen" not in card, "nobody here knows the price"
 
 
 def test_imported_weights_are_sampled_and_begin_another_training(tmp_path: Path, file: Path) -> None:
