@@ -35,12 +35,15 @@ class Located:
 
     @contextmanager
     def fetched(self) -> Iterator[Path]:
-        """Give the file as a local path: itself, or a temporary copy, which is compared with the folder's manifest, if any."""
+        """Give the file as a local path: itself, or a temporary copy; Damaged if it differs from the folder's manifest."""
+        contents = manifest.find(self.folder)
+        sealed = contents is not None and self.name in contents["files"]
         if self.folder.local:
+            if contents and sealed:
+                manifest.read(self.folder, self.name, contents)
             yield self.folder.local / self.name
             return
-        contents = manifest.find(self.folder)
-        data = manifest.read(self.folder, self.name, contents) if contents else self.folder.read(self.name)
+        data = manifest.read(self.folder, self.name, contents) if contents and sealed else self.folder.read(self.name)
         with tempfile.TemporaryDirectory() as scratch:
             copy = Path(scratch) / self.name
             copy.write_bytes(data)

@@ -10,7 +10,7 @@ import torch
 
 import dis_scale
 from dis_scale import report as reports
-from dis_scale.errors import UserError
+from dis_scale.errors import Damaged, UserError
 from dis_scale.sweep import Sampled
 from tests.evaluation.test_pictures import published_sweep
 from tests.report.test_report import put
@@ -55,6 +55,15 @@ def test_a_model_has_its_published_weights(sweep: dis_scale.Sweep) -> None:
     assert (model.training, model.shape, model.num_classes) == (False, (3, 32), 10)
     same = sweep.load("dis", 320).state_dict()
     assert all(torch.equal(weight, same[name]) for name, weight in model.state_dict().items())
+
+
+def test_damaged_weights_are_refused(sweep: dis_scale.Sweep) -> None:
+    file = sweep.stored.run("dis").published_at(320).local / "weights.safetensors"  # type: ignore[operator]
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(Damaged, match=r"weights\.safetensors"):
+        sweep.load("dis")
 
 
 def test_images_are_of_all_classes_or_of_the_named_ones(sweep: dis_scale.Sweep) -> None:
