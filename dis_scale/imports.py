@@ -18,4 +18,4 @@ def hidden(module: str) -> Iterator[None]:
     try:
         yield
     finally:
-        del sys.modules[module]
+        sys.modules.pop(module, None)

@@ -33,6 +33,11 @@ def default_uri(root: Folder) -> str:
 
 def open_client(uri: str) -> Any:
     """Return a client that gives up on an unreachable server within seconds: rows wait in storage for the next one."""
+    return _mlflow().MlflowClient(tracking_uri=uri)
+
+
+def _mlflow() -> Any:
+    """Import MLflow, after the settings that it reads then."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -42,15 +47,13 @@ def open_client(uri: str) -> Any:
 
     for name in ("mlflow", "mlflow.store.db.utils", "alembic"):  # they log at INFO each table that they create
         logging.getLogger(name).setLevel(logging.WARNING)
-    return mlflow.MlflowClient(tracking_uri=uri)
+    return mlflow
 
 
 def require_usable(uri: str) -> str:
     """Return in words what an MLflow is; raises whatever MLflow raises. An SQLite file that is missing is not made."""
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
-        import mlflow  # it works
-
-        return f"{mlflow.__version__}, {uri} is made by the first sweep"
+        return f"{_mlflow().__version__}, {uri} is made by the first sweep"
     experiments = open_client(uri).search_experiments(max_results=1000)
     return f"{uri} answers: {len(experiments)} experiments"
 
@@ -92,10 +95,11 @@ def _create_run(ids: dict[str, Any], name: str, tags: dict[str, str], parameters
 
 def _run_exists(uri: str, run: str) -> bool:
     """Whether MLflow still knows the run: its database may have been replaced since the sweep began."""
+    client = open_client(uri)
     from mlflow.exceptions import MlflowException
 
     try:
-        open_client(uri).get_run(run)
+        client.get_run(run)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return False
