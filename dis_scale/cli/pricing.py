@@ -8,17 +8,16 @@ from rich import box
 from rich.table import Table
 
 from dis_scale.cli.shared import (
-    NAME_THE_NUMBER,
     AsJson,
     Overrides,
     RecipePath,
     SourceImages,
     console,
-    count_images,
     print_json,
     say,
+    source_images,
 )
-from dis_scale.errors import DisScaleError, UserError, nearest
+from dis_scale.errors import UserError, nearest
 from dis_scale.recipe.shipped import EMBEDDED
 
 if TYPE_CHECKING:
@@ -61,11 +60,7 @@ def plan(
     forecast = on_fleet(priced, fleet) if fleet else None
     if not as_json:
         console().print(table(priced))
-    source, unknown = images, ""
-    try:
-        source = source or count_images(settings)
-    except DisScaleError as error:
-        unknown = f"{error}; {NAME_THE_NUMBER}"
+    source, unknown = source_images(settings, images)
     if as_json:
         found = {"recipe": settings.name, "plan": derive(priced, source), "source_unknown": unknown, "fleet": forecast}
         print_json(found | {"study": [cell._asdict() for cell in study]})

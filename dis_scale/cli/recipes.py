@@ -7,14 +7,13 @@ import typer
 from rich.table import Table
 
 from dis_scale.cli.shared import (
-    NAME_THE_NUMBER,
     AsJson,
     Overrides,
     SourceImages,
     console,
-    count_images,
     print_json,
     say,
+    source_images,
 )
 from dis_scale.errors import DisScaleError
 
@@ -108,10 +107,8 @@ def _derived(recipe: "Recipe", images: int | None) -> dict[str, Any]:
 
     shape = vae.planned_shape(recipe.vae, recipe.data.resolution)
     plan = price_sweep(isoflop.written_out(recipe, shape), shape)
-    try:
-        return derive(plan, images or count_images(recipe))
-    except DisScaleError as error:
-        return derive(plan, None) | {"source_unknown": f"{error}; {NAME_THE_NUMBER}"}
+    source, unknown = source_images(recipe, images)
+    return derive(plan, source) | ({"source_unknown": unknown} if unknown else {})
 
 
 def _lines(recipe: "Recipe", numbers: dict[str, Any]) -> list[str]:

@@ -8,9 +8,6 @@ import typer
 from dis_scale.cli.shared import AsJson, At, Model, SweepUrl, console, print_json, say
 from dis_scale.errors import UserError
 
-FIGURES = (".png", ".svg")
-"""Endings of a comparison's figure."""
-
 
 def report(
     sweep: SweepUrl,
@@ -47,8 +44,12 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Show two sweeps side by side, with the errors of their differences, and how the sweeps differ."""
-    if figure and figure.suffix not in FIGURES:
-        raise UserError(f"--figure {figure}: expected a file that ends in {' or '.join(FIGURES)}")
+    if figure:
+        from dis_scale.report import figures
+
+        endings = [f".{kind}" for kind in figures.FORMATS]
+        if figure.suffix not in endings:
+            raise UserError(f"--figure {figure}: expected a file that ends in {' or '.join(endings)}")
 
     from dis_scale.report import collect, plan_of
     from dis_scale.report import compare as comparison
@@ -69,8 +70,6 @@ def compare(
     else:
         console().print(table)
     if figure:
-        from dis_scale.report import figures
-
         drawn = [d for d in found if not d.a.variant and d.a.images_seen in (first.counts[-1], second.counts[-1])]
         unlike = comparison.unlike_words(first, second, drawn)
         figure.write_bytes(figures.render(figures.both(first, second, unlike))[figure.suffix.removeprefix(".")])

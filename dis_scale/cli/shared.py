@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from dis_scale import jsonlog
-from dis_scale.errors import UserError
+from dis_scale.errors import DisScaleError, UserError
 from dis_scale.jsonlog import JsonLines
 from dis_scale.recipe import shipped
 
@@ -74,12 +74,17 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1))
 
 
-def count_images(recipe: "Recipe") -> int:
-    """List the recipe's source and return the number of its images; progress is on stderr."""
+def source_images(recipe: "Recipe", given: int | None) -> tuple[int | None, str]:
+    """Return the number of the source's images, as given or by listing it, or None and why; progress is on stderr."""
     from dis_scale.data.sources import open_source
     from dis_scale.progress import listing_words
 
-    return len(open_source(recipe.data, None, listing_words(lambda line: print(line, file=sys.stderr))))
+    if given:
+        return given, ""
+    try:
+        return len(open_source(recipe.data, None, listing_words(say_aside))), ""
+    except DisScaleError as error:
+        return None, f"{error}; {NAME_THE_NUMBER}"
 
 
 def require_folder(out: Path, option: str = "--out") -> None:

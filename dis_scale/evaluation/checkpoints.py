@@ -36,17 +36,14 @@ class Located:
     @contextmanager
     def fetched(self) -> Iterator[Path]:
         """Give the file as a local path: itself, or a temporary copy; Damaged if it differs from the folder's manifest."""
-        contents = manifest.find(self.folder)
-        sealed = contents is not None and self.name in contents["files"]
+        contents = manifest.find(self.folder) or {"files": {}}
+        data = manifest.read(self.folder, self.name, contents) if self.name in contents["files"] else None
         if self.folder.local:
-            if contents and sealed:
-                manifest.read(self.folder, self.name, contents)
             yield self.folder.local / self.name
             return
-        data = manifest.read(self.folder, self.name, contents) if contents and sealed else self.folder.read(self.name)
         with tempfile.TemporaryDirectory() as scratch:
             copy = Path(scratch) / self.name
-            copy.write_bytes(data)
+            copy.write_bytes(self.folder.read(self.name) if data is None else data)
             yield copy
 
 

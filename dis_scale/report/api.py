@@ -105,7 +105,7 @@ class StoredSweep:
         return collect(self.stored, plan_of(self.stored))
 
     def _published(self, model: str, images: int | None) -> Folder:
-        """Return the folder of a model's published weights; UserError if there are none."""
+        """Return the folder of a model's published weights; UserError without any."""
         counts = self.images(model)
         if not counts or (images is not None and images not in counts):
             at = "" if images is None else f" at {images:,} images"
