@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import fcntl
 import json
+import logging
 import os
 import re
 import secrets
@@ -127,6 +128,9 @@ def client_of(address: str | None) -> JobSubmissionClient:
     Any other Ray's token comes from the environment, by Ray's rules. Raises ConnectionError if no Ray answers.
     """
     token = _token_of(address) if address else None
+    logging.getLogger(JobSubmissionClient.__module__).setLevel(
+        logging.WARNING
+    )  # it reports each websocket's normal end
     return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
 
 
