@@ -29,7 +29,7 @@ from dis_scale.recipe import Recipe, Train
 from dis_scale.scan import choose
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import PointName, Run, Sweep
-from dis_scale.tracking.goodput import ATTEMPT, GOODPUT, MEMORY, TRAINED_ON, Goodput, spent_by_trunk
+from dis_scale.tracking.goodput import ATTEMPT, GOODPUT, MEMORY, TRAINED_ON, Goodput, facts_for_branch
 from dis_scale.tracking.rows import RowWriter
 from dis_scale.training import checkpoint, ema, engine, warm_start
 from dis_scale.training.bad_step import dump_step
@@ -118,7 +118,7 @@ def train_model(attempt: Attempt) -> int:
         return facts | {TRAINED_ON: machines, MEMORY: memory_gib} | goodput.facts(now)
 
     # Record the start. Publish at 0 images, or again if the weights published at this resume point were deleted.
-    goodput = Goodput.begin(earlier, time.time(), world)
+    goodput = Goodput.begin(earlier, attempt.start.requested_at, time.time(), world)
     if rank == 0:
         rows.add(images_seen, {ATTEMPT: attempt.number})
         rows.flush()
@@ -313,7 +313,12 @@ def start(attempt: Attempt, latents: Latents, passes: int) -> tuple[Engine, Back
             attempt.log(f"{attempt.model}: {transfer.words(model.settings, settings.base_width)}")
     if point is None:
         return state, model, images_seen, {}
-    return state, model, images_seen, point.manifest if own else spent_by_trunk(point.manifest, time.time())
+    return (
+        state,
+        model,
+        images_seen,
+        point.manifest if own else facts_for_branch(point.manifest, attempt.start.requested_at),
+    )
 
 
 def _agreed_resume_point(attempt: Attempt) -> ResumePoint | None:
