@@ -71,9 +71,14 @@ def encoding_of(vae: Vae, resolution: int, device: str) -> Encoding:
     return Encoding(vae.identity, vae.scale, vae.shift, shape, device, str(torch.__version__), vae.posterior)
 
 
+def hardware(device: str) -> str:
+    """Return the kind of this process's device, on which the bits of sums depend."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+
+
 def require_same_hardware(latents: Folder, device: str) -> None:
-    """UserError if another kind of hardware started this set: its sums, and so its bytes, would differ."""
-    ours = torch.cuda.get_device_name() if device == "cuda" else f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+    """Raise UserError if another kind of hardware started this set: its sums, and so its bytes, would differ."""
+    ours = hardware(device)
     latents.create(HARDWARE, json.dumps(ours).encode())
     if (theirs := latents.read_json(HARDWARE)) != ours:
         raise UserError(

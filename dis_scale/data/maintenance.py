@@ -1,9 +1,9 @@
-"""Maintenance of finished latents: verify, repair, describe. Behind `dis-scale data`.
+"""Maintenance of finished latents: verify, repair, describe, decode. Behind `dis-scale data verify`, `repair` and `show`.
 
 A rebuilt shard is compared with the manifest before it is written: it has the same bytes or it is not written.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from dis_scale import vae
 from dis_scale.data import mixing, shards
-from dis_scale.data.encode import HARDWARE, Setup, compute_exactly, encode_mixed, encode_shards, require_same_hardware
+from dis_scale.data.encode import HARDWARE, Setup, compute_exactly, encode_mixed, encode_shards, hardware
 from dis_scale.data.shards import EncodedShard
 from dis_scale.data.sources import open_source
 from dis_scale.errors import StorageError, UserError
@@ -23,8 +23,8 @@ from dis_scale.sweep import LATENTS, Sweep
 from dis_scale.sweep.state import require_latents, require_same_vae
 from dis_scale.vae import PixelVae, Vae
 
-GRID = 100
-"""Images in the grid of `dis-scale data show`, from up to ten shards."""
+GRID, GRID_SHARDS = 100, 10
+"""Most images in the grid of `dis-scale data show`, and most shards that they come from."""
 AT_ONCE = 8
 """Images decoded together: some GB of memory at Stable Diffusion's size."""
 
@@ -42,12 +42,11 @@ def locate_latents(url: str) -> tuple[Folder | None, Folder]:
 
 
 def verify(latents: Folder, fast: bool, report: ReportShare) -> dict[str, str]:
-    """Compare all shards with the manifest's hashes, or only their sizes if `fast`; return the damage by shard, in order."""
+    """Return the damage by shard, in order: against the manifest's hashes, or only its sizes if `fast`, which reports nothing."""
     entries = manifest.require(latents)["shards"]
     if fast:
         sizes = latents.sizes()
-        checked: Iterator[str | None] = (_wrong_size(latents, e, sizes.get(e["name"])) for e in entries)
-        return {e["name"]: damage for e, damage in zip(entries, checked, strict=True) if damage}
+        return {e["name"]: damage for e in entries if (damage := _wrong_size(latents, e, sizes.get(e["name"])))}
     damaged = {}
     with ThreadPoolExecutor(shards.READS_AT_ONCE) as pool:
         for i, damage in enumerate(pool.map(lambda e: _damage(latents, e), entries)):
@@ -58,7 +57,7 @@ def verify(latents: Folder, fast: bool, report: ReportShare) -> dict[str, str]:
 
 
 def require_undamaged(latents: Folder, damaged: dict[str, str], sweep: Folder | None) -> None:
-    """StorageError with the command that repairs, if a shard is damaged."""
+    """Raise StorageError with the command that repairs, if a shard is damaged."""
     if damaged:
         raise StorageError(
             f"{latents}: {len(damaged)} of {len(manifest.require(latents)['shards'])} shards are damaged; "
@@ -69,7 +68,7 @@ def require_undamaged(latents: Folder, damaged: dict[str, str], sweep: Folder | 
 def repair(url: str, report: ReportShare, listed: ReportDone) -> list[str]:
     """Rebuild the damaged shards of a sweep's latents; return their names.
 
-    UserError if this machine would make other bytes, StorageError if it made them.
+    UserError if another setup encoded them; StorageError if a rebuilt shard has another hash: it is not written.
     """
     sweep, latents = locate_latents(url)
     if sweep is None:
@@ -79,10 +78,10 @@ def repair(url: str, report: ReportShare, listed: ReportDone) -> list[str]:
     damaged = verify(latents, False, report)
     if damaged:
         facts = manifest.require(latents)
-        setup = _same_setup(Sweep.open(sweep.url), latents, facts, listed)
+        setup = _prepare_rebuild(Sweep.open(sweep.url), latents, facts, listed)
         entries = {int(entry["name"].partition(".")[0]): entry for entry in facts["shards"]}
         numbers = [n for n, entry in entries.items() if entry["name"] in damaged]
-        if setup.source.mixed:
+        if setup.source.mixed:  # its listing is in the mixed order already
             rebuilt = encode_shards(setup, numbers, lambda _: None)
         else:
             rebuilt = encode_mixed(setup, numbers, set(facts["refused"]))
@@ -136,17 +135,17 @@ def load_decoder(sweep: Folder | None, latents: Folder, path: str | None) -> Vae
 
 
 def decode_examples(latents: Folder, decoder: Vae) -> np.ndarray:
-    """Decode up to `GRID` posterior means to uint8 (N, H, W, 3), evenly from up to ten shards."""
+    """Decode up to `GRID` images, evenly from up to ten shards, to uint8 (N, H, W, 3): means of posteriors, or stored latents."""
     facts = manifest.require(latents)
     entries, (channels, _) = [entry for entry in facts["shards"] if entry["count"]], facts["latent"]
-    chosen = entries[:: -(-len(entries) // 10)]
-    images = []
+    chosen = entries[:: -(-len(entries) // GRID_SHARDS)]
+    per_shard, images = GRID // len(chosen), []
     for entry in chosen:
         moments = shards.unpack(manifest.verified(latents, entry["name"], entry), f"{latents}/{entry['name']}").moments
-        rows = moments[:: max(1, len(moments) // (GRID // len(chosen)))][: GRID // len(chosen), 0]
-        mean = rows[:, :channels].astype(np.float32)
-        few = torch.from_numpy(decoder.scaling.apply(mean)).split(AT_ONCE)
-        images += [decoder.decode(latents_BCHW) for latents_BCHW in few]
+        originals = moments[:: max(1, len(moments) // per_shard)][:per_shard, 0]  # 1 is the horizontal flip
+        mean = originals[:, :channels].astype(np.float32)  # the variance, if any, follows
+        batches = torch.from_numpy(decoder.scaling.apply(mean)).split(AT_ONCE)
+        images += [decoder.decode(latents_BCHW) for latents_BCHW in batches]
     return np.concatenate(images)
 
 
@@ -166,8 +165,8 @@ def _wrong_size(latents: Folder, entry: dict[str, Any], size: int | None) -> str
     return f"{latents}/{entry['name']}: {size} bytes, its manifest says {entry['bytes']}"
 
 
-def _same_setup(sweep: Sweep, latents: Folder, facts: dict[str, Any], listed: ReportDone) -> Setup:
-    """Return the setup that encoded the set; UserError if it is not available, since the bytes would differ."""
+def _prepare_rebuild(sweep: Sweep, latents: Folder, facts: dict[str, Any], listed: ReportDone) -> Setup:
+    """Open what encoded the set, and set PyTorch as it was; UserError if something differs, since the bytes would."""
     if "mixing" not in facts:
         raise UserError(
             f"{latents}: made by an earlier version, in the source's order, and this version cannot rebuild its shards; give the "
@@ -180,8 +179,8 @@ def _same_setup(sweep: Sweep, latents: Folder, facts: dict[str, Any], listed: Re
         raise UserError(f"{latents}: encoded with {'; '.join(different)}: a rebuilt shard would have other bytes")
     if facts["device"] == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{latents}: encoded on cuda, and there is no GPU here: a rebuilt shard would have other bytes")
-    if latents.exists(HARDWARE):
-        require_same_hardware(latents, facts["device"])
+    if latents.exists(HARDWARE) and (theirs := latents.read_json(HARDWARE)) != (here := hardware(facts["device"])):
+        raise UserError(f"{latents}: encoded on {theirs!r}, this is {here!r}: a rebuilt shard would have other bytes")
     compute_exactly(tf32=sweep.recipe.precompute.precision == "tf32")
     setup.vae.net.to(facts["device"])
     return setup

@@ -8,7 +8,7 @@ from PIL import Image
 
 from dis_scale import vae
 from dis_scale.data import shards
-from dis_scale.data.encode import Setup, compute_exactly, encoding_of, put_shards
+from dis_scale.data.encode import HARDWARE, Setup, compute_exactly, encoding_of, put_shards
 from dis_scale.data.sources import open_source
 from dis_scale.recipe import TrainedVae, reading
 from dis_scale.storage import manifest
@@ -121,6 +121,14 @@ def test_a_set_in_another_mixed_order_is_not_repaired(tmp_path: Path) -> None:
     latents.write("000000.tar", b"damaged")
     code, output = run("repair", sweep.folder.url)
     assert (code, "encoded with order other, now" in output) == (2, True)
+
+
+def test_a_set_of_other_hardware_is_not_repaired(tmp_path: Path) -> None:
+    sweep, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images")
+    latents.write_json(HARDWARE, "CPU with VSX")
+    latents.write("000000.tar", b"damaged")
+    code, output = run("repair", sweep.folder.url)
+    assert (code, "encoded on 'CPU with VSX', this is 'CPU with " in output) == (2, True)
 
 
 def test_a_folder_of_latents_alone_cannot_be_repaired(tmp_path: Path) -> None:
