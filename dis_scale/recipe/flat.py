@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from dis_scale.recipe import Recipe
-from dis_scale.recipe.identity import in_recipe
+from dis_scale.recipe.identity import as_yaml
 from dis_scale.recipe.settings import Settings
 
 
@@ -18,7 +18,7 @@ class Setting(NamedTuple):
     @property
     def words(self) -> str:
         """The value as a recipe has it."""
-        return in_recipe(self.value)
+        return as_yaml(self.value)
 
 
 class Differing(NamedTuple):

@@ -12,20 +12,23 @@ from dis_scale.recipe.settings import Settings
 
 def identity_differences(stored: Recipe, given: Recipe) -> list[str]:
     """Return one line for each change that `given` may not make to the sweep `stored`; empty if it may continue."""
-    lines = [f"{key}: stored {in_recipe(old)}, given {in_recipe(new)}" for key, old, new in differing(stored, given)]
+    lines = [f"{key}: stored {as_yaml(old)}, given {as_yaml(new)}" for key, old, new in differing(stored, given)]
     lines += _named_differences("models", stored.models, given.models)
     lines += _named_differences("evaluate.variants", stored.evaluate.variants, given.evaluate.variants)
     lines += _published_differences("train", stored.train, given.train)
     lines += _budget_differences(stored.isoflop, given.isoflop)
     for name in stored.models.keys() & given.models.keys():
-        own = {"publish_images", "decay"}
-        if own & (stored.models[name].train.changes.keys() | given.models[name].train.changes.keys()):
+        extents = {"publish_images", "decay"}
+        if extents & (stored.models[name].train.changes.keys() | given.models[name].train.changes.keys()):
             lines += _published_differences(f"models.{name}.train", stored.train_of(name), given.train_of(name))
     return sorted(lines)
 
 
 def _published_differences(where: str, stored: Train, given: Train) -> list[str]:
-    """Published counts may only be added after the last one; with a decay, none at all."""
+    """Return a line if the published counts may not change so.
+
+    New counts come after the last stored one; a list that ends before it is refused, with a decay also one that ends later.
+    """
     before, now = set(stored.publish_images), set(given.publish_images)
     if not before or not now:
         return []  # a study: its models have counts of their own
@@ -39,48 +42,44 @@ def _published_differences(where: str, stored: Train, given: Train) -> list[str]
 
 
 def _budget_differences(stored: Isoflop | None, given: Isoflop | None) -> list[str]:
-    """Budgets may only be added above the largest one: its trunks may have passed the others."""
+    """Return a line for a new budget below the largest stored one: the training of each size may be past it."""
     if stored is None or given is None:
         return []
     passed = [n for n in given.flops if n < stored.flops[-1] and n not in stored.flops]
-    return (
-        [f"isoflop.flops: {passed[0]:g} is below {stored.flops[-1]:g}, whose trunks may have passed it"]
-        if passed
-        else []
-    )
+    return [f"isoflop.flops: {n:g} is below {stored.flops[-1]:g}, whose trunks may have passed it" for n in passed[:1]]
 
 
 def _named_differences(where: str, stored: Mapping[str, Settings], given: Mapping[str, Settings]) -> list[str]:
-    """Named parts may be added and removed, but not change under their name."""
+    """Return a line for each named part that changes under its name; parts may be added and removed."""
     return [
-        f"{where}.{name}.{key}: stored {in_recipe(old)}, given {in_recipe(new)}"
+        f"{key}: stored {as_yaml(old)}, given {as_yaml(new)}"
         for name in stored.keys() & given.keys()
-        for key, old, new in differing(stored[name], given[name])
+        for key, old, new in differing(stored[name], given[name], f"{where}.{name}.")
     ]
 
 
-def in_recipe(value: Any) -> str:
-    """Return a setting's value as a recipe has it."""
+def as_yaml(value: Any) -> str:
+    """Format a setting's value as in a recipe."""
     if isinstance(value, tuple | list | dict | Settings):
         return yaml.safe_dump(_plain(value), default_flow_style=True, sort_keys=False, width=1000).strip()
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _plain(value: Any) -> Any:
-    """Return a value without types of ours."""
+    """Return a value as plain YAML types."""
     if isinstance(value, tuple | list):
         return [_plain(each) for each in value]
     return value.model_dump(mode="json") if isinstance(value, Settings) else value
 
 
 def differing(stored: Settings, given: Settings, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield key and both values of each setting of identity that differs."""
-    if type(stored) is not type(given):
-        yield prefix.rstrip("."), stored, given
+    """Yield key, stored and given value of each setting that may not change: those without a role, and hashes already pinned."""
+    if type(stored) is not type(given):  # two alternatives, which their `kind` names
+        yield f"{prefix}kind", stored.model_dump()["kind"], given.model_dump()["kind"]
         return
     for name, field in type(stored).model_fields.items():
         old, new = getattr(stored, name), getattr(given, name)
-        role = (field.json_schema_extra or {}).get("role") if isinstance(field.json_schema_extra, Mapping) else None
+        role = extra.get("role") if isinstance(extra := field.json_schema_extra, Mapping) else None
         if isinstance(old, Settings) and isinstance(new, Settings):
             yield from differing(old, new, f"{prefix}{name}.")
         elif old != new and (role is None or (role == "pin" and old is not None)):

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dis_scale.errors import UserError
-from dis_scale.recipe.identity import differing, in_recipe
+from dis_scale.recipe.identity import as_yaml, differing
 from dis_scale.report.points import FORKED, Point, Report
 from dis_scale.report.tables import FACTS, UNFINISHED
 
@@ -119,7 +119,7 @@ def _require_comparable(a: Report, b: Report) -> None:
     for what, x, y in facts:
         if x != y:
             raise UserError(
-                f"{what}: {a.sweep} has {in_recipe(x)}, {b.sweep} has {in_recipe(y)}: their distances cannot be compared"
+                f"{what}: {a.sweep} has {as_yaml(x)}, {b.sweep} has {as_yaml(y)}: their distances cannot be compared"
             )
 
 
@@ -184,11 +184,11 @@ def _unlike(a: Report, b: Report, pair: Difference) -> Iterator[tuple[str, str, 
     for part, own, others in settings:
         for key, one, other in differing(own, others):
             if not key.startswith(("train.", "seed")):
-                yield f"{part}.{key}" if key else part, in_recipe(one), in_recipe(other)
+                yield f"{part}.{key}", as_yaml(one), as_yaml(other)
     if x.seed != y.seed:
         yield "seed", str(x.seed), str(y.seed)
     if mine.images != theirs.images and {mine.decay, theirs.decay} != {"none"}:
         yield "end of the schedule", f"{mine.images:,}", f"{theirs.images:,}"
     for key in (*FACTS, FORKED):
         if (one := pair.a.facts.get(key)) != (other := pair.b.facts.get(key)):
-            yield key, in_recipe(one), in_recipe(other)
+            yield key, as_yaml(one), as_yaml(other)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dis_scale.recipe import Evaluate, ModelTrain, Recipe, Train, Variant
-from dis_scale.recipe.identity import in_recipe
+from dis_scale.recipe.identity import as_yaml
 from dis_scale.recipe.schema import docstrings, subclasses
 from dis_scale.recipe.settings import Settings
 from docs.reference.markdown import code, table
@@ -94,7 +94,7 @@ def _rows(part: type[Settings]) -> Iterator[tuple[str, ...]]:
         default = None if field.is_required() else field.get_default(call_default_factory=True)
         references, role = _references(value), value.get("role")
         section = bool(references) and value.get("type") != "array"
-        words = "required" if field.is_required() else "" if isinstance(default, Settings) else code(in_recipe(default))
+        words = "required" if field.is_required() else "" if isinstance(default, Settings) else code(as_yaml(default))
         change = "" if section and not role else MAY_CHANGE[role]
         yield code(name), _type(value), words, change, described.get(name) or _purpose(references)
 

@@ -238,6 +238,11 @@ def test_identity_may_not_change(tiny: Recipe, changed: str, words: str) -> None
     assert words in differences
 
 
+def test_a_model_may_not_become_one_of_another_kind(tiny: Recipe) -> None:
+    other = reading.load(TINY, ["models.dit={kind: dis, width: 16, depth: 2, patch: 4}"])
+    assert identity_differences(tiny, other) == ["models.dit.kind: stored dit, given dis"]
+
+
 def test_longer_training_is_refused_if_the_schedule_has_an_end() -> None:
     begun = reading.load(TINY, ["train.decay=linear"])
     longer = reading.load(TINY, ["train.decay=linear", "train.publish_images=[0, 160, 320, 640]"])
