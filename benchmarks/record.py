@@ -79,7 +79,7 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def main(name: str, *modules: str) -> int:
-    """Return 1 if a benchmark failed, otherwise 0; the others run all the same."""
+    """Return 1 if a benchmark failed, otherwise 0; the others run anyway."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     result = read(path)

@@ -79,7 +79,7 @@ def train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
                 if job.status() != "SUCCEEDED":
                     why = _failure(driver, job, model)
                     if state.trained(sweep, model):
-                        driver.board.say(f"{model} is trained all the same: its last count is published")
+                        driver.board.say(f"{model} is trained anyway: its last count is published")
                         continue
                     _fail(driver, failures, model, why)
         if failures.evaluation is None and evaluated and evaluation.status() != "SUCCEEDED":

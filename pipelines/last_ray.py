@@ -1,4 +1,7 @@
-"""Which Ray a command uses, and where a sweep last ran: the sweep of a cluster does not continue on a laptop by accident."""
+"""Which Ray a command uses, and where a sweep last ran: the sweep of a cluster does not continue on a laptop by accident.
+
+A damaged file counts as missing: the sweep may then continue anywhere.
+"""
 
 import logging
 import os
@@ -17,16 +20,17 @@ class LastRay:
     """The Ray that a sweep last ran on, as it is stored in the sweep's folder."""
 
     address: str | None
-    """Dashboard of a Ray that the command started itself; None for a cluster."""
+    """URL of the dashboard of a Ray that the command started itself; None for a cluster."""
     host: str
     """Machine of the command's process; on a cluster the node of its Ray job."""
     gpus: int = 0
+    """GPUs of the cluster."""
     kuberay: str | None = None
-    """Name of KubeRay's cluster, which its operator sets in each pod."""
+    """Name of the RayCluster, which KubeRay's operator sets in each pod; None elsewhere."""
     slurm: str | None = None
-    """Number of the Slurm job."""
+    """ID of the Slurm job; None elsewhere."""
 
-    def cancel(self) -> str:
+    def cancel_hint(self) -> str:
         """Return what to type to take a job out of the queue of that kind of cluster; empty if it has none."""
         if self.kuberay:
             return (
@@ -34,7 +38,7 @@ class LastRay:
             )
         return f"scancel JOB (squeue lists the jobs; the last was {self.slurm})" if self.slurm else ""
 
-    def cure(self, sweep: Sweep) -> str:
+    def continue_hint(self, sweep: Sweep) -> str:
         """Return what to type to continue the sweep on a cluster of that kind."""
         if self.kuberay:
             return (
@@ -47,7 +51,7 @@ class LastRay:
 
 
 def words() -> str:
-    """Say which Ray this process uses."""
+    """Return a description of the Ray that this process uses."""
     address = ray_address()
     return f"the cluster at RAY_ADDRESS={address}" if address else "one of its own on this machine (no RAY_ADDRESS)"
 
@@ -70,23 +74,29 @@ def find(sweep: Sweep) -> LastRay | None:
     return LastRay(**{key: value for key, value in last.items() if key in known})
 
 
-def require_same_kind(sweep: Sweep) -> None:
-    """UserError if the sweep last ran on a cluster, and would continue on a Ray of this machine alone."""
+def refuse_local_after_cluster(sweep: Sweep) -> None:
+    """Raise UserError if the sweep last ran on a cluster, and would continue on a Ray of this machine alone."""
     last = find(sweep)
     if last is None or last.address or ray_address():
         return
     raise UserError(
         f"{sweep} last ran on a Ray cluster with {last.gpus} GPUs (its driver was on {last.host}), and RAY_ADDRESS is not set: "
-        f"nothing was started here. To continue there: {last.cure(sweep)}. "
-        "To continue on this machine all the same, add --here"
+        f"nothing was started here. To continue there: {last.continue_hint(sweep)}. "
+        "To continue on this machine anyway, add --here"
     )
 
 
 def address_of(sweep: Sweep) -> str:
-    """Return the dashboard of the Ray that the sweep started on this machine; UserError if it ran elsewhere or never."""
+    """Return the dashboard of the Ray that the sweep last ran on, if a command on this machine started it; UserError otherwise.
+
+    That Ray may have ended since.
+    """
     last = find(sweep)
     if last and last.address and last.host == socket.gethostname():
         return last.address
     where = f" (it last ran on {last.host})" if last else ""
-    queued = f"; if it waits in a queue: {last.cancel()}" if last and last.cancel() else ""
-    raise UserError(f"{sweep}: no Ray is known here{where}: --address http://HOST:8265, or set RAY_ADDRESS{queued}")
+    hint = last.cancel_hint() if last else ""
+    queued = f"; if it waits in a queue: {hint}" if hint else ""
+    raise UserError(
+        f"{sweep}: no Ray is known here{where}: to name it, add --address http://HOST:8265 or set RAY_ADDRESS{queued}"
+    )

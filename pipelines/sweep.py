@@ -73,7 +73,7 @@ def run_sweep(recipe: Recipe, console: Console, here: bool = False) -> None:
             board.say("nothing to do: every model is trained and evaluated at every published count")
         else:
             if not here:
-                last_ray.require_same_kind(sweep)
+                last_ray.refuse_local_after_cluster(sweep)
             driver = Driver(sweep, board)
             failures = _run_stages(driver, plan, store)
             sweep = driver.sweep  # of the running sweep, if it joined one

@@ -36,7 +36,7 @@ def sweep(tmp_path: Path, tiny: Recipe) -> Path:
             "from the 2 averages published so far it can be rebuilt to within",
         ),
         (["ablate", "ema", "{}/none", "dis"], "/none: expected a folder with recipe.yaml"),
-        (["stop", "{}"], "no Ray is known here: --address http://HOST:8265, or set RAY_ADDRESS"),
+        (["stop", "{}"], "no Ray is known here: to name it, add --address http://HOST:8265 or set RAY_ADDRESS"),
         (["stop", "{}", "--address", "http://127.0.0.1:9"], "no Ray answers at http://127.0.0.1:9"),
         (["fork", "{}/none", "dis", "--at", "0", "--as", "new"], "/none: expected a folder with recipe.yaml"),
         (["report", "{}/none"], "/none: expected a folder with recipe.yaml"),

@@ -170,7 +170,7 @@ def test_what_no_result_needs_is_found_and_deleted(sweep: Sweep, tmp_path: Path)
     used = listing.folder_of(store, sweep.recipe.data.source.model_dump(mode="json"))
     manifest.put(used, {"a.npz": b"1"})
     manifest.put(store / "listings/unused", {"a.npz": b"1"})
-    found = retention.find_unneeded(sweep) + retention.find_unshared(store)
+    found = retention.find_unneeded(sweep) + retention.find_unused(store)
     kinds = {each.kind for each in found}
     assert kinds == {"samples", "leases", "failed steps", "latents", "listings"}
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
@@ -179,7 +179,7 @@ def test_what_no_result_needs_is_found_and_deleted(sweep: Sweep, tmp_path: Path)
     assert gone == {Path(str(each.folder)) / name for each in found for name in each.sizes}
     assert {path.name for path in gone if path.parent.name == "lease"} == {"0001", "0001.end"}
     assert (store.list("latents"), store.list("listings")) == (["used"], [used.name])
-    assert retention.find_unneeded(sweep) + retention.find_unshared(store) == []
+    assert retention.find_unneeded(sweep) + retention.find_unused(store) == []
     assert verified(sweep) == []
     with lease.hold(sweep.run("dit").lease) as next_one:
         assert next_one.number == 3
@@ -211,7 +211,7 @@ def test_dead_leases_of_other_machines_are_polled_together(sweep: Sweep, monkeyp
     pauses, pause = list[float](), time.sleep
     monkeypatch.setattr(lease, "STILL_S", 0.5)
     monkeypatch.setattr(lease.time, "sleep", lambda seconds: (pauses.append(seconds), pause(seconds)))
-    assert retention.find_unshared(sweep.store) == []
+    assert retention.find_unused(sweep.store) == []
     assert pauses == [1]
 
 
@@ -235,10 +235,10 @@ def test_nothing_shared_is_unneeded_while_another_sweep_may_use_it(sweep: Sweep,
     other.save_recipe()
     other.folder.write("latents.json", sweep.folder.read("latents.json"))
     small_latents.make(sweep.store / "latents/unused", [4])
-    assert [each.folder.name for each in retention.find_unshared(sweep.store)] == ["unused"]
+    assert [each.folder.name for each in retention.find_unused(sweep.store)] == ["unused"]
     spoil(other)  # type: ignore[operator]
     with pytest.raises(UserError, match=f"latents and listings are kept: .*/other {words}"):
-        retention.find_unshared(sweep.store)
+        retention.find_unused(sweep.store)
 
 
 def test_a_running_sweep_keeps_what_is_shared(sweep: Sweep) -> None:
@@ -247,7 +247,7 @@ def test_a_running_sweep_keeps_what_is_shared(sweep: Sweep) -> None:
         assert other
         sweep.lease("sweep").write_json("0001", holder | {"pid": other.pid, "started": other.create_time()})
         with pytest.raises(UserError, match=f"latents and listings are kept: {sweep} is running .process {other.pid}"):
-            retention.find_unshared(sweep.store)
+            retention.find_unused(sweep.store)
 
 
 def test_data_gc_lists_and_deletes_latents_that_no_sweep_uses(sweep: Sweep) -> None:

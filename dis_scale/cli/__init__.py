@@ -40,7 +40,7 @@ ablations = _group(
 )
 data = _group(
     "Verify, repair, describe and delete latents.",
-    verify=stored.verify, repair=stored.repair, show=stored.show, gc=stored.gc_latents,
+    verify=stored.data_verify, repair=stored.data_repair, show=stored.data_show, gc=stored.data_gc,
 )  # fmt: skip
 recipe = _group(
     "Show a recipe's settings and numbers, compare recipes, list the shipped ones, print their JSON schema.",

@@ -1,4 +1,4 @@
-"""Commands that read back, repair, describe and delete what is in storage."""
+"""Commands on stored files: `dis-scale verify`, `gc` and `delete` of a sweep; `dis-scale data verify`, `repair`, `show`, `gc`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +17,7 @@ Latents = Annotated[str, typer.Argument(help="A sweep's folder, or a folder of l
 
 
 def verify_results(sweep: SweepUrl, as_json: AsJson = False) -> None:
-    """Read back everything that a sweep's results rest on and name what is damaged or missing; exit code 1 if there is any."""
+    """Read all files that a sweep's results need; name those that are damaged or missing, with exit code 1."""
     from dis_scale.progress import Board
     from dis_scale.sweep import Sweep
     from dis_scale.upkeep.verify import verify_sweep
@@ -31,56 +31,67 @@ def verify_results(sweep: SweepUrl, as_json: AsJson = False) -> None:
     if damaged:
         raise DisScaleError(f"{sweep}: {len(damaged)} files are damaged or missing")
     if not as_json:
-        say("complete all that the results rest on was read back")
+        say("complete all files that the results need were read and match their hashes")
 
 
 def gc(sweep: SweepUrl, yes: Yes = False, as_json: AsJson = False) -> None:
-    """List what no result needs, with its size: samples of finished evaluations, old leases, latents that no sweep uses, ...
+    """List what no result needs, with its size: samples of finished evaluations, old leases, ...
 
-    A metric that is added to the recipe later needs samples: they are sampled again.
+    Also latents of the storage root that no sweep uses. A metric that is added to the recipe later generates deleted samples again.
     """
     from dis_scale.sweep import Sweep
     from dis_scale.upkeep import retention
 
     opened, kept = Sweep.open(sweep), list[str]()
-    found = retention.find_unneeded(opened)
+    unneeded = retention.find_unneeded(opened)
     try:
-        found += retention.find_unshared(opened.store)
-    except UserError as error:
+        unneeded += retention.find_unused(opened.store)
+    except UserError as error:  # a sweep there runs or has no latents yet, so it may come to use any
         kept.append(str(error))
-    _remove(found, kept, yes, as_json, f"; to delete them: dis-scale gc {sweep} --yes")
+    _list_or_delete(unneeded, kept, yes, as_json, f"dis-scale gc {sweep} --yes")
 
 
-def gc_latents(
+def data_gc(
     root: Annotated[str, typer.Argument(help="A storage root: latents and listings are below it, and its sweeps.")],
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the latents and listings below a storage root that no sweep there uses: dis-scale data gc outputs --yes"""
+    """List the latents and listings below a storage root that no sweep there uses: dis-scale data gc outputs --yes
+
+    Refused while a sweep there runs or has no latents yet.
+    """
     from dis_scale.upkeep import retention
 
-    found = retention.find_unshared(retention.open_store(root))
-    _remove(found, [], yes, as_json, f"; to delete them: dis-scale data gc {root} --yes")
+    unneeded = retention.find_unused(retention.open_store(root))
+    _list_or_delete(unneeded, [], yes, as_json, f"dis-scale data gc {root} --yes")
 
 
-def _remove(found: "list[Unneeded]", kept: list[str], yes: bool, as_json: bool, remedy: str) -> None:
-    """Print what was found, and delete it if `yes`; otherwise print the remedy."""
+def _list_or_delete(unneeded: "list[Unneeded]", kept: list[str], yes: bool, as_json: bool, remedy: str) -> None:
+    """Print what no result needs and what is kept; delete the former if `yes`, otherwise print the remedy."""
     from dis_scale.upkeep import retention
 
-    files, size_bytes = sum(len(each.sizes) for each in found), sum(each.size_bytes for each in found)
+    files, size_bytes = sum(len(each.sizes) for each in unneeded), sum(each.size_bytes for each in unneeded)
     if not as_json:
         for line in kept:
-            say(f"kept     {line}")
-        for each in found:
-            say(f"{each.kind:<12} {each.folder}: {len(each.sizes):,} files, {each.size_bytes / 1e6:,.1f} MB")
+            say(f"kept         {line}")
+        _print_parts(unneeded)
     if yes:
-        retention.delete(found)
+        retention.delete(unneeded)
     if as_json:
         total = {"files": files, "bytes": size_bytes, "deleted": yes}
-        print_json({"parts": [each.to_json() for each in found], "kept": kept} | total)
+        print_json({"parts": [each.to_json() for each in unneeded], "kept": kept} | total)
         return
-    total_words = f"{size_bytes / 1e9:,.3f} GB in {files:,} files"
-    say(f"deleted  {total_words}" if yes else f"total    {total_words}{remedy}")
+    _print_total(files, size_bytes, yes, remedy)
+
+
+def _print_parts(parts: "list[Unneeded]") -> None:
+    for each in parts:
+        say(f"{each.kind:<12} {each.folder}: {len(each.sizes):,} files, {each.size_bytes / 1e6:,.1f} MB")
+
+
+def _print_total(files: int, size_bytes: int, deleted: bool, remedy: str) -> None:
+    total = f"{size_bytes / 1e9:,.3f} GB in {files:,} files"
+    say(f"deleted      {total}" if deleted else f"total        {total}; to delete them: {remedy}")
 
 
 def delete(
@@ -88,33 +99,29 @@ def delete(
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """List all that would go with a sweep, and what stays for other sweeps: dis-scale delete outputs/sweeps/digits --yes
+    """List all that would be deleted with a sweep, and what stays for others: dis-scale delete outputs/sweeps/digits --yes
 
-    Latents and listing go as well, unless other sweeps use them. Refused while the sweep runs.
+    Also latents and listing, unless another sweep of the storage root uses or may use them. Refused while the sweep runs.
     """
     from dis_scale.sweep import Sweep
     from dis_scale.upkeep import removal
 
-    found = removal.find(Sweep.open(sweep))
-    files, size_bytes = (
-        sum(map(count, found.parts)) for count in (lambda each: len(each.sizes), lambda each: each.size_bytes)
-    )
+    removed = removal.find(Sweep.open(sweep))
+    files, size_bytes = sum(len(each.sizes) for each in removed.parts), sum(each.size_bytes for each in removed.parts)
     if not as_json:
-        for each in found.parts:
-            say(f"{each.kind:<12} {each.folder}: {len(each.sizes):,} files, {each.size_bytes / 1e6:,.1f} MB")
-        for note in found.notes:
+        _print_parts(removed.parts)
+        for note in removed.notes:
             say(f"{note.kind:<12} {note.words}")
     if yes:
-        removal.delete(found)
+        removal.delete(removed)
     if as_json:
-        parts, notes = [each.to_json() for each in found.parts], [note._asdict() for note in found.notes]
+        parts, notes = [each.to_json() for each in removed.parts], [note._asdict() for note in removed.notes]
         print_json({"parts": parts, "notes": notes, "files": files, "bytes": size_bytes, "deleted": yes})
         return
-    total = f"{size_bytes / 1e9:,.3f} GB in {files:,} files"
-    say(f"deleted      {total}" if yes else f"total        {total}; to delete them: dis-scale delete {sweep} --yes")
+    _print_total(files, size_bytes, yes, f"dis-scale delete {sweep} --yes")
 
 
-def verify(
+def data_verify(
     url: Latents,
     fast: Annotated[bool, typer.Option("--fast", help="Compare sizes only; read nothing back.")] = False,
     as_json: AsJson = False,
@@ -127,14 +134,14 @@ def verify(
         sweep, latents = maintenance.locate_latents(url)
         damaged = maintenance.verify(latents, fast, lambda done, total: board.update("verify", done, total, "shards"))
         if as_json:
-            print_json({"latents": latents.url, "damaged": damaged})
+            print_json({"latents": latents.url, "damaged": list(damaged.values())})
         for words in damaged.values():
             board.say(f"damaged  {words}")
         maintenance.require_undamaged(latents, damaged, sweep)
         board.say(f"complete {latents}{' by its sizes' if fast else ''}")
 
 
-def repair(
+def data_repair(
     sweep: Annotated[str, typer.Argument(help="The sweep's folder; its recipe names the images and the VAE.")],
     as_json: AsJson = False,
 ) -> None:
@@ -153,7 +160,7 @@ def repair(
         print_json({"repaired": repaired})
 
 
-def show(
+def data_show(
     url: Latents,
     out: Annotated[Path, typer.Option(help="The PNG of decoded images to write.")] = Path("latents.png"),
     vae: VaeOption = None,

@@ -104,7 +104,7 @@ def _unshared(sweep: Sweep) -> tuple[list[Unneeded], list[Note]]:
     used |= {"latents": sweep.store / pointer["folder"]} if pointer else {}
     used = {kind: folder for kind, folder in used.items() if folder.list()}
     try:
-        unshared = [each for each in retention.find_unshared(sweep.store, sweep.folder) if each.folder in used.values()]
+        unshared = [each for each in retention.find_unused(sweep.store, sweep.folder) if each.folder in used.values()]
     except UserError as error:
         return [], [Note("kept", f"{kind} {folder}, which others may use: {error}") for kind, folder in used.items()]
     gone = [each.folder for each in unshared]

@@ -63,12 +63,12 @@ def find_unneeded(sweep: Sweep) -> list[Unneeded]:
     return [found for found in in_order(finders, lambda find: find(), AT_ONCE) if found.sizes]
 
 
-def find_unshared(store: Folder, besides: Folder | None = None) -> list[Unneeded]:
-    """Return the latents and listings below a storage root that no sweep there uses, or only the sweep in `besides`.
+def find_unused(store: Folder, except_for: Folder | None = None) -> list[Unneeded]:
+    """Return the latents and listings below a storage root that no sweep there uses, not counting the one in `except_for`.
 
     UserError if a sweep there runs, cannot be read, or has no latents yet: it may be about to use any of them.
     """
-    others = [folder for folder in sweeps_below(store) if folder != besides]
+    others = [folder for folder in sweeps_below(store) if folder != except_for]
     used = list(in_order(others, _require_settled, AT_ONCE))
     running = lease.live_holders([sweep.lease("sweep") for sweep, _ in used])
     for sweep, _ in used:

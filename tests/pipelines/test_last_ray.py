@@ -64,7 +64,7 @@ def test_a_sweep_of_kuberay_is_sent_to_its_rayjob(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"kubectl delete rayjob NAME, then kubectl apply -f .*last cluster was imagenet256-x7k"
     ):
-        last_ray.require_same_kind(stored(tmp_path, ON_A_CLUSTER | {"kuberay": "imagenet256-x7k"}))
+        last_ray.refuse_local_after_cluster(stored(tmp_path, ON_A_CLUSTER | {"kuberay": "imagenet256-x7k"}))
 
 
 def test_a_sweep_of_slurm_is_sent_to_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,19 +73,19 @@ def test_a_sweep_of_slurm_is_sent_to_sbatch(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     last_ray.record(sweep, joined_cluster())
     with pytest.raises(UserError) as raised:
-        last_ray.require_same_kind(sweep)
+        last_ray.refuse_local_after_cluster(sweep)
     assert f"sbatch cluster/slurm.sh resume {sweep} (the last job was 4711)" in str(raised.value)
 
 
 @pytest.mark.parametrize("last", [None, ON_THIS_MACHINE])
 def test_any_other_sweep_may_start_here(tmp_path: Path, last: dict[str, object] | None) -> None:
-    last_ray.require_same_kind(stored(tmp_path, last))
+    last_ray.refuse_local_after_cluster(stored(tmp_path, last))
 
 
 def test_on_a_cluster_any_sweep_may_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     for last in (None, ON_A_CLUSTER, ON_THIS_MACHINE):
-        last_ray.require_same_kind(stored(tmp_path, last))
+        last_ray.refuse_local_after_cluster(stored(tmp_path, last))
 
 
 def test_what_is_recorded_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_a_damaged_file_is_named_and_that_of_another_version_still_guards(
     assert "ray.json: damaged: expected a mapping with address, host; treated as missing" in caplog.text
     newer = stored(tmp_path, ON_A_CLUSTER | {"zone": "a"})
     with pytest.raises(UserError, match="last ran on a Ray cluster with 16 GPUs"):
-        last_ray.require_same_kind(newer)
+        last_ray.refuse_local_after_cluster(newer)
     assert "ray.json: unknown keys, ignored: zone" in caplog.text
 
 
