@@ -304,7 +304,8 @@ def test_settings_that_a_page_names_exist() -> None:
     named = {(page.name, name) for page in LINKING for name in pattern.findall(page.read_text())}
     assert len(named) > 50
     files = {name for _, name in named if name.endswith((".py", ".md", ".json", ".yaml"))}
-    assert {(page, name) for page, name in named if name not in known_settings() | files | {"train.cooldowns"}} == set()
+    known = known_settings() | files | {"train.cooldowns"}
+    assert {(page, name) for page, name in named if name not in known} == set()
 
 
 def test_exit_codes_that_a_page_names_exist() -> None:

@@ -1,4 +1,7 @@
-"""On a cluster that a user started: the sweep as a Ray job with all state in an object store, stopped by Ray and rerun."""
+"""On a cluster that a user started: the sweep as a Ray job with all state in an object store, stopped by Ray and rerun.
+
+No file, object or process title has a secret.
+"""
 
 import os
 import shlex
@@ -15,7 +18,7 @@ from ray.job_submission import JobSubmissionClient
 from dis_scale.sweep import Sweep, state
 from pipelines import jobs
 from pipelines.cluster import free_ports
-from tests.support import stages, sweeps
+from tests.support import secrets, stages, sweeps
 
 SETTINGS = ("train.resume_every_images=160", "evaluate.variants={}")
 """One way to sample: other tests cover more."""
@@ -26,6 +29,18 @@ SHARDED = (
 """Steps of a tenth of a second: 50 last long enough to stop them."""
 NOT_SHARDED = (f"models={stages.ONE_MODEL}", "train.publish_images=[0, 3200]")
 RAY = str(Path(sys.executable).with_name("ray"))
+SECRETS = {name: secrets.SECRETS[name] for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN")}
+"""Planted; those of the store are real."""
+
+
+class Head(NamedTuple):
+    url: str
+    """Of its dashboard."""
+    folder: Path
+
+    @property
+    def logs(self) -> Path:
+        return (self.folder / "session_latest/logs").resolve()
 
 
 class Store(NamedTuple):
@@ -51,17 +66,20 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 
 @pytest.fixture
-def head(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A plain `ray start --head` of two CPUs with no named resources; its dashboard's URL."""
+def head(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
+    """A plain `ray start --head` of two CPUs with no named resources."""
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
     port, dashboard, agent, environments = free_ports(4)
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))  # has the compiled scan
     monkeypatch.setenv("XDG_CACHE_HOME", cache)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))  # has no token for Ray
     monkeypatch.setenv(jobs.FINAL, "1")  # as in rayjob.yaml's head
+    folder = Path(f"/tmp/ray-test-{port}")
     command = [
         RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}",
-        f"--dashboard-agent-listen-port={agent}", f"--temp-dir=/tmp/ray-test-{port}", "--disable-usage-stats",
+        f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}", "--disable-usage-stats",
         "--node-ip-address=127.0.0.1", "--object-store-memory=200000000",
         f"--runtime-env-agent-port={environments}",  # as in pipelines/cluster.py
     ]  # fmt: skip
@@ -78,7 +96,7 @@ def head(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
             except (ConnectionError, RuntimeError):
                 assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
                 time.sleep(0.3)
-        yield url
+        yield Head(url, folder)
     finally:
         sweeps.kill_all(process)
 
@@ -97,21 +115,21 @@ def submit(url: str, name: str, store: Store, *settings: str) -> subprocess.Comp
     return subprocess.run(command, cwd=sweeps.ROOT, env=os.environ.copy(), capture_output=True, text=True, timeout=400)
 
 
-def test_submitted_stopped_and_submitted_again(head: str, store: Store, tmp_path: Path) -> None:
-    """`ray job stop` on the sweep stops its stages. All that comes before training is there."""
-    client, sweep = JobSubmissionClient(head), store.sweep
-    stages.prepare_and_precompute(sweep, tmp_path / "faults")
-    run = sweep.run(store.model)
+def test_submitted_stopped_and_submitted_again(head: Head, store: Store, tmp_path: Path) -> None:
+    """`ray job stop` on the sweep stops its stages; a rerun makes the rest, and MLflow has everything once."""
+    client, sweep = JobSubmissionClient(head.url), store.sweep
+    run, search = sweep.run(store.model), secrets.Search(SECRETS | store_secrets())
     client.submit_job(
         entrypoint=shlex.join(entry(store)),
         submission_id="first",
         runtime_env={"working_dir": str(sweeps.ROOT), "excludes": [".git", ".venv"]},
     )
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 400
     while len(run.resume.list()) < 2:
         assert time.monotonic() < deadline, client.get_job_logs("first")
         assert client.get_job_status("first") not in jobs.ENDED, client.get_job_logs("first")
         time.sleep(0.2)
+    search.processes()
     client.stop_job("first")
     while not all(job.status in jobs.ENDED for job in client.list_jobs()):
         assert time.monotonic() < deadline, client.list_jobs()
@@ -119,15 +137,30 @@ def test_submitted_stopped_and_submitted_again(head: str, store: Store, tmp_path
     assert client.get_job_status("first") == "STOPPED"
     assert state.resumable_images(run) > 0
     assert state.published_counts(run) == [0]
-    done = submit(head, "second", store)
+    done = submit(head.url, "second", store)
     assert done.returncode == 0, done.stdout + done.stderr
     sweeps.assert_complete(store.root, *store.settings)
+    sweeps.assert_mlflow_has_everything(store.root, *store.settings)
+    printed = done.stdout
+    assert printed.index("plan of tiny") < printed.index("Ray job")
+    assert f"page     {store.root}/sweeps/tiny/report/index.html" in printed
+    assert " INFO sdk.py" not in printed
+    search.search("printed", (printed + done.stderr).encode())
+    for folder in (head.logs, tmp_path):
+        search.folder(folder)
+    search.store(sweep.folder)
+    search.assert_none()
+
+
+def store_secrets() -> dict[str, str]:
+    """Return the object store's keys, which the environment has."""
+    return {name: os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") if name in os.environ}
 
 
 @pytest.mark.faults  # tests/pipelines/test_jobs.py has it in `make test`, without Ray
-def test_a_refused_sweep_is_a_stopped_job(head: str, store: Store) -> None:
+def test_a_refused_sweep_is_a_stopped_job(head: Head, store: Store) -> None:
     """KubeRay tries again what has failed."""
     store.sweep.save_recipe()
-    refused = submit(head, "refused", store, "seed=1")
+    refused = submit(head.url, "refused", store, "seed=1")
     assert "seed: stored 0, given 1" in refused.stdout + refused.stderr
-    assert JobSubmissionClient(head).get_job_status("refused") == "STOPPED"
+    assert JobSubmissionClient(head.url).get_job_status("refused") == "STOPPED"

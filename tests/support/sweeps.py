@@ -10,7 +10,8 @@ from pathlib import Path
 from dis_scale.recipe import reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import Sweep, state
+from dis_scale.sweep import TRACKING, Sweep, state
+from dis_scale.tracking.mlflow import open_client
 from dis_scale.training import checkpoint
 from ops.drills.processes import kill_all as kill_all
 
@@ -90,3 +91,26 @@ def assert_complete(root: str, *settings: str) -> None:
     for shard in facts["shards"]:
         manifest.verified(latents, shard["name"], shard)
     assert {"index.html", "gflops_fid.csv", "gflops_fid.png", "gflops_fid.svg"} <= set(sweep.report.list())
+
+
+def assert_mlflow_has_everything(root: str, *settings: str) -> None:
+    """Assert that MLflow has parameters, each row once, each metric, each grid and the report."""
+    sweep = sweep_at(root, *settings)
+    ids = sweep.folder.read_json(TRACKING)
+    client, counts = open_client(ids["uri"]), list(sweep.recipe.train.publish_images)
+    folders = ["samples", *(f"samples/{name}" for name in sweep.recipe.evaluate.variants)]
+    assert set(ids["models"]) == set(sweep.recipe.models)
+    for run_id in ids["models"].values():
+        run = client.get_run(run_id)
+        assert run.info.status == "FINISHED"
+        assert {"gmacs_forward", "parameters", "tokens", "global_batch", "seed"} <= run.data.params.keys()
+        losses = client.get_metric_history(run_id, "loss")
+        assert sorted(m.step for m in losses) == list(range(160, counts[-1] + 1, 160)), (
+            "each row once, whatever was stopped"
+        )
+        distances = client.get_metric_history(run_id, sweep.recipe.evaluate.metric)
+        assert sorted(m.step for m in distances) == counts
+        grids = [a.path for folder in folders for a in client.list_artifacts(run_id, folder)]
+        assert len([path for path in grids if path.endswith(".png")]) == len(folders) * len(counts)
+    stored = [f"report/{name}" for name in sweep.report.list()]
+    assert [a.path for a in client.list_artifacts(ids["sweep"], "report")] == stored
