@@ -119,13 +119,16 @@ class Observed(NamedTuple):
 
 
 def observe(cluster: Cluster, root: Path) -> Observed:
+    """Crash rank 1. Each attempt hangs after its first rows, so that it computes nothing while it is observed."""
     sweep = clusters.sweep_to_train(
         root, "name=crashed", f"models={stages.ONE_MODEL}", "train.publish_images=[0, 160, 3200000]",
-        "train.resume_every_images=160",
+        "train.resume_every_images=160", "grace_s=2",
     )  # fmt: skip
+    plan = root / "faults"
+    plan.write_text("hang at step rank=1 images=480\nhang at step rank=1 images=960\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(jsonlog.VARIABLE, "json")
-        events = Events(job := jobs.submit(cluster, sweep, "train", "dit"))
+        events = Events(job := jobs.submit(with_faults(cluster, plan), sweep, "train", "dit"))
     events.wait("work")
     os.kill(pid_of_rank_1(sweep), signal.SIGSEGV)
     events.wait("restart")
