@@ -28,10 +28,11 @@ from pipelines.driver import Driver
 from pipelines.evaluators import RayEvaluators
 from pipelines.places import requests, spare_gpus
 from pipelines.waiting import hopeless
-from pipelines.worker import Worker, resources, spawn, watch
+from pipelines.worker import resources, spawn, watch
 from tests.conftest import TINY
 from tests.support import sweeps
 from tests.support.events import events
+from tests.support.probe import Probe
 from tests.support.stages import ONE_MODEL
 
 GPUS = 2
@@ -54,17 +55,6 @@ def nodes() -> Iterator[Cluster]:
 def node(nodes: Cluster) -> str:
     """The id of the node with GPUs."""
     return next(iter(nodes.worker_nodes)).node_id
-
-
-class Probe(Worker):
-    def where(self) -> tuple[str, list[str]]:
-        context = ray.get_runtime_context()
-        return context.get_node_id(), context.get_accelerator_ids()["GPU"]
-
-    def visible(self) -> str | None:
-        import os
-
-        return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def recipe_of(*settings: str) -> Recipe:
