@@ -10,7 +10,7 @@ from hypothesis import settings
 
 from dis_scale.recipe import Recipe, reading
 from ops.drills import object_store
-from tests.support import faulty_gateway
+from tests.support import faulty_gateway, wheels
 from tests.support.faulty_gateway import Gateway
 
 # As for jobs: threads of OpenMP that spin while they wait make everything many times slower on a machine that others use, too.
@@ -84,3 +84,14 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A place on disk and one in the object store: what holds for one holds for the other."""
     places = {"disk": lambda: str(tmp_path), "s3": lambda: request.getfixturevalue("bucket")}
     return places.get(request.param, lambda: f"{ANOTHER_STORE}/{uuid.uuid4().hex[:12]}")()
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wheels.build(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The python of an environment with the wheel, outside of this repository."""
+    return wheels.install(wheel, tmp_path_factory.mktemp("installed"))

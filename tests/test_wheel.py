@@ -1,11 +1,10 @@
-"""The wheel in an environment of its own, outside of the repository: the commands and the shipped recipes are there."""
+"""The wheel in an environment of its own, outside of the repository: the commands and the shipped recipes are there.
 
-import importlib.metadata
+tests/e2e/test_cluster.py runs a complete sweep from it.
+"""
+
 import os
-import shutil
 import subprocess
-import sys
-import sysconfig
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,43 +14,17 @@ import pytest
 from dis_scale.recipe import shipped
 
 ROOT = Path(__file__).parent.parent
-BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "configs", "dis_scale", "pipelines")
 Invoke = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build it from a copy: a build leaves folders beside pyproject.toml."""
-    version = importlib.metadata.version("setuptools")
-    assert int(version.split(".")[0]) >= 77, f"setuptools {version}: pip install -e '.[dev]' -c constraints.txt"
-    source = tmp_path_factory.mktemp("source")
-    for name in BUILT_FROM:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, source / name)
-    run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", source, source])
-    (built,) = source.glob("*.whl")
-    return built
-
-
-@pytest.fixture(scope="module")
-def invoke(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Invoke:
-    """Run the installed command in an empty folder. The environment has this one's packages, but not this repository."""
-    folder = tmp_path_factory.mktemp("installed")
-    run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"])
-    python = folder / "venv/bin/python"
-    run([sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel])
-    (own,) = folder.glob("venv/lib/python*/site-packages")
-    (own / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # its own .pth files are not read
-    (folder / "empty").mkdir()
+def invoke(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Invoke:
+    """Run the installed command in an empty folder."""
+    empty = tmp_path_factory.mktemp("empty")
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
     return lambda *words: subprocess.run(
-        [folder / "venv/bin/dis-scale", *words], cwd=folder / "empty", env=clean, capture_output=True, text=True
+        [installed.with_name("dis-scale"), *words], cwd=empty, env=clean, capture_output=True, text=True
     )
-
-
-def run(command: list[str | Path]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_wheel_has_every_file_of_the_packages(wheel: Path) -> None:

@@ -1,12 +1,12 @@
-"""On a cluster that a user started: the sweep as a Ray job with all state in an object store, stopped by Ray and rerun.
+"""On a cluster that has the wheel: the sweep as a Ray job with all state in an object store, stopped by Ray and rerun.
 
 No file, object or process title has a secret.
 """
 
 import os
 import shlex
+import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,15 +28,21 @@ SHARDED = (
 )  # fmt: skip
 """Steps of a tenth of a second: 50 last long enough to stop them."""
 NOT_SHARDED = (f"models={stages.ONE_MODEL}", "train.publish_images=[0, 3200]")
-RAY = str(Path(sys.executable).with_name("ray"))
 SECRETS = {name: secrets.SECRETS[name] for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN")}
 """Planted; those of the store are real."""
+
+
+RAY = ("-m", "ray.scripts.scripts")
 
 
 class Head(NamedTuple):
     url: str
     """Of its dashboard."""
     folder: Path
+    python: Path
+    """Of the wheel's environment."""
+    job: Path
+    """The folder that a job is submitted from: the recipe, and nothing else."""
 
     @property
     def logs(self) -> Path:
@@ -66,8 +72,11 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 
 @pytest.fixture
-def head(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
-    """A plain `ray start --head` of two CPUs with no named resources."""
+def head(store: Store, installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
+    """A plain `ray start --head` of two CPUs with no named resources, outside of this repository."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    (job := tmp_path / "job").mkdir()
+    shutil.copy(sweeps.TINY, job)
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     port, dashboard, agent, environments = free_ports(4)
@@ -78,13 +87,13 @@ def head(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setenv(jobs.FINAL, "1")  # as in rayjob.yaml's head
     folder = Path(f"/tmp/ray-test-{port}")
     command = [
-        RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}",
+        str(installed), *RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}",
         f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}", "--disable-usage-stats",
         "--node-ip-address=127.0.0.1", "--object-store-memory=200000000",
         f"--runtime-env-agent-port={environments}",  # as in pipelines/cluster.py
     ]  # fmt: skip
     with (tmp_path / "head.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, cwd=job, stdout=log, stderr=log, start_new_session=True)
     url, deadline = f"http://127.0.0.1:{dashboard}", time.monotonic() + 90
     try:
         while True:
@@ -96,23 +105,23 @@ def head(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
             except (ConnectionError, RuntimeError):
                 assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
                 time.sleep(0.3)
-        yield Head(url, folder)
+        yield Head(url, folder, installed, job)
     finally:
         sweeps.kill_all(process)
 
 
-def entry(store: Store, *settings: str) -> list[str]:
+def entry(head: Head, store: Store, *settings: str) -> list[str]:
     overrides = [
         word for setting in (f"storage.root={store.given}", *settings, *store.settings) for word in ("--set", setting)
     ]
-    return [sys.executable, "-m", "dis_scale.sweep", "tests/support/tiny.yaml", *overrides]
+    return [str(head.python), "-m", "dis_scale.sweep", "tiny.yaml", *overrides]
 
 
-def submit(url: str, name: str, store: Store, *settings: str) -> subprocess.CompletedProcess[str]:
-    """Run `ray job submit` as the README shows it."""
-    command = [RAY, "job", "submit", "--address", url, "--working-dir", ".", "--submission-id", name, "--"]
-    command += entry(store, *settings)
-    return subprocess.run(command, cwd=sweeps.ROOT, env=os.environ.copy(), capture_output=True, text=True, timeout=400)
+def submit(head: Head, name: str, store: Store, *settings: str) -> subprocess.CompletedProcess[str]:
+    """Run `ray job submit` as docs/cluster.md shows it."""
+    command = [str(head.python), *RAY, "job", "submit", "--address", head.url, "--working-dir", "."]
+    command += ["--submission-id", name, "--", *entry(head, store, *settings)]
+    return subprocess.run(command, cwd=head.job, env=os.environ.copy(), capture_output=True, text=True, timeout=400)
 
 
 def test_submitted_stopped_and_submitted_again(head: Head, store: Store, tmp_path: Path) -> None:
@@ -120,9 +129,9 @@ def test_submitted_stopped_and_submitted_again(head: Head, store: Store, tmp_pat
     client, sweep = JobSubmissionClient(head.url), store.sweep
     run, search = sweep.run(store.model), secrets.Search(SECRETS | store_secrets())
     client.submit_job(
-        entrypoint=shlex.join(entry(store)),
+        entrypoint=shlex.join(entry(head, store)),
         submission_id="first",
-        runtime_env={"working_dir": str(sweeps.ROOT), "excludes": [".git", ".venv"]},
+        runtime_env={"working_dir": str(head.job)},
     )
     deadline = time.monotonic() + 400
     while len(run.resume.list()) < 2:
@@ -137,7 +146,7 @@ def test_submitted_stopped_and_submitted_again(head: Head, store: Store, tmp_pat
     assert client.get_job_status("first") == "STOPPED"
     assert state.resumable_images(run) > 0
     assert state.published_counts(run) == [0]
-    done = submit(head.url, "second", store)
+    done = submit(head, "second", store)
     assert done.returncode == 0, done.stdout + done.stderr
     sweeps.assert_complete(store.root, *store.settings)
     sweeps.assert_mlflow_has_everything(store.root, *store.settings)
@@ -161,6 +170,6 @@ def store_secrets() -> dict[str, str]:
 def test_a_refused_sweep_is_a_stopped_job(head: Head, store: Store) -> None:
     """KubeRay tries again what has failed."""
     store.sweep.save_recipe()
-    refused = submit(head.url, "refused", store, "seed=1")
+    refused = submit(head, "refused", store, "seed=1")
     assert "seed: stored 0, given 1" in refused.stdout + refused.stderr
     assert JobSubmissionClient(head.url).get_job_status("refused") == "STOPPED"
