@@ -20,7 +20,7 @@ from pipelines import jobs
 from pipelines.cluster import free_ports
 from tests.support import secrets, stages, sweeps
 
-SETTINGS = ("train.resume_every_images=160", "evaluate.variants={}")
+SETTINGS = ("train.resume_every_images=160", "evaluate.variants={}", "precompute.workers=1")
 """One way to sample: other tests cover more."""
 SHARDED = (
     "models={dis: {kind: dis, width: 16, depth: 2, patch: 4}}", "train.zero_stage=3", "train.precision=bf16",
