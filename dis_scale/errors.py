@@ -62,7 +62,11 @@ class BrokenDevice(DisScaleError):
 
 
 class UndecodableImage(StorageError):
-    """A file that was read but is not an image, or is damaged."""
+    """A file that was read but is not an image, or is damaged; `why` has the reason alone."""
+
+    def __init__(self, words: str, why: str = "") -> None:
+        super().__init__(words)
+        self.why = why
 
 
 class Preempted(DisScaleError):

@@ -47,7 +47,7 @@ def _decoded(data: bytes, name: str, use: Callable[[Image.Image], T]) -> T:
         if isinstance(error, UnidentifiedImageError):
             why = "it is in no format that Pillow knows"  # Pillow names an address in memory
         raise UndecodableImage(
-            f"image {name} cannot be decoded: {why}; repair or remove it, or --set data.undecodable=skip"
+            f"image {name} cannot be decoded: {why}; repair or remove it, or --set data.undecodable=skip", why
         ) from error
 
 

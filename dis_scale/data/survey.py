@@ -151,4 +151,4 @@ def _shorter_side(data: bytes, name: str) -> int | Broken:
     try:
         return min(images.measure(data, name))
     except UndecodableImage as error:
-        return Broken(_text(name), " ".join(str(error.__cause__).split()) or type(error.__cause__).__name__)
+        return Broken(_text(name), error.why)
