@@ -5,12 +5,20 @@ channels, for the scan also per state, from the machine code. An instruction of 
 the special-function units (MUFU), and 4 in the load-store unit (LSU), which four schedulers share. The largest of the three
 sums is a lower bound of the time; the bytes at 4.8 TB/s are another. Both are given for B32 on an H200. Neither includes
 latency.
+
+Last, the time of the two-way scan for fewer images with more tokens, by the programs of the busiest multiprocessor: with one lane
+per channel, and as `triton_fill.filling` fills the GPU. A program that is alone on a multiprocessor is assumed to take twice its
+time at full issue, since a single warp per scheduler does not issue in each cycle.
 """
 
+import functools
+import itertools
 import json
+import math
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,18 +26,39 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dis_scale.scan import triton_conv, triton_scan
-from dis_scale.scan.triton import CHUNK, LANES, ROWS, SEGMENT, WARPS
+from dis_scale.scan import triton_backward, triton_conv, triton_scan
+from dis_scale.scan.triton import ROWS, SEGMENT
+from dis_scale.scan.triton_fill import FULL, Filling, busy, filling
+from dis_scale.scan.triton_launch import CHUNK, LANES, WARPS
 
 B, L, E, N = 32, 258, 2048, 16
-SCHEDULERS, CLOCK_HZ, BYTES_PER_S = 132 * 4, 1.98e9, 4.8e12
+MULTIPROCESSORS, REGISTERS, CLOCK_HZ, BYTES_PER_S = 132, 65536, 1.98e9, 4.8e12
 """An H200 at its highest clock; its copies reach 4.3 of the datasheet's 4.8 TB/s."""
+SCHEDULERS = 4 * MULTIPROCESSORS
+SHAPES = (32, 258), (8, 1026), (2, 4098)
+"""Images and tokens: at 256 pixels, and at 512 pixels with patches of 2 and 1, about the same number of tokens each."""
 CYCLES = {"MUFU": 8, "LSU": 4}
 UNITS = {"MUFU": "MUFU", **dict.fromkeys(("LDG", "STG", "LDS", "STS", "LDL", "STL", "SHFL"), "LSU")}
-SCAN = {"LANES": LANES, "WARPS": WARPS, "CHUNK": CHUNK, "E": E, "L": L, "N": N, "GATED": True, "STATE_ROWS": CHUNK}
+SCAN = {
+    "LANES": LANES,
+    "WARPS": WARPS,
+    "SPLIT": 1,
+    "CHUNK": CHUNK,
+    "E": E,
+    "L": L,
+    "N": N,
+    "GATED": True,
+    "STATE_ROWS": CHUNK,
+}
 SCAN |= {"u_row": E, "delta_row": E, "z_row": 2 * E, "dy_row": E}  # z is half of a product
 CONV = {"LANES": LANES * WARPS, "ROWS": ROWS, "TAPS": 4, "E": E, "L": L, "FORWARD": True, "BACKWARD": True}
 CONV |= {"x_row": 2 * E}
+FUNCTIONS: dict[str, Any] = {
+    "scan_forward": triton_scan.scan_forward,
+    "scan_backward": triton_backward.scan_backward,
+    "conv_forward": triton_conv.conv_forward,
+    "conv_backward": triton_conv.conv_backward,
+}
 FLOAT32 = {"warp_sums", "dBC", "parameters"}
 FLOAT32_PAIR = "*fp32", "*fp32"
 
@@ -39,6 +68,12 @@ def forward(second: bool, for_backward: bool, keep: bool = False) -> dict[str, A
     return SCAN | order | {"FOR_BACKWARD": for_backward, "KEEP": keep}
 
 
+def backward(gate: bool) -> dict[str, Any]:
+    ways = {"u_rows": (E,), "delta_rows": (E,)}
+    constants = SCAN | ways | {"REVERSE": True, "STATES": N, "GATE_GRADIENT": gate}
+    return {name: value for name, value in constants.items() if name not in ("u_row", "delta_row")}
+
+
 KERNELS: dict[str, dict[str, Any]] = {
     "scan_forward, first": forward(False, False),
     "scan_forward, second": forward(True, False),
@@ -46,8 +81,8 @@ KERNELS: dict[str, dict[str, Any]] = {
     "scan_forward, second, for backward": forward(True, True),
     "scan_forward, first, keeps": forward(False, False, keep=True),
     "scan_forward, second, keeps": forward(True, False, keep=True),
-    "scan_backward": SCAN | {"REVERSE": True, "STATES": N, "GATE_GRADIENT": False},
-    "scan_backward, of the gate, too": SCAN | {"REVERSE": True, "STATES": N, "GATE_GRADIENT": True},
+    "scan_backward": backward(gate=False),
+    "scan_backward, of the gate, too": backward(gate=True),
     "conv_forward": CONV,
     "conv_backward": CONV | {"SEGMENT": SEGMENT, "dy0_row": E, "dy1_row": E},
 }
@@ -76,35 +111,50 @@ TOTALS = {
     "convolution, forward and backward": ("conv_forward", "conv_backward"),
 }  # fmt: skip
 """Launches of both directions."""
-WORK = {
-    **{name: {1: CHUNK * N, 2: 4 * N} for name in KERNELS if name.startswith("scan_forward")},
-    **{name: {1: CHUNK * N, 2: CHUNK} for name in KERNELS if name.startswith("scan_backward")},
-    "conv_forward": {0: ROWS},
-    "conv_backward": {0: SEGMENT, 1: ROWS},
-}
-"""Units of work of a pass through the code at each depth of loops: a step and state of the scan, a step of the convolution.
-Code that a program runs once is left out if it is much shorter than its loops."""
 
 
-def compiled(name: str, capability: int, dtype: str) -> Any:
-    """Compile a kernel as a launch with DiS-L/2 does: all pointers are multiples of 16 bytes."""
-    module = triton_scan if name.startswith("scan") else triton_conv
-    kernel, constants = getattr(module, name.split(",")[0]), KERNELS[name]
+def work(name: str, lanes: int = 1) -> dict[int, float]:
+    """Units of work of a pass through the code at each depth of loops: a step and state of the scan, a step of the convolution.
+
+    Code that a program runs once is left out if it is much shorter than its loops.
+    """
+    if name.startswith("scan_forward"):  # with several lanes a group of steps is a chunk, and has no loop of its own
+        return {1: CHUNK * N / lanes} | ({2: 4 * N} if lanes == 1 else {})
+    if name.startswith("scan_backward"):
+        return {1: CHUNK * N / lanes, 2: CHUNK}
+    return {0: ROWS} if name == "conv_forward" else {0: SEGMENT, 1: ROWS}
+
+
+def paths(kind: Any, path: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Positions of the pointers in a parameter, which may be a tuple of tuples."""
+    if not isinstance(kind, tuple):
+        return [path]
+    return [inner for i, part in enumerate(kind) for inner in paths(part, (*path, i))]
+
+
+def compiled(name: str, capability: int, dtype: str, lanes: int = 1, both: bool = False) -> Any:
+    """Compile a kernel as a launch with DiS-L/2 does: all pointers are multiples of 16 bytes. `both` is of scan_backward."""
+    kernel, constants = FUNCTIONS[name.split(",")[0]], dict(KERNELS[name])
+    if name.startswith("scan"):
+        constants["SPLIT"] = lanes
+    if both:
+        constants |= {"u_rows": (E, E), "delta_rows": (E, E)}
     pointer, halves = f"*{dtype}", f"*{'fp32' if constants.get('FOR_BACKWARD') is False else dtype}"
     types: dict[str, str | tuple[str, ...]] = dict.fromkeys(kernel.arg_names, pointer)
     types |= dict.fromkeys(FLOAT32, "*fp32") | dict.fromkeys(constants, "constexpr")
-    if module is triton_scan:
-        types |= {"inputs": (pointer, pointer, *["*fp32"] * 4), "gradients": (pointer, pointer)}
-        types |= dict.fromkeys(("y_halves", "h_halves"), (halves, halves))
+    if name.startswith("scan"):
+        inputs: Any = (pointer, pointer, *["*fp32"] * 4)
+        types |= {"inputs": inputs} | dict.fromkeys(("y_halves", "h_halves"), (halves, halves))
     else:
         types |= dict.fromkeys(("outs", "dys"), (pointer, pointer)) | dict.fromkeys(
             ("weights", "biases", "sums"), FLOAT32_PAIR
         )
+    if ways := len(constants.get("u_rows", ())):
+        types |= {"inputs": (inputs,) * ways} | dict.fromkeys(("gradients", "h_halves"), ((pointer, pointer),) * ways)
+        types |= dict.fromkeys(FLOAT32, ("*fp32",) * ways)
     signature = {name: types[name] for name in kernel.arg_names}
     values = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
-    aligned: list[tuple[int, ...]] = []
-    for i, kind in enumerate(signature.values()):
-        aligned += [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
+    aligned = [path for i, kind in enumerate(signature.values()) for path in paths(kind, (i,))]
     attributes = {path: [["tt.divisibility", 16]] for path in aligned if path not in values}
     source = ASTSource(kernel, signature=signature, constexprs=values, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS})
@@ -139,15 +189,69 @@ def code(program: Any) -> list[tuple[str, int]]:
     return [(op, sum(begin <= at <= end for begin, end in loops)) for at, op, _ in operations]
 
 
-def counted(program: Any, work: dict[int, int]) -> dict[str, float]:
-    """Cycles per unit of work and warp: in total and by unit. `work` has the units of each depth of loops that counts."""
+def counted(program: Any, units_of_depth: dict[int, float]) -> dict[str, float]:
+    """Cycles per unit of work and warp: in total and by unit."""
     cycles = {"issued": 0.0, "MUFU": 0.0, "LSU": 0.0}
     for op, depth in code(program):
-        if units := work.get(depth):
+        if units := units_of_depth.get(depth):
             cycles["issued"] += 1 / units
             if unit := UNITS.get(op):
                 cycles[unit] += CYCLES[unit] / units
     return cycles
+
+
+class Launches(NamedTuple):
+    """A scan's launches by the programs of the busiest multiprocessor, and their time without small kernels."""
+
+    programs: list[int]
+    busiest: list[int]
+    us: float
+
+
+def launches(names: Sequence[str], fill: Filling, images: int, tokens: int) -> Launches:
+    """The launches of a scan; a name is one direction's."""
+    all_programs, busiest, seconds = [], [], 0.0
+    for name in names:
+        is_backward = name.startswith("scan_backward")
+        lanes, at_once = (fill.backward, 1 + fill.both) if is_backward else (fill.forward, 1)
+        programs = images * E // (LANES // lanes * WARPS) * at_once
+        cycles, resident = per_state_and_step(name, lanes)
+        time = busy(programs, MULTIPROCESSORS, resident) * cycles * N / lanes * tokens / CLOCK_HZ / at_once
+        summed = (
+            programs // at_once * (2 * N * tokens * 4) if is_backward else 0
+        )  # bytes: each program's part of dB and dC
+        seconds += time + summed / BYTES_PER_S
+        all_programs, busiest = [*all_programs, programs], [*busiest, -(-programs // MULTIPROCESSORS)]
+    return Launches(sorted({*all_programs}), sorted({*busiest}), 1e6 * seconds)
+
+
+@functools.cache
+def per_state_and_step(name: str, lanes: int) -> tuple[float, int]:
+    """Cycles per state, step and warp, and the programs that a multiprocessor holds at a time."""
+    program = compiled(name, 90, "bf16", lanes)
+    a_program = 8 * -(-registers(program).used // 8) * LANES * WARPS
+    return max(counted(program, work(name, lanes)).values()), REGISTERS // a_program
+
+
+def shapes() -> None:
+    """Print the time per token of fewer and longer sequences, for each kind of pass before and after the GPU is filled."""
+    print(
+        f"\n{'':38} {'images':>6} {'tokens':>6} {'lanes':>6} {'programs':>9} {'busiest':>8} {'us':>6} {'ns':>6} {'ratio':>6}"
+    )
+    scans = {"scan, forward": FORWARD} | {what: names for what, names in TOTALS.items() if what.startswith("scan")}
+    for what, names in scans.items():
+        enough = launches(names, FULL, *SHAPES[0]).us / math.prod(SHAPES[0])
+        for (images, tokens), fill in itertools.product(SHAPES, (FULL, None)):
+            fill = fill or filling(images * E // (LANES * WARPS), N, 2, MULTIPROCESSORS)
+            made = launches(names, fill, images, tokens)
+            ns = 1e3 * made.us / (images * tokens)
+            lanes, programs, busiest = map(words, ((fill.forward, fill.backward), made.programs, made.busiest))
+            row = f"{what:38} {images:6} {tokens:6} {lanes:>6} {programs:>9} {busiest:>8}"
+            print(f"{row} {made.us:6.0f} {ns:6.1f} {ns / enough / 1e3:6.2f}")
+
+
+def words(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def main() -> None:
@@ -155,7 +259,7 @@ def main() -> None:
     table = []
     for name, moved in BYTES.items():
         program = compiled(name, 90, "bf16")
-        cycles = counted(program, WORK[name])
+        cycles = counted(program, work(name))
         units = N if name.startswith("scan") else 1
         least_us = 1e6 * max(cycles.values()) * units * B * L * E / LANES / SCHEDULERS / CLOCK_HZ
         times[name] = least_us, 1e6 * moved * B * L * E / BYTES_PER_S
@@ -172,3 +276,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    shapes()

@@ -54,6 +54,12 @@ def scan(backend: str, batch: int, length: int) -> Job:
     return repeated(lambda: torch.autograd.grad(two_way_scan(front, back, z, backend=backend), [*front, *back, z], dy))
 
 
+def sampling(batch: int, length: int) -> Job:
+    """A job: forward alone."""
+    front, back, z, _ = operands(batch, length)
+    return torch.no_grad()(repeated(lambda: two_way_scan(front, back, z, backend="triton")))
+
+
 def moved_bytes() -> int:
     """Bytes that must move: inputs read in both passes, y written, dy read, every gradient written."""
     front, back, z, dy = operands(B, L)
@@ -85,7 +91,10 @@ def main(rounds: int = 5) -> None:
     for length, batch in LENGTHS.items():
         jobs[f"length {length}"] = scan("triton", batch, length)
         work = float(batch * length), float(B * L)
-        rows.append(Row(f"time a token, {length} against {L}", f"length {length}", f"length {L}", 1.15, False, work))
+        rows.append(Row(f"time a token, {length} against {L}", f"length {length}", f"length {L}", 1.3, False, work))
+        name, peer = f"forward, length {length}", f"forward, length {L}"
+        jobs[name] = sampling(batch, length)
+        rows.append(Row(f"forward, time a token, {length} against {L}", name, peer, 1.3, False, work))
     times = measure(jobs, rounds)
     report(rows, {name: [t / REPEATS for t in seconds] for name, seconds in times.items()})
     states, least_s = 2 * B * L * E * N, min(times["two-way"]) / REPEATS  # both directions

@@ -174,7 +174,7 @@ def sample_pictures(
 ) -> Iterator[np.ndarray]:
     """Yield `count` uint8 images of these labels in parts (B, H, W, 3), `batch` at a time."""
     process, model = diffusion.build(opened.process), opened.model.to(device)
-    verify_kernels(model, torch.device(device))
+    verify_kernels(model, torch.device(device), min(batch, count) * (1 if guidance == 1 else 2))
     opened.decoder.net.to(device)
     for first in range(0, count, batch):
         numbers = range(first, min(first + batch, count))

@@ -95,7 +95,7 @@ class BlockSampler:
             weights = checkpoint.load_average(run, images_seen, train, settings.ema_width)
         model = load_model(self.recipe, name, self.vae.latent(self.recipe.data.resolution), weights).to(self.device)
         model.precision = "bf16" if settings.precision == "bf16" else "fp32"
-        models.verify_kernels(model, self.device)
+        models.verify_kernels(model, self.device, settings.batch_images * (1 if settings.guidance == 1 else 2))
         return model
 
     def sample(self, model: Backbone, settings: Evaluate, block: int) -> SampleBlock:

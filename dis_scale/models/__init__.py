@@ -78,13 +78,13 @@ def construct(
             return DiffuSSM(settings, shape, num_classes, checkpointing)
 
 
-def verify_kernels(model: Backbone, device: torch.device) -> None:
+def verify_kernels(model: Backbone, device: torch.device, images: int) -> None:
     """Compare the GPU kernels that a model runs with the reference, at its sizes; DisScaleError names another backend to set.
 
-    Nothing to do on a CPU, whose kernels the tests have run.
+    Kernels depend on the number of images of a forward pass. Nothing to do on a CPU, whose kernels the tests have run.
     """
     if isinstance(model, DiS) and device.type == "cuda":
-        verify(choose(model.scan, device).name, device, model.compute_dtype, *model.scan_sizes)
+        verify(choose(model.scan, device).name, device, model.compute_dtype, *model.scan_sizes, images)
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:

@@ -23,12 +23,15 @@ is off by much more, and an approximate exponential multiplies its error over a 
 
 
 @functools.cache
-def verify(name: str, device: torch.device, dtype: torch.dtype, L: int = 35, E: int = 40, N: int = 16) -> None:
+def verify(
+    name: str, device: torch.device, dtype: torch.dtype, L: int = 35, E: int = 40, N: int = 16, images: int = 2
+) -> None:
     """Compare a backend with the reference as `errors` does; DisScaleError names the backend to set instead.
 
-    Kernels are compiled for L, E and N: with a model's sizes, training compiles none of them again. Once per process.
+    Kernels are compiled for L, E and N, and selected by the number of images: with a model's sizes, training compiles none of
+    them again. Once per process.
     """
-    for what, error in errors(name, device, dtype, L, E, N).items():
+    for what, error in errors(name, device, dtype, L, E, N, images).items():
         if not error <= TOLERANCE[dtype]:  # it may be NaN
             instead = "reference" if name == "chunked" else "chunked"
             where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
@@ -38,15 +41,17 @@ def verify(name: str, device: torch.device, dtype: torch.dtype, L: int = 35, E: 
             )
 
 
-def errors(name: str, device: torch.device, dtype: torch.dtype, L: int, E: int, N: int) -> dict[str, float]:
+def errors(
+    name: str, device: torch.device, dtype: torch.dtype, L: int, E: int, N: int, images: int = 2
+) -> dict[str, float]:
     """Largest error of each output and gradient of both two-way functions, relative to the tensor's largest number.
 
     `dtype` is the type of the products, float32 or bfloat16; every tensor has the type and the strides that a mixer passes.
-    No random state changes.
+    The backend computes `images` images, two different ones in turn. No random state changes.
     """
     leaves = _random_leaves(L, E, N, dtype)
-    expected = _outputs_and_gradients(leaves, "reference", device, torch.float64)
-    got = _outputs_and_gradients(leaves, name, device)
+    expected = _outputs_and_gradients(leaves, "reference", device, torch.float64, images)
+    got = _outputs_and_gradients(leaves, name, device, None, images)
     return {what: ((x - expected[what]).abs().max() / expected[what].abs().max()).item() for what, x in got.items()}
 
 
@@ -68,10 +73,16 @@ def _random_leaves(L: int, E: int, N: int, dtype: torch.dtype) -> dict[str, Tens
 
 
 def _outputs_and_gradients(
-    leaves: dict[str, Tensor], backend: str, device: torch.device, dtype: torch.dtype | None = None
+    leaves: dict[str, Tensor], backend: str, device: torch.device, dtype: torch.dtype | None, images: int
 ) -> dict[str, Tensor]:
-    """The outputs, and the gradient of each leaf, as float64; `dtype` replaces the types of all leaves."""
-    inputs = {name: x.to(device, dtype or x.dtype).requires_grad_() for name, x in leaves.items()}
+    """The outputs of two images, and the gradient of each leaf, as float64; `dtype` replaces the types of all leaves.
+
+    The reference computes each image once, and counts its gradients as often as the backend computes it.
+    """
+    image = torch.arange(images) % 2
+    rows, weight = (image, torch.ones(images)) if backend != "reference" else (image[:2], image.bincount().float())
+    leaf = {name: x.to(device, dtype or torch.float32).requires_grad_() for name, x in leaves.items()}
+    inputs = {name: (x[rows] if x.ndim == 3 else x).to(dtype or leaves[name].dtype) for name, x in leaf.items()}
     x_BLE, z_BLE = inputs["x and z"].chunk(2, -1)
     front, back = _direction(inputs, "forward"), _direction(inputs, "backward")
     convs = (
@@ -80,10 +91,13 @@ def _outputs_and_gradients(
     forward_BLE, backward_BLE = two_way_conv_silu(x_BLE, *convs, backend=backend)
     y_BLE = two_way_scan(front, back, z_BLE, backend=backend)
     outputs = {"forward conv": forward_BLE, "backward conv": backward_BLE, "scan": y_BLE}
-    dys = [leaves[name].to(y_BLE) for name in ("forward u", "backward u", "backward delta")]
-    gradients = torch.autograd.grad(list(outputs.values()), list(inputs.values()), dys)
-    return {f"output of {name}": y.detach().double() for name, y in outputs.items()} | {
-        f"gradient of {name}": g.double() for name, g in zip(inputs, gradients, strict=True)
+    dys = [
+        (leaves[name][rows] * weight[:, None, None]).to(y_BLE) for name in ("forward u", "backward u", "backward delta")
+    ]
+    gradients = torch.autograd.grad(list(outputs.values()), list(leaf.values()), dys)
+    shown = image if backend == "reference" else torch.arange(images)
+    return {f"output of {name}": y.detach().double()[shown] for name, y in outputs.items()} | {
+        f"gradient of {name}": g.double() for name, g in zip(leaf, gradients, strict=True)
     }
 
 

@@ -16,7 +16,7 @@ each direction separately. Each direction computes y's gradient before the gate 
 storing it would move as many bytes as reading z and dy again, in bf16 twice as many. The values before SiLU of the convolution
 are computed again too.
 
-Axes: B batch, L time, E channels, N states, W taps of the convolution. Read next: triton_scan.py, triton_launch.py.
+Axes: B batch, L time, E channels, N states, W taps of the convolution. Read next: triton_tiles.py, triton_launch.py.
 """
 
 import os
@@ -31,23 +31,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dis_scale.errors import DisScaleError, UserError
-from dis_scale.scan import triton_conv, triton_layout, triton_scan
+from dis_scale.scan import triton_backward, triton_conv, triton_layout, triton_scan
 from dis_scale.scan.backend import Backend, Direction, keeps_states
+from dis_scale.scan.triton_fill import FULL, Filling, filling
 from dis_scale.scan.triton_launch import (
+    CHUNK,
     LANES,
     WARPS,
     ceil_div,
-    check_offsets,
     compile_once,
     grid,
     launch,
+    multiprocessors,
     next_power_of_2,
     rowwise,
     without_memory,
 )
+from dis_scale.scan.triton_memory import Gradients, KeptStates, Parts, new_states, state_rows
 
-CHUNK = LANES // 2
-"""Steps between stored states, limited by registers. Each step has one lane for B's gradient and one for C's."""
 ROWS = 16
 """Steps that a thread of the convolution computes at a time, limited by registers: the halo of a group is computed twice."""
 SEGMENT = 6 * ROWS
@@ -112,16 +113,14 @@ class _Operands(NamedTuple):
     def pointers(self) -> tuple[Tensor, ...]:
         return self[:6]
 
-    def constants(self, reverse: bool, z: Tensor, dy: Tensor) -> dict[str, int]:
+    def constants(self, reverse: bool, z: Tensor, dy: Tensor, lanes: int) -> dict[str, Any]:
         (_, L, E), N = self.u.shape, self.A.shape[1]
-        rows = {
-            "u_row": self.u.stride(1),
-            "delta_row": self.delta.stride(1),
-            "z_row": z.stride(1),
-            "dy_row": dy.stride(1),
-        }
-        tile = {"LANES": LANES, "WARPS": WARPS, "CHUNK": CHUNK, "num_warps": WARPS}
+        rows = {"z_row": z.stride(1), "dy_row": dy.stride(1)}
+        tile = {"LANES": LANES, "WARPS": WARPS, "SPLIT": lanes, "CHUNK": CHUNK, "num_warps": WARPS}
         return {"E": E, "L": L, "N": N, "REVERSE": reverse, **rows, **tile}
+
+    def parts(self, lanes: int) -> Parts:
+        return Parts(self.u, self.BC, self.A.shape[1], lanes)
 
 
 def _operands(reverse: bool, inputs: Sequence[Tensor]) -> list[_Operands]:
@@ -134,55 +133,18 @@ def _operands(reverse: bool, inputs: Sequence[Tensor]) -> list[_Operands]:
 
 
 def _by_state(reverse: bool, directions: Sequence[Direction]) -> list[Tensor]:
-    """B and C of each direction as (B, 2, N, L) in float32, steps contiguous, padded with zeros to complete chunks."""
+    """B and C of each direction as (B, 2, L / 4, N, 4) in float32, padded with zeros to complete chunks: a load takes four
+    steps of a state, and those of the states that a channel's lanes compute at a time are neighbours."""
     both = tuple(rowwise(x) for direction in directions for x in (direction.B_BLN, direction.C_BLN))
     (_, B, _), (L, N) = grid(both[0]), both[0].shape[1:]
     length = ceil_div(L, CHUNK) * CHUNK
-    outs = [both[0].new_empty(B, 2, N, length, dtype=torch.float32) for _ in directions]
+    outs = [both[0].new_empty(B, 2, length // 4, N, 4, dtype=torch.float32) for _ in directions]
     launch(
         triton_layout.by_state, (ceil_div(length, STEPS), B, len(both)), both, tuple(outs),
         rows=tuple([x.stride(1) for x in both]), L=L, N=N, LENGTH=length, REVERSE=reverse,
         STATES=next_power_of_2(N), SIZE=STEPS,
     )  # fmt: skip
     return outs
-
-
-class _Gradients(NamedTuple):
-    """A direction's gradients of u and delta. Until they are written, their memory holds intermediate values."""
-
-    du: Tensor
-    ddelta: Tensor
-
-    def halves(self) -> tuple[Tensor, Tensor]:
-        """Memory for one float32 number per channel and step: one of them, or 16 bits in each if they are 16 bits wide."""
-        for x in self:
-            if x.dtype == torch.float32:
-                return x, x
-        return self.du, self.ddelta
-
-    def state_buffer(self, N: int) -> tuple[Tensor, Tensor]:
-        """Memory for the states after each chunk; a separate buffer if a chunk has too few rows."""
-        return self.halves() if N <= CHUNK else _both([_new_states(self.du, N)])
-
-
-class _Kept(NamedTuple):
-    """What a forward pass keeps beside its inputs: each direction's states, and y before the gate if there is one."""
-
-    states: list[Tensor]
-    y: Tensor
-
-
-def _state_rows(N: int) -> int:
-    """Rows of a chunk in a buffer of states: as many as the chunk has steps, unless there are more states."""
-    return CHUNK if N <= CHUNK else N
-
-
-def _new_states(like: Tensor, N: int) -> Tensor:
-    """A buffer of states, for inputs like (B, L, E)."""
-    B, L, E = like.shape
-    rows = L if N <= CHUNK else ceil_div(L, CHUNK) * N
-    check_offsets(rows, E)
-    return like.new_empty(B, rows, E, dtype=torch.float32)
 
 
 class _Scan(torch.autograd.Function):
@@ -192,12 +154,13 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, reverse: bool, z: Tensor | None, *inputs: Tensor) -> Tensor:
         gradients = any(ctx.needs_input_grad)
         keep = gradients and keeps_states()
+        fill = _filling(inputs)
         if inputs[0].is_cuda:
-            key = ("scan", inputs[2].shape[1], len(inputs), reverse, z is None, gradients, keep)
-            compile_once(inputs[0], key, lambda: launch_scan(reverse, z, inputs, gradients, keep))
+            key = ("scan", inputs[2].shape[1], len(inputs), reverse, z is None, gradients, keep, fill)
+            compile_once(inputs[0], key, lambda: launch_scan(reverse, z, inputs, gradients, keep, fill))
         operands = _operands(reverse, inputs)
-        out, kept = _forward(reverse, z, operands, keep)
-        ctx.reverse = reverse
+        out, kept = _forward(reverse, z, operands, keep, fill)
+        ctx.reverse, ctx.fill = reverse, fill
         # Without memory if nothing is kept: a recomputed block must save as many tensors as it did at first.
         ctx.save_for_backward(z, kept.y, *kept.states, *[x for direction in operands for x in direction])
         return out
@@ -208,104 +171,132 @@ class _Scan(torch.autograd.Function):
         z, y, *saved = ctx.saved_tensors
         count = len(saved) // 9
         operands = [_Operands(*saved[i : i + 8]) for i in range(count, len(saved), 8)]
-        return None, *_backward(ctx.reverse, z, operands, dy, _Kept(saved[:count], y))
+        return None, *_backward(ctx.reverse, z, operands, dy, KeptStates(saved[:count], y), ctx.fill)
 
 
-def launch_scan(reverse: bool, z: Tensor | None, inputs: Sequence[Tensor], gradients: bool, keep: bool) -> None:
+def _filling(inputs: Sequence[Tensor]) -> Filling:
+    """The way to fill this GPU. The interpreter has no multiprocessors."""
+    u, A = inputs[0], inputs[2]
+    if not u.is_cuda:
+        return FULL
+    groups, B, _ = grid(u)
+    return filling(groups * B, A.shape[1], len(inputs) // 7, multiprocessors(u.device))
+
+
+def launch_scan(
+    reverse: bool, z: Tensor | None, inputs: Sequence[Tensor], gradients: bool, keep: bool, fill: Filling
+) -> None:
     """Launch all kernels of a scan for tensors without memory."""
     gate, empty = None if z is None else without_memory(z), [without_memory(x) for x in inputs]
     operands = _operands(reverse, empty)
-    out, kept = _forward(reverse, gate, operands, keep)
+    out, kept = _forward(reverse, gate, operands, keep, fill)
     if gradients:
-        _backward(reverse, gate, operands, out, kept)
+        _backward(reverse, gate, operands, out, kept, fill)
 
 
-def _forward(reverse: bool, z: Tensor | None, directions: Sequence[_Operands], keep: bool) -> tuple[Tensor, _Kept]:
+def _forward(
+    reverse: bool, z: Tensor | None, directions: Sequence[_Operands], keep: bool, fill: Filling
+) -> tuple[Tensor, KeptStates]:
     out, gate = _empty_like(directions[0].u), directions[0].u if z is None else rowwise(z)
-    y, programs = _empty_like(out, torch.float32) if len(directions) == 2 else out, grid(out)
-    N, none = directions[0].A.shape[1], out.new_empty(0)
-    kept = _Kept(
-        [_new_states(operands.u, N) if keep else none for operands in directions],
+    y, none = _empty_like(out, torch.float32) if len(directions) == 2 else out, out.new_empty(0)
+    kept = KeptStates(
+        [new_states(operands.u, operands.A.shape[1]) if keep else none for operands in directions],
         _empty_like(out) if keep and z is not None else none,
     )
     for i, (operands, states) in enumerate(zip(directions, kept.states, strict=True)):
         unused = states if keep else y  # a pointer of the type that the kernel would store
-        launch(
-            triton_scan.scan_forward, programs, operands.pointers, gate, gate, out, (y, y), (unused, unused),
-            kept.y if kept.y.numel() else out, **operands.constants(reverse != bool(i), gate, gate),
-            FIRST=i + 1 < len(directions), SECOND=i > 0, GATED=z is not None, FOR_BACKWARD=False, KEEP=keep,
-            STATE_ROWS=_state_rows(N),
+        _scan_forward(
+            operands, gate, gate, out, (y, y), (unused, unused), kept.y if kept.y.numel() else out,
+            operands.constants(reverse != bool(i), gate, gate, fill.forward)
+            | {"FIRST": i + 1 < len(directions), "SECOND": i > 0, "GATED": z is not None, "FOR_BACKWARD": False, "KEEP": keep},
         )  # fmt: skip
     return out, kept
 
 
+def _scan_forward(
+    operands: _Operands, z: Tensor, dy: Tensor, out: Tensor, y: tuple[Tensor, Tensor], states: tuple[Tensor, Tensor],
+    kept_y: Tensor, constants: dict[str, Any],
+) -> None:  # fmt: skip
+    launch(
+        triton_scan.scan_forward, grid(dy, lanes=constants["SPLIT"]), operands.pointers, z, dy, out, y, states, kept_y,
+        **constants, u_row=operands.u.stride(1), delta_row=operands.delta.stride(1),
+        STATE_ROWS=state_rows(operands.A.shape[1]),
+    )  # fmt: skip
+
+
 def _backward(
-    reverse: bool, z: Tensor | None, directions: Sequence[_Operands], dy: Tensor, kept: _Kept
+    reverse: bool, z: Tensor | None, directions: Sequence[_Operands], dy: Tensor, kept: KeptStates, fill: Filling
 ) -> list[Tensor | None]:
     """The gradients of z and of the inputs."""
     dy, dz = rowwise(dy), None if z is None else _empty_like(z)
     z = None if z is None else rowwise(z)
-    written_later = [_Gradients(_empty_like(operands.u), _empty_like(operands.delta)) for operands in directions]
-    y, parts = written_later[-1].halves(), _Parts(directions[0])
+    memories = [Gradients(_empty_like(operands.u), _empty_like(operands.delta)) for operands in directions]
+    states, kept_y = [_both([x]) for x in kept.states], kept.y if kept.y.numel() else None
+    if not kept.states[0].numel():
+        states = _repeat_forward(reverse, z, directions, dy, dz, memories, fill)
+    both, shared = fill.both and len(directions) == 2, directions[0].parts(fill.backward)
+    parts = [shared, directions[1].parts(fill.backward)] if both else [shared] * len(directions)
     gradients: list[Tensor | None] = [dz]
-    for i, (operands, memory) in enumerate(zip(directions, written_later, strict=True)):
-        constants = operands.constants(reverse != bool(i), dy if z is None else z, dy) | {"GATED": z is not None}
-        order = {"FIRST": dz is not None and i + 1 < len(directions), "SECOND": dz is not None and i > 0}
-        states = _both([kept.states[i]])
-        if not kept.states[i].numel():
-            states = memory.state_buffer(operands.A.shape[1])
-            _repeat_forward(operands, z, dy, dz, y, states, constants, order)
-        last_kept = kept.y if i + 1 == len(directions) and kept.y.numel() else None
-        _one_way_gradients(operands, z, dy, dz, memory, states, parts, constants, last_kept)
-        gradients += [*memory, *_sum_parts(operands, parts, reverse != bool(i))]
+    for ways in [slice(None)] if both else [slice(i, i + 1) for i in range(len(directions))]:
+        last = ways.stop in (None, len(directions))
+        _scan_backward(
+            reverse != bool(ways.start), z, directions[ways], dy, dz, states[ways], memories[ways], parts[ways],
+            kept_y if last else None, fill.backward,
+        )  # fmt: skip
+        for i in range(len(directions))[ways]:
+            gradients += [*memories[i], *_sum_parts(directions[i], parts[i], reverse != bool(i))]
     return gradients
 
 
-class _Parts:
-    """Memory for a direction's sums, which programs store in parts. The directions use it one after the other."""
-
-    def __init__(self, operands: _Operands):
-        (programs, B, _), N, E = grid(operands.u), operands.A.shape[1], operands.u.shape[2]
-        self.warp_sums = operands.BC.new_empty(programs, B, N, WARPS * LANES)
-        self.dBC = operands.BC.new_empty(programs, *operands.BC.shape)
-        self.parameters = operands.BC.new_empty(B, 2 * N + 2, E)
-
-
 def _repeat_forward(
-    operands: _Operands, z: Tensor | None, dy: Tensor, dz: Tensor | None, y: tuple[Tensor, Tensor],
-    states: tuple[Tensor, Tensor], constants: dict[str, int], order: dict[str, bool],
+    reverse: bool, z: Tensor | None, directions: Sequence[_Operands], dy: Tensor, dz: Tensor | None,
+    memories: Sequence[Gradients], fill: Filling,
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Store the states of each direction in the memory of its gradients. The first direction stores its output in that of
+    the last one's gradients, which reads it there and writes dz."""
+    gate, out, states = dy if z is None else z, dy if dz is None else dz, list[tuple[Tensor, Tensor]]()
+    for i, (operands, memory) in enumerate(zip(directions, memories, strict=True)):
+        states.append(memory.state_buffer(operands.A.shape[1]))
+        order = {"FIRST": dz is not None and i + 1 < len(directions), "SECOND": dz is not None and i > 0}
+        flags = order | {"GATED": z is not None, "FOR_BACKWARD": True, "KEEP": False}
+        constants = operands.constants(reverse != bool(i), gate, dy, fill.forward) | flags
+        _scan_forward(operands, gate, dy, out, memories[-1].halves(), states[-1], out, constants)
+    return states
+
+
+def _scan_backward(
+    reverse: bool, z: Tensor | None, directions: Sequence[_Operands], dy: Tensor, dz: Tensor | None,
+    states: Sequence[tuple[Tensor, Tensor]], memories: Sequence[Gradients], parts: Sequence[Parts],
+    kept_y: Tensor | None, lanes: int,
 ) -> None:  # fmt: skip
-    """Store one direction's states. The first direction stores its output in `y`; the second reads it there and writes dz."""
-    gate, out = dy if z is None else z, dy if dz is None else dz
+    """Compute the gradients of one direction or both, and dz if y before the gate was kept. The memory of the gradients may
+    hold the states until they are written."""
+    N, gate = directions[0].A.shape[1], dy if z is None else z
+    programs, B, _ = grid(dy, lanes=lanes)
+    inputs, gradients, warp_sums, dBCs, parameters, u_rows, delta_rows = zip(
+        *[
+            (x.pointers, tuple(memory), part.warp_sums, part.dBC, part.parameters, x.u.stride(1), x.delta.stride(1))
+            for x, memory, part in zip(directions, memories, parts, strict=True)
+        ],
+        strict=True,
+    )
     launch(
-        triton_scan.scan_forward, grid(dy), operands.pointers, gate, dy, out, y, states, out,
-        **constants, **order, FOR_BACKWARD=True, KEEP=False, STATE_ROWS=_state_rows(operands.A.shape[1]),
+        triton_backward.scan_backward, (programs, B, len(directions)), inputs, gate, dy, tuple(states), warp_sums,
+        gradients, dBCs, parameters, dy if kept_y is None else kept_y, dy if dz is None else dz,
+        **directions[0].constants(reverse, gate, dy, lanes), u_rows=u_rows, delta_rows=delta_rows, GATED=z is not None,
+        GATE_GRADIENT=kept_y is not None, STATE_ROWS=state_rows(N), STATES=next_power_of_2(N),
     )  # fmt: skip
 
 
-def _one_way_gradients(
-    operands: _Operands, z: Tensor | None, dy: Tensor, dz: Tensor | None, memory: _Gradients,
-    states: tuple[Tensor, Tensor], parts: _Parts, constants: dict[str, int], kept_y: Tensor | None,
-) -> None:  # fmt: skip
-    """Compute one direction's gradients, and dz if y before the gate was kept. `memory` may hold the states until the
-    gradients of u and delta are written to it."""
-    N, gate = operands.A.shape[1], dy if z is None else z
-    launch(
-        triton_scan.scan_backward, grid(dy), operands.pointers, gate, dy, states, parts.warp_sums, tuple(memory),
-        parts.dBC, parts.parameters, dy if kept_y is None else kept_y, dy if dz is None else dz, **constants,
-        GATE_GRADIENT=kept_y is not None, STATE_ROWS=_state_rows(N), STATES=next_power_of_2(N),
-    )  # fmt: skip
-
-
-def _sum_parts(operands: _Operands, parts: _Parts, reverse: bool) -> list[Tensor]:
+def _sum_parts(operands: _Operands, parts: Parts, reverse: bool) -> list[Tensor]:
     """The gradients of A, B, C, D and the bias."""
     gradients = [_empty_like(x) for x in (operands.A, operands.B, operands.C, operands.D, operands.bias)]
-    programs, B, _, N, length = parts.dBC.shape
-    L, E = operands.u.shape[1:]
-    blocks = ceil_div(max(B * 2 * N * length, (N + 2) * E), SIZE)
+    programs, N, size = len(parts.dBC), operands.A.shape[1], operands.BC.numel()
+    B, L, E = operands.u.shape
+    blocks = ceil_div(max(size, (N + 2) * E), SIZE)
     launch(
         triton_layout.sum_scan, (blocks, 2, 1), parts.dBC, parts.parameters, *gradients,
-        batch=B, E=E, L=L, N=N, LENGTH=length, REVERSE=reverse, PARTS=programs, SIZE=SIZE,
+        batch=B, E=E, L=L, N=N, LENGTH=size // (2 * B * N), REVERSE=reverse, PARTS=programs, SIZE=SIZE,
     )  # fmt: skip
     return gradients
 

@@ -27,7 +27,7 @@ Pointers, (batch, time, channels) unless given otherwise. A kernel takes those o
 import triton
 import triton.language as tl
 
-from dis_scale.scan.triton_scan import sigmoid
+from dis_scale.scan.triton_tiles import sigmoid
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 Sizes and distances between rows are compile-time constants of the kernels, so each shape has kernels of its own.
 """
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +18,8 @@ LANES = 32
 """Channels per warp, one per thread: a thread reads back only what it wrote itself."""
 WARPS = 4
 """Warps of a program. Those of a scan's program sum their parts of B's and C's gradients."""
+CHUNK = LANES // 2
+"""Steps between stored states, limited by registers. Each step has one lane for B's gradient and one for C's."""
 MOST_PROGRAMS = 65_535
 """Largest grid of a kernel on its second axis (the batch) and on its third (the convolution's groups of steps)."""
 
@@ -26,15 +29,20 @@ _compiled = set[tuple[Any, ...]]()
 """Sizes and types whose kernels are compiled."""
 
 
-def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Tensor | tuple[Tensor, ...], **numbers: Any) -> None:
-    """Launch a kernel on tensors and tuples of tensors; for tensors on the meta device, only compile it.
+def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **numbers: Any) -> None:
+    """Launch a kernel on tensors, tuples of tensors and tuples of such tuples; for the meta device, only compile it.
 
     A later launch of the same kernel skips Triton's own look-up, which takes 4 us more: Triton compiles for types, for pointers
     that are multiples of 16 bytes, and for constants.
     """
     tensors: list[Tensor] = []
     for argument in arguments:
-        tensors += argument if isinstance(argument, tuple) else (argument,)
+        if not isinstance(argument, tuple):
+            tensors.append(argument)
+        elif isinstance(argument[0], tuple):
+            tensors += [x for each in argument for x in each]
+        else:
+            tensors += argument
     first = tensors[0]
     if first.is_meta:
         kernel.warmup(*arguments, grid=grid, **numbers)
@@ -76,8 +84,9 @@ def check_offsets(rows: int, row: int) -> None:
         )
 
 
-def grid(x_BLE: Tensor, steps: int | None = None) -> tuple[int, int, int]:
-    """Programs of LANES * WARPS channels of an image, and of `steps` steps if given. UserError beyond a GPU's limits."""
+def grid(x_BLE: Tensor, steps: int | None = None, lanes: int = 1) -> tuple[int, int, int]:
+    """Programs of an image's channels, LANES * WARPS / `lanes` each, and of `steps` steps if given. UserError beyond a GPU's
+    limits."""
     B, L, E = x_BLE.shape
     if B > MOST_PROGRAMS:
         raise UserError(
@@ -89,7 +98,12 @@ def grid(x_BLE: Tensor, steps: int | None = None) -> tuple[int, int, int]:
         raise UserError(
             f"the triton convolution takes at most {MOST_PROGRAMS * steps:,} steps, got {L:,}: set the backend to chunked"
         )
-    return ceil_div(E, LANES * WARPS), B, groups
+    return ceil_div(E, LANES // lanes * WARPS), B, groups
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def compile_once(x: Tensor, key: tuple[Any, ...], launches: Callable[[], object]) -> None:

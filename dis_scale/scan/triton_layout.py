@@ -2,7 +2,7 @@
 
 `by_state` brings B and C into the layout of the scan's kernels. `sum_scan` and `sum_conv` sum what the backward passes stored
 in parts, always in the same order, and write the gradients in the inputs' types and layouts. One program computes SIZE numbers.
-Names are those of triton_scan.py and triton_conv.py.
+Names are those of triton_tiles.py and triton_conv.py.
 """
 
 import triton
@@ -23,7 +23,7 @@ def by_state(
     inputs, outs, rows: tl.constexpr, L: tl.constexpr, N: tl.constexpr, LENGTH: tl.constexpr, REVERSE: tl.constexpr,
     STATES: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Copy (batch, L, N) to (batch, 2, N, LENGTH) in float32, padded with zeros: B and C of each direction.
+    """Copy (batch, L, N) to (batch, 2, LENGTH / 4, N, 4) in float32, padded with zeros: B and C of each direction.
 
     `inputs` is B and C of the first direction, then of the second one; `rows` the distances between their rows. `outs` has a
     tensor per direction. REVERSE is the first direction's.
@@ -35,7 +35,8 @@ def by_state(
             t = step - _padding(L, LENGTH, (i < 2) == REVERSE)
             x = inputs[i] + (batch * L + t) * rows[i] + n
             x = tl.load(x, mask=(t >= 0) & (t < L) & (n < N), other=0.0).to(tl.float32)
-            tl.store(outs[i // 2] + ((batch * 2 + i % 2) * N + n) * LENGTH + step, x, mask=(step < LENGTH) & (n < N))
+            out = outs[i // 2] + (batch * 2 + i % 2) * (N * LENGTH)
+            tl.store(out + (step // 4 * N + n) * 4 + step % 4, x, mask=(step < LENGTH) & (n < N))
 
 
 @triton.jit
@@ -64,7 +65,8 @@ def sum_scan(
     if tl.program_id(1) == 0:
         size = batch.to(tl.int64) * (2 * N * LENGTH)
         total = _sum_parts(dBC, i, i < size, PARTS, size)
-        t, n, which = i % LENGTH - _padding(L, LENGTH, REVERSE), i // LENGTH % N, i // (LENGTH * N) % 2
+        t = i // (4 * N) % (LENGTH // 4) * 4 + i % 4 - _padding(L, LENGTH, REVERSE)
+        n, which = i // 4 % N, i // (LENGTH * N) % 2
         at, inside = (i // (2 * N * LENGTH) * L + t) * N + n, (i < size) & (t >= 0) & (t < L)
         _store(dB, at, total, inside & (which == 0))
         _store(dC, at, total, inside & (which == 1))

@@ -217,7 +217,8 @@ def open_training(attempt: Attempt, on_this_node: int, log_rates: Callable[[str]
     smallest = min(memory, key=lambda size: size or 0)  # all ranks run equally many passes, and refuse together
     at_once = lanes_at_once(attempt.model, price, settings, world, smallest, recipe.evaluate.gpu_share)
     passes = forward_passes(settings.lanes, rank, world, at_once)
-    state, model, images_seen, earlier = start(attempt, latents, len(passes))
+    images = max(len(one.lanes) for one in passes) * settings.lane_images
+    state, model, images_seen, earlier = start(attempt, latents, len(passes), images)
     micro_images = at_once * settings.lane_images
     if rank == 0:
         for line in how:
@@ -273,10 +274,12 @@ def _workers_on_this_node(world: int) -> int:
     return hosts.count(socket.gethostname())
 
 
-def start(attempt: Attempt, latents: Latents, passes: int) -> tuple[Engine, Backbone, int, Mapping[str, Any]]:
+def start(
+    attempt: Attempt, latents: Latents, passes: int, images: int
+) -> tuple[Engine, Backbone, int, Mapping[str, Any]]:
     """Return the engine, its model, the images seen and the resume point's facts: from the newest one or from initial weights.
 
-    A step has `passes` forward passes on each rank.
+    A step has `passes` forward passes of `images` images on each rank.
     """
     settings, recipe = attempt.recipe.train, attempt.recipe
     seed = seeds.seed("init", recipe.seed_of(attempt.model)) % 2**63
@@ -300,7 +303,7 @@ def start(attempt: Attempt, latents: Latents, passes: int) -> tuple[Engine, Back
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(read(engine.WEIGHTS, name, 0, p.numel()).view_as(p))
-    models.verify_kernels(model, attempt.device)
+    models.verify_kernels(model, attempt.device, images)
     state = engine.start(model.to(attempt.device), settings, attempt.device, read, adam_step, passes)
     state.set_learning_rate(learning_rate(settings, images_seen))
     if dist.get_rank() == 0:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dis_scale.scan.selftest import verify
+from dis_scale.scan.triton_fill import FULL, Filling
 from tests.scan.test_scan_admission import (
     CALLS,
     SIZES,
@@ -101,6 +102,18 @@ def test_triton_is_bit_equal_when_repeated(call: str) -> None:
     results = [on_the_gpu(call, (5, 70, 403, 16), torch.bfloat16, "triton") for _ in range(3)]
     for again in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(again, results[0], strict=True))
+
+
+@pytest.mark.parametrize("fill", [FULL, Filling(2, 1, True), Filling(4, 8, False), Filling(8, 4, True)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_each_way_to_fill_a_gpu(dtype: torch.dtype, fill: Filling, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes of the other tests make few programs, which all get eight lanes per channel."""
+    monkeypatch.setattr("dis_scale.scan.triton._filling", lambda _: fill)
+    sizes = (2, 258, 403, 16)
+    tensors = moved(random_tensors(sizes, dtype))
+    got = outputs_and_gradients("two-way scan", tensors, "triton")
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    compare(got, outputs_and_gradients("two-way scan", exact, "chunked", dtype), GPU_TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])

@@ -71,7 +71,7 @@ def test_the_scans_small_kernels_compile(recorder: Recorder) -> None:
     u, parameters = torch.ones(B, L, E).bfloat16(), (torch.ones(E, N), torch.ones(E))
     b, c = torch.ones(B, L, 2 * N).bfloat16().chunk(2, -1)
     operands = scan_triton._operands(False, Direction(u, u, parameters[0], b, c, parameters[1], parameters[1]))
-    gradients = scan_triton._sum_parts(operands[0], scan_triton._Parts(operands[0]), reverse=True)
+    gradients = scan_triton._sum_parts(operands[0], operands[0].parts(lanes=1), reverse=True)
     assert [(g.shape, g.dtype) for g in gradients] == [
         (x.shape, x.dtype) for x in (parameters[0], b, c, *[parameters[1]] * 2)
     ]

@@ -21,10 +21,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from benchmarks.instructions import WORK, code, compiled, counted, registers
+from benchmarks.instructions import FORWARD, code, compiled, counted, registers, work
 from dis_scale.errors import UserError
 from dis_scale.scan import Direction, triton_conv, triton_layout, triton_scan
 from dis_scale.scan import triton as scan_triton
+from dis_scale.scan.triton_fill import BACKWARD_CYCLES, FORWARD_CYCLES, FULL
 from dis_scale.scan.triton_launch import MOST_PROGRAMS, compile_together
 
 INTERPRETED = Path(__file__).parent.parent / "support" / "interpreted_triton.py"
@@ -49,7 +50,19 @@ def test_the_interpreters_outputs_and_gradients_equal_the_reference(rows: str) -
 @pytest.mark.parametrize("name", COMPILED)
 def test_it_compiles_ahead(name: str, capability: int) -> None:
     """For an A100 and an H100 or H200: no atomics, no shared memory, no register spilled."""
-    program = compiled(name, capability, "bf16")
+    check_program(compiled(name, capability, "bf16"), name, capability)
+
+
+@pytest.mark.parametrize(
+    "lanes", [8, pytest.param(4, marks=pytest.mark.faults), pytest.param(2, marks=pytest.mark.faults)]
+)
+def test_several_lanes_per_channel_compile_ahead(lanes: int) -> None:
+    """The same, both directions at once."""
+    for name in ("scan_forward, second, for backward", "scan_backward, of the gate, too"):
+        check_program(compiled(name, 90, "bf16", lanes, both="backward, " in name), name, 90)
+
+
+def check_program(program: Any, name: str, capability: int) -> None:
     assert f".target sm_{capability}" in program.asm["ptx"]
     assert program.metadata.shared == 0
     assert not re.search(r"\b(atom|red)\.", program.asm["ptx"])
@@ -61,10 +74,22 @@ def test_it_compiles_ahead(name: str, capability: int) -> None:
 
 def test_the_instructions_are_counted() -> None:
     """A state's forward and backward pass through a chunk: 27 instructions per step and warp, 2 of them shuffles, 1.25 MUFU."""
-    cycles = counted(compiled("scan_backward", 90, "bf16"), WORK["scan_backward"])
+    cycles = counted(compiled("scan_backward", 90, "bf16"), work("scan_backward"))
     assert 20 < cycles["issued"] < 32
     assert cycles["MUFU"] == pytest.approx(10)
     assert 8 < cycles["LSU"] < 16
+
+
+@pytest.mark.parametrize(
+    "lanes", [8, pytest.param(4, marks=pytest.mark.faults), pytest.param(2, marks=pytest.mark.faults)]
+)
+def test_the_cycles_by_lanes_are_counted(lanes: int) -> None:
+    """Those by which a GPU with few programs is filled. Sums over lanes cost instructions; exponentials stay the same."""
+    forward = [counted(compiled(name, 90, "bf16", lanes), work(name, lanes)) for name in FORWARD]
+    backward = counted(compiled("scan_backward", 90, "bf16", lanes), work("scan_backward", lanes))
+    assert [cycles["MUFU"] for cycles in (*forward, backward)] == [8.5, 9.5, 10]
+    assert sum(max(cycles.values()) for cycles in forward) == pytest.approx(FORWARD_CYCLES[lanes], rel=0.01)
+    assert max(backward.values()) == pytest.approx(BACKWARD_CYCLES[lanes], rel=0.01)
 
 
 def test_no_load_of_a_group_of_steps_waits_for_a_store() -> None:
@@ -76,7 +101,7 @@ def test_no_load_of_a_group_of_steps_waits_for_a_store() -> None:
 
 def test_the_convolutions_instructions_are_counted() -> None:
     """Two exponentials and two reciprocals (MUFU) per step, 19 times for a group of 16 steps: its halo is computed twice."""
-    cycles = counted(compiled("conv_backward", 90, "bf16"), WORK["conv_backward"])
+    cycles = counted(compiled("conv_backward", 90, "bf16"), work("conv_backward"))
     assert 60 < cycles["issued"] < 90
     assert cycles["MUFU"] == pytest.approx(4 * 8 * 19 / 16)
 
@@ -182,10 +207,10 @@ def test_kernels_compile_together_and_are_those_that_a_launch_takes(monkeypatch:
     monkeypatch.setattr(kernel, "compile", compile_with_the_other)
     shapes = [(1, 5, 8), (1, 5, 8), (8, 1), (1, 5, 1), (1, 5, 1), (8,), (8,)]
     inputs, z = [torch.ones(shape) for shape in shapes * 2], torch.ones(1, 5, 16)[..., 8:]
-    compile_together(lambda: scan_triton.launch_scan(False, z, inputs, gradients=False, keep=False))
+    compile_together(lambda: scan_triton.launch_scan(False, z, inputs, gradients=False, keep=False, fill=FULL))
     assert sorted(compiles) == ["by_state", "scan_forward", "scan_forward"]
     monkeypatch.setattr(scan_triton, "launch", lambda kernel, grid, *a, **k: kernel.warmup(*a, grid=grid, **k))
-    scan_triton._forward(False, z, scan_triton._operands(False, inputs), keep=False)
+    scan_triton._forward(False, z, scan_triton._operands(False, inputs), keep=False, fill=FULL)
     assert len(compiles) == 3
 
 

@@ -16,6 +16,7 @@ from dis_scale.scan import choose, triton_layout
 from dis_scale.scan import triton as scan_triton
 from dis_scale.scan.backend import KeepingStates, keeps_states
 from dis_scale.scan.selftest import verify
+from dis_scale.scan.triton_fill import Filling
 from tests.scan.test_scan_admission import (
     CALLS,
     TOLERANCE,
@@ -103,6 +104,28 @@ def test_a_recomputed_scan_keeps_its_states() -> None:
     grads = [torch.autograd.grad(run_block(way, 0, block, *tensors), tensors, torch.ones(ODD[:3])) for way in ways]
     assert kept == [False, True, False]
     assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
+
+
+# Lanes of a channel in both passes; chunks, warps and programs are incomplete; two programs of images.
+FILLINGS = [
+    ((1, 18, 33, 4), Filling(4, 2, True)),
+    ((2, 17, 9, 8), Filling(8, 8, False)),
+    pytest.param((1, 33, 19, 4), Filling(2, 4, True), marks=pytest.mark.faults),
+]
+
+
+@pytest.mark.parametrize(("sizes", "fill"), FILLINGS, ids=str)
+def test_a_channel_on_several_lanes(
+    sizes: tuple[int, int, int, int], fill: Filling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU with too few programs is filled. In float32 kept states give the same gradients, to the bit."""
+    monkeypatch.setattr(scan_triton, "_filling", lambda _: fill)
+    tensors = random_tensors(sizes)
+    got = outputs_and_gradients("two-way scan", tensors, "triton")
+    check_results("two-way scan", sizes, torch.float32, got)
+    with KeepingStates():
+        kept = outputs_and_gradients("two-way scan", tensors, "triton")
+    assert all(torch.equal(x, y) for x, y in zip(kept, got, strict=True))
 
 
 def test_a_convolution_over_several_segments() -> None:

@@ -1,0 +1,247 @@
+"""The Triton backend's scan: the kernel scan_backward, which triton.py launches. Read first: triton_tiles.py.
+
+It computes a chunk's states again (`_recompute_states`), then goes through the chunk's steps in reverse order and accumulates
+gradients (`_backpropagate_states`), as chunked.py and kernels.inl do. Threads exchange data only for the gradients of B and C,
+and between the lanes of a channel.
+"""
+
+import triton
+import triton.language as tl
+
+from dis_scale.scan.triton_tiles import (
+    channels_of,
+    collect,
+    exchange,
+    lane_of,
+    load,
+    load_halves,
+    load_scaled,
+    load_steps,
+    share_of,
+    sigmoid,
+    spread,
+    state_buffer,
+    state_row,
+    step_sizes,
+    store,
+    sum_over_channel,
+)
+
+
+@triton.jit
+def _recompute_states(h_e, A_e, B_t, deltas, delta_us):
+    """Compute one state's decays in a chunk again, and its values before each step and after the last one."""
+    decays, states = (), (h_e,)
+    for j in tl.static_range(len(deltas)):
+        decays += (tl.exp2(deltas[j] * A_e),)
+        states += (decays[j] * states[j] + delta_us[j] * B_t[j],)
+    return decays, states
+
+
+@triton.jit
+def _backpropagate_states(
+    carry_e, dA_e, A_e, B_t, C_t, deltas, delta_us, dys, decays, states, d_delta_us, d_deltas,
+    SPLIT: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Go through the same steps in reverse order. Returns the gradient for the chunk before, A's gradient, the sums of
+    delta u and delta with this state's part added, and B's and C's gradients by row, summed over half of the channels."""
+    HALF: tl.constexpr = carry_e.shape[0] // SPLIT // 2
+    parts, sums_delta_u, sums_delta = (), (), ()
+    for j in tl.static_range(len(deltas) - 1, -1, -1):
+        dh_e = carry_e + dys[j] * C_t[j]
+        part = (exchange(dh_e * delta_us[j], dys[j] * states[j + 1], HALF),)
+        parts = parts + part if REVERSE else part + parts
+        carry_e = dh_e * decays[j]
+        d_exponent_e = carry_e * states[j]
+        sums_delta_u = (d_delta_us[j] + dh_e * B_t[j],) + sums_delta_u
+        sums_delta = (d_deltas[j] + d_exponent_e * A_e,) + sums_delta
+        dA_e += d_exponent_e * deltas[j]
+    return carry_e, dA_e, sums_delta_u, sums_delta, parts
+
+
+@triton.jit
+def _sum_over_lanes(parts, SPLIT: tl.constexpr):
+    """Sum over the other half of the channels: each lane gets SPLIT rows. Each shuffle halves the number of values, so that
+    32 sums over 32 channels take 31 shuffles; a single sum takes 5."""
+    for stage in tl.static_range(4):
+        if 2 ** (stage + 1) < parts[0].shape[0] // SPLIT:
+            halves = ()
+            for i in tl.static_range(len(parts) // 2):
+                halves += (exchange(parts[2 * i], parts[2 * i + 1], 2**stage),)
+            parts = halves
+    return parts
+
+
+@triton.jit
+def _store_warp_sums(warp_sums, n, parts, e, WARPS: tl.constexpr, SPLIT: tl.constexpr):
+    """Store a state's sums over a warp's channels: rows of B's gradient, then rows of C's."""
+    LANES: tl.constexpr = e.shape[0]
+    HALF: tl.constexpr = LANES // SPLIT // 2
+    lane, warp = lane_of(e) % (LANES // SPLIT), tl.arange(0, e.shape[1])[None, :]
+    at = (n * WARPS + warp) * LANES + lane // HALF * (LANES // 2) + lane % HALF
+    for i in tl.static_range(SPLIT):
+        tl.store(warp_sums + at + i * HALF, parts[i])
+
+
+@triton.jit
+def _load_state(
+    A, h_high, h_low, dA, n, first, e, inside,
+    E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, STATE_ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Load what one state needs in a chunk: A, its value, the gradient from the next chunk, the sum for A's gradient."""
+    at, after = n * E + e, inside & (first + CHUNK < L)
+    start = state_row(first // CHUNK - 1, n, L, STATE_ROWS, CHUNK, REVERSE) * E + e
+    return (
+        load_scaled(A, n, e, inside, N),
+        load_halves(h_high + start, h_low + start, inside & (first > 0)),
+        tl.load(dA + at + (N + 2) * E, mask=after, other=0.0),
+        tl.load(dA + at, mask=after, other=0.0),
+    )
+
+
+@triton.jit
+def _sum_warps(
+    warp_sums, dBC, first, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr,
+    LANES: tl.constexpr, WARPS: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Sum a chunk's gradients of B and C over the warps of the program."""
+    LENGTH: tl.constexpr = (L + CHUNK - 1) // CHUNK * CHUNK
+    i = tl.arange(0, STATES * LANES)  # in the order of dBC: steps by four, states, the four steps
+    four, n, step = i // (4 * STATES), i // 4 % STATES, i % 4
+    total = tl.zeros(i.shape, tl.float32)
+    for warp in tl.static_range(WARPS):
+        total += tl.load(warp_sums + (n * WARPS + warp) * LANES + (four * 4 + step), mask=n < N, other=0.0)
+    dBC += (LENGTH - CHUNK - first if REVERSE else first) * N
+    tl.store(dBC + four // (CHUNK // 4) * (N * LENGTH) + (four % (CHUNK // 4) * N + n) * 4 + step, total, mask=n < N)
+
+
+@triton.jit
+def _store_gradients(
+    u, delta, u_row, delta_row, bias_e, D_e, du, ddelta, deltas, dys, d_delta_us, d_deltas, own, e, inside,
+    E: tl.constexpr, L: tl.constexpr, SPLIT: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Store the gradients of u and delta at a lane's own steps; return their parts of D's and the bias's."""
+    dD_e, dbias_e = tl.zeros_like(D_e), tl.zeros_like(D_e)
+    for j in tl.static_range(len(deltas)):
+        step = j * SPLIT
+        raw_e = load(delta, delta_row, own, step, e, inside, L, REVERSE) + bias_e
+        u_e = load(u, u_row, own, step, e, inside, L, REVERSE)
+        d_delta_e = d_deltas[j] * 0.6931471805599453 + d_delta_us[j] * u_e  # A is A / ln 2
+        slope_e = tl.exp2((raw_e - deltas[j]) * 1.4426950408889634)  # softplus' derivative, exp(x - softplus(x))
+        d_raw_e = tl.where(inside & (own + step < L), d_delta_e * slope_e, 0.0)
+        store(ddelta, E, own, step, e, d_raw_e, inside, L, REVERSE)
+        store(du, E, own, step, e, d_delta_us[j] * deltas[j] + D_e * dys[j], inside, L, REVERSE)
+        dD_e += dys[j] * u_e
+        dbias_e += d_raw_e
+    return dD_e, dbias_e
+
+
+@triton.jit
+def _one_way_gradients(
+    inputs, z, dy, h_halves, warp_sums, gradients, dBC, parameters, kept_y, dz,
+    u_row: tl.constexpr, delta_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
+    E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr,
+    GATE_GRADIENT: tl.constexpr, STATE_ROWS: tl.constexpr,
+    LANES: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Compute one direction's gradients, from the last chunk to the first."""
+    e, batch = channels_of(LANES, WARPS, SPLIT), tl.program_id(1).to(tl.int64)
+    inside, rows, program = e < E, batch * L, tl.program_id(0) * tl.num_programs(1) + batch
+    CHUNKS: tl.constexpr = (L + CHUNK - 1) // CHUNK
+    LENGTH: tl.constexpr = CHUNKS * CHUNK
+    BOTH: tl.constexpr = 2 * N * LENGTH
+    u, delta, A, BC, D, bias = inputs
+    du, ddelta = gradients
+    u, delta, BC = u + rows * u_row, delta + rows * delta_row, BC + batch * BOTH
+    z, dy, du, ddelta = z + rows * z_row, dy + rows * dy_row, du + rows * E, ddelta + rows * E
+    kept_y, dz = kept_y + rows * E, dz + rows * E
+    h_high, h_low = state_buffer(h_halves[0], h_halves[1], batch, E, L, STATE_ROWS, CHUNK)
+    dA = parameters + batch * (2 * N + 2) * E
+    warp_sums, dBC = warp_sums + program * N * WARPS * LANES, dBC + program * BOTH
+    D_e = tl.load(D + e, mask=inside, other=0.0).to(tl.float32)
+    bias_e = tl.load(bias + e, mask=inside, other=0.0).to(tl.float32)
+    dD_e, dbias_e = tl.zeros_like(D_e), tl.zeros_like(D_e)
+    HELD: tl.constexpr = N // SPLIT
+    share = share_of(e, SPLIT)
+    for chunk in range(CHUNKS):
+        first = (CHUNKS - 1 - chunk) * CHUNK
+        own = first + share
+        raws, us, own_delta_us, own_dys, d_delta_us, d_deltas = (), (), (), (), (), ()
+        for j in tl.static_range(0, CHUNK, SPLIT):
+            raws += (load(delta, delta_row, own, j, e, inside, L, REVERSE),)
+            us += (load(u, u_row, own, j, e, inside, L, REVERSE),)
+        own_deltas = step_sizes(raws, bias_e, own, inside, L, SPLIT)
+        for j in tl.static_range(0, CHUNK, SPLIT):
+            dy_e = load(dy, dy_row, own, j, e, inside, L, REVERSE)
+            if GATED:
+                z_e = load(z, z_row, own, j, e, inside, L, REVERSE)
+                gate_e = sigmoid(z_e)
+                if GATE_GRADIENT:
+                    y_e = load(kept_y, E, own, j, e, inside, L, REVERSE)
+                    dz_e = y_e * (dy_e * gate_e * (1.0 + z_e * (1.0 - gate_e)))
+                    store(dz, E, own, j, e, dz_e, inside, L, REVERSE)
+                dy_e *= z_e * gate_e
+            own_delta_us, own_dys = own_delta_us + (own_deltas[j // SPLIT] * us[j // SPLIT],), own_dys + (dy_e,)
+        deltas, delta_us = spread(own_deltas, SPLIT), spread(own_delta_us, SPLIT)
+        dys = spread(own_dys, SPLIT)
+        for _ in tl.static_range(CHUNK):
+            d_delta_us, d_deltas = d_delta_us + (tl.zeros_like(D_e),), d_deltas + (tl.zeros_like(D_e),)
+        prefetched = _load_state(A, h_high, h_low, dA, share, first, e, inside, E, L, N, REVERSE, STATE_ROWS, CHUNK)
+        for i in range(HELD):
+            n, next_n = i * SPLIT + share, min(i + 1, HELD - 1) * SPLIT + share
+            A_e, h_e, carry_e, dA_e = prefetched  # the next state's are loaded while this one is computed
+            prefetched = _load_state(
+                A, h_high, h_low, dA, next_n, first, e, inside, E, L, N, REVERSE, STATE_ROWS, CHUNK
+            )
+            B_t = load_steps(BC + 4 * SPLIT * i, first, e, CHUNK, LENGTH, N, SPLIT, REVERSE)
+            C_t = load_steps(BC + (N * LENGTH + 4 * SPLIT * i), first, e, CHUNK, LENGTH, N, SPLIT, REVERSE)
+            decays, states = _recompute_states(h_e, A_e, B_t, deltas, delta_us)
+            carry_e, dA_e, d_delta_us, d_deltas, parts = _backpropagate_states(
+                carry_e,
+                dA_e,
+                A_e,
+                B_t,
+                C_t,
+                deltas,
+                delta_us,
+                dys,
+                decays,
+                states,
+                d_delta_us,
+                d_deltas,
+                SPLIT,
+                REVERSE,
+            )
+            tl.store(dA + (n * E + e) + (N + 2) * E, carry_e, mask=inside)
+            tl.store(dA + (n * E + e), dA_e, mask=inside)
+            _store_warp_sums(warp_sums, n, _sum_over_lanes(parts, SPLIT), e, WARPS, SPLIT)
+        tl.debug_barrier()  # all warps have stored their sums
+        _sum_warps(warp_sums, dBC, first, L, N, REVERSE, LANES, WARPS, STATES, CHUNK)
+        tl.debug_barrier()  # the sums have been read
+        chunk_dD_e, chunk_dbias_e = _store_gradients(
+            u, delta, u_row, delta_row, bias_e, D_e, du, ddelta, own_deltas, own_dys, collect(d_delta_us, SPLIT),
+            collect(d_deltas, SPLIT), own, e, inside, E, L, SPLIT, REVERSE,
+        )  # fmt: skip
+        dD_e += chunk_dD_e
+        dbias_e += chunk_dbias_e
+    once = inside if SPLIT == 1 else inside & (share == 0)
+    tl.store(dA + N * E + e, sum_over_channel(dD_e, SPLIT), mask=once)
+    tl.store(dA + (N + 1) * E + e, sum_over_channel(dbias_e, SPLIT), mask=once)
+
+
+@triton.jit
+def scan_backward(
+    inputs, z, dy, h_halves, warp_sums, gradients, dBC, parameters, kept_y, dz,
+    u_rows: tl.constexpr, delta_rows: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
+    E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr,
+    GATE_GRADIENT: tl.constexpr, STATE_ROWS: tl.constexpr,
+    LANES: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradients of one direction, or of both at once (axis 2), after scan_forward has stored the states."""
+    for way in tl.static_range(len(inputs)):
+        if tl.program_id(2) == way:
+            _one_way_gradients(
+                inputs[way], z, dy, h_halves[way], warp_sums[way], gradients[way], dBC[way], parameters[way], kept_y, dz,
+                u_rows[way], delta_rows[way], z_row, dy_row, E, L, N, (way == 1) != REVERSE, GATED,
+                GATE_GRADIENT and way == len(inputs) - 1, STATE_ROWS, LANES, WARPS, SPLIT, STATES, CHUNK,
+            )  # fmt: skip

@@ -1,0 +1,56 @@
+"""The Triton scan's memory between kernels: states and sums, mostly in the memory of gradients that are not yet written."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dis_scale.scan.triton_launch import CHUNK, LANES, WARPS, ceil_div, check_offsets, grid
+
+
+class Gradients(NamedTuple):
+    """A direction's gradients of u and delta. Until they are written, their memory holds intermediate values."""
+
+    du: Tensor
+    ddelta: Tensor
+
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """Memory for one float32 number per channel and step: one of them, or 16 bits in each if they are 16 bits wide."""
+        for x in self:
+            if x.dtype == torch.float32:
+                return x, x
+        return self.du, self.ddelta
+
+    def state_buffer(self, N: int) -> tuple[Tensor, Tensor]:
+        """Memory for the states after each chunk; a separate buffer if a chunk has too few rows."""
+        return self.halves() if N <= CHUNK else (states := new_states(self.du, N), states)
+
+
+class KeptStates(NamedTuple):
+    """What a forward pass keeps beside its inputs: each direction's states, and y before the gate if there is one."""
+
+    states: list[Tensor]
+    y: Tensor
+
+
+def state_rows(N: int) -> int:
+    """Rows of a chunk in a buffer of states: as many as the chunk has steps, unless there are more states."""
+    return CHUNK if N <= CHUNK else N
+
+
+def new_states(like: Tensor, N: int) -> Tensor:
+    """A buffer of states, for inputs like (B, L, E)."""
+    B, L, E = like.shape
+    rows = L if N <= CHUNK else ceil_div(L, CHUNK) * N
+    check_offsets(rows, E)
+    return like.new_empty(B, rows, E, dtype=torch.float32)
+
+
+class Parts:
+    """Memory for a direction's sums, which programs store in parts. The directions may use it one after the other."""
+
+    def __init__(self, u: Tensor, BC: Tensor, N: int, lanes: int):
+        (programs, B, _), E = grid(u, lanes=lanes), u.shape[2]
+        self.warp_sums = BC.new_empty(programs, B, N, WARPS * LANES)
+        self.dBC = BC.new_empty(programs, *BC.shape)
+        self.parameters = BC.new_empty(B, 2 * N + 2, E)
