@@ -7,6 +7,7 @@ bytes), official.py and export.py (import and export of weights).
 import torch
 
 from dis_scale.errors import UserError
+from dis_scale.models import s4d
 from dis_scale.models.checkpointing import require_known
 from dis_scale.models.diffussm import DiffuSSM
 from dis_scale.models.dis import DiS
@@ -49,8 +50,8 @@ def build(
 ) -> Backbone:
     """Return a model with initial weights on the CPU. It depends only on the arguments; the caller's generators do not advance.
 
-    `scan` is the backend of the selective scan, `checkpointing` a mode of checkpointing.py, `precision` the type of the products:
-    the weights are float32 in both. UserError for invalid settings.
+    `scan` is the backend of the selective scan and of S4D's kernel, `checkpointing` a mode of checkpointing.py, `precision` the
+    type of the products: the weights are float32 in both. UserError for invalid settings.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed: it would also seed every GPU
@@ -75,7 +76,7 @@ def construct(
         case Dit():
             return DiT(settings, shape, num_classes, checkpointing)
         case DiffuSsm():
-            return DiffuSSM(settings, shape, num_classes, checkpointing)
+            return DiffuSSM(settings, shape, num_classes, scan, checkpointing)
 
 
 def verify_kernels(model: Backbone, device: torch.device, images: int) -> None:
@@ -85,6 +86,8 @@ def verify_kernels(model: Backbone, device: torch.device, images: int) -> None:
     """
     if isinstance(model, DiS) and device.type == "cuda":
         verify(choose(model.scan, device).name, device, model.compute_dtype, *model.scan_sizes, images)
+    if isinstance(model, DiffuSSM) and device.type == "cuda":
+        s4d.verify(model.settings, model.scan, (model.shape.size // model.patch) ** 2, device)
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:

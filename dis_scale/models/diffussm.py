@@ -20,11 +20,11 @@ from dis_scale.scan.graphs import outside_graphs
 class BiS4D(nn.Module):
     """Both directions' convolutions of (B, L, S): the first D channels forward (`rightward`), the others backward (`leftward`)."""
 
-    def __init__(self, settings: DiffuSsm):
+    def __init__(self, settings: DiffuSsm, scan: str):
         super().__init__()
-        self.rightward = S4D(settings.width, settings)
+        self.rightward = S4D(settings.width, settings, scan)
         separate = settings.bidirectional and not settings.tied
-        self.leftward = S4D(settings.width, settings) if separate else None
+        self.leftward = S4D(settings.width, settings, scan) if separate else None
         self.bidirectional = settings.bidirectional
 
     @outside_graphs  # torch.compile assumes another memory layout for an FFT's output, and fails
@@ -53,13 +53,13 @@ class SlotLinear(nn.Module):
 class DiffuSSMBlock(nn.Module):
     """Hourglass up, both scans at full length, hourglass down, gate; names as in the paper, W4 ours."""
 
-    def __init__(self, settings: DiffuSsm):
+    def __init__(self, settings: DiffuSsm, scan: str):
         super().__init__()
         D, self.M = settings.width, settings.hourglass
         S = (2 if settings.bidirectional else 1) * D
         self.W0 = Linear(D, D)
         self.W_up = Linear(D, self.M * S)  # one product for all slots: they have the same input
-        self.scan = BiS4D(settings)
+        self.scan = BiS4D(settings, scan)
         self.W_down = SlotLinear(self.M, S, 2 * D // self.M)
         self.W1 = Linear(D, D)
         self.W2 = Linear(2 * D, D)
@@ -88,7 +88,7 @@ class DiffuSSM(Backbone):
 
     settings: DiffuSsm
 
-    def __init__(self, settings: DiffuSsm, shape: LatentShape, num_classes: int | None, checkpointing: str):
+    def __init__(self, settings: DiffuSsm, shape: LatentShape, num_classes: int | None, scan: str, checkpointing: str):
         super().__init__(shape, num_classes, settings.patch)
         D, M, P = settings.width, settings.hourglass, shape.channels * settings.patch**2
         side = shape.size // settings.patch
@@ -97,13 +97,13 @@ class DiffuSSM(Backbone):
                 f"hourglass {M} must divide both {side} x {side} = {side**2} positions and twice the width = {2 * D}: "
                 "choose another hourglass"
             )
-        self.settings, self.checkpointing = settings, checkpointing
+        self.settings, self.scan, self.checkpointing = settings, scan, checkpointing
         self.embed = Linear(P * M, D)
         table = position_table(side, D).reshape(1, -1, M, D).mean(2) if settings.position == "sine" else None
         self.register_buffer("position", table, persistent=False)
         self.time = TimeEmbedding(FREQUENCIES, D, D)
         self.label = None if num_classes is None else nn.Embedding(num_classes + 1, D)
-        self.blocks = nn.ModuleList([DiffuSSMBlock(settings) for _ in range(settings.depth)])
+        self.blocks = nn.ModuleList([DiffuSSMBlock(settings, scan) for _ in range(settings.depth)])
         self.modulation = Linear(D, 2 * D)
         self.final = Linear(D, M * 2 * P)
         if self.label is not None:

@@ -1,9 +1,11 @@
 """S4D: a diagonal state space as a long convolution (Gu, Gupta, Goel and Re 2022), and its recurrence, the definition.
 
 N real states are N / 2 complex modes; the factor 2 Re accounts for their conjugates. Parameters are real; kernel and FFT
-are float32 (float64 for float64 weights). Axes: B samples, L time, H channels, M modes. Read next: diffussm.py.
+are float32 (float64 for float64 weights). If the scan backend is triton, one launch computes the kernel (scan/s4d.py),
+otherwise PyTorch does. Axes: B samples, L time, H channels, M modes. Read next: diffussm.py.
 """
 
+import copy
 import math
 
 import numpy as np
@@ -11,8 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dis_scale.errors import DisScaleError
 from dis_scale.models.tokens import wide
 from dis_scale.recipe import DiffuSsm
+from dis_scale.scan import choose
+from dis_scale.scan.selftest import TOLERANCE
 
 CHUNK = 2**24
 """Complex numbers of the Vandermonde product in memory at once: 128 MB. All of it at 1152 channels and 4096 taps is 1.2 GB."""
@@ -43,8 +48,9 @@ def _legs(N: int) -> tuple[np.ndarray, np.ndarray]:
 class S4D(nn.Module):
     """H independent state spaces of one direction. `forward` returns the spectrum; `recurrence` is the reference."""
 
-    def __init__(self, channels: int, settings: DiffuSsm):
+    def __init__(self, channels: int, settings: DiffuSsm, scan: str = "auto"):
         super().__init__()
+        self.scan = scan
         H, M = channels, settings.state_size // 2
         with torch.device("cpu"):
             A_M, B_M = initial_modes(settings.init, settings.state_size)
@@ -62,7 +68,15 @@ class S4D(nn.Module):
         return torch.fft.rfft(kernel_HL, n=2 * length).T, wide(self.D)
 
     def kernel(self, length: int) -> Tensor:
-        """K (H, L): 2 Re sum_n C_n B_n (exp(dt A_n) - 1) / A_n exp(l dt A_n), in chunks over n."""
+        """K (H, L): 2 Re sum_n C_n B_n (exp(dt A_n) - 1) / A_n exp(l dt A_n)."""
+        if choose(self.scan, self.D.device).name == "triton":
+            from dis_scale.scan.s4d import s4d_kernel  # Triton comes only with PyTorch's builds for Linux
+
+            return s4d_kernel(length, *map(wide, (self.log_dt, self.log_neg_re, self.im, self.B, self.C)))
+        return self.kernel_in_chunks(length)
+
+    def kernel_in_chunks(self, length: int) -> Tensor:
+        """The same by PyTorch, in chunks over n."""
         dtA_HM, dB_HM = self.discrete()
         weights_HM = _complex(self.C) * dB_HM
         taps_L = torch.arange(length, dtype=dtA_HM.real.dtype, device=self.D.device)
@@ -92,6 +106,31 @@ class S4D(nn.Module):
             x_BHM = dA_HM * x_BHM + dB_HM * u_BH[:, :, None]
             ys.append(2 * (C_HM * x_BHM).sum(2).real + self.D * u_BH)
         return torch.stack(ys, dim=1)
+
+
+def verify(settings: DiffuSsm, scan: str, length: int, device: torch.device) -> None:
+    """Compare the kernel and its gradients on a device with PyTorch's in float64; DisScaleError names the backend to set."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        layer, weights_HL = S4D(settings.width, settings, scan), torch.randn(settings.width, length)
+    single, double = layer.to(device), copy.deepcopy(layer).to(device).double()
+    got = _with_gradients(single, single.kernel(length), weights_HL)
+    exact = _with_gradients(double, double.kernel_in_chunks(length), weights_HL)
+    for name, x in exact.items():
+        error = ((got[name] - x).abs().max() / x.abs().max()).item()
+        if not error <= TOLERANCE[torch.float32]:
+            raise DisScaleError(
+                f"S4D's kernel by the {choose(scan, device).name} backend is wrong on {device}: {name} is off by {error:.1e} of "
+                f"its largest number, allowed are {TOLERANCE[torch.float32]:.1e}: set the backend to chunked"
+            )
+
+
+def _with_gradients(layer: S4D, kernel_HL: Tensor, weights_HL: Tensor) -> dict[str, Tensor]:
+    """The kernel, and the gradient of each parameter that it depends on, in float64."""
+    names = "log_dt", "log_neg_re", "im", "B", "C"
+    gradients = torch.autograd.grad(kernel_HL, [layer.get_parameter(name) for name in names], weights_HL.to(kernel_HL))
+    named = {f"the gradient of {name}": x for name, x in zip(names, gradients, strict=True)}
+    return {name: x.detach().double() for name, x in ({"the kernel": kernel_HL} | named).items()}
 
 
 def convolve(u_BLH: Tensor, spectrum_KH: Tensor, D_H: Tensor) -> Tensor:

@@ -11,8 +11,12 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
+from dis_scale.errors import DisScaleError, UserError
+from dis_scale.models import s4d
 from dis_scale.models.checkpointing import run_block
+from dis_scale.recipe import DiffuSsm
 from dis_scale.scan import choose, triton_layout
+from dis_scale.scan import s4d as scan_s4d
 from dis_scale.scan import triton as scan_triton
 from dis_scale.scan.backend import KeepingStates, keeps_states
 from dis_scale.scan.selftest import verify
@@ -180,6 +184,29 @@ def test_gradients_twice_on_one_graph_are_the_same() -> None:
 def test_the_self_test_passes(dtype: torch.dtype) -> None:
     """Products of one type, weights and dynamics in float32, and every tensor with the strides that a mixer passes."""
     verify("triton", torch.device("cpu"), dtype, L=5, E=3, N=2)
+
+
+@pytest.mark.parametrize(
+    ("width", "length", "states"), [(2, 70, 4), pytest.param(1, 2100, 6, marks=pytest.mark.faults)], ids=str
+)
+def test_s4ds_kernel_and_gradients_equal_pytorch_in_float64(width: int, length: int, states: int) -> None:
+    """An incomplete tile; two tiles of four warps, of which the second is incomplete."""
+    settings = DiffuSsm(kind="diffussm", width=width, depth=1, state_size=states)
+    s4d.verify(settings, "triton", length, torch.device("cpu"))
+
+
+def test_s4ds_self_test_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = scan_s4d.s4d_kernel
+    monkeypatch.setattr(scan_s4d, "s4d_kernel", lambda *arguments: 1.01 * right(*arguments))
+    settings = DiffuSsm(kind="diffussm", width=2, depth=1, state_size=4)
+    with pytest.raises(DisScaleError, match="S4D's kernel by the triton backend is wrong on cpu: the kernel is off by"):
+        s4d.verify(settings, "triton", 5, torch.device("cpu"))
+
+
+def test_s4ds_kernel_refuses_float64() -> None:
+    layer = s4d.S4D(2, DiffuSsm(kind="diffussm", width=2, depth=1, state_size=4), "triton").double()
+    with pytest.raises(UserError, match=r"computes in float32, got torch.float64: set the backend to chunked"):
+        layer.kernel(3)
 
 
 def test_extreme_gates() -> None:
