@@ -16,6 +16,7 @@ import typer.main
 
 from dis_scale import cli
 from dis_scale.cli import running, shared
+from dis_scale.cli.help import EXAMPLES, EXIT_CODES
 from dis_scale.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import manifest
@@ -287,6 +288,15 @@ def test_each_result_is_available_as_json() -> None:
         name for name, command in commands.items() if "--json" not in {o for p in command.params for o in p.opts}
     }
     assert without == {"sweep", "resume", "recipe schema"}
+
+
+def test_each_command_shows_an_example_in_its_help() -> None:
+    """On one line, except for the line breaks of a narrow terminal; `dis-scale --help` has the exit codes."""
+    names = dict(leaves(typer.main.get_command(cli.app)))
+    shown = {name: " ".join(invoke(*name.split(), "--help")[1].split()) for name in names}
+    assert [name for name, text in shown.items() if not text.endswith(f"Example: {EXAMPLES[name]}")] == []
+    text = " ".join(invoke("--help")[1].split())
+    assert [code for code, words in EXIT_CODES.items() if f"{code}: {words}" not in text] == []
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

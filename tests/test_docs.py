@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from dis_scale import models, vae
+from dis_scale.cli.help import EXAMPLES, EXIT_CODES
 from dis_scale.data.survey import Survey
 from dis_scale.errors import UserError
 from dis_scale.first_recipe import Machine, propose
@@ -93,14 +94,14 @@ def test_each_setting_is_on_the_page_with_its_default() -> None:
 
 def test_each_command_is_on_the_page_with_an_example() -> None:
     names = dict(commands.commands()).keys()
-    assert names == commands.EXAMPLES.keys()
-    assert failures(require_command, (line.split() for line in commands.EXAMPLES.values())) == []
+    assert names == EXAMPLES.keys()
+    assert failures(require_command, (line.split() for line in EXAMPLES.values())) == []
     page = commands.page()
     assert [name for name in names if f"\n## dis-scale {name}\n" not in page] == []
 
 
 def test_each_exit_code_is_explained() -> None:
-    assert commands.EXIT_CODES.keys() == commands.exit_codes()
+    assert EXIT_CODES.keys() == commands.exit_codes()
 
 
 def test_each_variable_of_ours_is_explained() -> None:

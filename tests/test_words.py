@@ -17,11 +17,11 @@ import pytest
 import typer.main
 
 from dis_scale.cli import app
+from dis_scale.cli.help import EXIT_CODES
 from dis_scale.errors import DisScaleError
 from dis_scale.models.cost import price_model
 from dis_scale.recipe import LatentShape, NoVae, Recipe, SourceSettings, VaeSettings, reading
 from docs.reference import GENERATED, settings
-from docs.reference.commands import EXIT_CODES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

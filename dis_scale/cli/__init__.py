@@ -14,20 +14,24 @@ import typer
 
 from dis_scale import jsonlog
 from dis_scale.cli import checkpoints, pricing, recipes, results, running, sampling, starting, stored
+from dis_scale.cli.help import EXAMPLES, EXIT_CODES
 from dis_scale.errors import DisScaleError, UserError
 
 NAME = "dis-scale"
 
 
-def _group(words: str, **commands: Callable[..., None]) -> typer.Typer:
-    group = typer.Typer(help=words, no_args_is_help=True, pretty_exceptions_enable=False)
+def _group(above: str, words: str, end: str = "", **commands: Callable[..., None]) -> typer.Typer:
+    """Return a group of commands, each with its example; `above` are the words before a command's name."""
+    group = typer.Typer(help=words, epilog=end, no_args_is_help=True, pretty_exceptions_enable=False)
     for name, command in commands.items():
-        group.command(name)(command)
+        group.command(name, epilog=f"Example: {EXAMPLES[above + name]}")(command)
     return group
 
 
 app = _group(
+    "",
     "Scaling sweeps of diffusion models with a state-space backbone.",
+    "\n\n".join(["Exit codes:", *(f"{code}: {words}" for code, words in EXIT_CODES.items())]),
     init=starting.init, doctor=starting.doctor,
     sweep=running.sweep, resume=running.resume, plan=pricing.plan, stop=running.stop, status=running.status,
     logs=running.logs, fork=running.fork, profile=running.profile,
@@ -36,20 +40,25 @@ app = _group(
     verify=stored.verify_results, gc=stored.gc, delete=stored.delete,
 )  # fmt: skip
 ablations = _group(
-    "Evaluate one checkpoint at several values of one sampling setting.", guidance=results.guidance, ema=results.ema
+    "ablate ",
+    "Evaluate one checkpoint at several values of one sampling setting.",
+    guidance=results.guidance,
+    ema=results.ema,
 )
 data = _group(
+    "data ",
     "Verify, repair, describe and delete latents.",
     verify=stored.data_verify, repair=stored.data_repair, show=stored.data_show, gc=stored.data_gc,
 )  # fmt: skip
 recipe = _group(
+    "recipe ",
     "Show a recipe's settings and numbers, compare recipes, list the shipped ones, print their JSON schema.",
     show=recipes.show, diff=recipes.diff, list=recipes.shipped, schema=recipes.schema,
 )  # fmt: skip
 app.add_typer(recipe, name="recipe")
 app.add_typer(ablations, name="ablate")
 app.add_typer(data, name="data")
-app.add_typer(_group("MLflow, a copy of what is in storage.", sync=results.sync), name="mlflow")
+app.add_typer(_group("mlflow ", "MLflow, a copy of what is in storage.", sync=results.sync), name="mlflow")
 
 
 @app.callback()

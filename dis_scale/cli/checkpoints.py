@@ -20,7 +20,7 @@ def export(
     heads: Heads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a checkpoint as a folder for diffusers, with a model card: dis-scale export SWEEP/runs/MODEL/published/IMAGES folder"""
+    """Write a checkpoint as a folder for diffusers, with a model card."""
     from dis_scale.report import card
 
     require_folder(folder, "FOLDER")
@@ -42,7 +42,7 @@ def import_weights(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Publish public weights as a model of a sweep, which evaluates and samples them: dis-scale import FILE RECIPE --model NAME"""
+    """Publish public weights as a model of a sweep, which evaluates and samples them."""
     from dis_scale import vae
     from dis_scale.recipe import reading
     from dis_scale.storage.folder import open_folder

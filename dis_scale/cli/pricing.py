@@ -44,7 +44,7 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a sweep will cost, and start nothing: dis-scale plan imagenet256 --gpu h100 --count 64 --price 2.5"""
+    """Show what a sweep will cost, and start nothing."""
     from dis_scale.recipe import reading
 
     settings = reading.load(recipe or EMBEDDED, overrides)

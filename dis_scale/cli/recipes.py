@@ -26,7 +26,7 @@ RecipeOrSweep = Annotated[str, typer.Argument(help="A recipe, the name of a ship
 def show(
     recipe: RecipeOrSweep, overrides: Overrides = None, images: SourceImages = None, as_json: AsJson = False
 ) -> None:
-    """Show every setting with its value, and all numbers that follow: dis-scale recipe show digits"""
+    """Show every setting with its value, and all numbers that follow."""
     from dis_scale.recipe import flat
 
     settings = _open(recipe, overrides)
@@ -49,7 +49,7 @@ def show(
 
 
 def diff(a: RecipeOrSweep, b: RecipeOrSweep, as_json: AsJson = False) -> None:
-    """Show the settings in which two recipes differ: dis-scale recipe diff imagenet256 imagenet512"""
+    """Show the settings in which two recipes differ."""
     from dis_scale.recipe import flat
 
     found = flat.differences(_open(a), _open(b))
@@ -81,7 +81,7 @@ def shipped(as_json: AsJson = False) -> None:
 
 
 def schema() -> None:
-    """Print the JSON schema of recipes, for editors: dis-scale recipe schema > schema.json"""
+    """Print the JSON schema of recipes, for editors."""
     from dis_scale.recipe.schema import json_schema
 
     print_json(json_schema())

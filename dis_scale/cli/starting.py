@@ -33,7 +33,7 @@ def init(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Look at a folder of images and write a recipe that fits them and this machine: dis-scale init photos --out photos.yaml"""
+    """Look at a folder of images and write a recipe that fits them and this machine."""
     from dis_scale.data import survey
     from dis_scale.first_recipe import propose, resolution_of
     from dis_scale.progress import Board, listing_words
@@ -71,7 +71,7 @@ def doctor(
     ] = EMBEDDED,
     as_json: AsJson = False,
 ) -> None:
-    """Try all that a sweep needs here: dis-scale doctor s3://bucket/prefix --recipe photos.yaml; exit code 1 if a part is bad."""
+    """Try all that a sweep needs here; exit code 1 if a part is bad."""
     from dataclasses import asdict
 
     from dis_scale.recipe import reading

@@ -56,7 +56,7 @@ def data_gc(
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the latents and listings below a storage root that no sweep there uses: dis-scale data gc outputs --yes
+    """List the latents and listings below a storage root that no sweep there uses.
 
     Refused while a sweep there runs or has no latents yet.
     """

@@ -8,6 +8,7 @@ import typer
 import typer.main
 
 from dis_scale.cli import app
+from dis_scale.cli.help import EXAMPLES, EXIT_CODES
 from dis_scale.errors import DisScaleError
 from dis_scale.recipe.schema import subclasses
 from docs.reference.markdown import code, table
@@ -21,48 +22,6 @@ All commands, generated from the command line itself. `SWEEP` is a sweep's folde
 Ray jobs. `--debug` before or after any command shows the traceback of an error. After `dis-scale --install-completion` your shell
 completes commands, options and shipped recipes.
 """
-EXAMPLES = {
-    "init": "dis-scale init /data/photos --out photos.yaml",
-    "doctor": "dis-scale doctor s3://bucket/prefix --recipe configs/imagenet256.yaml",
-    "sweep": "dis-scale sweep configs/digits.yaml --set train.workers=1",
-    "resume": "dis-scale resume SWEEP --set train.workers=4",
-    "plan": "dis-scale plan imagenet256 --images 1281167 --gpu h100 --count 64 --price 2.5 --preemptions-per-day 3",
-    "stop": "dis-scale stop SWEEP",
-    "status": "dis-scale status SWEEP --watch 10",
-    "logs": "dis-scale logs SWEEP dis-m",
-    "fork": "dis-scale fork SWEEP dis-m --at 80000 --as dis-m-slow --set learning_rate=5e-5",
-    "profile": "dis-scale profile SWEEP dis-m --steps 10 --trace trace.json",
-    "report": "dis-scale report SWEEP",
-    "compare": "dis-scale compare SWEEP SWEEP --pair dis-m=dit-s",
-    "sample": "dis-scale sample --checkpoint SWEEP/runs/dis-m/published/000000096000 --classes 1,7",
-    "verify": "dis-scale verify SWEEP",
-    "gc": "dis-scale gc SWEEP",
-    "delete": "dis-scale delete SWEEP",
-    "export": "dis-scale export SWEEP/runs/dis-m/published/000000096000 dis-m-for-diffusers",
-    "import": "dis-scale import DiT-XL-2-256x256.pt imagenet256_dit --model dit-xl",
-    "data gc": "dis-scale data gc outputs",
-    "recipe list": "dis-scale recipe list",
-    "recipe show": "dis-scale recipe show configs/digits.yaml",
-    "recipe diff": "dis-scale recipe diff configs/imagenet256.yaml configs/imagenet512.yaml",
-    "recipe schema": "dis-scale recipe schema",
-    "ablate guidance": "dis-scale ablate guidance SWEEP dis-m --scales 1,1.15,1.3,2",
-    "ablate ema": "dis-scale ablate ema SWEEP dis-m --widths 0.05,0.07,0.1",
-    "data verify": "dis-scale data verify SWEEP --fast",
-    "data repair": "dis-scale data repair SWEEP",
-    "data show": "dis-scale data show SWEEP --out latents.png",
-    "mlflow sync": "dis-scale mlflow sync SWEEP --uri sqlite:///mlflow.db",
-}
-"""An example of each command."""
-EXIT_CODES = {
-    0: "done",
-    1: "a stage, a model or a check failed; the line gives the reason. The other models continued, and the report marks the "
-    "failed one",
-    2: "invalid input: one line names the setting, its place and what was expected; also storage that cannot be used, and nodes "
-    "that never fit",
-    69: "the same sweep is running on another cluster, or another process holds one of its stages; the line says where",
-    74: "storage did not answer for about a minute: run the same command again",
-    75: "stopped as requested, with all state saved; a rerun continues",
-}
 ENVIRONMENT = {
     "RAY_ADDRESS": "The Ray cluster that a sweep uses. Ray sets it within a job. Without it a sweep starts a Ray of its own on "
     "this machine.",
@@ -117,9 +76,7 @@ def _section(name: str, command: Any) -> str:
     parts = [f"## dis-scale {name}", command.help, f"    {usage}"]
     if rows:
         parts.append(table(("argument or option", "meaning", "default"), rows))
-    if name in EXAMPLES:
-        parts.append(f"Example:\n\n    {EXAMPLES[name]}")
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, f"Example:\n\n    {EXAMPLES[name]}"])
 
 
 def _shown(argument: Any) -> str:
