@@ -11,8 +11,9 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
-from rich.text import Text
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 
 ReportDone = Callable[[int], None]
 """Called with the number done so far."""
@@ -22,6 +23,15 @@ ReportShare = Callable[[int, int], None]
 PLAIN_EVERY_S = 15.0
 LOG_EVERY_S = 5.0
 RATE_OVER_S = 30.0
+LEAST_BAR, MOST_BAR = 10, 40
+"""Length of a bar in characters."""
+LAYOUTS = (
+    ("name", "bar", "count", "rate", "left"),
+    ("name", "count", "rate", "left"),
+    ("name", "share", "left"),
+    ("name", "share"),
+)
+"""Columns on terminals from wide to narrow: the first that fits is shown."""
 
 
 @dataclass
@@ -64,70 +74,85 @@ def some(words: list[str]) -> str:
 
 @dataclass
 class _Stage:
-    bar: TaskID
+    name: str
+    total: int = 0
+    unit: str = ""
     done: int = 0
     rate: Rate = field(default_factory=Rate)
     logged_s: float = 0.0
     finished: bool = False
 
-    def words(self, now_s: float, total: int, unit: str) -> str:
-        """`12.3 images/s, 50 s left`; empty if the rate is not known or nothing is left."""
-        rate = self.rate.per_second(now_s)
-        if rate is None or self.done >= total:
-            return ""
-        return f"{rate_words(rate, unit)}, {time_words((total - self.done) / rate)} left"
-
-
-class _RateColumn(ProgressColumn):
-    """The rate and the time left of a bar's stage."""
-
-    def render(self, task: Task) -> Text:
-        return Text(task.fields["words"], style="cyan")
+    def words(self, now_s: float) -> dict[str, str]:
+        """Return the words of each column but the bar; rate and time left are empty if unknown or if nothing is left."""
+        rate = None if self.done >= self.total else self.rate.per_second(now_s)
+        return {
+            "name": self.name,
+            "count": f"{self.done:,}/{self.total:,} {self.unit}",
+            "share": f"{self.done / max(1, self.total):4.0%}",
+            "rate": rate_words(rate, self.unit) if rate else "",
+            "left": f"{time_words((self.total - self.done) / rate)} left" if rate else "",
+        }
 
 
 class Board:
-    """Shows stages by name; `console` decides whether as bars or as lines."""
+    """Shows stages by name, as bars if `console` is interactive, otherwise as a line from time to time."""
 
     def __init__(self, console: Console) -> None:
         self.console, self._stages = console, dict[str, _Stage]()
-        columns = (
-            TextColumn("{task.description:<24}"),
-            BarColumn(),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
-            _RateColumn(),
-        )
-        self._bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._live = Live(get_renderable=self._bars, console=console) if console.is_interactive else None
 
     def __enter__(self) -> Self:
-        self._bars.start()
+        if self._live:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bars.stop()
+        if self._live:
+            self._live.stop()
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def update(self, name: str, done: int, total: int, unit: str) -> None:
         """Set the progress of the stage `name`; it never goes back."""
-        if name not in self._stages:
-            self._stages[name] = _Stage(self._bars.add_task(name, total=total, unit=unit, words=""))
-        stage, now_s = self._stages[name], time.monotonic()
-        stage.done = max(done, stage.done)
+        stage, now_s = self._stages.setdefault(name, _Stage(name)), time.monotonic()
+        stage.done, stage.total, stage.unit = max(done, stage.done), total, unit
         stage.rate.add(now_s, stage.done)
-        words = stage.words(now_s, total, unit)
-        self._bars.update(stage.bar, completed=stage.done, total=total, words=words)
-        if not self.console.is_terminal:
-            self._plain(name, stage, words, total, unit)
+        if not self._live:
+            self._plain(stage, now_s)
 
-    def _plain(self, name: str, stage: _Stage, words: str, total: int, unit: str) -> None:
-        now_s, over = time.monotonic(), stage.done >= total
+    def _bars(self) -> Table:
+        """Return all stages as a table in the width that the terminal has now; rates are those of now."""
+        stages, now_s = list(self._stages.values()), time.monotonic()
+        words = [stage.words(now_s) for stage in stages]
+        layout, left = _fitting(words, self.console.width)
+        table = Table.grid(padding=(0, 1))
+        for column in layout:
+            table.add_column(no_wrap=True, style="cyan" if column in ("rate", "left") else None)
+        for stage, each in zip(stages, words, strict=True):
+            bar = ProgressBar(max(1, stage.total), stage.done, min(MOST_BAR, LEAST_BAR + left))
+            table.add_row(*(bar if column == "bar" else each[column] for column in layout))
+        return table
+
+    def _plain(self, stage: _Stage, now_s: float) -> None:
+        over = stage.done >= stage.total
         if stage.finished or (not over and now_s < stage.logged_s + PLAIN_EVERY_S):
             return
-        self.say(f"{name}: {stage.done:,}/{total:,} {unit}{f', {words}' if words else ''}")
+        words = stage.words(now_s)
+        self.say(f"{stage.name}: {', '.join(filter(None, (words['count'], words['rate'], words['left'])))}")
         stage.logged_s, stage.finished = now_s, over
+
+
+def _fitting(words: list[dict[str, str]], width: int) -> tuple[tuple[str, ...], int]:
+    """Return the first layout that fits into a width, and the characters that it leaves; the last one if none fits."""
+    for layout in LAYOUTS:
+        columns = (max((len(each.get(column, " " * LEAST_BAR)) for each in words), default=0) for column in layout)
+        left = width + 1 - sum(column + 1 for column in columns)
+        if left >= 0:
+            return layout, left
+    return LAYOUTS[-1], 0
 
 
 def listing_words(say: Callable[[str], None]) -> Callable[..., None]:

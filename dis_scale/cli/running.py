@@ -88,7 +88,7 @@ def status(
 
     opened = Sweep.open(sweep)
     if every:
-        return statuses.watch(opened, every)
+        return statuses.watch(opened, every, console())
     found = statuses.collect(opened, time.time())
     if as_json:
         print_json(found.to_json())

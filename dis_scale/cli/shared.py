@@ -50,13 +50,18 @@ VaeOption = Annotated[
 
 def driver_console() -> Console:
     """The console of a command that runs a sweep: as `console`, or one JSON line for each of its lines."""
-    return Console(file=JsonLines(sys.stdout), width=120) if jsonlog.wanted() else console()
+    return Console(file=JsonLines(sys.stdout), width=120, force_terminal=False) if jsonlog.wanted() else console()
 
 
 def console(stderr: bool = False) -> Console:
-    """The terminal, or 120 characters if the output is not one; on stderr beside an output for programs."""
+    """The terminal, or 120 characters if the output is not one; on stderr beside an output for programs.
+
+    FORCE_COLOR colours other outputs, too; what moves the cursor is for terminals only.
+    """
     stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else 120)
+    if stream.isatty():
+        return Console(file=stream)
+    return Console(file=stream, width=120, force_interactive=False)
 
 
 def say(line: str) -> None:

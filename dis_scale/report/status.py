@@ -6,9 +6,11 @@ Reads listings, the newest of everything, and no history, so it takes seconds fo
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -302,15 +304,21 @@ def _span(seconds: float | None, after: str = "") -> str:
     return f"{max(0.0, seconds):.0f} s{after}"
 
 
-def watch(sweep: Sweep, every_s: float) -> None:
-    """Show the status again and again until it is interrupted; storage that is away is shown and asked again."""
+def watch(sweep: Sweep, every_s: float, console: Console) -> None:
+    """Show the status again and again until it is interrupted; storage that is away is shown and asked again.
+
+    It stays in place on a terminal; another output receives all of them.
+    """
     from rich.live import Live
 
-    with Live(auto_refresh=False) as live:
+    with Live(console=console, auto_refresh=False) if console.is_interactive else nullcontext() as live:
         while True:
             try:
                 shown: Table | Text = table(collect(sweep, time.time()))
             except StorageAway as error:
                 shown = Text(f"{sweep}: {error}; asked again in {_span(every_s)}")
-            live.update(shown, refresh=True)
+            if live:
+                live.update(shown, refresh=True)
+            else:
+                console.print(shown)
             time.sleep(every_s)

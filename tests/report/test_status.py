@@ -1,5 +1,6 @@
 """What a sweep does, from its storage alone."""
 
+import io
 import json
 import re
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from dis_scale import faults
 from dis_scale.errors import StorageAway
@@ -181,9 +183,13 @@ def test_storage_that_is_away_does_not_end_the_watch(sweep: Sweep, monkeypatch: 
         return collect(*arguments)
 
     monkeypatch.setattr(status, "collect", answer)
+    console = Console(file=io.StringIO(), width=200, record=True)
     with pytest.raises(KeyboardInterrupt):
-        status.watch(sweep, 0.01)
+        status.watch(sweep, 0.01, console)
     assert answers == []
+    text = console.export_text()
+    assert (text.count("dis"), "\x1b" in text) > (2, False), "each is printed where there is no terminal"
+    assert text.index("dis") < text.index("storage is away; asked again in") < text.rindex("dis")
 
 
 def test_rows_that_are_merged_meanwhile_are_found(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
