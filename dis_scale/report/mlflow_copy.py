@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-LAST = "evaluation/metrics"
-"""Row of each evaluation, the seconds of its measuring. Rows are sent together and after the grid: a run that has it has all."""
+LAST = "metrics"
+"""The part of an evaluation whose seconds are its last row. Rows are sent together, after the grid: a run that has it has all."""
 
 
 def copy_evaluation(sweep: Sweep, sampled: Sampled, copy: RunCopy | None = None) -> bool:
@@ -40,9 +40,9 @@ def copy_evaluation(sweep: Sweep, sampled: Sampled, copy: RunCopy | None = None)
         log.warning("%s; MLflow does not get this evaluation", error)
         return not copy.away
     if not copy.away:
-        values = metrics["values"] | {f"evaluation/{name}": value for name, value in metrics["seconds"].items()}
-        rows = [Row(f"{name}{suffix}", value, sampled.images_seen, metrics["time"]) for name, value in values.items()]
-        copy.send([row for row in rows if not row.name.endswith("_floor")])
+        values = {f"{name}{suffix}": value for name, value in metrics["values"].items() if not name.endswith("_floor")}
+        values |= {_seconds(name, sampled.variant): value for name, value in metrics["seconds"].items()}
+        copy.send([Row(name, value, sampled.images_seen, metrics["time"]) for name, value in values.items()])
     return not copy.away
 
 
@@ -50,7 +50,7 @@ def evaluations_to_copy(sweep: Sweep, model: str, copy: RunCopy) -> list[Sampled
     """Return a model's evaluations, without ablations, that MLflow lacks; all if it is away."""
     missing = []
     for variant in sweep.recipe.evaluate.samplings:
-        known = copy.images_of(f"{LAST}{_suffix(variant)}")
+        known = copy.images_of(_seconds(LAST, variant))
         counts = state.evaluated_counts(sweep, model, variant)
         missing += [Sampled(model, images, variant) for images in counts if images not in known]
     return missing
@@ -58,6 +58,11 @@ def evaluations_to_copy(sweep: Sweep, model: str, copy: RunCopy) -> list[Sampled
 
 def _suffix(variant: str) -> str:
     return f"/{variant}" if variant else ""
+
+
+def _seconds(part: str, variant: str) -> str:
+    """Return the name of a row of seconds: MLflow shows `system/NAME` below the curves, and a further slash above them."""
+    return "_".join(["system/evaluation", part, *([variant] if variant else [])])
 
 
 def copy_report(sweep: Sweep, status: str | None) -> bool:

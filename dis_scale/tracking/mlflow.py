@@ -23,6 +23,8 @@ from dis_scale.tracking.rows import Row
 log = logging.getLogger(__name__)
 SQLITE = "sqlite:///"
 """Beginning of the URI of a local database."""
+COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
+"""Colours of the models' curves, in the recipe's order (matplotlib's tab10): MLflow's own, by a run's id, may be alike."""
 
 
 def default_uri(root: Folder) -> str:
@@ -79,9 +81,11 @@ def create_runs(sweep: Sweep, uri: str, parameters: dict[str, dict[str, Any]]) -
         ids = {"uri": uri, "experiment": _experiment(uri, name), "models": {}}
         ids["sweep"] = _create_run(ids, name, {"dis_scale.sweep": sweep.folder.url}, {})
         sweep.folder.write_json(TRACKING, ids)
-    for model in parameters.keys() - ids["models"].keys():
-        ids["models"][model] = _create_run(ids, model, {"mlflow.parentRunId": ids["sweep"]}, parameters[model])
-        sweep.folder.write_json(TRACKING, ids)
+    for place, model in reversed(list(enumerate(parameters))):  # MLflow lists the newest run first
+        if model not in ids["models"]:
+            tags = {"mlflow.parentRunId": ids["sweep"], "mlflow.runColor": COLOURS[place % len(COLOURS)]}
+            ids["models"][model] = _create_run(ids, model, tags, parameters[model])
+            sweep.folder.write_json(TRACKING, ids)
     return ids
 
 

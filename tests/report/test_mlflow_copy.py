@@ -79,6 +79,7 @@ def test_an_emptied_mlflow_is_filled_to_the_first_one(sweep: Sweep, plan: Plan, 
     as_it_came = content(sweep, first)
     assert as_it_came["dis"][0]["fd_digits_80/wide"] == [(160, 9.0, 7250)]
     assert as_it_came["sweep"][2] == ["report/index.html"]
+    assert as_it_came["dis"][0]["system/evaluation_sampling_wide"] == [(160, 2.5, 7250)]
 
     code, output = invoke("mlflow", "sync", sweep.folder.url, "--uri", second)
     assert (code, "8 rows of training and all evaluations are in" in output) == (0, True)

@@ -62,6 +62,15 @@ def test_runs_are_created_once_and_new_models_are_added(sweep: Sweep, uri: str) 
     assert run.data.tags["mlflow.parentRunId"] == before["sweep"]
 
 
+def test_models_are_listed_in_the_recipes_order_with_colours_of_their_own(tmp_path: Path, tiny: Recipe) -> None:
+    """MLflow's page lists the newest run first."""
+    uri, models = f"sqlite:///{tmp_path}/mlflow.db", ["xs", "s", "m", "dit"]
+    ids = create_runs(Sweep(open_folder(tmp_path) / "sweeps/s", tiny), uri, {model: {"seed": 0} for model in models})
+    runs = mlflow.open_client(uri).search_runs([ids["experiment"]], order_by=["attributes.start_time DESC"])
+    assert [run.info.run_name for run in runs] == [*models, "s"]
+    assert len({run.data.tags["mlflow.runColor"] for run in runs[:-1]}) == len(models)
+
+
 def test_an_emptied_mlflow_gets_its_runs_again(tmp_path: Path, tiny: Recipe) -> None:
     sweep = Sweep(open_folder(tmp_path) / "sweeps/s", tiny)
     first = create_runs(sweep, f"sqlite:///{tmp_path}/one.db", {"dis": {"seed": 0}})
