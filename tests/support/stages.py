@@ -63,10 +63,11 @@ def train(sweep: Sweep, model: str, scratch: Path) -> None:
 
 
 def complete(sweep: Sweep, scratch: Path) -> None:
-    """Make everything of a sweep of one model without Ray, up to its report."""
+    """Make everything of a sweep without Ray, up to its report."""
     prepare_and_precompute(sweep, scratch / "faults")
-    (model,) = sweep.recipe.models
-    train(sweep, model, scratch)
+    for model in sweep.recipe.models:
+        (scratch / model).mkdir()
+        train(sweep, model, scratch / model)
     code, output = run("evaluate", sweep, scratch / "faults")
     assert code == 0, output
     code, output = invoke("report", str(sweep))
