@@ -78,10 +78,12 @@ def sample(
     )  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     guided = f"guidance {scale:g}{f' on {channels} channels' if channels else ''}"
+    if times := opened.guidance_interval:
+        guided += f" between times {times[0]:g} and {times[1]:g}"
     aside(f"sampling {sampler}, {steps} steps, {guided}, fp32 on {machine_name(device)}")
     parts = pictures.sample_pictures(
-        opened, each_label, images, sampler=sampler, steps=steps, guidance=scale, channels=channels, seed=seed, batch=batch,
-        device=device,
+        opened, each_label, images, sampler=sampler, steps=steps, guidance=scale, channels=channels,
+        interval=opened.guidance_interval, seed=seed, batch=batch, device=device,
     )  # fmt: skip
     if npz is None:
         out.write_bytes(grid(np.concatenate(list(parts)), columns=min(10, images)))

@@ -37,6 +37,7 @@ class OpenCheckpoint:
     steps: int
     guidance: float
     guidance_channels: int | None
+    guidance_interval: tuple[float, float] | None
     notes: list[str]
     """Lines on what is assumed or differs."""
     recipe: Recipe | None
@@ -90,9 +91,8 @@ def open_for_sampling(at: str | Path, vae_path: str | None, heads: int | None = 
     sampling = sweep.recipe.evaluate if sweep else facts
     published = "euler_maruyama" if process.kind == "flow" else "ddpm"
     sampler, steps = (sampling.sampler, sampling.steps) if sampling else (published, 250)
-    guidance = (sweep.recipe.evaluate.guidance, sweep.recipe.evaluate.guidance_channels) if sweep else (1.0, None)
-    if sweep and (own := sweep.recipe.evaluate).guidance_interval:
-        notes.append(f"guided   at all times; the sweep's own samples between {list(own.guidance_interval or ())}")
+    own = sweep.recipe.evaluate if sweep else None
+    guidance = (own.guidance, own.guidance_channels, own.guidance_interval) if own else (1.0, None, None)
     return OpenCheckpoint(
         model, process, decoder, sampler, steps, *guidance, notes, sweep.recipe if sweep else None, located
     )
@@ -168,6 +168,7 @@ def sample_pictures(
     steps: int,
     guidance: float,
     channels: int | None = None,
+    interval: tuple[float, float] | None = None,
     seed: int,
     batch: int,
     device: torch.device | str = "cpu",
@@ -182,6 +183,6 @@ def sample_pictures(
         with torch.no_grad():
             latents = generate(
                 model, process, part, numbers, sampler=sampler, steps=steps, guidance=guidance, channels=channels,
-                seed=seed, device=device,
+                interval=interval, seed=seed, device=device,
             )  # fmt: skip
         yield opened.decoder.decode(latents)

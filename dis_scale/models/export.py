@@ -39,7 +39,7 @@ from dis_scale.models.export import from_description
 
 class DisScaleBackbone(ModelMixin, ConfigMixin):
     @register_to_config
-    def __init__(self, description: dict, diffusion: dict, scaling: dict = None):
+    def __init__(self, description: dict, diffusion: dict, scaling: dict = None, guidance: dict = None):
         super().__init__()
         self.net = from_description(description)
 
@@ -76,6 +76,7 @@ class DisScalePipeline(DiffusionPipeline):
         images = generate(
             self.backbone.net, process, class_labels, range(count), sampler=sampler or sampler_for(process),
             steps=num_inference_steps, guidance=guidance_scale, seed=seed, device=self.backbone.device,
+            **(self.backbone.config.guidance or {}),
         )
         if self.backbone.config.scaling is not None:
             images = scaling_of(self.backbone.config.scaling).undo(images)
@@ -185,10 +186,17 @@ def open_checkpoint(path: str | Path, heads: int | None = None) -> Backbone:
     return model.eval()
 
 
-def save_pipeline(folder: str | Path, model: Backbone, process: Gaussian | Flow, vae: Vae | None = None) -> None:
+def save_pipeline(
+    folder: str | Path,
+    model: Backbone,
+    process: Gaussian | Flow,
+    vae: Vae | None = None,
+    guidance: Mapping[str, Any] | None = None,
+) -> None:
     """Write a diffusers folder: model_index.json, the backbone, and the VAE unless the model works on pixels.
 
-    `vae` is the decoder of the model's samples: `dis_scale.vae.for_samples` returns it. UserError if it is not one of diffusers.
+    `guidance` has `channels` and `interval` of `generate`, which every call of the pipeline then uses. `vae` is the decoder of
+    the model's samples: `dis_scale.vae.for_samples` returns it. UserError if it is not one of diffusers.
     """
     if not isinstance(vae, DiffusersVae | PixelVae | None):
         raise UserError("a TorchScript autoencoder is not a model of diffusers: export the backbone alone, by `save`")
@@ -199,6 +207,7 @@ def save_pipeline(folder: str | Path, model: Backbone, process: Gaussian | Flow,
     config: dict[str, Any] = {"_class_name": "DisScaleBackbone", "description": describe(model)}
     config["diffusion"] = process.model_dump(mode="json")
     config["scaling"] = None if vae is None else asdict(vae.scaling)
+    config["guidance"] = dict(guidance or {})
     index: dict[str, Any] = {
         "_class_name": ["pipeline", "DisScalePipeline"],
         "backbone": ["backbone", "DisScaleBackbone"],

@@ -85,8 +85,9 @@ class StoredSweep:
         """Return RGB images of a model with its published weights.
 
         The labels are `classes` in turn, by default all classes. `count` is by default one image for each of them; `sampler`,
-        `steps` and `guidance` are by default the sweep's own, `device` is a GPU if there is one. An image depends on the
-        seed, its number and its label, not on `batch`. UserError for weights, classes or settings that the model does not have.
+        `steps` and `guidance` are by default the sweep's own, whose channels and times of guidance always hold; `device` is a
+        GPU if there is one. An image depends on the seed, its number and its label, not on `batch`. UserError for weights,
+        classes or settings that the model does not have.
         """
         opened = open_for_sampling(self._published(model, images).url, None)
         count = count or len(classes or range(opened.model.num_classes or 1))
@@ -97,7 +98,7 @@ class StoredSweep:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         parts = sample_pictures(
             opened, labels, count, sampler=sampler or opened.sampler, steps=steps or opened.steps, guidance=opened.scale(guidance),
-            channels=opened.guidance_channels, seed=seed, batch=batch, device=device,
+            channels=opened.guidance_channels, interval=opened.guidance_interval, seed=seed, batch=batch, device=device,
         )  # fmt: skip
         return [Image.fromarray(pixels) for pixels in np.concatenate(list(parts))]
 

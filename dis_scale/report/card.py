@@ -29,7 +29,8 @@ def export_checkpoint(at: str, folder: Path, vae_path: str | None = None, heads:
     opened = open_for_sampling(at, vae_path, heads)
     if isinstance(opened.model, SiT):
         opened = replace(opened, model=as_flow(opened.model))
-    save_pipeline(folder, opened.model, opened.process, opened.decoder)
+    guidance = {"channels": opened.guidance_channels, "interval": opened.guidance_interval}
+    save_pipeline(folder, opened.model, opened.process, opened.decoder, guidance)
     (folder / CARD).write_text(model_card(opened))
     return opened
 
@@ -86,6 +87,7 @@ def _metrics(sweep: Sweep, published: Sampled) -> str:
             f"{settings.samples:,} samples, {settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}"
         )
         how += f" on {settings.guidance_channels} channels" if settings.guidance_channels else ""
+        how += f" between times {list(settings.guidance_interval)}" if settings.guidance_interval else ""
         lines += [f"| {name} | {value:.4g} | {how} |" for name, value in (metrics or {"values": {}})["values"].items()]
     return (
         "\n".join(["| metric | value | sampling |", "|---|--:|---|", *lines]) if lines else f"Not evaluated. {FILL_IN}"

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+import dis_scale
 from dis_scale import models, vae
 from dis_scale.errors import StorageError, UserError
 from dis_scale.evaluation import pictures
@@ -58,9 +59,9 @@ def test_the_command_writes_a_grid(files: tuple[Path, Path], tmp_path: Path) -> 
     assert (found["images"], found["sampler"], found["steps"]) == (2, "ddpm", 2)
 
 
-def published_sweep(root: str) -> Sweep:
+def published_sweep(root: str, *more: str) -> Sweep:
     """A sweep in pixels below `root` with one published model, as training publishes it."""
-    settings = ["vae={kind: none}", "diffusion={kind: flow}", "evaluate.sampler=euler", "evaluate.steps=2"]
+    settings = ["vae={kind: none}", "diffusion={kind: flow}", "evaluate.sampler=euler", "evaluate.steps=2", *more]
     recipe = reading.load(TINY, settings)
     sweep = Sweep.below(open_folder(root), recipe)
     sweep.save_recipe()
@@ -70,6 +71,23 @@ def published_sweep(root: str) -> Sweep:
     folder.write("weights.safetensors", weights)
     manifest.seal(folder, {"weights.safetensors": manifest.digest(weights)}, images=320)
     return sweep
+
+
+def test_the_sweeps_channels_and_times_of_guidance_are_used(tmp_path: Path) -> None:
+    """By the command, the Python API and the exported pipeline: the pictures are those of the sweep's own settings."""
+    sweep = published_sweep(str(tmp_path), "evaluate.guidance_channels=3", "evaluate.guidance_interval=[100, 600]")
+    published = sweep.run("dis").published_at(320).url
+    opened = open_for_sampling(published, None)
+    options = {"sampler": "euler", "steps": 3, "guidance": 4.0, "seed": 0, "batch": 2}
+    (own,) = sample_pictures(opened, [1, 7], 2, channels=3, interval=(100.0, 600.0), **options)  # type: ignore[arg-type]
+    (always,) = sample_pictures(opened, [1, 7], 2, channels=3, **options)  # type: ignore[arg-type]
+    assert not np.array_equal(own, always)
+    code, output = invoke("sample", "--checkpoint", published, "--classes", "1,7", "--steps", "3", "--guidance", "4", "--npz",
+                          f"{tmp_path}/a.npz", "--batch", "2", "--count", "2")  # fmt: skip
+    assert (code, "guidance 4 on 3 channels between times 100 and 600" in output) == (0, True), output
+    assert np.array_equal(np.load(tmp_path / "a.npz")["arr_0"], own)
+    pictures = dis_scale.Sweep.open(sweep.folder.url).sample("dis", classes=[1, 7], steps=3, guidance=4.0, batch=2)
+    assert np.array_equal(np.stack([np.asarray(picture) for picture in pictures]), own)
 
 
 def test_a_checkpoint_in_an_object_store_gives_the_pictures_of_one_on_disk(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import dis_scale
 from dis_scale.sweep import METRICS, Sampled
 from tests.evaluation.test_pictures import published_sweep
 from tests.test_cli import invoke
@@ -17,7 +19,8 @@ def test_a_published_checkpoint_is_exported_for_diffusers_with_its_card(
     from diffusers import DiffusionPipeline
 
     monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    sweep, folder = published_sweep(str(tmp_path)), tmp_path / "export"
+    guided = ("evaluate.guidance_channels=3", "evaluate.guidance_interval=[100, 600]")
+    sweep, folder = published_sweep(str(tmp_path), *guided), tmp_path / "export"
     facts = {"format": 2, "values": {"fd_digits_80": 12.5}, "metrics": ["distance"], "seconds": {}}
     sweep.evaluation(Sampled("dis", 320)).write_json(METRICS, facts)
     code, output = invoke("export", sweep.run("dis").published_at(320).url, str(folder))
@@ -25,12 +28,16 @@ def test_a_published_checkpoint_is_exported_for_diffusers_with_its_card(
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\nlicense: other")
     for words in (
-        "# tiny-dis", "12.5", "80 samples, euler, 2 steps, guidance 1.5", "320 images seen", '"kind": "digits"',
+        "# tiny-dis", "12.5", "80 samples, euler, 2 steps, guidance 1.5 on 3 channels between times [100.0, 600.0]",
+        "320 images seen", '"kind": "digits"',
         "## Licence", "*To fill in.*",
     ):  # fmt: skip
         assert words in card
     pipeline = DiffusionPipeline.from_pretrained(str(folder), custom_pipeline=str(folder), trust_remote_code=True)
-    assert len(pipeline([1, 7], sampler="euler", num_inference_steps=2).images) == 2
+    pictures = pipeline([1, 7], sampler="euler", num_inference_steps=3, guidance_scale=4.0).images
+    expected = dis_scale.Sweep.open(sweep.folder.url).sample("dis", classes=[1, 7], steps=3, guidance=4.0)
+    pixels = [np.stack([np.asarray(picture) for picture in each]).astype(int) for each in (pictures, expected)]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1, "guided as the sweep's own samples"
 
 
 def test_an_export_overwrites_nothing(tmp_path: Path) -> None:
