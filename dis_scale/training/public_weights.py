@@ -20,7 +20,7 @@ from dis_scale.storage.folder import Folder
 from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import RECIPE, Sweep, command_lease, state
 from dis_scale.training.checkpoint import WEIGHTS_FILE
-from dis_scale.training.warm_start import fit, from_file
+from dis_scale.training.warm_start import fit, from_file, latents_difference
 
 IMPORTED = "imported"
 """Fact in the manifest of an imported checkpoint: the file's name and hash."""
@@ -40,7 +40,7 @@ def import_weights(sweep: Sweep, model: str, path: str, shape: LatentShape) -> I
     """Publish the weights of a file as the only count of one of the sweep's models; a rerun changes nothing.
 
     The model's training counts as done, so that a run of the sweep evaluates it. UserError if the file holds another model, or one
-    for other pixels or classes; Held if the sweep runs.
+    for other pixels, classes or latents; Held if the sweep runs.
     """
     _require_possible(sweep, model)
     settings, train = sweep.recipe.models[model], sweep.recipe.train_of(model)
@@ -51,6 +51,10 @@ def import_weights(sweep: Sweep, model: str, path: str, shape: LatentShape) -> I
     fitted = fit(source, empty, f"import of {path} as {model}")
     if changed := fitted.notes[len(source.notes) :]:
         raise UserError(f"import of {path} as {model}: {changed[0]}: expected weights for as many pixels and classes")
+    if source.facts and (difference := latents_difference(source.facts, sweep)):
+        raise UserError(
+            f"import of {path} as {model}: trained on {difference}: expected a recipe with the latents of its own sweep"
+        )
     latents = state.find_latents(sweep.folder)
     facts = SamplingFacts.of(sweep.recipe, manifest.require(latents)) if latents else None
     data = safetensors.torch.save(fitted.weights, {"dis_scale": json.dumps(describe(empty, facts))})

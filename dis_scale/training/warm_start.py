@@ -8,21 +8,25 @@ import math
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from dis_scale import vae
 from dis_scale.errors import UserError
 from dis_scale.models import Backbone, DiS, check_finite, construct
-from dis_scale.models.export import open_checkpoint, sampling_facts
+from dis_scale.models.export import SamplingFacts, open_checkpoint, sampling_facts
 from dis_scale.models.official import SiT, as_flow, published_heads
 from dis_scale.recipe import DiffuSsm, Dis, Dit, FileStart, Flow, Gaussian, LatentShape, Recipe, SweepStart
+from dis_scale.storage import manifest
 from dis_scale.storage.programs import read_hashed
 from dis_scale.sweep import Sweep, state
 from dis_scale.training import checkpoint
+from dis_scale.vae import Vae
+from dis_scale.vae.scaling import Scaling
 
 ONLY_INITIAL = {"drop_path", "init", "zero_final", "dt_min", "dt_max"}
 """Settings of a model that shape its random start or its training, and not what it computes from its weights."""
@@ -34,6 +38,8 @@ class StartWeights(NamedTuple):
     settings: Dis | DiffuSsm | Dit
     weights: dict[str, Tensor]
     notes: list[str]
+    facts: SamplingFacts | None = None
+    """Those of a file that has them."""
 
 
 class Fitted(NamedTuple):
@@ -47,10 +53,13 @@ def load_into(model: Backbone, sweep: Sweep, name: str, log: Callable[[str], Non
     """Copy the start's weights, read on rank 0, into a model on the CPU of every rank. Collective."""
     if dist.get_rank() == 0:
         start = sweep.recipe.models[name].start
-        fitted = fit(read_source(sweep.recipe, name), model, f"models.{name}.start")
+        source = read_source(sweep.recipe, name)
+        fitted = fit(source, model, f"models.{name}.start")
         model.load_state_dict(fitted.weights)
         check_finite(model)
         of_latents = latent_notes(Sweep.open(start.url), sweep) if isinstance(start, SweepStart) else []
+        if source.facts and (difference := latents_difference(source.facts, sweep)):
+            of_latents.append(f"warning: trained on {difference}")
         for line in (f"begins with the weights of {start and start.words}", *fitted.notes, *of_latents):
             log(f"{name}: {line}")
     hosts = dist.new_group(backend="gloo")
@@ -117,7 +126,32 @@ def from_file(start: FileStart, settings: Dis | DiffuSsm | Dit, process: Gaussia
         facts.diffusion == process if facts else process.kind == "gaussian"
     )  # public files of DiT and DiS predict noise
     notes = [] if same else ["warning: trained with another diffusion than this recipe's"]
-    return StartWeights(model.settings, model.state_dict(), notes)
+    return StartWeights(model.settings, model.state_dict(), notes, facts)
+
+
+def latents_difference(theirs: SamplingFacts, sweep: Sweep) -> str:
+    """Return in words on which other latents than the sweep's the weights of a file were trained; empty if on the same.
+
+    A sweep without latents is compared by its recipe, which does not have the numbers of a scaling by channel.
+    """
+    latents, normalise = state.find_latents(sweep.folder), sweep.recipe.data.normalise
+    their_vae = f"latents of autoencoder {theirs.vae.identity[:12]}"
+    if latents is None and state.vae_missing(sweep):
+        return f"{their_vae}, this sweep's is still to be trained"
+    facts = manifest.require(latents) if latents else _planned_latents(vae.load(sweep))
+    if facts["vae"] != theirs.vae.identity:
+        return f"{their_vae}, this sweep's is {facts['vae'][:12]}"
+    if (theirs.scaling is None) != (normalise == "vae"):
+        return f"latents that were scaled otherwise than by data.normalise {normalise}"
+    scaling = theirs.scaling or Scaling(theirs.vae.shift, theirs.vae.scale)
+    if (latents or normalise == "vae") and not scaling.is_close(ours := Scaling.of(facts, normalise)):
+        return f"latents with shift {scaling.shift} and scale {scaling.scale}, this sweep's have {ours.shift} and {ours.scale}"
+    return ""
+
+
+def _planned_latents(decoder: Vae) -> dict[str, Any]:
+    """Return what the manifest of latents will have of their autoencoder."""
+    return {"vae": decoder.identity, "shift": decoder.shift, "scale": decoder.scale}
 
 
 def _from_sweep(start: SweepStart, recipe: Recipe, where: str) -> StartWeights:

@@ -43,6 +43,10 @@ class Scaling:
             )
         return cls(facts["mean"], (1 / deviations).tolist())
 
+    def is_close(self, other: "Scaling") -> bool:
+        """Whether both scale alike, within what the statistics of the same images differ between kinds of devices."""
+        return bool(np.allclose(self.shift, other.shift, 0.01, 0.01) and np.allclose(self.scale, other.scale, 0.01))
+
     def apply(self, latents_BCHW: np.ndarray) -> np.ndarray:
         """Scale float32 latents in place."""
         latents_BCHW -= _by_channel(self.shift).numpy()

@@ -1,18 +1,22 @@
 """Public weights as a published checkpoint: sampled, evaluated and trained from as one that was trained here."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dis_scale.evaluation.pictures import labels_in_turn, open_for_sampling, sample_pictures
 from dis_scale.models import build
+from dis_scale.models.export import LatentsVae, SamplingFacts, load, save
 from dis_scale.models.official import as_flow, from_official_dit, to_official
-from dis_scale.recipe import Dit, LatentShape, reading
+from dis_scale.recipe import Dit, Gaussian, LatentShape, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sampled, Sweep, command_lease, state
 from dis_scale.training import checkpoint, warm_start
+from dis_scale.vae import PixelVae
+from dis_scale.vae.scaling import Scaling
 from tests.conftest import TINY
 from tests.models.test_official import public_model, sit_state
 from tests.test_cli import invoke
@@ -117,6 +121,55 @@ def test_what_is_not_this_model_is_refused_before_anything_is_written(
     code, output = invoke(*words(tmp_path, file, *settings))
     assert (code, message in output) == (2, True), output
     assert not (tmp_path / "sweeps").exists()
+
+
+def ours(tmp_path: Path, scaling: Scaling | None = None, **vae: Any) -> Path:
+    """A file of ours for the tiny sweep in pixels, trained on latents of this autoencoder and scaling."""
+    their_vae = LatentsVae(**{"identity": PixelVae().identity, "posterior": True, "shift": 0.0, "scale": 1.0} | vae)
+    facts = SamplingFacts(Gaussian(kind="gaussian"), their_vae, scaling, "ddim", 4)
+    save(
+        build(sweep_below(tmp_path).recipe.models["dis"], LatentShape(3, 32), 10), tmp_path / "ours.safetensors", facts
+    )
+    return tmp_path / "ours.safetensors"
+
+
+def test_a_file_of_ours_is_imported_with_the_latents_of_its_sweep(tmp_path: Path) -> None:
+    assert invoke(*words(tmp_path, ours(tmp_path)))[0] == 0
+    run = sweep_below(tmp_path).run("dis")
+    assert checkpoint.load_published(run, 1024).keys() == load(tmp_path / "ours.safetensors").state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("facts", "settings", "message"),
+    [
+        ({"identity": "0" * 64}, [], "trained on latents of autoencoder 000000000000, this sweep's is "),
+        ({"scaling": Scaling([0.1] * 3, [2.0] * 3)}, [], "scaled otherwise than by data.normalise vae"),
+        ({}, ["data.normalise=channels"], "scaled otherwise than by data.normalise channels"),
+        ({"scale": 0.5}, [], "latents with shift 0.0 and scale 0.5, this sweep's have 0.0 and 1.0"),
+        ({}, ["vae={kind: trained, widths: [8], latent_channels: 3}"], "this sweep's is still to be trained"),
+    ],
+)
+def test_a_file_of_ours_of_other_latents_is_refused(
+    tmp_path: Path, facts: dict[str, Any], settings: list[str], message: str
+) -> None:
+    code, output = invoke(*words(tmp_path, ours(tmp_path, **facts), *settings))
+    assert (code, message in output) == (2, True), output
+    assert not (tmp_path / "sweeps").exists()
+
+
+def test_the_latents_that_a_sweep_has_are_compared(tmp_path: Path) -> None:
+    """By channel, to within a hundredth."""
+    settings = ("data.normalise=channels",)
+    sweep, latents = sweep_below(tmp_path, *settings), open_folder(tmp_path) / "latents/made"
+    facts = {"mean": [0.1, 0.2, 0.3], "std": [0.5] * 3, "posterior": False, "shift": 0.0, "scale": 1.0}
+    manifest.seal(latents, {}, vae=PixelVae().identity, latent=[3, 32], count=1, shards=[], **facts)
+    state.use_latents(sweep, latents, PixelVae().identity)
+    other = ours(tmp_path, Scaling([0.1, 0.2, 0.3], [2.0, 2.0, 3.0]))
+    code, output = invoke(*words(tmp_path, other, *settings))
+    assert (code, "and scale [2.0, 2.0, 3.0], this sweep's have" in output) == (2, True), output
+    same = ours(tmp_path, Scaling([0.1, 0.2, 0.301], [2.0, 2.0, 2.01]))
+    code, output = invoke(*words(tmp_path, same, *settings))
+    assert code == 0, output
 
 
 def test_other_weights_or_a_running_sweep_are_refused(tmp_path: Path, file: Path) -> None:
