@@ -323,6 +323,12 @@ def test_commands_options_and_shipped_recipes_are_completed(
     assert invoke()[1].split() == completed.split()
 
 
+@pytest.mark.parametrize("words", [["--help"], ["plan", "--help"], ["recipe", "list"], ["plan", "--sett"]])
+def test_an_output_that_is_no_terminal_has_no_colours(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    assert "\x1b" not in invoke(*words)[1]
+
+
 def test_no_color_keeps_a_terminal_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     colours = re.compile(r"\x1b\[[0-9;]*3[0-9]")

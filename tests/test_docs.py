@@ -110,7 +110,7 @@ def test_each_variable_of_ours_is_explained() -> None:
     explained = {name for names in commands.ENVIRONMENT for name in names.split(", ")}
     assert ours - {"DIS_SCALE_JOB"} <= explained
     source = "\n".join(path.read_text() for path in PRODUCT)
-    library = {"HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "AWS_ENDPOINT_URL", "CC"}
+    library = {"HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "AWS_ENDPOINT_URL", "CC", "NO_COLOR", "FORCE_COLOR"}
     assert [name for name in explained - library if name not in source] == []
 
 
