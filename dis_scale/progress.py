@@ -36,12 +36,17 @@ LAYOUTS = (
 
 @dataclass
 class Rate:
-    """Units per second over the last `RATE_OVER_S` seconds."""
+    """Units per second over the last `RATE_OVER_S` seconds.
+
+    It counts from the first progress on: imports, a build or the compilation in a first step come once.
+    """
 
     _points: deque[tuple[float, int]] = field(default_factory=deque)
 
     def add(self, now_s: float, done: int) -> None:
         """Record what is done; keeps one point that is older than the window, as its start."""
+        if not done:
+            return
         self._points.append((now_s, done))
         while len(self._points) > 2 and self._points[1][0] <= now_s - RATE_OVER_S:
             self._points.popleft()

@@ -209,6 +209,14 @@ def test_the_rate_is_that_of_the_window() -> None:
     assert rate.per_second(100 + RATE_OVER_S) == 10
 
 
+def test_the_time_before_the_first_progress_does_not_count() -> None:
+    """A first step that takes half a minute, then ten a second."""
+    rate = Rate()
+    for second, done in [(0, 0), (1, 0), (30, 64), (31, 704)]:
+        rate.add(second, done)
+    assert rate.per_second(31) == 640
+
+
 def test_no_rate_is_shown_before_there_are_two_counts(clock: list[float], console: Console) -> None:
     board = Board(console)
     for second in (0.0, 20.0):
