@@ -137,6 +137,8 @@ def compiled(name: str, capability: int, dtype: str, lanes: int = 1, both: bool 
     kernel, constants = FUNCTIONS[name.split(",")[0]], dict(KERNELS[name])
     if name.startswith("scan"):
         constants["SPLIT"] = lanes
+    if name.startswith("scan_backward"):
+        constants["PRODUCTS"] = dtype == "bf16"
     if both:
         constants |= {"u_rows": (E, E), "delta_rows": (E, E)}
     pointer, halves = f"*{dtype}", f"*{'fp32' if constants.get('FOR_BACKWARD') is False else dtype}"

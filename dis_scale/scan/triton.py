@@ -284,8 +284,17 @@ def _scan_backward(
         triton_backward.scan_backward, (programs, B, len(directions)), inputs, gate, dy, tuple(states), warp_sums,
         gradients, dBCs, parameters, dy if kept_y is None else kept_y, dy if dz is None else dz,
         **directions[0].constants(reverse, gate, dy, lanes), u_rows=u_rows, delta_rows=delta_rows, GATED=z is not None,
-        GATE_GRADIENT=kept_y is not None, STATE_ROWS=state_rows(N), STATES=next_power_of_2(N),
+        GATE_GRADIENT=kept_y is not None, PRODUCTS=_sums_by_products(directions), STATE_ROWS=state_rows(N),
+        STATES=next_power_of_2(N),
     )  # fmt: skip
+
+
+def _sums_by_products(directions: Sequence[_Operands]) -> bool:
+    """Whether tensor cores sum the gradients of B and C over channels: they truncate each term to 11 bits, and bfloat16 has 8.
+
+    Not on a CPU: the interpreter has none.
+    """
+    return all(not x.B.is_cpu and x.B.dtype == x.C.dtype == torch.bfloat16 for x in directions)
 
 
 def _sum_parts(operands: _Operands, parts: Parts, reverse: bool) -> list[Tensor]:

@@ -41,15 +41,17 @@ def _recompute_states(h_e, A_e, B_t, deltas, delta_us):
 @triton.jit
 def _backpropagate_states(
     carry_e, dA_e, A_e, B_t, C_t, deltas, delta_us, dys, decays, states, d_delta_us, d_deltas,
-    SPLIT: tl.constexpr, REVERSE: tl.constexpr,
+    SPLIT: tl.constexpr, REVERSE: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     """Go through the same steps in reverse order. Returns the gradient for the chunk before, A's gradient, the sums of
-    delta u and delta with this state's part added, and B's and C's gradients by row, summed over half of the channels."""
+    delta u and delta with this state's part added, and B's and C's gradients by row, summed over half of the channels, or
+    each in turn and not yet summed if PRODUCTS is set."""
     HALF: tl.constexpr = carry_e.shape[0] // SPLIT // 2
     parts, sums_delta_u, sums_delta = (), (), ()
     for j in tl.static_range(len(deltas) - 1, -1, -1):
         dh_e = carry_e + dys[j] * C_t[j]
-        part = (exchange(dh_e * delta_us[j], dys[j] * states[j + 1], HALF),)
+        dB_e, dC_e = dh_e * delta_us[j], dys[j] * states[j + 1]
+        part = (dB_e, dC_e) if PRODUCTS else (exchange(dB_e, dC_e, HALF),)
         parts = parts + part if REVERSE else part + parts
         carry_e = dh_e * decays[j]
         d_exponent_e = carry_e * states[j]
@@ -70,6 +72,55 @@ def _sum_over_lanes(parts, SPLIT: tl.constexpr):
                 halves += (exchange(parts[2 * i], parts[2 * i + 1], 2**stage),)
             parts = halves
     return parts
+
+
+@triton.jit
+def add_product(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
+    """c + a b on a warp's tensor cores, for matrices a (16, 8), b (8, 8) and c (16, 8) in the layout of PTX's mma.m16n8k8.
+
+    With g = lane // 4 and t = lane % 4 a lane has a[g, t], a[g + 8, t], a[g, t + 4], a[g + 8, t + 4]; b[t, g], b[t + 4, g];
+    c[g, 2 t], c[g, 2 t + 1], c[g + 8, 2 t], c[g + 8, 2 t + 1]. a and b are truncated to 11 bits (tf32).
+    """
+    return tl.inline_asm_elementwise(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _sum_by_products(parts, SPLIT: tl.constexpr):
+    """Sum over a warp's channels by products with matrices of zeros and ones, each of which sums four values over four lanes
+    and stores them in columns of their own; then over the groups of four lanes by shuffles. Each lane gets SPLIT sums."""
+    group = lane_of(parts[0]) // 4
+    sums = ()
+    for half in tl.static_range(2):
+        c0, c1, c2, c3 = (tl.zeros_like(parts[0]),) * 4
+        for i in tl.static_range(4):
+            a0, a1, a2, a3 = parts[16 * half + 4 * i : 16 * half + 4 * i + 4]
+            first, second = tl.where(group == i, 1.0, 0.0), tl.where(group == i + 4, 1.0, 0.0)
+            c0, c1, c2, c3 = add_product(a0, a1, a2, a3, first, second, c0, c1, c2, c3)
+        sums += (c0, c1, c2, c3)
+    for stage in tl.static_range(3):
+        if 4 * 2**stage < group.shape[0] // SPLIT:
+            halves = ()
+            for i in tl.static_range(len(sums) // 2):
+                halves += (exchange(sums[2 * i], sums[2 * i + 1], 4 * 2**stage),)
+            sums = halves
+    return sums
+
+
+@triton.jit
+def _store_products(warp_sums, n, sums, WARPS: tl.constexpr, SPLIT: tl.constexpr):
+    """Store a state's sums over a warp's channels as `_store_warp_sums` does."""
+    lane, warp = lane_of(sums[0]), tl.arange(0, WARPS)[None, :]
+    LANES: tl.constexpr = lane.shape[0]
+    GROUPS: tl.constexpr = LANES // SPLIT // 4
+    for i in tl.static_range(SPLIT):
+        number = i * GROUPS + lane // 4 % GROUPS  # parity of the column, B or C, half of the steps
+        column = lane % 4 * 2 + number % 2
+        row = number // 4 * 8 + column % 4 * 2 + column // 4
+        tl.store(warp_sums + (n * WARPS + warp) * LANES + number // 2 % 2 * (LANES // 2) + row, sums[i])
 
 
 @triton.jit
@@ -141,7 +192,7 @@ def _one_way_gradients(
     inputs, z, dy, h_halves, warp_sums, gradients, dBC, parameters, kept_y, dz,
     u_row: tl.constexpr, delta_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
     E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr,
-    GATE_GRADIENT: tl.constexpr, STATE_ROWS: tl.constexpr,
+    GATE_GRADIENT: tl.constexpr, PRODUCTS: tl.constexpr, STATE_ROWS: tl.constexpr,
     LANES: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Compute one direction's gradients, from the last chunk to the first."""
@@ -197,24 +248,15 @@ def _one_way_gradients(
             C_t = load_steps(BC + (N * LENGTH + 4 * SPLIT * i), first, e, CHUNK, LENGTH, N, SPLIT, REVERSE)
             decays, states = _recompute_states(h_e, A_e, B_t, deltas, delta_us)
             carry_e, dA_e, d_delta_us, d_deltas, parts = _backpropagate_states(
-                carry_e,
-                dA_e,
-                A_e,
-                B_t,
-                C_t,
-                deltas,
-                delta_us,
-                dys,
-                decays,
-                states,
-                d_delta_us,
-                d_deltas,
-                SPLIT,
-                REVERSE,
-            )
+                carry_e, dA_e, A_e, B_t, C_t, deltas, delta_us, dys, decays, states, d_delta_us, d_deltas,
+                SPLIT, REVERSE, PRODUCTS,
+            )  # fmt: skip
             tl.store(dA + (n * E + e) + (N + 2) * E, carry_e, mask=inside)
             tl.store(dA + (n * E + e), dA_e, mask=inside)
-            _store_warp_sums(warp_sums, n, _sum_over_lanes(parts, SPLIT), e, WARPS, SPLIT)
+            if PRODUCTS:
+                _store_products(warp_sums, n, _sum_by_products(parts, SPLIT), WARPS, SPLIT)
+            else:
+                _store_warp_sums(warp_sums, n, _sum_over_lanes(parts, SPLIT), e, WARPS, SPLIT)
         tl.debug_barrier()  # all warps have stored their sums
         _sum_warps(warp_sums, dBC, first, L, N, REVERSE, LANES, WARPS, STATES, CHUNK)
         tl.debug_barrier()  # the sums have been read
@@ -234,7 +276,7 @@ def scan_backward(
     inputs, z, dy, h_halves, warp_sums, gradients, dBC, parameters, kept_y, dz,
     u_rows: tl.constexpr, delta_rows: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
     E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr,
-    GATE_GRADIENT: tl.constexpr, STATE_ROWS: tl.constexpr,
+    GATE_GRADIENT: tl.constexpr, PRODUCTS: tl.constexpr, STATE_ROWS: tl.constexpr,
     LANES: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of one direction, or of both at once (axis 2), after scan_forward has stored the states."""
@@ -243,5 +285,5 @@ def scan_backward(
             _one_way_gradients(
                 inputs[way], z, dy, h_halves[way], warp_sums[way], gradients[way], dBC[way], parameters[way], kept_y, dz,
                 u_rows[way], delta_rows[way], z_row, dy_row, E, L, N, (way == 1) != REVERSE, GATED,
-                GATE_GRADIENT and way == len(inputs) - 1, STATE_ROWS, LANES, WARPS, SPLIT, STATES, CHUNK,
+                GATE_GRADIENT and way == len(inputs) - 1, PRODUCTS, STATE_ROWS, LANES, WARPS, SPLIT, STATES, CHUNK,
             )  # fmt: skip

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 FORWARD_CYCLES = {1: 18.0, 2: 18.0, 4: 19.3, 8: 23.3}
-BACKWARD_CYCLES = {1: 27.5, 2: 29.6, 4: 31.2, 8: 34.4}
+BACKWARD_CYCLES = {1: 22.4, 2: 24.4, 4: 25.8, 8: 28.9}
 """Cycles per state, step and warp by lanes of a channel, counted by benchmarks/instructions.py: both directions forward, one
 backward."""
 FORWARD_RESIDENT, BACKWARD_RESIDENT = 4, 2

@@ -26,6 +26,7 @@ Sizes and flags, all compile-time constants:
                     `out` is the gradient of z
     KEEP            the forward pass stores these states itself, and y before the gate, so that it need not be repeated
     GATE_GRADIENT   the backward pass computes the gradient of z from this y
+    PRODUCTS        sum B's and C's gradients over a warp's channels on tensor cores
     OUTPUT          y is needed
     STATE_ROWS      rows of (E) per chunk in the buffer of the states: CHUNK if they are stored in rows of gradients that are
                     not yet written, N in a buffer of their own

@@ -83,11 +83,16 @@ def test_s4ds_kernels_compile_ahead(length: int) -> None:
 
 
 def test_the_instructions_are_counted() -> None:
-    """A state's forward and backward pass through a chunk: 27 instructions per step and warp, 2 of them shuffles, 1.25 MUFU."""
+    """A state's forward and backward pass through a chunk: per step and warp 22 instructions, 1.25 of them MUFU.
+
+    In bfloat16 8 products and 7 shuffles sum 32 values over lanes, in float32 31 shuffles.
+    """
     cycles = counted(compiled("scan_backward", 90, "bf16"), work("scan_backward"))
-    assert 20 < cycles["issued"] < 32
+    assert 20 < cycles["issued"] < 24
     assert cycles["MUFU"] == pytest.approx(10)
-    assert 8 < cycles["LSU"] < 16
+    assert 6 < cycles["LSU"] < 10
+    single = counted(compiled("scan_backward", 90, "fp32"), work("scan_backward"))
+    assert single["LSU"] - cycles["LSU"] == pytest.approx(6, abs=0.5)
 
 
 @pytest.mark.parametrize(

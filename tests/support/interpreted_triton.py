@@ -7,15 +7,17 @@ cross a border of the kernels, `make faults` the rest.
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from triton.runtime import interpreter
 
 from dis_scale.errors import DisScaleError, UserError
 from dis_scale.models import s4d
 from dis_scale.models.checkpointing import run_block
 from dis_scale.recipe import DiffuSsm
-from dis_scale.scan import choose, triton_layout
+from dis_scale.scan import choose, triton_backward, triton_layout
 from dis_scale.scan import s4d as scan_s4d
 from dis_scale.scan import triton as scan_triton
 from dis_scale.scan.backend import KeepingStates, keeps_states
@@ -130,6 +132,36 @@ def test_a_channel_on_several_lanes(
     with KeepingStates():
         kept = outputs_and_gradients("two-way scan", tensors, "triton")
     assert all(torch.equal(x, y) for x, y in zip(kept, got, strict=True))
+
+
+def add_product(*fragments: Any) -> list[Any]:
+    """c + a b of each warp for the fragments of PTX's mma.m16n8k8, without its truncation."""
+    a0, a1, a2, a3, b0, b1, c0, c1, c2, c3 = (x.handle.data for x in fragments)
+    outs = [tl.zeros_like(fragments[0]) for _ in range(4)]
+    for warp in range(a0.shape[1]):
+        low, high = np.hstack([rows(a0, warp), rows(a2, warp)]), np.hstack([rows(a1, warp), rows(a3, warp)])
+        b = np.vstack([rows(b0, warp).T, rows(b1, warp).T])
+        for out, a, c, odd in ((0, low, c0, 0), (1, low, c1, 1), (2, high, c2, 0), (3, high, c3, 1)):
+            outs[out].handle.data[:, warp] = c[:, warp] + (a @ b)[:, odd::2].reshape(-1)
+    return outs
+
+
+def rows(fragment: Any, warp: int) -> Any:
+    """Lane 4 g + t has row g, column t."""
+    return fragment[:, warp].reshape(8, 4)
+
+
+@pytest.mark.parametrize(
+    ("lanes", "sizes"),
+    [(4, (1, 18, 9, 4)), *[pytest.param(n, (1, 17, 5, n), marks=pytest.mark.faults) for n in (1, 2, 8)]],
+)
+def test_sums_by_products(lanes: int, sizes: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for bfloat16 on a GPU, here in float32: the layout of the products, not their truncation."""
+    monkeypatch.setattr(triton_backward, "add_product", add_product)
+    monkeypatch.setattr(scan_triton, "_sums_by_products", lambda _: True)
+    monkeypatch.setattr(scan_triton, "_filling", lambda _: Filling(1, lanes, False))
+    got = outputs_and_gradients("two-way scan", random_tensors(sizes), "triton")
+    check_results("two-way scan", sizes, torch.float32, got)
 
 
 def test_a_convolution_over_several_segments() -> None:
