@@ -80,7 +80,7 @@ audit: $(SUPPLY)/installed
 	@found=$$($(SUPPLY)/pip-audit --requirement $(LOCK) --require-hashes --disable-pip --strict --progress-spinner off 2>&1); \
 	status=$$?; echo "$$found"; \
 	case "$$status $$found" in \
-	    "0 "*) ;; \
+	    "0 "*) echo "audit: no known vulnerability" ;; \
 	    *"Found "*" known vulnerabilit"*) echo "audit: vulnerable packages: raise their versions in constraints.txt" >&2; exit 1 ;; \
 	    *) echo "audit: NOT DONE: the database of vulnerabilities cannot be reached or lacks a package" >&2; exit 1 ;; \
 	esac
