@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from dis_scale.errors import DisScaleError
 from dis_scale.models.tokens import wide
 from dis_scale.recipe import DiffuSsm
-from dis_scale.scan import choose
 from dis_scale.scan.selftest import TOLERANCE
 
 CHUNK = 2**24
@@ -69,7 +68,7 @@ class S4D(nn.Module):
 
     def kernel(self, length: int) -> Tensor:
         """K (H, L): 2 Re sum_n C_n B_n (exp(dt A_n) - 1) / A_n exp(l dt A_n)."""
-        if choose(self.scan, self.D.device).name == "triton":
+        if self.scan == "triton":
             from dis_scale.scan.s4d import s4d_kernel  # Triton comes only with PyTorch's builds for Linux
 
             return s4d_kernel(length, *map(wide, (self.log_dt, self.log_neg_re, self.im, self.B, self.C)))
@@ -109,19 +108,26 @@ class S4D(nn.Module):
 
 
 def verify(settings: DiffuSsm, scan: str, length: int, device: torch.device) -> None:
-    """Compare the kernel and its gradients on a device with PyTorch's in float64; DisScaleError names the backend to set."""
+    """Compare Triton's kernel and its gradients on a device with PyTorch's in float64; DisScaleError names the backend to set.
+
+    The allowed error is that of the scans, or four times that of PyTorch's operations in float32, which `init: legs` needs.
+    """
+    if scan != "triton":
+        return
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         layer, weights_HL = S4D(settings.width, settings, scan), torch.randn(settings.width, length)
     single, double = layer.to(device), copy.deepcopy(layer).to(device).double()
     got = _with_gradients(single, single.kernel(length), weights_HL)
+    peer = _with_gradients(single, single.kernel_in_chunks(length), weights_HL)
     exact = _with_gradients(double, double.kernel_in_chunks(length), weights_HL)
     for name, x in exact.items():
-        error = ((got[name] - x).abs().max() / x.abs().max()).item()
-        if not error <= TOLERANCE[torch.float32]:
+        error, by_pytorch = (((each[name] - x).abs().max() / x.abs().max()).item() for each in (got, peer))
+        allowed = max(TOLERANCE[torch.float32], 4 * by_pytorch)
+        if not error <= allowed:
             raise DisScaleError(
-                f"S4D's kernel by the {choose(scan, device).name} backend is wrong on {device}: {name} is off by {error:.1e} of "
-                f"its largest number, allowed are {TOLERANCE[torch.float32]:.1e}: set the backend to chunked"
+                f"S4D's kernel by the triton backend is wrong on {device}: {name} is off by {error:.1e} of its largest number, "
+                f"allowed are {allowed:.1e}: set train.scan to auto"
             )
 
 

@@ -112,7 +112,7 @@ class Train(Settings):
     compile: bool = runtime(False)
     """Run blocks through torch.compile; scans and convolutions stay as they are and break the graph at their borders."""
     scan: Literal["auto", "reference", "native", "triton", "mamba", "chunked"] = runtime("auto")
-    """Backend of the selective scan; `auto` takes the fastest that the device has. S4D's kernel: triton, otherwise PyTorch."""
+    """Backend of the selective scan; `auto` takes the fastest of the device. `triton` also generates S4D's kernel."""
     learning_rate: float = Field(1e-4, gt=0)
     """Rate of AdamW after the warm-up."""
     rates: Rates = Rates()

@@ -21,7 +21,7 @@ class _S4DKernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, length: int, *parameters: Tensor) -> Tensor:
         H, M = parameters[1].shape
-        inputs = [x.contiguous() for x in parameters]
+        inputs = [parameters[0].exp(), parameters[1].exp().contiguous(), *(x.contiguous() for x in parameters[2:])]
         K_HL = parameters[0].new_empty(H, length)
         tile = tile_of(length)
         tiles = ceil_div(length, tile["ROWS"] * COLUMNS)

@@ -3,7 +3,8 @@
 A tap is K_l = 2 Re sum_m w_m exp(l a_m), with a = dt A and w = C B (exp(a) - 1) / A. A program computes a tile of a channel's taps,
 l = i + j, mode by mode: exp(l a) is a product of a power for the row and one for the column, so that few exponentials, sines and
 cosines are computed, and nothing of size (channels, modes, taps) is stored. The backward pass sums g_l exp(l a) and
-l g_l exp(l a) over the taps of a channel, and applies the chain rule to each parameter. All is float32.
+l g_l exp(l a) over the taps of a channel, and applies the chain rule to each parameter, of which dt and -Re A are given as their
+exponentials: an approximate one would change every tap. All is float32.
 
 Complex numbers are pairs of real ones: x_r and x_i. Axes: H channels, M modes, L taps.
 """
@@ -61,10 +62,10 @@ def _store_pair(x, at, x_r, x_i):
 
 
 @triton.jit
-def _discrete(log_dt, log_neg_re, im, h, at):
+def _discrete(dts, neg_re, im, h, at):
     """dt, A, a = dt A, exp(a), and F = (exp(a) - 1) / A of a mode, by the zero-order hold."""
-    dt = tl.exp(tl.load(log_dt + h))
-    A_r, A_i = -tl.exp(tl.load(log_neg_re + at)), tl.load(im + at)
+    dt = tl.load(dts + h)
+    A_r, A_i = -tl.load(neg_re + at), tl.load(im + at)
     a_r, a_i = dt * A_r, dt * A_i
     sine, cosine = _sin_cos(a_i)
     half_sine, _ = _sin_cos(0.5 * a_i)
@@ -76,9 +77,7 @@ def _discrete(log_dt, log_neg_re, im, h, at):
 
 
 @triton.jit
-def s4d_forward(
-    log_dt, log_neg_re, im, B, C, K, L: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def s4d_forward(dts, neg_re, im, B, C, K, L: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Compute a tile of taps (axis 1) of a channel (axis 0)."""
     h = tl.program_id(0)
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)) * COLUMNS
@@ -86,7 +85,7 @@ def s4d_forward(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for m in range(M):
         at = h * M + m
-        _, _, _, a_r, a_i, _, _, F_r, F_i = _discrete(log_dt, log_neg_re, im, h, at)
+        _, _, _, a_r, a_i, _, _, F_r, F_i = _discrete(dts, neg_re, im, h, at)
         B_r, B_i = _load_pair(B, at)
         C_r, C_i = _load_pair(C, at)
         dB_r, dB_i = _mul(B_r, B_i, F_r, F_i)
@@ -101,7 +100,7 @@ def s4d_forward(
 
 @triton.jit
 def s4d_backward(
-    log_dt, log_neg_re, im, B, C, dK, dlog_dt, dlog_neg_re, dim, dB, dC,
+    dts, neg_re, im, B, C, dK, dlog_dt, dlog_neg_re, dim, dB, dC,
     L: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of a channel's parameters."""
@@ -109,7 +108,7 @@ def s4d_backward(
     rows, column = tl.arange(0, ROWS) * COLUMNS, tl.arange(0, COLUMNS)
     for m in range(M):
         at = h * M + m
-        dt, A_r, A_i, a_r, a_i, e_r, e_i, F_r, F_i = _discrete(log_dt, log_neg_re, im, h, at)
+        dt, A_r, A_i, a_r, a_i, e_r, e_i, F_r, F_i = _discrete(dts, neg_re, im, h, at)
         q_r, q_i = _power(a_r, a_i, column.to(tl.float32))
         s_r, s_i = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
         t_r, t_i = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)

@@ -309,7 +309,7 @@ def start(
     if dist.get_rank() == 0:
         origin = "" if own else f"{point.manifest['model']}'s " if point else ""
         where = f"from {origin}{point.folder.name}" if point else "from the beginning"
-        scan = f", scan {choose(settings.scan, attempt.device)}" if recipe.models[attempt.model].kind != "dit" else ""
+        scan = f", scan {choose(settings.scan, attempt.device)}" if recipe.models[attempt.model].kind == "dis" else ""
         attempt.emit("start", attempt=attempt.number, workers=dist.get_world_size(), images=images_seen)
         attempt.log(f"{attempt.model}: attempt {attempt.number}, {dist.get_world_size()} workers, {where}{scan}")
         if settings.base_width:
