@@ -25,6 +25,11 @@ ALONE = 2
 issue every second cycle, since nothing hides its latency."""
 
 
+ENOUGH = 3
+"""Programs of a multiprocessor from which on a GPU counts as full: one more or less in the last round is no reason for other
+kernels."""
+
+
 class Filling(NamedTuple):
     """Lanes of a channel in both passes, and whether the backward pass computes both directions at once."""
 
@@ -49,6 +54,8 @@ def filling(programs: int, states: int, directions: int, multiprocessors: int) -
         programs_at_once = programs * lanes * at_once
         return BACKWARD_CYCLES[lanes] * busy(programs_at_once, multiprocessors, BACKWARD_RESIDENT) / (lanes * at_once)
 
+    if programs >= ENOUGH * multiprocessors:
+        return FULL
     possible = [lanes for lanes in FORWARD_CYCLES if states % lanes == 0]
     lanes, at_once = min(((lanes, n) for lanes in possible for n in range(1, directions + 1)), key=backward_time)
     return Filling(min(possible, key=forward_time), lanes, at_once == 2)

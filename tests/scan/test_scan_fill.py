@@ -8,8 +8,9 @@ H200 = 132
 
 
 def test_enough_programs_keep_one_lane_per_channel() -> None:
-    """DiS-L/2 with 32 images: 512 programs."""
-    assert filling(512, 16, 2, H200) == FULL == Filling(1, 1, False)
+    """DiS-L/2 with 32 images: 512 programs. Also with a few more, and with 100 images."""
+    assert {filling(programs, 16, 2, H200) for programs in (512, 544, 1600)} == {FULL}
+    assert Filling(1, 1, False) == FULL
 
 
 @pytest.mark.parametrize(
