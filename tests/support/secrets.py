@@ -16,7 +16,7 @@ SECRETS = {
 
 
 PLACES = (
-    "mlflow.db", "mlflow-artifacts", "ray.json", "recipe.yaml", "index.html", "/logs/train-dis/", "/session_", "job-driver-",
+    "mlflow.db", "mlflow-artifacts", "ray.json", "recipe.yaml", "index.html", "/logs/train-", "/session_", "job-driver-",
     "dashboard", "/cmdline",
 )  # fmt: skip
 """Parts of names, of which each is searched."""
