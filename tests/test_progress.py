@@ -6,11 +6,13 @@ import io
 import os
 import pty
 import re
+import select
 import signal
 import struct
 import subprocess
 import sys
 import termios
+import time
 
 import pytest
 from rich.console import Console
@@ -163,8 +165,10 @@ def resize(terminal: int, columns: int) -> None:
 
 def read_until(terminal: int, pattern: str) -> str:
     """Read until a complete line matches; return it."""
-    text = ""
+    text, deadline = "", time.monotonic() + 60
     while True:
+        assert time.monotonic() < deadline, text
+        assert select.select([terminal], [], [], 60)[0], text
         text += os.read(terminal, 1 << 16).decode(errors="ignore")
         *lines, _ = re.split(r"[\r\n]+", plain(text))
         if found := [line for line in lines if re.search(pattern, line)]:

@@ -77,8 +77,8 @@ def sample(
         opened.scale(guidance), guidance_channels or opened.guidance_channels, sampler or opened.sampler, steps or opened.steps,
     )  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    guided = f"guidance {scale:g}{f' on {channels} channels' if channels else ''}"
-    if times := opened.guidance_interval:
+    guided = f"guidance {scale:g}{f' on {channels} channels' if channels and scale != 1 else ''}"
+    if scale != 1 and (times := opened.guidance_interval):
         guided += f" between times {times[0]:g} and {times[1]:g}"
     aside(f"sampling {sampler}, {steps} steps, {guided}, fp32 on {machine_name(device)}")
     parts = pictures.sample_pictures(

@@ -134,7 +134,7 @@ def data_verify(
         sweep, latents = maintenance.locate_latents(url)
         damaged = maintenance.verify(latents, fast, lambda done, total: board.update("verify", done, total, "shards"))
         if as_json:
-            print_json({"latents": latents.url, "damaged": list(damaged.values())})
+            print_json({"latents": latents.url, "damaged": damaged})
         for words in damaged.values():
             board.say(f"damaged  {words}")
         maintenance.require_undamaged(latents, damaged, sweep)

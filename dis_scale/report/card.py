@@ -86,8 +86,9 @@ def _metrics(sweep: Sweep, published: Sampled) -> str:
         how = (
             f"{settings.samples:,} samples, {settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}"
         )
-        how += f" on {settings.guidance_channels} channels" if settings.guidance_channels else ""
-        how += f" between times {list(settings.guidance_interval)}" if settings.guidance_interval else ""
+        guided = settings.guidance != 1
+        how += f" on {settings.guidance_channels} channels" if guided and settings.guidance_channels else ""
+        how += f" between times {list(settings.guidance_interval)}" if guided and settings.guidance_interval else ""
         lines += [f"| {name} | {value:.4g} | {how} |" for name, value in (metrics or {"values": {}})["values"].items()]
     return (
         "\n".join(["| metric | value | sampling |", "|---|--:|---|", *lines]) if lines else f"Not evaluated. {FILL_IN}"

@@ -62,7 +62,7 @@ def _suffix(variant: str) -> str:
 
 def _seconds(part: str, variant: str) -> str:
     """Return the name of a row of seconds: MLflow shows `system/NAME` below the curves, and a further slash above them."""
-    return "_".join(["system/evaluation", part, *([variant] if variant else [])])
+    return "_".join(["system/evaluation", part, *([variant.replace("/", "_")] if variant else [])])
 
 
 def copy_report(sweep: Sweep, status: str | None) -> bool:

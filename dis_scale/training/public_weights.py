@@ -53,7 +53,8 @@ def import_weights(sweep: Sweep, model: str, path: str, shape: LatentShape) -> I
         raise UserError(f"import of {path} as {model}: {changed[0]}: expected weights for as many pixels and classes")
     if source.facts and (difference := latents_difference(source.facts, sweep)):
         raise UserError(
-            f"import of {path} as {model}: trained on {difference}: expected a recipe with the latents of its own sweep"
+            f"import of {path} as {model}: trained on {difference}: expected a recipe with the latents that these weights were "
+            "trained on; an autoencoder that the sweep trains must be prepared before"
         )
     latents = state.find_latents(sweep.folder)
     facts = SamplingFacts.of(sweep.recipe, manifest.require(latents)) if latents else None

@@ -33,6 +33,8 @@ def test_a_published_checkpoint_is_exported_for_diffusers_with_its_card(
         "## Licence", "*To fill in.*",
     ):  # fmt: skip
         assert words in card
+    guidance = json.loads((folder / "backbone/config.json").read_text())["guidance"]
+    assert guidance == {"channels": 3, "interval": [100.0, 600.0]}, "which each call of the pipeline is given"
     pipeline = DiffusionPipeline.from_pretrained(str(folder), custom_pipeline=str(folder), trust_remote_code=True)
     pictures = pipeline([1, 7], sampler="euler", num_inference_steps=3, guidance_scale=4.0).images
     expected = dis_scale.Sweep.open(sweep.folder.url).sample("dis", classes=[1, 7], steps=3, guidance=4.0)
