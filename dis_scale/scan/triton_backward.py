@@ -24,6 +24,7 @@ from dis_scale.scan.triton_tiles import (
     state_row,
     step_sizes,
     store,
+    sum_over_bits,
     sum_over_channel,
 )
 
@@ -63,15 +64,8 @@ def _backpropagate_states(
 
 @triton.jit
 def _sum_over_lanes(parts, SPLIT: tl.constexpr):
-    """Sum over the other half of the channels: each lane gets SPLIT rows. Each shuffle halves the number of values, so that
-    32 sums over 32 channels take 31 shuffles; a single sum takes 5."""
-    for stage in tl.static_range(4):
-        if 2 ** (stage + 1) < parts[0].shape[0] // SPLIT:
-            halves = ()
-            for i in tl.static_range(len(parts) // 2):
-                halves += (exchange(parts[2 * i], parts[2 * i + 1], 2**stage),)
-            parts = halves
-    return parts
+    """Sum over the other half of the channels: each lane gets SPLIT rows."""
+    return sum_over_bits(parts, 1, parts[0].shape[0] // SPLIT // 2)
 
 
 @triton.jit
@@ -101,13 +95,7 @@ def _sum_by_products(parts, SPLIT: tl.constexpr):
             first, second = tl.where(group == i, 1.0, 0.0), tl.where(group == i + 4, 1.0, 0.0)
             c0, c1, c2, c3 = add_product(a0, a1, a2, a3, first, second, c0, c1, c2, c3)
         sums += (c0, c1, c2, c3)
-    for stage in tl.static_range(3):
-        if 4 * 2**stage < group.shape[0] // SPLIT:
-            halves = ()
-            for i in tl.static_range(len(sums) // 2):
-                halves += (exchange(sums[2 * i], sums[2 * i + 1], 4 * 2**stage),)
-            sums = halves
-    return sums
+    return sum_over_bits(sums, 4, group.shape[0] // SPLIT)
 
 
 @triton.jit

@@ -119,16 +119,22 @@ def spread(values, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def collect(values, SPLIT: tl.constexpr):
-    """Sum the values of all steps over the lanes of a channel; each lane gets the sums of its own steps."""
-    LANES: tl.constexpr = values[0].shape[0]
+def sum_over_bits(values, FROM: tl.constexpr, TO: tl.constexpr):
+    """Sum over the lanes whose numbers differ in the bits FROM, 2 FROM, ... below TO. Each step halves the number of values, so
+    that 32 sums over 32 lanes take 31 shuffles; a single sum takes 5."""
     for stage in tl.static_range(5):
-        if 2**stage < SPLIT:
+        if FROM * 2**stage < TO:
             halves = ()
             for i in tl.static_range(len(values) // 2):
-                halves += (exchange(values[2 * i], values[2 * i + 1], LANES // SPLIT * 2**stage),)
+                halves += (exchange(values[2 * i], values[2 * i + 1], FROM * 2**stage),)
             values = halves
     return values
+
+
+@triton.jit
+def collect(values, SPLIT: tl.constexpr):
+    """Sum the values of all steps over the lanes of a channel; each lane gets the sums of its own steps."""
+    return sum_over_bits(values, values[0].shape[0] // SPLIT, values[0].shape[0])
 
 
 @triton.jit
@@ -231,7 +237,7 @@ def load_scaled(A, n, e, inside, N: tl.constexpr):
 
 @triton.jit
 def state_buffer(high, low, batch, E: tl.constexpr, L: tl.constexpr, STATE_ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """The state buffers at this batch row; `_state_row` counts rows from here."""
+    """The state buffers at this batch row; `state_row` counts rows from here."""
     ROWS: tl.constexpr = L if STATE_ROWS == CHUNK else (L + CHUNK - 1) // CHUNK * STATE_ROWS
     return high + batch * ROWS * E, low + batch * ROWS * E
 
