@@ -128,9 +128,8 @@ def client_of(address: str | None) -> JobSubmissionClient:
     Any other Ray's token comes from the environment, by Ray's rules. Raises ConnectionError if no Ray answers.
     """
     token = _token_of(address) if address else None
-    logging.getLogger(JobSubmissionClient.__module__).setLevel(
-        logging.WARNING
-    )  # it reports each websocket's normal end
+    # It reports each websocket's normal end.
+    logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)
     return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
 
 
