@@ -27,9 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dis_scale.scan import triton_backward, triton_conv, triton_scan
-from dis_scale.scan.triton import ROWS, SEGMENT
 from dis_scale.scan.triton_fill import FULL, Filling, busy, filling
 from dis_scale.scan.triton_launch import CHUNK, LANES, WARPS
+from dis_scale.scan.triton_numbers import ROWS, SEGMENT
 
 B, L, E, N = 32, 258, 2048, 16
 MULTIPROCESSORS, REGISTERS, CLOCK_HZ, BYTES_PER_S = 132, 65536, 1.98e9, 4.8e12

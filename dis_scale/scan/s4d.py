@@ -3,6 +3,7 @@
 Axes: H channels, M modes, L taps. Read next: triton_s4d.py.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from dis_scale.errors import UserError
 from dis_scale.scan import triton_s4d
-from dis_scale.scan.triton_launch import ceil_div, launch, next_power_of_2
+from dis_scale.scan.triton_launch import Launch, ceil_div, next_power_of_2, plain
 
 ROWS, COLUMNS, MOST_WARPS = 16, 64, 4
 """A warp's tile of taps, 32 in each thread, and the most warps of a program."""
@@ -21,11 +22,10 @@ class _S4DKernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, length: int, *parameters: Tensor) -> Tensor:
         H, M = parameters[1].shape
-        inputs = [parameters[0].exp(), parameters[1].exp().contiguous(), *(x.contiguous() for x in parameters[2:])]
+        inputs = [parameters[0].exp(), parameters[1].exp().contiguous(), *map(plain, parameters[2:])]
         K_HL = parameters[0].new_empty(H, length)
-        tile = tile_of(length)
-        tiles = ceil_div(length, tile["ROWS"] * COLUMNS)
-        launch(triton_s4d.s4d_forward, (H, tiles, 1), *inputs, K_HL, L=length, M=M, **tile)
+        with torch.cuda.device_of(K_HL):
+            _forward_launch(K_HL.device, H, M, length)(*inputs, K_HL)
         ctx.save_for_backward(*inputs)
         return K_HL
 
@@ -34,11 +34,21 @@ class _S4DKernel(torch.autograd.Function):
     def backward(ctx: Any, dK_HL: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         (H, M), gradients = inputs[1].shape, [torch.empty_like(x) for x in inputs]
-        launch(
-            triton_s4d.s4d_backward, (H, 1, 1), *inputs, dK_HL.contiguous(), *gradients,
-            L=dK_HL.shape[1], M=M, **tile_of(dK_HL.shape[1]),
-        )  # fmt: skip
+        with torch.cuda.device_of(dK_HL):
+            _backward_launch(dK_HL.device, H, M, dK_HL.shape[1])(*inputs, plain(dK_HL), *gradients)
         return None, *gradients
+
+
+@functools.cache
+def _forward_launch(_: torch.device, H: int, M: int, length: int) -> Launch:
+    tile = tile_of(length)
+    grid = H, ceil_div(length, tile["ROWS"] * COLUMNS), 1
+    return Launch(triton_s4d.s4d_forward, grid, L=length, M=M, **tile)
+
+
+@functools.cache
+def _backward_launch(_: torch.device, H: int, M: int, length: int) -> Launch:
+    return Launch(triton_s4d.s4d_backward, (H, 1, 1), L=length, M=M, **tile_of(length))
 
 
 def tile_of(length: int) -> dict[str, int]:

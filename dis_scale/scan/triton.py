@@ -1,22 +1,22 @@
 """The Triton backend for NVIDIA GPUs: the two-way scan and the two-way convolution.
 
-It takes float16, bfloat16 and float32, and refuses float64. The state is float32; outputs are rounded once. The last axis of
-an input must be contiguous and its batch rows evenly spaced, as in chunks and splits of a product; anything else costs a
-copy. Nothing is added atomically: partial gradients of B and C (over groups of channels) and of the parameters (over batch
-rows) are stored in a buffer and then summed, so every run gives the same bits. `TRITON_INTERPRET=1`, set before Triton is
-imported, runs everything on the CPU, slowly.
+It takes float16, bfloat16 and float32, and refuses float64. The state is float32; outputs are rounded once. The last axis
+of an input must be contiguous, its batch rows evenly spaced, as in chunks and splits of a product, and its first number at
+a multiple of 16 bytes (not for B and C); anything else costs a copy. Nothing is added atomically: partial gradients of B
+and C (over groups of channels) and of the parameters (over batch rows) are stored in a buffer and then summed, so every run
+gives the same bits. `TRITON_INTERPRET=1`, set before Triton is imported, runs everything on the CPU, slowly.
 
 A scan's first kernel brings B and C into the layout of the others. Then there is one kernel per direction. The first
-direction stores its y in float32; the second adds its own, applies the gate and writes the output, so nothing is flipped. The
-forward pass keeps only its inputs, and B and C in the new layout. The backward pass repeats the scan and stores the states of
-every 16th step in the memory where the gradients of u and delta will be written later, so it needs almost no memory of its
-own. Where a block is recomputed for its own backward pass (`KeepingStates`), the forward pass stores the states, and y before
-the gate, so that nothing is repeated: a block's memory, and only for this block. Then the backward pass computes the gradients of
-each direction separately. Each direction computes y's gradient before the gate again:
-storing it would move as many bytes as reading z and dy again, in bf16 twice as many. The values before SiLU of the convolution
-are computed again too.
+direction stores its y in float32; the second adds its own, applies the gate and writes the output, so nothing is flipped.
+The forward pass keeps only its inputs, and B and C in the new layout. The backward pass repeats the scan and stores the
+states of every 16th step in the memory where the gradients of u and delta will be written later, so it needs almost no
+memory of its own. Where a block is recomputed for its own backward pass (`KeepingStates`), the forward pass stores the
+states, and y before the gate, so that nothing is repeated: a block's memory, and only for this block. Then the backward
+pass computes the gradients of each direction separately. Each direction computes y's gradient before the gate again:
+storing it would move as many bytes as reading z and dy again, in bf16 twice as many. The values before SiLU of the
+convolution are computed again too.
 
-Axes: B batch, L time, E channels, N states, W taps of the convolution. Read next: triton_tiles.py, triton_launch.py.
+Axes: B batch, L time, E channels, N states, W taps of the convolution. Read next: triton_tiles.py, triton_numbers.py.
 """
 
 import os
@@ -31,30 +31,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dis_scale.errors import DisScaleError, UserError
-from dis_scale.scan import triton_backward, triton_conv, triton_layout, triton_scan
+from dis_scale.scan import triton_numbers as numbers
 from dis_scale.scan.backend import Backend, Direction, keeps_states
 from dis_scale.scan.triton_fill import FULL, Filling, filling
 from dis_scale.scan.triton_launch import (
-    CHUNK,
-    LANES,
-    WARPS,
-    ceil_div,
+    Launch,
     compile_once,
     grid,
-    launch,
     multiprocessors,
-    next_power_of_2,
+    padded,
+    plain,
     rowwise,
     without_memory,
 )
-from dis_scale.scan.triton_memory import Gradients, KeptStates, Parts, new_states, state_rows
+from dis_scale.scan.triton_memory import Gradients, KeptStates, Parts, new_parts, new_states
+from dis_scale.scan.triton_numbers import ConvKind, ScanKind
 
-ROWS = 16
-"""Steps that a thread of the convolution computes at a time, limited by registers: the halo of a group is computed twice."""
-SEGMENT = 6 * ROWS
-"""Steps of a program of the convolution's backward pass, which has one part of the weights' gradients per segment."""
-STEPS, SIZE = 32, 256
-"""Steps, and numbers, of a program of triton_layout.py."""
 CAPABILITY = 8, 0
 """Lowest compute capability for which the kernels are compiled in the tests."""
 
@@ -98,7 +90,7 @@ def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 class _Operands(NamedTuple):
-    """One direction's inputs: six as the kernels take them, of which BC is B and C in the layout of `_by_state`; B and C."""
+    """One direction's inputs as the kernels take them; BC is B and C in the layout of `_by_state`."""
 
     u: Tensor
     delta: Tensor
@@ -106,44 +98,35 @@ class _Operands(NamedTuple):
     BC: Tensor
     D: Tensor
     bias: Tensor
-    B: Tensor
-    C: Tensor
-
-    @property
-    def pointers(self) -> tuple[Tensor, ...]:
-        return self[:6]
-
-    def constants(self, reverse: bool, z: Tensor, dy: Tensor, lanes: int) -> dict[str, Any]:
-        (_, L, E), N = self.u.shape, self.A.shape[1]
-        rows = {"z_row": z.stride(1), "dy_row": dy.stride(1)}
-        tile = {"LANES": LANES, "WARPS": WARPS, "SPLIT": lanes, "CHUNK": CHUNK, "num_warps": WARPS}
-        return {"E": E, "L": L, "N": N, "REVERSE": reverse, **rows, **tile}
-
-    def parts(self, lanes: int) -> Parts:
-        return Parts(self.u, self.BC, self.A.shape[1], lanes)
 
 
-def _operands(reverse: bool, inputs: Sequence[Tensor]) -> list[_Operands]:
+def _operands(
+    reverse: bool, z: Tensor | None, inputs: Sequence[Tensor], fill: Filling
+) -> tuple[ScanKind, list[_Operands]]:
     """The operands of each direction, whose inputs follow each other."""
-    directions = [Direction(*inputs[i : i + 7]) for i in range(0, len(inputs), 7)]
-    return [
-        _Operands(rowwise(u), rowwise(delta), A.contiguous(), BC, D.contiguous(), bias.contiguous(), B, C)
-        for (u, delta, A, B, C, D, bias), BC in zip(directions, _by_state(reverse, directions), strict=True)
+    directions = [
+        Direction(rowwise(u), rowwise(delta), plain(A), rowwise(B, False), rowwise(C, False), plain(D), plain(bias))
+        for u, delta, A, B, C, D, bias in zip(*[iter(inputs)] * 7, strict=True)
+    ]
+    u, (B, L, E), N = directions[0].u_BLE, directions[0].u_BLE.shape, directions[0].A_EN.shape[1]
+    kind = ScanKind(
+        u.device, tuple([None if x is None else x.dtype for x in (*inputs, z)]), B, L, E, N,
+        tuple([(x.u_BLE.stride(1), x.delta_BLE.stride(1)) for x in directions]),
+        tuple([x.stride(1) for direction in directions for x in direction[3:5]]),
+        None if z is None else rowwise(z).stride(1), reverse, fill,
+    )  # fmt: skip
+    return kind, [
+        _Operands(x.u_BLE, x.delta_BLE, x.A_EN, BC, x.D_E, x.delta_bias_E)
+        for x, BC in zip(directions, _by_state(kind, directions), strict=True)
     ]
 
 
-def _by_state(reverse: bool, directions: Sequence[Direction]) -> list[Tensor]:
+def _by_state(kind: ScanKind, directions: Sequence[Direction]) -> list[Tensor]:
     """B and C of each direction as (B, 2, L / 4, N, 4) in float32, padded with zeros to complete chunks: a load takes four
     steps of a state, and those of the states that a channel's lanes compute at a time are neighbours."""
-    both = tuple(rowwise(x) for direction in directions for x in (direction.B_BLN, direction.C_BLN))
-    (_, B, _), (L, N) = grid(both[0]), both[0].shape[1:]
-    length = ceil_div(L, CHUNK) * CHUNK
-    outs = [both[0].new_empty(B, 2, length // 4, N, 4, dtype=torch.float32) for _ in directions]
-    launch(
-        triton_layout.by_state, (ceil_div(length, STEPS), B, len(both)), both, tuple(outs),
-        rows=tuple([x.stride(1) for x in both]), L=L, N=N, LENGTH=length, REVERSE=reverse,
-        STATES=next_power_of_2(N), SIZE=STEPS,
-    )  # fmt: skip
+    shape = kind.B, 2, padded(kind.L) // 4, kind.N, 4
+    outs = [directions[0].u_BLE.new_empty(shape, dtype=torch.float32) for _ in directions]
+    numbers.scan_forward(kind, False).by_state(*directions[0][3:5], *directions[-1][3:5], tuple(outs))
     return outs
 
 
@@ -158,9 +141,9 @@ class _Scan(torch.autograd.Function):
         if inputs[0].is_cuda:
             key = ("scan", inputs[2].shape[1], len(inputs), reverse, z is None, gradients, keep, fill)
             compile_once(inputs[0], key, lambda: launch_scan(reverse, z, inputs, gradients, keep, fill))
-        operands = _operands(reverse, inputs)
-        out, kept = _forward(reverse, z, operands, keep, fill)
-        ctx.reverse, ctx.fill = reverse, fill
+        with torch.cuda.device_of(inputs[0]):
+            ctx.kind, operands = _operands(reverse, z, inputs, fill)
+            out, kept = _forward(ctx.kind, z, operands, keep)
         # Without memory if nothing is kept: a recomputed block must save as many tensors as it did at first.
         ctx.save_for_backward(z, kept.y, *kept.states, *[x for direction in operands for x in direction])
         return out
@@ -169,9 +152,10 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         z, y, *saved = ctx.saved_tensors
-        count = len(saved) // 9
-        operands = [_Operands(*saved[i : i + 8]) for i in range(count, len(saved), 8)]
-        return None, *_backward(ctx.reverse, z, operands, dy, KeptStates(saved[:count], y), ctx.fill)
+        count = len(saved) // 7
+        operands = [_Operands(*saved[i : i + 6]) for i in range(count, len(saved), 6)]
+        with torch.cuda.device_of(dy):
+            return None, *_backward(ctx.kind, z, operands, dy, KeptStates(saved[:count], y))
 
 
 def _filling(inputs: Sequence[Tensor]) -> Filling:
@@ -179,7 +163,7 @@ def _filling(inputs: Sequence[Tensor]) -> Filling:
     u, A = inputs[0], inputs[2]
     if not u.is_cuda:
         return FULL
-    groups, B, _ = grid(u)
+    groups, B, _ = grid(*u.shape)
     return filling(groups * B, A.shape[1], len(inputs) // 7, multiprocessors(u.device))
 
 
@@ -188,126 +172,76 @@ def launch_scan(
 ) -> None:
     """Launch all kernels of a scan for tensors without memory."""
     gate, empty = None if z is None else without_memory(z), [without_memory(x) for x in inputs]
-    operands = _operands(reverse, empty)
-    out, kept = _forward(reverse, gate, operands, keep, fill)
+    kind, operands = _operands(reverse, gate, empty, fill)
+    out, kept = _forward(kind, gate, operands, keep)
     if gradients:
-        _backward(reverse, gate, operands, out, kept, fill)
+        _backward(kind, gate, operands, out, kept)
 
 
 def _forward(
-    reverse: bool, z: Tensor | None, directions: Sequence[_Operands], keep: bool, fill: Filling
+    kind: ScanKind, z: Tensor | None, directions: Sequence[_Operands], keep: bool
 ) -> tuple[Tensor, KeptStates]:
     out, gate = _empty_like(directions[0].u), directions[0].u if z is None else rowwise(z)
     y, none = _empty_like(out, torch.float32) if len(directions) == 2 else out, out.new_empty(0)
     kept = KeptStates(
-        [new_states(operands.u, operands.A.shape[1]) if keep else none for operands in directions],
+        [new_states(operands.u, kind.N) if keep else none for operands in directions],
         _empty_like(out) if keep and z is not None else none,
     )
-    for i, (operands, states) in enumerate(zip(directions, kept.states, strict=True)):
+    kept_y = kept.y if kept.y.numel() else out
+    for launch, operands, states in zip(numbers.scan_forward(kind, keep).scans, directions, kept.states, strict=True):
         unused = states if keep else y  # a pointer of the type that the kernel would store
-        _scan_forward(
-            operands, gate, gate, out, (y, y), (unused, unused), kept.y if kept.y.numel() else out,
-            operands.constants(reverse != bool(i), gate, gate, fill.forward)
-            | {"FIRST": i + 1 < len(directions), "SECOND": i > 0, "GATED": z is not None, "FOR_BACKWARD": False, "KEEP": keep},
-        )  # fmt: skip
+        launch(operands, gate, gate, out, (y, y), (unused, unused), kept_y)
     return out, kept
 
 
-def _scan_forward(
-    operands: _Operands, z: Tensor, dy: Tensor, out: Tensor, y: tuple[Tensor, Tensor], states: tuple[Tensor, Tensor],
-    kept_y: Tensor, constants: dict[str, Any],
-) -> None:  # fmt: skip
-    launch(
-        triton_scan.scan_forward, grid(dy, lanes=constants["SPLIT"]), operands.pointers, z, dy, out, y, states, kept_y,
-        **constants, u_row=operands.u.stride(1), delta_row=operands.delta.stride(1),
-        STATE_ROWS=state_rows(operands.A.shape[1]),
-    )  # fmt: skip
-
-
 def _backward(
-    reverse: bool, z: Tensor | None, directions: Sequence[_Operands], dy: Tensor, kept: KeptStates, fill: Filling
+    kind: ScanKind, z: Tensor | None, directions: Sequence[_Operands], dy: Tensor, kept: KeptStates
 ) -> list[Tensor | None]:
-    """The gradients of z and of the inputs."""
-    dy, dz = rowwise(dy), None if z is None else _empty_like(z)
-    z = None if z is None else rowwise(z)
+    """The gradients of z and of the inputs. A recomputed block has `kind` from its first forward pass, `kept` from its second."""
+    dy, dz, is_kept = rowwise(dy), None if z is None else _empty_like(z), kept.states[0].numel() > 0
+    gate, out = dy if z is None else rowwise(z), dy if dz is None else dz
+    launches = numbers.scan_backward(kind, is_kept, dy.stride(1))
     memories = [Gradients(_empty_like(operands.u), _empty_like(operands.delta)) for operands in directions]
-    states, kept_y = [_both([x]) for x in kept.states], kept.y if kept.y.numel() else None
-    if not kept.states[0].numel():
-        states = _repeat_forward(reverse, z, directions, dy, dz, memories, fill)
-    both, shared = fill.both and len(directions) == 2, directions[0].parts(fill.backward)
-    parts = [shared, directions[1].parts(fill.backward)] if both else [shared] * len(directions)
+    if is_kept:
+        states = [(x, x) for x in kept.states]
+    else:
+        states = _repeat_forward(launches.repeat, gate, directions, dy, out, memories)
+    kept_y, count = kept.y if kept.y.numel() else dy, len(directions) // len(launches.scans)
+    parts = [new_parts(x.BC, kind.N, kind.E, launches.scans[0].grid[0]) for x in directions[:count]]
     gradients: list[Tensor | None] = [dz]
-    for ways in [slice(None)] if both else [slice(i, i + 1) for i in range(len(directions))]:
-        last = ways.stop in (None, len(directions))
-        _scan_backward(
-            reverse != bool(ways.start), z, directions[ways], dy, dz, states[ways], memories[ways], parts[ways],
-            kept_y if last else None, fill.backward,
+    for i, launch in enumerate(launches.scans):
+        some = slice(i * count, i * count + count)
+        launch(
+            tuple(directions[some]), gate, dy, tuple(states[some]), tuple([x.warp_sums for x in parts]), tuple(memories[some]),
+            tuple([x.dBC for x in parts]), tuple([x.parameters for x in parts]), kept_y, out,
         )  # fmt: skip
-        for i in range(len(directions))[ways]:
-            gradients += [*memories[i], *_sum_parts(directions[i], parts[i], reverse != bool(i))]
+        for j, part in enumerate(parts, i * count):
+            types = kind.types[7 * j + 3 : 7 * j + 5]
+            gradients += [*memories[j], *_sum_parts(launches.sums[j], directions[j], types, part)]
     return gradients
 
 
 def _repeat_forward(
-    reverse: bool, z: Tensor | None, directions: Sequence[_Operands], dy: Tensor, dz: Tensor | None,
-    memories: Sequence[Gradients], fill: Filling,
+    launches: Sequence[Launch], gate: Tensor, directions: Sequence[_Operands], dy: Tensor, out: Tensor,
+    memories: Sequence[Gradients],
 ) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
     """Store the states of each direction in the memory of its gradients. The first direction stores its output in that of
     the last one's gradients, which reads it there and writes dz."""
-    gate, out, states = dy if z is None else z, dy if dz is None else dz, list[tuple[Tensor, Tensor]]()
-    for i, (operands, memory) in enumerate(zip(directions, memories, strict=True)):
-        states.append(memory.state_buffer(operands.A.shape[1]))
-        order = {"FIRST": dz is not None and i + 1 < len(directions), "SECOND": dz is not None and i > 0}
-        flags = order | {"GATED": z is not None, "FOR_BACKWARD": True, "KEEP": False}
-        constants = operands.constants(reverse != bool(i), gate, dy, fill.forward) | flags
-        _scan_forward(operands, gate, dy, out, memories[-1].halves(), states[-1], out, constants)
+    states = [memory.state_buffer(x.A.shape[1]) for x, memory in zip(directions, memories, strict=True)]
+    for launch, operands, pair in zip(launches, directions, states, strict=True):
+        launch(operands, gate, dy, out, memories[-1].halves(), pair, out)
     return states
 
 
-def _scan_backward(
-    reverse: bool, z: Tensor | None, directions: Sequence[_Operands], dy: Tensor, dz: Tensor | None,
-    states: Sequence[tuple[Tensor, Tensor]], memories: Sequence[Gradients], parts: Sequence[Parts],
-    kept_y: Tensor | None, lanes: int,
-) -> None:  # fmt: skip
-    """Compute the gradients of one direction or both, and dz if y before the gate was kept. The memory of the gradients may
-    hold the states until they are written."""
-    N, gate = directions[0].A.shape[1], dy if z is None else z
-    programs, B, _ = grid(dy, lanes=lanes)
-    inputs, gradients, warp_sums, dBCs, parameters, u_rows, delta_rows = zip(
-        *[
-            (x.pointers, tuple(memory), part.warp_sums, part.dBC, part.parameters, x.u.stride(1), x.delta.stride(1))
-            for x, memory, part in zip(directions, memories, parts, strict=True)
-        ],
-        strict=True,
-    )
-    launch(
-        triton_backward.scan_backward, (programs, B, len(directions)), inputs, gate, dy, tuple(states), warp_sums,
-        gradients, dBCs, parameters, dy if kept_y is None else kept_y, dy if dz is None else dz,
-        **directions[0].constants(reverse, gate, dy, lanes), u_rows=u_rows, delta_rows=delta_rows, GATED=z is not None,
-        GATE_GRADIENT=kept_y is not None, PRODUCTS=_sums_by_products(directions), STATE_ROWS=state_rows(N),
-        STATES=next_power_of_2(N),
-    )  # fmt: skip
-
-
-def _sums_by_products(directions: Sequence[_Operands]) -> bool:
-    """Whether tensor cores sum the gradients of B and C over channels: they truncate each term to 11 bits, and bfloat16 has 8.
-
-    Not on a CPU: the interpreter has none.
-    """
-    return all(not x.B.is_cpu and x.B.dtype == x.C.dtype == torch.bfloat16 for x in directions)
-
-
-def _sum_parts(operands: _Operands, parts: Parts, reverse: bool) -> list[Tensor]:
-    """The gradients of A, B, C, D and the bias."""
-    gradients = [_empty_like(x) for x in (operands.A, operands.B, operands.C, operands.D, operands.bias)]
-    programs, N, size = len(parts.dBC), operands.A.shape[1], operands.BC.numel()
-    B, L, E = operands.u.shape
-    blocks = ceil_div(max(size, (N + 2) * E), SIZE)
-    launch(
-        triton_layout.sum_scan, (blocks, 2, 1), parts.dBC, parts.parameters, *gradients,
-        batch=B, E=E, L=L, N=N, LENGTH=size // (2 * B * N), REVERSE=reverse, PARTS=programs, SIZE=SIZE,
-    )  # fmt: skip
-    return gradients
+def _sum_parts(
+    launch: Launch, operands: _Operands, types: Sequence[torch.dtype | None], parts: Parts
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of A, B, C, D and the bias; `types` are those of B and C."""
+    (B, L, _), N = operands.u.shape, operands.A.shape[1]
+    dB, dC = (operands.BC.new_empty(B, L, N, dtype=dtype) for dtype in types)
+    dA, dD, dbias = torch.empty_like(operands.A), torch.empty_like(operands.D), torch.empty_like(operands.bias)
+    launch(parts.dBC, parts.parameters, dA, dB, dC, dD, dbias)
+    return dA, dB, dC, dD, dbias
 
 
 class _Conv(torch.autograd.Function):
@@ -315,18 +249,20 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
-        x = rowwise(x)
+        x, weights = rowwise(x), tuple([None if w is None else plain(w) for w in weights])
         if x.is_cuda:
             gradients, both = any(ctx.needs_input_grad), [w is None for w in weights]
             compile_once(x, ("conv", *both, gradients), lambda: launch_conv(x, weights, gradients))
         ctx.save_for_backward(x, *weights)
-        return tuple(_conv_forward(x, weights))
+        with torch.cuda.device_of(x):
+            return tuple(_conv_forward(x, weights))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        return tuple(_conv_backward(x, weights, dys))
+        with torch.cuda.device_of(x):
+            return tuple(_conv_backward(x, weights, dys))
 
 
 def launch_conv(x: Tensor, weights: Sequence[Tensor | None], gradients: bool) -> None:
@@ -337,33 +273,29 @@ def launch_conv(x: Tensor, weights: Sequence[Tensor | None], gradients: bool) ->
         _conv_backward(empty, without, outs)
 
 
+def _conv_kind(x: Tensor, weights: Sequence[Tensor | None]) -> ConvKind:
+    (B, L, E), taps = x.shape, next(w.shape[1] for w in weights if w is not None)
+    types = tuple([None if w is None else w.dtype for w in (x, *weights)])
+    return ConvKind(x.device, types, B, L, E, taps, x.stride(1))
+
+
 def _conv_forward(x: Tensor, weights: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The outputs of both directions; None for a skipped one."""
     outs = [None if weight is None else _empty_like(x) for weight in weights[::2]]
-    launch(
-        triton_conv.conv_forward, grid(x, ROWS), x, *_conv_pointers(weights), _both(outs), x_row=x.stride(1),
-        **_conv_constants(x, weights),
-    )  # fmt: skip
+    numbers.conv_forward(_conv_kind(x, weights))(x, _both(weights[::2]), _both(weights[1::2]), _both(outs))
     return outs
 
 
 def _conv_backward(x: Tensor, weights: Sequence[Tensor | None], dys: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients of the input, and of each direction's weight and bias."""
-    programs, constants = grid(x, SEGMENT), _conv_constants(x, weights)
-    _, B, segments = programs
-    E, taps = constants["E"], constants["TAPS"]
-    dx, rows = _empty_like(x), tuple(x if dy is None else rowwise(dy) for dy in dys)
-    sums = tuple(x.new_empty(B * segments, taps + 1, E, dtype=torch.float32) for w in weights[::2] if w is not None)
-    launch(
-        triton_conv.conv_backward, programs, x, *_conv_pointers(weights), rows, dx, _both(sums),
-        x_row=x.stride(1), dy0_row=rows[0].stride(1), dy1_row=rows[1].stride(1), **constants, SEGMENT=SEGMENT,
-    )  # fmt: skip
+    kind, dx, rows = _conv_kind(x, weights), _empty_like(x), tuple([x if dy is None else rowwise(dy) for dy in dys])
+    shape = kind.parts, kind.taps + 1, kind.E
+    sums = tuple([x.new_empty(shape, dtype=torch.float32) for w in weights[::2] if w is not None])
+    launches = numbers.conv_backward(kind, rows[0].stride(1), rows[1].stride(1))
+    launches.conv(x, _both(weights[::2]), _both(weights[1::2]), rows, dx, _both(sums))
     gradients = [None if w is None else _empty_like(w) for w in weights]
-    dweights, dbiases = (tuple(g for g in gradients[i::2] if g is not None) for i in range(2))
-    launch(
-        triton_layout.sum_conv, (ceil_div((taps + 1) * E, SIZE), len(sums), 1), sums, dweights, dbiases,
-        parts=B * segments, E=E, TAPS=taps, SIZE=SIZE,
-    )  # fmt: skip
+    dweights, dbiases = (tuple([g for g in gradients[i::2] if g is not None]) for i in range(2))
+    launches.sums(sums, dweights, dbiases)
     return [dx, *gradients]
 
 
@@ -371,18 +303,6 @@ def _both(tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
     """A tensor for each direction. The other direction's takes the place of a skipped one's, which is never used."""
     present = [x for x in tensors if x is not None]
     return present[0], present[-1]
-
-
-def _conv_constants(x: Tensor, weights: Sequence[Tensor | None]) -> dict[str, int]:
-    (_, L, E), taps = x.shape, next(w.shape[1] for w in weights[::2] if w is not None)
-    sizes = {"E": E, "L": L, "TAPS": taps, "ROWS": ROWS, "LANES": LANES * WARPS, "num_warps": WARPS}
-    return sizes | {"FORWARD": weights[0] is not None, "BACKWARD": weights[2] is not None}
-
-
-def _conv_pointers(weights: Sequence[Tensor | None]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Both weights, and both biases."""
-    contiguous = [None if w is None else w.contiguous() for w in weights]
-    return _both(contiguous[::2]), _both(contiguous[1::2])
 
 
 def _refuse_float64(*tensors: Tensor | None) -> None:

@@ -4,7 +4,7 @@ Sizes and distances between rows are compile-time constants of the kernels, so e
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,55 +20,73 @@ WARPS = 4
 """Warps of a program. Those of a scan's program sum their parts of B's and C's gradients."""
 CHUNK = LANES // 2
 """Steps between stored states, limited by registers. Each step has one lane for B's gradient and one for C's."""
+ALIGNMENT = 16
+"""Bytes, of which each pointer is a multiple: a load takes so many. PyTorch's own memory is aligned."""
 MOST_PROGRAMS = 65_535
 """Largest grid of a kernel on its second axis (the batch) and on its third (the convolution's groups of steps)."""
 
-_launched = dict[tuple[Any, ...], tuple[Any, list[Any]]]()
-"""Compiled kernels by all that Triton compiles for, and their numbers in the order of the parameters."""
 _compiled = set[tuple[Any, ...]]()
 """Sizes and types whose kernels are compiled."""
 
 
-def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **numbers: Any) -> None:
-    """Launch a kernel on tensors, tuples of tensors and tuples of such tuples; for the meta device, only compile it.
+class Launch:
+    """A kernel with its grid and its numbers, for tensors of one kind: device, types, and pointers at multiples of ALIGNMENT.
 
-    A later launch of the same kernel skips Triton's own look-up, which takes 4 us more: Triton compiles for types, for pointers
-    that are multiples of 16 bytes, and for constants.
+    A call takes tensors, tuples of tensors and tuples of such tuples; for the meta device it only compiles. Triton compiles for
+    types, alignment and constants, so that from the second call on its own look-up, which takes longer than the rest, is skipped.
     """
-    tensors: list[Tensor] = []
-    for argument in arguments:
-        if not isinstance(argument, tuple):
-            tensors.append(argument)
-        elif isinstance(argument[0], tuple):
-            tensors += [x for each in argument for x in each]
+
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], **numbers: Any):
+        self.kernel, self.grid, self.numbers = kernel, grid, numbers
+        self._compiled: tuple[Callable[..., None], list[Any]] | None = None
+
+    def __call__(self, *arguments: Any) -> None:
+        if self._compiled is None:
+            self._first_call(arguments)
         else:
-            tensors += argument
-    first = tensors[0]
-    if first.is_meta:
-        kernel.warmup(*arguments, grid=grid, **numbers)
-        return
-    types, aligned = [x.dtype for x in tensors], [x.data_ptr() % 16 == 0 for x in tensors]
-    key = id(kernel), first.device, *types, *aligned, *numbers, *numbers.values()
-    with torch.cuda.device_of(first):
-        if known := _launched.get(key):
-            compiled, values = known
-            compiled[grid](*arguments, *values)
-        elif compiled := kernel[grid](*arguments, **numbers):  # the interpreter returns None
-            _launched[key] = compiled, [numbers[name] for name in kernel.arg_names[len(arguments) :]]
+            run, values = self._compiled
+            run(*arguments, *values)
+
+    def _first_call(self, arguments: tuple[Any, ...]) -> None:
+        if next(flat(arguments)).is_meta:
+            self.kernel.warmup(*arguments, grid=self.grid, **self.numbers)
+        elif compiled := self.kernel[self.grid](*arguments, **self.numbers):  # the interpreter returns None
+            names = self.kernel.arg_names[len(arguments) :]
+            self._compiled = compiled[self.grid], [self.numbers[name] for name in names]
 
 
-def rowwise(x_BLX: Tensor) -> Tensor:
-    """x with contiguous channels and evenly spaced rows in the whole batch; a copy only if necessary."""
+def flat(arguments: Sequence[Any]) -> Iterator[Tensor]:
+    """The tensors among a launch's arguments."""
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            yield from flat(argument)
+        else:
+            yield argument
+
+
+def rowwise(x_BLX: Tensor, align: bool = True) -> Tensor:
+    """x with contiguous channels and evenly spaced rows in the whole batch, and aligned; a copy only if necessary."""
     (B, L, X), (image, row, channel) = x_BLX.shape, x_BLX.stride()
-    if (B > 1 and image != L * row) or (X > 1 and channel != 1):
-        x_BLX, row = x_BLX.contiguous(), X
+    if (B > 1 and image != L * row) or (X > 1 and channel != 1) or (align and x_BLX.data_ptr() % ALIGNMENT):
+        x_BLX, row = x_BLX.clone(memory_format=torch.contiguous_format), X
     check_offsets(L, row)
     return x_BLX
+
+
+def plain(x: Tensor) -> Tensor:
+    """x, contiguous and aligned; a copy only if necessary."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
 
 
 def ceil_div(a: int, b: int) -> int:
     """a / b rounded up. `triton.cdiv`, which kernels can call too, takes many microseconds."""
     return -(-a // b)
+
+
+def padded(L: int) -> int:
+    """L steps rounded up to complete chunks."""
+    return ceil_div(L, CHUNK) * CHUNK
 
 
 def next_power_of_2(n: int) -> int:
@@ -84,10 +102,9 @@ def check_offsets(rows: int, row: int) -> None:
         )
 
 
-def grid(x_BLE: Tensor, steps: int | None = None, lanes: int = 1) -> tuple[int, int, int]:
+def grid(B: int, L: int, E: int, steps: int | None = None, lanes: int = 1) -> tuple[int, int, int]:
     """Programs of an image's channels, LANES * WARPS / `lanes` each, and of `steps` steps if given. UserError beyond a GPU's
     limits."""
-    B, L, E = x_BLE.shape
     if B > MOST_PROGRAMS:
         raise UserError(
             f"the triton scan takes at most {MOST_PROGRAMS:,} images per call, got {B:,}: "

@@ -18,19 +18,20 @@ def _padding(L: tl.constexpr, LENGTH: tl.constexpr, REVERSE: tl.constexpr):
     return LENGTH - L if REVERSE else 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["B", "C", "other_B", "other_C"])
 def by_state(
-    inputs, outs, rows: tl.constexpr, L: tl.constexpr, N: tl.constexpr, LENGTH: tl.constexpr, REVERSE: tl.constexpr,
-    STATES: tl.constexpr, SIZE: tl.constexpr,
+    B, C, other_B, other_C, outs, rows: tl.constexpr, L: tl.constexpr, N: tl.constexpr, LENGTH: tl.constexpr,
+    REVERSE: tl.constexpr, STATES: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Copy (batch, L, N) to (batch, 2, LENGTH / 4, N, 4) in float32, padded with zeros: B and C of each direction.
 
-    `inputs` is B and C of the first direction, then of the second one; `rows` the distances between their rows. `outs` has a
-    tensor per direction. REVERSE is the first direction's.
+    B and C are the first direction's, `rows` the distances between the rows of all that are used. They are columns of a product,
+    so they need not be aligned. `outs` has a tensor per direction. REVERSE is the first direction's.
     """
+    inputs = (B, C, other_B, other_C)
     step, n = tl.program_id(0) * SIZE + tl.arange(0, SIZE)[None, :], tl.arange(0, STATES)[:, None]
     batch = tl.program_id(1).to(tl.int64)
-    for i in tl.static_range(len(inputs)):
+    for i in tl.static_range(len(rows)):
         if tl.program_id(2) == i:
             t = step - _padding(L, LENGTH, (i < 2) == REVERSE)
             x = inputs[i] + (batch * L + t) * rows[i] + n

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dis_scale.scan.triton_launch import CHUNK, LANES, WARPS, ceil_div, check_offsets, grid
+from dis_scale.scan.triton_launch import CHUNK, LANES, WARPS, ceil_div, check_offsets
 
 
 class Gradients(NamedTuple):
@@ -46,11 +46,16 @@ def new_states(like: Tensor, N: int) -> Tensor:
     return like.new_empty(B, rows, E, dtype=torch.float32)
 
 
-class Parts:
+class Parts(NamedTuple):
     """Memory for a direction's sums, which programs store in parts. The directions may use it one after the other."""
 
-    def __init__(self, u: Tensor, BC: Tensor, N: int, lanes: int):
-        (programs, B, _), E = grid(u, lanes=lanes), u.shape[2]
-        self.warp_sums = BC.new_empty(programs, B, N, WARPS * LANES)
-        self.dBC = BC.new_empty(programs, *BC.shape)
-        self.parameters = BC.new_empty(B, 2 * N + 2, E)
+    warp_sums: Tensor
+    dBC: Tensor
+    parameters: Tensor
+
+
+def new_parts(BC: Tensor, N: int, E: int, programs: int) -> Parts:
+    B = len(BC)
+    return Parts(
+        BC.new_empty(programs, B, N, WARPS * LANES), BC.new_empty(programs, *BC.shape), BC.new_empty(B, 2 * N + 2, E)
+    )

@@ -1,10 +1,15 @@
 """Launches of the Triton kernels, by a driver that compiles and launches nothing."""
 
+import functools
+import math
 from collections import defaultdict
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton comes only with PyTorch's builds for Linux")
@@ -12,8 +17,12 @@ pytest.importorskip("triton", reason="Triton comes only with PyTorch's builds fo
 from triton.runtime import driver
 
 from benchmarks.host_time import NoLaunch, conv
-from dis_scale.scan import Direction, triton_conv, triton_launch, triton_layout
+from dis_scale.scan import Direction, triton_conv, triton_layout, triton_numbers
 from dis_scale.scan import triton as scan_triton
+from dis_scale.scan.backend import KeepingStates
+from dis_scale.scan.triton_fill import FULL
+from dis_scale.scan.triton_launch import ALIGNMENT, Launch, flat
+from dis_scale.scan.triton_memory import new_parts
 
 
 class Recorder(NoLaunch):
@@ -35,46 +44,42 @@ class Recorder(NoLaunch):
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     monkeypatch.setattr(driver, "_active", recorder := Recorder())
-    monkeypatch.setattr(triton_launch, "_launched", {})
+    for cached in ("scan_forward", "scan_backward", "conv_forward", "conv_backward"):  # they keep compiled kernels
+        monkeypatch.setattr(triton_numbers, cached, functools.cache(getattr(triton_numbers, cached).__wrapped__))
     layout = triton_layout.by_state, triton_layout.sum_scan, triton_layout.sum_conv
     for kernel in (*layout, triton_conv.conv_forward, triton_conv.conv_backward):  # no other test gets these kernels
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     return recorder
 
 
-def sum_conv(sums: Tensor, parts: int) -> None:
-    weight, bias = torch.empty(6, 4), torch.empty(6)
-    triton_launch.launch(
-        triton_layout.sum_conv, (1, 1, 1), (sums,), (weight,), (bias,), parts=parts, E=6, TAPS=4, SIZE=32
-    )
+def sum_conv(parts: int) -> Launch:
+    return Launch(triton_layout.sum_conv, (1, 1, 1), parts=parts, E=6, TAPS=4, SIZE=32)
 
 
 def test_a_later_launch_passes_what_the_first_one_did(recorder: Recorder) -> None:
-    sums = torch.empty(3, 5, 6)
-    sum_conv(sums, 3)
-    sum_conv(sums, 3)
+    launch, sums, weight, bias = sum_conv(3), torch.empty(3, 5, 6), torch.empty(6, 4), torch.empty(6)
+    launch((sums,), (weight,), (bias,))
+    launch((sums,), (weight,), (bias,))
     first, again = recorder.launched
     assert first[:5] == again[:5] == (1, 1, 1, 1, (sums,))
     assert first[7:] == again[7:] == (3, 6, 4, 32)
 
 
-def test_the_number_of_parts_is_no_constant_and_alignment_and_type_are(recorder: Recorder) -> None:
-    memory = torch.empty(1000)
-    for sums, parts in ((memory, 1), (memory, 16), (memory[1:], 1), (memory.bfloat16(), 1), (memory[4:], 2)):
-        sum_conv(sums, parts)
-    assert [launch[3] for launch in recorder.launched] == [1, 1, 2, 3, 1]
+def test_the_number_of_parts_is_no_constant(recorder: Recorder) -> None:
+    for parts in (1, 16):
+        sum_conv(parts)((torch.empty(parts, 5, 6),), (torch.empty(6, 4),), (torch.empty(6),))
+    assert [launch[3] for launch in recorder.launched] == [1, 1]
 
 
 def test_the_scans_small_kernels_compile(recorder: Recorder) -> None:
     """For types as in a mixer."""
     B, L, E, N = 2, 5, 8, 3
-    u, parameters = torch.ones(B, L, E).bfloat16(), (torch.ones(E, N), torch.ones(E))
+    u, A, ones = torch.ones(B, L, E).bfloat16(), torch.ones(E, N), torch.ones(E)
     b, c = torch.ones(B, L, 2 * N).bfloat16().chunk(2, -1)
-    operands = scan_triton._operands(False, Direction(u, u, parameters[0], b, c, parameters[1], parameters[1]))
-    gradients = scan_triton._sum_parts(operands[0], operands[0].parts(lanes=1), reverse=True)
-    assert [(g.shape, g.dtype) for g in gradients] == [
-        (x.shape, x.dtype) for x in (parameters[0], b, c, *[parameters[1]] * 2)
-    ]
+    kind, (operands,) = scan_triton._operands(False, None, Direction(u, u, A, b, c, ones, ones), FULL)
+    launches, parts = triton_numbers.scan_backward(kind, False, E), new_parts(operands.BC, N, E, 1)
+    gradients = scan_triton._sum_parts(launches.sums[0], operands, kind.types[3:5], parts)
+    assert [(g.shape, g.dtype) for g in gradients] == [(x.shape, x.dtype) for x in (A, b, c, ones, ones)]
     assert [launch[:3] for launch in recorder.launched] == [(1, B, 2), (1, 2, 1)]
 
 
@@ -84,3 +89,41 @@ def test_a_convolution_launches_one_kernel_forward_and_two_backward(recorder: Re
     assert len(recorder.launched) == 1
     torch.autograd.grad(outputs, inputs, [torch.ones_like(y) for y in outputs])
     assert len(recorder.launched) == 3
+
+
+def unaligned(shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
+    """A tensor that begins `offset` numbers after its memory and needs a gradient."""
+    memory = torch.ones(math.prod(shape) + offset, dtype=dtype)
+    return memory[offset:].view(shape).requires_grad_()
+
+
+SEEN = dict[Launch, list[torch.dtype]]()
+TYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+@given(
+    types=st.lists(TYPES, min_size=16, max_size=16), offsets=st.lists(st.sampled_from([0, 0, 1, 8]), min_size=16, max_size=16),
+    two=st.booleans(), gated=st.booleans(), keep=st.booleans(), offset=st.sampled_from([0, 3]),
+)  # fmt: skip
+def test_a_launch_always_gets_tensors_of_one_kind(
+    types: list[torch.dtype], offsets: list[int], two: bool, gated: bool, keep: bool, offset: int
+) -> None:
+    """It takes the kernel of its first call for all calls."""
+    B, L, E, N = 2, 3, 8, 2
+    shapes = [*[(B, L, E), (B, L, E), (E, N), (B, L, N), (B, L, N), (E,), (E,)] * 2, (B, L, E), (B, L, E)]
+    tensors = [unaligned(*each) for each in zip(shapes, types, offsets, strict=True)]
+    z, dy = tensors[14] if gated else None, tensors[15].detach()
+
+    def check(launch: Launch, *arguments: Any) -> None:
+        tensors = list(flat(arguments))
+        got = [(x.dtype, x.data_ptr() % ALIGNMENT) for x in tensors]
+        first = 4 if launch.kernel is triton_layout.by_state else 0
+        assert not any(remainder for _, remainder in got[first:])
+        assert SEEN.setdefault(launch, [dtype for dtype, _ in got]) == [dtype for dtype, _ in got]
+
+    with pytest.MonkeyPatch.context() as patch, KeepingStates() if keep else nullcontext():
+        patch.setattr(Launch, "__call__", check)
+        y = scan_triton._Scan.apply(False, z, *tensors[: 14 if two else 7])
+        y.backward(dy.to(y.dtype))
+        weights = [unaligned(shape, types[0], offset) for shape in ((E, 4), (E,))]
+        sum(scan_triton._Conv.apply(tensors[0], *weights, *weights)).backward(dy.to(types[0]))

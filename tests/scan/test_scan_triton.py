@@ -27,7 +27,7 @@ from dis_scale.errors import UserError
 from dis_scale.scan import Direction, triton_conv, triton_layout, triton_scan
 from dis_scale.scan import triton as scan_triton
 from dis_scale.scan.triton_fill import BACKWARD_CYCLES, FORWARD_CYCLES, FULL
-from dis_scale.scan.triton_launch import MOST_PROGRAMS, compile_together
+from dis_scale.scan.triton_launch import CHUNK, MOST_PROGRAMS, Launch, compile_together
 
 INTERPRETED = Path(__file__).parent.parent / "support" / "interpreted_triton.py"
 # Of the variants of scan_forward and scan_backward `make test` compiles those with the most registers.
@@ -145,14 +145,14 @@ def test_memory_exceeds_inputs_outputs_and_gradients_by_a_tenth_at_most(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At DiS-L/2's sizes; no kernel runs. Between the passes only inputs, output, and B and C in another layout are kept."""
-    monkeypatch.setattr(scan_triton, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(Launch, "__call__", lambda *_: None)
     B, L, E, N = 32, 258, 2048, 16
     shapes = [(B, L, E), (B, L, E), (E, N), (B, L, N), (B, L, N), (E,), (E,)]
     with Allocated() as allocated:
         inputs = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in [*shapes, *shapes, (B, L, E)]]
         y = scan_triton.backend.two_way_scan(Direction(*inputs[:7]), Direction(*inputs[7:14]), inputs[14])
         needed = sum(x.nbytes for x in inputs) + y.nbytes
-        by_state = 2 * 2 * B * N * (L + -L % scan_triton.CHUNK) * 4
+        by_state = 2 * 2 * B * N * (L + -L % CHUNK) * 4
         assert sum(allocated.alive.values()) == needed + by_state
         dy = torch.empty_like(y)
         gradients = torch.autograd.grad(y, inputs, dy)
@@ -172,7 +172,7 @@ def direction_of_meta(B: int, L: int, E: int, N: int, row: int = 0) -> Direction
 
 def test_sizes_beyond_a_grid_or_32_bits_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = list[str]()
-    monkeypatch.setattr(scan_triton, "launch", lambda kernel, *_, **__: launched.append(kernel.__name__))
+    monkeypatch.setattr(Launch, "__call__", lambda launch, *_: launched.append(launch.kernel.__name__))
     backend, ones = scan_triton.backend, torch.ones(1, 4, device="meta")
     most = MOST_PROGRAMS
     with pytest.raises(UserError, match=r"at most 65,535 images per call, got 65,536: take smaller micro-batches"):
@@ -207,6 +207,10 @@ class CompileOnly:
         return 0
 
 
+def only_compile(launch: Launch, *arguments: Any) -> None:
+    launch.kernel.warmup(*arguments, grid=launch.grid, **launch.numbers)
+
+
 def test_kernels_compile_together_and_are_those_that_a_launch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a pass without gradients, by the path of a launch: both of its scans wait for each other."""
     monkeypatch.setattr(driver, "_active", CompileOnly())
@@ -225,8 +229,9 @@ def test_kernels_compile_together_and_are_those_that_a_launch_takes(monkeypatch:
     inputs, z = [torch.ones(shape) for shape in shapes * 2], torch.ones(1, 5, 16)[..., 8:]
     compile_together(lambda: scan_triton.launch_scan(False, z, inputs, gradients=False, keep=False, fill=FULL))
     assert sorted(compiles) == ["by_state", "scan_forward", "scan_forward"]
-    monkeypatch.setattr(scan_triton, "launch", lambda kernel, grid, *a, **k: kernel.warmup(*a, grid=grid, **k))
-    scan_triton._forward(False, z, scan_triton._operands(False, inputs), keep=False, fill=FULL)
+    monkeypatch.setattr(Launch, "__call__", only_compile)
+    kind, operands = scan_triton._operands(False, z, inputs, FULL)
+    scan_triton._forward(kind, z, operands, keep=False)
     assert len(compiles) == 3
 
 
@@ -246,6 +251,6 @@ def test_the_convolutions_kernels_compile_together(monkeypatch: pytest.MonkeyPat
     x, weights = torch.ones(1, 5, 16)[..., 8:], [torch.ones(8, 4), torch.ones(8)] * 2
     compile_together(lambda: scan_triton.launch_conv(x, weights, gradients=True))
     assert sorted(compiles) == ["conv_backward", "conv_forward", "sum_conv"]
-    monkeypatch.setattr(scan_triton, "launch", lambda kernel, grid, *a, **k: kernel.warmup(*a, grid=grid, **k))
+    monkeypatch.setattr(Launch, "__call__", only_compile)
     scan_triton._conv_backward(x, weights, scan_triton._conv_forward(x, weights))
     assert len(compiles) == 3

@@ -17,7 +17,7 @@ from dis_scale.errors import DisScaleError, UserError
 from dis_scale.models import s4d
 from dis_scale.models.checkpointing import run_block
 from dis_scale.recipe import DiffuSsm
-from dis_scale.scan import choose, triton_backward, triton_layout
+from dis_scale.scan import choose, triton_backward, triton_layout, triton_numbers
 from dis_scale.scan import s4d as scan_s4d
 from dis_scale.scan import triton as scan_triton
 from dis_scale.scan.backend import KeepingStates, keeps_states
@@ -158,7 +158,7 @@ def rows(fragment: Any, warp: int) -> Any:
 def test_sums_by_products(lanes: int, sizes: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """As for bfloat16 on a GPU, here in float32: the layout of the products, not their truncation."""
     monkeypatch.setattr(triton_backward, "add_product", add_product)
-    monkeypatch.setattr(scan_triton, "_sums_by_products", lambda _: True)
+    monkeypatch.setattr(triton_numbers.ScanKind, "products", True)
     monkeypatch.setattr(scan_triton, "_filling", lambda _: Filling(1, lanes, False))
     got = outputs_and_gradients("two-way scan", random_tensors(sizes), "triton")
     check_results("two-way scan", sizes, torch.float32, got)
@@ -166,7 +166,7 @@ def test_sums_by_products(lanes: int, sizes: tuple[int, int, int, int], monkeypa
 
 def test_a_convolution_over_several_segments() -> None:
     """A program of its backward pass computes one segment; the second of these has an incomplete group of steps."""
-    sizes = (2, scan_triton.SEGMENT + 18, 2, 4)
+    sizes = (2, triton_numbers.SEGMENT + 18, 2, 4)
     check_results(
         "two-way conv", sizes, torch.float32, outputs_and_gradients("two-way conv", random_tensors(sizes), "triton")
     )
