@@ -91,6 +91,15 @@ def test_a_convolution_launches_one_kernel_forward_and_two_backward(recorder: Re
     assert len(recorder.launched) == 3
 
 
+def test_b_and_c_may_begin_anywhere(recorder: Recorder) -> None:
+    memory, out = torch.empty(50), torch.empty(1, 2, 4, 3, 4)
+    for offset in (0, 1):
+        b = memory[offset : offset + 15].view(1, 5, 3)
+        sizes = {"rows": (3, 3), "L": 5, "N": 3, "LENGTH": 16, "STATES": 4, "SIZE": 32}
+        Launch(triton_layout.by_state, (1, 1, 2), **sizes, REVERSE=False)(b, b, b, b, (out,))
+    assert [launch[3] for launch in recorder.launched] == [1, 1]
+
+
 def unaligned(shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
     """A tensor that begins `offset` numbers after its memory and needs a gradient."""
     memory = torch.ones(math.prod(shape) + offset, dtype=dtype)
