@@ -210,13 +210,13 @@ class Launches(NamedTuple):
     us: float
 
 
-def launches(names: Sequence[str], fill: Filling, images: int, tokens: int) -> Launches:
+def launches(names: Sequence[str], fill: Filling, images: int, tokens: int, channels: int = E) -> Launches:
     """The launches of a scan; a name is one direction's."""
     all_programs, busiest, seconds = [], [], 0.0
     for name in names:
         is_backward = name.startswith("scan_backward")
         lanes, at_once = (fill.backward, 1 + fill.both) if is_backward else (fill.forward, 1)
-        programs = images * E // (LANES // lanes * WARPS) * at_once
+        programs = images * channels // (LANES // lanes * WARPS) * at_once
         cycles, resident = per_state_and_step(name, lanes)
         time = busy(programs, MULTIPROCESSORS, resident) * cycles * N / lanes * tokens / CLOCK_HZ / at_once
         summed = (

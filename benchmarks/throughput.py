@@ -1,7 +1,8 @@
-"""Speed and memory of the published sizes at 256 pixels: `python -m benchmarks.throughput [--device cpu --quick]`.
+"""Speed and memory of the published sizes: `python -m benchmarks.throughput [--device cpu --quick]`.
 
 One worker's training step through everything but storage; sampling; Stable Diffusion's autoencoder with random weights through
-precompute's encoder; then training by checkpointing, torch.compile and micro-batch. Each job is a process of its own, and runs
+precompute's encoder, and alone; a block of DiT-XL/2 against fast-DiT's; then training on mamba-ssm's scan, at 512 pixels, and by
+checkpointing, torch.compile and micro-batch. Each job is a process of its own, and runs
 before it is timed. A job that fails, for example for more memory than the device has, or that gets no time, is a row that says so.
 """
 
@@ -17,13 +18,16 @@ import numpy as np
 import torch
 
 from benchmarks.bringup import Options, options
+from benchmarks.dit_counts import PublicBlock, T
 from dis_scale import diffusion, models
 from dis_scale.data import shards
 from dis_scale.data.encode import compute_exactly, encode_images
 from dis_scale.data.shards import Sample
 from dis_scale.diffusion.generate import generate
 from dis_scale.models.cost import price_model
-from dis_scale.recipe import LatentShape, Recipe, reading
+from dis_scale.models.dit import DiTBlock
+from dis_scale.recipe import Dit, LatentShape, Recipe, reading
+from dis_scale.recipe.presets import preset
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.training.memory import state_bytes, worker_bytes
@@ -51,14 +55,23 @@ class Job(NamedTuple):
     checkpointing: str = "none"
     compile: bool = False
     steps: int = 10
+    scan: str = "auto"
+    latent: int = LATENT_SHAPE.size
 
     @property
     def name(self) -> str:
-        return f"{self.size}, {self.images} images, checkpointing {self.checkpointing}{', compiled' * self.compile}"
+        extras = [", compiled"] * self.compile + [f", {self.scan} scan"] * (self.scan != "auto")
+        extras += [f", {8 * self.latent} pixels"] * (self.latent != LATENT_SHAPE.size)
+        return f"{self.size}, {self.images} images, checkpointing {self.checkpointing}{''.join(extras)}"
+
+    @property
+    def shape(self) -> LatentShape:
+        return LatentShape(LATENT_SHAPE.channels, self.latent)
 
 
 SIZED = [Job(size) for size in SIZES]
-VARIED = [Job("DiS-L/2", checkpointing=setting) for setting in ("block", "selective", "every_2")]
+VARIED = [Job("DiS-L/2", scan="mamba"), Job("DiS-H/2", 16, "block", latent=64)]
+VARIED += [Job("DiS-L/2", checkpointing=setting) for setting in ("block", "selective", "every_2")]
 VARIED += [Job("DiS-L/2", compile=True), Job("DiT-L/2", compile=True), Job("DiS-L/2", 64), Job("DiS-L/2", 128)]
 VARIED += [Job("DiS-L/2", 8), Job("DiS-S/2", 256), Job("DiS-H/2", 64, "block")]
 QUICK_JOBS = [Job("DiT-S/8", 2, steps=1), Job("DiS-S/8", 2, "block", steps=1)]
@@ -71,20 +84,21 @@ def recipe_of(job: Job, device: str) -> Recipe:
         f"train.publish_images=[{1000 * job.images}]", f"train.resume_every_images={1000 * job.images}",
         f"train.checkpointing={job.checkpointing}", f"train.compile={json.dumps(job.compile)}", f"device={device}",
         f"train.precision={'bf16' if device == 'cuda' else 'fp32'}", "train.warmup_images=0",
+        f"train.scan={job.scan}", f"data.resolution={8 * job.latent}",
     ]  # fmt: skip
     return reading.load(RECIPE, changes)
 
 
-def random_latents(sweep: Sweep) -> None:
+def random_latents(sweep: Sweep, shape: LatentShape = LATENT_SHAPE) -> None:
     """Latents of random numbers: speed does not depend on them."""
     rng, folder = np.random.default_rng(0), sweep.store / "latents/random"
-    channels, size = LATENT_SHAPE
+    channels, size = shape
     samples = [
         Sample(i, f"{i}", i % CLASSES, rng.standard_normal((2, 2 * channels, size, size)).astype(np.float16))
         for i in range(LATENTS)
     ]
     shards.put_shard(folder, 0, samples, [])
-    facts = {"vae": "random", "scale": 1.0, "shift": 0.0, "latent": list(LATENT_SHAPE), "num_classes": CLASSES}
+    facts = {"vae": "random", "scale": 1.0, "shift": 0.0, "latent": list(shape), "num_classes": CLASSES}
     shards.write_manifest(folder, range(1), facts)
     state.use_latents(sweep, folder, "random")
 
@@ -94,7 +108,7 @@ def train(job: Job, device: str) -> None:
     recipe = recipe_of(job, device)
     with tempfile.TemporaryDirectory() as scratch:
         sweep = Sweep.below(open_folder(scratch), recipe)
-        random_latents(sweep)
+        random_latents(sweep, job.shape)
         rates = profile_training(sweep, "model", job.steps, None, lambda line: print(line, file=sys.stderr))
     row = rates | computed(job, recipe)
     if device == "cuda":  # on a CPU the measured memory is the process's
@@ -104,7 +118,7 @@ def train(job: Job, device: str) -> None:
 
 def computed(job: Job, recipe: Recipe) -> dict[str, float]:
     """Memory in GiB by the formula of training/memory.py, and its part that does not depend on the images."""
-    cost = price_model(recipe.models["model"], LATENT_SHAPE, CLASSES)
+    cost = price_model(recipe.models["model"], job.shape, CLASSES)
     complete = worker_bytes(cost, recipe.train, 1, job.images)
     return {"formula_gib": complete / 2**30, "states_gib": sum(state_bytes(cost, recipe.train, 1).values()) / 2**30}
 
@@ -133,7 +147,8 @@ def sample(size: str, images: int, device: str) -> None:
 
 
 def encode(resolution: int, images: int, device: str) -> None:
-    """Print a row: images and their flips through Stable Diffusion's architecture, as precompute encodes them."""
+    """Print a row: images and their flips through Stable Diffusion's architecture, as precompute encodes them, and the same
+    with the images on the device and nothing but the network (goal: 90 % of its rate)."""
     from diffusers import AutoencoderKL
 
     compute_exactly()
@@ -144,7 +159,39 @@ def encode(resolution: int, images: int, device: str) -> None:
     vae = DiffusersVae(net.to(device).eval().requires_grad_(False))
     pixels = np.random.default_rng(0).integers(0, 256, (images, resolution, resolution, 3), np.uint8)
     seconds = timed(lambda: encode_images(vae, pixels, images))
-    print_row(f"encode {resolution} pixels, with flips", {"images_per_s": images / seconds, "images": images})
+    on_device = torch.randn(images, 3, resolution, resolution, device=device)
+
+    @torch.no_grad()
+    def alone() -> None:
+        for _ in range(2):
+            vae.net.encode(on_device)
+        synchronize(torch.device(device))
+
+    facts = {"images_per_s": images / seconds, "images": images, "share_of_the_network_alone": timed(alone) / seconds}
+    print_row(f"encode {resolution} pixels, with flips", facts)
+
+
+def against_fast_dit(size: str, images: int, device: str) -> None:
+    """Print a row: the training pass of a block of DiT in bf16, times faster than the public code's block (goal: 1)."""
+    settings = Dit(**preset(size))
+    seconds = {}
+    for name, block, stream in (
+        ("ours", DiTBlock(settings), torch.bfloat16), ("fast-DiT", PublicBlock(settings), torch.float32),
+    ):  # fmt: skip
+        block = block.to(device)
+        x_BTD = torch.randn(images, T, settings.width, dtype=stream, device=device, requires_grad=True)
+        c_BD = torch.randn(images, settings.width, dtype=torch.bfloat16, device=device, requires_grad=True)
+
+        def run(block: Any = block, x: Any = x_BTD, c: Any = c_BD) -> None:
+            out = block(x, c)
+            torch.autograd.grad(out, [x, c, *block.parameters()], torch.ones_like(out))
+            synchronize(torch.device(device))
+
+        seconds[name] = timed(run)
+    ratio = seconds["fast-DiT"] / seconds["ours"]
+    print_row(
+        f"a block of {size} against fast-DiT's", {"times_faster": ratio, "ms": 1e3 * seconds["ours"], "images": images}
+    )
 
 
 def timed(run: Any) -> float:
@@ -205,6 +252,7 @@ def main(chosen: Options) -> None:
     jobs = training_jobs(QUICK_JOBS if quick else SIZED, device)
     jobs += [(f"sample {size}", sample, size, images, device) for size in sampled]
     jobs += [("encode", encode, resolution, encoded, device)]
+    jobs += [("fast-DiT", against_fast_dit, "DiT-S/2" if quick else "DiT-XL/2", images, device)]
     run_all(jobs if quick else [*jobs, *training_jobs(VARIED, device)])
 
 

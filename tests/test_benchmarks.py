@@ -132,7 +132,10 @@ def test_the_smoke_part_compares_a_device_with_the_cpu() -> None:
 @pytest.mark.slow
 def test_the_throughput_part_measures_training_sampling_and_encoding() -> None:
     found = {row["name"].split(",")[0]: row for row in quick("throughput")}
-    assert found.keys() == {"train DiT-S/8", "train DiS-S/8", "sample DiT-S/8", "encode 32 pixels"}
+    block = "a block of DiT-S/2 against fast-DiT's"
+    assert found.keys() == {"train DiT-S/8", "train DiS-S/8", "sample DiT-S/8", "encode 32 pixels", block}
+    assert found.pop(block)["times_faster"] > 0
+    assert found["encode 32 pixels"]["share_of_the_network_alone"] > 0
     assert all(row.get("images_per_s", row.get("images_per_s_50_steps", 0)) > 0 for row in found.values())
     assert found["train DiS-S/8"]["mfu"] > 0
     assert found["train DiS-S/8"]["states_gib"] > 0
