@@ -38,11 +38,11 @@ def sample(
         Literal["balanced", "uniform"],
         typer.Option(help="With --npz: each class equally often, or independent labels, all equally likely."),
     ] = "balanced",
-    guidance: Annotated[float | None, typer.Option(min=0, help="Default: the sweep's own, or 1: none.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Default: as for the sampler, or 1: none.")] = None,
     guidance_channels: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Guide the first channels only: 3 as in DiT's code. Default: the sweep's own, or all."
+            min=1, help="Guide the first channels only: 3 as in DiT's code. Default: as for the sampler, or all."
         ),
     ] = None,
     sampler: Annotated[str | None, typer.Option(help="Default: the sweep's own, or that in the checkpoint.")] = None,

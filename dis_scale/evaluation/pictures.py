@@ -88,10 +88,9 @@ def open_for_sampling(at: str | Path, vae_path: str | None, heads: int | None = 
         notes.append(
             f"assumed  {assumed}; latents by scale {decoder.scale} and shift {decoder.shift}: the file does not tell"
         )
-    sampling = sweep.recipe.evaluate if sweep else facts
+    own = sweep.recipe.evaluate if sweep else facts
     published = "euler_maruyama" if process.kind == "flow" else "ddpm"
-    sampler, steps = (sampling.sampler, sampling.steps) if sampling else (published, 250)
-    own = sweep.recipe.evaluate if sweep else None
+    sampler, steps = (own.sampler, own.steps) if own else (published, 250)
     guidance = (own.guidance, own.guidance_channels, own.guidance_interval) if own else (1.0, None, None)
     return OpenCheckpoint(
         model, process, decoder, sampler, steps, *guidance, notes, sweep.recipe if sweep else None, located

@@ -106,14 +106,18 @@ class SamplingFacts:
     """Scaling of the model's latents; None for the VAE's own."""
     sampler: Sampler
     steps: int
+    guidance: float = 1.0
+    guidance_channels: int | None = None
+    guidance_interval: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, latents: Mapping[str, Any]) -> "SamplingFacts":
         """Return the facts of a sweep's models from its recipe and the manifest of its latents."""
         encoder = LatentsVae(latents["vae"], latents.get("posterior", True), latents["shift"], latents["scale"])
-        normalise, evaluate = recipe.data.normalise, recipe.evaluate
+        normalise, own = recipe.data.normalise, recipe.evaluate
         scaling = None if normalise == "vae" else Scaling.of(latents, normalise)
-        return cls(recipe.diffusion, encoder, scaling, evaluate.sampler, evaluate.steps)
+        guidance = own.guidance, own.guidance_channels, own.guidance_interval
+        return cls(recipe.diffusion, encoder, scaling, own.sampler, own.steps, *guidance)
 
 
 def describe(model: Backbone, facts: SamplingFacts | None = None) -> dict[str, Any]:

@@ -186,14 +186,16 @@ def test_labels_of_all_classes_are_balanced_or_uniform(files: tuple[Path, Path])
 
 
 def test_a_file_tells_how_to_sample_from_it(files: tuple[Path, Path], tmp_path: Path, tiny: Recipe) -> None:
-    """Process, scaling, sampler and steps, outside a sweep; another autoencoder than the latents' is named."""
+    """Process, scaling, sampler, steps and guidance, outside a sweep; another autoencoder than the latents' is named."""
     scaling = Scaling([0.1, 0.2, 0.3, 0.4], [0.5, 1.0, 2.0, 4.0])
     theirs = LatentsVae(vae.from_path(str(files[1]), {}).identity, True, 0.0, 1.0)
-    facts = SamplingFacts(Flow(kind="flow", shift=3.0), theirs, scaling, "euler", 7)
+    guidance = 1.5, 3, (100.0, 900.0)
+    facts = SamplingFacts(Flow(kind="flow", shift=3.0), theirs, scaling, "euler", 7, *guidance)
     model = models.build(tiny.models["dis"], LatentShape(4, 8), 10)
     save(model, tmp_path / "a.safetensors", facts)
     opened = open_for_sampling(tmp_path / "a.safetensors", str(files[1]))
     assert (opened.process, opened.sampler, opened.steps) == (facts.diffusion, "euler", 7)
+    assert (opened.scale(None), opened.guidance_channels, opened.guidance_interval) == guidance
     assert (opened.decoder.scaling, opened.notes) == (scaling, [])
     (images,) = sample_pictures(opened, [3], 1, sampler="euler", steps=2, guidance=1.0, seed=0, batch=1)
     assert images.shape == (1, 32, 32, 3)
