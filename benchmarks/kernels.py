@@ -13,7 +13,7 @@ import torch
 from benchmarks.bringup import Options, options
 from dis_scale.errors import DisScaleError
 from dis_scale.scan import choose
-from dis_scale.scan.selftest import TOLERANCE, errors
+from dis_scale.scan.selftest import TOLERANCE, Case, errors
 
 BACKENDS = {"cpu": ("native", "chunked"), "cuda": ("triton", "chunked", "mamba")}
 SIZES = [(35, 40, 16), (258, 2048, 16)]
@@ -27,7 +27,7 @@ def compare(backend: str, device: torch.device, dtype: torch.dtype, sizes: tuple
     times = []
     for _ in range(2):
         began = time.perf_counter()
-        found = errors(backend, device, dtype, L, E, N)
+        found = errors(backend, device, dtype, Case(L, E, N))
         times.append(time.perf_counter() - began)
     worst = max(found, key=lambda what: float("inf") if found[what] != found[what] else found[what])
     right = all(error <= TOLERANCE[dtype] for error in found.values())

@@ -77,3 +77,8 @@ def generate(
     model_fn = guided(model, None if y_B is None else y_B.to(device), guidance, channels, interval)
     x_T = noise.start((len(numbers), model.shape.channels, model.shape.size, model.shape.size)).to(device)
     return sample(model_fn, process, sampler, steps, x_T, noise, progress)
+
+
+def batch_sizes(total: int, batch: int) -> set[int]:
+    """Return the sizes of the batches of `total` images, `batch` at a time: the full one, and the last one if it is smaller."""
+    return {min(batch, total), total % batch} - {0}

@@ -3,6 +3,7 @@
 Axes: B samples, C channels, H W height and width.
 """
 
+from collections.abc import Collection
 from typing import Protocol
 
 import torch
@@ -53,3 +54,9 @@ def guided(
         return torch.cat([noise_BCHW, with_BCHW[:, n:]], dim=1)
 
     return model_fn
+
+
+def forward_images(batches: Collection[int], scale: float, interval: tuple[float, float] | None = None) -> set[int]:
+    """Return the image counts of the model's calls for batches of these sizes: guidance doubles them inside of its interval."""
+    factors = (1,) if scale == 1 else (2,) if interval is None else (1, 2)
+    return {factor * images for factor in factors for images in batches}

@@ -5,8 +5,9 @@ import torch
 
 from dis_scale import seeds
 from dis_scale.data.latents import Latents, sample_posterior
+from dis_scale.diffusion.generate import batch_sizes
 from dis_scale.diffusion.process import Process
-from dis_scale.models import Backbone
+from dis_scale.models import Backbone, verify_kernels
 
 LEVELS = 8
 """Noise levels: the middles of this many equal parts of the process's time."""
@@ -19,6 +20,7 @@ def losses(model: Backbone, process: Process, latents: Latents, seed: int, batch
     x_BCHW = latents.scaled(sample_posterior(moments, seeds.generator("held-out posterior", seed)))
     noise_BCHW = seeds.generator("held-out noise", seed).standard_normal(x_BCHW.shape, np.float32)
     device = next(model.parameters()).device
+    verify_kernels(model, device, batch_sizes(len(x_BCHW), batch), training=False)
     data = [torch.from_numpy(array).to(device).split(batch) for array in (x_BCHW, noise_BCHW, labels)]
     times = (torch.arange(LEVELS) + 0.5) / LEVELS
     by_level = {f"held_out_loss/t{1000 * t:04.0f}": _loss_at(model, process, t, data) for t in times}

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from dis_scale import diffusion, seeds, vae
-from dis_scale.diffusion.generate import generate
+from dis_scale.diffusion.generate import batch_sizes, generate
+from dis_scale.diffusion.guidance import forward_images
 from dis_scale.diffusion.process import check_labels
 from dis_scale.errors import UserError
 from dis_scale.evaluation.checkpoints import Located, find_checkpoint
@@ -174,7 +175,8 @@ def sample_pictures(
 ) -> Iterator[np.ndarray]:
     """Yield `count` uint8 images of these labels in parts (B, H, W, 3), `batch` at a time."""
     process, model = diffusion.build(opened.process), opened.model.to(device)
-    verify_kernels(model, torch.device(device), min(batch, count) * (1 if guidance == 1 else 2))
+    images = forward_images(batch_sizes(count, batch), guidance, interval)
+    verify_kernels(model, torch.device(device), images, training=False)
     opened.decoder.net.to(device)
     for first in range(0, count, batch):
         numbers = range(first, min(first + batch, count))

@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dis_scale import diffusion, models, seeds
 from dis_scale.data.encode import allow_tf32
-from dis_scale.diffusion.generate import generate
+from dis_scale.diffusion.generate import batch_sizes, generate
+from dis_scale.diffusion.guidance import forward_images
 from dis_scale.errors import DisScaleError, StorageError, UserError
 from dis_scale.evaluation import npz
 from dis_scale.evaluation.features import Extractor, Features, load_classifier, load_extractors
@@ -94,8 +95,7 @@ class BlockSampler:
         else:
             weights = checkpoint.load_average(run, images_seen, train, settings.ema_width)
         model = load_model(self.recipe, name, self.vae.latent(self.recipe.data.resolution), weights).to(self.device)
-        model.precision = "bf16" if settings.precision == "bf16" else "fp32"
-        models.verify_kernels(model, self.device, settings.batch_images * (1 if settings.guidance == 1 else 2))
+        verify_sampling(model, settings, self.device)
         return model
 
     def sample(self, model: Backbone, settings: Evaluate, block: int) -> SampleBlock:
@@ -153,6 +153,15 @@ def require_finite(latents_BCHW: torch.Tensor, numbers: range) -> None:
         raise DisScaleError(
             f"{len(bad)} samples are not finite, the first number {bad[0]}: did this model's training diverge?"
         )
+
+
+def verify_sampling(model: Backbone, settings: Evaluate, device: torch.device) -> None:
+    """Set the precision of sampling, and compare the GPU kernels of each size of batch with the reference."""
+    model.precision = "bf16" if settings.precision == "bf16" else "fp32"
+    blocks = batch_sizes(settings.samples, settings.block_images)
+    batches = {images for block in blocks for images in batch_sizes(block, settings.batch_images)}
+    images = forward_images(batches, settings.guidance, settings.guidance_interval)
+    models.verify_kernels(model, device, images, training=False)
 
 
 def load_model(recipe: Recipe, name: str, shape: LatentShape, weights: dict[str, torch.Tensor]) -> Backbone:

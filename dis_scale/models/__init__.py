@@ -4,6 +4,8 @@ Read next: dis.py, dit.py and diffussm.py (models), checkpointing.py (activation
 bytes), official.py and export.py (import and export of weights).
 """
 
+from collections.abc import Collection
+
 import torch
 
 from dis_scale.errors import UserError
@@ -15,7 +17,7 @@ from dis_scale.models.dit import DiT
 from dis_scale.models.tokens import Backbone
 from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, Precision
 from dis_scale.scan import choose
-from dis_scale.scan.selftest import verify
+from dis_scale.scan.selftest import Case, distinct, verify
 
 __all__ = [
     "Backbone",
@@ -79,15 +81,25 @@ def construct(
             return DiffuSSM(settings, shape, num_classes, scan, checkpointing)
 
 
-def verify_kernels(model: Backbone, device: torch.device, images: int) -> None:
+def verify_kernels(model: Backbone, device: torch.device, images: Collection[int], training: bool) -> None:
     """Compare the GPU kernels that a model runs with the reference, at its sizes; DisScaleError names another backend to set.
 
-    Kernels depend on the number of images of a forward pass. Nothing to do on a CPU, whose kernels the tests have run.
+    `images` are the image counts of its forward passes, which select kernels: the scan runs once for each set of compiled
+    kernels. Sampling needs no backward pass. Nothing to do on a CPU, whose kernels the tests have run.
     """
     if isinstance(model, DiS) and device.type == "cuda":
-        verify(choose(model.scan, device).name, device, model.compute_dtype, *model.scan_sizes, images)
+        name = choose(model.scan, device).name
+        for case in distinct(name, device, _cases(model, images, training)):
+            verify(name, device, model.compute_dtype, case)
     if isinstance(model, DiffuSSM) and device.type == "cuda":
         s4d.verify(model.settings, model.scan, (model.shape.size // model.patch) ** 2, device)
+
+
+def _cases(model: DiS, images: Collection[int], training: bool) -> list[Case]:
+    """All passes of these numbers of images. A recomputed block has a second forward pass, which keeps states."""
+    keeping = (False, True) if training and model.checkpointing != "none" else (False,)
+    sizes = model.scan_sizes
+    return [Case(*sizes, count, model.settings.directions, training, keep) for count in images for keep in keeping]
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:

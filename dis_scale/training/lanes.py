@@ -4,6 +4,7 @@ Lanes fix the images, noise and times of a step, whatever the world size. How ma
 the speed, the memory and the rounding. Read next: loop.py, memory.py.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -25,6 +26,11 @@ def forward_passes(lanes: int, rank: int, world: int, at_once: int) -> list[Forw
     passes, own = -(-largest_share(lanes, world) // at_once), end - first
     parts = [range(first + i * own // passes, first + (i + 1) * own // passes) for i in range(passes)]
     return [ForwardPass(part or range(first, first + 1), len(part) * passes * world / lanes) for part in parts]
+
+
+def image_counts(passes: Iterable[ForwardPass], lane_images: int) -> set[int]:
+    """Return the images of these forward passes: one number, or two if the lanes cannot be shared evenly."""
+    return {len(one.lanes) * lane_images for one in passes}
 
 
 def largest_share(lanes: int, world: int) -> int:

@@ -36,7 +36,7 @@ from dis_scale.training.bad_step import dump_step
 from dis_scale.training.checkpoint import Keep, ResumePoint, Saver
 from dis_scale.training.engine import Engine
 from dis_scale.training.inputs import StepInput, step_inputs, to_device
-from dis_scale.training.lanes import ForwardPass, forward_passes
+from dis_scale.training.lanes import ForwardPass, forward_passes, image_counts
 from dis_scale.training.memory import lanes_at_once
 from dis_scale.training.schedule import learning_rate
 from dis_scale.training.stop import StopAgreement
@@ -217,7 +217,7 @@ def open_training(attempt: Attempt, on_this_node: int, log_rates: Callable[[str]
     smallest = min(memory, key=lambda size: size or 0)  # all ranks run equally many passes, and refuse together
     at_once = lanes_at_once(attempt.model, price, settings, world, smallest, recipe.evaluate.gpu_share)
     passes = forward_passes(settings.lanes, rank, world, at_once)
-    images = max(len(one.lanes) for one in passes) * settings.lane_images
+    images = image_counts(passes, settings.lane_images)
     state, model, images_seen, earlier = start(attempt, latents, len(passes), images)
     micro_images = at_once * settings.lane_images
     if rank == 0:
@@ -275,11 +275,11 @@ def _workers_on_this_node(world: int) -> int:
 
 
 def start(
-    attempt: Attempt, latents: Latents, passes: int, images: int
+    attempt: Attempt, latents: Latents, passes: int, images: set[int]
 ) -> tuple[Engine, Backbone, int, Mapping[str, Any]]:
     """Return the engine, its model, the images seen and the resume point's facts: from the newest one or from initial weights.
 
-    A step has `passes` forward passes of `images` images on each rank.
+    A step has `passes` forward passes on each rank, whose image counts are in `images`.
     """
     settings, recipe = attempt.recipe.train, attempt.recipe
     seed = seeds.seed("init", recipe.seed_of(attempt.model)) % 2**63
@@ -303,7 +303,7 @@ def start(
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(read(engine.WEIGHTS, name, 0, p.numel()).view_as(p))
-    models.verify_kernels(model, attempt.device, images)
+    models.verify_kernels(model, attempt.device, images, training=True)
     state = engine.start(model.to(attempt.device), settings, attempt.device, read, adam_step, passes)
     state.set_learning_rate(learning_rate(settings, images_seen))
     if dist.get_rank() == 0:

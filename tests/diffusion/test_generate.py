@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dis_scale.diffusion import build
-from dis_scale.diffusion.generate import SampleNoise, generate
-from dis_scale.diffusion.guidance import OFFICIAL_CHANNELS, guided
+from dis_scale.diffusion.generate import SampleNoise, batch_sizes, generate
+from dis_scale.diffusion.guidance import OFFICIAL_CHANNELS, forward_images, guided
 from dis_scale.diffusion.samplers import sample
 from dis_scale.errors import UserError
 from dis_scale.recipe import Flow, Gaussian, LatentShape
@@ -70,6 +70,27 @@ def test_guidance_of_one_costs_one_pass():
     model = Toy()
     guided(model, torch.tensor([1, 2]), 1.0)(torch.randn(2, 4, 3, 3), torch.zeros(2))
     assert model.calls == 2
+
+
+@pytest.mark.parametrize(("scale", "interval"), [(1.0, (100, 600)), (1.5, None), (1.5, (100, 600))])
+def test_the_images_of_each_call_are_known_before(scale, interval):
+    """Seven samples in batches of three, at times inside and outside of the interval."""
+    calls = []
+
+    class Counting(Toy):
+        def __call__(self, x, t, y=None):
+            calls.append(len(x))
+            return super().__call__(x, t, y)
+
+    options = {"sampler": "euler", "steps": 5, "guidance": scale, "interval": interval}
+    for numbers in (range(3), range(3, 6), range(6, 7)):
+        generate(Counting(), PROCESSES["flow"], [1] * len(numbers), numbers, **options)
+    assert set(calls) == forward_images(batch_sizes(7, 3), scale, interval)
+
+
+@pytest.mark.parametrize("total", [0, 2, 5, 6, 12])
+def test_the_sizes_of_batches(total):
+    assert batch_sizes(total, 5) == {len(range(first, min(first + 5, total))) for first in range(0, total, 5)}
 
 
 def test_bad_input_is_one_clear_line_before_any_work():

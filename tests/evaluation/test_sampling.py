@@ -107,6 +107,20 @@ def test_only_the_model_may_round_its_products_to_tf32(
     assert seen == {"draw": precision == "tf32", "decode": False}
 
 
+def test_the_kernels_of_each_size_of_batch_are_compared(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """90 samples in blocks of 40 and batches of 16, guided at some times: the last batch of a block has 8, the last block 10."""
+    compared = list[tuple[set[int], bool]]()
+    monkeypatch.setattr(
+        sampling.models, "verify_kernels", lambda _m, _d, images, training: compared.append((images, training))
+    )
+    changes = {"samples": 90, "batch_images": 16, "guidance_interval": (0.0, 500.0), "precision": "bf16"}
+    settings = tiny.evaluate.model_copy(update=changes)
+    model = models.build(tiny.models["dis"], LatentShape(4, 8), 10)
+    sampling.verify_sampling(model, settings, torch.device("cpu"))
+    assert compared == [({8, 10, 16, 20, 32}, False)]
+    assert model.precision == "bf16"
+
+
 def test_the_time_of_each_part_is_measured(sweep: Sweep) -> None:
     one, settings = sampler(sweep), sweep.recipe.evaluate
     one.sample(one.model("dis", 160, settings), settings, 0)

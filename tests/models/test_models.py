@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from dis_scale import models
 from dis_scale.diffusion import build as build_process
 from dis_scale.diffusion.generate import generate
 from dis_scale.errors import UserError
 from dis_scale.models import build, check_finite
 from dis_scale.recipe import DiffuSsm, Dis, Dit, Flow, Gaussian, LatentShape
+from dis_scale.scan.selftest import Case
 
 SHAPE = LatentShape(4, 8)
 DIS = Dis(kind="dis", width=32, depth=4, patch=2)
@@ -217,3 +219,29 @@ def test_compiled_blocks_agree_within_rounding(settings):
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
     for a, b in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-5)
+
+
+def compared(
+    monkeypatch: pytest.MonkeyPatch, settings: Dis | DiffuSsm | Dit, images: set[int], training: bool, **options: str
+) -> list[tuple[object, ...]]:
+    """What `verify_kernels` compares on a GPU."""
+    seen = list[tuple[object, ...]]()
+    monkeypatch.setattr(models, "verify", lambda name, _, dtype, case: seen.append((name, dtype, case)))
+    monkeypatch.setattr(models.s4d, "verify", lambda _, scan, length, __: seen.append((scan, length)))
+    model = build(settings, LatentShape(4, 8), 10, **options)  # type: ignore[arg-type]
+    models.verify_kernels(model, torch.device("cuda"), images, training)
+    return seen
+
+
+def test_a_gpus_kernels_are_compared_at_the_models_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    dis = Dis(kind="dis", width=16, depth=2, patch=2)
+    assert compared(monkeypatch, dis, {4, 8}, True, scan="chunked", precision="bf16") == [
+        ("chunked", torch.bfloat16, Case(18, 32, 16, 8))
+    ]
+    one_way = Dis(kind="dis", width=16, depth=2, patch=2, directions=1)
+    assert compared(monkeypatch, one_way, {4}, False, scan="chunked", checkpointing="block") == [
+        ("chunked", torch.float32, Case(18, 32, 16, 4, directions=1, gradients=False))
+    ]
+    diffussm = DiffuSsm(kind="diffussm", width=16, depth=1, patch=2)
+    assert compared(monkeypatch, diffussm, {4}, True, scan="triton") == [("triton", 16)]
+    assert not compared(monkeypatch, Dit(kind="dit", width=16, depth=1, heads=2, patch=2), {4}, True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dis_scale.scan.selftest import verify
+from dis_scale.scan.selftest import Case, verify
 from dis_scale.scan.triton_fill import FULL, Filling
 from tests.scan.test_scan_admission import (
     CALLS,
@@ -81,7 +81,7 @@ def test_a_models_sizes_equal_plain_pytorch_in_float64(call: str, dtype: torch.d
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_mixers_types_and_strides_equal_the_reference(backend: str, dtype: torch.dtype) -> None:
     """At a model's sizes: x and z are halves of one product, weights and dynamics float32."""
-    verify(backend, torch.device("cuda"), dtype, *LARGE[1:])
+    verify(backend, torch.device("cuda"), dtype, Case(*LARGE[1:]))
 
 
 @pytest.mark.parametrize("call", ["two-way scan", "two-way conv"])

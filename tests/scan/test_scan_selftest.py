@@ -3,14 +3,17 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dis_scale.errors import DisScaleError
-from dis_scale.scan import Direction, _backend, chunked
+from dis_scale.scan import Direction, _backend, chunked, selftest
 from dis_scale.scan.backend import Backend, from_one_way
 from dis_scale.scan.reference import causal_conv_silu, selective_scan
-from dis_scale.scan.selftest import TOLERANCE, verify
+from dis_scale.scan.selftest import TOLERANCE, Case, distinct, errors, verify
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+L2 = Case(258, 2048, 16)
+"""DiS-L/2 at 256 pixels."""
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -20,6 +23,57 @@ def test_a_right_backend_passes(backend: str, dtype: torch.dtype) -> None:
     state = torch.get_rng_state()
     verify(backend, CPU, dtype)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_pass_without_gradients_compares_outputs_alone() -> None:
+    assert list(errors("chunked", CPU, torch.float32, Case(gradients=False))) == [
+        "output of forward conv", "output of backward conv", "output of scan",
+    ]  # fmt: skip
+
+
+def test_one_direction_is_compared_by_the_one_way_functions() -> None:
+    found = errors("chunked", CPU, torch.float32, Case(directions=1))
+    assert {"output of forward conv", "output of scan", "gradient of forward A"} <= found.keys()
+    assert not [what for what in found if "backward" in what]
+    assert all(error < TOLERANCE[torch.float32] for error in found.values())
+
+
+@pytest.fixture
+def h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton sees the multiprocessors of an H200."""
+    pytest.importorskip("triton", reason="Triton comes only with PyTorch's builds for Linux")
+    for module in ("triton_launch", "triton"):
+        monkeypatch.setattr(f"dis_scale.scan.{module}.multiprocessors", lambda _: 132)
+
+
+def image_counts(name: str, case: Case, *images: int) -> list[int]:
+    return [one.images for one in distinct(name, CUDA, [case._replace(images=n) for n in images])]
+
+
+def test_each_choice_of_lanes_is_compared_once(h200: None) -> None:
+    """For DiS-L/2 32 images and 31 get one lane per channel, 8 get two and 2 get eight; 4 and 6 differ in the backward pass."""
+    assert image_counts("triton", L2, 32, 31, 8, 2) == [2, 8, 32]
+    assert image_counts("triton", L2, 4, 6) == [4, 6]
+    assert image_counts("triton", L2._replace(gradients=False), 4, 6) == [6]
+    assert image_counts("chunked", L2, 32, 31, 8, 2) == [32]
+
+
+def test_a_recomputed_blocks_second_pass_is_compared_too(h200: None) -> None:
+    both = [L2._replace(images=32, keeping=keeping) for keeping in (False, True)]
+    assert distinct("triton", CUDA, both) == both
+    assert len(distinct("mamba", CUDA, both)) == 1
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("images", [1, 2, 8, 32])
+def test_the_lanes_are_those_that_the_backend_selects(h200: None, images: int, directions: int) -> None:
+    from dis_scale.scan import triton
+
+    (L, E, N, *_) = case = L2._replace(images=images, directions=directions)
+    with FakeTensorMode():
+        u, A, rest = torch.empty(images, L, E, device=CUDA), torch.empty(E, N), [torch.empty(1)] * 4
+        selected = triton._filling([u, u, A, *rest] * directions)
+    assert selftest._filling(CUDA, case) == selected
 
 
 def wrong_gradient(direction: Direction, reverse: bool) -> Tensor:

@@ -21,7 +21,7 @@ from dis_scale.scan import choose, triton_backward, triton_layout, triton_number
 from dis_scale.scan import s4d as scan_s4d
 from dis_scale.scan import triton as scan_triton
 from dis_scale.scan.backend import KeepingStates, keeps_states
-from dis_scale.scan.selftest import verify
+from dis_scale.scan.selftest import Case, verify
 from dis_scale.scan.triton_fill import Filling
 from tests.scan.test_scan_admission import (
     CALLS,
@@ -215,7 +215,13 @@ def test_gradients_twice_on_one_graph_are_the_same() -> None:
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.faults), torch.bfloat16], ids=str)
 def test_the_self_test_passes(dtype: torch.dtype) -> None:
     """Products of one type, weights and dynamics in float32, and every tensor with the strides that a mixer passes."""
-    verify("triton", torch.device("cpu"), dtype, L=5, E=3, N=2)
+    verify("triton", torch.device("cpu"), dtype, Case(L=5, E=3, N=2))
+
+
+@pytest.mark.parametrize("changes", [{"keeping": True}, {"directions": 1}, {"gradients": False}], ids=str)
+def test_the_self_test_passes_for_other_kernels(changes: dict[str, Any]) -> None:
+    """Those of a recomputed block, of one direction, and of sampling."""
+    verify("triton", torch.device("cpu"), torch.float32, Case(L=5, E=3, N=1, images=1, **changes))
 
 
 @pytest.mark.parametrize(

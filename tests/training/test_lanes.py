@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dis_scale.training.lanes import forward_passes
+from dis_scale.training.lanes import forward_passes, image_counts
 
 
 @given(st.integers(1, 64).flatmap(lambda lanes: st.tuples(st.just(lanes), st.integers(1, lanes))), st.integers(1, 9))
@@ -31,3 +31,9 @@ def test_seven_of_eight_nodes_train() -> None:
     """64 lanes on 56 workers: eight of them have two, and no worker runs more than two passes."""
     shares = [forward_passes(64, rank, 56, 1) for rank in range(56)]
     assert Counter(sum(weight > 0 for _, weight in rank) for rank in shares) == {1: 48, 2: 8}
+
+
+def test_lanes_that_cannot_be_shared_evenly_make_passes_of_two_sizes() -> None:
+    """Seven lanes of four images: one rank has three of them in two passes, the other four."""
+    assert [image_counts(forward_passes(7, rank, 2, at_once=2), 4) for rank in (0, 1)] == [{4, 8}, {8}]
+    assert image_counts(forward_passes(8, 0, 2, at_once=2), 4) == {8}
