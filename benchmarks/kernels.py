@@ -1,39 +1,93 @@
-"""Correctness of a GPU's scans, with the time of a worker's self-test: `python -m benchmarks.kernels [--device cpu --quick]`.
+"""Correctness of a GPU's kernels, with the time of a worker's self-test: `python -m benchmarks.kernels [--device cpu --quick]`.
 
-Each backend of the device is compared with the reference loop in float64, outputs and all gradients: at odd sizes, and at
-those of DiS-L/2 at 256 pixels. The first time includes compilation, the second is that of a later start.
+Each backend of the device is compared with the reference loop in float64, outputs and all gradients: at odd sizes and at DiS-L/2's
+at 256 pixels with 32 images. Triton's lanes of a channel depend on the number of images, so its rows cover 1, 2, 4 and 8 lanes in
+both passes; two more have longer sequences, as in training at 512 pixels with patches of 2 and 1. S4D's kernel is compared with
+PyTorch's in float64, at DiffuSSM-XL's sizes. The first time includes compilation, the second is that of a later start.
 """
 
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
 from benchmarks.bringup import Options, options
 from dis_scale.errors import DisScaleError
+from dis_scale.models import s4d
+from dis_scale.recipe import DiffuSsm
+from dis_scale.recipe.presets import preset
 from dis_scale.scan import choose
-from dis_scale.scan.selftest import TOLERANCE, Case, errors
+from dis_scale.scan.selftest import TOLERANCE, Case, errors, filling_of
 
 BACKENDS = {"cpu": ("native", "chunked"), "cuda": ("triton", "chunked", "mamba")}
-SIZES = [(35, 40, 16), (258, 2048, 16)]
-"""L, E, N."""
-QUICK_SIZES = [(5, 6, 16), (35, 40, 16)]
+ODD, L2 = Case(35, 40, 16), Case(258, 2048, 16, 32)
+LONG = Case(1026, 2048, 16, 8), Case(4098, 2048, 16, 2)
+QUICK = Case(5, 6, 16), ODD
+DIFFUSSM = DiffuSsm(**preset("DiffuSSM-XL"))
+TAPS = 1024, 4096
+"""Positions of DiffuSSM at 256 and 512 pixels, with patches of 1."""
 
 
-def compare(backend: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]) -> bool:
-    """Print a row; return whether the backend is right."""
-    L, E, N = sizes
+def lanes_of(device: torch.device, case: Case) -> set[tuple[str, int]]:
+    fill = filling_of(device, case)
+    return {("forward", fill.forward), ("backward", fill.backward)}
+
+
+def each_number_of_lanes(device: torch.device, case: Case) -> Iterator[Case]:
+    """Yield cases of at most as many images that together select each number of lanes of a channel, in both passes."""
+    cases = {one: lanes_of(device, one) for n in range(case.images, 0, -1) if (one := case._replace(images=n))}
+    left = set[tuple[str, int]]().union(*cases.values())
+    while left:
+        best = max(cases, key=lambda one: len(left & cases[one]))  # of several the one with the most images
+        left -= cases[best]
+        yield best
+
+
+def comparisons(backend: str, chosen: Options) -> Iterator[tuple[Case, torch.dtype]]:
+    """Yield what is compared of a backend. The longest sequences come in training's type alone: they compile for long."""
+    if chosen.quick:
+        cases = list(QUICK)
+    elif backend == "triton":
+        cases = [ODD, *each_number_of_lanes(chosen.device, L2)]
+    else:
+        cases = [ODD, L2]
+    yield from ((case, dtype) for case in cases for dtype in TOLERANCE)
+    if backend == "triton" and not chosen.quick:
+        yield from ((case, torch.bfloat16) for case in LONG)
+
+
+def compare(name: str, find: Callable[[], Mapping[str, tuple[float, float]]], **facts: object) -> bool:
+    """Print a row of the worst error, each with the largest allowed one; return whether all are right."""
     times = []
     for _ in range(2):
         began = time.perf_counter()
-        found = errors(backend, device, dtype, Case(L, E, N))
+        found = find()
         times.append(time.perf_counter() - began)
-    worst = max(found, key=lambda what: float("inf") if found[what] != found[what] else found[what])
-    right = all(error <= TOLERANCE[dtype] for error in found.values())
-    facts = {"error": found[worst], "of": worst, "allowed": TOLERANCE[dtype], "first_s": times[0], "again_s": times[1]}
-    print(json.dumps({"name": f"{backend}, {dtype}, L{L} E{E} N{N}", "right": right} | facts), flush=True)
+    worst = max(found, key=lambda what: float("inf") if found[what][0] != found[what][0] else found[what][0])
+    right = all(error <= allowed for error, allowed in found.values())
+    facts |= {
+        "error": found[worst][0],
+        "of": worst,
+        "allowed": found[worst][1],
+        "first_s": times[0],
+        "again_s": times[1],
+    }
+    print(json.dumps({"name": name, "right": right} | facts), flush=True)
     return right
+
+
+def compare_scan(backend: str, device: torch.device, case: Case, dtype: torch.dtype) -> bool:
+    def find() -> dict[str, tuple[float, float]]:
+        return {what: (error, TOLERANCE[dtype]) for what, error in errors(backend, device, dtype, case).items()}
+
+    fill = {"filling": filling_of(device, case)._asdict()} if backend == "triton" else {}
+    return compare(f"{backend}, {dtype}, {case}", find, **fill)
+
+
+def compare_s4d(device: torch.device, taps: int) -> bool:
+    return compare(f"S4D's kernel, {taps:,} taps", lambda: s4d.errors(DIFFUSSM, taps, device))
 
 
 def main(chosen: Options) -> bool:
@@ -44,9 +98,11 @@ def main(chosen: Options) -> bool:
         except DisScaleError as error:
             print(json.dumps({"name": backend, "not measured": str(error)}))
             continue
-        for sizes in QUICK_SIZES if chosen.quick else SIZES:
-            for dtype in TOLERANCE:
-                right &= compare(backend, device, dtype, sizes)
+        for case, dtype in comparisons(backend, chosen):
+            right &= compare_scan(backend, device, case, dtype)
+        if backend == "triton":
+            for taps in TAPS:
+                right &= compare_s4d(device, taps)
     return right
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cooldowns, dit_counts, record, rows, throughput
+from benchmarks import cooldowns, dit_counts, kernels, record, rows, throughput
+from benchmarks.bringup import Options
 from dis_scale.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +87,35 @@ def test_the_kernels_part_compares_each_backend_of_a_device() -> None:
     found = [row for row in quick("kernels") if "right" in row]
     assert {row["name"].split(",")[0] for row in found} == {"native", "chunked"}
     assert all(row["right"] and 0 <= row["error"] < row["allowed"] for row in found)
+
+
+def test_the_kernels_part_covers_each_number_of_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H200, both in float32 and in bfloat16; the self-test of training's sizes at 512 pixels, too."""
+    pytest.importorskip("triton", reason="Triton comes only with PyTorch's builds for Linux")
+    monkeypatch.setattr("dis_scale.scan.triton_launch.multiprocessors", lambda _: 132)
+    cuda = torch.device("cuda")
+    compared = list(kernels.comparisons("triton", Options(cuda, quick=False)))
+    for dtype in (torch.float32, torch.bfloat16):
+        cases = [case for case, each in compared if each == dtype and case.L == 258]
+        selected = set().union(*(kernels.lanes_of(cuda, case) for case in cases))
+        assert selected == {(way, lanes) for way in ("forward", "backward") for lanes in (1, 2, 4, 8)}
+        assert len(cases) == 4
+    sizes = {(case.images, case.L, case.E) for case, dtype in compared if dtype == torch.bfloat16}
+    assert {(32, 258, 2048), (8, 1026, 2048), (2, 4098, 2048)} <= sizes
+
+
+def test_a_wrong_kernel_of_s4d_fails_the_kernels_part(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels, "BACKENDS", {"cpu": ("triton",)})
+    monkeypatch.setattr(kernels, "choose", lambda *_: "triton")
+    monkeypatch.setattr(kernels, "comparisons", lambda *_: [])
+    monkeypatch.setattr(kernels.s4d, "errors", lambda _, taps, __: {"the kernel": (taps / 1e5, 0.02)})
+    assert not kernels.main(Options(torch.device("cpu"), quick=True))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [(row["name"], row["right"]) for row in rows] == [
+        ("S4D's kernel, 1,024 taps", True), ("S4D's kernel, 4,096 taps", False),
+    ]  # fmt: skip
 
 
 WITHOUT = """

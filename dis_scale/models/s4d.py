@@ -108,27 +108,35 @@ class S4D(nn.Module):
 
 
 def verify(settings: DiffuSsm, scan: str, length: int, device: torch.device) -> None:
-    """Compare Triton's kernel and its gradients on a device with PyTorch's in float64; DisScaleError names the backend to set.
-
-    The allowed error is that of the scans, or four times that of PyTorch's operations in float32, which `init: legs` needs.
-    """
+    """Compare Triton's kernel with PyTorch's as `errors` does, if `scan` selects it; DisScaleError names the backend to set."""
     if scan != "triton":
         return
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        layer, weights_HL = S4D(settings.width, settings, scan), torch.randn(settings.width, length)
-    single, double = layer.to(device), copy.deepcopy(layer).to(device).double()
-    got = _with_gradients(single, single.kernel(length), weights_HL)
-    peer = _with_gradients(single, single.kernel_in_chunks(length), weights_HL)
-    exact = _with_gradients(double, double.kernel_in_chunks(length), weights_HL)
-    for name, x in exact.items():
-        error, by_pytorch = (((each[name] - x).abs().max() / x.abs().max()).item() for each in (got, peer))
-        allowed = max(TOLERANCE[torch.float32], 4 * by_pytorch)
-        if not error <= allowed:
+    for name, (error, allowed) in errors(settings, length, device).items():
+        if not error <= allowed:  # it may be NaN
             raise DisScaleError(
                 f"S4D's kernel by the triton backend is wrong on {device}: {name} is off by {error:.1e} of its largest number, "
                 f"allowed are {allowed:.1e}: set train.scan to auto"
             )
+
+
+def errors(settings: DiffuSsm, length: int, device: torch.device) -> dict[str, tuple[float, float]]:
+    """Largest error of Triton's kernel and of each gradient relative to the tensor's largest number, and the allowed one.
+
+    The definition is PyTorch's in float64. Allowed is the error of the scans, or four times that of PyTorch's operations in
+    float32, which `init: legs` needs. No random state changes.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        layer, weights_HL = S4D(settings.width, settings, "triton"), torch.randn(settings.width, length)
+    single, double = layer.to(device), copy.deepcopy(layer).to(device).double()
+    got = _with_gradients(single, single.kernel(length), weights_HL)
+    peer = _with_gradients(single, single.kernel_in_chunks(length), weights_HL)
+    exact = _with_gradients(double, double.kernel_in_chunks(length), weights_HL)
+    found = {}
+    for name, x in exact.items():
+        error, by_pytorch = (((each[name] - x).abs().max() / x.abs().max()).item() for each in (got, peer))
+        found[name] = error, max(TOLERANCE[torch.float32], 4 * by_pytorch)
+    return found
 
 
 def _with_gradients(layer: S4D, kernel_HL: Tensor, weights_HL: Tensor) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from dis_scale.errors import DisScaleError
 from dis_scale.scan import Direction, causal_conv_silu, selective_scan, two_way_conv_silu, two_way_scan
 from dis_scale.scan.backend import KeepingStates
+from dis_scale.scan.triton_fill import FULL, Filling, filling
 
 TAPS = 4
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2**-5}
@@ -72,17 +73,16 @@ def _kernels(name: str, device: torch.device, case: Case) -> tuple[Any, ...]:
     """A case without its images, and the lanes that Triton selects by them. The other backends keep no states."""
     if name != "triton":
         return case._replace(images=0, keeping=False)
-    fill = _filling(device, case)
+    fill = filling_of(device, case)
     return case._replace(images=0), fill if case.gradients else fill.forward
 
 
-def _filling(device: torch.device, case: Case) -> Any:
-    """How the Triton backend fills this GPU."""
-    from dis_scale.scan.triton_fill import FULL, filling  # Triton comes only with PyTorch's builds for Linux
-    from dis_scale.scan.triton_launch import grid, multiprocessors
-
+def filling_of(device: torch.device, case: Case) -> Filling:
+    """Return how the Triton backend fills this GPU: lanes of a channel in both passes, and whether both directions run at once."""
     if device.type != "cuda":
         return FULL
+    from dis_scale.scan.triton_launch import grid, multiprocessors  # Triton comes only with PyTorch's builds for Linux
+
     groups, images, _ = grid(case.images, case.L, case.E)
     return filling(groups * images, case.N, case.directions, multiprocessors(device))
 

@@ -6,10 +6,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dis_scale.errors import DisScaleError
-from dis_scale.scan import Direction, _backend, chunked, selftest
+from dis_scale.scan import Direction, _backend, chunked
 from dis_scale.scan.backend import Backend, from_one_way
 from dis_scale.scan.reference import causal_conv_silu, selective_scan
-from dis_scale.scan.selftest import TOLERANCE, Case, distinct, errors, verify
+from dis_scale.scan.selftest import TOLERANCE, Case, distinct, errors, filling_of, verify
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 L2 = Case(258, 2048, 16)
@@ -73,7 +73,7 @@ def test_the_lanes_are_those_that_the_backend_selects(h200: None, images: int, d
     with FakeTensorMode():
         u, A, rest = torch.empty(images, L, E, device=CUDA), torch.empty(E, N), [torch.empty(1)] * 4
         selected = triton._filling([u, u, A, *rest] * directions)
-    assert selftest._filling(CUDA, case) == selected
+    assert filling_of(CUDA, case) == selected
 
 
 def wrong_gradient(direction: Direction, reverse: bool) -> Tensor:
