@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dis_scale.scan import Direction, causal_conv_silu, choose, native, selective_scan, two_way_conv_silu, two_way_scan
+from dis_scale.scan.selftest import Case
 
 BACKENDS = ["reference", "native", "chunked"]
 ISAS = ["plain", "avx2", "avx512"]
@@ -31,6 +32,8 @@ SIZES = [
     (1, 1026, 16, 16),
 ]
 WIDE = (2, 3, 403, 16)
+SANITIZED = [Case(35, 140, 3), Case(35, 140, 16)]
+"""Two images for compute-sanitizer. An odd number of states is computed by one lane; 16 states by eight, with so few programs."""
 
 
 def random_tensors(sizes: tuple[int, int, int, int], dtype: torch.dtype = torch.float32) -> list[Tensor]:

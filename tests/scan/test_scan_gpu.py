@@ -14,6 +14,7 @@ from dis_scale.scan.selftest import Case, verify
 from dis_scale.scan.triton_fill import FULL, Filling
 from tests.scan.test_scan_admission import (
     CALLS,
+    SANITIZED,
     SIZES,
     TOLERANCE,
     WIDE,
@@ -118,7 +119,7 @@ def test_each_way_to_fill_a_gpu(dtype: torch.dtype, fill: Filling, monkeypatch: 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(tool: str) -> None:
-    """Accesses outside of an allocation, each tensor in one of its own; races in shared memory."""
+    """Accesses outside of an allocation, each tensor in one of its own; races in shared memory. One lane per channel, and eight."""
     program = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
     if program is None:
         pytest.skip("compute-sanitizer is not installed")
@@ -134,7 +135,7 @@ def test_compute_sanitizer_finds_nothing(tool: str) -> None:
     if harmless.returncode:
         pytest.skip(f"compute-sanitizer does not run here: {(harmless.stdout + harmless.stderr).strip()[-200:]}")
     found = run(
-        "import torch; from dis_scale.scan.selftest import verify; "
-        "[verify('triton', torch.device('cuda'), dtype, 35, 140, 3) for dtype in (torch.float32, torch.bfloat16)]"
+        "import torch; from dis_scale.scan.selftest import Case, verify; types = torch.float32, torch.bfloat16; "
+        f"[verify('triton', torch.device('cuda'), dtype, case) for case in {SANITIZED} for dtype in types]"
     )
     assert found.returncode == 0, (found.stdout + found.stderr)[-3000:]

@@ -10,6 +10,7 @@ from dis_scale.scan import Direction, _backend, chunked
 from dis_scale.scan.backend import Backend, from_one_way
 from dis_scale.scan.reference import causal_conv_silu, selective_scan
 from dis_scale.scan.selftest import TOLERANCE, Case, distinct, errors, filling_of, verify
+from tests.scan.test_scan_admission import SANITIZED
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 L2 = Case(258, 2048, 16)
@@ -62,6 +63,11 @@ def test_a_recomputed_blocks_second_pass_is_compared_too(h200: None) -> None:
     both = [L2._replace(images=32, keeping=keeping) for keeping in (False, True)]
     assert distinct("triton", CUDA, both) == both
     assert len(distinct("mamba", CUDA, both)) == 1
+
+
+def test_compute_sanitizer_sees_one_lane_and_eight(h200: None) -> None:
+    assert [filling_of(CUDA, case)[:2] for case in SANITIZED] == [(1, 1), (8, 8)]
+    assert eval(str(SANITIZED)) == SANITIZED, "its program has them as text"
 
 
 @pytest.mark.parametrize("directions", [1, 2])
