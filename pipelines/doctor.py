@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from dis_scale.errors import DisScaleError, UserError
-from dis_scale.recipe import Dis, InceptionExtractor, PretrainedVae, Recipe, TorchScriptExtractor, TorchScriptVae, Train
+from dis_scale.recipe import (
+    DiffuSsm,
+    Dis,
+    InceptionExtractor,
+    PretrainedVae,
+    Recipe,
+    TorchScriptExtractor,
+    TorchScriptVae,
+    Train,
+)
 from dis_scale.redaction import redact
 from dis_scale.storage.folder import Folder
 
@@ -162,14 +171,14 @@ def _cpp(needs: Needs) -> Result:
     name = os.environ.get("CXX", "c++")
     if path := shutil.which(name):
         return Result(path)
-    if _needs_scan(needs, "native") and (error := problem("native", "cpu")):
+    if _models_on(needs, "native") and (error := problem("native", "cpu")):
         raise error
     return Result(f"no {name}, and nothing to build", needed=False)
 
 
 def _c(needs: Needs) -> Result:
     """The compiler that Triton takes for its launcher."""
-    if not (needs.gpus[0] and _needs_scan(needs, "triton")):
+    if not (needs.gpus[0] and _models_on(needs, "triton")):
         return Result("only Triton's kernels need one, on a GPU", needed=False)
     from dis_scale.scan import problem, triton
 
@@ -178,30 +187,67 @@ def _c(needs: Needs) -> Result:
     return Result(str(triton.compiler()))
 
 
-def _needs_scan(needs: Needs, name: str) -> bool:
-    """Whether the recipe's models run this backend on its device: the one that it names, or that `auto` should take."""
-    best = {"cpu": "native", "cuda": "triton"}[needs.device]
-    wanted = needs.recipe.train.scan
-    return name == (best if wanted == "auto" else wanted) and any(
-        isinstance(model, Dis) for model in needs.recipe.models.values()
-    )
+def _models_on(needs: Needs, name: str) -> list[str]:
+    """Return the models that run this backend on the recipe's device: the one that it names, or that `auto` should take.
+
+    DiffuSSM's S4D has a kernel in Triton's, which `auto` does not take.
+    """
+    best, wanted = {"cpu": "native", "cuda": "triton"}[needs.device], needs.recipe.train.scan
+    if name != (best if wanted == "auto" else wanted):
+        return []
+    kinds = (Dis, DiffuSsm) if wanted == "triton" else (Dis,)
+    return [model for model, settings in needs.recipe.models.items() if isinstance(settings, kinds)]
 
 
 def _scan(name: str, needs: Needs) -> Result:
-    """Compare a backend with the reference where it can run."""
+    """Compare a backend with the reference where it can run: on a GPU at the sizes of the recipe's models, otherwise small."""
     import torch
 
     from dis_scale.scan import GPU_BACKENDS, problem, selftest
 
-    device, needed = "cuda" if name in GPU_BACKENDS else "cpu", _needs_scan(needs, name)
-    if device == "cuda" and not needs.gpus[0] and not needed:
-        return Result("for NVIDIA GPUs", needed=False)
+    device, models = "cuda" if name in GPU_BACKENDS else "cpu", _models_on(needs, name)
+    if device == "cuda" and not needs.gpus[0] and not models:
+        return Result("for NVIDIA GPUs, and none is here: not verified", needed=False)
     if error := problem(name, device):
-        if needed:
+        if models:
             raise error
         return Result(str(error), needed=False)
-    selftest.verify(name, torch.device(device), torch.float32)
-    return Result(f"usable on {device}, equal to the definition{'; the recipe uses it' if needed else ''}")
+    if models and needs.device == "cuda":
+        for model in models:
+            _verify_on_gpu(needs, model)
+        return Result(f"equal to the definition on cuda at the sizes of the recipe's models: {', '.join(models)}")
+    precisions = {needs.recipe.train_of(model).precision for model in models} or {"fp32"}
+    for precision in precisions:
+        selftest.verify(name, torch.device(device), torch.bfloat16 if precision == "bf16" else torch.float32)
+    return Result(f"usable on {device}, equal to the definition{'; the recipe uses it' if models else ''}")
+
+
+def _verify_on_gpu(needs: Needs, model: str) -> None:
+    """Compare the kernels that a model's training, on the most workers, and its sampling select on this machine's smallest GPU.
+
+    Triton keeps what it compiles here for the sweep.
+    """
+    import torch
+
+    from dis_scale import models, vae
+    from dis_scale.evaluation.sampling import verify_sampling
+    from dis_scale.models.cost import price_model
+    from dis_scale.training.lanes import forward_passes, image_counts
+    from dis_scale.training.memory import lanes_at_once
+    from pipelines.devices import smallest_gpu_bytes
+
+    recipe, device = needs.recipe.for_model(model), torch.device("cuda")
+    train, settings, world = recipe.train, recipe.models[model], recipe.train.most_workers
+    sizes = settings, vae.planned_shape(recipe.vae, recipe.data.resolution), recipe.data.num_classes
+    memory = smallest_gpu_bytes(), recipe.evaluate.gpu_share
+    at_once = lanes_at_once(model, price_model(*sizes), train, world, *memory)
+    passes = [one for rank in range(world) for one in forward_passes(train.lanes, rank, world, at_once)]
+    with torch.device("meta"):
+        net = models.construct(*sizes, scan=train.scan, checkpointing=train.checkpointing)
+    net.precision = train.precision
+    models.verify_kernels(net, device, image_counts(passes, train.lane_images), training=True)
+    for sampling in recipe.evaluate.samplings.values():
+        verify_sampling(net, sampling, device)
 
 
 def _ray(needs: Needs) -> Result:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dis_scale import cli, scan
 from dis_scale.errors import DisScaleError, UserError
 from dis_scale.recipe import Recipe, reading
+from dis_scale.scan import selftest
 from dis_scale.storage.folder import Folder, open_folder
 from pipelines import devices, doctor
 from pipelines.doctor import Finding, Needs, Result
@@ -127,6 +129,49 @@ def test_on_a_gpu_triton_and_its_compiler_are_needed(
     for check in (doctor._c, partial(doctor._scan, "triton")):
         assert tried(check, tiny, store) == Finding("part", "bad", str(missing))
     assert tried(partial(doctor._scan, "mamba"), tiny, store).state == "not needed"
+
+
+SSM = "models.ssm={kind: diffussm, width: 16, depth: 1, patch: 4}"
+
+
+def test_on_a_gpu_the_kernels_of_training_and_sampling_are_verified(
+    monkeypatch: pytest.MonkeyPatch, store: Folder
+) -> None:
+    """Each model that Triton's kernels compute, in its precision, at the images of its forward passes."""
+    compared = []
+    monkeypatch.setattr(devices, "usable_gpus", lambda: (2, ""))
+    monkeypatch.setattr(devices, "smallest_gpu_bytes", lambda: 80 * 2**30)
+    monkeypatch.setattr(scan, "problem", lambda *_: None)
+    monkeypatch.setattr(
+        "dis_scale.models.verify_kernels",
+        lambda net, _, images, training: compared.append((net.settings.kind, net.precision, images, training)),
+    )
+    check = partial(doctor._scan, "triton")
+    found = tried(check, reading.load(TINY, ["train.precision=bf16", SSM]), store)
+    assert found.words == "equal to the definition on cuda at the sizes of the recipe's models: dis"
+    assert compared == [("dis", "bf16", {8}, True), ("dis", "fp32", {40}, False), ("dis", "fp32", {20}, False)]
+    compared.clear()
+    by_name = tried(check, reading.load(TINY, ["train.scan=triton", SSM]), store)
+    assert (by_name.state, by_name.words.rpartition(": ")[2]) == ("good", "dis, ssm")
+    assert [kind for kind, *_ in compared] == ["dis"] * 3 + ["diffussm"] * 3
+
+
+def test_without_a_gpu_one_line_says_what_is_not_verified(store: Folder) -> None:
+    check = partial(doctor._scan, "triton")
+    auto = tried(check, reading.load(TINY, [SSM]), store)
+    assert (auto.state, auto.words) == ("not needed", "for NVIDIA GPUs, and none is here: not verified")
+    recipe = reading.load(TINY, ["train.scan=triton", SSM])
+    alone = recipe.model_copy(update={"models": {"ssm": recipe.models["ssm"]}})
+    named = tried(check, alone, store)
+    assert (named.state, "the triton scan needs a GPU, and PyTorch finds none" in named.words) == ("bad", True)
+
+
+def test_a_cpus_scan_is_compared_in_the_recipes_precision(monkeypatch: pytest.MonkeyPatch, store: Folder) -> None:
+    compared = []
+    monkeypatch.setattr(selftest, "verify", lambda name, _, dtype: compared.append((name, dtype)))
+    for name in ("native", "chunked"):
+        tried(partial(doctor._scan, name), reading.load(TINY, ["train.precision=bf16"]), store)
+    assert compared == [("native", torch.bfloat16), ("chunked", torch.float32)]
 
 
 @pytest.mark.parametrize(
