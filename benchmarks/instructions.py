@@ -35,6 +35,7 @@ B, L, E, N = 32, 258, 2048, 16
 MULTIPROCESSORS, REGISTERS, CLOCK_HZ, BYTES_PER_S = 132, 65536, 1.98e9, 4.8e12
 """An H200 at its highest clock; its copies reach 4.3 of the datasheet's 4.8 TB/s."""
 SCHEDULERS = 4 * MULTIPROCESSORS
+LANES_OF_A_CHANNEL = 1, 2, 4, 8
 SHAPES = (32, 258), (8, 1026), (2, 4098)
 """Images and tokens: at 256 pixels, and at 512 pixels with patches of 2 and 1, about the same number of tokens each."""
 CYCLES = {"MUFU": 8, "LSU": 4}
@@ -252,6 +253,22 @@ def shapes() -> None:
             print(f"{row} {made.us:6.0f} {ns:6.1f} {ns / enough / 1e3:6.2f}")
 
 
+def by_lanes() -> None:
+    """Print cycles per state, step and warp, and registers in parentheses, by lanes of a channel."""
+    print(f"\n{'lanes of a channel':38}", *(f"{lanes:>11}" for lanes in LANES_OF_A_CHANNEL))
+    for name, dtype in (
+        (FORWARD[0], "bf16"),
+        (FORWARD[1], "bf16"),
+        ("scan_backward", "bf16"),
+        ("scan_backward", "fp32"),
+    ):
+        cells = []
+        for lanes in LANES_OF_A_CHANNEL:
+            program = compiled(name, 90, dtype, lanes)
+            cells.append(f"{max(counted(program, work(name, lanes)).values()):5.1f} ({registers(program).used:3})")
+        print(f"{f'{name}, {dtype}':38}", *cells)
+
+
 def words(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
@@ -279,3 +296,4 @@ def main() -> None:
 if __name__ == "__main__":
     main()
     shapes()
+    by_lanes()
