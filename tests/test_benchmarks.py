@@ -118,6 +118,24 @@ def test_a_wrong_kernel_of_s4d_fails_the_kernels_part(
     ]  # fmt: skip
 
 
+def test_a_compiled_kernel_is_read_from_the_cache_at_the_next_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest one; nothing else that this process has compiled is in its way, or lost."""
+    pytest.importorskip("triton", reason="Triton comes only with PyTorch's builds for Linux")
+    from benchmarks import compilation
+    from dis_scale.scan.triton_launch import Launch
+
+    kernel = compilation.triton_layout.sum_conv
+    sums, weight, bias = (torch.empty(shape, device="meta") for shape in ((2, 5, 6), (6, 4), (6,)))
+    monkeypatch.setattr(compilation.driver, "_active", compilation.NoLaunch())
+    monkeypatch.setattr(compilation, "KERNELS", (kernel,))
+    monkeypatch.setattr(kernel, "device_caches", kernel.device_caches)
+    before = compilation.triton.knobs.cache.dir
+    launch = Launch(kernel, (1, 1, 1), parts=2, E=6, TAPS=4, SIZE=32)
+    cold, warm = compilation.cold_and_warm(lambda: launch((sums,), (weight,), (bias,)))
+    assert [(each.name, each.from_cache) for each in cold + warm] == [("sum_conv", False), ("sum_conv", True)]
+    assert (compilation.triton.knobs.cache.dir, compilation.triton.knobs.compilation.listener) == (before, None)
+
+
 WITHOUT = """
 import sys
 from pathlib import Path
