@@ -1,12 +1,17 @@
 """The comparison of a backend with the reference at a worker's start: right backends pass, wrong ones are named."""
 
+from collections.abc import Callable
+from typing import Any, Literal
+
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dis_scale import models
 from dis_scale.errors import DisScaleError
-from dis_scale.scan import Direction, _backend, chunked
+from dis_scale.recipe import Dis, LatentShape
+from dis_scale.scan import Direction, _backend, _choose, chunked
 from dis_scale.scan.backend import Backend, from_one_way
 from dis_scale.scan.reference import causal_conv_silu, selective_scan
 from dis_scale.scan.selftest import TOLERANCE, Case, distinct, errors, filling_of, verify
@@ -80,6 +85,44 @@ def test_the_lanes_are_those_that_the_backend_selects(h200: None, images: int, d
         u, A, rest = torch.empty(images, L, E, device=CUDA), torch.empty(E, N), [torch.empty(1)] * 4
         selected = triton._filling([u, u, A, *rest] * directions)
     assert filling_of(CUDA, case) == selected
+
+
+def launches_of(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> set[tuple[object, ...]]:
+    """Triton's launches by kernel, types and constants, which are all that it compiles for; none runs."""
+    from dis_scale.scan.triton_launch import Launch, flat
+
+    seen = set[tuple[object, ...]]()
+
+    def note(launch: Launch, *tensors: Any) -> None:
+        types = tuple(x.dtype for x in flat(tensors))
+        seen.add((launch.kernel.__name__, types, *sorted((name, str(value)) for name, value in launch.numbers.items())))
+
+    monkeypatch.setattr(Launch, "__call__", note)
+    run()
+    return seen
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("directions", [2, 1])
+def test_a_model_compiles_nothing_after_the_self_test(
+    monkeypatch: pytest.MonkeyPatch, directions: Literal[1, 2], checkpointing: str
+) -> None:
+    """In training, in bfloat16. Its tensors have the types and the strides of the self-test's."""
+    pytest.importorskip("triton", reason="Triton comes only with PyTorch's builds for Linux")
+    monkeypatch.setattr("dis_scale.scan.problem", lambda *_: None)
+    settings = Dis(kind="dis", width=64, depth=2, patch=2, directions=directions)
+    options = {"scan": "triton", "checkpointing": checkpointing, "precision": "bf16"}
+    model = models.build(settings, LatentShape(4, 8), 10, **options)  # type: ignore[arg-type]
+    images, t, y = torch.randn(3, 4, 8, 8), torch.zeros(3), torch.zeros(3, dtype=torch.int64)
+    cases = models._cases(model, [3], training=True)  # type: ignore[arg-type]
+    try:
+        launched = launches_of(lambda: model(images, t, y).sum().backward(), monkeypatch)
+        compared = launches_of(lambda: [errors("triton", CPU, torch.bfloat16, case) for case in cases], monkeypatch)
+    finally:
+        _backend.cache_clear()
+        _choose.cache_clear()
+    assert {name for name, *_ in launched} >= {"scan_forward", "scan_backward", "conv_forward", "conv_backward"}
+    assert launched <= compared
 
 
 def wrong_gradient(direction: Direction, reverse: bool) -> Tensor:
