@@ -22,8 +22,8 @@ from triton.runtime import driver
 from benchmarks.host_time import NoLaunch
 from benchmarks.instructions import E, L, N
 from benchmarks.s4d_counts import SHAPES, compiled
+from dis_scale.scan import triton as scan_triton
 from dis_scale.scan import triton_backward, triton_conv, triton_layout, triton_scan
-from dis_scale.scan.triton import launch_conv, launch_scan
 from dis_scale.scan.triton_fill import FULL, Filling
 
 FILLINGS = FULL, *(Filling(lanes, lanes, True) for lanes in (1, 2, 4, 8))
@@ -31,7 +31,8 @@ FILLINGS = FULL, *(Filling(lanes, lanes, True) for lanes in (1, 2, 4, 8))
 PASSES = {
     "sampling": [(False, False)],
     "training": [(True, False)],
-    "training with recomputed blocks": [(True, False), (True, True)],
+    "training, all blocks recomputed": [(False, False), (True, True)],
+    "training, some blocks recomputed": [(True, False), (True, True)],
 }
 """What a worker compiles: passes, each with or without gradients, with or without kept states."""
 S4D = "s4d_forward", "s4d_backward"
@@ -52,6 +53,15 @@ def inputs() -> tuple[list[Tensor], Tensor, Tensor]:
     direction = [*rows[:2], empty(E, N), *rows[2].chunk(2, -1), empty(E), empty(E)]
     x, z = empty(1, L, 2 * E, dtype=half).chunk(2, -1)
     return [*direction, *direction], x, z
+
+
+def scan(fill: Filling, gradients: bool, keep: bool) -> None:
+    """Launch a scan's kernels; without memory they are compiled."""
+    inputs_of_both, _, z = inputs()
+    kind, directions = scan_triton._kind(False, z, inputs_of_both, fill)
+    y, operands, kept = scan_triton._forward(kind, z, directions, keep)
+    if gradients:
+        scan_triton._backward(kind, z, operands, y, kept)
 
 
 class Compiled(NamedTuple):
@@ -109,17 +119,17 @@ def report(name: str, launches: Callable[[], object], **facts: Any) -> None:
 
 def main() -> None:
     driver.set_active(NoLaunch())
-    scans, x, z = inputs()
+    _, x, _ = inputs()
     weights = [torch.empty(shape, device="meta") for shape in ((E, 4), (E,)) * 2]
-    cold_and_warm(lambda: launch_conv(x, weights, gradients=False))  # loads the compiler
+    cold_and_warm(lambda: scan_triton.compile_conv(x, weights, gradients=False))  # loads the compiler
     for fill, (name, passes) in itertools.product(FILLINGS, PASSES.items()):
 
         def launches(fill: Filling = fill, passes: list[tuple[bool, bool]] = passes) -> None:
             for gradients, keep in passes:
-                launch_scan(False, z, scans, gradients, keep, fill)
+                scan(fill, gradients, keep)
 
         report(name, launches, **fill._asdict())
-    report("convolution", lambda: launch_conv(x, weights, gradients=True))
+    report("convolution", lambda: scan_triton.compile_conv(x, weights, gradients=True))
     for _, length in SHAPES:
         report("S4D's kernel", lambda n=length: [compiled(each, n) for each in S4D], taps=length)
 

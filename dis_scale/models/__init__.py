@@ -10,7 +10,7 @@ import torch
 
 from dis_scale.errors import UserError
 from dis_scale.models import s4d
-from dis_scale.models.checkpointing import require_known
+from dis_scale.models.checkpointing import recompute_every, require_known
 from dis_scale.models.diffussm import DiffuSSM
 from dis_scale.models.dis import DiS
 from dis_scale.models.dit import DiT
@@ -96,10 +96,10 @@ def verify_kernels(model: Backbone, device: torch.device, images: Collection[int
 
 
 def _cases(model: DiS, images: Collection[int], training: bool) -> list[Case]:
-    """All passes of these numbers of images. A recomputed block has a second forward pass, which keeps states."""
-    keeping = (False, True) if training and model.checkpointing != "none" else (False,)
-    sizes = model.scan_sizes
-    return [Case(*sizes, count, model.settings.directions, training, keep) for count in images for keep in keeping]
+    """All passes of these numbers of images. A recomputed block's second forward pass keeps states; the first has no backward."""
+    mode, sizes = model.checkpointing if training else "none", model.scan_sizes
+    passes = [(training and recompute_every(mode) != 1, False), (True, True)][: 1 if mode == "none" else 2]
+    return [Case(*sizes, count, model.settings.directions, *each) for count in images for each in passes]
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:

@@ -36,7 +36,7 @@ from dis_scale.scan.backend import Backend, Direction, keeps_states
 from dis_scale.scan.triton_fill import FULL, Filling, filling
 from dis_scale.scan.triton_launch import (
     Launch,
-    compile_once,
+    compile_together,
     grid,
     multiprocessors,
     padded,
@@ -47,6 +47,8 @@ from dis_scale.scan.triton_launch import (
 from dis_scale.scan.triton_memory import Gradients, KeptStates, Parts, new_parts, new_states
 from dis_scale.scan.triton_numbers import ConvKind, ScanKind
 
+META = torch.device("meta")
+"""Tensors without memory, for which a launch only compiles."""
 CAPABILITY = 8, 0
 """Lowest compute capability for which the kernels are compiled in the tests."""
 
@@ -100,10 +102,8 @@ class _Operands(NamedTuple):
     bias: Tensor
 
 
-def _operands(
-    reverse: bool, z: Tensor | None, inputs: Sequence[Tensor], fill: Filling
-) -> tuple[ScanKind, list[_Operands]]:
-    """The operands of each direction, whose inputs follow each other."""
+def _kind(reverse: bool, z: Tensor | None, inputs: Sequence[Tensor], fill: Filling) -> tuple[ScanKind, list[Direction]]:
+    """The inputs of each direction, which follow each other, as the kernels take them."""
     directions = [
         Direction(rowwise(u), rowwise(delta), plain(A), rowwise(B, False), rowwise(C, False), plain(D), plain(bias))
         for u, delta, A, B, C, D, bias in zip(*[iter(inputs)] * 7, strict=True)
@@ -115,19 +115,7 @@ def _operands(
         tuple([x.stride(1) for direction in directions for x in direction[3:5]]),
         None if z is None else rowwise(z).stride(1), reverse, fill,
     )  # fmt: skip
-    return kind, [
-        _Operands(x.u_BLE, x.delta_BLE, x.A_EN, BC, x.D_E, x.delta_bias_E)
-        for x, BC in zip(directions, _by_state(kind, directions), strict=True)
-    ]
-
-
-def _by_state(kind: ScanKind, directions: Sequence[Direction]) -> list[Tensor]:
-    """B and C of each direction as (B, 2, L / 4, N, 4) in float32, padded with zeros to complete chunks: a load takes four
-    steps of a state, and those of the states that a channel's lanes compute at a time are neighbours."""
-    shape = kind.B, 2, padded(kind.L) // 4, kind.N, 4
-    outs = [directions[0].u_BLE.new_empty(shape, dtype=torch.float32) for _ in directions]
-    numbers.scan_forward(kind, False).by_state(*directions[0][3:5], *directions[-1][3:5], tuple(outs))
-    return outs
+    return kind, directions
 
 
 class _Scan(torch.autograd.Function):
@@ -135,15 +123,13 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, reverse: bool, z: Tensor | None, *inputs: Tensor) -> Tensor:
-        gradients = any(ctx.needs_input_grad)
-        keep = gradients and keeps_states()
-        fill = _filling(inputs)
-        if inputs[0].is_cuda:
-            key = ("scan", inputs[2].shape[1], len(inputs), reverse, z is None, gradients, keep, fill)
-            compile_once(inputs[0], key, lambda: launch_scan(reverse, z, inputs, gradients, keep, fill))
+        keep = any(ctx.needs_input_grad) and keeps_states()
         with torch.cuda.device_of(inputs[0]):
-            ctx.kind, operands = _operands(reverse, z, inputs, fill)
-            out, kept = _forward(ctx.kind, z, operands, keep)
+            kind, directions = _kind(reverse, z, inputs, _filling(inputs))
+            if kind.device.type == "cuda" and numbers.scan_forward(kind, keep).by_state.is_new:
+                compile_together(lambda: compile_forward(kind, z, directions, keep))
+            out, operands, kept = _forward(kind, z, directions, keep)
+        ctx.kind = kind
         # Without memory if nothing is kept: a recomputed block must save as many tensors as it did at first.
         ctx.save_for_backward(z, kept.y, *kept.states, *[x for direction in operands for x in direction])
         return out
@@ -153,9 +139,14 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         z, y, *saved = ctx.saved_tensors
         count = len(saved) // 7
-        operands = [_Operands(*saved[i : i + 6]) for i in range(count, len(saved), 6)]
+        operands, kept = (
+            [_Operands(*saved[i : i + 6]) for i in range(count, len(saved), 6)],
+            KeptStates(saved[:count], y),
+        )
         with torch.cuda.device_of(dy):
-            return None, *_backward(ctx.kind, z, operands, dy, KeptStates(saved[:count], y))
+            if dy.is_cuda and numbers.scan_backward(ctx.kind, kept.any, rowwise(dy).stride(1)).sums[0].is_new:
+                compile_together(lambda: compile_backward(ctx.kind, z, operands, dy, kept))
+            return None, *_backward(ctx.kind, z, operands, dy, kept)
 
 
 def _filling(inputs: Sequence[Tensor]) -> Filling:
@@ -167,42 +158,60 @@ def _filling(inputs: Sequence[Tensor]) -> Filling:
     return filling(groups * B, A.shape[1], len(inputs) // 7, multiprocessors(u.device))
 
 
-def launch_scan(
-    reverse: bool, z: Tensor | None, inputs: Sequence[Tensor], gradients: bool, keep: bool, fill: Filling
+def compile_forward(kind: ScanKind, z: Tensor | None, directions: Sequence[Direction], keep: bool) -> None:
+    """Compile all kernels of a forward pass."""
+    gate, empty = None if z is None else without_memory(z), [Direction(*map(without_memory, x)) for x in directions]
+    _forward(kind._replace(device=META), gate, empty, keep)
+
+
+def compile_backward(
+    kind: ScanKind, z: Tensor | None, directions: Sequence[_Operands], dy: Tensor, kept: KeptStates
 ) -> None:
-    """Launch all kernels of a scan for tensors without memory."""
-    gate, empty = None if z is None else without_memory(z), [without_memory(x) for x in inputs]
-    kind, operands = _operands(reverse, gate, empty, fill)
-    out, kept = _forward(kind, gate, operands, keep)
-    if gradients:
-        _backward(kind, gate, operands, out, kept)
+    """Compile all kernels of a backward pass."""
+    gate, empty = None if z is None else without_memory(z), [_Operands(*map(without_memory, x)) for x in directions]
+    states = KeptStates([without_memory(x) for x in kept.states], without_memory(kept.y))
+    _backward(kind._replace(device=META), gate, empty, without_memory(dy), states)
 
 
 def _forward(
-    kind: ScanKind, z: Tensor | None, directions: Sequence[_Operands], keep: bool
-) -> tuple[Tensor, KeptStates]:
-    out, gate = _empty_like(directions[0].u), directions[0].u if z is None else rowwise(z)
+    kind: ScanKind, z: Tensor | None, directions: Sequence[Direction], keep: bool
+) -> tuple[Tensor, list[_Operands], KeptStates]:
+    launches = numbers.scan_forward(kind, keep)
+    operands = [
+        _Operands(x.u_BLE, x.delta_BLE, x.A_EN, BC, x.D_E, x.delta_bias_E)
+        for x, BC in zip(directions, _by_state(launches.by_state, kind, directions), strict=True)
+    ]
+    out, gate = _empty_like(directions[0].u_BLE), directions[0].u_BLE if z is None else rowwise(z)
     y, none = _empty_like(out, torch.float32) if len(directions) == 2 else out, out.new_empty(0)
     kept = KeptStates(
-        [new_states(operands.u, kind.N) if keep else none for operands in directions],
+        [new_states(x.u, kind.N) if keep else none for x in operands],
         _empty_like(out) if keep and z is not None else none,
     )
     kept_y = kept.y if kept.y.numel() else out
-    for launch, operands, states in zip(numbers.scan_forward(kind, keep).scans, directions, kept.states, strict=True):
+    for launch, one, states in zip(launches.scans, operands, kept.states, strict=True):
         unused = states if keep else y  # a pointer of the type that the kernel would store
-        launch(operands, gate, gate, out, (y, y), (unused, unused), kept_y)
-    return out, kept
+        launch(one, gate, gate, out, (y, y), (unused, unused), kept_y)
+    return out, operands, kept
+
+
+def _by_state(launch: Launch, kind: ScanKind, directions: Sequence[Direction]) -> list[Tensor]:
+    """B and C of each direction as (B, 2, L / 4, N, 4) in float32, padded with zeros to complete chunks: a load takes four
+    steps of a state, and those of the states that a channel's lanes compute at a time are neighbours."""
+    shape = kind.B, 2, padded(kind.L) // 4, kind.N, 4
+    outs = [directions[0].u_BLE.new_empty(shape, dtype=torch.float32) for _ in directions]
+    launch(*directions[0][3:5], *directions[-1][3:5], tuple(outs))
+    return outs
 
 
 def _backward(
     kind: ScanKind, z: Tensor | None, directions: Sequence[_Operands], dy: Tensor, kept: KeptStates
 ) -> list[Tensor | None]:
     """The gradients of z and of the inputs. A recomputed block has `kind` from its first forward pass, `kept` from its second."""
-    dy, dz, is_kept = rowwise(dy), None if z is None else _empty_like(z), kept.states[0].numel() > 0
+    dy, dz = rowwise(dy), None if z is None else _empty_like(z)
     gate, out = dy if z is None else rowwise(z), dy if dz is None else dz
-    launches = numbers.scan_backward(kind, is_kept, dy.stride(1))
+    launches = numbers.scan_backward(kind, kept.any, dy.stride(1))
     memories = [Gradients(_empty_like(operands.u), _empty_like(operands.delta)) for operands in directions]
-    if is_kept:
+    if kept.any:
         states = [(x, x) for x in kept.states]
     else:
         states = _repeat_forward(launches.repeat, gate, directions, dy, out, memories)
@@ -250,11 +259,10 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weights = rowwise(x), tuple([None if w is None else plain(w) for w in weights])
-        if x.is_cuda:
-            gradients, both = any(ctx.needs_input_grad), [w is None for w in weights]
-            compile_once(x, ("conv", *both, gradients), lambda: launch_conv(x, weights, gradients))
         ctx.save_for_backward(x, *weights)
         with torch.cuda.device_of(x):
+            if x.is_cuda and numbers.conv_forward(_conv_kind(x, weights)).is_new:
+                compile_together(lambda: compile_conv(x, weights, any(ctx.needs_input_grad)))
             return tuple(_conv_forward(x, weights))
 
     @staticmethod
@@ -265,8 +273,8 @@ class _Conv(torch.autograd.Function):
             return tuple(_conv_backward(x, weights, dys))
 
 
-def launch_conv(x: Tensor, weights: Sequence[Tensor | None], gradients: bool) -> None:
-    """Launch all kernels of a convolution for tensors without memory."""
+def compile_conv(x: Tensor, weights: Sequence[Tensor | None], gradients: bool) -> None:
+    """Compile all kernels of a convolution."""
     empty, without = without_memory(x), [None if w is None else without_memory(w) for w in weights]
     outs = _conv_forward(empty, without)
     if gradients:

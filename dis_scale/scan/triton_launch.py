@@ -25,9 +25,6 @@ ALIGNMENT = 16
 MOST_PROGRAMS = 65_535
 """Largest grid of a kernel on its second axis (the batch) and on its third (the convolution's groups of steps)."""
 
-_compiled = set[tuple[Any, ...]]()
-"""Sizes and types whose kernels are compiled."""
-
 
 class Launch:
     """A kernel with its grid and its numbers, for tensors of one kind: device, types, and pointers at multiples of ALIGNMENT.
@@ -39,6 +36,10 @@ class Launch:
     def __init__(self, kernel: Any, grid: tuple[int, int, int], **numbers: Any):
         self.kernel, self.grid, self.numbers = kernel, grid, numbers
         self._compiled: tuple[Callable[..., None], list[Any]] | None = None
+
+    @property
+    def is_new(self) -> bool:
+        return self._compiled is None
 
     def __call__(self, *arguments: Any) -> None:
         if self._compiled is None:
@@ -123,19 +124,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def compile_once(x: Tensor, key: tuple[Any, ...], launches: Callable[[], object]) -> None:
-    """Compile all kernels of these launches together before the first one: one after the other, a scan's take a minute."""
-    key = (x.device, x.dtype, x.shape[1:], *key)
-    if key not in _compiled:
-        _compiled.add(key)
-        with torch.cuda.device_of(x):
-            compile_together(launches)
-
-
 def compile_together(launches: Callable[[], object]) -> None:
     """Compile the kernels of launches for tensors without memory, in threads: Triton's compiler runs outside of Python's lock.
 
-    A kernel that cannot be compiled is an error at its first launch: an error here would leave Triton in this mode.
+    One after the other, a scan's take half a minute. A kernel that cannot be compiled is an error at its first launch: an error
+    here would leave Triton in this mode.
     """
     with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         launches()

@@ -32,6 +32,10 @@ class KeptStates(NamedTuple):
     states: list[Tensor]
     y: Tensor
 
+    @property
+    def any(self) -> bool:
+        return self.states[0].numel() > 0
+
 
 def state_rows(N: int) -> int:
     """Rows of a chunk in a buffer of states: as many as the chunk has steps, unless there are more states."""

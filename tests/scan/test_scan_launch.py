@@ -76,7 +76,10 @@ def test_the_scans_small_kernels_compile(recorder: Recorder) -> None:
     B, L, E, N = 2, 5, 8, 3
     u, A, ones = torch.ones(B, L, E).bfloat16(), torch.ones(E, N), torch.ones(E)
     b, c = torch.ones(B, L, 2 * N).bfloat16().chunk(2, -1)
-    kind, (operands,) = scan_triton._operands(False, None, Direction(u, u, A, b, c, ones, ones), FULL)
+    kind, directions = scan_triton._kind(False, None, Direction(u, u, A, b, c, ones, ones), FULL)
+    operands = scan_triton._Operands(
+        u, u, A, *scan_triton._by_state(triton_numbers.scan_forward(kind, False).by_state, kind, directions), ones, ones
+    )
     launches, parts = triton_numbers.scan_backward(kind, False, E), new_parts(operands.BC, N, E, 1)
     gradients = scan_triton._sum_parts(launches.sums[0], operands, kind.types[3:5], parts)
     assert [(g.shape, g.dtype) for g in gradients] == [(x.shape, x.dtype) for x in (A, b, c, ones, ones)]

@@ -227,11 +227,11 @@ def test_kernels_compile_together_and_are_those_that_a_launch_takes(monkeypatch:
     monkeypatch.setattr(kernel, "compile", compile_with_the_other)
     shapes = [(1, 5, 8), (1, 5, 8), (8, 1), (1, 5, 1), (1, 5, 1), (8,), (8,)]
     inputs, z = [torch.ones(shape) for shape in shapes * 2], torch.ones(1, 5, 16)[..., 8:]
-    compile_together(lambda: scan_triton.launch_scan(False, z, inputs, gradients=False, keep=False, fill=FULL))
+    kind, directions = scan_triton._kind(False, z, inputs, FULL)
+    compile_together(lambda: scan_triton.compile_forward(kind, z, directions, keep=False))
     assert sorted(compiles) == ["by_state", "scan_forward", "scan_forward"]
     monkeypatch.setattr(Launch, "__call__", only_compile)
-    kind, operands = scan_triton._operands(False, z, inputs, FULL)
-    scan_triton._forward(kind, z, operands, keep=False)
+    scan_triton._forward(kind, z, directions, keep=False)
     assert len(compiles) == 3
 
 
@@ -249,7 +249,7 @@ def test_the_convolutions_kernels_compile_together(monkeypatch: pytest.MonkeyPat
 
         monkeypatch.setattr(kernel, "compile", compile_with_the_other)
     x, weights = torch.ones(1, 5, 16)[..., 8:], [torch.ones(8, 4), torch.ones(8)] * 2
-    compile_together(lambda: scan_triton.launch_conv(x, weights, gradients=True))
+    compile_together(lambda: scan_triton.compile_conv(x, weights, gradients=True))
     assert sorted(compiles) == ["conv_backward", "conv_forward", "sum_conv"]
     monkeypatch.setattr(Launch, "__call__", only_compile)
     scan_triton._conv_backward(x, weights, scan_triton._conv_forward(x, weights))
