@@ -139,12 +139,11 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         z, y, *saved = ctx.saved_tensors
         count = len(saved) // 7
-        operands, kept = (
-            [_Operands(*saved[i : i + 6]) for i in range(count, len(saved), 6)],
-            KeptStates(saved[:count], y),
-        )
+        operands = [_Operands(*saved[i : i + 6]) for i in range(count, len(saved), 6)]
+        kept = KeptStates(saved[:count], y)
         with torch.cuda.device_of(dy):
-            if dy.is_cuda and numbers.scan_backward(ctx.kind, kept.any, rowwise(dy).stride(1)).sums[0].is_new:
+            dy = rowwise(dy)
+            if dy.is_cuda and numbers.scan_backward(ctx.kind, kept.any, dy.stride(1)).sums[0].is_new:
                 compile_together(lambda: compile_backward(ctx.kind, z, operands, dy, kept))
             return None, *_backward(ctx.kind, z, operands, dy, kept)
 
@@ -207,7 +206,7 @@ def _backward(
     kind: ScanKind, z: Tensor | None, directions: Sequence[_Operands], dy: Tensor, kept: KeptStates
 ) -> list[Tensor | None]:
     """The gradients of z and of the inputs. A recomputed block has `kind` from its first forward pass, `kept` from its second."""
-    dy, dz = rowwise(dy), None if z is None else _empty_like(z)
+    dz = None if z is None else _empty_like(z)
     gate, out = dy if z is None else rowwise(z), dy if dz is None else dz
     launches = numbers.scan_backward(kind, kept.any, dy.stride(1))
     memories = [Gradients(_empty_like(operands.u), _empty_like(operands.delta)) for operands in directions]
