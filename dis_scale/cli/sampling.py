@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 ADM_SAMPLES = 50_000
 """Samples that FID is defined by."""
+MOST_IN_A_GRID = 100
+"""Images in a grid unless more are asked for."""
+COLUMNS = 10
+"""Most columns of a grid."""
 
 
 def sample(
@@ -24,10 +28,14 @@ def sample(
         str, typer.Option(help="A published folder, a .safetensors file, or a public .pt: a path or any fsspec URL.")
     ],
     classes: Annotated[
-        str | None, typer.Option(help="Labels, for example 1,7; omit for a model without classes.")
+        str | None, typer.Option(help="Labels to sample in turn, for example 1,7. Default: all classes, if any.")
     ] = None,
     count: Annotated[
-        int | None, typer.Option(help="Number of images; default: one per label, 50000 with --npz.", min=1)
+        int | None,
+        typer.Option(
+            help=f"Number of images; default: one per label, of all classes at most {MOST_IN_A_GRID}; 50000 with --npz.",
+            min=1,
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("grid.png"),
     npz: Annotated[
@@ -68,7 +76,8 @@ def sample(
     aside = say_aside if as_json else say
     for line in opened.notes:
         aside(line)
-    images = count or (ADM_SAMPLES if npz else len(of_classes or [0]))
+    each = len(of_classes or range(opened.model.num_classes or 1))
+    images = count or (ADM_SAMPLES if npz else each if of_classes else min(each, MOST_IN_A_GRID))
     if npz and of_classes is None:
         each_label = pictures.labels_of_all(opened, labels, images, seed)
     else:
@@ -86,7 +95,7 @@ def sample(
         interval=opened.guidance_interval, seed=seed, batch=batch, device=device,
     )  # fmt: skip
     if npz is None:
-        out.write_bytes(grid(np.concatenate(list(parts)), columns=min(10, images)))
+        out.write_bytes(grid(np.concatenate(list(parts)), columns=grid_columns(each, images)))
     else:
         with Board(console(stderr=as_json)) as board:
             adm.write_samples(npz, images, _counted(parts, lambda n: board.update("sample", n, images, "images")))
@@ -102,6 +111,11 @@ def sample(
         print_json(found | {"device": machine_name(device), "notes": opened.notes})
         return
     say(f"{images} images in {npz or out}")
+
+
+def grid_columns(classes: int, images: int) -> int:
+    """Return the columns of a grid. Few classes fill complete columns, each with one class."""
+    return min(images, COLUMNS // classes * classes or COLUMNS)
 
 
 def _counted(parts: "Iterable[np.ndarray]", report: "ReportDone") -> "Iterator[np.ndarray]":

@@ -132,14 +132,17 @@ def _require_fit(model: Backbone, decoder: Vae, vae_path: str) -> None:
 
 
 def labels_in_turn(opened: OpenCheckpoint, classes: list[int] | None, count: int) -> list[int] | None:
-    """Return labels for `count` samples, these classes in turn; None for a model without classes. UserError for invalid ones."""
+    """Return labels for `count` samples: these classes in turn, by default all. None for a model without classes.
+
+    UserError for invalid classes.
+    """
     known = opened.model.num_classes
-    if classes is None and known is not None:
-        raise UserError(f"--classes: the model has {known} classes: name the labels to sample")
-    if classes is None or known is None:
+    if known is None:
         if classes is not None:
             raise UserError("--classes: the model has no classes: omit it")
         return None
+    if classes is None:
+        return [i % known for i in range(count)]
     check_labels(torch.tensor(classes), known)
     return [classes[i % len(classes)] for i in range(count)]
 
@@ -152,10 +155,8 @@ def labels_of_all(
     None for a model without classes.
     """
     known = opened.model.num_classes
-    if known is None:
-        return None
-    if how == "balanced":
-        return [i % known for i in range(count)]
+    if known is None or how == "balanced":
+        return labels_in_turn(opened, None, count)
     return seeds.generator("sample labels", seed).integers(known, size=count).tolist()
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dis_scale.errors import UserError
 from dis_scale.evaluation.checkpoints import find_checkpoint
-from dis_scale.evaluation.pictures import labels_in_turn, labels_of_all, open_for_sampling, sample_pictures
+from dis_scale.evaluation.pictures import labels_in_turn, open_for_sampling, sample_pictures
 from dis_scale.models import Backbone
 from dis_scale.models.export import open_checkpoint
 from dis_scale.report import figures, tables
@@ -91,10 +91,7 @@ class StoredSweep:
         """
         opened = open_for_sampling(self._published(model, images).url, None)
         count = count or len(classes or range(opened.model.num_classes or 1))
-        if classes is None:
-            labels = labels_of_all(opened, "balanced", count, seed)
-        else:
-            labels = labels_in_turn(opened, list(classes), count)
+        labels = labels_in_turn(opened, None if classes is None else list(classes), count)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         parts = sample_pictures(
             opened, labels, count, sampler=sampler or opened.sampler, steps=steps or opened.steps, guidance=opened.scale(guidance),

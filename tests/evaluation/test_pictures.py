@@ -14,6 +14,7 @@ from PIL import Image
 
 import dis_scale
 from dis_scale import models, vae
+from dis_scale.cli.sampling import grid_columns
 from dis_scale.errors import StorageError, UserError
 from dis_scale.evaluation import pictures
 from dis_scale.evaluation.adm import open_reference, write_samples
@@ -58,6 +59,22 @@ def test_the_command_writes_a_grid(files: tuple[Path, Path], tmp_path: Path) -> 
     assert Image.open(tmp_path / "grid.png").size == (2 * 64, 64)
     found = answer(*command, "--out", str(tmp_path / "grid.png"), "--json")
     assert (found["images"], found["sampler"], found["steps"]) == (2, "ddpm", 2)
+
+
+def test_without_classes_the_command_samples_all_of_them_in_turn(files: tuple[Path, Path], tmp_path: Path) -> None:
+    command = ["sample", "--checkpoint", str(files[0]), "--vae", str(files[1]), "--steps", "2", "--out"]
+    for name, more in (("all", []), ("named", ["--classes", "0,1,2,3,4,5,6,7,8,9"])):
+        code, output = invoke(*command, str(tmp_path / name), *more)
+        assert code == 0, output
+    assert (tmp_path / "all").read_bytes() == (tmp_path / "named").read_bytes()
+    assert Image.open(tmp_path / "all").size == (10 * 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("classes", "images", "columns"), [(3, 3, 3), (3, 20, 9), (2, 20, 10), (1, 30, 10), (1000, 100, 10), (7, 4, 4)]
+)
+def test_a_column_of_a_grid_has_one_class_if_the_classes_are_few(classes: int, images: int, columns: int) -> None:
+    assert grid_columns(classes, images) == columns
 
 
 def published_sweep(root: str, *more: str) -> Sweep:
