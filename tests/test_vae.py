@@ -385,6 +385,12 @@ def test_the_identity_covers_the_class() -> None:
     assert len({vae.DiffusersVae(net).identity for net in nets}) == 2
 
 
+def test_groups_of_a_trained_autoencoder_divide_its_widths() -> None:
+    assert vae.new(TrainedVae(kind="trained", widths=(4, 8), norm_groups=1), 16).config.norm_num_groups == 1
+    with pytest.raises(ValueError, match="widths: 12 is not a multiple of norm_groups 8: choose groups that divide it"):
+        TrainedVae(kind="trained", widths=(8, 12))
+
+
 def test_identity_and_bytes_of_earlier_latents_are_kept() -> None:
     """Frozen: otherwise existing sets of latents would be refused, or made again."""
     net = vae.new(TrainedVae(kind="trained", widths=(8, 8), latent_channels=3), 16)

@@ -1,8 +1,8 @@
 """Settings of images and latents: the source, the VAE, and how latent shards are made."""
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from dis_scale.recipe.settings import Count, InferencePrecision, Settings, pin, runtime
 
@@ -126,6 +126,9 @@ class TrainedVae(Settings):
     kind: Literal["trained"]
     widths: tuple[Count, ...] = (16, 32, 32)
     """Channels of each level; each level but the last halves the side."""
+    norm_groups: Count = 8
+    """Groups of channels that are normalised together; divides each of `widths`. One group keeps the colours of an image: with as
+    many groups as channels, each has mean 0 and deviation 1 in every image, and what distinguishes images is lost."""
     latent_channels: Count = 4
     """Channels of a latent."""
     steps: Count = 600
@@ -136,6 +139,14 @@ class TrainedVae(Settings):
     """Learning rate of its training."""
     kl_weight: float = Field(1e-2, ge=0)
     """Weight of the KL divergence (nats per pixel value), added to the mean squared error."""
+
+    @model_validator(mode="after")
+    def _groups_divide_widths(self) -> Self:
+        if bad := [width for width in self.widths if width % self.norm_groups]:
+            raise ValueError(
+                f"widths: {bad[0]} is not a multiple of norm_groups {self.norm_groups}: choose groups that divide it"
+            )
+        return self
 
 
 class PretrainedVae(Settings):

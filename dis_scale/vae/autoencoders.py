@@ -123,7 +123,7 @@ def new(settings: TrainedVae, resolution: int) -> "AutoencoderKL":
     net: AutoencoderKL = _diffusers("AutoencoderKL")(
         down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=settings.widths, latent_channels=settings.latent_channels, layers_per_block=1,
-        norm_num_groups=8, sample_size=resolution,
+        norm_num_groups=settings.norm_groups, sample_size=resolution,
     )  # fmt: skip
     return net
 
