@@ -24,12 +24,22 @@ RESOLUTIONS = (32, 64, 128, 256, 512)
 MOSTLY = 0.9
 """Share of the images whose shorter side must reach the resolution."""
 MOST_AS_PIXELS = 64
-"""Largest resolution at which models are trained without an autoencoder."""
-MOST_ON_A_CPU = 128
-"""Largest resolution that is chosen without a GPU. An autoencoder for larger images takes seconds for each there."""
+"""Largest resolution at which GPUs train models without an autoencoder."""
+CHOSEN_ON_A_CPU, MOST_ON_A_CPU = 32, 128
+"""Resolution that is chosen without a GPU, where shapes are visible after minutes, and the largest at which the sweep trains an
+autoencoder there: one for larger images takes seconds for each."""
 MOST_TOKENS_ON_A_CPU = 256
+VAES_ON_A_CPU = {
+    32: "widths: [8, 16, 32], norm_groups: 1, steps: 3000, batch_images: 8, learning_rate: 3e-3, kl_weight: 1e-3",
+    64: "widths: [8, 16, 32], norm_groups: 1, steps: 3000, batch_images: 8, learning_rate: 3e-3, kl_weight: 1e-3",
+    128: "widths: [8, 16, 32, 32], norm_groups: 1, batch_images: 8, kl_weight: 1e-3",
+}
+"""Autoencoder by resolution, for latents of 64 or 256 positions. Models of pixels would need four times as many tokens, and
+noise remains in their samples if a patch has more values than the model is wide. With more than one group the colours are lost."""
 HUB_VAE = "stabilityai/sd-vae-ft-ema"
 VAE_CHANNELS, VAE_FACTOR = HUB[HUB_VAE]
+SMALL_FACTOR = 4
+"""Pixels of a position's side in the latents of images up to `MOST_AS_PIXELS` on a CPU."""
 LEAST_STEPS, MOST_EPOCHS = 1600, 1000
 """A small model samples the requested digit after 1,500 steps (configs/digits.yaml). DiS saw CIFAR-10 for 1,000 epochs."""
 CORE_FLOPS = 8e9
@@ -75,7 +85,11 @@ class Scale:
     least_steps: int
     """One more model is chosen if all models can train for as many steps within `hours`."""
     hours: float
+    first_steps: int | None
+    """Steps of the first published weights; None for an eighth of all."""
     sampler_steps: int
+    samples: int
+    """Samples of an evaluation by a trained extractor."""
     inception_samples: int
     train: str
     unit: tuple[str, int]
@@ -84,23 +98,25 @@ class Scale:
 
 CPU = Scale(
     {
-        "dis-xs": "kind: dis, width: 32, depth: 2, drop_path: 0.0",
-        "dis-s": "kind: dis, width: 64, depth: 4, drop_path: 0.0",
-        "dis-m": "kind: dis, width: 128, depth: 4, drop_path: 0.0",
+        "dis-xs": "kind: dis, width: 64, depth: 4, drop_path: 0.0",
+        "dis-s": "kind: dis, width: 128, depth: 4, drop_path: 0.0",
+        "dis-m": "kind: dis, width: 192, depth: 8, drop_path: 0.0",
     },
-    batch_images=64, least_steps=LEAST_STEPS, hours=1.0, sampler_steps=10, inception_samples=INCEPTION + 52,
-    train="learning_rate: 1e-3\n  ema: 0.999", unit=("PFLOP", 15),
+    batch_images=64, least_steps=4 * LEAST_STEPS, hours=1.0, first_steps=LEAST_STEPS, sampler_steps=10, samples=500,
+    inception_samples=INCEPTION + 52,
+    train="learning_rate: 2e-3\n  ema: 0.998", unit=("PFLOP", 15),
 )  # fmt: skip
 GPU = Scale(
     {f"dis-{size.lower()}": f"preset: DiS-{size}/2" for size in "SBMLH"},
-    batch_images=256, least_steps=20_000, hours=24.0, sampler_steps=25, inception_samples=5000,
+    batch_images=256, least_steps=20_000, hours=24.0, first_steps=None, sampler_steps=25, samples=1000,
+    inception_samples=5000,
     train="precision: bf16\n  learning_rate: 1e-4\n  ema: 0.9999", unit=("EFLOP", 18),
 )  # fmt: skip
 
 
 def resolution_of(survey: Survey, machine: Machine) -> int:
-    """Return the largest resolution that most of the images reach, on a CPU at most `MOST_ON_A_CPU`; otherwise the smallest."""
-    most = RESOLUTIONS[-1] if machine.gpus else MOST_ON_A_CPU
+    """Return the largest resolution that most of the images reach, on a CPU at most `CHOSEN_ON_A_CPU`; otherwise the smallest."""
+    most = RESOLUTIONS[-1] if machine.gpus else CHOSEN_ON_A_CPU
     return max((r for r in RESOLUTIONS if r <= most and survey.share_of(r) >= MOSTLY), default=RESOLUTIONS[0])
 
 
@@ -144,9 +160,11 @@ class _Draft:
     @property
     def shape(self) -> LatentShape:
         """Shape of the latents. It is a rule, so that no hub is asked."""
-        if self.resolution <= MOST_AS_PIXELS:
+        if self.resolution > MOST_AS_PIXELS:
+            return LatentShape(VAE_CHANNELS, self.resolution // VAE_FACTOR)
+        if self.machine.gpus:
             return LatentShape(3, self.resolution)
-        return LatentShape(VAE_CHANNELS, self.resolution // VAE_FACTOR)
+        return LatentShape(VAE_CHANNELS, self.resolution // SMALL_FACTOR)
 
     @property
     def workers(self) -> int:
@@ -227,12 +245,13 @@ def _settings(draft: _Draft, models: list[str], steps: int) -> str:
     survey, scale, gpus, workers = draft.survey, draft.scale, draft.machine.gpus, draft.workers
     batch, reach = scale.batch_images, survey.share_of(draft.resolution)
     extractor, samples = _extractor(draft)
+    larger = "" if gpus else f"; up to {MOST_ON_A_CPU} with more time: init --resolution"
     broken = f"  undecodable: skip  # {len(survey.broken):,} images cannot be decoded\n" if survey.broken else ""
     return f"""\
 name: {_word(draft.name)}
 data:
   source: {{kind: folder, url: {json.dumps(survey.url, ensure_ascii=False)}}}
-  resolution: {draft.resolution}  # the shorter side of {reach:.0%} of the images has as many pixels
+  resolution: {draft.resolution}  # the shorter side of {reach:.0%} of the images has as many pixels{larger}
   num_classes: {len(survey.classes) or "none"}
   mirror: true  # false if left and right matter, as in text
 {broken}vae: {_vae(draft)}
@@ -240,7 +259,7 @@ precompute: {{workers: {workers}{", precision: bf16" if gpus else ""}}}
 diffusion: {{kind: flow}}
 models:
 {"".join(f"  {name}: {draft.model(name)}" + chr(10) for name in models)}train:
-  publish_images: [{", ".join(str(steps // part * batch) for part in (8, 2, 1))}]  # evaluated; larger counts may be added later
+  publish_images: {[count * batch for count in _published(scale, steps)]}  # evaluated; larger counts may be added later
   batch_images: {batch}
   lanes: {max(32, workers) if gpus else workers}
   workers: {workers}
@@ -257,17 +276,22 @@ evaluate:
 """
 
 
+def _published(scale: Scale, steps: int) -> list[int]:
+    """Return the steps after which weights are published, the first as soon as they may be worth a picture."""
+    return sorted({min(scale.first_steps or steps // 8, steps), steps // 2, steps})
+
+
 def _word(name: str) -> str:
     """Return a name as YAML reads it back: quoted if it looks like a number or another value."""
     return json.dumps(name) if name[0].isdigit() else yaml.safe_dump(name).splitlines()[0]
 
 
 def _vae(draft: _Draft) -> str:
-    if draft.resolution <= MOST_AS_PIXELS:
+    if draft.machine.gpus and draft.resolution <= MOST_AS_PIXELS:
         return "{kind: none}  # the models see pixels"
     if draft.machine.gpus or draft.resolution > MOST_ON_A_CPU:
         return f"{{kind: pretrained, path: {HUB_VAE}}}  # hub id or a local folder"
-    return f"{{kind: trained, widths: [8, 16, 32, 32], batch_images: 8}}  # with a GPU: pretrained, path {HUB_VAE}"
+    return f"{{kind: trained, {VAES_ON_A_CPU[draft.resolution]}}}"
 
 
 def _extractor(draft: _Draft) -> tuple[str, int]:
@@ -282,7 +306,7 @@ def _extractor(draft: _Draft) -> tuple[str, int]:
         name = "images" if name in ("inception", JUDGE) else name
         return (
             f"{{kind: trained, name: {_word(name)}}}  # for FID: {{kind: inception}}, from {INCEPTION + 1:,} images on",
-            1000,
+            draft.scale.samples,
         )
     if count > INCEPTION:
         return "{kind: inception}  # downloads its weights, 96 MB, or reads `weights`", draft.scale.inception_samples

@@ -13,7 +13,7 @@ from dis_scale.data.survey import Broken, Survey
 from dis_scale.errors import UserError
 from dis_scale.first_recipe import Machine, propose, resolution_of
 from dis_scale.plan import price_sweep
-from dis_scale.recipe import LatentShape, Recipe, reading
+from dis_scale.recipe import Dis, LatentShape, Recipe, reading
 from dis_scale.training.memory import lanes_at_once
 from tests.test_cli import invoke
 
@@ -35,7 +35,7 @@ def proposed(survey: Survey, machine: Machine) -> Recipe:
 @pytest.mark.parametrize(("side", "resolution"), [(20, 32), (32, 32), (100, 64), (200, 128), (300, 256), (4000, 512)])
 def test_the_resolution_is_the_largest_that_the_images_reach(side: int, resolution: int) -> None:
     assert resolution_of(photos(side), H100) == resolution
-    assert resolution_of(photos(side), LAPTOP) == min(resolution, 128)
+    assert resolution_of(photos(side), LAPTOP) == 32
 
 
 def test_a_tenth_of_the_images_may_be_smaller() -> None:
@@ -51,8 +51,8 @@ def test_every_proposal_is_a_recipe_whose_models_fit(machine: Machine, side: int
     survey = photos(side, classes=classes) if classes else Survey("/x", {}, Counter({side: 5000}), [], 0)
     recipe = proposed(survey, machine)
     assert recipe.data.num_classes == (classes or None)
-    assert recipe.vae.kind == ("none" if side <= 64 else "pretrained" if machine.gpus else "trained")
-    shape = LatentShape(3, side) if side <= 64 else LatentShape(4, recipe.data.resolution // 8)
+    assert recipe.vae.kind == ("trained" if not machine.gpus else "none" if side <= 64 else "pretrained")
+    shape = LatentShape(4, 8) if not machine.gpus else LatentShape(3, side) if side <= 64 else LatentShape(4, side // 8)
     assert recipe.vae.kind == "pretrained" or vae.latent_shape(recipe.vae, recipe.data.resolution) == shape
     plan, train = price_sweep(recipe, shape), recipe.train
     assert train.most_workers == (machine.gpus or machine.cores)
@@ -68,6 +68,27 @@ def test_more_time_and_memory_allow_more_models() -> None:
     small = Machine(cores=8, memory_bytes=2**35, gpus=1, gpu_bytes=16 * 2**30, gpu_name="NVIDIA T4")
     assert models(small) == list(models(H100))[: len(models(small))]
     assert len(models(small)) < len(models(H100))
+
+
+@pytest.mark.parametrize("resolution", [32, 64, 128, 256])
+def test_on_a_cpu_every_patch_has_fewer_values_than_its_model_is_wide(resolution: int) -> None:
+    """Otherwise the noise of a sample does not pass through the model, and remains in the pictures."""
+    recipe = reading.parse(propose(photos(300), LAPTOP, "x.yaml", resolution), "text")
+    channels, size = vae.planned_shape(recipe.vae, resolution)
+    for model in recipe.models.values():
+        assert isinstance(model, Dis)
+        assert channels * model.patch**2 < model.width
+        assert (size // model.patch) ** 2 <= 256
+
+
+@pytest.mark.parametrize("count", [70, 600, 100_000])
+def test_on_a_cpu_the_first_pictures_come_early(count: int) -> None:
+    """After the same images for small and large sets, by the smallest model, with an evaluation that is short beside it."""
+    recipe = proposed(photos(count=count), LAPTOP)
+    plan = price_sweep(recipe, LatentShape(4, 8))
+    smallest = next(iter(recipe.models))
+    assert recipe.train.publish_images[0] <= 102_400
+    assert plan.sampling_flops(smallest) < 0.25 * plan.training_flops(smallest) * recipe.train.publish_images[0]
 
 
 def test_few_images_are_not_repeated_without_end() -> None:

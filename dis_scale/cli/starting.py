@@ -23,7 +23,11 @@ def init(
     out: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("recipe.yaml"),
     resolution: Annotated[
         int | None,
-        typer.Option(help="Default: of 32, 64, 128, 256 and 512 the largest that most images reach.", min=32, max=512),
+        typer.Option(
+            help="Default: of 32, 64, 128, 256 and 512 the largest that most images reach; 32 without a GPU.",
+            min=32,
+            max=512,
+        ),
     ] = None,
     names: Annotated[
         Path | None,
