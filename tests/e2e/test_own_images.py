@@ -15,7 +15,7 @@ from tests.support.sweeps import ROOT, TIMEOUT_S
 
 SHORT = (
     "train.publish_images=[64]", "evaluate.extractor={kind: trained, name: photos, steps: 10}", "evaluate.samples=80",
-    "evaluate.steps=1", "evaluate.block_images=40",
+    "evaluate.steps=1", "evaluate.block_images=40", "vae.steps=10",
 )  # fmt: skip
 """Settings of a sweep that ends within a minute."""
 
