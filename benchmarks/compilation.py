@@ -23,7 +23,7 @@ from benchmarks.host_time import NoLaunch
 from benchmarks.instructions import E, L, N
 from benchmarks.s4d_counts import SHAPES, compiled
 from dis_scale.scan import triton as scan_triton
-from dis_scale.scan import triton_backward, triton_conv, triton_layout, triton_scan
+from dis_scale.scan import triton_backward, triton_conv, triton_layout, triton_numbers, triton_scan
 from dis_scale.scan.triton_fill import FULL, Filling
 
 FILLINGS = FULL, *(Filling(lanes, lanes, True) for lanes in (1, 2, 4, 8))
@@ -59,9 +59,18 @@ def scan(fill: Filling, gradients: bool, keep: bool) -> None:
     """Launch a scan's kernels; without memory they are compiled."""
     inputs_of_both, _, z = inputs()
     kind, directions = scan_triton._kind(False, z, inputs_of_both, fill)
-    y, operands, kept = scan_triton._forward(kind, z, directions, keep)
+    y, operands, kept = scan_triton._forward(triton_numbers.scan_forward(kind, keep), kind, z, directions, keep)
     if gradients:
-        scan_triton._backward(kind, z, operands, y, kept)
+        scan_triton._backward(triton_numbers.scan_backward(kind, keep, E), kind, z, operands, y, kept)
+
+
+def convolution(gradients: bool) -> None:
+    """Launch a convolution's kernels likewise."""
+    _, x, _ = inputs()
+    weights = [torch.empty(shape, device=x.device) for shape in ((E, 4), (E,)) * 2]
+    outs = scan_triton._conv_forward(x, weights)
+    if gradients:
+        scan_triton._conv_backward(x, weights, outs)  # type: ignore[arg-type]
 
 
 class Compiled(NamedTuple):
@@ -119,9 +128,7 @@ def report(name: str, launches: Callable[[], object], **facts: Any) -> None:
 
 def main() -> None:
     driver.set_active(NoLaunch())
-    _, x, _ = inputs()
-    weights = [torch.empty(shape, device="meta") for shape in ((E, 4), (E,)) * 2]
-    cold_and_warm(lambda: scan_triton.compile_conv(x, weights, gradients=False))  # loads the compiler
+    cold_and_warm(lambda: convolution(gradients=False))  # loads the compiler
     for fill, (name, passes) in itertools.product(FILLINGS, PASSES.items()):
 
         def launches(fill: Filling = fill, passes: list[tuple[bool, bool]] = passes) -> None:
@@ -129,7 +136,7 @@ def main() -> None:
                 scan(fill, gradients, keep)
 
         report(name, launches, **fill._asdict())
-    report("convolution", lambda: scan_triton.compile_conv(x, weights, gradients=True))
+    report("convolution", lambda: convolution(gradients=True))
     for _, length in SHAPES:
         report("S4D's kernel", lambda n=length: [compiled(each, n) for each in S4D], taps=length)
 

@@ -1,21 +1,28 @@
-"""Host time of the Triton backend: `python -m benchmarks.host_time [rounds]`. Needs no GPU.
+"""Host time of the Triton backend: `python -m benchmarks.host_time [rounds] [launcher]`. Needs no GPU.
 
 The time that a call keeps Python busy before the GPU can have its work. Every call takes the path of a launch, with a driver of
-an H100 that launches nothing; tensors are on the CPU and small. Not included: the CUDA driver's own time, some microseconds per
-launch. A row has the least time of all rounds, in us, and the launches: of Triton's kernels, and of PyTorch's operations that
-would launch one or more kernels on a GPU.
+an H100 that launches nothing; tensors are on the CPU and small. With `launcher`, Triton's own launcher is compiled and called,
+in C, against a library that returns at once in place of CUDA's. The time of CUDA itself comes in addition. A row has the least
+time of all rounds, in us, and the launches: of Triton's kernels, and of PyTorch's operations that would launch one or more
+kernels on a GPU.
 """
 
+import ctypes
 import json
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime import driver
 
 from dis_scale.scan import Direction
@@ -23,6 +30,19 @@ from dis_scale.scan.triton import backend
 
 B, L, E, N, R = 2, 24, 64, 2, 4
 """R: columns of the product before B and C, as in the mixer."""
+
+
+NO_CUDA = """
+#include <stdint.h>
+int cuPointerGetAttribute(uint64_t *data, int attribute, uint64_t pointer) { *data = pointer; return 0; }
+int cuGetErrorString(int error, const char **text) { *text = ""; return 0; }
+int cuLaunchKernelEx(const void *config, void *function, void **arguments, void **extra) { return 0; }
+int cuCtxGetCurrent(void **context) { *context = (void *)1; return 0; }
+int cuDeviceGet(int *device, int number) { *device = number; return 0; }
+int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)1; return 0; }
+int cuCtxSetCurrent(void *context) { return 0; }
+int cuFuncSetAttribute(void *function, int attribute, int value) { return 0; }
+"""
 
 
 class NoLaunch:
@@ -55,6 +75,29 @@ class NoLaunch:
 
     def _launch(self, *_: Any) -> None:
         self.launches += 1
+
+
+class NoCuda(NoLaunch):
+    """The same with Triton's launcher, linked to functions in C that do nothing."""
+
+    def __init__(self) -> None:
+        folder = Path(tempfile.mkdtemp())
+        (folder / "cuda.c").write_text(NO_CUDA)
+        library = folder / "libcuda.so.1"
+        subprocess.run(
+            ["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, folder / "cuda.c"], check=True
+        )
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+        triton.knobs.nvidia.libcuda_path = str(folder)
+
+    def launcher_cls(self, *arguments: Any) -> Callable[..., None]:
+        launcher = CudaLauncher(*arguments)
+
+        def launch(*given: Any) -> None:
+            self.launches += 1
+            launcher(*given)
+
+        return launch
 
 
 class Launches(TorchDispatchMode):
@@ -100,9 +143,9 @@ def least_us(job: Callable[[], Any], rounds: int) -> float:
     return 1e6 * min(times)
 
 
-def main(rounds: int = 3000) -> None:
+def main(rounds: str = "3000", launcher: str = "") -> None:
     torch.set_num_threads(1)
-    driver.set_active(none := NoLaunch())
+    driver.set_active(none := NoCuda() if launcher else NoLaunch())
     for name, (forward, inputs) in {"two-way scan": scan(), "two-way convolution": conv()}.items():
         dys = [torch.ones_like(y) for y in forward()]
         for passes, job in {
@@ -115,9 +158,10 @@ def main(rounds: int = 3000) -> None:
                 job()
             counts = {"kernels": none.launches, "operations": operations.count}
             print(
-                json.dumps({"name": f"{name}, {passes}", "us": round(least_us(job, rounds), 1), **counts}), flush=True
+                json.dumps({"name": f"{name}, {passes}", "us": round(least_us(job, int(rounds)), 1), **counts}),
+                flush=True,
             )
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*sys.argv[1:])

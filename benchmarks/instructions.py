@@ -4,7 +4,7 @@ The kernels are compiled ahead for sm_90, bf16, L258 E2048 N16 (DiS-L/2 at 256 p
 channels, for the scan also per state, from the machine code. An instruction of a warp takes one cycle of its scheduler, 8 on
 the special-function units (MUFU), and 4 in the load-store unit (LSU), which four schedulers share. The largest of the three
 sums is a lower bound of the time; the bytes at 4.8 TB/s are another. Both are given for B32 on an H200. Neither includes
-latency.
+latency. The last group of steps runs completely, with masks: L258 takes 260 or 272 steps.
 
 Last, the time of the two-way scan for fewer images with more tokens, by the programs of the busiest multiprocessor: with one lane
 per channel, and as `triton_fill.filling` fills the GPU. A program that is alone on a multiprocessor is assumed to take twice its
@@ -219,13 +219,20 @@ def launches(names: Sequence[str], fill: Filling, images: int, tokens: int, chan
         lanes, at_once = (fill.backward, 1 + fill.both) if is_backward else (fill.forward, 1)
         programs = images * channels // (LANES // lanes * WARPS) * at_once
         cycles, resident = per_state_and_step(name, lanes)
-        time = busy(programs, MULTIPROCESSORS, resident) * cycles * N / lanes * tokens / CLOCK_HZ / at_once
+        steps = rounded(name, lanes, tokens)
+        time = busy(programs, MULTIPROCESSORS, resident) * cycles * N / lanes * steps / CLOCK_HZ / at_once
         summed = (
             programs // at_once * (2 * N * tokens * 4) if is_backward else 0
         )  # bytes: each program's part of dB and dC
         seconds += time + summed / BYTES_PER_S
         all_programs, busiest = [*all_programs, programs], [*busiest, -(-programs // MULTIPROCESSORS)]
     return Launches(sorted({*all_programs}), sorted({*busiest}), 1e6 * seconds)
+
+
+def rounded(name: str, lanes: int, tokens: int) -> int:
+    """Return the steps that a pass runs: complete groups of 4 by a scan forward with one lane per channel, otherwise of 16."""
+    group = 4 if name.startswith("scan_forward") and lanes == 1 else CHUNK
+    return -(-tokens // group) * group
 
 
 @functools.cache
@@ -280,7 +287,8 @@ def main() -> None:
         program = compiled(name, 90, "bf16")
         cycles = counted(program, work(name))
         units = N if name.startswith("scan") else 1
-        least_us = 1e6 * max(cycles.values()) * units * B * L * E / LANES / SCHEDULERS / CLOCK_HZ
+        steps = rounded(name, 1, L)
+        least_us = 1e6 * max(cycles.values()) * units * B * steps * E / LANES / SCHEDULERS / CLOCK_HZ
         times[name] = least_us, 1e6 * moved * B * L * E / BYTES_PER_S
         used = registers(program)
         facts = {"cycles": cycles, "us": least_us, "bytes_an_element": moved, "bytes_us": times[name][1]}

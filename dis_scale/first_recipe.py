@@ -30,8 +30,8 @@ CHOSEN_ON_A_CPU, MOST_ON_A_CPU = 32, 128
 autoencoder there: one for larger images takes seconds for each."""
 MOST_TOKENS_ON_A_CPU = 256
 VAES_ON_A_CPU = {
-    32: "widths: [8, 16, 32], norm_groups: 1, steps: 3000, batch_images: 8, learning_rate: 3e-3, kl_weight: 1e-3",
-    64: "widths: [8, 16, 32], norm_groups: 1, steps: 3000, batch_images: 8, learning_rate: 3e-3, kl_weight: 1e-3",
+    32: "widths: [8, 16, 32], norm_groups: 1, steps: 2400, batch_images: 8, learning_rate: 3e-3, kl_weight: 1e-3",
+    64: "widths: [8, 16, 32], norm_groups: 1, steps: 2400, batch_images: 8, learning_rate: 3e-3, kl_weight: 1e-3",
     128: "widths: [8, 16, 32, 32], norm_groups: 1, batch_images: 8, kl_weight: 1e-3",
 }
 """Autoencoder by resolution, for latents of 64 or 256 positions. Models of pixels would need four times as many tokens, and
@@ -102,7 +102,7 @@ CPU = Scale(
         "dis-s": "kind: dis, width: 128, depth: 4, drop_path: 0.0",
         "dis-m": "kind: dis, width: 192, depth: 8, drop_path: 0.0",
     },
-    batch_images=64, least_steps=4 * LEAST_STEPS, hours=1.0, first_steps=LEAST_STEPS, sampler_steps=10, samples=500,
+    batch_images=64, least_steps=4 * LEAST_STEPS, hours=1.0, first_steps=1000, sampler_steps=10, samples=500,
     inception_samples=INCEPTION + 52,
     train="learning_rate: 2e-3\n  ema: 0.998", unit=("PFLOP", 15),
 )  # fmt: skip

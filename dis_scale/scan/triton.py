@@ -45,7 +45,7 @@ from dis_scale.scan.triton_launch import (
     without_memory,
 )
 from dis_scale.scan.triton_memory import Gradients, KeptStates, Parts, new_parts, new_states
-from dis_scale.scan.triton_numbers import ConvKind, ScanKind
+from dis_scale.scan.triton_numbers import ConvBackward, ConvKind, ScanBackward, ScanForward, ScanKind
 
 META = torch.device("meta")
 """Tensors without memory, for which a launch only compiles."""
@@ -113,7 +113,7 @@ def _kind(reverse: bool, z: Tensor | None, inputs: Sequence[Tensor], fill: Filli
         u.device, tuple([None if x is None else x.dtype for x in (*inputs, z)]), B, L, E, N,
         tuple([(x.u_BLE.stride(1), x.delta_BLE.stride(1)) for x in directions]),
         tuple([x.stride(1) for direction in directions for x in direction[3:5]]),
-        None if z is None else rowwise(z).stride(1), reverse, fill,
+        None if z is None else z.stride(1), reverse, fill,
     )  # fmt: skip
     return kind, directions
 
@@ -125,10 +125,12 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, reverse: bool, z: Tensor | None, *inputs: Tensor) -> Tensor:
         keep = any(ctx.needs_input_grad) and keeps_states()
         with torch.cuda.device_of(inputs[0]):
-            kind, directions = _kind(reverse, z, inputs, _filling(inputs))
-            if kind.device.type == "cuda" and numbers.scan_forward(kind, keep).by_state.is_new:
-                compile_together(lambda: compile_forward(kind, z, directions, keep))
-            out, operands, kept = _forward(kind, z, directions, keep)
+            gate = None if z is None else rowwise(z)
+            kind, directions = _kind(reverse, gate, inputs, _filling(inputs))
+            launches = numbers.scan_forward(kind, keep)
+            if kind.device.type == "cuda" and launches.by_state.is_new:
+                compile_together(lambda: compile_forward(kind, gate, directions, keep))
+            out, operands, kept = _forward(launches, kind, gate, directions, keep)
         ctx.kind = kind
         # Without memory if nothing is kept: a recomputed block must save as many tensors as it did at first.
         ctx.save_for_backward(z, kept.y, *kept.states, *[x for direction in operands for x in direction])
@@ -139,13 +141,19 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         z, y, *saved = ctx.saved_tensors
         count = len(saved) // 7
-        operands = [_Operands(*saved[i : i + 6]) for i in range(count, len(saved), 6)]
-        kept = KeptStates(saved[:count], y)
+        # A hook on saved tensors may have returned copies of them, with other strides than in the forward pass.
+        operands = [
+            _Operands(rowwise(u), rowwise(delta), *others)
+            for u, delta, *others in zip(*[iter(saved[count:])] * 6, strict=True)
+        ]
         with torch.cuda.device_of(dy):
-            dy = rowwise(dy)
-            if dy.is_cuda and numbers.scan_backward(ctx.kind, kept.any, dy.stride(1)).sums[0].is_new:
-                compile_together(lambda: compile_backward(ctx.kind, z, operands, dy, kept))
-            return None, *_backward(ctx.kind, z, operands, dy, kept)
+            z, dy, kept = None if z is None else rowwise(z), rowwise(dy), KeptStates(saved[:count], y)
+            rows = tuple([(x.u.stride(1), x.delta.stride(1)) for x in operands])
+            kind = ctx.kind._replace(rows=rows, z_row=None if z is None else z.stride(1))
+            launches = numbers.scan_backward(kind, kept.any, dy.stride(1))
+            if dy.is_cuda and launches.sums[0].is_new:
+                compile_together(lambda: compile_backward(kind, z, operands, dy, kept))
+            return None, *_backward(launches, kind, z, operands, dy, kept)
 
 
 def _filling(inputs: Sequence[Tensor]) -> Filling:
@@ -160,7 +168,8 @@ def _filling(inputs: Sequence[Tensor]) -> Filling:
 def compile_forward(kind: ScanKind, z: Tensor | None, directions: Sequence[Direction], keep: bool) -> None:
     """Compile all kernels of a forward pass."""
     gate, empty = None if z is None else without_memory(z), [Direction(*map(without_memory, x)) for x in directions]
-    _forward(kind._replace(device=META), gate, empty, keep)
+    kind = kind._replace(device=META)
+    _forward(numbers.scan_forward(kind, keep), kind, gate, empty, keep)
 
 
 def compile_backward(
@@ -169,18 +178,19 @@ def compile_backward(
     """Compile all kernels of a backward pass."""
     gate, empty = None if z is None else without_memory(z), [_Operands(*map(without_memory, x)) for x in directions]
     states = KeptStates([without_memory(x) for x in kept.states], without_memory(kept.y))
-    _backward(kind._replace(device=META), gate, empty, without_memory(dy), states)
+    kind = kind._replace(device=META)
+    launches = numbers.scan_backward(kind, kept.any, dy.stride(1))
+    _backward(launches, kind, gate, empty, without_memory(dy), states)
 
 
 def _forward(
-    kind: ScanKind, z: Tensor | None, directions: Sequence[Direction], keep: bool
+    launches: ScanForward, kind: ScanKind, z: Tensor | None, directions: Sequence[Direction], keep: bool
 ) -> tuple[Tensor, list[_Operands], KeptStates]:
-    launches = numbers.scan_forward(kind, keep)
     operands = [
         _Operands(x.u_BLE, x.delta_BLE, x.A_EN, BC, x.D_E, x.delta_bias_E)
         for x, BC in zip(directions, _by_state(launches.by_state, kind, directions), strict=True)
     ]
-    out, gate = _empty_like(directions[0].u_BLE), directions[0].u_BLE if z is None else rowwise(z)
+    out, gate = _empty_like(directions[0].u_BLE), directions[0].u_BLE if z is None else z
     y, none = _empty_like(out, torch.float32) if len(directions) == 2 else out, out.new_empty(0)
     kept = KeptStates(
         [new_states(x.u, kind.N) if keep else none for x in operands],
@@ -203,12 +213,16 @@ def _by_state(launch: Launch, kind: ScanKind, directions: Sequence[Direction]) -
 
 
 def _backward(
-    kind: ScanKind, z: Tensor | None, directions: Sequence[_Operands], dy: Tensor, kept: KeptStates
+    launches: ScanBackward,
+    kind: ScanKind,
+    z: Tensor | None,
+    directions: Sequence[_Operands],
+    dy: Tensor,
+    kept: KeptStates,
 ) -> list[Tensor | None]:
     """The gradients of z and of the inputs. A recomputed block has `kind` from its first forward pass, `kept` from its second."""
     dz = None if z is None else _empty_like(z)
-    gate, out = dy if z is None else rowwise(z), dy if dz is None else dz
-    launches = numbers.scan_backward(kind, kept.any, dy.stride(1))
+    gate, out = dy if z is None else z, dy if dz is None else dz
     memories = [Gradients(_empty_like(operands.u), _empty_like(operands.delta)) for operands in directions]
     if kept.any:
         states = [(x, x) for x in kept.states]
@@ -260,24 +274,24 @@ class _Conv(torch.autograd.Function):
         x, weights = rowwise(x), tuple([None if w is None else plain(w) for w in weights])
         ctx.save_for_backward(x, *weights)
         with torch.cuda.device_of(x):
-            if x.is_cuda and numbers.conv_forward(_conv_kind(x, weights)).is_new:
-                compile_together(lambda: compile_conv(x, weights, any(ctx.needs_input_grad)))
             return tuple(_conv_forward(x, weights))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
+        x, weights = rowwise(x), [None if w is None else plain(w) for w in weights]
         with torch.cuda.device_of(x):
-            return tuple(_conv_backward(x, weights, dys))
+            rows = tuple([x if dy is None else rowwise(dy) for dy in dys])
+            if x.is_cuda and _conv_launches(x, weights, rows).sums.is_new:
+                compile_together(lambda: compile_conv(x, weights, rows))
+            return tuple(_conv_backward(x, weights, rows))
 
 
-def compile_conv(x: Tensor, weights: Sequence[Tensor | None], gradients: bool) -> None:
-    """Compile all kernels of a convolution."""
-    empty, without = without_memory(x), [None if w is None else without_memory(w) for w in weights]
-    outs = _conv_forward(empty, without)
-    if gradients:
-        _conv_backward(empty, without, outs)
+def compile_conv(x: Tensor, weights: Sequence[Tensor | None], dys: Sequence[Tensor]) -> None:
+    """Compile both kernels of a convolution's backward pass; the forward pass has only one."""
+    without = [None if w is None else without_memory(w) for w in weights]
+    _conv_backward(without_memory(x), without, [without_memory(dy) for dy in dys])
 
 
 def _conv_kind(x: Tensor, weights: Sequence[Tensor | None]) -> ConvKind:
@@ -293,13 +307,16 @@ def _conv_forward(x: Tensor, weights: Sequence[Tensor | None]) -> list[Tensor | 
     return outs
 
 
-def _conv_backward(x: Tensor, weights: Sequence[Tensor | None], dys: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _conv_launches(x: Tensor, weights: Sequence[Tensor | None], dys: Sequence[Tensor]) -> ConvBackward:
+    return numbers.conv_backward(_conv_kind(x, weights), dys[0].stride(1), dys[1].stride(1))
+
+
+def _conv_backward(x: Tensor, weights: Sequence[Tensor | None], dys: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients of the input, and of each direction's weight and bias."""
-    kind, dx, rows = _conv_kind(x, weights), _empty_like(x), tuple([x if dy is None else rowwise(dy) for dy in dys])
+    kind, launches, dx = _conv_kind(x, weights), _conv_launches(x, weights, dys), _empty_like(x)
     shape = kind.parts, kind.taps + 1, kind.E
     sums = tuple([x.new_empty(shape, dtype=torch.float32) for w in weights[::2] if w is not None])
-    launches = numbers.conv_backward(kind, rows[0].stride(1), rows[1].stride(1))
-    launches.conv(x, _both(weights[::2]), _both(weights[1::2]), rows, dx, _both(sums))
+    launches.conv(x, _both(weights[::2]), _both(weights[1::2]), tuple(dys), dx, _both(sums))
     gradients = [None if w is None else _empty_like(w) for w in weights]
     dweights, dbiases = (tuple([g for g in gradients[i::2] if g is not None]) for i in range(2))
     launches.sums(sums, dweights, dbiases)

@@ -24,7 +24,7 @@ from triton.runtime import driver
 from benchmarks import s4d_counts
 from benchmarks.instructions import FORWARD, code, compiled, counted, registers, work
 from dis_scale.errors import UserError
-from dis_scale.scan import Direction, triton_conv, triton_layout, triton_scan
+from dis_scale.scan import Direction, triton_conv, triton_layout, triton_numbers, triton_scan
 from dis_scale.scan import triton as scan_triton
 from dis_scale.scan.triton_fill import BACKWARD_CYCLES, FORWARD_CYCLES, FULL
 from dis_scale.scan.triton_launch import CHUNK, MOST_PROGRAMS, Launch, compile_together
@@ -231,15 +231,16 @@ def test_kernels_compile_together_and_are_those_that_a_launch_takes(monkeypatch:
     compile_together(lambda: scan_triton.compile_forward(kind, z, directions, keep=False))
     assert sorted(compiles) == ["by_state", "scan_forward", "scan_forward"]
     monkeypatch.setattr(Launch, "__call__", only_compile)
-    scan_triton._forward(kind, z, directions, keep=False)
+    scan_triton._forward(triton_numbers.scan_forward(kind, False), kind, z, directions, keep=False)
     assert len(compiles) == 3
 
 
 def test_the_convolutions_kernels_compile_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the backward pass: the forward pass has only one."""
     monkeypatch.setattr(driver, "_active", CompileOnly())
-    together, compiles = threading.Barrier(3, timeout=300), list[str]()
+    together, compiles = threading.Barrier(2, timeout=300), list[str]()
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **k: compiles.append(k["fn"].name))
-    for kernel in (triton_conv.conv_forward, triton_conv.conv_backward, triton_layout.sum_conv):
+    for kernel in (triton_conv.conv_backward, triton_layout.sum_conv):
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
         kernel.device_caches[0]
 
@@ -249,8 +250,9 @@ def test_the_convolutions_kernels_compile_together(monkeypatch: pytest.MonkeyPat
 
         monkeypatch.setattr(kernel, "compile", compile_with_the_other)
     x, weights = torch.ones(1, 5, 16)[..., 8:], [torch.ones(8, 4), torch.ones(8)] * 2
-    compile_together(lambda: scan_triton.compile_conv(x, weights, gradients=True))
-    assert sorted(compiles) == ["conv_backward", "conv_forward", "sum_conv"]
+    dys = [torch.ones(1, 5, 8)] * 2
+    compile_together(lambda: scan_triton.compile_conv(x, weights, dys))
+    assert sorted(compiles) == ["conv_backward", "sum_conv"]
     monkeypatch.setattr(Launch, "__call__", only_compile)
-    scan_triton._conv_backward(x, weights, scan_triton._conv_forward(x, weights))
-    assert len(compiles) == 3
+    scan_triton._conv_backward(x, weights, dys)
+    assert len(compiles) == 2

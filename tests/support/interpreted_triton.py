@@ -134,6 +134,17 @@ def test_a_channel_on_several_lanes(
     assert all(torch.equal(x, y) for x, y in zip(kept, got, strict=True))
 
 
+def test_saved_tensors_may_return_with_other_strides() -> None:
+    """As from a hook that moves them away and back. The inputs are views, which such a hook returns contiguous."""
+    tensors = next(views((2, 5, 8, 2)))
+    expected = outputs_and_gradients("two-way scan", tensors, "triton")
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: x, lambda x: x.clone(memory_format=torch.contiguous_format)
+    ):
+        got = outputs_and_gradients("two-way scan", tensors, "triton")
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
 def add_product(*fragments: Any) -> list[Any]:
     """c + a b of each warp for the fragments of PTX's mma.m16n8k8, without its truncation."""
     a0, a1, a2, a3, b0, b1, c0, c1, c2, c3 = (x.handle.data for x in fragments)
