@@ -29,14 +29,17 @@ SETTLE_S = 10.0
 """Time for the others to end after an error that another worker's failure may have caused."""
 STACKS_S = 10.0
 """Time for a hanging worker to answer with its stacks."""
-MEMORY = re.compile(r"OutOfMemoryError|CUDA error: out of memory|_STATUS_ALLOC_FAILED")
+MEMORY = re.compile(r"OutOfMemoryError|(CUDA error|Triton Error \[CUDA\]): out of memory|_STATUS_ALLOC_FAILED")
 """Parts of the errors of a GPU whose memory is too small."""
 DEVICE = re.compile(
-    r"AcceleratorError|CUDA (unknown )?error|CUDA driver initialization failed|No CUDA GPUs are available|"
+    r"AcceleratorError|CUDA (unknown )?error|Triton Error \[CUDA\]|CUDA driver initialization failed|No CUDA GPUs are available|"
     r"cuDNN error|(CUBLAS|CUDNN|CUSOLVER|CUFFT)_(STATUS_|[A-Z_]*FAILED)"
 )
 """Parts of the errors of a GPU that fails: memory with uncorrectable errors, a failed launch, a device that is busy or gone."""
-REJECTED = re.compile(r"CUDA error: (device-side assert triggered|invalid |no kernel image)|_STATUS_INVALID_VALUE")
+REJECTED = re.compile(
+    r"(CUDA error|Triton Error \[CUDA\]): (device-side assert triggered|invalid |no kernel image|device kernel image is invalid)|"
+    r"_STATUS_INVALID_VALUE"
+)
 """Parts of the errors of a GPU that refuses what a program asks: every device would."""
 CONNECTION = re.compile(
     r"gloo|NCCL|Dist(Backend|Network|Store)Error|Socket Timeout|socket has timed out|Connection (closed|reset)"
