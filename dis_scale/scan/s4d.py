@@ -32,7 +32,7 @@ class _S4DKernel(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dK_HL: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
+        inputs = list(map(plain, ctx.saved_tensors))  # a hook may have returned copies
         (H, M), gradients = inputs[1].shape, [torch.empty_like(x) for x in inputs]
         with torch.cuda.device_of(dK_HL):
             _backward_launch(dK_HL.device, H, M, dK_HL.shape[1])(*inputs, plain(dK_HL), *gradients)

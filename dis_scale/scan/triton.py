@@ -143,7 +143,7 @@ class _Scan(torch.autograd.Function):
         count = len(saved) // 7
         # A hook on saved tensors may have returned copies of them, with other strides than in the forward pass.
         operands = [
-            _Operands(rowwise(u), rowwise(delta), *others)
+            _Operands(rowwise(u), rowwise(delta), *map(plain, others))
             for u, delta, *others in zip(*[iter(saved[count:])] * 6, strict=True)
         ]
         with torch.cuda.device_of(dy):
