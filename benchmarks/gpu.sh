@@ -1,19 +1,19 @@
 #!/bin/sh
-# Bring up a GPU, by three commands of under nine minutes each; all write into benchmarks/results/NAME.json as they measure.
+# Bring up a GPU, by four commands of under nine minutes each; all write into benchmarks/results/NAME.json as they measure.
 #     sh benchmarks/gpu.sh h200 kernels       scan and convolution against the reference, their speed, and their tests
 #     sh benchmarks/gpu.sh h200 smoke         small models: training, resuming, ZeRO stages, sampling, memory
-#     sh benchmarks/gpu.sh h200 throughput    the published sizes: images per second, MFU and memory; sampling, encoding;
-#                                             training by checkpointing, compilation and micro-batch
+#     sh benchmarks/gpu.sh h200 throughput    the published sizes: images per second, MFU and memory; sampling, encoding
+#     sh benchmarks/gpu.sh h200 settings      training by checkpointing, compilation, micro-batch and scan
 # They need neither Ray nor a network. What is missing is named, and the rest runs. With another interpreter:
 #     PYTHON=.venv/bin/python sh benchmarks/gpu.sh h200 kernels
-usage="usage: sh benchmarks/gpu.sh NAME kernels|smoke|throughput, for example h200 kernels"
+usage="usage: sh benchmarks/gpu.sh NAME kernels|smoke|throughput|settings, for example h200 kernels"
 name=${1:?$usage}
 part=${2:?$usage}
 python=${PYTHON:-python}
 cd "$(dirname "$0")/.." || exit 1
 case $part in
 kernels) modules="kernels scan_gpu step" limit=260 ;;
-smoke | throughput) modules=$part limit=530 ;;
+smoke | throughput | settings) modules=$part limit=530 ;;
 *)
     echo "error: no part $part; $usage" >&2
     exit 2

@@ -214,12 +214,12 @@ def kill_itself(_: int) -> None:
 
 def test_every_part_of_the_bring_up_exists() -> None:
     script = (ROOT / "benchmarks/gpu.sh").read_text()
-    for name in ["kernels", "scan_gpu", "step", "smoke", "throughput"]:
+    for name in ["kernels", "scan_gpu", "step", "smoke", "throughput", "settings"]:
         assert name in script
         assert (ROOT / "benchmarks" / f"{name}.py").exists()
     unknown = subprocess.run(["sh", ROOT / "benchmarks/gpu.sh", "name", "smok"], capture_output=True, text=True)
     assert unknown.returncode == 2
-    assert "no part smok; usage: sh benchmarks/gpu.sh NAME kernels|smoke|throughput" in unknown.stderr
+    assert "no part smok; usage: sh benchmarks/gpu.sh NAME kernels|smoke|throughput|settings" in unknown.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
