@@ -36,6 +36,7 @@ VAES_ON_A_CPU = {
 }
 """Autoencoder by resolution, for latents of 64 or 256 positions. Models of pixels would need four times as many tokens, and
 noise remains in their samples if a patch has more values than the model is wide. With more than one group the colours are lost."""
+COLOURS = "# More steps give truer colours. The autoencoder cannot change after the first start.\n"
 HUB_VAE = "stabilityai/sd-vae-ft-ema"
 VAE_CHANNELS, VAE_FACTOR = HUB[HUB_VAE]
 SMALL_FACTOR = 4
@@ -245,7 +246,14 @@ def _settings(draft: _Draft, models: list[str], steps: int) -> str:
     survey, scale, gpus, workers = draft.survey, draft.scale, draft.machine.gpus, draft.workers
     batch, reach = scale.batch_images, survey.share_of(draft.resolution)
     extractor, samples = _extractor(draft)
-    larger = "" if gpus else f"; up to {MOST_ON_A_CPU} with more time: init --resolution"
+    larger = f"; up to {MOST_ON_A_CPU} with more time: init --resolution"
+    if gpus or draft.resolution >= MOST_ON_A_CPU:
+        larger = (
+            ""
+            if gpus or draft.resolution == MOST_ON_A_CPU
+            else "; without a GPU its autoencoder takes seconds for each"
+        )
+    colours = "" if gpus or draft.resolution > MOST_ON_A_CPU else COLOURS
     broken = f"  undecodable: skip  # {len(survey.broken):,} images cannot be decoded\n" if survey.broken else ""
     return f"""\
 name: {_word(draft.name)}
@@ -254,7 +262,7 @@ data:
   resolution: {draft.resolution}  # the shorter side of {reach:.0%} of the images has as many pixels{larger}
   num_classes: {len(survey.classes) or "none"}
   mirror: true  # false if left and right matter, as in text
-{broken}vae: {_vae(draft)}
+{broken}{colours}vae: {_vae(draft)}
 precompute: {{workers: {workers}{", precision: bf16" if gpus else ""}}}
 diffusion: {{kind: flow}}
 models:
@@ -278,7 +286,8 @@ evaluate:
 
 def _published(scale: Scale, steps: int) -> list[int]:
     """Return the steps after which weights are published, the first as soon as they may be worth a picture."""
-    return sorted({min(scale.first_steps or steps // 8, steps), steps // 2, steps})
+    first = min(scale.first_steps or steps // 8, steps)
+    return sorted({first, max(first, steps // 2), steps})
 
 
 def _word(name: str) -> str:
@@ -311,7 +320,9 @@ def _extractor(draft: _Draft) -> tuple[str, int]:
     if count > INCEPTION:
         return "{kind: inception}  # downloads its weights, 96 MB, or reads `weights`", draft.scale.inception_samples
     least, cure = (
-        (TRAINED, "add images") if survey.classes else (INCEPTION, "add images, or sort them into class folders")
+        (TRAINED, "add images")
+        if survey.classes
+        else (INCEPTION, "add images, or sort them into two or more class folders")
     )
     labels = "" if survey.classes else " without labels"
     raise UserError(

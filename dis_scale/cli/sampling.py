@@ -130,6 +130,6 @@ def _counted(parts: "Iterable[np.ndarray]", report: "ReportDone") -> "Iterator[n
 def _labels(classes: str | None) -> list[int] | None:
     if classes is None:
         return None
-    if not all(word.strip().isdigit() for word in classes.split(",")):
+    if not all(word.strip().isdecimal() and len(word.strip()) < 10 for word in classes.split(",")):
         raise UserError(f"--classes {classes!r}: expected labels with commas between them, for example 1,7")
     return [int(word) for word in classes.split(",")]

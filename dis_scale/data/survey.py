@@ -101,7 +101,7 @@ def describe(found: Survey) -> list[str]:
     empty = [name for name, number in found.classes.items() if not number]
     lines = [
         f"images   {found.count:,} in {found.url}",
-        f"classes  {f'{len(classes):,}: {some(classes)}' if classes else 'none: the images are not in class folders'}",
+        f"classes  {f'{len(classes):,}: {some(classes)}' if classes else 'none: the images are not in two or more class folders'}",
         f"sizes    shorter side {min(found.sides):,} to {max(found.sides):,} pixels, median {found.median_side:,}",
     ]
     lines += [f"empty    class folders without images: {some(empty)}"] if empty else []

@@ -46,7 +46,7 @@ def test_images_without_class_folders_are_unlabelled(tmp_path: Path) -> None:
     image(tmp_path / "only" / "2.png", 40, 40)
     found = surveyed(tmp_path)
     assert (found.classes, found.count, found.beside) == ({}, 2, 0)
-    assert "classes  none: the images are not in class folders" in describe(found)
+    assert "classes  none: the images are not in two or more class folders" in describe(found)
 
 
 def test_every_broken_image_is_named_at_once(tmp_path: Path) -> None:

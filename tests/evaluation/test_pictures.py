@@ -268,6 +268,8 @@ def test_pixels_need_no_autoencoder(tmp_path: Path, tiny: Recipe) -> None:
     ("arguments", "message"),
     [
         (["--classes", "1,x"], "--classes '1,x': expected labels with commas between them"),
+        (["--classes", "1²"], "--classes '1²': expected labels with commas between them"),
+        (["--classes", "9" * 20], "expected labels with commas between them"),
         (["--classes", "11"], "label 11 is out of range: expected 0 to 9"),
         (["--classes", "1", "--sampler", "euler"], "euler"),
         (["--classes", "1", "--checkpoint", "none.pt"], "no checkpoint at none.pt"),
