@@ -29,11 +29,10 @@ CHOSEN_ON_A_CPU, MOST_ON_A_CPU = 32, 128
 """Resolution that is chosen without a GPU, where shapes are visible after minutes, and the largest at which the sweep trains an
 autoencoder there: one for larger images takes seconds for each."""
 MOST_TOKENS_ON_A_CPU = 256
+SMALL_VAE = "widths: [8, 16, 32], norm_groups: 1, steps: 2400, batch_images: 8, learning_rate: 3e-3, kl_weight: 1e-3"
 VAES_ON_A_CPU = {
-    32: "widths: [8, 16, 32], norm_groups: 1, steps: 2400, batch_images: 8, learning_rate: 3e-3, kl_weight: 1e-3",
-    64: "widths: [8, 16, 32], norm_groups: 1, steps: 2400, batch_images: 8, learning_rate: 3e-3, kl_weight: 1e-3",
-    128: "widths: [8, 16, 32, 32], norm_groups: 1, batch_images: 8, kl_weight: 1e-3",
-}
+    32: SMALL_VAE, 64: SMALL_VAE, 128: "widths: [8, 16, 32, 32], norm_groups: 1, batch_images: 8, kl_weight: 1e-3",
+}  # fmt: skip
 """Autoencoder by resolution, for latents of 64 or 256 positions. Models of pixels would need four times as many tokens, and
 noise remains in their samples if a patch has more values than the model is wide. With more than one group the colours are lost."""
 COLOURS = "# More steps give truer colours. The autoencoder cannot change after the first start.\n"
@@ -246,23 +245,15 @@ def _settings(draft: _Draft, models: list[str], steps: int) -> str:
     survey, scale, gpus, workers = draft.survey, draft.scale, draft.machine.gpus, draft.workers
     batch, reach = scale.batch_images, survey.share_of(draft.resolution)
     extractor, samples = _extractor(draft)
-    larger = f"; up to {MOST_ON_A_CPU} with more time: init --resolution"
-    if gpus or draft.resolution >= MOST_ON_A_CPU:
-        larger = (
-            ""
-            if gpus or draft.resolution == MOST_ON_A_CPU
-            else "; without a GPU its autoencoder takes seconds for each"
-        )
-    colours = "" if gpus or draft.resolution > MOST_ON_A_CPU else COLOURS
     broken = f"  undecodable: skip  # {len(survey.broken):,} images cannot be decoded\n" if survey.broken else ""
     return f"""\
 name: {_word(draft.name)}
 data:
   source: {{kind: folder, url: {json.dumps(survey.url, ensure_ascii=False)}}}
-  resolution: {draft.resolution}  # the shorter side of {reach:.0%} of the images has as many pixels{larger}
+  resolution: {draft.resolution}  # the shorter side of {reach:.0%} of the images has as many pixels{_other_resolutions(draft)}
   num_classes: {len(survey.classes) or "none"}
   mirror: true  # false if left and right matter, as in text
-{broken}{colours}vae: {_vae(draft)}
+{broken}{_vae(draft)}
 precompute: {{workers: {workers}{", precision: bf16" if gpus else ""}}}
 diffusion: {{kind: flow}}
 models:
@@ -295,12 +286,20 @@ def _word(name: str) -> str:
     return json.dumps(name) if name[0].isdigit() else yaml.safe_dump(name).splitlines()[0]
 
 
+def _other_resolutions(draft: _Draft) -> str:
+    if draft.machine.gpus or draft.resolution == MOST_ON_A_CPU:
+        return ""
+    if draft.resolution > MOST_ON_A_CPU:
+        return "; without a GPU its autoencoder takes seconds for each"
+    return f"; up to {MOST_ON_A_CPU} with more time: init --resolution"
+
+
 def _vae(draft: _Draft) -> str:
     if draft.machine.gpus and draft.resolution <= MOST_AS_PIXELS:
-        return "{kind: none}  # the models see pixels"
+        return "vae: {kind: none}  # the models see pixels"
     if draft.machine.gpus or draft.resolution > MOST_ON_A_CPU:
-        return f"{{kind: pretrained, path: {HUB_VAE}}}  # hub id or a local folder"
-    return f"{{kind: trained, {VAES_ON_A_CPU[draft.resolution]}}}"
+        return f"vae: {{kind: pretrained, path: {HUB_VAE}}}  # hub id or a local folder"
+    return f"{COLOURS}vae: {{kind: trained, {VAES_ON_A_CPU[draft.resolution]}}}"
 
 
 def _extractor(draft: _Draft) -> tuple[str, int]:
