@@ -6,6 +6,7 @@ otherwise PyTorch does. Axes: B samples, L time, H channels, M modes. Read next:
 """
 
 import copy
+import functools
 import math
 
 import numpy as np
@@ -107,8 +108,12 @@ class S4D(nn.Module):
         return torch.stack(ys, dim=1)
 
 
+@functools.cache
 def verify(settings: DiffuSsm, scan: str, length: int, device: torch.device) -> None:
-    """Compare Triton's kernel with PyTorch's as `errors` does, if `scan` selects it; DisScaleError names the backend to set."""
+    """Compare Triton's kernel with PyTorch's as `errors` does, if `scan` selects it; DisScaleError names the backend to set.
+
+    Once per process, since each checkpoint is evaluated by a new model.
+    """
     if scan != "triton":
         return
     for name, (error, allowed) in errors(settings, length, device).items():
