@@ -68,9 +68,9 @@ def convolution(gradients: bool) -> None:
     """Launch a convolution's kernels likewise."""
     _, x, _ = inputs()
     weights = [torch.empty(shape, device=x.device) for shape in ((E, 4), (E,)) * 2]
-    outs = scan_triton._conv_forward(x, weights)
+    outs, kind = scan_triton._conv_forward(x, weights), scan_triton._conv_kind(x, weights)
     if gradients:
-        scan_triton._conv_backward(x, weights, outs)  # type: ignore[arg-type]
+        scan_triton._conv_backward(triton_numbers.conv_backward(kind, E, E), kind, x, weights, outs)  # type: ignore[arg-type]
 
 
 class Compiled(NamedTuple):

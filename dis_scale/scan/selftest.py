@@ -17,7 +17,7 @@ from torch import Tensor
 from dis_scale.errors import DisScaleError
 from dis_scale.scan import Direction, causal_conv_silu, selective_scan, two_way_conv_silu, two_way_scan
 from dis_scale.scan.backend import KeepingStates
-from dis_scale.scan.triton_fill import FULL, Filling, filling
+from dis_scale.scan.triton_fill import Filling
 
 TAPS = 4
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2**-5}
@@ -79,12 +79,9 @@ def _kernels(name: str, device: torch.device, case: Case) -> tuple[Any, ...]:
 
 def filling_of(device: torch.device, case: Case) -> Filling:
     """Return how the Triton backend fills this GPU: lanes of a channel in both passes, and whether both directions run at once."""
-    if device.type != "cuda":
-        return FULL
-    from dis_scale.scan.triton_launch import grid, multiprocessors  # Triton comes only with PyTorch's builds for Linux
+    from dis_scale.scan.triton_launch import filling_on  # Triton comes only with PyTorch's builds for Linux
 
-    groups, images, _ = grid(case.images, case.L, case.E)
-    return filling(groups * images, case.N, case.directions, multiprocessors(device))
+    return filling_on(device, case.images, case.L, case.E, case.N, case.directions)
 
 
 def errors(name: str, device: torch.device, dtype: torch.dtype, case: Case) -> dict[str, float]:

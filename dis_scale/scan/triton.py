@@ -33,12 +33,11 @@ from torch.autograd.function import once_differentiable
 from dis_scale.errors import DisScaleError, UserError
 from dis_scale.scan import triton_numbers as numbers
 from dis_scale.scan.backend import Backend, Direction, keeps_states
-from dis_scale.scan.triton_fill import FULL, Filling, filling
+from dis_scale.scan.triton_fill import Filling
 from dis_scale.scan.triton_launch import (
     Launch,
     compile_together,
-    grid,
-    multiprocessors,
+    filling_on,
     padded,
     plain,
     rowwise,
@@ -157,12 +156,8 @@ class _Scan(torch.autograd.Function):
 
 
 def _filling(inputs: Sequence[Tensor]) -> Filling:
-    """The way to fill this GPU. The interpreter has no multiprocessors."""
-    u, A = inputs[0], inputs[2]
-    if not u.is_cuda:
-        return FULL
-    groups, B, _ = grid(*u.shape)
-    return filling(groups * B, A.shape[1], len(inputs) // 7, multiprocessors(u.device))
+    (B, L, E), N = inputs[0].shape, inputs[2].shape[1]
+    return filling_on(inputs[0].device, B, L, E, N, len(inputs) // 7)
 
 
 def compile_forward(kind: ScanKind, z: Tensor | None, directions: Sequence[Direction], keep: bool) -> None:
@@ -282,16 +277,18 @@ class _Conv(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         x, weights = rowwise(x), [None if w is None else plain(w) for w in weights]
         with torch.cuda.device_of(x):
-            rows = tuple([x if dy is None else rowwise(dy) for dy in dys])
-            if x.is_cuda and _conv_launches(x, weights, rows).sums.is_new:
-                compile_together(lambda: compile_conv(x, weights, rows))
-            return tuple(_conv_backward(x, weights, rows))
+            kind, given = _conv_kind(x, weights), tuple([x if dy is None else rowwise(dy) for dy in dys])
+            launches = numbers.conv_backward(kind, given[0].stride(1), given[1].stride(1))
+            if x.is_cuda and launches.sums.is_new:
+                compile_together(lambda: compile_conv(kind, x, weights, given))
+            return tuple(_conv_backward(launches, kind, x, weights, given))
 
 
-def compile_conv(x: Tensor, weights: Sequence[Tensor | None], dys: Sequence[Tensor]) -> None:
+def compile_conv(kind: ConvKind, x: Tensor, weights: Sequence[Tensor | None], dys: Sequence[Tensor]) -> None:
     """Compile both kernels of a convolution's backward pass; the forward pass has only one."""
-    without = [None if w is None else without_memory(w) for w in weights]
-    _conv_backward(without_memory(x), without, [without_memory(dy) for dy in dys])
+    kind, without = kind._replace(device=META), [None if w is None else without_memory(w) for w in weights]
+    launches = numbers.conv_backward(kind, dys[0].stride(1), dys[1].stride(1))
+    _conv_backward(launches, kind, without_memory(x), without, [without_memory(dy) for dy in dys])
 
 
 def _conv_kind(x: Tensor, weights: Sequence[Tensor | None]) -> ConvKind:
@@ -307,14 +304,11 @@ def _conv_forward(x: Tensor, weights: Sequence[Tensor | None]) -> list[Tensor | 
     return outs
 
 
-def _conv_launches(x: Tensor, weights: Sequence[Tensor | None], dys: Sequence[Tensor]) -> ConvBackward:
-    return numbers.conv_backward(_conv_kind(x, weights), dys[0].stride(1), dys[1].stride(1))
-
-
-def _conv_backward(x: Tensor, weights: Sequence[Tensor | None], dys: Sequence[Tensor]) -> list[Tensor | None]:
+def _conv_backward(
+    launches: ConvBackward, kind: ConvKind, x: Tensor, weights: Sequence[Tensor | None], dys: Sequence[Tensor]
+) -> list[Tensor | None]:
     """The gradients of the input, and of each direction's weight and bias."""
-    kind, launches, dx = _conv_kind(x, weights), _conv_launches(x, weights, dys), _empty_like(x)
-    shape = kind.parts, kind.taps + 1, kind.E
+    dx, shape = _empty_like(x), (kind.parts, kind.taps + 1, kind.E)
     sums = tuple([x.new_empty(shape, dtype=torch.float32) for w in weights[::2] if w is not None])
     launches.conv(x, _both(weights[::2]), _both(weights[1::2]), tuple(dys), dx, _both(sums))
     gradients = [None if w is None else _empty_like(w) for w in weights]

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from dis_scale.errors import UserError
+from dis_scale.scan.triton_fill import FULL, Filling, filling
 
 LANES = 32
 """Channels per warp, one per thread: a thread reads back only what it wrote itself."""
@@ -117,6 +118,14 @@ def grid(B: int, L: int, E: int, steps: int | None = None, lanes: int = 1) -> tu
             f"the triton convolution takes at most {MOST_PROGRAMS * steps:,} steps, got {L:,}: set the backend to chunked"
         )
     return ceil_div(E, LANES // lanes * WARPS), B, groups
+
+
+def filling_on(device: torch.device, B: int, L: int, E: int, N: int, directions: int) -> Filling:
+    """Return how a scan of these sizes fills this device. The interpreter, on a CPU, has no multiprocessors."""
+    if device.type != "cuda":
+        return FULL
+    groups, _, _ = grid(B, L, E)
+    return filling(groups * B, N, directions, multiprocessors(device))
 
 
 @functools.cache

@@ -250,9 +250,9 @@ def test_the_convolutions_kernels_compile_together(monkeypatch: pytest.MonkeyPat
 
         monkeypatch.setattr(kernel, "compile", compile_with_the_other)
     x, weights = torch.ones(1, 5, 16)[..., 8:], [torch.ones(8, 4), torch.ones(8)] * 2
-    dys = [torch.ones(1, 5, 8)] * 2
-    compile_together(lambda: scan_triton.compile_conv(x, weights, dys))
+    dys, kind = [torch.ones(1, 5, 8)] * 2, scan_triton._conv_kind(x, weights)
+    compile_together(lambda: scan_triton.compile_conv(kind, x, weights, dys))
     assert sorted(compiles) == ["conv_backward", "sum_conv"]
     monkeypatch.setattr(Launch, "__call__", only_compile)
-    scan_triton._conv_backward(x, weights, dys)
+    scan_triton._conv_backward(triton_numbers.conv_backward(kind, 8, 8), kind, x, weights, dys)
     assert len(compiles) == 2
