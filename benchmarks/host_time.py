@@ -81,7 +81,8 @@ class NoCuda(NoLaunch):
     """The same with Triton's launcher, linked to functions in C that do nothing."""
 
     def __init__(self) -> None:
-        folder = Path(tempfile.mkdtemp())
+        self.folder = tempfile.TemporaryDirectory()
+        folder = Path(self.folder.name)
         (folder / "cuda.c").write_text(NO_CUDA)
         library = folder / "libcuda.so.1"
         subprocess.run(

@@ -188,7 +188,7 @@ def test_storage_that_is_away_does_not_end_the_watch(sweep: Sweep, monkeypatch: 
         status.watch(sweep, 0.01, console)
     assert answers == []
     text = console.export_text()
-    assert text.count("dis") > 2, "each is printed where there is no terminal"
+    assert text.count("dis") > 2, "each is printed without a terminal"
     assert "\x1b" not in out.getvalue()
     assert text.index("dis") < text.index("storage is away; asked again in") < text.rindex("dis")
 
