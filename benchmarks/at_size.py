@@ -24,7 +24,7 @@ from dis_scale.data import listing, shards
 from dis_scale.data.latents import Latents
 from dis_scale.data.listing import Contents, Entry
 from dis_scale.data.sources import open_source
-from dis_scale.plan import price_sweep
+from dis_scale.planning.plan import price_sweep
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder

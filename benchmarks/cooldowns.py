@@ -23,7 +23,7 @@ from dis_scale.evaluation import metrics
 from dis_scale.evaluation.features import load_extractors
 from dis_scale.evaluation.reference import load_all
 from dis_scale.evaluation.sampling import BlockSampler, labels_of
-from dis_scale.plan import price_sweep
+from dis_scale.planning.plan import price_sweep
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state

@@ -18,15 +18,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dis_scale import small_nets, vae
+from dis_scale import vae
 from dis_scale.data import encode, shards
 from dis_scale.data.sources import Source, open_source
+from dis_scale.data.subset import load_subset
 from dis_scale.evaluation import reference
+from dis_scale.evaluation.classifiers import train_classifier
 from dis_scale.evaluation.features import load_extractors, store_classifier
 from dis_scale.recipe import Recipe, TrainedVae, reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.tracking.rows import RowReader
+from dis_scale.vae import small
 
 RECIPE = Path(__file__).parent.parent / "configs/digits.yaml"
 MODELS = """models={
@@ -84,14 +87,12 @@ def prepare(recipe: Recipe, root: Path, device: torch.device) -> Sweep:
     sweep = Sweep.below(open_folder(root), recipe)
     sweep.save_recipe()
     source = open_source(recipe.data, sweep.store)
-    pixels, labels = small_nets.training_images(source, recipe.data.resolution, recipe.data.undecodable)
+    pixels, labels = load_subset(source, recipe.data.resolution, recipe.data.undecodable)
     if isinstance(recipe.vae, TrainedVae):
-        vae.save(sweep.vae, small_nets.train_vae(recipe.vae, pixels, recipe.seed, _ignore))
+        vae.save(sweep.vae, small.train_vae(recipe.vae, pixels, recipe.seed, _ignore))
     trained = recipe.evaluate.trained
     assert trained
-    net, accuracy = small_nets.train_classifier(
-        "extractor", pixels, labels, CLASSES, trained.steps, recipe.seed, _ignore
-    )
+    net, accuracy = train_classifier("extractor", pixels, labels, CLASSES, trained.steps, recipe.seed, _ignore)
     store_classifier(sweep, trained.name, net, accuracy)
     reference.prepare(sweep, source, load_extractors(sweep, torch.device("cpu")), _ignore)
     encode_all(sweep, source, device)

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from benchmarks.bringup import Options, options
-from dis_scale.errors import DisScaleError
 from dis_scale.models import s4d
+from dis_scale.process.errors import DisScaleError
 from dis_scale.recipe import DiffuSsm
 from dis_scale.recipe.presets import preset
 from dis_scale.scan import choose

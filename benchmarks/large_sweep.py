@@ -13,14 +13,14 @@ from collections.abc import Callable
 from unittest.mock import patch
 
 from benchmarks.weeks import REQUEST_S, requests
-from dis_scale.plan import price_sweep
+from dis_scale.planning.plan import price_sweep
 from dis_scale.recipe import LatentShape, reading
-from dis_scale.report import points, status
+from dis_scale.report import points
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import METRICS, PointName, Sampled, Sweep, state
 from dis_scale.tracking.rows import RowWriter
-from dis_scale.upkeep import retention
+from dis_scale.upkeep import retention, status
 from pipelines.evaluate import stored_blocks
 
 SWEEPS, WORKERS = 100, 64

@@ -28,9 +28,9 @@ from dis_scale.data import images
 from dis_scale.data.encode import READ_IMAGES, Setup, compute_exactly, encode_images, put_shards
 from dis_scale.data.shards import shard_numbers
 from dis_scale.data.sources import open_source
+from dis_scale.process.threads import in_order
 from dis_scale.recipe import Recipe, TrainedVae, reading
 from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.threads import in_order
 from dis_scale.vae import DiffusersVae
 
 IMAGES, CLASSES, RESOLUTION, BATCH = 192, 2, 64, 32

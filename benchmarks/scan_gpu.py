@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.rows import Job, Row, measure, report
-from dis_scale.errors import DisScaleError
+from dis_scale.process.errors import DisScaleError
 from dis_scale.scan import Direction, choose, two_way_scan
 
 B, L, E, N = 32, 258, 2048, 16

@@ -32,7 +32,7 @@ from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
 from dis_scale.recipe.presets import preset
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.state import require_latents
-from dis_scale.training import checkpoint
+from dis_scale.weights.published import load_published
 
 AT_ONCE = max(2, min(6, (os.cpu_count() or 1) // 2))
 """Training runs at the same time, each with one thread and the compilers of its kernels."""
@@ -146,7 +146,7 @@ def compare_losses(checks: Checks, name: str, ours: TrainingRun, theirs: Trainin
 
 
 def published(run: TrainingRun) -> dict[str, torch.Tensor]:
-    return checkpoint.load_published(run.sweep.run(run.model), run.sweep.recipe.train.images)
+    return load_published(run.sweep.run(run.model), run.sweep.recipe.train.images)
 
 
 def sample(checks: Checks, sweep: Sweep, chosen: Options) -> None:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from unittest.mock import patch
 
-from dis_scale import faults
+from dis_scale.process import faults
 from dis_scale.recipe import reading
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder, open_folder

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from dis_scale.errors import UserError
-from dis_scale.progress import Board
+from dis_scale.process.errors import UserError
+from dis_scale.process.progress import Board
 from dis_scale.report import ablation
 from dis_scale.sweep import Sweep, state
-from dis_scale.training import checkpoint, ema
-from dis_scale.training.ema import Snapshot
+from dis_scale.weights import ema
+from dis_scale.weights.ema import Snapshot
+from dis_scale.weights.published import snapshots
 from pipelines import last_ray
 from pipelines.cluster import open_cluster
 from pipelines.driver import Driver, run_stage
@@ -56,7 +57,7 @@ def _require_possible(sweep: Sweep, model: str, images_seen: int, setting: str, 
     train = sweep.recipe.train_of(model)
     if setting == WIDTH and train.power_ema is None:
         raise UserError("no width can be rebuilt: this sweep tracked no power-function averages (train.power_ema)")
-    known = checkpoint.snapshots(sweep.run(model), images_seen, train)
+    known = snapshots(sweep.run(model), images_seen, train)
     for value in values:
         if not 0 <= value < math.inf:
             raise UserError(f"{setting} {value:g}: expected 0 or more")

@@ -26,7 +26,7 @@ from typing import Any
 
 from ray.job_submission import JobSubmissionClient
 
-from dis_scale.errors import DisScaleError, UserError
+from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.recipe import Recipe
 from pipelines.devices import smallest_gpu_bytes, usable_gpus
 from pipelines.shared_folder import require_shared

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from dis_scale import faults
-from dis_scale.errors import BrokenDevice, UserError
+from dis_scale.process import faults
+from dis_scale.process.errors import BrokenDevice, UserError
 from dis_scale.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
 
-    from dis_scale.first_recipe import Machine
+    from dis_scale.planning.first_recipe import Machine
 
 SIDE = {"cpu": 64, "cuda": 1024}
 """Rows and columns of the matrices that are multiplied as a check."""
@@ -77,7 +77,7 @@ def this_machine() -> "Machine":
     import torch
 
     from dis_scale.data.memory import free_memory_bytes
-    from dis_scale.first_recipe import Machine
+    from dis_scale.planning.first_recipe import Machine
 
     cores, memory, (gpus, _) = len(os.sched_getaffinity(0)), free_memory_bytes(), usable_gpus()
     if not gpus:

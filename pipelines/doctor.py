@@ -16,7 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from dis_scale.errors import DisScaleError, UserError
+from dis_scale.process.errors import DisScaleError, UserError
+from dis_scale.process.redaction import redact
 from dis_scale.recipe import (
     DiffuSsm,
     Dis,
@@ -27,7 +28,6 @@ from dis_scale.recipe import (
     TorchScriptVae,
     Train,
 )
-from dis_scale.redaction import redact
 from dis_scale.storage.folder import Folder
 
 State = Literal["good", "bad", "not needed"]

@@ -4,9 +4,9 @@ import time
 from dataclasses import dataclass, field
 from threading import Event
 
-from dis_scale import jsonlog
-from dis_scale.errors import Held, Preempted, StorageAway
-from dis_scale.progress import Board
+from dis_scale.process import jsonlog
+from dis_scale.process.errors import Held, Preempted, StorageAway
+from dis_scale.process.progress import Board
 from dis_scale.recipe import Branch
 from dis_scale.sweep import ENDED, Sweep, state
 from pipelines import jobs, lines

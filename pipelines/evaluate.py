@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dis_scale.errors import DisScaleError, OutOfMemory, Preempted, StorageAway, StorageError, StorageFull
+from dis_scale.process.errors import DisScaleError, OutOfMemory, Preempted, StorageAway, StorageError, StorageFull
+from dis_scale.process.threads import in_order
 from dis_scale.recipe import Evaluate
-from dis_scale.report import mlflow_copy
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import GRID, METRICS, SKIPPED, Sampled, Sweep, state
-from dis_scale.threads import in_order
+from dis_scale.tracking import mlflow_copy
 from dis_scale.tracking.goodput import GOODPUT, MEMORY, SAMPLED_ON, TRAINED_ON, WORKER_HOURS
 from dis_scale.tracking.mlflow import RunCopy
 from pipelines import lines, metrics, stage
@@ -111,10 +111,11 @@ class Evaluation:
 
     def _average_note(self, sampled: Sampled, settings: Evaluate) -> list[str]:
         """A note on the error of the rebuilt averaging profile; empty without `ema_width`."""
-        from dis_scale.training import checkpoint, ema
+        from dis_scale.weights import ema
+        from dis_scale.weights.published import snapshots
 
         train = self.sweep.recipe.train_of(sampled.model)
-        known = checkpoint.snapshots(self.sweep.run(sampled.model), sampled.images_seen, train)
+        known = snapshots(self.sweep.run(sampled.model), sampled.images_seen, train)
         if settings.ema_width is None or not known:
             return []
         misfit = ema.misfit(known, ema.Snapshot(sampled.images_seen // train.batch_images, settings.ema_width))

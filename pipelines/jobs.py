@@ -22,8 +22,8 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from dis_scale import context, jsonlog
-from dis_scale.errors import DisScaleError, Held, Preempted, StorageAway, UserError
+from dis_scale.process import context, jsonlog
+from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.sweep import Sweep
 from pipelines import lines
 from pipelines.cluster import START_TIMEOUT_S, Cluster, client_of, own_job, ray_address

@@ -8,7 +8,7 @@ import os
 import socket
 from dataclasses import asdict, dataclass, fields
 
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 from dis_scale.sweep import RAY, Sweep
 from pipelines.cluster import Cluster, ray_address
 

@@ -1,7 +1,7 @@
 """Lines of a job's log that its sweep reads: progress, messages, events and its error. All other lines are for people only.
 
 Progress drives the bars, messages are shown as they are, events let programs and tests react without reading prose. With
-`DIS_SCALE_LOG=json` they are JSON (dis_scale/jsonlog.py), otherwise lines that people can read, too.
+`DIS_SCALE_LOG=json` they are JSON (dis_scale/process/jsonlog.py), otherwise lines that people can read, too.
 """
 
 import contextlib
@@ -9,8 +9,8 @@ import json
 import time
 from typing import Any, Literal, NamedTuple
 
-from dis_scale import jsonlog
-from dis_scale.redaction import redact
+from dis_scale.process import jsonlog
+from dis_scale.process.redaction import redact
 
 PROGRESS_EVERY_S = 2.0
 _MARKS = {"progress": "@progress ", "message": "@say ", "event": "@event "}

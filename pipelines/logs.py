@@ -14,7 +14,7 @@ import ray
 from ray._private import state as ray_state
 from ray.util.state import get_log
 
-from dis_scale import context
+from dis_scale.process import context
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep
 from dis_scale.tracking import attempt_logs

@@ -14,7 +14,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
-from dis_scale import context, counts
+from dis_scale.process import context, counts
 from dis_scale.recipe import Train
 from dis_scale.storage import manifest
 from dis_scale.sweep import Sweep, state

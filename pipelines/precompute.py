@@ -14,8 +14,8 @@ from dis_scale.data import mixing, shards, staging
 from dis_scale.data.shards import Encoding
 from dis_scale.data.sources import Source, open_source
 from dis_scale.data.staging import MixedOrder
-from dis_scale.errors import UserError
-from dis_scale.progress import listing_words
+from dis_scale.process.errors import UserError
+from dis_scale.process.progress import listing_words
 from dis_scale.recipe import Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder

@@ -70,22 +70,23 @@ class Preparer(Worker):
         return [e for e in load_extractors(sweep, devices.torch_device(device)) if e.name in missing]
 
     def _vae(self, sweep: Sweep) -> str:
-        from dis_scale import small_nets, vae
+        from dis_scale import vae
+        from dis_scale.vae import small
 
         assert isinstance(sweep.recipe.vae, TrainedVae)
         pixels, _ = self._pixels(sweep)
-        net = small_nets.train_vae(sweep.recipe.vae, pixels, sweep.recipe.seed, self._progress())
+        net = small.train_vae(sweep.recipe.vae, pixels, sweep.recipe.seed, self._progress())
         vae.save(sweep.vae, net)
-        return f"autoencoder: mean squared error {small_nets.reconstruction_error(net, pixels):.2g}"
+        return f"autoencoder: mean squared error {small.reconstruction_error(net, pixels):.2g}"
 
     def _classifier(self, sweep: Sweep, name: str, kind: str) -> str:
-        from dis_scale import small_nets
+        from dis_scale.evaluation.classifiers import train_classifier
         from dis_scale.evaluation.features import store_classifier
 
         pixels, labels = self._pixels(sweep)
         recipe, steps = sweep.recipe, _classifier_steps(sweep)
         assert recipe.data.num_classes is not None, "the recipe refuses a trained extractor without classes"
-        net, accuracy = small_nets.train_classifier(
+        net, accuracy = train_classifier(
             kind, pixels, labels, recipe.data.num_classes, steps, recipe.seed, self._progress()
         )
         store_classifier(sweep, name, net, accuracy)
@@ -100,11 +101,11 @@ class Preparer(Worker):
         return f"reference: {recipe.evaluate.reference or f'{pooled.count:,} images'}"
 
     def _pixels(self, sweep: Sweep) -> Any:
-        from dis_scale import small_nets
+        from dis_scale.data.subset import load_subset
 
         if self._images is None:
             data = sweep.recipe.data
-            self._images = small_nets.training_images(_source(sweep), data.resolution, data.undecodable)
+            self._images = load_subset(_source(sweep), data.resolution, data.undecodable)
         return self._images
 
     def _progress(self) -> Callable[[int], None]:

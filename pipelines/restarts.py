@@ -5,8 +5,8 @@ from typing import TypeVar
 
 import ray
 
-from dis_scale import counts
-from dis_scale.errors import DisScaleError, StorageAway
+from dis_scale.process import counts
+from dis_scale.process.errors import DisScaleError, StorageAway
 from dis_scale.recipe import Recipe
 from pipelines import lines, stage
 from pipelines.worker import StorageFailure, WorkerFailure, blame, describe, may_pass

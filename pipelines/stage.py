@@ -13,8 +13,8 @@ from typing import NoReturn
 
 import ray
 
-from dis_scale.errors import DisScaleError, Preempted
-from dis_scale.redaction import redact
+from dis_scale.process.errors import DisScaleError, Preempted
+from dis_scale.process.redaction import redact
 from dis_scale.sweep import Sweep
 from pipelines import environment, lines, logs, metrics
 

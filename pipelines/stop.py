@@ -2,7 +2,7 @@
 
 import time
 
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 from dis_scale.storage import lease
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, command_lease

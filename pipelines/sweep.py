@@ -14,23 +14,24 @@ from threading import Event, Thread
 
 from rich.console import Console
 
-from dis_scale import context, isoflop, report, vae
+from dis_scale import report, vae
 from dis_scale.data.sources import open_source, require_source
-from dis_scale.errors import DisScaleError, Held, StorageAway, StorageError, UserError
 from dis_scale.evaluation.features import require_weights
-from dis_scale.plan import Plan, price_reading, price_sweep, table
-from dis_scale.progress import Board, listing_words
+from dis_scale.planning import isoflop
+from dis_scale.planning.plan import Plan, price_reading, price_sweep, table
+from dis_scale.process import context
+from dis_scale.process.errors import DisScaleError, Held, StorageAway, StorageError, UserError
+from dis_scale.process.progress import Board, listing_words
+from dis_scale.process.redaction import redact
 from dis_scale.recipe import Branch, Recipe, reading
 from dis_scale.recipe.identity import identity_differences
-from dis_scale.redaction import redact
-from dis_scale.report import mlflow_copy
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import RECIPE, Sampled, Sweep, command_lease, state
-from dis_scale.tracking import mlflow
-from dis_scale.training import warm_start
+from dis_scale.tracking import mlflow, mlflow_copy
 from dis_scale.training.memory import lanes_at_once
 from dis_scale.training.schedule import learning_rate
+from dis_scale.weights import warm_start
 from pipelines import devices, jobs, last_ray, metrics, places
 from pipelines.cluster import Cluster, in_ray_job, open_cluster, require_root
 from pipelines.driver import (

@@ -17,8 +17,8 @@ from ray._private import state as ray_state
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from dis_scale import context
-from dis_scale.errors import OutOfMemory, StorageError
+from dis_scale.process import context
+from dis_scale.process.errors import OutOfMemory, StorageError
 from dis_scale.recipe import Recipe
 from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state

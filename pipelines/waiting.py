@@ -11,7 +11,7 @@ from ray._private.worker import global_worker
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.experimental.internal_kv import _internal_kv_get
 
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 from pipelines import lines, metrics, stage
 
 LOGGED_AFTER_S = 5.0

@@ -17,8 +17,8 @@ from typing import Any, Literal, get_args
 import ray
 from ray._private import state as ray_state
 
-from dis_scale import faults
-from dis_scale.errors import BrokenDevice, DisScaleError, OutOfMemory, Preempted, StorageAway
+from dis_scale.process import faults
+from dis_scale.process.errors import BrokenDevice, DisScaleError, OutOfMemory, Preempted, StorageAway
 from dis_scale.storage.folder import Folder
 from dis_scale.tracking.attempt_logs import LogName
 from pipelines import lines, logs, metrics, stage

@@ -15,13 +15,13 @@ import yaml
 from dis_scale import models, vae
 from dis_scale.cli.help import EXAMPLES, EXIT_CODES
 from dis_scale.data.survey import Survey
-from dis_scale.errors import UserError
-from dis_scale.first_recipe import Machine, propose
 from dis_scale.models.cost import price_model
-from dis_scale.models.export import save
-from dis_scale.plan import price_sweep
+from dis_scale.planning.first_recipe import Machine, propose
+from dis_scale.planning.plan import price_sweep
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import LatentShape, TrainedVae, reading
 from dis_scale.training.memory import worker_bytes
+from dis_scale.weights.export import save
 from docs.reference import GENERATED, commands, errors, settings
 from tests.conftest import TINY
 from tests.test_words import blocks, failures, require_command

@@ -22,14 +22,15 @@ SOURCES = {
 """All product code, by path."""
 
 LAYERS = [
-    "errors seeds imports recipe faults progress threads context redaction jsonlog counts",
-    "storage",
+    "process",
+    "recipe storage",
     "sweep",
-    "scan diffusion data tracking vae",
-    "models training",
-    "small_nets evaluation",
-    "plan isoflop first_recipe report upkeep",
-    "pipelines",
+    "scan diffusion data tracking vae models",
+    "weights",
+    "training evaluation",
+    "planning",
+    "report upkeep",
+    "api pipelines",
     "cli",
 ]
 """From the lowest to the highest. A part imports only parts of its own layer and of lower ones."""
@@ -46,14 +47,11 @@ DOORS = {
     "fsspec": "dis_scale/storage/folder.py",
     "s3fs": "dis_scale/storage/folder.py",
     "pyarrow": "dis_scale/data/parquet.py",
-    "matplotlib": "dis_scale/report/figures.py dis_scale/report/api.py",
-    "pandas": "dis_scale/report/api.py",
+    "matplotlib": "dis_scale/report/figures.py dis_scale/api.py",
+    "pandas": "dis_scale/api.py",
     "scipy": "dis_scale/report/fits.py dis_scale/evaluation",
     "typer": "dis_scale/cli",
-    "rich": (
-        "dis_scale/plan.py dis_scale/isoflop.py dis_scale/report dis_scale/progress.py dis_scale/cli pipelines/sweep.py "
-        "pipelines/ablate.py"
-    ),
+    "rich": "dis_scale/planning dis_scale/report dis_scale/upkeep dis_scale/process dis_scale/cli pipelines",
     "psutil": "dis_scale/storage/lease.py pipelines/environment.py",
     "mamba_ssm": "dis_scale/scan",
     "causal_conv1d": "dis_scale/scan",
@@ -61,7 +59,7 @@ DOORS = {
 }
 """Each dependency, and the files or folders that may import it."""
 ANYWHERE = {"torch", "numpy", "PIL", "pydantic", "yaml", "safetensors"}
-AT_ONCE = ("errors", "recipe", "storage", "sweep", "cli")
+AT_ONCE = ("process", "recipe", "storage", "sweep", "cli")
 """Parts that the command imports before it answers `--help` or a mistake."""
 SLOW = {"torch", "deepspeed", "ray", "mlflow", "diffusers"}
 """Packages whose import takes seconds."""
@@ -245,7 +243,7 @@ def test_no_function_has_its_modules_name() -> None:
 @pytest.mark.parametrize(
     ("part", "source", "higher"),
     [
-        ("data", "from dis_scale import models", ["models"]),
+        ("data", "from dis_scale import weights", ["weights"]),
         ("data", "def f():\n    from dis_scale.training.loop import train_model", ["training"]),
         ("report", "import pipelines.jobs", ["pipelines"]),
         ("training", "from dis_scale.data.latents import Latents", []),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dis_scale import counts
+from dis_scale.process import counts
 from pipelines import metrics
 
 ROOT = Path(__file__).parent.parent

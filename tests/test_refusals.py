@@ -8,7 +8,7 @@ from dis_scale.recipe import Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sampled, Sweep
-from tests.test_cli import invoke
+from tests.cli.test_cli import invoke
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ import typer.main
 
 from dis_scale.cli import app
 from dis_scale.cli.help import EXIT_CODES
-from dis_scale.errors import DisScaleError
 from dis_scale.models.cost import price_model
+from dis_scale.process.errors import DisScaleError
 from dis_scale.recipe import LatentShape, NoVae, Recipe, SourceSettings, VaeSettings, reading
 from docs.reference import GENERATED, settings
 

@@ -12,10 +12,10 @@ from typing import Annotated
 
 import typer
 
-from dis_scale import jsonlog
 from dis_scale.cli import checkpoints, pricing, recipes, results, running, sampling, starting, stored
 from dis_scale.cli.help import EXAMPLES, EXIT_CODES
-from dis_scale.errors import DisScaleError, UserError
+from dis_scale.process import jsonlog
+from dis_scale.process.errors import DisScaleError, UserError
 
 NAME = "dis-scale"
 

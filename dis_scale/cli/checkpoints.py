@@ -21,7 +21,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint as a folder for diffusers, with a model card."""
-    from dis_scale.report import card
+    from dis_scale.weights import card
 
     require_folder(folder, "FOLDER")
     opened = card.export_checkpoint(checkpoint, folder, vae, heads)
@@ -47,7 +47,7 @@ def import_weights(
     from dis_scale.recipe import reading
     from dis_scale.storage.folder import open_folder
     from dis_scale.sweep import Sweep
-    from dis_scale.training import public_weights
+    from dis_scale.weights import importing as public_weights
 
     settings = reading.load(recipe or EMBEDDED, overrides)
     store = open_folder(settings.storage.root)

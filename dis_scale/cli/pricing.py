@@ -17,13 +17,13 @@ from dis_scale.cli.shared import (
     say,
     source_images,
 )
-from dis_scale.errors import UserError, nearest
+from dis_scale.process.errors import UserError, nearest
 from dis_scale.recipe.shipped import EMBEDDED
 
 if TYPE_CHECKING:
-    from dis_scale.plan import Plan
+    from dis_scale.planning.fleet import Fleet
+    from dis_scale.planning.plan import Plan
     from dis_scale.recipe import Recipe
-    from dis_scale.training.fleet import Fleet
 
 SOURCES = (
     "measured: on an AMD EPYC CPU, memory is within 10 % of training steps of DiS-S/2, DiS-B/2, DiT-S/2 and DiffuSSM-S in fp32. "
@@ -51,8 +51,9 @@ def plan(
     given = {"count": count, "price": price, "preemptions_per_day": preemptions_per_day, "mfu": mfu}
     fleet = _fleet(settings, gpu, {name: value for name, value in given.items() if value is not None})
 
-    from dis_scale import isoflop, vae
-    from dis_scale.plan import derive, on_fleet, price_reading, price_sweep, table
+    from dis_scale import vae
+    from dis_scale.planning import isoflop
+    from dis_scale.planning.plan import derive, on_fleet, price_reading, price_sweep, table
 
     shape = vae.planned_shape(settings.vae, settings.data.resolution)
     study = isoflop.cells(price_sweep(settings, shape))
@@ -79,7 +80,7 @@ def _fleet(recipe: "Recipe", gpu: str | None, given: dict[str, Any]) -> "Fleet |
             raise UserError(f"--{next(iter(given)).replace('_', '-')} needs a GPU: add --gpu h100, for example")
         return None
 
-    from dis_scale.training.fleet import GPUS, Fleet
+    from dis_scale.planning.fleet import GPUS, Fleet
 
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu}: unknown{nearest(gpu, GPUS)}; known: {', '.join(GPUS)}")
@@ -89,7 +90,7 @@ def _fleet(recipe: "Recipe", gpu: str | None, given: dict[str, Any]) -> "Fleet |
 
 
 def _show(plan: "Plan", fleet: "Fleet", forecast: dict[str, Any]) -> None:
-    from dis_scale.training.fleet import GPUS
+    from dis_scale.planning.fleet import GPUS
 
     gpu = GPUS[fleet.gpu]
     say(

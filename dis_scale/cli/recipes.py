@@ -15,7 +15,7 @@ from dis_scale.cli.shared import (
     say,
     source_images,
 )
-from dis_scale.errors import DisScaleError
+from dis_scale.process.errors import DisScaleError
 
 if TYPE_CHECKING:
     from dis_scale.recipe import Recipe
@@ -102,8 +102,9 @@ def _open(url: str, overrides: list[str] | None = None) -> "Recipe":
 
 def _derived(recipe: "Recipe", images: int | None) -> dict[str, Any]:
     """Return the numbers that follow from a recipe; without epochs if the source cannot be listed."""
-    from dis_scale import isoflop, vae
-    from dis_scale.plan import derive, price_sweep
+    from dis_scale import vae
+    from dis_scale.planning import isoflop
+    from dis_scale.planning.plan import derive, price_sweep
 
     shape = vae.planned_shape(recipe.vae, recipe.data.resolution)
     plan = price_sweep(isoflop.written_out(recipe, shape), shape)

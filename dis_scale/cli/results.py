@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dis_scale.cli.shared import AsJson, At, Model, SweepUrl, console, print_json, say
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 
 
 def report(
@@ -119,15 +119,15 @@ def sync(
 ) -> None:
     """Fill MLflow from storage: an empty one with everything, one that was away with what it missed."""
     from dis_scale.report import plan_of
-    from dis_scale.report.mlflow_copy import copy_everything
     from dis_scale.sweep import Sweep
     from dis_scale.tracking.mlflow import stored_ids
+    from dis_scale.tracking.mlflow_copy import copy_everything
 
     opened = Sweep.open(sweep)
     into = uri or stored_ids(opened).get("uri")
     if into is None:
         raise UserError(f"{opened} was never tracked: name an MLflow, --uri sqlite:///mlflow.db or http://...")
-    rows = copy_everything(opened, plan_of(opened), into)
+    rows = copy_everything(opened, plan_of(opened).parameters(), into)
     if as_json:
         print_json({"uri": into, "rows": rows})
         return

@@ -18,7 +18,7 @@ from dis_scale.cli.shared import (
     say,
     say_aside,
 )
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 from dis_scale.recipe.shipped import EMBEDDED
 
 Here = Annotated[
@@ -83,8 +83,8 @@ def status(
     """Show what a sweep is doing and what is wrong, from its storage alone: no cluster is asked."""
     import time
 
-    from dis_scale.report import status as statuses
     from dis_scale.sweep import Sweep
+    from dis_scale.upkeep import status as statuses
 
     opened = Sweep.open(sweep)
     if every:

@@ -8,12 +8,12 @@ import typer
 
 from dis_scale.cli.checkpoints import Heads
 from dis_scale.cli.shared import AsJson, VaeOption, console, print_json, require_folder, say, say_aside
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from dis_scale.progress import ReportDone
+    from dis_scale.process.progress import ReportDone
 
 ADM_SAMPLES = 50_000
 """Samples that FID is defined by."""
@@ -65,10 +65,11 @@ def sample(
     import numpy as np
     import torch
 
-    from dis_scale.evaluation import adm, pictures
+    from dis_scale.evaluation import adm
     from dis_scale.evaluation.sampling import grid
-    from dis_scale.progress import Board
+    from dis_scale.process.progress import Board
     from dis_scale.training.throughput import machine_name
+    from dis_scale.weights import opening as pictures
 
     of_classes = _labels(classes)
     require_folder(npz or out, "--npz" if npz else "--out")

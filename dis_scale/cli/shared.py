@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from dis_scale import jsonlog
-from dis_scale.errors import DisScaleError, UserError
-from dis_scale.jsonlog import JsonLines
+from dis_scale.process import jsonlog
+from dis_scale.process.errors import DisScaleError, UserError
+from dis_scale.process.jsonlog import JsonLines
 from dis_scale.recipe import shipped
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def print_json(value: Any) -> None:
 def source_images(recipe: "Recipe", given: int | None) -> tuple[int | None, str]:
     """Return the number of the source's images, as given or by listing it, or None and why; progress is on stderr."""
     from dis_scale.data.sources import open_source
-    from dis_scale.progress import listing_words
+    from dis_scale.process.progress import listing_words
 
     if given:
         return given, ""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dis_scale.cli.shared import AsJson, console, print_json, require_new, say
-from dis_scale.errors import DisScaleError
+from dis_scale.process.errors import DisScaleError
 from dis_scale.recipe.shipped import EMBEDDED
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ def init(
 ) -> None:
     """Look at a folder of images and write a recipe that fits them and this machine."""
     from dis_scale.data import survey
-    from dis_scale.first_recipe import propose, resolution_of
-    from dis_scale.progress import Board, listing_words
+    from dis_scale.planning.first_recipe import propose, resolution_of
+    from dis_scale.process.progress import Board, listing_words
     from dis_scale.recipe import reading
     from pipelines.devices import this_machine
 

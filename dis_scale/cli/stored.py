@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dis_scale.cli.shared import AsJson, SweepUrl, VaeOption, console, print_json, require_folder, say
-from dis_scale.errors import DisScaleError, UserError
+from dis_scale.process.errors import DisScaleError, UserError
 
 if TYPE_CHECKING:
     from dis_scale.upkeep.retention import Unneeded
@@ -18,7 +18,7 @@ Latents = Annotated[str, typer.Argument(help="A sweep's folder, or a folder of l
 
 def verify_results(sweep: SweepUrl, as_json: AsJson = False) -> None:
     """Read all files that a sweep's results need; name those that are damaged or missing, with exit code 1."""
-    from dis_scale.progress import Board
+    from dis_scale.process.progress import Board
     from dis_scale.sweep import Sweep
     from dis_scale.upkeep.verify import verify_sweep
 
@@ -128,7 +128,7 @@ def data_verify(
 ) -> None:
     """Compare all shards with the manifest and name each damaged one; exit code 1 if there is any."""
     from dis_scale.data import maintenance
-    from dis_scale.progress import Board
+    from dis_scale.process.progress import Board
 
     with Board(console(stderr=as_json)) as board:
         sweep, latents = maintenance.locate_latents(url)
@@ -147,7 +147,7 @@ def data_repair(
 ) -> None:
     """Rebuild the damaged shards, byte for byte as they were."""
     from dis_scale.data import maintenance
-    from dis_scale.progress import Board, listing_words
+    from dis_scale.process.progress import Board, listing_words
 
     with Board(console(stderr=as_json)) as board:
         repaired = maintenance.repair(

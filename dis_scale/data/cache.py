@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dis_scale import counts
+from dis_scale.process import counts
 from dis_scale.storage import manifest
 
 _OURS = re.compile(r"[0-9a-f]{64}(\.part)?")

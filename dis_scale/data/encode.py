@@ -19,10 +19,10 @@ from dis_scale.data import shards, staging
 from dis_scale.data.shards import EncodedShard, Encoding, Sample, shard_positions
 from dis_scale.data.sources import Source, select_decodable
 from dis_scale.data.staging import MixedOrder
-from dis_scale.errors import DisScaleError, UndecodableImage, UserError
+from dis_scale.process.errors import DisScaleError, UndecodableImage, UserError
+from dis_scale.process.threads import batched, in_order
 from dis_scale.recipe import Recipe
 from dis_scale.storage.folder import Folder
-from dis_scale.threads import batched, in_order
 from dis_scale.vae import Vae
 
 HARDWARE = "hardware.json"

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dis_scale.errors import UndecodableImage
+from dis_scale.process.errors import UndecodableImage
 from dis_scale.recipe.data import Crop
 
 T = TypeVar("T")

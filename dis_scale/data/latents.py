@@ -16,14 +16,14 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from dis_scale import seeds
 from dis_scale.data import mixing
 from dis_scale.data.cache import Cache, default_folder
 from dis_scale.data.memory import MemoryBuffer, free_memory_bytes
 from dis_scale.data.mixing import BLOCK_SHARDS
 from dis_scale.data.order import Locations, Order
 from dis_scale.data.shards import Shard, require_allowed, unpack
-from dis_scale.errors import UserError
+from dis_scale.process import seeds
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import LatentShape, Normalise, Reader, Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder

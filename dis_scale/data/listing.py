@@ -19,11 +19,11 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 import numpy as np
 
 from dis_scale.data.mixing import order_hash, permutation
-from dis_scale.errors import Damaged, StorageError, UserError
-from dis_scale.progress import ReportDone
+from dis_scale.process.errors import Damaged, StorageError, UserError
+from dis_scale.process.progress import ReportDone
+from dis_scale.process.threads import batched
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
-from dis_scale.threads import batched
 
 PART = 2**17
 """Entries in a part: about 20 MB in memory while it is read. ImageNet has ten parts."""

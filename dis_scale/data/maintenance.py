@@ -15,8 +15,8 @@ from dis_scale.data import mixing, shards
 from dis_scale.data.encode import HARDWARE, Setup, compute_exactly, encode_mixed, encode_shards, hardware
 from dis_scale.data.shards import EncodedShard
 from dis_scale.data.sources import open_source
-from dis_scale.errors import StorageError, UserError
-from dis_scale.progress import ReportDone, ReportShare, some
+from dis_scale.process.errors import StorageError, UserError
+from dis_scale.process.progress import ReportDone, ReportShare, some
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import LATENTS, Sweep

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dis_scale import seeds
+from dis_scale.process import seeds
 
 BLOCK_SHARDS = 4
 """Shards among which training permutes samples."""

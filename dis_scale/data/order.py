@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dis_scale import seeds
 from dis_scale.data.mixing import BLOCK_SHARDS
-from dis_scale.errors import UserError
+from dis_scale.process import seeds
+from dis_scale.process.errors import UserError
 
 
 class Locations(NamedTuple):

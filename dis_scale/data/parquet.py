@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dis_scale.data.listing import Contents, Entry
-from dis_scale.errors import StorageError, UserError
+from dis_scale.process.errors import StorageError, UserError
 from dis_scale.recipe import ParquetSource
 from dis_scale.storage.folder import Folder
 

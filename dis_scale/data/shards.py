@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dis_scale.data.mixing import LabelCounts
-from dis_scale.errors import StorageAway, StorageError, UserError
+from dis_scale.process.errors import StorageAway, StorageError, UserError
+from dis_scale.process.threads import in_order
 from dis_scale.recipe import Data, LatentShape, Precompute
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sweep
-from dis_scale.threads import in_order
 
 SHARD = re.compile(r"\d{6,}\.(tar|json)")
 READS_AT_ONCE = 8

@@ -19,8 +19,8 @@ from PIL import Image
 from dis_scale.data import images, listing, parquet, tars
 from dis_scale.data.listing import Column, Contents, Entry, Listing, number_or_name
 from dis_scale.data.mixing import order_hash, permutation
-from dis_scale.errors import StorageError, UndecodableImage, UserError
-from dis_scale.progress import ReportDone
+from dis_scale.process.errors import StorageError, UndecodableImage, UserError
+from dis_scale.process.progress import ReportDone
 from dis_scale.recipe import CsvSource, Data, DigitsSource, FolderSource, ParquetSource, TarSource
 from dis_scale.recipe.data import Crop
 from dis_scale.storage import manifest

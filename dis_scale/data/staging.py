@@ -24,11 +24,11 @@ from dis_scale.data.shards import (
     shard_positions,
 )
 from dis_scale.data.sources import Source
-from dis_scale.errors import Damaged, StorageAway, StorageError
+from dis_scale.process.errors import Damaged, StorageAway, StorageError
+from dis_scale.process.threads import in_order
 from dis_scale.recipe import LatentShape, Precompute
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
-from dis_scale.threads import in_order
 
 STAGED = "staged"
 """Folder of the parts, below that of the set."""

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from dis_scale.data import images
 from dis_scale.data.listing import Entry
 from dis_scale.data.sources import Source, open_source
-from dis_scale.errors import UndecodableImage, UserError
-from dis_scale.progress import ReportDone, ReportShare, some
+from dis_scale.process.errors import UndecodableImage, UserError
+from dis_scale.process.progress import ReportDone, ReportShare, some
+from dis_scale.process.threads import batched, in_order
 from dis_scale.recipe import Data
 from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.threads import batched, in_order
 
 READERS = 16
 """Threads that read and decode: more than cores, since each waits for its reads."""

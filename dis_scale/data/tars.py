@@ -12,10 +12,10 @@ from typing import BinaryIO
 
 from dis_scale.data.images import IMAGE_BYTES, SUFFIXES
 from dis_scale.data.listing import Contents, Entry, number_or_name
-from dis_scale.errors import StorageError, UserError
+from dis_scale.process.errors import StorageError, UserError
+from dis_scale.process.threads import in_order
 from dis_scale.recipe import TarSource
 from dis_scale.storage.folder import Folder
-from dis_scale.threads import in_order
 
 TARS_AT_ONCE = 8
 LARGE_BYTES = 8 * 2**30

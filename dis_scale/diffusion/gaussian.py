@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dis_scale.diffusion.process import Losses, ModelFn, mean_flat, uniform_numbers
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import Gaussian
 
 Table = NDArray[np.floating]

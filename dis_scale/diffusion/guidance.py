@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dis_scale.diffusion.process import ModelFn
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 
 OFFICIAL_CHANNELS = 3
 """Channels of a latent (of four) that the public code of DiT and DiS guides. Here the default is all of them."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 
 ModelFn = Callable[[Tensor, Tensor], Tensor]
 """(x_BCHW, t_B) to (B, 2C, H, W)."""

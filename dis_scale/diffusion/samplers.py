@@ -14,7 +14,7 @@ from torch import Tensor
 from dis_scale.diffusion.flow import FlowMatching, velocity
 from dis_scale.diffusion.gaussian import Chain, Coefficients, GaussianDiffusion, learned_log_variance, predict_x0
 from dis_scale.diffusion.process import ModelFn
-from dis_scale.errors import UserError, nearest
+from dis_scale.process.errors import UserError, nearest
 from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
 
 NoiseSource = Callable[[int, Sequence[int]], Tensor]

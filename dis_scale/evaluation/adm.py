@@ -13,9 +13,9 @@ from typing import IO
 
 import numpy as np
 
-from dis_scale.errors import StorageError, UserError
 from dis_scale.evaluation.inception import FEATURES, SPATIAL
 from dis_scale.evaluation.metrics import MeanCovariance
+from dis_scale.process.errors import StorageError, UserError
 from dis_scale.storage.folder import locate
 
 IMAGES = "arr_0"

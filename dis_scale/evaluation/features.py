@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dis_scale.errors import UserError
 from dis_scale.evaluation import inception
+from dis_scale.evaluation.classifiers import Classifier
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import ExtractorSettings, InceptionExtractor, TorchScriptExtractor
-from dis_scale.small_nets import Classifier
 from dis_scale.storage import manifest
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.extractors import WEIGHTS_FILE, classifier_manifest, read_script, weights_identity

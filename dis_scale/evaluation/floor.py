@@ -11,10 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dis_scale import seeds
 from dis_scale.data.latents import sample_posterior
 from dis_scale.data.sources import Source, select_decodable
-from dis_scale.errors import StorageError
 from dis_scale.evaluation import npz
 from dis_scale.evaluation.features import Features
 from dis_scale.evaluation.metrics import (
@@ -27,8 +25,10 @@ from dis_scale.evaluation.metrics import (
 )
 from dis_scale.evaluation.reference import Reference
 from dis_scale.evaluation.sampling import BlockSampler, block_numbers
+from dis_scale.process import seeds
+from dis_scale.process.errors import StorageError
+from dis_scale.process.threads import in_order
 from dis_scale.recipe import Evaluate
-from dis_scale.threads import in_order
 from dis_scale.vae import PixelVae, Vae
 
 REAL, RECONSTRUCTED = "real", "reconstructed"

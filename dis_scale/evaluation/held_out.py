@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 
-from dis_scale import seeds
 from dis_scale.data.latents import Latents, sample_posterior
 from dis_scale.diffusion.generate import batch_sizes
 from dis_scale.diffusion.process import Process
 from dis_scale.models import Backbone, verify_kernels
+from dis_scale.process import seeds
 
 LEVELS = 8
 """Noise levels: the middles of this many equal parts of the process's time."""

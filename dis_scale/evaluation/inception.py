@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dis_scale.errors import StorageError, UserError
+from dis_scale.process.errors import StorageError, UserError
 from dis_scale.recipe.evaluate import FEATURE_DIMENSIONS, INCEPTION_SHA256
 from dis_scale.storage.folder import locate
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dis_scale.errors import DisScaleError
+from dis_scale.process.errors import DisScaleError
 from dis_scale.recipe.evaluate import KID_SUBSET_IMAGES
 
 SEED, SUBSETS = 2020, 100

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from dis_scale.errors import StorageError
 from dis_scale.evaluation import inception, kernel, metrics, neighbours, score
 from dis_scale.evaluation.features import Features
 from dis_scale.evaluation.metrics import Frechet, Groups
 from dis_scale.evaluation.reference import Reference
 from dis_scale.evaluation.sampling import SampleBlock
 from dis_scale.evaluation.score import Score
+from dis_scale.process.errors import StorageError
 from dis_scale.recipe import Evaluate
 from dis_scale.recipe.evaluate import INCEPTION_METRICS
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dis_scale import seeds
-from dis_scale.errors import DisScaleError
+from dis_scale.process import seeds
+from dis_scale.process.errors import DisScaleError
 from dis_scale.recipe.evaluate import INFINITY_SAMPLES_PER_FEATURE
 
 FOLDS = 20

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dis_scale.errors import DisScaleError
+from dis_scale.process.errors import DisScaleError
 
 NEIGHBOURS = 3
 ROWS = 1000

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dis_scale.errors import StorageError
+from dis_scale.process.errors import StorageError
 
 _DIGEST_BYTES = 32
 

@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from dis_scale import seeds
 from dis_scale.data.sources import Source, select_decodable
-from dis_scale.errors import StorageError
 from dis_scale.evaluation import npz
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor, Features
 from dis_scale.evaluation.metrics import Sums
-from dis_scale.progress import ReportDone
+from dis_scale.process import seeds
+from dis_scale.process.errors import StorageError
+from dis_scale.process.progress import ReportDone
+from dis_scale.process.threads import batched, in_order
 from dis_scale.recipe import Data
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.extractors import part_count, part_positions, reference_facts, reference_part
-from dis_scale.threads import batched, in_order
 
 KEPT = 10_000
 """Most images whose features are kept, as many as ADM's references hold; chosen by a fixed seed."""

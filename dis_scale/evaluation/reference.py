@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from dis_scale.data.sources import Source
-from dis_scale.errors import StorageError
 from dis_scale.evaluation import npz, parts
 from dis_scale.evaluation.adm import open_reference
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor
 from dis_scale.evaluation.metrics import MeanCovariance, require_infinity, require_samples
-from dis_scale.progress import ReportDone
+from dis_scale.process.errors import StorageError
+from dis_scale.process.progress import ReportDone
 from dis_scale.recipe import Recipe
 from dis_scale.recipe.evaluate import KID_SUBSET_IMAGES
 from dis_scale.sweep import Sweep

@@ -15,22 +15,23 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from dis_scale import diffusion, models, seeds
+from dis_scale import diffusion, models
 from dis_scale.data.encode import allow_tf32
 from dis_scale.diffusion.generate import batch_sizes, generate
 from dis_scale.diffusion.guidance import forward_images
-from dis_scale.errors import DisScaleError, StorageError, UserError
 from dis_scale.evaluation import npz
+from dis_scale.evaluation.classifiers import Classifier
 from dis_scale.evaluation.features import Extractor, Features, load_classifier, load_extractors
 from dis_scale.models import Backbone
+from dis_scale.process import seeds
+from dis_scale.process.errors import DisScaleError, StorageError, UserError
 from dis_scale.recipe import Evaluate, LatentShape, Recipe
 from dis_scale.recipe.evaluate import JUDGE
-from dis_scale.small_nets import Classifier
 from dis_scale.storage import manifest
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.state import require_latents
-from dis_scale.training import checkpoint
 from dis_scale.vae import Vae, to_unit
+from dis_scale.weights.published import load_average, load_published
 
 COLUMNS, ROWS = 10, 10
 """Classes in the grid, and samples of each."""
@@ -91,9 +92,9 @@ class BlockSampler:
         """Load a published model or one of its averages, as `settings` says; StorageError names a damaged one."""
         run, train = self.sweep.run(name), self.recipe.train_of(name)
         if settings.ema_width is None:
-            weights = checkpoint.load_published(run, images_seen)
+            weights = load_published(run, images_seen)
         else:
-            weights = checkpoint.load_average(run, images_seen, train, settings.ema_width)
+            weights = load_average(run, images_seen, train, settings.ema_width)
         model = load_model(self.recipe, name, self.vae.latent(self.recipe.data.resolution), weights).to(self.device)
         verify_sampling(model, settings, self.device)
         return model

@@ -8,13 +8,13 @@ from collections.abc import Collection
 
 import torch
 
-from dis_scale.errors import UserError
 from dis_scale.models import s4d
 from dis_scale.models.checkpointing import recompute_every, require_known
 from dis_scale.models.diffussm import DiffuSSM
 from dis_scale.models.dis import DiS
 from dis_scale.models.dit import DiT
 from dis_scale.models.tokens import Backbone
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, Precision
 from dis_scale.scan import choose
 from dis_scale.scan.selftest import Case, distinct, verify

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dis_scale.errors import UserError
 from dis_scale.models.checkpointing import run_block
 from dis_scale.models.dit import FREQUENCIES, position_table
 from dis_scale.models.s4d import S4D, convolve
 from dis_scale.models.tokens import Backbone, Linear, TimeEmbedding, modulate, patchify, unpatchify, zero_
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import DiffuSsm, LatentShape
 from dis_scale.scan.graphs import outside_graphs
 

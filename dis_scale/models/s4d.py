@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dis_scale.errors import DisScaleError
 from dis_scale.models.tokens import wide
+from dis_scale.process.errors import DisScaleError
 from dis_scale.recipe import DiffuSsm
 from dis_scale.scan.selftest import TOLERANCE
 

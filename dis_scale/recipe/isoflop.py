@@ -1,4 +1,4 @@
-"""Settings of a study of compute budgets. Its image counts are computed by dis_scale/isoflop.py, which knows what a model costs."""
+"""Settings of a study of compute budgets; planning/isoflop.py, which knows what a model costs, computes its image counts."""
 
 from typing import Annotated, Self
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dis_scale.errors import UserError, nearest
+from dis_scale.process.errors import UserError, nearest
 
 _SIZES: dict[str, dict[str, Any]] = {
     "DiS-S": {"kind": "dis", "width": 384, "depth": 24},

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from dis_scale.errors import UserError, nearest
+from dis_scale.process.errors import UserError, nearest
 from dis_scale.recipe import FORMAT, Model, Recipe, shipped
 from dis_scale.recipe.presets import preset
 

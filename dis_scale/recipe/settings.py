@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from dis_scale.redaction import has_credentials
+from dis_scale.process.redaction import has_credentials
 
 NARROWEST_EMA, WIDEST_EMA = 0.005, 0.28
 """Relative widths that a power-function average can have; 0.289 would be the plain mean over all of training."""

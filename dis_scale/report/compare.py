@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 from dis_scale.recipe.identity import as_yaml, differing
 from dis_scale.report.points import FORKED, Point, Report
 from dis_scale.report.tables import FACTS, UNFINISHED

@@ -1,6 +1,6 @@
 """The report's files below `report/`: figures, the CSV, the pages."""
 
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 from dis_scale.report.points import Report
 from dis_scale.report.published import SAMPLERS
 from dis_scale.report.published import STEPS as PUBLISHED_STEPS

@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import MAIN, Recipe
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.tracking.goodput import GOODPUT, MEMORY, SAMPLED_ON, TRAINED_ON, WORKER_HOURS
-from dis_scale.training.ema import start_share
+from dis_scale.weights.ema import start_share
 
 if TYPE_CHECKING:
     from dis_scale.models.cost import Cost
-    from dis_scale.plan import Plan
+    from dis_scale.planning.plan import Plan
 
 HELD_OUT = "held_out_loss"
 
@@ -193,7 +193,7 @@ def plan_of(sweep: Sweep) -> "Plan":
         raise UserError(f"{sweep}: nothing to report yet: its latents are not complete (dis-scale status {sweep})")
 
     from dis_scale import vae  # here: a mistake is answered without torch
-    from dis_scale.plan import price_sweep
+    from dis_scale.planning.plan import price_sweep
 
     return price_sweep(sweep.recipe, shape or vae.latent_shape(sweep.recipe.vae, sweep.recipe.data.resolution))
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dis_scale.errors import DisScaleError, UserError, nearest
+from dis_scale.process.errors import DisScaleError, UserError, nearest
 from dis_scale.scan import native
 from dis_scale.scan.backend import Backend, Direction
 from dis_scale.scan.graphs import outside_graphs

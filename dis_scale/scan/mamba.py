@@ -13,7 +13,7 @@ from causal_conv1d import causal_conv1d_fn
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from torch import Tensor
 
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 from dis_scale.scan.backend import Backend, Direction
 
 TAPS = (2, 3, 4)

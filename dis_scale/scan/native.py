@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dis_scale.errors import DisScaleError, UserError
+from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.scan.backend import NATIVE_CHUNK, Backend, Direction
 
 SOURCES = [

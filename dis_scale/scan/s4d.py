@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 from dis_scale.scan import triton_s4d
 from dis_scale.scan.triton_launch import Launch, ceil_div, next_power_of_2, plain
 

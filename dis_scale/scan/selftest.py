@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dis_scale.errors import DisScaleError
+from dis_scale.process.errors import DisScaleError
 from dis_scale.scan import Direction, causal_conv_silu, selective_scan, two_way_conv_silu, two_way_scan
 from dis_scale.scan.backend import KeepingStates
 from dis_scale.scan.triton_fill import Filling

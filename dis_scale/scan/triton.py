@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dis_scale.errors import DisScaleError, UserError
+from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.scan import triton_numbers as numbers
 from dis_scale.scan.backend import Backend, Direction, keeps_states
 from dis_scale.scan.triton_fill import Filling

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 from dis_scale.scan.triton_fill import FULL, Filling, filling
 
 LANES = 32

@@ -29,8 +29,8 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from dis_scale import counts, faults
-from dis_scale.errors import Damaged, DisScaleError, StorageAway, StorageError, StorageFull, UserError
+from dis_scale.process import counts, faults
+from dis_scale.process.errors import Damaged, DisScaleError, StorageAway, StorageError, StorageFull, UserError
 
 T = TypeVar("T")
 

@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from dis_scale import counts
-from dis_scale.errors import DisScaleError, Held
-from dis_scale.redaction import redact
+from dis_scale.process import counts
+from dis_scale.process.errors import DisScaleError, Held
+from dis_scale.process.redaction import redact
+from dis_scale.process.threads import in_order
 from dis_scale.storage.folder import Folder
-from dis_scale.threads import in_order
 
 BEAT_S = 5.0
 """Time between two heartbeats."""

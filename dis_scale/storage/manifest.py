@@ -8,9 +8,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from dis_scale.errors import Damaged, StorageError
+from dis_scale.process.errors import Damaged, StorageError
+from dis_scale.process.threads import in_order
 from dis_scale.storage.folder import Folder
-from dis_scale.threads import in_order
 
 FORMAT = 3
 """Version of every manifest and sidecar; this code reads FORMAT and FORMAT - 1."""

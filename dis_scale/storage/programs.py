@@ -2,7 +2,7 @@
 
 import hashlib
 
-from dis_scale.errors import StorageError, UserError
+from dis_scale.process.errors import StorageError, UserError
 from dis_scale.storage.folder import locate
 
 

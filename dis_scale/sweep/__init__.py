@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from dis_scale.errors import UserError, nearest
+from dis_scale.process.errors import UserError, nearest
 from dis_scale.recipe import MAIN, Recipe, reading
 from dis_scale.storage.folder import Folder, open_folder
 

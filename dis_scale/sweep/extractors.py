@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import Any
 
-from dis_scale.errors import StorageError
+from dis_scale.process.errors import StorageError
 from dis_scale.recipe import ExtractorSettings, InceptionExtractor, TorchScriptExtractor, TrainedExtractor
 from dis_scale.recipe.evaluate import INCEPTION_SHA256
 from dis_scale.storage import manifest

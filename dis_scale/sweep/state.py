@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from dis_scale.errors import Damaged, UserError
+from dis_scale.process.errors import Damaged, UserError
+from dis_scale.process.threads import in_order
 from dis_scale.recipe import MAIN, Evaluate, LatentShape, TrainedVae
 from dis_scale.recipe.evaluate import JUDGE
 from dis_scale.storage import manifest
@@ -27,7 +28,6 @@ from dis_scale.sweep import (
     store_of,
 )
 from dis_scale.sweep.extractors import part_count, reference_file, reference_part, weights_identity
-from dis_scale.threads import in_order
 
 AT_ONCE = 32
 """Requests to storage at a time: a sweep may have a thousand checkpoints."""

@@ -19,12 +19,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dis_scale import context
-from dis_scale.errors import UserError
-from dis_scale.redaction import redact
+from dis_scale.process import context
+from dis_scale.process.errors import UserError
+from dis_scale.process.redaction import redact
+from dis_scale.process.threads import in_order
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sweep
-from dis_scale.threads import in_order
 
 WRITE_EVERY_S = 10.0
 CLOSE_S = 10.0

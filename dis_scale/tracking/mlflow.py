@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dis_scale.errors import UserError
-from dis_scale.imports import hidden
-from dis_scale.redaction import has_credentials, redact
+from dis_scale.process.errors import UserError
+from dis_scale.process.imports import hidden
+from dis_scale.process.redaction import has_credentials, redact
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import TRACKING, Sweep
 from dis_scale.tracking.rows import Row

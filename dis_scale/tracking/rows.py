@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
 
-from dis_scale.errors import StorageError
+from dis_scale.process.errors import StorageError
+from dis_scale.process.threads import in_order
 from dis_scale.storage.folder import Folder
-from dis_scale.threads import in_order
 
 log = logging.getLogger(__name__)
 SEGMENT_BYTES = 4 * 2**20

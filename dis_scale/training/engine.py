@@ -23,11 +23,11 @@ import torch.distributed as dist
 from torch import nn
 
 from dis_scale import models
-from dis_scale.errors import DisScaleError
-from dis_scale.imports import hidden
 from dis_scale.models import Backbone, transfer
+from dis_scale.process.errors import DisScaleError
+from dis_scale.process.imports import hidden
 from dis_scale.recipe import Train
-from dis_scale.training import ema
+from dis_scale.weights import ema
 
 WEIGHTS, MOMENTS = "weights", ("exp_avg", "exp_avg_sq")
 LEAST_BUCKET = 2**20

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from dis_scale import diffusion, seeds
+from dis_scale import diffusion
 from dis_scale.data.latents import Latents, Micro, micro_batch
+from dis_scale.process import seeds
 from dis_scale.recipe import Recipe
 from dis_scale.training.lanes import ForwardPass
 

@@ -1,8 +1,8 @@
 """The training loop: explicit state, images seen as the clock.
 
-The loop decides *when* things are due. *How* they are done is in engine.py (the sharded step), checkpoint.py (what is saved),
+The loop decides *when* things are due. *How* they are done is in engine.py (the sharded step), resume.py (what is saved),
 data/latents.py (the inputs of step s) and diffusion/ (the loss). Runs on every rank of a process group.
-Called by pipelines/train.py; read next: engine.py, checkpoint.py.
+Called by pipelines/train.py; read next: engine.py, resume.py.
 """
 
 import json
@@ -18,26 +18,26 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from dis_scale import diffusion, faults, models, seeds
+from dis_scale import diffusion, models
 from dis_scale.data.latents import Latents, Micro, open_latents, prefetch
 from dis_scale.diffusion.process import Process
-from dis_scale.errors import DisScaleError
 from dis_scale.models import Backbone, transfer
 from dis_scale.models.cost import price_model
-from dis_scale.models.export import SamplingFacts, describe
+from dis_scale.process import faults, seeds
+from dis_scale.process.errors import DisScaleError
 from dis_scale.recipe import Recipe, Train
 from dis_scale.scan import choose
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import PointName, Run, Sweep
 from dis_scale.tracking.goodput import ATTEMPT, GOODPUT, MEMORY, TRAINED_ON, Goodput, facts_for_branch
 from dis_scale.tracking.rows import RowWriter
-from dis_scale.training import checkpoint, ema, engine, warm_start
+from dis_scale.training import engine, resume
 from dis_scale.training.bad_step import dump_step
-from dis_scale.training.checkpoint import Keep, ResumePoint, Saver
 from dis_scale.training.engine import Engine
 from dis_scale.training.inputs import StepInput, step_inputs, to_device
 from dis_scale.training.lanes import ForwardPass, forward_passes, image_counts
 from dis_scale.training.memory import lanes_at_once
+from dis_scale.training.resume import Keep, ResumePoint, Saver
 from dis_scale.training.schedule import learning_rate
 from dis_scale.training.stop import StopAgreement
 from dis_scale.training.throughput import (
@@ -47,6 +47,8 @@ from dis_scale.training.throughput import (
     open_meter,
     peak_memory_bytes,
 )
+from dis_scale.weights import ema, warm_start
+from dis_scale.weights.export import SamplingFacts, describe
 
 ROWS_EVERY_STEPS = 10
 FLUSH_EVERY_S = 10.0
@@ -298,7 +300,7 @@ def start(
     images_seen, adam_step = (point.images_seen, point.adam_step) if point else (0, 0)
     if point is None and recipe.models[attempt.model].start:
         warm_start.load_into(model, attempt.sweep, attempt.model, attempt.log)
-    read = point.read if point else checkpoint.fresh(model)
+    read = point.read if point else resume.fresh(model)
     if point and dist.get_rank() == 0:  # the engine sends rank 0's weights to the others
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -329,9 +331,9 @@ def _agreed_resume_point(attempt: Attempt) -> ResumePoint | None:
     point, branch = None, attempt.recipe.models[attempt.model].branch
     if dist.get_rank() == 0:
         begin, start_over = branch.at if branch else 0, attempt.recipe.train.start_over
-        point = checkpoint.newest_point(attempt.run, attempt.log, start_over, begin)
+        point = resume.newest_point(attempt.run, attempt.log, start_over, begin)
         if point is None and branch:
-            point = checkpoint.branch_point(attempt.sweep, branch)
+            point = resume.branch_point(attempt.sweep, branch)
     others: list[ResumePoint | None] = [point and ResumePoint(point.folder, point.manifest)]  # without what it has read
     dist.broadcast_object_list(others)
     return point or others[0]

@@ -5,13 +5,13 @@ Read next: models/cost.py for the activations, lanes.py for what is done with th
 
 from typing import Any
 
-from dis_scale.errors import UserError
 from dis_scale.models.checkpointing import recompute_every
 from dis_scale.models.cost import Cost
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import Train
-from dis_scale.training import ema
 from dis_scale.training.engine import MOMENTS, bucket
 from dis_scale.training.lanes import largest_share
+from dis_scale.weights import ema
 
 CURES: tuple[dict[str, Any], ...] = (
     {"zero_stage": 2}, {"checkpointing": "block"}, {"zero_stage": 2, "checkpointing": "block"},

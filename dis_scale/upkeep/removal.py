@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dis_scale.data import listing
-from dis_scale.errors import Held, StorageError, UserError
+from dis_scale.process.errors import Held, StorageError, UserError
+from dis_scale.process.threads import in_order
 from dis_scale.recipe import SweepStart
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import LATENTS, RECIPE, Sweep, command_lease, sweeps_below
 from dis_scale.sweep.state import AT_ONCE
-from dis_scale.threads import in_order
 from dis_scale.tracking import mlflow
 from dis_scale.upkeep import retention
 from dis_scale.upkeep.retention import Unneeded

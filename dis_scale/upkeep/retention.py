@@ -9,12 +9,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from dis_scale.data import listing
-from dis_scale.errors import StorageAway, StorageError, UserError
+from dis_scale.process.errors import StorageAway, StorageError, UserError
+from dis_scale.process.threads import in_order
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import METRICS, RECIPE, Sweep, state, store_of, sweeps_below
 from dis_scale.sweep.state import AT_ONCE
-from dis_scale.threads import in_order
 
 KEPT = "latents and listings are kept"
 

@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-from dis_scale.errors import DisScaleError, StorageAway, StorageError
 from dis_scale.evaluation import npz
-from dis_scale.progress import ReportShare
+from dis_scale.process.errors import DisScaleError, StorageAway, StorageError
+from dis_scale.process.progress import ReportShare
+from dis_scale.process.threads import in_order
 from dis_scale.recipe import TrainedVae
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import LATENTS, METRICS, TRACKING, Sweep, state
-from dis_scale.threads import in_order
 
 
 class Check(NamedTuple):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 
-from dis_scale.errors import UserError
-from dis_scale.imports import hidden
+from dis_scale.process.errors import UserError
+from dis_scale.process.imports import hidden
 from dis_scale.recipe import LatentShape, PretrainedVae, TrainedVae
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder

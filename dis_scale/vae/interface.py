@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dis_scale.errors import DisScaleError
+from dis_scale.process.errors import DisScaleError
 from dis_scale.recipe import LatentShape
 from dis_scale.vae.scaling import Scaling
 

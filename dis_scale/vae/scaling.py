@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import Normalise
 
 FLOAT16 = np.finfo(np.float16)

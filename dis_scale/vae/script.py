@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import LatentShape, TorchScriptVae
 from dis_scale.storage.programs import read_program
 from dis_scale.vae.interface import Vae

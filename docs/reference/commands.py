@@ -9,7 +9,7 @@ import typer.main
 
 from dis_scale.cli import app
 from dis_scale.cli.help import EXAMPLES, EXIT_CODES
-from dis_scale.errors import DisScaleError
+from dis_scale.process.errors import DisScaleError
 from dis_scale.recipe.schema import subclasses
 from docs.reference.markdown import code, table
 

@@ -19,7 +19,7 @@ from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Run, Sweep, state
 from dis_scale.tracking import attempt_logs
-from dis_scale.training import checkpoint
+from dis_scale.weights.published import WEIGHTS_FILE, stored_file
 from ops.drills import object_store
 from ops.drills.nodes import ENVIRONMENT, RayNodes
 
@@ -189,7 +189,7 @@ def published_hashes(run: Run) -> dict[str, str]:
     hashes = {}
     for images in state.published_counts(run):
         contents = manifest.require(run.published_at(images))
-        weights = checkpoint.stored_file(checkpoint.WEIGHTS_FILE, contents)
+        weights = stored_file(WEIGHTS_FILE, contents)
         assert weights is not None
         hashes[str(images)] = contents["files"][weights]["sha256"]
     return hashes

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dis_scale.data.cache import Cache, default_folder, share_read
-from dis_scale.errors import StorageError
+from dis_scale.process.errors import StorageError
 from dis_scale.storage import manifest
 
 SHARDS = [bytes([i]) * 1000 for i in range(8)]

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dis_scale.data.images import decode, square
-from dis_scale.errors import UndecodableImage
+from dis_scale.process.errors import UndecodableImage
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dis_scale.data import shards
 from dis_scale.data.latents import Latents, micro_batch, prefetch
-from dis_scale.errors import StorageError, UserError
+from dis_scale.process.errors import StorageError, UserError
 from dis_scale.recipe import LatentShape, Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder

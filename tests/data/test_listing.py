@@ -13,7 +13,7 @@ from dis_scale.data import listing
 from dis_scale.data.listing import Contents, Entry
 from dis_scale.data.mixing import permutation
 from dis_scale.data.sources import open_source
-from dis_scale.errors import StorageError, UserError
+from dis_scale.process.errors import StorageError, UserError
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from tests.support import labelled_images

@@ -16,9 +16,9 @@ from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep, state
 from pipelines import precompute
 from pipelines.sharing import Dealer
+from tests.cli.test_cli import invoke
 from tests.conftest import TINY
 from tests.support.labelled_images import png
-from tests.test_cli import invoke
 
 SIZES = ("data.num_classes=2", "precompute.shard_images=10", "precompute.encode_images=4")
 

@@ -18,7 +18,7 @@ from dis_scale.data.mixing import LabelCounts, permutation
 from dis_scale.data.order import Order
 from dis_scale.data.sources import open_source
 from dis_scale.data.staging import STAGED, MixedOrder
-from dis_scale.errors import StorageAway, UserError
+from dis_scale.process.errors import StorageAway, UserError
 from dis_scale.recipe import LatentShape, Precompute, Recipe, TorchScriptVae, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dis_scale.data.order import Order
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 
 COUNTS = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
 BLOCKS = st.integers(1, 5)

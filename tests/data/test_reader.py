@@ -16,7 +16,7 @@ from dis_scale.data.latents import Latents, fits_in_memory, open_latents
 from dis_scale.data.memory import MemoryBuffer, free_memory_bytes
 from dis_scale.data.order import BLOCK_SHARDS
 from dis_scale.data.shards import Shard
-from dis_scale.errors import StorageError, UserError
+from dis_scale.process.errors import StorageError, UserError
 from dis_scale.recipe import Reader, Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder

@@ -12,7 +12,7 @@ from PIL import Image
 from dis_scale.data import images, shards, tars
 from dis_scale.data.mixing import permutation
 from dis_scale.data.sources import Source, open_source
-from dis_scale.errors import DisScaleError, StorageError, UndecodableImage, UserError
+from dis_scale.process.errors import DisScaleError, StorageError, UndecodableImage, UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep, extractors

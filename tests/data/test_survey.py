@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dis_scale.data.survey import Survey, describe, take_survey
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 
 
 def image(path: Path, width: int, height: int) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dis_scale.data.images import square
 from dis_scale.data.sources import open_source
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 from dis_scale.storage.folder import Folder, open_folder
 from tests.support import labelled_images
 from tests.support.labelled_images import KINDS, data, png

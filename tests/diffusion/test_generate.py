@@ -7,7 +7,7 @@ from dis_scale.diffusion import build
 from dis_scale.diffusion.generate import SampleNoise, batch_sizes, generate
 from dis_scale.diffusion.guidance import OFFICIAL_CHANNELS, forward_images, guided
 from dis_scale.diffusion.samplers import sample
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import Flow, Gaussian, LatentShape
 from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dis_scale import seeds
 from dis_scale.diffusion import build
+from dis_scale.process import seeds
 from dis_scale.recipe import Flow, Gaussian
 
 LANES, IMAGES = 4, 8

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dis_scale import faults
+from dis_scale.process import faults
 from dis_scale.sweep import state
 from pipelines import jobs
 from tests.support import clusters, sweeps

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dis_scale.errors import Preempted
+from dis_scale.process.errors import Preempted
 from dis_scale.sweep import state
 from pipelines import jobs
 from tests.support import sweeps

@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from dis_scale.errors import Preempted, UserError
+from dis_scale.process.errors import Preempted, UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder

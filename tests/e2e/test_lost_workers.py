@@ -14,18 +14,19 @@ from typing import NamedTuple
 
 import pytest
 
-from dis_scale import counts, faults, jsonlog, vae
+from dis_scale import vae
 from dis_scale.data import shards
+from dis_scale.process import counts, faults, jsonlog
 from dis_scale.recipe import reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.tracking import attempt_logs
 from pipelines import jobs, metrics
 from pipelines.cluster import Cluster, open_cluster
+from tests.cli.test_cli import invoke
 from tests.support import clusters, stages, sweeps
 from tests.support.clusters import Events
 from tests.support.labelled_images import png, tar
-from tests.test_cli import invoke
 
 SMALL = (
     "vae={kind: none}", "data.resolution=16", "data.num_classes=20", "precompute.shard_images=8",

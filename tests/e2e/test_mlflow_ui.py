@@ -11,11 +11,11 @@ from dis_scale.models.cost import price_model
 from dis_scale.recipe import LatentShape, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import GRID, Sampled, Sweep, images_name, state
+from tests.cli.test_cli import invoke
 from tests.conftest import TINY
 from tests.support import mlflow_pages, stages
 from tests.support import mlflow_servers as servers
 from tests.support.mlflow_pages import Pages
-from tests.test_cli import invoke
 
 pytestmark = pytest.mark.faults
 IMAGES = 320

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dis_scale import faults
+from dis_scale.process import faults
 from dis_scale.sweep import Sampled, Sweep
 from pipelines import jobs
 from tests.support import clusters, stages, sweeps

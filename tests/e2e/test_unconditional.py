@@ -13,10 +13,10 @@ from torch import nn
 
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import GRID, Sampled, Sweep, state
-from dis_scale.training import checkpoint
+from dis_scale.weights.published import load_published
+from tests.cli.test_cli import invoke
 from tests.support import stages, sweeps
 from tests.support.labelled_images import png
-from tests.test_cli import invoke
 
 IMAGES, HELD_OUT = 60, 8
 MODEL = "models={dis: {kind: dis, width: 16, depth: 2, patch: 8}}"
@@ -62,7 +62,7 @@ def test_pictures_without_labels_pass_all_stages(
     root = str(tmp_path / "store")
     sweep = sweeps.sweep_at(root, *settings)
     make(sweep, tmp_path, settings)
-    assert not [name for name in checkpoint.load_published(sweep.run("dis"), 32) if name.startswith("label")]
+    assert not [name for name in load_published(sweep.run("dis"), 32) if name.startswith("label")]
     values = state.evaluated(sweep, "dis")[32]["values"]
     assert values["fd_means_80"] > 0
     assert values["held_out_loss"] > 0

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from dis_scale import vae
 from dis_scale.data.listing import Entry
 from dis_scale.data.sources import open_source
-from dis_scale.errors import DisScaleError, StorageError
 from dis_scale.evaluation import floor
 from dis_scale.evaluation.features import Features
 from dis_scale.evaluation.floor import REAL, RECONSTRUCTED, FloorBlock
 from dis_scale.evaluation.metrics import Frechet, fit
 from dis_scale.evaluation.reference import Reference
 from dis_scale.evaluation.sampling import BlockSampler, sample_labels
+from dis_scale.process.errors import DisScaleError, StorageError
 from dis_scale.recipe import Evaluate, Recipe, TrainedVae, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep

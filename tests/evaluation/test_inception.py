@@ -21,10 +21,10 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from dis_scale.errors import UserError
 from dis_scale.evaluation import inception, kernel, metrics, neighbours, score
 from dis_scale.evaluation.features import Extractor
 from dis_scale.evaluation.inception import PUBLISHED, Inception, read_weights
+from dis_scale.process.errors import UserError
 from tests.support import seeded_inception
 from tests.support.seeded_inception import as_tensor, blobs
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from dis_scale.errors import DisScaleError, StorageError, UserError
 from dis_scale.evaluation import kernel, metrics, neighbours, npz, score
 from dis_scale.evaluation.features import Features
 from dis_scale.evaluation.measure import measure_blocks, notes
 from dis_scale.evaluation.metrics import Frechet, fit, frechet
 from dis_scale.evaluation.reference import Reference
 from dis_scale.evaluation.sampling import SampleBlock, require_finite
+from dis_scale.process.errors import DisScaleError, StorageError, UserError
 from dis_scale.recipe import Evaluate, InceptionExtractor, Recipe, TorchScriptExtractor, reading
 from dis_scale.recipe.identity import identity_differences
 from tests.conftest import TINY

@@ -5,9 +5,9 @@ import pytest
 from scipy.linalg import sqrtm
 from scipy.stats import linregress
 
-from dis_scale.errors import DisScaleError
 from dis_scale.evaluation import metrics
 from dis_scale.evaluation.metrics import Frechet, Groups, MeanCovariance, Sums, fit, frechet, infinity
+from dis_scale.process.errors import DisScaleError
 
 
 def random_statistics(seed: int, d: int = 6) -> MeanCovariance:

@@ -14,9 +14,9 @@ from PIL import Image
 
 from dis_scale.data.listing import Entry
 from dis_scale.data.sources import Source, open_source
-from dis_scale.errors import DisScaleError, UndecodableImage
 from dis_scale.evaluation import parts, reference
 from dis_scale.evaluation.features import Extractor, load_extractors
+from dis_scale.process.errors import DisScaleError, UndecodableImage
 from dis_scale.recipe import reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.storage.programs import hash_of

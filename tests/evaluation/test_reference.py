@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from dis_scale.data.sources import Source, open_source
-from dis_scale.errors import DisScaleError, StorageError, UndecodableImage, UserError
 from dis_scale.evaluation import parts, reference
 from dis_scale.evaluation.adm import open_reference
 from dis_scale.evaluation.features import Extractor, load_extractor, load_extractors
 from dis_scale.evaluation.metrics import MeanCovariance
+from dis_scale.process.errors import DisScaleError, StorageError, UndecodableImage, UserError
 from dis_scale.recipe import Recipe, TorchScriptExtractor, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.storage.programs import hash_of

@@ -15,6 +15,7 @@ from PIL import Image
 
 from dis_scale import models, vae
 from dis_scale.evaluation import sampling
+from dis_scale.evaluation.classifiers import Classifier
 from dis_scale.evaluation.features import store_classifier
 from dis_scale.evaluation.sampling import (
     PARTS,
@@ -28,7 +29,6 @@ from dis_scale.evaluation.sampling import (
 )
 from dis_scale.recipe import LatentShape, Recipe, TrainedVae, reading
 from dis_scale.recipe.evaluate import JUDGE
-from dis_scale.small_nets import Classifier
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state

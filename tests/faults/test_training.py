@@ -9,8 +9,8 @@ import pytest
 import safetensors.torch
 import torch.multiprocessing as mp
 
-from dis_scale import faults
-from dis_scale.errors import UserError
+from dis_scale.process import faults
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import manifest
 from dis_scale.sweep import PointName

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dis_scale.errors import UserError
 from dis_scale.models import build
 from dis_scale.models.dit import position_table
-from dis_scale.models.official import to_official
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import DiffuSsm, Dis, LatentShape
 from dis_scale.scan import causal_conv_silu, selective_scan
+from dis_scale.weights.official import to_official
 
 SHAPE = LatentShape(4, 8)
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dis_scale.errors import UserError
 from dis_scale.models import build
 from dis_scale.models.cost import price_model
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import DiffuSsm, LatentShape
 from dis_scale.recipe.presets import preset
 

@@ -6,8 +6,8 @@ import torch
 from dis_scale import models
 from dis_scale.diffusion import build as build_process
 from dis_scale.diffusion.generate import generate
-from dis_scale.errors import UserError
 from dis_scale.models import build, check_finite
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import DiffuSsm, Dis, Dit, Flow, Gaussian, LatentShape
 from dis_scale.scan.selftest import Case
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from ray.job_submission import JobSubmissionClient
 
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import reading
 from pipelines import cluster
 from tests.conftest import TINY

@@ -13,7 +13,7 @@ from ray.exceptions import RayTaskError
 from torch.distributed import DistBackendError
 from torch.overrides import TorchFunctionMode
 
-from dis_scale.errors import BrokenDevice, UserError
+from dis_scale.process.errors import BrokenDevice, UserError
 from pipelines import devices
 from pipelines.worker import blame
 
@@ -127,6 +127,6 @@ def test_a_workers_gpu_that_is_not_supported_is_a_mistake_with_a_remedy(monkeypa
     def too_old(*_: Any, **__: Any) -> None:
         raise RuntimeError(TOO_OLD)
 
-    monkeypatch.setattr("dis_scale.faults.at", too_old)
+    monkeypatch.setattr("dis_scale.process.faults.at", too_old)
     with pytest.raises(UserError, match=r"^node .*: The NVIDIA driver on your system is too old .* R580 or newer"):
         devices.check_device(CPU)

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from dis_scale import cli, scan
-from dis_scale.errors import DisScaleError, UserError
+from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.scan import selftest
 from dis_scale.storage.folder import Folder, open_folder
 from pipelines import devices, doctor
 from pipelines.doctor import Finding, Needs, Result
+from tests.cli.test_cli import invoke
 from tests.conftest import TINY
-from tests.test_cli import invoke
 
 DIGITS = TINY.parents[2] / "configs" / "digits.yaml"
 

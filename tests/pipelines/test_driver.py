@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from ray.job_submission import JobStatus
 
-from dis_scale.errors import DisScaleError, Held, Preempted, StorageAway
+from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway
 from dis_scale.recipe import reading
 from dis_scale.storage import manifest
 from dis_scale.sweep import Sweep, state

@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray.exceptions import RayTaskError
 
-from dis_scale.errors import DisScaleError, Preempted, StorageAway, StorageError, StorageFull, UserError
+from dis_scale.process.errors import DisScaleError, Preempted, StorageAway, StorageError, StorageFull, UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sampled, Sweep, state

@@ -7,11 +7,11 @@ import re
 
 import pytest
 
-from dis_scale import context, jsonlog
-from dis_scale.errors import UserError
-from dis_scale.jsonlog import JsonLines
+from dis_scale.process import context, jsonlog
+from dis_scale.process.errors import UserError
+from dis_scale.process.jsonlog import JsonLines
 from pipelines import lines, stage
-from tests.test_cli import fail_with, invoke
+from tests.cli.test_cli import fail_with, invoke
 
 
 @pytest.mark.parametrize("form", ["lines", "json"])

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from dis_scale import context, counts
 from dis_scale.data.cache import Cache
-from dis_scale.errors import StorageAway
+from dis_scale.process import context, counts
+from dis_scale.process.errors import StorageAway
 from dis_scale.recipe import Recipe
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import open_folder
@@ -46,7 +46,7 @@ def test_retries_and_the_time_away_are_counted(tmp_path: Path, monkeypatch: pyte
     def away(*_: object, **__: object) -> None:
         raise ConnectionError("away")
 
-    monkeypatch.setattr("dis_scale.faults.at", away)
+    monkeypatch.setattr("dis_scale.process.faults.at", away)
     before = counts.totals()
     with pytest.raises(StorageAway):
         open_folder(tmp_path).write("x", b"")

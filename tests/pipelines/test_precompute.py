@@ -22,7 +22,7 @@ from dis_scale.data.encode import HARDWARE, Setup, encode_images, encode_shards,
 from dis_scale.data.latents import open_latents
 from dis_scale.data.shards import Encoding
 from dis_scale.data.sources import open_source
-from dis_scale.errors import Preempted, StorageError, UndecodableImage, UserError
+from dis_scale.process.errors import Preempted, StorageError, UndecodableImage, UserError
 from dis_scale.recipe import LatentShape, Recipe, TrainedVae, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder

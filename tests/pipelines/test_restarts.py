@@ -3,7 +3,7 @@
 import pytest
 import ray
 
-from dis_scale.errors import DisScaleError, StorageAway, StorageError
+from dis_scale.process.errors import DisScaleError, StorageAway, StorageError
 from dis_scale.recipe import Recipe
 from pipelines import restarts, stage
 from pipelines.worker import StorageFailure, WorkerFailure

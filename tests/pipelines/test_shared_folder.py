@@ -7,7 +7,7 @@ import pytest
 import ray
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayTaskError
 
-from dis_scale.errors import DisScaleError, UserError
+from dis_scale.process.errors import DisScaleError, UserError
 from pipelines import shared_folder
 
 REFUSED = RayTaskError("_create", "Traceback ...", PermissionError("read-only file system"), pid=1, ip="192.0.2.1")

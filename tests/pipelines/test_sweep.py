@@ -12,10 +12,12 @@ import psutil
 import pytest
 from rich.console import Console
 
-from dis_scale import faults, isoflop, report
-from dis_scale.errors import Held, Preempted, StorageAway, UserError
-from dis_scale.plan import price_sweep
-from dis_scale.progress import Board
+from dis_scale import report
+from dis_scale.planning import isoflop
+from dis_scale.planning.plan import price_sweep
+from dis_scale.process import faults
+from dis_scale.process.errors import Held, Preempted, StorageAway, UserError
+from dis_scale.process.progress import Board
 from dis_scale.recipe import LatentShape, Recipe, Storage, reading
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import open_folder
@@ -25,9 +27,9 @@ from pipelines import sweep as pipeline
 from pipelines.cluster import Cluster
 from pipelines.driver import Driver
 from pipelines.stop import stop_sweep
+from tests.cli.test_cli import invoke
 from tests.conftest import TINY
-from tests.test_cli import invoke
-from tests.test_isoflop import study
+from tests.planning.test_isoflop import study
 
 
 def driver_of(recipe: Recipe, root: Path) -> Driver:

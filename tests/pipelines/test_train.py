@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dis_scale import faults
+from dis_scale.process import faults
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import TRACKING, Sweep

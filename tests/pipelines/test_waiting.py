@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
-from dis_scale.errors import Preempted
+from dis_scale.process.errors import Preempted
 from pipelines import metrics, waiting
 from pipelines.waiting import hopeless, words
 from pipelines.worker import amounts

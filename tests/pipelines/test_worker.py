@@ -5,7 +5,7 @@ import ray
 import torch
 from torch.distributed import DistStoreError
 
-from dis_scale.errors import BrokenDevice, StorageAway, StorageError
+from dis_scale.process.errors import BrokenDevice, StorageAway, StorageError
 from pipelines import worker
 from pipelines.worker import CAUSES, DeviceFailure, OutOfMemory, Worker, WorkerFailure, blame, may_pass
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.recipe.identity import identity_differences
 from dis_scale.recipe.presets import preset

@@ -10,7 +10,7 @@ import yaml
 
 from dis_scale.recipe import Recipe, reading
 from dis_scale.recipe.schema import json_schema
-from tests.test_cli import invoke
+from tests.cli.test_cli import invoke
 from tests.test_words import SNIPPETS
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import reading, shipped
 from tests.conftest import TINY
 

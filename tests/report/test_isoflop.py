@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dis_scale import isoflop as studies
 from dis_scale import report as reports
-from dis_scale.plan import price_sweep
+from dis_scale.planning import isoflop as studies
+from dis_scale.planning.plan import price_sweep
 from dis_scale.report import figures, isoflop, tables
 from dis_scale.report.isoflop import Profile, laws
 from dis_scale.report.points import HELD_OUT, Report
 from dis_scale.sweep import METRICS, Sampled, Sweep
+from tests.planning.test_isoflop import study
 from tests.report.test_report import SHAPE, sweep_at
-from tests.test_isoflop import study
 
 BUDGETS = np.geomspace(1e18, 1e20, 4)
 SIZE_EXPONENT, VALUE_EXPONENT = 0.55, -0.05

@@ -14,18 +14,18 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from dis_scale import plan as plans
 from dis_scale import report as reports
-from dis_scale.errors import UserError
 from dis_scale.evaluation.sampling import grid
-from dis_scale.plan import price_sweep
+from dis_scale.planning import plan as plans
+from dis_scale.planning.plan import price_sweep
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import LatentShape, Recipe, reading
 from dis_scale.report import compare, figures
 from dis_scale.report.published import PUBLISHED
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import ENDED, GRID, METRICS, ORIGIN, SKIPPED, Sampled, Sweep, state
+from tests.cli.test_cli import answer
 from tests.conftest import TINY
-from tests.test_cli import answer
 
 SHAPE = LatentShape(4, 8)
 

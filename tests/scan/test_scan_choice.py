@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dis_scale.errors import DisScaleError, UserError
+from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.scan import (
     Direction,
     _backend,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dis_scale import models
-from dis_scale.errors import DisScaleError
+from dis_scale.process.errors import DisScaleError
 from dis_scale.recipe import Dis, LatentShape
 from dis_scale.scan import Direction, _backend, _choose, chunked
 from dis_scale.scan.backend import Backend, from_one_way

@@ -23,7 +23,7 @@ from triton.runtime import driver
 
 from benchmarks import s4d_counts
 from benchmarks.instructions import FORWARD, code, compiled, counted, registers, work
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 from dis_scale.scan import Direction, triton_conv, triton_layout, triton_numbers, triton_scan
 from dis_scale.scan import triton as scan_triton
 from dis_scale.scan.triton_fill import BACKWARD_CYCLES, FORWARD_CYCLES, FULL

@@ -11,8 +11,8 @@ import pytest
 from botocore.retries import standard
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dis_scale import faults
-from dis_scale.errors import StorageAway, StorageError, UserError
+from dis_scale.process import faults
+from dis_scale.process.errors import StorageAway, StorageError, UserError
 from dis_scale.storage.folder import Folder, open_folder
 from ops.drills import object_store
 from tests.support.faulty_gateway import Gateway

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import ray
 
-from dis_scale import faults
-from dis_scale.errors import DisScaleError, Held, Preempted, StorageAway
+from dis_scale.process import faults
+from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway
 from dis_scale.storage import lease
 from dis_scale.storage.folder import open_folder
 from tests.support.faulty_gateway import Gateway, Request

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dis_scale.errors import StorageError
+from dis_scale.process.errors import StorageError
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 

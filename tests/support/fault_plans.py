@@ -6,13 +6,13 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
-from dis_scale import faults
+from dis_scale.process import faults
 from dis_scale.recipe import Recipe
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Run, state
 from dis_scale.tracking.rows import RowReader
-from dis_scale.training import checkpoint
+from dis_scale.training import resume
 from tests.support import ranks
 
 MODEL = "dit"
@@ -64,7 +64,7 @@ def left(root: Path) -> list[str]:
 def made(root: Path, recipe: Recipe) -> dict[str, Any]:
     """Return what a run leaves for good: hashes of its published files and of its last state, and its rows."""
     run = run_of(root, recipe)
-    last = checkpoint.newest_point(run, print)
+    last = resume.newest_point(run, print)
     assert last is not None
     rows = [row for row in RowReader(run.log).new() if row.name not in TIMED]
     return {

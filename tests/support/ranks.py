@@ -74,7 +74,7 @@ def _rank(
     place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in place.items()})
     torch.set_num_threads(1)
-    from dis_scale import faults
+    from dis_scale.process import faults
     from dis_scale.training import engine
     from dis_scale.training.loop import Attempt, Start, train_model
 

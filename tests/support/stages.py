@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dis_scale import faults
 from dis_scale.data.shards import Encoding
 from dis_scale.data.sources import Source, open_source
 from dis_scale.evaluation import reference
 from dis_scale.evaluation.sampling import labels_of
+from dis_scale.process import faults
 from dis_scale.recipe import Evaluate
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sampled, Sweep, state
@@ -24,8 +24,8 @@ from pipelines.prepare import Preparer
 from pipelines.restarts import with_restarts
 from pipelines.sharing import Dealer
 from pipelines.worker import WorkerFailure
+from tests.cli.test_cli import invoke
 from tests.support import ranks
-from tests.test_cli import invoke
 
 multiprocessing.set_forkserver_preload([*ranks.PRELOAD, __name__])
 UNLIKE = (".part-", "/leases/")

@@ -12,7 +12,7 @@ from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import TRACKING, Sweep, state
 from dis_scale.tracking.mlflow import open_client
-from dis_scale.training import checkpoint
+from dis_scale.weights.published import load_published
 from ops.drills.processes import kill_all as kill_all
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ def assert_complete(root: str, *settings: str) -> None:
     for model in recipe.models:
         assert state.published_counts(sweep.run(model)) == counts
         for images in counts:
-            checkpoint.load_published(sweep.run(model), images)
+            load_published(sweep.run(model), images)
         measured = state.evaluated(sweep, model)
         assert sorted(measured) == counts
         assert all(metrics["values"][recipe.evaluate.metric] > 0 for metrics in measured.values())

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
-from dis_scale import faults
-from dis_scale.errors import StorageError, UserError
+from dis_scale.process import faults
+from dis_scale.process.errors import StorageError, UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import ENDED, FAILED_NODES, LATENTS, METRICS, SKIPPED, PointName, Run, Sampled, Sweep, state
 from dis_scale.sweep.extractors import part_count, part_positions
-from dis_scale.training import checkpoint
-from dis_scale.training.checkpoint import Keep
+from dis_scale.training import resume
+from dis_scale.training.resume import Keep
+from dis_scale.weights.published import load_published
 from tests.conftest import TINY
 
 NO_METRICS = b'{"values": {}, "metrics": null}'
@@ -109,7 +110,7 @@ def test_a_damaged_manifest_fails_when_it_is_loaded_not_in_the_list(sweep: Sweep
     sweep.run("dis").published_at(160).write(manifest.NAME, b'{"form')
     assert Sampled("dis", 160) in state.evaluations_left(sweep)
     with pytest.raises(StorageError, match="damaged: not JSON"):
-        checkpoint.load_published(sweep.run("dis"), 160)
+        load_published(sweep.run("dis"), 160)
 
 
 def test_a_stray_folder_among_resume_points_is_no_resume_point(tmp_path: Path) -> None:
@@ -118,9 +119,7 @@ def test_a_stray_folder_among_resume_points_is_no_resume_point(tmp_path: Path) -
     run.resume.write("notes/readme.txt", b"a person was here")
     assert state.point_names(run) == [PointName(160, 2)]
     assert state.resumable_images(run) == 160
-    checkpoint.Saver(run, attempt=2, rank=0, world=1, held=lambda: True, keep=Keep(1, 0, 10**9, frozenset()))._prune(
-        160
-    )
+    resume.Saver(run, attempt=2, rank=0, world=1, held=lambda: True, keep=Keep(1, 0, 10**9, frozenset()))._prune(160)
     assert run.resume.list() == ["000000000160-0002", "notes"]
 
 

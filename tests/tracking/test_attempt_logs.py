@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from dis_scale.errors import StorageError
+from dis_scale.process.errors import StorageError
+from dis_scale.process.redaction import redact
 from dis_scale.recipe import Recipe
-from dis_scale.redaction import redact
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep
 from dis_scale.tracking import attempt_logs
 from dis_scale.tracking.attempt_logs import HEAD_BYTES, LINE_BYTES, TAIL_BYTES, Excerpt, LogName
-from tests.test_cli import answer, invoke
+from tests.cli.test_cli import answer, invoke
 
 WRITES = """
 import os, sys, time

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dis_scale import faults
-from dis_scale.errors import StorageError
+from dis_scale.process import faults
+from dis_scale.process.errors import StorageError
 from dis_scale.storage.folder import open_folder
 from dis_scale.tracking import rows
 from dis_scale.tracking.goodput import GOODPUT, WORKER_HOURS, Goodput, facts_for_branch

@@ -14,13 +14,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from dis_scale.errors import DisScaleError
 from dis_scale.models import build, rate_group
 from dis_scale.models.s4d import S4D
+from dis_scale.process.errors import DisScaleError
 from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, Rates, Train, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Run
-from dis_scale.training import checkpoint, engine
+from dis_scale.training import engine, resume
 from dis_scale.training.engine import MOMENTS, Engine, Segment
 from tests.conftest import TINY
 from tests.support import ranks
@@ -77,7 +77,7 @@ def kernels_are_exact(stage: int) -> None:
         if isinstance(scan, S4D):
             scan.register_forward_hook(lambda scan, *_: kernels.append(scan.kernel(1024)))
     settings = train(zero_stage=stage, precision="bf16")
-    state = engine.start(model, settings, torch.device("cpu"), checkpoint.fresh(model), adam_step=0)
+    state = engine.start(model, settings, torch.device("cpu"), resume.fresh(model), adam_step=0)
     out = state.deepspeed(torch.randn(2, 4, 8, 8), torch.rand(2), torch.arange(2))
     assert out.dtype == torch.bfloat16
     errors = [torch.linalg.norm(a - b) / torch.linalg.norm(b) for a, b in zip(kernels, exact, strict=True)]
@@ -114,7 +114,7 @@ def test_the_gradient_does_not_depend_on_the_number_of_workers(
         recipe = reading.load(TINY, [*how, f"train.publish_images=[{lanes}]", f"train.resume_every_images={lanes}"])
         ranks.run(recipe, "dis", tmp_path / f"{world}", attempt=1)
         run = Run(open_folder(tmp_path / f"{world}/sweep/runs/dis"))
-        point = checkpoint.newest_point(run, print)
+        point = resume.newest_point(run, print)
         assert point is not None
         sizes = {name: p.numel() for name, p in build(recipe.models["dis"], LatentShape(4, 8), 10).named_parameters()}
         first_moments.append(torch.cat([point.read("exp_avg", name, 0, size) for name, size in sizes.items()]))
@@ -137,7 +137,7 @@ def moves_by_kind(stage: int) -> None:
                 p += 0.02 * torch.randn_like(p)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         kinds = {name: rate_group(name, p) for name, p in model.named_parameters()}
-        state = engine.start(model, settings, torch.device("cpu"), checkpoint.fresh(model), adam_step=0)
+        state = engine.start(model, settings, torch.device("cpu"), resume.fresh(model), adam_step=0)
         state.set_learning_rate(1e-3)
         assert state.learning_rate == pytest.approx(1e-3)
         predicted = state.deepspeed(torch.randn(2, 4, 8, 8), torch.rand(2), torch.arange(2))
@@ -159,7 +159,7 @@ def only_products_decay(stage: int) -> None:
     for tiny in (DIFFUSSM, DIS):
         model = build(tiny, SHAPE, 10)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        state = engine.start(model, settings, torch.device("cpu"), checkpoint.fresh(model), adam_step=0)
+        state = engine.start(model, settings, torch.device("cpu"), resume.fresh(model), adam_step=0)
         state.micro_step(state.deepspeed(torch.randn(2, 4, 8, 8), torch.rand(2), torch.arange(2)).sum() * 0)
         after = {s.name: flat.view(before[s.name].shape) for s, flat in state.segments(engine.WEIGHTS).items()}
         assert after.keys() == before.keys()
@@ -191,7 +191,7 @@ def a_moved_partition_is_named() -> None:
     )
     model = build(DIS, SHAPE, 10)
     with pytest.raises(DisScaleError, match=r"flat 0 at \d+ does not hold .*another layout.*install the version"):
-        engine.start(model, train(), torch.device("cpu"), checkpoint.fresh(model), adam_step=0)
+        engine.start(model, train(), torch.device("cpu"), resume.fresh(model), adam_step=0)
 
 
 def test_gradients_are_reduced_during_the_backward_pass() -> None:
@@ -201,9 +201,7 @@ def test_gradients_are_reduced_during_the_backward_pass() -> None:
 def communication_overlaps(stage: int) -> None:
     """Most reductions begin before the last backward operator ends: five million gradients are six buckets."""
     model = build(Dit(kind="dit", width=256, depth=4, heads=4, patch=2), SHAPE, 10)
-    state = engine.start(
-        model, train(zero_stage=stage, lanes=2), torch.device("cpu"), checkpoint.fresh(model), adam_step=0
-    )
+    state = engine.start(model, train(zero_stage=stage, lanes=2), torch.device("cpu"), resume.fresh(model), adam_step=0)
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         state.micro_step(state.deepspeed(torch.randn(2, 4, 8, 8), torch.rand(2), torch.arange(2)).square().mean())
     events = recorded.events()

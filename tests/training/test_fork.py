@@ -2,11 +2,11 @@
 
 import pytest
 
-from dis_scale.errors import UserError
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import reading
 from dis_scale.sweep import Sweep, state
 from dis_scale.tracking.rows import RowReader
-from dis_scale.training import checkpoint
+from dis_scale.training import resume
 from dis_scale.training.fork import fork_run
 from tests.conftest import TINY
 from tests.support import ranks
@@ -33,7 +33,7 @@ def test_a_fork_trains_on_to_the_bit(sweep: Sweep) -> None:
     assert state.resumable_images(made) == 240
     assert sweep.folder.local
     ranks.run(recipe, "again", sweep.folder.local.parent, attempt=1)
-    ends = [checkpoint.newest_point(grown.run(name), print) for name in ("dit", "again")]
+    ends = [resume.newest_point(grown.run(name), print) for name in ("dit", "again")]
     assert ends[0] is not None
     assert ends[1] is not None
     assert ends[0].manifest["files"] == ends[1].manifest["files"]

@@ -10,18 +10,19 @@ import safetensors.torch
 import torch
 from torch.multiprocessing import ProcessRaisedException
 
-from dis_scale import faults
-from dis_scale.errors import StorageAway, StorageError, UserError
+from dis_scale.process import faults
+from dis_scale.process.errors import StorageAway, StorageError, UserError
 from dis_scale.recipe import Recipe, Train, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import PointName, Run, state
 from dis_scale.tracking.goodput import WORKER_HOURS
 from dis_scale.tracking.rows import RowReader
-from dis_scale.training import checkpoint, loop
-from dis_scale.training.checkpoint import Keep
+from dis_scale.training import loop, resume
 from dis_scale.training.loop import Attempt, Start
+from dis_scale.training.resume import Keep
 from dis_scale.training.schedule import learning_rate
+from dis_scale.weights.published import WEIGHTS_FILE, load_average, load_published
 from tests.conftest import TINY
 from tests.support import ranks
 
@@ -31,7 +32,7 @@ BOTH = ("calm", "stopped")
 
 
 def weights(root: Path, model: str = "dis", images: int = LAST) -> dict[str, torch.Tensor]:
-    return checkpoint.load_published(run_at(root, model), images)
+    return load_published(run_at(root, model), images)
 
 
 def run_at(root: Path, model: str) -> Run:
@@ -72,7 +73,7 @@ def test_a_stopped_run_ends_as_the_undisturbed_one(tmp_path: Path, settings: lis
     assert state.published_counts(run) == [0, 160, 320]
     assert_bit_equal(weights(tmp_path / "calm"), weights(tmp_path / "stopped"))
     if recipe.train.power_ema:
-        rebuilt = [checkpoint.load_average(run_at(tmp_path / at, "dis"), LAST, recipe.train, 0.07) for at in BOTH]
+        rebuilt = [load_average(run_at(tmp_path / at, "dis"), LAST, recipe.train, 0.07) for at in BOTH]
         assert_bit_equal(*rebuilt)
         assert any(not torch.equal(rebuilt[0][name], tensor) for name, tensor in weights(tmp_path / "calm").items())
     assert losses(tmp_path / "calm") == losses(tmp_path / "stopped") != []
@@ -120,9 +121,9 @@ def test_a_cooldown_branch_ends_as_the_complete_training_with_that_schedule(tmp_
 def test_a_branch_that_was_killed_in_its_first_save_begins_again(tmp_path: Path) -> None:
     run = Run(open_folder(tmp_path))
     run.resume.write("000000000224-0001/weights-00000.safetensors", b"half")
-    assert checkpoint.newest_point(run, print, begin=224) is None
+    assert resume.newest_point(run, print, begin=224) is None
     with pytest.raises(UserError, match="this run has trained before"):
-        checkpoint.newest_point(run, print)
+        resume.newest_point(run, print)
 
 
 def test_a_trunk_that_is_killed_at_its_last_resume_point_is_not_trained(tmp_path: Path) -> None:
@@ -172,14 +173,14 @@ def test_a_damaged_resume_point_is_named_and_the_one_before_it_used(tmp_path: Pa
     recipe = reading.load(TINY, ["models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}"])
     ranks.run(recipe, "dit", tmp_path, attempt=1)
     run, logged = run_at(tmp_path, "dit"), list[str]()
-    newest = checkpoint.newest_point(run, logged.append)
+    newest = resume.newest_point(run, logged.append)
     assert newest is not None
     assert (newest.images_seen, logged) == (LAST, [])
     name = f"{newest.folder.name}/weights-00001.safetensors"
     data = bytearray(run.resume.read(name))
     data[-1] ^= 1
     run.resume.write(name, bytes(data))
-    before = checkpoint.newest_point(run, logged.append)
+    before = resume.newest_point(run, logged.append)
     assert before is not None
     assert before.images_seen == 240
     assert len(logged) == 1
@@ -196,7 +197,7 @@ def test_storage_that_is_away_is_not_taken_for_damage(tmp_path: Path, monkeypatc
     monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
     monkeypatch.setattr(faults, "at", away)
     with pytest.raises(StorageAway, match="000000000320"):
-        checkpoint.newest_point(run, logged.append)
+        resume.newest_point(run, logged.append)
     assert logged == []
 
 
@@ -214,7 +215,7 @@ def test_a_resume_point_that_cannot_be_read_is_not_passed_over(
 
     monkeypatch.setattr(faults, "at", refuse)
     with pytest.raises(StorageError, match=r"cannot read .*000000000320-0001/weights-00000.safetensors"):
-        checkpoint.newest_point(run, logged.append)
+        resume.newest_point(run, logged.append)
     assert logged == []
 
 
@@ -222,7 +223,7 @@ def test_a_resume_point_of_a_newer_version_is_not_passed_over(tmp_path: Path) ->
     run = run_with_points(tmp_path, {160: b"1", 320: b"2"})
     run.resume.write_json(f"000000000320-0001/{manifest.NAME}", {"format": manifest.FORMAT + 1})
     with pytest.raises(StorageError, match=r"000000000320-0001/manifest.json: format 4 is not read by this version"):
-        checkpoint.newest_point(run, print)
+        resume.newest_point(run, print)
 
 
 @pytest.mark.parametrize("damage", [b"", b"null", b'{"images": 320}', b'{"format": 3}'])
@@ -230,7 +231,7 @@ def test_a_resume_point_with_a_damaged_manifest_is_passed_over(tmp_path: Path, d
     one = safetensors.torch.save({"weight": torch.ones(1)})
     run, logged = run_with_points(tmp_path, {160: one, 320: one}), list[str]()
     run.resume.write(f"000000000320-0001/{manifest.NAME}", damage)
-    point = checkpoint.newest_point(run, logged.append)
+    point = resume.newest_point(run, logged.append)
     assert (point and point.images_seen, len(logged)) == (160, 1)
 
 
@@ -239,20 +240,20 @@ def test_a_run_whose_resume_points_are_all_damaged_does_not_start_over_unasked(t
     for name in run.resume.list():
         run.resume.write(f"{name}/weights-00000.safetensors", b"damaged")
     with pytest.raises(UserError, match=r"no resume point can be used \(2 damaged\).*train.start_over=true"):
-        checkpoint.newest_point(run, print)
-    assert checkpoint.newest_point(run, print, start_over=True) is None
+        resume.newest_point(run, print)
+    assert resume.newest_point(run, print, start_over=True) is None
 
 
 def test_a_run_that_has_published_does_not_start_over_unasked(tmp_path: Path) -> None:
     """Its resume points were deleted. One that was cut off in its first save starts again."""
     run = Run(open_folder(tmp_path))
     run.resume.write("000000000000-0001/weights-00000.safetensors", b"half")
-    assert checkpoint.newest_point(run, print) is None
+    assert resume.newest_point(run, print) is None
     manifest.put(run.published_at(0), {}, images=0)
-    assert checkpoint.newest_point(run, print) is None
+    assert resume.newest_point(run, print) is None
     manifest.put(run.published_at(160), {}, images=160)
     with pytest.raises(UserError, match=r"0 damaged"):
-        checkpoint.newest_point(run, print)
+        resume.newest_point(run, print)
 
 
 def test_a_run_without_a_complete_resume_point_does_not_start_over_unasked(tmp_path: Path) -> None:
@@ -262,8 +263,8 @@ def test_a_run_without_a_complete_resume_point_does_not_start_over_unasked(tmp_p
     for name in run.resume.list():
         run.resume.delete(f"{name}/{manifest.NAME}")
     with pytest.raises(UserError, match=r"no resume point can be used \(0 damaged\), and this run has trained before"):
-        checkpoint.newest_point(run, print)
-    assert checkpoint.newest_point(run, print, start_over=True) is None
+        resume.newest_point(run, print)
+    assert resume.newest_point(run, print, start_over=True) is None
 
 
 def run_with_points(at: Path, points: dict[int, bytes]) -> Run:
@@ -289,7 +290,7 @@ def test_pruning_spares_what_a_faster_rank_has_begun(tmp_path: Path) -> None:
         point.write("weights-00001.safetensors", b"begun")
         if files is not None:
             manifest.put(point, files, images=images_seen)
-    checkpoint.Saver(run, attempt=1, rank=0, world=2, held=lambda: True, keep=LAST_ONE)._prune(160)
+    resume.Saver(run, attempt=1, rank=0, world=2, held=lambda: True, keep=LAST_ONE)._prune(160)
     assert run.resume.list() == ["000000000160-0001", "000000000240-0001"]
 
 
@@ -297,21 +298,21 @@ def test_a_late_write_of_a_lost_attempt_tears_no_published_weights(tmp_path: Pat
     """The first attempt has lost the run while it writes, and ends after its successor; its manifest may come late, too."""
     run, held = Run(open_folder(tmp_path)), iter([False, True])
     first, second = (
-        checkpoint.Saver(run, attempt, rank=0, world=1, held=check, keep=LAST_ONE)
+        resume.Saver(run, attempt, rank=0, world=1, held=check, keep=LAST_ONE)
         for attempt, check in ((1, lambda: next(held)), (2, lambda: True))
     )
     weights = {n: safetensors.torch.save({"w": torch.full((2,), float(n))}) for n in (1, 2)}
 
-    def seal(saver: checkpoint.Saver) -> None:
-        files = {checkpoint.WEIGHTS_FILE: weights[saver.attempt]}
+    def seal(saver: resume.Saver) -> None:
+        files = {WEIGHTS_FILE: weights[saver.attempt]}
         saver._seal(run.published_at(160), files, 160, {})
 
     seal(second)
     with pytest.raises(StorageError, match=r"another attempt has taken over this run; this one \(attempt 1\) stops"):
         seal(first)
-    assert checkpoint.load_published(run, 160)["w"].tolist() == [2, 2]
+    assert load_published(run, 160)["w"].tolist() == [2, 2]
     seal(first)
-    assert checkpoint.load_published(run, 160)["w"].tolist() == [2, 2]
+    assert load_published(run, 160)["w"].tolist() == [2, 2]
 
 
 @pytest.mark.parametrize(("took_s", "warnings"), [(4.2, []), (45.5, ["45.5 s and grace_s is 30 s"])])
@@ -324,7 +325,7 @@ def test_a_save_longer_than_the_grace_is_a_warning_at_the_start(
         ranks.sweep_of(tmp_path, tiny), "dit", open_folder(tmp_path) / "latents", 1, torch.device("cpu"), Start(0.0),
         held=lambda: True, stop_requested=lambda: False, report=print, log=logged.append, emit=print,
     )  # fmt: skip
-    saver = checkpoint.Saver(attempt.run, attempt=1, rank=0, world=1, held=attempt.held, keep=LAST_ONE, took_s=took_s)
+    saver = resume.Saver(attempt.run, attempt=1, rank=0, world=1, held=attempt.held, keep=LAST_ONE, took_s=took_s)
     loop._compare_with_grace(attempt, saver)
     assert len(logged) == len(warnings)
     assert all(

@@ -2,8 +2,8 @@
 
 import pytest
 
-from dis_scale.errors import UserError
 from dis_scale.models.cost import price_model
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import Dis, LatentShape, Train
 from dis_scale.recipe.presets import preset
 from dis_scale.training.memory import lanes_at_once, state_bytes, worker_bytes

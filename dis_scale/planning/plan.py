@@ -1,0 +1,254 @@
+"""Price of a sweep before it starts: counts and arithmetic, nothing measured."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import Any
+
+from rich.table import Table
+
+from dis_scale.data.cache import share_read
+from dis_scale.data.latents import GIB
+from dis_scale.data.shards import sample_bytes
+from dis_scale.models import transfer
+from dis_scale.models.cost import Cost, price_model
+from dis_scale.planning.fleet import MOST_GPUS, Fleet, forecast, memory_grid
+from dis_scale.process.errors import UserError
+from dis_scale.recipe import Evaluate, LatentShape, Model, ModelTrain, Recipe
+from dis_scale.training.engine import kinds
+from dis_scale.training.lanes import largest_share
+from dis_scale.training.memory import USABLE, worker_bytes
+from dis_scale.vae import has_posterior
+from dis_scale.weights import ema
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The price of each model, by name, in the recipe's order."""
+
+    recipe: Recipe
+    shape: LatentShape
+    costs: dict[str, Cost]
+
+    def training_flops(self, model: str) -> float:
+        """FLOPs of training on one image, two for each multiply-add, without recomputation."""
+        return self.costs[model].training_flops(self.recipe.train_of(model).lane_images)
+
+    def own_flops(self, model: str) -> float:
+        """FLOPs of a model's own training: a branch's begins at its trunk's resume point."""
+        branch = self.recipe.models[model].branch
+        return self.training_flops(model) * (self.recipe.train_of(model).images - (branch.at if branch else 0))
+
+    def sampling_flops(self, model: str, settings: Evaluate | None = None) -> float:
+        """FLOPs of the samples of one evaluation, by default under the main settings: two passes if guided, two for Heun."""
+        settings = settings or self.recipe.evaluate
+        passes = (1 if settings.guidance == 1 else 2) * (2 if settings.sampler == "heun" else 1)
+        return 2e9 * self.costs[model].gmacs_forward * passes * settings.steps * settings.samples
+
+    def evaluation_s(self, model: str, fleet: Fleet) -> float:
+        """Seconds of one GPU for the samples of all evaluations of a model."""
+        counts, samplings = len(self.recipe.train_of(model).publish_images), self.recipe.evaluate.samplings.values()
+        return counts * sum(self.sampling_flops(model, each) / fleet.flops(each.precision) for each in samplings)
+
+    def stored_bytes(self, model: str) -> int:
+        """Bytes that stay of a trained model: its resume points and its published averages."""
+        train, one = self.recipe.train_of(model), 4 * self.costs[model].parameters
+        resume = (train.keep_resume + train.keep_spaced) * len(kinds(train))
+        return one * (resume + len(train.publish_images) * len(ema.names(train)))
+
+    def parameters(self) -> dict[str, dict[str, object]]:
+        """Return the parameters of each model's run in MLflow."""
+        recipe, settings = self.recipe, {name: self.recipe.train_of(name) for name in self.costs}
+        return {
+            name: {
+                "gmacs_forward": round(c.gmacs_forward, 6), "parameters": c.parameters, "tokens": c.tokens,
+                "global_batch": settings[name].batch_images, "seed": recipe.seed_of(name), "kind": recipe.models[name].kind,
+                "images": settings[name].images, "metric": recipe.evaluate.metric,
+            }
+            for name, c in self.costs.items()
+        }  # fmt: skip
+
+
+def price_reading(recipe: Recipe, shape: LatentShape, images: int) -> str:
+    """Return, in a line, the size of the latents, how much of them a node's cache holds, and what is read in an epoch."""
+    settings, set_bytes = recipe.reader, images * sample_bytes(shape, has_posterior(recipe.vae))
+    size = f"{images:,} images, {set_bytes / 1e9:,.2f} GB of latents"
+    if settings.memory_gib is not None and set_bytes <= settings.memory_gib * GIB:
+        return f"{size}: kept in each worker's memory, and read once"
+    cached = min(1.0, settings.cache_gib * GIB / set_bytes)
+    if not cached:
+        return f"{size}; from an object store each worker reads them all in every epoch, since a node has no cache"
+    return (
+        f"{size}; from an object store, a node's cache ({settings.cache_gib:g} GiB) holds {cached:.0%} of them, "
+        f"and each node reads {share_read(cached) * set_bytes / 1e9:,.2f} GB an epoch after the first"
+    )
+
+
+def price_sweep(recipe: Recipe, shape: LatentShape) -> Plan:
+    """Return the plan of a recipe whose latents have this shape; UserError for a model that does not fit them."""
+    alike, classes = {"train": ModelTrain(), "seed": None, "branch": None, "start": None}, recipe.data.num_classes
+    costs = {name: _price(model.model_copy(update=alike), shape, classes) for name, model in recipe.models.items()}
+    return Plan(recipe, shape, costs)
+
+
+@cache
+def _price(alone: Model, shape: LatentShape, num_classes: int | None) -> Cost:
+    """Price a model without settings of its training: a study prices its sizes again with each of their branches."""
+    return price_model(alone, shape, num_classes)
+
+
+def derive(plan: Plan, source_images: int | None) -> dict[str, Any]:
+    """Return all numbers that follow from a recipe, as JSON has them. Epochs are None if the source's images are unknown.
+
+    `training_flops` are those of a model's own training, `sampling_flops` those of one evaluation.
+    """
+    recipe, shape = plan.recipe, plan.shape
+    epoch = source_images and source_images - recipe.data.held_out_images
+    counts = sum(len(recipe.train_of(name).publish_images) for name in plan.costs)
+    models = {}
+    for name, cost in plan.costs.items():
+        train = recipe.train_of(name)
+        models[name] = {
+            "tokens": cost.tokens, "parameters": cost.parameters, "gmacs_forward": cost.gmacs_forward,
+            "images": train.images, "steps": train.images // train.batch_images, "epochs": epoch and train.images / epoch,
+            "steps_between_resume_points": -(-train.resume_every_images // train.batch_images),
+            "training_flops": plan.own_flops(name), "sampling_flops": plan.sampling_flops(name),
+        }  # fmt: skip
+    return {
+        "latent": list(shape),
+        "source_images": source_images,
+        "latent_bytes": source_images and source_images * sample_bytes(shape, has_posterior(recipe.vae)),
+        "lane_images": recipe.train.lane_images,
+        "world_sizes": recipe.train.world_sizes,
+        "metric": recipe.evaluate.metric,
+        "evaluations": counts * len(recipe.evaluate.samplings),
+        "blocks": -(-recipe.evaluate.samples // recipe.evaluate.block_images),
+        "models": models,
+    }
+
+
+FLEETS = (1, 8, 64, 256, MOST_GPUS)
+"""Numbers of GPUs that are compared."""
+
+
+def on_fleet(plan: Plan, fleet: Fleet) -> dict[str, Any]:
+    """Return the sweep's forecast on a fleet, as JSON has it: what is assumed, each model, and the total for other numbers of GPUs.
+
+    UserError for a number of GPUs that is not from 1 to 1,024. Preemptions grow with the GPUs. None is a time or price without end:
+    training is preempted before it gets anywhere.
+    """
+    if not 1 <= fleet.count <= MOST_GPUS:
+        raise UserError(f"{fleet.count} GPUs: expected 1 to {MOST_GPUS:,}")
+    sizes = sorted({*FLEETS, fleet.count})
+    per_gpu = fleet.preemptions_per_day / fleet.count
+    others = [replace(fleet, count=count, preemptions_per_day=per_gpu * count) for count in sizes]
+    return {
+        "assumed": asdict(fleet), "usable_bytes": int(USABLE * fleet.gpu_bytes),
+        "models": {name: _on_fleet(plan, name, fleet) for name in plan.costs},
+        "total": _total(plan, fleet), "by_gpus": [_total(plan, other) for other in others],
+    }  # fmt: skip
+
+
+def _on_fleet(plan: Plan, name: str, fleet: Fleet) -> dict[str, Any]:
+    cost, train = plan.costs[name], plan.recipe.train_of(name)
+    branch = plan.recipe.models[name].branch
+    found = forecast(cost, train, train.images - (branch.at if branch else 0), fleet)
+    evaluation_hours, every_s = plan.evaluation_s(name, fleet) / 3600, found.preemption.every_s
+    every = max(1, round(every_s / found.step_s)) * train.batch_images if every_s < math.inf else None
+    return {
+        "memory_bytes": memory_grid(cost, train, found.gpus), "fits": found.fits, "micro_images": found.micro_images,
+        "gpus": found.gpus, "wire_bytes": found.wire_bytes, "steps_per_s": 1 / found.step_s, "days": found.days,
+        "expected_days": _finite(found.expected_days), "training_gpu_hours": _finite(found.gpu_hours),
+        "evaluation_gpu_hours": evaluation_hours, "price": _price_of(found.gpu_hours + evaluation_hours, fleet),
+        "loss": found.preemption.loss, "resume_bytes": found.resume_bytes, "stored_bytes": plan.stored_bytes(name),
+        "resume_every_s": _finite(every_s), "resume_every_images": every,
+    }  # fmt: skip
+
+
+def _total(plan: Plan, fleet: Fleet) -> dict[str, Any]:
+    """Return the sweep's days, hours and price: models train side by side if one leaves GPUs free, but none faster than alone."""
+    models = [_on_fleet(plan, name, fleet) for name in plan.costs]
+    hours = sum(_or_endless(each["training_gpu_hours"]) + each["evaluation_gpu_hours"] for each in models)
+    days = max(hours / 24 / fleet.count, *(_or_endless(each["expected_days"]) for each in models), 0.0)
+    return {
+        "gpus": fleet.count, "days": _finite(days), "gpu_hours": _finite(hours), "price": _price_of(hours, fleet),
+        "stored_bytes": sum(each["stored_bytes"] for each in models), "fits": all(each["fits"] for each in models),
+        "largest_loss": max(each["loss"] for each in models),
+    }  # fmt: skip
+
+
+def _price_of(hours: float, fleet: Fleet) -> float | None:
+    return None if fleet.price is None else _finite(fleet.price * hours)
+
+
+def _finite(value: float) -> float | None:
+    """Return None for an infinite number, which JSON lacks."""
+    return value if value < math.inf else None
+
+
+def _or_endless(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def table(plan: Plan) -> Table:
+    """Return one row per model: its size, the cost of an image, the cost of training, the size of a resume point.
+
+    A GPU needs the stated memory with `micro_images`, by default one lane, in a forward pass. Saving needs host memory: a clone of
+    all states, and twice the bytes of one state at a time.
+    """
+    train = plan.recipe.train
+    share = largest_share(train.lanes, train.most_workers)
+    caption = (
+        f"batch {train.batch_images} = {train.lanes} lanes x {train.lane_images}, up to {share} lanes on each of "
+        f"{train.most_workers} workers; {_lengths(plan.recipe)}; ZeRO stage {train.zero_stage}, "
+        f"{train.precision}; Gflops are multiply-adds (DiT's convention); host memory while saving is over all workers"
+        + "".join(f"; {line}" for line in _transfers(plan.recipe))
+    )
+    out = Table(
+        title=f"plan of {plan.recipe.name}: latents {plan.shape.channels}x{plan.shape.size}x{plan.shape.size}",
+        caption=caption,
+    )
+    for column in (
+        "model",
+        "kind",
+        "parameters",
+        "tokens",
+        "Gflops",
+        "training PFLOP",
+        "GPU",
+        "resume point",
+        "saving takes",
+    ):
+        out.add_column(column, justify="left" if column in ("model", "kind") else "right")
+    for name, c in plan.costs.items():
+        train = plan.recipe.train_of(name)
+        gpu = worker_bytes(c, train, train.most_workers, train.micro_images or train.lane_images)
+        state, serialised = c.parameters * 4 * len(kinds(train)), 2 * c.parameters * 4
+        out.add_row(
+            name, plan.recipe.models[name].kind, f"{c.parameters:,}", str(c.tokens), f"{c.gmacs_forward:.4g}",
+            f"{plan.own_flops(name) / 1e15:.3g}", f"{gpu / 2**30:.1f} GiB",
+            f"{state / 1e6:,.1f} MB", f"{(state + serialised) / 1e6:,.1f} MB",
+        )  # fmt: skip
+    return out
+
+
+def _transfers(recipe: Recipe) -> Iterator[str]:
+    """Yield the change of the learning rate of each model that has a base width."""
+    for name, model in recipe.models.items():
+        if base_width := recipe.train_of(name).base_width:
+            yield f"{name}: {transfer.words(model, base_width)}"
+
+
+def _lengths(recipe: Recipe) -> str:
+    """Return images and steps of each training, those of one length together; a branch has its count in its name."""
+    names = defaultdict[tuple[int, int], list[str]](list)
+    for name in [name for name, model in recipe.models.items() if not model.branch]:
+        train = recipe.train_of(name)
+        names[train.images, train.batch_images].append(name)
+    return "; ".join(
+        f"{images:,} images = {images // batch:,} steps"
+        + (f" of {batch} ({', '.join(which)})" if len(names) > 1 else "")
+        for (images, batch), which in names.items()
+    )

@@ -1,0 +1,81 @@
+"""Errors with a message for the user: what, where, got, expected, what to do. One or two lines, no traceback.
+
+`UserError` is a mistake in the input (exit code 2); most other errors are failures (exit code 1).
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from dis_scale.process.redaction import redact
+
+
+class DisScaleError(Exception):
+    """A failure with a message for the user; ends the command with exit code 1. Its text has no secrets, whoever prints it."""
+
+    exit_code = 1
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
+
+
+class UserError(DisScaleError):
+    """A mistake in the user's input; ends the command with exit code 2."""
+
+    exit_code = 2
+
+
+class StorageError(DisScaleError):
+    """Storage that cannot be reached, read or written, or an object that is damaged."""
+
+
+class StorageAway(StorageError):
+    """Storage did not answer after all retries. A later attempt may succeed."""
+
+    exit_code = 74  # EX_IOERR of sysexits.h; apart from Held, which a new cluster would only repeat
+
+
+class Damaged(StorageError):
+    """An object that differs from its manifest, that is missing though its manifest names it, or that is not JSON."""
+
+
+class StorageFull(StorageError):
+    """No space left in storage; the data to write is not at fault."""
+
+
+class Held(DisScaleError):
+    """Another live process holds the lease; `holder` is the content of its lease."""
+
+    exit_code = 69  # EX_UNAVAILABLE of sysexits.h
+
+    def __init__(self, words: str, holder: dict[str, Any] | None = None) -> None:
+        super().__init__(words)
+        self.holder = holder or {}
+
+
+class OutOfMemory(DisScaleError):
+    """A device's memory is too small for the settings; another attempt would fail in the same way."""
+
+
+class BrokenDevice(DisScaleError):
+    """A device fails or computes wrongly; another attempt, on another device, may succeed."""
+
+
+class UndecodableImage(StorageError):
+    """A file that was read but is not an image, or is damaged; `why` has the reason alone."""
+
+    def __init__(self, words: str, why: str = "") -> None:
+        super().__init__(words)
+        self.why = why
+
+
+class Preempted(DisScaleError):
+    """The stage was requested to stop and has saved its state; a rerun continues."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ' (did you mean X?)' with the known name nearest to `word`, or '' if none is similar."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,123 @@
+"""Copies a sweep's results from storage to MLflow: one evaluation or the report as they come, or everything at once.
+
+Each row is sent once, with its own first time, so an empty MLflow that is filled later holds the same as the first.
+Read next: tracking/mlflow.py.
+"""
+
+import logging
+import tempfile
+from pathlib import Path
+
+from dis_scale.process.errors import Damaged, DisScaleError, UserError
+from dis_scale.sweep import GRID, Sampled, Sweep, images_name, state
+from dis_scale.tracking.mlflow import RunCopy, create_runs
+from dis_scale.tracking.rows import Row, RowReader
+
+log = logging.getLogger(__name__)
+LAST = "metrics"
+"""The part of an evaluation whose seconds are its last row. Rows are sent together, after the grid: a run that has it has all."""
+
+
+def copy_evaluation(sweep: Sweep, sampled: Sampled, copy: RunCopy | None = None) -> bool:
+    """Copy one evaluation's grid, values, and the seconds that they took; return whether MLflow has them.
+
+    `copy` is that of the model; one for many evaluations asks MLflow once what it has. What is missing or damaged in storage is
+    logged and left out.
+    """
+    folder, copy, suffix = sweep.evaluation(sampled), copy or RunCopy(sweep, sampled.model), _suffix(sampled.variant)
+    try:
+        _send_file(copy, f"samples-{images_name(sampled.images_seen)}.png", folder.read(GRID), f"samples{suffix}")
+    except FileNotFoundError:
+        log.warning("%s/%s is missing: MLflow gets the numbers only", folder, GRID)
+    try:
+        metrics = state.read_metrics(folder)
+    except Damaged as error:
+        log.warning("%s; MLflow does not get this evaluation", error)
+        return not copy.away
+    if not copy.away:
+        values = {f"{name}{suffix}": value for name, value in metrics["values"].items() if not name.endswith("_floor")}
+        values |= {_seconds(name, sampled.variant): value for name, value in metrics["seconds"].items()}
+        copy.send([Row(name, value, sampled.images_seen, metrics["time"]) for name, value in values.items()])
+    return not copy.away
+
+
+def evaluations_to_copy(sweep: Sweep, model: str, copy: RunCopy) -> list[Sampled]:
+    """Return a model's evaluations, without ablations, that MLflow lacks; all if it is away."""
+    missing = []
+    for variant in sweep.recipe.evaluate.samplings:
+        known = copy.images_of(_seconds(LAST, variant))
+        counts = state.evaluated_counts(sweep, model, variant)
+        missing += [Sampled(model, images, variant) for images in counts if images not in known]
+    return missing
+
+
+def _suffix(variant: str) -> str:
+    return f"/{variant}" if variant else ""
+
+
+def _seconds(part: str, variant: str) -> str:
+    """Return the name of a row of seconds: MLflow shows `system/NAME` below the curves, and a further slash above them."""
+    return "_".join(["system/evaluation", part, *([variant.replace("/", "_")] if variant else [])])
+
+
+def copy_report(sweep: Sweep, status: str | None) -> bool:
+    """Copy the report's files and, if the sweep has ended, its status; return whether MLflow has them."""
+    copy = RunCopy(sweep, None)
+    for name in sweep.report.list():
+        _send_file(copy, name, sweep.report.read(name), "report")
+    if status:
+        copy.finish(status)
+    return not copy.away
+
+
+def copy_everything(sweep: Sweep, parameters: dict[str, dict[str, object]], uri: str) -> int:
+    """Copy all that storage holds of a sweep, with its runs' parameters; return the number of rows.
+
+    DisScaleError if MLflow did not take all.
+    """
+    try:
+        create_runs(sweep, uri, parameters)
+    except UserError:
+        raise
+    except Exception as error:  # whatever MLflow raises
+        raise DisScaleError(f"MLflow cannot be reached at {uri}: {' '.join(str(error).split())[:200]}") from error
+    models = sweep.recipe.models
+    rows = {model: RowReader(sweep.run(model).log).new() for model in models}
+    copied = [_copy_model(sweep, model, rows[model]) for model in models]
+    if sweep.report.list():
+        copied.append(copy_report(sweep, _status(sweep)))
+    if not all(copied):
+        raise DisScaleError(f"MLflow at {uri} did not take everything: run the same command again")
+    return sum(map(len, rows.values()))
+
+
+def _status(sweep: Sweep) -> str | None:
+    if state.all_evaluated(sweep):
+        return "FINISHED"
+    failed = any(state.ended(sweep, model) for model in sweep.recipe.models) or state.skipped(sweep)
+    return "FAILED" if failed else None
+
+
+def _copy_model(sweep: Sweep, model: str, rows: list[Row]) -> bool:
+    """One model's run: rows of training, evaluations, and how it ended."""
+    copy = RunCopy(sweep, model)
+    copy.send(rows)
+    evaluated = [
+        Sampled(model, images, variant)
+        for variant in sweep.recipe.evaluate.samplings
+        for images in state.evaluated_counts(sweep, model, variant)
+    ]
+    for images in state.evaluated_counts(sweep, model):
+        evaluated += state.evaluated_ablations(sweep, model, images)
+    copied = all(copy_evaluation(sweep, sampled, copy) for sampled in evaluated)
+    if state.ended(sweep, model):
+        copy.finish("FAILED")
+    elif state.trained(sweep, model):
+        copy.finish("FINISHED")
+    return copied and not copy.away
+
+
+def _send_file(copy: RunCopy, name: str, data: bytes, folder: str) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / name).write_bytes(data)
+        copy.send_file(Path(scratch) / name, folder)

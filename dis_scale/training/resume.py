@@ -1,0 +1,297 @@
+"""Resume points: complete or absent, readable at any world size; the saver also publishes weights (weights/published.py).
+
+A resume point is one folder per attempt and image count. Each rank clones its own partitions at a step boundary. A thread
+writes them as 1-D safetensors segments, then the rank's sidecar; rank 0's thread waits for all sidecars and writes the
+manifest. There is no gather and no collective off the training thread. Loading reassembles by range. Nothing is ever unpickled.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+
+from dis_scale.data.latents import Latents
+from dis_scale.process.errors import Damaged, StorageError, UserError
+from dis_scale.recipe import Branch, Recipe
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder
+from dis_scale.sweep import PointName, Run, Sweep, state
+from dis_scale.training.engine import MOMENTS, WEIGHTS, Engine, Segment
+from dis_scale.weights.published import average_file, file_of
+
+SIDECAR_WAIT_S = 600.0
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A complete resume point."""
+
+    folder: Folder
+    manifest: dict[str, Any]
+    _files: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def images_seen(self) -> int:
+        return int(self.manifest["images"])
+
+    @property
+    def adam_step(self) -> int:
+        return int(self.manifest["adam_step"])
+
+    def require_latents(self, latents: Latents) -> None:
+        """UserError if the run was trained on other latents up to here; points of earlier versions do not name theirs."""
+        if (theirs := self.manifest.get("latents", latents.identity)) != latents.identity:
+            raise UserError(
+                f"{self.folder}: trained on latents {theirs}, {latents.folder} is {latents.identity}, with other images at its "
+                "positions: restore those latents, or give the sweep another name (--set name=...)"
+            )
+
+    def verify(self) -> None:
+        """Read all files back, some at once, and keep the weights; StorageError names the first that differs from the manifest."""
+
+        def keep(name: str, data: bytes) -> None:
+            if name.startswith(f"{WEIGHTS}-"):
+                self._files[name] = safetensors.torch.load(data)
+
+        manifest.read_all(self.folder, self.manifest, keep)
+
+    def read(self, kind: str, name: str, start: int, end: int) -> torch.Tensor:
+        """Return elements [start, end) of one of `engine.kinds` of the parameter `name`, whichever ranks wrote them."""
+        out, filled = torch.empty(end - start), 0
+        for file, table in self.manifest["tables"].items():
+            if not file.startswith(f"{kind}-") or name not in table:
+                continue
+            low, high = max(table[name][0], start), min(table[name][1], end)
+            if low < high:
+                out[low - start : high - start] = self._file(file)[name][low - table[name][0] : high - table[name][0]]
+                filled += high - low
+        if filled != end - start:
+            raise StorageError(f"{self.folder}: holds {filled} of elements {start}..{end} of {kind} {name}")
+        return out
+
+    def _file(self, name: str) -> dict[str, torch.Tensor]:
+        if name not in self._files:
+            self._files[name] = safetensors.torch.load(manifest.read(self.folder, name, self.manifest))
+        return self._files[name]
+
+
+def find_point(run: Run, name: PointName) -> ResumePoint | None:
+    """Return the resume point of this name; None if it is incomplete."""
+    folder = run.resume_point(name)
+    contents = manifest.find(folder, "files", "images")
+    return None if contents is None else ResumePoint(folder, contents)
+
+
+def newest_point(run: Run, log: Callable[[str], None], start_over: bool = False, begin: int = 0) -> ResumePoint | None:
+    """Return the newest complete resume point, None for a run that has saved nothing yet.
+
+    A damaged one is logged and the one before is used. StorageError if one cannot be read for another reason, such as missing
+    rights. UserError if the run was further than at its `begin` and all is lost, unless it may `start_over`.
+    """
+    names, damaged = state.point_names(run), 0
+    for name in reversed(names):
+        try:
+            point = find_point(run, name)
+            if point is None:
+                continue
+            point.verify()
+        except Damaged as error:
+            log(f"resume point passed over: {error}")
+            damaged += 1
+            continue
+        return point
+    # Before its first complete resume point, where it begins, a run saves and publishes nothing at a later count.
+    was_further = damaged or any(name.images_seen > begin for name in names) or any(state.published_counts(run))
+    if was_further and not start_over:
+        raise UserError(
+            f"{run.resume}: no resume point can be used ({damaged} damaged), and this run has trained before: restore them, or "
+            "train it from the beginning with --set train.start_over=true"
+        )
+    return None
+
+
+def branch_point(sweep: Sweep, branch: Branch) -> ResumePoint:
+    """Return the resume point at which a branch leaves its trunk; StorageError if it is missing or damaged."""
+    run = sweep.run(branch.of)
+    name = state.point_at(run, branch.at)
+    point = name and find_point(run, name)
+    if point is None:
+        raise StorageError(f"{run.resume}: no resume point at {branch.at} images, from which a branch begins")
+    point.verify()
+    return point
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which complete resume points of a training stay."""
+
+    last: int
+    """Number of the newest ones."""
+    spaced: int
+    """Number of those kept besides, spread evenly over the training."""
+    images: int
+    """Images of the complete training."""
+    branches: frozenset[int]
+    """Image counts at which other models' trainings begin."""
+
+    @classmethod
+    def of_model(cls, recipe: Recipe, model: str) -> Self:
+        settings = recipe.train_of(model)
+        return cls(settings.keep_resume, settings.keep_spaced, settings.images, frozenset(recipe.branches_at(model)))
+
+    def of(self, complete: Sequence[PointName]) -> set[PointName]:
+        """Return those of all complete resume points, oldest first, that stay."""
+        apart = max(1.0, self.images / (self.spaced + 1))
+        spaced = {int(name.images_seen // apart): name for name in reversed(complete) if name.images_seen >= apart}
+        branches = {name.images_seen: name for name in complete if name.images_seen in self.branches}
+        return {*complete[-self.last :], *spaced.values(), *branches.values()}
+
+
+@dataclass
+class Saver:
+    """Writes one run's resume points and published weights next to training, one at a time.
+
+    `held` is asked before each manifest whether this attempt still owns the run; if not, saving stops with an error.
+    """
+
+    run: Run
+    attempt: int
+    rank: int
+    world: int
+    held: Callable[[], bool]
+    keep: Keep
+    paused_s: float = 0.0
+    """Time for which training waited for resume points, including one that was still being written."""
+    longest_s: float = 0.0
+    """Longest of these pauses."""
+    took_s: float = 0.0
+    """Time from the first byte to the end of the last resume point."""
+    _thread: threading.Thread | None = None
+    _error: BaseException | None = None
+
+    def save(self, engine: Engine, images_seen: int, facts: dict[str, Any]) -> None:
+        """Start a resume point of this step boundary; training waits for the clone and for a save in progress."""
+        begin = time.monotonic()
+        self.finish()
+        clones = {kind: engine.segments(kind) for kind in engine.kinds}
+        pause_s = time.monotonic() - begin
+        self.paused_s, self.longest_s = self.paused_s + pause_s, max(self.longest_s, pause_s)
+        self._start(lambda: self._write(clones, images_seen, facts))
+
+    def publish(self, engine: Engine, images_seen: int, facts: dict[str, Any], description: str) -> None:
+        """Start publishing the averaged weights, unless this count is published already; collective.
+
+        `description` is stored in the weights' files, so that each file names the model that it holds.
+        """
+        folder = self.run.published_at(images_seen)
+        self.finish()
+        missing = [self.rank == 0 and not folder.exists(manifest.NAME)]
+        dist.broadcast_object_list(missing)
+        if not missing[0]:
+            return
+        averages = {average_file(name): engine.full_average(name) for name in engine.averages}
+        if self.rank == 0:
+            files = {name: safetensors.torch.save(w, {"dis_scale": description}) for name, w in averages.items() if w}
+            self._start(lambda: self._seal(folder, files, images_seen, facts))
+
+    def finish(self) -> None:
+        """Wait for the save in progress; raise its error, if any."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        self.raise_failed()
+
+    def raise_failed(self) -> None:
+        """Raise the error of the last save, if any."""
+        if self._error:
+            raise self._error
+
+    def _start(self, write: Callable[[], None]) -> None:
+        def guarded() -> None:
+            try:
+                write()
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=guarded, name="save")
+        self._thread.start()
+
+    def _seal(self, folder: Folder, files: dict[str, bytes], images_seen: int, facts: dict[str, Any]) -> None:
+        # A folder of published weights belongs to all attempts. Names carry the attempt, so one that has lost the run, and writes
+        # late, never writes over the files of its successor. The first manifest counts: evaluation may have read it.
+        stored = {file_of(name, self.attempt): data for name, data in files.items()}
+        for name, data in stored.items():
+            folder.write(name, data)
+        self._require_held(folder)
+        digests = {name: manifest.digest(data) for name, data in stored.items()}
+        manifest.seal_once(folder, digests, images=images_seen, attempt=self.attempt, **facts)
+
+    def _write(self, clones: dict[str, dict[Segment, torch.Tensor]], images_seen: int, facts: dict[str, Any]) -> None:
+        folder = self.run.resume_point(PointName(images_seen, self.attempt))
+        sidecar: dict[str, Any] = {"files": {}, "tables": {}}
+        begin = time.monotonic()
+        for kind, segments in clones.items():
+            name = f"{kind}-{self.rank:05d}.safetensors"
+            data = safetensors.torch.save({s.name: tensor for s, tensor in segments.items()})
+            folder.write(name, data)
+            sidecar["files"][name] = manifest.digest(data)
+            sidecar["tables"][name] = {s.name: [s.start, s.end] for s in segments}
+        folder.write_json(_sidecar(self.rank), sidecar)
+        if self.rank == 0:
+            self._write_manifest(folder, images_seen, facts)
+            self._prune(images_seen)
+        self.took_s = time.monotonic() - begin
+
+    def _write_manifest(self, folder: Folder, images_seen: int, facts: dict[str, Any]) -> None:
+        sidecars = [_await_json(folder, _sidecar(rank)) for rank in range(self.world)]
+        files = {name: digest for s in sidecars for name, digest in s["files"].items()}
+        tables = {name: table for s in sidecars for name, table in s["tables"].items()}
+        self._require_held(folder)
+        manifest.seal(folder, files, images=images_seen, attempt=self.attempt, world=self.world, tables=tables, **facts)
+
+    def _require_held(self, folder: Folder) -> None:
+        if not self.held():
+            raise StorageError(
+                f"{folder}: another attempt has taken over this run; this one (attempt {self.attempt}) stops"
+            )
+
+    def _prune(self, images_seen: int) -> None:
+        """Delete the resume points up to `images_seen` that are incomplete or not to be kept.
+
+        A faster rank may already write a later one, which stays. The manifest is deleted first, so that a resume point that is only
+        partly deleted is never loaded.
+        """
+        passed = [name for name in state.point_names(self.run) if name.images_seen <= images_seen]
+        complete = list(state.complete_points(self.run, passed))
+        kept = self.keep.of(complete)
+        for name in complete:
+            if name not in kept:
+                self.run.resume_point(name).delete(manifest.NAME)
+        for name in set(passed) - kept:
+            self.run.resume_point(name).delete()
+
+
+def fresh(model: torch.nn.Module) -> Callable[[str, str, int, int], torch.Tensor]:
+    """Return what `ResumePoint.read` is for a new run: the model's initial weights, zero moments."""
+    flat = {name: p.detach().float().clone().flatten() for name, p in model.named_parameters()}
+    return lambda kind, name, start, end: torch.zeros(end - start) if kind in MOMENTS else flat[name][start:end]
+
+
+def _sidecar(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
+
+
+def _await_json(folder: Folder, name: str) -> Any:
+    deadline = time.monotonic() + SIDECAR_WAIT_S
+    while time.monotonic() < deadline:
+        if folder.exists(name):
+            return folder.read_json(name)
+        time.sleep(0.05)
+    raise StorageError(
+        f"{folder}/{name}: not written within {SIDECAR_WAIT_S:.0f} s; this resume point stays incomplete"
+    )

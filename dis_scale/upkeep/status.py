@@ -1,0 +1,324 @@
+"""What a sweep is doing, from its storage alone: on any machine, also when its cluster is gone.
+
+Reads listings, the newest of everything, and no history, so it takes seconds for any sweep.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dis_scale.process.errors import StorageAway, StorageError
+from dis_scale.process.threads import in_order
+from dis_scale.storage import lease, manifest
+from dis_scale.storage.folder import Folder
+from dis_scale.storage.lease import Holding
+from dis_scale.sweep import METRICS, PointName, Run, Sampled, Sweep, state
+from dis_scale.tracking import rows
+
+Doing = Literal["waiting", "training", "silent", "stopped", "failed", "trained"]
+QUIET_S = 300.0
+"""Time without a new metric row after which a run counts as silent."""
+ENDS = 3
+"""Number of a run's last attempts whose errors are shown."""
+LEASES = ("sweep", "prepare", "evaluate")
+"""Leases of the sweep command and of stages; a run has its own."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One model. Times are seconds before now, by the clocks of the machines that wrote them."""
+
+    model: str
+    doing: Doing
+    images_seen: int
+    images: int
+    images_per_s: float | None
+    left_s: float | None
+    """Time to the last image at that rate, while it trains."""
+    row_age_s: float | None
+    """Age of the newest metric row."""
+    resume_images: int
+    resume_age_s: float | None
+    """Age of the newest resume point: what a failure would cost now."""
+    attempts: int
+    holder: str
+    """Host and process of an attempt that has not ended its lease, alive or not."""
+    beat_age_s: float | None
+    """Age of that process's last heartbeat."""
+    ends: list[str]
+    """Errors by which the last attempts ended, the newest first."""
+    ended: str | None
+    """Why the model failed."""
+    published: int
+    evaluated: int
+    """Checkpoints that are measured under the main settings."""
+    backlog: int
+    """Evaluations that are due, under all settings."""
+    metric: float | None
+    """The main metric of the newest measured checkpoint."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """A sweep; `wrong` are lines that name what is wrong and what to do."""
+
+    sweep: str
+    doing: str
+    """How far it is, whether a process works on it or not."""
+    stopped: str
+    """Why no process works on it; empty while one does, and once it is done."""
+    holder: str
+    """Host and process of a sweep command that has not ended its lease, alive or not."""
+    runs: list[RunStatus]
+    backlog: int
+    """Evaluations that are due."""
+    wrong: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads a sweep's files, as seen at the time `now`; names each damaged one."""
+
+    sweep: Sweep
+    now: float
+    damaged: list[str] = field(default_factory=list)
+
+    def read(self, what: str, read: Callable[[], T]) -> T | None:
+        """Return what `read` returns, None if a file is damaged."""
+        try:
+            return read()
+        except StorageAway:
+            raise
+        except (StorageError, ValueError, LookupError, TypeError, AttributeError, FileNotFoundError) as error:
+            words = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
+            self.damaged.append(f"{what} cannot be read: {words}; see ops/runbooks/damaged-resume-point.md")
+            return None
+
+    def holdings(self, what: str, folder: Folder, count: int = 1) -> list[Holding]:
+        """Return the last holders of a lease, the last one first."""
+        return self.read(f"the lease of {what}", lambda: lease.last_holdings(folder, count)) or []
+
+
+class _Warnings(logging.Handler):
+    """Collects this package's warnings in a list: they name damaged files that the reading functions left out."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(record.getMessage())
+
+
+def collect(sweep: Sweep, now: float) -> Status:
+    """Return the status at the Unix time `now`."""
+    reader = _Reader(sweep, now)
+    log, warnings = logging.getLogger("dis_scale"), _Warnings(reader.damaged)
+    log.addHandler(warnings)
+    try:
+        return _collect(reader)
+    finally:
+        log.removeHandler(warnings)
+
+
+def _collect(reader: _Reader) -> Status:
+    sweep, now, models = reader.sweep, reader.now, reader.sweep.recipe.models
+    held = [next(iter(reader.holdings(name, sweep.lease(name))), None) for name in LEASES]
+    working = [holding is not None and holding.works(now) for holding in held]
+    commanded = working[0]
+    both = list(in_order(models, lambda model: _run(reader, model, commanded), len(models)))
+    runs, left = [run for run, _ in both], [sampled for _, due in both for sampled in due]
+    doing = reader.read("the VAE, the latents or the reference", lambda: _doing(sweep, runs, len(left))) or "preparing"
+    works = any(working) or any(run.doing in ("training", "silent") for run in runs)
+    stopped = "" if works or doing == "done" else _why_stopped(held[0], now)
+    cure = "" if "to continue: " in stopped else f"; to continue: dis-scale resume {sweep}"
+    wrong = [f"stopped: {stopped}{cure}"] if stopped else []
+    if not stopped and not commanded and doing != "done":
+        wrong.append(f"no sweep command runs, and its jobs do: dis-scale resume {sweep} joins them")
+    skipped = reader.read("the reason of a skipped evaluation", lambda: state.why_skipped(sweep, left)) or {}
+    wrong += [
+        *_wrong(reader, runs),
+        *(f"skipped: {each}: {why}" for each, why in skipped.items()),
+        *reader.damaged,
+    ]
+    return Status(str(sweep), doing, stopped, _holder(held[0]), runs, len(left), wrong)
+
+
+def _holder(holding: Holding | None) -> str:
+    """Name the process that holds a lease; empty if none does."""
+    return f"process {holding.pid} on {holding.host}" if holding and holding.ended is None else ""
+
+
+def _why_stopped(command: Holding | None, now: float) -> str:
+    """Return why no sweep command works."""
+    if command is None:
+        return "no sweep command has run yet"
+    if command.ended is None:
+        return _no_heartbeat(_holder(command), None if command.beat is None else now - command.beat)
+    return f"the last sweep command ended{f': {command.why}' if command.why else ''}"
+
+
+def _no_heartbeat(holder: str, age_s: float | None) -> str:
+    return f"no heartbeat {'' if age_s is None else f'for {_span(age_s)} '}from {holder}"
+
+
+def _run(reader: _Reader, model: str, commanded: bool) -> tuple[RunStatus, list[Sampled]]:
+    """Return a model's status and its evaluations that are due. `commanded`: a sweep command will train it in its turn."""
+    sweep, now = reader.sweep, reader.now
+    run, settings = sweep.run(model), sweep.recipe.train_of(model)
+    images = settings.images
+    backlog = state.Backlog(sweep, (model,))
+    left, published = backlog.left(), backlog.published
+    due = {sampled.images_seen for sampled in left if not sampled.variant}
+    evaluated = [n for n in published if n not in due and n in settings.publish_images]
+    newest = reader.read(f"{model}: the newest metric rows", lambda: rows.newest(run.log)) or {}
+    ended = reader.read(f"{model}: why it failed", lambda: state.ended(sweep, model))
+    holdings, point = reader.holdings(model, run.lease, ENDS), state.newest_complete(run)
+    holding = holdings[0] if holdings else None
+    last = max(newest.values(), key=lambda row: row.time, default=None)
+    quiet_s = now - max(last.time if last else 0.0, holding.since or 0.0) if holding else 0.0
+    doing: Doing
+    if images in published:
+        doing = "trained"
+    elif ended:
+        doing = "failed"
+    elif holding and holding.works(now):
+        doing = "training" if quiet_s < QUIET_S else "silent"
+    else:
+        doing = "waiting" if holding is None or (commanded and holding.ended is not None) else "stopped"
+    seen = max(last.images if last else 0, point.images_seen if point else 0, *published, 0)
+    rate = newest["images_per_s"].value if "images_per_s" in newest else None
+    status = RunStatus(
+        model=model, doing=doing, images_seen=seen, images=images, images_per_s=rate,
+        left_s=(images - seen) / rate if rate and doing == "training" else None, row_age_s=now - last.time if last else None,
+        resume_images=point.images_seen if point else 0,
+        resume_age_s=reader.read(f"{model}: resume point {point}", lambda: _age_s(run, point, now)) if point else None,
+        attempts=holding.number if holding else 0, holder=_holder(holding),
+        beat_age_s=now - holding.beat if holding and holding.ended is None and holding.beat is not None else None,
+        ends=[f"attempt {each.number} ended: {each.why}" for each in holdings if each.why], ended=ended,
+        published=len(published), evaluated=len(evaluated), backlog=len(left),
+        metric=_metric(reader, Sampled(model, evaluated[-1])) if evaluated else None,
+    )  # fmt: skip
+    return status, left
+
+
+def _age_s(run: Run, point: PointName, now: float) -> float | None:
+    """Return the age of a resume point, None if it does not say when it was written."""
+    saved = manifest.find(run.resume_point(point))
+    return now - saved["at"] if saved and "at" in saved else None
+
+
+def _metric(reader: _Reader, sampled: Sampled) -> float | None:
+    """Return the main metric of an evaluation."""
+    folder, name = reader.sweep.evaluation(sampled), reader.sweep.recipe.evaluate.metric
+    return reader.read(f"evaluation of {sampled}", lambda: folder.read_json(METRICS)["values"].get(name))
+
+
+def _doing(sweep: Sweep, runs: list[RunStatus], backlog: int) -> str:
+    if all(run.doing == "trained" for run in runs):
+        return "evaluating" if backlog else "done"
+    if any(run.attempts for run in runs):
+        return "training"
+    if state.find_latents(sweep.folder):
+        return "ready to train"
+    return "encoding latents" if state.prepared(sweep) else "preparing"
+
+
+def _wrong(reader: _Reader, runs: list[RunStatus]) -> list[str]:
+    """Return what is wrong with the models and the nodes, the most urgent first."""
+    lines = []
+    for run in runs:
+        if run.doing == "failed":
+            lines.append(f"{run.model}: ended: {run.ended}; the next sweep command trains it again")
+        if run.doing == "silent":
+            lines.append(
+                f"{run.model}: no metric row for {_span(run.row_age_s) or 'its whole time'}, and {run.holder} is alive: "
+                "it starts or hangs; see ops/runbooks/stuck-job.md"
+            )
+        if run.doing == "stopped":
+            lost = f"; {_no_heartbeat(run.holder, run.beat_age_s)}" if run.holder else ""
+            lines.append(f"{run.model}: stopped at {run.images_seen:,} images{lost}")
+    failures: dict[str, int] = reader.read("the failures of nodes", lambda: state.node_failures(reader.sweep)) or {}
+    return lines + [
+        f"{node}: {count} failures of its devices; see ops/runbooks/bad-gpu-or-node.md"
+        for node, count in failures.items()
+    ]
+
+
+def table(status: Status) -> Table:
+    """Return one row per model."""
+    how = f"stopped ({status.doing})" if status.stopped else status.doing
+    attempts = [f"{run.model}: {', '.join([*_held(run), *run.ends])}" for run in status.runs if run.holder or run.ends]
+    # as Text, since a name or an error may look like markup
+    out = Table(
+        title=Text(f"{status.sweep}: {how}{f', run by {status.holder}' if status.holder else ''}"),
+        caption=Text("\n".join(status.wrong + attempts)),
+        caption_justify="left",
+    )
+    for column in (
+        "model",
+        "doing",
+        "images",
+        "of",
+        "images/s",
+        "left",
+        "resume point",
+        "attempts",
+        "evaluated",
+        "due",
+        "metric",
+    ):
+        out.add_column(column, justify="left" if column in ("model", "doing") else "right")
+    for run in status.runs:
+        out.add_row(
+            run.model, run.doing, f"{run.images_seen:,}", f"{run.images_seen / run.images:.0%}",
+            "" if run.images_per_s is None else f"{run.images_per_s:,.0f}", _span(run.left_s), _span(run.resume_age_s, " ago"),
+            f"{run.attempts}", f"{run.evaluated}/{run.published}", f"{run.backlog}",
+            "" if run.metric is None else f"{run.metric:.4g}",
+        )  # fmt: skip
+    return out
+
+
+def _held(run: RunStatus) -> list[str]:
+    return [f"attempt {run.attempts} held by {run.holder}"] if run.holder else []
+
+
+def _span(seconds: float | None, after: str = "") -> str:
+    """Return a time in the largest unit that fits: 45 s, 12 min, 3.5 h, 2.1 d."""
+    if seconds is None:
+        return ""
+    for unit, length, digits in (("d", 86_400, 1), ("h", 3600, 1), ("min", 60, 0)):
+        if seconds >= length:
+            return f"{seconds / length:.{digits}f} {unit}{after}"
+    return f"{max(0.0, seconds):.0f} s{after}"
+
+
+def watch(sweep: Sweep, every_s: float, console: Console) -> None:
+    """Show the status again and again until it is interrupted; storage that is away is shown and asked again.
+
+    It stays in place on a terminal; another output receives all of them.
+    """
+    from rich.live import Live
+
+    with Live(console=console, auto_refresh=False) if console.is_interactive else nullcontext() as live:
+        while True:
+            try:
+                shown: Table | Text = table(collect(sweep, time.time()))
+            except StorageAway as error:
+                shown = Text(f"{sweep}: {error}; asked again in {_span(every_s)}")
+            if live:
+                live.update(shown, refresh=True)
+            else:
+                console.print(shown)
+            time.sleep(every_s)

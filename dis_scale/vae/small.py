@@ -1,0 +1,65 @@
+"""A small autoencoder for small images, trained on the sweep's images in a minute (data/subset.py)."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dis_scale import vae
+from dis_scale.process import seeds
+from dis_scale.process.progress import ReportDone
+from dis_scale.recipe import TrainedVae
+from dis_scale.vae import to_unit
+
+if TYPE_CHECKING:
+    from dis_scale.vae.autoencoders import AutoencoderKL
+
+
+def train_vae(settings: TrainedVae, images: np.ndarray, seed: int, report: ReportDone) -> "AutoencoderKL":
+    """Train an autoencoder: mean squared error and a little KL, as Stable Diffusion.
+
+    Its scale gives the posterior means deviation 1; samples of the posteriors deviate by a little more.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seeds.seed("vae", seed) % 2**63)
+        net = vae.new(settings, images.shape[1])
+    unit = to_unit(images)
+    optimizer = torch.optim.AdamW(net.parameters(), settings.learning_rate)
+    for step in range(settings.steps):
+        batch, noise = _batch(unit, settings.batch_images, "vae batch", seed, step)
+        posterior = net.encode(batch).latent_dist
+        loss = F.mse_loss(net.decode(posterior.sample(noise)).sample, batch)
+        loss = loss + settings.kl_weight * posterior.kl().mean() / batch[0].numel()
+        optimizer_step(optimizer, loss, settings.learning_rate * min(1.0, 2 * (1 - step / settings.steps)))
+        report(step + 1)
+    with torch.no_grad():
+        means = torch.cat([net.encode(part).latent_dist.mode() for part in unit.split(256)])
+    net.register_to_config(scaling_factor=float(1 / means.std()))
+    return net
+
+
+def reconstruction_error(net: "AutoencoderKL", images: np.ndarray) -> float:
+    """Return the mean squared error of decode(encode(x)) in [-1, 1]."""
+    with torch.no_grad():
+        errors = [
+            (net.decode(net.encode(x).latent_dist.mode()).sample - x).square().mean((1, 2, 3))
+            for x in to_unit(images).split(256)
+        ]
+    return float(torch.cat(errors).mean())
+
+
+def _batch(unit: Tensor, size: int, *where: int | str) -> tuple[Tensor, torch.Generator]:
+    rng = seeds.generator(*where)  # type: ignore[arg-type]
+    rows = torch.from_numpy(rng.integers(0, len(unit), size))
+    return unit[rows], torch.Generator().manual_seed(int(rng.integers(2**63)))
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor, learning_rate: float) -> None:
+    """Take one step of gradient descent on a loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()

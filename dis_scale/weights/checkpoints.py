@@ -1,0 +1,71 @@
+"""Location of one checkpoint: a published folder, or a file with weights, on this machine or in an object store."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dis_scale.process.errors import UserError
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder, locate, open_folder
+from dis_scale.sweep import RECIPE, Sampled, Sweep, state
+from dis_scale.weights.published import WEIGHTS_FILE, stored_file
+
+
+@dataclass(frozen=True)
+class Located:
+    """The file of a checkpoint's weights, and its sweep if it is in one."""
+
+    folder: Folder
+    name: str
+    sweep: Sweep | None
+
+    def __str__(self) -> str:
+        return f"{self.folder}/{self.name}"
+
+    @property
+    def published(self) -> Sampled | None:
+        """Its model and images seen, if it is a published folder of its sweep."""
+        if self.sweep is None:
+            return None
+        runs = {model: self.sweep.run(model) for model in self.sweep.recipe.models}
+        counts = ((model, images) for model, run in runs.items() for images in state.published_counts(run))
+        return next((Sampled(*each) for each in counts if runs[each[0]].published_at(each[1]) == self.folder), None)
+
+    @contextmanager
+    def fetched(self) -> Iterator[Path]:
+        """Give the file as a local path: itself, or a temporary copy; Damaged if it differs from the folder's manifest."""
+        contents = manifest.find(self.folder) or {"files": {}}
+        data = manifest.read(self.folder, self.name, contents) if self.name in contents["files"] else None
+        if self.folder.local:
+            yield self.folder.local / self.name
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            copy = Path(scratch) / self.name
+            copy.write_bytes(self.folder.read(self.name) if data is None else data)
+            yield copy
+
+
+def find_checkpoint(at: str) -> Located:
+    """Return the checkpoint at a path or URL; UserError if there is none."""
+    folder = open_folder(at)
+    if folder.local.is_dir() if folder.local else folder.exists(manifest.NAME):
+        contents = manifest.find(folder)
+        name = (stored_file(WEIGHTS_FILE, contents) if contents else None) or WEIGHTS_FILE
+    else:
+        folder, name = locate(folder.url)
+    if not folder.exists(name):
+        raise UserError(f"no checkpoint at {at}: expected a published folder, a .safetensors file or a public .pt")
+    return Located(folder, name, _sweep_around(folder))
+
+
+def _sweep_around(folder: Folder) -> Sweep | None:
+    """Return the sweep in the nearest folder above that has a recipe; None without one."""
+    start, mark, path = folder.url.rpartition("://")
+    parts = path.split("/")
+    for depth in range(len(parts), 1, -1):
+        above = replace(folder, url=start + mark + "/".join(parts[:depth]))
+        if above.exists(RECIPE):
+            return Sweep.open(above.url)
+    return None

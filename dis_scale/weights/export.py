@@ -1,0 +1,245 @@
+"""Export: one safetensors file that describes its model, and a folder that diffusers can sample from; `open_checkpoint`.
+
+    DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)(class_labels=[1, 7])
+
+The folder's two Python files are the strings below. They need dis-scale and diffusers; this module needs only dis-scale.
+Read next: official.py for the layouts of the public code.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from pydantic import TypeAdapter, ValidationError
+
+from dis_scale import diffusion
+from dis_scale.models import Backbone, build, check_finite
+from dis_scale.process.errors import UserError
+from dis_scale.recipe import Flow, Gaussian, LatentShape, Model, Recipe
+from dis_scale.recipe.evaluate import Sampler
+from dis_scale.vae import DiffusersVae, PixelVae, Vae
+from dis_scale.vae.scaling import Scaling
+from dis_scale.weights.official import SiT, from_official, from_official_dit, read_weights
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+"""diffusers' name for a component's weights."""
+
+BACKBONE_PY = '''\
+"""The denoiser as a diffusers model; its code is dis-scale's, its settings are in config.json."""
+
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+
+from dis_scale.weights.export import from_description
+
+
+class DisScaleBackbone(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self, description: dict, diffusion: dict, scaling: dict = None, guidance: dict = None):
+        super().__init__()
+        self.net = from_description(description)
+
+    def forward(self, x, t, y=None):
+        return self.net(x, t, y)
+'''
+
+PIPELINE_PY = '''\
+"""Samples images from a dis-scale backbone: noise depends only on the seed and the image number."""
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers.image_processor import VaeImageProcessor
+
+from dis_scale.weights.export import process_of, sampler_for, scaling_of
+
+
+class DisScalePipeline(DiffusionPipeline):
+    _optional_components = ["vae"]
+
+    def __init__(self, backbone, vae: ModelMixin = None):
+        super().__init__()
+        self.register_modules(backbone=backbone, vae=vae)
+
+    @torch.no_grad()
+    def __call__(
+        self, class_labels=None, num_images=1, guidance_scale=1.0, num_inference_steps=50, sampler=None, seed=0,
+        output_type="pil",
+    ):
+        from dis_scale.diffusion.generate import generate
+
+        process = process_of(self.backbone.config.diffusion)
+        count = num_images if class_labels is None else len(class_labels)
+        images = generate(
+            self.backbone.net, process, class_labels, range(count), sampler=sampler or sampler_for(process),
+            steps=num_inference_steps, guidance=guidance_scale, seed=seed, device=self.backbone.device,
+            **(self.backbone.config.guidance or {}),
+        )
+        if self.backbone.config.scaling is not None:
+            images = scaling_of(self.backbone.config.scaling).undo(images)
+        if self.vae is not None:
+            images = self.vae.decode(images).sample
+        return ImagePipelineOutput(VaeImageProcessor().postprocess(images, output_type=output_type))
+'''
+
+
+@dataclass(frozen=True)
+class LatentsVae:
+    """The VAE of a set of latents, by its identity, and the settings that a TorchScript file does not tell."""
+
+    identity: str
+    posterior: bool
+    shift: float | Sequence[float]
+    scale: float | Sequence[float]
+
+
+@dataclass(frozen=True)
+class SamplingFacts:
+    """The facts that sampling needs beside the weights; stored in a published file, so that it can leave its sweep."""
+
+    diffusion: Gaussian | Flow
+    vae: LatentsVae
+    scaling: Scaling | None
+    """Scaling of the model's latents; None for the VAE's own."""
+    sampler: Sampler
+    steps: int
+    guidance: float = 1.0
+    guidance_channels: int | None = None
+    guidance_interval: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe, latents: Mapping[str, Any]) -> "SamplingFacts":
+        """Return the facts of a sweep's models from its recipe and the manifest of its latents."""
+        encoder = LatentsVae(latents["vae"], latents.get("posterior", True), latents["shift"], latents["scale"])
+        normalise, own = recipe.data.normalise, recipe.evaluate
+        scaling = None if normalise == "vae" else Scaling.of(latents, normalise)
+        guidance = own.guidance, own.guidance_channels, own.guidance_interval
+        return cls(recipe.diffusion, encoder, scaling, own.sampler, own.steps, *guidance)
+
+
+def describe(model: Backbone, facts: SamplingFacts | None = None) -> dict[str, Any]:
+    """Settings, shape and number of classes as plain data, the input of `from_description`; and the sampling facts, if known."""
+    if isinstance(model, SiT):
+        raise UserError("a public SiT is not described by settings of ours: sample from its own file")
+    sampling = {} if facts is None else {"sampling": TypeAdapter(SamplingFacts).dump_python(facts, mode="json")}
+    return sampling | {
+        "model": model.settings.sizes,
+        "shape": list(model.shape),
+        "num_classes": model.num_classes,
+    }
+
+
+def from_description(description: dict[str, Any]) -> Backbone:
+    """Return the model with initial weights. UserError if the description is invalid."""
+    try:
+        settings = TypeAdapter[Any](Model).validate_json(json.dumps(description["model"]))
+        shape = LatentShape(*map(int, description["shape"]))
+        return build(settings, shape, description["num_classes"])
+    except (KeyError, TypeError, ValueError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
+        raise UserError(f"not the description of a model: {reason}") from None
+
+
+def save(model: Backbone, path: str | Path, facts: SamplingFacts | None = None) -> None:
+    """Write one safetensors file: weights by our names, the description in its metadata, with the sampling facts if given."""
+    check_finite(model)
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
+    safetensors.torch.save_file(weights, path, {"dis_scale": json.dumps(describe(model, facts))})
+
+
+def load(path: str | Path) -> Backbone:
+    """Return the model in evaluation mode from a file of `save`. UserError for any other file or non-finite weights."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot read weights from {path}: {error}") from None
+    if "dis_scale" not in metadata:
+        raise UserError(f"{path} does not describe its model: import a public layout with models.official instead")
+    model = from_description(json.loads(metadata["dis_scale"]))
+    if weights.keys() != model.state_dict().keys():
+        mismatched = sorted(weights.keys() ^ model.state_dict().keys())
+        raise UserError(f"{path}: weights do not fit their description: {', '.join(mismatched[:3])}")
+    model.load_state_dict(weights)
+    check_finite(model)
+    return model.eval()
+
+
+def sampling_facts(path: str | Path) -> SamplingFacts | None:
+    """Return the sampling facts in a file that `load` reads; None for any other file, and for files of earlier versions."""
+    if Path(path).suffix != ".safetensors":
+        return None
+    with safetensors.safe_open(path, framework="pt") as file:
+        stored = json.loads(file.metadata()["dis_scale"]).get("sampling")
+    try:
+        return None if stored is None else TypeAdapter(SamplingFacts).validate_json(json.dumps(stored))
+    except ValidationError as error:
+        raise UserError(f"{path}: invalid sampling facts: {error.errors()[0]['msg']}") from None
+
+
+def open_checkpoint(path: str | Path, heads: int | None = None) -> Backbone:
+    """Return a model in evaluation mode from a file of `save`, or from a public `.pt` of DiS or DiT (known by its keys)."""
+    if Path(path).suffix == ".safetensors":
+        return load(path)
+    weights = read_weights(path)
+    model = from_official_dit(weights, heads) if "x_embedder.proj.weight" in weights else from_official(weights)
+    return model.eval()
+
+
+def save_pipeline(
+    folder: str | Path,
+    model: Backbone,
+    process: Gaussian | Flow,
+    vae: Vae | None = None,
+    guidance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a diffusers folder: model_index.json, the backbone, and the VAE unless the model works on pixels.
+
+    `guidance` has `channels` and `interval` of `generate`, which every call of the pipeline then uses. `vae` is the decoder of
+    the model's samples: `dis_scale.vae.for_samples` returns it. UserError if it is not one of diffusers.
+    """
+    if not isinstance(vae, DiffusersVae | PixelVae | None):
+        raise UserError("a TorchScript autoencoder is not a model of diffusers: export the backbone alone, by `save`")
+    check_finite(model)
+    folder = Path(folder)
+    backbone = folder / "backbone"
+    backbone.mkdir(parents=True, exist_ok=True)
+    config: dict[str, Any] = {"_class_name": "DisScaleBackbone", "description": describe(model)}
+    config["diffusion"] = process.model_dump(mode="json")
+    config["scaling"] = None if vae is None else asdict(vae.scaling)
+    config["guidance"] = dict(guidance or {})
+    index: dict[str, Any] = {
+        "_class_name": ["pipeline", "DisScalePipeline"],
+        "backbone": ["backbone", "DisScaleBackbone"],
+        "vae": ["diffusers", type(vae.net).__name__] if isinstance(vae, DiffusersVae) else [None, None],
+    }
+    weights = {f"net.{name}": weight.detach().cpu().contiguous() for name, weight in model.state_dict().items()}
+    safetensors.torch.save_file(weights, backbone / WEIGHTS, {"format": "pt"})
+    for path, text in (
+        (backbone / "config.json", json.dumps(config, indent=2)),
+        (backbone / "backbone.py", BACKBONE_PY),
+        (folder / "pipeline.py", PIPELINE_PY),
+        (folder / "model_index.json", json.dumps(index, indent=2)),
+    ):
+        path.write_text(text + "\n")
+    if isinstance(vae, DiffusersVae):
+        vae.net.save_pretrained(folder / "vae")
+
+
+def scaling_of(settings: dict[str, Any]) -> Scaling:
+    """The scaling of the latents of an exported folder."""
+    return Scaling(**settings)
+
+
+def process_of(settings: dict[str, Any]) -> Any:
+    """The diffusion process of an exported folder."""
+    return diffusion.build(TypeAdapter[Any](Gaussian | Flow).validate_json(json.dumps(settings)))
+
+
+def sampler_for(process: Any) -> str:
+    """The published sampler of the process."""
+    return "heun" if process.settings.kind == "flow" else "ddpm"

@@ -1,0 +1,93 @@
+"""Public weights of DiS, DiT or SiT as a published checkpoint of a sweep, to be sampled, evaluated, or trained from.
+
+Read next: models/official.py for the layouts, warm_start.py for a training that begins with such a file.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+
+from dis_scale.models import construct
+from dis_scale.process.errors import UserError
+from dis_scale.recipe import FileStart, LatentShape
+from dis_scale.recipe.identity import identity_differences
+from dis_scale.storage import lease, manifest
+from dis_scale.storage.folder import Folder
+from dis_scale.storage.programs import hash_of
+from dis_scale.sweep import RECIPE, Sweep, command_lease, state
+from dis_scale.weights.export import SamplingFacts, describe
+from dis_scale.weights.published import WEIGHTS_FILE
+from dis_scale.weights.warm_start import fit, from_file, latents_difference
+
+IMPORTED = "imported"
+"""Fact in the manifest of an imported checkpoint: the file's name and hash."""
+
+
+class Imported(NamedTuple):
+    """A published checkpoint that was imported."""
+
+    folder: Folder
+    images_seen: int
+    parameters: int
+    notes: Sequence[str]
+    """Lines on what differs from the recipe."""
+
+
+def import_weights(sweep: Sweep, model: str, path: str, shape: LatentShape) -> Imported:
+    """Publish the weights of a file as the only count of one of the sweep's models; a rerun changes nothing.
+
+    The model's training counts as done, so that a run of the sweep evaluates it. UserError if the file holds another model, or one
+    for other pixels, classes or latents; Held if the sweep runs.
+    """
+    _require_possible(sweep, model)
+    settings, train = sweep.recipe.models[model], sweep.recipe.train_of(model)
+    start = FileStart(kind="file", path=path, sha256=hash_of(path, "import"))
+    source = from_file(start, settings, sweep.recipe.diffusion, "import")
+    with torch.device("meta"):
+        empty = construct(settings, shape, sweep.recipe.data.num_classes)
+    fitted = fit(source, empty, f"import of {path} as {model}")
+    if changed := fitted.notes[len(source.notes) :]:
+        raise UserError(f"import of {path} as {model}: {changed[0]}: expected weights for as many pixels and classes")
+    if source.facts and (difference := latents_difference(source.facts, sweep)):
+        raise UserError(
+            f"import of {path} as {model}: trained on {difference}: expected a recipe with the latents that these weights were "
+            "trained on; an autoencoder that the sweep trains must be prepared before"
+        )
+    latents = state.find_latents(sweep.folder)
+    facts = SamplingFacts.of(sweep.recipe, manifest.require(latents)) if latents else None
+    data = safetensors.torch.save(fitted.weights, {"dis_scale": json.dumps(describe(empty, facts))})
+    folder = sweep.run(model).published_at(train.images)
+    with lease.hold(command_lease(sweep.folder)):
+        if not sweep.folder.exists(RECIPE):
+            sweep.save_recipe()
+        _publish(folder, data, train.images, {"name": path.rpartition("/")[2], "sha256": start.sha256})
+    return Imported(folder, train.images, sum(each.numel() for each in fitted.weights.values()), source.notes)
+
+
+def _require_possible(sweep: Sweep, model: str) -> None:
+    run, recipe = sweep.run(model), sweep.recipe  # refuses an unknown model
+    if sweep.folder.exists(RECIPE) and (different := identity_differences(Sweep.open(sweep.folder.url).recipe, recipe)):
+        raise UserError(f"import: {sweep} was begun with another recipe: {different[0]}; give this one another name")
+    counts = recipe.train_of(model).publish_images
+    if len(counts) != 1 or not counts[0] or recipe.models[model].branch or recipe.models[model].start:
+        raise UserError(
+            f"import: {model} would also be trained: expected one count, the images that the file has seen, without branch and "
+            f"start: --set models.{model}.train.publish_images=[N]"
+        )
+    if any(settings.ema_width is not None for settings in recipe.evaluate.samplings.values()):
+        raise UserError("import: evaluate.ema_width needs averages that a file of weights lacks: leave it out")
+    if state.point_names(run):
+        raise UserError(f"import: {model} was trained in {sweep}: choose another model, or another name for the sweep")
+
+
+def _publish(folder: Folder, data: bytes, images_seen: int, origin: dict[str, str]) -> None:
+    known = manifest.find(folder)
+    if known and known.get(IMPORTED) != origin:
+        raise UserError(f"import: {folder} already holds other weights: choose another model, or delete the folder")
+    if known is None:
+        folder.write(WEIGHTS_FILE, data)
+        digests = {WEIGHTS_FILE: manifest.digest(data)}
+        manifest.seal_once(folder, digests, images=images_seen, attempt=0, **{IMPORTED: origin})

@@ -1,0 +1,191 @@
+"""Pictures from one checkpoint, for `dis-scale sample`: a sweep's published weights, an exported file, or a public `.pt`.
+
+Noise is a function of the seed and the sample's number, so the batch size does not change the pictures.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from dis_scale import diffusion, vae
+from dis_scale.diffusion.generate import batch_sizes, generate
+from dis_scale.diffusion.guidance import forward_images
+from dis_scale.diffusion.process import check_labels
+from dis_scale.models import Backbone, verify_kernels
+from dis_scale.process import seeds
+from dis_scale.process.errors import UserError
+from dis_scale.recipe import Flow, Gaussian, Recipe
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder
+from dis_scale.sweep import Sweep, state
+from dis_scale.vae import PixelVae, Vae
+from dis_scale.weights.checkpoints import Located, find_checkpoint
+from dis_scale.weights.export import SamplingFacts, open_checkpoint, sampling_facts
+from dis_scale.weights.official import SiT
+
+
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A model, the process that it was trained for, and the decoder of its latents."""
+
+    model: Backbone
+    process: Gaussian | Flow
+    decoder: Vae
+    sampler: str
+    steps: int
+    guidance: float
+    guidance_channels: int | None
+    guidance_interval: tuple[float, float] | None
+    notes: list[str]
+    """Lines on what is assumed or differs."""
+    recipe: Recipe | None
+    """That of its sweep, None outside one."""
+    located: Located
+
+    def scale(self, given: float | None) -> float:
+        """Return the guidance scale: the given one or its own. UserError if the model cannot be guided by it."""
+        scale = self.guidance if given is None else given
+        if self.recipe and (refusal := self.recipe.guidance_refusal(scale)):
+            raise UserError(f"--guidance: {refusal}")
+        return scale
+
+
+def open_for_sampling(at: str | Path, vae_path: str | None, heads: int | None = None) -> OpenCheckpoint:
+    """Open the model at a path or URL. Outside a sweep, it needs `vae_path`, unless its latents are pixels.
+
+    The process and the scaling of latents come from the file. If it is of an earlier version, they come from its sweep, otherwise
+    they are assumed. UserError if the sweep's VAE did not encode the latents; for another one at `vae_path`, a note.
+    """
+    located = find_checkpoint(str(at))
+    with located.fetched() as file:
+        model, in_file = open_checkpoint(file, heads), sampling_facts(file)
+    path, sweep = located.folder / located.name, located.sweep
+    facts = in_file or (_facts_of(sweep) if sweep else None)
+    decoder, notes = _decoder(path, vae_path, sweep, facts), list[str]()
+    if vae_path is not None:
+        _require_fit(model, decoder, vae_path)
+    if facts and facts.vae.identity != decoder.identity:
+        if vae_path is None:
+            state.require_same_vae(path, facts.vae.identity, decoder.identity)
+        notes.append(
+            f"vae      {vae_path} did not encode the model's latents: its identity is {decoder.identity[:12]}, "
+            f"theirs is {facts.vae.identity[:12]}"
+        )
+    process: Gaussian | Flow
+    if facts:
+        process, decoder = facts.diffusion, replace(decoder, normalised=facts.scaling)
+    elif sweep:
+        process, decoder = sweep.recipe.diffusion, vae.for_samples(sweep, decoder)
+    else:
+        process = Flow(kind="flow") if isinstance(model, SiT) else Gaussian(kind="gaussian")
+        assumed = (
+            "linear flow: its variance is zero, as in SiT"
+            if process.kind == "flow"
+            else f"gaussian process, {process.betas} betas, {process.steps} steps"
+        )
+        notes.append(
+            f"assumed  {assumed}; latents by scale {decoder.scale} and shift {decoder.shift}: the file does not tell"
+        )
+    own = sweep.recipe.evaluate if sweep else facts
+    published = "euler_maruyama" if process.kind == "flow" else "ddpm"
+    sampler, steps = (own.sampler, own.steps) if own else (published, 250)
+    guidance = (own.guidance, own.guidance_channels, own.guidance_interval) if own else (1.0, None, None)
+    return OpenCheckpoint(
+        model, process, decoder, sampler, steps, *guidance, notes, sweep.recipe if sweep else None, located
+    )
+
+
+def _facts_of(sweep: Sweep) -> SamplingFacts | None:
+    """Return the sampling facts of a sweep's models, None without latents."""
+    latents = state.find_latents(sweep.folder)
+    return SamplingFacts.of(sweep.recipe, manifest.require(latents)) if latents else None
+
+
+def _decoder(path: Folder, vae_path: str | None, sweep: Sweep | None, facts: SamplingFacts | None) -> Vae:
+    """Load the VAE at `vae_path`, else the sweep's, else `PixelVae` if the latents are pixels; UserError otherwise."""
+    if vae_path is not None:
+        return vae.from_path(vae_path, asdict(facts.vae) if facts else {})
+    if sweep is not None:
+        return vae.load(sweep)
+    if facts and facts.vae.identity == PixelVae().identity:
+        return PixelVae()
+    raise UserError(
+        f"{path} is not in a sweep, so name the VAE of its latents: --vae FOLDER, hub id, TorchScript file, or none"
+    )
+
+
+def _require_fit(model: Backbone, decoder: Vae, vae_path: str) -> None:
+    """UserError unless the VAE decodes latents of the model's shape to images."""
+    channels, size = model.shape
+    try:
+        pictures = decoder.decode(torch.zeros(1, channels, size, size))
+        reason = f"it returns {tuple(pictures.shape)}"
+    except (RuntimeError, torch.jit.Error) as error:
+        pictures, reason = None, str(error).strip().splitlines()[-1]
+    if pictures is None or pictures.shape[3] != 3:
+        raise UserError(
+            f"--vae {vae_path} does not decode the model's latents, {channels} channels of {size} x {size}: {reason}"
+        )
+
+
+def labels_in_turn(opened: OpenCheckpoint, classes: list[int] | None, count: int) -> list[int] | None:
+    """Return labels for `count` samples: these classes in turn, by default all. None for a model without classes.
+
+    UserError for invalid classes.
+    """
+    known = opened.model.num_classes
+    if known is None:
+        if classes is not None:
+            raise UserError("--classes: the model has no classes: omit it")
+        return None
+    if classes is None:
+        return [i % known for i in range(count)]
+    check_labels(torch.tensor(classes), known)
+    return [classes[i % len(classes)] for i in range(count)]
+
+
+def labels_of_all(
+    opened: OpenCheckpoint, how: Literal["balanced", "uniform"], count: int, seed: int
+) -> list[int] | None:
+    """Return labels for `count` samples: each class equally often, or independent of each other and equally likely.
+
+    None for a model without classes.
+    """
+    known = opened.model.num_classes
+    if known is None or how == "balanced":
+        return labels_in_turn(opened, None, count)
+    return seeds.generator("sample labels", seed).integers(known, size=count).tolist()
+
+
+def sample_pictures(
+    opened: OpenCheckpoint,
+    labels: list[int] | None,
+    count: int,
+    *,
+    sampler: str,
+    steps: int,
+    guidance: float,
+    channels: int | None = None,
+    interval: tuple[float, float] | None = None,
+    seed: int,
+    batch: int,
+    device: torch.device | str = "cpu",
+) -> Iterator[np.ndarray]:
+    """Yield `count` uint8 images of these labels in parts (B, H, W, 3), `batch` at a time."""
+    process, model = diffusion.build(opened.process), opened.model.to(device)
+    images = forward_images(batch_sizes(count, batch), guidance, interval)
+    verify_kernels(model, torch.device(device), images, training=False)
+    opened.decoder.net.to(device)
+    for first in range(0, count, batch):
+        numbers = range(first, min(first + batch, count))
+        part = None if labels is None else labels[numbers.start : numbers.stop]
+        with torch.no_grad():
+            latents = generate(
+                model, process, part, numbers, sampler=sampler, steps=steps, guidance=guidance, channels=channels,
+                interval=interval, seed=seed, device=device,
+            )  # fmt: skip
+        yield opened.decoder.decode(latents)

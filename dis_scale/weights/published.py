@@ -1,0 +1,76 @@
+"""Published weights: averaged weights at the recipe's image counts, kept for ever; what evaluation and sampling read.
+
+training/resume.py writes them. Read next: ema.py for the averages, opening.py for sampling from them.
+"""
+
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from dis_scale.process.errors import StorageError
+from dis_scale.recipe import Train
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import Folder
+from dis_scale.sweep import Run, state
+from dis_scale.weights import ema
+from dis_scale.weights.ema import Snapshot
+
+WEIGHTS_FILE = "weights.safetensors"
+
+
+def load_published(run: Run, images_seen: int) -> dict[str, torch.Tensor]:
+    """Return the EMA weights by parameter; StorageError names what is missing or damaged."""
+    return _load(run.published_at(images_seen), WEIGHTS_FILE)
+
+
+def snapshots(run: Run, images_seen: int, train: Train) -> list[Snapshot]:
+    """Return the published power-function averages up to `images_seen`, from which any other can be rebuilt."""
+    counts = [n for n in state.published_counts(run) if 0 < n <= images_seen]
+    return [Snapshot(n // train.batch_images, width) for n in counts for width in train.power_ema or ()]
+
+
+def load_average(run: Run, images_seen: int, train: Train, width: float) -> dict[str, torch.Tensor]:
+    """Return the weights averaged with a power function of relative width `width`, rebuilt from the run's `snapshots`.
+
+    The more counts were published before `images_seen`, the closer it is to the average that training would have tracked: see
+    `ema.misfit`.
+    """
+    known = snapshots(run, images_seen, train)
+    if not known:
+        return load_published(run, images_seen)  # before the first step all averages are the initial weights
+    shares = ema.coefficients(known, Snapshot(images_seen // train.batch_images, width))
+    total: dict[str, torch.Tensor] = {}
+    for snapshot, share in zip(known, shares.tolist(), strict=True):
+        folder = run.published_at(snapshot.step * train.batch_images)
+        for name, tensor in _load(folder, average_file(ema.power_name(snapshot.width))).items():
+            total[name] = total.get(name, 0) + share * tensor.double()
+    return {name: tensor.float() for name, tensor in total.items()}
+
+
+def _load(published: Folder, name: str) -> dict[str, torch.Tensor]:
+    contents = manifest.find(published)
+    if contents is None:
+        raise StorageError(f"{published}: not published (no {manifest.NAME})")
+    stored = stored_file(name, contents)
+    if stored is None:
+        raise StorageError(
+            f"{published}: no average {name}: power-function averages are tracked if train.power_ema is set"
+        )
+    return safetensors.torch.load(manifest.read(published, stored, contents))
+
+
+def stored_file(name: str, contents: dict[str, Any]) -> str | None:
+    """Return the file of an average in a published folder with this manifest: that of its attempt, up to format 2 the only one."""
+    names = (file_of(name, contents.get("attempt", 0)), name)
+    return next((each for each in names if each in contents["files"]), None)
+
+
+def file_of(name: str, attempt: int) -> str:
+    """Return the file in which an attempt writes an average."""
+    return f"{name.removesuffix('.safetensors')}-{attempt:04d}.safetensors"
+
+
+def average_file(name: str) -> str:
+    """Return the file in which an average is published; the exponential one is the model's weights."""
+    return WEIGHTS_FILE if name == ema.EXPONENTIAL else f"{name}.safetensors"

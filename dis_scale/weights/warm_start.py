@@ -1,0 +1,209 @@
+"""Warm start: a training that begins at 0 images with weights from a file or from another sweep (`models.<name>.start`).
+
+What depends on the number of pixels or classes is fitted; all else must be equal. Moments are new, and averages begin at these
+weights. Only the first attempt reads them: later ones continue from resume points. Read next: models/official.py, loop.py.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from dis_scale import vae
+from dis_scale.models import Backbone, DiS, check_finite, construct
+from dis_scale.process.errors import UserError
+from dis_scale.recipe import DiffuSsm, Dis, Dit, FileStart, Flow, Gaussian, LatentShape, Recipe, SweepStart
+from dis_scale.storage import manifest
+from dis_scale.storage.programs import read_hashed
+from dis_scale.sweep import Sweep, state
+from dis_scale.vae import Vae
+from dis_scale.vae.scaling import Scaling
+from dis_scale.weights.export import SamplingFacts, open_checkpoint, sampling_facts
+from dis_scale.weights.official import SiT, as_flow, published_heads
+from dis_scale.weights.published import load_published
+
+ONLY_INITIAL = {"drop_path", "init", "zero_final", "dt_min", "dt_max"}
+"""Settings of a model that shape its random start or its training, and not what it computes from its weights."""
+
+
+class StartWeights(NamedTuple):
+    """Weights by our names, the settings of the model that they belong to, and lines on what differs besides the model."""
+
+    settings: Dis | DiffuSsm | Dit
+    weights: dict[str, Tensor]
+    notes: list[str]
+    facts: SamplingFacts | None = None
+    """Those of a file that has them."""
+
+
+class Fitted(NamedTuple):
+    """Weights that a model can load, and a line for each thing that could not stay as it is in the source."""
+
+    weights: dict[str, Tensor]
+    notes: list[str]
+
+
+def load_into(model: Backbone, sweep: Sweep, name: str, log: Callable[[str], None]) -> None:
+    """Copy the start's weights, read on rank 0, into a model on the CPU of every rank. Collective."""
+    if dist.get_rank() == 0:
+        start = sweep.recipe.models[name].start
+        source = read_source(sweep.recipe, name)
+        fitted = fit(source, model, f"models.{name}.start")
+        model.load_state_dict(fitted.weights)
+        check_finite(model)
+        of_latents = latent_notes(Sweep.open(start.url), sweep) if isinstance(start, SweepStart) else []
+        if source.facts and (difference := latents_difference(source.facts, sweep)):
+            of_latents.append(f"warning: trained on {difference}")
+        for line in (f"begins with the weights of {start and start.words}", *fitted.notes, *of_latents):
+            log(f"{name}: {line}")
+    hosts = dist.new_group(backend="gloo")
+    for parameter in model.parameters():
+        dist.broadcast(parameter.detach(), 0, group=hosts)
+
+
+def require_fits(recipe: Recipe, names: Collection[str], shape: LatentShape) -> None:
+    """Read the starts of these models, if any, and compare them with the models; UserError for one that does not fit."""
+    for start in filter(None, dict.fromkeys(recipe.models[name].start for name in names)):
+        same = [name for name in names if recipe.models[name].start == start]
+        source = read_source(recipe, same[0])  # one at a time: the largest have gigabytes
+        for name in same:
+            with torch.device("meta"):
+                model = construct(recipe.models[name], shape, recipe.data.num_classes)
+            fit(source, model, f"models.{name}.start")
+
+
+def read_source(recipe: Recipe, name: str) -> StartWeights:
+    """Return the source of a model's start; UserError if it is missing or damaged."""
+    settings, where = recipe.models[name], f"models.{name}.start"
+    match settings.start:
+        case FileStart() as start:
+            return from_file(start, settings, recipe.diffusion, f"{where}.path")
+        case SweepStart() as start:
+            return _from_sweep(start, recipe, where)
+        case _:
+            raise ValueError(f"{name} has no start")
+
+
+def latent_notes(theirs: Sweep, ours: Sweep) -> list[str]:
+    """Return a warning for each difference of two sweeps' latents or classes, which the weights have learned."""
+    data, others = ours.recipe.data, theirs.recipe.data
+    different = {
+        "another autoencoder": state.latents_vae(theirs) != state.latents_vae(ours),
+        "another data.normalise": data.normalise != others.normalise,
+        "other images, whose classes may be others": data.source != others.source,
+    }
+    return [f"warning: trained on {what} than this sweep's" for what, differs in different.items() if differs]
+
+
+def from_file(start: FileStart, settings: Dis | DiffuSsm | Dit, process: Gaussian | Flow, where: str) -> StartWeights:
+    """Return the weights of a file for a model of these settings and process.
+
+    UserError if it cannot be read, or holds a SiT and the process is no flow.
+    """
+    data = read_hashed(start.path, start.sha256, where)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"weights{Path(start.path).suffix}"
+        file.write_bytes(data)
+        heads = (published_heads(settings.width) or settings.heads) if isinstance(settings, Dit) else None
+        try:
+            model = open_checkpoint(file, heads)
+            facts = sampling_facts(file) if file.suffix == ".safetensors" else None
+        except UserError as error:
+            raise UserError(f"{where}: {start.path}: {str(error).replace(str(file), 'the file')}") from error
+    if isinstance(model, SiT):
+        if process.kind != "flow":
+            raise UserError(
+                f"{where}: {start.path} holds a SiT, which predicts velocities: expected diffusion.kind flow"
+            )
+        return StartWeights(model.settings, as_flow(model).state_dict(), [])
+    same = (
+        facts.diffusion == process if facts else process.kind == "gaussian"
+    )  # public files of DiT and DiS predict noise
+    notes = [] if same else ["warning: trained with another diffusion than this recipe's"]
+    return StartWeights(model.settings, model.state_dict(), notes, facts)
+
+
+def latents_difference(theirs: SamplingFacts, sweep: Sweep) -> str:
+    """Return in words on which other latents than the sweep's the weights of a file were trained; empty if on the same.
+
+    A sweep without latents is compared by its recipe, which does not have the numbers of a scaling by channel.
+    """
+    latents, normalise = state.find_latents(sweep.folder), sweep.recipe.data.normalise
+    their_vae = f"latents of autoencoder {theirs.vae.identity[:12]}"
+    if latents is None and state.vae_missing(sweep):
+        return f"{their_vae}, this sweep's is still to be trained"
+    facts = manifest.require(latents) if latents else _planned_latents(vae.load(sweep))
+    if facts["vae"] != theirs.vae.identity:
+        return f"{their_vae}, this sweep's is {facts['vae'][:12]}"
+    if (theirs.scaling is None) != (normalise == "vae"):
+        return f"latents that were scaled otherwise than by data.normalise {normalise}"
+    scaling = theirs.scaling or Scaling(theirs.vae.shift, theirs.vae.scale)
+    if (latents or normalise == "vae") and not scaling.is_close(ours := Scaling.of(facts, normalise)):
+        return f"latents with shift {scaling.shift} and scale {scaling.scale}, this sweep's have {ours.shift} and {ours.scale}"
+    return ""
+
+
+def _planned_latents(decoder: Vae) -> dict[str, Any]:
+    """Return what the manifest of latents will have of their autoencoder."""
+    return {"vae": decoder.identity, "shift": decoder.shift, "scale": decoder.scale}
+
+
+def _from_sweep(start: SweepStart, recipe: Recipe, where: str) -> StartWeights:
+    sweep = Sweep.open(start.url)
+    run = sweep.run(start.model)
+    if start.images not in (counts := state.published_counts(run)):
+        known = ", ".join(map(str, counts)) or "none"
+        raise UserError(
+            f"{where}.images: {start.model} of {sweep} has not published {start.images}, expected one of: {known}"
+        )
+    its = sweep.recipe
+    notes = [] if its.diffusion == recipe.diffusion else ["warning: trained with another diffusion than this recipe's"]
+    return StartWeights(its.models[start.model], load_published(run, start.images), notes)
+
+
+def fit(source: StartWeights, model: Backbone, where: str) -> Fitted:
+    """Return the source's weights in the shapes of `model`, whose own weights fill what is new.
+
+    Learned positions of another number of patches are interpolated (bicubic with antialiasing, as `timm` does); fixed ones are no
+    weights. A table of another number of classes is the model's own. UserError for anything else that differs.
+    """
+    theirs, ours = source.settings.sizes, model.settings.sizes
+    for key in sorted((theirs.keys() | ours.keys()) - ONLY_INITIAL, key=lambda key: (key != "kind", key)):
+        if theirs.get(key) != ours.get(key):
+            raise UserError(
+                f"{where}: its model has {key} {theirs.get(key)}, this one {ours.get(key)}: expected the same"
+            )
+    own, weights, notes = model.state_dict(), dict(source.weights), list(source.notes)
+    if different := sorted(own.keys() ^ weights.keys()):
+        raise UserError(
+            f"{where}: only one of the two models has classes, or weights are missing: {', '.join(different[:3])}"
+        )
+    for name, weight in own.items():
+        if weights[name].shape == weight.shape:
+            continue
+        rows = len(weights[name]) - 1
+        if name == "label.weight":
+            notes.append(f"new table of {model.num_classes} classes instead of {rows}")
+            weights[name] = weight
+        elif name == "position" and isinstance(model, DiS):
+            weights[name] = resized_positions(weights[name], model.extras, weight.shape[1] - model.extras)
+            notes.append(f"positions of {weight.shape[1] - model.extras} patches interpolated")
+        else:
+            shapes = f"shape {tuple(weights[name].shape)}, this model's has {tuple(weight.shape)}"
+            raise UserError(f"{where}: {name} has {shapes}: expected latents of as many channels")
+    return Fitted(weights, notes)
+
+
+def resized_positions(position_1LD: Tensor, extras: int, patches: int) -> Tensor:
+    """Return learned positions of `patches` patches of a square image; those of the `extras` first tokens stay."""
+    first, grid_1TD = position_1LD[:, :extras], position_1LD[:, extras:]
+    before, after = math.isqrt(grid_1TD.shape[1]), math.isqrt(patches)
+    grid_1DHW = grid_1TD.float().unflatten(1, (before, before)).permute(0, 3, 1, 2)
+    resized = F.interpolate(grid_1DHW, size=(after, after), mode="bicubic", align_corners=False, antialias=True)
+    return torch.cat([first, resized.flatten(2).transpose(1, 2)], dim=1)

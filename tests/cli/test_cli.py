@@ -1,0 +1,342 @@
+"""The command's words and exit codes; what starts Ray is in tests/e2e."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from dis_scale import cli
+from dis_scale.cli import running, shared
+from dis_scale.cli.help import EXAMPLES, EXIT_CODES
+from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
+from dis_scale.recipe import Recipe, reading
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import Sweep, state
+from pipelines import jobs
+from pipelines import sweep as pipeline
+from tests.conftest import TINY
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    """Run the command in this process; return its exit code and all that it printed."""
+    output, code = io.StringIO(), 0
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            cli.main(list(arguments))
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return code, output.getvalue()
+
+
+def answer(*arguments: str) -> Any:
+    """Run the command in this process; return what it printed for programs, on standard output."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as end:
+        cli.main(list(arguments))
+    assert not end.value.code
+    return json.loads(output.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "expected"),
+    [
+        (["sweep", "--sett", "x=1"], None, 2),
+        (["sweep"], UserError("no"), 2),
+        (["sweep"], ZeroDivisionError("ours"), 1),
+        (["sweep"], None, None),
+        (["status", "--sett"], None, None),
+    ],
+)
+def test_every_error_ends_the_job_of_the_sweep(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], error: Exception | None, expected: int | None
+) -> None:
+    """Otherwise KubeRay would start further clusters for a typing mistake."""
+
+    def run_sweep(*_: object) -> None:
+        if error:
+            raise error
+
+    ended: list[int] = []
+    monkeypatch.setattr(pipeline, "run_sweep", run_sweep)
+    monkeypatch.setattr(jobs, "end_own_job", ended.append)
+    code, _ = invoke(*words)
+    assert ended == ([] if expected is None else [expected])
+    assert code == (expected or (2 if words[0] == "status" else 0))
+
+
+def test_without_a_recipe_the_embedded_one_is_used_and_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+    monkeypatch.setattr(pipeline, "run_sweep", lambda recipe, *_: names.append(recipe.name))
+    code, output = invoke("sweep")
+    assert (code, names) == (0, ["digits"])
+    assert "recipe   digits.yaml (the embedded example: no recipe was given)" in output
+
+
+def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Let the sweep raise this error."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "run_sweep", fail)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (DisScaleError("a stage failed"), 1),
+        (UserError("an impossible setting"), 2),
+        (Held("held by process 1"), 69),
+        (StorageAway("cannot read x"), 74),
+        (Preempted("stopped as requested"), 75),
+    ],
+    ids=["failure", "user's mistake", "held elsewhere", "storage away", "stopped"],
+)
+def test_each_kind_of_error_has_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: DisScaleError, code: int
+) -> None:
+    fail_with(monkeypatch, error)
+    assert invoke("sweep", str(TINY)) == (code, f"error: {error}\n")
+    with pytest.raises(SystemExit):
+        cli.main(["sweep", str(TINY)])
+    assert capsys.readouterr() == ("", f"error: {error}\n"), "an error is printed on stderr"
+
+
+@pytest.mark.parametrize("at", [0, 1, 2], ids=["before the command", "after it", "after its arguments"])
+def test_debug_raises_the_original_error(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    error, words = DisScaleError("a stage failed"), ["sweep", str(TINY)]
+    fail_with(monkeypatch, error)
+    with pytest.raises(DisScaleError) as raised:
+        invoke(*words[:at], "--debug", *words[at:])
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("at", [0, 1, 2], ids=["before the command", "after it", "after its arguments"])
+def test_debug_changes_nothing_without_an_error(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    recipes: list[Recipe] = []
+    monkeypatch.setattr(pipeline, "run_sweep", lambda recipe, *_: recipes.append(recipe))
+    words = ["sweep", str(TINY)]
+    assert invoke(*words[:at], "--debug", *words[at:]) == (0, "")
+    assert [recipe.name for recipe in recipes] == ["tiny"]
+
+
+def test_an_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(monkeypatch, ZeroDivisionError("our own mistake"))
+    code, output = invoke("sweep", str(TINY))
+    assert code == 1
+    assert output.startswith("Traceback")
+    assert output.endswith("ZeroDivisionError: our own mistake\n")
+
+
+def test_a_plan_shows_models_and_price_and_starts_nothing(tmp_path: Path) -> None:
+    code, output = invoke("plan", str(TINY), "--set", f"storage.root={tmp_path}")
+    assert code == 0
+    assert "22,304" in output
+    assert "data     1,797 images, " in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_of_a_study_shows_the_images_of_each_budget(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text("".join(line for line in TINY.read_text().splitlines(True) if "publish_images" not in line))
+    code, output = invoke("plan", str(path), "--set", "isoflop.flops=[1e10, 2e10]", "--set", "isoflop.least_steps=10")
+    assert code == 0
+    assert "study of tiny: images, steps and epochs at each budget" in " ".join(output.split())
+    assert "complete trainings for each budget: 6" in " ".join(output.split())
+    assert " epochs" in output
+
+
+def test_a_plan_without_the_images_asks_for_their_number(tmp_path: Path) -> None:
+    source = ["--set", f"data.source={{kind: folder, url: {tmp_path}/none}}"]
+    code, output = invoke("plan", str(TINY), *source)
+    assert code == 0
+    assert "22,304" in output
+    assert "data     unknown: " in output
+    code, output = invoke("plan", str(TINY), *source, "--images", "1000")
+    assert code == 0
+    assert "data     1,000 images, " in output
+
+
+def test_a_plan_on_gpus_is_json_with_each_model_and_what_is_assumed() -> None:
+    fleet = ["--gpu", "h100", "--count", "64", "--price", "2.5", "--preemptions-per-day", "4", "--images", "1281167"]
+    code, output = invoke("plan", "imagenet256", *fleet, "--json")
+    assert code == 0, output
+    found = json.loads(output)
+    largest = found["fleet"]["models"]["dis-h"]
+    assert (largest["gpus"], largest["fits"], found["plan"]["models"]["dis-h"]["parameters"]) == (64, True, 906_966_560)
+    hours = largest["training_gpu_hours"] + largest["evaluation_gpu_hours"]
+    assert largest["price"] == pytest.approx(2.5 * hours)
+    assert found["fleet"]["assumed"]["preemptions_per_day"] == 4
+    days = {each["gpus"]: each["days"] for each in found["fleet"]["by_gpus"]}
+    assert sorted(days) == [1, 8, 64, 256, 1024]
+    assert days[1] > days[8] > days[64] >= days[1024]
+
+
+def test_a_plan_on_gpus_states_what_was_measured(tmp_path: Path) -> None:
+    code, output = invoke("plan", str(TINY), "--gpu", "h200", "--images", "1797")
+    assert code == 0
+    assert all(words in output for words in ("2 x h200; assumed: MFU 15%", "figures  measured:", "Computed: all else"))
+
+
+def test_a_fleet_that_is_always_preempted_never_ends() -> None:
+    fleet = ["--gpu", "h100", "--preemptions-per-day", "1e6", "--price", "2"]
+    code, output = invoke("plan", str(TINY), "--images", "1", *fleet, "--json")
+    assert (code, json.loads(output)["fleet"]["total"]["days"]) == (0, None)
+    assert "never" in invoke("plan", str(TINY), "--images", "1", *fleet)[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gpu", "h10"], "--gpu h10: unknown (did you mean 'h100'?); known: a100-40, a100, h100, h200"),
+        (["--count", "8"], "--count needs a GPU: add --gpu h100"),
+        (["--gpu", "h100", "--mfu", "30"], "--mfu 30: expected a share, over 0 and at most 1"),
+        (["--gpu", "h100", "--count", "2000"], "2000 GPUs: expected 1 to 1,024"),
+    ],
+)
+def test_an_impossible_fleet_is_refused(options: list[str], words: str) -> None:
+    code, output = invoke("plan", str(TINY), "--images", "1", *options)
+    assert (code, words in output) == (2, True), output
+
+
+def test_a_plan_asks_no_hub_for_stable_diffusions_autoencoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dis_scale.vae.published", lambda _: pytest.fail("asked the hub"))
+    code, output = invoke("plan", "imagenet512", "--images", "1281167")
+    assert (code, "latents 4x64x64" in output) == (0, True), output
+
+
+def test_a_model_that_does_not_fit_the_latents_is_refused() -> None:
+    code, output = invoke("plan", str(TINY), "--set", "models.dis.patch=3")
+    assert code == 2
+    assert "size 8 is not divisible by patch 3" in output
+
+
+def test_unusable_storage_is_a_mistake_of_the_user() -> None:
+    code, output = invoke("sweep", str(TINY), "--set", "storage.root=/proc/none")
+    assert code == 2
+    assert "storage /proc/none cannot be used: there is no such bucket or folder" in output
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Sweep:
+    """A sweep without latents whose VAE is on a hub that does not exist."""
+    settings = ["vae={kind: pretrained, path: nobody/nothing}", "data.resolution=64", f"storage.root={tmp_path}"]
+    sweep = Sweep.below(open_folder(tmp_path), reading.load(TINY, settings))
+    sweep.save_recipe()
+    return sweep
+
+
+def test_an_operators_commands_need_no_pytorch(elsewhere: Sweep) -> None:
+    commands = [["status", elsewhere.folder.url], ["stop", elsewhere.folder.url]]
+    commands += [["fork", elsewhere.folder.url, "dit", "--at", "0", "--as", "x"], ["report", elsewhere.folder.url]]
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from dis_scale.cli import main\n"
+        f"for command in {commands!r}:\n"
+        "    try: main(command)\n"
+        "    except SystemExit as end: print(command[0], end.code)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=running.EMBEDDED.parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert re.findall(r"^(\w+ \d)$", done.stdout, re.MULTILINE) == ["status 0", "stop 2", "fork 2", "report 2"], done
+    assert "no Ray is known here" in done.stderr
+    assert "dit has no resume point there" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["report"], ["compare", ""], ["mlflow", "sync"]], ids=["report", "compare", "sync"])
+def test_commands_on_a_stored_sweep_ask_no_hub(elsewhere: Sweep, words: list[str], tmp_path: Path) -> None:
+    filled = [word or elsewhere.folder.url for word in words]
+    uri = ["--uri", f"sqlite:///{tmp_path}/mlflow.db"] if words[0] == "mlflow" else []
+    code, output = invoke(*filled, elsewhere.folder.url, *uri)
+    assert (code, "nothing to report yet: its latents are not complete" in output) == (2, True), output
+    manifest.seal(elsewhere.store / "latents/made", {}, vae="identity", latent=[4, 8], count=1, shards=[])
+    state.use_latents(elsewhere, elsewhere.store / "latents/made", "identity")
+    _, output = invoke(*filled, elsewhere.folder.url, *uri)
+    assert "nobody" not in output
+
+
+def leaves(group: Any, *above: str) -> Iterator[tuple[str, Any]]:
+    """Yield each command of a group and of the groups in it, with its words."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from leaves(command, *above, name)
+        else:
+            yield " ".join([*above, name]), command
+
+
+def test_each_result_is_available_as_json() -> None:
+    """A sweep logs JSON lines instead (DIS_SCALE_LOG), and a schema is JSON."""
+    commands = dict(leaves(typer.main.get_command(cli.app)))
+    assert len(commands) > 25
+    without = {
+        name for name, command in commands.items() if "--json" not in {o for p in command.params for o in p.opts}
+    }
+    assert without == {"sweep", "resume", "recipe schema"}
+
+
+def test_each_command_shows_an_example_in_its_help() -> None:
+    """On one line, except for the line breaks of a narrow terminal; `dis-scale --help` has the exit codes."""
+    names = dict(leaves(typer.main.get_command(cli.app)))
+    shown = {name: " ".join(invoke(*name.split(), "--help")[1].split()) for name in names}
+    assert [name for name, text in shown.items() if not text.endswith(f"Example: {EXAMPLES[name]}")] == []
+    text = " ".join(invoke("--help")[1].split())
+    assert [code for code, words in EXIT_CODES.items() if f"{code}: {words}" not in text] == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_gets_its_completion_script(monkeypatch: pytest.MonkeyPatch, shell: str) -> None:
+    monkeypatch.setenv("_DIS_SCALE_COMPLETE", f"source_{shell}")
+    code, output = invoke()
+    assert (code, "dis-scale" in output, f"complete_{shell}" in output) == (0, True, True)
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("pl", "plan"),
+        ("plan --preempt", "--preemptions-per-day"),
+        ("plan imagenet512_", "imagenet512_diffussm imagenet512_dit"),
+    ],
+)
+def test_commands_options_and_shipped_recipes_are_completed(
+    monkeypatch: pytest.MonkeyPatch, typed: str, completed: str
+) -> None:
+    monkeypatch.setenv("_DIS_SCALE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"dis-scale {typed}")
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split())))
+    assert invoke()[1].split() == completed.split()
+
+
+@pytest.mark.parametrize("words", [["--help"], ["plan", "--help"], ["recipe", "list"], ["plan", "--sett"]])
+def test_an_output_that_is_no_terminal_has_no_colours(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    assert "\x1b" not in invoke(*words)[1]
+
+
+def test_no_color_keeps_a_terminal_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    colours = re.compile(r"\x1b\[[0-9;]*3[0-9]")
+    shown = []
+    for plain in ("", "1"):
+        monkeypatch.setenv("NO_COLOR", plain)
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            shared.console().print("[red]failed")
+        shown.append(bool(colours.search(output.getvalue())))
+    assert shown == [True, False]

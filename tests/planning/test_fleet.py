@@ -1,0 +1,170 @@
+"""Forecasts of a training on a fleet: memory as measured, messages, the interval of resume points, and 1 to 1,024 GPUs."""
+
+import json
+import math
+import os
+import socket
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from dis_scale.models import build
+from dis_scale.models.cost import price_model
+from dis_scale.planning.fleet import ASSUMED_MFU, GPUS, MOST_GPUS, Fleet, forecast, preemption, wire_bytes
+from dis_scale.recipe import Dis, Dit, LatentShape, Train, reading
+from dis_scale.recipe.presets import preset
+from dis_scale.training import engine, resume
+from dis_scale.training.memory import most_images, worker_bytes
+
+RESULTS = Path(__file__).parents[2] / "benchmarks/results/cpu.json"
+SHAPE = LatentShape(4, 32)
+H = price_model(Dis(**preset("DiS-H/2")), SHAPE, 1000)
+WEIGHTS = 4 * H.parameters
+GIB = 2**30
+
+
+def train(**settings: object) -> Train:
+    fixed = {"publish_images": (102_400_000,), "batch_images": 1024, "lanes": 64, "workers": 8, "precision": "bf16"}
+    return Train(**fixed | settings)  # type: ignore[arg-type]
+
+
+def test_memory_is_within_a_tenth_of_what_was_measured() -> None:
+    """Peak of all tensors in real training steps, by `python -m benchmarks.record cpu memory`."""
+    _, *rows = json.loads(RESULTS.read_text())["benchmarks"]["memory"]
+    assert len({row["size"] for row in rows}) >= 3
+    assert {row["zero_stage"] for row in rows} == {1, 2, 3}
+    assert {row["checkpointing"] for row in rows} > {"none", "block"}
+    for row in rows:
+        settings = train(
+            batch_images=row["images"], lanes=1, workers=1, publish_images=(row["images"],), precision="fp32",
+            zero_stage=row["zero_stage"], checkpointing=row["checkpointing"],
+        )  # fmt: skip
+        text = f"{{preset: {row['size']}}}"
+        model = reading.load("imagenet256", [f"models={{model: {text}}}"]).models["model"]
+        computed = worker_bytes(price_model(model, SHAPE, 1000), settings, 1, row["images"])
+        assert computed / GIB == pytest.approx(row["measured_gib"], rel=0.1), row
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes", "rounds"),
+    [
+        ({"zero_stage": 1}, 4, 3),
+        ({"zero_stage": 2}, 4, 9),
+        ({"zero_stage": 3}, 4, 12),
+    ],
+    ids=["1", "2", "3"],
+)
+def test_a_rank_sends_its_share_of_each_round(settings: dict[str, object], passes: int, rounds: int) -> None:
+    assert wire_bytes(H, train(**settings), 1, passes) == 0
+    assert wire_bytes(H, train(**settings), 4, passes) == rounds * WEIGHTS * 3 / 4
+
+
+SENT = {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}
+"""Collectives of a step, and how often a ring sends what they are given."""
+PASSES = 2
+
+
+def test_two_ranks_send_what_the_formula_says(tmp_path: Path) -> None:
+    """Elements that DeepSpeed gives to its collectives in a real step, at each stage; small weights are kept at stage 3."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(_rank, (2, port, tmp_path), 2, start_method="forkserver")
+    counted = json.loads((tmp_path / "counted.json").read_text())
+    cost = price_model(SENDER, LatentShape(4, 4), 10)
+    for stage in (1, 2, 3):
+        sent = sum(SENT[name] * elements for name, elements in counted[str(stage)].items()) * 4 / 2
+        assert wire_bytes(cost, train(zero_stage=stage), 2, PASSES) == pytest.approx(sent, rel=0.1), stage
+
+
+SENDER = Dit(kind="dit", width=512, depth=2, heads=8, patch=2)
+
+
+def _rank(rank: int, world: int, port: int, folder: Path) -> None:
+    """Take a step at each stage, and count what its collectives are given."""
+    place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()})
+    torch.set_num_threads(1)
+    cpu, counts = torch.device("cpu"), Counter[str]()
+    for name in SENT:
+        setattr(dist, name, _counting(getattr(dist, name), name, counts))
+    engine.connect(cpu)
+    found = {}
+    for stage in (1, 2, 3):
+        model = build(SENDER, LatentShape(4, 4), 10)
+        sharded = engine.start(model, train(zero_stage=stage), cpu, resume.fresh(model), 0, PASSES)
+        for _ in range(2):  # the second is counted: the first gathers more
+            counts.clear()
+            for _ in range(PASSES):
+                out = sharded.deepspeed(torch.randn(1, 4, 4, 4), torch.rand(1), torch.zeros(1, dtype=torch.long))
+                sharded.micro_step(out.square().mean())
+        found[stage] = dict(counts)
+    if rank == 0:
+        (folder / "counted.json").write_text(json.dumps(found))
+    dist.barrier()
+    os._exit(0)  # DeepSpeed's threads do not end
+
+
+def _counting(collective: Any, name: str, counts: Counter[str]) -> Any:
+    def counted(*arguments: Any, **named: Any) -> Any:
+        tensors = [each for each in (*arguments, *named.values()) if isinstance(each, torch.Tensor)]
+        counts[name] += max(tensor.numel() for tensor in tensors)  # of all ranks together, in and out
+        return collective(*arguments, **named)
+
+    return counted
+
+
+def test_resume_points_come_at_the_interval_of_least_loss() -> None:
+    """Daly's interval is Young's for short pauses, and no other interval loses less by his model of the run time."""
+    found = preemption(4, pause_s=2.0, write_s=0.0, restart_s=0.0)
+    mean_s = 86_400 / 4
+    assert found.every_s == pytest.approx(math.sqrt(2 * 2.0 * mean_s), rel=0.01)
+
+    def run_time(every_s: float) -> float:
+        """Daly 2006, equation 20, for one second of work, without restarts."""
+        return mean_s * math.expm1((every_s + 2.0) / mean_s) / every_s
+
+    assert run_time(found.every_s) <= min(run_time(factor * found.every_s) for factor in (0.5, 0.9, 1.1, 2))
+    assert found.loss == pytest.approx(run_time(found.every_s) - 1, rel=0.02)
+
+
+def test_without_preemption_nothing_is_lost_and_a_constant_one_loses_all() -> None:
+    assert preemption(0, 2.0, 1.0, 60.0) == (math.inf, 0.0)
+    assert preemption(86_400, 2.0, 1.0, 60.0).loss == 1
+    assert preemption(4, 0.0, 30.0, 60.0).every_s == 30, "a resume point is written before the next one"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_more_gpus_take_less_time_up_to_the_lanes(stage: int) -> None:
+    counts = [2**n for n in range(11)]
+    assert counts[-1] == MOST_GPUS
+    found = {n: forecast(H, train(zero_stage=stage), 102_400_000, Fleet("h100", n)) for n in counts}
+    days = [each.days for each in found.values()]
+    assert all(more <= 1.05 * fewer for fewer, more in pairwise(days)), "a rank of a larger ring sends a little more"
+    assert {n: each.gpus for n, each in found.items()} == {n: min(n, 64) for n in counts}
+    flops = 102_400_000 * H.training_flops(16)
+    assert found[1].days == pytest.approx(flops / (989e12 * ASSUMED_MFU) / 86_400)
+    assert found[64].days >= found[1].days / 64
+    assert all(each.fits for each in found.values())
+
+
+def test_the_most_images_are_those_that_fit() -> None:
+    for settings in (train(), train(zero_stage=3, checkpointing="block")):
+        usable = 60 * GIB
+        most = most_images(H, settings, 8, usable)
+        assert worker_bytes(H, settings, 8, most) <= usable < worker_bytes(H, settings, 8, most + 1)
+    assert most_images(H, train(), 8, GIB) == 0
+    assert not forecast(H, train(micro_images=128), 1024, Fleet("a100-40", 8)).fits
+
+
+def test_a_gpu_has_the_peak_of_the_meters_table() -> None:
+    from dis_scale.training.throughput import DATASHEET_TFLOPS
+
+    peaks = {(bf16, fp32) for bf16, fp32 in DATASHEET_TFLOPS.values()}
+    assert {(gpu.bf16, gpu.fp32) for gpu in GPUS.values()} == peaks

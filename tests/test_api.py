@@ -1,0 +1,100 @@
+"""The Python API on a sweep of one published and evaluated model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dis_scale
+from dis_scale import report as reports
+from dis_scale.process.errors import Damaged, UserError
+from dis_scale.sweep import Sampled
+from tests.report.test_report import put
+from tests.weights.test_opening import published_sweep
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> dis_scale.Sweep:
+    """In pixels, with the weights of `dis` at 320 images and their evaluation."""
+    stored = published_sweep(str(tmp_path))
+    put(stored, Sampled("dis", 320), 4.5)
+    put(stored, Sampled("dis", 320, "wide"), 6.0)
+    return dis_scale.Sweep.open(stored.folder.url)
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    script = "import sys, dis_scale; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert {"torch", "pandas", "matplotlib", "pydantic", "numpy"} & set(done.stdout.split()) == set()
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'dis_scale' has no attribute 'Sweeps'"):
+        _ = dis_scale.Sweeps  # type: ignore[attr-defined]
+
+
+def test_the_results_are_the_points_of_the_report(sweep: dis_scale.Sweep) -> None:
+    results = sweep.results().set_index("variant")
+    report = reports.collect(sweep.stored, reports.plan_of(sweep.stored))
+    assert results[report.metric].to_dict() == {"": 4.5, "wide": 6.0}
+    assert results.loc[""].gmacs_forward == report.points[0].gmacs
+    assert results.loc[""].images == 320
+    assert results["goodput"].isna().all(), "no log has it"
+
+
+def test_the_figure_has_the_measured_distance(sweep: dis_scale.Sweep) -> None:
+    assert any(list(line.get_ydata()) == [4.5] for line in sweep.figure().axes[0].lines)
+
+
+def test_a_model_has_its_published_weights(sweep: dis_scale.Sweep) -> None:
+    assert (sweep.models, sweep.images("dis"), sweep.images("dit")) == (["dis", "dit"], [320], [])
+    model = sweep.load("dis")
+    assert (model.training, model.shape, model.num_classes) == (False, (3, 32), 10)
+    same = sweep.load("dis", 320).state_dict()
+    assert all(torch.equal(weight, same[name]) for name, weight in model.state_dict().items())
+
+
+def test_damaged_weights_are_refused(sweep: dis_scale.Sweep) -> None:
+    file = sweep.stored.run("dis").published_at(320).local / "weights.safetensors"  # type: ignore[operator]
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(Damaged, match=r"weights\.safetensors"):
+        sweep.load("dis")
+
+
+def test_images_are_of_all_classes_or_of_the_named_ones(sweep: dis_scale.Sweep) -> None:
+    every = [np.asarray(image) for image in sweep.sample("dis", steps=1)]
+    assert [image.shape for image in every] == [(32, 32, 3)] * 10
+    named = [np.asarray(image) for image in sweep.sample("dis", 320, classes=[0, 1], count=4, steps=1, batch=3)]
+    assert len(named) == 4
+    assert np.abs(named[1].astype(int) - every[1]).max() <= 1, "the same number, label and seed"
+    assert not np.array_equal(named[2], every[2]), "another label"
+
+
+@pytest.mark.parametrize(
+    ("model", "images", "words"),
+    [
+        ("dis", 160, "dis has no published weights at 160 images: published are 320"),
+        ("dit", None, "dit has no published weights: published are none yet"),
+        ("dos", None, "no model 'dos'"),
+    ],
+)
+def test_weights_that_are_not_published_are_named(
+    sweep: dis_scale.Sweep, model: str, images: int | None, words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        sweep.load(model, images)
+    with pytest.raises(UserError, match=words):
+        sweep.sample(model, images)
+
+
+def test_a_sweep_without_evaluations_has_no_points(tmp_path: Path) -> None:
+    empty = dis_scale.Sweep.open(published_sweep(str(tmp_path)).folder.url)
+    with pytest.raises(UserError, match="nothing to report yet"):
+        empty.results()
+    with pytest.raises(UserError, match=r"no sweep at .*none"):
+        dis_scale.Sweep.open(f"{tmp_path}/none")

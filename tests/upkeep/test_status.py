@@ -1,0 +1,262 @@
+"""What a sweep does, from its storage alone."""
+
+import io
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from dis_scale.process import faults
+from dis_scale.process.errors import StorageAway
+from dis_scale.recipe import Recipe, reading
+from dis_scale.storage import lease, manifest
+from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.sweep import ENDED, METRICS, PointName, Sampled, Sweep, state
+from dis_scale.tracking import rows
+from dis_scale.tracking.rows import RowWriter
+from dis_scale.upkeep import status
+from dis_scale.upkeep.status import RunStatus, Status
+from tests.conftest import TINY
+
+NOW = 2e9
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, tiny: Recipe) -> Sweep:
+    made = Sweep.below(open_folder(tmp_path), tiny)
+    made.save_recipe()
+    return made
+
+
+def train(sweep: Sweep, model: str, images: int, rate: float = 10.0, attempt: int = 1) -> None:
+    """What a run leaves after `images`: a row now, a resume point 100 s old."""
+    run = sweep.run(model)
+    writer = RowWriter(run.log, attempt)
+    writer.add(images, {"loss": 1.0, "images_per_s": rate})
+    writer.settle()
+    manifest.seal(run.resume_point(PointName(images // 2, attempt)), {}, images=images // 2, at=time.time() - 100)
+
+
+@pytest.fixture
+def held(sweep: Sweep) -> Iterator[None]:
+    """A sweep command runs, and the run of `dis` has a holder."""
+    with lease.hold(sweep.lease("sweep")), lease.hold(sweep.run("dis").lease):
+        yield
+
+
+def die(folder: Folder, last_beat: float, number: int = 1) -> None:
+    """Leave a holder of another machine, whose last heartbeat was at this Unix time."""
+    folder.write_json(f"{number:04d}", {"host": "gone", "pid": 7, "at": last_beat - 60})
+    folder.write(f"{number:04d}.beat", f"12 {last_beat:.0f}".encode())
+
+
+def of(sweep: Sweep, model: str, later_s: float = 0.0) -> tuple[Status, RunStatus]:
+    found = status.collect(sweep, time.time() + later_s)
+    return found, next(run for run in found.runs if run.model == model)
+
+
+def test_a_sweep_that_has_not_begun(sweep: Sweep) -> None:
+    found, run = of(sweep, "dis")
+    assert (found.doing, found.stopped, found.backlog) == ("preparing", "no sweep command has run yet", 0)
+    assert (run.doing, run.images_seen, run.attempts, run.published) == ("waiting", 0, 0, 0)
+    assert found.wrong == [f"stopped: no sweep command has run yet; to continue: dis-scale resume {sweep}"]
+
+
+def test_a_run_in_training_tells_its_rate_and_what_a_failure_would_cost(sweep: Sweep, held: None) -> None:
+    train(sweep, "dis", 160)
+    found, run = of(sweep, "dis")
+    assert found.doing == "training"
+    assert (run.doing, run.images_seen, run.images, run.resume_images) == ("training", 160, 320, 80)
+    assert run.left_s == pytest.approx(16)
+    assert run.resume_age_s == pytest.approx(100, abs=30)
+    assert "process" in run.holder
+    assert "16 s" in printed(found)
+
+
+def test_a_run_that_says_nothing_is_named(sweep: Sweep, held: None) -> None:
+    train(sweep, "dis", 160)
+    lease_, now = sweep.run("dis").lease, time.time()
+    for folder in (lease_, sweep.lease("sweep")):
+        folder.write("0001.beat", f"200 {now + 1000:.0f}".encode())
+    found, run = of(sweep, "dis", later_s=1000)
+    assert run.doing == "silent"
+    assert found.wrong[0].startswith("dis: no metric row for 17 min, and process")
+
+
+def test_why_the_last_attempt_ended_is_told(sweep: Sweep) -> None:
+    with pytest.raises(ConnectionError), lease.hold(sweep.run("dis").lease):
+        raise ConnectionError("a worker was lost")
+    train(sweep, "dis", 160)
+    found, run = of(sweep, "dis")
+    assert (run.doing, run.attempts) == ("stopped", 1)
+    assert run.ends == ["attempt 1 ended: ConnectionError: a worker was lost"]
+    assert "dis: stopped at 160 images" in found.wrong
+    assert "dis: attempt 1 ended: ConnectionError: a worker was lost" in printed(found)
+    sweep.run("dis").folder.write_json(ENDED, {"why": "it diverged"})
+    assert of(sweep, "dis")[1].doing == "failed"
+    assert "dis: ended: it diverged; the next sweep command trains it again" in of(sweep, "dis")[0].wrong
+
+
+def test_dead_processes_are_named_with_what_to_type(sweep: Sweep) -> None:
+    train(sweep, "dis", 160)
+    for folder in (sweep.lease("sweep"), sweep.run("dis").lease):
+        die(folder, time.time() - 720)
+    found, run = of(sweep, "dis")
+    assert (run.doing, found.doing) == ("stopped", "training")
+    assert found.wrong[:2] == [
+        f"stopped: no heartbeat for 12 min from process 7 on gone; to continue: dis-scale resume {sweep}",
+        "dis: stopped at 160 images; no heartbeat for 12 min from process 7 on gone",
+    ]
+    assert "stopped (training)" in printed(found)
+
+
+def test_an_evaluation_without_its_processes_is_stopped(sweep: Sweep) -> None:
+    for model in sweep.recipe.models:
+        manifest.seal(sweep.run(model).published_at(320), {}, images=320)
+    for name in ("sweep", "evaluate"):
+        die(sweep.lease(name), time.time() - 720)
+    found, _ = of(sweep, "dis")
+    assert (found.doing, found.stopped) == ("evaluating", "no heartbeat for 12 min from process 7 on gone")
+    with lease.hold(sweep.lease("evaluate")):
+        found, _ = of(sweep, "dis")
+    assert found.stopped == ""
+    assert found.wrong[0] == f"no sweep command runs, and its jobs do: dis-scale resume {sweep} joins them"
+
+
+def test_a_process_that_was_killed_on_this_machine_is_not_waited_for(sweep: Sweep) -> None:
+    with lease.hold(sweep.lease("sweep")):
+        holder = sweep.lease("sweep").read_json("0001")
+        sweep.lease("sweep").write_json("0001", holder | {"started": 1.0})
+        assert of(sweep, "dis")[0].stopped.startswith("no heartbeat for 0 s from process")
+
+
+def test_a_model_that_waits_for_its_turn_is_not_stopped(sweep: Sweep, held: None) -> None:
+    with lease.hold(sweep.run("dit").lease):
+        pass
+    assert of(sweep, "dit")[1].doing == "waiting"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"7"])
+def test_damaged_files_are_named_and_the_rest_is_shown(sweep: Sweep, content: bytes) -> None:
+    """Each file that may be damaged, one after the other, with the rest of the sweep in order."""
+    train(sweep, "dis", 160)
+    train(sweep, "dit", 160)
+    manifest.seal(sweep.run("dis").published_at(160), {}, images=160)
+    evaluation = sweep.evaluation(Sampled("dis", 160))
+    evaluation.write_json(METRICS, {"values": {}})
+    with lease.hold(sweep.run("dis").lease), lease.hold(sweep.lease("sweep")):
+        pass
+    run = sweep.run("dis")
+    files = [
+        (evaluation, METRICS, "evaluation of dis at 160 images"),
+        (run.lease, "0001", str(run.lease)),
+        (sweep.lease("sweep"), "0001", str(sweep.lease("sweep"))),
+        (run.resume_point(PointName(80, 1)), manifest.NAME, "dis: resume point 000000000080-0001"),
+    ]
+    if content not in (b"", b"{}"):  # an empty file is one without rows, and of an older version of a lease
+        files += [
+            (run.log, "0001-000000.jsonl", str(run.log)),
+            (run.lease, "0001.end", str(run.lease)),
+        ]
+    for folder, name, words in files:
+        before = folder.read(name)
+        folder.write(name, content)
+        found, other = of(sweep, "dit")
+        assert re.match(rf"{words}.*(cannot be read: |: damaged: )", found.wrong[-1])
+        assert other.images_seen == 160
+        json.dumps(found.to_json())
+        folder.write(name, before)
+
+
+def test_storage_that_is_away_does_not_end_the_watch(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[BaseException | None] = [None, StorageAway("storage is away"), None, KeyboardInterrupt()]
+    collect = status.collect
+
+    def answer(*arguments: Any) -> Status:
+        if error := answers.pop(0):
+            raise error
+        return collect(*arguments)
+
+    monkeypatch.setattr(status, "collect", answer)
+    console = Console(file=(out := io.StringIO()), width=200, record=True)
+    with pytest.raises(KeyboardInterrupt):
+        status.watch(sweep, 0.01, console)
+    assert answers == []
+    text = console.export_text()
+    assert text.count("dis") > 2, "each is printed without a terminal"
+    assert "\x1b" not in out.getvalue()
+    assert text.index("dis") < text.index("storage is away; asked again in") < text.rindex("dis")
+
+
+def test_rows_that_are_merged_meanwhile_are_found(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(sweep, "dis", 160)
+    listed, log = rows._listed, sweep.run("dis").log
+    old = [rows._File(1, 0, -1), *listed(log)]
+    old.append(rows._File(1, 9, -9))  # the newest of a listing before the merge
+    answers = iter([old])
+    monkeypatch.setattr(rows, "_listed", lambda folder: next(answers, None) or listed(folder))
+    found, run = of(sweep, "dis")
+    assert (run.images_seen, found.wrong[-1]) == (
+        160,
+        f"stopped: no sweep command has run yet; to continue: dis-scale resume {sweep}",
+    )
+
+
+def test_the_backlog_of_evaluation_and_the_last_distance_are_told(sweep: Sweep) -> None:
+    for images in (0, 160, 320):
+        manifest.seal(sweep.run("dis").published_at(images), {}, images=images)
+    values = {sweep.recipe.evaluate.metric: 12.5}
+    sweep.evaluation(Sampled("dis", 160)).write_json(METRICS, {"values": values})
+    state.record_node_failure(sweep.run("dit"), "node-7", "ECC")
+    found, run = of(sweep, "dis")
+    assert run.backlog == len(state.evaluations_left(sweep, ["dis"]))
+    assert (run.doing, run.published, run.evaluated, run.metric) == ("trained", 3, 1, 12.5)
+    assert found.backlog == len(state.evaluations_left(sweep)) > 0
+    assert "node-7: 1 failures of its devices; see ops/runbooks/bad-gpu-or-node.md" in found.wrong
+    assert json.loads(json.dumps(found.to_json()))["runs"][0]["metric"] == 12.5
+
+
+def test_a_thousand_checkpoints_are_told_in_seconds_at_30_ms_a_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted, not timed: requests one after the other, at 16 at a time."""
+    counts = list(range(0, 16_000, 16))
+    sweep = Sweep.below(
+        open_folder(tmp_path), reading.load(TINY, [f"train.publish_images={counts}", "evaluate.variants={}"])
+    )
+    sweep.save_recipe()
+    for model in sweep.recipe.models:
+        for images in counts:
+            (tmp_path / f"sweeps/tiny/runs/{model}/published/{images:012d}").mkdir(parents=True)
+            (tmp_path / f"sweeps/tiny/evaluation/{model}/{images:012d}").mkdir(parents=True)
+            (tmp_path / f"sweeps/tiny/runs/{model}/published/{images:012d}/manifest.json").touch()
+            (tmp_path / f"sweeps/tiny/evaluation/{model}/{images:012d}/metrics.json").write_text('{"values": {}}')
+    requests = 0
+
+    def count(*_: Any, **__: Any) -> None:
+        nonlocal requests
+        requests += 1
+
+    monkeypatch.setattr(faults, "at", count)
+    assert all(run.evaluated == 1000 for run in status.collect(sweep, NOW).runs)
+    assert requests / state.AT_ONCE * 0.03 < 15, "two models, and their requests overlap"
+
+
+def printed(found: Status) -> str:
+    from rich.console import Console
+
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(status.table(found))
+    return capture.get()
+
+
+def test_an_error_that_looks_like_markup_is_shown_as_it_is(sweep: Sweep) -> None:
+    why = "[/pytorch/third_party/gloo/pair.cc:534] Connection closed by peer"
+    sweep.run("dis").folder.write_json(ENDED, {"why": why})
+    assert why in printed(of(sweep, "dis")[0])

@@ -1,0 +1,284 @@
+"""Verification of all that results rest on, and of what none needs; on a small sweep made by hand."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from dis_scale.data import listing
+from dis_scale.evaluation import npz
+from dis_scale.process.errors import UserError
+from dis_scale.recipe import Recipe
+from dis_scale.storage import lease, manifest
+from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.sweep import LATENTS, METRICS, RECIPE, PointName, Sampled, Sweep, state
+from dis_scale.sweep.extractors import reference_file, weights_identity
+from dis_scale.upkeep import retention
+from dis_scale.upkeep.verify import verify_sweep
+from tests.cli.test_cli import answer, invoke
+from tests.support import small_latents
+
+COUNTS = (0, 160, 320)
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, tiny: Recipe) -> Sweep:
+    """A finished sweep: every kind of file that a result rests on, and some that none needs."""
+    made = Sweep.below(open_folder(tmp_path), tiny)
+    made.save_recipe()
+    latents = small_latents.make(made.store / "latents/used", [4, 4])
+    state.use_latents(made, latents, manifest.require(latents)["vae"])
+    manifest.put(made.vae, {"weights.safetensors": b"autoencoder"})
+    for name, _ in state.classifiers(made):
+        manifest.put(made.extractor(name), {"weights.safetensors": b"classifier"})
+    for extractor in tiny.evaluate.extractors:
+        identity = weights_identity(made, extractor)
+        made.references.write(reference_file(made, extractor.name, identity), block())
+    for model in tiny.models:
+        run = made.run(model)
+        for attempt in (1, 2):
+            with lease.hold(run.lease):
+                manifest.put(run.resume_point(PointName(160 * attempt, attempt)), {"weights-00000.safetensors": b"r"})
+        manifest.put(run.bad_step(PointName(80, 1)), {"weights-00000.safetensors": b"bad"})
+        for count in COUNTS:
+            manifest.put(run.published_at(count), {"weights-0001.safetensors": b"published"}, images=count)
+            evaluate(made, Sampled(model, count))
+            for variant in tiny.evaluate.samplings:
+                evaluate(made, Sampled(model, count, variant))
+    return made
+
+
+def block() -> bytes:
+    return npz.to_bytes({"features": np.ones(4)})
+
+
+def evaluate(sweep: Sweep, sampled: Sampled) -> None:
+    folder, settings = sweep.evaluation(sampled), sweep.recipe.evaluate.samplings[sampled.variant]
+    folder.write("block-00000.npz", block())
+    folder.write_json(METRICS, {"values": {}, "metrics": list(settings.metrics)})
+
+
+def verified(sweep: Sweep) -> list[str]:
+    return verify_sweep(sweep, lambda *_: None)
+
+
+def test_everything_is_read_and_nothing_is_wrong(sweep: Sweep) -> None:
+    reports: list[tuple[int, int]] = []
+    assert verify_sweep(sweep, lambda done, total: reports.append((done, total))) == []
+    assert [done for done, _ in reports] == list(range(1, reports[-1][1] + 1))
+
+
+def test_each_damaged_file_is_named_once_with_a_cure(sweep: Sweep, tmp_path: Path) -> None:
+    """One byte of each file that a result rests on is flipped, in turn."""
+    unread = ("recipe.yaml", "latents.json", "begun.json")
+    folders = ("lease", "evidence", "listings")
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name not in unread]
+    files = [path for path in files if not set(folders) & set(path.relative_to(tmp_path).parts)]
+    assert len(files) > 40
+    for path in files:
+        if path.suffix == ".json":
+            continue
+        good = path.read_bytes()
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        (line,) = verified(sweep)
+        assert str(path) in line
+        assert "damaged: its sha256 differs" in line
+        assert any(
+            cure in line for cure in ("restore ", "delete it", "repair: dis-scale data repair", "uses the resume point")
+        )
+        path.write_bytes(good)
+
+
+@pytest.mark.parametrize(
+    "name", ["runs/dit/published/000000000160/manifest.json", "runs/dit/resume/000000000320-0002/manifest.json"]
+)
+def test_a_damaged_manifest_is_named(sweep: Sweep, name: str) -> None:
+    sweep.folder.write(name, b"{")
+    assert any(f"{name}: damaged: not JSON" in line for line in verified(sweep))
+
+
+def test_deleted_published_weights_are_named(sweep: Sweep) -> None:
+    sweep.run("dit").published_at(160).delete()
+    assert state.missing_published(sweep) == {"dit": [160]}
+    (line,) = verified(sweep)
+    assert "dit/published/000000000160: no manifest.json: the folder is incomplete or was deleted; restore them" in line
+
+
+def flip_key(folder: Folder, name: str, key: str) -> None:
+    folder.write(name, folder.read(name).replace(f'"{key}"'.encode(), b'"?"'))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda s: s.vae.delete(), "/vae: no manifest.json: the folder is incomplete or was deleted; restore it from"),
+        (lambda s: s.extractor("judge").delete(), "/extractors/judge: no manifest.json"),
+        (lambda s: s.references.delete(), "/reference: the statistics under digits are missing; the next run that needs it"),
+        (lambda s: (s.store / "latents/used").delete(), "latents/used: no manifest.json"),
+        (lambda s: s.store.delete("latents/used/000000.tar"), "000000.tar: missing, though its manifest names it; repair"),
+        (lambda s: flip_key(s.store / "latents/used", manifest.NAME, "shards"), "manifest.json: damaged: expected"),
+        (lambda s: s.folder.delete(LATENTS), "/sweeps/tiny/latents.json is missing; the next run"),
+        (lambda s: s.folder.write(LATENTS, b"{"), "latents.json: damaged: not JSON"),
+        (lambda s: flip_key(s.folder, LATENTS, "folder"), "latents.json: damaged: expected a mapping with folder, vae"),
+        (lambda s: state.use_latents(s, s.store / "latents/used", "0" * 64), "latents of another VAE"),
+        (lambda s: s.run("dit").published_at(320).delete(), "dit/published/000000000320: no manifest.json"),
+        (
+            lambda s: s.run("dit").published_at(160).delete("weights-0001.safetensors"),
+            "000000000160/weights-0001.safetensors: missing, though its manifest names it; restore them",
+        ),
+        (lambda s: flip_key(s.run("dit").published_at(160), manifest.NAME, "files"), "damaged: expected a mapping with files"),
+        (lambda s: s.evaluation(Sampled("dit", 160)).write(METRICS, b"null"), "metrics.json: damaged: expected a mapping"),
+        (
+            lambda s: s.evaluation(Sampled("dit", 160)).write_json(METRICS, {"values": None, "metrics": []}),
+            "metrics.json: damaged: its values are no mapping",
+        ),
+    ],
+)  # fmt: skip
+def test_what_was_deleted_or_lost_its_meaning_is_named_with_a_cure(
+    sweep: Sweep, spoil: Callable[[Sweep], object], words: str
+) -> None:
+    spoil(sweep)
+    (line,) = verified(sweep)
+    assert words in line
+    assert any(cure in line for cure in ("restore", "delete it", "repair", "makes it again"))
+
+
+def test_a_sweep_that_has_only_begun_misses_nothing(tmp_path: Path, tiny: Recipe) -> None:
+    sweep = Sweep.below(open_folder(tmp_path), tiny)
+    sweep.save_recipe()
+    assert verified(sweep) == []
+    manifest.put(sweep.vae, {"weights.safetensors": b"autoencoder"})
+    assert verified(sweep) == []
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"{", b"models: 1"])
+def test_a_damaged_recipe_is_one_line_with_its_cure(sweep: Sweep, damage: bytes) -> None:
+    sweep.folder.write(RECIPE, damage)
+    code, output = invoke("verify", str(sweep))
+    assert code == 2
+    assert output.count("\n") == 1
+    assert f"{sweep}/{RECIPE}: " in output
+    assert "restore it from a backup; or delete it and run the sweep with its own recipe file" in output
+
+
+def test_what_no_result_needs_is_found_and_deleted(sweep: Sweep, tmp_path: Path) -> None:
+    store = sweep.store
+    small_latents.make(store / "latents/unused", [4])
+    used = listing.folder_of(store, sweep.recipe.data.source.model_dump(mode="json"))
+    manifest.put(used, {"a.npz": b"1"})
+    manifest.put(store / "listings/unused", {"a.npz": b"1"})
+    found = retention.find_unneeded(sweep) + retention.find_unused(store)
+    kinds = {each.kind for each in found}
+    assert kinds == {"samples", "leases", "failed steps", "latents", "listings"}
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    retention.delete(found)
+    gone = before - {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert gone == {Path(str(each.folder)) / name for each in found for name in each.sizes}
+    assert {path.name for path in gone if path.parent.name == "lease"} == {"0001", "0001.end"}
+    assert (store.list("latents"), store.list("listings")) == (["used"], [used.name])
+    assert retention.find_unneeded(sweep) + retention.find_unused(store) == []
+    assert verified(sweep) == []
+    with lease.hold(sweep.run("dit").lease) as next_one:
+        assert next_one.number == 3
+
+
+def test_samples_of_an_evaluation_that_is_measured_again_stay(sweep: Sweep) -> None:
+    folder = sweep.evaluation(Sampled("dit", 160))
+    folder.write_json(METRICS, {"values": {}, "metrics": []})
+    assert folder not in [each.folder for each in retention.find_unneeded(sweep)]
+
+
+def test_samples_of_an_ablation_with_damaged_metrics_stay(sweep: Sweep) -> None:
+    """The metrics are made again from them."""
+    folder = sweep.evaluation(Sampled("dit", 160, "vary/guidance-2"))
+    folder.write("block-00000.npz", block())
+    folder.write_json(METRICS, {"values": {}, "metrics": []})
+    assert folder in [each.folder for each in retention.find_unneeded(sweep)]
+    folder.write(METRICS, b"{")
+    assert folder not in [each.folder for each in retention.find_unneeded(sweep)]
+
+
+def test_dead_leases_of_other_machines_are_polled_together(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    holder = {"host": "elsewhere", "boot": "x", "processes": "", "pid": 1, "started": 0.0}
+    for number in range(70):
+        other = Sweep.below(sweep.store, sweep.recipe.model_copy(update={"name": f"other-{number}"}))
+        other.save_recipe()
+        other.folder.write(LATENTS, sweep.folder.read(LATENTS))
+        other.lease("sweep").write_json("0001", holder)
+    pauses, pause = list[float](), time.sleep
+    monkeypatch.setattr(lease, "STILL_S", 0.5)
+    monkeypatch.setattr(lease.time, "sleep", lambda seconds: (pauses.append(seconds), pause(seconds)))
+    assert retention.find_unused(sweep.store) == []
+    assert pauses == [1]
+
+
+def test_a_run_that_still_trains_keeps_its_failed_steps(sweep: Sweep) -> None:
+    sweep.run("dit").published_at(320).delete()
+    steps = [str(each.folder) for each in retention.find_unneeded(sweep) if each.kind == "failed steps"]
+    assert steps
+    assert not any("/dit/" in step for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda other: other.folder.delete("latents.json"), "has no complete latents yet"),
+        (lambda other: other.folder.write("recipe.yaml", b"{"), "cannot be read, so what it uses is unknown"),
+    ],
+    ids=["not encoded yet", "unreadable"],
+)
+def test_nothing_shared_is_unneeded_while_another_sweep_may_use_it(sweep: Sweep, spoil: object, words: str) -> None:
+    other = Sweep.below(sweep.store, sweep.recipe.model_copy(update={"name": "other"}))
+    other.save_recipe()
+    other.folder.write("latents.json", sweep.folder.read("latents.json"))
+    small_latents.make(sweep.store / "latents/unused", [4])
+    assert [each.folder.name for each in retention.find_unused(sweep.store)] == ["unused"]
+    spoil(other)  # type: ignore[operator]
+    with pytest.raises(UserError, match=f"latents and listings are kept: .*/other {words}"):
+        retention.find_unused(sweep.store)
+
+
+def test_a_running_sweep_keeps_what_is_shared(sweep: Sweep) -> None:
+    with lease.hold(sweep.lease("sweep")):
+        holder, other = sweep.lease("sweep").read_json("0001"), psutil.Process().parent()
+        assert other
+        sweep.lease("sweep").write_json("0001", holder | {"pid": other.pid, "started": other.create_time()})
+        with pytest.raises(UserError, match=f"latents and listings are kept: {sweep} is running .process {other.pid}"):
+            retention.find_unused(sweep.store)
+
+
+def test_data_gc_lists_and_deletes_latents_that_no_sweep_uses(sweep: Sweep) -> None:
+    unused = small_latents.make(sweep.store / "latents/unused", [4])
+    code, output = invoke("data", "gc", str(sweep.store))
+    assert (code, f"latents      {unused}: " in output, "to delete them: dis-scale data gc" in output) == (
+        0,
+        True,
+        True,
+    )
+    assert unused.list()
+    found = answer("data", "gc", str(sweep.store), "--yes", "--json")
+    assert ([part["url"] for part in found["parts"]], found["deleted"]) == ([unused.url], True)
+    assert found["bytes"] > 0
+    assert not unused.list()
+    assert answer("data", "gc", str(sweep.store), "--json")["parts"] == []
+    assert verified(sweep) == []
+
+
+def test_data_gc_refuses_what_is_no_storage_root(sweep: Sweep, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for root, words in (
+        (sweep, f"is a sweep: expected its storage root, {sweep.store}"),
+        (tmp_path / "empty", "expected a storage root"),
+    ):
+        code, output = invoke("data", "gc", str(root), "--yes")
+        assert (code, words in output) == (2, True), output
+
+
+def test_upkeep_is_json_for_programs(sweep: Sweep) -> None:
+    assert answer("verify", str(sweep), "--json") == {"damaged": []}
+    found = answer("gc", str(sweep), "--json")
+    assert {part["kind"] for part in found["parts"]} >= {"samples", "leases", "failed steps"}
+    assert not found["deleted"]

@@ -1,0 +1,300 @@
+"""`dis-scale sample`: equal pictures at any batch size, and one line for each mistake."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+import dis_scale
+from dis_scale import models, vae
+from dis_scale.cli.sampling import grid_columns
+from dis_scale.evaluation.adm import open_reference, write_samples
+from dis_scale.process.errors import StorageError, UserError
+from dis_scale.recipe import Flow, Gaussian, LatentShape, Recipe, TrainedVae, reading
+from dis_scale.storage import manifest
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import Sweep, state
+from dis_scale.vae.scaling import Scaling
+from dis_scale.weights import opening as pictures
+from dis_scale.weights.export import LatentsVae, SamplingFacts, describe, save
+from dis_scale.weights.opening import labels_in_turn, labels_of_all, open_for_sampling, sample_pictures
+from tests.cli.test_cli import answer, invoke
+from tests.conftest import TINY
+from tests.support import ranks
+
+
+@pytest.fixture
+def files(tmp_path: Path, tiny: Recipe) -> tuple[Path, Path]:
+    """An exported model and an autoencoder's folder."""
+    model = models.build(tiny.models["dis"], LatentShape(4, 8), 10)
+    save(model, tmp_path / "model.safetensors")
+    vae.new(TrainedVae(kind="trained", widths=(8, 8, 8)), 32).save_pretrained(tmp_path / "vae")
+    return tmp_path / "model.safetensors", tmp_path / "vae"
+
+
+def test_pixels_agree_at_any_batch_split(files: tuple[Path, Path]) -> None:
+    opened = open_for_sampling(files[0], str(files[1]))
+    options = {"sampler": "ddpm", "steps": 5, "guidance": 1.5, "seed": 3}
+    labels = labels_in_turn(opened, [1, 7], 6)
+    assert labels == [1, 7, 1, 7, 1, 7]
+    (at_once,) = sample_pictures(opened, labels, 6, batch=6, **options)  # type: ignore[arg-type]
+    split = np.concatenate(list(sample_pictures(opened, labels, 6, batch=4, **options)))  # type: ignore[arg-type]
+    assert at_once.shape == (6, 32, 32, 3)
+    assert np.abs(at_once.astype(int) - split.astype(int)).max() <= 1  # float32 sums of another batch size
+    (other,) = sample_pictures(opened, labels, 6, batch=6, **(options | {"seed": 4}))  # type: ignore[arg-type]
+    assert not np.array_equal(at_once, other)
+
+
+def test_the_command_writes_a_grid(files: tuple[Path, Path], tmp_path: Path) -> None:
+    command = ["sample", "--checkpoint", str(files[0]), "--vae", str(files[1]), "--classes", "1,7", "--steps", "2"]
+    code, output = invoke(*command, "--out", str(tmp_path / "grid.png"))
+    assert code == 0, output
+    assert Image.open(tmp_path / "grid.png").size == (2 * 64, 64)
+    found = answer(*command, "--out", str(tmp_path / "grid.png"), "--json")
+    assert (found["images"], found["sampler"], found["steps"]) == (2, "ddpm", 2)
+
+
+def test_without_classes_the_command_samples_all_of_them_in_turn(files: tuple[Path, Path], tmp_path: Path) -> None:
+    command = ["sample", "--checkpoint", str(files[0]), "--vae", str(files[1]), "--steps", "2", "--out"]
+    for name, more in (("all", []), ("named", ["--classes", "0,1,2,3,4,5,6,7,8,9"])):
+        code, output = invoke(*command, str(tmp_path / name), *more)
+        assert code == 0, output
+    assert (tmp_path / "all").read_bytes() == (tmp_path / "named").read_bytes()
+    assert Image.open(tmp_path / "all").size == (10 * 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("classes", "images", "columns"), [(3, 3, 3), (3, 20, 9), (2, 20, 10), (1, 30, 10), (1000, 100, 10), (7, 4, 4)]
+)
+def test_a_column_of_a_grid_has_one_class_if_the_classes_are_few(classes: int, images: int, columns: int) -> None:
+    assert grid_columns(classes, images) == columns
+
+
+def published_sweep(root: str, *more: str) -> Sweep:
+    """A sweep in pixels below `root` with one published model, as training publishes it."""
+    settings = ["vae={kind: none}", "diffusion={kind: flow}", "evaluate.sampler=euler", "evaluate.steps=2", *more]
+    recipe = reading.load(TINY, settings)
+    sweep = Sweep.below(open_folder(root), recipe)
+    sweep.save_recipe()
+    model = models.build(recipe.models["dis"], LatentShape(3, 32), 10)
+    weights = safetensors.torch.save(model.state_dict(), {"dis_scale": json.dumps(describe(model))})
+    folder = sweep.run("dis").published_at(320)
+    folder.write("weights.safetensors", weights)
+    manifest.seal(folder, {"weights.safetensors": manifest.digest(weights)}, images=320)
+    return sweep
+
+
+def test_the_sweeps_channels_and_times_of_guidance_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the command and the Python API: the pictures are those of the sweep's own settings. Pixels have three channels, so
+    their guided channels are looked up in the calls."""
+    channels: list[int | None] = []
+
+    def recorded(*arguments: Any, **options: Any) -> Iterator[np.ndarray]:
+        channels.append(options["channels"])
+        return sample_pictures(*arguments, **options)
+
+    monkeypatch.setattr("dis_scale.weights.opening.sample_pictures", recorded)
+    monkeypatch.setattr("dis_scale.api.sample_pictures", recorded)
+    sweep = published_sweep(str(tmp_path), "evaluate.guidance_channels=3", "evaluate.guidance_interval=[100, 600]")
+    published = sweep.run("dis").published_at(320).url
+    opened = open_for_sampling(published, None)
+    options = {"sampler": "euler", "steps": 3, "guidance": 4.0, "seed": 0, "batch": 2}
+    (own,) = sample_pictures(opened, [1, 7], 2, channels=3, interval=(100.0, 600.0), **options)  # type: ignore[arg-type]
+    (always,) = sample_pictures(opened, [1, 7], 2, channels=3, **options)  # type: ignore[arg-type]
+    assert not np.array_equal(own, always)
+    code, output = invoke("sample", "--checkpoint", published, "--classes", "1,7", "--steps", "3", "--guidance", "4", "--npz",
+                          f"{tmp_path}/a.npz", "--batch", "2", "--count", "2")  # fmt: skip
+    assert (code, "guidance 4 on 3 channels between times 100 and 600" in output) == (0, True), output
+    assert np.array_equal(np.load(tmp_path / "a.npz")["arr_0"], own)
+    pictures = dis_scale.Sweep.open(sweep.folder.url).sample("dis", classes=[1, 7], steps=3, guidance=4.0, batch=2)
+    assert np.array_equal(np.stack([np.asarray(picture) for picture in pictures]), own)
+    assert channels == [3, 3]
+
+
+def test_a_checkpoint_in_an_object_store_gives_the_pictures_of_one_on_disk(tmp_path: Path) -> None:
+    """From the published folder, or its file; the sweep around it is found as well."""
+    here, away = (published_sweep(root) for root in (str(tmp_path), f"memory://bucket/{tmp_path.name}"))
+    folders = [sweep.run("dis").published_at(320).url for sweep in (here, away)]
+    found = []
+    for at in [*folders, f"{folders[1]}/weights.safetensors"]:
+        opened = open_for_sampling(at, None)
+        assert (opened.sampler, opened.steps, str(opened.located.published)) == ("euler", 2, "dis at 320 images")
+        options = {"sampler": "euler", "steps": 2, "guidance": 1.0, "seed": 0, "batch": 2}
+        found.append(next(sample_pictures(opened, [1, 7], 2, **options)))  # type: ignore[arg-type]
+    assert all(np.array_equal(each, found[0]) for each in found)
+    away.run("dis").published_at(320).write("weights.safetensors", b"damaged")
+    with pytest.raises(StorageError, match=r"weights.safetensors"):
+        open_for_sampling(folders[1], None)
+    with pytest.raises(UserError, match=r"no checkpoint at memory://bucket/none: expected a published folder"):
+        open_for_sampling("memory://bucket/none", None)
+
+
+def test_a_gpu_samples_if_there_is_one(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = []
+
+    def sample(*_: object, device: torch.device, **__: object) -> Iterator[np.ndarray]:
+        devices.append(device.type)
+        yield np.zeros((1, 32, 32, 3), np.uint8)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(pictures, "sample_pictures", sample)
+    command = ["sample", "--checkpoint", str(files[0]), "--vae", str(files[1]), "--classes", "1"]
+    code, output = invoke(*command, "--out", str(tmp_path / "grid.png"))
+    assert (code, devices, "fp32 on NVIDIA H200" in output) == (0, ["cuda"], True), output
+
+
+def test_adms_file_has_all_images_as_numpy_and_our_reader_read_it(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """The same images as in a grid of the same labels, whatever the batch; the file is absent until it is complete."""
+    file = tmp_path / "samples.npz"
+    base = [
+        "sample",
+        "--checkpoint",
+        str(files[0]),
+        "--vae",
+        str(files[1]),
+        "--steps",
+        "2",
+        "--count",
+        "23",
+        "--seed",
+        "3",
+    ]
+    code, output = invoke(*base, "--npz", str(file), "--batch", "8")
+    assert (code, f"23 images in {file}" in output) == (0, True), output
+    assert sorted(path.name for path in tmp_path.glob("*samples*")) == ["samples.npz"]
+    images = np.load(file)["arr_0"]
+    assert (images.shape, images.dtype) == ((23, 32, 32, 3), np.uint8)
+    opened = open_for_sampling(files[0], str(files[1]))
+    labels = labels_of_all(opened, "balanced", 23, 3)
+    (expected,) = sample_pictures(opened, labels, 23, sampler="ddpm", steps=2, guidance=1.0, seed=3, batch=23)
+    assert np.abs(images.astype(int) - expected.astype(int)).max() <= 1
+    adm = open_reference(str(file))
+    assert (adm.image_count(32), np.concatenate(list(adm.images(10))).tolist()) == (23, images.tolist())
+    adm.close()
+
+
+def test_no_file_is_left_of_samples_that_end_early(tmp_path: Path) -> None:
+    def parts() -> Iterator[np.ndarray]:
+        yield np.zeros((2, 4, 4, 3), np.uint8)
+        raise UserError("stopped")
+
+    with pytest.raises(UserError, match="stopped"):
+        write_samples(tmp_path / "a.npz", 4, parts())
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_of_all_classes_are_balanced_or_uniform(files: tuple[Path, Path]) -> None:
+    opened = open_for_sampling(files[0], str(files[1]))
+    balanced, random = (np.array(labels_of_all(opened, how, 5000, 0)) for how in ("balanced", "uniform"))  # type: ignore[arg-type]
+    assert (np.bincount(balanced) == 500).all()
+    assert np.abs(np.bincount(random, minlength=10) - 500).max() < 5 * (5000 * 0.1 * 0.9) ** 0.5
+    assert not (np.bincount(random, minlength=10) == 500).all()
+    assert labels_of_all(opened, "uniform", 10, 0) == random[:10].tolist()
+
+
+def test_a_file_tells_how_to_sample_from_it(files: tuple[Path, Path], tmp_path: Path, tiny: Recipe) -> None:
+    """Process, scaling, sampler, steps and guidance, outside a sweep; another autoencoder than the latents' is named."""
+    scaling = Scaling([0.1, 0.2, 0.3, 0.4], [0.5, 1.0, 2.0, 4.0])
+    theirs = LatentsVae(vae.from_path(str(files[1]), {}).identity, True, 0.0, 1.0)
+    guidance = 1.5, 3, (100.0, 900.0)
+    facts = SamplingFacts(Flow(kind="flow", shift=3.0), theirs, scaling, "euler", 7, *guidance)
+    model = models.build(tiny.models["dis"], LatentShape(4, 8), 10)
+    save(model, tmp_path / "a.safetensors", facts)
+    opened = open_for_sampling(tmp_path / "a.safetensors", str(files[1]))
+    assert (opened.process, opened.sampler, opened.steps) == (facts.diffusion, "euler", 7)
+    assert (opened.scale(None), opened.guidance_channels, opened.guidance_interval) == guidance
+    assert (opened.decoder.scaling, opened.notes) == (scaling, [])
+    (images,) = sample_pictures(opened, [3], 1, sampler="euler", steps=2, guidance=1.0, seed=0, batch=1)
+    assert images.shape == (1, 32, 32, 3)
+
+    facts = replace(facts, vae=replace(theirs, identity="0" * 64), scaling=None)
+    save(model, tmp_path / "b.safetensors", facts)
+    opened = open_for_sampling(tmp_path / "b.safetensors", str(files[1]))
+    assert opened.decoder.scaling == Scaling(0.0, 0.18215)
+    (note,) = opened.notes
+    assert note.endswith(f"its identity is {theirs.identity[:12]}, theirs is 000000000000")
+
+
+def test_a_file_of_an_earlier_version_is_sampled_by_its_sweep(tmp_path: Path) -> None:
+    recipe = reading.load(TINY, ["vae={kind: none}", "diffusion={kind: flow, shift: 3.0}", "evaluate.sampler=euler"])
+    sweep, model = (
+        Sweep.below(open_folder(tmp_path), recipe),
+        models.build(recipe.models["dis"], LatentShape(3, 32), 10),
+    )
+    sweep.save_recipe()
+    file = tmp_path / "sweeps/tiny/model.safetensors"
+    save(model, file)
+    opened = open_for_sampling(file, None)
+    assert (opened.process, opened.sampler, opened.notes) == (recipe.diffusion, "euler", [])
+    latents = ranks.make_latents(sweep.store / "latents/other", recipe)
+    state.use_latents(sweep, latents, "v")
+    with pytest.raises(UserError, match=r"model.safetensors: latents of another VAE: theirs is v,"):
+        open_for_sampling(file, None)
+
+
+def test_a_trained_autoencoder_is_the_same_from_its_folder(tmp_path: Path) -> None:
+    sweep = Sweep.below(open_folder(tmp_path), reading.load(TINY))
+    vae.save(sweep.vae, vae.new(TrainedVae(kind="trained", widths=(8, 8, 8)), 32))
+    assert vae.from_path(sweep.vae.url, {}).identity == vae.load(sweep).identity
+
+
+def test_what_a_file_does_not_tell_is_assumed_in_a_line(files: tuple[Path, Path], tmp_path: Path) -> None:
+    command = ["sample", "--checkpoint", str(files[0]), "--vae", str(files[1]), "--classes", "1", "--steps", "1"]
+    code, output = invoke(*command, "--out", str(tmp_path / "grid.png"))
+    words = "assumed  gaussian process, linear betas, 1000 steps; latents by scale 0.18215 and shift 0.0"
+    assert (code, output.splitlines()[0].startswith(words)) == (0, True)
+
+
+def test_pixels_need_no_autoencoder(tmp_path: Path, tiny: Recipe) -> None:
+    model, identity = models.build(tiny.models["dis"], LatentShape(3, 8), 10), vae.PixelVae().identity
+    facts = SamplingFacts(Gaussian(kind="gaussian"), LatentsVae(identity, True, 0.0, 1.0), None, "ddim", 4)
+    save(model, tmp_path / "pixels.safetensors", facts)
+    for path in (None, "none"):
+        opened = open_for_sampling(tmp_path / "pixels.safetensors", path)
+        assert (type(opened.decoder), opened.notes) == (vae.PixelVae, [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--classes", "1,x"], "--classes '1,x': expected labels with commas between them"),
+        (["--classes", "1²"], "--classes '1²': expected labels with commas between them"),
+        (["--classes", "9" * 20], "expected labels with commas between them"),
+        (["--classes", "11"], "label 11 is out of range: expected 0 to 9"),
+        (["--classes", "1", "--sampler", "euler"], "euler"),
+        (["--classes", "1", "--checkpoint", "none.pt"], "no checkpoint at none.pt"),
+        (["--classes", "1", "--vae", "/nowhere"], "vae.path: no autoencoder at '/nowhere'"),
+        (
+            ["--classes", "1", "--vae", "none"],
+            "--vae none does not decode the model's latents, 4 channels of 8 x 8: it returns (1, 8, 8, 4)",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(files: tuple[Path, Path], tmp_path: Path, arguments: list[str], message: str) -> None:
+    base = ["sample", "--checkpoint", str(files[0]), "--vae", str(files[1]), "--out", str(tmp_path / "none.png")]
+    code, output = invoke(*base, *arguments)
+    assert code == 2
+    assert message in output
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_an_autoencoder_of_other_channels_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
+    other = TrainedVae(kind="trained", widths=(8, 8, 8), latent_channels=3)
+    vae.new(other, 32).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"other does not decode the model's latents, 4 channels of 8 x 8: .*channels"):
+        open_for_sampling(files[0], str(tmp_path / "other"))
+
+
+def test_weights_outside_a_sweep_need_a_vae(files: tuple[Path, Path]) -> None:
+    code, output = invoke("sample", "--checkpoint", str(files[0]), "--classes", "1")
+    assert (code, "is not in a sweep, so name the VAE of its latents" in output) == (2, True)
