@@ -17,11 +17,13 @@ from dis_scale.planning.plan import price_sweep
 from dis_scale.recipe import LatentShape, reading
 from dis_scale.report import points
 from dis_scale.storage import lease, manifest
+from dis_scale.storage.document import FORMAT
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import METRICS, PointName, Sampled, Sweep, state
+from dis_scale.sweep import PointName, Sampled, Sweep, state
 from dis_scale.tracking.rows import RowWriter
 from dis_scale.upkeep import retention, status
 from pipelines.evaluate import stored_blocks
+from tests.support.documents import put_published
 
 SWEEPS, WORKERS = 100, 64
 RECIPE = "tests/support/tiny.yaml"
@@ -40,7 +42,7 @@ def make(root: str, checkpoints: int) -> Sweep:
     sweep.save_recipe()
     manifest.put(sweep.store / "latents/some", {}, vae="v", latent=[4, 8], count=1, shards=[])
     state.use_latents(sweep, sweep.store / "latents/some", "v")
-    facts = {"format": manifest.FORMAT, "metrics": list(recipe.evaluate.metrics), "time": 0.0, "samples": 1000}
+    facts = {"format": FORMAT, "metrics": list(recipe.evaluate.metrics), "time": 0.0, "samples": 1000}
     values = {
         recipe.evaluate.metric: 1.0,
         f"{recipe.evaluate.metric}_error": 0.1,
@@ -55,7 +57,7 @@ def make(root: str, checkpoints: int) -> Sweep:
         shards = {f"weights-{rank:05d}.safetensors": b"" for rank in range(WORKERS)}
         manifest.put(run.resume_point(PointName(counts[-1], 1)), shards, images=counts[-1], at=time.time())
         for count in counts:
-            manifest.put(run.published_at(count), {}, images=count)
+            put_published(run.published_at(count), images=count)
             folder = sweep.evaluation(Sampled(model, count))
             folder.write_json(METRICS, facts | {"model": model, "images": count, "values": values})
     return sweep

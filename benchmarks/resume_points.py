@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 
 from dis_scale.recipe import reading
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.storage.manifest import Digest
 from tests.conftest import TINY
 from tests.support import ranks
 
@@ -51,7 +51,7 @@ def rates(at: Folder) -> dict[str, float]:
 
     def serialise() -> bytes:
         data = safetensors.torch.save({"flat": clone})
-        manifest.digest(data)
+        Digest.of(data)
         return data
 
     data, serialise_s = timed(serialise)

@@ -26,7 +26,7 @@ from dis_scale.data.shards import Sample
 from dis_scale.diffusion.generate import generate
 from dis_scale.models.cost import price_model
 from dis_scale.models.dit import DiTBlock
-from dis_scale.recipe import Dit, LatentShape, Recipe, reading
+from dis_scale.recipe import Dit, LatentShape, Recipe, Sampling, reading
 from dis_scale.recipe.presets import preset
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
@@ -138,8 +138,8 @@ def sample(size: str, images: int, device: str) -> None:
 
     def run() -> None:
         generate(
-            model, diffusion.build(recipe.diffusion), [1] * images, range(images), sampler=SAMPLER, steps=SAMPLING_STEPS,
-            guidance=1.5, device=where,
+            model, diffusion.build(recipe.diffusion), [1] * images, range(images),
+            Sampling(sampler=SAMPLER, steps=SAMPLING_STEPS, guidance=1.5), device=where,
         )  # fmt: skip
         synchronize(where)
 

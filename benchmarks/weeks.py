@@ -20,12 +20,13 @@ from dis_scale.process import faults
 from dis_scale.recipe import reading
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.sweep import METRICS as EVALUATED
-from dis_scale.sweep import TRACKING, PointName, Sampled, Sweep, state
+
+from dis_scale.sweep import PointName, Sampled, Sweep, state
 from dis_scale.tracking import rows
 from dis_scale.tracking.rows import RowReader, RowWriter, compact
 from pipelines import evaluate, metrics
 from pipelines import train as train_job
+from tests.support.documents import put_published
 
 ROW_S, FILE_S, RESUME_S, PREEMPTED_S, DAY_S = 5, 10, 1800, 6 * 3600, 86_400
 METRICS = (
@@ -84,7 +85,7 @@ def watch(root: str) -> dict[str, Counter[str]]:
     sweep.folder.write_json(TRACKING, {"uri": ""})
     for images in (0, 160):
         manifest.put(run.resume_point(PointName(images, 1)), {}, images=images)
-    manifest.put(run.published_at(0), {}, images=0)
+    put_published(run.published_at(0), images=0)
     sweep.evaluation(Sampled(model, 0)).write_json(EVALUATED, {})
     backlog, reader = state.Backlog(sweep, tuple(sweep.recipe.models)), RowReader(run.log)
     backlog.left()

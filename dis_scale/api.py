@@ -94,8 +94,8 @@ class StoredSweep:
         labels = labels_in_turn(opened, None if classes is None else list(classes), count)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         parts = sample_pictures(
-            opened, labels, count, sampler=sampler or opened.sampler, steps=steps or opened.steps, guidance=opened.scale(guidance),
-            channels=opened.guidance_channels, interval=opened.guidance_interval, seed=seed, batch=batch, device=device,
+            opened, labels, sampling=opened.sampling_with(sampler=sampler, steps=steps, guidance=guidance),
+            seed=seed, batch=batch, device=device,
         )  # fmt: skip
         return [Image.fromarray(pixels) for pixels in np.concatenate(list(parts))]
 

@@ -8,7 +8,8 @@ from dis_scale.process import jsonlog
 from dis_scale.process.errors import Held, Preempted, StorageAway
 from dis_scale.process.progress import Board
 from dis_scale.recipe import Branch
-from dis_scale.sweep import ENDED, Sweep, state
+from dis_scale.sweep import Sweep, state
+from dis_scale.sweep.documents import Ended
 from pipelines import jobs, lines
 from pipelines.cluster import Cluster
 from pipelines.jobs import Job
@@ -59,7 +60,7 @@ def train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
     sweep, failures = driver.sweep, Failures()
     waiting = [model for model in sweep.recipe.models if not state.trained(sweep, model)]
     for model in waiting:
-        sweep.run(model).folder.delete(ENDED)
+        sweep.run(model).folder.delete(Ended.NAME)
     evaluation = _submit(driver, cluster, "evaluate")
     training: dict[str, Job] = {}
     evaluated, asked_s = False, float("-inf")
@@ -116,7 +117,7 @@ def _has_passed(sweep: Sweep, branch: Branch) -> bool:
 def _fail(driver: Driver, failures: Failures, model: str, why: str) -> None:
     """Note that a model has failed; the others continue."""
     failures.models[model] = why
-    driver.sweep.run(model).folder.write_json(ENDED, {"why": why})
+    Ended(why=why).write(driver.sweep.run(model).folder)
 
 
 def _failure(driver: Driver, job: Job, name: str) -> str:

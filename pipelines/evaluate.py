@@ -5,136 +5,29 @@ evaluators.py. PyTorch is imported where it is used: the driver starts its worke
 """
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from dis_scale.process.errors import DisScaleError, OutOfMemory, Preempted, StorageAway, StorageError, StorageFull
-from dis_scale.process.threads import in_order
+from dis_scale.evaluation.run import Evaluation, block_count, stored_blocks, values_in_words
+from dis_scale.process.errors import DisScaleError, OutOfMemory, Preempted, StorageAway, StorageFull
 from dis_scale.recipe import Evaluate
-from dis_scale.storage import lease, manifest
-from dis_scale.storage.folder import Folder
-from dis_scale.sweep import GRID, METRICS, SKIPPED, Sampled, Sweep, state
+from dis_scale.storage import lease
+from dis_scale.sweep import Sampled, Sweep, state
+from dis_scale.sweep.documents import Metrics, Skipped
 from dis_scale.tracking import mlflow_copy
-from dis_scale.tracking.goodput import GOODPUT, MEMORY, SAMPLED_ON, TRAINED_ON, WORKER_HOURS
 from dis_scale.tracking.mlflow import RunCopy
 from pipelines import lines, metrics, stage
 from pipelines.devices import choose_device, total_gpus
-from pipelines.evaluators import RayEvaluators, block_name
+from pipelines.evaluators import RayEvaluators
 from pipelines.places import evaluators_on, own_gpus
 from pipelines.restarts import with_restarts
 from pipelines.waiting import Wait, alive_nodes
 from pipelines.worker import WorkerFailure, amounts, resources
 
-if TYPE_CHECKING:
-    from dis_scale.evaluation.reference import Reference
-    from dis_scale.evaluation.sampling import SampleBlock
-
 POLL_EVERY_S, LONGEST_POLL_S = 2.0, 30.0
 """Interval of polls for news of training: a twentieth of the wait so far, within these. Each poll costs several requests."""
-COSTS = (GOODPUT, WORKER_HOURS, MEMORY, TRAINED_ON)
-"""Facts of published weights that the metrics file has, too."""
 BACKLOG_EVERY_S = 600.0
 """Interval at which the backlog is counted during an evaluation."""
-
-
-@dataclass
-class Evaluation:
-    """The evaluation of one sweep: its evaluators, the references by extractor, and the sampling settings by name."""
-
-    sweep: Sweep
-    evaluators: Any
-    """Has `sample`, `floor` and `held_out`: `RayEvaluators`."""
-    references: dict[str, "Reference"]
-    samplings: dict[str, Evaluate]
-    labels: np.ndarray
-
-    def evaluate(self, sampled: Sampled) -> dict[str, float]:
-        """Sample what is missing of one published checkpoint; write its grid and, last, its metrics; return them."""
-        folder, settings = self.sweep.evaluation(sampled), self.samplings[sampled.variant]
-        left = [b for b in range(block_count(settings)) if not _kept(folder, b, _parse)]
-        spent = self.evaluators.sample(sampled, settings, left)
-        stage.raise_if_stopped()
-        values = self._held_out(sampled)
-        stage.raise_if_stopped()
-        from dis_scale.evaluation import measure
-        from dis_scale.evaluation.sampling import arrange, column_names, grid, grid_columns
-
-        began_s = time.monotonic()
-        measured, pictures = self._measure(folder, settings)
-        values |= measured
-        names = column_names(self.sweep, self.labels)
-        folder.write(GRID, grid(arrange(pictures, self.labels), grid_columns(self.labels), names))
-        notes = measure.notes(self.references, settings) + self._average_note(sampled, settings)
-        machines, seconds = _machines(spent), _seconds(spent)
-        if not seconds and (before := folder.find_json(METRICS, "seconds")):  # all blocks were kept
-            machines, seconds = {SAMPLED_ON: before.get(SAMPLED_ON, [])}, before["seconds"]
-        seconds |= {"metrics": time.monotonic() - began_s}
-        facts = _facts(sampled, settings) | self._training(sampled) | machines
-        folder.write_json(METRICS, facts | {"notes": notes, "values": values, "seconds": seconds})
-        folder.delete(SKIPPED)
-        mlflow_copy.copy_evaluation(self.sweep, sampled)
-        return values
-
-    def floor(self) -> None:
-        """Measure what is missing of the floor; write its metrics last."""
-        from dis_scale.data.sources import open_source
-        from dis_scale.evaluation import floor
-
-        recipe, folder = self.sweep.recipe, self.sweep.floor
-        source = open_source(recipe.data, self.sweep.store)
-        images = len(floor.chosen_images(source, self.labels, recipe.data.num_classes))
-        floor.require_enough(images, self.references)
-        numbers = range(-(-images // recipe.evaluate.block_images))
-        self.evaluators.floor([b for b in numbers if not _kept(folder, b, floor.FloorBlock.from_bytes)])
-        stage.raise_if_stopped()
-        blocks = (floor.FloorBlock.from_bytes(folder.read(block_name(b)), f"{folder}/{block_name(b)}") for b in numbers)
-        values = floor.measure_floor(blocks, self.references, recipe.evaluate, images)
-        facts = {"format": manifest.FORMAT, "images": images, "time": time.time(), "metrics": ["distance"]}
-        folder.write_json(METRICS, facts | {"values": values})
-        folder.delete(SKIPPED)
-        lines.say(f"floor: {'; '.join(f'{kind}: {_values(each)}' for kind, each in values.items())}")
-
-    def _held_out(self, sampled: Sampled) -> dict[str, float]:
-        """The held-out loss; empty for a variant, since it is measured once per checkpoint, under the main settings."""
-        if sampled.variant or not self.sweep.recipe.data.held_out_images:
-            return {}
-        return self.evaluators.held_out(sampled)
-
-    def _training(self, sampled: Sampled) -> dict[str, Any]:
-        """What the run had cost up to this checkpoint; empty at its beginning."""
-        known = manifest.require(self.sweep.run(sampled.model).published_at(sampled.images_seen))
-        return {name: known[name] for name in COSTS if name in known and sampled.images_seen}
-
-    def _average_note(self, sampled: Sampled, settings: Evaluate) -> list[str]:
-        """A note on the error of the rebuilt averaging profile; empty without `ema_width`."""
-        from dis_scale.weights import ema
-        from dis_scale.weights.published import snapshots
-
-        train = self.sweep.recipe.train_of(sampled.model)
-        known = snapshots(self.sweep.run(sampled.model), sampled.images_seen, train)
-        if settings.ema_width is None or not known:
-            return []
-        misfit = ema.misfit(known, ema.Snapshot(sampled.images_seen // train.batch_images, settings.ema_width))
-        return [f"{sampled}: the average of width {settings.ema_width:g} was rebuilt to within {misfit:.0%}"]
-
-    def _measure(self, folder: Folder, settings: Evaluate) -> tuple[dict[str, float], np.ndarray]:
-        """All metrics, and the grid's pictures. Blocks are read one by one; some metrics keep all features."""
-        from dis_scale.evaluation import measure
-
-        pictures = []
-
-        def blocks() -> Iterator["SampleBlock"]:
-            for number in range(block_count(settings)):
-                block = _read_block(folder, number)
-                pictures.append(block.pictures)
-                yield block
-
-        metrics = measure.measure_blocks(blocks(), self.references, settings)  # reads all blocks
-        return metrics, np.concatenate(pictures)
 
 
 def evaluate_published(sweep: Sweep, _: list[str]) -> None:
@@ -153,8 +46,8 @@ def evaluate_published(sweep: Sweep, _: list[str]) -> None:
                 gpus = _await_gpus(sweep) if device == "cuda" else 0
                 opened.append(open_evaluation(sweep, device, gpus, recipe.evaluate.samplings, checkpoints(sweep)))
             (evaluation,) = opened
-            over = evaluate_all(sweep, evaluation, skipped, evaluation.evaluators.move)
-            opened.pop().evaluators.end()
+            over = evaluate_all(sweep, evaluation, skipped, evaluation.evaluators.move)  # type: ignore[attr-defined]
+            opened.pop().evaluators.end()  # type: ignore[attr-defined]
 
     with (
         lease.hold(sweep.lease("evaluate")),
@@ -202,26 +95,13 @@ def ablate(sweep: Sweep, arguments: list[str]) -> None:
     evaluation = open_evaluation(sweep, device, max(1, evaluators_on(alive_nodes())), samplings, checkpoints=1)
     for variant in samplings:
         sampled = Sampled(model, int(images), variant)
-        if not sweep.evaluation(sampled).exists(METRICS):
+        if not sweep.evaluation(sampled).exists(Metrics.NAME):
             lines.say(_shown(sampled, evaluation.evaluate(sampled)))
 
 
 def checkpoints(sweep: Sweep) -> int:
     """Return the number of checkpoints that the recipe publishes."""
     return sum(len(sweep.recipe.train_of(model).publish_images) for model in sweep.recipe.models)
-
-
-def stored_blocks(sweep: Sweep) -> int:
-    """Return the blocks in storage, with one more for each finished evaluation: the progress of an evaluation."""
-    samplings, left = sweep.recipe.evaluate.samplings, state.evaluations_left(sweep)
-    finished = [
-        (block_count(settings) + 1) * len(state.evaluated_counts(sweep, model, variant))
-        for model in sweep.recipe.models
-        for variant, settings in samplings.items()
-    ]
-    names = in_order(left, lambda sampled: sweep.evaluation(sampled).list(), state.AT_ONCE)
-    blocks = sum(name.startswith("block-") for each in names for name in each)
-    return sum(finished) + blocks + len(sweep.floor.list())
 
 
 def evaluate_all(
@@ -302,7 +182,7 @@ def open_evaluation(
     from dis_scale.evaluation.sampling import labels_of
 
     references, labels = reference.load_all(sweep), labels_of(sweep)
-    return Evaluation(sweep, evaluators, references, samplings, labels)
+    return Evaluation(sweep, evaluators, references, samplings, labels, lines.say, stage.raise_if_stopped)
 
 
 def evaluate_one(evaluation: Evaluation, sampled: Sampled, skipped: set[Sampled]) -> None:
@@ -315,7 +195,7 @@ def evaluate_one(evaluation: Evaluation, sampled: Sampled, skipped: set[Sampled]
         why = str(stage.cause_of(error))
         lines.emit("skip", model=sampled.model, images=sampled.images_seen, variant=sampled.variant)
         lines.say(f"skipped: {sampled}: {why}", level="warning")
-        evaluation.sweep.evaluation(sampled).write_json(SKIPPED, {"why": why})
+        Skipped(why=why).write(evaluation.sweep.evaluation(sampled))
         skipped.add(sampled)
         return
     lines.say(_shown(sampled, values))
@@ -330,67 +210,8 @@ def measure_floor(evaluation: Evaluation) -> None:
     except DisScaleError as error:  # StorageAway, too: it may be the images' storage
         why = str(stage.cause_of(error))
         lines.say(f"floor: not measured: {why}", level="warning")
-        evaluation.sweep.floor.write_json(SKIPPED, {"why": why})
+        Skipped(why=why).write(evaluation.sweep.floor)
 
 
 def _shown(sampled: Sampled, values: dict[str, float]) -> str:
-    return f"{sampled}: {_values(values)}"
-
-
-def _values(values: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name)
-
-
-def _facts(sampled: Sampled, settings: Evaluate) -> dict[str, Any]:
-    stored = {
-        "samples",
-        "labels",
-        "sampler",
-        "steps",
-        "guidance",
-        "guidance_interval",
-        "guidance_channels",
-        "ema_width",
-    }
-    stored |= {"precision", "metrics"}
-    facts = {"format": manifest.FORMAT, "model": sampled.model, "images": sampled.images_seen, "time": time.time()}
-    return facts | settings.model_dump(mode="json", include=stored)
-
-
-def _machines(spent: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """The machines that sampled, as a fact; empty if all blocks were kept."""
-    names = sorted({each["machine"] for each in spent if each["images"]})
-    return {SAMPLED_ON: names} if names else {}
-
-
-def _seconds(spent: list[dict[str, Any]]) -> dict[str, float]:
-    """Worker seconds of each part, and its images per second and worker; empty if all blocks were kept."""
-    total = {part: sum(each[part] for each in spent) for part in spent[0] if part != "machine"}
-    images = total.pop("images")
-    return total | {f"{part}_images_per_s": images / s for part, s in total.items() if s} if images else {}
-
-
-def block_count(settings: Evaluate) -> int:
-    return -(-settings.samples // settings.block_images)
-
-
-def _read_block(folder: Folder, block: int) -> "SampleBlock":
-    return _parse(folder.read(block_name(block)), f"{folder}/{block_name(block)}")
-
-
-def _parse(data: bytes, where: str) -> "SampleBlock":
-    from dis_scale.evaluation.sampling import SampleBlock
-
-    return SampleBlock.from_bytes(data, where)
-
-
-def _kept(folder: Folder, block: int, parse: Callable[[bytes, str], Any]) -> bool:
-    """Whether an earlier evaluation left this block complete; a damaged one is logged and made again."""
-    try:
-        parse(folder.read(block_name(block)), f"{folder}/{block_name(block)}")
-    except FileNotFoundError:
-        return False
-    except StorageError as error:
-        lines.say(f"made again: {error}")
-        return False
-    return True
+    return f"{sampled}: {values_in_words(values)}"

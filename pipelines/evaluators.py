@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from dis_scale.evaluation.run import Spent, block_name
 from dis_scale.recipe import Evaluate
 from dis_scale.sweep import Sampled, Sweep, state
 from pipelines import devices
@@ -49,8 +50,8 @@ class Evaluator(Worker):
         decoder.net.to(where)
         self.sweep, self.sampler = sweep, open_sampler(sweep, decoder, where)
 
-    def sample(self, sampled: Sampled, settings: Evaluate, deal: Deal) -> dict[str, Any]:
-        """Sample and keep the blocks that `deal` names; return the seconds of each part, the number of `images`, the `machine`."""
+    def sample(self, sampled: Sampled, settings: Evaluate, deal: Deal) -> Spent:
+        """Sample and keep the blocks that `deal` names."""
         from dis_scale.data.encode import compute_exactly
         from dis_scale.training.throughput import machine_name
 
@@ -72,8 +73,8 @@ class Evaluator(Worker):
                 folder.write(block_name(number), block.to_bytes())
                 self.report(self._done + 1)
                 images += len(block.right)
-            facts = {"images": images, "machine": machine_name(self.sampler.device)}
-            return {part: s - before[part] for part, s in self.sampler.seconds.items()} | facts
+            seconds = {part: s - before[part] for part, s in self.sampler.seconds.items()}
+            return Spent(images, machine_name(self.sampler.device), seconds)
 
     def floor(self, deal: Deal) -> None:
         """Measure and keep the blocks of real images that `deal` names."""
@@ -133,7 +134,7 @@ class RayEvaluators:
             if number not in self._workers:
                 self._workers[number] = spawn(Evaluator, request, self.sweep, self.device, shared_gpu)
 
-    def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[dict[str, Any]]:
+    def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[Spent]:
         """Let the evaluators share the blocks of a checkpoint; return what each spent."""
         return self._share("sample", (sampled, settings), blocks)
 
@@ -178,7 +179,3 @@ class RayEvaluators:
         """Give back the GPUs now: a handle that is kept somewhere would keep them."""
         for worker in self._workers.values():
             ray.kill(worker)
-
-
-def block_name(block: int) -> str:
-    return f"block-{block:05d}.npz"

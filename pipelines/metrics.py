@@ -16,9 +16,9 @@ from ray.util.metrics import Counter, Gauge
 
 from dis_scale.process import context, counts
 from dis_scale.recipe import Train
-from dis_scale.storage import manifest
 from dis_scale.sweep import Sweep, state
-from dis_scale.tracking.goodput import ATTEMPT, GOODPUT
+from dis_scale.sweep.documents import ResumePointManifest
+from dis_scale.tracking.goodput import ATTEMPT
 from dis_scale.tracking.rows import Row
 
 PREFIX = "dis_scale_"
@@ -146,7 +146,6 @@ def show_run(sweep: Sweep, model: str, excluded: int) -> None:
     gauge("failed_nodes", excluded)
     run = sweep.run(model)
     point = state.newest_complete(run)
-    facts = manifest.find(run.resume_point(point)) if point else None
-    for name, fact in (("resume_point_timestamp_seconds", "at"), ("goodput_ratio", GOODPUT)):
-        if facts and fact in facts:
-            gauge(name, facts[fact])
+    if point and (saved := ResumePointManifest.find(run.resume_point(point))):
+        gauge("resume_point_timestamp_seconds", saved.progress.at)
+        gauge("goodput_ratio", saved.progress.cost.goodput or 0.0)

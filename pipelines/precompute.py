@@ -4,22 +4,28 @@ Workers take shard numbers from one dealer, so a slow worker does not hold up th
 worker makes it: dis_scale/data/encode.py.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dis_scale.data import mixing, shards, staging
-from dis_scale.data.shards import Encoding
 from dis_scale.data.sources import Source, open_source
 from dis_scale.data.staging import MixedOrder
 from dis_scale.process.errors import UserError
 from dis_scale.process.progress import listing_words
 from dis_scale.recipe import Recipe
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sweep, state
+from dis_scale.sweep.documents import (
+    Encoding,
+    LatentsBegun,
+    LatentsManifest,
+    MadeFrom,
+    ShardSidecar,
+    Sidecar,
+    StagedSidecar,
+)
 from pipelines import devices, lines, stage
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
@@ -28,8 +34,6 @@ from pipelines.worker import Worker, WorkerFailure, resources, spawn, watch
 
 if TYPE_CHECKING:
     from dis_scale.vae import Vae
-
-BEGUN = "begun.json"
 
 
 class Encoder(Worker):
@@ -144,16 +148,16 @@ def precompute_latents(sweep: Sweep, _: list[str]) -> None:
 def find_or_make_latents(sweep: Sweep, encoders: Any) -> None:
     """Find or make the sweep's latents and record them in the sweep. `encoders` has the methods of `RayEncoders`."""
     encoding = with_restarts(sweep.recipe, "precompute", lambda _: encoders.encoding(), lambda: 0)
-    latents = shards.latents_folder(sweep, encoding.vae)
+    latents = shards.latents_folder(sweep, encoding.identity)
     lines.say(f"latents  {latents}")
-    if manifest.find(latents) is None:
+    if LatentsManifest.find(latents) is None:
         source = open_source(sweep.recipe.data, sweep.store, listing_words(lines.say))
 
         encode, mix = (partial(work, latents, encoding, source) for work in (encoders.encode, encoders.mix))
         make_latents(sweep.recipe, latents, source, encoding, encode, mix)
     staging.delete_parts(latents)
     shards.require_allowed(latents, sweep.recipe.data)
-    state.use_latents(sweep, latents, encoding.vae)
+    state.use_latents(sweep, latents, encoding.identity)
 
 
 Make = Callable[[list[int]], None]
@@ -168,55 +172,51 @@ def make_latents(recipe: Recipe, latents: Folder, source: Source, encoding: Enco
     for name in shards.clear_strays(latents, numbers):
         lines.say(f"{name} is not part of the set: deleted")
 
-    def unfinished(folder: Folder, kind: str) -> list[int]:
+    def unfinished(folder: Folder, kind: type[Sidecar]) -> list[int]:
         done = shards.finished(folder, numbers, kind)
         return [number for number in numbers if number not in done]
 
-    def require_finished(folder: Folder, kind: str) -> None:
+    def require_finished(folder: Folder, kind: type[Sidecar]) -> None:
         stage.raise_if_stopped()
         if left := unfinished(folder, kind):
             raise WorkerFailure(f"{folder}: {len(left)} of {len(numbers)} shards are missing: their encoder was lost")
 
     def attempt(_: WorkerFailure | None) -> None:
-        if not (left := unfinished(latents, "tar")):
+        if not (left := unfinished(latents, ShardSidecar)):
             return
         if source.mixed:
             encode(left)
         else:
-            if parts := unfinished(staged, staging.PART):
+            if parts := unfinished(staged, StagedSidecar):
                 encode(parts)
-                require_finished(staged, staging.PART)
+                require_finished(staged, StagedSidecar)
             mix(mixer.groups_of(left))
-        require_finished(latents, "tar")
+        require_finished(latents, ShardSidecar)
 
     with_restarts(recipe, "precompute", attempt, lambda: len(latents.list()) + len(staged.list()))
     stage.raise_if_stopped()
-    sealed = shards.write_manifest(latents, numbers, _facts(recipe, source, encoding))
-    lines.say(f"{sealed['count']} latents in {len(numbers)} shards, {len(sealed['refused'])} images refused")
-    lines.say(f"mixing   {mixing.words(sealed['mixing'])}")
+    sealed = shards.write_manifest(latents, numbers, _made_from(recipe, source, encoding))
+    lines.say(f"{sealed.count} latents in {len(numbers)} shards, {len(sealed.refused)} images refused")
+    lines.say(f"mixing   {mixing.words(sealed.mixing)}")
 
 
 def _require_one_kind(latents: Folder, encoding: Encoding, source: Source) -> None:
     """UserError if the set was begun with another listing, mixed order, kind of device or PyTorch: its bytes would differ."""
-    ours = {
-        "format": manifest.FORMAT, "device": encoding.device, "torch": encoding.torch,
-        "listing": source.listing.facts["sha256"], "order": source.order,
-    }  # fmt: skip
-    latents.create(BEGUN, json.dumps(ours).encode())
-    theirs = latents.read_json(BEGUN)
-    if different := [f"{key} {theirs.get(key)!r}, now {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]:
+    sha256 = source.listing.manifest.sha256
+    ours = LatentsBegun(device=encoding.device, torch=encoding.torch, listing=sha256, order=source.order)
+    ours.create(latents)
+    theirs = dict(LatentsBegun.read(latents))
+    if different := [f"{key} {theirs[key]!r}, now {value!r}" for key, value in ours if theirs[key] != value]:
         raise UserError(
             f"{latents}: begun with {'; '.join(different)}: finish it as it was begun, or delete it, or use another root"
         )
 
 
-def _facts(recipe: Recipe, source: Source, encoding: Encoding) -> dict[str, Any]:
-    return {
-        "source": recipe.data.source.model_dump(mode="json"), "listing": source.listing.facts["sha256"],
-        "order": source.order, "resolution": recipe.data.resolution, "images": len(source),
-        "vae": encoding.vae, "scale": encoding.scale, "shift": encoding.shift,
-        "latent": list(encoding.latent), "posterior": encoding.posterior, "num_classes": recipe.data.num_classes,
-        "label_names": source.label_names, "shard_images": recipe.precompute.shard_images,
-        "encode_images": recipe.precompute.encode_images, "precision": recipe.precompute.precision,
-        "device": encoding.device, "torch": encoding.torch,
-    }  # fmt: skip
+def _made_from(recipe: Recipe, source: Source, encoding: Encoding) -> MadeFrom:
+    settings = recipe.precompute
+    return MadeFrom(
+        source=recipe.data.source.model_dump(mode="json"), listing=source.listing.manifest.sha256, order=source.order,
+        images=len(source), resolution=recipe.data.resolution, encoding=encoding, num_classes=recipe.data.num_classes,
+        label_names=source.label_names, shard_images=settings.shard_images, encode_images=settings.encode_images,
+        precision=settings.precision,
+    )  # fmt: skip

@@ -17,7 +17,7 @@ def stop_sweep(url: str, address: str | None) -> list[str]:
     answers.
     """
     command = lease.request_stop(command_lease(open_folder(url)))
-    asked = [f"process {command.pid} on {command.host}"] if command else []
+    asked = [f"process {command.holder}"] if command else []
     dead = command is not None and not command.works(time.time())
     try:
         sweep = Sweep.open(url)

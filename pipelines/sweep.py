@@ -28,6 +28,7 @@ from dis_scale.recipe.identity import identity_differences
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import RECIPE, Sampled, Sweep, command_lease, state
+from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking import mlflow, mlflow_copy
 from dis_scale.training.memory import lanes_at_once
 from dis_scale.training.schedule import learning_rate
@@ -257,9 +258,9 @@ def one_at_a_time(driver: Driver, cluster: Cluster) -> Iterator[bool]:
             stack.enter_context(_obeying_requests(held, driver.stop_requested))
         except Held as error:
             first = False
-            if error.holder.get("cluster") != cluster.id:
+            if error.cluster != cluster.id:
                 raise
-            driver.board.say(f"joined   process {error.holder['pid']}, which runs this sweep on the same Ray")
+            driver.board.say(f"joined   process {error.process}, which runs this sweep on the same Ray")
         yield first
 
 
@@ -334,8 +335,8 @@ def _print_results(sweep: Sweep, plan: Plan, console: Console) -> None:
     console.print(report.table(report.collect(sweep, plan)))
     console.print(f"figure   {sweep.report}/gflops_fid.png", highlight=False, soft_wrap=True)
     console.print(f"page     {sweep.report}/{report.PAGE}", highlight=False, soft_wrap=True)
-    if ids := mlflow.stored_ids(sweep):
-        uri = ids["uri"]
+    if tracking := TrackingIds.find_intact(sweep.folder):
+        uri = tracking.uri
         command = f"{Path(sys.executable).with_name('mlflow')} ui --backend-store-uri {uri}"
         console.print(f"mlflow   {uri if uri.startswith('http') else command}", highlight=False, soft_wrap=True)
 

@@ -22,7 +22,8 @@ from dis_scale.process.errors import OutOfMemory, StorageError
 from dis_scale.recipe import Recipe
 from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
-from dis_scale.tracking.mlflow import RunCopy, stored_ids
+from dis_scale.sweep.documents import TrackingIds
+from dis_scale.tracking.mlflow import RunCopy
 from dis_scale.tracking.rows import RowReader
 from dis_scale.training.lanes import largest_share
 from pipelines import devices, environment, lines, metrics, nodes, stage
@@ -308,7 +309,7 @@ def _copying(copy: RunCopy, rows: RowReader) -> Iterator[None]:
             metrics.show_rows(rows.newest.values(), settings, began_at)
             copy.send(batch)
         # A sweep without a run in MLflow misses none.
-        metrics.gauge("mlflow_away", float(copy.away and bool(stored_ids(copy.sweep))))
+        metrics.gauge("mlflow_away", float(copy.away and TrackingIds.exists(copy.sweep.folder)))
 
     def run() -> None:
         while not over.wait(COPY_EVERY_S):

@@ -58,11 +58,11 @@ def test_a_model_has_its_published_weights(sweep: dis_scale.Sweep) -> None:
 
 
 def test_damaged_weights_are_refused(sweep: dis_scale.Sweep) -> None:
-    file = sweep.stored.run("dis").published_at(320).local / "weights.safetensors"  # type: ignore[operator]
+    file = sweep.stored.run("dis").published_at(320).local / "weights-0001.safetensors"  # type: ignore[operator]
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(Damaged, match=r"weights\.safetensors"):
+    with pytest.raises(Damaged, match=r"weights-0001\.safetensors"):
         sweep.load("dis")
 
 

@@ -20,7 +20,7 @@ from dis_scale.evaluation import inception
 from dis_scale.evaluation.features import Extractor
 from dis_scale.models import Backbone, build, dis
 from dis_scale.models.cost import price_model
-from dis_scale.recipe import DiffuSsm, Dis, Dit, Flow, Gaussian, LatentShape, Precision, TrainedVae
+from dis_scale.recipe import DiffuSsm, Dis, Dit, Flow, Gaussian, LatentShape, Precision, Sampling, TrainedVae
 from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
 from dis_scale.training import loop
 from dis_scale.training.engine import MOMENTS, Engine, Segment
@@ -112,8 +112,8 @@ def test_each_sampler_with_guidance(
 ) -> None:
     """In bf16, where types can be mixed too."""
     monkeypatch.setattr("dis_scale.diffusion.generate.check_labels", lambda *_: None)  # fake labels have no values
-    model, settings = model_on_gpu(SETTINGS[family], "bf16"), {"sampler": sampler, "steps": 3, "guidance": 1.5}
-    latents = generate(model, diffusion.build(process), [1, 2, 3], range(3), device=CUDA, **settings)
+    model, sampling = model_on_gpu(SETTINGS[family], "bf16"), Sampling(sampler=sampler, steps=3, guidance=1.5)
+    latents = generate(model, diffusion.build(process), [1, 2, 3], range(3), sampling, device=CUDA)
     assert (latents.device.type, latents.dtype, latents.shape) == ("cuda", torch.float32, (3, 4, 8, 8))
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from dis_scale.recipe import Recipe
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sampled, Sweep
 from tests.cli.test_cli import invoke
+from tests.support.documents import put_published
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def sweep(tmp_path: Path, tiny: Recipe) -> Path:
     """A sweep with one published checkpoint, whose evaluation has begun; no test opens either."""
     made = Sweep.below(open_folder(tmp_path), tiny)
     made.save_recipe()
-    manifest.put(made.run("dis").published_at(160), {"weights.safetensors": b""}, images=160)
+    put_published(made.run("dis").published_at(160), b"", images=160)
     made.evaluation(Sampled("dis", 160)).write("block-00000.npz", b"")
     return tmp_path / "sweeps/tiny"
 

@@ -120,11 +120,12 @@ def sync(
     """Fill MLflow from storage: an empty one with everything, one that was away with what it missed."""
     from dis_scale.report import plan_of
     from dis_scale.sweep import Sweep
-    from dis_scale.tracking.mlflow import stored_ids
+    from dis_scale.sweep.documents import TrackingIds
     from dis_scale.tracking.mlflow_copy import copy_everything
 
     opened = Sweep.open(sweep)
-    into = uri or stored_ids(opened).get("uri")
+    tracking = TrackingIds.find_intact(opened.folder)
+    into = uri or (tracking.uri if tracking else None)
     if into is None:
         raise UserError(f"{opened} was never tracked: name an MLflow, --uri sqlite:///mlflow.db or http://...")
     rows = copy_everything(opened, plan_of(opened).parameters(), into)

@@ -83,18 +83,12 @@ def sample(
         each_label = pictures.labels_of_all(opened, labels, images, seed)
     else:
         each_label = pictures.labels_in_turn(opened, of_classes, images)
-    scale, channels, sampler, steps = (
-        opened.scale(guidance), guidance_channels or opened.guidance_channels, sampler or opened.sampler, steps or opened.steps,
-    )  # fmt: skip
+    sampling = opened.sampling_with(
+        sampler=sampler, steps=steps, guidance=guidance, guidance_channels=guidance_channels
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    guided = f"guidance {scale:g}{f' on {channels} channels' if channels and scale != 1 else ''}"
-    if scale != 1 and (times := opened.guidance_interval):
-        guided += f" between times {times[0]:g} and {times[1]:g}"
-    aside(f"sampling {sampler}, {steps} steps, {guided}, fp32 on {machine_name(device)}")
-    parts = pictures.sample_pictures(
-        opened, each_label, images, sampler=sampler, steps=steps, guidance=scale, channels=channels,
-        interval=opened.guidance_interval, seed=seed, batch=batch, device=device,
-    )  # fmt: skip
+    aside(f"sampling {sampling}, fp32 on {machine_name(device)}")
+    parts = pictures.sample_pictures(opened, each_label, sampling=sampling, seed=seed, batch=batch, device=device)
     if npz is None:
         out.write_bytes(grid(np.concatenate(list(parts)), columns=grid_columns(each, images)))
     else:
@@ -104,9 +98,9 @@ def sample(
         found = {
             "file": str(npz or out),
             "images": images,
-            "sampler": sampler,
-            "steps": steps,
-            "guidance": scale,
+            "sampler": sampling.sampler,
+            "steps": sampling.steps,
+            "guidance": sampling.guidance,
             "seed": seed,
         }
         print_json(found | {"device": machine_name(device), "notes": opened.notes})

@@ -169,11 +169,11 @@ def data_show(
     """Show totals, labels, statistics and identity of latents; write a grid of decoded images."""
     from dis_scale.data import maintenance
     from dis_scale.evaluation.sampling import grid
-    from dis_scale.storage import manifest
+    from dis_scale.sweep.documents import LatentsManifest
 
     sweep, latents = maintenance.locate_latents(url)
     if as_json:
-        print_json(manifest.require(latents) | {"latents": latents.url})
+        print_json(LatentsManifest.require(latents).to_json() | {"latents": latents.url})
         return
     for line in maintenance.describe(latents):
         say(line)

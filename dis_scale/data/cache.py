@@ -12,10 +12,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from dis_scale.process import counts
-from dis_scale.storage import manifest
+from dis_scale.storage.manifest import Digest
 
 _OURS = re.compile(r"[0-9a-f]{64}(\.part)?")
 """The cache's own files. Other files in its folder are neither counted nor touched."""
@@ -45,22 +44,22 @@ class Cache:
         self.folder, self.bound_bytes, self._say = folder, bound_bytes, say
         self._disabled = False
 
-    def get(self, entry: dict[str, Any], fetch: Callable[[], bytes]) -> bytes:
-        """Return the shard of a manifest's entry: cached, or by `fetch`, in one process of the node at a time."""
-        with self._locked(f"lock-{int(entry['sha256'], 16) % _LOCKS:02d}"):
-            data = self._cached(entry)
+    def get(self, shard: Digest, fetch: Callable[[], bytes]) -> bytes:
+        """Return the shard with this digest: cached, or by `fetch`, in one process of the node at a time."""
+        with self._locked(f"lock-{int(shard.sha256, 16) % _LOCKS:02d}"):
+            data = self._cached(shard)
             counts.add(counts.CACHE_MISSES if data is None else counts.CACHE_HITS)
             if data is None:
                 data = fetch()
-                self._store(entry, data)
+                self._store(shard, data)
             return data
 
-    def _cached(self, entry: dict[str, Any]) -> bytes | None:
+    def _cached(self, shard: Digest) -> bytes | None:
         """Read the file and update its time; None if it is missing or damaged. A damaged file is deleted."""
-        path = self.folder / entry["sha256"]
+        path = self.folder / shard.sha256
         try:
             data = path.read_bytes()
-            if manifest.digest(data)["sha256"] == entry["sha256"]:
+            if Digest.of(data).sha256 == shard.sha256:
                 with suppress(OSError):  # another process may have evicted it; the bytes are still right
                     os.utime(path)
                 return data
@@ -71,16 +70,16 @@ class Cache:
             self._disable(error)
         return None
 
-    def _store(self, entry: dict[str, Any], data: bytes) -> None:
+    def _store(self, shard: Digest, data: bytes) -> None:
         """Store the file atomically. Under this lock, any other `.part` file was left by a dead process."""
         if self._disabled or len(data) > self.bound_bytes:
             return
-        part = self.folder / f"{entry['sha256']}.part"
+        part = self.folder / f"{shard.sha256}.part"
         with self._locked("lock-capacity"):
             try:
                 self._evict(len(data))
                 part.write_bytes(data)
-                part.replace(self.folder / entry["sha256"])
+                part.replace(self.folder / shard.sha256)
             except OSError as error:
                 part.unlink(missing_ok=True)
                 self._disable(error)

@@ -5,7 +5,6 @@ Threads, because Pillow and PyTorch release Python's lock and images need no cop
 processes, Ray tasks and Ray Data, and docs/latents.md has the figures. Read next: shards.py, pipelines/precompute.py.
 """
 
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,16 +15,16 @@ import numpy as np
 import torch
 
 from dis_scale.data import shards, staging
-from dis_scale.data.shards import EncodedShard, Encoding, Sample, shard_positions
+from dis_scale.data.shards import EncodedShard, Sample, shard_positions
 from dis_scale.data.sources import Source, select_decodable
 from dis_scale.data.staging import MixedOrder
 from dis_scale.process.errors import DisScaleError, UndecodableImage, UserError
 from dis_scale.process.threads import batched, in_order
 from dis_scale.recipe import Recipe
 from dis_scale.storage.folder import Folder
+from dis_scale.sweep.documents import Encoding, Hardware
 from dis_scale.vae import Vae
 
-HARDWARE = "hardware.json"
 READ_IMAGES = 16
 """Most images that one thread reads and decodes at a time."""
 
@@ -68,7 +67,10 @@ def allow_tf32(allowed: bool) -> None:
 def encoding_of(vae: Vae, resolution: int, device: str) -> Encoding:
     """Return the facts of encoding with this VAE in this process."""
     shape = vae.latent(resolution)
-    return Encoding(vae.identity, vae.scale, vae.shift, shape, device, str(torch.__version__), vae.posterior)
+    return Encoding(
+        identity=vae.identity, posterior=vae.posterior, shift=vae.shift, scale=vae.scale,
+        latent=shape, device=device, torch=str(torch.__version__),
+    )  # fmt: skip
 
 
 def hardware(device: str) -> str:
@@ -78,11 +80,12 @@ def hardware(device: str) -> str:
 
 def require_same_hardware(latents: Folder, device: str) -> None:
     """Raise UserError if another kind of hardware started this set: its sums, and so its bytes, would differ."""
-    ours = hardware(device)
-    latents.create(HARDWARE, json.dumps(ours).encode())
-    if (theirs := latents.read_json(HARDWARE)) != ours:
+    ours = Hardware(hardware=hardware(device))
+    ours.create(latents)
+    if (theirs := Hardware.read(latents)) != ours:
         raise UserError(
-            f"{latents}: started on {theirs!r}, this worker has {ours!r}: finish it on one kind, or use another root"
+            f"{latents}: started on {theirs.hardware!r}, this worker has {ours.hardware!r}: finish it on one kind, "
+            "or use another root"
         )
 
 

@@ -24,9 +24,10 @@ from dis_scale.data.order import Locations, Order
 from dis_scale.data.shards import Shard, require_allowed, unpack
 from dis_scale.process import seeds
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import LatentShape, Normalise, Reader, Recipe
-from dis_scale.storage import manifest
+from dis_scale.recipe import Normalise, Reader, Recipe
 from dis_scale.storage.folder import Folder
+from dis_scale.storage.manifest import read_verified
+from dis_scale.sweep.documents import LatentsManifest
 from dis_scale.vae.interface import NO_VARIANCE
 from dis_scale.vae.scaling import Scaling
 
@@ -43,24 +44,19 @@ class Latents:
         self, folder: Folder, seed: int, held_out: int = 0, *, normalise: Normalise = "vae", cache: Cache | None = None,
         keep_all: bool = False, order_seed: int | None = None,
     ) -> None:  # fmt: skip
-        self.folder, self.manifest = folder.patient, manifest.require(folder)
-        if "mixing" not in self.manifest:
-            raise UserError(
-                f"{folder}: made by an earlier version, in the source's order: its batches hold few classes; give the sweep "
-                "another name (--set name=...), and mixed latents are made"
-            )
-        self.shape = LatentShape(*self.manifest["latent"])
+        self.folder, self.manifest = folder.patient, LatentsManifest.require(folder)
+        self.shape = self.manifest.encoding.latent
         self.scaling = Scaling.of(self.manifest, normalise)
-        counts = [shard["count"] for shard in self.manifest["shards"]]
+        counts = [shard.count for shard in self.manifest.shards]
         self.order = Order(counts, seed, held_out=held_out, order_seed=order_seed)
         self._cache, self._buffer = cache, MemoryBuffer(self._load, keep_all)
 
     @property
     def identity(self) -> str:
         """Hash of what decides which latent is at each position: listing, mixed order, autoencoder, the shards' counts."""
-        facts = [self.manifest.get(key) for key in ("listing", "order", "vae")]
-        counts = [shard["count"] for shard in self.manifest["shards"]]
-        return hashlib.sha256(json.dumps([*facts, counts]).encode()).hexdigest()[:16]
+        made_from, counts = self.manifest.made_from, [shard.count for shard in self.manifest.shards]
+        facts = [made_from.listing, made_from.order, made_from.encoding.identity, counts]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def read(self, positions: np.ndarray, sides: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return moments, float16 (n, 2C, h, w), and labels (n) at rising positions; side 0 is the image, 1 its horizontal flip."""
@@ -84,7 +80,7 @@ class Latents:
     def _gather(self, locations: Locations, sides: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         channels, size = self.shape
         moments = np.empty((len(sides), 2 * channels, size, size), np.float16)
-        stored = channels * (1 + self.manifest.get("posterior", True))
+        stored = channels * (1 + self.manifest.encoding.posterior)
         moments[:, stored:] = NO_VARIANCE
         labels = np.empty(len(sides), np.int64)
         for index in np.unique(locations.shards).tolist():
@@ -94,13 +90,13 @@ class Latents:
         return moments, labels
 
     def _load(self, index: int) -> Shard:
-        entry: dict[str, Any] = self.manifest["shards"][index]
+        shard = self.manifest.shards[index]
 
         def fetch() -> bytes:
-            return manifest.verified(self.folder, entry["name"], entry)
+            return read_verified(self.folder, shard.name, shard.digest)
 
-        data = self._cache.get(entry, fetch) if self._cache else fetch()
-        return unpack(data, f"{self.folder}/{entry['name']}")
+        data = self._cache.get(shard.digest, fetch) if self._cache else fetch()
+        return unpack(data, f"{self.folder}/{shard.name}")
 
 
 def open_latents(
@@ -110,14 +106,13 @@ def open_latents(
 
     `order_seed` is that of a model with a seed of its own: the held-out images are the sweep's.
     """
-    facts = manifest.require(folder)
+    manifest = LatentsManifest.require(folder)
     require_allowed(folder, recipe.data)
-    set_bytes = sum(shard["bytes"] for shard in facts["shards"])
-    if (theirs := facts["num_classes"]) != recipe.data.num_classes:
+    if (theirs := manifest.made_from.num_classes) != recipe.data.num_classes:
         raise UserError(
             f"{folder}: latents of {theirs} classes, data.num_classes is {recipe.data.num_classes}: use another root"
         )
-    keep_all, how = fits_in_memory(recipe.reader, set_bytes, workers, len(recipe.models))
+    keep_all, how = fits_in_memory(recipe.reader, manifest.size_bytes, workers, len(recipe.models))
     cache = None
     if folder.local is None and recipe.reader.cache_gib:
         where = recipe.reader.cache_folder
@@ -128,7 +123,7 @@ def open_latents(
         folder, recipe.seed, data.held_out_images, normalise=data.normalise, cache=cache, keep_all=keep_all,
         order_seed=order_seed,
     )  # fmt: skip
-    return latents, [how, mixing.words(facts["mixing"])]
+    return latents, [how, mixing.words(manifest.mixing)]
 
 
 def fits_in_memory(reader: Reader, set_bytes: int, workers: int, models: int) -> tuple[bool, str]:
@@ -176,7 +171,7 @@ def micro_batch(
     moments, labels = latents.read(positions, sides)
     sample = sample_posterior(moments, generator("posterior"))
     y_B = None
-    if (null := latents.manifest["num_classes"]) is not None:
+    if (null := latents.manifest.made_from.num_classes) is not None:
         labels[generator("label dropout").random(micro) < label_dropout] = null
         y_B = torch.from_numpy(labels)
     return Micro(torch.from_numpy(latents.scaled(sample)), y_B, torch.from_numpy(noise.result()))

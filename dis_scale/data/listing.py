@@ -22,8 +22,10 @@ from dis_scale.data.mixing import order_hash, permutation
 from dis_scale.process.errors import Damaged, StorageError, UserError
 from dis_scale.process.progress import ReportDone
 from dis_scale.process.threads import batched
-from dis_scale.storage import manifest
+from dis_scale.storage.document import FORMAT
 from dis_scale.storage.folder import Folder
+from dis_scale.storage.manifest import Digest
+from dis_scale.sweep.documents import ListingManifest
 
 PART = 2**17
 """Entries in a part: about 20 MB in memory while it is read. ImageNet has ten parts."""
@@ -62,15 +64,15 @@ def number_or_name(text: str) -> int | str:
 
 
 class Listing(Sequence[Entry]):
-    """The entries of a source by position, labels as integers. `facts` is its manifest, `where` its location in messages."""
+    """The entries of a source by position, labels as integers. `where` is its location in messages."""
 
-    def __init__(self, facts: dict[str, Any], load: Callable[[int], bytes], where: str) -> None:
-        self.facts, self._load, self.where = facts, load, where
+    def __init__(self, manifest: ListingManifest, load: Callable[[int], bytes], where: str) -> None:
+        self.manifest, self._load, self.where = manifest, load, where
         self._part = lru_cache(2)(self._unpacked)
-        self._final = facts["final_labels"]
+        self._final = manifest.final_labels
 
     def __len__(self) -> int:
-        return self.facts["count"]
+        return self.manifest.count
 
     @overload
     def __getitem__(self, i: int) -> Entry: ...
@@ -111,8 +113,8 @@ class Column(Sequence[T], Generic[T]):
         return [self.field(entry) for entry in selected] if isinstance(selected, list) else self.field(selected)
 
 
-def build(contents: Contents, put: Callable[[int, bytes], None], report: ReportDone, where: str) -> dict[str, Any]:
-    """Pass each part's bytes to `put` as the entries stream by; return the listing's facts. UserError for invalid labels.
+def build(contents: Contents, put: Callable[[int, bytes], None], report: ReportDone, where: str) -> ListingManifest:
+    """Pass each part's bytes to `put` as the entries stream by; return a manifest without files. UserError for invalid labels.
 
     In the mixed order the parts wait, compact, for the last entry: 75 MB for ImageNet.
     """
@@ -127,14 +129,17 @@ def build(contents: Contents, put: Callable[[int, bytes], None], report: ReportD
         else:
             put(number, part.to_bytes())
         count += len(entries)
-    facts = {"count": count, "sha256": total.hexdigest(), **labels.facts()}
+    names, final, largest = labels.final()
+    manifest = ListingManifest(
+        files={}, count=count, sha256=total.hexdigest(), label_names=names, final_labels=final, largest=largest
+    )
     if contents.mixed:
         order = permutation(count)
-        facts["order"] = order_hash(order)
+        manifest = manifest.changed(order=order_hash(order))
         for number, first in enumerate(range(0, count, PART)):
             entries = [parts[i // PART][i % PART] for i in order[first : first + PART].tolist()]
             put(number, _Part.of(entries, [int(entry.label) for entry in entries]).to_bytes())
-    return facts
+    return manifest
 
 
 def in_memory(contents: Contents, report: ReportDone, where: str) -> Listing:
@@ -145,7 +150,7 @@ def in_memory(contents: Contents, report: ReportDone, where: str) -> Listing:
 
 def folder_of(store: Folder, key: Any) -> Folder:
     """Return the folder of the listing of the source that `key` declares, whether it exists or not."""
-    return store / LISTINGS / hashlib.sha256(json.dumps([key, manifest.FORMAT]).encode()).hexdigest()[:16]
+    return store / LISTINGS / hashlib.sha256(json.dumps([key, FORMAT]).encode()).hexdigest()[:16]
 
 
 def stored(
@@ -160,39 +165,38 @@ def stored(
     target = folder_of(store, key)
 
     def make() -> None:
-        files: dict[str, dict[str, Any]] = {}
+        files: dict[str, Digest] = {}
 
         def put(_: int, data: bytes) -> None:
             name = f"{hashlib.sha256(data).hexdigest()[:16]}.npz"
             target.write(name, data)
-            files[name] = manifest.digest(data)
+            files[name] = Digest.of(data)
 
-        facts = build(find(), put, report, str(target))
-        new = {"format": manifest.FORMAT, "source": key, **facts, "files": files}
+        new = build(find(), put, report, str(target)).changed(source=key, files=files)
         check(_open(target, new, lambda: None))
-        target.create(manifest.NAME, (json.dumps(new, indent=1) + "\n").encode())
+        new.create(target)
 
-    if target.find_json(manifest.NAME) is None:
-        target.delete(manifest.NAME)  # a damaged one
+    if ListingManifest.find_intact(target) is None:
+        target.delete(ListingManifest.NAME)  # a damaged one
         make()
-    listing = _open(target, manifest.require(target), make)
+    listing = _open(target, ListingManifest.require(target), make)
     check(listing)
     return listing
 
 
-def _open(target: Folder, facts: dict[str, Any], make: Callable[[], None]) -> Listing:
+def _open(target: Folder, manifest: ListingManifest, make: Callable[[], None]) -> Listing:
     """Return the listing of this manifest. `make` writes all its parts again: those of an unchanged source have the same names."""
-    names = list(facts["files"])
+    names = list(manifest.files)
 
     def read(number: int) -> bytes:
         try:
-            return manifest.read(target, names[number], facts)
+            return manifest.read_file(target, names[number])
         except Damaged as error:
             logging.getLogger(__name__).warning("%s; it is made again", error)
             make()
-            return manifest.read(target, names[number], facts)
+            return manifest.read_file(target, names[number])
 
-    return Listing(facts, read, str(target))
+    return Listing(manifest, read, str(target))
 
 
 class _Labels:
@@ -216,13 +220,13 @@ class _Labels:
         )
         raise UserError(f"{self._where}: image {entry.name}: label {label!r}, expected {expected}")
 
-    def facts(self) -> dict[str, Any]:
-        """Return `label_names` (None for bare numbers), the final label of each id (None if it is the id) and the largest label."""
+    def final(self) -> tuple[list[str] | None, list[int] | None, int]:
+        """Return the names (None for bare numbers), the final label of each id (None if it is the id) and the largest label."""
         if not self._ids:
-            return {"label_names": self._known, "final_labels": None, "largest": self._largest}
+            return self._known, None, self._largest
         names = sorted(self._ids)
         rank = {name: i for i, name in enumerate(names)}
-        return {"label_names": names, "final_labels": [rank[name] for name in self._ids], "largest": len(names) - 1}
+        return names, [rank[name] for name in self._ids], len(names) - 1
 
 
 @dataclass(frozen=True)

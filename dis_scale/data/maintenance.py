@@ -12,14 +12,15 @@ import torch
 
 from dis_scale import vae
 from dis_scale.data import mixing, shards
-from dis_scale.data.encode import HARDWARE, Setup, compute_exactly, encode_mixed, encode_shards, hardware
+from dis_scale.data.encode import Setup, compute_exactly, encode_mixed, encode_shards, hardware
 from dis_scale.data.shards import EncodedShard
 from dis_scale.data.sources import open_source
 from dis_scale.process.errors import StorageError, UserError
 from dis_scale.process.progress import ReportDone, ReportShare, some
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.sweep import LATENTS, Sweep
+from dis_scale.storage.manifest import Digest, read_verified
+from dis_scale.sweep import Sweep
+from dis_scale.sweep.documents import Hardware, LatentsManifest, LatentsPointer, ShardEntry
 from dis_scale.sweep.state import require_latents, require_same_vae
 from dis_scale.vae import PixelVae, Vae
 
@@ -32,26 +33,25 @@ AT_ONCE = 8
 def locate_latents(url: str) -> tuple[Folder | None, Folder]:
     """Return (the sweep's folder, its latents), or (None, latents) for a folder of latents; UserError if it is neither."""
     given = open_folder(url)
-    if given.exists(LATENTS):
+    if LatentsPointer.exists(given):
         latents = require_latents(given)
         return given, latents
-    facts = manifest.find(given)
-    if facts is None or "shards" not in facts:
+    if LatentsManifest.find(given) is None:
         raise UserError(f"{given}: neither a sweep with complete latents nor a folder of complete latents")
     return None, given
 
 
 def verify(latents: Folder, fast: bool, report: ReportShare) -> dict[str, str]:
     """Return the damage by shard, in order: against the manifest's hashes, or only its sizes if `fast`, which reports nothing."""
-    entries = manifest.require(latents)["shards"]
+    entries = LatentsManifest.require(latents).shards
     if fast:
         sizes = latents.sizes()
-        return {e["name"]: damage for e in entries if (damage := _wrong_size(latents, e, sizes.get(e["name"])))}
+        return {e.name: damage for e in entries if (damage := _wrong_size(latents, e, sizes.get(e.name)))}
     damaged = {}
     with ThreadPoolExecutor(shards.READS_AT_ONCE) as pool:
         for i, damage in enumerate(pool.map(lambda e: _damage(latents, e), entries)):
             if damage:
-                damaged[entries[i]["name"]] = damage
+                damaged[entries[i].name] = damage
             report(i + 1, len(entries))
     return damaged
 
@@ -60,7 +60,7 @@ def require_undamaged(latents: Folder, damaged: dict[str, str], sweep: Folder | 
     """Raise StorageError with the command that repairs, if a shard is damaged."""
     if damaged:
         raise StorageError(
-            f"{latents}: {len(damaged)} of {len(manifest.require(latents)['shards'])} shards are damaged; "
+            f"{latents}: {len(damaged)} of {len(LatentsManifest.require(latents).shards)} shards are damaged; "
             f"to rebuild them: dis-scale data repair {sweep or 'SWEEP'}"
         )
 
@@ -77,14 +77,14 @@ def repair(url: str, report: ReportShare, listed: ReportDone) -> list[str]:
         )
     damaged = verify(latents, False, report)
     if damaged:
-        facts = manifest.require(latents)
-        setup = _prepare_rebuild(Sweep.open(sweep.url), latents, facts, listed)
-        entries = {int(entry["name"].partition(".")[0]): entry for entry in facts["shards"]}
-        numbers = [n for n, entry in entries.items() if entry["name"] in damaged]
+        manifest = LatentsManifest.require(latents)
+        setup = _prepare_rebuild(Sweep.open(sweep.url), latents, manifest, listed)
+        entries = {int(entry.name.partition(".")[0]): entry for entry in manifest.shards}
+        numbers = [n for n, entry in entries.items() if entry.name in damaged]
         if setup.source.mixed:  # its listing is in the mixed order already
             rebuilt = encode_shards(setup, numbers, lambda _: None)
         else:
-            rebuilt = encode_mixed(setup, numbers, set(facts["refused"]))
+            rebuilt = encode_mixed(setup, numbers, set(manifest.refused))
         for shard in rebuilt:
             _put_same(latents, shard, entries[shard.number])
     return list(damaged)
@@ -92,27 +92,26 @@ def repair(url: str, report: ReportShare, listed: ReportDone) -> list[str]:
 
 def describe(latents: Folder) -> list[str]:
     """Return totals, labels, statistics and identity, a line each."""
-    m = manifest.require(latents)
-    (channels, size), classes = m["latent"], m["num_classes"]
-    total = sum(shard["bytes"] for shard in m["shards"])
-    names = dict(enumerate(m.get("label_names", [])))
-    labels = [f"{names.get(int(label), label)} {count:,}" for label, count in m.get("labels", {}).items()]
-    refused = f", {len(m['refused'])} refused: {some(m['refused'])}" if m["refused"] else ", none refused"
-    scale, shift = np.atleast_1d(m["scale"]), np.atleast_1d(m["shift"])
-    stored = "moments" if m.get("posterior", True) else "latents without variance"
+    m = LatentsManifest.require(latents)
+    made_from = m.made_from
+    encoding, (channels, size), classes = m.encoding, m.encoding.latent, made_from.num_classes
+    names = dict(enumerate(made_from.label_names))
+    labels = [f"{names.get(int(label), label)} {count:,}" for label, count in m.labels.items()]
+    refused = f", {len(m.refused)} refused: {some(list(m.refused))}" if m.refused else ", none refused"
+    scale, shift = np.atleast_1d(encoding.scale), np.atleast_1d(encoding.shift)
+    stored = "moments" if encoding.posterior else "latents without variance"
     return [
         f"latents  {latents}",
-        f"images   {m['count']:,} in {len(m['shards'])} shards, {total / 1e6:,.1f} MB{refused}",
+        f"images   {m.count:,} in {len(m.shards)} shards, {m.size_bytes / 1e6:,.1f} MB{refused}",
         f"latent   {channels}x{size}x{size}, float16 {stored} of image and horizontal flip",
         "labels   none" if classes is None else f"labels   {len(labels)} of {classes} classes: {some(labels)}",
-        f"mixing   {mixing.words(m['mixing']) if 'mixing' in m else 'none: made by an earlier version'}",
-        f"mean     {_numbers(m['mean'])} by channel; shift {_numbers(shift)}",
-        f"std      {_numbers(m['std'])}; scale {_numbers(scale)} makes it {_numbers(np.abs(scale) * m['std'])}",
-        f"source   {_settings(m.get('source', {}))}; listing {m.get('listing', '?')[:12]}",
-        f"vae      {m['vae'][:12]}",
-        f"encoded  {m.get('resolution', '?')} pixels, {m.get('shard_images', '?')} images a shard, "
-        f"{m.get('encode_images', '?')} at a time in {m.get('precision', '?')}, "
-        f"on {m.get('device', '?')} with torch {m.get('torch', '?')}",
+        f"mixing   {mixing.words(m.mixing)}",
+        f"mean     {_numbers(m.mean)} by channel; shift {_numbers(shift)}",
+        f"std      {_numbers(m.std)}; scale {_numbers(scale)} makes it {_numbers(np.abs(scale) * m.std)}",
+        f"source   {_settings(made_from.source)}; listing {made_from.listing[:12]}",
+        f"vae      {encoding.identity[:12]}",
+        f"encoded  {made_from.resolution} pixels, {made_from.shard_images} images a shard, "
+        f"{made_from.encode_images} at a time in {made_from.precision}, on {encoding.device} with torch {encoding.torch}",
     ]
 
 
@@ -121,12 +120,12 @@ def load_decoder(sweep: Folder | None, latents: Folder, path: str | None) -> Vae
 
     UserError if another VAE encoded the latents.
     """
-    facts = manifest.require(latents)
-    theirs = facts["vae"]
+    encoder = LatentsManifest.require(latents).encoding
+    theirs = encoder.identity
     if path is None and sweep is None:
         return PixelVae() if PixelVae().identity == theirs else None
     if path is not None:
-        decoder = vae.from_path(path, facts)
+        decoder = vae.from_path(path, encoder)
     else:
         assert sweep is not None
         decoder = vae.load(Sweep.open(sweep.url))
@@ -136,12 +135,12 @@ def load_decoder(sweep: Folder | None, latents: Folder, path: str | None) -> Vae
 
 def decode_examples(latents: Folder, decoder: Vae) -> np.ndarray:
     """Decode up to `GRID` images, evenly from up to ten shards, to uint8 (N, H, W, 3): means of posteriors, or stored latents."""
-    facts = manifest.require(latents)
-    entries, (channels, _) = [entry for entry in facts["shards"] if entry["count"]], facts["latent"]
+    manifest = LatentsManifest.require(latents)
+    entries, (channels, _) = [entry for entry in manifest.shards if entry.count], manifest.encoding.latent
     chosen = entries[:: -(-len(entries) // GRID_SHARDS)]
     per_shard, images = GRID // len(chosen), []
     for entry in chosen:
-        moments = shards.unpack(manifest.verified(latents, entry["name"], entry), f"{latents}/{entry['name']}").moments
+        moments = shards.unpack(read_verified(latents, entry.name, entry.digest), f"{latents}/{entry.name}").moments
         originals = moments[:: max(1, len(moments) // per_shard)][:per_shard, 0]  # 1 is the horizontal flip
         mean = originals[:, :channels].astype(np.float32)  # the variance, if any, follows
         batches = torch.from_numpy(decoder.scaling.apply(mean)).split(AT_ONCE)
@@ -149,50 +148,53 @@ def decode_examples(latents: Folder, decoder: Vae) -> np.ndarray:
     return np.concatenate(images)
 
 
-def _damage(latents: Folder, entry: dict[str, Any]) -> str | None:
+def _damage(latents: Folder, entry: ShardEntry) -> str | None:
     try:
-        manifest.verified(latents, entry["name"], entry)
+        read_verified(latents, entry.name, entry.digest)
     except StorageError as error:
         return str(error)
     return None
 
 
-def _wrong_size(latents: Folder, entry: dict[str, Any], size: int | None) -> str | None:
-    if size == entry["bytes"]:
+def _wrong_size(latents: Folder, entry: ShardEntry, size: int | None) -> str | None:
+    if size == entry.size_bytes:
         return None
     if size is None:
-        return f"{latents}/{entry['name']}: missing, though its manifest names it"
-    return f"{latents}/{entry['name']}: {size} bytes, its manifest says {entry['bytes']}"
+        return f"{latents}/{entry.name}: missing, though its manifest names it"
+    return f"{latents}/{entry.name}: {size} bytes, its manifest says {entry.size_bytes}"
 
 
-def _prepare_rebuild(sweep: Sweep, latents: Folder, facts: dict[str, Any], listed: ReportDone) -> Setup:
+def _prepare_rebuild(sweep: Sweep, latents: Folder, manifest: LatentsManifest, listed: ReportDone) -> Setup:
     """Open what encoded the set, and set PyTorch as it was; UserError if something differs, since the bytes would."""
-    if "mixing" not in facts:
-        raise UserError(
-            f"{latents}: made by an earlier version, in the source's order, and this version cannot rebuild its shards; give the "
-            "sweep another name (--set name=...), and mixed latents are made"
-        )
     setup = Setup(open_source(sweep.recipe.data, sweep.store, listed), vae.load(sweep), sweep.recipe)
-    ours = {"vae": setup.vae.identity, "listing": setup.source.listing.facts["sha256"], "torch": torch.__version__}
-    ours |= {"order": setup.source.order} if "order" in facts else {}
-    if different := [f"{key} {facts[key]}, now {value}" for key, value in ours.items() if facts[key] != value]:
+    made_from, encoding = manifest.made_from, manifest.encoding
+    compared = {
+        "vae": (encoding.identity, setup.vae.identity),
+        "listing": (made_from.listing, setup.source.listing.manifest.sha256),
+        "torch": (encoding.torch, torch.__version__),
+        "order": (made_from.order, setup.source.order),
+    }
+    if different := [f"{key} {theirs}, now {ours}" for key, (theirs, ours) in compared.items() if theirs != ours]:
         raise UserError(f"{latents}: encoded with {'; '.join(different)}: a rebuilt shard would have other bytes")
-    if facts["device"] == "cuda" and not torch.cuda.is_available():
+    if encoding.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{latents}: encoded on cuda, and there is no GPU here: a rebuilt shard would have other bytes")
-    if latents.exists(HARDWARE) and (theirs := latents.read_json(HARDWARE)) != (here := hardware(facts["device"])):
-        raise UserError(f"{latents}: encoded on {theirs!r}, this is {here!r}: a rebuilt shard would have other bytes")
+    theirs, here = Hardware.find(latents), hardware(encoding.device)
+    if theirs and theirs.hardware != here:
+        raise UserError(
+            f"{latents}: encoded on {theirs.hardware!r}, this is {here!r}: a rebuilt shard would have other bytes"
+        )
     compute_exactly(tf32=sweep.recipe.precompute.precision == "tf32")
-    setup.vae.net.to(facts["device"])
+    setup.vae.net.to(encoding.device)
     return setup
 
 
-def _put_same(latents: Folder, shard: EncodedShard, entry: dict[str, Any]) -> None:
+def _put_same(latents: Folder, shard: EncodedShard, entry: ShardEntry) -> None:
     """Write the shard if it has the manifest's hash; StorageError otherwise."""
-    digest = manifest.digest(shards.pack(shard.samples))
-    if digest["sha256"] != entry["sha256"]:
+    digest = Digest.of(shards.pack(shard.samples))
+    if digest.sha256 != entry.sha256:
         raise StorageError(
-            f"{latents}/{entry['name']}: rebuilt, it has other bytes ({digest['sha256'][:12]}, its manifest says "
-            f"{entry['sha256'][:12]}): an image has changed, or the hardware is of another kind; not written"
+            f"{latents}/{entry.name}: rebuilt, it has other bytes ({digest.sha256[:12]}, its manifest says "
+            f"{entry.sha256[:12]}): an image has changed, or the hardware is of another kind; not written"
         )
     shards.put_shard(latents, *shard)
 

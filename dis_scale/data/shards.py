@@ -11,8 +11,8 @@ import json
 import re
 import tarfile
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,9 +20,11 @@ from dis_scale.data.mixing import LabelCounts
 from dis_scale.process.errors import StorageAway, StorageError, UserError
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import Data, LatentShape, Precompute
-from dis_scale.storage import manifest
+from dis_scale.storage.document import FORMAT
 from dis_scale.storage.folder import Folder
+from dis_scale.storage.manifest import Digest
 from dis_scale.sweep import Sweep
+from dis_scale.sweep.documents import ChannelSums, LatentsManifest, MadeFrom, ShardEntry, ShardSidecar, Sidecar
 
 SHARD = re.compile(r"\d{6,}\.(tar|json)")
 READS_AT_ONCE = 8
@@ -68,21 +70,6 @@ class EncodedShard(NamedTuple):
     refused: list[str]
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """VAE, kind of device and version of PyTorch that encode a set of latents, as stored in its manifest."""
-
-    vae: str
-    """The VAE's identity."""
-    scale: float | list[float]
-    shift: float | list[float]
-    latent: LatentShape
-    device: str
-    torch: str
-    posterior: bool = True
-    """Whether a shard has log-variances."""
-
-
 def shard_numbers(images: int, settings: Precompute) -> range:
     """Return the numbers of all shards of this many images."""
     return range(-(-images // settings.shard_images))
@@ -100,14 +87,14 @@ def latents_folder(sweep: Sweep, vae_identity: str) -> Folder:
     crop = {"crop": recipe.data.crop} if recipe.data.crop else {}
     key = [
         recipe.data.declared | crop, recipe.data.resolution, "refuse", vae_identity,  # a constant: once a setting
-        recipe.precompute.shard_images, recipe.precompute.encode_images, recipe.precompute.precision, manifest.FORMAT,
+        recipe.precompute.shard_images, recipe.precompute.encode_images, recipe.precompute.precision, FORMAT,
     ]  # fmt: skip
     return sweep.store / f"latents/{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
 
 
 def require_allowed(latents: Folder, data: Data) -> None:
     """UserError if images were left out of a complete set and the recipe says `undecodable: refuse`."""
-    if data.undecodable == "refuse" and (refused := manifest.require(latents).get("refused")):
+    if data.undecodable == "refuse" and (refused := LatentsManifest.require(latents).refused):
         raise UserError(
             f"{latents}: {len(refused)} undecodable images were left out, the first is {refused[0]}: --set data.undecodable=skip, "
             "or repair them and change data.source.version and the sweep's name"
@@ -190,21 +177,22 @@ def put_shard(latents: Folder, number: int, samples: list[Sample], refused: list
     """Write a shard, then its sidecar: digest, count, images by label, and sums of the moments for the statistics."""
     data = pack(samples)
     latents.write(f"{shard_name(number)}.tar", data)
-    sidecar = {"format": manifest.FORMAT, "count": len(samples), **manifest.digest(data), "refused": refused}
     labels = {str(label): count for label, count in sorted(Counter(s.label for s in samples).items())}
-    sidecar |= {"labels": labels, "sums": _sums(samples)}
-    manifest.write_sidecar(latents, f"{shard_name(number)}.json", sidecar)
+    sidecar = ShardSidecar(
+        **asdict(Digest.of(data)), count=len(samples), refused=tuple(refused), labels=labels, sums=_sums(samples)
+    )
+    sidecar.write_signed(latents, f"{shard_name(number)}.json")
 
 
-def finished(latents: Folder, numbers: range, kind: str = "tar") -> set[int]:
-    """Return the finished shards: the file, by default a tar, has the size that its sidecar says.
+def finished(folder: Folder, numbers: range, sidecar: type[Sidecar] = ShardSidecar) -> set[int]:
+    """Return the finished shards, or parts to be mixed: the file has the size that its sidecar says.
 
     The file is not read: it was written atomically before its sidecar, and `dis-scale data verify` compares hashes.
     """
-    sizes = latents.sizes()
-    candidates = [n for n in numbers if {f"{shard_name(n)}.{kind}", f"{shard_name(n)}.json"} <= sizes.keys()]
-    expected = in_order(candidates, lambda n: _sidecar_bytes(latents, n), READS_AT_ONCE)
-    return {n for n, size in zip(candidates, expected, strict=True) if size == sizes[f"{shard_name(n)}.{kind}"]}
+    sizes, ending = folder.sizes(), sidecar.ENDING
+    candidates = [n for n in numbers if {f"{shard_name(n)}.{ending}", f"{shard_name(n)}.json"} <= sizes.keys()]
+    expected = in_order(candidates, lambda n: _recorded_bytes(folder, n, sidecar), READS_AT_ONCE)
+    return {n for n, size in zip(candidates, expected, strict=True) if size == sizes[f"{shard_name(n)}.{ending}"]}
 
 
 def clear_strays(latents: Folder, numbers: range) -> list[str]:
@@ -216,76 +204,75 @@ def clear_strays(latents: Folder, numbers: range) -> list[str]:
     return strays
 
 
-def write_manifest(latents: Folder, numbers: range, facts: dict[str, Any]) -> dict[str, Any]:
+def write_manifest(latents: Folder, numbers: range, made_from: MadeFrom) -> LatentsManifest:
     """Write the manifest over all sidecars, as the last file; StorageError if a shard's size is not its sidecar's."""
     shards, sums, refused, labels, sizes = [], [], list[str](), LabelCounts(), latents.sizes()
-    read = in_order(numbers, lambda n: manifest.read_sidecar(latents, f"{shard_name(n)}.json"), READS_AT_ONCE)
+    read = in_order(numbers, lambda n: ShardSidecar.read_signed(latents, f"{shard_name(n)}.json"), READS_AT_ONCE)
     for n, sidecar in zip(numbers, read, strict=True):  # one at a time: up to 100,000 sidecars, each with 1,000 labels
         _require_size(latents, n, sidecar, sizes)
-        shards.append({"name": f"{shard_name(n)}.tar", **{k: sidecar[k] for k in ("count", "bytes", "sha256")}})
-        sums.append(sidecar["sums"])
-        refused += sidecar["refused"]
-        labels.add(sidecar["labels"])
+        shards.append(
+            ShardEntry(name=f"{shard_name(n)}.tar", **sidecar.model_dump(include={"count", "size_bytes", "sha256"}))
+        )
+        sums.append(sidecar.sums)
+        refused += sidecar.refused
+        labels.add(sidecar.labels)
     if not labels.total:
         raise UserError(f"{latents}: no image could be decoded; the first of {len(refused)}: {refused[:1]}")
     mean, std, variance = _statistics(sums)
-    value = {
-        "format": manifest.FORMAT, **facts, "mixing": labels.distinct(),
-        "count": labels.total.total(), "mean": mean, "std": std, "posterior_variance": variance,
-        "labels": dict(sorted(labels.total.items(), key=lambda each: int(each[0]))), "refused": refused, "shards": shards,
-    }  # fmt: skip
-    latents.write_json(manifest.NAME, value)
-    return value
+    manifest = LatentsManifest(
+        made_from=made_from, mixing=labels.distinct(), count=labels.total.total(), mean=mean, std=std, posterior_variance=variance,
+        labels=dict(sorted(labels.total.items(), key=lambda each: int(each[0]))), refused=tuple(refused), shards=tuple(shards),
+    )  # fmt: skip
+    manifest.write(latents)
+    return manifest
 
 
-def _require_size(latents: Folder, number: int, sidecar: dict[str, Any], sizes: dict[str, int]) -> None:
-    if (size := sizes.get(f"{shard_name(number)}.tar")) != sidecar["bytes"]:
+def _require_size(latents: Folder, number: int, sidecar: ShardSidecar, sizes: dict[str, int]) -> None:
+    if (size := sizes.get(f"{shard_name(number)}.tar")) != sidecar.size_bytes:
         raise StorageError(
-            f"{latents}/{shard_name(number)}.tar: {size or 0} bytes, its sidecar says {sidecar['bytes']}: "
+            f"{latents}/{shard_name(number)}.tar: {size or 0} bytes, its sidecar says {sidecar.size_bytes}: "
             "rerun the same command to rebuild it"
         )
 
 
-def _sidecar_bytes(latents: Folder, number: int) -> int | None:
-    """Size of the shard by its sidecar; None if the sidecar is damaged."""
+def _recorded_bytes(folder: Folder, number: int, sidecar: type[Sidecar]) -> int | None:
+    """Size of the file by its sidecar; None if the sidecar is damaged."""
     try:
-        return int(manifest.read_sidecar(latents, f"{shard_name(number)}.json")["bytes"])
+        return sidecar.read_signed(folder, f"{shard_name(number)}.json").size_bytes
     except StorageAway:
-        raise  # the shard may be good
-    except (StorageError, KeyError, TypeError):
+        raise  # the file may be good
+    except StorageError:
         return None
 
 
-def _sums(samples: list[Sample]) -> dict[str, Any]:
+def _sums(samples: list[Sample]) -> ChannelSums:
     """Return sums over the unflipped images by channel: count, mean and M2 of the posterior means, and the posteriors' variances.
 
     Count, mean and M2 merge exactly.
     """
     if not samples:
-        return {"count": 0, "mean": [], "m2": [], "variance": []}
+        return ChannelSums(count=0, mean=(), m2=(), variance=())
     means = np.stack([s.mean for s in samples]).astype(np.float64)
     channels = means.shape[1]
     log_variances = (s.moments[0, channels:].astype(np.float64) for s in samples if s.posterior)
-    return {
-        "count": means[:, 0].size,
-        "mean": means.mean((0, 2, 3)).tolist(),
-        "m2": (means.var((0, 2, 3)) * means[:, 0].size).tolist(),
-        "variance": sum((np.exp(each).sum((1, 2)) for each in log_variances), np.zeros(channels)).tolist(),
-    }
+    return ChannelSums(
+        count=means[:, 0].size,
+        mean=means.mean((0, 2, 3)).tolist(),
+        m2=(means.var((0, 2, 3)) * means[:, 0].size).tolist(),
+        variance=sum((np.exp(each).sum((1, 2)) for each in log_variances), np.zeros(channels)).tolist(),
+    )
 
 
-def _statistics(sums: list[dict[str, Any]]) -> tuple[list[float], list[float], list[float] | None]:
+def _statistics(sums: list[ChannelSums]) -> tuple[list[float], list[float], list[float]]:
     """Return mean and deviation of the posterior means, and the mean variance of the posteriors, by channel, from the shards' sums.
 
-    Merged in shard order (Chan, Golub and LeVeque 1983). The variance is None if a sidecar of an earlier version lacks it.
+    Merged in shard order (Chan, Golub and LeVeque 1983).
     """
     count, mean, m2 = 0, np.zeros(1), np.zeros(1)
-    for s in (s for s in sums if s["count"]):
-        delta, total = np.array(s["mean"]) - mean, count + s["count"]
-        m2 = m2 + np.array(s["m2"]) + delta**2 * count * s["count"] / total
-        mean, count = mean + delta * s["count"] / total, total
+    for s in (s for s in sums if s.count):
+        delta, total = np.array(s.mean) - mean, count + s.count
+        m2 = m2 + np.array(s.m2) + delta**2 * count * s.count / total
+        mean, count = mean + delta * s.count / total, total
     std = np.sqrt(m2 / max(count, 1)).tolist()
-    if not all("variance" in s for s in sums):
-        return mean.tolist(), std, None
-    variances = np.sum([s["variance"] for s in sums if s["count"]], axis=0)
+    variances = np.sum([s.variance for s in sums if s.count], axis=0)
     return mean.tolist(), std, (variances / max(count, 1)).tolist()

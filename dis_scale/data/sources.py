@@ -50,8 +50,8 @@ class Source:
 
     @property
     def order(self) -> str | None:
-        """Hash of the mixed order: the listing's, None if an earlier version made it, or that of mixing after encoding."""
-        return self.listing.facts.get("order") if self.mixed else order_hash(permutation(len(self)))
+        """Hash of the mixed order: the listing's, or that of mixing after encoding."""
+        return self.listing.manifest.order if self.mixed else order_hash(permutation(len(self)))
 
     @cached_property
     def names(self) -> Sequence[str]:
@@ -305,7 +305,7 @@ def _label_names(opened: Listing, data: Data, where: str) -> list[str]:
     """
     if data.num_classes is None:
         return []
-    names, largest = opened.facts["label_names"], opened.facts["largest"]
+    names, largest = opened.manifest.label_names, opened.manifest.largest
     if names is None and largest >= data.num_classes:
         raise UserError(f"data.num_classes: got {data.num_classes}, but {where} has labels up to {largest}")
     if names is not None and len(names) != data.num_classes:
@@ -313,7 +313,7 @@ def _label_names(opened: Listing, data: Data, where: str) -> list[str]:
         raise UserError(
             f"data.num_classes: got {data.num_classes}, but the source has {len(names)} classes ({shown}, ...)"
         )
-    return names or [str(i) for i in range(data.num_classes)]
+    return list(names or ()) or [str(i) for i in range(data.num_classes)]
 
 
 def _at_least_one(entries: Iterable[Entry], missing: str) -> Iterator[Entry]:

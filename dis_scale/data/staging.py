@@ -17,7 +17,6 @@ from dis_scale.data import mixing
 from dis_scale.data.shards import (
     READS_AT_ONCE,
     EncodedShard,
-    Encoding,
     Sample,
     shard_name,
     shard_numbers,
@@ -27,13 +26,12 @@ from dis_scale.data.sources import Source
 from dis_scale.process.errors import Damaged, StorageAway, StorageError
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import LatentShape, Precompute
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
+from dis_scale.storage.manifest import Digest
+from dis_scale.sweep.documents import Encoding, StagedSidecar
 
 STAGED = "staged"
 """Folder of the parts, below that of the set."""
-PART = "bin"
-"""Ending of a part's file: float16 moments, one run after the other."""
 GROUP_BYTES = 2 * 2**30
 
 
@@ -107,16 +105,16 @@ def put_part(latents: Folder, mixer: MixedOrder, part: EncodedShard) -> None:
     name, data = shard_name(part.number), b"".join(runs)
     staged = latents / STAGED
     try:
-        staged.write(f"{name}.{PART}", data)
+        staged.write(f"{name}.{StagedSidecar.ENDING}", data)
     except FileNotFoundError as error:
-        raise StorageAway(f"{staged}/{name}.{PART}: another process has finished the set") from error
-    sidecar = {
-        "format": manifest.FORMAT,
-        "bytes": len(data),
-        "orders": [mixing.order_hash(run) for run in by_group],
-        "runs": [manifest.digest(run) for run in runs],
-    }
-    manifest.write_sidecar(staged, f"{name}.json", sidecar | {"refused": refused})
+        raise StorageAway(f"{staged}/{name}.{StagedSidecar.ENDING}: another process has finished the set") from error
+    sidecar = StagedSidecar(
+        size_bytes=len(data),
+        orders=tuple(mixing.order_hash(run) for run in by_group),
+        runs=tuple(Digest.of(run) for run in runs),
+        refused=tuple(refused),
+    )
+    sidecar.write_signed(staged, f"{name}.json")
 
 
 def delete_parts(latents: Folder) -> None:
@@ -163,20 +161,24 @@ def _read(staged: Folder, mixer: MixedOrder, part: int, group: int) -> _Run | st
     """Return one run of a part; the part's file if it is damaged, whose sidecar is then deleted: the next attempt encodes it."""
     name = shard_name(part)
     try:
-        sidecar = manifest.read_sidecar(staged, f"{name}.json")
-        start, expected = sum(run["bytes"] for run in sidecar["runs"][:group]), sidecar["runs"][group]
-        data = staged.read(f"{name}.{PART}", start, start + expected["bytes"]) if expected["bytes"] else b""
+        sidecar = StagedSidecar.read_signed(staged, f"{name}.json")
+        start, expected = sum(run.size_bytes for run in sidecar.runs[:group]), sidecar.runs[group]
+        data = (
+            staged.read(f"{name}.{StagedSidecar.ENDING}", start, start + expected.size_bytes)
+            if expected.size_bytes
+            else b""
+        )
     except FileNotFoundError as error:
         raise StorageAway(f"{staged}/{name}: gone: another process has finished the set, or deleted it") from error
     except Damaged:
         staged.delete(f"{name}.json")
-        return f"{name}.{PART}"
+        return f"{name}.{StagedSidecar.ENDING}"
     entries = mixer.runs(part)[group]
-    if (manifest.digest(data), mixing.order_hash(entries)) != (expected, sidecar["orders"][group]):
+    if (Digest.of(data), mixing.order_hash(entries)) != (expected, sidecar.orders[group]):
         staged.delete(f"{name}.json")
-        return f"{name}.{PART}"
+        return f"{name}.{StagedSidecar.ENDING}"
     return _Run(
         entries,
-        np.array(sidecar["refused"], np.int64),
+        np.array(sidecar.refused, np.int64),
         np.frombuffer(data, np.float16).reshape(-1, *mixer.moments_shape),
     )

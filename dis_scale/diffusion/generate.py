@@ -16,7 +16,7 @@ from dis_scale.diffusion.guidance import Labelled, guided
 from dis_scale.diffusion.process import check_labels
 from dis_scale.diffusion.samplers import Progress, check_sampler, sample
 from dis_scale.process import seeds
-from dis_scale.recipe import LatentShape
+from dis_scale.recipe import LatentShape, Sampling
 
 
 class Generator(Labelled, Protocol):
@@ -53,12 +53,8 @@ def generate(
     process: GaussianDiffusion | FlowMatching,
     labels: Sequence[int] | None,
     numbers: Sequence[int],
+    sampling: Sampling,
     *,
-    sampler: str,
-    steps: int,
-    guidance: float = 1.0,
-    interval: tuple[float, float] | None = None,
-    channels: int | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
@@ -66,17 +62,16 @@ def generate(
     """Generate latents (B, C, H, W), float32, of the samples with these numbers and labels (None for a model without classes).
 
     Noise is bit-equal for any split of the numbers into batches; the model's sums may differ in the last digits. UserError
-    for invalid labels, steps or sampler, before any computation. `guidance` covers the first `channels` channels, by default all.
-    Exported pipelines import this function by name.
+    for invalid labels, steps or sampler, before any computation. Exported pipelines import this function by name.
     """
-    check_sampler(sampler, process)
+    check_sampler(sampling.sampler, process)
     noise = SampleNoise(seed, numbers)
     y_B = None if labels is None else torch.tensor(list(labels), dtype=torch.int64)
     if y_B is not None and model.num_classes is not None:
         check_labels(y_B, model.num_classes)  # on the host: the answer of a GPU would stall it
-    model_fn = guided(model, None if y_B is None else y_B.to(device), guidance, channels, interval)
+    model_fn = guided(model, None if y_B is None else y_B.to(device), sampling)
     x_T = noise.start((len(numbers), model.shape.channels, model.shape.size, model.shape.size)).to(device)
-    return sample(model_fn, process, sampler, steps, x_T, noise, progress)
+    return sample(model_fn, process, sampling.sampler, sampling.steps, x_T, noise, progress)
 
 
 def batch_sizes(total: int, batch: int) -> set[int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dis_scale.diffusion.process import ModelFn
 from dis_scale.process.errors import UserError
+from dis_scale.recipe import Sampling
 
 OFFICIAL_CHANNELS = 3
 """Channels of a latent (of four) that the public code of DiT and DiS guides. Here the default is all of them."""
@@ -27,16 +28,15 @@ class Labelled(Protocol):
 def guided(
     model: Labelled,
     y_B: Tensor | None,
-    scale: float,
-    channels: int | None = None,
-    interval: tuple[float, float] | None = None,
+    sampling: Sampling,
 ) -> ModelFn:
-    """Return a model function u + scale (c - u) on the first `channels` channels (by default all noise channels).
+    """Return a model function u + scale (c - u) on the first guided channels (by default all noise channels).
 
-    Scale 1 is the conditional model. `interval` limits guidance to model times low <= t <= high (Kynkaanniemi et al.
+    Scale 1 is the conditional model. An interval limits guidance to model times low <= t <= high (Kynkaanniemi et al.
     2024). The variance channels are those of the conditional model. UserError if labels and model do not fit, or if an
     unconditional model is to be guided.
     """
+    scale, interval = sampling.guidance, sampling.guidance_interval
     if y_B is None or model.num_classes is None:
         if y_B is not None or model.num_classes is not None:
             raise UserError(f"labels and model do not fit: num_classes is {model.num_classes}, labels are {y_B}")
@@ -48,7 +48,7 @@ def guided(
     def model_fn(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
         if scale == 1 or (interval is not None and not interval[0] <= float(t_B[0]) <= interval[1]):
             return model(x_BCHW, t_B, y_B)
-        n = min(channels or x_BCHW.shape[1], x_BCHW.shape[1])
+        n = min(sampling.guidance_channels or x_BCHW.shape[1], x_BCHW.shape[1])
         with_BCHW, without_BCHW = model(torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), both_2B).chunk(2)
         noise_BCHW = torch.lerp(without_BCHW[:, :n], with_BCHW[:, :n], scale)
         return torch.cat([noise_BCHW, with_BCHW[:, n:]], dim=1)
@@ -56,7 +56,9 @@ def guided(
     return model_fn
 
 
-def forward_images(batches: Collection[int], scale: float, interval: tuple[float, float] | None = None) -> set[int]:
+def forward_images(batches: Collection[int], sampling: Sampling) -> set[int]:
     """Return the image counts of the model's calls for batches of these sizes: guidance doubles them inside of its interval."""
-    factors = (1,) if scale == 1 else (2,) if interval is None else (1, 2)
+    if sampling.guidance == 1:
+        return set(batches)
+    factors = (2,) if sampling.guidance_interval is None else (1, 2)
     return {factor * images for factor in factors for images in batches}

@@ -17,9 +17,14 @@ from dis_scale.evaluation import inception
 from dis_scale.evaluation.classifiers import Classifier
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import ExtractorSettings, InceptionExtractor, TorchScriptExtractor
-from dis_scale.storage import manifest
 from dis_scale.sweep import Sweep
-from dis_scale.sweep.extractors import WEIGHTS_FILE, classifier_manifest, read_script, weights_identity
+from dis_scale.sweep.documents import StoredClassifier
+from dis_scale.sweep.extractors import (
+    WEIGHTS_FILE,
+    read_script,
+    require_classifier,
+    weights_identity,
+)
 
 BATCH_IMAGES = 50
 """Images in a forward pass: fixed, so that features depend on the block only."""
@@ -113,15 +118,14 @@ def _resized(x_BCHW: Tensor, size: int | None) -> Tensor:
 
 def store_classifier(sweep: Sweep, name: str, net: Classifier, accuracy: float) -> None:
     """Write a classifier below `extractors/`."""
-    weights = safetensors.torch.save(net.state_dict())
-    facts = {"kind": net.kind, "num_classes": net.num_classes, "held_out_accuracy": accuracy}
-    manifest.put(sweep.extractor(name), {WEIGHTS_FILE: weights}, **facts)
+    classifier = StoredClassifier(files={}, kind=net.kind, num_classes=net.num_classes, held_out_accuracy=accuracy)
+    classifier.put(sweep.extractor(name), {WEIGHTS_FILE: safetensors.torch.save(net.state_dict())})
 
 
 def load_classifier(sweep: Sweep, name: str) -> Classifier:
     """Load a stored classifier in evaluation mode."""
     folder = sweep.extractor(name)
-    facts = classifier_manifest(folder)
-    net = Classifier(facts["kind"], facts["num_classes"])
-    net.load_state_dict(safetensors.torch.load(manifest.read(folder, WEIGHTS_FILE, facts)))
+    stored = require_classifier(folder)
+    net = Classifier(stored.kind, stored.num_classes)
+    net.load_state_dict(safetensors.torch.load(stored.read_file(folder, WEIGHTS_FILE)))
     return net.eval()

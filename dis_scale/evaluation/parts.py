@@ -149,7 +149,7 @@ def _load(
 
 def _facts(sweep: Sweep, source: Source, extractor: Extractor, number: int) -> dict[str, str]:
     """Return the inputs of a part, which are stored with it."""
-    positions, listing = part_positions(number, len(source)), source.listing.facts["sha256"]
+    positions, listing = part_positions(number, len(source)), source.listing.manifest.sha256
     part = {"listing": listing, "positions": f"{positions.start} to {positions.stop}", "sums": "all images"}
     return reference_facts(sweep, extractor.name, extractor.identity) | part
 

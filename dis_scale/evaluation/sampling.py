@@ -27,8 +27,8 @@ from dis_scale.process import seeds
 from dis_scale.process.errors import DisScaleError, StorageError, UserError
 from dis_scale.recipe import Evaluate, LatentShape, Recipe
 from dis_scale.recipe.evaluate import JUDGE
-from dis_scale.storage import manifest
 from dis_scale.sweep import Sweep
+from dis_scale.sweep.documents import LatentsManifest
 from dis_scale.sweep.state import require_latents
 from dis_scale.vae import Vae, to_unit
 from dis_scale.weights.published import load_average, load_published
@@ -116,9 +116,8 @@ class BlockSampler:
         with self._timed("sampling"), torch.no_grad():
             allow_tf32(settings.precision == "tf32")
             latents = generate(
-                model, diffusion.build(self.recipe.diffusion), labels, numbers, sampler=settings.sampler,
-                steps=settings.steps, guidance=settings.guidance, interval=settings.guidance_interval,
-                channels=settings.guidance_channels, seed=self.recipe.seed, device=self.device,
+                model, diffusion.build(self.recipe.diffusion), labels, numbers, settings,
+                seed=self.recipe.seed, device=self.device,
             )  # fmt: skip
             allow_tf32(False)
             require_finite(latents, numbers)
@@ -161,7 +160,7 @@ def verify_sampling(model: Backbone, settings: Evaluate, device: torch.device) -
     model.precision = "bf16" if settings.precision == "bf16" else "fp32"
     blocks = batch_sizes(settings.samples, settings.block_images)
     batches = {images for block in blocks for images in batch_sizes(block, settings.batch_images)}
-    images = forward_images(batches, settings.guidance, settings.guidance_interval)
+    images = forward_images(batches, settings)
     models.verify_kernels(model, device, images, training=False)
 
 
@@ -184,7 +183,7 @@ def labels_of(sweep: Sweep) -> np.ndarray:
     classes = sweep.recipe.data.num_classes
     if classes is None:
         return np.arange(sweep.recipe.evaluate.samples) % COLUMNS
-    counts = manifest.require(require_latents(sweep.folder))["labels"]
+    counts = LatentsManifest.require(require_latents(sweep.folder)).labels
     return sample_labels(sweep.recipe, [counts.get(str(label), 0) for label in range(classes)])
 
 
@@ -232,7 +231,7 @@ def column_names(sweep: Sweep, labels: np.ndarray) -> list[str]:
     """Return the class name of each column of the grid; empty for images without classes."""
     if sweep.recipe.data.num_classes is None:
         return []
-    names = dict(enumerate(manifest.require(require_latents(sweep.folder)).get("label_names", [])))
+    names = dict(enumerate(LatentsManifest.require(require_latents(sweep.folder)).made_from.label_names))
     return [names.get(label, str(label)) for label in labels[grid_numbers(labels)][: grid_columns(labels)].tolist()]
 
 

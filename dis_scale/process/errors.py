@@ -5,7 +5,6 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
 
 from dis_scale.process.redaction import redact
 
@@ -44,13 +43,13 @@ class StorageFull(StorageError):
 
 
 class Held(DisScaleError):
-    """Another live process holds the lease; `holder` is the content of its lease."""
+    """Another live process, of a command on the Ray `cluster`, holds the lease: `process`, in words."""
 
     exit_code = 69  # EX_UNAVAILABLE of sysexits.h
 
-    def __init__(self, words: str, holder: dict[str, Any] | None = None) -> None:
+    def __init__(self, words: str, cluster: str = "", process: str = "") -> None:
         super().__init__(words)
-        self.holder = holder or {}
+        self.cluster, self.process = cluster, process
 
 
 class OutOfMemory(DisScaleError):

@@ -33,6 +33,7 @@ from dis_scale.recipe.evaluate import (
     Evaluate,
     ExtractorSettings,
     InceptionExtractor,
+    Sampling,
     TorchScriptExtractor,
     TrainedExtractor,
     Variant,
@@ -47,14 +48,14 @@ __all__ = [
     "Branch", "CsvSource", "Data", "DiffuSsm", "DigitsSource", "Dis", "Dit", "Evaluate",
     "ExtractorSettings", "FileStart", "Flow", "FolderSource", "Gaussian", "InceptionExtractor", "Isoflop", "LatentShape", "Model",
     "ModelTrain", "NoVae", "Normalise", "ParquetSource", "Precision", "Precompute", "PretrainedVae", "Rates", "Reader",
-    "Recipe", "Settings", "SourceSettings", "StoredSource", "SweepStart", "TarSource", "TorchScriptExtractor", "TorchScriptVae",
-    "Train", "TrainedExtractor", "TrainedVae", "VaeSettings", "Variant",
+    "Recipe", "Sampling", "Settings", "SourceSettings", "StoredSource", "SweepStart", "TarSource", "TorchScriptExtractor",
+    "TorchScriptVae", "Train", "TrainedExtractor", "TrainedVae", "VaeSettings", "Variant",
 ]  # fmt: skip
 
 MODEL_NAME_CHARACTERS = 40
 """Most characters of a model's name, which is part of job ids and of folders."""
-FORMAT = 2
-"""Version of the stored recipe; this code reads FORMAT and FORMAT - 1."""
+FORMAT = 1
+"""Version of the stored recipe."""
 
 
 class Storage(Settings):
@@ -74,7 +75,7 @@ class Tracking(Settings):
 class Recipe(Settings):
     """A sweep."""
 
-    format: Literal[2] = 2
+    format: Literal[1] = 1
     """Version of the recipe."""
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")
     """Name of the sweep and of its folder: small letters, digits and hyphens, at most 40."""

@@ -82,11 +82,9 @@ class Variant(Settings):
     precision: InferencePrecision | None = None
 
 
-class Evaluate(Settings):
-    """How each published checkpoint is sampled, and what the samples are compared with."""
+class Sampling(Settings):
+    """How a sample is made of noise."""
 
-    samples: Count
-    """Images that are sampled from each checkpoint; part of the metric's name unless 50,000."""
     sampler: Sampler
     """`ddpm`, `ddim`, `dpm_solver` for a Gaussian process; `euler`, `heun`, `euler_maruyama` for a flow."""
     steps: Count
@@ -97,6 +95,21 @@ class Evaluate(Settings):
     """Guide only between these times (Kynkaanniemi et al. 2024); default: at all times."""
     guidance_channels: Literal[3] | None = None
     """Guide only the first three channels, as the public code of DiT and DiS does of four; default: all."""
+
+    def __str__(self) -> str:
+        text = f"{self.sampler}, {self.steps} steps, guidance {self.guidance:g}"
+        if self.guidance == 1:
+            return text
+        text += f" on {self.guidance_channels} channels" if self.guidance_channels else ""
+        times = self.guidance_interval
+        return text + (f" between times {times[0]:g} and {times[1]:g}" if times else "")
+
+
+class Evaluate(Sampling):
+    """How each published checkpoint is sampled, and what the samples are compared with."""
+
+    samples: Count
+    """Images that are sampled from each checkpoint; part of the metric's name unless 50,000."""
     ema_width: Width | None = None
     """Sample from the rebuilt power-function average of this relative width; default: from the exponential average."""
     precision: InferencePrecision = "fp32"
@@ -129,6 +142,11 @@ class Evaluate(Settings):
     """Fraction of a GPU's memory for an evaluator beside training, if training leaves it no GPU; default: evaluation waits."""
     give_up_after_s: Annotated[float, Field(gt=0)] = runtime(86_400.0)
     """Seconds without a new publication or resume point after which evaluation ends with an error."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """The settings of one sample."""
+        return Sampling.model_construct(**{name: getattr(self, name) for name in Sampling.model_fields})
 
     @property
     def extractors(self) -> tuple[ExtractorSettings, ...]:

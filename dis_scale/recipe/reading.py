@@ -48,10 +48,8 @@ def parse(text: str, where: str, overrides: list[str] | None = None) -> Recipe:
         raise UserError(f"{where}: expected a mapping of settings, got {type(data).__name__}")
     for override in overrides or []:
         _set(data, override)
-    if data.get("format", FORMAT) not in (FORMAT, FORMAT - 1):
+    if data.get("format", FORMAT) != FORMAT:
         raise UserError(f"{where}: this version reads recipes of format {FORMAT}, got format {data['format']}")
-    if data.pop("format", FORMAT) == 1 and isinstance(train := data.get("train"), dict):
-        train.setdefault("ema_ramp", None)  # a sweep that has begun keeps its average
     if data.get("isoflop") is not None and isinstance(train := data.get("train"), dict):
         train.setdefault("publish_images", [])
     if isinstance(models := data.get("models"), dict):

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dis_scale.recipe import FORMAT, DiffuSsm, Dis, Dit, Recipe
+from dis_scale.recipe import DiffuSsm, Dis, Dit, Recipe
 from dis_scale.recipe.presets import PRESETS
 from dis_scale.recipe.settings import Settings
 
@@ -51,11 +51,6 @@ def json_schema() -> dict[str, Any]:
 def _add_short_forms(schema: dict[str, Any]) -> None:
     """Allow what reading.py writes out: presets, seeds, cooldowns, and image counts that a study computes."""
     parts = schema["$defs"]
-    schema["properties"]["format"] = {
-        "enum": [FORMAT - 1, FORMAT],
-        "default": FORMAT,
-        "description": "Version of the recipe.",
-    }
     backbones = [parts[cls.__name__] for cls in (Dis, DiffuSsm, Dit)]
     for part in backbones:
         part["properties"]["seeds"] = SEEDS

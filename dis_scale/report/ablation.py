@@ -7,7 +7,8 @@ from rich.table import Table
 
 from dis_scale.report import figures
 from dis_scale.report.tables import csv_bytes, with_error
-from dis_scale.sweep import METRICS, Sampled, Sweep, images_name, state
+from dis_scale.sweep import Sampled, Sweep, images_name, state
+from dis_scale.sweep.documents import Metrics
 
 
 def write(
@@ -15,7 +16,7 @@ def write(
 ) -> dict[float, dict[str, float]]:
     """Write the figure and the CSV below `report/`, print the table, return the metrics; all values must be evaluated."""
     variants = state.ablations(sweep.recipe.evaluate, setting, values)
-    metrics = [sweep.evaluation(Sampled(model, images_seen, v)).read_json(METRICS)["values"] for v in variants]
+    metrics = [Metrics.read(sweep.evaluation(Sampled(model, images_seen, v))).values for v in variants]
     metric = sweep.recipe.evaluate.metric
     title = f"{model} after {images_seen:,} images: {metric}"
     distances, errors = [m[metric] for m in metrics], [m.get(f"{metric}_error") for m in metrics]

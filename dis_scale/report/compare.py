@@ -9,8 +9,8 @@ from rich.text import Text
 
 from dis_scale.process.errors import UserError
 from dis_scale.recipe.identity import as_yaml, differing
-from dis_scale.report.points import FORKED, Point, Report
-from dis_scale.report.tables import FACTS, UNFINISHED
+from dis_scale.report.points import Point, Report
+from dis_scale.report.tables import SAMPLING, UNFINISHED, TableColumn
 
 ALIKE = 0.1
 """Largest relative difference of multiply-adds at which two models of other names count as equally costly."""
@@ -189,6 +189,6 @@ def _unlike(a: Report, b: Report, pair: Difference) -> Iterator[tuple[str, str, 
         yield "seed", str(x.seed), str(y.seed)
     if mine.images != theirs.images and {mine.decay, theirs.decay} != {"none"}:
         yield "end of the schedule", f"{mine.images:,}", f"{theirs.images:,}"
-    for key in (*FACTS, FORKED):
-        if (one := pair.a.facts.get(key)) != (other := pair.b.facts.get(key)):
-            yield key, as_yaml(one), as_yaml(other)
+    for column in (*SAMPLING, TableColumn("forked_from", lambda p: p.forked_from or None)):
+        if (one := column.value(pair.a)) != (other := column.value(pair.b)):
+            yield column.name, as_yaml(one), as_yaml(other)

@@ -3,7 +3,7 @@
 import io
 import textwrap
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +17,6 @@ from dis_scale.report import fits, isoflop
 from dis_scale.report.points import HELD_OUT, Point, Report
 from dis_scale.report.published import PUBLISHED
 from dis_scale.report.published import SAMPLERS as PUBLISHED_SAMPLERS
-from dis_scale.tracking.goodput import SAMPLED_ON, TRAINED_ON
 
 MOST_LINES = 8
 """Most lines below a figure."""
@@ -47,7 +46,7 @@ def gflops_distance(report: Report, published: bool = False) -> Figure:
             _line(axes, report, family, kind, str(shade), "" if unnamed else f"{kind} at {images:,}", "gmacs")
     _fit(axes, report)
     if published:
-        _published(axes, {p.facts["sampler"] for p in report.main})
+        _published(axes, {p.sampling.sampler for p in report.main})
     drawn = [p for images in report.counts for kind in report.families for p in report.family(kind, images)]
     _name_last(axes, report, drawn)
     return _remove_overlapping(_finish(figure, axes, report), axes)
@@ -164,20 +163,23 @@ def _minima(axes: Axes, found: list[isoflop.Profile], fitted: isoflop.Laws | Non
 def hours_distance(report: Report) -> Figure | None:
     """Plot the workers' training time against distance: a line for each model. None if no point knows its time."""
     known = [p for p in report.main if p.images_seen and p.worker_hours]
-    unit = "worker-hours" if "(CPU)" in _machines(known, TRAINED_ON) else "GPU-hours"
-    return _measured(report, known, "worker_hours", f"training, {unit} of {_machines(known, TRAINED_ON)}")
+    machines = _machines(p.evaluation.cost.trained_on for p in known)
+    unit = "worker-hours" if "(CPU)" in machines else "GPU-hours"
+    return _measured(report, known, "worker_hours", f"training, {unit} of {machines}")
 
 
 def memory_distance(report: Report) -> Figure | None:
     """Plot a training worker's peak memory against distance, at each model's last count."""
     known = [p for p in _last(report.main) if p.images_seen and p.memory_gib]
-    return _measured(report, known, "memory_gib", f"peak memory of a worker, GiB, on {_machines(known, TRAINED_ON)}")
+    machines = _machines(p.evaluation.cost.trained_on for p in known)
+    return _measured(report, known, "memory_gib", f"peak memory of a worker, GiB, on {machines}")
 
 
 def sample_distance(report: Report) -> Figure | None:
     """Plot the time of a sample against distance, at each model's last count: a line for each model through its samplings."""
     known = [p for p in _last(report.means) if p.images_seen and p.sample_ms and report.distance(p) > 0]
-    return _measured(report, known, "sample_ms", f"ms a sample, one worker on {_machines(known, SAMPLED_ON)}")
+    machines = _machines(p.evaluation.sampled_on for p in known)
+    return _measured(report, known, "sample_ms", f"ms a sample, one worker on {machines}")
 
 
 def _last(points: list[Point]) -> list[Point]:
@@ -186,9 +188,9 @@ def _last(points: list[Point]) -> list[Point]:
     return [p for p in points if p.images_seen == counts[p.model]]
 
 
-def _machines(points: list[Point], fact: str) -> str:
-    """Return the names of all machines in a fact of the points."""
-    return " and ".join(sorted({name for p in points for name in p.facts.get(fact) or ["an unknown machine"]}))
+def _machines(names: Iterable[Sequence[str]]) -> str:
+    """Return the machines of all points in words."""
+    return " and ".join(sorted({name for of_point in names for name in of_point or ["an unknown machine"]}))
 
 
 def _measured(report: Report, points: list[Point], along: str, xlabel: str) -> Figure | None:

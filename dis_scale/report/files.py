@@ -58,11 +58,12 @@ def write(sweep: Sweep, report: Report, published: bool = False) -> dict[str, by
 
 def _require_published_protocol(report: Report) -> None:
     """UserError if the sweep's own points were sampled in another way than the published ones."""
-    unlike = sorted({f"guidance {p.facts['guidance']:g}" for p in report.main if p.facts["guidance"] != 1})
-    unlike += sorted({f"{p.facts['steps']} steps" for p in report.main if p.facts["steps"] != PUBLISHED_STEPS})
-    unlike += sorted({p.facts["sampler"] for p in report.main} - set(SAMPLERS.values()))
-    unlike += sorted({f"ema_width {width:g}" for p in report.main if (width := p.facts.get("ema_width"))})
-    unlike += sorted({f"{p.facts['labels']} labels" for p in report.main if p.facts["labels"] != "uniform"})
+    made = [p.evaluation for p in report.main]
+    unlike = sorted({f"guidance {m.sampling.guidance:g}" for m in made if m.sampling.guidance != 1})
+    unlike += sorted({f"{m.sampling.steps} steps" for m in made if m.sampling.steps != PUBLISHED_STEPS})
+    unlike += sorted({m.sampling.sampler for m in made} - set(SAMPLERS.values()))
+    unlike += sorted({f"ema_width {m.ema_width:g}" for m in made if m.ema_width})
+    unlike += sorted({f"{m.labels} labels" for m in made if m.labels != "uniform"})
     if unlike:
         raise UserError(
             f"--published: those points are without guidance, in {PUBLISHED_STEPS} steps of ddpm (DiT, DiG) or euler_maruyama "

@@ -3,15 +3,15 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import MAIN, Recipe
+from dis_scale.recipe import MAIN, Recipe, Sampling
 from dis_scale.sweep import Sampled, Sweep, state
-from dis_scale.tracking.goodput import GOODPUT, MEMORY, SAMPLED_ON, TRAINED_ON, WORKER_HOURS
+from dis_scale.sweep.documents import Metrics, Origin
 from dis_scale.weights.ema import start_share
 
 if TYPE_CHECKING:
@@ -19,18 +19,14 @@ if TYPE_CHECKING:
     from dis_scale.planning.plan import Plan
 
 HELD_OUT = "held_out_loss"
-
-
-FORKED = "forked_from"
-"""A fork's point has this fact: the run and the count whose training it continues."""
+SAMPLING_RATE = "sampling_images_per_s"
 
 
 @dataclass(frozen=True)
 class Point:
     """One model at one count of images seen, with one sampling.
 
-    `facts` are the other fields of its metrics file: samples, sampler, steps, guidance, ... `goodput` is the share of the run's
-    time so far that was spent in steps that counted; None if its log has no row for it.
+    `goodput` is the share of the run's time so far that was spent in steps that counted, None if it is not known.
     """
 
     model: str
@@ -39,8 +35,10 @@ class Point:
     images_seen: int
     cost: "Cost"
     values: dict[str, float]
-    facts: dict[str, Any]
+    evaluation: Metrics
     goodput: float | None
+    forked_from: str
+    """The run and the count whose training it continues; empty for no fork."""
     group: str
     """The first of the models that differ in their seeds alone."""
     trunk: str
@@ -63,18 +61,22 @@ class Point:
 
     @property
     def worker_hours(self) -> float | None:
-        """Time of all workers in the steps that counted; None if an earlier version trained."""
-        return self.facts.get(WORKER_HOURS)
+        """Time of all workers in the steps that counted; None if it is not known."""
+        return self.evaluation.cost.worker_hours
 
     @property
     def memory_gib(self) -> float | None:
         """Peak memory of a training worker."""
-        return self.facts.get(MEMORY)
+        return self.evaluation.cost.memory_gib
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.evaluation.sampling
 
     @property
     def sample_ms(self) -> float | None:
         """Time of one worker for a sample, without decoding; None if all samples were kept from another run."""
-        rate = self.facts.get("seconds", {}).get("sampling_images_per_s")
+        rate = self.evaluation.seconds.get(SAMPLING_RATE)
         return 1000 / rate if rate else None
 
 
@@ -171,19 +173,30 @@ def _mean(points: list[Point], metric: str) -> Point:
         values[f"{metric}_error"] = math.hypot(spread, values[f"{metric}_error"])
     goodputs = [p.goodput for p in points if p.goodput is not None]
     goodput = statistics.fmean(goodputs) if goodputs else None
-    return replace(first, values=values, seeds=len(points), goodput=goodput, facts=_mean_facts(points))
+    return replace(first, values=values, seeds=len(points), goodput=goodput, evaluation=_mean_evaluation(points))
 
 
-def _mean_facts(points: list[Point]) -> dict[str, Any]:
-    """Return the facts of the first, with the mean of the known costs and all machines' names."""
-    facts = dict(points[0].facts)
-    for name in (WORKER_HOURS, MEMORY):
-        if known := [p.facts[name] for p in points if name in p.facts]:
-            facts[name] = statistics.fmean(known)
-    if times := [p.sample_ms for p in points if p.sample_ms]:
-        facts["seconds"] = {"sampling_images_per_s": 1000 / statistics.fmean(times)}
-    machines = {fact: {name for p in points for name in p.facts.get(fact, ())} for fact in (TRAINED_ON, SAMPLED_ON)}
-    return facts | {fact: sorted(names) for fact, names in machines.items()}
+def _mean_evaluation(points: list[Point]) -> Metrics:
+    """Return the evaluation of the first, with the mean of the known costs and all machines' names."""
+    first, costs = points[0].evaluation, [p.evaluation.cost for p in points]
+    cost = first.cost.model_copy(
+        update={
+            "worker_hours": _mean_of(cost.worker_hours for cost in costs),
+            "memory_gib": _mean_of(cost.memory_gib for cost in costs),
+            "trained_on": tuple(sorted({name for cost in costs for name in cost.trained_on})),
+        }
+    )
+    sample_ms = _mean_of(p.sample_ms for p in points)
+    return first.changed(
+        cost=cost,
+        seconds={SAMPLING_RATE: 1000 / sample_ms} if sample_ms else first.seconds,
+        sampled_on=tuple(sorted({name for p in points for name in p.evaluation.sampled_on})),
+    )
+
+
+def _mean_of(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 def plan_of(sweep: Sweep) -> "Plan":
@@ -208,18 +221,16 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
         flops, origin = plan.training_flops(model), origins[model]
         for variant in recipe.evaluate.samplings:
             for images_seen, evaluation in state.evaluated(sweep, model, variant).items():
-                values = {name: value for name, value in evaluation["values"].items() if not name.endswith("_floor")}
-                if origin and origin[0] in origins and images_seen <= origin[1]:
+                values = {name: value for name, value in evaluation.values.items() if not name.endswith("_floor")}
+                if origin and origin.model in origins and images_seen <= origin.images:
                     continue  # copied: it is the origin's point
-                facts = {"labels": "balanced"} | {k: v for k, v in evaluation.items() if k not in ("values", "format")}
-                if origin:
-                    facts[FORKED] = f"{origin[0]} at {origin[1]:,} images"
                 kind = recipe.models[model].kind
                 point = Point(
                     model=model, kind=kind, variant=variant, images_seen=images_seen, cost=cost,
-                    values=values, facts=facts, goodput=facts.pop(GOODPUT, None), group=group, trunk=trunk,
+                    values=values, evaluation=evaluation, goodput=evaluation.cost.goodput, group=group, trunk=trunk,
                     eflops=flops * images_seen / 1e18, unfinished=train.decay != "none" and images_seen < train.images,
                     start_share=_random_share(recipe, model, images_seen, origins), budget=budgets.get(model),
+                    forked_from=f"{origin.model} at {origin.images:,} images" if origin else "",
                 )  # fmt: skip
                 points.append(point)
     failed = {model: why for model in plan.costs if (why := state.ended(sweep, model))}
@@ -230,12 +241,13 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
     )  # fmt: skip
 
 
-def _random_share(recipe: Recipe, model: str, images_seen: int, origins: Mapping[str, tuple[str, int] | None]) -> float:
+def _random_share(recipe: Recipe, model: str, images_seen: int, origins: Mapping[str, Origin | None]) -> float:
     """Return the share of random initial weights in a model's average, through the runs that it was forked or branched from."""
     if recipe.start_of(model):
         return 0.0
     branch = recipe.models[model].branch
-    of, at = origins[model] or ((branch.of, branch.at) if branch else ("", 0))
+    origin = origins[model]
+    of, at = (origin.model, origin.images) if origin else (branch.of, branch.at) if branch else ("", 0)
     if of not in origins:  # random from the start, or from a run that is no more in the recipe
         return start_share(recipe.train_of(model), images_seen)
     since = min(at, images_seen)
@@ -247,8 +259,8 @@ def _floors(sweep: Sweep) -> list[Floor]:
     settings, floor = sweep.recipe.evaluate, state.floor(sweep)
     if not floor:
         return []
-    images = floor.get("images", settings.samples) if settings.reference else settings.samples
+    images = floor.images if settings.reference else settings.samples
     which = "of the source" if settings.reference else "held out of the reference"
     words = {"real": f"{images:,} real images {which}", "reconstructed": "their reconstructions by the VAE"}
-    every = [(words[kind], values, settings.metric) for kind, values in floor["values"].items() if kind in words]
+    every = [(words[kind], values, settings.metric) for kind, values in floor.values.items() if kind in words]
     return [Floor(text, v[metric], v.get(f"{metric}_error")) for text, v, metric in every if metric in v]

@@ -2,8 +2,8 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.table import Table
@@ -15,17 +15,41 @@ UNFINISHED = " *"
 """Mark of a point taken before its schedule has ended."""
 NOTED_START = 0.01
 """Share of the random start in the average from which on it is noted."""
+
+
+class TableColumn(NamedTuple):
+    """A column of the CSV and a field of the JSON; `digits` is the format of a computed or measured number in the CSV."""
+
+    name: str
+    value: Callable[[Point], Any]
+    digits: str = ""
+
+
 COST = (
-    "model", "kind", "variant", "gmacs_forward", "paper_gflops", "parameters", "images", "training_eflops", "goodput",
-    "worker_hours", "memory_gib", "sample_ms",
-)  # fmt: skip
-DIGITS = {"goodput": ".4f"} | dict.fromkeys(
-    ("gmacs_forward", "training_eflops", "worker_hours", "memory_gib", "sample_ms"), ".6g"
+    TableColumn("model", lambda p: p.model),
+    TableColumn("kind", lambda p: p.kind),
+    TableColumn("variant", lambda p: p.variant),
+    TableColumn("gmacs_forward", lambda p: p.gmacs, ".6g"),
+    TableColumn("paper_gflops", lambda p: p.cost.paper_gflops),
+    TableColumn("parameters", lambda p: p.cost.parameters),
+    TableColumn("images", lambda p: p.images_seen),
+    TableColumn("training_eflops", lambda p: p.eflops, ".6g"),
+    TableColumn("goodput", lambda p: p.goodput, ".4f"),
+    TableColumn("worker_hours", lambda p: p.worker_hours, ".6g"),
+    TableColumn("memory_gib", lambda p: p.memory_gib, ".6g"),
+    TableColumn("sample_ms", lambda p: p.sample_ms, ".6g"),
 )
-"""Format of the computed and measured costs in the CSV."""
-FACTS = (
-    "samples", "labels", "sampler", "steps", "guidance", "guidance_interval", "guidance_channels", "ema_width", "precision",
-)  # fmt: skip
+SAMPLING = (
+    TableColumn("samples", lambda p: p.evaluation.samples),
+    TableColumn("labels", lambda p: p.evaluation.labels),
+    TableColumn("sampler", lambda p: p.sampling.sampler),
+    TableColumn("steps", lambda p: p.sampling.steps),
+    TableColumn("guidance", lambda p: p.sampling.guidance),
+    TableColumn("guidance_interval", lambda p: p.sampling.guidance_interval),
+    TableColumn("guidance_channels", lambda p: p.sampling.guidance_channels),
+    TableColumn("ema_width", lambda p: p.evaluation.ema_width),
+    TableColumn("precision", lambda p: p.evaluation.precision),
+)
 
 
 def table(report: Report) -> Table:
@@ -60,7 +84,7 @@ def row(report: Report, p: Point) -> list[str]:
     distance = with_error(report.distance(p), report.error(p)) + (UNFINISHED if p.unfinished else "")
     return [
         name, *sampling, f"{p.cost.parameters:,}", f"{p.gmacs:.3g}", *paper, f"{p.images_seen:,}", f"{p.eflops:.3g}", goodput,
-        distance, *judged, f"{p.facts['sampler']} {p.facts['steps']}", f"{p.facts['guidance']:g}",
+        distance, *judged, f"{p.sampling.sampler} {p.sampling.steps}", f"{p.sampling.guidance:g}",
     ]  # fmt: skip
 
 
@@ -83,7 +107,7 @@ def notes(report: Report) -> list[str]:
     for p in report.means:
         if p.seeds < (expected := report.trainings(p)):
             lines.append(f"{p.model} at {p.images_seen:,} images: {p.seeds} of {expected} seeds are measured")
-        if p.images_seen and p.start_share > NOTED_START and not p.facts.get("ema_width"):
+        if p.images_seen and p.start_share > NOTED_START and not p.evaluation.ema_width:
             lines.append(
                 f"{p.model} at {p.images_seen:,} images: {p.start_share:.0%} of the average are the random start "
                 "(train.ema_ramp avoids that)"
@@ -95,17 +119,13 @@ def notes(report: Report) -> list[str]:
     ]
     lines = list(dict.fromkeys(lines))
     for variant, p in report.samplings.items():
-        facts = p.facts
-        average = f", average of width {facts['ema_width']}" if facts.get("ema_width") else ""
-        guided = facts["guidance"] != 1
-        within = f" between times {facts['guidance_interval']}" if guided and facts.get("guidance_interval") else ""
-        of = f" on {facts['guidance_channels']} channels" if guided and facts.get("guidance_channels") else ""
-        drawn = f", {labels} labels" if (labels := facts.get("labels", "balanced")) != "balanced" else ""
+        made = p.evaluation
+        average = f", average of width {made.ema_width}" if made.ema_width else ""
+        labels = f", {made.labels} labels" if made.labels != "balanced" else ""
         lines.append(
-            f"{variant or 'main'}: {facts['samples']:,} samples, {facts['sampler']}, {facts['steps']} steps, "
-            f"guidance {facts['guidance']}{of}{within}{average}, {facts['precision']}{drawn}"
+            f"{variant or 'main'}: {made.samples:,} samples, {made.sampling}{average}, {made.precision}{labels}"
         )
-    lines += dict.fromkeys(note for p in report.points for note in p.facts.get("notes", ()))
+    lines += dict.fromkeys(note for p in report.points for note in p.evaluation.notes)
     lines += [f"floor: {text}: {with_error(distance, error)}" for text, distance, error in report.floors]
     lines += [f"floor: not measured: {report.no_floor}"] if report.no_floor else []
     return lines + _of_study(report)
@@ -126,46 +146,39 @@ def missing(report: Report) -> list[str]:
 
 
 def records(report: Report) -> list[dict[str, Any]]:
-    """Return a flat record for each point, all with the same fields: its cost, its values and its facts; None if not measured."""
+    """Return a flat record for each point, all with the same fields: its cost, its values, its sampling; None if not measured."""
     values = _values(report)
     return [
-        {
-            "model": p.model, "kind": p.kind, "variant": p.variant, "gmacs_forward": p.gmacs, "paper_gflops": p.cost.paper_gflops,
-            "parameters": p.cost.parameters, "images": p.images_seen, "training_eflops": p.eflops, "goodput": p.goodput,
-            "worker_hours": p.worker_hours, "memory_gib": p.memory_gib, "sample_ms": p.sample_ms,
-            **{name: p.values.get(name) for name in values}, **{name: p.facts.get(name) for name in FACTS},
-        }
-        for p in report.points
-    ]  # fmt: skip
+        _fields(COST, p) | {name: p.values.get(name) for name in values} | _fields(SAMPLING, p) for p in report.points
+    ]
 
 
 def to_csv(report: Report) -> bytes:
     """Return the records as a CSV."""
-    rows = [[_cell(name, value) for name, value in each.items()] for each in records(report)]
-    return csv_bytes([*COST, *_values(report), *FACTS], rows)
+    digits = {column.name: column.digits for column in COST}
+    rows = [
+        [
+            value if value is None else format(value, digits[name]) if digits.get(name) else value
+            for name, value in r.items()
+        ]
+        for r in records(report)
+    ]
+    return csv_bytes([*(c.name for c in COST), *_values(report), *(c.name for c in SAMPLING)], rows)
 
 
-def _cell(name: str, value: Any) -> Any:
-    return format(value, DIGITS[name]) if name in DIGITS and value is not None else value
+def to_json(report: Report) -> dict[str, Any]:
+    """Return the same with nested values and sampling settings, and what is missing."""
+    points = [_fields(COST, p) | {"values": p.values, "sampling": _fields(SAMPLING, p)} for p in report.points]
+    return {"sweep": report.sweep, "metric": report.metric, "points": points, "missing": missing(report)}
+
+
+def _fields(columns: Sequence[TableColumn], point: Point) -> dict[str, Any]:
+    return {column.name: column.value(point) for column in columns}
 
 
 def _values(report: Report) -> list[str]:
     """Return the names of all measured values."""
     return list(dict.fromkeys(name for p in report.points for name in p.values))
-
-
-def to_json(report: Report) -> dict[str, Any]:
-    """Return the same with plain values, and what is missing."""
-    points = [
-        {
-            "model": p.model, "kind": p.kind, "variant": p.variant, "images": p.images_seen, "parameters": p.cost.parameters,
-            "gmacs_forward": p.gmacs, "training_eflops": p.eflops, "goodput": p.goodput, "worker_hours": p.worker_hours,
-            "memory_gib": p.memory_gib, "sample_ms": p.sample_ms, "values": p.values,
-            "sampling": {name: p.facts.get(name) for name in FACTS},
-        }
-        for p in report.points
-    ]  # fmt: skip
-    return {"sweep": report.sweep, "metric": report.metric, "points": points, "missing": missing(report)}
 
 
 def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:

@@ -15,8 +15,6 @@ Pitfalls:
 
 import errno
 import io
-import json
-import logging
 import os
 import random
 import time
@@ -30,7 +28,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from dis_scale.process import counts, faults
-from dis_scale.process.errors import Damaged, DisScaleError, StorageAway, StorageError, StorageFull, UserError
+from dis_scale.process.errors import DisScaleError, StorageAway, StorageError, StorageFull, UserError
 
 T = TypeVar("T")
 
@@ -54,8 +52,6 @@ _BUSY = {
 """Error codes that botocore's standard retries repeat, whatever the status (botocore/retries/standard.py); some come with 400."""
 _allowed_at: dict[tuple[str, str], float] = {}
 """Time (monotonic, seconds) when a store, named by protocol and bucket, last allowed an action, named by its verb."""
-JSON_BYTES = 256 * 2**20
-"""Most bytes of a JSON object; larger ones are not read. The manifest of 100 million images in 100,000 shards has about 20 MB."""
 LISTING_CACHES = ("gs://", "gcs://", "az://", "abfs://", "abfss://")
 """Stores beside S3 whose cache of listings is turned off; `require_usable` refuses any store that remembers listings."""
 
@@ -119,41 +115,12 @@ class Folder:
         """Return the object's size in bytes."""
         return self._do("look up", path, lambda fs, full: fs.size(full))
 
-    def read_json(self, path: str, *keys: str) -> Any:
-        """Return the object; Damaged if it is not JSON or, if `keys` are given, no mapping that has them."""
-        data = self.read_up_to(path, JSON_BYTES)
-        if len(data) > JSON_BYTES:
-            raise Damaged(f"{self.url}/{path}: damaged: over {JSON_BYTES:,} bytes, which no JSON of a sweep has")
-        try:
-            value = json.loads(data)
-        except ValueError as error:
-            raise Damaged(f"{self.url}/{path}: damaged: not JSON ({error})") from error
-        if keys and not (isinstance(value, dict) and set(keys) <= value.keys()):
-            raise Damaged(f"{self.url}/{path}: damaged: expected a mapping with {', '.join(keys)}")
-        return value
-
-    def find_json(self, path: str, *keys: str) -> dict[str, Any] | None:
-        """Return the object, None if it is missing, damaged or lacks `keys`: for what can be missing. Damage is logged."""
-        try:
-            value = self.read_json(path, *keys)
-            if not isinstance(value, dict):
-                raise Damaged(f"{self.url}/{path}: damaged: expected a mapping")
-            return value
-        except FileNotFoundError:
-            return None
-        except Damaged as error:
-            logging.getLogger(__name__).warning("%s; treated as missing", error)
-            return None
-
     def write(self, path: str, data: bytes) -> None:
         """Write the object atomically; replaces an older one."""
         if self.local:
             self._do("write", path, lambda _, full: _replace(Path(full), data))
         else:
             self._do("write", path, lambda fs, full: fs.pipe_file(full, data))
-
-    def write_json(self, path: str, value: Any) -> None:
-        self.write(path, (json.dumps(value, indent=1) + "\n").encode())
 
     def create(self, path: str, data: bytes) -> bool:
         """Write the object only if it does not exist; return False if another process was first. For small objects."""

@@ -8,7 +8,6 @@ is free after its heartbeat has stopped. A run's owner checks for n + 1 before e
 """
 
 import contextlib
-import json
 import os
 import socket
 import threading
@@ -17,7 +16,6 @@ import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import psutil
 
@@ -25,6 +23,7 @@ from dis_scale.process import counts
 from dis_scale.process.errors import DisScaleError, Held
 from dis_scale.process.redaction import redact
 from dis_scale.process.threads import in_order
+from dis_scale.storage.document import Document
 from dis_scale.storage.folder import Folder
 
 BEAT_S = 5.0
@@ -51,28 +50,105 @@ class Lease:
 
     def held(self) -> bool:
         """Whether no other process has taken over."""
-        return _latest(self.folder) == self.number
+        return _highest(self.folder.list()) == self.number
 
     def stop_requested(self) -> bool:
         """Whether another process has requested this one to stop, by `request_stop`."""
         return self.folder.exists(_stop_request(self.number))
 
 
+class Holder(Document):
+    """The process that holds a lease. Of a damaged file, no process."""
+
+    host: str = ""
+    boot: str = ""
+    """Linux's id of the host's boot."""
+    processes: str = ""
+    """Its namespace of process ids."""
+    pid: int = 0
+    started: float | None = None
+    """Unix time at which the process began."""
+    cluster: str = ""
+    nonce: str = ""
+    at: float | None = None
+    """Unix time at which it took the lease."""
+
+    def __str__(self) -> str:
+        return f"{self.pid} on {self.host}" if self.pid else "? on ? (its file is damaged)"
+
+    @classmethod
+    def here(cls) -> "Holder":
+        """Return this process."""
+        boot = Path("/proc/sys/kernel/random/boot_id")
+        return cls(
+            host=socket.gethostname(),
+            boot=boot.read_text().strip() if boot.exists() else "",
+            processes=str(PROCESSES.readlink()) if PROCESSES.is_symlink() else "",
+            pid=os.getpid(),
+            started=_started(os.getpid()),
+        )
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is or was a process that this machine, or this container, would list."""
+        own = Holder.here()
+        return (self.host, self.boot, self.processes) == (own.host, own.boot, own.processes)
+
+
+class End(Document):
+    """The end of a lease; without an error, `why` is empty."""
+
+    at: float = 0.0
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Holding:
+    """One holder of a lease, past or present. Times are Unix times of the holder's clock."""
+
+    folder: Folder
+    number: int
+    holder: Holder
+    end: End | None
+    """None while it holds the lease, and for good if it died without ending it."""
+    beat: float | None
+    """Time of its last heartbeat or, before the first, of its beginning; None if not known."""
+
+    @property
+    def gone(self) -> bool:
+        """Whether it was a process of this machine that has ended."""
+        return self.holder.is_here and _started(self.holder.pid) != self.holder.started
+
+    @property
+    def alive(self) -> bool | None:
+        """Whether another process of this machine holds it; None if only a heartbeat can show it."""
+        return self.holder.pid != os.getpid() and not self.gone if self.holder.is_here else None
+
+    def works(self, now: float) -> bool:
+        """Whether it holds the lease and is alive at the Unix time `now`, as far as its heartbeats tell."""
+        beats = self.beat is None or now - self.beat < BEATLESS_S
+        return self.end is None and not self.gone and beats
+
+
 @contextlib.contextmanager
 def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
     """Hold the lease, with a heartbeat, for the block; Held names the other holder and its cluster."""
-    latest = _latest(folder)
-    taken_over = latest > 0 and not _ended(folder, latest)
-    if taken_over and _living([holder := _holder(folder, latest)])[0]:
+    before = last_holding(folder)
+    taken_over = before is not None and before.end is None
+    if before and taken_over and _living([before])[0]:
         raise Held(
-            f"{folder}: held by process {name_of(holder.facts)}, which is alive: one writer at a time", holder.facts
+            f"{folder}: held by process {before.holder}, which is alive: one writer at a time",
+            before.holder.cluster,
+            str(before.holder),
         )
-    facts = {"cluster": cluster, "nonce": uuid.uuid4().hex, "at": time.time()}
-    lease, mine = Lease(folder, latest + 1), _this_process() | facts
-    if not folder.create(f"{lease.number:04d}", json.dumps(mine).encode()):
-        first = folder.find_json(f"{lease.number:04d}") or {}
-        if first.get("nonce") != mine["nonce"]:  # otherwise it is ours: the answer was lost, and the retry found it
-            raise Held(f"{folder}: process {name_of(first)} took the lease first: one writer at a time", first)
+    lease = Lease(folder, before.number + 1 if before else 1)
+    mine = Holder.here().changed(cluster=cluster, nonce=uuid.uuid4().hex, at=time.time())
+    if not mine.create(folder, _name(lease.number)):
+        first = Holder.find_intact(folder, _name(lease.number)) or Holder()
+        if first.nonce != mine.nonce:  # otherwise it is ours: the answer was lost, and the retry found it
+            raise Held(
+                f"{folder}: process {first} took the lease first: one writer at a time", first.cluster, str(first)
+            )
     if taken_over:
         counts.add(counts.TAKEOVERS)
     ended = threading.Event()
@@ -86,7 +162,7 @@ def hold(folder: Folder, cluster: str = "") -> Iterator[Lease]:
     finally:
         ended.set()
         with contextlib.suppress(*[DisScaleError] if why else []):  # the error that ended the block is the one to raise
-            folder.write_json(f"{lease.number:04d}.end", {"at": time.time(), "why": why})
+            End(at=time.time(), why=why).write(folder, f"{_name(lease.number)}.end")
 
 
 def _why(error: BaseException) -> str:
@@ -95,44 +171,17 @@ def _why(error: BaseException) -> str:
     return redact(" ".join(f"{type(cause).__name__}: {cause}".split()))[:WHY_CHARACTERS]
 
 
-def name_of(holder: dict[str, Any]) -> str:
-    """Return the number and host of a holder's process by its facts, none if its file is damaged."""
-    return f"{holder['pid']} on {holder['host']}" if holder else "? on ? (its file is damaged)"
-
-
-def live_holders(folders: Iterable[Folder]) -> dict[Folder, dict[str, Any]]:
-    """Return the facts of the live process that holds each lease, without leases that none holds; takes up to STILL_S for all."""
-    holders = [holder for holder in in_order(folders, _unended, AT_ONCE) if holder]
-    return {each.folder: each.facts for each, alive in zip(holders, _living(holders), strict=True) if alive}
+def live_holders(folders: Iterable[Folder]) -> dict[Folder, Holder]:
+    """Return the live process that holds each lease, without leases that none holds; takes up to STILL_S for all."""
+    last = in_order(folders, last_holding, AT_ONCE)
+    holdings = [holding for holding in last if holding and holding.end is None]
+    return {each.folder: each.holder for each, alive in zip(holdings, _living(holdings), strict=True) if alive}
 
 
 def earlier(names: Collection[str]) -> list[str]:
     """Return those of a lease's files that belong to another holder than the last."""
     latest = _highest(names)
     return [name for name in names if (number := name.partition(".")[0]).isdigit() and int(number) < latest]
-
-
-@dataclass(frozen=True)
-class Holding:
-    """One holder of a lease, past or present. Times are Unix times of the holder's clock."""
-
-    number: int
-    host: str
-    pid: int
-    since: float | None
-    ended: float | None
-    """None while it holds the lease, and for good if it died without ending it."""
-    why: str
-    """The error that ended it, if any."""
-    beat: float | None
-    """Time of its last heartbeat or, before the first, of its beginning; None if not known."""
-    gone: bool
-    """Whether it was a process of this machine that has ended."""
-
-    def works(self, now: float) -> bool:
-        """Whether it holds the lease and is alive at the Unix time `now`, as far as its heartbeats tell."""
-        beats = self.beat is None or now - self.beat < BEATLESS_S
-        return self.ended is None and not self.gone and beats
 
 
 def last_holding(folder: Folder) -> Holding | None:
@@ -144,46 +193,37 @@ def last_holdings(folder: Folder, count: int) -> list[Holding]:
     """Return at most `count` of the lease's last holders, the last one first."""
     names = set(folder.list())
     numbers = range(_highest(names), 0, -1)[:count]
-    return [_holding(folder, number, names) for number in numbers if f"{number:04d}" in names]
+    return [_holding(folder, number, names) for number in numbers if _name(number) in names]
 
 
 def request_stop(folder: Folder) -> Holding | None:
     """Request the lease's holder to stop; return it, None if it has ended or was a process of this machine that is gone."""
     holding = last_holding(folder)
-    if holding is None or holding.ended is not None or holding.gone:  # of any other, clocks do not show that it is dead
+    if holding is None or holding.end is not None or holding.gone:  # of any other, clocks do not show that it is dead
         return None
     folder.write(_stop_request(holding.number), b"")
     return holding
 
 
+def _name(number: int) -> str:
+    return f"{number:04d}"
+
+
 def _stop_request(number: int) -> str:
-    return f"{number:04d}.stop"
+    return f"{_name(number)}.stop"
 
 
 def _holding(folder: Folder, number: int, names: Collection[str]) -> Holding:
     """Return a holder from those of its files that are among `names`."""
-    name = f"{number:04d}"
-    holder = folder.find_json(name, "host", "pid") or {"host": "an unknown host", "pid": 0}
-    ended, why = _end(folder, name) if f"{name}.end" in names else (None, "")
-    since = _number(holder.get("at"))
-    beat = _time_of(folder.read(f"{name}.beat")) if ended is None and f"{name}.beat" in names else since
-    gone = _is_here(holder) and _started(holder["pid"]) != holder.get("started")
-    return Holding(number, holder["host"], holder["pid"], since, ended, why, beat, gone)
-
-
-def _end(folder: Folder, name: str) -> tuple[float, str]:
-    """Return the time and the reason of a lease's end; 0 and none if they are damaged, or of an earlier version, which has none."""
-    written = folder.read(f"{name}.end")
-    end = (folder.find_json(f"{name}.end", "at") if written else None) or {}
-    return _number(end.get("at")) or 0.0, str(end.get("why", ""))
-
-
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    name = _name(number)
+    holder = Holder.find_intact(folder, name) or Holder()
+    end = (End.find_intact(folder, f"{name}.end") or End()) if f"{name}.end" in names else None
+    beat = _time_of(folder.read(f"{name}.beat")) if end is None and f"{name}.beat" in names else holder.at
+    return Holding(folder, number, holder, end, beat)
 
 
 def _time_of(heartbeat: bytes) -> float | None:
-    """Return the time of a heartbeat; None for a damaged one, or one of an earlier version, which has none."""
+    """Return the time of a heartbeat; None for a damaged one."""
     _, _, at = heartbeat.partition(b" ")
     return float(at) if at.isdigit() else None
 
@@ -194,11 +234,7 @@ def _send_heartbeats(lease: Lease, ended: threading.Event) -> None:
         beats += 1
         # Storage may be away for a while. If another process takes over meanwhile, `held` sees its number.
         with contextlib.suppress(DisScaleError):
-            lease.folder.write(f"{lease.number:04d}.beat", f"{beats} {time.time():.0f}".encode())
-
-
-def _latest(folder: Folder) -> int:
-    return _highest(folder.list())
+            lease.folder.write(f"{_name(lease.number)}.beat", f"{beats} {time.time():.0f}".encode())
 
 
 def _highest(names: Iterable[str]) -> int:
@@ -206,46 +242,12 @@ def _highest(names: Iterable[str]) -> int:
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
-def _ended(folder: Folder, number: int) -> bool:
-    return folder.exists(f"{number:04d}.end")
-
-
-def _is_here(holder: dict[str, Any]) -> bool:
-    """Whether the holder is or was a process that this machine, or this container, would list."""
-    here = _this_process()
-    return all(holder.get(key) == here[key] for key in ("host", "boot", "processes"))
-
-
-class _Holder(NamedTuple):
-    """A holder that did not end its lease."""
-
-    folder: Folder
-    name: str
-    facts: dict[str, Any]
-    """Empty if its file is damaged."""
-    alive: bool | None
-    """None if only its heartbeat can show it: that of another machine's process, or of one without facts."""
-
-
-def _holder(folder: Folder, number: int) -> _Holder:
-    name, alive = f"{number:04d}", None
-    facts = folder.find_json(name, "host", "pid", "started") or {}
-    if _is_here(facts):
-        alive = facts["pid"] != os.getpid() and _started(facts["pid"]) == facts["started"]
-    return _Holder(folder, name, facts, alive)
-
-
-def _unended(folder: Folder) -> _Holder | None:
-    latest = _latest(folder)
-    return _holder(folder, latest) if latest and not _ended(folder, latest) else None
-
-
-def _living(holders: Sequence[_Holder]) -> list[bool]:
+def _living(holdings: Sequence[Holding]) -> list[bool]:
     """Return whether each is alive; up to STILL_S for the heartbeats of all. Clocks of two machines are never compared."""
-    alive, deadline = [holder.alive for holder in holders], time.monotonic() + STILL_S
+    alive, deadline = [holding.alive for holding in holdings], time.monotonic() + STILL_S
 
     def beats(numbers: list[int]) -> dict[int, bytes]:
-        read = in_order(numbers, lambda n: _heartbeat(holders[n].folder, holders[n].name), AT_ONCE)
+        read = in_order(numbers, lambda n: _heartbeat(holdings[n]), AT_ONCE)
         return dict(zip(numbers, read, strict=True))
 
     first = beats([n for n, known in enumerate(alive) if known is None])
@@ -258,17 +260,9 @@ def _living(holders: Sequence[_Holder]) -> list[bool]:
     return [bool(each) for each in alive]
 
 
-def _heartbeat(folder: Folder, name: str) -> bytes:
-    return folder.read(f"{name}.beat") if folder.exists(f"{name}.beat") else b""
-
-
-def _this_process() -> dict[str, Any]:
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return {
-        "host": socket.gethostname(), "boot": boot.read_text().strip() if boot.exists() else "",
-        "processes": str(PROCESSES.readlink()) if PROCESSES.is_symlink() else "",
-        "pid": os.getpid(), "started": _started(os.getpid()),
-    }  # fmt: skip
+def _heartbeat(holding: Holding) -> bytes:
+    name = f"{_name(holding.number)}.beat"
+    return holding.folder.read(name) if holding.folder.exists(name) else b""
 
 
 def _started(pid: int) -> float | None:

@@ -2,18 +2,17 @@
 
 import hashlib
 import json
-from typing import Any
 
 from dis_scale.process.errors import StorageError
 from dis_scale.recipe import ExtractorSettings, InceptionExtractor, TorchScriptExtractor, TrainedExtractor
 from dis_scale.recipe.evaluate import INCEPTION_SHA256
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.programs import read_program
 from dis_scale.sweep import Sweep
+from dis_scale.sweep.documents import StoredClassifier
 
 WEIGHTS_FILE = "weights.safetensors"
-REFERENCE_FORMAT = 2
+REFERENCE_FORMAT = 1
 REFERENCE_PART_IMAGES, REFERENCE_PARTS = 20_000, 256
 """Fewest images of a part of the statistics, and most parts. ImageNet has 65, each a file of 100 MB under Inception until the
 statistics are complete; a hundred million images have 256 of 390,625."""
@@ -24,18 +23,18 @@ def weights_identity(sweep: Sweep, extractor: ExtractorSettings) -> str:
     if isinstance(extractor, InceptionExtractor):
         return INCEPTION_SHA256
     if isinstance(extractor, TrainedExtractor):
-        return classifier_manifest(sweep.extractor(extractor.name))["files"][WEIGHTS_FILE]["sha256"]
+        return require_classifier(sweep.extractor(extractor.name)).files[WEIGHTS_FILE].sha256
     size = str(extractor.size) if extractor.size else ""
     read_script(extractor)  # it is there, and has the recipe's hash
     return f"{extractor.sha256}{size}"
 
 
-def classifier_manifest(folder: Folder) -> dict[str, Any]:
+def require_classifier(folder: Folder) -> StoredClassifier:
     """Return the manifest of a stored classifier; StorageError if there is none."""
-    facts = manifest.find(folder)
-    if facts is None:
+    classifier = StoredClassifier.find(folder)
+    if classifier is None:
         raise StorageError(f"{folder}: no classifier there: the prepare stage has not finished")
-    return facts
+    return classifier
 
 
 def read_script(extractor: TorchScriptExtractor) -> bytes:

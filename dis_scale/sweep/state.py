@@ -1,10 +1,9 @@
 """State of a sweep, read from its storage: what exists and what is left to do. Other modules do not decide this."""
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from dis_scale.process.errors import Damaged, UserError
 from dis_scale.process.threads import in_order
@@ -12,27 +11,25 @@ from dis_scale.recipe import MAIN, Evaluate, LatentShape, TrainedVae
 from dis_scale.recipe.evaluate import JUDGE
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import (
-    ABLATION,
-    DEVICE,
-    ENDED,
-    FAILED_NODES,
-    LATENTS,
-    METRICS,
-    ORIGIN,
-    SKIPPED,
-    PointName,
-    Run,
-    Sampled,
-    Sweep,
-    store_of,
+from dis_scale.storage.manifest import Manifest
+from dis_scale.sweep import ABLATION, PointName, Run, Sampled, Sweep, store_of
+from dis_scale.sweep.documents import (
+    Ended,
+    FailedNodes,
+    FloorMetrics,
+    LatentsManifest,
+    LatentsPointer,
+    Metrics,
+    Origin,
+    Skipped,
+    StoredClassifier,
+    TrainedDevice,
 )
 from dis_scale.sweep.extractors import part_count, reference_file, reference_part, weights_identity
 
 AT_ONCE = 32
 """Requests to storage at a time: a sweep may have a thousand checkpoints."""
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 
 
 def _existing(items: Sequence[T], exists: Callable[[T], bool]) -> list[T]:
@@ -48,12 +45,12 @@ def prepared(sweep: Sweep) -> bool:
 
 def vae_missing(sweep: Sweep) -> bool:
     """Whether the autoencoder is still to be trained; false if the recipe trains none."""
-    return isinstance(sweep.recipe.vae, TrainedVae) and manifest.find(sweep.vae) is None
+    return isinstance(sweep.recipe.vae, TrainedVae) and Manifest.find(sweep.vae) is None
 
 
 def classifiers_missing(sweep: Sweep) -> list[tuple[str, str]]:
     """Return (name, kind) of the classifiers still to be trained."""
-    return [(name, kind) for name, kind in classifiers(sweep) if manifest.find(sweep.extractor(name)) is None]
+    return [(name, kind) for name, kind in classifiers(sweep) if StoredClassifier.find(sweep.extractor(name)) is None]
 
 
 def classifiers(sweep: Sweep) -> list[tuple[str, str]]:
@@ -82,25 +79,21 @@ def find_latents(sweep: Folder) -> Folder | None:
 
     Reads no recipe, so that latents can be checked without one.
     """
-    pointer = _find_pointer(sweep)
+    pointer = LatentsPointer.find_intact(sweep)
     if pointer is None:
         return None
-    latents = store_of(sweep) / pointer["folder"]
-    facts = manifest.find(latents)
-    if facts is None:
+    latents = store_of(sweep) / pointer.folder
+    found = LatentsManifest.find(latents)
+    if found is None:
         return None
-    require_same_vae(latents, facts["vae"], pointer["vae"])
+    require_same_vae(latents, found.encoding.identity, pointer.vae)
     return latents
-
-
-def _find_pointer(sweep: Folder) -> dict[str, Any] | None:
-    return sweep.find_json(LATENTS, "folder", "vae")
 
 
 def latent_shape(sweep: Sweep) -> LatentShape | None:
     """Return the shape of the sweep's latents, None if there are none yet."""
     latents = find_latents(sweep.folder)
-    return LatentShape(*manifest.require(latents)["latent"]) if latents else None
+    return LatentsManifest.require(latents).encoding.latent if latents else None
 
 
 def require_latents(sweep: Folder) -> Folder:
@@ -113,18 +106,18 @@ def require_latents(sweep: Folder) -> Folder:
 
 def use_latents(sweep: Sweep, latents: Folder, vae_identity: str) -> None:
     """Record which latents the sweep uses and their VAE, so that training finds them without loading a VAE."""
-    sweep.folder.write_json(LATENTS, {"folder": f"latents/{latents.name}", "vae": vae_identity})
+    LatentsPointer(folder=f"latents/{latents.name}", vae=vae_identity).write(sweep.folder)
 
 
 def latents_vae(sweep: Sweep) -> str | None:
     """Return the identity of the VAE that made the sweep's latents, None if there are none yet."""
-    pointer = _find_pointer(sweep.folder)
-    return pointer["vae"] if pointer else None
+    pointer = LatentsPointer.find_intact(sweep.folder)
+    return pointer.vae if pointer else None
 
 
 def require_sweep_vae(sweep: Sweep, vae_identity: str) -> None:
     """UserError if the sweep's latents were made with another VAE than this one."""
-    require_same_vae(sweep.folder, sweep.folder.read_json(LATENTS)["vae"], vae_identity)
+    require_same_vae(sweep.folder, LatentsPointer.read(sweep.folder).vae, vae_identity)
 
 
 def require_same_vae(where: Folder, latents_vae: str, given_vae: str) -> None:
@@ -189,14 +182,11 @@ def resumable_images(run: Run) -> int:
     return point.images_seen if point else 0
 
 
-def origins(sweep: Sweep) -> dict[str, tuple[str, int] | None]:
-    """Return, for each model, the model and the count from which it was forked; None for one that is no fork."""
+def origins(sweep: Sweep) -> dict[str, Origin | None]:
+    """Return, for each model, the resume point from which it was forked; None for one that is no fork."""
     models = list(sweep.recipe.models)
-    found = in_order(models, lambda model: sweep.run(model).folder.find_json(ORIGIN, "model", "images"), AT_ONCE)
-    return {
-        model: (str(begun["model"]), int(begun["images"])) if begun else None
-        for model, begun in zip(models, found, strict=True)
-    }
+    found = in_order(models, lambda model: Origin.find_intact(sweep.run(model).folder), AT_ONCE)
+    return dict(zip(models, found, strict=True))
 
 
 def trained(sweep: Sweep, model: str) -> bool:
@@ -206,22 +196,23 @@ def trained(sweep: Sweep, model: str) -> bool:
 
 def ended(sweep: Sweep, model: str) -> str | None:
     """Return why a model's training ended before its last count; None if it may continue."""
-    run = sweep.run(model).folder
-    if not run.exists(ENDED):
-        return None
-    return (run.find_json(ENDED, "why") or {"why": f"{ENDED} is damaged"})["why"]
+    try:
+        ended = Ended.find(sweep.run(model).folder)
+    except Damaged:
+        return f"{Ended.NAME} is damaged"
+    return ended.why if ended else None
 
 
 def record_device(run: Run, device: str) -> None:
     """Store the kind of device that the run trains on."""
     if last_device(run) != device:
-        run.folder.write_json(DEVICE, {"device": device})
+        TrainedDevice(device=device).write(run.folder)
 
 
 def last_device(run: Run) -> str | None:
     """Return the kind of device that the run last trained on, None if it has not begun."""
-    device: str | None = (run.folder.find_json(DEVICE) or {}).get("device")
-    return device
+    trained = TrainedDevice.find_intact(run.folder)
+    return trained.device if trained else None
 
 
 def require_device(sweep: Sweep, device: str, why: str) -> None:
@@ -240,21 +231,18 @@ def require_device(sweep: Sweep, device: str, why: str) -> None:
 def record_node_failure(run: Run, node: str, why: str) -> None:
     """Add a device's failure on a node to the run's file, which placement reads."""
     failures = _node_failures(run)
-    run.folder.write_json(FAILED_NODES, failures | {node: [*failures.get(node, []), why]})
+    FailedNodes(failures=failures | {node: (*failures.get(node, ()), why)}).write(run.folder)
 
 
 def node_failures(sweep: Sweep) -> Counter[str]:
     """Return the number of failed devices by node, over all models of the sweep."""
     every = [_node_failures(sweep.run(model)) for model in sweep.recipe.models]
-    return Counter({node: sum(len(each.get(node, [])) for each in every) for node in set().union(*every)})
+    return Counter({node: sum(len(each.get(node, ())) for each in every) for node in set().union(*every)})
 
 
-def _node_failures(run: Run) -> dict[str, list[str]]:
-    failures: dict[str, list[str]] = run.folder.find_json(FAILED_NODES) or {}
-    if not all(isinstance(each, list) for each in failures.values()):
-        log.warning("%s/%s: damaged: expected a list for each node; treated as missing", run.folder, FAILED_NODES)
-        return {}
-    return failures
+def _node_failures(run: Run) -> dict[str, tuple[str, ...]]:
+    known = FailedNodes.find_intact(run.folder)
+    return known.failures if known else {}
 
 
 def training_over(sweep: Sweep) -> bool:
@@ -271,13 +259,13 @@ def evaluated_ablations(sweep: Sweep, model: str, images_seen: int) -> list[Samp
     """Return the evaluated ablations of a checkpoint."""
     names = sweep.evaluation(Sampled(model, images_seen)).list(ABLATION)
     every = [Sampled(model, images_seen, f"{ABLATION}/{name}") for name in names]
-    return [sampled for sampled in every if sweep.evaluation(sampled).exists(METRICS)]
+    return [sampled for sampled in every if sweep.evaluation(sampled).exists(Metrics.NAME)]
 
 
 def evaluated_counts(sweep: Sweep, model: str, variant: str = MAIN) -> list[int]:
     """Return the image counts at which a model is evaluated, rising."""
     counts = [int(name) for name in sweep.evaluations(model).list() if name.isdigit()]
-    return _existing(counts, lambda n: sweep.evaluation(Sampled(model, n, variant)).exists(METRICS))
+    return _existing(counts, lambda n: sweep.evaluation(Sampled(model, n, variant)).exists(Metrics.NAME))
 
 
 def measured(sweep: Sweep, model: str) -> list[Sampled]:
@@ -289,50 +277,32 @@ def measured(sweep: Sweep, model: str) -> list[Sampled]:
     return every + [each for of_one in ablated for each in of_one]
 
 
-def evaluated(sweep: Sweep, model: str, variant: str = MAIN) -> dict[int, dict[str, Any]]:
-    """Return a model's metrics files by images seen, without damaged ones."""
+def evaluated(sweep: Sweep, model: str, variant: str = MAIN) -> dict[int, Metrics]:
+    """Return a model's evaluations by images seen, without damaged ones."""
     return {n: metrics for n, metrics in _metrics(sweep, model, variant).items() if metrics is not None}
 
 
-def _metrics(sweep: Sweep, model: str, variant: str) -> dict[int, dict[str, Any] | None]:
-    """Return a model's metrics files by images seen, None for a damaged one."""
+def _metrics(sweep: Sweep, model: str, variant: str) -> dict[int, Metrics | None]:
+    """Return a model's evaluations by images seen, None for a damaged one."""
     counts = evaluated_counts(sweep, model, variant)
     folders = [sweep.evaluation(Sampled(model, n, variant)) for n in counts]
-    return dict(zip(counts, in_order(folders, find_metrics, AT_ONCE), strict=True))
+    return dict(zip(counts, in_order(folders, Metrics.find_intact, AT_ONCE), strict=True))
 
 
-def read_metrics(folder: Folder) -> dict[str, Any]:
-    """Return the metrics file of an evaluation's folder; Damaged if it is."""
-    metrics: dict[str, Any] = folder.read_json(METRICS, "values", "metrics")
-    if not isinstance(metrics["values"], dict):
-        raise Damaged(f"{folder}/{METRICS}: damaged: its values are no mapping")
-    if not isinstance(metrics["metrics"], list):
-        raise Damaged(f"{folder}/{METRICS}: damaged: its metrics are no list")
-    return metrics
-
-
-def find_metrics(folder: Folder) -> dict[str, Any] | None:
-    """Return the metrics file of an evaluation's folder, None if it is damaged."""
-    try:
-        return read_metrics(folder)
-    except Damaged:
-        return None
-
-
-def floor(sweep: Sweep) -> dict[str, Any] | None:
-    """Return the metrics file of the floor; None if it is missing or damaged."""
-    return find_metrics(sweep.floor) if sweep.floor.exists(METRICS) else None
+def floor(sweep: Sweep) -> FloorMetrics | None:
+    """Return the distances of the floor; None if they are missing or damaged."""
+    return FloorMetrics.find_intact(sweep.floor)
 
 
 def floor_settled(sweep: Sweep) -> bool:
     """Whether the floor is measured, is known to be impossible to measure, or is not wanted."""
-    return not sweep.recipe.evaluate.floor or floor(sweep) is not None or sweep.floor.exists(SKIPPED)
+    return not sweep.recipe.evaluate.floor or floor(sweep) is not None or sweep.floor.exists(Skipped.NAME)
 
 
 def floor_skipped(sweep: Sweep) -> str | None:
     """Return why the floor could not be measured; None if it is measured, or was not tried."""
-    reason = sweep.floor.find_json(SKIPPED, "why")
-    return reason["why"] if reason else None
+    skipped = Skipped.find_intact(sweep.floor)
+    return skipped.why if skipped else None
 
 
 def evaluations_left(sweep: Sweep, models: Iterable[str] | None = None) -> list[Sampled]:
@@ -365,7 +335,7 @@ class Backlog:
         wanted = [each for each in self._published if each.images_seen in counts[each.model]]
         due = {each._replace(variant=variant) for each in wanted for variant in variants}
         open_ = sorted(due - self._evaluated)
-        self._evaluated |= set(_existing(open_, lambda sampled: sweep.evaluation(sampled).exists(METRICS)))
+        self._evaluated |= set(_existing(open_, lambda sampled: sweep.evaluation(sampled).exists(Metrics.NAME)))
         sign = -1 if sweep.recipe.evaluate.order == "newest_first" else 1
         return sorted(
             due - self._evaluated,
@@ -380,8 +350,8 @@ def outdated(sweep: Sweep) -> dict[Sampled, str]:
         for variant, settings in sweep.recipe.evaluate.samplings.items():
             for n, metrics in _metrics(sweep, model, variant).items():
                 if metrics is None:
-                    found[Sampled(model, n, variant)] = f"its {METRICS} is damaged"
-                elif added := set(settings.metrics) - set(metrics["metrics"]):
+                    found[Sampled(model, n, variant)] = f"its {Metrics.NAME} is damaged"
+                elif added := set(settings.metrics) - set(metrics.metrics):
                     found[Sampled(model, n, variant)] = f"the recipe has added {', '.join(sorted(added))}"
     return found
 
@@ -403,9 +373,9 @@ def skipped(sweep: Sweep) -> dict[Sampled, str]:
 
 def why_skipped(sweep: Sweep, every: Sequence[Sampled]) -> dict[Sampled, str]:
     """Return those of some evaluations that were skipped, each with the reason."""
-    found = _existing(every, lambda sampled: sweep.evaluation(sampled).exists(SKIPPED))
-    reasons = {sampled: sweep.evaluation(sampled).find_json(SKIPPED, "why") for sampled in found}
-    return {sampled: reason["why"] for sampled, reason in reasons.items() if reason}
+    found = _existing(every, lambda sampled: sweep.evaluation(sampled).exists(Skipped.NAME))
+    reasons = {sampled: Skipped.find_intact(sweep.evaluation(sampled)) for sampled in found}
+    return {sampled: reason.why for sampled, reason in reasons.items() if reason}
 
 
 def all_evaluated(sweep: Sweep) -> bool:

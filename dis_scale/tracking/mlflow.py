@@ -17,7 +17,8 @@ from dis_scale.process.errors import UserError
 from dis_scale.process.imports import hidden
 from dis_scale.process.redaction import has_credentials, redact
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import TRACKING, Sweep
+from dis_scale.sweep import Sweep
+from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking.rows import Row
 
 log = logging.getLogger(__name__)
@@ -60,12 +61,7 @@ def require_usable(uri: str) -> str:
     return f"{uri} answers: {len(experiments)} experiments"
 
 
-def stored_ids(sweep: Sweep) -> dict[str, Any]:
-    """Return the ids of the sweep's runs and the URI of their MLflow; empty if it was never tracked, or if they are damaged."""
-    return sweep.folder.find_json(TRACKING) or {}
-
-
-def create_runs(sweep: Sweep, uri: str, parameters: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def create_runs(sweep: Sweep, uri: str, parameters: dict[str, dict[str, object]]) -> TrackingIds:
     """Create what is missing: the experiment, the sweep's run, and one run per model with its parameters; return the ids.
 
     Called by the sweep only. Raises whatever MLflow raises; the sweep then continues without it. UserError for a URI with
@@ -75,23 +71,25 @@ def create_runs(sweep: Sweep, uri: str, parameters: dict[str, dict[str, Any]]) -
         raise UserError(
             "a URI with credentials is not stored: leave them out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
-    ids = stored_ids(sweep)
-    if ids.get("uri") != uri or not _run_exists(uri, ids["sweep"]):
+    ids = TrackingIds.find_intact(sweep.folder)
+    if ids is None or ids.uri != uri or not _run_exists(uri, ids.sweep):
         name = sweep.folder.name
-        ids = {"uri": uri, "experiment": _experiment(uri, name), "models": {}}
-        ids["sweep"] = _create_run(ids, name, {"dis_scale.sweep": sweep.folder.url}, {})
-        sweep.folder.write_json(TRACKING, ids)
+        experiment = _experiment(uri, name)
+        own = _create_run(uri, experiment, name, {"dis_scale.sweep": sweep.folder.url}, {})
+        ids = TrackingIds(uri=uri, experiment=experiment, sweep=own)
+        ids.write(sweep.folder)
     for place, model in reversed(list(enumerate(parameters))):  # MLflow lists the newest run first
-        if model not in ids["models"]:
-            tags = {"mlflow.parentRunId": ids["sweep"], "mlflow.runColor": COLOURS[place % len(COLOURS)]}
-            ids["models"][model] = _create_run(ids, model, tags, parameters[model])
-            sweep.folder.write_json(TRACKING, ids)
+        if model not in ids.models:
+            tags = {"mlflow.parentRunId": ids.sweep, "mlflow.runColor": COLOURS[place % len(COLOURS)]}
+            run = _create_run(uri, ids.experiment, model, tags, parameters[model])
+            ids = ids.changed(models=ids.models | {model: run})
+            ids.write(sweep.folder)
     return ids
 
 
-def _create_run(ids: dict[str, Any], name: str, tags: dict[str, str], parameters: dict[str, Any]) -> str:
-    client = open_client(ids["uri"])
-    run: str = client.create_run(ids["experiment"], run_name=name, tags=tags).info.run_id
+def _create_run(uri: str, experiment: str, name: str, tags: dict[str, str], parameters: dict[str, object]) -> str:
+    client = open_client(uri)
+    run: str = client.create_run(experiment, run_name=name, tags=tags).info.run_id
     for key, value in parameters.items():
         client.log_param(run, key, value)
     return run
@@ -164,9 +162,9 @@ class RunCopy:
 
     def _try(self, action: Any) -> bool:
         try:
-            ids = self.sweep.folder.read_json(TRACKING)
-            _require_database(ids["uri"])
-            action(open_client(ids["uri"]), ids["models"][self.model] if self.model else ids["sweep"])
+            ids = TrackingIds.read(self.sweep.folder)
+            _require_database(ids.uri)
+            action(open_client(ids.uri), ids.models[self.model] if self.model else ids.sweep)
         except Exception as error:  # whatever MLflow raises: results are in storage, this is only their copy
             if not self.away:
                 log.warning(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dis_scale.process.errors import Damaged, DisScaleError, UserError
 from dis_scale.sweep import GRID, Sampled, Sweep, images_name, state
+from dis_scale.sweep.documents import Metrics
 from dis_scale.tracking.mlflow import RunCopy, create_runs
 from dis_scale.tracking.rows import Row, RowReader
 
@@ -30,14 +31,14 @@ def copy_evaluation(sweep: Sweep, sampled: Sampled, copy: RunCopy | None = None)
     except FileNotFoundError:
         log.warning("%s/%s is missing: MLflow gets the numbers only", folder, GRID)
     try:
-        metrics = state.read_metrics(folder)
+        metrics = Metrics.read(folder)
     except Damaged as error:
         log.warning("%s; MLflow does not get this evaluation", error)
         return not copy.away
     if not copy.away:
-        values = {f"{name}{suffix}": value for name, value in metrics["values"].items() if not name.endswith("_floor")}
-        values |= {_seconds(name, sampled.variant): value for name, value in metrics["seconds"].items()}
-        copy.send([Row(name, value, sampled.images_seen, metrics["time"]) for name, value in values.items()])
+        values = {f"{name}{suffix}": value for name, value in metrics.values.items() if not name.endswith("_floor")}
+        values |= {_seconds(name, sampled.variant): value for name, value in metrics.seconds.items()}
+        copy.send([Row(name, value, sampled.images_seen, metrics.time) for name, value in values.items()])
     return not copy.away
 
 

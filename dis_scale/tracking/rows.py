@@ -15,11 +15,14 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
 
+from pydantic import BaseModel, ValidationError
+
 from dis_scale.process.errors import StorageError
 from dis_scale.process.threads import in_order
 from dis_scale.storage.folder import Folder
 
 log = logging.getLogger(__name__)
+FLUSH_EVERY_S = 10.0
 SEGMENT_BYTES = 4 * 2**20
 """Files of this size are not merged any more."""
 AT_ONCE = 16
@@ -34,6 +37,14 @@ class Row(NamedTuple):
     value: float
     images: int
     time: float
+
+
+class _Line(BaseModel):
+    """One line of a file: the values of a step, by name."""
+
+    images: int
+    time: float
+    values: dict[str, float]
 
 
 class _File(NamedTuple):
@@ -70,20 +81,29 @@ class RowWriter:
 
     folder: Folder
     attempt: int
+    writes: bool = True
+    """Whether this process writes at all: one rank of a training does."""
     _new: list[str] = field(default_factory=list)
     _waiting: list[str] = field(default_factory=list)
     """Texts of files that are not written yet."""
     _files: int = 0
+    _flushed_s: float = field(default_factory=time.monotonic)
     _writing: Future[None] | None = None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "rows"))
 
     def add(self, images_seen: int, values: dict[str, float]) -> None:
-        if values:
-            line = {"images": images_seen, "time": time.time(), "values": {n: float(v) for n, v in values.items()}}
-            self._new.append(json.dumps(line) + "\n")
+        if values and self.writes:
+            line = _Line(images=images_seen, time=time.time(), values={n: float(v) for n, v in values.items()})
+            self._new.append(json.dumps(line.model_dump()) + "\n")
+
+    def flush_if_due(self) -> None:
+        """Start to write what was added, if the last time was `FLUSH_EVERY_S` ago."""
+        if time.monotonic() > self._flushed_s + FLUSH_EVERY_S:
+            self.flush()
 
     def flush(self) -> None:
         """Start to write what was added."""
+        self._flushed_s = time.monotonic()
         if self._new:
             self._waiting.append("".join(self._new))
             self._new = []
@@ -100,7 +120,8 @@ class RowWriter:
 
     def compact(self) -> None:
         """Start to merge the small files, also those that earlier attempts left; what fails is done at the next time."""
-        self._writing = self._pool.submit(_compact_if_possible, self.folder)
+        if self.writes:
+            self._writing = self._pool.submit(_compact_if_possible, self.folder)
 
     def close(self) -> None:
         """Write everything, merge, and end the thread."""
@@ -168,19 +189,14 @@ def _parse(data: bytes, where: str) -> list[Row]:
     rows, damaged = list[Row](), 0
     for line in data.splitlines():
         try:
-            rows += _rows(json.loads(line))
-        except (ValueError, TypeError, KeyError, AttributeError):
+            parsed = _Line.model_validate_json(line)
+        except ValidationError:
             damaged += 1
+        else:
+            rows += [Row(name, value, parsed.images, parsed.time) for name, value in parsed.values.items()]
     if damaged:
         log.warning("%s: damaged: %d lines are no rows and left out", where, damaged)
     return rows
-
-
-def _rows(line: dict) -> list[Row]:
-    if "values" not in line:
-        line = {"values": {line["name"]: line["value"]}, **line}  # as earlier versions wrote it
-    images, at = int(line["images"]), float(line["time"])
-    return [Row(name, float(value), images, at) for name, value in line["values"].items()]
 
 
 def newest(folder: Folder) -> dict[str, Row]:

@@ -11,9 +11,10 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
+from dis_scale.storage.manifest import Digest
 from dis_scale.sweep import PointName, Run
+from dis_scale.sweep.documents import BadStepManifest
 from dis_scale.training.engine import WEIGHTS, Engine
 
 
@@ -33,10 +34,10 @@ def dump_step(
     for file, data in files.items():
         folder.write(file, data)
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, {file: manifest.digest(data) for file, data in files.items()})
+    dist.all_gather_object(parts, {file: Digest.of(data) for file, data in files.items()})
     if rank == 0:
         digests = {file: digest for part in parts for file, digest in part.items()}
-        manifest.seal(folder, digests, images=name.images_seen, attempt=name.attempt)
+        BadStepManifest(files=digests, images=name.images_seen, attempt=name.attempt).write(folder)
     return folder
 
 

@@ -5,14 +5,13 @@ The sweep's stored recipe gains the model under the new name. The original run s
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Model
 from dis_scale.recipe.reading import with_model
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import ORIGIN, PointName, Run, Sweep, state
+from dis_scale.sweep import PointName, Run, Sweep, state
+from dis_scale.sweep.documents import Origin, PublishedManifest, ResumePointManifest
 
 ATTEMPT = 0
 """Attempt in the name of a copied resume point: no attempt of the new run wrote it."""
@@ -24,19 +23,24 @@ def fork_run(sweep: Sweep, model: str, images_seen: int, new: str, settings: Seq
     `settings` (`a=value`) change its training from there on. Published weights up to there are copied, too. A rerun does only what
     is left. UserError if it cannot be done.
     """
-    run, origin = sweep.run(model), {"model": model, "images": images_seen}
+    run, name = sweep.run(model), state.point_at(sweep.run(model), images_seen)
+    origin = Origin(model=model, images=images_seen, resume_point=str(name or ""))
     grown = replace(sweep, recipe=with_model(sweep.recipe, new, _outside_studies(sweep.recipe.models[model]), settings))
     if new in sweep.recipe.models and grown.recipe.models[new] != sweep.recipe.models[new]:
         raise UserError(f"--as {new}: this sweep has a model of that name, with other settings: choose another name")
     target = grown.run(new)
     _require_free(sweep, target, origin, new)
-    point = _require_point(run, model, images_seen)
+    if name is None:
+        raise _no_point(run, model, images_seen)
+    point = run.resume_point(name)
     _require_possible(sweep, grown, model, images_seen, new)
-    manifest.read_all(point, manifest.require(point))
-    target.folder.write_json(ORIGIN, {"format": manifest.FORMAT, **origin, "resume_point": point.name})
+    ResumePointManifest.require(point).read_files(point)
+    origin.write(target.folder)
     for count in [n for n in state.published_counts(run) if n <= images_seen]:
-        _copy(run.published_at(count), target.published_at(count), new)
-    _copy(point, target.resume_point(PointName(images_seen, ATTEMPT)), new)
+        _copy(
+            PublishedManifest.require(run.published_at(count)), run.published_at(count), target.published_at(count), new
+        )
+    _copy(ResumePointManifest.require(point), point, target.resume_point(PointName(images_seen, ATTEMPT)), new)
     grown.save_recipe()
     return target
 
@@ -60,31 +64,28 @@ def _require_possible(sweep: Sweep, grown: Sweep, model: str, images_seen: int, 
         )
 
 
-def _require_free(sweep: Sweep, target: Run, origin: dict[str, Any], new: str) -> None:
+def _require_free(sweep: Sweep, target: Run, origin: Origin, new: str) -> None:
     """The name is not in use, unless the same fork was begun before."""
-    begun = target.folder.read_json(ORIGIN) if target.folder.exists(ORIGIN) else {}
-    if origin.items() <= begun.items() and not target.lease.list():
+    begun = Origin.find(target.folder)
+    if begun and (begun.model, begun.images) == (origin.model, origin.images) and not target.lease.list():
         return
     if new in sweep.recipe.models or target.folder.list():
         raise UserError(f"--as {new}: this sweep has a run of that name: choose another name")
 
 
-def _require_point(run: Run, model: str, images_seen: int) -> Folder:
-    """The newest attempt's complete resume point at this image count; UserError names the counts that exist."""
-    name = state.point_at(run, images_seen)
-    if name is None:
-        complete = state.complete_points(run, state.point_names(run))
-        counts = ", ".join(str(n) for n in sorted({name.images_seen for name in complete})) or "none"
-        raise UserError(
-            f"--at {images_seen}: {model} has no resume point there; it has {counts} (train.keep_resume and "
-            "train.keep_spaced set how many stay)"
-        )
-    return run.resume_point(name)
+def _no_point(run: Run, model: str, images_seen: int) -> UserError:
+    """Return the error of a missing resume point, which names the counts that exist."""
+    complete = state.complete_points(run, state.point_names(run))
+    counts = ", ".join(str(n) for n in sorted({name.images_seen for name in complete})) or "none"
+    return UserError(
+        f"--at {images_seen}: {model} has no resume point there; it has {counts} (train.keep_resume and "
+        "train.keep_spaced set how many stay)"
+    )
 
 
-def _copy(source: Folder, target: Folder, model: str) -> None:
+def _copy(manifest: ResumePointManifest | PublishedManifest, source: Folder, target: Folder, model: str) -> None:
     """Copy files with their manifest, which is written last and names the new run's model."""
-    contents = manifest.require(source)
-    for name in contents["files"]:
-        target.write(name, manifest.read(source, name, contents))
-    target.write_json(manifest.NAME, contents | {"model": model})
+    for name in manifest.files:
+        target.write(name, manifest.read_file(source, name))
+    progress = manifest.progress and manifest.progress.model_copy(update={"model": model})
+    manifest.changed(progress=progress).write(target)

@@ -9,7 +9,7 @@ import json
 import math
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -29,7 +29,8 @@ from dis_scale.recipe import Recipe, Train
 from dis_scale.scan import choose
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import PointName, Run, Sweep
-from dis_scale.tracking.goodput import ATTEMPT, GOODPUT, MEMORY, TRAINED_ON, Goodput, facts_for_branch
+from dis_scale.sweep.documents import RunCost, RunState
+from dis_scale.tracking.goodput import ATTEMPT, GOODPUT, Goodput, as_branch
 from dis_scale.tracking.rows import RowWriter
 from dis_scale.training import engine, resume
 from dis_scale.training.bad_step import dump_step
@@ -51,7 +52,6 @@ from dis_scale.weights import ema, warm_start
 from dis_scale.weights.export import SamplingFacts, describe
 
 ROWS_EVERY_STEPS = 10
-FLUSH_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -98,47 +98,16 @@ def train_model(attempt: Attempt) -> int:
     Returns the images seen. The weights are bit-equal to those of an uninterrupted run with the same world size, ZeRO stage,
     images in a forward pass, kind of device, number of threads and package versions.
     """
-    # Open what a step needs.
-    recipe, rank, world = attempt.recipe, dist.get_rank(), dist.get_world_size()
-    settings = recipe.train
-    log_rates = (lambda line: attempt.log(f"{attempt.model}: {line}")) if rank == 0 else None
-    latents, process, state, model, passes, meter, images_seen, earlier = open_training(
-        attempt, _workers_on_this_node(world), log_rates
-    )
-    saver = Saver(attempt.run, attempt.number, rank, world, attempt.held, Keep.of_model(recipe, attempt.model))
-    rows, agreement = RowWriter(attempt.run.log, attempt.number), StopAgreement()
-    description = json.dumps(describe(model, SamplingFacts.of(recipe, latents.manifest)))
-    began_s = flushed_s = time.monotonic()
-    first_images = saved_images = images_seen
-    bad_steps, branches = 0, recipe.branches_at(attempt.model)
-    machines = sorted({*earlier.get(TRAINED_ON, ()), machine_name(attempt.device)})
-
-    def facts() -> dict[str, Any]:
-        now = time.time()
-        facts = {"adam_step": _adam_step(state), "model": attempt.model, "latents": latents.identity, "at": now}
-        memory_gib = max(earlier.get(MEMORY, 0.0), peak_memory_bytes(attempt.device) / 2**30)
-        return facts | {TRAINED_ON: machines, MEMORY: memory_gib} | goodput.facts(now)
-
-    # Record the start. Publish at 0 images, or again if the weights published at this resume point were deleted.
-    goodput = Goodput.begin(earlier, attempt.start.requested_at, time.time(), world)
-    if rank == 0:
-        rows.add(images_seen, {ATTEMPT: attempt.number})
-        rows.flush()
-    if images_seen in settings.publish_images:
-        saver.publish(state, images_seen, facts(), description)
-    if "adam_step" not in earlier:  # also a branch, whose trunk's resume point is not its own
-        saver.save(state, images_seen, facts())
-        _compare_with_grace(attempt, saver)
-
-    attempt.emit("work")
-    seed = recipe.seed_of(attempt.model)
-    inputs_ahead = prefetch(step_inputs(recipe, seed, attempt.device, latents, model.drop_rates, images_seen, passes))
-    with closing(inputs_ahead) as batches:
+    training = begin(attempt)
+    opened, records, settings = training.opened, training.records, attempt.recipe.train
+    state, images_seen, bad_steps = opened.state, opened.images_seen, 0
+    agreement, branches = StopAgreement(), attempt.recipe.branches_at(attempt.model)
+    with closing(prefetch(training.inputs())) as batches:
         while images_seen < settings.images and not agreement.stop(attempt.stop_requested()):
             # Take one step.
             faults.at("step", images=images_seen)
-            inputs = list(islice(batches, len(passes)))
-            losses = train_step(state, process, settings, inputs, images_seen)
+            inputs = list(islice(batches, len(opened.passes)))
+            losses = train_step(state, opened.process, settings, inputs, images_seen)
             images_seen += settings.batch_images
             attempt.report(images_seen)
 
@@ -149,49 +118,119 @@ def train_model(attempt: Attempt) -> int:
 
             # Collect metric rows: all ranks reduce, rank 0 writes.
             row = dict[str, float]()
-            if images_seen == first_images + settings.batch_images:
-                meter.begin(images_seen)
+            if images_seen == opened.images_seen + settings.batch_images:
+                opened.meter.begin(images_seen)
                 row |= _first_step(attempt)
             if images_seen // settings.batch_images % ROWS_EVERY_STEPS == 0:
-                row |= _step_row(state, inputs, losses, settings, images_seen) | meter.rates(images_seen)
-                row["paused"] = saver.paused_s / (time.monotonic() - began_s)
-            if rank == 0:
-                rows.add(images_seen, row)
+                row |= _step_row(state, inputs, losses, settings, images_seen) | opened.meter.rates(images_seen)
+                row["paused"] = training.paused_share()
+            records.add(images_seen, row)
 
             # Save and publish. A resume point never exists without the rows before it, nor the last published count without the
             # resume point there: a trunk that has published it is trained, and its branches need that point.
             publish_due = images_seen in settings.publish_images
             save_due = images_seen % settings.resume_every_images < settings.batch_images or images_seen in branches
-            saver.raise_failed()
-            if time.monotonic() > flushed_s + FLUSH_EVERY_S:
-                rows.flush()
-                flushed_s = time.monotonic()
+            training.saver.raise_failed()
+            records.flush_if_due()
             if publish_due or save_due:
-                rows.settle()
+                records.settle()
             if save_due:
-                saver.save(state, images_seen, facts())
-                rows.compact()
-                saved_images = images_seen
+                training.save(images_seen)
+                records.compact()
             if publish_due:
-                saver.publish(state, images_seen, facts(), description)
-
-    # Save the last step, if the grace period allows it, and end the log.
-    saver.finish()
-    if images_seen != saved_images and agreement.time_left(saver.took_s, recipe.grace_s):
-        rows.settle()
-        saver.save(state, images_seen, facts())
-        saver.finish()
-    if rank == 0:
-        steps = (images_seen - first_images) // settings.batch_images
-        rows.add(images_seen, {GOODPUT: goodput.share(time.time())})
-        rows.close()
-        attempt.emit("end", attempt=attempt.number, images=images_seen)
-        attempt.log(_summary(attempt, images_seen, steps, time.monotonic() - began_s, saver))
+                training.publish(images_seen)
+    end(training, images_seen, agreement)
     return images_seen
 
 
+@dataclass
+class Training:
+    """One attempt's training: what its steps use, and its records."""
+
+    attempt: Attempt
+    opened: "Opened"
+    saver: Saver
+    records: RowWriter
+    goodput: Goodput
+    began_s: float
+    saved_images: int
+    """Images seen at the last resume point, or at the start."""
+
+    def inputs(self) -> Iterator[StepInput]:
+        """Yield the inputs of each forward pass from here on."""
+        attempt, o = self.attempt, self.opened
+        seed = attempt.recipe.seed_of(attempt.model)
+        return step_inputs(attempt.recipe, seed, attempt.device, o.latents, o.model.drop_rates, o.images_seen, o.passes)
+
+    def save(self, images_seen: int) -> None:
+        """Start a resume point."""
+        self.saver.save(self.opened.state, images_seen, self._progress())
+        self.saved_images = images_seen
+
+    def publish(self, images_seen: int) -> None:
+        """Start publishing the averaged weights; collective."""
+        opened = self.opened
+        description = json.dumps(describe(opened.model, SamplingFacts.of(self.attempt.recipe, opened.latents.manifest)))
+        self.saver.publish(opened.state, images_seen, self._progress(), description)
+
+    def paused_share(self) -> float:
+        """Share of the attempt's time for which training waited for resume points."""
+        return self.saver.paused_s / (time.monotonic() - self.began_s)
+
+    def _progress(self) -> RunState:
+        now, attempt, opened = time.time(), self.attempt, self.opened
+        earlier = opened.earlier.cost if opened.earlier else RunCost()
+        cost = RunCost(
+            trained_on=tuple(sorted({*earlier.trained_on, machine_name(attempt.device)})),
+            memory_gib=max(earlier.memory_gib or 0.0, peak_memory_bytes(attempt.device) / 2**30),
+            goodput=self.goodput.share(now),
+            worker_hours=self.goodput.worker_hours(now),
+        )
+        return RunState(
+            model=attempt.model, latents=opened.latents.identity, adam_step=_adam_step(opened.state), at=now, cost=cost,
+            spent=self.goodput.spent(now),
+        )  # fmt: skip
+
+
+def begin(attempt: Attempt) -> Training:
+    """Open what a step needs and record the start; collective."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    log_rates = (lambda line: attempt.log(f"{attempt.model}: {line}")) if rank == 0 else None
+    opened = open_training(attempt, _workers_on_this_node(world), log_rates)
+    saver = Saver(attempt.run, attempt.number, rank, world, attempt.held, Keep.of_model(attempt.recipe, attempt.model))
+    spent = opened.earlier.spent if opened.earlier else None
+    goodput = Goodput.begin(spent, attempt.start.requested_at, time.time(), world)
+    records = RowWriter(attempt.run.log, attempt.number, writes=rank == 0)
+    training = Training(attempt, opened, saver, records, goodput, time.monotonic(), opened.images_seen)
+    records.add(opened.images_seen, {ATTEMPT: attempt.number})
+    records.flush()
+    if opened.images_seen in attempt.recipe.train.publish_images:  # at 0 images, or because the weights were deleted
+        training.publish(opened.images_seen)
+    if not opened.resumed:
+        training.save(opened.images_seen)
+        _compare_with_grace(attempt, saver)
+    attempt.emit("work")
+    return training
+
+
+def end(training: Training, images_seen: int, agreement: StopAgreement) -> None:
+    """Save the last step, if the grace period allows it, and end the log."""
+    attempt, saver, records = training.attempt, training.saver, training.records
+    saver.finish()
+    if images_seen != training.saved_images and agreement.time_left(saver.took_s, attempt.recipe.grace_s):
+        records.settle()
+        training.save(images_seen)
+        saver.finish()
+    if dist.get_rank() == 0:
+        steps = (images_seen - training.opened.images_seen) // attempt.recipe.train.batch_images
+        records.add(images_seen, {GOODPUT: training.goodput.share(time.time())})
+        records.close()
+        attempt.emit("end", attempt=attempt.number, images=images_seen)
+        attempt.log(_summary(attempt, images_seen, steps, time.monotonic() - training.began_s, saver))
+
+
 class Opened(NamedTuple):
-    """The parts of training that every step needs, and the images seen at the start."""
+    """The parts of training that every step needs, and where it begins."""
 
     latents: Latents
     process: Process
@@ -201,8 +240,10 @@ class Opened(NamedTuple):
     """This rank's forward passes of each step."""
     meter: ThroughputMeter
     images_seen: int
-    earlier: Mapping[str, Any]
-    """Facts of the run's resume point; at the beginning none, or what a branch's trunk has spent."""
+    resumed: bool
+    """Whether it continues from a resume point of this model; otherwise from the beginning, or as a branch."""
+    earlier: RunState | None
+    """State at the resume point; for a branch what its trunk has spent, None at the beginning."""
 
 
 def open_training(attempt: Attempt, on_this_node: int, log_rates: Callable[[str], None] | None) -> Opened:
@@ -220,14 +261,15 @@ def open_training(attempt: Attempt, on_this_node: int, log_rates: Callable[[str]
     at_once = lanes_at_once(attempt.model, price, settings, world, smallest, recipe.evaluate.gpu_share)
     passes = forward_passes(settings.lanes, rank, world, at_once)
     images = image_counts(passes, settings.lane_images)
-    state, model, images_seen, earlier = start(attempt, latents, len(passes), images)
+    state, model, images_seen, resumed, earlier = start(attempt, latents, len(passes), images)
     micro_images = at_once * settings.lane_images
     if rank == 0:
         for line in how:
             attempt.log(f"{attempt.model}: {line}")
         attempt.log(f"{attempt.model}: {len(passes)} forward passes of up to {micro_images} images a worker and step")
     meter = open_meter(price, settings, micro_images, world, attempt.device, log_rates)
-    return Opened(latents, diffusion.build(recipe.diffusion), state, model, passes, meter, images_seen, earlier)
+    process = diffusion.build(recipe.diffusion)
+    return Opened(latents, process, state, model, passes, meter, images_seen, resumed, earlier)
 
 
 def train_step(
@@ -278,8 +320,8 @@ def _workers_on_this_node(world: int) -> int:
 
 def start(
     attempt: Attempt, latents: Latents, passes: int, images: set[int]
-) -> tuple[Engine, Backbone, int, Mapping[str, Any]]:
-    """Return the engine, its model, the images seen and the resume point's facts: from the newest one or from initial weights.
+) -> tuple[Engine, Backbone, int, bool, RunState | None]:
+    """Return the engine, its model, and the last fields of `Opened`: from the newest resume point or from initial weights.
 
     A step has `passes` forward passes on each rank, whose image counts are in `images`.
     """
@@ -296,7 +338,8 @@ def start(
     point = _agreed_resume_point(attempt)
     if point:
         point.require_latents(latents)
-    own = point is None or point.manifest.get("model", attempt.model) == attempt.model  # not that of a branch's trunk
+    before = point.manifest.progress if point else None
+    resumed = before is not None and before.model == attempt.model  # not that of a branch's trunk
     images_seen, adam_step = (point.images_seen, point.adam_step) if point else (0, 0)
     if point is None and recipe.models[attempt.model].start:
         warm_start.load_into(model, attempt.sweep, attempt.model, attempt.log)
@@ -309,21 +352,15 @@ def start(
     state = engine.start(model.to(attempt.device), settings, attempt.device, read, adam_step, passes)
     state.set_learning_rate(learning_rate(settings, images_seen))
     if dist.get_rank() == 0:
-        origin = "" if own else f"{point.manifest['model']}'s " if point else ""
+        origin = f"{before.model}'s " if before and not resumed else ""
         where = f"from {origin}{point.folder.name}" if point else "from the beginning"
         scan = f", scan {choose(settings.scan, attempt.device)}" if recipe.models[attempt.model].kind == "dis" else ""
         attempt.emit("start", attempt=attempt.number, workers=dist.get_world_size(), images=images_seen)
         attempt.log(f"{attempt.model}: attempt {attempt.number}, {dist.get_world_size()} workers, {where}{scan}")
         if settings.base_width:
             attempt.log(f"{attempt.model}: {transfer.words(model.settings, settings.base_width)}")
-    if point is None:
-        return state, model, images_seen, {}
-    return (
-        state,
-        model,
-        images_seen,
-        point.manifest if own else facts_for_branch(point.manifest, attempt.start.requested_at),
-    )
+    earlier = as_branch(before, attempt.start.requested_at) if before and not resumed else before
+    return state, model, images_seen, resumed, earlier
 
 
 def _agreed_resume_point(attempt: Attempt) -> ResumePoint | None:

@@ -61,7 +61,7 @@ def profile_training(
             held=lambda: True, stop_requested=lambda: False, report=lambda _: None, log=log,
             emit=lambda *_, **__: None,
         )  # fmt: skip
-        reader, process, state, backbone, passes, meter, images_seen, _ = open_training(attempt, 1, log)
+        reader, process, state, backbone, passes, meter, images_seen, *_ = open_training(attempt, 1, log)
         inputs = step_inputs(recipe, recipe.seed_of(model), device, reader, backbone.drop_rates, 0, passes)
         with closing(prefetch(inputs)) as batches:
 

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import safetensors.torch
 import torch
@@ -18,9 +18,10 @@ import torch.distributed as dist
 from dis_scale.data.latents import Latents
 from dis_scale.process.errors import Damaged, StorageError, UserError
 from dis_scale.recipe import Branch, Recipe
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
+from dis_scale.storage.manifest import Digest
 from dis_scale.sweep import PointName, Run, Sweep, state
+from dis_scale.sweep.documents import PublishedManifest, ResumePointManifest, RunState, Segments, Tables
 from dis_scale.training.engine import MOMENTS, WEIGHTS, Engine, Segment
 from dis_scale.weights.published import average_file, file_of
 
@@ -32,20 +33,20 @@ class ResumePoint:
     """A complete resume point."""
 
     folder: Folder
-    manifest: dict[str, Any]
+    manifest: ResumePointManifest
     _files: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     @property
     def images_seen(self) -> int:
-        return int(self.manifest["images"])
+        return self.manifest.images
 
     @property
     def adam_step(self) -> int:
-        return int(self.manifest["adam_step"])
+        return self.manifest.progress.adam_step
 
     def require_latents(self, latents: Latents) -> None:
-        """UserError if the run was trained on other latents up to here; points of earlier versions do not name theirs."""
-        if (theirs := self.manifest.get("latents", latents.identity)) != latents.identity:
+        """UserError if the run was trained on other latents up to here."""
+        if (theirs := self.manifest.progress.latents) != latents.identity:
             raise UserError(
                 f"{self.folder}: trained on latents {theirs}, {latents.folder} is {latents.identity}, with other images at its "
                 "positions: restore those latents, or give the sweep another name (--set name=...)"
@@ -58,12 +59,12 @@ class ResumePoint:
             if name.startswith(f"{WEIGHTS}-"):
                 self._files[name] = safetensors.torch.load(data)
 
-        manifest.read_all(self.folder, self.manifest, keep)
+        self.manifest.read_files(self.folder, keep)
 
     def read(self, kind: str, name: str, start: int, end: int) -> torch.Tensor:
         """Return elements [start, end) of one of `engine.kinds` of the parameter `name`, whichever ranks wrote them."""
         out, filled = torch.empty(end - start), 0
-        for file, table in self.manifest["tables"].items():
+        for file, table in self.manifest.tables.items():
             if not file.startswith(f"{kind}-") or name not in table:
                 continue
             low, high = max(table[name][0], start), min(table[name][1], end)
@@ -76,15 +77,15 @@ class ResumePoint:
 
     def _file(self, name: str) -> dict[str, torch.Tensor]:
         if name not in self._files:
-            self._files[name] = safetensors.torch.load(manifest.read(self.folder, name, self.manifest))
+            self._files[name] = safetensors.torch.load(self.manifest.read_file(self.folder, name))
         return self._files[name]
 
 
 def find_point(run: Run, name: PointName) -> ResumePoint | None:
     """Return the resume point of this name; None if it is incomplete."""
     folder = run.resume_point(name)
-    contents = manifest.find(folder, "files", "images")
-    return None if contents is None else ResumePoint(folder, contents)
+    manifest = ResumePointManifest.find(folder)
+    return None if manifest is None else ResumePoint(folder, manifest)
 
 
 def newest_point(run: Run, log: Callable[[str], None], start_over: bool = False, begin: int = 0) -> ResumePoint | None:
@@ -174,30 +175,30 @@ class Saver:
     _thread: threading.Thread | None = None
     _error: BaseException | None = None
 
-    def save(self, engine: Engine, images_seen: int, facts: dict[str, Any]) -> None:
+    def save(self, engine: Engine, images_seen: int, progress: RunState) -> None:
         """Start a resume point of this step boundary; training waits for the clone and for a save in progress."""
         begin = time.monotonic()
         self.finish()
         clones = {kind: engine.segments(kind) for kind in engine.kinds}
         pause_s = time.monotonic() - begin
         self.paused_s, self.longest_s = self.paused_s + pause_s, max(self.longest_s, pause_s)
-        self._start(lambda: self._write(clones, images_seen, facts))
+        self._start(lambda: self._write(clones, images_seen, progress))
 
-    def publish(self, engine: Engine, images_seen: int, facts: dict[str, Any], description: str) -> None:
+    def publish(self, engine: Engine, images_seen: int, progress: RunState, description: str) -> None:
         """Start publishing the averaged weights, unless this count is published already; collective.
 
         `description` is stored in the weights' files, so that each file names the model that it holds.
         """
         folder = self.run.published_at(images_seen)
         self.finish()
-        missing = [self.rank == 0 and not folder.exists(manifest.NAME)]
+        missing = [self.rank == 0 and not PublishedManifest.exists(folder)]
         dist.broadcast_object_list(missing)
         if not missing[0]:
             return
         averages = {average_file(name): engine.full_average(name) for name in engine.averages}
         if self.rank == 0:
             files = {name: safetensors.torch.save(w, {"dis_scale": description}) for name, w in averages.items() if w}
-            self._start(lambda: self._seal(folder, files, images_seen, facts))
+            self._start(lambda: self._seal(folder, files, images_seen, progress))
 
     def finish(self) -> None:
         """Wait for the save in progress; raise its error, if any."""
@@ -221,38 +222,41 @@ class Saver:
         self._thread = threading.Thread(target=guarded, name="save")
         self._thread.start()
 
-    def _seal(self, folder: Folder, files: dict[str, bytes], images_seen: int, facts: dict[str, Any]) -> None:
+    def _seal(self, folder: Folder, files: dict[str, bytes], images_seen: int, progress: RunState) -> None:
         # A folder of published weights belongs to all attempts. Names carry the attempt, so one that has lost the run, and writes
         # late, never writes over the files of its successor. The first manifest counts: evaluation may have read it.
         stored = {file_of(name, self.attempt): data for name, data in files.items()}
         for name, data in stored.items():
             folder.write(name, data)
         self._require_held(folder)
-        digests = {name: manifest.digest(data) for name, data in stored.items()}
-        manifest.seal_once(folder, digests, images=images_seen, attempt=self.attempt, **facts)
+        digests = {name: Digest.of(data) for name, data in stored.items()}
+        PublishedManifest(files=digests, images=images_seen, attempt=self.attempt, progress=progress).create(folder)
 
-    def _write(self, clones: dict[str, dict[Segment, torch.Tensor]], images_seen: int, facts: dict[str, Any]) -> None:
+    def _write(self, clones: dict[str, dict[Segment, torch.Tensor]], images_seen: int, progress: RunState) -> None:
         folder = self.run.resume_point(PointName(images_seen, self.attempt))
-        sidecar: dict[str, Any] = {"files": {}, "tables": {}}
+        files, tables = dict[str, Digest](), Tables()
         begin = time.monotonic()
         for kind, segments in clones.items():
             name = f"{kind}-{self.rank:05d}.safetensors"
             data = safetensors.torch.save({s.name: tensor for s, tensor in segments.items()})
             folder.write(name, data)
-            sidecar["files"][name] = manifest.digest(data)
-            sidecar["tables"][name] = {s.name: [s.start, s.end] for s in segments}
-        folder.write_json(_sidecar(self.rank), sidecar)
+            files[name] = Digest.of(data)
+            tables[name] = {s.name: (s.start, s.end) for s in segments}
+        Segments(files=files, tables=tables).write(folder, _sidecar(self.rank))
         if self.rank == 0:
-            self._write_manifest(folder, images_seen, facts)
+            self._write_manifest(folder, images_seen, progress)
             self._prune(images_seen)
         self.took_s = time.monotonic() - begin
 
-    def _write_manifest(self, folder: Folder, images_seen: int, facts: dict[str, Any]) -> None:
-        sidecars = [_await_json(folder, _sidecar(rank)) for rank in range(self.world)]
-        files = {name: digest for s in sidecars for name, digest in s["files"].items()}
-        tables = {name: table for s in sidecars for name, table in s["tables"].items()}
+    def _write_manifest(self, folder: Folder, images_seen: int, progress: RunState) -> None:
+        sidecars = [_await_sidecar(folder, rank) for rank in range(self.world)]
+        files = {name: digest for s in sidecars for name, digest in s.files.items()}
+        tables = {name: table for s in sidecars for name, table in s.tables.items()}
         self._require_held(folder)
-        manifest.seal(folder, files, images=images_seen, attempt=self.attempt, world=self.world, tables=tables, **facts)
+        manifest = ResumePointManifest(
+            files=files, images=images_seen, attempt=self.attempt, world=self.world, tables=tables, progress=progress
+        )
+        manifest.write(folder)
 
     def _require_held(self, folder: Folder) -> None:
         if not self.held():
@@ -271,7 +275,7 @@ class Saver:
         kept = self.keep.of(complete)
         for name in complete:
             if name not in kept:
-                self.run.resume_point(name).delete(manifest.NAME)
+                self.run.resume_point(name).delete(ResumePointManifest.NAME)
         for name in set(passed) - kept:
             self.run.resume_point(name).delete()
 
@@ -286,12 +290,13 @@ def _sidecar(rank: int) -> str:
     return f"rank-{rank:05d}.json"
 
 
-def _await_json(folder: Folder, name: str) -> Any:
+def _await_sidecar(folder: Folder, rank: int) -> Segments:
+    """Return a rank's sidecar once it is written; StorageError if it is not in time."""
     deadline = time.monotonic() + SIDECAR_WAIT_S
     while time.monotonic() < deadline:
-        if folder.exists(name):
-            return folder.read_json(name)
+        if sidecar := Segments.find(folder, _sidecar(rank)):
+            return sidecar
         time.sleep(0.05)
     raise StorageError(
-        f"{folder}/{name}: not written within {SIDECAR_WAIT_S:.0f} s; this resume point stays incomplete"
+        f"{folder}/{_sidecar(rank)}: not written within {SIDECAR_WAIT_S:.0f} s; this resume point stays incomplete"
     )

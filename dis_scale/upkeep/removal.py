@@ -11,11 +11,13 @@ from dis_scale.data import listing
 from dis_scale.process.errors import Held, StorageError, UserError
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import SweepStart
-from dis_scale.storage import lease, manifest
+from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.sweep import LATENTS, RECIPE, Sweep, command_lease, sweeps_below
+from dis_scale.storage.manifest import NAME as MANIFEST
+from dis_scale.sweep import RECIPE, Sweep, command_lease, sweeps_below
+from dis_scale.sweep.contents import walk
+from dis_scale.sweep.documents import LatentsPointer, TrackingIds
 from dis_scale.sweep.state import AT_ONCE
-from dis_scale.tracking import mlflow
 from dis_scale.upkeep import retention
 from dis_scale.upkeep.retention import Unneeded
 
@@ -54,8 +56,8 @@ def find(sweep: Sweep) -> Removal:
         )
     _require_stopped(sweep)
     unshared, kept = _unshared(sweep)
-    uri = mlflow.stored_ids(sweep).get("uri")
-    copies = [Note("mlflow", f"its runs stay in {uri}")] if uri else []
+    tracking = TrackingIds.find_intact(sweep.folder)
+    copies = [Note("mlflow", f"its runs stay in {tracking.uri}")] if tracking else []
     return Removal(sweep, _own(sweep.folder), unshared, [*kept, *_begun_from(sweep), *copies])
 
 
@@ -64,9 +66,9 @@ def delete(removal: Removal) -> None:
     sweep = removal.sweep
     with lease.hold(command_lease(sweep.folder)) as held:
         retention.delete(removal.unshared)
-        for part in removal.own:  # first, so that a folder that is only partly deleted does not exist
-            for _ in in_order(filter(_is_manifest, part.sizes), part.folder.delete, AT_ONCE):
-                pass
+        manifests = [part for part in walk(sweep.folder) if MANIFEST in part.sizes]
+        for _ in in_order(manifests, lambda part: part.folder.delete(MANIFEST), AT_ONCE):
+            pass  # first, so that a folder that is only partly deleted does not exist
         for name in sweep.folder.list():
             if name not in (RECIPE, sweep.leases.name):  # needed by a rerun, and by this block
                 sweep.folder.delete(name)
@@ -74,34 +76,27 @@ def delete(removal: Removal) -> None:
         sweep.folder.delete()
 
 
-def _is_manifest(path: str) -> bool:
-    return path.rpartition("/")[2] == manifest.NAME
-
-
 def _require_stopped(sweep: Sweep) -> None:
     leases = [sweep.lease(name) for name in sweep.leases.folders()] + [sweep.run(m).lease for m in sweep.recipe.models]
     for folder, holder in lease.live_holders(leases).items():
-        raise Held(
-            f"{sweep} is running: process {lease.name_of(holder)} holds {folder}: to stop it, dis-scale stop {sweep}",
-            holder,
-        )
+        raise Held(f"{sweep} is running: process {holder} holds {folder}: to stop it, dis-scale stop {sweep}")
 
 
 def _own(folder: Folder) -> list[Unneeded]:
     """Return the files of a sweep's folder, by the folder in it; those of the folder itself come last."""
     parts: dict[str, dict[str, int]] = {}
-    for path, size in folder.tree().items():
-        name, inner, rest = path.partition("/")
-        parts.setdefault(name if inner else "", {})[rest if inner else path] = size
+    for part in walk(folder):
+        first, _, rest = part.folder.url.removeprefix(folder.url).strip("/").partition("/")
+        parts.setdefault(first, {}).update({f"{rest}/{name}".strip("/"): size for name, size in part.sizes.items()})
     own = [Unneeded(name, folder / name, sizes) for name, sizes in sorted(parts.items()) if name]
     return [*own, Unneeded("sweep", folder, parts.get("", {}))]
 
 
 def _unshared(sweep: Sweep) -> tuple[list[Unneeded], list[Note]]:
     """Return the latents and the listing that only this sweep uses, and a note for each that stays."""
-    pointer = sweep.folder.find_json(LATENTS, "folder")
+    pointer = LatentsPointer.find_intact(sweep.folder)
     used = {"listing": listing.folder_of(sweep.store, sweep.recipe.data.declared)}
-    used |= {"latents": sweep.store / pointer["folder"]} if pointer else {}
+    used |= {"latents": sweep.store / pointer.folder} if pointer else {}
     used = {kind: folder for kind, folder in used.items() if folder.list()}
     try:
         unshared = [each for each in retention.find_unused(sweep.store, sweep.folder) if each.folder in used.values()]

@@ -5,7 +5,6 @@ root: latents and listings that no sweep there uses. What is needed to continue,
 """
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 from dis_scale.data import listing
@@ -13,7 +12,9 @@ from dis_scale.process.errors import StorageAway, StorageError, UserError
 from dis_scale.process.threads import in_order
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.sweep import METRICS, RECIPE, Sweep, state, store_of, sweeps_below
+from dis_scale.storage.manifest import NAME as MANIFEST
+from dis_scale.sweep import RECIPE, Sweep, state, store_of, sweeps_below
+from dis_scale.sweep.contents import Stored, walk
 from dis_scale.sweep.state import AT_ONCE
 
 KEPT = "latents and listings are kept"
@@ -47,20 +48,28 @@ def open_store(root: str) -> Folder:
 
 def find_unneeded(sweep: Sweep) -> list[Unneeded]:
     """Return the files of the sweep itself that can be deleted."""
-    outdated, models = state.outdated(sweep), sweep.recipe.models
-    finished = [each for model in models for each in state.measured(sweep, model)]
-    samples = [sweep.evaluation(each) for each in finished if each not in outdated]
-    samples += [sweep.floor] if sweep.floor.exists(METRICS) else []
-    leases = [sweep.run(model).lease for model in models]
-    leases += [sweep.lease(name) for name in sweep.leases.folders()]
-    trained = [sweep.run(model).bad_steps for model in models if state.trained(sweep, model)]
-    steps = [folder / name for folder in trained for name in folder.list()]
-    finders: list[Callable[[], Unneeded]] = [
-        *(partial(_samples, folder) for folder in samples),
-        *(partial(_earlier_leases, folder) for folder in leases),
-        *(partial(_sized, "failed steps", folder) for folder in steps),
-    ]
-    return [found for found in in_order(finders, lambda find: find(), AT_ONCE) if found.sizes]
+    outdated = {sweep.evaluation(sampled).url for sampled in state.outdated(sweep)}
+    trained = [model for model in sweep.recipe.models if state.trained(sweep, model)]
+    found = []
+    for part in walk(sweep.folder):
+        sizes = part.sizes
+        match part.kind.name:
+            case "evaluation" | "floor" if part.folder.url not in outdated and _intact(part):
+                found.append(Unneeded("samples", part.folder, _chosen(sizes, lambda name: name.startswith("block-"))))
+            case "lease":
+                found.append(Unneeded("leases", part.folder, _chosen(sizes, set(lease.earlier(sizes)).__contains__)))
+            case "failed step" if part.model in trained:
+                found.append(Unneeded("failed steps", part.folder, sizes))
+    return [unneeded for unneeded in found if unneeded.sizes]
+
+
+def _intact(part: Stored) -> bool:
+    """Whether an evaluation has metrics that can be read: damaged ones are made again from its samples."""
+    return part.exists and part.kind.document is not None and part.kind.document.find_intact(part.folder) is not None
+
+
+def _chosen(sizes: dict[str, int], wanted: Callable[[str], bool]) -> dict[str, int]:
+    return {name: size for name, size in sizes.items() if wanted(name)}
 
 
 def find_unused(store: Folder, except_for: Folder | None = None) -> list[Unneeded]:
@@ -73,37 +82,23 @@ def find_unused(store: Folder, except_for: Folder | None = None) -> list[Unneede
     running = lease.live_holders([sweep.lease("sweep") for sweep, _ in used])
     for sweep, _ in used:
         if sweep.lease("sweep") in running:
-            raise UserError(f"{KEPT}: {sweep} is running (process {lease.name_of(running[sweep.lease('sweep')])})")
+            raise UserError(f"{KEPT}: {sweep} is running (process {running[sweep.lease('sweep')]})")
     listings = {listing.folder_of(store, sweep.recipe.data.declared).name for sweep, _ in used}
     kinds = {"latents": {latents.name for _, latents in used}, listing.LISTINGS: listings}
     folders = [(kind, store / kind / name) for kind in kinds for name in store.folders(kind) if name not in kinds[kind]]
-    return [found for found in in_order(folders, lambda each: _sized(*each), AT_ONCE) if found.sizes]
+    sizes = in_order(folders, lambda each: each[1].sizes(), AT_ONCE)
+    return [Unneeded(*each, of_one) for each, of_one in zip(folders, sizes, strict=True) if of_one]
 
 
 def delete(unneeded: Iterable[Unneeded]) -> None:
     """Delete the files; manifests first, so that a folder that is only partly deleted does not exist."""
     for each in unneeded:
-        first = sorted(each.sizes, key=lambda name: name != "manifest.json")
+        first = sorted(each.sizes, key=lambda name: name != MANIFEST)
         each.folder.delete(first[0])
         for _ in in_order(first[1:], each.folder.delete, AT_ONCE):
             pass
         if not each.folder.list():
             each.folder.delete()  # on a disk: the empty folder
-
-
-def _sized(kind: str, folder: Folder, wanted: Callable[[str], bool] = lambda _: True) -> Unneeded:
-    return Unneeded(kind, folder, {name: size for name, size in folder.sizes().items() if wanted(name)})
-
-
-def _samples(evaluation: Folder) -> Unneeded:
-    """Return an evaluation's samples; none if its metrics are damaged, which are made again from them."""
-    intact = state.find_metrics(evaluation) is not None
-    return _sized("samples", evaluation, lambda name: intact and name.startswith("block-"))
-
-
-def _earlier_leases(folder: Folder) -> Unneeded:
-    sizes = folder.sizes()
-    return Unneeded("leases", folder, {name: sizes[name] for name in lease.earlier(sizes)})
 
 
 def _require_settled(folder: Folder) -> tuple[Sweep, Folder]:

@@ -16,10 +16,11 @@ from rich.text import Text
 
 from dis_scale.process.errors import StorageAway, StorageError
 from dis_scale.process.threads import in_order
-from dis_scale.storage import lease, manifest
+from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.lease import Holding
-from dis_scale.sweep import METRICS, PointName, Run, Sampled, Sweep, state
+from dis_scale.sweep import PointName, Run, Sampled, Sweep, state
+from dis_scale.sweep.documents import Metrics, ResumePointManifest
 from dis_scale.tracking import rows
 
 Doing = Literal["waiting", "training", "silent", "stopped", "failed", "trained"]
@@ -100,9 +101,8 @@ class _Reader:
             return read()
         except StorageAway:
             raise
-        except (StorageError, ValueError, LookupError, TypeError, AttributeError, FileNotFoundError) as error:
-            words = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
-            self.damaged.append(f"{what} cannot be read: {words}; see ops/runbooks/damaged-resume-point.md")
+        except (StorageError, FileNotFoundError) as error:
+            self.damaged.append(f"{what} cannot be read: {error}; see ops/runbooks/damaged-resume-point.md")
             return None
 
     def holdings(self, what: str, folder: Folder, count: int = 1) -> list[Holding]:
@@ -157,16 +157,16 @@ def _collect(reader: _Reader) -> Status:
 
 def _holder(holding: Holding | None) -> str:
     """Name the process that holds a lease; empty if none does."""
-    return f"process {holding.pid} on {holding.host}" if holding and holding.ended is None else ""
+    return f"process {holding.holder}" if holding and holding.end is None else ""
 
 
 def _why_stopped(command: Holding | None, now: float) -> str:
     """Return why no sweep command works."""
     if command is None:
         return "no sweep command has run yet"
-    if command.ended is None:
+    if command.end is None:
         return _no_heartbeat(_holder(command), None if command.beat is None else now - command.beat)
-    return f"the last sweep command ended{f': {command.why}' if command.why else ''}"
+    return f"the last sweep command ended{f': {command.end.why}' if command.end.why else ''}"
 
 
 def _no_heartbeat(holder: str, age_s: float | None) -> str:
@@ -187,7 +187,7 @@ def _run(reader: _Reader, model: str, commanded: bool) -> tuple[RunStatus, list[
     holdings, point = reader.holdings(model, run.lease, ENDS), state.newest_complete(run)
     holding = holdings[0] if holdings else None
     last = max(newest.values(), key=lambda row: row.time, default=None)
-    quiet_s = now - max(last.time if last else 0.0, holding.since or 0.0) if holding else 0.0
+    quiet_s = now - max(last.time if last else 0.0, holding.holder.at or 0.0) if holding else 0.0
     doing: Doing
     if images in published:
         doing = "trained"
@@ -196,7 +196,7 @@ def _run(reader: _Reader, model: str, commanded: bool) -> tuple[RunStatus, list[
     elif holding and holding.works(now):
         doing = "training" if quiet_s < QUIET_S else "silent"
     else:
-        doing = "waiting" if holding is None or (commanded and holding.ended is not None) else "stopped"
+        doing = "waiting" if holding is None or (commanded and holding.end is not None) else "stopped"
     seen = max(last.images if last else 0, point.images_seen if point else 0, *published, 0)
     rate = newest["images_per_s"].value if "images_per_s" in newest else None
     status = RunStatus(
@@ -205,8 +205,8 @@ def _run(reader: _Reader, model: str, commanded: bool) -> tuple[RunStatus, list[
         resume_images=point.images_seen if point else 0,
         resume_age_s=reader.read(f"{model}: resume point {point}", lambda: _age_s(run, point, now)) if point else None,
         attempts=holding.number if holding else 0, holder=_holder(holding),
-        beat_age_s=now - holding.beat if holding and holding.ended is None and holding.beat is not None else None,
-        ends=[f"attempt {each.number} ended: {each.why}" for each in holdings if each.why], ended=ended,
+        beat_age_s=now - holding.beat if holding and holding.end is None and holding.beat is not None else None,
+        ends=[f"attempt {each.number} ended: {each.end.why}" for each in holdings if each.end and each.end.why], ended=ended,
         published=len(published), evaluated=len(evaluated), backlog=len(left),
         metric=_metric(reader, Sampled(model, evaluated[-1])) if evaluated else None,
     )  # fmt: skip
@@ -214,15 +214,15 @@ def _run(reader: _Reader, model: str, commanded: bool) -> tuple[RunStatus, list[
 
 
 def _age_s(run: Run, point: PointName, now: float) -> float | None:
-    """Return the age of a resume point, None if it does not say when it was written."""
-    saved = manifest.find(run.resume_point(point))
-    return now - saved["at"] if saved and "at" in saved else None
+    """Return the age of a resume point, None if it was just deleted."""
+    saved = ResumePointManifest.find(run.resume_point(point))
+    return now - saved.progress.at if saved else None
 
 
 def _metric(reader: _Reader, sampled: Sampled) -> float | None:
     """Return the main metric of an evaluation."""
     folder, name = reader.sweep.evaluation(sampled), reader.sweep.recipe.evaluate.metric
-    return reader.read(f"evaluation of {sampled}", lambda: folder.read_json(METRICS)["values"].get(name))
+    return reader.read(f"evaluation of {sampled}", lambda: Metrics.read(folder).values.get(name))
 
 
 def _doing(sweep: Sweep, runs: list[RunStatus], backlog: int) -> str:

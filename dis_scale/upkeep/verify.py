@@ -9,9 +9,11 @@ from dis_scale.process.errors import DisScaleError, StorageAway, StorageError
 from dis_scale.process.progress import ReportShare
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import TrainedVae
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep import LATENTS, METRICS, TRACKING, Sweep, state
+from dis_scale.storage.manifest import READING_THREADS, Manifest, read_verified
+from dis_scale.sweep import PointName, Sweep, state
+from dis_scale.sweep.contents import Stored, walk
+from dis_scale.sweep.documents import LatentsManifest, LatentsPointer, PublishedManifest, StoredClassifier, TrackingIds
 
 
 class Check(NamedTuple):
@@ -27,7 +29,7 @@ def verify_sweep(sweep: Sweep, report: ReportShare) -> list[str]:
     These are latents, autoencoder, classifiers, reference statistics, resume points, published weights, kept samples and metrics.
     """
     checks, damaged = list(_checks(sweep)), list[str]()
-    for number, words in enumerate(in_order(checks, _damage, manifest.READING_THREADS), 1):
+    for number, words in enumerate(in_order(checks, _damage, READING_THREADS), 1):
         damaged += words
         report(number, len(checks))
     return damaged
@@ -44,89 +46,108 @@ def _damage(check: Check) -> list[str]:
     return []
 
 
-_LOST = "restore them from a backup: only training makes them; a fork from an earlier resume point makes others"
 _NEXT_RUN = "the next run that needs it makes it again"
-_TRAINED = "restore it from a backup: the sweep's latents and distances rest on it"
+_CURES = {
+    "autoencoder": "restore it from a backup: the sweep's latents and distances rest on it",
+    "classifier": "restore it from a backup: the sweep's latents and distances rest on it",
+    "resume point": "training uses the resume point before it",
+    "published": "restore them from a backup: only training makes them; a fork from an earlier resume point makes others",
+    "reference": f"delete it: {_NEXT_RUN}",
+    "evaluation": f"delete it: {_NEXT_RUN}, from the kept samples",
+    "floor": f"delete it: {_NEXT_RUN}, from the kept samples",
+}
+_SAMPLES = "delete it: it is sampled again if a metric needs it"
 
 
 def _checks(sweep: Sweep) -> Iterator[Check]:
     """Yield a check of each file. Manifests are read here, and a damaged or missing one is itself a check that fails."""
-    models = sweep.recipe.models
-    evaluated = {model: state.evaluated_counts(sweep, model) for model in models}
-    encoded = sweep.folder.exists(LATENTS) or any(state.published_counts(sweep.run(model)) for model in models)
+    parts = walk(sweep.folder)
+    published = {part.model for part in parts if part.kind.name == "published" and part.exists}
+    encoded = LatentsPointer.exists(sweep.folder) or bool(published)
     if encoded:
         yield from _latents(sweep)
-    trains_vae = isinstance(sweep.recipe.vae, TrainedVae)
-    yield from _files(sweep.vae, _TRAINED, expected=encoded and trains_vae)
-    references = [name for name in sweep.references.list() if name.endswith(".npz")]
-    made, needed = set(sweep.extractors.folders()), {name for name, _ in state.classifiers(sweep) if references}
-    for name in sorted(made | needed):
-        yield from _files(sweep.extractor(name), _TRAINED, expected=name in needed)
-    if any(evaluated.values()):
+    yield from _missing(sweep, parts, encoded)
+    for part in parts:
+        if part.kind.name in ("evaluation", "floor") and part.exists and part.kind.document:
+            yield Check(partial(part.kind.document.read, part.folder), _CURES[part.kind.name])
+            yield from _npz_files(part, _SAMPLES)
+        elif part.kind.name == "reference" and part.folder == sweep.references:
+            yield from _npz_files(part, _CURES["reference"])
+        elif part.kind.name in _CURES and part.exists:
+            yield from _manifest_files(part, _cure(sweep, part))
+    if TrackingIds.exists(sweep.folder):
+        yield Check(partial(TrackingIds.read, sweep.folder), f"delete it: {_NEXT_RUN}")
+
+
+def _cure(sweep: Sweep, part: Stored) -> str:
+    point = PointName.parse(part.folder.name) if part.kind.name == "resume point" else None
+    if point and part.model in sweep.recipe.models and point.images_seen in sweep.recipe.branches_at(part.model):
+        return "restore it: branches begin there"
+    return _CURES[part.kind.name]
+
+
+def _missing(sweep: Sweep, parts: list[Stored], encoded: bool) -> Iterator[Check]:
+    """Yield a check that fails for each thing that does not exist, and that something else shows to have existed."""
+    if encoded and isinstance(sweep.recipe.vae, TrainedVae) and not Manifest.exists(sweep.vae):
+        yield Check(partial(Manifest.require, sweep.vae), _CURES["autoencoder"])
+    if any(part.folder == sweep.references for part in parts):
+        for name, _ in state.classifiers(sweep):
+            if not StoredClassifier.exists(sweep.extractor(name)):
+                yield Check(partial(StoredClassifier.require, sweep.extractor(name)), _CURES["classifier"])
+    if any(part.kind.name == "evaluation" and part.exists for part in parts):
         yield Check(partial(_require_references, sweep), _NEXT_RUN)
-    for name in references:
-        yield Check(partial(_read_npz, sweep.references, name), f"delete it: {_NEXT_RUN}")
-    missing = state.missing_published(sweep)
-    for model in models:
-        run = sweep.run(model)
-        for point in state.point_names(run):
-            branches = point.images_seen in sweep.recipe.branches_at(model)
-            cure = "restore it: branches begin there" if branches else "training uses the resume point before it"
-            yield from _files(run.resume_point(point), cure)
-        for count in sorted({*state.published_counts(run), *missing.get(model, ()), *evaluated[model]}):
-            yield from _files(run.published_at(count), _LOST, expected=True)
-        for sampled in state.measured(sweep, model):
-            yield from _evaluation(sweep.evaluation(sampled))
-    if sweep.floor.exists(METRICS):
-        yield from _evaluation(sweep.floor)
-    if sweep.folder.exists(TRACKING):
-        yield Check(partial(sweep.folder.read_json, TRACKING), f"delete it: {_NEXT_RUN}")
+    passed = state.missing_published(sweep)
+    for model in sweep.recipe.models:
+        expected = {*passed.get(model, ()), *state.evaluated_counts(sweep, model)}
+        lost = expected - {*state.published_counts(sweep.run(model))}
+        for count in sorted(lost):
+            folder = sweep.run(model).published_at(count)
+            yield Check(partial(PublishedManifest.require, folder), _CURES["published"])
 
 
 def _latents(sweep: Sweep) -> Iterator[Check]:
     """Yield a check of each shard of the sweep's latents; one that fails if they cannot be found."""
     cure = f"delete it: {_NEXT_RUN}"
     try:
-        pointer = sweep.folder.read_json(LATENTS, "folder", "vae")
-        latents, cure = sweep.store / pointer["folder"], f"restore it; otherwise {_NEXT_RUN}"
-        contents = manifest.require(latents, "shards", "vae")
-        state.require_same_vae(latents, contents["vae"], pointer["vae"])
+        pointer = LatentsPointer.read(sweep.folder)
+        latents, cure = sweep.store / pointer.folder, f"restore it; otherwise {_NEXT_RUN}"
+        manifest = LatentsManifest.require(latents)
+        state.require_same_vae(latents, manifest.encoding.identity, pointer.vae)
     except StorageAway:
         raise
     except FileNotFoundError:
-        yield Check(partial(_fail, StorageError(f"{sweep}/{LATENTS} is missing")), _NEXT_RUN)
+        yield Check(partial(_fail, StorageError(f"{sweep}/{LatentsPointer.NAME} is missing")), _NEXT_RUN)
         return
     except DisScaleError as error:
         yield Check(partial(_fail, error), cure)
         return
-    for shard in contents["shards"]:
-        yield Check(partial(manifest.verified, latents, shard["name"], shard), f"repair: dis-scale data repair {sweep}")
+    for shard in manifest.shards:
+        yield Check(partial(read_verified, latents, shard.name, shard.digest), f"repair: dis-scale data repair {sweep}")
 
 
-def _files(folder: Folder, cure: str, expected: bool = False) -> Iterator[Check]:
-    """Yield a check of each file in a complete folder; none for an incomplete one, which does not exist, if none is `expected`."""
+def _manifest_files(part: Stored, cure: str) -> Iterator[Check]:
+    """Yield a check of each file that a folder's manifest names."""
+    assert part.kind.document is not None
     try:
-        if manifest.find(folder) is None and not expected:
-            return
-        contents = manifest.require(folder, "files")
+        manifest = part.kind.document.read(part.folder)
     except StorageAway:
         raise
     except StorageError as error:
         yield Check(partial(_fail, error), cure)
         return
-    for name in contents["files"]:
-        yield Check(partial(manifest.read, folder, name, contents), cure)
+    assert isinstance(manifest, Manifest)
+    for name in manifest.files:
+        yield Check(partial(manifest.read_file, part.folder, name), cure)
+
+
+def _npz_files(part: Stored, cure: str) -> Iterator[Check]:
+    for name in sorted(part.sizes):
+        if name.endswith(".npz"):
+            yield Check(partial(_read_npz, part.folder, name), cure)
 
 
 def _fail(error: Exception) -> None:
     raise error
-
-
-def _evaluation(folder: Folder) -> Iterator[Check]:
-    yield Check(partial(state.read_metrics, folder), f"delete it: {_NEXT_RUN}, from the kept samples")
-    for name in folder.list():
-        if name.endswith(".npz"):
-            yield Check(partial(_read_npz, folder, name), "delete it: it is sampled again if a metric needs it")
 
 
 def _require_references(sweep: Sweep) -> None:

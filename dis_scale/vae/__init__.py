@@ -3,15 +3,14 @@
 Read next: interface.py; autoencoders.py, the door to diffusers; script.py.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, TorchScriptVae, TrainedVae, VaeSettings
-from dis_scale.storage import manifest
 from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import Sweep, state
+from dis_scale.sweep.documents import EncodedBy, LatentsManifest
 from dis_scale.vae.autoencoders import (
     CONFIG,
     DETERMINISTIC,
@@ -82,18 +81,18 @@ def load(sweep: Sweep) -> Vae:
     return load_stored(sweep.vae)
 
 
-def from_path(path: str, facts: Mapping[str, Any]) -> Vae:
+def from_path(path: str, encoder: EncodedBy | None = None) -> Vae:
     """Load the VAE that a command's option names: `none` for pixels, a TorchScript file (path or URL), else a folder or hub id.
 
-    `facts` of the latents, such as their manifest, have what a TorchScript file does not tell: posterior, shift and scale.
+    The encoder of the latents has what a TorchScript file does not tell: posterior, shift and scale.
     """
     if path == "none":
         return PixelVae()
     if "://" not in path and not Path(path).is_file():
         return load_pretrained(PretrainedVae(kind="pretrained", path=path))
-    own = {"posterior": True, "sha256": hash_of(path, "--vae")} | {
-        k: facts[k] for k in ("posterior", "shift", "scale") if isinstance(facts.get(k), bool | float)
-    }
+    known = encoder.model_dump(include={"posterior", "shift", "scale"}) if encoder else {}
+    own = {"posterior": True, "sha256": hash_of(path, "--vae")}
+    own |= {name: value for name, value in known.items() if isinstance(value, bool | float)}
     return load_script(TorchScriptVae.model_validate({"kind": "torchscript", "path": path} | own))
 
 
@@ -101,5 +100,5 @@ def for_samples(sweep: Sweep, decoder: Vae) -> Vae:
     """Return the decoder of the sweep's samples, which `data.normalise` scales; by channel, it needs the sweep's latents."""
     if sweep.recipe.data.normalise == "vae":
         return decoder
-    facts = manifest.require(state.require_latents(sweep.folder))
-    return replace(decoder, normalised=Scaling.of(facts, sweep.recipe.data.normalise))
+    latents = LatentsManifest.require(state.require_latents(sweep.folder))
+    return replace(decoder, normalised=Scaling.of(latents, sweep.recipe.data.normalise))

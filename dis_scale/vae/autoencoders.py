@@ -15,8 +15,8 @@ import torch
 from dis_scale.process.errors import UserError
 from dis_scale.process.imports import hidden
 from dis_scale.recipe import LatentShape, PretrainedVae, TrainedVae
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
+from dis_scale.storage.manifest import Manifest
 from dis_scale.vae.interface import Vae
 
 if TYPE_CHECKING:
@@ -134,16 +134,16 @@ def save(folder: Folder, net: "AutoencoderKL") -> None:
         {k: v for k, v in net.config.items() if not k.startswith("_")} | {"_class_name": "AutoencoderKL"}, indent=1
     )
     weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
-    manifest.put(folder, {CONFIG: config.encode(), WEIGHTS_FILE: safetensors.torch.save(weights)})
+    Manifest(files={}).put(folder, {CONFIG: config.encode(), WEIGHTS_FILE: safetensors.torch.save(weights)})
 
 
 def load_stored(folder: Folder) -> Vae:
     """Load the autoencoder that the prepare stage has stored; UserError if there is none."""
-    facts = manifest.find(folder)
-    if facts is None:
+    manifest = Manifest.find(folder)
+    if manifest is None:
         raise UserError(f"{folder}: no VAE there: the prepare stage has not finished")
-    net: AutoencoderKL = _diffusers("AutoencoderKL").from_config(json.loads(manifest.read(folder, CONFIG, facts)))
-    net.load_state_dict(safetensors.torch.load(manifest.read(folder, WEIGHTS_FILE, facts)))
+    net: AutoencoderKL = _diffusers("AutoencoderKL").from_config(json.loads(manifest.read_file(folder, CONFIG)))
+    net.load_state_dict(safetensors.torch.load(manifest.read_file(folder, WEIGHTS_FILE)))
     return DiffusersVae(net.eval().requires_grad_(False))
 
 

@@ -1,14 +1,14 @@
 """The scaling between an autoencoder's latents and those that the backbone sees. Training applies it, decoding undoes it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Normalise
+from dis_scale.sweep.documents import LatentsManifest
 
 FLOAT16 = np.finfo(np.float16)
 """Format of stored latents: a channel that deviates by less than the rounding of its mean is constant."""
@@ -22,26 +22,20 @@ class Scaling:
     scale: float | Sequence[float]
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any], normalise: Normalise) -> "Scaling":
+    def of(cls, latents: LatentsManifest, normalise: Normalise) -> "Scaling":
         """Return the scaling of a set of latents from its manifest; by channel, samples of the posteriors get deviation 1.
 
-        UserError if a channel is constant, or if the manifest lacks the posteriors' variance.
+        UserError if a channel is constant.
         """
         if normalise == "vae":
-            return cls(facts["shift"], facts["scale"])
-        variances = facts.get("posterior_variance")
-        if variances is None and facts.get("posterior", True):
-            raise UserError(
-                "data.normalise: channels: latents of an earlier version, without the variance of their posteriors: "
-                "delete their folder and rerun, use another root, or set it to vae"
-            )
-        deviations = np.sqrt(np.square(facts["std"]) + (variances or 0.0))
-        constant = deviations <= FLOAT16.smallest_subnormal + FLOAT16.eps / 2 * np.abs(facts["mean"])
+            return cls(latents.encoding.shift, latents.encoding.scale)
+        deviations = np.sqrt(np.square(latents.std) + latents.posterior_variance)
+        constant = deviations <= FLOAT16.smallest_subnormal + FLOAT16.eps / 2 * np.abs(latents.mean)
         if constant.any():
             raise UserError(
                 f"data.normalise: channels {constant.nonzero()[0].tolist()} of the latents are constant: set it to vae"
             )
-        return cls(facts["mean"], (1 / deviations).tolist())
+        return cls(latents.mean, (1 / deviations).tolist())
 
     def is_close(self, other: "Scaling") -> bool:
         """Whether both scale alike, within what the statistics of the same images differ between kinds of devices."""

@@ -7,11 +7,9 @@ from pathlib import Path
 from dis_scale.models.cost import Cost, price_model
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Recipe
-from dis_scale.storage import manifest
 from dis_scale.sweep import Sampled, Sweep, state
-from dis_scale.tracking.goodput import TRAINED_ON, WORKER_HOURS
+from dis_scale.sweep.documents import ImportedFrom, PublishedManifest, RunCost
 from dis_scale.weights.export import save_pipeline
-from dis_scale.weights.importing import IMPORTED
 from dis_scale.weights.official import SiT, as_flow
 from dis_scale.weights.opening import OpenCheckpoint, open_for_sampling
 
@@ -29,7 +27,7 @@ def export_checkpoint(at: str, folder: Path, vae_path: str | None = None, heads:
     opened = open_for_sampling(at, vae_path, heads)
     if isinstance(opened.model, SiT):
         opened = replace(opened, model=as_flow(opened.model))
-    guidance = {"channels": opened.guidance_channels, "interval": opened.guidance_interval}
+    guidance = opened.sampling.model_dump(mode="json", include={"guidance_channels", "guidance_interval"})
     save_pipeline(folder, opened.model, opened.process, opened.decoder, guidance)
     (folder / CARD).write_text(model_card(opened))
     return opened
@@ -40,10 +38,8 @@ def model_card(opened: OpenCheckpoint) -> str:
     model, sweep, published = opened.model, opened.located.sweep, opened.located.published
     cost = price_model(model.settings, model.shape, model.num_classes)
     channels, size = model.shape
-    facts = (
-        manifest.find(sweep.run(published.model).published_at(published.images_seen)) if sweep and published else None
-    )
-    origin = (facts or {}).get(IMPORTED)
+    manifest = _manifest(sweep, published) if sweep and published else None
+    origin = manifest.imported if manifest else None
     name = f"{sweep.recipe.name}-{published.model}" if sweep and published else model.settings.kind
     parts = {
         "Model": f"{model.settings.kind}, {cost.parameters:,} parameters, {cost.tokens:,} tokens, {cost.gmacs_forward:.4g} Gflops "
@@ -52,7 +48,9 @@ def model_card(opened: OpenCheckpoint) -> str:
         "Use": _use(opened),
         "Data": _data(sweep.recipe, origin) if sweep else FILL_IN,
         "Metrics": _metrics(sweep, published) if sweep and published else FILL_IN,
-        "Price of training": _price(sweep, published, cost) if sweep and published and not origin else FILL_IN,
+        "Price of training": _price(sweep, published, cost, manifest.cost)
+        if sweep and published and manifest and not origin
+        else FILL_IN,
         "Licence": f"{FILL_IN} It depends on the images and on the autoencoder.",
     }
     head = (
@@ -61,19 +59,24 @@ def model_card(opened: OpenCheckpoint) -> str:
     return head + f"# {name}\n" + "".join(f"\n## {title}\n\n{text}\n" for title, text in parts.items())
 
 
+def _manifest(sweep: Sweep, published: Sampled) -> PublishedManifest | None:
+    return PublishedManifest.find(sweep.run(published.model).published_at(published.images_seen))
+
+
 def _use(opened: OpenCheckpoint) -> str:
-    labels = "class_labels=[0]" if opened.model.num_classes else "num_images=1"
+    labels, sampling = "class_labels=[0]" if opened.model.num_classes else "num_images=1", opened.sampling
     return (
         "It needs `pip install dis-scale`, whose code it runs.\n\n```python\nfrom diffusers import DiffusionPipeline\n\n"
         'pipeline = DiffusionPipeline.from_pretrained("FOLDER", custom_pipeline="FOLDER", trust_remote_code=True)\n'
-        f'pipeline({labels}, sampler="{opened.sampler}", num_inference_steps={opened.steps}, guidance_scale={opened.guidance:g})'
+        f'pipeline({labels}, sampler="{sampling.sampler}", num_inference_steps={sampling.steps}, '
+        f"guidance_scale={sampling.guidance:g})"
         ".images[0]\n```"
     )
 
 
-def _data(recipe: Recipe, origin: dict[str, str] | None) -> str:
+def _data(recipe: Recipe, origin: ImportedFrom | None) -> str:
     if origin:
-        return f"The weights are those of `{origin['name']}` (sha256 {origin['sha256']}). Their images: {FILL_IN}"
+        return f"The weights are those of `{origin.name}` (sha256 {origin.sha256}). Their images: {FILL_IN}"
     source = json.dumps(recipe.data.source.model_dump(mode="json", exclude_none=True))
     return f"Images of {recipe.data.resolution}x{recipe.data.resolution} pixels from `{source}`. Origin and consent: {FILL_IN}"
 
@@ -83,22 +86,16 @@ def _metrics(sweep: Sweep, published: Sampled) -> str:
     lines = []
     for variant, settings in sweep.recipe.evaluate.samplings.items():
         metrics = state.evaluated(sweep, published.model, variant).get(published.images_seen)
-        how = (
-            f"{settings.samples:,} samples, {settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}"
-        )
-        guided = settings.guidance != 1
-        how += f" on {settings.guidance_channels} channels" if guided and settings.guidance_channels else ""
-        how += f" between times {list(settings.guidance_interval)}" if guided and settings.guidance_interval else ""
-        lines += [f"| {name} | {value:.4g} | {how} |" for name, value in (metrics or {"values": {}})["values"].items()]
+        how = f"{settings.samples:,} samples, {settings}"
+        lines += [f"| {name} | {value:.4g} | {how} |" for name, value in (metrics.values if metrics else {}).items()]
     return (
         "\n".join(["| metric | value | sampling |", "|---|--:|---|", *lines]) if lines else f"Not evaluated. {FILL_IN}"
     )
 
 
-def _price(sweep: Sweep, published: Sampled, cost: Cost) -> str:
+def _price(sweep: Sweep, published: Sampled, cost: Cost, run: RunCost) -> str:
     flops_per_image = cost.training_flops(sweep.recipe.train_of(published.model).lane_images)
-    facts = manifest.require(sweep.run(published.model).published_at(published.images_seen))
     words = [f"{published.images_seen:,} images seen, {published.images_seen * flops_per_image / 1e18:.3g} EFLOP"]
-    if hours := facts.get(WORKER_HOURS):
-        words.append(f"{hours:,.4g} worker hours on {', '.join(facts.get(TRAINED_ON, ())) or 'unknown machines'}")
+    if hours := run.worker_hours:
+        words.append(f"{hours:,.4g} worker hours on {', '.join(run.trained_on) or 'unknown machines'}")
     return f"{'; '.join(words)}."

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dis_scale.process.errors import UserError
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, locate, open_folder
 from dis_scale.sweep import RECIPE, Sampled, Sweep, state
+from dis_scale.sweep.documents import PublishedManifest
 from dis_scale.weights.published import WEIGHTS_FILE, stored_file
 
 
@@ -36,8 +36,8 @@ class Located:
     @contextmanager
     def fetched(self) -> Iterator[Path]:
         """Give the file as a local path: itself, or a temporary copy; Damaged if it differs from the folder's manifest."""
-        contents = manifest.find(self.folder) or {"files": {}}
-        data = manifest.read(self.folder, self.name, contents) if self.name in contents["files"] else None
+        manifest = PublishedManifest.find(self.folder)
+        data = manifest.read_file(self.folder, self.name) if manifest and self.name in manifest.files else None
         if self.folder.local:
             yield self.folder.local / self.name
             return
@@ -50,9 +50,9 @@ class Located:
 def find_checkpoint(at: str) -> Located:
     """Return the checkpoint at a path or URL; UserError if there is none."""
     folder = open_folder(at)
-    if folder.local.is_dir() if folder.local else folder.exists(manifest.NAME):
-        contents = manifest.find(folder)
-        name = (stored_file(WEIGHTS_FILE, contents) if contents else None) or WEIGHTS_FILE
+    if folder.local.is_dir() if folder.local else PublishedManifest.exists(folder):
+        manifest = PublishedManifest.find(folder)
+        name = (stored_file(WEIGHTS_FILE, manifest) if manifest else None) or WEIGHTS_FILE
     else:
         folder, name = locate(folder.url)
     if not folder.exists(name):

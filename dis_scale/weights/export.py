@@ -7,7 +7,7 @@ Read next: official.py for the layouts of the public code.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 from dis_scale import diffusion
 from dis_scale.models import Backbone, build, check_finite
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import Flow, Gaussian, LatentShape, Model, Recipe
-from dis_scale.recipe.evaluate import Sampler
+from dis_scale.recipe import Flow, Gaussian, LatentShape, Model, Recipe, Sampling
+from dis_scale.sweep.documents import EncodedBy, LatentsManifest
 from dis_scale.vae import DiffusersVae, PixelVae, Vae
 from dis_scale.vae.scaling import Scaling
 from dis_scale.weights.official import SiT, from_official, from_official_dit, read_weights
@@ -70,13 +70,14 @@ class DisScalePipeline(DiffusionPipeline):
         output_type="pil",
     ):
         from dis_scale.diffusion.generate import generate
+        from dis_scale.recipe import Sampling
 
         process = process_of(self.backbone.config.diffusion)
         count = num_images if class_labels is None else len(class_labels)
+        given = {"sampler": sampler or sampler_for(process), "steps": num_inference_steps, "guidance": guidance_scale}
+        sampling = Sampling.model_validate(given | (self.backbone.config.guidance or {}), strict=False)
         images = generate(
-            self.backbone.net, process, class_labels, range(count), sampler=sampler or sampler_for(process),
-            steps=num_inference_steps, guidance=guidance_scale, seed=seed, device=self.backbone.device,
-            **(self.backbone.config.guidance or {}),
+            self.backbone.net, process, class_labels, range(count), sampling, seed=seed, device=self.backbone.device
         )
         if self.backbone.config.scaling is not None:
             images = scaling_of(self.backbone.config.scaling).undo(images)
@@ -87,37 +88,22 @@ class DisScalePipeline(DiffusionPipeline):
 
 
 @dataclass(frozen=True)
-class LatentsVae:
-    """The VAE of a set of latents, by its identity, and the settings that a TorchScript file does not tell."""
-
-    identity: str
-    posterior: bool
-    shift: float | Sequence[float]
-    scale: float | Sequence[float]
-
-
-@dataclass(frozen=True)
 class SamplingFacts:
     """The facts that sampling needs beside the weights; stored in a published file, so that it can leave its sweep."""
 
     diffusion: Gaussian | Flow
-    vae: LatentsVae
+    vae: EncodedBy
     scaling: Scaling | None
     """Scaling of the model's latents; None for the VAE's own."""
-    sampler: Sampler
-    steps: int
-    guidance: float = 1.0
-    guidance_channels: int | None = None
-    guidance_interval: tuple[float, float] | None = None
+    sampling: Sampling
 
     @classmethod
-    def of(cls, recipe: Recipe, latents: Mapping[str, Any]) -> "SamplingFacts":
+    def of(cls, recipe: Recipe, latents: LatentsManifest) -> "SamplingFacts":
         """Return the facts of a sweep's models from its recipe and the manifest of its latents."""
-        encoder = LatentsVae(latents["vae"], latents.get("posterior", True), latents["shift"], latents["scale"])
-        normalise, own = recipe.data.normalise, recipe.evaluate
+        encoder = EncodedBy(**latents.encoding.model_dump(include=set(EncodedBy.model_fields)))
+        normalise = recipe.data.normalise
         scaling = None if normalise == "vae" else Scaling.of(latents, normalise)
-        guidance = own.guidance, own.guidance_channels, own.guidance_interval
-        return cls(recipe.diffusion, encoder, scaling, own.sampler, own.steps, *guidance)
+        return cls(recipe.diffusion, encoder, scaling, recipe.evaluate.sampling)
 
 
 def describe(model: Backbone, facts: SamplingFacts | None = None) -> dict[str, Any]:
@@ -170,7 +156,7 @@ def load(path: str | Path) -> Backbone:
 
 
 def sampling_facts(path: str | Path) -> SamplingFacts | None:
-    """Return the sampling facts in a file that `load` reads; None for any other file, and for files of earlier versions."""
+    """Return the sampling facts in a file that `load` reads; None for any other file, and if it was saved without."""
     if Path(path).suffix != ".safetensors":
         return None
     with safetensors.safe_open(path, framework="pt") as file:
@@ -199,8 +185,8 @@ def save_pipeline(
 ) -> None:
     """Write a diffusers folder: model_index.json, the backbone, and the VAE unless the model works on pixels.
 
-    `guidance` has `channels` and `interval` of `generate`, which every call of the pipeline then uses. `vae` is the decoder of
-    the model's samples: `dis_scale.vae.for_samples` returns it. UserError if it is not one of diffusers.
+    `guidance` has `guidance_channels` and `guidance_interval` of `Sampling`, which every call of the pipeline then uses.
+    `vae` is the decoder of the model's samples: `dis_scale.vae.for_samples` returns it. UserError if it is not one of diffusers.
     """
     if not isinstance(vae, DiffusersVae | PixelVae | None):
         raise UserError("a TorchScript autoencoder is not a model of diffusers: export the backbone alone, by `save`")

@@ -14,16 +14,15 @@ from dis_scale.models import construct
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import FileStart, LatentShape
 from dis_scale.recipe.identity import identity_differences
-from dis_scale.storage import lease, manifest
+from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder
+from dis_scale.storage.manifest import Digest
 from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import RECIPE, Sweep, command_lease, state
+from dis_scale.sweep.documents import ImportedFrom, LatentsManifest, PublishedManifest
 from dis_scale.weights.export import SamplingFacts, describe
-from dis_scale.weights.published import WEIGHTS_FILE
+from dis_scale.weights.published import WEIGHTS_FILE, file_of
 from dis_scale.weights.warm_start import fit, from_file, latents_difference
-
-IMPORTED = "imported"
-"""Fact in the manifest of an imported checkpoint: the file's name and hash."""
 
 
 class Imported(NamedTuple):
@@ -57,13 +56,13 @@ def import_weights(sweep: Sweep, model: str, path: str, shape: LatentShape) -> I
             "trained on; an autoencoder that the sweep trains must be prepared before"
         )
     latents = state.find_latents(sweep.folder)
-    facts = SamplingFacts.of(sweep.recipe, manifest.require(latents)) if latents else None
+    facts = SamplingFacts.of(sweep.recipe, LatentsManifest.require(latents)) if latents else None
     data = safetensors.torch.save(fitted.weights, {"dis_scale": json.dumps(describe(empty, facts))})
     folder = sweep.run(model).published_at(train.images)
     with lease.hold(command_lease(sweep.folder)):
         if not sweep.folder.exists(RECIPE):
             sweep.save_recipe()
-        _publish(folder, data, train.images, {"name": path.rpartition("/")[2], "sha256": start.sha256})
+        _publish(folder, data, train.images, ImportedFrom(name=path.rpartition("/")[2], sha256=start.sha256))
     return Imported(folder, train.images, sum(each.numel() for each in fitted.weights.values()), source.notes)
 
 
@@ -83,11 +82,11 @@ def _require_possible(sweep: Sweep, model: str) -> None:
         raise UserError(f"import: {model} was trained in {sweep}: choose another model, or another name for the sweep")
 
 
-def _publish(folder: Folder, data: bytes, images_seen: int, origin: dict[str, str]) -> None:
-    known = manifest.find(folder)
-    if known and known.get(IMPORTED) != origin:
+def _publish(folder: Folder, data: bytes, images_seen: int, origin: ImportedFrom) -> None:
+    known = PublishedManifest.find(folder)
+    if known and known.imported != origin:
         raise UserError(f"import: {folder} already holds other weights: choose another model, or delete the folder")
     if known is None:
-        folder.write(WEIGHTS_FILE, data)
-        digests = {WEIGHTS_FILE: manifest.digest(data)}
-        manifest.seal_once(folder, digests, images=images_seen, attempt=0, **{IMPORTED: origin})
+        name = file_of(WEIGHTS_FILE, attempt=0)
+        folder.write(name, data)
+        PublishedManifest(files={name: Digest.of(data)}, images=images_seen, imported=origin).create(folder)

@@ -3,10 +3,10 @@
 Noise is a function of the seed and the sample's number, so the batch size does not change the pictures.
 """
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,10 +18,10 @@ from dis_scale.diffusion.process import check_labels
 from dis_scale.models import Backbone, verify_kernels
 from dis_scale.process import seeds
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import Flow, Gaussian, Recipe
-from dis_scale.storage import manifest
+from dis_scale.recipe import Flow, Gaussian, Recipe, Sampling
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sweep, state
+from dis_scale.sweep.documents import LatentsManifest
 from dis_scale.vae import PixelVae, Vae
 from dis_scale.weights.checkpoints import Located, find_checkpoint
 from dis_scale.weights.export import SamplingFacts, open_checkpoint, sampling_facts
@@ -35,29 +35,31 @@ class OpenCheckpoint:
     model: Backbone
     process: Gaussian | Flow
     decoder: Vae
-    sampler: str
-    steps: int
-    guidance: float
-    guidance_channels: int | None
-    guidance_interval: tuple[float, float] | None
+    sampling: Sampling
+    """How its sweep samples; otherwise as published."""
     notes: list[str]
     """Lines on what is assumed or differs."""
     recipe: Recipe | None
     """That of its sweep, None outside one."""
     located: Located
 
-    def scale(self, given: float | None) -> float:
-        """Return the guidance scale: the given one or its own. UserError if the model cannot be guided by it."""
-        scale = self.guidance if given is None else given
-        if self.recipe and (refusal := self.recipe.guidance_refusal(scale)):
+    def sampling_with(self, **changes: Any) -> Sampling:
+        """Return its sampling settings with other values for those that are not None.
+
+        UserError if the model cannot be guided by their scale.
+        """
+        sampling = self.sampling.model_copy(
+            update={name: value for name, value in changes.items() if value is not None}
+        )
+        if self.recipe and (refusal := self.recipe.guidance_refusal(sampling.guidance)):
             raise UserError(f"--guidance: {refusal}")
-        return scale
+        return sampling
 
 
 def open_for_sampling(at: str | Path, vae_path: str | None, heads: int | None = None) -> OpenCheckpoint:
     """Open the model at a path or URL. Outside a sweep, it needs `vae_path`, unless its latents are pixels.
 
-    The process and the scaling of latents come from the file. If it is of an earlier version, they come from its sweep, otherwise
+    The process and the scaling of latents come from the file. If it has none, they come from its sweep, otherwise
     they are assumed. UserError if the sweep's VAE did not encode the latents; for another one at `vae_path`, a note.
     """
     located = find_checkpoint(str(at))
@@ -90,25 +92,24 @@ def open_for_sampling(at: str | Path, vae_path: str | None, heads: int | None = 
         notes.append(
             f"assumed  {assumed}; latents by scale {decoder.scale} and shift {decoder.shift}: the file does not tell"
         )
-    own = sweep.recipe.evaluate if sweep else facts
-    published = "euler_maruyama" if process.kind == "flow" else "ddpm"
-    sampler, steps = (own.sampler, own.steps) if own else (published, 250)
-    guidance = (own.guidance, own.guidance_channels, own.guidance_interval) if own else (1.0, None, None)
-    return OpenCheckpoint(
-        model, process, decoder, sampler, steps, *guidance, notes, sweep.recipe if sweep else None, located
-    )
+    sampling = Sampling(sampler="euler_maruyama" if process.kind == "flow" else "ddpm", steps=250)
+    if sweep:
+        sampling = sweep.recipe.evaluate.sampling
+    elif facts:
+        sampling = facts.sampling
+    return OpenCheckpoint(model, process, decoder, sampling, notes, sweep.recipe if sweep else None, located)
 
 
 def _facts_of(sweep: Sweep) -> SamplingFacts | None:
     """Return the sampling facts of a sweep's models, None without latents."""
     latents = state.find_latents(sweep.folder)
-    return SamplingFacts.of(sweep.recipe, manifest.require(latents)) if latents else None
+    return SamplingFacts.of(sweep.recipe, LatentsManifest.require(latents)) if latents else None
 
 
 def _decoder(path: Folder, vae_path: str | None, sweep: Sweep | None, facts: SamplingFacts | None) -> Vae:
     """Load the VAE at `vae_path`, else the sweep's, else `PixelVae` if the latents are pixels; UserError otherwise."""
     if vae_path is not None:
-        return vae.from_path(vae_path, asdict(facts.vae) if facts else {})
+        return vae.from_path(vae_path, facts.vae if facts else None)
     if sweep is not None:
         return vae.load(sweep)
     if facts and facts.vae.identity == PixelVae().identity:
@@ -132,8 +133,8 @@ def _require_fit(model: Backbone, decoder: Vae, vae_path: str) -> None:
         )
 
 
-def labels_in_turn(opened: OpenCheckpoint, classes: list[int] | None, count: int) -> list[int] | None:
-    """Return labels for `count` samples: these classes in turn, by default all. None for a model without classes.
+def labels_in_turn(opened: OpenCheckpoint, classes: list[int] | None, count: int) -> list[int] | int:
+    """Return labels for `count` samples: these classes in turn, by default all; the count for a model without classes.
 
     UserError for invalid classes.
     """
@@ -141,7 +142,7 @@ def labels_in_turn(opened: OpenCheckpoint, classes: list[int] | None, count: int
     if known is None:
         if classes is not None:
             raise UserError("--classes: the model has no classes: omit it")
-        return None
+        return count
     if classes is None:
         return [i % known for i in range(count)]
     check_labels(torch.tensor(classes), known)
@@ -150,10 +151,10 @@ def labels_in_turn(opened: OpenCheckpoint, classes: list[int] | None, count: int
 
 def labels_of_all(
     opened: OpenCheckpoint, how: Literal["balanced", "uniform"], count: int, seed: int
-) -> list[int] | None:
+) -> list[int] | int:
     """Return labels for `count` samples: each class equally often, or independent of each other and equally likely.
 
-    None for a model without classes.
+    The count for a model without classes.
     """
     known = opened.model.num_classes
     if known is None or how == "balanced":
@@ -163,29 +164,25 @@ def labels_of_all(
 
 def sample_pictures(
     opened: OpenCheckpoint,
-    labels: list[int] | None,
-    count: int,
+    labels: Sequence[int] | int,
     *,
-    sampler: str,
-    steps: int,
-    guidance: float,
-    channels: int | None = None,
-    interval: tuple[float, float] | None = None,
-    seed: int,
-    batch: int,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    batch: int = 64,
     device: torch.device | str = "cpu",
 ) -> Iterator[np.ndarray]:
-    """Yield `count` uint8 images of these labels in parts (B, H, W, 3), `batch` at a time."""
+    """Yield uint8 images of these labels in parts (B, H, W, 3), `batch` at a time.
+
+    `labels` is the number of images of a model without classes. The default of `sampling` is the checkpoint's own.
+    """
+    sampling, count = sampling or opened.sampling, labels if isinstance(labels, int) else len(labels)
     process, model = diffusion.build(opened.process), opened.model.to(device)
-    images = forward_images(batch_sizes(count, batch), guidance, interval)
+    images = forward_images(batch_sizes(count, batch), sampling)
     verify_kernels(model, torch.device(device), images, training=False)
     opened.decoder.net.to(device)
     for first in range(0, count, batch):
         numbers = range(first, min(first + batch, count))
-        part = None if labels is None else labels[numbers.start : numbers.stop]
+        part = None if isinstance(labels, int) else labels[numbers.start : numbers.stop]
         with torch.no_grad():
-            latents = generate(
-                model, process, part, numbers, sampler=sampler, steps=steps, guidance=guidance, channels=channels,
-                interval=interval, seed=seed, device=device,
-            )  # fmt: skip
+            latents = generate(model, process, part, numbers, sampling, seed=seed, device=device)
         yield opened.decoder.decode(latents)

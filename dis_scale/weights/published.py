@@ -3,16 +3,14 @@
 training/resume.py writes them. Read next: ema.py for the averages, opening.py for sampling from them.
 """
 
-from typing import Any
-
 import safetensors.torch
 import torch
 
 from dis_scale.process.errors import StorageError
 from dis_scale.recipe import Train
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Run, state
+from dis_scale.sweep.documents import PublishedManifest
 from dis_scale.weights import ema
 from dis_scale.weights.ema import Snapshot
 
@@ -49,21 +47,21 @@ def load_average(run: Run, images_seen: int, train: Train, width: float) -> dict
 
 
 def _load(published: Folder, name: str) -> dict[str, torch.Tensor]:
-    contents = manifest.find(published)
-    if contents is None:
-        raise StorageError(f"{published}: not published (no {manifest.NAME})")
-    stored = stored_file(name, contents)
+    manifest = PublishedManifest.find(published)
+    if manifest is None:
+        raise StorageError(f"{published}: not published (no {PublishedManifest.NAME})")
+    stored = stored_file(name, manifest)
     if stored is None:
         raise StorageError(
             f"{published}: no average {name}: power-function averages are tracked if train.power_ema is set"
         )
-    return safetensors.torch.load(manifest.read(published, stored, contents))
+    return safetensors.torch.load(manifest.read_file(published, stored))
 
 
-def stored_file(name: str, contents: dict[str, Any]) -> str | None:
-    """Return the file of an average in a published folder with this manifest: that of its attempt, up to format 2 the only one."""
-    names = (file_of(name, contents.get("attempt", 0)), name)
-    return next((each for each in names if each in contents["files"]), None)
+def stored_file(name: str, manifest: PublishedManifest) -> str | None:
+    """Return the file of an average in a published folder with this manifest, None if it has none."""
+    file = file_of(name, manifest.attempt)
+    return file if file in manifest.files else None
 
 
 def file_of(name: str, attempt: int) -> str:

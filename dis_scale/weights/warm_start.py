@@ -8,7 +8,7 @@ import math
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,9 +19,9 @@ from dis_scale import vae
 from dis_scale.models import Backbone, DiS, check_finite, construct
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import DiffuSsm, Dis, Dit, FileStart, Flow, Gaussian, LatentShape, Recipe, SweepStart
-from dis_scale.storage import manifest
 from dis_scale.storage.programs import read_hashed
 from dis_scale.sweep import Sweep, state
+from dis_scale.sweep.documents import EncodedBy, LatentsManifest
 from dis_scale.vae import Vae
 from dis_scale.vae.scaling import Scaling
 from dis_scale.weights.export import SamplingFacts, open_checkpoint, sampling_facts
@@ -138,20 +138,22 @@ def latents_difference(theirs: SamplingFacts, sweep: Sweep) -> str:
     their_vae = f"latents of autoencoder {theirs.vae.identity[:12]}"
     if latents is None and state.vae_missing(sweep):
         return f"{their_vae}, this sweep's is still to be trained"
-    facts = manifest.require(latents) if latents else _planned_latents(vae.load(sweep))
-    if facts["vae"] != theirs.vae.identity:
-        return f"{their_vae}, this sweep's is {facts['vae'][:12]}"
+    manifest = LatentsManifest.require(latents) if latents else None
+    ours = manifest.encoding if manifest else _encoder(vae.load(sweep))
+    if ours.identity != theirs.vae.identity:
+        return f"{their_vae}, this sweep's is {ours.identity[:12]}"
     if (theirs.scaling is None) != (normalise == "vae"):
         return f"latents that were scaled otherwise than by data.normalise {normalise}"
     scaling = theirs.scaling or Scaling(theirs.vae.shift, theirs.vae.scale)
-    if (latents or normalise == "vae") and not scaling.is_close(ours := Scaling.of(facts, normalise)):
-        return f"latents with shift {scaling.shift} and scale {scaling.scale}, this sweep's have {ours.shift} and {ours.scale}"
+    own = Scaling(ours.shift, ours.scale) if manifest is None else Scaling.of(manifest, normalise)
+    if (manifest or normalise == "vae") and not scaling.is_close(own):
+        return f"latents with shift {scaling.shift} and scale {scaling.scale}, this sweep's have {own.shift} and {own.scale}"
     return ""
 
 
-def _planned_latents(decoder: Vae) -> dict[str, Any]:
-    """Return what the manifest of latents will have of their autoencoder."""
-    return {"vae": decoder.identity, "shift": decoder.shift, "scale": decoder.scale}
+def _encoder(decoder: Vae) -> EncodedBy:
+    """Return the encoder that the latents will have."""
+    return EncodedBy(identity=decoder.identity, posterior=decoder.posterior, shift=decoder.shift, scale=decoder.scale)
 
 
 def _from_sweep(start: SweepStart, recipe: Recipe, where: str) -> StartWeights:

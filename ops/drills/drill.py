@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from dis_scale.recipe import reading
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Run, Sweep, state
+from dis_scale.sweep.documents import PublishedManifest
 from dis_scale.tracking import attempt_logs
 from dis_scale.weights.published import WEIGHTS_FILE, stored_file
 from ops.drills import object_store
@@ -188,10 +188,10 @@ def published_hashes(run: Run) -> dict[str, str]:
     """Return the hash of the published weights by image count."""
     hashes = {}
     for images in state.published_counts(run):
-        contents = manifest.require(run.published_at(images))
+        contents = PublishedManifest.require(run.published_at(images))
         weights = stored_file(WEIGHTS_FILE, contents)
         assert weights is not None
-        hashes[str(images)] = contents["files"][weights]["sha256"]
+        hashes[str(images)] = contents.files[weights].sha256
     return hashes
 
 

@@ -19,12 +19,12 @@ from dis_scale.cli import running, shared
 from dis_scale.cli.help import EXAMPLES, EXIT_CODES
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.recipe import Recipe, reading
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
 from pipelines import jobs
 from pipelines import sweep as pipeline
 from tests.conftest import TINY
+from tests.support.documents import put_latents
 
 
 def invoke(*arguments: str) -> tuple[int, str]:
@@ -265,7 +265,7 @@ def test_commands_on_a_stored_sweep_ask_no_hub(elsewhere: Sweep, words: list[str
     uri = ["--uri", f"sqlite:///{tmp_path}/mlflow.db"] if words[0] == "mlflow" else []
     code, output = invoke(*filled, elsewhere.folder.url, *uri)
     assert (code, "nothing to report yet: its latents are not complete" in output) == (2, True), output
-    manifest.seal(elsewhere.store / "latents/made", {}, vae="identity", latent=[4, 8], count=1, shards=[])
+    put_latents(elsewhere.store / "latents/made", "identity")
     state.use_latents(elsewhere, elsewhere.store / "latents/made", "identity")
     _, output = invoke(*filled, elsewhere.folder.url, *uri)
     assert "nobody" not in output

@@ -11,7 +11,7 @@ import pytest
 
 from dis_scale.data.cache import Cache, default_folder, share_read
 from dis_scale.process.errors import StorageError
-from dis_scale.storage import manifest
+from dis_scale.storage.manifest import Digest
 
 SHARDS = [bytes([i]) * 1000 for i in range(8)]
 
@@ -27,7 +27,7 @@ class Storage:
             self.fetched.append(i)
             return SHARDS[i]
 
-        return cache.get(manifest.digest(SHARDS[i]), fetch)
+        return cache.get(Digest.of(SHARDS[i]), fetch)
 
 
 def files(at: Path) -> set[str]:
@@ -35,7 +35,7 @@ def files(at: Path) -> set[str]:
 
 
 def name(i: int) -> str:
-    return str(manifest.digest(SHARDS[i])["sha256"])
+    return Digest.of(SHARDS[i]).sha256
 
 
 def test_one_of_many_readers_fetches_a_shard(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_errors_of_storage_pass_through(tmp_path: Path) -> None:
         raise StorageError("there: damaged")
 
     with pytest.raises(StorageError, match="there: damaged"):
-        Cache(tmp_path, 10_000, pytest.fail).get(manifest.digest(b"x"), fetch)
+        Cache(tmp_path, 10_000, pytest.fail).get(Digest.of(b"x"), fetch)
     assert files(tmp_path) == set()
 
 
@@ -117,9 +117,9 @@ def test_other_files_are_neither_counted_nor_touched(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     data = b"y" * 500
     cache = Cache(tmp_path, 600, print)
-    assert cache.get(manifest.digest(data), lambda: data) == data
+    assert cache.get(Digest.of(data), lambda: data) == data
     assert (tmp_path / "thesis.txt").stat().st_size == 900
-    assert cache.get(manifest.digest(data), lambda: b"fetched again") == data
+    assert cache.get(Digest.of(data), lambda: b"fetched again") == data
 
 
 @pytest.mark.parametrize("cached", [0.0, 0.25, 0.5, 0.9, 1.0, 2.0])

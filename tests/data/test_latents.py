@@ -12,9 +12,10 @@ from dis_scale.data import shards
 from dis_scale.data.latents import Latents, micro_batch, prefetch
 from dis_scale.process.errors import StorageError, UserError
 from dis_scale.recipe import LatentShape, Recipe
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
+from dis_scale.sweep.documents import LatentsManifest, ShardSidecar
+from tests.support.documents import made_from
 from tests.support.small_latents import CLASSES, make, read, samples
 
 
@@ -89,19 +90,19 @@ def test_no_flipped_bit_of_a_sidecar_passes(tmp_path_factory: pytest.TempPathFac
     """Most of its bytes are digits of sums, with which it would still be JSON."""
     folder = open_folder(tmp_path_factory.mktemp("set"))
     shards.put_shard(folder, 0, samples(0, 3), [])
-    intact, data = manifest.read_sidecar(folder, "000000.json"), bytearray(folder.read("000000.json"))
+    intact, data = ShardSidecar.read_signed(folder, "000000.json"), bytearray(folder.read("000000.json"))
     data[at % len(data)] ^= 1 << bit
     folder.write("000000.json", bytes(data))
     if shards.finished(folder, range(1)):
-        assert {key: manifest.read_sidecar(folder, "000000.json")[key] for key in intact} == intact
+        assert ShardSidecar.read_signed(folder, "000000.json") == intact
 
 
 def test_statistics_merge_to_those_of_all_samples(tmp_path: Path) -> None:
     make(open_folder(tmp_path), [4, 7, 2])
-    facts = manifest.require(open_folder(tmp_path))
+    made = LatentsManifest.require(open_folder(tmp_path))
     everything = np.stack([s.moments[0, :2] for first, n in [(0, 4), (4, 7), (11, 2)] for s in samples(first, n)])
-    np.testing.assert_allclose(facts["mean"], everything.astype(np.float64).mean((0, 2, 3)), rtol=1e-12)
-    np.testing.assert_allclose(facts["std"], everything.astype(np.float64).std((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(made.mean, everything.astype(np.float64).mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(made.std, everything.astype(np.float64).std((0, 2, 3)), rtol=1e-12)
 
 
 def test_posterior_samples_are_normalised_by_channel(tmp_path: Path) -> None:
@@ -112,21 +113,6 @@ def test_posterior_samples_are_normalised_by_channel(tmp_path: Path) -> None:
     # One standard error of the deviation of 234,000 values is 0.0015; normalised by that of the means it is 1.6.
     assert x_BCHW.mean((0, 2, 3)).tolist() == pytest.approx([0, 0], abs=0.01)
     assert x_BCHW.std((0, 2, 3)).tolist() == pytest.approx([1, 1], abs=0.01)
-
-
-def test_sets_without_the_posteriors_variance_are_normalised_by_the_vae_only(tmp_path: Path) -> None:
-    """A sidecar of an earlier version lacks it: the set is complete, and refused for `channels`."""
-    at = make(open_folder(tmp_path), [4, 7, 2])
-    sidecar = at.read_json("000001.json")
-    del sidecar["sums"]["variance"], sidecar["facts_sha256"]
-    at.write_json("000001.json", sidecar)
-    before = manifest.require(at)
-    keys = ("vae", "scale", "shift", "latent", "num_classes")
-    facts = shards.write_manifest(at, range(3), {key: before[key] for key in keys})
-    assert (facts["std"], facts["posterior_variance"]) == (before["std"], None)
-    Latents(at, 0)
-    with pytest.raises(UserError, match=r"without the variance of their posteriors: delete their folder and rerun"):
-        Latents(at, 0, normalise="channels")
 
 
 def test_a_lane_does_not_depend_on_the_reader(tmp_path: Path) -> None:
@@ -144,7 +130,7 @@ def test_latents_are_posterior_samples_shifted_and_scaled(tmp_path: Path) -> Non
     """Over many posterior samples of one image: mean (mean - shift) scale, deviation std scale."""
     one = samples(0, 1)[0]
     shards.put_shard(open_folder(tmp_path), 0, [one], [])
-    facts = {"vae": "v", "scale": 0.5, "shift": 0.25, "latent": [2, 3], "num_classes": CLASSES}
+    facts = made_from("v", (2, 3), scale=0.5, shift=0.25, num_classes=CLASSES)
     shards.write_manifest(open_folder(tmp_path), range(1), facts)
     batch = micro_batch(
         Latents(open_folder(tmp_path), 0), 0, 0, batch=4000, lanes=1, seed=0, flip=False, label_dropout=0.25
@@ -174,18 +160,6 @@ def test_latents_of_another_vae_are_refused(tmp_path: Path, tiny: Recipe) -> Non
     state.use_latents(sweep, at, "w" * 64)
     with pytest.raises(UserError, match="latents of another VAE: theirs is vvvvvvvvvvvv, this one is wwwwwwwwwwww"):
         state.find_latents(sweep.folder)
-
-
-def test_latents_in_the_sources_order_are_refused(tmp_path: Path, tiny: Recipe) -> None:
-    sweep = Sweep.below(open_folder(tmp_path), tiny)
-    at = make(open_folder(tmp_path) / "latents/abc", [4])
-    state.use_latents(sweep, at, "v" * 64)
-    facts = at.read_json(manifest.NAME)
-    del facts["mixing"]
-    at.write_json(manifest.NAME, facts | {"format": 2})
-    assert state.require_latents(sweep.folder) == at, "reports and stored evaluations need no batches"
-    with pytest.raises(UserError, match=r"made by an earlier version, in the source's order: .*--set name="):
-        Latents(at, 0)
 
 
 def test_prefetch_keeps_order_and_raises_errors() -> None:

@@ -47,7 +47,7 @@ def test_names_of_any_bytes_are_kept() -> None:
 
 def test_the_hash_is_of_content_and_order() -> None:
     def sha(items: list[Entry]) -> str:
-        return str(listing.in_memory(Contents(items), lambda _: None, "here").facts["sha256"])
+        return str(listing.in_memory(Contents(items), lambda _: None, "here").manifest.sha256)
 
     one, two = list(entries(2))
     assert sha([one, two]) == sha([one, two])
@@ -101,7 +101,7 @@ def test_a_declared_source_is_listed_once_for_each_version(store_url: str, tmp_p
     first = open_source(data(source), store)
     images.write("dog/7.png", png(7))
     again = open_source(data(source), store)
-    assert (len(first), len(again), again.listing.facts["sha256"]) == (7, 7, first.listing.facts["sha256"])
+    assert (len(first), len(again), again.listing.manifest.sha256) == (7, 7, first.listing.manifest.sha256)
     assert len(open_source(data(source | {"version": "2"}), store)) == 8
     assert len(store.list("listings")) == 2
 

@@ -8,12 +8,12 @@ from PIL import Image
 
 from dis_scale import vae
 from dis_scale.data import shards
-from dis_scale.data.encode import HARDWARE, Setup, compute_exactly, encoding_of, put_shards
+from dis_scale.data.encode import Setup, compute_exactly, encoding_of, put_shards
 from dis_scale.data.sources import open_source
 from dis_scale.recipe import TrainedVae, reading
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep, state
+from dis_scale.sweep.documents import Hardware, LatentsManifest
 from pipelines import precompute
 from pipelines.sharing import Dealer
 from tests.cli.test_cli import invoke
@@ -105,19 +105,10 @@ def test_a_shard_with_other_bytes_is_not_written(tmp_path: Path, monkeypatch: py
     assert "now 9.9: a rebuilt shard would have other bytes" in output
 
 
-def test_a_set_of_an_earlier_version_is_not_repaired_and_no_hardware_is_blamed(tmp_path: Path) -> None:
-    sweep, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images")
-    earlier = {key: value for key, value in manifest.require(latents).items() if key not in ("mixing", "order")}
-    latents.write_json(manifest.NAME, earlier | {"format": 2})
-    latents.write("000000.tar", b"damaged")
-    code, output = run("repair", sweep.folder.url)
-    assert code == 2
-    assert f"{latents}: made by an earlier version, in the source's order, and this version cannot rebuild" in output
-
-
 def test_a_set_in_another_mixed_order_is_not_repaired(tmp_path: Path) -> None:
     sweep, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images")
-    latents.write_json(manifest.NAME, manifest.require(latents) | {"order": "other"})
+    made = LatentsManifest.require(latents)
+    made.changed(made_from=made.made_from.model_copy(update={"order": "other"})).write(latents)
     latents.write("000000.tar", b"damaged")
     code, output = run("repair", sweep.folder.url)
     assert (code, "encoded with order other, now" in output) == (2, True)
@@ -125,7 +116,7 @@ def test_a_set_in_another_mixed_order_is_not_repaired(tmp_path: Path) -> None:
 
 def test_a_set_of_other_hardware_is_not_repaired(tmp_path: Path) -> None:
     sweep, latents = photos(open_folder(tmp_path) / "store", tmp_path / "images")
-    latents.write_json(HARDWARE, "CPU with VSX")
+    Hardware(hardware="CPU with VSX").write(latents)
     latents.write("000000.tar", b"damaged")
     code, output = run("repair", sweep.folder.url)
     assert (code, "encoded on 'CPU with VSX', this is 'CPU with " in output) == (2, True)

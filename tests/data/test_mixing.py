@@ -20,10 +20,10 @@ from dis_scale.data.sources import open_source
 from dis_scale.data.staging import STAGED, MixedOrder
 from dis_scale.process.errors import StorageAway, UserError
 from dis_scale.recipe import LatentShape, Precompute, Recipe, TorchScriptVae, reading
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import Sweep
+from dis_scale.sweep.documents import LatentsManifest, ShardSidecar, StagedSidecar
 from pipelines import precompute
 from pipelines.precompute import Encoder
 from pipelines.sharing import Dealer
@@ -76,7 +76,7 @@ def make(sweep: Sweep, mix: Callable[[list[int]], None] | None = None) -> Folder
     """Make the sweep's latents in this process; return their folder."""
     source, encoder = open_source(sweep.recipe.data, sweep.store), Encoder(sweep, "cpu")
     encoding = encoder.encoding()
-    latents = shards.latents_folder(sweep, encoding.vae)
+    latents = shards.latents_folder(sweep, encoding.identity)
     precompute.make_latents(
         sweep.recipe, latents, source, encoding,
         lambda left: encoder.encode(latents, encoding, Dealer(left).next),
@@ -109,7 +109,7 @@ def test_batches_hold_labels_like_independent_draws(source: Callable[[Folder], A
     )
     excess /= np.sqrt(32 * shares)
     assert abs((excess[1:] * excess[:-1]).mean()) < 4 / np.sqrt(excess[1:].size)
-    assert all(share > 0.95 for share in manifest.require(latents)["mixing"].values())
+    assert all(share > 0.95 for share in LatentsManifest.require(latents).mixing.values())
     assert not (latents / STAGED).list()
 
 
@@ -169,14 +169,14 @@ def test_each_shard_holds_its_places_of_the_mixed_order(small: Sweep) -> None:
     source, encoder = open_source(small.recipe.data), vae.load(small)
     for number in range(10):
         data = latents.read(f"{number:06d}.tar")
-        shard, sidecar = shards.unpack(data, ""), latents.read_json(f"{number:06d}.json")
+        shard, sidecar = shards.unpack(data, ""), ShardSidecar.read(latents, f"{number:06d}.json")
         entries = [n for n in order[4 * number : 4 * number + 4] if n != 13]
         assert shard.labels.tolist() == [n // 4 for n in entries]
-        assert sidecar["refused"] == ([] if len(entries) == 4 else ["3.tar/1.png"])
+        assert sidecar.refused == (() if len(entries) == 4 else ("3.tar/1.png",))
         pixels = np.stack([source.pixels(n, 8) for n in entries])
         np.testing.assert_array_equal(shard.moments[:, 0], encoder.encode(pixels).half().numpy())
         assert all(f"{n:012d}.moments.npy".encode() in data for n in entries)
-    assert manifest.require(latents)["refused"] == ["3.tar/1.png"]
+    assert LatentsManifest.require(latents).refused == ("3.tar/1.png",)
 
 
 def test_a_lost_part_and_a_damaged_one_are_made_again(small: Sweep, tmp_path: Path) -> None:
@@ -229,8 +229,8 @@ def test_a_set_begun_in_another_mixed_order_is_not_continued(
         ):
             make(sweep)
         latents.delete()
-        made = manifest.require(make(sweep))
-        assert made["order"] == mixing.order_hash(permutation(made["images"]))
+        made = LatentsManifest.require(make(sweep))
+        assert made.made_from.order == mixing.order_hash(permutation(made.made_from.images))
 
 
 def test_all_damaged_parts_are_found_at_once(small: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,13 +240,13 @@ def test_all_damaged_parts_are_found_at_once(small: Sweep, monkeypatch: pytest.M
     Encoder(small, "cpu").encode(latents, encoding, Dealer(list(range(10))).next)
     mixer, staged = MixedOrder.of(source, small.recipe.precompute, encoding), latents / STAGED
     for name in staged.list():
-        if name.endswith(staging.PART):
+        if name.endswith(StagedSidecar.ENDING):
             staged.write(name, bytes(len(staged.read(name))))
-    read = {n for n in range(10) if staged.read_json(f"{n:06d}.json")["runs"][0]["bytes"]}
+    read = {n for n in range(10) if StagedSidecar.read(staged, f"{n:06d}.json").runs[0].size_bytes}
     with pytest.raises(StorageAway, match=rf"staged: {len(read)} of 10 parts are damaged, the first is 00000\d.bin"):
         list(staging.mixed_shards(latents, source, mixer, 0))
     assert len(read) > small.recipe.train.restarts
-    assert shards.finished(staged, range(10), staging.PART) == set(range(10)) - read
+    assert shards.finished(staged, range(10), StagedSidecar) == set(range(10)) - read
 
 
 def test_a_part_with_a_damaged_sidecar_is_made_again(small: Sweep) -> None:
@@ -254,24 +254,24 @@ def test_a_part_with_a_damaged_sidecar_is_made_again(small: Sweep) -> None:
     latents, source, encoding = _parts(small)
     Encoder(small, "cpu").encode(latents, encoding, Dealer(list(range(10))).next)
     staged = latents / STAGED
-    staged.write_json("000003.json", staged.read_json("000003.json") | {"refused": [staging.READS_AT_ONCE]})
+    StagedSidecar.read(staged, "000003.json").changed(refused=(staging.READS_AT_ONCE,)).write(staged, "000003.json")
     mixer = MixedOrder.of(source, small.recipe.precompute, encoding)
     with pytest.raises(StorageAway, match=r"1 of 10 parts are damaged, the first is 000003.bin"):
         list(staging.mixed_shards(latents, source, mixer, 0))
-    assert shards.finished(staged, range(10), staging.PART) == set(range(10)) - {3}
+    assert shards.finished(staged, range(10), StagedSidecar) == set(range(10)) - {3}
 
 
 def _parts(sweep: Sweep) -> tuple[Folder, Any, Any]:
     encoding = Encoder(sweep, "cpu").encoding()
-    return shards.latents_folder(sweep, encoding.vae), open_source(sweep.recipe.data, sweep.store), encoding
+    return shards.latents_folder(sweep, encoding.identity), open_source(sweep.recipe.data, sweep.store), encoding
 
 
 def test_a_mixed_shard_is_repaired_to_the_same_bytes(small: Sweep) -> None:
     latents = make(small)
     setup = Setup(open_source(small.recipe.data, small.store), vae.load(small), small.recipe)
-    for shard in encode_mixed(setup, range(10), manifest.require(latents)["refused"]):
+    for shard in encode_mixed(setup, range(10), set(LatentsManifest.require(latents).refused)):
         assert shards.pack(shard.samples) == latents.read(f"{shard.number:06d}.tar")
-        assert shard.refused == latents.read_json(f"{shard.number:06d}.json")["refused"]
+        assert shard.refused == list(ShardSidecar.read(latents, f"{shard.number:06d}.json").refused)
 
 
 class Negative(torch.nn.Module):
@@ -293,7 +293,7 @@ def test_latents_without_variance_are_mixed_and_repaired(small: Sweep, tmp_path:
     other = replace(small, recipe=small.recipe.model_copy(update={"vae": settings}))
     pixels, latents = make(small), make(other)
     setup = Setup(open_source(other.recipe.data, other.store), vae.load(other), other.recipe)
-    for shard in encode_mixed(setup, range(10), manifest.require(latents)["refused"]):
+    for shard in encode_mixed(setup, range(10), set(LatentsManifest.require(latents).refused)):
         name = f"{shard.number:06d}.tar"
         assert shards.pack(shard.samples) == latents.read(name)
         stored, expected = shards.unpack(latents.read(name), ""), shards.unpack(pixels.read(name), "")

@@ -18,8 +18,8 @@ from dis_scale.data.order import BLOCK_SHARDS
 from dis_scale.data.shards import Shard
 from dis_scale.process.errors import StorageError, UserError
 from dis_scale.recipe import Reader, Recipe
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
+from dis_scale.sweep.documents import LatentsManifest
 from ops.drills import object_store
 from tests.support.faulty_gateway import Gateway
 from tests.support.flaky_store import FlakyFileSystem, busy, bytes_read, reads
@@ -262,7 +262,7 @@ def test_a_restarted_server_is_waited_for(
 
 def test_a_set_deleted_during_a_run_is_named(at: Path) -> None:
     latents = Latents(open_folder(at), 0)
-    assert manifest.find(open_folder(at)) is not None
+    assert LatentsManifest.exists(open_folder(at))
     shutil.rmtree(at)
     with pytest.raises(StorageError, match="missing, though its manifest names it"):
         read(latents, 0, 1)

@@ -8,7 +8,7 @@ from dis_scale.diffusion.generate import SampleNoise, batch_sizes, generate
 from dis_scale.diffusion.guidance import OFFICIAL_CHANNELS, forward_images, guided
 from dis_scale.diffusion.samplers import sample
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import Flow, Gaussian, LatentShape
+from dis_scale.recipe import Flow, Gaussian, LatentShape, Sampling
 from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
 
 PROCESSES = {"gaussian": build(Gaussian(kind="gaussian")), "flow": build(Flow(kind="flow"))}
@@ -35,10 +35,15 @@ def test_noise_is_the_same_bit_for_bit_at_any_split():
     assert not torch.equal(whole(7, (5, *shape)), whole(8, (5, *shape)))
 
 
+def sampling(sampler="euler", steps=1, **guidance):
+    """Sampling settings as a program may make them: not checked."""
+    return Sampling.model_construct(sampler=sampler, steps=steps, **guidance)
+
+
 @pytest.mark.parametrize(("kind", "name"), SAMPLERS)
 def test_samples_do_not_depend_on_the_split(kind, name):
     draw = lambda labels, numbers: generate(  # noqa: E731
-        Toy(), PROCESSES[kind], labels, numbers, sampler=name, steps=4, guidance=1.5, seed=3
+        Toy(), PROCESSES[kind], labels, numbers, sampling(name, steps=4, guidance=1.5), seed=3
     )
     whole = draw([1, 7, 2, 10], [0, 1, 2, 3])
     assert torch.equal(whole, torch.cat([draw([1], [0]), draw([7, 2, 10], [1, 2, 3])]))
@@ -47,7 +52,7 @@ def test_samples_do_not_depend_on_the_split(kind, name):
 
 def test_progress_is_reported():
     reported = []
-    generate(Toy(), PROCESSES["flow"], [1], [0], sampler="euler", steps=3, progress=lambda *at: reported.append(at))
+    generate(Toy(), PROCESSES["flow"], [1], [0], sampling("euler", steps=3), progress=lambda *at: reported.append(at))
     assert reported == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -55,20 +60,22 @@ def test_guidance_covers_all_noise_channels_or_the_official_three():
     model, y = Toy(), torch.tensor([1, 2])
     x, t = torch.randn(2, 4, 3, 3), torch.full((2,), 500.0)
     with_labels, without = model(x, t, y), model(x, t, torch.tensor([10, 10]))
-    out = guided(model, y, 3.0)(x, t)
+    out = guided(model, y, sampling(guidance=3.0))(x, t)
     assert torch.allclose(out[:, :4], without[:, :4] + 3 * (with_labels - without)[:, :4], atol=1e-6)
     assert torch.equal(out[:, 4:], with_labels[:, 4:])
-    three = guided(model, y, 3.0, channels=OFFICIAL_CHANNELS)(x, t)
+    three = guided(model, y, sampling(guidance=3.0, guidance_channels=OFFICIAL_CHANNELS))(x, t)
     assert torch.equal(three[:, :3], out[:, :3])
     assert torch.equal(three[:, 3:], with_labels[:, 3:])
-    assert torch.equal(guided(model, y, 3.0, channels=8)(x, t), out), "the variance is never guided"
-    assert torch.equal(guided(model, y, 3.0, interval=(0, 400))(x, t), with_labels)
-    assert torch.equal(guided(model, y, 3.0, interval=(400, 600))(x, t), out)
+    assert torch.equal(guided(model, y, sampling(guidance=3.0, guidance_channels=8))(x, t), out), (
+        "the variance is never guided"
+    )
+    assert torch.equal(guided(model, y, sampling(guidance=3.0, guidance_interval=(0.0, 400.0)))(x, t), with_labels)
+    assert torch.equal(guided(model, y, sampling(guidance=3.0, guidance_interval=(400.0, 600.0)))(x, t), out)
 
 
 def test_guidance_of_one_costs_one_pass():
     model = Toy()
-    guided(model, torch.tensor([1, 2]), 1.0)(torch.randn(2, 4, 3, 3), torch.zeros(2))
+    guided(model, torch.tensor([1, 2]), sampling())(torch.randn(2, 4, 3, 3), torch.zeros(2))
     assert model.calls == 2
 
 
@@ -82,10 +89,10 @@ def test_the_images_of_each_call_are_known_before(scale, interval):
             calls.append(len(x))
             return super().__call__(x, t, y)
 
-    options = {"sampler": "euler", "steps": 5, "guidance": scale, "interval": interval}
+    settings = sampling("euler", steps=5, guidance=scale, guidance_interval=interval)
     for numbers in (range(3), range(3, 6), range(6, 7)):
-        generate(Counting(), PROCESSES["flow"], [1] * len(numbers), numbers, **options)
-    assert set(calls) == forward_images(batch_sizes(7, 3), scale, interval)
+        generate(Counting(), PROCESSES["flow"], [1] * len(numbers), numbers, settings)
+    assert set(calls) == forward_images(batch_sizes(7, 3), settings)
 
 
 @pytest.mark.parametrize("total", [0, 2, 5, 6, 12])
@@ -103,9 +110,9 @@ def test_bad_input_is_one_clear_line_before_any_work():
         ({"sampler": "ddpm", "labels": [11]}, r"label 11 is out of range: expected 0 to 9"),
         ({"sampler": "ddpm", "labels": None}, "labels and model do not fit"),
     ]:
-        arguments = {"labels": [1], "numbers": [0], "steps": 2} | kwargs
+        settings = sampling(kwargs.pop("sampler"), steps=kwargs.pop("steps", 2))
         with pytest.raises(UserError, match=message):
-            generate(model, PROCESSES["gaussian"], **arguments)
+            generate(model, PROCESSES["gaussian"], **({"labels": [1], "numbers": [0]} | kwargs), sampling=settings)
     with pytest.raises(UserError, match="sampler ddpm is stochastic: give it a noise source"):
         sample(model, PROCESSES["gaussian"], "ddpm", 2, torch.randn(1, 4, 3, 3))
     assert model.calls == 0
@@ -121,7 +128,7 @@ class Unconditional(Toy):
 
 def test_an_unconditional_model_is_sampled_without_labels_and_not_guided():
     def draw(**more):
-        return generate(Unconditional(), PROCESSES["flow"], None, [0, 1], sampler="euler", steps=2, **more)
+        return generate(Unconditional(), PROCESSES["flow"], None, [0, 1], sampling("euler", steps=2, **more))
 
     assert draw().shape == (2, 4, 3, 3)
     with pytest.raises(UserError, match=r"guidance 1.5: an unconditional model cannot be guided, expected 1"):
@@ -130,9 +137,9 @@ def test_an_unconditional_model_is_sampled_without_labels_and_not_guided():
 
 def test_only_the_first_channels_are_guided_if_asked():
     def draw(**more):
-        return generate(Toy(), PROCESSES["flow"], [1, 7], [0, 1], sampler="euler", steps=3, **more)
+        return generate(Toy(), PROCESSES["flow"], [1, 7], [0, 1], sampling("euler", steps=3, **more))
 
-    all_channels, three, none = draw(guidance=3.0), draw(guidance=3.0, channels=3), draw()
+    all_channels, three, none = draw(guidance=3.0), draw(guidance=3.0, guidance_channels=3), draw()
     assert torch.equal(three[:, :3], all_channels[:, :3])
     assert torch.equal(three[:, 3:], none[:, 3:])
     assert not torch.equal(all_channels[:, 3:], none[:, 3:])

@@ -26,6 +26,7 @@ from dis_scale import vae
 from dis_scale.recipe import TrainedVae
 from dis_scale.storage.folder import open_folder
 from dis_scale.storage.programs import hash_of
+from dis_scale.sweep.documents import LatentsManifest, LatentsPointer, Metrics, TrackingIds
 from ops.drills.object_store import ObjectStore
 from pipelines.cluster import free_ports
 from tests.conftest import TINY
@@ -124,13 +125,12 @@ def test_the_files_command_runs_on_the_files_nodes(
     assert "device   cuda" in said
     (root,) = re.findall(r"storage\.root=(\S+)", entry)
     sweep = open_folder(root) / "sweeps" / RECIPE
-    assert sweep.read_json("latents.json")
-    metrics = sweep.read_json("evaluation/dit/000000000320/metrics.json")
-    assert metrics["values"]["fd_means_80"] > 0
+    assert LatentsPointer.exists(sweep)
+    assert Metrics.read(sweep / "evaluation/dit/000000000320").values["fd_means_80"] > 0
     latents = open_folder(root) / "latents"
-    assert (latents / latents.list()[0]).read_json("manifest.json")["device"] == "cuda"
+    assert LatentsManifest.read(latents / latents.list()[0]).encoding.device == "cuda"
     if "tracking.uri" in entry:
-        assert sweep.read_json("tracking.json")["uri"] == mlflow
+        assert TrackingIds.read(sweep).uri == mlflow
 
 
 def _path() -> dict[str, str]:

@@ -19,9 +19,9 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from dis_scale.process.errors import Preempted, UserError
 from dis_scale.recipe import Recipe, reading
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import ENDED, METRICS, Sampled, Sweep, state
+from dis_scale.sweep import Sampled, Sweep, state
+from dis_scale.sweep.documents import Ended
 from pipelines import evaluate, stage, train, waiting
 from pipelines import sweep as sweep_command
 from pipelines.driver import Driver
@@ -31,6 +31,7 @@ from pipelines.waiting import hopeless
 from pipelines.worker import resources, spawn, watch
 from tests.conftest import TINY
 from tests.support import sweeps
+from tests.support.documents import put_metrics, put_published
 from tests.support.events import events
 from tests.support.probe import Probe
 from tests.support.stages import ONE_MODEL
@@ -119,7 +120,7 @@ class Evaluated:
 
     def evaluate(self, sampled: Sampled) -> dict[str, float]:
         watch(self.workers, [worker.where.remote() for worker in self.workers], lambda _: None)
-        self.sweep.evaluation(sampled).write_json(METRICS, {"metrics": ["distance"], "values": {}})
+        put_metrics(self.sweep.evaluation(sampled))
         return {}
 
     def floor(self) -> None:
@@ -127,7 +128,7 @@ class Evaluated:
 
 
 def publish(sweep: Sweep, images: int) -> None:
-    sweep.run("dit").published_at(images).write_json(manifest.NAME, {})
+    put_published(sweep.run("dit").published_at(images), images=images)
 
 
 def test_evaluation_waits_for_training_and_gives_its_gpus_back(
@@ -145,7 +146,7 @@ def test_evaluation_waits_for_training_and_gives_its_gpus_back(
 
     monkeypatch.setattr(evaluate, "open_evaluation", open_evaluation)
     monkeypatch.setattr(evaluate, "POLL_EVERY_S", 0.2)
-    monkeypatch.setattr(evaluate.mlflow_copy, "copy_evaluation", lambda *_: True)
+    monkeypatch.setattr("dis_scale.tracking.mlflow_copy.copy_evaluation", lambda *_: True)
     monkeypatch.setattr(stage, "connect", lambda: None)
     training = training_group()
     publish(sweep, 0)
@@ -156,7 +157,7 @@ def test_evaluation_waits_for_training_and_gives_its_gpus_back(
     assert len(events(capsys.readouterr().out, "queued")) == 1
 
     # Training fails: its GPUs are free, and evaluation takes them. It is asked again at once whether it may keep them.
-    sweep.run("dit").folder.write_json(ENDED, {"why": "a GPU fell off the bus"})
+    Ended(why="a GPU fell off the bus").write(sweep.run("dit").folder)
     over = state.training_over
     resumed = threading.Event()
     monkeypatch.setattr(state, "training_over", lambda sweep: over(sweep) and not resumed.is_set())
@@ -173,7 +174,7 @@ def test_evaluation_waits_for_training_and_gives_its_gpus_back(
     training = training_group()  # would wait for ever if evaluation kept its GPUs
     assert state.evaluated_counts(sweep, "dit") == [0]
 
-    sweep.run("dit").folder.delete(ENDED)
+    sweep.run("dit").folder.delete(Ended.NAME)
     resumed.clear()  # over from here on, since the last count is published
     monkeypatch.setattr(evaluate, "evaluate_one", taken)
     remove_placement_group(training)

@@ -176,7 +176,7 @@ def test_a_part_that_cannot_be_used_is_named_and_computed_again(sweep: Sweep, so
         sweep.reference_parts.write(name, bytes(content))
     else:
         listing = copy.copy(source.listing)
-        listing.facts = source.listing.facts | {"sha256": "other"}
+        listing.manifest = source.listing.manifest.changed(sha256="other")
         parts.make(sweep, replace(source, listing=listing), loaded(sweep)[:1], 2, lambda _: None)
     again, opened = counted(source)
     _, said = prepare(sweep, again)

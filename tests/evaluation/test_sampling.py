@@ -29,10 +29,10 @@ from dis_scale.evaluation.sampling import (
 )
 from dis_scale.recipe import LatentShape, Recipe, TrainedVae, reading
 from dis_scale.recipe.evaluate import JUDGE
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
 from tests.conftest import TINY
+from tests.support.documents import put_latents, put_published
 from tests.support.ranks import make_latents
 
 
@@ -62,7 +62,7 @@ def sweep(tmp_path: Path, recipe: Recipe) -> Sweep:
     model = models.build(recipe.models["dis"], LatentShape(4, 8), 10, seed=1)
     weights = {name: torch.randn_like(p) * 0.1 for name, p in model.named_parameters()}
     published = made.run("dis").published_at(160)
-    manifest.put(published, {"weights.safetensors": safetensors.torch.save(weights)}, images=160)
+    put_published(published, safetensors.torch.save(weights), images=160)
     return made
 
 
@@ -166,9 +166,9 @@ def test_guided_channels_are_those_of_the_recipe(sweep: Sweep, monkeypatch: pyte
     three = settings.model_copy(update={"guidance": 3.0, "guidance_channels": 3})
     seen = list[int | None]()
 
-    def noted(*arguments: Any, channels: int | None, **more: Any) -> torch.Tensor:
-        seen.append(channels)
-        return generate(*arguments, channels=channels, **more)
+    def noted(*arguments: Any, **more: Any) -> torch.Tensor:
+        seen.append(arguments[4].guidance_channels)
+        return generate(*arguments, **more)
 
     generate = sampling.generate
     monkeypatch.setattr(sampling, "generate", noted)
@@ -201,9 +201,9 @@ def test_the_grid_is_under_the_names_of_its_columns() -> None:
 def test_the_columns_have_the_names_of_the_classes(tmp_path: Path, tiny: Recipe) -> None:
     sweep = Sweep.below(open_folder(tmp_path), tiny)
     latents = sweep.store / "latents/some"
-    manifest.seal(latents, {}, vae="v", label_names=["zero", "one", "two"])
+    put_latents(latents, label_names=("zero", "one", "two"))
     state.use_latents(sweep, latents, "v")
     assert column_names(sweep, np.array([2, 0, 2, 0, 0])) == ["zero", "two"]
-    assert column_names(sweep, np.array([9])) == ["9"], "latents of earlier versions have no names"
+    assert column_names(sweep, np.array([9])) == ["9"], "a class without a name"
     data = tiny.data.model_copy(update={"num_classes": None})
     assert column_names(replace(sweep, recipe=tiny.model_copy(update={"data": data})), np.array([0, 1])) == []

@@ -12,11 +12,11 @@ import torch
 
 from dis_scale import models
 from dis_scale.recipe import LatentShape, reading
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
 from tests.conftest import TINY
 from tests.support import fault_plans, stages
+from tests.support.documents import put_published
 from tests.support.events import events
 
 SMALL = [
@@ -41,11 +41,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     for images in recipe.train.publish_images:
         model = models.build(recipe.models["dit"], LatentShape(4, 8), 10, seed=images)
         weights = {name: torch.randn_like(p) * 0.1 for name, p in model.named_parameters()}
-        manifest.put(
-            sweep_of(now).run("dit").published_at(images),
-            {"weights.safetensors": safetensors.torch.save(weights)},
-            images=images,
-        )
+        put_published(sweep_of(now).run("dit").published_at(images), safetensors.torch.save(weights), images=images)
     for stage in STAGES:
         shutil.copytree(now, base / stage)
         code, output = stages.run(stage, sweep_of(now), plan)

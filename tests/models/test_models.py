@@ -8,7 +8,7 @@ from dis_scale.diffusion import build as build_process
 from dis_scale.diffusion.generate import generate
 from dis_scale.models import build, check_finite
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import DiffuSsm, Dis, Dit, Flow, Gaussian, LatentShape
+from dis_scale.recipe import DiffuSsm, Dis, Dit, Flow, Gaussian, LatentShape, Sampling
 from dis_scale.scan.selftest import Case
 
 SHAPE = LatentShape(4, 8)
@@ -199,8 +199,8 @@ def test_samples_are_the_same_pixels_at_any_split(settings, process, sampler):
 
     def sample(numbers):
         labels = [number % 10 for number in numbers]
-        kwargs = {"sampler": sampler, "steps": 10, "guidance": 1.5, "seed": 1}
-        return generate(model, build_process(process), labels, numbers, **kwargs).clamp(-1, 1)
+        settings = Sampling(sampler=sampler, steps=10, guidance=1.5)
+        return generate(model, build_process(process), labels, numbers, settings, seed=1).clamp(-1, 1)
 
     whole, parts = sample(range(5)), torch.cat([sample([0, 1]), sample([2]), sample([3, 4])])
     assert float((whole - parts).abs().max()) < 1 / 255

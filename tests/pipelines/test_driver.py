@@ -8,7 +8,6 @@ from ray.job_submission import JobStatus
 
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway
 from dis_scale.recipe import reading
-from dis_scale.storage import manifest
 from dis_scale.sweep import Sweep, state
 from pipelines import driver as running
 from pipelines import jobs
@@ -16,6 +15,7 @@ from pipelines.cluster import Cluster
 from pipelines.driver import Driver, Failures
 from tests.conftest import TINY
 from tests.pipelines.test_sweep import cluster, driver_of, logged
+from tests.support.documents import put_published
 
 
 @dataclass
@@ -104,7 +104,7 @@ def test_a_failed_model_does_not_hide_the_others(driver: Driver, monkeypatch: py
 def test_a_job_that_fails_after_the_last_count_is_published_fails_no_model(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest.put(driver.sweep.run("dit").published_at(driver.sweep.recipe.train.images), {})
+    put_published(driver.sweep.run("dit").published_at(driver.sweep.recipe.train.images))
     monkeypatch.setattr(state, "trained", lambda sweep, model, real=state.trained: submitted and real(sweep, model))
     submitted = list[str]()
 

@@ -154,17 +154,6 @@ def test_an_evaluation_without_news_ends_with_a_clear_error(tmp_path: Path, monk
     assert len(opened) == 1, "it is not restarted"
 
 
-def test_seconds_add_up_and_name_the_rate() -> None:
-    here = {"decoding": 1.0, "images": 30, "machine": "an H200"}
-    spent = [{"sampling": 2.0} | here, {"sampling": 4.0} | here, {"sampling": 0.0, "images": 0, "machine": "a CPU"}]
-    spent[2]["decoding"] = 0.0
-    assert evaluate._machines(spent) == {"sampled_on": ["an H200"]}
-    assert evaluate._seconds(spent) == {
-        "sampling": 6.0, "decoding": 2.0, "sampling_images_per_s": 10.0, "decoding_images_per_s": 30.0,
-    }  # fmt: skip
-    assert evaluate._seconds([{"sampling": 0.0, "images": 0}]) == {}
-
-
 def test_a_wait_of_a_day_asks_storage_rarely(tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each poll costs several requests."""
     now_s, polls = [0.0], list[float]()

@@ -9,11 +9,13 @@ from dis_scale.data.cache import Cache
 from dis_scale.process import context, counts
 from dis_scale.process.errors import StorageAway
 from dis_scale.recipe import Recipe
-from dis_scale.storage import lease, manifest
+from dis_scale.storage import lease
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import METRICS, Sampled, Sweep, state
+from dis_scale.storage.manifest import Digest
+from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.tracking.rows import Row, RowReader, RowWriter
 from pipelines import evaluate, metrics
+from tests.support.documents import put_metrics, put_published
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def test_retries_and_the_time_away_are_counted(tmp_path: Path, monkeypatch: pyte
 
 def test_hits_and_misses_of_the_cache_are_counted(tmp_path: Path) -> None:
     before, cache = counts.totals(), Cache(tmp_path, 2**20, print)
-    entry = manifest.digest(b"shard")
+    entry = Digest.of(b"shard")
     for _ in range(3):
         assert cache.get(entry, lambda: b"shard") == b"shard"
     assert (counted(counts.CACHE_MISSES, before), counted(counts.CACHE_HITS, before)) == (1, 2)
@@ -104,7 +106,7 @@ def test_the_backlog_counts_what_is_published_and_not_evaluated(
 ) -> None:
     sweep = Sweep(open_folder(tmp_path), tiny)
     for images in (0, 160):
-        manifest.put(sweep.run("dit").published_at(images), {})
-    sweep.evaluation(Sampled("dit", 0)).write_json(METRICS, {})
+        put_published(sweep.run("dit").published_at(images))
+    put_metrics(sweep.evaluation(Sampled("dit", 0)))
     evaluate.show_backlog(state.Backlog(sweep, tuple(tiny.models)))
     assert shown == {"evaluation_backlog": 3}, "two checkpoints under two settings, less one"

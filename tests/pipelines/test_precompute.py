@@ -18,19 +18,20 @@ from PIL import Image
 
 from dis_scale import vae
 from dis_scale.data import shards
-from dis_scale.data.encode import HARDWARE, Setup, encode_images, encode_shards, require_same_hardware
+from dis_scale.data.encode import Setup, encode_images, encode_shards, require_same_hardware
 from dis_scale.data.latents import open_latents
-from dis_scale.data.shards import Encoding
 from dis_scale.data.sources import open_source
 from dis_scale.process.errors import Preempted, StorageError, UndecodableImage, UserError
-from dis_scale.recipe import LatentShape, Recipe, TrainedVae, reading
+from dis_scale.recipe import Recipe, TrainedVae, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep, state
+from dis_scale.sweep.documents import Encoding, Hardware, LatentsManifest
 from pipelines import precompute
 from pipelines.precompute import Encoder
 from pipelines.sharing import Dealer
 from tests.conftest import TINY
+from tests.support.documents import made_from
 from tests.support.stages import OneEncoder
 
 
@@ -74,7 +75,7 @@ def encode_with(workers: int, sweep: Sweep, at: Folder) -> dict[str, bytes]:
         done = [pool.submit(encoder.encode, at, encoding_here(sweep), dealer.next) for encoder in encoders]
     for each in done:
         each.result()
-    return {name: at.read(name) for name in at.list() if name != HARDWARE}
+    return {name: at.read(name) for name in at.list() if name != Hardware.NAME}
 
 
 @pytest.mark.parametrize("workers", [2, 8])
@@ -106,12 +107,10 @@ def test_a_missing_image_is_not_a_broken_one(sweep: Sweep, tmp_path: Path) -> No
 
 def test_a_broken_image_is_skipped_counted_and_listed_if_the_recipe_says_so(sweep: Sweep, tmp_path: Path) -> None:
     (tmp_path / "photos/a/00.png").write_bytes(b"broken")
-    facts = made(skipping(sweep))
-    assert (facts["count"], facts["images"], facts["refused"]) == (25, 26, ["a/00.png"])
+    latents = made(skipping(sweep))
+    assert (latents.count, latents.made_from.images, latents.refused) == (25, 26, ("a/00.png",))
     lacking = open_source(sweep.recipe.data).names.index("a/00.png") // 10
-    assert [shard["count"] for shard in facts["shards"]] == [
-        size - (n == lacking) for n, size in enumerate([10, 10, 6])
-    ]
+    assert [shard.count for shard in latents.shards] == [size - (n == lacking) for n, size in enumerate([10, 10, 6])]
 
 
 def test_shards_are_kept_when_the_recipe_skips_from_now_on(sweep: Sweep, tmp_path: Path) -> None:
@@ -126,7 +125,7 @@ def test_shards_are_kept_when_the_recipe_skips_from_now_on(sweep: Sweep, tmp_pat
         encoded.append(arguments[-1])
         encode_here(*arguments)
 
-    assert made(skipping(sweep), counted)["refused"] == ["a/00.png"]
+    assert made(skipping(sweep), counted).refused == ("a/00.png",)
     assert encoded == [[lacking]]
     words = r"1 undecodable images were left out, the first is a/00.png: --set data.undecodable=skip, or repair them"
     with pytest.raises(UserError, match=words):
@@ -147,11 +146,11 @@ def test_a_set_without_an_image_is_refused(sweep: Sweep, tmp_path: Path) -> None
 
 def test_a_set_has_one_kind_of_device_and_one_listing(photos: Recipe, tmp_path: Path) -> None:
     latents, source = open_folder(tmp_path / "one"), open_source(photos.data)
-    cpu = Encoding("vae", 1.0, 0.0, LatentShape(4, 8), "cpu", "2.11.0")
+    cpu = made_from().encoding
     precompute._require_one_kind(latents, cpu, source)
     precompute._require_one_kind(latents, cpu, open_source(photos.data))
     with pytest.raises(UserError, match=r"begun with device 'cpu', now 'cuda': finish it as it was begun"):
-        precompute._require_one_kind(latents, replace(cpu, device="cuda"), source)
+        precompute._require_one_kind(latents, cpu.model_copy(update={"device": "cuda"}), source)
     (tmp_path / "photos/a/new.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"begun with listing '\w+', now '\w+'; order '\w+', now '\w+': finish it"):
         precompute._require_one_kind(latents, cpu, open_source(photos.data))
@@ -167,7 +166,7 @@ def test_bf16_rounds_the_products_and_is_a_set_of_its_own(sweep: Sweep) -> None:
     facts, source = made(sweep), open_source(sweep.recipe.data)
     rounded = sweep.recipe.precompute.model_copy(update={"precision": "bf16"})
     other = replace(sweep, recipe=sweep.recipe.model_copy(update={"precompute": rounded}))
-    assert (facts["precision"], made(other)["precision"]) == ("fp32", "bf16")
+    assert (facts.made_from.precision, made(other).made_from.precision) == ("fp32", "bf16")
     assert latents_of(other) != latents_of(sweep)
     images, encoder = np.stack([source.pixels(i, 32) for i in range(4)]), vae.load(sweep)
     exact, bf16 = (encode_images(encoder, images, 4, precision).astype(np.float32) for precision in ("fp32", "bf16"))
@@ -212,7 +211,7 @@ def latents_of(sweep: Sweep) -> Folder:
     return shards.latents_folder(sweep, vae.load(sweep).identity)
 
 
-def made(sweep: Sweep, encode: EncodeOf = encode_here) -> dict[str, Any]:
+def made(sweep: Sweep, encode: EncodeOf = encode_here) -> LatentsManifest:
     """Make the sweep's latents; return their manifest."""
     latents, source = latents_of(sweep), open_source(sweep.recipe.data, sweep.store)
     encoding = encoding_here(sweep)
@@ -221,7 +220,7 @@ def made(sweep: Sweep, encode: EncodeOf = encode_here) -> dict[str, Any]:
         Encoder(sweep, "cpu").mix(latents, encoding, Dealer(left).next)
 
     precompute.make_latents(sweep.recipe, latents, source, encoding, lambda left: encode(sweep, latents, left), mix)
-    return manifest.require(latents)
+    return LatentsManifest.require(latents)
 
 
 def skipping(sweep: Sweep) -> Sweep:
@@ -240,18 +239,18 @@ def test_a_rerun_after_a_killed_worker_ends_in_the_same_bytes(
     """Killed after one shard, and between a tar and its sidecar; damage, an incomplete pair and strays meanwhile."""
     other = sweep_with_the_vae_of(sweep, open_folder(store_url) / "elsewhere/sweeps/other")
     undisturbed, latents = made(sweep), latents_of(other)
-    put = Folder.write_json
+    put = Folder.write
 
-    def killed(self: Folder, path: str, value: Any) -> None:
+    def killed(self: Folder, path: str, data: bytes) -> None:
         if path == "000001.json":
             raise Killed
-        put(self, path, value)
+        put(self, path, data)
 
-    monkeypatch.setattr(Folder, "write_json", killed)
+    monkeypatch.setattr(Folder, "write", killed)
     with pytest.raises(Killed):
         made(other)
     monkeypatch.undo()
-    assert latents.list() == ["000000.json", "000000.tar", "000001.tar", "begun.json", HARDWARE]
+    assert latents.list() == ["000000.json", "000000.tar", "000001.tar", "begun.json", Hardware.NAME]
     for name in ("000002.json", "000003.json", "000003.tar"):
         latents.write(name, b"{}")
     encoded: list[list[int]] = []
@@ -263,21 +262,21 @@ def test_a_rerun_after_a_killed_worker_ends_in_the_same_bytes(
     assert made(other, counted) == undisturbed
     assert encoded == [[1, 2]]
     names = [f"00000{n}.{kind}" for n in range(3) for kind in ("json", "tar")]
-    assert latents.list() == sorted([*names, "begun.json", HARDWARE, manifest.NAME])
+    assert latents.list() == sorted([*names, "begun.json", Hardware.NAME, manifest.NAME])
     calm = latents_of(sweep)
     assert [latents.read(name) for name in names] == [calm.read(name) for name in names]
 
 
 def die_between_tar_and_sidecar(sweep: str) -> None:
     """In a process of its own: kill -9 when the fourth shard's tar is written and its sidecar is not."""
-    put = Folder.write_json
+    put = Folder.write
 
-    def put_or_die(self: Folder, path: str, value: Any) -> None:
+    def put_or_die(self: Folder, path: str, data: bytes) -> None:
         if path == "000003.json":
             os.kill(os.getpid(), signal.SIGKILL)
-        put(self, path, value)
+        put(self, path, data)
 
-    Folder.write_json = put_or_die  # type: ignore[method-assign]
+    Folder.write = put_or_die  # type: ignore[method-assign]
     made(Sweep.open(sweep))
 
 
@@ -317,7 +316,7 @@ def test_a_shard_that_shrank_is_encoded_again_and_never_sealed(sweep: Sweep) -> 
             latents.write("000001.tar", b"short")
 
     facts, latents = made(sweep, truncate), latents_of(sweep)
-    assert (facts["count"], lefts) == (26, [[0, 1, 2], [1]])
+    assert (facts.count, lefts) == (26, [[0, 1, 2], [1]])
     latents.write("000001.tar", b"short")
     with pytest.raises(StorageError, match=r"000001.tar: 5 bytes, its sidecar says \d+: rerun the same command"):
         shards.write_manifest(latents, range(3), {})
@@ -338,11 +337,11 @@ def test_a_stop_request_is_obeyed_within_a_batch(sweep: Sweep, tmp_path: Path) -
     with pytest.raises(Preempted, match="stopped as requested"):
         encoder.encode(open_folder(tmp_path) / "one", encoder.encoding(), Dealer([0, 1, 2]).next)
     assert encoder.poll()[0] == 4
-    assert (open_folder(tmp_path) / "one").list() == [HARDWARE]
+    assert (open_folder(tmp_path) / "one").list() == [Hardware.NAME]
 
 
 def test_an_encoder_of_another_kind_is_refused(sweep: Sweep, tmp_path: Path) -> None:
-    latents, other = open_folder(tmp_path) / "one", replace(encoding_here(sweep), torch="2.10.0")
+    latents, other = open_folder(tmp_path) / "one", encoding_here(sweep).model_copy(update={"torch": "2.10.0"})
     with pytest.raises(
         UserError, match=r"this worker encodes with .*, the first one with .*torch='2.10.0'.*use equal nodes"
     ):

@@ -19,9 +19,11 @@ from dis_scale.process import faults
 from dis_scale.process.errors import Held, Preempted, StorageAway, UserError
 from dis_scale.process.progress import Board
 from dis_scale.recipe import LatentShape, Recipe, Storage, reading
-from dis_scale.storage import lease, manifest
+from dis_scale.storage import lease
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import METRICS, SKIPPED, PointName, Sampled, Sweep, state
+from dis_scale.storage.lease import Holder
+from dis_scale.sweep import PointName, Sampled, Sweep, state
+from dis_scale.sweep.documents import Skipped
 from dis_scale.tracking import mlflow
 from pipelines import sweep as pipeline
 from pipelines.cluster import Cluster
@@ -30,6 +32,7 @@ from pipelines.stop import stop_sweep
 from tests.cli.test_cli import invoke
 from tests.conftest import TINY
 from tests.planning.test_isoflop import study
+from tests.support.documents import put_metrics, put_published, put_resume_point
 
 
 def driver_of(recipe: Recipe, root: Path) -> Driver:
@@ -49,10 +52,10 @@ def test_a_second_sweep_joins_on_the_same_ray_and_is_refused_on_another(tiny: Re
     driver, other = driver_of(tiny, tmp_path), psutil.Process().parent()
     assert other
     with lease.hold(open_folder(tmp_path) / "another", "here") as ours:
-        holder = ours.folder.read_json("0001") | {"pid": other.pid, "started": other.create_time()}
-    driver.sweep.lease("sweep").write_json("0001", holder)
+        holder = Holder.read(ours.folder, "0001").changed(pid=other.pid, started=other.create_time())
+    holder.write(driver.sweep.lease("sweep"), "0001")
     with pipeline.one_at_a_time(driver, cluster("here")):
-        assert f"joined   process {other.pid}, which runs this sweep on the same Ray" in logged(driver)
+        assert f"joined   process {other.pid} on " in logged(driver)
     with (
         pytest.raises(Held, match=f"leases/sweep: held by process {other.pid} on .*: one writer at a time"),
         pipeline.one_at_a_time(driver, cluster("elsewhere")),
@@ -67,7 +70,7 @@ def test_a_missing_start_is_refused_before_anything_begins(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"models.dit.start.path: no file nowhere.pt"):
         pipeline._run_stages(driver, plan, driver.sweep.store)
     assert (driver.jobs, driver.sweep.folder.list()) == ([], [])
-    driver.sweep.run("dit").resume_point(PointName(16, 1)).write_json(manifest.NAME, {})
+    put_resume_point(driver.sweep.run("dit").resume_point(PointName(16, 1)))
     pipeline._require_starts(driver.sweep, plan)  # a training that has begun needs its start no more
 
 
@@ -199,10 +202,10 @@ def test_storage_that_goes_away_in_the_probe_is_not_a_mistake(tmp_path: Path, mo
 def test_deleted_weights_that_were_never_evaluated_are_a_failure(tiny: Recipe, tmp_path: Path) -> None:
     sweep = driver_of(tiny, tmp_path).sweep
     for count in (0, 320):
-        manifest.put(sweep.run("dit").published_at(count), {})
+        put_published(sweep.run("dit").published_at(count))
     (what,) = pipeline._missing_weights(sweep)
     assert what == "evaluation of dit at 160 images"
-    sweep.evaluation(Sampled("dit", 160)).write_json(METRICS, {})
+    put_metrics(sweep.evaluation(Sampled("dit", 160)))
     assert pipeline._missing_weights(sweep) == {}, "evaluated before they were deleted"
 
 
@@ -214,8 +217,8 @@ def test_deleted_weights_are_named_at_the_next_start(
     console = Console(file=io.StringIO(), width=200, record=True)
     sweep.save_recipe()
     for count in (0, 320):
-        manifest.put(sweep.run("dit").published_at(count), {})
-    sweep.floor.write_json(SKIPPED, {"why": "too few images"})
+        put_published(sweep.run("dit").published_at(count))
+    Skipped(why="too few images").write(sweep.floor)
     monkeypatch.setattr(state, "all_evaluated", lambda _: True)
     monkeypatch.setattr(pipeline, "_print_results", lambda *_: None)
     sweep.report.write(report.CSV, b"")

@@ -9,7 +9,8 @@ import pytest
 from dis_scale.process import faults
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import TRACKING, Sweep
+from dis_scale.sweep import Sweep
+from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking.mlflow import RunCopy
 from dis_scale.tracking.rows import RowReader, RowWriter
 from pipelines import metrics, train
@@ -47,8 +48,8 @@ def test_mlflow_is_away_only_for_a_sweep_that_has_runs_there(
 ) -> None:
     sweep, shown = Sweep(open_folder(tmp_path) / "sweeps/s", tiny), dict[str, float]()
     if tracked:
-        ids = {"uri": f"sqlite:///{tmp_path}/gone.db", "experiment": "1", "sweep": "s", "models": {"dis": "d"}}
-        sweep.folder.write_json(TRACKING, ids)
+        ids = TrackingIds(uri=f"sqlite:///{tmp_path}/gone.db", experiment="1", sweep="s", models={"dis": "d"})
+        ids.write(sweep.folder)
     rows = RowWriter(sweep.run("dis").log, 1)
     rows.add(16, {"loss": 1.0})
     rows.settle()

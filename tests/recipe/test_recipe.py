@@ -74,7 +74,7 @@ def test_a_stored_recipe_is_read_back_unchanged(tiny: Recipe) -> None:
         ("diffusion.min_snr_gamma=0", "diffusion.min_snr_gamma: got 0, expected: greater than 0"),
         ("models.dit.seeds=0", "models.dit.seeds: got 0, expected: a number of trainings"),
         ("data.num_classes=9", "the digits have 10 classes, got 9"),
-        ("format=7", "this version reads recipes of format 2, got format 7"),
+        ("format=7", "this version reads recipes of format 1, got format 7"),
         ("data.num_classes=null", "got null, expected: a number of classes, or none for unconditional models"),
         ("data.num_classes=no", "data.num_classes: got False, expected: a valid integer"),
         (
@@ -329,13 +329,6 @@ def test_several_seeds_of_a_model_are_several_models() -> None:
     assert [recipe.seed_of(model) for model in recipe.models] == [5, 6, 7, 5]
     assert identity_differences(reading.load(TINY, ["seed=5"]), recipe) == []
     assert reading.parse(reading.dump(recipe), "stored") == recipe
-
-
-def test_a_stored_recipe_of_the_last_format_keeps_its_average() -> None:
-    stored = yaml.safe_load(reading.dump(reading.load(TINY))) | {"format": 1}
-    del stored["train"]["ema_ramp"]
-    assert reading.parse(yaml.safe_dump(stored), "stored").train.ema_ramp is None
-    assert reading.load(TINY).train.ema_ramp == 0.05
 
 
 def test_a_stored_recipe_may_gain_seeds_and_cooldowns() -> None:

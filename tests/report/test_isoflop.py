@@ -14,9 +14,10 @@ from dis_scale.planning.plan import price_sweep
 from dis_scale.report import figures, isoflop, tables
 from dis_scale.report.isoflop import Profile, laws
 from dis_scale.report.points import HELD_OUT, Report
-from dis_scale.sweep import METRICS, Sampled, Sweep
+from dis_scale.sweep import Sampled, Sweep
 from tests.planning.test_isoflop import study
 from tests.report.test_report import SHAPE, sweep_at
+from tests.support.documents import put_metrics
 
 BUDGETS = np.geomspace(1e18, 1e20, 4)
 SIZE_EXPONENT, VALUE_EXPONENT = 0.55, -0.05
@@ -132,9 +133,8 @@ def measured(tmp_path: Path) -> Report:
 
 
 def put(sweep: Sweep, model: str, values: dict[str, float]) -> None:
-    facts = {"samples": 60, "sampler": "ddim", "steps": 3, "guidance": 1.5, "precision": "fp32"}
     images = sweep.recipe.train_of(model).images
-    sweep.evaluation(Sampled(model, images)).write_json(METRICS, facts | {"metrics": ["distance"], "values": values})
+    put_metrics(sweep.evaluation(Sampled(model, images)), values, samples=60)
 
 
 def test_the_report_of_a_study_has_its_profiles_and_laws(measured: Report) -> None:

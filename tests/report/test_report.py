@@ -19,13 +19,15 @@ from dis_scale.evaluation.sampling import grid
 from dis_scale.planning import plan as plans
 from dis_scale.planning.plan import price_sweep
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import LatentShape, Recipe, reading
+from dis_scale.recipe import LatentShape, Recipe, Sampling, reading
 from dis_scale.report import compare, figures
 from dis_scale.report.published import PUBLISHED
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import ENDED, GRID, METRICS, ORIGIN, SKIPPED, Sampled, Sweep, state
+from dis_scale.sweep import GRID, Sampled, Sweep, state
+from dis_scale.sweep.documents import Ended, FloorMetrics, Metrics, Origin, RunCost, Skipped
 from tests.cli.test_cli import answer
 from tests.conftest import TINY
+from tests.support.documents import put_metrics
 
 SHAPE = LatentShape(4, 8)
 
@@ -34,10 +36,8 @@ def put(sweep: Sweep, sampled: Sampled, distance: float, error: float = 0.5) -> 
     """Store the metrics and the grid of one evaluation."""
     metric = sweep.recipe.evaluate.metric
     values = {metric: distance, f"{metric}_error": error, "class_accuracy": 0.5}
-    facts = {"samples": 60, "sampler": "ddim", "steps": 3, "guidance": 1.5, "precision": "fp32", "time": 1.0}
-    facts |= {"metrics": ["distance"], "notes": ["fid_60: not verified against published tables"]}
-    folder = sweep.evaluation(sampled)
-    folder.write_json(METRICS, facts | {"values": values})
+    folder, sampling = sweep.evaluation(sampled), Sampling(sampler="ddim", steps=3, guidance=1.5)
+    put_metrics(folder, values, samples=60, sampling=sampling, notes=["fid_60: not verified against published tables"])
     folder.write(GRID, grid(np.zeros((2, 8, 8, 3), np.uint8), 2))
 
 
@@ -62,10 +62,10 @@ def sweep(tmp_path: Path, recipe: Recipe) -> Sweep:
     ]:
         put(made, Sampled(model, images), distance)
     put(made, Sampled("dis", 160, "plain"), 12.0)
-    made.run("dit").folder.write_json(ENDED, {"why": "a worker was lost 4 times"})
+    Ended(why="a worker was lost 4 times").write(made.run("dit").folder)
     floor = {kind: {recipe.evaluate.metric: value} for kind, value in (("real", 0.25), ("reconstructed", 0.75))}
-    made.floor.write_json(METRICS, {"values": floor, "metrics": ["distance"]})
-    made.evaluation(Sampled("dis", 320)).write_json(SKIPPED, {"why": "weights.safetensors: damaged"})
+    FloorMetrics(images=60, values=floor).write(made.floor)
+    Skipped(why="weights.safetensors: damaged").write(made.evaluation(Sampled("dis", 320)))
     return made
 
 
@@ -146,7 +146,7 @@ def test_no_name_is_written_over_another(sweep: Sweep) -> None:
 
 def test_measured_costs_have_figures_that_name_the_machine(sweep: Sweep) -> None:
     """Of the points that know them; `dis` was sampled in another way, too, with half of the steps."""
-    assert figures.hours_distance(collect(sweep)) is None, "an earlier version measured no times"
+    assert figures.hours_distance(collect(sweep)) is None, "no times are known"
     for model, images, hours in (("dis", 160, 3.0), ("dis32", 160, 5.0)):
         spend(sweep, Sampled(model, images), hours)
     spend(sweep, Sampled("dis", 160, "plain"), 3.0, images_per_s=20.0)
@@ -168,10 +168,9 @@ def test_measured_costs_have_figures_that_name_the_machine(sweep: Sweep) -> None
 
 def spend(sweep: Sweep, sampled: Sampled, hours: float, images_per_s: float = 10.0) -> None:
     """Add the measured costs to an evaluation."""
-    costs = {"worker_hours": hours, "memory_gib": 1.5, "trained_on": ["NVIDIA H200"], "sampled_on": ["AMD EPYC (CPU)"]}
-    folder = sweep.evaluation(sampled)
-    seconds = {"seconds": {"sampling_images_per_s": images_per_s}}
-    folder.write_json(METRICS, folder.read_json(METRICS) | costs | seconds)
+    cost, folder = RunCost(worker_hours=hours, memory_gib=1.5, trained_on=("NVIDIA H200",)), sweep.evaluation(sampled)
+    seconds = {"sampling_images_per_s": images_per_s}
+    Metrics.read(folder).changed(cost=cost, sampled_on=("AMD EPYC (CPU)",), seconds=seconds).write(folder)
 
 
 def _plotted(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
@@ -182,7 +181,13 @@ def _plotted(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
 def test_published_points_are_marked_and_never_in_the_fit(sweep: Sweep) -> None:
     """Those of another sampler are not drawn."""
     report = collect(sweep)
-    report = replace(report, points=[replace(p, facts=p.facts | {"sampler": "ddpm"}) for p in report.points])
+    report = replace(
+        report,
+        points=[
+            replace(p, evaluation=p.evaluation.changed(sampling=Sampling(sampler="ddpm", steps=3, guidance=1.5)))
+            for p in report.points
+        ],
+    )
     ours, with_published = (figures.gflops_distance(report, published).axes[0] for published in (False, True))
     names = {text.get_text() for text in with_published.get_legend().get_texts()}
     words = "published (ImageNet 256, 102.4M images, no guidance, uniform labels, ADM's reference)"
@@ -257,8 +262,8 @@ def test_the_held_out_loss_is_drawn_where_it_is_measured(tmp_path: Path) -> None
     for images, loss in [(160, 0.5), (320, 0.4)]:
         put(made, Sampled("dit", images), 9.0)
         folder = made.evaluation(Sampled("dit", images))
-        stored = folder.read_json(METRICS)
-        folder.write_json(METRICS, stored | {"values": stored["values"] | {"held_out_loss": loss}})
+        stored = Metrics.read(folder)
+        stored.changed(values=stored.values | {"held_out_loss": loss}).write(folder)
     put(made, Sampled("dis", 320), 9.0)
     report = collect(made)
     assert (figure := figures.compute_loss(report))
@@ -314,16 +319,16 @@ def test_missing_points_are_named(sweep: Sweep) -> None:
 
 
 def test_published_ways_of_sampling_are_named(tmp_path: Path, recipe: Recipe) -> None:
-    """Metrics of earlier versions do not say how labels were chosen: they were balanced."""
-    made, earlier = (sweep_at(tmp_path, name, recipe) for name in ("published", "earlier"))
-    for each in (made, earlier):
+    made, plain = (sweep_at(tmp_path, name, recipe) for name in ("published", "plain"))
+    for each in (made, plain):
         put(each, Sampled("dis", 160), 9.0)
     folder = made.evaluation(Sampled("dis", 160))
-    folder.write_json(METRICS, folder.read_json(METRICS) | {"labels": "random", "guidance_channels": 3})
+    stored = Metrics.read(folder)
+    sampling = stored.sampling.model_copy(update={"guidance_channels": 3})
+    stored.changed(labels="random", sampling=sampling).write(folder)
     text = " ".join(shown(reports.table(collect(made))).split())
     assert "main: 60 samples, ddim, 3 steps, guidance 1.5 on 3 channels, fp32, random labels" in text
-    assert collect(earlier).points[0].facts["labels"] == "balanced"
-    words = compared(collect(earlier), collect(made))
+    words = compared(collect(plain), collect(made))
     assert "labels differs: balanced and random" in words
     assert "guidance_channels differs: null and 3" in words
 
@@ -446,7 +451,7 @@ def test_a_forks_past_is_that_of_its_origin(tmp_path: Path) -> None:
     for each in (made, plain):
         for name, images in (("dit", 160), ("again", 160), ("again", 176)):
             put(each, Sampled(name, images), 9.0)
-    made.run("again").folder.write_json(ORIGIN, {"model": "dit", "images": 160})
+    Origin(model="dit", images=160).write(made.run("again").folder)
     points = {(p.model, p.images_seen): p for p in collect(made).points}
     assert list(points) == [("dit", 160), ("again", 176)]
     assert points["again", 176].start_share == pytest.approx(0.9999**10 * 0.5)

@@ -12,7 +12,8 @@ from botocore.retries import standard
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dis_scale.process import faults
-from dis_scale.process.errors import StorageAway, StorageError, UserError
+from dis_scale.process.errors import Damaged, StorageAway, StorageError, UserError
+from dis_scale.storage.document import Document
 from dis_scale.storage.folder import Folder, open_folder
 from ops.drills import object_store
 from tests.support.faulty_gateway import Gateway
@@ -46,12 +47,17 @@ def test_no_more_is_read_than_was_asked_for(store_url: str) -> None:
         root.read_up_to("a/none", 100)
 
 
-def test_a_huge_manifest_is_not_read(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+class Text(Document):
+    NAME: ClassVar[str] = "text.json"
+    text: str
+
+
+def test_a_huge_document_is_not_read(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     root, read = open_folder(store_url), Folder.read
-    monkeypatch.setattr("dis_scale.storage.folder.JSON_BYTES", 1000)
-    root.write_json("manifest.json", ["x" * 990])
-    assert root.read_json("manifest.json") == ["x" * 990]
-    root.write_json("manifest.json", ["x" * 100_000])
+    monkeypatch.setattr("dis_scale.storage.document.LARGEST_BYTES", 1000)
+    Text(text="x" * 900).write(root)
+    assert Text.read(root) == Text(text="x" * 900)
+    Text(text="x" * 100_000).write(root)
     sizes = list[int]()
 
     def counted(folder: Folder, *arguments: Any) -> bytes:
@@ -59,8 +65,8 @@ def test_a_huge_manifest_is_not_read(store_url: str, monkeypatch: pytest.MonkeyP
         return data
 
     monkeypatch.setattr(Folder, "read", counted)
-    with pytest.raises(StorageError, match=r"manifest.json: damaged: over 1,000 bytes, which no JSON of a sweep has"):
-        root.read_json("manifest.json")
+    with pytest.raises(Damaged, match=r"text.json: damaged: over 1,000 bytes, which no document of a sweep has"):
+        Text.read(root)
     assert sizes == [1001]
 
 

@@ -112,9 +112,8 @@ def test_a_lost_answer_locks_nobody_out_of_its_own_lease(
 
 def test_a_lease_that_another_took_first_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = open_folder(tmp_path)
-    theirs = {"host": "elsewhere", "pid": 7, "nonce": "theirs"}
-    monkeypatch.setattr(lease, "_latest", lambda _: 0)
-    folder.create("0001", json.dumps(theirs).encode())
+    monkeypatch.setattr(lease, "last_holding", lambda _: None)
+    lease.Holder(host="elsewhere", pid=7, nonce="theirs").write(folder, "0001")
     with pytest.raises(Held, match="process 7 on elsewhere took the lease first"), lease.hold(folder):
         pass
 
@@ -127,24 +126,25 @@ def test_the_reason_of_its_end_is_one_line_without_secrets(tmp_path: Path, monke
         raise error
     holding = lease.last_holding(open_folder(tmp_path))
     assert holding
-    assert holding.why == "DisScaleError: no such table: ***"
+    assert holding.end
+    assert holding.end.why == "DisScaleError: no such table: ***"
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"null", b"{}", b'{"at": "x"}'])
 @pytest.mark.parametrize("name", ["0001", "0001.end", "0001.beat"])
 def test_a_damaged_file_hides_no_holder(tmp_path: Path, name: str, damage: bytes) -> None:
     folder = open_folder(tmp_path)
-    folder.write_json("0001", {"host": "elsewhere", "boot": "x", "pid": 7, "started": 0.0, "at": time.time()})
+    lease.Holder(host="elsewhere", boot="x", pid=7, started=0.0, at=time.time()).write(folder, "0001")
     folder.write(name, damage)
     holding = lease.last_holding(folder)
     assert holding
-    assert (holding.ended is not None) == (name == "0001.end")
+    assert (holding.end is not None) == (name == "0001.end")
     assert (lease.request_stop(folder) is None) == (name == "0001.end")
 
 
 def test_a_stop_request_reaches_a_holder_whose_clock_differs(tmp_path: Path) -> None:
     folder = open_folder(tmp_path)
-    folder.write_json("0001", {"host": "elsewhere", "boot": "x", "pid": 7, "started": 0.0, "at": time.time() - 600})
+    lease.Holder(host="elsewhere", boot="x", pid=7, started=0.0, at=time.time() - 600).write(folder, "0001")
     assert lease.request_stop(folder)
     assert folder.exists("0001.stop")
 
@@ -173,7 +173,7 @@ def test_a_stop_request_is_for_one_live_holder(tmp_path: Path) -> None:
     with lease.hold(folder) as ours:
         assert not ours.stop_requested()
         asked = lease.request_stop(folder)
-        assert (asked and asked.pid, ours.stop_requested()) == (os.getpid(), True)
+        assert (asked and asked.holder.pid, ours.stop_requested()) == (os.getpid(), True)
     assert lease.request_stop(folder) is None, "it has ended"
     with lease.hold(folder) as next_one:
         assert not next_one.stop_requested()
@@ -192,8 +192,7 @@ def test_a_damaged_lease_is_free_once_its_heartbeat_has_stopped(
 def test_a_container_of_the_same_host_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process ids are its own: only the heartbeat shows whether its process is alive."""
     folder = open_folder(tmp_path)
-    theirs = lease._this_process() | {"processes": "pid:[1]", "pid": 2**22 + 1}
-    folder.create("0001", json.dumps(theirs).encode())
+    lease.Holder.here().changed(processes="pid:[1]", pid=2**22 + 1).write(folder, "0001")
     beats = iter(range(100))
     monkeypatch.setattr(lease, "_heartbeat", lambda *_: str(next(beats)).encode())
     monkeypatch.setattr(lease.time, "sleep", lambda _: None)

@@ -1,32 +1,49 @@
-"""A thing exists when its manifest does; its files are compared with the manifest."""
+"""A document reads and writes itself; a thing exists when its manifest does, with which its files are compared."""
 
+import logging
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from dis_scale.process.errors import StorageError
-from dis_scale.storage import manifest
+from dis_scale.process.errors import Damaged, StorageError
+from dis_scale.storage.document import Document
 from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.storage.manifest import Digest, Manifest
+
+
+class Thing(Manifest):
+    images: int
+
+
+class Note(Document):
+    NAME: ClassVar[str] = "note.json"
+    text: str
+    share: float | None = None
 
 
 @pytest.fixture
 def thing(tmp_path: Path) -> Folder:
     folder = open_folder(tmp_path / "thing")
-    manifest.put(folder, {"a": b"alpha", "b": b"beta"}, images=7)
+    Thing(files={}, images=7).put(folder, {"a": b"alpha", "b": b"beta"})
     return folder
 
 
 def test_files_are_compared_with_the_manifest(thing: Folder) -> None:
-    contents = manifest.require(thing)
-    assert (contents["images"], manifest.read(thing, "a", contents)) == (7, b"alpha")
+    manifest = Thing.require(thing)
+    assert (manifest.images, manifest.read_file(thing, "a")) == (7, b"alpha")
+    read: dict[str, bytes] = {}
+    manifest.read_files(thing, read.__setitem__)
+    assert read == {"a": b"alpha", "b": b"beta"}
+    assert manifest.files["a"] == Digest.of(b"alpha")
 
 
 def test_a_folder_without_a_manifest_does_not_count(tmp_path: Path) -> None:
     incomplete = open_folder(tmp_path)
     incomplete.write("a", b"alpha")
-    assert manifest.find(incomplete) is None
+    assert Thing.find(incomplete) is None
     with pytest.raises(StorageError, match=f"{tmp_path}: no manifest.json: the folder is incomplete or was deleted"):
-        manifest.require(incomplete)
+        Thing.require(incomplete)
 
 
 @pytest.mark.parametrize(
@@ -35,24 +52,54 @@ def test_a_folder_without_a_manifest_does_not_count(tmp_path: Path) -> None:
 )
 def test_damage_is_named(thing: Folder, damage: bytes, message: str) -> None:
     thing.write("a", damage)
-    with pytest.raises(StorageError, match=f"{thing}/a: {message}"):
-        manifest.read(thing, "a", manifest.require(thing))
+    with pytest.raises(Damaged, match=f"{thing}/a: {message}"):
+        Thing.require(thing).read_file(thing, "a")
 
 
 def test_a_missing_file_is_named(thing: Folder) -> None:
-    contents = manifest.require(thing)
+    manifest = Thing.require(thing)
     thing.delete("b")
-    with pytest.raises(StorageError, match="/b: missing, though its manifest names it"):
-        manifest.read(thing, "b", contents)
+    with pytest.raises(Damaged, match="/b: missing, though its manifest names it"):
+        manifest.read_file(thing, "b")
 
 
-def test_another_format_is_refused_by_name(thing: Folder) -> None:
-    thing.write_json(manifest.NAME, {"format": 99})
-    with pytest.raises(StorageError, match="format 99 is not read by this version"):
-        manifest.find(thing)
+def test_another_format_is_refused_by_name_and_is_no_damage(thing: Folder) -> None:
+    thing.write(Thing.NAME, b'{"format": 99, "future": true}')
+    with pytest.raises(StorageError, match="format 99 is not read by this version") as raised:
+        Thing.find(thing)
+    assert not isinstance(raised.value, Damaged)
 
 
-def test_a_truncated_manifest_is_reported_as_damaged(thing: Folder) -> None:
-    thing.write(manifest.NAME, b'{"format": 1, "fil')
-    with pytest.raises(StorageError, match="damaged: not JSON"):
-        manifest.find(thing)
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [
+        (b'{"format": 1, "te', "JSON"),
+        (b"null", "JSON"),
+        (b'{"format": 1}', "text"),
+        (b'{"format": 1, "text": 3}', "text"),
+        (b'{"format": 1, "text": "a", "txet": "b"}', "txet"),
+        (b'{"text": "a"}', "it has no format"),
+    ],
+)
+def test_each_damage_of_a_document_is_named_with_its_field(
+    tmp_path: Path, data: bytes, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = open_folder(tmp_path)
+    folder.write(Note.NAME, data)
+    with pytest.raises(Damaged, match=rf"{tmp_path}/note.json: damaged: {where}"):
+        Note.find(folder)
+    with caplog.at_level(logging.WARNING):
+        assert Note.find_intact(folder) is None
+    assert "treated as missing" in caplog.text
+
+
+def test_a_document_is_written_and_created_once(tmp_path: Path) -> None:
+    folder, note = open_folder(tmp_path), Note(text="a")
+    assert Note.find(folder) is None
+    assert note.create(folder)
+    assert not Note(text="b").create(folder)
+    assert Note.read(folder) == note
+    note.changed(text="b", share=float("nan")).write(folder)
+    assert Note.read(folder).text == "b"
+    assert Note.exists(folder)
+    assert note.to_json() == {"format": 1, "text": "a"}

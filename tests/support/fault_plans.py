@@ -8,9 +8,9 @@ import torch.multiprocessing as mp
 
 from dis_scale.process import faults
 from dis_scale.recipe import Recipe
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Run, state
+from dis_scale.sweep.documents import PublishedManifest
 from dis_scale.tracking.rows import RowReader
 from dis_scale.training import resume
 from tests.support import ranks
@@ -72,7 +72,7 @@ def made(root: Path, recipe: Recipe) -> dict[str, Any]:
         "state": (
             last.images_seen,
             last.adam_step,
-            {name: file["sha256"] for name, file in last.manifest["files"].items()},
+            {name: file.sha256 for name, file in last.manifest.files.items()},
         ),
         "rows": sorted((row.name, row.images, row.value) for row in rows),
     }
@@ -80,5 +80,5 @@ def made(root: Path, recipe: Recipe) -> dict[str, Any]:
 
 def published_hashes(folder: Folder) -> dict[str, str]:
     """Return the hash of each average in a published folder; the number of the attempt in its file's name is left out."""
-    files = manifest.require(folder)["files"]
-    return {re.sub(r"-\d{4}(\.safetensors)$", r"\1", name): file["sha256"] for name, file in files.items()}
+    files = PublishedManifest.require(folder).files
+    return {re.sub(r"-\d{4}(\.safetensors)$", r"\1", name): file.sha256 for name, file in files.items()}

@@ -19,6 +19,7 @@ from dis_scale.data.shards import Sample
 from dis_scale.recipe import Recipe
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep
+from tests.support.documents import made_from
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 TIMEOUT_S = 400
@@ -35,8 +36,7 @@ def make_latents(at: Folder, recipe: Recipe) -> Folder:
             for i in range(16)
         ]
         shards.put_shard(at, number, part, [])
-    facts = {"vae": "v", "scale": 1.0, "shift": 0.0, "latent": [4, 8], "num_classes": recipe.data.num_classes}
-    shards.write_manifest(at, range(3), facts)
+    shards.write_manifest(at, range(3), made_from(num_classes=recipe.data.num_classes))
     return at
 
 

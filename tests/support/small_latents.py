@@ -9,6 +9,7 @@ from dis_scale.data.cache import Cache
 from dis_scale.data.latents import Latents
 from dis_scale.data.shards import Sample
 from dis_scale.storage.folder import Folder, open_folder
+from tests.support.documents import made_from
 
 CLASSES = 5
 
@@ -26,8 +27,8 @@ def samples(first: int, count: int) -> list[Sample]:
 def make(at: Folder, counts: list[int]) -> Folder:
     for number, count in enumerate(counts):
         shards.put_shard(at, number, samples(sum(counts[:number]), count), [])
-    facts = {"vae": "v" * 64, "scale": 0.5, "shift": 0.25, "latent": [2, 3], "num_classes": CLASSES}
-    shards.write_manifest(at, range(len(counts)), facts)
+    source = made_from("v" * 64, (2, 3), scale=0.5, shift=0.25, num_classes=CLASSES)
+    shards.write_manifest(at, range(len(counts)), source)
     return at
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dis_scale.data.shards import Encoding
 from dis_scale.data.sources import Source, open_source
 from dis_scale.evaluation import reference
 from dis_scale.evaluation.sampling import labels_of
@@ -16,6 +15,7 @@ from dis_scale.process import faults
 from dis_scale.recipe import Evaluate
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sampled, Sweep, state
+from dis_scale.sweep.documents import Encoding
 from pipelines import evaluate, precompute, stage
 from pipelines.evaluate import Evaluation
 from pipelines.evaluators import Evaluator

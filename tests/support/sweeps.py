@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dis_scale.recipe import reading
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import TRACKING, Sweep, state
+from dis_scale.storage.manifest import read_verified
+from dis_scale.sweep import Sweep, state
+from dis_scale.sweep.documents import LatentsManifest, TrackingIds
 from dis_scale.tracking.mlflow import open_client
 from dis_scale.weights.published import load_published
 from ops.drills.processes import kill_all as kill_all
@@ -83,24 +84,24 @@ def assert_complete(root: str, *settings: str) -> None:
             load_published(sweep.run(model), images)
         measured = state.evaluated(sweep, model)
         assert sorted(measured) == counts
-        assert all(metrics["values"][recipe.evaluate.metric] > 0 for metrics in measured.values())
+        assert all(metrics.values[recipe.evaluate.metric] > 0 for metrics in measured.values())
     (name,) = (open_folder(root) / "latents").list()
     latents = open_folder(root) / "latents" / name
-    facts = manifest.require(latents)
-    assert facts["count"] == 1797
-    for shard in facts["shards"]:
-        manifest.verified(latents, shard["name"], shard)
+    manifest = LatentsManifest.require(latents)
+    assert manifest.count == 1797
+    for shard in manifest.shards:
+        read_verified(latents, shard.name, shard.digest)
     assert {"index.html", "gflops_fid.csv", "gflops_fid.png", "gflops_fid.svg"} <= set(sweep.report.list())
 
 
 def assert_mlflow_has_everything(root: str, *settings: str) -> None:
     """Assert that MLflow has parameters, each row once, each metric, each grid and the report."""
     sweep = sweep_at(root, *settings)
-    ids = sweep.folder.read_json(TRACKING)
-    client, counts = open_client(ids["uri"]), list(sweep.recipe.train.publish_images)
+    ids = TrackingIds.read(sweep.folder)
+    client, counts = open_client(ids.uri), list(sweep.recipe.train.publish_images)
     folders = ["samples", *(f"samples/{name}" for name in sweep.recipe.evaluate.variants)]
-    assert set(ids["models"]) == set(sweep.recipe.models)
-    for run_id in ids["models"].values():
+    assert set(ids.models) == set(sweep.recipe.models)
+    for run_id in ids.models.values():
         run = client.get_run(run_id)
         assert run.info.status == "FINISHED"
         assert {"gmacs_forward", "parameters", "tokens", "global_batch", "seed"} <= run.data.params.keys()
@@ -113,4 +114,4 @@ def assert_mlflow_has_everything(root: str, *settings: str) -> None:
         grids = [a.path for folder in folders for a in client.list_artifacts(run_id, folder)]
         assert len([path for path in grids if path.endswith(".png")]) == len(folders) * len(counts)
     stored = [f"report/{name}" for name in sweep.report.list()]
-    assert [a.path for a in client.list_artifacts(ids["sweep"], "report")] == stored
+    assert [a.path for a in client.list_artifacts(ids.sweep, "report")] == stored

@@ -13,21 +13,23 @@ from dis_scale.process.errors import StorageError, UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import ENDED, FAILED_NODES, LATENTS, METRICS, SKIPPED, PointName, Run, Sampled, Sweep, state
+from dis_scale.sweep import PointName, Run, Sampled, Sweep, state
+from dis_scale.sweep.documents import Ended, FailedNodes, LatentsPointer, Metrics, Skipped
 from dis_scale.sweep.extractors import part_count, part_positions
 from dis_scale.training import resume
 from dis_scale.training.resume import Keep
 from dis_scale.weights.published import load_published
 from tests.conftest import TINY
+from tests.support.documents import put_metrics, put_published, put_resume_point
 
-NO_METRICS = b'{"values": {}, "metrics": null}'
+NO_METRICS = b'{"format": 1, "values": {}, "metrics": null}'
 
 
 @pytest.fixture
 def sweep(tmp_path: Path, tiny: Recipe) -> Sweep:
     made = Sweep.below(open_folder(tmp_path), tiny)
     for model, images in [("dis", 0), ("dis", 160), ("dit", 0), ("dit", 7)]:
-        manifest.put(made.run(model).published_at(images), {"weights.safetensors": b""}, images=images)
+        put_published(made.run(model).published_at(images), b"", images=images)
     return made
 
 
@@ -50,7 +52,7 @@ def test_the_main_settings_come_before_the_variants_and_counts_in_order(sweep: S
 
 def test_a_metric_added_later_is_measured_again(sweep: Sweep) -> None:
     done = Sampled("dis", 160)
-    sweep.evaluation(done).write_json(METRICS, {"metrics": ["distance"], "values": {}})
+    put_metrics(sweep.evaluation(done))
     assert state.outdated(sweep) == {}
     more = given(sweep, "evaluate.metrics=[distance, precision_recall]")
     assert state.outdated(more) == {done: "the recipe has added precision_recall"}
@@ -60,22 +62,22 @@ def test_a_metric_added_later_is_measured_again(sweep: Sweep) -> None:
 @pytest.mark.parametrize("damaged", [b"", b'{"values": {', b"[]", b'{"values": {}}', NO_METRICS, b"\xff\xfe"])
 def test_damaged_metrics_are_measured_again_and_hide_no_others(sweep: Sweep, damaged: bytes) -> None:
     for images in (0, 160):
-        sweep.evaluation(Sampled("dis", images)).write_json(METRICS, {"metrics": ["distance"], "values": {"fd": 1.0}})
-    sweep.evaluation(Sampled("dis", 160)).write(METRICS, damaged)
+        put_metrics(sweep.evaluation(Sampled("dis", images)), {"fd": 1.0})
+    sweep.evaluation(Sampled("dis", 160)).write(Metrics.NAME, damaged)
     assert state.outdated(sweep) == {Sampled("dis", 160): "its metrics.json is damaged"}
     assert list(state.evaluated(sweep, "dis")) == [0]
 
 
 def test_metrics_that_may_not_be_read_are_not_measured_again(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = sweep.evaluation(Sampled("dis", 160))
-    folder.write_json(METRICS, {"values": {}, "metrics": []})
+    put_metrics(folder)
 
     def refuse(verb: str, **_: Any) -> None:
         if verb == "read":
             raise PermissionError(errno.EACCES, "Access Denied")
 
     monkeypatch.setattr(faults, "at", refuse)
-    for read in (lambda: state.find_metrics(folder), lambda: folder.find_json(METRICS)):
+    for read in (lambda: Metrics.find(folder), lambda: Metrics.find_intact(folder)):
         with pytest.raises(StorageError, match=r"metrics.json.*Access Denied"):
             read()
 
@@ -84,10 +86,10 @@ def test_metrics_that_may_not_be_read_are_not_measured_again(sweep: Sweep, monke
 def test_a_damaged_list_of_failed_nodes_is_named_and_excludes_none(
     sweep: Sweep, damage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sweep.run("dis").folder.write(FAILED_NODES, damage)
+    sweep.run("dis").folder.write(FailedNodes.NAME, damage)
     state.record_node_failure(sweep.run("dit"), "node", "ECC")
     assert state.node_failures(sweep) == {"node": 1}
-    assert "failed_nodes.json: damaged: expected a" in caplog.text
+    assert "failed_nodes.json: damaged: " in caplog.text
     state.record_node_failure(sweep.run("dis"), "node", "ECC")
     assert state.node_failures(sweep) == {"node": 2}
 
@@ -97,25 +99,25 @@ def test_a_sweep_is_evaluated_when_each_sampling_is(sweep: Sweep) -> None:
         assert not state.all_evaluated(sweep)
         for model in sweep.recipe.models:
             for images in sweep.recipe.train.publish_images:
-                sweep.evaluation(Sampled(model, images, variant)).write_json(METRICS, {})
+                put_metrics(sweep.evaluation(Sampled(model, images, variant)))
     assert state.all_evaluated(sweep)
 
 
 def test_skipped_evaluations_have_their_reason(sweep: Sweep) -> None:
-    sweep.evaluation(Sampled("dit", 0, "wide")).write_json(SKIPPED, {"why": "a flipped byte"})
+    Skipped(why="a flipped byte").write(sweep.evaluation(Sampled("dit", 0, "wide")))
     assert state.skipped(sweep) == {Sampled("dit", 0, "wide"): "a flipped byte"}
 
 
 def test_a_damaged_manifest_fails_when_it_is_loaded_not_in_the_list(sweep: Sweep) -> None:
     sweep.run("dis").published_at(160).write(manifest.NAME, b'{"form')
     assert Sampled("dis", 160) in state.evaluations_left(sweep)
-    with pytest.raises(StorageError, match="damaged: not JSON"):
+    with pytest.raises(StorageError, match=r"manifest.json: damaged: "):
         load_published(sweep.run("dis"), 160)
 
 
 def test_a_stray_folder_among_resume_points_is_no_resume_point(tmp_path: Path) -> None:
     run = Run(open_folder(tmp_path))
-    manifest.put(run.resume_point(PointName(160, 2)), {"a": b""}, images=160)
+    put_resume_point(run.resume_point(PointName(160, 2)), images=160)
     run.resume.write("notes/readme.txt", b"a person was here")
     assert state.point_names(run) == [PointName(160, 2)]
     assert state.resumable_images(run) == 160
@@ -163,11 +165,11 @@ def test_damaged_notes_of_an_evaluation_and_a_run_are_named_and_stop_nothing(
     sweep: Sweep, damage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     sampled, run = Sampled("dit", 0), sweep.run("dit").folder
-    sweep.evaluation(sampled).write(SKIPPED, damage)
+    sweep.evaluation(sampled).write(Skipped.NAME, damage)
     assert state.why_skipped(sweep, [sampled]) == {}
-    assert f"{SKIPPED}: damaged: " in caplog.text
-    run.write(ENDED, damage)
-    assert state.ended(sweep, "dit") == f"{ENDED} is damaged"
-    sweep.folder.write(LATENTS, damage)
+    assert f"{Skipped.NAME}: damaged: " in caplog.text
+    run.write(Ended.NAME, damage)
+    assert state.ended(sweep, "dit") == f"{Ended.NAME} is damaged"
+    sweep.folder.write(LatentsPointer.NAME, damage)
     assert state.find_latents(sweep.folder) is None
     assert state.latents_vae(sweep) is None

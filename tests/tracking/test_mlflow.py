@@ -8,9 +8,10 @@ import pytest
 
 from dis_scale.recipe import Recipe
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import TRACKING, Sweep
+from dis_scale.sweep import Sweep
+from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking import mlflow
-from dis_scale.tracking.mlflow import RunCopy, create_runs, stored_ids
+from dis_scale.tracking.mlflow import RunCopy, create_runs
 from dis_scale.tracking.rows import Row, RowReader, RowWriter
 
 
@@ -27,7 +28,7 @@ def sweep(tmp_path: Path, tiny: Recipe, uri: str) -> Sweep:
 
 
 def history(sweep: Sweep, uri: str, name: str) -> list[tuple[int, float]]:
-    metrics = mlflow.open_client(uri).get_metric_history(stored_ids(sweep)["models"]["dis"], name)
+    metrics = mlflow.open_client(uri).get_metric_history(TrackingIds.read(sweep.folder).models["dis"], name)
     return sorted((m.step, m.value) for m in metrics)
 
 
@@ -53,20 +54,20 @@ def test_each_row_is_sent_once_whoever_sends_it(sweep: Sweep, uri: str) -> None:
 
 
 def test_runs_are_created_once_and_new_models_are_added(sweep: Sweep, uri: str) -> None:
-    before = stored_ids(sweep)
+    before = TrackingIds.read(sweep.folder)
     after = create_runs(sweep, uri, {"dis": {"gmacs_forward": 1.5, "seed": 0}, "dit": {"seed": 0}})
-    assert after["models"]["dis"] == before["models"]["dis"]
-    assert (after["sweep"], set(after["models"])) == (before["sweep"], {"dis", "dit"})
-    run = mlflow.open_client(uri).get_run(after["models"]["dis"])
+    assert after.models["dis"] == before.models["dis"]
+    assert (after.sweep, set(after.models)) == (before.sweep, {"dis", "dit"})
+    run = mlflow.open_client(uri).get_run(after.models["dis"])
     assert run.data.params == {"gmacs_forward": "1.5", "seed": "0"}
-    assert run.data.tags["mlflow.parentRunId"] == before["sweep"]
+    assert run.data.tags["mlflow.parentRunId"] == before.sweep
 
 
 def test_models_are_listed_in_the_recipes_order_with_colours_of_their_own(tmp_path: Path, tiny: Recipe) -> None:
     """MLflow's page lists the newest run first."""
     uri, models = f"sqlite:///{tmp_path}/mlflow.db", ["xs", "s", "m", "dit"]
     ids = create_runs(Sweep(open_folder(tmp_path) / "sweeps/s", tiny), uri, {model: {"seed": 0} for model in models})
-    runs = mlflow.open_client(uri).search_runs([ids["experiment"]], order_by=["attributes.start_time DESC"])
+    runs = mlflow.open_client(uri).search_runs([ids.experiment], order_by=["attributes.start_time DESC"])
     assert [run.info.run_name for run in runs] == [*models, "s"]
     assert len({run.data.tags["mlflow.runColor"] for run in runs[:-1]}) == len(models)
 
@@ -74,11 +75,11 @@ def test_models_are_listed_in_the_recipes_order_with_colours_of_their_own(tmp_pa
 def test_an_emptied_mlflow_gets_its_runs_again(tmp_path: Path, tiny: Recipe) -> None:
     sweep = Sweep(open_folder(tmp_path) / "sweeps/s", tiny)
     first = create_runs(sweep, f"sqlite:///{tmp_path}/one.db", {"dis": {"seed": 0}})
-    sweep.folder.write_json(TRACKING, first | {"uri": f"sqlite:///{tmp_path}/two.db"})
+    first.changed(uri=f"sqlite:///{tmp_path}/two.db").write(sweep.folder)
     create_runs(Sweep(open_folder(tmp_path) / "sweeps/t", tiny), f"sqlite:///{tmp_path}/two.db", {})
     again = create_runs(sweep, f"sqlite:///{tmp_path}/two.db", {"dis": {"seed": 0}})
-    assert again["sweep"] != first["sweep"]
-    run = mlflow.open_client(again["uri"]).get_run(again["models"]["dis"])
+    assert again.sweep != first.sweep
+    run = mlflow.open_client(again.uri).get_run(again.models["dis"])
     assert run.data.params == {"seed": "0"}
 
 
@@ -88,13 +89,13 @@ def test_a_database_that_is_gone_is_not_made_by_a_copy_but_by_the_next_sync(
     """Jobs that would make it at the same time would damage it."""
     sweep, database = Sweep(open_folder(tmp_path) / "sweeps/s", tiny), tmp_path / "lost.db"
     uri = f"sqlite:///{database}"
-    sweep.folder.write_json(TRACKING, {"uri": uri, "experiment": "1", "sweep": "old", "models": {"dis": "older"}})
+    TrackingIds(uri=uri, experiment="1", sweep="old", models={"dis": "older"}).write(sweep.folder)
     copy = RunCopy(sweep, "dis")
     copy.send([Row("loss", 0.5, 10, 1.0)])
     assert copy.away
     assert not database.exists()
     assert "lost.db is gone: dis-scale mlflow sync makes it again" in caplog.text
-    assert create_runs(sweep, uri, {"dis": {}})["sweep"] != "old"
+    assert create_runs(sweep, uri, {"dis": {}}).sweep != "old"
     copy.send([])
     assert history(sweep, uri, "loss") == [(10, 0.5)]
 
@@ -102,7 +103,7 @@ def test_a_database_that_is_gone_is_not_made_by_a_copy_but_by_the_next_sync(
 def test_files_are_stored_with_the_run(sweep: Sweep, uri: str, tmp_path: Path) -> None:
     (tmp_path / "grid.png").write_bytes(b"picture")
     RunCopy(sweep, "dis").send_file(tmp_path / "grid.png", "samples")
-    run = stored_ids(sweep)["models"]["dis"]
+    run = TrackingIds.read(sweep.folder).models["dis"]
     assert [a.path for a in mlflow.open_client(uri).list_artifacts(run, "samples")] == ["samples/grid.png"]
 
 
@@ -124,7 +125,7 @@ def test_mlflow_away_is_logged_once_and_the_rows_wait(
 
 def test_damaged_ids_are_made_again(tiny: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sweep = Sweep.below(open_folder(tmp_path), tiny)
-    sweep.folder.write(TRACKING, b"{")
+    sweep.folder.write(TrackingIds.NAME, b"{")
     ids = mlflow.create_runs(sweep, f"sqlite:///{tmp_path}/mlflow.db", {"dit": {"seed": 0}})
-    assert mlflow.stored_ids(sweep) == ids
-    assert "tracking.json: damaged: not JSON" in caplog.text
+    assert TrackingIds.read(sweep.folder) == ids
+    assert "tracking.json: damaged: JSON" in caplog.text

@@ -8,17 +8,18 @@ import pytest
 from dis_scale.planning.plan import Plan, price_sweep
 from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.recipe import LatentShape, reading
-from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import ENDED, GRID, METRICS, Sampled, Sweep
+from dis_scale.sweep import GRID, Sampled, Sweep
+from dis_scale.sweep.documents import Ended, Metrics, TrackingIds
 from dis_scale.tracking import mlflow
 from dis_scale.tracking.goodput import ATTEMPT
-from dis_scale.tracking.mlflow import RunCopy, create_runs, open_client, stored_ids
+from dis_scale.tracking.mlflow import RunCopy, create_runs, open_client
 from dis_scale.tracking.mlflow_copy import copy_evaluation, copy_everything, copy_report
 from dis_scale.tracking.rows import RowReader, RowWriter
 from pipelines import evaluate
 from tests.cli.test_cli import answer, invoke
 from tests.conftest import TINY
+from tests.support.documents import put_metrics, put_published
 
 
 @pytest.fixture
@@ -36,17 +37,11 @@ def sweep(tmp_path: Path, plan: Plan) -> Sweep:
             rows = RowWriter(made.run(model).log, attempt)
             rows.add(80 * attempt, {"loss": 1.0 / attempt, ATTEMPT: attempt})
             rows.settle()
-        manifest.put(made.run(model).published_at(160), {"weights.safetensors": b""}, images=160)
+        put_published(made.run(model).published_at(160), b"", images=160)
         for variant in plan.recipe.evaluate.samplings:
             folder = made.evaluation(Sampled(model, 160, variant))
             values = {"fd_digits_80": 9.0, "fd_digits_80_error": 0.5, "fd_digits_80_floor": 0.1}
-            metrics = {
-                "values": values,
-                "seconds": {"sampling": 2.5, "metrics": 1.5},
-                "time": 7.25,
-                "metrics": ["distance"],
-            }
-            folder.write_json(METRICS, metrics)
+            put_metrics(folder, values, seconds={"sampling": 2.5, "metrics": 1.5}, time=7.25)
             folder.write(GRID, b"a picture")
     made.report.write("index.html", b"<!doctype html>")
     return made
@@ -54,9 +49,9 @@ def sweep(tmp_path: Path, plan: Plan) -> Sweep:
 
 def content(sweep: Sweep, uri: str) -> dict[str, Any]:
     """All that an MLflow holds of the sweep, by model."""
-    client, ids = open_client(uri), stored_ids(sweep)
+    client, ids = open_client(uri), TrackingIds.read(sweep.folder)
     copies = {}
-    for name, run_id in {**ids["models"], "sweep": ids["sweep"]}.items():
+    for name, run_id in {**ids.models, "sweep": ids.sweep}.items():
         run = client.get_run(run_id)
         metrics = {
             m: [(x.step, x.value, x.timestamp) for x in client.get_metric_history(run_id, m)] for m in run.data.metrics
@@ -112,7 +107,7 @@ def test_an_attempt_sends_what_mlflow_lacks_and_nothing_again(
     main = sweep.evaluation(Sampled("dis", 160))
     for images in range(320, 1601, 160):
         folder = sweep.evaluation(Sampled("dis", images))
-        folder.write_json(METRICS, main.read_json(METRICS))
+        Metrics.read(main).write(folder)
         folder.write(GRID, b"a picture")
     del calls[:]
     evaluate._copy_earlier(sweep)
@@ -121,7 +116,7 @@ def test_an_attempt_sends_what_mlflow_lacks_and_nothing_again(
     evaluate._copy_earlier(sweep)
     assert calls == ["get_metric_history"] * 4, "one for each model and sampling setting"
     late = sweep.evaluation(Sampled("dit", 320))
-    late.write_json(METRICS, main.read_json(METRICS))
+    Metrics.read(main).write(late)
     late.write(GRID, b"a picture")
     evaluate._copy_earlier(sweep)
     assert calls.count("log_artifact") == calls.count("log_batch") == 1
@@ -133,21 +128,19 @@ def test_an_evaluation_without_a_grid_or_with_damaged_metrics_ends_no_copy(
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     create_runs(sweep, uri, plan.parameters())
     sweep.evaluation(Sampled("dis", 160)).delete(GRID)
-    sweep.evaluation(Sampled("dis", 160, "wide")).write(METRICS, b"null")
+    sweep.evaluation(Sampled("dis", 160, "wide")).write(Metrics.NAME, b"null")
     evaluate._copy_earlier(sweep)
     metrics, _, files, _ = content(sweep, uri)["dis"]
     assert metrics["fd_digits_80"] == [(160, 9.0, 7250)]
     assert "fd_digits_80/wide" not in metrics
     assert files == ["samples/wide/samples-000000000160.png"]
     assert "samples.png is missing: MLflow gets the numbers only" in caplog.text
-    assert (
-        "metrics.json: damaged: expected a mapping with values, metrics; MLflow does not get this evaluation"
-        in caplog.text
-    )
+    assert "metrics.json: damaged: " in caplog.text
+    assert "MLflow does not get this evaluation" in caplog.text
 
 
 def test_a_model_that_failed_is_marked(sweep: Sweep, plan: Plan, tmp_path: Path) -> None:
-    sweep.run("dit").folder.write_json(ENDED, {"why": "a worker was lost"})
+    Ended(why="a worker was lost").write(sweep.run("dit").folder)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     copy_everything(sweep, plan.parameters(), uri)
     assert {name: copied[3] for name, copied in content(sweep, uri).items()}["dit"] == "FAILED"
@@ -163,7 +156,7 @@ def test_a_uri_with_credentials_is_neither_stored_nor_shown(sweep: Sweep, plan: 
     with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD") as raised:
         copy_everything(sweep, plan.parameters(), "http://me:pa55word@127.0.0.1:9")
     assert "pa55" not in str(raised.value)
-    assert stored_ids(sweep) == {}
+    assert not TrackingIds.exists(sweep.folder)
 
 
 def test_a_sweep_that_was_never_tracked_needs_a_uri(sweep: Sweep) -> None:

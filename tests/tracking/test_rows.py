@@ -9,8 +9,9 @@ import pytest
 from dis_scale.process import faults
 from dis_scale.process.errors import StorageError
 from dis_scale.storage.folder import open_folder
+from dis_scale.sweep.documents import RunCost, RunState
 from dis_scale.tracking import rows
-from dis_scale.tracking.goodput import GOODPUT, WORKER_HOURS, Goodput, facts_for_branch
+from dis_scale.tracking.goodput import Goodput, as_branch
 from dis_scale.tracking.rows import RowReader, RowWriter, compact
 
 
@@ -116,13 +117,6 @@ def test_rows_wait_while_storage_is_away(tmp_path: Path, monkeypatch: pytest.Mon
     assert losses(RowReader(open_folder(tmp_path))) == [1, 2, 3, 4, 5, 6]
 
 
-def test_rows_of_an_earlier_version_are_read(tmp_path: Path) -> None:
-    folder = open_folder(tmp_path)
-    folder.write("0001-000000.jsonl", b'{"name": "loss", "value": 0.5, "images": 1, "time": 2.0}\n')
-    write(RowWriter(folder, 2), range(2, 4))
-    assert losses(RowReader(folder)) == [1, 2, 3]
-
-
 @pytest.mark.parametrize(
     ("damage", "left"),
     [
@@ -155,25 +149,23 @@ def test_damaged_rows_are_named_and_left_out(
 
 def test_goodput_counts_steps_that_no_later_attempt_repeats() -> None:
     """Attempt 1 is requested at 0 s, steps from 2 s to 10 s, saves at 6 s and is lost; attempt 2 steps from 20 s to 26 s."""
-    first = Goodput.begin({}, 1000.0, 1002.0)
-    saved = first.facts(1006.0)
-    assert saved[GOODPUT] == pytest.approx(4 / 6)
+    first = Goodput.begin(None, 1000.0, 1002.0)
+    saved = first.spent(1006.0)
+    assert first.share(1006.0) == pytest.approx(4 / 6)
     second = Goodput.begin(saved, 1010.0, 1020.0)
     assert second.share(1020.0) == pytest.approx(4 / 20)
     assert second.share(1026.0) == pytest.approx((4 + 6) / 26)
-    third = Goodput.begin(second.facts(1026.0), 1026.0, 1030.0)
+    third = Goodput.begin(second.spent(1026.0), 1026.0, 1030.0)
     assert third.share(1032.0) == pytest.approx((4 + 6 + 2) / 32)
     assert Goodput.begin(saved, 890.0, 900.0).share(800.0) in (0.0, 1.0), "a clock that was set back"
 
 
 def test_worker_hours_are_those_of_lasting_steps_on_each_attempts_workers() -> None:
     """As above, on eight workers and then on four; then a branch leaves, on two."""
-    saved = Goodput.begin({}, 1000.0, 1000.0, workers=8).facts(1006.0)
-    end = Goodput.begin(saved, 1010.0, 1020.0, workers=4).facts(1026.0)
-    assert end[WORKER_HOURS] == pytest.approx((8 * 6 + 4 * 6) / 3600)
-    branch = Goodput.begin(facts_for_branch(end, 2000.0), 2000.0, 2000.0, workers=2).facts(2010.0)
-    assert branch[WORKER_HOURS] == pytest.approx((8 * 6 + 4 * 6 + 2 * 10) / 3600)
-    assert branch[GOODPUT] == 1.0, "the trunk's time is not the branch's"
-    del end["spent"]["worker_s"]  # as an earlier version stored it: unknown, and so is a branch's
-    for later in (end, facts_for_branch(end, 3000.0)):
-        assert WORKER_HOURS not in Goodput.begin(later, 3000.0, 3000.0, workers=2).facts(3010.0)
+    saved = Goodput.begin(None, 1000.0, 1000.0, workers=8).spent(1006.0)
+    end = Goodput.begin(saved, 1010.0, 1020.0, workers=4)
+    assert end.worker_hours(1026.0) == pytest.approx((8 * 6 + 4 * 6) / 3600)
+    trunk = RunState(model="a", latents="", adam_step=1, at=1026.0, cost=RunCost(goodput=0.5), spent=end.spent(1026.0))
+    branch = Goodput.begin(as_branch(trunk, 2000.0).spent, 2000.0, 2000.0, workers=2)
+    assert branch.worker_hours(2010.0) == pytest.approx((8 * 6 + 4 * 6 + 2 * 10) / 3600)
+    assert branch.share(2010.0) == 1.0, "the trunk's time is not the branch's"

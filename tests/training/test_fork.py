@@ -5,6 +5,7 @@ import pytest
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import reading
 from dis_scale.sweep import Sweep, state
+from dis_scale.sweep.documents import Origin
 from dis_scale.tracking.rows import RowReader
 from dis_scale.training import resume
 from dis_scale.training.fork import fork_run
@@ -29,15 +30,15 @@ def test_a_fork_trains_on_to_the_bit(sweep: Sweep) -> None:
     recipe = grown.recipe
     assert list(recipe.models.items()) == [*list(recipe.models.items())[:2], ("again", recipe.models["dit"])]
     assert state.published_counts(made) == [0, 160]
-    assert made.folder.read_json("origin.json")["resume_point"] == "000000000240-0001"
+    assert Origin.read(made.folder).resume_point == "000000000240-0001"
     assert state.resumable_images(made) == 240
     assert sweep.folder.local
     ranks.run(recipe, "again", sweep.folder.local.parent, attempt=1)
     ends = [resume.newest_point(grown.run(name), print) for name in ("dit", "again")]
     assert ends[0] is not None
     assert ends[1] is not None
-    assert ends[0].manifest["files"] == ends[1].manifest["files"]
-    assert ends[1].manifest["model"] == "again"
+    assert ends[0].manifest.files == ends[1].manifest.files
+    assert ends[1].manifest.progress.model == "again"
 
 
 def test_a_fork_may_change_the_training_from_there_on(sweep: Sweep) -> None:

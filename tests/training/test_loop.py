@@ -16,7 +16,7 @@ from dis_scale.recipe import Recipe, Train, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import PointName, Run, state
-from dis_scale.tracking.goodput import WORKER_HOURS
+from dis_scale.sweep.documents import LatentsManifest, PublishedManifest, ResumePointManifest, RunState
 from dis_scale.tracking.rows import RowReader
 from dis_scale.training import loop, resume
 from dis_scale.training.loop import Attempt, Start
@@ -25,6 +25,7 @@ from dis_scale.training.schedule import learning_rate
 from dis_scale.weights.published import WEIGHTS_FILE, load_average, load_published
 from tests.conftest import TINY
 from tests.support import ranks
+from tests.support.documents import put_published, put_resume_point
 
 LAST = 320
 LAST_ONE = Keep(1, 0, LAST, frozenset())
@@ -109,8 +110,11 @@ def test_a_cooldown_branch_ends_as_the_complete_training_with_that_schedule(tmp_
     annealed_run = run_at(tmp_path / "trunk", "dit-at-320")
     assert state.published_counts(annealed_run) == [320]
     at_branch = run_at(tmp_path / "trunk", "dit").resume_point(PointName(224, 1))
-    hours = [manifest.require(folder)[WORKER_HOURS] for folder in (at_branch, annealed_run.published_at(320))]
-    assert 0 < hours[0] < hours[1], "the trunk's hours are the branch's, too"
+    trunk = ResumePointManifest.require(at_branch).progress.cost.worker_hours
+    annealed_hours = PublishedManifest.require(annealed_run.published_at(320)).cost.worker_hours
+    assert trunk
+    assert annealed_hours
+    assert 0 < trunk < annealed_hours, "the trunk's hours are the branch's, too"
     complete = reading.load(TINY, [*settings, "train.decay=linear", "train.decay_from=0.7"])
     ranks.run(complete, "dit", tmp_path / "complete", attempt=1)
     annealed = weights(tmp_path / "trunk", "dit-at-320")
@@ -158,13 +162,13 @@ def test_a_run_does_not_continue_on_other_latents(tmp_path: Path) -> None:
     )
     ranks.run(recipe, "dit", tmp_path, attempt=1, stop_at=100)
     latents = open_folder(tmp_path) / "latents"
-    first = manifest.require(latents)
-    latents.write_json(manifest.NAME, first | {"order": "other"})
+    first = LatentsManifest.require(latents)
+    first.changed(made_from=first.made_from.model_copy(update={"order": "other"})).write(latents)
     with pytest.raises(
         ProcessRaisedException, match=r"trained on latents \w+, .*/latents is \w+, with other images at its"
     ):
         ranks.run(recipe, "dit", tmp_path, attempt=2)
-    latents.write_json(manifest.NAME, first)
+    first.write(latents)
     ranks.run(recipe, "dit", tmp_path, attempt=3)
     assert state.published_counts(run_at(tmp_path, "dit")) == [0, 160, 320]
 
@@ -221,12 +225,12 @@ def test_a_resume_point_that_cannot_be_read_is_not_passed_over(
 
 def test_a_resume_point_of_a_newer_version_is_not_passed_over(tmp_path: Path) -> None:
     run = run_with_points(tmp_path, {160: b"1", 320: b"2"})
-    run.resume.write_json(f"000000000320-0001/{manifest.NAME}", {"format": manifest.FORMAT + 1})
-    with pytest.raises(StorageError, match=r"000000000320-0001/manifest.json: format 4 is not read by this version"):
+    run.resume.write(f"000000000320-0001/{manifest.NAME}", b'{"format": 2}')
+    with pytest.raises(StorageError, match=r"000000000320-0001/manifest.json: format 2 is not read by this version"):
         resume.newest_point(run, print)
 
 
-@pytest.mark.parametrize("damage", [b"", b"null", b'{"images": 320}', b'{"format": 3}'])
+@pytest.mark.parametrize("damage", [b"", b"null", b'{"images": 320}', b'{"format": 1}'])
 def test_a_resume_point_with_a_damaged_manifest_is_passed_over(tmp_path: Path, damage: bytes) -> None:
     one = safetensors.torch.save({"weight": torch.ones(1)})
     run, logged = run_with_points(tmp_path, {160: one, 320: one}), list[str]()
@@ -249,9 +253,9 @@ def test_a_run_that_has_published_does_not_start_over_unasked(tmp_path: Path) ->
     run = Run(open_folder(tmp_path))
     run.resume.write("000000000000-0001/weights-00000.safetensors", b"half")
     assert resume.newest_point(run, print) is None
-    manifest.put(run.published_at(0), {}, images=0)
+    put_published(run.published_at(0), images=0)
     assert resume.newest_point(run, print) is None
-    manifest.put(run.published_at(160), {}, images=160)
+    put_published(run.published_at(160), images=160)
     with pytest.raises(UserError, match=r"0 damaged"):
         resume.newest_point(run, print)
 
@@ -259,7 +263,7 @@ def test_a_run_that_has_published_does_not_start_over_unasked(tmp_path: Path) ->
 def test_a_run_without_a_complete_resume_point_does_not_start_over_unasked(tmp_path: Path) -> None:
     """Its manifests were lost before it had published a count after 0."""
     run = run_with_points(tmp_path, {160: b"1", 240: b"2"})
-    manifest.put(run.published_at(0), {}, images=0)
+    put_published(run.published_at(0), images=0)
     for name in run.resume.list():
         run.resume.delete(f"{name}/{manifest.NAME}")
     with pytest.raises(UserError, match=r"no resume point can be used \(0 damaged\), and this run has trained before"):
@@ -271,7 +275,7 @@ def run_with_points(at: Path, points: dict[int, bytes]) -> Run:
     """A run with complete resume points of one file each, by images seen."""
     run = Run(open_folder(at))
     for images, data in points.items():
-        manifest.put(run.resume / f"{images:012d}-0001", {"weights-00000.safetensors": data}, images=images)
+        put_resume_point(run.resume / f"{images:012d}-0001", {"weights-00000.safetensors": data}, images=images)
     return run
 
 
@@ -280,7 +284,7 @@ def test_only_the_last_resume_points_are_kept_and_none_without_its_manifest(tmp_
     ranks.run(recipe, "dis", tmp_path, attempt=1)
     resume = run_at(tmp_path, "dis").resume
     assert resume.list() == ["000000000240-0001", "000000000320-0001"]
-    assert all(manifest.find(resume / name) for name in resume.list())
+    assert all(ResumePointManifest.find(resume / name) for name in resume.list())
 
 
 def test_pruning_spares_what_a_faster_rank_has_begun(tmp_path: Path) -> None:
@@ -289,7 +293,7 @@ def test_pruning_spares_what_a_faster_rank_has_begun(tmp_path: Path) -> None:
         point = run.resume_point(PointName(images_seen, 1))
         point.write("weights-00001.safetensors", b"begun")
         if files is not None:
-            manifest.put(point, files, images=images_seen)
+            put_resume_point(point, files, images=images_seen)
     resume.Saver(run, attempt=1, rank=0, world=2, held=lambda: True, keep=LAST_ONE)._prune(160)
     assert run.resume.list() == ["000000000160-0001", "000000000240-0001"]
 
@@ -305,7 +309,7 @@ def test_a_late_write_of_a_lost_attempt_tears_no_published_weights(tmp_path: Pat
 
     def seal(saver: resume.Saver) -> None:
         files = {WEIGHTS_FILE: weights[saver.attempt]}
-        saver._seal(run.published_at(160), files, 160, {})
+        saver._seal(run.published_at(160), files, 160, RunState(model="dit", latents="", adam_step=1, at=0.0))
 
     seal(second)
     with pytest.raises(StorageError, match=r"another attempt has taken over this run; this one \(attempt 1\) stops"):

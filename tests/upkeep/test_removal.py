@@ -12,10 +12,13 @@ from dis_scale.process.errors import Held, StorageError, UserError
 from dis_scale.recipe import Recipe, SweepStart
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.sweep import RECIPE, TRACKING, Sweep, command_lease, state
+from dis_scale.storage.lease import Holder
+from dis_scale.sweep import RECIPE, Sweep, command_lease, state
+from dis_scale.sweep.documents import LatentsManifest, TrackingIds
 from dis_scale.upkeep import removal
 from tests.cli.test_cli import invoke
 from tests.support import small_latents
+from tests.support.documents import put_files, put_resume_point
 
 
 def make(store: Folder, recipe: Recipe, latents: str) -> Sweep:
@@ -25,13 +28,13 @@ def make(store: Folder, recipe: Recipe, latents: str) -> Sweep:
     folder = store / f"latents/{latents}"
     if not folder.exists(manifest.NAME):
         small_latents.make(folder, [4])
-    state.use_latents(sweep, folder, manifest.require(folder)["vae"])
+    state.use_latents(sweep, folder, LatentsManifest.require(folder).encoding.identity)
     listed = listing.folder_of(store, recipe.data.declared)
-    manifest.put(listed, {"a.npz": b"1"})
+    put_files(listed, {"a.npz": b"1"})
     with lease.hold(command_lease(sweep.folder)):
         for count in ("000000000160-0001", "000000000320-0001"):
-            manifest.put(sweep.run("dit").resume / count, {"weights.safetensors": b"weights"})
-    sweep.folder.write_json(TRACKING, {"uri": "sqlite:////x/mlflow.db"})
+            put_resume_point(sweep.run("dit").resume / count)
+    TrackingIds(uri="sqlite:////x/mlflow.db", experiment="1", sweep="a").write(sweep.folder)
     return sweep
 
 
@@ -110,8 +113,8 @@ def run_elsewhere(folder: Folder) -> None:
     assert parent
     with lease.hold(folder):
         number = max(name for name in folder.list() if name.isdigit())
-        holder = folder.read_json(number) | {"pid": parent.pid, "started": parent.create_time()}
-        folder.write_json(number, holder)
+        holder = Holder.read(folder, number).changed(pid=parent.pid, started=parent.create_time())
+        holder.write(folder, number)
     folder.delete(f"{number}.end")
 
 

@@ -16,12 +16,15 @@ from dis_scale.process.errors import StorageAway
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.sweep import ENDED, METRICS, PointName, Sampled, Sweep, state
+from dis_scale.storage.lease import Holder
+from dis_scale.sweep import PointName, Sampled, Sweep, state
+from dis_scale.sweep.documents import Ended, Metrics
 from dis_scale.tracking import rows
 from dis_scale.tracking.rows import RowWriter
 from dis_scale.upkeep import status
 from dis_scale.upkeep.status import RunStatus, Status
 from tests.conftest import TINY
+from tests.support.documents import put_metrics, put_published, put_resume_point
 
 NOW = 2e9
 
@@ -39,7 +42,7 @@ def train(sweep: Sweep, model: str, images: int, rate: float = 10.0, attempt: in
     writer = RowWriter(run.log, attempt)
     writer.add(images, {"loss": 1.0, "images_per_s": rate})
     writer.settle()
-    manifest.seal(run.resume_point(PointName(images // 2, attempt)), {}, images=images // 2, at=time.time() - 100)
+    put_resume_point(run.resume_point(PointName(images // 2, attempt)), images=images // 2, at=time.time() - 100)
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def held(sweep: Sweep) -> Iterator[None]:
 
 def die(folder: Folder, last_beat: float, number: int = 1) -> None:
     """Leave a holder of another machine, whose last heartbeat was at this Unix time."""
-    folder.write_json(f"{number:04d}", {"host": "gone", "pid": 7, "at": last_beat - 60})
+    Holder(host="gone", pid=7, at=last_beat - 60).write(folder, f"{number:04d}")
     folder.write(f"{number:04d}.beat", f"12 {last_beat:.0f}".encode())
 
 
@@ -97,7 +100,7 @@ def test_why_the_last_attempt_ended_is_told(sweep: Sweep) -> None:
     assert run.ends == ["attempt 1 ended: ConnectionError: a worker was lost"]
     assert "dis: stopped at 160 images" in found.wrong
     assert "dis: attempt 1 ended: ConnectionError: a worker was lost" in printed(found)
-    sweep.run("dis").folder.write_json(ENDED, {"why": "it diverged"})
+    Ended(why="it diverged").write(sweep.run("dis").folder)
     assert of(sweep, "dis")[1].doing == "failed"
     assert "dis: ended: it diverged; the next sweep command trains it again" in of(sweep, "dis")[0].wrong
 
@@ -117,7 +120,7 @@ def test_dead_processes_are_named_with_what_to_type(sweep: Sweep) -> None:
 
 def test_an_evaluation_without_its_processes_is_stopped(sweep: Sweep) -> None:
     for model in sweep.recipe.models:
-        manifest.seal(sweep.run(model).published_at(320), {}, images=320)
+        put_published(sweep.run(model).published_at(320), images=320)
     for name in ("sweep", "evaluate"):
         die(sweep.lease(name), time.time() - 720)
     found, _ = of(sweep, "dis")
@@ -130,8 +133,8 @@ def test_an_evaluation_without_its_processes_is_stopped(sweep: Sweep) -> None:
 
 def test_a_process_that_was_killed_on_this_machine_is_not_waited_for(sweep: Sweep) -> None:
     with lease.hold(sweep.lease("sweep")):
-        holder = sweep.lease("sweep").read_json("0001")
-        sweep.lease("sweep").write_json("0001", holder | {"started": 1.0})
+        holder = Holder.read(sweep.lease("sweep"), "0001")
+        holder.changed(started=1.0).write(sweep.lease("sweep"), "0001")
         assert of(sweep, "dis")[0].stopped.startswith("no heartbeat for 0 s from process")
 
 
@@ -146,14 +149,14 @@ def test_damaged_files_are_named_and_the_rest_is_shown(sweep: Sweep, content: by
     """Each file that may be damaged, one after the other, with the rest of the sweep in order."""
     train(sweep, "dis", 160)
     train(sweep, "dit", 160)
-    manifest.seal(sweep.run("dis").published_at(160), {}, images=160)
+    put_published(sweep.run("dis").published_at(160), images=160)
     evaluation = sweep.evaluation(Sampled("dis", 160))
-    evaluation.write_json(METRICS, {"values": {}})
+    put_metrics(evaluation)
     with lease.hold(sweep.run("dis").lease), lease.hold(sweep.lease("sweep")):
         pass
     run = sweep.run("dis")
     files = [
-        (evaluation, METRICS, "evaluation of dis at 160 images"),
+        (evaluation, Metrics.NAME, "evaluation of dis at 160 images"),
         (run.lease, "0001", str(run.lease)),
         (sweep.lease("sweep"), "0001", str(sweep.lease("sweep"))),
         (run.resume_point(PointName(80, 1)), manifest.NAME, "dis: resume point 000000000080-0001"),
@@ -209,9 +212,9 @@ def test_rows_that_are_merged_meanwhile_are_found(sweep: Sweep, monkeypatch: pyt
 
 def test_the_backlog_of_evaluation_and_the_last_distance_are_told(sweep: Sweep) -> None:
     for images in (0, 160, 320):
-        manifest.seal(sweep.run("dis").published_at(images), {}, images=images)
+        put_published(sweep.run("dis").published_at(images), images=images)
     values = {sweep.recipe.evaluate.metric: 12.5}
-    sweep.evaluation(Sampled("dis", 160)).write_json(METRICS, {"values": values})
+    put_metrics(sweep.evaluation(Sampled("dis", 160)), values)
     state.record_node_failure(sweep.run("dit"), "node-7", "ECC")
     found, run = of(sweep, "dis")
     assert run.backlog == len(state.evaluations_left(sweep, ["dis"]))
@@ -258,5 +261,5 @@ def printed(found: Status) -> str:
 
 def test_an_error_that_looks_like_markup_is_shown_as_it_is(sweep: Sweep) -> None:
     why = "[/pytorch/third_party/gloo/pair.cc:534] Connection closed by peer"
-    sweep.run("dis").folder.write_json(ENDED, {"why": why})
+    Ended(why=why).write(sweep.run("dis").folder)
     assert why in printed(of(sweep, "dis")[0])

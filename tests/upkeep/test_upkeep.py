@@ -14,12 +14,15 @@ from dis_scale.process.errors import UserError
 from dis_scale.recipe import Recipe
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.sweep import LATENTS, METRICS, RECIPE, PointName, Sampled, Sweep, state
+from dis_scale.storage.lease import Holder
+from dis_scale.sweep import RECIPE, PointName, Sampled, Sweep, state
+from dis_scale.sweep.documents import BadStepManifest, LatentsManifest, LatentsPointer, Metrics
 from dis_scale.sweep.extractors import reference_file, weights_identity
 from dis_scale.upkeep import retention
 from dis_scale.upkeep.verify import verify_sweep
 from tests.cli.test_cli import answer, invoke
 from tests.support import small_latents
+from tests.support.documents import WEIGHTS, put_classifier, put_files, put_metrics, put_published, put_resume_point
 
 COUNTS = (0, 160, 320)
 
@@ -30,10 +33,10 @@ def sweep(tmp_path: Path, tiny: Recipe) -> Sweep:
     made = Sweep.below(open_folder(tmp_path), tiny)
     made.save_recipe()
     latents = small_latents.make(made.store / "latents/used", [4, 4])
-    state.use_latents(made, latents, manifest.require(latents)["vae"])
-    manifest.put(made.vae, {"weights.safetensors": b"autoencoder"})
+    state.use_latents(made, latents, LatentsManifest.require(latents).encoding.identity)
+    put_files(made.vae)
     for name, _ in state.classifiers(made):
-        manifest.put(made.extractor(name), {"weights.safetensors": b"classifier"})
+        put_classifier(made.extractor(name))
     for extractor in tiny.evaluate.extractors:
         identity = weights_identity(made, extractor)
         made.references.write(reference_file(made, extractor.name, identity), block())
@@ -41,10 +44,10 @@ def sweep(tmp_path: Path, tiny: Recipe) -> Sweep:
         run = made.run(model)
         for attempt in (1, 2):
             with lease.hold(run.lease):
-                manifest.put(run.resume_point(PointName(160 * attempt, attempt)), {"weights-00000.safetensors": b"r"})
-        manifest.put(run.bad_step(PointName(80, 1)), {"weights-00000.safetensors": b"bad"})
+                put_resume_point(run.resume_point(PointName(160 * attempt, attempt)))
+        BadStepManifest(files={}, images=80, attempt=1).put(run.bad_step(PointName(80, 1)), WEIGHTS)
         for count in COUNTS:
-            manifest.put(run.published_at(count), {"weights-0001.safetensors": b"published"}, images=count)
+            put_published(run.published_at(count), b"published", images=count)
             evaluate(made, Sampled(model, count))
             for variant in tiny.evaluate.samplings:
                 evaluate(made, Sampled(model, count, variant))
@@ -58,7 +61,7 @@ def block() -> bytes:
 def evaluate(sweep: Sweep, sampled: Sampled) -> None:
     folder, settings = sweep.evaluation(sampled), sweep.recipe.evaluate.samplings[sampled.variant]
     folder.write("block-00000.npz", block())
-    folder.write_json(METRICS, {"values": {}, "metrics": list(settings.metrics)})
+    put_metrics(folder, metrics=settings.metrics)
 
 
 def verified(sweep: Sweep) -> list[str]:
@@ -97,7 +100,7 @@ def test_each_damaged_file_is_named_once_with_a_cure(sweep: Sweep, tmp_path: Pat
 )
 def test_a_damaged_manifest_is_named(sweep: Sweep, name: str) -> None:
     sweep.folder.write(name, b"{")
-    assert any(f"{name}: damaged: not JSON" in line for line in verified(sweep))
+    assert any(f"{name}: damaged: JSON" in line for line in verified(sweep))
 
 
 def test_deleted_published_weights_are_named(sweep: Sweep) -> None:
@@ -119,21 +122,21 @@ def flip_key(folder: Folder, name: str, key: str) -> None:
         (lambda s: s.references.delete(), "/reference: the statistics under digits are missing; the next run that needs it"),
         (lambda s: (s.store / "latents/used").delete(), "latents/used: no manifest.json"),
         (lambda s: s.store.delete("latents/used/000000.tar"), "000000.tar: missing, though its manifest names it; repair"),
-        (lambda s: flip_key(s.store / "latents/used", manifest.NAME, "shards"), "manifest.json: damaged: expected"),
-        (lambda s: s.folder.delete(LATENTS), "/sweeps/tiny/latents.json is missing; the next run"),
-        (lambda s: s.folder.write(LATENTS, b"{"), "latents.json: damaged: not JSON"),
-        (lambda s: flip_key(s.folder, LATENTS, "folder"), "latents.json: damaged: expected a mapping with folder, vae"),
+        (lambda s: flip_key(s.store / "latents/used", manifest.NAME, "shards"), "manifest.json: damaged: shards: Field required"),
+        (lambda s: s.folder.delete(LatentsPointer.NAME), "/sweeps/tiny/latents.json is missing; the next run"),
+        (lambda s: s.folder.write(LatentsPointer.NAME, b"{"), "latents.json: damaged: JSON"),
+        (lambda s: flip_key(s.folder, LatentsPointer.NAME, "folder"), "latents.json: damaged: folder: Field required"),
         (lambda s: state.use_latents(s, s.store / "latents/used", "0" * 64), "latents of another VAE"),
         (lambda s: s.run("dit").published_at(320).delete(), "dit/published/000000000320: no manifest.json"),
         (
             lambda s: s.run("dit").published_at(160).delete("weights-0001.safetensors"),
             "000000000160/weights-0001.safetensors: missing, though its manifest names it; restore them",
         ),
-        (lambda s: flip_key(s.run("dit").published_at(160), manifest.NAME, "files"), "damaged: expected a mapping with files"),
-        (lambda s: s.evaluation(Sampled("dit", 160)).write(METRICS, b"null"), "metrics.json: damaged: expected a mapping"),
+        (lambda s: flip_key(s.run("dit").published_at(160), manifest.NAME, "files"), "damaged: files: Field required"),
+        (lambda s: s.evaluation(Sampled("dit", 160)).write(Metrics.NAME, b"null"), "metrics.json: damaged: JSON"),
         (
-            lambda s: s.evaluation(Sampled("dit", 160)).write_json(METRICS, {"values": None, "metrics": []}),
-            "metrics.json: damaged: its values are no mapping",
+            lambda s: flip_key(s.evaluation(Sampled("dit", 160)), Metrics.NAME, "values"),
+            "metrics.json: damaged: values: Field required",
         ),
     ],
 )  # fmt: skip
@@ -150,7 +153,7 @@ def test_a_sweep_that_has_only_begun_misses_nothing(tmp_path: Path, tiny: Recipe
     sweep = Sweep.below(open_folder(tmp_path), tiny)
     sweep.save_recipe()
     assert verified(sweep) == []
-    manifest.put(sweep.vae, {"weights.safetensors": b"autoencoder"})
+    put_files(sweep.vae)
     assert verified(sweep) == []
 
 
@@ -168,8 +171,8 @@ def test_what_no_result_needs_is_found_and_deleted(sweep: Sweep, tmp_path: Path)
     store = sweep.store
     small_latents.make(store / "latents/unused", [4])
     used = listing.folder_of(store, sweep.recipe.data.source.model_dump(mode="json"))
-    manifest.put(used, {"a.npz": b"1"})
-    manifest.put(store / "listings/unused", {"a.npz": b"1"})
+    put_files(used, {"a.npz": b"1"})
+    put_files(store / "listings/unused", {"a.npz": b"1"})
     found = retention.find_unneeded(sweep) + retention.find_unused(store)
     kinds = {each.kind for each in found}
     assert kinds == {"samples", "leases", "failed steps", "latents", "listings"}
@@ -187,7 +190,7 @@ def test_what_no_result_needs_is_found_and_deleted(sweep: Sweep, tmp_path: Path)
 
 def test_samples_of_an_evaluation_that_is_measured_again_stay(sweep: Sweep) -> None:
     folder = sweep.evaluation(Sampled("dit", 160))
-    folder.write_json(METRICS, {"values": {}, "metrics": []})
+    put_metrics(folder, metrics=())
     assert folder not in [each.folder for each in retention.find_unneeded(sweep)]
 
 
@@ -195,19 +198,19 @@ def test_samples_of_an_ablation_with_damaged_metrics_stay(sweep: Sweep) -> None:
     """The metrics are made again from them."""
     folder = sweep.evaluation(Sampled("dit", 160, "vary/guidance-2"))
     folder.write("block-00000.npz", block())
-    folder.write_json(METRICS, {"values": {}, "metrics": []})
+    put_metrics(folder, metrics=())
     assert folder in [each.folder for each in retention.find_unneeded(sweep)]
-    folder.write(METRICS, b"{")
+    folder.write(Metrics.NAME, b"{")
     assert folder not in [each.folder for each in retention.find_unneeded(sweep)]
 
 
 def test_dead_leases_of_other_machines_are_polled_together(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    holder = {"host": "elsewhere", "boot": "x", "processes": "", "pid": 1, "started": 0.0}
+    holder = Holder(host="elsewhere", boot="x", pid=1, started=0.0)
     for number in range(70):
         other = Sweep.below(sweep.store, sweep.recipe.model_copy(update={"name": f"other-{number}"}))
         other.save_recipe()
-        other.folder.write(LATENTS, sweep.folder.read(LATENTS))
-        other.lease("sweep").write_json("0001", holder)
+        LatentsPointer.read(sweep.folder).write(other.folder)
+        holder.write(other.lease("sweep"), "0001")
     pauses, pause = list[float](), time.sleep
     monkeypatch.setattr(lease, "STILL_S", 0.5)
     monkeypatch.setattr(lease.time, "sleep", lambda seconds: (pauses.append(seconds), pause(seconds)))
@@ -243,9 +246,9 @@ def test_nothing_shared_is_unneeded_while_another_sweep_may_use_it(sweep: Sweep,
 
 def test_a_running_sweep_keeps_what_is_shared(sweep: Sweep) -> None:
     with lease.hold(sweep.lease("sweep")):
-        holder, other = sweep.lease("sweep").read_json("0001"), psutil.Process().parent()
+        holder, other = Holder.read(sweep.lease("sweep"), "0001"), psutil.Process().parent()
         assert other
-        sweep.lease("sweep").write_json("0001", holder | {"pid": other.pid, "started": other.create_time()})
+        holder.changed(pid=other.pid, started=other.create_time()).write(sweep.lease("sweep"), "0001")
         with pytest.raises(UserError, match=f"latents and listings are kept: {sweep} is running .process {other.pid}"):
             retention.find_unused(sweep.store)
 

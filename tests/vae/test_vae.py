@@ -24,11 +24,11 @@ from dis_scale.evaluation import held_out
 from dis_scale.evaluation.sampling import open_sampler
 from dis_scale.process import faults
 from dis_scale.process.errors import DisScaleError, StorageAway, UserError
-from dis_scale.recipe import LatentShape, PretrainedVae, TorchScriptVae, TrainedVae, reading
-from dis_scale.storage import manifest
+from dis_scale.recipe import LatentShape, PretrainedVae, Sampling, TorchScriptVae, TrainedVae, reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import Sampled, Sweep, state
+from dis_scale.sweep.documents import LatentsManifest
 from dis_scale.vae import to_pixels, to_unit
 from dis_scale.vae.scaling import Scaling
 from dis_scale.vae.script import ScriptVae
@@ -40,6 +40,7 @@ from pipelines.prepare import Preparer
 from pipelines.sharing import Dealer
 from tests.conftest import TINY
 from tests.support import ranks
+from tests.support.documents import put_latents
 
 KINDS = {
     "SD, f8": {"latent_channels": 4, "scaling_factor": 0.18215, "levels": 4},
@@ -191,14 +192,14 @@ def encode_digits(sweep: Sweep, latents: Folder) -> None:
 
 def require_stored(latents: Folder, sweep: Sweep, *, posterior: bool) -> None:
     """Fail unless the shards have a log-variance exactly if there is a posterior, and all say so."""
-    facts, decoder = manifest.require(latents), vae.load(sweep)
-    (channels, size), entry = facts["latent"], facts["shards"][0]
-    stored = shards.unpack(latents.read(entry["name"]), "").moments
+    made, decoder = LatentsManifest.require(latents), vae.load(sweep)
+    (channels, size), entry = made.encoding.latent, made.shards[0]
+    stored = shards.unpack(latents.read(entry.name), "").moments
     assert stored.shape[1:] == (2, channels * (1 + posterior), size, size)
-    assert facts["posterior"] == decoder.posterior == vae.has_posterior(sweep.recipe.vae) == posterior
-    assert abs(entry["bytes"] / entry["count"] - shards.sample_bytes(LatentShape(channels, size), posterior)) < 20
+    assert made.encoding.posterior == decoder.posterior == vae.has_posterior(sweep.recipe.vae) == posterior
+    assert abs(entry.size_bytes / entry.count - shards.sample_bytes(LatentShape(channels, size), posterior)) < 20
     assert ("without variance" in describe(latents)[2]) == (not posterior)
-    assert len(facts["mean"]) == channels
+    assert len(made.mean) == channels
     assert decode_examples(latents, decoder).shape[1:] == (32, 32, 3)
 
 
@@ -269,7 +270,8 @@ def test_a_torchscript_file_gives_its_images_back(posterior: bool, tmp_path: Pat
     encode_digits(sweep, at)
     decoder, reader, source = vae.load(sweep), Latents(at, seed=0), open_source(recipe.data)
     assert vae.latent_shape(recipe.vae, 32) == reader.shape == (12, 16)
-    assert [reader.manifest[key] for key in ("scale", "shift", "vae")] == [0.5, 1.0, decoder.identity]
+    encoding = reader.manifest.encoding
+    assert (encoding.scale, encoding.shift, encoding.identity) == (0.5, 1.0, decoder.identity)
     require_stored(at, sweep, posterior=posterior)
     named = load_decoder(None, at, settings.path)
     assert named is not None
@@ -411,7 +413,8 @@ def test_scale_and_shift_are_in_the_manifest_and_applied_in_training(tmp_path: P
     recipe = reading.load(TINY, [f"vae={{kind: pretrained, path: {settings.path}}}", "precompute.shard_images=900"])
     encode_digits(Sweep(open_folder(tmp_path) / "sweep", recipe), open_folder(tmp_path) / "latents")
     latents = Latents(open_folder(tmp_path) / "latents", seed=0)
-    assert [latents.manifest[key] for key in ("scale", "shift", "latent")] == [1.5305, 0.0609, [16, 4]]
+    encoding = latents.manifest.encoding
+    assert (encoding.scale, encoding.shift, encoding.latent) == (1.5305, 0.0609, (16, 4))
     options = {"batch": 8, "lanes": 1, "seed": 0, "flip": False, "label_dropout": 0.0}
     batch = micro_batch(latents, 0, 0, **options)  # type: ignore[arg-type]
     mean, log_variance = np.split(latents.read(np.arange(8), np.zeros(8, int))[0].astype(np.float32), 2, axis=1)
@@ -525,7 +528,7 @@ def test_all_stages_in_pixel_space(tmp_path: Path) -> None:
     assert block.pictures.shape[1:] == (16, 16, 3)
     assert len(block.right) == 20
     opened = open_for_sampling(tmp_path / "sweep/runs/dis/published/000000000320", None)
-    (pictures,) = sample_pictures(opened, [3, 3], 2, sampler="ddim", steps=2, guidance=1.0, seed=0, batch=2)
+    (pictures,) = sample_pictures(opened, [3, 3], sampling=Sampling(sampler="ddim", steps=2), batch=2)
     assert pictures.shape == (2, 16, 16, 3)
 
 
@@ -579,13 +582,14 @@ def test_all_stages_normalised_by_channel(tmp_path: Path, monkeypatch: pytest.Mo
     assert f"{settings.path} did not encode the model's latents: its identity is" in note
 
 
-def test_a_constant_channel_is_not_normalised() -> None:
+def test_a_constant_channel_is_not_normalised(tmp_path: Path) -> None:
     """The deviation of a constant channel is 0 or, by rounding, nearly."""
-    facts = {"shift": 0.0, "scale": 1.0, "mean": [0.0, 1.0, 0.1], "std": [1.0, 0.0, 1.4e-17], "posterior": False}
-    assert Scaling.of(facts, "vae") == Scaling(0.0, 1.0)
+    mean, std = (0.0, 1.0, 0.1), (1.0, 0.0, 1.4e-17)
+    latents = put_latents(open_folder(tmp_path), mean=mean, std=std, posterior_variance=(0.0, 0.0, 0.0))
+    assert Scaling.of(latents, "vae") == Scaling(0.0, 1.0)
     with pytest.raises(UserError, match=r"channels \[1, 2\] of the latents are constant: set it to vae"):
-        Scaling.of(facts, "channels")
-    noisy = facts | {"posterior": True, "posterior_variance": [0.0, 4.0, 1.0]}
+        Scaling.of(latents, "channels")
+    noisy = latents.changed(posterior_variance=(0.0, 4.0, 1.0))
     assert Scaling.of(noisy, "channels").scale == [1.0, 0.5, 1.0]
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import dis_scale
-from dis_scale.sweep import METRICS, Sampled
+from dis_scale.sweep import Sampled
 from tests.cli.test_cli import invoke
+from tests.support.documents import put_metrics
 from tests.weights.test_opening import published_sweep
 
 
@@ -21,20 +22,21 @@ def test_a_published_checkpoint_is_exported_for_diffusers_with_its_card(
     monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     guided = ("evaluate.guidance_channels=3", "evaluate.guidance_interval=[100, 600]")
     sweep, folder = published_sweep(str(tmp_path), *guided), tmp_path / "export"
-    facts = {"format": 2, "values": {"fd_digits_80": 12.5}, "metrics": ["distance"], "seconds": {}}
-    sweep.evaluation(Sampled("dis", 320)).write_json(METRICS, facts)
+    put_metrics(sweep.evaluation(Sampled("dis", 320)), {"fd_digits_80": 12.5})
     code, output = invoke("export", sweep.run("dis").published_at(320).url, str(folder))
     assert (code, "fill in" in output) == (0, True), output
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\nlicense: other")
     for words in (
-        "# tiny-dis", "12.5", "80 samples, euler, 2 steps, guidance 1.5 on 3 channels between times [100.0, 600.0]",
+        "# tiny-dis", "12.5", "80 samples, euler, 2 steps, guidance 1.5 on 3 channels between times 100 and 600",
         "320 images seen", '"kind": "digits"',
         "## Licence", "*To fill in.*",
     ):  # fmt: skip
         assert words in card
     guidance = json.loads((folder / "backbone/config.json").read_text())["guidance"]
-    assert guidance == {"channels": 3, "interval": [100.0, 600.0]}, "which each call of the pipeline is given"
+    assert guidance == {"guidance_channels": 3, "guidance_interval": [100.0, 600.0]}, (
+        "which each call of the pipeline is given"
+    )
     pipeline = DiffusionPipeline.from_pretrained(str(folder), custom_pipeline=str(folder), trust_remote_code=True)
     pictures = pipeline([1, 7], sampler="euler", num_inference_steps=3, guidance_scale=4.0).images
     expected = dis_scale.Sweep.open(sweep.folder.url).sample("dis", classes=[1, 7], steps=3, guidance=4.0)
@@ -49,4 +51,4 @@ def test_an_export_overwrites_nothing(tmp_path: Path) -> None:
     code, output = invoke("export", published, str(tmp_path / "export"))
     assert (code, "export exists: delete it, or name another folder" in output) == (2, True), output
     code, output = invoke("export", published, str(tmp_path / "new"), "--json")
-    assert json.loads(output)["checkpoint"] == f"{published}/weights.safetensors"
+    assert json.loads(output)["checkpoint"] == f"{published}/weights-0001.safetensors"

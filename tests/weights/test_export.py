@@ -8,7 +8,7 @@ from dis_scale.diffusion import build as build_process
 from dis_scale.diffusion.generate import generate
 from dis_scale.models import build
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import DiffuSsm, Dis, Dit, Flow, Gaussian, LatentShape, TorchScriptVae
+from dis_scale.recipe import DiffuSsm, Dis, Dit, Flow, Gaussian, LatentShape, Sampling, TorchScriptVae
 from dis_scale.vae import DiffusersVae, PixelVae
 from dis_scale.vae.scaling import Scaling
 from dis_scale.vae.script import ScriptVae
@@ -114,7 +114,7 @@ def test_diffusers_samples_from_the_folder(settings, diffusion, make_vae, tmp_pa
     sampler = "ddpm" if diffusion.kind == "gaussian" else "heun"
     with torch.no_grad():
         expected = generate(
-            model, build_process(diffusion), [1, 7], [0, 1], sampler=sampler, steps=3, guidance=1.5, seed=5
+            model, build_process(diffusion), [1, 7], [0, 1], Sampling(sampler=sampler, steps=3, guidance=1.5), seed=5
         )
         if make_vae is small_vae:
             expected = vae.net.decode(expected / 0.5).sample

@@ -7,19 +7,20 @@ import pytest
 import torch
 
 from dis_scale.models import build
-from dis_scale.recipe import Dit, Gaussian, LatentShape, reading
-from dis_scale.storage import manifest
+from dis_scale.recipe import Dit, Gaussian, LatentShape, Sampling, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sampled, Sweep, command_lease, state
+from dis_scale.sweep.documents import EncodedBy, PublishedManifest
 from dis_scale.vae import PixelVae
 from dis_scale.vae.scaling import Scaling
 from dis_scale.weights import warm_start
-from dis_scale.weights.export import LatentsVae, SamplingFacts, load, save
+from dis_scale.weights.export import SamplingFacts, load, save
 from dis_scale.weights.official import as_flow, from_official_dit, to_official
 from dis_scale.weights.opening import labels_in_turn, open_for_sampling, sample_pictures
 from dis_scale.weights.published import load_published
 from tests.cli.test_cli import invoke
 from tests.conftest import TINY
+from tests.support.documents import put_latents
 from tests.upkeep.test_removal import run_elsewhere
 from tests.weights.test_official import public_model, sit_state
 
@@ -69,8 +70,8 @@ def test_imported_weights_are_sampled_and_begin_another_training(tmp_path: Path,
     assert invoke(*words(tmp_path, file))[0] == 0
     sweep = sweep_below(tmp_path)
     opened = open_for_sampling(sweep.run("dis").published_at(1024).url, None)
-    options = {"sampler": opened.sampler, "steps": 2, "guidance": 1.5, "seed": 0, "batch": 2}
-    (images,) = sample_pictures(opened, labels_in_turn(opened, [1, 7], 2), 2, **options)  # type: ignore[arg-type]
+    sampling = opened.sampling_with(steps=2, guidance=1.5)
+    (images,) = sample_pictures(opened, labels_in_turn(opened, [1, 7], 2), sampling=sampling)
     assert images.shape == (2, 32, 32, 3)
     start = f"models.dis.start={{kind: sweep, url: {sweep}, model: dis, images: 1024}}"
     source = warm_start.read_source(sweep_below(tmp_path / "other", start).recipe, "dis")
@@ -125,8 +126,8 @@ def test_what_is_not_this_model_is_refused_before_anything_is_written(
 
 def ours(tmp_path: Path, scaling: Scaling | None = None, **vae: Any) -> Path:
     """A file of ours for the tiny sweep in pixels, trained on latents of this autoencoder and scaling."""
-    their_vae = LatentsVae(**{"identity": PixelVae().identity, "posterior": True, "shift": 0.0, "scale": 1.0} | vae)
-    facts = SamplingFacts(Gaussian(kind="gaussian"), their_vae, scaling, "ddim", 4)
+    their_vae = EncodedBy(**{"identity": PixelVae().identity, "posterior": True, "shift": 0.0, "scale": 1.0} | vae)
+    facts = SamplingFacts(Gaussian(kind="gaussian"), their_vae, scaling, Sampling(sampler="ddim", steps=4))
     save(
         build(sweep_below(tmp_path).recipe.models["dis"], LatentShape(3, 32), 10), tmp_path / "ours.safetensors", facts
     )
@@ -161,8 +162,9 @@ def test_the_latents_that_a_sweep_has_are_compared(tmp_path: Path) -> None:
     """By channel, to within a hundredth."""
     settings = ("data.normalise=channels",)
     sweep, latents = sweep_below(tmp_path, *settings), open_folder(tmp_path) / "latents/made"
-    facts = {"mean": [0.1, 0.2, 0.3], "std": [0.5] * 3, "posterior": False, "shift": 0.0, "scale": 1.0}
-    manifest.seal(latents, {}, vae=PixelVae().identity, latent=[3, 32], count=1, shards=[], **facts)
+    put_latents(
+        latents, PixelVae().identity, (3, 32), mean=(0.1, 0.2, 0.3), std=[0.5] * 3, posterior_variance=[0.0] * 3
+    )
     state.use_latents(sweep, latents, PixelVae().identity)
     other = ours(tmp_path, Scaling([0.1, 0.2, 0.3], [2.0, 2.0, 3.0]))
     code, output = invoke(*words(tmp_path, other, *settings))
@@ -183,4 +185,4 @@ def test_other_weights_or_a_running_sweep_are_refused(tmp_path: Path, file: Path
     code, output = invoke(*words(tmp_path, file))
     assert (code, "already holds other weights" in output) == (2, True), output
     published = sweep.run("dis").published_at(1024)
-    assert manifest.require(published)["imported"]["name"] == "dis.pt"
+    assert PublishedManifest.require(published).imported.name == "dis.pt"  # type: ignore[union-attr]

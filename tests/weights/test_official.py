@@ -9,7 +9,7 @@ from dis_scale.diffusion import build as build_process
 from dis_scale.diffusion.generate import SampleNoise, generate
 from dis_scale.models import DiT, build
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import Dis, Dit, Flow, LatentShape, TrainedVae
+from dis_scale.recipe import Dis, Dit, Flow, LatentShape, Sampling, TrainedVae
 from dis_scale.recipe.presets import preset
 from dis_scale.vae import new
 from dis_scale.weights.export import save
@@ -158,7 +158,9 @@ def test_a_public_sit_is_sampled_as_a_flow_in_its_own_time_and_direction():
     with torch.no_grad():
         for step in range(5):
             x = x + network(x, torch.full((2,), step / 5), torch.tensor(labels))[:, :4] / 5
-        got = generate(sit, build_process(Flow(kind="flow")), labels, [0, 1], sampler="euler", steps=5, seed=3)
+        got = generate(
+            sit, build_process(Flow(kind="flow")), labels, [0, 1], Sampling(sampler="euler", steps=5), seed=3
+        )
     assert float((got - noise.start((2, 4, 8, 8))).abs().max()) > 0.1, "the samples have moved"
     assert near(got, x)
     back = to_official(sit)
@@ -179,7 +181,7 @@ def test_a_public_sit_is_assumed_to_be_a_flow_and_not_exported(tmp_path):
     torch.save({"ema": sit_state()}, tmp_path / "sit.pt")
     new(TrainedVae(kind="trained", widths=(8,)), 8).save_pretrained(tmp_path / "vae")
     opened = open_for_sampling(tmp_path / "sit.pt", str(tmp_path / "vae"), heads=4)
-    assert (opened.process.kind, opened.sampler, opened.steps) == ("flow", "euler_maruyama", 250)
+    assert (opened.process.kind, opened.sampling.sampler, opened.sampling.steps) == ("flow", "euler_maruyama", 250)
     assert opened.notes[0].startswith("assumed  linear flow: its variance is zero, as in SiT; latents by scale 0.18215")
     with pytest.raises(UserError, match="a public SiT is not described by settings of ours"):
         save(opened.model, tmp_path / "sit.safetensors")

@@ -17,17 +17,18 @@ from dis_scale import models, vae
 from dis_scale.cli.sampling import grid_columns
 from dis_scale.evaluation.adm import open_reference, write_samples
 from dis_scale.process.errors import StorageError, UserError
-from dis_scale.recipe import Flow, Gaussian, LatentShape, Recipe, TrainedVae, reading
-from dis_scale.storage import manifest
+from dis_scale.recipe import Flow, Gaussian, LatentShape, Recipe, Sampling, TrainedVae, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
+from dis_scale.sweep.documents import EncodedBy
 from dis_scale.vae.scaling import Scaling
 from dis_scale.weights import opening as pictures
-from dis_scale.weights.export import LatentsVae, SamplingFacts, describe, save
+from dis_scale.weights.export import SamplingFacts, describe, save
 from dis_scale.weights.opening import labels_in_turn, labels_of_all, open_for_sampling, sample_pictures
 from tests.cli.test_cli import answer, invoke
 from tests.conftest import TINY
 from tests.support import ranks
+from tests.support.documents import put_published
 
 
 @pytest.fixture
@@ -41,14 +42,14 @@ def files(tmp_path: Path, tiny: Recipe) -> tuple[Path, Path]:
 
 def test_pixels_agree_at_any_batch_split(files: tuple[Path, Path]) -> None:
     opened = open_for_sampling(files[0], str(files[1]))
-    options = {"sampler": "ddpm", "steps": 5, "guidance": 1.5, "seed": 3}
+    sampling = Sampling(sampler="ddpm", steps=5, guidance=1.5)
     labels = labels_in_turn(opened, [1, 7], 6)
     assert labels == [1, 7, 1, 7, 1, 7]
-    (at_once,) = sample_pictures(opened, labels, 6, batch=6, **options)  # type: ignore[arg-type]
-    split = np.concatenate(list(sample_pictures(opened, labels, 6, batch=4, **options)))  # type: ignore[arg-type]
+    (at_once,) = sample_pictures(opened, labels, sampling=sampling, seed=3, batch=6)
+    split = np.concatenate(list(sample_pictures(opened, labels, sampling=sampling, seed=3, batch=4)))
     assert at_once.shape == (6, 32, 32, 3)
     assert np.abs(at_once.astype(int) - split.astype(int)).max() <= 1  # float32 sums of another batch size
-    (other,) = sample_pictures(opened, labels, 6, batch=6, **(options | {"seed": 4}))  # type: ignore[arg-type]
+    (other,) = sample_pictures(opened, labels, sampling=sampling, seed=4, batch=6)
     assert not np.array_equal(at_once, other)
 
 
@@ -86,8 +87,7 @@ def published_sweep(root: str, *more: str) -> Sweep:
     model = models.build(recipe.models["dis"], LatentShape(3, 32), 10)
     weights = safetensors.torch.save(model.state_dict(), {"dis_scale": json.dumps(describe(model))})
     folder = sweep.run("dis").published_at(320)
-    folder.write("weights.safetensors", weights)
-    manifest.seal(folder, {"weights.safetensors": manifest.digest(weights)}, images=320)
+    put_published(folder, weights, images=320)
     return sweep
 
 
@@ -97,7 +97,7 @@ def test_the_sweeps_channels_and_times_of_guidance_are_used(tmp_path: Path, monk
     channels: list[int | None] = []
 
     def recorded(*arguments: Any, **options: Any) -> Iterator[np.ndarray]:
-        channels.append(options["channels"])
+        channels.append(options["sampling"].guidance_channels)
         return sample_pictures(*arguments, **options)
 
     monkeypatch.setattr("dis_scale.weights.opening.sample_pictures", recorded)
@@ -105,9 +105,10 @@ def test_the_sweeps_channels_and_times_of_guidance_are_used(tmp_path: Path, monk
     sweep = published_sweep(str(tmp_path), "evaluate.guidance_channels=3", "evaluate.guidance_interval=[100, 600]")
     published = sweep.run("dis").published_at(320).url
     opened = open_for_sampling(published, None)
-    options = {"sampler": "euler", "steps": 3, "guidance": 4.0, "seed": 0, "batch": 2}
-    (own,) = sample_pictures(opened, [1, 7], 2, channels=3, interval=(100.0, 600.0), **options)  # type: ignore[arg-type]
-    (always,) = sample_pictures(opened, [1, 7], 2, channels=3, **options)  # type: ignore[arg-type]
+    sampling = opened.sampling_with(steps=3, guidance=4.0)
+    (own,) = sample_pictures(opened, [1, 7], sampling=sampling)
+    always_guided = sampling.model_copy(update={"guidance_interval": None})
+    (always,) = sample_pictures(opened, [1, 7], sampling=always_guided)
     assert not np.array_equal(own, always)
     code, output = invoke("sample", "--checkpoint", published, "--classes", "1,7", "--steps", "3", "--guidance", "4", "--npz",
                           f"{tmp_path}/a.npz", "--batch", "2", "--count", "2")  # fmt: skip
@@ -123,14 +124,14 @@ def test_a_checkpoint_in_an_object_store_gives_the_pictures_of_one_on_disk(tmp_p
     here, away = (published_sweep(root) for root in (str(tmp_path), f"memory://bucket/{tmp_path.name}"))
     folders = [sweep.run("dis").published_at(320).url for sweep in (here, away)]
     found = []
-    for at in [*folders, f"{folders[1]}/weights.safetensors"]:
+    for at in [*folders, f"{folders[1]}/weights-0001.safetensors"]:
         opened = open_for_sampling(at, None)
-        assert (opened.sampler, opened.steps, str(opened.located.published)) == ("euler", 2, "dis at 320 images")
-        options = {"sampler": "euler", "steps": 2, "guidance": 1.0, "seed": 0, "batch": 2}
-        found.append(next(sample_pictures(opened, [1, 7], 2, **options)))  # type: ignore[arg-type]
+        assert (opened.sampling.sampler, opened.sampling.steps) == ("euler", 2)
+        assert str(opened.located.published) == "dis at 320 images"
+        found.append(next(sample_pictures(opened, [1, 7])))
     assert all(np.array_equal(each, found[0]) for each in found)
-    away.run("dis").published_at(320).write("weights.safetensors", b"damaged")
-    with pytest.raises(StorageError, match=r"weights.safetensors"):
+    away.run("dis").published_at(320).write("weights-0001.safetensors", b"damaged")
+    with pytest.raises(StorageError, match=r"weights-0001.safetensors"):
         open_for_sampling(folders[1], None)
     with pytest.raises(UserError, match=r"no checkpoint at memory://bucket/none: expected a published folder"):
         open_for_sampling("memory://bucket/none", None)
@@ -176,7 +177,7 @@ def test_adms_file_has_all_images_as_numpy_and_our_reader_read_it(files: tuple[P
     assert (images.shape, images.dtype) == ((23, 32, 32, 3), np.uint8)
     opened = open_for_sampling(files[0], str(files[1]))
     labels = labels_of_all(opened, "balanced", 23, 3)
-    (expected,) = sample_pictures(opened, labels, 23, sampler="ddpm", steps=2, guidance=1.0, seed=3, batch=23)
+    (expected,) = sample_pictures(opened, labels, sampling=opened.sampling_with(steps=2), seed=3, batch=23)
     assert np.abs(images.astype(int) - expected.astype(int)).max() <= 1
     adm = open_reference(str(file))
     assert (adm.image_count(32), np.concatenate(list(adm.images(10))).tolist()) == (23, images.tolist())
@@ -205,19 +206,18 @@ def test_labels_of_all_classes_are_balanced_or_uniform(files: tuple[Path, Path])
 def test_a_file_tells_how_to_sample_from_it(files: tuple[Path, Path], tmp_path: Path, tiny: Recipe) -> None:
     """Process, scaling, sampler, steps and guidance, outside a sweep; another autoencoder than the latents' is named."""
     scaling = Scaling([0.1, 0.2, 0.3, 0.4], [0.5, 1.0, 2.0, 4.0])
-    theirs = LatentsVae(vae.from_path(str(files[1]), {}).identity, True, 0.0, 1.0)
-    guidance = 1.5, 3, (100.0, 900.0)
-    facts = SamplingFacts(Flow(kind="flow", shift=3.0), theirs, scaling, "euler", 7, *guidance)
+    theirs = EncodedBy(identity=vae.from_path(str(files[1])).identity, shift=0.0, scale=1.0)
+    sampling = Sampling(sampler="euler", steps=7, guidance=1.5, guidance_channels=3, guidance_interval=(100.0, 900.0))
+    facts = SamplingFacts(Flow(kind="flow", shift=3.0), theirs, scaling, sampling)
     model = models.build(tiny.models["dis"], LatentShape(4, 8), 10)
     save(model, tmp_path / "a.safetensors", facts)
     opened = open_for_sampling(tmp_path / "a.safetensors", str(files[1]))
-    assert (opened.process, opened.sampler, opened.steps) == (facts.diffusion, "euler", 7)
-    assert (opened.scale(None), opened.guidance_channels, opened.guidance_interval) == guidance
+    assert (opened.process, opened.sampling) == (facts.diffusion, sampling)
     assert (opened.decoder.scaling, opened.notes) == (scaling, [])
-    (images,) = sample_pictures(opened, [3], 1, sampler="euler", steps=2, guidance=1.0, seed=0, batch=1)
+    (images,) = sample_pictures(opened, [3], sampling=Sampling(sampler="euler", steps=2))
     assert images.shape == (1, 32, 32, 3)
 
-    facts = replace(facts, vae=replace(theirs, identity="0" * 64), scaling=None)
+    facts = replace(facts, vae=theirs.model_copy(update={"identity": "0" * 64}), scaling=None)
     save(model, tmp_path / "b.safetensors", facts)
     opened = open_for_sampling(tmp_path / "b.safetensors", str(files[1]))
     assert opened.decoder.scaling == Scaling(0.0, 0.18215)
@@ -225,7 +225,7 @@ def test_a_file_tells_how_to_sample_from_it(files: tuple[Path, Path], tmp_path: 
     assert note.endswith(f"its identity is {theirs.identity[:12]}, theirs is 000000000000")
 
 
-def test_a_file_of_an_earlier_version_is_sampled_by_its_sweep(tmp_path: Path) -> None:
+def test_a_file_without_facts_is_sampled_by_its_sweep(tmp_path: Path) -> None:
     recipe = reading.load(TINY, ["vae={kind: none}", "diffusion={kind: flow, shift: 3.0}", "evaluate.sampler=euler"])
     sweep, model = (
         Sweep.below(open_folder(tmp_path), recipe),
@@ -235,7 +235,7 @@ def test_a_file_of_an_earlier_version_is_sampled_by_its_sweep(tmp_path: Path) ->
     file = tmp_path / "sweeps/tiny/model.safetensors"
     save(model, file)
     opened = open_for_sampling(file, None)
-    assert (opened.process, opened.sampler, opened.notes) == (recipe.diffusion, "euler", [])
+    assert (opened.process, opened.sampling.sampler, opened.notes) == (recipe.diffusion, "euler", [])
     latents = ranks.make_latents(sweep.store / "latents/other", recipe)
     state.use_latents(sweep, latents, "v")
     with pytest.raises(UserError, match=r"model.safetensors: latents of another VAE: theirs is v,"):
@@ -245,7 +245,7 @@ def test_a_file_of_an_earlier_version_is_sampled_by_its_sweep(tmp_path: Path) ->
 def test_a_trained_autoencoder_is_the_same_from_its_folder(tmp_path: Path) -> None:
     sweep = Sweep.below(open_folder(tmp_path), reading.load(TINY))
     vae.save(sweep.vae, vae.new(TrainedVae(kind="trained", widths=(8, 8, 8)), 32))
-    assert vae.from_path(sweep.vae.url, {}).identity == vae.load(sweep).identity
+    assert vae.from_path(sweep.vae.url).identity == vae.load(sweep).identity
 
 
 def test_what_a_file_does_not_tell_is_assumed_in_a_line(files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -257,7 +257,12 @@ def test_what_a_file_does_not_tell_is_assumed_in_a_line(files: tuple[Path, Path]
 
 def test_pixels_need_no_autoencoder(tmp_path: Path, tiny: Recipe) -> None:
     model, identity = models.build(tiny.models["dis"], LatentShape(3, 8), 10), vae.PixelVae().identity
-    facts = SamplingFacts(Gaussian(kind="gaussian"), LatentsVae(identity, True, 0.0, 1.0), None, "ddim", 4)
+    facts = SamplingFacts(
+        Gaussian(kind="gaussian"),
+        EncodedBy(identity=identity, shift=0.0, scale=1.0),
+        None,
+        Sampling(sampler="ddim", steps=4),
+    )
     save(model, tmp_path / "pixels.safetensors", facts)
     for path in (None, "none"):
         opened = open_for_sampling(tmp_path / "pixels.safetensors", path)

@@ -1,0 +1,195 @@
+"""Evaluation of one sweep: samples what is missing of a published checkpoint, measures its blocks, writes grid and metrics.
+
+Blocks of samples are the unit of work and are kept, so an evaluation that was killed continues where it was. Whoever calls this
+hands in the evaluators, which make blocks. PyTorch is imported where it is used: evaluators start first, and all load it at once.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+from dis_scale.process.errors import StorageError
+from dis_scale.process.threads import in_order
+from dis_scale.recipe import Evaluate
+from dis_scale.storage.folder import Folder
+from dis_scale.sweep import GRID, Sampled, Sweep, state
+from dis_scale.sweep.documents import FloorMetrics, Metrics, PublishedManifest, RunCost, Skipped
+from dis_scale.tracking import mlflow_copy
+
+if TYPE_CHECKING:
+    from dis_scale.evaluation.reference import Reference
+    from dis_scale.evaluation.sampling import SampleBlock
+
+
+class Spent(NamedTuple):
+    """Work of one evaluator: images that it sampled, its machine, and its seconds by part."""
+
+    images: int
+    machine: str
+    seconds: dict[str, float]
+
+
+class Evaluators(Protocol):
+    """Make blocks of samples and of real images, and measure the held-out loss."""
+
+    def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[Spent]: ...
+    def floor(self, blocks: list[int]) -> None: ...
+    def held_out(self, sampled: Sampled) -> dict[str, float]: ...
+
+
+@dataclass
+class Evaluation:
+    """One sweep's evaluation: its evaluators, the references by extractor, and the sampling settings by name."""
+
+    sweep: Sweep
+    evaluators: Evaluators
+    references: dict[str, "Reference"]
+    samplings: dict[str, Evaluate]
+    labels: np.ndarray
+    say: Callable[[str], None]
+    raise_if_stopped: Callable[[], None]
+    """Called between long steps; it may raise."""
+
+    def evaluate(self, sampled: Sampled) -> dict[str, float]:
+        """Sample what is missing of one published checkpoint; write its grid and, last, its metrics; return them."""
+        folder, settings = self.sweep.evaluation(sampled), self.samplings[sampled.variant]
+        spent = self.evaluators.sample(sampled, settings, self._missing(folder, block_count(settings), parse_block))
+        self.raise_if_stopped()
+        values = self._held_out(sampled)
+        self.raise_if_stopped()
+        from dis_scale.evaluation import measure
+        from dis_scale.evaluation.sampling import arrange, column_names, grid, grid_columns
+
+        began_s = time.monotonic()
+        measured, pictures = self._measure(folder, settings)
+        names = column_names(self.sweep, self.labels)
+        folder.write(GRID, grid(arrange(pictures, self.labels), grid_columns(self.labels), names))
+        sampled_on, seconds = cost_of_samples(spent, folder)
+        metrics = Metrics(
+            model=sampled.model, images=sampled.images_seen, time=time.time(), samples=settings.samples, labels=settings.labels,
+            sampling=settings.sampling, ema_width=settings.ema_width, precision=settings.precision, metrics=settings.metrics,
+            values=values | measured, seconds=seconds | {"metrics": time.monotonic() - began_s}, sampled_on=sampled_on,
+            notes=(*measure.notes(self.references, settings), *self._average_note(sampled, settings)),
+            cost=self._cost_of_training(sampled),
+        )  # fmt: skip
+        metrics.write(folder)
+        folder.delete(Skipped.NAME)
+        mlflow_copy.copy_evaluation(self.sweep, sampled)
+        return metrics.values
+
+    def floor(self) -> None:
+        """Measure what is missing of the floor; write its metrics last."""
+        from dis_scale.data.sources import open_source
+        from dis_scale.evaluation import floor
+
+        recipe, folder = self.sweep.recipe, self.sweep.floor
+        source = open_source(recipe.data, self.sweep.store)
+        images = len(floor.chosen_images(source, self.labels, recipe.data.num_classes))
+        floor.require_enough(images, self.references)
+        count = -(-images // recipe.evaluate.block_images)
+        self.evaluators.floor(self._missing(folder, count, floor.FloorBlock.from_bytes))
+        self.raise_if_stopped()
+        names = map(block_name, range(count))
+        blocks = (floor.FloorBlock.from_bytes(folder.read(name), f"{folder}/{name}") for name in names)
+        values = floor.measure_floor(blocks, self.references, recipe.evaluate, images)
+        FloorMetrics(images=images, time=time.time(), values=values).write(folder)
+        folder.delete(Skipped.NAME)
+        self.say(f"floor: {'; '.join(f'{kind}: {values_in_words(each)}' for kind, each in values.items())}")
+
+    def _missing(self, folder: Folder, count: int, parse: Callable[[bytes, str], Any]) -> list[int]:
+        """Return the numbers of the blocks that no earlier evaluation left complete; a damaged one is logged."""
+        return [number for number in range(count) if not self._kept(folder, block_name(number), parse)]
+
+    def _kept(self, folder: Folder, name: str, parse: Callable[[bytes, str], Any]) -> bool:
+        try:
+            parse(folder.read(name), f"{folder}/{name}")
+        except FileNotFoundError:
+            return False
+        except StorageError as error:
+            self.say(f"made again: {error}")
+            return False
+        return True
+
+    def _held_out(self, sampled: Sampled) -> dict[str, float]:
+        """The held-out loss; empty for a variant, since it is measured once per checkpoint, under the main settings."""
+        if sampled.variant or not self.sweep.recipe.data.held_out_images:
+            return {}
+        return self.evaluators.held_out(sampled)
+
+    def _cost_of_training(self, sampled: Sampled) -> RunCost:
+        """Cost of the run up to this checkpoint; empty at its beginning."""
+        published = PublishedManifest.require(self.sweep.run(sampled.model).published_at(sampled.images_seen))
+        return published.cost if sampled.images_seen else RunCost()
+
+    def _average_note(self, sampled: Sampled, settings: Evaluate) -> list[str]:
+        """A note on the error of the rebuilt averaging profile; empty without `ema_width`."""
+        from dis_scale.weights import ema
+        from dis_scale.weights.published import snapshots
+
+        train = self.sweep.recipe.train_of(sampled.model)
+        known = snapshots(self.sweep.run(sampled.model), sampled.images_seen, train)
+        if settings.ema_width is None or not known:
+            return []
+        misfit = ema.misfit(known, ema.Snapshot(sampled.images_seen // train.batch_images, settings.ema_width))
+        return [f"{sampled}: the average of width {settings.ema_width:g} was rebuilt to within {misfit:.0%}"]
+
+    def _measure(self, folder: Folder, settings: Evaluate) -> tuple[dict[str, float], np.ndarray]:
+        """All metrics, and the grid's pictures. Blocks are read one by one; some metrics keep all features."""
+        from dis_scale.evaluation import measure
+
+        pictures = []
+
+        def blocks() -> Iterator["SampleBlock"]:
+            for name in map(block_name, range(block_count(settings))):
+                block = parse_block(folder.read(name), f"{folder}/{name}")
+                pictures.append(block.pictures)
+                yield block
+
+        metrics = measure.measure_blocks(blocks(), self.references, settings)  # reads all blocks
+        return metrics, np.concatenate(pictures)
+
+
+def stored_blocks(sweep: Sweep) -> int:
+    """Return the blocks in storage, with one more for each finished evaluation: the progress of an evaluation."""
+    samplings, left = sweep.recipe.evaluate.samplings, state.evaluations_left(sweep)
+    finished = [
+        (block_count(settings) + 1) * len(state.evaluated_counts(sweep, model, variant))
+        for model in sweep.recipe.models
+        for variant, settings in samplings.items()
+    ]
+    names = in_order(left, lambda sampled: sweep.evaluation(sampled).list(), state.AT_ONCE)
+    blocks = sum(name.startswith("block-") for each in names for name in each)
+    return sum(finished) + blocks + len(sweep.floor.list())
+
+
+def block_name(block: int) -> str:
+    return f"block-{block:05d}.npz"
+
+
+def block_count(settings: Evaluate) -> int:
+    return -(-settings.samples // settings.block_images)
+
+
+def parse_block(data: bytes, where: str) -> "SampleBlock":
+    """Return a block of samples; StorageError if it is damaged."""
+    from dis_scale.evaluation.sampling import SampleBlock
+
+    return SampleBlock.from_bytes(data, where)
+
+
+def values_in_words(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name)
+
+
+def cost_of_samples(spent: list[Spent], folder: Folder) -> tuple[tuple[str, ...], dict[str, float]]:
+    """Return the machines that sampled, and their seconds; those of the last evaluation if all blocks were kept."""
+    images = sum(each.images for each in spent)
+    if not images:
+        before = Metrics.find_intact(folder)
+        return (before.sampled_on, before.seconds) if before else ((), {})
+    seconds = {part: sum(each.seconds[part] for each in spent) for part in spent[0].seconds}
+    rates = {f"{part}_images_per_s": images / s for part, s in seconds.items() if s}
+    return tuple(sorted({each.machine for each in spent if each.images})), seconds | rates

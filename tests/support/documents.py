@@ -1,0 +1,84 @@
+"""Stored documents with the fields that a test names, and plain values for the others."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dis_scale.recipe import LatentShape, Sampling
+from dis_scale.storage.folder import Folder
+from dis_scale.storage.manifest import Manifest
+from dis_scale.sweep.documents import (
+    Encoding,
+    LatentsManifest,
+    MadeFrom,
+    Metrics,
+    PublishedManifest,
+    ResumePointManifest,
+    RunState,
+    StoredClassifier,
+)
+
+SAMPLING = Sampling(sampler="ddpm", steps=10)
+WEIGHTS = {"weights.safetensors": b"weights"}
+
+
+def put_files(folder: Folder, files: Mapping[str, bytes] = WEIGHTS) -> Manifest:
+    """Write a folder that exists, with these files."""
+    return Manifest(files={}).put(folder, files)
+
+
+def put_published(folder: Folder, weights: bytes = b"", images: int = 0, attempt: int = 1) -> PublishedManifest:
+    """Write published weights of an attempt."""
+    manifest = PublishedManifest(files={}, images=images, attempt=attempt)
+    return manifest.put(folder, {f"weights-{attempt:04d}.safetensors": weights})
+
+
+def put_resume_point(
+    folder: Folder, files: Mapping[str, bytes] = WEIGHTS, images: int = 0, at: float = 0.0
+) -> ResumePointManifest:
+    """Write a complete resume point."""
+    progress = RunState(model="dit", latents="", adam_step=0, at=at)
+    manifest = ResumePointManifest(files={}, images=images, attempt=1, world=1, tables={}, progress=progress)
+    return manifest.put(folder, files)
+
+
+def put_classifier(folder: Folder) -> StoredClassifier:
+    """Write what the prepare stage does, with weights that no network has."""
+    return StoredClassifier(files={}, kind="extractor", num_classes=10, held_out_accuracy=1.0).put(folder, WEIGHTS)
+
+
+def put_metrics(
+    folder: Folder, values: Mapping[str, float] | None = None, metrics: tuple[str, ...] = ("distance",), **more: Any
+) -> Metrics:
+    """Write the metrics of an evaluation."""
+    written = Metrics(values=dict(values or {}), metrics=metrics, **({"sampling": SAMPLING} | more))
+    written.write(folder)
+    return written
+
+
+def made_from(vae: str = "v", latent: tuple[int, int] = (4, 8), **more: Any) -> MadeFrom:
+    """Return what a set of latents was made from; `more` are fields of it or of its encoding."""
+    encoding = {
+        "identity": vae,
+        "shift": 0.0,
+        "scale": 1.0,
+        "latent": LatentShape(*latent),
+        "device": "cpu",
+        "torch": "2",
+    }
+    encoding |= {name: more.pop(name) for name in list(more) if name in Encoding.model_fields}
+    plain = {
+        "source": {}, "listing": "", "resolution": 32, "shard_images": 4, "encode_images": 4, "precision": "fp32",
+        "num_classes": 10,
+    }  # fmt: skip
+    return MadeFrom(**(plain | more), encoding=Encoding(**encoding))
+
+
+def put_latents(folder: Folder, vae: str = "v", latent: tuple[int, int] = (4, 8), **more: Any) -> LatentsManifest:
+    """Write the manifest of a set without shards; `more` are its fields, or those of `made_from`."""
+    statistics = {
+        "mixing": {}, "count": 0, "mean": (), "std": (), "posterior_variance": (), "labels": {}, "refused": (), "shards": (),
+    }  # fmt: skip
+    statistics |= {name: more.pop(name) for name in list(more) if name in statistics}
+    manifest = LatentsManifest(made_from=made_from(vae, latent, **more), **statistics)
+    manifest.write(folder)
+    return manifest
