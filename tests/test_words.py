@@ -26,7 +26,8 @@ from docs.reference import GENERATED, settings
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DATA = (ROOT / "docs" / "data.md").read_text()
-PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
+PAGES = [README, *(path.read_text() for path in [*sorted((ROOT / "docs").glob("*.md")), *RESULTS])]
 PRICED = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.stem.startswith("digits"))
 """Recipes with a table of their price in their first lines; those of the digits have what the plan prints."""
 SD_FACTOR = 8
@@ -257,7 +258,7 @@ def test_the_runbooks_commands_exist() -> None:
 
 
 LINKING = [*(ROOT / name for name in TREE if re.fullmatch(r"\w+\.md", name)), *sorted((ROOT / "docs").glob("*.md")),
-           *sorted((ROOT / "ops" / "runbooks").glob("*.md"))]  # fmt: skip
+           *sorted((ROOT / "ops" / "runbooks").glob("*.md")), *RESULTS]  # fmt: skip
 """Pages whose links are followed."""
 
 
