@@ -30,6 +30,7 @@ from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.tracking.rows import RowReader
 from dis_scale.vae import small
+from tests.support.documents import made_from
 
 RECIPE = Path(__file__).parent.parent / "configs/digits.yaml"
 MODELS = """models={
@@ -107,8 +108,9 @@ def encode_all(sweep: Sweep, source: Source, device: torch.device) -> None:
     numbers = shards.shard_numbers(len(source), recipe.precompute)
     net.net.to(device)
     encode.put_shards(encode.Setup(source, net, recipe), latents, numbers, _ignore)
-    facts = {"vae": net.identity, "scale": net.scale, "shift": net.shift, "latent": net.latent(recipe.data.resolution)}
-    shards.write_manifest(latents, numbers, facts | {"num_classes": recipe.data.num_classes})
+    shape = net.latent(recipe.data.resolution)
+    made = made_from(net.identity, shape, scale=net.scale, shift=net.shift, num_classes=recipe.data.num_classes)
+    shards.write_manifest(latents, numbers, made)
     state.use_latents(sweep, latents, net.identity)
 
 

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime import driver
 
+from benchmarks.dit_counts import Counts
 from dis_scale.scan import Direction
 from dis_scale.scan.triton import backend
 
@@ -101,17 +101,6 @@ class NoCuda(NoLaunch):
         return launch
 
 
-class Launches(TorchDispatchMode):
-    """Number of PyTorch's operations that are neither a view nor an allocation."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        self.count += not (func.is_view or "empty" in name or name == "detach")
-        return func(*args, **(kwargs or {}))
-
-
 def direction() -> Direction:
     """Inputs of one direction as in the mixer: B and C are columns of a product, parameters float32."""
     u, delta = (torch.randn(B, L, E, dtype=torch.bfloat16) for _ in range(2))
@@ -155,9 +144,9 @@ def main(rounds: str = "3000", launcher: str = "") -> None:
         }.items():
             job()
             none.launches = 0
-            with Launches() as operations:
+            with Counts() as operations:
                 job()
-            counts = {"kernels": none.launches, "operations": operations.count}
+            counts = {"kernels": none.launches, "operations": operations.launches}
             print(
                 json.dumps({"name": f"{name}, {passes}", "us": round(least_us(job, int(rounds)), 1), **counts}),
                 flush=True,

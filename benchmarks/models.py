@@ -1,7 +1,8 @@
 """Training speed of a DiS on a CPU, compared with peers in the same run: `python -m benchmarks.models [rounds]`.
 
-Forward and backward of DiS-S/2 and DiT-S/2 at 32x32 latents, four images, float32. The public loop is timed in one of
-DiS-S/2's 25 equal blocks, since the complete model would take minutes. The row includes all operations of the block.
+Forward and backward of DiS-S/2 at 32x32 latents, four images, float32. The public loop is timed in one of
+DiS-S/2's 25 equal blocks, since the complete model would take minutes. The row includes all operations of the block. step.py
+compares DiS with DiT.
 """
 
 import json
@@ -16,15 +17,14 @@ from benchmarks.rows import Job, Row, measure, on_threads, report
 from benchmarks.scan import public_loop
 from dis_scale import scan
 from dis_scale.models import build
-from dis_scale.models.cost import price_model
 from dis_scale.models.dis import DiSBlock
-from dis_scale.recipe import Dis, Dit, LatentShape
+from dis_scale.recipe import Dis, LatentShape
 from dis_scale.recipe.presets import preset
 from dis_scale.scan import Direction, choose, reference
 from dis_scale.scan.backend import from_one_way
 
 SHAPE, CLASSES, IMAGES = LatentShape(4, 32), 1000, 4
-DIS, DIT = Dis(**preset("DiS-S/2")), Dit(**preset("DiT-S/2"))
+DIS = Dis(**preset("DiS-S/2"))
 
 
 def loop(direction: Direction, reverse: bool) -> Tensor:
@@ -35,9 +35,9 @@ def loop(direction: Direction, reverse: bool) -> Tensor:
     return public_loop(Direction(u.flip(1), delta.flip(1), A, B.flip(1), C.flip(1), D, bias)).flip(1)
 
 
-def step(settings: Dis | Dit) -> Job:
+def step() -> Job:
     """A job: forward and backward of the model."""
-    model = build(settings, SHAPE, CLASSES)
+    model = build(DIS, SHAPE, CLASSES)
     x, t, y = torch.randn(IMAGES, 4, 32, 32), torch.rand(IMAGES) * 1000, torch.randint(0, CLASSES, (IMAGES,))
     weights = list(model.parameters())
     return lambda: torch.autograd.grad(model(x, t, y).square().mean(), weights)
@@ -73,20 +73,17 @@ def main(rounds: int = 5) -> None:
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     print(json.dumps({"scan": str(choose("auto", "cpu")), "threads": threads, "images": IMAGES}))
-    dis = step(DIS)
+    dis = step()
     jobs = {
         "DiS-S/2": dis,
-        "DiT-S/2": step(DIT),
         "DiS-S/2, one thread": on_threads(1, dis),
         "block": block("auto"),
         "block, reference": block("reference"),
         "block, public loop": on_the_public_loop(block("reference")),
     }
-    work = price_model(DIS, SHAPE, CLASSES).gmacs_training, price_model(DIT, SHAPE, CLASSES).gmacs_training
     rows = [
         Row("DiS-S/2, a block, against the public loop", "block", "block, public loop", 50, True),
         Row("DiS-S/2, a block, against our reference", "block", "block, reference", None, True),
-        Row("DiS-S/2's GMAC/s, against DiT-S/2's", "DiS-S/2", "DiT-S/2", 0.8, True, work),
     ]
     if threads > 1:
         rows.append(Row(f"DiS-S/2, {threads} threads, against one", "DiS-S/2", "DiS-S/2, one thread", 1.6, True))

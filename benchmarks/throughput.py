@@ -34,6 +34,7 @@ from dis_scale.training.memory import state_bytes, worker_bytes
 from dis_scale.training.profile import profile_training
 from dis_scale.training.throughput import synchronize
 from dis_scale.vae import DiffusersVae
+from tests.support.documents import made_from
 
 RECIPE = Path(__file__).parent.parent / "configs/imagenet256.yaml"
 LATENTS, LATENT_SHAPE, CLASSES = 256, LatentShape(4, 32), 1000
@@ -99,8 +100,7 @@ def random_latents(sweep: Sweep, shape: LatentShape = LATENT_SHAPE) -> None:
         for i in range(LATENTS)
     ]
     shards.put_shard(folder, 0, samples, [])
-    facts = {"vae": "random", "scale": 1.0, "shift": 0.0, "latent": list(shape), "num_classes": CLASSES}
-    shards.write_manifest(folder, range(1), facts)
+    shards.write_manifest(folder, range(1), made_from("random", shape, num_classes=CLASSES))
     state.use_latents(sweep, folder, "random")
 
 

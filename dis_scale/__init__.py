@@ -1,6 +1,6 @@
 """dis-scale: scaling sweeps of diffusion models with a state-space backbone, from labelled images to the Gflops-FID curve.
 
-`dis_scale.Sweep` reads a stored sweep: report/api.py. Read next: recipe/ (settings), sweep/ (paths and state),
+`dis_scale.Sweep` reads a stored sweep: api.py. Read next: recipe/ (settings), sweep/ (paths and state),
 training/loop.py, and pipelines/sweep.py (the driver).
 """
 

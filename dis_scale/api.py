@@ -1,6 +1,6 @@
 """The Python API: a stored sweep's results, weights, samples and figure. `dis_scale.Sweep` is its class.
 
-It writes nothing to storage. The folder of a sweep and its paths are in sweep/; evaluation/pictures.py samples.
+It writes nothing to storage. The folder of a sweep and its paths are in sweep/; weights/opening.py samples.
 """
 
 from collections.abc import Sequence

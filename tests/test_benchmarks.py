@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cooldowns, dit_counts, kernels, record, rows, throughput
+from benchmarks import dit_counts, kernels, record, rows, throughput
 from benchmarks.bringup import Options
-from dis_scale.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -118,24 +117,6 @@ def test_a_wrong_kernel_of_s4d_fails_the_kernels_part(
     ]  # fmt: skip
 
 
-def test_a_compiled_kernel_is_read_from_the_cache_at_the_next_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The smallest one; nothing else that this process has compiled is in its way, or lost."""
-    pytest.importorskip("triton", reason="Triton comes only with PyTorch's builds for Linux")
-    from benchmarks import compilation
-    from dis_scale.scan.triton_launch import Launch
-
-    kernel = compilation.triton_layout.sum_conv
-    sums, weight, bias = (torch.empty(shape, device="meta") for shape in ((2, 5, 6), (6, 4), (6,)))
-    monkeypatch.setattr(compilation.driver, "_active", compilation.NoLaunch())
-    monkeypatch.setattr(compilation, "KERNELS", (kernel,))
-    monkeypatch.setattr(kernel, "device_caches", kernel.device_caches)
-    before = compilation.triton.knobs.cache.dir
-    launch = Launch(kernel, (1, 1, 1), parts=2, E=6, TAPS=4, SIZE=32)
-    cold, warm = compilation.cold_and_warm(lambda: launch((sums,), (weight,), (bias,)))
-    assert [(each.name, each.from_cache) for each in cold + warm] == [("sum_conv", False), ("sum_conv", True)]
-    assert (compilation.triton.knobs.cache.dir, compilation.triton.knobs.compilation.listener) == (before, None)
-
-
 WITHOUT = """
 import sys
 from pathlib import Path
@@ -233,19 +214,6 @@ def test_every_job_of_the_throughput_part_is_valid() -> None:
     """A combination that is refused would be known on the GPU only."""
     for job in throughput.SIZED + throughput.VARIED:
         assert throughput.recipe_of(job, "cuda").train.precision == "bf16"
-
-
-def test_cooldowns_compare_trainings_of_equal_length_and_seed(tmp_path: Path) -> None:
-    cooled, complete = (cooldowns.recipe_of(tmp_path, *own) for own in (cooldowns.COOLED, cooldowns.COMPLETE))
-
-    def ends(recipe: Recipe) -> list[tuple[int, int]]:
-        trained = [(recipe.train_of(model).images, recipe.seed_of(model)) for model in recipe.models]
-        return sorted(each for each in trained if each[0] in cooldowns.COUNTS)
-
-    assert ends(cooled) == ends(complete)
-    assert len(ends(cooled)) == len(cooldowns.COUNTS) * cooldowns.SEEDS
-    assert {complete.train_of(model).decay for model in complete.models} == {"linear"}
-    assert all(bool(model.branch) == ("-at-" in name) for name, model in cooled.models.items())
 
 
 def test_the_baseline_launches_no_more_than_public_code(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,8 @@
 """Images to latent shards: threads read and decode ahead, the VAE encodes, one thread writes finished shards.
 
 A shard's bytes do not depend on the worker: encode batches have a fixed size, end at shard borders, and the last is padded.
-Threads, because Pillow and PyTorch release Python's lock and images need no copy: benchmarks/precompute.py compares them with
-processes, Ray tasks and Ray Data, and docs/latents.md has the figures. Read next: shards.py, pipelines/precompute.py.
+Threads, because Pillow and PyTorch release Python's lock and images need no copy: benchmarks/results/data.md compares them with
+processes, Ray tasks and Ray Data. Read next: shards.py, pipelines/precompute.py.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator

@@ -6,7 +6,7 @@ are not covered.
 
 DiT: as in Zheng et al. (arXiv 2505.15270): fixed size of a head, modulations as products within the width. DiS and DiffuSSM:
 experimental. Mamba's scan is no tensor program (Vankadara et al., arXiv 2411.19043), so no theorem covers its dynamics. They
-keep their rate here, as vectors do; `python -m benchmarks.coordinates` measures the outcome.
+keep their rate here, as vectors do; benchmarks/results/training.md has the outcome.
 """
 
 import torch

@@ -15,7 +15,7 @@ Precision = Literal["fp32", "bf16"]
 InferencePrecision = Literal["fp32", "tf32", "bf16"]
 """Of products outside training: exact, rounded to TF32 (GPUs; elsewhere exact), or in bfloat16."""
 Width = Annotated[float, Field(ge=NARROWEST_EMA, le=WIDEST_EMA)]
-"""Relative width of a power-function average, see training/ema.py."""
+"""Relative width of a power-function average, see weights/ema.py."""
 
 
 Rate = Annotated[float, Field(ge=0)]

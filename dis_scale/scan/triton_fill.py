@@ -7,7 +7,7 @@ and neither computes an exponential twice:
     both        the backward pass computes both directions in one launch
 
 Other lanes sum in another order, so results differ in the last bits between batch sizes and GPUs, never between two runs of one
-shape on one kind of GPU. docs/kernels.md has the counts.
+shape on one kind of GPU. benchmarks/results/kernels.md has the counts.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """Public weights of DiS, DiT or SiT as a published checkpoint of a sweep, to be sampled, evaluated, or trained from.
 
-Read next: models/official.py for the layouts, warm_start.py for a training that begins with such a file.
+Read next: official.py for the layouts, warm_start.py for a training that begins with such a file.
 """
 
 import json

@@ -31,7 +31,7 @@ ENVIRONMENT = {
     "HF_HOME, HF_TOKEN, HF_HUB_OFFLINE": "Hugging Face's cache, token and offline mode, for a `vae.path` that is a hub id.",
     "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD": "Login of an MLflow server.",
     "DIS_SCALE_LOG": "`json`: each event of a sweep and of its jobs is one JSON line; default: `lines`.",
-    "NO_COLOR, FORCE_COLOR": "No colours on a terminal; colours in other outputs, too. Default: colours on a terminal only.",
+    "NO_COLOR, FORCE_COLOR": "No colours on a terminal; colours also in other outputs. Default: colours only on a terminal.",
     "DIS_SCALE_FAILED_IS_FINAL": "Set on a KubeRay head: a sweep whose error a new cluster would only repeat ends its Ray job as "
     "stopped, so that KubeRay starts no new cluster.",
     "DIS_SCALE_FAULTS": "A file of injected faults, for tests.",

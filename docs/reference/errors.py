@@ -1,25 +1,20 @@
-"""The page of errors: each kind with cause and cure, and all messages that the code raises, with their runbooks."""
+"""The page of errors: each kind with its exit code, cause and cure. Messages lead to a runbook by the runbooks' index."""
 
-import ast
-import functools
-import re
-from collections import defaultdict
-from collections.abc import Iterator
-from pathlib import Path
+import inspect
+import sys
 from typing import NamedTuple
 
+from dis_scale.process.errors import DisScaleError
 from docs.reference.markdown import code, table
 
-ROOT = Path(__file__).parents[2]
-INTRODUCTION = """# Errors
+PAGE = """# Errors
 
-An error is one line on stderr, `error: ...`, with the reason and what to do. `--debug` shows the traceback. All messages below
-are generated from the code; `...` is a name, a number or a reason. To find a line, search this page for a part of it without
-names and numbers.
+An error is one line on stderr, `error: ...`, with the reason and what to do. `--debug` shows the traceback. If a stage failed,
+`dis-scale logs SWEEP MODEL` prints the output of its processes, with the traceback.
 
-Lines of a running sweep that are no errors (restarts, skipped steps, waiting) are in the
-[index of the runbooks](../ops/runbooks/README.md). If a stage failed, `dis-scale logs SWEEP MODEL` prints what its processes
-wrote, with the traceback.
+The [index of the runbooks](../ops/runbooks/README.md) leads from a message to its page, also from lines that are not errors
+(restarts, skipped steps, waiting). This table has the kinds of errors. In Python they are classes of
+`dis_scale/process/errors.py`.
 """
 
 
@@ -73,21 +68,8 @@ KINDS = {
         "[bad-gpu-or-node](../ops/runbooks/bad-gpu-or-node.md).",
     ),
     "UndecodableImage": Kind(
-        "A file in the source is empty, damaged, too large or no image.",
+        "A file in the source is empty, damaged, too large or not an image.",
         "Remove or replace it, or set `data.undecodable: skip`, which leaves such images out and lists them.",
-    ),
-    "WorkerFailure": Kind(
-        "A worker or its node was lost, a connection broke, or no step ended in `train.hang_after_s`.",
-        "None at first: another attempt starts by itself. `train.restarts` limits consecutive attempts without progress. See "
-        "[preempted-sweep](../ops/runbooks/preempted-sweep.md) and [stuck-job](../ops/runbooks/stuck-job.md).",
-    ),
-    "StorageFailure": Kind(
-        "Storage did not answer a worker for about a minute.",
-        "None: another attempt starts by itself. If storage stays away: [storage-down](../ops/runbooks/storage-down.md).",
-    ),
-    "DeviceFailure": Kind(
-        "A GPU failed during an attempt. The failure counts against its node.",
-        "None at first: another attempt starts by itself. See [bad-gpu-or-node](../ops/runbooks/bad-gpu-or-node.md).",
     ),
     "Preempted": Kind(
         "The sweep or one of its stages was requested to stop, and has saved its state.",
@@ -97,117 +79,13 @@ KINDS = {
 """Cause and cure of each error class."""
 
 
-class Message(NamedTuple):
-    """A message of the code, and the module that raises it, such as `storage/folder`."""
-
-    kind: str
-    module: str
-    text: str
-
-
-class Error(NamedTuple):
-    """An error class of the code."""
-
-    name: str
-    purpose: str
-    exit_code: int
-
-
 def page() -> str:
     """Return the page in Markdown."""
-    by_kind = defaultdict[str, dict[tuple[str, str], None]](dict)
-    for message in messages():
-        by_kind[message.kind][message.module, message.text] = None
-    return "\n\n".join([INTRODUCTION, *(_section(each, list(by_kind[each.name])) for each in kinds())])
+    rows = [(code(cls.__name__), str(cls.exit_code), *KINDS[cls.__name__]) for cls in classes()]
+    return f"{PAGE}\n{table(('kind', 'exit code', 'cause', 'cure'), rows)}\n"
 
 
-@functools.cache
-def kinds() -> list[Error]:
-    """Return all error classes of the code, a base before those that it is the base of."""
-    found = {"Exception": Error("Exception", "", 1)}
-    for tree in _modules().values():
-        for node in ast.walk(tree):
-            match node:
-                case ast.ClassDef(name=name, bases=[ast.Name(id=base)]) if base in found:
-                    words = ast.get_docstring(node) or ""
-                    found[name] = Error(name, words, _exit_code(node, found[base].exit_code))
-    return list(found.values())[1:]
-
-
-def _exit_code(node: ast.ClassDef, inherited: int) -> int:
-    for each in node.body:
-        match each:
-            case ast.Assign(targets=[ast.Name(id="exit_code")], value=ast.Constant(value=int(code))):
-                return code
-    return inherited
-
-
-@functools.cache
-def _modules() -> dict[str, ast.Module]:
-    """Return all modules of the product by name, such as `storage/folder`; that of the errors is the first."""
-    paths = [*(ROOT / "dis_scale").rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")]
-    paths.sort(key=lambda path: (path != ROOT / "dis_scale" / "errors.py", path))
-    names = [str(path.relative_to(ROOT).with_suffix("")) for path in paths]
-    names = [name.removeprefix("dis_scale/").removesuffix("/__init__") for name in names]
-    return {name: ast.parse(path.read_text()) for name, path in zip(names, paths, strict=True)}
-
-
-def _section(error: Error, found: list[tuple[str, str]]) -> str:
-    kind = KINDS[error.name]
-    rows = [(code(text), code(module), _runbook(text)) for module, text in sorted(found)]
-    parts = [
-        f"## {error.name} {{#{error.name.lower()}}}",
-        f"{error.purpose} Exit code {error.exit_code}.",
-        f"* Cause: {kind.cause}\n* Cure: {kind.cure}",
-    ]
-    return "\n\n".join(parts + ([table(("message", "module", "runbook"), rows)] if rows else []))
-
-
-def messages() -> Iterator[Message]:
-    """Yield each message that the code raises."""
-    for module, tree in _modules().items():
-        for kind, words in _of_module(tree, module):
-            if re.search(r"[A-Za-z]{3}", text := _text(words)):
-                yield Message(kind, module, text)
-
-
-def _of_module(tree: ast.Module, module: str) -> Iterator[tuple[str, ast.expr]]:
-    """Yield kind and expression of each message; reading a recipe turns the ValueError of its types into a UserError."""
-    names = {error.name for error in kinds()}
-    for node in ast.walk(tree):
-        match node:
-            case ast.Call(func=ast.Name(id=name), args=[words, *_]) if name in names:
-                yield name, words
-            case ast.Call(func=ast.Name(id="ValueError"), args=[words, *_]) if module.startswith("recipe"):
-                yield "UserError", words
-            case ast.Yield(value=ast.JoinedStr() as words) if module == "recipe/reading":
-                yield "UserError", words
-
-
-def _text(node: ast.expr) -> str:
-    """Return a string as it is printed, with `...` for its variable parts."""
-    match node:
-        case ast.Constant(value=str(words)):
-            return " ".join(words.split())
-        case ast.JoinedStr(values=parts):
-            words = "".join(p.value if isinstance(p, ast.Constant) else "..." for p in parts)  # type: ignore[misc]
-        case ast.BinOp(left=left, op=ast.Add(), right=right):
-            words = f"{_text(left)}{_text(right)}"
-        case _:
-            return "..."
-    return re.sub(r"(\.{3}\s*){2,}", "... ", " ".join(words.split())).strip()
-
-
-@functools.cache
-def index() -> dict[str, str]:
-    """Return the runbook of each message in their index."""
-    text = (ROOT / "ops" / "runbooks" / "README.md").read_text()
-    return dict(re.findall(r"^\| `(.+?)`(?: \(.+?\))? \| \[(.+)\]\(.+\.md\) \|", text, re.MULTILINE))
-
-
-def _runbook(text: str) -> str:
-    """Return a link to the message's runbook, or nothing."""
-    for known, name in index().items():
-        if all(part.strip() in text for part in known.split("...") if part.strip()):
-            return f"[{name}](../ops/runbooks/{name}.md)"
-    return ""
+def classes() -> list[type[DisScaleError]]:
+    """Return all error classes of the module of errors, in its order."""
+    defined = vars(sys.modules[DisScaleError.__module__]).values()
+    return [cls for cls in defined if inspect.isclass(cls) and issubclass(cls, DisScaleError)]

@@ -1,4 +1,4 @@
-"""Hook of the site's build (mkdocs.yml): adds the generated pages and the runbooks, and turns links that leave docs/."""
+"""Hook of the site's build (mkdocs.yml): adds the generated pages and those outside docs/, and turns the links between them."""
 
 import re
 import sys
@@ -20,7 +20,7 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?://)([^)#]*)(#[^
 
 
 def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
-    """Add the generated pages, the runbooks and the other pages that are outside docs/."""
+    """Add the generated pages and those outside docs/: README, runbooks, results of benchmarks and others."""
     from mkdocs.structure.files import File
 
     for name, make in GENERATED.items():
@@ -37,32 +37,30 @@ def on_page_markdown(markdown: str, page: "Page", **_: Any) -> str:
 
 def outside() -> list[Path]:
     """Return the pages of the site that are outside docs/."""
-    own = [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
-    return [*own, *sorted((ROOT / "ops" / "runbooks").glob("*.md"))]
+    root = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
+    folders = ("ops/runbooks", "benchmarks/results")
+    return [*root, *(path for folder in folders for path in sorted((ROOT / folder).glob("*.md")))]
 
 
 def site_path(path: Path) -> str:
     """Return the path of a page outside docs/ in the site."""
-    if path.parent == ROOT:
-        return path.name.lower()
-    return f"runbooks/{'index.md' if path.name == 'README.md' else path.name}"
+    name = "index.md" if path.name == "README.md" else path.name.lower()
+    return name if path.parent == ROOT else f"{path.parent.name}/{name}"
 
 
 def _turned(link: re.Match[str], page: str) -> str:
     sources = {site_path(path): path for path in outside()}
     folder = sources[page].parent if page in sources else (ROOT / "docs" / page).parent
-    _, text, path, section = link[1], link[2], link[3], link[4] or ""
-    if not path or link[1]:
+    picture, text, path, section = link[1], link[2], link[3], link[4] or ""
+    if not path:
         return link[0]
     target = (folder / path).resolve()
     if target in (each.resolve() for each in outside()):
         target_page = site_path(target)
     elif target.is_relative_to(ROOT / "docs"):
         target_page = str(target.relative_to(ROOT / "docs"))
-    elif target == ROOT / "README.md":
-        target_page = "index.md"
     else:
         name = target.relative_to(ROOT).as_posix()
         return f"`{name}`" if name.endswith(text) else f"{text} (`{name}`)"
     up = "../" * page.count("/")
-    return f"[{text}]({up}{target_page}{section})"
+    return f"{picture}[{text}]({up}{target_page}{section})"

@@ -106,7 +106,7 @@ def test_holding_out_everything_is_refused() -> None:
 
 
 def test_ten_million_samples_take_little_time_and_memory() -> None:
-    """A tenth of the size in docs/latents.md; the time limit is ten times that of two busy cores."""
+    """A tenth of the size in benchmarks/results/data.md; the time limit is ten times that of two busy cores."""
     tracemalloc.start()
     began = time.process_time()
     order = Order([1000] * 10_000, 0, held_out=5_000)

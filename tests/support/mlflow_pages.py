@@ -1,4 +1,4 @@
-"""MLflow's pages in a real headless Chromium: opened and clicked as docs/watching.md says, and what a person then sees.
+"""MLflow's pages in a real headless Chromium: opened and clicked as docs/operations.md says, and what a person then sees.
 
 apt-get install --no-install-recommends chromium chromium-driver
 

@@ -94,7 +94,7 @@ def deployed(database: int, ceph: ObjectStore, bucket: str, folder: Path) -> Ite
 
 @contextlib.contextmanager
 def of_sqlite(uri: str, folder: Path) -> Iterator[str]:
-    """Run `mlflow ui` on an SQLite file, as docs/watching.md shows it; give its address."""
+    """Run `mlflow ui` on an SQLite file, as docs/operations.md shows it; give its address."""
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "mlflow", "ui", f"--backend-store-uri={uri}", f"--port={port}", "--workers=1"]
     yield from _answering(command, port, folder, {})
