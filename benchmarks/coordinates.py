@@ -18,8 +18,12 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from dis_scale import diffusion, models
-from dis_scale.models import Backbone, transfer
-from dis_scale.recipe import DiffuSsm, Dis, Dit, Flow, LatentShape, Train
+from dis_scale.models import transfer
+from dis_scale.models.diffussm.settings import DiffuSsm
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.dit.settings import Dit
+from dis_scale.models.tokens import Backbone
+from dis_scale.recipe import Flow, LatentShape, Train
 from dis_scale.training.engine import parameter_groups
 
 BASE_WIDTH, WIDTHS, KINDS = 64, (64, 128, 256, 512), ("dit", "dis", "diffussm")

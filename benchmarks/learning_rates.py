@@ -12,7 +12,8 @@ from sklearn.datasets import load_digits
 
 from dis_scale import diffusion, models
 from dis_scale.models import transfer
-from dis_scale.recipe import Dit, Flow, LatentShape, Train
+from dis_scale.models.dit.settings import Dit
+from dis_scale.recipe import Flow, LatentShape, Train
 from dis_scale.training.engine import parameter_groups
 
 BASE_WIDTH, WIDTH, HEAD_SIZE, DEPTH = 32, 128, 16, 2

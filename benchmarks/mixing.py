@@ -19,8 +19,9 @@ from dis_scale.data.mixing import permutation
 from dis_scale.data.order import Order
 from dis_scale.diffusion.generate import generate
 from dis_scale.evaluation import metrics
-from dis_scale.models import Backbone
-from dis_scale.recipe import Dis, Flow, LatentShape
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.tokens import Backbone
+from dis_scale.recipe import Flow, LatentShape
 
 CLASSES, IMAGES, SHARDS, BATCH, SIDE = 10, 10_000, 50, 64, 16
 HELD_OUT, SAMPLES, SAMPLING_STEPS = 500, 200, 10

@@ -15,8 +15,10 @@ from sklearn.datasets import load_digits
 
 from dis_scale import diffusion, models
 from dis_scale.diffusion.process import Process
-from dis_scale.models import Backbone
-from dis_scale.recipe import DiffuSsm, Dis, Flow, LatentShape, Precision
+from dis_scale.models.diffussm.settings import DiffuSsm
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.tokens import Backbone
+from dis_scale.recipe import Flow, LatentShape, Precision
 
 SHAPE, BATCH, HELD_OUT, LEARNING_RATE = LatentShape(1, 16), 32, 256, 1e-3
 SETTINGS = {

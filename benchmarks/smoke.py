@@ -27,9 +27,11 @@ from dis_scale.evaluation.features import load_extractors
 from dis_scale.evaluation.reference import load_all
 from dis_scale.evaluation.sampling import BlockSampler, labels_of
 from dis_scale.models.cost import price_model
-from dis_scale.recipe import Dis, Dit, Gaussian, LatentShape
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.dit.settings import Dit
+from dis_scale.models.families import preset
+from dis_scale.recipe import Gaussian, LatentShape
 from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
-from dis_scale.recipe.presets import preset
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.state import require_latents
 from dis_scale.weights.published import load_published

@@ -18,9 +18,14 @@ from dis_scale.data.latents import Micro
 from dis_scale.diffusion.generate import generate
 from dis_scale.evaluation import inception
 from dis_scale.evaluation.features import Extractor
-from dis_scale.models import Backbone, build, dis
+from dis_scale.models import build
 from dis_scale.models.cost import price_model
-from dis_scale.recipe import DiffuSsm, Dis, Dit, Flow, Gaussian, LatentShape, Precision, TrainedVae
+from dis_scale.models.diffussm.settings import DiffuSsm
+from dis_scale.models.dis import network as dis
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.dit.settings import Dit
+from dis_scale.models.tokens import Backbone
+from dis_scale.recipe import Flow, Gaussian, LatentShape, Precision, TrainedVae
 from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
 from dis_scale.training import loop
 from dis_scale.training.engine import MOMENTS, Engine, Segment

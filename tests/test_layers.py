@@ -23,9 +23,11 @@ SOURCES = {
 
 LAYERS = [
     "process",
-    "recipe storage",
+    "scan storage",
+    "models",
+    "recipe",
     "sweep",
-    "scan diffusion data tracking vae models",
+    "diffusion data tracking vae",
     "weights",
     "training evaluation",
     "planning",

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dis_scale.process.errors import UserError, nearest
-from dis_scale.recipe import CHECKPOINTING
+from dis_scale.process.settings import CHECKPOINTING
 from dis_scale.scan.backend import KeepingStates
 
 WORTH_KEEPING_MACS = 128

@@ -17,10 +17,13 @@ from torch.overrides import TorchFunctionMode
 
 from dis_scale.models import build
 from dis_scale.models.checkpointing import recompute_every
-from dis_scale.models.dis import TAPS, extra_tokens, inner_width, step_rank
-from dis_scale.models.dit import FREQUENCIES
-from dis_scale.models.s4d import CHUNK
-from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, Precision
+from dis_scale.models.diffussm.s4d import CHUNK
+from dis_scale.models.diffussm.settings import DiffuSsm
+from dis_scale.models.dis.network import TAPS, inner_width, step_rank
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.dit.settings import Dit
+from dis_scale.models.tokens import FREQUENCIES
+from dis_scale.process.settings import LatentShape, Precision
 from dis_scale.scan.backend import NATIVE_CHUNK
 
 DIFFUSSM_XL_GMACS = {32: 280.3, 64: 1066.2}
@@ -143,7 +146,7 @@ class Cost:
         return 4 * elements if precision == "fp32" else 2 * (elements + self.kept.wide_elements(checkpointing))
 
 
-def price_model(settings: Dis | DiffuSsm | Dit, shape: LatentShape, num_classes: int | None) -> Cost:
+def price_model(settings: Any, shape: LatentShape, num_classes: int | None) -> Cost:
     """Return the cost of one image. Parameters are counted on the module itself."""
     with _Uninitialised():
         model = build(settings, shape, num_classes)
@@ -155,6 +158,8 @@ def price_model(settings: Dis | DiffuSsm | Dit, shape: LatentShape, num_classes:
             return _dit(settings, shape, parameters)
         case DiffuSsm():
             return _diffussm(settings, shape, parameters)
+        case _:
+            raise AssertionError(settings.kind)
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -181,7 +186,7 @@ def _by_part(counts: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 def _dis(settings: Dis, shape: LatentShape, num_classes: int | None, parameters: dict[str, int]) -> Cost:
     T = (shape.size // settings.patch) ** 2
-    L = T + extra_tokens(settings, num_classes)
+    L = T + settings.extra_tokens(num_classes)
     parts = tuple(_dis_parts(settings, shape, num_classes, T, L))
     D = settings.width
     kept = Kept(

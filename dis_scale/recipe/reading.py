@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dis_scale.models.families import preset
 from dis_scale.process.errors import UserError, nearest
 from dis_scale.recipe import FORMAT, Model, Recipe, shipped
-from dis_scale.recipe.presets import preset
+from dis_scale.recipe.models import model_classes
 
 
 class _Loader(yaml.SafeLoader):
@@ -192,7 +193,9 @@ def _keys_beside(path: list[str]) -> set[str]:
 
 
 def _classes(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if annotation is Model:
+        yield from model_classes()
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in getattr(annotation, "__args__", ()):
         yield from _classes(inner)

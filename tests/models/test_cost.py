@@ -8,11 +8,16 @@ import torch.nn.functional as F
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from dis_scale.models import build, construct, cost, dis, s4d
+from dis_scale.models import build, construct, cost
 from dis_scale.models.checkpointing import WORTH_KEEPING_MACS
 from dis_scale.models.cost import Cost, price_model
-from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape
-from dis_scale.recipe.presets import preset
+from dis_scale.models.diffussm import s4d
+from dis_scale.models.diffussm.settings import DiffuSsm
+from dis_scale.models.dis import network as dis
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.dit.settings import Dit
+from dis_scale.models.families import preset
+from dis_scale.recipe import LatentShape
 
 PARAMETERS = {
     "DiS-S368/2": 29_132_752, "DiS-S368/4": 29_115_184, "DiS-S368/8": 29_309_872,

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 
 from dis_scale.models import build
 from dis_scale.models.cost import price_model
+from dis_scale.models.diffussm.settings import DiffuSsm
+from dis_scale.models.families import preset
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import DiffuSsm, LatentShape
-from dis_scale.recipe.presets import preset
+from dis_scale.recipe import LatentShape
 
 SHAPE = LatentShape(4, 8)
 

@@ -2,7 +2,7 @@
 
 N real states are N / 2 complex modes; the factor 2 Re accounts for their conjugates. Parameters are real; kernel and FFT
 are float32 (float64 for float64 weights). If the scan backend is triton, one launch computes the kernel (scan/s4d.py),
-otherwise PyTorch does. Axes: B samples, L time, H channels, M modes. Read next: diffussm.py.
+otherwise PyTorch does. Axes: B samples, L time, H channels, M modes. Read next: network.py.
 """
 
 import copy
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.models.tokens import wide
 from dis_scale.process.errors import DisScaleError
-from dis_scale.recipe import DiffuSsm
 from dis_scale.scan.selftest import TOLERANCE
 
 CHUNK = 2**24
