@@ -52,7 +52,7 @@ class FamilySettings(Settings):
 class PaperNumbers(NamedTuple):
     """Numbers of a family's own paper, beside what is counted here."""
 
-    paper_gflops: float | None = None
+    gflops: float | None = None
     """The DiS paper's Gflops column: thop x 2, which does not count the mixers."""
     gmacs: float | None = None
     """PaperNumbers multiply-adds, in 10^9."""

@@ -65,6 +65,11 @@ class Backbone(nn.Module):
         return torch.bfloat16 if self.precision == "bf16" else next(self.parameters()).dtype
 
     @property
+    def tokens(self) -> int:
+        """Number of tokens of an image."""
+        return (self.shape.size // self.patch) ** 2
+
+    @property
     def drop_branches(self) -> int:
         """Number of branches that drop path may drop."""
         return len(self.drop_rates)

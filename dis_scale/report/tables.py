@@ -53,7 +53,7 @@ def row(report: Report, p: Point) -> list[str]:
     """Return the cells of one point, in the order of `columns`."""
     accuracy = p.values.get("class_accuracy")
     judged = ["" if accuracy is None else f"{accuracy:.1%}"] if _judged(report) else []
-    paper = [f"{p.cost.paper_gflops:.3g}" if p.cost.paper_gflops else ""] if _papers(report) else []
+    paper = [f"{p.cost.paper.gflops:.3g}" if p.cost.paper.gflops else ""] if _papers(report) else []
     goodput = "" if p.goodput is None else f"{p.goodput:.0%}"
     sampling = [p.variant or "main"] if len(report.samplings) > 1 else []
     name = f"{p.model} ({p.seeds} seeds)" if p.seeds > 1 else p.model
@@ -130,7 +130,7 @@ def records(report: Report) -> list[dict[str, Any]]:
     values = _values(report)
     return [
         {
-            "model": p.model, "kind": p.kind, "variant": p.variant, "gmacs_forward": p.gmacs, "paper_gflops": p.cost.paper_gflops,
+            "model": p.model, "kind": p.kind, "variant": p.variant, "gmacs_forward": p.gmacs, "paper_gflops": p.cost.paper.gflops,
             "parameters": p.cost.parameters, "images": p.images_seen, "training_eflops": p.eflops, "goodput": p.goodput,
             "worker_hours": p.worker_hours, "memory_gib": p.memory_gib, "sample_ms": p.sample_ms,
             **{name: p.values.get(name) for name in values}, **{name: p.facts.get(name) for name in FACTS},
@@ -182,4 +182,4 @@ def _judged(report: Report) -> bool:
 
 
 def _papers(report: Report) -> bool:
-    return any(p.cost.paper_gflops for p in report.points)
+    return any(p.cost.paper.gflops for p in report.points)

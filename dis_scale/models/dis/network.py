@@ -17,6 +17,7 @@ from dis_scale.models.dis.settings import Dis
 from dis_scale.models.tokens import Backbone, Linear, PatchEmbed, TimeEmbedding, modulate, unpatchify, wide, zero_
 from dis_scale.process.settings import LatentShape
 from dis_scale.scan import Direction, causal_conv_silu, choose, selective_scan, two_way_conv_silu, two_way_scan
+from dis_scale.scan.counts import fused
 from dis_scale.scan.selftest import Case, distinct, verify
 
 TAPS = 4
@@ -127,7 +128,7 @@ class DiSBlock(nn.Module):
         if skip_BLD is not None:
             h_BLD = h_BLD + skip_BLD if self.skip is None else self.skip(torch.cat([h_BLD, skip_BLD], dim=-1))
         r_BLD = add_to_stream(r_BLD, h_BLD, drop_B)
-        n_BLD = rms_norm(r_BLD, self.norm).to(h_BLD.dtype)
+        n_BLD = normalised(r_BLD, self.norm, h_BLD.dtype)
         if self.modulation is None:
             return self.mixer(n_BLD), r_BLD
         shift_BD, scale_BD, gate_BD = self.modulation(F.silu(c_BD)).chunk(3, dim=1)
@@ -144,6 +145,11 @@ def add_to_stream(r_BLD: Tensor | None, h_BLD: Tensor, drop_B: Tensor | None) ->
 def rms_norm(r_BLD: Tensor, weight_D: Tensor) -> Tensor:
     """x / rms(x) * weight, in the type of the stream."""
     return F.rms_norm(r_BLD, weight_D.shape, weight_D.to(r_BLD.dtype), EPS)
+
+
+def normalised(r_BLD: Tensor, weight_D: Tensor, dtype: torch.dtype) -> Tensor:
+    """The norm of the stream, in the type of the products; priced as GPUs' fused kernel if that is bfloat16."""
+    return rms_norm(r_BLD, weight_D) if dtype == r_BLD.dtype else fused(rms_norm, r_BLD, weight_D).to(dtype)
 
 
 def _zero_bias(layer: nn.Linear) -> nn.Linear:
@@ -211,6 +217,10 @@ class DiS(Backbone):
         return self._image(add_to_stream(r_BLD, h_BLD, drops[-1]), c_BD, dtype)
 
     @property
+    def tokens(self) -> int:
+        return self.length
+
+    @property
     def scan_sizes(self) -> tuple[int, int, int]:
         """L, E and N of the scans."""
         return self.length, inner_width(self.settings.width), self.settings.state_size
@@ -253,7 +263,7 @@ class DiS(Backbone):
 
     def _image(self, r_BLD: Tensor, c_BD: Tensor, dtype: torch.dtype) -> Tensor:
         """The stream to (B, 2C, H, W): both norms, the final modulation if the model has classes, one product."""
-        x_BTD = rms_norm(r_BLD[:, self.extras :], self.norm).to(dtype)
+        x_BTD = normalised(r_BLD[:, self.extras :], self.norm, dtype)
         x_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6)
         if self.modulation is not None:
             shift_BD, scale_BD = self.modulation(F.silu(c_BD)).chunk(2, dim=1)
