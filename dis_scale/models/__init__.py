@@ -54,7 +54,7 @@ def construct(
     from dis_scale.models.checkpointing import require_known
 
     require_known(checkpointing)
-    return families.find(settings.kind).network(settings, shape, num_classes, scan, checkpointing)
+    return families.find(settings.kind, settings.needed_code).network(settings, shape, num_classes, scan, checkpointing)
 
 
 def verify_kernels(model: "Backbone", device: "torch.device", images: Collection[int], training: bool) -> None:

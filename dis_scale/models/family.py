@@ -30,6 +30,11 @@ class FamilySettings(Settings):
     """Fields that shape the random start or the training, and not what the network computes from its weights."""
 
     @property
+    def needed_code(self) -> str:
+        """Package and version, or hash of the file, that the settings were made for."""
+        return str(getattr(self, "code", ""))
+
+    @property
     def sizes(self) -> dict[str, Any]:
         """What the network is, apart from its training."""
         return self.model_dump(exclude=set(self.beside))
@@ -104,6 +109,9 @@ class Family:
     """Returns its paper's own numbers for settings, latent shape and number of classes."""
     public: Callable[[], PublicLayout] | None = None
     """Returns the layout of its public weights, if any were released."""
+
+    code: str = ""
+    """Package and version, or hash of the file, that it is from; set by families.py, and empty for a built-in one."""
 
     @property
     def kind(self) -> str:

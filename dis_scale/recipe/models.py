@@ -17,6 +17,7 @@ from pydantic import (
 
 from dis_scale.models import families
 from dis_scale.models.family import Family, FamilySettings
+from dis_scale.process.errors import NoFamily
 from dis_scale.process.settings import Count, Fraction, Precision, Settings, runtime
 from dis_scale.recipe.train import ImageCounts, Rates
 
@@ -106,20 +107,27 @@ class Model(FamilySettings):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by kind: no module has a composed class."""
-        return _empty, (self.kind,), self.__getstate__()
+        return _empty, (self.kind, self.needed_code), self.__getstate__()
 
 
-def _empty(kind: str) -> Model:
-    cls = model_class(families.find(kind))
+class BroughtModel(Model):
+    """A model of a family that another package or a file brings."""
+
+    code: str
+    """Package and version, or hash of the file, that the family is from. Added when the recipe is read."""
+
+
+def _empty(kind: str, code: str) -> Model:
+    cls = model_class(families.find(kind, code))
     return cls.__new__(cls)
 
 
 @cache
 def model_class(family: Family) -> type[Model]:
     """Return the settings of a model of this family: the family's own, and those of its training."""
-    own = family.settings
+    own, base = family.settings, BroughtModel if family.code else Model
     names = {"__module__": __name__, "__doc__": own.__doc__, "beside": own.beside | Model.model_fields.keys()}
-    composed: Any = new_class(own.__name__, (own, Model), exec_body=lambda namespace: namespace.update(names))
+    composed: Any = new_class(own.__name__, (own, base), exec_body=lambda namespace: namespace.update(names))
     return cast(type[Model], composed)
 
 
@@ -132,6 +140,8 @@ def _validated(value: Any, _: Any, info: ValidationInfo) -> Any:
     """Validate a model as one of the family that its `kind` names."""
     if isinstance(value, Model):
         return value
+    if isinstance(value, dict) and isinstance(kind := value.get("kind"), str):
+        value = value | _code(kind, value.get("code"), bool(info.context))
     adapter = _any_of(*model_classes())
     return adapter.validate_json(json.dumps(value)) if info.mode == "json" else adapter.validate_python(value)
 
@@ -141,6 +151,30 @@ class _InSchema:
 
     def __get_pydantic_json_schema__(self, _: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return handler(_any_of(*model_classes()).core_schema)
+
+
+def _code(kind: str, code: Any, stored: bool) -> dict[str, str]:
+    """Return the code that a model's family is from, unless it is built-in. NoFamily if it is not here.
+
+    A recipe may name another version of a package, which is compared with this one; of a file it selects that content alone.
+    """
+    if families.is_file(kind):
+        if stored and not code:
+            raise NoFamily(
+                f"models of kind {kind}: a stored recipe names a file without its hash: dis-scale wrote none"
+            )
+        return {"code": families.find(kind, code or "").code}
+    here = families.code_of(kind)
+    if here is None and code:
+        families.find(kind, code)
+    return {"code": code or here} if here else {}
+
+
+def from_sizes(sizes: dict[str, Any]) -> FamilySettings:
+    """Return the settings with these sizes, from a file that was exported."""
+    family = families.find(sizes["kind"], _code(sizes["kind"], sizes.get("code"), stored=True).get("code", ""))
+    cls = model_class(family) if family.code else family.settings
+    return cls.model_validate_json(json.dumps(sizes))
 
 
 @cache

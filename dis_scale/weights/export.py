@@ -17,11 +17,12 @@ import safetensors.torch
 from pydantic import TypeAdapter, ValidationError
 
 from dis_scale import diffusion
-from dis_scale.models import build, check_finite, families
+from dis_scale.models import build, check_finite
 from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Flow, Gaussian, LatentShape, Recipe
 from dis_scale.recipe.evaluate import Sampler
+from dis_scale.recipe.models import from_sizes
 from dis_scale.vae import DiffusersVae, PixelVae, Vae
 from dis_scale.vae.scaling import Scaling
 from dis_scale.weights.official import read_public, read_weights
@@ -138,8 +139,7 @@ def describe(model: Backbone, facts: SamplingFacts | None = None) -> dict[str, A
 def from_description(description: dict[str, Any]) -> Backbone:
     """Return the model with initial weights. UserError if the description is invalid."""
     try:
-        family = families.find(description["model"]["kind"])
-        settings = family.settings.model_validate_json(json.dumps(description["model"]))
+        settings = from_sizes(description["model"])
         shape = LatentShape(*map(int, description["shape"]))
         return build(settings, shape, description["num_classes"])
     except (KeyError, TypeError, ValueError) as error:
