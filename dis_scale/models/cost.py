@@ -21,6 +21,9 @@ from dis_scale.models.family import FamilySettings, PaperNumbers
 from dis_scale.models.tokens import Backbone
 from dis_scale.process.settings import LatentShape, Precision
 
+IMAGES = (2, 3)
+"""Images of the two passes. Not one: an axis of length one is a view where others are copied."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -126,20 +129,20 @@ class Cost:
         """In bfloat16, counted if asked for."""
         model = _uninitialised(self.settings, self.shape, self.num_classes)
         model.precision = "bf16"
-        return _kept(*(_count(model, images) for images in (1, 2)))
+        return _kept(*(_count(model, images) for images in IMAGES))
 
 
 def price_model(settings: FamilySettings, shape: LatentShape, num_classes: int | None) -> Cost:
-    """Return the cost of one image. The difference of passes of one and of two images is what does not depend on their number."""
+    """Return the cost of one image: the difference of two passes. The rest does not depend on their images."""
     model = _uninitialised(settings, shape, num_classes)
-    one, two = (_count(model, images) for images in (1, 2))
+    less, more = (_count(model, images) for images in IMAGES)
     parameters = _by_part((name, weight.numel()) for name, weight in model.named_parameters())
-    counts = {key: (part, two.operations[key].macs - part.macs) for key, part in one.operations.items()}
+    counts = {key: (part, more.operations[key].macs - part.macs) for key, part in less.operations.items()}
     return Cost(
         settings, shape, num_classes, parameters, model.tokens,
         tuple(Part(name, macs, part.passes, inside) for (name, inside), (part, macs) in counts.items() if macs),
-        _kept(one, two),
-        kernel_gmacs=sum(part.macs - macs for part, macs in counts.values()) / 1e9,
+        _kept(less, more),
+        kernel_gmacs=sum(part.macs - IMAGES[0] * macs for part, macs in counts.values()) / 1e9,
         paper=families.find(settings.kind).published(settings, shape, num_classes),
     )  # fmt: skip
 
@@ -168,9 +171,10 @@ def _count(model: Backbone, images: int) -> CountedPass:
     return counter
 
 
-def _kept(one: CountedPass, two: CountedPass) -> Kept:
-    image = [b - a for a, b in zip(one.bytes, two.bytes, strict=True)]
-    return Kept(one.outside, one.blocks, image, [a - each for a, each in zip(one.bytes, image, strict=True)])
+def _kept(less: CountedPass, more: CountedPass) -> Kept:
+    image = [b - a for a, b in zip(less.bytes, more.bytes, strict=True)]
+    fixed = [a - IMAGES[0] * each for a, each in zip(less.bytes, image, strict=True)]
+    return Kept(less.outside, less.blocks, image, fixed)
 
 
 def _by_part(counts: Iterable[tuple[str, int]]) -> dict[str, int]:

@@ -113,7 +113,7 @@ class Model(FamilySettings):
 class BroughtModel(Model):
     """A model of a family that another package or a file brings."""
 
-    code: str
+    code: str = ""
     """Package and version, or hash of the file, that the family is from. Added when the recipe is read."""
 
 

@@ -77,6 +77,7 @@ def test_a_brought_family_is_priced_built_and_stored_like_ours(package: Path, tm
 def test_a_package_is_in_the_schema_with_its_presets(package: Path) -> None:
     parts = json_schema()["$defs"]
     assert parts["GatedConvSettings"]["properties"]["reach"]["description"].startswith("Tokens on each side")
+    assert "code" not in parts["GatedConvSettings"]["required"]
     assert "GatedConv-S/2" in parts["Preset"]["properties"]["preset"]["enum"]
     assert families.preset("GatedConv-S/2")["kind"] == "gated_conv"
 
