@@ -17,6 +17,7 @@ from dis_scale.recipe.models import from_sizes
 from dis_scale.recipe.schema import json_schema
 from dis_scale.weights import export
 from tests.conftest import TINY
+from tests.support import fault_plans, ranks
 from tests.support.wheels import GATED_CONV
 
 FILE = "kind: 'gated_conv.py:FAMILY'"
@@ -143,3 +144,14 @@ def test_a_package_that_cannot_be_loaded_is_named(package: Path) -> None:
         UserError, match=r"gated-conv 0.1.0 brings models of kind missing, which cannot be loaded: No module"
     ):
         read("kind: dis")
+
+
+def test_a_file_is_trained_and_resumed_exactly(file: Path) -> None:
+    """By ranks of ZeRO stage 3 in bfloat16, with recomputed blocks."""
+    how = ["train.zero_stage=3", "train.precision=bf16", "train.checkpointing=block", "train.publish_images=[0, 160]"]
+    own = f"models={{{fault_plans.MODEL}: {{{FILE}, width: 16, depth: 2, patch: 4}}}}"
+    recipe, undisturbed, stopped = reading.load(TINY, [own, *how]), file.parent / "undisturbed", file.parent / "stopped"
+    ranks.run(recipe, fault_plans.MODEL, undisturbed, attempt=1)
+    ranks.run(recipe, fault_plans.MODEL, stopped, attempt=1, stop_at=48)
+    ranks.run(recipe, fault_plans.MODEL, stopped, attempt=2)
+    assert fault_plans.made(stopped, recipe) == fault_plans.made(undisturbed, recipe)
