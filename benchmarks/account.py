@@ -19,10 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.dit_counts import Counts
 from benchmarks.instructions import BYTES_PER_S, TOTALS, launches
 from benchmarks.instructions import MULTIPROCESSORS as SMS
-from dis_scale.models import dis
 from dis_scale.models.cost import price_model
-from dis_scale.recipe import Dis, LatentShape
-from dis_scale.recipe.presets import preset
+from dis_scale.models.dis import network as dis
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.families import preset
+from dis_scale.recipe import LatentShape
 from dis_scale.scan.triton_fill import Filling, filling
 from dis_scale.scan.triton_launch import LANES, WARPS
 

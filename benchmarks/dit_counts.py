@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from dis_scale.models.dit import DiTBlock
-from dis_scale.recipe import Dit
-from dis_scale.recipe.presets import preset
+from dis_scale.models.dit.network import DiTBlock
+from dis_scale.models.dit.settings import Dit
+from dis_scale.models.families import preset
 
 B, T = 32, 256
 HALF = torch.bfloat16

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from benchmarks.bringup import Options, options
-from dis_scale.models import s4d
+from dis_scale.models.diffussm import s4d
+from dis_scale.models.diffussm.settings import DiffuSsm
+from dis_scale.models.families import preset
 from dis_scale.process.errors import DisScaleError
-from dis_scale.recipe import DiffuSsm
-from dis_scale.recipe.presets import preset
 from dis_scale.scan import choose
 from dis_scale.scan.selftest import TOLERANCE, Case, errors, filling_of
 

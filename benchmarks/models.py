@@ -17,9 +17,10 @@ from benchmarks.rows import Job, Row, measure, on_threads, report
 from benchmarks.scan import public_loop
 from dis_scale import scan
 from dis_scale.models import build
-from dis_scale.models.dis import DiSBlock
-from dis_scale.recipe import Dis, LatentShape
-from dis_scale.recipe.presets import preset
+from dis_scale.models.dis.network import DiSBlock
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.families import preset
+from dis_scale.recipe import LatentShape
 from dis_scale.scan import Direction, choose, reference
 from dis_scale.scan.backend import from_one_way
 

@@ -15,9 +15,9 @@ from triton.compiler import ASTSource, compile
 
 from benchmarks.dit_counts import Counts
 from benchmarks.instructions import BYTES_PER_S, CLOCK_HZ, LANES, SCHEDULERS, code, registers
-from dis_scale.models.s4d import S4D
-from dis_scale.recipe import DiffuSsm
-from dis_scale.recipe.presets import preset
+from dis_scale.models.diffussm.s4d import S4D
+from dis_scale.models.diffussm.settings import DiffuSsm
+from dis_scale.models.families import preset
 from dis_scale.scan import triton_s4d
 from dis_scale.scan.s4d import tile_of
 

@@ -27,9 +27,11 @@ from dis_scale.evaluation.features import load_extractors
 from dis_scale.evaluation.reference import load_all
 from dis_scale.evaluation.sampling import BlockSampler, labels_of
 from dis_scale.models.cost import price_model
-from dis_scale.recipe import Dis, Dit, Gaussian, LatentShape
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.dit.settings import Dit
+from dis_scale.models.families import preset
+from dis_scale.recipe import Gaussian, LatentShape
 from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
-from dis_scale.recipe.presets import preset
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.state import require_latents
 from dis_scale.weights.published import load_published
@@ -170,7 +172,7 @@ def distance(trained: Sweep, sweep: Sweep, sampler: str, device: torch.device) -
 
 
 def compare_memory(checks: Checks, chosen: Options) -> None:
-    """Compare the memory that a forward pass leaves allocated with the formula, per image, in fp32."""
+    """Compare the memory that a forward pass leaves allocated with the count, per image, in fp32."""
     shape = LatentShape(4, 16 if chosen.quick else 32)
     for name, settings in {"DiS-S/2": Dis(**preset("DiS-S/2")), "DiT-S/2": Dit(**preset("DiT-S/2"))}.items():
         for mode in ("none", "block"):
@@ -178,8 +180,7 @@ def compare_memory(checks: Checks, chosen: Options) -> None:
             left_bytes(model, 1, chosen.device)  # the first call allocates what libraries keep
             count = 2 if chosen.quick else IMAGES
             left = [left_bytes(model, images, chosen.device) for images in (count, 2 * count)]
-            parts = price_model(settings, shape, 10).kept.by_part(mode)
-            formula = 4 * (sum(parts.values()) - parts["one block"])  # which the backward pass adds
+            formula = price_model(settings, shape, 10).kept.left_bytes(mode)
             measured = (left[1] - left[0]) / count
             checks.add(f"{name}, checkpointing {mode}: kept bytes per image", relative(measured, formula), MEMORY)
 

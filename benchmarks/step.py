@@ -15,10 +15,12 @@ from torch.profiler import profile
 
 from benchmarks.rows import Job, Row, least_times, report
 from dis_scale import models
-from dis_scale.models import Backbone
 from dis_scale.models.cost import price_model
-from dis_scale.recipe import Dis, Dit, LatentShape, Precision
-from dis_scale.recipe.presets import preset
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.dit.settings import Dit
+from dis_scale.models.families import preset
+from dis_scale.models.tokens import Backbone
+from dis_scale.recipe import LatentShape, Precision
 from dis_scale.scan import choose
 from dis_scale.training.throughput import peak_flops, synchronize
 

@@ -25,9 +25,10 @@ from dis_scale.data.encode import compute_exactly, encode_images
 from dis_scale.data.shards import Sample
 from dis_scale.diffusion.generate import generate
 from dis_scale.models.cost import price_model
-from dis_scale.models.dit import DiTBlock
-from dis_scale.recipe import Dit, LatentShape, Recipe, Sampling, reading
-from dis_scale.recipe.presets import preset
+from dis_scale.models.dit.network import DiTBlock
+from dis_scale.models.dit.settings import Dit
+from dis_scale.models.families import preset
+from dis_scale.recipe import LatentShape, Recipe, Sampling, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.training.memory import state_bytes, worker_bytes

@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dis_scale.models import Backbone
+from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import UserError
 from dis_scale.report import figures, tables
 from dis_scale.report.points import Report, collect, plan_of

@@ -28,6 +28,7 @@ from ray.job_submission import JobSubmissionClient
 
 from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.recipe import Recipe
+from pipelines import packages
 from pipelines.devices import smallest_gpu_bytes, usable_gpus
 from pipelines.shared_folder import require_shared
 from pipelines.stage import keeping_handlers
@@ -215,6 +216,7 @@ def _joined(address: str, recipe: Recipe) -> Cluster:
     import ray
 
     _connect()
+    packages.require_on_nodes(recipe)
     parent = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
     client, resources = JobSubmissionClient(), ray.cluster_resources()
     inherited = ("working_dir", "py_modules", "pip", "uv", "env_vars")

@@ -16,18 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from dis_scale.models import families
 from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.process.redaction import redact
-from dis_scale.recipe import (
-    DiffuSsm,
-    Dis,
-    InceptionExtractor,
-    PretrainedVae,
-    Recipe,
-    TorchScriptExtractor,
-    TorchScriptVae,
-    Train,
-)
+from dis_scale.recipe import InceptionExtractor, PretrainedVae, Recipe, TorchScriptExtractor, TorchScriptVae, Train
 from dis_scale.storage.folder import Folder
 
 State = Literal["good", "bad", "not needed"]
@@ -188,15 +180,11 @@ def _c(needs: Needs) -> Result:
 
 
 def _models_on(needs: Needs, name: str) -> list[str]:
-    """Return the models that run this backend on the recipe's device: the one that it names, or that `auto` should take.
-
-    DiffuSSM's S4D has a kernel in Triton's, which `auto` does not take.
-    """
+    """Return the models that run this backend on the recipe's device: the one that it names, or that `auto` should take."""
     best, wanted = {"cpu": "native", "cuda": "triton"}[needs.device], needs.recipe.train.scan
     if name != (best if wanted == "auto" else wanted):
         return []
-    kinds = (Dis, DiffuSsm) if wanted == "triton" else (Dis,)
-    return [model for model, settings in needs.recipe.models.items() if isinstance(settings, kinds)]
+    return [model for model, settings in needs.recipe.models.items() if wanted in families.find(settings.kind).scans]
 
 
 def _scan(name: str, needs: Needs) -> Result:

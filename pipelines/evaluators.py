@@ -21,7 +21,7 @@ from pipelines.sharing import Deal, share
 from pipelines.worker import Worker, WorkerFailure, spawn, watch
 
 if TYPE_CHECKING:
-    from dis_scale.models import Backbone
+    from dis_scale.models.tokens import Backbone
 
 NICE = 19
 

@@ -26,7 +26,7 @@ from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking.mlflow import RunCopy
 from dis_scale.tracking.rows import RowReader
 from dis_scale.training.lanes import largest_share
-from pipelines import devices, environment, lines, metrics, nodes, stage
+from pipelines import devices, environment, lines, metrics, nodes, packages, stage
 from pipelines.devices import choose_device
 from pipelines.restarts import with_restarts
 from pipelines.waiting import Wait, capacity
@@ -53,8 +53,12 @@ class Place(NamedTuple):
 class Trainer(Worker):
     """One rank."""
 
-    def place(self, device: str) -> Place:
-        """Return this worker's place, whose network interface it will use; rank 0 will listen at its port."""
+    def place(self, device: str, codes: dict[str, str]) -> Place:
+        """Return this worker's place, whose network interface it will use; rank 0 will listen at its port.
+
+        NoFamily if its node lacks one of the families' packages or files.
+        """
+        packages.require(codes)
         context, ip = ray.get_runtime_context(), ray.util.get_node_ip_address()
         interfaces = environment.prepare_group(ip, device)
         with socket.socket() as free:
@@ -149,7 +153,7 @@ def _attempt(sweep: Sweep, model: str, device: str, failure: WorkerFailure | Non
     avoided = nodes.excluded(sweep, lambda ids: largest_fitting(settings.world_sizes, _possible(bundle, ids)) > 0)
     world, group = _place(sweep.recipe, bundle, avoided)
     try:
-        workers, places = _ranks(request, group, world, device)
+        workers, places = _ranks(request, group, world, device, packages.brought(sweep.recipe))
         _log_places(model, places)
         variables = {"WORLD_SIZE": world, "MASTER_ADDR": places[0].ip, "MASTER_PORT": places[0].port, "LOCAL_RANK": 0}
         checks = [worker.check.remote(variables | {"RANK": rank}, device) for rank, worker in enumerate(workers)]
@@ -180,11 +184,13 @@ def _attempt(sweep: Sweep, model: str, device: str, failure: WorkerFailure | Non
         remove_placement_group(group)
 
 
-def _ranks(request: dict[str, Any], group: Any, world: int, device: str) -> tuple[list[Any], list[Place]]:
+def _ranks(
+    request: dict[str, Any], group: Any, world: int, device: str, codes: dict[str, str]
+) -> tuple[list[Any], list[Place]]:
     """Start a worker in each bundle; return workers and places by rank."""
     bundles = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(world)]
     workers = [spawn(Trainer, request | {"scheduling_strategy": bundle}) for bundle in bundles]
-    places = watch(workers, [worker.place.remote(device) for worker in workers], lambda _: None, keep_logs=False)
+    places = watch(workers, [worker.place.remote(device, codes) for worker in workers], lambda _: None, keep_logs=False)
     order = rank_order(places)
     return [workers[n] for n in order], [places[n] for n in order]
 

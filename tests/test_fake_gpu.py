@@ -18,9 +18,14 @@ from dis_scale.data.latents import Micro
 from dis_scale.diffusion.generate import generate
 from dis_scale.evaluation import inception
 from dis_scale.evaluation.features import Extractor
-from dis_scale.models import Backbone, build, dis
+from dis_scale.models import build
 from dis_scale.models.cost import price_model
-from dis_scale.recipe import DiffuSsm, Dis, Dit, Flow, Gaussian, LatentShape, Precision, Sampling, TrainedVae
+from dis_scale.models.diffussm.settings import DiffuSsm
+from dis_scale.models.dis import network as dis
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.dit.settings import Dit
+from dis_scale.models.tokens import Backbone
+from dis_scale.recipe import Flow, Gaussian, LatentShape, Precision, Sampling, TrainedVae
 from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
 from dis_scale.training import loop
 from dis_scale.training.engine import MOMENTS, Engine, Segment
@@ -146,24 +151,20 @@ def test_inceptions_features_come_back_to_the_host(on_host: None) -> None:
 
 @pytest.mark.parametrize("family", ["dis", "diffussm"])
 @pytest.mark.parametrize(("precision", "checkpointing"), product(["fp32", "bf16"], ["none", "block"]))
-def test_a_gpu_keeps_the_bytes_of_the_formula(
+def test_a_gpu_keeps_the_counted_bytes(
     monkeypatch: pytest.MonkeyPatch, family: str, precision: Precision, checkpointing: str
 ) -> None:
     """Within 10 %. The scan and the convolution keep what Triton's do: their inputs, and B and C in float32.
 
     Not for DiT: without a GPU its attention keeps all pairs of tokens.
     """
+    settings = SETTINGS[family].model_copy(update={"width": 256, "depth": 8})
+    counted = price_model(settings, SHAPE, 10).kept_in(precision)
     monkeypatch.setattr(dis, "two_way_scan", lambda f, b, z, **_: _Scan.apply(*f, *b, z))
     monkeypatch.setattr(dis, "two_way_conv_silu", lambda *inputs, **_: _Conv.apply(*inputs))
-    settings = SETTINGS[family].model_copy(update={"width": 256, "depth": 8})
     with FakeTensorMode(allow_non_fake_inputs=True):
         two, four = (_kept_bytes(model_on_gpu(settings, precision, checkpointing), batch) for batch in (2, 4))
-    cost = price_model(settings, SHAPE, 10)
-    one_block = cost.kept.block if checkpointing == "block" else 0
-    wide = cost.kept.wide if checkpointing == "block" else 0
-    formula = cost.activation_bytes(checkpointing, precision)
-    formula -= 4 * one_block if precision == "fp32" else 2 * (one_block + wide)  # only while its gradient is computed
-    assert (four - two) / 2 == pytest.approx(formula, rel=0.1)
+    assert (four - two) / 2 == pytest.approx(counted.left_bytes(checkpointing), rel=0.1)
 
 
 class _Scan(torch.autograd.Function):

@@ -6,6 +6,7 @@ dis_scale/; pipelines/ is one part. Each test collects its offenders from all fi
 
 import ast
 import graphlib
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -23,9 +24,11 @@ SOURCES = {
 
 LAYERS = [
     "process",
-    "recipe storage",
+    "scan storage",
+    "models",
+    "recipe",
     "sweep",
-    "scan diffusion data tracking vae models",
+    "diffusion data tracking vae",
     "weights",
     "training evaluation",
     "planning",
@@ -78,6 +81,17 @@ FOLDERS = {
     "vary",
 }
 """Folders of a sweep; only dis_scale/sweep/ builds paths with these names."""
+FAMILIES = {
+    "dis": r"dis|dis-[a-z]{1,2}|Dis|DiS(-\S*|Block)?",
+    "dit": r"dit|dit-[a-z]{1,2}|Dit|[DS]iT(-\S*|Block)?",
+    "diffussm": r"diffussm|DiffuSsm|DiffuSSM(-\S*|Block)?|s4d|S4D",
+}
+"""The built-in families, and the identifiers and strings that name one; prose may."""
+NAMING = {
+    "dis_scale/models/families.py": "the list of the built-in families",
+    "dis_scale/report/published.py": "points of papers, one of which is no family",
+}
+"""Files outside of the families' rooms that name one, and the reason."""
 NAMED_AS_MODULE = {"dis_scale/diffusion/generate.py": "exported pipelines import generate.generate"}
 """Files with a function of the file's own name, and the reason."""
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts.split()}
@@ -177,6 +191,25 @@ def spelt_paths(source: str) -> list[str]:
     return [text for text in constants if isinstance(text, str) and FOLDERS & set(text.split("/"))]
 
 
+def named_families(source: str) -> set[str]:
+    """Return the families that a file's identifiers, imports and strings name; a sentence or a docstring does not count."""
+    nodes = list(ast.walk(ast.parse(source)))
+    words = {getattr(node, field) for node in nodes for field in ("id", "attr", "name") if hasattr(node, field)}
+    words |= {node.value for node in nodes if isinstance(node, ast.Constant)}
+    words |= {part for name in _names(nodes) for part in name.split(".")}
+    return {
+        family
+        for family, names in FAMILIES.items()
+        for word in words
+        if isinstance(word, str) and len(word.split()) == 1 and re.fullmatch(names, word)
+    }
+
+
+def room_of(path: str) -> set[str]:
+    """Return the family to whose room a file belongs, if any."""
+    return {family for family in FAMILIES if path.startswith(f"dis_scale/models/{family}/")}
+
+
 def test_the_table_names_every_part() -> None:
     parts = {
         path.stem for path in (ROOT / "dis_scale").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
@@ -223,6 +256,25 @@ def test_reading_a_recipe_costs_no_heavy_import() -> None:
 def test_paths_below_a_sweep_are_spelt_in_one_place() -> None:
     elsewhere = {path: source for path, source in SOURCES.items() if not path.startswith("dis_scale/sweep/")}
     assert {path: texts for path, source in elsewhere.items() if (texts := spelt_paths(source))} == {}
+
+
+def test_no_file_names_a_family_outside_of_its_room() -> None:
+    named = {path: named_families(source) - room_of(path) for path, source in SOURCES.items()}
+    assert {path for path, families in named.items() if families} == NAMING.keys(), named
+
+
+@pytest.mark.parametrize(
+    ("source", "families"),
+    [
+        ("if settings.kind == 'dit': pass", {"dit"}),
+        ("from dis_scale.models.diffussm.network import x", {"diffussm"}),
+        ("isinstance(model, models.DiS)", {"dis"}),
+        ("PRESET = 'DiT-XL/2'", {"dit"}),
+        ('"""DiT\'s convention."""\nprint("as in DiS and DiT")', set()),
+    ],
+)
+def test_a_named_family_is_detected(source: str, families: set[str]) -> None:
+    assert named_families(source) == families
 
 
 def test_no_two_classes_share_a_name() -> None:

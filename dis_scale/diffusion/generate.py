@@ -13,8 +13,8 @@ from torch import Tensor
 from dis_scale.diffusion.flow import FlowMatching
 from dis_scale.diffusion.gaussian import GaussianDiffusion
 from dis_scale.diffusion.guidance import Labelled, guided
-from dis_scale.diffusion.process import check_labels
 from dis_scale.diffusion.samplers import Progress, check_sampler, sample
+from dis_scale.models.tokens import check_labels
 from dis_scale.process import seeds
 from dis_scale.recipe import LatentShape, Sampling
 

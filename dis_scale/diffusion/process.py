@@ -11,8 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dis_scale.process.errors import UserError
-
 ModelFn = Callable[[Tensor, Tensor], Tensor]
 """(x_BCHW, t_B) to (B, 2C, H, W)."""
 
@@ -65,12 +63,3 @@ def per_sample(values_B: Tensor, like_BCHW: Tensor) -> Tensor:
 def mean_flat(x_BCHW: Tensor) -> Tensor:
     """Mean over all axes except the batch."""
     return x_BCHW.flatten(1).mean(dim=1)
-
-
-def check_labels(y_B: Tensor, num_classes: int) -> None:
-    """Raise a UserError for a label outside 0..num_classes; num_classes is the null class."""
-    if y_B.numel() and not 0 <= int(y_B.min()) <= int(y_B.max()) <= num_classes:
-        wrong = y_B[(y_B < 0) | (y_B > num_classes)][0].item()
-        raise UserError(
-            f"label {wrong} is out of range: expected 0 to {num_classes - 1}, or {num_classes} for no label"
-        )

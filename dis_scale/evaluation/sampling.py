@@ -22,7 +22,7 @@ from dis_scale.diffusion.guidance import forward_images
 from dis_scale.evaluation import npz
 from dis_scale.evaluation.classifiers import Classifier
 from dis_scale.evaluation.features import Extractor, Features, load_classifier, load_extractors
-from dis_scale.models import Backbone
+from dis_scale.models.tokens import Backbone
 from dis_scale.process import seeds
 from dis_scale.process.errors import DisScaleError, StorageError, UserError
 from dis_scale.recipe import Evaluate, LatentShape, Recipe

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dis_scale.process.errors import UserError, nearest
-from dis_scale.recipe import CHECKPOINTING
+from dis_scale.process.settings import CHECKPOINTING
 from dis_scale.scan.backend import KeepingStates
+from dis_scale.scan.counts import active
 
 WORTH_KEEPING_MACS = 128
 """Least multiply-adds per output number for a product to be kept. The scan's time step, of rank width / 16, has fewer."""
@@ -55,6 +56,9 @@ def recompute_every(mode: str) -> int:
 
 def run_block(mode: str, number: int, block: Callable[..., Any], *inputs: Tensor | None) -> Any:
     """Apply block `number` of the model to its inputs; keep activations as the mode requires."""
+    if counter := active.get():
+        with counter.block(inputs):
+            return block(*inputs)
     if mode == "none" or number % recompute_every(mode) or not torch.is_grad_enabled():
         return block(*inputs)
     # Triton's scan keeps more when it is recomputed than at first: PyTorch would take other shapes for a mistake.
@@ -88,5 +92,9 @@ class _KeepingStatesToo(KeepingStates):
 
 
 def _policy(_: Any, op: Any, *arguments: Any, **__: Any) -> CheckpointPolicy:
-    keep = op in _ATTENTION or (op in _INNER and _INNER[op](*arguments) >= WORTH_KEEPING_MACS)
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if worth_keeping(op, *arguments) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def worth_keeping(op: Any, *arguments: Any) -> bool:
+    """Whether selective checkpointing keeps the output of an operation."""
+    return op in _ATTENTION or (op in _INNER and _INNER[op](*arguments) >= WORTH_KEEPING_MACS)

@@ -1,34 +1,28 @@
-"""Cost of a model: parameters, multiply-adds and activation bytes of one image, by part. Needs no memory for weights.
+"""Cost of a model: parameters, multiply-adds and activation bytes of one image, counted in a forward pass that computes nothing.
 
-Counting rules: products and convolutions exactly; the scan 9 FLOPs per channel, state, token and direction; the skip D u
-and the gate one multiply-add per element and direction; attention its two products; a real FFT of n points 2.5 n log2 n
-FLOPs. Two FLOPs are one multiply-add. Norms, activations and sums count as zero.
-
-Symbols: L tokens, T patches, D width, E = 2D, N states, R rank of the time step, C channels, P = C p^2. Read next: dis.py.
+Counting rules: products and convolutions exactly; attention its two products; a real FFT of n points 2.5 n log2 n FLOPs; the scan
+and S4D report their own (scan/counts.py). Two FLOPs are one multiply-add. Norms, activations and sums count as zero. Read next:
+counter.py.
 """
 
-import math
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch.overrides import TorchFunctionMode
 
-from dis_scale.models import build
+from dis_scale.models import build, families
 from dis_scale.models.checkpointing import recompute_every
-from dis_scale.models.dis import TAPS, extra_tokens, inner_width, step_rank
-from dis_scale.models.dit import FREQUENCIES
-from dis_scale.models.s4d import CHUNK
-from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, Precision
-from dis_scale.scan.backend import NATIVE_CHUNK
+from dis_scale.models.counter import CountedPass, Saved
+from dis_scale.models.family import FamilySettings, PaperNumbers
+from dis_scale.models.tokens import Backbone
+from dis_scale.process.settings import LatentShape, Precision
 
-DIFFUSSM_XL_GMACS = {32: 280.3, 64: 1066.2}
-"""Published values by latent size (arXiv 2311.18257, as quoted by others)."""
-DISCRETISED = 39
-"""Float32 numbers that autograd keeps of a mode's discretisation (S4D.discrete), counted."""
-SCAN_MACS = 4.5
-"""Multiply-adds per channel, state, token and direction: 9 FLOPs."""
+IMAGES = (2, 3)
+"""Images of the two passes. Not one: an axis of length one is a view where others are copied."""
 
 
 @dataclass(frozen=True)
@@ -46,72 +40,57 @@ class Part:
 
 @dataclass(frozen=True)
 class Kept:
-    """Activation elements kept for the backward pass, per image.
+    """Bytes kept for the backward pass: of each storage, those of each image and those of each forward pass."""
 
-    `block`: all of one block. `boundary`: a block's inputs. `products`: its expensive products. `skips`: all long skips.
-    `ends`: everything outside of the blocks. `wide`, `wide_boundary`: those of a block and of its boundary that stay float32
-    under bf16: the stream, and what the scans and convolutions compute in float32.
-    """
+    outside: Saved
+    blocks: list[Saved]
+    image: list[int]
+    fixed: list[int]
 
-    blocks: int
-    block: int
-    boundary: int
-    products: int
-    skips: int
-    ends: int
-    wide: int = 0
-    wide_boundary: int = 0
-    kernel_bytes: int = 0
-    """Of a block, once per forward pass: DiffuSSM's kernels, in complex numbers of two float32."""
-
-    def by_part(self, checkpointing: str) -> dict[str, int]:
-        """Elements at the peak, by part. With checkpointing: all of one block, and the boundaries of the others.
-
-        The skips of recomputed blocks are boundaries. Selective checkpointing also keeps the products of these blocks.
-        """
-        recomputed = self._recomputed(checkpointing)
-        return {
-            "blocks": (self.blocks - recomputed) * self.block,
-            "skips": self.skips * (self.blocks - recomputed) // self.blocks,
-            "boundaries": recomputed * self.boundary,
-            "products": recomputed * self.products if checkpointing == "selective" else 0,
-            "one block": self.block if recomputed else 0,
-            "ends": self.ends,
-        }
-
-    def _recomputed(self, checkpointing: str) -> int:
-        """Number of recomputed blocks."""
-        k = recompute_every(checkpointing)
-        return len(range(0, self.blocks, k)) if k else 0
-
-    def _complete(self, checkpointing: str) -> int:
-        """Number of blocks that are in memory with all that they keep."""
-        recomputed = self._recomputed(checkpointing)
-        return self.blocks - recomputed + (1 if recomputed else 0)
-
-    def wide_elements(self, checkpointing: str) -> int:
-        """Elements of `by_part` that stay float32 under bf16."""
-        return self._complete(checkpointing) * self.wide + self._recomputed(checkpointing) * self.wide_boundary
+    def image_bytes(self, checkpointing: str) -> int:
+        """Return the bytes of an image at the peak, when one recomputed block is in memory besides."""
+        return self._peak(checkpointing, self.image)
 
     def fixed_bytes(self, checkpointing: str) -> int:
-        """Bytes that do not depend on the images of a forward pass."""
-        return self._complete(checkpointing) * self.kernel_bytes
+        """Return the bytes that do not depend on the images of a forward pass, at the peak."""
+        return self._peak(checkpointing, self.fixed)
+
+    def left_bytes(self, checkpointing: str) -> int:
+        """Return the bytes of an image that a forward pass leaves."""
+        return sum(self.image[i] for i in self._left(checkpointing))
+
+    def _left(self, checkpointing: str) -> set[int]:
+        """Storages that a forward pass leaves: of a recomputed block its inputs, and its products if `selective`."""
+        left, k = set(self.outside.kept), recompute_every(checkpointing)
+        for number, block in enumerate(self.blocks):
+            if not k or number % k:
+                left |= block.kept
+            else:
+                left |= block.inputs | (block.products if checkpointing == "selective" else set())
+        return left
+
+    def _peak(self, checkpointing: str, sizes: list[int]) -> int:
+        left, k = self._left(checkpointing), recompute_every(checkpointing)
+        recomputed = self.blocks[::k] if k else []
+        more = max((sum(sizes[i] for i in block.kept - left) for block in recomputed), default=0)
+        return sum(sizes[i] for i in left) + more
 
 
 @dataclass(frozen=True)
 class Cost:
     """Cost of one image. `gmacs_*` are 10^9 multiply-adds, which the DiT paper calls Gflops."""
 
+    settings: FamilySettings
+    shape: LatentShape
+    num_classes: int | None
     parameters_by_part: dict[str, int]
     tokens: int
     parts: tuple[Part, ...]
-    kept: "Kept"
+    kept: Kept
     kernel_gmacs: float = 0.0
-    """Work per micro-batch, independent of its size: DiffuSSM's kernels."""
-    paper_gflops: float | None = None
-    """The DiS paper's Gflops column: thop x 2, which does not count the mixers."""
-    published_gmacs: float | None = None
-    """DiffuSSM-XL's published count: a quotient of rounded totals. No count by parts equals it at both sizes."""
+    """Work per micro-batch, independent of its size: S4D's kernels."""
+    paper: PaperNumbers = field(default_factory=PaperNumbers)
+    """Numbers of the family's own paper."""
 
     @property
     def parameters(self) -> int:
@@ -138,30 +117,43 @@ class Cost:
         return self.gmacs_training + sum(part.macs for part in self.parts if part.in_block) / 1e9
 
     def activation_bytes(self, checkpointing: str = "none", precision: Precision = "fp32") -> int:
-        """Bytes kept for the backward pass of one image: within 5 % on the CPU in fp32, within 10 % on a GPU."""
-        elements = sum(self.kept.by_part(checkpointing).values())
-        return 4 * elements if precision == "fp32" else 2 * (elements + self.kept.wide_elements(checkpointing))
+        """Bytes kept for the backward pass of one image: those of PyTorch's kernels on the CPU, within 10 % on a GPU."""
+        return self.kept_in(precision).image_bytes(checkpointing)
+
+    def kept_in(self, precision: Precision) -> Kept:
+        """Return what is kept for the backward pass."""
+        return self.kept if precision == "fp32" else self._narrow
+
+    @cached_property
+    def _narrow(self) -> Kept:
+        """In bfloat16, counted if asked for."""
+        model = _uninitialised(self.settings, self.shape, self.num_classes)
+        model.precision = "bf16"
+        return _kept(*(_count(model, images) for images in IMAGES))
 
 
-def price_model(settings: Dis | DiffuSsm | Dit, shape: LatentShape, num_classes: int | None) -> Cost:
-    """Return the cost of one image. Parameters are counted on the module itself."""
-    with _Uninitialised():
-        model = build(settings, shape, num_classes)
+def price_model(settings: FamilySettings, shape: LatentShape, num_classes: int | None) -> Cost:
+    """Return the cost of one image: the difference of two passes. The rest does not depend on their images."""
+    model = _uninitialised(settings, shape, num_classes)
+    less, more = (_count(model, images) for images in IMAGES)
     parameters = _by_part((name, weight.numel()) for name, weight in model.named_parameters())
-    match settings:
-        case Dis():
-            return _dis(settings, shape, num_classes, parameters)
-        case Dit():
-            return _dit(settings, shape, parameters)
-        case DiffuSsm():
-            return _diffussm(settings, shape, parameters)
+    counts = {key: (part, more.operations[key].macs - part.macs) for key, part in less.operations.items()}
+    return Cost(
+        settings, shape, num_classes, parameters, model.tokens,
+        tuple(Part(name, macs, part.passes, inside) for (name, inside), (part, macs) in counts.items() if macs),
+        _kept(less, more),
+        kernel_gmacs=sum(part.macs - IMAGES[0] * macs for part, macs in counts.values()) / 1e9,
+        paper=families.find(settings.kind).published(settings, shape, num_classes),
+    )  # fmt: skip
+
+
+def _uninitialised(settings: FamilySettings, shape: LatentShape, num_classes: int | None) -> Backbone:
+    with _Uninitialised():
+        return build(settings, shape, num_classes)
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Skips in-place functions, which set the initial weights: the system gives memory only when it is written.
-
-    The meta device would need no address space either, but imports torch._dynamo: 1.5 s of CPU time.
-    """
+    """Skips in-place functions, which set the initial weights: the system gives memory only when it is written."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -170,146 +162,28 @@ class _Uninitialised(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def _count(model: Backbone, images: int) -> CountedPass:
+    """Run a forward pass of so many images."""
+    x_BCHW, t_B = torch.zeros(images, model.shape.channels, model.shape.size, model.shape.size), torch.zeros(images)
+    y_B = None if model.num_classes is None else torch.zeros(images, dtype=torch.int64)
+    with CountedPass([(_part(name), weight) for name, weight in model.named_parameters()]) as counter:
+        model(x_BCHW, t_B, y_B)
+    return counter
+
+
+def _kept(less: CountedPass, more: CountedPass) -> Kept:
+    image = [b - a for a, b in zip(less.bytes, more.bytes, strict=True)]
+    fixed = [a - IMAGES[0] * each for a, each in zip(less.bytes, image, strict=True)]
+    return Kept(less.outside, less.blocks, image, fixed)
+
+
 def _by_part(counts: Iterable[tuple[str, int]]) -> dict[str, int]:
     """Parameters by name, summed over the blocks: `blocks.3.mixer.in_proj` counts under `mixer.in_proj`."""
     parts: dict[str, int] = {}
     for name, count in counts:
-        part = re.sub(r"^blocks\.\d+\.|\.(weight|bias)$", "", name)
-        parts[part] = parts.get(part, 0) + count
+        parts[_part(name)] = parts.get(_part(name), 0) + count
     return parts
 
 
-def _dis(settings: Dis, shape: LatentShape, num_classes: int | None, parameters: dict[str, int]) -> Cost:
-    T = (shape.size // settings.patch) ** 2
-    L = T + extra_tokens(settings, num_classes)
-    parts = tuple(_dis_parts(settings, shape, num_classes, T, L))
-    D = settings.width
-    kept = Kept(
-        blocks=settings.depth + 1,
-        block=_dis_block_elements(settings, L),
-        boundary=2 * L * D,  # branch and stream; the skips are branches
-        products=_dis_product_elements(settings, L),
-        skips=settings.depth // 2 * 2 * L * D if settings.skip == "concat" else 0,
-        ends=5 * T * D,
-        wide=L * D,
-        wide_boundary=L * D,
-    )
-    published = (settings.skip, settings.conditioning) == ("concat", "tokens")
-    paper_gflops = _paper_gflops(settings, shape, num_classes, T, L) if published else None
-    return Cost(parameters, L, parts, kept, paper_gflops=paper_gflops)
-
-
-def _dis_parts(settings: Dis, shape: LatentShape, num_classes: int | None, T: int, L: int) -> Iterator[Part]:
-    D, N, E, R = settings.width, settings.state_size, inner_width(settings.width), step_rank(settings.width)
-    P, blocks, ways = shape.channels * settings.patch**2, settings.depth + 1, settings.directions
-    yield Part("patches", T * P * D, passes=2, in_block=False)
-    yield Part("time: first", 4 * D * D, passes=2, in_block=False)
-    yield Part("time: second", 4 * D * D, in_block=False)
-    if settings.skip == "concat":
-        yield Part("skip", (settings.depth // 2) * L * 2 * D * D)
-    yield Part("in_proj", blocks * L * D * 2 * E)
-    yield Part("conv", blocks * ways * L * E * TAPS)
-    yield Part("x_proj", blocks * ways * L * E * (R + 2 * N))
-    yield Part("dt_proj", blocks * ways * L * R * E)
-    yield Part("scan", blocks * ways * L * E * N * SCAN_MACS)
-    yield Part("D u and gate", blocks * (ways * L * E + ways * L * E))
-    yield Part("out_proj", blocks * L * E * D)
-    if settings.conditioning != "tokens":
-        yield Part("modulation", blocks * 3 * D * D)
-    if num_classes is not None:
-        yield Part("final modulation", 2 * D * D, in_block=False)
-    yield Part("final", T * D * 2 * P, in_block=False)
-
-
-def _dis_block_elements(settings: Dis, L: int) -> int:
-    """Stream and norm (3 D), x and z, each direction's u, delta and (step, B, C), the scan's states, the gated sum.
-
-    An adaptive norm keeps its output and what its gate multiplies. One direction alone is gated by PyTorch: both factors.
-    """
-    D, N, E, R = settings.width, settings.state_size, inner_width(settings.width), step_rank(settings.width)
-    ways, alone = settings.directions, 2 - settings.directions
-    states = ways * E * N * ((L - 1) // NATIVE_CHUNK)
-    modulated = 0 if settings.conditioning == "tokens" else 2 * D
-    return L * (3 * D + modulated + 2 * E + ways * (2 * E + R + 2 * N) + E + alone * 2 * E) + states
-
-
-def _dis_product_elements(settings: Dis, L: int) -> int:
-    """x and z, each direction's (step, B, C), and in half of the blocks the skip. out_proj's product is the boundary."""
-    D, N, E, R = settings.width, settings.state_size, inner_width(settings.width), step_rank(settings.width)
-    skip = D * (settings.depth // 2) // (settings.depth + 1) if settings.skip == "concat" else 0
-    return L * (2 * E + settings.directions * (R + 2 * N) + skip)
-
-
-def _paper_gflops(settings: Dis, shape: LatentShape, num_classes: int | None, T: int, L: int) -> float:
-    """thop x 2 on the public code: it counts module calls only (no mixer), and 2 per element for a layer norm."""
-    D, P = settings.width, shape.channels * settings.patch**2
-    macs = T * P * D + 8 * D * D + (settings.depth // 2) * L * 2 * D * D + L * D * 2 * P + 2 * L * D
-    return 2 * (macs + (0 if num_classes is None else 2 * D * D)) / 1e9
-
-
-def _dit(settings: Dit, shape: LatentShape, parameters: dict[str, int]) -> Cost:
-    T = (shape.size // settings.patch) ** 2
-    D, depth = settings.width, settings.depth
-    P = shape.channels * settings.patch**2
-    parts = (
-        Part("patches", T * P * D, passes=2, in_block=False),
-        Part("time: first", FREQUENCIES * D, passes=2, in_block=False),
-        Part("time: second", D * D, in_block=False),
-        Part("modulation", depth * 6 * D * D),
-        Part("qkv", depth * T * 3 * D * D),
-        Part("attention", depth * 2 * T * T * D),
-        Part("attention out", depth * T * D * D),
-        Part("mlp", depth * T * 8 * D * D),
-        Part("final modulation", 2 * D * D, in_block=False),
-        Part("final", T * D * 2 * P, in_block=False),
-    )
-    # Both norms, their modulation and both gates (8), the stream, q k v (3), attention's output, the MLP (8);
-    # products: q k v, attention, its projection, the MLP's inner numbers (4) and output.
-    kept = Kept(blocks=depth, block=20 * T * D, boundary=T * D, products=10 * T * D, skips=0, ends=4 * T * D)
-    return Cost(parameters, T, parts, kept)
-
-
-def _diffussm(settings: DiffuSsm, shape: LatentShape, parameters: dict[str, int]) -> Cost:
-    """Products and two data FFTs per direction. The kernels, once per micro-batch, are counted separately."""
-    D, M, depth = settings.width, settings.hourglass, settings.depth
-    P, L = shape.channels * settings.patch**2, (shape.size // settings.patch) ** 2
-    G, S = L // M, (2 if settings.bidirectional else 1) * D
-    kernels = depth * D * (2 if settings.bidirectional and not settings.tied else 1)
-    parts = (
-        Part("embed", G * P * M * D, passes=2, in_block=False),
-        Part("time: first", FREQUENCIES * D, passes=2, in_block=False),
-        Part("time: second", D * D, in_block=False),
-        Part("modulation", depth * 3 * D * D),
-        Part("W0, W1, W3, W4", depth * G * 4 * D * D),
-        Part("W2", depth * G * 2 * D * D),
-        Part("W_up", depth * L * D * S),
-        Part("W_down", depth * L * S * (2 * D // M)),
-        Part("FFT", depth * S * 2 * _fft_macs(2 * L)),
-        Part("spectra's product", depth * S * 4 * (L + 1)),
-        Part("final modulation", 2 * D * D, in_block=False),
-        Part("final", G * D * M * 2 * P, in_block=False),
-    )
-    # Per mode and tap a complex power (4) and the real part of a complex product (2), then one FFT of the kernel.
-    kernel = kernels * (settings.state_size // 2 * L * 6 + _fft_macs(2 * L))
-    # A block keeps its spectrum, its discretised modes, and all powers of them unless they are computed in chunks, which are
-    # recomputed one by one.
-    modes = settings.state_size // 2 * kernels // depth
-    powers = modes * L if settings.state_size // 2 <= CHUNK // (D * L) else 0
-    kept = Kept(
-        blocks=depth,
-        block=16 * G * D + 7 * L * S,
-        boundary=G * D,
-        products=7 * G * D + L * S,
-        skips=0,
-        ends=4 * G * D,
-        wide=5 * L * S,
-        kernel_bytes=8 * ((L + 1) * S + powers) + 4 * DISCRETISED * modes,
-    )
-    xl = (D, depth, M, settings.patch) == (1152, 29, 2, 1)
-    published = DIFFUSSM_XL_GMACS.get(shape.size) if xl else None
-    return Cost(parameters, L, parts, kept, kernel_gmacs=kernel / 1e9, published_gmacs=published)
-
-
-def _fft_macs(n: int) -> float:
-    """Multiply-adds of a real FFT of n points: half of 2.5 n log2 n FLOPs."""
-    return 1.25 * n * math.log2(n)
+def _part(name: str) -> str:
+    return re.sub(r"^blocks\.\d+\.|\.(weight|bias)$", "", name)

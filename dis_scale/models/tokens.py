@@ -1,18 +1,25 @@
-"""Common parts of the three backbones: images to tokens, times and labels to vectors, tokens to images.
+"""The interface of every backbone, and common parts: images to tokens, times and labels to vectors, tokens to images.
 
-Axes: B samples, C channels, H W height and width, T patches, L tokens, D width, P values of a patch. Read next: dis.py.
+Axes: B samples, C channels, H W height and width, T patches, L tokens, D width, P values of a patch. Read next: dis/network.py.
 """
 
 import math
+from collections.abc import Collection, Mapping
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dis_scale.diffusion.process import check_labels
+from dis_scale.models.family import FamilySettings
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, Precision
+from dis_scale.process.settings import LatentShape, Precision
 from dis_scale.scan.graphs import prepare_to_compile
+
+FREQUENCIES = 256
+"""Sinusoidal features of the time (DiT's frequency_embedding_size)."""
+INPUT = ("patches.", "embed.", "time.up.", "label.", "position")
+"""Beginnings of the names of weights whose inputs do not grow with the width, and of the tables."""
 
 
 class Backbone(nn.Module):
@@ -22,23 +29,45 @@ class Backbone(nn.Module):
     the caller. `forward` uses no random numbers, so it is the same function in training and in evaluation.
     """
 
-    settings: Dis | DiffuSsm | Dit
+    settings: FamilySettings
     time: "TimeEmbedding"
     label: nn.Embedding | None
+    process: ClassVar[Literal["gaussian", "flow"]] = "gaussian"
+    """Process that public weights of this network were trained for."""
+    dynamics: ClassVar[frozenset[str]] = frozenset()
+    """Last part of the names of parameters of a scan's dynamics: trained at a rate of their own, without weight decay."""
+    vectors: ClassVar[frozenset[str]] = frozenset({"bias"})
+    """Last part of the names of parameters with several axes that are vectors to an optimizer, as those with one axis are."""
+    undecayed: ClassVar[frozenset[str]] = frozenset({"bias", "position"})
+    """Last part of the names of other parameters with several axes that weight decay would spoil."""
     precision: Precision = "fp32"
     """`bf16`: products compute in bfloat16. Weights and the dynamics of the scans stay float32, and so does DiS's stream."""
     drop_rates: tuple[float, ...] = ()
 
-    def __init__(self, shape: LatentShape, num_classes: int | None, patch: int):
+    def __init__(
+        self,
+        settings: FamilySettings,
+        shape: LatentShape,
+        num_classes: int | None,
+        scan: str = "auto",
+        checkpointing: str = "none",
+    ):
         super().__init__()
+        patch = settings.patch
         if shape.size % patch:
             raise UserError(f"size {shape.size} is not divisible by patch {patch}: choose a patch that divides it")
-        self.shape, self.num_classes, self.patch = shape, num_classes, patch
+        self.settings, self.shape, self.num_classes, self.patch = settings, shape, num_classes, patch
+        self.scan, self.checkpointing = scan, checkpointing
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """Type of the products' inputs and outputs: the weights' own, unless `precision` is bf16."""
         return torch.bfloat16 if self.precision == "bf16" else next(self.parameters()).dtype
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of an image."""
+        return (self.shape.size // self.patch) ** 2
 
     @property
     def drop_branches(self) -> int:
@@ -49,6 +78,34 @@ class Backbone(nn.Module):
         """Sum of the embeddings of time and label (B, D), in the type of the products."""
         c_BD = self.time(t_B, self.compute_dtype)
         return c_BD if self.label is None or y_B is None else c_BD + self.label(y_B).to(c_BD.dtype)
+
+    def decays(self, name: str, parameter: Tensor) -> bool:
+        """Whether weight decay applies: not to the scans' dynamics, norms, biases and positions (as in Mamba and S4)."""
+        return parameter.ndim > 1 and name.rpartition(".")[2] not in self.dynamics | self.undecayed
+
+    def rate_group(self, name: str, parameter: Tensor) -> str:
+        """Return the field of `Rates` for a parameter."""
+        last = name.rpartition(".")[2]
+        if last in self.dynamics:
+            return "dynamics"
+        if parameter.ndim < 2 or last in self.vectors:
+            return "vectors"
+        return "input" if name.startswith(INPUT) else "output" if name.startswith("final.") else "hidden"
+
+    def scale_initial(self, weights: Mapping[str, Tensor], growth: Mapping[str, float], base_width: int) -> None:
+        """Scale initial weights in place that do not follow the rules of models/transfer.py, besides those of the output."""
+
+    def resized(self, name: str, weight: Tensor) -> tuple[Tensor, str] | None:
+        """Return a weight of another number of patches in this model's shape, and the change in words; None if it has no such."""
+        del name, weight
+        return None
+
+    def as_ours(self) -> "Backbone":
+        """Return the model that computes the same by our settings; another one if it has the time or sign of a public model."""
+        return self
+
+    def verify_kernels(self, device: torch.device, images: Collection[int], training: bool) -> None:
+        """Compare the GPU kernels that the model runs with the reference, as `models.verify_kernels` says."""
 
     def compile_blocks(self) -> None:
         """Compile each block at its first run. Blocks of one shape share the compiled code."""
@@ -67,6 +124,15 @@ class Backbone(nn.Module):
             raise UserError(f"the model {need} (num_classes is {self.num_classes})")
         if y_B is not None and self.num_classes is not None and y_B.device.type == "cpu":
             check_labels(y_B, self.num_classes)
+
+
+def check_labels(y_B: Tensor, num_classes: int) -> None:
+    """Raise a UserError for a label outside 0..num_classes; num_classes is the null class."""
+    if y_B.numel() and not 0 <= int(y_B.min()) <= int(y_B.max()) <= num_classes:
+        wrong = y_B[(y_B < 0) | (y_B > num_classes)][0].item()
+        raise UserError(
+            f"label {wrong} is out of range: expected 0 to {num_classes - 1}, or {num_classes} for no label"
+        )
 
 
 def wide(x: Tensor) -> Tensor:
@@ -128,6 +194,16 @@ def unpatchify(x_BTP: Tensor, patch: int) -> Tensor:
     side, C = math.isqrt(T), P // (patch * patch)
     x = x_BTP.reshape(B, side, side, patch, patch, C)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, side * patch, side * patch)
+
+
+def position_table(side: int, width: int) -> Tensor:
+    """Fixed sine-cosine table (1, side^2, width): half for the column, half for the row, sines first (MAE)."""
+    quarter = torch.arange(width // 4, dtype=torch.float64)
+    place = torch.arange(side, dtype=torch.float64)
+    angles = place[:, None] * 10000.0 ** (-quarter / (width / 4))
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+    table = torch.cat([axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)], dim=1)
+    return table.float().unsqueeze(0)
 
 
 def modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ keep their rate here, as vectors do; benchmarks/results/training.md has the outc
 import torch
 from torch import Tensor
 
-from dis_scale.models import Backbone, construct, rate_group
-from dis_scale.recipe import DiffuSsm, Dis, Dit
+from dis_scale.models import construct, families
+from dis_scale.models.family import FamilySettings
+from dis_scale.models.tokens import Backbone
 
 TABLES = ("label.", "position")
 """Beginnings of the names of weights that are looked up, not multiplied."""
@@ -25,9 +26,9 @@ def fan_in_growth(model: Backbone, base_width: int) -> dict[str, float]:
     Adam moves all weights of an output in step, so its rate is divided by this. UserError if no such base model exists.
     """
     with torch.device("meta"):
-        base = construct(_base(model.settings, base_width), model.shape, model.num_classes)
-    inputs = {name: _inputs(name, p) for name, p in base.named_parameters()}
-    return {name: _inputs(name, p) / inputs[name] for name, p in model.named_parameters()}
+        base = construct(model.settings.at_width(base_width), model.shape, model.num_classes)
+    inputs = {name: _inputs(base, name, p) for name, p in base.named_parameters()}
+    return {name: _inputs(model, name, p) / inputs[name] for name, p in model.named_parameters()}
 
 
 @torch.no_grad()
@@ -36,35 +37,22 @@ def scale_initial(model: Backbone, base_width: int) -> None:
 
     Weights from outside start as at the base width, sums over the width with 1 / fan-in, products within it with its root.
     """
-    growth, settings = fan_in_growth(model, base_width), model.settings
-    weights = dict(model.named_parameters())
-    weights["final.weight"].mul_(growth["final.weight"] ** -0.5)
-    match settings:
-        case Dit():  # Xavier's deviation of the patches falls with the width; that of the time's second product does not
-            inputs = weights["patches.weight"].shape[1]
-            weights["patches.weight"].mul_(((inputs + settings.width) / (inputs + base_width)) ** 0.5)
-            weights["time.down.weight"].mul_(growth["time.down.weight"] ** -0.5)
-        case Dis():  # B and C have as many values at each width
-            for name, weight in weights.items():
-                if name.endswith("x_proj"):
-                    weight[-2 * settings.state_size :].mul_(growth[name] ** -0.5)
+    growth, weights = fan_in_growth(model, base_width), dict(model.named_parameters())
+    for name, weight in weights.items():
+        if model.rate_group(name, weight) == "output":
+            weight.mul_(growth[name] ** -0.5)
+    model.scale_initial(weights, growth, base_width)
 
 
-def words(settings: Dis | DiffuSsm | Dit, base_width: int) -> str:
+def words(settings: FamilySettings, base_width: int) -> str:
     """Return the factor of the rates in a line, and whether it is experimental."""
-    experimental = "" if settings.kind == "dit" else f", experimental for {settings.kind}"
+    experimental = "" if families.find(settings.kind).transfers else f", experimental for {settings.kind}"
     factor = base_width / settings.width
     return f"learning rate of sums over the width x {factor:.4g} (width {settings.width}, base_width {base_width}{experimental})"
 
 
-def _base(settings: Dis | DiffuSsm | Dit, width: int) -> Dis | DiffuSsm | Dit:
-    """The settings at the base width, with heads of the same size."""
-    heads = {"heads": settings.heads * width // settings.width} if isinstance(settings, Dit) else {}
-    return settings.model_copy(update={"width": width} | heads)
-
-
-def _inputs(name: str, parameter: Tensor) -> int:
+def _inputs(model: Backbone, name: str, parameter: Tensor) -> int:
     """Inputs of one output of a product or a convolution; 1 for other parameters."""
-    if name.startswith(TABLES) or rate_group(name, parameter) in ("dynamics", "vectors"):
+    if name.startswith(TABLES) or model.rate_group(name, parameter) in ("dynamics", "vectors"):
         return 1
     return parameter.shape[1]

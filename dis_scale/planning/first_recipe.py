@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import yaml
 
 from dis_scale.data.survey import Survey
+from dis_scale.models import families
 from dis_scale.planning.fleet import ASSUMED_MFU
 from dis_scale.planning.plan import Plan, price_sweep
 from dis_scale.process.errors import UserError
@@ -96,18 +97,18 @@ class Scale:
     """Unit of a training's price, and its power of ten."""
 
 
+FAMILY = families.default()
 CPU = Scale(
     {
-        "dis-xs": "kind: dis, width: 64, depth: 4, drop_path: 0.0",
-        "dis-s": "kind: dis, width: 128, depth: 4, drop_path: 0.0",
-        "dis-m": "kind: dis, width: 192, depth: 8, drop_path: 0.0",
+        name: ", ".join(f"{key}: {value}" for key, value in {"kind": FAMILY.kind, **sizes}.items())
+        for name, sizes in FAMILY.small.items()
     },
     batch_images=64, least_steps=4 * LEAST_STEPS, hours=1.0, first_steps=1000, sampler_steps=10, samples=500,
     inception_samples=INCEPTION + 52,
     train="learning_rate: 2e-3\n  ema: 0.998", unit=("PFLOP", 15),
 )  # fmt: skip
 GPU = Scale(
-    {f"dis-{size.lower()}": f"preset: DiS-{size}/2" for size in "SBMLH"},
+    {preset.lower().partition("/")[0]: f"preset: {preset}" for preset in FAMILY.ladder},
     batch_images=256, least_steps=20_000, hours=24.0, first_steps=None, sampler_steps=25, samples=1000,
     inception_samples=5000,
     train="precision: bf16\n  learning_rate: 1e-4\n  ema: 0.9999", unit=("EFLOP", 18),

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dis_scale.models.cost import Cost
+from dis_scale.process.settings import InferencePrecision
 from dis_scale.recipe import Train
-from dis_scale.recipe.settings import InferencePrecision
 from dis_scale.training.engine import kinds
 from dis_scale.training.lanes import largest_share
 from dis_scale.training.memory import USABLE, most_images, worker_bytes

@@ -24,6 +24,10 @@ class UserError(DisScaleError):
     exit_code = 2
 
 
+class NoFamily(UserError):
+    """The package or the file of a family of backbones is not on this machine, or is another version."""
+
+
 class StorageError(DisScaleError):
     """Storage that cannot be reached, read or written, or an object that is damaged."""
 

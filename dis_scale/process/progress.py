@@ -1,6 +1,6 @@
 """Progress of each stage: bars with rate and time left on a terminal, plain lines elsewhere.
 
-Rates are those of the last half minute: a stage that slows down shows it, and start-up does not count for ever.
+Rates are those of the last five minutes: a stage that slows down shows it, and start-up does not count for ever.
 """
 
 import time
@@ -20,7 +20,7 @@ ReportShare = Callable[[int, int], None]
 
 PLAIN_EVERY_S = 15.0
 LOG_EVERY_S = 5.0
-RATE_OVER_S = 30.0
+RATE_OVER_S = 300.0
 MOST_BAR = 40
 """Length of a bar in characters."""
 

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from dis_scale.process.settings import CHECKPOINTING, LatentShape, Precision, Settings, extent, runtime
 from dis_scale.recipe.data import (
     CsvSource,
     Data,
     DigitsSource,
     FolderSource,
-    LatentShape,
     Normalise,
     NoVae,
     ParquetSource,
@@ -39,13 +39,12 @@ from dis_scale.recipe.evaluate import (
     Variant,
 )
 from dis_scale.recipe.isoflop import Isoflop
-from dis_scale.recipe.models import Branch, DiffuSsm, Dis, Dit, FileStart, Model, ModelTrain, SweepStart
-from dis_scale.recipe.settings import Precision, Settings, extent, runtime
-from dis_scale.recipe.train import CHECKPOINTING, SCAN_DEVICES, Flow, Gaussian, Rates, Reader, Train
+from dis_scale.recipe.models import AnyModel, Branch, FileStart, Model, ModelTrain, SweepStart
+from dis_scale.recipe.train import SCAN_DEVICES, Flow, Gaussian, Rates, Reader, Train
 
 __all__ = [
     "CHECKPOINTING", "MAIN", "MODEL_NAME_CHARACTERS",
-    "Branch", "CsvSource", "Data", "DiffuSsm", "DigitsSource", "Dis", "Dit", "Evaluate",
+    "Branch", "CsvSource", "Data", "DigitsSource", "Evaluate",
     "ExtractorSettings", "FileStart", "Flow", "FolderSource", "Gaussian", "InceptionExtractor", "Isoflop", "LatentShape", "Model",
     "ModelTrain", "NoVae", "Normalise", "ParquetSource", "Precision", "Precompute", "PretrainedVae", "Rates", "Reader",
     "Recipe", "Sampling", "Settings", "SourceSettings", "StoredSource", "SweepStart", "TarSource", "TorchScriptExtractor",
@@ -93,7 +92,7 @@ class Recipe(Settings):
     precompute: Precompute = Precompute()
     diffusion: Annotated[Gaussian | Flow, Field(discriminator="kind")]
     """Process that the models learn to reverse."""
-    models: dict[Annotated[str, Field(pattern=rf"^[a-z0-9][a-z0-9-]{{0,{MODEL_NAME_CHARACTERS - 1}}}$")], Model] = (
+    models: dict[Annotated[str, Field(pattern=rf"^[a-z0-9][a-z0-9-]{{0,{MODEL_NAME_CHARACTERS - 1}}}$")], AnyModel] = (
         extent(min_length=1)
     )
     """Models by name, of one kind or several, trained and evaluated alike."""
@@ -155,26 +154,17 @@ class Recipe(Settings):
             self._branch_fits(model, branch)
 
     def _base_width_fits(self, model: str) -> None:
-        """The base model must exist; and rates transfer between attentions whose heads have one size (arXiv 2505.15270)."""
-        where, own, base = f"models.{model}", self.models[model], self.train_of(model).base_width
+        """Rates must be able to follow from the base width."""
+        own, base = self.models[model], self.train_of(model).base_width
         if base is None:
             return
-        if isinstance(own, DiffuSsm) and 2 * base % own.hourglass:
-            raise ValueError(
-                f"{where}: hourglass {own.hourglass} does not divide twice the base_width {base}: choose another"
-            )
-        if not isinstance(own, Dit):
-            return
-        if base % own.head_size:
-            raise ValueError(
-                f"{where}: heads of size {own.head_size} do not divide base_width {base}: choose heads or a base_width that fit"
-            )
-        for name, other in self.models.items():
-            if isinstance(other, Dit) and self.train_of(name).base_width == base and other.head_size != own.head_size:
-                raise ValueError(
-                    f"{where}: heads of size {own.head_size}, and {name} of the same base_width has {other.head_size}: rates "
-                    "transfer between heads of one size alone: choose heads that are proportional to the width"
-                )
+        others = {
+            name: other
+            for name, other in self.models.items()
+            if other.kind == own.kind and self.train_of(name).base_width == base
+        }
+        if refusal := own.base_width_refusal(base, others):
+            raise ValueError(f"models.{model}: {refusal}")
 
     def _size_fits(self, model: str) -> None:
         if self.isoflop is None or self.models[model].branch:

@@ -1,17 +1,10 @@
 """Settings of images and latents: the source, the VAE, and how latent shards are made."""
 
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
-from dis_scale.recipe.settings import Count, InferencePrecision, Settings, pin, runtime
-
-
-class LatentShape(NamedTuple):
-    """Input of the backbone: `channels` maps of `size` x `size`."""
-
-    channels: int
-    size: int
+from dis_scale.process.settings import Count, InferencePrecision, Settings, pin, runtime
 
 
 class DigitsSource(Settings):

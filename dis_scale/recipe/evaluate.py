@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from dis_scale.recipe.settings import Count, InferencePrecision, Settings, Width, pin, runtime
+from dis_scale.process.settings import Count, InferencePrecision, Settings, Width, pin, runtime
 
 MAIN = ""
 """Name of the main sampling settings, next to the variants' names."""

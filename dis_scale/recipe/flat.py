@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from dis_scale.process.settings import Settings
 from dis_scale.recipe import Recipe
 from dis_scale.recipe.identity import as_yaml
-from dis_scale.recipe.settings import Settings
 
 
 class Setting(NamedTuple):

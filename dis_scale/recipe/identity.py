@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
+from dis_scale.process.settings import Settings
 from dis_scale.recipe import Isoflop, Recipe, Train
-from dis_scale.recipe.settings import Settings
 
 
 def identity_differences(stored: Recipe, given: Recipe) -> list[str]:

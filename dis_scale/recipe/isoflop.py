@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from dis_scale.recipe.settings import Count, Settings, extent
+from dis_scale.process.settings import Count, Settings, extent
 
 
 class Isoflop(Settings):

@@ -1,10 +1,24 @@
-"""Settings of the three backbones, and the training settings that a model may have of its own."""
+"""Settings of a model: its family's (dis_scale/models/), and the training settings that it may have of its own."""
 
-from typing import Annotated, Any, Literal, Self
+import json
+from functools import cache
+from types import new_class
+from typing import Annotated, Any, Literal, Union, cast
 
-from pydantic import Field, model_serializer, model_validator
+from pydantic import (
+    Field,
+    GetJsonSchemaHandler,
+    SerializeAsAny,
+    TypeAdapter,
+    ValidationInfo,
+    WrapValidator,
+    model_serializer,
+)
 
-from dis_scale.recipe.settings import Count, Fraction, Precision, Settings, runtime
+from dis_scale.models import families
+from dis_scale.models.family import Family, FamilySettings
+from dis_scale.process.errors import NoFamily
+from dis_scale.process.settings import Count, Fraction, Precision, Settings, runtime
 from dis_scale.recipe.train import ImageCounts, Rates
 
 
@@ -78,8 +92,8 @@ class SweepStart(Settings):
         return f"{self.model} at {self.images:,} images of {self.url}"
 
 
-class BackboneSettings(Settings):
-    """What each model has."""
+class Model(FamilySettings):
+    """What each model of a recipe has. `model_class` adds the settings of its family."""
 
     train: ModelTrain = ModelTrain()
     """Training settings of this model, where they differ from the recipe's."""
@@ -91,112 +105,82 @@ class BackboneSettings(Settings):
     start: Annotated[FileStart | SweepStart, Field(discriminator="kind")] | None = None
     """The training begins at 0 images with these weights, and with new moments, instead of at random weights."""
 
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """What the network is, apart from its training."""
-        return self.model_dump(exclude={"train", "seed", "branch", "start"})
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by kind: no module has a composed class."""
+        return _empty, (self.kind, self.needed_code), self.__getstate__()
 
 
-class Dis(BackboneSettings):
-    """DiS: bidirectional Mamba blocks with long skips (arXiv 2402.05608)."""
+class BroughtModel(Model):
+    """A model of a family that another package or a file brings."""
 
-    kind: Literal["dis"]
-    width: Count
-    """Channels of a token."""
-    depth: Annotated[int, Field(ge=2, multiple_of=2)]
-    """Blocks in addition to the middle one: depth / 2 in-blocks, 1 middle block, depth / 2 out-blocks."""
-    patch: Count
-    """Pixels of the latent per side of a patch, which is one token."""
-    state_size: Count = 16
-    """States of the scan per channel."""
-    drop_path: Fraction = 0.1
-    """Probability with which the last block's branch is left out for an image in training; it rises from 0 over the blocks."""
-    init: Literal["ours", "official"] = "ours"
-    """`official` keeps the published code's zero bias in the backward direction's dt projection."""
-    halve_sum: bool = False
-    """Average the two directions instead of summing them (Vim, pull request 90)."""
-    conditioning: Literal["tokens", "adaln_zero", "adaln_zero_alone"] = "tokens"
-    """Time and class as two tokens; also by norms with shift, scale and gate in each block; by such norms alone, without tokens."""
-    skip: Literal["concat", "add", "none"] = "concat"
-    """How an out-block takes in an in-block's branch: by a product of both, by their sum, or not at all."""
-    directions: Literal[1, 2] = 2
-    """1: blocks scan from the first token to the last only, which sees label and time but no later patch."""
-    position: Literal["learned", "none"] = "learned"
-    """Learned embeddings of the positions, or none."""
-    zero_final: bool = False
-    """Start the last product at zero."""
-
-    @model_validator(mode="after")
-    def _options_fit(self) -> Self:
-        if self.halve_sum and self.directions == 1:
-            raise ValueError("halve_sum averages two directions, and directions is 1: leave out one of them")
-        return self
+    code: str = ""
+    """Package and version, or hash of the file, that the family is from. Added when the recipe is read."""
 
 
-class DiffuSsm(BackboneSettings):
-    """DiffuSSM: gated bidirectional S4D with hourglass layers (arXiv 2311.18257), as specified in docs/models.md."""
-
-    kind: Literal["diffussm"]
-    width: Count
-    """Channels of a token."""
-    depth: Count
-    """Number of blocks."""
-    patch: Count = 1
-    """Pixels of the latent per side of a patch, which then is one position; 1 as in the paper, whose point is to need none."""
-    state_size: Annotated[int, Field(ge=2, multiple_of=2)] = 64
-    """Real states per channel, in pairs."""
-    hourglass: Count = 2
-    """Positions in a group: all layers but the scans work on groups."""
-    bidirectional: bool = True
-    """Scan in both directions; otherwise from the first token to the last."""
-    tied: bool = False
-    """Share one set of S4D's parameters between the directions."""
-    position: Literal["none", "sine"] = "none"
-    """`sine` adds DiT's fixed table, averaged over the positions of a group."""
-    init: Literal["lin", "inv", "legs"] = "lin"
-    """Initial modes of S4D: S4D-Lin, S4D-Inv or S4D-LegS."""
-    dt_min: float = Field(1e-3, gt=0)
-    """Least initial time step."""
-    dt_max: float = Field(1e-1, gt=0)
-    """Largest initial time step."""
-
-    @model_validator(mode="after")
-    def _table_fits(self) -> Self:
-        if self.position == "sine" and self.width % 4:
-            raise ValueError(f"position sine needs a width that is a multiple of 4, got {self.width}")
-        return self
-
-    @model_validator(mode="after")
-    def _time_steps_rise(self) -> Self:
-        if self.dt_min > self.dt_max:
-            raise ValueError(f"dt_min {self.dt_min:g} is above dt_max {self.dt_max:g}: exchange them")
-        return self
+def _empty(kind: str, code: str) -> Model:
+    cls = model_class(families.find(kind, code))
+    return cls.__new__(cls)
 
 
-class Dit(BackboneSettings):
-    """DiT, the baseline: attention with adaLN-Zero (arXiv 2212.09748)."""
-
-    kind: Literal["dit"]
-    width: Count
-    """Channels of a token."""
-    depth: Count
-    """Number of blocks."""
-    heads: Count
-    """Heads of the attention."""
-    patch: Count
-    """Pixels of the latent per side of a patch, which is one token."""
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}: choose heads that divide it")
-        if self.width % 4:
-            raise ValueError(f"DiT's table of positions needs a width that is a multiple of 4, got {self.width}")
-        return self
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
+@cache
+def model_class(family: Family) -> type[Model]:
+    """Return the settings of a model of this family: the family's own, and those of its training."""
+    own, base = family.settings, BroughtModel if family.code else Model
+    names = {"__module__": __name__, "__doc__": own.__doc__, "beside": own.beside | Model.model_fields.keys()}
+    composed: Any = new_class(own.__name__, (own, base), exec_body=lambda namespace: namespace.update(names))
+    return cast(type[Model], composed)
 
 
-Model = Annotated[Dis | DiffuSsm | Dit, Field(discriminator="kind")]
+def model_classes() -> list[type[Model]]:
+    """Return the settings of a model of each known family."""
+    return [model_class(family) for family in families.known().values()]
+
+
+def _validated(value: Any, _: Any, info: ValidationInfo) -> Any:
+    """Validate a model as one of the family that its `kind` names."""
+    if isinstance(value, Model):
+        return value
+    if isinstance(value, dict) and isinstance(kind := value.get("kind"), str):
+        value = value | _code(kind, value.get("code"), bool(info.context))
+    adapter = _any_of(*model_classes())
+    return adapter.validate_json(json.dumps(value)) if info.mode == "json" else adapter.validate_python(value)
+
+
+class _InSchema:
+    """The JSON schema of a model: that of any known family."""
+
+    def __get_pydantic_json_schema__(self, _: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return handler(_any_of(*model_classes()).core_schema)
+
+
+def _code(kind: str, code: Any, stored: bool) -> dict[str, str]:
+    """Return the code that a model's family is from, unless it is built-in. NoFamily if it is not here.
+
+    A recipe may name another version of a package, which is compared with this one; of a file it selects that content alone.
+    """
+    if families.is_file(kind):
+        if stored and not code:
+            raise NoFamily(
+                f"models of kind {kind}: a stored recipe names a file without its hash: dis-scale wrote none"
+            )
+        return {"code": families.find(kind, code or "").code}
+    here = families.code_of(kind)
+    if here is None and code:
+        families.find(kind, code)
+    return {"code": code or here} if here else {}
+
+
+def from_sizes(sizes: dict[str, Any]) -> FamilySettings:
+    """Return the settings with these sizes, from a file that was exported."""
+    family = families.find(sizes["kind"], _code(sizes["kind"], sizes.get("code"), stored=True).get("code", ""))
+    cls = model_class(family) if family.code else family.settings
+    return cls.model_validate_json(json.dumps(sizes))
+
+
+@cache
+def _any_of(*classes: type[Model]) -> TypeAdapter[Any]:
+    union: Any = Annotated[Union[classes], Field(discriminator="kind")]  # type: ignore[valid-type]  # noqa: UP007
+    return TypeAdapter(union)
+
+
+AnyModel = Annotated[SerializeAsAny[Model], WrapValidator(_validated), _InSchema()]

@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dis_scale.models.families import preset
 from dis_scale.process.errors import UserError, nearest
 from dis_scale.recipe import FORMAT, Model, Recipe, shipped
-from dis_scale.recipe.presets import preset
+from dis_scale.recipe.models import model_classes
 
 
 class _Loader(yaml.SafeLoader):
@@ -38,8 +39,11 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     return parse(text, str(path), overrides)
 
 
-def parse(text: str, where: str, overrides: list[str] | None = None) -> Recipe:
-    """Return the recipe in YAML text that came from `where`; errors as in `load`."""
+def parse(text: str, where: str, overrides: list[str] | None = None, *, stored: bool = False) -> Recipe:
+    """Return the recipe in YAML text that came from `where`; errors as in `load`.
+
+    A `stored` recipe runs no other file than the one that its sweep began with (models/families.py).
+    """
     try:
         data = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -56,7 +60,7 @@ def parse(text: str, where: str, overrides: list[str] | None = None) -> Recipe:
         models = dict(_written_out(models, data.get("seed", 0), where))
         data["models"] = models | dict(_cooldowns(models, data.get("train"), where))
     try:
-        return Recipe.model_validate_json(json.dumps(data, default=str))
+        return Recipe.model_validate_json(json.dumps(data, default=str), context={"stored": True} if stored else None)
     except ValidationError as error:
         raise UserError("\n".join(f"{where}: {line}" for line in _lines(error, data))) from None
 
@@ -190,7 +194,9 @@ def _keys_beside(path: list[str]) -> set[str]:
 
 
 def _classes(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if annotation is Model:
+        yield from model_classes()
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in getattr(annotation, "__args__", ()):
         yield from _classes(inner)

@@ -11,9 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dis_scale.recipe import DiffuSsm, Dis, Dit, Recipe
-from dis_scale.recipe.presets import PRESETS
-from dis_scale.recipe.settings import Settings
+from dis_scale.models import families
+from dis_scale.process.settings import Settings
+from dis_scale.recipe import Recipe
+from dis_scale.recipe.models import model_classes
 
 ROLES = {
     "runtime": "May change between two starts of a sweep.",
@@ -40,7 +41,8 @@ COOLDOWNS = {
 def json_schema() -> dict[str, Any]:
     """Return the schema of a recipe as it is written in YAML (JSON Schema, draft 2020-12)."""
     schema = Recipe.model_json_schema()
-    described = {cls.__name__: dict(docstrings(cls)) for cls in subclasses(Settings)}
+    named = {"Recipe", *schema["$defs"]}
+    described = {cls.__name__: dict(docstrings(cls)) for cls in subclasses(Settings) if cls.__name__ in named}
     for name, part in [("Recipe", schema), *schema["$defs"].items()]:
         for field, value in part["properties"].items():
             _describe(value, described[name].get(field, ""))
@@ -51,13 +53,14 @@ def json_schema() -> dict[str, Any]:
 def _add_short_forms(schema: dict[str, Any]) -> None:
     """Allow what reading.py writes out: presets, seeds, cooldowns, and image counts that a study computes."""
     parts = schema["$defs"]
-    backbones = [parts[cls.__name__] for cls in (Dis, DiffuSsm, Dit)]
+    backbones = [parts[cls.__name__] for cls in model_classes()]
     for part in backbones:
         part["properties"]["seeds"] = SEEDS
+    presets = {"enum": list(families.presets()), "description": "Name of a published size."}
     parts["Preset"] = {
         "type": "object",
         "description": "A published size, and settings that replace or add to those of the size.",
-        "properties": {"preset": {"enum": list(PRESETS), "description": "Name of a published size."}} | _of_any(backbones),
+        "properties": {"preset": presets} | _of_any(backbones),
         "required": ["preset"],
         "additionalProperties": False,
     }  # fmt: skip
@@ -93,7 +96,7 @@ def _describe(value: dict[str, Any], words: str) -> None:
 def docstrings(cls: type[BaseModel]) -> Iterator[tuple[str, str]]:
     """Yield each field that has a docstring, with the docstrings of its base classes."""
     for base in reversed(cls.__mro__):
-        if issubclass(base, Settings):
+        if issubclass(base, Settings) and inspect.get_annotations(base):  # a composed class has no source
             (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
             assert isinstance(tree, ast.ClassDef)
             for field, after in zip(tree.body, tree.body[1:], strict=False):

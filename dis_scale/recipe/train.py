@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dis_scale.recipe.settings import Count, Fraction, Precision, Rate, Settings, Width, extent, runtime
+from dis_scale.process.settings import CHECKPOINTING, Count, Fraction, Precision, Rate, Settings, Width, extent, runtime
 
 
 class Gaussian(Settings):
@@ -43,9 +43,6 @@ def _count_or_range(value: Any) -> Any:
     raise ValueError(f"got {value!r}, expected: a number of workers, or a range of them such as 2..8")
 
 
-CHECKPOINTING = re.compile(r"none|block|selective|every_([2-9]|[1-9]\d+)")
-
-
 def _known_checkpointing(value: Any) -> Any:
     if isinstance(value, str) and CHECKPOINTING.fullmatch(value):
         return value
@@ -69,7 +66,7 @@ Workers = Annotated[
 
 
 class Rates(Settings):
-    """Factors of the learning rate by kind of parameter (models.rate_group); 0 freezes. They multiply those of `base_width`."""
+    """Factors of the learning rate by kind of parameter (Backbone.rate_group); 0 freezes. They multiply those of `base_width`."""
 
     input: Rate = 1.0
     """Embeddings: patches, times, classes, positions."""

@@ -13,8 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
+from dis_scale.models import families
 from dis_scale.report import fits, isoflop
 from dis_scale.report.points import HELD_OUT, Point, Report
+from dis_scale.report.published import MARKERS as PUBLISHED_MARKERS
 from dis_scale.report.published import PUBLISHED
 from dis_scale.report.published import SAMPLERS as PUBLISHED_SAMPLERS
 
@@ -22,9 +24,6 @@ MOST_LINES = 8
 """Most lines below a figure."""
 HOLLOW = 3
 """Above the filled markers, which error bars draw at 2.1."""
-MARKERS = {"dis": "o", "diffussm": "^", "dit": "s"}
-LINES = {"dis": "-", "diffussm": "-.", "dit": "--"}
-PUBLISHED_MARKERS = {"DiT": "1", "SiT": "2", "DiG": "3"}
 FLOOR_LINES = ":", (0, (5, 3))
 """Lines of the real images and of their reconstructions."""
 COMPUTE = "training compute (EFLOP, two operations a multiply-add)"
@@ -133,10 +132,11 @@ def isoflop_profiles(report: Report, metric: str) -> Figure | None:
 
 def _profile(axes: Axes, profile: isoflop.Profile, kind: str, shade: str) -> None:
     """Plot the runs of a budget, their parabola, and a cross at its minimum; runs that are not fitted are hollow."""
-    sizes = np.geomspace(*_ends(profile.parameters.tolist()), 100)
-    axes.plot(*profile.beyond, MARKERS[kind], color=shade, markerfacecolor="white")
-    axes.plot(profile.parameters, profile.values, MARKERS[kind], color=shade, label=f"{kind}, {profile.budget:g} FLOPs")
-    axes.plot(sizes, profile.at(sizes), LINES[kind], color=shade, linewidth=1)
+    sizes, family = np.geomspace(*_ends(profile.parameters.tolist()), 100), families.find(kind)
+    label = f"{kind}, {profile.budget:g} FLOPs"
+    axes.plot(*profile.beyond, family.marker, color=shade, markerfacecolor="white")
+    axes.plot(profile.parameters, profile.values, family.marker, color=shade, label=label)
+    axes.plot(sizes, profile.at(sizes), family.line, color=shade, linewidth=1)
     if profile.best:
         parameters, _, value = profile.best
         axes.plot(parameters, value, "x", color=shade, markersize=10, markeredgewidth=2)
@@ -145,19 +145,20 @@ def _profile(axes: Axes, profile: isoflop.Profile, kind: str, shade: str) -> Non
 def _minima(axes: Axes, found: list[isoflop.Profile], fitted: isoflop.Laws | None, kind: str) -> None:
     """Plot the best sizes (filled) and their images (hollow), and the laws as lines."""
     budgets, best = [profile.budget for profile in found], [profile.best for profile in found if profile.best]
+    family = families.find(kind)
     for column, (name, face) in enumerate({"parameters": "black", "images": "white"}.items()):
         law = fitted and (fitted.parameters, fitted.images)[column]
         words = f": compute^{law.exponent:.2f} ({law.low:.2f} to {law.high:.2f})" if law else ""
         axes.plot(
             budgets,
             [each[column] for each in best],
-            MARKERS[kind],
+            family.marker,
             color="black",
             markerfacecolor=face,
             label=f"{kind}, {name}{words}",
         )
         if law:
-            axes.plot(budgets, law.at(np.array(budgets)), LINES[kind], color="black", linewidth=1)
+            axes.plot(budgets, law.at(np.array(budgets)), family.line, color="black", linewidth=1)
 
 
 def hours_distance(report: Report) -> Figure | None:
@@ -325,10 +326,19 @@ def _line(axes: Axes, report: Report, points: list[Point], kind: str, shade: str
         known = [report.error(p) for p in points]
         errors = [float("nan") if error is None else error for error in known] if any(known) else None
         x, y = [getattr(p, along) for p in points], [report.distance(p) for p in points]
-        axes.errorbar(x, y, errors, marker=MARKERS[kind], linestyle=LINES[kind], capsize=2, color=shade, label=label)
+        axes.errorbar(
+            x,
+            y,
+            errors,
+            marker=families.find(kind).marker,
+            linestyle=families.find(kind).line,
+            capsize=2,
+            color=shade,
+            label=label,
+        )
         if hollow := [i for i, p in enumerate(points) if p.unfinished]:
             axes.plot(
-                [x[i] for i in hollow], [y[i] for i in hollow], MARKERS[kind], color=shade, markerfacecolor="white",
+                [x[i] for i in hollow], [y[i] for i in hollow], families.find(kind).marker, color=shade, markerfacecolor="white",
                 zorder=HOLLOW,
             )  # fmt: skip
 

@@ -18,6 +18,7 @@ class Published(NamedTuple):
 IMAGES = 400_000 * 256
 STEPS = 250
 """Sampling steps of all of them."""
+MARKERS = {"DiT": "1", "SiT": "2", "DiG": "3"}
 SAMPLERS = {"DiT": "ddpm", "SiT": "euler_maruyama", "DiG": "ddpm"}
 """Our name of each family's sampler."""
 PUBLISHED = [

@@ -30,7 +30,7 @@ COST = (
     TableColumn("kind", lambda p: p.kind),
     TableColumn("variant", lambda p: p.variant),
     TableColumn("gmacs_forward", lambda p: p.gmacs, ".6g"),
-    TableColumn("paper_gflops", lambda p: p.cost.paper_gflops),
+    TableColumn("paper_gflops", lambda p: p.cost.paper.gflops),
     TableColumn("parameters", lambda p: p.cost.parameters),
     TableColumn("images", lambda p: p.images_seen),
     TableColumn("training_eflops", lambda p: p.eflops, ".6g"),
@@ -77,7 +77,7 @@ def row(report: Report, p: Point) -> list[str]:
     """Return the cells of one point, in the order of `columns`."""
     accuracy = p.values.get("class_accuracy")
     judged = ["" if accuracy is None else f"{accuracy:.1%}"] if _judged(report) else []
-    paper = [f"{p.cost.paper_gflops:.3g}" if p.cost.paper_gflops else ""] if _papers(report) else []
+    paper = [f"{p.cost.paper.gflops:.3g}" if p.cost.paper.gflops else ""] if _papers(report) else []
     goodput = "" if p.goodput is None else f"{p.goodput:.0%}"
     sampling = [p.variant or "main"] if len(report.samplings) > 1 else []
     name = f"{p.model} ({p.seeds} seeds)" if p.seeds > 1 else p.model
@@ -195,4 +195,4 @@ def _judged(report: Report) -> bool:
 
 
 def _papers(report: Report) -> bool:
-    return any(p.cost.paper_gflops for p in report.points)
+    return any(p.cost.paper.gflops for p in report.points)

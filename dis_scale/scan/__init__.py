@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dis_scale.process.errors import DisScaleError, UserError, nearest
-from dis_scale.scan import native
+from dis_scale.scan import counts, native
 from dis_scale.scan.backend import Backend, Direction
 from dis_scale.scan.graphs import outside_graphs
 
@@ -77,7 +77,7 @@ def selective_scan(
     """
     direction = Direction(u_BLE, delta_BLE, A_EN, B_BLN, C_BLN, D_E, delta_bias_E)
     _check_direction("selective_scan", direction)
-    return _backend(backend, u_BLE.device.type).selective_scan(direction, reverse)
+    return _running(backend, u_BLE.device.type).selective_scan(direction, reverse)
 
 
 @outside_graphs
@@ -90,7 +90,7 @@ def two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None, 
     _check("two_way_scan, backward: A_EN", backward.A_EN, forward.A_EN.shape, device)
     if z_BLE is not None:
         _check("two_way_scan: z_BLE", z_BLE, shape, device)
-    return _backend(backend, device.type).two_way_scan(forward, backward, z_BLE)
+    return _running(backend, device.type).two_way_scan(forward, backward, z_BLE)
 
 
 @outside_graphs
@@ -99,7 +99,7 @@ def causal_conv_silu(
 ) -> Tensor:
     """SiLU of the depthwise causal convolution; `reverse` is the same as flip, convolve, flip."""
     _check_conv("causal_conv_silu", x_BLE, weight_EW, bias_E)
-    return _backend(backend, x_BLE.device.type).causal_conv_silu(x_BLE, weight_EW, bias_E, reverse)
+    return _running(backend, x_BLE.device.type).causal_conv_silu(x_BLE, weight_EW, bias_E, reverse)
 
 
 @outside_graphs
@@ -115,7 +115,7 @@ def two_way_conv_silu(
     _check_conv("two_way_conv_silu, forward", x_BLE, weight_EW, bias_E)
     _check("two_way_conv_silu, backward: the weight", back_weight_EW, weight_EW.shape, x_BLE.device)
     _check("two_way_conv_silu, backward: the bias", back_bias_E, bias_E.shape, x_BLE.device)
-    convolve = _backend(backend, x_BLE.device.type).two_way_conv_silu
+    convolve = _running(backend, x_BLE.device.type).two_way_conv_silu
     return convolve(x_BLE, weight_EW, bias_E, back_weight_EW, back_bias_E)
 
 
@@ -167,6 +167,10 @@ def problem(name: str, device: str) -> DisScaleError | None:
 
 def _module(name: str) -> Any:
     return importlib.import_module(f"dis_scale.scan.{name}")
+
+
+def _running(name: str, device: str) -> Backend:
+    return counts.backend if counts.active.get() else _backend(name, device)
 
 
 @functools.cache

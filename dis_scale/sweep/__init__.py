@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from dis_scale.process.errors import UserError, nearest
+from dis_scale.process.errors import NoFamily, UserError, nearest
 from dis_scale.recipe import MAIN, Recipe, reading
 from dis_scale.storage.folder import Folder, open_folder
 
@@ -128,7 +128,9 @@ class Sweep:
                 "writes it when it has listed its images"
             )
         try:
-            return cls(folder, reading.parse(folder.read(RECIPE).decode(), f"{folder}/{RECIPE}"))
+            return cls(folder, reading.parse(folder.read(RECIPE).decode(), f"{folder}/{RECIPE}", stored=True))
+        except NoFamily as error:
+            raise NoFamily(f"{folder}/{RECIPE}: {error}") from error
         except (UnicodeDecodeError, UserError) as error:
             first, *_ = str(error).splitlines()
             where = "" if isinstance(error, UserError) else f"{folder}/{RECIPE}: "

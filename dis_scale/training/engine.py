@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dis_scale import models
-from dis_scale.models import Backbone, transfer
+from dis_scale.models import transfer
+from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import DisScaleError
 from dis_scale.process.imports import hidden
 from dis_scale.recipe import Train
@@ -208,8 +208,8 @@ def parameter_groups(model: Backbone, settings: Train) -> list[dict[str, Any]]:
     growth = transfer.fan_in_growth(model, settings.base_width) if settings.base_width else defaultdict(lambda: 1.0)
     groups = defaultdict[tuple[float, float], list[nn.Parameter]](list)
     for name, parameter in model.named_parameters():
-        decay = settings.weight_decay * growth[name] if models.decays(name, parameter) else 0.0
-        rate = getattr(settings.rates, models.rate_group(name, parameter)) / growth[name]
+        decay = settings.weight_decay * growth[name] if model.decays(name, parameter) else 0.0
+        rate = getattr(settings.rates, model.rate_group(name, parameter)) / growth[name]
         groups[decay, rate].append(parameter)
     ordered = sorted(groups.items(), key=lambda item: item[0][0], reverse=True)  # the norm's bits depend on it
     return [{"params": each, "weight_decay": decay, "rate": rate} for (decay, rate), each in ordered]

@@ -21,8 +21,9 @@ import torch.distributed as dist
 from dis_scale import diffusion, models
 from dis_scale.data.latents import Latents, Micro, open_latents, prefetch
 from dis_scale.diffusion.process import Process
-from dis_scale.models import Backbone, transfer
+from dis_scale.models import families, transfer
 from dis_scale.models.cost import price_model
+from dis_scale.models.tokens import Backbone
 from dis_scale.process import faults, seeds
 from dis_scale.process.errors import DisScaleError
 from dis_scale.recipe import Recipe, Train
@@ -354,7 +355,8 @@ def start(
     if dist.get_rank() == 0:
         origin = f"{before.model}'s " if before and not resumed else ""
         where = f"from {origin}{point.folder.name}" if point else "from the beginning"
-        scan = f", scan {choose(settings.scan, attempt.device)}" if recipe.models[attempt.model].kind == "dis" else ""
+        scans = settings.scan in families.find(recipe.models[attempt.model].kind).scans
+        scan = f", scan {choose(settings.scan, attempt.device)}" if scans else ""
         attempt.emit("start", attempt=attempt.number, workers=dist.get_world_size(), images=images_seen)
         attempt.log(f"{attempt.model}: attempt {attempt.number}, {dist.get_world_size()} workers, {where}{scan}")
         if settings.base_width:

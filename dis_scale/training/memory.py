@@ -38,7 +38,7 @@ def state_bytes(cost: Cost, settings: Train, world: int) -> dict[str, int]:
         "buckets": (4 if settings.zero_stage == 3 else 2) * 4 * bucket(cost.parameters),
     }
     if settings.precision == "bf16":  # kept for the backward pass, unless it is computed again
-        blocks = cost.kept.blocks if recompute_every(settings.checkpointing) == 1 else 1
+        blocks = len(cost.kept.blocks) if recompute_every(settings.checkpointing) == 1 else 1
         parts["rounded weights"] = one // 2 // blocks
     return parts
 

@@ -10,7 +10,6 @@ from dis_scale.recipe import Recipe
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import ImportedFrom, PublishedManifest, RunCost
 from dis_scale.weights.export import save_pipeline
-from dis_scale.weights.official import SiT, as_flow
 from dis_scale.weights.opening import OpenCheckpoint, open_for_sampling
 
 CARD = "README.md"
@@ -25,8 +24,7 @@ def export_checkpoint(at: str, folder: Path, vae_path: str | None = None, heads:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"export: {folder} exists: delete it, or name another folder")
     opened = open_for_sampling(at, vae_path, heads)
-    if isinstance(opened.model, SiT):
-        opened = replace(opened, model=as_flow(opened.model))
+    opened = replace(opened, model=opened.model.as_ours())
     guidance = opened.sampling.model_dump(mode="json", include={"guidance_channels", "guidance_interval"})
     save_pipeline(folder, opened.model, opened.process, opened.decoder, guidance)
     (folder / CARD).write_text(model_card(opened))

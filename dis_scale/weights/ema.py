@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dis_scale.process.errors import UserError
+from dis_scale.process.settings import NARROWEST_EMA, WIDEST_EMA
 from dis_scale.recipe import Train
-from dis_scale.recipe.settings import NARROWEST_EMA, WIDEST_EMA
 
 EXPONENTIAL = "ema"
 

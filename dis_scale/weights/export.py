@@ -17,13 +17,15 @@ import safetensors.torch
 from pydantic import TypeAdapter, ValidationError
 
 from dis_scale import diffusion
-from dis_scale.models import Backbone, build, check_finite
+from dis_scale.models import build, check_finite
+from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import Flow, Gaussian, LatentShape, Model, Recipe, Sampling
+from dis_scale.recipe import Flow, Gaussian, LatentShape, Recipe, Sampling
+from dis_scale.recipe.models import from_sizes
 from dis_scale.sweep.documents import EncodedBy, LatentsManifest
 from dis_scale.vae import DiffusersVae, PixelVae, Vae
 from dis_scale.vae.scaling import Scaling
-from dis_scale.weights.official import SiT, from_official, from_official_dit, read_weights
+from dis_scale.weights.official import read_public, read_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 """diffusers' name for a component's weights."""
@@ -108,8 +110,10 @@ class SamplingFacts:
 
 def describe(model: Backbone, facts: SamplingFacts | None = None) -> dict[str, Any]:
     """Settings, shape and number of classes as plain data, the input of `from_description`; and the sampling facts, if known."""
-    if isinstance(model, SiT):
-        raise UserError("a public SiT is not described by settings of ours: sample from its own file")
+    if model.as_ours() is not model:
+        raise UserError(
+            f"a public {type(model).__name__} is not described by settings of ours: sample from its own file"
+        )
     sampling = {} if facts is None else {"sampling": TypeAdapter(SamplingFacts).dump_python(facts, mode="json")}
     return sampling | {
         "model": model.settings.sizes,
@@ -121,7 +125,7 @@ def describe(model: Backbone, facts: SamplingFacts | None = None) -> dict[str, A
 def from_description(description: dict[str, Any]) -> Backbone:
     """Return the model with initial weights. UserError if the description is invalid."""
     try:
-        settings = TypeAdapter[Any](Model).validate_json(json.dumps(description["model"]))
+        settings = from_sizes(description["model"])
         shape = LatentShape(*map(int, description["shape"]))
         return build(settings, shape, description["num_classes"])
     except (KeyError, TypeError, ValueError) as error:
@@ -168,12 +172,10 @@ def sampling_facts(path: str | Path) -> SamplingFacts | None:
 
 
 def open_checkpoint(path: str | Path, heads: int | None = None) -> Backbone:
-    """Return a model in evaluation mode from a file of `save`, or from a public `.pt` of DiS or DiT (known by its keys)."""
+    """Return a model in evaluation mode from a file of `save`, or from a public `.pt` (known by its keys)."""
     if Path(path).suffix == ".safetensors":
         return load(path)
-    weights = read_weights(path)
-    model = from_official_dit(weights, heads) if "x_embedder.proj.weight" in weights else from_official(weights)
-    return model.eval()
+    return read_public(read_weights(path), heads).eval()
 
 
 def save_pipeline(

@@ -14,8 +14,8 @@ import torch
 from dis_scale import diffusion, vae
 from dis_scale.diffusion.generate import batch_sizes, generate
 from dis_scale.diffusion.guidance import forward_images
-from dis_scale.diffusion.process import check_labels
-from dis_scale.models import Backbone, verify_kernels
+from dis_scale.models import verify_kernels
+from dis_scale.models.tokens import Backbone, check_labels
 from dis_scale.process import seeds
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Flow, Gaussian, Recipe, Sampling
@@ -25,7 +25,6 @@ from dis_scale.sweep.documents import LatentsManifest
 from dis_scale.vae import PixelVae, Vae
 from dis_scale.weights.checkpoints import Located, find_checkpoint
 from dis_scale.weights.export import SamplingFacts, open_checkpoint, sampling_facts
-from dis_scale.weights.official import SiT
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,9 @@ def open_for_sampling(at: str | Path, vae_path: str | None, heads: int | None = 
     elif sweep:
         process, decoder = sweep.recipe.diffusion, vae.for_samples(sweep, decoder)
     else:
-        process = Flow(kind="flow") if isinstance(model, SiT) else Gaussian(kind="gaussian")
+        process = Flow(kind="flow") if model.process == "flow" else Gaussian(kind="gaussian")
         assumed = (
-            "linear flow: its variance is zero, as in SiT"
+            f"linear flow: its variance is zero, as in {type(model).__name__}"
             if process.kind == "flow"
             else f"gaussian process, {process.betas} betas, {process.steps} steps"
         )

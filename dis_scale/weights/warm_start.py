@@ -4,7 +4,6 @@ What depends on the number of pixels or classes is fitted; all else must be equa
 weights. Only the first attempt reads them: later ones continue from resume points. Read next: official.py, loop.py.
 """
 
-import math
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -12,30 +11,27 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from dis_scale import vae
-from dis_scale.models import Backbone, DiS, check_finite, construct
+from dis_scale.models import check_finite, construct
+from dis_scale.models.family import FamilySettings
+from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import DiffuSsm, Dis, Dit, FileStart, Flow, Gaussian, LatentShape, Recipe, SweepStart
+from dis_scale.recipe import FileStart, Flow, Gaussian, LatentShape, Recipe, SweepStart
 from dis_scale.storage.programs import read_hashed
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import EncodedBy, LatentsManifest
 from dis_scale.vae import Vae
 from dis_scale.vae.scaling import Scaling
 from dis_scale.weights.export import SamplingFacts, open_checkpoint, sampling_facts
-from dis_scale.weights.official import SiT, as_flow, published_heads
 from dis_scale.weights.published import load_published
-
-ONLY_INITIAL = {"drop_path", "init", "zero_final", "dt_min", "dt_max"}
-"""Settings of a model that shape its random start or its training, and not what it computes from its weights."""
 
 
 class StartWeights(NamedTuple):
     """Weights by our names, the settings of the model that they belong to, and lines on what differs besides the model."""
 
-    settings: Dis | DiffuSsm | Dit
+    settings: FamilySettings
     weights: dict[str, Tensor]
     notes: list[str]
     facts: SamplingFacts | None = None
@@ -101,32 +97,27 @@ def latent_notes(theirs: Sweep, ours: Sweep) -> list[str]:
     return [f"warning: trained on {what} than this sweep's" for what, differs in different.items() if differs]
 
 
-def from_file(start: FileStart, settings: Dis | DiffuSsm | Dit, process: Gaussian | Flow, where: str) -> StartWeights:
+def from_file(start: FileStart, settings: FamilySettings, process: Gaussian | Flow, where: str) -> StartWeights:
     """Return the weights of a file for a model of these settings and process.
 
-    UserError if it cannot be read, or holds a SiT and the process is no flow.
+    UserError if it cannot be read, or predicts velocities and the process is no flow.
     """
     data = read_hashed(start.path, start.sha256, where)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"weights{Path(start.path).suffix}"
         file.write_bytes(data)
-        heads = (published_heads(settings.width) or settings.heads) if isinstance(settings, Dit) else None
         try:
-            model = open_checkpoint(file, heads)
+            model = open_checkpoint(file, settings.heads_in_file)
             facts = sampling_facts(file) if file.suffix == ".safetensors" else None
         except UserError as error:
             raise UserError(f"{where}: {start.path}: {str(error).replace(str(file), 'the file')}") from error
-    if isinstance(model, SiT):
-        if process.kind != "flow":
-            raise UserError(
-                f"{where}: {start.path} holds a SiT, which predicts velocities: expected diffusion.kind flow"
-            )
-        return StartWeights(model.settings, as_flow(model).state_dict(), [])
-    same = (
-        facts.diffusion == process if facts else process.kind == "gaussian"
-    )  # public files of DiT and DiS predict noise
+    if model.process == "flow" and process.kind != "flow":
+        raise UserError(
+            f"{where}: {start.path} holds a {type(model).__name__}, which predicts velocities: expected diffusion.kind flow"
+        )
+    same = facts.diffusion == process if facts else process.kind == model.process
     notes = [] if same else ["warning: trained with another diffusion than this recipe's"]
-    return StartWeights(model.settings, model.state_dict(), notes, facts)
+    return StartWeights(model.settings, model.as_ours().state_dict(), notes, facts)
 
 
 def latents_difference(theirs: SamplingFacts, sweep: Sweep) -> str:
@@ -176,7 +167,9 @@ def fit(source: StartWeights, model: Backbone, where: str) -> Fitted:
     weights. A table of another number of classes is the model's own. UserError for anything else that differs.
     """
     theirs, ours = source.settings.sizes, model.settings.sizes
-    for key in sorted((theirs.keys() | ours.keys()) - ONLY_INITIAL, key=lambda key: (key != "kind", key)):
+    for key in sorted(
+        (theirs.keys() | ours.keys()) - model.settings.only_initial, key=lambda key: (key != "kind", key)
+    ):
         if theirs.get(key) != ours.get(key):
             raise UserError(
                 f"{where}: its model has {key} {theirs.get(key)}, this one {ours.get(key)}: expected the same"
@@ -193,19 +186,10 @@ def fit(source: StartWeights, model: Backbone, where: str) -> Fitted:
         if name == "label.weight":
             notes.append(f"new table of {model.num_classes} classes instead of {rows}")
             weights[name] = weight
-        elif name == "position" and isinstance(model, DiS):
-            weights[name] = resized_positions(weights[name], model.extras, weight.shape[1] - model.extras)
-            notes.append(f"positions of {weight.shape[1] - model.extras} patches interpolated")
+        elif resized := model.resized(name, weights[name]):
+            weights[name], note = resized
+            notes.append(note)
         else:
             shapes = f"shape {tuple(weights[name].shape)}, this model's has {tuple(weight.shape)}"
             raise UserError(f"{where}: {name} has {shapes}: expected latents of as many channels")
     return Fitted(weights, notes)
-
-
-def resized_positions(position_1LD: Tensor, extras: int, patches: int) -> Tensor:
-    """Return learned positions of `patches` patches of a square image; those of the `extras` first tokens stay."""
-    first, grid_1TD = position_1LD[:, :extras], position_1LD[:, extras:]
-    before, after = math.isqrt(grid_1TD.shape[1]), math.isqrt(patches)
-    grid_1DHW = grid_1TD.float().unflatten(1, (before, before)).permute(0, 3, 1, 2)
-    resized = F.interpolate(grid_1DHW, size=(after, after), mode="bicubic", align_corners=False, antialias=True)
-    return torch.cat([first, resized.flatten(2).transpose(1, 2)], dim=1)

@@ -35,6 +35,11 @@ KINDS = {
         "A setting, an option, a file or the machine does not fit. Nothing was spent: input is checked before the first stage.",
         "Change what the line names. It has the value that was given and what was expected.",
     ),
+    "NoFamily": Kind(
+        "A model is of a family that another package or a file brings, and this machine lacks it, or has another version.",
+        "Install the package, or put the file where the line says. See "
+        "[bring a backbone](extending.md#bring-a-backbone).",
+    ),
     "StorageError": Kind(
         "Storage refuses a request, or has another content than expected: a missing folder, a wrong key, a wrong layout.",
         "Check the URL, the keys and their rights: `dis-scale doctor ROOT`.",

@@ -5,10 +5,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from dis_scale.process.settings import Settings
 from dis_scale.recipe import Evaluate, ModelTrain, Recipe, Train, Variant
 from dis_scale.recipe.identity import as_yaml
 from dis_scale.recipe.schema import docstrings, subclasses
-from dis_scale.recipe.settings import Settings
 from docs.reference.markdown import code, table
 
 INTRODUCTION = """# Settings

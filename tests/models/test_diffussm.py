@@ -6,9 +6,10 @@ import torch.nn.functional as F
 
 from dis_scale.models import build
 from dis_scale.models.cost import price_model
+from dis_scale.models.diffussm.settings import DiffuSsm
+from dis_scale.models.families import preset
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import DiffuSsm, LatentShape
-from dis_scale.recipe.presets import preset
+from dis_scale.recipe import LatentShape
 
 SHAPE = LatentShape(4, 8)
 
@@ -34,7 +35,7 @@ def test_parameters_and_multiply_adds_of_xl():
     assert small.parameters == 673_155_088
     assert small.gmacs_forward == pytest.approx(280.04, rel=1e-4)
     assert large.gmacs_forward == pytest.approx(1122.5, rel=1e-3)
-    assert (small.published_gmacs, large.published_gmacs) == (280.3, 1066.2)
+    assert (small.paper.gmacs, large.paper.gmacs) == (280.3, 1066.2)
     assert small.kernel_gmacs > 0
 
 

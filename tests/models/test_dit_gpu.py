@@ -5,8 +5,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dis_scale.models import build
-from dis_scale.recipe import Dit, LatentShape
-from dis_scale.recipe.presets import preset
+from dis_scale.models.dit.settings import Dit
+from dis_scale.models.families import preset
+from dis_scale.recipe import LatentShape
 
 if not torch.cuda.is_available():
     pytest.skip("no NVIDIA GPU here", allow_module_level=True)

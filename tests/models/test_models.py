@@ -7,8 +7,13 @@ from dis_scale import models
 from dis_scale.diffusion import build as build_process
 from dis_scale.diffusion.generate import generate
 from dis_scale.models import build, check_finite
+from dis_scale.models.diffussm import s4d
+from dis_scale.models.diffussm.settings import DiffuSsm
+from dis_scale.models.dis import network
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.dit.settings import Dit
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import DiffuSsm, Dis, Dit, Flow, Gaussian, LatentShape, Sampling
+from dis_scale.recipe import Flow, Gaussian, LatentShape, Sampling
 from dis_scale.scan.selftest import Case
 
 SHAPE = LatentShape(4, 8)
@@ -226,8 +231,8 @@ def compared(
 ) -> list[tuple[object, ...]]:
     """What `verify_kernels` compares on a GPU."""
     seen = list[tuple[object, ...]]()
-    monkeypatch.setattr(models, "verify", lambda name, _, dtype, case: seen.append((name, dtype, case)))
-    monkeypatch.setattr(models.s4d, "verify", lambda _, scan, length, __: seen.append((scan, length)))
+    monkeypatch.setattr(network, "verify", lambda name, _, dtype, case: seen.append((name, dtype, case)))
+    monkeypatch.setattr(s4d, "verify", lambda _, scan, length, __: seen.append((scan, length)))
     model = build(settings, LatentShape(4, 8), 10, **options)  # type: ignore[arg-type]
     models.verify_kernels(model, torch.device("cuda"), images, training)
     return seen

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dis_scale.models import s4d
-from dis_scale.models.s4d import S4D, convolve, initial_modes
-from dis_scale.recipe import DiffuSsm
+from dis_scale.models.diffussm import s4d
+from dis_scale.models.diffussm.s4d import S4D, convolve, initial_modes
+from dis_scale.models.diffussm.settings import DiffuSsm
 
 TAPS = [
     [0.0300017582, 0.0299981509, 0.0299838687, 0.0299589352, 0.0299233845],

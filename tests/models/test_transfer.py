@@ -8,7 +8,10 @@ import torch
 
 from dis_scale import diffusion
 from dis_scale.models import build, construct, transfer
-from dis_scale.recipe import DiffuSsm, Dis, Dit, Flow, LatentShape, Rates, Train
+from dis_scale.models.diffussm.settings import DiffuSsm
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.dit.settings import Dit
+from dis_scale.recipe import Flow, LatentShape, Rates, Train
 from dis_scale.training.engine import parameter_groups
 
 SHAPE, WIDTHS = LatentShape(4, 8), (64, 128, 256)

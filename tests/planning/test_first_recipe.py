@@ -10,10 +10,11 @@ from PIL import Image
 
 from dis_scale import vae
 from dis_scale.data.survey import Broken, Survey
+from dis_scale.models.dis.settings import Dis
 from dis_scale.planning.first_recipe import Machine, propose, resolution_of
 from dis_scale.planning.plan import price_sweep
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import Dis, LatentShape, Recipe, reading
+from dis_scale.recipe import LatentShape, Recipe, reading
 from dis_scale.training.memory import lanes_at_once
 from tests.cli.test_cli import invoke
 

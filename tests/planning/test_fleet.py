@@ -16,9 +16,11 @@ import torch.multiprocessing as mp
 
 from dis_scale.models import build
 from dis_scale.models.cost import price_model
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.dit.settings import Dit
+from dis_scale.models.families import preset
 from dis_scale.planning.fleet import ASSUMED_MFU, GPUS, MOST_GPUS, Fleet, forecast, preemption, wire_bytes
-from dis_scale.recipe import Dis, Dit, LatentShape, Train, reading
-from dis_scale.recipe.presets import preset
+from dis_scale.recipe import LatentShape, Train, reading
 from dis_scale.training import engine, resume
 from dis_scale.training.memory import most_images, worker_bytes
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dis_scale.models.families import preset
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.recipe.identity import identity_differences
-from dis_scale.recipe.presets import preset
 from tests.conftest import TINY
 
 CONFIGS = Path(__file__).parents[2] / "configs"

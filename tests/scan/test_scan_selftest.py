@@ -9,8 +9,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dis_scale import models
+from dis_scale.models.dis.settings import Dis
 from dis_scale.process.errors import DisScaleError
-from dis_scale.recipe import Dis, LatentShape
+from dis_scale.recipe import LatentShape
 from dis_scale.scan import Direction, _backend, _choose, chunked
 from dis_scale.scan.backend import Backend, from_one_way
 from dis_scale.scan.reference import causal_conv_silu, selective_scan
@@ -113,7 +114,7 @@ def test_a_model_compiles_nothing_after_the_self_test(
     options = {"scan": "triton", "checkpointing": checkpointing, "precision": "bf16"}
     model = models.build(settings, LatentShape(4, 8), 10, **options)  # type: ignore[arg-type]
     images, t, y = torch.randn(3, 4, 8, 8), torch.zeros(3), torch.zeros(3, dtype=torch.int64)
-    cases = models._cases(model, [3], training=True)  # type: ignore[arg-type]
+    cases = model._cases([3], training=True)  # type: ignore[operator]
     try:
         launched = launches_of(lambda: model(images, t, y).sum().backward(), monkeypatch)
         compared = launches_of(lambda: [errors("triton", CPU, torch.bfloat16, case) for case in cases], monkeypatch)

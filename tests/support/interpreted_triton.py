@@ -13,10 +13,10 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from dis_scale.models import s4d
 from dis_scale.models.checkpointing import run_block
+from dis_scale.models.diffussm import s4d
+from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.process.errors import DisScaleError, UserError
-from dis_scale.recipe import DiffuSsm
 from dis_scale.scan import choose, triton_backward, triton_layout, triton_numbers
 from dis_scale.scan import s4d as scan_s4d
 from dis_scale.scan import triton as scan_triton

@@ -14,10 +14,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from dis_scale.models import build, rate_group
-from dis_scale.models.s4d import S4D
+from dis_scale.models import build
+from dis_scale.models.diffussm.s4d import S4D
+from dis_scale.models.diffussm.settings import DiffuSsm
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.dit.settings import Dit
 from dis_scale.process.errors import DisScaleError
-from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, Rates, Train, reading
+from dis_scale.recipe import LatentShape, Rates, Train, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Run
 from dis_scale.training import engine, resume
@@ -136,7 +139,7 @@ def moves_by_kind(stage: int) -> None:
             for p in model.parameters():
                 p += 0.02 * torch.randn_like(p)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        kinds = {name: rate_group(name, p) for name, p in model.named_parameters()}
+        kinds = {name: model.rate_group(name, p) for name, p in model.named_parameters()}
         state = engine.start(model, settings, torch.device("cpu"), resume.fresh(model), adam_step=0)
         state.set_learning_rate(1e-3)
         assert state.learning_rate == pytest.approx(1e-3)

@@ -3,9 +3,10 @@
 import pytest
 
 from dis_scale.models.cost import price_model
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.families import preset
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import Dis, LatentShape, Train
-from dis_scale.recipe.presets import preset
+from dis_scale.recipe import LatentShape, Train
 from dis_scale.training.memory import lanes_at_once, state_bytes, worker_bytes
 
 H = price_model(Dis(**preset("DiS-H/2")), LatentShape(4, 32), 1000)

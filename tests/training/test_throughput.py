@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from dis_scale.models.cost import price_model
-from dis_scale.recipe import DiffuSsm, Dit, LatentShape
-from dis_scale.recipe.presets import preset
+from dis_scale.models.diffussm.settings import DiffuSsm
+from dis_scale.models.dit.settings import Dit
+from dis_scale.models.families import preset
+from dis_scale.recipe import LatentShape
 from dis_scale.training import throughput
 from dis_scale.training.throughput import ThroughputMeter, peak_flops
 

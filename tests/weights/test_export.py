@@ -7,8 +7,11 @@ import torch
 from dis_scale.diffusion import build as build_process
 from dis_scale.diffusion.generate import generate
 from dis_scale.models import build
+from dis_scale.models.diffussm.settings import DiffuSsm
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.dit.settings import Dit
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import DiffuSsm, Dis, Dit, Flow, Gaussian, LatentShape, Sampling, TorchScriptVae
+from dis_scale.recipe import Flow, Gaussian, LatentShape, Sampling, TorchScriptVae
 from dis_scale.vae import DiffusersVae, PixelVae
 from dis_scale.vae.scaling import Scaling
 from dis_scale.vae.script import ScriptVae

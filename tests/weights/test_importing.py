@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dis_scale.models import build
-from dis_scale.recipe import Dit, Gaussian, LatentShape, Sampling, reading
+from dis_scale.models.dit.settings import Dit
+from dis_scale.recipe import Gaussian, LatentShape, Sampling, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sampled, Sweep, command_lease, state
 from dis_scale.sweep.documents import EncodedBy, PublishedManifest
@@ -15,7 +16,7 @@ from dis_scale.vae import PixelVae
 from dis_scale.vae.scaling import Scaling
 from dis_scale.weights import warm_start
 from dis_scale.weights.export import SamplingFacts, load, save
-from dis_scale.weights.official import as_flow, from_official_dit, to_official
+from dis_scale.weights.official import read_public, to_official
 from dis_scale.weights.opening import labels_in_turn, open_for_sampling, sample_pictures
 from dis_scale.weights.published import load_published
 from tests.cli.test_cli import invoke
@@ -83,7 +84,7 @@ def test_imported_weights_are_sampled_and_begin_another_training(tmp_path: Path,
 def test_a_sit_is_published_as_our_flow(tmp_path: Path) -> None:
     theirs = sit_state()
     torch.save(theirs, tmp_path / "sit.pt")
-    sit = from_official_dit(theirs, heads=4)
+    sit = read_public(theirs, heads=4)
     assert isinstance(sit.settings, Dit)
     sizes = ", ".join(f"{name}: {getattr(sit.settings, name)}" for name in ("width", "depth", "heads", "patch"))
     flow = [
@@ -95,7 +96,7 @@ def test_a_sit_is_published_as_our_flow(tmp_path: Path) -> None:
     code, output = invoke(*command, *(word for each in every for word in ("--set", each)))
     assert code == 0, output
     run = Sweep.open(str(tmp_path / "sweeps/tiny")).run("sit")
-    expected = as_flow(sit).state_dict()  # type: ignore[arg-type]
+    expected = sit.as_ours().state_dict()
     assert all(torch.equal(w, expected[name]) for name, w in load_published(run, 1024).items())
 
 

@@ -7,13 +7,17 @@ import torch
 
 from dis_scale.diffusion import build as build_process
 from dis_scale.diffusion.generate import SampleNoise, generate
-from dis_scale.models import DiT, build
+from dis_scale.models import build
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.dit.network import DiT
+from dis_scale.models.dit.public import SiT
+from dis_scale.models.dit.settings import Dit
+from dis_scale.models.families import preset
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import Dis, Dit, Flow, LatentShape, Sampling, TrainedVae
-from dis_scale.recipe.presets import preset
+from dis_scale.recipe import Flow, LatentShape, Sampling, TrainedVae
 from dis_scale.vae import new
 from dis_scale.weights.export import save
-from dis_scale.weights.official import SiT, as_flow, from_official, from_official_dit, layout, read_weights, to_official
+from dis_scale.weights.official import layout, read_public, read_weights, to_official
 from dis_scale.weights.opening import open_for_sampling
 from tests.support.public_dis import PublicDiS
 
@@ -50,7 +54,7 @@ def near(got, expected):
 @pytest.mark.parametrize("scan", ["auto", "reference"])
 def test_outputs_and_gradients_equal_the_public_code(D, depth, p, C, size, classes, scan):
     public = public_model(D, depth, p, C, size, classes)
-    ours = from_official(public.state_dict())
+    ours = read_public(public.state_dict())
     for block in ours.blocks:
         block.mixer.scan = scan
     x, t, y = inputs(C, size, classes)
@@ -66,7 +70,7 @@ def test_outputs_and_gradients_equal_the_public_code(D, depth, p, C, size, class
 
 def test_drop_path_equals_the_public_code():
     public = public_model(48, 4, 2, 4, 8, 10)
-    ours, (x, t, y) = from_official(public.state_dict()), inputs(4, 8, 10)
+    ours, (x, t, y) = read_public(public.state_dict()), inputs(4, 8, 10)
     drop = torch.bernoulli(torch.full((ours.drop_branches, 3), 0.5), generator=torch.Generator().manual_seed(0)) * 2
     # The first block adds nothing to the stream, so its mask is never used.
     expected = public(x, t, y, [torch.ones(3, 1, 1), *drop[:, :, None, None]])
@@ -76,7 +80,7 @@ def test_drop_path_equals_the_public_code():
 @CASES
 def test_round_trip_is_bit_for_bit(D, depth, p, C, size, classes):
     state = public_model(D, depth, p, C, size, classes).state_dict()
-    back = to_official(from_official(state))
+    back = to_official(read_public(state))
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) and back[name].shape == state[name].shape for name in state)
 
@@ -93,7 +97,7 @@ def test_errors_name_the_weight():
     ]
     for broken, message in faults:
         with pytest.raises(UserError, match=message):
-            from_official(broken)
+            read_public(broken)
 
 
 def test_options_that_the_public_code_lacks_are_errors():
@@ -105,7 +109,7 @@ def test_options_that_the_public_code_lacks_are_errors():
 def test_published_files_are_read_without_unpickling_code(tmp_path):
     state = public_model(48, 2, 2, 4, 8, 10).state_dict()
     torch.save({"model": {}, "ema": state, "opt": {}, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "train.pt")
-    assert from_official(read_weights(tmp_path / "train.pt")).settings.width == 48
+    assert read_public(read_weights(tmp_path / "train.pt")).settings.width == 48
     torch.save({"ema": print}, tmp_path / "evil.pt")
     with pytest.raises(UserError, match="cannot read weights from"):
         read_weights(tmp_path / "evil.pt")
@@ -128,14 +132,14 @@ def test_dit_round_trip_and_its_published_names():
     state = to_official(model)
     assert state["x_embedder.proj.weight"].shape == (64, 4, 2, 2)
     assert {"pos_embed", "blocks.2.attn.qkv.bias", "blocks.0.mlp.fc2.weight", "t_embedder.mlp.2.bias"} <= state.keys()
-    again = from_official_dit(state, heads=4)
+    again = read_public(state, heads=4)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     x, t, y = inputs(4, 8, 10)
     assert torch.equal(model(x, t, y), again(x, t, y))
     with pytest.raises(UserError, match="a DiT of width 64 is not a published one"):
-        from_official_dit(state)
+        read_public(state)
     with pytest.raises(UserError, match="pos_embed is not DiT's"):
-        from_official_dit(state | {"pos_embed": state["pos_embed"] + 1}, heads=4)
+        read_public(state | {"pos_embed": state["pos_embed"] + 1}, heads=4)
 
 
 def sit_state():
@@ -150,9 +154,9 @@ def sit_state():
 def test_a_public_sit_is_sampled_as_a_flow_in_its_own_time_and_direction():
     """Euler's steps as SiT takes them, from noise at t = 0 to data at t = 1 along its velocity, give the same samples."""
     state = sit_state()
-    sit, network = from_official_dit(state, heads=4), build(DIT, LatentShape(4, 8), 10)
+    sit, network = read_public(state, heads=4), build(DIT, LatentShape(4, 8), 10)
     network.load_state_dict(sit.state_dict())
-    assert (type(sit), type(from_official_dit(to_official(dit_model()), heads=4))) == (SiT, DiT)
+    assert (type(sit), type(read_public(to_official(dit_model()), heads=4))) == (SiT, DiT)
     noise, labels = SampleNoise(3, [0, 1]), [1, 7]
     x = noise.start((2, 4, 8, 8))
     with torch.no_grad():
@@ -169,8 +173,8 @@ def test_a_public_sit_is_sampled_as_a_flow_in_its_own_time_and_direction():
 
 def test_a_sit_becomes_a_dit_of_our_flow():
     """At all times, between the grid's points too: features of SiT's times are sums of ours."""
-    sit, (x, _, y) = from_official_dit(sit_state(), heads=4), inputs(4, 8, 10)
-    flow = as_flow(sit)
+    sit, (x, _, y) = read_public(sit_state(), heads=4), inputs(4, 8, 10)
+    flow = sit.as_ours()
     assert type(flow) is DiT
     with torch.no_grad():
         for t in ([0.0, 1.3, 500.77], [999.9, 1000.0, 250.01]):
@@ -189,7 +193,7 @@ def test_a_public_sit_is_assumed_to_be_a_flow_and_not_exported(tmp_path):
 
 def test_published_width_determines_the_heads_of_dit():
     published = build(Dit(kind="dit", width=384, depth=1, heads=6, patch=8), LatentShape(4, 32), 1000)
-    assert from_official_dit(to_official(published)).settings.heads == 6
+    assert read_public(to_official(published)).settings.heads == 6
 
 
 def test_published_count_of_dit_includes_the_fixed_table():

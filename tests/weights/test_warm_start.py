@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from dis_scale.models import build
+from dis_scale.models.diffussm.settings import DiffuSsm
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.dit.settings import Dit
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import DiffuSsm, Dis, Dit, LatentShape, Recipe, reading
+from dis_scale.recipe import LatentShape, Recipe, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.weights import warm_start

@@ -2,7 +2,7 @@
 
 N real states are N / 2 complex modes; the factor 2 Re accounts for their conjugates. Parameters are real; kernel and FFT
 are float32 (float64 for float64 weights). If the scan backend is triton, one launch computes the kernel (scan/s4d.py),
-otherwise PyTorch does. Axes: B samples, L time, H channels, M modes. Read next: diffussm.py.
+otherwise PyTorch does. Axes: B samples, L time, H channels, M modes. Read next: network.py.
 """
 
 import copy
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.models.tokens import wide
 from dis_scale.process.errors import DisScaleError
-from dis_scale.recipe import DiffuSsm
+from dis_scale.scan.counts import active, keeping, report, reporting
 from dis_scale.scan.selftest import TOLERANCE
 
 CHUNK = 2**24
@@ -69,7 +70,11 @@ class S4D(nn.Module):
 
     def kernel(self, length: int) -> Tensor:
         """K (H, L): 2 Re sum_n C_n B_n (exp(dt A_n) - 1) / A_n exp(l dt A_n)."""
-        if self.scan == "triton":
+        with reporting("kernel", self.C.numel() // 2 * length * 6):  # a power (4), the real part of a product (2)
+            return self._kernel(length)
+
+    def _kernel(self, length: int) -> Tensor:
+        if self.scan == "triton" and not active.get():
             from dis_scale.scan.s4d import s4d_kernel  # Triton comes only with PyTorch's builds for Linux
 
             return s4d_kernel(length, *map(wide, (self.log_dt, self.log_neg_re, self.im, self.B, self.C)))
@@ -86,9 +91,9 @@ class S4D(nn.Module):
             return _vandermonde(weights_HM, dtA_HM, taps_L)
         # All chunks kept for the backward pass would need the full memory: each is recomputed there.
         pairs = zip(weights_HM.split(size, 1), dtA_HM.split(size, 1), strict=True)
-        terms = [
-            checkpoint(_vandermonde, w, a, taps_L, use_reentrant=False, preserve_rng_state=False) for w, a in pairs
-        ]
+        recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        run = keeping if active.get() else recomputed
+        terms = [run(_vandermonde, w, a, taps_L) for w, a in pairs]
         return torch.stack(terms).sum(0)
 
     def discrete(self) -> tuple[Tensor, Tensor]:
@@ -160,6 +165,7 @@ def convolve(u_BLH: Tensor, spectrum_KH: Tensor, D_H: Tensor) -> Tensor:
     """
     L = u_BLH.shape[1]
     wide_BLH = u_BLH.to(D_H.dtype)
+    report("spectra's product", u_BLH.numel() // L * 4 * (L + 1))
     y_BLH = torch.fft.irfft(torch.fft.rfft(wide_BLH, n=2 * L, dim=1) * spectrum_KH, n=2 * L, dim=1)[:, :L]
     return torch.addcmul(y_BLH, D_H, wide_BLH).to(u_BLH.dtype)
 

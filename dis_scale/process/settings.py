@@ -1,6 +1,7 @@
 """Base class of all settings: frozen and strict. Each field has a role, which tells whether it may change under one name."""
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -16,9 +17,16 @@ InferencePrecision = Literal["fp32", "tf32", "bf16"]
 """Of products outside training: exact, rounded to TF32 (GPUs; elsewhere exact), or in bfloat16."""
 Width = Annotated[float, Field(ge=NARROWEST_EMA, le=WIDEST_EMA)]
 """Relative width of a power-function average, see weights/ema.py."""
-
-
 Rate = Annotated[float, Field(ge=0)]
+CHECKPOINTING = re.compile(r"none|block|selective|every_([2-9]|[1-9]\d+)")
+"""Modes of activation checkpointing."""
+
+
+class LatentShape(NamedTuple):
+    """Input of the backbone: `channels` maps of `size` x `size`."""
+
+    channels: int
+    size: int
 
 
 def runtime(default: Any, **limits: Any) -> Any:

@@ -1,20 +1,24 @@
 """DiS: bidirectional Mamba blocks with long skips (Fei et al., arXiv 2402.05608), as the public code runs it.
 
 Axes: B samples, C channels, L tokens (label, time, patches), D width, E = 2D inner width, N states, R rank of the
-time step, W taps of the convolution. The residual stream is float32 whatever the weights are. Read next: official.py,
-../scan.
+time step, W taps of the convolution. The residual stream is float32 whatever the weights are. Read next: public.py,
+../../scan.
 """
 
 import math
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dis_scale.models.checkpointing import run_block
+from dis_scale.models.checkpointing import recompute_every, run_block
+from dis_scale.models.dis.settings import Dis
 from dis_scale.models.tokens import Backbone, Linear, PatchEmbed, TimeEmbedding, modulate, unpatchify, wide, zero_
-from dis_scale.recipe import Dis, LatentShape
-from dis_scale.scan import Direction, causal_conv_silu, selective_scan, two_way_conv_silu, two_way_scan
+from dis_scale.process.settings import LatentShape
+from dis_scale.scan import Direction, causal_conv_silu, choose, selective_scan, two_way_conv_silu, two_way_scan
+from dis_scale.scan.counts import fused
+from dis_scale.scan.selftest import Case, distinct, verify
 
 TAPS = 4
 """Width of the causal convolution (Mamba's d_conv)."""
@@ -25,11 +29,6 @@ EPS = 1e-5
 def inner_width(width: int) -> int:
     """E: channels of the scan."""
     return 2 * width
-
-
-def extra_tokens(settings: Dis, num_classes: int | None) -> int:
-    """Number of tokens before the patches: label and time."""
-    return 0 if settings.conditioning == "adaln_zero_alone" else 1 if num_classes is None else 2
 
 
 def step_rank(width: int) -> int:
@@ -129,7 +128,7 @@ class DiSBlock(nn.Module):
         if skip_BLD is not None:
             h_BLD = h_BLD + skip_BLD if self.skip is None else self.skip(torch.cat([h_BLD, skip_BLD], dim=-1))
         r_BLD = add_to_stream(r_BLD, h_BLD, drop_B)
-        n_BLD = rms_norm(r_BLD, self.norm).to(h_BLD.dtype)
+        n_BLD = normalised(r_BLD, self.norm, h_BLD.dtype)
         if self.modulation is None:
             return self.mixer(n_BLD), r_BLD
         shift_BD, scale_BD, gate_BD = self.modulation(F.silu(c_BD)).chunk(3, dim=1)
@@ -148,6 +147,11 @@ def rms_norm(r_BLD: Tensor, weight_D: Tensor) -> Tensor:
     return F.rms_norm(r_BLD, weight_D.shape, weight_D.to(r_BLD.dtype), EPS)
 
 
+def normalised(r_BLD: Tensor, weight_D: Tensor, dtype: torch.dtype) -> Tensor:
+    """The norm of the stream, in the type of the products; priced as GPUs' fused kernel if that is bfloat16."""
+    return rms_norm(r_BLD, weight_D) if dtype == r_BLD.dtype else fused(rms_norm, r_BLD, weight_D).to(dtype)
+
+
 def _zero_bias(layer: nn.Linear) -> nn.Linear:
     nn.init.zeros_(layer.bias)
     return layer
@@ -157,15 +161,22 @@ class DiS(Backbone):
     """depth / 2 in-blocks, a middle block, depth / 2 out-blocks. An out-block takes in an in-block's branch: last in, first out."""
 
     settings: Dis
+    dynamics = frozenset({"A_log", "dt_bias"})
 
-    def __init__(self, settings: Dis, shape: LatentShape, num_classes: int | None, scan: str, checkpointing: str):
-        super().__init__(shape, num_classes, settings.patch)
-        self.settings, self.checkpointing, self.scan = settings, checkpointing, scan
+    def __init__(
+        self,
+        settings: Dis,
+        shape: LatentShape,
+        num_classes: int | None,
+        scan: str = "auto",
+        checkpointing: str = "none",
+    ):
+        super().__init__(settings, shape, num_classes, scan, checkpointing)
         D, half = settings.width, settings.depth // 2
         self.patches = PatchEmbed(shape.channels, settings.patch, D)
         self.time = TimeEmbedding(D, 4 * D, D)
         self.label = None if num_classes is None else nn.Embedding(num_classes + 1, D)
-        self.extras = extra_tokens(settings, num_classes)
+        self.extras = settings.extra_tokens(num_classes)
         self.length = self.extras + (shape.size // settings.patch) ** 2
         self.position = nn.Parameter(torch.zeros(1, self.length, D)) if settings.position == "learned" else None
         self.blocks = nn.ModuleList(DiSBlock(settings, scan, skip=i > half) for i in range(2 * half + 1))
@@ -206,9 +217,38 @@ class DiS(Backbone):
         return self._image(add_to_stream(r_BLD, h_BLD, drops[-1]), c_BD, dtype)
 
     @property
+    def tokens(self) -> int:
+        return self.length
+
+    @property
     def scan_sizes(self) -> tuple[int, int, int]:
         """L, E and N of the scans."""
         return self.length, inner_width(self.settings.width), self.settings.state_size
+
+    def verify_kernels(self, device: torch.device, images: Collection[int], training: bool) -> None:
+        """The scan, once for each set of compiled kernels."""
+        name = choose(self.scan, device).name
+        for case in distinct(name, device, self._cases(images, training)):
+            verify(name, device, self.compute_dtype, case)
+
+    def _cases(self, images: Collection[int], training: bool) -> list[Case]:
+        """All passes of these image counts. A recomputed block's second forward pass keeps states; the first has no backward."""
+        mode, sizes = self.checkpointing if training else "none", self.scan_sizes
+        passes = [(training and recompute_every(mode) != 1, False), (True, True)][: 1 if mode == "none" else 2]
+        return [Case(*sizes, count, self.settings.directions, *each) for count in images for each in passes]
+
+    def scale_initial(self, weights: Mapping[str, Tensor], growth: Mapping[str, float], base_width: int) -> None:  # noqa: ARG002
+        """B and C have as many values at each width."""
+        for name, weight in weights.items():
+            if name.endswith("x_proj"):
+                weight[-2 * self.settings.state_size :].mul_(growth[name] ** -0.5)
+
+    def resized(self, name: str, weight: Tensor) -> tuple[Tensor, str] | None:
+        """Learned positions, interpolated."""
+        if name != "position":
+            return None
+        patches = self.length - self.extras
+        return resized_positions(weight, self.extras, patches), f"positions of {patches} patches interpolated"
 
     def _run(self, h_BLD: Tensor, c_BD: Tensor, drops: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
         half = len(self.blocks) // 2
@@ -223,9 +263,18 @@ class DiS(Backbone):
 
     def _image(self, r_BLD: Tensor, c_BD: Tensor, dtype: torch.dtype) -> Tensor:
         """The stream to (B, 2C, H, W): both norms, the final modulation if the model has classes, one product."""
-        x_BTD = rms_norm(r_BLD[:, self.extras :], self.norm).to(dtype)
+        x_BTD = normalised(r_BLD[:, self.extras :], self.norm, dtype)
         x_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6)
         if self.modulation is not None:
             shift_BD, scale_BD = self.modulation(F.silu(c_BD)).chunk(2, dim=1)
             x_BTD = modulate(x_BTD, shift_BD, scale_BD)
         return unpatchify(self.final(x_BTD), self.patch)
+
+
+def resized_positions(position_1LD: Tensor, extras: int, patches: int) -> Tensor:
+    """Return learned positions of `patches` patches of a square image; those of the `extras` first tokens stay."""
+    first, grid_1TD = position_1LD[:, :extras], position_1LD[:, extras:]
+    before, after = math.isqrt(grid_1TD.shape[1]), math.isqrt(patches)
+    grid_1DHW = grid_1TD.float().unflatten(1, (before, before)).permute(0, 3, 1, 2)
+    resized = F.interpolate(grid_1DHW, size=(after, after), mode="bicubic", align_corners=False, antialias=True)
+    return torch.cat([first, resized.flatten(2).transpose(1, 2)], dim=1)

@@ -2,19 +2,28 @@
 
 That release leaves the patches' bias at PyTorch's uniform default, as here; a later one starts it at zero.
 
-Axes: B samples, C channels, T patches, D width. Read next: official.py for the published weights' layout.
+Axes: B samples, C channels, T patches, D width. Read next: public.py for the published weights' layout.
 """
 
-import torch
+from collections.abc import Mapping
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dis_scale.models.checkpointing import run_block
-from dis_scale.models.tokens import Backbone, Linear, PatchEmbed, TimeEmbedding, modulate, unpatchify, zero_
-from dis_scale.recipe import Dit, LatentShape
-
-FREQUENCIES = 256
-"""Sinusoidal features of the time (DiT's frequency_embedding_size)."""
+from dis_scale.models.dit.settings import Dit
+from dis_scale.models.tokens import (
+    FREQUENCIES,
+    Backbone,
+    Linear,
+    PatchEmbed,
+    TimeEmbedding,
+    modulate,
+    position_table,
+    unpatchify,
+    zero_,
+)
+from dis_scale.process.settings import LatentShape
 
 
 class DiTBlock(nn.Module):
@@ -45,24 +54,20 @@ def _norm(x_BTD: Tensor) -> Tensor:
     return F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6)
 
 
-def position_table(side: int, width: int) -> Tensor:
-    """Fixed sine-cosine table (1, side^2, width): half for the column, half for the row, sines first (MAE)."""
-    quarter = torch.arange(width // 4, dtype=torch.float64)
-    place = torch.arange(side, dtype=torch.float64)
-    angles = place[:, None] * 10000.0 ** (-quarter / (width / 4))
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
-    table = torch.cat([axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)], dim=1)
-    return table.float().unsqueeze(0)
-
-
 class DiT(Backbone):
     """The model. Without classes it is conditioned on the time only."""
 
     settings: Dit
 
-    def __init__(self, settings: Dit, shape: LatentShape, num_classes: int | None, checkpointing: str):
-        super().__init__(shape, num_classes, settings.patch)
-        self.settings, self.checkpointing = settings, checkpointing
+    def __init__(
+        self,
+        settings: Dit,
+        shape: LatentShape,
+        num_classes: int | None,
+        scan: str = "auto",
+        checkpointing: str = "none",
+    ):
+        super().__init__(settings, shape, num_classes, scan, checkpointing)
         D = settings.width
         self.patches = PatchEmbed(shape.channels, settings.patch, D)
         self.time = TimeEmbedding(FREQUENCIES, D, D)
@@ -97,3 +102,9 @@ class DiT(Backbone):
             x_BTD = run_block(self.checkpointing, i, block, x_BTD, c_BD)
         shift_BD, scale_BD = self.modulation(F.silu(c_BD)).chunk(2, dim=1)
         return unpatchify(self.final(modulate(_norm(x_BTD), shift_BD, scale_BD)), self.patch)
+
+    def scale_initial(self, weights: Mapping[str, Tensor], growth: Mapping[str, float], base_width: int) -> None:
+        """Xavier's deviation of the patches falls with the width; that of the time's second product does not."""
+        inputs = weights["patches.weight"].shape[1]
+        weights["patches.weight"].mul_(((inputs + self.settings.width) / (inputs + base_width)) ** 0.5)
+        weights["time.down.weight"].mul_(growth["time.down.weight"] ** -0.5)

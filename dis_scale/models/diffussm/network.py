@@ -4,16 +4,29 @@ No code was released; W4, the depths of S and L, and the zero-initialised final 
 channels, L pixels of the latent (or patches) in raster order, G = L / M groups of M pixels, D width, S = 2D both directions.
 """
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dis_scale.models.checkpointing import run_block
-from dis_scale.models.dit import FREQUENCIES, position_table
-from dis_scale.models.s4d import S4D, convolve
-from dis_scale.models.tokens import Backbone, Linear, TimeEmbedding, modulate, patchify, unpatchify, zero_
+from dis_scale.models.diffussm import s4d
+from dis_scale.models.diffussm.s4d import S4D, convolve
+from dis_scale.models.diffussm.settings import DiffuSsm
+from dis_scale.models.tokens import (
+    FREQUENCIES,
+    Backbone,
+    Linear,
+    TimeEmbedding,
+    modulate,
+    patchify,
+    position_table,
+    unpatchify,
+    zero_,
+)
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import DiffuSsm, LatentShape
+from dis_scale.process.settings import LatentShape
 from dis_scale.scan.graphs import outside_graphs
 
 
@@ -87,9 +100,18 @@ class DiffuSSM(Backbone):
     """The model. Outside the scan it works on groups of M neighbours in raster order; as published it has no patches."""
 
     settings: DiffuSsm
+    dynamics = frozenset({"log_dt", "log_neg_re", "im", "B"})
+    vectors = frozenset({"bias", "C"})
 
-    def __init__(self, settings: DiffuSsm, shape: LatentShape, num_classes: int | None, scan: str, checkpointing: str):
-        super().__init__(shape, num_classes, settings.patch)
+    def __init__(
+        self,
+        settings: DiffuSsm,
+        shape: LatentShape,
+        num_classes: int | None,
+        scan: str = "auto",
+        checkpointing: str = "none",
+    ):
+        super().__init__(settings, shape, num_classes, scan, checkpointing)
         D, M, P = settings.width, settings.hourglass, shape.channels * settings.patch**2
         side = shape.size // settings.patch
         if side**2 % M or 2 * D % M:
@@ -97,7 +119,6 @@ class DiffuSSM(Backbone):
                 f"hourglass {M} must divide both {side} x {side} = {side**2} positions and twice the width = {2 * D}: "
                 "choose another hourglass"
             )
-        self.settings, self.scan, self.checkpointing = settings, scan, checkpointing
         self.embed = Linear(P * M, D)
         table = position_table(side, D).reshape(1, -1, M, D).mean(2) if settings.position == "sine" else None
         self.register_buffer("position", table, persistent=False)
@@ -124,3 +145,7 @@ class DiffuSSM(Backbone):
         shift_BD, scale_BD = self.modulation(F.silu(c_BD)).chunk(2, dim=1)
         out_BGP = self.final(modulate(_norm(I_BGD), shift_BD, scale_BD))
         return unpatchify(out_BGP.reshape(B, L, 2 * P), self.patch)
+
+    def verify_kernels(self, device: torch.device, images: Collection[int], training: bool) -> None:  # noqa: ARG002
+        """S4D's kernel."""
+        s4d.verify(self.settings, self.scan, (self.shape.size // self.patch) ** 2, device)

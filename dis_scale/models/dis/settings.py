@@ -1,0 +1,50 @@
+"""Settings of a DiS."""
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from dis_scale.models.family import FamilySettings
+from dis_scale.process.settings import Count, Fraction
+
+
+class Dis(FamilySettings):
+    """DiS: bidirectional Mamba blocks with long skips (arXiv 2402.05608)."""
+
+    only_initial: ClassVar[frozenset[str]] = frozenset({"drop_path", "init", "zero_final"})
+
+    kind: Literal["dis"]
+    width: Count
+    """Channels of a token."""
+    depth: Annotated[int, Field(ge=2, multiple_of=2)]
+    """Blocks in addition to the middle one: depth / 2 in-blocks, 1 middle block, depth / 2 out-blocks."""
+    patch: Count
+    """Pixels of the latent per side of a patch, which is one token."""
+    state_size: Count = 16
+    """States of the scan per channel."""
+    drop_path: Fraction = 0.1
+    """Probability with which the last block's branch is left out for an image in training; it rises from 0 over the blocks."""
+    init: Literal["ours", "official"] = "ours"
+    """`official` keeps the published code's zero bias in the backward direction's dt projection."""
+    halve_sum: bool = False
+    """Average the two directions instead of summing them (Vim, pull request 90)."""
+    conditioning: Literal["tokens", "adaln_zero", "adaln_zero_alone"] = "tokens"
+    """Time and class as two tokens; also by norms with shift, scale and gate in each block; by such norms alone, without tokens."""
+    skip: Literal["concat", "add", "none"] = "concat"
+    """How an out-block takes in an in-block's branch: by a product of both, by their sum, or not at all."""
+    directions: Literal[1, 2] = 2
+    """1: blocks scan from the first token to the last only, which sees label and time but no later patch."""
+    position: Literal["learned", "none"] = "learned"
+    """Learned embeddings of the positions, or none."""
+    zero_final: bool = False
+    """Start the last product at zero."""
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        if self.halve_sum and self.directions == 1:
+            raise ValueError("halve_sum averages two directions, and directions is 1: leave out one of them")
+        return self
+
+    def extra_tokens(self, num_classes: int | None) -> int:
+        """Return the number of tokens before the patches: label and time."""
+        return 0 if self.conditioning == "adaln_zero_alone" else 1 if num_classes is None else 2

@@ -1,0 +1,32 @@
+"""DiT, the baseline: attention with adaLN-Zero (Peebles and Xie, arXiv 2212.09748). Read next: network.py, public.py."""
+
+from typing import TYPE_CHECKING, Any
+
+from dis_scale.models.dit.settings import SIZES, Dit
+from dis_scale.models.family import Family, PublicLayout
+
+if TYPE_CHECKING:
+    from dis_scale.models.tokens import Backbone
+
+
+def _network(*arguments: Any) -> "Backbone":
+    from dis_scale.models.dit.network import DiT
+
+    return DiT(*arguments)
+
+
+def _public() -> PublicLayout:
+    from dis_scale.models.dit import public
+
+    return public
+
+
+FAMILY = Family(
+    Dit,
+    _network,
+    presets={f"{name}/{patch}": sizes | {"patch": patch} for name, sizes in SIZES.items() for patch in (2, 4, 8)},
+    marker="s",
+    line="--",
+    transfers=True,
+    public=_public,
+)

@@ -1,0 +1,120 @@
+"""A family of backbones as one value: its settings, its network, and all that other parts ask of it.
+
+No heavy import: reading a recipe needs the settings only. Read next: families.py (which families exist), tokens.py (the
+interface of a network), dis/ (a room).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
+
+from dis_scale.process.settings import LatentShape, Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dis_scale.models.tokens import Backbone
+
+
+class FamilySettings(Settings):
+    """Sizes and options of a network; base of a family's settings, which add `kind: Literal["name"]`, `width`, `patch` and more."""
+
+    if TYPE_CHECKING:
+        kind: str
+        width: int
+        patch: int
+
+    beside: ClassVar[frozenset[str]] = frozenset()
+    """Fields that a recipe adds to those of the family: what the network is does not depend on them."""
+    only_initial: ClassVar[frozenset[str]] = frozenset()
+    """Fields that shape the random start or the training, and not what the network computes from its weights."""
+
+    @property
+    def needed_code(self) -> str:
+        """Package and version, or hash of the file, that the settings were made for."""
+        return str(getattr(self, "code", ""))
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What the network is, apart from its training."""
+        return self.model_dump(exclude=set(self.beside))
+
+    def at_width(self, width: int) -> Self:
+        """Return the settings at another width, of a network between which and this one learning rates transfer."""
+        return self.model_copy(update={"width": width})
+
+    def base_width_refusal(self, base_width: int, others: Mapping[str, Self]) -> str | None:
+        """Return why rates cannot follow from a base width; None if they can. `others`: models of this kind and base width."""
+        del base_width, others
+        return None
+
+    @property
+    def heads_in_file(self) -> int | None:
+        """Heads of a public file of these settings, which its weights do not determine."""
+        return None
+
+
+class PaperNumbers(NamedTuple):
+    """Numbers of a family's own paper, beside what is counted here."""
+
+    gflops: float | None = None
+    """The DiS paper's Gflops column: thop x 2, which does not count the mixers."""
+    gmacs: float | None = None
+    """PaperNumbers multiply-adds, in 10^9."""
+
+
+class PublicLayout(Protocol):
+    """Names and shapes of the weights that the authors of a family released; a module has these functions."""
+
+    def recognises(self, state_dict: "Mapping[str, Tensor]") -> bool:
+        """Whether a public file is of this family."""
+        ...
+
+    def read(self, state_dict: "Mapping[str, Tensor]", heads: int | None = None) -> "Backbone":
+        """Return the model with a public file's weights. UserError names missing, unknown, misshapen or non-finite ones."""
+        ...
+
+    def rename(self, ours: str, model: "Backbone") -> str:
+        """Return the public name of one of the model's weights. UserError for options that the public code lacks."""
+        ...
+
+    def added(self, model: "Backbone", weights: "Mapping[str, Tensor]") -> "Mapping[str, Tensor]":
+        """Return what a public file has beside the model's renamed weights. UserError for a model that has no public form."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """A family of backbones. What needs PyTorch is a function, which imports when it is called."""
+
+    settings: type[FamilySettings]
+    """Class of its settings; its `kind` is the family's name in a recipe."""
+    network: Callable[..., "Backbone"]
+    """Makes the network: `network(settings, shape, num_classes, scan, checkpointing)`."""
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """PaperNumbers sizes by name."""
+    ladder: tuple[str, ...] = ()
+    """Presets that a first recipe compares on GPUs, the smallest first."""
+    small: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Sizes that a first recipe compares on a CPU, by the models' names, the smallest first; `patch` follows from the images."""
+    marker: str = "D"
+    """matplotlib's marker of its points in figures."""
+    line: str = ":"
+    """matplotlib's style of its lines."""
+    scans: frozenset[str] = frozenset()
+    """Values of `train.scan` under which it runs the backend that they select."""
+    transfers: bool = False
+    """Whether theory covers the transfer of its learning rates over widths."""
+    published: Callable[[Any, LatentShape, int | None], PaperNumbers] = lambda *_: PaperNumbers()
+    """Returns its paper's own numbers for settings, latent shape and number of classes."""
+    public: Callable[[], PublicLayout] | None = None
+    """Returns the layout of its public weights, if any were released."""
+
+    code: str = ""
+    """Package and version, or hash of the file, that it is from; set by families.py, and empty for a built-in one."""
+
+    @property
+    def kind(self) -> str:
+        """Its name in a recipe."""
+        (kind,) = self.settings.model_fields["kind"].annotation.__args__  # type: ignore[union-attr]
+        return str(kind)

@@ -1,0 +1,107 @@
+"""Counts of operations: a function that computes something else than products reports its own multiply-adds here.
+
+Nothing happens unless a network is being priced (models/cost.py), which then runs no kernel. Rules: the scan 9 FLOPs per channel,
+state, token and direction; the skip D u and the gate, wherever it is applied, one multiply-add per element and direction. Two
+FLOPs are one multiply-add.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dis_scale.scan.backend import NATIVE_CHUNK, Direction, from_one_way
+
+SCAN_MACS = 4.5
+"""Multiply-adds per channel, state, token and direction: 9 FLOPs."""
+
+
+class Counter(Protocol):
+    """What a network that is priced reports to."""
+
+    def add(self, name: str, macs: float, passes: int = 3) -> None:
+        """Count multiply-adds of a forward pass; training needs `passes` times as many."""
+        ...
+
+    def alone(self, name: str, macs: float) -> AbstractContextManager[None]:
+        """A context whose only operations are these."""
+        ...
+
+    def block(self, inputs: tuple[Tensor | None, ...]) -> AbstractContextManager[None]:
+        """The context of a block of the network, with its inputs."""
+        ...
+
+
+active: ContextVar[Counter | None] = ContextVar("counter", default=None)
+"""The counter of the pricing in progress."""
+
+
+def report(name: str, macs: float) -> None:
+    """Report operations that are no products."""
+    if counter := active.get():
+        counter.add(name, macs)
+
+
+@contextmanager
+def reporting(name: str, macs: float) -> Iterator[None]:
+    """Report the operations of this block, whose products are not counted besides."""
+    if counter := active.get():
+        with counter.alone(name, macs):
+            yield
+    else:
+        yield
+
+
+class _Keeping(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return function(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise NotImplementedError("a priced network has no backward pass")
+
+
+def keeping(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Return a function's output, of which a backward pass keeps the inputs alone: as `checkpoint` does, and kernels."""
+    out: Tensor = _Keeping.apply(function, *inputs)
+    return out
+
+
+def fused(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Return a function's output; one kernel computes it on a GPU, and keeps its inputs alone."""
+    return keeping(function, *inputs) if active.get() else function(*inputs)
+
+
+def _like_first(x_BLE: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_like(x_BLE, memory_format=torch.contiguous_format)
+
+
+def _scan(direction: Direction, reverse: bool) -> Tensor:  # noqa: ARG001
+    return _scans(direction)
+
+
+def _scans(*directions: Direction, gate: tuple[Tensor, ...] = ()) -> Tensor:
+    (B, L, E), N = directions[0].u_BLE.shape, directions[0].A_EN.shape[1]
+    report("scan", len(directions) * B * L * E * N * SCAN_MACS)
+    report("D u and gate", len(directions) * 2 * B * L * E)
+    inputs, states = [x for direction in directions for x in direction], (L - 1) // NATIVE_CHUNK
+    kept = directions[0].A_EN.new_empty(B, len(directions) * E * N * states)
+    return keeping(_like_first, *inputs, *gate, kept)
+
+
+def _two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None) -> Tensor:
+    return _scans(forward, backward, gate=() if z_BLE is None else (z_BLE,))
+
+
+def _conv(x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, reverse: bool) -> Tensor:  # noqa: ARG001
+    report("conv", x_BLE.numel() * weight_EW.shape[1])
+    return keeping(_like_first, x_BLE, weight_EW, bias_E)
+
+
+backend = from_one_way(_scan, _conv)._replace(two_way_scan=_two_way_scan)
+"""The backend of a network that is priced."""
