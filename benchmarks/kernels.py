@@ -2,8 +2,8 @@
 
 Each backend of the device is compared with the reference loop in float64, outputs and all gradients: at odd sizes and at DiS-L/2's
 at 256 pixels with 32 images. Triton's lanes of a channel depend on the number of images, so its rows cover 1, 2, 4 and 8 lanes in
-both passes; two more have longer sequences, as in training at 512 pixels with patches of 2 and 1. S4D's kernel is compared with
-PyTorch's in float64, at DiffuSSM-XL's sizes. The first time includes compilation, the second is that of a later start.
+both passes; two more have longer sequences, as in training at 512 pixels with patches of 2 and 1.
+The first time includes compilation, the second is that of a later start.
 """
 
 import json
@@ -14,9 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from benchmarks.bringup import Options, options
-from dis_scale.models.diffussm import s4d
-from dis_scale.models.diffussm.settings import DiffuSsm
-from dis_scale.models.families import preset
 from dis_scale.process.errors import DisScaleError
 from dis_scale.scan import choose
 from dis_scale.scan.selftest import TOLERANCE, Case, errors, filling_of
@@ -25,8 +22,6 @@ BACKENDS = {"cpu": ("native", "chunked"), "cuda": ("triton", "chunked", "mamba")
 ODD, L2 = Case(35, 40, 16), Case(258, 2048, 16, 32)
 LONG = Case(1026, 2048, 16, 8), Case(4098, 2048, 16, 2)
 QUICK = Case(5, 6, 16), ODD
-DIFFUSSM = DiffuSsm(**preset("DiffuSSM-XL"))
-TAPS = 1024, 4096
 """Positions of DiffuSSM at 256 and 512 pixels, with patches of 1."""
 
 
@@ -86,10 +81,6 @@ def compare_scan(backend: str, device: torch.device, case: Case, dtype: torch.dt
     return compare(f"{backend}, {dtype}, {case}", find, **fill)
 
 
-def compare_s4d(device: torch.device, taps: int) -> bool:
-    return compare(f"S4D's kernel, {taps:,} taps", lambda: s4d.errors(DIFFUSSM, taps, device))
-
-
 def main(chosen: Options) -> bool:
     device, right = chosen.device, True
     for backend in BACKENDS[device.type]:
@@ -100,9 +91,6 @@ def main(chosen: Options) -> bool:
             continue
         for case, dtype in comparisons(backend, chosen):
             right &= compare_scan(backend, device, case, dtype)
-        if backend == "triton":
-            for taps in TAPS:
-                right &= compare_s4d(device, taps)
     return right
 
 

@@ -103,20 +103,6 @@ def test_the_kernels_part_covers_each_number_of_lanes(monkeypatch: pytest.Monkey
     assert {(32, 258, 2048), (8, 1026, 2048), (2, 4098, 2048)} <= sizes
 
 
-def test_a_wrong_kernel_of_s4d_fails_the_kernels_part(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(kernels, "BACKENDS", {"cpu": ("triton",)})
-    monkeypatch.setattr(kernels, "choose", lambda *_: "triton")
-    monkeypatch.setattr(kernels, "comparisons", lambda *_: [])
-    monkeypatch.setattr(kernels.s4d, "errors", lambda _, taps, __: {"the kernel": (taps / 1e5, 0.02)})
-    assert not kernels.main(Options(torch.device("cpu"), quick=True))
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()[1:]]
-    assert [(row["name"], row["right"]) for row in rows] == [
-        ("S4D's kernel, 1,024 taps", True), ("S4D's kernel, 4,096 taps", False),
-    ]  # fmt: skip
-
-
 WITHOUT = """
 import sys
 from pathlib import Path

@@ -30,7 +30,7 @@ def build(
 ) -> "Backbone":
     """Return a model with initial weights on the CPU. It depends only on the arguments; the caller's generators do not advance.
 
-    `scan` is the backend of the selective scan and of S4D's kernel, `checkpointing` a mode of checkpointing.py, `precision` the
+    `scan` is the backend of the selective scan, `checkpointing` a mode of checkpointing.py, `precision` the
     type of the products: the weights are float32 in both. UserError for invalid settings.
     """
     import torch

@@ -109,7 +109,7 @@ class Train(Settings):
     compile: bool = runtime(False)
     """Run blocks through torch.compile; scans and convolutions stay as they are and break the graph at their borders."""
     scan: Literal["auto", "reference", "native", "triton", "mamba", "chunked"] = runtime("auto")
-    """Backend of the selective scan; `auto` takes the fastest of the device. `triton` also generates S4D's kernel."""
+    """Backend of the selective scan; `auto` takes the fastest of the device."""
     learning_rate: float = Field(1e-4, gt=0)
     """Rate of AdamW after the warm-up."""
     rates: Rates = Rates()

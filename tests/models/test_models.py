@@ -7,7 +7,6 @@ from dis_scale import models
 from dis_scale.diffusion import build as build_process
 from dis_scale.diffusion.generate import generate
 from dis_scale.models import build, check_finite
-from dis_scale.models.diffussm import s4d
 from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.models.dis import network
 from dis_scale.models.dis.settings import Dis
@@ -232,7 +231,6 @@ def compared(
     """What `verify_kernels` compares on a GPU."""
     seen = list[tuple[object, ...]]()
     monkeypatch.setattr(network, "verify", lambda name, _, dtype, case: seen.append((name, dtype, case)))
-    monkeypatch.setattr(s4d, "verify", lambda _, scan, length, __: seen.append((scan, length)))
     model = build(settings, LatentShape(4, 8), 10, **options)  # type: ignore[arg-type]
     models.verify_kernels(model, torch.device("cuda"), images, training)
     return seen
@@ -247,6 +245,4 @@ def test_a_gpus_kernels_are_compared_at_the_models_sizes(monkeypatch: pytest.Mon
     assert compared(monkeypatch, one_way, {4}, False, scan="chunked", checkpointing="block") == [
         ("chunked", torch.float32, Case(18, 32, 16, 4, directions=1, gradients=False))
     ]
-    diffussm = DiffuSsm(kind="diffussm", width=16, depth=1, patch=2)
-    assert compared(monkeypatch, diffussm, {4}, True, scan="triton") == [("triton", 16)]
     assert not compared(monkeypatch, Dit(kind="dit", width=16, depth=1, heads=2, patch=2), {4}, True)

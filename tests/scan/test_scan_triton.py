@@ -21,7 +21,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from benchmarks import s4d_counts
 from benchmarks.instructions import FORWARD, code, compiled, counted, registers, work
 from dis_scale.process.errors import UserError
 from dis_scale.scan import Direction, triton_conv, triton_layout, triton_numbers, triton_scan
@@ -72,15 +71,6 @@ def check_program(program: Any, name: str, capability: int) -> None:
     if name.startswith("scan"):  # one layout: a thread reads only what it wrote, and sums over lanes are shuffles
         layouts = re.findall(r"#ttg.blocked<{sizePerThread = \[1, 1\], (.*?), order", program.asm["ttgir"])
         assert layouts == ["threadsPerWarp = [32, 1], warpsPerCTA = [1, 4]"], "products need this one"
-
-
-@pytest.mark.parametrize("length", [1024, pytest.param(4096, marks=pytest.mark.faults)])
-def test_s4ds_kernels_compile_ahead(length: int) -> None:
-    """Without atomics and spilled registers."""
-    for name in ("s4d_forward", "s4d_backward"):
-        program = s4d_counts.compiled(name, length)
-        assert not re.search(r"\b(atom|red)\.", program.asm["ptx"])
-        assert registers(program).spilled_bytes == 0
 
 
 def test_the_instructions_are_counted() -> None:

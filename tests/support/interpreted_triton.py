@@ -14,11 +14,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from dis_scale.models.checkpointing import run_block
-from dis_scale.models.diffussm import s4d
-from dis_scale.models.diffussm.settings import DiffuSsm
-from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.scan import choose, triton_backward, triton_layout, triton_numbers
-from dis_scale.scan import s4d as scan_s4d
 from dis_scale.scan import triton as scan_triton
 from dis_scale.scan.backend import KeepingStates, keeps_states
 from dis_scale.scan.selftest import Case, verify
@@ -233,29 +229,6 @@ def test_the_self_test_passes(dtype: torch.dtype) -> None:
 def test_the_self_test_passes_for_other_kernels(changes: dict[str, Any]) -> None:
     """Those of a recomputed block, of one direction, and of sampling."""
     verify("triton", torch.device("cpu"), torch.float32, Case(L=5, E=3, N=1, images=1, **changes))
-
-
-@pytest.mark.parametrize(
-    ("width", "length", "states"), [(2, 70, 4), pytest.param(1, 2100, 6, marks=pytest.mark.faults)], ids=str
-)
-def test_s4ds_kernel_and_gradients_equal_pytorch_in_float64(width: int, length: int, states: int) -> None:
-    """An incomplete tile; two tiles of four warps, of which the second is incomplete."""
-    settings = DiffuSsm(kind="diffussm", width=width, depth=1, state_size=states)
-    s4d.verify(settings, "triton", length, torch.device("cpu"))
-
-
-def test_s4ds_self_test_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = scan_s4d.s4d_kernel
-    monkeypatch.setattr(scan_s4d, "s4d_kernel", lambda *arguments: 1.01 * right(*arguments))
-    settings = DiffuSsm(kind="diffussm", width=2, depth=1, state_size=4)
-    with pytest.raises(DisScaleError, match="S4D's kernel by the triton backend is wrong on cpu: the kernel is off by"):
-        s4d.verify(settings, "triton", 5, torch.device("cpu"))
-
-
-def test_s4ds_kernel_refuses_float64() -> None:
-    layer = s4d.S4D(2, DiffuSsm(kind="diffussm", width=2, depth=1, state_size=4), "triton").double()
-    with pytest.raises(UserError, match=r"computes in float32, got torch.float64: set the backend to chunked"):
-        layer.kernel(3)
 
 
 def test_extreme_gates() -> None:

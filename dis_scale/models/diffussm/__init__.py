@@ -35,6 +35,5 @@ FAMILY = Family(
     presets=SIZES,
     marker="^",
     line="-.",
-    scans=frozenset({"triton"}),  # generates S4D's kernel
     published=_published,
 )

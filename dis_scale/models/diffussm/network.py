@@ -4,14 +4,11 @@ No code was released; W4, the depths of S and L, and the zero-initialised final 
 channels, L pixels of the latent (or patches) in raster order, G = L / M groups of M pixels, D width, S = 2D both directions.
 """
 
-from collections.abc import Collection
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dis_scale.models.checkpointing import run_block
-from dis_scale.models.diffussm import s4d
 from dis_scale.models.diffussm.s4d import S4D, convolve
 from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.models.tokens import (
@@ -33,11 +30,11 @@ from dis_scale.scan.graphs import outside_graphs
 class BiS4D(nn.Module):
     """Both directions' convolutions of (B, L, S): the first D channels forward (`rightward`), the others backward (`leftward`)."""
 
-    def __init__(self, settings: DiffuSsm, scan: str):
+    def __init__(self, settings: DiffuSsm):
         super().__init__()
-        self.rightward = S4D(settings.width, settings, scan)
+        self.rightward = S4D(settings.width, settings)
         separate = settings.bidirectional and not settings.tied
-        self.leftward = S4D(settings.width, settings, scan) if separate else None
+        self.leftward = S4D(settings.width, settings) if separate else None
         self.bidirectional = settings.bidirectional
 
     @outside_graphs  # torch.compile assumes another memory layout for an FFT's output, and fails
@@ -66,13 +63,13 @@ class SlotLinear(nn.Module):
 class DiffuSSMBlock(nn.Module):
     """Hourglass up, both scans at full length, hourglass down, gate; names as in the paper, W4 ours."""
 
-    def __init__(self, settings: DiffuSsm, scan: str):
+    def __init__(self, settings: DiffuSsm):
         super().__init__()
         D, self.M = settings.width, settings.hourglass
         S = (2 if settings.bidirectional else 1) * D
         self.W0 = Linear(D, D)
         self.W_up = Linear(D, self.M * S)  # one product for all slots: they have the same input
-        self.scan = BiS4D(settings, scan)
+        self.scan = BiS4D(settings)
         self.W_down = SlotLinear(self.M, S, 2 * D // self.M)
         self.W1 = Linear(D, D)
         self.W2 = Linear(2 * D, D)
@@ -124,7 +121,7 @@ class DiffuSSM(Backbone):
         self.register_buffer("position", table, persistent=False)
         self.time = TimeEmbedding(FREQUENCIES, D, D)
         self.label = None if num_classes is None else nn.Embedding(num_classes + 1, D)
-        self.blocks = nn.ModuleList([DiffuSSMBlock(settings, scan) for _ in range(settings.depth)])
+        self.blocks = nn.ModuleList([DiffuSSMBlock(settings) for _ in range(settings.depth)])
         self.modulation = Linear(D, 2 * D)
         self.final = Linear(D, M * 2 * P)
         if self.label is not None:
@@ -145,7 +142,3 @@ class DiffuSSM(Backbone):
         shift_BD, scale_BD = self.modulation(F.silu(c_BD)).chunk(2, dim=1)
         out_BGP = self.final(modulate(_norm(I_BGD), shift_BD, scale_BD))
         return unpatchify(out_BGP.reshape(B, L, 2 * P), self.patch)
-
-    def verify_kernels(self, device: torch.device, images: Collection[int], training: bool) -> None:  # noqa: ARG002
-        """S4D's kernel."""
-        s4d.verify(self.settings, self.scan, (self.shape.size // self.patch) ** 2, device)

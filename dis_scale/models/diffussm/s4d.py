@@ -1,11 +1,9 @@
 """S4D: a diagonal state space as a long convolution (Gu, Gupta, Goel and Re 2022), and its recurrence, the definition.
 
 N real states are N / 2 complex modes; the factor 2 Re accounts for their conjugates. Parameters are real; kernel and FFT
-are float32 (float64 for float64 weights). If the scan backend is triton, one launch computes the kernel (scan/s4d.py),
-otherwise PyTorch does. Axes: B samples, L time, H channels, M modes. Read next: network.py.
+are float32 (float64 for float64 weights). Axes: B samples, L time, H channels, M modes. Read next: network.py.
 """
 
-import copy
 import functools
 import math
 
@@ -16,9 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.models.tokens import wide
-from dis_scale.process.errors import DisScaleError
 from dis_scale.scan.counts import active, keeping, report, reporting
-from dis_scale.scan.selftest import TOLERANCE
 
 CHUNK = 2**24
 """Complex numbers of the Vandermonde product in memory at once: 128 MB. All of it at 1152 channels and 4096 taps is 1.2 GB."""
@@ -49,9 +45,8 @@ def _legs(N: int) -> tuple[np.ndarray, np.ndarray]:
 class S4D(nn.Module):
     """H independent state spaces of one direction. `forward` returns the spectrum; `recurrence` is the reference."""
 
-    def __init__(self, channels: int, settings: DiffuSsm, scan: str = "auto"):
+    def __init__(self, channels: int, settings: DiffuSsm):
         super().__init__()
-        self.scan = scan
         H, M = channels, settings.state_size // 2
         with torch.device("cpu"):
             A_M, B_M = initial_modes(settings.init, settings.state_size)
@@ -69,19 +64,11 @@ class S4D(nn.Module):
         return torch.fft.rfft(kernel_HL, n=2 * length).T, wide(self.D)
 
     def kernel(self, length: int) -> Tensor:
-        """K (H, L): 2 Re sum_n C_n B_n (exp(dt A_n) - 1) / A_n exp(l dt A_n)."""
+        """K (H, L): 2 Re sum_n C_n B_n (exp(dt A_n) - 1) / A_n exp(l dt A_n); in chunks over n."""
         with reporting("kernel", self.C.numel() // 2 * length * 6):  # a power (4), the real part of a product (2)
             return self._kernel(length)
 
     def _kernel(self, length: int) -> Tensor:
-        if self.scan == "triton" and not active.get():
-            from dis_scale.scan.s4d import s4d_kernel  # Triton comes only with PyTorch's builds for Linux
-
-            return s4d_kernel(length, *map(wide, (self.log_dt, self.log_neg_re, self.im, self.B, self.C)))
-        return self.kernel_in_chunks(length)
-
-    def kernel_in_chunks(self, length: int) -> Tensor:
-        """The same by PyTorch, in chunks over n."""
         dtA_HM, dB_HM = self.discrete()
         weights_HM = _complex(self.C) * dB_HM
         taps_L = torch.arange(length, dtype=dtA_HM.real.dtype, device=self.D.device)
@@ -111,50 +98,6 @@ class S4D(nn.Module):
             x_BHM = dA_HM * x_BHM + dB_HM * u_BH[:, :, None]
             ys.append(2 * (C_HM * x_BHM).sum(2).real + self.D * u_BH)
         return torch.stack(ys, dim=1)
-
-
-@functools.cache
-def verify(settings: DiffuSsm, scan: str, length: int, device: torch.device) -> None:
-    """Compare Triton's kernel with PyTorch's as `errors` does, if `scan` selects it; DisScaleError names the backend to set.
-
-    Once per process, since each checkpoint is evaluated by a new model.
-    """
-    if scan != "triton":
-        return
-    for name, (error, allowed) in errors(settings, length, device).items():
-        if not error <= allowed:  # it may be NaN
-            raise DisScaleError(
-                f"S4D's kernel by the triton backend is wrong on {device}: {name} is off by {error:.1e} of its largest number, "
-                f"allowed are {allowed:.1e}: set train.scan to auto"
-            )
-
-
-def errors(settings: DiffuSsm, length: int, device: torch.device) -> dict[str, tuple[float, float]]:
-    """Largest error of Triton's kernel and of each gradient relative to the tensor's largest number, and the allowed one.
-
-    The definition is PyTorch's in float64. Allowed is the error of the scans, or four times that of PyTorch's operations in
-    float32, which `init: legs` needs. No random state changes.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        layer, weights_HL = S4D(settings.width, settings, "triton"), torch.randn(settings.width, length)
-    single, double = layer.to(device), copy.deepcopy(layer).to(device).double()
-    got = _with_gradients(single, single.kernel(length), weights_HL)
-    peer = _with_gradients(single, single.kernel_in_chunks(length), weights_HL)
-    exact = _with_gradients(double, double.kernel_in_chunks(length), weights_HL)
-    found = {}
-    for name, x in exact.items():
-        error, by_pytorch = (((each[name] - x).abs().max() / x.abs().max()).item() for each in (got, peer))
-        found[name] = error, max(TOLERANCE[torch.float32], 4 * by_pytorch)
-    return found
-
-
-def _with_gradients(layer: S4D, kernel_HL: Tensor, weights_HL: Tensor) -> dict[str, Tensor]:
-    """The kernel, and the gradient of each parameter that it depends on, in float64."""
-    names = "log_dt", "log_neg_re", "im", "B", "C"
-    gradients = torch.autograd.grad(kernel_HL, [layer.get_parameter(name) for name in names], weights_HL.to(kernel_HL))
-    named = {f"the gradient of {name}": x for name, x in zip(names, gradients, strict=True)}
-    return {name: x.detach().double() for name, x in ({"the kernel": kernel_HL} | named).items()}
 
 
 def convolve(u_BLH: Tensor, spectrum_KH: Tensor, D_H: Tensor) -> Tensor:
