@@ -53,7 +53,7 @@ data = _group(
 recipe = _group(
     "recipe ",
     "Show a recipe's settings and numbers, compare recipes, list the shipped ones, print their JSON schema.",
-    show=recipes.show, diff=recipes.diff, list=recipes.shipped, schema=recipes.schema,
+    show=recipes.show_recipe, diff=recipes.diff, list=recipes.shipped, schema=recipes.schema,
 )  # fmt: skip
 app.add_typer(recipe, name="recipe")
 app.add_typer(ablations, name="ablate")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dis_scale.cli.shared import AsJson, Overrides, RecipePath, VaeOption, print_json, require_folder, say
+from dis_scale.cli.shared import AsJson, Overrides, RecipePath, VaeOption, require_folder, show
 from dis_scale.recipe.shipped import EMBEDDED
 
 Heads = Annotated[int | None, typer.Option(help="Attention heads, for a public DiT of unusual size.", min=1)]
@@ -25,12 +25,8 @@ def export(
 
     require_folder(folder, "FOLDER")
     opened = card.export_checkpoint(checkpoint, folder, vae, heads)
-    if as_json:
-        print_json({"folder": str(folder), "checkpoint": str(opened.located), "notes": opened.notes})
-        return
-    for line in opened.notes:
-        say(line)
-    say(f"exported {folder}\nnext     fill in {folder / card.CARD}: data, licence")
+    document = {"folder": str(folder), "checkpoint": str(opened.located), "notes": opened.notes}
+    show(as_json, document, *opened.notes, f"exported {folder}\nnext     fill in {folder / card.CARD}: data, licence")
 
 
 def import_weights(
@@ -55,15 +51,13 @@ def import_weights(
     sweep = Sweep.below(store, settings.model_copy(update={"storage": storage}))
     shape = vae.planned_shape(settings.vae, settings.data.resolution)
     found = public_weights.import_weights(sweep, model, file, shape)
-    if as_json:
-        print_json(found._asdict() | {"folder": found.folder.url})
-        return
-    for note in found.notes:
-        say(note)
     known = model in Sweep.open(sweep.folder.url).recipe.models
     again = f"dis-scale resume {sweep}" if known else f"dis-scale sweep {recipe or EMBEDDED}"
-    say(
+    show(
+        as_json,
+        found._asdict() | {"folder": found.folder.url},
+        *found.notes,
         f"imported {found.folder}: {found.parameters:,} weights, at {found.images_seen:,} images\n"
         f"next     {again}: evaluates it; dis-scale sample --checkpoint {found.folder}\n"
-        f"         models.NAME.start: {{kind: sweep, url: {sweep}, model: {model}, images: {found.images_seen}}}"
+        f"         models.NAME.start: {{kind: sweep, url: {sweep}, model: {model}, images: {found.images_seen}}}",
     )

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
+from rich.console import RenderableType
 from rich.table import Table
 
 from dis_scale.cli.shared import (
@@ -13,8 +14,7 @@ from dis_scale.cli.shared import (
     RecipePath,
     SourceImages,
     console,
-    print_json,
-    say,
+    show,
     source_images,
 )
 from dis_scale.process.errors import UserError, nearest
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dis_scale.planning.fleet import Fleet
     from dis_scale.planning.plan import Plan
     from dis_scale.recipe import Recipe
+    from dis_scale.recipe.train import Train
 
 SOURCES = (
     "measured: on an AMD EPYC CPU, memory is within 10 % of training steps of DiS-S/2, DiS-B/2, DiT-S/2 and DiffuSSM-S in fp32. "
@@ -62,15 +63,14 @@ def plan(
     if not as_json:
         console().print(table(priced))
     source, unknown = source_images(settings, images)
-    if as_json:
-        found = {"recipe": settings.name, "plan": derive(priced, source), "source_unknown": unknown, "fleet": forecast}
-        print_json(found | {"study": [cell._asdict() for cell in study]})
-        return
-    say(f"data     {price_reading(settings, shape, source)}" if source else f"data     unknown: {unknown}")
-    if study:
-        console().print(isoflop.table(priced, study, source))
-    if fleet and forecast:
-        _show(priced, fleet, forecast)
+    document = {"recipe": settings.name, "plan": derive(priced, source), "source_unknown": unknown, "fleet": forecast}
+    show(
+        as_json,
+        document | {"study": [cell._asdict() for cell in study]},
+        f"data     {price_reading(settings, shape, source)}" if source else f"data     unknown: {unknown}",
+        *([isoflop.table(priced, study, source)] if study else []),
+        *(_forecast(priced, fleet, forecast) if fleet and forecast else []),
+    )
 
 
 def _fleet(recipe: "Recipe", gpu: str | None, given: dict[str, Any]) -> "Fleet | None":
@@ -89,23 +89,21 @@ def _fleet(recipe: "Recipe", gpu: str | None, given: dict[str, Any]) -> "Fleet |
     return replace(Fleet(gpu, recipe.train.most_workers), **given)
 
 
-def _show(plan: "Plan", fleet: "Fleet", forecast: dict[str, Any]) -> None:
+def _forecast(plan: "Plan", fleet: "Fleet", forecast: dict[str, Any]) -> list[RenderableType]:
     from dis_scale.planning.fleet import GPUS
 
     gpu = GPUS[fleet.gpu]
-    say(
+    assumed = (
         f"\nfleet    {fleet.count:,} x {fleet.gpu}; assumed: MFU {fleet.mfu:.0%}, {gpu.node_gb_s:g} GB/s within a node, "
         f"{gpu.network_gb_s:g} GB/s between nodes, "
         f"{fleet.host_gb_s:g} GB/s to the host, {fleet.storage_gb_s:g} GB/s a worker to storage, {fleet.restart_s:g} s to restart, "
         f"{fleet.preemptions_per_day:g} preemptions a day\nfigures  {SOURCES}"
     )
-    for show in (_memory, _training, _sizes):
-        console().print(show(forecast, plan))
+    return [assumed, _memory(forecast, plan.recipe.train), _training(forecast), _sizes(forecast)]
 
 
-def _memory(forecast: dict[str, Any], plan: "Plan") -> Table:
+def _memory(forecast: dict[str, Any], train: "Train") -> Table:
     models, usable = forecast["models"], forecast["usable_bytes"]
-    train = plan.recipe.train
     table = _table(
         f"GiB of a worker by ZeRO stage and checkpointing, {train.micro_images or train.lane_images} images in a forward pass; "
         f"* is over the usable {usable / 2**30:.1f}",
@@ -119,7 +117,7 @@ def _memory(forecast: dict[str, Any], plan: "Plan") -> Table:
     return table
 
 
-def _training(forecast: dict[str, Any], _: "Plan") -> Table:
+def _training(forecast: dict[str, Any]) -> Table:
     table = _table(
         "training, by arithmetic", "model", "GPUs", "sent\na step", "steps/s", "days", "GPU hours", "resume\npoint",
         "every,\nimages", "lost", "evaluation\nGPU hours", "stored", "price",
@@ -136,7 +134,7 @@ def _training(forecast: dict[str, Any], _: "Plan") -> Table:
     return table
 
 
-def _sizes(forecast: dict[str, Any], _: "Plan") -> Table:
+def _sizes(forecast: dict[str, Any]) -> Table:
     table = _table("the sweep, by the number of GPUs", "GPUs", "days", "GPU hours", "largest loss", "stored", "price")
     for each in forecast["by_gpus"]:
         table.add_row(

@@ -10,9 +10,7 @@ from dis_scale.cli.shared import (
     AsJson,
     Overrides,
     SourceImages,
-    console,
-    print_json,
-    say,
+    show,
     source_images,
 )
 from dis_scale.process.errors import DisScaleError
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
 RecipeOrSweep = Annotated[str, typer.Argument(help="A recipe, the name of a shipped one, or a sweep's folder.")]
 
 
-def show(
+def show_recipe(
     recipe: RecipeOrSweep, overrides: Overrides = None, images: SourceImages = None, as_json: AsJson = False
 ) -> None:
     """Show every setting with its value, and all numbers that follow."""
@@ -35,17 +33,10 @@ def show(
         numbers = _derived(settings, images)
     except DisScaleError as error:
         unknown = str(error)
-    if as_json:
-        print_json({"settings": settings.model_dump(mode="json"), "derived": numbers, "unknown": unknown})
-        return
-    for setting in flat.flatten(settings):
-        say(f"{setting.key}: {setting.words}{'' if setting.given else '  # default'}")
-    if numbers is None:
-        say(f"\nunknown  {unknown}")
-        return
-    for line in _lines(settings, numbers):
-        say(line)
-    console().print(_table(numbers["models"]))
+    words = (f"{each.key}: {each.words}{'' if each.given else '  # default'}" for each in flat.flatten(settings))
+    follows = [*_lines(settings, numbers), _table(numbers["models"])] if numbers else [f"\nunknown  {unknown}"]
+    document = {"settings": settings.model_dump(mode="json"), "derived": numbers, "unknown": unknown}
+    show(as_json, document, *words, *follows)
 
 
 def diff(a: RecipeOrSweep, b: RecipeOrSweep, as_json: AsJson = False) -> None:
@@ -53,16 +44,10 @@ def diff(a: RecipeOrSweep, b: RecipeOrSweep, as_json: AsJson = False) -> None:
     from dis_scale.recipe import flat
 
     found = flat.differences(_open(a), _open(b))
-    if as_json:
-        print_json([each._asdict() for each in found])
-        return
-    if not found:
-        say("equal    no setting differs")
-        return
     table = Table("setting", a, b)
     for each in found:
         table.add_row(each.key, *("-" if value is None else value for value in (each.a, each.b)))
-    console().print(table)
+    show(as_json, [each._asdict() for each in found], table if found else "equal    no setting differs")
 
 
 def shipped(as_json: AsJson = False) -> None:
@@ -70,21 +55,17 @@ def shipped(as_json: AsJson = False) -> None:
     from dis_scale.recipe import shipped as recipes
 
     purposes = {name: recipes.purpose(name) for name in recipes.names()}
-    if as_json:
-        found = [
-            {"name": name, "path": str(recipes.resolve(name)), "purpose": words} for name, words in purposes.items()
-        ]
-        print_json(found)
-        return
-    for name, words in purposes.items():
-        say(f"{name:<24}{words}")
+    document = [
+        {"name": name, "path": str(recipes.resolve(name)), "purpose": words} for name, words in purposes.items()
+    ]
+    show(as_json, document, *(f"{name:<24}{words}" for name, words in purposes.items()))
 
 
 def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     from dis_scale.recipe.schema import json_schema
 
-    print_json(json_schema())
+    show(True, json_schema())
 
 
 def _open(url: str, overrides: list[str] | None = None) -> "Recipe":

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dis_scale.cli.shared import AsJson, At, Model, SweepUrl, console, print_json, say
+from dis_scale.cli.shared import AsJson, At, Model, SweepUrl, console, say, show
 from dis_scale.process.errors import UserError
 
 
@@ -24,11 +24,8 @@ def report(
     opened = Sweep.open(sweep)
     points = collect(opened, plan_of(opened))
     write(opened, points, published)
-    if as_json:
-        print_json(to_json(points) | {"page": f"{opened.report}/{PAGE}"})
-        return
-    console().print(table(points))
-    say(f"page     {opened.report}/{PAGE}")
+    page = f"{opened.report}/{PAGE}"
+    show(as_json, to_json(points) | {"page": page}, table(points), f"page     {page}")
 
 
 def compare(
@@ -65,10 +62,7 @@ def compare(
         pairs = dict(name.split("=") for name in pair)
     table = comparison.comparison_table(first, second, pairs)  # refuses sweeps without common points
     found = comparison.differences(first, second, pairs) if as_json or figure else []
-    if as_json:
-        print_json([each.to_json() for each in found])
-    else:
-        console().print(table)
+    show(as_json, [each.to_json() for each in found], table)
     if figure:
         drawn = [d for d in found if not d.a.variant and d.a.images_seen in (first.counts[-1], second.counts[-1])]
         unlike = comparison.unlike_words(first, second, drawn)
@@ -108,8 +102,7 @@ def _ablate(url: str, model: str, at: int | None, setting: str, values: list[flo
     from pipelines.ablate import run_ablation
 
     found = run_ablation(Sweep.open(url), model, at, setting, values, console(stderr=as_json))
-    if as_json:
-        print_json([{setting: value, "values": metrics} for value, metrics in found.items()])
+    show(as_json, [{setting: value, "values": metrics} for value, metrics in found.items()])
 
 
 def sync(
@@ -129,10 +122,7 @@ def sync(
     if into is None:
         raise UserError(f"{opened} was never tracked: name an MLflow, --uri sqlite:///mlflow.db or http://...")
     rows = copy_everything(opened, plan_of(opened).parameters(), into)
-    if as_json:
-        print_json({"uri": into, "rows": rows})
-        return
-    say(f"{rows:,} rows of training and all evaluations are in {into}")
+    show(as_json, {"uri": into, "rows": rows}, f"{rows:,} rows of training and all evaluations are in {into}")
 
 
 def _numbers(option: str, text: str) -> list[float]:

@@ -13,10 +13,10 @@ from dis_scale.cli.shared import (
     SweepUrl,
     console,
     driver_console,
-    print_json,
     require_folder,
     say,
     say_aside,
+    show,
 )
 from dis_scale.process.errors import UserError
 from dis_scale.recipe.shipped import EMBEDDED
@@ -65,13 +65,12 @@ def stop(
     from pipelines.stop import stop_sweep
 
     stopped = stop_sweep(sweep, address)
-    if as_json:
-        print_json({"stop_requested": stopped})
-        return
-    say(
+    show(
+        as_json,
+        {"stop_requested": stopped},
         f"stop requested: {', '.join(stopped)}"
         if stopped
-        else "nothing to stop: no command and no job of this sweep is running"
+        else "nothing to stop: no command and no job of this sweep is running",
     )
 
 
@@ -90,10 +89,7 @@ def status(
     if every:
         return statuses.watch(opened, every, console())
     found = statuses.collect(opened, time.time())
-    if as_json:
-        print_json(found.to_json())
-    else:
-        console().print(statuses.table(found))
+    show(as_json, found.to_json(), statuses.table(found))
 
 
 def logs(
@@ -112,20 +108,13 @@ def logs(
         raise UserError("logs: expected a model or --stage, got both")
     if model is None and stage is None:
         lines = attempt_logs.overview(opened)
-        if as_json:
-            print_json({"attempts": lines})
-        for line in [] if as_json else lines:
-            say(line)
-        return
+        return show(as_json, {"attempts": lines}, *lines)
     if model is not None:
         opened.run(model)  # refuses an unknown one
     folder = opened.logs(stage or "train", model)
     texts = attempt_logs.read_attempt(folder, attempt)
-    if as_json:
-        print_json({f"{folder}/{name}": text for name, text in texts.items()})
-        return
-    for name, text in texts.items():
-        print(f"==> {folder}/{name} <==\n{text}")
+    files = {f"{folder}/{name}": text for name, text in texts.items()}
+    show(as_json, files, *(f"==> {file} <==\n{text}" for file, text in files.items()))
 
 
 def fork(
@@ -144,12 +133,11 @@ def fork(
 
     opened = Sweep.open(sweep)
     run = fork_run(opened, model, at, new, settings or [])
-    if as_json:
-        print_json({"run": run.folder.url, "model": new, "images": at})
-        return
-    say(
+    show(
+        as_json,
+        {"run": run.folder.url, "model": new, "images": at},
         f"forked   {run.folder}: continues from {at} images\n"
-        f"next     dis-scale resume {opened}; or give {new} the settings of {model} under models: in your recipe and run that"
+        f"next     dis-scale resume {opened}; or give {new} the settings of {model} under models: in your recipe and run that",
     )
 
 
@@ -169,7 +157,5 @@ def profile(
     if trace is not None:
         require_folder(trace, "--trace")
     rates = profile_training(Sweep.open(sweep), model, steps, trace, say_aside if as_json else say)
-    if as_json:
-        print_json(rates | {"model": model, "steps": steps, "trace": trace and str(trace)})
-    elif trace is not None:
-        say(f"trace    {trace}")
+    document = rates | {"model": model, "steps": steps, "trace": trace and str(trace)}
+    show(as_json, document, *([f"trace    {trace}"] if trace else []))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dis_scale.cli.checkpoints import Heads
-from dis_scale.cli.shared import AsJson, VaeOption, console, print_json, require_folder, say, say_aside
+from dis_scale.cli.shared import AsJson, VaeOption, console, require_folder, say, say_aside, show
 from dis_scale.process.errors import UserError
 
 if TYPE_CHECKING:
@@ -94,18 +94,16 @@ def sample(
     else:
         with Board(console(stderr=as_json)) as board:
             adm.write_samples(npz, images, _counted(parts, lambda n: board.update("sample", n, images, "images")))
-    if as_json:
-        found = {
-            "file": str(npz or out),
-            "images": images,
-            "sampler": sampling.sampler,
-            "steps": sampling.steps,
-            "guidance": sampling.guidance,
-            "seed": seed,
-        }
-        print_json(found | {"device": machine_name(device), "notes": opened.notes})
-        return
-    say(f"{images} images in {npz or out}")
+    found = {
+        "file": str(npz or out),
+        "images": images,
+        "sampler": sampling.sampler,
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
+        "seed": seed,
+    }
+    device_notes = {"device": machine_name(device), "notes": opened.notes}
+    show(as_json, found | device_notes, f"{images} images in {npz or out}")
 
 
 def grid_columns(classes: int, images: int) -> int:

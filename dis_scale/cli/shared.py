@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from dis_scale.process import jsonlog
 from dis_scale.process.errors import DisScaleError, UserError
@@ -65,8 +65,8 @@ def console(stderr: bool = False) -> Console:
 
 
 def say(line: str) -> None:
-    """Print a line as it is: not wrapped, no colours."""
-    console().print(line, highlight=False, markup=False, soft_wrap=True)
+    """Print a line as it is: not wrapped, no colours, tabs and `:words:` kept."""
+    console().out(line, highlight=False)
 
 
 def say_aside(line: str) -> None:
@@ -74,9 +74,13 @@ def say_aside(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def print_json(value: Any) -> None:
-    """Print a value for programs."""
-    print(json.dumps(value, indent=1))
+def show(as_json: bool, document: Any, *words: RenderableType) -> None:
+    """Print a result: its document as JSON for programs, or its lines, as they are, and tables for people."""
+    if as_json:
+        print(json.dumps(document, indent=1))
+        return
+    for each in words:
+        say(each) if isinstance(each, str) else console().print(each)
 
 
 def source_images(recipe: "Recipe", given: int | None) -> tuple[int | None, str]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dis_scale.cli.shared import AsJson, console, print_json, require_new, say
+from dis_scale.cli.shared import AsJson, console, require_new, say, show
 from dis_scale.process.errors import DisScaleError
 from dis_scale.recipe.shipped import EMBEDDED
 
@@ -58,12 +58,13 @@ def init(
     with out.open("x") as file:
         file.write(text)
     recipe = reading.parse(text, str(out))
-    if as_json:
-        print_json({"recipe": str(out), "settings": recipe.model_dump(mode="json"), **found.to_json()})
-        return
-    say(f"machine  {machine.words}")
-    say(f"recipe   {out}: {', '.join(recipe.models)} at {recipe.data.resolution} pixels")
-    say(f"next     dis-scale plan {out}\n         dis-scale sweep {out}")
+    show(
+        as_json,
+        {"recipe": str(out), "settings": recipe.model_dump(mode="json"), **found.to_json()},
+        f"machine  {machine.words}",
+        f"recipe   {out}: {', '.join(recipe.models)} at {recipe.data.resolution} pixels",
+        f"next     dis-scale plan {out}\n         dis-scale sweep {out}",
+    )
 
 
 def doctor(
@@ -87,8 +88,7 @@ def doctor(
         findings.append(each)
         if not as_json:
             say(f"{each.state:<10} {each.part:<14} {each.words}")
-    if as_json:
-        print_json([asdict(each) for each in findings])
+    show(as_json, [asdict(each) for each in findings])
     if bad := [each.part for each in findings if each.state == "bad"]:
         raise DisScaleError(f"{len(bad)} of {len(findings)} parts are bad: {', '.join(bad)}")
 

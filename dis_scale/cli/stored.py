@@ -1,11 +1,11 @@
 """Commands on stored files: `dis-scale verify`, `gc` and `delete` of a sweep; `dis-scale data verify`, `repair`, `show`, `gc`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dis_scale.cli.shared import AsJson, SweepUrl, VaeOption, console, print_json, require_folder, say
+from dis_scale.cli.shared import AsJson, SweepUrl, VaeOption, console, require_folder, say, show
 from dis_scale.process.errors import DisScaleError, UserError
 
 if TYPE_CHECKING:
@@ -26,12 +26,10 @@ def verify_results(sweep: SweepUrl, as_json: AsJson = False) -> None:
         damaged = verify_sweep(Sweep.open(sweep), lambda done, total: board.update("verify", done, total, "files"))
         for line in damaged:
             board.say(f"damaged  {line}")
-    if as_json:
-        print_json({"damaged": damaged})
+    complete = "complete all files that the results need were read and match their hashes"
+    show(as_json, {"damaged": damaged}, *([] if damaged else [complete]))
     if damaged:
         raise DisScaleError(f"{sweep}: {len(damaged)} files are damaged or missing")
-    if not as_json:
-        say("complete all files that the results need were read and match their hashes")
 
 
 def gc(sweep: SweepUrl, yes: Yes = False, as_json: AsJson = False) -> None:
@@ -77,11 +75,8 @@ def _list_or_delete(unneeded: "list[Unneeded]", kept: list[str], yes: bool, as_j
         _print_parts(unneeded)
     if yes:
         retention.delete(unneeded)
-    if as_json:
-        total = {"files": files, "bytes": size_bytes, "deleted": yes}
-        print_json({"parts": [each.to_json() for each in unneeded], "kept": kept} | total)
-        return
-    _print_total(files, size_bytes, yes, remedy)
+    document = {"parts": [each.to_json() for each in unneeded], "kept": kept}
+    _show_total(as_json, document, files, size_bytes, yes, remedy)
 
 
 def _print_parts(parts: "list[Unneeded]") -> None:
@@ -89,9 +84,10 @@ def _print_parts(parts: "list[Unneeded]") -> None:
         say(f"{each.kind:<12} {each.folder}: {len(each.sizes):,} files, {each.size_bytes / 1e6:,.1f} MB")
 
 
-def _print_total(files: int, size_bytes: int, deleted: bool, remedy: str) -> None:
+def _show_total(as_json: bool, document: Any, files: int, size_bytes: int, deleted: bool, remedy: str) -> None:
     total = f"{size_bytes / 1e9:,.3f} GB in {files:,} files"
-    say(f"deleted      {total}" if deleted else f"total        {total}; to delete them: {remedy}")
+    words = f"deleted      {total}" if deleted else f"total        {total}; to delete them: {remedy}"
+    show(as_json, document | {"files": files, "bytes": size_bytes, "deleted": deleted}, words)
 
 
 def delete(
@@ -114,11 +110,9 @@ def delete(
             say(f"{note.kind:<12} {note.words}")
     if yes:
         removal.delete(removed)
-    if as_json:
-        parts, notes = [each.to_json() for each in removed.parts], [note._asdict() for note in removed.notes]
-        print_json({"parts": parts, "notes": notes, "files": files, "bytes": size_bytes, "deleted": yes})
-        return
-    _print_total(files, size_bytes, yes, f"dis-scale delete {sweep} --yes")
+    parts, notes = [each.to_json() for each in removed.parts], [note._asdict() for note in removed.notes]
+    remedy = f"dis-scale delete {sweep} --yes"
+    _show_total(as_json, {"parts": parts, "notes": notes}, files, size_bytes, yes, remedy)
 
 
 def data_verify(
@@ -133,8 +127,7 @@ def data_verify(
     with Board(console(stderr=as_json)) as board:
         sweep, latents = maintenance.locate_latents(url)
         damaged = maintenance.verify(latents, fast, lambda done, total: board.update("verify", done, total, "shards"))
-        if as_json:
-            print_json({"latents": latents.url, "damaged": damaged})
+        show(as_json, {"latents": latents.url, "damaged": damaged})
         for words in damaged.values():
             board.say(f"damaged  {words}")
         maintenance.require_undamaged(latents, damaged, sweep)
@@ -156,8 +149,7 @@ def data_repair(
             listing_words(board.say),
         )
         board.say(f"repaired {', '.join(repaired)}" if repaired else "nothing to repair: every shard is complete")
-    if as_json:
-        print_json({"repaired": repaired})
+    show(as_json, {"repaired": repaired})
 
 
 def data_show(
@@ -173,8 +165,7 @@ def data_show(
 
     sweep, latents = maintenance.locate_latents(url)
     if as_json:
-        print_json(LatentsManifest.require(latents).to_json() | {"latents": latents.url})
-        return
+        return show(True, LatentsManifest.require(latents).to_json() | {"latents": latents.url})
     for line in maintenance.describe(latents):
         say(line)
     decoder = maintenance.load_decoder(sweep, latents, vae)
