@@ -1,14 +1,14 @@
 """Blocks of features to metrics: one pass in block order, in bounded memory except for metrics that need all features.
 
 The result is bit-equal for any workers and order of sampling. Each metric's mathematics is in its own file: metrics.py (distances),
-score.py, kernel.py, neighbours.py.
+score.py, sets.py.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from dis_scale.evaluation import inception, kernel, metrics, neighbours, score
+from dis_scale.evaluation import inception, metrics, score, sets
 from dis_scale.evaluation.features import Features
 from dis_scale.evaluation.metrics import Frechet, Groups
 from dis_scale.evaluation.reference import Reference
@@ -117,9 +117,9 @@ class _Pass:
     def _of_all_features(self, features_ND: np.ndarray, frechet: Frechet) -> Iterator[MetricValue]:
         real, n = self._reference.kept, len(features_ND)
         if "kid" in self._requested and real is not None:
-            yield "kid", kernel.kid(features_ND, real), None
+            yield "kid", sets.kid(features_ND, real), None
         if "precision_recall" in self._requested and real is not None:
-            precision, recall = neighbours.precision_recall(features_ND, real)
+            precision, recall = sets.precision_recall(features_ND, real)
             # The balls around the real images are fixed, so the error of precision is binomial; those of recall vary.
             yield "precision", precision, float(np.sqrt(precision * (1 - precision) / n))
             yield "recall", recall, None

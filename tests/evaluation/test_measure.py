@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dis_scale.evaluation import kernel, metrics, neighbours, npz, score
+from dis_scale.evaluation import metrics, npz, score, sets
 from dis_scale.evaluation.features import Features
 from dis_scale.evaluation.measure import measure_blocks, notes
 from dis_scale.evaluation.metrics import Frechet, fit, frechet
@@ -88,14 +88,14 @@ def test_each_metric_has_its_name_its_value_and_its_error(
 ) -> None:
     generated, real = images
     pooled, kept = generated.pooled, real.pooled
-    target, precision = Frechet(fit(kept)), neighbours.precision_recall(pooled, kept)
+    target, precision = Frechet(fit(kept)), sets.precision_recall(pooled, kept)
     limit, limit_error = metrics.infinity(pooled, target, 1200)
     cuts = {"is_1200": score.shuffled_splits(1200), "is_adm_1200": score.adm_splits(1200)}
     assert generated.spatial is not None
     assert real.spatial is not None
     expected = {
         "fid_1200": target(fit(pooled)), "sfid_1200": frechet(fit(real.spatial), fit(generated.spatial)),
-        "kid_1200": kernel.kid(pooled, kept), "precision_1200": precision[0], "recall_1200": precision[1],
+        "kid_1200": sets.kid(pooled, kept), "precision_1200": precision[0], "recall_1200": precision[1],
         "precision_1200_error": np.sqrt(precision[0] * (1 - precision[0]) / 1200),
         "fid_infinity_1200": limit, "fid_infinity_1200_error": limit_error,
     } | {name: inception_score(generated.logits, splits) for name, splits in cuts.items()}  # fmt: skip
@@ -212,16 +212,16 @@ def test_too_few_images_for_a_metric_say_how_many() -> None:
     ):
         measure_blocks(blocks([80], digits=seen(80, 0)), {"digits": reference(seen(90, 1))}, settings)
     with pytest.raises(DisScaleError, match="precision_recall: 3 neighbours need at least 4 images of each set"):
-        neighbours.precision_recall(seen(3, 0).pooled, seen(9, 1).pooled)
+        sets.precision_recall(seen(3, 0).pooled, seen(9, 1).pooled)
 
 
 def test_precision_and_recall_never_have_all_distances_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = seen(90, 0, d=3).pooled, seen(70, 1, d=3, shift=0.7).pooled
-    expected = neighbours.precision_recall(a, b)
+    expected = sets.precision_recall(a, b)
     cdist, rows = torch.cdist, []
-    monkeypatch.setattr(neighbours, "ROWS", 16)
+    monkeypatch.setattr(sets, "ROWS", 16)
     monkeypatch.setattr(torch, "cdist", lambda x, y: (rows.append(len(x)), cdist(x, y))[1])
-    assert neighbours.precision_recall(a, b) == expected
+    assert sets.precision_recall(a, b) == expected
     assert max(rows) == 16
     assert 0 < expected[0] < 1
     assert 0 < expected[1] < 1
