@@ -30,6 +30,7 @@ from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.recipe import Recipe
 from pipelines import packages
 from pipelines.devices import smallest_gpu_bytes, usable_gpus
+from pipelines.ray_private import gpus_by_node
 from pipelines.shared_folder import require_shared
 from pipelines.stage import keeping_handlers
 
@@ -233,9 +234,7 @@ def largest_gpu_bytes(client: JobSubmissionClient) -> int | None:
 
     The largest, since the smaller ones of a mixed cluster may be there for evaluation.
     """
-    answer = client._do_request("GET", "/nodes?view=summary")
-    nodes = answer.json()["data"]["summary"] if answer.ok else []
-    return max((gpu["memoryTotal"] * 2**20 for node in nodes for gpu in node.get("gpus") or []), default=None)
+    return max((gpu["memoryTotal"] * 2**20 for gpus in gpus_by_node(client) for gpu in gpus), default=None)
 
 
 def _start_head(recipe: Recipe, folder: Path, gpus: int) -> tuple[subprocess.Popen, str]:
