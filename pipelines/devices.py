@@ -5,7 +5,7 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -49,19 +49,19 @@ def total_gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
-def usable_gpus() -> tuple[int, str]:
-    """Return the number of this machine's GPUs that PyTorch can use; if there are only others, also the reason and the remedy."""
+def usable_gpus(cuda: Any = None, pci: Path = PCI) -> tuple[int, str]:
+    """Return the number of this machine's GPUs that PyTorch can use; if there are only others, also the reason and the remedy.
+
+    `cuda` is `torch.cuda`, or what a test puts in its place; `pci` lists the machine's devices.
+    """
     import torch
 
+    cuda = cuda or torch.cuda
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        names = (
-            [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
-            if torch.cuda.is_available()
-            else []
-        )
-        usable = [n for n in range(len(names)) if _has_kernels(*torch.cuda.get_device_capability(n))]
-    present = nvidia_gpus()
+        names = [cuda.get_device_name(n) for n in range(cuda.device_count())] if cuda.is_available() else []
+        usable = [n for n in range(len(names)) if _has_kernels(cuda.get_arch_list(), cuda.get_device_capability(n))]
+    present = nvidia_gpus(pci)
     if usable or not (names or present):
         return len(usable), ""
     if names:
@@ -92,21 +92,21 @@ def smallest_gpu_bytes() -> int:
     return min(torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count()))
 
 
-def _has_kernels(major: int, minor: int) -> bool:
-    """Whether this PyTorch has kernels for a GPU of this compute capability, or code that its driver compiles for it.
+def _has_kernels(names: list[str], capability: tuple[int, int]) -> bool:
+    """Whether a PyTorch built for these architectures supports a GPU of this compute capability.
 
     A binary (`sm_`) runs on GPUs of its major version, not older ones; PTX (`compute_`) is compiled for any that is not older.
     """
-    import torch
-
-    built = [match.groups() for name in torch.cuda.get_arch_list() if (match := re.match(r"(sm|compute)_(\d+)", name))]
+    built = [match.groups() for name in names if (match := re.match(r"(sm|compute)_(\d+)", name))]
     versions = [(kind, divmod(int(version), 10)) for kind, version in built]
-    return any(version <= (major, minor) and (kind == "compute" or version[0] == major) for kind, version in versions)
+    return any(
+        version <= capability and (kind == "compute" or version[0] == capability[0]) for kind, version in versions
+    )
 
 
-def nvidia_gpus() -> int:
+def nvidia_gpus(pci: Path = PCI) -> int:
     """Return the number of NVIDIA's graphics devices in this machine, with a driver or without."""
-    devices = PCI.glob("*") if PCI.exists() else []
+    devices = pci.glob("*") if pci.exists() else []
     return sum(_reads(d / "vendor", NVIDIA) and _reads(d / "class", DISPLAY) for d in devices)
 
 
@@ -155,12 +155,18 @@ def check_group(device: "torch.device") -> None:
     import torch
     import torch.distributed as dist
 
-    world = dist.get_world_size()
     total = torch.full((SIDE[device.type],), dist.get_rank() + 1.0, device=device)
     dist.all_reduce(total)
+    require_sum(total, dist.get_world_size())
+
+
+def require_sum(total: "torch.Tensor", world: int) -> None:
+    """DistBackendError unless each element is the sum of 1 to `world`."""
+    import torch.distributed as dist
+
     if bool((total != world * (world + 1) / 2).any()):
         raise dist.DistBackendError(
-            f"{device}: a sum over {world} workers is {total[0]:g}, expected {world * (world + 1) / 2:g}"
+            f"{total.device}: a sum over {world} workers is {total[0]:g}, expected {world * (world + 1) / 2:g}"
         )
 
 
