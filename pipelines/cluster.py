@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from ray.job_submission import JobSubmissionClient
 
 from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.recipe import Recipe
+from dis_scale.training.devices import smallest_gpu_bytes, usable_gpus
 from pipelines import packages
-from pipelines.devices import smallest_gpu_bytes, usable_gpus
 from pipelines.ray_private import gpus_by_node
 from pipelines.shared_folder import require_shared
 from pipelines.stage import keeping_handlers
@@ -91,6 +92,14 @@ def open_cluster(recipe: Recipe) -> Iterator[Cluster]:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     head.wait(20)
                 head.kill()
+
+
+def try_cluster(recipe: Recipe) -> str:
+    """Open the Ray that a sweep would use; return its version, its description and the time that it took."""
+    began_s = time.monotonic()
+    with open_cluster(recipe) as cluster:
+        took_s = time.monotonic() - began_s
+        return f"{metadata.version('ray')}, {cluster.description}, ready in {took_s:.0f} s"
 
 
 @contextlib.contextmanager

@@ -17,10 +17,10 @@ from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import Metrics, Skipped
 from dis_scale.tracking import mlflow_copy
 from pipelines import metrics
-from pipelines.devices import choose_device, total_gpus
 from pipelines.evaluators import RayEvaluators
 from pipelines.failures import WorkerFailure
 from pipelines.metrics import SetGauge
+from pipelines.nodes import choose_device, total_gpus
 from pipelines.places import Places, own_gpus
 from pipelines.restarts import with_restarts
 from pipelines.stage import StageJob, cause_of

@@ -15,7 +15,7 @@ import ray
 from dis_scale.evaluation.run import Spent, block_name
 from dis_scale.recipe import Evaluate
 from dis_scale.sweep import Sampled, Sweep, state
-from pipelines import devices
+from dis_scale.training import devices
 from pipelines.failures import WorkerFailure
 from pipelines.places import Places, own_gpus
 from pipelines.ray_private import actor_id

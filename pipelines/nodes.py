@@ -1,4 +1,4 @@
-"""Nodes of the cluster: their names and resources, and the nodes that placement avoids because their devices failed.
+"""Nodes of the cluster: their names, resources and GPUs, and the nodes that placement avoids because their devices failed.
 
 A node is known by its name in Ray, by default its address: its id changes with each start of Ray.
 """
@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import ray
 
+from dis_scale.recipe import Recipe
 from dis_scale.sweep import Sweep, state
+from dis_scale.training.devices import device_of
 from pipelines.ray_private import Resources
 from pipelines.stage import StageJob
 
@@ -34,6 +36,16 @@ def living() -> list[Node]:
 def alive_nodes() -> list[Resources]:
     """Resources of each node that is alive now."""
     return [node.resources for node in living()]
+
+
+def choose_device(recipe: Recipe) -> tuple[str, str]:
+    """Return (device, reason) by the GPUs that the cluster has now."""
+    return device_of(recipe, total_gpus())
+
+
+def total_gpus() -> int:
+    """Return the number of the cluster's GPUs."""
+    return int(ray.cluster_resources().get("GPU", 0))
 
 
 def name_of(node_id: str) -> str:

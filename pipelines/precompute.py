@@ -18,9 +18,9 @@ from dis_scale.process.progress import listing_words
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import Encoding, LatentsManifest
-from pipelines import devices
-from pipelines.devices import choose_device
+from dis_scale.training import devices
 from pipelines.failures import WorkerFailure
+from pipelines.nodes import choose_device
 from pipelines.restarts import with_restarts
 from pipelines.sharing import Deal, capacity, share
 from pipelines.stage import StageJob

@@ -15,9 +15,9 @@ from dis_scale.recipe import TrainedVae
 from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.extractors import part_count, part_positions
-from pipelines import devices
-from pipelines.devices import choose_device
+from dis_scale.training import devices
 from pipelines.failures import WorkerFailure
+from pipelines.nodes import choose_device
 from pipelines.places import PREPARE_CPUS, Places
 from pipelines.restarts import with_restarts
 from pipelines.sharing import Deal, capacity, share

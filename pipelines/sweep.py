@@ -30,10 +30,11 @@ from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import RECIPE, Sampled, Sweep, command_lease, state
 from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking import mlflow, mlflow_copy
+from dis_scale.training import devices
 from dis_scale.training.memory import lanes_at_once
 from dis_scale.training.schedule import require_no_rise
 from dis_scale.weights import warm_start
-from pipelines import devices, jobs, last_ray
+from pipelines import jobs, last_ray
 from pipelines.cluster import Cluster, in_ray_job, open_cluster, require_root
 from pipelines.driver import Driver, Failures, how_to_continue, raise_if_stopped, run_stage, train_and_evaluate
 from pipelines.metrics import Exporter

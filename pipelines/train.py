@@ -24,10 +24,11 @@ from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking.mlflow import RunCopy
 from dis_scale.tracking.rows import RowReader
+from dis_scale.training import devices
 from dis_scale.training.lanes import largest_share
-from pipelines import devices, environment, metrics, nodes, packages, ray_private
-from pipelines.devices import choose_device
+from pipelines import environment, metrics, nodes, packages, ray_private
 from pipelines.failures import DeviceFailure, WorkerFailure, describe
+from pipelines.nodes import choose_device
 from pipelines.ray_private import Resources
 from pipelines.restarts import with_restarts
 from pipelines.stage import StageJob

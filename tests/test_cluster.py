@@ -19,8 +19,8 @@ import ray
 import yaml
 
 from dis_scale.recipe import Recipe, reading
+from dis_scale.training.devices import device_of
 from pipelines.cluster import models_at_once
-from pipelines.devices import device_of
 from pipelines.jobs import FINAL
 from pipelines.nodes import Node
 from pipelines.places import Places

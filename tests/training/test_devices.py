@@ -14,7 +14,7 @@ from torch.distributed import DistBackendError
 from torch.overrides import TorchFunctionMode
 
 from dis_scale.process.errors import BrokenDevice, UserError
-from pipelines import devices
+from dis_scale.training import devices
 from pipelines.failures import blame
 
 CPU = torch.device("cpu")

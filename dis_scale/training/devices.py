@@ -3,11 +3,10 @@
 import json
 import os
 import re
+import socket
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import ray
 
 from dis_scale.process import faults
 from dis_scale.process.errors import BrokenDevice, UserError
@@ -15,8 +14,6 @@ from dis_scale.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
-
-    from dis_scale.planning.first_recipe import Machine
 
 SIDE = {"cpu": 64, "cuda": 1024}
 """Rows and columns of the matrices that are multiplied as a check."""
@@ -37,16 +34,6 @@ def device_of(recipe: Recipe, gpus: int) -> tuple[str, str]:
         return recipe.device, "the recipe names it"
     reason = f"auto: {gpus} GPUs for {workers} workers"
     return ("cuda" if gpus >= workers else "cpu"), reason
-
-
-def choose_device(recipe: Recipe) -> tuple[str, str]:
-    """Return (device, reason) by the GPUs that the cluster has now."""
-    return device_of(recipe, total_gpus())
-
-
-def total_gpus() -> int:
-    """Return the number of the cluster's GPUs."""
-    return int(ray.cluster_resources().get("GPU", 0))
 
 
 def usable_gpus(cuda: Any = None, pci: Path = PCI) -> tuple[int, str]:
@@ -70,19 +57,6 @@ def usable_gpus(cuda: Any = None, pci: Path = PCI) -> tuple[int, str]:
         return 0, f"CUDA_VISIBLE_DEVICES={visible} hides {present} NVIDIA GPUs"
     said = " ".join(str(caught[0].message).split())[:200] if caught else "PyTorch finds no NVIDIA driver"
     return 0, f"{present} NVIDIA GPUs cannot be used: {said}; {REMEDY}"
-
-
-def this_machine() -> "Machine":
-    """Return what training can use on this machine."""
-    import torch
-
-    from dis_scale.data.memory import free_memory_bytes
-    from dis_scale.planning.first_recipe import Machine
-
-    cores, memory, (gpus, _) = len(os.sched_getaffinity(0)), free_memory_bytes(), usable_gpus()
-    if not gpus:
-        return Machine(cores, memory)
-    return Machine(cores, memory, gpus, smallest_gpu_bytes(), torch.cuda.get_device_name(0))
 
 
 def smallest_gpu_bytes() -> int:
@@ -141,7 +115,7 @@ def check_device(device: "torch.device") -> None:
         product = u.to(device)[:, None].repeat(1, side) @ u.to(device)[None].repeat(side, 1)
     except RuntimeError as error:
         if UNSUPPORTED.search(str(error)):
-            raise UserError(f"node {ray.util.get_node_ip_address()}: {str(error).splitlines()[0]}; {REMEDY}") from error
+            raise UserError(f"node {socket.gethostname()}: {str(error).splitlines()[0]}; {REMEDY}") from error
         raise
     if wrong := int((product.cpu() != side * torch.outer(u, u)).sum()):
         raise BrokenDevice(f"{device}: {wrong} of {side * side} elements of a matrix product are wrong")
