@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -152,7 +152,9 @@ def _token_of(address: str) -> str | None:
     return max(dated)[1].read_text() if dated else None
 
 
-def require_root(recipe: Recipe) -> str:
+def require_root(
+    recipe: Recipe, one_node: Callable[[], bool] | None = None, probe: Callable[[str], None] = require_shared
+) -> str:
     """Return the storage root's URL; UserError for a folder that is not the same one on all nodes of the cluster.
 
     The working folder of a Ray job is a copy that is deleted with the job, so a relative root moves below the node's home.
@@ -162,13 +164,13 @@ def require_root(recipe: Recipe) -> str:
     if not on_disk or ray_address() is None:
         return root
     complete = root.startswith(("/", "file://"))
-    if not _one_node():
+    if not (one_node or _one_node)():
         if not complete:
             raise UserError(
                 f"storage.root: {root!r} is a folder of one node, and this cluster has several: give a root that all reach, "
                 "for example --set storage.root=s3://bucket/prefix, or the complete path of a file system that all mount"
             )
-        require_shared(root)
+        probe(root)
         return root
     return str(Path.home() / "dis-scale" / root) if in_ray_job() and not complete else root
 

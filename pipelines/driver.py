@@ -9,6 +9,7 @@ from dis_scale.process import jsonlog
 from dis_scale.process.errors import Held, Preempted, StorageAway
 from dis_scale.process.progress import Board
 from dis_scale.recipe import Branch
+from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import Ended
 from pipelines import lines
@@ -29,6 +30,8 @@ class Driver:
     stop_requested: Event = field(default_factory=Event)
     submit: Callable[..., Job] = submit
     poll_every_s: float = 0.5
+    requests_polled_every_s: float = lease.BEAT_S
+    """Interval at which storage is asked for a stop request of another process."""
 
 
 @dataclass

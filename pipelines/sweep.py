@@ -228,7 +228,7 @@ def one_at_a_time(driver: Driver, cluster: Cluster) -> Iterator[bool]:
         first = True
         try:
             held = stack.enter_context(lease.hold(command_lease(driver.sweep.folder), cluster.id))
-            stack.enter_context(_obeying_requests(held, driver.stop_requested))
+            stack.enter_context(_obeying_requests(held, driver))
         except Held as error:
             first = False
             if error.cluster != cluster.id:
@@ -238,15 +238,15 @@ def one_at_a_time(driver: Driver, cluster: Cluster) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def _obeying_requests(held: lease.Lease, stop_requested: Event) -> Iterator[None]:
-    """Set `stop_requested` once another process has requested the stop through storage (`dis-scale stop`)."""
+def _obeying_requests(held: lease.Lease, driver: Driver) -> Iterator[None]:
+    """Request the driver to stop once another process has requested it through storage (`dis-scale stop`)."""
     over = Event()
 
     def poll() -> None:
-        while not (over.wait(lease.BEAT_S) or stop_requested.is_set()):
+        while not (over.wait(driver.requests_polled_every_s) or driver.stop_requested.is_set()):
             with contextlib.suppress(DisScaleError):  # storage may be away for a while
                 if held.stop_requested():
-                    stop_requested.set()
+                    driver.stop_requested.set()
 
     Thread(target=poll, daemon=True, name="stop requests").start()
     try:
