@@ -66,7 +66,7 @@ def test_evaluation_first_does_not_block_training_and_a_rank_that_hangs_is_repla
     assert clusters.wait_for_end(training) == "SUCCEEDED", training.reason()
     assert clusters.wait_for_end(evaluation) == "SUCCEEDED", evaluation.reason()
     assert sorted(state.evaluated(sweep, "dit")) == [0, 160]
-    assert state.evaluated(sweep, "dit")[160]["samples"] == sweep.recipe.evaluate.samples
+    assert state.evaluated(sweep, "dit")[160].samples == sweep.recipe.evaluate.samples
 
     waiting, hanging = cluster.client.get_job_logs(training.id).split("stacks of worker ")[1:3]
     assert "train_model" in waiting
