@@ -19,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from ray.job_submission import JobSubmissionClient
 
 from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.recipe import Recipe
+from dis_scale.training.devices import smallest_gpu_bytes, usable_gpus
 from pipelines import packages
-from pipelines.devices import smallest_gpu_bytes, usable_gpus
+from pipelines.ray_private import gpus_by_node
 from pipelines.shared_folder import require_shared
 from pipelines.stage import keeping_handlers
 
@@ -92,6 +94,14 @@ def open_cluster(recipe: Recipe) -> Iterator[Cluster]:
                 head.kill()
 
 
+def try_cluster(recipe: Recipe) -> str:
+    """Open the Ray that a sweep would use; return its version, its description and the time that it took."""
+    began_s = time.monotonic()
+    with open_cluster(recipe) as cluster:
+        took_s = time.monotonic() - began_s
+        return f"{metadata.version('ray')}, {cluster.description}, ready in {took_s:.0f} s"
+
+
 @contextlib.contextmanager
 def _own_folder() -> Iterator[Path]:
     """Yield a new folder for a Ray of our own and remove it at the end; remove those that killed commands have left, too.
@@ -142,7 +152,9 @@ def _token_of(address: str) -> str | None:
     return max(dated)[1].read_text() if dated else None
 
 
-def require_root(recipe: Recipe) -> str:
+def require_root(
+    recipe: Recipe, one_node: Callable[[], bool] | None = None, probe: Callable[[str], None] = require_shared
+) -> str:
     """Return the storage root's URL; UserError for a folder that is not the same one on all nodes of the cluster.
 
     The working folder of a Ray job is a copy that is deleted with the job, so a relative root moves below the node's home.
@@ -152,13 +164,13 @@ def require_root(recipe: Recipe) -> str:
     if not on_disk or ray_address() is None:
         return root
     complete = root.startswith(("/", "file://"))
-    if not _one_node():
+    if not (one_node or _one_node)():
         if not complete:
             raise UserError(
                 f"storage.root: {root!r} is a folder of one node, and this cluster has several: give a root that all reach, "
                 "for example --set storage.root=s3://bucket/prefix, or the complete path of a file system that all mount"
             )
-        require_shared(root)
+        probe(root)
         return root
     return str(Path.home() / "dis-scale" / root) if in_ray_job() and not complete else root
 
@@ -233,9 +245,7 @@ def largest_gpu_bytes(client: JobSubmissionClient) -> int | None:
 
     The largest, since the smaller ones of a mixed cluster may be there for evaluation.
     """
-    answer = client._do_request("GET", "/nodes?view=summary")
-    nodes = answer.json()["data"]["summary"] if answer.ok else []
-    return max((gpu["memoryTotal"] * 2**20 for node in nodes for gpu in node.get("gpus") or []), default=None)
+    return max((gpu["memoryTotal"] * 2**20 for gpus in gpus_by_node(client) for gpu in gpus), default=None)
 
 
 def _start_head(recipe: Recipe, folder: Path, gpus: int) -> tuple[subprocess.Popen, str]:

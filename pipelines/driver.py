@@ -1,6 +1,7 @@
 """The jobs of a sweep that is running: one stage to its end, or all trainings with the evaluation next to them."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Event
 
@@ -8,13 +9,13 @@ from dis_scale.process import jsonlog
 from dis_scale.process.errors import Held, Preempted, StorageAway
 from dis_scale.process.progress import Board
 from dis_scale.recipe import Branch
+from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import Ended
-from pipelines import jobs, lines
+from pipelines import lines
 from pipelines.cluster import Cluster
-from pipelines.jobs import Job
+from pipelines.jobs import Job, submit
 
-POLL_EVERY_S = 0.5
 ASK_EVERY_S = 10.0
 """Interval at which storage is asked whether a branch can begin."""
 
@@ -27,6 +28,10 @@ class Driver:
     board: Board
     jobs: list[Job] = field(default_factory=list)
     stop_requested: Event = field(default_factory=Event)
+    submit: Callable[..., Job] = submit
+    poll_every_s: float = 0.5
+    requests_polled_every_s: float = lease.BEAT_S
+    """Interval at which storage is asked for a stop request of another process."""
 
 
 @dataclass
@@ -49,7 +54,7 @@ def run_stage(driver: Driver, cluster: Cluster, name: str, *arguments: str) -> N
     job = _submit(driver, cluster, name, *arguments)
     while not job.ended():
         _poll(driver, job, name)
-        time.sleep(POLL_EVERY_S)
+        time.sleep(driver.poll_every_s)
     _poll(driver, job, name)
     if job.status() != "SUCCEEDED":
         raise job.error(f"{name} failed: {job.reason()}")
@@ -68,7 +73,7 @@ def train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
         due = time.monotonic() > asked_s + ASK_EVERY_S
         _begin_waiting(driver, cluster, waiting, training, failures, due)
         asked_s = time.monotonic() if due else asked_s
-        time.sleep(POLL_EVERY_S)
+        time.sleep(driver.poll_every_s)
         evaluated = evaluation.ended()  # asked once per round and before its log, so that its end is handled completely
         _poll(driver, evaluation, "evaluate")
         for model, job in list(training.items()):
@@ -136,7 +141,7 @@ def how_to_continue(sweep: Sweep) -> str:
 
 
 def _submit(driver: Driver, cluster: Cluster, stage: str, *arguments: str) -> Job:
-    job = jobs.submit(cluster, driver.sweep, stage, *arguments)
+    job = driver.submit(cluster, driver.sweep, stage, *arguments)
     driver.jobs.append(job)
     joined = "" if job.ours else " (running already: joined)"
     driver.board.say(f"{' '.join([stage, *arguments])}: Ray job {job.id}{joined}")
@@ -149,7 +154,7 @@ def _poll(driver: Driver, job: Job, name: str) -> None:
     for raw in job.lines():
         line = lines.parse(raw)
         if line and line.kind == "progress":
-            driver.board.update(name, **line.facts)
+            driver.board.update(name, *(line.facts[part] for part in ("done", "total", "unit")))
         elif line and jsonlog.wanted():
             lines.write(raw)
         elif line and line.kind == "message":

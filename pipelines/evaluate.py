@@ -4,9 +4,10 @@ Blocks of samples are the unit of work and are kept, so an evaluation that was k
 evaluators.py. PyTorch is imported where it is used: the driver starts its workers first, and all load it at the same time.
 """
 
-import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from dis_scale.evaluation.run import Evaluation, block_count, stored_blocks, values_in_words
 from dis_scale.process.errors import DisScaleError, OutOfMemory, Preempted, StorageAway, StorageFull
@@ -15,14 +16,16 @@ from dis_scale.storage import lease
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import Metrics, Skipped
 from dis_scale.tracking import mlflow_copy
-from dis_scale.tracking.mlflow import RunCopy
-from pipelines import lines, metrics, stage
-from pipelines.devices import choose_device, total_gpus
+from pipelines import metrics
 from pipelines.evaluators import RayEvaluators
-from pipelines.places import evaluators_on, own_gpus
+from pipelines.failures import WorkerFailure
+from pipelines.metrics import SetGauge
+from pipelines.nodes import choose_device, total_gpus
+from pipelines.places import Places, own_gpus
 from pipelines.restarts import with_restarts
-from pipelines.waiting import Wait, alive_nodes
-from pipelines.worker import WorkerFailure, amounts, resources
+from pipelines.stage import StageJob, cause_of
+from pipelines.waiting import Wait
+from pipelines.worker import amounts, resources
 
 POLL_EVERY_S, LONGEST_POLL_S = 2.0, 30.0
 """Interval of polls for news of training: a twentieth of the wait so far, within these. Each poll costs several requests."""
@@ -30,92 +33,120 @@ BACKLOG_EVERY_S = 600.0
 """Interval at which the backlog is counted during an evaluation."""
 
 
-def evaluate_published(sweep: Sweep, _: list[str]) -> None:
+def evaluate_published(job: StageJob) -> None:
     """Evaluate each published checkpoint under all sampling settings, until training is over and each is evaluated or skipped."""
-    stage.connect()
-    recipe = sweep.recipe
-    device, why = choose_device(recipe)
-    lines.say(f"evaluation on {device} ({why})")
-    skipped: set[Sampled] = set()
-    opened: list[Evaluation] = []  # that of the last attempt, whose evaluators live
-
-    def attempt(_: WorkerFailure | None) -> None:
-        over = False
-        while not over:
-            if not opened:
-                gpus = _await_gpus(sweep) if device == "cuda" else 0
-                opened.append(open_evaluation(sweep, device, gpus, recipe.evaluate.samplings, checkpoints(sweep)))
-            (evaluation,) = opened
-            over = evaluate_all(sweep, evaluation, skipped, evaluation.evaluators.move)  # type: ignore[attr-defined]
-            opened.pop().evaluators.end()  # type: ignore[attr-defined]
-
+    job.connect()
+    device, why = choose_device(job.recipe)
+    job.say(f"evaluation on {device} ({why})")
+    backlog = state.Backlog(job.sweep, tuple(job.recipe.models))
     with (
-        lease.hold(sweep.lease("evaluate")),
-        metrics.refreshing(partial(show_backlog, state.Backlog(sweep, tuple(recipe.models))), BACKLOG_EVERY_S),
+        lease.hold(job.sweep.lease("evaluate")),
+        metrics.refreshing(partial(show_backlog, backlog, job.gauge), BACKLOG_EVERY_S),
     ):
+        PublishedEvaluation(job, device).run()
+
+
+class OpenedEvaluation(NamedTuple):
+    """An evaluation, and its evaluators on Ray."""
+
+    evaluation: Evaluation
+    evaluators: RayEvaluators
+
+
+@dataclass
+class PublishedEvaluation:
+    """The evaluation of all published checkpoints. Its evaluators live on when an attempt fails, and end when they have to move."""
+
+    job: StageJob
+    device: str
+    open: Callable[[StageJob, str, int], OpenedEvaluation] = lambda job, device, gpus: _open_published(
+        job, device, gpus
+    )
+    poll_every_s: float = POLL_EVERY_S
+    _opened: OpenedEvaluation | None = None
+    _skipped: set[Sampled] = field(default_factory=set)
+
+    def run(self) -> None:
+        """Evaluate until training is over and nothing is left, with as many restarts as the recipe allows."""
         try:
-            with_restarts(recipe, "evaluate", attempt, lambda: stored_blocks(sweep))
+            with_restarts(self.job, "evaluate", self._attempt, lambda: stored_blocks(self.job.sweep))
         except OutOfMemory as error:
             raise OutOfMemory(f"{error}; needs less memory: smaller evaluate.batch_images") from error
 
+    def _attempt(self, _: WorkerFailure | None) -> None:
+        over = False
+        while not over:
+            evaluation, evaluators = self._opened = self._opened or self._open()
+            over = evaluate_all(self.job, evaluation, self._skipped, evaluators.move, self.poll_every_s)
+            self._opened = None
+            evaluators.end()
 
-def show_backlog(backlog: state.Backlog) -> None:
-    metrics.gauge("evaluation_backlog", len(backlog.left()))
-
-
-def _await_gpus(sweep: Sweep) -> int:
-    """Return the number of evaluators with a GPU of their own, once there is one, or a GPU to share if the recipe allows that."""
-    shares, own = sweep.recipe.evaluate.gpu_share is not None, 0
-
-    def ready() -> bool:
-        nonlocal own
-        own = own_gpus(sweep)
-        return own > 0 or (shares and total_gpus() > 0)
-
-    if not ready():
-        lines.emit("queued")
-        lines.say(
-            f"evaluation waits until training has ended, which uses all {total_gpus()} GPUs: "
-            "evaluate.gpu_share or fewer train.workers would let it run beside training"
-        )
-        wait_for_training(sweep, lambda: ready() or state.training_over(sweep))
-        with Wait() as wait:
-            while not ready():
-                wait.log(1, amounts(resources("evaluate", "cuda", 0)))
-                stage.pause(POLL_EVERY_S)
-    return own
+    def _open(self) -> OpenedEvaluation:
+        gpus = 0
+        if self.device == "cuda":
+            gpus = await_gpus(self.job, partial(free_gpus, self.job.sweep), self.poll_every_s)
+        return self.open(self.job, self.device, gpus)
 
 
-def ablate(sweep: Sweep, arguments: list[str]) -> None:
+def show_backlog(backlog: state.Backlog, gauge: SetGauge) -> None:
+    gauge("evaluation_backlog", len(backlog.left()))
+
+
+def free_gpus(sweep: Sweep) -> int | None:
+    """Return how many evaluators get a GPU of their own now; None if none does, and none may share one."""
+    own = own_gpus(sweep, Places.now(sweep.recipe))
+    may_share = sweep.recipe.evaluate.gpu_share is not None and total_gpus() > 0
+    return own if own > 0 or may_share else None
+
+
+def await_gpus(job: StageJob, free: Callable[[], int | None], poll_every_s: float = POLL_EVERY_S) -> int:
+    """Return the number of evaluators with a GPU of their own, once `free` returns it."""
+    if (gpus := free()) is not None:
+        return gpus
+    job.emit("queued")
+    job.say(
+        f"evaluation waits until training has ended, which uses all {total_gpus()} GPUs: "
+        "evaluate.gpu_share or fewer train.workers would let it run beside training"
+    )
+    wait_for_training(job, lambda: free() is not None or state.training_over(job.sweep), poll_every_s)
+    with Wait(job.gauge) as wait:
+        while (gpus := free()) is None:
+            wait.log(job, 1, amounts(resources("evaluate", "cuda", 0)))
+            job.pause(poll_every_s)
+    return gpus
+
+
+def ablate(job: StageJob) -> None:
     """Evaluate one published checkpoint with other values of one setting, each a variant of its own; keep finished ones."""
-    model, images, setting, *values = arguments
-    stage.connect()
-    device, _ = choose_device(sweep.recipe)
-    samplings = state.ablations(sweep.recipe.evaluate, setting, [float(value) for value in values])
-    evaluation = open_evaluation(sweep, device, max(1, evaluators_on(alive_nodes())), samplings, checkpoints=1)
+    model, images, setting, *values = job.arguments
+    job.connect()
+    device, _ = choose_device(job.recipe)
+    samplings = state.ablations(job.recipe.evaluate, setting, [float(value) for value in values])
+    gpus = max(1, Places.now(job.recipe).most_evaluators())
+    evaluation, _ = open_evaluation(job, device, gpus, samplings, checkpoints=1)
     for variant in samplings:
         sampled = Sampled(model, int(images), variant)
-        if not sweep.evaluation(sampled).exists(Metrics.NAME):
-            lines.say(_shown(sampled, evaluation.evaluate(sampled)))
-
-
-def checkpoints(sweep: Sweep) -> int:
-    """Return the number of checkpoints that the recipe publishes."""
-    return sum(len(sweep.recipe.train_of(model).publish_images) for model in sweep.recipe.models)
+        if not job.sweep.evaluation(sampled).exists(Metrics.NAME):
+            job.say(_shown(sampled, evaluation.evaluate(sampled)))
 
 
 def evaluate_all(
-    sweep: Sweep, evaluation: Evaluation, skipped: set[Sampled], moves: Callable[[], bool] = lambda: False
+    job: StageJob,
+    evaluation: Evaluation,
+    skipped: set[Sampled],
+    moves: Callable[[], bool] = lambda: False,
+    poll_every_s: float = POLL_EVERY_S,
 ) -> bool:
     """Evaluate each published checkpoint as it comes; what cannot be measured is logged, noted in storage and skipped.
 
     Returns true when training is over and nothing is left; false before the next checkpoint if the evaluators have to move, as
     `moves` says: then others are to continue.
     """
+    sweep = job.sweep
     for sampled, why in state.outdated(sweep).items():
-        lines.say(f"{sampled}: measured again from its blocks: {why}")
-        evaluate_one(evaluation, sampled, skipped)
-    _copy_earlier(sweep)
+        job.say(f"{sampled}: measured again from its blocks: {why}")
+        evaluate_one(job, evaluation, sampled, skipped)
+    mlflow_copy.copy_earlier(sweep, job.raise_if_stopped)
 
     backlog = state.Backlog(sweep, tuple(sweep.recipe.models))
     floor_due = sweep.recipe.evaluate.floor and state.floor(sweep) is None
@@ -124,45 +155,35 @@ def evaluate_all(
         return [sampled for sampled in backlog.left() if sampled not in skipped]
 
     while True:
-        stage.raise_if_stopped()
+        job.raise_if_stopped()
         over = state.training_over(sweep)  # asked before the list, so that the last publication is not missed
         waiting = left()
-        metrics.gauge("evaluation_backlog", len(waiting))
+        job.gauge("evaluation_backlog", len(waiting))
         if over and not waiting and not floor_due:
             return True
         if moves():
             return False
         if waiting:
-            evaluate_one(evaluation, waiting[0], skipped)
+            evaluate_one(job, evaluation, waiting[0], skipped)
         elif floor_due:
-            measure_floor(evaluation)
+            measure_floor(job, evaluation)
             floor_due = False
         else:
-            wait_for_training(sweep, lambda: bool(left()) or state.training_over(sweep) or moves())
+            wait_for_training(job, lambda: bool(left()) or state.training_over(sweep) or moves(), poll_every_s)
 
 
-def _copy_earlier(sweep: Sweep) -> None:
-    """Copy the earlier evaluations that MLflow lacks; stop at the first copy that fails."""
-    for model in sweep.recipe.models:
-        copy = RunCopy(sweep, model)
-        for sampled in mlflow_copy.evaluations_to_copy(sweep, model, copy):
-            stage.raise_if_stopped()
-            if not mlflow_copy.copy_evaluation(sweep, sampled, copy):
-                return
-
-
-def wait_for_training(sweep: Sweep, news: Callable[[], bool]) -> None:
+def wait_for_training(job: StageJob, news: Callable[[], bool], poll_every_s: float = POLL_EVERY_S) -> None:
     """Wait for `news`; DisScaleError if for `give_up_after_s` nothing is published or saved either."""
-    give_up_s = sweep.recipe.evaluate.give_up_after_s
-    began_s = since_s = time.monotonic()
+    give_up_s = job.recipe.evaluate.give_up_after_s
+    began_s = since_s = job.now_s()
     before = None
     while not news():
-        stage.raise_if_stopped()
-        if time.monotonic() - since_s > give_up_s:
-            if before == (now := _signs_of_training(sweep)):
+        job.raise_if_stopped()
+        if job.now_s() - since_s > give_up_s:
+            if before == (now := _signs_of_training(job.sweep)):
                 raise DisScaleError(f"nothing was published or saved for {give_up_s:.0f} s: is training running?")
-            since_s, before = time.monotonic(), now
-        stage.pause(min(LONGEST_POLL_S, max(POLL_EVERY_S, (time.monotonic() - began_s) / 20)))
+            since_s, before = job.now_s(), now
+        job.pause(min(LONGEST_POLL_S, max(poll_every_s, (job.now_s() - began_s) / 20)))
 
 
 def _signs_of_training(sweep: Sweep) -> list[list[str]]:
@@ -170,47 +191,54 @@ def _signs_of_training(sweep: Sweep) -> list[list[str]]:
     return [sweep.run(model).resume.list() for model in sweep.recipe.models]
 
 
+def _open_published(job: StageJob, device: str, gpus: int) -> OpenedEvaluation:
+    """Open the evaluation of all checkpoints that the recipe publishes."""
+    checkpoints = sum(len(job.recipe.train_of(model).publish_images) for model in job.recipe.models)
+    return open_evaluation(job, device, gpus, job.recipe.evaluate.samplings, checkpoints)
+
+
 def open_evaluation(
-    sweep: Sweep, device: str, gpus: int, samplings: dict[str, Evaluate], checkpoints: int
-) -> Evaluation:
+    job: StageJob, device: str, gpus: int, samplings: dict[str, Evaluate], checkpoints: int
+) -> OpenedEvaluation:
     """Return the evaluation with its workers on Ray, of which `gpus` at most get a GPU of their own."""
-    total = checkpoints * sum(map(block_count, samplings.values()))
+    sweep, total = job.sweep, checkpoints * sum(map(block_count, samplings.values()))
     total += 0 if state.floor_settled(sweep) else block_count(sweep.recipe.evaluate)
-    evaluators = RayEvaluators(sweep, device, gpus, lambda done: lines.progress(done, total, "blocks"))
+    evaluators = RayEvaluators(job, device, gpus, lambda done: job.progress(done, total, "blocks"))
     evaluators.spawn()
     from dis_scale.evaluation import reference
     from dis_scale.evaluation.sampling import labels_of
 
     references, labels = reference.load_all(sweep), labels_of(sweep)
-    return Evaluation(sweep, evaluators, references, samplings, labels, lines.say, stage.raise_if_stopped)
+    evaluation = Evaluation(sweep, evaluators, references, samplings, labels, job.say, job.raise_if_stopped)
+    return OpenedEvaluation(evaluation, evaluators)
 
 
-def evaluate_one(evaluation: Evaluation, sampled: Sampled, skipped: set[Sampled]) -> None:
+def evaluate_one(job: StageJob, evaluation: Evaluation, sampled: Sampled, skipped: set[Sampled]) -> None:
     """Evaluate one checkpoint; if it cannot be measured, log that, note it in storage and add it to `skipped`."""
     try:
         values = evaluation.evaluate(sampled)
     except (OutOfMemory, Preempted, StorageAway, StorageFull, WorkerFailure):
         raise  # the checkpoint is not the cause
     except DisScaleError as error:
-        why = str(stage.cause_of(error))
-        lines.emit("skip", model=sampled.model, images=sampled.images_seen, variant=sampled.variant)
-        lines.say(f"skipped: {sampled}: {why}", level="warning")
-        Skipped(why=why).write(evaluation.sweep.evaluation(sampled))
+        why = str(cause_of(error))
+        job.emit("skip", model=sampled.model, images=sampled.images_seen, variant=sampled.variant)
+        job.say(f"skipped: {sampled}: {why}", level="warning")
+        Skipped(why=why).write(job.sweep.evaluation(sampled))
         skipped.add(sampled)
         return
-    lines.say(_shown(sampled, values))
+    job.say(_shown(sampled, values))
 
 
-def measure_floor(evaluation: Evaluation) -> None:
+def measure_floor(job: StageJob, evaluation: Evaluation) -> None:
     """Measure the floor; log and note why if it cannot be measured: no model needs it. A run that evaluates more tries again."""
     try:
         evaluation.floor()
     except (Preempted, StorageFull, WorkerFailure):
         raise
-    except DisScaleError as error:  # StorageAway, too: it may be the images' storage
-        why = str(stage.cause_of(error))
-        lines.say(f"floor: not measured: {why}", level="warning")
-        Skipped(why=why).write(evaluation.sweep.floor)
+    except DisScaleError as error:  # also StorageAway: it may be the images' storage
+        why = str(cause_of(error))
+        job.say(f"floor: not measured: {why}", level="warning")
+        Skipped(why=why).write(job.sweep.floor)
 
 
 def _shown(sampled: Sampled, values: dict[str, float]) -> str:

@@ -15,10 +15,14 @@ import ray
 from dis_scale.evaluation.run import Spent, block_name
 from dis_scale.recipe import Evaluate
 from dis_scale.sweep import Sampled, Sweep, state
-from pipelines import devices
-from pipelines.places import own_gpus, requests
+from dis_scale.training import devices
+from pipelines.failures import WorkerFailure
+from pipelines.places import Places, own_gpus
+from pipelines.ray_private import actor_id
 from pipelines.sharing import Deal, share
-from pipelines.worker import Worker, WorkerFailure, spawn, watch
+from pipelines.stage import StageJob
+from pipelines.watching import watch
+from pipelines.worker import Worker, spawn
 
 if TYPE_CHECKING:
     from dis_scale.models.tokens import Backbone
@@ -115,9 +119,9 @@ class Evaluator(Worker):
 
 @dataclass
 class RayEvaluators:
-    """Evaluators on Ray, as one: as many as the recipe names and the cluster has room for. A lost one is replaced."""
+    """Evaluators on Ray, as one: as many as the recipe names and the cluster has capacity for. A lost one is replaced."""
 
-    sweep: Sweep
+    job: StageJob
     device: str
     gpus: int
     """Number of those with a GPU of their own."""
@@ -125,14 +129,15 @@ class RayEvaluators:
     """Gets the number of blocks that were sampled here."""
     _workers: dict[int, Any] = field(default_factory=dict)
     """Living evaluators by their number among the requests."""
-    _blocks: dict[Any, int] = field(default_factory=dict)
-    """Blocks that each has sampled, the lost ones, too."""
+    _blocks: dict[str, int] = field(default_factory=dict)
+    """Blocks that each has sampled, also the lost ones, by its actor's id."""
 
     def spawn(self) -> None:
         """Start the evaluators that are missing: all of them, or those that were lost or had no capacity."""
-        for number, (shared_gpu, request) in enumerate(requests(self.sweep.recipe, self.device, self.gpus)):
+        requests = Places.now(self.job.recipe).evaluators(self.device, self.gpus)
+        for number, (shared_gpu, request) in enumerate(requests):
             if number not in self._workers:
-                self._workers[number] = spawn(Evaluator, request, self.sweep, self.device, shared_gpu)
+                self._workers[number] = spawn(self.job, Evaluator, request, self.job.sweep, self.device, shared_gpu)
 
     def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[Spent]:
         """Let the evaluators share the blocks of a checkpoint; return what each spent."""
@@ -149,23 +154,24 @@ class RayEvaluators:
         self._workers = {}
 
         def count(done: list[int]) -> None:
-            self._blocks |= {each._actor_id: n for each, n in zip(workers, done, strict=True)}
+            self._blocks |= dict(zip(map(actor_id, workers), done, strict=True))
             self.report(sum(self._blocks.values()))
 
         try:
-            living, spent, failure = share(workers, method, arguments, blocks, count)
+            living, spent, failure = share(self.job, workers, method, arguments, blocks, count)
         except ray.exceptions.RayTaskError:
             self._workers = before  # the checkpoint, or an image, is to blame
             raise
-        self._workers = {number: each for number, each in before.items() if each in living}
+        self._workers = {number: worker for number, worker in before.items() if worker in living}
         if failure:
             raise failure
         return spent
 
     def held_out(self, sampled: Sampled) -> dict[str, float]:
+        """Let one evaluator measure the held-out loss."""
         number, worker = next(iter(self._workers.items()))
         try:
-            (values,) = watch([worker], [worker.held_out.remote(sampled)], lambda _: None)
+            (values,) = watch(self.job, [worker], [worker.held_out.remote(sampled)])
         except WorkerFailure:
             del self._workers[number]
             raise
@@ -173,7 +179,8 @@ class RayEvaluators:
 
     def move(self) -> bool:
         """Whether others have to continue, because training needs more or fewer GPUs than before."""
-        return self.device == "cuda" and own_gpus(self.sweep) != self.gpus
+        sweep = self.job.sweep
+        return self.device == "cuda" and own_gpus(sweep, Places.now(sweep.recipe)) != self.gpus
 
     def end(self) -> None:
         """Give back the GPUs now: a handle that is kept somewhere would keep them."""

@@ -16,13 +16,15 @@ import shlex
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from dis_scale.process import context, jsonlog
+from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.sweep import Sweep
 from pipelines import lines
@@ -30,7 +32,6 @@ from pipelines.cluster import START_TIMEOUT_S, Cluster, client_of, own_job, ray_
 from pipelines.environment import KEEP_FREED_MEMORY, PASSIVE, SPINNING
 
 ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
-RECONNECT_EVERY_S = 2.0
 FINAL = "DIS_SCALE_FAILED_IS_FINAL"
 """Variable of the environment: an error that another cluster would only repeat ends the sweep's job as stopped, not as failed."""
 STOP_WAIT_S = 30.0
@@ -43,6 +44,7 @@ class Job:
     cluster: Cluster
     id: str
     ours: bool
+    reconnect_every_s: float = 2.0
     _over: bool = False
     _returned: int = 0
     """Characters of the log whose lines were returned."""
@@ -80,7 +82,7 @@ class Job:
         """Return what followers have received; start one if none is alive, for example since the job's agent was not up yet."""
         now_s = time.monotonic()
         if not (self._follower and self._follower.is_alive()) and now_s >= self._followed_s:
-            self._followed_s = now_s + RECONNECT_EVERY_S
+            self._followed_s = now_s + self.reconnect_every_s
             self._follower = threading.Thread(target=self._follow, daemon=True, name=f"log of {self.id}")
             self._follower.start()
         received = []
@@ -127,7 +129,7 @@ def submit(cluster: Cluster, sweep: Sweep, stage: str, *arguments: str) -> Job:
 
     If several submit an id, Ray admits one and the others join it. An id is never used again.
     """
-    prefix = "-".join([_prefix(sweep), stage, *arguments])
+    prefix = "-".join([prefix_of(sweep), stage, *arguments])
     attempts = {
         int(job.submission_id.rsplit("-", 1)[1]): job
         for job in cluster.client.list_jobs()
@@ -138,19 +140,23 @@ def submit(cluster: Cluster, sweep: Sweep, stage: str, *arguments: str) -> Job:
         return Job(cluster, f"{prefix}-{last}", ours=False)
     command = [sys.executable, "-m", "pipelines", stage, sweep.folder.url, *arguments]
     alone = stage == "prepare" and cluster.ours
-    known = context.variable(sweep.folder.name, stage, arguments[0] if arguments else None)
-    return _submit(cluster, f"{prefix}-{last + 1}", command, _environment(cluster, sweep, alone) | known)
+    context = Context(sweep.folder.name, stage, arguments[0] if arguments else None)
+    return submit_new(
+        cluster, f"{prefix}-{last + 1}", command, _environment(cluster, sweep, alone) | context.variable()
+    )
 
 
 def _environment(cluster: Cluster, sweep: Sweep, alone: bool) -> dict[str, str]:
     """Variables that a job's processes read when they start. `alone`: no other process of ours shares their cores."""
     job = {"RAY_JOB_STOP_WAIT_TIME_S": str(int(sweep.recipe.grace_s)), "PYTHONUNBUFFERED": "1"}
-    job |= {jsonlog.VARIABLE: "json"} if jsonlog.wanted() else {}
     waiting = SPINNING if alone else PASSIVE
     return KEEP_FREED_MEMORY | waiting | cluster.runtime_env.get("env_vars", {}) | job
 
 
-def _submit(cluster: Cluster, name: str, command: list[str], environment: dict[str, str]) -> Job:
+def submit_new(
+    cluster: Cluster, name: str, command: list[str], environment: dict[str, str], retry_s: float = 1.0
+) -> Job:
+    """Submit a job, again until the dashboard and its agent answer; `ours` is false if another process submitted it first."""
     deadline, unanswered = time.monotonic() + START_TIMEOUT_S, False
     while True:
         try:
@@ -166,17 +172,17 @@ def _submit(cluster: Cluster, name: str, command: list[str], environment: dict[s
             unanswered = isinstance(error, OSError)  # requests' errors of connections; the job may have been taken
             if not (unanswered or "No available agent" in str(error)) or time.monotonic() > deadline:
                 raise DisScaleError(f"Ray did not take the job {name}: {' '.join(str(error).split())[:300]}") from error
-        time.sleep(1)  # Ray has just started on a busy machine: its agent comes up after its dashboard
+        time.sleep(retry_s)  # Ray has just started on a busy machine: its agent comes up after its dashboard
 
 
-def _prefix(sweep: Sweep) -> str:
+def prefix_of(sweep: Sweep) -> str:
     """First part of the ids of all jobs of a sweep. A local folder counts by its real path, so that any way to it finds them."""
     local = sweep.folder.local
     where = str(local.resolve()) if local else sweep.folder.url
     return f"{where.rpartition('/')[2]}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
 
 
-def end_own_job(exit_code: int) -> None:
+def end_own_job(exit_code: int, connect: Callable[[], Any] = JobSubmissionClient, wait_s: float = STOP_WAIT_S) -> None:
     """Let the Ray job of a sweep that ends with this exit code count as stopped, where a failure would only be tried again.
 
     KubeRay starts a new cluster for a job that FAILED, up to backoffLimit times, and none for one that was STOPPED. A stop request
@@ -188,8 +194,8 @@ def end_own_job(exit_code: int) -> None:
     if own is None or not (stopped or final):
         return
     with contextlib.suppress(ConnectionError, RuntimeError):
-        JobSubmissionClient().stop_job(own)
-        time.sleep(STOP_WAIT_S)  # Ray ends this process; if it ended by itself, its job would have failed
+        connect().stop_job(own)
+        time.sleep(wait_s)  # Ray ends this process; if it ended by itself, its job would have failed
 
 
 def stop_jobs(jobs: list[Job], wait_s: float) -> None:
@@ -201,10 +207,10 @@ def stop_jobs(jobs: list[Job], wait_s: float) -> None:
         time.sleep(0.3)
 
 
-def stop_all(sweep: Sweep, address: str | None) -> list[str]:
+def stop_all(sweep: Sweep, address: str | None, connect: Callable[[str | None], Any] = client_of) -> list[str]:
     """Ask Ray to stop every running job of the sweep, whoever submitted it; return their ids."""
     try:
-        client = client_of(address)
+        client = connect(address)
         running = [job.submission_id for job in client.list_jobs() if job.status not in ENDED and job.submission_id]
     except (ConnectionError, RuntimeError) as error:
         where = address or ray_address() or "this machine"
@@ -214,7 +220,7 @@ def stop_all(sweep: Sweep, address: str | None) -> list[str]:
             f"the Ray at {address or ray_address()} refuses this process: if another user started it, only they can stop it; "
             "for a cluster, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from error
-    ours = [job for job in running if job.startswith(f"{_prefix(sweep)}-")]
+    ours = [job for job in running if job.startswith(f"{prefix_of(sweep)}-")]
     for job in ours:
         client.stop_job(job)
     return ours

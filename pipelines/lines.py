@@ -1,98 +1,101 @@
-"""Lines of a job's log that its sweep reads: progress, messages, events and its error. All other lines are for people only.
+"""The protocol between a job and its sweep: JSON lines (dis_scale/process/jsonlog.py) in the job's output.
 
-Progress drives the bars, messages are shown as they are, events let programs and tests react without reading prose. With
-`DIS_SCALE_LOG=json` they are JSON (dis_scale/process/jsonlog.py), otherwise lines that people can read, too.
+Progress drives the bars, messages are shown, events let programs and tests react without reading prose, an error is the reason why
+a job ended. All other lines, such as those of libraries, are for people only.
 """
 
 import contextlib
 import json
 import time
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 from dis_scale.process import jsonlog
+from dis_scale.process.context import Context
 from dis_scale.process.redaction import redact
 
 PROGRESS_EVERY_S = 2.0
-_MARKS = {"progress": "@progress ", "message": "@say ", "event": "@event "}
-_ERROR = "error: "
-_JSON = '{"kind": "'
-PROGRESS = (b"@progress ", b'{"kind": "progress"')
-"""Beginnings of the lines of progress, which stored logs leave out."""
-_last_progress = (-1, -1, 0.0)
+PROGRESS = (b'{"kind": "progress"',)
+"""Beginning of the lines of progress, which stored logs leave out."""
+Kind = Literal["progress", "message", "event", "error"]
+_OF_EVERY_EVENT = {"kind", "time", "level", "event", "at", *Context.__annotations__}
 
 
 class Line(NamedTuple):
-    """A parsed line: `facts` of progress and events, `text` of a message or of the error that ended the job."""
+    """A parsed line: `text` of a message or of the error that ended the job, and all its `facts`."""
 
-    kind: Literal["progress", "message", "event", "error"]
-    text: str = ""
-    facts: dict[str, Any] = {}  # noqa: RUF012 (a named tuple's default, never written)
-
-
-def message(text: str, level: str = "info") -> str:
-    return jsonlog.entry("message", level, message=text) if jsonlog.wanted() else _MARKS["message"] + text
-
-
-def event(name: str, **facts: Any) -> str:
-    """Return the line of an event, for example `event("restart", done=640)`; `at` is its time (Unix seconds)."""
-    more = {"event": name, "at": time.time(), **facts}
-    return jsonlog.entry("event", "info", **more) if jsonlog.wanted() else _MARKS["event"] + json.dumps(more)
+    kind: Kind
+    text: str
+    facts: dict[str, Any]
 
 
 def parse(line: str) -> Line | None:
     """Return a line of the protocol, None for any other."""
-    if line.startswith(_JSON):
-        with contextlib.suppress(ValueError):  # the lines of two threads in one
-            return _parse_json(json.loads(line))
-    if line.startswith(_ERROR):
-        return Line("error", text=line.removeprefix(_ERROR))
-    if line.startswith(_MARKS["message"]):
-        return Line("message", text=line.removeprefix(_MARKS["message"]))
-    for kind in ("progress", "event"):
-        if line.startswith(_MARKS[kind]):
-            with contextlib.suppress(ValueError):  # the lines of two threads in one
-                return Line(kind, facts=json.loads(line.removeprefix(_MARKS[kind])))  # type: ignore[arg-type]
+    if not line.startswith('{"kind": "'):
+        return None
+    with contextlib.suppress(ValueError):  # the lines of two threads in one, or the first part of a long one
+        facts = json.loads(line)
+        if facts["kind"] in get_args(Kind):
+            return Line(facts["kind"], facts.get("message", ""), facts)
     return None
 
 
-def _parse_json(entry: dict[str, Any]) -> Line | None:
-    match entry["kind"]:
+def readable(text: str) -> str:
+    """Return a log with each line of the protocol in words; other lines are left as they are."""
+    return "".join(_readable(line) for line in text.splitlines(keepends=True))
+
+
+def _readable(raw: str) -> str:
+    line = parse(raw)
+    if line is None:
+        return raw
+    facts = line.facts
+    rank = "" if facts["rank"] is None else f"rank {facts['rank']}: "
+    level = f"{facts['level']}: " if facts["level"] != "info" else ""
+    return f"{facts['time'][11:19]}  {level}{rank}{_words(line)}\n"
+
+
+def _words(line: Line) -> str:
+    match line.kind:
         case "progress":
-            return Line("progress", facts={name: entry[name] for name in ("done", "total", "unit")})
-        case "message" | "error" as kind:
-            return Line(kind, text=entry["message"])
+            return f"{line.facts['done']} of {line.facts['total']} {line.facts['unit']}"
         case "event":
-            return Line("event", facts=entry)
-    return None
+            own = {name: value for name, value in line.facts.items() if name not in _OF_EVERY_EVENT}
+            return " ".join([line.facts["event"], *(f"{name}={value}" for name, value in own.items())])
+    return line.text
 
 
 def write(line: str) -> None:
-    """Write a line in one call, so that two threads' lines do not mix."""
+    """Write a line to the output in one call, so that two threads' lines do not mix."""
     print(f"{line}\n", end="", flush=True)
 
 
-def say(text: str, level: str = "info") -> None:
-    """Show a message in the sweep."""
-    write(message(text, level))
+@dataclass
+class Log:
+    """Writes the lines of one process."""
 
+    context: Context
+    write: Callable[[str], None] = write
+    _progress: tuple[int, int] | None = None
+    _progress_s: float = 0.0
 
-def fail(text: str) -> None:
-    """Log the error that ends the job, without secrets."""
-    text = redact(text)
-    write(jsonlog.entry("error", "error", message=text) if jsonlog.wanted() else _ERROR + text)
+    def say(self, text: str, level: str = "info") -> None:
+        """Show a message in the sweep."""
+        self.write(jsonlog.entry(self.context, "message", level, message=text))
 
+    def emit(self, name: str, **facts: Any) -> None:
+        """Log an event, for example `emit("restart", done=640)`; `at` is its time (Unix seconds)."""
+        self.write(jsonlog.entry(self.context, "event", "info", event=name, at=time.time(), **facts))
 
-def emit(name: str, **facts: Any) -> None:
-    """Log an event."""
-    write(event(name, **facts))
+    def fail(self, text: str) -> None:
+        """Log the error that ends the job, without secrets."""
+        self.write(jsonlog.entry(self.context, "error", "error", message=redact(text)))
 
-
-def progress(done: int, total: int, unit: str) -> None:
-    """Log the progress if it has changed, at most every `PROGRESS_EVERY_S`: the log of a job of days stays small."""
-    global _last_progress
-    now = time.monotonic()
-    if (done, total) == _last_progress[:2] or (done < total and now < _last_progress[2] + PROGRESS_EVERY_S):
-        return
-    _last_progress = (done, total, now)
-    facts = {"done": done, "total": total, "unit": unit}
-    write(jsonlog.entry("progress", "info", **facts) if jsonlog.wanted() else _MARKS["progress"] + json.dumps(facts))
+    def progress(self, done: int, total: int, unit: str) -> None:
+        """Log the progress if it has changed, at most every `PROGRESS_EVERY_S`: the log of a job of days stays small."""
+        now_s = time.monotonic()
+        if (done, total) == self._progress or (done < total and now_s < self._progress_s + PROGRESS_EVERY_S):
+            return
+        self._progress, self._progress_s = (done, total), now_s
+        self.write(jsonlog.entry(self.context, "progress", "info", done=done, total=total, unit=unit))

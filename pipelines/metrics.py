@@ -14,12 +14,14 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
-from dis_scale.process import context, counts
+from dis_scale.process import counts
+from dis_scale.process.context import Context
 from dis_scale.recipe import Train
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import ResumePointManifest
 from dis_scale.tracking.goodput import ATTEMPT
 from dis_scale.tracking.rows import Row
+from pipelines import ray_private
 
 PREFIX = "dis_scale_"
 EXPORT_EVERY_S, REFRESH_EVERY_S = 5.0, 60.0
@@ -54,60 +56,59 @@ FROM_ROWS = {
     ATTEMPT: "attempts",
 }
 """Metric rows, and the gauges that show the last of each."""
-_made: dict[str, Any] = {}
-_gauges: dict[tuple[str, tuple[str, ...]], float] = {}
-"""Last value of each gauge, by its name and the values of its labels."""
-_exported = dict.fromkeys(counts.MEANINGS, 0.0)
-_exporting = threading.Lock()
+SetGauge = Callable[[str, float], None]
+"""Sets a gauge of a sweep's model."""
 
 
-def gauge(name: str, value: float) -> None:
-    """Set a gauge of this process's sweep and model."""
-    labels = _labels()
-    _gauges[name, tuple(labels.values())] = value
-    with contextlib.suppress(Exception):  # a metric never stops the thread that sets it
-        _set(name, labels, value)
+class Exporter:
+    """Exports a process's gauges and totals through its node's agent, with the sweep and the model of its context."""
 
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._made: dict[str, Any] = {}
+        self._gauges: dict[tuple[str, tuple[str, ...]], float] = {}
+        """Last value of each gauge, by its name and the values of its labels."""
+        self._exported = dict.fromkeys(counts.MEANINGS, 0.0)
 
-def _set(name: str, labels: dict[str, str], value: float) -> None:
-    if name not in _made:
-        _made[name] = Gauge(PREFIX + name, GAUGES[name], LABELS)
-    _made[name].set(value, labels)
+    def start(self) -> None:
+        """Export totals and gauges from now on, in a thread of its own."""
+        threading.Thread(target=self._export, daemon=True, name="metrics").start()
 
+    def gauge(self, name: str, value: float) -> None:
+        """Set a gauge."""
+        self._gauges[name, tuple(self._labels().values())] = value
+        with contextlib.suppress(Exception):  # a metric never stops the thread that sets it
+            self._gauge(name).set(value, self._labels())
 
-def export_gauges() -> None:
-    """Export all gauges again: Ray drops one that was not set for some 20 s."""
-    for (name, values), value in list(_gauges.items()):
-        _set(name, dict(zip(LABELS, values, strict=True)), value)
+    def export_gauges(self) -> None:
+        """Export all gauges again: Ray drops one that was not set for some 20 s."""
+        for (name, values), value in list(self._gauges.items()):
+            self._gauge(name).set(value, dict(zip(LABELS, values, strict=True)))
 
+    def export_totals(self) -> None:
+        """Export what this process has counted since the last call."""
+        for name, total in counts.totals().items():
+            if name not in self._made:
+                self._made[name] = Counter(f"{PREFIX}{name}_total", counts.MEANINGS[name], LABELS)
+                ray_private.count_from_zero(self._made[name], self._labels())
+            if total > self._exported[name]:
+                self._made[name].inc(total - self._exported[name], self._labels())
+                self._exported[name] = total
 
-def _labels() -> dict[str, str]:
-    return {label: context.facts.get(label, "") for label in LABELS}
+    def _gauge(self, name: str) -> Gauge:
+        if name not in self._made:
+            self._made[name] = Gauge(PREFIX + name, GAUGES[name], LABELS)
+        return self._made[name]
 
+    def _labels(self) -> dict[str, str]:
+        return {label: getattr(self._context, label) or "" for label in LABELS}
 
-def export_totals() -> None:
-    """Export what this process has counted since the last call."""
-    for name, total in counts.totals().items():
-        if name not in _made:
-            _made[name] = Counter(f"{PREFIX}{name}_total", counts.MEANINGS[name], LABELS)
-            _made[name]._record(0, _labels())  # `inc` refuses 0, without which Prometheus misses the first increase
-        if total > _exported[name]:
-            _made[name].inc(total - _exported[name], _labels())
-            _exported[name] = total
-
-
-def start() -> None:
-    """Export this process's totals and gauges from now on, in a thread of its own."""
-    if _exporting.acquire(blocking=False):
-        threading.Thread(target=_export, daemon=True, name="metrics").start()
-
-
-def _export() -> None:
-    while True:
-        with contextlib.suppress(Exception):  # metrics never stop a process
-            export_totals()
-            export_gauges()
-        time.sleep(EXPORT_EVERY_S)
+    def _export(self) -> None:
+        while True:
+            with contextlib.suppress(Exception):  # metrics never stop a process
+                self.export_totals()
+                self.export_gauges()
+            time.sleep(EXPORT_EVERY_S)
 
 
 @contextlib.contextmanager
@@ -128,7 +129,7 @@ def refreshing(refresh: Callable[[], None], every_s: float = REFRESH_EVERY_S) ->
         over.set()
 
 
-def show_rows(rows: Iterable[Row], settings: Train, since: float) -> None:
+def show_rows(rows: Iterable[Row], settings: Train, since: float, gauge: SetGauge) -> None:
     """Set the gauges of training from rows that were written after `since`: older ones are an earlier driver's."""
     shown = sorted((row for row in rows if row.time >= since), key=lambda row: row.time)
     for row in shown:
@@ -141,7 +142,7 @@ def show_rows(rows: Iterable[Row], settings: Train, since: float) -> None:
             gauge("resume_interval_seconds", settings.resume_every_images / row.value)
 
 
-def show_run(sweep: Sweep, model: str, excluded: int) -> None:
+def show_run(sweep: Sweep, model: str, excluded: int, gauge: SetGauge) -> None:
     """Set the gauges that come from a run's newest resume point, and the number of its excluded nodes."""
     gauge("failed_nodes", excluded)
     run = sweep.run(model)

@@ -1,14 +1,18 @@
-"""Nodes of the cluster: their names, and the nodes that placement avoids because their devices failed.
+"""Nodes of the cluster: their names, resources and GPUs, and the nodes that placement avoids because their devices failed.
 
 A node is known by its name in Ray, by default its address: its id changes with each start of Ray.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 import ray
 
+from dis_scale.recipe import Recipe
 from dis_scale.sweep import Sweep, state
-from pipelines import lines
+from dis_scale.training.devices import device_of
+from pipelines.ray_private import Resources
+from pipelines.stage import StageJob
 
 MOST_FAILURES = 2
 """Failures of a node's devices in one sweep after which its training avoids the node."""
@@ -16,23 +20,48 @@ NODE_ID = "ray.io/node-id"
 """Label that Ray gives each node."""
 
 
+class Node(NamedTuple):
+    """A node that is alive, and its resources by name."""
+
+    id: str
+    name: str
+    resources: Resources
+
+
+def living() -> list[Node]:
+    """Return the nodes that are alive now."""
+    return [Node(node["NodeID"], str(node["NodeName"]), node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def alive_nodes() -> list[Resources]:
+    """Resources of each node that is alive now."""
+    return [node.resources for node in living()]
+
+
+def choose_device(recipe: Recipe) -> tuple[str, str]:
+    """Return (device, reason) by the GPUs that the cluster has now."""
+    return device_of(recipe, total_gpus())
+
+
+def total_gpus() -> int:
+    """Return the number of the cluster's GPUs."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
 def name_of(node_id: str) -> str:
     """Return a node's name; its id if Ray no longer lists it."""
     return next((str(node["NodeName"]) for node in ray.nodes() if node["NodeID"] == node_id), node_id)
 
 
-def record_failure(sweep: Sweep, model: str, node_id: str, why: str) -> None:
+def record_failure(job: StageJob, model: str, name: str, why: str) -> None:
     """Store the failure of a node's device; log it, and that the node is avoided from now on."""
-    name = name_of(node_id)
-    state.record_node_failure(sweep.run(model), name, why)
-    failures = state.node_failures(sweep)[name]
-    lines.emit("node_failure", model=model, node=name, failures=failures)
-    lines.say(f"{model}: node {name}: failure {failures} of its devices: {why}", level="warning")
+    state.record_node_failure(job.sweep.run(model), name, why)
+    failures = state.node_failures(job.sweep)[name]
+    job.emit("node_failure", model=model, node=name, failures=failures)
+    job.say(f"{model}: node {name}: failure {failures} of its devices: {why}", level="warning")
     if failures >= MOST_FAILURES:
-        lines.emit("node_excluded", model=model, node=name)
-        lines.say(
-            f"{model}: node {name} is excluded after {failures} failures: drain it, or repair it", level="warning"
-        )
+        job.emit("node_excluded", model=model, node=name)
+        job.say(f"{model}: node {name} is excluded after {failures} failures: drain it, or repair it", level="warning")
 
 
 def failed(sweep: Sweep) -> list[str]:
@@ -40,17 +69,13 @@ def failed(sweep: Sweep) -> list[str]:
     return sorted(name for name, failures in state.node_failures(sweep).items() if failures >= MOST_FAILURES)
 
 
-def excluded(sweep: Sweep, enough: Callable[[Collection[str]], bool]) -> list[str]:
+def excluded(job: StageJob, nodes: Sequence[Node], enough: Callable[[Collection[str]], bool]) -> list[str]:
     """Return the ids of the nodes to avoid; none, with a line, unless the other nodes are `enough` without them."""
-    failures = state.node_failures(sweep)
-    bad = {
-        node["NodeID"]: str(node["NodeName"])
-        for node in ray.nodes()
-        if node["Alive"] and failures[node["NodeName"]] >= MOST_FAILURES
-    }
+    failures = state.node_failures(job.sweep)
+    bad = {node.id: node.name for node in nodes if failures[node.name] >= MOST_FAILURES}
     if bad and not enough(bad.keys()):
-        lines.emit("exclusion_ignored", nodes=sorted(bad.values()))
-        lines.say(f"the other nodes have no capacity: excluded nodes are used again: {', '.join(sorted(bad.values()))}")
+        job.emit("exclusion_ignored", nodes=sorted(bad.values()))
+        job.say(f"the other nodes have no capacity: excluded nodes are used again: {', '.join(sorted(bad.values()))}")
         return []
     return sorted(bad)
 

@@ -15,12 +15,15 @@ from dis_scale.recipe import TrainedVae
 from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.extractors import part_count, part_positions
-from pipelines import devices, lines, stage
-from pipelines.devices import choose_device
-from pipelines.places import PREPARE_CPUS, prepare_request
+from dis_scale.training import devices
+from pipelines.failures import WorkerFailure
+from pipelines.nodes import choose_device
+from pipelines.places import PREPARE_CPUS, Places
 from pipelines.restarts import with_restarts
 from pipelines.sharing import Deal, capacity, share
-from pipelines.worker import Worker, WorkerFailure, resources, spawn, watch
+from pipelines.stage import StageJob
+from pipelines.watching import watch
+from pipelines.worker import Worker, resources, spawn
 
 
 class Preparer(Worker):
@@ -118,47 +121,48 @@ class Preparer(Worker):
         return report
 
 
-def prepare_sweep(sweep: Sweep, _: list[str]) -> None:
+def prepare_sweep(job: StageJob) -> None:
     """Train and compute what the sweep does not have yet."""
-    stage.connect()
-    recipe = sweep.recipe
-    device, request = prepare_request(recipe, choose_device(recipe)[0])
+    job.connect()
+    sweep = job.sweep
+    device, request = Places.now(sweep.recipe).prepare(choose_device(sweep.recipe)[0])
 
     def attempt(_: WorkerFailure | None) -> None:
         if state.vae_missing(sweep) or state.classifiers_missing(sweep) or not _has_parts(sweep, _source(sweep)):
-            _prepare_with_one(sweep, device, request)
+            _prepare_with_one(job, device, request)
         if not state.prepared(sweep):
-            _compute_in_parts(sweep, device)
+            _compute_in_parts(job, device)
 
     with lease.hold(sweep.lease("prepare")):
-        with_restarts(recipe, "prepare", attempt, lambda: len(sweep.reference_parts.list()))
+        with_restarts(job, "prepare", attempt, lambda: len(sweep.reference_parts.list()))
 
 
-def _prepare_with_one(sweep: Sweep, device: str, request: dict[str, Any]) -> None:
-    worker = spawn(Preparer, request)
-    result = worker.prepare.remote(sweep, device)
-    total = cache(partial(_steps_and_images, sweep))  # counted at the first report, while the worker starts
-    watch([worker], [result], lambda done: lines.progress(done[0], total(), "steps"))
+def _prepare_with_one(job: StageJob, device: str, request: dict[str, Any]) -> None:
+    worker = spawn(job, Preparer, request)
+    result = worker.prepare.remote(job.sweep, device)
+    total = cache(partial(_steps_and_images, job.sweep))  # counted at the first report, while the worker starts
+    watch(job, [worker], [result], lambda done: job.progress(done[0], total(), "steps"))
 
 
-def _compute_in_parts(sweep: Sweep, device: str) -> None:
+def _compute_in_parts(job: StageJob, device: str) -> None:
     """Compute the missing parts with as many workers as precompute has and the cluster can hold; one of them merges all parts."""
+    sweep = job.sweep
     images = len(_source(sweep))
     left = state.reference_parts_missing(sweep, images)
     before = images - sum(len(part_positions(n, images)) for n in left)
     request = resources("precompute", device, 1)
     count = max(1, min(sweep.recipe.precompute.workers, len(left), capacity(request)))
-    workers = [spawn(Preparer, request) for _ in range(count)]
-    lines.say(f"reference: {len(left)} parts left of {part_count(images)}, {count} workers")
+    workers = [spawn(job, Preparer, request) for _ in range(count)]
+    job.say(f"reference: {len(left)} parts left of {part_count(images)}, {count} workers")
     living, _, failure = share(
-        workers, "make_parts", (sweep, device), left,
-        lambda done: lines.progress(before + sum(done), images, "images"),
+        job, workers, "make_parts", (sweep, device), left,
+        lambda done: job.progress(before + sum(done), images, "images"),
     )  # fmt: skip
     if failure:
         for worker in living:
             ray.kill(worker)  # otherwise the exception's traceback would keep it, and its resources
         raise failure
-    watch(living[:1], [living[0].merge_parts.remote(sweep, device)], lambda _: None)
+    watch(job, living[:1], [living[0].merge_parts.remote(sweep, device)])
 
 
 def _has_parts(sweep: Sweep, source: Source) -> bool:

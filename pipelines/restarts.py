@@ -7,9 +7,8 @@ import ray
 
 from dis_scale.process import counts
 from dis_scale.process.errors import DisScaleError, StorageAway
-from dis_scale.recipe import Recipe
-from pipelines import lines, stage
-from pipelines.worker import StorageFailure, WorkerFailure, blame, describe, may_pass
+from pipelines.failures import StorageFailure, WorkerFailure, blame, describe, may_pass
+from pipelines.stage import StageJob
 
 T = TypeVar("T")
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 2.0, 60.0
@@ -17,7 +16,7 @@ FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 2.0, 60.0
 
 
 def with_restarts(
-    recipe: Recipe, name: str, attempt: Callable[[WorkerFailure | None], T], stored: Callable[[], int]
+    job: StageJob, name: str, attempt: Callable[[WorkerFailure | None], T], stored: Callable[[], int]
 ) -> T:
     """Return the attempt's result. After a failure run it again with that failure, as often as the recipe allows.
 
@@ -32,23 +31,23 @@ def with_restarts(
         except (WorkerFailure, StorageAway, ray.exceptions.RayError) as error:
             if isinstance(error, ray.exceptions.RayError) and not may_pass(error):
                 raise
-            stage.raise_if_stopped()
+            job.raise_if_stopped()
             failure = error if isinstance(error, WorkerFailure) else _failure(error)
         now = _stored_or(before, stored)
         failures, before = ([failure] if now > before else [*failures, failure]), now
-        if len(failures) > recipe.train.restarts:
+        if len(failures) > job.recipe.train.restarts:
             kind = StorageAway if isinstance(failure, StorageFailure) else DisScaleError
             raise kind(_last_words(name, failures)) from failure
         wait_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (len(failures) - 2)) if len(failures) > 1 else 0.0
-        left = recipe.train.restarts - len(failures)
+        left = job.recipe.train.restarts - len(failures)
         counts.add(counts.RESTARTS)
-        lines.emit("restart", job=name, done=failure.done, left=left)
-        lines.say(
+        job.emit("restart", job=name, done=failure.done, left=left)
+        job.say(
             f"{name}: {failure}; restart from the stored state in {wait_s:.0f} s, {left} more attempts without progress",
             level="warning",
         )
-        stage.pause(wait_s)
-        stage.raise_if_stopped()
+        job.pause(wait_s)
+        job.raise_if_stopped()
 
 
 def _failure(error: Exception) -> WorkerFailure:

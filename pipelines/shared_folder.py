@@ -57,15 +57,16 @@ def _on_each(nodes: Mapping[str, str], work: Any, probe: str) -> dict[str, Any]:
         try:
             results[node] = ray.get(call, timeout=TIMEOUT_S)
         except ray.exceptions.RayError as error:
-            why = " ".join(str(getattr(error, "cause", error)).split())[:200]
-            if not isinstance(error, ray.exceptions.RayTaskError | ray.exceptions.GetTimeoutError):
-                raise DisScaleError(
-                    f"storage.root: not tried on {nodes[node]}, run the command again: {why}"
-                ) from error
-            raise UserError(
-                f"storage.root: {probe.rpartition('/')[0]} cannot be used on {nodes[node]}: {why}; {CURE}"
-            ) from error
+            raise failure_on(nodes[node], probe, error) from error
     return results
+
+
+def failure_on(node: str, probe: str, error: Exception) -> DisScaleError:
+    """Return the error to raise for a failure on a node of this name: only the folder's own is a user's mistake."""
+    why = " ".join(str(getattr(error, "cause", error)).split())[:200]
+    if not isinstance(error, ray.exceptions.RayTaskError | ray.exceptions.GetTimeoutError):
+        return DisScaleError(f"storage.root: not tried on {node}, run the command again: {why}")
+    return UserError(f"storage.root: {probe.rpartition('/')[0]} cannot be used on {node}: {why}; {CURE}")
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -1,18 +1,24 @@
 """Numbered work shared by independent workers: each takes the next number when it needs one, so none waits for a slow one."""
 
-import functools
+import contextlib
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import waiting
-from pipelines.worker import WorkerFailure, amounts, failure_of, watch
+from pipelines.failures import WorkerFailure, failure_of
+from pipelines.nodes import alive_nodes
+from pipelines.stage import StageJob
+from pipelines.watching import Report, Watch, watch
+from pipelines.worker import amounts
 
 Deal = Callable[[], int | None]
 """Returns the next number; None when there are no more."""
+SHARED = Watch(independent=True)
 
 
 class Dealer:
@@ -50,25 +56,10 @@ class _Deals:
             self._dealer.end()
 
 
-@functools.cache
-def _deals(job: str) -> Any:  # noqa: ARG001  # another Ray of this process is another job
-    """Return the actor of this driver, on its node."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0)(_Deals).options(scheduling_strategy=here).remote()
-
-
 class _RemoteDeal:
     """A deal's next number and its end, by remote calls; picklable."""
 
-    def __init__(self, numbers: list[int]) -> None:
-        job = ray.get_runtime_context().get_job_id()
-        try:
-            self._begin(_deals(job), numbers)
-        except ray.exceptions.RayActorError:
-            _deals.cache_clear()
-            self._begin(_deals(job), numbers)
-
-    def _begin(self, deals: Any, numbers: list[int]) -> None:
+    def __init__(self, deals: Any, numbers: list[int]) -> None:
         self._deals, self._number = deals, ray.get(deals.begin.remote(numbers))
 
     def __call__(self) -> int | None:
@@ -79,9 +70,19 @@ class _RemoteDeal:
         return self._deals.end.remote(self._number)
 
 
+def _begin_deal(job: StageJob, numbers: list[int]) -> _RemoteDeal:
+    """Begin a deal by the job's dealer, which is on this driver's node; a new one if there is none or if it died."""
+    if job.dealer is not None:
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            return _RemoteDeal(job.dealer, numbers)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    job.dealer = ray.remote(num_cpus=0)(_Deals).options(scheduling_strategy=here).remote()
+    return _RemoteDeal(job.dealer, numbers)
+
+
 def capacity(request: dict[str, Any]) -> int:
     """Return how many workers with this request the cluster's resources hold at the same time, at least one."""
-    return max(1, waiting.capacity(amounts(request), waiting.alive_nodes()))
+    return max(1, waiting.capacity(amounts(request), alive_nodes()))
 
 
 class Shared(NamedTuple):
@@ -96,26 +97,33 @@ class Shared(NamedTuple):
 
 
 def share(
-    workers: list[Any], work: str, arguments: tuple[Any, ...], numbers: list[int], report: Callable[[list[int]], None]
+    job: StageJob,
+    workers: list[Any],
+    work: str,
+    arguments: tuple[Any, ...],
+    numbers: list[int],
+    report: Report = lambda _: None,
+    policy: Watch = SHARED,
 ) -> Shared:
     """Call the method `work` of all workers with `arguments` and a `Deal` of these numbers.
 
     When a worker is lost, the others end what they have begun and get no more numbers, so that the caller can replace it soon. One
-    without capacity when the numbers are dealt is killed. An error that is no accident is raised at once; no more is dealt then.
+    without capacity when the numbers are dealt is killed. An error that a retry cannot mend is raised at once, and no further
+    numbers are dealt.
     """
-    deal = _RemoteDeal(numbers)
+    deal = _begin_deal(job, numbers)
     calls = [getattr(worker, work).remote(*arguments, deal) for worker in workers]
     failure = None
     try:
-        watch(workers, calls, report, independent=True, lost=deal.end)
+        watch(job, workers, calls, report, replace(policy, on_lost=deal.end))
     except WorkerFailure as error:
         failure = error
     except ray.exceptions.RayTaskError:
         ray.get(deal.end())
         raise
     ended, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
-    left = {each: call for each, call in zip(workers, calls, strict=True) if call in ended and not failure_of(call)}
-    for each in workers:
-        if each not in left:
-            ray.kill(each)
-    return Shared(list(left), ray.get(list(left.values())), failure)
+    done = {worker: call for worker, call in zip(workers, calls, strict=True) if call in ended and not failure_of(call)}
+    for worker in workers:
+        if worker not in done:
+            ray.kill(worker)
+    return Shared(list(done), ray.get(list(done.values())), failure)

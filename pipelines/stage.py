@@ -1,4 +1,4 @@
-"""Entry point of a stage's job: open the sweep, obey stop requests, turn errors into one line and an exit code."""
+"""A stage's job: what its program is given, and its entry point, which turns errors into one line and an exit code."""
 
 import contextlib
 import logging
@@ -8,61 +8,137 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import ray
 
+from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, Preempted
 from dis_scale.process.redaction import redact
+from dis_scale.recipe import Recipe
 from dis_scale.sweep import Sweep
-from pipelines import environment, lines, logs, metrics
+from pipelines import environment
+from pipelines.lines import Log
+from pipelines.logs import JobLogs
+from pipelines.metrics import Exporter
 
-Program = Callable[[Sweep, list[str]], None]
-"""A stage's program, given the sweep and further arguments."""
-_stop = threading.Event()
+
+@dataclass
+class StageJob:
+    """A job as its program sees it: the sweep, arguments, the stop request, and ways to log, to measure and to wait."""
+
+    sweep: Sweep
+    arguments: Sequence[str] = ()
+    log: Log = field(default_factory=lambda: Log(Context()))
+    stop: threading.Event = field(default_factory=threading.Event)
+    logs: JobLogs = field(default_factory=lambda: JobLogs(None, Context()))
+    requests: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The resources that each worker asked for, by its actor's id."""
+    dealer: Any = None
+    """The actor that deals shared work (pipelines/sharing.py); None before the first."""
+
+    def __post_init__(self) -> None:
+        self.exporter = Exporter(self.context)
+
+    @property
+    def context(self) -> Context:
+        return self.log.context
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.sweep.recipe
+
+    def connect(self) -> None:
+        """Join the cluster that this job runs on."""
+        with keeping_handlers():
+            ray.init(log_to_driver=False, logging_level="ERROR")
+        self.exporter.start()
+
+    def say(self, text: str, level: str = "info") -> None:
+        """Show a message in the sweep."""
+        self.log.say(text, level)
+
+    def emit(self, name: str, **facts: Any) -> None:
+        """Log an event."""
+        self.log.emit(name, **facts)
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        """Log the progress."""
+        self.log.progress(done, total, unit)
+
+    def gauge(self, name: str, value: float) -> None:
+        """Set a gauge of the sweep's model."""
+        self.exporter.gauge(name, value)
+
+    def stop_requested(self) -> bool:
+        return self.stop.is_set()
+
+    def raise_if_stopped(self) -> None:
+        if self.stop_requested():
+            raise Preempted("stopped as requested")
+
+    def now_s(self) -> float:
+        """Return the time of a clock that never jumps."""
+        return time.monotonic()
+
+    def pause(self, seconds: float) -> None:
+        """Sleep, but end at once if a stop is requested."""
+        deadline = self.now_s() + seconds
+        while self.now_s() < deadline and not self.stop_requested():
+            time.sleep(0.1)
+
+
+Program = Callable[[StageJob], None]
+"""A stage's program."""
 
 
 def run_program(program: Program, url: str, *arguments: str) -> None:
     """Run a stage's program on the sweep at `url`, patient with storage."""
-    lines.emit("driver")
-    lines.say(environment.words())
-    _log_to_stdout()
+    log, stop = Log(Context.from_environment()), threading.Event()
+    log.emit("driver")
+    log.say(environment.words())
+    _show_warnings(log)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: _stop.set())
+        signal.signal(number, lambda *_: stop.set())
+    logs = JobLogs(None, log.context)
     try:
         sweep = Sweep.open(url, patient=True)
-        logs.keep_driver(sweep)
-        program(sweep, list(arguments))
+        logs = JobLogs.of(sweep, log.context)
+        program(StageJob(sweep, arguments, log, stop, logs))
         logs.close()
     except Exception as error:
-        _exit_with(cause_of(error), error)
+        _exit_with(error, log, logs)
 
 
-def _log_to_stdout() -> None:
-    """Our warnings are shown in the sweep; Ray's errors stay in the job's log."""
+def _show_warnings(log: Log) -> None:
+    """Show our warnings in the sweep; Ray's errors stay in the job's log."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("ray").setLevel(logging.ERROR)
-    shown = logging.StreamHandler(sys.stdout)
-    shown.setFormatter(_Messages())
-    logging.getLogger("dis_scale").addHandler(shown)
+    logging.getLogger("dis_scale").addHandler(ToSweep(log))
     logging.getLogger("dis_scale").propagate = False
 
 
-class _Messages(logging.Formatter):
-    """Warnings of ours as messages to the sweep."""
+class ToSweep(logging.Handler):
+    """Shows records of modules as messages in the sweep."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        return lines.message(super().format(record), record.levelname.lower())
+    def __init__(self, log: Log) -> None:
+        super().__init__()
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._log.say(self.format(record), record.levelname.lower())
 
 
-def _exit_with(cause: BaseException, error: BaseException) -> NoReturn:
+def _exit_with(error: BaseException, log: Log, logs: JobLogs) -> NoReturn:
     """End this job with the cause's line; with the complete traceback before it if the cause is not one of ours."""
+    cause = cause_of(error)
     if isinstance(cause, DisScaleError):
-        lines.fail(str(cause))
+        log.fail(str(cause))
     else:
         print(redact("".join(traceback.format_exception(error))), end="", flush=True)
-        lines.fail(f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0][:300]}")
+        log.fail(f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0][:300]}")
     logs.close()
     os._exit(cause.exit_code if isinstance(cause, DisScaleError) else 1)
 
@@ -82,26 +158,3 @@ def keeping_handlers() -> Iterator[None]:
         for number, handler in before.items():
             if handler is not None:  # None: not installed from Python, and not ours
                 signal.signal(number, handler)
-
-
-def connect() -> None:
-    """Join the cluster that this job runs on."""
-    with keeping_handlers():
-        ray.init(log_to_driver=False, logging_level="ERROR")
-    metrics.start()
-
-
-def stop_requested() -> bool:
-    return _stop.is_set()
-
-
-def raise_if_stopped() -> None:
-    if _stop.is_set():
-        raise Preempted("stopped as requested")
-
-
-def pause(seconds: float) -> None:
-    """Sleep, but end at once if a stop is requested."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not _stop.is_set():
-        time.sleep(0.1)

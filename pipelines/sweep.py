@@ -19,31 +19,26 @@ from dis_scale.data.sources import open_source, require_source
 from dis_scale.evaluation.features import require_weights
 from dis_scale.planning import isoflop
 from dis_scale.planning.plan import Plan, price_reading, price_sweep, table
-from dis_scale.process import context
+from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, Held, StorageAway, StorageError, UserError
 from dis_scale.process.progress import Board, listing_words
 from dis_scale.process.redaction import redact
-from dis_scale.recipe import Branch, Recipe, reading
+from dis_scale.recipe import Recipe, reading
 from dis_scale.recipe.identity import identity_differences
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import RECIPE, Sampled, Sweep, command_lease, state
 from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking import mlflow, mlflow_copy
+from dis_scale.training import devices
 from dis_scale.training.memory import lanes_at_once
-from dis_scale.training.schedule import learning_rate
+from dis_scale.training.schedule import require_no_rise
 from dis_scale.weights import warm_start
-from pipelines import devices, jobs, last_ray, metrics, places
+from pipelines import jobs, last_ray
 from pipelines.cluster import Cluster, in_ray_job, open_cluster, require_root
-from pipelines.driver import (
-    POLL_EVERY_S,
-    Driver,
-    Failures,
-    how_to_continue,
-    raise_if_stopped,
-    run_stage,
-    train_and_evaluate,
-)
+from pipelines.driver import Driver, Failures, how_to_continue, raise_if_stopped, run_stage, train_and_evaluate
+from pipelines.metrics import Exporter
+from pipelines.places import Places
 from pipelines.signals import obeying_signals
 from pipelines.waiting import Wait
 
@@ -59,7 +54,6 @@ def run_sweep(recipe: Recipe, console: Console, here: bool = False) -> None:
     store = open_folder(require_root(recipe)).patient
     storage = recipe.storage.model_copy(update={"root": store.url})
     sweep = Sweep.below(store, recipe.model_copy(update={"storage": storage}))
-    context.facts["sweep"] = recipe.name
     console.print(f"sweep    {sweep}", highlight=False, soft_wrap=True)
     await_storage(sweep.folder, console)
     shape = vae.latent_shape(recipe.vae, recipe.data.resolution)
@@ -77,7 +71,7 @@ def run_sweep(recipe: Recipe, console: Console, here: bool = False) -> None:
             if not here:
                 last_ray.refuse_local_after_cluster(sweep)
             driver = Driver(sweep, board)
-            failures = _run_stages(driver, plan, store)
+            failures = run_stages(driver, plan, store)
             sweep = driver.sweep  # of the running sweep, if it joined one
             _write_report(sweep, plan, failures)
     _print_results(sweep, plan, console)
@@ -96,28 +90,28 @@ def await_storage(sweep: Folder, console: Console) -> None:
         raise UserError(f"storage cannot be used: {error}") from error
 
 
-def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
+def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
     """Run all stages that are left, on the Ray that this process runs in or on one of our own."""
     sweep, board = driver.sweep, driver.board
     store.require_usable()
     require_source(sweep.recipe.data, store)
     for extractor in sweep.recipe.evaluate.extractors:
         require_weights(extractor)
-    _require_starts(sweep, plan)
+    require_starts(sweep, plan)
     with (
         obeying_signals(driver.stop_requested),
         open_cluster(sweep.recipe) as cluster,
         one_at_a_time(driver, cluster) as first,
     ):
         board.say(f"cluster  {cluster.description}")
-        _list_images(driver, plan, store)
+        list_images(driver, plan, store)
         driver.sweep = sweep = store_recipe(driver, first)
         begin_tracking(driver, plan, sweep.recipe.tracking.uri or mlflow.default_uri(store))
         last_ray.record(sweep, cluster)
-        _require_device(driver, cluster)
+        require_device(driver, cluster)
         if not cluster.ours:
-            _await_nodes(driver, cluster)
-        _require_memory(plan, cluster)
+            await_nodes(driver, cluster)
+        require_memory(plan, cluster)
         try:
             if not state.prepared(sweep):
                 run_stage(driver, cluster, "prepare")
@@ -130,11 +124,11 @@ def _run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
             # Wait until the jobs have saved: their Ray may end with this process. A Ray job has no time for it.
             jobs.stop_jobs(stopped, wait_s=0.0 if in_ray_job() else sweep.recipe.grace_s + 5)
             raise
-    skipped = {f"evaluation of {sampled}": why for sampled, why in state.skipped(sweep).items()}
-    return replace(failures, skipped=skipped | _missing_weights(sweep))
+    skipped = state.skipped(sweep) | dict.fromkeys(state.lost_evaluations(sweep), DELETED)
+    return replace(failures, skipped={f"evaluation of {sampled}": why for sampled, why in skipped.items()})
 
 
-def _require_starts(sweep: Sweep, plan: Plan) -> None:
+def require_starts(sweep: Sweep, plan: Plan) -> None:
     """UserError if a new training cannot begin as its recipe says: its weights are missing or do not fit, or its rate jumps up."""
     models = sweep.recipe.models
     later = [name for name, model in models.items() if model.start or model.branch]
@@ -142,22 +136,10 @@ def _require_starts(sweep: Sweep, plan: Plan) -> None:
     warm_start.require_fits(sweep.recipe, [name for name in new if models[name].start], plan.shape)
     for name in new:
         if branch := models[name].branch:
-            _require_no_rise(sweep.recipe, name, branch)
+            require_no_rise(sweep.recipe, name, branch)
 
 
-def _require_no_rise(recipe: Recipe, name: str, branch: Branch) -> None:
-    """UserError if the rate of a branch begins above that of its trunk, which has decayed by then."""
-    own, its = (
-        learning_rate(train, branch.at) / train.learning_rate for train in map(recipe.train_of, (name, branch.of))
-    )
-    if own > its * 1.001:
-        raise UserError(
-            f"models.{name}.branch: at {branch.at} images the rate of {branch.of} has decayed to {its:.0%}, and this one would "
-            f"begin at {own:.0%}: train {branch.of} at a constant rate (train.decay none), or begin earlier"
-        )
-
-
-def _list_images(driver: Driver, plan: Plan, store: Folder) -> None:
+def list_images(driver: Driver, plan: Plan, store: Folder) -> None:
     """List the source's images, or open their listing, and log it; Preempted if a stop is requested meanwhile."""
     recipe, show = driver.sweep.recipe, listing_words(driver.board.say)
 
@@ -178,16 +160,7 @@ def _name_deleted_weights(sweep: Sweep, board: Board) -> None:
             board.say(f"missing  {Sampled(model, count)}: {DELETED}")
 
 
-def _missing_weights(sweep: Sweep) -> dict[str, str]:
-    """Return the reason for each evaluation that cannot be done, because its published weights were deleted."""
-    return {
-        f"evaluation of {Sampled(model, count)}": DELETED
-        for model, counts in state.missing_published(sweep).items()
-        for count in set(counts) - set(state.evaluated_counts(sweep, model))
-    }
-
-
-def _require_device(driver: Driver, cluster: Cluster) -> None:
+def require_device(driver: Driver, cluster: Cluster) -> None:
     """Log the device and the reason. UserError if this machine lacks its GPUs, or a run on GPUs would continue on the CPU."""
     sweep, recipe = driver.sweep, driver.sweep.recipe
     device, why = devices.device_of(recipe, cluster.gpus)
@@ -207,21 +180,21 @@ def _require_device(driver: Driver, cluster: Cluster) -> None:
     state.require_device(sweep, device, why + fault)
 
 
-def _await_nodes(driver: Driver, cluster: Cluster) -> None:
-    """Wait until the nodes can hold each stage's workers; UserError if they never will: better now than after days."""
-    recipe = driver.sweep.recipe
-    metrics.start()
+def await_nodes(driver: Driver, cluster: Cluster) -> None:
+    """Wait until the nodes can hold each stage's workers: better now than after days."""
+    recipe, exporter = driver.sweep.recipe, Exporter(Context(sweep=driver.sweep.recipe.name))
+    exporter.start()
     device, _ = devices.device_of(recipe, cluster.gpus)
-    with Wait() as wait:
-        while need := places.lacking(recipe, device):
+    with Wait(exporter.gauge) as wait:
+        while need := Places.now(recipe).lacking(device):
             workers, request = need
             if text := wait.poll(workers, request, together=workers):
                 driver.board.say(text)
             raise_if_stopped(driver)
-            time.sleep(POLL_EVERY_S)
+            time.sleep(driver.poll_every_s)
 
 
-def _require_memory(plan: Plan, cluster: Cluster) -> None:
+def require_memory(plan: Plan, cluster: Cluster) -> None:
     """UserError if the cluster's GPUs are too small for a model at one of the world sizes."""
     shared = plan.recipe.evaluate.gpu_share
     device, _ = devices.device_of(plan.recipe, cluster.gpus)
@@ -255,7 +228,7 @@ def one_at_a_time(driver: Driver, cluster: Cluster) -> Iterator[bool]:
         first = True
         try:
             held = stack.enter_context(lease.hold(command_lease(driver.sweep.folder), cluster.id))
-            stack.enter_context(_obeying_requests(held, driver.stop_requested))
+            stack.enter_context(_obeying_requests(held, driver))
         except Held as error:
             first = False
             if error.cluster != cluster.id:
@@ -265,15 +238,15 @@ def one_at_a_time(driver: Driver, cluster: Cluster) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def _obeying_requests(held: lease.Lease, stop_requested: Event) -> Iterator[None]:
-    """Set `stop_requested` once another process has requested the stop through storage (`dis-scale stop`)."""
+def _obeying_requests(held: lease.Lease, driver: Driver) -> Iterator[None]:
+    """Request the driver to stop once another process has requested it through storage (`dis-scale stop`)."""
     over = Event()
 
     def poll() -> None:
-        while not (over.wait(lease.BEAT_S) or stop_requested.is_set()):
+        while not (over.wait(driver.requests_polled_every_s) or driver.stop_requested.is_set()):
             with contextlib.suppress(DisScaleError):  # storage may be away for a while
                 if held.stop_requested():
-                    stop_requested.set()
+                    driver.stop_requested.set()
 
     Thread(target=poll, daemon=True, name="stop requests").start()
     try:
@@ -282,16 +255,16 @@ def _obeying_requests(held: lease.Lease, stop_requested: Event) -> Iterator[None
         over.set()
 
 
-def resume_sweep(sweep: Sweep, overrides: list[str], console: Console, here: bool = False) -> None:
-    """Run what is left of a stored sweep with its own recipe and more overrides; otherwise as `run_sweep`.
+def resumed_recipe(sweep: Sweep, overrides: list[str]) -> Recipe:
+    """Return the recipe of a stored sweep with more overrides.
 
-    `train.start_over` is an act of one command: only that of `overrides` counts.
+    `train.start_over` is an act of one command: only that of `overrides` counts. UserError if the sweep was moved.
     """
     settings = ["train.start_over=false", *overrides, f"storage.root={sweep.store}"]
     recipe = reading.parse(reading.dump(sweep.recipe), f"{sweep}/{RECIPE}", settings)
     if (expected := Sweep.below(sweep.store, recipe)) != replace(sweep, recipe=recipe):
         raise UserError(f"{sweep} holds the sweep {recipe.name}, which belongs into {expected}: move it there")
-    run_sweep(recipe, console, here)
+    return recipe
 
 
 def store_recipe(driver: Driver, first: bool) -> Sweep:

@@ -9,33 +9,35 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import ray
-from ray._private import state as ray_state
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from dis_scale.process import context
 from dis_scale.process.errors import OutOfMemory, StorageError
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Train
 from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking.mlflow import RunCopy
 from dis_scale.tracking.rows import RowReader
+from dis_scale.training import devices
 from dis_scale.training.lanes import largest_share
-from pipelines import devices, environment, lines, metrics, nodes, packages, stage
-from pipelines.devices import choose_device
+from pipelines import environment, metrics, nodes, packages, ray_private
+from pipelines.failures import DeviceFailure, WorkerFailure, describe
+from pipelines.nodes import choose_device
+from pipelines.ray_private import Resources
 from pipelines.restarts import with_restarts
+from pipelines.stage import StageJob
 from pipelines.waiting import Wait, capacity
-from pipelines.worker import DeviceFailure, Worker, WorkerFailure, amounts, describe, resources, spawn, watch
+from pipelines.watching import Watch, watch
+from pipelines.worker import Worker, amounts, resources, spawn
 
 CAPACITY_WAIT_S = 5.0
 """Longest wait for resources that the previous attempt has not freed yet."""
-COPY_EVERY_S, LAST_COPY_S = 5.0, 60.0
-"""Interval of copies to MLflow; time for one in progress when training ends, whose rows would otherwise be missing there."""
 
 FITS = "needs less memory: smaller train.micro_images, train.checkpointing=block, larger train.zero_stage, more train.workers"
 
@@ -75,7 +77,7 @@ class Trainer(Worker):
 
     def report(self, done: int) -> None:
         super().report(done)
-        context.facts["images"] = done
+        self.context.images = done
 
     def check(self, rank_environment: dict[str, Any], device: str) -> None:
         """Join the process group and check this worker's device and connections; BrokenDevice if one fails."""
@@ -100,8 +102,7 @@ class Trainer(Worker):
 
         from dis_scale.training.loop import Attempt, Start, train_model
 
-        context.facts |= {"attempt": held_lease.number, "rank": int(os.environ["RANK"])}
-
+        self.context.attempt, self.context.rank = held_lease.number, int(os.environ["RANK"])
         if device == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
         attempt = Attempt(
@@ -113,86 +114,207 @@ class Trainer(Worker):
         return train_model(attempt)
 
 
-def train_one(sweep: Sweep, arguments: list[str]) -> None:
+def train_one(job: StageJob) -> None:
     """Train one model to its last published count; `train.restarts` limits failures in a row without a new resume point."""
-    (model,) = arguments
-    stage.connect()
-    metrics.gauge("training_begun_timestamp_seconds", time.time())
-    device, why = choose_device(sweep.recipe)
-    lines.say(f"{model}: device {device} ({why})")
+    (model,) = job.arguments
+    job.connect()
+    job.gauge("training_begun_timestamp_seconds", time.time())
+    sweep, (device, why) = job.sweep, choose_device(job.recipe)
+    job.say(f"{model}: device {device} ({why})")
     state.require_device(sweep, device, why)
-    run, images = sweep.run(model), sweep.recipe.train_of(model).images
-
-    def attempts(failure: WorkerFailure | None) -> int:
-        images_seen = _attempt(sweep, model, device, failure)
-        while images_seen < images and not stage.stop_requested():
-            images_seen = _attempt(sweep, model, device, None)  # it stopped to grow, or to leave a node
-        return images_seen
-
+    training = TrainingRun(job, model, device)
     copy = RunCopy(sweep, model)
-    gauges = partial(_show_run, sweep, model)
-    with _copying(copy, RowReader(run.log)), metrics.refreshing(gauges):
+    with RowCopies(job, copy).running(), metrics.refreshing(partial(_show_run, job, model)):
         try:
-            images_seen = with_restarts(sweep.recipe, model, attempts, lambda: state.resumable_images(run))
+            stored = partial(state.resumable_images, sweep.run(model))
+            images_seen = with_restarts(job, model, training.attempts, stored)
         except OutOfMemory as error:
             raise OutOfMemory(f"{error}; {FITS}") from error
-    if images_seen < images:
-        stage.raise_if_stopped()
+    if images_seen < training.settings.images:
+        job.raise_if_stopped()
     copy.finish("FINISHED")
 
 
-def _show_run(sweep: Sweep, model: str) -> None:
-    metrics.show_run(sweep, model, len(nodes.failed(sweep)))
+def _show_run(job: StageJob, model: str) -> None:
+    metrics.show_run(job.sweep, model, len(nodes.failed(job.sweep)), job.gauge)
 
 
-def _attempt(sweep: Sweep, model: str, device: str, failure: WorkerFailure | None) -> int:
-    """Run one attempt at a fixed world size, under a lease of its own; return the images seen, fewer if it stopped to move."""
-    requested_at, silent_s = (failure.at, failure.silent_s) if failure else (time.time(), None)
-    settings, request = sweep.recipe.train_of(model), resources("train", device, 1)
-    bundle = amounts(request)
-    avoided = nodes.excluded(sweep, lambda ids: largest_fitting(settings.world_sizes, _possible(bundle, ids)) > 0)
-    world, group = _place(sweep.recipe, bundle, avoided)
-    try:
-        workers, places = _ranks(request, group, world, device, packages.brought(sweep.recipe))
-        _log_places(model, places)
-        variables = {"WORLD_SIZE": world, "MASTER_ADDR": places[0].ip, "MASTER_PORT": places[0].port, "LOCAL_RANK": 0}
-        checks = [worker.check.remote(variables | {"RANK": rank}, device) for rank, worker in enumerate(workers)]
-        watch(workers, checks, lambda _: None, settings.hang_after_s)
-        with lease.hold(sweep.run(model).lease) as held:
-            state.record_device(sweep.run(model), device)
-            results = [worker.train.remote(sweep, model, held, device, requested_at, silent_s) for worker in workers]
-            used, grow_at_s = {place.node for place in places}, time.monotonic() + settings.grow_after_s
+@dataclass(frozen=True)
+class Ranks:
+    """The workers of an attempt and where they run, by rank."""
+
+    workers: list[Any]
+    places: list[Place]
+
+
+@dataclass
+class TrainingRun:
+    """The training of one model on this cluster, an attempt after the other."""
+
+    job: StageJob
+    model: str
+    device: str
+    request: dict[str, Any] = field(default_factory=dict)
+    """Options of one worker's actor on the nodes that the current attempt began with."""
+
+    @property
+    def settings(self) -> Train:
+        return self.job.recipe.train_of(self.model)
+
+    @property
+    def bundle(self) -> Resources:
+        """Resources of one worker."""
+        return amounts(self.request)
+
+    def attempts(self, failure: WorkerFailure | None) -> int:
+        """Return the images seen after attempts that follow each other without a failure: to grow, or to leave a node."""
+        images_seen = self._attempt(failure)
+        while images_seen < self.settings.images and not self.job.stop_requested():
+            images_seen = self._attempt(None)
+        return images_seen
+
+    def _attempt(self, failure: WorkerFailure | None) -> int:
+        """Run one attempt at a fixed world size; return the images seen, fewer if it stopped to move."""
+        requested_at, silent_s = (failure.at, failure.silent_s) if failure else (time.time(), None)
+        self.request = resources("train", self.device, 1)
+        avoided = nodes.excluded(self.job, nodes.living(), self._fits_without)
+        world, group = self._place(avoided)
+        ranks = None
+        try:
+            ranks = self._start(group, world)
+            self._check(ranks)
+            return self._train(ranks, avoided, requested_at, silent_s)
+        except DeviceFailure as broken:
+            if ranks:
+                self._record(nodes.name_of(ranks.places[broken.worker].node), str(broken))
+            raise
+        finally:
+            remove_placement_group(group)
+
+    def _start(self, group: Any, world: int) -> Ranks:
+        """Start a worker in each bundle, and log where the ranks are."""
+        bundles = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(world)]
+        workers = [spawn(self.job, Trainer, self.request | {"scheduling_strategy": bundle}) for bundle in bundles]
+        codes = packages.brought(self.job.recipe)
+        calls = [worker.place.remote(self.device, codes) for worker in workers]
+        places = watch(self.job, workers, calls, policy=Watch(keep_logs=False))
+        order = rank_order(places)
+        ranks = Ranks([workers[n] for n in order], [places[n] for n in order])
+        self._log_places(ranks.places)
+        return ranks
+
+    def _check(self, ranks: Ranks) -> None:
+        """Join the process group, and check all devices and connections."""
+        first = ranks.places[0]
+        variables = {
+            "WORLD_SIZE": len(ranks.workers), "MASTER_ADDR": first.ip, "MASTER_PORT": first.port, "LOCAL_RANK": 0,
+        }  # fmt: skip
+        checks = [
+            worker.check.remote(variables | {"RANK": rank}, self.device) for rank, worker in enumerate(ranks.workers)
+        ]
+        watch(self.job, ranks.workers, checks, policy=Watch(hang_after_s=self.settings.hang_after_s))
+
+    def _train(self, ranks: Ranks, avoided: Collection[str], requested_at: float, silent_s: float | None) -> int:
+        """Train under a lease of its own."""
+        sweep, grow_at_s = self.job.sweep, time.monotonic() + self.settings.grow_after_s
+        used = {place.node for place in ranks.places}
+        with lease.hold(sweep.run(self.model).lease) as held:
+            state.record_device(sweep.run(self.model), self.device)
+            arguments = (sweep, self.model, held, self.device, requested_at, silent_s)
+            results = [worker.train.remote(*arguments) for worker in ranks.workers]
 
             def moves() -> bool:
-                return _node_drains(model, used) or (
-                    time.monotonic() > grow_at_s and _can_grow(sweep, model, bundle, world, avoided)
+                return self._node_drains(used) or (
+                    time.monotonic() > grow_at_s and self._can_grow(len(ranks.workers), avoided)
                 )
 
-            def report(done: list[int]) -> None:
-                context.facts["images"] = max(done)
-                lines.progress(max(done), settings.images, "images")
-
             # After the last step there is only storage to wait for, which has a patience of its own.
-            return min(watch(workers, results, report, settings.hang_after_s, moves, last=settings.images))
-    except DeviceFailure as broken:
+            policy = Watch(hang_after_s=self.settings.hang_after_s, stop_early=moves, last=self.settings.images)
+            return min(watch(self.job, ranks.workers, results, self._report, policy))
+
+    def _report(self, done: list[int]) -> None:
+        self.job.context.images = max(done)
+        self.job.progress(max(done), self.settings.images, "images")
+
+    def _record(self, node: str, why: str) -> None:
+        """Record a failed device of a node."""
         try:
-            nodes.record_failure(sweep, model, places[broken.worker].node, str(broken))
+            nodes.record_failure(self.job, self.model, node, why)
         except StorageError as error:
-            lines.say(f"{model}: the failure of a node's device is not stored: {error}")
-        raise
-    finally:
-        remove_placement_group(group)
+            self.job.say(f"{self.model}: the failure of a node's device is not stored: {error}")
 
+    def _log_places(self, places: Sequence[Place]) -> None:
+        """Log the ranks of each node."""
+        names = {place.node: nodes.name_of(place.node) for place in places}
+        self.job.emit("placed", model=self.model, nodes=[names[place.node] for place in places])
+        for node, name in names.items():
+            ranks = [rank for rank, place in enumerate(places) if place.node == node]
+            interfaces = places[ranks[0]].interfaces
+            self.job.say(f"{self.model}: ranks {ranks[0]} to {ranks[-1]} on node {name}: {interfaces}")
 
-def _ranks(
-    request: dict[str, Any], group: Any, world: int, device: str, codes: dict[str, str]
-) -> tuple[list[Any], list[Place]]:
-    """Start a worker in each bundle; return workers and places by rank."""
-    bundles = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(world)]
-    workers = [spawn(Trainer, request | {"scheduling_strategy": bundle}) for bundle in bundles]
-    places = watch(workers, [worker.place.remote(device, codes) for worker in workers], lambda _: None, keep_logs=False)
-    order = rank_order(places)
-    return [workers[n] for n in order], [places[n] for n in order]
+    def _place(self, avoided: Collection[str]) -> tuple[int, Any]:
+        """Return (world size, its placement group); the size is chosen again if its capacity is lost before it is placed."""
+        sizes = self.job.recipe.train.world_sizes
+        while True:
+            world = self._world_size(avoided)
+            labels = [nodes.avoiding(avoided)] * world if avoided else None
+            group = placement_group([self.bundle] * world, strategy="PACK", bundle_label_selector=labels)
+            try:
+                if placed(self.job, group, world, self.bundle, lambda: largest_fitting(sizes, self._free(avoided))):
+                    return world, group
+            except BaseException:
+                remove_placement_group(group)
+                raise
+            remove_placement_group(group)
+
+    def _world_size(self, avoided: Collection[str]) -> int:
+        """The largest of the recipe's world sizes that fits, otherwise its smallest, which then waits.
+
+        Resources of the attempt before come free a moment later: waits for them.
+        """
+        sizes, deadline_s = self.job.recipe.train.world_sizes, time.monotonic() + CAPACITY_WAIT_S
+        while True:
+            possible = largest_fitting(sizes, self._possible(avoided))
+            free = largest_fitting(sizes, self._free(avoided))
+            if free == possible or time.monotonic() > deadline_s or self.job.stop_requested():
+                return free or sizes[-1]
+            self.job.pause(0.2)
+
+    def _fits_without(self, avoided: Collection[str]) -> bool:
+        """Whether one of the world sizes fits on other nodes."""
+        return largest_fitting(self.settings.world_sizes, self._possible(avoided)) > 0
+
+    def _free(self, avoided: Collection[str]) -> int:
+        """Return how many more workers fit now on other nodes than the `avoided` ones."""
+        return capacity(self.bundle, _nodes_that_stay(ray_private.available_by_node(), avoided))
+
+    def _possible(self, avoided: Collection[str]) -> int:
+        """Return how many workers fit on other nodes than the `avoided` ones once all their resources are free."""
+        return capacity(self.bundle, _nodes_that_stay(ray_private.total_by_node(), avoided))
+
+    def _node_drains(self, used: set[str]) -> bool:
+        """Whether one of the attempt's nodes is being drained, logged if so; until it goes, its workers can still save."""
+        drains = bool(used & ray_private.draining_nodes())
+        if drains:
+            self.job.emit("drain", model=self.model)
+            self.job.say(
+                f"{self.model}: a node of its workers is being drained: they stop at a resume point and continue elsewhere"
+            )
+        return drains
+
+    def _can_grow(self, world: int, avoided: Collection[str]) -> bool:
+        """Whether a larger world size fits now, counting the running workers' own resources, and is faster; logged if so."""
+        settings = self.job.recipe.train
+        if world == settings.most_workers:
+            return False
+        larger = largest_fitting(settings.world_sizes, world + self._free(avoided))
+        grows = larger > world and largest_share(settings.lanes, larger) < largest_share(settings.lanes, world)
+        if grows:
+            self.job.emit("grow", model=self.model, workers=world, to=larger)
+            self.job.say(
+                f"{self.model}: capacity for {larger} workers: {world} stop at a resume point and continue as {larger}"
+            )
+        return grows
 
 
 def rank_order(places: Sequence[Place]) -> list[int]:
@@ -203,53 +325,15 @@ def rank_order(places: Sequence[Place]) -> list[int]:
     return sorted(range(len(places)), key=lambda n: places[n][:3])
 
 
-def _log_places(model: str, places: Sequence[Place]) -> None:
-    """Log the ranks of each node."""
-    names = {place.node: nodes.name_of(place.node) for place in places}
-    lines.emit("placed", model=model, nodes=[names[place.node] for place in places])
-    for node, name in names.items():
-        ranks = [rank for rank, place in enumerate(places) if place.node == node]
-        lines.say(f"{model}: ranks {ranks[0]} to {ranks[-1]} on node {name}: {places[ranks[0]].interfaces}")
-
-
-def _place(recipe: Recipe, bundle: dict[str, float], avoided: Collection[str]) -> tuple[int, Any]:
-    """Return (world size, its placement group); the size is chosen again if its capacity is lost before it is placed."""
-    while True:
-        world = _world_size(recipe, bundle, avoided)
-        labels = [nodes.avoiding(avoided)] * world if avoided else None
-        group = placement_group([bundle] * world, strategy="PACK", bundle_label_selector=labels)
-        try:
-            if _placed(group, world, bundle, lambda: largest_fitting(recipe.train.world_sizes, _free(bundle, avoided))):
-                return world, group
-        except BaseException:
-            remove_placement_group(group)
-            raise
-        remove_placement_group(group)
-
-
-def _placed(group: Any, world: int, bundle: dict[str, float], fitting: Callable[[], int]) -> bool:
+def placed(job: StageJob, group: Any, world: int, bundle: Resources, fitting: Callable[[], int]) -> bool:
     """Wait for capacity, and log it; False if only fewer workers fit now, as after the loss of a node."""
     ready = group.ready()
-    with Wait() as wait:
+    with Wait(job.gauge) as wait:
         while not ray.wait([ready], timeout=1)[0]:
             if 0 < fitting() < world:
                 return False
-            wait.log(world, bundle, together=world)
+            wait.log(job, world, bundle, together=world)
     return True
-
-
-def _world_size(recipe: Recipe, bundle: dict[str, float], avoided: Collection[str]) -> int:
-    """The largest of the recipe's world sizes that fits, otherwise its smallest, which then waits.
-
-    Resources of the attempt before come free a moment later: waits for them.
-    """
-    sizes, deadline = recipe.train.world_sizes, time.monotonic() + CAPACITY_WAIT_S
-    while True:
-        possible = largest_fitting(sizes, _possible(bundle, avoided))
-        free = largest_fitting(sizes, _free(bundle, avoided))
-        if free == possible or time.monotonic() > deadline or stage.stop_requested():
-            return free or sizes[-1]
-        stage.pause(0.2)
 
 
 def largest_fitting(sizes: Sequence[int], workers: int) -> int:
@@ -257,85 +341,59 @@ def largest_fitting(sizes: Sequence[int], workers: int) -> int:
     return next((size for size in sizes if size <= workers), 0)
 
 
-def _free(bundle: dict[str, float], avoided: Collection[str]) -> int:
-    """How many more workers fit now on other nodes than the `avoided` ones."""
-    return capacity(bundle, _nodes_that_stay(ray_state.available_resources_per_node(), avoided))
-
-
-def _possible(bundle: dict[str, float], avoided: Collection[str]) -> int:
-    """How many workers fit on other nodes than the `avoided` ones once all their resources are free."""
-    return capacity(bundle, _nodes_that_stay(ray_state.total_resources_per_node(), avoided))
-
-
-def _nodes_that_stay(by_node: dict[str, dict[str, float]], avoided: Collection[str]) -> list[dict[str, float]]:
+def _nodes_that_stay(by_node: dict[str, Resources], avoided: Collection[str]) -> list[Resources]:
     """Resources of the nodes that are not avoided or being drained: Ray still counts those that are, and places nothing there."""
-    left_out = _draining() | set(avoided)
+    left_out = ray_private.draining_nodes() | set(avoided)
     return [resources for node, resources in by_node.items() if node not in left_out]
 
 
-def _draining() -> set[str]:
-    """Nodes that will be taken away: `ray drain-node`, KubeRay, an autoscaler and a spot notice all end here."""
-    return set(ray_state.state.get_draining_nodes())
-
-
-def _node_drains(model: str, nodes: set[str]) -> bool:
-    """Whether one of the attempt's nodes is being drained, logged if so; until it goes, its workers can still save."""
-    drains = bool(nodes & _draining())
-    if drains:
-        lines.emit("drain", model=model)
-        lines.say(
-            f"{model}: a node of its workers is being drained: they stop at a resume point and continue elsewhere"
-        )
-    return drains
-
-
-def _can_grow(sweep: Sweep, model: str, bundle: dict[str, float], world: int, avoided: Collection[str]) -> bool:
-    """Whether a larger world size fits now, counting the running workers' own resources, and is faster; logged if so."""
-    settings = sweep.recipe.train
-    if world == settings.most_workers:
-        return False
-    larger = largest_fitting(settings.world_sizes, world + _free(bundle, avoided))
-    grows = larger > world and largest_share(settings.lanes, larger) < largest_share(settings.lanes, world)
-    if grows:
-        lines.emit("grow", model=model, workers=world, to=larger)
-        lines.say(f"{model}: capacity for {larger} workers: {world} stop at a resume point and continue as {larger}")
-    return grows
-
-
-@contextlib.contextmanager
-def _copying(copy: RunCopy, rows: RowReader) -> Iterator[None]:
-    """Copy rows to metrics and to MLflow from a thread of its own: an MLflow that hangs does not delay training.
+@dataclass(frozen=True)
+class RowCopies:
+    """Copies of a run's rows to metrics and to MLflow from a thread of its own: an MLflow that hangs does not delay training.
 
     Storage has the rows, and a copy that fails is tried again. After the end it is logged: it never fails the model.
     """
-    over, began_at, settings = threading.Event(), time.time(), copy.sweep.recipe.train_of(str(copy.model))
 
-    def send() -> None:
-        for batch in rows.batches():
-            metrics.show_rows(rows.newest.values(), settings, began_at)
-            copy.send(batch)
-        # A sweep without a run in MLflow misses none.
-        metrics.gauge("mlflow_away", float(copy.away and TrackingIds.exists(copy.sweep.folder)))
+    job: StageJob
+    copy: RunCopy
+    every_s: float = 5.0
+    last_s: float = 60.0
+    """Time for a copy in progress when training ends, whose rows would otherwise be missing in MLflow."""
 
-    def run() -> None:
-        while not over.wait(COPY_EVERY_S):
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        over = threading.Event()
+        send = partial(self._send, RowReader(self.job.sweep.run(str(self.copy.model)).log), time.time())
+        thread = threading.Thread(target=self._until, args=(over, send), daemon=True, name="mlflow")
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(self.last_s)
+            self._send_last(thread, send)
+
+    def _until(self, over: threading.Event, send: Callable[[], None]) -> None:
+        while not over.wait(self.every_s):
             with contextlib.suppress(Exception):
                 send()
 
-    thread = threading.Thread(target=run, daemon=True, name="mlflow")
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join(LAST_COPY_S)
+    def _send(self, rows: RowReader, began_at: float) -> None:
+        settings = self.job.recipe.train_of(str(self.copy.model))
+        for batch in rows.batches():
+            metrics.show_rows(rows.newest.values(), settings, began_at, self.job.gauge)
+            self.copy.send(batch)
+        # A sweep without a run in MLflow misses none.
+        self.job.gauge("mlflow_away", float(self.copy.away and TrackingIds.exists(self.job.sweep.folder)))
+
+    def _send_last(self, thread: threading.Thread, send: Callable[[], None]) -> None:
         try:
             if thread.is_alive():
-                raise TimeoutError(f"no answer for {LAST_COPY_S:g} s")
+                raise TimeoutError(f"no answer for {self.last_s:g} s")
             send()
         except Exception as error:
-            lines.say(
-                f"{copy.model}: its last rows are in storage and not in MLflow: {describe(error)}; "
-                f"to copy them: dis-scale mlflow sync {copy.sweep}",
+            self.job.say(
+                f"{self.copy.model}: its last rows are in storage and not in MLflow: {describe(error)}; "
+                f"to copy them: dis-scale mlflow sync {self.job.sweep}",
                 level="warning",
             )

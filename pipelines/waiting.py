@@ -1,23 +1,18 @@
-"""Workers that wait for capacity: what they wait for, what the cluster has, and whether any node could ever hold them."""
+"""Workers that wait for capacity: what they wait for, and what the cluster has. A wait has no end: an autoscaler may add nodes."""
 
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Self
 
 import ray
-from ray._private.worker import global_worker
-from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
-from ray.experimental.internal_kv import _internal_kv_get
 
-from dis_scale.process.errors import UserError
-from pipelines import lines, metrics, stage
+from pipelines.metrics import SetGauge
+from pipelines.nodes import alive_nodes
+from pipelines.stage import StageJob
 
 LOGGED_AFTER_S = 5.0
 """A worker whose process only has to start is not logged."""
-GIVE_UP_AFTER_S = 60.0
-"""Time for a node to join that could hold what no node of the cluster can."""
 CURE = (
     "start such a node (ray start --num-gpus=..., --resources=..., or the groups of cluster/*.yaml), or change the recipe's "
     "device or workers"
@@ -34,7 +29,8 @@ def capacity(request: Request, nodes: Sequence[Request]) -> int:
 class Wait:
     """One wait for capacity, polled until it ends; as a context it no longer counts as waiting after its block."""
 
-    def __init__(self) -> None:
+    def __init__(self, gauge: SetGauge, logged_after_s: float = LOGGED_AFTER_S) -> None:
+        self._gauge, self._logged_after_s = gauge, logged_after_s
         self._since_s, self._logged = 0.0, 0
         self._exported: int | None = None
 
@@ -45,38 +41,29 @@ class Wait:
         self._export(0)
 
     def poll(self, count: int, request: Request, together: int = 1) -> str | None:
-        """Return a line to log if `count` workers wait and it is news.
-
-        UserError if the cluster can never hold `together` of them.
-        """
+        """Return a line to log if `count` workers wait and it is news; `together` of them need capacity at the same time."""
         self._export(count if request else 0)
         if count == 0 or not request:  # without a request only their processes have to start
             self._since_s, self._logged = 0.0, 0
             return None
         self._since_s = self._since_s or time.monotonic()
-        waited_s = time.monotonic() - self._since_s
-        if waited_s > GIVE_UP_AFTER_S and hopeless(request, together):
-            raise UserError(
-                f"no capacity for {together} workers, each with {_listed(request)}, within {waited_s:.0f} s; "
-                f"nodes: {_kinds(alive_nodes())}; {CURE}"
-            )
-        if waited_s < LOGGED_AFTER_S or count == self._logged:
+        if time.monotonic() - self._since_s < self._logged_after_s or count == self._logged:
             return None
         self._logged = count
         return words(count, request, alive_nodes(), ray.available_resources(), together)
 
+    def log(self, job: StageJob, count: int, request: Request, together: int = 1) -> None:
+        """Poll and log it; a stop request ends the wait."""
+        if count:
+            job.raise_if_stopped()
+        if text := self.poll(count, request, together):
+            job.emit("waiting", workers=count)
+            job.say(text)
+
     def _export(self, count: int) -> None:
         if count != self._exported:
-            metrics.gauge("waiting_workers", count)
+            self._gauge("waiting_workers", count)
             self._exported = count
-
-    def log(self, count: int, request: Request, together: int = 1) -> None:
-        """Poll and log it, in a stage's job; a stop request ends the wait."""
-        if count:
-            stage.raise_if_stopped()
-        if text := self.poll(count, request, together):
-            lines.emit("waiting", workers=count)
-            lines.say(text)
 
 
 def words(count: int, request: Request, nodes: Sequence[Request], free: Request, together: int = 1) -> str:
@@ -89,36 +76,6 @@ def words(count: int, request: Request, nodes: Sequence[Request], free: Request,
         f"waiting for capacity for {count} workers, each with {_listed(request)}; free in the cluster: {left}; "
         f"nodes: {_kinds(nodes)}{cure}"
     )
-
-
-def hopeless(request: Request, together: int = 1) -> bool:
-    """Whether neither the nodes, nor the replacement of a lost one, nor an autoscaler's node can hold `together` such workers.
-
-    Ray does not keep a lost node's resources: after a loss anything may come back.
-    """
-    nodes = ray.nodes()
-    if capacity(request, alive_nodes()) >= together or not all(node["Alive"] for node in nodes):
-        return False
-    status = GetClusterStatusReply()
-    status.ParseFromString(global_worker.gcs_client.get_cluster_status(timeout_s=10))
-    scaling = status.autoscaling_state
-    if scaling.autoscaler_state_version:
-        single = [each.resources_bundle for each in scaling.infeasible_resource_requests]
-        gangs = [each for gang in scaling.infeasible_gang_resource_requests for each in gang.requests]
-        return any(dict(each) == request for each in [*single, *(each.resources_bundle for each in gangs)])
-    return not _scaled()
-
-
-def _scaled() -> bool:
-    """Whether an autoscaler of the first version runs: it names nodes by their types, and does not report what it can add."""
-    status = json.loads(_internal_kv_get("__autoscaling_status") or "{}")
-    types = status.get("autoscaler_report", {}).get("node_type_mapping") or {}
-    return any(kind != f"node_{node}" for node, kind in types.items())
-
-
-def alive_nodes() -> list[Request]:
-    """Resources of each node."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _listed(resources: Request) -> str:

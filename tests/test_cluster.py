@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ import ray
 import yaml
 
 from dis_scale.recipe import Recipe, reading
-from pipelines import places, waiting
+from dis_scale.training.devices import device_of
 from pipelines.cluster import models_at_once
-from pipelines.devices import device_of
 from pipelines.jobs import FINAL
+from pipelines.nodes import Node
+from pipelines.places import Places
 from pipelines.train import largest_fitting
 from pipelines.waiting import capacity
-from pipelines.worker import amounts, resources
+from pipelines.worker import amounts
 from tests.support import pods
 
 ROOT = Path(__file__).parent.parent
@@ -72,14 +72,14 @@ def pod(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def requested() -> set[str]:
-    """Return the resources that the stages request: `resources(NAME, ...)` of pipelines/worker.py."""
+    """Return the resources that the stages request by `resources(NAME, ...)` and `Places.request(NAME, ...)`."""
     calls = [
         node
         for path in (ROOT / "pipelines").glob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "resources"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("resources", "self.request")
     ]
-    return {ast.literal_eval(call.args[0]) for call in calls}
+    return {name.value for name in (call.args[0] for call in calls) if isinstance(name, ast.Constant)}
 
 
 @pytest.mark.parametrize("path", sorted(pods.CLUSTER.glob("*.yaml")), ids=lambda p: p.name)
@@ -121,16 +121,9 @@ def test_nodes_declare_what_the_stages_request(name: str) -> None:
 
 
 @pytest.fixture
-def listed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The nodes of a cluster file, as Ray lists them."""
-    nodes = [
-        {"NodeID": str(number), "Alive": True, "Resources": node.resources}
-        for number, node in enumerate(pods.nodes(request.param))
-    ]
-    totals = sum((Counter(node["Resources"]) for node in nodes), Counter[str]())
-    monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: dict(totals))
-    return nodes
+def listed(request: pytest.FixtureRequest) -> list[Node]:
+    """The nodes of a cluster file."""
+    return [Node(str(number), str(number), node.resources) for number, node in enumerate(pods.nodes(request.param))]
 
 
 RECIPES = pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
@@ -138,45 +131,45 @@ RECIPES = pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml
 
 @pytest.mark.parametrize("listed", FILES, indirect=True)
 @RECIPES
-def test_every_stage_of_every_recipe_fits_every_cluster(listed: list[dict[str, Any]], path: Path) -> None:
+def test_every_stage_of_every_recipe_fits_every_cluster(listed: list[Node], path: Path) -> None:
     """Training, as many models as the cluster takes at the same time, and its evaluators fit together; the others alone."""
     recipe = reading.load(path)
-    device, _ = device_of(recipe, int(ray.cluster_resources()["GPU"]))
+    places, held = Places(recipe, listed), [node.resources for node in listed]
+    totals = {name: sum(node.get(name, 0) for node in held) for node in held for name in node}
+    device, _ = device_of(recipe, int(totals["GPU"]))
     assert device == "cuda"
-    assert places.lacking(recipe, device) is None
-    for name, (least, request) in places.needs(recipe, device).items():
+    assert places.lacking(device) is None
+    needs = places.needs(device)
+    for name, (least, request) in needs.items():
         wanted = recipe.precompute.workers if name == "precompute" else least
-        assert _placed([request] * wanted, listed), name
-    at_once = min(len(recipe.models), models_at_once(recipe, ray.cluster_resources()))
-    train = amounts(resources("train", device, 1))
-    world = largest_fitting(recipe.train.world_sizes, capacity(train, waiting.alive_nodes()))
-    evaluators = places.requests(recipe, device, places.spare_gpus(recipe))
+        assert _placed([request] * wanted, held), name
+    at_once, (_, train) = min(len(recipe.models), models_at_once(recipe, totals)), needs["train"]
+    world = largest_fitting(recipe.train.world_sizes, capacity(train, held))
+    evaluators = places.evaluators(device, places.spare_gpus())
     assert evaluators, "evaluation need not wait until training has ended"
     apart = [amounts(request) for _, request in evaluators if "label_selector" in request]
     rest = [amounts(request) for _, request in evaluators if "label_selector" not in request]
-    trains = [node for node in listed if "train" in node["Resources"]]
-    assert _placed(apart, [node for node in listed if node not in trains])
+    trains = [node for node in held if "train" in node]
+    assert _placed(apart, [node for node in held if node not in trains])
     assert _placed([train] * (at_once * world) + rest, trains)
 
 
 @pytest.mark.parametrize("listed", [pods.JOBS[0]], indirect=True)
-def test_a_stage_that_no_node_can_hold_is_named(listed: list[dict[str, Any]]) -> None:
-    recipe = reading.load(ROOT / "configs/imagenet256.yaml", ["train.workers=16"])
-    assert places.lacking(recipe, "cuda") == (16, {"CPU": 1, "GPU": 1, "train": 1})
-    assert (
-        places.lacking(recipe.model_copy(update={"train": recipe.train.model_copy(update={"workers": 8})}), "cuda")
-        is None
-    )
+def test_a_stage_that_no_node_can_hold_is_named(listed: list[Node]) -> None:
+    lacking = {}
+    for workers in (8, 16):
+        recipe = reading.load(ROOT / "configs/imagenet256.yaml", [f"train.workers={workers}"])
+        lacking[workers] = Places(recipe, listed).lacking("cuda")
+    assert lacking == {8: None, 16: (16, {"CPU": 1, "GPU": 1, "train": 1})}
 
 
-def test_a_plain_ray_of_two_cpus_holds_a_small_recipe(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "0", "Alive": True, "Resources": {"CPU": 2.0}}])
-    assert places.lacking(tiny, "cpu") is None
+def test_a_plain_ray_of_two_cpus_holds_a_small_recipe(tiny: Recipe) -> None:
+    assert Places(tiny, [Node("0", "0", {"CPU": 2.0})]).lacking("cpu") is None
 
 
-def _placed(requests: Sequence[dict[str, float]], nodes: Sequence[dict[str, Any]]) -> bool:
+def _placed(requests: Sequence[dict[str, float]], nodes: Sequence[dict[str, float]]) -> bool:
     """Whether the nodes hold all of these workers at the same time: each goes to the first node with room."""
-    free = [dict(node["Resources"]) for node in nodes]
+    free = [dict(node) for node in nodes]
     for request in requests:
         fitting = (n for n in free if all(n.get(name, 0) >= amount for name, amount in request.items()))
         if (node := next(fitting, None)) is None:

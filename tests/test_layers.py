@@ -64,6 +64,10 @@ DOORS = {
 ANYWHERE = {"torch", "numpy", "PIL", "pydantic", "yaml", "safetensors"}
 AT_ONCE = ("process", "recipe", "storage", "sweep", "cli")
 """Parts that the command imports before it answers `--help` or a mistake."""
+RAY_PRIVATE = ("ray._private", "ray.core", "ray.experimental", "ray.autoscaler._private")
+"""Modules of Ray that its API does not promise."""
+RAY_DOOR = "pipelines/ray_private.py"
+"""The only file that may import them."""
 SLOW = {"torch", "deepspeed", "ray", "mlflow", "diffusers"}
 """Packages whose import takes seconds."""
 FOLDERS = {
@@ -159,6 +163,11 @@ def may_import(path: str, package: str) -> bool:
     return package in ANYWHERE or any(path == door or path.startswith(f"{door}/") for door in DOORS[package].split())
 
 
+def is_private(name: str) -> bool:
+    """Whether a dotted name is of Ray's insides."""
+    return any(f"{name}.".startswith(f"{module}.") for module in RAY_PRIVATE)
+
+
 def graph(sources: dict[str, str]) -> dict[str, set[str]]:
     """Return which part imports which others, without the entry points in UPWARD."""
     edges: dict[str, set[str]] = {}
@@ -240,6 +249,24 @@ def test_every_dependency_has_a_door() -> None:
 def test_heavy_dependencies_are_imported_in_their_doors_only() -> None:
     used = [(path, package) for path, source in SOURCES.items() for package in sorted(packages(imported(source)))]
     assert [(path, package) for path, package in used if not may_import(path, package)] == []
+
+
+def test_what_ray_does_not_promise_is_used_in_one_file() -> None:
+    using = {path for path, source in SOURCES.items() if any(map(is_private, imported(source)))}
+    assert using == {RAY_DOOR}
+
+
+@pytest.mark.parametrize(
+    ("source", "private"),
+    [
+        ("from ray._private import state", True),
+        ("def f():\n    import ray.core.generated.x", True),
+        ("from ray.experimental.internal_kv import _internal_kv_get", True),
+        ("import ray\nfrom ray.util.metrics import Counter\nfrom ray.experimentals import x", False),
+    ],
+)
+def test_an_import_of_rays_insides_is_detected(source: str, private: bool) -> None:
+    assert any(map(is_private, imported(source))) == private
 
 
 def test_the_command_answers_before_any_slow_import() -> None:

@@ -15,6 +15,7 @@ import typer
 from dis_scale.cli import checkpoints, pricing, recipes, results, running, sampling, starting, stored
 from dis_scale.cli.help import EXAMPLES, EXIT_CODES
 from dis_scale.process import jsonlog
+from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, UserError
 
 NAME = "dis-scale"
@@ -70,8 +71,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command; an error of ours becomes one line and its exit code, unless `--debug` is given anywhere."""
     words = sys.argv[1:] if arguments is None else arguments
     drives = words[:1] in (["sweep"], ["resume"])
+    context = Context()
     try:
-        app([word for word in words if word != "--debug"], prog_name=NAME)
+        app([word for word in words if word != "--debug"], prog_name=NAME, obj=context)
     except SystemExit as end:  # by Typer
         if drives and end.code == UserError.exit_code:
             _end_own_job(UserError.exit_code)
@@ -81,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         words_of_error = f"error: {error}"
         if drives and os.environ.get(jsonlog.VARIABLE) == "json":
-            words_of_error = jsonlog.entry("error", "error", message=str(error))
+            words_of_error = jsonlog.entry(context, "error", "error", message=str(error))
         print(words_of_error, file=sys.stderr, flush=True)
         if drives:
             _end_own_job(error.exit_code)

@@ -26,29 +26,32 @@ Here = Annotated[
 ]
 
 
-def sweep(recipe: RecipePath = None, overrides: Overrides = None, here: Here = False) -> None:
+def sweep(command: typer.Context, recipe: RecipePath = None, overrides: Overrides = None, here: Here = False) -> None:
     """Train, evaluate and report a sweep; a rerun does what is left."""
     from dis_scale.recipe import reading
 
-    console = driver_console()
+    console = driver_console(command.obj)
     if recipe is None:
         console.print(f"recipe   {EMBEDDED.name} (the embedded example: no recipe was given)", highlight=False)
     settings = reading.load(recipe or EMBEDDED, overrides)
+    command.obj.sweep = settings.name
 
     from pipelines.sweep import run_sweep
 
     run_sweep(settings, console, here)
 
 
-def resume(sweep: SweepUrl, overrides: Overrides = None, here: Here = False) -> None:
+def resume(command: typer.Context, sweep: SweepUrl, overrides: Overrides = None, here: Here = False) -> None:
     """Continue a stored sweep with its own recipe, on the kind of cluster where it last ran."""
     from dis_scale.storage.folder import open_folder
     from dis_scale.sweep import Sweep
-    from pipelines.sweep import await_storage, resume_sweep
+    from pipelines.sweep import await_storage, resumed_recipe, run_sweep
 
-    console = driver_console()
+    console = driver_console(command.obj)
     await_storage(open_folder(sweep), console)
-    resume_sweep(Sweep.open(sweep), overrides or [], console, here)
+    stored = Sweep.open(sweep)
+    command.obj.sweep = stored.recipe.name
+    run_sweep(resumed_recipe(stored, overrides or []), console, here)
 
 
 def stop(
@@ -102,6 +105,7 @@ def logs(
     """List the logs that attempts left in storage, or print those of one attempt: of its driver and of each worker."""
     from dis_scale.sweep import Sweep
     from dis_scale.tracking import attempt_logs
+    from pipelines.lines import readable
 
     opened = Sweep.open(sweep)
     if model is not None and stage is not None:
@@ -114,7 +118,7 @@ def logs(
     folder = opened.logs(stage or "train", model)
     texts = attempt_logs.read_attempt(folder, attempt)
     files = {f"{folder}/{name}": text for name, text in texts.items()}
-    show(as_json, files, *(f"==> {file} <==\n{text}" for file, text in files.items()))
+    show(as_json, files, *(f"==> {file} <==\n{readable(text)}" for file, text in files.items()))
 
 
 def fork(

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from dis_scale.process import jsonlog
+from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.process.jsonlog import JsonLines
 from dis_scale.recipe import shipped
@@ -48,9 +49,11 @@ VaeOption = Annotated[
 ]
 
 
-def driver_console() -> Console:
+def driver_console(context: Context) -> Console:
     """The console of a command that runs a sweep: as `console`, or one JSON line for each of its lines."""
-    return Console(file=JsonLines(sys.stdout), width=120, force_terminal=False) if jsonlog.wanted() else console()
+    if not jsonlog.wanted():
+        return console()
+    return Console(file=JsonLines(sys.stdout, context), width=120, force_terminal=False)
 
 
 def console(stderr: bool = False) -> Console:

@@ -11,6 +11,7 @@ from dis_scale.recipe.shipped import EMBEDDED
 
 if TYPE_CHECKING:
     from dis_scale.data.survey import Survey
+    from dis_scale.upkeep.doctor import Needs, Result
 
 SHOWN = 20
 """Names of broken images that are printed; more are written to a file."""
@@ -40,9 +41,9 @@ def init(
     """Look at a folder of images and write a recipe that fits them and this machine."""
     from dis_scale.data import survey
     from dis_scale.planning.first_recipe import propose, resolution_of
+    from dis_scale.planning.machine import this_machine
     from dis_scale.process.progress import Board, listing_words
     from dis_scale.recipe import reading
-    from pipelines.devices import this_machine
 
     require_new(out, "--out")
     if names:
@@ -81,16 +82,25 @@ def doctor(
 
     from dis_scale.recipe import reading
     from dis_scale.storage.folder import open_folder
-    from pipelines.doctor import examine
+    from dis_scale.upkeep.doctor import Needs, checks, examine
 
     settings, findings = reading.load(recipe), []
-    for each in examine(settings, open_folder(storage or settings.storage.root)):
+    needs = Needs(settings, open_folder(storage or settings.storage.root))
+    for each in examine(needs, checks() | {"ray": _ray}):
         findings.append(each)
         if not as_json:
             say(f"{each.state:<10} {each.part:<14} {each.words}")
     show(as_json, [asdict(each) for each in findings])
     if bad := [each.part for each in findings if each.state == "bad"]:
         raise DisScaleError(f"{len(bad)} of {len(findings)} parts are bad: {', '.join(bad)}")
+
+
+def _ray(needs: "Needs") -> "Result":
+    """Start a Ray of our own, or connect to the one of RAY_ADDRESS, as a sweep does."""
+    from dis_scale.upkeep.doctor import Result
+    from pipelines.cluster import try_cluster
+
+    return Result(try_cluster(needs.recipe))
 
 
 def _broken(found: "Survey", out: Path, names: Path | None) -> list[str]:

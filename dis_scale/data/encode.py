@@ -2,7 +2,7 @@
 
 A shard's bytes do not depend on the worker: encode batches have a fixed size, end at shard borders, and the last is padded.
 Threads, because Pillow and PyTorch release Python's lock and images need no copy: benchmarks/results/data.md compares them with
-processes, Ray tasks and Ray Data. Read next: shards.py, pipelines/precompute.py.
+processes, Ray tasks and Ray Data. Read next: shards.py, making.py, pipelines/precompute.py.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator

@@ -1,17 +1,32 @@
-"""Facts of this process that its logs and metrics carry: sweep, stage, model, attempt, rank, images seen.
-
-A stage's job hands the first three to all its processes through the environment; the others are set as they become known.
-"""
+"""Context of a process that its logs and metrics carry. It is made where a process begins and handed on."""
 
 import json
 import os
+from dataclasses import asdict, dataclass
 from typing import Any
 
 VARIABLE = "DIS_SCALE_JOB"
-facts: dict[str, Any] = json.loads(os.environ.get(VARIABLE, "{}"))
 
 
-def variable(sweep: str, stage: str, model: str | None) -> dict[str, str]:
-    """Return the environment of a stage's job."""
-    known = {"sweep": sweep, "stage": stage} | ({"model": model} if model else {})
-    return {VARIABLE: json.dumps(known)}
+@dataclass
+class Context:
+    """Sweep, stage, model, attempt, rank and images seen; None if unknown. Images seen grow while the process runs."""
+
+    sweep: str | None = None
+    stage: str | None = None
+    model: str | None = None
+    attempt: int | None = None
+    rank: int | None = None
+    images: int | None = None
+
+    @classmethod
+    def from_environment(cls) -> "Context":
+        """Return what a stage's job hands to its processes; empty in any other process."""
+        return cls(**json.loads(os.environ.get(VARIABLE, "{}")))
+
+    def variable(self) -> dict[str, str]:
+        """Return the variable of the environment that hands this context to a job's processes."""
+        return {VARIABLE: json.dumps(self.known())}
+
+    def known(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}

@@ -149,6 +149,15 @@ def missing_published(sweep: Sweep) -> dict[str, list[int]]:
     return missing
 
 
+def lost_evaluations(sweep: Sweep) -> list[Sampled]:
+    """Return the evaluations that cannot be done any more, because their published weights were deleted."""
+    return [
+        Sampled(model, count)
+        for model, counts in missing_published(sweep).items()
+        for count in set(counts) - set(evaluated_counts(sweep, model))
+    ]
+
+
 def point_names(run: Run) -> list[PointName]:
     """Return the names of a run's resume points, complete or not, oldest first."""
     return [point for name in run.resume.list() if (point := PointName.parse(name))]

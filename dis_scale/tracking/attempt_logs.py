@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dis_scale.process import context
+from dis_scale.process.context import Context
 from dis_scale.process.errors import UserError
 from dis_scale.process.redaction import redact
 from dis_scale.process.threads import in_order
@@ -138,8 +138,9 @@ def output_files() -> list[Path]:
 class KeptLog:
     """This process's log in storage, written by a thread of its own from now on."""
 
-    def __init__(self, folder: Folder, name: LogName, without: tuple[bytes, ...] = ()) -> None:
+    def __init__(self, folder: Folder, name: LogName, context: Context, without: tuple[bytes, ...] = ()) -> None:
         self.folder, self.name, self.begun_at = folder, name, time.time()
+        self._context = context
         self._files = [OutputFile(path, Excerpt(without)) for path in output_files()]
         self._over, self._lock, self._unwritten = threading.Event(), threading.Lock(), True
         self._thread = threading.Thread(target=self._run, daemon=True, name="attempt log")
@@ -161,7 +162,7 @@ class KeptLog:
         self._thread.join(CLOSE_S)
 
     def _facts(self) -> dict[str, Any]:
-        return context.facts | {"host": socket.gethostname(), "pid": os.getpid(), "begun_at": self.begun_at}
+        return self._context.known() | {"host": socket.gethostname(), "pid": os.getpid(), "begun_at": self.begun_at}
 
     def _run(self) -> None:
         over = False

@@ -6,6 +6,7 @@ Read next: tracking/mlflow.py.
 
 import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from dis_scale.process.errors import Damaged, DisScaleError, UserError
@@ -40,6 +41,16 @@ def copy_evaluation(sweep: Sweep, sampled: Sampled, copy: RunCopy | None = None)
         values |= {_seconds(name, sampled.variant): value for name, value in metrics.seconds.items()}
         copy.send([Row(name, value, sampled.images_seen, metrics.time) for name, value in values.items()])
     return not copy.away
+
+
+def copy_earlier(sweep: Sweep, raise_if_stopped: Callable[[], None] = lambda: None) -> None:
+    """Copy the earlier evaluations that MLflow lacks; stop at the first copy that fails."""
+    for model in sweep.recipe.models:
+        copy = RunCopy(sweep, model)
+        for sampled in evaluations_to_copy(sweep, model, copy):
+            raise_if_stopped()
+            if not copy_evaluation(sweep, sampled, copy):
+                return
 
 
 def evaluations_to_copy(sweep: Sweep, model: str, copy: RunCopy) -> list[Sampled]:

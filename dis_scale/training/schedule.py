@@ -2,7 +2,8 @@
 
 import math
 
-from dis_scale.recipe import Train
+from dis_scale.process.errors import UserError
+from dis_scale.recipe import Branch, Recipe, Train
 
 
 def learning_rate(settings: Train, images_seen: int) -> float:
@@ -18,3 +19,15 @@ def learning_rate(settings: Train, images_seen: int) -> float:
         case "cosine":
             left = 0.5 * (1 + math.cos(math.pi * done))
     return settings.learning_rate * warm * left
+
+
+def require_no_rise(recipe: Recipe, name: str, branch: Branch) -> None:
+    """UserError if the rate of a branch begins above that of its trunk, which has decayed by then."""
+    own, trunks = (
+        learning_rate(train, branch.at) / train.learning_rate for train in map(recipe.train_of, (name, branch.of))
+    )
+    if own > trunks * 1.001:
+        raise UserError(
+            f"models.{name}.branch: at {branch.at} images the rate of {branch.of} has decayed to {trunks:.0%}, and this one would "
+            f"begin at {own:.0%}: train {branch.of} at a constant rate (train.decay none), or begin earlier"
+        )

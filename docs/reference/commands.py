@@ -30,7 +30,7 @@ ENVIRONMENT = {
     "other than Amazon's.",
     "HF_HOME, HF_TOKEN, HF_HUB_OFFLINE": "Hugging Face's cache, token and offline mode, for a `vae.path` that is a hub id.",
     "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD": "Login of an MLflow server.",
-    "DIS_SCALE_LOG": "`json`: each event of a sweep and of its jobs is one JSON line; default: `lines`.",
+    "DIS_SCALE_LOG": "`json`: the terminal of a sweep gets one JSON line for each event; default: `lines`.",
     "NO_COLOR, FORCE_COLOR": "No colours on a terminal; colours also in other outputs. Default: colours only on a terminal.",
     "DIS_SCALE_FAILED_IS_FINAL": "Set on a KubeRay head: a sweep whose error a new cluster would only repeat ends its Ray job as "
     "stopped, so that KubeRay starts no new cluster.",

@@ -9,12 +9,13 @@ from PIL import Image
 from dis_scale import vae
 from dis_scale.data import shards
 from dis_scale.data.encode import Setup, compute_exactly, encoding_of, put_shards
+from dis_scale.data.making import LatentSet
 from dis_scale.data.sources import open_source
 from dis_scale.recipe import TrainedVae, reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import Hardware, LatentsManifest
-from pipelines import precompute
+from pipelines.precompute import Encoder
 from pipelines.sharing import Dealer
 from tests.cli.test_cli import invoke
 from tests.conftest import TINY
@@ -43,10 +44,10 @@ def photos(store: Folder, images: Path, how: str = "{kind: trained, widths: [8, 
         put_shards(setup, latents, left, lambda _: None)
 
     def mix(left: list[int]) -> None:
-        precompute.Encoder(sweep, "cpu").mix(latents, encoding, Dealer(left).next)
+        Encoder(sweep, "cpu").mix(latents, encoding, Dealer(left).next)
 
     encoding = encoding_of(encoder, 32, "cpu")
-    precompute.make_latents(recipe, latents, setup.source, encoding, encode, mix)
+    LatentSet(recipe, latents, setup.source, encoding, encode, mix).make()
     state.use_latents(sweep, latents, encoder.identity)
     return sweep, latents
 

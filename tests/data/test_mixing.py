@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dis_scale import vae
 from dis_scale.data import listing, mixing, shards, sources, staging
 from dis_scale.data.encode import Setup, encode_mixed
 from dis_scale.data.latents import Latents
+from dis_scale.data.making import LatentSet
 from dis_scale.data.mixing import LabelCounts, permutation
 from dis_scale.data.order import Order
 from dis_scale.data.sources import open_source
@@ -24,11 +26,11 @@ from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.documents import LatentsManifest, ShardSidecar, StagedSidecar
-from pipelines import precompute
-from pipelines.precompute import Encoder
+from pipelines.precompute import Encoder, retrying
 from pipelines.sharing import Dealer
 from tests.conftest import TINY
 from tests.support.labelled_images import parquet, png, tar
+from tests.support.stage_jobs import printing_job
 
 CLASS_IMAGES = [4 + n % 7 * 3 + (60 if n % 20 == 0 else 0) for n in range(100)]
 LABELS = [label for label, count in enumerate(CLASS_IMAGES) for _ in range(count)]
@@ -77,11 +79,11 @@ def make(sweep: Sweep, mix: Callable[[list[int]], None] | None = None) -> Folder
     source, encoder = open_source(sweep.recipe.data, sweep.store), Encoder(sweep, "cpu")
     encoding = encoder.encoding()
     latents = shards.latents_folder(sweep, encoding.identity)
-    precompute.make_latents(
+    LatentSet(
         sweep.recipe, latents, source, encoding,
         lambda left: encoder.encode(latents, encoding, Dealer(left).next),
         mix or (lambda left: encoder.mix(latents, encoding, Dealer(left).next)),
-    )  # fmt: skip
+    ).make(partial(retrying, printing_job(sweep)))  # fmt: skip
     staging.delete_parts(latents)  # as `find_or_make_latents` does
     return latents
 

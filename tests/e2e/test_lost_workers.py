@@ -5,8 +5,6 @@ import os
 import re
 import signal
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,7 @@ import pytest
 
 from dis_scale import vae
 from dis_scale.data import shards
-from dis_scale.process import counts, faults, jsonlog
+from dis_scale.process import counts, faults
 from dis_scale.recipe import reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
@@ -26,6 +24,7 @@ from pipelines.cluster import Cluster, open_cluster
 from tests.cli.test_cli import invoke
 from tests.support import clusters, stages, sweeps
 from tests.support.clusters import Events
+from tests.support.exporters import scrape_all
 from tests.support.labelled_images import png, tar
 
 SMALL = (
@@ -67,7 +66,7 @@ def test_evaluation_first_does_not_block_training_and_a_rank_that_hangs_is_repla
     assert clusters.wait_for_end(training) == "SUCCEEDED", training.reason()
     assert clusters.wait_for_end(evaluation) == "SUCCEEDED", evaluation.reason()
     assert sorted(state.evaluated(sweep, "dit")) == [0, 160]
-    assert state.evaluated(sweep, "dit")[160]["samples"] == sweep.recipe.evaluate.samples
+    assert state.evaluated(sweep, "dit")[160].samples == sweep.recipe.evaluate.samples
 
     waiting, hanging = cluster.client.get_job_logs(training.id).split("stacks of worker ")[1:3]
     assert "train_model" in waiting
@@ -127,9 +126,7 @@ def observe(cluster: Cluster, root: Path) -> Observed:
     )  # fmt: skip
     plan = root / "faults"
     plan.write_text("hang at step rank=1 images=480\nhang at step rank=1 images=960\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(jsonlog.VARIABLE, "json")
-        events = Events(job := jobs.submit(with_faults(cluster, plan), sweep, "train", "dit"))
+    events = Events(job := jobs.submit(with_faults(cluster, plan), sweep, "train", "dit"))
     events.wait("work")
     os.kill(pid_of_rank_1(sweep), signal.SIGSEGV)
     events.wait("restart")
@@ -155,27 +152,16 @@ def pid_of_rank_1(sweep: Sweep) -> int:
 
 def scrape_until(cluster: Cluster, true: Callable[[dict[str, list[float]]], bool]) -> dict[str, list[float]]:
     """Return the crashed sweep's metrics of model dit by name, each without its prefix, as Prometheus would read them."""
-    (group,) = json.loads(Path(f"/tmp/{cluster.id}/ray/prom_metrics_service_discovery.json").read_text())
     deadline = time.monotonic() + 200
     while True:
         values: dict[str, list[float]] = {}
-        for target in group["targets"]:
-            for line in scrape(target).splitlines():
-                if found := re.fullmatch(r'ray_dis_scale_(\w+)\{.*model="dit".*sweep="crashed".*\} (\S+)', line):
-                    values.setdefault(found[1], []).append(float(found[2]))
+        for line in scrape_all(Path(f"/tmp/{cluster.id}/ray")).splitlines():
+            if found := re.fullmatch(r'ray_dis_scale_(\w+)\{.*model="dit".*sweep="crashed".*\} (\S+)', line):
+                values.setdefault(found[1], []).append(float(found[2]))
         if true(values):
             return values
         assert time.monotonic() < deadline, values
         time.sleep(2)
-
-
-def scrape(target: str) -> str:
-    """Return the exporter's answer; empty if it has not started yet."""
-    try:
-        with urllib.request.urlopen(f"http://{target}/metrics", timeout=30) as answer:
-            return str(answer.read().decode())
-    except urllib.error.URLError:
-        return ""
 
 
 def logs_of(sweep: Sweep) -> list[str]:

@@ -69,7 +69,7 @@ def test_a_person_sees_the_sweep(pages: Pages, sweep: Sweep) -> None:
     plot = pages.scatter(models, "gmacs_forward", metric)
     assert plot["points"] == 2
     costs = [price_model(sweep.recipe.models[model], LatentShape(4, 8), 10).gmacs_forward for model in models]
-    distances = [state.evaluated(sweep, model)[IMAGES]["values"][metric] for model in models]
+    distances = [state.evaluated(sweep, model)[IMAGES].values[metric] for model in models]
     drawn = sorted(zip(map(float, plot["x"]), map(float, plot["y"]), strict=True))
     assert drawn == [pytest.approx(point, abs=1e-6) for point in sorted(zip(costs, distances, strict=True))]
 

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,20 @@ import psutil
 import pytest
 import ray
 
-from pipelines import stage, worker
-from pipelines.sharing import Deal, capacity, share
-from pipelines.worker import POLL_EVERY_S, Worker, WorkerFailure, resources, spawn
+from dis_scale.recipe import Recipe
+from dis_scale.storage.folder import open_folder
+from dis_scale.tracking import attempt_logs
+from pipelines import stage
+from pipelines.failures import WorkerFailure
+from pipelines.logs import JobLogs
+from pipelines.sharing import SHARED, Deal, capacity, share
+from pipelines.stage import StageJob
+from pipelines.watching import Watch, watch
+from pipelines.worker import Worker, resources, spawn
+from tests.support.stage_jobs import job_of
+
+POLICY = replace(SHARED, answer_s=2.0)
+"""A worker without a process delays each poll by the time for an answer."""
 
 
 class Taker(Worker):
@@ -21,7 +33,7 @@ class Taker(Worker):
     def take(self, made: Path, deal: Deal) -> None:
         for number in iter(deal, None):
             if number < 0:
-                time.sleep(1.5 * POLL_EVERY_S)  # so that the driver has seen what was done before
+                time.sleep(1.5 * POLICY.poll_every_s)  # so that the driver has seen what was done before
                 os._exit(1)
             time.sleep(0.05)
             (made / str(number)).touch()
@@ -41,14 +53,13 @@ def cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-@pytest.fixture(autouse=True)
-def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker without a process delays each poll by this wait."""
-    monkeypatch.setattr(worker, "STACKS_S", 2.0)
+@pytest.fixture
+def job(tiny: Recipe) -> StageJob:
+    return job_of(tiny)
 
 
-def takers(count: int) -> list[Any]:
-    return [spawn(Taker, resources("precompute", "cpu", 1)) for _ in range(count)]
+def takers(job: StageJob, count: int, name: str = "precompute") -> list[Any]:
+    return [spawn(job, Taker, resources(name, "cpu", 1)) for _ in range(count)]
 
 
 def test_capacity_is_that_of_the_declared_resource() -> None:
@@ -59,28 +70,28 @@ def test_capacity_is_that_of_the_declared_resource() -> None:
     assert capacity(resources("prepare", "cuda", 1)) == 1, "an absent GPU is waited for"
 
 
-def test_a_worker_without_capacity_holds_up_nothing(tmp_path: Path) -> None:
+def test_a_worker_without_capacity_holds_up_nothing(job: StageJob, tmp_path: Path) -> None:
     """Its numbers are taken by the other, which alone is returned and can be used again."""
     progress: list[list[int]] = []
-    workers = takers(2)
-    placed, results, failure = share(workers, "take", (tmp_path,), list(range(20)), progress.append)
+    workers = takers(job, 2)
+    placed, results, failure = share(job, workers, "take", (tmp_path,), list(range(20)), progress.append, POLICY)
     assert (len(placed), results, failure) == (1, [None], None)
     assert sorted(progress[-1]) == [0, 20]
     del workers
-    assert share(placed, "take", (tmp_path,), list(range(3)), progress.append).workers == placed
+    assert share(job, placed, "take", (tmp_path,), list(range(3)), progress.append, POLICY).workers == placed
     assert progress[-1] == [23]
 
 
-def test_one_process_deals_for_all_work_and_is_replaced_if_it_dies(tmp_path: Path) -> None:
-    workers = takers(1)
+def test_one_process_deals_for_all_work_and_is_replaced_if_it_dies(job: StageJob, tmp_path: Path) -> None:
+    workers = takers(job, 1)
     for numbers in (3, 5):
         dealers = dealing()
-        assert share(workers, "take", (tmp_path,), list(range(numbers)), lambda _: None).failure is None
+        assert share(job, workers, "take", (tmp_path,), list(range(numbers)), lambda _: None, POLICY).failure is None
     assert dealing() == dealers, "the second deal began no process"
     (dealer,) = dealers
     dealer.kill()
     dealer.wait(10)
-    assert share(workers, "take", (tmp_path,), [7, 8], lambda _: None).failure is None
+    assert share(job, workers, "take", (tmp_path,), [7, 8], lambda _: None, POLICY).failure is None
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "2", "3", "4", "7", "8"}
 
 
@@ -88,11 +99,13 @@ def dealing() -> list[psutil.Process]:
     return [each for each in psutil.Process().children(recursive=True) if each.cmdline()[:1] == ["ray::_Deals"]]
 
 
-def test_a_lost_worker_is_reported_soon_and_can_be_replaced(tmp_path: Path) -> None:
+def test_a_lost_worker_is_reported_soon_and_can_be_replaced(job: StageJob, tmp_path: Path) -> None:
     """The other ends what it has begun, and gets no more numbers until the caller has another beside it."""
     progress: list[list[int]] = []
-    workers = [spawn(Taker, resources("prepare", "cpu", 1)) for _ in range(2)]
-    living, _, failure = share(workers, "take", (tmp_path,), [*range(60), -1, *range(60, 1000)], progress.append)
+    workers = takers(job, 2, "prepare")
+    living, _, failure = share(
+        job, workers, "take", (tmp_path,), [*range(60), -1, *range(60, 1000)], progress.append, POLICY
+    )
     assert isinstance(failure, WorkerFailure)
     assert "a worker was lost" in str(failure)
     done = {int(path.name) for path in tmp_path.iterdir()}
@@ -103,14 +116,27 @@ def test_a_lost_worker_is_reported_soon_and_can_be_replaced(tmp_path: Path) -> N
     assert len(living) == 1
     assert living[0] in workers
     left = [number for number in range(1000) if number not in done][:20]
-    both = [*living, spawn(Taker, resources("prepare", "cpu", 1))]
-    assert share(both, "take", (tmp_path,), left, progress.append).failure is None
+    both = [*living, *takers(job, 1, "prepare")]
+    assert share(job, both, "take", (tmp_path,), left, progress.append, POLICY).failure is None
     assert done | set(left) == {int(path.name) for path in tmp_path.iterdir()}
 
 
-def test_a_lost_worker_is_reported_though_another_has_no_capacity(tmp_path: Path) -> None:
+def test_a_lost_worker_is_reported_though_another_has_no_capacity(job: StageJob, tmp_path: Path) -> None:
     """Two have capacity on two CPUs; the third may get that of the lost one, or none."""
-    workers = [spawn(Taker, resources("prepare", "cpu", 1)) for _ in range(3)]
-    _, _, failure = share(workers, "take", (tmp_path,), [*range(20), -1], lambda _: None)
+    workers = takers(job, 3, "prepare")
+    _, _, failure = share(job, workers, "take", (tmp_path,), [*range(20), -1], lambda _: None, POLICY)
     assert "a worker was lost" in str(failure)
     assert len(list(tmp_path.iterdir())) == 20
+
+
+def test_all_workers_that_are_watched_keep_their_logs(tiny: Recipe, tmp_path: Path) -> None:
+    """No stage has to think of it."""
+    job = job_of(tiny)
+    job.logs = JobLogs(open_folder(tmp_path / "logs"), job.context)
+    workers = takers(job, 2, "prepare")
+    watch(job, workers, [worker.stacks.remote() for worker in workers], policy=Watch(keep_logs=False))
+    assert attempt_logs.listed(open_folder(tmp_path / "logs")) == []
+    watch(job, workers, [worker.stacks.remote() for worker in workers])
+    job.logs.collect(workers)
+    kept = attempt_logs.listed(open_folder(tmp_path / "logs"))
+    assert [name.process for name in kept] == ["0000", "0001"]

@@ -63,7 +63,7 @@ def test_pictures_without_labels_pass_all_stages(
     sweep = sweeps.sweep_at(root, *settings)
     make(sweep, tmp_path, settings)
     assert not [name for name in load_published(sweep.run("dis"), 32) if name.startswith("label")]
-    values = state.evaluated(sweep, "dis")[32]["values"]
+    values = state.evaluated(sweep, "dis")[32].values
     assert values["fd_means_80"] > 0
     assert values["held_out_loss"] > 0
     assert "class_accuracy" not in values

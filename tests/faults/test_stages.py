@@ -139,7 +139,7 @@ def test_a_flipped_byte_of_a_published_file_is_named_and_the_others_are_evaluate
     """After the file is restored, as from a copy, a rerun ends as undisturbed."""
     root = tmp_path / "root"
     shutil.copytree(undisturbed("evaluate"), root)
-    weights = root / "store/sweeps/tiny/runs/dit/published/000000000000/weights.safetensors"
+    weights = root / "store/sweeps/tiny/runs/dit/published/000000000000/weights-0001.safetensors"
     intact = weights.read_bytes()
     weights.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
     _, output = through("evaluate", root, "")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -20,14 +21,20 @@ from pipelines import cluster
 from tests.conftest import TINY
 
 
-def root(monkeypatch: pytest.MonkeyPatch, given: str, in_job: bool, one_node: bool = True) -> str:
-    monkeypatch.setattr(cluster, "in_ray_job", lambda: in_job)
-    if in_job or not one_node:
-        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    else:
-        monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(cluster, "_one_node", lambda: one_node)
-    return cluster.require_root(reading.load(TINY, [f"storage.root={given}"]))
+def root(
+    monkeypatch: pytest.MonkeyPatch,
+    given: str,
+    in_job: bool,
+    one_node: bool = True,
+    probe: Callable[[str], None] = pytest.fail,
+) -> str:
+    """Return the root that a sweep uses for the given one, on a cluster or on this machine."""
+    environment = {"RAY_ADDRESS": in_job or not one_node, "RAY_JOB_CONFIG_JSON_ENV_VAR": in_job}
+    for name, is_set in environment.items():
+        monkeypatch.delenv(name, raising=False)
+        if is_set:
+            monkeypatch.setenv(name, "127.0.0.1:1")
+    return cluster.require_root(reading.load(TINY, [f"storage.root={given}"]), lambda: one_node, probe)
 
 
 def test_the_folder_that_a_killed_command_left_is_removed_at_the_next_start() -> None:
@@ -62,9 +69,9 @@ def test_a_lock_that_is_a_pipe_holds_up_no_start(user: int, stays: bool) -> None
 
 
 def test_an_empty_address_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "_one_node", lambda: pytest.fail("no cluster is asked"))
     monkeypatch.setenv("RAY_ADDRESS", "")
-    assert cluster.require_root(reading.load(TINY, ["storage.root=outputs"])) == "outputs"
+    recipe = reading.load(TINY, ["storage.root=outputs"])
+    assert cluster.require_root(recipe, lambda: pytest.fail("no cluster is asked")) == "outputs"
 
 
 @pytest.mark.parametrize("in_job", [True, False])
@@ -77,8 +84,7 @@ def test_a_root_of_one_node_is_refused_on_several(monkeypatch: pytest.MonkeyPatc
 
 def test_a_complete_path_on_several_nodes_is_probed_on_each(monkeypatch: pytest.MonkeyPatch) -> None:
     probed: list[str] = []
-    monkeypatch.setattr(cluster, "require_shared", probed.append)
-    assert root(monkeypatch, "/shared/disk", in_job=True, one_node=False) == "/shared/disk"
+    assert root(monkeypatch, "/shared/disk", True, False, probed.append) == "/shared/disk"
     assert probed == ["/shared/disk"]
 
 

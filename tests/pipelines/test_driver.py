@@ -9,13 +9,11 @@ from ray.job_submission import JobStatus
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway
 from dis_scale.recipe import reading
 from dis_scale.sweep import Sweep, state
-from pipelines import driver as running
-from pipelines import jobs
 from pipelines.cluster import Cluster
-from pipelines.driver import Driver, Failures
+from pipelines.driver import Driver, Failures, train_and_evaluate
 from tests.conftest import TINY
-from tests.pipelines.test_sweep import cluster, driver_of, logged
 from tests.support.documents import put_published
+from tests.support.drivers import cluster, driver_of, logged
 
 
 @dataclass
@@ -47,13 +45,10 @@ def failed(why: str) -> FakeJob:
     return FakeJob([JobStatus.FAILED], DisScaleError(why))
 
 
-def train_and_evaluate(
-    driver: Driver, monkeypatch: pytest.MonkeyPatch, fakes: dict[tuple[str, ...], FakeJob]
-) -> Failures:
+def run(driver: Driver, fakes: dict[tuple[str, ...], FakeJob]) -> Failures:
     """Run these jobs, by stage and arguments, in place of those on Ray."""
-    monkeypatch.setattr(running, "POLL_EVERY_S", 0.0)
-    monkeypatch.setattr(jobs, "submit", lambda _, __, *words: fakes[words])
-    return running.train_and_evaluate(driver, cluster("here"))
+    driver.poll_every_s, driver.submit = 0.0, lambda _, __, *words: fakes[words]  # type: ignore[assignment,return-value]
+    return train_and_evaluate(driver, cluster("here"))
 
 
 @pytest.fixture
@@ -66,67 +61,57 @@ def driver(tmp_path: Path) -> Driver:
 SUCCEEDED = FakeJob([JobStatus.SUCCEEDED])
 
 
-def test_a_model_named_evaluate_keeps_its_failure_apart_from_evaluations(
-    driver: Driver, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_named_evaluate_keeps_its_failure_apart_from_evaluations(driver: Driver) -> None:
     fakes = {
         ("evaluate",): failed("the VAE is damaged"),
         ("train", "evaluate"): failed("a worker was lost"),
         ("train", "dit"): SUCCEEDED,
     }
-    failures = train_and_evaluate(driver, monkeypatch, fakes)
+    failures = run(driver, fakes)
     assert failures == Failures({"evaluate": "a worker was lost"}, "the VAE is damaged")
     assert failures.words() == "evaluate failed: a worker was lost; evaluate failed: the VAE is damaged"
     assert state.ended(driver.sweep, "evaluate") == "a worker was lost"
     assert "evaluate failed: a worker was lost; the other jobs continue" in logged(driver)
 
 
-def test_a_failed_evaluation_is_no_failure_of_a_model_named_evaluate(
-    driver: Driver, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_evaluation_is_no_failure_of_a_model_named_evaluate(driver: Driver) -> None:
     fakes = {
         ("evaluate",): failed("the VAE is damaged"), ("train", "evaluate"): SUCCEEDED, ("train", "dit"): SUCCEEDED,
     }  # fmt: skip
-    failures = train_and_evaluate(driver, monkeypatch, fakes)
+    failures = run(driver, fakes)
     assert failures == Failures({}, "the VAE is damaged")
     assert state.ended(driver.sweep, "evaluate") is None
 
 
-def test_a_failed_model_does_not_hide_the_others(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_model_does_not_hide_the_others(driver: Driver) -> None:
     fakes = {
         ("evaluate",): SUCCEEDED, ("train", "evaluate"): SUCCEEDED, ("train", "dit"): failed("a worker was lost"),
     }  # fmt: skip
-    failures = train_and_evaluate(driver, monkeypatch, fakes)
+    failures = run(driver, fakes)
     assert failures == Failures({"dit": "a worker was lost"})
     assert (state.ended(driver.sweep, "dit"), state.ended(driver.sweep, "evaluate")) == ("a worker was lost", None)
 
 
-def test_a_job_that_fails_after_the_last_count_is_published_fails_no_model(
-    driver: Driver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    put_published(driver.sweep.run("dit").published_at(driver.sweep.recipe.train.images))
-    monkeypatch.setattr(state, "trained", lambda sweep, model, real=state.trained: submitted and real(sweep, model))
-    submitted = list[str]()
+def test_a_job_that_fails_after_the_last_count_is_published_fails_no_model(driver: Driver) -> None:
+    last = driver.sweep.run("dit").published_at(driver.sweep.recipe.train.images)
 
     def submit(_: Cluster, __: Sweep, *words: str) -> FakeJob:
-        submitted.append(words[0])
+        if words == ("train", "dit"):
+            put_published(last)
         return failed("its node was lost") if words == ("train", "dit") else SUCCEEDED
 
-    monkeypatch.setattr(running, "POLL_EVERY_S", 0.0)
-    monkeypatch.setattr(jobs, "submit", submit)
-    assert running.train_and_evaluate(driver, cluster("here")) == Failures()
+    driver.poll_every_s, driver.submit = 0.0, submit  # type: ignore[assignment]
+    assert train_and_evaluate(driver, cluster("here")) == Failures()
     assert state.ended(driver.sweep, "dit") is None
     assert "dit is trained anyway: its last count is published" in logged(driver)
 
 
 @pytest.mark.parametrize("polls", range(6))
-def test_an_evaluation_that_fails_at_any_moment_is_noted(
-    driver: Driver, monkeypatch: pytest.MonkeyPatch, polls: int
-) -> None:
+def test_an_evaluation_that_fails_at_any_moment_is_noted(driver: Driver, polls: int) -> None:
     """After the end of training, before or after any poll of its status."""
     evaluation = FakeJob([JobStatus.RUNNING] * polls + [JobStatus.FAILED], DisScaleError("the VAE is damaged"))
     fakes = {("evaluate",): evaluation, ("train", "evaluate"): SUCCEEDED, ("train", "dit"): SUCCEEDED}
-    assert train_and_evaluate(driver, monkeypatch, fakes).evaluation == "the VAE is damaged"
+    assert run(driver, fakes).evaluation == "the VAE is damaged"
 
 
 @pytest.mark.parametrize("job", [("evaluate",), ("train", "dit")], ids=" ".join)
@@ -136,11 +121,11 @@ def test_an_evaluation_that_fails_at_any_moment_is_noted(
     ids=["stopped", "held", "storage away"],
 )
 def test_a_job_that_was_stopped_is_held_elsewhere_or_lost_storage_is_no_failure(
-    driver: Driver, monkeypatch: pytest.MonkeyPatch, job: tuple[str, ...], error: DisScaleError
+    driver: Driver, job: tuple[str, ...], error: DisScaleError
 ) -> None:
     fakes = {("evaluate",): SUCCEEDED, ("train", "evaluate"): SUCCEEDED, ("train", "dit"): SUCCEEDED}
     with pytest.raises(type(error)):
-        train_and_evaluate(driver, monkeypatch, fakes | {job: FakeJob([JobStatus.FAILED], error)})
+        run(driver, fakes | {job: FakeJob([JobStatus.FAILED], error)})
     assert state.ended(driver.sweep, "dit") is None
 
 

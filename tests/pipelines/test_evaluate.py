@@ -2,50 +2,57 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
 from ray.exceptions import RayTaskError
 
 from dis_scale.process.errors import DisScaleError, Preempted, StorageAway, StorageError, StorageFull, UserError
 from dis_scale.recipe import Recipe, reading
-from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import Sampled, Sweep, state
-from pipelines import evaluate, places, stage
-from pipelines.worker import WorkerFailure
+from dis_scale.sweep import Sampled, state
+from dis_scale.sweep.documents import Ended
+from pipelines import evaluate
+from pipelines.evaluate import OpenedEvaluation, PublishedEvaluation
+from pipelines.failures import WorkerFailure
+from pipelines.nodes import Node
+from pipelines.places import Places, own_gpus
 from tests.conftest import TINY
-from tests.support.events import events
+from tests.support.stage_jobs import RecordedJob, job_of
 
 
 @dataclass
 class Failing:
     """An evaluation that can measure nothing."""
 
-    sweep: Sweep
     error: DisScaleError
 
     def evaluate(self, _: Sampled) -> dict[str, float]:
         raise self.error
 
+    def floor(self) -> None:
+        raise self.error
 
-def sweep_at(root: Path, recipe: Recipe) -> Sweep:
-    return Sweep.below(open_folder(root), recipe)
+
+@pytest.fixture
+def job(tiny: Recipe, tmp_path: Path) -> RecordedJob:
+    return job_of(tiny, tmp_path)
 
 
-def test_evaluation_opens_with_the_gpus_that_ended_its_wait(
-    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    counts = iter([2, 0])  # training continues a moment later
-    monkeypatch.setattr(evaluate, "own_gpus", lambda _: next(counts))
-    assert evaluate._await_gpus(sweep_at(tmp_path, tiny)) == 2, "an evaluation without evaluators would fail"
+def test_evaluation_opens_with_the_gpus_that_ended_its_wait(job: RecordedJob) -> None:
+    counts = iter([2, None])  # training continues a moment later
+    assert evaluate.await_gpus(job, lambda: next(counts)) == 2, "an evaluation without evaluators would fail"
+    assert job.events == []
 
 
 TRAINING, APART = {"GPU": 8.0, "CPU": 32.0, "train": 8.0}, {"GPU": 1.0, "CPU": 4.0, "evaluate": 1.0}
 ANY = {"GPU": 8.0, "CPU": 32.0}
+
+
+def listed(nodes: list[dict[str, float]]) -> list[Node]:
+    return [Node(name, name, resources) for name, resources in zip("abcd", nodes, strict=False)]
 
 
 @pytest.mark.parametrize(
@@ -60,24 +67,21 @@ ANY = {"GPU": 8.0, "CPU": 32.0}
     ids=["apart", "more nodes than training needs", "training has too few", "one node", "two more GPUs"],
 )
 def test_as_many_evaluators_have_a_gpu_as_training_leaves_and_nodes_hold(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, float]], before: int, after: int
+    tmp_path: Path, nodes: list[dict[str, float]], before: int, after: int
 ) -> None:
-    sweep = sweep_at(tmp_path, reading.load(TINY, ["train.workers=8", "train.lanes=8", "evaluate.workers=4"]))
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
-    total = {name: sum(node.get(name, 0) for node in nodes) for node in nodes for name in node}
-    monkeypatch.setattr(ray, "cluster_resources", lambda: total)
-    assert evaluate.own_gpus(sweep) == before
-    monkeypatch.setattr(state, "training_over", lambda _: True)
-    assert evaluate.own_gpus(sweep) == after
+    recipe = reading.load(TINY, ["train.workers=8", "train.lanes=8", "evaluate.workers=4"])
+    sweep, places = job_of(recipe, tmp_path).sweep, Places(recipe, listed(nodes))
+    assert own_gpus(sweep, places) == before
+    for model in recipe.models:
+        Ended(why="it failed").write(sweep.run(model).folder)
+    assert own_gpus(sweep, places) == after
 
 
-def test_evaluators_stay_off_the_nodes_that_training_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluators_stay_off_the_nodes_that_training_needs() -> None:
     """Otherwise one of them may hold a GPU of the only node on which four workers fit, and training waits for ever."""
-    declared = {"a": {"GPU": 4.0, "CPU": 8.0, "train": 4.0}, "b": {"GPU": 2.0, "CPU": 8.0}}
-    nodes = [{"Alive": True, "NodeID": name, "Resources": node} for name, node in declared.items()]
-    monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    recipe = reading.load(TINY, ["evaluate.workers=3"])
-    selectors = [request.get("label_selector") for _, request in places.requests(recipe, "cuda", 3)]
+    nodes = listed([{"GPU": 4.0, "CPU": 8.0, "train": 4.0}, {"GPU": 2.0, "CPU": 8.0}])
+    places = Places(reading.load(TINY, ["evaluate.workers=3"]), nodes)
+    selectors = [request.get("label_selector") for _, request in places.evaluators("cuda", 3)]
     assert selectors == [{"ray.io/node-id": "!in(a)"}] * 2 + [None]
 
 
@@ -96,77 +100,60 @@ def from_a_worker(error: DisScaleError) -> Any:
 )
 @pytest.mark.parametrize("wrap", [lambda error: error, from_a_worker], ids=["here", "in a worker"])
 def test_a_checkpoint_that_cannot_be_measured_is_skipped_and_noted(
-    tmp_path: Path, tiny: Recipe, capsys: pytest.CaptureFixture[str], error: DisScaleError, wrap: Callable[[Any], Any]
+    job: RecordedJob, error: DisScaleError, wrap: Callable[[Any], Any]
 ) -> None:
-    sweep, skipped, sampled = sweep_at(tmp_path, tiny), set[Sampled](), Sampled("dis", 160, "wide")
-    evaluate.evaluate_one(Failing(sweep, wrap(error)), sampled, skipped)  # type: ignore[arg-type]
+    skipped, sampled = set[Sampled](), Sampled("dis", 160, "wide")
+    evaluate.evaluate_one(job, Failing(wrap(error)), sampled, skipped)  # type: ignore[arg-type]
     assert skipped == {sampled}
-    (event,) = events(capsys.readouterr().out, "skip")
-    assert (event["model"], event["images"], event["variant"]) == ("dis", 160, "wide")
-    assert state.skipped(sweep) == {sampled: str(error)}
+    assert job.events == [{"event": "skip", "model": "dis", "images": 160, "variant": "wide"}]
+    assert state.skipped(job.sweep) == {sampled: str(error)}
 
 
 @pytest.mark.parametrize("error", OTHERS, ids=str)
-def test_a_failure_that_is_not_the_checkpoints_skips_nothing(
-    tmp_path: Path, tiny: Recipe, error: DisScaleError
-) -> None:
-    sweep, skipped = sweep_at(tmp_path, tiny), set[Sampled]()
+def test_a_failure_that_is_not_the_checkpoints_skips_nothing(job: RecordedJob, error: DisScaleError) -> None:
+    skipped = set[Sampled]()
     with pytest.raises(type(error)):
-        evaluate.evaluate_one(Failing(sweep, error), Sampled("dis", 0), skipped)  # type: ignore[arg-type]
+        evaluate.evaluate_one(job, Failing(error), Sampled("dis", 0), skipped)  # type: ignore[arg-type]
     assert skipped == set()
-    assert state.skipped(sweep) == {}
+    assert state.skipped(job.sweep) == {}
 
 
 @pytest.mark.parametrize("wrap", [lambda error: error, from_a_worker], ids=["here", "in a worker"])
 def test_a_floor_that_cannot_be_measured_is_logged_and_stops_nothing(
-    tmp_path: Path, tiny: Recipe, capsys: pytest.CaptureFixture[str], wrap: Callable[[Any], Any]
+    job: RecordedJob, wrap: Callable[[Any], Any]
 ) -> None:
-    def fail() -> None:
-        raise wrap(StorageError("photos/a/03.png: storage refuses access (403)"))
-
-    sweep = sweep_at(tmp_path, tiny)
-    assert not state.floor_settled(sweep)
-    evaluate.measure_floor(SimpleNamespace(floor=fail, sweep=sweep))  # type: ignore[arg-type]
-    assert state.floor_settled(sweep)
-    assert state.floor_skipped(sweep) == "photos/a/03.png: storage refuses access (403)"
-    assert "floor: not measured: photos/a/03.png: storage refuses access (403)" in capsys.readouterr().out
+    assert not state.floor_settled(job.sweep)
+    why = "photos/a/03.png: storage refuses access (403)"
+    evaluate.measure_floor(job, Failing(wrap(StorageError(why))))  # type: ignore[arg-type]
+    assert state.floor_settled(job.sweep)
+    assert state.floor_skipped(job.sweep) == why
+    assert job.said == [f"floor: not measured: {why}"]
 
 
 @pytest.mark.parametrize("error", [e for e in OTHERS if not isinstance(e, StorageAway)], ids=str)
-def test_a_failure_that_is_not_the_floors_is_raised(error: DisScaleError) -> None:
-    def fail() -> None:
-        raise error
-
+def test_a_failure_that_is_not_the_floors_is_raised(job: RecordedJob, error: DisScaleError) -> None:
     with pytest.raises(type(error)):
-        evaluate.measure_floor(SimpleNamespace(floor=fail))  # type: ignore[arg-type]
+        evaluate.measure_floor(job, Failing(error))  # type: ignore[arg-type]
 
 
-def test_an_evaluation_without_news_ends_with_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep = sweep_at(tmp_path, reading.load(TINY, ["evaluate.give_up_after_s=0.3", "evaluate.floor=false"]))
-    opened: list[Any] = []
-    still = SimpleNamespace(evaluators=SimpleNamespace(move=lambda: False))
-    monkeypatch.setattr(stage, "connect", lambda: None)
-    monkeypatch.setattr(evaluate, "choose_device", lambda _: ("cpu", "test"))
-    monkeypatch.setattr(evaluate, "open_evaluation", lambda *arguments: opened.append(arguments) or still)
-    monkeypatch.setattr(evaluate, "POLL_EVERY_S", 0.1)
-    with pytest.raises(DisScaleError, match="nothing was published or saved for 0 s: is training running"):
-        evaluate.evaluate_published(sweep, [])
-    assert len(opened) == 1, "it is not restarted"
+def test_an_evaluation_without_news_ends_with_a_clear_error(tmp_path: Path) -> None:
+    recipe = reading.load(TINY, ["evaluate.give_up_after_s=60", "evaluate.floor=false"])
+    opened: list[int] = []
+    still: Any = SimpleNamespace(move=lambda: False)
+
+    def open_still(_: object, __: str, gpus: int) -> OpenedEvaluation:
+        opened.append(gpus)
+        return OpenedEvaluation(still, still)
+
+    job = job_of(recipe, tmp_path)
+    with pytest.raises(DisScaleError, match="nothing was published or saved for 60 s: is training running"):
+        PublishedEvaluation(job, "cpu", open_still).run()
+    assert opened == [0], "it is not restarted"
 
 
-def test_a_wait_of_a_day_asks_storage_rarely(tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_of_a_day_asks_storage_rarely(job: RecordedJob) -> None:
     """Each poll costs several requests."""
-    now_s, polls = [0.0], list[float]()
-
-    def pause(seconds: float) -> None:
-        now_s[0] += seconds
-
-    def news() -> bool:
-        polls.append(now_s[0])
-        return now_s[0] > 86_400
-
-    monkeypatch.setattr(evaluate.time, "monotonic", lambda: now_s[0])
-    monkeypatch.setattr(stage, "pause", pause)
-    evaluate.wait_for_training(sweep_at(tmp_path, tiny), news)
-    assert len(polls) < 3000
-    assert all(later - poll < 1.001 * max(2, poll / 20) for poll, later in pairwise(polls))
+    evaluate.wait_for_training(job, lambda: job.now_s() > 86_400)
+    polls_s = [0.0, *accumulate(job.pauses)]
+    assert len(polls_s) < 3000
+    assert all(later - poll < 1.001 * max(2, poll / 20) for poll, later in pairwise(polls_s))

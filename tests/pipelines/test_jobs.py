@@ -48,12 +48,12 @@ class Log:
         raise RuntimeError("closed unexpectedly")
 
 
-def job_of(log: Log) -> Job:
+def job_of(log: Log, reconnect_every_s: float = 0.0) -> Job:
     @dataclass
     class Cluster:
         client: Any
 
-    return Job(Cluster(log), "job", ours=True)  # type: ignore[arg-type]
+    return Job(Cluster(log), "job", True, reconnect_every_s)  # type: ignore[arg-type]
 
 
 def read(job: Job, count: int) -> list[str]:
@@ -65,8 +65,7 @@ def read(job: Job, count: int) -> list[str]:
     return lines
 
 
-def test_each_line_comes_once_through_broken_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "RECONNECT_EVERY_S", 0.0)
+def test_each_line_comes_once_through_broken_connections() -> None:
     log = Log(["one\ntw", "o\nthree\n", "fo", "ur\nfive"], breaks=[0, 1, 3, 2, 4, *[4] * 1000])
     job = job_of(log)
     assert read(job, 4) == ["one", "two", "three", "four"]
@@ -78,11 +77,10 @@ def test_each_line_comes_once_through_broken_connections(monkeypatch: pytest.Mon
     assert job.lines() == []
 
 
-def test_a_running_log_is_never_read_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_running_log_is_never_read_as_a_whole() -> None:
     """A week of polls on one connection."""
     log = Log([f"{i}\n" for i in range(1000)], breaks=[1000, *[0] * 100_000])
-    monkeypatch.setattr(jobs, "RECONNECT_EVERY_S", 3600.0)
-    job = job_of(log)
+    job = job_of(log, 3600.0)
     assert read(job, 1000) == [str(i) for i in range(1000)]
     for _ in range(100):
         assert job.lines() == []
@@ -111,15 +109,13 @@ def test_what_a_new_cluster_would_only_repeat_ends_as_stopped(
         def stop_job(self, name: str) -> None:
             asked.append(name)
 
-    monkeypatch.setattr(jobs, "JobSubmissionClient", Client)
-    monkeypatch.setattr(jobs, "STOP_WAIT_S", 0.0)
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"metadata": {"job_submission_id": "the-sweep"}}))
     if final:
         monkeypatch.setenv(jobs.FINAL, "1")
-    jobs.end_own_job(code)
+    jobs.end_own_job(code, Client, wait_s=0.0)
     assert asked == (["the-sweep"] if stopped else [])
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
-    jobs.end_own_job(code)
+    jobs.end_own_job(code, Client, wait_s=0.0)
     assert len(asked) <= 1, "outside a Ray job nothing is asked"
 
 
@@ -130,7 +126,7 @@ def test_all_given_jobs_are_stopped_also_those_of_an_earlier_command() -> None:
     assert log.stopped == ["tiny-train-1"]
 
 
-def test_a_job_is_submitted_again_until_the_dashboard_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_is_submitted_again_until_the_dashboard_answers() -> None:
     """It was taken although its answer was lost."""
     answers = iter(
         [RuntimeError("No available agent"), requests.ConnectionError("aborted"), RuntimeError("already exists")]
@@ -140,10 +136,9 @@ def test_a_job_is_submitted_again_until_the_dashboard_answers(monkeypatch: pytes
         def submit_job(self, **_: object) -> None:
             raise next(answers)
 
-    monkeypatch.setattr(jobs.time, "sleep", lambda _: None)
     client: Any = Client()
     cluster = Cluster(client, {}, "a Ray", ours=True, capacity=1, gpus=0, gpu_fault="", id="x")
-    assert jobs._submit(cluster, "tiny-train-1", ["true"], {}).ours
+    assert jobs.submit_new(cluster, "tiny-train-1", ["true"], {}, retry_s=0.0).ours
 
 
 def test_any_spelling_of_a_sweeps_folder_finds_its_jobs(
@@ -156,14 +151,14 @@ def test_any_spelling_of_a_sweeps_folder_finds_its_jobs(
     asked = list[str]()
 
     class Client:
-        def __init__(self, _: str) -> None: ...
+        def __init__(self, _: str | None) -> None: ...
 
         def list_jobs(self) -> list[Any]:
             sweep = Sweep.below(open_folder(tmp_path / "real"), tiny)
             return [
                 JobDetails(
                     type="SUBMISSION",
-                    submission_id=f"{jobs._prefix(sweep)}-train-dis-1",
+                    submission_id=f"{jobs.prefix_of(sweep)}-train-dis-1",
                     status="RUNNING",
                     entrypoint="",
                 )
@@ -172,8 +167,7 @@ def test_any_spelling_of_a_sweeps_folder_finds_its_jobs(
         def stop_job(self, name: str) -> None:
             asked.append(name)
 
-    monkeypatch.setattr(jobs, "client_of", Client)
-    assert len(jobs.stop_all(Sweep(open_folder(tmp_path / "alias"), tiny), "http://127.0.0.1:1")) == 1
+    assert len(jobs.stop_all(Sweep(open_folder(tmp_path / "alias"), tiny), "http://127.0.0.1:1", Client)) == 1
     for root in ("real", "real/", "./real//", f"{tmp_path}/link", "link/", f"file://{tmp_path}/link"):
-        assert len(jobs.stop_all(Sweep.below(open_folder(root), tiny), "http://127.0.0.1:1")) == 1
+        assert len(jobs.stop_all(Sweep.below(open_folder(root), tiny), "http://127.0.0.1:1", Client)) == 1
     assert len(asked) == 7

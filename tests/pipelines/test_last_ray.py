@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import Recipe, reading
+from dis_scale.recipe import reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.documents import LastRay
@@ -41,7 +41,7 @@ def test_the_ray_is_named_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     console = Console(file=io.StringIO(), width=200, record=True)
     sweep = stored(tmp_path, ON_A_CLUSTER)
     with pytest.raises(UserError):
-        pipeline.resume_sweep(sweep, [], console)
+        pipeline.run_sweep(pipeline.resumed_recipe(sweep, []), console)
     assert console.export_text().startswith("ray      one of its own on this machine (no RAY_ADDRESS)\nsweep ")
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert last_ray.words() == "the cluster at RAY_ADDRESS=10.0.0.1:6379"
@@ -53,9 +53,9 @@ def test_the_sweep_of_a_cluster_does_not_start_here_and_says_what_to_type(
     sweep = stored(tmp_path, ON_A_CLUSTER)
     monkeypatch.setenv("RAY_ADDRESS", "")  # as good as none
     before = sweep.folder.list()
-    for run in (lambda: pipeline.resume_sweep(sweep, [], quiet()), lambda: pipeline.run_sweep(sweep.recipe, quiet())):
+    for recipe in (pipeline.resumed_recipe(sweep, []), sweep.recipe):
         with pytest.raises(UserError, match=r"16 GPUs .*old-head.*: nothing was started here") as raised:
-            run()
+            pipeline.run_sweep(recipe, quiet())
         submit = "ray job submit --address http://old-head:8265 --working-dir . -- python -m dis_scale resume"
         assert f"{submit} {sweep}" in str(raised.value)
     assert sweep.folder.list() == before, "no lease was taken, and nothing stored"
@@ -115,36 +115,28 @@ def test_a_damaged_file_is_named_and_counts_as_missing(tmp_path: Path, caplog: p
     assert "ray.json: damaged: host: Field required; treated as missing" in caplog.text
 
 
-def test_a_resumed_sweep_has_its_own_settings_and_the_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_sweep_has_its_own_settings_and_the_new_ones(tmp_path: Path) -> None:
     """Also after its storage root was renamed, which the stored recipe does not know."""
-    begun, ran = stored(tmp_path / "before"), list[Recipe]()
-    monkeypatch.setattr(pipeline, "run_sweep", lambda recipe, *_: ran.append(recipe))
+    begun = stored(tmp_path / "before")
     (tmp_path / "before").rename(tmp_path / "after")
     moved = Sweep.open(str(begun).replace("before", "after"))
-    pipeline.resume_sweep(moved, ["train.hang_after_s=50"], quiet())
-    (recipe,) = ran
+    recipe = pipeline.resumed_recipe(moved, ["train.hang_after_s=50"])
     assert (recipe.train.restarts, recipe.train.hang_after_s) == (7, 50)
     assert recipe.storage.root == str(tmp_path / "after")
 
 
-def test_starting_over_is_an_act_of_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = list[Recipe]()
-
-    def run_sweep(recipe: Recipe, *_: object) -> None:
-        ran.append(recipe)
-        Sweep.below(open_folder(tmp_path), recipe).save_recipe()
-
-    monkeypatch.setattr(pipeline, "run_sweep", run_sweep)
-    pipeline.resume_sweep(stored(tmp_path), ["train.start_over=true"], quiet())
-    pipeline.resume_sweep(Sweep.open(f"{tmp_path}/sweeps/tiny"), [], quiet())
-    assert [recipe.train.start_over for recipe in ran] == [True, False]
+def test_starting_over_is_an_act_of_one_command(tmp_path: Path) -> None:
+    first = pipeline.resumed_recipe(stored(tmp_path), ["train.start_over=true"])
+    Sweep.below(open_folder(tmp_path), first).save_recipe()
+    second = pipeline.resumed_recipe(Sweep.open(f"{tmp_path}/sweeps/tiny"), [])
+    assert (first.train.start_over, second.train.start_over) == (True, False)
 
 
 def test_a_sweep_in_a_folder_of_another_name_is_refused(tmp_path: Path) -> None:
     sweep = stored(tmp_path)
     (tmp_path / "sweeps/tiny").rename(tmp_path / "sweeps/copy")
     with pytest.raises(UserError, match=f"sweeps/copy holds the sweep tiny, which belongs into {sweep}: move it"):
-        pipeline.resume_sweep(Sweep.open(str(tmp_path / "sweeps/copy")), [], quiet())
+        pipeline.resumed_recipe(Sweep.open(str(tmp_path / "sweeps/copy")), [])
 
 
 def joined_cluster() -> Cluster:

@@ -1,4 +1,4 @@
-"""Lines of a job's log: what is written is read, in both forms; and a sweep whose log is JSON."""
+"""Lines of a job's log: what is written is read, by its sweep and by people; and a sweep whose terminal gets JSON."""
 
 import io
 import json
@@ -7,43 +7,50 @@ import re
 
 import pytest
 
-from dis_scale.process import context, jsonlog
+from dis_scale.process import jsonlog
+from dis_scale.process.context import Context
 from dis_scale.process.errors import UserError
 from dis_scale.process.jsonlog import JsonLines
-from pipelines import lines, stage
+from pipelines import lines
+from pipelines.lines import Log
+from pipelines.stage import ToSweep
 from tests.cli.test_cli import fail_with, invoke
 
-
-@pytest.mark.parametrize("form", ["lines", "json"])
-def test_what_is_written_is_read(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: str
-) -> None:
-    monkeypatch.setenv(jsonlog.VARIABLE, form)
-    monkeypatch.setattr(lines, "_last_progress", (-1, -1, 0.0))
-    lines.say("dit: attempt 1")
-    lines.progress(80, 320, "images")
-    lines.emit("restart", done=640)
-    lines.fail("no space left")
-    print("NCCL INFO of somebody else")
-    message, progress, event, error, other = map(lines.parse, capsys.readouterr().out.splitlines())
-    assert message == ("message", "dit: attempt 1", {})
-    assert progress == ("progress", "", {"done": 80, "total": 320, "unit": "images"})
-    assert event
-    assert (event.facts["event"], event.facts["done"]) == ("restart", 640)
-    assert error == ("error", "no space left", {})
-    assert other is None
+RANK = Context(sweep="tiny", stage="train", model="dit", attempt=3, rank=1)
 
 
-def test_a_json_line_has_the_facts_of_its_process(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv(jsonlog.VARIABLE, "json")
-    monkeypatch.setattr(lines, "_last_progress", (-1, -1, 0.0))
-    monkeypatch.setattr(context, "facts", {"sweep": "tiny", "stage": "train", "model": "dit", "attempt": 3, "rank": 1})
-    lines.say("skipped", level="warning")
-    lines.emit("skip", images=320)
-    lines.progress(160, 321, "images")
-    message, event, progress = map(json.loads, output := capsys.readouterr().out.splitlines())
+def written(context: Context = RANK) -> tuple[Log, list[str]]:
+    """Return a log and the lines that it writes."""
+    output = list[str]()
+    return Log(context, output.append), output
+
+
+def test_what_is_written_is_read() -> None:
+    log, output = written()
+    log.say("dit: attempt 1")
+    log.progress(80, 320, "images")
+    log.emit("restart", done=640)
+    log.fail("no space left")
+    message, progress, event, error = [line for line in map(lines.parse, output) if line]
+    assert (message.kind, message.text) == ("message", "dit: attempt 1")
+    assert (progress.kind, progress.facts["done"], progress.facts["total"]) == ("progress", 80, 320)
+    assert (event.kind, event.facts["event"], event.facts["done"]) == ("event", "restart", 640)
+    assert (error.kind, error.text) == ("error", "no space left")
+
+
+@pytest.mark.parametrize(
+    "other", ["NCCL INFO of somebody else", '{"kind": "mes{"kind": "message"}', '{"kind": "else"}']
+)
+def test_other_lines_are_of_nobody(other: str) -> None:
+    assert lines.parse(other) is None
+
+
+def test_a_line_has_the_context_of_its_process() -> None:
+    log, output = written()
+    log.say("skipped", level="warning")
+    log.emit("skip", images=320)
+    log.progress(160, 321, "images")
+    message, event, progress = map(json.loads, output)
     known = {"sweep": "tiny", "stage": "train", "model": "dit", "attempt": 3, "rank": 1, "images": None}
     assert {name: message[name] for name in known} == known
     assert (message["level"], message["message"]) == ("warning", "skipped")
@@ -53,16 +60,41 @@ def test_a_json_line_has_the_facts_of_its_process(
     assert output[2].encode().startswith(lines.PROGRESS), "stored logs leave it out"
 
 
-def test_a_warning_of_a_module_keeps_its_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(jsonlog.VARIABLE, "json")
-    record = logging.LogRecord("dis_scale.tracking", logging.WARNING, "", 0, "MLflow is %s", ("away",), None)
-    shown = json.loads(stage._Messages().format(record))
+def test_progress_is_logged_when_it_changes_and_not_too_often() -> None:
+    log, output = written()
+    for done in (80, 80, 96, 320, 320):
+        log.progress(done, 320, "images")
+    assert [json.loads(line)["done"] for line in output] == [80, 320]
+
+
+def test_people_read_words() -> None:
+    log, output = written()
+    log.say("dit: caf\u00e9 {x}", level="warning")
+    log.emit("restart", done=640)
+    log.fail("no space left")
+    text = lines.readable("".join(f"{line}\n" for line in [*output, "NCCL INFO of somebody else"]))
+    assert re.sub(r"\d\d:\d\d:\d\d", "TIME", text).splitlines() == [
+        "TIME  warning: rank 1: dit: caf\u00e9 {x}", "TIME  rank 1: restart done=640", "TIME  error: rank 1: no space left",
+        "NCCL INFO of somebody else",
+    ]  # fmt: skip
+
+
+def test_a_context_goes_to_a_jobs_processes_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in RANK.variable().items():
+        monkeypatch.setenv(name, value)
+    assert Context.from_environment() == RANK
+
+
+def test_a_warning_of_a_module_keeps_its_level() -> None:
+    log, output = written()
+    ToSweep(log).emit(logging.LogRecord("dis_scale.tracking", logging.WARNING, "", 0, "MLflow is %s", ("away",), None))
+    (shown,) = map(json.loads, output)
     assert (shown["level"], shown["message"]) == ("warning", "MLflow is away")
 
 
 def test_other_output_becomes_messages_line_by_line() -> None:
     out = io.StringIO()
-    file = JsonLines(out)
+    file = JsonLines(out, Context())
     for text in ("a ta", "ble\n\n", "of two lines\n"):
         file.write(text)
     assert [json.loads(line)["message"] for line in out.getvalue().splitlines()] == ["a table", "of two lines"]
@@ -73,6 +105,7 @@ def test_an_error_of_the_command_is_json_too(monkeypatch: pytest.MonkeyPatch) ->
     fail_with(monkeypatch, UserError("an impossible setting"))
     code, output = invoke("sweep")
     assert code == 2
-    assert [json.loads(line)["message"] for line in output.splitlines()][-1] == "an impossible setting"
+    last = [json.loads(line) for line in output.splitlines()][-1]
+    assert (last["message"], last["sweep"]) == ("an impossible setting", "digits")
     monkeypatch.setenv(jsonlog.VARIABLE, "yaml")
     assert invoke("sweep") == (2, "error: DIS_SCALE_LOG=yaml: expected json, or lines (the default)\n")

@@ -1,12 +1,11 @@
-"""Metrics: what is counted where, and which rows set which gauge. That Ray exports them is in tests/e2e/test_operations.py."""
+"""Metrics: what is counted where, and which rows set which gauge. That Ray exports them: tests/e2e/test_lost_workers.py."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from dis_scale.data.cache import Cache
-from dis_scale.process import context, counts
+from dis_scale.process import counts
 from dis_scale.process.errors import StorageAway
 from dis_scale.recipe import Recipe
 from dis_scale.storage import lease
@@ -16,28 +15,6 @@ from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.tracking.rows import Row, RowReader, RowWriter
 from pipelines import evaluate, metrics
 from tests.support.documents import put_metrics, put_published
-
-
-@pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """The gauges that the test sets."""
-    gauges: dict[str, float] = {}
-    monkeypatch.setattr(metrics, "gauge", gauges.__setitem__)
-    return gauges
-
-
-def test_gauges_are_exported_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray drops a gauge that was not set for some 20 s, and storage is read once a minute."""
-    exported: list[tuple[float, dict[str, str]]] = []
-    monkeypatch.setattr(metrics, "_made", {"loss": SimpleNamespace(set=lambda *values: exported.append(values))})
-    monkeypatch.setattr(metrics, "_gauges", {})
-    monkeypatch.setattr(context, "facts", {"sweep": "tiny", "model": "dit"})
-    metrics.gauge("loss", 0.5)
-    metrics.gauge("loss", 0.25)
-    context.facts.clear()
-    metrics.export_gauges()
-    labels = {"sweep": "tiny", "model": "dit"}
-    assert exported == [(0.5, labels), (0.25, labels), (0.25, labels)]
 
 
 def counted(name: str, before: dict[str, float]) -> float:
@@ -77,19 +54,19 @@ def test_a_lease_that_was_not_ended_is_counted_as_taken_over(tmp_path: Path, mon
     assert counted(counts.TAKEOVERS, before) == 1
 
 
-def test_rows_of_an_earlier_driver_set_no_gauge(tiny: Recipe, shown: dict[str, float]) -> None:
+def test_rows_of_an_earlier_driver_set_no_gauge(tiny: Recipe) -> None:
+    shown: dict[str, float] = {}
     rows = [Row("loss", 0.5, 160, 90.0), Row("images_per_s", 32.0, 320, 110.0), Row("goodput", 0.9, 320, 110.0)]
-    metrics.show_rows(rows, tiny.train, since=100.0)
+    metrics.show_rows(rows, tiny.train, 100.0, shown.__setitem__)
     assert shown == {
         "images_seen": 320, "row_timestamp_seconds": 110.0, "images_per_second": 32.0, "step_seconds": 0.5,
         "resume_interval_seconds": 2.5,
     }  # fmt: skip
 
 
-def test_steps_that_are_repeated_after_a_restart_set_the_gauges(
-    tmp_path: Path, tiny: Recipe, shown: dict[str, float]
-) -> None:
+def test_steps_that_are_repeated_after_a_restart_set_the_gauges(tmp_path: Path, tiny: Recipe) -> None:
     """MLflow gets each row once; an operator sees what the run does now."""
+    shown: dict[str, float] = {}
     for attempt, losses in ((1, {0: 9.0, 160: 5.0, 320: 4.0}), (2, {0: 9.0, 160: 6.0})):
         writer = RowWriter(open_folder(tmp_path), attempt)
         for images, loss in losses.items():
@@ -97,16 +74,15 @@ def test_steps_that_are_repeated_after_a_restart_set_the_gauges(
         writer.close()
     reader = RowReader(open_folder(tmp_path))
     assert [row.value for row in reader.new() if row.name == "loss"] == [9.0, 5.0, 4.0]
-    metrics.show_rows(reader.newest.values(), tiny.train, since=0.0)
+    metrics.show_rows(reader.newest.values(), tiny.train, 0.0, shown.__setitem__)
     assert (shown["attempts"], shown["loss"], shown["images_seen"]) == (2, 6.0, 160)
 
 
-def test_the_backlog_counts_what_is_published_and_not_evaluated(
-    tmp_path: Path, tiny: Recipe, shown: dict[str, float]
-) -> None:
+def test_the_backlog_counts_what_is_published_and_not_evaluated(tmp_path: Path, tiny: Recipe) -> None:
+    shown: dict[str, float] = {}
     sweep = Sweep(open_folder(tmp_path), tiny)
     for images in (0, 160):
         put_published(sweep.run("dit").published_at(images))
     put_metrics(sweep.evaluation(Sampled("dit", 0)))
-    evaluate.show_backlog(state.Backlog(sweep, tuple(tiny.models)))
+    evaluate.show_backlog(state.Backlog(sweep, tuple(tiny.models)), shown.__setitem__)
     assert shown == {"evaluation_backlog": 3}, "two checkpoints under two settings, less one"

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dis_scale import vae
 from dis_scale.data import shards
 from dis_scale.data.encode import Setup, encode_images, encode_shards, require_same_hardware
 from dis_scale.data.latents import open_latents
+from dis_scale.data.making import LatentSet, require_one_kind
 from dis_scale.data.sources import open_source
 from dis_scale.process.errors import Preempted, StorageError, UndecodableImage, UserError
 from dis_scale.recipe import Recipe, TrainedVae, reading
@@ -32,6 +34,7 @@ from pipelines.precompute import Encoder
 from pipelines.sharing import Dealer
 from tests.conftest import TINY
 from tests.support.documents import made_from
+from tests.support.stage_jobs import printing_job
 from tests.support.stages import OneEncoder
 
 
@@ -129,9 +132,9 @@ def test_shards_are_kept_when_the_recipe_skips_from_now_on(sweep: Sweep, tmp_pat
     assert encoded == [[lacking]]
     words = r"1 undecodable images were left out, the first is a/00.png: --set data.undecodable=skip, or repair them"
     with pytest.raises(UserError, match=words):
-        precompute.find_or_make_latents(sweep, OneEncoder(sweep))
+        find_or_make(sweep)
     assert state.find_latents(sweep.folder) is None
-    precompute.find_or_make_latents(skipping(sweep), OneEncoder(sweep))
+    find_or_make(skipping(sweep))
     with pytest.raises(UserError, match=words):
         open_latents(latents_of(sweep), sweep.recipe, 1, print)
     open_latents(latents_of(sweep), skipping(sweep).recipe, 1, print)
@@ -147,13 +150,13 @@ def test_a_set_without_an_image_is_refused(sweep: Sweep, tmp_path: Path) -> None
 def test_a_set_has_one_kind_of_device_and_one_listing(photos: Recipe, tmp_path: Path) -> None:
     latents, source = open_folder(tmp_path / "one"), open_source(photos.data)
     cpu = made_from().encoding
-    precompute._require_one_kind(latents, cpu, source)
-    precompute._require_one_kind(latents, cpu, open_source(photos.data))
+    require_one_kind(latents, cpu, source)
+    require_one_kind(latents, cpu, open_source(photos.data))
     with pytest.raises(UserError, match=r"begun with device 'cpu', now 'cuda': finish it as it was begun"):
-        precompute._require_one_kind(latents, cpu.model_copy(update={"device": "cuda"}), source)
+        require_one_kind(latents, cpu.model_copy(update={"device": "cuda"}), source)
     (tmp_path / "photos/a/new.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"begun with listing '\w+', now '\w+'; order '\w+', now '\w+': finish it"):
-        precompute._require_one_kind(latents, cpu, open_source(photos.data))
+        require_one_kind(latents, cpu, open_source(photos.data))
 
 
 def test_the_padding_of_the_last_batch_changes_no_other_sample(sweep: Sweep) -> None:
@@ -199,6 +202,12 @@ def test_every_shard_holds_its_positions_in_their_order(sweep: Sweep) -> None:
 # -- reruns after a failure --------------------------------------------------------------------------------------------
 
 
+def find_or_make(sweep: Sweep) -> None:
+    """Find or make the sweep's latents with an encoder in this process."""
+    job = printing_job(sweep)
+    precompute.find_or_make_latents(job, OneEncoder(job))
+
+
 EncodeOf = Callable[[Sweep, Folder, list[int]], None]
 
 
@@ -219,7 +228,9 @@ def made(sweep: Sweep, encode: EncodeOf = encode_here) -> LatentsManifest:
     def mix(left: list[int]) -> None:
         Encoder(sweep, "cpu").mix(latents, encoding, Dealer(left).next)
 
-    precompute.make_latents(sweep.recipe, latents, source, encoding, lambda left: encode(sweep, latents, left), mix)
+    job = printing_job(sweep)
+    latent_set = LatentSet(sweep.recipe, latents, source, encoding, lambda left: encode(sweep, latents, left), mix)
+    latent_set.make(partial(precompute.retrying, job))
     return LatentsManifest.require(latents)
 
 
@@ -327,7 +338,7 @@ def test_a_second_sweep_on_the_same_images_and_vae_makes_nothing(sweep: Sweep, t
     made(sweep)
     second = sweep_with_the_vae_of(sweep, open_folder(tmp_path) / "sweeps/second")
     shutil.rmtree(tmp_path / "photos")
-    precompute.find_or_make_latents(second, OneEncoder(second))
+    find_or_make(second)
     assert state.find_latents(second.folder) == latents_of(sweep)
 
 

@@ -5,20 +5,17 @@ import ray
 
 from dis_scale.process.errors import DisScaleError, StorageAway, StorageError
 from dis_scale.recipe import Recipe
-from pipelines import restarts, stage
-from pipelines.worker import StorageFailure, WorkerFailure
-from tests.support.events import events
+from pipelines.failures import StorageFailure, WorkerFailure
+from pipelines.restarts import with_restarts
+from tests.support.stage_jobs import RecordedJob, job_of
 
 
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that each attempt waited for the one before."""
-    waited: list[float] = []
-    monkeypatch.setattr(stage, "pause", waited.append)
-    return waited
+def job(tiny: Recipe) -> RecordedJob:
+    return job_of(tiny)
 
 
-def run(recipe: Recipe, failures: list[Exception], stored: list[int]) -> list[WorkerFailure | None]:
+def run(job: RecordedJob, failures: list[Exception], stored: list[int]) -> list[WorkerFailure | None]:
     """Run attempts that end in these failures, then one that succeeds; return the failure that each was given."""
     left, given = list(failures), list[WorkerFailure | None]()
     counts = iter(stored)
@@ -29,47 +26,45 @@ def run(recipe: Recipe, failures: list[Exception], stored: list[int]) -> list[Wo
             raise left.pop(0)
         return given
 
-    return restarts.with_restarts(recipe, "dis", attempt, lambda: next(counts))
+    return with_restarts(job, "dis", attempt, lambda: next(counts))
 
 
-def test_attempts_without_progress_wait_longer_each_time_and_progress_resets_the_count(
-    tiny: Recipe, waits: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_attempts_without_progress_wait_longer_each_time_and_progress_resets_the_count(job: RecordedJob) -> None:
     failures = [WorkerFailure("a worker was lost", done) for done in (10, 12, 15, 99, 98)]
-    given = run(tiny, failures, [0, 0, 0, 0, 80, 80])
-    assert waits == [0, 2, 4, 0, 2]
+    given = run(job, failures, [0, 0, 0, 0, 80, 80])
+    assert job.pauses == [0, 2, 4, 0, 2]
     assert given == [None, *failures]
-    logged = events(capsys.readouterr().out, "restart")
+    logged = job.events_named("restart")
     assert [(event["done"], event["left"]) for event in logged] == [(10, 2), (12, 1), (15, 0), (99, 2), (98, 1)]
 
 
-def test_a_crash_at_the_same_count_is_called_deterministic(tiny: Recipe, waits: list[float]) -> None:
+def test_a_crash_at_the_same_count_is_called_deterministic(job: RecordedJob) -> None:
     with pytest.raises(
         DisScaleError,
         match=r"dis: crashed 4 times in a row with 112 done: this looks deterministic; .* last failure: worker lost",
     ):
-        run(tiny, [WorkerFailure("worker lost", 112)] * 4, [80] * 5)
-    assert waits == [0, 2, 4]
+        run(job, [WorkerFailure("worker lost", 112)] * 4, [80] * 5)
+    assert job.pauses == [0, 2, 4]
 
 
-def test_failures_at_different_counts_are_not(tiny: Recipe, waits: list[float]) -> None:
+def test_failures_at_different_counts_are_not(job: RecordedJob) -> None:
     failures: list[Exception] = [WorkerFailure("worker lost", done) for done in (96, 112, 96, 128)]
     with pytest.raises(DisScaleError, match="dis: 4 attempts in a row failed without progress: worker lost"):
-        run(tiny, failures, [80] * 5)
+        run(job, failures, [80] * 5)
 
 
-def test_an_attempt_follows_unavailable_storage_but_not_damage(tiny: Recipe, waits: list[float]) -> None:
-    assert len(run(tiny, [StorageAway("away")], [0, 0])) == 2
+def test_an_attempt_follows_unavailable_storage_but_not_damage(job: RecordedJob) -> None:
+    assert len(run(job, [StorageAway("away")], [0, 0])) == 2
     with pytest.raises(StorageError, match="damaged"):
-        run(tiny, [StorageError("damaged")], [0, 0])
+        run(job, [StorageError("damaged")], [0, 0])
 
 
-def test_after_the_last_attempt_storage_that_is_away_is_reported_as_such(tiny: Recipe, waits: list[float]) -> None:
+def test_after_the_last_attempt_storage_that_is_away_is_reported_as_such(job: RecordedJob) -> None:
     """Its exit code lets a new cluster try again; a driver's error and a worker's count alike."""
     of_a_rank = ray.exceptions.RayTaskError("train", "traceback", StorageAway("away"))
     for failure in (StorageAway("away"), of_a_rank, StorageFailure("away")):
         with pytest.raises(StorageAway, match="dis: 4 attempts in a row failed without progress: away"):
-            run(tiny, [WorkerFailure("lost")] * 3 + [failure], [0] * 5)
+            run(job, [WorkerFailure("lost")] * 3 + [failure], [0] * 5)
     with pytest.raises(DisScaleError) as raised:
-        run(tiny, [StorageAway("away")] * 3 + [WorkerFailure("lost")], [0] * 5)
+        run(job, [StorageAway("away")] * 3 + [WorkerFailure("lost")], [0] * 5)
     assert not isinstance(raised.value, StorageAway)

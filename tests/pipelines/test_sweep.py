@@ -17,35 +17,19 @@ from dis_scale.planning import isoflop
 from dis_scale.planning.plan import price_sweep
 from dis_scale.process import faults
 from dis_scale.process.errors import Held, Preempted, StorageAway, UserError
-from dis_scale.process.progress import Board
 from dis_scale.recipe import LatentShape, Recipe, Storage, reading
 from dis_scale.storage import lease
 from dis_scale.storage.folder import open_folder
 from dis_scale.storage.lease import Holder
 from dis_scale.sweep import PointName, Sampled, Sweep, state
 from dis_scale.sweep.documents import Skipped
-from dis_scale.tracking import mlflow
 from pipelines import sweep as pipeline
-from pipelines.cluster import Cluster
-from pipelines.driver import Driver
 from pipelines.stop import stop_sweep
 from tests.cli.test_cli import invoke
 from tests.conftest import TINY
 from tests.planning.test_isoflop import study
 from tests.support.documents import put_metrics, put_published, put_resume_point
-
-
-def driver_of(recipe: Recipe, root: Path) -> Driver:
-    console = Console(file=io.StringIO(), width=200, record=True)
-    return Driver(Sweep.below(open_folder(root), recipe), Board(console))
-
-
-def logged(driver: Driver) -> str:
-    return driver.board.console.export_text(clear=False)
-
-
-def cluster(name: str) -> Cluster:
-    return Cluster(None, {}, name, ours=False, capacity=1, gpus=0, gpu_fault="", id=name)  # type: ignore[arg-type]
+from tests.support.drivers import cluster, driver_of, logged
 
 
 def test_a_second_sweep_joins_on_the_same_ray_and_is_refused_on_another(tiny: Recipe, tmp_path: Path) -> None:
@@ -68,10 +52,10 @@ def test_a_missing_start_is_refused_before_anything_begins(tmp_path: Path) -> No
     recipe = reading.load(TINY, [f"models.dit.start={{kind: file, path: nowhere.pt, sha256: '{'0' * 64}'}}"])
     driver, plan = driver_of(recipe, tmp_path), price_sweep(recipe, LatentShape(4, 8))
     with pytest.raises(UserError, match=r"models.dit.start.path: no file nowhere.pt"):
-        pipeline._run_stages(driver, plan, driver.sweep.store)
+        pipeline.run_stages(driver, plan, driver.sweep.store)
     assert (driver.jobs, driver.sweep.folder.list()) == ([], [])
     put_resume_point(driver.sweep.run("dit").resume_point(PointName(16, 1)))
-    pipeline._require_starts(driver.sweep, plan)  # a training that has begun needs its start no more
+    pipeline.require_starts(driver.sweep, plan)  # a training that has begun needs its start no more
 
 
 def test_a_stop_request_reaches_a_command_that_has_no_job_yet(
@@ -79,8 +63,8 @@ def test_a_stop_request_reaches_a_command_that_has_no_job_yet(
 ) -> None:
     """It needs no Ray and no stored recipe: the command may still list its images or wait for nodes."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(lease, "BEAT_S", 0.05)
     driver = driver_of(tiny, tmp_path)
+    driver.requests_polled_every_s = 0.05
     with pipeline.one_at_a_time(driver, cluster("here")):
         assert stop_sweep(str(driver.sweep), None) == [f"process {os.getpid()} on {socket.gethostname()}"]
         deadline = time.monotonic() + 30
@@ -88,7 +72,7 @@ def test_a_stop_request_reaches_a_command_that_has_no_job_yet(
             time.sleep(0.02)
         assert driver.stop_requested.is_set()
         with pytest.raises(Preempted, match="stopped as requested"):
-            pipeline._list_images(driver, price_sweep(tiny, LatentShape(4, 8)), driver.sweep.store)
+            pipeline.list_images(driver, price_sweep(tiny, LatentShape(4, 8)), driver.sweep.store)
     with pytest.raises(UserError, match="no sweep at"):
         stop_sweep(str(driver.sweep), None)
 
@@ -109,14 +93,10 @@ def test_a_sweep_that_joins_changes_no_setting_of_the_running_one(tiny: Recipe, 
 def test_an_unreachable_mlflow_is_logged_and_stops_nothing(
     tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any) -> None:
-        raise ConnectionError("connection refused")
-
-    monkeypatch.setattr(mlflow, "create_runs", refuse)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     driver = driver_of(tiny, tmp_path)
-    pipeline.begin_tracking(driver, price_sweep(tiny, LatentShape(4, 8)), "http://nowhere:1")
-    words = "MLflow cannot be reached at http://nowhere:1, results are in storage only: connection refused"
-    assert words in logged(driver)
+    pipeline.begin_tracking(driver, price_sweep(tiny, LatentShape(4, 8)), "http://127.0.0.1:1")
+    assert "MLflow cannot be reached at http://127.0.0.1:1, results are in storage only: " in logged(driver)
 
 
 @pytest.mark.parametrize(
@@ -203,10 +183,9 @@ def test_deleted_weights_that_were_never_evaluated_are_a_failure(tiny: Recipe, t
     sweep = driver_of(tiny, tmp_path).sweep
     for count in (0, 320):
         put_published(sweep.run("dit").published_at(count))
-    (what,) = pipeline._missing_weights(sweep)
-    assert what == "evaluation of dit at 160 images"
+    assert state.lost_evaluations(sweep) == [Sampled("dit", 160)]
     put_metrics(sweep.evaluation(Sampled("dit", 160)))
-    assert pipeline._missing_weights(sweep) == {}, "evaluated before they were deleted"
+    assert state.lost_evaluations(sweep) == [], "evaluated before they were deleted"
 
 
 def test_deleted_weights_are_named_at_the_next_start(
@@ -233,41 +212,41 @@ def test_a_cooldown_whose_trunk_has_decayed_is_refused_before_anything_is_spent(
     decaying = ["train.decay=linear", "train.decay_from=0.5"]  # of 320 images
     sound = driver_of(reading.load(TINY, [*decaying, "train.cooldowns={images: [160]}"]), tmp_path)
     plan = price_sweep(sound.sweep.recipe, LatentShape(4, 8))
-    pipeline._require_starts(sound.sweep, plan)
+    pipeline.require_starts(sound.sweep, plan)
     late = driver_of(reading.load(TINY, [*decaying, "train.cooldowns={images: [320]}"]), tmp_path)
     words = (
         r"models.dis-at-320.branch: at 256 images the rate of dis has decayed to 40%, and this one would begin at 100%"
     )
     with pytest.raises(UserError, match=words):
-        pipeline._require_starts(late.sweep, plan)
+        pipeline.require_starts(late.sweep, plan)
 
 
 def test_a_run_on_gpus_continues_on_the_cpu_only_if_asked(tiny: Recipe, tmp_path: Path) -> None:
     driver, model = driver_of(tiny, tmp_path), next(iter(tiny.models))
-    pipeline._require_device(driver, cluster("here"))
+    pipeline.require_device(driver, cluster("here"))
     state.record_device(driver.sweep.run(model), "cuda")
     with pytest.raises(UserError, match=r"last trained on GPUs, and would continue on the CPU \(auto: 0 GPUs"):
-        pipeline._require_device(driver, cluster("here"))
+        pipeline.require_device(driver, cluster("here"))
     asked = driver_of(reading.load(TINY, ["device=cpu"]), tmp_path)
-    pipeline._require_device(asked, cluster("here"))
+    pipeline.require_device(asked, cluster("here"))
     state.record_device(driver.sweep.run(model), "cpu")
-    pipeline._require_device(driver, cluster("here"))
+    pipeline.require_device(driver, cluster("here"))
 
 
 @pytest.mark.parametrize(("device", "logged_fault"), [("auto", True), ("cpu", False)])
 def test_gpus_that_cannot_be_used_are_named_with_the_device(tmp_path: Path, device: str, logged_fault: bool) -> None:
     driver = driver_of(reading.load(TINY, [f"device={device}"]), tmp_path)
-    pipeline._require_device(driver, replace(cluster("here"), gpu_fault="1 NVIDIA GPUs cannot be used: too old"))
+    pipeline.require_device(driver, replace(cluster("here"), gpu_fault="1 NVIDIA GPUs cannot be used: too old"))
     assert ("1 NVIDIA GPUs cannot be used: too old" in logged(driver)) == logged_fault
 
 
 def test_a_cluster_with_gpus_does_not_need_those_of_this_machine(tmp_path: Path) -> None:
     driver = driver_of(reading.load(TINY, ["device=auto"]), tmp_path)
     faulty = replace(cluster("far"), gpus=8, gpu_fault="1 NVIDIA GPUs cannot be used: too old")
-    pipeline._require_device(driver, faulty)
+    pipeline.require_device(driver, faulty)
     assert "device   cuda (" in logged(driver)
     assert "too old" not in logged(driver)
-    pipeline._require_device(driver, replace(faulty, gpus=0))
+    pipeline.require_device(driver, replace(faulty, gpus=0))
     assert "too old" in logged(driver)
 
 
@@ -275,15 +254,15 @@ def test_gpus_that_cannot_be_used_are_no_gpus(tmp_path: Path) -> None:
     driver = driver_of(reading.load(TINY, ["device=cuda"]), tmp_path)
     faulty = replace(cluster("here"), ours=True, gpu_fault="1 NVIDIA GPUs cannot be used: too old")
     with pytest.raises(UserError, match="this machine has 0 GPUs; 1 NVIDIA GPUs cannot be used: too old"):
-        pipeline._require_device(driver, faulty)
+        pipeline.require_device(driver, faulty)
 
 
 def test_a_gpu_that_is_too_small_is_refused_before_anything_is_spent(tiny: Recipe) -> None:
     plan, gpus = price_sweep(tiny, LatentShape(4, 8)), replace(cluster("here"), gpus=2, gpu_bytes=2**30)
-    pipeline._require_memory(plan, gpus)
-    pipeline._require_memory(plan, replace(gpus, gpus=0, gpu_bytes=2**20))  # on the CPU
+    pipeline.require_memory(plan, gpus)
+    pipeline.require_memory(plan, replace(gpus, gpus=0, gpu_bytes=2**20))  # on the CPU
     with pytest.raises(UserError, match=r"dis: a worker needs 0\.0 GiB for 4 images in a forward pass"):
-        pipeline._require_memory(plan, replace(gpus, gpu_bytes=2**20))
+        pipeline.require_memory(plan, replace(gpus, gpu_bytes=2**20))
 
 
 def test_shares_of_a_gpu_that_leave_training_none_are_refused(tmp_path: Path) -> None:
@@ -291,9 +270,9 @@ def test_shares_of_a_gpu_that_leave_training_none_are_refused(tmp_path: Path) ->
     two_gpus = replace(cluster("here"), gpus=2)
     for share, gpus in [(0.4, 2), (0.9, 6)]:  # two evaluators on each GPU; none shares
         fitting = driver_of(reading.load(TINY, [*settings, f"evaluate.gpu_share={share}"]), tmp_path)
-        pipeline._require_device(fitting, replace(two_gpus, gpus=gpus))
+        pipeline.require_device(fitting, replace(two_gpus, gpus=gpus))
     driver = driver_of(reading.load(TINY, [*settings, "evaluate.gpu_share=0.5"]), tmp_path)
     with pytest.raises(
         UserError, match=r"2 evaluators with 0.5 of each GPU's memory leave training none: expected less than 0.5"
     ):
-        pipeline._require_device(driver, two_gpus)
+        pipeline.require_device(driver, two_gpus)

@@ -8,15 +8,13 @@ import pytest
 
 from dis_scale.process import faults
 from dis_scale.recipe import Recipe, reading
-from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import Sweep
 from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking.mlflow import RunCopy
-from dis_scale.tracking.rows import RowReader, RowWriter
-from pipelines import metrics, train
-from pipelines.train import Place, largest_fitting, rank_order
+from dis_scale.tracking.rows import RowWriter
+from pipelines.train import Place, RowCopies, largest_fitting, rank_order
 from pipelines.waiting import capacity
 from tests.conftest import TINY
+from tests.support.stage_jobs import RecordedJob, job_of
 
 
 def test_an_attempt_uses_as_many_workers_as_fit() -> None:
@@ -44,23 +42,22 @@ def test_ranks_are_in_the_order_of_nodes_and_gpus() -> None:
 
 @pytest.mark.parametrize(("tracked", "away"), [(False, 0.0), (True, 1.0)])
 def test_mlflow_is_away_only_for_a_sweep_that_has_runs_there(
-    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch, tracked: bool, away: float
+    tmp_path: Path, tiny: Recipe, tracked: bool, away: float
 ) -> None:
-    sweep, shown = Sweep(open_folder(tmp_path) / "sweeps/s", tiny), dict[str, float]()
+    job = job_of(tiny, tmp_path)
     if tracked:
         ids = TrackingIds(uri=f"sqlite:///{tmp_path}/gone.db", experiment="1", sweep="s", models={"dis": "d"})
-        ids.write(sweep.folder)
-    rows = RowWriter(sweep.run("dis").log, 1)
+        ids.write(job.sweep.folder)
+    rows = RowWriter(job.sweep.run("dis").log, 1)
     rows.add(16, {"loss": 1.0})
     rows.settle()
-    monkeypatch.setattr(metrics, "gauge", shown.__setitem__)
-    with train._copying(RunCopy(sweep, "dis"), RowReader(sweep.run("dis").log)):
+    with RowCopies(job, RunCopy(job.sweep, "dis")).running():
         pass
-    assert shown["mlflow_away"] == away
+    assert dict(job.gauges)["mlflow_away"] == away
 
 
 def test_a_finished_model_does_not_fail_by_the_copy_of_its_rows(
-    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Storage is away when the last rows are copied; the error of training, if any, is the one that is raised."""
 
@@ -68,30 +65,27 @@ def test_a_finished_model_does_not_fail_by_the_copy_of_its_rows(
         if verb == "list":
             raise ConnectionError("no answer")
 
-    sweep = Sweep(open_folder(tmp_path) / "sweeps/s", tiny)
+    job = job_of(tiny, tmp_path)
     monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
     monkeypatch.setattr(faults, "at", away)
-    with train._copying(RunCopy(sweep, "dis"), RowReader(sweep.run("dis").log)):
+    copies = RowCopies(job, RunCopy(job.sweep, "dis"))
+    with copies.running():
         pass
-    words = "dis: its last rows are in storage and not in MLflow: cannot list "
-    assert words in capsys.readouterr().out
-    with pytest.raises(ValueError, match="a mistake"), train._copying(RunCopy(sweep, "dis"), RowReader(sweep.folder)):
+    assert job.said[-1].startswith("dis: its last rows are in storage and not in MLflow: cannot list ")
+    with pytest.raises(ValueError, match="a mistake"), copies.running():
         raise ValueError("a mistake")
 
 
-def test_a_copy_that_hangs_at_the_end_is_named(
-    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sweep, begun, over = Sweep(open_folder(tmp_path) / "sweeps/s", tiny), Event(), Event()
+def test_a_copy_that_hangs_at_the_end_is_named(tmp_path: Path, tiny: Recipe) -> None:
+    begun, over = Event(), Event()
 
-    def hang(*_: Any, **__: Any) -> None:
-        begun.set()
-        over.wait(60)
+    class HangingJob(RecordedJob):
+        def gauge(self, name: str, value: float) -> None:
+            begun.set()
+            over.wait(60)
 
-    monkeypatch.setattr(train, "COPY_EVERY_S", 0.0)
-    monkeypatch.setattr(train, "LAST_COPY_S", 0.1)
-    monkeypatch.setattr(metrics, "gauge", hang)
-    with train._copying(RunCopy(sweep, "dis"), RowReader(sweep.run("dis").log)):
+    job = HangingJob(job_of(tiny, tmp_path).sweep)
+    with RowCopies(job, RunCopy(job.sweep, "dis"), every_s=0.0, last_s=0.1).running():
         begun.wait(60)
     over.set()
-    assert f"no answer for 0.1 s; to copy them: dis-scale mlflow sync {sweep}" in capsys.readouterr().out
+    assert job.said[-1].endswith(f"no answer for 0.1 s; to copy them: dis-scale mlflow sync {job.sweep}")

@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from dis_scale.cli import shared
+from dis_scale.process.context import Context
 from dis_scale.process.progress import PLAIN_EVERY_S, RATE_OVER_S, Board, rate_words, time_words
 
 
@@ -103,7 +104,7 @@ def test_forced_colours_move_no_cursor_in_a_file(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("DIS_SCALE_LOG", "json" if json else "lines")
     monkeypatch.setattr(sys, "stdout", out := io.StringIO())
-    with Board(shared.driver_console()) as board:
+    with Board(shared.driver_console(Context())) as board:
         board.update("train dis", 400, 400, "images")
     assert "\x1b" not in out.getvalue()
     assert "train dis: 400/400 images" in out.getvalue()

@@ -10,6 +10,7 @@ from typing import Any
 
 from dis_scale.data.sources import Source, open_source
 from dis_scale.evaluation import reference
+from dis_scale.evaluation.run import Spent, stored_blocks
 from dis_scale.evaluation.sampling import labels_of
 from dis_scale.process import faults
 from dis_scale.recipe import Evaluate
@@ -19,11 +20,12 @@ from dis_scale.sweep.documents import Encoding
 from pipelines import evaluate, precompute, stage
 from pipelines.evaluate import Evaluation
 from pipelines.evaluators import Evaluator
+from pipelines.failures import WorkerFailure
 from pipelines.precompute import Encoder
 from pipelines.prepare import Preparer
 from pipelines.restarts import with_restarts
 from pipelines.sharing import Dealer
-from pipelines.worker import WorkerFailure
+from pipelines.stage import StageJob
 from tests.cli.test_cli import invoke
 from tests.support import ranks
 
@@ -82,36 +84,36 @@ def _enter(name: str, url: str, plan: Path, output: Path) -> None:
     stage.run_program({"prepare": _prepare, "precompute": _precompute, "evaluate": _evaluate}[name], url)
 
 
-def _prepare(sweep: Sweep, _: list[str]) -> None:
+def _prepare(job: StageJob) -> None:
     def attempt(_: WorkerFailure | None) -> None:
-        worker = _obeying(Preparer())
+        sweep, worker = job.sweep, _obeying(job, Preparer())
         worker.prepare(sweep, "cpu")
         if not state.prepared(sweep):
             left = state.reference_parts_missing(sweep, len(open_source(sweep.recipe.data)))
             worker.make_parts(sweep, "cpu", Dealer(left).next)
             worker.merge_parts(sweep, "cpu")
 
-    with_restarts(sweep.recipe, "prepare", attempt, lambda: len(sweep.reference_parts.list()))
+    with_restarts(job, "prepare", attempt, lambda: len(job.sweep.reference_parts.list()))
 
 
 @dataclass
 class OneEncoder:
     """An encoder in this process, in the place of those on Ray; a new one after each failure."""
 
-    sweep: Sweep
+    job: StageJob
 
     def encoding(self) -> Encoding:
-        return Encoder(self.sweep, "cpu").encoding()
+        return Encoder(self.job.sweep, "cpu").encoding()
 
     def encode(self, latents: Folder, encoding: Encoding, _: Source, left: list[int]) -> None:
-        _obeying(Encoder(self.sweep, "cpu")).encode(latents, encoding, Dealer(left).next)
+        _obeying(self.job, Encoder(self.job.sweep, "cpu")).encode(latents, encoding, Dealer(left).next)
 
     def mix(self, latents: Folder, encoding: Encoding, _: Source, left: list[int]) -> None:
-        _obeying(Encoder(self.sweep, "cpu")).mix(latents, encoding, Dealer(left).next)
+        _obeying(self.job, Encoder(self.job.sweep, "cpu")).mix(latents, encoding, Dealer(left).next)
 
 
-def _precompute(sweep: Sweep, _: list[str]) -> None:
-    precompute.find_or_make_latents(sweep, OneEncoder(sweep))
+def _precompute(job: StageJob) -> None:
+    precompute.find_or_make_latents(job, OneEncoder(job))
 
 
 @dataclass
@@ -120,7 +122,7 @@ class OneEvaluator:
 
     worker: Evaluator
 
-    def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[dict[str, Any]]:
+    def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[Spent]:
         return [self.worker.sample(sampled, settings, Dealer(blocks).next)]
 
     def floor(self, blocks: list[int]) -> None:
@@ -130,19 +132,20 @@ class OneEvaluator:
         return self.worker.held_out(sampled)
 
 
-def _evaluate(sweep: Sweep, _: list[str]) -> None:
+def _evaluate(job: StageJob) -> None:
     def attempt(_: WorkerFailure | None) -> None:
-        evaluator = OneEvaluator(_obeying(Evaluator(sweep, "cpu")))
+        sweep, evaluator = job.sweep, OneEvaluator(_obeying(job, Evaluator(job.sweep, "cpu")))
         references, labels = reference.load_all(sweep), labels_of(sweep)
         samplings = sweep.recipe.evaluate.samplings
-        evaluate.evaluate_all(sweep, Evaluation(sweep, evaluator, references, samplings, labels), set())
+        evaluation = Evaluation(sweep, evaluator, references, samplings, labels, job.say, job.raise_if_stopped)
+        evaluate.evaluate_all(job, evaluation, set())
 
-    with_restarts(sweep.recipe, "evaluate", attempt, lambda: evaluate.stored_blocks(sweep))
+    with_restarts(job, "evaluate", attempt, lambda: stored_blocks(job.sweep))
 
 
-def _obeying(worker: Any) -> Any:
-    """The worker, which obeys this process's stop requests as if its driver had forwarded them."""
-    worker.stop_requested = stage.stop_requested
+def _obeying(job: StageJob, worker: Any) -> Any:
+    """The worker, which obeys the stop requests to this process as if its driver had forwarded them."""
+    worker.stop_requested = job.stop_requested
     return worker
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dis_scale.process.context import Context
 from dis_scale.process.errors import StorageError
 from dis_scale.process.redaction import redact
 from dis_scale.recipe import Recipe
@@ -16,15 +17,19 @@ from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep
 from dis_scale.tracking import attempt_logs
 from dis_scale.tracking.attempt_logs import HEAD_BYTES, LINE_BYTES, TAIL_BYTES, Excerpt, LogName
+from pipelines.lines import Log
 from tests.cli.test_cli import answer, invoke
 
 WRITES = """
 import os, sys, time
 from dis_scale.storage.folder import open_folder
+from dis_scale.process.context import Context
 from dis_scale.tracking import attempt_logs
+from pipelines import lines
 attempt_logs.WRITE_EVERY_S = 0.1
-kept = attempt_logs.KeptLog(open_folder(sys.argv[1]), attempt_logs.LogName("20261121T183819", "0001"), (b"@progress ",))
-print("@progress {}", flush=True)
+name, context = attempt_logs.LogName("20261121T183819", "0001"), Context.from_environment()
+kept = attempt_logs.KeptLog(open_folder(sys.argv[1]), name, context, lines.PROGRESS)
+lines.Log(context).progress(1, 2, "images")
 os.write(1, b"NCCL WARN from C\\n")
 os.write(2, b"the key is " + os.environ["STORE_SECRET"].encode() + b"\\n")
 time.sleep(float(sys.argv[2]))
@@ -58,7 +63,7 @@ def test_what_a_process_wrote_is_there_after_its_kill(tmp_path: Path, store_url:
     assert "NCCL WARN from C\n" in text
     assert "--- err ---\nthe key is ***\n" in text
     assert '"stage": "train", "model": "dit"' in text.splitlines()[0]
-    assert "@progress" not in text
+    assert "progress" not in text
     assert "abc/def" not in text
 
 
@@ -176,5 +181,12 @@ def test_the_command_lists_and_prints_an_attempt(tmp_path: Path, tiny: Recipe) -
     texts = answer("logs", str(tmp_path / "tiny"), "dit", "--json")
     assert texts[f"{folder}/20261121T180200-0000.log"] == "text of 20261121T180200-0000\n"
     assert len(answer("logs", str(tmp_path / "tiny"), "--json")["attempts"]) == 3
+    Log(Context(), lambda line: folder.write("20261121T180300-0000.log", f"{line}\n".encode())).say("dit: attempt 4")
+    _, printed = invoke("logs", str(tmp_path / "tiny"), "dit")
+    assert printed.splitlines()[-2].endswith("  dit: attempt 4"), "people read words"
+    assert (
+        '"message": "dit: attempt 4"'
+        in answer("logs", str(tmp_path / "tiny"), "dit", "--json")[f"{folder}/20261121T180300-0000.log"]
+    )
     code, printed = invoke("logs", str(tmp_path / "tiny"), "--stage", "prepare")
     assert (code, "no logs of the attempt" in printed) == (2, True)

@@ -14,9 +14,8 @@ from dis_scale.sweep.documents import Ended, Metrics, TrackingIds
 from dis_scale.tracking import mlflow
 from dis_scale.tracking.goodput import ATTEMPT
 from dis_scale.tracking.mlflow import RunCopy, create_runs, open_client
-from dis_scale.tracking.mlflow_copy import copy_evaluation, copy_everything, copy_report
+from dis_scale.tracking.mlflow_copy import copy_earlier, copy_evaluation, copy_everything, copy_report
 from dis_scale.tracking.rows import RowReader, RowWriter
-from pipelines import evaluate
 from tests.cli.test_cli import answer, invoke
 from tests.conftest import TINY
 from tests.support.documents import put_metrics, put_published
@@ -110,15 +109,15 @@ def test_an_attempt_sends_what_mlflow_lacks_and_nothing_again(
         Metrics.read(main).write(folder)
         folder.write(GRID, b"a picture")
     del calls[:]
-    evaluate._copy_earlier(sweep)
+    copy_earlier(sweep)
     assert calls.count("log_artifact") == calls.count("log_batch") == 10 + 3, "dis, and each of the others once"
     del calls[:]
-    evaluate._copy_earlier(sweep)
+    copy_earlier(sweep)
     assert calls == ["get_metric_history"] * 4, "one for each model and sampling setting"
     late = sweep.evaluation(Sampled("dit", 320))
     Metrics.read(main).write(late)
     late.write(GRID, b"a picture")
-    evaluate._copy_earlier(sweep)
+    copy_earlier(sweep)
     assert calls.count("log_artifact") == calls.count("log_batch") == 1
 
 
@@ -129,7 +128,7 @@ def test_an_evaluation_without_a_grid_or_with_damaged_metrics_ends_no_copy(
     create_runs(sweep, uri, plan.parameters())
     sweep.evaluation(Sampled("dis", 160)).delete(GRID)
     sweep.evaluation(Sampled("dis", 160, "wide")).write(Metrics.NAME, b"null")
-    evaluate._copy_earlier(sweep)
+    copy_earlier(sweep)
     metrics, _, files, _ = content(sweep, uri)["dis"]
     assert metrics["fd_digits_80"] == [(160, 9.0, 7250)]
     assert "fd_digits_80/wide" not in metrics

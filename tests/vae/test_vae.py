@@ -19,6 +19,7 @@ from dis_scale.data import shards
 from dis_scale.data.encode import encode_images
 from dis_scale.data.latents import Latents, micro_batch, open_latents, sample_posterior
 from dis_scale.data.maintenance import decode_examples, describe, load_decoder
+from dis_scale.data.making import LatentSet
 from dis_scale.data.sources import open_source
 from dis_scale.evaluation import held_out
 from dis_scale.evaluation.sampling import open_sampler
@@ -33,7 +34,6 @@ from dis_scale.vae import to_pixels, to_unit
 from dis_scale.vae.scaling import Scaling
 from dis_scale.vae.script import ScriptVae
 from dis_scale.weights.opening import open_for_sampling, sample_pictures
-from pipelines import precompute
 from pipelines.evaluators import Evaluator
 from pipelines.precompute import Encoder
 from pipelines.prepare import Preparer
@@ -187,7 +187,7 @@ def encode_digits(sweep: Sweep, latents: Folder) -> None:
     def refuse(_: list[int]) -> None:
         raise AssertionError("digits are listed in the mixed order")
 
-    precompute.make_latents(sweep.recipe, latents, source, encoding, encode, refuse)
+    LatentSet(sweep.recipe, latents, source, encoding, encode, refuse).make()
 
 
 def require_stored(latents: Folder, sweep: Sweep, *, posterior: bool) -> None:

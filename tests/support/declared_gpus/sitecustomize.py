@@ -21,7 +21,7 @@ def _with_a_name(cuda: Any) -> None:
     cuda.get_device_name = lambda *_: "declared, not present"
 
 
-CHANGED: dict[str, Callable[[Any], None]] = {"pipelines.devices": _on_the_cpu, "torch.cuda": _with_a_name}
+CHANGED: dict[str, Callable[[Any], None]] = {"dis_scale.training.devices": _on_the_cpu, "torch.cuda": _with_a_name}
 
 
 class Finder(MetaPathFinder):

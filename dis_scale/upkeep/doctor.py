@@ -9,8 +9,8 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
@@ -46,46 +46,77 @@ class Finding:
     words: str
 
 
+class Here:
+    """This machine, as far as it is asked and not tried."""
+
+    def gpus(self) -> tuple[int, str]:
+        """Return the number of GPUs that PyTorch can use, and the fault of others."""
+        from dis_scale.training.devices import usable_gpus
+
+        return usable_gpus()
+
+    def gpu_bytes(self) -> int:
+        """Return the memory of the smallest GPU."""
+        from dis_scale.training.devices import smallest_gpu_bytes
+
+        return smallest_gpu_bytes()
+
+    def scan_problem(self, name: str, device: str) -> DisScaleError | None:
+        """Return why a backend of the scan cannot run on a device."""
+        from dis_scale.scan import problem
+
+        return problem(name, device)
+
+    def program(self, name: str) -> str | None:
+        """Return the path of a program."""
+        return shutil.which(name)
+
+    def version(self, package: str) -> str:
+        """Return the version of an installed package, or of Python."""
+        return platform.python_version() if package == "python" else metadata.version(package)
+
+
 @dataclass(frozen=True)
 class Needs:
-    """A recipe, and the storage root that its sweep would use."""
+    """A recipe, and the storage root that its sweep would use, on this machine."""
 
     recipe: Recipe
     store: Folder
+    here: Here = field(default_factory=Here)
 
     @cached_property
     def gpus(self) -> tuple[int, str]:
         """Number of GPUs here that PyTorch can use, and the fault of others."""
-        from pipelines.devices import usable_gpus
-
-        return usable_gpus()
+        return self.here.gpus()
 
     @property
     def device(self) -> str:
         """Device that the recipe's sweep computes on here."""
-        from pipelines.devices import device_of
+        from dis_scale.training.devices import device_of
 
         return device_of(self.recipe, self.gpus[0])[0]
 
 
-def examine(recipe: Recipe, store: Folder) -> Iterator[Finding]:
-    """Yield a finding for each part that a sweep of this recipe may need; files written below `store` are deleted again."""
-    needs = Needs(recipe, store)
-    checks: dict[str, Callable[[Needs], Result]] = {
-        "python": _python,
-        "packages": _packages,
-        "torch": _torch,
-        "gpu": _gpus,
-    }
-    checks |= {"c++ compiler": _cpp, "c compiler": _c}
-    checks |= {f"scan {name}": partial(_scan, name) for name in SCANS}
-    checks |= {"ray": _ray, "deepspeed": _deepspeed, "storage": _storage, "mlflow": _mlflow}
-    checks |= {"extractors": _extractors, "vae": _vae}
+Check = Callable[[Needs], Result]
+"""Tries one part."""
+
+
+def checks() -> dict[str, Check]:
+    """Return the check of each part but Ray, by the part's name."""
+    parts: dict[str, Check] = {"python": python, "packages": packages, "torch": _torch, "gpu": _gpus}
+    parts |= {"c++ compiler": cpp_compiler, "c compiler": c_compiler}
+    parts |= {f"scan {name}": partial(scan, name) for name in SCANS}
+    parts |= {"deepspeed": _deepspeed, "storage": storage, "mlflow": mlflow, "extractors": extractors, "vae": vae}
+    return parts
+
+
+def examine(needs: Needs, checks: Mapping[str, Check]) -> Iterator[Finding]:
+    """Yield a finding for each part that a sweep may need; files written below the store are deleted again."""
     for part, check in checks.items():
-        yield _tried(part, check, needs)
+        yield tried(part, check, needs)
 
 
-def _tried(part: str, check: Callable[[Needs], Result], needs: Needs) -> Finding:
+def tried(part: str, check: Check, needs: Needs) -> Finding:
     """Return the finding of a check; after any error the part is bad. Errors of ours name their cure."""
     try:
         words, needed = check(needs)
@@ -96,8 +127,8 @@ def _tried(part: str, check: Callable[[Needs], Result], needs: Needs) -> Finding
     return Finding(part, "good" if needed else "not needed", words)
 
 
-def _python(_: Needs) -> Result:
-    here = platform.python_version()
+def python(needs: Needs) -> Result:
+    here = needs.here.version("python")
     bounds = re.findall(r"(<|>=)(\d+)\.(\d+)", metadata.metadata("dis-scale")["Requires-Python"])
     minor = tuple(map(int, here.split(".")[:2]))
     for sign, *version in bounds:
@@ -109,7 +140,7 @@ def _python(_: Needs) -> Result:
     return Result(here)
 
 
-def _packages(_: Needs) -> Result:
+def packages(needs: Needs) -> Result:
     """Compare the installed packages with those that the project names and its tests ran with."""
     pins = dict(
         re.findall(r"^([\w-]+)(?:\[\w+\])?==([\w.]+)$", "\n".join(metadata.requires("dis-scale") or []), re.MULTILINE)
@@ -117,7 +148,7 @@ def _packages(_: Needs) -> Result:
     other = []
     for name, tested in pins.items():
         try:
-            version = metadata.version(name).partition("+")[0]
+            version = needs.here.version(name).partition("+")[0]
         except metadata.PackageNotFoundError:
             version = "none"
         other += [f"{name} {version} instead of {tested}"] if version != tested else []
@@ -137,7 +168,7 @@ def _gpus(needs: Needs) -> Result:
     """Let each GPU allocate memory and multiply."""
     import torch
 
-    from pipelines.devices import check_device, device_of, smallest_gpu_bytes
+    from dis_scale.training.devices import check_device, device_of
 
     gpus, fault = needs.gpus
     if fault:
@@ -151,30 +182,28 @@ def _gpus(needs: Needs) -> Result:
         check_device(torch.device("cuda", number))
     version = re.search(r"Kernel Module\s+(?:for \w+\s+)?(\S+)", DRIVER.read_text()) if DRIVER.exists() else None
     driver = f", driver {version[1]}" if version else ""
-    return Result(
-        f"{gpus} x {torch.cuda.get_device_name(0)}, {smallest_gpu_bytes() / 2**30:.0f} GiB{driver}; the device is {device} ({why})"
-    )
+    each = f"{torch.cuda.get_device_name(0)}, {needs.here.gpu_bytes() / 2**30:.0f} GiB"
+    return Result(f"{gpus} x {each}{driver}; the device is {device} ({why})")
 
 
-def _cpp(needs: Needs) -> Result:
+def cpp_compiler(needs: Needs) -> Result:
     """The compiler that PyTorch takes for the native scan."""
-    from dis_scale.scan import problem
 
     name = os.environ.get("CXX", "c++")
-    if path := shutil.which(name):
+    if path := needs.here.program(name):
         return Result(path)
-    if _models_on(needs, "native") and (error := problem("native", "cpu")):
+    if _models_on(needs, "native") and (error := needs.here.scan_problem("native", "cpu")):
         raise error
     return Result(f"no {name}, and nothing to build", needed=False)
 
 
-def _c(needs: Needs) -> Result:
+def c_compiler(needs: Needs) -> Result:
     """The compiler that Triton takes for its launcher."""
     if not (needs.gpus[0] and _models_on(needs, "triton")):
         return Result("only Triton's kernels need one, on a GPU", needed=False)
-    from dis_scale.scan import problem, triton
+    from dis_scale.scan import triton
 
-    if error := problem("triton", "cuda"):
+    if error := needs.here.scan_problem("triton", "cuda"):
         raise error
     return Result(str(triton.compiler()))
 
@@ -187,16 +216,16 @@ def _models_on(needs: Needs, name: str) -> list[str]:
     return [model for model, settings in needs.recipe.models.items() if wanted in families.find(settings.kind).scans]
 
 
-def _scan(name: str, needs: Needs) -> Result:
+def scan(name: str, needs: Needs) -> Result:
     """Compare a backend with the reference where it can run: on a GPU at the sizes of the recipe's models, otherwise small."""
     import torch
 
-    from dis_scale.scan import GPU_BACKENDS, problem, selftest
+    from dis_scale.scan import GPU_BACKENDS, selftest
 
     device, models = "cuda" if name in GPU_BACKENDS else "cpu", _models_on(needs, name)
     if device == "cuda" and not needs.gpus[0] and not models:
         return Result("for NVIDIA GPUs, and none is here: not verified", needed=False)
-    if error := problem(name, device):
+    if error := needs.here.scan_problem(name, device):
         if models:
             raise error
         return Result(str(error), needed=False)
@@ -222,12 +251,11 @@ def _verify_on_gpu(needs: Needs, model: str) -> None:
     from dis_scale.models.cost import price_model
     from dis_scale.training.lanes import forward_passes, image_counts
     from dis_scale.training.memory import lanes_at_once
-    from pipelines.devices import smallest_gpu_bytes
 
     recipe, device = needs.recipe.for_model(model), torch.device("cuda")
     train, settings, world = recipe.train, recipe.models[model], recipe.train.most_workers
     sizes = settings, vae.planned_shape(recipe.vae, recipe.data.resolution), recipe.data.num_classes
-    memory = smallest_gpu_bytes(), recipe.evaluate.gpu_share
+    memory = needs.here.gpu_bytes(), recipe.evaluate.gpu_share
     at_once = lanes_at_once(model, price_model(*sizes), train, world, *memory)
     passes = [one for rank in range(world) for one in forward_passes(train.lanes, rank, world, at_once)]
     with torch.device("meta"):
@@ -236,15 +264,6 @@ def _verify_on_gpu(needs: Needs, model: str) -> None:
     models.verify_kernels(net, device, image_counts(passes, train.lane_images), training=True)
     for sampling in recipe.evaluate.samplings.values():
         verify_sampling(net, sampling, device)
-
-
-def _ray(needs: Needs) -> Result:
-    """Start a Ray of our own, or connect to the one of RAY_ADDRESS, as a sweep does."""
-    from pipelines.cluster import open_cluster
-
-    began_s = time.monotonic()
-    with open_cluster(needs.recipe) as cluster:
-        return Result(f"{metadata.version('ray')}, {cluster.description}, ready in {time.monotonic() - began_s:.0f} s")
 
 
 def _deepspeed(needs: Needs) -> Result:
@@ -256,7 +275,7 @@ def _deepspeed(needs: Needs) -> Result:
         return Result(f"{metadata.version('deepspeed')}, with a process group on {needs.device}")
 
 
-def _storage(needs: Needs) -> Result:
+def storage(needs: Needs) -> Result:
     """Try all that a sweep asks of storage, then time an object of 16 MiB and a listing."""
     needs.store.require_usable()
     probe, data, times_s = needs.store / f".probe-{uuid.uuid4().hex}", os.urandom(PROBE_BYTES), []
@@ -274,7 +293,7 @@ def _storage(needs: Needs) -> Result:
     )
 
 
-def _mlflow(needs: Needs) -> Result:
+def mlflow(needs: Needs) -> Result:
     from dis_scale.tracking import mlflow
 
     uri = needs.recipe.tracking.uri or mlflow.default_uri(needs.store)
@@ -287,7 +306,7 @@ def _mlflow(needs: Needs) -> Result:
         ) from error
 
 
-def _extractors(needs: Needs) -> Result:
+def extractors(needs: Needs) -> Result:
     """Load the weights that the recipe does not train; Inception's are downloaded if it names no file."""
     from dis_scale.evaluation import features, inception
 
@@ -305,7 +324,7 @@ def _extractors(needs: Needs) -> Result:
     return Result("the sweep trains its own; Inception's weights are for recipes with {kind: inception}", needed=False)
 
 
-def _vae(needs: Needs) -> Result:
+def vae(needs: Needs) -> Result:
     """Load the autoencoder that the recipe names; one of a hub is downloaded."""
     from dis_scale import vae
 

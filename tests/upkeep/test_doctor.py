@@ -3,8 +3,9 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +17,60 @@ from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.scan import selftest
 from dis_scale.storage.folder import Folder, open_folder
-from pipelines import devices, doctor
-from pipelines.doctor import Finding, Needs, Result
+from dis_scale.upkeep import doctor
+from dis_scale.upkeep.doctor import Check, Finding, Here, Needs, Result
 from tests.cli.test_cli import invoke
 from tests.conftest import TINY
 
 DIGITS = TINY.parents[2] / "configs" / "digits.yaml"
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start neither Ray nor a process group, and see no GPU."""
-    monkeypatch.setattr(doctor, "_ray", lambda _: Result("a Ray"))
-    monkeypatch.setattr(doctor, "_deepspeed", lambda _: Result("a process group"))
-    monkeypatch.setattr(devices, "usable_gpus", lambda: (0, ""))
+@dataclass(frozen=True)
+class Declared(Here):
+    """This machine with other GPUs, programs, versions and faults of the scan than it has."""
+
+    found: tuple[int, str] = (0, "")
+    versions: dict[str, str] = field(default_factory=dict)
+    has_programs: bool = True
+    problem: Callable[[str, str], DisScaleError | None] = Here().scan_problem
+
+    def gpus(self) -> tuple[int, str]:
+        return self.found
+
+    def gpu_bytes(self) -> int:
+        return 80 * 2**30
+
+    def scan_problem(self, name: str, device: str) -> DisScaleError | None:
+        return self.problem(name, device)
+
+    def program(self, name: str) -> str | None:
+        return super().program(name) if self.has_programs else None
+
+    def version(self, package: str) -> str:
+        return self.versions.get(package) or super().version(package)
 
 
-def examined(recipe: Recipe, store: Folder) -> dict[str, Finding]:
-    return {each.part: each for each in doctor.examine(recipe, store)}
+QUICK: dict[str, Check] = {name: lambda _, name=name: Result(name) for name in ("ray", "deepspeed")}  # type: ignore[misc]
+"""In place of the checks that start processes."""
+NO_GPU = Declared()
 
 
-def tried(check: Any, recipe: Recipe, store: Folder) -> Finding:
-    return doctor._tried("part", check, Needs(recipe, store))
+def examined(recipe: Recipe, store: Folder, here: Here = NO_GPU, **replaced: Check) -> dict[str, Finding]:
+    needs = Needs(recipe, store, here)
+    return {each.part: each for each in doctor.examine(needs, doctor.checks() | QUICK | replaced)}
+
+
+def tried(check: Any, recipe: Recipe, store: Folder, here: Here = NO_GPU) -> Finding:
+    return doctor.tried("part", check, Needs(recipe, store, here))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> dict[str, Check]:
+    """The checks of the command; a test may replace more."""
+    checks = doctor.checks() | {"deepspeed": QUICK["deepspeed"]}
+    monkeypatch.setattr(doctor, "checks", lambda: checks)
+    monkeypatch.setattr("pipelines.cluster.try_cluster", lambda _: "a Ray")
+    return checks
 
 
 @pytest.fixture
@@ -59,6 +92,7 @@ def test_a_fit_machine(tiny: Recipe, store: Folder) -> None:
     assert store.list() == [], "the probes are deleted, and no database is made"
 
 
+@pytest.mark.usefixtures("quick")
 def test_the_command_prints_lines_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, output = invoke("doctor", str(tmp_path), "--recipe", str(TINY))
     assert code == 0
@@ -69,23 +103,21 @@ def test_the_command_prints_lines_and_json(tmp_path: Path, capsys: pytest.Captur
     assert [each["part"] for each in findings] == [line[11:25].strip() for line in output.splitlines()]
 
 
-def test_a_bad_part_ends_with_exit_code_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_bad_part_ends_with_exit_code_1(quick: dict[str, Check], tmp_path: Path) -> None:
     def fail(_: Needs) -> Result:
         raise ImportError("No module named 'deepspeed'")
 
-    monkeypatch.setattr(doctor, "_deepspeed", fail)
+    quick["deepspeed"] = fail
     code, output = invoke("doctor", str(tmp_path), "--recipe", str(TINY))
     assert code == 1
     assert "bad        deepspeed      ImportError: No module named 'deepspeed'; install it again: make venv\n" in output
     assert "error: 1 of 17 parts are bad: deepspeed\n" in output
 
 
-def test_other_versions_are_named(monkeypatch: pytest.MonkeyPatch, tiny: Recipe, store: Folder) -> None:
-    real = metadata.version
-    monkeypatch.setattr(metadata, "version", lambda name: "0.1" if name == "torch" else real(name))
-    monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.13.1")
-    assert "torch 0.1 instead of " in tried(doctor._packages, tiny, store).words
-    python = tried(doctor._python, tiny, store)
+def test_other_versions_are_named(tiny: Recipe, store: Folder) -> None:
+    here = Declared(versions={"torch": "0.1", "python": "3.13.1"})
+    assert "torch 0.1 instead of " in tried(doctor.packages, tiny, store, here).words
+    python = tried(doctor.python, tiny, store, here)
     assert (python.state, python.words.partition(":")[0]) == ("bad", "3.13.1, expected <3.13")
 
 
@@ -96,39 +128,27 @@ def test_other_versions_are_named(monkeypatch: pytest.MonkeyPatch, tiny: Recipe,
         (["device=cuda"], (0, ""), "no NVIDIA GPU, and the recipe names device cuda: set device to auto"),
     ],
 )  # fmt: skip
-def test_gpus_that_cannot_be_used(
-    monkeypatch: pytest.MonkeyPatch, settings: list[str], gpus: tuple[int, str], words: str, store: Folder
-) -> None:
-    monkeypatch.setattr(devices, "usable_gpus", lambda: gpus)
-    recipe = reading.load(DIGITS, settings)
-    monkeypatch.setattr(doctor, "_scan", lambda name, _: Result(name))
-    gpu = examined(recipe, store)["gpu"]
+def test_gpus_that_cannot_be_used(settings: list[str], gpus: tuple[int, str], words: str, store: Folder) -> None:
+    scans = dict.fromkeys((f"scan {name}" for name in doctor.SCANS), QUICK["ray"])
+    gpu = examined(reading.load(DIGITS, settings), store, Declared(gpus), **scans)["gpu"]
     assert (gpu.state, words in gpu.words) == ("bad", True)
 
 
-def test_a_scan_that_cannot_be_built_is_bad_if_the_recipe_needs_it(
-    monkeypatch: pytest.MonkeyPatch, tiny: Recipe, store: Folder
-) -> None:
+def test_a_scan_that_cannot_be_built_is_bad_if_the_recipe_needs_it(tiny: Recipe, store: Folder) -> None:
     missing = DisScaleError("the native scan cannot be built: install a C++ compiler (g++ 11 or newer) and ninja")
-    monkeypatch.setattr(scan, "problem", lambda *_: missing)
-    monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
-    for check in (doctor._cpp, partial(doctor._scan, "native")):
-        assert tried(check, tiny, store) == Finding("part", "bad", str(missing))
+    here = Declared(problem=lambda *_: missing, has_programs=False)
+    checks = (doctor.cpp_compiler, partial(doctor.scan, "native"))
+    assert [tried(check, tiny, store, here) for check in checks] == [Finding("part", "bad", str(missing))] * 2
     without = tiny.model_copy(update={"models": {"dit": tiny.models["dit"]}})
-    assert [tried(check, without, store).state for check in (doctor._cpp, partial(doctor._scan, "native"))] == [
-        "not needed"
-    ] * 2
+    assert [tried(check, without, store, here).state for check in checks] == ["not needed"] * 2
 
 
-def test_on_a_gpu_triton_and_its_compiler_are_needed(
-    monkeypatch: pytest.MonkeyPatch, tiny: Recipe, store: Folder
-) -> None:
-    monkeypatch.setattr(devices, "usable_gpus", lambda: (2, ""))
+def test_on_a_gpu_triton_and_its_compiler_are_needed(tiny: Recipe, store: Folder) -> None:
     missing = UserError("the triton scan needs a C compiler for its launcher: install gcc, or set CC")
-    monkeypatch.setattr(scan, "problem", lambda *_: missing)
-    for check in (doctor._c, partial(doctor._scan, "triton")):
-        assert tried(check, tiny, store) == Finding("part", "bad", str(missing))
-    assert tried(partial(doctor._scan, "mamba"), tiny, store).state == "not needed"
+    here = Declared((2, ""), problem=lambda *_: missing)
+    for check in (doctor.c_compiler, partial(doctor.scan, "triton")):
+        assert tried(check, tiny, store, here) == Finding("part", "bad", str(missing))
+    assert tried(partial(doctor.scan, "mamba"), tiny, store, here).state == "not needed"
 
 
 SSM = "models.ssm={kind: diffussm, width: 16, depth: 1, patch: 4}"
@@ -139,25 +159,23 @@ def test_on_a_gpu_the_kernels_of_training_and_sampling_are_verified(
 ) -> None:
     """Each model that Triton's kernels compute, in its precision, at the images of its forward passes."""
     compared = []
-    monkeypatch.setattr(devices, "usable_gpus", lambda: (2, ""))
-    monkeypatch.setattr(devices, "smallest_gpu_bytes", lambda: 80 * 2**30)
-    monkeypatch.setattr(scan, "problem", lambda *_: None)
+    here = Declared((2, ""), problem=lambda *_: None)
     monkeypatch.setattr(
         "dis_scale.models.verify_kernels",
         lambda net, _, images, training: compared.append((net.settings.kind, net.precision, images, training)),
     )
-    check = partial(doctor._scan, "triton")
-    found = tried(check, reading.load(TINY, ["train.precision=bf16", SSM]), store)
+    check = partial(doctor.scan, "triton")
+    found = tried(check, reading.load(TINY, ["train.precision=bf16", SSM]), store, here)
     assert found.words == "equal to the definition on cuda at the sizes of the recipe's models: dis"
     assert compared == [("dis", "bf16", {8}, True), ("dis", "fp32", {40}, False), ("dis", "fp32", {20}, False)]
     compared.clear()
-    by_name = tried(check, reading.load(TINY, ["train.scan=triton", SSM]), store)
+    by_name = tried(check, reading.load(TINY, ["train.scan=triton", SSM]), store, here)
     assert (by_name.state, by_name.words.rpartition(": ")[2]) == ("good", "dis, ssm")
     assert [kind for kind, *_ in compared] == ["dis"] * 3 + ["diffussm"] * 3
 
 
 def test_without_a_gpu_one_line_says_what_is_not_verified(store: Folder) -> None:
-    check = partial(doctor._scan, "triton")
+    check = partial(doctor.scan, "triton")
     auto = tried(check, reading.load(TINY, [SSM]), store)
     assert (auto.state, auto.words) == ("not needed", "for NVIDIA GPUs, and none is here: not verified")
     recipe = reading.load(TINY, ["train.scan=triton", SSM])
@@ -170,18 +188,18 @@ def test_a_cpus_scan_is_compared_in_the_recipes_precision(monkeypatch: pytest.Mo
     compared = []
     monkeypatch.setattr(selftest, "verify", lambda name, _, dtype: compared.append((name, dtype)))
     for name in ("native", "chunked"):
-        tried(partial(doctor._scan, name), reading.load(TINY, ["train.precision=bf16"]), store)
+        tried(partial(doctor.scan, name), reading.load(TINY, ["train.precision=bf16"]), store)
     assert compared == [("native", torch.bfloat16), ("chunked", torch.float32)]
 
 
 @pytest.mark.parametrize(
     ("check", "settings", "words"),
     [
-        (doctor._extractors, ["evaluate.extractor={kind: inception, weights: none.pth}", "evaluate.samples=3000"],
+        (doctor.extractors, ["evaluate.extractor={kind: inception, weights: none.pth}", "evaluate.samples=3000"],
          "evaluate.extractor.weights: cannot read none.pth; get https://"),
-        (doctor._vae, ["vae={kind: pretrained, path: /none}"], "vae.path: no autoencoder at '/none'"),
-        (doctor._vae, ["vae={kind: torchscript, path: /none.pt, posterior: true}"], "/none.pt is a program, and the recipe has"),
-        (doctor._mlflow, ["tracking.uri=http://127.0.0.1:1"], "http://127.0.0.1:1 does not answer: start it"),
+        (doctor.vae, ["vae={kind: pretrained, path: /none}"], "vae.path: no autoencoder at '/none'"),
+        (doctor.vae, ["vae={kind: torchscript, path: /none.pt, posterior: true}"], "/none.pt is a program, and the recipe has"),
+        (doctor.mlflow, ["tracking.uri=http://127.0.0.1:1"], "http://127.0.0.1:1 does not answer: start it"),
     ],
 )  # fmt: skip
 def test_what_the_recipe_names_must_be_there(
@@ -195,18 +213,18 @@ def test_what_the_recipe_names_must_be_there(
 
 
 def test_unusable_storage_is_bad(tiny: Recipe) -> None:
-    found = tried(doctor._storage, tiny, open_folder("/proc/none"))
+    found = tried(doctor.storage, tiny, open_folder("/proc/none"))
     assert (found.state, found.words.startswith("storage /proc/none cannot be used: ")) == ("bad", True)
 
 
 def test_without_pytorch_the_others_are_still_examined(tmp_path: Path) -> None:
     program = (
         "import sys; sys.modules['torch'] = None\n"
-        "from pipelines import doctor\n"
+        "from dis_scale.upkeep import doctor\n"
         "from dis_scale.recipe import reading\n"
         "from dis_scale.storage.folder import open_folder\n"
-        "doctor._ray = lambda _: doctor.Result('a Ray')\n"
-        f"for each in doctor.examine(reading.load({str(TINY)!r}), open_folder({str(tmp_path)!r})):\n"
+        f"needs = doctor.Needs(reading.load({str(TINY)!r}), open_folder({str(tmp_path)!r}))\n"
+        "for each in doctor.examine(needs, doctor.checks()):\n"
         "    print(each.part, each.state, each.words, sep='|')\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=TINY.parents[2], capture_output=True, text=True)

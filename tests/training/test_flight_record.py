@@ -11,7 +11,7 @@ import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pipelines import devices
+from dis_scale.training import devices
 from pipelines.cluster import free_ports
 from pipelines.environment import prepare_group
 

@@ -3,19 +3,19 @@
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from ray.exceptions import RayTaskError
 from torch.distributed import DistBackendError
 from torch.overrides import TorchFunctionMode
 
 from dis_scale.process.errors import BrokenDevice, UserError
-from pipelines import devices
-from pipelines.worker import blame
+from dis_scale.training import devices
+from pipelines.failures import blame
 
 CPU = torch.device("cpu")
 
@@ -37,15 +37,11 @@ def test_a_wrong_product_is_found() -> None:
         devices.check_device(CPU)
 
 
-def test_a_wrong_sum_is_a_broken_connection_of_no_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(dist, "all_reduce", lambda total: total.add_(3))
+def test_a_wrong_sum_is_a_broken_connection_of_no_node() -> None:
     with pytest.raises(DistBackendError, match="cpu: a sum over 2 workers is 4, expected 3") as raised:
-        devices.check_group(CPU)
+        devices.require_sum(torch.full((64,), 4.0), 2)
     assert blame(RayTaskError("check", "trace", raised.value)) == "connection"
-    monkeypatch.setattr(dist, "all_reduce", lambda total: total.add_(2))
-    devices.check_group(CPU)
+    devices.require_sum(torch.full((64,), 3.0), 2)
 
 
 def test_a_process_sees_one_of_the_gpus_that_it_saw(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,6 +64,31 @@ def test_a_right_one_takes_milliseconds() -> None:
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU driver"
 
 
+@dataclass
+class Cuda:
+    """What PyTorch says of a machine's GPUs, in the place of `torch.cuda`."""
+
+    capabilities: list[tuple[int, int]] = field(default_factory=list)
+    warning: str = ""
+
+    def is_available(self) -> bool:
+        if self.warning:
+            warnings.warn(self.warning, stacklevel=2)
+        return bool(self.capabilities)
+
+    def device_count(self) -> int:
+        return len(self.capabilities)
+
+    def get_device_name(self, _: int) -> str:
+        return "Some GPU"
+
+    def get_device_capability(self, number: int) -> tuple[int, int]:
+        return self.capabilities[number]
+
+    def get_arch_list(self) -> list[str]:
+        return ["sm_75", "sm_80", "sm_90", "compute_90"]
+
+
 @pytest.fixture
 def pci(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine with an NVIDIA GPU, its audio device, and another maker's graphics device, as the kernel lists them."""
@@ -75,18 +96,12 @@ def pci(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).mkdir()
         (tmp_path / name / "vendor").write_text(f"{vendor}\n")
         (tmp_path / name / "class").write_text(f"{kind}\n")
-    monkeypatch.setattr(devices, "PCI", tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return tmp_path
 
 
-def test_a_gpu_whose_driver_is_too_old_is_counted_out_and_explained(pci: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def is_available() -> bool:
-        warnings.warn(f"CUDA initialization: {TOO_OLD}", stacklevel=2)
-        return False
-
-    monkeypatch.setattr(torch.cuda, "is_available", is_available)
-    count, fault = devices.usable_gpus()
+def test_a_gpu_whose_driver_is_too_old_is_counted_out_and_explained(pci: Path) -> None:
+    count, fault = devices.usable_gpus(Cuda(warning=f"CUDA initialization: {TOO_OLD}"), pci)
     assert count == 0
     assert fault.startswith(
         "1 NVIDIA GPUs cannot be used: CUDA initialization: The NVIDIA driver on your system is too old"
@@ -95,31 +110,22 @@ def test_a_gpu_whose_driver_is_too_old_is_counted_out_and_explained(pci: Path, m
 
 
 def test_a_gpu_without_a_driver_is_explained_and_a_hidden_one_named(pci: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert devices.usable_gpus()[1].startswith("1 NVIDIA GPUs cannot be used: PyTorch finds no NVIDIA driver; ")
+    _, fault = devices.usable_gpus(Cuda(), pci)
+    assert fault.startswith("1 NVIDIA GPUs cannot be used: PyTorch finds no NVIDIA driver; ")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert devices.usable_gpus() == (0, "CUDA_VISIBLE_DEVICES=-1 hides 1 NVIDIA GPUs")
+    assert devices.usable_gpus(Cuda(), pci) == (0, "CUDA_VISIBLE_DEVICES=-1 hides 1 NVIDIA GPUs")
 
 
-def test_a_machine_without_one_has_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_a_machine_without_one_has_no_fault(tmp_path: Path) -> None:
     for missing in (tmp_path, tmp_path / "none"):
-        monkeypatch.setattr(devices, "PCI", missing)
-        assert devices.usable_gpus() == (0, "")
+        assert devices.usable_gpus(Cuda(), missing) == (0, "")
 
 
 @pytest.mark.parametrize(
     ("capability", "count"), [((7, 0), 0), ((7, 5), 1), ((8, 6), 1), ((8, 9), 1), ((9, 0), 1), ((12, 0), 1)]
 )
-def test_a_gpu_without_kernels_is_counted_out(
-    pci: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], count: int
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90", "compute_90"])
-    usable, fault = devices.usable_gpus()
+def test_a_gpu_without_kernels_is_counted_out(pci: Path, capability: tuple[int, int], count: int) -> None:
+    usable, fault = devices.usable_gpus(Cuda([capability]), pci)
     assert (usable, fault == "") == (count, count == 1)
 
 

@@ -3,11 +3,10 @@
 import json
 import os
 import re
+import socket
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import ray
+from typing import TYPE_CHECKING, Any
 
 from dis_scale.process import faults
 from dis_scale.process.errors import BrokenDevice, UserError
@@ -15,8 +14,6 @@ from dis_scale.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
-
-    from dis_scale.planning.first_recipe import Machine
 
 SIDE = {"cpu": 64, "cuda": 1024}
 """Rows and columns of the matrices that are multiplied as a check."""
@@ -39,29 +36,19 @@ def device_of(recipe: Recipe, gpus: int) -> tuple[str, str]:
     return ("cuda" if gpus >= workers else "cpu"), reason
 
 
-def choose_device(recipe: Recipe) -> tuple[str, str]:
-    """Return (device, reason) by the GPUs that the cluster has now."""
-    return device_of(recipe, total_gpus())
+def usable_gpus(cuda: Any = None, pci: Path = PCI) -> tuple[int, str]:
+    """Return the number of this machine's GPUs that PyTorch can use; if there are only others, also the reason and the remedy.
 
-
-def total_gpus() -> int:
-    """Return the number of the cluster's GPUs."""
-    return int(ray.cluster_resources().get("GPU", 0))
-
-
-def usable_gpus() -> tuple[int, str]:
-    """Return the number of this machine's GPUs that PyTorch can use; if there are only others, also the reason and the remedy."""
+    `cuda` is `torch.cuda`, or what a test puts in its place; `pci` lists the machine's devices.
+    """
     import torch
 
+    cuda = cuda or torch.cuda
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        names = (
-            [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
-            if torch.cuda.is_available()
-            else []
-        )
-        usable = [n for n in range(len(names)) if _has_kernels(*torch.cuda.get_device_capability(n))]
-    present = nvidia_gpus()
+        names = [cuda.get_device_name(n) for n in range(cuda.device_count())] if cuda.is_available() else []
+        usable = [n for n in range(len(names)) if _has_kernels(cuda.get_arch_list(), cuda.get_device_capability(n))]
+    present = nvidia_gpus(pci)
     if usable or not (names or present):
         return len(usable), ""
     if names:
@@ -72,19 +59,6 @@ def usable_gpus() -> tuple[int, str]:
     return 0, f"{present} NVIDIA GPUs cannot be used: {said}; {REMEDY}"
 
 
-def this_machine() -> "Machine":
-    """Return what training can use on this machine."""
-    import torch
-
-    from dis_scale.data.memory import free_memory_bytes
-    from dis_scale.planning.first_recipe import Machine
-
-    cores, memory, (gpus, _) = len(os.sched_getaffinity(0)), free_memory_bytes(), usable_gpus()
-    if not gpus:
-        return Machine(cores, memory)
-    return Machine(cores, memory, gpus, smallest_gpu_bytes(), torch.cuda.get_device_name(0))
-
-
 def smallest_gpu_bytes() -> int:
     """Return the memory of the smallest of this machine's GPUs."""
     import torch
@@ -92,21 +66,21 @@ def smallest_gpu_bytes() -> int:
     return min(torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count()))
 
 
-def _has_kernels(major: int, minor: int) -> bool:
-    """Whether this PyTorch has kernels for a GPU of this compute capability, or code that its driver compiles for it.
+def _has_kernels(names: list[str], capability: tuple[int, int]) -> bool:
+    """Whether a PyTorch built for these architectures supports a GPU of this compute capability.
 
     A binary (`sm_`) runs on GPUs of its major version, not older ones; PTX (`compute_`) is compiled for any that is not older.
     """
-    import torch
-
-    built = [match.groups() for name in torch.cuda.get_arch_list() if (match := re.match(r"(sm|compute)_(\d+)", name))]
+    built = [match.groups() for name in names if (match := re.match(r"(sm|compute)_(\d+)", name))]
     versions = [(kind, divmod(int(version), 10)) for kind, version in built]
-    return any(version <= (major, minor) and (kind == "compute" or version[0] == major) for kind, version in versions)
+    return any(
+        version <= capability and (kind == "compute" or version[0] == capability[0]) for kind, version in versions
+    )
 
 
-def nvidia_gpus() -> int:
+def nvidia_gpus(pci: Path = PCI) -> int:
     """Return the number of NVIDIA's graphics devices in this machine, with a driver or without."""
-    devices = PCI.glob("*") if PCI.exists() else []
+    devices = pci.glob("*") if pci.exists() else []
     return sum(_reads(d / "vendor", NVIDIA) and _reads(d / "class", DISPLAY) for d in devices)
 
 
@@ -141,7 +115,7 @@ def check_device(device: "torch.device") -> None:
         product = u.to(device)[:, None].repeat(1, side) @ u.to(device)[None].repeat(side, 1)
     except RuntimeError as error:
         if UNSUPPORTED.search(str(error)):
-            raise UserError(f"node {ray.util.get_node_ip_address()}: {str(error).splitlines()[0]}; {REMEDY}") from error
+            raise UserError(f"node {socket.gethostname()}: {str(error).splitlines()[0]}; {REMEDY}") from error
         raise
     if wrong := int((product.cpu() != side * torch.outer(u, u)).sum()):
         raise BrokenDevice(f"{device}: {wrong} of {side * side} elements of a matrix product are wrong")
@@ -155,12 +129,18 @@ def check_group(device: "torch.device") -> None:
     import torch
     import torch.distributed as dist
 
-    world = dist.get_world_size()
     total = torch.full((SIDE[device.type],), dist.get_rank() + 1.0, device=device)
     dist.all_reduce(total)
+    require_sum(total, dist.get_world_size())
+
+
+def require_sum(total: "torch.Tensor", world: int) -> None:
+    """DistBackendError unless each element is the sum of 1 to `world`."""
+    import torch.distributed as dist
+
     if bool((total != world * (world + 1) / 2).any()):
         raise dist.DistBackendError(
-            f"{device}: a sum over {world} workers is {total[0]:g}, expected {world * (world + 1) / 2:g}"
+            f"{total.device}: a sum over {world} workers is {total[0]:g}, expected {world * (world + 1) / 2:g}"
         )
 
 

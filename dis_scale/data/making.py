@@ -1,0 +1,114 @@
+"""A set of latents from its begin to its manifest. Whoever calls this hands in what encodes and mixes the shards.
+
+A set may be continued by any later run, and by several runs at the same time. The manifest is written last. Read next: encode.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dis_scale.data import mixing, shards, staging
+from dis_scale.data.sources import Source
+from dis_scale.data.staging import MixedOrder
+from dis_scale.process.errors import DisScaleError, UserError
+from dis_scale.recipe import Recipe
+from dis_scale.storage.folder import Folder
+from dis_scale.sweep.documents import (
+    Encoding,
+    LatentsBegun,
+    LatentsManifest,
+    MadeFrom,
+    ShardSidecar,
+    Sidecar,
+    StagedSidecar,
+)
+
+Make = Callable[[list[int]], None]
+"""Makes the shards, parts or groups of these numbers."""
+Retry = Callable[[Callable[[], None], Callable[[], int]], None]
+"""Runs an attempt until it succeeds; the second function returns how much is stored."""
+
+
+class MissingShards(DisScaleError):
+    """What makes the shards has ended, and some are missing."""
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """A set of latents in the making; `mix` is used if the source is not in the mixed order."""
+
+    recipe: Recipe
+    folder: Folder
+    source: Source
+    encoding: Encoding
+    encode: Make
+    mix: Make
+    say: Callable[[str], None] = lambda _: None
+    raise_if_stopped: Callable[[], None] = lambda: None
+
+    def make(self, retry: Retry = lambda attempt, _: attempt()) -> None:
+        """Begin or continue the set, and seal it."""
+        require_one_kind(self.folder, self.encoding, self.source)
+        for name in shards.clear_strays(self.folder, self._numbers):
+            self.say(f"{name} is not part of the set: deleted")
+        retry(self._attempt, lambda: len(self.folder.list()) + len(self._staged.list()))
+        self.raise_if_stopped()
+        made_from = _made_from(self.recipe, self.source, self.encoding)
+        sealed: LatentsManifest = shards.write_manifest(self.folder, self._numbers, made_from)
+        self.say(f"{sealed.count} latents in {len(self._numbers)} shards, {len(sealed.refused)} images refused")
+        self.say(f"mixing   {mixing.words(sealed.mixing)}")
+
+    def _attempt(self) -> None:
+        """Make the missing shards; MissingShards if some are missing at its end."""
+        missing = self._unfinished(self.folder, ShardSidecar)
+        if not missing:
+            return
+        if self.source.mixed:
+            self.encode(missing)
+        else:
+            if parts := self._unfinished(self._staged, StagedSidecar):
+                self.encode(parts)
+                self._require_finished(self._staged, StagedSidecar)
+            mixer = MixedOrder.of(self.source, self.recipe.precompute, self.encoding)
+            self.mix(mixer.groups_of(missing))
+        self._require_finished(self.folder, ShardSidecar)
+
+    @property
+    def _numbers(self) -> range:
+        return shards.shard_numbers(len(self.source), self.recipe.precompute)
+
+    @property
+    def _staged(self) -> Folder:
+        return self.folder / staging.STAGED
+
+    def _unfinished(self, folder: Folder, kind: type[Sidecar]) -> list[int]:
+        done = shards.finished(folder, self._numbers, kind)
+        return [number for number in self._numbers if number not in done]
+
+    def _require_finished(self, folder: Folder, kind: type[Sidecar]) -> None:
+        self.raise_if_stopped()
+        if missing := self._unfinished(folder, kind):
+            raise MissingShards(
+                f"{folder}: {len(missing)} of {len(self._numbers)} shards are missing: their encoder was lost"
+            )
+
+
+def require_one_kind(latents: Folder, encoding: Encoding, source: Source) -> None:
+    """UserError if the set was begun with another listing, mixed order, kind of device or PyTorch: its bytes would differ."""
+    sha256 = source.listing.manifest.sha256
+    ours = LatentsBegun(device=encoding.device, torch=encoding.torch, listing=sha256, order=source.order)
+    ours.create(latents)
+    theirs = dict(LatentsBegun.read(latents))
+    if different := [f"{key} {theirs[key]!r}, now {value!r}" for key, value in ours if theirs[key] != value]:
+        raise UserError(
+            f"{latents}: begun with {'; '.join(different)}: finish it as it was begun, or delete it, or use another root"
+        )
+
+
+def _made_from(recipe: Recipe, source: Source, encoding: Encoding) -> MadeFrom:
+    settings = recipe.precompute
+    return MadeFrom(
+        source=recipe.data.source.model_dump(mode="json"), listing=source.listing.manifest.sha256, order=source.order,
+        images=len(source), resolution=recipe.data.resolution, encoding=encoding, num_classes=recipe.data.num_classes,
+        label_names=source.label_names, shard_images=settings.shard_images, encode_images=settings.encode_images,
+        precision=settings.precision,
+    )  # fmt: skip

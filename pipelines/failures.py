@@ -1,0 +1,117 @@
+"""Failures of workers: which have a cause that a new attempt may survive, and which of several is to blame."""
+
+import re
+import time
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import ray
+
+from dis_scale.process.errors import BrokenDevice, DisScaleError, OutOfMemory, StorageAway
+
+MEMORY = re.compile(r"OutOfMemoryError|(CUDA error|Triton Error \[CUDA\]): out of memory|_STATUS_ALLOC_FAILED")
+"""Parts of the errors of a GPU whose memory is too small."""
+DEVICE = re.compile(
+    r"AcceleratorError|CUDA (unknown )?error|Triton Error \[CUDA\]|CUDA driver initialization failed|No CUDA GPUs are available|"
+    r"cuDNN error|(CUBLAS|CUDNN|CUSOLVER|CUFFT)_(STATUS_|[A-Z_]*FAILED)"
+)
+"""Parts of the errors of a GPU that fails: memory with uncorrectable errors, a failed launch, a device that is busy or gone."""
+REJECTED = re.compile(
+    r"(CUDA error|Triton Error \[CUDA\]): (device-side assert triggered|invalid |no kernel image|device kernel image is invalid)|"
+    r"_STATUS_INVALID_VALUE"
+)
+"""Parts of the errors of a GPU that refuses what a program asks: every device would."""
+CONNECTION = re.compile(
+    r"gloo|NCCL|Dist(Backend|Network|Store)Error|Socket Timeout|socket has timed out|Connection (closed|reset)"
+)
+"""Parts of the errors of a process group that lost a member."""
+AMBIGUOUS = re.compile(r"illegal memory access|misaligned address|illegal instruction")
+"""Parts of the errors of a program or of a device: worth another attempt, but no reason to exclude a node."""
+Cause = Literal["device", "lost", "storage", "memory", "mistake", "connection"]
+CAUSES = get_args(Cause)
+"""In the order of blame: of several failures the first is reported, since broken connections follow from all others."""
+LOST = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
+"""Errors of a worker whose process is gone; the second: Ray killed it because its node ran low on memory."""
+ACCIDENTS = {"device", "lost", "storage", "connection"}
+"""Causes after which a new attempt may succeed."""
+
+
+class WorkerFailure(DisScaleError):
+    """An attempt ended by an accident that a new attempt may survive: a lost worker, a broken connection, a hang."""
+
+    def __init__(self, words: str, done: int = 0, silent_s: float = 0.0) -> None:
+        super().__init__(words)
+        self.done, self.silent_s, self.at = done, silent_s, time.time()
+
+
+class StorageFailure(WorkerFailure):
+    """An attempt ended because storage was away."""
+
+
+class DeviceFailure(WorkerFailure):
+    """An attempt ended by a failed device; `worker` is the number of its worker."""
+
+    def __init__(self, words: str, worker: int, done: int = 0, silent_s: float = 0.0) -> None:
+        super().__init__(words, done, silent_s)
+        self.worker = worker
+
+
+def failure_to_raise(failures: Sequence[tuple[int, Exception]], done: int, silent_s: float) -> Exception:
+    """Return the error to raise for failures, each with the number of its worker.
+
+    That is the failure to blame: the peers of a lost worker only report the broken connection.
+    """
+    worker, worst = min(failures, key=lambda failure: CAUSES.index(blame(failure[1])))
+    match blame(worst):
+        case "device":
+            return DeviceFailure(describe(worst), worker, done, silent_s)
+        case "memory":
+            return OutOfMemory(describe(worst))
+        case "storage":
+            return StorageFailure(describe(worst), done, silent_s)
+        case "mistake":
+            return worst
+    return WorkerFailure(describe(worst), done, silent_s)
+
+
+def failure_of(result: Any) -> Exception | None:
+    try:
+        ray.get(result)
+    except ray.exceptions.RayError as error:
+        return error
+    return None
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether a new attempt may do better: after a lost worker, a failed device, a broken connection, storage that is away."""
+    return blame(error) in ACCIDENTS
+
+
+def blame(error: Exception) -> Cause:
+    """Return the cause of an error of Ray; an error that is none of an accident's is a mistake."""
+    if isinstance(error, LOST):
+        return "lost"
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, StorageAway):
+        return "storage"
+    if isinstance(cause, BrokenDevice):
+        return "device"
+    if not isinstance(cause, RuntimeError):
+        return "mistake"
+    text = f"{type(cause).__name__}: {cause}"
+    if MEMORY.search(text):
+        return "memory"
+    if REJECTED.search(text):
+        return "mistake"
+    if AMBIGUOUS.search(text):
+        return "lost"
+    if DEVICE.search(text):
+        return "device"
+    return "connection" if CONNECTION.search(text) else "mistake"
+
+
+def describe(error: Exception) -> str:
+    """Return an error of Ray in one line."""
+    if isinstance(error, LOST):
+        return f"a worker was lost ({' '.join(str(error).split())[:200]})"
+    return " ".join(str(getattr(error, "cause", error)).split())[:300]

@@ -1,0 +1,49 @@
+"""All that is used of Ray beyond its public API, for the pinned version. A test calls each function on a real Ray."""
+
+from typing import Any
+
+from ray._private import state
+from ray.job_submission import JobSubmissionClient
+from ray.util.metrics import Counter
+
+Resources = dict[str, float]
+
+
+def actor_id(worker: Any) -> str:
+    """Return the id of an actor, which does not change while it lives."""
+    name: str = worker._actor_id.hex()
+    return name
+
+
+def has_process(worker: Any) -> bool:
+    """Whether Ray has started the actor's process, which may have ended since; false while it waits for capacity."""
+    return bool(state.actors(actor_id(worker)).get("Pid"))
+
+
+def available_by_node() -> dict[str, Resources]:
+    """Return the free resources of each node by its id."""
+    available: dict[str, Resources] = state.available_resources_per_node()
+    return available
+
+
+def total_by_node() -> dict[str, Resources]:
+    """Return all resources of each node by its id."""
+    total: dict[str, Resources] = state.total_resources_per_node()
+    return total
+
+
+def draining_nodes() -> set[str]:
+    """Nodes that will be taken away: `ray drain-node`, KubeRay, an autoscaler and a spot notice all end here."""
+    return set(state.state.get_draining_nodes())
+
+
+def gpus_by_node(client: JobSubmissionClient) -> list[list[dict[str, Any]]]:
+    """Return the GPUs of each node as its agent reports them, with `memoryTotal` in MiB; empty if the dashboard does not answer."""
+    answer = client._do_request("GET", "/nodes?view=summary")
+    nodes = answer.json()["data"]["summary"] if answer.ok else []
+    return [node.get("gpus") or [] for node in nodes]
+
+
+def count_from_zero(counter: Counter, labels: dict[str, str]) -> None:
+    """Export a counter as 0: `inc` refuses 0, and without it Prometheus misses the first increase."""
+    counter._record(0, labels)

@@ -1,0 +1,205 @@
+"""How a driver watches its workers: their progress, failures, hangs and stop requests."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from dis_scale.process import faults
+from dis_scale.process.errors import OutOfMemory, StorageAway
+from pipelines.failures import WorkerFailure, blame, describe, failure_of, failure_to_raise, may_pass
+from pipelines.ray_private import actor_id, has_process
+from pipelines.stage import StageJob
+from pipelines.waiting import LOGGED_AFTER_S, Wait
+
+Report = Callable[[list[int]], None]
+"""Called with each worker's progress, in the order of the workers."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What counts as a hang, what ends the work early, whose failures disturb whom, and how long answers may take."""
+
+    hang_after_s: float = float("inf")
+    """A hang: no worker has made progress for this long, and not all have made the progress `last`."""
+    last: float = float("inf")
+    stop_early: Callable[[], bool] = lambda: False
+    """Asked once a poll; the workers are requested to stop once it returns true."""
+    independent: bool = False
+    """Whether the accident of one worker leaves the others undisturbed; it is raised when these have ended.
+
+    When one of them has done its work, those without capacity are not waited for: their results are left out.
+    """
+    on_lost: Callable[[], object] = lambda: None
+    """Called at once when one of several independent workers is lost."""
+    keep_logs: bool = True
+    """Whether each worker's log is kept under its number from now on; not before the order of the workers is final."""
+    poll_every_s: float = 1.0
+    answer_s: float = 10.0
+    """Time for a worker to answer a poll, or to answer with its stacks when it hangs."""
+    settle_s: float = 10.0
+    """Time for the others to end after an error that another worker's failure may have caused."""
+    logged_after_s: float = LOGGED_AFTER_S
+    """Wait for capacity that is not logged."""
+
+    def hangs(self, progress: Sequence[int], silent_s: float) -> bool:
+        """Whether workers hang that have made this progress, and none for `silent_s`. After `last` they only write."""
+        return silent_s > self.hang_after_s and min(progress) < self.last
+
+
+def watch(
+    job: StageJob,
+    workers: Sequence[Any],
+    results: Sequence[Any],
+    report: Report = lambda _: None,
+    policy: Watch | None = None,
+) -> list[Any]:
+    """Wait for the result of each worker and return all; forward a stop request; pass the progress to `report`.
+
+    Raises the first failure at once: WorkerFailure if a new attempt may do better, also after a hang, whose stacks are logged.
+    """
+    policy = policy or Watch()
+    if policy.keep_logs:
+        job.logs.keep_workers(workers)
+    try:
+        return _Loop(job, workers, results, report, policy).run()
+    except (WorkerFailure, OutOfMemory, StorageAway, ray.exceptions.RayError) as error:
+        job.logs.collect(workers)
+        if not isinstance(error, WorkerFailure | StorageAway):
+            raise
+        # Free the workers' resources for the next attempt now: the exception's traceback would keep the handles alive.
+        if not policy.independent or isinstance(error, StorageAway):
+            for worker in workers:
+                ray.kill(worker)
+        raise
+
+
+class _Loop:
+    """The watch of one piece of work from its begin to its end."""
+
+    def __init__(
+        self, job: StageJob, workers: Sequence[Any], results: Sequence[Any], report: Report, policy: Watch
+    ) -> None:
+        self._job, self._workers, self._results, self._report, self._policy = job, workers, results, report, policy
+        self._running, self._ended = list(results), list[Any]()
+        self._polls = _Polls(job, workers, policy.answer_s)
+        self._most_done, self._progress_s = 0, time.monotonic()
+        self._stopping = False
+
+    def run(self) -> list[Any]:
+        with Wait(self._job.gauge, self._policy.logged_after_s) as wait:  # some may still wait when the work is done
+            while self._running:
+                finished = self._poll(wait)
+                self._note_failures(finished)
+                self._check_hang()
+                self._forward_stop()
+                self._report(self._polls.done)
+                faults.at("poll", images=max(self._polls.done), path=" ".join(sys.argv[1:2]))
+        return ray.get([result for result in self._results if result in self._ended])
+
+    @property
+    def _silent_s(self) -> float:
+        return time.monotonic() - self._progress_s
+
+    def _poll(self, wait: Wait) -> list[Any]:
+        """Wait for results, ask all workers, and log those without capacity; return the results that came."""
+        finished, self._running = ray.wait(self._running, timeout=self._policy.poll_every_s)
+        self._ended += finished
+        self._polls.ask({number for number, result in enumerate(self._results) if result not in self._running})
+        unplaced = [n for n in self._polls.unplaced if self._results[n] in self._running]
+        request = self._job.requests.get(actor_id(self._workers[unplaced[0]]), {}) if unplaced else {}
+        wait.log(self._job, len(unplaced), request)
+        if sum(self._polls.done) > self._most_done:
+            self._most_done, self._progress_s = sum(self._polls.done), time.monotonic()
+        only_unplaced = self._policy.independent and len(self._running) == len(unplaced)
+        if only_unplaced and any(failure_of(result) is None for result in self._ended):
+            self._running = []
+        return finished
+
+    def _note_failures(self, finished: Sequence[Any]) -> None:
+        """Log the accidents of independent workers; raise all other failures, and when all have ended also these."""
+        failures = [failure for _, failure in self._failures(finished)]
+        if not (self._policy.independent and self._running and all(map(may_pass, failures))):
+            self._raise_failure()
+        if failures:
+            self._policy.on_lost()
+        for failure in failures:
+            others = f"{len(self._running)} others continue, and another attempt makes what it had begun"
+            self._job.say(f"{describe(failure)}; {others}")
+
+    def _raise_failure(self) -> None:
+        """Raise the failure of the results that have ended, if any; wait for its cause if it looks like a consequence."""
+        failures, silent_s = self._failures(self._ended), self._silent_s
+        if not failures:
+            return
+        if all(blame(failure) in ("connection", "mistake") for _, failure in failures):
+            ended, _ = ray.wait(list(self._results), num_returns=len(self._results), timeout=self._policy.settle_s)
+            failures = self._failures(ended)
+        raise failure_to_raise(failures, max(self._polls.done), silent_s)
+
+    def _failures(self, ended: Sequence[Any]) -> list[tuple[int, Exception]]:
+        """Return (number of its worker, failure) of the results that ended in one."""
+        numbered = [(number, result) for number, result in enumerate(self._results) if result in ended]
+        return [(number, failure) for number, result in numbered if (failure := failure_of(result))]
+
+    def _check_hang(self) -> None:
+        if self._policy.hangs(self._polls.done, silent_s := self._silent_s):
+            self._log_stacks()
+            raise WorkerFailure(f"no step ended for {silent_s:.0f} s: hanging", max(self._polls.done), silent_s)
+
+    def _log_stacks(self) -> None:
+        calls = [worker.stacks.remote() for worker in self._workers]
+        answered, _ = ray.wait(calls, num_returns=len(calls), timeout=self._policy.answer_s)
+        for rank, call in enumerate(calls):
+            answers = call in answered and not failure_of(call)
+            stacks = ray.get(call) if answers else "no answer: the process is gone or does not run"
+            print(f"stacks of worker {rank}:\n{stacks}", flush=True)
+
+    def _forward_stop(self) -> None:
+        if not self._stopping and (self._job.stop_requested() or self._policy.stop_early()):
+            self._stopping = True
+            for worker in self._workers:
+                worker.stop.remote()
+
+
+class _Polls:
+    """The workers' progress. Each has one call in flight, so that an answer that comes late loses no lines."""
+
+    def __init__(self, job: StageJob, workers: Sequence[Any], answer_s: float) -> None:
+        self.workers, self.done = workers, [0] * len(workers)
+        self.unplaced: list[int] = list(range(len(workers)))
+        """Workers that have no process yet: Ray has found no capacity for them."""
+        self._job, self._answer_s = job, answer_s
+        self._calls: dict[int, Any] = {}
+        self._up: set[int] = set()
+        """Workers that have answered once: the others are still being constructed, and are not waited for."""
+
+    def ask(self, ended: set[int]) -> None:
+        """Log the workers' new lines and note their progress; those whose work has `ended` are asked to the last line."""
+        self.unplaced = [n for n in self.unplaced if not has_process(self.workers[n])]
+        self._take(self._up | ended)
+        for number, worker in enumerate(self.workers):
+            if number not in self._calls and number not in self.unplaced:
+                self._calls[number] = worker.poll.remote()
+        self._take(self._up | ended)
+
+    def _take(self, awaited: set[int]) -> None:
+        """Take the answers, those of the `awaited` within the time for an answer."""
+        calls = [call for number, call in self._calls.items() if number in awaited]
+        if calls:
+            ray.wait(calls, num_returns=len(calls), timeout=self._answer_s)
+        if not self._calls:
+            return  # `ray.wait` refuses none
+        answered, _ = ray.wait([*self._calls.values()], num_returns=len(self._calls), timeout=0)
+        for number in [number for number, call in self._calls.items() if call in answered]:
+            self._note(number, self._calls.pop(number))
+
+    def _note(self, number: int, call: Any) -> None:
+        if failure_of(call) is None:
+            self._up.add(number)
+            self.done[number], new = ray.get(call)
+            for line in new:
+                self._job.log.write(line)

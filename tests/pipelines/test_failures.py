@@ -1,0 +1,105 @@
+"""Failures of workers: which of their errors a new attempt may survive, and which of several is to blame."""
+
+import pytest
+import ray
+import torch
+from torch.distributed import DistStoreError
+
+from dis_scale.process.errors import BrokenDevice, OutOfMemory, StorageAway, StorageError
+from pipelines.failures import (
+    CAUSES,
+    DeviceFailure,
+    StorageFailure,
+    WorkerFailure,
+    blame,
+    describe,
+    failure_to_raise,
+    may_pass,
+)
+
+ECC = torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+PEER_LOST = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+
+@pytest.mark.parametrize(
+    ("cause", "passes"),
+    [
+        (RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"), True),
+        (RuntimeError("NCCL communicator was aborted on rank 1"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (StorageAway("cannot write"), True),
+        (StorageError("no space left on the device"), False),
+        (ValueError("gloo"), False),
+        (DistStoreError("The client socket has timed out after 600000ms while trying to connect to (a, 1)"), True),
+        (RuntimeError("The client socket has timed out after 600000ms while trying to connect to (a, 1)"), True),
+        (ECC, True),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), True),
+        (RuntimeError("CUDA error: unknown error"), True),
+        (RuntimeError("CUDA unknown error - this may be due to an incorrectly set up environment"), True),
+        (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), True),
+        (RuntimeError("No CUDA GPUs are available"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), True),
+        (BrokenDevice("cuda:0: 3 of 1048576 elements of a matrix product are wrong"), True),
+        (RuntimeError("Triton Error [CUDA]: uncorrectable ECC error encountered"), True),
+        (RuntimeError("Triton Error [CUDA]: unspecified launch failure"), True),
+        (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), False),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), False),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), False),
+        (torch.AcceleratorError("CUDA error: invalid configuration argument"), False),
+        (torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasSgemm`"), False),
+        (OUT_OF_MEMORY, False),
+        (torch.AcceleratorError("CUDA error: out of memory"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False),
+    ],
+    ids=str,
+)
+def test_a_broken_connection_or_device_restarts_as_a_lost_worker_does(cause: Exception, passes: bool) -> None:
+    assert may_pass(task_error(cause)) == passes
+
+
+def test_a_worker_that_ray_killed_for_its_nodes_memory_is_a_lost_one() -> None:
+    error = ray.exceptions.OutOfMemoryError(
+        "1 worker(s) were killed due to the node running low on memory.\nMemory on the node"
+    )
+    assert may_pass(error)
+    assert describe(error).startswith(
+        "a worker was lost (1 worker(s) were killed due to the node running low on memory."
+    )
+
+
+def task_error(cause: Exception) -> ray.exceptions.RayTaskError:
+    return ray.exceptions.RayTaskError("train", "trace", cause)
+
+
+@pytest.mark.parametrize(
+    ("failures", "kind", "words"),
+    [
+        ([PEER_LOST, ECC], DeviceFailure, "uncorrectable ECC"),
+        ([PEER_LOST, StorageAway("503")], StorageFailure, "503"),
+        ([PEER_LOST, OUT_OF_MEMORY], OutOfMemory, "Tried to allocate"),
+        ([PEER_LOST, ValueError("mistake")], ray.exceptions.RayTaskError, "trace"),
+        ([PEER_LOST, PEER_LOST], WorkerFailure, "Connection closed"),
+    ],
+)
+def test_of_several_failures_the_one_to_blame_is_raised(
+    failures: list[Exception], kind: type[Exception], words: str
+) -> None:
+    raised = failure_to_raise(list(enumerate(map(task_error, failures))), done=160, silent_s=2.0)
+    assert type(raised) is kind
+    assert words in str(raised)
+    assert blame(task_error(failures[1])) in CAUSES
+
+
+def test_a_failure_knows_its_worker_and_the_progress_before_it() -> None:
+    numbered = [(3, task_error(PEER_LOST)), (5, task_error(ECC))]
+    raised = failure_to_raise(numbered, done=160, silent_s=2.0)
+    assert isinstance(raised, DeviceFailure)
+    assert (raised.worker, raised.done, raised.silent_s) == (5, 160, 2.0)
+
+
+@pytest.mark.parametrize("words", ["an illegal memory access was encountered", "misaligned address"])
+def test_an_error_that_may_be_the_programs_is_tried_again_and_blames_no_node(words: str) -> None:
+    assert blame(task_error(torch.AcceleratorError(f"CUDA error: {words}"))) == "lost"

@@ -1,0 +1,89 @@
+"""What is used of Ray beyond its public API, on a real Ray: these tests fail when another version changes it."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray.job_submission import JobSubmissionClient
+from ray.util.metrics import Counter
+
+from pipelines import ray_private, stage
+from tests.support.exporters import scrape_all
+
+
+@ray.remote(num_cpus=1)
+class Actor:
+    def id(self) -> str:
+        return str(ray.get_runtime_context().get_actor_id())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[Any]:
+    """A Ray of this process with two CPUs and a dashboard."""
+    with pytest.MonkeyPatch.context() as patch, stage.keeping_handlers():
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        yield ray.init("local", num_cpus=2, num_gpus=0, include_dashboard=True, dashboard_port=0, log_to_driver=False)
+        ray.shutdown()
+
+
+@pytest.fixture
+def node() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_an_actor_has_its_id_and_a_process_once_it_is_placed() -> None:
+    actor = Actor.remote()
+    assert ray.get(actor.id.remote()) == ray_private.actor_id(actor)
+    assert ray_private.has_process(actor)
+    ray.kill(actor)
+
+
+def test_an_actor_without_capacity_has_no_process() -> None:
+    waiting = Actor.options(num_gpus=1).remote()
+    time.sleep(1)
+    assert not ray_private.has_process(waiting)
+    ray.kill(waiting)
+
+
+def test_a_nodes_resources_are_all_that_it_has_and_what_is_free(node: str) -> None:
+    actor = Actor.remote()
+    ray.get(actor.id.remote())
+    assert ray_private.total_by_node()[node]["CPU"] == 2
+    wait_until(lambda: ray_private.available_by_node()[node].get("CPU") == 1)
+    ray.kill(actor)
+
+
+def test_no_node_drains_until_one_does() -> None:
+    """tests/e2e/test_elastic.py drains one."""
+    assert ray_private.draining_nodes() == set()
+
+
+def test_the_dashboard_lists_each_nodes_gpus(cluster: Any) -> None:
+    client = JobSubmissionClient(f"http://{cluster.dashboard_url}")
+    wait_until(lambda: ray_private.gpus_by_node(client) == [[]])
+
+
+def test_a_dashboard_that_does_not_answer_lists_none() -> None:
+    client: Any = SimpleNamespace(_do_request=lambda *_: SimpleNamespace(ok=False))
+    assert ray_private.gpus_by_node(client) == []
+
+
+def test_a_counter_is_exported_as_0(cluster: Any) -> None:
+    counter = Counter("tested_total", "A counter of this test.", ("sweep",))
+    ray_private.count_from_zero(counter, {"sweep": "tiny"})
+    folder = Path(cluster["session_dir"]).parent
+    wait_until(lambda: "ray_tested_total{" in scrape_all(folder))
+    (line,) = [line for line in scrape_all(folder).splitlines() if line.startswith("ray_tested_total{")]
+    assert 'sweep="tiny"' in line
+    assert line.endswith(" 0.0")
