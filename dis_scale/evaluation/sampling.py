@@ -224,6 +224,7 @@ def arrange(pictures: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def block_numbers(samples: int, block_images: int, block: int) -> range:
+    """Numbers of the samples of a block."""
     return range(block * block_images, min((block + 1) * block_images, samples))
 
 

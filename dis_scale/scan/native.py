@@ -68,6 +68,7 @@ def use_instruction_set(name: str) -> str:
 
 
 def cached_library() -> Path:
+    """Path of the library built from these sources, with these flags, for this torch and processor."""
     inputs = [path.read_text() for path in SOURCES] + [*FLAGS, torch.__version__, platform.machine()]
     key = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

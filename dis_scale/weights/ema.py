@@ -31,6 +31,7 @@ def names(settings: Train) -> tuple[str, ...]:
 
 
 def power_name(width: float) -> str:
+    """Name of a power-function average."""
     return f"power-{width:.3f}"
 
 
