@@ -74,9 +74,11 @@ class _Nothing(torch.autograd.Function):
 
 def operations(settings: Dis, skip: bool) -> Work:
     """Count a block's training pass."""
-    dis.two_way_scan = lambda f, b, z, **_: _Nothing.apply(1, *f, *b, z)[0]
-    dis.two_way_conv_silu = lambda *inputs, **_: _Nothing.apply(2, *inputs)
-    dis.rms_norm = lambda *inputs: _Nothing.apply(1, *inputs)[0]  # on the CPU it is not one kernel
+    vars(dis).update(
+        two_way_scan=lambda f, b, z, **_: _Nothing.apply(1, *f, *b, z)[0],
+        two_way_conv_silu=lambda *inputs, **_: _Nothing.apply(2, *inputs),
+        rms_norm=lambda *inputs: _Nothing.apply(1, *inputs)[0],  # on the CPU it is not one kernel
+    )
     T, D, half = tokens(settings), settings.width, torch.bfloat16
     block = dis.DiSBlock(settings, "auto", skip)
     h_BLD, skip_BLD = (torch.empty(IMAGES, T, D, dtype=half, requires_grad=True) for _ in range(2))
@@ -89,7 +91,7 @@ def operations(settings: Dis, skip: bool) -> Work:
 
 
 def tokens(settings: Dis) -> int:
-    return dis.extra_tokens(settings, CLASSES) + (SHAPE.size // settings.patch) ** 2
+    return settings.extra_tokens(CLASSES) + (SHAPE.size // settings.patch) ** 2
 
 
 def waves(programs: int) -> float:

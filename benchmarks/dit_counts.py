@@ -89,7 +89,8 @@ def both_passes(block: nn.Module, stream: torch.dtype, recomputed: bool) -> Coun
     width = next(module.in_features for module in block.modules() if isinstance(module, nn.Linear))
     x_BTD = torch.empty(B, T, width, dtype=stream, requires_grad=True)
     c_BD = torch.empty(B, width, dtype=HALF, requires_grad=True)
-    with Counts() as counts:
+    counts = Counts()
+    with counts:
         out = checkpoint(block, x_BTD, c_BD, use_reentrant=False) if recomputed else block(x_BTD, c_BD)
         torch.autograd.grad(out, [x_BTD, c_BD, *block.parameters()], torch.empty_like(out))
     return counts

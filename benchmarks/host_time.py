@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,15 +134,20 @@ def least_us(job: Callable[[], Any], rounds: int) -> float:
     return 1e6 * min(times)
 
 
+def _both_passes(forward: Callable[[], Any], inputs: Any, dys: Any) -> None:
+    torch.autograd.grad(forward(), inputs, dys)
+
+
 def main(rounds: str = "3000", launcher: str = "") -> None:
     torch.set_num_threads(1)
     driver.set_active(none := NoCuda() if launcher else NoLaunch())
     for name, (forward, inputs) in {"two-way scan": scan(), "two-way convolution": conv()}.items():
         dys = [torch.ones_like(y) for y in forward()]
-        for passes, job in {
+        jobs: dict[str, Callable[[], Any]] = {
             "forward": forward,
-            "forward and backward": lambda f=forward, i=inputs, d=dys: torch.autograd.grad(f(), i, d),
-        }.items():
+            "forward and backward": partial(_both_passes, forward, inputs, dys),
+        }
+        for passes, job in jobs.items():
             job()
             none.launches = 0
             with Counts() as operations:

@@ -213,7 +213,7 @@ class Launches(NamedTuple):
 
 def launches(names: Sequence[str], fill: Filling, images: int, tokens: int, channels: int = E) -> Launches:
     """The launches of a scan; a name is one direction's."""
-    all_programs, busiest, seconds = [], [], 0.0
+    all_programs, busiest, seconds = list[int](), list[int](), 0.0
     for name in names:
         is_backward = name.startswith("scan_backward")
         lanes, at_once = (fill.backward, 1 + fill.both) if is_backward else (fill.forward, 1)
@@ -282,7 +282,7 @@ def words(numbers: Sequence[int]) -> str:
 
 def main() -> None:
     times: dict[str, tuple[float, float]] = {}
-    table = []
+    table = list[tuple[Any, ...]]()
     for name, moved in BYTES.items():
         program = compiled(name, 90, "bf16")
         cycles = counted(program, work(name))

@@ -63,7 +63,7 @@ def peak_bytes(recipe: Recipe) -> int:
         seen.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
     changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    return max(itertools.accumulate(size for _, size in changes))
+    return int(max(itertools.accumulate(size for _, size in changes)))
 
 
 def measure(job: Job) -> None:

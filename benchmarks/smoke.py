@@ -30,6 +30,7 @@ from dis_scale.models.cost import price_model
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.settings import Dit
 from dis_scale.models.families import preset
+from dis_scale.models.tokens import Backbone
 from dis_scale.recipe import Gaussian, LatentShape
 from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
 from dis_scale.sweep import Sweep
@@ -185,8 +186,8 @@ def compare_memory(checks: Checks, chosen: Options) -> None:
             checks.add(f"{name}, checkpointing {mode}: kept bytes per image", relative(measured, formula), MEMORY)
 
 
-def left_bytes(model: torch.nn.Module, images: int, device: torch.device) -> int:
-    shape = model.shape  # type: ignore[attr-defined]
+def left_bytes(model: Backbone, images: int, device: torch.device) -> int:
+    shape = model.shape
     inputs = (
         torch.randn(images, shape.channels, shape.size, shape.size, device=device),
         torch.rand(images, device=device),

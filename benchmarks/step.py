@@ -49,7 +49,7 @@ def step_job(model: Backbone, checkpointing: str) -> Job:
     t, y = torch.rand(BATCH, device=DEVICE), torch.zeros(BATCH, dtype=torch.int64, device=DEVICE)
 
     def job() -> None:
-        model.checkpointing = checkpointing  # type: ignore[assignment]
+        model.checkpointing = checkpointing
         model(x, t, y).square().mean().backward()
         synchronize(DEVICE)
 
@@ -76,7 +76,7 @@ def peak_of_a_cpu(job: Job) -> int:
         seen.export_chrome_trace(trace.name)
         events = json.loads(Path(trace.name).read_text())["traceEvents"]
     changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    return max(itertools.accumulate(size for _, size in changes))
+    return int(max(itertools.accumulate(size for _, size in changes)))
 
 
 def main(rounds: int = 10) -> None:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +44,8 @@ BUDGET_S = 380.0
 """Time after which no further job starts: with the last one and the imports, less than benchmarks/gpu.sh's limit."""
 JOB_S = 110.0
 """Longest time of one job: compilation and steps."""
-SAMPLER, SAMPLING_STEPS = "ddim", 5
+SAMPLER: Final = "ddim"
+SAMPLING_STEPS = 5
 SD_WIDTHS = (128, 256, 512, 512)
 """Widths of Stable Diffusion's autoencoder (83.7 million parameters)."""
 

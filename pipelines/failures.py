@@ -75,6 +75,7 @@ def failure_to_raise(failures: Sequence[tuple[int, Exception]], done: int, silen
 
 
 def failure_of(result: Any) -> Exception | None:
+    """Return what a finished task of Ray raised, or None."""
     try:
         ray.get(result)
     except ray.exceptions.RayError as error:

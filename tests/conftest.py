@@ -82,8 +82,9 @@ def gateway(ceph: object_store.ObjectStore, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(params=["disk", "s3", *([ANOTHER_STORE] if ANOTHER_STORE else [])])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A place on disk and one in the object store: what holds for one holds for the other."""
-    places = {"disk": lambda: str(tmp_path), "s3": lambda: request.getfixturevalue("bucket")}
-    return places.get(request.param, lambda: f"{ANOTHER_STORE}/{uuid.uuid4().hex[:12]}")()
+    if request.param == "s3":
+        return str(request.getfixturevalue("bucket"))
+    return str(tmp_path) if request.param == "disk" else f"{ANOTHER_STORE}/{uuid.uuid4().hex[:12]}"
 
 
 @pytest.fixture(scope="session")

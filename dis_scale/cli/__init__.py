@@ -63,7 +63,7 @@ app.add_typer(_group("mlflow ", "MLflow, a copy of what is in storage.", sync=re
 
 
 @app.callback()
-def options(_: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def _options(_: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
     pass
 
 

@@ -100,6 +100,7 @@ def source_images(recipe: "Recipe", given: int | None) -> tuple[int | None, str]
 
 
 def require_folder(out: Path, option: str = "--out") -> None:
+    """UserError if the folder of a file to be written does not exist."""
     if not out.absolute().parent.is_dir():
         raise UserError(f"{option} {out}: there is no folder {out.absolute().parent}")
 

@@ -89,11 +89,11 @@ def _require_columns(file: pq.ParquetFile, where: str, settings: ParquetSource, 
 
 def _is_bytes(file: pq.ParquetFile, settings: ParquetSource) -> bool:
     kind = file.schema_arrow.field(settings.image).type
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _has_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    return bool(pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
 
 
 def _read(file: pq.ParquetFile, group: int, column: str, where: str) -> pa.Table:

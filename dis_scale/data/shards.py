@@ -108,6 +108,7 @@ def sample_bytes(shape: LatentShape, posterior: bool = True) -> int:
 
 
 def shard_name(number: int) -> str:
+    """Name of a shard's files, without a suffix."""
     return f"{number:06d}"
 
 

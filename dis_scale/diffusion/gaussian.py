@@ -149,7 +149,7 @@ def linear_betas(steps: int) -> Table:
 
 def cosine_betas(steps: int) -> Table:
     """abar(u) = cos^2((u + 0.008) / 1.008 pi / 2), betas at most 0.999 (Nichol and Dhariwal, equation 17)."""
-    abar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    abar: Table = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.minimum(1 - abar[1:] / abar[:-1], 0.999)
 
 

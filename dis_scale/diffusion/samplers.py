@@ -102,7 +102,7 @@ def _ddim(chain: Chain, k: int, x0: Tensor, eps: Tensor, noise: NoiseSource, ste
     """Song, Meng and Ermon 2020, equations 12 and 16."""
     after = float(chain.before_K[k])
     sigma = eta * float(chain.posterior_variance_K[k]) ** 0.5
-    x = after**0.5 * x0 + (1 - after - sigma**2) ** 0.5 * eps
+    x: Tensor = after**0.5 * x0 + (1 - after - sigma**2) ** 0.5 * eps
     return x + sigma * noise(step, x.shape).to(x) if sigma else x
 
 
@@ -115,7 +115,8 @@ def _dpm_solver(chain: Chain, k: int, x: Tensor, x0: Tensor, x0_before: Tensor |
     if x0_before is not None:
         r = (_half_log_snr(now) - _half_log_snr(float(chain.alpha_bars_K[k + 1]))) / h
         x0 = (1 + 0.5 / r) * x0 - 0.5 / r * x0_before
-    return ((1 - after) / (1 - now)) ** 0.5 * x - after**0.5 * np.expm1(-h) * x0
+    x_after: Tensor = ((1 - after) / (1 - now)) ** 0.5 * x - after**0.5 * np.expm1(-h) * x0
+    return x_after
 
 
 def _half_log_snr(alpha_bar: float) -> float:

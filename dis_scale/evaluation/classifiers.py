@@ -30,7 +30,8 @@ class Classifier(nn.Module):
         self.scores = nn.Linear(FEATURES, num_classes)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.scores(self.features(x_BCHW))
+        scores_BC: Tensor = self.scores(self.features(x_BCHW))
+        return scores_BC
 
 
 def train_classifier(

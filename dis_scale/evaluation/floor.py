@@ -73,7 +73,8 @@ def chosen_images(source: Source, labels_S: np.ndarray, num_classes: int | None)
     by_class = order[np.argsort(classes[order], kind="stable")]
     first, last = (np.searchsorted(classes[by_class], wanted, side) for side in ("left", "right"))
     place = first + _occurrence(wanted)
-    return by_class[place[place < last]]
+    chosen: np.ndarray = by_class[place[place < last]]
+    return chosen
 
 
 def _occurrence(labels_S: np.ndarray) -> np.ndarray:

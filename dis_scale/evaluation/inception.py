@@ -61,7 +61,7 @@ class Inception(nn.Module):
         pooled, logits = self.net(pixels_BCHW)
         return pooled, self._spatial, logits
 
-    def _keep_spatial(self, _: nn.Module, __: tuple, x_BCHW: Tensor) -> None:
+    def _keep_spatial(self, _: nn.Module, __: tuple[Tensor, ...], x_BCHW: Tensor) -> None:
         self._spatial = x_BCHW[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
 
@@ -85,7 +85,8 @@ def read_weights(where: str, expected: WeightsFile = PUBLISHED) -> dict[str, Ten
             f"{where}: not the Inception weights that FID is defined by: {len(data):,} bytes with sha256 {digest}, "
             f"expected {expected.size:,} bytes with {expected.sha256}; get {expected.url}"
         )
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    state: dict[str, Tensor] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return state
 
 
 def _downloaded() -> str:

@@ -126,6 +126,7 @@ def require(name: str, reference: Reference, recipe: Recipe) -> None:
 
 
 def store(sweep: Sweep, name: str, reference: Reference) -> None:
+    """Write a reference, with the facts that tell whether it fits a recipe."""
     facts = {key: np.asarray(value) for key, value in reference_facts(sweep, name, reference.identity).items()}
     sweep.references.write(reference_file(sweep, name, reference.identity), npz.to_bytes(reference.arrays() | facts))
 

@@ -166,10 +166,12 @@ def stored_blocks(sweep: Sweep) -> int:
 
 
 def block_name(block: int) -> str:
+    """Name of a block's file."""
     return f"block-{block:05d}.npz"
 
 
 def block_count(settings: Evaluate) -> int:
+    """Number of blocks of an evaluation; the last may be smaller."""
     return -(-settings.samples // settings.block_images)
 
 
@@ -181,6 +183,7 @@ def parse_block(data: bytes, where: str) -> "SampleBlock":
 
 
 def values_in_words(values: dict[str, float]) -> str:
+    """Metrics for a log line, without those of single noise levels."""
     return ", ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name)
 
 

@@ -128,8 +128,8 @@ class BlockSampler:
         if self.judge is None:
             return np.full(len(labels), -1, np.int8)
         with torch.no_grad():
-            predicted = self.judge(to_unit(pixels)).argmax(1).numpy()
-        return (predicted == labels).astype(np.int8)
+            right: np.ndarray = self.judge(to_unit(pixels)).argmax(1).numpy() == labels
+        return right.astype(np.int8)
 
     @contextlib.contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -224,6 +224,7 @@ def arrange(pictures: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def block_numbers(samples: int, block_images: int, block: int) -> range:
+    """Numbers of the samples of a block."""
     return range(block * block_images, min((block + 1) * block_images, samples))
 
 

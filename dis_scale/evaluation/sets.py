@@ -24,7 +24,7 @@ def kid(generated_ND: np.ndarray, real_MD: np.ndarray, images: int = KID_SUBSET_
             f"expected at least {images:,} of each"
         )
     sets = torch.from_numpy(generated_ND), torch.from_numpy(real_MD)
-    return kid_features_to_metric(*sets, kid_subset_size=images, verbose=False)["kernel_inception_distance_mean"]
+    return float(kid_features_to_metric(*sets, kid_subset_size=images, verbose=False)["kernel_inception_distance_mean"])
 
 
 def precision_recall(generated_ND: np.ndarray, real_MD: np.ndarray) -> tuple[float, float]:

@@ -4,7 +4,7 @@ Axes: B samples, C channels, H W height and width, T patches, L tokens, D width,
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -29,6 +29,7 @@ class Backbone(nn.Module):
     the caller. `forward` uses no random numbers, so it is the same function in training and in evaluation.
     """
 
+    __call__: Callable[..., Tensor]
     settings: FamilySettings
     time: "TimeEmbedding"
     label: nn.Embedding | None
@@ -76,7 +77,7 @@ class Backbone(nn.Module):
 
     def condition(self, t_B: Tensor, y_B: Tensor | None) -> Tensor:
         """Sum of the embeddings of time and label (B, D), in the type of the products."""
-        c_BD = self.time(t_B, self.compute_dtype)
+        c_BD: Tensor = self.time(t_B, self.compute_dtype)
         return c_BD if self.label is None or y_B is None else c_BD + self.label(y_B).to(c_BD.dtype)
 
     def decays(self, name: str, parameter: Tensor) -> bool:
@@ -167,7 +168,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t_B: Tensor, dtype: torch.dtype) -> Tensor:
         features_BF = time_features(t_B, self.features).to(dtype)
-        return self.down(F.silu(self.up(features_BF)))
+        embedded_BD: Tensor = self.down(F.silu(self.up(features_BF)))
+        return embedded_BD
 
 
 class PatchEmbed(Linear):

@@ -69,7 +69,7 @@ class Fleet:
 
     def flops(self, precision: InferencePrecision) -> float:
         """Return the operations per second of one GPU."""
-        return 1e12 * self.mfu * getattr(GPUS[self.gpu], precision)
+        return 1e12 * self.mfu * float(getattr(GPUS[self.gpu], precision))
 
     def sending_s(self, sent_bytes: float, world: int) -> float:
         """Return the seconds in which each of `world` GPUs sends so many bytes.

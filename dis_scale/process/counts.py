@@ -18,10 +18,12 @@ _totals, _lock = dict.fromkeys(MEANINGS, 0.0), threading.Lock()
 
 
 def add(name: str, amount: float = 1.0) -> None:
+    """Add to one of this process's totals."""
     with _lock:
         _totals[name] += amount
 
 
 def totals() -> dict[str, float]:
+    """Return this process's totals by name."""
     with _lock:
         return dict(_totals)

@@ -107,7 +107,7 @@ def parse(line: str) -> Fault:
         raise UserError(f"fault {line!r}: {error}") from error
 
 
-def load(path: str | os.PathLike) -> FaultPlan:
+def load(path: str | os.PathLike[str]) -> FaultPlan:
     """Return the plan of a file."""
     file = Path(path)
     lines = [line.strip() for line in file.read_text().splitlines()]
@@ -125,7 +125,7 @@ def at(point: str, **where: Any) -> None:
         _plan.at(point, **where)
 
 
-def use(path: str | os.PathLike | None) -> None:
+def use(path: str | os.PathLike[str] | None) -> None:
     """Use the plan of a file from now on, or none: for a process that was forked before the variable was set."""
     global _plan
     _plan = None if path is None else load(path)

@@ -179,7 +179,7 @@ def from_sizes(sizes: dict[str, Any]) -> FamilySettings:
 
 @cache
 def _any_of(*classes: type[Model]) -> TypeAdapter[Any]:
-    union: Any = Annotated[Union[classes], Field(discriminator="kind")]  # type: ignore[valid-type]  # noqa: UP007
+    union: Any = Annotated[Union[classes], Field(discriminator="kind")]  # noqa: UP007
     return TypeAdapter(union)
 
 

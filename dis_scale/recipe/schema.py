@@ -111,6 +111,7 @@ def _string(node: ast.stmt) -> str | None:
 
 
 def subclasses(cls: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """Yield all subclasses, at any depth."""
     for inner in cls.__subclasses__():
         yield inner
         yield from subclasses(inner)

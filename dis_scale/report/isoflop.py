@@ -54,7 +54,8 @@ class Profile:
 
     @property
     def sizes(self) -> np.ndarray:
-        return np.log(self.parameters)
+        logarithms: np.ndarray = np.log(self.parameters)
+        return logarithms
 
     @cached_property
     def parabola(self) -> np.ndarray:
@@ -94,7 +95,8 @@ class Profile:
     def images_at(self, sizes: np.ndarray) -> np.ndarray:
         """Return the logarithm of the images that the budget gives a size, between its neighbours by interpolation."""
         order = np.argsort(self.sizes)
-        return np.interp(sizes, self.sizes[order], np.log(self.images[order]))
+        images: np.ndarray = np.interp(sizes, self.sizes[order], np.log(self.images[order]))
+        return images
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,8 @@ def _running(name: str, device: str) -> Backend:
 
 @functools.cache
 def _backend(name: str, device: str) -> Backend:
-    return _module(_choose(name, device).name).backend
+    backend: Backend = _module(_choose(name, device).name).backend
+    return backend
 
 
 def _check_direction(where: str, direction: Direction) -> None:

@@ -28,7 +28,7 @@ def selective_scan(direction: Direction, reverse: bool) -> Tensor:
     u, raw, A, B, C, D, bias = (x.to(state) for x in direction)
     delta = F.softplus(raw + bias)
     times = [(x.flip(1) if reverse else x).transpose(0, 1) for x in (delta, delta * u, B, C)]
-    y_BLE = _Recurrence.apply(A, *times).transpose(0, 1)
+    y_BLE: Tensor = _Recurrence.apply(A, *times).transpose(0, 1)
     return ((y_BLE.flip(1) if reverse else y_BLE) + D * u).to(direction.u_BLE.dtype)
 
 

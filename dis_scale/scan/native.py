@@ -64,10 +64,11 @@ def instruction_set() -> str:
 
 def use_instruction_set(name: str) -> str:
     """Select an instruction set for all later calls; never between a forward pass and its backward pass."""
-    return torch.ops.dis_scale.use_instruction_set(name)
+    return str(torch.ops.dis_scale.use_instruction_set(name))
 
 
 def cached_library() -> Path:
+    """Path of the library built from these sources, with these flags, for this torch and processor."""
     inputs = [path.read_text() for path in SOURCES] + [*FLAGS, torch.__version__, platform.machine()]
     key = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -153,18 +154,21 @@ def _floats(*tensors: Tensor) -> list[Tensor]:
 
 def _selective_scan(direction: Direction, reverse: bool) -> Tensor:
     _check_limit("states", direction.A_EN.shape[1], MOST_STATES)
-    return torch.ops.dis_scale.scan(_floats(*direction), reverse)
+    y_BLE: Tensor = torch.ops.dis_scale.scan(_floats(*direction), reverse)
+    return y_BLE
 
 
 def _two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None) -> Tensor:
     _check_limit("states", max(forward.A_EN.shape[1], backward.A_EN.shape[1]), MOST_STATES)
     gate = () if z_BLE is None else (z_BLE,)
-    return torch.ops.dis_scale.scan(_floats(*forward, *backward, *gate), False)
+    y_BLE: Tensor = torch.ops.dis_scale.scan(_floats(*forward, *backward, *gate), False)
+    return y_BLE
 
 
 def _causal_conv_silu(x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, reverse: bool) -> Tensor:
     _check_limit("taps", weight_EW.shape[1], MOST_TAPS)
-    return torch.ops.dis_scale.conv_silu(_floats(x_BLE, weight_EW, bias_E), reverse)[0]
+    y_BLE: Tensor = torch.ops.dis_scale.conv_silu(_floats(x_BLE, weight_EW, bias_E), reverse)[0]
+    return y_BLE
 
 
 def _two_way_conv_silu(x_BLE: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:

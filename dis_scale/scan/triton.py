@@ -331,23 +331,27 @@ def _refuse_float64(*tensors: Tensor | None) -> None:
 
 def _selective_scan(direction: Direction, reverse: bool) -> Tensor:
     _refuse_float64(*direction)
-    return _Scan.apply(reverse, None, *direction)
+    y_BLE: Tensor = _Scan.apply(reverse, None, *direction)
+    return y_BLE
 
 
 def _two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None) -> Tensor:
     _refuse_float64(*forward, *backward, z_BLE)
-    return _Scan.apply(False, z_BLE, *forward, *backward)
+    y_BLE: Tensor = _Scan.apply(False, z_BLE, *forward, *backward)
+    return y_BLE
 
 
 def _causal_conv_silu(x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, reverse: bool) -> Tensor:
     _refuse_float64(x_BLE, weight_EW, bias_E)
     weights = (None, None, weight_EW, bias_E) if reverse else (weight_EW, bias_E, None, None)
-    return _Conv.apply(x_BLE, *weights)[int(reverse)]
+    y_BLE: Tensor = _Conv.apply(x_BLE, *weights)[int(reverse)]
+    return y_BLE
 
 
 def _two_way_conv_silu(x_BLE: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
     _refuse_float64(x_BLE, *weights)
-    return _Conv.apply(x_BLE, *weights)
+    both_BLE: tuple[Tensor, Tensor] = _Conv.apply(x_BLE, *weights)
+    return both_BLE
 
 
 backend = Backend(_selective_scan, _two_way_scan, _causal_conv_silu, _two_way_conv_silu)

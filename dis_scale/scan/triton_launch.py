@@ -92,6 +92,7 @@ def padded(L: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
+    """The least power of 2 that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
@@ -130,6 +131,7 @@ def filling_on(device: torch.device, B: int, L: int, E: int, N: int, directions:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
+    """Number of the GPU's multiprocessors."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -144,4 +146,5 @@ def compile_together(launches: Callable[[], object]) -> None:
 
 
 def without_memory(x: Tensor) -> Tensor:
+    """A tensor of the same shape and strides on the meta device."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")

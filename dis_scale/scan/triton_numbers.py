@@ -156,6 +156,7 @@ class ConvBackward(NamedTuple):
 
 @functools.cache
 def conv_forward(kind: ConvKind) -> Launch:
+    """The launch of a forward pass."""
     return Launch(triton_conv.conv_forward, grid(kind.B, kind.L, kind.E, ROWS), **_conv(kind))
 
 

@@ -90,7 +90,8 @@ class Folder:
 
     def read(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
         """Return the object, or its bytes [start, end)."""
-        return self._do("read", path, lambda fs, full: fs.cat_file(full, start=start, end=end))
+        data: bytes = self._do("read", path, lambda fs, full: fs.cat_file(full, start=start, end=end))
+        return data
 
     def read_up_to(self, path: str, most: int) -> bytes:
         """Return the object; of one with more than `most` bytes the first `most` + 1. One request, also where sizes cost one."""
@@ -113,7 +114,7 @@ class Folder:
 
     def size(self, path: str) -> int:
         """Return the object's size in bytes."""
-        return self._do("look up", path, lambda fs, full: fs.size(full))
+        return int(self._do("look up", path, lambda fs, full: fs.size(full)))
 
     def write(self, path: str, data: bytes) -> None:
         """Write the object atomically; replaces an older one."""
@@ -134,7 +135,7 @@ class Folder:
         return True
 
     def exists(self, path: str) -> bool:
-        return self._do("look up", path, lambda fs, full: fs.exists(full))
+        return bool(self._do("look up", path, lambda fs, full: fs.exists(full)))
 
     def folders(self, path: str = "") -> list[str]:
         """Return names as `list`, of folders only."""
@@ -287,7 +288,7 @@ class _Ranges(io.RawIOBase):
         return len(data)
 
 
-def open_folder(url: str | os.PathLike) -> Folder:
+def open_folder(url: str | os.PathLike[str]) -> Folder:
     """Return the folder at a URL or local path (made absolute)."""
     text = os.fspath(url).rstrip("/")
     if text.startswith("file://") or "://" not in text:
@@ -410,7 +411,8 @@ def _http_status(error: BaseException) -> int | None:
     for link in (error, error.__cause__):
         response = getattr(link, "response", None)
         if isinstance(response, dict):
-            return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            http: int | None = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            return http
         for status in (getattr(response, "status_code", None), getattr(link, "code", None)):  # gcsfs: `code`
             if isinstance(status, int):
                 return status

@@ -267,6 +267,6 @@ def _heartbeat(holding: Holding) -> bytes:
 
 def _started(pid: int) -> float | None:
     try:
-        return psutil.Process(pid).create_time()
+        return float(psutil.Process(pid).create_time())
     except psutil.NoSuchProcess:
         return None

@@ -60,6 +60,7 @@ def part_positions(number: int, images: int) -> range:
 
 
 def part_count(images: int) -> int:
+    """Number of parts of a reference from this many images."""
     return -(-images // _part_images(images))
 
 

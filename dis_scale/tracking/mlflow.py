@@ -119,13 +119,13 @@ def _experiment(uri: str, sweep_name: str) -> str:
     """The id of this sweep's experiment. With SQLite its files are stored next to the database."""
     client, name = open_client(uri), f"dis-scale {sweep_name}"
     if existing := client.get_experiment_by_name(name):
-        return existing.experiment_id
+        return str(existing.experiment_id)
     location = None
     if uri.startswith(SQLITE):
         database = Path(uri.removeprefix(SQLITE))
         database.parent.mkdir(parents=True, exist_ok=True)
         location = (database.parent / "mlflow-artifacts" / sweep_name).as_uri()
-    return client.create_experiment(name, artifact_location=location)
+    return str(client.create_experiment(name, artifact_location=location))
 
 
 @dataclass

@@ -382,7 +382,8 @@ def _loss(sharded: Any, process: Process, micro: Micro, t_B: torch.Tensor, drop:
     """Mean loss of a micro-batch through DeepSpeed's module."""
 
     def model_fn(x_BCHW: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-        return sharded(x_BCHW, t_B, micro.y_B, drop).float()
+        out_BCHW: torch.Tensor = sharded(x_BCHW, t_B, micro.y_B, drop)
+        return out_BCHW.float()
 
     return process.losses(model_fn, micro.x_BCHW, t_B, micro.noise_BCHW).total.mean()
 

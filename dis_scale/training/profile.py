@@ -91,7 +91,7 @@ def _profiled(take_step: Callable[[], None], device: torch.device, trace: Path) 
         synchronize(device)
     profiler.export_chrome_trace(str(trace))
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
-    return profiler.key_averages().table(sort_by=key, row_limit=TOP, max_name_column_width=40)
+    return str(profiler.key_averages().table(sort_by=key, row_limit=TOP, max_name_column_width=40))
 
 
 @contextmanager

@@ -128,6 +128,7 @@ def tried(part: str, check: Check, needs: Needs) -> Finding:
 
 
 def python(needs: Needs) -> Result:
+    """Compare this Python with the versions that the package takes."""
     here = needs.here.version("python")
     bounds = re.findall(r"(<|>=)(\d+)\.(\d+)", metadata.metadata("dis-scale")["Requires-Python"])
     minor = tuple(map(int, here.split(".")[:2]))
@@ -294,6 +295,7 @@ def storage(needs: Needs) -> Result:
 
 
 def mlflow(needs: Needs) -> Result:
+    """Read from the MLflow that tracks the recipe, if there is one."""
     from dis_scale.tracking import mlflow
 
     uri = needs.recipe.tracking.uri or mlflow.default_uri(needs.store)

@@ -31,6 +31,7 @@ def names(settings: Train) -> tuple[str, ...]:
 
 
 def power_name(width: float) -> str:
+    """Name of a power-function average."""
     return f"power-{width:.3f}"
 
 
@@ -75,7 +76,8 @@ def coefficients(snapshots: Sequence[Snapshot], wanted: Snapshot) -> np.ndarray:
     system = np.ones((n + 1, n + 1))
     system[:n, :n], system[n, n] = _grams(snapshots), 0
     right = np.array([*(_inner(a, wanted) for a in snapshots), 1])
-    return np.linalg.lstsq(system, right)[0][:n]
+    shares: np.ndarray = np.linalg.lstsq(system, right)[0][:n]
+    return shares
 
 
 def misfit(snapshots: Sequence[Snapshot], wanted: Snapshot) -> float:
@@ -98,5 +100,5 @@ def _inner(a: Snapshot, b: Snapshot) -> float:
     """
     g, h = exponent(a.width), exponent(b.width)
     shared, total = min(a.step, b.step), g + h + 1
-    ratio = (shared / a.step) ** (g + 1) * (shared / b.step) ** (h + 1)
+    ratio: float = (shared / a.step) ** (g + 1) * (shared / b.step) ** (h + 1)
     return (g + 1) * (h + 1) * ratio / (shared * total)

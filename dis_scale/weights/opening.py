@@ -158,7 +158,8 @@ def labels_of_all(
     known = opened.model.num_classes
     if known is None or how == "balanced":
         return labels_in_turn(opened, None, count)
-    return seeds.generator("sample labels", seed).integers(known, size=count).tolist()
+    labels: list[int] = seeds.generator("sample labels", seed).integers(known, size=count).tolist()
+    return labels
 
 
 def sample_pictures(

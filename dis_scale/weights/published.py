@@ -55,7 +55,8 @@ def _load(published: Folder, name: str) -> dict[str, torch.Tensor]:
         raise StorageError(
             f"{published}: no average {name}: power-function averages are tracked if train.power_ema is set"
         )
-    return safetensors.torch.load(manifest.read_file(published, stored))
+    tensors: dict[str, torch.Tensor] = safetensors.torch.load(manifest.read_file(published, stored))
+    return tensors
 
 
 def stored_file(name: str, manifest: PublishedManifest) -> str | None:

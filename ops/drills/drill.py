@@ -36,6 +36,7 @@ class Missing(Exception):
 
 
 def sweep_below(store: str | Path) -> Sweep:
+    """The sweep of the drill's recipe in a store."""
     return Sweep.below(open_folder(store), reading.load(RECIPE))
 
 
@@ -180,6 +181,7 @@ class Drill:
 
 
 def copy_tree(tree: Path, folder: Folder) -> None:
+    """Copy a folder's files to storage."""
     for path in sorted(each for each in tree.rglob("*") if each.is_file()):
         folder.write(str(path.relative_to(tree)), path.read_bytes())
 
@@ -196,11 +198,13 @@ def published_hashes(run: Run) -> dict[str, str]:
 
 
 def require(true: bool, words: str) -> None:
+    """End the drill as failed unless this holds."""
     if not true:
         sys.exit(f"drill failed: {words}")
 
 
 def local(sweep: Sweep) -> Path:
+    """The sweep's folder on this machine's disk."""
     folder = sweep.folder.local
     assert folder is not None
     return folder

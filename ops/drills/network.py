@@ -15,6 +15,7 @@ def missing() -> str:
 
 
 def ip(*words: str) -> None:
+    """Run the command `ip`."""
     subprocess.run(["ip", *words], check=True, capture_output=True)
 
 

@@ -3,7 +3,6 @@
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -184,89 +183,78 @@ def test_a_huge_row_group_is_not_read(tmp_path: Path, monkeypatch: pytest.Monkey
         source.pixels(0, 16)
 
 
-def bad(root: Folder, what: str) -> dict[str, Any]:
-    """Write a source with one mistake."""
-    url, files = root.url, dict[str, bytes]()
-    match what:
-        case "no folder" | "no tars" | "no parquet" | "no csv":
-            kind = what.removeprefix("no ").removesuffix("s")
-            return {"kind": kind, "url": f"{url}/none.csv" if kind == "csv" else f"{url}/none"}
-        case "no label in tar":
-            files = {"a.tar": labelled_images.tar({"1.png": png(1)})}
-        case "label no text":
-            files = {"a.tar": labelled_images.tar({"1.png": png(1), "1.cls": b"\xff"})}
-        case "two images of a sample":
-            files = {"a.tar": labelled_images.tar({"1.jpg": png(1), "1.seg.png": png(2), "1.cls": b"0"})}
-        case "label not in json":
-            files = {"a.tar": labelled_images.tar({"1.png": png(1), "1.json": b'{"class": 1}'})}
-        case "cut tar":
-            files = {"a.tar": labelled_images.tar({"1.png": png(1), "1.cls": b"0"})[:700]}
-        case "tar with a damaged header":
-            content = bytearray(labelled_images.tar({"1.png": png(1), "1.cls": b"0"}))
-            content[content.index(b"1.cls")] ^= 1
-            files = {"a.tar": bytes(content)}
-        case "csv column":
-            files = {"a.csv": b"path,class\n1.png,0\n"}
-        case "csv line":
-            files = {"a.csv": b"path,label\n1.png,0\n2.png\n"}
-        case "numbers and names":
-            files = {"a.csv": b"path,label\n1.png,0\n2.png,cat\n"}
-        case "parquet column":
-            files = {"a.parquet": labelled_images.parquet([(png(1), 0)])}
-            return write(root, files) | {"kind": "parquet", "url": url, "label": "class"}
-        case "no bytes":
-            files = {"a.parquet": labelled_images.parquet([(png(1), 0)])}
-            return write(root, files) | {"kind": "parquet", "url": url, "image": "label"}
-        case "no parquet file":
-            files = {"a.parquet": b"PAR1 nothing"}
-        case "label beyond the names":
-            files = {"a.parquet": labelled_images.parquet([(png(1), 2)])}
-        case "label beyond the classes":
-            files = {"a.csv": b"path,label\n1.png,7\n"}
-    write(root, files)
-    kind = next(iter(files)).rpartition(".")[2]
-    label = {"label": "json"} if what == "label not in json" else {}
-    return {"kind": kind, "url": f"{url}/a.csv" if kind == "csv" else url, **label}
-
-
-def write(root: Folder, files: dict[str, bytes]) -> dict[str, Any]:
-    for name, content in files.items():
-        root.write(name, content)
-    return {}
+SAMPLE = labelled_images.tar({"1.png": png(1), "1.cls": b"0"})
+DAMAGED_HEADER = SAMPLE.replace(b"1.cls", b"0.cls", 1)
+PARQUET = labelled_images.parquet([(png(1), 0)])
 
 
 @pytest.mark.parametrize(
-    ("what", "words"),
+    ("kind", "words"),
     [
-        (
-            "no folder",
-            r"data.source.url: no images in class folders below .*/none; expected .*/none/<class>/<image>.png",
-        ),
-        ("no tars", r"data.source.url: no files '\*.tar' in .*/none; expected .*/none/<name>.tar"),
-        ("no parquet", r"data.source.url: no files '\*.parquet' in .*/none; expected .*/none/<name>.parquet"),
-        ("no csv", r"data.source.url: no file .*/none.csv"),
-        ("no label in tar", r"a.tar: image 1.png has no label: expected a .cls next to it, or set where labels are"),
-        ("label not in json", r"a.tar: 1.json: no label 'label': KeyError: 'label'"),
-        ("label no text", r"a.tar: 1.cls: no label as text: UnicodeDecodeError: "),
-        (
-            "two images of a sample",
-            r"a.tar: 1.jpg and 1.seg.png are two images of one sample: say which .* data.source.image = jpg",
-        ),
-        ("cut tar", r"a.tar: not a complete tar: unexpected end of data"),
-        ("tar with a damaged header", r"a.tar: not a complete tar: .*damaged or truncated at byte "),
-        ("csv column", r"data.source.label: no column 'label' in .*a.csv; it has path, class"),
-        ("csv line", r"a.csv: line 3: expected a path and a label, got \['2.png', None\]"),
-        ("numbers and names", r"image 2.png: label 'cat', expected either a name or a number from 0 in all"),
-        ("parquet column", r"data.source.label: no column 'class' in .*a.parquet; it has image, label"),
-        ("no bytes", r"data.source.image: column 'label' of .*a.parquet is int64, expected bytes of images"),
-        ("no parquet file", r"a.parquet: not a complete Parquet file: "),
-        ("label beyond the names", r"image a.parquet#0: label 2, expected a class from 0 to 1"),
-        ("label beyond the classes", r"data.num_classes: got 2, but .*a.csv has labels up to 7"),
+        ("folder", r"data.source.url: no images in class folders below .*/none; expected .*/none/<class>/<image>.png"),
+        ("tar", r"data.source.url: no files '\*.tar' in .*/none; expected .*/none/<name>.tar"),
+        ("parquet", r"data.source.url: no files '\*.parquet' in .*/none; expected .*/none/<name>.parquet"),
+        ("csv", r"data.source.url: no file .*/none"),
     ],
 )
-def test_mistakes_in_a_source_are_named(tmp_path: Path, what: str, words: str) -> None:
+def test_a_source_without_images_is_named(tmp_path: Path, kind: str, words: str) -> None:
     with pytest.raises(DisScaleError, match=words):
-        open_source(data(bad(open_folder(tmp_path), what)))
+        open_source(data({"kind": kind, "url": f"{tmp_path}/none"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "settings", "words"),
+    [
+        (
+            "a.tar", labelled_images.tar({"1.png": png(1)}), {},
+            r"a.tar: image 1.png has no label: expected a .cls next to it, or set where labels are",
+        ),
+        (
+            "a.tar", labelled_images.tar({"1.png": png(1), "1.json": b'{"class": 1}'}), {"label": "json"},
+            r"a.tar: 1.json: no label 'label': KeyError: 'label'",
+        ),
+        (
+            "a.tar", labelled_images.tar({"1.png": png(1), "1.cls": b"\xff"}), {},
+            r"a.tar: 1.cls: no label as text: UnicodeDecodeError: ",
+        ),
+        (
+            "a.tar", labelled_images.tar({"1.jpg": png(1), "1.seg.png": png(2), "1.cls": b"0"}), {},
+            r"a.tar: 1.jpg and 1.seg.png are two images of one sample: say which .* data.source.image = jpg",
+        ),
+        ("a.tar", SAMPLE[:700], {}, r"a.tar: not a complete tar: unexpected end of data"),
+        ("a.tar", DAMAGED_HEADER, {}, r"a.tar: not a complete tar: .*damaged or truncated at byte "),
+        ("a.csv", b"path,class\n1.png,0\n", {}, r"data.source.label: no column 'label' in .*a.csv; it has path, class"),
+        (
+            "a.csv", b"path,label\n1.png,0\n2.png\n", {},
+            r"a.csv: line 3: expected a path and a label, got \['2.png', None\]",
+        ),
+        (
+            "a.csv", b"path,label\n1.png,0\n2.png,cat\n", {},
+            r"image 2.png: label 'cat', expected either a name or a number from 0 in all",
+        ),
+        ("a.csv", b"path,label\n1.png,7\n", {}, r"data.num_classes: got 2, but .*a.csv has labels up to 7"),
+        (
+            "a.parquet", PARQUET, {"label": "class"},
+            r"data.source.label: no column 'class' in .*a.parquet; it has image, label",
+        ),
+        (
+            "a.parquet", PARQUET, {"image": "label"},
+            r"data.source.image: column 'label' of .*a.parquet is int64, expected bytes of images",
+        ),
+        ("a.parquet", b"PAR1 nothing", {}, r"a.parquet: not a complete Parquet file: "),
+        (
+            "a.parquet", labelled_images.parquet([(png(1), 2)]), {},
+            r"image a.parquet#0: label 2, expected a class from 0 to 1",
+        ),
+    ],
+)  # fmt: skip
+def test_mistakes_in_a_source_are_named(
+    tmp_path: Path, name: str, content: bytes, settings: dict[str, str], words: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    kind = name.rpartition(".")[2]
+    with pytest.raises(DisScaleError, match=words):
+        open_source(data({"kind": kind, "url": f"{tmp_path}/{name}" if kind == "csv" else str(tmp_path), **settings}))
 
 
 def test_the_recipe_selects_one_of_several_images_of_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,12 +42,14 @@ class DiTBlock(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(c_BD)).chunk(6, dim=1)
         x_BTD = x_BTD + gate_a.unsqueeze(1) * self._attend(modulate(_norm(x_BTD), shift_a, scale_a))
         hidden_BTF = F.gelu(self.up(modulate(_norm(x_BTD), shift_m, scale_m)), approximate="tanh")
-        return x_BTD + gate_m.unsqueeze(1) * self.down(hidden_BTF)
+        x_BTD = x_BTD + gate_m.unsqueeze(1) * self.down(hidden_BTF)
+        return x_BTD
 
     def _attend(self, x_BTD: Tensor) -> Tensor:
         B, T, D = x_BTD.shape
         q, k, v = self.qkv(x_BTD).reshape(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind()
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
+        x_BTD = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
+        return x_BTD
 
 
 def _norm(x_BTD: Tensor) -> Tensor:
