@@ -35,7 +35,6 @@ class Part:
     name: str
     macs: float
     passes: int = 3
-    in_block: bool = True
 
 
 @dataclass(frozen=True)
@@ -111,11 +110,6 @@ class Cost:
         """FLOPs of an image's forward and backward pass, including its share of the micro-batch's kernels."""
         return 2e9 * (self.gmacs_training + 3 * self.kernel_gmacs / micro_images)
 
-    @property
-    def gmacs_training_block(self) -> float:
-        """10^9 multiply-adds of a forward and a backward pass with every block run twice (checkpointing "block")."""
-        return self.gmacs_training + sum(part.macs for part in self.parts if part.in_block) / 1e9
-
     def activation_bytes(self, checkpointing: str = "none", precision: Precision = "fp32") -> int:
         """Bytes kept for the backward pass of one image: those of PyTorch's kernels on the CPU, within 10 % on a GPU."""
         return self.kept_in(precision).image_bytes(checkpointing)
@@ -140,7 +134,7 @@ def price_model(settings: FamilySettings, shape: LatentShape, num_classes: int |
     counts = {key: (part, more.operations[key].macs - part.macs) for key, part in less.operations.items()}
     return Cost(
         settings, shape, num_classes, parameters, model.tokens,
-        tuple(Part(name, macs, part.passes, inside) for (name, inside), (part, macs) in counts.items() if macs),
+        tuple(Part(name, macs, part.passes) for (name, _), (part, macs) in counts.items() if macs),
         _kept(less, more),
         kernel_gmacs=sum(part.macs - IMAGES[0] * macs for part, macs in counts.values()) / 1e9,
         paper=families.find(settings.kind).published(settings, shape, num_classes),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dis_scale.models.checkpointing import recompute_every
+from dis_scale.models.cost import Part
 from dis_scale.models.diffussm.s4d import CHUNK
 from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.models.dis.network import TAPS, inner_width, step_rank
@@ -22,19 +23,6 @@ DISCRETISED = 39
 """Float32 numbers that autograd keeps of a mode's discretisation (S4D.discrete), counted."""
 SCAN_MACS = 4.5
 """Multiply-adds per channel, state, token and direction: 9 FLOPs."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Multiply-adds of one kind of operation in one forward pass; training needs `passes` times as many.
-
-    A backward pass needs one product for the weights and one for the input. The model's input needs no gradient (passes 2).
-    """
-
-    name: str
-    macs: float
-    passes: int = 3
-    in_block: bool = True
 
 
 @dataclass(frozen=True)
@@ -111,11 +99,6 @@ class Cost:
         """10^9 multiply-adds of a forward and a backward pass without recomputation."""
         return sum(part.macs * part.passes for part in self.parts) / 1e9
 
-    @property
-    def gmacs_training_block(self) -> float:
-        """10^9 multiply-adds of a forward and a backward pass with every block run twice (checkpointing "block")."""
-        return self.gmacs_training + sum(part.macs for part in self.parts if part.in_block) / 1e9
-
     def activation_bytes(self, checkpointing: str = "none", precision: Precision = "fp32") -> int:
         """Bytes kept for the backward pass of one image: within 5 % on the CPU in fp32, within 10 % on a GPU."""
         elements = sum(self.kept.by_part(checkpointing).values())
@@ -154,9 +137,9 @@ def _dis(settings: Dis, shape: LatentShape, num_classes: int | None) -> Cost:
 def _dis_parts(settings: Dis, shape: LatentShape, num_classes: int | None, T: int, L: int) -> Iterator[Part]:
     D, N, E, R = settings.width, settings.state_size, inner_width(settings.width), step_rank(settings.width)
     P, blocks, ways = shape.channels * settings.patch**2, settings.depth + 1, settings.directions
-    yield Part("patches", T * P * D, passes=2, in_block=False)
-    yield Part("time: first", 4 * D * D, passes=2, in_block=False)
-    yield Part("time: second", 4 * D * D, in_block=False)
+    yield Part("patches", T * P * D, passes=2)
+    yield Part("time: first", 4 * D * D, passes=2)
+    yield Part("time: second", 4 * D * D)
     if settings.skip == "concat":
         yield Part("skip", (settings.depth // 2) * L * 2 * D * D)
     yield Part("in_proj", blocks * L * D * 2 * E)
@@ -169,8 +152,8 @@ def _dis_parts(settings: Dis, shape: LatentShape, num_classes: int | None, T: in
     if settings.conditioning != "tokens":
         yield Part("modulation", blocks * 3 * D * D)
     if num_classes is not None:
-        yield Part("final modulation", 2 * D * D, in_block=False)
-    yield Part("final", T * D * 2 * P, in_block=False)
+        yield Part("final modulation", 2 * D * D)
+    yield Part("final", T * D * 2 * P)
 
 
 def _dis_block_elements(settings: Dis, L: int) -> int:
@@ -197,16 +180,16 @@ def _dit(settings: Dit, shape: LatentShape) -> Cost:
     D, depth = settings.width, settings.depth
     P = shape.channels * settings.patch**2
     parts = (
-        Part("patches", T * P * D, passes=2, in_block=False),
-        Part("time: first", FREQUENCIES * D, passes=2, in_block=False),
-        Part("time: second", D * D, in_block=False),
+        Part("patches", T * P * D, passes=2),
+        Part("time: first", FREQUENCIES * D, passes=2),
+        Part("time: second", D * D),
         Part("modulation", depth * 6 * D * D),
         Part("qkv", depth * T * 3 * D * D),
         Part("attention", depth * 2 * T * T * D),
         Part("attention out", depth * T * D * D),
         Part("mlp", depth * T * 8 * D * D),
-        Part("final modulation", 2 * D * D, in_block=False),
-        Part("final", T * D * 2 * P, in_block=False),
+        Part("final modulation", 2 * D * D),
+        Part("final", T * D * 2 * P),
     )
     # Both norms, their modulation and both gates (8), the stream, q k v (3), attention's output, the MLP (8);
     # products: q k v, attention, its projection, the MLP's inner numbers (4) and output.
@@ -221,9 +204,9 @@ def _diffussm(settings: DiffuSsm, shape: LatentShape) -> Cost:
     G, S = L // M, (2 if settings.bidirectional else 1) * D
     kernels = depth * D * (2 if settings.bidirectional and not settings.tied else 1)
     parts = (
-        Part("embed", G * P * M * D, passes=2, in_block=False),
-        Part("time: first", FREQUENCIES * D, passes=2, in_block=False),
-        Part("time: second", D * D, in_block=False),
+        Part("embed", G * P * M * D, passes=2),
+        Part("time: first", FREQUENCIES * D, passes=2),
+        Part("time: second", D * D),
         Part("modulation", depth * 3 * D * D),
         Part("W0, W1, W3, W4", depth * G * 4 * D * D),
         Part("W2", depth * G * 2 * D * D),
@@ -231,8 +214,8 @@ def _diffussm(settings: DiffuSsm, shape: LatentShape) -> Cost:
         Part("W_down", depth * L * S * (2 * D // M)),
         Part("FFT", depth * S * 2 * _fft_macs(2 * L)),
         Part("spectra's product", depth * S * 4 * (L + 1)),
-        Part("final modulation", 2 * D * D, in_block=False),
-        Part("final", G * D * M * 2 * P, in_block=False),
+        Part("final modulation", 2 * D * D),
+        Part("final", G * D * M * 2 * P),
     )
     # Per mode and tap a complex power (4) and the real part of a complex product (2), then one FFT of the kernel.
     kernel = kernels * (settings.state_size // 2 * L * 6 + _fft_macs(2 * L))
