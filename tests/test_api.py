@@ -12,8 +12,8 @@ import dis_scale
 from dis_scale import report as reports
 from dis_scale.process.errors import Damaged, UserError
 from dis_scale.sweep import Sampled
-from tests.report.test_report import put
-from tests.weights.test_opening import published_sweep
+from tests.support.evaluations import put
+from tests.support.published import published_sweep
 
 
 @pytest.fixture

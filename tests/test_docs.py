@@ -22,7 +22,7 @@ from dis_scale.training.memory import worker_bytes
 from dis_scale.weights.export import save
 from docs.reference import GENERATED, commands, errors, settings
 from tests.conftest import TINY
-from tests.test_words import blocks, failures, require_command
+from tests.support.pages import blocks, failures, require_command
 
 ROOT = Path(__file__).parent.parent
 PRODUCT = [path for folder in ("dis_scale", "pipelines") for path in sorted((ROOT / folder).rglob("*.py"))]

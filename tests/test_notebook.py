@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from dis_scale.sweep import Sampled
-from tests.report.test_report import put
-from tests.weights.test_opening import published_sweep
+from tests.support.evaluations import put
+from tests.support.published import published_sweep
 
 NOTEBOOK = json.loads((Path(__file__).parents[1] / "docs/notebook.ipynb").read_text())
 CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]

@@ -7,7 +7,7 @@ import pytest
 from dis_scale.recipe import Recipe
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sampled, Sweep
-from tests.cli.test_cli import invoke
+from tests.support.commands import invoke
 from tests.support.documents import put_published
 
 

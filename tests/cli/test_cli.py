@@ -24,27 +24,8 @@ from dis_scale.sweep import Sweep, state
 from pipelines import jobs
 from pipelines import sweep as pipeline
 from tests.conftest import TINY
+from tests.support.commands import fail_with, invoke
 from tests.support.documents import put_latents
-
-
-def invoke(*arguments: str) -> tuple[int, str]:
-    """Run the command in this process; return its exit code and all that it printed."""
-    output, code = io.StringIO(), 0
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        try:
-            cli.main(list(arguments))
-        except SystemExit as end:
-            code = int(end.code or 0)
-    return code, output.getvalue()
-
-
-def answer(*arguments: str) -> Any:
-    """Run the command in this process; return what it printed for programs, on standard output."""
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as end:
-        cli.main(list(arguments))
-    assert not end.value.code
-    return json.loads(output.getvalue())
 
 
 @pytest.mark.parametrize(
@@ -80,15 +61,6 @@ def test_without_a_recipe_the_embedded_one_is_used_and_logged(monkeypatch: pytes
     code, output = invoke("sweep")
     assert (code, names) == (0, ["digits"])
     assert "recipe   digits.yaml (the embedded example: no recipe was given)" in output
-
-
-def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """Let the sweep raise this error."""
-
-    def fail(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(pipeline, "run_sweep", fail)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import Hardware, LatentsManifest
 from pipelines.precompute import Encoder
 from pipelines.sharing import Dealer
-from tests.cli.test_cli import invoke
 from tests.conftest import TINY
+from tests.support.commands import invoke
 from tests.support.labelled_images import png
 
 SIZES = ("data.num_classes=2", "precompute.shard_images=10", "precompute.encode_images=4")

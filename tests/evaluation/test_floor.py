@@ -25,8 +25,8 @@ from dis_scale.recipe import Evaluate, Recipe, TrainedVae, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
 from tests.conftest import TINY
-from tests.evaluation.test_measure import evaluate
-from tests.evaluation.test_reference import script, with_scripts
+from tests.support.evaluations import evaluate
+from tests.support.scripts import script, with_scripts
 
 D, IMAGES, SAMPLES, DRAWS = 12, 3000, 500, 30
 CLASSES = 4

@@ -20,14 +20,9 @@ from dis_scale.process.errors import DisScaleError, StorageError, UserError
 from dis_scale.recipe import Evaluate, InceptionExtractor, Recipe, TorchScriptExtractor, reading
 from dis_scale.recipe.identity import identity_differences
 from tests.conftest import TINY
+from tests.support.evaluations import evaluate
 
 EVERY = ("distance", "sfid", "inception_score", "inception_score_adm", "kid", "precision_recall", "distance_infinity")
-
-
-def evaluate(**changed: Any) -> Evaluate:
-    """Change the tiny recipe's settings without validation: metrics of fewer samples than Inception has features."""
-    base = reading.load(TINY).evaluate
-    return base.model_copy(update=changed)
 
 
 def inception_settings(**changed: Any) -> Evaluate:

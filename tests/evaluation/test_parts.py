@@ -25,7 +25,7 @@ from dis_scale.sweep.extractors import part_count, reference_file
 from pipelines.prepare import Preparer
 from pipelines.sharing import Dealer
 from tests.conftest import TINY
-from tests.evaluation.test_reference import Pixels, pixels, script, with_scripts
+from tests.support.scripts import Pixels, pixels, script, with_scripts
 
 PART = 300
 

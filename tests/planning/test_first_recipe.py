@@ -16,7 +16,7 @@ from dis_scale.planning.plan import price_sweep
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import LatentShape, Recipe, reading
 from dis_scale.training.memory import lanes_at_once
-from tests.cli.test_cli import invoke
+from tests.support.commands import invoke
 
 LAPTOP = Machine(cores=4, memory_bytes=8 * 2**30)
 H100 = Machine(cores=64, memory_bytes=2**40, gpus=8, gpu_bytes=80 * 2**30, gpu_name="NVIDIA H100 80GB HBM3")

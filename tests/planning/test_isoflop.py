@@ -12,16 +12,9 @@ from dis_scale.process.errors import UserError
 from dis_scale.recipe import LatentShape, Recipe, reading
 from dis_scale.recipe.identity import identity_differences
 from dis_scale.training import fork
-from tests.conftest import TINY
+from tests.support.studies import study
 
 SHAPE = LatentShape(4, 8)
-STUDY = ("isoflop={flops: [1e10, 2e10], share: 0.25, least_steps: 10}",)
-
-
-def study(*overrides: str) -> Recipe:
-    """Return the tiny recipe as a study that is not yet written out."""
-    text = "".join(line for line in TINY.read_text().splitlines(keepends=True) if "publish_images" not in line)
-    return reading.parse(text, "here", [*STUDY, *overrides])
 
 
 def written_out(*overrides: str) -> Plan:

@@ -10,8 +10,8 @@ from dis_scale.recipe import Recipe, reading
 from dis_scale.recipe.flat import Differing, differences, flatten
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
-from tests.cli.test_cli import invoke
 from tests.conftest import TINY
+from tests.support.commands import invoke
 
 
 def settings(recipe: Recipe) -> dict[str, str]:

@@ -10,8 +10,8 @@ import yaml
 
 from dis_scale.recipe import Recipe, reading
 from dis_scale.recipe.schema import json_schema
-from tests.cli.test_cli import invoke
-from tests.test_words import SNIPPETS
+from tests.support.commands import invoke
+from tests.support.pages import SNIPPETS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = {path.name: path.read_text() for path in sorted(CONFIGS.glob("*.yaml"))} | SNIPPETS

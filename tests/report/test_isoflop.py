@@ -15,9 +15,9 @@ from dis_scale.report import figures, isoflop, tables
 from dis_scale.report.isoflop import Profile, laws
 from dis_scale.report.points import HELD_OUT, Report
 from dis_scale.sweep import Sampled, Sweep
-from tests.planning.test_isoflop import study
-from tests.report.test_report import SHAPE, sweep_at
 from tests.support.documents import put_metrics
+from tests.support.evaluations import SHAPE, sweep_at
+from tests.support.studies import study
 
 BUDGETS = np.geomspace(1e18, 1e20, 4)
 SIZE_EXPONENT, VALUE_EXPONENT = 0.55, -0.05

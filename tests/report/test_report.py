@@ -15,30 +15,17 @@ from rich.table import Table
 from scipy import stats
 
 from dis_scale import report as reports
-from dis_scale.evaluation.sampling import grid
 from dis_scale.planning import plan as plans
 from dis_scale.planning.plan import price_sweep
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import LatentShape, Recipe, Sampling, reading
 from dis_scale.report import compare, figures
 from dis_scale.report.published import PUBLISHED
-from dis_scale.storage.folder import open_folder
-from dis_scale.sweep import GRID, Sampled, Sweep, state
+from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import Ended, FloorMetrics, Metrics, Origin, RunCost, Skipped
-from tests.cli.test_cli import answer
 from tests.conftest import TINY
-from tests.support.documents import put_metrics
-
-SHAPE = LatentShape(4, 8)
-
-
-def put(sweep: Sweep, sampled: Sampled, distance: float, error: float = 0.5) -> None:
-    """Store the metrics and the grid of one evaluation."""
-    metric = sweep.recipe.evaluate.metric
-    values = {metric: distance, f"{metric}_error": error, "class_accuracy": 0.5}
-    folder, sampling = sweep.evaluation(sampled), Sampling(sampler="ddim", steps=3, guidance=1.5)
-    put_metrics(folder, values, samples=60, sampling=sampling, notes=["fid_60: not verified against published tables"])
-    folder.write(GRID, grid(np.zeros((2, 8, 8, 3), np.uint8), 2))
+from tests.support.commands import answer
+from tests.support.evaluations import SHAPE, collect, put, sweep_at
 
 
 @pytest.fixture
@@ -67,14 +54,6 @@ def sweep(tmp_path: Path, recipe: Recipe) -> Sweep:
     FloorMetrics(images=60, values=floor).write(made.floor)
     Skipped(why="weights.safetensors: damaged").write(made.evaluation(Sampled("dis", 320)))
     return made
-
-
-def sweep_at(root: Path, name: str, recipe: Recipe) -> Sweep:
-    return Sweep(open_folder(root) / "sweeps" / name, recipe)
-
-
-def collect(sweep: Sweep) -> reports.Report:
-    return reports.collect(sweep, price_sweep(sweep.recipe, SHAPE))
 
 
 def shown(table: Table) -> str:

@@ -11,7 +11,7 @@ from dis_scale.evaluation.sampling import grid
 from dis_scale.recipe import Recipe
 from dis_scale.report.samples import CELL, MOST_COUNTS, _evenly, strips
 from dis_scale.sweep import GRID, Sampled, Sweep
-from tests.report.test_report import collect, put, sweep_at
+from tests.support.evaluations import collect, put, sweep_at
 
 
 def show(sweep: Sweep, model: str, images: int, shade: int, names: list[str]) -> None:

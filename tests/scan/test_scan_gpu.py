@@ -12,7 +12,7 @@ import torch
 
 from dis_scale.scan.selftest import Case, verify
 from dis_scale.scan.triton_fill import FULL, Filling
-from tests.scan.test_scan_admission import (
+from tests.support.scans import (
     CALLS,
     SANITIZED,
     SIZES,

@@ -16,7 +16,7 @@ from dis_scale.scan import Direction, _backend, _choose, chunked
 from dis_scale.scan.backend import Backend, from_one_way
 from dis_scale.scan.reference import causal_conv_silu, selective_scan
 from dis_scale.scan.selftest import TOLERANCE, Case, distinct, errors, filling_of, verify
-from tests.scan.test_scan_admission import SANITIZED
+from tests.support.scans import SANITIZED
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 L2 = Case(258, 2048, 16)

@@ -19,7 +19,7 @@ from dis_scale.scan import triton as scan_triton
 from dis_scale.scan.backend import KeepingStates, keeps_states
 from dis_scale.scan.selftest import Case, verify
 from dis_scale.scan.triton_fill import Filling
-from tests.scan.test_scan_admission import (
+from tests.support.scans import (
     CALLS,
     TOLERANCE,
     check_extreme_gates,

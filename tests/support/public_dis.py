@@ -6,6 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dis_scale.models import build
+from dis_scale.models.dit.settings import Dit
+from dis_scale.recipe import LatentShape
+from dis_scale.weights.official import to_official
+
 
 class Mamba(nn.Module):
     """mamba_simple's bimamba v2."""
@@ -125,3 +130,34 @@ class PublicDiS(nn.Module):
         side = x.shape[2] // self.p
         out = out.reshape(len(x), side, side, self.p, self.p, 2 * self.C)
         return torch.einsum("nhwpqc->nchpwq", out).reshape(len(x), 2 * self.C, x.shape[2], x.shape[3])
+
+
+DIT = Dit(kind="dit", width=64, depth=3, heads=4, patch=2)
+
+
+def public_model(D, depth, p, C, size, classes):
+    """A public model with every weight changed from its initial value, so that a forgotten weight is detected."""
+    torch.manual_seed(0)
+    model = PublicDiS(D, depth, p, C, size, classes)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight += torch.randn_like(weight) * (0.02 if "A_" in name else 0.1)
+    return model
+
+
+def dit_model():
+    model = build(DIT, LatentShape(4, 8), 10)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += torch.randn_like(weight) * 0.05
+    return model
+
+
+def sit_state():
+    """Weights that SiT's training would leave: its loss has no variance, whose rows stay at zero."""
+    state = to_official(dit_model())
+    rows = {name: state[f"final_layer.linear.{name}"].unflatten(0, (4, 2, 4)).clone() for name in ("weight", "bias")}
+    for weight in rows.values():
+        weight[:, 1] = 0
+    return state | {f"final_layer.linear.{name}": weight.flatten(0, 2) for name, weight in rows.items()}

@@ -26,8 +26,8 @@ from pipelines.prepare import Preparer
 from pipelines.restarts import with_restarts
 from pipelines.sharing import Dealer
 from pipelines.stage import StageJob
-from tests.cli.test_cli import invoke
 from tests.support import ranks
+from tests.support.commands import invoke
 
 multiprocessing.set_forkserver_preload([*ranks.PRELOAD, __name__])
 UNLIKE = (".part-", "/leases/")

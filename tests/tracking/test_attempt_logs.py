@@ -18,7 +18,7 @@ from dis_scale.sweep import Sweep
 from dis_scale.tracking import attempt_logs
 from dis_scale.tracking.attempt_logs import HEAD_BYTES, LINE_BYTES, TAIL_BYTES, Excerpt, LogName
 from pipelines.lines import Log
-from tests.cli.test_cli import answer, invoke
+from tests.support.commands import answer, invoke
 
 WRITES = """
 import os, sys, time

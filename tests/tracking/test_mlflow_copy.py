@@ -16,8 +16,8 @@ from dis_scale.tracking.goodput import ATTEMPT
 from dis_scale.tracking.mlflow import RunCopy, create_runs, open_client
 from dis_scale.tracking.mlflow_copy import copy_earlier, copy_evaluation, copy_everything, copy_report
 from dis_scale.tracking.rows import RowReader, RowWriter
-from tests.cli.test_cli import answer, invoke
 from tests.conftest import TINY
+from tests.support.commands import answer, invoke
 from tests.support.documents import put_metrics, put_published
 
 

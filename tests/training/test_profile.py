@@ -9,8 +9,8 @@ from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.training.profile import one_share
-from tests.cli.test_cli import invoke
 from tests.conftest import TINY
+from tests.support.commands import invoke
 from tests.support.ranks import make_latents
 
 

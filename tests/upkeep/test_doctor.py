@@ -19,8 +19,8 @@ from dis_scale.scan import selftest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.upkeep import doctor
 from dis_scale.upkeep.doctor import Check, Finding, Here, Needs, Result
-from tests.cli.test_cli import invoke
 from tests.conftest import TINY
+from tests.support.commands import invoke
 
 DIGITS = TINY.parents[2] / "configs" / "digits.yaml"
 

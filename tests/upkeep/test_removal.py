@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import psutil
 import pytest
 
 from dis_scale import cli
@@ -12,13 +11,13 @@ from dis_scale.process.errors import Held, StorageError, UserError
 from dis_scale.recipe import Recipe, SweepStart
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.storage.lease import Holder
 from dis_scale.sweep import RECIPE, Sweep, command_lease, state
 from dis_scale.sweep.documents import LatentsManifest, TrackingIds
 from dis_scale.upkeep import removal
-from tests.cli.test_cli import invoke
 from tests.support import small_latents
+from tests.support.commands import invoke
 from tests.support.documents import put_files, put_resume_point
+from tests.support.leases import run_elsewhere
 
 
 def make(store: Folder, recipe: Recipe, latents: str) -> Sweep:
@@ -105,17 +104,6 @@ def test_sweeps_that_begin_with_its_weights_are_named(sweep: Sweep, tiny: Recipe
     second = other(sweep, "theirs", models={"dit": tiny.models["dit"].model_copy(update={"start": start})})
     needed = [note.words for note in removal.find(sweep).notes if note.kind == "needed"]
     assert needed == [f"dit at 320 images of {sweep}: dit of {second} begins with it"]
-
-
-def run_elsewhere(folder: Folder) -> None:
-    """Let a live process, this one's parent, hold a lease."""
-    parent = psutil.Process().parent()
-    assert parent
-    with lease.hold(folder):
-        number = max(name for name in folder.list() if name.isdigit())
-        holder = Holder.read(folder, number).changed(pid=parent.pid, started=parent.create_time())
-        holder.write(folder, number)
-    folder.delete(f"{number}.end")
 
 
 @pytest.mark.parametrize("stage", ["sweep", "prepare", "dit"])

@@ -20,8 +20,8 @@ from dis_scale.sweep.documents import BadStepManifest, LatentsManifest, LatentsP
 from dis_scale.sweep.extractors import reference_file, weights_identity
 from dis_scale.upkeep import retention
 from dis_scale.upkeep.verify import verify_sweep
-from tests.cli.test_cli import answer, invoke
 from tests.support import small_latents
+from tests.support.commands import answer, invoke
 from tests.support.documents import WEIGHTS, put_classifier, put_files, put_metrics, put_published, put_resume_point
 
 COUNTS = (0, 160, 320)

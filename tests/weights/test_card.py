@@ -8,9 +8,9 @@ import pytest
 
 import dis_scale
 from dis_scale.sweep import Sampled
-from tests.cli.test_cli import invoke
+from tests.support.commands import invoke
 from tests.support.documents import put_metrics
-from tests.weights.test_opening import published_sweep
+from tests.support.published import published_sweep
 
 
 def test_a_published_checkpoint_is_exported_for_diffusers_with_its_card(

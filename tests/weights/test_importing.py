@@ -19,11 +19,11 @@ from dis_scale.weights.export import SamplingFacts, load, save
 from dis_scale.weights.official import read_public, to_official
 from dis_scale.weights.opening import labels_in_turn, open_for_sampling, sample_pictures
 from dis_scale.weights.published import load_published
-from tests.cli.test_cli import invoke
 from tests.conftest import TINY
+from tests.support.commands import invoke
 from tests.support.documents import put_latents
-from tests.upkeep.test_removal import run_elsewhere
-from tests.weights.test_official import public_model, sit_state
+from tests.support.leases import run_elsewhere
+from tests.support.public_dis import public_model, sit_state
 
 SETTINGS = ("vae={kind: none}", "models.dis.train.publish_images=[1024]", "evaluate.variants={}", "evaluate.steps=2")
 PUBLIC = {"D": 16, "depth": 2, "p": 4, "C": 3, "size": 32, "classes": 10}

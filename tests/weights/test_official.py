@@ -19,24 +19,13 @@ from dis_scale.vae import new
 from dis_scale.weights.export import save
 from dis_scale.weights.official import layout, read_public, read_weights, to_official
 from dis_scale.weights.opening import open_for_sampling
-from tests.support.public_dis import PublicDiS
+from tests.support.public_dis import DIT, dit_model, public_model, sit_state
 
 CASES = pytest.mark.parametrize(
     ("D", "depth", "p", "C", "size", "classes"),
     [(48, 4, 2, 4, 8, 10), (40, 2, 4, 3, 16, None), (33, 4, 8, 3, 16, 5)],
     ids=["latent", "pixel-unconditional", "odd-width"],
 )
-DIT = Dit(kind="dit", width=64, depth=3, heads=4, patch=2)
-
-
-def public_model(D, depth, p, C, size, classes):
-    """A public model with every weight changed from its initial value, so that a forgotten weight is detected."""
-    torch.manual_seed(0)
-    model = PublicDiS(D, depth, p, C, size, classes)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight += torch.randn_like(weight) * (0.02 if "A_" in name else 0.1)
-    return model
 
 
 def inputs(C, size, classes, batch=3):
@@ -118,15 +107,6 @@ def test_published_files_are_read_without_unpickling_code(tmp_path):
         read_weights(tmp_path / "list.pt")
 
 
-def dit_model():
-    model = build(DIT, LatentShape(4, 8), 10)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight += torch.randn_like(weight) * 0.05
-    return model
-
-
 def test_dit_round_trip_and_its_published_names():
     model = dit_model()
     state = to_official(model)
@@ -140,15 +120,6 @@ def test_dit_round_trip_and_its_published_names():
         read_public(state)
     with pytest.raises(UserError, match="pos_embed is not DiT's"):
         read_public(state | {"pos_embed": state["pos_embed"] + 1}, heads=4)
-
-
-def sit_state():
-    """Weights that SiT's training would leave: its loss has no variance, whose rows stay at zero."""
-    state = to_official(dit_model())
-    rows = {name: state[f"final_layer.linear.{name}"].unflatten(0, (4, 2, 4)).clone() for name in ("weight", "bias")}
-    for weight in rows.values():
-        weight[:, 1] = 0
-    return state | {f"final_layer.linear.{name}": weight.flatten(0, 2) for name, weight in rows.items()}
 
 
 def test_a_public_sit_is_sampled_as_a_flow_in_its_own_time_and_direction():

@@ -1,6 +1,5 @@
 """`dis-scale sample`: equal pictures at any batch size, and one line for each mistake."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from PIL import Image
 
@@ -23,12 +21,12 @@ from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import EncodedBy
 from dis_scale.vae.scaling import Scaling
 from dis_scale.weights import opening as pictures
-from dis_scale.weights.export import SamplingFacts, describe, save
+from dis_scale.weights.export import SamplingFacts, save
 from dis_scale.weights.opening import labels_in_turn, labels_of_all, open_for_sampling, sample_pictures
-from tests.cli.test_cli import answer, invoke
 from tests.conftest import TINY
 from tests.support import ranks
-from tests.support.documents import put_published
+from tests.support.commands import answer, invoke
+from tests.support.published import published_sweep
 
 
 @pytest.fixture
@@ -76,19 +74,6 @@ def test_without_classes_the_command_samples_all_of_them_in_turn(files: tuple[Pa
 )
 def test_a_column_of_a_grid_has_one_class_if_the_classes_are_few(classes: int, images: int, columns: int) -> None:
     assert grid_columns(classes, images) == columns
-
-
-def published_sweep(root: str, *more: str) -> Sweep:
-    """A sweep in pixels below `root` with one published model, as training publishes it."""
-    settings = ["vae={kind: none}", "diffusion={kind: flow}", "evaluate.sampler=euler", "evaluate.steps=2", *more]
-    recipe = reading.load(TINY, settings)
-    sweep = Sweep.below(open_folder(root), recipe)
-    sweep.save_recipe()
-    model = models.build(recipe.models["dis"], LatentShape(3, 32), 10)
-    weights = safetensors.torch.save(model.state_dict(), {"dis_scale": json.dumps(describe(model))})
-    folder = sweep.run("dis").published_at(320)
-    put_published(folder, weights, images=320)
-    return sweep
 
 
 def test_the_sweeps_channels_and_times_of_guidance_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

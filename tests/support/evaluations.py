@@ -1,0 +1,40 @@
+"""Sweeps with stored evaluations, and the settings of evaluations."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dis_scale import report as reports
+from dis_scale.evaluation.sampling import grid
+from dis_scale.planning.plan import price_sweep
+from dis_scale.recipe import Evaluate, LatentShape, Recipe, Sampling, reading
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import GRID, Sampled, Sweep
+from tests.conftest import TINY
+from tests.support.documents import put_metrics
+
+SHAPE = LatentShape(4, 8)
+
+
+def put(sweep: Sweep, sampled: Sampled, distance: float, error: float = 0.5) -> None:
+    """Store the metrics and the grid of one evaluation."""
+    metric = sweep.recipe.evaluate.metric
+    values = {metric: distance, f"{metric}_error": error, "class_accuracy": 0.5}
+    folder, sampling = sweep.evaluation(sampled), Sampling(sampler="ddim", steps=3, guidance=1.5)
+    put_metrics(folder, values, samples=60, sampling=sampling, notes=["fid_60: not verified against published tables"])
+    folder.write(GRID, grid(np.zeros((2, 8, 8, 3), np.uint8), 2))
+
+
+def sweep_at(root: Path, name: str, recipe: Recipe) -> Sweep:
+    return Sweep(open_folder(root) / "sweeps" / name, recipe)
+
+
+def collect(sweep: Sweep) -> reports.Report:
+    return reports.collect(sweep, price_sweep(sweep.recipe, SHAPE))
+
+
+def evaluate(**changed: Any) -> Evaluate:
+    """Change the tiny recipe's settings without validation: metrics of fewer samples than Inception has features."""
+    base = reading.load(TINY).evaluate
+    return base.model_copy(update=changed)

@@ -1,0 +1,26 @@
+"""A sweep with published weights, without training."""
+
+import json
+
+import safetensors.torch
+
+from dis_scale import models
+from dis_scale.recipe import LatentShape, reading
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import Sweep
+from dis_scale.weights.export import describe
+from tests.conftest import TINY
+from tests.support.documents import put_published
+
+
+def published_sweep(root: str, *more: str) -> Sweep:
+    """A sweep in pixels below `root` with one published model, as training publishes it."""
+    settings = ["vae={kind: none}", "diffusion={kind: flow}", "evaluate.sampler=euler", "evaluate.steps=2", *more]
+    recipe = reading.load(TINY, settings)
+    sweep = Sweep.below(open_folder(root), recipe)
+    sweep.save_recipe()
+    model = models.build(recipe.models["dis"], LatentShape(3, 32), 10)
+    weights = safetensors.torch.save(model.state_dict(), {"dis_scale": json.dumps(describe(model))})
+    folder = sweep.run("dis").published_at(320)
+    put_published(folder, weights, images=320)
+    return sweep
