@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Event
 
-from dis_scale.process import jsonlog
 from dis_scale.process.errors import Held, Preempted, StorageAway
 from dis_scale.process.progress import Board
 from dis_scale.recipe import Branch
@@ -32,6 +31,8 @@ class Driver:
     poll_every_s: float = 0.5
     requests_polled_every_s: float = lease.BEAT_S
     """Interval at which storage is asked for a stop request of another process."""
+    as_json: bool = False
+    """Print the lines of the jobs as they are, JSON, instead of what they say."""
 
 
 @dataclass
@@ -155,7 +156,7 @@ def _poll(driver: Driver, job: Job, name: str) -> None:
         line = lines.parse(raw)
         if line and line.kind == "progress":
             driver.board.update(name, *(line.facts[part] for part in ("done", "total", "unit")))
-        elif line and jsonlog.wanted():
+        elif line and driver.as_json:
             lines.write(raw)
         elif line and line.kind == "message":
             driver.board.say(f"  {line.text}")

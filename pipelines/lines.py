@@ -22,6 +22,15 @@ Kind = Literal["progress", "message", "event", "error"]
 _OF_EVERY_EVENT = {"kind", "time", "level", "event", "at", *Context.__annotations__}
 
 
+_OF_KIND = {
+    "progress": {"time", "level", "done", "total", "unit"},
+    "message": {"time", "level", "message"},
+    "event": {"time", "level", "event"},
+    "error": {"time", "level", "message"},
+}
+"""What a line of each kind has besides the context; a library's line with less is not of the protocol."""
+
+
 class Line(NamedTuple):
     """A parsed line: `text` of a message or of the error that ended the job, and all its `facts`."""
 
@@ -36,7 +45,7 @@ def parse(line: str) -> Line | None:
         return None
     with contextlib.suppress(ValueError):  # the lines of two threads in one, or the first part of a long one
         facts = json.loads(line)
-        if facts["kind"] in get_args(Kind):
+        if facts["kind"] in get_args(Kind) and facts.keys() >= _OF_KIND[facts["kind"]] | Context.__annotations__.keys():
             return Line(facts["kind"], facts.get("message", ""), facts)
     return None
 

@@ -6,7 +6,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dis_scale.models import families
-from dis_scale.process.errors import NoFamily, UserError
+from dis_scale.process.errors import DisScaleError, NoFamily, UserError
 from dis_scale.recipe import Recipe
 
 TIMEOUT_S = 120.0
@@ -21,16 +21,26 @@ def require_on_nodes(recipe: Recipe) -> None:
     """NoFamily names the nodes of this process's cluster that lack a package or a file."""
     if not (codes := brought(recipe)):
         return
-    nodes = {node["NodeID"]: str(node["NodeManagerHostname"]) for node in ray.nodes() if node["Alive"]}
+    names = {node["NodeID"]: str(node["NodeManagerHostname"]) for node in ray.nodes() if node["Alive"]}
     calls = {
-        name: _missing.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(codes)
-        for node, name in nodes.items()
+        node: _missing.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(codes)
+        for node in names
     }
-    missing = {name: reason for name, call in calls.items() if (reason := ray.get(call, timeout=TIMEOUT_S))}
+    ray.wait(list(calls.values()), num_returns=len(calls), timeout=TIMEOUT_S)
+    missing = {node: reason for node, call in calls.items() if (reason := _answer(names[node], call))}
     if missing:
-        name, reason = next(iter(missing.items()))
+        node, reason = next(iter(missing.items()))
         others = f" (and {len(missing) - 1} other nodes)" if len(missing) > 1 else ""
-        raise NoFamily(f"node {name}{others}: {reason}")
+        raise NoFamily(f"node {names[node]}{others}: {reason}")
+
+
+def _answer(name: str, call: ray.ObjectRef[str]) -> str:
+    """Return a node's answer. DisScaleError if there is none: the node was lost, or takes no task."""
+    try:
+        return str(ray.get(call, timeout=0))
+    except ray.exceptions.RayError as error:
+        why = " ".join(str(error).split())[:200]
+        raise DisScaleError(f"node {name}: its packages are not checked, run the command again: {why}") from error
 
 
 def require(codes: Mapping[str, str]) -> None:

@@ -19,6 +19,7 @@ from dis_scale.data.sources import open_source, require_source
 from dis_scale.evaluation.features import require_weights
 from dis_scale.planning import isoflop
 from dis_scale.planning.plan import Plan, price_reading, price_sweep, table
+from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, Held, StorageAway, StorageError, UserError
 from dis_scale.process.progress import Board, listing_words
@@ -70,7 +71,7 @@ def run_sweep(recipe: Recipe, console: Console, here: bool = False) -> None:
         else:
             if not here:
                 last_ray.refuse_local_after_cluster(sweep)
-            driver = Driver(sweep, board)
+            driver = Driver(sweep, board, as_json=jsonlog.wanted())
             failures = run_stages(driver, plan, store)
             sweep = driver.sweep  # of the running sweep, if it joined one
             _write_report(sweep, plan, failures)

@@ -37,8 +37,7 @@ EXIT_CODES = {
     0: "done",
     1: "a stage, a model or a check failed; the line gives the reason. The other models continued, and the report marks the "
     "failed one",
-    2: "invalid input: one line names the setting, its place and what was expected; also storage that cannot be used, and nodes "
-    "that never fit",
+    2: "invalid input: one line names the setting, its place and what was expected; also storage that cannot be used",
     69: "the same sweep is running on another cluster, or another process holds one of its stages; the line says where",
     74: "storage did not answer for about a minute: run the same command again",
     75: "stopped as requested, with all state saved; a rerun continues",

@@ -89,6 +89,8 @@ def status(
     from dis_scale.upkeep import status as statuses
 
     opened = Sweep.open(sweep)
+    if every and as_json:
+        raise UserError("status: expected --watch or --json, got both")
     if every:
         return statuses.watch(opened, every, console())
     found = statuses.collect(opened, time.time())

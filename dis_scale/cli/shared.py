@@ -68,8 +68,8 @@ def console(stderr: bool = False) -> Console:
 
 
 def say(line: str) -> None:
-    """Print a line as it is: not wrapped, no colours, tabs and `:words:` kept."""
-    console().out(line, highlight=False)
+    """Print a line as it is."""
+    print(line, flush=True)
 
 
 def say_aside(line: str) -> None:
