@@ -97,7 +97,11 @@ def docstrings(cls: type[BaseModel]) -> Iterator[tuple[str, str]]:
     """Yield each field that has a docstring, with the docstrings of its base classes."""
     for base in reversed(cls.__mro__):
         if issubclass(base, Settings) and inspect.get_annotations(base):  # a composed class has no source
-            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+            try:
+                source = inspect.getsource(base)
+            except OSError:  # of a family in a file, which is no module that Python can find again
+                continue
+            (tree,) = ast.parse(textwrap.dedent(source)).body
             assert isinstance(tree, ast.ClassDef)
             for field, after in zip(tree.body, tree.body[1:], strict=False):
                 if isinstance(field, ast.AnnAssign) and (words := _string(after)):

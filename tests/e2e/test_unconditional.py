@@ -1,7 +1,6 @@
 """Unconditional models: a complete sweep of pictures without labels, and samples from what it published."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import nn
 
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import GRID, Sampled, Sweep, state
+from dis_scale.sweep.documents import LatentsManifest
 from dis_scale.weights.published import load_published
 from tests.cli.test_cli import invoke
 from tests.support import stages, sweeps
@@ -89,9 +89,8 @@ def test_pictures_without_labels_pass_all_stages(
     assert (code, "guidance: got 2, expected 1: data.num_classes is none" in output) == (2, True), output
     code, output = invoke("data", "show", str(sweep), "--out", out)
     assert "labels   none\n" in output
-    assert (
-        json.loads((tmp_path / "store" / "latents" / _only(root) / "manifest.json").read_text())["num_classes"] is None
-    )
+    latents = open_folder(tmp_path / "store" / "latents" / _only(root))
+    assert LatentsManifest.require(latents).made_from.num_classes is None
 
 
 def _only(root: str) -> str:

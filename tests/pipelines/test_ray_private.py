@@ -82,7 +82,7 @@ def test_a_dashboard_that_does_not_answer_lists_none() -> None:
 def test_a_counter_is_exported_as_0(cluster: Any) -> None:
     counter = Counter("tested_total", "A counter of this test.", ("sweep",))
     ray_private.count_from_zero(counter, {"sweep": "tiny"})
-    folder = Path(cluster["session_dir"]).parent
+    folder = Path(cluster.address_info["session_dir"]).parent
     wait_until(lambda: "ray_tested_total{" in scrape_all(folder))
     (line,) = [line for line in scrape_all(folder).splitlines() if line.startswith("ray_tested_total{")]
     assert 'sweep="tiny"' in line
