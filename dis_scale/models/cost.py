@@ -19,6 +19,7 @@ from dis_scale.models.checkpointing import recompute_every
 from dis_scale.models.counter import CountedPass, Saved
 from dis_scale.models.family import FamilySettings, PaperNumbers
 from dis_scale.models.tokens import Backbone
+from dis_scale.process.errors import UserError
 from dis_scale.process.settings import LatentShape, Precision
 
 IMAGES = (2, 3)
@@ -161,7 +162,10 @@ def _count(model: Backbone, images: int) -> CountedPass:
     x_BCHW, t_B = torch.zeros(images, model.shape.channels, model.shape.size, model.shape.size), torch.zeros(images)
     y_B = None if model.num_classes is None else torch.zeros(images, dtype=torch.int64)
     with CountedPass([(_part(name), weight) for name, weight in model.named_parameters()]) as counter:
-        model(x_BCHW, t_B, y_B)
+        try:
+            model(x_BCHW, t_B, y_B)
+        except UserError as error:
+            raise UserError(f"models of kind {model.settings.kind}: {error}") from error
     return counter
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dis_scale.models.checkpointing import worth_keeping
+from dis_scale.process.errors import UserError
 from dis_scale.scan.counts import active
 
 aten = torch.ops.aten
@@ -76,11 +77,13 @@ class CountedPass(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not self._silent:
+            _require_counted(op, args)
         if op in _PRODUCTS:
             left, right = (args[i] for i in _PRODUCTS[op])
             out = left.new_empty(*left.shape[:-1], right.shape[-1])
             self._product(left, right, out.numel() * left.shape[-1])
-        elif op is aten.convolution.default:
+        elif op is aten.convolution.default and not args[6]:
             out = _convolved(*args)
             self._product(args[0], args[1], out.numel() * args[1][0].numel())
         elif op is aten._scaled_dot_product_flash_attention_for_cpu.default:
@@ -94,6 +97,8 @@ class CountedPass(TorchDispatchMode):
             out = _pointwise(op, args, kwargs)
         else:
             return op(*args, **kwargs)
+        if isinstance(out, Tensor) and not (out.is_floating_point() or out.is_complex()):
+            out.zero_()  # it may be an index
         if worth_keeping(op, *args):
             self._current.products.add(self._number(out))
         return out
@@ -120,7 +125,7 @@ class CountedPass(TorchDispatchMode):
     def _product(self, left: Tensor, right: Tensor, macs: int) -> None:
         """The backward pass has a product for each factor that needs a gradient."""
         name = self._names.get(_address(right)) or self._names.get(_address(left), "product")
-        self.add(name, macs, 1 + left.requires_grad + right.requires_grad)
+        self.add(name, macs * (4 if left.is_complex() else 1), 1 + left.requires_grad + right.requires_grad)
 
     def _attention(self, q_BHTd: Tensor, k_BHTd: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
         B, H, T, d = q_BHTd.shape
@@ -141,6 +146,17 @@ class CountedPass(TorchDispatchMode):
             self.bytes.append(tensor.untyped_storage().nbytes())
             self._alive.append(tensor.untyped_storage())
         return self._storages[address]
+
+
+def _require_counted(op: Any, args: Any) -> None:
+    """UserError for an operation of products that no rule here counts, and for operators of other libraries."""
+    transposed = op is aten.convolution.default and args[6]
+    if transposed or op.overloadpacket in _UNCOUNTED or op.namespace not in ("aten", "prim", "prims"):
+        words = f"{'transposed ' if transposed else ''}{op.namespace}.{op.overloadpacket.__name__}"
+        raise UserError(
+            f"cannot be priced: nobody counts the multiply-adds of {words}: call it within "
+            "dis_scale.scan.counts.reporting(name, multiply-adds)"
+        )
 
 
 def _address(tensor: Tensor) -> int:
@@ -226,6 +242,12 @@ _PRODUCTS = {
     aten.baddbmm.default: (1, 2),
 }
 """Positions of the factors."""
+_UNCOUNTED = {
+    aten.mv, aten.dot, aten.vdot, aten.addmv, aten.addmv_, aten.addr, aten.addbmm, aten.addbmm_, aten.addmm_, aten.baddbmm_,
+    aten._fft_c2c, aten._trilinear, aten._cdist_forward, aten.mkldnn_rnn_layer, aten._thnn_fused_lstm_cell,
+    aten._thnn_fused_gru_cell,
+}  # fmt: skip
+"""Operations of products without a rule."""
 _FFT: dict[Any, Callable[..., tuple[Tensor, int]]] = {
     aten._fft_r2c.default: _spectrum,
     aten._fft_c2r.default: _signal,

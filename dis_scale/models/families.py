@@ -25,8 +25,17 @@ GROUP = "dis_scale.families"
 @cache
 def known() -> dict[str, Family]:
     """Return all families by kind, the default one first; those of files once they are used."""
-    packaged = [_packaged(entry) for entry in metadata.entry_points(group=GROUP)]
-    return {family.kind: family for family in (dis.FAMILY, diffussm.FAMILY, dit.FAMILY, *packaged)}
+    families: dict[str, Family] = {}
+    packaged = (_packaged(entry) for entry in metadata.entry_points(group=GROUP))
+    for family in (dis.FAMILY, diffussm.FAMILY, dit.FAMILY, *packaged):
+        for other in families.values():
+            if family.kind == other.kind or (shared := family.presets.keys() & other.presets.keys()):
+                what = f"kind {family.kind!r}" if family.kind == other.kind else f"preset {min(shared)!r}"
+                raise UserError(
+                    f"the package {family.code} brings {what}, as {other.code or 'dis-scale'} does: uninstall one"
+                )
+        families[family.kind] = family
+    return families
 
 
 def default() -> Family:

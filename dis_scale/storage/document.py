@@ -93,7 +93,7 @@ def _require_format(data: bytes, where: str) -> None:
     """StorageError for a file of another format."""
     try:
         version = json.loads(data).get("format")
-    except (AttributeError, ValueError):
+    except (AttributeError, ValueError, RecursionError):
         return
     if isinstance(version, int) and version != FORMAT:
         raise StorageError(f"{where}: format {version} is not read by this version (it reads {FORMAT})")
