@@ -146,6 +146,13 @@ def test_a_package_that_cannot_be_loaded_is_named(package: Path) -> None:
         read("kind: dis")
 
 
+def test_two_packages_with_one_kind_are_refused(package: Path) -> None:
+    (package / "entry_points.txt").write_text("[dis_scale.families]" + "\ngated_conv = gated_conv:FAMILY" * 2)
+    families.known.cache_clear()
+    with pytest.raises(UserError, match=r"brings kind 'gated_conv', as gated-conv 0.1.0 does: uninstall one"):
+        read("kind: gated_conv")
+
+
 def test_a_file_is_trained_and_resumed_exactly(file: Path) -> None:
     """By ranks of ZeRO stage 3 in bfloat16, with recomputed blocks."""
     how = ["train.zero_stage=3", "train.precision=bf16", "train.checkpointing=block", "train.publish_images=[0, 160]"]

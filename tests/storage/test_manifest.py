@@ -79,6 +79,7 @@ def test_another_format_is_refused_by_name_and_is_no_damage(thing: Folder) -> No
         (b'{"format": 1, "text": 3}', "text"),
         (b'{"format": 1, "text": "a", "txet": "b"}', "txet"),
         (b'{"text": "a"}', "it has no format"),
+        pytest.param(b"[" * 200_000, "JSON", id="brackets"),
     ],
 )
 def test_each_damage_of_a_document_is_named_with_its_field(
