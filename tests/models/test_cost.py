@@ -1,7 +1,6 @@
 """Parameters and multiply-adds, compared with tables that were counted on the public code."""
 
 import itertools
-import time
 from collections import defaultdict
 
 import pytest
@@ -101,13 +100,6 @@ def test_shares_of_the_multiply_adds_of_h():
         "scan": 2.5,
     }.items():
         assert shares[name] == pytest.approx(share, abs=0.1)
-
-
-def test_the_largest_models_are_counted_in_under_a_second():
-    cost_of("DiS-S/2")
-    start = time.process_time()
-    cost_of("DiS-H/2"), cost_of("DiT-XL/2")
-    assert time.process_time() - start < 1
 
 
 SETTINGS = {
