@@ -17,8 +17,7 @@ from dis_scale.weights.ema import Snapshot
 from dis_scale.weights.published import snapshots
 from pipelines import last_ray
 from pipelines.cluster import open_cluster
-from pipelines.driver import Driver, run_stage
-from pipelines.jobs import stop_jobs
+from pipelines.driver import Driver, run_stage, stopping_jobs
 from pipelines.signals import obeying_signals
 
 GUIDANCE, WIDTH = "guidance", "ema_width"
@@ -41,12 +40,8 @@ def run_ablation(
         driver = Driver(sweep, board)
         with obeying_signals(driver.stop_requested), open_cluster(sweep.recipe) as cluster:
             words = [f"{value:g}" for value in values]
-            try:
+            with stopping_jobs(driver):
                 run_stage(driver, cluster, "ablate", model, str(images_seen), setting, *words)
-            except BaseException:
-                # It would keep its GPUs of a shared cluster.
-                stop_jobs([job for job in driver.jobs if job.ours], wait_s=sweep.recipe.grace_s + 5)
-                raise
     return ablation.write(sweep, model, images_seen, setting, values, console)
 
 

@@ -1,7 +1,8 @@
 """The jobs of a sweep that is running: one stage to its end, or all trainings with the evaluation next to them."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Event
 
@@ -12,8 +13,8 @@ from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import Ended
 from pipelines import lines
-from pipelines.cluster import Cluster
-from pipelines.jobs import Job, submit
+from pipelines.cluster import Cluster, in_ray_job
+from pipelines.jobs import Job, stop_jobs, submit
 
 ASK_EVERY_S = 10.0
 """Interval at which storage is asked whether a branch can begin."""
@@ -48,6 +49,18 @@ class Failures:
         evaluation = [] if self.evaluation is None else [("evaluate", self.evaluation)]
         failed = [*self.models.items(), *evaluation, *self.skipped.items()]  # a model may be named evaluate, too
         return "; ".join(f"{name} failed: {why}" for name, why in failed)
+
+
+@contextmanager
+def stopping_jobs(driver: Driver, joined: bool = False) -> Iterator[None]:
+    """Stop this command's jobs if the block ends by an error; with `joined` also those of an earlier command that it joined."""
+    try:
+        yield
+    except BaseException:
+        stopped = [job for job in driver.jobs if job.ours or joined]
+        # Wait until the jobs have saved: their Ray may end with this process. A Ray job has no time for it.
+        stop_jobs(stopped, wait_s=0.0 if in_ray_job() else driver.sweep.recipe.grace_s + 5)
+        raise
 
 
 def run_stage(driver: Driver, cluster: Cluster, name: str, *arguments: str) -> None:

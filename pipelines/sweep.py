@@ -35,9 +35,17 @@ from dis_scale.training import devices
 from dis_scale.training.memory import lanes_at_once
 from dis_scale.training.schedule import require_no_rise
 from dis_scale.weights import warm_start
-from pipelines import jobs, last_ray
-from pipelines.cluster import Cluster, in_ray_job, open_cluster, require_root
-from pipelines.driver import Driver, Failures, how_to_continue, raise_if_stopped, run_stage, train_and_evaluate
+from pipelines import last_ray
+from pipelines.cluster import Cluster, open_cluster, require_root
+from pipelines.driver import (
+    Driver,
+    Failures,
+    how_to_continue,
+    raise_if_stopped,
+    run_stage,
+    stopping_jobs,
+    train_and_evaluate,
+)
 from pipelines.metrics import Exporter
 from pipelines.places import Places
 from pipelines.signals import obeying_signals
@@ -113,18 +121,12 @@ def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
         if not cluster.ours:
             await_nodes(driver, cluster)
         require_memory(plan, cluster)
-        try:
+        with stopping_jobs(driver, joined=first):  # the first command also stops jobs that a killed one left
             if not state.prepared(sweep):
                 run_stage(driver, cluster, "prepare")
             if state.find_latents(sweep.folder) is None:
                 run_stage(driver, cluster, "precompute")
             failures = train_and_evaluate(driver, cluster)
-        except BaseException:
-            # The first command also stops jobs that a killed one left.
-            stopped = [job for job in driver.jobs if job.ours or first]
-            # Wait until the jobs have saved: their Ray may end with this process. A Ray job has no time for it.
-            jobs.stop_jobs(stopped, wait_s=0.0 if in_ray_job() else sweep.recipe.grace_s + 5)
-            raise
     skipped = state.skipped(sweep) | dict.fromkeys(state.lost_evaluations(sweep), DELETED)
     return replace(failures, skipped={f"evaluation of {sampled}": why for sampled, why in skipped.items()})
 
