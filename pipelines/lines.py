@@ -19,16 +19,9 @@ PROGRESS_EVERY_S = 2.0
 PROGRESS = (b'{"kind": "progress"',)
 """Beginning of the lines of progress, which stored logs leave out."""
 Kind = Literal["progress", "message", "event", "error"]
-_OF_EVERY_EVENT = {"kind", "time", "level", "event", "at", *Context.__annotations__}
-
-
-_OF_KIND = {
-    "progress": {"time", "level", "done", "total", "unit"},
-    "message": {"time", "level", "message"},
-    "event": {"time", "level", "event"},
-    "error": {"time", "level", "message"},
-}
-"""What a line of each kind has besides the context; a library's line with less is not of the protocol."""
+_OF_EVERY_LINE = {"kind", "time", "level", *Context.__annotations__}
+_OF_KIND = {"progress": {"done", "total", "unit"}, "message": {"message"}, "event": {"event"}, "error": {"message"}}
+"""What a line of each kind has besides; a library's line with less is not of the protocol."""
 
 
 class Line(NamedTuple):
@@ -45,7 +38,7 @@ def parse(line: str) -> Line | None:
         return None
     with contextlib.suppress(ValueError):  # the lines of two threads in one, or the first part of a long one
         facts = json.loads(line)
-        if facts["kind"] in get_args(Kind) and facts.keys() >= _OF_KIND[facts["kind"]] | Context.__annotations__.keys():
+        if facts["kind"] in get_args(Kind) and facts.keys() >= _OF_EVERY_LINE | _OF_KIND[facts["kind"]]:
             return Line(facts["kind"], facts.get("message", ""), facts)
     return None
 
@@ -70,7 +63,7 @@ def _words(line: Line) -> str:
         case "progress":
             return f"{line.facts['done']} of {line.facts['total']} {line.facts['unit']}"
         case "event":
-            own = {name: value for name, value in line.facts.items() if name not in _OF_EVERY_EVENT}
+            own = {name: value for name, value in line.facts.items() if name not in _OF_EVERY_LINE | {"event", "at"}}
             return " ".join([line.facts["event"], *(f"{name}={value}" for name, value in own.items())])
     return line.text
 

@@ -101,9 +101,10 @@ def sample(
         "steps": sampling.steps,
         "guidance": sampling.guidance,
         "seed": seed,
+        "device": machine_name(device),
+        "notes": opened.notes,
     }
-    device_notes = {"device": machine_name(device), "notes": opened.notes}
-    show(as_json, found | device_notes, f"{images} images in {npz or out}")
+    show(as_json, found, f"{images} images in {npz or out}")
 
 
 def grid_columns(classes: int, images: int) -> int:
