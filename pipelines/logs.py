@@ -33,6 +33,8 @@ class JobLogs:
         self._folder, self._context = folder, context
         self._names: dict[str, LogName] = {}
         """The log of each worker by its actor's id."""
+        self._begun: dict[str, Any] = {}
+        """The call by which each worker begins its log: calls of one worker run in several threads, in any order."""
         self._own: KeptLog | None = None
 
     @classmethod
@@ -62,7 +64,7 @@ class JobLogs:
             threading.Thread(target=attempt_logs.prune, args=(self._folder,), daemon=True, name="old logs").start()
         for number, worker in enumerate(new, first):
             self._names[actor_id(worker)] = name = LogName(begun, f"{number:04d}")
-            worker.observe.remote(self._folder, name)
+            self._begun[actor_id(worker)] = worker.observe.remote(self._folder, name)
 
     def collect(self, workers: Sequence[Any]) -> None:
         """Let the workers of a failed attempt write the rest of their logs; store the end of the log of each that cannot."""
@@ -77,7 +79,7 @@ class JobLogs:
     def _collect(self, workers: Sequence[Any]) -> None:
         if not workers:
             return  # `ray.wait` refuses none
-        calls = [worker.write_log.remote() for worker in workers]
+        calls = [worker.write_log.remote(self._begun[actor_id(worker)]) for worker in workers]
         answered, _ = ray.wait(calls, num_returns=len(calls), timeout=ANSWER_S)
         pairs = zip(workers, calls, strict=True)
         dead = [actor_id(worker) for worker, call in pairs if call not in answered or not _succeeded(call)]

@@ -49,10 +49,10 @@ class Worker:
         self._kept = KeptLog(folder, name, self.context)
         Exporter(self.context).start()
 
-    def write_log(self) -> None:
+    def write_log(self, begun: None) -> None:  # noqa: ARG002  # Ray calls this once `observe` has returned it
         """Write what the log in storage does not have yet."""
-        if self._kept is not None:
-            self._kept.write()
+        assert self._kept is not None
+        self._kept.write()
 
     def stacks(self) -> str:
         """Return the stack of each thread."""

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from dis_scale.recipe import Recipe
-from dis_scale.storage.folder import open_folder
+from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.tracking import attempt_logs
 from pipelines import stage
 from pipelines.failures import WorkerFailure
@@ -28,7 +28,11 @@ POLICY = replace(SHARED, answer_s=2.0)
 
 
 class Taker(Worker):
-    """Takes numbers and writes a file for each; its process dies at a number below 0."""
+    """Takes numbers and writes a file for each; its process dies at a number below 0. It is slow to begin its log."""
+
+    def observe(self, folder: Folder, name: attempt_logs.LogName) -> None:
+        time.sleep(0.5)
+        super().observe(folder, name)
 
     def take(self, made: Path, deal: Deal) -> None:
         for number in iter(deal, None):
