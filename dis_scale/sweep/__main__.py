@@ -1,7 +1,7 @@
-"""`python -m dis_scale.sweep RECIPE`: the public command of a Ray job, the same as `dis-scale sweep RECIPE`."""
+"""`python -m dis_scale.sweep RECIPE`: the public command of a Ray job, the same as `python -m dis_scale sweep RECIPE`."""
 
+import runpy
 import sys
 
-from dis_scale.cli import main
-
-main(["sweep", *sys.argv[1:]])
+sys.argv[1:1] = ["sweep"]
+runpy.run_module("dis_scale", run_name="__main__")
