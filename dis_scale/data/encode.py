@@ -27,6 +27,8 @@ from dis_scale.vae import Vae
 
 READ_IMAGES = 16
 """Most images that one thread reads and decodes at a time."""
+DECODERS = 16
+"""Threads that read and decode ahead of the VAE: more than cores, since each waits for its reads."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def _decoded(setup: Setup, numbers: Iterable[int]) -> Iterator[_DecodedRange]:
             shards.shard_positions(number, len(setup.source), settings.precompute), READ_IMAGES
         )
     )
-    return in_order(ranges, work, settings.precompute.decoders)
+    return in_order(ranges, work, DECODERS)
 
 
 def _encode_shard(

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dis_scale.diffusion.process import Losses, ModelFn, mean_flat, per_sample, uniform_numbers
+from dis_scale.diffusion.process import Losses, ModelFn, mean_flat, per_sample
 from dis_scale.recipe import Flow
 
 
@@ -25,12 +25,10 @@ class FlowMatching:
         """0, since time is continuous."""
         return 0
 
-    def sample_times(self, rng: np.random.Generator, n: int, lane: int = 0, lanes: int = 1) -> Tensor:
+    def sample_times(self, rng: np.random.Generator, n: int) -> Tensor:
         """Sample times (n,) in (0, 1), float32: uniform or logit-normal (Esser et al. 2024), then shifted."""
         if self.settings.times == "uniform":
-            t = uniform_numbers(rng, n, (lane, lanes) if self.settings.stratified else None)
-        elif self.settings.stratified:
-            t = torch.special.ndtri(torch.from_numpy(uniform_numbers(rng, n, (lane, lanes)))).sigmoid().numpy()
+            t = rng.uniform(size=n)
         else:
             t = 1 / (1 + np.exp(-rng.standard_normal(n)))
         return torch.from_numpy(self._shift(t)).float()

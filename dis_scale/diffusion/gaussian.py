@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dis_scale.diffusion.process import Losses, ModelFn, mean_flat, uniform_numbers
+from dis_scale.diffusion.process import Losses, ModelFn, mean_flat
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Gaussian
 
@@ -107,20 +107,16 @@ class GaussianDiffusion:
         """Length of the training chain."""
         return self.settings.steps
 
-    def sample_times(self, rng: np.random.Generator, n: int, lane: int = 0, lanes: int = 1) -> Tensor:
+    def sample_times(self, rng: np.random.Generator, n: int) -> Tensor:
         """Sample steps (n,), uniform, int64."""
-        if self.settings.stratified:
-            return torch.from_numpy(uniform_numbers(rng, n, (lane, lanes)) * self.num_steps).long()
         return torch.from_numpy(rng.integers(self.num_steps, size=n))
 
     def losses(self, model_fn: ModelFn, x0_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Losses:
-        """MSE of the noise (min-SNR weighted if set) plus the bound in bits per dimension, which trains the variance only."""
+        """MSE of the noise plus the bound in bits per dimension, which trains the variance only."""
         c = self.chain.at(t_B, x0_BCHW)
         xt_BCHW = c.signal * x0_BCHW + c.sigma * noise_BCHW
         eps_BCHW, v_BCHW = model_fn(xt_BCHW, self.chain.model_times(t_B)).to(xt_BCHW.dtype).chunk(2, dim=1)
         mse_B = mean_flat((noise_BCHW - eps_BCHW).square())
-        if self.settings.min_snr_gamma is not None:
-            mse_B = mse_B * min_snr_weight(c, self.settings.min_snr_gamma)
         vb_B = variational_bound(c, x0_BCHW, xt_BCHW, eps_BCHW.detach(), v_BCHW, t_B == 0)
         return Losses(mse_B + vb_B, mse_B, vb_B)
 
@@ -163,12 +159,6 @@ def spaced_times(steps: int, count: int) -> list[int]:
         times.append(round(position))
         position += stride
     return times
-
-
-def min_snr_weight(c: Coefficients, gamma: float) -> Tensor:
-    """min(SNR, gamma) / SNR for noise prediction (Hang et al. 2023), (B,)."""
-    snr_B = (c.signal / c.sigma).square().flatten()
-    return snr_B.clamp(max=gamma) / snr_B
 
 
 def variational_bound(

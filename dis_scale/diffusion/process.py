@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 ModelFn = Callable[[Tensor, Tensor], Tensor]
@@ -31,28 +30,13 @@ class Process(Protocol):
         """Length of the chain, 0 for continuous time."""
         ...
 
-    def sample_times(self, rng: np.random.Generator, n: int, lane: int = 0, lanes: int = 1) -> Tensor:
-        """Sample times (n,) for one of the lanes of a training batch from the caller's generator.
-
-        They depend on the lane only if the recipe's times are stratified.
-        """
+    def sample_times(self, rng: np.random.Generator, n: int) -> Tensor:
+        """Sample times (n,) of training from the caller's generator."""
         ...
 
     def losses(self, model_fn: ModelFn, x0_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Losses:
         """The loss of each sample at the given times and noise. Uses no random numbers."""
         ...
-
-
-def uniform_numbers(rng: np.random.Generator, n: int, strata: tuple[int, int] | None) -> NDArray[np.float64]:
-    """Return n numbers in [0, 1): independent ones, or stratified over a batch by (lane, lanes).
-
-    Stratified, sample j of a lane is uniform in part j lanes + lane of the batch's n lanes equal parts.
-    """
-    numbers = rng.uniform(size=n)
-    if strata is None:
-        return numbers
-    lane, lanes = strata
-    return (np.arange(n) * lanes + lane + numbers) / (n * lanes)
 
 
 def per_sample(values_B: Tensor, like_BCHW: Tensor) -> Tensor:

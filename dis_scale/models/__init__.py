@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from dis_scale.models import families
-from dis_scale.models.family import FamilySettings
+from dis_scale.models.settings import FamilySettings
 from dis_scale.process.errors import UserError
 from dis_scale.process.settings import LatentShape, Precision
 

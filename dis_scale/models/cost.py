@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from dis_scale.models import build, families
 from dis_scale.models.checkpointing import recompute_every
 from dis_scale.models.counter import CountedPass, Saved
-from dis_scale.models.family import FamilySettings, PaperNumbers
+from dis_scale.models.family import PaperNumbers
+from dis_scale.models.settings import FamilySettings
 from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import UserError
 from dis_scale.process.settings import LatentShape, Precision

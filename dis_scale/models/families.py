@@ -16,7 +16,8 @@ from types import ModuleType, new_class
 from typing import Any, Literal
 
 from dis_scale.models import diffussm, dis, dit
-from dis_scale.models.family import Family, FamilySettings
+from dis_scale.models.family import Family
+from dis_scale.models.settings import FamilySettings
 from dis_scale.process.errors import NoFamily, UserError, nearest
 
 GROUP = "dis_scale.families"

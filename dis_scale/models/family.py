@@ -6,52 +6,15 @@ interface of a network), dis/ (a room).
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from dis_scale.process.settings import LatentShape, Settings
+from dis_scale.models.settings import FamilySettings
+from dis_scale.process.settings import LatentShape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dis_scale.models.tokens import Backbone
-
-
-class FamilySettings(Settings):
-    """Sizes and options of a network; base of a family's settings, which add `kind: Literal["name"]`, `width`, `patch` and more."""
-
-    if TYPE_CHECKING:
-        kind: str
-        width: int
-        patch: int
-
-    beside: ClassVar[frozenset[str]] = frozenset()
-    """Fields that a recipe adds to those of the family: what the network is does not depend on them."""
-    only_initial: ClassVar[frozenset[str]] = frozenset()
-    """Fields that shape the random start or the training, and not what the network computes from its weights."""
-
-    @property
-    def needed_code(self) -> str:
-        """Package and version, or hash of the file, that the settings were made for."""
-        return str(getattr(self, "code", ""))
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """What the network is, apart from its training."""
-        return self.model_dump(exclude=set(self.beside))
-
-    def at_width(self, width: int) -> Self:
-        """Return the settings at another width, of a network between which and this one learning rates transfer."""
-        return self.model_copy(update={"width": width})
-
-    def base_width_refusal(self, base_width: int, others: Mapping[str, Self]) -> str | None:
-        """Return why rates cannot follow from a base width; None if they can. `others`: models of this kind and base width."""
-        del base_width, others
-        return None
-
-    @property
-    def heads_in_file(self) -> int | None:
-        """Heads of a public file of these settings, which its weights do not determine."""
-        return None
 
 
 class PaperNumbers(NamedTuple):
@@ -70,8 +33,8 @@ class PublicLayout(Protocol):
         """Whether a public file is of this family."""
         ...
 
-    def read(self, state_dict: "Mapping[str, Tensor]", heads: int | None = None) -> "Backbone":
-        """Return the model with a public file's weights. UserError names missing, unknown, misshapen or non-finite ones."""
+    def model(self, state_dict: "Mapping[str, Tensor]", heads: int | None = None) -> "Backbone":
+        """Return a model of a public file's sizes, without weights. UserError names what is missing or misshapen."""
         ...
 
     def rename(self, ours: str, model: "Backbone") -> str:

@@ -1,19 +1,17 @@
-"""What the public layouts of weights share: reading sizes, renaming, loading. Sizes are read from the weights.
+"""Public files of weights to models and back, by the layout of the model's family. A round trip is bit-equal.
 
-A round trip is bit-equal. Read next: dis/public.py, dit/public.py.
+Read next: dis/public.py, dit/public.py.
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
 
 from dis_scale.models import check_finite, families
 from dis_scale.models.family import PublicLayout
+from dis_scale.models.public_names import StateDict
 from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import UserError
-
-StateDict = Mapping[str, Tensor]
 
 
 class PublicWeight(NamedTuple):
@@ -48,7 +46,9 @@ def read_public(state_dict: StateDict, heads: int | None = None) -> Backbone:
     """Return the model of a public state dict, which its names tell. UserError names what does not fit."""
     layouts = [family.public() for family in families.known().values() if family.public]
     public = next((each for each in layouts if each.recognises(state_dict)), layouts[0])
-    return public.read(state_dict, heads)
+    model = public.model(state_dict, heads)
+    _load(model, state_dict)
+    return model
 
 
 def _shape(ours: str, shape: tuple[int, ...], model: Backbone) -> tuple[int, ...]:
@@ -58,20 +58,13 @@ def _shape(ours: str, shape: tuple[int, ...], model: Backbone) -> tuple[int, ...
     return (shape[0], 1, shape[1]) if ours.endswith("conv_weight") else shape
 
 
-def renamed(ours: str, names: Mapping[str, str]) -> str:
-    """Return the public name of a weight, by its own name or by its layer's name."""
-    if ours in names:
-        return names[ours]
-    layer, _, kind = ours.rpartition(".")
-    return f"{names[layer]}.{kind}"
-
-
-def load(model: Backbone, state_dict: StateDict) -> None:
+def _load(model: Backbone, state_dict: StateDict) -> None:
     """Load public weights. UserError names missing, unknown, misshapen or non-finite ones."""
     public = layout(model)
     expected = {weight.name: weight.shape for weight in public.values()}
+    beside = layout_of(model).added(model, state_dict)
     faults = [f"{name} is missing" for name in expected if name not in state_dict]
-    faults += [f"{name} is not known" for name in state_dict if name not in expected]
+    faults += [f"{name} is not known" for name in state_dict if name not in expected and name not in beside]
     for name, shape in expected.items():
         if name in state_dict and tuple(state_dict[name].shape) != shape:
             faults.append(f"{name} has shape {tuple(state_dict[name].shape)}, expected {shape}")
@@ -82,18 +75,3 @@ def load(model: Backbone, state_dict: StateDict) -> None:
     weights = {ours: state_dict[weight.name].reshape(shapes[ours]).clone() for ours, weight in public.items()}
     model.load_state_dict(weights, assign=True)
     check_finite(model)
-
-
-def sized(state_dict: StateDict, name: str, axes: int) -> Tensor:
-    """Return the weight `name`, from whose shape a size is read. UserError if it is missing or has other axes."""
-    if name not in state_dict:
-        raise UserError(f"not a state dict in the public layout: {name} is missing")
-    if state_dict[name].ndim != axes:
-        raise UserError(f"{name} has shape {tuple(state_dict[name].shape)}, expected {axes} axes")
-    return state_dict[name]
-
-
-def count(state_dict: StateDict, prefix: str) -> int:
-    """Return the number of blocks with this prefix."""
-    numbers = [int(name.split(".")[1]) for name in state_dict if name.startswith(prefix + ".")]
-    return max(numbers, default=-1) + 1

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dis_scale.models.family import FamilySettings
+from dis_scale.models.settings import FamilySettings
 from dis_scale.process.errors import UserError
 from dis_scale.process.settings import LatentShape, Precision
 from dis_scale.scan.graphs import prepare_to_compile
@@ -85,7 +85,7 @@ class Backbone(nn.Module):
         return parameter.ndim > 1 and name.rpartition(".")[2] not in self.dynamics | self.undecayed
 
     def rate_group(self, name: str, parameter: Tensor) -> str:
-        """Return the field of `Rates` for a parameter."""
+        """Return the kind of a parameter: input, hidden, output, dynamics or vectors; rates transfer over widths by it."""
         last = name.rpartition(".")[2]
         if last in self.dynamics:
             return "dynamics"

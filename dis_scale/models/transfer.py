@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dis_scale.models import construct, families
-from dis_scale.models.family import FamilySettings
+from dis_scale.models.settings import FamilySettings
 from dis_scale.models.tokens import Backbone
 
 TABLES = ("label.", "position")

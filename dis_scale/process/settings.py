@@ -17,7 +17,6 @@ InferencePrecision = Literal["fp32", "tf32", "bf16"]
 """Of products outside training: exact, rounded to TF32 (GPUs; elsewhere exact), or in bfloat16."""
 Width = Annotated[float, Field(ge=NARROWEST_EMA, le=WIDEST_EMA)]
 """Relative width of a power-function average, see weights/ema.py."""
-Rate = Annotated[float, Field(ge=0)]
 CHECKPOINTING = re.compile(r"none|block|selective|every_([2-9]|[1-9]\d+)")
 """Modes of activation checkpointing."""
 

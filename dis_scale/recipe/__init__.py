@@ -40,13 +40,13 @@ from dis_scale.recipe.evaluate import (
 )
 from dis_scale.recipe.isoflop import Isoflop
 from dis_scale.recipe.models import AnyModel, Branch, FileStart, Model, ModelTrain, SweepStart
-from dis_scale.recipe.train import SCAN_DEVICES, Flow, Gaussian, Rates, Reader, Train
+from dis_scale.recipe.train import SCAN_DEVICES, Flow, Gaussian, Reader, Train
 
 __all__ = [
     "CHECKPOINTING", "MAIN", "MODEL_NAME_CHARACTERS",
     "Branch", "CsvSource", "Data", "DigitsSource", "Evaluate",
     "ExtractorSettings", "FileStart", "Flow", "FolderSource", "Gaussian", "InceptionExtractor", "Isoflop", "LatentShape", "Model",
-    "ModelTrain", "NoVae", "Normalise", "ParquetSource", "Precision", "Precompute", "PretrainedVae", "Rates", "Reader",
+    "ModelTrain", "NoVae", "Normalise", "ParquetSource", "Precision", "Precompute", "PretrainedVae", "Reader",
     "Recipe", "Sampling", "Settings", "SourceSettings", "StoredSource", "SweepStart", "TarSource", "TorchScriptExtractor",
     "TorchScriptVae", "Train", "TrainedExtractor", "TrainedVae", "VaeSettings", "Variant",
 ]  # fmt: skip

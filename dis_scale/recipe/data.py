@@ -188,5 +188,3 @@ class Precompute(Settings):
     """Precision of the autoencoder's products."""
     workers: Count = runtime(1)
     """Number of encoders, and of those that compute the reference."""
-    decoders: Count = runtime(16)
-    """Threads per worker that read and decode images ahead of the VAE: more than cores, since each waits for its reads."""

@@ -16,10 +16,11 @@ from pydantic import (
 )
 
 from dis_scale.models import families
-from dis_scale.models.family import Family, FamilySettings
+from dis_scale.models.family import Family
+from dis_scale.models.settings import FamilySettings
 from dis_scale.process.errors import NoFamily
 from dis_scale.process.settings import Count, Fraction, Precision, Settings, runtime
-from dis_scale.recipe.train import ImageCounts, Rates
+from dis_scale.recipe.train import ImageCounts
 
 
 class ModelTrain(Settings):
@@ -31,7 +32,6 @@ class ModelTrain(Settings):
     batch_images: Count | None = None
     """A multiple of the recipe's lanes."""
     learning_rate: float | None = Field(None, gt=0)
-    rates: Rates | None = None
     base_width: Count | None = None
     weight_decay: float | None = Field(None, ge=0)
     warmup_images: int | None = Field(None, ge=0)

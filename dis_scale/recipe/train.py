@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dis_scale.process.settings import CHECKPOINTING, Count, Fraction, Precision, Rate, Settings, Width, extent, runtime
+from dis_scale.process.settings import CHECKPOINTING, Count, Fraction, Precision, Settings, Width, extent, runtime
 
 
 class Gaussian(Settings):
@@ -16,10 +16,6 @@ class Gaussian(Settings):
     """Schedule of the noise."""
     steps: Count = 1000
     """Steps of the process, of which a sampler may use fewer."""
-    min_snr_gamma: float | None = Field(None, gt=0)
-    """Weight the MSE by min(SNR, gamma) / SNR (Hang et al. 2023)."""
-    stratified: bool = False
-    """Spread the times evenly over the batch: one in each of as many equal parts as it has images. Less noise in the loss."""
 
 
 class Flow(Settings):
@@ -30,8 +26,6 @@ class Flow(Settings):
     """Distribution of the times in training."""
     shift: float = Field(1.0, gt=0)
     """Time shift for resolution: t <- shift t / (1 + (shift - 1) t) (Esser et al. 2024)."""
-    stratified: bool = False
-    """Spread the times evenly over the batch: one in each of as many equal parts as it has images. Less noise in the loss."""
 
 
 RANGE = re.compile(r"[1-9]\d*\.\.[1-9]\d*")
@@ -63,21 +57,6 @@ Workers = Annotated[
         _count_or_range, json_schema_input_type=Count | Annotated[str, Field(pattern=rf"^{RANGE.pattern}$")]
     ),
 ]
-
-
-class Rates(Settings):
-    """Factors of the learning rate by kind of parameter (Backbone.rate_group); 0 freezes. They multiply those of `base_width`."""
-
-    input: Rate = 1.0
-    """Embeddings: patches, times, classes, positions."""
-    hidden: Rate = 1.0
-    """Products within the width."""
-    output: Rate = 1.0
-    """The last product."""
-    dynamics: Rate = 1.0
-    """A, the time step, S4D's B."""
-    vectors: Rate = 1.0
-    """Biases, norms, D, S4D's C."""
 
 
 ImageCounts = tuple[Annotated[int, Field(ge=0)], ...]
@@ -112,8 +91,6 @@ class Train(Settings):
     """Backend of the selective scan; `auto` takes the fastest of the device."""
     learning_rate: float = Field(1e-4, gt=0)
     """Rate of AdamW after the warm-up."""
-    rates: Rates = Rates()
-    """Factors of the rate by kind of parameter."""
     base_width: Count | None = None
     """Width at which the learning rate was found. Rates and initial weights of other widths follow by maximal-update
     parametrisation (models/transfer.py); experimental for DiS and DiffuSSM. Default: every width as it is."""

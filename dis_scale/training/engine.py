@@ -90,8 +90,9 @@ class Engine:
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the next step, before the factors of kinds of parameters."""
-        return next((group["lr"] / group["rate"] for group in self.optimizer.param_groups if group["rate"]), 0.0)
+        """The rate of the next step, before the factors of `base_width`."""
+        group = self.optimizer.param_groups[0]
+        return float(group["lr"] / group["rate"])
 
     @property
     def skipped(self) -> bool:
@@ -209,7 +210,7 @@ def parameter_groups(model: Backbone, settings: Train) -> list[dict[str, Any]]:
     groups = defaultdict[tuple[float, float], list[nn.Parameter]](list)
     for name, parameter in model.named_parameters():
         decay = settings.weight_decay * growth[name] if model.decays(name, parameter) else 0.0
-        rate = getattr(settings.rates, model.rate_group(name, parameter)) / growth[name]
+        rate = 1 / growth[name]
         groups[decay, rate].append(parameter)
     ordered = sorted(groups.items(), key=lambda item: item[0][0], reverse=True)  # the norm's bits depend on it
     return [{"params": each, "weight_decay": decay, "rate": rate} for (decay, rate), each in ordered]

@@ -45,7 +45,7 @@ def step_inputs(
             flip=recipe.data.mirror, label_dropout=settings.label_dropout,
         )  # fmt: skip
         n = len(micro.x_BCHW)
-        t_B = process.sample_times(seeds.generator("time", seed, step, lane), n, lane, settings.lanes)
+        t_B = process.sample_times(seeds.generator("time", seed, step, lane), n)
         return StepInput(micro, t_B, _drop_masks(rates, n, seed, step, lane), weight)
 
     for step in range(images_seen // settings.batch_images, settings.images // settings.batch_images):

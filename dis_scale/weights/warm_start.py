@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dis_scale import vae
 from dis_scale.models import check_finite, construct
-from dis_scale.models.family import FamilySettings
+from dis_scale.models.settings import FamilySettings
 from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import FileStart, Flow, Gaussian, LatentShape, Recipe, SweepStart

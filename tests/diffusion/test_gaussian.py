@@ -96,17 +96,6 @@ def test_the_bound_trains_only_the_variance():
     assert float(out.grad[:, 2:].abs().min()) > 0
 
 
-def test_min_snr_weights_the_mse():
-    x0, noise = images()
-    t = torch.tensor([0, 1, 10, 300, 700, 999])
-    model_fn = lambda *_: torch.zeros(6, 4, 3, 3, dtype=torch.float64)  # noqa: E731
-    plain = PROCESS.losses(model_fn, x0, t, noise)
-    weighted = build(Gaussian(kind="gaussian", min_snr_gamma=5.0)).losses(model_fn, x0, t, noise)
-    snr = PROCESS.chain.alpha_bars_K[t] / (1 - PROCESS.chain.alpha_bars_K[t])
-    assert np.allclose(weighted.mse / plain.mse, np.minimum(snr, 5) / snr)
-    assert torch.equal(weighted.vb, plain.vb)
-
-
 def test_the_first_steps_bound_is_the_likelihood_of_8_bit_bins():
     grid = torch.linspace(-1, 1, 256, dtype=torch.float64)
     mean, scale = 0.3, torch.full((256,), np.log(0.05), dtype=torch.float64)

@@ -202,7 +202,7 @@ def _diffussm(settings: DiffuSsm, shape: LatentShape) -> Cost:
     D, M, depth = settings.width, settings.hourglass, settings.depth
     P, L = shape.channels * settings.patch**2, (shape.size // settings.patch) ** 2
     G, S = L // M, (2 if settings.bidirectional else 1) * D
-    kernels = depth * D * (2 if settings.bidirectional and not settings.tied else 1)
+    kernels = depth * D * (2 if settings.bidirectional else 1)
     parts = (
         Part("embed", G * P * M * D, passes=2),
         Part("time: first", FREQUENCIES * D, passes=2),

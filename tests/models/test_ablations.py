@@ -118,9 +118,7 @@ def test_an_ablation_is_not_exported_as_a_public_dis(options):
         to_official(dis(**options))
 
 
-def test_options_that_contradict_each_other_are_refused():
-    with pytest.raises(ValueError, match="halve_sum averages two directions"):
-        Dis(kind="dis", width=16, depth=4, patch=2, directions=1, halve_sum=True)
+def test_a_width_without_a_table_of_positions_is_refused():
     with pytest.raises(ValueError, match="a width that is a multiple of 4, got 6"):
         DiffuSsm(kind="diffussm", width=6, depth=2, position="sine")
 

@@ -17,7 +17,7 @@ from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.models.dis import network as dis
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.settings import Dit
-from dis_scale.models.family import FamilySettings
+from dis_scale.models.settings import FamilySettings
 from dis_scale.recipe import LatentShape
 from tests.models import cost_formulas
 

@@ -73,9 +73,7 @@ def test_pixels_are_grouped_in_raster_order():
     assert moved == [[2, 4], [2, 5], [2, 6], [2, 7]]
 
 
-@pytest.mark.parametrize(
-    "options", [{"bidirectional": False}, {"tied": True}, {"init": "legs"}, {"init": "inv"}], ids=str
-)
+@pytest.mark.parametrize("options", [{"bidirectional": False}, {"init": "legs"}, {"init": "inv"}], ids=str)
 def test_options_run_and_change_the_parameters(options):
     plain, optional = model(), model(**options)
     x, t, y = inputs()

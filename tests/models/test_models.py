@@ -172,12 +172,6 @@ def test_initial_weights_of_dis_are_the_public_codes_without_its_defect():
     assert float(forward.dt_bias.abs().min()) > 0
 
 
-def test_halved_sum_is_half_of_the_output():
-    plain, halved = (build(DIS.model_copy(update={"halve_sum": on}), SHAPE, 10).blocks[0].mixer for on in (False, True))
-    h_BLD = torch.randn(2, 18, 32)
-    assert torch.allclose(halved(h_BLD), plain(h_BLD) / 2, atol=1e-6)
-
-
 def test_adaln_zero_blocks_add_nothing_at_first_and_learn():
     model = build(DIS.model_copy(update={"conditioning": "adaln_zero"}), SHAPE, 10)
     h_BLD, c_BD = torch.randn(2, 18, 32), torch.randn(2, 32)
@@ -186,10 +180,6 @@ def test_adaln_zero_blocks_add_nothing_at_first_and_learn():
     assert torch.equal(stream, h_BLD)
     model(*inputs()).square().mean().backward()
     assert float(model.blocks[0].modulation.weight.grad.abs().max()) > 0
-
-
-def test_zero_final_gives_zero_at_first():
-    assert not build(DIS.model_copy(update={"zero_final": True}), SHAPE, 10)(*inputs()).detach().any()
 
 
 @MODELS

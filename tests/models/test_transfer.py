@@ -11,7 +11,7 @@ from dis_scale.models import build, construct, transfer
 from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.settings import Dit
-from dis_scale.recipe import Flow, LatentShape, Rates, Train
+from dis_scale.recipe import Flow, LatentShape, Train
 from dis_scale.training.engine import parameter_groups
 
 SHAPE, WIDTHS = LatentShape(4, 8), (64, 128, 256)
@@ -103,8 +103,7 @@ def test_nothing_changes_at_the_base_width(settings: Dit | Dis | DiffuSsm) -> No
 
 
 def train(base_width: int | None) -> Train:
-    rates = Rates(hidden=0.5, output=3.0, dynamics=0.25)
-    return Train(publish_images=(8,), batch_images=8, lanes=1, weight_decay=0.1, rates=rates, base_width=base_width)
+    return Train(publish_images=(8,), batch_images=8, lanes=1, weight_decay=0.1, base_width=base_width)
 
 
 @pytest.mark.parametrize("settings", MODELS, ids=lambda s: s.kind)

@@ -14,13 +14,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from dis_scale.models import build
+from dis_scale.models import build, transfer
 from dis_scale.models.diffussm.s4d import S4D
 from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.settings import Dit
 from dis_scale.process.errors import DisScaleError
-from dis_scale.recipe import LatentShape, Rates, Train, reading
+from dis_scale.recipe import LatentShape, Train, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Run
 from dis_scale.training import engine, resume
@@ -125,31 +125,31 @@ def test_the_gradient_does_not_depend_on_the_number_of_workers(
     assert torch.linalg.norm(one - more) < tolerance * torch.linalg.norm(one) > 0
 
 
-def test_kinds_of_parameters_have_factors_of_the_rate() -> None:
-    on_ranks(1, at_each_stage, moves_by_kind)
+def test_the_base_width_divides_the_rate_of_sums_over_the_width() -> None:
+    on_ranks(1, at_each_stage, moves_by_growth)
 
 
-def moves_by_kind(stage: int) -> None:
-    """Adam's first step moves each weight that has a gradient by the rate, whatever the gradient."""
-    rates = {"input": 0.5, "hidden": 0.25, "output": 2.0, "dynamics": 0.0, "vectors": 1.0}
-    settings = train(zero_stage=stage, learning_rate=1e-3, clip=0.0, rates=Rates(**rates))
+def moves_by_growth(stage: int) -> None:
+    """Adam's first step moves each weight that has a gradient by its rate, whatever the gradient."""
     for tiny in (DIFFUSSM, DIS):
+        settings = train(zero_stage=stage, learning_rate=1e-3, clip=0.0, base_width=tiny.width // 2)
         model = build(tiny, SHAPE, 10)
         with torch.no_grad():  # a last product of zeros would hide the others' gradients
             for p in model.parameters():
                 p += 0.02 * torch.randn_like(p)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        kinds = {name: model.rate_group(name, p) for name, p in model.named_parameters()}
+        growth = transfer.fan_in_growth(model, tiny.width // 2)
+        assert set(growth.values()) == {1.0, 2.0}
         state = engine.start(model, settings, torch.device("cpu"), resume.fresh(model), adam_step=0)
         state.set_learning_rate(1e-3)
         assert state.learning_rate == pytest.approx(1e-3)
         predicted = state.deepspeed(torch.randn(2, 4, 8, 8), torch.rand(2), torch.arange(2))
         state.micro_step((predicted * torch.randn_like(predicted)).sum())
-        moved = dict.fromkeys(rates, 0.0)
+        moved = dict.fromkeys(growth, 0.0)
         for segment, flat in state.segments(engine.WEIGHTS).items():
             change = float((flat - before[segment.name].flatten()).abs().max())
-            moved[kinds[segment.name]] = max(moved[kinds[segment.name]], change)
-        assert moved == {kind: pytest.approx(1e-3 * rate, rel=1e-2) for kind, rate in rates.items()}
+            moved[segment.name] = max(moved[segment.name], change)
+        assert moved == {name: pytest.approx(1e-3 / factor, rel=1e-2) for name, factor in growth.items()}
 
 
 def test_weight_decay_spares_dynamics_norms_biases_and_positions() -> None:

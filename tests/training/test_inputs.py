@@ -25,7 +25,7 @@ def first_step(recipe: Recipe, latents: Latents, world: int, at_once: int) -> li
     return [next(inputs) for inputs, passes in zip(each, ranks, strict=True) for _ in passes]
 
 
-@pytest.mark.parametrize("more", [(), ("diffusion.stratified=true",), UNCONDITIONAL])
+@pytest.mark.parametrize("more", [(), UNCONDITIONAL])
 def test_a_step_has_the_same_inputs_for_any_number_of_workers(more: tuple[str, ...], tmp_path: Path) -> None:
     recipe = reading.load(TINY, list(more))
     latents = Latents(make_latents(open_folder(tmp_path), recipe), seed=0)
@@ -42,5 +42,3 @@ def test_a_step_has_the_same_inputs_for_any_number_of_workers(more: tuple[str, .
         else:
             assert torch.equal(torch.cat(labels), one.micro.y_B)
     assert (one.micro.y_B is None) == (more == UNCONDITIONAL)
-    if more == ("diffusion.stratified=true",):
-        assert sorted((one.t_B * recipe.train.batch_images // 1000).tolist()) == list(range(recipe.train.batch_images))

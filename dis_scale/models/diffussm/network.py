@@ -33,15 +33,13 @@ class BiS4D(nn.Module):
     def __init__(self, settings: DiffuSsm):
         super().__init__()
         self.rightward = S4D(settings.width, settings)
-        separate = settings.bidirectional and not settings.tied
-        self.leftward = S4D(settings.width, settings) if separate else None
-        self.bidirectional = settings.bidirectional
+        self.leftward = S4D(settings.width, settings) if settings.bidirectional else None
 
     @outside_graphs  # torch.compile assumes another memory layout for an FFT's output, and fails
     def forward(self, u_BLS: Tensor) -> Tensor:
         spectrum, skip = self.rightward(u_BLS.shape[1])
-        if self.bidirectional:
-            back_spectrum, back_skip = (spectrum, skip) if self.leftward is None else self.leftward(u_BLS.shape[1])
+        if self.leftward is not None:
+            back_spectrum, back_skip = self.leftward(u_BLS.shape[1])
             spectrum = torch.cat([spectrum, back_spectrum.conj()], dim=1)
             skip = torch.cat([skip, back_skip])
         return convolve(u_BLS, spectrum, skip)

@@ -16,6 +16,8 @@ from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.models.tokens import wide
 from dis_scale.scan.counts import active, keeping, report, reporting
 
+INITIAL_STEPS = (1e-3, 1e-1)
+"""Least and largest initial time step of a channel."""
 CHUNK = 2**24
 """Complex numbers of the Vandermonde product in memory at once: 128 MB. All of it at 1152 channels and 4096 taps is 1.2 GB."""
 
@@ -50,8 +52,7 @@ class S4D(nn.Module):
         H, M = channels, settings.state_size // 2
         with torch.device("cpu"):
             A_M, B_M = initial_modes(settings.init, settings.state_size)
-        low, high = math.log(settings.dt_min), math.log(settings.dt_max)
-        self.log_dt = nn.Parameter(torch.empty(H).uniform_(low, high))
+        self.log_dt = nn.Parameter(torch.empty(H).uniform_(*map(math.log, INITIAL_STEPS)))
         self.log_neg_re = _rows((-A_M.real).log(), H)
         self.im = _rows(A_M.imag, H)
         self.B = _rows(torch.view_as_real(B_M), H)

@@ -5,14 +5,14 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dis_scale.models.family import FamilySettings
+from dis_scale.models.settings import FamilySettings
 from dis_scale.process.settings import Count
 
 
 class DiffuSsm(FamilySettings):
     """DiffuSSM: gated bidirectional S4D with hourglass layers (arXiv 2311.18257), as specified in docs/models.md."""
 
-    only_initial: ClassVar[frozenset[str]] = frozenset({"init", "dt_min", "dt_max"})
+    only_initial: ClassVar[frozenset[str]] = frozenset({"init"})
 
     kind: Literal["diffussm"]
     width: Count
@@ -27,27 +27,15 @@ class DiffuSsm(FamilySettings):
     """Positions in a group: all layers but the scans work on groups."""
     bidirectional: bool = True
     """Scan in both directions; otherwise from the first token to the last."""
-    tied: bool = False
-    """Share one set of S4D's parameters between the directions."""
     position: Literal["none", "sine"] = "none"
     """`sine` adds DiT's fixed table, averaged over the positions of a group."""
     init: Literal["lin", "inv", "legs"] = "lin"
     """Initial modes of S4D: S4D-Lin, S4D-Inv or S4D-LegS."""
-    dt_min: float = Field(1e-3, gt=0)
-    """Least initial time step."""
-    dt_max: float = Field(1e-1, gt=0)
-    """Largest initial time step."""
 
     @model_validator(mode="after")
     def _table_fits(self) -> Self:
         if self.position == "sine" and self.width % 4:
             raise ValueError(f"position sine needs a width that is a multiple of 4, got {self.width}")
-        return self
-
-    @model_validator(mode="after")
-    def _time_steps_rise(self) -> Self:
-        if self.dt_min > self.dt_max:
-            raise ValueError(f"dt_min {self.dt_min:g} is above dt_max {self.dt_max:g}: exchange them")
         return self
 
     def base_width_refusal(self, base_width: int, others: Mapping[str, Self]) -> str | None:

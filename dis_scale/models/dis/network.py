@@ -83,7 +83,7 @@ class Mixer(nn.Module):
     def __init__(self, settings: Dis, scan: str):
         super().__init__()
         D, E = settings.width, inner_width(settings.width)
-        self.scan, self.halve = scan, settings.halve_sum
+        self.scan = scan
         self.in_proj = uniform(2 * E, D, bound=D**-0.5)
         self.conv_weight, self.conv_bias = _conv_parameters(E)
         if settings.directions == 2:
@@ -102,7 +102,7 @@ class Mixer(nn.Module):
             convs = (self.conv_weight, self.conv_bias, self.back_conv_weight, self.back_conv_bias)
             forward_BLE, backward_BLE = two_way_conv_silu(x_BLE, *convs, backend=self.scan)
             y_BLE = two_way_scan(self.rightward(forward_BLE), self.leftward(backward_BLE), z_BLE, backend=self.scan)
-        return product(y_BLE * 0.5 if self.halve else y_BLE, self.out_proj)
+        return product(y_BLE, self.out_proj)
 
 
 def _conv_parameters(E: int) -> tuple[nn.Parameter, nn.Parameter]:
@@ -195,8 +195,6 @@ class DiS(Backbone):
                 nn.init.zeros_(layer.bias)
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.02)
-        if self.settings.zero_final:
-            zero_(self.final, *([] if self.modulation is None else [self.modulation]))
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
         self.check(x_BCHW, y_B)

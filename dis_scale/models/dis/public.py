@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dis_scale.models.dis.network import DiS
 from dis_scale.models.dis.settings import Dis
-from dis_scale.models.public import StateDict, count, load, renamed, sized
+from dis_scale.models.public_names import StateDict, count, renamed, sized
 from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import UserError
 from dis_scale.process.settings import LatentShape
@@ -25,9 +25,7 @@ NAMES = {
     "modulation": "final_layer.adaLN_modulation.1",
     "final": "final_layer.linear",
 }
-PUBLISHED: dict[str, Any] = {
-    "conditioning": "tokens", "skip": "concat", "directions": 2, "position": "learned", "halve_sum": False,
-}  # fmt: skip
+PUBLISHED: dict[str, Any] = {"conditioning": "tokens", "skip": "concat", "directions": 2, "position": "learned"}
 """Options of the public code."""
 
 
@@ -36,8 +34,8 @@ def recognises(state_dict: StateDict) -> bool:
     return "patch_embed.proj.weight" in state_dict
 
 
-def read(state_dict: StateDict, heads: int | None = None) -> DiS:
-    """Return a DiS from the public code's state dict. UserError names missing, unknown, misshapen or non-finite weights."""
+def model(state_dict: StateDict, heads: int | None = None) -> DiS:
+    """Return a DiS of the sizes of the public code's state dict, without weights. UserError names what is missing or misshapen."""
     del heads
     patch_weight, norm = sized(state_dict, "patch_embed.proj.weight", 4), sized(state_dict, "norm_f.weight", 1)
     position = sized(state_dict, "pos_embed", 3)
@@ -52,9 +50,7 @@ def read(state_dict: StateDict, heads: int | None = None) -> DiS:
     )
     shape = LatentShape(patch_weight.shape[1], side * settings.patch)
     with torch.device("meta"):
-        model = DiS(settings, shape, None if label is None else len(label) - 1)
-    load(model, state_dict)
-    return model
+        return DiS(settings, shape, None if label is None else len(label) - 1)
 
 
 def rename(ours: str, model: Backbone) -> str:

@@ -1,17 +1,17 @@
 """Settings of a DiS."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from dis_scale.models.family import FamilySettings
+from dis_scale.models.settings import FamilySettings
 from dis_scale.process.settings import Count, Fraction
 
 
 class Dis(FamilySettings):
     """DiS: bidirectional Mamba blocks with long skips (arXiv 2402.05608)."""
 
-    only_initial: ClassVar[frozenset[str]] = frozenset({"drop_path", "init", "zero_final"})
+    only_initial: ClassVar[frozenset[str]] = frozenset({"drop_path", "init"})
 
     kind: Literal["dis"]
     width: Count
@@ -26,8 +26,6 @@ class Dis(FamilySettings):
     """Probability with which the last block's branch is left out for an image in training; it rises from 0 over the blocks."""
     init: Literal["ours", "official"] = "ours"
     """`official` keeps the published code's zero bias in the backward direction's dt projection."""
-    halve_sum: bool = False
-    """Average the two directions instead of summing them (Vim, pull request 90)."""
     conditioning: Literal["tokens", "adaln_zero", "adaln_zero_alone"] = "tokens"
     """Time and class as two tokens; also by norms with shift, scale and gate in each block; by such norms alone, without tokens."""
     skip: Literal["concat", "add", "none"] = "concat"
@@ -36,14 +34,6 @@ class Dis(FamilySettings):
     """1: blocks scan from the first token to the last only, which sees label and time but no later patch."""
     position: Literal["learned", "none"] = "learned"
     """Learned embeddings of the positions, or none."""
-    zero_final: bool = False
-    """Start the last product at zero."""
-
-    @model_validator(mode="after")
-    def _options_fit(self) -> Self:
-        if self.halve_sum and self.directions == 1:
-            raise ValueError("halve_sum averages two directions, and directions is 1: leave out one of them")
-        return self
 
     def extra_tokens(self, num_classes: int | None) -> int:
         """Return the number of tokens before the patches: label and time."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dis_scale.models.dit.network import DiT
 from dis_scale.models.dit.settings import Dit, published_heads
-from dis_scale.models.public import StateDict, count, load, renamed, sized
+from dis_scale.models.public_names import StateDict, count, renamed, sized
 from dis_scale.models.tokens import Backbone, position_table, time_features
 from dis_scale.process.errors import UserError
 from dis_scale.process.settings import LatentShape
@@ -53,8 +53,8 @@ def recognises(state_dict: StateDict) -> bool:
     return "x_embedder.proj.weight" in state_dict
 
 
-def read(state_dict: StateDict, heads: int | None = None) -> DiT:
-    """Return a DiT, or a SiT, from the published state dict.
+def model(state_dict: StateDict, heads: int | None = None) -> DiT:
+    """Return a DiT, or a SiT, of the sizes of the published state dict, without weights.
 
     The weights do not determine `heads`: by default the published number.
     """
@@ -67,12 +67,11 @@ def read(state_dict: StateDict, heads: int | None = None) -> DiT:
     side = math.isqrt(position.shape[1])
     kind = SiT if _is_sit(state_dict, patch_weight.shape[1]) else DiT
     with torch.device("meta"):
-        model = kind(settings, LatentShape(patch_weight.shape[1], side * patch), len(label) - 1)
-    model.position = position_table(side, width)
-    if position.shape != model.position.shape or not torch.allclose(position.float(), model.position, atol=1e-5):
+        empty = kind(settings, LatentShape(patch_weight.shape[1], side * patch), len(label) - 1)
+    empty.position = position_table(side, width)
+    if position.shape != empty.position.shape or not torch.allclose(position.float(), empty.position, atol=1e-5):
         raise UserError("pos_embed is not DiT's fixed sine-cosine table: these weights belong to another model")
-    load(model, {name: weight for name, weight in state_dict.items() if name != "pos_embed"})
-    return model
+    return empty
 
 
 def rename(ours: str, model: Backbone) -> str:  # noqa: ARG001

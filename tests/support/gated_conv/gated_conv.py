@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dis_scale.models.checkpointing import run_block
-from dis_scale.models.family import Family, FamilySettings
+from dis_scale.models.family import Family
+from dis_scale.models.settings import FamilySettings
 from dis_scale.models.tokens import Backbone, Linear, PatchEmbed, TimeEmbedding, modulate, unpatchify, zero_
 from dis_scale.process.settings import Count, LatentShape
 
