@@ -5,16 +5,14 @@ from typing import Annotated
 
 import typer
 
-from dis_scale.cli.shared import AsJson, Overrides, RecipePath, VaeOption, require_folder, show
+from dis_scale.cli.shared import CHECKPOINT, AsJson, Overrides, RecipePath, VaeOption, require_folder, show
 from dis_scale.recipe.shipped import EMBEDDED
 
 Heads = Annotated[int | None, typer.Option(help="Attention heads, for a public DiT of unusual size.", min=1)]
 
 
 def export(
-    checkpoint: Annotated[
-        str, typer.Argument(help="A published folder, a .safetensors file, or a public .pt: a path or any fsspec URL.")
-    ],
+    checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT)],
     folder: Annotated[Path, typer.Argument(help="The folder to write; it must be new or empty.")],
     vae: VaeOption = None,
     heads: Heads = None,

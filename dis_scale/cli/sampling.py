@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dis_scale.cli.checkpoints import Heads
-from dis_scale.cli.shared import AsJson, VaeOption, console, require_folder, say, say_aside, show
+from dis_scale.cli.shared import CHECKPOINT, AsJson, VaeOption, console, require_folder, say, say_aside, show
 from dis_scale.process.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,12 +24,8 @@ COLUMNS = 10
 
 
 def sample(
-    checkpoint: Annotated[
-        str, typer.Option(help="A published folder, a .safetensors file, or a public .pt: a path or any fsspec URL.")
-    ],
-    classes: Annotated[
-        str | None, typer.Option(help="Labels to sample in turn, for example 1,7. Default: all classes, if any.")
-    ] = None,
+    checkpoint: Annotated[str, typer.Option(help=CHECKPOINT)],
+    classes: Annotated[str | None, typer.Option(help="Labels to sample in turn, such as 1,7; default: all.")] = None,
     count: Annotated[
         int | None,
         typer.Option(
@@ -48,10 +44,7 @@ def sample(
     ] = "balanced",
     guidance: Annotated[float | None, typer.Option(min=0, help="Default: as for the sampler, or 1: none.")] = None,
     guidance_channels: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Guide the first channels only: 3 as in DiT's code. Default: as for the sampler, or all."
-        ),
+        int | None, typer.Option(min=1, help="Guide so many channels, the first; default: as for the sampler, or all.")
     ] = None,
     sampler: Annotated[str | None, typer.Option(help="Default: the sweep's own, or that in the checkpoint.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Default: as for the sampler.")] = None,
@@ -71,18 +64,18 @@ def sample(
     from dis_scale.training.throughput import machine_name
     from dis_scale.weights import opening as pictures
 
-    of_classes = _labels(classes)
+    chosen = _labels(classes)
     require_folder(npz or out, "--npz" if npz else "--out")
     opened = pictures.open_for_sampling(checkpoint, vae, heads)
     aside = say_aside if as_json else say
     for line in opened.notes:
         aside(line)
-    each = len(of_classes or range(opened.model.num_classes or 1))
-    images = count or (ADM_SAMPLES if npz else each if of_classes else min(each, MOST_IN_A_GRID))
-    if npz and of_classes is None:
+    each = len(chosen or range(opened.model.num_classes or 1))
+    images = count or (ADM_SAMPLES if npz else each if chosen else min(each, MOST_IN_A_GRID))
+    if npz and chosen is None:
         each_label = pictures.labels_of_all(opened, labels, images, seed)
     else:
-        each_label = pictures.labels_in_turn(opened, of_classes, images)
+        each_label = pictures.labels_in_turn(opened, chosen, images)
     sampling = opened.sampling_with(
         sampler=sampler, steps=steps, guidance=guidance, guidance_channels=guidance_channels
     )
@@ -94,16 +87,8 @@ def sample(
     else:
         with Board(console(stderr=as_json)) as board:
             adm.write_samples(npz, images, _counted(parts, lambda n: board.update("sample", n, images, "images")))
-    found = {
-        "file": str(npz or out),
-        "images": images,
-        "sampler": sampling.sampler,
-        "steps": sampling.steps,
-        "guidance": sampling.guidance,
-        "seed": seed,
-        "device": machine_name(device),
-        "notes": opened.notes,
-    }
+    how = {"sampler": sampling.sampler, "steps": sampling.steps, "guidance": sampling.guidance, "seed": seed}
+    found = {"file": str(npz or out), "images": images, **how, "device": machine_name(device), "notes": opened.notes}
     show(as_json, found, f"{images} images in {npz or out}")
 
 

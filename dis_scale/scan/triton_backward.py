@@ -123,6 +123,17 @@ def _store_warp_sums(warp_sums, n, parts, e, WARPS: tl.constexpr, SPLIT: tl.cons
 
 
 @triton.jit
+def _store_parts(
+    warp_sums, n, parts, e, WARPS: tl.constexpr, SPLIT: tl.constexpr, PRODUCTS: tl.constexpr
+):  # fmt: skip
+    """Store a warp's parts of the gradients of B and C, summed over its lanes: by products or by shuffles."""
+    if PRODUCTS:
+        _store_products(warp_sums, n, _sum_by_products(parts, SPLIT), WARPS, SPLIT)
+    else:
+        _store_warp_sums(warp_sums, n, _sum_over_lanes(parts, SPLIT), e, WARPS, SPLIT)
+
+
+@triton.jit
 def _load_state(
     A, h_high, h_low, dA, n, first, e, inside,
     E: tl.constexpr, L: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, STATE_ROWS: tl.constexpr, CHUNK: tl.constexpr,
@@ -176,6 +187,29 @@ def _store_gradients(
 
 
 @triton.jit
+def _store_vector_gradients(at, E: tl.constexpr, dD_e, dbias_e, share, inside, SPLIT: tl.constexpr):
+    """Store the gradients of D and, behind them, of the bias: each channel's from one of its lanes."""
+    once = inside if SPLIT == 1 else inside & (share == 0)
+    tl.store(at, sum_over_channel(dD_e, SPLIT), mask=once)
+    tl.store(at + E, sum_over_channel(dbias_e, SPLIT), mask=once)
+
+
+@triton.jit
+def _through_gate(
+    dy_e, z, z_row: tl.constexpr, kept_y, dz, own, j: tl.constexpr, e, inside, E: tl.constexpr, L: tl.constexpr,
+    REVERSE: tl.constexpr, GATE_GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """Return the gradient of the scan's output before the gate SiLU(z); store the gate's own gradient if asked."""
+    z_e = load(z, z_row, own, j, e, inside, L, REVERSE)
+    gate_e = sigmoid(z_e)
+    if GATE_GRADIENT:
+        y_e = load(kept_y, E, own, j, e, inside, L, REVERSE)
+        dz_e = y_e * (dy_e * gate_e * (1.0 + z_e * (1.0 - gate_e)))
+        store(dz, E, own, j, e, dz_e, inside, L, REVERSE)
+    return dy_e * (z_e * gate_e)
+
+
+@triton.jit
 def _one_way_gradients(
     inputs, z, dy, h_halves, warp_sums, gradients, dBC, parameters, kept_y, dz,
     u_row: tl.constexpr, delta_row: tl.constexpr, z_row: tl.constexpr, dy_row: tl.constexpr,
@@ -213,13 +247,7 @@ def _one_way_gradients(
         for j in tl.static_range(0, CHUNK, SPLIT):
             dy_e = load(dy, dy_row, own, j, e, inside, L, REVERSE)
             if GATED:
-                z_e = load(z, z_row, own, j, e, inside, L, REVERSE)
-                gate_e = sigmoid(z_e)
-                if GATE_GRADIENT:
-                    y_e = load(kept_y, E, own, j, e, inside, L, REVERSE)
-                    dz_e = y_e * (dy_e * gate_e * (1.0 + z_e * (1.0 - gate_e)))
-                    store(dz, E, own, j, e, dz_e, inside, L, REVERSE)
-                dy_e *= z_e * gate_e
+                dy_e = _through_gate(dy_e, z, z_row, kept_y, dz, own, j, e, inside, E, L, REVERSE, GATE_GRADIENT)
             own_delta_us, own_dys = own_delta_us + (own_deltas[j // SPLIT] * us[j // SPLIT],), own_dys + (dy_e,)
         deltas, delta_us = spread(own_deltas, SPLIT), spread(own_delta_us, SPLIT)
         dys = spread(own_dys, SPLIT)
@@ -241,10 +269,7 @@ def _one_way_gradients(
             )  # fmt: skip
             tl.store(dA + (n * E + e) + (N + 2) * E, carry_e, mask=inside)
             tl.store(dA + (n * E + e), dA_e, mask=inside)
-            if PRODUCTS:
-                _store_products(warp_sums, n, _sum_by_products(parts, SPLIT), WARPS, SPLIT)
-            else:
-                _store_warp_sums(warp_sums, n, _sum_over_lanes(parts, SPLIT), e, WARPS, SPLIT)
+            _store_parts(warp_sums, n, parts, e, WARPS, SPLIT, PRODUCTS)
         tl.debug_barrier()  # all warps have stored their sums
         _sum_warps(warp_sums, dBC, first, L, N, REVERSE, LANES, WARPS, STATES, CHUNK)
         tl.debug_barrier()  # the sums have been read
@@ -254,9 +279,7 @@ def _one_way_gradients(
         )  # fmt: skip
         dD_e += chunk_dD_e
         dbias_e += chunk_dbias_e
-    once = inside if SPLIT == 1 else inside & (share == 0)
-    tl.store(dA + N * E + e, sum_over_channel(dD_e, SPLIT), mask=once)
-    tl.store(dA + (N + 1) * E + e, sum_over_channel(dbias_e, SPLIT), mask=once)
+    _store_vector_gradients(dA + N * E + e, E, dD_e, dbias_e, share, inside, SPLIT)
 
 
 @triton.jit
