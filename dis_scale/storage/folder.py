@@ -43,6 +43,8 @@ _CONNECTIONS = 64
 """Connections of a process to S3; botocore's default of 10 would let threads wait for each other."""
 _MISTAKES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
 """Errors of botocore that no retry changes."""
+_PASSING = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.EREMOTEIO)
+"""Errors of network file systems that pass, such as a file that another client has replaced while it was open."""
 _BUSY = {
     "RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete", "Throttling", "ThrottlingException",
     "ThrottledException", "RequestThrottledException", "TooManyRequestsException", "ProvisionedThroughputExceededException",
@@ -60,7 +62,8 @@ LISTING_CACHES = ("gs://", "gcs://", "az://", "abfs://", "abfss://")
 class Folder:
     """A folder in storage, named by its URL; `folder / "a/b"` is a folder inside it. Methods take paths relative to it.
 
-    Every method raises StorageError with the object and the cause; FileNotFoundError for a missing object.
+    Every method raises StorageError with the object and the cause, StorageAway if storage did not answer after all retries, and
+    FileNotFoundError for a missing object.
     """
 
     url: str
@@ -378,8 +381,8 @@ def _may_pass(error: Exception) -> bool:
     status = _http_status(error)
     if status is not None:
         return status >= 500 or status in (408, 409, 429)
-    known = ("botocore", "aiohttp", "requests", "httpx", "urllib3", "azure.core")
-    return type(error).__module__.startswith(known) or getattr(error, "errno", None) == errno.EIO
+    known = ("botocore", "aiohttp", "requests", "httpx", "urllib3", "azure.core", "http.client")
+    return type(error).__module__.startswith(known) or getattr(error, "errno", None) in _PASSING
 
 
 def _expired_key(error: Exception, store: tuple[str, str] | None) -> str:
@@ -408,12 +411,15 @@ def _s3_code(error: Exception) -> str | None:
 
 
 def _http_status(error: BaseException) -> int | None:
+    """Return the status of the store's answer: of botocore, requests, Azure's client, gcsfs and aiohttp; None if none came."""
     for link in (error, error.__cause__):
         response = getattr(link, "response", None)
         if isinstance(response, dict):
             http: int | None = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             return http
-        for status in (getattr(response, "status_code", None), getattr(link, "code", None)):  # gcsfs: `code`
+        # aiohttp's errors of a body that ends early have a `code`, too: 400, which no store has answered.
+        own = getattr(link, "code" if type(link).__module__.startswith("gcsfs") else "status", None)
+        for status in (getattr(response, "status_code", None), own):
             if isinstance(status, int):
                 return status
     return None

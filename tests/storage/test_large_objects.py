@@ -1,0 +1,45 @@
+"""Objects that s3fs reads by several ranges at once, as long as the shards and resume points of real sets, in front of faults."""
+
+import hashlib
+import random
+
+import pytest
+
+from dis_scale.process.errors import StorageAway
+from dis_scale.storage import folder
+from dis_scale.storage.folder import open_folder
+from tests.support.faulty_gateway import Fault, Gateway
+
+LONG_BYTES = 40 * 10**6
+FAULTS: list[list[Fault]] = [[500, 503], [(400, "SlowDown")], ["cut"], ["cut"] * 4, ["closed", "closed"], ["hangs"], [429] * 8]
+
+
+@pytest.fixture(scope="module")
+def data() -> bytes:
+    return random.Random(0).randbytes(LONG_BYTES)
+
+
+@pytest.mark.parametrize("faults", FAULTS, ids=str)
+def test_faults_of_a_long_object_are_retried(
+    faults: list[Fault], data: bytes, bucket: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A range that ends early is no answer of the store, whatever number the client gives it."""
+    monkeypatch.setattr(folder, "_READ_TIMEOUT_S", 2)
+    at = open_folder(bucket).patient
+    at.write("long", data)
+    gateway.concerns = lambda request: request.method == "GET" and request.path.endswith("long")
+    gateway.faults = list(faults)
+    assert hashlib.sha256(at.read("long")).digest() == hashlib.sha256(data).digest()
+    assert not gateway.faults
+
+
+def test_a_long_object_that_is_always_cut_is_away_and_not_damaged(
+    data: bytes, bucket: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "_FIRST_PAUSE_S", 0.01)
+    at = open_folder(bucket)
+    at.write("long", data)
+    gateway.concerns = lambda request: request.method == "GET"
+    gateway.faults = ["cut"] * 100
+    with pytest.raises(StorageAway, match="cannot read"):
+        at.read("long")
