@@ -17,7 +17,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from dis_scale.process.errors import OutOfMemory, StorageError
+from dis_scale.process.errors import OutOfMemory, StorageAway, StorageError
 from dis_scale.recipe import Train
 from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
@@ -240,7 +240,7 @@ class TrainingRun:
         """Record a failed device of a node."""
         try:
             nodes.record_failure(self.job, self.model, node, why)
-        except StorageError as error:
+        except (StorageError, StorageAway) as error:
             self.job.say(f"{self.model}: the failure of a node's device is not stored: {error}")
 
     def _log_places(self, places: Sequence[Place]) -> None:

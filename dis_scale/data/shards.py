@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dis_scale.data.mixing import LabelCounts
-from dis_scale.process.errors import StorageAway, StorageError, UserError
+from dis_scale.process.errors import StorageError, UserError
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import Data, LatentShape, Precompute
 from dis_scale.storage.document import FORMAT
@@ -240,8 +240,6 @@ def _recorded_bytes(folder: Folder, number: int, sidecar: type[Sidecar]) -> int 
     """Size of the file by its sidecar; None if the sidecar is damaged."""
     try:
         return sidecar.read_signed(folder, f"{shard_name(number)}.json").size_bytes
-    except StorageAway:
-        raise  # the file may be good
     except StorageError:
         return None
 

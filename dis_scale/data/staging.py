@@ -119,7 +119,7 @@ def put_part(latents: Folder, mixer: MixedOrder, part: EncodedShard) -> None:
 
 def delete_parts(latents: Folder) -> None:
     """Delete the parts of a finished set. Another process may still write some, or delete them too: a rerun deletes the rest."""
-    with contextlib.suppress(StorageError):
+    with contextlib.suppress(StorageError, StorageAway):
         (latents / STAGED).delete()
 
 

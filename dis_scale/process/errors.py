@@ -29,11 +29,11 @@ class NoFamily(UserError):
 
 
 class StorageError(DisScaleError):
-    """Storage that cannot be reached, read or written, or an object that is damaged."""
+    """An object that storage refuses to read or write, or that is damaged."""
 
 
-class StorageAway(StorageError):
-    """Storage did not answer after all retries. A later attempt may succeed."""
+class StorageAway(DisScaleError):
+    """Storage did not answer after all retries; no object is at fault. A later attempt may succeed."""
 
     exit_code = 74  # EX_IOERR of sysexits.h; apart from Held, which a new cluster would only repeat
 

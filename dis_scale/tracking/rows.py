@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from dis_scale.process.errors import StorageError
+from dis_scale.process.errors import StorageAway, StorageError
 from dis_scale.process.threads import in_order
 from dis_scale.storage.folder import Folder
 
@@ -180,7 +180,7 @@ class RowReader:
 
 
 def _compact_if_possible(folder: Folder) -> None:
-    with contextlib.suppress(StorageError, FileNotFoundError):
+    with contextlib.suppress(StorageError, StorageAway, FileNotFoundError):
         compact(folder)
 
 

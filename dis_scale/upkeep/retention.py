@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from dis_scale.data import listing
-from dis_scale.process.errors import StorageAway, StorageError, UserError
+from dis_scale.process.errors import StorageError, UserError
 from dis_scale.process.threads import in_order
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
@@ -106,8 +106,6 @@ def _require_settled(folder: Folder) -> tuple[Sweep, Folder]:
     try:
         sweep = Sweep.open(folder.url)
         latents = state.find_latents(folder)
-    except StorageAway:
-        raise
     except (StorageError, UserError) as error:
         raise UserError(f"{KEPT}: {folder} cannot be read, so what it uses is unknown: {error}") from error
     if latents is None:

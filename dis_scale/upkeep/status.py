@@ -99,8 +99,6 @@ class _Reader:
         """Return what `read` returns, None if a file is damaged."""
         try:
             return read()
-        except StorageAway:
-            raise
         except (StorageError, FileNotFoundError) as error:
             self.damaged.append(f"{what} cannot be read: {error}; see ops/runbooks/damaged-resume-point.md")
             return None

@@ -130,8 +130,6 @@ def _manifest_files(part: Stored, cure: str) -> Iterator[Check]:
     assert part.kind.document is not None
     try:
         manifest = part.kind.document.read(part.folder)
-    except StorageAway:
-        raise
     except StorageError as error:
         yield Check(partial(_fail, error), cure)
         return
