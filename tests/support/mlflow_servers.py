@@ -1,4 +1,4 @@
-"""MLflow servers of tests: that of cluster/mlflow.yaml, with PostgreSQL and the bucket, and that of an SQLite file.
+"""The MLflow server of cluster/mlflow.yaml, with PostgreSQL and the bucket.
 
 apt-get install --no-install-recommends postgresql
 """
@@ -89,19 +89,6 @@ def deployed(database: int, ceph: ObjectStore, bucket: str, folder: Path) -> Ite
 
     environment = {each["name"]: value(each) for each in container["env"]} | ceph.environment
     command = [sys.executable, "-m", *map(here, container["command"])]
-    yield from _answering(command, port, folder, environment)
-
-
-@contextlib.contextmanager
-def of_sqlite(uri: str, folder: Path) -> Iterator[str]:
-    """Run `mlflow ui` on an SQLite file, as docs/operations.md shows it; give its address."""
-    (port,) = free_ports(1)
-    command = [sys.executable, "-m", "mlflow", "ui", f"--backend-store-uri={uri}", f"--port={port}", "--workers=1"]
-    yield from _answering(command, port, folder, {})
-
-
-def _answering(command: list[str], port: int, folder: Path, environment: dict[str, str]) -> Iterator[str]:
-    """Start a server, wait for its answer, yield its address, and kill it."""
     log = folder / "mlflow.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
