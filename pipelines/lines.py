@@ -15,7 +15,7 @@ from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
 from dis_scale.process.redaction import redact
 
-PROGRESS_EVERY_S = 2.0
+PROGRESS_EVERY_S = 10.0
 PROGRESS = (b'{"kind": "progress"',)
 """Beginning of the lines of progress, which stored logs leave out."""
 Kind = Literal["progress", "message", "event", "error"]
@@ -95,7 +95,7 @@ class Log:
         self.write(jsonlog.entry(self.context, "error", "error", message=redact(text)))
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        """Log the progress if it has changed, at most every `PROGRESS_EVERY_S`: the log of a job of days stays small."""
+        """Log the progress if it has changed, at most every `PROGRESS_EVERY_S`: 30 MB of lines in two weeks."""
         now_s = time.monotonic()
         if (done, total) == self._progress or (done < total and now_s < self._progress_s + PROGRESS_EVERY_S):
             return

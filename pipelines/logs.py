@@ -17,7 +17,7 @@ from dis_scale.process.context import Context
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep
 from dis_scale.tracking import attempt_logs
-from dis_scale.tracking.attempt_logs import DRIVER, Excerpt, KeptLog, LogName
+from dis_scale.tracking.attempt_logs import DRIVER, KeptLog, LogName
 from pipelines import lines
 from pipelines.ray_private import actor_id, has_process
 
@@ -108,8 +108,8 @@ def _succeeded(call: Any) -> bool:
 
 def _last_lines(actor: str, suffix: str) -> str:
     """Return the end of an actor's output; empty if its node is gone, or if Ray's state API does not answer."""
-    excerpt = Excerpt()
+    text = ""
     with contextlib.suppress(Exception):
         for chunk in get_log(actor_id=actor, suffix=suffix, tail=RESCUED_LINES, timeout=int(ANSWER_S)):
-            excerpt.add(chunk.encode())
-    return excerpt.text()
+            text += chunk
+    return attempt_logs.last_lines(text.encode()).decode(errors="replace")

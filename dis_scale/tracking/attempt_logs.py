@@ -12,9 +12,7 @@ import socket
 import stat
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,11 +29,10 @@ CLOSE_S = 10.0
 """Time for the last write when a process ends."""
 HEAD_BYTES, TAIL_BYTES = 64 * 2**10, 192 * 2**10
 """Size of the first and of the last lines that are kept of one output file."""
-LINE_BYTES = 16 * 2**10
-"""Longer lines are kept and left out in pieces."""
+SEARCHED_BYTES = 4 * 2**20
+"""End of the file that is searched for these last lines: a driver's has a line of progress every few seconds."""
 ATTEMPTS_KEPT = 20
 DRIVER = "driver"
-_READ_BYTES = 2**20
 
 
 class LogName(NamedTuple):
@@ -58,71 +55,31 @@ def stamp() -> str:
     return datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
 
 
-@dataclass
-class Excerpt:
-    """The first and the last lines of an output. Lines that begin with one of `without` are left out."""
-
-    without: tuple[bytes, ...] = ()
-    _head: bytearray = field(default_factory=bytearray)
-    _tail: deque[bytes] = field(default_factory=deque)
-    _tail_bytes: int = 0
-    _dropped_bytes: int = 0
-    _partial: bytes = b""
-
-    def add(self, data: bytes) -> None:
-        *lines, partial = (self._partial + data).split(b"\n")
-        for line in lines:
-            for piece in _pieces(line + b"\n"):
-                self._keep(piece)
-        *pieces, self._partial = _pieces(partial)
-        for piece in pieces:
-            self._keep(piece)
-
-    def _keep(self, line: bytes) -> None:
-        if self.without and line.startswith(self.without):
-            return
-        if not self._tail and len(self._head) + len(line) <= HEAD_BYTES:
-            self._head += line
-            return
-        self._tail.append(line)
-        self._tail_bytes += len(line)
-        while self._tail_bytes > TAIL_BYTES:
-            dropped = len(self._tail.popleft())
-            self._tail_bytes -= dropped
-            self._dropped_bytes += dropped
-
-    def text(self) -> str:
-        gap = f"... {self._dropped_bytes:,} bytes are left out here ...\n" if self._dropped_bytes else ""
-        parts = [bytes(self._head).decode(errors="replace"), gap, b"".join(self._tail).decode(errors="replace")]
-        return "".join(parts) + self._partial.decode(errors="replace")
+def excerpt(path: Path, without: tuple[bytes, ...] = ()) -> str:
+    """Return the first and the last lines of an output file, without those that begin with one of `without`."""
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+        head = head[: head.rfind(b"\n") + 1]
+        begin = max(len(head), file.seek(0, os.SEEK_END) - SEARCHED_BYTES)
+        file.seek(begin)
+        rest = file.read(SEARCHED_BYTES)
+    if begin > len(head):
+        rest = rest.partition(b"\n")[2]
+    first, rest = (_lines_without(part, without) for part in (head, rest))
+    last = last_lines(rest)
+    gap = b"... lines are left out here ...\n" if begin > len(head) or last != rest else b""
+    return (first + gap + last).decode(errors="replace")
 
 
-def _pieces(line: bytes) -> Iterator[bytes]:
-    """Cut a line between words if possible. Nothing is added at a cut, so that no secret gets another spelling there."""
-    while len(line) > LINE_BYTES:
-        end = line.rfind(b" ", 0, LINE_BYTES) + 1 or LINE_BYTES
-        yield line[:end]
-        line = line[end:]
-    yield line
+def last_lines(data: bytes) -> bytes:
+    """Return the last lines in at most `TAIL_BYTES`, all of them complete: half of a secret would not be recognised."""
+    if len(data) <= TAIL_BYTES:
+        return data
+    return b"".join(data[-TAIL_BYTES:].splitlines(keepends=True)[1:])
 
 
-@dataclass
-class OutputFile:
-    """An output file of a process, and the excerpt of what was read so far."""
-
-    path: Path
-    excerpt: Excerpt
-    _offset: int = 0
-
-    def read(self) -> bool:
-        """Read what was added; return whether there was anything."""
-        before = self._offset
-        with self.path.open("rb") as file:
-            file.seek(self._offset)
-            while data := file.read(_READ_BYTES):
-                self.excerpt.add(data)
-                self._offset += len(data)
-        return self._offset > before
+def _lines_without(data: bytes, beginnings: tuple[bytes, ...]) -> bytes:
+    return b"".join(line for line in data.splitlines(keepends=True) if not line.startswith(beginnings))
 
 
 def output_files() -> list[Path]:
@@ -140,21 +97,21 @@ class KeptLog:
 
     def __init__(self, folder: Folder, name: LogName, context: Context, without: tuple[bytes, ...] = ()) -> None:
         self.folder, self.name, self.begun_at = folder, name, time.time()
-        self._context = context
-        self._files = [OutputFile(path, Excerpt(without)) for path in output_files()]
-        self._over, self._lock, self._unwritten = threading.Event(), threading.Lock(), True
+        self._context, self._without, self._files = context, without, output_files()
+        self._over, self._lock = threading.Event(), threading.Lock()
+        self._written: list[int] | None = None
+        """Sizes of the files that the object was last written from."""
         self._thread = threading.Thread(target=self._run, daemon=True, name="attempt log")
         self._thread.start()
 
     def write(self) -> None:
         """Write the object again if there is something new."""
         with self._lock, contextlib.suppress(Exception):  # whatever storage or the disk raises: training continues
-            news = [file.read() for file in self._files]
-            self._unwritten = self._unwritten or any(news)
-            if self._unwritten:
-                excerpts = {file.path.suffix.strip("."): file.excerpt.text() for file in self._files}
+            sizes = [path.stat().st_size for path in self._files]
+            if sizes != self._written:
+                excerpts = {path.suffix.strip("."): excerpt(path, self._without) for path in self._files}
                 self.folder.write(str(self.name), to_bytes(self._facts(), excerpts))
-                self._unwritten = False
+                self._written = sizes
 
     def close(self) -> None:
         """Write the rest, if storage answers in time."""

@@ -16,7 +16,7 @@ from dis_scale.recipe import Recipe
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep
 from dis_scale.tracking import attempt_logs
-from dis_scale.tracking.attempt_logs import HEAD_BYTES, LINE_BYTES, TAIL_BYTES, Excerpt, LogName
+from dis_scale.tracking.attempt_logs import HEAD_BYTES, TAIL_BYTES, LogName, excerpt
 from pipelines.lines import Log
 from tests.support.commands import answer, invoke
 
@@ -79,25 +79,37 @@ def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "worker.err").read_text() == "the key is abc/def+1234\n"
 
 
-def test_an_excerpt_keeps_the_first_and_the_last_lines() -> None:
-    excerpt = Excerpt()
-    for number in range(100_000):
-        excerpt.add(f"line {number}\n".encode())
-    excerpt.add(b"unfinished")
-    text = excerpt.text()
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "worker.out"
+
+
+def test_an_excerpt_has_the_first_and_the_last_lines(output: Path) -> None:
+    output.write_text("".join(f"line {number}\n" for number in range(1_000_000)) + "unfinished")
+    text = excerpt(output)
     assert text.startswith("line 0\nline 1\n")
-    assert text.endswith("line 99999\nunfinished")
-    assert "bytes are left out here" in text
+    assert text.endswith("line 999999\nunfinished")
+    assert "\n... lines are left out here ...\n" in text
     assert len(text) < HEAD_BYTES + TAIL_BYTES + 200
     numbers = [int(line.split()[1]) for line in text.splitlines() if line.startswith("line")]
     assert numbers == sorted(numbers)
 
 
-def test_a_line_without_an_end_is_bounded() -> None:
-    excerpt = Excerpt()
-    for _ in range(100):
-        excerpt.add(b"\r 12 %" * 10_000)
-    assert len(excerpt.text()) < 2 * (HEAD_BYTES + TAIL_BYTES)
+@pytest.mark.parametrize("lines", [0, 1, 7000, 20_000], ids="{} lines".format)
+def test_an_output_of_up_to_256_kib_is_complete(output: Path, lines: int) -> None:
+    output.write_text(written := "".join(f"line {number}\n" for number in range(lines)))
+    assert excerpt(output) == written
+
+
+def test_lines_of_progress_are_left_out_and_leave_others_their_space(output: Path) -> None:
+    progress = '{"kind": "progress", "done": 1}\n' * 10
+    output.write_text("".join(f"message {number}\n{progress}" for number in range(10_000)))
+    assert excerpt(output, (b'{"kind": "progress"',)).count("message") == 10_000
+
+
+def test_a_line_without_an_end_is_bounded(output: Path) -> None:
+    output.write_bytes(b"\r 12 %" * 1_000_000)
+    assert len(excerpt(output)) < HEAD_BYTES + TAIL_BYTES + 200
 
 
 @pytest.mark.parametrize(
@@ -133,18 +145,12 @@ def test_secrets_are_replaced(monkeypatch: pytest.MonkeyPatch, text: str, shown:
     assert str(StorageError(text)) == shown, "an error is printed, and stored as the reason of a failure"
 
 
-@pytest.mark.parametrize("space", [b" ", b"."])
-@pytest.mark.parametrize("end", [b"\n", b""])
-def test_a_secret_at_the_cut_of_a_long_line_is_replaced(
-    monkeypatch: pytest.MonkeyPatch, space: bytes, end: bytes
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_0123456789abcdef")
-    for before in range(LINE_BYTES - 25, LINE_BYTES + 5):
-        excerpt = Excerpt()
-        for data in (b"x" * before + space, b"hf_01234", b"56789abcdef", space + b"y" * 20_000 + end):
-            excerpt.add(data)
-        text = attempt_logs.to_bytes({}, {"out": excerpt.text()}).decode()
-        assert "***" in text
+def test_half_of_a_secret_is_never_kept(monkeypatch: pytest.MonkeyPatch, output: Path) -> None:
+    monkeypatch.setenv("HF_TOKEN", secret := "hf_0123456789abcdef")
+    for after in range(TAIL_BYTES - 25, TAIL_BYTES + 5):
+        before = "x" * (HEAD_BYTES - TAIL_BYTES + after)
+        output.write_text(f"first\n{before} {secret} x\n{'y' * 10**6}\n{secret} {'z' * after}\n")
+        text = attempt_logs.to_bytes({}, {"out": excerpt(output)}).decode()
         assert "hf_01" not in text
         assert "cdef" not in text
 
