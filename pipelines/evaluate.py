@@ -25,7 +25,7 @@ from pipelines.places import Places, own_gpus
 from pipelines.restarts import with_restarts
 from pipelines.stage import StageJob, cause_of
 from pipelines.waiting import Wait
-from pipelines.worker import amounts, resources
+from pipelines.worker import request_for
 
 POLL_EVERY_S, LONGEST_POLL_S = 2.0, 30.0
 """Interval of polls for news of training: a twentieth of the wait so far, within these. Each poll costs several requests."""
@@ -111,7 +111,7 @@ def await_gpus(job: StageJob, free: Callable[[], int | None], poll_every_s: floa
     wait_for_training(job, lambda: free() is not None or state.training_over(job.sweep), poll_every_s)
     with Wait(job.gauge) as wait:
         while (gpus := free()) is None:
-            wait.log(job, 1, amounts(resources("evaluate", "cuda", 0)))
+            wait.log(job, 1, request_for("evaluate", "cuda", 0).amounts)
             job.pause(poll_every_s)
     return gpus
 

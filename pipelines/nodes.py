@@ -4,10 +4,12 @@ A node is known by its name in Ray, by default its address: its id changes with 
 """
 
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from dis_scale.process.errors import DisScaleError
 from dis_scale.recipe import Recipe
 from dis_scale.sweep import Sweep, state
 from dis_scale.training.devices import device_of
@@ -16,6 +18,8 @@ from pipelines.stage import StageJob
 
 MOST_FAILURES = 2
 """Failures of a node's devices in one sweep after which its training avoids the node."""
+ON_EACH_S = 120.0
+"""Time for a task that runs on each node."""
 NODE_ID = "ray.io/node-id"
 """Label that Ray gives each node."""
 
@@ -36,6 +40,29 @@ def living() -> list[Node]:
 def alive_nodes() -> list[Resources]:
     """Resources of each node that is alive now."""
     return [node.resources for node in living()]
+
+
+def only(node_id: str) -> NodeAffinitySchedulingStrategy:
+    """Return the strategy that runs a worker or a task on this node, or not at all."""
+    return NodeAffinitySchedulingStrategy(node_id, soft=False)
+
+
+def on_each(
+    nodes: Sequence[Node], task: Any, *arguments: object, failure: Callable[[str, Exception], DisScaleError]
+) -> list[Any]:
+    """Run a task on each of these nodes at the same time; return its results in the order of the nodes.
+
+    Raises `failure` of a node's name and Ray's error for a task that failed, did not end in time, or was lost with its node.
+    """
+    calls = [task.options(scheduling_strategy=only(node.id)).remote(*arguments) for node in nodes]
+    ray.wait(calls, num_returns=len(calls), timeout=ON_EACH_S)
+    results = []
+    for node, call in zip(nodes, calls, strict=True):
+        try:
+            results.append(ray.get(call, timeout=0))
+        except ray.exceptions.RayError as error:
+            raise failure(node.name, error) from error
+    return results
 
 
 def choose_device(recipe: Recipe) -> tuple[str, str]:

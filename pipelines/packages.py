@@ -3,13 +3,11 @@
 from collections.abc import Mapping
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dis_scale.models import families
 from dis_scale.process.errors import DisScaleError, NoFamily, UserError
 from dis_scale.recipe import Recipe
-
-TIMEOUT_S = 120.0
+from pipelines import nodes
 
 
 def brought(recipe: Recipe) -> dict[str, str]:
@@ -21,26 +19,19 @@ def require_on_nodes(recipe: Recipe) -> None:
     """NoFamily names the nodes of this process's cluster that lack a package or a file."""
     if not (codes := brought(recipe)):
         return
-    names = {node["NodeID"]: str(node["NodeManagerHostname"]) for node in ray.nodes() if node["Alive"]}
-    calls = {
-        node: _missing.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(codes)
-        for node in names
-    }
-    ray.wait(list(calls.values()), num_returns=len(calls), timeout=TIMEOUT_S)
-    missing = {node: reason for node, call in calls.items() if (reason := _answer(names[node], call))}
+    alive = nodes.living()
+    reasons = nodes.on_each(alive, _missing, codes, failure=_unchecked)
+    missing = [(node.name, reason) for node, reason in zip(alive, reasons, strict=True) if reason]
     if missing:
-        node, reason = next(iter(missing.items()))
+        name, reason = missing[0]
         others = f" (and {len(missing) - 1} other nodes)" if len(missing) > 1 else ""
-        raise NoFamily(f"node {names[node]}{others}: {reason}")
+        raise NoFamily(f"node {name}{others}: {reason}")
 
 
-def _answer(name: str, call: ray.ObjectRef[str]) -> str:
-    """Return a node's answer. DisScaleError if there is none: the node was lost, or takes no task."""
-    try:
-        return str(ray.get(call, timeout=0))
-    except ray.exceptions.RayError as error:
-        why = " ".join(str(error).split())[:200]
-        raise DisScaleError(f"node {name}: its packages are not checked, run the command again: {why}") from error
+def _unchecked(name: str, error: Exception) -> DisScaleError:
+    """Return the error for a node that gave no answer: it was lost, or takes no task."""
+    why = " ".join(str(error).split())[:200]
+    return DisScaleError(f"node {name}: its packages are not checked, run the command again: {why}")
 
 
 def require(codes: Mapping[str, str]) -> None:

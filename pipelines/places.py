@@ -4,9 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import Any
-
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dis_scale.recipe import Recipe, TrainedExtractor
 from dis_scale.sweep import Sweep, state
@@ -15,14 +12,12 @@ from pipelines.cluster import models_at_once
 from pipelines.nodes import Node
 from pipelines.ray_private import Resources
 from pipelines.waiting import capacity
-from pipelines.worker import amounts, resources
+from pipelines.worker import Request, request_for
 
 ALL_GPUS_VISIBLE = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """Keeps Ray from hiding the node's GPUs from a worker that reserves none."""
 
 PREPARE_CPUS = 2
-Request = dict[str, Any]
-"""Options of one worker's actor."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,7 @@ class Places:
 
     def request(self, name: str, device: str, cpus: float) -> Request:
         """Return the request of a stage's worker on these nodes."""
-        return resources(name, device, cpus, self._resources)
+        return request_for(name, device, cpus, self._resources)
 
     def prepare(self, device: str) -> tuple[str, Request]:
         """Return the device of prepare's first worker and its request.
@@ -55,10 +50,10 @@ class Places:
     def needs(self, device: str) -> dict[str, tuple[int, Resources]]:
         """Return for each stage the least number of workers that run at the same time, and what each asks for."""
         return {
-            "prepare": (1, amounts(self.prepare(device)[1])),
-            "precompute": (1, amounts(self.request("precompute", device, 1))),
-            "train": (self.recipe.train.world_sizes[-1], amounts(self.request("train", device, 1))),
-            "evaluate": (1, amounts(self.request("evaluate", device, 0))),
+            "prepare": (1, self.prepare(device)[1].amounts),
+            "precompute": (1, self.request("precompute", device, 1).amounts),
+            "train": (self.recipe.train.world_sizes[-1], self.request("train", device, 1).amounts),
+            "evaluate": (1, self.request("evaluate", device, 0).amounts),
         }
 
     def lacking(self, device: str) -> tuple[int, Resources] | None:
@@ -80,7 +75,7 @@ class Places:
 
     def evaluators_on(self, places: Sequence[Resources]) -> int:
         """Return how many evaluators with a GPU of their own nodes of these resources hold."""
-        return capacity({"GPU": 1.0} | self.request("evaluate", "cuda", 0).get("resources", {}), places)
+        return capacity(self.request("evaluate", "cuda", 0).amounts, places)
 
     def most_evaluators(self) -> int:
         """Return how many evaluators with a GPU of their own all nodes hold when they are idle."""
@@ -98,7 +93,7 @@ class Places:
         training = [node.id for node in self.nodes if self._trains(node)]
         if device == "cuda" and training:
             apart = min(own, self.evaluators_on(self._apart))
-            every[:apart] = [(None, request | {"label_selector": nodes.avoiding(training)})] * apart
+            every[:apart] = [(None, request.on(label_selector=nodes.avoiding(training)))] * apart
         if own == settings.workers or settings.gpu_share is None:
             return every
         return every + self._sharing(settings.workers - own)
@@ -118,7 +113,7 @@ class Places:
     @property
     def _training_bundle(self) -> Resources:
         """What a training worker takes of a GPU node."""
-        return {"GPU": 1.0} | self.request("train", "cuda", 1).get("resources", {})
+        return {"GPU": 1.0} | self.request("train", "cuda", 1).named()
 
     def _trains(self, node: Node) -> bool:
         """Whether a training worker with a GPU fits on a node."""
@@ -132,10 +127,7 @@ class Places:
 
 def _on_node(node: str) -> Request:
     """Return the request of a worker that reserves nothing and sees all GPUs of its node."""
-    where = NodeAffinitySchedulingStrategy(node, soft=False)
-    return {
-        "num_cpus": 0, "num_gpus": 0, "scheduling_strategy": where, "runtime_env": {"env_vars": ALL_GPUS_VISIBLE},
-    }  # fmt: skip
+    return Request({}).on(scheduling_strategy=nodes.only(node), runtime_env={"env_vars": ALL_GPUS_VISIBLE})
 
 
 def own_gpus(sweep: Sweep, places: Places) -> int:

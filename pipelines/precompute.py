@@ -25,7 +25,7 @@ from pipelines.restarts import with_restarts
 from pipelines.sharing import Deal, capacity, share
 from pipelines.stage import StageJob
 from pipelines.watching import Watch, watch
-from pipelines.worker import Worker, resources, spawn
+from pipelines.worker import Worker, request_for, spawn
 
 if TYPE_CHECKING:
     from dis_scale.vae import Vae
@@ -98,7 +98,7 @@ class RayEncoders:
 
     def encoding(self) -> Encoding:
         """Return what the encoders encode with, from one of them that needs no GPU."""
-        worker = spawn(self.job, Encoder, resources("precompute", "cpu", 1), self.job.sweep, self.device)
+        worker = spawn(self.job, Encoder, request_for("precompute", "cpu", 1), self.job.sweep, self.device)
         (encoding,) = watch(self.job, [worker], [worker.encoding.remote()], policy=Watch(keep_logs=False))
         if self.device == "cpu":
             self._workers = [worker]
@@ -120,7 +120,7 @@ class RayEncoders:
         self, work: str, latents: Folder, encoding: Encoding, left: list[int], images: int, total: int, unit: str
     ) -> None:
         """Let the encoders share this work on the numbers in `left`, which have this many of all images."""
-        request = resources("precompute", self.device, 1)
+        request = request_for("precompute", self.device, 1)
         count = min(self.job.recipe.precompute.workers, len(left), capacity(request))
         workers, self._workers = self._workers[:count], []
         missing = range(count - len(workers))

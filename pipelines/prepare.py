@@ -23,7 +23,7 @@ from pipelines.restarts import with_restarts
 from pipelines.sharing import Deal, capacity, share
 from pipelines.stage import StageJob
 from pipelines.watching import watch
-from pipelines.worker import Worker, resources, spawn
+from pipelines.worker import Request, Worker, request_for, spawn
 
 
 class Preparer(Worker):
@@ -137,7 +137,7 @@ def prepare_sweep(job: StageJob) -> None:
         with_restarts(job, "prepare", attempt, lambda: len(sweep.reference_parts.list()))
 
 
-def _prepare_with_one(job: StageJob, device: str, request: dict[str, Any]) -> None:
+def _prepare_with_one(job: StageJob, device: str, request: Request) -> None:
     worker = spawn(job, Preparer, request)
     result = worker.prepare.remote(job.sweep, device)
     total = cache(partial(_steps_and_images, job.sweep))  # counted at the first report, while the worker starts
@@ -150,7 +150,7 @@ def _compute_in_parts(job: StageJob, device: str) -> None:
     images = len(_source(sweep))
     left = state.reference_parts_missing(sweep, images)
     before = images - sum(len(part_positions(n, images)) for n in left)
-    request = resources("precompute", device, 1)
+    request = request_for("precompute", device, 1)
     count = max(1, min(sweep.recipe.precompute.workers, len(left), capacity(request)))
     workers = [spawn(job, Preparer, request) for _ in range(count)]
     job.say(f"reference: {len(left)} parts left of {part_count(images)}, {count} workers")

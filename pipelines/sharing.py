@@ -1,20 +1,17 @@
 """Numbered work shared by independent workers: each takes the next number when it needs one, so none waits for a slow one."""
 
 import contextlib
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipelines import waiting
+from pipelines import nodes, waiting
 from pipelines.failures import WorkerFailure, failure_of
-from pipelines.nodes import alive_nodes
 from pipelines.stage import StageJob
 from pipelines.watching import Report, Watch, watch
-from pipelines.worker import amounts
+from pipelines.worker import Request
 
 Deal = Callable[[], int | None]
 """Returns the next number; None when there are no more."""
@@ -22,52 +19,37 @@ SHARED = Watch(independent=True)
 
 
 class Dealer:
-    """Deals each number to one caller; None when there are no more."""
-
-    def __init__(self, numbers: list[int]) -> None:
-        self._left, self._lock = iter(numbers), threading.Lock()
-
-    def next(self) -> int | None:
-        with self._lock:
-            return next(self._left, None)
-
-    def end(self) -> None:
-        """Deal no more numbers."""
-        with self._lock:
-            self._left = iter(())
-
-
-class _Deals:
-    """One actor deals for all shared work of a driver in turn: its process takes seconds to start."""
+    """Deals the numbers of one piece of shared work after the other, as an actor: its process takes seconds to start."""
 
     def __init__(self) -> None:
-        self._current, self._dealer = 0, Dealer([])
+        self._deal, self._left = 0, iter(list[int]())
 
     def begin(self, numbers: list[int]) -> int:
         """Return the new deal's number; the one before deals no more."""
-        self._current, self._dealer = self._current + 1, Dealer(numbers)
-        return self._current
+        self._deal, self._left = self._deal + 1, iter(numbers)
+        return self._deal
 
     def next(self, deal: int) -> int | None:
-        return self._dealer.next() if deal == self._current else None
+        return next(self._left, None) if deal == self._deal else None
 
     def end(self, deal: int) -> None:
-        if deal == self._current:
-            self._dealer.end()
+        """Deal no more numbers."""
+        if deal == self._deal:
+            self._left = iter([])
 
 
 class _RemoteDeal:
     """A deal's next number and its end, by remote calls; picklable."""
 
-    def __init__(self, deals: Any, numbers: list[int]) -> None:
-        self._deals, self._number = deals, ray.get(deals.begin.remote(numbers))
+    def __init__(self, dealer: Any, numbers: list[int]) -> None:
+        self._dealer, self._number = dealer, ray.get(dealer.begin.remote(numbers))
 
     def __call__(self) -> int | None:
-        return ray.get(self._deals.next.remote(self._number))
+        return ray.get(self._dealer.next.remote(self._number))
 
     def end(self) -> Any:
         """Deal no more; return the call, which is not awaited."""
-        return self._deals.end.remote(self._number)
+        return self._dealer.end.remote(self._number)
 
 
 def _begin_deal(job: StageJob, numbers: list[int]) -> _RemoteDeal:
@@ -75,14 +57,14 @@ def _begin_deal(job: StageJob, numbers: list[int]) -> _RemoteDeal:
     if job.dealer is not None:
         with contextlib.suppress(ray.exceptions.RayActorError):
             return _RemoteDeal(job.dealer, numbers)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    job.dealer = ray.remote(num_cpus=0)(_Deals).options(scheduling_strategy=here).remote()
+    here = nodes.only(ray.get_runtime_context().get_node_id())
+    job.dealer = ray.remote(num_cpus=0)(Dealer).options(scheduling_strategy=here).remote()
     return _RemoteDeal(job.dealer, numbers)
 
 
-def capacity(request: dict[str, Any]) -> int:
+def capacity(request: Request) -> int:
     """Return how many workers with this request the cluster's resources hold at the same time, at least one."""
-    return max(1, waiting.capacity(amounts(request), alive_nodes()))
+    return max(1, waiting.capacity(request.amounts, nodes.alive_nodes()))
 
 
 class Shared(NamedTuple):

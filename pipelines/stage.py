@@ -23,6 +23,7 @@ from pipelines import environment
 from pipelines.lines import Log
 from pipelines.logs import JobLogs
 from pipelines.metrics import Exporter
+from pipelines.ray_private import Resources
 
 
 @dataclass
@@ -34,7 +35,7 @@ class StageJob:
     log: Log = field(default_factory=lambda: Log(Context()))
     stop: threading.Event = field(default_factory=threading.Event)
     logs: JobLogs = field(default_factory=lambda: JobLogs(None, Context()))
-    requests: dict[str, dict[str, float]] = field(default_factory=dict)
+    requests: dict[str, Resources] = field(default_factory=dict)
     """The resources that each worker asked for, by its actor's id."""
     dealer: Any = None
     """The actor that deals shared work (pipelines/sharing.py); None before the first."""

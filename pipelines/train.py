@@ -34,7 +34,7 @@ from pipelines.restarts import with_restarts
 from pipelines.stage import StageJob
 from pipelines.waiting import Wait, capacity
 from pipelines.watching import Watch, watch
-from pipelines.worker import Worker, amounts, resources, spawn
+from pipelines.worker import Request, Worker, request_for, spawn
 
 CAPACITY_WAIT_S = 5.0
 """Longest wait for resources that the previous attempt has not freed yet."""
@@ -154,8 +154,8 @@ class TrainingRun:
     job: StageJob
     model: str
     device: str
-    request: dict[str, Any] = field(default_factory=dict)
-    """Options of one worker's actor on the nodes that the current attempt began with."""
+    request: Request = field(default_factory=lambda: Request({}))
+    """That of one worker on the nodes that the current attempt began with."""
 
     @property
     def settings(self) -> Train:
@@ -164,7 +164,7 @@ class TrainingRun:
     @property
     def bundle(self) -> Resources:
         """Resources of one worker."""
-        return amounts(self.request)
+        return self.request.amounts
 
     def attempts(self, failure: WorkerFailure | None) -> int:
         """Return the images seen after attempts that follow each other without a failure: to grow, or to leave a node."""
@@ -176,7 +176,7 @@ class TrainingRun:
     def _attempt(self, failure: WorkerFailure | None) -> int:
         """Run one attempt at a fixed world size; return the images seen, fewer if it stopped to move."""
         requested_at, silent_s = (failure.at, failure.silent_s) if failure else (time.time(), None)
-        self.request = resources("train", self.device, 1)
+        self.request = request_for("train", self.device, 1)
         avoided = nodes.excluded(self.job, nodes.living(), self._fits_without)
         world, group = self._place(avoided)
         ranks = None
@@ -194,7 +194,7 @@ class TrainingRun:
     def _start(self, group: Any, world: int) -> Ranks:
         """Start a worker in each bundle, and log where the ranks are."""
         bundles = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(world)]
-        workers = [spawn(self.job, Trainer, self.request | {"scheduling_strategy": bundle}) for bundle in bundles]
+        workers = [spawn(self.job, Trainer, self.request.on(scheduling_strategy=bundle)) for bundle in bundles]
         codes = packages.brought(self.job.recipe)
         calls = [worker.place.remote(self.device, codes) for worker in workers]
         places = watch(self.job, workers, calls, policy=Watch(keep_logs=False))

@@ -9,6 +9,7 @@ import ray
 
 from pipelines.metrics import SetGauge
 from pipelines.nodes import alive_nodes
+from pipelines.ray_private import Resources
 from pipelines.stage import StageJob
 
 LOGGED_AFTER_S = 5.0
@@ -17,11 +18,9 @@ CURE = (
     "start such a node (ray start --num-gpus=..., --resources=..., or the groups of cluster/*.yaml), or change the recipe's "
     "device or workers"
 )
-Request = dict[str, float]
-"""Resources of one worker by name."""
 
 
-def capacity(request: Request, nodes: Sequence[Request]) -> int:
+def capacity(request: Resources, nodes: Sequence[Resources]) -> int:
     """Return how many workers of these resources the nodes hold; one worker's resources are all on one node."""
     return sum(min(int(node.get(name, 0) // amount) for name, amount in request.items()) for node in nodes)
 
@@ -40,7 +39,7 @@ class Wait:
     def __exit__(self, *_: object) -> None:
         self._export(0)
 
-    def poll(self, count: int, request: Request, together: int = 1) -> str | None:
+    def poll(self, count: int, request: Resources, together: int = 1) -> str | None:
         """Return a line to log if `count` workers wait and it is news; `together` of them need capacity at the same time."""
         self._export(count if request else 0)
         if count == 0 or not request:  # without a request only their processes have to start
@@ -52,7 +51,7 @@ class Wait:
         self._logged = count
         return words(count, request, alive_nodes(), ray.available_resources(), together)
 
-    def log(self, job: StageJob, count: int, request: Request, together: int = 1) -> None:
+    def log(self, job: StageJob, count: int, request: Resources, together: int = 1) -> None:
         """Poll and log it; a stop request ends the wait."""
         if count:
             job.raise_if_stopped()
@@ -66,7 +65,7 @@ class Wait:
             self._exported = count
 
 
-def words(count: int, request: Request, nodes: Sequence[Request], free: Request, together: int = 1) -> str:
+def words(count: int, request: Resources, nodes: Sequence[Resources], free: Resources, together: int = 1) -> str:
     """Say what `count` workers wait for, what the cluster has, and what to do if it cannot hold `together` of them."""
     left = ", ".join(f"{free.get(name, 0):g} {name}" for name in request)
     missing = capacity(request, nodes) < together
@@ -78,14 +77,14 @@ def words(count: int, request: Request, nodes: Sequence[Request], free: Request,
     )
 
 
-def _listed(resources: Request) -> str:
+def _listed(resources: Resources) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
-def _kinds(nodes: Sequence[Request]) -> str:
+def _kinds(nodes: Sequence[Resources]) -> str:
     """Say how many nodes have which resources, without memory and the labels that Ray adds."""
 
-    def named(node: Request) -> str:
+    def named(node: Resources) -> str:
         return _listed({n: node[n] for n in sorted(node) if "memory" not in n and ":" not in n}) or "nothing"
 
     return "; ".join(f"{count} with {kind}" for kind, count in Counter(map(named, nodes)).items())

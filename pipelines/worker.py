@@ -8,7 +8,8 @@ controller takes ten.
 import faulthandler
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -84,23 +85,35 @@ class Worker:
             raise Preempted(f"stopped as requested; {left}")
 
 
-def spawn(job: StageJob, kind: type[Worker], options: dict[str, Any], *arguments: Any) -> Any:
-    """Return a worker as a Ray actor; its work, `poll` and `stop` run in threads of their own."""
-    worker = ray.remote(max_concurrency=4)(kind).options(**options).remote(*arguments)
-    job.requests[actor_id(worker)] = amounts(options)
-    return worker
+@dataclass(frozen=True)
+class Request:
+    """What one worker asks of Ray: resources by name, none of amount 0, and further options, such as the node to run on."""
+
+    amounts: Resources
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    def named(self) -> Resources:
+        """Return the resources that a stage's nodes declare."""
+        return {name: amount for name, amount in self.amounts.items() if name not in ("CPU", "GPU")}
+
+    def on(self, **options: object) -> "Request":
+        """Return the request with further options."""
+        return replace(self, options={**self.options, **options})
 
 
-def amounts(request: dict[str, Any]) -> dict[str, float]:
-    """Return the resources of a worker's request by name; none of amount 0."""
-    every = {"CPU": request.get("num_cpus", 0), "GPU": request.get("num_gpus", 0), **request.get("resources", {})}
-    return {name: amount for name, amount in every.items() if amount}
-
-
-def resources(name: str, device: str, cpus: float, nodes: Sequence[Resources] | None = None) -> dict[str, Any]:
+def request_for(name: str, device: str, cpus: float, nodes: Sequence[Resources] | None = None) -> Request:
     """Return one worker's request: a GPU if it computes on one, and the stage's named resource if a node for it declares that."""
     gpus = 1 if device == "cuda" else 0
     nodes = alive_nodes() if nodes is None else nodes
     declared = any(name in node for node in nodes if node.get("GPU", 0) >= gpus)
-    options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
-    return options | ({"resources": {name: 1}} if declared else {})
+    every = {"CPU": cpus, "GPU": gpus, name: int(declared)}
+    return Request({name: amount for name, amount in every.items() if amount})
+
+
+def spawn(job: StageJob, kind: type[Worker], request: Request, *arguments: Any) -> Any:
+    """Return a worker as a Ray actor; its work, `poll` and `stop` run in threads of their own."""
+    cpus, gpus = (request.amounts.get(name, 0) for name in ("CPU", "GPU"))
+    options = {"num_cpus": cpus, "num_gpus": gpus, "resources": request.named(), **request.options}
+    worker = ray.remote(max_concurrency=4)(kind).options(**options).remote(*arguments)
+    job.requests[actor_id(worker)] = request.amounts
+    return worker

@@ -26,7 +26,6 @@ from pipelines.nodes import Node
 from pipelines.places import Places
 from pipelines.train import largest_fitting
 from pipelines.waiting import capacity
-from pipelines.worker import amounts
 from tests.support import pods
 
 ROOT = Path(__file__).parent.parent
@@ -72,12 +71,12 @@ def pod(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def requested() -> set[str]:
-    """Return the resources that the stages request by `resources(NAME, ...)` and `Places.request(NAME, ...)`."""
+    """Return the resources that the stages request by `request_for(NAME, ...)` and `Places.request(NAME, ...)`."""
     calls = [
         node
         for path in (ROOT / "pipelines").glob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("resources", "self.request")
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("request_for", "self.request")
     ]
     return {name.value for name in (call.args[0] for call in calls) if isinstance(name, ast.Constant)}
 
@@ -147,8 +146,8 @@ def test_every_stage_of_every_recipe_fits_every_cluster(listed: list[Node], path
     world = largest_fitting(recipe.train.world_sizes, capacity(train, held))
     evaluators = places.evaluators(device, places.spare_gpus())
     assert evaluators, "evaluation need not wait until training has ended"
-    apart = [amounts(request) for _, request in evaluators if "label_selector" in request]
-    rest = [amounts(request) for _, request in evaluators if "label_selector" not in request]
+    apart = [request.amounts for _, request in evaluators if "label_selector" in request.options]
+    rest = [request.amounts for _, request in evaluators if "label_selector" not in request.options]
     trains = [node for node in held if "train" in node]
     assert _placed(apart, [node for node in held if node not in trains])
     assert _placed([train] * (at_once * world) + rest, trains)

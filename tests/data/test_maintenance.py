@@ -16,10 +16,10 @@ from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import Hardware, LatentsManifest
 from pipelines.precompute import Encoder
-from pipelines.sharing import Dealer
 from tests.conftest import TINY
 from tests.support.commands import invoke
 from tests.support.labelled_images import png
+from tests.support.stage_jobs import deal_of
 
 SIZES = ("data.num_classes=2", "precompute.shard_images=10", "precompute.encode_images=4")
 
@@ -44,7 +44,7 @@ def photos(store: Folder, images: Path, how: str = "{kind: trained, widths: [8, 
         put_shards(setup, latents, left, lambda _: None)
 
     def mix(left: list[int]) -> None:
-        Encoder(sweep, "cpu").mix(latents, encoding, Dealer(left).next)
+        Encoder(sweep, "cpu").mix(latents, encoding, deal_of(left))
 
     encoding = encoding_of(encoder, 32, "cpu")
     LatentSet(recipe, latents, setup.source, encoding, encode, mix).make()

@@ -27,10 +27,9 @@ from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.documents import LatentsManifest, ShardSidecar, StagedSidecar
 from pipelines.precompute import Encoder, retrying
-from pipelines.sharing import Dealer
 from tests.conftest import TINY
 from tests.support.labelled_images import parquet, png, tar
-from tests.support.stage_jobs import printing_job
+from tests.support.stage_jobs import deal_of, printing_job
 
 CLASS_IMAGES = [4 + n % 7 * 3 + (60 if n % 20 == 0 else 0) for n in range(100)]
 LABELS = [label for label, count in enumerate(CLASS_IMAGES) for _ in range(count)]
@@ -81,8 +80,8 @@ def make(sweep: Sweep, mix: Callable[[list[int]], None] | None = None) -> Folder
     latents = shards.latents_folder(sweep, encoding.identity)
     LatentSet(
         sweep.recipe, latents, source, encoding,
-        lambda left: encoder.encode(latents, encoding, Dealer(left).next),
-        mix or (lambda left: encoder.mix(latents, encoding, Dealer(left).next)),
+        lambda left: encoder.encode(latents, encoding, deal_of(left)),
+        mix or (lambda left: encoder.mix(latents, encoding, deal_of(left))),
     ).make(partial(retrying, printing_job(sweep)))  # fmt: skip
     staging.delete_parts(latents)  # as `find_or_make_latents` does
     return latents
@@ -192,15 +191,15 @@ def test_a_lost_part_and_a_damaged_one_are_made_again(small: Sweep, tmp_path: Pa
         groups.append(left)
         if len(groups) == 1:
             encoder = Encoder(small, "cpu")
-            encoder.mix(latents, encoding, Dealer(left[:2]).next)
+            encoder.mix(latents, encoding, deal_of(left[:2]))
             staged = latents / STAGED
             staged.delete("000002.bin")
             flipped = bytearray(staged.read("000005.bin"))
             flipped[7] ^= 1
             staged.write("000005.bin", bytes(flipped))
-            encoder.mix(latents, encoding, Dealer(left[2:]).next)
+            encoder.mix(latents, encoding, deal_of(left[2:]))
         else:
-            Encoder(small, "cpu").mix(latents, encoding, Dealer(left).next)
+            Encoder(small, "cpu").mix(latents, encoding, deal_of(left))
 
     small.folder.delete()
     (small.store / "latents").delete()
@@ -239,7 +238,7 @@ def test_all_damaged_parts_are_found_at_once(small: Sweep, monkeypatch: pytest.M
     """They may be more than attempts without progress are allowed."""
     monkeypatch.setattr(staging, "READS_AT_ONCE", 1)
     latents, source, encoding = _parts(small)
-    Encoder(small, "cpu").encode(latents, encoding, Dealer(list(range(10))).next)
+    Encoder(small, "cpu").encode(latents, encoding, deal_of(list(range(10))))
     mixer, staged = MixedOrder.of(source, small.recipe.precompute, encoding), latents / STAGED
     for name in staged.list():
         if name.endswith(StagedSidecar.ENDING):
@@ -254,7 +253,7 @@ def test_all_damaged_parts_are_found_at_once(small: Sweep, monkeypatch: pytest.M
 def test_a_part_with_a_damaged_sidecar_is_made_again(small: Sweep) -> None:
     """It is JSON, and its runs are intact: a refused image more would move those after it."""
     latents, source, encoding = _parts(small)
-    Encoder(small, "cpu").encode(latents, encoding, Dealer(list(range(10))).next)
+    Encoder(small, "cpu").encode(latents, encoding, deal_of(list(range(10))))
     staged = latents / STAGED
     StagedSidecar.read(staged, "000003.json").changed(refused=(staging.READS_AT_ONCE,)).write(staged, "000003.json")
     mixer = MixedOrder.of(source, small.recipe.precompute, encoding)

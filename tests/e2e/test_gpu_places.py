@@ -26,7 +26,7 @@ from pipelines.evaluate import OpenedEvaluation, PublishedEvaluation
 from pipelines.evaluators import RayEvaluators
 from pipelines.places import Places
 from pipelines.watching import Watch, watch
-from pipelines.worker import resources, spawn
+from pipelines.worker import Request, request_for, spawn
 from tests.conftest import TINY
 from tests.support.documents import put_metrics, put_published
 from tests.support.drivers import driver_of, logged
@@ -80,16 +80,16 @@ def test_without_a_share_there_are_only_evaluators_with_a_gpu_of_their_own(node:
 
 
 def test_a_stage_asks_for_its_named_resource_only_if_a_node_with_a_gpu_has_it(node: str) -> None:
-    assert "resources" not in resources("prepare", "cuda", 1), "only the head declares it, and has no GPU"
-    assert resources("prepare", "cpu", 1)["resources"] == {"prepare": 1}
-    assert resources("train", "cuda", 1)["resources"] == {"train": 1}
-    probe = spawn(job_of(recipe_of()), Probe, resources("prepare", "cuda", 1))
+    assert not request_for("prepare", "cuda", 1).named(), "only the head declares it, and has no GPU"
+    assert request_for("prepare", "cpu", 1).named() == {"prepare": 1}
+    assert request_for("train", "cuda", 1).named() == {"train": 1}
+    probe = spawn(job_of(recipe_of()), Probe, request_for("prepare", "cuda", 1))
     assert ray.get(probe.where.remote())[0] == node
 
 
 def test_a_worker_without_capacity_is_logged_and_starts_when_there_is_some(node: str) -> None:
     training, job = training_group(), job_of(recipe_of())
-    probe = spawn(job, Probe, {"num_gpus": 1})
+    probe = spawn(job, Probe, Request({"GPU": 1}))
     threading.Timer(4, remove_placement_group, [training]).start()
     (place,) = watch(job, [probe], [probe.where.remote()], policy=Watch(logged_after_s=0.5))
     assert place[0] == node
@@ -174,8 +174,8 @@ def test_evaluation_waits_for_training_and_gives_its_gpus_back(node: str, tmp_pa
 def test_what_no_node_can_hold_is_logged_within_ten_seconds_with_the_cure(node: str) -> None:
     """It waits on: an autoscaler may add a node. A stop request ends the wait."""
     job = job_of(recipe_of())
-    other = spawn(job, Probe, {"num_cpus": 1})
-    idle = spawn(job, Probe, {"num_cpus": 1, "num_gpus": 1, "resources": {"prepare": 1}})
+    other = spawn(job, Probe, Request({"CPU": 1}))
+    idle = spawn(job, Probe, Request({"CPU": 1, "GPU": 1, "prepare": 1}))
     threading.Timer(10, job.stop.set).start()
     with pytest.raises(Preempted):
         watch(job, [other, idle], [other.where.remote(), idle.where.remote()])

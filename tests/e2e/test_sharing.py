@@ -20,7 +20,7 @@ from pipelines.logs import JobLogs
 from pipelines.sharing import SHARED, Deal, capacity, share
 from pipelines.stage import StageJob
 from pipelines.watching import Watch, watch
-from pipelines.worker import Worker, resources, spawn
+from pipelines.worker import Worker, request_for, spawn
 from tests.support.stage_jobs import job_of
 
 POLICY = replace(SHARED, answer_s=2.0)
@@ -63,15 +63,15 @@ def job(tiny: Recipe) -> StageJob:
 
 
 def takers(job: StageJob, count: int, name: str = "precompute") -> list[Any]:
-    return [spawn(job, Taker, resources(name, "cpu", 1)) for _ in range(count)]
+    return [spawn(job, Taker, request_for(name, "cpu", 1)) for _ in range(count)]
 
 
 def test_capacity_is_that_of_the_declared_resource() -> None:
-    request = resources("precompute", "cpu", 1)
-    assert request["resources"] == {"precompute": 1}
+    request = request_for("precompute", "cpu", 1)
+    assert request.named() == {"precompute": 1}
     assert capacity(request) == 1
-    assert capacity(resources("prepare", "cpu", 1)) == 2
-    assert capacity(resources("prepare", "cuda", 1)) == 1, "an absent GPU is waited for"
+    assert capacity(request_for("prepare", "cpu", 1)) == 2
+    assert capacity(request_for("prepare", "cuda", 1)) == 1, "an absent GPU is waited for"
 
 
 def test_a_worker_without_capacity_holds_up_nothing(job: StageJob, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_one_process_deals_for_all_work_and_is_replaced_if_it_dies(job: StageJob
 
 
 def dealing() -> list[psutil.Process]:
-    return [each for each in psutil.Process().children(recursive=True) if each.cmdline()[:1] == ["ray::_Deals"]]
+    return [each for each in psutil.Process().children(recursive=True) if each.cmdline()[:1] == ["ray::Dealer"]]
 
 
 def test_a_lost_worker_is_reported_soon_and_can_be_replaced(job: StageJob, tmp_path: Path) -> None:

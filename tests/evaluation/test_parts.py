@@ -23,9 +23,9 @@ from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import Sweep, extractors, state
 from dis_scale.sweep.extractors import part_count, reference_file
 from pipelines.prepare import Preparer
-from pipelines.sharing import Dealer
 from tests.conftest import TINY
 from tests.support.scripts import Pixels, pixels, script, with_scripts
+from tests.support.stage_jobs import deal_of
 
 PART = 300
 
@@ -92,7 +92,7 @@ def test_one_and_three_workers_store_the_same_bytes(sweep: Sweep, source: Source
     left = state.reference_parts_missing(other, len(source))
     assert left == [0, 1, 2, 3, 4, 5]
     threads = [
-        threading.Thread(target=worker.make_parts, args=(other, "cpu", Dealer(left[i::3]).next))
+        threading.Thread(target=worker.make_parts, args=(other, "cpu", deal_of(left[i::3])))
         for i, worker in enumerate(workers)
     ]
     for thread in threads:

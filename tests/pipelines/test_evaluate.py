@@ -81,7 +81,7 @@ def test_evaluators_stay_off_the_nodes_that_training_needs() -> None:
     """Otherwise one of them may hold a GPU of the only node on which four workers fit, and training waits for ever."""
     nodes = listed([{"GPU": 4.0, "CPU": 8.0, "train": 4.0}, {"GPU": 2.0, "CPU": 8.0}])
     places = Places(reading.load(TINY, ["evaluate.workers=3"]), nodes)
-    selectors = [request.get("label_selector") for _, request in places.evaluators("cuda", 3)]
+    selectors = [request.options.get("label_selector") for _, request in places.evaluators("cuda", 3)]
     assert selectors == [{"ray.io/node-id": "!in(a)"}] * 2 + [None]
 
 

@@ -31,10 +31,9 @@ from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import Encoding, Hardware, LatentsManifest
 from pipelines import precompute
 from pipelines.precompute import Encoder
-from pipelines.sharing import Dealer
 from tests.conftest import TINY
 from tests.support.documents import made_from
-from tests.support.stage_jobs import printing_job
+from tests.support.stage_jobs import deal_of, printing_job
 from tests.support.stages import OneEncoder
 
 
@@ -72,10 +71,10 @@ def encoding_here(sweep: Sweep) -> Encoding:
 
 def encode_with(workers: int, sweep: Sweep, at: Folder) -> dict[str, bytes]:
     """Return the three shards as this many workers make them at once."""
-    dealer = Dealer([0, 1, 2])
+    deal = deal_of([0, 1, 2])
     with ThreadPoolExecutor(workers) as pool:
         encoders = [Encoder(sweep, "cpu") for _ in range(workers)]
-        done = [pool.submit(encoder.encode, at, encoding_here(sweep), dealer.next) for encoder in encoders]
+        done = [pool.submit(encoder.encode, at, encoding_here(sweep), deal) for encoder in encoders]
     for each in done:
         each.result()
     return {name: at.read(name) for name in at.list() if name != Hardware.NAME}
@@ -213,7 +212,7 @@ EncodeOf = Callable[[Sweep, Folder, list[int]], None]
 
 def encode_here(sweep: Sweep, latents: Folder, left: list[int]) -> None:
     """Encode in this process, as a worker on Ray does."""
-    Encoder(sweep, "cpu").encode(latents, encoding_here(sweep), Dealer(left).next)
+    Encoder(sweep, "cpu").encode(latents, encoding_here(sweep), deal_of(left))
 
 
 def latents_of(sweep: Sweep) -> Folder:
@@ -226,7 +225,7 @@ def made(sweep: Sweep, encode: EncodeOf = encode_here) -> LatentsManifest:
     encoding = encoding_here(sweep)
 
     def mix(left: list[int]) -> None:
-        Encoder(sweep, "cpu").mix(latents, encoding, Dealer(left).next)
+        Encoder(sweep, "cpu").mix(latents, encoding, deal_of(left))
 
     job = printing_job(sweep)
     latent_set = LatentSet(sweep.recipe, latents, source, encoding, lambda left: encode(sweep, latents, left), mix)
@@ -346,7 +345,7 @@ def test_a_stop_request_is_obeyed_within_a_batch(sweep: Sweep, tmp_path: Path) -
     encoder = Encoder(sweep, "cpu")
     encoder.stop()
     with pytest.raises(Preempted, match="stopped as requested"):
-        encoder.encode(open_folder(tmp_path) / "one", encoder.encoding(), Dealer([0, 1, 2]).next)
+        encoder.encode(open_folder(tmp_path) / "one", encoder.encoding(), deal_of([0, 1, 2]))
     assert encoder.poll()[0] == 4
     assert (open_folder(tmp_path) / "one").list() == [Hardware.NAME]
 
@@ -356,7 +355,7 @@ def test_an_encoder_of_another_kind_is_refused(sweep: Sweep, tmp_path: Path) -> 
     with pytest.raises(
         UserError, match=r"this worker encodes with .*, the first one with .*torch='2.10.0'.*use equal nodes"
     ):
-        Encoder(sweep, "cpu").encode(latents, other, Dealer([0]).next)
+        Encoder(sweep, "cpu").encode(latents, other, deal_of([0]))
     assert latents.list() == []
 
 

@@ -20,6 +20,6 @@ REFUSED = RayTaskError("_create", "Traceback ...", PermissionError("read-only fi
 )
 def test_only_the_folders_own_failure_is_a_mistake(error: Exception, kind: type, words: str) -> None:
     """A user's mistake, exit code 2, is never repeated by a RayJob; a node that ran out of memory may be."""
-    failure = failure_on("a-node", "/nfs/.probe-1", error)
+    failure = failure_on("/nfs", "a-node", error)
     assert type(failure) is kind
     assert words in str(failure)

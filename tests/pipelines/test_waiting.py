@@ -4,10 +4,9 @@ import contextlib
 
 from dis_scale.process.errors import Preempted
 from pipelines.waiting import Wait, words
-from pipelines.worker import amounts
 
 HEAD, NODE = {"CPU": 8.0, "prepare": 1.0}, {"CPU": 8.0, "GPU": 8.0, "memory": 5e9, "node:10.0.0.1": 1.0}
-REQUEST = amounts({"num_cpus": 1, "num_gpus": 1, "resources": {"prepare": 1}})
+REQUEST = {"CPU": 1, "GPU": 1, "prepare": 1}
 
 
 def test_what_waits_says_for_what_what_the_cluster_has_and_what_to_do() -> None:
@@ -16,9 +15,9 @@ def test_what_waits_says_for_what_what_the_cluster_has_and_what_to_do() -> None:
         "waiting for capacity for 1 workers, each with 1 CPU, 1 GPU, 1 prepare; free in the cluster: 16 CPU, 8 GPU, 1 prepare; "
         "nodes: 1 with 8 CPU, 8 GPU; 1 with 8 CPU, 1 prepare; no node has all of that together"
     )
-    busy = words(2, amounts({"num_cpus": 1, "num_gpus": 1}), [NODE, NODE], {"CPU": 8.0})
+    busy = words(2, {"CPU": 1, "GPU": 1}, [NODE, NODE], {"CPU": 8.0})
     assert busy.endswith("free in the cluster: 8 CPU, 0 GPU; nodes: 2 with 8 CPU, 8 GPU")
-    few = words(9, amounts({"num_gpus": 1}), [NODE, HEAD], {}, together=9)
+    few = words(9, {"GPU": 1}, [NODE, HEAD], {}, together=9)
     assert "; the nodes hold 8 of them, so they wait until one joins: start such a node" in few
 
 

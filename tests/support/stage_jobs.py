@@ -1,6 +1,8 @@
 """A stage's job without Ray: it keeps what a program would log, and its pauses take no time."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +11,7 @@ from dis_scale.recipe import Recipe
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
 from pipelines.lines import Log
+from pipelines.sharing import Deal
 from pipelines.stage import StageJob
 
 
@@ -53,6 +56,11 @@ class RayJob(RecordedJob):
 def job_of(recipe: Recipe, root: object = "/nowhere", kind: type[RecordedJob] = RecordedJob) -> RecordedJob:
     """Return the job of a sweep of this recipe below a storage root."""
     return kind(Sweep.below(open_folder(str(root)), recipe))
+
+
+def deal_of(numbers: Iterable[int]) -> Deal:
+    """Return a deal of these numbers to workers of this process."""
+    return partial(next, iter(numbers), None)
 
 
 def printing_job(sweep: Sweep) -> StageJob:

@@ -24,10 +24,10 @@ from pipelines.failures import WorkerFailure
 from pipelines.precompute import Encoder
 from pipelines.prepare import Preparer
 from pipelines.restarts import with_restarts
-from pipelines.sharing import Dealer
 from pipelines.stage import StageJob
 from tests.support import ranks
 from tests.support.commands import invoke
+from tests.support.stage_jobs import deal_of
 
 multiprocessing.set_forkserver_preload([*ranks.PRELOAD, __name__])
 UNLIKE = (".part-", "/leases/")
@@ -90,7 +90,7 @@ def _prepare(job: StageJob) -> None:
         worker.prepare(sweep, "cpu")
         if not state.prepared(sweep):
             left = state.reference_parts_missing(sweep, len(open_source(sweep.recipe.data)))
-            worker.make_parts(sweep, "cpu", Dealer(left).next)
+            worker.make_parts(sweep, "cpu", deal_of(left))
             worker.merge_parts(sweep, "cpu")
 
     with_restarts(job, "prepare", attempt, lambda: len(job.sweep.reference_parts.list()))
@@ -106,10 +106,10 @@ class OneEncoder:
         return Encoder(self.job.sweep, "cpu").encoding()
 
     def encode(self, latents: Folder, encoding: Encoding, _: Source, left: list[int]) -> None:
-        _obeying(self.job, Encoder(self.job.sweep, "cpu")).encode(latents, encoding, Dealer(left).next)
+        _obeying(self.job, Encoder(self.job.sweep, "cpu")).encode(latents, encoding, deal_of(left))
 
     def mix(self, latents: Folder, encoding: Encoding, _: Source, left: list[int]) -> None:
-        _obeying(self.job, Encoder(self.job.sweep, "cpu")).mix(latents, encoding, Dealer(left).next)
+        _obeying(self.job, Encoder(self.job.sweep, "cpu")).mix(latents, encoding, deal_of(left))
 
 
 def _precompute(job: StageJob) -> None:
@@ -123,10 +123,10 @@ class OneEvaluator:
     worker: Evaluator
 
     def sample(self, sampled: Sampled, settings: Evaluate, blocks: list[int]) -> list[Spent]:
-        return [self.worker.sample(sampled, settings, Dealer(blocks).next)]
+        return [self.worker.sample(sampled, settings, deal_of(blocks))]
 
     def floor(self, blocks: list[int]) -> None:
-        self.worker.floor(Dealer(blocks).next)
+        self.worker.floor(deal_of(blocks))
 
     def held_out(self, sampled: Sampled) -> dict[str, float]:
         return self.worker.held_out(sampled)

@@ -37,10 +37,10 @@ from dis_scale.weights.opening import open_for_sampling, sample_pictures
 from pipelines.evaluators import Evaluator
 from pipelines.precompute import Encoder
 from pipelines.prepare import Preparer
-from pipelines.sharing import Dealer
 from tests.conftest import TINY
 from tests.support import ranks
 from tests.support.documents import put_latents
+from tests.support.stage_jobs import deal_of
 
 KINDS = {
     "SD, f8": {"latent_channels": 4, "scaling_factor": 0.18215, "levels": 4},
@@ -182,7 +182,7 @@ def encode_digits(sweep: Sweep, latents: Folder) -> None:
     encoding = encoder.encoding()
 
     def encode(left: list[int]) -> None:
-        encoder.encode(latents, encoding, Dealer(left).next)
+        encoder.encode(latents, encoding, deal_of(left))
 
     def refuse(_: list[int]) -> None:
         raise AssertionError("digits are listed in the mixed order")
