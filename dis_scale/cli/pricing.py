@@ -1,6 +1,8 @@
 """The command that prices a sweep; it starts nothing."""
 
-from dataclasses import replace
+import json
+import math
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,7 +24,7 @@ from dis_scale.recipe.shipped import EMBEDDED
 
 if TYPE_CHECKING:
     from dis_scale.planning.fleet import Fleet
-    from dis_scale.planning.plan import Plan
+    from dis_scale.planning.plan import FleetForecast
     from dis_scale.recipe import Recipe
     from dis_scale.recipe.train import Train
 
@@ -63,13 +65,20 @@ def plan(
     if not as_json:
         console().print(table(priced))
     source, unknown = source_images(settings, images)
-    document = {"recipe": settings.name, "plan": derive(priced, source), "source_unknown": unknown, "fleet": forecast}
+    numbers = json.dumps(asdict(forecast)) if forecast else "null"
+    document = {
+        "recipe": settings.name,
+        "plan": asdict(derive(priced, source, unknown)),
+        "source_unknown": unknown,
+        "fleet": json.loads(numbers, parse_constant=lambda _: None),  # JSON has no infinite numbers
+        "study": [cell._asdict() for cell in study],
+    }
     show(
         as_json,
-        document | {"study": [cell._asdict() for cell in study]},
+        document,
         f"data     {price_reading(settings, shape, source)}" if source else f"data     unknown: {unknown}",
         *([isoflop.table(priced, study, source)] if study else []),
-        *(_forecast(priced, fleet, forecast) if fleet and forecast else []),
+        *(_forecast(forecast, priced.recipe.train) if forecast else []),
     )
 
 
@@ -89,57 +98,56 @@ def _fleet(recipe: "Recipe", gpu: str | None, given: dict[str, Any]) -> "Fleet |
     return replace(Fleet(gpu, recipe.train.most_workers), **given)
 
 
-def _forecast(plan: "Plan", fleet: "Fleet", forecast: dict[str, Any]) -> list[RenderableType]:
+def _forecast(forecast: "FleetForecast", train: "Train") -> list[RenderableType]:
     from dis_scale.planning.fleet import GPUS
 
-    gpu = GPUS[fleet.gpu]
+    fleet, gpu = forecast.assumed, GPUS[forecast.assumed.gpu]
     assumed = (
         f"\nfleet    {fleet.count:,} x {fleet.gpu}; assumed: MFU {fleet.mfu:.0%}, {gpu.node_gb_s:g} GB/s within a node, "
         f"{gpu.network_gb_s:g} GB/s between nodes, "
         f"{fleet.host_gb_s:g} GB/s to the host, {fleet.storage_gb_s:g} GB/s a worker to storage, {fleet.restart_s:g} s to restart, "
         f"{fleet.preemptions_per_day:g} preemptions a day\nfigures  {SOURCES}"
     )
-    return [assumed, _memory(forecast, plan.recipe.train), _training(forecast), _sizes(forecast)]
+    return [assumed, _memory(forecast, train), _training(forecast), _sizes(forecast)]
 
 
-def _memory(forecast: dict[str, Any], train: "Train") -> Table:
-    models, usable = forecast["models"], forecast["usable_bytes"]
+def _memory(forecast: "FleetForecast", train: "Train") -> Table:
+    models, usable = forecast.models, forecast.usable_bytes
     table = _table(
         f"GiB of a worker by ZeRO stage and checkpointing, {train.micro_images or train.lane_images} images in a forward pass; "
         f"* is over the usable {usable / 2**30:.1f}",
         "model",
-        *(each.replace("ZeRO ", "Z").replace(",", "\n") for each in next(iter(models.values()))["memory_bytes"]),
+        *(each.replace("ZeRO ", "Z").replace(",", "\n") for each in next(iter(models.values())).memory_bytes),
         "most images\nas set",
     )
     for name, each in models.items():
-        sizes = (f"{size / 2**30:.1f}{'*' if size > usable else ''}" for size in each["memory_bytes"].values())
-        table.add_row(name, *sizes, f"{each['micro_images']:,}")
+        sizes = (f"{size / 2**30:.1f}{'*' if size > usable else ''}" for size in each.memory_bytes.values())
+        table.add_row(name, *sizes, f"{each.micro_images:,}")
     return table
 
 
-def _training(forecast: dict[str, Any]) -> Table:
+def _training(forecast: "FleetForecast") -> Table:
     table = _table(
         "training, by arithmetic", "model", "GPUs", "sent\na step", "steps/s", "days", "GPU hours", "resume\npoint",
         "every,\nimages", "lost", "evaluation\nGPU hours", "stored", "price",
     )  # fmt: skip
-    for name, each in forecast["models"].items():
-        every_s, every_images = each["resume_every_s"], each["resume_every_images"]
-        every = f"{every_s:,.0f} s,\n{every_images:,}" if every_s else "-"
+    for name, each in forecast.models.items():
+        every_images = each.resume_every_images
         table.add_row(
-            name, f"{each['gpus']:,}{'' if each['fits'] else ' too small'}", f"{each['wire_bytes'] / 1e9:,.2f} GB",
-            f"{each['steps_per_s']:.3g}", _number(each["days"]), _number(each["training_gpu_hours"]),
-            f"{each['resume_bytes'] / 1e9:,.2f} GB", every, f"{each['loss']:.1%}",
-            _number(each["evaluation_gpu_hours"]), f"{each['stored_bytes'] / 1e9:,.1f} GB", _money(each["price"]),
+            name, f"{each.gpus:,}{'' if each.fits else ' too small'}", f"{each.wire_bytes / 1e9:,.2f} GB",
+            f"{each.steps_per_s:.3g}", _number(each.days), _number(each.training_gpu_hours),
+            f"{each.resume_bytes / 1e9:,.2f} GB", f"{each.resume_every_s:,.0f} s,\n{every_images:,}" if every_images else "-",
+            f"{each.loss:.1%}", _number(each.evaluation_gpu_hours), f"{each.stored_bytes / 1e9:,.1f} GB", _money(each.price),
         )  # fmt: skip
     return table
 
 
-def _sizes(forecast: dict[str, Any]) -> Table:
+def _sizes(forecast: "FleetForecast") -> Table:
     table = _table("the sweep, by the number of GPUs", "GPUs", "days", "GPU hours", "largest loss", "stored", "price")
-    for each in forecast["by_gpus"]:
+    for each in forecast.by_gpus:
         table.add_row(
-            f"{each['gpus']:,}{'' if each['fits'] else ' too small'}", _number(each["days"]), _number(each["gpu_hours"]),
-            f"{each['largest_loss']:.1%}", f"{each['stored_bytes'] / 1e9:,.1f} GB", _money(each["price"]),
+            f"{each.gpus:,}{'' if each.fits else ' too small'}", _number(each.days), _number(each.gpu_hours),
+            f"{each.largest_loss:.1%}", f"{each.stored_bytes / 1e9:,.1f} GB", _money(each.price),
         )  # fmt: skip
     return table
 
@@ -151,9 +159,9 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _number(value: float | None) -> str:
-    return "never" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+def _number(value: float) -> str:
+    return "never" if value == math.inf else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _money(price: float | None) -> str:
-    return "-" if price is None else f"{price:,.0f}"
+    return "-" if price in (None, math.inf) else f"{price:,.0f}"

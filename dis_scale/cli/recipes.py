@@ -1,7 +1,8 @@
 """Commands that show, compare and describe recipes; they start nothing."""
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -16,6 +17,7 @@ from dis_scale.cli.shared import (
 from dis_scale.process.errors import DisScaleError
 
 if TYPE_CHECKING:
+    from dis_scale.planning.plan import ModelNumbers, Numbers
     from dis_scale.recipe import Recipe
 
 RecipeOrSweep = Annotated[str, typer.Argument(help="A recipe, the name of a shipped one, or a sweep's folder.")]
@@ -34,8 +36,12 @@ def show_recipe(
     except DisScaleError as error:
         unknown = str(error)
     words = (f"{each.key}: {each.words}{'' if each.given else '  # default'}" for each in flat.flatten(settings))
-    follows = [*_lines(settings, numbers), _table(numbers["models"])] if numbers else [f"\nunknown  {unknown}"]
-    document = {"settings": settings.model_dump(mode="json"), "derived": numbers, "unknown": unknown}
+    follows = [*_lines(settings, numbers), _table(numbers.models)] if numbers else [f"\nunknown  {unknown}"]
+    document = {
+        "settings": settings.model_dump(mode="json"),
+        "derived": numbers and asdict(numbers),
+        "unknown": unknown,
+    }
     show(as_json, document, *words, *follows)
 
 
@@ -81,7 +87,7 @@ def _open(url: str, overrides: list[str] | None = None) -> "Recipe":
     return reading.parse(reading.dump(stored.recipe), f"{stored}/{RECIPE}", overrides)
 
 
-def _derived(recipe: "Recipe", images: int | None) -> dict[str, Any]:
+def _derived(recipe: "Recipe", images: int | None) -> "Numbers":
     """Return the numbers that follow from a recipe; without epochs if the source cannot be listed."""
     from dis_scale import vae
     from dis_scale.planning import isoflop
@@ -89,35 +95,34 @@ def _derived(recipe: "Recipe", images: int | None) -> dict[str, Any]:
 
     shape = vae.planned_shape(recipe.vae, recipe.data.resolution)
     plan = price_sweep(isoflop.written_out(recipe, shape), shape)
-    source, unknown = source_images(recipe, images)
-    return derive(plan, source) | ({"source_unknown": unknown} if unknown else {})
+    return derive(plan, *source_images(recipe, images))
 
 
-def _lines(recipe: "Recipe", numbers: dict[str, Any]) -> list[str]:
+def _lines(recipe: "Recipe", numbers: "Numbers") -> list[str]:
     """Return the numbers that hold for all models, a line each."""
-    train, (channels, size) = recipe.train, numbers["latent"]
-    source = numbers.get("source_unknown", "")
-    if count := numbers["source_images"]:
-        source = f"{count:,} images, {numbers['latent_bytes'] / 1e9:,.2f} GB of latents"
-    sizes = ", ".join(map(str, numbers["world_sizes"]))
+    train, (channels, size) = recipe.train, numbers.latent
+    source = numbers.source_unknown
+    if numbers.latent_bytes:
+        source = f"{numbers.source_images:,} images, {numbers.latent_bytes / 1e9:,.2f} GB of latents"
+    sizes = ", ".join(map(str, numbers.world_sizes))
     return [
         "",
         f"latent   {channels}x{size}x{size}",
         f"source   {source}",
-        f"batch    {train.batch_images:,} = {train.lanes} lanes x {numbers['lane_images']}; world sizes {sizes}",
-        f"evaluate {numbers['metric']}; {numbers['evaluations']} evaluations of {recipe.evaluate.samples:,} samples in "
-        f"{numbers['blocks']:,} blocks",
+        f"batch    {train.batch_images:,} = {train.lanes} lanes x {numbers.lane_images}; world sizes {sizes}",
+        f"evaluate {numbers.metric}; {numbers.evaluations} evaluations of {recipe.evaluate.samples:,} samples in "
+        f"{numbers.blocks:,} blocks",
     ]
 
 
-def _table(models: dict[str, dict[str, Any]]) -> Table:
+def _table(models: "dict[str, ModelNumbers]") -> Table:
     table = Table("model", "tokens", "parameters", "Gflops", "images", "steps", "epochs", "steps between resume points")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, each in models.items():
-        epochs = "" if each["epochs"] is None else f"{each['epochs']:,.4g}"
+        epochs = "" if each.epochs is None else f"{each.epochs:,.4g}"
         table.add_row(
-            name, f"{each['tokens']:,}", f"{each['parameters']:,}", f"{each['gmacs_forward']:.4g}", f"{each['images']:,}",
-            f"{each['steps']:,}", epochs, f"{each['steps_between_resume_points']:,}",
+            name, f"{each.tokens:,}", f"{each.parameters:,}", f"{each.gmacs_forward:.4g}", f"{each.images:,}",
+            f"{each.steps:,}", epochs, f"{each.steps_between_resume_points:,}",
         )  # fmt: skip
     return table

@@ -92,7 +92,7 @@ class Preemption(NamedTuple):
 
 @dataclass(frozen=True)
 class Forecast:
-    """A model's training on a fleet."""
+    """A model's training on a fleet. Times and prices are infinite if preemptions leave nothing."""
 
     gpus: int
     """Workers: at most one a lane."""
@@ -100,22 +100,31 @@ class Forecast:
     """Whether one lane's images fit, as the recipe is set."""
     micro_images: int
     """Most images that fit in a forward pass; 0 if none do."""
+    memory_bytes: dict[str, int]
+    """Of a worker, by ZeRO stage and checkpointing."""
     wire_bytes: float
     """Bytes that a GPU sends in a step."""
-    step_s: float
+    steps_per_s: float
     days: float
     """Without preemption."""
+    loss: float
+    """Share of the time that is lost to preemption."""
+    expected_days: float
+    """Days with that loss."""
+    training_gpu_hours: float
     resume_bytes: int
-    preemption: Preemption
-
-    @property
-    def expected_days(self) -> float:
-        """Days with the loss to preemption; infinite if nothing remains."""
-        return self.days / (1 - self.preemption.loss) if self.preemption.loss < 1 else math.inf
+    resume_every_s: float
+    """Infinite without preemption."""
+    resume_every_images: int | None
+    evaluation_gpu_hours: float = 0.0
+    stored_bytes: int = 0
+    """Of its resume points and published averages."""
+    price: float | None = None
+    """None if that of a GPU is not known."""
 
     @property
     def gpu_hours(self) -> float:
-        return 24 * self.gpus * self.expected_days
+        return self.training_gpu_hours + self.evaluation_gpu_hours
 
 
 def forecast(cost: Cost, settings: Train, own_images: int, fleet: Fleet) -> Forecast:
@@ -131,21 +140,21 @@ def forecast(cost: Cost, settings: Train, own_images: int, fleet: Fleet) -> Fore
     compute_s = share_images * cost.training_flops(at_once) / fleet.flops(settings.precision)
     step_s = max(compute_s, fleet.sending_s(wire, world))
     resume_bytes = 4 * cost.parameters * len(kinds(settings))
-    return Forecast(
-        gpus=world,
-        fits=micro >= min(settings.micro_images or settings.lane_images, share_images),
-        micro_images=micro,
-        wire_bytes=wire,
-        step_s=step_s,
-        days=own_images / settings.batch_images * step_s / DAY_S,
-        resume_bytes=resume_bytes,
-        preemption=preemption(
-            fleet.preemptions_per_day * world / fleet.count,
-            pause_s=resume_bytes / world / (1e9 * fleet.host_gb_s),
-            write_s=resume_bytes / world / (1e9 * fleet.storage_gb_s),
-            restart_s=fleet.restart_s,
-        ),
+    every_s, loss = preemption(
+        fleet.preemptions_per_day * world / fleet.count,
+        pause_s=resume_bytes / world / (1e9 * fleet.host_gb_s),
+        write_s=resume_bytes / world / (1e9 * fleet.storage_gb_s),
+        restart_s=fleet.restart_s,
     )
+    days = own_images / settings.batch_images * step_s / DAY_S
+    expected_days = days / (1 - loss) if loss < 1 else math.inf
+    every_images = max(1, round(every_s / step_s)) * settings.batch_images if every_s < math.inf else None
+    return Forecast(
+        gpus=world, fits=micro >= min(settings.micro_images or settings.lane_images, share_images), micro_images=micro,
+        memory_bytes=memory_grid(cost, settings, world), wire_bytes=wire, steps_per_s=1 / step_s, days=days, loss=loss,
+        expected_days=expected_days, training_gpu_hours=24 * world * expected_days, resume_bytes=resume_bytes,
+        resume_every_s=every_s, resume_every_images=every_images,
+    )  # fmt: skip
 
 
 def wire_bytes(cost: Cost, settings: Train, world: int, passes: int) -> float:

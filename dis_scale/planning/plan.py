@@ -1,11 +1,9 @@
 """Price of a sweep before it starts: counts and arithmetic, nothing measured."""
 
-import math
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 from rich.table import Table
 
@@ -14,7 +12,7 @@ from dis_scale.data.latents import GIB
 from dis_scale.data.shards import sample_bytes
 from dis_scale.models import transfer
 from dis_scale.models.cost import Cost, price_model
-from dis_scale.planning.fleet import MOST_GPUS, Fleet, forecast, memory_grid
+from dis_scale.planning.fleet import MOST_GPUS, Fleet, Forecast, forecast
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Evaluate, LatentShape, Model, ModelTrain, Recipe
 from dis_scale.training.engine import kinds
@@ -99,97 +97,130 @@ def _price(alone: Model, shape: LatentShape, num_classes: int | None) -> Cost:
     return price_model(alone, shape, num_classes)
 
 
-def derive(plan: Plan, source_images: int | None) -> dict[str, Any]:
-    """Return all numbers that follow from a recipe, as JSON has them. Epochs are None if the source's images are unknown.
+@dataclass(frozen=True)
+class ModelNumbers:
+    """Numbers of one model that follow from a recipe."""
 
-    `training_flops` are those of a model's own training, `sampling_flops` those of one evaluation.
-    """
-    recipe, shape = plan.recipe, plan.shape
+    tokens: int
+    parameters: int
+    gmacs_forward: float
+    images: int
+    steps: int
+    epochs: float | None
+    """None if the source's images are unknown."""
+    steps_between_resume_points: int
+    training_flops: float
+    """Of the model's own training."""
+    sampling_flops: float
+    """Of one evaluation."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """All numbers that follow from a recipe."""
+
+    latent: LatentShape
+    source_images: int | None
+    source_unknown: str
+    """Why they are unknown, empty if they are not."""
+    latent_bytes: int | None
+    lane_images: int
+    world_sizes: Sequence[int]
+    metric: str
+    evaluations: int
+    blocks: int
+    models: dict[str, ModelNumbers]
+
+
+def derive(plan: Plan, source_images: int | None, source_unknown: str) -> Numbers:
+    """Return all numbers that follow from a recipe; without those that need the number of the source's images, if unknown."""
+    recipe, shape, models = plan.recipe, plan.shape, dict[str, ModelNumbers]()
     epoch = source_images and source_images - recipe.data.held_out_images
-    counts = sum(len(recipe.train_of(name).publish_images) for name in plan.costs)
-    models = {}
     for name, cost in plan.costs.items():
         train = recipe.train_of(name)
-        models[name] = {
-            "tokens": cost.tokens, "parameters": cost.parameters, "gmacs_forward": cost.gmacs_forward,
-            "images": train.images, "steps": train.images // train.batch_images, "epochs": epoch and train.images / epoch,
-            "steps_between_resume_points": -(-train.resume_every_images // train.batch_images),
-            "training_flops": plan.own_flops(name), "sampling_flops": plan.sampling_flops(name),
-        }  # fmt: skip
-    return {
-        "latent": list(shape),
-        "source_images": source_images,
-        "latent_bytes": source_images and source_images * sample_bytes(shape, has_posterior(recipe.vae)),
-        "lane_images": recipe.train.lane_images,
-        "world_sizes": recipe.train.world_sizes,
-        "metric": recipe.evaluate.metric,
-        "evaluations": counts * len(recipe.evaluate.samplings),
-        "blocks": -(-recipe.evaluate.samples // recipe.evaluate.block_images),
-        "models": models,
-    }
+        models[name] = ModelNumbers(
+            tokens=cost.tokens, parameters=cost.parameters, gmacs_forward=cost.gmacs_forward, images=train.images,
+            steps=train.images // train.batch_images, epochs=epoch and train.images / epoch,
+            steps_between_resume_points=-(-train.resume_every_images // train.batch_images),
+            training_flops=plan.own_flops(name), sampling_flops=plan.sampling_flops(name),
+        )  # fmt: skip
+    counts = sum(len(recipe.train_of(name).publish_images) for name in plan.costs)
+    return Numbers(
+        latent=shape, source_images=source_images, source_unknown=source_unknown,
+        latent_bytes=source_images and source_images * sample_bytes(shape, has_posterior(recipe.vae)),
+        lane_images=recipe.train.lane_images, world_sizes=recipe.train.world_sizes, metric=recipe.evaluate.metric,
+        evaluations=counts * len(recipe.evaluate.samplings),
+        blocks=-(-recipe.evaluate.samples // recipe.evaluate.block_images), models=models,
+    )  # fmt: skip
 
 
 FLEETS = (1, 8, 64, 256, MOST_GPUS)
 """Numbers of GPUs that are compared."""
 
 
-def on_fleet(plan: Plan, fleet: Fleet) -> dict[str, Any]:
-    """Return the sweep's forecast on a fleet, as JSON has it: what is assumed, each model, and the total for other numbers of GPUs.
+@dataclass(frozen=True)
+class Total:
+    """A sweep on this number of GPUs: models train side by side if one leaves GPUs free, but none faster than alone."""
 
-    UserError for a number of GPUs that is not from 1 to 1,024. Preemptions grow with the GPUs. None is a time or price without end:
-    training is preempted before it gets anywhere.
-    """
+    gpus: int
+    days: float
+    gpu_hours: float
+    price: float | None
+    stored_bytes: int
+    fits: bool
+    largest_loss: float
+
+
+@dataclass(frozen=True)
+class FleetForecast:
+    """A sweep on a fleet, and its total on other numbers of GPUs, each of which is preempted as often."""
+
+    assumed: Fleet
+    usable_bytes: int
+    models: dict[str, Forecast]
+    total: Total
+    by_gpus: list[Total]
+
+
+def on_fleet(plan: Plan, fleet: Fleet) -> FleetForecast:
+    """Return the sweep's forecast on a fleet; UserError for a number of GPUs that is not from 1 to 1,024."""
     if not 1 <= fleet.count <= MOST_GPUS:
         raise UserError(f"{fleet.count} GPUs: expected 1 to {MOST_GPUS:,}")
-    sizes = sorted({*FLEETS, fleet.count})
     per_gpu = fleet.preemptions_per_day / fleet.count
-    others = [replace(fleet, count=count, preemptions_per_day=per_gpu * count) for count in sizes]
-    return {
-        "assumed": asdict(fleet), "usable_bytes": int(USABLE * fleet.gpu_bytes),
-        "models": {name: _on_fleet(plan, name, fleet) for name in plan.costs},
-        "total": _total(plan, fleet), "by_gpus": [_total(plan, other) for other in others],
-    }  # fmt: skip
+    others = [
+        replace(fleet, count=count, preemptions_per_day=per_gpu * count) for count in sorted({*FLEETS, fleet.count})
+    ]
+    return FleetForecast(
+        assumed=fleet, usable_bytes=int(USABLE * fleet.gpu_bytes), models=_on_fleet(plan, fleet), total=_total(plan, fleet),
+        by_gpus=[_total(plan, other) for other in others],
+    )  # fmt: skip
 
 
-def _on_fleet(plan: Plan, name: str, fleet: Fleet) -> dict[str, Any]:
-    cost, train = plan.costs[name], plan.recipe.train_of(name)
-    branch = plan.recipe.models[name].branch
-    found = forecast(cost, train, train.images - (branch.at if branch else 0), fleet)
-    evaluation_hours, every_s = plan.evaluation_s(name, fleet) / 3600, found.preemption.every_s
-    every = max(1, round(every_s / found.step_s)) * train.batch_images if every_s < math.inf else None
-    return {
-        "memory_bytes": memory_grid(cost, train, found.gpus), "fits": found.fits, "micro_images": found.micro_images,
-        "gpus": found.gpus, "wire_bytes": found.wire_bytes, "steps_per_s": 1 / found.step_s, "days": found.days,
-        "expected_days": _finite(found.expected_days), "training_gpu_hours": _finite(found.gpu_hours),
-        "evaluation_gpu_hours": evaluation_hours, "price": _price_of(found.gpu_hours + evaluation_hours, fleet),
-        "loss": found.preemption.loss, "resume_bytes": found.resume_bytes, "stored_bytes": plan.stored_bytes(name),
-        "resume_every_s": _finite(every_s), "resume_every_images": every,
-    }  # fmt: skip
+def _on_fleet(plan: Plan, fleet: Fleet) -> dict[str, Forecast]:
+    """Return each model's forecast, with its evaluations, files and price."""
+    models = {}
+    for name, cost in plan.costs.items():
+        train, branch = plan.recipe.train_of(name), plan.recipe.models[name].branch
+        training = forecast(cost, train, train.images - (branch.at if branch else 0), fleet)
+        evaluated = replace(training, evaluation_gpu_hours=plan.evaluation_s(name, fleet) / 3600)
+        models[name] = replace(
+            evaluated, price=_price_of(evaluated.gpu_hours, fleet), stored_bytes=plan.stored_bytes(name)
+        )
+    return models
 
 
-def _total(plan: Plan, fleet: Fleet) -> dict[str, Any]:
-    """Return the sweep's days, hours and price: models train side by side if one leaves GPUs free, but none faster than alone."""
-    models = [_on_fleet(plan, name, fleet) for name in plan.costs]
-    hours = sum(_or_endless(each["training_gpu_hours"]) + each["evaluation_gpu_hours"] for each in models)
-    days = max(hours / 24 / fleet.count, *(_or_endless(each["expected_days"]) for each in models), 0.0)
-    return {
-        "gpus": fleet.count, "days": _finite(days), "gpu_hours": _finite(hours), "price": _price_of(hours, fleet),
-        "stored_bytes": sum(each["stored_bytes"] for each in models), "fits": all(each["fits"] for each in models),
-        "largest_loss": max(each["loss"] for each in models),
-    }  # fmt: skip
+def _total(plan: Plan, fleet: Fleet) -> Total:
+    models = _on_fleet(plan, fleet).values()
+    hours = sum(each.gpu_hours for each in models)
+    return Total(
+        gpus=fleet.count, days=max(hours / 24 / fleet.count, *(each.expected_days for each in models), 0.0), gpu_hours=hours,
+        price=_price_of(hours, fleet), stored_bytes=sum(each.stored_bytes for each in models),
+        fits=all(each.fits for each in models), largest_loss=max(each.loss for each in models),
+    )  # fmt: skip
 
 
 def _price_of(hours: float, fleet: Fleet) -> float | None:
-    return None if fleet.price is None else _finite(fleet.price * hours)
-
-
-def _finite(value: float) -> float | None:
-    """Return None for an infinite number, which JSON lacks."""
-    return value if value < math.inf else None
-
-
-def _or_endless(value: float | None) -> float:
-    return math.inf if value is None else value
+    return None if fleet.price is None else fleet.price * hours
 
 
 def table(plan: Plan) -> Table:
