@@ -62,9 +62,10 @@ def find(sweep: Sweep) -> Removal:
 
 
 def delete(removal: Removal) -> None:
-    """Delete it while holding the sweep's lease; Held if the sweep was started meanwhile. A rerun continues an interrupted one."""
+    """Delete it while holding the sweep's lease; Held if it was started meanwhile. A rerun continues an interrupted one."""
     sweep = removal.sweep
     with lease.hold(command_lease(sweep.folder)) as held:
+        _require_stopped(sweep, but=command_lease(sweep.folder))
         retention.delete(removal.unshared)
         manifests = [part for part in walk(sweep.folder) if MANIFEST in part.sizes]
         for _ in in_order(manifests, lambda part: part.folder.delete(MANIFEST), AT_ONCE):
@@ -76,9 +77,10 @@ def delete(removal: Removal) -> None:
         sweep.folder.delete()
 
 
-def _require_stopped(sweep: Sweep) -> None:
+def _require_stopped(sweep: Sweep, but: Folder | None = None) -> None:
+    """Held if a lease of the sweep is held, `but` this one."""
     leases = [sweep.lease(name) for name in sweep.leases.folders()] + [sweep.run(m).lease for m in sweep.recipe.models]
-    for folder, holder in lease.live_holders(leases).items():
+    for folder, holder in lease.live_holders(folder for folder in leases if folder != but).items():
         raise Held(f"{sweep} is running: process {holder} holds {folder}: to stop it, dis-scale stop {sweep}")
 
 

@@ -5,6 +5,7 @@ root: latents and listings that no sweep there uses. What is needed to continue,
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 from dis_scale.data import listing
@@ -27,6 +28,8 @@ class Unneeded(NamedTuple):
     folder: Folder
     sizes: dict[str, int]
     """Bytes by file."""
+    require_unused: Callable[[], None] = lambda: None
+    """Asked right before the deletion; UserError if a sweep has begun to need the files since they were listed."""
 
     @property
     def size_bytes(self) -> int:
@@ -77,6 +80,22 @@ def find_unused(store: Folder, except_for: Folder | None = None) -> list[Unneede
 
     UserError if a sweep there runs, cannot be read, or has no latents yet: it may be about to use any of them.
     """
+    used = _used(store, except_for)
+    folders = [(kind, store / kind / name) for kind in used for name in store.folders(kind) if name not in used[kind]]
+    sizes = in_order(folders, lambda each: each[1].sizes(), AT_ONCE)
+    found = zip(folders, sizes, strict=True)
+    return [
+        Unneeded(*each, of_one, partial(_require_unused, store, except_for, *each)) for each, of_one in found if of_one
+    ]
+
+
+def _require_unused(store: Folder, except_for: Folder | None, kind: str, folder: Folder) -> None:
+    if folder.name in _used(store, except_for)[kind]:
+        raise UserError(f"{KEPT}: a sweep uses {folder} since they were listed: run the command again")
+
+
+def _used(store: Folder, except_for: Folder | None) -> dict[str, set[str]]:
+    """Return the names of the latents and of the listings that the other sweeps use; UserError as in `find_unused`."""
     others = [folder for folder in sweeps_below(store) if folder != except_for]
     used = list(in_order(others, _require_settled, AT_ONCE))
     running = lease.live_holders([sweep.lease("sweep") for sweep, _ in used])
@@ -84,15 +103,16 @@ def find_unused(store: Folder, except_for: Folder | None = None) -> list[Unneede
         if sweep.lease("sweep") in running:
             raise UserError(f"{KEPT}: {sweep} is running (process {running[sweep.lease('sweep')]})")
     listings = {listing.folder_of(store, sweep.recipe.data.declared).name for sweep, _ in used}
-    kinds = {"latents": {latents.name for _, latents in used}, listing.LISTINGS: listings}
-    folders = [(kind, store / kind / name) for kind in kinds for name in store.folders(kind) if name not in kinds[kind]]
-    sizes = in_order(folders, lambda each: each[1].sizes(), AT_ONCE)
-    return [Unneeded(*each, of_one) for each, of_one in zip(folders, sizes, strict=True) if of_one]
+    return {"latents": {latents.name for _, latents in used}, listing.LISTINGS: listings}
 
 
 def delete(unneeded: Iterable[Unneeded]) -> None:
-    """Delete the files; manifests first, so that a folder that is only partly deleted does not exist."""
+    """Delete the files; manifests first, so that a folder that is only partly deleted does not exist.
+
+    UserError if a sweep needs some of them by now: those before are deleted.
+    """
     for each in unneeded:
+        each.require_unused()
         first = sorted(each.sizes, key=lambda name: name != MANIFEST)
         each.folder.delete(first[0])
         for _ in in_order(first[1:], each.folder.delete, AT_ONCE):

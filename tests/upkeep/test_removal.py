@@ -124,6 +124,24 @@ def test_a_sweep_that_was_started_meanwhile_is_refused(sweep: Sweep) -> None:
     assert everything(sweep.store) == before
 
 
+def test_a_stage_that_was_started_meanwhile_is_refused(sweep: Sweep) -> None:
+    found = removal.find(sweep)
+    run_elsewhere(sweep.run("dit").lease)
+    with pytest.raises(Held, match=f"{sweep} is running: process .* holds .*/runs/dit/lease"):
+        removal.delete(found)
+    assert sweep.folder.exists(RECIPE)
+
+
+def test_latents_that_another_sweep_uses_meanwhile_stay(sweep: Sweep) -> None:
+    found = removal.find(sweep)
+    other(sweep, "mine")
+    with pytest.raises(UserError, match=r"a sweep uses .*/latents/mine since they were listed: run the command again"):
+        removal.delete(found)
+    assert sweep.store.list("latents/mine")
+    removal.delete(removal.find(sweep))
+    assert sweep.store.list("latents/mine")
+
+
 def test_an_interrupted_deletion_is_continued(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Folder.delete
 
