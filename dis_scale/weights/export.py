@@ -3,9 +3,10 @@
     DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)(class_labels=[1, 7])
 
 The folder's two Python files are the strings below. They need dis-scale and diffusers; this module needs only dis-scale.
-Read next: official.py for the layouts of the public code.
+Read next: models/public.py for the layouts of the public code.
 """
 
+import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,10 +15,13 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
 
 from dis_scale import diffusion
 from dis_scale.models import build, check_finite
+from dis_scale.models.public import read_public
 from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Flow, Gaussian, LatentShape, Recipe, Sampling
@@ -25,7 +29,6 @@ from dis_scale.recipe.models import from_sizes
 from dis_scale.sweep.documents import EncodedBy, LatentsManifest
 from dis_scale.vae import DiffusersVae, PixelVae, Vae
 from dis_scale.vae.scaling import Scaling
-from dis_scale.weights.official import read_public, read_weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 """diffusers' name for a component's weights."""
@@ -149,7 +152,7 @@ def load(path: str | Path) -> Backbone:
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read weights from {path}: {error}") from None
     if "dis_scale" not in metadata:
-        raise UserError(f"{path} does not describe its model: import a public layout with models.official instead")
+        raise UserError(f"{path} does not describe its model: expected a file that dis-scale wrote, or a public .pt")
     model = from_description(json.loads(metadata["dis_scale"]))
     if weights.keys() != model.state_dict().keys():
         mismatched = sorted(weights.keys() ^ model.state_dict().keys())
@@ -176,6 +179,19 @@ def open_checkpoint(path: str | Path, heads: int | None = None) -> Backbone:
     if Path(path).suffix == ".safetensors":
         return load(path)
     return read_public(read_weights(path), heads).eval()
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a public `.pt` file: its EMA if it is a training state, else itself. UserError otherwise."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"cannot read weights from {path}: {' '.join(str(error).split())[:200]}") from None
+    weights = data.get("ema", data) if isinstance(data, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{path} holds no state dict: expected tensors by name, or a training state with 'ema'")
+    return weights
 
 
 def save_pipeline(

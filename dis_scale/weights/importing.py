@@ -1,6 +1,6 @@
 """Public weights of DiS, DiT or SiT as a published checkpoint of a sweep, to be sampled, evaluated, or trained from.
 
-Read next: official.py for the layouts, warm_start.py for a training that begins with such a file.
+Read next: models/public.py for the layouts, warm_start.py for a training that begins with such a file.
 """
 
 import json

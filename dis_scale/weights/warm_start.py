@@ -1,7 +1,7 @@
 """Warm start: a training that begins at 0 images with weights from a file or from another sweep (`models.<name>.start`).
 
 What depends on the number of pixels or classes is fitted; all else must be equal. Moments are new, and averages begin at these
-weights. Only the first attempt reads them: later ones continue from resume points. Read next: official.py, loop.py.
+weights. Only the first attempt reads them: later ones continue from resume points. Read next: export.py, training/loop.py.
 """
 
 import tempfile

@@ -8,8 +8,8 @@ from torch import nn
 
 from dis_scale.models import build
 from dis_scale.models.dit.settings import Dit
+from dis_scale.models.public import to_official
 from dis_scale.recipe import LatentShape
-from dis_scale.weights.official import to_official
 
 
 class Mamba(nn.Module):

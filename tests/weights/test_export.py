@@ -10,13 +10,13 @@ from dis_scale.models import build
 from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.settings import Dit
+from dis_scale.models.public import to_official
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Flow, Gaussian, LatentShape, Sampling, TorchScriptVae
 from dis_scale.vae import DiffusersVae, PixelVae
 from dis_scale.vae.scaling import Scaling
 from dis_scale.vae.script import ScriptVae
 from dis_scale.weights.export import load, open_checkpoint, save, save_pipeline
-from dis_scale.weights.official import to_official
 
 DIS = Dis(kind="dis", width=32, depth=2, patch=2)
 SETTINGS = [

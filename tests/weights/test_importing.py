@@ -8,6 +8,7 @@ import torch
 
 from dis_scale.models import build
 from dis_scale.models.dit.settings import Dit
+from dis_scale.models.public import read_public, to_official
 from dis_scale.recipe import Gaussian, LatentShape, Sampling, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sampled, Sweep, command_lease, state
@@ -16,7 +17,6 @@ from dis_scale.vae import PixelVae
 from dis_scale.vae.scaling import Scaling
 from dis_scale.weights import warm_start
 from dis_scale.weights.export import SamplingFacts, load, save
-from dis_scale.weights.official import read_public, to_official
 from dis_scale.weights.opening import labels_in_turn, open_for_sampling, sample_pictures
 from dis_scale.weights.published import load_published
 from tests.conftest import TINY
@@ -59,7 +59,7 @@ def test_imported_weights_compute_what_the_public_code_does_and_are_due_for_eval
     x, t, y = torch.randn(2, 3, 32, 32), torch.tensor([3.0, 700.0]), torch.tensor([1, 7])
     assert torch.allclose(model.eval()(x, t, y), public(x, t, y), atol=1e-5)
     assert state.trained(sweep, "dis")
-    assert state.evaluations_left(sweep, ["dis"]) == [Sampled("dis", 1024)]
+    assert state.Backlog(sweep, ("dis",)).left() == [Sampled("dis", 1024)]
     assert invoke(*words(tmp_path, file))[0] == 0, "a rerun changes nothing"
     assert invoke("export", run.published_at(1024).url, str(tmp_path / "export"))[0] == 0
     card = (tmp_path / "export/README.md").read_text()

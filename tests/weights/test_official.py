@@ -13,11 +13,11 @@ from dis_scale.models.dit.network import DiT
 from dis_scale.models.dit.public import SiT
 from dis_scale.models.dit.settings import Dit
 from dis_scale.models.families import preset
+from dis_scale.models.public import layout, read_public, to_official
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Flow, LatentShape, Sampling, TrainedVae
 from dis_scale.vae import new
-from dis_scale.weights.export import save
-from dis_scale.weights.official import layout, read_public, read_weights, to_official
+from dis_scale.weights.export import read_weights, save
 from dis_scale.weights.opening import open_for_sampling
 from tests.support.public_dis import DIT, dit_model, public_model, sit_state
 

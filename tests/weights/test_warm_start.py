@@ -13,13 +13,13 @@ from dis_scale.models import build
 from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.settings import Dit
+from dis_scale.models.public import to_official
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import LatentShape, Recipe, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.weights import warm_start
-from dis_scale.weights.export import save
-from dis_scale.weights.official import read_weights, to_official
+from dis_scale.weights.export import read_weights, save
 from dis_scale.weights.published import load_published
 from dis_scale.weights.warm_start import StartWeights
 from tests.conftest import TINY
