@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 from dis_scale.evaluation.run import Evaluation, block_count, stored_blocks, values_in_words
 from dis_scale.process.errors import DisScaleError, OutOfMemory, Preempted, StorageAway, StorageFull
+from dis_scale.process.threads import repeating
 from dis_scale.recipe import Evaluate
 from dis_scale.storage import lease
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import Metrics, Skipped
 from dis_scale.tracking import mlflow_copy
-from pipelines import metrics
 from pipelines.evaluators import RayEvaluators
 from pipelines.failures import WorkerFailure
 from pipelines.metrics import SetGauge
@@ -38,11 +38,8 @@ def evaluate_published(job: StageJob) -> None:
     job.connect()
     device, why = choose_device(job.recipe)
     job.say(f"evaluation on {device} ({why})")
-    backlog = state.Backlog(job.sweep, tuple(job.recipe.models))
-    with (
-        lease.hold(job.sweep.lease("evaluate")),
-        metrics.refreshing(partial(show_backlog, backlog, job.gauge), BACKLOG_EVERY_S),
-    ):
+    refresh = partial(show_backlog, state.Backlog(job.sweep), job.gauge)
+    with lease.hold(job.sweep.lease("evaluate")), repeating(refresh, BACKLOG_EVERY_S, "gauges"):
         PublishedEvaluation(job, device).run()
 
 
@@ -148,7 +145,7 @@ def evaluate_all(
         evaluate_one(job, evaluation, sampled, skipped)
     mlflow_copy.copy_earlier(sweep, job.raise_if_stopped)
 
-    backlog = state.Backlog(sweep, tuple(sweep.recipe.models))
+    backlog = state.Backlog(sweep)
     floor_due = sweep.recipe.evaluate.floor and state.floor(sweep) is None
 
     def left() -> list[Sampled]:

@@ -9,7 +9,7 @@ NaN: a loss that is not finite shows in the skipped steps.
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge
@@ -109,24 +109,6 @@ class Exporter:
                 self.export_totals()
                 self.export_gauges()
             time.sleep(EXPORT_EVERY_S)
-
-
-@contextlib.contextmanager
-def refreshing(refresh: Callable[[], None], every_s: float = REFRESH_EVERY_S) -> Iterator[None]:
-    """Call `refresh` in a thread of its own during the block; what it raises is left out."""
-    over = threading.Event()
-
-    def run() -> None:
-        while not over.is_set():
-            with contextlib.suppress(Exception):  # storage that is away: the ages grow
-                refresh()
-            over.wait(every_s)
-
-    threading.Thread(target=run, daemon=True, name="gauges").start()
-    try:
-        yield
-    finally:
-        over.set()
 
 
 def show_rows(rows: Iterable[Row], settings: Train, since: float, gauge: SetGauge) -> None:

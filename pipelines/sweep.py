@@ -9,8 +9,8 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from threading import Event, Thread
 
 from rich.console import Console
 
@@ -24,6 +24,7 @@ from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, Held, StorageAway, StorageError, UserError
 from dis_scale.process.progress import Board, listing_words
 from dis_scale.process.redaction import redact
+from dis_scale.process.threads import repeating
 from dis_scale.recipe import Recipe, reading
 from dis_scale.recipe.identity import identity_differences
 from dis_scale.storage import lease
@@ -231,7 +232,8 @@ def one_at_a_time(driver: Driver, cluster: Cluster) -> Iterator[bool]:
         first = True
         try:
             held = stack.enter_context(lease.hold(command_lease(driver.sweep.folder), cluster.id))
-            stack.enter_context(_obeying_requests(held, driver))
+            obey = partial(_obey_request, held, driver)
+            stack.enter_context(repeating(obey, driver.requests_polled_every_s, "stop requests"))
         except Held as error:
             first = False
             if error.cluster != cluster.id:
@@ -240,22 +242,10 @@ def one_at_a_time(driver: Driver, cluster: Cluster) -> Iterator[bool]:
         yield first
 
 
-@contextlib.contextmanager
-def _obeying_requests(held: lease.Lease, driver: Driver) -> Iterator[None]:
-    """Request the driver to stop once another process has requested it through storage (`dis-scale stop`)."""
-    over = Event()
-
-    def poll() -> None:
-        while not (over.wait(driver.requests_polled_every_s) or driver.stop_requested.is_set()):
-            with contextlib.suppress(DisScaleError):  # storage may be away for a while
-                if held.stop_requested():
-                    driver.stop_requested.set()
-
-    Thread(target=poll, daemon=True, name="stop requests").start()
-    try:
-        yield
-    finally:
-        over.set()
+def _obey_request(held: lease.Lease, driver: Driver) -> None:
+    """Request the driver to stop if another process has requested it through storage (`dis-scale stop`)."""
+    if held.stop_requested():
+        driver.stop_requested.set()
 
 
 def resumed_recipe(sweep: Sweep, overrides: list[str]) -> Recipe:

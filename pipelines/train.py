@@ -18,6 +18,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dis_scale.process.errors import OutOfMemory, StorageAway, StorageError
+from dis_scale.process.threads import repeating
 from dis_scale.recipe import Train
 from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
@@ -123,8 +124,8 @@ def train_one(job: StageJob) -> None:
     job.say(f"{model}: device {device} ({why})")
     state.require_device(sweep, device, why)
     training = TrainingRun(job, model, device)
-    copy = RunCopy(sweep, model)
-    with RowCopies(job, copy).running(), metrics.refreshing(partial(_show_run, job, model)):
+    copy, refresh = RunCopy(sweep, model), partial(_show_run, job, model)
+    with RowCopies(job, copy).running(), repeating(refresh, metrics.REFRESH_EVERY_S, "gauges"):
         try:
             stored = partial(state.resumable_images, sweep.run(model))
             images_seen = with_restarts(job, model, training.attempts, stored)
@@ -362,21 +363,13 @@ class RowCopies:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        over = threading.Event()
         send = partial(self._send, RowReader(self.job.sweep.run(str(self.copy.model)).log), time.time())
-        thread = threading.Thread(target=self._until, args=(over, send), daemon=True, name="mlflow")
-        thread.start()
         try:
-            yield
+            with repeating(send, self.every_s, "mlflow") as thread:
+                yield
         finally:
-            over.set()
             thread.join(self.last_s)
             self._send_last(thread, send)
-
-    def _until(self, over: threading.Event, send: Callable[[], None]) -> None:
-        while not over.wait(self.every_s):
-            with contextlib.suppress(Exception):
-                send()
 
     def _send(self, rows: RowReader, began_at: float) -> None:
         settings = self.job.recipe.train_of(str(self.copy.model))

@@ -1,9 +1,11 @@
-"""Work in threads whose results come out in order, and items in groups."""
+"""Work in threads: results in order, actions that repeat; and items in groups."""
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from threading import Event, Thread
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -23,6 +25,25 @@ def in_order(items: Iterable[T], work: Callable[[T], R], threads: int) -> Iterat
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def repeating(action: Callable[[], object], every_s: float, name: str) -> Iterator[Thread]:
+    """Call `action` during the block, at once and then at this interval, in a thread of its own; what it raises is left out."""
+    over = Event()
+
+    def run() -> None:
+        while not over.is_set():
+            with contextlib.suppress(Exception):
+                action()
+            over.wait(every_s)
+
+    thread = Thread(target=run, daemon=True, name=name)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        over.set()
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
