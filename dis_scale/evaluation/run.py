@@ -154,7 +154,7 @@ class Evaluation:
 
 def stored_blocks(sweep: Sweep) -> int:
     """Return the blocks in storage, with one more for each finished evaluation: the progress of an evaluation."""
-    samplings, left = sweep.recipe.evaluate.samplings, state.evaluations_left(sweep)
+    samplings, left = sweep.recipe.evaluate.samplings, state.Backlog(sweep).left()
     finished = [
         (block_count(settings) + 1) * len(state.evaluated_counts(sweep, model, variant))
         for model in sweep.recipe.models

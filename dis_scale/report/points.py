@@ -24,10 +24,7 @@ SAMPLING_RATE = "sampling_images_per_s"
 
 @dataclass(frozen=True)
 class Point:
-    """One model at one count of images seen, with one sampling.
-
-    `goodput` is the share of the run's time so far that was spent in steps that counted, None if it is not known.
-    """
+    """One model at one count of images seen, with one sampling."""
 
     model: str
     kind: str
@@ -36,7 +33,6 @@ class Point:
     cost: "Cost"
     values: dict[str, float]
     evaluation: Metrics
-    goodput: float | None
     forked_from: str
     """The run and the count whose training it continues; empty for no fork."""
     group: str
@@ -58,6 +54,11 @@ class Point:
     def gmacs(self) -> float:
         """10^9 multiply-adds of one forward pass for one image."""
         return self.cost.gmacs_forward
+
+    @property
+    def goodput(self) -> float | None:
+        """Share of the run's time so far that was spent in steps that counted; None if it is not known."""
+        return self.evaluation.cost.goodput
 
     @property
     def worker_hours(self) -> float | None:
@@ -171,9 +172,7 @@ def _mean(points: list[Point], metric: str) -> Point:
     spread = statistics.stdev(p.values[metric] for p in points) / math.sqrt(len(points))
     if f"{metric}_error" in values:  # else the error is unknown, since a part of it is
         values[f"{metric}_error"] = math.hypot(spread, values[f"{metric}_error"])
-    goodputs = [p.goodput for p in points if p.goodput is not None]
-    goodput = statistics.fmean(goodputs) if goodputs else None
-    return replace(first, values=values, seeds=len(points), goodput=goodput, evaluation=_mean_evaluation(points))
+    return replace(first, values=values, seeds=len(points), evaluation=_mean_evaluation(points))
 
 
 def _mean_evaluation(points: list[Point]) -> Metrics:
@@ -181,6 +180,7 @@ def _mean_evaluation(points: list[Point]) -> Metrics:
     first, costs = points[0].evaluation, [p.evaluation.cost for p in points]
     cost = first.cost.model_copy(
         update={
+            "goodput": _mean_of(cost.goodput for cost in costs),
             "worker_hours": _mean_of(cost.worker_hours for cost in costs),
             "memory_gib": _mean_of(cost.memory_gib for cost in costs),
             "trained_on": tuple(sorted({name for cost in costs for name in cost.trained_on})),
@@ -227,7 +227,7 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
                 kind = recipe.models[model].kind
                 point = Point(
                     model=model, kind=kind, variant=variant, images_seen=images_seen, cost=cost,
-                    values=values, evaluation=evaluation, goodput=evaluation.cost.goodput, group=group, trunk=trunk,
+                    values=values, evaluation=evaluation, group=group, trunk=trunk,
                     eflops=flops * images_seen / 1e18, unfinished=train.decay != "none" and images_seen < train.images,
                     start_share=_random_share(recipe, model, images_seen, origins), budget=budgets.get(model),
                     forked_from=f"{origin.model} at {origin.images:,} images" if origin else "",

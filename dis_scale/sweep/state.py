@@ -314,19 +314,18 @@ def floor_skipped(sweep: Sweep) -> str | None:
     return skipped.why if skipped else None
 
 
-def evaluations_left(sweep: Sweep, models: Iterable[str] | None = None) -> list[Sampled]:
-    """Return what is published and not evaluated: main settings before variants, then by images in the recipe's order."""
-    return Backlog(sweep, tuple(sweep.recipe.models if models is None else models)).left()
-
-
 @dataclass
 class Backlog:
     """The evaluations that are due, for a process that asks again and again: it asks storage only for what it has not found yet."""
 
     sweep: Sweep
-    models: tuple[str, ...]
+    models: tuple[str, ...] = ()
+    """By default all models of the recipe."""
     _published: set[Sampled] = field(default_factory=set)
     _evaluated: set[Sampled] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.models = self.models or tuple(self.sweep.recipe.models)
 
     @property
     def published(self) -> list[int]:
@@ -334,7 +333,7 @@ class Backlog:
         return sorted(each.images_seen for each in self._published)
 
     def left(self) -> list[Sampled]:
-        """Return what is published and not evaluated, as `evaluations_left`."""
+        """Return what is published and not evaluated: main settings before variants, then by images in the recipe's order."""
         sweep = self.sweep
         for model in self.models:
             known = [each.images_seen for each in self._published if each.model == model]

@@ -114,14 +114,7 @@ def _copy_model(sweep: Sweep, model: str, rows: list[Row]) -> bool:
     """One model's run: rows of training, evaluations, and how it ended."""
     copy = RunCopy(sweep, model)
     copy.send(rows)
-    evaluated = [
-        Sampled(model, images, variant)
-        for variant in sweep.recipe.evaluate.samplings
-        for images in state.evaluated_counts(sweep, model, variant)
-    ]
-    for images in state.evaluated_counts(sweep, model):
-        evaluated += state.evaluated_ablations(sweep, model, images)
-    copied = all(copy_evaluation(sweep, sampled, copy) for sampled in evaluated)
+    copied = all(copy_evaluation(sweep, sampled, copy) for sampled in state.measured(sweep, model))
     if state.ended(sweep, model):
         copy.finish("FAILED")
     elif state.trained(sweep, model):

@@ -8,10 +8,10 @@ from dis_scale.models import build
 from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.network import position_table
+from dis_scale.models.public import to_official
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import LatentShape
 from dis_scale.scan import causal_conv_silu, selective_scan
-from dis_scale.weights.official import to_official
 
 SHAPE = LatentShape(4, 8)
 

@@ -84,5 +84,5 @@ def test_the_backlog_counts_what_is_published_and_not_evaluated(tmp_path: Path, 
     for images in (0, 160):
         put_published(sweep.run("dit").published_at(images))
     put_metrics(sweep.evaluation(Sampled("dit", 0)))
-    evaluate.show_backlog(state.Backlog(sweep, tuple(tiny.models)), shown.__setitem__)
+    evaluate.show_backlog(state.Backlog(sweep), shown.__setitem__)
     assert shown == {"evaluation_backlog": 3}, "two checkpoints under two settings, less one"

@@ -38,7 +38,7 @@ def given(sweep: Sweep, *settings: str) -> Sweep:
 
 
 def test_the_main_settings_come_before_the_variants_and_counts_in_order(sweep: Sweep) -> None:
-    assert state.evaluations_left(sweep) == [
+    assert state.Backlog(sweep).left() == [
         Sampled("dis", 0),
         Sampled("dit", 0),
         Sampled("dis", 160),
@@ -46,7 +46,7 @@ def test_the_main_settings_come_before_the_variants_and_counts_in_order(sweep: S
         Sampled("dit", 0, "wide"),
         Sampled("dis", 160, "wide"),
     ]
-    newest = state.evaluations_left(given(sweep, "evaluate.order=newest_first"))
+    newest = state.Backlog(given(sweep, "evaluate.order=newest_first")).left()
     assert newest[:3] == [Sampled("dis", 160), Sampled("dis", 0), Sampled("dit", 0)]
 
 
@@ -56,7 +56,7 @@ def test_a_metric_added_later_is_measured_again(sweep: Sweep) -> None:
     assert state.outdated(sweep) == {}
     more = given(sweep, "evaluate.metrics=[distance, precision_recall]")
     assert state.outdated(more) == {done: "the recipe has added precision_recall"}
-    assert done not in state.evaluations_left(sweep), "the old metrics stay until there are new ones"
+    assert done not in state.Backlog(sweep).left(), "the old metrics stay until there are new ones"
 
 
 @pytest.mark.parametrize("damaged", [b"", b'{"values": {', b"[]", b'{"values": {}}', NO_METRICS, b"\xff\xfe"])
@@ -110,7 +110,7 @@ def test_skipped_evaluations_have_their_reason(sweep: Sweep) -> None:
 
 def test_a_damaged_manifest_fails_when_it_is_loaded_not_in_the_list(sweep: Sweep) -> None:
     sweep.run("dis").published_at(160).write(manifest.NAME, b'{"form')
-    assert Sampled("dis", 160) in state.evaluations_left(sweep)
+    assert Sampled("dis", 160) in state.Backlog(sweep).left()
     with pytest.raises(StorageError, match=r"manifest.json: damaged: "):
         load_published(sweep.run("dis"), 160)
 

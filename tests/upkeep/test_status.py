@@ -217,9 +217,9 @@ def test_the_backlog_of_evaluation_and_the_last_distance_are_told(sweep: Sweep) 
     put_metrics(sweep.evaluation(Sampled("dis", 160)), values)
     state.record_node_failure(sweep.run("dit"), "node-7", "ECC")
     found, run = of(sweep, "dis")
-    assert run.backlog == len(state.evaluations_left(sweep, ["dis"]))
+    assert run.backlog == len(state.Backlog(sweep, ("dis",)).left())
     assert (run.doing, run.published, run.evaluated, run.metric) == ("trained", 3, 1, 12.5)
-    assert found.backlog == len(state.evaluations_left(sweep)) > 0
+    assert found.backlog == len(state.Backlog(sweep).left()) > 0
     assert "node-7: 1 failures of its devices; see ops/runbooks/bad-gpu-or-node.md" in found.wrong
     assert json.loads(json.dumps(found.to_json()))["runs"][0]["metric"] == 12.5
 
