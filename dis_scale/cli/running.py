@@ -1,5 +1,6 @@
 """Commands that start, watch and stop sweeps."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -94,7 +95,7 @@ def status(
     if every:
         return statuses.watch(opened, every, console())
     found = statuses.collect(opened, time.time())
-    show(as_json, found.to_json(), statuses.table(found))
+    show(as_json, asdict(found), statuses.table(found))
 
 
 def logs(

@@ -238,21 +238,11 @@ def table(plan: Plan) -> Table:
         + "".join(f"; {line}" for line in _transfers(plan.recipe))
     )
     out = Table(
-        title=f"plan of {plan.recipe.name}: latents {plan.shape.channels}x{plan.shape.size}x{plan.shape.size}",
-        caption=caption,
-    )
-    for column in (
-        "model",
-        "kind",
-        "parameters",
-        "tokens",
-        "Gflops",
-        "training PFLOP",
-        "GPU",
-        "resume point",
-        "saving takes",
-    ):
-        out.add_column(column, justify="left" if column in ("model", "kind") else "right")
+        "model", "kind", "parameters", "tokens", "Gflops", "training PFLOP", "GPU", "resume point", "saving takes",
+        title=f"plan of {plan.recipe.name}: latents {plan.shape.channels}x{plan.shape.size}x{plan.shape.size}", caption=caption,
+    )  # fmt: skip
+    for column in out.columns[2:]:
+        column.justify = "right"
     for name, c in plan.costs.items():
         train = plan.recipe.train_of(name)
         gpu = worker_bytes(c, train, train.most_workers, train.micro_images or train.lane_images)

@@ -68,6 +68,7 @@ def _picture(data: bytes, kind: str) -> str:
 
 
 def _table(report: Report) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in tables.columns(report))
-    rows = ("".join(f"<td>{escape(cell)}</td>" for cell in tables.row(report, p)) for p in report.means)
+    columns = tables.columns(report)
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    rows = ("".join(f"<td>{escape(cell(p))}</td>" for cell in columns.values()) for p in report.means)
     return f"<table><tr>{head}</tr>{''.join(f'<tr>{cells}</tr>' for cells in rows)}</table>"

@@ -58,34 +58,38 @@ def table(report: Report) -> Table:
     out = Table(
         title=f"{report.sweep}: Gflops against {report.metric}", caption=caption, box=box.SIMPLE_HEAD, padding=0
     )
-    for column in columns(report):
-        out.add_column(column, justify="left" if column in ("model", "sampling", "sampler") else "right", no_wrap=True)
+    shown = columns(report)
+    for name in shown:
+        out.add_column(name, justify="left" if name in ("model", "sampling", "sampler") else "right", no_wrap=True)
     for point in report.means:
-        out.add_row(*row(report, point))
+        out.add_row(*(cell(point) for cell in shown.values()))
     return out
 
 
-def columns(report: Report) -> list[str]:
-    """Return the column names, short enough for a terminal of 120 characters."""
-    judged = ["class acc."] if _judged(report) else []
-    cost = ["parameters", "Gflops", "paper's"] if _papers(report) else ["parameters", "Gflops"]
-    sampling = ["sampling"] if len(report.samplings) > 1 else []
-    return ["model", *sampling, *cost, "images", "EFLOP", "goodput", report.metric, *judged, "sampler", "guidance"]
+def columns(report: Report) -> dict[str, Callable[[Point], str]]:
+    """Return the cell of a point in each column, by names that are short enough for a terminal of 120 characters."""
+    judged = any("class_accuracy" in p.values for p in report.points)
+    papers = any(p.cost.paper.gflops for p in report.points)
+    shown: dict[str, Callable[[Point], str] | None] = {
+        "model": lambda p: f"{p.model} ({p.seeds} seeds)" if p.seeds > 1 else p.model,
+        "sampling": (lambda p: p.variant or "main") if len(report.samplings) > 1 else None,
+        "parameters": lambda p: f"{p.cost.parameters:,}",
+        "Gflops": lambda p: f"{p.gmacs:.3g}",
+        "paper's": (lambda p: f"{p.cost.paper.gflops:.3g}" if p.cost.paper.gflops else "") if papers else None,
+        "images": lambda p: f"{p.images_seen:,}",
+        "EFLOP": lambda p: f"{p.eflops:.3g}",
+        "goodput": lambda p: "" if p.goodput is None else f"{p.goodput:.0%}",
+        report.metric: lambda p: with_error(report.distance(p), report.error(p)) + (UNFINISHED if p.unfinished else ""),
+        "class acc.": _accuracy if judged else None,
+        "sampler": lambda p: f"{p.sampling.sampler} {p.sampling.steps}",
+        "guidance": lambda p: f"{p.sampling.guidance:g}",
+    }
+    return {name: cell for name, cell in shown.items() if cell}
 
 
-def row(report: Report, p: Point) -> list[str]:
-    """Return the cells of one point, in the order of `columns`."""
+def _accuracy(p: Point) -> str:
     accuracy = p.values.get("class_accuracy")
-    judged = ["" if accuracy is None else f"{accuracy:.1%}"] if _judged(report) else []
-    paper = [f"{p.cost.paper.gflops:.3g}" if p.cost.paper.gflops else ""] if _papers(report) else []
-    goodput = "" if p.goodput is None else f"{p.goodput:.0%}"
-    sampling = [p.variant or "main"] if len(report.samplings) > 1 else []
-    name = f"{p.model} ({p.seeds} seeds)" if p.seeds > 1 else p.model
-    distance = with_error(report.distance(p), report.error(p)) + (UNFINISHED if p.unfinished else "")
-    return [
-        name, *sampling, f"{p.cost.parameters:,}", f"{p.gmacs:.3g}", *paper, f"{p.images_seen:,}", f"{p.eflops:.3g}", goodput,
-        distance, *judged, f"{p.sampling.sampler} {p.sampling.steps}", f"{p.sampling.guidance:g}",
-    ]  # fmt: skip
+    return "" if accuracy is None else f"{accuracy:.1%}"
 
 
 def with_error(distance: float, error: float | None) -> str:
@@ -188,11 +192,3 @@ def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
     writer.writerow(header)
     writer.writerows(rows)
     return text.getvalue().encode()
-
-
-def _judged(report: Report) -> bool:
-    return any("class_accuracy" in p.values for p in report.points)
-
-
-def _papers(report: Report) -> bool:
-    return any(p.cost.paper.gflops for p in report.points)

@@ -7,8 +7,8 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -82,9 +82,6 @@ class Status:
     backlog: int
     """Evaluations that are due."""
     wrong: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -260,24 +257,12 @@ def table(status: Status) -> Table:
     attempts = [f"{run.model}: {', '.join([*_held(run), *run.ends])}" for run in status.runs if run.holder or run.ends]
     # as Text, since a name or an error may look like markup
     out = Table(
+        "model", "doing", "images", "of", "images/s", "left", "resume point", "attempts", "evaluated", "due", "metric",
         title=Text(f"{status.sweep}: {how}{f', run by {status.holder}' if status.holder else ''}"),
-        caption=Text("\n".join(status.wrong + attempts)),
-        caption_justify="left",
-    )
-    for column in (
-        "model",
-        "doing",
-        "images",
-        "of",
-        "images/s",
-        "left",
-        "resume point",
-        "attempts",
-        "evaluated",
-        "due",
-        "metric",
-    ):
-        out.add_column(column, justify="left" if column in ("model", "doing") else "right")
+        caption=Text("\n".join(status.wrong + attempts)), caption_justify="left",
+    )  # fmt: skip
+    for column in out.columns[2:]:
+        column.justify = "right"
     for run in status.runs:
         out.add_row(
             run.model, run.doing, f"{run.images_seen:,}", f"{run.images_seen / run.images:.0%}",

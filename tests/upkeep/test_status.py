@@ -5,6 +5,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ def test_damaged_files_are_named_and_the_rest_is_shown(sweep: Sweep, content: by
         found, other = of(sweep, "dit")
         assert re.match(rf"{words}.*(cannot be read: |: damaged: )", found.wrong[-1])
         assert other.images_seen == 160
-        json.dumps(found.to_json())
+        json.dumps(asdict(found))
         folder.write(name, before)
 
 
@@ -221,7 +222,7 @@ def test_the_backlog_of_evaluation_and_the_last_distance_are_told(sweep: Sweep) 
     assert (run.doing, run.published, run.evaluated, run.metric) == ("trained", 3, 1, 12.5)
     assert found.backlog == len(state.Backlog(sweep).left()) > 0
     assert "node-7: 1 failures of its devices; see ops/runbooks/bad-gpu-or-node.md" in found.wrong
-    assert json.loads(json.dumps(found.to_json()))["runs"][0]["metric"] == 12.5
+    assert json.loads(json.dumps(asdict(found)))["runs"][0]["metric"] == 12.5
 
 
 def test_a_thousand_checkpoints_are_told_in_seconds_at_30_ms_a_request(
