@@ -7,7 +7,6 @@ evaluators.py. PyTorch is imported where it is used: the driver starts its worke
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 from dis_scale.evaluation.run import Evaluation, block_count, stored_blocks, values_in_words
 from dis_scale.process.errors import DisScaleError, OutOfMemory, Preempted, StorageAway, StorageFull
@@ -43,24 +42,16 @@ def evaluate_published(job: StageJob) -> None:
         PublishedEvaluation(job, device).run()
 
 
-class OpenedEvaluation(NamedTuple):
-    """An evaluation, and its evaluators on Ray."""
-
-    evaluation: Evaluation
-    evaluators: RayEvaluators
-
-
 @dataclass
 class PublishedEvaluation:
     """The evaluation of all published checkpoints. Its evaluators live on when an attempt fails, and end when they have to move."""
 
     job: StageJob
     device: str
-    open: Callable[[StageJob, str, int], OpenedEvaluation] = lambda job, device, gpus: _open_published(
-        job, device, gpus
-    )
+    open: Callable[[StageJob, str, int], tuple[Evaluation, RayEvaluators]] | None = None
+    """Opens the evaluation with this many GPUs; default: that of all checkpoints that the recipe publishes."""
     poll_every_s: float = POLL_EVERY_S
-    _opened: OpenedEvaluation | None = None
+    _opened: tuple[Evaluation, RayEvaluators] | None = None
     _skipped: set[Sampled] = field(default_factory=set)
 
     def run(self) -> None:
@@ -78,11 +69,11 @@ class PublishedEvaluation:
             self._opened = None
             evaluators.end()
 
-    def _open(self) -> OpenedEvaluation:
+    def _open(self) -> tuple[Evaluation, RayEvaluators]:
         gpus = 0
         if self.device == "cuda":
             gpus = await_gpus(self.job, partial(free_gpus, self.job.sweep), self.poll_every_s)
-        return self.open(self.job, self.device, gpus)
+        return (self.open or _open_published)(self.job, self.device, gpus)
 
 
 def show_backlog(backlog: state.Backlog, gauge: SetGauge) -> None:
@@ -188,7 +179,7 @@ def _signs_of_training(sweep: Sweep) -> list[list[str]]:
     return [sweep.run(model).resume.list() for model in sweep.recipe.models]
 
 
-def _open_published(job: StageJob, device: str, gpus: int) -> OpenedEvaluation:
+def _open_published(job: StageJob, device: str, gpus: int) -> tuple[Evaluation, RayEvaluators]:
     """Open the evaluation of all checkpoints that the recipe publishes."""
     checkpoints = sum(len(job.recipe.train_of(model).publish_images) for model in job.recipe.models)
     return open_evaluation(job, device, gpus, job.recipe.evaluate.samplings, checkpoints)
@@ -196,8 +187,8 @@ def _open_published(job: StageJob, device: str, gpus: int) -> OpenedEvaluation:
 
 def open_evaluation(
     job: StageJob, device: str, gpus: int, samplings: dict[str, Evaluate], checkpoints: int
-) -> OpenedEvaluation:
-    """Return the evaluation with its workers on Ray, of which `gpus` at most get a GPU of their own."""
+) -> tuple[Evaluation, RayEvaluators]:
+    """Return an evaluation and its workers on Ray, of which `gpus` at most get a GPU of their own."""
     sweep, total = job.sweep, checkpoints * sum(map(block_count, samplings.values()))
     total += 0 if state.floor_settled(sweep) else block_count(sweep.recipe.evaluate)
     evaluators = RayEvaluators(job, device, gpus, lambda done: job.progress(done, total, "blocks"))
@@ -207,7 +198,7 @@ def open_evaluation(
 
     references, labels = reference.load_all(sweep), labels_of(sweep)
     evaluation = Evaluation(sweep, evaluators, references, samplings, labels, job.say, job.raise_if_stopped)
-    return OpenedEvaluation(evaluation, evaluators)
+    return evaluation, evaluators
 
 
 def evaluate_one(job: StageJob, evaluation: Evaluation, sampled: Sampled, skipped: set[Sampled]) -> None:

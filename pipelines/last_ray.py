@@ -44,14 +44,9 @@ def record(sweep: Sweep, cluster: Cluster) -> None:
     last.write(sweep.folder)
 
 
-def find(sweep: Sweep) -> LastRay | None:
-    """Return where the sweep last ran, None if it never did or its file is damaged."""
-    return LastRay.find_intact(sweep.folder)
-
-
 def refuse_local_after_cluster(sweep: Sweep) -> None:
     """Raise UserError if the sweep last ran on a cluster, and would continue on a Ray of this machine alone."""
-    last = find(sweep)
+    last = LastRay.find_intact(sweep.folder)
     if last is None or last.address or ray_address():
         return
     raise UserError(
@@ -66,7 +61,7 @@ def address_of(sweep: Sweep) -> str:
 
     That Ray may have ended since.
     """
-    last = find(sweep)
+    last = LastRay.find_intact(sweep.folder)
     if last and last.address and last.host == socket.gethostname():
         return last.address
     where = f" (it last ran on {last.host})" if last else ""

@@ -10,7 +10,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
@@ -64,10 +63,10 @@ class Exporter:
     """Exports a process's gauges and totals through its node's agent, with the sweep and the model of its context."""
 
     def __init__(self, context: Context) -> None:
-        self._context = context
-        self._made: dict[str, Any] = {}
-        self._gauges: dict[tuple[str, tuple[str, ...]], float] = {}
-        """Last value of each gauge, by its name and the values of its labels."""
+        self._labels = {"sweep": context.sweep or "", "model": context.model or ""}
+        self._made: dict[str, Counter | Gauge] = {}
+        self._gauges: dict[str, float] = {}
+        """Last value of each gauge."""
         self._exported = dict.fromkeys(counts.MEANINGS, 0.0)
 
     def start(self) -> None:
@@ -76,32 +75,29 @@ class Exporter:
 
     def gauge(self, name: str, value: float) -> None:
         """Set a gauge."""
-        self._gauges[name, tuple(self._labels().values())] = value
+        self._gauges[name] = value
         with contextlib.suppress(Exception):  # a metric never stops the thread that sets it
-            self._gauge(name).set(value, self._labels())
+            self._gauge(name).set(value, self._labels)
 
     def export_gauges(self) -> None:
         """Export all gauges again: Ray drops one that was not set for some 20 s."""
-        for (name, values), value in list(self._gauges.items()):
-            self._gauge(name).set(value, dict(zip(LABELS, values, strict=True)))
+        for name, value in list(self._gauges.items()):
+            self._gauge(name).set(value, self._labels)
 
     def export_totals(self) -> None:
         """Export what this process has counted since the last call."""
         for name, total in counts.totals().items():
             if name not in self._made:
                 self._made[name] = Counter(f"{PREFIX}{name}_total", counts.MEANINGS[name], LABELS)
-                ray_private.count_from_zero(self._made[name], self._labels())
+                ray_private.count_from_zero(self._made[name], self._labels)
             if total > self._exported[name]:
-                self._made[name].inc(total - self._exported[name], self._labels())
+                self._made[name].inc(total - self._exported[name], self._labels)
                 self._exported[name] = total
 
     def _gauge(self, name: str) -> Gauge:
         if name not in self._made:
             self._made[name] = Gauge(PREFIX + name, GAUGES[name], LABELS)
         return self._made[name]
-
-    def _labels(self) -> dict[str, str]:
-        return {label: getattr(self._context, label) or "" for label in LABELS}
 
     def _export(self) -> None:
         while True:

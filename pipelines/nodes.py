@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dis_scale.process.errors import DisScaleError
+from dis_scale.process.errors import DisScaleError, StorageError
 from dis_scale.recipe import Recipe
 from dis_scale.sweep import Sweep, state
 from dis_scale.training.devices import device_of
@@ -82,8 +82,12 @@ def name_of(node_id: str) -> str:
 
 def record_failure(job: StageJob, model: str, name: str, why: str) -> None:
     """Store the failure of a node's device; log it, and that the node is avoided from now on."""
-    state.record_node_failure(job.sweep.run(model), name, why)
-    failures = state.node_failures(job.sweep)[name]
+    try:
+        state.record_node_failure(job.sweep.run(model), name, why)
+        failures = state.node_failures(job.sweep)[name]
+    except StorageError as error:
+        job.say(f"{model}: the failure of a node's device is not stored: {error}")
+        return
     job.emit("node_failure", model=model, node=name, failures=failures)
     job.say(f"{model}: node {name}: failure {failures} of its devices: {why}", level="warning")
     if failures >= MOST_FAILURES:

@@ -17,7 +17,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from dis_scale.process.errors import OutOfMemory, StorageAway, StorageError
+from dis_scale.process.errors import OutOfMemory
 from dis_scale.process.threads import repeating
 from dis_scale.recipe import Train
 from dis_scale.storage import lease
@@ -187,7 +187,7 @@ class TrainingRun:
             return self._train(ranks, avoided, requested_at, silent_s)
         except DeviceFailure as broken:
             if ranks:
-                self._record(nodes.name_of(ranks.places[broken.worker].node), str(broken))
+                nodes.record_failure(self.job, self.model, nodes.name_of(ranks.places[broken.worker].node), str(broken))
             raise
         finally:
             remove_placement_group(group)
@@ -236,13 +236,6 @@ class TrainingRun:
     def _report(self, done: list[int]) -> None:
         self.job.context.images = max(done)
         self.job.progress(max(done), self.settings.images, "images")
-
-    def _record(self, node: str, why: str) -> None:
-        """Record a failed device of a node."""
-        try:
-            nodes.record_failure(self.job, self.model, node, why)
-        except (StorageError, StorageAway) as error:
-            self.job.say(f"{self.model}: the failure of a node's device is not stored: {error}")
 
     def _log_places(self, places: Sequence[Place]) -> None:
         """Log the ranks of each node."""

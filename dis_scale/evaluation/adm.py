@@ -13,7 +13,6 @@ from typing import IO
 
 import numpy as np
 
-from dis_scale.evaluation.inception import FEATURES, SPATIAL
 from dis_scale.evaluation.metrics import MeanCovariance
 from dis_scale.process.errors import StorageError, UserError
 from dis_scale.storage.folder import locate
@@ -41,12 +40,6 @@ class Adm:
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise UserError(f"{self.url}: {mean} or {covariance} is not finite: the file is damaged")
         return MeanCovariance(0, mu.astype(np.float64), sigma.astype(np.float64))  # the file lacks the number of images
-
-    def pooled(self) -> MeanCovariance | None:
-        return self.statistics("mu", "sigma", FEATURES)
-
-    def spatial(self) -> MeanCovariance | None:
-        return self.statistics("mu_s", "sigma_s", SPATIAL)
 
     def image_count(self, resolution: int) -> int:
         """Return the number of images in the file; UserError if they are not of `resolution`."""

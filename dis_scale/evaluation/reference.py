@@ -6,7 +6,6 @@ KID, precision and recall. Read next: parts.py for how they are computed, adm.py
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from dis_scale.data.sources import Source
 from dis_scale.evaluation import npz, parts
 from dis_scale.evaluation.adm import open_reference
 from dis_scale.evaluation.features import BATCH_IMAGES, Extractor
+from dis_scale.evaluation.inception import FEATURES, SPATIAL
 from dis_scale.evaluation.metrics import MeanCovariance, require_infinity, require_samples
 from dis_scale.process.errors import StorageError
 from dis_scale.process.progress import ReportDone
@@ -36,7 +36,7 @@ class Reference:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return what is known, under the names of the stored file."""
-        values: dict[str, Any] = {"kept": self.kept}
+        values: dict[str, np.ndarray | int | None] = {"kept": self.kept}
         for end, statistics in (("", self.pooled), ("_s", self.spatial)):
             if statistics:
                 values |= {
@@ -86,7 +86,8 @@ def read_adm(url: str, resolution: int, extractor: Extractor, report: ReportDone
     """Read an ADM file's statistics and compute the features of its images under Inception; UserError if they do not fit."""
     adm = open_reference(url)
     try:
-        pooled, spatial, count = adm.pooled(), adm.spatial(), adm.image_count(resolution)
+        pooled, spatial = adm.statistics("mu", "sigma", FEATURES), adm.statistics("mu_s", "sigma_s", SPATIAL)
+        count = adm.image_count(resolution)
         if pooled is None:
             raise StorageError(f"{url}: no mu and sigma, which every distance needs: is it an ADM reference?")
         kept = None

@@ -98,12 +98,11 @@ def compute_loss(report: Report) -> Figure | None:
     return _finish(figure, axes, loss)
 
 
-def of_study(report: Report) -> dict[str, tuple[Figure, str]]:
-    """Return the figures of a study of budgets with their captions, by name; none for any other sweep."""
+def of_study(report: Report) -> dict[str, tuple[Figure | None, str]]:
+    """Return the figures of a study of budgets with their captions, by name; None for each in any other sweep."""
     metrics = {"isoflop_loss": HELD_OUT, "isoflop_fid": report.metric}
-    drawn = {name: (isoflop_profiles(report, metric), metric) for name, metric in metrics.items()}
     words = "parabola of each budget, and its minimum against compute"
-    return {name: (figure, f"{metric}: {words}") for name, (figure, metric) in drawn.items() if figure}
+    return {name: (isoflop_profiles(report, metric), f"{metric}: {words}") for name, metric in metrics.items()}
 
 
 def isoflop_profiles(report: Report, metric: str) -> Figure | None:

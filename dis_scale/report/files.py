@@ -29,22 +29,18 @@ def write(sweep: Sweep, report: Report, published: bool = False) -> dict[str, by
     from dis_scale.report.page import SAMPLES, render_page, render_samples
     from dis_scale.report.samples import strips
 
-    plots = figures.of_study(report) | {
+    loss = "Training compute against the loss on images that training never saw"
+    by_sampling = "Time of a sample against distance, under each sampling setting"
+    every = figures.of_study(report) | {
         "gflops_fid": (figures.gflops_distance(report, published), "Gflops against distance at each image count"),
         "compute_fid": (figures.compute_distance(report), "Training compute against distance, with its lower hull"),
         "fid_images": (figures.distance_images(report), "Distance over images seen"),
-    }
-    if loss := figures.compute_loss(report):
-        plots["compute_loss"] = (loss, "Training compute against the loss on images that training never saw")
-    measured = {
+        "compute_loss": (figures.compute_loss(report), loss),
         "hours_fid": (figures.hours_distance(report), "Training time against distance"),
-        "sample_ms_fid": (
-            figures.sample_distance(report),
-            "Time of a sample against distance, under each sampling setting",
-        ),
+        "sample_ms_fid": (figures.sample_distance(report), by_sampling),
         "memory_fid": (figures.memory_distance(report), "Peak memory of training against distance"),
     }
-    plots |= {name: (figure, caption) for name, (figure, caption) in measured.items() if figure}
+    plots = {name: (figure, caption) for name, (figure, caption) in every.items() if figure}
     rendered = {name: figures.render(figure) for name, (figure, _) in plots.items()}
     files = {f"{name}.{ending}": data for name, kinds in rendered.items() for ending, data in kinds.items()}
     captions = {caption: rendered[name]["svg"] for name, (_, caption) in plots.items()}

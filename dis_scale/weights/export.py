@@ -26,6 +26,7 @@ from dis_scale.models.tokens import Backbone
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Flow, Gaussian, LatentShape, Recipe, Sampling
 from dis_scale.recipe.models import from_sizes
+from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import EncodedBy, LatentsManifest
 from dis_scale.vae import DiffusersVae, PixelVae, Vae
 from dis_scale.vae.scaling import Scaling
@@ -109,6 +110,12 @@ class SamplingFacts:
         normalise = recipe.data.normalise
         scaling = None if normalise == "vae" else Scaling.of(latents, normalise)
         return cls(recipe.diffusion, encoder, scaling, recipe.evaluate.sampling)
+
+    @classmethod
+    def of_sweep(cls, sweep: Sweep) -> "SamplingFacts | None":
+        """Return the facts of a stored sweep's models; None without latents."""
+        latents = state.find_latents(sweep.folder)
+        return cls.of(sweep.recipe, LatentsManifest.require(latents)) if latents else None
 
 
 def describe(model: Backbone, facts: SamplingFacts | None = None) -> dict[str, Any]:

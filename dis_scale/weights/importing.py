@@ -19,7 +19,7 @@ from dis_scale.storage.folder import Folder
 from dis_scale.storage.manifest import Digest
 from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import RECIPE, Sweep, command_lease, state
-from dis_scale.sweep.documents import ImportedFrom, LatentsManifest, PublishedManifest
+from dis_scale.sweep.documents import ImportedFrom, PublishedManifest
 from dis_scale.weights.export import SamplingFacts, describe
 from dis_scale.weights.published import WEIGHTS_FILE, file_of
 from dis_scale.weights.warm_start import fit, from_file, latents_difference
@@ -55,9 +55,8 @@ def import_weights(sweep: Sweep, model: str, path: str, shape: LatentShape) -> I
             f"import of {path} as {model}: trained on {difference}: expected a recipe with the latents that these weights were "
             "trained on; an autoencoder that the sweep trains must be prepared before"
         )
-    latents = state.find_latents(sweep.folder)
-    facts = SamplingFacts.of(sweep.recipe, LatentsManifest.require(latents)) if latents else None
-    data = safetensors.torch.save(fitted.weights, {"dis_scale": json.dumps(describe(empty, facts))})
+    description = describe(empty, SamplingFacts.of_sweep(sweep))
+    data = safetensors.torch.save(fitted.weights, {"dis_scale": json.dumps(description)})
     folder = sweep.run(model).published_at(train.images)
     with lease.hold(command_lease(sweep.folder)):
         if not sweep.folder.exists(RECIPE):

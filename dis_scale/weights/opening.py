@@ -21,7 +21,6 @@ from dis_scale.process.errors import UserError
 from dis_scale.recipe import Flow, Gaussian, Recipe, Sampling
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sweep, state
-from dis_scale.sweep.documents import LatentsManifest
 from dis_scale.vae import PixelVae, Vae
 from dis_scale.weights.checkpoints import Located, find_checkpoint
 from dis_scale.weights.export import SamplingFacts, open_checkpoint, sampling_facts
@@ -65,7 +64,7 @@ def open_for_sampling(at: str | Path, vae_path: str | None, heads: int | None = 
     with located.fetched() as file:
         model, in_file = open_checkpoint(file, heads), sampling_facts(file)
     path, sweep = located.folder / located.name, located.sweep
-    facts = in_file or (_facts_of(sweep) if sweep else None)
+    facts = in_file or (SamplingFacts.of_sweep(sweep) if sweep else None)
     decoder, notes = _decoder(path, vae_path, sweep, facts), list[str]()
     if vae_path is not None:
         _require_fit(model, decoder, vae_path)
@@ -97,12 +96,6 @@ def open_for_sampling(at: str | Path, vae_path: str | None, heads: int | None = 
     elif facts:
         sampling = facts.sampling
     return OpenCheckpoint(model, process, decoder, sampling, notes, sweep.recipe if sweep else None, located)
-
-
-def _facts_of(sweep: Sweep) -> SamplingFacts | None:
-    """Return the sampling facts of a sweep's models, None without latents."""
-    latents = state.find_latents(sweep.folder)
-    return SamplingFacts.of(sweep.recipe, LatentsManifest.require(latents)) if latents else None
 
 
 def _decoder(path: Folder, vae_path: str | None, sweep: Sweep | None, facts: SamplingFacts | None) -> Vae:

@@ -22,7 +22,7 @@ from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import Ended
 from pipelines import sweep as sweep_command
 from pipelines import train
-from pipelines.evaluate import OpenedEvaluation, PublishedEvaluation
+from pipelines.evaluate import PublishedEvaluation
 from pipelines.evaluators import RayEvaluators
 from pipelines.places import Places
 from pipelines.watching import Watch, watch
@@ -140,13 +140,13 @@ def test_evaluation_waits_for_training_and_gives_its_gpus_back(node: str, tmp_pa
         if not state.published_counts(sweep.run("dit"))[1:]:
             publish(sweep, 160)
 
-    def open_evaluation(_: object, device: str, gpus: int) -> OpenedEvaluation:
+    def open_evaluation(_: object, device: str, gpus: int) -> Any:
         assert gpus == GPUS
         requests = Places.now(recipe).evaluators(device, gpus)
         workers = [spawn(job, Probe, request) for _, request in requests]
         evaluators = RayEvaluators(job, "cuda", GPUS, lambda _: None, dict(enumerate(workers)))
         evaluation: Any = Evaluated(job, workers, resume_training)
-        return OpenedEvaluation(evaluation, evaluators)
+        return evaluation, evaluators
 
     training = training_group()
     publish(sweep, 0)

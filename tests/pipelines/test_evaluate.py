@@ -15,7 +15,7 @@ from dis_scale.recipe import Recipe, reading
 from dis_scale.sweep import Sampled, state
 from dis_scale.sweep.documents import Ended
 from pipelines import evaluate
-from pipelines.evaluate import OpenedEvaluation, PublishedEvaluation
+from pipelines.evaluate import PublishedEvaluation
 from pipelines.failures import WorkerFailure
 from pipelines.nodes import Node
 from pipelines.places import Places, own_gpus
@@ -141,9 +141,9 @@ def test_an_evaluation_without_news_ends_with_a_clear_error(tmp_path: Path) -> N
     opened: list[int] = []
     still: Any = SimpleNamespace(move=lambda: False)
 
-    def open_still(_: object, __: str, gpus: int) -> OpenedEvaluation:
+    def open_still(_: object, __: str, gpus: int) -> Any:
         opened.append(gpus)
-        return OpenedEvaluation(still, still)
+        return still, still
 
     job = job_of(recipe, tmp_path)
     with pytest.raises(DisScaleError, match="nothing was published or saved for 60 s: is training running"):

@@ -93,7 +93,7 @@ def test_what_is_recorded_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     sweep = stored(tmp_path)
     monkeypatch.setenv("RAY_CLUSTER_NAME", "imagenet256-x7k")
     last_ray.record(sweep, joined_cluster())
-    assert last_ray.find(sweep) == LastRay(host=socket.gethostname(), gpus=16, kuberay="imagenet256-x7k")
+    assert LastRay.find_intact(sweep.folder) == LastRay(host=socket.gethostname(), gpus=16, kuberay="imagenet256-x7k")
     with pytest.raises(UserError, match=f"it last ran on {socket.gethostname()}.*--address"):
         last_ray.address_of(sweep)
 
@@ -111,7 +111,7 @@ def test_a_stop_names_how_to_take_a_job_out_of_its_queue(tmp_path: Path, kind: s
 def test_a_damaged_file_is_named_and_counts_as_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     damaged = stored(tmp_path)
     damaged.folder.write(LastRay.NAME, b'{"format": 1, "gpus": 16}')
-    assert last_ray.find(damaged) is None
+    assert LastRay.find_intact(damaged.folder) is None
     assert "ray.json: damaged: host: Field required; treated as missing" in caplog.text
 
 
