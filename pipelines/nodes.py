@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dis_scale.process.errors import DisScaleError, StorageError
+from dis_scale.process.errors import DisScaleError, StorageAway, StorageError
 from dis_scale.recipe import Recipe
 from dis_scale.sweep import Sweep, state
 from dis_scale.training.devices import device_of
@@ -85,7 +85,7 @@ def record_failure(job: StageJob, model: str, name: str, why: str) -> None:
     try:
         state.record_node_failure(job.sweep.run(model), name, why)
         failures = state.node_failures(job.sweep)[name]
-    except StorageError as error:
+    except (StorageError, StorageAway) as error:
         job.say(f"{model}: the failure of a node's device is not stored: {error}")
         return
     job.emit("node_failure", model=model, node=name, failures=failures)

@@ -2,16 +2,18 @@
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from dis_scale.process import faults
 from dis_scale.recipe import Recipe, reading
 from ops.drills import object_store
 from tests.support import faulty_gateway, wheels
 from tests.support.faulty_gateway import Gateway
+from tests.support.flaky_store import FlakyFileSystem
 
 # As for jobs: threads of OpenMP that spin while they wait make everything many times slower on a machine that others use, too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -67,13 +69,37 @@ def bucket(ceph: object_store.ObjectStore) -> str:
 
 
 @pytest.fixture
-def gateway(ceph: object_store.ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storage retries at once."""
+    monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
+
+
+@pytest.fixture
+def flaky_store() -> Iterator[type[FlakyFileSystem]]:
+    """Storage at `flaky://`, in which a test sets faults and latency."""
+    yield FlakyFileSystem
+    FlakyFileSystem.faults, FlakyFileSystem.latency_s = [], 0.0
+
+
+@pytest.fixture
+def inject(tmp_path: Path) -> Iterator[Callable[[str], None]]:
+    """Inject the faults of a plan into this process."""
+
+    def use(plan: str) -> None:
+        (tmp_path / "faults").write_text(plan)
+        faults.use(tmp_path / "faults")
+
+    yield use
+    faults.use(None)
+
+
+@pytest.fixture
+def gateway(ceph: object_store.ObjectStore, no_pauses: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
     """All requests of this test to the object store go through it."""
     import s3fs
 
     with faulty_gateway.before(ceph.port) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
         s3fs.S3FileSystem.clear_instance_cache()
         yield server
     s3fs.S3FileSystem.clear_instance_cache()

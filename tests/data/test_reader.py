@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dis_scale.data import latents as reader
 from dis_scale.data.latents import Latents, fits_in_memory, open_latents
 from dis_scale.data.memory import MemoryBuffer, free_memory_bytes
 from dis_scale.data.order import BLOCK_SHARDS
@@ -30,11 +29,9 @@ FULL = [count for count in COUNTS if count]
 
 
 @pytest.fixture
-def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A set in flaky storage, without faults yet; retries do not wait."""
+def at(tmp_path: Path, no_pauses: None) -> Path:
+    """A set in flaky storage, without faults yet."""
     make(open_folder(tmp_path / "set"), COUNTS)
-    monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
-    monkeypatch.setattr(FlakyFileSystem, "faults", [])
     return tmp_path / "set"
 
 
@@ -75,9 +72,9 @@ def wait_until(true: object, timeout_s: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-def test_after_the_first_step_training_does_not_wait(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_the_first_step_training_does_not_wait(at: Path, flaky_store: type[FlakyFileSystem]) -> None:
     """Reads take 0.2 s, steps longer: without read-ahead, each block would cost at least 0.2 s."""
-    monkeypatch.setattr(FlakyFileSystem, "latency_s", 0.2)
+    flaky_store.latency_s = 0.2
     latents, waited_s = Latents(open_folder(flaky(at)), 0), []
     for first in range(0, sum(COUNTS), 3):
         began = time.monotonic()
@@ -101,16 +98,16 @@ def test_memory_holds_the_current_block_and_the_next(at: Path) -> None:
     [[busy(503), busy(500)], [TimeoutError("slow"), ConnectionError("away")], [busy(429)] * 8],
     ids=["500s", "timeouts", "long rate limit"],
 )
-def test_transient_faults_are_retried(at: Path, faults: list[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transient_faults_are_retried(at: Path, faults: list[Exception], flaky_store: type[FlakyFileSystem]) -> None:
     expected = read(Latents(open_folder(at), 0), 0, 8)
-    monkeypatch.setattr(FlakyFileSystem, "faults", list(faults))
+    flaky_store.faults = list(faults)
     for got, wanted in zip(read(Latents(open_folder(flaky(at)), 0), 0, 8), expected, strict=True):
         np.testing.assert_array_equal(got, wanted)
-    assert FlakyFileSystem.faults == []
+    assert flaky_store.faults == []
 
 
-def test_lasting_faults_are_named(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FlakyFileSystem, "faults", [busy(503)] * 1000)
+def test_lasting_faults_are_named(at: Path, flaky_store: type[FlakyFileSystem]) -> None:
+    flaky_store.faults = [busy(503)] * 1000
     with pytest.raises(
         StorageError, match=rf"cannot read flaky://{at}/0000\d\d.tar: OSError: .*Please reduce your request rate"
     ):
@@ -178,13 +175,12 @@ def test_at_most_a_few_shards_are_loaded_at_once() -> None:
     assert max(most) <= 4
 
 
-def test_the_choice_is_logged_with_its_reason(tiny: Recipe, at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "free_memory_bytes", lambda: 2**33)
-    assert fits_in_memory(Reader(), 2**29, 4, 2) == (
-        True,
-        "latents kept in memory: 0.5 GiB, limit 0.5 GiB a worker (auto: half of the free memory by 4 workers and 2 models)",
-    )
-    assert fits_in_memory(Reader(), 2**30 + 1, 4, 1)[1].startswith("latents read by blocks of 4 shards: 1 GiB, limit")
+def test_the_choice_is_logged_with_its_reason(tiny: Recipe, at: Path) -> None:
+    keep, line = fits_in_memory(Reader(), 1, 4, 2)
+    assert (keep, line.startswith("latents kept in memory: 9.31e-10 GiB, limit ")) == (True, True)
+    assert line.endswith(" GiB a worker (auto: half of the free memory by 4 workers and 2 models)")
+    keep, line = fits_in_memory(Reader(), 2**60, 4, 1)
+    assert (keep, line.startswith("latents read by blocks of 4 shards: 1.07e+09 GiB, limit ")) == (False, True)
     assert fits_in_memory(Reader(memory_gib=0), 1, 1, 1)[1].endswith("limit 0 GiB a worker (reader.memory_gib)")
     data = tiny.data.model_copy(update={"num_classes": CLASSES})
     settings = Reader(memory_gib=0, cache_gib=1.5, cache_folder="/data/cache")
@@ -206,12 +202,11 @@ def test_free_memory_is_no_more_than_the_machine_has() -> None:
     assert 0 < free_memory_bytes() < 1024 * total_kib
 
 
-def test_a_wrong_key_stops_with_object_and_cause(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_key_stops_with_object_and_cause(bucket: str, no_pauses: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import s3fs
 
     latents = Latents(make(open_folder(bucket), [3]), 0)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
     s3fs.S3FileSystem.clear_instance_cache()
     words = rf"cannot read {bucket}/000000.tar: refused, but allowed \d+ s ago: .*; permission denied: check the key"
     with pytest.raises(StorageError, match=words):
@@ -246,7 +241,6 @@ def test_a_restarted_server_is_waited_for(
     expected = read(Latents(open_folder(tmp_path), 0), 0, sum(COUNTS))
     latents = Latents(at, 0)
     got = [read(latents, 0, 6)]
-    wait_until(lambda: all(load.done() for load in latents._buffer._loads.values()))
     restartable.kill()
     began = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
@@ -279,18 +273,3 @@ def test_transient_faults_of_a_real_client_are_retried(
     gateway.faults = list(faults)
     assert sorted(read(latents, 0, 3)[1].tolist()) == [0, 1, 2]
     assert not gateway.faults
-
-
-def test_a_large_shard_is_read_by_ranges_and_a_failed_range_is_retried(
-    bucket: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dis_scale.storage.folder._RANGE_BYTES", 2048)
-    at = make(open_folder(bucket), [6])
-    gateway.concerns = lambda request: (
-        request.range is not None and ".tar" in request.path
-    )  # JSON is read up to a bound, too
-    gateway.faults = [503]
-    assert sorted(read(Latents(at, 0), 0, 6)[1].tolist()) == sorted(i % CLASSES for i in range(6))
-    size = at.size("000000.tar")
-    ranges = {request.range for request in gateway.seen if gateway.concerns(request)}
-    assert ranges == {f"bytes={start}-{min(start + 2048, size) - 1}" for start in range(0, size, 2048)}

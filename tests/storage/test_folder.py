@@ -1,7 +1,9 @@
 """Object storage on disk and in Ceph: atomic writes, one winner of many creators, errors that name object and cause."""
 
 import errno
+import itertools
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,12 +13,12 @@ import pytest
 from botocore.retries import standard
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dis_scale.process import faults
 from dis_scale.process.errors import Damaged, StorageAway, StorageError, UserError
 from dis_scale.storage.document import Document
-from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.storage.folder import open_folder
 from ops.drills import object_store
 from tests.support.faulty_gateway import Gateway
+from tests.support.flaky_store import FlakyFileSystem
 
 
 def test_objects_are_written_read_listed_and_deleted(store_url: str) -> None:
@@ -52,22 +54,12 @@ class Text(Document):
     text: str
 
 
-def test_a_huge_document_is_not_read(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, read = open_folder(store_url), Folder.read
-    monkeypatch.setattr("dis_scale.storage.document.LARGEST_BYTES", 1000)
-    Text(text="x" * 900).write(root)
-    assert Text.read(root) == Text(text="x" * 900)
-    Text(text="x" * 100_000).write(root)
-    sizes = list[int]()
-
-    def counted(folder: Folder, *arguments: Any) -> bytes:
-        sizes.append(len(data := read(folder, *arguments)))
-        return data
-
-    monkeypatch.setattr(Folder, "read", counted)
-    with pytest.raises(Damaged, match=r"text.json: damaged: over 1,000 bytes, which no document of a sweep has"):
-        Text.read(root)
-    assert sizes == [1001]
+def test_a_huge_document_is_not_read(tmp_path: Path) -> None:
+    """A file of a tebibyte without content: reading it would need as much memory."""
+    with (tmp_path / Text.NAME).open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(Damaged, match=r"text.json: damaged: over 268,435,456 bytes, which no document of a sweep has"):
+        Text.read(open_folder(tmp_path))
 
 
 def test_one_of_many_creators_wins(store_url: str) -> None:
@@ -106,7 +98,7 @@ def test_a_wrong_key_is_named_and_not_retried(bucket: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("host", ["127.0.0.1:9", "no-such-host.invalid:9"], ids=["refused", "no name"])
 def test_a_server_that_does_not_answer_is_away_and_a_missing_key_is_a_mistake(
-    host: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    host: str, monkeypatch: pytest.MonkeyPatch, no_pauses: None, tmp_path: Path
 ) -> None:
     import s3fs
 
@@ -115,12 +107,10 @@ def test_a_server_that_does_not_answer_is_away_and_a_missing_key_is_a_mistake(
         "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"), "AWS_EC2_METADATA_DISABLED": "true",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
     s3fs.S3FileSystem.clear_instance_cache()
     root = open_folder("s3://bucket/root")
-    for use in (root.require_usable, lambda: root._write_as_another_client("x", b"")):
-        with pytest.raises(StorageAway, match="Could not connect to the endpoint URL"):
-            use()
+    with pytest.raises(StorageAway, match="Could not connect to the endpoint URL"):
+        root.require_usable()
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     s3fs.S3FileSystem.clear_instance_cache()
@@ -175,23 +165,14 @@ def test_a_full_disk_is_reported_and_leaves_nothing_behind(tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_temporary_failures_are_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, failures = open_folder(tmp_path), iter([TimeoutError("slow"), ConnectionError("away")])
+def test_temporary_failures_are_retried(tmp_path: Path, no_pauses: None, inject: Callable[[str], None]) -> None:
+    root = open_folder(tmp_path)
     root.write("x", b"data")
-    monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
-
-    def flaky(verb: str, path: str, action: object) -> bytes:
-        from dis_scale.storage.folder import _with_retries
-
-        def once() -> bytes:
-            for failure in failures:
-                raise failure
-            return (tmp_path / path).read_bytes()
-
-        return _with_retries(once, verb, 5)
-
-    monkeypatch.setattr(Folder, "_do", lambda self, verb, path, action: flaky(verb, path, action))
+    inject("fail at read path=x times=4")
     assert root.read("x") == b"data"
+    inject("fail at read path=x times=1000")
+    with pytest.raises(StorageAway, match=f"cannot read {tmp_path}/x: ConnectionError: fault: storage is away"):
+        root.read("x")
 
 
 @pytest.mark.parametrize("code", ["ThrottlingException", "Throttling", "SlowDown"])
@@ -238,17 +219,12 @@ class HttpError(Exception):
     ("error", "away"), [(ServiceRequestError(), True), (HttpError(503), True), (HttpError(400), False)]
 )
 def test_another_clients_errors_are_told_apart(
-    error: Exception, away: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, away: bool, tmp_path: Path, no_pauses: None, flaky_store: type[FlakyFileSystem]
 ) -> None:
     """Without these packages: their clients name a server that is away in ways of their own."""
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
-    monkeypatch.setattr(faults, "at", fail)
+    flaky_store.faults = [error] * 100
     with pytest.raises(StorageAway if away else StorageError):
-        open_folder(tmp_path).read("x")
+        open_folder(f"flaky://{tmp_path}").read("x.tar")
 
 
 def test_an_incomplete_file_is_not_listed(tmp_path: Path) -> None:
@@ -278,7 +254,8 @@ def test_a_large_folder_is_listed_page_by_page(bucket: str, gateway: Gateway) ->
     """A page that failed is requested again."""
     names = [f"{i:04d}.png" for i in range(1001)]
     store = open_folder(bucket)
-    store._do("write", "class", lambda fs, full: fs.pipe({f"{full}/{name}": b"x" for name in names}))
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda name: store.write(f"class/{name}", b"x"), names))
     gateway.seen.clear()
     gateway.faults = [503]
     listed = store.files("class")
@@ -286,6 +263,17 @@ def test_a_large_folder_is_listed_page_by_page(bucket: str, gateway: Gateway) ->
     assert len(gateway.seen) == 2, "the page that failed and the first"
     assert list(listed) == names[1:]
     assert len(gateway.seen) == 3
+
+
+def test_a_large_object_is_read_by_ranges_and_a_failed_range_is_retried(bucket: str, gateway: Gateway) -> None:
+    root, data = open_folder(bucket), os.urandom(40 * 2**20)
+    root.write("x.tar", data)
+    gateway.concerns = lambda request: request.range is not None
+    gateway.faults = [503]
+    assert root.read("x.tar") == data
+    ranges = {request.range for request in gateway.seen if request.range}
+    ends = [0, 16 * 2**20, 32 * 2**20, len(data)]
+    assert ranges == {f"bytes={first}-{end - 1}" for first, end in itertools.pairwise(ends)}
 
 
 class FreshFileSystem(MemoryFileSystem):

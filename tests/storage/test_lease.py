@@ -1,23 +1,24 @@
 """One writer at a time: a dead holder frees the lease, a live one keeps it, and a lost answer locks nobody out."""
 
-import json
+import contextlib
+import itertools
 import os
 import random
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
 
-from dis_scale.process import faults
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway
 from dis_scale.storage import lease
-from dis_scale.storage.folder import open_folder
-from tests.support.faulty_gateway import Gateway, Request
+from dis_scale.storage.folder import Folder, open_folder
+from tests.support.faulty_gateway import Gateway
 
 
 def test_attempts_are_numbered_and_only_the_last_holds_the_lease(store_url: str) -> None:
@@ -49,19 +50,31 @@ def test_a_live_holder_is_named(tmp_path: Path) -> None:
         assert ours.number == 2
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"null", b'{"host": "elsewhere"}'])
+ELSEWHERE = lease.Holder(host="elsewhere", boot="x", pid=7, started=0.0)
+CONTAINER = lease.Holder.here().changed(processes="pid:[1]", pid=2**22 + 1)
+"""Of this host, with process ids of its own."""
+
+
+@pytest.mark.parametrize(
+    ("holder", "named"),
+    [
+        (b"{", r"\? on \? \(its file is damaged\)"),
+        (ELSEWHERE.to_bytes(), "7 on elsewhere"),
+        (CONTAINER.to_bytes(), str(CONTAINER)),
+    ],
+    ids=["damaged file", "another machine", "container of this host"],
+)
 @pytest.mark.parametrize("beating", [True, False])
-def test_a_holder_whose_file_is_damaged_is_known_by_its_heartbeat(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes, beating: bool
+def test_a_holder_whose_process_is_not_listed_here_is_alive_while_its_heartbeat_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: bytes, named: str, beating: bool
 ) -> None:
-    folder, beats = open_folder(tmp_path), iter(range(100))
-    folder.write("0001", damage)
+    folder = open_folder(tmp_path)
+    folder.write("0001", holder)
     monkeypatch.setattr(lease, "STILL_S", 0.2)
-    monkeypatch.setattr(lease, "_heartbeat", lambda *_: str(next(beats) if beating else 0).encode())
-    monkeypatch.setattr(lease.time, "sleep", lambda _: None)
     if beating:
         with (
-            pytest.raises(Held, match=r"held by process \? on \? \(its file is damaged\), which is alive"),
+            heartbeats(folder),
+            pytest.raises(Held, match=f"held by process {named}, which is alive"),
             lease.hold(folder),
         ):
             pass
@@ -70,36 +83,30 @@ def test_a_holder_whose_file_is_damaged_is_known_by_its_heartbeat(
             assert ours.number == 2
 
 
-@pytest.mark.parametrize("beating", [True, False])
-def test_a_holder_on_another_machine_is_alive_while_its_heartbeat_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beating: bool
-) -> None:
-    folder = open_folder(tmp_path)
-    folder.create("0001", json.dumps({"host": "elsewhere", "boot": "x", "pid": os.getpid(), "started": 0.0}).encode())
-    monkeypatch.setattr(lease, "STILL_S", 0.2)
-    beats = iter(range(100))
-    monkeypatch.setattr(lease, "_heartbeat", lambda *_: str(next(beats) if beating else 0).encode())
-    monkeypatch.setattr(lease.time, "sleep", lambda _: None)
-    if beating:
-        with pytest.raises(Held, match="held by process"), lease.hold(folder):
-            pass
-    else:
-        with lease.hold(folder) as ours:
-            assert ours.number == 2
+@contextlib.contextmanager
+def heartbeats(folder: Folder) -> Iterator[None]:
+    """Send the first holder's heartbeats for the block."""
+    ended = threading.Event()
+
+    def send() -> None:
+        for beat in itertools.count():
+            folder.write("0001.beat", str(beat).encode())
+            if ended.wait(0.05):
+                return
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(send)
+        try:
+            yield
+        finally:
+            ended.set()
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.faults)])
-def test_a_lost_answer_locks_nobody_out_of_its_own_lease(
-    bucket: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch, count: int
-) -> None:
+def test_a_lost_answer_locks_nobody_out_of_its_own_lease(bucket: str, gateway: Gateway, count: int) -> None:
     """At random, the server creates without an answer, or answers that another request is in progress."""
-    faults = random.Random(0)
-
-    def fault_for(request: Request) -> int | str | None:
-        creates = request.method == "PUT" and not request.path.endswith(".end")
-        return faults.choice(["lost", 409, None, None, None, None]) if creates else None
-
-    monkeypatch.setattr(gateway, "fault_for", fault_for)
+    gateway.concerns = lambda request: request.method == "PUT" and not request.path.endswith(".end")
+    gateway.faults = random.Random(0).choices(["lost", 409, None, None, None, None], k=10 * count)
     store = open_folder(bucket).patient  # six faults in a row are rare
 
     def take(number: int) -> int:
@@ -108,6 +115,7 @@ def test_a_lost_answer_locks_nobody_out_of_its_own_lease(
 
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(take, range(count))) == {1}
+    assert gateway.faults, "there was a choice for each request"
 
 
 def test_a_lease_that_another_took_first_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,18 +158,13 @@ def test_a_stop_request_reaches_a_holder_whose_clock_differs(tmp_path: Path) -> 
 
 
 def test_storage_that_is_away_at_the_end_does_not_replace_the_error_on_its_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, no_pauses: None, inject: Callable[[str], None]
 ) -> None:
-    def away(verb: str, path: str = "", **_: Any) -> None:
-        if path.endswith(".end"):
-            raise ConnectionError("no answer")
-
-    monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
-    monkeypatch.setattr(faults, "at", away)
+    inject("fail at write path=.end times=1000")
     with pytest.raises(Preempted, match="saved"), lease.hold(open_folder(tmp_path / "preempted")):
         raise Preempted("saved")
     with (
-        pytest.raises(StorageAway, match=r"0001.end: ConnectionError: no answer"),
+        pytest.raises(StorageAway, match=r"0001.end: ConnectionError: fault: storage is away"),
         lease.hold(open_folder(tmp_path / "finished")),
     ):
         pass
@@ -177,24 +180,3 @@ def test_a_stop_request_is_for_one_live_holder(tmp_path: Path) -> None:
     assert lease.request_stop(folder) is None, "it has ended"
     with lease.hold(folder) as next_one:
         assert not next_one.stop_requested()
-
-
-def test_a_damaged_lease_is_free_once_its_heartbeat_has_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = open_folder(tmp_path)
-    folder.write("0001", b"{")
-    monkeypatch.setattr(lease, "STILL_S", 0.0)
-    with lease.hold(folder) as ours:
-        assert ours.number == 2
-
-
-def test_a_container_of_the_same_host_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its process ids are its own: only the heartbeat shows whether its process is alive."""
-    folder = open_folder(tmp_path)
-    lease.Holder.here().changed(processes="pid:[1]", pid=2**22 + 1).write(folder, "0001")
-    beats = iter(range(100))
-    monkeypatch.setattr(lease, "_heartbeat", lambda *_: str(next(beats)).encode())
-    monkeypatch.setattr(lease.time, "sleep", lambda _: None)
-    with pytest.raises(Held, match="held by process"), lease.hold(folder):
-        pass

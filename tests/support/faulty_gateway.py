@@ -18,7 +18,7 @@ Fault = int | str | tuple[int, str]
 
 
 class Gateway(ThreadingHTTPServer):
-    """Forwards requests to `port`. Each of `faults` is used once, for the next request for which `concerns` is true.
+    """Forwards requests to `port`. Each of `faults` is used once, for the next request for which `concerns` is true; None is none.
 
     A number is the status of the response, a tuple its status and error code. "cut" sends half of the response, "closed" none,
     "hangs" none until the server ends; "lost" does what was requested and sends no answer.
@@ -29,7 +29,7 @@ class Gateway(ThreadingHTTPServer):
     def __init__(self, port: int) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream_port, self.seen = port, list[Request]()
-        self.faults: list[Fault] = []
+        self.faults: list[Fault | None] = []
         self.concerns: Callable[[Request], bool] = lambda _: True
         self.ending = threading.Event()
         self._one_at_a_time = threading.Lock()

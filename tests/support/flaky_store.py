@@ -17,7 +17,7 @@ LOG = "reads.log"
 _ONE_AT_A_TIME = threading.Lock()
 
 
-class FlakyFileSystem(LocalFileSystem):
+class FlakyFileSystem(LocalFileSystem):  # type: ignore[misc]
     """The first reads of shards raise `faults`, one each; later reads succeed after `latency_s`."""
 
     protocol = "flaky"
@@ -28,7 +28,7 @@ class FlakyFileSystem(LocalFileSystem):
     def _strip_protocol(cls, path: Any) -> Any:
         return super()._strip_protocol(str(path).removeprefix("flaky://"))
 
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> Any:
         if not path.endswith(".tar"):
             return super().cat_file(path, start, end, **options)
         with _ONE_AT_A_TIME:
@@ -50,8 +50,8 @@ def busy(status: int = 503) -> Exception:
     """Return the exception that s3fs raises for this status of the server."""
     error = {"Code": "SlowDown", "Message": "Please reduce your request rate."}
     response = {"Error": error, "ResponseMetadata": {"HTTPStatusCode": status}}
-    cause = ClientError(response, "GetObject")  # type: ignore[arg-type]
-    raised = translate_boto_error(cause)
+    cause = ClientError(response, "GetObject")
+    raised: Exception = translate_boto_error(cause)
     raised.__cause__ = cause
     return raised
 
