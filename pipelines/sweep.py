@@ -154,6 +154,8 @@ def list_images(driver: Driver, plan: Plan, store: Folder) -> None:
     source = open_source(recipe.data, store, report)
     classes = "without labels" if recipe.data.num_classes is None else f"in {len(source.label_names)} classes"
     driver.board.say(f"source   {len(source):,} images {classes}, as listed in {source.listing.where}")
+    if source.left_out:
+        driver.board.say(f"left out {source.left_out}")
     driver.board.say(f"data     {price_reading(recipe, plan.shape, len(source))}")
 
 

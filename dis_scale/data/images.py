@@ -1,4 +1,4 @@
-"""One image: its file's bytes to a square uint8 array, exactly as ADM and DiT make it. An undecodable image is named.
+"""One image: its file's bytes to a square uint8 array, made upright, then exactly as ADM and DiT do. An undecodable image is named.
 
 Bytes only: sources.py reads them, so unavailable storage is never reported as a broken image.
 """
@@ -14,10 +14,19 @@ from dis_scale.process.errors import UndecodableImage
 from dis_scale.recipe.data import Crop
 
 T = TypeVar("T")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+"""Endings of the files that are taken for images."""
 
+MOST_IN_AN_ENDING = 10
+"""Characters of a file's ending; what is longer is a part of its name."""
 IMAGE_BYTES = 2**30
 """Most bytes of an image's file; no more are read. The most pixels that Pillow decodes have half as many, uncompressed."""
+
+
+def ending(name: str) -> str:
+    """Return the kind of a file that is no image, by its name, in words."""
+    _, dot, kind = name.rpartition(".")
+    return f".{kind.lower()}" if dot and len(kind) <= MOST_IN_AN_ENDING else "of no known ending"
 
 
 def decode(data: bytes, name: str, resolution: int, crop: Crop | None = None) -> np.ndarray:

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Generic, NamedTuple, TypeVar, overload
@@ -19,7 +19,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 import numpy as np
 
 from dis_scale.data.mixing import order_hash, permutation
-from dis_scale.process.errors import Damaged, StorageError, UserError
+from dis_scale.process.errors import Damaged, StorageError, UserError, printable
 from dis_scale.process.progress import ReportDone
 from dis_scale.process.threads import batched
 from dis_scale.storage.document import FORMAT
@@ -40,21 +40,39 @@ T = TypeVar("T")
 class Entry(NamedTuple):
     """An image: its name, its class as the source writes it, and where its bytes are.
 
-    `file` is empty if the name is the file. `location` is (byte offset, length) in a tar, (row group, row) in Parquet.
+    `file` is empty if the name is the file. `location` is (byte offset, length) in a tar, (row group, row) in Parquet, (line, 0)
+    of a CSV. `version` is that of `file` (`Folder.version`) when it was listed.
     """
 
     name: str
     label: int | str
     file: str = ""
     location: tuple[int, int] = (0, 0)
+    version: str = ""
+
+
+class LeftOut(NamedTuple):
+    """Something in a source that is no image of the set, and why."""
+
+    name: str
+    why: str
 
 
 class Contents(NamedTuple):
-    """A source's entries in order, its class names if known before listing, and whether to list the entries in the mixed order."""
+    """A source's entries in order, its class names if known before listing, and whether to list the entries in the mixed order.
 
-    entries: Iterable[Entry]
+    Between the entries is what is left out. `missing` is the message if there are no entries.
+    """
+
+    entries: Iterable[Entry | LeftOut]
     label_names: list[str] | None = None
     mixed: bool = False
+    missing: str = ""
+
+    def without_images(self, left_out: Mapping[str, tuple[int, str]]) -> UserError:
+        """Return the error of a source without entries; it says what is there."""
+        there = f"; there are {words_of(left_out)}" if left_out else ""
+        return UserError(f"data.source.url: {self.missing}{there}")
 
 
 def number_or_name(text: str) -> int | str:
@@ -119,7 +137,8 @@ def build(contents: Contents, put: Callable[[int, bytes], None], report: ReportD
     In the mixed order the parts wait, compact, for the last entry: 75 MB for ImageNet.
     """
     labels, total, count, parts = _Labels(where, contents.label_names), hashlib.sha256(), 0, list[_Part]()
-    for number, entries in enumerate(batched(_counted(contents.entries, report), PART)):
+    left_out = dict[str, tuple[int, str]]()
+    for number, entries in enumerate(batched(_counted(kept(contents.entries, left_out), report), PART)):
         ids = [labels.id_of(entry) for entry in entries]
         for entry in entries:
             total.update(os.fsencode(f"{entry.name}\t{entry.label}\t{entry.file}\t{entry.location}\n"))
@@ -129,10 +148,13 @@ def build(contents: Contents, put: Callable[[int, bytes], None], report: ReportD
         else:
             put(number, part.to_bytes())
         count += len(entries)
+    if not count:
+        raise contents.without_images(left_out)
     names, final, largest = labels.final()
     manifest = ListingManifest(
-        files={}, count=count, sha256=total.hexdigest(), label_names=names, final_labels=final, largest=largest
-    )
+        files={}, count=count, sha256=total.hexdigest(), label_names=names, final_labels=final, largest=largest,
+        left_out=left_out,
+    )  # fmt: skip
     if contents.mixed:
         order = permutation(count)
         manifest = manifest.changed(order=order_hash(order))
@@ -231,12 +253,15 @@ class _Labels:
 
 @dataclass(frozen=True)
 class _Part:
-    """Up to `PART` entries as arrays: concatenated names; for each entry the end of its name, label, file number and location."""
+    """Up to `PART` entries as arrays: concatenated names; for each entry the end of its name, label, file number and location.
+
+    `files` has the name and the version of each file.
+    """
 
     names: bytes
     ends: np.ndarray
     labels: np.ndarray
-    files: list[str]
+    files: list[tuple[str, str]]
     file_of: np.ndarray
     locations: np.ndarray
 
@@ -244,22 +269,26 @@ class _Part:
         start = int(self.ends[row - 1]) if row else 0
         name = os.fsdecode(self.names[start : int(self.ends[row])])
         offset, length = self.locations[row].tolist()
-        return Entry(name, int(self.labels[row]), self.files[self.file_of[row]], (offset, length))
+        file, version = self.files[self.file_of[row]]
+        return Entry(name, int(self.labels[row]), file, (offset, length), version)
 
     @classmethod
     def of(cls, entries: list[Entry], ids: list[int]) -> "_Part":
         names = [os.fsencode(entry.name) for entry in entries]
-        numbers: dict[str, int] = {}
-        file_of = np.array([numbers.setdefault(entry.file, len(numbers)) for entry in entries], np.int32)
+        numbers: dict[tuple[str, str], int] = {}
+        file_of = [numbers.setdefault((entry.file, entry.version), len(numbers)) for entry in entries]
         ends = np.cumsum([len(name) for name in names], dtype=np.uint32)
         locations = np.array([entry.location for entry in entries], np.int64)
-        return cls(b"".join(names), ends, np.array(ids, np.int32), list(numbers), file_of, locations)
+        return cls(
+            b"".join(names), ends, np.array(ids, np.int32), list(numbers), np.array(file_of, np.int32), locations
+        )
 
     def to_bytes(self) -> bytes:
         buffer = io.BytesIO()
         np.savez_compressed(
             buffer, names=np.frombuffer(self.names, np.uint8), ends=self.ends, labels=self.labels, file_of=self.file_of,
-            files=np.frombuffer(os.fsencode("\0".join(self.files)), np.uint8), places=self.locations,
+            files=_joined(file for file, _ in self.files), versions=_joined(version for _, version in self.files),
+            places=self.locations,
         )  # fmt: skip
         return buffer.getvalue()
 
@@ -268,8 +297,28 @@ class _Part:
         with np.load(io.BytesIO(data)) as z:
             if sum(member.file_size for member in z.zip.infolist()) > PART_BYTES:
                 raise ValueError(f"unpacked it has over {PART_BYTES:,} bytes")
-            files = os.fsdecode(z["files"].tobytes()).split("\0")
-            return cls(z["names"].tobytes(), z["ends"], z["labels"], files, z["file_of"], z["places"])
+            files = [os.fsdecode(z[name].tobytes()).split("\0") for name in ("files", "versions")]
+            pairs = list(zip(*files, strict=True))
+            return cls(z["names"].tobytes(), z["ends"], z["labels"], pairs, z["file_of"], z["places"])
+
+
+def _joined(words: Iterable[str]) -> np.ndarray:
+    return np.frombuffer(os.fsencode("\0".join(words)), np.uint8)
+
+
+def kept(entries: Iterable[Entry | LeftOut], left_out: dict[str, tuple[int, str]]) -> Iterator[Entry]:
+    """Yield the entries; count what is left out by reason, with the first name of each."""
+    for entry in entries:
+        if isinstance(entry, Entry):
+            yield entry
+        else:
+            count, first = left_out.get(entry.why, (0, printable(entry.name)))
+            left_out[entry.why] = count + 1, first
+
+
+def words_of(left_out: Mapping[str, tuple[int, str]]) -> str:
+    """Say what a source has beside its images: how many of each kind, and the first."""
+    return ", ".join(f"{count:,} {why} ({first})" for why, (count, first) in left_out.items())
 
 
 def _counted(entries: Iterable[Entry], report: ReportDone) -> Iterator[Entry]:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from dis_scale.data.listing import Contents, Entry
 from dis_scale.process.errors import StorageError, UserError
+from dis_scale.process.progress import some
 from dis_scale.recipe import ParquetSource
 from dis_scale.storage.folder import Folder
 
@@ -23,8 +24,10 @@ GROUP_BYTES = 8 * 2**30
 
 def find(root: Folder, names: list[str], settings: ParquetSource, labelled: bool = True) -> Contents:
     """List every row of the files, sorted by file name. Only the label column is read, and none of unlabelled images."""
-    entries = (entry for name in names for entry in _entries(root, name, settings, labelled))
-    return Contents(entries, _class_names(root, names, settings) if labelled else None)
+    with _opened(root, names[0]) as first:
+        classes = _class_names(first, settings) if labelled else None
+    entries = (entry for name in names for entry in _entries(root, name, settings, labelled, classes))
+    return Contents(entries, classes)
 
 
 class ParquetReader:
@@ -51,10 +54,19 @@ def near(first: Entry, entry: Entry) -> bool:
     return (first.file, first.location[0]) == (entry.file, entry.location[0])
 
 
-def _entries(root: Folder, name: str, settings: ParquetSource, labelled: bool) -> Iterator[Entry]:
+def _entries(
+    root: Folder, name: str, settings: ParquetSource, labelled: bool, classes: list[str] | None
+) -> Iterator[Entry]:
+    """Yield a file's rows. UserError if its integers mean other classes than those of the first file."""
+    version = root.version(name)
     with _opened(root, name) as file:
         where = f"{root}/{name}"
         _require_columns(file, where, settings, labelled)
+        if labelled and (own := _class_names(file, settings)) != classes:
+            raise UserError(
+                f"{where}: its classes are {some(own or ['without names'])}, those of the first file "
+                f"{some(classes or ['without names'])}: the same number would mean two classes; write the files alike"
+            )
         row = 0
         for group in range(file.num_row_groups):
             if labelled:
@@ -64,14 +76,13 @@ def _entries(root: Folder, name: str, settings: ParquetSource, labelled: bool) -
             for i, label in enumerate(labels):
                 if not isinstance(label, int | str):
                     raise UserError(f"{where}: row {row + i}: label {label!r}, expected a number or a name")
-                yield Entry(f"{name}#{row + i}", label, name, (group, i))
+                yield Entry(f"{name}#{row + i}", label, name, (group, i), version)
             row += len(labels)
 
 
-def _class_names(root: Folder, names: list[str], settings: ParquetSource) -> list[str] | None:
+def _class_names(file: pq.ParquetFile, settings: ParquetSource) -> list[str] | None:
     """Return the ClassLabel's names in Hugging Face's schema, or None."""
-    with _opened(root, names[0]) as file:
-        metadata = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+    metadata = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
     feature = json.loads(metadata).get("info", {}).get("features", {}).get(settings.label, {})
     return list(feature["names"]) if feature.get("_type") == "ClassLabel" and "names" in feature else None
 

@@ -7,7 +7,7 @@ own files. For latents see shards.py and latents.py.
 import csv
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from importlib.metadata import distribution
@@ -17,15 +17,18 @@ import numpy as np
 from PIL import Image
 
 from dis_scale.data import images, listing, parquet, tars
-from dis_scale.data.listing import Column, Contents, Entry, Listing, number_or_name
+from dis_scale.data.listing import Column, Contents, Entry, LeftOut, Listing, number_or_name
 from dis_scale.data.mixing import order_hash, permutation
 from dis_scale.process.errors import StorageError, UndecodableImage, UserError
-from dis_scale.process.progress import ReportDone
+from dis_scale.process.progress import ReportDone, some
 from dis_scale.recipe import CsvSource, Data, DigitsSource, FolderSource, ParquetSource, TarSource
 from dis_scale.recipe.data import Crop
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 
+NOT_THERE = "there is no such file; correct the CSV, or --set data.undecodable=skip"
+UNLISTED = ("http://", "https://")
+"""Beginnings of URLs whose folders cannot be listed: what is not there is found when it is read."""
 LINE_CHARACTERS = 2**20
 """Most characters of a CSV's line: paths have up to 4,096, and a field of Python's csv up to 131,072."""
 
@@ -36,8 +39,8 @@ class Source:
 
     listing: Listing
     label_names: list[str]
-    read: Callable[[Sequence[Entry]], list[bytes]]
-    """Reads the bytes of entries that are `near` each other."""
+    read: Callable[[Sequence[Entry]], list[bytes | None]]
+    """Reads the bytes of entries that are `near` each other; None for a file that a CSV names and that is not there."""
     near: Callable[[Entry, Entry], bool]
     """True if both entries, the second after the first, belong in one call of `read`."""
     mixed: bool
@@ -52,6 +55,11 @@ class Source:
     def order(self) -> str | None:
         """Hash of the mixed order: the listing's, or that of mixing after encoding."""
         return self.listing.manifest.order if self.mixed else order_hash(permutation(len(self)))
+
+    @property
+    def left_out(self) -> str:
+        """What is beside the images, in words; empty if nothing is."""
+        return listing.words_of(self.listing.manifest.left_out)
 
     @cached_property
     def names(self) -> Sequence[str]:
@@ -77,8 +85,10 @@ class Source:
             raise _gone(entries[0].file) from error
         return [self._decoded(data, entry.name, resolution) for data, entry in zip(files, entries, strict=True)]
 
-    def _decoded(self, data: bytes, name: str, resolution: int) -> np.ndarray | UndecodableImage:
+    def _decoded(self, data: bytes | None, name: str, resolution: int) -> np.ndarray | UndecodableImage:
         try:
+            if data is None:
+                return UndecodableImage(f"image {name}: {NOT_THERE}", NOT_THERE)
             return images.decode(data, name, resolution, self.crop)
         except UndecodableImage as error:
             return error
@@ -133,12 +143,22 @@ def open_source(data: Data, store: Folder | None = None, report: ReportDone = la
 def require_source(data: Data, store: Folder) -> None:
     """UserError if the recipe's source is missing or empty; nothing is read if the store has its listing."""
     if not listing.folder_of(store, data.declared).exists(manifest.NAME):
-        next(iter(_find(_open_kind(data)).entries))
+        contents, left_out = _find(_open_kind(data)), dict[str, tuple[int, str]]()
+        if next(listing.kept(contents.entries, left_out), None) is None:
+            raise contents.without_images(left_out)
+
+
+def require_classes(root: Folder, folders: Sequence[str]) -> None:
+    """UserError if the folders are parts of a set, such as train and test, and not classes."""
+    if len(folders) > 1 and all(name.lower() in tars.SPLITS for name in folders):
+        raise UserError(
+            f"data.source.url: {', '.join(sorted(folders))} in {root} are parts of a set, not classes: "
+            f"give one of them, such as {root}/{sorted(folders)[0]}"
+        )
 
 
 def _find(kind: "_Kind") -> Contents:
-    contents = kind.find()
-    return contents._replace(entries=_at_least_one(contents.entries, kind.missing), mixed=kind.mixed)
+    return kind.find()._replace(mixed=kind.mixed, missing=kind.missing)
 
 
 class _Kind(Protocol):
@@ -152,7 +172,7 @@ class _Kind(Protocol):
     """Whether to list in the mixed order: reading neighbours together is no cheaper."""
 
     def find(self) -> Contents: ...
-    def read(self, entries: Sequence[Entry]) -> list[bytes]: ...
+    def read(self, entries: Sequence[Entry]) -> list[bytes | None]: ...
     def near(self, first: Entry, entry: Entry, /) -> bool: ...
 
 
@@ -161,20 +181,14 @@ class _OneFileEach(ABC):
 
     mixed = True
 
-    def read(self, entries: Sequence[Entry]) -> list[bytes]:
-        return [self._read(entry) for entry in entries]
+    def read(self, entries: Sequence[Entry]) -> list[bytes | None]:
+        return [self.read_one(entry) for entry in entries]
 
     def near(self, _: Entry, __: Entry, /) -> bool:
         return True
 
-    def _read(self, entry: Entry) -> bytes:
-        try:
-            return self.read_one(entry)
-        except FileNotFoundError as error:
-            raise _gone(f"image {entry.name}") from error
-
     @abstractmethod
-    def read_one(self, entry: Entry) -> bytes: ...
+    def read_one(self, entry: Entry) -> bytes | None: ...
 
 
 class _Digits(_OneFileEach):
@@ -209,37 +223,67 @@ class _ClassFolders(_OneFileEach):
         )
 
     def find(self) -> Contents:
-        """List class by class and, on S3, page by page: there a million names are never in memory at once."""
-        classes = [name for name in self._root.folders() if not name.startswith(".")]
+        """List the images at any depth, as torchvision's ImageFolder does: the first folder of a path is the class."""
         if not self._labelled:
-            return Contents(Entry(name, 0) for folder in ("", *classes) for name in self._images(folder))
-        return Contents((Entry(name, label) for label, of in enumerate(classes) for name in self._images(of)), classes)
+            return Contents(self._entries(self._root.walk(), {}))
+        classes = [name for name in self._root.folders() if not name.startswith(".")]
+        require_classes(self._root, classes)
+        return Contents(self._entries(self._root.walk(), {name: label for label, name in enumerate(classes)}), classes)
 
-    def _images(self, folder: str) -> Iterator[str]:
-        """Yield the paths of a folder's images."""
-        for file in self._root.files(folder):
-            if file.lower().endswith(images.SUFFIXES) and not file.startswith("."):
-                yield f"{folder}/{file}" if folder else file
+    def _entries(self, files: Iterable[str], labels: Mapping[str, int]) -> Iterator[Entry | LeftOut]:
+        for file in files:
+            folder, slash, _ = file.partition("/")
+            if any(part.startswith(".") for part in file.split("/")):
+                yield LeftOut(file, "hidden")
+            elif not file.lower().endswith(images.SUFFIXES):
+                yield LeftOut(file, images.ending(file))
+            elif self._labelled and not slash:
+                yield LeftOut(file, "images beside the class folders")
+            else:
+                yield Entry(file, labels[folder] if self._labelled else 0)
 
     def read_one(self, entry: Entry) -> bytes:
-        return self._root.read_up_to(entry.name, images.IMAGE_BYTES)
+        try:
+            return self._root.read_up_to(entry.name, images.IMAGE_BYTES)
+        except FileNotFoundError as error:
+            raise _gone(f"image {entry.name}") from error
 
 
 class _Csv(_OneFileEach):
     """A CSV file of paths, and of labels unless the images are unlabelled."""
 
-    def __init__(self, settings: CsvSource, outside: bool, labelled: bool) -> None:
-        self._file, self._outside = open_folder(settings.url), outside
+    def __init__(self, settings: CsvSource, data: Data, labelled: bool) -> None:
+        self._file, self._outside = open_folder(settings.url), data.csv_outside == "allow"
         self._path, self._label = settings.path, settings.label if labelled else None
+        self._all_there = data.undecodable == "refuse"
         self._root = Folder(self._file.url.rpartition("/")[0])
         self.where, self.missing = self._file.url, f"no lines in {self._file}"
 
     def find(self) -> Contents:
-        return Contents(map(self._allowed, _csv_entries(self._root, self._file.name, self._path, self._label)))
+        entries = map(self._allowed, _csv_entries(self._root, self._file.name, self._path, self._label))
+        return Contents(self._present(entries) if self._all_there else entries)
 
-    def read_one(self, entry: Entry) -> bytes:
+    def read_one(self, entry: Entry) -> bytes | None:
         """Read from the folder of the CSV, or from where its line says. The listing may be of a time when that was allowed."""
-        return _read_anywhere(self._root, self._allowed(entry).name)
+        try:
+            return _read_anywhere(self._root, self._allowed(entry).name)
+        except FileNotFoundError:
+            return None
+
+    def _present(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        """Yield the entries; UserError at the end that counts all whose file is not there. Each folder is listed once."""
+        names = cache(lambda folder: frozenset(name for name in folder.walk() if "/" not in name))
+        missing = list[str]()
+        for entry in entries:
+            folder, name = _place(self._root, entry.name)
+            if not folder.url.startswith(UNLISTED) and name not in names(folder):
+                missing.append(f"{entry.name} (line {entry.location[0]})")
+            yield entry
+        if missing:
+            raise UserError(
+                f"{self.where}: {len(missing):,} of its images are not there: {some(missing)}; correct the CSV, or "
+                "--set data.undecodable=skip to leave them out"
+            )
 
     def _allowed(self, entry: Entry) -> Entry:
         """UserError for a path outside the folder: whoever wrote the CSV could have any file of this user or store read."""
@@ -250,37 +294,63 @@ class _Csv(_OneFileEach):
         return entry
 
 
-class _Tars:
+class _ManyInAFile(ABC):
+    """Base of kinds with many images in a file, which is compared with its version when it was listed, once per process."""
+
+    mixed = False
+    root: Folder
+
+    def __init__(self) -> None:
+        self._require_as_listed = cache(self._compare)
+
+    def read(self, entries: Sequence[Entry]) -> list[bytes | None]:
+        self._require_as_listed(entries[0].file, entries[0].version)
+        return list(self.read_many(entries))
+
+    def _compare(self, file: str, listed: str) -> None:
+        if (now := self.root.version(file)) != listed:
+            raise StorageError(
+                f"{self.root}/{file}: it was written again after it was listed ({listed}, now {now}), so labels could be those of "
+                "other images; restore it with its time, or change data.source.version and the sweep's name, and the source is "
+                "listed again"
+            )
+
+    @abstractmethod
+    def read_many(self, entries: Sequence[Entry]) -> list[bytes]: ...
+
+
+class _Tars(_ManyInAFile):
     """Tars of images."""
 
-    mixed = False
-
     def __init__(self, settings: TarSource, labelled: bool) -> None:
-        self._root, self._names = tars.files_of(open_folder(settings.url), settings.files, ".tar")
+        super().__init__()
+        self.root, self._names = tars.files_of(open_folder(settings.url), settings.files, ".tar")
         self._settings, self._labelled, self.near = settings, labelled, tars.near
-        self.where = self._root.url
-        self.missing = f"no images ({', '.join(images.SUFFIXES)}) in the tars of {self._root}"
+        self.where = self.root.url
+        self.missing = f"no images ({', '.join(images.SUFFIXES)}) in the tars of {self.root}"
 
     def find(self) -> Contents:
-        return tars.find(self._root, self._names, self._settings, self._labelled)
+        return tars.find(self.root, self._names, self._settings, self._labelled)
 
-    def read(self, entries: Sequence[Entry]) -> list[bytes]:
-        return tars.read(self._root, entries)
+    def read_many(self, entries: Sequence[Entry]) -> list[bytes]:
+        return tars.read(self.root, entries)
 
 
-class _Parquet:
+class _Parquet(_ManyInAFile):
     """Parquet files of images."""
 
-    mixed = False
-
     def __init__(self, settings: ParquetSource, labelled: bool) -> None:
-        self._root, self._names = tars.files_of(open_folder(settings.url), settings.files, ".parquet")
+        super().__init__()
+        self.root, self._names = tars.files_of(open_folder(settings.url), settings.files, ".parquet")
         self._settings, self._labelled, self.near = settings, labelled, parquet.near
-        self.read = parquet.ParquetReader(self._root, settings).read
-        self.where, self.missing = self._root.url, f"no rows in the Parquet files of {self._root}"
+        self._reader = parquet.ParquetReader(self.root, settings)
+        self.where, self.missing = self.root.url, f"no rows in the Parquet files of {self.root}"
 
     def find(self) -> Contents:
-        return parquet.find(self._root, self._names, self._settings, self._labelled)
+        return parquet.find(self.root, self._names, self._settings, self._labelled)
+
+    def read_many(self, entries: Sequence[Entry]) -> list[bytes]:
+        return self._reader.read(entries)
 
 
 def _open_kind(data: Data) -> _Kind:
@@ -291,7 +361,7 @@ def _open_kind(data: Data) -> _Kind:
         case FolderSource():
             return _ClassFolders(data.source, labelled)
         case CsvSource():
-            return _Csv(data.source, data.csv_outside == "allow", labelled)
+            return _Csv(data.source, data, labelled)
         case TarSource():
             return _Tars(data.source, labelled)
         case ParquetSource():
@@ -316,15 +386,6 @@ def _label_names(opened: Listing, data: Data, where: str) -> list[str]:
     return list(names or ()) or [str(i) for i in range(data.num_classes)]
 
 
-def _at_least_one(entries: Iterable[Entry], missing: str) -> Iterator[Entry]:
-    iterator = iter(entries)
-    first = next(iterator, None)
-    if first is None:
-        raise UserError(f"data.source.url: {missing}")
-    yield first
-    yield from iterator
-
-
 def _gone(what: str) -> StorageError:
     return StorageError(
         f"{what} is gone: it was there when the source was listed; "
@@ -347,7 +408,7 @@ def _csv_entries(root: Folder, name: str, path: str, label: str | None) -> Itera
                     raise UserError(
                         f"{where}: line {rows.line_num}: expected a path and a label, got {list(row.values())}"
                     )
-                yield Entry(row[path], 0 if label is None else number_or_name(row[label]))
+                yield Entry(row[path], 0 if label is None else number_or_name(row[label]), location=(rows.line_num, 0))
     except FileNotFoundError as error:
         raise UserError(f"data.source.url: no file {where}") from error
     except (csv.Error, UnicodeDecodeError) as error:
@@ -368,10 +429,16 @@ def _is_inside(path: str) -> bool:
 
 
 def _read_anywhere(root: Folder, path: str) -> bytes:
-    if "://" not in path and not path.startswith("/"):
-        return root.read_up_to(path, images.IMAGE_BYTES)
+    folder, name = _place(root, path)
+    return folder.read_up_to(name, images.IMAGE_BYTES)
+
+
+def _place(root: Folder, path: str) -> tuple[Folder, str]:
+    """Return the folder and the name of a CSV's image, which is relative to the CSV's folder unless it is complete."""
     parent, _, name = path.rpartition("/")
-    return Folder(parent).read_up_to(name, images.IMAGE_BYTES)
+    if "://" in path or path.startswith("/"):
+        return Folder(parent), name
+    return (root / parent if parent else root), name
 
 
 @cache

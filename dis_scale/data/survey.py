@@ -4,14 +4,14 @@ Images are listed, read and decoded as a sweep does it. Read next: first_recipe.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dis_scale.data import images
 from dis_scale.data.listing import Entry
-from dis_scale.data.sources import Source, open_source
-from dis_scale.process.errors import UndecodableImage, UserError
+from dis_scale.data.sources import Source, open_source, require_classes
+from dis_scale.process.errors import UndecodableImage, UserError, printable
 from dis_scale.process.progress import ReportDone, ReportShare, some
 from dis_scale.process.threads import batched, in_order
 from dis_scale.recipe import Data
@@ -43,6 +43,10 @@ class Survey:
     """By name."""
     beside: int
     """Images that are in no class folder, though others are: a sweep with classes does not read them."""
+    left_out: str = ""
+    """What else is in the folder, in words."""
+    nested: str = ""
+    """The only folder with images, if these are in several folders of it: they may be the classes."""
 
     @property
     def count(self) -> int:
@@ -58,7 +62,7 @@ class Survey:
         """Return everything, as JSON has it."""
         sides = {"least": min(self.sides), "median": self.median_side, "most": max(self.sides)}
         return {
-            "images": self.count, "classes": self.classes, "shorter_side": sides, "unused": self.beside,
+            "images": self.count, "classes": self.classes, "shorter_side": sides, "unused": self.beside, "left_out": self.left_out,
             "broken": [each._asdict() for each in self.broken],
         }  # fmt: skip
 
@@ -75,24 +79,26 @@ def take_survey(url: str, listed: ReportDone, report: ReportShare) -> Survey:
     folder = open_folder(url)
     source = _open(folder, listed)
     numbers = Counter(_class_of(name) for name in source.names)
+    require_classes(folder, [name for name in numbers if name])
     beside = numbers.pop("", 0)
     labelled = len(numbers) > 1
     chosen = [i for i, name in enumerate(source.names) if not labelled or _class_of(name)]
     sides, broken = Counter[int](), list[Broken]()
-    classes = dict.fromkeys(map(_text, _class_folders(folder)) if labelled else (), 0)
+    classes = dict.fromkeys(map(printable, _class_folders(folder)) if labelled else (), 0)
     for done, (name, result) in enumerate(_measured(source, chosen), 1):
         if isinstance(result, Broken):
             broken.append(result)
         else:
             sides[result] += 1
             if labelled:
-                classes[_text(_class_of(name))] += 1
+                classes[printable(_class_of(name))] += 1
         report(done, len(chosen))
     if not sides:
         raise UserError(
             f"{folder}: none of its {len(chosen):,} images can be decoded; the first: {' '.join(broken[0])}"
         )
-    return Survey(folder.url, classes, sides, sorted(broken), beside if labelled else 0)
+    nested = "" if labelled else _nested(source.names)
+    return Survey(folder.url, classes, sides, sorted(broken), beside if labelled else 0, source.left_out, nested)
 
 
 def describe(found: Survey) -> list[str]:
@@ -106,6 +112,9 @@ def describe(found: Survey) -> list[str]:
     ]
     lines += [f"empty    class folders without images: {some(empty)}"] if empty else []
     lines += [f"unused   {found.beside:,} images beside the class folders"] if found.beside else []
+    classes_below = f"{found.nested} has folders of images: for these as classes, give {found.url}/{found.nested}"
+    lines += [f"nested   {classes_below}"] if found.nested else []
+    lines += [f"left out {found.left_out}"] if found.left_out else []
     tried = found.count + len(found.broken)
     lines += [f"broken   {len(found.broken):,} of {tried:,} images cannot be decoded"] if found.broken else []
     return lines
@@ -116,9 +125,7 @@ def _open(folder: Folder, listed: ReportDone) -> Source:
     try:
         return open_source(Data.model_validate(data), None, listed)
     except UserError as error:
-        nested = [name for name in _class_folders(folder) if folder.folders(name)]
-        cure = f": give the folder above the class folders, such as {folder}/{nested[0]}" if nested else ""
-        raise UserError(f"{folder}: no images ({', '.join(images.SUFFIXES)}) there or in its folders{cure}") from error
+        raise UserError(f"{folder}: no images ({', '.join(images.SUFFIXES)}) there or below it: {error}") from error
 
 
 def _class_folders(folder: Folder) -> list[str]:
@@ -126,14 +133,16 @@ def _class_folders(folder: Folder) -> list[str]:
     return [name for name in folder.folders() if not name.startswith(".")]
 
 
+def _nested(names: Iterable[str]) -> str:
+    """Return the only folder of all images if they are in at least two folders of it; else empty."""
+    parts = {tuple(name.split("/")[:-1][:2]) for name in names}
+    first = {each[0] if each else "" for each in parts}
+    return first.pop() if len(first) == 1 and len(parts) > 1 and all(len(each) == 2 for each in parts) else ""
+
+
 def _class_of(name: str) -> str:
-    """Return the class folder of an image; empty if it is in none."""
-    return name.rpartition("/")[0]
-
-
-def _text(name: str) -> str:
-    """Return a name that can be printed: bytes that are not UTF-8 as escapes."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    """Return the class folder of an image, the first of its path; empty if it is in none."""
+    return name.partition("/")[0] if "/" in name else ""
 
 
 def _measured(source: Source, positions: list[int]) -> Iterator[tuple[str, int | Broken]]:
@@ -141,7 +150,7 @@ def _measured(source: Source, positions: list[int]) -> Iterator[tuple[str, int |
     entries = ([source.listing[i] for i in part] for part in batched(positions, AT_ONCE))
 
     def measure(part: list[Entry]) -> list[tuple[str, int | Broken]]:
-        return [(entry.name, _shorter_side(source.read([entry])[0], entry.name)) for entry in part]
+        return [(entry.name, _shorter_side(source.read([entry])[0] or b"", entry.name)) for entry in part]
 
     for part in in_order(entries, measure, READERS):
         yield from part
@@ -151,4 +160,4 @@ def _shorter_side(data: bytes, name: str) -> int | Broken:
     try:
         return min(images.measure(data, name))
     except UndecodableImage as error:
-        return Broken(_text(name), error.why)
+        return Broken(printable(name), error.why)

@@ -5,13 +5,14 @@ fetch only the byte range of the images that are needed.
 """
 
 import json
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from typing import BinaryIO
 
-from dis_scale.data.images import IMAGE_BYTES, SUFFIXES
-from dis_scale.data.listing import Contents, Entry, number_or_name
+from dis_scale.data.images import IMAGE_BYTES, SUFFIXES, ending
+from dis_scale.data.listing import Contents, Entry, LeftOut, number_or_name
 from dis_scale.process.errors import StorageError, UserError
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import TarSource
@@ -22,12 +23,26 @@ LARGE_BYTES = 8 * 2**30
 """A larger tar is indexed on its own."""
 SPAN_BYTES = 8 * 2**20
 """Most bytes of images that one read returns, unless a single one is larger."""
+END_BYTES = 2**20
+"""Most zeros at the end of a tar: programs fill up a record, of 10 KiB unless they were told otherwise."""
 LABEL_BYTES = 16 * 2**20
 """Most bytes of a `.cls` or `.json` member; larger ones are not read. A label has a few, a sample's metadata some kilobytes."""
 
 
+SPLITS = {"train": "train", "test": "test"} | dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
+"""Words in the names of files and folders that hold one part of a set, and the part."""
+
+
+def splits_in(names: Iterable[str]) -> set[str]:
+    """Return the parts of a set that the names speak of: words between other characters than letters."""
+    return {SPLITS[word] for name in names for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS}
+
+
 def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]:
-    """Return the folder and its files that match `pattern`, sorted; a URL ending in `suffix` is one file. UserError if none."""
+    """Return the folder and its files that match `pattern`, sorted; a URL ending in `suffix` is one file.
+
+    UserError if there are none, or if all files of the folder are of several parts of a set, such as train and test.
+    """
     if url.name.endswith(suffix):
         parent, name = Folder(url.url.rsplit("/", 1)[0]), url.name
         if not parent.exists(name):
@@ -36,6 +51,11 @@ def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]
     names = [name for name in url.list() if fnmatch(name, pattern)]
     if not names:
         raise UserError(f"data.source.url: no files {pattern!r} in {url}; expected {url}/<name>{suffix}")
+    if pattern == f"*{suffix}" and len(parts := splits_in(names)) > 1:
+        raise UserError(
+            f"data.source.files: {url} has files of {' and '.join(sorted(parts))}: say which to train on, for example "
+            f"'*train*{suffix}'"
+        )
     return url, names
 
 
@@ -45,7 +65,7 @@ def find(root: Folder, names: list[str], settings: TarSource, labelled: bool = T
     Several tars are indexed at once. The members of a large tar are streamed instead, since it may hold ten million.
     """
 
-    def index(name: str) -> Iterable[Entry]:
+    def index(name: str) -> Iterable[Entry | LeftOut]:
         entries = _entries(root, name, settings, labelled)
         return entries if root.size(name) > LARGE_BYTES else list(entries)
 
@@ -71,11 +91,12 @@ def near(first: Entry, entry: Entry) -> bool:
     return first.file == entry.file and sum(entry.location) - first.location[0] <= SPAN_BYTES
 
 
-def _entries(root: Folder, name: str, settings: TarSource, labelled: bool) -> Iterator[Entry]:
-    where = f"{root}/{name}"
+def _entries(root: Folder, name: str, settings: TarSource, labelled: bool) -> Iterator[Entry | LeftOut]:
+    where, version = f"{root}/{name}", root.version(name)
     try:
         with root.open(name) as file:
-            yield from _images(_members(file), name, where, settings, labelled)
+            for found in _images(_members(file), name, where, settings, labelled):
+                yield found._replace(version=version) if isinstance(found, Entry) else found
     except (tarfile.TarError, EOFError) as error:
         raise StorageError(
             f"{where}: not a complete tar: {error}; repair it or remove it from data.source.files"
@@ -89,13 +110,14 @@ class _Member(tarfile.TarInfo):
 
 
 def _members(file: BinaryIO) -> Iterator[_Member]:
+    """Yield the members that are files or links; of small ones that may hold a label also their bytes."""
     with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as tar:
         while (member := _next(tar, file)) is not None:
             tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps all members
-            if not member.isreg():
-                continue
             assert isinstance(member, _Member)
-            if member.name.endswith((".cls", ".json")):
+            if not (member.isreg() or member.islnk() or member.issym()):
+                continue
+            if member.isreg() and member.name.endswith((".cls", ".json")):
                 if member.size > LABEL_BYTES:
                     raise tarfile.ReadError(
                         f"{member.name} has {member.size:,} bytes, and a label at most {LABEL_BYTES:,}"
@@ -106,30 +128,42 @@ def _members(file: BinaryIO) -> Iterator[_Member]:
 
 
 def _next(tar: tarfile.TarFile, file: BinaryIO) -> tarfile.TarInfo | None:
-    """Return the next member; ReadError if the tar does not end with a block of zeros: `tarfile` accepts a truncated tar."""
+    """Return the next member. ReadError if the tar does not end with a block of zeros, and only zeros after it.
+
+    `tarfile` accepts a truncated tar, and ends at the first hole or at the first of two tars that were joined.
+    """
     member = tar.next()
     if member is None:
         file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"damaged or truncated at byte {tar.offset}")
+        rest = file.read(END_BYTES + 1)
+        if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0") or len(rest) > END_BYTES:
+            raise tarfile.ReadError(
+                f"damaged or truncated at byte {tar.offset}, or there is another tar after it; its end is zeros, "
+                f"at most {END_BYTES:,}"
+            )
     return member
 
 
-def _images(members: Iterator[_Member], tar: str, where: str, settings: TarSource, labelled: bool) -> Iterator[Entry]:
+def _images(
+    members: Iterator[_Member], tar: str, where: str, settings: TarSource, labelled: bool
+) -> Iterator[Entry | LeftOut]:
     """Yield the images, with their labels if `labelled`; the files of one sample are adjacent and share a key, as in WebDataset."""
     key, images, label = "", list[_Member](), None
     for member in members:
         folder, _, base = member.name.rpartition("/")
-        if base.startswith("."):
-            continue  # macOS's ._x.jpg
+        if base.startswith(".") or not member.isreg():  # macOS's ._x.jpg; what GNU tar writes for hard-linked files
+            yield LeftOut(f"{tar}/{member.name}", "hidden" if base.startswith(".") else "links in tars")
+            continue
         stem, _, kind = base.partition(".")
         if f"{folder}/{stem}" != key:
             yield from _sample_entries(images, label, tar, where, settings, labelled)
             key, images, label = f"{folder}/{stem}", [], None
         if kind == settings.image or (settings.image is None and f".{kind.lower()}".endswith(SUFFIXES)):
             images.append(member)
-        elif labelled and kind == settings.label:
-            label = _label(member, f"{where}: {member.name}", settings)
+        elif kind == settings.label:
+            label = _label(member, f"{where}: {member.name}", settings) if labelled else None
+        else:
+            yield LeftOut(f"{tar}/{member.name}", ending(base))
     yield from _sample_entries(images, label, tar, where, settings, labelled)
 
 

@@ -78,6 +78,11 @@ class Preempted(DisScaleError):
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
+def printable(name: str) -> str:
+    """Return a name as it can be shown: control characters, and bytes that are not UTF-8, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ' (did you mean X?)' with the known name nearest to `word`, or '' if none is similar."""
     close = difflib.get_close_matches(word, list(known), n=1)

@@ -1,6 +1,7 @@
 """Base class of all settings: frozen and strict. Each field has a role, which tells whether it may change under one name."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -26,6 +27,14 @@ class LatentShape(NamedTuple):
 
     channels: int
     size: int
+
+
+def absolute(url: str) -> str:
+    """Return a URL or path without a slash at its end; a local path is made absolute, and begins at the home folder for `~`."""
+    text = url.rstrip("/")
+    if text.startswith("file://") or "://" not in text:
+        return str(Path(text.removeprefix("file://")).expanduser().absolute())
+    return text
 
 
 def runtime(default: Any, **limits: Any) -> Any:

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
-from dis_scale.process.settings import Count, InferencePrecision, Settings, pin, runtime
+from dis_scale.process.settings import Count, InferencePrecision, Settings, absolute, pin, runtime
 
 
 class DigitsSource(Settings):
@@ -16,8 +16,8 @@ class DigitsSource(Settings):
 class StoredSource(Settings):
     """Images in storage, local or at any fsspec URL. A declared source is listed once; a new `version` lists it again."""
 
-    url: str
-    """Folder, file or URL that all nodes reach."""
+    url: Annotated[str, AfterValidator(absolute)]
+    """Folder, file or URL that all nodes reach. A local path is made absolute: two projects may have a folder of one name."""
     version: str | None = None
     """Any word; change it if images were added, removed or replaced under the same URL."""
 

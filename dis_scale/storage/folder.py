@@ -17,9 +17,10 @@ import errno
 import io
 import os
 import random
+import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ import fsspec
 
 from dis_scale.process import counts, faults
 from dis_scale.process.errors import DisScaleError, StorageAway, StorageError, StorageFull, UserError
+from dis_scale.process.settings import absolute
 
 T = TypeVar("T")
 
@@ -36,6 +38,8 @@ _TRIES = 5
 _PATIENT_TRIES = 9
 _FIRST_PAUSE_S = 0.2
 _TEMPORARY = ".part-"
+_INCOMPLETE = re.compile(r"\.part-[0-9a-f]{32}$")
+"""End of the name of a file that is being written, or that a killed process has left."""
 _RANGE_BYTES = 16 * 2**20
 """Longer objects are read from S3 by ranges of this size, several at once: one connection is slower than a network card."""
 _READ_TIMEOUT_S = 60
@@ -119,6 +123,12 @@ class Folder:
         """Return the object's size in bytes."""
         return int(self._do("look up", path, lambda fs, full: fs.size(full)))
 
+    def version(self, path: str) -> str:
+        """Return words that change when the object is written again: its size with its ETag or time."""
+        facts = self._do("look up", path, lambda fs, full: fs.info(full))
+        known = (facts.get(key) for key in ("ETag", "etag", "blob_id", "md5Hash", "mtime", "last_modified"))
+        return f"{facts.get('size')} bytes, {next((str(each).strip(chr(34)) for each in known if each), 'of unknown time')}"
+
     def write(self, path: str, data: bytes) -> None:
         """Write the object atomically; replaces an older one."""
         if self.local:
@@ -141,48 +151,66 @@ class Folder:
         return bool(self._do("look up", path, lambda fs, full: fs.exists(full)))
 
     def folders(self, path: str = "") -> list[str]:
-        """Return names as `list`, of folders only."""
-        entries = self._entries(path, detail=True)
-        return sorted(
-            _base(entry["name"]) for entry in entries if entry["type"] == "directory" and _shown(entry["name"], path)
-        )
+        """Return the sorted names of the folders directly below `path`, links to folders included; none if it does not exist."""
+        if self.local:
+            return sorted(entry.name for entry in self._scan(path) if entry.is_dir())
+        if self.url.startswith("s3://"):
+            pages = self._pages(path, Delimiter="/")
+            return sorted({_base(each["Prefix"]) for page in pages for each in page.get("CommonPrefixes", [])})
+        return sorted(_base(e["name"]) for e in self._entries(path, detail=True) if e["type"] == "directory")
 
     def list(self, path: str = "") -> list[str]:
         """Return the sorted names directly below `path`, none if it does not exist. Incomplete files are not listed."""
         return sorted({_base(entry) for entry in self._entries(path, detail=False) if _shown(entry, path)})
 
-    def files(self, path: str) -> Iterator[str]:
-        """Yield the names of the files directly below `path`, sorted; from S3 page by page, so a million are never in memory."""
+    def walk(self, path: str = "") -> Iterator[str]:
+        """Yield the paths, relative to `path`, of all files at any depth below it, in the order of their UTF-8; links are followed.
+
+        From S3 page by page, so that a million names are never in memory. Broken links are yielded; reading one names it. A link
+        to a folder that it is in is not followed.
+        """
+        if self.local:
+            root = self.local / path
+            return self._walk_local(path, "", frozenset([_identity(root.stat())] if root.exists() else ()))
         if self.url.startswith("s3://"):
-            return self._paged_files(path)
-        names = self._local_files(path) if self.local else self._other_files(path)
-        return iter(sorted(_base(name) for name in names if _shown(name, path)))
+            return self._walk_pages(path)
+        return iter(sorted((self / path if path else self).tree(), key=os.fsencode))
 
-    def _local_files(self, path: str) -> Iterable[str]:
-        """List files and links. Broken links are included; reading one names it. Names only, no stat calls."""
-        try:
-            return self._do("list", path, lambda _, full: [e.path for e in os.scandir(full) if not e.is_dir()])
-        except FileNotFoundError:
-            return []
+    def _walk_local(self, root: str, below: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+        entries = self._scan(f"{root}/{below}".strip("/"))
+        for entry in sorted(entries, key=lambda entry: os.fsencode(entry.name + "/" * entry.is_dir())):
+            if not entry.is_dir():
+                yield below + entry.name
+            elif (here := _identity(entry.stat())) not in above:
+                yield from self._walk_local(root, f"{below}{entry.name}/", above | {here})
 
-    def _other_files(self, path: str) -> Iterable[str]:
-        return [entry["name"] for entry in self._entries(path, detail=True) if entry["type"] != "directory"]
-
-    def _paged_files(self, path: str) -> Iterator[str]:
-        more, last = dict[str, str](), ""
-        while True:
-            prefix, page = self._do("list", path, partial(_page, more=more))
-            for name in (entry["Key"].removeprefix(prefix) for entry in page.get("Contents", [])):
+    def _walk_pages(self, path: str) -> Iterator[str]:
+        last = ""
+        for page in self._pages(path):
+            for name in (entry["Key"].removeprefix(page["Prefix"]) for entry in page.get("Contents", [])):
                 if name < last:
                     raise StorageError(
                         f"{self.url}/{path}: names are not listed in order ({name} after {last}): use another bucket"
                     )
-                if name and _TEMPORARY not in name:
+                if not name.endswith("/") and name:  # a folder's marker
                     yield name
                 last = name
+
+    def _pages(self, path: str, **how: str) -> Iterator[dict[str, Any]]:
+        """Yield the pages of up to 1,000 names below a folder in S3, in UTF-8 order."""
+        more = dict[str, str]()
+        while True:
+            page: dict[str, Any] = self._do("list", path, partial(_page, more=more | how))
+            yield page
             if not page.get("IsTruncated"):
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _scan(self, path: str) -> "Sequence[os.DirEntry[str]]":
+        try:
+            return self._do("list", path, lambda _, full: list(os.scandir(full)))
+        except FileNotFoundError:
+            return []
 
     def sizes(self, path: str = "") -> dict[str, int]:
         """Return names as `list`, each with its size in bytes; the size of a folder has no meaning."""
@@ -293,10 +321,7 @@ class _Ranges(io.RawIOBase):
 
 def open_folder(url: str | os.PathLike[str]) -> Folder:
     """Return the folder at a URL or local path (made absolute)."""
-    text = os.fspath(url).rstrip("/")
-    if text.startswith("file://") or "://" not in text:
-        text = str(Path(text.removeprefix("file://")).expanduser().absolute())
-    return Folder(text)
+    return Folder(absolute(os.fspath(url)))
 
 
 def locate(url: str) -> tuple[Folder, str]:
@@ -311,14 +336,16 @@ def _base(entry: str) -> str:
 
 def _shown(entry: str, path: str) -> bool:
     """Whether to list an entry: not the folder's own marker, and not an incomplete file."""
-    return not entry.endswith(f"/{path}/") and _TEMPORARY not in entry
+    return not entry.endswith(f"/{path}/") and not _INCOMPLETE.search(entry)
 
 
-def _page(fs: Any, full: str, more: dict[str, str]) -> tuple[str, dict[str, Any]]:
-    """Return the common prefix of a folder's names in S3, and a page of up to 1,000 names in UTF-8 order."""
+def _page(fs: Any, full: str, more: dict[str, str]) -> Any:
     bucket, key, _ = fs.split_path(full)
-    prefix = f"{key}/" if key else ""
-    return prefix, fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/", **more)
+    return fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/" if key else "", **more)
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
 
 
 def _options(url: str) -> dict[str, Any]:

@@ -400,3 +400,5 @@ class ListingManifest(Manifest):
     final_labels: tuple[int, ...] | None = None
     """Label of each id, None if it is the id."""
     largest: int
+    left_out: dict[str, tuple[int, str]] = Field(default_factory=dict)
+    """What the source has beside its images, by reason: how many, and the first."""

@@ -15,7 +15,7 @@ from dis_scale.data.latents import Latents, fits_in_memory, open_latents
 from dis_scale.data.memory import MemoryBuffer, free_memory_bytes
 from dis_scale.data.order import BLOCK_SHARDS
 from dis_scale.data.shards import Shard
-from dis_scale.process.errors import StorageError, UserError
+from dis_scale.process.errors import StorageAway, StorageError, UserError
 from dis_scale.recipe import Reader, Recipe
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep.documents import LatentsManifest
@@ -109,7 +109,7 @@ def test_transient_faults_are_retried(at: Path, faults: list[Exception], flaky_s
 def test_lasting_faults_are_named(at: Path, flaky_store: type[FlakyFileSystem]) -> None:
     flaky_store.faults = [busy(503)] * 1000
     with pytest.raises(
-        StorageError, match=rf"cannot read flaky://{at}/0000\d\d.tar: OSError: .*Please reduce your request rate"
+        StorageAway, match=rf"cannot read flaky://{at}/0000\d\d.tar: OSError: .*Please reduce your request rate"
     ):
         read(Latents(open_folder(flaky(at)), 0), 0, 8)
 
@@ -209,7 +209,7 @@ def test_a_wrong_key_stops_with_object_and_cause(bucket: str, no_pauses: None, m
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     s3fs.S3FileSystem.clear_instance_cache()
     words = rf"cannot read {bucket}/000000.tar: refused, but allowed \d+ s ago: .*; permission denied: check the key"
-    with pytest.raises(StorageError, match=words):
+    with pytest.raises(StorageAway, match=words):
         read(latents, 0, 3)
     s3fs.S3FileSystem.clear_instance_cache()
 

@@ -87,6 +87,8 @@ def test_number_labels_are_kept_and_names_are_sorted(tmp_path: Path) -> None:
     root = open_folder(tmp_path)
     root.write("n.csv", b"path,label\na.png,10\nb.png,2\n")
     root.write("w.csv", b"path,label\na.png,z10\nb.png,z2\n")
+    for name in ("a.png", "b.png"):
+        root.write(name, png(1))
     numbers, named = (
         open_source(data({"kind": "csv", "url": f"{root}/{name}.csv"}, n)) for name, n in (("n", 11), ("w", 2))
     )
@@ -253,6 +255,8 @@ def test_mistakes_in_a_source_are_named(
     tmp_path: Path, name: str, content: bytes, settings: dict[str, str], words: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
+    for image in ("1.png", "2.png"):
+        (tmp_path / image).write_bytes(png(1))
     kind = name.rpartition(".")[2]
     with pytest.raises(DisScaleError, match=words):
         open_source(data({"kind": kind, "url": f"{tmp_path}/{name}" if kind == "csv" else str(tmp_path), **settings}))
@@ -285,7 +289,7 @@ def test_a_broken_image_is_named_and_its_neighbours_are_read(
     assert f"image {source.names[position]} cannot be decoded: it is empty (0 bytes); repair or remove it" in str(error)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"csv_file"}))
 def test_a_deleted_image_is_not_reported_as_broken(kind: str, tmp_path: Path) -> None:
     source = open_source(data(KINDS[kind](open_folder(tmp_path))))
     for path in tmp_path.rglob("*.*"):
@@ -303,11 +307,9 @@ def test_a_tar_that_was_cut_after_it_was_listed_is_not_reported_as_broken_images
     root = open_folder(store_url) / "images"
     source = open_source(data(labelled_images.class_folders_in_a_tar(root)))
     root.write("all.tar", root.read("all.tar")[:left])
-    with pytest.raises(StorageError, match=r"all.tar") as caught:
+    with pytest.raises(StorageError, match=r"all.tar: it was written again after it was listed") as caught:
         source.decoded(range(0, len(source)), 16)
     assert not isinstance(caught.value, UndecodableImage)
-    if left > 512:
-        assert "it is shorter than it was listed; restore it, or change data.source.version" in str(caught.value)
 
 
 def test_hugging_face_without_class_names_gives_numbers(tmp_path: Path) -> None:

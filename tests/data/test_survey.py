@@ -41,6 +41,18 @@ def test_class_folders_sizes_and_progress(tmp_path: Path) -> None:
     assert "unused   1 images beside the class folders" in lines
 
 
+def test_deeper_images_belong_to_the_first_folder_and_parts_of_a_set_are_no_classes(tmp_path: Path) -> None:
+    for name in ("train/cat/1.png", "train/dog/deep/2.png"):
+        image(tmp_path / name, 40, 40)
+    found = surveyed(tmp_path)
+    assert (found.classes, found.nested) == ({}, "train")
+    assert f"nested   train has folders of images: for these as classes, give {tmp_path}/train" in describe(found)
+    assert surveyed(tmp_path / "train").classes == {"cat": 1, "dog": 1}
+    image(tmp_path / "val" / "cat" / "3.png", 40, 40)
+    with pytest.raises(UserError, match=rf"train, val in {tmp_path} are parts of a set, not classes: give one of them"):
+        surveyed(tmp_path)
+
+
 def test_images_without_class_folders_are_unlabelled(tmp_path: Path) -> None:
     image(tmp_path / "1.png", 40, 40)
     image(tmp_path / "only" / "2.png", 40, 40)
@@ -73,11 +85,9 @@ def test_names_that_are_not_utf8_can_be_printed(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_good_image_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"{tmp_path}: no images \(.jpg, .*\) there or in its folders$"):
-        surveyed(tmp_path)
-    image(tmp_path / "train" / "cat" / "1.png", 40, 40)
+    (tmp_path / "notes.txt").touch()
     with pytest.raises(
-        UserError, match=f"in its folders: give the folder above the class folders, such as {tmp_path}/train"
+        UserError, match=rf"{tmp_path}: no images \(.jpg, .*\) there or below it: .*there are 1 .txt \(notes.txt\)$"
     ):
         surveyed(tmp_path)
     (tmp_path / "1.png").write_bytes(b"")

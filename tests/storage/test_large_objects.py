@@ -11,7 +11,15 @@ from dis_scale.storage.folder import open_folder
 from tests.support.faulty_gateway import Fault, Gateway
 
 LONG_BYTES = 40 * 10**6
-FAULTS: list[list[Fault]] = [[500, 503], [(400, "SlowDown")], ["cut"], ["cut"] * 4, ["closed", "closed"], ["hangs"], [429] * 8]
+FAULTS: list[list[Fault]] = [
+    [500, 503],
+    [(400, "SlowDown")],
+    ["cut"],
+    ["cut"] * 4,
+    ["closed", "closed"],
+    ["hangs"],
+    [429] * 8,
+]
 
 
 @pytest.fixture(scope="module")

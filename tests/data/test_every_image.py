@@ -1,0 +1,205 @@
+"""Every image of a source is encoded once with its label, or named as left out: sources as people have them.
+
+A picture's number is in its pixels; the reader is a plain `tarfile`, and knows nothing of the project.
+"""
+
+import io
+import itertools
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dis_scale.data import listing
+from dis_scale.data.sources import open_source
+from dis_scale.process.errors import StorageError, UndecodableImage, UserError
+from dis_scale.storage.folder import Folder, open_folder
+from tests.data.test_mixing import make, sweep_of
+from tests.support.labelled_images import FEATURES, data, parquet, tar
+
+LARGE = np.random.default_rng(0).bytes(2 * 10**6)
+"""Long enough that a hole or a second tar lies beyond one window of the listing."""
+
+
+def picture(number: int) -> bytes:
+    """An image whose colour is its number."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (number % 256, number // 256, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def in_shards(latents: Folder) -> Counter[tuple[int, int]]:
+    """The (number of the picture, label) of all samples."""
+    found = Counter[tuple[int, int]]()
+    for name in latents.list():
+        if name.endswith(".tar"):
+            with tarfile.open(fileobj=io.BytesIO(latents.read(name))) as shard:
+                files = {member.name: shard.extractfile(member).read() for member in shard}  # type: ignore[union-attr]
+            for key in {name.partition(".")[0] for name in files}:
+                pixels = np.load(io.BytesIO(files[f"{key}.moments.npy"]))[0, :2, 0, 0].astype(float)
+                red, green = np.round((pixels + 1) * 127.5).astype(int).tolist()
+                found[red + 256 * green, json.loads(files[f"{key}.json"])["label"]] += 1
+    return found
+
+
+def folders(root: Folder) -> tuple[dict[str, Any], dict[int, int], dict[str, int]]:
+    numbers = itertools.count()
+    labels = dict[int, int]()
+    names = [
+        "a/{}.png",
+        "a/deep/{}.PNG",
+        "b.part-1/{}.part-0.png",
+        "linked/{}.webp.png",
+        "\u00e9 *[x]/{}.jfif",
+        "z/{}.ppm",
+    ]
+    for label, name in enumerate(names):
+        for number in itertools.islice(numbers, 20):
+            root.write(f"images/{name}".format(number).replace("images/linked", "elsewhere"), picture(number))
+            labels[number] = [0, 0, 1, 2, 4, 3][label]
+    local = root.local
+    assert local is not None
+    (local / "images/linked").symlink_to(local / "elsewhere")
+    for name in ("a/x.heic", "a/y.heic", "a/notes", "top.png", "a/.hidden.png", ".git/x.png"):
+        root.write(f"images/{name}", picture(0))
+    left_out = {".heic": 2, "of no known ending": 1, "images beside the class folders": 1, "hidden": 2}
+    return {"kind": "folder", "url": f"{root}/images"}, labels, left_out
+
+
+def tars(root: Folder) -> tuple[dict[str, Any], dict[int, int], dict[str, int]]:
+    labels = {number: number % 5 for number in range(100)}
+    for first in range(0, 100, 50):
+        members = {}
+        for number in range(first, first + 50):
+            members |= {f"{number}.png": picture(number), f"{number}.cls": str(labels[number]).encode()}
+        members |= {f"{first + 49}.txt": b"a caption", "._x.png": b"of a Mac"}
+        root.write(f"images.part-{first}.tar", with_links(tar(members)))
+    return {"kind": "tar", "url": root.url}, labels, {".txt": 2, "hidden": 2, "links in tars": 4}
+
+
+def with_links(archive: bytes) -> bytes:
+    """Add a hard and a symbolic link to a tar."""
+    buffer = io.BytesIO(archive)
+    with tarfile.open(fileobj=buffer, mode="a") as out:
+        for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+            link = tarfile.TarInfo("link.png")
+            link.type, link.linkname = kind, "0.png"
+            out.addfile(link)
+    return buffer.getvalue()
+
+
+def parquet_files(root: Folder) -> tuple[dict[str, Any], dict[int, int], dict[str, int]]:
+    labels = {number: number % 2 for number in range(100)}
+    for first in range(0, 100, 50):
+        rows = [(picture(number), labels[number]) for number in range(first, first + 50)]
+        root.write(f"{first:02d}.part-0.parquet", parquet(rows, group=7))
+    return {"kind": "parquet", "url": root.url}, labels, {}
+
+
+def csv(root: Folder) -> tuple[dict[str, Any], dict[int, int], dict[str, int]]:
+    labels = {number: number % 5 for number in range(100)}
+    for number in labels:
+        root.write(f"{number % 3}/x.part-{number}.png", picture(number))
+    lines = [f"{number % 3}/x.part-{number}.png,{label}" for number, label in labels.items()]
+    root.write("labels.csv", "\n".join(["path,label", *lines]).encode())
+    return {"kind": "csv", "url": f"{root}/labels.csv"}, labels, {}
+
+
+@pytest.mark.parametrize("source", [folders, tars, parquet_files, csv])
+def test_every_image_is_encoded_once_or_named(
+    source: Callable[[Folder], tuple[dict[str, Any], dict[int, int], dict[str, int]]], tmp_path: Path
+) -> None:
+    settings, labels, left_out = source(open_folder(tmp_path / "source"))
+    sweep = sweep_of(tmp_path, settings, "precompute.shard_images=16", classes=max(labels.values()) + 1)
+    assert in_shards(make(sweep)) == Counter(labels.items())
+    listed = open_source(sweep.recipe.data, sweep.store)
+    assert {why: count for why, (count, _) in listed.listing.manifest.left_out.items()} == left_out
+    assert all(f"{count:,} {why} (" in listed.left_out for why, count in left_out.items())
+
+
+@pytest.mark.parametrize("what", ["a hole of zeros", "two tars in one file", "zeros to the end"])
+def test_a_tar_that_ends_before_its_file_is_refused(what: str, tmp_path: Path) -> None:
+    """Python's `tarfile`, and so WebDataset's own reader, end there without a word."""
+    images = {f"{i}.png": picture(i) for i in range(20)} | {"x.bin": LARGE}
+    good = tar(images | {f"{i}.png": picture(i) for i in range(20, 30)})
+    header = good.index(b"10.png".ljust(100, b"\0"))
+    bad = {
+        "a hole of zeros": good[:header] + bytes(20 * 1024) + good[header + 20 * 1024 :],
+        "two tars in one file": good + good,
+        "zeros to the end": good[:header] + bytes(len(good) - header),
+    }
+    (tmp_path / "a.tar").write_bytes(bad[what])
+    with pytest.raises(StorageError, match=r"a.tar: not a complete tar: damaged or truncated at byte \d+, or there is"):
+        open_source(data({"kind": "tar", "url": str(tmp_path), "label": "tar"}, "none"))
+
+
+def test_a_file_that_is_written_again_after_it_was_listed_is_refused(store_url: str) -> None:
+    """Rows in another order: each label would be of another image."""
+    root, store = open_folder(store_url) / "images", open_folder(store_url) / "store"
+    rows = [(picture(number), number % 2) for number in range(40)]
+    files = {
+        "tar": lambda order: tar({k: v for i in order for k, v in ((f"{i}.png", rows[i][0]), (f"{i}.cls", b"01"[i % 2 :][:1]))}),
+        "parquet": lambda order: parquet([rows[i] for i in order]),
+    }  # fmt: skip
+    for kind, file in files.items():
+        recipe = data({"kind": kind, "url": (root / kind).url})
+        (root / kind).write(f"a.{kind}", file(range(40)))
+        open_source(recipe, store).pixels(0, 8)
+        (root / kind).write(f"a.{kind}", file(reversed(range(40))))
+        with pytest.raises(
+            StorageError, match=rf"a.{kind}: it was written again after it was listed .*data.source.version"
+        ):
+            open_source(recipe, store).pixels(0, 8)
+
+
+def test_parquet_files_whose_numbers_mean_other_classes_are_refused(tmp_path: Path) -> None:
+    other = {"info": {"features": {"label": {"names": ["dog", "cat"], "_type": "ClassLabel"}}}}
+    for name, metadata in (("a", FEATURES), ("b", other)):
+        (tmp_path / f"{name}.parquet").write_bytes(parquet([(picture(0), 0)], metadata=metadata))
+    with pytest.raises(UserError, match=r"b.parquet: its classes are dog, cat, those of the first file cat, dog"):
+        open_source(data({"kind": "parquet", "url": str(tmp_path)}))
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_parts_of_a_set_are_not_trained_on_together(kind: str, tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        content = tar({"1.png": picture(1), "1.cls": b"0"}) if kind == "tar" else parquet([(picture(1), 0)])
+        (tmp_path / f"{part}-00000-of-00001.{kind}").write_bytes(content)
+    source = {"kind": kind, "url": str(tmp_path)}
+    with pytest.raises(UserError, match=rf"files of test and train: say which .* '\*train\*.{kind}'"):
+        open_source(data(source))
+    assert len(open_source(data(source | {"files": f"train-*.{kind}"}))) == 1
+
+
+def test_all_missing_files_of_a_csv_are_named_at_once_or_skipped(tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    lines = [f"{number}.png,0" for number in range(7)]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label", *lines, "gone/x.png,1"]))
+    source = {"kind": "csv", "url": f"{tmp_path}/labels.csv"}
+    with pytest.raises(
+        UserError, match=r"3 of its images are not there: 5.png \(line 7\), 6.png \(line 8\), gone/x.png"
+    ):
+        open_source(data(source))
+    skipping = open_source(data(source, undecodable="skip"))
+    decoded = skipping.decoded(range(8), 8)
+    missing = {skipping.names[i] for i, image in enumerate(decoded) if isinstance(image, UndecodableImage)}
+    assert missing == {"5.png", "6.png", "gone/x.png"}
+
+
+def test_a_relative_folder_is_another_source_in_another_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = []
+    for project in ("a", "b"):
+        (tmp_path / project).mkdir()
+        monkeypatch.chdir(tmp_path / project)
+        keys += [data({"kind": "folder", "url": url}).declared for url in ("photos", f"{tmp_path}/{project}/photos/")]
+    assert keys[0] == keys[1] != keys[2] == keys[3]
+    assert listing.folder_of(open_folder(tmp_path), keys[0]) != listing.folder_of(open_folder(tmp_path), keys[2])
