@@ -245,8 +245,10 @@ def one_at_a_time(driver: Driver, cluster: Cluster) -> Iterator[bool]:
 
 
 def _obey_request(held: lease.Lease, driver: Driver) -> None:
-    """Request the driver to stop if another process has requested it through storage (`dis-scale stop`)."""
-    if held.stop_requested():
+    """Request the driver to stop if another process has requested it through storage (`dis-scale stop`), or has taken over."""
+    if held.stop_requested() and not driver.stop_requested.is_set():
+        if not held.held():
+            driver.board.say("taken    another process has taken over this sweep: this one stops")
         driver.stop_requested.set()
 
 

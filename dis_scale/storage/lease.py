@@ -53,8 +53,9 @@ class Lease:
         return _highest(self.folder.list()) == self.number
 
     def stop_requested(self) -> bool:
-        """Whether another process has requested this one to stop, by `request_stop`."""
-        return self.folder.exists(_stop_request(self.number))
+        """Whether another process has requested this one to stop, by `request_stop`, or has taken over."""
+        names = self.folder.list()
+        return _stop_request(self.number) in names or _highest(names) > self.number
 
 
 class Holder(Document):

@@ -62,18 +62,26 @@ class Manifest(Sealed):
     """The files of a folder, by name; types of manifests add what is known of them."""
 
     files: dict[str, Digest]
+    below: str | None = None
+    """Folder of the files within that of the manifest; None if they are beside it."""
 
     def put(self, folder: Folder, files: Mapping[str, bytes]) -> Self:
-        """Write the files, then this manifest with their digests; return that."""
+        """Write the files, then this manifest unless there is one; return the manifest that counts, which is the first.
+
+        The files are in a folder with the hash of what they hold: a writer that has lost its lease never writes over another's.
+        """
+        digests = {name: Digest.of(data) for name, data in sorted(files.items())}
+        below = hashlib.sha256("".join(name + digest.sha256 for name, digest in digests.items()).encode()).hexdigest()[
+            :16
+        ]
         for name, data in files.items():
-            folder.write(name, data)
-        sealed = self.changed(files={name: Digest.of(data) for name, data in files.items()})
-        sealed.write(folder)
-        return sealed
+            folder.write(f"{below}/{name}", data)
+        sealed = self.changed(files=digests, below=below)
+        return sealed if sealed.create(folder) else self.require(folder)
 
     def read_file(self, folder: Folder, name: str) -> bytes:
         """Return one file after comparing it with its digest; Damaged names a missing, short or damaged one."""
-        return read_verified(folder, name, self.files[name])
+        return read_verified(folder / self.below if self.below else folder, name, self.files[name])
 
     def read_files(self, folder: Folder, use: Callable[[str, bytes], None] = lambda *_: None) -> None:
         """Read all files, some at once, and pass each to `use`; Damaged names one that differs from the manifest."""

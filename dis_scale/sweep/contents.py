@@ -28,8 +28,8 @@ class Kind:
 
 
 KINDS = (
-    Kind("autoencoder", "vae", Manifest),
-    Kind("classifier", "extractors/[^/]+", StoredClassifier),
+    Kind("autoencoder", "vae(/[0-9a-f]{16})?", Manifest),
+    Kind("classifier", "extractors/[^/]+(/[0-9a-f]{16})?", StoredClassifier),
     Kind("reference", "reference(/parts)?"),
     Kind("floor", "floor", FloorMetrics),
     Kind("run", "runs/(?P<model>[^/]+)"),

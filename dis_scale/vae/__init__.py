@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TypeGuard
 
 from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, TorchScriptVae, TrainedVae, VaeSettings
+from dis_scale.storage.folder import open_folder
+from dis_scale.storage.manifest import Manifest
 from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import EncodedBy, LatentsManifest
@@ -82,12 +84,14 @@ def load(sweep: Sweep) -> Vae:
 
 
 def from_path(path: str, encoder: EncodedBy | None = None) -> Vae:
-    """Load the VAE that a command's option names: `none` for pixels, a TorchScript file (path or URL), else a folder or hub id.
+    """Load the VAE that a command's option names: `none` for pixels, a sweep's `vae/`, a TorchScript file, a folder or hub id.
 
     The encoder of the latents has what a TorchScript file does not tell: posterior, shift and scale.
     """
     if path == "none":
         return PixelVae()
+    if ("://" in path or Path(path).is_dir()) and Manifest.exists(folder := open_folder(path)):
+        return load_stored(folder)
     if "://" not in path and not Path(path).is_file():
         return load_pretrained(PretrainedVae(kind="pretrained", path=path))
     known = encoder.model_dump(include={"posterior", "shift", "scale"}) if encoder else {}

@@ -180,3 +180,12 @@ def test_a_stop_request_is_for_one_live_holder(tmp_path: Path) -> None:
     assert lease.request_stop(folder) is None, "it has ended"
     with lease.hold(folder) as next_one:
         assert not next_one.stop_requested()
+
+
+def test_a_holder_sees_its_successor_where_it_looks_for_stop_requests(tmp_path: Path) -> None:
+    """So the driver of a sweep whose heartbeats did not reach storage stops its jobs."""
+    folder = open_folder(tmp_path)
+    with lease.hold(folder) as held:
+        assert not held.stop_requested()
+        lease.Holder(host="another").create(folder, f"{held.number + 1:04d}")
+        assert (held.stop_requested(), held.held()) == (True, False)

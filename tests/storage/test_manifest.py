@@ -10,6 +10,7 @@ from dis_scale.process.errors import Damaged, StorageError
 from dis_scale.storage.document import Document
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.manifest import Digest, Manifest
+from tests.support.documents import put
 
 
 class Thing(Manifest):
@@ -25,7 +26,7 @@ class Note(Document):
 @pytest.fixture
 def thing(tmp_path: Path) -> Folder:
     folder = open_folder(tmp_path / "thing")
-    Thing(files={}, images=7).put(folder, {"a": b"alpha", "b": b"beta"})
+    put(Thing(files={}, images=7), folder, {"a": b"alpha", "b": b"beta"})
     return folder
 
 
@@ -36,6 +37,15 @@ def test_files_are_compared_with_the_manifest(thing: Folder) -> None:
     manifest.read_files(thing, read.__setitem__)
     assert read == {"a": b"alpha", "b": b"beta"}
     assert manifest.files["a"] == Digest.of(b"alpha")
+
+
+def test_the_first_of_two_writers_counts_and_neither_writes_over_the_other(tmp_path: Path) -> None:
+    """A holder that has lost its lease seals before, between or after its successor's files and manifest."""
+    folder = open_folder(tmp_path)
+    first = Thing(files={}, images=1).put(folder, {"a": b"first"})
+    late = Thing(files={}, images=2).put(folder, {"a": b"other"})
+    assert first == late == Thing.require(folder)
+    assert late.read_file(folder, "a") == b"first"
 
 
 def test_a_folder_without_a_manifest_does_not_count(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
 """Stored documents with the fields that a test names, and plain values for the others."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from dis_scale.recipe import LatentShape, Sampling
 from dis_scale.storage.folder import Folder
-from dis_scale.storage.manifest import Manifest
+from dis_scale.storage.manifest import Digest, Manifest
 from dis_scale.sweep.documents import (
     Encoding,
     LatentsManifest,
@@ -18,18 +18,28 @@ from dis_scale.sweep.documents import (
 )
 
 SAMPLING = Sampling(sampler="ddpm", steps=10)
+M = TypeVar("M", bound=Manifest)
 WEIGHTS = {"weights.safetensors": b"weights"}
+
+
+def put(manifest: M, folder: Folder, files: Mapping[str, bytes]) -> M:
+    """Write files, and a manifest with their digests beside them; return it."""
+    for name, data in files.items():
+        folder.write(name, data)
+    sealed = manifest.changed(files={name: Digest.of(data) for name, data in files.items()})
+    sealed.write(folder)
+    return sealed
 
 
 def put_files(folder: Folder, files: Mapping[str, bytes] = WEIGHTS) -> Manifest:
     """Write a folder that exists, with these files."""
-    return Manifest(files={}).put(folder, files)
+    return put(Manifest(files={}), folder, files)
 
 
 def put_published(folder: Folder, weights: bytes = b"", images: int = 0, attempt: int = 1) -> PublishedManifest:
     """Write published weights of an attempt."""
     manifest = PublishedManifest(files={}, images=images, attempt=attempt)
-    return manifest.put(folder, {f"weights-{attempt:04d}.safetensors": weights})
+    return put(manifest, folder, {f"weights-{attempt:04d}.safetensors": weights})
 
 
 def put_resume_point(
@@ -38,12 +48,12 @@ def put_resume_point(
     """Write a complete resume point."""
     progress = RunState(model="dit", latents="", adam_step=0, at=at)
     manifest = ResumePointManifest(files={}, images=images, attempt=1, world=1, tables={}, progress=progress)
-    return manifest.put(folder, files)
+    return put(manifest, folder, files)
 
 
 def put_classifier(folder: Folder) -> StoredClassifier:
     """Write what the prepare stage does, with weights that no network has."""
-    return StoredClassifier(files={}, kind="extractor", num_classes=10, held_out_accuracy=1.0).put(folder, WEIGHTS)
+    return put(StoredClassifier(files={}, kind="extractor", num_classes=10, held_out_accuracy=1.0), folder, WEIGHTS)
 
 
 def put_metrics(

@@ -22,7 +22,15 @@ from dis_scale.upkeep import retention
 from dis_scale.upkeep.verify import verify_sweep
 from tests.support import small_latents
 from tests.support.commands import answer, invoke
-from tests.support.documents import WEIGHTS, put_classifier, put_files, put_metrics, put_published, put_resume_point
+from tests.support.documents import (
+    WEIGHTS,
+    put,
+    put_classifier,
+    put_files,
+    put_metrics,
+    put_published,
+    put_resume_point,
+)
 
 COUNTS = (0, 160, 320)
 
@@ -45,7 +53,7 @@ def sweep(tmp_path: Path, tiny: Recipe) -> Sweep:
         for attempt in (1, 2):
             with lease.hold(run.lease):
                 put_resume_point(run.resume_point(PointName(160 * attempt, attempt)))
-        BadStepManifest(files={}, images=80, attempt=1).put(run.bad_step(PointName(80, 1)), WEIGHTS)
+        put(BadStepManifest(files={}, images=80, attempt=1), run.bad_step(PointName(80, 1)), WEIGHTS)
         for count in COUNTS:
             put_published(run.published_at(count), b"published", images=count)
             evaluate(made, Sampled(model, count))
