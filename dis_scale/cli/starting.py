@@ -40,8 +40,7 @@ def init(
 ) -> None:
     """Look at a folder of images and write a recipe that fits them and this machine."""
     from dis_scale.data import survey
-    from dis_scale.planning.first_recipe import propose, resolution_of
-    from dis_scale.planning.machine import this_machine
+    from dis_scale.planning.first_recipe import Machine, propose, resolution_of
     from dis_scale.process.progress import Board, listing_words
     from dis_scale.recipe import reading
 
@@ -54,7 +53,7 @@ def init(
         )
         for line in [*survey.describe(found), *_broken(found, out, names)]:
             board.say(line)
-    machine = this_machine()
+    machine = Machine.here()
     text = propose(found, machine, out.name, resolution or resolution_of(found, machine))
     with out.open("x") as file:
         file.write(text)

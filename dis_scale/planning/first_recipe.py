@@ -4,12 +4,14 @@
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import yaml
 
+from dis_scale.data.memory import free_memory_bytes
 from dis_scale.data.survey import Survey
 from dis_scale.models import families
 from dis_scale.planning.fleet import ASSUMED_MFU
@@ -17,6 +19,7 @@ from dis_scale.planning.plan import Plan, price_sweep
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import LatentShape, reading
 from dis_scale.recipe.evaluate import FEATURE_DIMENSIONS, JUDGE
+from dis_scale.training.devices import smallest_gpu_bytes, usable_gpus
 from dis_scale.training.memory import USABLE, lanes_at_once, worker_bytes
 from dis_scale.training.throughput import DATASHEET_TFLOPS
 from dis_scale.vae import HUB
@@ -61,6 +64,16 @@ class Machine:
     gpu_bytes: int = 0
     """Memory of the smallest GPU."""
     gpu_name: str = ""
+
+    @classmethod
+    def here(cls) -> "Machine":
+        """Return what training can use on this machine."""
+        cores, memory, (gpus, _) = len(os.sched_getaffinity(0)), free_memory_bytes(), usable_gpus()
+        if not gpus:
+            return cls(cores, memory)
+        import torch  # takes seconds
+
+        return cls(cores, memory, gpus, smallest_gpu_bytes(), torch.cuda.get_device_name(0))
 
     @property
     def words(self) -> str:

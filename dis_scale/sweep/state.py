@@ -37,6 +37,11 @@ def _existing(items: Sequence[T], exists: Callable[[T], bool]) -> list[T]:
     return [item for item, found in zip(items, in_order(items, exists, AT_ONCE), strict=True) if found]
 
 
+def _counts(folder: Folder) -> list[int]:
+    """Return the image counts that folders below this one are named by, rising."""
+    return [int(name) for name in folder.list() if name.isdigit()]
+
+
 def prepared(sweep: Sweep) -> bool:
     """Whether the sweep has everything that the prepare stage makes."""
     made = not vae_missing(sweep) and not classifiers_missing(sweep) and not references_missing(sweep)
@@ -131,8 +136,8 @@ def require_same_vae(where: Folder, latents_vae: str, given_vae: str) -> None:
 
 def published_counts(run: Run, known: Collection[int] = ()) -> list[int]:
     """Return the image counts that a run has published completely, rising. Storage is not asked about `known` ones."""
-    counts = [int(name) for name in run.published.list() if name.isdigit()]
-    found = _existing([n for n in counts if n not in known], lambda n: run.published_at(n).exists(manifest.NAME))
+    unknown = [n for n in _counts(run.published) if n not in known]
+    found = _existing(unknown, lambda n: run.published_at(n).exists(manifest.NAME))
     return sorted({*known, *found})
 
 
@@ -273,8 +278,9 @@ def evaluated_ablations(sweep: Sweep, model: str, images_seen: int) -> list[Samp
 
 def evaluated_counts(sweep: Sweep, model: str, variant: str = MAIN) -> list[int]:
     """Return the image counts at which a model is evaluated, rising."""
-    counts = [int(name) for name in sweep.evaluations(model).list() if name.isdigit()]
-    return _existing(counts, lambda n: sweep.evaluation(Sampled(model, n, variant)).exists(Metrics.NAME))
+    return _existing(
+        _counts(sweep.evaluations(model)), lambda n: sweep.evaluation(Sampled(model, n, variant)).exists(Metrics.NAME)
+    )
 
 
 def measured(sweep: Sweep, model: str) -> list[Sampled]:
@@ -366,14 +372,10 @@ def outdated(sweep: Sweep) -> dict[Sampled, str]:
 
 def skipped(sweep: Sweep) -> dict[Sampled, str]:
     """Return the evaluations that were skipped, each with the reason."""
-    begun = {
-        model: set(map(int, filter(str.isdigit, sweep.evaluations(model).list()))) for model in sweep.recipe.models
-    }
     every = [
         Sampled(model, n, variant)
-        for model, counts in begun.items()
-        for n in sweep.recipe.train_of(model).publish_images
-        if n in counts
+        for model in sweep.recipe.models
+        for n in sorted({*_counts(sweep.evaluations(model))} & {*sweep.recipe.train_of(model).publish_images})
         for variant in sweep.recipe.evaluate.samplings
     ]
     return why_skipped(sweep, every)
@@ -381,9 +383,8 @@ def skipped(sweep: Sweep) -> dict[Sampled, str]:
 
 def why_skipped(sweep: Sweep, every: Sequence[Sampled]) -> dict[Sampled, str]:
     """Return those of some evaluations that were skipped, each with the reason."""
-    found = _existing(every, lambda sampled: sweep.evaluation(sampled).exists(Skipped.NAME))
-    reasons = {sampled: Skipped.find_intact(sweep.evaluation(sampled)) for sampled in found}
-    return {sampled: reason.why for sampled, reason in reasons.items() if reason}
+    reasons = in_order(every, lambda sampled: Skipped.find_intact(sweep.evaluation(sampled)), AT_ONCE)
+    return {sampled: reason.why for sampled, reason in zip(every, reasons, strict=True) if reason}
 
 
 def all_evaluated(sweep: Sweep) -> bool:

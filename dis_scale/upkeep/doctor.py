@@ -72,8 +72,8 @@ class Here:
         return shutil.which(name)
 
     def version(self, package: str) -> str:
-        """Return the version of an installed package, or of Python."""
-        return platform.python_version() if package == "python" else metadata.version(package)
+        """Return the version of an installed package."""
+        return metadata.version(package)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ Check = Callable[[Needs], Result]
 
 def checks() -> dict[str, Check]:
     """Return the check of each part but Ray, by the part's name."""
-    parts: dict[str, Check] = {"python": python, "packages": packages, "torch": _torch, "gpu": _gpus}
+    parts: dict[str, Check] = {"python": _python, "packages": packages, "torch": _torch, "gpu": _gpus}
     parts |= {"c++ compiler": cpp_compiler, "c compiler": c_compiler}
     parts |= {f"scan {name}": partial(scan, name) for name in SCANS}
     parts |= {"deepspeed": _deepspeed, "storage": storage, "mlflow": mlflow, "extractors": extractors, "vae": vae}
@@ -127,18 +127,8 @@ def tried(part: str, check: Check, needs: Needs) -> Finding:
     return Finding(part, "good" if needed else "not needed", words)
 
 
-def python(needs: Needs) -> Result:
-    """Compare this Python with the versions that the package takes."""
-    here = needs.here.version("python")
-    bounds = re.findall(r"(<|>=)(\d+)\.(\d+)", metadata.metadata("dis-scale")["Requires-Python"])
-    minor = tuple(map(int, here.split(".")[:2]))
-    for sign, *version in bounds:
-        bound = tuple(map(int, version))
-        if not (minor < bound if sign == "<" else minor >= bound):
-            raise UserError(
-                f"{here}, expected {sign}{'.'.join(version)}: make venv PYTHON=python3.12, after rm -r .venv"
-            )
-    return Result(here)
+def _python(_: Needs) -> Result:
+    return Result(platform.python_version())
 
 
 def packages(needs: Needs) -> Result:

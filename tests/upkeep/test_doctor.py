@@ -115,10 +115,8 @@ def test_a_bad_part_ends_with_exit_code_1(quick: dict[str, Check], tmp_path: Pat
 
 
 def test_other_versions_are_named(tiny: Recipe, store: Folder) -> None:
-    here = Declared(versions={"torch": "0.1", "python": "3.13.1"})
+    here = Declared(versions={"torch": "0.1"})
     assert "torch 0.1 instead of " in tried(doctor.packages, tiny, store, here).words
-    python = tried(doctor.python, tiny, store, here)
-    assert (python.state, python.words.partition(":")[0]) == ("bad", "3.13.1, expected <3.13")
 
 
 @pytest.mark.parametrize(
