@@ -148,7 +148,7 @@ class RunCopy:
             self._waiting = []
 
     def images_of(self, metric: str) -> set[int]:
-        """Return the image counts at which MLflow has a metric: one request. None if it is away."""
+        """Return the image counts at which MLflow has a metric, by one request; none if it is away."""
         known = set[int]()
         self._try(lambda client, run: known.update(m.step for m in client.get_metric_history(run, metric)))
         return known

@@ -35,7 +35,7 @@ class StartWeights(NamedTuple):
     weights: dict[str, Tensor]
     notes: list[str]
     facts: SamplingFacts | None = None
-    """Those of a file that has them."""
+    """Those of a file that has them, or of a sweep that has its latents."""
 
 
 class Fitted(NamedTuple):
@@ -53,10 +53,9 @@ def load_into(model: Backbone, sweep: Sweep, name: str, log: Callable[[str], Non
         fitted = fit(source, model, f"models.{name}.start")
         model.load_state_dict(fitted.weights)
         check_finite(model)
-        of_latents = latent_notes(Sweep.open(start.url), sweep) if isinstance(start, SweepStart) else []
-        if source.facts and (difference := latents_difference(source.facts, sweep)):
-            of_latents.append(f"warning: trained on {difference}")
-        for line in (f"begins with the weights of {start and start.words}", *fitted.notes, *of_latents):
+        difference = latents_difference(source.facts, sweep) if source.facts else ""
+        notes = [*fitted.notes, f"warning: trained on {difference}"] if difference else fitted.notes
+        for line in (f"begins with the weights of {start and start.words}", *notes):
             log(f"{name}: {line}")
     hosts = dist.new_group(backend="gloo")
     for parameter in model.parameters():
@@ -86,17 +85,6 @@ def read_source(recipe: Recipe, name: str) -> StartWeights:
             raise ValueError(f"{name} has no start")
 
 
-def latent_notes(theirs: Sweep, ours: Sweep) -> list[str]:
-    """Return a warning for each difference of two sweeps' latents or classes, which the weights have learned."""
-    data, others = ours.recipe.data, theirs.recipe.data
-    different = {
-        "another autoencoder": state.latents_vae(theirs) != state.latents_vae(ours),
-        "another data.normalise": data.normalise != others.normalise,
-        "other images, whose classes may be others": data.source != others.source,
-    }
-    return [f"warning: trained on {what} than this sweep's" for what, differs in different.items() if differs]
-
-
 def from_file(start: FileStart, settings: FamilySettings, process: Gaussian | Flow, where: str) -> StartWeights:
     """Return the weights of a file for a model of these settings and process.
 
@@ -108,7 +96,7 @@ def from_file(start: FileStart, settings: FamilySettings, process: Gaussian | Fl
         file.write_bytes(data)
         try:
             model = open_checkpoint(file, settings.heads_in_file)
-            facts = sampling_facts(file) if file.suffix == ".safetensors" else None
+            facts = sampling_facts(file)
         except UserError as error:
             raise UserError(f"{where}: {start.path}: {str(error).replace(str(file), 'the file')}") from error
     if model.process == "flow" and process.kind != "flow":
@@ -121,7 +109,7 @@ def from_file(start: FileStart, settings: FamilySettings, process: Gaussian | Fl
 
 
 def latents_difference(theirs: SamplingFacts, sweep: Sweep) -> str:
-    """Return in words on which other latents than the sweep's the weights of a file were trained; empty if on the same.
+    """Return in words on which other latents than the sweep's the start's weights were trained; empty if on the same.
 
     A sweep without latents is compared by its recipe, which does not have the numbers of a scaling by channel.
     """
@@ -157,7 +145,11 @@ def _from_sweep(start: SweepStart, recipe: Recipe, where: str) -> StartWeights:
         )
     its = sweep.recipe
     notes = [] if its.diffusion == recipe.diffusion else ["warning: trained with another diffusion than this recipe's"]
-    return StartWeights(its.models[start.model], load_published(run, start.images), notes)
+    if its.data.source != recipe.data.source:
+        notes.append("warning: trained on other images than this recipe's, whose classes may be others")
+    return StartWeights(
+        its.models[start.model], load_published(run, start.images), notes, SamplingFacts.of_sweep(sweep)
+    )
 
 
 def fit(source: StartWeights, model: Backbone, where: str) -> Fitted:

@@ -18,12 +18,13 @@ from dis_scale.process.errors import UserError
 from dis_scale.recipe import LatentShape, Recipe, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
+from dis_scale.sweep.documents import LatentsManifest
 from dis_scale.weights import warm_start
-from dis_scale.weights.export import read_weights, save
+from dis_scale.weights.export import SamplingFacts, read_weights, save
 from dis_scale.weights.published import load_published
 from dis_scale.weights.warm_start import StartWeights
 from tests.conftest import TINY
-from tests.support import ranks
+from tests.support import ranks, small_latents
 
 SMALL, LARGE = LatentShape(4, 8), LatentShape(4, 16)
 DIT = Dit(kind="dit", width=16, depth=1, heads=2, patch=4)
@@ -219,16 +220,21 @@ def test_a_start_is_part_of_a_models_identity_and_not_of_its_branches() -> None:
         ])  # fmt: skip
 
 
-def test_a_start_on_other_latents_is_logged(tmp_path: Path) -> None:
+def test_a_start_on_other_latents_is_named(tmp_path: Path) -> None:
     """A trained autoencoder depends on its sweep: settings alone would not tell."""
-    theirs, ours = (Sweep.below(open_folder(tmp_path / name), reading.load(TINY, [])) for name in ("theirs", "ours"))
-    for sweep, identity in ((theirs, "a"), (ours, "b")):
-        state.use_latents(sweep, open_folder(tmp_path) / "latents/some", identity)
-    assert warm_start.latent_notes(theirs, ours) == ["warning: trained on another autoencoder than this sweep's"]
-    state.use_latents(ours, open_folder(tmp_path) / "latents/some", "a")
-    assert warm_start.latent_notes(theirs, ours) == []
+    store = open_folder(tmp_path)
+    latents = small_latents.make(store / "latents/some", [4])
+    theirs, ours = (Sweep.below(store, reading.load(TINY, [f"name={name}"])) for name in ("theirs", "ours"))
+    for sweep in (theirs, ours):
+        state.use_latents(sweep, latents, LatentsManifest.require(latents).encoding.identity)
+    facts = SamplingFacts.of_sweep(theirs)
+    assert facts is not None
+    assert warm_start.latents_difference(facts, ours) == ""
+    other = replace(facts, vae=facts.vae.model_copy(update={"identity": "another"}))
+    assert warm_start.latents_difference(other, ours).startswith("latents of autoencoder another, this sweep's is vvvv")
     scaled = replace(ours, recipe=reading.load(TINY, ["data.normalise=channels"]))
-    assert warm_start.latent_notes(theirs, scaled) == ["warning: trained on another data.normalise than this sweep's"]
+    words = "latents that were scaled otherwise than by data.normalise channels"
+    assert warm_start.latents_difference(facts, scaled) == words
 
 
 def test_a_file_that_predicts_noise_is_named_under_a_flow(tmp_path: Path) -> None:
