@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from dis_scale.evaluation import npz
-from dis_scale.process.errors import DisScaleError, StorageAway, StorageError
+from dis_scale.process.errors import StorageError, UserError
 from dis_scale.process.progress import ReportShare
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import TrainedVae
@@ -39,9 +39,7 @@ def _damage(check: Check) -> list[str]:
     """Return what is wrong with a file and the cure: one line or none."""
     try:
         check.read()
-    except StorageAway:
-        raise
-    except (DisScaleError, FileNotFoundError) as error:
+    except (StorageError, UserError, FileNotFoundError) as error:
         return [f"{error}; {check.cure}"]
     return []
 
@@ -113,12 +111,10 @@ def _latents(sweep: Sweep) -> Iterator[Check]:
         latents, cure = sweep.store / pointer.folder, f"restore it; otherwise {_NEXT_RUN}"
         manifest = LatentsManifest.require(latents)
         state.require_same_vae(latents, manifest.encoding.identity, pointer.vae)
-    except StorageAway:
-        raise
     except FileNotFoundError:
         yield Check(partial(_fail, StorageError(f"{sweep}/{LatentsPointer.NAME} is missing")), _NEXT_RUN)
         return
-    except DisScaleError as error:
+    except (StorageError, UserError) as error:
         yield Check(partial(_fail, error), cure)
         return
     for shard in manifest.shards:
