@@ -20,8 +20,9 @@ from dis_scale.data import listing
 from dis_scale.data.sources import open_source
 from dis_scale.process.errors import StorageError, UndecodableImage, UserError
 from dis_scale.storage.folder import Folder, open_folder
-from tests.data.test_mixing import make, sweep_of
+from tests.data.test_mixing import sweep_of
 from tests.support.labelled_images import FEATURES, data, parquet, tar
+from tests.support.stages import make_latents
 
 LARGE = np.random.default_rng(0).bytes(2 * 10**6)
 """Long enough that a hole or a second tar lies beyond one window of the listing."""
@@ -117,7 +118,7 @@ def test_every_image_is_encoded_once_or_named(
 ) -> None:
     settings, labels, left_out = source(open_folder(tmp_path / "source"))
     sweep = sweep_of(tmp_path, settings, "precompute.shard_images=16", classes=max(labels.values()) + 1)
-    assert in_shards(make(sweep)) == Counter(labels.items())
+    assert in_shards(make_latents(sweep)) == Counter(labels.items())
     listed = open_source(sweep.recipe.data, sweep.store)
     assert {why: count for why, (count, _) in listed.listing.manifest.left_out.items()} == left_out
     assert all(f"{count:,} {why} (" in listed.left_out for why, count in left_out.items())

@@ -8,19 +8,15 @@ import torch
 from PIL import Image
 
 from dis_scale import vae
-from dis_scale.data import shards
-from dis_scale.data.encode import Setup, compute_exactly, encoding_of, put_shards
-from dis_scale.data.making import LatentSet
 from dis_scale.data.sources import open_source
 from dis_scale.recipe import TrainedVae, reading
 from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.sweep import Sweep, state
+from dis_scale.sweep import Sweep
 from dis_scale.sweep.documents import Hardware, LatentsManifest
-from pipelines.precompute import Encoder
 from tests.conftest import TINY
 from tests.support.commands import invoke
 from tests.support.labelled_images import png
-from tests.support.stage_jobs import deal_of
+from tests.support.stages import make_latents
 
 SIZES = ("data.num_classes=2", "precompute.shard_images=10", "precompute.encode_images=4")
 
@@ -36,21 +32,7 @@ def photos(store: Folder, images: Path, how: str = "{kind: trained, widths: [8, 
     if isinstance(recipe.vae, TrainedVae):
         torch.manual_seed(0)
         vae.save(sweep.vae, vae.new(recipe.vae, 32))
-    encoder = vae.load(sweep)
-    latents = shards.latents_folder(sweep, encoder.identity)
-    compute_exactly()
-    setup = Setup(open_source(recipe.data, store), encoder, recipe)
-
-    def encode(left: list[int]) -> None:
-        put_shards(setup, latents, left, lambda _: None)
-
-    def mix(left: list[int]) -> None:
-        Encoder(sweep, "cpu").mix(latents, encoding, deal_of(left))
-
-    encoding = encoding_of(encoder, 32, "cpu")
-    LatentSet(recipe, latents, setup.source, encoding, encode, mix).make()
-    state.use_latents(sweep, latents, encoder.identity)
-    return sweep, latents
+    return sweep, make_latents(sweep)
 
 
 def run(*arguments: str) -> tuple[int, str]:

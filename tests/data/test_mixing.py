@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,21 @@ from dis_scale import vae
 from dis_scale.data import listing, mixing, shards, sources, staging
 from dis_scale.data.encode import Setup, encode_mixed
 from dis_scale.data.latents import Latents
-from dis_scale.data.making import LatentSet
 from dis_scale.data.mixing import LabelCounts, permutation
 from dis_scale.data.order import Order
-from dis_scale.data.sources import open_source
+from dis_scale.data.sources import Source, open_source
 from dis_scale.data.staging import STAGED, MixedOrder
 from dis_scale.process.errors import StorageAway, UserError
 from dis_scale.recipe import LatentShape, Precompute, Recipe, TorchScriptVae, reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import Sweep
-from dis_scale.sweep.documents import LatentsManifest, ShardSidecar, StagedSidecar
-from pipelines.precompute import Encoder, retrying
+from dis_scale.sweep.documents import Encoding, LatentsManifest, ShardSidecar, StagedSidecar
+from pipelines.precompute import Encoder
 from tests.conftest import TINY
 from tests.support.labelled_images import parquet, png, tar
-from tests.support.stage_jobs import deal_of, printing_job
+from tests.support.stage_jobs import deal_of
+from tests.support.stages import OneEncoder, make_latents
 
 CLASS_IMAGES = [4 + n % 7 * 3 + (60 if n % 20 == 0 else 0) for n in range(100)]
 LABELS = [label for label, count in enumerate(CLASS_IMAGES) for _ in range(count)]
@@ -73,20 +72,6 @@ def sweep_of(root: Path, source: dict[str, Any], *more: str, classes: int = 100)
     return Sweep.below(open_folder(root) / "store", reading.load(TINY, [*settings, *more]))
 
 
-def make(sweep: Sweep, mix: Callable[[list[int]], None] | None = None) -> Folder:
-    """Make the sweep's latents in this process; return their folder."""
-    source, encoder = open_source(sweep.recipe.data, sweep.store), Encoder(sweep, "cpu")
-    encoding = encoder.encoding()
-    latents = shards.latents_folder(sweep, encoding.identity)
-    LatentSet(
-        sweep.recipe, latents, source, encoding,
-        lambda left: encoder.encode(latents, encoding, deal_of(left)),
-        mix or (lambda left: encoder.mix(latents, encoding, deal_of(left))),
-    ).make(partial(retrying, printing_job(sweep)))  # fmt: skip
-    staging.delete_parts(latents)  # as `find_or_make_latents` does
-    return latents
-
-
 def epoch_labels(latents: Folder) -> np.ndarray:
     """The labels of the first epoch, in training's order."""
     reader = Latents(latents, seed=3)
@@ -97,7 +82,7 @@ def epoch_labels(latents: Folder) -> np.ndarray:
 def test_batches_hold_labels_like_independent_draws(source: Callable[[Folder], Any], tmp_path: Path) -> None:
     """Over an epoch of training; and the labels of consecutive steps are not correlated."""
     sizes = ["precompute.shard_images=64", "precompute.encode_images=64", "train.lanes=4"]
-    latents = make(sweep_of(tmp_path, source(open_folder(tmp_path) / "images"), *sizes))
+    latents = make_latents(sweep_of(tmp_path, source(open_folder(tmp_path) / "images"), *sizes))
     labels = epoch_labels(latents)
     assert sorted(labels.tolist()) == LABELS
     shares = np.bincount(labels) / len(labels)
@@ -166,7 +151,7 @@ def content(latents: Folder) -> dict[str, bytes]:
 
 
 def test_each_shard_holds_its_places_of_the_mixed_order(small: Sweep) -> None:
-    latents, order = make(small), permutation(40).tolist()
+    latents, order = make_latents(small), permutation(40).tolist()
     source, encoder = open_source(small.recipe.data), vae.load(small)
     for number in range(10):
         data = latents.read(f"{number:06d}.tar")
@@ -182,28 +167,24 @@ def test_each_shard_holds_its_places_of_the_mixed_order(small: Sweep) -> None:
 
 def test_a_lost_part_and_a_damaged_one_are_made_again(small: Sweep, tmp_path: Path) -> None:
     """After a first mix that fails at one group; and shards that were mixed before are kept."""
-    undisturbed = content(make(small))
-    latents, groups = Folder(f"{small.store}/latents/none"), list[list[int]]()
+    undisturbed, groups = content(make_latents(small)), list[list[int]]()
 
-    def disturbed(left: list[int]) -> None:
-        nonlocal latents
-        latents, _, encoding = _parts(small)
-        groups.append(left)
-        if len(groups) == 1:
-            encoder = Encoder(small, "cpu")
-            encoder.mix(latents, encoding, deal_of(left[:2]))
+    class Disturbed(OneEncoder):
+        def mix(self, latents: Folder, encoding: Encoding, source: Source, left: list[int]) -> None:
+            groups.append(left)
+            if len(groups) > 1:
+                return super().mix(latents, encoding, source, left)
+            super().mix(latents, encoding, source, left[:2])
             staged = latents / STAGED
             staged.delete("000002.bin")
             flipped = bytearray(staged.read("000005.bin"))
             flipped[7] ^= 1
             staged.write("000005.bin", bytes(flipped))
-            encoder.mix(latents, encoding, deal_of(left[2:]))
-        else:
-            Encoder(small, "cpu").mix(latents, encoding, deal_of(left))
+            return super().mix(latents, encoding, source, left[2:])
 
     small.folder.delete()
     (small.store / "latents").delete()
-    assert content(make(small, disturbed)) == undisturbed
+    assert content(make_latents(small, Disturbed)) == undisturbed
     assert groups[0] == [0, 1, 2, 3, 4]
     assert groups[-1] == [2, 3, 4]
 
@@ -221,16 +202,16 @@ def test_a_set_begun_in_another_mixed_order_is_not_continued(
                 other.setattr(module, "permutation", lambda count: permutation(count)[::-1].copy())
             other.setattr(shards, "write_manifest", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                make(sweep)
+                make_latents(sweep)
         (sweep.store / "listings").delete()
         latents = (sweep.store / "latents") / (sweep.store / "latents").list()[0]
         latents.delete("000001.json")
         with pytest.raises(
             UserError, match=r"begun with order '\w+', now '\w+': finish it as it was begun, or delete it"
         ):
-            make(sweep)
+            make_latents(sweep)
         latents.delete()
-        made = LatentsManifest.require(make(sweep))
+        made = LatentsManifest.require(make_latents(sweep))
         assert made.made_from.order == mixing.order_hash(permutation(made.made_from.images))
 
 
@@ -268,7 +249,7 @@ def _parts(sweep: Sweep) -> tuple[Folder, Any, Any]:
 
 
 def test_a_mixed_shard_is_repaired_to_the_same_bytes(small: Sweep) -> None:
-    latents = make(small)
+    latents = make_latents(small)
     setup = Setup(open_source(small.recipe.data, small.store), vae.load(small), small.recipe)
     for shard in encode_mixed(setup, range(10), set(LatentsManifest.require(latents).refused)):
         assert shards.pack(shard.samples) == latents.read(f"{shard.number:06d}.tar")
@@ -292,7 +273,7 @@ def test_latents_without_variance_are_mixed_and_repaired(small: Sweep, tmp_path:
     torch.jit.script(Negative()).save(path := str(tmp_path / "vae.pt"))
     settings = TorchScriptVae(kind="torchscript", path=path, sha256=hash_of(path, "vae"), posterior=False)
     other = replace(small, recipe=small.recipe.model_copy(update={"vae": settings}))
-    pixels, latents = make(small), make(other)
+    pixels, latents = make_latents(small), make_latents(other)
     setup = Setup(open_source(other.recipe.data, other.store), vae.load(other), other.recipe)
     for shard in encode_mixed(setup, range(10), set(LatentsManifest.require(latents).refused)):
         name = f"{shard.number:06d}.tar"

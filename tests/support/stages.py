@@ -27,7 +27,7 @@ from pipelines.restarts import with_restarts
 from pipelines.stage import StageJob
 from tests.support import ranks
 from tests.support.commands import invoke
-from tests.support.stage_jobs import deal_of
+from tests.support.stage_jobs import deal_of, printing_job
 
 multiprocessing.set_forkserver_preload([*ranks.PRELOAD, __name__])
 UNLIKE = (".part-", "/leases/")
@@ -114,6 +114,13 @@ class OneEncoder:
 
 def _precompute(job: StageJob) -> None:
     precompute.find_or_make_latents(job, OneEncoder(job))
+
+
+def make_latents(sweep: Sweep, encoder: type[OneEncoder] = OneEncoder) -> Folder:
+    """Make the sweep's latents in this process as its precompute stage does; return their folder."""
+    job = printing_job(sweep)
+    precompute.find_or_make_latents(job, encoder(job))
+    return state.require_latents(sweep.folder)
 
 
 @dataclass
