@@ -42,10 +42,10 @@ class LatentSet:
     encoding: Encoding
     encode: Make
     mix: Make
-    say: Callable[[str], None] = lambda _: None
-    raise_if_stopped: Callable[[], None] = lambda: None
+    say: Callable[[str], None]
+    raise_if_stopped: Callable[[], None]
 
-    def make(self, retry: Retry = lambda attempt, _: attempt()) -> None:
+    def make(self, retry: Retry) -> None:
         """Begin or continue the set, and seal it."""
         require_one_kind(self.folder, self.encoding, self.source)
         for name in shards.clear_strays(self.folder, self._numbers):

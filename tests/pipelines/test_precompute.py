@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,19 @@ from dis_scale import vae
 from dis_scale.data import shards
 from dis_scale.data.encode import Setup, encode_images, encode_shards, require_same_hardware
 from dis_scale.data.latents import open_latents
-from dis_scale.data.making import LatentSet, require_one_kind
-from dis_scale.data.sources import open_source
+from dis_scale.data.making import require_one_kind
+from dis_scale.data.sources import Source, open_source
 from dis_scale.process.errors import Preempted, StorageError, UndecodableImage, UserError
 from dis_scale.recipe import Recipe, TrainedVae, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import Encoding, Hardware, LatentsManifest
-from pipelines import precompute
 from pipelines.precompute import Encoder
 from tests.conftest import TINY
 from tests.support.documents import made_from
-from tests.support.stage_jobs import deal_of, printing_job
-from tests.support.stages import OneEncoder
+from tests.support.stage_jobs import deal_of
+from tests.support.stages import OneEncoder, make_latents
 
 
 @pytest.fixture
@@ -127,16 +125,16 @@ def test_shards_are_kept_when_the_recipe_skips_from_now_on(sweep: Sweep, tmp_pat
         encoded.append(arguments[-1])
         encode_here(*arguments)
 
-    assert made(skipping(sweep), counted).refused == ("a/00.png",)
+    another = sweep_with_the_vae_of(skipping(sweep), open_folder(tmp_path) / "sweeps/another")
+    assert made(another, counted).refused == ("a/00.png",)
     assert encoded == [[lacking]]
     words = r"1 undecodable images were left out, the first is a/00.png: --set data.undecodable=skip, or repair them"
     with pytest.raises(UserError, match=words):
-        find_or_make(sweep)
+        make_latents(sweep)
     assert state.find_latents(sweep.folder) is None
-    find_or_make(skipping(sweep))
     with pytest.raises(UserError, match=words):
         open_latents(latents_of(sweep), sweep.recipe, 1, print)
-    open_latents(latents_of(sweep), skipping(sweep).recipe, 1, print)
+    open_latents(latents_of(sweep), another.recipe, 1, print)
 
 
 def test_a_set_without_an_image_is_refused(sweep: Sweep, tmp_path: Path) -> None:
@@ -201,12 +199,6 @@ def test_every_shard_holds_its_positions_in_their_order(sweep: Sweep) -> None:
 # -- reruns after a failure --------------------------------------------------------------------------------------------
 
 
-def find_or_make(sweep: Sweep) -> None:
-    """Find or make the sweep's latents with an encoder in this process."""
-    job = printing_job(sweep)
-    precompute.find_or_make_latents(job, OneEncoder(job))
-
-
 EncodeOf = Callable[[Sweep, Folder, list[int]], None]
 
 
@@ -221,16 +213,12 @@ def latents_of(sweep: Sweep) -> Folder:
 
 def made(sweep: Sweep, encode: EncodeOf = encode_here) -> LatentsManifest:
     """Make the sweep's latents; return their manifest."""
-    latents, source = latents_of(sweep), open_source(sweep.recipe.data, sweep.store)
-    encoding = encoding_here(sweep)
 
-    def mix(left: list[int]) -> None:
-        Encoder(sweep, "cpu").mix(latents, encoding, deal_of(left))
+    class Replaced(OneEncoder):
+        def encode(self, latents: Folder, _: Encoding, __: Source, left: list[int]) -> None:
+            encode(self.job.sweep, latents, left)
 
-    job = printing_job(sweep)
-    latent_set = LatentSet(sweep.recipe, latents, source, encoding, lambda left: encode(sweep, latents, left), mix)
-    latent_set.make(partial(precompute.retrying, job))
-    return LatentsManifest.require(latents)
+    return LatentsManifest.require(make_latents(sweep, Replaced))
 
 
 def skipping(sweep: Sweep) -> Sweep:
@@ -337,7 +325,7 @@ def test_a_second_sweep_on_the_same_images_and_vae_makes_nothing(sweep: Sweep, t
     made(sweep)
     second = sweep_with_the_vae_of(sweep, open_folder(tmp_path) / "sweeps/second")
     shutil.rmtree(tmp_path / "photos")
-    find_or_make(second)
+    make_latents(second)
     assert state.find_latents(second.folder) == latents_of(sweep)
 
 
