@@ -1,14 +1,18 @@
 """Sweeps with stored evaluations, and the settings of evaluations."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from dis_scale import report as reports
 from dis_scale.evaluation.sampling import grid
 from dis_scale.planning.plan import price_sweep
 from dis_scale.recipe import Evaluate, LatentShape, Recipe, Sampling, reading
+from dis_scale.report import compare
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import GRID, Sampled, Sweep
 from tests.conftest import TINY
@@ -38,3 +42,15 @@ def evaluate(**changed: Any) -> Evaluate:
     """Change the tiny recipe's settings without validation: metrics of fewer samples than Inception has features."""
     base = reading.load(TINY).evaluate
     return base.model_copy(update=changed)
+
+
+def shown(table: Table) -> str:
+    """Return a table as text, with single spaces."""
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(table)
+    return " ".join(console.export_text().split())
+
+
+def compared(a: reports.Report, b: reports.Report, pairs: dict[str, str] | None = None) -> str:
+    """Return the comparison of two sweeps as text; the models are paired by name unless given."""
+    return shown(compare.comparison_table(a, b, compare.by_name(a, b) if pairs is None else pairs))

@@ -1,0 +1,39 @@
+"""The plan: derived sizes, rates across widths, and what is read in an epoch."""
+
+import pytest
+
+from dis_scale.planning import plan as plans
+from dis_scale.planning.plan import price_sweep
+from dis_scale.recipe import LatentShape, Recipe, reading
+from tests.conftest import TINY
+from tests.support.evaluations import SHAPE, shown
+
+
+def test_the_plan_derives_the_batch_and_names_the_price(tiny: Recipe) -> None:
+    text = shown(plans.table(price_sweep(tiny, SHAPE)))
+    assert (
+        "batch 16 = 4 lanes x 4, up to 2 lanes on each of 2 workers; 320 images = 20 steps; ZeRO stage 1, fp32" in text
+    )
+    assert "22,304" in text
+
+
+def test_the_plan_names_the_rates_of_a_base_width() -> None:
+    recipe = reading.load(TINY, ["models.dit.train.base_width=8"])
+    text = shown(plans.table(price_sweep(recipe, SHAPE)))
+    assert "dit: learning rate of sums over the width x 0.5 (width 16, base_width 8)" in text
+    assert "dis: learning rate" not in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ([], "a node's cache (20 GiB) holds 48% of them, and each node reads 38.32 GB an epoch after the first"),
+        (["reader.cache_gib=60"], "holds 100% of them, and each node reads 0.00 GB an epoch after the first"),
+        (["reader.cache_gib=0"], "each worker reads them all in every epoch, since a node has no cache"),
+        (["reader.memory_gib=50"], "kept in each worker's memory, and read once"),
+    ],
+)
+def test_the_plan_names_what_is_read_in_an_epoch(settings: list[str], words: str) -> None:
+    priced = plans.price_reading(reading.load(TINY, settings), LatentShape(4, 32), 1_281_167)
+    assert priced.startswith("1,281,167 images, ")
+    assert priced.endswith(words)

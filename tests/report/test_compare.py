@@ -1,0 +1,123 @@
+"""Two sweeps are compared point by point: what differs, by how much, and whether that can be chance."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dis_scale.process.errors import UserError
+from dis_scale.recipe import Recipe, reading
+from dis_scale.report import compare, figures
+from dis_scale.sweep import Sampled, Sweep, state
+from tests.conftest import TINY
+from tests.support.evaluations import collect, compared, put, sweep_at
+
+
+def test_differences_of_two_sweeps_have_errors(sweep: Sweep, tmp_path: Path, recipe: Recipe) -> None:
+    other = sweep_at(tmp_path, "other", recipe)
+    put(other, Sampled("dis", 160), 4.0, error=1.2)
+    put(other, Sampled("dis64", 160), 5.5, error=1.2)
+    a, b = collect(sweep), collect(other)
+    found = compare.differences(a, b, compare.by_name(a, b))
+    assert [(d.a.model, d.change, d.error, d.significant) for d in found] == [
+        ("dis", -5.0, pytest.approx(1.3), False),
+        ("dis64", 0.5, pytest.approx(1.3), False),
+    ]
+    text = compared(a, b)
+    assert "-5 ± 1.3" in text
+    assert "-3.8" in text
+    assert "models with one seed: the error is of sampling alone" in text
+    assert "4 points are in one sweep only" in text
+
+
+def test_only_a_difference_over_seeds_is_significant(tmp_path: Path) -> None:
+    sweeps = []
+    for name, distances in (("a", [9.0, 9.2, 9.4]), ("b", [5.0, 5.2, 5.1])):
+        made = sweep_at(tmp_path, name, reading.load(TINY, ["models.dit.seeds=3"]))
+        for model, distance in zip(("dit", "dit-seed-1", "dit-seed-2"), distances, strict=True):
+            put(made, Sampled(model, 320), distance)
+        put(made, Sampled("dis", 320), distances[0])
+        sweeps.append(collect(made))
+    found = {d.a.model: d for d in compare.differences(*sweeps, compare.by_name(*sweeps))}
+    assert {model: d.significant for model, d in found.items()} == {"dit": True, "dis": False}
+    assert "bold: Welch's test refuses at 5 %" in compared(*sweeps)
+    over_seeds = np.hypot(np.std([9, 9.2, 9.4], ddof=1), np.std([5, 5.2, 5.1], ddof=1)) / np.sqrt(3)
+    assert found["dit"].error == pytest.approx(np.sqrt(over_seeds**2 + 2 * 0.5**2)), "and that of sampling, of both"
+
+
+def test_a_comparison_names_all_that_differs(sweep: Sweep, tmp_path: Path) -> None:
+    text = sweep.recipe.model_dump(mode="json")
+    text["data"]["normalise"] = "channels"
+    text["models"]["dis"]["drop_path"] = 0.3
+    text["train"] |= {"batch_images": 32, "learning_rate": 2e-3, "resume_every_images": 77}
+    other = sweep_at(tmp_path, "other", Recipe.model_validate(text, strict=False))
+    put(other, Sampled("dis", 160), 4.0)
+    for each, vae in ((sweep, "a" * 64), (other, "b" * 64)):
+        state.use_latents(each, each.store / "latents/0", vae)
+    a, b = collect(sweep), collect(other)
+    words = compared(a, b)
+    assert f"VAE differs: {'a' * 12} and {'b' * 12}" in words
+    assert "data.normalise differs: vae and channels" in words
+    assert "train.batch_images differs: 16 and 32" in words
+    assert "train.learning_rate differs: 0.001 and 0.002" in words
+    assert "resume_every_images" not in words
+    assert "models.dis.drop_path differs: 0.1 and 0.3" in words
+    assert "differs" not in compared(a, a)
+
+
+def test_three_seeds_need_more_than_two_standard_errors() -> None:
+    """Welch's test as scipy has it for the values themselves."""
+    for shift in (0.6, 0.9):
+        mine, theirs = np.array([9.0, 9.4, 9.8]), np.array([9.0, 9.3, 9.6]) - shift
+        points = [SimpleNamespace(seeds=3) for _ in range(2)]
+        errors = [float(np.std(values, ddof=1) / np.sqrt(3)) for values in (mine, theirs)]
+        made = compare.Difference(*points, float(theirs.mean() - mine.mean()), *errors)
+        assert made.significant == (stats.ttest_ind(mine, theirs, equal_var=False).pvalue < 0.05)
+        assert abs(made.change) > 2 * (made.error or 0)
+
+
+def test_branches_are_paired_with_branches(tmp_path: Path) -> None:
+    sweeps = []
+    for name in ("a", "b"):
+        made = sweep_at(tmp_path, name, reading.load(TINY, ["train.cooldowns={images: [160, 320], share: 0.5}"]))
+        for model, images in [("dit", 320), ("dit-at-160", 160), ("dit-at-320", 320)]:
+            put(made, Sampled(model, images), 9.0)
+        sweeps.append(collect(made))
+    assert compare.by_cost(*sweeps) == {name: name for name in ("dit", "dit-at-160", "dit-at-320")}
+
+
+def test_models_of_other_names_are_compared_by_pairs_or_by_cost(sweep: Sweep, tmp_path: Path, recipe: Recipe) -> None:
+    text = recipe.model_dump(mode="json")
+    text["models"] = {"large": text["models"]["dis64"], "other": text["models"]["dis"] | {"width": 256}}
+    made = sweep_at(tmp_path, "renamed", Recipe.model_validate(text, strict=False))
+    put(made, Sampled("large", 160), 4.0)
+    put(made, Sampled("other", 160), 3.0)
+    a, b = collect(sweep), collect(made)
+    assert compare.by_cost(a, b) == {"dis64": "large"}
+    (difference,) = compare.differences(a, b, compare.by_cost(a, b))
+    assert difference.change == -1.0
+    assert "dis64 = other" in compared(a, b, {"dis64": "other"})
+    with pytest.raises(UserError, match=r"renamed has no model 'dis': it has large, other"):
+        compare.differences(a, b, {"dis": "dis"})
+    lines = [line.get_text() for line in figures.both(a, b).axes[0].get_legend().get_texts()]
+    assert lines == ["tiny: dis at 160", "renamed: dis at 160"]
+
+
+def test_sweeps_that_cannot_be_compared_are_refused(sweep: Sweep, tmp_path: Path, recipe: Recipe) -> None:
+    a, empty = collect(sweep), collect(sweep_at(tmp_path, "empty", recipe))
+    with pytest.raises(UserError, match="tiny and empty have no model at one image count in common: name pairs"):
+        compare.differences(a, empty, {})
+    for changes, words in (
+        ({"evaluate": {"samples": 81}}, "tiny was measured by fd_digits_80, tiny by fd_digits_81: these cannot"),
+        (
+            {"data": {"crop": (0, 0, 8)}},
+            r"data.crop: tiny has null, tiny has \[0, 0, 8\]: their distances cannot be compared",
+        ),
+        ({"data": {"resolution": 64}}, "data.resolution: tiny has 32, tiny has 64: their distances cannot be compared"),
+    ):
+        parts = {part: getattr(recipe, part).model_copy(update=change) for part, change in changes.items()}
+        other = sweep_at(tmp_path, "tiny", recipe.model_copy(update=parts))
+        with pytest.raises(UserError, match=words):
+            compare.differences(a, collect(other), {})

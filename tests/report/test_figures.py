@@ -1,0 +1,160 @@
+"""The figures: each family, each model and both floors, in plain numbers."""
+
+import csv
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dis_scale import report as reports
+from dis_scale.recipe import Sampling, reading
+from dis_scale.report import figures
+from dis_scale.report.published import PUBLISHED
+from dis_scale.sweep import Sampled, Sweep
+from dis_scale.sweep.documents import Metrics, RunCost
+from tests.conftest import TINY
+from tests.support.evaluations import collect, put, shown, sweep_at
+
+
+def test_the_figures_show_each_family_each_model_and_both_floors(sweep: Sweep) -> None:
+    report = collect(sweep)
+    curve = figures.gflops_distance(report).axes[0]
+    assert {(9.0, 6.0, 5.0, 4.5), (0.25, 0.25), (0.75, 0.75)} <= {tuple(line.get_ydata()) for line in curve.lines}
+    assert [text.get_text() for text in curve.get_legend().get_texts()] == ["fit: dis", "dis at 160"]
+    assert {"dis", "dis32", "dis64"} <= {text.get_text() for text in curve.texts}
+    compute = figures.compute_distance(report).axes[0]
+    hull = next(line for line in compute.lines if line.get_label() == "lower hull")
+    assert {9.0, 4.5} <= set(hull.get_ydata()) <= {9.0, 6.0, 5.0, 4.5}
+    over_images = figures.distance_images(report).axes[0]
+    assert {(9.0,), (6.0,), (5.0,)} <= {tuple(line.get_ydata()) for line in over_images.lines}
+
+
+def test_no_name_is_written_over_another(sweep: Sweep) -> None:
+    put(sweep, Sampled("dis32", 160), 8.9)
+    report = collect(sweep)
+    points = [replace(p, cost=report.points[0].cost) for p in report.points]
+    axes = figures.gflops_distance(replace(report, points=points)).axes[0]
+    names = {text.get_text() for text in axes.texts}
+    assert "dis" in names
+    assert "dis32" not in names
+    assert "dis64" in names
+
+
+def test_measured_costs_have_figures_that_name_the_machine(sweep: Sweep) -> None:
+    """Of the points that know them; `dis` was sampled in another way, too, with half of the steps."""
+    assert figures.hours_distance(collect(sweep)) is None, "no times are known"
+    for model, images, hours in (("dis", 160, 3.0), ("dis32", 160, 5.0)):
+        spend(sweep, Sampled(model, images), hours)
+    spend(sweep, Sampled("dis", 160, "plain"), 3.0, images_per_s=20.0)
+    report = collect(sweep)
+    hours, memory, times = (
+        getattr(figures, f"{name}_distance")(report).axes[0] for name in ("hours", "memory", "sample")
+    )
+    assert [axes.get_xlabel() for axes in (hours, memory, times)] == [
+        "training, GPU-hours of NVIDIA H200",
+        "peak memory of a worker, GiB, on NVIDIA H200",
+        "ms a sample, one worker on AMD EPYC (CPU)",
+    ]
+    assert _plotted(hours) == {"dis": ([3.0], [9.0]), "dis32": ([5.0], [6.0])}
+    assert _plotted(times) == {"dis": ([50.0, 100.0], [12.0, 9.0]), "dis32": ([100.0], [6.0])}
+    rows = list(csv.DictReader(io.StringIO(reports.write(sweep, report)[reports.CSV].decode())))
+    assert [row["worker_hours"] for row in rows if row["model"] == "dis32"] == ["5"]
+    assert sweep.report.exists("hours_fid.svg")
+
+
+def spend(sweep: Sweep, sampled: Sampled, hours: float, images_per_s: float = 10.0) -> None:
+    """Add the measured costs to an evaluation."""
+    cost, folder = RunCost(worker_hours=hours, memory_gib=1.5, trained_on=("NVIDIA H200",)), sweep.evaluation(sampled)
+    seconds = {"sampling_images_per_s": images_per_s}
+    Metrics.read(folder).changed(cost=cost, sampled_on=("AMD EPYC (CPU)",), seconds=seconds).write(folder)
+
+
+def _plotted(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
+    """Return x and y of each model's line."""
+    return {each.get_label(): tuple(map(list, each.lines[0].get_data())) for each in axes.containers}
+
+
+def test_published_points_are_marked_and_never_in_the_fit(sweep: Sweep) -> None:
+    """Those of another sampler are not drawn."""
+    report = collect(sweep)
+    report = replace(
+        report,
+        points=[
+            replace(p, evaluation=p.evaluation.changed(sampling=Sampling(sampler="ddpm", steps=3, guidance=1.5)))
+            for p in report.points
+        ],
+    )
+    ours, with_published = (figures.gflops_distance(report, published).axes[0] for published in (False, True))
+    names = {text.get_text() for text in with_published.get_legend().get_texts()}
+    words = "published (ImageNet 256, 102.4M images, no guidance, uniform labels, ADM's reference)"
+    assert {f"DiT, {words}", f"DiG, {words}"} <= names
+    added = {tuple(line.get_ydata()) for line in with_published.lines} - {
+        tuple(line.get_ydata()) for line in ours.lines
+    }
+    assert added == {tuple(p.fid for p in PUBLISHED if p.family == family) for family in ("DiT", "DiG")}
+    fitted = {
+        tuple(line.get_ydata())
+        for axes in (ours, with_published)
+        for line in axes.lines
+        if line.get_label() == "fit: dis"
+    }
+    assert len(fitted) == 1, "the same fit with the published points and without"
+    assert figures.correlations(report)[:1] == ["dis at 160 images: r = -0.91 on log Gflops, n = 4 (few points)"]
+    assert "fitted power law fd_digits_80 = " in figures.correlations(report)[1]
+
+
+def test_points_before_the_end_of_a_schedule_are_marked_and_not_in_the_hull(tmp_path: Path) -> None:
+    made = sweep_at(tmp_path, "tiny", reading.load(TINY, ["train.decay=linear"]))
+    for images, distance in [(160, 3.0), (320, 2.0)]:
+        put(made, Sampled("dit", images), distance)
+    report = collect(made)
+    text = shown(reports.table(report))
+    assert "3 ± 0.5 *" in text
+    assert "2 ± 0.5 *" not in text
+    assert "* the learning rate was to fall further: not in the hull" in text
+    axes = figures.compute_distance(report).axes[0]
+    assert tuple(next(line for line in axes.lines if line.get_label() == "lower hull").get_ydata()) == (2.0,)
+    (hollow,) = (line for line in axes.lines if line.get_markerfacecolor() == "white")
+    assert tuple(hollow.get_ydata()) == (3.0,)
+    assert hollow.get_zorder() > max(line.get_zorder() for line in axes.lines if line is not hollow), "or it is hidden"
+
+
+def test_a_branch_takes_its_trunks_place_in_the_curve(tmp_path: Path) -> None:
+    recipe = reading.load(TINY, ["train.cooldowns={images: [160, 320], share: 0.5}", "models.dit.seeds=2"])
+    made = sweep_at(tmp_path, "tiny", recipe)
+    trunks = [("dit", 160, 9.0), ("dit", 320, 8.0), ("dit-seed-1", 160, 9.0), ("dis", 160, 7.0)]
+    branches = [("dit-at-160", 160, 6.0), ("dit-at-320", 320, 4.0), ("dit-seed-1-at-160", 160, 7.0)]
+    for model, images, distance in trunks + branches:
+        put(made, Sampled(model, images), distance)
+    report = collect(made)
+    assert [(p.model, report.distance(p)) for p in report.family("dit", 160)] == [("dit-at-160", 6.5)]
+    assert report.family("dis", 160) == [], "its branch is not measured yet"
+    lines = {line.get_text() for line in figures.compute_distance(report).axes[0].get_legend().get_texts()}
+    assert {"dit", "dit, cooled down", "dis", "lower hull"} <= lines
+    named = {text.get_text() for text in figures.gflops_distance(report).axes[0].texts}
+    assert "dit, cooled down" in named
+    assert "dit" not in named, "its point has no match in this figure"
+
+
+def test_the_held_out_loss_is_drawn_where_it_is_measured(tmp_path: Path) -> None:
+    made = sweep_at(tmp_path, "tiny", reading.load(TINY))
+    for images, loss in [(160, 0.5), (320, 0.4)]:
+        put(made, Sampled("dit", images), 9.0)
+        folder = made.evaluation(Sampled("dit", images))
+        stored = Metrics.read(folder)
+        stored.changed(values=stored.values | {"held_out_loss": loss}).write(folder)
+    put(made, Sampled("dis", 320), 9.0)
+    report = collect(made)
+    assert (figure := figures.compute_loss(report))
+    assert [tuple(line.get_ydata()) for line in figure.axes[0].lines] == [(0.5, 0.4)]
+    assert "compute_loss.png" in reports.write(made, report)
+
+
+def test_the_axes_have_plain_numbers(sweep: Sweep) -> None:
+    figure = figures.distance_images(collect(sweep))
+    figure.canvas.draw()
+    words = [
+        label.get_text() for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis) for label in axis.get_ticklabels()
+    ]
+    assert {"5", "10", "100", "200"} <= set(words)
+    assert not [word for word in words if "$" in word or "e" in word]

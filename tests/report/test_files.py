@@ -1,0 +1,82 @@
+"""The report's files: a table, figures, and one page that is self-contained."""
+
+import csv
+import io
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dis_scale import report as reports
+from dis_scale.planning.plan import price_sweep
+from dis_scale.process.errors import UserError
+from dis_scale.recipe import Recipe
+from dis_scale.sweep import Sampled, Sweep
+from tests.support.commands import answer
+from tests.support.evaluations import SHAPE, collect, put, sweep_at
+
+
+def test_the_csv_has_each_point_with_its_cost_facts_and_values(sweep: Sweep) -> None:
+    files = reports.write(sweep, collect(sweep))
+    rows = list(csv.DictReader(io.StringIO(files[reports.CSV].decode())))
+    metric = sweep.recipe.evaluate.metric
+    assert [(r["model"], r["variant"], r["images"], r[metric]) for r in rows] == [
+        ("dis", "", "0", "90.0"),
+        ("dis", "", "160", "9.0"),
+        ("dis", "plain", "160", "12.0"),
+        ("dis32", "", "160", "6.0"),
+        ("dis64", "", "160", "5.0"),
+        ("dis128", "", "160", "4.5"),
+    ]
+    cost = price_sweep(sweep.recipe, SHAPE).costs["dis"]
+    assert float(rows[1]["gmacs_forward"]) == pytest.approx(cost.gmacs_forward, rel=1e-5)
+    assert float(rows[1]["training_eflops"]) == pytest.approx(2 * cost.gmacs_training * 160 / 1e9, rel=1e-5)
+    assert float(rows[1]["paper_gflops"]) == cost.paper.gflops
+    assert (rows[1]["sampler"], rows[1]["guidance"]) == ("ddim", "1.5")
+
+
+def test_the_points_and_differences_are_json_for_programs(sweep: Sweep, tmp_path: Path, recipe: Recipe) -> None:
+    sweep.save_recipe()
+    found = answer("report", str(sweep), "--json")
+    points = {(p["model"], p["images"]): p for p in found["points"] if not p["variant"]}
+    assert points["dis32", 160]["values"][found["metric"]] == 6.0
+    assert points["dis32", 160]["sampling"]["steps"] == 3
+    assert found["page"] == f"{sweep.report}/index.html"
+    other = sweep_at(tmp_path / "other", "tiny", recipe)
+    other.save_recipe()
+    put(other, Sampled("dis32", 160), 7.5)
+    (difference,) = answer("compare", str(sweep), str(other), "--json")
+    assert (difference["a"]["model"], difference["change"], difference["error"]) == (
+        "dis32",
+        1.5,
+        pytest.approx(0.5**0.5),
+    )
+
+
+def test_the_page_is_self_contained(sweep: Sweep) -> None:
+    text = reports.write(sweep, collect(sweep))[reports.PAGE].decode()
+    assert text.count("data:image/svg+xml;base64,") == 3
+    assert text.count("data:image/png;base64,") == 4
+    assert "n = 4 (few points)" in text
+    assert "dit failed" in text
+    assert [link for link in re.findall(r"(?:src|href)=['\"]([^'\"#]+)", text) if not link.startswith("data:")] == [
+        "samples.html"
+    ]
+    assert sorted(sweep.report.list()) == sorted(
+        [reports.CSV, reports.PAGE, "samples.html"]
+        + [f"{name}.{ending}" for name in ("gflops_fid", "compute_fid", "fid_images") for ending in ("png", "svg")]
+    )
+
+
+def test_a_sweep_without_evaluations_has_a_report(tmp_path: Path, recipe: Recipe) -> None:
+    empty = sweep_at(tmp_path, "tiny", recipe)
+    assert len(reports.write(empty, collect(empty))) == 8
+
+
+def test_published_points_are_refused_beside_guided_ones(sweep: Sweep) -> None:
+    data = sweep.recipe.data.model_copy(update={"resolution": 256, "num_classes": 1000})
+    report = replace(collect(sweep), metric="fid", recipe=sweep.recipe.model_copy(update={"data": data}))
+    points = [replace(p, values=p.values | {"fid": report.points[0].values["fd_digits_80"]}) for p in report.points]
+    with pytest.raises(UserError, match=r"tiny's main sampling has guidance 1.5, 3 steps, ddim, balanced labels:"):
+        reports.write(sweep, replace(report, points=points), published=True)

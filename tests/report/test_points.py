@@ -1,0 +1,70 @@
+"""The points of a report: seeds are one point, a fork is none of them."""
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dis_scale import report as reports
+from dis_scale.recipe import reading
+from dis_scale.report import figures
+from dis_scale.sweep import Sampled
+from dis_scale.sweep.documents import Origin
+from tests.conftest import TINY
+from tests.support.evaluations import collect, compared, put, shown, sweep_at
+
+
+def test_seeds_of_a_model_are_one_point_with_their_error(tmp_path: Path) -> None:
+    made = sweep_at(tmp_path, "tiny", reading.load(TINY, ["models.dit.seeds=3"]))
+    for model, distance in [("dit", 9.0), ("dit-seed-1", 10.0), ("dit-seed-2", 14.0), ("dis", 5.0)]:
+        put(made, Sampled(model, 320), distance)
+    report = collect(made)
+    (mean,) = (p for p in report.main if p.kind == "dit")
+    assert (mean.model, mean.seeds, report.distance(mean)) == ("dit", 3, 11.0)
+    spread = np.std([9, 10, 14], ddof=1) / np.sqrt(3)
+    assert report.error(mean) == pytest.approx(np.hypot(spread, 0.5)), "the seeds share the noise of their samples"
+    text = shown(reports.table(report))
+    assert "dit (3 seeds)" in text
+    assert "11 ± 1.6" in text
+    assert "over the seeds where a model has several, with that of sampling" in text
+    rows = list(csv.DictReader(io.StringIO(reports.write(made, report)[reports.CSV].decode())))
+    assert [row["model"] for row in rows] == ["dis", "dit", "dit-seed-1", "dit-seed-2"]
+
+
+def test_a_seed_that_is_missing_at_a_count_is_noted(tmp_path: Path) -> None:
+    made = sweep_at(tmp_path, "tiny", reading.load(TINY, ["models.dit.seeds=2"]))
+    for model, images in [("dit", 160), ("dit-seed-1", 160), ("dit-seed-1", 320)]:
+        put(made, Sampled(model, images), 9.0)
+    report = collect(made)
+    assert [(p.model, p.images_seen, p.seeds) for p in report.main] == [("dit", 160, 2), ("dit", 320, 1)]
+    assert "dit at 320 images: 1 of 2 seeds are measured" in shown(reports.table(report))
+    assert len(figures.distance_images(report).axes[0].get_legend().get_texts()) == 1
+
+
+def test_a_fork_is_no_other_seed(tmp_path: Path) -> None:
+    recipe = reading.with_model(reading.load(TINY), "again", reading.load(TINY).models["dit"])
+    made = sweep_at(tmp_path, "tiny", recipe)
+    for model in ("dit", "again"):
+        put(made, Sampled(model, 320), 9.0)
+    assert [(p.model, p.seeds) for p in collect(made).main] == [("dit", 1), ("again", 1)]
+
+
+def test_a_forks_past_is_that_of_its_origin(tmp_path: Path) -> None:
+    """Its copied points are left out, its random start is the origin's, and a comparison names where it began."""
+    recipe = reading.load(TINY, ["train.ema=0.9999", "train.ema_ramp=null", "train.decay=linear"])
+    model = recipe.models["dit"]
+    settings = model.train.model_copy(update={"ema": 0.5, "decay": "none"})
+    made, plain = (
+        sweep_at(tmp_path, name, reading.with_model(recipe, "again", model.model_copy(update={"train": settings})))
+        for name in ("forked", "plain")
+    )
+    for each in (made, plain):
+        for name, images in (("dit", 160), ("again", 160), ("again", 176)):
+            put(each, Sampled(name, images), 9.0)
+    Origin(model="dit", images=160).write(made.run("again").folder)
+    points = {(p.model, p.images_seen): p for p in collect(made).points}
+    assert list(points) == [("dit", 160), ("again", 176)]
+    assert points["again", 176].start_share == pytest.approx(0.9999**10 * 0.5)
+    assert "forked_from differs: null and dit at 160 images" in compared(collect(plain), collect(made))
