@@ -18,13 +18,12 @@ from dis_scale import cli
 from dis_scale.cli import running, shared
 from dis_scale.cli.help import EXAMPLES, EXIT_CODES
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
-from dis_scale.recipe import Recipe, reading
+from dis_scale.recipe import reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
 from pipelines import jobs
-from pipelines import sweep as pipeline
 from tests.conftest import TINY
-from tests.support.commands import fail_with, invoke
+from tests.support.commands import invoke, replace_sweep
 from tests.support.documents import put_latents
 
 
@@ -43,12 +42,8 @@ def test_every_error_ends_the_job_of_the_sweep(
 ) -> None:
     """Otherwise KubeRay would start further clusters for a typing mistake."""
 
-    def run_sweep(*_: object) -> None:
-        if error:
-            raise error
-
     ended: list[int] = []
-    monkeypatch.setattr(pipeline, "run_sweep", run_sweep)
+    replace_sweep(monkeypatch, error)
     monkeypatch.setattr(jobs, "end_own_job", ended.append)
     code, _ = invoke(*words)
     assert ended == ([] if expected is None else [expected])
@@ -56,10 +51,9 @@ def test_every_error_ends_the_job_of_the_sweep(
 
 
 def test_without_a_recipe_the_embedded_one_is_used_and_logged(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = []
-    monkeypatch.setattr(pipeline, "run_sweep", lambda recipe, *_: names.append(recipe.name))
+    recipes = replace_sweep(monkeypatch)
     code, output = invoke("sweep")
-    assert (code, names) == (0, ["digits"])
+    assert (code, [recipe.name for recipe in recipes]) == (0, ["digits"])
     assert "recipe   digits.yaml (the embedded example: no recipe was given)" in output
 
 
@@ -77,7 +71,7 @@ def test_without_a_recipe_the_embedded_one_is_used_and_logged(monkeypatch: pytes
 def test_each_kind_of_error_has_its_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: DisScaleError, code: int
 ) -> None:
-    fail_with(monkeypatch, error)
+    replace_sweep(monkeypatch, error)
     assert invoke("sweep", str(TINY)) == (code, f"error: {error}\n")
     with pytest.raises(SystemExit):
         cli.main(["sweep", str(TINY)])
@@ -87,7 +81,7 @@ def test_each_kind_of_error_has_its_exit_code(
 @pytest.mark.parametrize("at", [0, 1, 2], ids=["before the command", "after it", "after its arguments"])
 def test_debug_raises_the_original_error(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     error, words = DisScaleError("a stage failed"), ["sweep", str(TINY)]
-    fail_with(monkeypatch, error)
+    replace_sweep(monkeypatch, error)
     with pytest.raises(DisScaleError) as raised:
         invoke(*words[:at], "--debug", *words[at:])
     assert raised.value is error
@@ -95,15 +89,14 @@ def test_debug_raises_the_original_error(monkeypatch: pytest.MonkeyPatch, at: in
 
 @pytest.mark.parametrize("at", [0, 1, 2], ids=["before the command", "after it", "after its arguments"])
 def test_debug_changes_nothing_without_an_error(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    recipes: list[Recipe] = []
-    monkeypatch.setattr(pipeline, "run_sweep", lambda recipe, *_: recipes.append(recipe))
+    recipes = replace_sweep(monkeypatch)
     words = ["sweep", str(TINY)]
     assert invoke(*words[:at], "--debug", *words[at:]) == (0, "")
     assert [recipe.name for recipe in recipes] == ["tiny"]
 
 
 def test_an_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    fail_with(monkeypatch, ZeroDivisionError("our own mistake"))
+    replace_sweep(monkeypatch, ZeroDivisionError("our own mistake"))
     code, output = invoke("sweep", str(TINY))
     assert code == 1
     assert output.startswith("Traceback")

@@ -21,9 +21,9 @@ from dis_scale.sweep import Sweep, state
 from dis_scale.tracking import attempt_logs
 from pipelines import jobs, metrics
 from pipelines.cluster import Cluster, open_cluster
-from tests.cli.test_cli import invoke
 from tests.support import clusters, stages, sweeps
 from tests.support.clusters import Events
+from tests.support.commands import invoke
 from tests.support.exporters import scrape_all
 from tests.support.labelled_images import png, tar
 

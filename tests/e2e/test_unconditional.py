@@ -14,8 +14,8 @@ from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import GRID, Sampled, Sweep, state
 from dis_scale.sweep.documents import LatentsManifest
 from dis_scale.weights.published import load_published
-from tests.cli.test_cli import invoke
 from tests.support import stages, sweeps
+from tests.support.commands import invoke
 from tests.support.labelled_images import png
 
 IMAGES, HELD_OUT = 60, 8

@@ -14,7 +14,7 @@ from dis_scale.process.jsonlog import JsonLines
 from pipelines import lines
 from pipelines.lines import Log
 from pipelines.stage import ToSweep
-from tests.cli.test_cli import fail_with, invoke
+from tests.support.commands import invoke, replace_sweep
 
 RANK = Context(sweep="tiny", stage="train", model="dit", attempt=3, rank=1)
 
@@ -102,7 +102,7 @@ def test_other_output_becomes_messages_line_by_line() -> None:
 
 def test_an_error_of_the_command_is_json_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(jsonlog.VARIABLE, "json")
-    fail_with(monkeypatch, UserError("an impossible setting"))
+    replace_sweep(monkeypatch, UserError("an impossible setting"))
     code, output = invoke("sweep")
     assert code == 2
     last = [json.loads(line) for line in output.splitlines()][-1]

@@ -4,6 +4,7 @@ import io
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,11 @@ from dis_scale.sweep import PointName, Sampled, Sweep, state
 from dis_scale.sweep.documents import Skipped
 from pipelines import sweep as pipeline
 from pipelines.stop import stop_sweep
-from tests.cli.test_cli import invoke
 from tests.conftest import TINY
-from tests.planning.test_isoflop import study
+from tests.support.commands import invoke
 from tests.support.documents import put_metrics, put_published, put_resume_point
 from tests.support.drivers import cluster, driver_of, logged
+from tests.support.studies import study
 
 
 def test_a_second_sweep_joins_on_the_same_ray_and_is_refused_on_another(tiny: Recipe, tmp_path: Path) -> None:
@@ -141,14 +142,13 @@ def lose_storage(monkeypatch: pytest.MonkeyPatch, requests: int) -> list[str]:
         if len(made) <= requests:
             raise ConnectionError("connection refused")
 
-    monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
     monkeypatch.setattr(faults, "at", at)
     return made
 
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_storage_that_is_away_at_the_start_is_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
+    tmp_path: Path, no_pauses: None, monkeypatch: pytest.MonkeyPatch, resumed: bool
 ) -> None:
     settings = ["data.source={kind: folder, url: /nowhere}", f"storage.root={tmp_path}"]
     recipe = reading.load(TINY, settings)
@@ -162,7 +162,7 @@ def test_storage_that_is_away_at_the_start_is_waited_for(
 
 @pytest.mark.parametrize("command", ["sweep", "resume"])
 def test_storage_that_stays_away_is_not_a_mistake(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+    tmp_path: Path, no_pauses: None, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     made = lose_storage(monkeypatch, 10_000)
     where = ["resume", f"{tmp_path}/sweeps/tiny"]
@@ -173,8 +173,10 @@ def test_storage_that_stays_away_is_not_a_mistake(
     assert len(made) == 5 + 9, "the tries of a command, then those of a stage"
 
 
-def test_storage_that_goes_away_in_the_probe_is_not_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lose_storage(monkeypatch, 10_000)
+def test_storage_that_goes_away_in_the_probe_is_not_a_mistake(
+    tmp_path: Path, no_pauses: None, inject: Callable[[str], None]
+) -> None:
+    inject("fail at create times=1000")
     with pytest.raises(StorageAway, match="cannot create"):
         open_folder(tmp_path).require_usable()
 

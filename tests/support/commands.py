@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dis_scale import cli
+from dis_scale.recipe import Recipe
 from pipelines import sweep as pipeline
 
 
@@ -31,10 +32,14 @@ def answer(*arguments: str) -> Any:
     return json.loads(output.getvalue())
 
 
-def fail_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """Let the sweep raise this error."""
+def replace_sweep(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> list[Recipe]:
+    """Let the sweep end at once, or by this error; return the list of recipes that it will have got."""
+    recipes = list[Recipe]()
 
-    def fail(*_: object) -> None:
-        raise error
+    def run_sweep(recipe: Recipe, *_: object) -> None:
+        recipes.append(recipe)
+        if error:
+            raise error
 
-    monkeypatch.setattr(pipeline, "run_sweep", fail)
+    monkeypatch.setattr(pipeline, "run_sweep", run_sweep)
+    return recipes
