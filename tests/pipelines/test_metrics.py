@@ -1,5 +1,6 @@
 """Metrics: what is counted where, and which rows set which gauge. That Ray exports them: tests/e2e/test_lost_workers.py."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,8 @@ def counted(name: str, before: dict[str, float]) -> float:
     return counts.totals()[name] - before[name]
 
 
-def test_retries_and_the_time_away_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(*_: object, **__: object) -> None:
-        raise ConnectionError("away")
-
-    monkeypatch.setattr("dis_scale.process.faults.at", away)
+def test_retries_and_the_time_away_are_counted(tmp_path: Path, inject: Callable[[str], None]) -> None:
+    inject("fail at write times=5")
     before = counts.totals()
     with pytest.raises(StorageAway):
         open_folder(tmp_path).write("x", b"")
@@ -41,14 +39,14 @@ def test_hits_and_misses_of_the_cache_are_counted(tmp_path: Path) -> None:
     assert (counted(counts.CACHE_MISSES, before), counted(counts.CACHE_HITS, before)) == (1, 2)
 
 
-def test_a_lease_that_was_not_ended_is_counted_as_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_that_was_not_ended_is_counted_as_taken_over(tmp_path: Path) -> None:
     folder, before = open_folder(tmp_path), counts.totals()
     for _ in range(2):
         with lease.hold(folder):
             pass
     assert counted(counts.TAKEOVERS, before) == 0
-    (tmp_path / "0002.end").unlink()
-    monkeypatch.setattr(lease, "_living", lambda holders: [False] * len(holders))
+    folder.delete("0002.end")
+    lease.Holder.read(folder, "0002").changed(pid=2**22 + 1).write(folder, "0002")  # a process that has ended
     with lease.hold(folder):
         pass
     assert counted(counts.TAKEOVERS, before) == 1

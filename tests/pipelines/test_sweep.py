@@ -4,10 +4,8 @@ import io
 import os
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -16,7 +14,6 @@ from rich.console import Console
 from dis_scale import report
 from dis_scale.planning import isoflop
 from dis_scale.planning.plan import price_sweep
-from dis_scale.process import faults
 from dis_scale.process.errors import Held, Preempted, StorageAway, UserError
 from dis_scale.recipe import LatentShape, Recipe, Storage, reading
 from dis_scale.storage import lease
@@ -27,6 +24,7 @@ from dis_scale.sweep.documents import Skipped
 from pipelines import sweep as pipeline
 from pipelines.stop import stop_sweep
 from tests.conftest import TINY
+from tests.support import store_requests
 from tests.support.commands import invoke
 from tests.support.documents import put_metrics, put_published, put_resume_point
 from tests.support.drivers import cluster, driver_of, logged
@@ -133,51 +131,34 @@ def test_a_study_is_written_out_before_it_is_compared_with_the_stored_one(tmp_pa
         pipeline.run_sweep(study(root, "isoflop.share=0.2"), Console(file=io.StringIO()))
 
 
-def lose_storage(monkeypatch: pytest.MonkeyPatch, requests: int) -> list[str]:
-    """Let the next requests to storage find no connection; return the list of all requests."""
-    made = list[str]()
-
-    def at(verb: str, path: str = "", **_: Any) -> None:
-        made.append(path)
-        if len(made) <= requests:
-            raise ConnectionError("connection refused")
-
-    monkeypatch.setattr(faults, "at", at)
-    return made
+AWAY = ConnectionError("connection refused")
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_storage_that_is_away_at_the_start_is_waited_for(
-    tmp_path: Path, no_pauses: None, monkeypatch: pytest.MonkeyPatch, resumed: bool
-) -> None:
+def test_storage_that_is_away_at_the_start_is_waited_for(tmp_path: Path, no_pauses: None, resumed: bool) -> None:
     settings = ["data.source={kind: folder, url: /nowhere}", f"storage.root={tmp_path}"]
     recipe = reading.load(TINY, settings)
     Sweep.below(open_folder(tmp_path), recipe).save_recipe()
-    lose_storage(monkeypatch, 10)
     arguments = ["resume", f"{tmp_path}/sweeps/tiny"] if resumed else ["sweep", str(TINY), "--set", settings[0]]
-    code, output = invoke(*arguments, *([] if resumed else ["--set", settings[1]]))
+    with store_requests.failing(AWAY, times=10):
+        code, output = invoke(*arguments, *([] if resumed else ["--set", settings[1]]))
     assert "waiting  storage does not answer" in output
     assert (code, "no images in class folders below /nowhere" in output) == (2, True), "it came to the next check"
 
 
 @pytest.mark.parametrize("command", ["sweep", "resume"])
-def test_storage_that_stays_away_is_not_a_mistake(
-    tmp_path: Path, no_pauses: None, monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
-    made = lose_storage(monkeypatch, 10_000)
+def test_storage_that_stays_away_is_not_a_mistake(tmp_path: Path, no_pauses: None, command: str) -> None:
     where = ["resume", f"{tmp_path}/sweeps/tiny"]
     sweep = ["sweep", str(TINY), "--set", f"storage.root={tmp_path}"]
-    code, output = invoke(*(sweep if command == "sweep" else where))
+    with store_requests.failing(AWAY) as failed:
+        code, output = invoke(*(sweep if command == "sweep" else where))
     assert code == StorageAway.exit_code
     assert "error: cannot look up" in output
-    assert len(made) == 5 + 9, "the tries of a command, then those of a stage"
+    assert len(failed) == 5 + 9, "the tries of a command, then those of a stage"
 
 
-def test_storage_that_goes_away_in_the_probe_is_not_a_mistake(
-    tmp_path: Path, no_pauses: None, inject: Callable[[str], None]
-) -> None:
-    inject("fail at create times=1000")
-    with pytest.raises(StorageAway, match="cannot create"):
+def test_storage_that_goes_away_in_the_probe_is_not_a_mistake(tmp_path: Path, no_pauses: None) -> None:
+    with store_requests.failing(AWAY), pytest.raises(StorageAway, match="cannot create"):
         open_folder(tmp_path).require_usable()
 
 

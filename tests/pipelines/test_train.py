@@ -1,12 +1,11 @@
 """World sizes: the largest of the recipe that has capacity. Ranks: ordered by node and GPU. The copy of rows in MLflow."""
 
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import pytest
 
-from dis_scale.process import faults
 from dis_scale.recipe import Recipe, reading
 from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking.mlflow import RunCopy
@@ -57,17 +56,11 @@ def test_mlflow_is_away_only_for_a_sweep_that_has_runs_there(
 
 
 def test_a_finished_model_does_not_fail_by_the_copy_of_its_rows(
-    tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Recipe, no_pauses: None, inject: Callable[[str], None]
 ) -> None:
     """Storage is away when the last rows are copied; the error of training, if any, is the one that is raised."""
-
-    def away(verb: str, path: str = "", **_: Any) -> None:
-        if verb == "list":
-            raise ConnectionError("no answer")
-
     job = job_of(tiny, tmp_path)
-    monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
-    monkeypatch.setattr(faults, "at", away)
+    inject("fail at list times=1000")
     copies = RowCopies(job, RunCopy(job.sweep, "dis"))
     with copies.running():
         pass

@@ -4,11 +4,9 @@ import errno
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dis_scale.process import faults
 from dis_scale.process.errors import StorageError, UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import manifest
@@ -20,6 +18,7 @@ from dis_scale.training import resume
 from dis_scale.training.resume import Keep
 from dis_scale.weights.published import load_published
 from tests.conftest import TINY
+from tests.support import store_requests
 from tests.support.documents import put_metrics, put_published, put_resume_point
 
 NO_METRICS = b'{"format": 1, "values": {}, "metrics": null}'
@@ -68,18 +67,13 @@ def test_damaged_metrics_are_measured_again_and_hide_no_others(sweep: Sweep, dam
     assert list(state.evaluated(sweep, "dis")) == [0]
 
 
-def test_metrics_that_may_not_be_read_are_not_measured_again(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_that_may_not_be_read_are_not_measured_again(sweep: Sweep) -> None:
     folder = sweep.evaluation(Sampled("dis", 160))
     put_metrics(folder)
-
-    def refuse(verb: str, **_: Any) -> None:
-        if verb == "read":
-            raise PermissionError(errno.EACCES, "Access Denied")
-
-    monkeypatch.setattr(faults, "at", refuse)
-    for read in (lambda: Metrics.find(folder), lambda: Metrics.find_intact(folder)):
-        with pytest.raises(StorageError, match=r"metrics.json.*Access Denied"):
-            read()
+    with store_requests.failing(PermissionError(errno.EACCES, "Access Denied"), "read"):
+        for read in (Metrics.find, Metrics.find_intact):
+            with pytest.raises(StorageError, match=r"metrics.json.*Access Denied"):
+                read(folder)
 
 
 @pytest.mark.parametrize("damage", [b"[]", b"null", b'"node"', b'{"node": null}', b'{"node": "ECC"}'])
@@ -136,17 +130,11 @@ def test_an_unknown_model_is_refused_with_the_nearest_name(sweep: Sweep) -> None
         sweep.run("dip")
 
 
-def test_opening_a_sweep_reads_its_recipe_and_nothing_more(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_a_sweep_reads_its_recipe_and_nothing_more(sweep: Sweep) -> None:
     sweep.save_recipe()
-    read, reads = type(sweep.folder).read, list[str]()
-
-    def noted(folder: object, path: str, *bounds: int) -> bytes:
-        reads.append(path)
-        return read(folder, path, *bounds)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(type(sweep.folder), "read", noted)
-    assert Sweep.open(sweep.folder.url) == sweep
-    assert reads == ["recipe.yaml"]
+    with store_requests.noted() as requests:
+        assert Sweep.open(sweep.folder.url) == sweep
+    assert {path for _, path in requests} == {f"{sweep}/recipe.yaml"}
 
 
 @pytest.mark.parametrize(

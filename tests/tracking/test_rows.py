@@ -2,17 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dis_scale.process import faults
 from dis_scale.process.errors import StorageError
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep.documents import RunCost, RunState
 from dis_scale.tracking import rows
 from dis_scale.tracking.goodput import Goodput, as_branch
 from dis_scale.tracking.rows import RowReader, RowWriter, compact
+from tests.support import store_requests
 
 
 def write(writer: RowWriter, images: range) -> None:
@@ -56,57 +55,47 @@ def test_files_of_a_segments_size_are_not_written_again(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("verb", ["read", "write", "delete"])
 @pytest.mark.parametrize("nth", [1, 3])
-def test_a_merge_that_is_cut_off_loses_nothing_and_is_made_up_for(
-    verb: str, nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merge_that_is_cut_off_loses_nothing_and_is_made_up_for(verb: str, nth: int, tmp_path: Path) -> None:
     folder = open_folder(tmp_path)
     for attempt, images in ((1, range(1, 10)), (2, range(6, 15))):
         write(RowWriter(folder, attempt), images)
     calls = 0
 
-    def fail(at: str, **_: Any) -> None:
+    def fail(at: str, _: str) -> None:
         nonlocal calls
         calls += at == verb
         if at == verb and calls >= nth:
             raise ValueError("cut off")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(faults, "at", fail)
-        if verb != "write" or nth == 1:
-            with pytest.raises(StorageError, match="cut off"):
-                compact(folder)
+    if verb != "write" or nth == 1:
+        with store_requests.before_each(fail), pytest.raises(StorageError, match="cut off"):
+            compact(folder)
     assert losses(RowReader(folder)) == list(range(1, 15))
     compact(folder)
     assert folder.list() == ["0001-000000-000008.jsonl", "0002-000000-000008.jsonl"]
     assert losses(RowReader(folder)) == list(range(1, 15))
 
 
-def test_a_file_that_is_merged_while_it_is_read_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_merged_while_it_is_read_is_found_again(tmp_path: Path) -> None:
     folder, other = open_folder(tmp_path), open_folder(tmp_path)
     write(RowWriter(folder, 1), range(1, 6))
     reader, merged = RowReader(folder), False
 
-    def merge(verb: str, path: str = "", **_: Any) -> None:
+    def merge(verb: str, path: str) -> None:
         nonlocal merged
         if verb == "read" and "000003" in path and not merged:
             merged = True
             compact(other)
 
-    monkeypatch.setattr(faults, "at", merge)
-    assert losses(reader) == [1, 2, 3, 4, 5]
+    with store_requests.before_each(merge):
+        assert losses(reader) == [1, 2, 3, 4, 5]
     assert merged
 
 
-def test_rows_wait_while_storage_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_wait_while_storage_is_away(tmp_path: Path, no_pauses: None) -> None:
     """Training continues; only what must be stored, before a resume point, is waited for."""
-
-    def away(*_: Any, **__: Any) -> None:
-        raise ConnectionError("away")
-
     writer = RowWriter(open_folder(tmp_path), 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(faults, "at", away)
-        patch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
+    with store_requests.failing(ConnectionError("away")):
         for images in range(1, 6):
             writer.add(images, {"loss": 1.0})
             writer.flush()

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from dis_scale.process.errors import BrokenDevice, UserError
 from dis_scale.training import devices
 from pipelines.failures import blame
+from tests.support import store_requests
 
 CPU = torch.device("cpu")
 
@@ -129,10 +130,9 @@ def test_a_gpu_without_kernels_is_counted_out(pci: Path, capability: tuple[int, 
     assert (usable, fault == "") == (count, count == 1)
 
 
-def test_a_workers_gpu_that_is_not_supported_is_a_mistake_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_old(*_: Any, **__: Any) -> None:
-        raise RuntimeError(TOO_OLD)
-
-    monkeypatch.setattr("dis_scale.process.faults.at", too_old)
-    with pytest.raises(UserError, match=r"^node .*: The NVIDIA driver on your system is too old .* R580 or newer"):
+def test_a_workers_gpu_that_is_not_supported_is_a_mistake_with_a_remedy() -> None:
+    with (
+        store_requests.failing(RuntimeError(TOO_OLD)),
+        pytest.raises(UserError, match=r"^node .*: The NVIDIA driver on your system is too old .* R580 or newer"),
+    ):
         devices.check_device(CPU)

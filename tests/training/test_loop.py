@@ -2,15 +2,14 @@
 
 import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 from torch.multiprocessing import ProcessRaisedException
 
-from dis_scale.process import faults
 from dis_scale.process.errors import StorageAway, StorageError, UserError
 from dis_scale.recipe import Recipe, Train, reading
 from dis_scale.storage import manifest
@@ -24,7 +23,7 @@ from dis_scale.training.resume import Keep
 from dis_scale.training.schedule import learning_rate
 from dis_scale.weights.published import WEIGHTS_FILE, load_average, load_published
 from tests.conftest import TINY
-from tests.support import ranks
+from tests.support import ranks, store_requests
 from tests.support.documents import put_published, put_resume_point
 
 LAST = 320
@@ -191,15 +190,11 @@ def test_a_damaged_resume_point_is_named_and_the_one_before_it_used(tmp_path: Pa
     assert f"{name}: damaged: its sha256 differs" in logged[0]
 
 
-def test_storage_that_is_away_is_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_that_is_away_is_not_taken_for_damage(
+    tmp_path: Path, no_pauses: None, inject: Callable[[str], None]
+) -> None:
     run, logged = run_with_points(tmp_path, {160: b"1", 320: b"2"}), list[str]()
-
-    def away(verb: str, path: str = "", **_: Any) -> None:
-        if "000000000320" in path:
-            raise ConnectionError(f"cannot {verb} {path}: no answer")
-
-    monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
-    monkeypatch.setattr(faults, "at", away)
+    inject("fail at read path=000000000320 times=1000")
     with pytest.raises(StorageAway, match="000000000320"):
         resume.newest_point(run, logged.append)
     assert logged == []
@@ -208,17 +203,10 @@ def test_storage_that_is_away_is_not_taken_for_damage(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     "error", [PermissionError(errno.EACCES, "Access Denied"), OSError(errno.EINVAL, "Bad Request")]
 )
-def test_a_resume_point_that_cannot_be_read_is_not_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
-) -> None:
+def test_a_resume_point_that_cannot_be_read_is_not_passed_over(tmp_path: Path, error: OSError) -> None:
     run, logged = run_with_points(tmp_path, {160: b"1", 320: b"2"}), list[str]()
-
-    def refuse(verb: str, path: str = "", **_: Any) -> None:
-        if path.endswith("000000000320-0001/weights-00000.safetensors"):
-            raise error
-
-    monkeypatch.setattr(faults, "at", refuse)
-    with pytest.raises(StorageError, match=r"cannot read .*000000000320-0001/weights-00000.safetensors"):
+    weights = "000000000320-0001/weights-00000.safetensors"
+    with store_requests.failing(error, path=weights), pytest.raises(StorageError, match=f"cannot read .*{weights}"):
         resume.newest_point(run, logged.append)
     assert logged == []
 

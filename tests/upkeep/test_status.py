@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from dis_scale.process import faults
 from dis_scale.process.errors import StorageAway
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import lease, manifest
@@ -25,6 +24,7 @@ from dis_scale.tracking.rows import RowWriter
 from dis_scale.upkeep import status
 from dis_scale.upkeep.status import RunStatus, Status
 from tests.conftest import TINY
+from tests.support import store_requests
 from tests.support.documents import put_metrics, put_published, put_resume_point
 
 NOW = 2e9
@@ -240,15 +240,9 @@ def test_a_thousand_checkpoints_are_told_in_seconds_at_30_ms_a_request(
             (tmp_path / f"sweeps/tiny/evaluation/{model}/{images:012d}").mkdir(parents=True)
             (tmp_path / f"sweeps/tiny/runs/{model}/published/{images:012d}/manifest.json").touch()
             (tmp_path / f"sweeps/tiny/evaluation/{model}/{images:012d}/metrics.json").write_text('{"values": {}}')
-    requests = 0
-
-    def count(*_: Any, **__: Any) -> None:
-        nonlocal requests
-        requests += 1
-
-    monkeypatch.setattr(faults, "at", count)
-    assert all(run.evaluated == 1000 for run in status.collect(sweep, NOW).runs)
-    assert requests / state.AT_ONCE * 0.03 < 15, "two models, and their requests overlap"
+    with store_requests.noted() as requests:
+        assert all(run.evaluated == 1000 for run in status.collect(sweep, NOW).runs)
+    assert len(requests) / state.AT_ONCE * 0.03 < 15, "two models, and their requests overlap"
 
 
 def printed(found: Status) -> str:
