@@ -1,11 +1,11 @@
 """A shard does not depend on the worker that encodes it; undecodable images are refused by name, or skipped and counted."""
 
+import errno
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -30,6 +30,7 @@ from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import Encoding, Hardware, LatentsManifest
 from pipelines.precompute import Encoder
 from tests.conftest import TINY
+from tests.support import store_requests
 from tests.support.documents import made_from
 from tests.support.stage_jobs import deal_of
 from tests.support.stages import OneEncoder, make_latents
@@ -227,27 +228,13 @@ def skipping(sweep: Sweep) -> Sweep:
     return replace(sweep, recipe=sweep.recipe.model_copy(update={"data": data}))
 
 
-class Killed(Exception):
-    pass
-
-
-def test_a_rerun_after_a_killed_worker_ends_in_the_same_bytes(
-    sweep: Sweep, store_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed after one shard, and between a tar and its sidecar; damage, an incomplete pair and strays meanwhile."""
+def test_a_rerun_after_a_refused_write_ends_in_the_same_bytes(sweep: Sweep, store_url: str) -> None:
+    """After one shard, and between a tar and its sidecar; damage, an incomplete pair and strays meanwhile."""
     other = sweep_with_the_vae_of(sweep, open_folder(store_url) / "elsewhere/sweeps/other")
     undisturbed, latents = made(sweep), latents_of(other)
-    put = Folder.write
-
-    def killed(self: Folder, path: str, data: bytes) -> None:
-        if path == "000001.json":
-            raise Killed
-        put(self, path, data)
-
-    monkeypatch.setattr(Folder, "write", killed)
-    with pytest.raises(Killed):
+    refused = PermissionError(errno.EACCES, "Access Denied")
+    with store_requests.failing(refused, "write", "000001.json"), pytest.raises(StorageError, match="Access Denied"):
         made(other)
-    monkeypatch.undo()
     assert latents.list() == ["000000.json", "000000.tar", "000001.tar", "begun.json", Hardware.NAME]
     for name in ("000002.json", "000003.json", "000003.tar"):
         latents.write(name, b"{}")
@@ -347,26 +334,19 @@ def test_an_encoder_of_another_kind_is_refused(sweep: Sweep, tmp_path: Path) -> 
     assert latents.list() == []
 
 
-def test_an_attempt_reads_the_sidecars_of_finished_shards_and_no_shard(
-    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    facts, latents, reads, at_start = made(sweep), latents_of(sweep), Counter[str](), Counter[str]()
+def test_an_attempt_reads_the_sidecars_of_finished_shards_and_no_shard(sweep: Sweep) -> None:
+    facts, latents, at_start = made(sweep), latents_of(sweep), list[str]()
     latents.delete(manifest.NAME)
     latents.delete("000001.json")
-    read = Folder.read
-
-    def counted(self: Folder, path: str, *span: int) -> bytes:
-        reads[path] += self.url == latents.url
-        return read(self, path, *span)
 
     def encode(*arguments: Any) -> None:
-        at_start.update(reads)
+        at_start.extend(path for verb, path in requests if verb == "read")
         encode_here(*arguments)
 
-    monkeypatch.setattr(Folder, "read", counted)
-    assert made(sweep, encode) == facts
-    assert at_start["000000.json"] == at_start["000002.json"] == 1
-    assert not [name for name in +reads if name.endswith(".tar")]
+    with store_requests.noted() as requests:
+        assert made(sweep, encode) == facts
+    assert [at_start.count(f"{latents}/{name}.json") for name in ("000000", "000002")] == [1, 1]
+    assert not [path for verb, path in requests if verb == "read" and path.endswith(".tar")]
 
 
 def test_a_finished_set_is_sealed_without_an_encoder(sweep: Sweep) -> None:

@@ -3,6 +3,7 @@
 import fcntl
 import functools
 import os
+import re
 import sys
 import sysconfig
 import threading
@@ -30,6 +31,14 @@ from dis_scale.scan import (
 from dis_scale.scan.graphs import prepare_to_compile
 
 ROOT = Path(__file__).parent.parent.parent
+
+
+TWO_GPUS = [
+    (torch.version, "hip", None),
+    (torch.cuda, "is_available", lambda: True),
+    (torch.cuda, "device_count", lambda: 2),
+    (torch.cuda, "get_device_capability", [(9, 0), (8, 0)].__getitem__),
+]
 
 
 def random_direction(B: int, L: int, E: int, N: int) -> Direction:
@@ -90,10 +99,8 @@ def test_without_mamba_ssm_the_error_gives_the_install_command() -> None:
 def a_gpu(fresh_process: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine with two supported GPUs, as PyTorch describes them."""
     pytest.importorskip("triton")
-    fresh_process.setattr(torch.version, "hip", None)
-    fresh_process.setattr(torch.cuda, "is_available", lambda: True)
-    fresh_process.setattr(torch.cuda, "device_count", lambda: 2)
-    fresh_process.setattr(torch.cuda, "get_device_capability", [(9, 0), (8, 0)].__getitem__)
+    for owner, name, value in TWO_GPUS:
+        fresh_process.setattr(owner, name, value)
     return fresh_process
 
 
@@ -109,30 +116,37 @@ def test_a_gpu_without_triton_uses_chunked_and_gives_the_reason(a_gpu: pytest.Mo
     )
 
 
-UNSUPPORTED: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
-    "ROCm": (lambda patch: patch.setattr(torch.version, "hip", "6.4"), "an NVIDIA GPU, got PyTorch for ROCm"),
-    "no GPU": (lambda patch: patch.setattr(torch.cuda, "is_available", lambda: False), "a GPU, and PyTorch finds none"),
+UNSUPPORTED = {
+    "ROCm": ((torch.version, "hip", "6.4"), "an NVIDIA GPU, got PyTorch for ROCm"),
+    "no GPU": ((torch.cuda, "is_available", lambda: False), "a GPU, and PyTorch finds none"),
     "one old GPU of two": (
-        lambda patch: patch.setattr(torch.cuda, "get_device_capability", [(9, 0), (7, 5)].__getitem__),
-        "compute capability 8.0 or newer, got 7.5",
+        (torch.cuda, "get_device_capability", [(9, 0), (7, 5)].__getitem__), "compute capability 8.0 or newer, got 7.5"
     ),
-    "no compiler": (lambda patch: patch.setenv("PATH", ""), "a C compiler for its launcher: install gcc, or set CC"),
-    "a missing CC": (lambda patch: patch.setenv("CC", "/nonexistent/cc"), "a C compiler for its launcher"),
     "no headers": (
-        lambda patch: patch.setattr(sysconfig, "get_paths", lambda _: {"include": "/nonexistent"}),
+        (sysconfig, "get_paths", lambda _: {"include": "/nonexistent"}),
         "Python's headers for its launcher, and there is no /nonexistent/Python.h: install python3-dev",
     ),
-}
-"""What a machine lacks for Triton's kernels, and the reason that is given."""
+}  # fmt: skip
+"""What a machine has instead of what Triton's kernels need, and the reason that is given."""
 
 
 @pytest.mark.parametrize("lacking", UNSUPPORTED)
 def test_a_gpu_on_which_triton_is_not_right_uses_chunked_and_gives_the_reason(
     a_gpu: pytest.MonkeyPatch, lacking: str
 ) -> None:
-    remove, reason = UNSUPPORTED[lacking]
+    instead, reason = UNSUPPORTED[lacking]
+    a_gpu.setattr(*instead)
+    require_chunked(reason)
+
+
+@pytest.mark.parametrize(("variable", "value"), [("PATH", ""), ("CC", "/nonexistent/cc")])
+def test_without_a_c_compiler_a_gpu_uses_chunked(a_gpu: pytest.MonkeyPatch, variable: str, value: str) -> None:
     a_gpu.delenv("CC", raising=False)
-    remove(a_gpu)
+    a_gpu.setenv(variable, value)
+    require_chunked("a C compiler for its launcher: install gcc, or set CC")
+
+
+def require_chunked(reason: str) -> None:
     assert str(choose("auto", "cuda")).startswith(f"chunked (auto: the triton scan needs {reason}")
     with pytest.raises(UserError, match=f"the triton scan needs {reason}.*; or set the backend to chunked"):
         choose("triton", "cuda")
@@ -224,37 +238,52 @@ def test_an_unknown_instruction_set_is_an_error() -> None:
         native.use_instruction_set("sse9")
 
 
-def test_wrong_shapes_are_named() -> None:
-    direction = random_direction(2, 5, 3, 4)
-    with pytest.raises(UserError) as error:
-        selective_scan(*direction._replace(B_BLN=torch.ones(2, 5, 3)))
-    assert str(error.value) == (
-        "selective_scan: B_BLN is (2, 5, 3) torch.float32 on cpu, expected (2, 5, 4) of floats on cpu"
-    )
-    with pytest.raises(UserError, match=r"selective_scan: u_BLE is \(6, 5\) and A_EN \(3, 4\), expected 3 and 2 axes"):
-        selective_scan(*direction._replace(u_BLE=torch.ones(6, 5)))
-    with pytest.raises(UserError, match=r"two_way_scan: z_BLE is \(2, 5, 6\)"):
-        two_way_scan(direction, direction, torch.ones(2, 5, 6))
-    with pytest.raises(UserError, match=r"two_way_scan, backward: D_E is \(3,\) torch.int64"):
-        two_way_scan(direction, direction._replace(D_E=torch.ones(3, dtype=torch.int64)), None)
-    with pytest.raises(UserError, match=r"causal_conv_silu: the bias is \(4,\)"):
-        causal_conv_silu(torch.ones(2, 5, 3), torch.ones(3, 4), torch.ones(4))
+RIGHT = random_direction(2, 5, 3, 4)
+X, WEIGHT, BIAS = torch.ones(2, 5, 3), torch.ones(3, 4), torch.ones(3)
 
 
-def test_other_devices_and_types_are_named() -> None:
-    direction = random_direction(2, 5, 3, 4)
-    with pytest.raises(UserError) as error:
-        selective_scan(*direction._replace(C_BLN=torch.ones(2, 5, 4, device="meta")))
-    assert str(error.value) == (
-        "selective_scan: C_BLN is (2, 5, 4) torch.float32 on meta, expected (2, 5, 4) of floats on cpu"
-    )
-    with pytest.raises(UserError, match=r"two_way_scan: z_BLE is \(2, 5, 3\) torch.float32 on meta, expected"):
-        two_way_scan(direction, direction, torch.ones(2, 5, 3, device="meta"))
-    with pytest.raises(UserError, match=r"selective_scan: u_BLE is \(2, 5, 3\) torch.complex64 on cpu, expected"):
-        selective_scan(*direction._replace(u_BLE=torch.ones(2, 5, 3, dtype=torch.complex64)))
-    with pytest.raises(UserError, match=r"two_way_conv_silu, backward: the weight is \(3, 2\)"):
-        x, weight, bias = torch.ones(2, 5, 3), torch.ones(3, 4), torch.ones(3)
-        two_way_conv_silu(x, weight, bias, torch.ones(3, 2), bias)
+def wrong(**fields: torch.Tensor) -> Direction:
+    return RIGHT._replace(**fields)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda: selective_scan(*wrong(B_BLN=torch.ones(2, 5, 3))),
+            "selective_scan: B_BLN is (2, 5, 3) torch.float32 on cpu, expected (2, 5, 4) of floats on cpu",
+        ),
+        (
+            lambda: selective_scan(*wrong(C_BLN=torch.ones(2, 5, 4, device="meta"))),
+            "selective_scan: C_BLN is (2, 5, 4) torch.float32 on meta, expected (2, 5, 4) of floats on cpu",
+        ),
+        (
+            lambda: selective_scan(*wrong(u_BLE=torch.ones(6, 5))),
+            "selective_scan: u_BLE is (6, 5) and A_EN (3, 4), expected 3 and 2 axes",
+        ),
+        (
+            lambda: selective_scan(*wrong(u_BLE=torch.ones(2, 5, 3, dtype=torch.complex64))),
+            "selective_scan: u_BLE is (2, 5, 3) torch.complex64 on cpu, expected",
+        ),
+        (lambda: two_way_scan(RIGHT, RIGHT, torch.ones(2, 5, 6)), "two_way_scan: z_BLE is (2, 5, 6)"),
+        (
+            lambda: two_way_scan(RIGHT, RIGHT, torch.ones(2, 5, 3, device="meta")),
+            "two_way_scan: z_BLE is (2, 5, 3) torch.float32 on meta, expected",
+        ),
+        (
+            lambda: two_way_scan(RIGHT, wrong(D_E=torch.ones(3, dtype=torch.int64)), None),
+            "two_way_scan, backward: D_E is (3,) torch.int64",
+        ),
+        (lambda: causal_conv_silu(X, WEIGHT, torch.ones(4)), "causal_conv_silu: the bias is (4,)"),
+        (
+            lambda: two_way_conv_silu(X, WEIGHT, BIAS, torch.ones(3, 2), BIAS),
+            "two_way_conv_silu, backward: the weight is (3, 2)",
+        ),
+    ],
+)
+def test_inputs_of_another_shape_type_or_device_are_named(call: Callable[[], object], words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        call()
 
 
 def test_the_native_limits_are_named() -> None:

@@ -1,5 +1,6 @@
 """Deletion of a complete sweep: what goes, what stays for others, and when it is refused."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import RECIPE, Sweep, command_lease, state
 from dis_scale.sweep.documents import LatentsManifest, TrackingIds
 from dis_scale.upkeep import removal
-from tests.support import small_latents
+from tests.support import small_latents, store_requests
 from tests.support.commands import invoke
 from tests.support.documents import put_files, put_resume_point
 from tests.support.leases import run_elsewhere
@@ -142,18 +143,10 @@ def test_latents_that_another_sweep_uses_meanwhile_stay(sweep: Sweep) -> None:
     assert sweep.store.list("latents/mine")
 
 
-def test_an_interrupted_deletion_is_continued(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Folder.delete
-
-    def fail(folder: Folder, path: str = "") -> None:
-        if path == "runs":
-            raise StorageError("away")
-        real(folder, path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Folder, "delete", fail)
-        with pytest.raises(StorageError, match="away"):
-            removal.delete(removal.find(sweep))
+def test_an_interrupted_deletion_is_continued(sweep: Sweep) -> None:
+    refused = OSError(errno.EINVAL, "Invalid request")
+    with store_requests.failing(refused, "delete", "/runs"), pytest.raises(StorageError, match="Invalid request"):
+        removal.delete(removal.find(sweep))
     assert [path for path in everything(sweep.folder) if path.endswith("manifest.json")] == []
     removal.delete(removal.find(Sweep.open(sweep.folder.url)))
     assert everything(sweep.store) == []
