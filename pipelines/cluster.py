@@ -31,7 +31,7 @@ from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.recipe import Recipe
 from dis_scale.training.devices import smallest_gpu_bytes, usable_gpus
 from pipelines import packages
-from pipelines.ray_private import gpus_by_node
+from pipelines.ray_private import DashboardClient, gpus_by_node
 from pipelines.shared_folder import require_shared
 from pipelines.stage import keeping_handlers
 
@@ -141,7 +141,7 @@ def client_of(address: str | None) -> JobSubmissionClient:
     token = _token_of(address) if address else None
     # It reports each websocket's normal end.
     logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)
-    return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+    return DashboardClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
 
 
 def _token_of(address: str) -> str | None:

@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Event
 
-from dis_scale.process.errors import Held, Preempted, StorageAway
+from dis_scale.process.errors import Held, Preempted, StorageAway, UserError
 from dis_scale.process.progress import Board
 from dis_scale.recipe import Branch
 from dis_scale.storage import lease
@@ -14,8 +15,9 @@ from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import Ended
 from pipelines import lines
 from pipelines.cluster import Cluster, in_ray_job
-from pipelines.jobs import Job, stop_jobs, submit
+from pipelines.jobs import Job, Silence, stop_jobs, submit
 
+MOST_PAUSE_S = 6 * 3600.0
 ASK_EVERY_S = 10.0
 """Interval at which storage is asked whether a branch can begin."""
 
@@ -30,10 +32,16 @@ class Driver:
     stop_requested: Event = field(default_factory=Event)
     submit: Callable[..., Job] = submit
     poll_every_s: float = 0.5
+    evaluate_again_s: float = 600.0
+    """Pause before an evaluation job that failed is submitted again; doubled each time, up to `MOST_PAUSE_S`."""
     requests_polled_every_s: float = lease.BEAT_S
     """Interval at which storage is asked for a stop request of another process."""
     as_json: bool = False
     """Print the lines of the jobs as they are, JSON, instead of what they say."""
+    silence: Silence = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.silence = Silence(self.board.say)
 
 
 @dataclass
@@ -70,7 +78,7 @@ def run_stage(driver: Driver, cluster: Cluster, name: str, *arguments: str) -> N
         _poll(driver, job, name)
         time.sleep(driver.poll_every_s)
     _poll(driver, job, name)
-    if job.status() != "SUCCEEDED":
+    if job.status != "SUCCEEDED":
         raise job.error(f"{name} failed: {job.reason()}")
 
 
@@ -80,7 +88,7 @@ def train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
     waiting = [model for model in sweep.recipe.models if not state.trained(sweep, model)]
     for model in waiting:
         sweep.run(model).folder.delete(Ended.NAME)
-    evaluation = _submit(driver, cluster, "evaluate")
+    evaluation = _Evaluation(driver, cluster, failures)
     training: dict[str, Job] = {}
     evaluated, asked_s = False, float("-inf")
     while waiting or training or not evaluated:
@@ -88,23 +96,55 @@ def train_and_evaluate(driver: Driver, cluster: Cluster) -> Failures:
         _begin_waiting(driver, cluster, waiting, training, failures, due)
         asked_s = time.monotonic() if due else asked_s
         time.sleep(driver.poll_every_s)
-        evaluated = evaluation.ended()  # asked once per round and before its log, so that its end is handled completely
-        _poll(driver, evaluation, "evaluate")
+        evaluated = evaluation.over(trained=not (waiting or training))
         for model, job in list(training.items()):
             ended = job.ended()
             _poll(driver, job, f"train {model}")
             if ended:
                 del training[model]
                 asked_s = float("-inf")  # a branch may begin now
-                if job.status() != "SUCCEEDED":
+                if job.status != "SUCCEEDED":
                     why = _failure(driver, job, model)
                     if state.trained(sweep, model):
                         driver.board.say(f"{model} is trained anyway: its last count is published")
                         continue
                     _fail(driver, failures, model, why)
-        if failures.evaluation is None and evaluated and evaluation.status() != "SUCCEEDED":
-            failures.evaluation = _failure(driver, evaluation, "evaluate")
     return failures
+
+
+class _Evaluation:
+    """The evaluation job beside the trainings. One that failed by an accident is submitted again: they may go on for weeks."""
+
+    def __init__(self, driver: Driver, cluster: Cluster, failures: Failures) -> None:
+        self._driver, self._failures = driver, failures
+        self._submit = partial(_submit, driver, cluster, "evaluate")
+        self._job: Job | None = self._submit()
+        self._pause_s, self._again_s, self._last, self._over = driver.evaluate_again_s, 0.0, False, False
+
+    def over(self, trained: bool) -> bool:
+        """Show its log; return whether it has ended for good. An attempt begun once all models are `trained` is the last."""
+        if self._over:
+            return True
+        if self._job is None:
+            if not trained and time.monotonic() < self._again_s:
+                return False
+            self._job, self._last = self._submit(), trained
+        ended = self._job.ended()  # asked before its log, so that its end is handled completely
+        _poll(self._driver, self._job, "evaluate")
+        if ended and self._job.status == "SUCCEEDED":
+            self._over, self._failures.evaluation = True, None
+        elif ended:
+            self._over = not self._goes_on_after(self._job)
+        return self._over
+
+    def _goes_on_after(self, job: Job) -> bool:
+        """Note why a job failed; return whether another is submitted: not after a mistake."""
+        self._failures.evaluation = _failure(self._driver, job, "evaluate")
+        if self._last or isinstance(job.error(""), UserError):
+            return False
+        self._job, self._again_s = None, time.monotonic() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, MOST_PAUSE_S)
+        return True
 
 
 def _begin_waiting(
@@ -155,7 +195,10 @@ def how_to_continue(sweep: Sweep) -> str:
 
 
 def _submit(driver: Driver, cluster: Cluster, stage: str, *arguments: str) -> Job:
-    job = driver.submit(cluster, driver.sweep, stage, *arguments)
+    while (job := driver.silence.ask(lambda: driver.submit(cluster, driver.sweep, stage, *arguments))) is None:
+        raise_if_stopped(driver)
+        time.sleep(driver.poll_every_s)
+    job.silence = driver.silence
     driver.jobs.append(job)
     joined = "" if job.ours else " (running already: joined)"
     driver.board.say(f"{' '.join([stage, *arguments])}: Ray job {job.id}{joined}")

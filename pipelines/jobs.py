@@ -18,11 +18,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
@@ -31,10 +31,52 @@ from pipelines import lines
 from pipelines.cluster import START_TIMEOUT_S, Cluster, client_of, own_job, ray_address
 from pipelines.environment import KEEP_FREED_MEMORY, PASSIVE, SPINNING
 
+T = TypeVar("T")
 ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
 FINAL = "DIS_SCALE_FAILED_IS_FINAL"
 """Variable of the environment: an error that another cluster would only repeat ends the sweep's job as stopped, not as failed."""
 STOP_WAIT_S = 30.0
+SILENT_S = 900.0
+"""Time after which a dashboard that does not answer ends the sweep, by an error that is tried again."""
+
+
+class Unanswered(DisScaleError):
+    """Ray's dashboard did not answer. A later attempt may succeed, on this cluster or on another."""
+
+    exit_code = StorageAway.exit_code
+
+
+@dataclass
+class Silence:
+    """How long Ray's dashboard has not answered, over all jobs of a sweep: it is logged once, and raised after `most_s`."""
+
+    say: Callable[[str], None] = print
+    most_s: float = SILENT_S
+    now_s: Callable[[], float] = time.monotonic
+    _since_s: float | None = None
+
+    def ask(self, call: Callable[[], T]) -> T | None:
+        """Return the answer of a call to Ray's client; None if none came. Unanswered if none has come for too long."""
+        try:
+            answer = call()
+        except (RuntimeError, OSError) as error:
+            self.note(error)
+            return None
+        if self._since_s is not None:
+            self.say(f"Ray's dashboard answers again, after {self.now_s() - self._since_s:.0f} s")
+            self._since_s = None
+        return answer
+
+    def note(self, error: Exception) -> None:
+        """Note a missing answer; Unanswered if none has come for too long."""
+        why = " ".join(str(error).split())[:200]
+        if self._since_s is None:
+            self._since_s = self.now_s()
+            self.say(
+                f"waiting  Ray's dashboard does not answer; it is asked again for {self.most_s / 60:.0f} minutes: {why}"
+            )
+        if (silent_s := self.now_s() - self._since_s) > self.most_s:
+            raise Unanswered(f"Ray's dashboard has not answered for {silent_s:.0f} s: {why}")
 
 
 @dataclass
@@ -44,8 +86,10 @@ class Job:
     cluster: Cluster
     id: str
     ours: bool
+    silence: Silence = field(default_factory=Silence)
     reconnect_every_s: float = 2.0
-    _over: bool = False
+    _info: JobDetails | None = None
+    """Ray's last answer about the job."""
     _returned: int = 0
     """Characters of the log whose lines were returned."""
     _received: int = 0
@@ -56,16 +100,20 @@ class Job:
     _followed_s: float = 0.0
     _tail: list[str] = field(default_factory=list)
 
+    @property
     def status(self) -> JobStatus:
-        return self.cluster.client.get_job_status(self.id)
+        """The status that Ray told last."""
+        return JobStatus.PENDING if self._info is None else JobStatus(self._info.status)
 
     def ended(self) -> bool:
-        self._over = self._over or self.status() in ENDED
-        return self._over
+        """Whether the job has ended, as far as Ray answers; Unanswered if it has not for too long."""
+        if self.status not in ENDED:
+            self._info = self.silence.ask(lambda: self.cluster.client.get_job_info(self.id)) or self._info
+        return self.status in ENDED
 
     def lines(self) -> list[str]:
         """Return the complete lines that the job has printed since the last call; all that are left once `ended` was true."""
-        text = self._rest() if self._over else self._partial + self._new()
+        text = self._rest() if self.status in ENDED else self._partial + self._new()
         end = text.rfind("\n") + 1
         new, self._partial = text[:end].splitlines(), text[end:]
         self._returned += end
@@ -73,10 +121,13 @@ class Job:
         return new
 
     def _rest(self) -> str:
-        try:
-            return self.cluster.client.get_job_logs(self.id)[self._returned :]
-        except RuntimeError:
-            return ""  # its agent has gone
+        for _ in range(3):
+            with contextlib.suppress(OSError):
+                try:
+                    return self.cluster.client.get_job_logs(self.id)[self._returned :]
+                except RuntimeError:
+                    return ""  # its agent has gone
+        return ""
 
     def _new(self) -> str:
         """Return what followers have received; start one if none is alive, for example since the job's agent was not up yet."""
@@ -109,23 +160,23 @@ class Job:
         """Return why a job ended: its own error line, otherwise Ray's message."""
         self.lines()
         errors = [line.text for line in map(lines.parse, self._tail) if line and line.kind == "error"]
-        return errors[-1] if errors else (self.cluster.client.get_job_info(self.id).message or "no message").strip()
+        return errors[-1] if errors else ((self._info and self._info.message) or "no message").strip()
 
     def error(self, words: str) -> DisScaleError:
         """Return the error of a job that ended: a mistake, a stop, a refusal and storage that is away keep their exit codes."""
-        code = self.cluster.client.get_job_info(self.id).driver_exit_code
+        code = self._info and self._info.driver_exit_code
         every = (UserError, Preempted, Held, StorageAway)
         kinds: dict[int | None, type[DisScaleError]] = {kind.exit_code: kind for kind in every}
-        stopped = self.status() == JobStatus.STOPPED  # by `dis-scale stop` or `ray job stop`, in time or not
+        stopped = self.status == JobStatus.STOPPED  # by `dis-scale stop` or `ray job stop`, in time or not
         return Preempted(words) if stopped else kinds.get(code, DisScaleError)(words)
 
     def stop(self) -> None:
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, OSError):
             self.cluster.client.stop_job(self.id)
 
 
 def submit(cluster: Cluster, sweep: Sweep, stage: str, *arguments: str) -> Job:
-    """Submit the stage's next attempt, or join the one that runs.
+    """Submit the stage's next attempt, or join the one that runs. OSError or RuntimeError if Ray's dashboard does not answer.
 
     If several submit an id, Ray admits one and the others join it. An id is never used again.
     """
@@ -193,7 +244,7 @@ def end_own_job(exit_code: int, connect: Callable[[], Any] = JobSubmissionClient
     final = FINAL in os.environ and exit_code != StorageAway.exit_code
     if own is None or not (stopped or final):
         return
-    with contextlib.suppress(ConnectionError, RuntimeError):
+    with contextlib.suppress(OSError, RuntimeError):
         connect().stop_job(own)
         time.sleep(wait_s)  # Ray ends this process; if it ended by itself, its job would have failed
 
@@ -203,8 +254,9 @@ def stop_jobs(jobs: list[Job], wait_s: float) -> None:
     for job in jobs:
         job.stop()
     deadline = time.monotonic() + wait_s
-    while time.monotonic() < deadline and not all(job.ended() for job in jobs):
-        time.sleep(0.3)
+    with contextlib.suppress(Unanswered):
+        while time.monotonic() < deadline and not all(job.ended() for job in jobs):
+            time.sleep(0.3)
 
 
 def stop_all(sweep: Sweep, address: str | None, connect: Callable[[str | None], Any] = client_of) -> list[str]:
@@ -212,7 +264,7 @@ def stop_all(sweep: Sweep, address: str | None, connect: Callable[[str | None], 
     try:
         client = connect(address)
         running = [job.submission_id for job in client.list_jobs() if job.status not in ENDED and job.submission_id]
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         where = address or ray_address() or "this machine"
         raise UserError(f"no Ray answers at {where}: has the sweep ended already? (--address names another)") from error
     except AuthenticationError as error:

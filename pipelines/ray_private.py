@@ -9,6 +9,17 @@ from ray.util.metrics import Counter
 Resources = dict[str, float]
 
 
+class DashboardClient(JobSubmissionClient):  # type: ignore[misc]
+    """A client whose requests end. Ray's own would wait for ever for a dashboard that accepts a connection and does not answer."""
+
+    answer_s, upload_s = 10.0, 120.0
+    """Times in which a dashboard must answer: a question, and a request that sends it a job or its files."""
+
+    def _do_request(self, method: str, endpoint: str, **how: Any) -> Any:
+        limits = {"timeout": self.answer_s if method == "GET" else self.upload_s}
+        return super()._do_request(method, endpoint, **(limits | how))
+
+
 def actor_id(worker: Any) -> str:
     """Return the id of an actor, which does not change while it lives."""
     name: str = worker._actor_id.hex()

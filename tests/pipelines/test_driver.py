@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from ray.job_submission import JobStatus
 
-from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway
+from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.recipe import reading
 from dis_scale.sweep import Sweep, state
 from pipelines.cluster import Cluster
@@ -25,11 +25,15 @@ class FakeJob:
     id: str = "job"
     ours: bool = True
 
+    @property
     def status(self) -> JobStatus:
-        return self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
+        return self.statuses[0]
 
     def ended(self) -> bool:
-        return self.status() != JobStatus.RUNNING
+        """Ask for the status, which then is the next one."""
+        if len(self.statuses) > 1:
+            self.statuses.pop(0)
+        return self.status != JobStatus.RUNNING
 
     def lines(self) -> list[str]:
         return []
@@ -127,6 +131,28 @@ def test_a_job_that_was_stopped_is_held_elsewhere_or_lost_storage_is_no_failure(
     with pytest.raises(type(error)):
         run(driver, fakes | {job: FakeJob([JobStatus.FAILED], error)})
     assert state.ended(driver.sweep, "dit") is None
+
+
+def test_an_evaluation_that_failed_by_an_accident_is_submitted_again(driver: Driver) -> None:
+    """While models are trained, and once after that; a mistake is not."""
+    driver.evaluate_again_s = 0.0
+    submitted = list[str]()
+    jobs = {"evaluate": [failed("the disk is full"), failed("the disk is full"), SUCCEEDED]}
+
+    def submit(_: Cluster, __: Sweep, *words: str) -> FakeJob:
+        submitted.append(words[0])
+        return (
+            jobs["evaluate"].pop(0)
+            if words[0] == "evaluate"
+            else FakeJob([JobStatus.RUNNING] * 20 + [JobStatus.SUCCEEDED])
+        )
+
+    driver.poll_every_s, driver.submit = 0.0, submit  # type: ignore[assignment]
+    assert train_and_evaluate(driver, cluster("here")) == Failures()
+    assert submitted.count("evaluate") == 3
+    mistake = FakeJob([JobStatus.FAILED], UserError("no such extractor"))
+    jobs["evaluate"] = [mistake]
+    assert train_and_evaluate(driver, cluster("here")) == Failures(evaluation="no such extractor")
 
 
 def test_failures_are_shown_in_one_line() -> None:

@@ -30,8 +30,8 @@ class Log:
     connections: list[int] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
 
-    def get_job_status(self, _: str) -> JobStatus:
-        return self.status
+    def get_job_info(self, name: str) -> JobDetails:
+        return JobDetails(type="SUBMISSION", submission_id=name, status=self.status, entrypoint="")
 
     def stop_job(self, name: str) -> None:
         self.stopped.append(name)
@@ -53,7 +53,7 @@ def job_of(log: Log, reconnect_every_s: float = 0.0) -> Job:
     class Cluster:
         client: Any
 
-    return Job(Cluster(log), "job", True, reconnect_every_s)  # type: ignore[arg-type]
+    return Job(Cluster(log), "job", True, reconnect_every_s=reconnect_every_s)  # type: ignore[arg-type]
 
 
 def read(job: Job, count: int) -> list[str]:

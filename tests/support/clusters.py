@@ -65,7 +65,7 @@ def wait_for_end(job: Job) -> str:
     while not job.ended():
         assert time.monotonic() < deadline, job.lines()
         time.sleep(0.3)
-    return str(job.status())
+    return str(job.status)
 
 
 def driver(sweep: Sweep, stage: str) -> psutil.Process:
