@@ -37,12 +37,6 @@ def available_by_node() -> dict[str, Resources]:
     return available
 
 
-def total_by_node() -> dict[str, Resources]:
-    """Return all resources of each node by its id."""
-    total: dict[str, Resources] = state.total_resources_per_node()
-    return total
-
-
 def draining_nodes() -> set[str]:
     """Nodes that will be taken away: `ray drain-node`, KubeRay, an autoscaler and a spot notice all end here."""
     return set(state.state.get_draining_nodes())

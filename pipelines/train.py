@@ -284,7 +284,8 @@ class TrainingRun:
 
     def _possible(self, avoided: Collection[str]) -> int:
         """Return how many workers fit on other nodes than the `avoided` ones once all their resources are free."""
-        return capacity(self.bundle, _nodes_that_stay(ray_private.total_by_node(), avoided))
+        totals = {node.id: node.resources for node in nodes.living()}
+        return capacity(self.bundle, _nodes_that_stay(totals, avoided))
 
     def _node_drains(self, used: set[str]) -> bool:
         """Whether one of the attempt's nodes is being drained, logged if so; until it goes, its workers can still save."""

@@ -124,7 +124,7 @@ def profiles(report: Report, metric: str) -> dict[str, list[Profile]]:
     return families
 
 
-def laws(family: list[Profile], resamples: int = RESAMPLES, seed: int = 0) -> Laws | None:
+def laws(family: list[Profile], resamples: int = RESAMPLES) -> Laws | None:
     """Fit power laws to the minima of one family's profiles; None for fewer than three budgets that have one.
 
     The intervals are percentiles of a bootstrap: residuals of all parabolas, scaled for the fitted coefficients, are sampled with
@@ -133,7 +133,7 @@ def laws(family: list[Profile], resamples: int = RESAMPLES, seed: int = 0) -> La
     inner = [profile for profile in family if profile.minimum.inside]
     if len(inner) < LEAST_BUDGETS:
         return None
-    tail, tries = _resampled(inner, resamples, seed)
+    tail, tries = _resampled(inner, resamples)
     budgets, sizes = np.log([p.budget for p in inner]), [p.minimum.size for p in inner]
     images = (
         [p.images_at(p.minimum.size) for p in inner],
@@ -147,11 +147,11 @@ def laws(family: list[Profile], resamples: int = RESAMPLES, seed: int = 0) -> La
     )
 
 
-def _resampled(family: list[Profile], resamples: int, seed: int) -> tuple[float, list[Minimum]]:
+def _resampled(family: list[Profile], resamples: int) -> tuple[float, list[Minimum]]:
     """Return the share of resamples to leave out at each end of an interval, and the resampled minima of each profile."""
     residuals = np.concatenate([np.log(p.values / p.at(p.parameters)) for p in family])
     freedom = len(residuals) - 3 * len(family)
-    scaled, rng, minima = residuals * np.sqrt(len(residuals) / freedom), np.random.default_rng(seed), list[Minimum]()
+    scaled, rng, minima = residuals * np.sqrt(len(residuals) / freedom), np.random.default_rng(0), list[Minimum]()
     for p in family:
         drawn = rng.choice(scaled, (len(p.values), resamples))
         minima.append(p.minimum_of(p.refit(np.log(p.at(p.parameters))[:, None] + drawn)))

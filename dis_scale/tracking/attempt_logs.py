@@ -134,16 +134,16 @@ def to_bytes(facts: dict[str, Any], outputs: dict[str, str]) -> bytes:
     return redact("\n".join([json.dumps(facts), *parts])).encode()
 
 
-def prune(folder: Folder, keep: int = ATTEMPTS_KEPT) -> None:
+def prune(folder: Folder) -> None:
     """Delete the logs of all but the newest attempts and drivers; what fails is done at the next time."""
     with contextlib.suppress(Exception):
         names = listed(folder)
-        drivers = {name.begun for name in names if name.process == DRIVER}
-        attempts = {name.begun for name in names if name.process != DRIVER}
-        kept = {DRIVER: sorted(drivers)[-keep:], "": sorted(attempts)[-keep:]}
-        for name in names:
-            if name.begun not in kept[DRIVER if name.process == DRIVER else ""]:
-                folder.delete(str(name))
+        drivers = [name for name in names if name.process == DRIVER]
+        for logs in (drivers, [name for name in names if name not in drivers]):
+            kept = sorted({name.begun for name in logs})[-ATTEMPTS_KEPT:]
+            for name in logs:
+                if name.begun not in kept:
+                    folder.delete(str(name))
 
 
 def listed(folder: Folder) -> list[LogName]:
