@@ -19,12 +19,7 @@ from dis_scale.process.errors import UserError
 from dis_scale.recipe import ExtractorSettings, InceptionExtractor, TorchScriptExtractor
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.documents import StoredClassifier
-from dis_scale.sweep.extractors import (
-    WEIGHTS_FILE,
-    read_script,
-    require_classifier,
-    weights_identity,
-)
+from dis_scale.sweep.extractors import WEIGHTS_FILE, read_script, require_classifier, weights_identity
 
 BATCH_IMAGES = 50
 """Images in a forward pass: fixed, so that features depend on the block only."""

@@ -15,14 +15,7 @@ from dis_scale.data.latents import sample_posterior
 from dis_scale.data.sources import Source, select_decodable
 from dis_scale.evaluation import npz
 from dis_scale.evaluation.features import Features
-from dis_scale.evaluation.metrics import (
-    Frechet,
-    Groups,
-    MeanCovariance,
-    Sums,
-    jackknife_error,
-    require_samples,
-)
+from dis_scale.evaluation.metrics import Frechet, Groups, MeanCovariance, Sums, jackknife_error, require_samples
 from dis_scale.evaluation.reference import Reference
 from dis_scale.evaluation.sampling import BlockSampler, block_numbers
 from dis_scale.process import seeds

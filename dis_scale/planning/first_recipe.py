@@ -172,13 +172,19 @@ class _Draft:
         return re.sub(r"[^a-z0-9]+", "-", folder).strip("-")[:40].strip("-") or "images"
 
     @property
+    def vae(self) -> tuple[str, LatentShape]:
+        """The autoencoder in a recipe's words, and the shape of its latents: by rule, so that no hub is asked."""
+        as_pixels = self.resolution <= MOST_AS_PIXELS
+        if self.machine.gpus and as_pixels:
+            return "vae: {kind: none}  # the models see pixels", LatentShape(3, self.resolution)
+        shape = LatentShape(VAE_CHANNELS, self.resolution // (SMALL_FACTOR if as_pixels else VAE_FACTOR))
+        if self.machine.gpus or self.resolution > MOST_ON_A_CPU:
+            return f"vae: {{kind: pretrained, path: {HUB_VAE}}}  # hub id or a local folder", shape
+        return f"{COLOURS}vae: {{kind: trained, {VAES_ON_A_CPU[self.resolution]}}}", shape
+
+    @property
     def shape(self) -> LatentShape:
-        """Shape of the latents. It is a rule, so that no hub is asked."""
-        if self.resolution > MOST_AS_PIXELS:
-            return LatentShape(VAE_CHANNELS, self.resolution // VAE_FACTOR)
-        if self.machine.gpus:
-            return LatentShape(3, self.resolution)
-        return LatentShape(VAE_CHANNELS, self.resolution // SMALL_FACTOR)
+        return self.vae[1]
 
     @property
     def workers(self) -> int:
@@ -267,7 +273,7 @@ data:
   resolution: {draft.resolution}  # the shorter side of {reach:.0%} of the images has as many pixels{_other_resolutions(draft)}
   num_classes: {len(survey.classes) or "none"}
   mirror: true  # false if left and right matter, as in text
-{broken}{_vae(draft)}
+{broken}{draft.vae[0]}
 precompute: {{workers: {workers}{", precision: bf16" if gpus else ""}}}
 diffusion: {{kind: flow}}
 models:
@@ -306,14 +312,6 @@ def _other_resolutions(draft: _Draft) -> str:
     if draft.resolution > MOST_ON_A_CPU:
         return "; without a GPU its autoencoder takes seconds for each"
     return f"; up to {MOST_ON_A_CPU} with more time: init --resolution"
-
-
-def _vae(draft: _Draft) -> str:
-    if draft.machine.gpus and draft.resolution <= MOST_AS_PIXELS:
-        return "vae: {kind: none}  # the models see pixels"
-    if draft.machine.gpus or draft.resolution > MOST_ON_A_CPU:
-        return f"vae: {{kind: pretrained, path: {HUB_VAE}}}  # hub id or a local folder"
-    return f"{COLOURS}vae: {{kind: trained, {VAES_ON_A_CPU[draft.resolution]}}}"
 
 
 def _extractor(draft: _Draft) -> tuple[str, int]:

@@ -142,11 +142,7 @@ def _collect(reader: _Reader) -> Status:
     if not stopped and not commanded and doing != "done":
         wrong.append(f"no sweep command runs, and its jobs do: dis-scale resume {sweep} joins them")
     skipped = reader.read("the reason of a skipped evaluation", lambda: state.why_skipped(sweep, left)) or {}
-    wrong += [
-        *_wrong(reader, runs),
-        *(f"skipped: {each}: {why}" for each, why in skipped.items()),
-        *reader.damaged,
-    ]
+    wrong += [*_wrong(reader, runs), *(f"skipped: {each}: {why}" for each, why in skipped.items()), *reader.damaged]
     return Status(str(sweep), doing, stopped, _holder(held[0]), runs, len(left), wrong)
 
 

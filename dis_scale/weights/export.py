@@ -125,11 +125,7 @@ def describe(model: Backbone, facts: SamplingFacts | None = None) -> dict[str, A
             f"a public {type(model).__name__} is not described by settings of ours: sample from its own file"
         )
     sampling = {} if facts is None else {"sampling": TypeAdapter(SamplingFacts).dump_python(facts, mode="json")}
-    return sampling | {
-        "model": model.settings.sizes,
-        "shape": list(model.shape),
-        "num_classes": model.num_classes,
-    }
+    return sampling | {"model": model.settings.sizes, "shape": list(model.shape), "num_classes": model.num_classes}
 
 
 def from_description(description: dict[str, Any]) -> Backbone:
