@@ -167,6 +167,7 @@ def wait_for_training(job: StageJob, news: Callable[[], bool], poll_every_s: flo
     before = None
     while not news():
         job.raise_if_stopped()
+        job.show_alive()
         if job.now_s() - since_s > give_up_s:
             if before == (now := _signs_of_training(job.sweep)):
                 raise DisScaleError(f"nothing was published or saved for {give_up_s:.0f} s: is training running?")

@@ -21,7 +21,7 @@ from pipelines.places import Places, own_gpus
 from pipelines.ray_private import actor_id
 from pipelines.sharing import Deal, share
 from pipelines.stage import StageJob
-from pipelines.watching import watch
+from pipelines.watching import SILENT, watch
 from pipelines.worker import Worker, spawn
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class RayEvaluators:
         """Let one evaluator measure the held-out loss."""
         number, worker = next(iter(self._workers.items()))
         try:
-            (values,) = watch(self.job, [worker], [worker.held_out.remote(sampled)])
+            (values,) = watch(self.job, [worker], [worker.held_out.remote(sampled)], policy=SILENT)
         except WorkerFailure:
             del self._workers[number]
             raise

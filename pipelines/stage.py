@@ -42,6 +42,7 @@ class StageJob:
 
     def __post_init__(self) -> None:
         self.exporter = Exporter(self.context)
+        self._done = -1
 
     @property
     def context(self) -> Context:
@@ -68,6 +69,13 @@ class StageJob:
     def progress(self, done: int, total: int, unit: str) -> None:
         """Log the progress."""
         self.log.progress(done, total, unit)
+        if done != self._done:
+            self._done = done
+            self.show_alive()
+
+    def show_alive(self) -> None:
+        """Export the time of now as that of the last progress; also where there is nothing to do."""
+        self.gauge("progress_timestamp_seconds", time.time())
 
     def gauge(self, name: str, value: float) -> None:
         """Set a gauge of the sweep's model."""

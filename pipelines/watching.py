@@ -1,8 +1,10 @@
 """How a driver watches its workers: their progress, failures, hangs and stop requests."""
 
+import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,12 @@ from pipelines.ray_private import actor_id, has_process
 from pipelines.stage import StageJob
 from pipelines.waiting import LOGGED_AFTER_S, Wait
 
+STAGE_HANGS_AFTER_S = 900.0
+"""Time without progress after which a worker of any stage counts as hanging; training's is a setting."""
+MEDIANS = 10
+"""A worker that works on something slow may take so many times what its kind usually takes."""
+FIRST = 4
+"""How many times as long it may take while nothing is known of that: it loads networks and compiles kernels."""
 Report = Callable[[list[int]], None]
 """Called with each worker's progress, in the order of the workers."""
 
@@ -23,8 +31,9 @@ Report = Callable[[list[int]], None]
 class Watch:
     """What counts as a hang, what ends the work early, whose failures disturb whom, and how long answers may take."""
 
-    hang_after_s: float = float("inf")
-    """A hang: no worker has made progress for this long, and not all have made the progress `last`."""
+    hang_after_s: float = STAGE_HANGS_AFTER_S
+    """A hang: no worker has made progress for this long, and not all have made the progress `last`. Of independent workers each is
+    watched by itself (`Pace`), and one that hangs is killed."""
     last: float = float("inf")
     stop_early: Callable[[], bool] = lambda: False
     """Asked once a poll; the workers are requested to stop once it returns true."""
@@ -48,6 +57,10 @@ class Watch:
     def hangs(self, progress: Sequence[int], silent_s: float) -> bool:
         """Whether workers hang that have made this progress, and none for `silent_s`. After `last` they only write."""
         return silent_s > self.hang_after_s and min(progress) < self.last
+
+
+SILENT = Watch(hang_after_s=FIRST * STAGE_HANGS_AFTER_S)
+"""Of work that reports no progress."""
 
 
 def watch(
@@ -77,6 +90,35 @@ def watch(
         raise
 
 
+class Pace:
+    """The time between two steps of progress of workers that do the same, and since when each has made none."""
+
+    def __init__(self, workers: int, hang_after_s: float) -> None:
+        self._hang_after_s = hang_after_s
+        self._done = [0] * workers
+        self._since_s: dict[int, float] = {}
+        self._took_s = deque[float](maxlen=1000)
+
+    def note(self, done: Sequence[int], working: Collection[int], now_s: float) -> list[int]:
+        """Note the progress of all workers; return those of the `working` ones that hang."""
+        for number, images in enumerate(done):
+            if number not in working:
+                self._since_s.pop(number, None)
+            elif number not in self._since_s or images > self._done[number]:
+                if images > self._done[number]:
+                    self._took_s.append(now_s - self._since_s.get(number, now_s))
+                self._since_s[number] = now_s
+        self._done = list(done)
+        return [number for number, since_s in self._since_s.items() if now_s - since_s > self.limit_s]
+
+    @property
+    def limit_s(self) -> float:
+        """Time without progress after which a worker counts as hanging."""
+        if not self._took_s:
+            return FIRST * self._hang_after_s
+        return max(self._hang_after_s, MEDIANS * statistics.median(self._took_s))
+
+
 class _Loop:
     """The watch of one piece of work from its begin to its end."""
 
@@ -87,6 +129,8 @@ class _Loop:
         self._running, self._ended = list(results), list[Any]()
         self._polls = _Polls(job, workers, policy.answer_s)
         self._most_done, self._progress_s = 0, time.monotonic()
+        self._pace = Pace(len(workers), policy.hang_after_s)
+        self._killed: set[int] = set()
         self._stopping = False
 
     def run(self) -> list[Any]:
@@ -112,7 +156,7 @@ class _Loop:
         unplaced = [n for n in self._polls.unplaced if self._results[n] in self._running]
         request = self._job.requests.get(actor_id(self._workers[unplaced[0]]), {}) if unplaced else {}
         wait.log(self._job, len(unplaced), request)
-        if sum(self._polls.done) > self._most_done:
+        if unplaced or sum(self._polls.done) > self._most_done:  # who waits for capacity does not hang
             self._most_done, self._progress_s = sum(self._polls.done), time.monotonic()
         only_unplaced = self._policy.independent and len(self._running) == len(unplaced)
         if only_unplaced and any(failure_of(result) is None for result in self._ended):
@@ -146,14 +190,27 @@ class _Loop:
         return [(number, failure) for number, result in numbered if (failure := failure_of(result))]
 
     def _check_hang(self) -> None:
+        if self._policy.independent:
+            return self._kill_hanging()
         if self._policy.hangs(self._polls.done, silent_s := self._silent_s):
             self._log_stacks()
             raise WorkerFailure(f"no step ended for {silent_s:.0f} s: hanging", max(self._polls.done), silent_s)
 
-    def _log_stacks(self) -> None:
-        calls = [worker.stacks.remote() for worker in self._workers]
-        answered, _ = ray.wait(calls, num_returns=len(calls), timeout=self._policy.answer_s)
-        for rank, call in enumerate(calls):
+    def _kill_hanging(self) -> None:
+        """Kill the workers that make no progress: each is then lost, and another attempt makes what it had begun."""
+        running = {n for n, result in enumerate(self._results) if result in self._running}
+        running -= self._killed | {*self._polls.unplaced}
+        for number in self._pace.note(self._polls.done, running, time.monotonic()):
+            self._job.say(f"worker {number} made no progress for {self._pace.limit_s:.0f} s: hanging, it is killed")
+            self._log_stacks([number])
+            ray.kill(self._workers[number])
+            self._killed.add(number)
+
+    def _log_stacks(self, ranks: Collection[int] | None = None) -> None:
+        """Print the stacks of these workers, of all by default."""
+        calls = {rank: self._workers[rank].stacks.remote() for rank in ranks or range(len(self._workers))}
+        answered, _ = ray.wait([*calls.values()], num_returns=len(calls), timeout=self._policy.answer_s)
+        for rank, call in calls.items():
             answers = call in answered and not failure_of(call)
             stacks = ray.get(call) if answers else "no answer: the process is gone or does not run"
             print(f"stacks of worker {rank}:\n{stacks}", flush=True)

@@ -27,6 +27,10 @@ POLICY = replace(SHARED, answer_s=2.0)
 """A worker without a process delays each poll by the time for an answer."""
 
 
+HANGS = 10**6
+"""A number at which a worker makes no more progress."""
+
+
 class Taker(Worker):
     """Takes numbers and writes a file for each; its process dies at a number below 0. It is slow to begin its log."""
 
@@ -36,6 +40,8 @@ class Taker(Worker):
 
     def take(self, made: Path, deal: Deal) -> None:
         for number in iter(deal, None):
+            if number == HANGS:
+                time.sleep(1e6)
             if number < 0:
                 time.sleep(1.5 * POLICY.poll_every_s)  # so that the driver has seen what was done before
                 os._exit(1)
@@ -123,6 +129,17 @@ def test_a_lost_worker_is_reported_soon_and_can_be_replaced(job: StageJob, tmp_p
     both = [*living, *takers(job, 1, "prepare")]
     assert share(job, both, "take", (tmp_path,), left, progress.append, POLICY).failure is None
     assert done | set(left) == {int(path.name) for path in tmp_path.iterdir()}
+
+
+def test_a_worker_that_hangs_is_killed_and_the_others_go_on(job: StageJob, tmp_path: Path) -> None:
+    workers = takers(job, 2, "prepare")
+    numbers = [*range(20), HANGS, *range(20, 200)]
+    living, _, failure = share(job, workers, "take", (tmp_path,), numbers, policy=replace(POLICY, hang_after_s=3.0))
+    assert "a worker was lost" in str(failure)
+    assert len(living) == 1
+    left = [number for number in range(200) if not (tmp_path / str(number)).exists()]
+    assert share(job, living, "take", (tmp_path,), left).failure is None
+    assert len(list(tmp_path.iterdir())) == 200
 
 
 def test_a_lost_worker_is_reported_though_another_has_no_capacity(job: StageJob, tmp_path: Path) -> None:

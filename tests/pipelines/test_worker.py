@@ -2,10 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from dis_scale.process import context
-from pipelines.watching import Watch
+from pipelines.watching import Pace, Watch
 from pipelines.worker import Worker
 
 
@@ -18,8 +19,32 @@ def test_a_hang_is_a_silence_before_the_last_step(done: list[int], silent_s: flo
     assert Watch(hang_after_s=10.0, last=320).hangs(done, silent_s) == hangs
 
 
+def hanging(took_s: list[float], hangs_after_s: float) -> float | None:
+    """Return when the second of two workers is found hanging that makes these steps, of which the last never ends.
+
+    The first works on; both are asked once a second, by a simulated clock.
+    """
+    pace, ends = Pace(2, hangs_after_s), np.cumsum(took_s)
+    for now_s in range(20_000):
+        done = [now_s // 60, int((ends[:-1] <= now_s).sum())]
+        if pace.note(done, {0, 1}, float(now_s)):
+            return now_s - float(ends[-2])
+    return None
+
+
+def test_one_worker_that_hangs_is_found_and_slow_ones_are_not() -> None:
+    """After 15 minutes, or ten times the usual; and not before an hour while nothing is known of that."""
+    assert hanging([60.0] * 20 + [1e9], 900.0) == pytest.approx(900, abs=2)
+    assert hanging([60.0] * 20 + [600.0] * 5 + [60.0] * 20 + [1e9], 900.0) == pytest.approx(900, abs=2)
+    assert hanging([500.0] * 30 + [1e9], 100.0) > 600, "its kind takes 60 or 500 s"
+    slow = Pace(1, 900.0)
+    assert not any(slow.note([0], {0}, float(now_s)) for now_s in range(3600))
+    assert slow.note([0], {0}, 3601.0) == [0]
+    assert not any(slow.note([0], set(), float(now_s)) for now_s in range(3600, 99_999, 60)), "it waits for capacity"
+
+
 def test_without_a_limit_nothing_hangs() -> None:
-    assert not Watch().hangs([0], 1e9)
+    assert not Watch(hang_after_s=float("inf")).hangs([0], 1e9)
 
 
 def test_a_poll_returns_the_lines_since_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
