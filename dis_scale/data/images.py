@@ -10,13 +10,15 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dis_scale.process.errors import UndecodableImage
+from dis_scale.process.errors import UndecodableImage, printable
 from dis_scale.recipe.data import Crop
 
 T = TypeVar("T")
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 """Endings of the files that are taken for images."""
 
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
+"""Pillow's names of the formats that are decoded, whatever a file is called: for others it starts programs, such as Ghostscript."""
 MOST_IN_AN_ENDING = 10
 """Characters of a file's ending; what is longer is a part of its name."""
 IMAGE_BYTES = 2**30
@@ -48,15 +50,16 @@ def _decoded(data: bytes, name: str, use: Callable[[Image.Image], T]) -> T:
             raise ValueError("it is empty (0 bytes)")
         if len(data) > IMAGE_BYTES:
             raise ValueError(f"it has over {IMAGE_BYTES:,} bytes")
-        return use(Image.open(io.BytesIO(data)))
+        return use(Image.open(io.BytesIO(data), formats=FORMATS))
     except MemoryError:
         raise
     except Exception as error:  # on damaged bytes Pillow raises struct.error, IndexError and many others
         why = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
-            why = "it is in no format that Pillow knows"  # Pillow names an address in memory
+            why = "it is in none of the formats that are read"  # Pillow names an address in memory
         raise UndecodableImage(
-            f"image {name} cannot be decoded: {why}; repair or remove it, or --set data.undecodable=skip", why
+            f"image {printable(name)} cannot be decoded: {why}; repair or remove it, or --set data.undecodable=skip",
+            why,
         ) from error
 
 

@@ -240,7 +240,7 @@ class _Labels:
         expected = (
             f"a class from 0 to {len(self._known) - 1}" if self._known else "either a name or a number from 0 in all"
         )
-        raise UserError(f"{self._where}: image {entry.name}: label {label!r}, expected {expected}")
+        raise UserError(f"{self._where}: image {printable(entry.name)}: label {label!r}, expected {expected}")
 
     def final(self) -> tuple[list[str] | None, list[int] | None, int]:
         """Return the names (None for bare numbers), the final label of each id (None if it is the id) and the largest label."""

@@ -19,7 +19,7 @@ from PIL import Image
 from dis_scale.data import images, listing, parquet, tars
 from dis_scale.data.listing import Column, Contents, Entry, LeftOut, Listing, number_or_name
 from dis_scale.data.mixing import order_hash, permutation
-from dis_scale.process.errors import StorageError, UndecodableImage, UserError
+from dis_scale.process.errors import StorageError, UndecodableImage, UserError, printable
 from dis_scale.process.progress import ReportDone, some
 from dis_scale.recipe import CsvSource, Data, DigitsSource, FolderSource, ParquetSource, TarSource
 from dis_scale.recipe.data import Crop
@@ -88,7 +88,7 @@ class Source:
     def _decoded(self, data: bytes | None, name: str, resolution: int) -> np.ndarray | UndecodableImage:
         try:
             if data is None:
-                return UndecodableImage(f"image {name}: {NOT_THERE}", NOT_THERE)
+                return UndecodableImage(f"image {printable(name)}: {NOT_THERE}", NOT_THERE)
             return images.decode(data, name, resolution, self.crop)
         except UndecodableImage as error:
             return error
@@ -277,7 +277,7 @@ class _Csv(_OneFileEach):
         for entry in entries:
             folder, name = _place(self._root, entry.name)
             if not folder.url.startswith(UNLISTED) and name not in names(folder):
-                missing.append(f"{entry.name} (line {entry.location[0]})")
+                missing.append(f"{printable(entry.name)} (line {entry.location[0]})")
             yield entry
         if missing:
             raise UserError(
@@ -289,7 +289,8 @@ class _Csv(_OneFileEach):
         """UserError for a path outside the folder: whoever wrote the CSV could have any file of this user or store read."""
         if not (self._outside or _is_inside(entry.name)):
             raise UserError(
-                f"{self.where}: image {entry.name} is outside the CSV's folder; if the CSV is yours, --set data.csv_outside=allow"
+                f"{self.where}: image {printable(entry.name)} is outside the CSV's folder; if the CSV is yours, "
+                "--set data.csv_outside=allow"
             )
         return entry
 
@@ -388,7 +389,7 @@ def _label_names(opened: Listing, data: Data, where: str) -> list[str]:
 
 def _gone(what: str) -> StorageError:
     return StorageError(
-        f"{what} is gone: it was there when the source was listed; "
+        f"{printable(what)} is gone: it was there when the source was listed; "
         "restore it, or change data.source.version and the sweep's name, and the source is listed again"
     )
 

@@ -9,11 +9,11 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from dis_scale.data.images import IMAGE_BYTES, SUFFIXES, ending
 from dis_scale.data.listing import Contents, Entry, LeftOut, number_or_name
-from dis_scale.process.errors import StorageError, UserError
+from dis_scale.process.errors import StorageError, UserError, printable
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import TarSource
 from dis_scale.storage.folder import Folder
@@ -103,10 +103,26 @@ def _entries(root: Folder, name: str, settings: TarSource, labelled: bool) -> It
         ) from error
 
 
+EXTENDED = {
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+}  # fmt: skip
+"""Types of headers with more about the member after them."""
+
+
 class _Member(tarfile.TarInfo):
     """A tar's member, with its bytes if it may hold a label."""
 
     data: bytes = b""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Return the member of a header; ReadError for an extended header that would fill the memory."""
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in EXTENDED and member.size > LABEL_BYTES:
+            raise tarfile.ReadError(
+                f"an extended header of {member.size:,} bytes, and at most {LABEL_BYTES:,} are read"
+            )
+        return member
 
 
 def _members(file: BinaryIO) -> Iterator[_Member]:
@@ -161,7 +177,7 @@ def _images(
         if kind == settings.image or (settings.image is None and f".{kind.lower()}".endswith(SUFFIXES)):
             images.append(member)
         elif kind == settings.label:
-            label = _label(member, f"{where}: {member.name}", settings) if labelled else None
+            label = _label(member, f"{where}: {printable(member.name)}", settings) if labelled else None
         else:
             yield LeftOut(f"{tar}/{member.name}", ending(base))
     yield from _sample_entries(images, label, tar, where, settings, labelled)
@@ -172,7 +188,7 @@ def _sample_entries(
 ) -> Iterator[Entry]:
     if len(images) > 1 and settings.label in ("cls", "json"):
         raise UserError(
-            f"{where}: {images[0].name} and {images[1].name} are two images of one sample: "
+            f"{where}: {printable(images[0].name)} and {printable(images[1].name)} are two images of one sample: "
             f"say which is the image, for example data.source.image = {images[0].name.rpartition('.')[2]}"
         )
     for image in images:
@@ -183,7 +199,7 @@ def _sample_entries(
         if image_label is None or image_label == "":
             expected = "a folder around it" if settings.label == "folder" else f"a .{settings.label} next to it"
             raise UserError(
-                f"{where}: image {image.name} has no label: expected {expected}, "
+                f"{where}: image {printable(image.name)} has no label: expected {expected}, "
                 "or set where labels are: data.source.label = cls, json, folder or tar"
             )
         yield Entry(f"{tar}/{image.name}", image_label, tar, (image.offset_data, image.size))

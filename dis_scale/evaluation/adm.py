@@ -18,6 +18,8 @@ from dis_scale.process.errors import StorageError, UserError
 from dis_scale.storage.folder import locate
 
 IMAGES = "arr_0"
+ARRAY_BYTES = 256 * 2**20
+"""Most bytes of an array of statistics, unpacked; a covariance of Inception's 2,048 features has 32 MiB."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Adm:
     def _array(self, name: str) -> np.ndarray | None:
         if f"{name}.npy" not in self.file.namelist():
             return None
+        if (size := self.file.getinfo(f"{name}.npy").file_size) > ARRAY_BYTES:
+            raise UserError(f"{self.url}: {name} has {size:,} bytes, and statistics have at most {ARRAY_BYTES:,}")
         return np.lib.format.read_array(io.BytesIO(self.file.read(f"{name}.npy")), allow_pickle=False)
 
 

@@ -15,7 +15,7 @@ class DisScaleError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        return redact(super().__str__())
+        return shown(redact(super().__str__()))
 
 
 class UserError(DisScaleError):
@@ -81,6 +81,11 @@ class Preempted(DisScaleError):
 def printable(name: str) -> str:
     """Return a name as it can be shown: control characters, and bytes that are not UTF-8, as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def shown(text: str) -> str:
+    """Return lines of text as a terminal may get them: no control characters but the ends of lines."""
+    return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

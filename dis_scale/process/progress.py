@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Column
 from rich.text import Text
 
+from dis_scale.process.errors import shown
+
 ReportDone = Callable[[int], None]
 """Called with the number done so far."""
 ReportShare = Callable[[int, int], None]
@@ -81,7 +83,7 @@ class Board:
         self._bars.stop()
 
     def say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(shown(line), highlight=False, markup=False, soft_wrap=True)
 
     def update(self, name: str, done: int, total: int, unit: str) -> None:
         """Set the progress of the stage `name`; it never goes back."""

@@ -151,7 +151,8 @@ def load_pretrained(settings: PretrainedVae) -> Vae:
     """Load a published VAE from a local folder or hub id; UserError if there is none, or none of the `SUPPORTED` classes."""
     kind, _ = published(settings)
     try:
-        read = partial(kind.from_pretrained, output_loading_info=True, low_cpu_mem_usage=False)  # True needs accelerate
+        # low memory would need accelerate; without `use_safetensors` diffusers falls back to pickled weights
+        read = partial(kind.from_pretrained, output_loading_info=True, low_cpu_mem_usage=False, use_safetensors=True)
         net, info = _from_path(settings, read)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]

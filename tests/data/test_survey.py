@@ -70,7 +70,7 @@ def test_every_broken_image_is_named_at_once(tmp_path: Path) -> None:
     found = surveyed(tmp_path)
     assert [each.name for each in found.broken] == ["cut.png", "empty.jpg", "text.jpg"]
     assert found.broken[1].why == "it is empty (0 bytes)"
-    assert found.broken[2].why == "it is in no format that Pillow knows"
+    assert found.broken[2].why == "it is in none of the formats that are read"
     assert all(each.why for each in found.broken)
     assert "broken   3 of 4 images cannot be decoded" in describe(found)
 

