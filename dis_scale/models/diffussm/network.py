@@ -20,6 +20,7 @@ from dis_scale.models.tokens import (
     patchify,
     position_table,
     unpatchify,
+    wide,
     zero_,
 )
 from dis_scale.process.errors import UserError
@@ -59,7 +60,7 @@ class SlotLinear(nn.Module):
 
 
 class DiffuSSMBlock(nn.Module):
-    """Hourglass up, both scans at full length, hourglass down, gate; names as in the paper, W4 ours."""
+    """Hourglass up, both scans at full length, hourglass down, gate; names as in the paper, W4 ours. The stream is float32."""
 
     def __init__(self, settings: DiffuSsm):
         super().__init__()
@@ -78,17 +79,18 @@ class DiffuSSMBlock(nn.Module):
 
     def forward(self, I_BGD: Tensor, c_BD: Tensor) -> Tensor:
         shift_BD, scale_BD, gate_BD = self.modulation(F.silu(c_BD)).chunk(3, dim=1)
-        h_BGD = modulate(_norm(I_BGD), shift_BD, scale_BD)
+        h_BGD = modulate(_norm(I_BGD, c_BD.dtype), shift_BD, scale_BD)
         B, G, D = h_BGD.shape
         U_BLS = F.gelu(self.W_up(F.gelu(self.W0(h_BGD)))).reshape(B, G * self.M, -1)
         Y_BGMS = self.scan(U_BLS).reshape(B, G, self.M, -1)
         down_BGE = F.gelu(self.W_down(Y_BGMS)).reshape(B, G, 2 * D)
         O_BGD = self.W4(self.W3(F.gelu(self.W2(down_BGE)) * F.gelu(self.W1(h_BGD))))
-        return torch.addcmul(I_BGD, gate_BD.unsqueeze(1), O_BGD)
+        return torch.addcmul(I_BGD, wide(gate_BD).unsqueeze(1), wide(O_BGD))
 
 
-def _norm(x_BGD: Tensor) -> Tensor:
-    return F.layer_norm(x_BGD, x_BGD.shape[-1:], eps=1e-6)
+def _norm(x_BGD: Tensor, dtype: torch.dtype) -> Tensor:
+    """The norm of the stream, in the type of the products."""
+    return F.layer_norm(x_BGD, x_BGD.shape[-1:], eps=1e-6).to(dtype)
 
 
 class DiffuSSM(Backbone):
@@ -135,8 +137,9 @@ class DiffuSSM(Backbone):
         I_BGD = self.embed(raster_BLP.reshape(B, -1, P * self.settings.hourglass))
         if self.position is not None:
             I_BGD = I_BGD + self.position.to(dtype)
+        I_BGD = wide(I_BGD)
         for i, block in enumerate(self.blocks):
             I_BGD = run_block(self.checkpointing, i, block, I_BGD, c_BD)
         shift_BD, scale_BD = self.modulation(F.silu(c_BD)).chunk(2, dim=1)
-        out_BGP = self.final(modulate(_norm(I_BGD), shift_BD, scale_BD))
+        out_BGP = self.final(modulate(_norm(I_BGD, dtype), shift_BD, scale_BD))
         return unpatchify(out_BGP.reshape(B, L, 2 * P), self.patch)

@@ -7,6 +7,7 @@ Axes: B samples, C channels, T patches, D width. Read next: public.py for the pu
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,13 +22,14 @@ from dis_scale.models.tokens import (
     modulate,
     position_table,
     unpatchify,
+    wide,
     zero_,
 )
 from dis_scale.process.settings import LatentShape
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, each behind a layer norm whose shift, scale and gate come from the condition."""
+    """Attention and MLP, each behind a layer norm whose shift, scale and gate come from the condition. The stream is float32."""
 
     def __init__(self, settings: Dit):
         super().__init__()
@@ -40,8 +42,8 @@ class DiTBlock(nn.Module):
 
     def forward(self, x_BTD: Tensor, c_BD: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(c_BD)).chunk(6, dim=1)
-        x_BTD = x_BTD + gate_a.unsqueeze(1) * self._attend(modulate(_norm(x_BTD), shift_a, scale_a))
-        hidden_BTF = F.gelu(self.up(modulate(_norm(x_BTD), shift_m, scale_m)), approximate="tanh")
+        x_BTD = x_BTD + gate_a.unsqueeze(1) * self._attend(modulate(_norm(x_BTD, c_BD.dtype), shift_a, scale_a))
+        hidden_BTF = F.gelu(self.up(modulate(_norm(x_BTD, c_BD.dtype), shift_m, scale_m)), approximate="tanh")
         x_BTD = x_BTD + gate_m.unsqueeze(1) * self.down(hidden_BTF)
         return x_BTD
 
@@ -52,8 +54,9 @@ class DiTBlock(nn.Module):
         return x_BTD
 
 
-def _norm(x_BTD: Tensor) -> Tensor:
-    return F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6)
+def _norm(x_BTD: Tensor, dtype: torch.dtype) -> Tensor:
+    """The norm of the stream, in the type of the products."""
+    return F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6).to(dtype)
 
 
 class DiT(Backbone):
@@ -99,11 +102,11 @@ class DiT(Backbone):
         self.check(x_BCHW, y_B)
         dtype = self.compute_dtype
         c_BD = self.condition(t_B, y_B)
-        x_BTD = self.patches(x_BCHW.to(dtype)) + self.position.to(dtype)
+        x_BTD = wide(self.patches(x_BCHW.to(dtype)) + self.position.to(dtype))
         for i, block in enumerate(self.blocks):
             x_BTD = run_block(self.checkpointing, i, block, x_BTD, c_BD)
         shift_BD, scale_BD = self.modulation(F.silu(c_BD)).chunk(2, dim=1)
-        return unpatchify(self.final(modulate(_norm(x_BTD), shift_BD, scale_BD)), self.patch)
+        return unpatchify(self.final(modulate(_norm(x_BTD, dtype), shift_BD, scale_BD)), self.patch)
 
     def scale_initial(self, weights: Mapping[str, Tensor], growth: Mapping[str, float], base_width: int) -> None:
         """Xavier's deviation of the patches falls with the width; that of the time's second product does not."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dis_scale.models.checkpointing import run_block
 from dis_scale.models.family import Family
 from dis_scale.models.settings import FamilySettings
-from dis_scale.models.tokens import Backbone, Linear, PatchEmbed, TimeEmbedding, modulate, unpatchify, zero_
+from dis_scale.models.tokens import Backbone, Linear, PatchEmbed, TimeEmbedding, modulate, unpatchify, wide, zero_
 from dis_scale.process.settings import Count, LatentShape
 
 
@@ -37,9 +37,9 @@ class GatedConvBlock(nn.Module):
 
     def forward(self, x_BLD: Tensor, c_BD: Tensor) -> Tensor:
         shift_BD, scale_BD, gate_BD = self.modulation(F.silu(c_BD)).chunk(3, dim=1)
-        h_BLD = modulate(F.layer_norm(x_BLD, x_BLD.shape[-1:]), shift_BD, scale_BD)
+        h_BLD = modulate(F.layer_norm(x_BLD, x_BLD.shape[-1:]).to(c_BD.dtype), shift_BD, scale_BD)
         value_BLD, open_BLD = self.up(h_BLD).chunk(2, dim=-1)
-        taps, value_BDL = self.taps.to(x_BLD.dtype), value_BLD.transpose(1, 2)
+        taps, value_BDL = self.taps.to(h_BLD.dtype), value_BLD.transpose(1, 2)
         mixed_BLD = F.conv1d(value_BDL, taps, padding=self.reach, groups=len(taps)).transpose(1, 2)
         return x_BLD + gate_BD.unsqueeze(1) * self.down(F.silu(open_BLD) * mixed_BLD)
 
@@ -59,10 +59,10 @@ class GatedConv(Backbone):
     def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
         self.check(x_BCHW, y_B)
         dtype, c_BD = self.compute_dtype, self.condition(t_B, y_B)
-        x_BLD = self.patches(x_BCHW.to(dtype)) + self.position.to(dtype)
+        x_BLD = wide(self.patches(x_BCHW.to(dtype)) + self.position.to(dtype))  # the stream is float32
         for i, block in enumerate(self.blocks):
             x_BLD = run_block(self.checkpointing, i, block, x_BLD, c_BD)
-        return unpatchify(self.final(F.layer_norm(x_BLD, x_BLD.shape[-1:])), self.patch)
+        return unpatchify(self.final(F.layer_norm(x_BLD, x_BLD.shape[-1:]).to(dtype)), self.patch)
 
 
 FAMILY = Family(GatedConvSettings, GatedConv, presets={"GatedConv-S/2": {"width": 384, "depth": 12, "patch": 2}})
