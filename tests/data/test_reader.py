@@ -23,6 +23,7 @@ from ops.drills import object_store
 from tests.support.faulty_gateway import Gateway
 from tests.support.flaky_store import FlakyFileSystem, busy, bytes_read, reads
 from tests.support.small_latents import CLASSES, make, read, read_epoch
+from tests.support.waiting import wait_until
 
 COUNTS = [6, 5, 7, 6, 0, 6, 6, 3, 6, 6, 6]
 FULL = [count for count in COUNTS if count]
@@ -63,13 +64,6 @@ def test_a_set_kept_in_memory_is_read_once(at: Path) -> None:
     for first in range(0, 3 * sum(COUNTS), 8):
         read(latents, first, first + 8)
     assert sorted(reads(at).values()) == [1] * len(FULL)
-
-
-def wait_until(true: object, timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.01)
 
 
 def test_after_the_first_step_training_does_not_wait(at: Path, flaky_store: type[FlakyFileSystem]) -> None:

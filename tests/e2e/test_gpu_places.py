@@ -33,6 +33,7 @@ from tests.support.drivers import driver_of, logged
 from tests.support.probe import Probe
 from tests.support.stage_jobs import RayJob, RecordedJob, job_of
 from tests.support.stages import ONE_MODEL
+from tests.support.waiting import wait_until
 
 GPUS = 2
 
@@ -160,7 +161,7 @@ def test_evaluation_waits_for_training_and_gives_its_gpus_back(node: str, tmp_pa
     # Training fails: its GPUs are free, and evaluation takes them. It is asked again at once whether it may keep them.
     Ended(why="a GPU fell off the bus").write(sweep.run("dit").folder)
     remove_placement_group(training)
-    wait_until(lambda: state.evaluated_counts(sweep, "dit") == [0])
+    wait_until(lambda: state.evaluated_counts(sweep, "dit") == [0], 300)
     training = training_group()  # would wait for ever if evaluation kept its GPUs
     assert state.evaluated_counts(sweep, "dit") == [0]
 
@@ -207,10 +208,3 @@ def test_a_sweep_says_at_its_start_which_stage_no_node_can_hold(node: str, tmp_p
     assert logged(large).count("waiting for capacity for 3 workers, each with 1 CPU, 1 GPU, 1 train; ") == 1
     fitting = driver_of(reading.load(TINY, ["device=cuda", "train.workers=2"]), tmp_path)
     sweep_command.await_nodes(fitting, on_gpus)
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 300
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

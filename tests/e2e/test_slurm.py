@@ -9,7 +9,8 @@ import pytest
 
 from dis_scale.storage.folder import open_folder
 from tests.support import slurm, stages, sweeps
-from tests.support.slurm import Slurm, wait_until
+from tests.support.slurm import Slurm
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.faults
 SETTINGS = (*sweeps.SLOW, f"models={stages.ONE_MODEL}", "evaluate.variants={}")

@@ -93,29 +93,6 @@ def test_the_distance_equals_calculate_metrics(
     )
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3000)
-def test_all_2048_features_equal_calculate_metrics(tmp_path: Path, small: None) -> None:
-    """More images than features, and torch-fidelity's defaults: 100 subsets of 1,000."""
-    shade, path = np.linspace(0.4, 1, 2100)[:, None, None, None], str(seeded_inception.write(tmp_path)[0])
-    generated, real = (blobs(2100, 10) * shade).astype(np.uint8), blobs(2060, 11)
-    theirs = calculate_metrics(
-        input1=Images(as_tensor(generated)), input2=Images(as_tensor(real)), cuda=False, verbose=False, isc=True, fid=True,
-        kid=True, prc=True, feature_extractor="inception-v3-compat", feature_extractor_weights_path=path, save_cpu_ram=True,
-    )  # fmt: skip
-    ours = extractor()
-    a, b = ours(generated), ours(real)
-    splits = score.Score(score.shuffled_splits(2100), inception.CLASSES)
-    splits.add(a.logits)
-    values = {
-        "frechet_inception_distance": metrics.frechet(metrics.fit(a.pooled), metrics.fit(b.pooled)),
-        "inception_score_mean": splits.result()[0],
-        "kernel_inception_distance_mean": whole.kid(a.pooled, b.pooled),
-    } | dict(zip(("precision", "recall"), whole.precision_recall(a.pooled, b.pooled), strict=True))
-    print({name: (value, theirs[name], value / theirs[name] - 1) for name, value in values.items()})
-    assert values == pytest.approx({name: theirs[name] for name in values}, rel=1e-5)
-
-
 def test_features_equal_torch_fidelity_and_spatial_ones_a_hook(tmp_path: Path) -> None:
     """At full input size; float32 sums in another memory layout."""
     path, _ = seeded_inception.write(tmp_path)

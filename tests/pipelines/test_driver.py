@@ -65,35 +65,28 @@ def driver(tmp_path: Path) -> Driver:
 SUCCEEDED = FakeJob([JobStatus.SUCCEEDED])
 
 
-def test_a_model_named_evaluate_keeps_its_failure_apart_from_evaluations(driver: Driver) -> None:
-    fakes = {
-        ("evaluate",): failed("the VAE is damaged"),
-        ("train", "evaluate"): failed("a worker was lost"),
-        ("train", "dit"): SUCCEEDED,
+LOST, DAMAGED = "a worker was lost", "the VAE is damaged"
+
+
+@pytest.mark.parametrize(
+    ("failing", "failures"),
+    [
+        ({("evaluate",): DAMAGED, ("train", "evaluate"): LOST}, Failures({"evaluate": LOST}, DAMAGED)),
+        ({("evaluate",): DAMAGED}, Failures({}, DAMAGED)),
+        ({("train", "dit"): LOST}, Failures({"dit": LOST})),
+    ],
+    ids=["the model evaluate and evaluation", "evaluation", "one of two models"],
+)
+def test_each_failure_is_that_of_its_own_job(
+    driver: Driver, failing: dict[tuple[str, ...], str], failures: Failures
+) -> None:
+    jobs = dict.fromkeys((("evaluate",), ("train", "evaluate"), ("train", "dit")), SUCCEEDED)
+    assert run(driver, jobs | {words: failed(why) for words, why in failing.items()}) == failures
+    assert {name: state.ended(driver.sweep, name) for name in ("evaluate", "dit")} == {
+        name: failing.get(("train", name)) for name in ("evaluate", "dit")
     }
-    failures = run(driver, fakes)
-    assert failures == Failures({"evaluate": "a worker was lost"}, "the VAE is damaged")
-    assert failures.words() == "evaluate failed: a worker was lost; evaluate failed: the VAE is damaged"
-    assert state.ended(driver.sweep, "evaluate") == "a worker was lost"
-    assert "evaluate failed: a worker was lost; the other jobs continue" in logged(driver)
-
-
-def test_a_failed_evaluation_is_no_failure_of_a_model_named_evaluate(driver: Driver) -> None:
-    fakes = {
-        ("evaluate",): failed("the VAE is damaged"), ("train", "evaluate"): SUCCEEDED, ("train", "dit"): SUCCEEDED,
-    }  # fmt: skip
-    failures = run(driver, fakes)
-    assert failures == Failures({}, "the VAE is damaged")
-    assert state.ended(driver.sweep, "evaluate") is None
-
-
-def test_a_failed_model_does_not_hide_the_others(driver: Driver) -> None:
-    fakes = {
-        ("evaluate",): SUCCEEDED, ("train", "evaluate"): SUCCEEDED, ("train", "dit"): failed("a worker was lost"),
-    }  # fmt: skip
-    failures = run(driver, fakes)
-    assert failures == Failures({"dit": "a worker was lost"})
-    assert (state.ended(driver.sweep, "dit"), state.ended(driver.sweep, "evaluate")) == ("a worker was lost", None)
+    for name in failures.models:
+        assert f"{name} failed: {LOST}; the other jobs continue" in logged(driver)
 
 
 def test_a_job_that_fails_after_the_last_count_is_published_fails_no_model(driver: Driver) -> None:

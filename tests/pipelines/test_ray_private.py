@@ -1,7 +1,7 @@
 """What is used of Ray beyond its public API, on a real Ray: these tests fail when another version changes it."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,7 @@ from ray.util.metrics import Counter
 
 from pipelines import ray_private, stage
 from tests.support.exporters import scrape_all
+from tests.support.waiting import wait_until
 
 
 @ray.remote(num_cpus=1)
@@ -33,13 +34,6 @@ def cluster() -> Iterator[Any]:
 @pytest.fixture
 def node() -> str:
     return str(ray.get_runtime_context().get_node_id())
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_an_actor_has_its_id_and_a_process_once_it_is_placed() -> None:

@@ -7,6 +7,7 @@ import sys
 import threading
 import weakref
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,16 +202,22 @@ def only_compile(launch: Launch, *arguments: Any) -> None:
     launch.kernel.warmup(*arguments, grid=launch.grid, **launch.numbers)
 
 
-def test_kernels_compile_together_and_are_those_that_a_launch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a pass without gradients, by the path of a launch: both of its scans wait for each other."""
+@pytest.fixture
+def compiles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """An H100 that compiles and cannot launch; the names of the kernels that were compiled."""
+    compiled_kernels = list[str]()
     monkeypatch.setattr(driver, "_active", CompileOnly())
-    kernel, compiles, failed = triton_scan.scan_forward, list[str](), list[Exception]()
-    monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
-    kernel.device_caches[0]
-    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **k: compiles.append(k["fn"].name))
-    together, alone = threading.Barrier(2, timeout=300), kernel.compile
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda **k: compiled_kernels.append(k["fn"].name)
+    )
+    return compiled_kernels
 
-    def compile_with_the_other(*args: Any, **kwargs: Any) -> Any:
+
+def let_wait_for_each_other(monkeypatch: pytest.MonkeyPatch, *kernels: Any) -> list[Exception]:
+    """Let each compilation of these kernels wait for another one; return the list of their failures."""
+    together, failed = threading.Barrier(2, timeout=300), list[Exception]()
+
+    def compile_with_the_other(*args: Any, alone: Any, **kwargs: Any) -> Any:
         together.wait()
         try:
             return alone(*args, **kwargs)
@@ -218,7 +225,18 @@ def test_kernels_compile_together_and_are_those_that_a_launch_takes(monkeypatch:
             failed.append(error)
             raise
 
-    monkeypatch.setattr(kernel, "compile", compile_with_the_other)
+    for kernel in kernels:
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+        kernel.device_caches[0]
+        monkeypatch.setattr(kernel, "compile", partial(compile_with_the_other, alone=kernel.compile))
+    return failed
+
+
+def test_kernels_compile_together_and_are_those_that_a_launch_takes(
+    monkeypatch: pytest.MonkeyPatch, compiles: list[str]
+) -> None:
+    """Of a pass without gradients, by the path of a launch: both of its scans wait for each other."""
+    failed = let_wait_for_each_other(monkeypatch, triton_scan.scan_forward)
     shapes = [(1, 5, 8), (1, 5, 8), (8, 1), (1, 5, 1), (1, 5, 1), (8,), (8,)]
     inputs, z = [torch.ones(shape) for shape in shapes * 2], torch.ones(1, 5, 16)[..., 8:]
     kind, directions = scan_triton._kind(False, z, inputs, FULL)
@@ -229,24 +247,13 @@ def test_kernels_compile_together_and_are_those_that_a_launch_takes(monkeypatch:
     assert len(compiles) == 3
 
 
-def test_the_convolutions_kernels_compile_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_convolutions_kernels_compile_together(monkeypatch: pytest.MonkeyPatch, compiles: list[str]) -> None:
     """Those of the backward pass: the forward pass has only one."""
-    monkeypatch.setattr(driver, "_active", CompileOnly())
-    together, compiles = threading.Barrier(2, timeout=300), list[str]()
-    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **k: compiles.append(k["fn"].name))
-    for kernel in (triton_conv.conv_backward, triton_layout.sum_conv):
-        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
-        kernel.device_caches[0]
-
-        def compile_with_the_other(*args: Any, alone: Any = kernel.compile, **kwargs: Any) -> Any:
-            together.wait()
-            return alone(*args, **kwargs)
-
-        monkeypatch.setattr(kernel, "compile", compile_with_the_other)
+    failed = let_wait_for_each_other(monkeypatch, triton_conv.conv_backward, triton_layout.sum_conv)
     x, weights = torch.ones(1, 5, 16)[..., 8:], [torch.ones(8, 4), torch.ones(8)] * 2
     dys, kind = [torch.ones(1, 5, 8)] * 2, scan_triton._conv_kind(x, weights)
     compile_together(lambda: scan_triton.compile_conv(kind, x, weights, dys))
-    assert sorted(compiles) == ["conv_backward", "sum_conv"]
+    assert (sorted(compiles), failed) == (["conv_backward", "sum_conv"], [])
     monkeypatch.setattr(Launch, "__call__", only_compile)
     scan_triton._conv_backward(triton_numbers.conv_backward(kind, 8, 8), kind, x, weights, dys)
     assert len(compiles) == 2

@@ -8,11 +8,10 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.cluster import free_ports
+from tests.support.waiting import wait_until
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol", "squeue", "scancel")
 CONFIG = """
@@ -102,10 +101,3 @@ class Slurm:
             self._daemons.append(
                 subprocess.Popen([program, *arguments], env=getattr(self, "environment", None), stdout=log, stderr=log)
             )
-
-
-def wait_until(true: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, "it did not come in time"
-        time.sleep(0.5)
