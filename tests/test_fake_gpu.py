@@ -51,14 +51,11 @@ def fake() -> Iterator[None]:
 def to_gpu(net: nn.Module) -> Any:
     """Replace all weights and buffers by fake ones on the GPU."""
     for module in net.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                module._parameters[name] = nn.Parameter(
-                    torch.empty(p.shape, dtype=p.dtype, device=CUDA), p.requires_grad
-                )
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=CUDA)
+        for name, p in list(module.named_parameters(recurse=False)):
+            on_gpu = torch.empty(p.shape, dtype=p.dtype, device=CUDA)
+            setattr(module, name, nn.Parameter(on_gpu, p.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=CUDA))
     return net
 
 
@@ -70,7 +67,7 @@ def model_on_gpu(settings: Any, precision: Precision, checkpointing: str = "none
 
 @FAMILIES
 @pytest.mark.parametrize(
-    ("precision", "checkpointing"), product(["fp32", "bf16"], ["none", "block", "every_2", "selective"])
+    ("precision", "checkpointing"), list(product(["fp32", "bf16"], ["none", "block", "every_2", "selective"]))
 )
 def test_a_training_step_copies_its_inputs_and_mixes_no_devices(
     fake: None, family: str, precision: Precision, checkpointing: str
@@ -150,7 +147,7 @@ def test_inceptions_features_come_back_to_the_host(on_host: None) -> None:
 
 
 @pytest.mark.parametrize("family", ["dis", "diffussm"])
-@pytest.mark.parametrize(("precision", "checkpointing"), product(["fp32", "bf16"], ["none", "block"]))
+@pytest.mark.parametrize(("precision", "checkpointing"), list(product(["fp32", "bf16"], ["none", "block"])))
 def test_a_gpu_keeps_the_counted_bytes(
     monkeypatch: pytest.MonkeyPatch, family: str, precision: Precision, checkpointing: str
 ) -> None:

@@ -215,32 +215,46 @@ def test_a_set_begun_in_another_mixed_order_is_not_continued(
         assert made.made_from.order == mixing.order_hash(permutation(made.made_from.images))
 
 
-def test_all_damaged_parts_are_found_at_once(small: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def staged(small: Sweep) -> Folder:
+    """The folder of all ten encoded parts, before any is mixed."""
+    latents, _, encoding = _parts(small)
+    Encoder(small, "cpu").encode(latents, encoding, deal_of(list(range(10))))
+    return latents / STAGED
+
+
+def mix(sweep: Sweep) -> None:
+    """Mix the shards of the first group."""
+    latents, source, encoding = _parts(sweep)
+    mixer = MixedOrder.of(source, sweep.recipe.precompute, encoding)
+    for _ in staging.mixed_shards(latents, source, mixer, 0):
+        pass
+
+
+def test_all_damaged_parts_are_found_at_once(small: Sweep, staged: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """They may be more than attempts without progress are allowed."""
     monkeypatch.setattr(staging, "READS_AT_ONCE", 1)
-    latents, source, encoding = _parts(small)
-    Encoder(small, "cpu").encode(latents, encoding, deal_of(list(range(10))))
-    mixer, staged = MixedOrder.of(source, small.recipe.precompute, encoding), latents / STAGED
     for name in staged.list():
         if name.endswith(StagedSidecar.ENDING):
             staged.write(name, bytes(len(staged.read(name))))
     read = {n for n in range(10) if StagedSidecar.read(staged, f"{n:06d}.json").runs[0].size_bytes}
     with pytest.raises(StorageAway, match=rf"staged: {len(read)} of 10 parts are damaged, the first is 00000\d.bin"):
-        list(staging.mixed_shards(latents, source, mixer, 0))
+        mix(small)
     assert len(read) > small.recipe.train.restarts
     assert shards.finished(staged, range(10), StagedSidecar) == set(range(10)) - read
 
 
-def test_a_part_with_a_damaged_sidecar_is_made_again(small: Sweep) -> None:
+def test_a_part_with_a_damaged_sidecar_is_made_again(small: Sweep, staged: Folder) -> None:
     """It is JSON, and its runs are intact: a refused image more would move those after it."""
-    latents, source, encoding = _parts(small)
-    Encoder(small, "cpu").encode(latents, encoding, deal_of(list(range(10))))
-    staged = latents / STAGED
     StagedSidecar.read(staged, "000003.json").changed(refused=(staging.READS_AT_ONCE,)).write(staged, "000003.json")
-    mixer = MixedOrder.of(source, small.recipe.precompute, encoding)
     with pytest.raises(StorageAway, match=r"1 of 10 parts are damaged, the first is 000003.bin"):
-        list(staging.mixed_shards(latents, source, mixer, 0))
+        mix(small)
     assert shards.finished(staged, range(10), StagedSidecar) == set(range(10)) - {3}
+
+
+def test_parts_that_another_process_deleted_are_no_damage(small: Sweep) -> None:
+    with pytest.raises(StorageAway, match=r"000000: gone: another process has finished the set, or deleted it"):
+        mix(small)
 
 
 def _parts(sweep: Sweep) -> tuple[Folder, Any, Any]:
@@ -280,13 +294,6 @@ def test_latents_without_variance_are_mixed_and_repaired(small: Sweep, tmp_path:
         assert shards.pack(shard.samples) == latents.read(name)
         stored, expected = shards.unpack(latents.read(name), ""), shards.unpack(pixels.read(name), "")
         np.testing.assert_array_equal(stored.moments, -expected.moments[:, :, :3])
-
-
-def test_parts_that_another_process_deleted_are_no_damage(small: Sweep) -> None:
-    latents, source, encoding = _parts(small)
-    mixer = MixedOrder(len(source), small.recipe.precompute, encoding.latent)
-    with pytest.raises(StorageAway, match=r"000000: gone: another process has finished the set, or deleted it"):
-        list(staging.mixed_shards(latents, source, mixer, 0))
 
 
 def test_groups_are_of_complete_shards_and_hold_each_place_once(tiny: Recipe) -> None:

@@ -197,14 +197,25 @@ def test_storage_that_is_away_does_not_end_the_watch(sweep: Sweep, monkeypatch: 
     assert text.index("dis") < text.index("storage is away; asked again in") < text.rindex("dis")
 
 
-def test_rows_that_are_merged_meanwhile_are_found(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(sweep, "dis", 160)
-    listed, log = rows._listed, sweep.run("dis").log
-    old = [rows._File(1, 0, -1), *listed(log)]
-    old.append(rows._File(1, 9, -9))  # the newest of a listing before the merge
-    answers = iter([old])
-    monkeypatch.setattr(rows, "_listed", lambda folder: next(answers, None) or listed(folder))
-    found, run = of(sweep, "dis")
+def test_rows_that_are_merged_meanwhile_are_found(sweep: Sweep) -> None:
+    train(sweep, "dis", 80)
+    log, merged = sweep.run("dis").log, list[str]()
+    writer = RowWriter(log, 2)
+    for images in (120, 160):
+        writer.add(images, {"loss": 1.0, "images_per_s": 10.0})
+        writer.settle()
+    newest = log.list()[-1]
+
+    def merge(verb: str, path: str) -> None:
+        """Merge the newest file with others when it is listed and not yet read."""
+        if verb == "read" and path.endswith(newest) and not merged:
+            merged.append(path)
+            rows.compact(log)
+
+    with store_requests.before_each(merge):
+        found, run = of(sweep, "dis")
+    assert merged
+    assert not log.exists(newest)
     assert (run.images_seen, found.wrong[-1]) == (
         160,
         f"stopped: no sweep command has run yet; to continue: dis-scale resume {sweep}",
