@@ -9,7 +9,8 @@
 # override them on sbatch's command line.
 #
 # The job's time limit and a preemption are a stop request: training saves, and the job is queued again and continues. To stop it
-# for good: dis-scale stop SWEEP, or scancel --batch --signal=INT JOB. An error (exit codes 1, 2, 69, 74) is not queued again.
+# for good: dis-scale stop SWEEP, or scancel --batch --signal=INT JOB. An error (exit codes 1, 2, 69) is not queued again;
+# storage that is away (74) is, up to 50 times.
 #SBATCH --job-name=dis-scale
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -90,7 +91,10 @@ if [ -z "$requested" ]; then
 else
     code=75
 fi
-if [ "$code" = 75 ] && [ "$again" = yes ]; then
+if [ "$code" = 74 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ]; then
+    again=yes
+fi
+if { [ "$code" = 75 ] || [ "$code" = 74 ]; } && [ "$again" = yes ]; then
     echo "queued again: the sweep continues in the next run of job $SLURM_JOB_ID"
     scontrol requeue "$SLURM_JOB_ID"
     sleep 60 # Slurm ends this run

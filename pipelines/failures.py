@@ -42,6 +42,9 @@ class WorkerFailure(DisScaleError):
     def __init__(self, words: str, done: int = 0, silent_s: float = 0.0) -> None:
         super().__init__(words)
         self.done, self.silent_s, self.at = done, silent_s, time.time()
+        self.cause: Cause = "lost"
+        self.nodes = frozenset[str]()
+        """Names of the nodes that the attempt ran on, as far as they are known."""
 
 
 class StorageFailure(WorkerFailure):
@@ -71,7 +74,9 @@ def failure_to_raise(failures: Sequence[tuple[int, Exception]], done: int, silen
             return StorageFailure(describe(worst), done, silent_s)
         case "mistake":
             return worst
-    return WorkerFailure(describe(worst), done, silent_s)
+    failure = WorkerFailure(describe(worst), done, silent_s)
+    failure.cause = blame(worst)
+    return failure
 
 
 def failure_of(result: Any) -> Exception | None:

@@ -1,6 +1,7 @@
 """Restarts of failed attempts: how many, how long apart, and the message after the last."""
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import TypeVar
 
 import ray
@@ -13,6 +14,10 @@ from pipelines.stage import StageJob
 T = TypeVar("T")
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 2.0, 60.0
 """Wait before the second consecutive attempt without progress; it doubles from one to the next."""
+STORAGE_AWAY_S = 3600.0
+"""Time for which attempts that end because storage is away are repeated; they do not count towards the limit."""
+SAME, ALWAYS = 5, 10
+"""Crashes in a row with as much done and of one cause after which a job ends: on at least two sets of nodes, or on any."""
 
 
 def with_restarts(
@@ -20,11 +25,12 @@ def with_restarts(
 ) -> T:
     """Return the attempt's result. After a failure run it again with that failure, as often as the recipe allows.
 
-    Only consecutive attempts without progress (`stored` has not grown) count towards the limit. The wait between them doubles.
-    DisScaleError after the last; StorageAway if storage was away in it.
+    Only consecutive attempts without progress (`stored` has not grown) count towards the limit, and none that ended because storage
+    was away. The wait between them doubles. DisScaleError after the last, or when the crash is deterministic; StorageAway when
+    storage has been away for too long.
     """
     failures: list[WorkerFailure] = []
-    before = _stored_or(0, stored)
+    before, away_since_s, in_a_row = _stored_or(0, stored), float("inf"), 0
     while True:
         try:
             return attempt(failures[-1] if failures else None)
@@ -33,12 +39,21 @@ def with_restarts(
                 raise
             job.raise_if_stopped()
             failure = error if isinstance(error, WorkerFailure) else _failure(error)
+        failure.nodes = job.placed
         now = _stored_or(before, stored)
-        failures, before = ([failure] if now > before else [*failures, failure]), now
-        if len(failures) > job.recipe.train.restarts:
-            kind = StorageAway if isinstance(failure, StorageFailure) else DisScaleError
-            raise kind(_last_words(name, failures)) from failure
-        wait_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (len(failures) - 2)) if len(failures) > 1 else 0.0
+        failures, in_a_row = (failures, in_a_row + 1) if now == before else ([], 1)
+        before = now
+        if isinstance(failure, StorageFailure):
+            away_since_s = min(away_since_s, job.now_s())
+            if job.now_s() - away_since_s > STORAGE_AWAY_S:
+                raise StorageAway(
+                    f"{name}: storage has been away for {STORAGE_AWAY_S / 60:.0f} minutes: {failure}"
+                ) from failure
+        else:
+            failures, away_since_s = [*failures, failure], float("inf")
+            if len(failures) > job.recipe.train.restarts or _deterministic(failures):
+                raise DisScaleError(_last_words(name, failures)) from failure
+        wait_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(in_a_row - 2, 9)) if in_a_row > 1 else 0.0
         left = job.recipe.train.restarts - len(failures)
         counts.add(counts.RESTARTS)
         job.emit("restart", job=name, done=failure.done, left=left)
@@ -61,6 +76,14 @@ def _stored_or(before: int, stored: Callable[[], int]) -> int:
         return stored()
     except DisScaleError:
         return before
+
+
+def _deterministic(failures: Sequence[WorkerFailure]) -> bool:
+    """Whether the last attempts crashed at the same place, after some progress, by the same cause, wherever they ran."""
+    last = failures[-1]
+    alike = list(takewhile(lambda each: (each.done, each.cause) == (last.done, last.cause), reversed(failures)))
+    elsewhere = len({failure.nodes for failure in alike}) > 1
+    return last.done > 0 and (len(alike) >= ALWAYS or (len(alike) >= SAME and elsewhere))
 
 
 def _last_words(name: str, failures: Sequence[WorkerFailure]) -> str:

@@ -37,6 +37,8 @@ class StageJob:
     logs: JobLogs = field(default_factory=lambda: JobLogs(None, Context()))
     requests: dict[str, Resources] = field(default_factory=dict)
     """The resources that each worker asked for, by its actor's id."""
+    placed: frozenset[str] = frozenset()
+    """Names of the nodes that the current attempt runs on."""
     dealer: Any = None
     """The actor that deals shared work (pipelines/sharing.py); None before the first."""
 

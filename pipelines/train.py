@@ -240,6 +240,7 @@ class TrainingRun:
     def _log_places(self, places: Sequence[Place]) -> None:
         """Log the ranks of each node."""
         names = {place.node: nodes.name_of(place.node) for place in places}
+        self.job.placed = frozenset(names.values())
         self.job.emit("placed", model=self.model, nodes=[names[place.node] for place in places])
         for node, name in names.items():
             ranks = [rank for rank, place in enumerate(places) if place.node == node]

@@ -59,12 +59,39 @@ def test_an_attempt_follows_unavailable_storage_but_not_damage(job: RecordedJob)
         run(job, [StorageError("damaged")], [0, 0])
 
 
-def test_after_the_last_attempt_storage_that_is_away_is_reported_as_such(job: RecordedJob) -> None:
-    """Its exit code lets a new cluster try again; a driver's error and a worker's count alike."""
+def test_an_outage_of_storage_is_waited_for_and_does_not_count(job: RecordedJob) -> None:
+    """For an hour, in which each attempt may take minutes to notice; a driver's error and a worker's are alike."""
     of_a_rank = ray.exceptions.RayTaskError("train", "traceback", StorageAway("away"))
-    for failure in (StorageAway("away"), of_a_rank, StorageFailure("away")):
-        with pytest.raises(StorageAway, match="dis: 4 attempts in a row failed without progress: away"):
-            run(job, [WorkerFailure("lost")] * 3 + [failure], [0] * 5)
-    with pytest.raises(DisScaleError) as raised:
-        run(job, [StorageAway("away")] * 3 + [WorkerFailure("lost")], [0] * 5)
-    assert not isinstance(raised.value, StorageAway)
+    outage = [StorageAway("away"), of_a_rank, StorageFailure("away")] * 10
+    lost = [WorkerFailure("lost")] * 3
+    assert len(run(job, [*lost, *outage], [0] * 40)) == 34
+    with pytest.raises(StorageAway, match="dis: storage has been away for 60 minutes: away"):
+        run(job, outage * 3, [0] * 99)
+    with pytest.raises(DisScaleError, match="dis: 4 attempts in a row failed without progress: lost"):
+        run(job, [*lost, *outage, WorkerFailure("lost")], [0] * 40)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "done", "attempts"),
+    [
+        ("ababa", [112] * 5, 5), ("aaaaaaaaaa", [112] * 10, 10), ("ababababab", [112, 96] * 5, 11), ("abababab", [0] * 8, 11),
+        ("aaaabbbb", [112] * 8, 5),
+    ],
+    ids=["on two sets of nodes", "always on one set", "at two places", "before any progress", "after a move"],
+)  # fmt: skip
+def test_a_deterministic_crash_does_not_burn_all_restarts(
+    tiny: Recipe, nodes: str, done: list[int], attempts: int
+) -> None:
+    """Of the ten that this recipe allows."""
+    recipe = tiny.model_copy(update={"train": tiny.train.model_copy(update={"restarts": 10})})
+    job, made = job_of(recipe), 0
+
+    def attempt(_: WorkerFailure | None) -> None:
+        nonlocal made
+        job.placed = frozenset(nodes[made % len(nodes)])
+        made += 1
+        raise WorkerFailure("worker lost", done[(made - 1) % len(done)])
+
+    with pytest.raises(DisScaleError):
+        with_restarts(job, "dis", attempt, lambda: 80)
+    assert made == attempts
