@@ -17,7 +17,6 @@ from pipelines import lines
 from pipelines.cluster import Cluster, in_ray_job
 from pipelines.jobs import Job, Silence, stop_jobs, submit
 
-MOST_PAUSE_S = 6 * 3600.0
 ASK_EVERY_S = 10.0
 """Interval at which storage is asked whether a branch can begin."""
 
@@ -33,15 +32,13 @@ class Driver:
     submit: Callable[..., Job] = submit
     poll_every_s: float = 0.5
     evaluate_again_s: float = 600.0
-    """Pause before an evaluation job that failed is submitted again; doubled each time, up to `MOST_PAUSE_S`."""
+    """Pause before an evaluation job that failed is submitted again."""
     requests_polled_every_s: float = lease.BEAT_S
     """Interval at which storage is asked for a stop request of another process."""
     as_json: bool = False
     """Print the lines of the jobs as they are, JSON, instead of what they say."""
-    silence: Silence = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.silence = Silence(self.board.say)
+    taken_over: bool = False
+    """Whether another process of the same Ray runs the sweep now; the jobs are its own."""
 
 
 @dataclass
@@ -65,7 +62,7 @@ def stopping_jobs(driver: Driver, joined: bool = False) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        stopped = [job for job in driver.jobs if job.ours or joined]
+        stopped = [job for job in driver.jobs if (job.ours or joined) and not driver.taken_over]
         # Wait until the jobs have saved: their Ray may end with this process. A Ray job has no time for it.
         stop_jobs(stopped, wait_s=0.0 if in_ray_job() else driver.sweep.recipe.grace_s + 5)
         raise
@@ -119,7 +116,7 @@ class _Evaluation:
         self._driver, self._failures = driver, failures
         self._submit = partial(_submit, driver, cluster, "evaluate")
         self._job: Job | None = self._submit()
-        self._pause_s, self._again_s, self._last, self._over = driver.evaluate_again_s, 0.0, False, False
+        self._again_s, self._last, self._over = 0.0, False, False
 
     def over(self, trained: bool) -> bool:
         """Show its log; return whether it has ended for good. An attempt begun once all models are `trained` is the last."""
@@ -142,8 +139,7 @@ class _Evaluation:
         self._failures.evaluation = _failure(self._driver, job, "evaluate")
         if self._last or isinstance(job.error(""), UserError):
             return False
-        self._job, self._again_s = None, time.monotonic() + self._pause_s
-        self._pause_s = min(2 * self._pause_s, MOST_PAUSE_S)
+        self._job, self._again_s = None, time.monotonic() + self._driver.evaluate_again_s
         return True
 
 
@@ -195,10 +191,11 @@ def how_to_continue(sweep: Sweep) -> str:
 
 
 def _submit(driver: Driver, cluster: Cluster, stage: str, *arguments: str) -> Job:
-    while (job := driver.silence.ask(lambda: driver.submit(cluster, driver.sweep, stage, *arguments))) is None:
+    silence = Silence(driver.board.say)
+    while (job := silence.ask(lambda: driver.submit(cluster, driver.sweep, stage, *arguments))) is None:
         raise_if_stopped(driver)
         time.sleep(driver.poll_every_s)
-    job.silence = driver.silence
+    job.silence = silence
     driver.jobs.append(job)
     joined = "" if job.ours else " (running already: joined)"
     driver.board.say(f"{' '.join([stage, *arguments])}: Ray job {job.id}{joined}")

@@ -48,7 +48,7 @@ class Unanswered(DisScaleError):
 
 @dataclass
 class Silence:
-    """How long Ray's dashboard has not answered, over all jobs of a sweep: it is logged once, and raised after `most_s`."""
+    """How long Ray's dashboard has not answered a question: it is logged once, and raised after `most_s`."""
 
     say: Callable[[str], None] = print
     most_s: float = SILENT_S
@@ -59,17 +59,15 @@ class Silence:
         """Return the answer of a call to Ray's client; None if none came. Unanswered if none has come for too long."""
         try:
             answer = call()
-        except (RuntimeError, OSError) as error:
-            self.note(error)
+        except (RuntimeError, OSError, Unanswered) as error:  # a RuntimeError also says that a job is gone
+            self._note(" ".join(str(error).split())[:200])
             return None
         if self._since_s is not None:
             self.say(f"Ray's dashboard answers again, after {self.now_s() - self._since_s:.0f} s")
             self._since_s = None
         return answer
 
-    def note(self, error: Exception) -> None:
-        """Note a missing answer; Unanswered if none has come for too long."""
-        why = " ".join(str(error).split())[:200]
+    def _note(self, why: str) -> None:
         if self._since_s is None:
             self._since_s = self.now_s()
             self.say(
@@ -220,9 +218,13 @@ def submit_new(
         except (RuntimeError, ValueError, OSError) as error:
             if "already" in str(error):
                 return Job(cluster, name, ours=unanswered)
-            unanswered = isinstance(error, OSError)  # requests' errors of connections; the job may have been taken
+            # requests' errors of connections, and a gateway's: the job may have been taken
+            unanswered = isinstance(error, OSError) or "status code 5" in str(error)
+            why = f"Ray did not take the job {name}: {' '.join(str(error).split())[:300]}"
+            if unanswered and time.monotonic() > deadline:
+                raise Unanswered(why) from error
             if not (unanswered or "No available agent" in str(error)) or time.monotonic() > deadline:
-                raise DisScaleError(f"Ray did not take the job {name}: {' '.join(str(error).split())[:300]}") from error
+                raise DisScaleError(why) from error
         time.sleep(retry_s)  # Ray has just started on a busy machine: its agent comes up after its dashboard
 
 

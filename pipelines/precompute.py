@@ -5,7 +5,7 @@ worker makes it: dis_scale/data/encode.py.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +22,17 @@ from dis_scale.training import devices
 from pipelines.failures import WorkerFailure
 from pipelines.nodes import choose_device
 from pipelines.restarts import with_restarts
-from pipelines.sharing import Deal, capacity, share
+from pipelines.sharing import SHARED, Deal, capacity, share
 from pipelines.stage import StageJob
-from pipelines.watching import Watch, watch
+from pipelines.watching import SILENT, watch
 from pipelines.worker import Worker, request_for, spawn
 
 if TYPE_CHECKING:
     from dis_scale.vae import Vae
+
+
+MIXING = replace(SHARED, hang_after_s=SILENT.hang_after_s)
+"""A worker that mixes reports nothing while it reads the runs of a group."""
 
 
 class Encoder(Worker):
@@ -99,7 +103,7 @@ class RayEncoders:
     def encoding(self) -> Encoding:
         """Return what the encoders encode with, from one of them that needs no GPU."""
         worker = spawn(self.job, Encoder, request_for("precompute", "cpu", 1), self.job.sweep, self.device)
-        (encoding,) = watch(self.job, [worker], [worker.encoding.remote()], policy=Watch(keep_logs=False))
+        (encoding,) = watch(self.job, [worker], [worker.encoding.remote()], policy=replace(SILENT, keep_logs=False))
         if self.device == "cpu":
             self._workers = [worker]
         return encoding
@@ -128,6 +132,7 @@ class RayEncoders:
         self._workers, _, failure = share(
             self.job, workers, work, (latents, encoding), left,
             lambda done: self.job.progress(min(total - images + sum(done), total), total, unit),
+            MIXING if work == "mix" else SHARED,
         )  # fmt: skip
         if failure:
             raise failure

@@ -141,7 +141,7 @@ def _prepare_with_one(job: StageJob, device: str, request: Request) -> None:
     worker = spawn(job, Preparer, request)
     result = worker.prepare.remote(job.sweep, device)
     total = cache(partial(_steps_and_images, job.sweep))  # counted at the first report, while the worker starts
-    watch(job, [worker], [result], lambda done: job.progress(done[0], total(), "steps"))
+    watch(job, [worker], [result], lambda done: job.progress(done[0], total(), "steps"), SILENT)  # it also reads images
 
 
 def _compute_in_parts(job: StageJob, device: str) -> None:

@@ -12,7 +12,7 @@ Resources = dict[str, float]
 class DashboardClient(JobSubmissionClient):  # type: ignore[misc]
     """A client whose requests end. Ray's own would wait for ever for a dashboard that accepts a connection and does not answer."""
 
-    answer_s, upload_s = 10.0, 120.0
+    answer_s, upload_s = 10.0, 60.0
     """Times in which a dashboard must answer: a question, and a request that sends it a job or its files."""
 
     def _do_request(self, method: str, endpoint: str, **how: Any) -> Any:

@@ -234,7 +234,7 @@ def one_at_a_time(driver: Driver, cluster: Cluster) -> Iterator[bool]:
         first = True
         try:
             held = stack.enter_context(lease.hold(command_lease(driver.sweep.folder), cluster.id))
-            obey = partial(_obey_request, held, driver)
+            obey = partial(_obey_request, held, driver, cluster)
             stack.enter_context(repeating(obey, driver.requests_polled_every_s, "stop requests"))
         except Held as error:
             first = False
@@ -244,10 +244,12 @@ def one_at_a_time(driver: Driver, cluster: Cluster) -> Iterator[bool]:
         yield first
 
 
-def _obey_request(held: lease.Lease, driver: Driver) -> None:
+def _obey_request(held: lease.Lease, driver: Driver, cluster: Cluster) -> None:
     """Request the driver to stop if another process has requested it through storage (`dis-scale stop`), or has taken over."""
     if held.stop_requested() and not driver.stop_requested.is_set():
         if not held.held():
+            last = lease.last_holding(held.folder)
+            driver.taken_over = last is not None and last.holder.cluster == cluster.id  # it has joined these jobs
             driver.board.say("taken    another process has taken over this sweep: this one stops")
         driver.stop_requested.set()
 

@@ -91,32 +91,32 @@ def watch(
 
 
 class Pace:
-    """The time between two steps of progress of workers that do the same, and since when each has made none."""
+    """The time between two steps of progress of each of several workers, and since when it has made none."""
 
     def __init__(self, workers: int, hang_after_s: float) -> None:
         self._hang_after_s = hang_after_s
         self._done = [0] * workers
         self._since_s: dict[int, float] = {}
-        self._took_s = deque[float](maxlen=1000)
+        self._took_s = [deque[float](maxlen=100) for _ in range(workers)]
 
     def note(self, done: Sequence[int], working: Collection[int], now_s: float) -> list[int]:
         """Note the progress of all workers; return those of the `working` ones that hang."""
         for number, images in enumerate(done):
             if number not in working:
                 self._since_s.pop(number, None)
-            elif number not in self._since_s or images > self._done[number]:
-                if images > self._done[number]:
-                    self._took_s.append(now_s - self._since_s.get(number, now_s))
+            elif number not in self._since_s:
+                self._since_s[number] = now_s  # what it has done before is of other work
+            elif images > self._done[number]:
+                self._took_s[number].append(now_s - self._since_s[number])
                 self._since_s[number] = now_s
         self._done = list(done)
-        return [number for number, since_s in self._since_s.items() if now_s - since_s > self.limit_s]
+        return [number for number, since_s in self._since_s.items() if now_s - since_s > self.limit_s(number)]
 
-    @property
-    def limit_s(self) -> float:
+    def limit_s(self, number: int) -> float:
         """Time without progress after which a worker counts as hanging."""
-        if not self._took_s:
+        if not self._took_s[number]:
             return FIRST * self._hang_after_s
-        return max(self._hang_after_s, MEDIANS * statistics.median(self._took_s))
+        return max(self._hang_after_s, MEDIANS * statistics.median(self._took_s[number]))
 
 
 class _Loop:
@@ -201,7 +201,9 @@ class _Loop:
         running = {n for n, result in enumerate(self._results) if result in self._running}
         running -= self._killed | {*self._polls.unplaced}
         for number in self._pace.note(self._polls.done, running, time.monotonic()):
-            self._job.say(f"worker {number} made no progress for {self._pace.limit_s:.0f} s: hanging, it is killed")
+            self._job.say(
+                f"worker {number} made no progress for {self._pace.limit_s(number):.0f} s: hanging, it is killed"
+            )
             self._log_stacks([number])
             ray.kill(self._workers[number])
             self._killed.add(number)

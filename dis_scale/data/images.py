@@ -28,7 +28,7 @@ IMAGE_BYTES = 2**30
 def ending(name: str) -> str:
     """Return the kind of a file that is no image, by its name, in words."""
     _, dot, kind = name.rpartition(".")
-    return f".{kind.lower()}" if dot and len(kind) <= MOST_IN_AN_ENDING else "of no known ending"
+    return f".{kind.lower()}" if dot and not kind.isdigit() and len(kind) <= MOST_IN_AN_ENDING else "of no known ending"
 
 
 def decode(data: bytes, name: str, resolution: int, crop: Crop | None = None) -> np.ndarray:

@@ -31,6 +31,8 @@ PART = 2**17
 """Entries in a part: about 20 MB in memory while it is read. ImageNet has ten parts."""
 PART_BYTES = 2**30
 """Most bytes of an unpacked part: its entries with names of 4,096 bytes, a path's limit, have half as many."""
+MOST_REASONS = 20
+"""Kinds of files that are told apart among what is left out."""
 REPORT_EVERY = 1000
 LISTINGS = "listings"
 """Folder of all listings below a storage root."""
@@ -297,9 +299,14 @@ class _Part:
         with np.load(io.BytesIO(data)) as z:
             if sum(member.file_size for member in z.zip.infolist()) > PART_BYTES:
                 raise ValueError(f"unpacked it has over {PART_BYTES:,} bytes")
-            files = [os.fsdecode(z[name].tobytes()).split("\0") for name in ("files", "versions")]
-            pairs = list(zip(*files, strict=True))
+            files = _split(z["files"])
+            versions = _split(z["versions"]) if "versions" in z.files else [""] * len(files)
+            pairs = list(zip(files, versions, strict=True))
             return cls(z["names"].tobytes(), z["ends"], z["labels"], pairs, z["file_of"], z["places"])
+
+
+def _split(words: np.ndarray) -> list[str]:
+    return os.fsdecode(words.tobytes()).split("\0")
 
 
 def _joined(words: Iterable[str]) -> np.ndarray:
@@ -312,8 +319,9 @@ def kept(entries: Iterable[Entry | LeftOut], left_out: dict[str, tuple[int, str]
         if isinstance(entry, Entry):
             yield entry
         else:
-            count, first = left_out.get(entry.why, (0, printable(entry.name)))
-            left_out[entry.why] = count + 1, first
+            why = entry.why if entry.why in left_out or len(left_out) < MOST_REASONS else "of other kinds"
+            count, first = left_out.get(why, (0, printable(entry.name)))
+            left_out[why] = count + 1, first
 
 
 def words_of(left_out: Mapping[str, tuple[int, str]]) -> str:

@@ -128,5 +128,7 @@ def _read(file: pq.ParquetFile, group: int, column: str, where: str) -> pa.Table
 def _opened(root: Folder, name: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(root.open(name), pre_buffer=True)
-    except pa.ArrowInvalid as error:
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
         raise StorageError(f"{root}/{name}: not a complete Parquet file: {' '.join(str(error).split())}") from error

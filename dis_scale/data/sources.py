@@ -150,10 +150,11 @@ def require_source(data: Data, store: Folder) -> None:
 
 def require_classes(root: Folder, folders: Sequence[str]) -> None:
     """UserError if the folders are parts of a set, such as train and test, and not classes."""
-    if len(folders) > 1 and all(name.lower() in tars.SPLITS for name in folders):
+    parts = sorted(name for name in folders if name.lower() in tars.SPLITS)
+    if len({tars.SPLITS[name.lower()] for name in parts}) > 1:
         raise UserError(
-            f"data.source.url: {', '.join(sorted(folders))} in {root} are parts of a set, not classes: "
-            f"give one of them, such as {root}/{sorted(folders)[0]}"
+            f"data.source.url: {', '.join(parts)} in {root} are parts of a set, not classes: "
+            f"give one of them, such as {root}/{parts[0]}"
         )
 
 
@@ -239,6 +240,8 @@ class _ClassFolders(_OneFileEach):
                 yield LeftOut(file, images.ending(file))
             elif self._labelled and not slash:
                 yield LeftOut(file, "images beside the class folders")
+            elif self._labelled and folder not in labels:
+                yield LeftOut(file, "images in folders that came while they were listed")
             else:
                 yield Entry(file, labels[folder] if self._labelled else 0)
 
@@ -272,7 +275,7 @@ class _Csv(_OneFileEach):
 
     def _present(self, entries: Iterable[Entry]) -> Iterator[Entry]:
         """Yield the entries; UserError at the end that counts all whose file is not there. Each folder is listed once."""
-        names = cache(lambda folder: frozenset(name for name in folder.walk() if "/" not in name))
+        names = cache(lambda folder: frozenset(folder.list()))
         missing = list[str]()
         for entry in entries:
             folder, name = _place(self._root, entry.name)
@@ -296,16 +299,18 @@ class _Csv(_OneFileEach):
 
 
 class _ManyInAFile(ABC):
-    """Base of kinds with many images in a file, which is compared with its version when it was listed, once per process."""
+    """Base of kinds with many images in a file, which is compared with its version when it was listed."""
 
     mixed = False
     root: Folder
 
     def __init__(self) -> None:
-        self._require_as_listed = cache(self._compare)
+        self._compare_once = cache(self._compare)
 
     def read(self, entries: Sequence[Entry]) -> list[bytes | None]:
-        self._require_as_listed(entries[0].file, entries[0].version)
+        if version := entries[0].version:
+            compare = self._compare if self.root.local else self._compare_once  # at a remote one once per process
+            compare(entries[0].file, version)
         return list(self.read_many(entries))
 
     def _compare(self, file: str, listed: str) -> None:

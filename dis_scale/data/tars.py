@@ -51,7 +51,7 @@ def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]
     names = [name for name in url.list() if fnmatch(name, pattern)]
     if not names:
         raise UserError(f"data.source.url: no files {pattern!r} in {url}; expected {url}/<name>{suffix}")
-    if pattern == f"*{suffix}" and len(parts := splits_in(names)) > 1:
+    if pattern == f"*{suffix}" and len(parts := splits_in(names)) > 1 and all(splits_in([name]) for name in names):
         raise UserError(
             f"data.source.files: {url} has files of {' and '.join(sorted(parts))}: say which to train on, for example "
             f"'*train*{suffix}'"
@@ -131,6 +131,8 @@ def _members(file: BinaryIO) -> Iterator[_Member]:
         while (member := _next(tar, file)) is not None:
             tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps all members
             assert isinstance(member, _Member)
+            if member.issparse():
+                raise tarfile.ReadError(f"{member.name} has holes that are left out: write it without --sparse")
             if not (member.isreg() or member.islnk() or member.issym()):
                 continue
             if member.isreg() and member.name.endswith((".cls", ".json")):

@@ -153,10 +153,11 @@ class Folder:
     def folders(self, path: str = "") -> list[str]:
         """Return the sorted names of the folders directly below `path`, links to folders included; none if it does not exist."""
         if self.local:
-            return sorted(entry.name for entry in self._scan(path) if entry.is_dir())
+            return sorted(entry.name for entry in self._scan(path) if _is_folder(entry))
         if self.url.startswith("s3://"):
             pages = self._pages(path, Delimiter="/")
-            return sorted({_base(each["Prefix"]) for page in pages for each in page.get("CommonPrefixes", [])})
+            names = {each["Prefix"].split("/")[-2] for page in pages for each in page.get("CommonPrefixes", [])}
+            return sorted(names - {""})
         return sorted(_base(e["name"]) for e in self._entries(path, detail=True) if e["type"] == "directory")
 
     def list(self, path: str = "") -> list[str]:
@@ -178,8 +179,8 @@ class Folder:
 
     def _walk_local(self, root: str, below: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
         entries = self._scan(f"{root}/{below}".strip("/"))
-        for entry in sorted(entries, key=lambda entry: os.fsencode(entry.name + "/" * entry.is_dir())):
-            if not entry.is_dir():
+        for entry in sorted(entries, key=lambda entry: os.fsencode(entry.name + "/" * _is_folder(entry))):
+            if not _is_folder(entry):
                 yield below + entry.name
             elif (here := _identity(entry.stat())) not in above:
                 yield from self._walk_local(root, f"{below}{entry.name}/", above | {here})
@@ -344,6 +345,14 @@ def _page(fs: Any, full: str, more: dict[str, str]) -> Any:
     return fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/" if key else "", **more)
 
 
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    """Whether an entry is a folder, or a link to one; a link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def _identity(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
@@ -367,6 +376,12 @@ def _client(url: str) -> tuple[Any, str]:
         fs, path = fsspec.url_to_fs(url, **_options(url))
     except (ImportError, ValueError) as error:
         raise UserError(f"storage {url}: {error}") from error
+    if url.startswith("s3://") and fs.retries > 1:
+        from botocore import handlers
+
+        # An answer to `Expect: 100-continue` is awaited without any limit: a write to a store that hangs would never end.
+        fs.s3.meta.events.unregister("before-call.s3", handlers.add_expect_header)
+        fs.retries = 1  # ours are around them: five times five tries of a minute would take most of an hour
     return fs, path
 
 

@@ -68,7 +68,7 @@ class Holder(Document):
     """Its namespace of process ids."""
     pid: int = 0
     started: float | None = None
-    """Unix time at which the process began."""
+    """When the process began: ticks after the boot on Linux, which a step of the clock does not change; else Unix time."""
     cluster: str = ""
     nonce: str = ""
     at: float | None = None
@@ -86,7 +86,7 @@ class Holder(Document):
             boot=boot.read_text().strip() if boot.exists() else "",
             processes=str(PROCESSES.readlink()) if PROCESSES.is_symlink() else "",
             pid=os.getpid(),
-            started=_started(os.getpid()),
+            started=began(os.getpid()),
         )
 
     @property
@@ -118,7 +118,7 @@ class Holding:
     @property
     def gone(self) -> bool:
         """Whether it was a process of this machine that has ended."""
-        return self.holder.is_here and _started(self.holder.pid) != self.holder.started
+        return self.holder.is_here and began(self.holder.pid) != self.holder.started
 
     @property
     def alive(self) -> bool | None:
@@ -266,8 +266,11 @@ def _heartbeat(holding: Holding) -> bytes:
     return holding.folder.read(name) if holding.folder.exists(name) else b""
 
 
-def _started(pid: int) -> float | None:
+def began(pid: int) -> float | None:
+    """Return when a process began, None if there is none."""
     try:
+        if (process := Path(f"/proc/{pid}/stat")).exists():
+            return float(process.read_text().rpartition(")")[2].split()[19])
         return float(psutil.Process(pid).create_time())
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         return None

@@ -6,6 +6,7 @@ A picture's number is in its pixels; the reader is a plain `tarfile`, and knows 
 import io
 import itertools
 import json
+import subprocess
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -137,6 +138,16 @@ def test_a_tar_that_ends_before_its_file_is_refused(what: str, tmp_path: Path) -
     }
     (tmp_path / "a.tar").write_bytes(bad[what])
     with pytest.raises(StorageError, match=r"a.tar: not a complete tar: damaged or truncated at byte \d+, or there is"):
+        open_source(data({"kind": "tar", "url": str(tmp_path), "label": "tar"}, "none"))
+
+
+def test_a_sparse_member_of_a_tar_is_refused(tmp_path: Path) -> None:
+    """Its bytes are no range of the file."""
+    with (tmp_path / "a.png").open("wb") as file:
+        file.write(picture(1))
+        file.truncate(2**20)
+    subprocess.run(["tar", "--sparse", "-cf", tmp_path / "a.tar", "-C", tmp_path, "a.png"], check=True)
+    with pytest.raises(StorageError, match=r"a.tar: .*a.png has holes that are left out: write it without --sparse"):
         open_source(data({"kind": "tar", "url": str(tmp_path), "label": "tar"}, "none"))
 
 

@@ -10,7 +10,7 @@ from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway
 from dis_scale.recipe import reading
 from dis_scale.sweep import Sweep, state
 from pipelines.cluster import Cluster
-from pipelines.driver import Driver, Failures, train_and_evaluate
+from pipelines.driver import Driver, Failures, stopping_jobs, train_and_evaluate
 from tests.conftest import TINY
 from tests.support.documents import put_published
 from tests.support.drivers import cluster, driver_of, logged
@@ -146,6 +146,17 @@ def test_an_evaluation_that_failed_by_an_accident_is_submitted_again(driver: Dri
     mistake = FakeJob([JobStatus.FAILED], UserError("no such extractor"))
     jobs["evaluate"] = [mistake]
     assert train_and_evaluate(driver, cluster("here")) == Failures(evaluation="no such extractor")
+
+
+@pytest.mark.parametrize("taken_over", [False, True])
+def test_jobs_that_another_driver_of_the_same_ray_has_joined_are_not_stopped(driver: Driver, taken_over: bool) -> None:
+    stopped = list[str]()
+    job = FakeJob([JobStatus.SUCCEEDED])
+    job.stop = lambda: stopped.append("dit")  # type: ignore[attr-defined]
+    driver.jobs, driver.taken_over = [job], taken_over  # type: ignore[list-item]
+    with pytest.raises(Preempted), stopping_jobs(driver):
+        raise Preempted("taken over")
+    assert stopped == ([] if taken_over else ["dit"])
 
 
 def test_failures_are_shown_in_one_line() -> None:

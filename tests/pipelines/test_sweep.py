@@ -34,7 +34,7 @@ def test_a_second_sweep_joins_on_the_same_ray_and_is_refused_on_another(tiny: Re
     driver, other = driver_of(tiny, tmp_path), psutil.Process().parent()
     assert other
     with lease.hold(open_folder(tmp_path) / "another", "here") as ours:
-        holder = Holder.read(ours.folder, "0001").changed(pid=other.pid, started=other.create_time())
+        holder = Holder.read(ours.folder, "0001").changed(pid=other.pid, started=lease.began(other.pid))
     holder.write(driver.sweep.lease("sweep"), "0001")
     with pipeline.one_at_a_time(driver, cluster("here")):
         assert f"joined   process {other.pid} on " in logged(driver)

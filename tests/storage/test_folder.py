@@ -253,7 +253,14 @@ def test_links_to_files_and_folders_are_followed_and_broken_ones_are_files(tmp_p
     (tmp_path / "set/class/1.png").symlink_to(tmp_path / "elsewhere/1.png")
     (tmp_path / "set/class/gone.png").symlink_to(tmp_path / "elsewhere/gone.png")
     (tmp_path / "set/class/above").symlink_to(tmp_path / "set")
-    assert list((folder / "set").walk()) == ["class/1.png", "class/2.png", "class/gone.png", "linked/1.png"]
+    (tmp_path / "set/class/self").symlink_to(tmp_path / "set/class/self")
+    assert list((folder / "set").walk()) == [
+        "class/1.png",
+        "class/2.png",
+        "class/gone.png",
+        "class/self",
+        "linked/1.png",
+    ]
     assert (folder / "set").folders() == ["class", "linked"]
 
 

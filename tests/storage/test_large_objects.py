@@ -1,7 +1,11 @@
 """Objects that s3fs reads by several ranges at once, as long as the shards and resume points of real sets, in front of faults."""
 
+import contextlib
 import hashlib
 import random
+import socket
+import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -51,3 +55,39 @@ def test_a_long_object_that_is_always_cut_is_away_and_not_damaged(
     gateway.faults = ["cut"] * 100
     with pytest.raises(StorageAway, match="cannot read"):
         at.read("long")
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[socket.socket]]:
+    """A store that accepts connections and never answers, not even to `Expect: 100-continue`; the connections that came."""
+    import s3fs
+
+    came, server = list[socket.socket](), socket.create_server(("127.0.0.1", 0))
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                came.append(server.accept()[0])
+
+    threading.Thread(target=accept, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setattr(folder, "_READ_TIMEOUT_S", 1)
+    monkeypatch.setattr(folder, "_FIRST_PAUSE_S", 0.01)
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield came
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.close()
+    for connection in came:
+        connection.close()
+
+
+@pytest.mark.parametrize("verb", ["read", "write", "create"])
+def test_a_store_that_never_answers_is_away_in_time(verb: str, silent: list[socket.socket]) -> None:
+    """One connection a try: a lease's heartbeat must not end by one that froze."""
+    at = open_folder("s3://bucket/folder")
+    calls = {"read": lambda: at.read("x"), "write": lambda: at.write("x", b"1"), "create": lambda: at.create("x", b"1")}
+    with pytest.raises(StorageAway, match=rf"cannot {verb}"):
+        calls[verb]()
+    assert len(silent) == at.tries

@@ -13,6 +13,6 @@ def run_elsewhere(folder: Folder) -> None:
     assert parent
     with lease.hold(folder):
         number = max(name for name in folder.list() if name.isdigit())
-        holder = Holder.read(folder, number).changed(pid=parent.pid, started=parent.create_time())
+        holder = Holder.read(folder, number).changed(pid=parent.pid, started=lease.began(parent.pid))
         holder.write(folder, number)
     folder.delete(f"{number}.end")

@@ -256,7 +256,7 @@ def test_a_running_sweep_keeps_what_is_shared(sweep: Sweep) -> None:
     with lease.hold(sweep.lease("sweep")):
         holder, other = Holder.read(sweep.lease("sweep"), "0001"), psutil.Process().parent()
         assert other
-        holder.changed(pid=other.pid, started=other.create_time()).write(sweep.lease("sweep"), "0001")
+        holder.changed(pid=other.pid, started=lease.began(other.pid)).write(sweep.lease("sweep"), "0001")
         with pytest.raises(UserError, match=f"latents and listings are kept: {sweep} is running .process {other.pid}"):
             retention.find_unused(sweep.store)
 
