@@ -84,7 +84,6 @@ def status(
     every: Annotated[float | None, typer.Option("--watch", help="Show it again every so many seconds.", min=1)] = None,
 ) -> None:
     """Show what a sweep is doing and what is wrong, from its storage alone: no cluster is asked."""
-    import time
 
     from dis_scale.sweep import Sweep
     from dis_scale.upkeep import status as statuses
@@ -94,7 +93,7 @@ def status(
         raise UserError("status: expected --watch or --json, got both")
     if every:
         return statuses.watch(opened, every, console())
-    found = statuses.collect(opened, time.time())
+    found = statuses.collect(opened, opened.folder.time_s())
     show(as_json, asdict(found), statuses.table(found))
 
 

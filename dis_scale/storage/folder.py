@@ -20,8 +20,9 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -149,6 +150,13 @@ class Folder:
 
     def exists(self, path: str) -> bool:
         return bool(self._do("look up", path, lambda fs, full: fs.exists(full)))
+
+    def time_s(self) -> float:
+        """Return the Unix time by the store's clock, to a second; by this machine's for other stores than S3."""
+        if not self.url.startswith("s3://"):
+            return time.time()
+        page = self._do("list", "", lambda fs, full: _page(fs, full, {"MaxKeys": 1}))
+        return parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
 
     def folders(self, path: str = "") -> list[str]:
         """Return the sorted names of the folders directly below `path`, links to folders included; none if it does not exist."""
@@ -340,7 +348,7 @@ def _shown(entry: str, path: str) -> bool:
     return not entry.endswith(f"/{path}/") and not _INCOMPLETE.search(entry)
 
 
-def _page(fs: Any, full: str, more: dict[str, str]) -> Any:
+def _page(fs: Any, full: str, more: Mapping[str, str | int]) -> Any:
     bucket, key, _ = fs.split_path(full)
     return fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{key}/" if key else "", **more)
 

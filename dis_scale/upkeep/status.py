@@ -293,7 +293,7 @@ def watch(sweep: Sweep, every_s: float, console: Console) -> None:
     with Live(console=console, auto_refresh=False) if console.is_interactive else nullcontext() as live:
         while True:
             try:
-                shown: Table | Text = table(collect(sweep, time.time()))
+                shown: Table | Text = table(collect(sweep, sweep.folder.time_s()))
             except StorageAway as error:
                 shown = Text(f"{sweep}: {error}; asked again in {_span(every_s)}")
             if live:

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -324,3 +325,11 @@ def test_a_store_that_lists_what_was_there_before_is_refused() -> None:
 def test_a_store_in_the_memory_of_one_process_is_refused() -> None:
     with pytest.raises(UserError, match=r"storage memory://root is in the memory of one process, and no other sees it"):
         open_folder("memory://root").require_usable()
+
+
+def test_a_stores_time_is_its_own(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Status compares heartbeats with it: a laptop whose clock is a minute ahead would call each live sweep stopped."""
+    now_s = time.time()
+    monkeypatch.setattr(time, "time", lambda: now_s + 61)
+    assert open_folder(bucket).time_s() == pytest.approx(now_s, abs=20)
+    assert open_folder(tmp_path).time_s() == now_s + 61
