@@ -48,6 +48,7 @@ DOORS = {
     "torch_fidelity": "dis_scale/evaluation/inception.py dis_scale/evaluation/sets.py",
     "fsspec": "dis_scale/storage/folder.py",
     "s3fs": "dis_scale/storage/folder.py",
+    "botocore": "dis_scale/storage/folder.py",
     "pyarrow": "dis_scale/data/parquet.py",
     "matplotlib": "dis_scale/report/figures.py dis_scale/api.py",
     "pandas": "dis_scale/api.py",

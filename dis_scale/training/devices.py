@@ -5,11 +5,12 @@ import os
 import re
 import socket
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dis_scale.process import faults
-from dis_scale.process.errors import BrokenDevice, UserError
+from dis_scale.process.errors import BrokenDevice, DisScaleError, UserError
 from dis_scale.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -25,6 +26,27 @@ NVIDIA, DISPLAY = "0x10de", "0x03"
 UNSUPPORTED = re.compile(r"driver on your system is too old|no kernel image is available")
 """Parts of the errors of a driver or a GPU that this PyTorch does not support."""
 REMEDY = "this PyTorch needs the NVIDIA driver R580 or newer, and a GPU newer than Volta"
+
+
+def check_on_all_ranks(check: Callable[[], None]) -> None:
+    """Run the same check of the device on all ranks; collective.
+
+    BrokenDevice on a rank whose check fails though it passes on others, which have the same program and the same case; where it
+    fails on all ranks, its own error.
+    """
+    import torch.distributed as dist
+
+    failure: DisScaleError | None = None
+    try:
+        check()
+    except DisScaleError as error:
+        failure = error
+    passed = [False] * dist.get_world_size()
+    dist.all_gather_object(passed, failure is None, group=dist.new_group(backend="gloo"))
+    if failure and any(passed):
+        raise BrokenDevice(f"this device fails where those of {sum(passed)} other ranks do not: {failure}") from failure
+    if failure:
+        raise failure
 
 
 def device_of(recipe: Recipe, gpus: int) -> tuple[str, str]:

@@ -35,6 +35,7 @@ from dis_scale.tracking.goodput import ATTEMPT, GOODPUT, Goodput, as_branch
 from dis_scale.tracking.rows import RowWriter
 from dis_scale.training import engine, resume
 from dis_scale.training.bad_step import dump_step
+from dis_scale.training.devices import check_on_all_ranks
 from dis_scale.training.engine import Engine
 from dis_scale.training.inputs import StepInput, step_inputs, to_device
 from dis_scale.training.lanes import ForwardPass, forward_passes, image_counts
@@ -349,7 +350,7 @@ def start(
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(read(engine.WEIGHTS, name, 0, p.numel()).view_as(p))
-    models.verify_kernels(model, attempt.device, images, training=True)
+    check_on_all_ranks(lambda: models.verify_kernels(model, attempt.device, images, training=True))
     state = engine.start(model.to(attempt.device), settings, attempt.device, read, adam_step, passes)
     state.set_learning_rate(learning_rate(settings, images_seen))
     if dist.get_rank() == 0:

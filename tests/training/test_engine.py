@@ -19,11 +19,11 @@ from dis_scale.models.diffussm.s4d import S4D
 from dis_scale.models.diffussm.settings import DiffuSsm
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.settings import Dit
-from dis_scale.process.errors import DisScaleError
+from dis_scale.process.errors import BrokenDevice, DisScaleError
 from dis_scale.recipe import LatentShape, Train, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Run
-from dis_scale.training import engine, resume
+from dis_scale.training import devices, engine, resume
 from dis_scale.training.engine import MOMENTS, Engine, Segment
 from tests.conftest import TINY
 from tests.support import ranks
@@ -51,6 +51,27 @@ def _on_rank(rank: int, world: int, port: int, check: Callable[..., None], *argu
     torch.set_num_threads(1)
     engine.connect(torch.device("cpu"))
     check(*arguments)
+
+
+@pytest.mark.parametrize("failing", [{1}, {0, 1, 2}, set()], ids=["one", "all", "none"])
+def test_a_check_that_fails_on_one_rank_is_the_fault_of_its_device(failing: set[int]) -> None:
+    """And a mistake where it fails on all: a model would end on every node that it is placed on."""
+    on_ranks(3, checks_on_all, failing)
+
+
+def checks_on_all(failing: set[int]) -> None:
+    def check() -> None:
+        if dist.get_rank() in failing:
+            raise DisScaleError("the scan is wrong")
+
+    expected = BrokenDevice if len(failing) == 1 else DisScaleError
+    if dist.get_rank() not in failing:
+        devices.check_on_all_ranks(check)
+    else:
+        with pytest.raises(expected, match="the scan is wrong") as caught:
+            devices.check_on_all_ranks(check)
+        assert type(caught.value) is expected
+    dist.barrier()
 
 
 def test_the_filled_state_is_on_the_device_of_its_flat() -> None:
