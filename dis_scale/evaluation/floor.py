@@ -159,10 +159,10 @@ def _distances(
         rest = left.mean_covariance()
         share = (1 / settings.samples + 1 / reference.count) / (1 / real.count + 1 / rest.count)
     frechet = Frechet(rest)
-    measured = {kind: groups.distances(frechet) for kind, groups in by_kind.items()}
-    least, least_without = measured[REAL]
+    measured = {kind: groups.distance(frechet) for kind, groups in by_kind.items()}
+    least, _, least_without = measured[REAL]
     scaled: dict[str, tuple[float, float | None]] = {}
-    for kind, (value, without) in measured.items():
+    for kind, (value, _, without) in measured.items():
         error = None
         if without is not None and least_without is not None:
             error = jackknife_error(without - (1 - share) * least_without)

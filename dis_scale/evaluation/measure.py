@@ -5,12 +5,13 @@ score.py, sets.py.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from dis_scale.evaluation import inception, metrics, score, sets
 from dis_scale.evaluation.features import Features
-from dis_scale.evaluation.metrics import Frechet, Groups
+from dis_scale.evaluation.metrics import Estimate, Frechet, Groups
 from dis_scale.evaluation.reference import Reference
 from dis_scale.evaluation.sampling import SampleBlock
 from dis_scale.evaluation.score import Score
@@ -18,16 +19,16 @@ from dis_scale.process.errors import StorageError
 from dis_scale.recipe import Evaluate
 from dis_scale.recipe.evaluate import INCEPTION_METRICS
 
-MetricValue = tuple[str, float, float | None]
-"""A metric's stem (`fid`, `kid`), its value and its standard error, if any."""
+
+class Measured(NamedTuple):
+    """Metrics by name, each with its `<name>_error` if it can be estimated; and those of a jackknife without each group."""
+
+    values: dict[str, float]
+    left_out: dict[str, tuple[float, ...]]
 
 
-def measure_blocks(
-    blocks: Iterable[SampleBlock], references: Mapping[str, Reference], settings: Evaluate
-) -> dict[str, float]:
-    """Return metrics by name: the Frechet distance of each extractor, and the others that `settings.metrics` names.
-
-    `<name>_error` is added if it can be estimated.
+def measure_blocks(blocks: Iterable[SampleBlock], references: Mapping[str, Reference], settings: Evaluate) -> Measured:
+    """Return the Frechet distance of each extractor, and the other metrics that `settings.metrics` names.
 
     `blocks` are all blocks of one evaluation, in order. With a judge, `class_accuracy` is included. StorageError if a block lacks
     an extractor or has features of other weights than the reference; DisScaleError for too few samples or features that are not
@@ -42,11 +43,19 @@ def measure_blocks(
         for name, one_pass in passes.items():
             one_pass.add(_features(block, number, name, references[name]))
     _require_all(sum(map(len, right)), settings.samples)
-    measured: dict[str, float] = {}
-    for one_pass in passes.values():
-        measured |= one_pass.by_name()
+    measured = Measured({}, {})
+    for name, one_pass in passes.items():
+        for stem, (value, error, left_out) in one_pass.estimates():
+            metric = settings.metric_name(stem, name)
+            measured.values[metric] = value
+            if error is not None:
+                measured.values[f"{metric}_error"] = error
+            if left_out is not None:
+                measured.left_out[metric] = tuple(left_out.tolist())
     judged = np.concatenate(right)
-    return measured | ({"class_accuracy": float((judged == 1).mean())} if (judged >= 0).all() else {})
+    if (judged >= 0).all():
+        measured.values["class_accuracy"] = float((judged == 1).mean())
+    return measured
 
 
 def notes(references: Mapping[str, Reference], settings: Evaluate) -> list[str]:
@@ -75,7 +84,7 @@ class _Pass:
     """Accumulates one extractor's features over the blocks."""
 
     def __init__(self, name: str, reference: Reference, settings: Evaluate) -> None:
-        self.name, self._reference, self._settings = name, reference, settings
+        self._reference, self._settings = reference, settings
         self._requested = set(settings.metrics)
         if name != "inception":
             self._requested -= INCEPTION_METRICS
@@ -94,37 +103,28 @@ class _Pass:
         if self._requested & {"kid", "precision_recall", "distance_infinity"}:
             self._kept.append(features.pooled)
 
-    def by_name(self) -> dict[str, float]:
-        """Return the metrics by name, with errors."""
-        values: dict[str, float] = {}
-        for stem, value, error in self._metrics():
-            metric = self._settings.metric_name(stem, self.name)
-            values[metric] = value
-            if error is not None:
-                values[f"{metric}_error"] = error
-        return values
-
-    def _metrics(self) -> Iterator[MetricValue]:
+    def estimates(self) -> Iterator[tuple[str, Estimate]]:
+        """Yield each metric's stem (`fid`, `kid`) and estimate."""
         frechet, requested = Frechet(self._reference.pooled), self._requested
-        yield ("fid", *self._sums.distance(frechet))
+        yield "fid", self._sums.distance(frechet)
         if "sfid" in requested and self._reference.spatial is not None:
-            yield ("sfid", *self._spatial.distance(Frechet(self._reference.spatial)))
+            yield "sfid", self._spatial.distance(Frechet(self._reference.spatial))
         for metric, one_score in self._scores.items():
-            yield ("is" if metric == "inception_score" else "is_adm", *one_score.result())
+            yield "is" if metric == "inception_score" else "is_adm", Estimate(*one_score.result())
         if self._kept:
             yield from self._of_all_features(np.concatenate(self._kept), frechet)
 
-    def _of_all_features(self, features_ND: np.ndarray, frechet: Frechet) -> Iterator[MetricValue]:
+    def _of_all_features(self, features_ND: np.ndarray, frechet: Frechet) -> Iterator[tuple[str, Estimate]]:
         real, n = self._reference.kept, len(features_ND)
         if "kid" in self._requested and real is not None:
-            yield "kid", sets.kid(features_ND, real), None
+            yield "kid", Estimate(sets.kid(features_ND, real))
         if "precision_recall" in self._requested and real is not None:
             precision, recall = sets.precision_recall(features_ND, real)
             # The balls around the real images are fixed, so the error of precision is binomial; those of recall vary.
-            yield "precision", precision, float(np.sqrt(precision * (1 - precision) / n))
-            yield "recall", recall, None
+            yield "precision", Estimate(precision, float(np.sqrt(precision * (1 - precision) / n)))
+            yield "recall", Estimate(recall)
         if "distance_infinity" in self._requested:
-            yield ("fid_infinity", *metrics.infinity(features_ND, frechet, seed=self._settings.samples))
+            yield "fid_infinity", Estimate(*metrics.infinity(features_ND, frechet, seed=self._settings.samples))
 
 
 def _features(block: SampleBlock, number: int, name: str, reference: Reference) -> Features:

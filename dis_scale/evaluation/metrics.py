@@ -5,6 +5,7 @@ Sums over groups of samples are merged in a fixed order, so one worker or eight 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,6 +30,14 @@ class MeanCovariance:
     count: int
     mean: np.ndarray
     covariance: np.ndarray
+
+
+class Estimate(NamedTuple):
+    """A value, its standard error, and its values (FOLDS) without each group of samples; None if they cannot be estimated."""
+
+    value: float
+    error: float | None = None
+    left_out: np.ndarray | None = None
 
 
 class Sums:
@@ -138,26 +147,25 @@ class Groups:
             total = total.merge(group)
         return total
 
-    def distance(self, frechet: Frechet) -> tuple[float, float | None]:
-        """Return the distance and its standard error by the delete-a-group jackknife (Efron and Tibshirani 1993, chapter 11).
+    def distance(self, frechet: Frechet) -> Estimate:
+        """Return the distance and its standard error by the delete-a-group jackknife.
 
-        The error is None if a set without a group has no more samples than features: its covariance is singular.
+        There is no error if a set without a group has no more samples than features: its covariance is singular.
         """
-        value, left_out = self.distances(frechet)
-        return value, None if left_out is None else jackknife_error(left_out)
-
-    def distances(self, frechet: Frechet) -> tuple[float, np.ndarray | None]:
-        """Return the distance, and those (FOLDS) of the samples without each group, None if their covariance is singular."""
         total = self.total()
         statistics = total.mean_covariance()
         require_samples(statistics.count, len(statistics.mean))
         if not has_error(statistics.count, len(statistics.mean)):
-            return frechet(statistics), None
-        return frechet(statistics), np.array([frechet(total.without(g).mean_covariance()) for g in self._groups])
+            return Estimate(frechet(statistics))
+        left_out = np.array([frechet(total.without(group).mean_covariance()) for group in self._groups])
+        return Estimate(frechet(statistics), jackknife_error(left_out), left_out)
 
 
 def jackknife_error(left_out: np.ndarray) -> float:
-    """Return the standard error of a value from its values without each group."""
+    """Return the standard error of a value from its values without each group (Efron and Tibshirani 1993, chapter 11).
+
+    The error of a difference of two values is that of the differences of their lists, if the groups of both share their noise.
+    """
     return float(np.sqrt((FOLDS - 1) / FOLDS * ((left_out - left_out.mean()) ** 2).sum()))
 
 

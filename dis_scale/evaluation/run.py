@@ -20,6 +20,7 @@ from dis_scale.sweep.documents import FloorMetrics, Metrics, PublishedManifest, 
 from dis_scale.tracking import mlflow_copy
 
 if TYPE_CHECKING:
+    from dis_scale.evaluation.measure import Measured
     from dis_scale.evaluation.reference import Reference
     from dis_scale.evaluation.sampling import SampleBlock
 
@@ -71,7 +72,8 @@ class Evaluation:
         metrics = Metrics(
             model=sampled.model, images=sampled.images_seen, time=time.time(), samples=settings.samples, labels=settings.labels,
             sampling=settings.sampling, ema_width=settings.ema_width, precision=settings.precision, metrics=settings.metrics,
-            values=values | measured, seconds=seconds | {"metrics": time.monotonic() - began_s}, sampled_on=sampled_on,
+            values=values | measured.values, left_out=measured.left_out, sampled_on=sampled_on,
+            seconds=seconds | {"metrics": time.monotonic() - began_s},
             notes=(*measure.notes(self.references, settings), *self._average_note(sampled, settings)),
             cost=self._cost_of_training(sampled),
         )  # fmt: skip
@@ -136,7 +138,7 @@ class Evaluation:
         misfit = ema.misfit(known, ema.Snapshot(sampled.images_seen // train.batch_images, settings.ema_width))
         return [f"{sampled}: the average of width {settings.ema_width:g} was rebuilt to within {misfit:.0%}"]
 
-    def _measure(self, folder: Folder, settings: Evaluate) -> tuple[dict[str, float], np.ndarray]:
+    def _measure(self, folder: Folder, settings: Evaluate) -> tuple["Measured", np.ndarray]:
         """All metrics, and the grid's pictures. Blocks are read one by one; some metrics keep all features."""
         from dis_scale.evaluation import measure
 
@@ -148,8 +150,8 @@ class Evaluation:
                 pictures.append(block.pictures)
                 yield block
 
-        metrics = measure.measure_blocks(blocks(), self.references, settings)  # reads all blocks
-        return metrics, np.concatenate(pictures)
+        measured = measure.measure_blocks(blocks(), self.references, settings)  # reads all blocks
+        return measured, np.concatenate(pictures)
 
 
 def stored_blocks(sweep: Sweep) -> int:

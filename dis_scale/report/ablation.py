@@ -6,9 +6,13 @@ from rich.console import Console
 from rich.table import Table
 
 from dis_scale.report import figures
+from dis_scale.report.compare import paired_error
 from dis_scale.report.tables import csv_bytes, with_error
 from dis_scale.sweep import Sampled, Sweep, images_name, state
 from dis_scale.sweep.documents import Metrics
+
+ABOVE = "above_lowest"
+"""Difference from the lowest distance; its error is smaller than those of both, since all values share labels and noise."""
 
 
 def write(
@@ -16,36 +20,45 @@ def write(
 ) -> dict[float, dict[str, float]]:
     """Write the figure and the CSV below `report/`, print the table, return the metrics; all values must be evaluated."""
     variants = state.ablations(sweep.recipe.evaluate, setting, values)
-    metrics = [Metrics.read(sweep.evaluation(Sampled(model, images_seen, v))).values for v in variants]
     metric = sweep.recipe.evaluate.metric
+    rows = _rows([Metrics.read(sweep.evaluation(Sampled(model, images_seen, v))) for v in variants], metric)
     title = f"{model} after {images_seen:,} images: {metric}"
-    distances, errors = [m[metric] for m in metrics], [m.get(f"{metric}_error") for m in metrics]
+    distances, errors = [row[metric] for row in rows], [row.get(f"{metric}_error", float("nan")) for row in rows]
     name = f"{setting.replace('_', '-')}-{model}-{images_name(images_seen)}"
-    figure = figures.curve(
-        title, metric, setting, values, distances, [float("nan") if error is None else error for error in errors]
-    )
+    figure = figures.curve(title, metric, setting, values, distances, errors)
     files = {f"{name}.{ending}": data for ending, data in figures.render(figure).items()}
-    for file, data in (files | {f"{name}.csv": _csv(setting, values, metrics)}).items():
+    for file, data in (files | {f"{name}.csv": _csv(setting, values, rows)}).items():
         sweep.report.write(file, data)
     console.print(title, highlight=False)
-    console.print(_table(setting, metric, values, distances, errors))
+    console.print(_table(setting, metric, values, rows))
     console.print(f"figure   {sweep.report}/{name}.png", highlight=False, soft_wrap=True)
-    return dict(zip(values, metrics, strict=True))
+    return dict(zip(values, rows, strict=True))
 
 
-def _table(
-    setting: str, metric: str, values: Sequence[float], distances: list[float], errors: list[float | None]
-) -> Table:
+def _rows(evaluations: list[Metrics], metric: str) -> list[dict[str, float]]:
+    """Return the metrics of each value, with the difference from the lowest distance and its error, if any."""
+    lowest = min(evaluations, key=lambda each: each.values[metric])
+    rows = []
+    for each in evaluations:
+        error = paired_error(lowest, each, metric)
+        above = {ABOVE: each.values[metric] - lowest.values[metric]} | (
+            {} if error is None else {f"{ABOVE}_error": error}
+        )
+        rows.append(each.values | above)
+    return rows
+
+
+def _table(setting: str, metric: str, values: Sequence[float], rows: list[dict[str, float]]) -> Table:
     out = Table()
-    for column in (setting, metric):
+    for column in (setting, metric, "above the lowest"):
         out.add_column(column, justify="right")
-    for value, distance, error in zip(values, distances, errors, strict=True):
-        best = "bold" if distance == min(distances) else ""
-        out.add_row(f"{value:g}", with_error(distance, error), style=best)
+    for value, row in zip(values, rows, strict=True):
+        cells = [with_error(row[name], row.get(f"{name}_error")) for name in (metric, ABOVE)]
+        out.add_row(f"{value:g}", *cells, style="" if row[ABOVE] else "bold")
     return out
 
 
-def _csv(setting: str, values: Sequence[float], metrics: Sequence[dict[str, float]]) -> bytes:
-    names = list(dict.fromkeys(name for each in metrics for name in each))
-    rows = [[value, *(each.get(name, "") for name in names)] for value, each in zip(values, metrics, strict=True)]
-    return csv_bytes([setting, *names], rows)
+def _csv(setting: str, values: Sequence[float], rows: Sequence[dict[str, float]]) -> bytes:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[value, *(row.get(name, "") for name in names)] for value, row in zip(values, rows, strict=True)]
+    return csv_bytes([setting, *names], cells)

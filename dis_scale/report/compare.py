@@ -4,31 +4,34 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from dis_scale.evaluation.metrics import jackknife_error
 from dis_scale.process.errors import UserError
 from dis_scale.recipe.identity import as_yaml, differing
 from dis_scale.report.points import Point, Report
-from dis_scale.report.tables import SAMPLING, UNFINISHED, TableColumn
+from dis_scale.report.tables import SAMPLING, UNFINISHED, TableColumn, with_error
+from dis_scale.sweep.documents import Metrics
 
 ALIKE = 0.1
 """Largest relative difference of multiply-adds at which two models of other names count as equally costly."""
 
 
 class Difference(NamedTuple):
-    """One model at one count in both sweeps: b - a, and the standard error of each."""
+    """One model at one count in both sweeps: b - a, and the independent standard errors in it: of each point, or one of both."""
 
     a: Point
     b: Point
     change: float
-    error_a: float | None
-    error_b: float | None
+    errors: tuple[float, ...]
+    """Empty if that of a point is not known."""
 
     @property
     def error(self) -> float | None:
-        """The change's standard error, if both have one."""
-        return None if self.error_a is None or self.error_b is None else math.hypot(self.error_a, self.error_b)
+        """The change's standard error, if it is known."""
+        return math.hypot(*self.errors) if self.errors else None
 
     def to_json(self) -> dict[str, Any]:
         """Return the difference with plain values."""
@@ -48,9 +51,9 @@ class Difference(NamedTuple):
         """Whether Welch's test over the seeds refuses, at 5 %, that both are equal."""
         from dis_scale.report import fits  # here: scipy takes a second
 
-        if not self.over_seeds or not self.error or self.error_a is None or self.error_b is None:
+        if not self.over_seeds or not self.error:
             return False
-        return fits.differ(self.change, (self.error_a, self.error_b), (self.a.seeds, self.b.seeds))
+        return fits.differ(self.change, self.errors, (self.a.seeds, self.b.seeds))
 
 
 def by_name(a: Report, b: Report) -> dict[str, str]:
@@ -98,7 +101,33 @@ def differences(a: Report, b: Report, pairs: Mapping[str, str]) -> list[Differen
             f"{a.sweep} and {b.sweep} have no model at one image count in common: name pairs (--pair NAME=NAME), or pair models "
             "of about one cost (--by-cost)"
         )
-    return [Difference(p, q, b.distance(q) - a.distance(p), a.error(p), b.error(q)) for p, q in found]
+    return [Difference(p, q, b.distance(q) - a.distance(p), _errors(a, p, b, q)) for p, q in found]
+
+
+def _errors(a: Report, p: Point, b: Report, q: Point) -> tuple[float, ...]:
+    """Return the errors of a difference. Noise and labels that the samples of both share are left out: they move both alike."""
+    if p == q:
+        return 0.0, 0.0
+    if _noise(a, p) == _noise(b, q):
+        if p.spread is not None and q.spread is not None:
+            return p.spread, q.spread
+        if p.seeds == q.seeds == 1 and (paired := paired_error(p.evaluation, q.evaluation, a.metric)) is not None:
+            return (paired,)
+    error_a, error_b = a.error(p), b.error(q)
+    return () if error_a is None or error_b is None else (error_a, error_b)
+
+
+def _noise(report: Report, p: Point) -> tuple[Any, ...]:
+    """Return the inputs of the labels and of all noise of a point's samples."""
+    made = p.evaluation
+    return report.recipe.seed, p.cost.shape, made.samples, made.labels, made.sampling.sampler, made.sampling.steps
+
+
+def paired_error(a: Metrics, b: Metrics, metric: str) -> float | None:
+    """Return the standard error of b - a by the jackknife of the difference, if both have their values without each group."""
+    if metric not in a.left_out or metric not in b.left_out:
+        return None
+    return jackknife_error(np.subtract(b.left_out[metric], a.left_out[metric]))
 
 
 def _require_comparable(a: Report, b: Report) -> None:
@@ -135,7 +164,7 @@ def comparison_table(a: Report, b: Report, pairs: Mapping[str, str]) -> Table:
         name = p.model if p.model == q.model else f"{p.model} = {q.model}"
         out.add_row(
             name, p.variant or "main", f"{p.images_seen:,}", *cells,
-            f"{change:+.3g}" + (f" ± {error:.2g}" if error else ""), f"{change / error:+.1f}" if error else "",
+            with_error(change, error, "+.3g"), f"{change / error:+.1f}" if error else "",
             style="bold" if difference.significant else "",
         )  # fmt: skip
     return out
@@ -146,14 +175,16 @@ def _notes(a: Report, b: Report, found: list[Difference]) -> list[str]:
     lines = []
     if any(each.over_seeds for each in found):
         lines.append(
-            "bold: Welch's test refuses at 5 % that both are equal; its errors are those over the seeds and that of sampling, "
-            "whose noise and labels a model's seeds share"
+            "bold: Welch's test refuses at 5 % that both are equal; its errors are those over the seeds, with that of sampling "
+            "only if noise or labels of the samples differ between the sweeps"
         )
     if not all(each.over_seeds for each in found):
-        shared = ", and both sweeps share their noise" if a.recipe.seed == b.recipe.seed else ""
         lines.append(
             "models with one seed: the error is of sampling alone. Trainings of other seeds usually differ by more (seeds: 3)"
-            + shared
+        )
+    if any(len(each.errors) == 1 for each in found):
+        lines.append(
+            "samples of the same noise and labels: the error is that of the difference, by the paired jackknife"
         )
     if any(each.a.unfinished or each.b.unfinished for each in found):
         lines.append(f"{UNFINISHED.strip()} the learning rate was to fall further")

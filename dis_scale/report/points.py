@@ -49,6 +49,8 @@ class Point:
     """Share of the random start in the exponential average; 0 for a training that began with other weights."""
     seeds: int = 1
     """Number of trainings whose mean this is."""
+    spread: float | None = None
+    """Standard error of that mean over the trainings, without what the noise of their samples has in common; None for one."""
 
     @property
     def gmacs(self) -> float:
@@ -172,7 +174,7 @@ def _mean(points: list[Point], metric: str) -> Point:
     spread = statistics.stdev(p.values[metric] for p in points) / math.sqrt(len(points))
     if f"{metric}_error" in values:  # else the error is unknown, since a part of it is
         values[f"{metric}_error"] = math.hypot(spread, values[f"{metric}_error"])
-    return replace(first, values=values, seeds=len(points), evaluation=_mean_evaluation(points))
+    return replace(first, values=values, seeds=len(points), spread=spread, evaluation=_mean_evaluation(points))
 
 
 def _mean_evaluation(points: list[Point]) -> Metrics:

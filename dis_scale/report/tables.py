@@ -92,9 +92,9 @@ def _accuracy(p: Point) -> str:
     return "" if accuracy is None else f"{accuracy:.1%}"
 
 
-def with_error(distance: float, error: float | None) -> str:
-    """Format a distance and its standard error, if any."""
-    return f"{distance:.4g}" + ("" if error is None else f" ± {error:.2g}")
+def with_error(value: float, error: float | None, digits: str = ".4g") -> str:
+    """Format a distance, or a difference of two, and its standard error, if any."""
+    return f"{value:{digits}}" + ("" if error is None else f" ± {error:.2g}")
 
 
 def notes(report: Report) -> list[str]:

@@ -210,6 +210,8 @@ class Metrics(Document):
     precision: str = "fp32"
     metrics: tuple[str, ...]
     values: dict[str, float]
+    left_out: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    """By metric of a jackknife: its values without each group of samples, for the errors of differences."""
     notes: tuple[str, ...] = ()
     seconds: dict[str, float] = Field(default_factory=dict)
     """Worker seconds of each part, and its images per second and worker."""

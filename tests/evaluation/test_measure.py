@@ -75,7 +75,7 @@ def values(images: tuple[Features, Features]) -> dict[str, float]:
     """Every metric, measured from blocks of unequal sizes."""
     generated, real = images
     settings = inception_settings(samples=1200, metrics=EVERY)
-    return measure_blocks(blocks(UNEQUAL, inception=generated), {"inception": reference(real)}, settings)
+    return measure_blocks(blocks(UNEQUAL, inception=generated), {"inception": reference(real)}, settings).values
 
 
 def test_each_metric_has_its_name_its_value_and_its_error(
@@ -125,7 +125,7 @@ def test_metrics_of_stored_blocks_are_bit_equal(images: tuple[Features, Features
     sampled = blocks(UNEQUAL, inception=generated)
     arrived = {b: sampled[b].to_bytes() for worker in range(8) for b in reversed(range(worker, len(UNEQUAL), 8))}
     again = (SampleBlock.from_bytes(arrived[b], "here") for b in sorted(arrived))
-    assert measure_blocks(again, real_ones, settings) == values
+    assert measure_blocks(again, real_ones, settings).values == values
 
 
 def test_two_extractors_in_one_pass_each_under_its_name() -> None:
@@ -133,7 +133,7 @@ def test_two_extractors_in_one_pass_each_under_its_name() -> None:
     settings = evaluate(samples=2000, also=(script,), metrics=("distance", "precision_recall"))
     generated = {"digits": seen(2000, 0, shift=0.2), "dino": seen(2000, 2, d=4, shift=1.0)}
     real = {"digits": reference(seen(900, 1)), "dino": reference(seen(900, 3, d=4))}
-    values = measure_blocks(blocks([1000, 1000], **generated), real, settings)
+    values = measure_blocks(blocks([1000, 1000], **generated), real, settings).values
     assert values["fd_dino_2k"] == pytest.approx(frechet(real["dino"].pooled, fit(generated["dino"].pooled)), rel=1e-9)
     assert values.keys() == {
         "fd_digits_2k", "fd_digits_2k_error", "precision_digits_2k", "precision_digits_2k_error",
@@ -161,7 +161,7 @@ def test_a_judge_gives_the_share_of_requested_classes() -> None:
     sampled = blocks([30, 50], digits=seen(80, 0))
     judged = [replace(b, right=np.arange(len(b.right)) % 2 == 0) for b in sampled]
     judged = [replace(b, right=b.right.astype(np.int8)) for b in judged]
-    assert measure_blocks(judged, {"digits": reference(seen(90, 1))}, evaluate())["class_accuracy"] == 0.5
+    assert measure_blocks(judged, {"digits": reference(seen(90, 1))}, evaluate()).values["class_accuracy"] == 0.5
 
 
 def test_notes_for_readers() -> None:
@@ -272,5 +272,7 @@ def test_metrics_may_be_added_and_extractors_may_not(tiny: Recipe) -> None:
 
 def test_the_distance_is_measured_in_one_pass_over_a_generator(tmp_path: Path) -> None:
     features, real = seen(80, 0), reference(seen(90, 1))
-    values = measure_blocks(iter(blocks([40, 40], digits=features)), {"digits": real}, evaluate())
-    assert values["fd_digits_80"] == pytest.approx(frechet(real.pooled, fit(features.pooled)), rel=1e-9)
+    measured = measure_blocks(iter(blocks([40, 40], digits=features)), {"digits": real}, evaluate())
+    assert measured.values["fd_digits_80"] == pytest.approx(frechet(real.pooled, fit(features.pooled)), rel=1e-9)
+    without_last = frechet(real.pooled, fit(features.pooled[:76]))
+    assert measured.left_out["fd_digits_80"][-1] == pytest.approx(without_last, rel=1e-9), "its groups have 4 samples"

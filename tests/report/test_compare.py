@@ -1,5 +1,6 @@
 """Two sweeps are compared point by point: what differs, by how much, and whether that can be chance."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,11 +8,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dis_scale.evaluation.metrics import Frechet, Groups, MeanCovariance
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Recipe, reading
-from dis_scale.report import compare, figures
+from dis_scale.report import Report, compare, figures
 from dis_scale.sweep import Sampled, Sweep, state
+from dis_scale.sweep.documents import Metrics
 from tests.conftest import TINY
+from tests.support.documents import SAMPLING
 from tests.support.evaluations import collect, compared, put, sweep_at
 
 
@@ -44,7 +48,10 @@ def test_only_a_difference_over_seeds_is_significant(tmp_path: Path) -> None:
     assert {model: d.significant for model, d in found.items()} == {"dit": True, "dis": False}
     assert "bold: Welch's test refuses at 5 %" in compared(*sweeps)
     over_seeds = np.hypot(np.std([9, 9.2, 9.4], ddof=1), np.std([5, 5.2, 5.1], ddof=1)) / np.sqrt(3)
-    assert found["dit"].error == pytest.approx(np.sqrt(over_seeds**2 + 2 * 0.5**2)), "and that of sampling, of both"
+    assert found["dit"].error == pytest.approx(over_seeds), "the samples of both sweeps have the same noise"
+    points = [replace(p, evaluation=p.evaluation.changed(labels="random")) for p in sweeps[1].points]
+    (dit,) = compare.differences(sweeps[0], replace(sweeps[1], points=points), {"dit": "dit"})
+    assert dit.error == pytest.approx(np.hypot(over_seeds, np.hypot(0.5, 0.5))), "and that of sampling, of both"
 
 
 def test_a_comparison_names_all_that_differs(sweep: Sweep, tmp_path: Path) -> None:
@@ -73,9 +80,100 @@ def test_three_seeds_need_more_than_two_standard_errors() -> None:
         mine, theirs = np.array([9.0, 9.4, 9.8]), np.array([9.0, 9.3, 9.6]) - shift
         points = [SimpleNamespace(seeds=3) for _ in range(2)]
         errors = [float(np.std(values, ddof=1) / np.sqrt(3)) for values in (mine, theirs)]
-        made = compare.Difference(*points, float(theirs.mean() - mine.mean()), *errors)
+        made = compare.Difference(*points, float(theirs.mean() - mine.mean()), tuple(errors))
         assert made.significant == (stats.ttest_ind(mine, theirs, equal_var=False).pvalue < 0.05)
         assert abs(made.change) > 2 * (made.error or 0)
+
+
+def two_sweeps(root: Path) -> list[Report]:
+    """Return two sweeps of three seeds of a DiT, with values that a test replaces."""
+    sweeps = [sweep_at(root, name, reading.load(TINY, ["models.dit.seeds=3"])) for name in ("a", "b")]
+    for made in sweeps:
+        for model in ("dit", "dit-seed-1", "dit-seed-2"):
+            put(made, Sampled(model, 320), 100.0)
+    return [collect(made) for made in sweeps]
+
+
+def share_significant(reports: list[Report], true_difference: float) -> float:
+    """Return the share of 2,000 simulated studies in which the test finds a difference.
+
+    Trainings have a standard deviation of 2; sampling one of 3, whose correlation between any two trainings is 0.9.
+    """
+    rng, found, metric = np.random.default_rng(0), 0, reports[0].metric
+    for _ in range(2000):
+        common, studies = rng.standard_normal(), []
+        for report, mean in zip(reports, (100, 100 + true_difference), strict=True):
+            sampling = 3 * (0.9**0.5 * common + 0.1**0.5 * rng.standard_normal(3))
+            values = mean + 2 * rng.standard_normal(3) + sampling
+            points = [
+                replace(p, values={metric: float(value), f"{metric}_error": 3.0})
+                for p, value in zip(report.points, values, strict=True)
+            ]
+            studies.append(replace(report, points=points))
+        found += compare.differences(*studies, {"dit": "dit"})[0].significant
+    return found / 2000
+
+
+def test_seeds_find_a_difference_and_invent_none_though_samples_share_their_noise(tmp_path: Path) -> None:
+    reports = two_sweeps(tmp_path)
+    assert 0.03 < share_significant(reports, 0) < 0.06
+    assert share_significant(reports, 4 * 2) > 0.75
+
+
+def test_the_error_of_a_difference_is_its_spread_if_samples_share_their_noise() -> None:
+    """Two models that make nearly the same of one noise: their distances vary by far more than the difference does."""
+    reference, rng = Frechet(MeanCovariance(10**6, np.zeros(4), np.eye(4))), np.random.default_rng(0)
+    distances, errors = [], []
+    for _ in range(60):
+        noise, other = rng.standard_normal((2, 400, 4))
+        made = [evaluation_of(1.5 * noise + 0.5, reference), evaluation_of(1.5 * noise + 0.7 * other + 0.6, reference)]
+        distances.append([each.values["fid"] for each in made])
+        errors.append([compare.paired_error(*made, "fid"), np.hypot(*(each.values["fid_error"] for each in made))])
+    a, b = np.transpose(distances)
+    assert np.corrcoef(a, b)[0, 1] == pytest.approx(0.9, abs=0.07)
+    paired, independent = np.mean(errors, axis=0)
+    assert paired == pytest.approx(np.std(b - a), rel=0.25)  # 60 sets give a spread to 9 %
+    assert independent > 2 * np.std(b - a)
+    assert compare.paired_error(made[0], made[0], "fid") == 0
+
+
+def evaluation_of(features: np.ndarray, reference: Frechet) -> Metrics:
+    groups = Groups(len(features))
+    groups.add(features)
+    value, error, left_out = groups.distance(reference)
+    assert left_out is not None
+    values, lists = {"fid": value, "fid_error": error}, {"fid": tuple(left_out.tolist())}
+    return Metrics(sampling=SAMPLING, metrics=("distance",), values=values, left_out=lists)
+
+
+def test_one_training_each_has_the_paired_error_only_of_shared_noise(
+    sweep: Sweep, tmp_path: Path, recipe: Recipe
+) -> None:
+    a = collect(sweep)
+    lists = {a.metric: tuple(9 + 0.1 * (-1.0) ** np.arange(20))}
+    points = [replace(p, evaluation=p.evaluation.changed(left_out=lists)) for p in a.points]
+    a, other = replace(a, points=points), sweep_at(tmp_path, "other", recipe)
+    put(other, Sampled("dis32", 160), 8.0)
+    b = collect(other)
+    assert compare.differences(a, b, {"dis": "dis32"})[0].error == pytest.approx(0.5**0.5), "its groups are not known"
+    (point,) = b.points
+    b = replace(b, points=[replace(point, evaluation=point.evaluation.changed(left_out=lists))])
+    assert compare.differences(a, b, {"dis": "dis32"})[0].error == 0
+    assert "by the paired jackknife" in compared(a, b, {"dis": "dis32"})
+    for changed in ({"samples": 61}, {"labels": "random"}, {"sampling": SAMPLING}):
+        unlike = replace(b, points=[replace(p, evaluation=p.evaluation.changed(**changed)) for p in b.points])
+        assert compare.differences(a, unlike, {"dis": "dis32"})[0].error == pytest.approx(0.5**0.5), changed
+
+
+def test_a_model_does_not_differ_from_itself(sweep: Sweep, tmp_path: Path) -> None:
+    for report in (collect(sweep), two_sweeps(tmp_path / "seeds")[0]):
+        itself = compare.differences(report, collect_again(report), compare.by_name(report, report))
+        assert {(d.change, d.error, d.significant) for d in itself} == {(0, 0, False)}
+        assert "+0 ± 0" in compared(report, report)
+
+
+def collect_again(report: Report) -> Report:
+    return replace(report, points=[replace(p) for p in report.points])
 
 
 def test_branches_are_paired_with_branches(tmp_path: Path) -> None:
