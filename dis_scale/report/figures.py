@@ -147,7 +147,7 @@ def _minima(axes: Axes, found: list[isoflop.Profile], fitted: isoflop.Laws | Non
     family = families.find(kind)
     for column, (name, face) in enumerate({"parameters": "black", "images": "white"}.items()):
         law = fitted and (fitted.parameters, fitted.images)[column]
-        words = f": compute^{law.exponent:.2f} ({law.low:.2f} to {law.high:.2f})" if law else ""
+        words = f": compute^{law.exponent_words}" if law else ""
         axes.plot(
             budgets,
             [each[column] for each in best],
@@ -244,20 +244,23 @@ def correlations(report: Report) -> list[str]:
                 few = " (few points)" if len(points) <= fits.FEW else ""
                 lines.append(f"{kind} at {images:,} images: r = {r:.2f} on log Gflops, n = {len(points)}{few}")
     for kind, law in _laws(report):
+        floor = f"{law.limit:.3g} (floor) + " if law.limit else ""
         lines.append(
-            f"{kind} at {report.counts[-1]:,} images: fitted power law {report.metric} = {law.factor:.3g} x "
-            f"Gflops^{law.exponent:.2f} (95 % interval of the exponent {law.low:.2f} to {law.high:.2f})"
+            f"{kind} at {report.counts[-1]:,} images: fitted power law {report.metric} = {floor}{law.factor:.3g} x "
+            f"Gflops^{law.exponent_words}" + ("" if floor else ", no floor subtracted")
         )
     return lines
 
 
 def _laws(report: Report) -> list[tuple[str, fits.PowerLaw]]:
-    """Fit each family with enough points at the last count."""
-    if not report.counts:
-        return []
-    families = [(kind, report.family(kind, report.counts[-1])) for kind in report.families]
-    laws = [(k, fits.power_law([p.gmacs for p in ps], [report.distance(p) for p in ps])) for k, ps in families if ps]
-    return [(kind, law) for kind, law in laws if law]
+    """Fit each family with enough points at the last count, above what a model without any error has, if that is measured."""
+    floor, laws = report.floors[-1].distance if report.floors else 0.0, []
+    for kind in report.families if report.counts else []:
+        points = report.family(kind, report.counts[-1])
+        costs, distances = [p.gmacs for p in points], [report.distance(p) for p in points]
+        if law := fits.power_law(costs, distances, floor) or fits.power_law(costs, distances):
+            laws.append((kind, law))
+    return laws
 
 
 def _axes(report: Report, xlabel: str) -> tuple[Figure, Axes]:

@@ -1,15 +1,20 @@
-"""How distance depends on cost: correlation, a power law with its interval, the lower hull."""
+"""How distance depends on cost: correlation, power laws with their intervals, the lower hull."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from scipy.special import ndtr, stdtrit
+from scipy.special import fdtri, ndtr, stdtrit
 
 CONFIDENCE = 0.95
 FEW = 4
 """Most points of a correlation that is marked as `few points`."""
+NEGLIGIBLE = 1e-3
+"""Relative residual of a law that is never called a lack of fit."""
+EXPONENTS = np.geomspace(0.01, 2, 500)
+"""Exponents that `limited_law` tries, 1 % apart."""
 
 
 def pearson(gmacs: Sequence[float], distances: Sequence[float]) -> float | None:
@@ -21,28 +26,87 @@ def pearson(gmacs: Sequence[float], distances: Sequence[float]) -> float | None:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """distance = factor x cost^exponent, fitted to logarithms; `low` and `high` bound the exponent at 95 %."""
+    """value = limit + factor x cost^exponent, with intervals at 95 % of exponent and limit: none if the values leave the law."""
 
     factor: float
     exponent: float
-    low: float
-    high: float
+    interval: tuple[float, float] | None = None
+    limit: float = 0.0
+    limit_interval: tuple[float, float] | None = None
 
     def at(self, cost: np.ndarray) -> np.ndarray:
-        return self.factor * cost**self.exponent
+        return self.limit + self.factor * cost**self.exponent
+
+    @property
+    def exponent_words(self) -> str:
+        """The exponent and its interval."""
+        return f"{self.exponent:.2f} ({_words(self.interval)})"
+
+    @property
+    def limit_words(self) -> str:
+        """The limit and its interval."""
+        return f"{self.limit:.3g} ({_words(self.limit_interval)})"
 
 
-def power_law(costs: Sequence[float], distances: Sequence[float]) -> PowerLaw | None:
-    """Fit logarithms by least squares, with Student's interval; None for fewer than 4 points, one cost, or a distance <= 0."""
-    if len(costs) < 4 or np.ptp(costs) == 0 or min(distances) <= 0:
+def _words(interval: tuple[float, float] | None) -> str:
+    if interval is None:
+        return "no interval: the values leave the law"
+    return f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}"
+
+
+def power_law(costs: Sequence[float], distances: Sequence[float], floor: float = 0.0) -> PowerLaw | None:
+    """Fit the logarithms of what is above the floor by least squares, with Student's interval.
+
+    None for fewer than 4 points, one cost, or a distance that is not above the floor.
+    """
+    if len(costs) < 4 or np.ptp(costs) == 0 or min(distances) <= floor:
         return None
     from scipy.stats import linregress  # takes half a second more than scipy.special, and most reports have no fit
 
-    fit = linregress(np.log(costs), np.log(distances))
+    fit = linregress(np.log(costs), np.log(np.subtract(distances, floor)))
     margin = stdtrit(len(costs) - 2, (1 + CONFIDENCE) / 2) * fit.stderr
-    return PowerLaw(
-        float(np.exp(fit.intercept)), float(fit.slope), float(fit.slope - margin), float(fit.slope + margin)
-    )
+    interval = float(fit.slope - margin), float(fit.slope + margin)
+    return PowerLaw(float(np.exp(fit.intercept)), float(fit.slope), interval, floor)
+
+
+class LimitedLaw(NamedTuple):
+    """limit + factor / cost^exponent; each has the shape (samples,)."""
+
+    limit: np.ndarray
+    factor: np.ndarray
+    exponent: np.ndarray
+
+
+def limited_law(costs_C: np.ndarray, values_CS: np.ndarray) -> LimitedLaw:
+    """Fit a power law that falls to a limit, which is not negative, by least squares of the relative residuals.
+
+    With a given exponent the law is linear in limit and factor, whose normal equations are solved; the best exponent is taken.
+    """
+    samples, least = values_CS.shape[1], costs_C.min()
+    ones_CS = 1 / values_CS
+    best = np.full((4, samples), np.inf)
+    for exponent in EXPONENTS:
+        powers_CS = (costs_C[:, None] / least) ** -exponent / values_CS
+        cross, squares = (ones_CS * powers_CS).sum(0), (powers_CS**2).sum(0)
+        determinant = (ones_CS**2).sum(0) * squares - cross**2
+        limit = np.maximum((ones_CS.sum(0) * squares - powers_CS.sum(0) * cross) / determinant, 0)
+        factor = (powers_CS.sum(0) - limit * cross) / squares
+        misfit = ((1 - limit * ones_CS - factor * powers_CS) ** 2).sum(0)
+        law = np.stack([misfit, limit, factor * least**exponent, np.full(samples, exponent)])
+        best = np.where(misfit < best[0], law, best)
+    return LimitedLaw(*best[1:])
+
+
+def lack_of_fit(residuals: np.ndarray, coefficients: int, variance: float, freedom: int) -> bool:
+    """Whether an F test refuses, at 5 %, that a law's relative residuals are noise of this variance.
+
+    The variance is an estimate with so many degrees of freedom. As many values as coefficients are always on the law.
+    """
+    over = len(residuals) - coefficients
+    if not over:
+        return False
+    allowed = max(variance * fdtri(over, freedom, CONFIDENCE), NEGLIGIBLE**2)
+    return bool((residuals**2).sum() / over > allowed)
 
 
 def bootstrap_tail(freedom: int) -> float:

@@ -5,14 +5,15 @@ Its minimum is the budget's best size. Power laws in compute are fitted to the m
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from dis_scale.recipe import MAIN
-from dis_scale.report.fits import PowerLaw, bootstrap_tail
+from dis_scale.report.fits import PowerLaw, bootstrap_tail, lack_of_fit, limited_law
 from dis_scale.report.points import HELD_OUT, Point, Report
 
 LEAST_SIZES = 4
@@ -21,6 +22,8 @@ REACH = 4.0
 """Factor between the size of a fitted run and that of the lowest one: profiles are parabolas only near their minimum."""
 LEAST_BUDGETS = 3
 """Budgets with a minimum that a law needs."""
+LEAST_WITH_LIMIT = 4
+"""Those that a law with a limit needs: one more than it has coefficients."""
 RESAMPLES = 2000
 
 
@@ -101,13 +104,16 @@ class Profile:
 
 @dataclass(frozen=True)
 class Laws:
-    """Power laws in compute of the best size, its images and its value; `at_edge` is the share of resamples with a minimum at
-    an end of the sizes."""
+    """Power laws in compute of the best size, its images and its value."""
 
     parameters: PowerLaw
     images: PowerLaw
-    value: PowerLaw
+    local: list[PowerLaw]
+    """Of the value between neighbouring budgets: a loss has a part that no compute removes, so its exponent falls with compute."""
+    value: PowerLaw | None
+    """With such a limit, from four budgets on."""
     at_edge: float
+    """Share of resamples with a minimum at an end of the sizes."""
 
 
 def profiles(report: Report, metric: str) -> dict[str, list[Profile]]:
@@ -133,37 +139,71 @@ def laws(family: list[Profile], resamples: int = RESAMPLES) -> Laws | None:
     inner = [profile for profile in family if profile.minimum.inside]
     if len(inner) < LEAST_BUDGETS:
         return None
-    tail, tries = _resampled(inner, resamples)
-    budgets, sizes = np.log([p.budget for p in inner]), [p.minimum.size for p in inner]
-    images = (
-        [p.images_at(p.minimum.size) for p in inner],
-        [p.images_at(t.size) for p, t in zip(inner, tries, strict=True)],
-    )
+    freedom, tries = _resampled(inner, resamples)
+
+    def minima(quantity: Callable[[Profile, Minimum], np.ndarray]) -> _Minima:
+        logs = [quantity(profile, profile.minimum) for profile in inner]
+        resampled = [quantity(profile, minimum) for profile, minimum in zip(inner, tries, strict=True)]
+        return _Minima(np.array([profile.budget for profile in inner]), np.array(logs), np.array(resampled), freedom)
+
+    values = minima(lambda _, minimum: minimum.value)
     return Laws(
-        _law(budgets, sizes, [each.size for each in tries], tail),
-        _law(budgets, *images, tail),
-        _law(budgets, [p.minimum.value for p in inner], [each.value for each in tries], tail),
+        parameters=minima(lambda _, minimum: minimum.size).law(),
+        images=minima(lambda profile, minimum: profile.images_at(minimum.size)).law(),
+        local=[values.neighbours(lower).law() for lower in range(len(inner) - 1)],
+        value=values.law_with_limit() if len(inner) >= LEAST_WITH_LIMIT else None,
         at_edge=1 - float(np.all([each.inside for each in tries], axis=0).mean()),
     )
 
 
-def _resampled(family: list[Profile], resamples: int) -> tuple[float, list[Minimum]]:
-    """Return the share of resamples to leave out at each end of an interval, and the resampled minima of each profile."""
+def _resampled(family: list[Profile], resamples: int) -> tuple[int, list[Minimum]]:
+    """Return the degrees of freedom of the parabolas' residuals, and the resampled minima of each profile."""
     residuals = np.concatenate([np.log(p.values / p.at(p.parameters)) for p in family])
     freedom = len(residuals) - 3 * len(family)
     scaled, rng, minima = residuals * np.sqrt(len(residuals) / freedom), np.random.default_rng(0), list[Minimum]()
     for p in family:
         drawn = rng.choice(scaled, (len(p.values), resamples))
         minima.append(p.minimum_of(p.refit(np.log(p.at(p.parameters))[:, None] + drawn)))
-    return bootstrap_tail(freedom), minima
+    return freedom, minima
 
 
-def _law(budgets: np.ndarray, logs: list[np.ndarray], resampled: list[np.ndarray], tail: float) -> PowerLaw:
-    """Fit logarithms by least squares; the interval of the exponent holds the resampled ones."""
-    exponent, factor = np.polyfit(budgets, np.array(logs), 1)
-    exponents, _ = np.polyfit(budgets, np.array(resampled), 1)
-    low, high = np.quantile(exponents, [tail, 1 - tail])
-    return PowerLaw(float(np.exp(factor)), float(exponent), float(low), float(high))
+@dataclass(frozen=True)
+class _Minima:
+    """Logarithms of one quantity at the minima (budgets), and of its resamples (budgets, samples), from residuals of `freedom`."""
+
+    budgets: np.ndarray
+    logs: np.ndarray
+    resampled: np.ndarray
+    freedom: int
+
+    def neighbours(self, lower: int) -> Self:
+        """Return the minima of two neighbouring budgets."""
+        pair = slice(lower, lower + 2)
+        return replace(self, budgets=self.budgets[pair], logs=self.logs[pair], resampled=self.resampled[pair])
+
+    def law(self) -> PowerLaw:
+        """Fit logarithms by least squares."""
+        exponent, factor = np.polyfit(np.log(self.budgets), self.logs, 1)
+        exponents, _ = np.polyfit(np.log(self.budgets), self.resampled, 1)
+        return self._bounded(PowerLaw(float(np.exp(factor)), float(exponent)), 2, interval=exponents)
+
+    def law_with_limit(self) -> PowerLaw:
+        """Fit a law that falls to a limit."""
+        every = limited_law(self.budgets, np.exp(np.column_stack([self.logs, self.resampled])))
+        limit, factor, exponent = (float(each[0]) for each in every)
+        law = PowerLaw(factor, -exponent, limit=limit)
+        return self._bounded(law, 3, interval=-every.exponent[1:], limit_interval=every.limit[1:])
+
+    def _bounded(self, law: PowerLaw, coefficients: int, **resampled: np.ndarray) -> PowerLaw:
+        """Add intervals, which hold the parabolas' residuals only: none if the law's own residuals are larger."""
+        residuals, variance = self.logs - np.log(law.at(self.budgets)), float(self.resampled.var(1).mean())
+        if lack_of_fit(residuals, coefficients, variance, self.freedom):
+            return law
+        tail = bootstrap_tail(self.freedom)
+        intervals: dict[str, Any] = {
+            name: tuple(np.quantile(values, [tail, 1 - tail]).tolist()) for name, values in resampled.items()
+        }
+        return replace(law, **intervals)
 
 
 def lines(report: Report) -> list[str]:
@@ -199,10 +239,13 @@ def _minimum_words(profile: Profile) -> str:
 def _law_words(fitted: Laws | None, metric: str) -> list[str]:
     if fitted is None:
         return [f"no law, which needs {LEAST_BUDGETS} budgets with a minimum"]
-    quantities = {"best size": fitted.parameters, "its images": fitted.images, metric: fitted.value}
+    local = ", ".join(law.exponent_words for law in fitted.local)
     words = [
-        f"{name} ~ compute^{law.exponent:.2f} (95 % interval {law.low:.2f} to {law.high:.2f})"
-        for name, law in quantities.items()
+        f"best size ~ compute^{fitted.parameters.exponent_words}",
+        f"its images ~ compute^{fitted.images.exponent_words}",
+        f"{metric} ~ compute^{local} from budget to budget",
     ]
+    if law := fitted.value:
+        words.append(f"{metric} = {law.limit_words} + {law.factor:.3g} x compute^{law.exponent_words}")
     edge = f"{fitted.at_edge:.0%} of the resamples have a minimum at an end of the sizes, which bounds the intervals"
     return [*words, edge] if fitted.at_edge else words

@@ -100,7 +100,8 @@ def test_published_points_are_marked_and_never_in_the_fit(sweep: Sweep) -> None:
     }
     assert len(fitted) == 1, "the same fit with the published points and without"
     assert figures.correlations(report)[:1] == ["dis at 160 images: r = -0.91 on log Gflops, n = 4 (few points)"]
-    assert "fitted power law fd_digits_80 = " in figures.correlations(report)[1]
+    assert "fitted power law fd_digits_80 = 0.75 (floor) + " in figures.correlations(report)[1]
+    assert figures.correlations(replace(report, floors=[]))[1].endswith("no floor subtracted")
 
 
 def test_points_before_the_end_of_a_schedule_are_marked_and_not_in_the_hull(tmp_path: Path) -> None:

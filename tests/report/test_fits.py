@@ -19,8 +19,18 @@ def test_a_power_law_is_found_with_its_interval() -> None:
     exact = power_law(costs, 7 * costs**-0.4)
     assert exact is not None
     assert (exact.factor, exact.exponent) == pytest.approx((7, -0.4))
-    assert exact.high - exact.low < 1e-6
+    assert exact.interval == pytest.approx((-0.4, -0.4))
     assert power_law(costs[:3], [3.0, 2.0, 1.0]) is None
+
+
+def test_the_law_is_that_of_what_is_above_the_floor() -> None:
+    costs = np.array([1.0, 3, 10, 30, 100])
+    distances = 5 + 7 * costs**-0.4
+    above = power_law(costs, distances, floor=5)
+    assert above is not None
+    assert above.exponent == pytest.approx(-0.4)
+    assert above.at(costs) == pytest.approx(distances)
+    assert power_law(costs, distances, floor=6.5) is None, "a distance is below the floor"
 
 
 def test_the_interval_covers_the_exponent_in_95_percent() -> None:
@@ -28,7 +38,8 @@ def test_the_interval_covers_the_exponent_in_95_percent() -> None:
     for _ in range(400):
         law = power_law(costs, 7 * costs**-0.4 * np.exp(0.1 * rng.standard_normal(6)))
         assert law is not None
-        held += law.low <= -0.4 <= law.high
+        assert law.interval
+        held += law.interval[0] <= -0.4 <= law.interval[1]
     assert 0.92 < held / 400 < 0.98  # 95 % within three binomial errors of 400 tries
 
 
