@@ -17,8 +17,7 @@ from dis_scale.models import families
 from dis_scale.report import fits, isoflop
 from dis_scale.report.points import HELD_OUT, Point, Report
 from dis_scale.report.published import MARKERS as PUBLISHED_MARKERS
-from dis_scale.report.published import PUBLISHED
-from dis_scale.report.published import SAMPLERS as PUBLISHED_SAMPLERS
+from dis_scale.report.published import PUBLISHED, families_alike
 
 MOST_LINES = 8
 """Most lines below a figure."""
@@ -45,7 +44,7 @@ def gflops_distance(report: Report, published: bool = False) -> Figure:
             _line(axes, report, family, kind, str(shade), "" if unnamed else f"{kind} at {images:,}", "gmacs")
     _fit(axes, report)
     if published:
-        _published(axes, {p.sampling.sampler for p in report.main})
+        _published(axes, families_alike(report))
     drawn = [p for images in report.counts for kind in report.families for p in report.family(kind, images)]
     _name_last(axes, report, drawn)
     return _remove_overlapping(_finish(figure, axes, report), axes)
@@ -352,14 +351,14 @@ def _fit(axes: Axes, report: Report) -> None:
         axes.plot(costs, law.at(costs), color="black", linewidth=0.8, linestyle=(0, (1, 3)), label=f"fit: {kind}")
 
 
-def _published(axes: Axes, samplers: set[str]) -> None:
-    """Plot published results of these samplers as markers without a line."""
-    for family, marker in PUBLISHED_MARKERS.items():
-        if points := [p for p in PUBLISHED if p.family == family and PUBLISHED_SAMPLERS[family] in samplers]:
-            axes.plot(
-                [p.gmacs for p in points], [p.fid for p in points], marker, color="black", markersize=9,
-                label=f"{family}, published (ImageNet 256, 102.4M images, no guidance, uniform labels, ADM's reference)",
-            )  # fmt: skip
+def _published(axes: Axes, names: list[str]) -> None:
+    """Plot the published results of these families as markers without a line."""
+    for family in names:
+        points = [p for p in PUBLISHED if p.family == family]
+        axes.plot(
+            [p.gmacs for p in points], [p.fid for p in points], PUBLISHED_MARKERS[family], color="black", markersize=9,
+            label=f"{family}, published (ImageNet 256, 102.4M images, no guidance, uniform labels, ADM's reference)",
+        )  # fmt: skip
 
 
 def _name_last(axes: Axes, report: Report, drawn: list[Point]) -> None:

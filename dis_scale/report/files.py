@@ -1,9 +1,7 @@
 """The report's files below `report/`: figures, the CSV, the pages."""
 
-from dis_scale.process.errors import UserError
 from dis_scale.report.points import Report
-from dis_scale.report.published import SAMPLERS
-from dis_scale.report.published import STEPS as PUBLISHED_STEPS
+from dis_scale.report.published import published_differences, require_published_protocol
 from dis_scale.report.tables import to_csv
 from dis_scale.sweep import GRID, Sampled, Sweep
 
@@ -13,16 +11,10 @@ CSV, PAGE = "gflops_fid.csv", "index.html"
 def write(sweep: Sweep, report: Report, published: bool = False) -> dict[str, bytes]:
     """Write the figures, the pages and, last, the CSV below `report/`; return them by name.
 
-    `published` adds published results to the plot; UserError if the sweep's metric is not FID on the same images.
+    `published` adds published results to the plot; UserError if the sweep measures another quantity.
     """
-    images = report.recipe.data
-    if published and (report.metric, images.resolution, images.num_classes) != ("fid", 256, 1000):
-        raise UserError(
-            f"--published: those points are FID of 50,000 samples on ImageNet 256 x 256, {report.sweep} has {report.metric} "
-            f"at {images.resolution} pixels and {images.num_classes or 'no'} classes"
-        )
     if published:
-        _require_published_protocol(report)
+        require_published_protocol(report)
     from dis_scale.report import (
         figures,
     )  # here: matplotlib and scipy take two seconds, and most processes write no report
@@ -31,8 +23,9 @@ def write(sweep: Sweep, report: Report, published: bool = False) -> dict[str, by
 
     loss = "Training compute against the loss on images that training never saw"
     by_sampling = "Time of a sample against distance, under each sampling setting"
+    at_counts = "Gflops against distance at each image count" + (published_differences(report) if published else "")
     every = figures.of_study(report) | {
-        "gflops_fid": (figures.gflops_distance(report, published), "Gflops against distance at each image count"),
+        "gflops_fid": (figures.gflops_distance(report, published), at_counts),
         "compute_fid": (figures.compute_distance(report), "Training compute against distance, with its lower hull"),
         "fid_images": (figures.distance_images(report), "Distance over images seen"),
         "compute_loss": (figures.compute_loss(report), loss),
@@ -50,22 +43,6 @@ def write(sweep: Sweep, report: Report, published: bool = False) -> dict[str, by
     for name, data in files.items():
         sweep.report.write(name, data)
     return files
-
-
-def _require_published_protocol(report: Report) -> None:
-    """UserError if the sweep's own points were sampled in another way than the published ones."""
-    made = [p.evaluation for p in report.main]
-    unlike = sorted({f"guidance {m.sampling.guidance:g}" for m in made if m.sampling.guidance != 1})
-    unlike += sorted({f"{m.sampling.steps} steps" for m in made if m.sampling.steps != PUBLISHED_STEPS})
-    unlike += sorted({m.sampling.sampler for m in made} - set(SAMPLERS.values()))
-    unlike += sorted({f"ema_width {m.ema_width:g}" for m in made if m.ema_width})
-    unlike += sorted({f"{m.labels} labels" for m in made if m.labels != "uniform"})
-    if unlike:
-        raise UserError(
-            f"--published: those points are without guidance, in {PUBLISHED_STEPS} steps of ddpm (DiT, DiG) or euler_maruyama "
-            f"(SiT), of uniform labels, from the exponential average; {report.sweep}'s main sampling has {', '.join(unlike)}: "
-            "measure it in a sweep whose main sampling is theirs"
-        )
 
 
 def _grids(sweep: Sweep, report: Report) -> dict[str, bytes]:

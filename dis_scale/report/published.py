@@ -5,6 +5,9 @@ FID-50K on ImageNet 256x256 without guidance after 400K steps of 256 images, aga
 
 from typing import NamedTuple
 
+from dis_scale.process.errors import UserError
+from dis_scale.report.points import Report
+
 
 class Published(NamedTuple):
     """One published model; `gmacs` in 10^9 multiply-adds."""
@@ -15,9 +18,12 @@ class Published(NamedTuple):
     fid: float
 
 
-IMAGES = 400_000 * 256
+BATCH = 256
+IMAGES = 400_000 * BATCH
 STEPS = 250
 """Sampling steps of all of them."""
+REFERENCE = "VIRTUAL_imagenet256_labeled.npz"
+"""ADM's statistics of ImageNet, which all of them are compared with."""
 MARKERS = {"DiT": "1", "SiT": "2", "DiG": "3"}
 SAMPLERS = {"DiT": "ddpm", "SiT": "euler_maruyama", "DiG": "ddpm"}
 """Our name of each family's sampler."""
@@ -34,3 +40,44 @@ PUBLISHED = [
     # Zhu et al. 2024 (arXiv 2405.18428); its multiply-adds are another paper's count, and of smaller sizes none is known
     Published("DiG", "DiG-XL/2", 89.4, 18.5),
 ]
+
+
+def require_published_protocol(report: Report) -> None:
+    """UserError if the sweep has no point whose images, reference and samples are those of the published ones."""
+    data, evaluate, made = report.recipe.data, report.recipe.evaluate, [p.evaluation for p in report.main]
+    unlike = [] if report.metric == "fid" else [report.metric]
+    if (data.resolution, data.num_classes) != (256, 1000):
+        unlike.append(f"{data.resolution} pixels and {data.num_classes or 'no'} classes")
+    if not (evaluate.reference or "").endswith(REFERENCE):
+        unlike.append(f"reference {evaluate.reference or 'of its own images'}")
+    if IMAGES not in report.counts:
+        unlike.append(f"no point at {IMAGES:,} images")
+    unlike += sorted({f"guidance {m.sampling.guidance:g}" for m in made if m.sampling.guidance != 1})
+    unlike += sorted({f"{m.sampling.steps} steps" for m in made if m.sampling.steps != STEPS})
+    unlike += sorted({m.sampling.sampler for m in made} - set(SAMPLERS.values()))
+    unlike += sorted({f"ema_width {m.ema_width:g}" for m in made if m.ema_width})
+    unlike += sorted({f"{m.labels} labels" for m in made if m.labels != "uniform"})
+    if unlike:
+        raise UserError(
+            f"--published: those points are FID of 50,000 samples on ImageNet 256 x 256 against {REFERENCE}, at {IMAGES:,} "
+            f"images, without guidance, in {STEPS} steps of ddpm (DiT, DiG) or euler_maruyama (SiT), of uniform labels, from the "
+            f"exponential average; {report.sweep} has {', '.join(unlike)}: use it with a sweep that measures the same"
+        )
+
+
+def families_alike(report: Report) -> list[str]:
+    """Return the published families with the sampler of a point of the sweep."""
+    samplers = {p.sampling.sampler for p in report.main}
+    return [family for family in MARKERS if SAMPLERS[family] in samplers]
+
+
+def published_differences(report: Report) -> str:
+    """Return words on the published families that are not drawn, and on training batches that differ from theirs."""
+    batches = {report.recipe.train_of(p.model).batch_images for p in report.main} - {BATCH}
+    words = [
+        f"{name} is not drawn (its sampler is {SAMPLERS[name]})"
+        for name in MARKERS
+        if name not in families_alike(report)
+    ]
+    words += [f"published points have batch {BATCH}, here it is {batch:,}" for batch in sorted(batches)]
+    return "".join(f"; {each}" for each in words)

@@ -5,13 +5,14 @@ import io
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dis_scale import report as reports
 from dis_scale.planning.plan import price_sweep
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import Recipe
+from dis_scale.recipe import Recipe, Sampling
 from dis_scale.sweep import Sampled, Sweep
 from tests.support.commands import answer
 from tests.support.evaluations import SHAPE, collect, put, sweep_at
@@ -74,9 +75,39 @@ def test_a_sweep_without_evaluations_has_a_report(tmp_path: Path, recipe: Recipe
     assert len(reports.write(empty, collect(empty))) == 8
 
 
-def test_published_points_are_refused_beside_guided_ones(sweep: Sweep) -> None:
-    data = sweep.recipe.data.model_copy(update={"resolution": 256, "num_classes": 1000})
-    report = replace(collect(sweep), metric="fid", recipe=sweep.recipe.model_copy(update={"data": data}))
-    points = [replace(p, values=p.values | {"fid": report.points[0].values["fd_digits_80"]}) for p in report.points]
-    with pytest.raises(UserError, match=r"tiny's main sampling has guidance 1.5, 3 steps, ddim, balanced labels:"):
-        reports.write(sweep, replace(report, points=points), published=True)
+def imagenet(report: reports.Report, changes: dict[str, Any], **sampling: Any) -> reports.Report:
+    """Return the report as if it were of ImageNet with the published points' protocol, except for the changes."""
+    recipe = report.recipe
+    data = recipe.data.model_copy(update={"resolution": 256, "num_classes": 1000})
+    settings = recipe.evaluate.model_copy(
+        update={"reference": "https://host/VIRTUAL_imagenet256_labeled.npz"} | changes
+    )
+    made = Sampling(**({"sampler": "ddpm", "steps": 250, "guidance": 1.0} | sampling))
+    points = [
+        replace(
+            p, values={"fid": 20.0}, images_seen=102_400_000, evaluation=p.evaluation.changed(sampling=made, labels="uniform")
+        )
+        for p in report.points if p.images_seen and not p.variant
+    ]  # fmt: skip
+    return replace(
+        report, metric="fid", recipe=recipe.model_copy(update={"data": data, "evaluate": settings}), points=points
+    )
+
+
+def test_published_points_are_drawn_beside_the_same_images_reference_and_samples_only(sweep: Sweep) -> None:
+    report = collect(sweep)
+    page = reports.write(sweep, imagenet(report, {}), published=True)[reports.PAGE].decode()
+    assert "; SiT is not drawn (its sampler is euler_maruyama); published points have batch 256, here it is 16<" in page
+    digits = replace(report, metric="fid", points=[replace(p, values={"fid": 20.0}) for p in report.points])
+    for unlike, words in (
+        (
+            digits,
+            "32 pixels and 10 classes, reference of its own images, no point at 102,400,000 images, guidance 1.5, 3 steps, ddim",
+        ),
+        (imagenet(report, {"reference": None}), "reference of its own images:"),
+        (imagenet(report, {"reference": "VIRTUAL_lsun_bedroom256.npz"}), "reference VIRTUAL_lsun_bedroom256.npz:"),
+        (imagenet(report, {}, guidance=1.5), "guidance 1.5:"),
+        (imagenet(report, {}, sampler="ddim", steps=50), "50 steps, ddim:"),
+    ):
+        with pytest.raises(UserError, match=f"tiny has {words}"):
+            reports.write(sweep, unlike, published=True)
