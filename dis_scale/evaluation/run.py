@@ -73,6 +73,7 @@ class Evaluation:
             model=sampled.model, images=sampled.images_seen, time=time.time(), samples=settings.samples, labels=settings.labels,
             sampling=settings.sampling, ema_width=settings.ema_width, precision=settings.precision, metrics=settings.metrics,
             values=values | measured.values, left_out=measured.left_out, sampled_on=sampled_on,
+            weights={name: reference.identity for name, reference in self.references.items()},
             seconds=seconds | {"metrics": time.monotonic() - began_s},
             notes=(*measure.notes(self.references, settings), *self._average_note(sampled, settings)),
             cost=self._cost_of_training(sampled),

@@ -143,13 +143,19 @@ def _require_comparable(a: Report, b: Report) -> None:
     ]
     if not one.reference:  # it is made from these
         facts += [("data.source", images.source, others.source), ("data.crop", images.crop, others.crop)]
-    if one.extractor.kind == "trained":
-        facts.append(("seed, from which each sweep trains its extractor", a.recipe.seed, b.recipe.seed))
+    if (weights := _weights(a)) and (other_weights := _weights(b)):
+        facts.append((f"weights of extractor {one.extractor.name}", weights, other_weights))
     for what, x, y in facts:
         if x != y:
             raise UserError(
                 f"{what}: {a.sweep} has {as_yaml(x)}, {b.sweep} has {as_yaml(y)}: their distances cannot be compared"
             )
+
+
+def _weights(report: Report) -> list[str]:
+    """Return the identity of the main extractor's weights, which a recipe with a trained extractor leaves open; [] if not known."""
+    known = {p.evaluation.weights.get(report.recipe.evaluate.extractor.name, "") for p in report.points} - {""}
+    return sorted(identity[:12] for identity in known)
 
 
 def comparison_table(a: Report, b: Report, pairs: Mapping[str, str]) -> Table:

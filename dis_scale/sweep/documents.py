@@ -212,6 +212,8 @@ class Metrics(Document):
     values: dict[str, float]
     left_out: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     """By metric of a jackknife: its values without each group of samples, for the errors of differences."""
+    weights: dict[str, str] = Field(default_factory=dict)
+    """Identity of each extractor's weights."""
     notes: tuple[str, ...] = ()
     seconds: dict[str, float] = Field(default_factory=dict)
     """Worker seconds of each part, and its images per second and worker."""

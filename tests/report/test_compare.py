@@ -219,3 +219,23 @@ def test_sweeps_that_cannot_be_compared_are_refused(sweep: Sweep, tmp_path: Path
         other = sweep_at(tmp_path, "tiny", recipe.model_copy(update=parts))
         with pytest.raises(UserError, match=words):
             compare.differences(a, collect(other), {})
+
+
+def test_distances_under_other_weights_of_one_extractor_are_refused(
+    sweep: Sweep, tmp_path: Path, recipe: Recipe
+) -> None:
+    """A sweep trains its extractor itself: another seed, CPU or number of threads gives other weights, and another distance."""
+    other = sweep_at(tmp_path, "other", recipe.model_copy(update={"seed": recipe.seed + 1}))
+    put(other, Sampled("dis", 160), 4.0)
+    a, b = (of_weights(collect(each), "ca653956" + "0" * 56) for each in (sweep, other))
+    assert compare.differences(a, b, {"dis": "dis"})[0].change == -5
+    words = (
+        r"weights of extractor digits: tiny has \[ca6539560000\], other has \[28185ea20000\]: their distances cannot"
+    )
+    with pytest.raises(UserError, match=words):
+        compare.differences(a, of_weights(b, "28185ea2" + "0" * 56), {"dis": "dis"})
+
+
+def of_weights(report: Report, identity: str) -> Report:
+    points = [replace(p, evaluation=p.evaluation.changed(weights={"digits": identity})) for p in report.points]
+    return replace(report, points=points)
