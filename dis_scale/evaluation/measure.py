@@ -124,7 +124,7 @@ class _Pass:
             yield "precision", Estimate(precision, float(np.sqrt(precision * (1 - precision) / n)))
             yield "recall", Estimate(recall)
         if "distance_infinity" in self._requested:
-            yield "fid_infinity", Estimate(*metrics.infinity(features_ND, frechet, seed=self._settings.samples))
+            yield "fid_infinity", metrics.infinity(features_ND, frechet, seed=self._settings.samples)
 
 
 def _features(block: SampleBlock, number: int, name: str, reference: Reference) -> Features:

@@ -192,17 +192,23 @@ def has_error(samples: int, features: int) -> bool:
     return samples - -(-samples // FOLDS) > features
 
 
-def infinity(features_ND: np.ndarray, frechet: Frechet, seed: int) -> tuple[float, float]:
-    """Return FID-infinity, the intercept of the distance over 1/N, and its standard error (Chong and Forsyth 2020).
+def infinity(features_ND: np.ndarray, frechet: Frechet, seed: int) -> Estimate:
+    """Return FID-infinity, the intercept of the distance over 1/N (Chong and Forsyth 2020), with its jackknife.
 
-    Least squares over `INFINITY_POINTS` random subsets of rising size, without replacement. The subsets overlap, so the error
-    measures only how straight the line is, not the spread over other samples. DisScaleError if there are too few samples.
+    Least squares over `INFINITY_POINTS` random subsets of rising size, without replacement. Subsets overlap, so the residuals of
+    the line say nothing about other samples: each group is left out of all subsets. DisScaleError if there are too few samples.
     """
     samples, d = features_ND.shape
-    least = require_infinity(samples, d)
-    sizes = np.linspace(least, samples, INFINITY_POINTS).astype(int)
-    distances = [frechet(fit(features_ND[_subset(seed, samples, size)])) for size in sizes]
-    return _intercept(1 / sizes, np.array(distances))
+    sizes = np.linspace(require_infinity(samples, d), samples, INFINITY_POINTS).astype(int)
+    distances = []
+    for size in sizes:
+        groups, numbers = Groups(samples), _subset(seed, samples, size)
+        groups.add(features_ND[numbers], numbers)
+        value, _, left_out = groups.distance(frechet)
+        assert left_out is not None, "a subset has over twice as many samples as features"
+        distances.append([value, *left_out])
+    _, (limit, *without) = np.polyfit(1 / sizes, np.array(distances), 1)  # the scale of 1/N does not move the intercept
+    return Estimate(float(limit), jackknife_error(np.array(without)), np.array(without))
 
 
 def require_infinity(samples: int, features: int) -> int:
@@ -218,15 +224,6 @@ def require_infinity(samples: int, features: int) -> int:
 
 def _subset(seed: int, samples: int, size: int) -> np.ndarray:
     return np.sort(seeds.generator("fid infinity", seed, int(size)).permutation(samples)[:size])
-
-
-def _intercept(x_N: np.ndarray, y_N: np.ndarray) -> tuple[float, float]:
-    """Return the least-squares line's value at 0 and its standard error."""
-    centred, n = x_N - x_N.mean(), len(x_N)
-    slope = (centred * y_N).sum() / (centred**2).sum()
-    intercept = y_N.mean() - slope * x_N.mean()
-    variance = ((y_N - intercept - slope * x_N) ** 2).sum() / (n - 2)
-    return float(intercept), float(np.sqrt(variance * (1 / n + x_N.mean() ** 2 / (centred**2).sum())))
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

@@ -84,7 +84,7 @@ def test_each_metric_has_its_name_its_value_and_its_error(
     generated, real = images
     pooled, kept = generated.pooled, real.pooled
     target, precision = Frechet(fit(kept)), sets.precision_recall(pooled, kept)
-    limit, limit_error = metrics.infinity(pooled, target, 1200)
+    limit, limit_error, _ = metrics.infinity(pooled, target, 1200)
     cuts = {"is_1200": score.shuffled_splits(1200), "is_adm_1200": score.adm_splits(1200)}
     assert generated.spatial is not None
     assert real.spatial is not None
