@@ -88,9 +88,8 @@ class Evaluator(Worker):
 
         with self._sampling:
             compute_exactly()
-            data = self.sweep.recipe.data
-            source = open_source(data, self.sweep.store)
-            chosen = floor.chosen_images(source, self.sampler.labels, data.num_classes)
+            source = open_source(self.sweep.recipe.data, self.sweep.store)
+            chosen = floor.chosen_images(source, self.sweep.recipe.evaluate.samples)
             for number in iter(deal, None):
                 if self.stop_requested():
                     break

@@ -1,7 +1,7 @@
 """The floor of a sweep's distances: that of real images which the reference lacks, and that of the autoencoder's reconstructions.
 
-Each sample of a model is replaced by a real image of its class, since a distance falls with the number of images, and with the
-equality of the classes' shares. These images are taken out of the reference, and the distance is then scaled to its complete size.
+As many real images as samples are taken out of the reference, since a distance falls with the number of images, and the distance is
+scaled to its complete size. They are weighted to the shares of the samples' labels, which are a part of a perfect model's distance.
 Blocks as in sampling.py.
 """
 
@@ -30,7 +30,7 @@ READERS, PARQUET_READERS = 32, 2
 
 
 class FloorBlock(NamedTuple):
-    """Images of one block: the number of the sample that each replaces (N), and features by kind and extractor."""
+    """Images of one block: the number of each among the chosen ones (N), and features by kind and extractor."""
 
     numbers: np.ndarray
     features: Mapping[str, Mapping[str, Features]]
@@ -54,20 +54,30 @@ class FloorBlock(NamedTuple):
         return cls(arrays["numbers"], features)
 
 
-def chosen_images(source: Source, labels_S: np.ndarray, num_classes: int | None) -> np.ndarray:
-    """Return the positions of random images, each once: one of the class of each sample, for the first half of all images at most.
+def chosen_images(source: Source, samples: int) -> np.ndarray:
+    """Return the positions of random images, one for each sample, half of all images at most; each class has its share of them.
 
-    Without classes any image will do. A class whose images have all been chosen gives none. Image i replaces sample i.
+    So the images that are left have the same shares, and the reference without the chosen ones is like the complete one.
     """
     images = len(source)
-    classes = np.fromiter(source.labels, int, images) * (num_classes is not None)
-    wanted = labels_S[: images // 2] * (num_classes is not None)
     order = seeds.generator("floor", images).permutation(images)
-    by_class = order[np.argsort(classes[order], kind="stable")]
-    first, last = (np.searchsorted(classes[by_class], wanted, side) for side in ("left", "right"))
-    place = first + _occurrence(wanted)
-    chosen: np.ndarray = by_class[place[place < last]]
+    classes = _classes(source)[order]
+    place = (_occurrence(classes) + 0.5) / np.bincount(classes)[classes]
+    chosen: np.ndarray = order[np.argsort(place, kind="stable")[: min(samples, images // 2)]]
     return chosen
+
+
+def sample_weights(source: Source, chosen_N: np.ndarray, labels_S: np.ndarray) -> np.ndarray:
+    """Return the weight (N) of each chosen image, with which the classes have their shares of the samples' labels; 1 on average."""
+    classes_N = _classes(source)[chosen_N]
+    wanted = np.bincount(labels_S, minlength=classes_N.max() + 1)
+    weights_N: np.ndarray = wanted[classes_N] / np.bincount(classes_N)[classes_N]
+    weights_N /= weights_N.mean()
+    return weights_N
+
+
+def _classes(source: Source) -> np.ndarray:
+    return np.fromiter(source.labels, int, len(source))
 
 
 def _occurrence(labels_S: np.ndarray) -> np.ndarray:
@@ -119,13 +129,15 @@ def _reconstruct(vae: Vae, pixels_NHWC: np.ndarray, batch: int, block: int) -> n
 
 
 def measure_floor(
-    blocks: Iterable[FloorBlock], references: Mapping[str, Reference], settings: Evaluate, images: int
+    blocks: Iterable[FloorBlock], references: Mapping[str, Reference], settings: Evaluate, weights_N: np.ndarray
 ) -> dict[str, dict[str, float]]:
-    """Return the distances of `images` chosen images by kind and metric, each with its `<metric>_error` if it can be estimated.
+    """Return the distances of the N chosen images by kind and metric, each with its `<metric>_error` if it can be estimated.
 
     StorageError if a block has features of other weights than the reference; DisScaleError for too few images.
     """
+    images = len(weights_N)
     groups: dict[str, dict[str, Groups]] = {}
+    unweighted: dict[str, Groups] = {name: Groups(images) for name in references}
     for number, block in enumerate(blocks):
         for kind, by_name in block.features.items():
             for name, features in by_name.items():
@@ -133,25 +145,28 @@ def measure_floor(
                     raise StorageError(
                         f"floor/block-{number:05d}.npz has features of another {name}: delete it and rerun"
                     )
-                groups.setdefault(name, {}).setdefault(kind, Groups(images)).add(features.pooled, block.numbers)
+                weighted = groups.setdefault(name, {}).setdefault(kind, Groups(images))
+                weighted.add(features.pooled, block.numbers, weights_N[block.numbers])
+                if kind == REAL:
+                    unweighted[name].add(features.pooled, block.numbers)
     found: dict[str, dict[str, float]] = {}
     for name, by_kind in groups.items():
         metric = settings.metric_name("fid", name)
-        for kind, (value, error) in _distances(by_kind, references[name].pooled, settings).items():
+        for kind, (value, error) in _distances(by_kind, unweighted[name], references[name].pooled, settings).items():
             known = {metric: value} | ({} if error is None else {f"{metric}_error": error})
             found[kind] = found.get(kind, {}) | known
     return found
 
 
 def _distances(
-    by_kind: Mapping[str, Groups], reference: MeanCovariance, settings: Evaluate
+    by_kind: Mapping[str, Groups], chosen: Groups, reference: MeanCovariance, settings: Evaluate
 ) -> dict[str, tuple[float, float | None]]:
     """Return each kind's distance and standard error at the size of the samples and of the complete reference.
 
     The part of a distance that comes from finite sets is proportional to 1/n + 1/m for n and m images (Chong and Forsyth 2020),
-    and it is all that the real images have. From an ADM reference nothing can be taken out.
+    and it is all that the chosen images have without weights. From an ADM reference nothing can be taken out.
     """
-    real, d = by_kind[REAL].total(), len(reference.mean)
+    real, d = chosen.total(), len(reference.mean)
     rest, share = reference, 1.0
     if not settings.reference:
         left = Sums.of(reference).without(real)
@@ -160,7 +175,7 @@ def _distances(
         share = (1 / settings.samples + 1 / reference.count) / (1 / real.count + 1 / rest.count)
     frechet = Frechet(rest)
     measured = {kind: groups.distance(frechet) for kind, groups in by_kind.items()}
-    least, _, least_without = measured[REAL]
+    least, _, least_without = chosen.distance(frechet)
     scaled: dict[str, tuple[float, float | None]] = {}
     for kind, (value, _, without) in measured.items():
         error = None

@@ -27,7 +27,7 @@ INFINITY_SHARE, INFINITY_RATIO = 0.1, INFINITY_SAMPLES_PER_FEATURE / 2
 class MeanCovariance:
     """Count, mean (d) and covariance (d, d; divided by n - 1) of a set of features."""
 
-    count: int
+    count: float
     mean: np.ndarray
     covariance: np.ndarray
 
@@ -41,18 +41,23 @@ class Estimate(NamedTuple):
 
 
 class Sums:
-    """Count, sum and sum of outer products of features, in float64. The size does not depend on the number of samples."""
+    """Count, sum and sum of outer products of features, in float64. The size does not depend on the number of samples.
+
+    The count is the sum of the weights, if there are any.
+    """
 
     def __init__(self) -> None:
-        self.count, self._sum, self._outer = 0, np.zeros(1), np.zeros((1, 1))
+        self.count: float = 0
+        self._sum, self._outer = np.zeros(1), np.zeros((1, 1))
 
-    def add(self, features_ND: np.ndarray) -> None:
-        """Add features; DisScaleError names the first sample that is not finite."""
-        require_finite(features_ND, self.count)
+    def add(self, features_ND: np.ndarray, weights_N: np.ndarray | None = None) -> None:
+        """Add features, with weights if given; DisScaleError names the first sample that is not finite."""
+        require_finite(features_ND, int(self.count))
         features_ND = features_ND.astype(np.float64)
-        self.count += len(features_ND)
-        self._sum = self._sum + features_ND.sum(0)
-        self._outer = self._outer + features_ND.T @ features_ND
+        weighted_ND = features_ND if weights_N is None else features_ND * weights_N[:, None]
+        self.count += len(features_ND) if weights_N is None else float(weights_N.sum())
+        self._sum = self._sum + weighted_ND.sum(0)
+        self._outer = self._outer + weighted_ND.T @ features_ND
 
     def merge(self, other: "Sums") -> "Sums":
         """Return the sums of both sets."""
@@ -132,13 +137,15 @@ class Groups:
         self.samples, self._seen = samples, 0
         self._groups = [Sums() for _ in range(FOLDS)]
 
-    def add(self, features_ND: np.ndarray, numbers_N: np.ndarray | None = None) -> None:
+    def add(
+        self, features_ND: np.ndarray, numbers_N: np.ndarray | None = None, weights_N: np.ndarray | None = None
+    ) -> None:
         """Add samples of these numbers, by default the next ones; DisScaleError names the first that is not finite."""
         require_finite(features_ND, self._seen)
         numbers_N = self._seen + np.arange(len(features_ND)) if numbers_N is None else numbers_N
         group = numbers_N * FOLDS // self.samples
         for g in np.unique(group):
-            self._groups[g].add(features_ND[group == g])
+            self._groups[g].add(features_ND[group == g], None if weights_N is None else weights_N[group == g])
         self._seen += len(features_ND)
 
     def total(self) -> Sums:
@@ -178,16 +185,16 @@ def require_finite(features_ND: np.ndarray, first: int) -> None:
         )
 
 
-def require_samples(samples: int, features: int) -> None:
+def require_samples(samples: float, features: int) -> None:
     """DisScaleError if the samples are too few for a covariance of this many features."""
     if samples <= features:
         raise DisScaleError(
-            f"{samples:,} samples are too few for the covariance of {features:,} features: expected at least "
+            f"{samples:,.0f} samples are too few for the covariance of {features:,} features: expected at least "
             f"{features + 1:,}; raise evaluate.samples"
         )
 
 
-def has_error(samples: int, features: int) -> bool:
+def has_error(samples: float, features: int) -> bool:
     """Return whether each set of the jackknife has more samples than features."""
     return samples - -(-samples // FOLDS) > features
 

@@ -36,7 +36,7 @@ class Reference:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return what is known, under the names of the stored file."""
-        values: dict[str, np.ndarray | int | None] = {"kept": self.kept}
+        values: dict[str, np.ndarray | float | None] = {"kept": self.kept}
         for end, statistics in (("", self.pooled), ("_s", self.spatial)):
             if statistics:
                 values |= {

@@ -90,14 +90,15 @@ class Evaluation:
 
         recipe, folder = self.sweep.recipe, self.sweep.floor
         source = open_source(recipe.data, self.sweep.store)
-        images = len(floor.chosen_images(source, self.labels, recipe.data.num_classes))
+        chosen = floor.chosen_images(source, recipe.evaluate.samples)
+        images, weights = len(chosen), floor.sample_weights(source, chosen, self.labels)
         floor.require_enough(images, self.references)
         count = -(-images // recipe.evaluate.block_images)
         self.evaluators.floor(self._missing(folder, count, floor.FloorBlock.from_bytes))
         self.raise_if_stopped()
         names = map(block_name, range(count))
         blocks = (floor.FloorBlock.from_bytes(folder.read(name), f"{folder}/{name}") for name in names)
-        values = floor.measure_floor(blocks, self.references, recipe.evaluate, images)
+        values = floor.measure_floor(blocks, self.references, recipe.evaluate, weights)
         FloorMetrics(images=images, time=time.time(), values=values).write(folder)
         folder.delete(Skipped.NAME)
         self.say(f"floor: {'; '.join(f'{kind}: {values_in_words(each)}' for kind, each in values.items())}")
