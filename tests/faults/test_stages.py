@@ -73,7 +73,7 @@ FULL = "no space left on the device: free some, then run the same command again"
 FAULTS: dict[str, tuple[str, str, list[int], str]] = {
     "prepare: killed in the autoencoder's files": ("prepare", "kill at written path=vae/", KILLED, ""),
     "prepare: killed before a classifier's manifest": (
-        "prepare", "kill at write path=extractors/digits/manifest", KILLED, "",
+        "prepare", "kill at create path=extractors/digits/manifest", KILLED, "",
     ),
     "prepare: killed before the reference": ("prepare", "kill at write path=reference/", KILLED, ""),
     "prepare: stop request": ("prepare", "stop at written path=vae/manifest", STOPPED, "stopped as requested"),
