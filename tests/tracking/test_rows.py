@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dis_scale.process.errors import StorageError
+from dis_scale.process.errors import StorageAway, StorageError
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep.documents import RunCost, RunState
 from dis_scale.tracking import rows
@@ -99,7 +99,7 @@ def test_rows_wait_while_storage_is_away(tmp_path: Path, no_pauses: None) -> Non
         for images in range(1, 6):
             writer.add(images, {"loss": 1.0})
             writer.flush()
-        with pytest.raises(StorageError, match="away"):
+        with pytest.raises(StorageAway, match="away"):
             writer.settle()
     writer.add(6, {"loss": 1.0})
     writer.settle()
