@@ -20,7 +20,7 @@ from pipelines.waiting import LOGGED_AFTER_S, Wait
 STAGE_HANGS_AFTER_S = 900.0
 """Time without progress after which a worker of any stage counts as hanging; training's is a setting."""
 MEDIANS = 10
-"""A worker that works on something slow may take so many times what its kind usually takes."""
+"""A worker may take so many times what it usually takes."""
 FIRST = 4
 """How many times as long it may take while nothing is known of that: it loads networks and compiles kernels."""
 Report = Callable[[list[int]], None]

@@ -14,7 +14,7 @@ from dis_scale.process.threads import in_order
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.manifest import NAME as MANIFEST
-from dis_scale.sweep import RECIPE, Sweep, state, store_of, sweeps_below
+from dis_scale.sweep import RECIPE, SWEEPS, Sweep, state, store_of, sweeps_below
 from dis_scale.sweep.contents import Stored, walk
 from dis_scale.sweep.state import AT_ONCE
 
@@ -97,6 +97,11 @@ def _require_unused(store: Folder, except_for: Folder | None, kind: str, folder:
 def _used(store: Folder, except_for: Folder | None) -> dict[str, set[str]]:
     """Return the names of the latents and of the listings that the other sweeps use; UserError as in `find_unused`."""
     others = [folder for folder in sweeps_below(store) if folder != except_for]
+    names = {name for name in store.list(SWEEPS) if not name.startswith(".")}
+    if strange := sorted(names - set(store.folders(SWEEPS))):  # such as a link to a disk that is not mounted
+        raise UserError(
+            f"{KEPT}: {store}/{SWEEPS}/{strange[0]} is no folder, so what it uses is unknown: mount its disk, or remove it"
+        )
     used = list(in_order(others, _require_settled, AT_ONCE))
     running = lease.live_holders([sweep.lease("sweep") for sweep, _ in used])
     for sweep, _ in used:

@@ -175,6 +175,17 @@ def test_a_damaged_recipe_is_one_line_with_its_cure(sweep: Sweep, damage: bytes)
     assert "restore it from a backup; or delete it and run the sweep with its own recipe file" in output
 
 
+def test_latents_of_a_sweep_whose_folder_is_a_link_are_kept(sweep: Sweep, tmp_path: Path) -> None:
+    """Also while its disk is not mounted: what the sweep uses is unknown then."""
+    assert sweep.folder.local is not None
+    moved = sweep.folder.local.rename(tmp_path / "disk")
+    sweep.folder.local.symlink_to(moved)
+    assert retention.find_unused(sweep.store) == []
+    moved.rename(tmp_path / "unmounted")
+    with pytest.raises(UserError, match=rf"latents and listings are kept: {sweep.folder} is no folder"):
+        retention.find_unused(sweep.store)
+
+
 def test_what_no_result_needs_is_found_and_deleted(sweep: Sweep, tmp_path: Path) -> None:
     store = sweep.store
     small_latents.make(store / "latents/unused", [4])
