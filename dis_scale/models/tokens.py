@@ -141,6 +141,11 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def stream_norm(x_BTD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Layer norm of a float32 stream without parameters, in the type of the products."""
+    return F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6).to(dtype)
+
+
 def time_features(t_B: Tensor, dim: int) -> Tensor:
     """Sinusoidal features (B, dim) of times that may be fractional: cosines first, max period 10,000 (GLIDE)."""
     t_B, half = wide(t_B), dim // 2

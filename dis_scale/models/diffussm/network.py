@@ -19,6 +19,7 @@ from dis_scale.models.tokens import (
     modulate,
     patchify,
     position_table,
+    stream_norm,
     unpatchify,
     wide,
     zero_,
@@ -79,18 +80,13 @@ class DiffuSSMBlock(nn.Module):
 
     def forward(self, I_BGD: Tensor, c_BD: Tensor) -> Tensor:
         shift_BD, scale_BD, gate_BD = self.modulation(F.silu(c_BD)).chunk(3, dim=1)
-        h_BGD = modulate(_norm(I_BGD, c_BD.dtype), shift_BD, scale_BD)
+        h_BGD = modulate(stream_norm(I_BGD, c_BD.dtype), shift_BD, scale_BD)
         B, G, D = h_BGD.shape
         U_BLS = F.gelu(self.W_up(F.gelu(self.W0(h_BGD)))).reshape(B, G * self.M, -1)
         Y_BGMS = self.scan(U_BLS).reshape(B, G, self.M, -1)
         down_BGE = F.gelu(self.W_down(Y_BGMS)).reshape(B, G, 2 * D)
         O_BGD = self.W4(self.W3(F.gelu(self.W2(down_BGE)) * F.gelu(self.W1(h_BGD))))
         return torch.addcmul(I_BGD, wide(gate_BD).unsqueeze(1), wide(O_BGD))
-
-
-def _norm(x_BGD: Tensor, dtype: torch.dtype) -> Tensor:
-    """The norm of the stream, in the type of the products."""
-    return F.layer_norm(x_BGD, x_BGD.shape[-1:], eps=1e-6).to(dtype)
 
 
 class DiffuSSM(Backbone):
@@ -141,5 +137,5 @@ class DiffuSSM(Backbone):
         for i, block in enumerate(self.blocks):
             I_BGD = run_block(self.checkpointing, i, block, I_BGD, c_BD)
         shift_BD, scale_BD = self.modulation(F.silu(c_BD)).chunk(2, dim=1)
-        out_BGP = self.final(modulate(_norm(I_BGD, dtype), shift_BD, scale_BD))
+        out_BGP = self.final(modulate(stream_norm(I_BGD, dtype), shift_BD, scale_BD))
         return unpatchify(out_BGP.reshape(B, L, 2 * P), self.patch)

@@ -7,7 +7,6 @@ Axes: B samples, C channels, T patches, D width. Read next: public.py for the pu
 
 from collections.abc import Mapping
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from dis_scale.models.tokens import (
     TimeEmbedding,
     modulate,
     position_table,
+    stream_norm,
     unpatchify,
     wide,
     zero_,
@@ -42,8 +42,8 @@ class DiTBlock(nn.Module):
 
     def forward(self, x_BTD: Tensor, c_BD: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(c_BD)).chunk(6, dim=1)
-        x_BTD = x_BTD + gate_a.unsqueeze(1) * self._attend(modulate(_norm(x_BTD, c_BD.dtype), shift_a, scale_a))
-        hidden_BTF = F.gelu(self.up(modulate(_norm(x_BTD, c_BD.dtype), shift_m, scale_m)), approximate="tanh")
+        x_BTD = x_BTD + gate_a.unsqueeze(1) * self._attend(modulate(stream_norm(x_BTD, c_BD.dtype), shift_a, scale_a))
+        hidden_BTF = F.gelu(self.up(modulate(stream_norm(x_BTD, c_BD.dtype), shift_m, scale_m)), approximate="tanh")
         x_BTD = x_BTD + gate_m.unsqueeze(1) * self.down(hidden_BTF)
         return x_BTD
 
@@ -52,11 +52,6 @@ class DiTBlock(nn.Module):
         q, k, v = self.qkv(x_BTD).reshape(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind()
         x_BTD = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
         return x_BTD
-
-
-def _norm(x_BTD: Tensor, dtype: torch.dtype) -> Tensor:
-    """The norm of the stream, in the type of the products."""
-    return F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6).to(dtype)
 
 
 class DiT(Backbone):
@@ -106,7 +101,7 @@ class DiT(Backbone):
         for i, block in enumerate(self.blocks):
             x_BTD = run_block(self.checkpointing, i, block, x_BTD, c_BD)
         shift_BD, scale_BD = self.modulation(F.silu(c_BD)).chunk(2, dim=1)
-        return unpatchify(self.final(modulate(_norm(x_BTD, dtype), shift_BD, scale_BD)), self.patch)
+        return unpatchify(self.final(modulate(stream_norm(x_BTD, dtype), shift_BD, scale_BD)), self.patch)
 
     def scale_initial(self, weights: Mapping[str, Tensor], growth: Mapping[str, float], base_width: int) -> None:
         """Xavier's deviation of the patches falls with the width; that of the time's second product does not."""
