@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Generic, NamedTuple, TypeVar, overload
@@ -25,14 +25,14 @@ from dis_scale.process.threads import batched
 from dis_scale.storage.document import FORMAT
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.manifest import Digest
-from dis_scale.sweep.documents import ListingManifest
+from dis_scale.sweep.documents import LeftOutByReason, ListingManifest
 
 PART = 2**17
 """Entries in a part: about 20 MB in memory while it is read. ImageNet has ten parts."""
 PART_BYTES = 2**30
 """Most bytes of an unpacked part: its entries with names of 4,096 bytes, a path's limit, have half as many."""
 MOST_REASONS = 20
-"""Kinds of files that are told apart among what is left out."""
+"""Kinds of files that are distinguished among what is left out."""
 REPORT_EVERY = 1000
 LISTINGS = "listings"
 """Folder of all listings below a storage root."""
@@ -71,7 +71,7 @@ class Contents(NamedTuple):
     mixed: bool = False
     missing: str = ""
 
-    def without_images(self, left_out: Mapping[str, tuple[int, str]]) -> UserError:
+    def without_images(self, left_out: LeftOutByReason) -> UserError:
         """Return the error of a source without entries; it says what is there."""
         there = f"; there are {words_of(left_out)}" if left_out else ""
         return UserError(f"data.source.url: {self.missing}{there}")
@@ -139,7 +139,7 @@ def build(contents: Contents, put: Callable[[int, bytes], None], report: ReportD
     In the mixed order the parts wait, compact, for the last entry: 75 MB for ImageNet.
     """
     labels, total, count, parts = _Labels(where, contents.label_names), hashlib.sha256(), 0, list[_Part]()
-    left_out = dict[str, tuple[int, str]]()
+    left_out = LeftOutByReason()
     for number, entries in enumerate(batched(_counted(kept(contents.entries, left_out), report), PART)):
         ids = [labels.id_of(entry) for entry in entries]
         for entry in entries:
@@ -313,7 +313,7 @@ def _joined(words: Iterable[str]) -> np.ndarray:
     return np.frombuffer(os.fsencode("\0".join(words)), np.uint8)
 
 
-def kept(entries: Iterable[Entry | LeftOut], left_out: dict[str, tuple[int, str]]) -> Iterator[Entry]:
+def kept(entries: Iterable[Entry | LeftOut], left_out: LeftOutByReason) -> Iterator[Entry]:
     """Yield the entries; count what is left out by reason, with the first name of each."""
     for entry in entries:
         if isinstance(entry, Entry):
@@ -324,7 +324,7 @@ def kept(entries: Iterable[Entry | LeftOut], left_out: dict[str, tuple[int, str]
             left_out[why] = count + 1, first
 
 
-def words_of(left_out: Mapping[str, tuple[int, str]]) -> str:
+def words_of(left_out: LeftOutByReason) -> str:
     """Say what a source has beside its images: how many of each kind, and the first."""
     return ", ".join(f"{count:,} {why} ({first})" for why, (count, first) in left_out.items())
 

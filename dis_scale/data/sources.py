@@ -25,6 +25,7 @@ from dis_scale.recipe import CsvSource, Data, DigitsSource, FolderSource, Parque
 from dis_scale.recipe.data import Crop
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.sweep.documents import LeftOutByReason
 
 NOT_THERE = "there is no such file; correct the CSV, or --set data.undecodable=skip"
 UNLISTED = ("http://", "https://")
@@ -143,7 +144,7 @@ def open_source(data: Data, store: Folder | None = None, report: ReportDone = la
 def require_source(data: Data, store: Folder) -> None:
     """UserError if the recipe's source is missing or empty; nothing is read if the store has its listing."""
     if not listing.folder_of(store, data.declared).exists(manifest.NAME):
-        contents, left_out = _find(_open_kind(data)), dict[str, tuple[int, str]]()
+        contents, left_out = _find(_open_kind(data)), LeftOutByReason()
         if next(listing.kept(contents.entries, left_out), None) is None:
             raise contents.without_images(left_out)
 

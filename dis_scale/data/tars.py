@@ -24,7 +24,7 @@ LARGE_BYTES = 8 * 2**30
 SPAN_BYTES = 8 * 2**20
 """Most bytes of images that one read returns, unless a single one is larger."""
 END_BYTES = 2**20
-"""Most zeros at the end of a tar: programs fill up a record, of 10 KiB unless they were told otherwise."""
+"""Most zeros at the end of a tar: programs fill up a record, of 10 KiB unless an option says otherwise."""
 LABEL_BYTES = 16 * 2**20
 """Most bytes of a `.cls` or `.json` member; larger ones are not read. A label has a few, a sample's metadata some kilobytes."""
 

@@ -39,7 +39,7 @@ _TRIES = 5
 _PATIENT_TRIES = 9
 _FIRST_PAUSE_S = 0.2
 _TEMPORARY = ".part-"
-_INCOMPLETE = re.compile(r"\.part-[0-9a-f]{32}$")
+_INCOMPLETE = re.compile(re.escape(_TEMPORARY) + "[0-9a-f]{32}$")
 """End of the name of a file that is being written, or that a killed process has left."""
 _RANGE_BYTES = 16 * 2**20
 """Longer objects are read from S3 by ranges of this size, several at once: one connection is slower than a network card."""
@@ -264,9 +264,7 @@ class Folder:
             self._write_as_another_client(f"{probe}/2", data)
             after = self.list(probe)
             self.delete(probe)
-        except StorageAway:
-            raise
-        except (DisScaleError, OSError, ValueError, TypeError) as error:
+        except (StorageError, UserError, OSError, ValueError, TypeError) as error:
             raise UserError(f"storage {self.url} cannot be used: {_cause(error)}") from error
         if not (first and same) or second:
             raise UserError(
@@ -354,7 +352,7 @@ def _page(fs: Any, full: str, more: Mapping[str, str | int]) -> Any:
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    """Whether an entry is a folder, or a link to one; a link to itself is none."""
+    """Whether an entry is a folder, or a link to one; a link to itself is not."""
     try:
         return entry.is_dir()
     except OSError:

@@ -71,9 +71,8 @@ class Manifest(Sealed):
         The files are in a folder with the hash of what they hold: a writer that has lost its lease never writes over another's.
         """
         digests = {name: Digest.of(data) for name, data in sorted(files.items())}
-        below = hashlib.sha256("".join(name + digest.sha256 for name, digest in digests.items()).encode()).hexdigest()[
-            :16
-        ]
+        contents = "".join(name + digest.sha256 for name, digest in digests.items())
+        below = hashlib.sha256(contents.encode()).hexdigest()[:16]
         for name, data in files.items():
             folder.write(f"{below}/{name}", data)
         sealed = self.changed(files=digests, below=below)

@@ -391,6 +391,10 @@ class LatentsManifest(Sealed):
         return sum(shard.size_bytes for shard in self.shards)
 
 
+LeftOutByReason = dict[str, tuple[int, str]]
+"""By reason how many files of a source are not images of the set, and the name of the first."""
+
+
 class ListingManifest(Manifest):
     """A listing: its parts as files, in order."""
 
@@ -404,5 +408,5 @@ class ListingManifest(Manifest):
     final_labels: tuple[int, ...] | None = None
     """Label of each id, None if it is the id."""
     largest: int
-    left_out: dict[str, tuple[int, str]] = Field(default_factory=dict)
-    """What the source has beside its images, by reason: how many, and the first."""
+    left_out: LeftOutByReason = Field(default_factory=dict)
+    """What the source has beside its images."""
