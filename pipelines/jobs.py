@@ -100,7 +100,7 @@ class Job:
 
     @property
     def status(self) -> JobStatus:
-        """The status that Ray told last."""
+        """The last status that is known."""
         return JobStatus.PENDING if self._info is None else JobStatus(self._info.status)
 
     def ended(self) -> bool:
@@ -120,11 +120,12 @@ class Job:
 
     def _rest(self) -> str:
         for _ in range(3):
-            with contextlib.suppress(OSError):
-                try:
-                    return self.cluster.client.get_job_logs(self.id)[self._returned :]
-                except RuntimeError:
-                    return ""  # its agent has gone
+            try:
+                return self.cluster.client.get_job_logs(self.id)[self._returned :]
+            except OSError:
+                continue  # one answer was lost
+            except RuntimeError:
+                break  # its agent has gone
         return ""
 
     def _new(self) -> str:

@@ -76,7 +76,7 @@ class StageJob:
             self.show_alive()
 
     def show_alive(self) -> None:
-        """Export the time of now as that of the last progress; also where there is nothing to do."""
+        """Export the present time as that of the last progress; also called while there is no work."""
         self.gauge("progress_timestamp_seconds", time.time())
 
     def gauge(self, name: str, value: float) -> None:
