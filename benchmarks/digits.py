@@ -164,7 +164,7 @@ def train(run: TrainingRun, attempt: int) -> None:
     device = torch.device(run.device)
     with process_group(device):
         train_model(Attempt(
-            run.sweep, run.model, run.latents, attempt, device, Start(time.time()), held=lambda: True,
+            run.sweep, run.model, run.latents, attempt, device, Start(time.time()), require_held=lambda: None,
             stop_requested=lambda: False, report=killed, log=print, emit=lambda *_, **__: None,
         ))  # fmt: skip
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from dis_scale.evaluation.run import Evaluation, block_count, stored_blocks, values_in_words
-from dis_scale.process.errors import DisScaleError, OutOfMemory, Preempted, StorageAway, StorageFull
+from dis_scale.process.errors import DisScaleError, Held, OutOfMemory, Preempted, StorageAway, StorageFull
 from dis_scale.process.threads import repeating
 from dis_scale.recipe import Evaluate
-from dis_scale.storage import lease
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import Metrics, Skipped
 from dis_scale.tracking import mlflow_copy
@@ -38,7 +37,7 @@ def evaluate_published(job: StageJob) -> None:
     device, why = choose_device(job.recipe)
     job.say(f"evaluation on {device} ({why})")
     refresh = partial(show_backlog, state.Backlog(job.sweep), job.gauge)
-    with lease.hold(job.sweep.lease("evaluate")), repeating(refresh, BACKLOG_EVERY_S, "gauges"):
+    with job.hold("evaluate"), repeating(refresh, BACKLOG_EVERY_S, "gauges"):
         PublishedEvaluation(job, device).run()
 
 
@@ -198,7 +197,9 @@ def open_evaluation(
     from dis_scale.evaluation.sampling import labels_of
 
     references, labels = reference.load_all(sweep), labels_of(sweep)
-    evaluation = Evaluation(sweep, evaluators, references, samplings, labels, job.say, job.raise_if_stopped)
+    evaluation = Evaluation(
+        sweep, evaluators, references, samplings, labels, job.say, job.raise_if_stopped, job.require_held
+    )
     return evaluation, evaluators
 
 
@@ -206,12 +207,13 @@ def evaluate_one(job: StageJob, evaluation: Evaluation, sampled: Sampled, skippe
     """Evaluate one checkpoint; if it cannot be measured, log that, note it in storage and add it to `skipped`."""
     try:
         values = evaluation.evaluate(sampled)
-    except (OutOfMemory, Preempted, StorageAway, StorageFull, WorkerFailure):
+    except (Held, OutOfMemory, Preempted, StorageAway, StorageFull, WorkerFailure):
         raise  # the checkpoint is not the cause
     except DisScaleError as error:
         why = str(cause_of(error))
         job.emit("skip", model=sampled.model, images=sampled.images_seen, variant=sampled.variant)
         job.say(f"skipped: {sampled}: {why}", level="warning")
+        job.require_held()
         Skipped(why=why).write(job.sweep.evaluation(sampled))
         skipped.add(sampled)
         return
@@ -222,11 +224,12 @@ def measure_floor(job: StageJob, evaluation: Evaluation) -> None:
     """Measure the floor; log and note why if it cannot be measured: no model needs it. A run that evaluates more tries again."""
     try:
         evaluation.floor()
-    except (Preempted, StorageFull, WorkerFailure):
+    except (Held, Preempted, StorageFull, WorkerFailure):
         raise
     except DisScaleError as error:  # also StorageAway: it may be the images' storage
         why = str(cause_of(error))
         job.say(f"floor: not measured: {why}", level="warning")
+        job.require_held()
         Skipped(why=why).write(job.sweep.floor)
 
 

@@ -12,7 +12,7 @@ import ray
 
 from dis_scale.data.sources import Source, open_source
 from dis_scale.recipe import TrainedVae
-from dis_scale.storage import lease
+from dis_scale.storage.lease import Lease
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.extractors import part_count, part_positions
 from dis_scale.training import devices
@@ -28,6 +28,10 @@ from pipelines.worker import Request, Worker, request_for, spawn
 
 class Preparer(Worker):
     """Makes what is missing, one thing after the other; progress counts optimizer steps and reference images."""
+
+    def __init__(self, held: Lease) -> None:
+        super().__init__()
+        self._held = held
 
     def prepare(self, sweep: Sweep, device: str) -> None:
         """Make the networks, and the statistics unless they have several parts."""
@@ -79,6 +83,7 @@ class Preparer(Worker):
         assert isinstance(sweep.recipe.vae, TrainedVae)
         pixels, _ = self._pixels(sweep)
         net = small.train_vae(sweep.recipe.vae, pixels, sweep.recipe.seed, self._progress())
+        self._held.require_held()
         vae.save(sweep.vae, net)
         return f"autoencoder: mean squared error {small.reconstruction_error(net, pixels):.2g}"
 
@@ -92,6 +97,7 @@ class Preparer(Worker):
         net, accuracy = train_classifier(
             kind, pixels, labels, recipe.data.num_classes, steps, recipe.seed, self._progress()
         )
+        self._held.require_held()
         store_classifier(sweep, name, net, accuracy)
         return f"{kind}: {accuracy:.1%} on held-out images"
 
@@ -99,7 +105,8 @@ class Preparer(Worker):
         from dis_scale.evaluation import reference
 
         recipe = sweep.recipe
-        reference.prepare(sweep, _source(sweep), self._extractors(sweep, device), self._progress(), self.log)
+        extractors = self._extractors(sweep, device)
+        reference.prepare(sweep, _source(sweep), extractors, self._progress(), self.log, self._held.require_held)
         pooled = reference.load_all(sweep)[recipe.evaluate.extractor.name].pooled
         return f"reference: {recipe.evaluate.reference or f'{pooled.count:,} images'}"
 
@@ -129,22 +136,22 @@ def prepare_sweep(job: StageJob) -> None:
 
     def attempt(_: WorkerFailure | None) -> None:
         if state.vae_missing(sweep) or state.classifiers_missing(sweep) or not _has_parts(sweep, _source(sweep)):
-            _prepare_with_one(job, device, request)
+            _prepare_with_one(job, device, request, held)
         if not state.prepared(sweep):
-            _compute_in_parts(job, device)
+            _compute_in_parts(job, device, held)
 
-    with lease.hold(sweep.lease("prepare")):
+    with job.hold("prepare") as held:
         with_restarts(job, "prepare", attempt, lambda: len(sweep.reference_parts.list()))
 
 
-def _prepare_with_one(job: StageJob, device: str, request: Request) -> None:
-    worker = spawn(job, Preparer, request)
+def _prepare_with_one(job: StageJob, device: str, request: Request, held: Lease) -> None:
+    worker = spawn(job, Preparer, request, held)
     result = worker.prepare.remote(job.sweep, device)
     total = cache(partial(_steps_and_images, job.sweep))  # counted at the first report, while the worker starts
     watch(job, [worker], [result], lambda done: job.progress(done[0], total(), "steps"), SILENT)  # it also reads images
 
 
-def _compute_in_parts(job: StageJob, device: str) -> None:
+def _compute_in_parts(job: StageJob, device: str, held: Lease) -> None:
     """Compute the missing parts with as many workers as precompute has and the cluster can hold; one of them merges all parts."""
     sweep = job.sweep
     images = len(_source(sweep))
@@ -152,7 +159,7 @@ def _compute_in_parts(job: StageJob, device: str) -> None:
     before = images - sum(len(part_positions(n, images)) for n in left)
     request = request_for("precompute", device, 1)
     count = max(1, min(sweep.recipe.precompute.workers, len(left), capacity(request)))
-    workers = [spawn(job, Preparer, request) for _ in range(count)]
+    workers = [spawn(job, Preparer, request, held) for _ in range(count)]
     job.say(f"reference: {len(left)} parts left of {part_count(images)}, {count} workers")
     living, _, failure = share(
         job, workers, "make_parts", (sweep, device), left,

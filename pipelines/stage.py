@@ -18,6 +18,8 @@ from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, Preempted
 from dis_scale.process.redaction import redact
 from dis_scale.recipe import Recipe
+from dis_scale.storage import lease
+from dis_scale.storage.lease import Lease
 from dis_scale.sweep import Sweep
 from pipelines import environment
 from pipelines.lines import Log
@@ -39,6 +41,8 @@ class StageJob:
     """The resources that each worker asked for, by its actor's id."""
     placed: frozenset[str] = frozenset()
     """Names of the nodes that the current attempt runs on."""
+    held: Lease | None = None
+    """The stage's lease, while this job holds it."""
     dealer: Any = None
     """The actor that deals shared work (pipelines/sharing.py); None before the first."""
 
@@ -89,6 +93,17 @@ class StageJob:
     def raise_if_stopped(self) -> None:
         if self.stop_requested():
             raise Preempted("stopped as requested")
+
+    @contextlib.contextmanager
+    def hold(self, name: str) -> Iterator[Lease]:
+        """Hold the stage's lease for the block."""
+        with lease.hold(self.sweep.lease(name)) as self.held:
+            yield self.held
+
+    def require_held(self) -> None:
+        """Held if another process has taken over this stage; asked before each document that it would also write."""
+        if self.held:
+            self.held.require_held()
 
     def now_s(self) -> float:
         """Return the time of a clock that never jumps."""

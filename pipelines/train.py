@@ -109,7 +109,7 @@ class Trainer(Worker):
         attempt = Attempt(
             sweep=sweep, model=model, latents=state.require_latents(sweep.folder), number=held_lease.number,
             device=devices.torch_device(device),
-            start=Start(requested_at, silent_s), held=held_lease.held, stop_requested=self.stop_requested,
+            start=Start(requested_at, silent_s), require_held=held_lease.require_held, stop_requested=self.stop_requested,
             report=self.report, log=self.log, emit=self.emit,
         )  # fmt: skip
         return train_model(attempt)

@@ -64,10 +64,12 @@ def prepare(
     extractors: list[Extractor],
     report: ReportDone,
     say: Callable[[str], None] = lambda _: None,
+    require_held: Callable[[], None] = lambda: None,
 ) -> None:
     """Store the missing references from the kept parts, which are then deleted; compute the missing and damaged parts first.
 
-    All extractors see the images in one pass; `report` gets the images done, `say` the names of damaged parts.
+    All extractors see the images in one pass; `report` gets the images done, `say` the names of damaged parts;
+    `require_held` is called before each reference is written.
     """
     recipe, left = sweep.recipe, references_missing(sweep)
     missing = [e for e in extractors if e.name in left]
@@ -78,6 +80,7 @@ def prepare(
         references = {e.name: Reference.of(e.identity, merged[e.name]) for e in missing}
     for extractor in missing:
         require(extractor.name, references[extractor.name], recipe)
+        require_held()
         store(sweep, extractor.name, references[extractor.name])
     sweep.reference_parts.delete()
 

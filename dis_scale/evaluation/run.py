@@ -53,6 +53,8 @@ class Evaluation:
     say: Callable[[str], None]
     raise_if_stopped: Callable[[], None]
     """Called between long steps; it may raise."""
+    require_held: Callable[[], None] = lambda: None
+    """Called before metrics are written; raises Held if another process has taken over the evaluation."""
 
     def evaluate(self, sampled: Sampled) -> dict[str, float]:
         """Sample what is missing of one published checkpoint; write its grid and, last, its metrics; return them."""
@@ -78,6 +80,7 @@ class Evaluation:
             notes=(*measure.notes(self.references, settings), *self._average_note(sampled, settings)),
             cost=self._cost_of_training(sampled),
         )  # fmt: skip
+        self.require_held()
         metrics.write(folder)
         folder.delete(Skipped.NAME)
         mlflow_copy.copy_evaluation(self.sweep, sampled)
@@ -99,6 +102,7 @@ class Evaluation:
         names = map(block_name, range(count))
         blocks = (floor.FloorBlock.from_bytes(folder.read(name), f"{folder}/{name}") for name in names)
         values = floor.measure_floor(blocks, self.references, recipe.evaluate, weights)
+        self.require_held()
         FloorMetrics(images=images, time=time.time(), values=values).write(folder)
         folder.delete(Skipped.NAME)
         self.say(f"floor: {'; '.join(f'{kind}: {values_in_words(each)}' for kind, each in values.items())}")

@@ -4,7 +4,7 @@ The sweep, its prepare and evaluate stages and each run have their own leases. F
 
 Create-only-if-absent lets one of several processes win; a nonce shows a process that it won although the answer was lost. The
 lease of a process that died on this machine, in the same container or outside of any, is free at once; that of any other process
-is free after its heartbeat has stopped. A run's owner checks for n + 1 before each manifest.
+is free after its heartbeat has stopped. An owner checks for n + 1 before each document that its successor would also write.
 """
 
 import contextlib
@@ -51,6 +51,13 @@ class Lease:
     def held(self) -> bool:
         """Whether no other process has taken over."""
         return _highest(self.folder.list()) == self.number
+
+    def require_held(self) -> None:
+        """Held if another process has taken over; asked before each document that it would also write."""
+        if not self.held():
+            raise Held(
+                f"{self.folder}: another process has taken over from this one (number {self.number}), which stops"
+            )
 
     def stop_requested(self) -> bool:
         """Whether another process has requested this one to stop, by `request_stop`, or has taken over."""

@@ -75,8 +75,8 @@ class Attempt:
     number: int
     device: torch.device
     start: Start
-    held: Callable[[], bool]
-    """Whether this attempt still owns the run."""
+    require_held: Callable[[], None]
+    """Raises Held if this attempt no longer owns the run."""
     stop_requested: Callable[[], bool]
     report: Callable[[int], None]
     """Called with the images seen after every step, on every rank."""
@@ -199,7 +199,9 @@ def begin(attempt: Attempt) -> Training:
     rank, world = dist.get_rank(), dist.get_world_size()
     log_rates = (lambda line: attempt.log(f"{attempt.model}: {line}")) if rank == 0 else None
     opened = open_training(attempt, _workers_on_this_node(world), log_rates)
-    saver = Saver(attempt.run, attempt.number, rank, world, attempt.held, Keep.of_model(attempt.recipe, attempt.model))
+    saver = Saver(
+        attempt.run, attempt.number, rank, world, attempt.require_held, Keep.of_model(attempt.recipe, attempt.model)
+    )
     spent = opened.earlier.spent if opened.earlier else None
     goodput = Goodput.begin(spent, attempt.start.requested_at, time.time(), world)
     records = RowWriter(attempt.run.log, attempt.number, writes=rank == 0)

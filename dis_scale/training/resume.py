@@ -157,14 +157,14 @@ class Keep:
 class Saver:
     """Writes one run's resume points and published weights next to training, one at a time.
 
-    `held` is asked before each manifest whether this attempt still owns the run; if not, saving stops with an error.
+    `require_held` is called before each manifest; Held, which ends saving, if this attempt no longer owns the run.
     """
 
     run: Run
     attempt: int
     rank: int
     world: int
-    held: Callable[[], bool]
+    require_held: Callable[[], None]
     keep: Keep
     paused_s: float = 0.0
     """Time for which training waited for resume points, including one that was still being written."""
@@ -228,7 +228,7 @@ class Saver:
         stored = {file_of(name, self.attempt): data for name, data in files.items()}
         for name, data in stored.items():
             folder.write(name, data)
-        self._require_held(folder)
+        self.require_held()
         digests = {name: Digest.of(data) for name, data in stored.items()}
         PublishedManifest(files=digests, images=images_seen, attempt=self.attempt, progress=progress).create(folder)
 
@@ -252,17 +252,11 @@ class Saver:
         sidecars = [_await_sidecar(folder, rank) for rank in range(self.world)]
         files = {name: digest for s in sidecars for name, digest in s.files.items()}
         tables = {name: table for s in sidecars for name, table in s.tables.items()}
-        self._require_held(folder)
+        self.require_held()
         manifest = ResumePointManifest(
             files=files, images=images_seen, attempt=self.attempt, world=self.world, tables=tables, progress=progress
         )
         manifest.write(folder)
-
-    def _require_held(self, folder: Folder) -> None:
-        if not self.held():
-            raise StorageError(
-                f"{folder}: another attempt has taken over this run; this one (attempt {self.attempt}) stops"
-            )
 
     def _prune(self, images_seen: int) -> None:
         """Delete the resume points up to `images_seen` that are incomplete or not to be kept.

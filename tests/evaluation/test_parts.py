@@ -16,16 +16,17 @@ from dis_scale.data.listing import Entry
 from dis_scale.data.sources import Source, open_source
 from dis_scale.evaluation import parts, reference
 from dis_scale.evaluation.features import Extractor, load_extractors
-from dis_scale.process.errors import DisScaleError, UndecodableImage
+from dis_scale.process.errors import DisScaleError, Held, UndecodableImage
 from dis_scale.recipe import reading
+from dis_scale.storage import lease
 from dis_scale.storage.folder import open_folder
 from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import Sweep, extractors, state
 from dis_scale.sweep.extractors import part_count, reference_file
-from pipelines.prepare import Preparer
 from tests.conftest import TINY
 from tests.support.scripts import Pixels, pixels, script, with_scripts
 from tests.support.stage_jobs import deal_of
+from tests.support.stages import preparer
 
 PART = 300
 
@@ -88,7 +89,7 @@ def test_one_and_three_workers_store_the_same_bytes(sweep: Sweep, source: Source
     seen, _ = prepare(sweep, source)
     assert seen == sorted(seen)
     assert seen[-1] == 1797
-    other, workers = elsewhere(sweep), [Preparer() for _ in range(3)]
+    other, workers = elsewhere(sweep), [preparer(sweep) for _ in range(3)]
     left = state.reference_parts_missing(other, len(source))
     assert left == [0, 1, 2, 3, 4, 5]
     threads = [
@@ -103,6 +104,13 @@ def test_one_and_three_workers_store_the_same_bytes(sweep: Sweep, source: Source
     assert state.reference_parts_missing(other, len(source)) == []
     workers[0].merge_parts(other, "cpu")
     assert stored(other) == stored(sweep)
+
+
+def test_a_stage_that_lost_its_lease_writes_no_reference(sweep: Sweep, source: Source) -> None:
+    late = preparer(sweep)
+    with lease.hold(sweep.lease("prepare")), pytest.raises(Held, match="another process has taken over from this one"):
+        late.merge_parts(sweep, "cpu")
+    assert state.references_missing(sweep) == [e.name for e in sweep.recipe.evaluate.extractors]
 
 
 def test_parts_give_the_statistics_of_one_pass(sweep: Sweep, source: Source) -> None:

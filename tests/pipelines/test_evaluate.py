@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from ray.exceptions import RayTaskError
 
-from dis_scale.process.errors import DisScaleError, Preempted, StorageAway, StorageError, StorageFull, UserError
+from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, StorageError, StorageFull, UserError
 from dis_scale.recipe import Recipe, reading
+from dis_scale.storage.lease import Holder
 from dis_scale.sweep import Sampled, state
 from dis_scale.sweep.documents import Ended
 from pipelines import evaluate
@@ -85,7 +86,13 @@ def test_evaluators_stay_off_the_nodes_that_training_needs() -> None:
     assert selectors == [{"ray.io/node-id": "!in(a)"}] * 2 + [None]
 
 
-OTHERS = [Preempted("stop"), StorageAway("503"), StorageFull("no space left"), WorkerFailure("a worker was lost")]
+OTHERS = [
+    Held("taken over"),
+    Preempted("stop"),
+    StorageAway("503"),
+    StorageFull("no space left"),
+    WorkerFailure("a worker was lost"),
+]
 
 
 def from_a_worker(error: DisScaleError) -> Any:
@@ -116,6 +123,17 @@ def test_a_failure_that_is_not_the_checkpoints_skips_nothing(job: RecordedJob, e
         evaluate.evaluate_one(job, Failing(error), Sampled("dis", 0), skipped)  # type: ignore[arg-type]
     assert skipped == set()
     assert state.skipped(job.sweep) == {}
+
+
+def test_an_evaluation_that_another_process_has_taken_over_notes_nothing(job: RecordedJob) -> None:
+    error = StorageError("weights.safetensors: damaged")
+    with job.hold("evaluate") as held:
+        Holder.here().write(held.folder, f"{held.number + 1:04d}")
+        with pytest.raises(Held):
+            evaluate.evaluate_one(job, Failing(error), Sampled("dis", 160), set())  # type: ignore[arg-type]
+        with pytest.raises(Held):
+            evaluate.measure_floor(job, Failing(error))  # type: ignore[arg-type]
+    assert (state.skipped(job.sweep), state.floor_settled(job.sweep)) == ({}, False)
 
 
 @pytest.mark.parametrize("wrap", [lambda error: error, from_a_worker], ids=["here", "in a worker"])

@@ -93,7 +93,7 @@ def _rank(
 
     attempt_of_rank = Attempt(
         sweep_of(Path(root), recipe), model, open_folder(root) / "latents", attempt, device, Start(time.time()),
-        held=lambda: True, stop_requested=stop_requested, report=_nothing, log=print, emit=_nothing,
+        require_held=lambda: None, stop_requested=stop_requested, report=_nothing, log=print, emit=_nothing,
     )  # fmt: skip
     train_model(attempt_of_rank)
 

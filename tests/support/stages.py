@@ -15,6 +15,7 @@ from dis_scale.evaluation.sampling import labels_of
 from dis_scale.process import faults
 from dis_scale.recipe import Evaluate
 from dis_scale.storage.folder import Folder
+from dis_scale.storage.lease import Lease
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import Encoding
 from pipelines import evaluate, precompute, stage
@@ -84,9 +85,14 @@ def _enter(name: str, url: str, plan: Path, output: Path) -> None:
     stage.run_program({"prepare": _prepare, "precompute": _precompute, "evaluate": _evaluate}[name], url)
 
 
+def preparer(sweep: Sweep) -> Preparer:
+    """Return a worker of a prepare stage whose lease nobody else takes."""
+    return Preparer(Lease(sweep.lease("prepare"), 0))
+
+
 def _prepare(job: StageJob) -> None:
     def attempt(_: WorkerFailure | None) -> None:
-        sweep, worker = job.sweep, _obeying(job, Preparer())
+        sweep, worker = job.sweep, _obeying(job, preparer(job.sweep))
         worker.prepare(sweep, "cpu")
         if not state.prepared(sweep):
             left = state.reference_parts_missing(sweep, len(open_source(sweep.recipe.data)))

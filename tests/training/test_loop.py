@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch.multiprocessing import ProcessRaisedException
 
-from dis_scale.process.errors import StorageAway, StorageError, UserError
+from dis_scale.process.errors import Held, StorageAway, StorageError, UserError
 from dis_scale.recipe import Recipe, Train, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import open_folder
@@ -282,17 +282,20 @@ def test_pruning_spares_what_a_faster_rank_has_begun(tmp_path: Path) -> None:
         point.write("weights-00001.safetensors", b"begun")
         if files is not None:
             put_resume_point(point, files, images=images_seen)
-    resume.Saver(run, attempt=1, rank=0, world=2, held=lambda: True, keep=LAST_ONE)._prune(160)
+    resume.Saver(run, attempt=1, rank=0, world=2, require_held=lambda: None, keep=LAST_ONE)._prune(160)
     assert run.resume.list() == ["000000000160-0001", "000000000240-0001"]
 
 
 def test_a_late_write_of_a_lost_attempt_tears_no_published_weights(tmp_path: Path) -> None:
     """The first attempt has lost the run while it writes, and ends after its successor; its manifest may come late, too."""
-    run, held = Run(open_folder(tmp_path)), iter([False, True])
-    first, second = (
-        resume.Saver(run, attempt, rank=0, world=1, held=check, keep=LAST_ONE)
-        for attempt, check in ((1, lambda: next(held)), (2, lambda: True))
-    )
+    run, answers = Run(open_folder(tmp_path)), iter([Held("taken over"), None])
+
+    def require_held() -> None:
+        if (answer := next(answers)) is not None:
+            raise answer
+
+    first = resume.Saver(run, 1, rank=0, world=1, require_held=require_held, keep=LAST_ONE)
+    second = resume.Saver(run, 2, rank=0, world=1, require_held=lambda: None, keep=LAST_ONE)
     weights = {n: safetensors.torch.save({"w": torch.full((2,), float(n))}) for n in (1, 2)}
 
     def seal(saver: resume.Saver) -> None:
@@ -300,7 +303,7 @@ def test_a_late_write_of_a_lost_attempt_tears_no_published_weights(tmp_path: Pat
         saver._seal(run.published_at(160), files, 160, RunState(model="dit", latents="", adam_step=1, at=0.0))
 
     seal(second)
-    with pytest.raises(StorageError, match=r"another attempt has taken over this run; this one \(attempt 1\) stops"):
+    with pytest.raises(Held):
         seal(first)
     assert load_published(run, 160)["w"].tolist() == [2, 2]
     seal(first)
@@ -315,9 +318,11 @@ def test_a_save_longer_than_the_grace_is_a_warning_at_the_start(
     logged: list[str] = []
     attempt = Attempt(
         ranks.sweep_of(tmp_path, tiny), "dit", open_folder(tmp_path) / "latents", 1, torch.device("cpu"), Start(0.0),
-        held=lambda: True, stop_requested=lambda: False, report=print, log=logged.append, emit=print,
+        require_held=lambda: None, stop_requested=lambda: False, report=print, log=logged.append, emit=print,
     )  # fmt: skip
-    saver = resume.Saver(attempt.run, attempt=1, rank=0, world=1, held=attempt.held, keep=LAST_ONE, took_s=took_s)
+    saver = resume.Saver(
+        attempt.run, attempt=1, rank=0, world=1, require_held=attempt.require_held, keep=LAST_ONE, took_s=took_s
+    )
     loop._compare_with_grace(attempt, saver)
     assert len(logged) == len(warnings)
     assert all(

@@ -12,16 +12,16 @@ from dis_scale.data.latents import Latents, micro_batch, open_latents
 from dis_scale.data.sources import open_source
 from dis_scale.evaluation import held_out
 from dis_scale.evaluation.sampling import open_sampler
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import Held, UserError
 from dis_scale.recipe import Sampling, reading
-from dis_scale.sweep import Sampled
+from dis_scale.storage import lease
+from dis_scale.sweep import Sampled, state
 from dis_scale.weights.opening import open_for_sampling, sample_pictures
 from pipelines.evaluators import Evaluator
-from pipelines.prepare import Preparer
 from tests.conftest import TINY
 from tests.support import ranks
 from tests.support.autoencoders import Folded, scripted
-from tests.support.stages import make_latents
+from tests.support.stages import make_latents, preparer
 
 
 def test_all_stages_in_pixel_space(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_all_stages_in_pixel_space(tmp_path: Path) -> None:
     )
     sweep = ranks.sweep_of(tmp_path, recipe)
     sweep.save_recipe()
-    Preparer().prepare(sweep, "cpu")
+    preparer(sweep).prepare(sweep, "cpu")
     assert not sweep.folder.exists("vae")
     latents = make_latents(sweep)
     (tmp_path / "latents").symlink_to(latents.url)  # training without Ray reads this path
@@ -51,6 +51,18 @@ def test_all_stages_in_pixel_space(tmp_path: Path) -> None:
     assert pictures.shape == (2, 16, 16, 3)
 
 
+def test_a_stage_that_lost_its_lease_writes_no_network(tmp_path: Path) -> None:
+    """Both would train an autoencoder; the latents of the one that works are of its own."""
+    settings = ["vae.steps=1", "evaluate.extractor.steps=1"]
+    sweep = ranks.sweep_of(tmp_path, reading.load(TINY, settings))
+    late = preparer(sweep)
+    with lease.hold(sweep.lease("prepare")):
+        with pytest.raises(Held):
+            late.prepare(sweep, "cpu")
+        assert state.vae_missing(sweep)
+        assert not sweep.folder.exists("extractors")
+
+
 def test_all_stages_normalised_by_channel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training and the held-out loss see normalised latents, and evaluation and `dis-scale sample` decode them to the images."""
     monkeypatch.setattr("os.nice", lambda _: 0)  # an evaluator's process gives way; this one has further tests to run
@@ -64,7 +76,7 @@ def test_all_stages_normalised_by_channel(tmp_path: Path, monkeypatch: pytest.Mo
     recipe = reading.load(TINY, [f"vae={settings.model_dump_json()}", *stages])
     sweep = ranks.sweep_of(tmp_path, recipe)
     sweep.save_recipe()
-    Preparer().prepare(sweep, "cpu")
+    preparer(sweep).prepare(sweep, "cpu")
     latents = make_latents(sweep)
     (tmp_path / "latents").symlink_to(latents.url)  # training without Ray reads this path
     reader, _ = open_latents(latents, recipe, 1, print)
