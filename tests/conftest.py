@@ -71,7 +71,7 @@ def bucket(ceph: object_store.ObjectStore) -> str:
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Storage retries at once."""
-    monkeypatch.setattr("dis_scale.storage.folder._FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr("dis_scale.storage.retries._FIRST_PAUSE_S", 0.0)
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ DOORS = {
     "mlflow": "dis_scale/tracking/mlflow.py",
     "diffusers": "dis_scale/vae/autoencoders.py",
     "torch_fidelity": "dis_scale/evaluation/inception.py dis_scale/evaluation/sets.py",
-    "fsspec": "dis_scale/storage/folder.py",
+    "fsspec": "dis_scale/storage",
     "s3fs": "dis_scale/storage/folder.py",
     "botocore": "dis_scale/storage/folder.py",
     "pyarrow": "dis_scale/data/parquet.py",

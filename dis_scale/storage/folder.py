@@ -13,10 +13,8 @@ Pitfalls:
 * An S3 client reads a key from a file or the environment once. After a rotation of keys only a new client has the new one.
 """
 
-import errno
 import io
 import os
-import random
 import re
 import time
 import uuid
@@ -29,36 +27,21 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from dis_scale.process import counts, faults
-from dis_scale.process.errors import DisScaleError, StorageAway, StorageError, StorageFull, UserError
+from dis_scale.process import faults
+from dis_scale.process.errors import StorageError, UserError
 from dis_scale.process.settings import absolute
+from dis_scale.storage import local
+from dis_scale.storage.retries import PATIENT_TRIES, TRIES, cause_of, http_status, with_retries
 
 T = TypeVar("T")
 
-_TRIES = 5
-_PATIENT_TRIES = 9
-_FIRST_PAUSE_S = 0.2
-_TEMPORARY = ".part-"
-_INCOMPLETE = re.compile(re.escape(_TEMPORARY) + "[0-9a-f]{32}$")
+_INCOMPLETE = re.compile(re.escape(local.TEMPORARY) + "[0-9a-f]{32}$")
 """End of the name of a file that is being written, or that a killed process has left."""
 _RANGE_BYTES = 16 * 2**20
 """Longer objects are read from S3 by ranges of this size, several at once: one connection is slower than a network card."""
 _READ_TIMEOUT_S = 60
 _CONNECTIONS = 64
 """Connections of a process to S3; botocore's default of 10 would let threads wait for each other."""
-_MISTAKES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
-"""Errors of botocore that no retry changes."""
-_PASSING = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.EREMOTEIO)
-"""Errors of network file systems that pass, such as a file that another client has replaced while it was open."""
-_BUSY = {
-    "RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete", "Throttling", "ThrottlingException",
-    "ThrottledException", "RequestThrottledException", "TooManyRequestsException", "ProvisionedThroughputExceededException",
-    "TransactionInProgressException", "RequestLimitExceeded", "BandwidthLimitExceeded", "LimitExceededException",
-    "RequestThrottled", "SlowDown", "EC2ThrottledException",
-}  # fmt: skip
-"""Error codes that botocore's standard retries repeat, whatever the status (botocore/retries/standard.py); some come with 400."""
-_allowed_at: dict[tuple[str, str], float] = {}
-"""Time (monotonic, seconds) when a store, named by protocol and bucket, last allowed an action, named by its verb."""
 LISTING_CACHES = ("gs://", "gcs://", "az://", "abfs://", "abfss://")
 """Stores beside S3 whose cache of listings is turned off; `require_usable` refuses any store that remembers listings."""
 
@@ -72,7 +55,7 @@ class Folder:
     """
 
     url: str
-    tries: int = field(default=_TRIES, compare=False, repr=False)
+    tries: int = field(default=TRIES, compare=False, repr=False)
 
     def __truediv__(self, name: str) -> "Folder":
         return replace(self, url=f"{self.url}/{name}")
@@ -87,7 +70,7 @@ class Folder:
     @property
     def patient(self) -> "Folder":
         """The same folder with more retries: about a minute, long enough for a server to restart."""
-        return replace(self, tries=_PATIENT_TRIES)
+        return replace(self, tries=PATIENT_TRIES)
 
     @property
     def local(self) -> Path | None:
@@ -112,7 +95,7 @@ class Folder:
         try:
             return self.read(path, 0, most + 1)
         except StorageError as error:
-            if error.__cause__ and _http_status(error.__cause__) == 416:  # an empty object has no range
+            if error.__cause__ and http_status(error.__cause__) == 416:  # an empty object has no range
                 return b""
             raise
 
@@ -133,7 +116,7 @@ class Folder:
     def write(self, path: str, data: bytes) -> None:
         """Write the object atomically; replaces an older one."""
         if self.local:
-            self._do("write", path, lambda _, full: _replace(Path(full), data))
+            self._do("write", path, lambda _, full: local.replace(Path(full), data))
         else:
             self._do("write", path, lambda fs, full: fs.pipe_file(full, data))
 
@@ -141,7 +124,7 @@ class Folder:
         """Write the object only if it does not exist; return False if another process was first. For small objects."""
         try:
             if self.local:
-                self._do("create", path, lambda _, full: _link(Path(full), data))
+                self._do("create", path, lambda _, full: local.create(Path(full), data))
             else:
                 self._do("create", path, lambda fs, full: fs.pipe_file(full, data, mode="create"))
         except FileExistsError:
@@ -259,14 +242,15 @@ class Folder:
             )
         probe, data = f".probe-{uuid.uuid4().hex}", b"dis-scale write test\n"
         try:
-            first, second = self.create(f"{probe}/1", data), self.create(f"{probe}/1", data)
+            self.create(f"{probe}/1", data)  # false if its answer was lost and the retry found what it had written
+            second = self.create(f"{probe}/1", data)
             same, before = self.read(f"{probe}/1") == data, self.list(probe)
             self._write_as_another_client(f"{probe}/2", data)
             after = self.list(probe)
             self.delete(probe)
         except (StorageError, UserError, OSError, ValueError, TypeError) as error:
-            raise UserError(f"storage {self.url} cannot be used: {_cause(error)}") from error
-        if not (first and same) or second:
+            raise UserError(f"storage {self.url} cannot be used: {cause_of(error)}") from error
+        if second or not same:
             raise UserError(
                 f"storage {self.url} cannot create an object only if absent (If-None-Match), so two runs could overwrite each "
                 "other: use a local folder, S3, Ceph or Azure"
@@ -281,8 +265,8 @@ class Folder:
         """Write the object by an instance of fsspec that shares nothing with ours, such as a cache of listings."""
         full = f"{self.url}/{path}"
         fs, inner = fsspec.url_to_fs(full, **_options(full), skip_instance_cache=True)
-        write = (lambda: _replace(Path(inner), data)) if self.local else (lambda: fs.pipe_file(inner, data))
-        _with_retries(write, f"cannot write {full}", self.tries)
+        write = (lambda: local.replace(Path(inner), data)) if self.local else (lambda: fs.pipe_file(inner, data))
+        with_retries(write, f"cannot write {full}", self.tries)
 
     def _do(self, verb: str, path: str, action: Callable[[Any, str], T]) -> T:
         full = f"{self.url}/{path}" if path else self.url
@@ -293,7 +277,7 @@ class Folder:
             faults.at(verb, path=full)
             return action(fs, f"{base}/{path}" if path else base)  # fsspec would expand `*` and `::` in a name
 
-        done = _with_retries(once, f"cannot {verb} {full}", self.tries, None if self.local else store)
+        done = with_retries(once, f"cannot {verb} {full}", self.tries, None if self.local else store)
         if verb in ("write", "create"):
             faults.at("written", path=full)
         return done
@@ -389,130 +373,3 @@ def _client(url: str) -> tuple[Any, str]:
         fs.s3.meta.events.unregister("before-call.s3", handlers.add_expect_header)
         fs.retries = 1  # ours are around them: five times five tries of a minute would take most of an hour
     return fs, path
-
-
-def _with_retries(action: Callable[[], T], what: str, tries: int, store: tuple[str, str] | None = None) -> T:
-    """Return the action's result. A refusal by a `store` that allowed the same before is temporary: keys expire and are rotated."""
-    for attempt in range(tries):
-        began_s = time.monotonic()
-        try:
-            done = action()
-            if store:
-                _allowed_at[store] = time.monotonic()
-            return done
-        except (FileNotFoundError, FileExistsError, UserError):
-            raise
-        except Exception as error:
-            if _precondition_failed(error):
-                raise FileExistsError(what) from error
-            expired = _expired_key(error, store)
-            cause = f"{expired}{_cause(error)}"
-            if not (expired or _may_pass(error)):
-                kind = StorageFull if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else StorageError
-                raise kind(f"{what}: {cause}") from error
-            if attempt == tries - 1:
-                raise StorageAway(f"{what}: {cause}") from error
-        counts.add(counts.STORAGE_RETRIES)
-        time.sleep(_FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))  # jitter: many workers share one store
-        counts.add(counts.STORAGE_AWAY_S, time.monotonic() - began_s)
-    raise AssertionError("unreachable")
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether a retry can help: not for a wrong key, a full disk or a bug."""
-    if isinstance(error, ConnectionError | TimeoutError):
-        return True
-    if type(error).__name__ in _MISTAKES:
-        return False
-    if _s3_code(error) in _BUSY:
-        return True
-    status = _http_status(error)
-    if status is not None:
-        return status >= 500 or status in (408, 409, 429)
-    known = ("botocore", "aiohttp", "requests", "httpx", "urllib3", "azure.core", "http.client")
-    return type(error).__module__.startswith(known) or getattr(error, "errno", None) in _PASSING
-
-
-def _expired_key(error: Exception, store: tuple[str, str] | None) -> str:
-    """Say so if a store refuses what it allowed before, and forget its clients, so that the next one reads its key; else empty."""
-    if store is None or store not in _allowed_at or not _denied(error):
-        return ""
-    fsspec.get_filesystem_class(store[0].split("://")[0]).clear_instance_cache()
-    ago_s = time.monotonic() - _allowed_at[store]
-    return f"refused, but allowed {ago_s:.0f} s ago: the key has expired, was replaced or lost its rights; "
-
-
-def _denied(error: Exception) -> bool:
-    """Whether a store refused the key, or no key is found.
-
-    S3 answers a HEAD request whose token has expired with 400 and no code.
-    """
-    gone = type(error).__name__ in _MISTAKES
-    refused = isinstance(error, PermissionError) or _http_status(error) in (401, 403)
-    return gone or refused or _s3_code(error) == "400"
-
-
-def _s3_code(error: Exception) -> str | None:
-    """Return the error code of S3's response; the status if it has none."""
-    response = getattr(error.__cause__, "response", None)  # s3fs raises its own errors from botocore's
-    return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
-
-
-def _http_status(error: BaseException) -> int | None:
-    """Return the status of the store's answer: of botocore, requests, Azure's client, gcsfs and aiohttp; None if none came."""
-    for link in (error, error.__cause__):
-        response = getattr(link, "response", None)
-        if isinstance(response, dict):
-            http: int | None = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            return http
-        # aiohttp's errors of a body that ends early have a `code`, too: 400, which no store has answered.
-        own = getattr(link, "code" if type(link).__module__.startswith("gcsfs") else "status", None)
-        for status in (getattr(response, "status_code", None), own):
-            if isinstance(status, int):
-                return status
-    return None
-
-
-def _precondition_failed(error: Exception) -> bool:
-    return _http_status(error) == 412
-
-
-def _cause(error: BaseException) -> str:
-    if isinstance(error, DisScaleError):
-        return str(error)
-    if isinstance(error, FileNotFoundError) or _http_status(error) == 404:
-        return "there is no such bucket or folder, and it cannot be created"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "no space left on the device: free some, then run the same command again"
-    if isinstance(error, PermissionError) or _http_status(error) in (401, 403):
-        return f"permission denied: check the key and its rights ({' '.join(str(error).split())})"
-    if type(error).__name__ == "NoCredentialsError":
-        return "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _temporary(path: Path, data: bytes) -> Path:
-    """Write the data next to `path` under a name that listings hide, and sync it to the disk; return that path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}{_TEMPORARY}{uuid.uuid4().hex}")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    return part
-
-
-def _replace(path: Path, data: bytes) -> None:
-    _temporary(path, data).replace(path)
-
-
-def _link(path: Path, data: bytes) -> None:
-    part = _temporary(path, data)
-    try:
-        os.link(part, path)
-    finally:
-        part.unlink()

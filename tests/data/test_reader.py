@@ -227,9 +227,7 @@ def restartable(monkeypatch: pytest.MonkeyPatch) -> Iterator[object_store.Object
 def test_a_restarted_server_is_waited_for(
     restartable: object_store.ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "dis_scale.storage.folder._PATIENT_TRIES", 11
-    )  # on a busy machine its start takes over a minute
+    monkeypatch.setattr("dis_scale.storage.folder.PATIENT_TRIES", 11)  # on a busy machine its start takes over a minute
     at = make(open_folder(object_store.make_bucket(restartable, "restarted")), COUNTS)
     make(open_folder(tmp_path), COUNTS)
     expected = read(Latents(open_folder(tmp_path), 0), 0, sum(COUNTS))

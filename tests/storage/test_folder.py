@@ -78,6 +78,36 @@ def test_a_usable_store_leaves_no_trace_of_the_probe(store_url: str) -> None:
     assert root.list() == []
 
 
+def test_a_probe_whose_first_answer_is_lost_is_no_refusal(bucket: str, gateway: Gateway, no_pauses: None) -> None:
+    """The retry finds what the first request has written."""
+    gateway.concerns = lambda request: request.method == "PUT"
+    gateway.faults = ["lost"]
+    open_folder(bucket).require_usable()
+    assert not gateway.faults
+
+
+def test_a_file_system_without_hard_links_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", link)
+    with pytest.raises(UserError, match=f"storage {tmp_path} cannot be used: {tmp_path}.* has no hard links"):
+        open_folder(tmp_path).require_usable()
+
+
+def test_a_written_file_and_its_name_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = list[str]()
+    monkeypatch.setattr(
+        "os.fsync", lambda descriptor: synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    )
+    root = open_folder(tmp_path)
+    root.write("a", b"")
+    root.create("b", b"")
+    files, folders = synced[::2], synced[1::2]
+    assert [Path(file).name[0] for file in files] == ["a", "b"]
+    assert folders == [str(tmp_path)] * 2
+
+
 def test_a_folder_that_cannot_be_created_is_a_user_error() -> None:
     with pytest.raises(UserError, match="storage /proc/none cannot be used: there is no such bucket or folder"):
         open_folder("/proc/none").require_usable()
@@ -195,7 +225,7 @@ def test_a_store_that_throttles_is_asked_again(bucket: str, gateway: Gateway, co
 
 
 def test_all_codes_that_botocore_repeats_are_known() -> None:
-    from dis_scale.storage.folder import _BUSY
+    from dis_scale.storage.retries import _BUSY
 
     throttled = standard.ThrottledRetryableChecker._THROTTLED_ERROR_CODES
     assert set(throttled + standard.TransientRetryableChecker._TRANSIENT_ERROR_CODES) <= _BUSY

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from dis_scale.process.errors import StorageAway
-from dis_scale.storage import folder
+from dis_scale.storage import folder, retries
 from dis_scale.storage.folder import open_folder
 from tests.support.faulty_gateway import Fault, Gateway
 
@@ -48,7 +48,7 @@ def test_faults_of_a_long_object_are_retried(
 def test_a_long_object_that_is_always_cut_is_away_and_not_damaged(
     data: bytes, bucket: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retries, "_FIRST_PAUSE_S", 0.01)
     at = open_folder(bucket)
     at.write("long", data)
     gateway.concerns = lambda request: request.method == "GET"
@@ -74,7 +74,7 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[socket.socket]]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setattr(folder, "_READ_TIMEOUT_S", 1)
-    monkeypatch.setattr(folder, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retries, "_FIRST_PAUSE_S", 0.01)
     s3fs.S3FileSystem.clear_instance_cache()
     yield came
     s3fs.S3FileSystem.clear_instance_cache()

@@ -1,0 +1,136 @@
+"""Retries of temporary failures of storage, and the causes of the others in words.
+
+A client's errors tell little by their classes: s3fs, gcsfs, adlfs and aiohttp each keep the status of an answer elsewhere.
+"""
+
+import errno
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import fsspec
+
+from dis_scale.process import counts
+from dis_scale.process.errors import DisScaleError, StorageAway, StorageError, StorageFull, UserError
+
+T = TypeVar("T")
+
+TRIES = 5
+PATIENT_TRIES = 9
+"""As `TRIES`, for about a minute: long enough for a server to restart."""
+_FIRST_PAUSE_S = 0.2
+_MISTAKES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
+"""Errors of botocore that no retry changes."""
+_PASSING = (errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.EREMOTEIO)
+"""Errors of network file systems that pass, such as a file that another client has replaced while it was open."""
+_BUSY = {
+    "RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete", "Throttling", "ThrottlingException",
+    "ThrottledException", "RequestThrottledException", "TooManyRequestsException", "ProvisionedThroughputExceededException",
+    "TransactionInProgressException", "RequestLimitExceeded", "BandwidthLimitExceeded", "LimitExceededException",
+    "RequestThrottled", "SlowDown", "EC2ThrottledException",
+}  # fmt: skip
+"""Error codes that botocore's standard retries repeat, whatever the status (botocore/retries/standard.py); some come with 400."""
+_allowed_at: dict[tuple[str, str], float] = {}
+"""Time (monotonic, seconds) when a store, named by protocol and bucket, last allowed an action, named by its verb."""
+
+
+def with_retries(action: Callable[[], T], what: str, tries: int, store: tuple[str, str] | None = None) -> T:
+    """Return the action's result. A refusal by a `store` that allowed the same before is temporary: keys expire and are rotated."""
+    for attempt in range(tries):
+        began_s = time.monotonic()
+        try:
+            done = action()
+            if store:
+                _allowed_at[store] = time.monotonic()
+            return done
+        except (FileNotFoundError, FileExistsError, UserError):
+            raise
+        except Exception as error:
+            if _precondition_failed(error):
+                raise FileExistsError(what) from error
+            expired = _expired_key(error, store)
+            cause = f"{expired}{cause_of(error)}"
+            if not (expired or _may_pass(error)):
+                kind = StorageFull if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else StorageError
+                raise kind(f"{what}: {cause}") from error
+            if attempt == tries - 1:
+                raise StorageAway(f"{what}: {cause}") from error
+        counts.add(counts.STORAGE_RETRIES)
+        time.sleep(_FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))  # jitter: many workers share one store
+        counts.add(counts.STORAGE_AWAY_S, time.monotonic() - began_s)
+    raise AssertionError("unreachable")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a retry can help: not for a wrong key, a full disk or a bug."""
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    if type(error).__name__ in _MISTAKES:
+        return False
+    if _s3_code(error) in _BUSY:
+        return True
+    status = http_status(error)
+    if status is not None:
+        return status >= 500 or status in (408, 409, 429)
+    known = ("botocore", "aiohttp", "requests", "httpx", "urllib3", "azure.core", "http.client")
+    return type(error).__module__.startswith(known) or getattr(error, "errno", None) in _PASSING
+
+
+def _expired_key(error: Exception, store: tuple[str, str] | None) -> str:
+    """Say so if a store refuses what it allowed before, and forget its clients, so that the next one reads its key; else empty."""
+    if store is None or store not in _allowed_at or not _denied(error):
+        return ""
+    fsspec.get_filesystem_class(store[0].split("://")[0]).clear_instance_cache()
+    ago_s = time.monotonic() - _allowed_at[store]
+    return f"refused, but allowed {ago_s:.0f} s ago: the key has expired, was replaced or lost its rights; "
+
+
+def _denied(error: Exception) -> bool:
+    """Whether a store refused the key, or no key is found.
+
+    S3 answers a HEAD request whose token has expired with 400 and no code.
+    """
+    gone = type(error).__name__ in _MISTAKES
+    refused = isinstance(error, PermissionError) or http_status(error) in (401, 403)
+    return gone or refused or _s3_code(error) == "400"
+
+
+def _s3_code(error: Exception) -> str | None:
+    """Return the error code of S3's response; the status if it has none."""
+    response = getattr(error.__cause__, "response", None)  # s3fs raises its own errors from botocore's
+    return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+
+
+def http_status(error: BaseException) -> int | None:
+    """Return the status of the store's answer: of botocore, requests, Azure's client, gcsfs and aiohttp; None if none came."""
+    for link in (error, error.__cause__):
+        response = getattr(link, "response", None)
+        if isinstance(response, dict):
+            http: int | None = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            return http
+        # aiohttp's errors of a body that ends early have a `code`, too: 400, which no store has answered.
+        own = getattr(link, "code" if type(link).__module__.startswith("gcsfs") else "status", None)
+        for status in (getattr(response, "status_code", None), own):
+            if isinstance(status, int):
+                return status
+    return None
+
+
+def _precondition_failed(error: Exception) -> bool:
+    return http_status(error) == 412
+
+
+def cause_of(error: BaseException) -> str:
+    """Return an error of storage in words that name its cure, if it has one."""
+    if isinstance(error, DisScaleError):
+        return str(error)
+    if isinstance(error, FileNotFoundError) or http_status(error) == 404:
+        return "there is no such bucket or folder, and it cannot be created"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no space left on the device: free some, then run the same command again"
+    if isinstance(error, PermissionError) or http_status(error) in (401, 403):
+        return f"permission denied: check the key and its rights ({' '.join(str(error).split())})"
+    if type(error).__name__ == "NoCredentialsError":
+        return "no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
