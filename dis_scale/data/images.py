@@ -3,8 +3,10 @@
 Bytes only: sources.py reads them, so unavailable storage is never reported as a broken image.
 """
 
+import contextlib
 import io
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -25,32 +27,59 @@ IMAGE_BYTES = 2**30
 """Most bytes of an image's file; no more are read. The most pixels that Pillow decodes have half as many, uncompressed."""
 
 
+class InFlight:
+    """Pixels that threads of a process decode at a time. An image larger than `most` is decoded alone."""
+
+    def __init__(self, most: int = 2**28) -> None:
+        self._most = self._left = most
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        """Wait until as many pixels are free, and hold them for the block."""
+        pixels = min(pixels, self._most)
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= pixels)
+            self._left -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += pixels
+                self._changed.notify_all()
+
+
 def ending(name: str) -> str:
     """Return the kind of a file that is no image, by its name, in words."""
     _, dot, kind = name.rpartition(".")
     return f".{kind.lower()}" if dot and not kind.isdigit() and len(kind) <= MOST_IN_AN_ENDING else "of no known ending"
 
 
-def decode(data: bytes, name: str, resolution: int, crop: Crop | None = None) -> np.ndarray:
+def decode(
+    data: bytes, name: str, resolution: int, crop: Crop | None = None, in_flight: InFlight | None = None
+) -> np.ndarray:
     """Decode to uint8 (resolution, resolution, 3); UndecodableImage if it is empty, damaged, truncated, too large or a bomb.
 
-    Decodes the first frame of an animation. A bomb has more than twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million) pixels.
+    Decodes the first frame of an animation. A bomb has more than twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million) pixels. Needs up
+    to eight bytes a pixel, which threads bound by one `in_flight`.
     """
-    return _decoded(data, name, lambda image: square(image, resolution, crop))
+    return _decoded(data, name, lambda image: square(image, resolution, crop), in_flight or InFlight())
 
 
-def measure(data: bytes, name: str) -> tuple[int, int]:
-    """Decode all of an image; return width and height of the upright image. UndecodableImage as `decode`."""
-    return _decoded(data, name, lambda image: rgb(ImageOps.exif_transpose(image)).size)
+def measure(data: bytes, name: str, in_flight: InFlight) -> tuple[int, int]:
+    """Decode all of an image; return width and height of the upright image. UndecodableImage and `in_flight` as `decode`."""
+    return _decoded(data, name, lambda image: rgb(ImageOps.exif_transpose(image)).size, in_flight)
 
 
-def _decoded(data: bytes, name: str, use: Callable[[Image.Image], T]) -> T:
+def _decoded(data: bytes, name: str, use: Callable[[Image.Image], T], in_flight: InFlight) -> T:
     try:
         if not data:
             raise ValueError("it is empty (0 bytes)")
         if len(data) > IMAGE_BYTES:
             raise ValueError(f"it has over {IMAGE_BYTES:,} bytes")
-        return use(Image.open(io.BytesIO(data), formats=FORMATS))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the size only
+        with in_flight.take(image.width * image.height):
+            return use(image)
     except MemoryError:
         raise
     except Exception as error:  # on damaged bytes Pillow raises struct.error, IndexError and many others

@@ -63,13 +63,14 @@ class LeftOut(NamedTuple):
 class Contents(NamedTuple):
     """A source's entries in order, its class names if known before listing, and whether to list the entries in the mixed order.
 
-    Between the entries is what is left out. `missing` is the message if there are no entries.
+    Between the entries is what is left out. `missing` is the message if there are no entries; `where` names the source in messages.
     """
 
     entries: Iterable[Entry | LeftOut]
     label_names: list[str] | None = None
     mixed: bool = False
     missing: str = ""
+    where: str = ""
 
     def without_images(self, left_out: LeftOutByReason) -> UserError:
         """Return the error of a source without entries; it says what is there."""
@@ -133,12 +134,12 @@ class Column(Sequence[T], Generic[T]):
         return [self.field(entry) for entry in selected] if isinstance(selected, list) else self.field(selected)
 
 
-def build(contents: Contents, put: Callable[[int, bytes], None], report: ReportDone, where: str) -> ListingManifest:
+def build(contents: Contents, put: Callable[[int, bytes], None], report: ReportDone) -> ListingManifest:
     """Pass each part's bytes to `put` as the entries stream by; return a manifest without files. UserError for invalid labels.
 
     In the mixed order the parts wait, compact, for the last entry: 75 MB for ImageNet.
     """
-    labels, total, count, parts = _Labels(where, contents.label_names), hashlib.sha256(), 0, list[_Part]()
+    labels, total, count, parts = _Labels(contents.where, contents.label_names), hashlib.sha256(), 0, list[_Part]()
     left_out = LeftOutByReason()
     for number, entries in enumerate(batched(_counted(kept(contents.entries, left_out), report), PART)):
         ids = [labels.id_of(entry) for entry in entries]
@@ -166,10 +167,10 @@ def build(contents: Contents, put: Callable[[int, bytes], None], report: ReportD
     return manifest
 
 
-def in_memory(contents: Contents, report: ReportDone, where: str) -> Listing:
+def in_memory(contents: Contents, report: ReportDone) -> Listing:
     """Build a listing that is not stored."""
     parts: dict[int, bytes] = {}
-    return Listing(build(contents, parts.__setitem__, report, where), parts.__getitem__, where)
+    return Listing(build(contents, parts.__setitem__, report), parts.__getitem__, contents.where)
 
 
 def folder_of(store: Folder, key: Any) -> Folder:
@@ -196,7 +197,7 @@ def stored(
             target.write(name, data)
             files[name] = Digest.of(data)
 
-        new = build(find(), put, report, str(target)).changed(source=key, files=files)
+        new = build(find(), put, report).changed(source=key, files=files)
         check(_open(target, new, lambda: None))
         new.create(target)
 

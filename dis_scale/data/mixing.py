@@ -51,7 +51,12 @@ class LabelCounts:
             self._end_block(last=False)
 
     def distinct(self) -> dict[str, float]:
-        """Return by batch the distinct labels of a batch, relative to those of independent draws: 1 if well mixed."""
+        """Return by batch the distinct labels of a batch, relative to those of independent draws: 1 if well mixed.
+
+        Empty for images of one class, or without classes.
+        """
+        if len(self.total) < 2:
+            return {}
         self._end_block(last=True)
         counts = np.array(list(self.total.values()))
         shares = counts / max(counts.sum(), 1)
@@ -73,6 +78,8 @@ class LabelCounts:
 
 def words(mixing: Mapping[str, float]) -> str:
     """Return the measure in a line."""
+    if not mixing:
+        return "not measured: it is by labels, and there are no two"
     sizes = ", ".join(f"{int(batch):,}" for batch in mixing)
     shares = ", ".join(f"{share:.1%}" for share in mixing.values())
     return f"a batch of {sizes} has {shares} of the distinct labels that independent draws would have"

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dis_scale.data.listing import Contents, Entry
-from dis_scale.process.errors import StorageError, UserError
+from dis_scale.process.errors import StorageError, UserError, nearest
 from dis_scale.process.progress import some
 from dis_scale.recipe import ParquetSource
 from dis_scale.storage.folder import Folder
@@ -45,8 +45,7 @@ class ParquetReader:
 
     def _read_group(self, name: str, group: int) -> pa.ChunkedArray:
         with _opened(self._root, name) as file:
-            leaf = self._settings.image if _is_bytes(file, self._settings) else f"{self._settings.image}.bytes"
-            return _read(file, group, leaf, f"{self._root}/{name}").flatten().column(0)
+            return _read(file, group, _leaf(file, self._settings), f"{self._root}/{name}").flatten().column(0)
 
 
 def near(first: Entry, entry: Entry) -> bool:
@@ -92,15 +91,36 @@ def _require_columns(file: pq.ParquetFile, where: str, settings: ParquetSource, 
     columns = {"image": settings.image} | ({"label": settings.label} if labelled else {})
     for key, column in columns.items():
         if column not in schema.names:
-            raise UserError(f"data.source.{key}: no column {column!r} in {where}; it has {', '.join(schema.names)}")
+            near = nearest(column, schema.names)
+            raise UserError(
+                f"data.source.{key}: no column {column!r}{near} in {where}; it has {', '.join(schema.names)}"
+            )
     if not _is_bytes(file, settings) and not _has_bytes(schema.field(settings.image).type):
         kind = schema.field(settings.image).type
         raise UserError(f"data.source.image: column {settings.image!r} of {where} is {kind}, expected bytes of images")
+    if file.num_row_groups and _is_null(file, _leaf(file, settings)):
+        raise UserError(
+            f"data.source.image: column {settings.image!r} of {where} has no bytes, only paths: write the file again with "
+            "its images in it (`Dataset.to_parquet` of datasets does so)"
+        )
 
 
 def _is_bytes(file: pq.ParquetFile, settings: ParquetSource) -> bool:
     kind = file.schema_arrow.field(settings.image).type
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _leaf(file: pq.ParquetFile, settings: ParquetSource) -> str:
+    """Return the path of the column of bytes."""
+    return settings.image if _is_bytes(file, settings) else f"{settings.image}.bytes"
+
+
+def _is_null(file: pq.ParquetFile, column: str) -> bool:
+    """Return whether a column of the first row group has nulls only, as far as its statistics tell."""
+    group = file.metadata.row_group(0)
+    chunks = (group.column(i) for i in range(group.num_columns))
+    known = [chunk.statistics for chunk in chunks if chunk.path_in_schema == column and chunk.statistics]
+    return any(each.has_null_count and each.null_count == group.num_rows > 0 for each in known)
 
 
 def _has_bytes(kind: pa.DataType) -> bool:

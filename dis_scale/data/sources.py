@@ -8,7 +8,7 @@ import csv
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from importlib.metadata import distribution
 from typing import Literal, Protocol
@@ -19,7 +19,7 @@ from PIL import Image
 from dis_scale.data import images, listing, parquet, tars
 from dis_scale.data.listing import Column, Contents, Entry, LeftOut, Listing, number_or_name
 from dis_scale.data.mixing import order_hash, permutation
-from dis_scale.process.errors import StorageError, UndecodableImage, UserError, printable
+from dis_scale.process.errors import StorageError, UndecodableImage, UserError, nearest, printable
 from dis_scale.process.progress import ReportDone, some
 from dis_scale.recipe import CsvSource, Data, DigitsSource, FolderSource, ParquetSource, TarSource
 from dis_scale.recipe.data import Crop
@@ -48,6 +48,7 @@ class Source:
     """Whether positions are in the mixed order; otherwise latents are mixed after encoding (staging.py)."""
     crop: Crop | None
     """The square of each image that is used; None for the complete image."""
+    in_flight: images.InFlight = field(default_factory=images.InFlight)
 
     def __len__(self) -> int:
         return len(self.listing)
@@ -90,7 +91,7 @@ class Source:
         try:
             if data is None:
                 return UndecodableImage(f"image {printable(name)}: {NOT_THERE}", NOT_THERE)
-            return images.decode(data, name, resolution, self.crop)
+            return images.decode(data, name, resolution, self.crop, self.in_flight)
         except UndecodableImage as error:
             return error
 
@@ -135,7 +136,7 @@ def open_source(data: Data, store: Folder | None = None, report: ReportDone = la
         _label_names(opened, data, kind.where)
 
     if store is None:
-        opened = listing.in_memory(find(), report, kind.where)
+        opened = listing.in_memory(find(), report)
     else:
         opened = listing.stored(store, data.declared, find, check, report)
     return Source(opened, _label_names(opened, data, kind.where), kind.read, kind.near, kind.mixed, data.crop)
@@ -160,7 +161,7 @@ def require_classes(root: Folder, folders: Sequence[str]) -> None:
 
 
 def _find(kind: "_Kind") -> Contents:
-    return kind.find()._replace(mixed=kind.mixed, missing=kind.missing)
+    return kind.find()._replace(mixed=kind.mixed, missing=kind.missing, where=kind.where)
 
 
 class _Kind(Protocol):
@@ -409,7 +410,8 @@ def _csv_entries(root: Folder, name: str, path: str, label: str | None) -> Itera
             for key, column in (("path", path), ("label", label)):
                 if column is not None and column not in (rows.fieldnames or []):
                     has = ", ".join(rows.fieldnames or ["nothing"])
-                    raise UserError(f"data.source.{key}: no column {column!r} in {where}; it has {has}")
+                    near = nearest(column, rows.fieldnames or [])
+                    raise UserError(f"data.source.{key}: no column {column!r}{near} in {where}; it has {has}")
             for row in rows:
                 if not row[path] or (label is not None and not row[label]):
                     raise UserError(

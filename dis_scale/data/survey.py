@@ -150,14 +150,14 @@ def _measured(source: Source, positions: list[int]) -> Iterator[tuple[str, int |
     entries = ([source.listing[i] for i in part] for part in batched(positions, AT_ONCE))
 
     def measure(part: list[Entry]) -> list[tuple[str, int | Broken]]:
-        return [(entry.name, _shorter_side(source.read([entry])[0] or b"", entry.name)) for entry in part]
+        return [(entry.name, _shorter_side(source, entry)) for entry in part]
 
     for part in in_order(entries, measure, READERS):
         yield from part
 
 
-def _shorter_side(data: bytes, name: str) -> int | Broken:
+def _shorter_side(source: Source, entry: Entry) -> int | Broken:
     try:
-        return min(images.measure(data, name))
+        return min(images.measure(source.read([entry])[0] or b"", entry.name, source.in_flight))
     except UndecodableImage as error:
-        return Broken(printable(name), error.why)
+        return Broken(printable(entry.name), error.why)

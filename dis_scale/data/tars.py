@@ -14,6 +14,7 @@ from typing import BinaryIO, Self
 from dis_scale.data.images import IMAGE_BYTES, SUFFIXES, ending
 from dis_scale.data.listing import Contents, Entry, LeftOut, number_or_name
 from dis_scale.process.errors import StorageError, UserError, printable
+from dis_scale.process.progress import some
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import TarSource
 from dis_scale.storage.folder import Folder
@@ -45,12 +46,17 @@ def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]
     """
     if url.name.endswith(suffix):
         parent, name = Folder(url.url.rsplit("/", 1)[0]), url.name
-        if not parent.exists(name):
-            raise UserError(f"data.source.url: no file {url}")
+        try:
+            parent.read_up_to(
+                name, 1
+            )  # fsspec's `exists` takes a web server that does not answer for one without the file
+        except FileNotFoundError as error:
+            raise UserError(f"data.source.url: no file {url}") from error
         return parent, [name]
     names = [name for name in url.list() if fnmatch(name, pattern)]
     if not names:
-        raise UserError(f"data.source.url: no files {pattern!r} in {url}; expected {url}/<name>{suffix}")
+        there = f"there are {some(url.list())}" if url.list() else "it is empty or does not exist"
+        raise UserError(f"data.source.url: no files {pattern!r} in {url}; expected {url}/<name>{suffix}, {there}")
     if pattern == f"*{suffix}" and len(parts := splits_in(names)) > 1 and all(splits_in([name]) for name in names):
         raise UserError(
             f"data.source.files: {url} has files of {' and '.join(sorted(parts))}: say which to train on, for example "
@@ -191,7 +197,8 @@ def _sample_entries(
     if len(images) > 1 and settings.label in ("cls", "json"):
         raise UserError(
             f"{where}: {printable(images[0].name)} and {printable(images[1].name)} are two images of one sample: "
-            f"say which is the image, for example data.source.image = {images[0].name.rpartition('.')[2]}"
+            f"a sample's name ends at its first dot; say which is the image, for example data.source.image = "
+            f"{images[0].name.rpartition('/')[2].partition('.')[2]}, or rename them"
         )
     for image in images:
         if not labelled:

@@ -362,6 +362,8 @@ def _options(url: str) -> dict[str, Any]:
 
 def _client(url: str) -> tuple[Any, str]:
     """Return the file system of a URL and the path there."""
+    if url.startswith("hf://"):
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when its client is imported
     try:
         fs, path = fsspec.url_to_fs(url, **_options(url))
     except (ImportError, ValueError) as error:

@@ -31,7 +31,7 @@ def entries(count: int) -> Iterator[Entry]:
 
 def test_entries_are_read_by_position_across_parts() -> None:
     count = listing.PART + 3
-    made = listing.in_memory(Contents(entries(count)), lambda _: None, "here")
+    made = listing.in_memory(Contents(entries(count), where="here"), lambda _: None)
     expected = list(entries(count))
     for i in (0, 1, listing.PART - 1, listing.PART, count - 1):
         assert made[i] == expected[i]
@@ -42,12 +42,12 @@ def test_entries_are_read_by_position_across_parts() -> None:
 
 def test_names_of_any_bytes_are_kept() -> None:
     odd = Entry("caf\udce9/\u65e5\u672c.png", 0, "a b.tar")
-    assert listing.in_memory(Contents([odd]), lambda _: None, "here")[0] == odd
+    assert listing.in_memory(Contents([odd]), lambda _: None)[0] == odd
 
 
 def test_the_hash_is_of_content_and_order() -> None:
     def sha(items: list[Entry]) -> str:
-        return str(listing.in_memory(Contents(items), lambda _: None, "here").manifest.sha256)
+        return str(listing.in_memory(Contents(items, where="here"), lambda _: None).manifest.sha256)
 
     one, two = list(entries(2))
     assert sha([one, two]) == sha([one, two])

@@ -14,7 +14,7 @@ from dis_scale import vae
 from dis_scale.data import listing, mixing, shards, sources, staging
 from dis_scale.data.encode import Setup, encode_mixed
 from dis_scale.data.latents import Latents
-from dis_scale.data.mixing import LabelCounts, permutation
+from dis_scale.data.mixing import LabelCounts, permutation, words
 from dis_scale.data.order import Order
 from dis_scale.data.sources import Source, open_source
 from dis_scale.data.staging import STAGED, MixedOrder
@@ -117,10 +117,11 @@ def test_the_measure_equals_the_mean_of_many_batches() -> None:
             assert distinct[str(batch)] == pytest.approx(np.mean(drawn), rel=0.01)
 
 
-def test_one_class_is_always_mixed() -> None:
+def test_the_mixing_of_one_class_is_not_measured() -> None:
     counts = LabelCounts()
     counts.add({"0": 100})
-    assert set(counts.distinct().values()) == {1.0}
+    assert counts.distinct() == {}
+    assert words({}) == "not measured: it is by labels, and there are no two"
 
 
 def test_held_out_images_are_in_few_shards_and_of_all_labels() -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from dis_scale.data import images, shards, tars
 from dis_scale.data.mixing import permutation
 from dis_scale.data.sources import Source, open_source
-from dis_scale.process.errors import DisScaleError, StorageError, UndecodableImage, UserError
+from dis_scale.process.errors import DisScaleError, StorageAway, StorageError, UndecodableImage, UserError
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep, extractors
@@ -191,6 +191,19 @@ DAMAGED_HEADER = SAMPLE.replace(b"1.cls", b"0.cls", 1)
 PARQUET = labelled_images.parquet([(png(1), 0)])
 
 
+def test_files_of_other_kinds_are_named(tmp_path: Path) -> None:
+    """A folder of Hugging Face's, above the one with the files."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").touch()
+    with pytest.raises(UserError, match=r"no files '\*.parquet' in .*; expected .*.parquet, there are README.md, data"):
+        open_source(data({"kind": "parquet", "url": str(tmp_path)}))
+
+
+def test_a_web_server_that_does_not_answer_is_no_missing_file(no_pauses: None) -> None:
+    with pytest.raises(StorageAway):
+        open_source(data({"kind": "parquet", "url": "http://127.0.0.1:9/x.parquet"}))
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
@@ -222,7 +235,11 @@ def test_a_source_without_images_is_named(tmp_path: Path, kind: str, words: str)
         ),
         (
             "a.tar", labelled_images.tar({"1.jpg": png(1), "1.seg.png": png(2), "1.cls": b"0"}), {},
-            r"a.tar: 1.jpg and 1.seg.png are two images of one sample: say which .* data.source.image = jpg",
+            r"a.tar: 1.jpg and 1.seg.png are two images of one sample: .*; say which .* = jpg, or rename",
+        ),
+        (
+            "a.tar", labelled_images.tar({"img.0.png": png(1), "img.1.png": png(2), "img.cls": b"0"}), {},
+            r"two images of one sample: a sample's name ends at its first dot; say which .* = 0.png, or rename them",
         ),
         ("a.tar", SAMPLE[:700], {}, r"a.tar: not a complete tar: unexpected end of data"),
         ("a.tar", DAMAGED_HEADER, {}, r"a.tar: not a complete tar: .*damaged or truncated at byte "),
@@ -243,6 +260,14 @@ def test_a_source_without_images_is_named(tmp_path: Path, kind: str, words: str)
         (
             "a.parquet", PARQUET, {"image": "label"},
             r"data.source.image: column 'label' of .*a.parquet is int64, expected bytes of images",
+        ),
+        (
+            "a.parquet", PARQUET, {"label": "labels"},
+            r"data.source.label: no column 'labels' \(did you mean 'label'\?\) in .*a.parquet; it has image, label",
+        ),
+        (
+            "a.parquet", labelled_images.parquet([(None, 0)]), {},
+            r"data.source.image: column 'image' of .*a.parquet has no bytes, only paths: write the file again with",
         ),
         ("a.parquet", b"PAR1 nothing", {}, r"a.parquet: not a complete Parquet file: "),
         (

@@ -3,11 +3,14 @@
 import io
 import os
 import tarfile
+import threading
+import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dis_scale.data import images
 from dis_scale.data.sources import open_source
@@ -29,6 +32,33 @@ def test_postscript_that_is_called_an_image_starts_no_ghostscript(
     with pytest.raises(UndecodableImage, match="in none of the formats that are read"):
         images.decode(EPS, "cat/0001.png", 32)
     assert not called.exists()
+
+
+def test_threads_decode_a_bounded_number_of_pixels() -> None:
+    """A small file may have 170 million pixels, and each needs some bytes: 16 threads would fill a node's memory."""
+    file, in_flight, decoded = io.BytesIO(), images.InFlight(most=300 * 300), list[np.ndarray]()
+    Image.new("1", (200, 200)).save(file, "PNG")
+    other = threading.Thread(target=lambda: decoded.append(images.decode(file.getvalue(), "x", 8, None, in_flight)))
+    with in_flight.take(10**9):
+        other.start()
+        other.join(0.3)
+        assert not decoded
+    other.join()
+    assert decoded[0].shape == (8, 8, 3)
+    held, most = threading.Semaphore(2), list[bool]()
+
+    def hold() -> None:
+        with in_flight.take(200 * 200):
+            most.append(held.acquire(blocking=False))
+            time.sleep(0.01)
+            held.release()
+
+    threads = [threading.Thread(target=hold) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [True] * 8
 
 
 def test_a_name_forges_no_line_and_moves_no_cursor(tmp_path: Path) -> None:
