@@ -44,9 +44,7 @@ CHECKPOINT = "A published folder, a .safetensors file, or a public .pt: a path o
 NAME_THE_NUMBER = "to price it anyway, name the number of images: --images 1281167"
 VaeOption = Annotated[
     str | None,
-    typer.Option(
-        help="Autoencoder: folder or hub id, TorchScript file, or `none` for pixels; default: the sweep's own."
-    ),
+    typer.Option(help="Autoencoder: folder, hub id, or `none` for pixels; default: the sweep's own."),
 ]
 
 

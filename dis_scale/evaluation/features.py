@@ -1,9 +1,8 @@
-"""Images to features by named extractors: Inception-v3, the sweep's own classifier, any TorchScript file.
+"""Images to features by named extractors: Inception-v3, the sweep's own classifier, any program of torch.export.
 
 Read next: inception.py, and measure.py for the metrics.
 """
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,10 +15,11 @@ from torch import Tensor
 from dis_scale.evaluation import inception
 from dis_scale.evaluation.classifiers import Classifier
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import ExtractorSettings, InceptionExtractor, TorchScriptExtractor
+from dis_scale.recipe import ExportedExtractor, ExtractorSettings, InceptionExtractor
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.documents import StoredClassifier
-from dis_scale.sweep.extractors import WEIGHTS_FILE, read_script, require_classifier, weights_identity
+from dis_scale.sweep.extractors import WEIGHTS_FILE, read_extractor, require_classifier, weights_identity
+from dis_scale.vae.exported import Programs
 
 BATCH_IMAGES = 50
 """Images in a forward pass: fixed, so that features depend on the block only."""
@@ -72,27 +72,24 @@ def require_weights(settings: ExtractorSettings) -> None:
     """UserError if weights that the recipe names are missing or have another hash; cheap enough for the start."""
     if isinstance(settings, InceptionExtractor) and settings.weights:
         inception.read_weights(settings.weights)
-    elif isinstance(settings, TorchScriptExtractor):
-        read_script(settings)
+    elif isinstance(settings, ExportedExtractor):
+        read_extractor(settings)
 
 
 def _load_net(settings: ExtractorSettings, sweep: Sweep, device: torch.device) -> Net:
     if isinstance(settings, InceptionExtractor):
         return inception.load(settings.weights).to(device)
-    if isinstance(settings, TorchScriptExtractor):
-        return _load_script(settings, device)
+    if isinstance(settings, ExportedExtractor):
+        return _load_exported(settings, device)
     classifier = load_classifier(sweep, settings.name).to(device)
     return lambda x_BCHW: (classifier.features(x_BCHW.float().div(127.5).sub(1)),)
 
 
-def _load_script(settings: TorchScriptExtractor, device: torch.device) -> Net:
-    try:
-        net = torch.jit.load(io.BytesIO(read_script(settings)), map_location=device).eval()
-    except RuntimeError as error:
-        raise UserError(f"{settings.path}: not a TorchScript file: {str(error).splitlines()[0]}") from error
+def _load_exported(settings: ExportedExtractor, device: torch.device) -> Net:
+    programs = Programs({"features": read_extractor(settings)}, settings.path).to(device)
 
     def run(x_BCHW: Tensor) -> tuple[Tensor]:
-        output = net(_resized(x_BCHW, settings.size))
+        output = programs.run("features", _resized(x_BCHW, settings.size))
         features = output[0] if isinstance(output, tuple | list) else output
         if features.shape[:1] != x_BCHW.shape[:1] or features.ndim != 2:
             raise UserError(

@@ -14,6 +14,7 @@ from dis_scale.recipe.data import (
     CsvSource,
     Data,
     DigitsSource,
+    ExportedVae,
     FolderSource,
     Normalise,
     NoVae,
@@ -23,7 +24,6 @@ from dis_scale.recipe.data import (
     SourceSettings,
     StoredSource,
     TarSource,
-    TorchScriptVae,
     TrainedVae,
     VaeSettings,
 )
@@ -31,10 +31,10 @@ from dis_scale.recipe.evaluate import (
     FLOW_SAMPLERS,
     MAIN,
     Evaluate,
+    ExportedExtractor,
     ExtractorSettings,
     InceptionExtractor,
     Sampling,
-    TorchScriptExtractor,
     TrainedExtractor,
     Variant,
 )
@@ -43,12 +43,45 @@ from dis_scale.recipe.models import AnyModel, Branch, FileStart, Model, ModelTra
 from dis_scale.recipe.train import SCAN_DEVICES, Flow, Gaussian, Reader, Train
 
 __all__ = [
-    "CHECKPOINTING", "MAIN", "MODEL_NAME_CHARACTERS",
-    "Branch", "CsvSource", "Data", "DigitsSource", "Evaluate",
-    "ExtractorSettings", "FileStart", "Flow", "FolderSource", "Gaussian", "InceptionExtractor", "Isoflop", "LatentShape", "Model",
-    "ModelTrain", "NoVae", "Normalise", "ParquetSource", "Precision", "Precompute", "PretrainedVae", "Reader",
-    "Recipe", "Sampling", "Settings", "SourceSettings", "StoredSource", "SweepStart", "TarSource", "TorchScriptExtractor",
-    "TorchScriptVae", "Train", "TrainedExtractor", "TrainedVae", "VaeSettings", "Variant",
+    "CHECKPOINTING",
+    "MAIN",
+    "MODEL_NAME_CHARACTERS",
+    "Branch",
+    "CsvSource",
+    "Data",
+    "DigitsSource",
+    "Evaluate",
+    "ExportedExtractor",
+    "ExportedVae",
+    "ExtractorSettings",
+    "FileStart",
+    "Flow",
+    "FolderSource",
+    "Gaussian",
+    "InceptionExtractor",
+    "Isoflop",
+    "LatentShape",
+    "Model",
+    "ModelTrain",
+    "NoVae",
+    "Normalise",
+    "ParquetSource",
+    "Precision",
+    "Precompute",
+    "PretrainedVae",
+    "Reader",
+    "Recipe",
+    "Sampling",
+    "Settings",
+    "SourceSettings",
+    "StoredSource",
+    "SweepStart",
+    "TarSource",
+    "Train",
+    "TrainedExtractor",
+    "TrainedVae",
+    "VaeSettings",
+    "Variant",
 ]  # fmt: skip
 
 MODEL_NAME_CHARACTERS = 40
@@ -134,7 +167,7 @@ class Recipe(Settings):
         if self.data.num_classes is None and self.evaluate.trained:
             raise ValueError(
                 f"evaluate: extractor {self.evaluate.trained.name} is a classifier that the sweep trains, and data.num_classes is "
-                "none: expected kind inception or torchscript"
+                "none: expected kind inception or exported"
             )
         for name, settings in self.evaluate.samplings.items():
             self._sampling_fits(f"evaluate.variants.{name}" if name else "evaluate", settings)

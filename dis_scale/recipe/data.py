@@ -152,16 +152,16 @@ class PretrainedVae(Settings):
     """Folder of the autoencoder within a pipeline, such as `vae`."""
 
 
-class TorchScriptVae(Settings):
-    """A TorchScript file with two methods, in float32: `encode`, images (B, 3, H, W) in [-1, 1] to latents, and `decode`, back."""
+class ExportedVae(Settings):
+    """Two programs of `torch.export`: `encode.pt2`, float32 images (B, 3, H, W) in [-1, 1] to latents, and `decode.pt2`, back."""
 
-    kind: Literal["torchscript"]
+    kind: Literal["exported"]
     path: str = runtime(...)
-    """Path or URL of the file."""
+    """Path or URL of their folder."""
     sha256: str | None = pin(pattern=r"^[0-9a-f]{64}$")
-    """Hash of the file, checked whenever it is loaded, and required then: the file is a program that runs."""
+    """Hash of `encode.pt2` followed by `decode.pt2`, checked whenever they are loaded, and required then: they are programs."""
     posterior: bool
-    """Whether `encode` returns mean and log-variance, (B, 2C, h, w), or latents, (B, C, h, w)."""
+    """Whether `encode.pt2` returns mean and log-variance, (B, 2C, h, w), or latents, (B, C, h, w)."""
     scale: float = Field(1.0, gt=0)
     """The backbone sees latents as (z - shift) scale."""
     shift: float = 0.0
@@ -174,7 +174,7 @@ class NoVae(Settings):
     kind: Literal["none"]
 
 
-VaeSettings = TrainedVae | PretrainedVae | TorchScriptVae | NoVae
+VaeSettings = TrainedVae | PretrainedVae | ExportedVae | NoVae
 
 
 class Precompute(Settings):

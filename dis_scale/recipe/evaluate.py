@@ -49,21 +49,21 @@ class InceptionExtractor(Settings):
         return "inception"
 
 
-class TorchScriptExtractor(Settings):
-    """Any TorchScript file: takes uint8 images (B, 3, H, W); its first output, features (B, d), gives `fd_<name>`."""
+class ExportedExtractor(Settings):
+    """A program of `torch.export`: takes uint8 images (B, 3, H, W); its first output, features (B, d), gives `fd_<name>`."""
 
-    kind: Literal["torchscript"]
+    kind: Literal["exported"]
     name: str = Field(pattern=r"^[a-z0-9]+$")
     """Word in the metric's name: `fd_<name>`."""
     path: str = runtime(...)
-    """Path or URL of the file."""
+    """Path or URL of the file, `.pt2`."""
     size: Count | None = None
     """Pixels per side of its input; other images are resized, antialiased. Default: images are not resized."""
     sha256: str | None = pin(pattern=r"^[0-9a-f]{64}$")
-    """Hash of the file, checked whenever it is loaded, and required then: the file is a program that runs."""
+    """Hash of the file, checked whenever it is loaded, and required then: the file is a program."""
 
 
-ExtractorSettings = Annotated[TrainedExtractor | InceptionExtractor | TorchScriptExtractor, Field(discriminator="kind")]
+ExtractorSettings = Annotated[TrainedExtractor | InceptionExtractor | ExportedExtractor, Field(discriminator="kind")]
 Metric = Literal[
     "distance", "sfid", "inception_score", "inception_score_adm", "kid", "precision_recall", "distance_infinity"
 ]

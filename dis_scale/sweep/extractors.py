@@ -4,10 +4,10 @@ import hashlib
 import json
 
 from dis_scale.process.errors import StorageError
-from dis_scale.recipe import ExtractorSettings, InceptionExtractor, TorchScriptExtractor, TrainedExtractor
+from dis_scale.recipe import ExportedExtractor, ExtractorSettings, InceptionExtractor, TrainedExtractor
 from dis_scale.recipe.evaluate import INCEPTION_SHA256
 from dis_scale.storage.folder import Folder
-from dis_scale.storage.programs import read_program
+from dis_scale.storage.programs import read_programs
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.documents import StoredClassifier
 
@@ -19,13 +19,13 @@ statistics are complete; a hundred million images have 256 of 390,625."""
 
 
 def weights_identity(sweep: Sweep, extractor: ExtractorSettings) -> str:
-    """Return the sha256 of an extractor's weights; for TorchScript followed by its input size, if any."""
+    """Return the sha256 of an extractor's weights; of a program followed by its input size, if any."""
     if isinstance(extractor, InceptionExtractor):
         return INCEPTION_SHA256
     if isinstance(extractor, TrainedExtractor):
         return require_classifier(sweep.extractor(extractor.name)).files[WEIGHTS_FILE].sha256
     size = str(extractor.size) if extractor.size else ""
-    read_script(extractor)  # it is there, and has the recipe's hash
+    read_extractor(extractor)  # it is there, and has the recipe's hash
     return f"{extractor.sha256}{size}"
 
 
@@ -37,9 +37,10 @@ def require_classifier(folder: Folder) -> StoredClassifier:
     return classifier
 
 
-def read_script(extractor: TorchScriptExtractor) -> bytes:
-    """Return a TorchScript file; UserError if it is missing or the recipe has not its hash."""
-    return read_program(extractor.path, extractor.sha256, f"extractor {extractor.name}")
+def read_extractor(extractor: ExportedExtractor) -> bytes:
+    """Return a program; UserError if it is missing or the recipe has not its hash."""
+    (data,) = read_programs([extractor.path], extractor.sha256, f"extractor {extractor.name}")
+    return data
 
 
 def reference_file(sweep: Sweep, name: str, identity: str) -> str:

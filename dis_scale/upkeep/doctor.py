@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, get_args
 from dis_scale.models import families
 from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.process.redaction import redact
-from dis_scale.recipe import InceptionExtractor, PretrainedVae, Recipe, TorchScriptExtractor, TorchScriptVae, Train
+from dis_scale.recipe import ExportedExtractor, ExportedVae, InceptionExtractor, PretrainedVae, Recipe, Train
 from dis_scale.storage.folder import Folder
 
 State = Literal["good", "bad", "not needed"]
@@ -306,7 +306,7 @@ def extractors(needs: Needs) -> Result:
     for extractor in needs.recipe.evaluate.extractors:
         if isinstance(extractor, InceptionExtractor):
             inception.load(extractor.weights)
-        elif isinstance(extractor, TorchScriptExtractor):
+        elif isinstance(extractor, ExportedExtractor):
             features.require_weights(extractor)
         else:
             continue
@@ -323,7 +323,7 @@ def vae(needs: Needs) -> Result:
     settings = needs.recipe.vae
     if isinstance(settings, PretrainedVae):
         return Result(f"{settings.path}, {type(vae.load_pretrained(settings).net).__name__}")
-    if isinstance(settings, TorchScriptVae):
-        vae.load_script(settings)
+    if isinstance(settings, ExportedVae):
+        vae.load_exported(settings)
         return Result(settings.path)
     return Result("the sweep trains its own" if settings.kind == "trained" else "the models see pixels", needed=False)

@@ -1,13 +1,13 @@
 """Autoencoders: images to latents and back. `load` opens the sweep's, `for_samples` makes it decode the sweep's samples.
 
-Read next: interface.py; autoencoders.py, the door to diffusers; script.py.
+Read next: interface.py; autoencoders.py, the door to diffusers; exported.py.
 """
 
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeGuard
 
-from dis_scale.recipe import LatentShape, NoVae, PretrainedVae, TorchScriptVae, TrainedVae, VaeSettings
+from dis_scale.recipe import ExportedVae, LatentShape, NoVae, PretrainedVae, TrainedVae, VaeSettings
 from dis_scale.storage.folder import open_folder
 from dis_scale.storage.manifest import Manifest
 from dis_scale.storage.programs import hash_of
@@ -25,13 +25,27 @@ from dis_scale.vae.autoencoders import (
     save,
     shape_of,
 )
+from dis_scale.vae.exported import load_exported, program_paths
 from dis_scale.vae.interface import PixelVae, Vae, to_pixels, to_unit
 from dis_scale.vae.scaling import Scaling
-from dis_scale.vae.script import load_script
 
 __all__ = [
-    "CONFIG", "DiffusersVae", "PixelVae", "Vae", "for_samples", "from_path", "has_posterior", "latent_shape", "load",
-    "load_pretrained", "load_script", "new", "planned_shape", "save", "to_pixels", "to_unit",
+    "CONFIG",
+    "DiffusersVae",
+    "PixelVae",
+    "Vae",
+    "for_samples",
+    "from_path",
+    "has_posterior",
+    "latent_shape",
+    "load",
+    "load_exported",
+    "load_pretrained",
+    "new",
+    "planned_shape",
+    "save",
+    "to_pixels",
+    "to_unit",
 ]  # fmt: skip
 
 
@@ -40,7 +54,7 @@ HUB = {"stabilityai/sd-vae-ft-ema": (4, 8), "stabilityai/sd-vae-ft-mse": (4, 8)}
 
 
 def latent_shape(settings: VaeSettings, resolution: int) -> LatentShape:
-    """Return the latents' shape from the VAE's settings or configuration, or by a trial of a TorchScript file.
+    """Return the latents' shape from the VAE's settings or configuration, or by a trial of exported programs.
 
     UserError if the images do not fit.
     """
@@ -48,8 +62,8 @@ def latent_shape(settings: VaeSettings, resolution: int) -> LatentShape:
         return LatentShape(3, resolution)
     if isinstance(settings, TrainedVae):
         return fitted(settings.latent_channels, 2 ** (len(settings.widths) - 1), resolution)
-    if isinstance(settings, TorchScriptVae):
-        return load_script(settings).latent(resolution)
+    if isinstance(settings, ExportedVae):
+        return load_exported(settings).latent(resolution)
     return shape_of(*published(settings), resolution)
 
 
@@ -66,38 +80,40 @@ def has_posterior(settings: VaeSettings) -> bool:
     """Return whether the VAE's moments have a log-variance, from its settings or configuration."""
     if _on_hub(settings):
         return True
-    if isinstance(settings, TorchScriptVae):
+    if isinstance(settings, ExportedVae):
         return settings.posterior
     return not isinstance(settings, PretrainedVae) or published(settings)[0].__name__ not in DETERMINISTIC
 
 
 def load(sweep: Sweep) -> Vae:
-    """Load the sweep's VAE: the prepare stage's, a published one, a TorchScript file, or `PixelVae`."""
+    """Load the sweep's VAE: the prepare stage's, a published one, exported programs, or `PixelVae`."""
     settings = sweep.recipe.vae
     if isinstance(settings, NoVae):
         return PixelVae()
     if isinstance(settings, PretrainedVae):
         return load_pretrained(settings)
-    if isinstance(settings, TorchScriptVae):
-        return load_script(settings)
+    if isinstance(settings, ExportedVae):
+        return load_exported(settings)
     return load_stored(sweep.vae)
 
 
 def from_path(path: str, encoder: EncodedBy | None = None) -> Vae:
-    """Load the VAE that a command's option names: `none` for pixels, a sweep's `vae/`, a TorchScript file, a folder or hub id.
+    """Load the VAE that a command's option names: `none` for pixels, a sweep's `vae/`, a folder or hub id.
 
-    The encoder of the latents has what a TorchScript file does not tell: posterior, shift and scale.
+    The encoder of the latents has what exported programs do not tell: posterior, shift and scale.
     """
     if path == "none":
         return PixelVae()
-    if ("://" in path or Path(path).is_dir()) and Manifest.exists(folder := open_folder(path)):
+    folder = open_folder(path)
+    there = "://" in path or Path(path).is_dir()
+    if there and Manifest.exists(folder):
         return load_stored(folder)
-    if "://" not in path and not Path(path).is_file():
+    if not (there and folder.exists("encode.pt2")):
         return load_pretrained(PretrainedVae(kind="pretrained", path=path))
     known = encoder.model_dump(include={"posterior", "shift", "scale"}) if encoder else {}
-    own = {"posterior": True, "sha256": hash_of(path, "--vae")}
+    own = {"posterior": True, "sha256": hash_of(program_paths(path), "--vae")}
     own |= {name: value for name, value in known.items() if isinstance(value, bool | float)}
-    return load_script(TorchScriptVae.model_validate({"kind": "torchscript", "path": path} | own))
+    return load_exported(ExportedVae.model_validate({"kind": "exported", "path": path} | own))
 
 
 def for_samples(sweep: Sweep, decoder: Vae) -> Vae:

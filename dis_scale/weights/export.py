@@ -210,7 +210,7 @@ def save_pipeline(
     `vae` is the decoder of the model's samples: `dis_scale.vae.for_samples` returns it. UserError if it is not one of diffusers.
     """
     if not isinstance(vae, DiffusersVae | PixelVae | None):
-        raise UserError("a TorchScript autoencoder is not a model of diffusers: export the backbone alone, by `save`")
+        raise UserError("an exported autoencoder is not a model of diffusers: export the backbone alone, by `save`")
     check_finite(model)
     folder = Path(folder)
     backbone = folder / "backbone"

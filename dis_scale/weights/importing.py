@@ -43,7 +43,7 @@ def import_weights(sweep: Sweep, model: str, path: str, shape: LatentShape) -> I
     """
     _require_possible(sweep, model)
     settings, train = sweep.recipe.models[model], sweep.recipe.train_of(model)
-    start = FileStart(kind="file", path=path, sha256=hash_of(path, "import"))
+    start = FileStart(kind="file", path=path, sha256=hash_of([path], "import"))
     source = from_file(start, settings, sweep.recipe.diffusion, "import")
     with torch.device("meta"):
         empty = construct(settings, shape, sweep.recipe.data.num_classes)

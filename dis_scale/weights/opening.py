@@ -106,9 +106,7 @@ def _decoder(path: Folder, vae_path: str | None, sweep: Sweep | None, facts: Sam
         return vae.load(sweep)
     if facts and facts.vae.identity == PixelVae().identity:
         return PixelVae()
-    raise UserError(
-        f"{path} is not in a sweep, so name the VAE of its latents: --vae FOLDER, hub id, TorchScript file, or none"
-    )
+    raise UserError(f"{path} is not in a sweep, so name the VAE of its latents: --vae FOLDER, hub id, or none")
 
 
 def _require_fit(model: Backbone, decoder: Vae, vae_path: str) -> None:
@@ -117,7 +115,7 @@ def _require_fit(model: Backbone, decoder: Vae, vae_path: str) -> None:
     try:
         pictures = decoder.decode(torch.zeros(1, channels, size, size))
         reason = f"it returns {tuple(pictures.shape)}"
-    except (RuntimeError, torch.jit.Error) as error:
+    except RuntimeError as error:
         pictures, reason = None, str(error).strip().splitlines()[-1]
     if pictures is None or pictures.shape[3] != 3:
         raise UserError(

@@ -19,13 +19,13 @@ from dis_scale.data.order import Order
 from dis_scale.data.sources import Source, open_source
 from dis_scale.data.staging import STAGED, MixedOrder
 from dis_scale.process.errors import StorageAway, UserError
-from dis_scale.recipe import LatentShape, Precompute, Recipe, TorchScriptVae, reading
+from dis_scale.recipe import LatentShape, Precompute, Recipe, reading
 from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.documents import Encoding, LatentsManifest, ShardSidecar, StagedSidecar
 from pipelines.precompute import Encoder
 from tests.conftest import TINY
+from tests.support.autoencoders import exported
 from tests.support.labelled_images import parquet, png, tar
 from tests.support.stage_jobs import deal_of
 from tests.support.stages import OneEncoder, make_latents
@@ -274,19 +274,16 @@ def test_a_mixed_shard_is_repaired_to_the_same_bytes(small: Sweep) -> None:
 class Negative(torch.nn.Module):
     """An autoencoder without a posterior: latents are negative pixels."""
 
-    @torch.jit.export
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         return -x
 
-    @torch.jit.export
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         return -z
 
 
 def test_latents_without_variance_are_mixed_and_repaired(small: Sweep, tmp_path: Path) -> None:
     """Each shard has the bytes of the repair, and half the values of the same images with a log-variance."""
-    torch.jit.script(Negative()).save(path := str(tmp_path / "vae.pt"))
-    settings = TorchScriptVae(kind="torchscript", path=path, sha256=hash_of(path, "vae"), posterior=False)
+    settings = exported(tmp_path / "vae", False, Negative(), side=8, latent=(3, 8, 8))
     other = replace(small, recipe=small.recipe.model_copy(update={"vae": settings}))
     pixels, latents = make_latents(small), make_latents(other)
     setup = Setup(open_source(other.recipe.data, other.store), vae.load(other), other.recipe)

@@ -30,7 +30,7 @@ from dis_scale.sweep.documents import LatentsManifest, LatentsPointer, Metrics, 
 from ops.drills.object_store import ObjectStore
 from pipelines.cluster import free_ports
 from tests.conftest import TINY
-from tests.support import clusters, labelled_images, pods, sweeps
+from tests.support import clusters, labelled_images, pods, programs, sweeps
 from tests.support.clusters import RayNodes
 
 pytestmark = pytest.mark.faults
@@ -40,7 +40,7 @@ EXTRACTOR = (
     "evaluate.extractor.weights=/models/weights-inception-2015-12-05-6726825d.pth",
     "evaluate.extractor.path=/models/features.pt",
 )
-"""Inception's 2,049 samples at least would take an hour here: a TorchScript file takes its place."""
+"""Inception's 2,049 samples at least would take an hour here: an exported network takes its place."""
 
 
 class Means(nn.Module):
@@ -145,21 +145,21 @@ def _upload(bucket: str, folder: Path) -> None:
         store.write(f"imagenet/train/{labelled_images.CLASSES[number % 2]}/{number}.png", labelled_images.png(number))
     models = folder / "models"
     vae.save(open_folder(models / "sd-vae-ft-ema"), vae.new(TrainedVae(kind="trained", widths=(8, 8, 8)), 32))
-    torch.jit.script(Means()).save(models / "features.pt")
+    programs.export(models / "features.pt2", Means())
     for file in (each for each in models.rglob("*") if each.is_file()):
         store.write(str(file.relative_to(folder)), file.read_bytes())
 
 
 def _small_recipe(app: Path, source: str) -> None:
-    """Write the tiny recipe with a pretrained VAE and a TorchScript extractor under the name of the file's recipe."""
+    """Write the tiny recipe with a pretrained VAE and an exported extractor under the name of the file's recipe."""
     recipe: dict[str, Any] = yaml.safe_load(TINY.read_text())
-    digest = hash_of(str(app.parent / "models/features.pt"), "extractor")
+    digest = hash_of([str(app.parent / "models/features.pt2")], "extractor")
     recipe |= {"name": RECIPE, "vae": {"kind": "pretrained", "path": "none yet"}}
     recipe["data"] |= {"source": {"kind": "folder", "url": source}, "num_classes": 2, "held_out_images": 8}
     recipe["models"] = {"dit": recipe["models"]["dit"]}
     recipe["precompute"]["shard_images"] = 30
     recipe["evaluate"] |= {
-        "extractor": {"kind": "torchscript", "name": "means", "path": "none yet", "sha256": digest},
+        "extractor": {"kind": "exported", "name": "means", "path": "none yet", "sha256": digest},
         "variants": {},
         "workers": 2,
     }

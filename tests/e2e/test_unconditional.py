@@ -14,7 +14,7 @@ from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import GRID, Sampled, Sweep, state
 from dis_scale.sweep.documents import LatentsManifest
 from dis_scale.weights.published import load_published
-from tests.support import stages, sweeps
+from tests.support import programs, stages, sweeps
 from tests.support.commands import invoke
 from tests.support.labelled_images import png
 
@@ -34,13 +34,12 @@ def settings(tmp_path: Path) -> tuple[str, ...]:
     pictures = open_folder(tmp_path / "pictures")
     for i in range(IMAGES):
         pictures.write(f"{i:02d}.png", png(i))
-    extractor = tmp_path / "means.pt"
-    torch.jit.script(Means()).save(extractor)
+    extractor = programs.export(tmp_path / "means.pt2", Means(), size=16)
     sha256 = hashlib.sha256(extractor.read_bytes()).hexdigest()
     return (
         f"data.source={{kind: folder, url: {pictures.url}}}", "data.resolution=16", "data.num_classes=none",
         f"data.held_out_images={HELD_OUT}", "vae={kind: none}", "precompute.shard_images=20", MODEL, "train.publish_images=[0, 32]",
-        f"evaluate.extractor={{kind: torchscript, name: means, path: {extractor}, sha256: {sha256}}}",
+        f"evaluate.extractor={{kind: exported, name: means, path: {extractor}, sha256: {sha256}}}",
         "evaluate.guidance=1", "evaluate.variants={fast: {steps: 2}}",
     )  # fmt: skip
 

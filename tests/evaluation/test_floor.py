@@ -26,7 +26,7 @@ from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep
 from tests.conftest import TINY
 from tests.support.evaluations import evaluate
-from tests.support.scripts import script, with_scripts
+from tests.support.programs import export, with_exported
 
 D, IMAGES, SAMPLES, DRAWS = 12, 3000, 500, 30
 CLASSES = 4
@@ -163,7 +163,7 @@ def test_too_few_images_are_refused_before_any_is_read() -> None:
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     settings = {"samples": 300, "block_images": 40, "batch_images": 16}
-    recipe = with_scripts(a=script(tmp_path / "a.pt"))
+    recipe = with_exported(a=export(tmp_path / "a.pt2"))
     return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update=settings)})
 
 

@@ -17,7 +17,7 @@ from dis_scale.evaluation.metrics import Frechet, fit, frechet
 from dis_scale.evaluation.reference import Reference
 from dis_scale.evaluation.sampling import SampleBlock, require_finite
 from dis_scale.process.errors import DisScaleError, StorageError, UserError
-from dis_scale.recipe import Evaluate, InceptionExtractor, Recipe, TorchScriptExtractor, reading
+from dis_scale.recipe import Evaluate, ExportedExtractor, InceptionExtractor, Recipe, reading
 from dis_scale.recipe.identity import identity_differences
 from tests.conftest import TINY
 from tests.support.evaluations import evaluate
@@ -129,7 +129,7 @@ def test_metrics_of_stored_blocks_are_bit_equal(images: tuple[Features, Features
 
 
 def test_two_extractors_in_one_pass_each_under_its_name() -> None:
-    script = TorchScriptExtractor(kind="torchscript", name="dino", path="none")
+    script = ExportedExtractor(kind="exported", name="dino", path="none")
     settings = evaluate(samples=2000, also=(script,), metrics=("distance", "precision_recall"))
     generated = {"digits": seen(2000, 0, shift=0.2), "dino": seen(2000, 2, d=4, shift=1.0)}
     real = {"digits": reference(seen(900, 1)), "dino": reference(seen(900, 3, d=4))}
@@ -253,7 +253,7 @@ def test_samples_that_are_not_finite_are_named_before_they_become_pixels() -> No
         (["evaluate.metrics=[distance, sfid]"], "sfid needs Inception: add {kind: inception} to also"),
         (["evaluate.metrics=[kid]"], "metrics: distance is always measured"),
         (["evaluate.reference=x.npz"], "an ADM file has Inception's statistics only, and the extractors are ['digits']"),
-        (["evaluate.also=[{kind: torchscript, name: digits, path: x}]"], "extractors need names of their own"),
+        (["evaluate.also=[{kind: exported, name: digits, path: x}]"], "extractors need names of their own"),
         (["evaluate.also=[{kind: trained, name: more}]"], "one trained extractor at most"),
     ],
 )  # fmt: skip
@@ -266,7 +266,7 @@ def test_a_recipe_that_cannot_be_measured_is_refused(settings: list[str], messag
 def test_metrics_may_be_added_and_extractors_may_not(tiny: Recipe) -> None:
     more = reading.load(TINY, ["evaluate.metrics=[distance, precision_recall]"])
     assert identity_differences(tiny, more) == []
-    other = reading.load(TINY, ["evaluate.also=[{kind: torchscript, name: dino, path: x}]"])
+    other = reading.load(TINY, ["evaluate.also=[{kind: exported, name: dino, path: x}]"])
     assert len(identity_differences(tiny, other)) == 1
 
 

@@ -24,7 +24,7 @@ from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import Sweep, extractors, state
 from dis_scale.sweep.extractors import part_count, reference_file
 from tests.conftest import TINY
-from tests.support.scripts import Pixels, pixels, script, with_scripts
+from tests.support.programs import Pixels, export, pixels, with_exported
 from tests.support.stage_jobs import deal_of
 from tests.support.stages import preparer
 
@@ -40,8 +40,8 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def sweep(tmp_path: Path) -> Sweep:
     """Two extractors, in a store of its own."""
-    a, b = script(tmp_path / "a.pt"), script(tmp_path / "b.pt", Pixels(8, 8))
-    return Sweep.below(open_folder(tmp_path) / "store", with_scripts(a=a, b=b))
+    a, b = export(tmp_path / "a.pt2"), export(tmp_path / "b.pt2", Pixels(8, 8))
+    return Sweep.below(open_folder(tmp_path) / "store", with_exported(a=a, b=b))
 
 
 @pytest.fixture
@@ -203,8 +203,8 @@ def photos(tmp_path: Path, count: int = 26) -> Sweep:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
     (tmp_path / "photos/a/03.png").write_bytes(b"broken")
-    path = script(tmp_path / "dino.pt")
-    extractor = f"{{kind: torchscript, name: dino, path: '{path}', sha256: '{hash_of(str(path), 'dino')}'}}"
+    path = export(tmp_path / "dino.pt2")
+    extractor = f"{{kind: exported, name: dino, path: '{path}', sha256: '{hash_of([str(path)], 'dino')}'}}"
     source = f"data.source={{kind: folder, url: '{tmp_path}/photos'}}"
     settings = [source, "data.num_classes=2", f"evaluate.extractor={extractor}", "data.undecodable=skip"]
     return Sweep.below(open_folder(tmp_path) / "store", reading.load(TINY, settings))

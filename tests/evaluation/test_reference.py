@@ -16,26 +16,26 @@ from dis_scale.evaluation.adm import open_reference
 from dis_scale.evaluation.features import Extractor, load_extractor, load_extractors
 from dis_scale.evaluation.metrics import MeanCovariance
 from dis_scale.process.errors import DisScaleError, StorageError, UndecodableImage, UserError
-from dis_scale.recipe import Recipe, TorchScriptExtractor, reading
+from dis_scale.recipe import ExportedExtractor, Recipe, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.extractors import reference_file
 from tests.conftest import TINY
-from tests.support.scripts import Pixels, pixels, script, with_scripts
+from tests.support.programs import Pixels, export, pixels, with_exported
 
 CPU = torch.device("cpu")
-DINO = TorchScriptExtractor(kind="torchscript", name="dino", path="none")
+DINO = ExportedExtractor(kind="exported", name="dino", path="none")
 
 
-def dino(path: Path, **changes: object) -> TorchScriptExtractor:
-    return DINO.model_copy(update={"path": str(path), "sha256": hash_of(str(path), "dino")} | changes)
+def dino(path: Path, **changes: object) -> ExportedExtractor:
+    return DINO.model_copy(update={"path": str(path), "sha256": hash_of([str(path)], "dino")} | changes)
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
-    """The digits with a TorchScript file as the only extractor."""
-    return with_scripts(dino=script(tmp_path / "dino.pt"))
+    """The digits with an exported program as the only extractor."""
+    return with_exported(dino=export(tmp_path / "dino.pt2"))
 
 
 @pytest.fixture
@@ -70,8 +70,8 @@ class Counted:
 
 
 def test_one_pass_serves_all_extractors(source: Source, tmp_path: Path) -> None:
-    a, b = script(tmp_path / "a.pt", Pixels(0, 16)), script(tmp_path / "b.pt", Pixels(8, 8))
-    sweep = sweep_of(tmp_path, with_scripts(a=a, b=b))
+    a, b = export(tmp_path / "a.pt2", Pixels(0, 16)), export(tmp_path / "b.pt2", Pixels(8, 8))
+    sweep = sweep_of(tmp_path, with_exported(a=a, b=b))
     counted, extractors = Counted(source), load_extractors(sweep, CPU)
     seen: list[int] = []
     reference.prepare(sweep, counted, extractors, seen.append)  # type: ignore[arg-type]
@@ -102,30 +102,30 @@ def test_features_of_a_fixed_choice_of_images_are_kept(
     assert {row.tobytes() for row in kept[0]} <= everything
 
 
-def test_a_torchscript_file_is_an_extractor(recipe: Recipe, sweep: Sweep, source: Source) -> None:
+def test_a_program_is_an_extractor(recipe: Recipe, sweep: Sweep, source: Source) -> None:
     (extractor,) = load_extractors(sweep, CPU)
     images = pixels(source)[:70]  # more than one batch
     assert np.array_equal(extractor(images).pooled, images[:, ::16, ::16, 0].reshape(70, -1).astype(np.float32))
     assert extractor.identity == hashlib.sha256(Path(recipe.evaluate.extractor.path).read_bytes()).hexdigest()  # type: ignore[union-attr]
 
 
-def test_images_are_resized_for_a_torchscript_file(tmp_path: Path, sweep: Sweep, source: Source) -> None:
-    settings = dino(script(tmp_path / "dino.pt"), size=64)
+def test_images_are_resized_for_a_program(tmp_path: Path, sweep: Sweep, source: Source) -> None:
+    settings = dino(export(tmp_path / "dino.pt2", size=64), size=64)
     assert load_extractor(settings, sweep, CPU)(pixels(source)[:2]).pooled.shape == (2, 16)
 
 
-def test_torchscript_files_that_do_not_fit_are_refused(tmp_path: Path, sweep: Sweep, source: Source) -> None:
-    path = script(tmp_path / "dino.pt")
-    with pytest.raises(UserError, match=f"extractor dino: no file {tmp_path}/none.pt"):
-        load_extractor(DINO.model_copy(update={"path": str(tmp_path / "none.pt")}), sweep, CPU)
-    with pytest.raises(UserError, match=f"dino.pt has sha256 [0-9a-f]+, the recipe expects {'0' * 64}"):
+def test_programs_that_do_not_fit_are_refused(tmp_path: Path, sweep: Sweep, source: Source) -> None:
+    path = export(tmp_path / "dino.pt2")
+    with pytest.raises(UserError, match=f"extractor dino: no file {tmp_path}/none.pt2"):
+        load_extractor(DINO.model_copy(update={"path": str(tmp_path / "none.pt2")}), sweep, CPU)
+    with pytest.raises(UserError, match=f"dino.pt2 has sha256 [0-9a-f]+, the recipe expects {'0' * 64}"):
         load_extractor(dino(path, sha256="0" * 64), sweep, CPU)
-    with pytest.raises(UserError, match=f"dino.pt is a program.* no hash .*\n  sha256: {dino(path).sha256}"):
+    with pytest.raises(UserError, match=f"dino.pt2: a program.* no hash .*\n  sha256: {dino(path).sha256}"):
         load_extractor(dino(path, sha256=None), sweep, CPU)
-    (tmp_path / "text.pt").write_text("no archive")
-    with pytest.raises(UserError, match=r"text.pt: not a TorchScript file"):
-        load_extractor(dino(tmp_path / "text.pt"), sweep, CPU)
-    maps = load_extractor(dino(script(tmp_path / "maps.pt", nn.ReLU())), sweep, CPU)
+    (tmp_path / "text.pt2").write_text("no archive")
+    with pytest.raises(UserError, match=r"text.pt2: features is not a program of torch.export"):
+        load_extractor(dino(tmp_path / "text.pt2"), sweep, CPU)
+    maps = load_extractor(dino(export(tmp_path / "maps.pt2", nn.ReLU())), sweep, CPU)
     with pytest.raises(UserError, match=r"features of shape \(2, 3, 32, 32\) for 2 images, expected \(2, d\)"):
         maps(pixels(source)[:2])
 

@@ -13,7 +13,7 @@ from dis_scale.recipe.identity import identity_differences
 from tests.conftest import TINY
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-UNCONDITIONAL = ("data.num_classes=none", "evaluate.extractor={kind: torchscript, name: x, path: x.pt}")
+UNCONDITIONAL = ("data.num_classes=none", "evaluate.extractor={kind: exported, name: x, path: x.pt}")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
@@ -108,7 +108,7 @@ def test_rates_transfer_between_heads_of_one_size_alone() -> None:
         ("tracking.uri", "https://mlflow:5000?token=pa55word"),
         ("storage.root", "s3://me:pa55word@bucket/prefix"),
         ("data.source", "{kind: tar, url: 'sftp://me:pa55word@host/images'}"),
-        ("vae", "{kind: torchscript, posterior: false, path: 'https://host/v.pt?X-Amz-Signature=pa55word'}"),
+        ("vae", "{kind: exported, posterior: false, path: 'https://host/v.pt?X-Amz-Signature=pa55word'}"),
     ],
 )
 def test_a_url_with_credentials_is_refused_without_showing_it(key: str, url: str) -> None:
@@ -200,7 +200,7 @@ def test_runtime_and_extent_may_change(tiny: Recipe, allowed: str) -> None:
 )
 def test_the_hash_of_a_file_may_be_added_and_not_changed(key: str, settings: str) -> None:
     without, first, second = (
-        reading.load(TINY, [f"{key}={{kind: torchscript, path: v.pt, {settings}{pinned}}}"])
+        reading.load(TINY, [f"{key}={{kind: exported, path: v.pt, {settings}{pinned}}}"])
         for pinned in ("", f", sha256: '{'0' * 64}'", f", sha256: '{'1' * 64}'")
     )
     assert identity_differences(without, first) == []

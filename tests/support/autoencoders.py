@@ -1,6 +1,7 @@
 """Small autoencoders of every kind, and latents that they encode."""
 
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -10,13 +11,15 @@ from dis_scale import vae
 from dis_scale.data import shards
 from dis_scale.data.latents import Latents
 from dis_scale.data.maintenance import decode_examples, describe
-from dis_scale.recipe import LatentShape, PretrainedVae, TorchScriptVae, reading
+from dis_scale.recipe import ExportedVae, LatentShape, PretrainedVae, reading
 from dis_scale.recipe.data import VaeSettings
 from dis_scale.storage.folder import open_folder
 from dis_scale.storage.programs import hash_of
 from dis_scale.sweep import Sweep
 from dis_scale.vae import Vae
+from dis_scale.vae.exported import program_paths
 from tests.conftest import TINY
+from tests.support.programs import save_program
 from tests.support.stages import make_latents
 
 KINDS = {
@@ -93,21 +96,40 @@ class Folded(torch.nn.Module):
         self.posterior = posterior
         self.factor = torch.nn.Parameter(torch.tensor(3.0))
 
-    @torch.jit.export
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         z = torch.nn.functional.pixel_unshuffle(x, 2) * self.factor + 1
         return torch.cat([z, torch.full_like(z, -4.0)], 1) if self.posterior else z
 
-    @torch.jit.export
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.pixel_shuffle((z - 1) / self.factor, 2)
 
 
-def scripted(where: Path, posterior: bool, net: torch.nn.Module | None = None, **settings: object) -> TorchScriptVae:
-    """Save an autoencoder as a TorchScript file."""
-    torch.jit.script(net or Folded(posterior)).save(str(where))
-    digest = hash_of(str(where), "vae")
-    return TorchScriptVae(kind="torchscript", path=str(where), posterior=posterior, sha256=digest, **settings)  # type: ignore[arg-type]
+class Method(torch.nn.Module):
+    """One method of a module, to be exported."""
+
+    def __init__(self, net: torch.nn.Module, name: str) -> None:
+        super().__init__()
+        self.net, self.name = net, name
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return getattr(self.net, self.name)(x)
+
+
+def exported(
+    where: Path,
+    posterior: bool,
+    net: torch.nn.Module | None = None,
+    side: int = 32,
+    latent: tuple[int, ...] = (12, 16, 16),
+    **settings: object,
+) -> ExportedVae:
+    """Save an autoencoder of images of this side as two programs, in a folder."""
+    net = net or Folded(posterior)
+    where.mkdir(exist_ok=True)
+    for name, shape in (("encode", (3, side, side)), ("decode", latent)):
+        save_program(where / f"{name}.pt2", Method(net, name), torch.zeros(2, *shape))
+    digest = hash_of(program_paths(str(where)), "vae")
+    return ExportedVae(kind="exported", path=str(where), posterior=posterior, sha256=digest, **settings)  # type: ignore[arg-type]
 
 
 def encode_digits(root: Path, settings: VaeSettings) -> tuple[Vae, Latents]:

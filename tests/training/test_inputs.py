@@ -14,7 +14,7 @@ from tests.conftest import TINY
 from tests.support.ranks import make_latents
 
 UNCONDITIONAL = (
-    "data.num_classes=none", "evaluate.extractor={kind: torchscript, name: x, path: x.pt}", "evaluate.guidance=1.0"
+    "data.num_classes=none", "evaluate.extractor={kind: exported, name: x, path: x.pt}", "evaluate.guidance=1.0"
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from dis_scale.weights.opening import open_for_sampling, sample_pictures
 from pipelines.evaluators import Evaluator
 from tests.conftest import TINY
 from tests.support import ranks
-from tests.support.autoencoders import Folded, scripted
+from tests.support.autoencoders import Folded, exported
 from tests.support.stages import make_latents, preparer
 
 
@@ -66,7 +66,7 @@ def test_a_stage_that_lost_its_lease_writes_no_network(tmp_path: Path) -> None:
 def test_all_stages_normalised_by_channel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training and the held-out loss see normalised latents, and evaluation and `dis-scale sample` decode them to the images."""
     monkeypatch.setattr("os.nice", lambda _: 0)  # an evaluator's process gives way; this one has further tests to run
-    settings = scripted(tmp_path / "vae.pt", posterior=False, scale=0.25)
+    settings = exported(tmp_path / "vae", posterior=False, scale=0.25)
     stages = [
         "data.normalise=channels",
         "train.workers=1",
@@ -104,8 +104,8 @@ def test_all_stages_normalised_by_channel(tmp_path: Path, monkeypatch: pytest.Mo
 
     latents.delete()
     assert open_for_sampling(published, None).decoder.scaling == alone.decoder.scaling
-    scripted(tmp_path / "vae.pt", posterior=False, net=Folded(False).half())
-    with pytest.raises(UserError, match=r"vae.pt has sha256 .*, the recipe expects"):
+    exported(tmp_path / "vae", posterior=False, net=Folded(False).half())
+    with pytest.raises(UserError, match=r"decode.pt2 has sha256 .*, the recipe expects"):
         open_for_sampling(published, None)
     (note,) = open_for_sampling(copied, settings.path).notes
     assert f"{settings.path} did not encode the model's latents: its identity is" in note

@@ -12,10 +12,10 @@ from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.settings import Dit
 from dis_scale.models.public import to_official
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import Flow, Gaussian, LatentShape, Sampling, TorchScriptVae
+from dis_scale.recipe import ExportedVae, Flow, Gaussian, LatentShape, Sampling
 from dis_scale.vae import DiffusersVae, PixelVae
+from dis_scale.vae.exported import ProgramVae
 from dis_scale.vae.scaling import Scaling
-from dis_scale.vae.script import ScriptVae
 from dis_scale.weights.export import load, open_checkpoint, save, save_pipeline
 
 DIS = Dis(kind="dis", width=32, depth=2, patch=2)
@@ -129,9 +129,9 @@ def test_diffusers_samples_from_the_folder(settings, diffusion, make_vae, tmp_pa
     assert torch.allclose(images, (expected / 2 + 0.5).clamp(0, 1), atol=1e-5)
 
 
-def test_a_torchscript_autoencoder_is_refused_before_anything_is_written(tmp_path):
-    settings = TorchScriptVae(kind="torchscript", path="unused", posterior=False)
+def test_a_exported_autoencoder_is_refused_before_anything_is_written(tmp_path):
+    settings = ExportedVae(kind="exported", path="unused", posterior=False)
     model = build(DIS, LatentShape(4, 8), 10)
-    with pytest.raises(UserError, match=r"a TorchScript autoencoder is not a model of diffusers"):
-        save_pipeline(tmp_path / "export", model, Flow(kind="flow"), ScriptVae(torch.nn.Identity(), settings))
+    with pytest.raises(UserError, match=r"an exported autoencoder is not a model of diffusers"):
+        save_pipeline(tmp_path / "export", model, Flow(kind="flow"), ProgramVae(torch.nn.Identity(), settings))
     assert not (tmp_path / "export").exists()

@@ -108,7 +108,7 @@ def test_a_sit_is_published_as_our_flow(tmp_path: Path) -> None:
         (
             [
                 "data.num_classes=none",
-                "evaluate.extractor={kind: torchscript, name: x, path: x.pt}",
+                "evaluate.extractor={kind: exported, name: x, path: x.pt}",
                 "evaluate.guidance=1.0",
             ],
             "only one of the two models has classes",

@@ -1,4 +1,4 @@
-"""TorchScript files that select pixels, as extractors of features."""
+"""Programs of torch.export that select pixels, as extractors of features."""
 
 from pathlib import Path
 
@@ -23,15 +23,21 @@ class Pixels(nn.Module):
         return x.float()[:, 0, self.first :: self.step, ::16].flatten(1), x
 
 
-def script(path: Path, net: nn.Module | None = None) -> Path:
-    torch.jit.script(net or Pixels()).save(path)
+def export(path: Path, net: nn.Module | None = None, size: int = 32) -> Path:
+    """Export a network of uint8 images (B, 3, size, size), any number of them."""
+    return save_program(path, net or Pixels(), torch.zeros(2, 3, size, size, dtype=torch.uint8))
+
+
+def save_program(path: Path, net: nn.Module, example: torch.Tensor) -> Path:
+    batches = ({0: torch.export.Dim.DYNAMIC},)
+    torch.export.save(torch.export.export(net.eval(), (example,), dynamic_shapes=batches), path)
     return path
 
 
-def with_scripts(**paths: Path) -> Recipe:
-    """Return the digits with these TorchScript files as extractors, the main one first."""
+def with_exported(**paths: Path) -> Recipe:
+    """Return the digits with these programs as extractors, the main one first."""
     main, *others = (
-        f"{{kind: torchscript, name: {name}, path: '{path}', sha256: '{hash_of(str(path), name)}'}}"
+        f"{{kind: exported, name: {name}, path: '{path}', sha256: '{hash_of([str(path)], name)}'}}"
         for name, path in paths.items()
     )
     return reading.load(TINY, [f"evaluate.extractor={main}", f"evaluate.also=[{', '.join(others)}]"])
