@@ -140,7 +140,7 @@ def sample(size: str, images: int, device: str) -> None:
 
     def run() -> None:
         generate(
-            model, diffusion.build(recipe.diffusion), [1] * images, range(images),
+            model, diffusion.build(recipe.diffusion, model.shape), [1] * images, range(images),
             Sampling(sampler=SAMPLER, steps=SAMPLING_STEPS, guidance=1.5), device=where,
         )  # fmt: skip
         synchronize(where)

@@ -112,7 +112,7 @@ class Evaluator(Worker):
                 normalise=recipe.data.normalise,
             )  # fmt: skip
             model = self.sampler.model(sampled.model, sampled.images_seen, settings)
-            process = diffusion.build(recipe.diffusion)
+            process = diffusion.build(recipe.diffusion, model.shape)
             return held_out.losses(model, process, latents, recipe.seed, settings.batch_images)
 
 

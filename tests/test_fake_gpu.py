@@ -75,7 +75,7 @@ def test_a_training_step_copies_its_inputs_and_mixes_no_devices(
     process: Gaussian | Flow = Gaussian(kind="gaussian") if precision == "bf16" else Flow(kind="flow")
     model = model_on_gpu(SETTINGS[family], precision, checkpointing)
     drop = torch.ones(model.drop_branches, 3) if model.drop_branches else None
-    built = diffusion.build(process)
+    built = diffusion.build(process, model.shape)
     t_B = built.sample_times(np.random.default_rng(0), 3)
     x_BCHW, noise_BCHW = torch.randn(2, 3, 4, 8, 8)
     host = StepInput(Micro(x_BCHW, torch.arange(3), noise_BCHW), t_B, drop, 1.0)
@@ -115,7 +115,7 @@ def test_each_sampler_with_guidance(
     """In bf16, where types can be mixed too."""
     monkeypatch.setattr("dis_scale.diffusion.generate.check_labels", lambda *_: None)  # fake labels have no values
     model, sampling = model_on_gpu(SETTINGS[family], "bf16"), Sampling(sampler=sampler, steps=3, guidance=1.5)
-    latents = generate(model, diffusion.build(process), [1, 2, 3], range(3), sampling, device=CUDA)
+    latents = generate(model, diffusion.build(process, model.shape), [1, 2, 3], range(3), sampling, device=CUDA)
     assert (latents.device.type, latents.dtype, latents.shape) == ("cuda", torch.float32, (3, 4, 8, 8))
 
 

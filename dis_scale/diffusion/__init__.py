@@ -3,11 +3,11 @@
 from dis_scale.diffusion.flow import FlowMatching
 from dis_scale.diffusion.gaussian import GaussianDiffusion
 from dis_scale.diffusion.process import Losses, ModelFn, Process
-from dis_scale.recipe import Flow, Gaussian
+from dis_scale.recipe import Flow, Gaussian, LatentShape
 
 __all__ = ["FlowMatching", "GaussianDiffusion", "Losses", "ModelFn", "Process", "build"]
 
 
-def build(settings: Gaussian | Flow) -> GaussianDiffusion | FlowMatching:
-    """Return the diffusion process of a recipe."""
-    return GaussianDiffusion(settings) if isinstance(settings, Gaussian) else FlowMatching(settings)
+def build(settings: Gaussian | Flow, shape: LatentShape) -> GaussianDiffusion | FlowMatching:
+    """Return the diffusion process of a recipe for latents of this shape."""
+    return GaussianDiffusion(settings) if isinstance(settings, Gaussian) else FlowMatching(settings, shape)

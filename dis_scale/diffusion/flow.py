@@ -5,20 +5,27 @@ SiT with a backbone that learns a variance. Axes: B samples, C channels, H W hei
 samplers.py.
 """
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dis_scale.diffusion.process import Losses, ModelFn, mean_flat, per_sample
-from dis_scale.recipe import Flow
+from dis_scale.recipe import Flow, LatentShape
+
+SHIFTED_FROM = 4096
+"""Values of a latent for which `shift: auto` is 1: 4 x 32 x 32 (RAE, arXiv 2510.11690)."""
 
 
 class FlowMatching:
     """Times and loss of training, and the time grid of the samplers."""
 
-    def __init__(self, settings: Flow):
+    def __init__(self, settings: Flow, shape: LatentShape):
         self.settings = settings
+        values = shape.channels * shape.size**2
+        self.shift = math.sqrt(values / SHIFTED_FROM) if settings.shift == "auto" else settings.shift
 
     @property
     def num_steps(self) -> int:
@@ -46,7 +53,7 @@ class FlowMatching:
 
     def _shift(self, t: NDArray[np.float64]) -> NDArray[np.float64]:
         """Move times towards the noise, for larger images (Esser et al. 2024, equation 23)."""
-        return self.settings.shift * t / (1 + (self.settings.shift - 1) * t)
+        return self.shift * t / (1 + (self.shift - 1) * t)
 
 
 def velocity(model_fn: ModelFn, xt_BCHW: Tensor, t_B: Tensor) -> Tensor:

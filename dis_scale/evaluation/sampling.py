@@ -116,7 +116,7 @@ class BlockSampler:
         with self._timed("sampling"), torch.no_grad():
             allow_tf32(settings.precision == "tf32")
             latents = generate(
-                model, diffusion.build(self.recipe.diffusion), labels, numbers, settings,
+                model, diffusion.build(self.recipe.diffusion, model.shape), labels, numbers, settings,
                 seed=self.recipe.seed, device=self.device,
             )  # fmt: skip
             allow_tf32(False)

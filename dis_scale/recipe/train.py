@@ -24,8 +24,8 @@ class Flow(Settings):
     kind: Literal["flow"]
     times: Literal["uniform", "logit_normal"] = "uniform"
     """Distribution of the times in training."""
-    shift: float = Field(1.0, gt=0)
-    """Time shift for resolution: t <- shift t / (1 + (shift - 1) t) (Esser et al. 2024)."""
+    shift: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
+    """Time shift: t <- shift t / (1 + (shift - 1) t) (Esser et al. 2024). `auto`: the root of the latents' values over 4,096."""
 
 
 RANGE = re.compile(r"[1-9]\d*\.\.[1-9]\d*")

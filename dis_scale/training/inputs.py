@@ -37,7 +37,7 @@ def step_inputs(
 
     `seed` is that of the model's training, `rates` are those of its drop path.
     """
-    settings, process = recipe.train, diffusion.build(recipe.diffusion)
+    settings, process = recipe.train, diffusion.build(recipe.diffusion, latents.shape)
 
     def of_lane(step: int, lane: int, weight: float) -> StepInput:
         micro = micro_batch(

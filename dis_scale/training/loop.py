@@ -272,7 +272,7 @@ def open_training(attempt: Attempt, on_this_node: int, log_rates: Callable[[str]
             attempt.log(f"{attempt.model}: {line}")
         attempt.log(f"{attempt.model}: {len(passes)} forward passes of up to {micro_images} images a worker and step")
     meter = open_meter(price, settings, micro_images, world, attempt.device, log_rates)
-    process = diffusion.build(recipe.diffusion)
+    process = diffusion.build(recipe.diffusion, latents.shape)
     return Opened(latents, process, state, model, passes, meter, images_seen, resumed, earlier)
 
 

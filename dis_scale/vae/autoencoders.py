@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL as AutoencoderKL
 
 CONFIG, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
-DETERMINISTIC = ("AutoencoderDC", "AutoencoderTiny", "VQModel")
+DETERMINISTIC = ("AutoencoderDC", "AutoencoderRAE", "AutoencoderTiny", "VQModel")
 SUPPORTED = (
     "AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLHunyuanImage", "AutoencoderKLKVAE",
     *DETERMINISTIC,
@@ -79,6 +79,25 @@ class DiffusersVae(Vae):
         return images
 
 
+@dataclass(frozen=True)
+class RepresentationVae(DiffusersVae):
+    """diffusers' AutoencoderRAE (arXiv 2510.11690): of images in [0, 1], latents normalised by itself, no posterior."""
+
+    @property
+    def scale(self) -> float:
+        return 1.0
+
+    @property
+    def shift(self) -> float:
+        return 0.0
+
+    def _encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return super()._encode(images_BCHW.add(1).div(2))
+
+    def _decode(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
+        return super()._decode(latents_BCHW).mul(2).sub(1)
+
+
 def _plain(value: Any) -> Any:
     """Return a setting as JSON stores it: a tuple as a list."""
     return list(value) if isinstance(value, tuple) else value
@@ -101,6 +120,11 @@ def _defaults(kind: type) -> dict[str, Any]:
 def shape_of(kind: type, config: Mapping[str, Any], resolution: int) -> LatentShape:
     """Return the latents' shape from the class and its settings; UserError if the images do not fit."""
     given = _defaults(kind) | dict(config)
+    if kind.__name__ == "AutoencoderRAE":  # tokens of a frozen network; images of one size
+        side = given["encoder_input_size"] // given["encoder_patch_size"]
+        if resolution != (expected := given["patch_size"] * side):
+            raise UserError(f"data.resolution: {resolution}, but the VAE decodes to {expected} pixels a side")
+        return LatentShape(given["encoder_hidden_size"], side)
 
     def first(*keys: str) -> Any:
         return next(given[key] for key in keys if given.get(key))
@@ -159,7 +183,8 @@ def load_pretrained(settings: PretrainedVae) -> Vae:
         raise UserError(f"vae.path: the weights at {settings.path!r} do not fit their config: {reason}") from error
     if missing := sorted(info["missing_keys"]):  # diffusers would leave them at random values
         raise UserError(f"vae.path: {settings.path!r} lacks {len(missing)} weights, the first {missing[0]}")
-    return DiffusersVae(net.eval().requires_grad_(False))
+    wrapper = RepresentationVae if kind.__name__ == "AutoencoderRAE" else DiffusersVae
+    return wrapper(net.eval().requires_grad_(False))
 
 
 def published(settings: PretrainedVae) -> tuple[Any, dict[str, Any]]:

@@ -29,6 +29,7 @@ from dis_scale.recipe.models import from_sizes
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import EncodedBy, LatentsManifest
 from dis_scale.vae import DiffusersVae, PixelVae, Vae
+from dis_scale.vae.autoencoders import RepresentationVae
 from dis_scale.vae.scaling import Scaling
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -78,7 +79,7 @@ class DisScalePipeline(DiffusionPipeline):
         from dis_scale.diffusion.generate import generate
         from dis_scale.recipe import Sampling
 
-        process = process_of(self.backbone.config.diffusion)
+        process = process_of(self.backbone.config.diffusion, self.backbone.net.shape)
         count = num_images if class_labels is None else len(class_labels)
         given = {"sampler": sampler or sampler_for(process), "steps": num_inference_steps, "guidance": guidance_scale}
         sampling = Sampling.model_validate(given | (self.backbone.config.guidance or {}), strict=False)
@@ -209,8 +210,10 @@ def save_pipeline(
     `guidance` has `guidance_channels` and `guidance_interval` of `Sampling`, which every call of the pipeline then uses.
     `vae` is the decoder of the model's samples: `dis_scale.vae.for_samples` returns it. UserError if it is not one of diffusers.
     """
-    if not isinstance(vae, DiffusersVae | PixelVae | None):
-        raise UserError("an exported autoencoder is not a model of diffusers: export the backbone alone, by `save`")
+    if not isinstance(vae, DiffusersVae | PixelVae | None) or isinstance(vae, RepresentationVae):
+        raise UserError(
+            "diffusers' pipelines take one of its autoencoders of images in [-1, 1]: export the backbone alone, by `save`"
+        )
     check_finite(model)
     folder = Path(folder)
     backbone = folder / "backbone"
@@ -242,9 +245,9 @@ def scaling_of(settings: dict[str, Any]) -> Scaling:
     return Scaling(**settings)
 
 
-def process_of(settings: dict[str, Any]) -> Any:
+def process_of(settings: dict[str, Any], shape: LatentShape) -> Any:
     """The diffusion process of an exported folder."""
-    return diffusion.build(TypeAdapter[Any](Gaussian | Flow).validate_json(json.dumps(settings)))
+    return diffusion.build(TypeAdapter[Any](Gaussian | Flow).validate_json(json.dumps(settings)), shape)
 
 
 def sampler_for(process: Any) -> str:

@@ -167,7 +167,7 @@ def sample_pictures(
     `labels` is the number of images of a model without classes. The default of `sampling` is the checkpoint's own.
     """
     sampling, count = sampling or opened.sampling, labels if isinstance(labels, int) else len(labels)
-    process, model = diffusion.build(opened.process), opened.model.to(device)
+    process, model = diffusion.build(opened.process, opened.model.shape), opened.model.to(device)
     images = forward_images(batch_sizes(count, batch), sampling)
     verify_kernels(model, torch.device(device), images, training=False)
     opened.decoder.net.to(device)

@@ -5,9 +5,9 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from dis_scale.diffusion import build
-from dis_scale.recipe import Flow
-from tests.support.gaussian_data import velocity_model
+from dis_scale import diffusion
+from dis_scale.recipe import Flow, LatentShape
+from tests.support.gaussian_data import build, velocity_model
 
 PROCESS = build(Flow(kind="flow"))
 
@@ -51,6 +51,13 @@ def test_the_grid_runs_from_noise_to_data_and_is_shifted():
     assert PROCESS.grid(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
     shifted = build(Flow(kind="flow", shift=3.0)).grid(2)
     assert shifted.tolist() == [1, pytest.approx(0.75), 0]
+
+
+@pytest.mark.parametrize(("shape", "shift"), [((4, 32), 1.0), ((768, 16), 6.928), ((3, 64), 1.732)])
+def test_an_automatic_shift_is_the_root_of_the_latents_values_over_4096(shape, shift):
+    """RAE's own value for 768 x 16 x 16 is 6.93."""
+    process = diffusion.build(Flow(kind="flow", shift="auto"), LatentShape(*shape))
+    assert process.grid(2)[1] == pytest.approx(shift / (1 + shift), abs=1e-4)
 
 
 def test_times_come_from_the_callers_generator():

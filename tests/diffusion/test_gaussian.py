@@ -7,12 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from dis_scale.diffusion import build
 from dis_scale.diffusion.gaussian import discretised_log_likelihood, spaced_times
 from dis_scale.diffusion.samplers import sample
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Gaussian
-from tests.support.gaussian_data import eps_model
+from tests.support.gaussian_data import build, eps_model
 
 PROCESS = build(Gaussian(kind="gaussian"))
 

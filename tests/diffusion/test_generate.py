@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from dis_scale.diffusion import build
 from dis_scale.diffusion.generate import SampleNoise, batch_sizes, generate
 from dis_scale.diffusion.guidance import OFFICIAL_CHANNELS, forward_images, guided
 from dis_scale.diffusion.samplers import sample
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Flow, Gaussian, LatentShape, Sampling
 from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
+from tests.support.gaussian_data import build
 
 PROCESSES = {"gaussian": build(Gaussian(kind="gaussian")), "flow": build(Flow(kind="flow"))}
 SAMPLERS = [("gaussian", name) for name in GAUSSIAN_SAMPLERS] + [("flow", name) for name in FLOW_SAMPLERS]

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from dis_scale.diffusion import build
 from dis_scale.diffusion.gaussian import Chain
 from dis_scale.diffusion.samplers import sample
 from dis_scale.recipe import Flow, Gaussian
-from tests.support.gaussian_data import S, eps_model, exact_variance, final_variance, slopes, velocity_model
+from tests.support.gaussian_data import S, build, eps_model, exact_variance, final_variance, slopes, velocity_model
 
 GAUSSIAN, FLOW = build(Gaussian(kind="gaussian")), build(Flow(kind="flow"))
 EPS = eps_model(GAUSSIAN.chain)

@@ -37,13 +37,13 @@ def latents(tiny: Recipe, tmp_path: Path) -> Latents:
 def held_out_losses(
     latents: Latents, batch: int, scale: float = 0.0, process: Flow | Gaussian | None = None
 ) -> dict[str, float]:
-    built = diffusion.build(process or Flow(kind="flow"))
+    built = diffusion.build(process or Flow(kind="flow"), latents.shape)
     return held_out.losses(Echo(scale), built, latents, seed=0, batch=batch)  # type: ignore[arg-type]
 
 
 def test_each_held_out_image_is_seen_at_each_level(latents: Latents) -> None:
     model = Echo(0.0)
-    held_out.losses(model, diffusion.build(Flow(kind="flow")), latents, seed=0, batch=4)  # type: ignore[arg-type]
+    held_out.losses(model, diffusion.build(Flow(kind="flow"), latents.shape), latents, seed=0, batch=4)  # type: ignore[arg-type]
     assert model.seen == held_out.LEVELS * [label for _, label in latents.held_out()]
 
 

@@ -194,7 +194,7 @@ def test_samples_are_the_same_pixels_at_any_split(settings, process, sampler):
     def sample(numbers):
         labels = [number % 10 for number in numbers]
         settings = Sampling(sampler=sampler, steps=10, guidance=1.5)
-        return generate(model, build_process(process), labels, numbers, settings, seed=1).clamp(-1, 1)
+        return generate(model, build_process(process, model.shape), labels, numbers, settings, seed=1).clamp(-1, 1)
 
     whole, parts = sample(range(5)), torch.cat([sample([0, 1]), sample([2]), sample([3, 4])])
     assert float((whole - parts).abs().max()) < 1 / 255

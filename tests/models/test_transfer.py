@@ -53,7 +53,11 @@ def sizes_at(width: int, base_width: int | None) -> tuple[Sizes, Sizes]:
     outputs = dict[str, torch.Tensor]()
     for name, layer in {"embedding": model.patches, "time": model.time, **blocks, "output": model}.items():
         layer.register_forward_hook(partial(keep, outputs, name))
-    process, rng, y_B = diffusion.build(Flow(kind="flow")), np.random.default_rng(0), torch.arange(BATCH) % 10
+    process, rng, y_B = (
+        diffusion.build(Flow(kind="flow"), model.shape),
+        np.random.default_rng(0),
+        torch.arange(BATCH) % 10,
+    )
     means = rng.standard_normal((10, 4, 8, 8))[y_B]
     x_BCHW, noise_BCHW = (torch.from_numpy(x).float() for x in rng.standard_normal((2, BATCH, 4, 8, 8)))
     batch = (0.8 * torch.from_numpy(means).float() + 0.6 * x_BCHW, process.sample_times(rng, BATCH), noise_BCHW)

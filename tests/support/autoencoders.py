@@ -53,6 +53,11 @@ CLASSES = {
         "decoder_block_out_channels": (8, 8, 16), "encoder_qkv_multiscales": ((), (), ()),
         "decoder_qkv_multiscales": ((), (), ()), "encoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
     },
+    "AutoencoderRAE": {
+        "encoder_hidden_size": 64, "encoder_patch_size": 4, "encoder_num_hidden_layers": 1, "encoder_input_size": 32,
+        "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
+        "decoder_intermediate_size": 16, "patch_size": 4, "latents_std": [[[0.5]]] * 64,
+    },
     "AutoencoderTiny": {
         "encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8), "num_encoder_blocks": (1, 1, 1),
         "num_decoder_blocks": (1, 1, 1), "scaling_factor": 0.8, "shift_factor": 0.1,
@@ -66,10 +71,10 @@ CLASSES = {
 SCALINGS = {
     "AutoencoderKL": (0.1159, 0.3611), "AsymmetricAutoencoderKL": (0.0, 0.6), "AutoencoderKLFlux2": (0.0, 1.0),
     "AutoencoderKLHunyuanImage": (0.0, 0.7), "AutoencoderKLKVAE": (0.0, 1.0), "AutoencoderDC": (0.0, 0.41407),
-    "AutoencoderTiny": (0.1, 0.8), "VQModel": (0.0, 0.9),
+    "AutoencoderRAE": (0.0, 1.0), "AutoencoderTiny": (0.1, 0.8), "VQModel": (0.0, 0.9),
 }  # fmt: skip
 """Shift and scale in these configurations; 0 and 1 for the two classes whose configuration has none."""
-DETERMINISTIC = {"AutoencoderDC", "AutoencoderTiny", "VQModel"}
+DETERMINISTIC = {"AutoencoderDC", "AutoencoderRAE", "AutoencoderTiny", "VQModel"}
 
 
 def saved_class(where: Path, name: str) -> PretrainedVae:

@@ -5,8 +5,16 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from dis_scale import diffusion
+from dis_scale.recipe import Flow, Gaussian, LatentShape
+
 S = 0.5
 """Standard deviation of the data."""
+
+
+def build(settings: Gaussian | Flow) -> diffusion.GaussianDiffusion | diffusion.FlowMatching:
+    """Return the process of latents of 4 x 32 x 32 values."""
+    return diffusion.build(settings, LatentShape(4, 32))
 
 
 def eps_model(chain_of_training, s=S):

@@ -99,7 +99,7 @@ def test_all_stages_normalised_by_channel(tmp_path: Path, monkeypatch: pytest.Mo
 
     by_channel = Latents(latents, 0, recipe.data.held_out_images, normalise="channels")
     model = evaluator.sampler.model("dis", 16, recipe.evaluate)
-    expected = held_out.losses(model, diffusion.build(recipe.diffusion), by_channel, recipe.seed, 20)
+    expected = held_out.losses(model, diffusion.build(recipe.diffusion, model.shape), by_channel, recipe.seed, 20)
     assert evaluator.held_out(Sampled("dis", 16)) == expected
 
     latents.delete()

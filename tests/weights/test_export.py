@@ -117,7 +117,12 @@ def test_diffusers_samples_from_the_folder(settings, diffusion, make_vae, tmp_pa
     sampler = "ddpm" if diffusion.kind == "gaussian" else "heun"
     with torch.no_grad():
         expected = generate(
-            model, build_process(diffusion), [1, 7], [0, 1], Sampling(sampler=sampler, steps=3, guidance=1.5), seed=5
+            model,
+            build_process(diffusion, model.shape),
+            [1, 7],
+            [0, 1],
+            Sampling(sampler=sampler, steps=3, guidance=1.5),
+            seed=5,
         )
         if make_vae is small_vae:
             expected = vae.net.decode(expected / 0.5).sample
@@ -132,6 +137,6 @@ def test_diffusers_samples_from_the_folder(settings, diffusion, make_vae, tmp_pa
 def test_a_exported_autoencoder_is_refused_before_anything_is_written(tmp_path):
     settings = ExportedVae(kind="exported", path="unused", posterior=False)
     model = build(DIS, LatentShape(4, 8), 10)
-    with pytest.raises(UserError, match=r"an exported autoencoder is not a model of diffusers"):
+    with pytest.raises(UserError, match=r"diffusers' pipelines take one of its autoencoders"):
         save_pipeline(tmp_path / "export", model, Flow(kind="flow"), ProgramVae(torch.nn.Identity(), settings))
     assert not (tmp_path / "export").exists()
