@@ -36,9 +36,7 @@ def _cell(plan: Plan, size: str, budget: float) -> Cell:
     assert study
     steps = round(budget / plan.training_flops(size) / train.batch_images)
     images, refusal = steps * train.batch_images, None
-    if train.warmup_images >= (1 - study.share) * images:
-        refusal = f"warm-up ({train.warmup_images:,} images) lasts beyond the constant rate"
-    elif steps < study.least_steps:
+    if steps < study.least_steps:
         refusal = f"under {study.least_steps:,} steps"
     elif study.most_images is not None and images > study.most_images:
         refusal = f"over {study.most_images:,} images"
@@ -55,12 +53,14 @@ def written_out(recipe: Recipe, shape: LatentShape) -> Recipe:
     data, share = recipe.model_dump(mode="json"), recipe.isoflop.share
     trained = [cell for cell in cells(price_sweep(recipe, shape)) if not cell.refusal]
     for size in recipe.uncounted:
-        model, counts = data["models"][size], [cell.images for cell in trained if cell.size == size]
+        counts = [cell.images for cell in trained if cell.size == size]
         if not counts:
             raise UserError(
                 f"isoflop: {size} has no budget within its limits: change least_steps ({recipe.isoflop.least_steps:,}), "
-                f"most_images ({recipe.isoflop.most_images}), warmup_images or flops, or remove the model"
+                f"most_images ({recipe.isoflop.most_images}) or flops, or remove the model"
             )
+        warmup = {"warmup_images": round(recipe.isoflop.warmup * min(counts))}
+        model = data["models"][size] | {"train": data["models"][size]["train"] | warmup}
         branches = dict(_branch(recipe, cell, model, share) for cell in trained if cell.size == size)
         if len(branches) < len(counts):
             raise UserError(

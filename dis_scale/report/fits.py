@@ -109,6 +109,15 @@ def lack_of_fit(residuals: np.ndarray, coefficients: int, variance: float, freed
     return bool((residuals**2).sum() / over > allowed)
 
 
+def student_margin(x: np.ndarray, residuals: np.ndarray) -> float:
+    """Return half of Student's interval, at 95 %, of the slope of a line with these residuals; 0 for a line through two points."""
+    freedom = len(x) - 2
+    if not freedom:
+        return 0.0
+    spread = math.sqrt(float((residuals**2).sum()) / freedom / float(((x - x.mean()) ** 2).sum()))
+    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * spread
+
+
 def bootstrap_tail(freedom: int) -> float:
     """Return the share below the percentile interval's lower end, smaller for few degrees of freedom, where plain percentiles are
     too narrow (the expanded percentile interval of Hesterberg 2015).

@@ -8,12 +8,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from dis_scale.recipe import MAIN
-from dis_scale.report.fits import PowerLaw, bootstrap_tail, lack_of_fit, limited_law
+from dis_scale.report.fits import PowerLaw, bootstrap_tail, lack_of_fit, limited_law, student_margin
 from dis_scale.report.points import HELD_OUT, Point, Report
 
 LEAST_SIZES = 4
@@ -133,8 +133,8 @@ def profiles(report: Report, metric: str) -> dict[str, list[Profile]]:
 def laws(family: list[Profile], resamples: int = RESAMPLES) -> Laws | None:
     """Fit power laws to the minima of one family's profiles; None for fewer than three budgets that have one.
 
-    The intervals are percentiles of a bootstrap: residuals of all parabolas, scaled for the fitted coefficients, are sampled with
-    replacement and added to the parabolas. A resampled minimum beyond the sizes counts as the nearest size.
+    Their bootstrap: residuals of all parabolas, scaled for the fitted coefficients, are sampled with replacement and added to the
+    parabolas. A resampled minimum beyond the sizes counts as the nearest size.
     """
     inner = [profile for profile in family if profile.minimum.inside]
     if len(inner) < LEAST_BUDGETS:
@@ -182,28 +182,32 @@ class _Minima:
         return replace(self, budgets=self.budgets[pair], logs=self.logs[pair], resampled=self.resampled[pair])
 
     def law(self) -> PowerLaw:
-        """Fit logarithms by least squares."""
-        exponent, factor = np.polyfit(np.log(self.budgets), self.logs, 1)
-        exponents, _ = np.polyfit(np.log(self.budgets), self.resampled, 1)
-        return self._bounded(PowerLaw(float(np.exp(factor)), float(exponent)), 2, interval=exponents)
+        """Fit logarithms by least squares.
+
+        The interval holds two: the bootstrap's knows the runs' spread, Student's how the minima leave the law.
+        """
+        x = np.log(self.budgets)
+        exponent, factor = (float(each) for each in np.polyfit(x, self.logs, 1))
+        low, high = self._quantiles(np.polyfit(x, self.resampled, 1)[0])
+        margin = student_margin(x, self.logs - exponent * x - factor)
+        return PowerLaw(float(np.exp(factor)), exponent, (min(low, exponent - margin), max(high, exponent + margin)))
 
     def law_with_limit(self) -> PowerLaw:
-        """Fit a law that falls to a limit."""
+        """Fit a law that falls to a limit. It has no intervals if its own residuals are larger than the parabolas'."""
         every = limited_law(self.budgets, np.exp(np.column_stack([self.logs, self.resampled])))
         limit, factor, exponent = (float(each[0]) for each in every)
         law = PowerLaw(factor, -exponent, limit=limit)
-        return self._bounded(law, 3, interval=-every.exponent[1:], limit_interval=every.limit[1:])
-
-    def _bounded(self, law: PowerLaw, coefficients: int, **resampled: np.ndarray) -> PowerLaw:
-        """Add intervals, which hold the parabolas' residuals only: none if the law's own residuals are larger."""
         residuals, variance = self.logs - np.log(law.at(self.budgets)), float(self.resampled.var(1).mean())
-        if lack_of_fit(residuals, coefficients, variance, self.freedom):
+        if lack_of_fit(residuals, 3, variance, self.freedom):
             return law
+        return replace(
+            law, interval=self._quantiles(-every.exponent[1:]), limit_interval=self._quantiles(every.limit[1:])
+        )
+
+    def _quantiles(self, resampled: np.ndarray) -> tuple[float, float]:
         tail = bootstrap_tail(self.freedom)
-        intervals: dict[str, Any] = {
-            name: tuple(np.quantile(values, [tail, 1 - tail]).tolist()) for name, values in resampled.items()
-        }
-        return replace(law, **intervals)
+        low, high = np.quantile(resampled, [tail, 1 - tail]).tolist()
+        return low, high
 
 
 def lines(report: Report) -> list[str]:
@@ -216,7 +220,7 @@ def lines(report: Report) -> list[str]:
             out += [f"{metric}, {kind}: {words}" for words in _law_words(laws(family), metric)]
     return [
         *out,
-        "the intervals hold the spread of runs about the parabolas, by a bootstrap of the residuals; not what runs share: "
+        "the intervals hold the spread of runs about the parabolas and of the minima about their law; not what runs share: "
         "the trunk of a size's branches, learning rate, held-out images, a seed's order of images, the range of sizes",
     ]
 

@@ -56,13 +56,12 @@ def test_a_branch_keeps_its_budget_and_a_fork_has_none() -> None:
     assert set(forked.budgets) == set(recipe.budgets)
 
 
-def test_a_size_whose_warm_up_lasts_is_left_out() -> None:
-    images = sorted(cell.images for cell in isoflop.cells(price_sweep(study(), SHAPE)))
-    warmup = int(0.75 * images[1]) + 1
-    cells = isoflop.cells(price_sweep(study(f"train.warmup_images={warmup}"), SHAPE))
-    for cell in cells:
-        assert (cell.refusal is not None and "warm-up" in cell.refusal) == (0.75 * cell.images <= warmup)
-    assert {cell.refusal is None for cell in cells} == {True, False}
+def test_the_warm_up_is_a_share_of_a_sizes_smallest_training() -> None:
+    """Whatever the recipe's own is: a fixed one would be half of a large size's training, and nothing of a small one's."""
+    recipe = written_out("isoflop.warmup=0.1", "train.warmup_images=10000").recipe
+    for size in ("dis", "dit"):
+        runs = [recipe.train_of(name) for name in recipe.models if name.partition("-at-")[0] == size]
+        assert {run.warmup_images for run in runs} == {round(0.1 * min(run.images for run in runs[1:]))}
 
 
 def test_a_recipe_without_a_study_stays_as_it_is(tiny: Recipe) -> None:
@@ -119,6 +118,7 @@ def shown(plan: Plan, cells: list[isoflop.Cell]) -> str:
     [
         ("isoflop.flops=[2e10, 1e10]", "flops must rise: got [20000000000.0, 10000000000.0]"),
         ("isoflop.flops=[0]", "isoflop.flops.0: got 0, expected: greater than 0"),
+        ("isoflop.warmup=0.2", "isoflop.warmup: got 0.2, expected: less than or equal to 0.1"),
         ("isoflop.shares=0.2", "isoflop.shares: unknown key (did you mean 'share'?)"),
         ("train.decay=linear", "models.dis: train.decay is linear, expected none: a size of a study"),
         ("isoflop=null", "train.publish_images: missing, and there is no default"),

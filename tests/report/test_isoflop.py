@@ -71,9 +71,26 @@ def test_the_intervals_cover_the_exponents_in_about_95_percent() -> None:
     """Within three binomial errors of 400 tries; the three budgets have no law with a limit, which would take seconds."""
     tries = [laws(family(noise=0.01, seed=1 + seed)[:3], resamples=400) for seed in range(400)]
     for name, truth in (("parameters", SIZE_EXPONENT), ("images", 1 - SIZE_EXPONENT)):
-        known = [law.interval for each in tries if (law := getattr(each, name)).interval]
-        assert 0.917 < np.mean([low <= truth <= high for low, high in known]) < 0.983, name
-        assert 0.01 < 1 - len(known) / 400 < 0.09, "the law itself is called wrong in about 5 %"
+        intervals = [getattr(each, name).interval for each in tries]
+        assert np.mean([low <= truth <= high for low, high in intervals]) > 0.917, name
+
+
+@pytest.mark.parametrize("scatter", [0.05, 0.2])
+def test_the_intervals_hold_the_exponent_also_if_the_minima_scatter_about_the_law(scatter: float) -> None:
+    """By as much as runs do about the parabolas, and by much more: their bootstrap alone would hold it in 84 and 47 %."""
+    held = []
+    for seed in range(200):
+        rng = np.random.default_rng(10_000 + seed)
+        made = [
+            replace(p, parameters=p.parameters * np.exp(scatter * rng.standard_normal()))
+            for p in family(noise=0.01, seed=1 + seed)[:3]
+        ]
+        fitted = laws(made, resamples=300)
+        assert fitted
+        assert fitted.parameters.interval
+        low, high = fitted.parameters.interval
+        held.append(low <= SIZE_EXPONENT <= high)
+    assert np.mean(held) > 0.9
 
 
 def hoffmann(budgets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -110,18 +127,15 @@ def test_a_loss_that_falls_to_a_limit_is_recovered_with_its_intervals() -> None:
     assert np.mean(held, axis=0) == pytest.approx(0.95, abs=0.085)  # within three binomial errors of 60 tries
 
 
-def test_a_law_that_its_minima_leave_has_no_interval() -> None:
-    """The residuals of the parabolas say nothing about budgets that have another best size than the law's."""
-    fitted = laws(
-        [
-            replace(p, parameters=p.parameters * factor)
-            for p, factor in zip(family(0.001), (1, 1.5, 1, 1.5), strict=True)
-        ]
-    )
+def test_a_loss_that_leaves_its_law_has_no_interval() -> None:
+    """The residuals of the parabolas say nothing about budgets whose loss is another than the law's."""
+    moved = zip(family(0.001), (1, 1.05, 1, 1.05), strict=True)
+    fitted = laws([replace(p, values=p.values * factor) for p, factor in moved])
     assert fitted
-    assert fitted.parameters.interval is None
-    assert fitted.images.interval
-    assert fitted.parameters.exponent_words.endswith("(no interval: the values leave the law)")
+    assert fitted.value
+    assert fitted.value.interval is None
+    assert fitted.parameters.interval
+    assert fitted.value.exponent_words.endswith("(no interval: the values leave the law)")
 
 
 def test_more_noise_widens_the_interval() -> None:
