@@ -256,6 +256,8 @@ def unpriced(path: Path) -> list[str]:
     passes = 1 if recipe.evaluate.guidance == 1 else 2
     lines, rows = [" ".join(line.split()) for line in text.splitlines()], []
     for name, model in recipe.models.items():
+        if model.branch or recipe.seed_groups()[name] != name:
+            continue  # its size is priced
         cost = price_model(model, shape, recipe.data.num_classes)
         trained = 2 * cost.gmacs_training * recipe.train.images / 1e9
         sampled = 2 * cost.gmacs_forward * passes * recipe.evaluate.steps * recipe.evaluate.samples / 1e9

@@ -30,7 +30,13 @@ def report(
 
 def compare(
     a: SweepUrl,
-    b: SweepUrl,
+    b: Annotated[str | None, typer.Argument(help="The second sweep.", metavar="SWEEP")] = None,
+    families: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            help="Compare one family of backbones with the curve of another, in one sweep: dis dit.", metavar="A B"
+        ),
+    ] = None,
     pair: Annotated[
         list[str] | None, typer.Option(help="Compare a model of the first with one of the second: NAME=NAME.")
     ] = None,
@@ -40,17 +46,28 @@ def compare(
     figure: Annotated[Path | None, typer.Option(help="Draw the curves of both into this file (.png or .svg).")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show two sweeps side by side, with the errors of their differences, and how the sweeps differ."""
+    """Show two sweeps, or two families of one sweep, side by side, with the errors of their differences."""
+    from dis_scale.report import collect, plan_of
+    from dis_scale.report import compare as comparison
+    from dis_scale.sweep import Sweep
+
+    if families:
+        if b or pair or by_cost or figure:
+            raise UserError("--families compares within one sweep, without --pair, --by-cost and --figure")
+        from dis_scale.report import families as within
+
+        measured = collect(opened := Sweep.open(a), plan_of(opened))
+        found_within = [each.to_json() for each in within.comparisons(measured, *families)]
+        show(as_json, found_within, within.table(measured, *families))
+        return
+    if b is None:
+        raise UserError("compare: expected two sweeps, or one with --families A B")
     if figure:
         from dis_scale.report import figures
 
         endings = [f".{kind}" for kind in figures.FORMATS]
         if figure.suffix not in endings:
             raise UserError(f"--figure {figure}: expected a file that ends in {' or '.join(endings)}")
-
-    from dis_scale.report import collect, plan_of
-    from dis_scale.report import compare as comparison
-    from dis_scale.sweep import Sweep
 
     first, second = (collect(sweep, plan_of(sweep)) for sweep in (Sweep.open(a), Sweep.open(b)))
     pairs = (comparison.by_cost if by_cost else comparison.by_name)(first, second)

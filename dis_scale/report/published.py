@@ -37,8 +37,11 @@ PUBLISHED = [
     Published("SiT", "SiT-B/2", 23.0, 33.0),
     Published("SiT", "SiT-L/2", 80.7, 18.8),
     Published("SiT", "SiT-XL/2", 118.6, 17.2),
-    # Zhu et al. 2024 (arXiv 2405.18428); its multiply-adds are another paper's count, and of smaller sizes none is known
-    Published("DiG", "DiG-XL/2", 89.4, 18.5),
+    # Zhu et al. 2024 (arXiv 2405.18428); the multiply-adds are the count of DiCo (arXiv 2505.11196), in its table
+    Published("DiG", "DiG-S/2", 4.30, 62.06),
+    Published("DiG", "DiG-B/2", 17.07, 39.50),
+    Published("DiG", "DiG-L/2", 61.66, 22.90),
+    Published("DiG", "DiG-XL/2", 89.4, 18.53),
 ]
 
 

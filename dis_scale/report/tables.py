@@ -75,7 +75,7 @@ def columns(report: Report) -> dict[str, Callable[[Point], str]]:
         "sampling": (lambda p: p.variant or "main") if len(report.samplings) > 1 else None,
         "parameters": lambda p: f"{p.cost.parameters:,}",
         "Gflops": lambda p: f"{p.gmacs:.3g}",
-        "paper's": (lambda p: f"{p.cost.paper.gflops:.3g}" if p.cost.paper.gflops else "") if papers else None,
+        "thop x 2": (lambda p: f"{p.cost.paper.gflops:.3g}" if p.cost.paper.gflops else "") if papers else None,
         "images": lambda p: f"{p.images_seen:,}",
         "EFLOP": lambda p: f"{p.eflops:.3g}",
         "goodput": lambda p: "" if p.goodput is None else f"{p.goodput:.0%}",
@@ -132,7 +132,15 @@ def notes(report: Report) -> list[str]:
     lines += dict.fromkeys(note for p in report.points for note in p.evaluation.notes)
     lines += [f"floor: {text}: {with_error(distance, error)}" for text, distance, error in report.floors]
     lines += [f"floor: not measured: {report.no_floor}"] if report.no_floor else []
-    return lines + _of_study(report)
+    return lines + _of_families(report) + _of_study(report)
+
+
+def _of_families(report: Report) -> list[str]:
+    if len(report.families) < 2 or report.recipe.isoflop:
+        return []
+    from dis_scale.report import families  # here: scipy takes a second
+
+    return families.sentences(report)
 
 
 def _of_study(report: Report) -> list[str]:

@@ -1,0 +1,211 @@
+"""One family of backbones against another at equal cost, in one sweep.
+
+The points of one family are compared with the curve of the other: a line through its sizes in logarithms of cost and value. Their
+mean distance from it is a sum of logarithms with known factors. Its error follows from the seeds' spread or, with one seed, from
+the jackknife of that sum, in which noise that all samples share cancels; and from how the other family's sizes leave their line.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.table import Table
+
+from dis_scale.evaluation.metrics import FOLDS, jackknife_error
+from dis_scale.process.errors import UserError
+from dis_scale.recipe import MAIN
+from dis_scale.report.compare import ALIKE
+from dis_scale.report.points import HELD_OUT, Point, Report
+
+COSTS: dict[str, Callable[[Point], float | None]] = {
+    "Gflops": lambda p: p.gmacs,
+    "training compute": lambda p: p.eflops,
+    "worker hours": lambda p: p.worker_hours,
+}
+LEAST_SIZES = 3
+"""Sizes of a curve: one more than a line has coefficients."""
+
+
+class Size(NamedTuple):
+    """One size of a family: its cost, the value of each of its trainings, and without each group of samples if there is one."""
+
+    point: Point
+    cost: float
+    values: tuple[float, ...]
+    left_out: tuple[float, ...]
+
+    @property
+    def log(self) -> float:
+        """Mean of the logarithms of the values."""
+        return float(np.log(self.values).mean())
+
+
+class Error(NamedTuple):
+    """An independent part of an error, and the number of values that it is estimated from."""
+
+    size: float
+    of: int
+
+
+class Gap(NamedTuple):
+    """The mean of log(value / curve) over sizes of one family within the costs of the other, and the parts of its error."""
+
+    change: float
+    errors: tuple[Error, ...]
+    """Empty if it cannot be known."""
+    sizes: list[Size]
+    curve: np.ndarray
+    """Value of the other family's curve at the cost of each size."""
+
+    @property
+    def error(self) -> float | None:
+        return math.hypot(*(each.size for each in self.errors)) if self.errors else None
+
+    @property
+    def significant(self) -> bool:
+        """Whether Welch's test refuses, at 5 %, that the mean is 0."""
+        from dis_scale.report import fits  # here: scipy takes a second
+
+        sizes, counts = [each.size for each in self.errors], [each.of for each in self.errors]
+        return bool(self.error) and fits.differ(self.change, sizes, counts)
+
+
+def gap(ours: list[Size], theirs: list[Size]) -> Gap | None:
+    """Return the mean gap of our sizes to the curve of theirs; None if that has too few sizes, or none of ours is within them."""
+    costs = np.array([size.cost for size in theirs])
+    if len(theirs) < LEAST_SIZES or np.ptp(costs) == 0:
+        return None
+    inside = [size for size in ours if costs.min() / (1 + ALIKE) <= size.cost <= costs.max() * (1 + ALIKE)]
+    if not inside:
+        return None
+    x, at = np.log(costs), np.log([size.cost for size in inside])
+    design = np.stack([np.ones_like(x), x], 1)
+    on_curve = np.stack([np.ones_like(at), at], 1) @ np.linalg.pinv(design)  # (ours, theirs): the curve's factors
+    every, factors = [*inside, *theirs], np.append(np.full(len(inside), 1 / len(inside)), -on_curve.mean(0))
+    logs = np.array([size.log for size in every])
+    theirs_logs = logs[len(inside) :]
+    residuals = theirs_logs - design @ (np.linalg.pinv(design) @ theirs_logs)
+    misfit = math.sqrt(float((residuals**2).sum()) / (len(theirs) - 2)) * float(np.linalg.norm(on_curve.mean(0)))
+    known = _errors(every, factors)
+    errors = (*known, Error(misfit, len(theirs) - 1)) if known else ()
+    return Gap(float(factors @ logs), errors, inside, np.exp(on_curve @ theirs_logs))
+
+
+def _errors(sizes: list[Size], factors: np.ndarray) -> tuple[Error, ...]:
+    """Return the error of a sum of logarithms: over the seeds if a size has several, else of sampling alone.
+
+    The spread of a logarithm over the seeds is taken to be that of all sizes with several.
+    """
+    trainings = np.array([len(size.values) for size in sizes])
+    if freedom := int((trainings - 1).sum()):
+        squares = sum(float(((np.log(size.values) - size.log) ** 2).sum()) for size in sizes)
+        return (Error(math.sqrt(squares / freedom * float((factors**2 / trainings).sum())), freedom + 1),)
+    if all(size.left_out for size in sizes):
+        return (Error(jackknife_error(factors @ np.log([size.left_out for size in sizes])), FOLDS),)
+    return ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One family against another by one metric at equal cost of one kind, at one count of images seen."""
+
+    metric: str
+    cost: str
+    ours: str
+    theirs: str
+    images: int
+    found: Gap | None
+    why_not: str = ""
+    over_seeds: bool = False
+
+    @property
+    def sentence(self) -> str:
+        """What the data say, or why they do not."""
+        start = f"{self.metric} at equal {self.cost}"
+        if self.found is None:
+            return f"{start}: {self.ours} and {self.theirs} cannot be compared: {self.why_not}"
+        share, error = math.expm1(self.found.change), self.found.error
+        words = f"{self.ours} is {abs(share):.1%} {'above' if share > 0 else 'below'} the curve of {self.theirs}"
+        words += (
+            f", mean of {len(self.found.sizes)} sizes at {self.images:,} images" if len(self.found.sizes) > 1 else ""
+        )
+        if error is None:
+            return f"{start}: {words}; its error is not known"
+        spread = "over seeds" if self.over_seeds else "of sampling alone, not between trainings"
+        verdict = "a difference at 5 %" if self.found.significant else "no difference at 5 %"
+        return f"{start}: {words}, ± {error:.1%} ({spread}, and of the curve): {verdict}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the comparison with plain values."""
+        plain = {"metric": self.metric, "cost": self.cost, "images": self.images, "sentence": self.sentence}
+        if self.found is None:
+            return plain
+        sizes = [
+            {"model": s.point.model, "cost": s.cost, "values": s.values, "curve": float(curve)}
+            for s, curve in zip(self.found.sizes, self.found.curve, strict=True)
+        ]
+        found = {"log_ratio": self.found.change, "error": self.found.error, "significant": self.found.significant}
+        return plain | found | {"sizes": sizes}
+
+
+def comparisons(report: Report, ours: str, theirs: str) -> Iterator[Comparison]:
+    """Yield one family against another by loss and distance, at equal cost of each kind; UserError for a family without points."""
+    for family in (ours, theirs):
+        if family not in report.families:
+            raise UserError(
+                f"--families: {report.sweep} has no points of {family}: it has {', '.join(report.families)}"
+            )
+    measured = {name for p in report.main for name in p.values}
+    for metric in (report.metric, HELD_OUT):
+        if metric in measured:
+            for cost in COSTS:
+                yield _comparison(report, metric, cost, ours, theirs)
+
+
+def _comparison(report: Report, metric: str, cost: str, ours: str, theirs: str) -> Comparison:
+    counts = [n for n in report.counts if report.family(ours, n) and report.family(theirs, n)]
+    if not counts:
+        return Comparison(metric, cost, ours, theirs, 0, None, "they have no count of images in common")
+    mine, other = (_sizes(report, kind, counts[-1], metric, COSTS[cost]) for kind in (ours, theirs))
+    if not mine or not other:
+        return Comparison(metric, cost, ours, theirs, counts[-1], None, f"{cost} or {metric} are not known")
+    found = gap(mine, other)
+    why = f"{theirs} has {len(other)} sizes and a curve needs {LEAST_SIZES}"
+    if len(other) >= LEAST_SIZES:
+        why = f"no size of {ours} is within the costs of {theirs}"
+    over_seeds = any(len(size.values) > 1 for size in (*mine, *other))
+    return Comparison(metric, cost, ours, theirs, counts[-1], found, "" if found else why, over_seeds)
+
+
+def _sizes(report: Report, kind: str, images: int, metric: str, cost: Callable[[Point], float | None]) -> list[Size]:
+    """Return a family's sizes at one count, each with all its trainings; none if a cost or a value is not known."""
+    sizes = list[Size]()
+    for point in report.family(kind, images):
+        trainings = [p for p in report.points if (p.group, p.variant, p.images_seen) == (point.group, MAIN, images)]
+        values, price = tuple(p.values[metric] for p in trainings if p.values.get(metric, 0) > 0), cost(point)
+        if not values or not price:
+            return []
+        sizes.append(Size(point, price, values, trainings[0].evaluation.left_out.get(metric, ())))
+    return sizes
+
+
+def sentences(report: Report) -> list[str]:
+    """Return a sentence for each other family against the first one of the recipe, by the main metric at equal Gflops."""
+    first, *others = report.families or [""]
+    return [_comparison(report, report.metric, "Gflops", first, other).sentence for other in others]
+
+
+def table(report: Report, ours: str, theirs: str) -> Table:
+    """Return a table with every size and seed beside the other family's curve; the sentences are its caption."""
+    found = list(comparisons(report, ours, theirs))
+    out = Table(title=f"{report.sweep}: {ours} against {theirs}", caption="\n".join(each.sentence for each in found))
+    for column in ("metric", "at equal", "model", "cost", "each seed", f"curve of {theirs}", "difference"):
+        out.add_column(column, justify="left" if column in ("metric", "at equal", "model") else "right")
+    for each in found:
+        for size, curve in zip(each.found.sizes, each.found.curve, strict=True) if each.found else ():
+            seeds = ", ".join(f"{value:.4g}" for value in size.values)
+            change = f"{math.expm1(size.log - math.log(curve)):+.1%}"
+            out.add_row(each.metric, each.cost, size.point.model, f"{size.cost:.4g}", seeds, f"{curve:.4g}", change)
+    return out

@@ -1,0 +1,131 @@
+"""One family against another's curve: known ratios are found as often as their errors say, and what cannot be known is said."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dis_scale.evaluation.metrics import FOLDS
+from dis_scale.process.errors import UserError
+from dis_scale.recipe import Recipe
+from dis_scale.report import families
+from dis_scale.report.families import Gap, Size
+from dis_scale.sweep import Sampled
+from tests.support.commands import invoke
+from tests.support.evaluations import collect, put, sweep_at
+
+COSTS = np.array([6.0, 23.0, 80.0, 118.0])
+OTHERS = np.array([8.0, 30.0, 105.0])
+TRIES = 300
+
+
+def size(cost: float, values: list[float], left_out: Any = ()) -> Size:
+    unused: Any = None
+    return Size(unused, float(cost), tuple(values), tuple(left_out))
+
+
+def of_seeds(costs: np.ndarray, ratio: float, rng: np.random.Generator, shared: float, spread: float) -> list[Size]:
+    """Three trainings of each size but the largest, which has one; the noise of their samples is shared by all models."""
+    truth = ratio * 100 * costs**-0.4
+    return [
+        size(c, list(t * np.exp(shared + spread * rng.standard_normal(1 if c == costs.max() else 3))))
+        for c, t in zip(costs, truth, strict=True)
+    ]
+
+
+def of_groups(costs: np.ndarray, ratio: float, rng: np.random.Generator, shared: np.ndarray, own: float) -> list[Size]:
+    """One training of each size, with its values without each group of samples; a part of each group's noise is all models'."""
+    made = []
+    for cost in costs:
+        groups = np.log(ratio * 100 * cost**-0.4) + shared + own * rng.standard_normal(FOLDS)
+        left_out = (groups.sum() - groups) / (FOLDS - 1)
+        made.append(size(cost, [float(np.exp(groups.mean()))], np.exp(left_out)))
+    return made
+
+
+def found(kind: str, ratio: float) -> list[Gap]:
+    gaps = []
+    for seed in range(TRIES):
+        rng = np.random.default_rng(seed)
+        if kind == "seeds":
+            shared: Any = 0.1 * rng.standard_normal()
+            ours, theirs = (of_seeds(c, r, rng, shared, 0.04) for c, r in ((OTHERS, ratio), (COSTS, 1.0)))
+        else:
+            shared = 0.5 * rng.standard_normal(FOLDS)
+            ours, theirs = (of_groups(c, r, rng, shared, 0.15) for c, r in ((OTHERS, ratio), (COSTS, 1.0)))
+        gap = families.gap(ours, theirs)
+        assert gap
+        gaps.append(gap)
+    return gaps
+
+
+@pytest.mark.parametrize("kind", ["seeds", "jackknife"])
+def test_a_known_ratio_is_found_within_its_error(kind: str) -> None:
+    """Errors that took the models' noise for independent would be 3 times as large, and would find none of these differences."""
+    equal, better = found(kind, 1.0), found(kind, 0.85)
+    assert np.mean([gap.change for gap in better]) == pytest.approx(np.log(0.85), abs=0.01)
+    errors = [gap.error for gap in equal]
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std([gap.change for gap in equal]), rel=0.45)
+    assert np.mean([gap.significant for gap in equal]) < 0.08
+    assert np.mean([gap.significant for gap in better]) > 0.8
+
+
+def test_sizes_that_leave_the_curve_widen_the_error() -> None:
+    seeds = [np.array([1.0, 1.001, 0.999]) * 100 * c**-0.4 for c in COSTS]
+    straight = [size(c, list(v)) for c, v in zip(COSTS, seeds, strict=True)]
+    bent = [size(c, list(v * f)) for c, v, f in zip(COSTS, seeds, (1, 1.2, 1, 1.2), strict=True)]
+    ours = [size(30.0, [25.0, 25.1, 24.9])]
+    one, other = families.gap(ours, straight), families.gap(ours, bent)
+    assert one
+    assert other
+    assert one.error is not None
+    assert other.error is not None
+    assert other.error > 10 * one.error
+
+
+def test_too_few_sizes_and_other_costs_have_no_curve() -> None:
+    ours, theirs = ([size(c, [1.0]) for c in costs] for costs in (OTHERS, COSTS))
+    assert families.gap(ours, theirs[:2]) is None
+    assert families.gap([size(500, [1.0])], theirs) is None
+    unknown = families.gap(ours, theirs)
+    assert unknown
+    assert unknown.error is None
+    assert not unknown.significant
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, recipe: Recipe) -> Any:
+    """Four sizes of DiS, and one of DiT, whose cost is within theirs."""
+    text = recipe.model_dump(mode="json")
+    text["models"]["dit"] |= {"width": 64, "depth": 2}
+    made = sweep_at(tmp_path, "both", Recipe.model_validate(text, strict=False))
+    made.save_recipe()
+    for model, distance in (("dis", 9.0), ("dis32", 6.0), ("dis64", 4.0), ("dis128", 2.7), ("dit", 7.0)):
+        put(made, Sampled(model, 160), distance)
+    return made
+
+
+def test_a_sweep_says_what_its_families_show(sweep: Any) -> None:
+    report = collect(sweep)
+    by_cost = {(each.metric, each.cost): each for each in families.comparisons(report, "dit", "dis")}
+    gap = by_cost[report.metric, "Gflops"].found
+    assert gap
+    assert [s.point.model for s in gap.sizes] == ["dit"]
+    assert "cannot be compared: worker hours or" in by_cost[report.metric, "worker hours"].sentence
+    sentence = by_cost[report.metric, "Gflops"].sentence
+    assert sentence.startswith(f"{report.metric} at equal Gflops: dit is ")
+    assert sentence.endswith("its error is not known")
+    (other,) = families.sentences(report)
+    assert other.endswith("dis and dit cannot be compared: dit has 1 sizes and a curve needs 3")
+    with pytest.raises(UserError, match=r"--families: both has no points of mamba: it has dis, dit"):
+        list(families.comparisons(report, "dis", "mamba"))
+
+
+def test_the_command_shows_every_size_beside_the_curve(sweep: Any) -> None:
+    code, output = invoke("compare", str(sweep), "--families", "dit", "dis")
+    assert code == 0, output
+    assert "dit against dis" in output
+    code, output = invoke("compare", str(sweep))
+    assert code == 2
+    assert "expected two sweeps, or one with --families A B" in output
