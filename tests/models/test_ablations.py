@@ -91,13 +91,47 @@ def test_with_one_direction_a_token_changes_later_ones_only():
         assert torch.allclose(model(changed, t, y)[:, :, :4], model(x, t, y)[:, :, :4], atol=1e-10) == same
 
 
-def test_adaptive_norms_alone_have_no_tokens_and_still_see_time_and_class():
-    model = dis(conditioning="adaln_zero_alone")
+@pytest.mark.parametrize("conditioning", ["adaln_zero_alone", "adaln_alone"])
+def test_adaptive_norms_alone_have_no_tokens_and_still_see_time_and_class(conditioning):
+    model = dis(conditioning=conditioning)
     assert model.length == 16, "the patches"
     assert model.position.shape == (1, 16, 16)
     x, t, y = inputs()
     assert not torch.allclose(model(x, t, y), model(x, t + 100, y))
     assert not torch.allclose(model(x, t, y), model(x, t, (y + 1) % 10))
+
+
+def test_an_adaptive_norm_without_gate_is_one_whose_gates_are_one():
+    plain, gated = dis(conditioning="adaln_alone"), dis(conditioning="adaln_zero_alone")
+    weights = plain.state_dict()
+    for name in gated.state_dict():
+        if "blocks" in name and "modulation" in name:
+            ones = (
+                torch.ones(16, dtype=torch.float64)
+                if name.endswith("bias")
+                else torch.zeros(16, 16, dtype=torch.float64)
+            )
+            weights[name] = torch.cat([weights[name], ones])
+    gated.load_state_dict(weights)
+    assert torch.allclose(plain(*inputs()), gated(*inputs()), atol=1e-12)
+
+
+@pytest.mark.parametrize("depth", [4, 5])
+def test_long_skips_of_diffussm_pair_the_last_half_with_the_first(depth):
+    """A product that ignores the skip is a model without skips; one that takes only it is a block on the mate's output."""
+    plain, long = diffussm(depth=depth), diffussm(depth=depth, skip="concat")
+    assert [block.skip is not None for block in long.blocks] == [i >= (depth + 1) // 2 for i in range(depth)]
+    long.load_state_dict(plain.state_dict(), strict=False)
+    for block in long.blocks[(depth + 1) // 2 :]:
+        block.skip.weight.copy_(torch.eye(16, dtype=torch.float64)[:8])
+        block.skip.bias.zero_()
+    assert torch.allclose(long(*inputs()), plain(*inputs()), atol=1e-12)
+    got = []
+    for block in long.blocks:
+        block.register_forward_hook(lambda _, arguments, output: got.append((arguments[2], output)))
+    long(*inputs())
+    for i in range((depth + 1) // 2, depth):
+        assert got[i][0] is got[depth - 1 - i][1]
 
 
 def test_without_a_position_table_the_model_is_one_with_a_table_of_zeros():

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from dis_scale.models.families import preset
+from dis_scale.planning.plan import price_sweep
 from dis_scale.process.errors import UserError
-from dis_scale.recipe import Recipe, reading
+from dis_scale.recipe import LatentShape, Recipe, reading
 from dis_scale.recipe.identity import identity_differences
 from tests.conftest import TINY
 
@@ -22,6 +23,17 @@ def test_every_shipped_recipe_is_valid_short_and_names_its_command(path: Path) -
     text = path.read_text()
     assert len(text.splitlines()) - 1 - len(reading.load(path).models) <= 60
     assert f"python -m dis_scale.sweep configs/{path.name}" in text
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "ablations").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_ablation_has_a_price(path: Path) -> None:
+    """One recipe for each table of the papers; its models differ in what the table is about, and so in parameters or cost."""
+    recipe = reading.load(path)
+    assert (recipe.name, f"configs/ablations/{path.name}" in path.read_text()) == (path.stem, True)
+    latent = LatentShape(3, 32) if recipe.data.resolution == 32 else LatentShape(4, 32)
+    costs = price_sweep(recipe, latent).costs
+    assert len(costs) == len(recipe.models) >= 3
+    assert len({model.model_dump_json() for model in recipe.models.values()}) == len(costs)
 
 
 def test_a_stored_recipe_is_read_back_unchanged(tiny: Recipe) -> None:

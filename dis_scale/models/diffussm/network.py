@@ -63,9 +63,10 @@ class SlotLinear(nn.Module):
 class DiffuSSMBlock(nn.Module):
     """Hourglass up, both scans at full length, hourglass down, gate; names as in the paper, W4 ours. The stream is float32."""
 
-    def __init__(self, settings: DiffuSsm):
+    def __init__(self, settings: DiffuSsm, skip: bool):
         super().__init__()
         D, self.M = settings.width, settings.hourglass
+        self.skip = Linear(2 * D, D) if skip else None
         S = (2 if settings.bidirectional else 1) * D
         self.W0 = Linear(D, D)
         self.W_up = Linear(D, self.M * S)  # one product for all slots: they have the same input
@@ -78,7 +79,9 @@ class DiffuSSMBlock(nn.Module):
         self.modulation = Linear(D, 3 * D)
         zero_(self.modulation)
 
-    def forward(self, I_BGD: Tensor, c_BD: Tensor) -> Tensor:
+    def forward(self, I_BGD: Tensor, c_BD: Tensor, skip_BGD: Tensor | None = None) -> Tensor:
+        if self.skip is not None and skip_BGD is not None:
+            I_BGD = wide(self.skip(torch.cat([I_BGD, skip_BGD], dim=-1).to(c_BD.dtype)))
         shift_BD, scale_BD, gate_BD = self.modulation(F.silu(c_BD)).chunk(3, dim=1)
         h_BGD = modulate(stream_norm(I_BGD, c_BD.dtype), shift_BD, scale_BD)
         B, G, D = h_BGD.shape
@@ -117,7 +120,8 @@ class DiffuSSM(Backbone):
         self.register_buffer("position", table, persistent=False)
         self.time = TimeEmbedding(FREQUENCIES, D, D)
         self.label = None if num_classes is None else nn.Embedding(num_classes + 1, D)
-        self.blocks = nn.ModuleList([DiffuSSMBlock(settings) for _ in range(settings.depth)])
+        self.first_out = (settings.depth + 1) // 2 if settings.skip == "concat" else settings.depth
+        self.blocks = nn.ModuleList(DiffuSSMBlock(settings, skip=i >= self.first_out) for i in range(settings.depth))
         self.modulation = Linear(D, 2 * D)
         self.final = Linear(D, M * 2 * P)
         if self.label is not None:
@@ -134,8 +138,11 @@ class DiffuSSM(Backbone):
         if self.position is not None:
             I_BGD = I_BGD + self.position.to(dtype)
         I_BGD = wide(I_BGD)
+        skips: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            I_BGD = run_block(self.checkpointing, i, block, I_BGD, c_BD)
+            I_BGD = run_block(self.checkpointing, i, block, I_BGD, c_BD, skips.pop() if i >= self.first_out else None)
+            if i < len(self.blocks) - self.first_out:
+                skips.append(I_BGD)
         shift_BD, scale_BD = self.modulation(F.silu(c_BD)).chunk(2, dim=1)
         out_BGP = self.final(modulate(stream_norm(I_BGD, dtype), shift_BD, scale_BD))
         return unpatchify(out_BGP.reshape(B, L, 2 * P), self.patch)

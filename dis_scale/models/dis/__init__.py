@@ -17,7 +17,7 @@ SIZES = {
     "DiS-L": {"width": 1024, "depth": 48},
     "DiS-H": {"width": 1536, "depth": 48},
 }
-"""PaperNumbers sizes: DiS-S in the paper's width (384), DiS-S368 in the public code's."""
+"""Published sizes. DiS-S has the width that the paper states, DiS-S368 that of its results, its Gflops column and its code."""
 
 
 def _network(*arguments: Any) -> "Backbone":

@@ -118,7 +118,8 @@ class DiSBlock(nn.Module):
         self.norm = nn.Parameter(torch.ones(D))
         self.mixer = Mixer(settings, scan)
         self.skip = _zero_bias(Linear(2 * D, D)) if skip and settings.skip == "concat" else None
-        self.modulation = None if settings.conditioning == "tokens" else Linear(D, 3 * D)
+        self.gated = settings.conditioning.startswith("adaln_zero")
+        self.modulation = None if settings.conditioning == "tokens" else Linear(D, (2 + self.gated) * D)
         if self.modulation is not None:
             zero_(self.modulation)
 
@@ -131,8 +132,9 @@ class DiSBlock(nn.Module):
         n_BLD = normalised(r_BLD, self.norm, h_BLD.dtype)
         if self.modulation is None:
             return self.mixer(n_BLD), r_BLD
-        shift_BD, scale_BD, gate_BD = self.modulation(F.silu(c_BD)).chunk(3, dim=1)
-        return gate_BD.unsqueeze(1) * self.mixer(modulate(n_BLD, shift_BD, scale_BD)), r_BLD
+        shift_BD, scale_BD, *gate_BD = self.modulation(F.silu(c_BD)).chunk(2 + self.gated, dim=1)
+        mixed_BLD = self.mixer(modulate(n_BLD, shift_BD, scale_BD))
+        return gate_BD[0].unsqueeze(1) * mixed_BLD if self.gated else mixed_BLD, r_BLD
 
 
 def add_to_stream(r_BLD: Tensor | None, h_BLD: Tensor, drop_B: Tensor | None) -> Tensor:

@@ -26,8 +26,9 @@ class Dis(FamilySettings):
     """Probability with which the last block's branch is left out for an image in training; it rises from 0 over the blocks."""
     init: Literal["ours", "official"] = "ours"
     """`official` keeps the published code's zero bias in the backward direction's dt projection."""
-    conditioning: Literal["tokens", "adaln_zero", "adaln_zero_alone"] = "tokens"
-    """Time and class as two tokens; also by norms with shift, scale and gate in each block; by such norms alone, without tokens."""
+    conditioning: Literal["tokens", "adaln_zero", "adaln_zero_alone", "adaln_alone"] = "tokens"
+    """Time and class as two tokens; also by norms with shift, scale and gate in each block; by such norms alone, without tokens;
+    by norms with shift and scale alone."""
     skip: Literal["concat", "add", "none"] = "concat"
     """How an out-block takes in an in-block's branch: by a product of both, by their sum, or not at all."""
     directions: Literal[1, 2] = 2
@@ -37,4 +38,4 @@ class Dis(FamilySettings):
 
     def extra_tokens(self, num_classes: int | None) -> int:
         """Return the number of tokens before the patches: label and time."""
-        return 0 if self.conditioning == "adaln_zero_alone" else 1 if num_classes is None else 2
+        return 0 if self.conditioning.endswith("_alone") else 1 if num_classes is None else 2
