@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import ray
+
 from dis_scale.data import shards, staging
 from dis_scale.data.making import LatentSet, MissingShards
 from dis_scale.data.sources import Source, open_source
@@ -25,14 +27,15 @@ from pipelines.restarts import with_restarts
 from pipelines.sharing import SHARED, Deal, capacity, share
 from pipelines.stage import StageJob
 from pipelines.watching import SILENT, watch
-from pipelines.worker import Worker, request_for, spawn
+from pipelines.worker import Request, Worker, request_for, spawn
 
 if TYPE_CHECKING:
     from dis_scale.vae import Vae
 
 
-MIXING = replace(SHARED, hang_after_s=SILENT.hang_after_s)
-"""A worker that mixes reports nothing while it reads the runs of a group."""
+UNITS = {"encode": "images", "mix": "images mixed"}
+POLICIES = {"encode": SHARED, "mix": replace(SHARED, hang_after_s=SILENT.hang_after_s)}
+"""A worker that mixes makes no progress while it reads the runs of a group."""
 
 
 class Encoder(Worker):
@@ -67,15 +70,12 @@ class Encoder(Worker):
         self.emit("work")
         put_shards(setup, latents, iter(deal, None), self._count)
 
-    def mix(self, latents: Folder, encoding: Encoding, deal: Deal) -> None:
-        """Write the shards of the groups that `deal` names, from the parts that all encoders made."""
-        source, recipe = open_source(self.sweep.recipe.data, self.sweep.store), self.sweep.recipe
-        mixer = MixedOrder.of(source, recipe.precompute, encoding)
+    def mix(self, latents: Folder, mixer: MixedOrder, deal: Deal) -> None:
+        """Write the shards of the groups that `deal` names, from the parts that all encoders made. Needs no GPU."""
         self.report(0)
+        mixing = staging.Mixing(latents, mixer, self._count)
         for group in iter(deal, None):
-            for shard in staging.mixed_shards(latents, source, mixer, group, self._raise_if_stopped):
-                shards.put_shard(latents, *shard)
-                self._count(len(shard.samples) + len(shard.refused))
+            mixing.mix(group)
 
     def _loaded(self) -> "Vae":
         from dis_scale import vae
@@ -85,57 +85,74 @@ class Encoder(Worker):
 
     def _count(self, images: int) -> None:
         self.report(self._done + images)
-        self._raise_if_stopped()
-
-    def _raise_if_stopped(self) -> None:
-        self.raise_if_stopped("a rerun repeats the unfinished shard")
+        self.raise_if_stopped("a rerun repeats the unfinished shards")
 
 
 @dataclass
 class RayEncoders:
-    """Encoders on Ray: as many as the recipe names, the cluster can hold and there are shards for."""
+    """Encoders on Ray, as many as the recipe names, and then workers that mix, as many as the cluster's CPUs and memory allow."""
 
     job: StageJob
     device: str
-    _workers: list[Any] = field(default_factory=list)
-    """Encoders that have ended their work, for the next."""
+    work: str = "encode"
+    workers: list[Any] = field(default_factory=list)
+    """Workers that have ended this work, for more of it."""
 
     def encoding(self) -> Encoding:
         """Return what the encoders encode with, from one of them that needs no GPU."""
         worker = spawn(self.job, Encoder, request_for("precompute", "cpu", 1), self.job.sweep, self.device)
         (encoding,) = watch(self.job, [worker], [worker.encoding.remote()], policy=replace(SILENT, keep_logs=False))
         if self.device == "cpu":
-            self._workers = [worker]
+            self.workers = [worker]
         return encoding
 
     def encode(self, latents: Folder, encoding: Encoding, source: Source, left: list[int]) -> None:
         """Encode the shards of these numbers, or parts to be mixed."""
         settings = self.job.recipe.precompute
-        images = sum(len(shards.shard_positions(n, len(source), settings)) for n in left)
-        self._share("encode", latents, encoding, left, images, len(source), "images")
+        mixer = MixedOrder.of(len(source), settings, encoding)
+        positions = [shards.shard_positions(n, len(source), settings) if source.mixed else mixer.part(n) for n in left]
+        request = request_for("precompute", self.device, 1)
+        self._share(
+            "encode", request, settings.workers, (latents, encoding), left, sum(map(len, positions)), len(source)
+        )
 
     def mix(self, latents: Folder, encoding: Encoding, source: Source, left: list[int]) -> None:
         """Write the shards of these groups from the encoded parts."""
-        mixer = MixedOrder.of(source, self.job.recipe.precompute, encoding)
+        mixer = MixedOrder.of(len(source), self.job.recipe.precompute, encoding)
         images = sum(len(mixer.group(n)) for n in left)
-        self._share("mix", latents, encoding, left, images, len(source), "images mixed")
+        self._share("mix", mixing_request(mixer), len(left), (latents, mixer), left, images, len(source))
 
     def _share(
-        self, work: str, latents: Folder, encoding: Encoding, left: list[int], images: int, total: int, unit: str
+        self,
+        work: str,
+        request: Request,
+        most: int,
+        arguments: tuple[Any, ...],
+        left: list[int],
+        images: int,
+        total: int,
     ) -> None:
-        """Let the encoders share this work on the numbers in `left`, which have this many of all images."""
-        request = request_for("precompute", self.device, 1)
-        count = min(self.job.recipe.precompute.workers, len(left), capacity(request))
-        workers, self._workers = self._workers[:count], []
+        """Let up to `most` workers share this work on the numbers in `left`, which have this many of all images."""
+        if work != self.work:  # their GPUs, or their memory, are for others now
+            for worker in self.workers:
+                ray.kill(worker)
+            self.work, self.workers = work, []
+        count = min(most, len(left), capacity(request))
+        workers, self.workers = self.workers[:count], []
         missing = range(count - len(workers))
         workers += [spawn(self.job, Encoder, request, self.job.sweep, self.device) for _ in missing]
-        self._workers, _, failure = share(
-            self.job, workers, work, (latents, encoding), left,
-            lambda done: self.job.progress(min(total - images + sum(done), total), total, unit),
-            MIXING if work == "mix" else SHARED,
+        self.workers, _, failure = share(
+            self.job, workers, work, arguments, left,
+            lambda done: self.job.progress(min(total - images + sum(done), total), total, UNITS[work]), POLICIES[work],
         )  # fmt: skip
         if failure:
             raise failure
+
+
+def mixing_request(mixer: MixedOrder) -> Request:
+    """Return what a worker that mixes asks for: a CPU and its memory, on the nodes that encode, however few encode there."""
+    amounts = request_for("precompute", "cpu", 1).amounts | {"memory": mixer.memory_bytes}
+    return Request({name: 0.001 if name == "precompute" else amount for name, amount in amounts.items()})
 
 
 def precompute_latents(job: StageJob) -> None:

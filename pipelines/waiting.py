@@ -67,7 +67,7 @@ class Wait:
 
 def words(count: int, request: Resources, nodes: Sequence[Resources], free: Resources, together: int = 1) -> str:
     """Say what `count` workers wait for, what the cluster has, and what to do if it cannot hold `together` of them."""
-    left = ", ".join(f"{free.get(name, 0):g} {name}" for name in request)
+    left = _listed({name: free.get(name, 0) for name in request})
     missing = capacity(request, nodes) < together
     lack = "no node has all of that together" if together == 1 else f"the nodes hold {capacity(request, nodes)} of them"
     cure = f"; {lack}, so they wait until one joins: {CURE}" if missing else ""
@@ -78,7 +78,11 @@ def words(count: int, request: Resources, nodes: Sequence[Resources], free: Reso
 
 
 def _listed(resources: Resources) -> str:
-    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
+    shown = (
+        (f"{amount / 2**30:.1f} GiB of" if name == "memory" else f"{amount:g}", name)
+        for name, amount in resources.items()
+    )
+    return ", ".join(f"{amount} {name}" for amount, name in shown)
 
 
 def _kinds(nodes: Sequence[Resources]) -> str:

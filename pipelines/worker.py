@@ -94,7 +94,7 @@ class Request:
 
     def named(self) -> Resources:
         """Return the resources that a stage's nodes declare."""
-        return {name: amount for name, amount in self.amounts.items() if name not in ("CPU", "GPU")}
+        return {name: amount for name, amount in self.amounts.items() if name not in ("CPU", "GPU", "memory")}
 
     def on(self, **options: object) -> "Request":
         """Return the request with further options."""
@@ -112,8 +112,8 @@ def request_for(name: str, device: str, cpus: float, nodes: Sequence[Resources] 
 
 def spawn(job: StageJob, kind: type[Worker], request: Request, *arguments: Any) -> Any:
     """Return a worker as a Ray actor; its work, `poll` and `stop` run in threads of their own."""
-    cpus, gpus = (request.amounts.get(name, 0) for name in ("CPU", "GPU"))
-    options = {"num_cpus": cpus, "num_gpus": gpus, "resources": request.named(), **request.options}
+    cpus, gpus, memory = (request.amounts.get(name, 0) for name in ("CPU", "GPU", "memory"))
+    options = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory, "resources": request.named(), **request.options}
     worker = ray.remote(max_concurrency=4)(kind).options(**options).remote(*arguments)
     job.requests[actor_id(worker)] = request.amounts
     return worker

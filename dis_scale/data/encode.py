@@ -8,6 +8,7 @@ processes, Ray tasks and Ray Data. Read next: shards.py, making.py, pipelines/pr
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -98,19 +99,18 @@ def put_shards(setup: Setup, latents: Folder, numbers: Iterable[int], report: Ca
     its last call, after each encode batch. If it raises, the work ends. UndecodableImage if the recipe says `undecodable: refuse`.
     """
     mixer = setup.mixer
-
-    def put(shard: EncodedShard) -> None:
-        if setup.source.mixed:
-            shards.put_shard(latents, *shard)
-        else:
-            staging.put_part(latents, mixer, shard)
-
+    if setup.source.mixed:
+        done = (partial(shards.put_shard, latents, *shard) for shard in encode_shards(setup, numbers, report))
+    else:
+        encoded = encode_shards(setup, (n for part in numbers for n in mixer.shards_of(part)), report)
+        by_part = groupby(encoded, lambda shard: shard.number // mixer.part_shards)
+        done = (partial(staging.put_part, latents, mixer, part, list(each)) for part, each in by_part)
     with ThreadPoolExecutor(1, "put") as pool:
         writing: Future[None] | None = None
-        for shard in encode_shards(setup, numbers, report):
+        for put in done:
             if writing:
                 writing.result()
-            writing = pool.submit(put, shard)
+            writing = pool.submit(put)
         if writing:
             writing.result()
 

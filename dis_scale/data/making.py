@@ -12,15 +12,7 @@ from dis_scale.data.staging import MixedOrder
 from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.recipe import Recipe
 from dis_scale.storage.folder import Folder
-from dis_scale.sweep.documents import (
-    Encoding,
-    LatentsBegun,
-    LatentsManifest,
-    MadeFrom,
-    ShardSidecar,
-    Sidecar,
-    StagedSidecar,
-)
+from dis_scale.sweep.documents import Encoding, LatentsBegun, LatentsManifest, MadeFrom
 
 Make = Callable[[list[int]], None]
 """Makes the shards, parts or groups of these numbers."""
@@ -50,7 +42,7 @@ class LatentSet:
         require_one_kind(self.folder, self.encoding, self.source)
         for name in shards.clear_strays(self.folder, self._numbers):
             self.say(f"{name} is not part of the set: deleted")
-        retry(self._attempt, lambda: len(self.folder.list()) + len(self._staged.list()))
+        retry(self._attempt, lambda: len(self.folder.list()) + len(self.folder.list(staging.STAGED)))
         self.raise_if_stopped()
         made_from = _made_from(self.recipe, self.source, self.encoding)
         sealed: LatentsManifest = shards.write_manifest(self.folder, self._numbers, made_from)
@@ -59,37 +51,31 @@ class LatentSet:
 
     def _attempt(self) -> None:
         """Make the missing shards; MissingShards if some are missing at its end."""
-        missing = self._unfinished(self.folder, ShardSidecar)
+        missing = self._missing()
         if not missing:
             return
         if self.source.mixed:
             self.encode(missing)
         else:
-            if parts := self._unfinished(self._staged, StagedSidecar):
+            mixer = MixedOrder.of(len(self.source), self.recipe.precompute, self.encoding)
+            if parts := staging.parts_left(self.folder, mixer):
                 self.encode(parts)
-                self._require_finished(self._staged, StagedSidecar)
-            mixer = MixedOrder.of(self.source, self.recipe.precompute, self.encoding)
+                self._require_made(staging.parts_left(self.folder, mixer), "parts")
             self.mix(mixer.groups_of(missing))
-        self._require_finished(self.folder, ShardSidecar)
+        self._require_made(self._missing(), "shards")
 
     @property
     def _numbers(self) -> range:
         return shards.shard_numbers(len(self.source), self.recipe.precompute)
 
-    @property
-    def _staged(self) -> Folder:
-        return self.folder / staging.STAGED
-
-    def _unfinished(self, folder: Folder, kind: type[Sidecar]) -> list[int]:
-        done = shards.finished(folder, self._numbers, kind)
+    def _missing(self) -> list[int]:
+        done = shards.finished(self.folder, self._numbers)
         return [number for number in self._numbers if number not in done]
 
-    def _require_finished(self, folder: Folder, kind: type[Sidecar]) -> None:
+    def _require_made(self, missing: list[int], what: str) -> None:
         self.raise_if_stopped()
-        if missing := self._unfinished(folder, kind):
-            raise MissingShards(
-                f"{folder}: {len(missing)} of {len(self._numbers)} shards are missing: their encoder was lost"
-            )
+        if missing:
+            raise MissingShards(f"{self.folder}: {len(missing)} {what} are missing: their encoder was lost")
 
 
 def require_one_kind(latents: Folder, encoding: Encoding, source: Source) -> None:

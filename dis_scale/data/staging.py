@@ -1,38 +1,46 @@
 """Mixing after encoding, for sources whose neighbours are read together: tars by byte ranges, Parquet by row groups.
 
-They are encoded in the source's order into parts: part n has the latents of the entries [n S, (n + 1) S), sorted by their place in
-the mixed order, in one run for each group of shards. A group is as many shards as `GROUP_BYTES` hold: one worker reads its run from
-each part into memory and writes its shards. So a latent is written twice and read once; the parts are deleted at the end.
+They are encoded in the source's order into parts of several shards. A part has a run for each group of destination shards: its
+entries of that group, sorted by their place in the mixed order. A worker reads its run from each part into memory and writes the
+shards of its group. So a latent is written twice and read once; the parts are deleted at the end.
+
+Part and group hold as many shards as memory allows, because a set is mixed by (parts x groups) reads. A run has its own sha256, and
+names and labels, because reading them from the listing would take (parts of the listing x groups) reads too.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 
 from dis_scale.data import mixing
-from dis_scale.data.shards import (
-    READS_AT_ONCE,
-    EncodedShard,
-    Sample,
-    shard_name,
-    shard_numbers,
-    shard_positions,
-)
-from dis_scale.data.sources import Source
+from dis_scale.data.shards import EncodedShard, Sample, put_shard, shard_name, shard_numbers, shard_positions
 from dis_scale.process.errors import Damaged, StorageAway, StorageError
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import LatentShape, Precompute
 from dis_scale.storage.folder import Folder
-from dis_scale.storage.manifest import Digest
-from dis_scale.sweep.documents import Encoding, StagedSidecar
+from dis_scale.sweep.documents import Encoding
 
 STAGED = "staged"
 """Folder of the parts, below that of the set."""
 GROUP_BYTES = 2 * 2**30
+"""Latents of a group of shards, which a worker that mixes has in memory."""
+PART_BYTES = 2**30
+"""Most latents of a part, unless one shard has more. An encoder has up to three parts in memory: two, and the bytes of one."""
+PARTS_TO_ROOT = 8
+"""A part has sqrt(shards) / 8 shards, rounded up: of ImageNet five, so that 64 encoders have four parts each."""
+READS_AT_ONCE, WRITES_AT_ONCE = 16, 4
+"""Runs and shards that a worker reads and writes at a time; fewer if these would have more than 1/16 of a group's bytes."""
+OTHER_BYTES = 3 * 2**29
+"""Memory of a worker that mixes beside its group: the process, runs and shards at work, the order and indexes."""
+_DIGEST, _LENGTH = 32, 8
+"""Bytes of a sha256, and of the length of a run's facts."""
+_Fact = tuple[str, int | None]
+"""Name and label of an entry; no label if it was refused."""
 
 
 @dataclass(frozen=True)
@@ -45,76 +53,127 @@ class MixedOrder:
     posterior: bool = True
 
     @classmethod
-    def of(cls, source: Source, settings: Precompute, encoding: Encoding) -> "MixedOrder":
-        return cls(len(source), settings, encoding.latent, encoding.posterior)
+    def of(cls, images: int, settings: Precompute, encoding: Encoding) -> "MixedOrder":
+        return cls(images, settings, encoding.latent, encoding.posterior)
 
     @cached_property
     def order(self) -> np.ndarray:
-        """Entry at each place."""
-        return mixing.permutation(self.images)
+        """Entry at each place, uint32."""
+        return mixing.permutation(self.images).astype(np.uint32)
 
     @cached_property
     def places(self) -> np.ndarray:
-        """Place of each entry."""
-        return np.argsort(self.order)
+        """Place of each entry, uint32."""
+        places = np.empty_like(self.order)
+        places[self.order] = np.arange(self.images, dtype=np.uint32)
+        return places
 
     @property
     def moments_shape(self) -> tuple[int, ...]:
         channels, size = self.latent
         return (2, (1 + self.posterior) * channels, size, size)
 
-    @property
+    @cached_property
+    def shard_bytes(self) -> int:
+        """Latents of a shard."""
+        return 2 * int(np.prod(self.moments_shape)) * self.settings.shard_images
+
+    @cached_property
     def group_images(self) -> int:
-        shard_bytes = 2 * int(np.prod(self.moments_shape)) * self.settings.shard_images
-        return max(1, GROUP_BYTES // shard_bytes) * self.settings.shard_images
+        return max(1, GROUP_BYTES // self.shard_bytes) * self.settings.shard_images
+
+    @cached_property
+    def part_shards(self) -> int:
+        """Shards, in the source's order, that are encoded into a part."""
+        wanted = np.ceil(np.sqrt(len(shard_numbers(self.images, self.settings))) / PARTS_TO_ROOT)
+        return int(max(1, min(wanted, PART_BYTES // self.shard_bytes)))
+
+    @property
+    def part_images(self) -> int:
+        return self.part_shards * self.settings.shard_images
 
     @property
     def groups(self) -> range:
         return range(-(-self.images // self.group_images))
 
+    @property
+    def parts(self) -> range:
+        return range(-(-self.images // self.part_images))
+
+    @property
+    def memory_bytes(self) -> int:
+        """Most memory of a worker that mixes."""
+        group = min(self.images, self.group_images) * self.shard_bytes // self.settings.shard_images
+        return group + OTHER_BYTES + 16 * self.images + 8 * len(self.parts) * len(self.groups)
+
     def group(self, number: int) -> range:
         """Return the places of a group."""
         return range(number * self.group_images, min((number + 1) * self.group_images, self.images))
+
+    def part(self, number: int) -> range:
+        """Return the entries of a part."""
+        return range(number * self.part_images, min((number + 1) * self.part_images, self.images))
 
     def groups_of(self, shards: list[int]) -> list[int]:
         """Return the groups of these shards, rising."""
         return sorted({shard * self.settings.shard_images // self.group_images for shard in shards})
 
+    def shards_of(self, part: int) -> range:
+        """Return the shards, in the source's order, that are encoded into a part."""
+        return shard_numbers(self.images, self.settings)[part * self.part_shards :][: self.part_shards]
+
     def runs(self, part: int) -> list[np.ndarray]:
         """Return the entries of a part by group, each run by place."""
-        entries = np.array(shard_positions(part, self.images, self.settings))
-        places = self.places[entries]
-        ends = np.searchsorted(np.sort(places), [self.group(number).stop for number in self.groups])
-        return np.split(entries[np.argsort(places)], ends[:-1])
+        entries = self.part(part)
+        places = self.places[entries.start : entries.stop]
+        by_place = np.argsort(places)
+        ends = np.searchsorted(places[by_place], [self.group(number).stop for number in self.groups])
+        return np.split(entries.start + by_place, ends[:-1])
+
+    def places_by_part(self, group: int) -> list[np.ndarray]:
+        """Return the places of a group, counted from its first, by the part that has their entries: the runs of all parts."""
+        inside = self.group(group)
+        parts = self.order[inside.start : inside.stop] // self.part_images
+        ends = np.cumsum(np.bincount(parts, minlength=len(self.parts)))
+        return np.split(np.argsort(parts, kind="stable"), ends[:-1])
 
 
-class _Run(NamedTuple):
-    """Entries of a run, those of them that were refused, and the moments of the others."""
-
-    entries: np.ndarray
-    refused: np.ndarray
-    moments: np.ndarray
+def parts_left(latents: Folder, mixer: MixedOrder) -> list[int]:
+    """Return the parts that are not stored."""
+    stored = set(latents.list(STAGED))
+    return [number for number in mixer.parts if _name(number) not in stored]
 
 
-def put_part(latents: Folder, mixer: MixedOrder, part: EncodedShard) -> None:
-    """Write a part, then its sidecar: size and hash of each run, and the refused entries."""
-    moments = {sample.position: sample.moments for sample in part.samples}
-    by_group = mixer.runs(part.number)
-    runs = [b"".join(moments[entry].tobytes() for entry in run.tolist() if entry in moments) for run in by_group]
-    refused = [n for n in shard_positions(part.number, mixer.images, mixer.settings) if n not in moments]
-    name, data = shard_name(part.number), b"".join(runs)
+def put_part(latents: Folder, mixer: MixedOrder, number: int, shards: list[EncodedShard]) -> None:
+    """Write a part: an index with the end of each run, uint64; then the runs. Each has its sha256 first.
+
+    A run has the length of its facts, uint64, the facts as JSON, (name, label) of each entry, and the moments of the entries that
+    have a label: refused images have none.
+    """
+    facts, moments = dict[int, _Fact](), dict[int, memoryview]()
+    for shard in shards:
+        moments |= {sample.position: sample.moments.data for sample in shard.samples}
+        skipped = (n for n in shard_positions(shard.number, mixer.images, mixer.settings) if n not in moments)
+        facts |= {n: (name, None) for n, name in zip(skipped, shard.refused, strict=True)}
+        facts |= {sample.position: (sample.name, sample.label) for sample in shard.samples}
+    ends, pieces = [_index_bytes(mixer)], list[bytes | memoryview]()
+    for entries in mixer.runs(number):
+        text = json.dumps([facts[n] for n in entries.tolist()]).encode()
+        text += b" " * (-len(text) % _LENGTH)  # moments are aligned
+        run: list[bytes | memoryview] = [
+            len(text).to_bytes(_LENGTH, "little"),
+            text,
+            *(moments[n] for n in entries.tolist() if n in moments),
+        ]
+        pieces += [_digest(_known(entries), *run), *run]
+        ends.append(ends[-1] + _DIGEST + sum(memoryview(piece).nbytes for piece in run))
+    index = np.array(ends, "<u8").tobytes()
+    data = b"".join([_digest(index), index, *pieces])
     staged = latents / STAGED
     try:
-        staged.write(f"{name}.{StagedSidecar.ENDING}", data)
+        staged.write(_name(number), data)
     except FileNotFoundError as error:
-        raise StorageAway(f"{staged}/{name}.{StagedSidecar.ENDING}: another process has finished the set") from error
-    sidecar = StagedSidecar(
-        size_bytes=len(data),
-        orders=tuple(mixing.order_hash(run) for run in by_group),
-        runs=tuple(Digest.of(run) for run in runs),
-        refused=tuple(refused),
-    )
-    sidecar.write_signed(staged, f"{name}.json")
+        raise StorageAway(f"{staged}/{_name(number)}: another process has finished the set") from error
 
 
 def delete_parts(latents: Folder) -> None:
@@ -123,62 +182,115 @@ def delete_parts(latents: Folder) -> None:
         (latents / STAGED).delete()
 
 
-def mixed_shards(
-    latents: Folder, source: Source, mixer: MixedOrder, group: int, each_run: Callable[[], None] = lambda: None
-) -> Iterator[EncodedShard]:
-    """Yield the shards of a group from the runs of all parts; `each_run` is called after each and may raise.
+@dataclass(frozen=True)
+class Mixing:
+    """Mixing by one worker, which keeps the memory of a group and the indexes of parts from one group to the next.
 
-    StorageAway if parts are gone or damaged: they are made again.
+    `report` gets the number of images written since its last call, 0 after a read, and may raise.
     """
-    inside, shard_images = mixer.group(group), mixer.settings.shard_images
-    samples: list[Sample | str] = [""] * len(inside)  # at each place a sample, or the name of a refused image
-    parts = shard_numbers(mixer.images, mixer.settings)
-    moments = np.empty((len(inside), *mixer.moments_shape), np.float16)
-    damaged = list[str]()
-    for run in in_order(parts, lambda part: _read(latents / STAGED, mixer, part, group), READS_AT_ONCE):
-        each_run()
-        if isinstance(run, str):
-            damaged.append(run)
-            continue
-        kept = ~np.isin(run.entries, run.refused)
-        moments[mixer.places[run.entries[kept]] - inside.start] = run.moments
-        for number, good in zip(run.entries.tolist(), kept.tolist(), strict=True):
-            entry, place = source.listing[number], mixer.places[number] - inside.start
-            samples[place] = (
-                Sample(number, entry.name, int(entry.label), moments[place], mixer.posterior) if good else entry.name
+
+    latents: Folder
+    mixer: MixedOrder
+    report: Callable[[int], None]
+    _ends: dict[int, np.ndarray] = field(default_factory=dict)
+    """Where the runs of each part end."""
+
+    def mix(self, group: int) -> None:
+        """Write the shards of a group from the runs of all parts.
+
+        StorageAway if parts are gone or damaged. The damaged ones are deleted: the next attempt encodes them.
+        """
+        inside, size = self.mixer.group(group), self.mixer.settings.shard_images
+        samples: list[Sample | str] = [""] * len(inside)  # at each place a sample, or the name of a refused image
+        places = self.mixer.places_by_part(group)
+
+        def read(part: int) -> str | None:
+            """Put a run at its places; return the part's file if it is gone or damaged."""
+            here, entries = places[part], self.mixer.order[inside.start + places[part]]
+            run = self._read_run(part, group, entries)
+            if run is None:
+                return _name(part)
+            facts, moments = run
+            self._moments[here[[label is not None for _, label in facts]]] = moments
+            for place, entry, (name, label) in zip(here.tolist(), entries.tolist(), facts, strict=True):
+                sample = Sample(entry, name, label or 0, self._moments[place], self.mixer.posterior)
+                samples[place] = name if label is None else sample
+            return None
+
+        def write(shard: int) -> int:
+            places = samples[shard * size - inside.start :][:size]
+            refused = [each for each in places if isinstance(each, str)]
+            put_shard(self.latents, shard, [each for each in places if isinstance(each, Sample)], refused)
+            return len(places)
+
+        lost = list[str]()
+        run_bytes = -(-self._moments.nbytes // len(self.mixer.parts))
+        for name in in_order(self.mixer.parts, read, _threads(READS_AT_ONCE, run_bytes)):
+            self.report(0)
+            lost += [name] if name else []
+        if lost:
+            raise StorageAway(
+                f"{self.latents / STAGED}: {len(lost)} of {len(places)} parts are gone or damaged, the first is {lost[0]}: "
+                "they are encoded again unless another process has finished the set"
             )
-    if damaged:
-        raise StorageAway(
-            f"{latents / STAGED}: {len(damaged)} of {len(parts)} parts are damaged, the first is {damaged[0]}: one of its runs, or "
-            "its sidecar, has another hash than the sidecar says"
-        )
-    for number in range(inside.start // shard_images, -(-inside.stop // shard_images)):
-        each = samples[number * shard_images - inside.start :][:shard_images]
-        yield EncodedShard(number, [s for s in each if isinstance(s, Sample)], [s for s in each if isinstance(s, str)])
+        shards = range(inside.start // size, -(-inside.stop // size))
+        for images in in_order(shards, write, _threads(WRITES_AT_ONCE, self.mixer.shard_bytes)):
+            self.report(images)
+
+    @cached_property
+    def _moments(self) -> np.ndarray:
+        """Latents of a group, of one group after the other: new memory takes longer than to copy them."""
+        return np.empty((min(self.mixer.images, self.mixer.group_images), *self.mixer.moments_shape), np.float16)
+
+    def _read_run(self, part: int, group: int, entries: np.ndarray) -> tuple[list[_Fact], np.ndarray] | None:
+        """Return a run: the facts of its entries, and the moments of those with a label.
+
+        None if its part is gone, or damaged and now deleted.
+        """
+        staged, name = self.latents / STAGED, _name(part)
+        try:
+            if part not in self._ends:
+                index = staged.read(name, 0, _index_bytes(self.mixer))
+                self._ends[part] = np.frombuffer(_verified(index, b""), "<u8")
+            start, end = self._ends[part][group : group + 2].tolist()
+            run = _verified(staged.read(name, start, end), _known(entries))
+        except FileNotFoundError:
+            return None
+        except Damaged:
+            staged.delete(name)
+            return None
+        first = _LENGTH + int.from_bytes(run[:_LENGTH], "little")
+        facts = json.loads(bytes(run[_LENGTH:first]))
+        return facts, np.frombuffer(run[first:], np.float16).reshape(-1, *self.mixer.moments_shape)
 
 
-def _read(staged: Folder, mixer: MixedOrder, part: int, group: int) -> _Run | str:
-    """Return one run of a part; the part's file if it is damaged, whose sidecar is then deleted: the next attempt encodes it."""
-    name = shard_name(part)
-    try:
-        sidecar = StagedSidecar.read_signed(staged, f"{name}.json")
-        start, expected = sum(run.size_bytes for run in sidecar.runs[:group]), sidecar.runs[group]
-        data = (
-            staged.read(f"{name}.{StagedSidecar.ENDING}", start, start + expected.size_bytes)
-            if expected.size_bytes
-            else b""
-        )
-    except FileNotFoundError as error:
-        raise StorageAway(f"{staged}/{name}: gone: another process has finished the set, or deleted it") from error
-    except Damaged:
-        staged.delete(f"{name}.json")
-        return f"{name}.{StagedSidecar.ENDING}"
-    entries = mixer.runs(part)[group]
-    if (Digest.of(data), mixing.order_hash(entries)) != (expected, sidecar.orders[group]):
-        staged.delete(f"{name}.json")
-        return f"{name}.{StagedSidecar.ENDING}"
-    return _Run(
-        entries,
-        np.array(sidecar.refused, np.int64),
-        np.frombuffer(data, np.float16).reshape(-1, *mixer.moments_shape),
-    )
+def _name(part: int) -> str:
+    return f"{shard_name(part)}.bin"
+
+
+def _index_bytes(mixer: MixedOrder) -> int:
+    return _DIGEST + 8 * (len(mixer.groups) + 1)
+
+
+def _verified(data: bytes, known: bytes) -> memoryview:
+    """Return what follows the digest of `known` and itself; Damaged if it has another."""
+    body = memoryview(data)[_DIGEST:]
+    if _digest(known, body) != data[:_DIGEST]:
+        raise Damaged("another sha256")
+    return body
+
+
+def _known(entries: np.ndarray) -> bytes:
+    """Return what a run's hash is of but what is not stored: its entries, since another NumPy may have another permutation."""
+    return entries.astype("<i8").tobytes()
+
+
+def _digest(*pieces: bytes | memoryview) -> bytes:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.digest()
+
+
+def _threads(most: int, each_bytes: int) -> int:
+    return max(1, min(most, GROUP_BYTES // 16 // each_bytes))

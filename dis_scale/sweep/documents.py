@@ -285,14 +285,19 @@ class ChannelSums(Fields):
     variance: tuple[float, ...]
 
 
-class Sidecar(Document):
-    """Base of the facts of one file of a set, with their own hash: no manifest has it before the set is complete."""
+class ShardSidecar(Document):
+    """One latent shard: facts with their own hash, since no manifest has it before the set is complete."""
 
-    ENDING: ClassVar[str]
-    """Ending of the file."""
     size_bytes: int
-    """Of the file."""
+    """Of the tar."""
     facts_sha256: str = ""
+    count: int
+    sha256: str
+    refused: tuple[str, ...]
+    """Names of the images that were left out."""
+    labels: dict[str, int]
+    """Images by label."""
+    sums: ChannelSums
 
     def write_signed(self, folder: Folder, name: str) -> None:
         """Write the facts with their hash."""
@@ -309,29 +314,6 @@ class Sidecar(Document):
     def _hash(self) -> str:
         facts = self.model_dump(mode="json", exclude={"facts_sha256"})
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-class ShardSidecar(Sidecar):
-    """One latent shard."""
-
-    ENDING: ClassVar[str] = "tar"
-    count: int
-    sha256: str
-    refused: tuple[str, ...]
-    """Names of the images that were left out."""
-    labels: dict[str, int]
-    """Images by label."""
-    sums: ChannelSums
-
-
-class StagedSidecar(Sidecar):
-    """One part that is to be mixed: the order and the digest of the run of each group of shards."""
-
-    ENDING: ClassVar[str] = "bin"
-    orders: tuple[str, ...]
-    runs: tuple[Digest, ...]
-    refused: tuple[int, ...]
-    """Numbers of the refused entries."""
 
 
 class ShardEntry(Fields):

@@ -1,6 +1,7 @@
 """Shards have reproducible bytes and are readable by others; a lane of a step is equal for every reader."""
 
 import dataclasses
+import io
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from dis_scale.data import shards
 from dis_scale.data.latents import Latents, micro_batch, prefetch
+from dis_scale.data.shards import Sample
 from dis_scale.process.errors import StorageError, UserError
 from dis_scale.recipe import LatentShape, Recipe
 from dis_scale.storage.folder import open_folder
@@ -26,6 +28,39 @@ def test_packing_is_reproducible_and_reads_back() -> None:
     np.testing.assert_array_equal(read.moments, np.stack([s.moments for s in packed]))
     assert read.labels.tolist() == [0, 1, 2, 3, 4, 0, 1]
     assert not read.moments.flags.owndata, "a view of the bytes"
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 23])
+def test_a_shard_has_the_bytes_of_webdatasets_writer(count: int) -> None:
+    """Also with names of several blocks, and of other characters than ASCII."""
+    import webdataset as wds
+
+    made = [
+        dataclasses.replace(sample, name="n/ü\n" * 90 * n, position=977**n) for n, sample in enumerate(samples(0, 4))
+    ]
+    made = (made * 6)[:count]
+    file = io.BytesIO()
+    with wds.TarWriter(file, mtime=0, user="dis-scale", group="dis-scale", mode=0o444) as writer:
+        for sample in made:
+            facts = {"label": sample.label, "name": sample.name}
+            writer.write({"__key__": f"{sample.position:012d}", "moments.npy": sample.moments, "json": facts})
+    assert shards.pack(made) == file.getvalue()
+
+
+@pytest.mark.parametrize("posterior", [True, False])
+def test_the_sums_of_a_shard_are_those_of_numpy(posterior: bool, tmp_path: Path) -> None:
+    """To the last bit: the deviation of a set is part of what its runs are trained on."""
+    rng = np.random.default_rng(0)
+    moments = rng.standard_normal((5, 2, 4 * (1 + posterior), 6, 6)).astype(np.float16)
+    shards.put_shard(
+        open_folder(tmp_path), 0, [Sample(n, "", 0, each, posterior) for n, each in enumerate(moments)], []
+    )
+    sums = ShardSidecar.read_signed(open_folder(tmp_path), "000000.json").sums
+    means, log_variances = (moments[:, 0, half].astype(np.float64) for half in (np.s_[:4], np.s_[4:]))
+    assert sums.count == 5 * 36
+    np.testing.assert_array_equal(sums.mean, means.mean((0, 2, 3)))
+    np.testing.assert_array_equal(sums.m2, means.var((0, 2, 3)) * sums.count)
+    np.testing.assert_array_equal(sums.variance, sum(np.exp(log_variances).sum((2, 3))) if posterior else np.zeros(4))
 
 
 @pytest.mark.parametrize("cut", [1, 512, 700, 1536, 2000, 3000, 10_000])

@@ -17,14 +17,15 @@ from dis_scale.data.latents import Latents
 from dis_scale.data.mixing import LabelCounts, permutation, words
 from dis_scale.data.order import Order
 from dis_scale.data.sources import Source, open_source
-from dis_scale.data.staging import STAGED, MixedOrder
+from dis_scale.data.staging import STAGED, MixedOrder, Mixing, parts_left
 from dis_scale.process.errors import StorageAway, UserError
-from dis_scale.recipe import LatentShape, Precompute, Recipe, reading
+from dis_scale.recipe import LatentShape, Precompute, reading
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep
-from dis_scale.sweep.documents import Encoding, LatentsManifest, ShardSidecar, StagedSidecar
+from dis_scale.sweep.documents import Encoding, LatentsManifest, ShardSidecar
 from pipelines.precompute import Encoder
 from tests.conftest import TINY
+from tests.support import store_requests
 from tests.support.autoencoders import exported
 from tests.support.labelled_images import parquet, png, tar
 from tests.support.stage_jobs import deal_of
@@ -137,8 +138,9 @@ def test_held_out_images_are_in_few_shards_and_of_all_labels() -> None:
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
-    """A sweep on 40 images in ten tars, one of them undecodable, in shards of four, in groups of two shards."""
+    """A sweep on 40 images in ten tars, one of them undecodable, in ten shards; parts and groups have two of them."""
     monkeypatch.setattr(staging, "GROUP_BYTES", 8 * 2 * 2 * 6 * 8 * 8)
+    monkeypatch.setattr(staging, "PARTS_TO_ROOT", 2)
     for n in range(10):
         members = {f"{i}.png": png(4 * n + i) if (n, i) != (3, 1) else b"broken" for i in range(4)}
         open_folder(tmp_path / "images").write(f"{n}.tar", tar(members))
@@ -178,16 +180,13 @@ def test_a_lost_part_and_a_damaged_one_are_made_again(small: Sweep, tmp_path: Pa
             super().mix(latents, encoding, source, left[:2])
             staged = latents / STAGED
             staged.delete("000002.bin")
-            flipped = bytearray(staged.read("000005.bin"))
-            flipped[7] ^= 1
-            staged.write("000005.bin", bytes(flipped))
+            flip(staged, "000004.bin", -1)
             return super().mix(latents, encoding, source, left[2:])
 
     small.folder.delete()
     (small.store / "latents").delete()
     assert content(make_latents(small, Disturbed)) == undisturbed
-    assert groups[0] == [0, 1, 2, 3, 4]
-    assert groups[-1] == [2, 3, 4]
+    assert groups == [[0, 1, 2, 3, 4], [2, 3, 4], [4]], "a lost part is missed by each group, the damage is in one"
 
 
 def test_a_set_begun_in_another_mixed_order_is_not_continued(
@@ -217,50 +216,54 @@ def test_a_set_begun_in_another_mixed_order_is_not_continued(
 
 
 @pytest.fixture
-def staged(small: Sweep) -> Folder:
-    """The folder of all ten encoded parts, before any is mixed."""
-    latents, _, encoding = _parts(small)
-    Encoder(small, "cpu").encode(latents, encoding, deal_of(list(range(10))))
-    return latents / STAGED
+def mixing_of(small: Sweep) -> Mixing:
+    """One worker's mixing of the five encoded parts of `small`."""
+    encoding, source = Encoder(small, "cpu").encoding(), open_source(small.recipe.data, small.store)
+    latents = shards.latents_folder(small, encoding.identity)
+    Encoder(small, "cpu").encode(latents, encoding, deal_of(range(5)))
+    return Mixing(latents, MixedOrder.of(len(source), small.recipe.precompute, encoding), lambda _: None)
 
 
-def mix(sweep: Sweep) -> None:
-    """Mix the shards of the first group."""
-    latents, source, encoding = _parts(sweep)
-    mixer = MixedOrder.of(source, sweep.recipe.precompute, encoding)
-    for _ in staging.mixed_shards(latents, source, mixer, 0):
-        pass
+def flip(folder: Folder, name: str, at: int) -> None:
+    """Flip a bit of a file."""
+    data = bytearray(folder.read(name))
+    data[at] ^= 1
+    folder.write(name, bytes(data))
 
 
-def test_all_damaged_parts_are_found_at_once(small: Sweep, staged: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They may be more than attempts without progress are allowed."""
-    monkeypatch.setattr(staging, "READS_AT_ONCE", 1)
-    for name in staged.list():
-        if name.endswith(StagedSidecar.ENDING):
-            staged.write(name, bytes(len(staged.read(name))))
-    read = {n for n in range(10) if StagedSidecar.read(staged, f"{n:06d}.json").runs[0].size_bytes}
-    with pytest.raises(StorageAway, match=rf"staged: {len(read)} of 10 parts are damaged, the first is 00000\d.bin"):
-        mix(small)
-    assert len(read) > small.recipe.train.restarts
-    assert shards.finished(staged, range(10), StagedSidecar) == set(range(10)) - read
+def test_a_worker_reads_each_run_once_and_nothing_else(mixing_of: Mixing) -> None:
+    """One request for each part and group, and one for each part's index."""
+    with store_requests.noted() as requests:
+        for group in mixing_of.mixer.groups:
+            mixing_of.mix(group)
+    counts = Counter(verb for verb, _ in requests)
+    assert counts == {"read": 5 * 5 + 5, "write": 2 * 10, "written": 2 * 10}
+    assert all(path.endswith(".bin") for verb, path in requests if verb == "read")
 
 
-def test_a_part_with_a_damaged_sidecar_is_made_again(small: Sweep, staged: Folder) -> None:
-    """It is JSON, and its runs are intact: a refused image more would move those after it."""
-    StagedSidecar.read(staged, "000003.json").changed(refused=(staging.READS_AT_ONCE,)).write(staged, "000003.json")
-    with pytest.raises(StorageAway, match=r"1 of 10 parts are damaged, the first is 000003.bin"):
-        mix(small)
-    assert shards.finished(staged, range(10), StagedSidecar) == set(range(10)) - {3}
+@pytest.mark.parametrize("at", [0, 40, 32 + 8 * 6, 32 + 8 * 6 + 40, 32 + 8 * 6 + 60, -1])
+def test_a_flipped_bit_of_any_kind_is_found_and_the_part_is_made_again(mixing_of: Mixing, at: int) -> None:
+    """Of the index and its hash; of a run, its hash, its names and its moments."""
+    latents = mixing_of.latents
+    flip(latents / STAGED, "000003.bin", at)
+    with pytest.raises(
+        StorageAway, match=r"1 of 5 parts are gone or damaged, the first is 000003.bin: they are encoded"
+    ):
+        for group in mixing_of.mixer.groups:
+            mixing_of.mix(group)
+    assert parts_left(latents, mixing_of.mixer) == [3]
 
 
-def test_parts_that_another_process_deleted_are_no_damage(small: Sweep) -> None:
-    with pytest.raises(StorageAway, match=r"000000: gone: another process has finished the set, or deleted it"):
-        mix(small)
-
-
-def _parts(sweep: Sweep) -> tuple[Folder, Any, Any]:
-    encoding = Encoder(sweep, "cpu").encoding()
-    return shards.latents_folder(sweep, encoding.identity), open_source(sweep.recipe.data, sweep.store), encoding
+def test_all_lost_parts_are_found_at_once(mixing_of: Mixing) -> None:
+    """They may be more than attempts without progress are allowed: truncated, gone, of another order."""
+    staged = mixing_of.latents / STAGED
+    for part in (0, 1):
+        staged.write(f"00000{part}.bin", staged.read(f"00000{part}.bin", 0, 100 * part))
+    staged.delete("000003.bin")
+    staged.write("000004.bin", staged.read("000002.bin"))
+    with pytest.raises(StorageAway, match=r"4 of 5 parts are gone or damaged, the first is 000000.bin"):
+        mixing_of.mix(0)
+    assert parts_left(mixing_of.latents, mixing_of.mixer) == [0, 1, 3, 4]
 
 
 def test_a_mixed_shard_is_repaired_to_the_same_bytes(small: Sweep) -> None:
@@ -294,12 +297,34 @@ def test_latents_without_variance_are_mixed_and_repaired(small: Sweep, tmp_path:
         np.testing.assert_array_equal(stored.moments, -expected.moments[:, :, :3])
 
 
-def test_groups_are_of_complete_shards_and_hold_each_place_once(tiny: Recipe) -> None:
+def test_parts_and_groups_hold_each_image_once() -> None:
+    """At ImageNet's number of images: in complete shards, and a run has the same entries for who writes it and who reads it."""
     mixer = MixedOrder(1_281_167, Precompute(), LatentShape(4, 32))
-    assert mixer.group_images == 64 * 1024
+    assert (mixer.group_images, mixer.part_images) == (64 * 1024, 5 * 1024)
     assert sum(len(mixer.group(n)) for n in mixer.groups) == mixer.images
+    assert [n for part in mixer.parts for n in mixer.shards_of(part)] == list(range(1252))
     assert mixer.groups_of([0, 63, 64, 1251]) == [0, 1, 19]
-    runs = mixer.runs(7)
-    assert len(runs) == len(mixer.groups)
-    assert sorted(np.concatenate(runs).tolist()) == list(range(7 * 1024, 8 * 1024))
-    assert all(set((mixer.places[run] // mixer.group_images).tolist()) <= {n} for n, run in enumerate(runs))
+    runs, places = mixer.runs(7), mixer.places_by_part(19)
+    assert sorted(np.concatenate(runs).tolist()) == list(range(7 * 5 * 1024, 8 * 5 * 1024))
+    np.testing.assert_array_equal(runs[19], mixer.order[19 * 64 * 1024 + places[7]])
+    assert sorted(np.concatenate(places).tolist()) == list(range(len(mixer.group(19))))
+
+
+@pytest.mark.parametrize(
+    ("images", "reads", "hours"), [(1_281_167, 5_020, 0.02), (14_197_122, 202_000, 0.3), (100_000_000, 4_700_000, 3.1)]
+)
+def test_mixing_is_not_quadratic(images: int, reads: int, hours: float) -> None:
+    """Requests at 30 ms, READS_AT_ONCE and WRITES_AT_ONCE of a worker; once 149 million reads of 100 million images' runs.
+
+    64 workers read each part's index.
+    """
+    mixer = MixedOrder(images, Precompute(), LatentShape(4, 32))
+    runs = len(mixer.parts) * len(mixer.groups)
+    assert 0.9 * reads < runs <= reads
+    shards_written = -(-images // 1024)
+    seconds = 0.03 * (
+        (runs + 64 * len(mixer.parts)) / staging.READS_AT_ONCE + 2 * shards_written / staging.WRITES_AT_ONCE
+    )
+    assert 0.5 * hours < seconds / 3600 < hours
+    assert mixer.part_images * 32 * 1024 <= staging.PART_BYTES
+    assert mixer.memory_bytes < 6 * 2**30

@@ -16,8 +16,11 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from dis_scale.data import shards
+from dis_scale.data.sources import open_source
 from dis_scale.process.errors import Preempted
 from dis_scale.recipe import Recipe, reading
+from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.sweep.documents import Ended
 from pipelines import sweep as sweep_command
@@ -25,13 +28,16 @@ from pipelines import train
 from pipelines.evaluate import PublishedEvaluation
 from pipelines.evaluators import RayEvaluators
 from pipelines.places import Places
+from pipelines.precompute import Encoder, RayEncoders
+from pipelines.ray_private import actor_id
 from pipelines.watching import Watch, watch
 from pipelines.worker import Request, request_for, spawn
 from tests.conftest import TINY
 from tests.support.documents import put_metrics, put_published
 from tests.support.drivers import driver_of, logged
+from tests.support.labelled_images import png, tar
 from tests.support.probe import Probe
-from tests.support.stage_jobs import RayJob, RecordedJob, job_of
+from tests.support.stage_jobs import RayJob, RecordedJob, deal_of, job_of
 from tests.support.stages import ONE_MODEL
 from tests.support.waiting import wait_until
 
@@ -170,6 +176,25 @@ def test_evaluation_waits_for_training_and_gives_its_gpus_back(node: str, tmp_pa
     thread.join(300)
     assert not thread.is_alive()
     assert state.evaluated_counts(sweep, "dit") == [0, 160, 320]
+
+
+def test_mixing_gives_the_gpus_of_the_encoders_back(node: str, tmp_path: Path) -> None:
+    """The parts are encoded here. The encoders that hold the GPUs have ended their work, as after encoding."""
+    open_folder(tmp_path / "images").write("0.tar", tar({f"{i}.png": png(i) for i in range(8)}))
+    source = f"data.source={{kind: tar, url: {tmp_path}/images, label: tar}}"
+    sizes = ["precompute.shard_images=4", "data.num_classes=1", "data.resolution=8"]
+    job = job_of(recipe_of(source, "vae={kind: none}", *sizes), tmp_path, RayJob)
+    here, images = Encoder(job.sweep, "cpu"), open_source(job.recipe.data, job.sweep.store)
+    latents, encoding = job.sweep.store / "latents/set", here.encoding()
+    here.encode(latents, encoding, deal_of([0, 1]))
+    workers = [spawn(job, Probe, request_for("precompute", "cuda", 1)) for _ in range(GPUS)]
+    assert sum(len(gpus) for _, gpus in ray.get([worker.where.remote() for worker in workers])) == GPUS
+    encoders = RayEncoders(job, "cuda", workers=workers)
+    encoders.mix(latents, encoding, images, [0])
+    assert shards.finished(latents, range(2)) == {0, 1}
+    wait_until(lambda: ray.available_resources().get("GPU") == GPUS, 30)
+    (mixer,) = encoders.workers
+    assert job.requests[actor_id(mixer)].keys() == {"CPU", "memory"}, "it has no GPU and keeps none from others"
 
 
 def test_what_no_node_can_hold_is_logged_within_ten_seconds_with_the_cure(node: str) -> None:

@@ -11,12 +11,14 @@ import psutil
 import pytest
 import ray
 
-from dis_scale.recipe import Recipe
+from dis_scale.data.staging import MixedOrder
+from dis_scale.recipe import LatentShape, Precompute, Recipe
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.tracking import attempt_logs
 from pipelines import stage
 from pipelines.failures import WorkerFailure
 from pipelines.logs import JobLogs
+from pipelines.precompute import mixing_request
 from pipelines.sharing import SHARED, Deal, capacity, share
 from pipelines.stage import StageJob
 from pipelines.watching import Watch, watch
@@ -78,6 +80,9 @@ def test_capacity_is_that_of_the_declared_resource() -> None:
     assert capacity(request) == 1
     assert capacity(request_for("prepare", "cpu", 1)) == 2
     assert capacity(request_for("prepare", "cuda", 1)) == 1, "an absent GPU is waited for"
+    mixing = mixing_request(MixedOrder(1000, Precompute(), LatentShape(4, 8)))
+    assert mixing.named() == {"precompute": 0.001}
+    assert capacity(mixing) == 2, "as many as CPUs, on the nodes that encode"
 
 
 def test_a_worker_without_capacity_holds_up_nothing(job: StageJob, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ def test_what_waits_says_for_what_what_the_cluster_has_and_what_to_do() -> None:
     )
     busy = words(2, {"CPU": 1, "GPU": 1}, [NODE, NODE], {"CPU": 8.0})
     assert busy.endswith("free in the cluster: 8 CPU, 0 GPU; nodes: 2 with 8 CPU, 8 GPU")
+    small = words(1, {"CPU": 1, "memory": 3.5 * 2**30}, [NODE], {"CPU": 8.0, "memory": 2.0**30})
+    assert "each with 1 CPU, 3.5 GiB of memory; free in the cluster: 8 CPU, 1.0 GiB of memory; nodes" in small
     few = words(9, {"GPU": 1}, [NODE, HEAD], {}, together=9)
     assert "; the nodes hold 8 of them, so they wait until one joins: start such a node" in few
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dis_scale.data.sources import Source, open_source
+from dis_scale.data.staging import MixedOrder
 from dis_scale.evaluation import reference
 from dis_scale.evaluation.run import Spent, stored_blocks
 from dis_scale.evaluation.sampling import labels_of
@@ -114,8 +115,9 @@ class OneEncoder:
     def encode(self, latents: Folder, encoding: Encoding, _: Source, left: list[int]) -> None:
         _obeying(self.job, Encoder(self.job.sweep, "cpu")).encode(latents, encoding, deal_of(left))
 
-    def mix(self, latents: Folder, encoding: Encoding, _: Source, left: list[int]) -> None:
-        _obeying(self.job, Encoder(self.job.sweep, "cpu")).mix(latents, encoding, deal_of(left))
+    def mix(self, latents: Folder, encoding: Encoding, source: Source, left: list[int]) -> None:
+        mixer = MixedOrder.of(len(source), self.job.recipe.precompute, encoding)
+        _obeying(self.job, Encoder(self.job.sweep, "cpu")).mix(latents, mixer, deal_of(left))
 
 
 def _precompute(job: StageJob) -> None:
