@@ -36,11 +36,11 @@ PARTS_TO_ROOT = 8
 READS_AT_ONCE, WRITES_AT_ONCE = 16, 4
 """Runs and shards that a worker reads and writes at a time; fewer if these would have more than 1/16 of a group's bytes."""
 OTHER_BYTES = 3 * 2**29
-"""Memory of a worker that mixes beside its group: the process, runs and shards at work, the order and indexes."""
+"""Memory of a worker that mixes beside its group: the process, indexes, and runs and shards at work."""
 _DIGEST, _LENGTH = 32, 8
 """Bytes of a sha256, and of the length of a run's facts."""
-_Fact = tuple[str, int | None]
-"""Name and label of an entry; no label if it was refused."""
+_Fact = tuple[int, str, int | None]
+"""An entry, its name and its label; no label if it was refused."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class MixedOrder:
     def memory_bytes(self) -> int:
         """Most memory of a worker that mixes."""
         group = min(self.images, self.group_images) * self.shard_bytes // self.settings.shard_images
-        return group + OTHER_BYTES + 16 * self.images + 8 * len(self.parts) * len(self.groups)
+        return group + 12 * self.images + OTHER_BYTES
 
     def group(self, number: int) -> range:
         """Return the places of a group."""
@@ -147,26 +147,23 @@ def parts_left(latents: Folder, mixer: MixedOrder) -> list[int]:
 def put_part(latents: Folder, mixer: MixedOrder, number: int, shards: list[EncodedShard]) -> None:
     """Write a part: an index with the end of each run, uint64; then the runs. Each has its sha256 first.
 
-    A run has the length of its facts, uint64, the facts as JSON, (name, label) of each entry, and the moments of the entries that
-    have a label: refused images have none.
+    A run has the length of its facts, uint64, the facts as JSON, (entry, name, label) of each entry, and the moments of the entries
+    that have a label: refused images have none.
     """
     facts, moments = dict[int, _Fact](), dict[int, memoryview]()
     for shard in shards:
         moments |= {sample.position: sample.moments.data for sample in shard.samples}
         skipped = (n for n in shard_positions(shard.number, mixer.images, mixer.settings) if n not in moments)
-        facts |= {n: (name, None) for n, name in zip(skipped, shard.refused, strict=True)}
-        facts |= {sample.position: (sample.name, sample.label) for sample in shard.samples}
-    ends, pieces = [_index_bytes(mixer)], list[bytes | memoryview]()
-    for entries in mixer.runs(number):
-        text = json.dumps([facts[n] for n in entries.tolist()]).encode()
+        facts |= {n: (n, name, None) for n, name in zip(skipped, shard.refused, strict=True)}
+        facts |= {sample.position: (sample.position, sample.name, sample.label) for sample in shard.samples}
+    ends, pieces = [_DIGEST + 8 * (len(mixer.groups) + 1)], list[bytes | memoryview]()
+    for run in (entries.tolist() for entries in mixer.runs(number)):
+        text = json.dumps([facts[n] for n in run]).encode()
         text += b" " * (-len(text) % _LENGTH)  # moments are aligned
-        run: list[bytes | memoryview] = [
-            len(text).to_bytes(_LENGTH, "little"),
-            text,
-            *(moments[n] for n in entries.tolist() if n in moments),
-        ]
-        pieces += [_digest(_known(entries), *run), *run]
-        ends.append(ends[-1] + _DIGEST + sum(memoryview(piece).nbytes for piece in run))
+        body: list[bytes | memoryview] = [len(text).to_bytes(_LENGTH, "little"), text]
+        body += [moments[n] for n in run if n in moments]
+        pieces += [_digest(*body), *body]
+        ends.append(ends[-1] + _DIGEST + sum(memoryview(piece).nbytes for piece in body))
     index = np.array(ends, "<u8").tobytes()
     data = b"".join([_digest(index), index, *pieces])
     staged = latents / STAGED
@@ -206,13 +203,13 @@ class Mixing:
 
         def read(part: int) -> str | None:
             """Put a run at its places; return the part's file if it is gone or damaged."""
-            here, entries = places[part], self.mixer.order[inside.start + places[part]]
-            run = self._read_run(part, group, entries)
+            here = places[part]
+            run = self._read_run(part, group, self.mixer.order[inside.start + here].tolist())
             if run is None:
                 return _name(part)
             facts, moments = run
-            self._moments[here[[label is not None for _, label in facts]]] = moments
-            for place, entry, (name, label) in zip(here.tolist(), entries.tolist(), facts, strict=True):
+            self._moments[here[[label is not None for *_, label in facts]]] = moments
+            for place, (entry, name, label) in zip(here.tolist(), facts, strict=True):
                 sample = Sample(entry, name, label or 0, self._moments[place], self.mixer.posterior)
                 samples[place] = name if label is None else sample
             return None
@@ -242,25 +239,26 @@ class Mixing:
         """Latents of a group, of one group after the other: new memory takes longer than to copy them."""
         return np.empty((min(self.mixer.images, self.mixer.group_images), *self.mixer.moments_shape), np.float16)
 
-    def _read_run(self, part: int, group: int, entries: np.ndarray) -> tuple[list[_Fact], np.ndarray] | None:
+    def _read_run(self, part: int, group: int, entries: list[int]) -> tuple[list[_Fact], np.ndarray] | None:
         """Return a run: the facts of its entries, and the moments of those with a label.
 
-        None if its part is gone, or damaged and now deleted.
+        None if its part is gone, or if it is damaged or of another order, which another NumPy may have, and is now deleted.
         """
         staged, name = self.latents / STAGED, _name(part)
         try:
             if part not in self._ends:
-                index = staged.read(name, 0, _index_bytes(self.mixer))
-                self._ends[part] = np.frombuffer(_verified(index, b""), "<u8")
-            start, end = self._ends[part][group : group + 2].tolist()
-            run = _verified(staged.read(name, start, end), _known(entries))
+                index = _verified(staged.read(name, 0, _DIGEST + 8 * (len(self.mixer.groups) + 1)))
+                self._ends[part] = np.frombuffer(index, "<u8")
+            run = _verified(staged.read(name, *self._ends[part][group : group + 2].tolist()))
+            first = _LENGTH + int.from_bytes(run[:_LENGTH], "little")
+            facts = json.loads(bytes(run[_LENGTH:first]))
+            if [entry for entry, *_ in facts] != entries:
+                raise Damaged("other entries")
         except FileNotFoundError:
             return None
         except Damaged:
             staged.delete(name)
             return None
-        first = _LENGTH + int.from_bytes(run[:_LENGTH], "little")
-        facts = json.loads(bytes(run[_LENGTH:first]))
         return facts, np.frombuffer(run[first:], np.float16).reshape(-1, *self.mixer.moments_shape)
 
 
@@ -268,21 +266,12 @@ def _name(part: int) -> str:
     return f"{shard_name(part)}.bin"
 
 
-def _index_bytes(mixer: MixedOrder) -> int:
-    return _DIGEST + 8 * (len(mixer.groups) + 1)
-
-
-def _verified(data: bytes, known: bytes) -> memoryview:
-    """Return what follows the digest of `known` and itself; Damaged if it has another."""
+def _verified(data: bytes) -> memoryview:
+    """Return what follows the sha256 in `data`; Damaged if it has another."""
     body = memoryview(data)[_DIGEST:]
-    if _digest(known, body) != data[:_DIGEST]:
+    if _digest(body) != data[:_DIGEST]:
         raise Damaged("another sha256")
     return body
-
-
-def _known(entries: np.ndarray) -> bytes:
-    """Return what a run's hash is of but what is not stored: its entries, since another NumPy may have another permutation."""
-    return entries.astype("<i8").tobytes()
 
 
 def _digest(*pieces: bytes | memoryview) -> bytes:
