@@ -101,7 +101,8 @@ def webdataset_pipeline(at: Folder) -> Any:
 
 
 def webdataset(at: Folder, workers: int) -> int:
-    loader = DataLoader(webdataset_pipeline(at), BATCH, num_workers=workers, collate_fn=collated)
+    pipeline, start = webdataset_pipeline(at), "fork" if workers else None
+    loader = DataLoader(pipeline, BATCH, num_workers=workers, collate_fn=collated, multiprocessing_context=start)
     return sum(len(labels) for _, labels in loader)
 
 
