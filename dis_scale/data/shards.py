@@ -49,12 +49,6 @@ class Sample:
     moments: np.ndarray
     posterior: bool = True
 
-    @property
-    def mean(self) -> np.ndarray:
-        """Mean (C, h, w) of the unflipped image."""
-        halves: list[np.ndarray] = np.split(self.moments[0], 1 + self.posterior)
-        return halves[0]
-
 
 class Shard(NamedTuple):
     """A shard in memory: `moments` float16 (n, 2, 2C or C, h, w), `labels` int64 (n)."""

@@ -210,8 +210,10 @@ class Mixing:
             facts, moments = run
             self._moments[here[[label is not None for *_, label in facts]]] = moments
             for place, (entry, name, label) in zip(here.tolist(), facts, strict=True):
-                sample = Sample(entry, name, label or 0, self._moments[place], self.mixer.posterior)
-                samples[place] = name if label is None else sample
+                if label is None:
+                    samples[place] = name
+                else:
+                    samples[place] = Sample(entry, name, label, self._moments[place], self.mixer.posterior)
             return None
 
         def write(shard: int) -> int:
