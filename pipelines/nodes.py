@@ -1,6 +1,7 @@
 """Nodes of the cluster: their names, resources and GPUs, and the nodes that placement avoids because their devices failed.
 
-A node is known by its name in Ray, by default its address: its id changes with each start of Ray.
+A node is known by its name in Ray: its id changes with each start of Ray. By default that is its address; the files for
+Kubernetes set it to the machine's name, since the address of a pod that is gone goes to another.
 """
 
 from collections.abc import Callable, Collection, Sequence

@@ -119,6 +119,17 @@ def test_nodes_declare_what_the_stages_request(name: str) -> None:
     assert {resource for node in pods.nodes(name) for resource in node.custom} == requested()
 
 
+@pytest.mark.parametrize("name", pods.JOBS)
+def test_each_node_has_its_machines_name_in_ray(name: str) -> None:
+    """Not its pod's address, which goes to another pod: a node whose GPU fails is avoided by this name."""
+    nodes = pods.nodes(name)
+    names = [
+        subprocess.check_output([*pods.SHELL, "echo", node.options["node-name"]], env=node.environment, text=True)
+        for node in nodes
+    ]
+    assert names == [f"machine-{number}\n" for number in range(len(nodes))]
+
+
 @pytest.fixture
 def listed(request: pytest.FixtureRequest) -> list[Node]:
     """The nodes of a cluster file."""

@@ -30,6 +30,7 @@ EXAMPLES = {
     "data verify": "dis-scale data verify outputs/sweeps/digits --fast",
     "data repair": "dis-scale data repair outputs/sweeps/digits",
     "data show": "dis-scale data show outputs/sweeps/digits --out latents.png",
+    "node forgive": "dis-scale node forgive outputs/sweeps/digits node-7",
     "mlflow sync": "dis-scale mlflow sync outputs/sweeps/digits --uri sqlite:///mlflow.db",
 }
 """An example of each command, by its words: in its --help and on the page of all commands."""

@@ -115,6 +115,18 @@ def delete(
     _show_total(as_json, {"parts": parts, "notes": notes}, files, size_bytes, yes, remedy)
 
 
+def forgive(
+    sweep: SweepUrl,
+    node: Annotated[str, typer.Argument(help="The node's name, as `dis-scale status` prints it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Forget the failures of a node's devices after its repair: training uses it again from its next attempt on."""
+    from dis_scale.sweep import Sweep, state
+
+    failures = state.forgive_node(Sweep.open(sweep), node)
+    show(as_json, {"node": node, "forgiven": failures}, f"forgiven {node}: {failures} failures of its devices")
+
+
 def data_verify(
     url: Latents,
     fast: Annotated[bool, typer.Option("--fast", help="Compare sizes only; read nothing back.")] = False,

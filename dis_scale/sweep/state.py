@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from dis_scale.process.errors import Damaged, UserError
+from dis_scale.process.errors import Damaged, UserError, nearest
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import MAIN, Evaluate, LatentShape, TrainedVae
 from dis_scale.recipe.evaluate import JUDGE
@@ -252,6 +252,19 @@ def node_failures(sweep: Sweep) -> Counter[str]:
     """Return the number of failed devices by node, over all models of the sweep."""
     every = [_node_failures(sweep.run(model)) for model in sweep.recipe.models]
     return Counter({node: sum(len(each.get(node, ())) for each in every) for node in set().union(*every)})
+
+
+def forgive_node(sweep: Sweep, node: str) -> int:
+    """Delete the failures of a node's devices, so that training uses it again; return how many. UserError if it has none."""
+    every = node_failures(sweep)
+    if node not in every:
+        known = f"expected one of: {', '.join(sorted(every))}" if every else "no node has any"
+        raise UserError(f"{sweep}: node {node!r} has no failures of its devices{nearest(node, every)}: {known}")
+    for run in map(sweep.run, sweep.recipe.models):
+        failures = _node_failures(run)
+        if failures.pop(node, None):
+            FailedNodes(failures=failures).write(run.folder)
+    return every[node]
 
 
 def _node_failures(run: Run) -> dict[str, tuple[str, ...]]:

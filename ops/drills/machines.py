@@ -95,6 +95,8 @@ def bad_gpu_or_node(drill: Drill) -> None:
     drill.expect("node bad is excluded after 2 failures: drain it, or repair it")
     drill.dis_scale("status", str(drill.sweep))
     drill.expect("bad: [23] failures of its devices; see ops/runbooks/bad-gpu-or-node.md")
+    drill.dis_scale("node", "forgive", str(drill.sweep), "bad")
+    drill.expect("forgiven bad: [23] failures of its devices")
 
 
 def pods_pending(drill: Drill) -> None:

@@ -1,4 +1,7 @@
-"""A node whose device fails: named after each failure, avoided after two, also by a rerun."""
+"""A machine whose device fails: named after each failure, avoided after two, also by a rerun and for a new pod on it.
+
+The nodes are started as `cluster/rayjob.yaml` has it, by a shell that knows their machine's name. They share one address.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,30 +11,34 @@ import pytest
 from dis_scale.process import faults
 from dis_scale.sweep import state
 from pipelines import jobs
-from tests.support import clusters, sweeps
-from tests.support.clusters import Events, RayNodes
+from tests.support import clusters, pods, sweeps
+from tests.support.clusters import Events, Node, RayNodes
 
 SHORT = ("models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}", "train.workers=1..2")
+AS_SHIPPED = [f"--{name}={value}" for name, value in pods.nodes("rayjob.yaml")[1].options.items() if "name" in name]
 
 
 @pytest.fixture
 def nodes() -> Iterator[RayNodes]:
-    made = RayNodes(cpus=1)
+    made = RayNodes(cpus=1, options=AS_SHIPPED, within=pods.SHELL, NODE_NAME="head")
     yield made
     made.stop()
 
 
+def pod(nodes: RayNodes, machine: str, **environment: str) -> Node:
+    """Start a node, as a pod on this machine."""
+    return nodes.node(1, options=AS_SHIPPED, within=pods.SHELL, NODE_NAME=machine, **environment)
+
+
 @pytest.mark.faults  # and the drill bad-gpu-or-node
-def test_a_node_with_two_failures_is_left_out(nodes: RayNodes, tmp_path: Path) -> None:
+def test_a_machine_with_two_failures_is_left_out(nodes: RayNodes, tmp_path: Path) -> None:
     plan = tmp_path / "faults"
     plan.write_text("broken at check times=99\n")
-    bad = nodes.node(1, options=["--node-name=bad"], **{faults.VARIABLE: str(plan)})
+    bad = pod(nodes, "bad", **{faults.VARIABLE: str(plan)})
     clusters.wait_for_nodes(nodes, 2, bad)
     sweep = clusters.sweep_to_train(tmp_path, *SHORT)
     events = Events(job := jobs.submit(nodes.cluster(), sweep, "train", "dit"))
-    placed = events.wait("placed")["nodes"]
-    assert len(placed) == 2
-    assert "bad" in placed
+    assert sorted(events.wait("placed")["nodes"]) == ["bad", "head"]
     for failures in (1, 2):
         event = events.wait("node_failure")
         assert (event["node"], event["failures"]) == ("bad", failures)
@@ -42,6 +49,8 @@ def test_a_node_with_two_failures_is_left_out(nodes: RayNodes, tmp_path: Path) -
     assert state.node_failures(sweep) == {"bad": 2}
     assert state.last_device(sweep.run("dit")) == "cpu"
 
-    events = Events(jobs.submit(nodes.cluster(), sweep, "train", "dit"))
-    assert events.wait("start")["workers"] == 1
     sweeps.kill_all(bad)
+    clusters.wait_for_nodes(nodes, 2, pod(nodes, "bad"))
+    clusters.wait_for_nodes(nodes, 3, pod(nodes, "healthy"))
+    events = Events(jobs.submit(nodes.cluster(), sweep, "train", "dit"))
+    assert sorted(events.wait("placed")["nodes"]) == ["head", "healthy"]

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from dis_scale.process.errors import UserError
 from dis_scale.recipe import Recipe
-from pipelines import nodes
+from dis_scale.sweep import state
+from pipelines import metrics, nodes
 from pipelines.nodes import Node
 from tests.support.stage_jobs import RecordedJob, job_of
 
@@ -40,9 +42,16 @@ def test_without_capacity_elsewhere_the_node_is_used_again(job: RecordedJob) -> 
     assert job.events_named("exclusion_ignored") == [{"event": "exclusion_ignored", "nodes": ["a"]}]
 
 
-def test_a_deleted_file_clears_a_node(job: RecordedJob) -> None:
-    model = next(iter(job.recipe.models))
-    for _ in range(2):
+def test_a_node_that_is_forgiven_is_used_again_and_no_other(job: RecordedJob) -> None:
+    """The gauge behind the alert DisScaleNodeExcluded falls with it."""
+    for model in list(job.recipe.models)[:2]:
         nodes.record_failure(job, model, "a", "CUDA error: unknown error")
-    job.sweep.run(model).folder.delete("failed_nodes.json")
-    assert nodes.excluded(job, LIVING, lambda _: True) == []
+        nodes.record_failure(job, model, "b", "CUDA error: unknown error")
+    shown: dict[str, float] = {}
+    assert nodes.failed(job.sweep) == ["a", "b"]
+    assert state.forgive_node(job.sweep, "a") == 2
+    assert nodes.excluded(job, LIVING, lambda _: True) == ["id-b"]
+    metrics.show_run(job.sweep, model, len(nodes.failed(job.sweep)), shown.__setitem__)
+    assert shown["failed_nodes"] == 1
+    with pytest.raises(UserError, match="node 'a' has no failures of its devices: expected one of: b"):
+        state.forgive_node(job.sweep, "a")

@@ -17,12 +17,17 @@ JOBS = ("rayjob.yaml", "rayjob-4x8.yaml")
 LAUNCHER = "ray-cluster.yaml"
 LAUNCHER_CPUS = 32
 """Ray counts the CPUs of a machine itself."""
+SHELL = ("bash", "-c", 'eval "exec $*"', "bash")
+"""Starts a command as KubeRay does: `bash -c` replaces the variables in the options of `ray start`."""
 UNITS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
 
 @dataclass(frozen=True)
 class Node:
-    """One of the nodes: its group, options of `ray start` without places, and the environment that the file sets."""
+    """One of the nodes: its group, options of `ray start` without places, and the environment that the file sets.
+
+    Options may name its variables, which KubeRay's shell replaces.
+    """
 
     group: str
     options: dict[str, str]
@@ -61,10 +66,11 @@ def nodes(name: str) -> list[Node]:
         return _launched()
     job = rayjob(name)
     token = {"RAY_AUTH_MODE": "token"} if job["rayClusterSpec"]["authOptions"] == {"mode": "token"} else {}
-    return [_pod(group, token) for group in groups(job) for _ in range(group["replicas"])]
+    every = [group for group in groups(job) for _ in range(group["replicas"])]
+    return [_pod(group, token, f"machine-{number}") for number, group in enumerate(every)]
 
 
-def _pod(group: dict[str, Any], cluster: dict[str, str]) -> Node:
+def _pod(group: dict[str, Any], cluster: dict[str, str], machine: str) -> Node:
     container = group["template"]["spec"]["containers"][0]
     limits = container["resources"]["limits"]
     options = {
@@ -72,8 +78,16 @@ def _pod(group: dict[str, Any], cluster: dict[str, str]) -> Node:
         "num-gpus": str(limits.get("nvidia.com/gpu", 0)),
     }  # fmt: skip
     given = {key: shlex.split(value)[0] for key, value in group["rayStartParams"].items()}  # as a shell takes them
-    environment = {each["name"]: each["value"] for each in container.get("env", [])}
+    environment = {each["name"]: _value(each, machine) for each in container.get("env", [])}
     return Node(group["groupName"], options | given, cluster | environment)
+
+
+def _value(variable: dict[str, Any], machine: str) -> str:
+    """Return a variable's value; of the downward API that of a pod on this machine."""
+    if "value" in variable:
+        return str(variable["value"])
+    assert variable["valueFrom"] == {"fieldRef": {"fieldPath": "spec.nodeName"}}, variable
+    return machine
 
 
 def _launched() -> list[Node]:
