@@ -165,7 +165,7 @@ def train(run: TrainingRun, attempt: int) -> None:
     with process_group(device):
         train_model(Attempt(
             run.sweep, run.model, run.latents, attempt, device, Start(time.time()), require_held=lambda: None,
-            stop_requested=lambda: False, report=killed, log=print, emit=lambda *_, **__: None,
+            stop_by=lambda: None, report=killed, log=print, emit=lambda *_, **__: None,
         ))  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """All that is used of Ray beyond its public API, for the pinned version. A test calls each function on a real Ray."""
 
+import math
+import time
 from typing import Any
 
 from ray._private import state
@@ -37,9 +39,13 @@ def available_by_node() -> dict[str, Resources]:
     return available
 
 
-def draining_nodes() -> set[str]:
-    """Nodes that will be taken away: `ray drain-node`, KubeRay, an autoscaler and a spot notice all end here."""
-    return set(state.state.get_draining_nodes())
+def draining_nodes() -> dict[str, float]:
+    """Seconds until each node is taken away that will be, by its id; infinity if Ray was not told.
+
+    `ray drain-node`, KubeRay, an autoscaler and a spot notice all end here.
+    """
+    at_ms: dict[str, int] = state.state.get_draining_nodes()
+    return {node: ms / 1000 - time.time() if ms else math.inf for node, ms in at_ms.items()}
 
 
 def gpus_by_node(client: JobSubmissionClient) -> list[list[dict[str, Any]]]:

@@ -4,6 +4,7 @@ The job's driver holds the run's lease, forwards stop requests, copies rows to M
 """
 
 import contextlib
+import math
 import os
 import socket
 import threading
@@ -109,7 +110,7 @@ class Trainer(Worker):
         attempt = Attempt(
             sweep=sweep, model=model, latents=state.require_latents(sweep.folder), number=held_lease.number,
             device=devices.torch_device(device),
-            start=Start(requested_at, silent_s), require_held=held_lease.require_held, stop_requested=self.stop_requested,
+            start=Start(requested_at, silent_s), require_held=held_lease.require_held, stop_by=self.stop_by,
             report=self.report, log=self.log, emit=self.emit,
         )  # fmt: skip
         return train_model(attempt)
@@ -224,13 +225,15 @@ class TrainingRun:
             arguments = (sweep, self.model, held, self.device, requested_at, silent_s)
             results = [worker.train.remote(*arguments) for worker in ranks.workers]
 
-            def moves() -> bool:
-                return self._node_drains(used) or (
-                    time.monotonic() > grow_at_s and self._can_grow(len(ranks.workers), avoided)
-                )
+            def left_s() -> float | None:
+                """Time to save before the attempt moves; None while it stays."""
+                if (drained_s := self._drained_in_s(used)) is not None:
+                    return drained_s
+                grows = time.monotonic() > grow_at_s and self._can_grow(len(ranks.workers), avoided)
+                return math.inf if grows else None
 
             # After the last step there is only storage to wait for, which has a patience of its own.
-            policy = Watch(hang_after_s=self.settings.hang_after_s, stop_early=moves, last=self.settings.images)
+            policy = Watch(hang_after_s=self.settings.hang_after_s, stop_early=left_s, last=self.settings.images)
             return min(watch(self.job, ranks.workers, results, self._report, policy))
 
     def _report(self, done: list[int]) -> None:
@@ -288,15 +291,15 @@ class TrainingRun:
         totals = {node.id: node.resources for node in nodes.living()}
         return capacity(self.bundle, _nodes_that_stay(totals, avoided))
 
-    def _node_drains(self, used: set[str]) -> bool:
-        """Whether one of the attempt's nodes is being drained, logged if so; until it goes, its workers can still save."""
-        drains = bool(used & ray_private.draining_nodes())
-        if drains:
+    def _drained_in_s(self, used: set[str]) -> float | None:
+        """Return the time until the first of the attempt's nodes goes that are being drained, and log it; None if none is."""
+        left_s = min((left_s for node, left_s in ray_private.draining_nodes().items() if node in used), default=None)
+        if left_s is not None:
             self.job.emit("drain", model=self.model)
             self.job.say(
                 f"{self.model}: a node of its workers is being drained: they stop at a resume point and continue elsewhere"
             )
-        return drains
+        return left_s
 
     def _can_grow(self, world: int, avoided: Collection[str]) -> bool:
         """Whether a larger world size fits now, counting the running workers' own resources, and is faster; logged if so."""
@@ -339,7 +342,7 @@ def largest_fitting(sizes: Sequence[int], workers: int) -> int:
 
 def _nodes_that_stay(by_node: dict[str, Resources], avoided: Collection[str]) -> list[Resources]:
     """Resources of the nodes that are not avoided or being drained: Ray still counts those that are, and places nothing there."""
-    left_out = ray_private.draining_nodes() | set(avoided)
+    left_out = ray_private.draining_nodes().keys() | set(avoided)
     return [resources for node, resources in by_node.items() if node not in left_out]
 
 

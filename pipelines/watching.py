@@ -1,5 +1,6 @@
 """How a driver watches its workers: their progress, failures, hangs and stop requests."""
 
+import math
 import statistics
 import sys
 import time
@@ -35,8 +36,8 @@ class Watch:
     """A hang: no worker has made progress for this long, and not all have made the progress `last`. Of independent workers each is
     watched by itself (`Pace`), and one that hangs is killed."""
     last: float = float("inf")
-    stop_early: Callable[[], bool] = lambda: False
-    """Asked once a poll; the workers are requested to stop once it returns true."""
+    stop_early: Callable[[], float | None] = lambda: None
+    """Asked once a poll until it returns the seconds that the workers have to save: they are then requested to stop."""
     independent: bool = False
     """Whether the accident of one worker leaves the others undisturbed; it is raised when these have ended.
 
@@ -131,7 +132,8 @@ class _Loop:
         self._most_done, self._progress_s = 0, time.monotonic()
         self._pace = Pace(len(workers), policy.hang_after_s)
         self._killed: set[int] = set()
-        self._stopping = False
+        self._left_s: float | None = None
+        """Time to save that the workers were given with the request to stop."""
 
     def run(self) -> list[Any]:
         with Wait(self._job.gauge, self._policy.logged_after_s) as wait:  # some may still wait when the work is done
@@ -218,10 +220,16 @@ class _Loop:
             print(f"stacks of worker {rank}:\n{stacks}", flush=True)
 
     def _forward_stop(self) -> None:
-        if not self._stopping and (self._job.stop_requested() or self._policy.stop_early()):
-            self._stopping = True
+        """Request the workers to stop; again if a stop request follows that leaves less time than the reason before."""
+        left_s = self._left_s
+        if self._job.stop_requested():
+            left_s = min(self._job.recipe.grace_s, math.inf if left_s is None else left_s)
+        elif left_s is None:
+            left_s = self._policy.stop_early()
+        if left_s != self._left_s:
+            self._left_s = left_s
             for worker in self._workers:
-                worker.stop.remote()
+                worker.stop.remote(left_s)
 
 
 class _Polls:

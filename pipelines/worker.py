@@ -6,8 +6,9 @@ controller takes ten.
 """
 
 import faulthandler
+import math
 import tempfile
-import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,15 +31,17 @@ class Worker:
 
     def __init__(self) -> None:
         self.context = Context.from_environment()
-        self._stop, self._done = threading.Event(), 0
+        self._stop_by: float | None = None
+        self._done = 0
         self._lines: list[str] = []
         self._log = Log(self.context, lambda line: self._lines.append(line))
         self._kept: KeptLog | None = None
 
     # Called by the driver.
 
-    def stop(self) -> None:
-        self._stop.set()
+    def stop(self, left_s: float = math.inf) -> None:
+        """Request a stop; the worker has this long to save."""
+        self._stop_by = min(time.monotonic() + left_s, self._stop_by or math.inf)
 
     def poll(self) -> tuple[int, list[str]]:
         """Return the progress, and the lines logged since the last poll."""
@@ -76,8 +79,12 @@ class Worker:
         """Log an event."""
         self._log.emit(name, **facts)
 
+    def stop_by(self) -> float | None:
+        """Return when it must have stopped, by its monotonic clock; None while no stop is requested."""
+        return self._stop_by
+
     def stop_requested(self) -> bool:
-        return self._stop.is_set()
+        return self._stop_by is not None
 
     def raise_if_stopped(self, left: str) -> None:
         """Raise Preempted if a stop was requested; `left` says what a rerun repeats."""

@@ -244,6 +244,18 @@ COMMENTED = re.compile(
 )
 
 
+@pytest.mark.parametrize("name", pods.JOBS)
+def test_compiled_kernels_are_on_a_volume(name: str) -> None:
+    """One volume for all groups: one line to change, to share it between pods."""
+    groups = pods.groups(pods.rayjob(name))
+    volumes = [volume for group in groups for volume in pod(group)["volumes"] if volume["name"] == "cache"]
+    assert len(volumes) == len(groups)
+    assert (pods.CLUSTER / name).read_text().count("{name: cache, ") == 1
+    for group, node in zip(groups, {node.group: node for node in pods.nodes(name)}.values(), strict=True):
+        assert node.environment["TRITON_CACHE_DIR"].startswith("/cache/")
+        assert {"mountPath": "/cache", "name": "cache"} in pod(group)["containers"][0]["volumeMounts"]
+
+
 def test_each_secret_that_a_job_needs_is_named_at_its_top() -> None:
     """A job without MLflow's login would wait for its image, or be refused by MLflow; the second job refers to the first."""
     text = (pods.CLUSTER / "rayjob.yaml").read_text()

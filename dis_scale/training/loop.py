@@ -77,7 +77,9 @@ class Attempt:
     start: Start
     require_held: Callable[[], None]
     """Raises Held if this attempt no longer owns the run."""
-    stop_requested: Callable[[], bool]
+    stop_by: Callable[[], float | None]
+    """Time of this process's monotonic clock by which it must have saved and stopped: infinity if it stops to move to more
+    workers, None while no stop is requested."""
     report: Callable[[int], None]
     """Called with the images seen after every step, on every rank."""
     log: Callable[[str], None]
@@ -103,9 +105,9 @@ def train_model(attempt: Attempt) -> int:
     training = begin(attempt)
     opened, records, settings = training.opened, training.records, attempt.recipe.train
     state, images_seen, bad_steps = opened.state, opened.images_seen, 0
-    agreement, branches = StopAgreement(), attempt.recipe.branches_at(attempt.model)
+    agreement, branches = StopAgreement(attempt.stop_by), attempt.recipe.branches_at(attempt.model)
     with closing(prefetch(training.inputs())) as batches:
-        while images_seen < settings.images and not agreement.stop(attempt.stop_requested()):
+        while images_seen < settings.images and not agreement.stop():
             # Take one step.
             faults.at("step", images=images_seen)
             inputs = list(islice(batches, len(opened.passes)))
@@ -218,10 +220,10 @@ def begin(attempt: Attempt) -> Training:
 
 
 def end(training: Training, images_seen: int, agreement: StopAgreement) -> None:
-    """Save the last step, if the grace period allows it, and end the log."""
+    """Save the last step, if there is time, and end the log."""
     attempt, saver, records = training.attempt, training.saver, training.records
     saver.finish()
-    if images_seen != training.saved_images and agreement.time_left(saver.took_s, attempt.recipe.grace_s):
+    if images_seen != training.saved_images and agreement.time_left(saver.took_s):
         records.settle()
         training.save(images_seen)
         saver.finish()

@@ -58,7 +58,7 @@ def profile_training(
     with tempfile.TemporaryDirectory() as scratch, process_group(device):
         attempt = Attempt(
             Sweep(open_folder(scratch), recipe), model, latents, 0, device, Start(time.time()),
-            require_held=lambda: None, stop_requested=lambda: False, report=lambda _: None, log=log,
+            require_held=lambda: None, stop_by=lambda: None, report=lambda _: None, log=log,
             emit=lambda *_, **__: None,
         )  # fmt: skip
         reader, process, state, backbone, passes, meter, images_seen, *_ = open_training(attempt, 1, log)

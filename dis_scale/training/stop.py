@@ -1,6 +1,8 @@
 """The agreement of all ranks on the step at which they stop."""
 
+import math
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -12,20 +14,21 @@ class StopAgreement:
     On gloo (CPU): reading a GPU tensor would wait for all queued kernels.
     """
 
-    def __init__(self) -> None:
-        self._requested, self._work, self._group = torch.zeros(1), None, dist.new_group(backend="gloo")
-        self._requested_s = float("inf")
+    def __init__(self, stop_by: Callable[[], float | None]) -> None:
+        """`stop_by` is that of `loop.Attempt`."""
+        self._stop_by, self._requested, self._work = stop_by, torch.zeros(1), None
+        self._group = dist.new_group(backend="gloo")
 
-    def time_left(self, seconds: float, grace_s: float) -> bool:
-        """Whether every rank has `seconds` of its grace period left; always true if no stop was requested. Collective."""
-        left = torch.tensor([self._requested_s + grace_s - time.monotonic() - seconds])
+    def time_left(self, seconds: float) -> bool:
+        """Whether every rank has `seconds` left before it must have stopped; true if no stop was requested. Collective."""
+        stop_by = self._stop_by()
+        left = torch.tensor([math.inf if stop_by is None else stop_by - time.monotonic() - seconds])
         dist.all_reduce(left, dist.ReduceOp.MIN, self._group)
         return left.item() > 0
 
-    def stop(self, requested: bool) -> bool:
+    def stop(self) -> bool:
         """Whether any rank had a stop request one call ago; called once per step on every rank."""
-        if requested:
-            self._requested_s = min(self._requested_s, time.monotonic())
+        requested = self._stop_by() is not None
         if self._work is not None:
             self._work.wait()
         agreed = bool(self._requested.item())

@@ -21,8 +21,9 @@ from tests.support.clusters import (
 
 LONG = (
     "models={dit: {kind: dit, width: 16, depth: 1, heads: 2, patch: 4}}", "train.publish_images=[0, 1600000]",
-    "train.workers=1..2", "train.grow_after_s=1", "train.resume_every_images=1600",
+    "train.workers=1..2", "train.grow_after_s=1", "train.resume_every_images=1600", "grace_s=0.001",
 )  # fmt: skip
+"""A stop request leaves no time to save; growth has all of it, and a drained node as much as its notice."""
 
 
 @pytest.fixture
@@ -48,25 +49,26 @@ def test_workers_shrink_grow_and_leave_a_drained_node(nodes: RayNodes, tmp_path:
     assert events.wait("start")["workers"] == 1
     node = nodes.node(cpus=1)
     assert events.wait("grow")["to"] == 2
-    assert events.wait("start")["workers"] == 2
+    _moves_without_loss(events, to=2)
 
     node.terminate()  # as an evicted pod: Ray drains the node
-    _leaves_without_loss(events)
+    events.wait("drain")
+    _moves_without_loss(events, to=1)
     before = nodes.alive()
     nodes.node(cpus=1)
     assert events.wait("start")["workers"] == 2
     nodes.drain(*(nodes.alive() - before))
-    _leaves_without_loss(events)
+    events.wait("drain")
+    _moves_without_loss(events, to=1)
 
     driver(sweep, "train").terminate()
     stopped_at = events.wait("end")["images"]
     assert wait_for_end(job) == "FAILED"
-    assert state.resumable_images(run) == stopped_at
+    assert state.resumable_images(run) <= stopped_at
     assert isinstance(job.error("stopped"), Preempted)
 
 
-def _leaves_without_loss(events: Events) -> None:
-    events.wait("drain")
+def _moves_without_loss(events: Events, to: int) -> None:
     stopped_at = events.wait("end")["images"]
     start = events.wait("start")
-    assert (start["workers"], start["images"]) == (1, stopped_at)
+    assert (start["workers"], start["images"]) == (to, stopped_at)

@@ -59,7 +59,7 @@ def test_a_nodes_free_resources_are_those_that_no_actor_has(node: str) -> None:
 
 def test_no_node_drains_until_one_does() -> None:
     """tests/e2e/test_elastic.py drains one."""
-    assert ray_private.draining_nodes() == set()
+    assert ray_private.draining_nodes() == {}
 
 
 def test_the_dashboard_lists_each_nodes_gpus(cluster: Any) -> None:

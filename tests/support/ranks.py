@@ -1,6 +1,7 @@
 """Training without Ray: ranks as processes over gloo on synthetic latents, with injected faults."""
 
 import hashlib
+import math
 import multiprocessing
 import os
 import signal
@@ -86,14 +87,14 @@ def _rank(
     _note_inputs(Path(root) / "inputs", rank)
     steps = iter(range(1, 10**9))
 
-    def stop_requested() -> bool:
+    def stop_by() -> float | None:
         """Called once per step, before it begins."""
         due = stop_at is not None and rank == world - 1 and next(steps) * recipe.train.batch_images > stop_at
-        return due or asked.is_set()
+        return math.inf if due or asked.is_set() else None
 
     attempt_of_rank = Attempt(
         sweep_of(Path(root), recipe), model, open_folder(root) / "latents", attempt, device, Start(time.time()),
-        require_held=lambda: None, stop_requested=stop_requested, report=_nothing, log=print, emit=_nothing,
+        require_held=lambda: None, stop_by=stop_by, report=_nothing, log=print, emit=_nothing,
     )  # fmt: skip
     train_model(attempt_of_rank)
 

@@ -318,7 +318,7 @@ def test_a_save_longer_than_the_grace_is_a_warning_at_the_start(
     logged: list[str] = []
     attempt = Attempt(
         ranks.sweep_of(tmp_path, tiny), "dit", open_folder(tmp_path) / "latents", 1, torch.device("cpu"), Start(0.0),
-        require_held=lambda: None, stop_requested=lambda: False, report=print, log=logged.append, emit=print,
+        require_held=lambda: None, stop_by=lambda: None, report=print, log=logged.append, emit=print,
     )  # fmt: skip
     saver = resume.Saver(
         attempt.run, attempt=1, rank=0, world=1, require_held=attempt.require_held, keep=LAST_ONE, took_s=took_s
