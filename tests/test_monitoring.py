@@ -42,7 +42,7 @@ def queries() -> list[str]:
 
 
 def metrics_in(texts: list[str]) -> set[str]:
-    return {name for text in texts for name in re.findall(r"ray_\w+", text)}
+    return {name for text in texts for name in re.findall(r"ray_dis_scale_\w+", text)}
 
 
 def promtool(*arguments: object) -> None:
