@@ -21,6 +21,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
+#SBATCH --mail-type=FAIL
 # SIGTERM to this script 5 minutes before the time limit; longer than the recipe's grace_s. For preemptions also set
 # PreemptParameters=send_user_signal and a GraceTime in slurm.conf (https://slurm.schedmd.com/slurm.conf.html).
 #SBATCH --signal=B:TERM@300

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from threading import Event
 
-from dis_scale.process.errors import Held, Preempted, StorageAway, UserError
+from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.process.progress import Board
 from dis_scale.recipe import Branch
 from dis_scale.storage import lease
@@ -16,6 +16,14 @@ from dis_scale.sweep.documents import Ended
 from pipelines import lines
 from pipelines.cluster import Cluster, in_ray_job
 from pipelines.jobs import Job, Silence, stop_jobs, submit
+from pipelines.metrics import SetGauge
+
+
+class Drained(DisScaleError):
+    """The node of the sweep's command is being taken away; the state is saved, and a new attempt continues on another node."""
+
+    exit_code = StorageAway.exit_code
+
 
 ASK_EVERY_S = 10.0
 """Interval at which storage is asked whether a branch can begin."""
@@ -39,6 +47,10 @@ class Driver:
     """Print the lines of the jobs as they are, JSON, instead of what they say."""
     taken_over: bool = False
     """Whether another process of the same Ray runs the sweep now; the jobs are its own."""
+    drained: bool = False
+    """Whether the node of this process is being drained: that is why it was requested to stop."""
+    gauge: SetGauge = lambda *_: None
+    """Sets a gauge of the sweep, if its Ray exports metrics."""
 
 
 @dataclass
@@ -63,8 +75,8 @@ def stopping_jobs(driver: Driver, joined: bool = False) -> Iterator[None]:
         yield
     except BaseException:
         stopped = [job for job in driver.jobs if (job.ours or joined) and not driver.taken_over]
-        # Wait until the jobs have saved: their Ray may end with this process. A Ray job has no time for it.
-        stop_jobs(stopped, wait_s=0.0 if in_ray_job() else driver.sweep.recipe.grace_s + 5)
+        # Wait until the jobs have saved: their Ray may end with this process. A Ray job that is stopped has no time for it.
+        stop_jobs(stopped, wait_s=0.0 if in_ray_job() and not driver.drained else driver.sweep.recipe.grace_s + 5)
         raise
 
 
@@ -126,6 +138,7 @@ class _Evaluation:
             if not trained and time.monotonic() < self._again_s:
                 return False
             self._job, self._last = self._submit(), trained
+            self._driver.gauge("evaluation_failed", 0)
         ended = self._job.ended()  # asked before its log, so that its end is handled completely
         _poll(self._driver, self._job, "evaluate")
         if ended and self._job.status == "SUCCEEDED":
@@ -137,6 +150,7 @@ class _Evaluation:
     def _goes_on_after(self, job: Job) -> bool:
         """Note why a job failed; return whether another is submitted: not after a mistake."""
         self._failures.evaluation = _failure(self._driver, job, "evaluate")
+        self._driver.gauge("evaluation_failed", 1)
         if self._last or isinstance(job.error(""), UserError):
             return False
         self._job, self._again_s = None, time.monotonic() + self._driver.evaluate_again_s
@@ -216,5 +230,7 @@ def _poll(driver: Driver, job: Job, name: str) -> None:
 
 
 def raise_if_stopped(driver: Driver) -> None:
+    if driver.drained:
+        raise Drained(f"the node of this command is being drained; {how_to_continue(driver.sweep)}")
     if driver.stop_requested.is_set():
         raise Preempted(f"stopped as requested; {how_to_continue(driver.sweep)}")

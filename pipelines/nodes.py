@@ -14,6 +14,7 @@ from dis_scale.process.errors import DisScaleError, StorageAway, StorageError
 from dis_scale.recipe import Recipe
 from dis_scale.sweep import Sweep, state
 from dis_scale.training.devices import device_of
+from pipelines import ray_private
 from pipelines.ray_private import Resources
 from pipelines.stage import StageJob
 
@@ -74,6 +75,11 @@ def choose_device(recipe: Recipe) -> tuple[str, str]:
 def total_gpus() -> int:
     """Return the number of the cluster's GPUs."""
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def own_node_drains() -> bool:
+    """Whether the node of this process is being drained."""
+    return ray.get_runtime_context().get_node_id() in ray_private.draining_nodes()
 
 
 def name_of(node_id: str) -> str:

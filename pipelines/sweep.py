@@ -7,7 +7,7 @@ is read from storage and nowhere else. Read next: dis_scale/sweep/state.py, trai
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from dis_scale.planning import isoflop
 from dis_scale.planning.plan import Plan, price_reading, price_sweep, table
 from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
-from dis_scale.process.errors import DisScaleError, Held, StorageAway, StorageError, UserError
+from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, StorageError, UserError
 from dis_scale.process.progress import Board, listing_words
 from dis_scale.process.redaction import redact
 from dis_scale.process.threads import repeating
@@ -36,7 +36,7 @@ from dis_scale.training import devices
 from dis_scale.training.memory import lanes_at_once
 from dis_scale.training.schedule import require_no_rise
 from dis_scale.weights import warm_start
-from pipelines import last_ray
+from pipelines import last_ray, nodes
 from pipelines.cluster import Cluster, open_cluster, require_root
 from pipelines.driver import (
     Driver,
@@ -47,11 +47,12 @@ from pipelines.driver import (
     stopping_jobs,
     train_and_evaluate,
 )
-from pipelines.metrics import Exporter
+from pipelines.metrics import EXPORT_EVERY_S, Exporter
 from pipelines.places import Places
 from pipelines.signals import obeying_signals
 from pipelines.waiting import Wait
 
+ENDED = "sweep_ended_timestamp_seconds"
 DELETED = "its published weights were deleted, and only training makes them: restore them, or remove the count from the recipe"
 
 
@@ -112,6 +113,7 @@ def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
         obeying_signals(driver.stop_requested),
         open_cluster(sweep.recipe) as cluster,
         one_at_a_time(driver, cluster) as first,
+        seen_alive(driver, exporting(driver, cluster)),
     ):
         board.say(f"cluster  {cluster.description}")
         list_images(driver, plan, store)
@@ -128,8 +130,11 @@ def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
             if state.find_latents(sweep.folder) is None:
                 run_stage(driver, cluster, "precompute")
             failures = train_and_evaluate(driver, cluster)
-    skipped = state.skipped(sweep) | dict.fromkeys(state.lost_evaluations(sweep), DELETED)
-    return replace(failures, skipped={f"evaluation of {sampled}": why for sampled, why in skipped.items()})
+        skipped = state.skipped(sweep) | dict.fromkeys(state.lost_evaluations(sweep), DELETED)
+        failures = replace(failures, skipped={f"evaluation of {sampled}": why for sampled, why in skipped.items()})
+        if not failures.words():
+            driver.gauge(ENDED, time.time())
+    return failures
 
 
 def require_starts(sweep: Sweep, plan: Plan) -> None:
@@ -188,10 +193,9 @@ def require_device(driver: Driver, cluster: Cluster) -> None:
 
 def await_nodes(driver: Driver, cluster: Cluster) -> None:
     """Wait until the nodes can hold each stage's workers: better now than after days."""
-    recipe, exporter = driver.sweep.recipe, Exporter(Context(sweep=driver.sweep.recipe.name))
-    exporter.start()
+    recipe = driver.sweep.recipe
     device, _ = devices.device_of(recipe, cluster.gpus)
-    with Wait(exporter.gauge) as wait:
+    with Wait(driver.gauge) as wait:
         while need := Places.now(recipe).lacking(device):
             workers, request = need
             if text := wait.poll(workers, request, together=workers):
@@ -242,6 +246,35 @@ def one_at_a_time(driver: Driver, cluster: Cluster) -> Iterator[bool]:
                 raise
             driver.board.say(f"joined   process {error.process}, which runs this sweep on the same Ray")
         yield first
+
+
+def exporting(driver: Driver, cluster: Cluster) -> Callable[[], bool]:
+    """Export the driver's gauges; return a function that tells whether its node is being drained. Neither on a Ray of our own."""
+    if cluster.ours:
+        return lambda: False
+    exporter = Exporter(Context(sweep=driver.sweep.recipe.name))
+    exporter.start()
+    driver.gauge = exporter.gauge
+    return nodes.own_node_drains
+
+
+@contextlib.contextmanager
+def seen_alive(driver: Driver, drains: Callable[[], bool]) -> Iterator[None]:
+    """Show that this command is alive, and at its end whether a stop request ended it. A node that `drains` is such a request."""
+
+    def look() -> None:
+        driver.gauge("sweep_alive_timestamp_seconds", time.time())
+        if drains() and not driver.stop_requested.is_set():
+            driver.drained = True
+            driver.board.say("drained  the node of this command is being drained: its jobs save, and it ends")
+            driver.stop_requested.set()
+
+    try:
+        with repeating(look, EXPORT_EVERY_S, "alive"):
+            yield
+    except Preempted:
+        driver.gauge(ENDED, time.time())
+        raise
 
 
 def _obey_request(held: lease.Lease, driver: Driver, cluster: Cluster) -> None:

@@ -27,11 +27,14 @@ from pipelines.places import Places
 from pipelines.train import largest_fitting
 from pipelines.waiting import capacity
 from tests.support import pods
+from tests.support.pages import require_shape
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IMAGE = f"registry.example.com/dis-scale:{PROJECT['version']}"
 FILES = (*pods.JOBS, pods.LAUNCHER)
+PLAIN = (*pods.JOBS, "mlflow.yaml", "check.yaml")
+"""Files for kubectl."""
 
 
 @pytest.fixture(scope="module", params=pods.JOBS)
@@ -92,7 +95,7 @@ def test_files_are_yaml_and_run_this_version(path: Path) -> None:
 
 def test_the_image_is_named_once(job: dict[str, Any]) -> None:
     """In each file of a job: whoever uses it has one line to change."""
-    for name in pods.JOBS:
+    for name in (*pods.JOBS, "check.yaml"):
         assert (pods.CLUSTER / name).read_text().count(IMAGE) == 1
 
 
@@ -233,7 +236,7 @@ def refusals(document: dict[str, Any]) -> list[str]:
     return [f"{error.json_path}: {error.message}" for error in jsonschema.Draft7Validator(schema).iter_errors(document)]
 
 
-@pytest.mark.parametrize("name", [*pods.JOBS, "mlflow.yaml"])
+@pytest.mark.parametrize("name", PLAIN)
 def test_kubernetes_and_kuberay_know_every_field(name: str) -> None:
     assert [refusal for document in pods.documents(name) for refusal in refusals(document)] == []
 
@@ -266,7 +269,7 @@ def test_each_secret_that_a_job_needs_is_named_at_its_top() -> None:
     assert [name for name in secrets if not re.search(rf"kubectl create secret \S+ {name}\b", top)] == []
 
 
-@pytest.mark.parametrize("name", [*pods.JOBS, "mlflow.yaml"])
+@pytest.mark.parametrize("name", PLAIN)
 def test_the_commented_lines_are_valid_too(name: str) -> None:
     """Network, RDMA, Kueue and keyless identity: uncommented, all at once."""
     text, count = COMMENTED.subn(r"\1\2", (pods.CLUSTER / name).read_text())
@@ -308,7 +311,7 @@ def containers(name: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     return found(pods.documents(name))
 
 
-@pytest.mark.parametrize("name", [*pods.JOBS, "mlflow.yaml"])
+@pytest.mark.parametrize("name", PLAIN)
 def test_no_container_runs_as_root_or_without_limits(name: str) -> None:
     for spec, container in containers(name):
         security = container["securityContext"]
@@ -325,6 +328,16 @@ def test_no_container_runs_as_root_or_without_limits(name: str) -> None:
 def test_ray_asks_for_a_token_in_every_file() -> None:
     for name in FILES:
         assert all(node.environment["RAY_AUTH_MODE"] == "token" for node in pods.nodes(name)), name
+
+
+def test_the_check_is_of_the_sweep_that_the_job_runs(recipe: Recipe) -> None:
+    (check,) = pods.documents("check.yaml")
+    ((_, container),) = containers("check.yaml")
+    program, *words = container["command"]
+    assert program == "dis-scale"
+    require_shape(words)
+    assert words == ["status", f"{recipe.storage.root}/sweeps/{recipe.name}", "--check"]
+    assert check["metadata"]["name"].startswith("dis-scale-check")
 
 
 @pytest.mark.parametrize("name", [*pods.JOBS, "mlflow.yaml"])

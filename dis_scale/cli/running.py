@@ -19,7 +19,7 @@ from dis_scale.cli.shared import (
     say_aside,
     show,
 )
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.recipe.shipped import EMBEDDED
 
 Here = Annotated[
@@ -82,19 +82,25 @@ def status(
     sweep: SweepUrl,
     as_json: AsJson = False,
     every: Annotated[float | None, typer.Option("--watch", help="Show it again every so many seconds.", min=1)] = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit code 1 if something is wrong; for a timer.")] = False,
 ) -> None:
-    """Show what a sweep is doing and what is wrong, from its storage alone: no cluster is asked."""
+    """Show what a sweep is doing and what is wrong, from its storage alone: no cluster is asked.
+
+    A sweep is wrong that stopped before it was done or is silent, that has a failed model, a skipped evaluation or a damaged file.
+    """
 
     from dis_scale.sweep import Sweep
     from dis_scale.upkeep import status as statuses
 
     opened = Sweep.open(sweep)
-    if every and as_json:
-        raise UserError("status: expected --watch or --json, got both")
+    if every and (as_json or check):
+        raise UserError("status: expected --watch alone, got it with --json or --check")
     if every:
         return statuses.watch(opened, every, console())
     found = statuses.collect(opened, opened.folder.time_s())
     show(as_json, asdict(found), statuses.table(found))
+    if check and found.wrong:
+        raise DisScaleError(f"{sweep}: {len(found.wrong)} things are wrong, the first: {found.wrong[0]}")
 
 
 def logs(

@@ -1,5 +1,6 @@
 """The jobs of a running sweep: which failures are whose, and what a stop, a lost storage or a late failure changes."""
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway
 from dis_scale.recipe import reading
 from dis_scale.sweep import Sweep, state
 from pipelines.cluster import Cluster
-from pipelines.driver import Driver, Failures, stopping_jobs, train_and_evaluate
+from pipelines.driver import Drained, Driver, Failures, raise_if_stopped, stopping_jobs, train_and_evaluate
+from pipelines.sweep import seen_alive
 from tests.conftest import TINY
 from tests.support.documents import put_published
 from tests.support.drivers import cluster, driver_of, logged
@@ -128,7 +130,8 @@ def test_a_job_that_was_stopped_is_held_elsewhere_or_lost_storage_is_no_failure(
 
 def test_an_evaluation_that_failed_by_an_accident_is_submitted_again(driver: Driver) -> None:
     """While models are trained, and once after that; a mistake is not."""
-    driver.evaluate_again_s = 0.0
+    driver.evaluate_again_s, gauges = 0.0, list[tuple[str, float]]()
+    driver.gauge = lambda *gauge: gauges.append(gauge)
     submitted = list[str]()
     jobs = {"evaluate": [failed("the disk is full"), failed("the disk is full"), SUCCEEDED]}
 
@@ -143,6 +146,7 @@ def test_an_evaluation_that_failed_by_an_accident_is_submitted_again(driver: Dri
     driver.poll_every_s, driver.submit = 0.0, submit  # type: ignore[assignment]
     assert train_and_evaluate(driver, cluster("here")) == Failures()
     assert submitted.count("evaluate") == 3
+    assert [value for _, value in gauges] == [1, 0, 1, 0]
     mistake = FakeJob([JobStatus.FAILED], UserError("no such extractor"))
     jobs["evaluate"] = [mistake]
     assert train_and_evaluate(driver, cluster("here")) == Failures(evaluation="no such extractor")
@@ -157,6 +161,34 @@ def test_jobs_that_another_driver_of_the_same_ray_has_joined_are_not_stopped(dri
     with pytest.raises(Preempted), stopping_jobs(driver):
         raise Preempted("taken over")
     assert stopped == ([] if taken_over else ["dit"])
+
+
+def test_a_drained_node_stops_the_sweep_as_a_failure_that_is_tried_again(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once its jobs have saved: Ray keeps a node that is drained until these have ended."""
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    job = FakeJob([JobStatus.RUNNING] * 3 + [JobStatus.FAILED])
+    job.stop = lambda: None  # type: ignore[attr-defined]
+    driver.jobs = [job]  # type: ignore[list-item]
+    with pytest.raises(Drained) as error, stopping_jobs(driver), seen_alive(driver, lambda: True):
+        driver.stop_requested.wait(60)
+        raise_if_stopped(driver)
+    assert (error.value.exit_code, job.status) == (StorageAway.exit_code, JobStatus.FAILED)
+    assert "the node of this command is being drained: its jobs save, and it ends" in logged(driver)
+
+
+@pytest.mark.parametrize(("error", "ended_well"), [(Preempted("stopped"), True), (DisScaleError("a bug"), False)])
+def test_a_command_that_is_stopped_shows_that_it_is_not_gone(
+    driver: Driver, error: DisScaleError, ended_well: bool
+) -> None:
+    gauges: dict[str, float] = {}
+    driver.gauge = gauges.__setitem__
+    with pytest.raises(type(error)), seen_alive(driver, lambda: False):
+        while not gauges:
+            time.sleep(0.01)
+        raise error
+    assert gauges.keys() == {"sweep_alive_timestamp_seconds", *(["sweep_ended_timestamp_seconds"] * ended_well)}
 
 
 def test_failures_are_shown_in_one_line() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from dis_scale.cli import main
 from dis_scale.process.errors import StorageAway
 from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import lease, manifest
@@ -69,6 +70,29 @@ def test_a_sweep_that_has_not_begun(sweep: Sweep) -> None:
     assert (found.doing, found.stopped, found.backlog) == ("preparing", "no sweep command has run yet", 0)
     assert (run.doing, run.images_seen, run.attempts, run.published) == ("waiting", 0, 0, 0)
     assert found.wrong == [f"stopped: no sweep command has run yet; to continue: dis-scale resume {sweep}"]
+
+
+def test_a_check_fails_while_something_is_wrong(
+    sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped, or with a damaged file; not while it works, nor when it is done."""
+    check = ["status", sweep.folder.url, "--check"]
+    with pytest.raises(SystemExit) as end:
+        main(check)
+    assert end.value.code == 1
+    assert "1 things are wrong, the first: stopped: no sweep command has run yet; " in capsys.readouterr().err
+    with lease.hold(sweep.lease("sweep")):
+        with pytest.raises(SystemExit) as end:
+            main(check)
+        assert end.value.code == 0
+    for model in sweep.recipe.models:
+        for images in sweep.recipe.train_of(model).publish_images:
+            put_published(sweep.run(model).published_at(images))
+            for variant in sweep.recipe.evaluate.samplings:
+                put_metrics(sweep.evaluation(Sampled(model, images, variant)))
+    with pytest.raises(SystemExit) as end:
+        main(check)
+    assert end.value.code == 0
 
 
 def test_a_run_in_training_tells_its_rate_and_what_a_failure_would_cost(sweep: Sweep, held: None) -> None:
