@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import re
 import shlex
@@ -93,16 +94,16 @@ def test_files_are_yaml_and_run_this_version(path: Path) -> None:
     assert all(len(line) <= 120 for line in text.splitlines())
 
 
-def test_the_image_is_named_once(job: dict[str, Any]) -> None:
-    """In each file of a job: whoever uses it has one line to change."""
+def test_the_image_is_named_once() -> None:
+    """In each document: whoever uses it has one line to change."""
     for name in (*pods.JOBS, "check.yaml"):
-        assert (pods.CLUSTER / name).read_text().count(IMAGE) == 1
+        assert all(document.count(IMAGE) <= 1 for document in (pods.CLUSTER / name).read_text().split("\n---\n")), name
 
 
 def test_the_job_runs_a_recipe_that_keeps_its_state_in_object_storage(job: dict[str, Any], recipe: Recipe) -> None:
     assert recipe.storage.root.startswith("s3://")
     assert "runtimeEnvYAML" not in job
-    assert job["ttlSecondsAfterFinished"] > recipe.grace_s
+    assert job.get("ttlSecondsAfterFinished", math.inf) > recipe.grace_s
 
 
 def test_no_pod_asks_a_hub(job: dict[str, Any], groups: list[dict[str, Any]], recipe: Recipe) -> None:
@@ -273,7 +274,7 @@ def test_each_secret_that_a_job_needs_is_named_at_its_top() -> None:
 def test_the_commented_lines_are_valid_too(name: str) -> None:
     """Network, RDMA, Kueue and keyless identity: uncommented, all at once."""
     text, count = COMMENTED.subn(r"\1\2", (pods.CLUSTER / name).read_text())
-    assert count == {"rayjob-4x8.yaml": 12, "mlflow.yaml": 2}.get(name, 1)
+    assert count == {"raycluster-4x8.yaml": 10, "rayjob.yaml": 3, "mlflow.yaml": 2}.get(name, 1)
     assert [refusal for document in yaml.safe_load_all(text) for refusal in refusals(document)] == []
 
 
@@ -349,8 +350,44 @@ def test_a_policy_closes_the_ports_of_every_server(name: str) -> None:
         services = [each["spec"]["selector"] for each in pods.documents(name) if each["kind"] == "Service"]
         assert sorted(map(str, closed)) == sorted(map(str, services))
     else:
-        labels = [group["template"]["metadata"]["labels"] for group in pods.groups(pods.rayjob(name))]
-        assert all(label == closed[0] for label in labels)
+        job = pods.rayjob(name)
+        templates = [
+            *(group["template"] for group in pods.groups(job)),
+            *([job["template"]] if "template" in job else []),
+        ]
+        assert all(closed[0].items() <= template["metadata"]["labels"].items() for template in templates)
+
+
+def test_the_policy_of_a_sweep_lets_no_other_sweep_in() -> None:
+    """Two in one namespace; only its own pods reach every port."""
+    sweeps = set()
+    for name in pods.JOBS:
+        (policy,) = [each["spec"] for each in pods.documents(name) if each["kind"] == "NetworkPolicy"]
+        (own,) = [rule["from"] for rule in policy["ingress"] if "ports" not in rule]
+        assert own == [{"podSelector": policy["podSelector"]}]
+        sweeps.add(policy["podSelector"]["matchLabels"]["sweep"])
+    assert len(sweeps) == len(pods.JOBS)
+
+
+def test_scarce_capacity_is_used_as_it_comes() -> None:
+    """Every stage of the RayCluster's recipe begins on one pod of each group, of which it asks for four."""
+    name = pods.JOBS[1]
+    recipe = recipe_of(pods.rayjob(name)["entrypoint"])
+    first = {node.group: Node(node.group, node.group, node.resources) for node in pods.nodes(name)}
+    assert len(first) == 3
+    assert len(pods.nodes(name)) == 9
+    assert Places(recipe, list(first.values())).lacking("cuda") is None
+
+
+def test_the_submitted_job_finds_the_head_and_its_token() -> None:
+    """By the names that KubeRay gives them: those of the cluster."""
+    parts = {document["kind"]: document for document in pods.documents(pods.JOBS[1])}
+    cluster, pod_ = parts["RayCluster"]["metadata"]["name"], parts["Job"]["spec"]["template"]["spec"]
+    (container,) = pod_["containers"]
+    assert f"--address=http://{cluster}-head-svc:8265 -- " in container["command"][-1]
+    token = {"secretKeyRef": {"name": cluster, "key": "auth_token"}}
+    assert {"name": "RAY_AUTH_TOKEN", "valueFrom": token} in container["env"]
+    assert pod_["restartPolicy"] == "OnFailure", "one that ended by an error is submitted again"
 
 
 def test_the_linter_finds_nothing_in_the_image() -> None:

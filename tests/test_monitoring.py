@@ -20,9 +20,14 @@ ROOT = Path(__file__).parent.parent
 PROMETHEUS = ROOT / "ops" / "prometheus"
 DASHBOARD = ROOT / "ops" / "grafana" / "dashboard.json"
 EXPORTED = {f"ray_dis_scale_{name}" for name in [*metrics.GAUGES, *(f"{total}_total" for total in counts.MEANINGS)]}
-OTHERS = {"kuberay_job_deployment_status", "kube_cronjob_status_last_successful_time", "kube_cronjob_created",
-          "kube_cronjob_spec_suspend"}  # fmt: skip
-"""KubeRay's (ray-operator/controllers/ray/metrics/ray_job_metrics.go of 1.7.0), and kube-state-metrics' (docs/metrics/workload)."""
+OTHERS = {
+    "kuberay_job_deployment_status",
+    "kuberay_cluster_info",
+    "kube_cronjob_status_last_successful_time",
+    "kube_cronjob_created",
+    "kube_cronjob_spec_suspend",
+}
+"""KubeRay's (ray-operator/controllers/ray/metrics of 1.7.0), and kube-state-metrics' (docs/metrics/workload)."""
 needs_promtool = pytest.mark.skipif(
     shutil.which("promtool") is None, reason="promtool is missing: apt-get install prometheus"
 )

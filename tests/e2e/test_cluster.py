@@ -4,6 +4,7 @@ No file, object or process title has a secret.
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from dis_scale.sweep import Sweep, state
 from ops.drills import object_store
 from pipelines import jobs
 from pipelines.cluster import free_ports
-from tests.support import secrets, stages, sweeps
+from tests.support import pods, secrets, stages, sweeps
 
 SETTINGS = ("train.resume_every_images=160", "evaluate.variants={}", "precompute.workers=1")
 """One way to sample: other tests cover more."""
@@ -173,8 +174,25 @@ def store_secrets() -> dict[str, str]:
 
 @pytest.mark.faults  # tests/pipelines/test_jobs.py has it in `make test`, without Ray
 def test_a_refused_sweep_is_a_stopped_job(head: Head, store: Store) -> None:
-    """KubeRay tries again what has failed."""
+    """KubeRay tries again what has failed; so does the Job of raycluster-4x8.yaml, which then is not complete."""
     store.sweep.save_recipe()
-    refused = submit(head, "refused", store, "seed=1")
+    refused = submit_as_kubernetes(head, shlex.join(entry(head, store, "seed=1")))
     assert "seed: stored 0, given 1" in refused.stdout + refused.stderr
-    assert JobSubmissionClient(head.url).get_job_status("refused") == "STOPPED"
+    assert refused.returncode == 0
+    assert {job.status for job in JobSubmissionClient(head.url).list_jobs()} == {"SUCCEEDED", "STOPPED"}
+    assert submit_as_kubernetes(head, "false").returncode == 1
+
+
+def submit_as_kubernetes(head: Head, command: str) -> subprocess.CompletedProcess[str]:
+    """Run the Job of cluster/raycluster-4x8.yaml with another command, on the head instead of its service."""
+    (job,) = [each["spec"] for each in pods.documents(pods.JOBS[1]) if each["kind"] == "Job"]
+    (container,) = job["template"]["spec"]["containers"]
+    shell, flag, script = container["command"]
+    submitted, _, rest = script.partition(" -- ")
+    submitted = re.sub(
+        r"^ray job submit --address=\S+",
+        shlex.join([str(head.python), *RAY, "job", "submit", "--address", head.url]),
+        submitted,
+    )
+    script = f"{submitted} --working-dir . -- {command} 2>&1 {rest.partition(' 2>&1 ')[2]}"
+    return subprocess.run([shell, flag, script], cwd=head.job, capture_output=True, text=True, timeout=400)

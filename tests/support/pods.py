@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
-JOBS = ("rayjob.yaml", "rayjob-4x8.yaml")
+JOBS = ("rayjob.yaml", "raycluster-4x8.yaml")
 LAUNCHER = "ray-cluster.yaml"
 LAUNCHER_CPUS = 32
 """Ray counts the CPUs of a machine itself."""
@@ -50,8 +50,13 @@ def documents(name: str) -> list[Any]:
 
 
 def rayjob(name: str) -> dict[str, Any]:
-    """Return the RayJob's specification."""
-    return next(document["spec"] for document in documents(name) if document["kind"] == "RayJob")
+    """Return the RayJob's specification; of a RayCluster and a Job that submits to it, the same fields."""
+    specs = {document["kind"]: document["spec"] for document in documents(name)}
+    if "RayJob" in specs:
+        return specs["RayJob"]
+    (container,) = specs["Job"]["template"]["spec"]["containers"]
+    entrypoint = container["command"][-1].partition(" -- ")[2].partition(" 2>&1 ")[0]
+    return specs["Job"] | {"entrypoint": entrypoint, "rayClusterSpec": specs["RayCluster"]}
 
 
 def groups(job: dict[str, Any]) -> list[dict[str, Any]]:

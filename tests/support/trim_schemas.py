@@ -18,7 +18,8 @@ FILE = Path(__file__).with_name("schemas.json")
 POD = "io.k8s.api.core.v1.PodTemplateSpec"
 KINDS = {
     "ConfigMap": "io.k8s.api.core.v1.ConfigMap", "CronJob": "io.k8s.api.batch.v1.CronJob",
-    "Deployment": "io.k8s.api.apps.v1.Deployment", "NetworkPolicy": "io.k8s.api.networking.v1.NetworkPolicy",
+    "Deployment": "io.k8s.api.apps.v1.Deployment", "Job": "io.k8s.api.batch.v1.Job",
+    "NetworkPolicy": "io.k8s.api.networking.v1.NetworkPolicy",
     "Service": "io.k8s.api.core.v1.Service", "StatefulSet": "io.k8s.api.apps.v1.StatefulSet",
 }  # fmt: skip
 TEMPLATES = ("template", "submitterPodTemplate")
@@ -33,14 +34,16 @@ def main(kuberay: str, kuberay_version: str, kubernetes: str, kubernetes_version
     crd = yaml.safe_load(Path(kuberay).read_text())
     (version,) = [each for each in crd["spec"]["versions"] if each["name"] == "v1"]
     everything = json.loads(Path(kubernetes).read_text())["$defs"]
-    definitions = {"RayJob": closed(trimmed(version["schema"]["openAPIV3Schema"]))}
+    job = closed(trimmed(version["schema"]["openAPIV3Schema"]))
+    cluster = {"$ref": "#/definitions/RayJob/properties/spec/properties/rayClusterSpec"}  # the same type in KubeRay
+    definitions = {"RayJob": job, "RayCluster": job | {"properties": job["properties"] | {"spec": cluster}}}
     wanted = [POD, *KINDS.values()]
     while wanted:
         if (name := wanted.pop()) not in definitions:
             definitions[name] = trimmed(everything[name])
             wanted += referred(definitions[name])
     comment = f"trim_schemas.py: KubeRay {kuberay_version}, Kubernetes {kubernetes_version}; both Apache-2.0"
-    kinds = KINDS | {"RayJob": "RayJob"}
+    kinds = KINDS | {kind: kind for kind in ("RayJob", "RayCluster")}
     FILE.write_text(
         json.dumps({"$comment": comment, "kinds": kinds, "definitions": definitions}, separators=(",", ":")) + "\n"
     )
