@@ -4,7 +4,9 @@ A damaged file counts as missing: the sweep may then continue anywhere.
 """
 
 import os
+import shlex
 import socket
+from collections.abc import Sequence
 
 from dis_scale.process.errors import UserError
 from dis_scale.sweep import Sweep
@@ -19,16 +21,19 @@ def cancel_hint(last: LastRay) -> str:
     return f"scancel JOB (squeue lists the jobs; the last was {last.slurm})" if last.slurm else ""
 
 
-def continue_hint(last: LastRay, sweep: Sweep) -> str:
-    """Return what to type to continue the sweep on a cluster of that kind."""
+def continue_hint(last: LastRay, sweep: Sweep, overrides: Sequence[str] = ()) -> str:
+    """Return what to type to continue the sweep on a cluster of that kind, with these overrides."""
+    words = "".join(f" --set {shlex.quote(override)}" for override in overrides)
     if last.kuberay:
+        added = f" with{words} at the end of the sweep's command" if overrides else ""
         return (
-            "kubectl delete rayjob NAME, then kubectl apply -f its file (kubectl get rayjob lists the names; the last cluster "
-            f"was {last.kuberay})"
+            f"kubectl delete rayjob NAME (or job NAME), then kubectl apply -f its file{added} (kubectl get rayjob,job lists the "
+            f"names; the last cluster was {last.kuberay})"
         )
     if last.slurm:
-        return f"sbatch cluster/slurm.sh resume {sweep} (the last job was {last.slurm})"
-    return f"ray job submit --address http://{last.host}:8265 --working-dir . -- python -m dis_scale resume {sweep}"
+        return f"sbatch cluster/slurm.sh resume {sweep}{words} (the last job was {last.slurm})"
+    submit = f"ray job submit --address http://{last.host}:8265 --working-dir ."
+    return f"{submit} -- python -m dis_scale resume {sweep}{words}"
 
 
 def words() -> str:
@@ -44,14 +49,17 @@ def record(sweep: Sweep, cluster: Cluster) -> None:
     last.write(sweep.folder)
 
 
-def refuse_local_after_cluster(sweep: Sweep) -> None:
-    """Raise UserError if the sweep last ran on a cluster, and would continue on a Ray of this machine alone."""
+def refuse_local_after_cluster(sweep: Sweep, overrides: Sequence[str] = ()) -> None:
+    """Raise UserError if the sweep last ran on a cluster, and would continue on a Ray of this machine alone.
+
+    It says what to type there, with the overrides that were given here.
+    """
     last = LastRay.find_intact(sweep.folder)
     if last is None or last.address or ray_address():
         return
     raise UserError(
         f"{sweep} last ran on a Ray cluster with {last.gpus} GPUs (its driver was on {last.host}), and RAY_ADDRESS is not set: "
-        f"nothing was started here. To continue there: {continue_hint(last, sweep)}. "
+        f"nothing was started here. To continue there: {continue_hint(last, sweep, overrides)}. "
         "To continue on this machine anyway, add --here"
     )
 

@@ -7,7 +7,7 @@ is read from storage and nowhere else. Read next: dis_scale/sweep/state.py, trai
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -56,10 +56,11 @@ ENDED = "sweep_ended_timestamp_seconds"
 DELETED = "its published weights were deleted, and only training makes them: restore them, or remove the count from the recipe"
 
 
-def run_sweep(recipe: Recipe, console: Console, here: bool = False) -> None:
+def run_sweep(recipe: Recipe, console: Console, here: bool = False, overrides: Sequence[str] = ()) -> None:
     """Run what is left of a sweep and write its report; DisScaleError if a stage or a model failed.
 
-    `here` allows a Ray of this machine for a sweep that last ran on a cluster.
+    `here` allows a Ray of this machine for a sweep that last ran on a cluster; otherwise the error names the `overrides`, which the
+    recipe already has, for the command to type there.
     """
     console.print(f"ray      {last_ray.words()}", highlight=False, soft_wrap=True)
     store = open_folder(require_root(recipe)).patient
@@ -80,7 +81,7 @@ def run_sweep(recipe: Recipe, console: Console, here: bool = False) -> None:
             board.say("nothing to do: every model is trained and evaluated at every published count")
         else:
             if not here:
-                last_ray.refuse_local_after_cluster(sweep)
+                last_ray.refuse_local_after_cluster(sweep, overrides)
             driver = Driver(sweep, board, as_json=jsonlog.wanted())
             failures = run_stages(driver, plan, store)
             sweep = driver.sweep  # of the running sweep, if it joined one

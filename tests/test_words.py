@@ -117,7 +117,7 @@ def shown(name: str) -> str:
 
 RUNBOOKS = {p.stem: p.read_text() for p in (ROOT / "ops" / "runbooks").glob("*.md") if p.stem != "README"}
 INDEX = (ROOT / "ops" / "runbooks" / "README.md").read_text()
-OTHERS = ("Ray", "botocore", "NCCL", "PyTorch", "gloo", "Kubernetes", "CUDA", "the kernel")
+OTHERS = ("Ray", "botocore", "NCCL", "PyTorch", "gloo", "Kubernetes", "KubeRay", "CUDA", "the kernel")
 """Programs whose messages the index has, too."""
 
 

@@ -39,7 +39,7 @@ def sweep(command: typer.Context, recipe: RecipePath = None, overrides: Override
 
     from pipelines.sweep import run_sweep
 
-    run_sweep(settings, console, here)
+    run_sweep(settings, console, here, overrides or [])
 
 
 def resume(command: typer.Context, sweep: SweepUrl, overrides: Overrides = None, here: Here = False) -> None:
@@ -52,7 +52,7 @@ def resume(command: typer.Context, sweep: SweepUrl, overrides: Overrides = None,
     await_storage(open_folder(sweep), console)
     stored = Sweep.open(sweep)
     command.obj.sweep = stored.recipe.name
-    run_sweep(resumed_recipe(stored, overrides or []), console, here)
+    run_sweep(resumed_recipe(stored, overrides or []), console, here, overrides or [])
 
 
 def stop(

@@ -63,9 +63,26 @@ def test_the_sweep_of_a_cluster_does_not_start_here_and_says_what_to_type(
 
 def test_a_sweep_of_kuberay_is_sent_to_its_rayjob(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"kubectl delete rayjob NAME, then kubectl apply -f .*last cluster was imagenet256-x7k"
+        UserError,
+        match=r"kubectl delete rayjob NAME \(or job NAME\), then kubectl apply -f its file \(.*was imagenet256-x7k",
     ):
         last_ray.refuse_local_after_cluster(stored(tmp_path, ON_A_CLUSTER.changed(kuberay="imagenet256-x7k")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "typed"),
+    [
+        ({"kuberay": "imagenet256-x7k"}, "apply -f its file with --set train.hang_after_s=300 --set 'models={a: 1}' at the end"),
+        ({"slurm": "4711"}, "resume SWEEP --set train.hang_after_s=300 --set 'models={a: 1}' (the last job was 4711)"),
+        ({}, "-- python -m dis_scale resume SWEEP --set train.hang_after_s=300 --set 'models={a: 1}'. To continue on"),
+    ],
+    ids=["KubeRay", "Slurm", "Ray"],
+)  # fmt: skip
+def test_overrides_that_are_typed_elsewhere_are_not_lost(tmp_path: Path, kind: dict[str, str], typed: str) -> None:
+    sweep = stored(tmp_path, ON_A_CLUSTER.changed(**kind))
+    with pytest.raises(UserError) as raised:
+        last_ray.refuse_local_after_cluster(sweep, ["train.hang_after_s=300", "models={a: 1}"])
+    assert typed.replace("SWEEP", str(sweep)) in str(raised.value)
 
 
 def test_a_sweep_of_slurm_is_sent_to_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
