@@ -33,6 +33,24 @@ def test_each_package_has_a_hash_and_no_address() -> None:
     assert "Written by: make lock\n" in LOCK
 
 
+def test_the_image_is_installed_from_the_lock(tmp_path: Path) -> None:
+    """Its commands, with a pip that records them: the lock with hashes, and then the package alone; another index has no lock."""
+    pip = tmp_path / "pip"
+    pip.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    pip.chmod(0o755)
+    (run,) = re.findall(
+        r"^RUN (if \[ -z .*?\n    fi)$", (ROOT / "cluster/Dockerfile").read_text(), re.MULTILINE | re.DOTALL
+    )
+    for index in ("", "https://index"):
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TORCH_INDEX": index}
+        subprocess.run(["bash", "-c", "uname() { echo x86_64; }\n" + run], env=environment, check=True)
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        "install --no-cache-dir --require-hashes --requirement requirements.lock",
+        "install --no-cache-dir --no-deps --no-build-isolation --editable .",
+        "install --no-cache-dir --extra-index-url https://index --editable .[server] --constraint constraints.txt",
+    ]
+
+
 @pytest.mark.parametrize(
     ("output", "status", "succeeds", "words"),
     [

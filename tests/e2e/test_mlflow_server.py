@@ -10,7 +10,14 @@ from pathlib import Path
 import mlflow
 import pytest
 import s3fs
+from mlflow.exceptions import MlflowException
+from mlflow.server.auth.client import AuthServiceClient
 
+from dis_scale.recipe import Recipe
+from dis_scale.storage.folder import open_folder
+from dis_scale.sweep import Sweep
+from dis_scale.tracking import mlflow as tracking
+from dis_scale.tracking.rows import Row
 from ops.drills.object_store import ObjectStore
 from tests.support import mlflow_servers as servers
 from tests.support import pods
@@ -36,8 +43,7 @@ def test_it_asks_for_a_login_and_keeps_artifacts_in_the_bucket(
     server: str, database: int, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert servers.status_of(f"{server}/api/2.0/mlflow/experiments/search?max_results=1") == 401
-    for name, word in servers.LOGIN.items():
-        monkeypatch.setenv(name, word)
+    log_in(servers.ADMIN, monkeypatch)
     client = mlflow.MlflowClient(server)
     run = client.create_run(client.create_experiment("sweep")).info.run_id
     client.log_metric(run, "loss", 0.5)
@@ -72,3 +78,45 @@ def test_it_asks_for_a_login_and_keeps_artifacts_in_the_bucket(
         capture_output=True,
     )
     assert found.stdout.split() == [b"active"]
+
+
+def test_a_sweep_has_rights_on_its_own_experiment_only(
+    server: str, tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its user makes its runs; not on those of others, nor on users. The Job that makes the user also rotates its password."""
+    log_in(servers.ADMIN, monkeypatch)
+    others = mlflow.MlflowClient(server).create_experiment("of others")
+    servers.make_user(server)
+    log_in(servers.LOGIN, monkeypatch)
+    sweep = Sweep.below(open_folder(tmp_path), tiny)
+    ids = tracking.create_runs(sweep, server, {"dit": {"batch_images": 16}})
+    copy = tracking.RunCopy(sweep, "dit")
+    copy.send([Row("loss", 0.5, 160, 1.0)])
+    copy.finish("FINISHED")
+    assert not copy.away
+    client = mlflow.MlflowClient(server)
+    assert client.get_run(ids.models["dit"]).data.metrics == {"loss": 0.5}
+    assert [found.name for found in client.search_experiments()] == ["dis-scale tiny"]
+    for refused in (
+        lambda: client.get_experiment(others),
+        lambda: client.create_run(others),
+        lambda: AuthServiceClient(server).create_user("another", "a long enough password"),
+    ):
+        with pytest.raises(MlflowException, match=r"(?i)permission denied"):
+            refused()
+    changed = servers.LOGIN | {"MLFLOW_TRACKING_PASSWORD": "a rotated password"}
+    servers.make_user(server, changed)
+    copy.send([Row("loss", 0.4, 320, 2.0)])
+    assert copy.away, "the old password is of no use"
+    log_in(changed, monkeypatch)
+    copy.send([])
+    assert client.get_run(ids.models["dit"]).data.metrics == {"loss": 0.4}
+    log_in(servers.ADMIN, monkeypatch)
+    AuthServiceClient(server).update_user_password("admin", "a new password", servers.ADMIN["MLFLOW_TRACKING_PASSWORD"])
+    with pytest.raises(MlflowException, match="401"):
+        mlflow.MlflowClient(server).search_experiments()
+
+
+def log_in(login: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, word in login.items():
+        monkeypatch.setenv(name, word)

@@ -21,8 +21,12 @@ from pipelines.cluster import free_ports
 from tests.support import pods, sweeps
 
 PROGRAMS = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
-LOGIN = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "a long enough password"}
+ADMIN = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "the admin's password"}
+LOGIN = {"MLFLOW_TRACKING_USERNAME": "sweeps", "MLFLOW_TRACKING_PASSWORD": "a long enough password"}
 PASSWORD = "another password"
+SECRETS = {
+    "database-password": PASSWORD, "flask-key": "a key", "admin-password": ADMIN["MLFLOW_TRACKING_PASSWORD"], **LOGIN
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -82,12 +86,7 @@ def deployed(database: int, ceph: ObjectStore, bucket: str, folder: Path) -> Ite
         return text
 
     (folder / "basic_auth.ini").write_text(here(parts["ConfigMap", "mlflow"]["data"]["basic_auth.ini"]))
-    secrets = {"database-password": PASSWORD, "flask-key": "a key", **LOGIN}
-
-    def value(variable: dict[str, Any]) -> str:
-        return here(variable["value"]) if "value" in variable else secrets[variable["valueFrom"]["secretKeyRef"]["key"]]
-
-    environment = {each["name"]: value(each) for each in container["env"]} | ceph.environment
+    environment = {name: here(value) for name, value in environment_of(container, SECRETS).items()} | ceph.environment
     command = [sys.executable, "-m", *map(here, container["command"])]
     log = folder / "mlflow.log"
     with log.open("wb") as out:
@@ -103,6 +102,24 @@ def deployed(database: int, ceph: ObjectStore, bucket: str, folder: Path) -> Ite
         yield url
     finally:
         sweeps.kill_all(process)
+
+
+def environment_of(container: dict[str, Any], secrets: dict[str, str]) -> dict[str, str]:
+    """Return the variables of a container, those of secrets by their keys."""
+    given = {each["name"]: each for each in container["env"]}
+    return {
+        name: each["value"] if "value" in each else secrets[each["valueFrom"]["secretKeyRef"]["key"]]
+        for name, each in given.items()
+    }
+
+
+def make_user(url: str, login: dict[str, str] = LOGIN) -> None:
+    """Run the Job that creates the sweeps' user, or gives it another password."""
+    (job,) = [each["spec"]["template"]["spec"] for each in pods.documents("mlflow.yaml") if each["kind"] == "Job"]
+    (container,) = job["containers"]
+    program = container["command"][2].replace("http://mlflow:5000", url)
+    environment = environment_of(container, SECRETS | login)
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | environment)
 
 
 def status_of(url: str) -> int:
