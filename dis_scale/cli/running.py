@@ -100,7 +100,8 @@ def status(
     found = statuses.collect(opened, opened.folder.time_s())
     show(as_json, asdict(found), statuses.table(found))
     if check and found.wrong:
-        raise DisScaleError(f"{sweep}: {len(found.wrong)} things are wrong, the first: {found.wrong[0]}")
+        more = f"; and {len(found.wrong) - 1} more" if len(found.wrong) > 1 else ""
+        raise DisScaleError(f"{sweep}: {found.wrong[0]}{more}")
 
 
 def logs(

@@ -14,7 +14,9 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import pytest
@@ -109,9 +111,8 @@ def test_the_files_command_runs_on_the_files_nodes(
         "HF_HUB_OFFLINE": "1",
         "RAY_prestart_worker_first_driver": "0",
     }
-    nodes = _start(
-        pods.nodes(name), tmp_path / "app", environment | _path() | {"PYTHONPATH": f"{SWITCH}:{sweeps.ROOT}"}, token
-    )
+    environment |= _path() | {"PYTHONPATH": f"{SWITCH}:{sweeps.ROOT}"}
+    nodes = _start([_here(node, tmp_path) for node in pods.nodes(name)], tmp_path / "app", environment, token)
     try:
         for path in ("api/jobs/", "api/version"):
             assert not _answers(f"{nodes.url}/{path}"), "without the token"
@@ -122,7 +123,7 @@ def test_the_files_command_runs_on_the_files_nodes(
         assert done.returncode == 0, said[-8000:]
     finally:
         nodes.stop()
-    assert "device   cuda" in said
+    assert "device   cuda" in said, said[-8000:]
     (root,) = re.findall(r"storage\.root=(\S+)", entry)
     sweep = open_folder(root) / "sweeps" / RECIPE
     assert LatentsPointer.exists(sweep)
@@ -131,6 +132,13 @@ def test_the_files_command_runs_on_the_files_nodes(
     assert LatentsManifest.read(latents / latents.list()[0]).encoding.device == "cuda"
     if "tracking.uri" in entry:
         assert TrackingIds.read(sweep).uri == mlflow
+
+
+def _here(node: pods.Node, root: Path) -> pods.Node:
+    """Return the node with its volumes below a folder, its options as a shell would give them."""
+    environment = {name: value.replace("/cache/", f"{root}/cache/") for name, value in node.environment.items()}
+    options = {name: Template(value).safe_substitute(environment) for name, value in node.options.items()}
+    return replace(node, options=options, environment=environment)
 
 
 def _path() -> dict[str, str]:
@@ -144,7 +152,7 @@ def _upload(bucket: str, folder: Path) -> None:
     for number in range(60):
         store.write(f"imagenet/train/{labelled_images.CLASSES[number % 2]}/{number}.png", labelled_images.png(number))
     models = folder / "models"
-    vae.save(open_folder(models / "sd-vae-ft-ema"), vae.new(TrainedVae(kind="trained", widths=(8, 8, 8)), 32))
+    vae.new(TrainedVae(kind="trained", widths=(8, 8, 8)), 32).save_pretrained(models / "sd-vae-ft-ema")
     programs.export(models / "features.pt2", Means())
     for file in (each for each in models.rglob("*") if each.is_file()):
         store.write(str(file.relative_to(folder)), file.read_bytes())
@@ -172,7 +180,9 @@ def _start(described: list[pods.Node], app: Path, environment: dict[str, str], t
 
     def options(node: pods.Node) -> list[str]:
         return [
-            f"--{name}={value}" for name, value in node.options.items() if name in ("num-gpus", "memory", "resources")
+            f"--{name}={value}"
+            for name, value in node.options.items()
+            if name in ("node-name", "num-gpus", "memory", "resources")
         ]
 
     head, *others = described

@@ -80,7 +80,7 @@ def test_a_check_fails_while_something_is_wrong(
     with pytest.raises(SystemExit) as end:
         main(check)
     assert end.value.code == 1
-    assert "1 things are wrong, the first: stopped: no sweep command has run yet; " in capsys.readouterr().err
+    assert f"error: {sweep}: stopped: no sweep command has run yet; to continue: " in capsys.readouterr().err
     with lease.hold(sweep.lease("sweep")):
         with pytest.raises(SystemExit) as end:
             main(check)
