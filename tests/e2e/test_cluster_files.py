@@ -40,7 +40,7 @@ RECIPE = "imagenet256"
 SWITCH = sweeps.ROOT / "tests/support/declared_gpus"
 EXTRACTOR = (
     "evaluate.extractor.weights=/models/weights-inception-2015-12-05-6726825d.pth",
-    "evaluate.extractor.path=/models/features.pt",
+    "evaluate.extractor.path=/models/features.pt2",
 )
 """Inception's 2,049 samples at least would take an hour here: an exported network takes its place."""
 
