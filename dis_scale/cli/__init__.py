@@ -36,7 +36,7 @@ app = _group(
     init=starting.init, doctor=starting.doctor,
     sweep=running.sweep, resume=running.resume, plan=pricing.plan, stop=running.stop, status=running.status,
     logs=running.logs, fork=running.fork, profile=running.profile,
-    report=results.report, compare=results.compare, sample=sampling.sample,
+    report=results.report, compare=results.compare, measure=results.measure, sample=sampling.sample,
     export=checkpoints.export, **{"import": checkpoints.import_weights},
     verify=stored.verify_results, gc=stored.gc, delete=stored.delete,
 )  # fmt: skip

@@ -12,6 +12,7 @@ EXAMPLES = {
     "fork": "dis-scale fork outputs/sweeps/digits dis-m --at 80000 --as dis-m-slow --set learning_rate=5e-5",
     "profile": "dis-scale profile outputs/sweeps/digits dis-m --steps 10 --trace trace.json",
     "report": "dis-scale report outputs/sweeps/digits",
+    "measure": "dis-scale measure samples.npz VIRTUAL_imagenet256_labeled.npz",
     "compare": "dis-scale compare outputs/sweeps/digits outputs/sweeps/digits-2 --pair dis-m=dit-s",
     "sample": "dis-scale sample --checkpoint outputs/sweeps/digits/runs/dis-m/published/000000096000 --classes 1,7",
     "verify": "dis-scale verify outputs/sweeps/digits",

@@ -88,6 +88,35 @@ def compare(
             say(f"figure   {figure}")
 
 
+def measure(
+    samples: Annotated[str, typer.Argument(help="An .npz with `arr_0`, a folder of images or a .tar.")],
+    reference: Annotated[str, typer.Argument(help="One of these, or an .npz with ADM's statistics; a path or URL.")],
+    weights: Annotated[
+        str | None, typer.Option(help="Inception's weights; default: torch-fidelity's download.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure any samples: FID, sFID, Inception Scores, precision and recall, with errors, as ADM's evaluator does."""
+    import torch
+
+    from dis_scale.evaluation import inception, outside
+    from dis_scale.evaluation.features import Extractor
+    from dis_scale.process.progress import Board
+    from dis_scale.recipe.evaluate import INCEPTION_SHA256
+    from dis_scale.report import tables
+    from dis_scale.training.devices import torch_device
+
+    device = torch_device("cuda" if torch.cuda.is_available() else "cpu")
+    extractor = Extractor("inception", INCEPTION_SHA256, inception.load(weights).to(device), device)
+    with Board(console(stderr=True)) as board:
+        found = outside.measured(
+            samples, reference, extractor, lambda done, total: board.update("measure", done, total, "images")
+        ).values
+    names = [name for name in found if not name.endswith("_error")]
+    lines = (f"{name:16} {tables.with_error(found[name], found.get(f'{name}_error'), '.5g')}" for name in names)
+    show(as_json, found, *lines)
+
+
 def guidance(
     sweep: SweepUrl,
     model: Model,

@@ -66,6 +66,11 @@ def decode(
     return _decoded(data, name, lambda image: square(image, resolution, crop), in_flight or InFlight())
 
 
+def exact(data: bytes, name: str) -> np.ndarray:
+    """Decode to uint8 (H, W, 3) as it is, not resized; UndecodableImage as `decode`."""
+    return _decoded(data, name, lambda image: np.asarray(rgb(image)), InFlight())
+
+
 def measure(data: bytes, name: str, in_flight: InFlight) -> tuple[int, int]:
     """Decode all of an image; return width and height of the upright image. UndecodableImage and `in_flight` as `decode`."""
     return _decoded(data, name, lambda image: rgb(ImageOps.exif_transpose(image)).size, in_flight)

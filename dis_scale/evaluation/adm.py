@@ -56,6 +56,21 @@ class Adm:
             )
         return shape[0]
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether it has more than images."""
+        return "mu.npy" in self.file.namelist()
+
+    def square_images(self) -> tuple[int, int]:
+        """Return the number of images and their side; UserError if there are none, or if they are not square."""
+        if f"{IMAGES}.npy" not in self.file.namelist():
+            raise UserError(f"{self.url}: no images ({IMAGES})")
+        with self.file.open(f"{IMAGES}.npy") as stream:
+            shape, dtype = _header(stream)
+        if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3:
+            raise UserError(f"{self.url}: {IMAGES} holds {dtype} of shape {shape}, expected uint8 (N, R, R, 3)")
+        return shape[0], shape[1]
+
     def images(self, at_once: int) -> Iterator[np.ndarray]:
         """Yield the images in order, uint8 (B, R, R, 3)."""
         with self.file.open(f"{IMAGES}.npy") as stream:

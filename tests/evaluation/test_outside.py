@@ -1,0 +1,99 @@
+"""Samples of any origin against any reference: an .npz, a folder and a tar of the same pictures have the same metrics."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_prc import calculate_precision_recall_full
+
+from dis_scale.evaluation import outside
+from dis_scale.evaluation.features import Extractor
+from dis_scale.evaluation.inception import CLASSES
+from dis_scale.process.errors import UserError
+from tests.support.seeded_inception import blobs
+
+SAMPLES = 60
+
+
+def png(picture: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def extractor() -> Extractor:
+    """Eight features of a product with fixed weights, in the place of Inception's 2,048."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(3 * 32 * 32, d, generator=generator) / 1000 for d in (8, 8, CLASSES)]
+
+    def project(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(x.float().flatten(1) @ weight for weight in weights)
+
+    return Extractor("inception", "fixed", project, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Samples in each layout, and other pictures as a reference."""
+    folder, samples, real = tmp_path_factory.mktemp("pictures"), blobs(SAMPLES, 1), blobs(SAMPLES + 20, 2)
+    np.savez(folder / "samples.npz", arr_0=samples)
+    np.savez(folder / "real.npz", arr_0=real)
+    (folder / "samples").mkdir()
+    with tarfile.open(folder / "samples.tar", "w") as tar:
+        for i, picture in enumerate(samples):
+            (folder / "samples" / f"{i:03d}.png").write_bytes(png(picture))
+            info = tarfile.TarInfo(f"{i:03d}.png")
+            info.size = len(png(picture))
+            tar.addfile(info, io.BytesIO(png(picture)))
+    return folder
+
+
+def measured(samples: Path, reference: Path, extractor: Extractor) -> dict[str, float]:
+    return outside.measured(str(samples), str(reference), extractor, lambda *_: None).values
+
+
+def test_an_npz_has_the_metrics_of_torch_fidelity(pictures: Path, extractor: Extractor) -> None:
+    found = measured(pictures / "samples.npz", pictures / "real.npz", extractor)
+    ours, real = (torch.from_numpy(extractor(blobs(n, seed)).pooled) for n, seed in ((SAMPLES, 1), (SAMPLES + 20, 2)))
+    statistics = (fid_features_to_statistics(each) for each in (ours, real))
+    assert found["fid_60"] == pytest.approx(
+        fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"], rel=1e-5
+    )
+    theirs = [float(each) for each in calculate_precision_recall_full(ours, real, neighborhood=3)]
+    assert [found["precision_60"], found["recall_60"]] == pytest.approx(theirs, abs=1e-5)
+    assert found["fid_60_error"] > 0
+    assert {"sfid_60", "is_60", "is_adm_60"} < found.keys()
+
+
+def test_a_folder_and_a_tar_have_the_metrics_of_the_npz(pictures: Path, extractor: Extractor) -> None:
+    expected = measured(pictures / "samples.npz", pictures / "real.npz", extractor)
+    scores = {
+        name for name in expected if name.startswith("is")
+    }  # of splits in the pictures' order, which a listing mixes
+    for name in ("samples", "samples.tar"):
+        found = measured(pictures / name, pictures / "real.npz", extractor)
+        assert found.keys() == expected.keys()
+        for key in found.keys() - scores:
+            if not key.endswith("_error"):
+                assert found[key] == pytest.approx(expected[key], rel=1e-6), key
+
+
+def test_pictures_of_other_sizes_are_refused_by_name(pictures: Path, extractor: Extractor, tmp_path: Path) -> None:
+    for i, side in enumerate([32] * 11 + [16]):
+        (tmp_path / f"{i}.png").write_bytes(png(blobs(1, i, side)[0]))
+    with pytest.raises(
+        UserError, match=r"\d.png has 16 x 16 pixels, the first picture 32 x 32: expected squares of one size"
+    ):
+        measured(tmp_path, pictures / "real.npz", extractor)
+    np.savez(tmp_path / "small.npz", arr_0=blobs(9, 1, 16))
+    with pytest.raises(UserError, match=r"real.npz: 32 x 32 pixels, the samples have 16 x 16"):
+        measured(tmp_path / "small.npz", pictures / "real.npz", extractor)
+    np.savez(tmp_path / "none.npz", arr_1=blobs(9, 1, 16))
+    with pytest.raises(UserError, match=r"none.npz: no images \(arr_0\)"):
+        measured(tmp_path / "none.npz", pictures / "real.npz", extractor)
