@@ -10,7 +10,7 @@ Pitfalls:
 * S3 answers 409 to `If-None-Match` while another request for the object is in progress: it is no answer yet, and is retried.
 * If an `If-None-Match` race is lost, Ceph's gateway answers 412; s3fs raises OSError(EINVAL), not FileExistsError.
 * Ceph ignores `If-None-Match` for a multipart upload, so `create` is for small objects.
-* A process with an S3 client must not fork: the child closes connections of its parent, which then waits for them.
+* A process with an S3 client must not fork: when a child that reads S3 ends, its parent's next read waits for 60 s.
 * An S3 client reads a key from a file or the environment once. After a rotation of keys only a new client has the new one.
 """
 
