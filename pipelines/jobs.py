@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import aiohttp
+import ray
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
@@ -247,6 +248,7 @@ def end_own_job(exit_code: int, connect: Callable[[], Any] = JobSubmissionClient
     final = FINAL in os.environ and exit_code != StorageAway.exit_code
     if own is None or not (stopped or final):
         return
+    ray.shutdown()  # it sends the last metrics, for which Ray leaves a job that it stops no time
     with contextlib.suppress(OSError, RuntimeError):
         connect().stop_job(own)
         time.sleep(wait_s)  # Ray ends this process; if it ended by itself, its job would have failed

@@ -12,14 +12,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dis_scale.process.errors import DisScaleError, StorageAway, StorageError
 from dis_scale.recipe import Recipe
-from dis_scale.sweep import Sweep, state
+from dis_scale.sweep import state
 from dis_scale.training.devices import device_of
 from pipelines import ray_private
 from pipelines.ray_private import Resources
 from pipelines.stage import StageJob
 
-MOST_FAILURES = 2
-"""Failures of a node's devices in one sweep after which its training avoids the node."""
 ON_EACH_S = 120.0
 """Time for a task that runs on each node."""
 NODE_ID = "ray.io/node-id"
@@ -97,20 +95,15 @@ def record_failure(job: StageJob, model: str, name: str, why: str) -> None:
         return
     job.emit("node_failure", model=model, node=name, failures=failures)
     job.say(f"{model}: node {name}: failure {failures} of its devices: {why}", level="warning")
-    if failures >= MOST_FAILURES:
+    if failures >= state.MOST_NODE_FAILURES:
         job.emit("node_excluded", model=model, node=name)
         job.say(f"{model}: node {name} is excluded after {failures} failures: drain it, or repair it", level="warning")
 
 
-def failed(sweep: Sweep) -> list[str]:
-    """Return the names of the nodes that had so many failures that placement avoids them, whether they are alive or not."""
-    return sorted(name for name, failures in state.node_failures(sweep).items() if failures >= MOST_FAILURES)
-
-
 def excluded(job: StageJob, nodes: Sequence[Node], enough: Callable[[Collection[str]], bool]) -> list[str]:
     """Return the ids of the nodes to avoid; none, with a line, unless the other nodes are `enough` without them."""
-    failures = state.node_failures(job.sweep)
-    bad = {node.id: node.name for node in nodes if failures[node.name] >= MOST_FAILURES}
+    names = state.excluded_nodes(job.sweep)
+    bad = {node.id: node.name for node in nodes if node.name in names}
     if bad and not enough(bad.keys()):
         job.emit("exclusion_ignored", nodes=sorted(bad.values()))
         job.say(f"the other nodes have no capacity: excluded nodes are used again: {', '.join(sorted(bad.values()))}")

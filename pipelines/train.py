@@ -138,7 +138,7 @@ def train_one(job: StageJob) -> None:
 
 
 def _show_run(job: StageJob, model: str) -> None:
-    metrics.show_run(job.sweep, model, len(nodes.failed(job.sweep)), job.gauge)
+    metrics.show_run(job.sweep, model, len(state.excluded_nodes(job.sweep)), job.gauge)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from dis_scale.sweep.extractors import part_count, reference_file, reference_par
 
 AT_ONCE = 32
 """Requests to storage at a time: a sweep may have a thousand checkpoints."""
+MOST_NODE_FAILURES = 2
+"""Failures of a node's devices in one sweep after which its training avoids the node."""
 T = TypeVar("T")
 
 
@@ -252,6 +254,11 @@ def node_failures(sweep: Sweep) -> Counter[str]:
     """Return the number of failed devices by node, over all models of the sweep."""
     every = [_node_failures(sweep.run(model)) for model in sweep.recipe.models]
     return Counter({node: sum(len(each.get(node, ())) for each in every) for node in set().union(*every)})
+
+
+def excluded_nodes(sweep: Sweep) -> list[str]:
+    """Return the names of the nodes that had so many failures that training avoids them, whether they are alive or not."""
+    return sorted(name for name, failures in node_failures(sweep).items() if failures >= MOST_NODE_FAILURES)
 
 
 def forgive_node(sweep: Sweep, node: str) -> int:

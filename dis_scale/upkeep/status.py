@@ -240,10 +240,9 @@ def _wrong(reader: _Reader, runs: list[RunStatus]) -> list[str]:
         if run.doing == "stopped":
             lost = f"; {_no_heartbeat(run.holder, run.beat_age_s)}" if run.holder else ""
             lines.append(f"{run.model}: stopped at {run.images_seen:,} images{lost}")
-    failures: dict[str, int] = reader.read("the failures of nodes", lambda: state.node_failures(reader.sweep)) or {}
+    excluded = reader.read("the failures of nodes", lambda: state.excluded_nodes(reader.sweep)) or []
     return lines + [
-        f"{node}: {count} failures of its devices; see ops/runbooks/bad-gpu-or-node.md"
-        for node, count in failures.items()
+        f"{node}: excluded after failures of its devices; see ops/runbooks/bad-gpu-or-node.md" for node in excluded
     ]
 
 

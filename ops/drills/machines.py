@@ -94,7 +94,7 @@ def bad_gpu_or_node(drill: Drill) -> None:
     drill.expect("node bad: failure 2 of its devices: .*uncorrectable ECC error")
     drill.expect("node bad is excluded after 2 failures: drain it, or repair it")
     drill.dis_scale("status", str(drill.sweep))
-    drill.expect("bad: [23] failures of its devices; see ops/runbooks/bad-gpu-or-node.md")
+    drill.expect("bad: excluded after failures of its devices; see ops/runbooks/bad-gpu-or-node.md")
     drill.dis_scale("node", "forgive", str(drill.sweep), "bad")
     drill.expect("forgiven bad: [23] failures of its devices")
 

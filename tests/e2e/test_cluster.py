@@ -21,6 +21,7 @@ from ops.drills import object_store
 from pipelines import jobs
 from pipelines.cluster import free_ports
 from tests.support import pods, secrets, stages, sweeps
+from tests.support.exporters import scrape_all
 
 SETTINGS = ("train.resume_every_images=160", "evaluate.variants={}", "precompute.workers=1")
 """One way to sample: other tests cover more."""
@@ -34,6 +35,7 @@ SECRETS = {name: secrets.SECRETS[name] for name in ("MLFLOW_TRACKING_USERNAME", 
 """Planted; those of the store are real."""
 
 
+ENDED = "ray_dis_scale_sweep_ended_timestamp_seconds{"
 RAY = ("-m", "ray.scripts.scripts")
 
 
@@ -150,10 +152,12 @@ def test_submitted_stopped_and_submitted_again(head: Head, store: Store, tmp_pat
         assert time.monotonic() < deadline, client.list_jobs()
         time.sleep(0.2)
     assert client.get_job_status("first") == "STOPPED"
+    assert ENDED in scrape_all(head.folder), "an alert tells it from a command that is gone"
     assert state.resumable_images(run) > 0
     assert state.published_counts(run) == [0]
     done = submit(head, "second", store)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert ENDED in scrape_all(head.folder)
     sweeps.assert_complete(store.root, *store.settings)
     sweeps.assert_mlflow_has_everything(store.root, *store.settings)
     printed = done.stdout
