@@ -98,7 +98,10 @@ class StageJob:
     def hold(self, name: str) -> Iterator[Lease]:
         """Hold the stage's lease for the block."""
         with lease.hold(self.sweep.lease(name)) as self.held:
-            yield self.held
+            try:
+                yield self.held
+            finally:
+                self.held = None
 
     def require_held(self) -> None:
         """Held if another process has taken over this stage; asked before each document that it would also write."""

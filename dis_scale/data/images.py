@@ -32,13 +32,13 @@ class InFlight:
 
     def __init__(self, most: int = 2**28) -> None:
         self._most = self._left = most
-        self._changed = threading.Condition()
+        self._changed, self._first = threading.Condition(), threading.Lock()
 
     @contextlib.contextmanager
     def take(self, pixels: int) -> Iterator[None]:
-        """Wait until as many pixels are free, and hold them for the block."""
+        """Wait until as many pixels are free, and hold them for the block. One waits at a time: small images pass no large one."""
         pixels = min(pixels, self._most)
-        with self._changed:
+        with self._first, self._changed:
             self._changed.wait_for(lambda: self._left >= pixels)
             self._left -= pixels
         try:
@@ -66,9 +66,9 @@ def decode(
     return _decoded(data, name, lambda image: square(image, resolution, crop), in_flight or InFlight())
 
 
-def exact(data: bytes, name: str) -> np.ndarray:
-    """Decode to uint8 (H, W, 3) as it is, not resized; UndecodableImage as `decode`."""
-    return _decoded(data, name, lambda image: np.asarray(rgb(image)), InFlight())
+def exact(data: bytes, name: str, in_flight: InFlight) -> np.ndarray:
+    """Decode to uint8 (H, W, 3) as it is, not resized; UndecodableImage and `in_flight` as `decode`."""
+    return _decoded(data, name, lambda image: np.asarray(rgb(image)), in_flight)
 
 
 def measure(data: bytes, name: str, in_flight: InFlight) -> tuple[int, int]:

@@ -6,23 +6,27 @@ Samples are an `.npz` of ADM's (`arr_0`), a folder of images or a tar; a referen
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from dis_scale.data import images
+from dis_scale.data.mixing import permutation
 from dis_scale.data.sources import open_source
 from dis_scale.evaluation import measure, parts
 from dis_scale.evaluation.adm import open_reference
-from dis_scale.evaluation.features import BATCH_IMAGES, Extractor
+from dis_scale.evaluation.features import BATCH_IMAGES, Extractor, Features
 from dis_scale.evaluation.metrics import require_samples
 from dis_scale.evaluation.reference import Reference, read_adm
 from dis_scale.evaluation.sampling import SampleBlock
-from dis_scale.process.errors import UserError
+from dis_scale.evaluation.score import Score, adm_splits
+from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.process.progress import ReportShare
 from dis_scale.process.threads import batched, in_order
 from dis_scale.recipe import Data, Evaluate
 
-METRICS = ("distance", "sfid", "inception_score", "inception_score_adm", "precision_recall")
+METRICS = ("distance", "sfid", "inception_score", "precision_recall")
+"""Beside the Inception Score as ADM has it."""
 READERS = 16
 SETTINGS = Evaluate.model_validate(
     {"samples": 50_000, "sampler": "ddpm", "steps": 1, "extractor": {"kind": "inception"}}, strict=False
@@ -42,22 +46,23 @@ class Pictures:
 @contextlib.contextmanager
 def opened(where: str) -> Iterator[Pictures]:
     """Open an `.npz`, a folder or a tar of pictures; UserError if there are none, or not of one size and square."""
-    if where.endswith(".npz"):
+    if where.lower().endswith(".npz") and not Path(where).is_dir():
         adm = open_reference(where)
         with contextlib.closing(adm):
             count, side = adm.square_images()
             yield Pictures(count, side, lambda: adm.images(BATCH_IMAGES))
         return
-    kind = "tar" if where.endswith(".tar") else "folder"
+    kind = "tar" if where.lower().endswith(".tar") and not Path(where).is_dir() else "folder"
     source = open_source(
         Data.model_validate({"source": {"kind": kind, "url": where}, "resolution": 1, "num_classes": "none"})
     )
 
     def read(i: int) -> np.ndarray:
         (data,), name = source.read([source.listing[i]]), source.names[i]
-        return images.exact(data or b"", name)
+        return images.exact(data or b"", name, source.in_flight)
 
-    first = read(0)
+    order = sorted(range(len(source)), key=source.names.__getitem__)  # a folder is listed in a mixed order
+    first = read(order[0])
 
     def checked(i: int) -> np.ndarray:
         picture = read(i)
@@ -70,42 +75,62 @@ def opened(where: str) -> Iterator[Pictures]:
         return picture
 
     def batches() -> Iterator[np.ndarray]:
-        return map(np.stack, batched(in_order(range(len(source)), checked, READERS), BATCH_IMAGES))
+        return map(np.stack, batched(in_order(order, checked, READERS), BATCH_IMAGES))
 
     yield Pictures(len(source), first.shape[0], batches)
 
 
 def measured(samples: str, reference: str, extractor: Extractor, report: ReportShare) -> measure.Measured:
-    """Return all of `METRICS` of the samples, by name and with errors; `report` gets the samples that are measured."""
+    """Return all of `METRICS` and ADM's Inception Score by name, with errors; `report` gets the samples that are measured.
+
+    Keeps all features, 20 KB a sample: the jackknife's groups are of a mixed order, since samples are often sorted by class. ADM's
+    Inception Score is of the samples' own order.
+    """
     with opened(samples) as pictures:
-        real = _reference(reference, pictures.side, extractor)
-        require_samples(pictures.count, len(real.pooled.mean))
+        count, real = pictures.count, _reference(reference, pictures.side, extractor)
+        require_samples(count, len(real.pooled.mean))
         known = {"sfid": real.spatial is not None, "precision_recall": real.kept is not None}
         metrics = tuple(metric for metric in METRICS if known.get(metric, True))
-        settings = SETTINGS.model_copy(update={"samples": pictures.count, "metrics": metrics})
+        parts_of_all, done = list[Features](), 0
+        for batch in pictures.batches():
+            parts_of_all.append(extractor(batch))
+            done += len(batch)
+            report(done, count)
+    every = [np.concatenate(arrays) for arrays in zip(*map(_arrays, parts_of_all), strict=True)]
+    settings = SETTINGS.model_copy(update={"samples": count, "metrics": metrics})
+    mixed = Features(extractor.identity, *(array[permutation(count)] for array in every))
+    block = SampleBlock({extractor.name: mixed}, np.full(count, -1), np.zeros((0, 1, 1, 3), np.uint8))
+    found = measure.measure_blocks([block], {extractor.name: real}, settings)
+    in_order_of_samples = Score(adm_splits(count), every[-1].shape[1])
+    in_order_of_samples.add(every[-1])
+    name = settings.metric_name("is_adm", extractor.name)
+    value, error = in_order_of_samples.result()
+    return found._replace(values=found.values | {name: value} | ({f"{name}_error": error} if error is not None else {}))
 
-        def blocks() -> Iterator[SampleBlock]:
-            done = 0
-            for batch in pictures.batches():
-                yield SampleBlock({extractor.name: extractor(batch)}, np.full(len(batch), -1), batch[:0])
-                done += len(batch)
-                report(done, pictures.count)
 
-        return measure.measure_blocks(blocks(), {extractor.name: real}, settings)
+def _arrays(features: Features) -> tuple[np.ndarray, ...]:
+    assert features.spatial is not None
+    assert features.logits is not None
+    return features.pooled, features.spatial, features.logits
 
 
 def _reference(where: str, side: int, extractor: Extractor) -> Reference:
     """Return a reference from ADM's statistics if the file has them, else from its pictures; UserError for another size."""
-    if where.endswith(".npz"):
+    if where.lower().endswith(".npz") and not Path(where).is_dir():
         with contextlib.closing(open_reference(where)) as adm:
             if adm.has_statistics:
                 return read_adm(where, side, extractor, lambda _: None)
     with opened(where) as pictures:
         if pictures.side != side:
             raise UserError(f"{where}: {pictures.side} x {pictures.side} pixels, the samples have {side} x {side}")
-        statistics, keep, done = parts.Statistics(), np.zeros(pictures.count, bool), 0
+        statistics, keep, done, d = parts.Statistics(), np.zeros(pictures.count, bool), 0, 0
         keep[parts.choose_kept(pictures.count)] = True
         for batch in pictures.batches():
-            statistics.add(extractor(batch), keep[done : done + len(batch)])
-            done += len(batch)
+            features = extractor(batch)
+            statistics.add(features, keep[done : done + len(batch)])
+            done, d = done + len(batch), features.pooled.shape[1]
+        try:
+            require_samples(pictures.count, d)
+        except DisScaleError as error:
+            raise UserError(f"{where}: {pictures.count:,} pictures are too few for a reference: {error}") from error
         return Reference.of(extractor.identity, statistics)

@@ -59,6 +59,8 @@ def written_out(recipe: Recipe, shape: LatentShape) -> Recipe:
                 f"isoflop: {size} has no budget within its limits: change least_steps ({recipe.isoflop.least_steps:,}), "
                 f"most_images ({recipe.isoflop.most_images}) or flops, or remove the model"
             )
+        if recipe.train_of(size).warmup_images:
+            raise UserError(f"models.{size}: warmup_images follows from isoflop.warmup in a study: remove it")
         warmup = {"warmup_images": round(recipe.isoflop.warmup * min(counts))}
         model = data["models"][size] | {"train": data["models"][size]["train"] | warmup}
         branches = dict(_branch(recipe, cell, model, share) for cell in trained if cell.size == size)

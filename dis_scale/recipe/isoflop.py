@@ -30,4 +30,6 @@ class Isoflop(Settings):
     def _flops_rise(self) -> Self:
         if list(self.flops) != sorted(set(self.flops)):
             raise ValueError(f"flops must rise: got {list(self.flops)}")
+        if self.warmup >= 1 - self.share:
+            raise ValueError(f"warmup {self.warmup:g} leaves nothing at the constant rate beside share {self.share:g}")
         return self

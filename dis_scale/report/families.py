@@ -2,7 +2,8 @@
 
 The points of one family are compared with the curve of the other: a line through its sizes in logarithms of cost and value. Their
 mean distance from it is a sum of logarithms with known factors. Its error follows from the seeds' spread or, with one seed, from
-the jackknife of that sum, in which noise that all samples share cancels; and from how the other family's sizes leave their line.
+the jackknife of that sum, in which noise that all samples share cancels; and from how the other family's sizes leave their line,
+which is taken to be how ours leave theirs.
 """
 
 import math
@@ -58,6 +59,8 @@ class Gap(NamedTuple):
     sizes: list[Size]
     curve: np.ndarray
     """Value of the other family's curve at the cost of each size."""
+    over_seeds: bool
+    """Whether the errors hold the spread between trainings."""
 
     @property
     def error(self) -> float | None:
@@ -87,10 +90,11 @@ def gap(ours: list[Size], theirs: list[Size]) -> Gap | None:
     logs = np.array([size.log for size in every])
     theirs_logs = logs[len(inside) :]
     residuals = theirs_logs - design @ (np.linalg.pinv(design) @ theirs_logs)
-    misfit = math.sqrt(float((residuals**2).sum()) / (len(theirs) - 2)) * float(np.linalg.norm(on_curve.mean(0)))
+    misfit = math.sqrt(float((residuals**2).sum()) / (len(theirs) - 2)) * float(np.linalg.norm(factors))
     known = _errors(every, factors)
     errors = (*known, Error(misfit, len(theirs) - 1)) if known else ()
-    return Gap(float(factors @ logs), errors, inside, np.exp(on_curve @ theirs_logs))
+    over_seeds = any(len(size.values) > 1 for size in every)
+    return Gap(float(factors @ logs), errors, inside, np.exp(on_curve @ theirs_logs), over_seeds)
 
 
 def _errors(sizes: list[Size], factors: np.ndarray) -> tuple[Error, ...]:
@@ -118,7 +122,6 @@ class Comparison:
     images: int
     found: Gap | None
     why_not: str = ""
-    over_seeds: bool = False
 
     @property
     def sentence(self) -> str:
@@ -133,7 +136,7 @@ class Comparison:
         )
         if error is None:
             return f"{start}: {words}; its error is not known"
-        spread = "over seeds" if self.over_seeds else "of sampling alone, not between trainings"
+        spread = "over seeds" if self.found.over_seeds else "of sampling alone, not between trainings"
         verdict = "a difference at 5 %" if self.found.significant else "no difference at 5 %"
         return f"{start}: {words}, ± {error:.1%} ({spread}, and of the curve): {verdict}"
 
@@ -168,26 +171,33 @@ def _comparison(report: Report, metric: str, cost: str, ours: str, theirs: str) 
     counts = [n for n in report.counts if report.family(ours, n) and report.family(theirs, n)]
     if not counts:
         return Comparison(metric, cost, ours, theirs, 0, None, "they have no count of images in common")
-    mine, other = (_sizes(report, kind, counts[-1], metric, COSTS[cost]) for kind in (ours, theirs))
+    enough = [n for n in counts if len(report.family(theirs, n)) >= LEAST_SIZES]
+    count = (enough or counts)[-1]
+    mine, other = (_sizes(report, kind, count, metric, COSTS[cost]) for kind in (ours, theirs))
     if not mine or not other:
-        return Comparison(metric, cost, ours, theirs, counts[-1], None, f"{cost} or {metric} are not known")
+        return Comparison(metric, cost, ours, theirs, count, None, f"{cost} or {metric} are not known")
     found = gap(mine, other)
-    why = f"{theirs} has {len(other)} sizes and a curve needs {LEAST_SIZES}"
+    why = f"{theirs} has {len(other)} of the {LEAST_SIZES} sizes that a curve needs"
     if len(other) >= LEAST_SIZES:
-        why = f"no size of {ours} is within the costs of {theirs}"
-    over_seeds = any(len(size.values) > 1 for size in (*mine, *other))
-    return Comparison(metric, cost, ours, theirs, counts[-1], found, "" if found else why, over_seeds)
+        why = f"no size of {ours} is within the costs of {theirs}, or these are all equal"
+    return Comparison(metric, cost, ours, theirs, count, found, "" if found else why)
 
 
 def _sizes(report: Report, kind: str, images: int, metric: str, cost: Callable[[Point], float | None]) -> list[Size]:
     """Return a family's sizes at one count, each with all its trainings; none if a cost or a value is not known."""
     sizes = list[Size]()
     for point in report.family(kind, images):
-        trainings = [p for p in report.points if (p.group, p.variant, p.images_seen) == (point.group, MAIN, images)]
-        values, price = tuple(p.values[metric] for p in trainings if p.values.get(metric, 0) > 0), cost(point)
-        if not values or not price:
+        trainings = [
+            p
+            for p in report.points
+            if (p.group, p.variant, p.images_seen) == (point.group, MAIN, images) and p.values.get(metric, 0) > 0
+        ]
+        price = cost(point)
+        if not trainings or not price:
             return []
-        sizes.append(Size(point, price, values, trainings[0].evaluation.left_out.get(metric, ())))
+        left_out = trainings[0].evaluation.left_out.get(metric, ())
+        known = left_out if all(value > 0 for value in left_out) else ()
+        sizes.append(Size(point, price, tuple(p.values[metric] for p in trainings), known))
     return sizes
 
 

@@ -17,7 +17,12 @@ _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 def replace(path: Path, data: bytes) -> None:
     """Write a file, in the place of an older one."""
-    _temporary(path, data).replace(path)
+    part = _temporary(path, data)
+    try:
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     _sync(path.parent)
 
 
@@ -40,7 +45,10 @@ def create(path: Path, data: bytes) -> None:
 
 def _temporary(path: Path, data: bytes) -> Path:
     """Write the data next to `path` under a name that listings hide, and sync it to the disk; return that path."""
+    new = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in new:
+        _sync(folder.parent)
     part = path.with_name(f"{path.name}{TEMPORARY}{uuid.uuid4().hex}")
     try:
         with part.open("wb") as file:

@@ -96,7 +96,12 @@ class ProgramVae(Vae):
         """
         blanks, path = torch.zeros(2, 3, resolution, resolution), self.settings.path
         halves, expected = (2, "(2, 2C, h, h)") if self.settings.posterior else (1, "(2, C, h, h)")
-        encoded = self._encode(blanks)
+        try:
+            encoded = self._encode(blanks)
+        except RuntimeError as error:  # such as of another precision
+            raise UserError(f"{path}: encode: {str(error).strip().splitlines()[-1]}") from error
+        if not encoded.isfinite().all():
+            raise UserError(f"{path}: encode returns values of blank images that are not finite")
         if not torch.equal(encoded, self._encode(blanks)):
             raise UserError(f"{path}: encode is random: return mean and log-variance, and set vae.posterior: true")
         if encoded.ndim != 4:

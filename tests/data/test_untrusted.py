@@ -45,6 +45,16 @@ def test_threads_decode_a_bounded_number_of_pixels() -> None:
         assert not decoded
     other.join()
     assert decoded[0].shape == (8, 8, 3)
+    waits = threading.Thread(target=lambda: decoded.append(images.decode(file.getvalue(), "x", 8, None, in_flight)))
+    with in_flight.take(80_000):  # too much is held for the image, but not for a small one that comes after it
+        waits.start()
+        waits.join(0.2)
+        after = threading.Thread(target=lambda: in_flight.take(100).__enter__())
+        after.start()
+        after.join(0.2)
+        assert after.is_alive()
+    waits.join()
+    after.join()
     held, most = threading.Semaphore(2), list[bool]()
 
     def hold() -> None:

@@ -57,8 +57,8 @@ def test_a_branch_keeps_its_budget_and_a_fork_has_none() -> None:
 
 
 def test_the_warm_up_is_a_share_of_a_sizes_smallest_training() -> None:
-    """Whatever the recipe's own is: a fixed one would be half of a large size's training, and nothing of a small one's."""
-    recipe = written_out("isoflop.warmup=0.1", "train.warmup_images=10000").recipe
+    """A fixed one would be half of a large size's training, and nothing of a small one's."""
+    recipe = written_out("isoflop.warmup=0.1").recipe
     for size in ("dis", "dit"):
         runs = [recipe.train_of(name) for name in recipe.models if name.partition("-at-")[0] == size]
         assert {run.warmup_images for run in runs} == {round(0.1 * min(run.images for run in runs[1:]))}
@@ -119,6 +119,7 @@ def shown(plan: Plan, cells: list[isoflop.Cell]) -> str:
         ("isoflop.flops=[2e10, 1e10]", "flops must rise: got [20000000000.0, 10000000000.0]"),
         ("isoflop.flops=[0]", "isoflop.flops.0: got 0, expected: greater than 0"),
         ("isoflop.warmup=0.2", "isoflop.warmup: got 0.2, expected: less than or equal to 0.1"),
+        ("isoflop.share=0.96", "warmup 0.05 leaves nothing at the constant rate beside share 0.96"),
         ("isoflop.shares=0.2", "isoflop.shares: unknown key (did you mean 'share'?)"),
         ("train.decay=linear", "models.dis: train.decay is linear, expected none: a size of a study"),
         ("isoflop=null", "train.publish_images: missing, and there is no default"),
@@ -136,11 +137,12 @@ def test_mistakes_are_named(override: str, words: str) -> None:
     ("override", "words"),
     [
         ("isoflop.flops=[1e10, 1.0001e10]", "isoflop.flops: two budgets give dis the same number of images"),
-        ("isoflop.share=0.9999", "isoflop.share: 0.9999 leaves dis no step at the constant rate"),
+        ("isoflop.share=0.9999,isoflop.warmup=0", "isoflop.share: 0.9999 leaves dis no step at the constant rate"),
         (
             f"models.{'d' * 36}={{kind: dis, width: 16, depth: 2, patch: 4}}",
             f"models.{'d' * 36}: its branch would be called {'d' * 36}-at-",
         ),
+        ("train.warmup_images=160", "models.dis: warmup_images follows from isoflop.warmup in a study: remove it"),
         ("isoflop.least_steps=1000000", "isoflop: dis has no budget within its limits: change least_steps (1,000,000)"),
         ("isoflop.most_images=16", "isoflop: dis has no budget within its limits"),
         ("train.publish_images=[160]", "isoflop.flops: no model is trained for 1e+10, 2e+10: expected models without"),
@@ -148,7 +150,7 @@ def test_mistakes_are_named(override: str, words: str) -> None:
 )
 def test_a_study_that_cannot_be_is_refused(override: str, words: str) -> None:
     with pytest.raises(UserError) as caught:
-        written_out(override)
+        written_out(*override.split(",isoflop")[:1], *(f"isoflop{each}" for each in override.split(",isoflop")[1:]))
     assert words in str(caught.value)
 
 

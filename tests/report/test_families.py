@@ -66,7 +66,7 @@ def test_a_known_ratio_is_found_within_its_error(kind: str) -> None:
     equal, better = found(kind, 1.0), found(kind, 0.85)
     assert np.mean([gap.change for gap in better]) == pytest.approx(np.log(0.85), abs=0.01)
     errors = [gap.error for gap in equal]
-    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std([gap.change for gap in equal]), rel=0.45)
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std([gap.change for gap in equal]), rel=0.6)
     assert np.mean([gap.significant for gap in equal]) < 0.08
     assert np.mean([gap.significant for gap in better]) > 0.8
 
@@ -82,6 +82,24 @@ def test_sizes_that_leave_the_curve_widen_the_error() -> None:
     assert one.error is not None
     assert other.error is not None
     assert other.error > 10 * one.error
+
+
+def test_sizes_of_both_families_that_leave_a_line_are_no_difference() -> None:
+    """Two equal families whose sizes scatter about one line by ten times their seeds' noise."""
+    significant = []
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        ours, theirs = (
+            [
+                size(c, list(100 * c**-0.4 * np.exp(0.1 * rng.standard_normal() + 0.01 * rng.standard_normal(3))))
+                for c in costs
+            ]
+            for costs in (COSTS[:4], COSTS[:4] * 1.1)
+        )
+        gap = families.gap(ours, theirs)
+        assert gap
+        significant.append(gap.significant)
+    assert np.mean(significant) < 0.09
 
 
 def test_too_few_sizes_and_other_costs_have_no_curve() -> None:
@@ -117,7 +135,7 @@ def test_a_sweep_says_what_its_families_show(sweep: Any) -> None:
     assert sentence.startswith(f"{report.metric} at equal Gflops: dit is ")
     assert sentence.endswith("its error is not known")
     (other,) = families.sentences(report)
-    assert other.endswith("dis and dit cannot be compared: dit has 1 sizes and a curve needs 3")
+    assert other.endswith("dis and dit cannot be compared: dit has 1 of the 3 sizes that a curve needs")
     with pytest.raises(UserError, match=r"--families: both has no points of mamba: it has dis, dit"):
         list(families.comparisons(report, "dis", "mamba"))
 

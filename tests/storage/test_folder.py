@@ -106,6 +106,9 @@ def test_a_written_file_and_its_name_are_on_the_disk(tmp_path: Path, monkeypatch
     files, folders = synced[::2], synced[1::2]
     assert [Path(file).name[0] for file in files] == ["a", "b"]
     assert folders == [str(tmp_path)] * 2
+    synced.clear()
+    root.write("new/folder/c", b"")
+    assert {str(tmp_path), str(tmp_path / "new"), str(tmp_path / "new/folder")} < set(synced)
 
 
 def test_a_folder_that_cannot_be_created_is_a_user_error() -> None:

@@ -30,6 +30,8 @@ class Returning(torch.nn.Module):
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         if self.how == "random":
             return x + torch.randn_like(x)
+        if self.how == "nan":
+            return x / x.std()
         if self.how == "first":
             return x[:1]
         return x[:, 0, 0, 0] if self.how == "(B)" else x.flatten(1) if self.how == "(B, n)" else x.half()
@@ -111,6 +113,7 @@ def test_other_programs_are_refused(tmp_path: Path) -> None:
     ("net", "words"),
     [
         (Returning("random"), "encode is random: return mean and log-variance, and set vae.posterior: true"),
+        (Returning("nan"), "encode returns values of blank images that are not finite"),
         (Returning("first"), r"encode returns \(1, 3, 32, 32\) and decode .* expected \(2, C, h, h\)"),
         (Returning("(B)"), r"encode returns \(2,\) for two images, expected \(2, C, h, h\)"),
         (Returning("(B, n)"), r"encode returns \(2, 3072\) for two images, expected \(2, C, h, h\)"),
