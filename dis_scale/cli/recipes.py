@@ -64,7 +64,8 @@ def shipped(as_json: AsJson = False) -> None:
     document = [
         {"name": name, "path": str(recipes.resolve(name)), "purpose": words} for name, words in purposes.items()
     ]
-    show(as_json, document, *(f"{name:<24}{words}" for name, words in purposes.items()))
+    width = max(map(len, purposes)) + 2
+    show(as_json, document, *(f"{name:<{width}}{words}" for name, words in purposes.items()))
 
 
 def schema() -> None:
