@@ -80,7 +80,7 @@ def test_a_published_average_of_another_sweep_is_count_0(tmp_path: Path) -> None
     theirs, ours = (load_published(r, n) for r, n in ((sweep.run("dis"), 32), (run, 0)))
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
-    missing = start.replace("32", "48")
+    missing = start.replace("images: 32", "images: 48")
     with pytest.raises(
         UserError, match=r"models.dis.start.images: dis of .* has not published 48, expected one of: 0, 32"
     ):
