@@ -1,8 +1,11 @@
 """Writing a local file: atomic, exclusive where asked, and on the disk when it returns."""
 
+import contextlib
 import errno
 import os
 import uuid
+from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 from dis_scale.process.errors import UserError
@@ -17,35 +20,31 @@ _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 def replace(path: Path, data: bytes) -> None:
     """Write a file, in the place of an older one."""
-    part = _temporary(path, data)
-    try:
+    with _written(path, data) as part:
         part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
 
 
 def create(path: Path, data: bytes) -> None:
     """Write a file; FileExistsError if there is one. A hard link: no other call is atomic and exclusive on every file system."""
-    part = _temporary(path, data)
-    try:
-        os.link(part, path)
-    except OSError as error:
-        if error.errno in _NO_LINKS:
-            raise UserError(
-                f"{path.parent} has no hard links, by which one of several runs comes first (exFAT, SMB, and many file systems in "
-                "user space have none): use another disk, NFS or S3"
-            ) from error
-        raise
-    finally:
-        part.unlink()
-    _sync(path.parent)
+    with _written(path, data) as part:
+        try:
+            os.link(part, path)
+        except OSError as error:
+            if error.errno in _NO_LINKS:
+                raise UserError(
+                    f"{path.parent} has no hard links, by which one of several runs comes first (exFAT, SMB, and many file systems "
+                    "in user space have none): use another disk, NFS or S3"
+                ) from error
+            raise
 
 
-def _temporary(path: Path, data: bytes) -> Path:
-    """Write the data next to `path` under a name that listings hide, and sync it to the disk; return that path."""
-    new = [folder for folder in path.parents if not folder.exists()]
+@contextlib.contextmanager
+def _written(path: Path, data: bytes) -> Iterator[Path]:
+    """Write the data next to `path` under a name that listings hide, and give that path for the block, which gives it its name.
+
+    File and names are on the disk afterwards; if anything fails, nothing is left.
+    """
+    new = list(takewhile(lambda folder: not folder.exists(), path.parents))
     path.parent.mkdir(parents=True, exist_ok=True)
     for folder in new:
         _sync(folder.parent)
@@ -55,10 +54,10 @@ def _temporary(path: Path, data: bytes) -> Path:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
+        yield part
+    finally:
         part.unlink(missing_ok=True)
-        raise
-    return part
+    _sync(path.parent)
 
 
 def _sync(folder: Path) -> None:
