@@ -40,7 +40,7 @@ def available_by_node() -> dict[str, Resources]:
 
 
 def draining_nodes() -> dict[str, float]:
-    """Seconds until each node is taken away that will be, by its id; infinity if Ray was not told.
+    """Seconds until each node is taken away that will be, by its id; infinity if Ray does not know it.
 
     `ray drain-node`, KubeRay, an autoscaler and a spot notice all end here.
     """

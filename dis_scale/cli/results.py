@@ -57,8 +57,8 @@ def compare(
         from dis_scale.report import families as within
 
         measured = collect(opened := Sweep.open(a), plan_of(opened))
-        found_within = [each.to_json() for each in within.comparisons(measured, *families)]
-        show(as_json, found_within, within.table(measured, *families))
+        compared = within.comparisons(measured, *families)
+        show(as_json, [each.to_json() for each in compared], within.table(measured.sweep, compared))
         return
     if b is None:
         raise UserError("compare: expected two sweeps, or one with --families A B")

@@ -46,16 +46,15 @@ def files_of(url: Folder, pattern: str, suffix: str) -> tuple[Folder, list[str]]
     """
     if url.name.endswith(suffix):
         parent, name = Folder(url.url.rsplit("/", 1)[0]), url.name
-        try:
-            parent.read_up_to(
-                name, 1
-            )  # fsspec's `exists` takes a web server that does not answer for one without the file
+        try:  # fsspec's `exists` takes a web server that does not answer for one without the file
+            parent.read_up_to(name, 1)
         except FileNotFoundError as error:
             raise UserError(f"data.source.url: no file {url}") from error
         return parent, [name]
-    names = [name for name in url.list() if fnmatch(name, pattern)]
+    every = url.list()
+    names = [name for name in every if fnmatch(name, pattern)]
     if not names:
-        there = f"there are {some(url.list())}" if url.list() else "it is empty or does not exist"
+        there = f"there are {some(every)}" if every else "it is empty or does not exist"
         raise UserError(f"data.source.url: no files {pattern!r} in {url}; expected {url}/<name>{suffix}, {there}")
     if pattern == f"*{suffix}" and len(parts := splits_in(names)) > 1 and all(splits_in([name]) for name in names):
         raise UserError(

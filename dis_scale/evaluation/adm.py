@@ -45,10 +45,9 @@ class Adm:
 
     def image_count(self, resolution: int) -> int:
         """Return the number of images in the file; UserError if they are not of `resolution`."""
-        if f"{IMAGES}.npy" not in self.file.namelist():
+        if (header := self._images_header()) is None:
             return 0
-        with self.file.open(f"{IMAGES}.npy") as stream:
-            shape, dtype = _header(stream)
+        shape, dtype = header
         if dtype != np.uint8 or shape[1:] != (resolution, resolution, 3):
             raise UserError(
                 f"{self.url}: {IMAGES} holds {dtype} images of shape {shape[1:]}, the recipe's data.resolution expects "
@@ -62,11 +61,10 @@ class Adm:
         return "mu.npy" in self.file.namelist()
 
     def square_images(self) -> tuple[int, int]:
-        """Return the number of images and their side; UserError if there are none, or if they are not square."""
-        if f"{IMAGES}.npy" not in self.file.namelist():
+        """Return the number of images and their side; UserError for a file without images, or if they are not square."""
+        if (header := self._images_header()) is None:
             raise UserError(f"{self.url}: no images ({IMAGES})")
-        with self.file.open(f"{IMAGES}.npy") as stream:
-            shape, dtype = _header(stream)
+        shape, dtype = header
         if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3:
             raise UserError(f"{self.url}: {IMAGES} holds {dtype} of shape {shape}, expected uint8 (N, R, R, 3)")
         return shape[0], shape[1]
@@ -81,6 +79,13 @@ class Adm:
 
     def close(self) -> None:
         self.file.close()
+
+    def _images_header(self) -> tuple[tuple[int, ...], np.dtype] | None:
+        """Return shape and type of the images, None without images."""
+        if f"{IMAGES}.npy" not in self.file.namelist():
+            return None
+        with self.file.open(f"{IMAGES}.npy") as stream:
+            return _header(stream)
 
     def _array(self, name: str) -> np.ndarray | None:
         if f"{name}.npy" not in self.file.namelist():

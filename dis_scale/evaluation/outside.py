@@ -45,14 +45,14 @@ class Pictures:
 
 @contextlib.contextmanager
 def opened(where: str) -> Iterator[Pictures]:
-    """Open an `.npz`, a folder or a tar of pictures; UserError if there are none, or not of one size and square."""
-    if where.lower().endswith(".npz") and not Path(where).is_dir():
+    """Open an `.npz`, a folder or a tar of pictures; UserError without pictures, or if they are not squares of one size."""
+    if _is_file(where, ".npz"):
         adm = open_reference(where)
         with contextlib.closing(adm):
             count, side = adm.square_images()
             yield Pictures(count, side, lambda: adm.images(BATCH_IMAGES))
         return
-    kind = "tar" if where.lower().endswith(".tar") and not Path(where).is_dir() else "folder"
+    kind = "tar" if _is_file(where, ".tar") else "folder"
     source = open_source(
         Data.model_validate({"source": {"kind": kind, "url": where}, "resolution": 1, "num_classes": "none"})
     )
@@ -116,7 +116,7 @@ def _arrays(features: Features) -> tuple[np.ndarray, ...]:
 
 def _reference(where: str, side: int, extractor: Extractor) -> Reference:
     """Return a reference from ADM's statistics if the file has them, else from its pictures; UserError for another size."""
-    if where.lower().endswith(".npz") and not Path(where).is_dir():
+    if _is_file(where, ".npz"):
         with contextlib.closing(open_reference(where)) as adm:
             if adm.has_statistics:
                 return read_adm(where, side, extractor, lambda _: None)
@@ -134,3 +134,7 @@ def _reference(where: str, side: int, extractor: Extractor) -> Reference:
         except DisScaleError as error:
             raise UserError(f"{where}: {pictures.count:,} pictures are too few for a reference: {error}") from error
         return Reference.of(extractor.identity, statistics)
+
+
+def _is_file(where: str, ending: str) -> bool:
+    return where.lower().endswith(ending) and not Path(where).is_dir()

@@ -7,7 +7,7 @@ which is taken to be how ours leave theirs.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -153,18 +153,16 @@ class Comparison:
         return plain | found | {"sizes": sizes}
 
 
-def comparisons(report: Report, ours: str, theirs: str) -> Iterator[Comparison]:
-    """Yield one family against another by loss and distance, at equal cost of each kind; UserError for a family without points."""
+def comparisons(report: Report, ours: str, theirs: str) -> list[Comparison]:
+    """Return one family against another by loss and distance, at equal cost of each kind; UserError for a family without points."""
     for family in (ours, theirs):
         if family not in report.families:
             raise UserError(
                 f"--families: {report.sweep} has no points of {family}: it has {', '.join(report.families)}"
             )
     measured = {name for p in report.main for name in p.values}
-    for metric in (report.metric, HELD_OUT):
-        if metric in measured:
-            for cost in COSTS:
-                yield _comparison(report, metric, cost, ours, theirs)
+    metrics = [metric for metric in (report.metric, HELD_OUT) if metric in measured]
+    return [_comparison(report, metric, cost, ours, theirs) for metric in metrics for cost in COSTS]
 
 
 def _comparison(report: Report, metric: str, cost: str, ours: str, theirs: str) -> Comparison:
@@ -207,10 +205,10 @@ def sentences(report: Report) -> list[str]:
     return [_comparison(report, report.metric, "Gflops", first, other).sentence for other in others]
 
 
-def table(report: Report, ours: str, theirs: str) -> Table:
+def table(sweep: str, found: list[Comparison]) -> Table:
     """Return a table with every size and seed beside the other family's curve; the sentences are its caption."""
-    found = list(comparisons(report, ours, theirs))
-    out = Table(title=f"{report.sweep}: {ours} against {theirs}", caption="\n".join(each.sentence for each in found))
+    ours, theirs = found[0].ours, found[0].theirs
+    out = Table(title=f"{sweep}: {ours} against {theirs}", caption="\n".join(each.sentence for each in found))
     for column in ("metric", "at equal", "model", "cost", "each seed", f"curve of {theirs}", "difference"):
         out.add_column(column, justify="left" if column in ("metric", "at equal", "model") else "right")
     for each in found:

@@ -26,7 +26,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 class Programs(nn.Module):
-    """Programs by name, read from files at `where`; UserError for a file that is none."""
+    """Programs by name, read from files at `where`; UserError for a file that is not a program."""
 
     def __init__(self, files: Mapping[str, bytes], where: str) -> None:
         super().__init__()
