@@ -52,7 +52,7 @@ DOORS = {
     "pyarrow": "dis_scale/data/parquet.py",
     "matplotlib": "dis_scale/report/figures.py dis_scale/api.py",
     "pandas": "dis_scale/api.py",
-    "scipy": "dis_scale/report/fits.py dis_scale/evaluation",
+    "scipy": "dis_scale/report/fits.py dis_scale/report/loss_law.py dis_scale/evaluation",
     "typer": "dis_scale/cli",
     "rich": "dis_scale/planning dis_scale/report dis_scale/upkeep dis_scale/process dis_scale/cli pipelines",
     "psutil": "dis_scale/storage/lease.py pipelines/environment.py",

@@ -7,9 +7,9 @@ which is taken to be how ours leave theirs.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
@@ -19,6 +19,9 @@ from dis_scale.process.errors import UserError
 from dis_scale.recipe import MAIN
 from dis_scale.report.compare import ALIKE
 from dis_scale.report.points import HELD_OUT, Point, Report
+
+if TYPE_CHECKING:
+    from dis_scale.report import isoflop
 
 COSTS: dict[str, Callable[[Point], float | None]] = {
     "Gflops": lambda p: p.gmacs,
@@ -140,6 +143,13 @@ class Comparison:
         verdict = "a difference at 5 %" if self.found.significant else "no difference at 5 %"
         return f"{start}: {words}, ± {error:.1%} ({spread}, and of the curve): {verdict}"
 
+    def rows(self) -> Iterator[list[str]]:
+        """Yield a row of the table for each size, with every seed beside the other family's curve."""
+        for size, curve in zip(self.found.sizes, self.found.curve, strict=True) if self.found else ():
+            seeds = ", ".join(f"{value:.4g}" for value in size.values)
+            change = f"{math.expm1(size.log - math.log(curve)):+.1%}"
+            yield [self.metric, self.cost, size.point.model, f"{size.cost:.4g}", seeds, f"{curve:.4g}", change]
+
     def to_json(self) -> dict[str, Any]:
         """Return the comparison with plain values."""
         plain = {"metric": self.metric, "cost": self.cost, "images": self.images, "sentence": self.sentence}
@@ -153,8 +163,57 @@ class Comparison:
         return plain | found | {"sizes": sizes}
 
 
-def comparisons(report: Report, ours: str, theirs: str) -> list[Comparison]:
-    """Return one family against another by loss and distance, at equal cost of each kind; UserError for a family without points."""
+@dataclass(frozen=True)
+class AtBudget:
+    """The lowest value of one family against that of another, each at its own best size, in a study's budget (FLOPs)."""
+
+    metric: str
+    budget: float
+    ours: str
+    theirs: str
+    lowest: "tuple[isoflop.Lowest, isoflop.Lowest]"
+
+    @property
+    def change(self) -> float:
+        """Logarithm of our value over theirs."""
+        return self.lowest[0].log - self.lowest[1].log
+
+    @property
+    def error(self) -> float:
+        return math.hypot(*(each.error for each in self.lowest))
+
+    @property
+    def significant(self) -> bool:
+        """Whether Welch's test refuses, at 5 %, that they are equal."""
+        from dis_scale.report import fits  # here: scipy takes a second
+
+        return fits.differ(
+            self.change, [each.error for each in self.lowest], [each.freedom + 1 for each in self.lowest]
+        )
+
+    @property
+    def sentence(self) -> str:
+        words = f"the best {self.ours} is {abs(math.expm1(self.change)):.1%} {'above' if self.change > 0 else 'below'} the best"
+        verdict = "a difference at 5 %" if self.significant else "no difference at 5 %"
+        spread = f"± {self.error:.1%} (runs about their parabolas)"
+        return f"{self.metric} at {self.budget:g} FLOPs: {words} {self.theirs}, {spread}: {verdict}"
+
+    def rows(self) -> Iterator[list[str]]:
+        """Yield the table's row."""
+        ours, theirs = (f"{math.exp(each.log):.4g}" for each in self.lowest)
+        yield [self.metric, "budget", "best size", f"{self.budget:g}", ours, theirs, f"{math.expm1(self.change):+.1%}"]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the comparison with plain values."""
+        found = {"log_ratio": self.change, "error": self.error, "significant": self.significant}
+        return {"metric": self.metric, "budget": self.budget, "sentence": self.sentence} | found
+
+
+def comparisons(report: Report, ours: str, theirs: str) -> Sequence[Comparison | AtBudget]:
+    """Return one family against another by loss and distance, at equal cost of each kind or at each budget of a study.
+
+    UserError for a family without points, and for a study in which no budget has a minimum of both.
+    """
     for family in (ours, theirs):
         if family not in report.families:
             raise UserError(
@@ -162,7 +221,19 @@ def comparisons(report: Report, ours: str, theirs: str) -> list[Comparison]:
             )
     measured = {name for p in report.main for name in p.values}
     metrics = [metric for metric in (report.metric, HELD_OUT) if metric in measured]
-    return [_comparison(report, metric, cost, ours, theirs) for metric in metrics for cost in COSTS]
+    if report.recipe.isoflop is None:
+        return [_comparison(report, metric, cost, ours, theirs) for metric in metrics for cost in COSTS]
+    if studied := [each for metric in metrics for each in _at_budgets(report, metric, ours, theirs)]:
+        return studied
+    raise UserError(f"--families: no budget of {report.sweep} has a minimum of both {ours} and {theirs}")
+
+
+def _at_budgets(report: Report, metric: str, ours: str, theirs: str) -> list[AtBudget]:
+    from dis_scale.report import isoflop  # here: scipy takes a second
+
+    profiles = isoflop.profiles(report, metric)
+    mine, other = (isoflop.lowest(profiles.get(kind, [])) for kind in (ours, theirs))
+    return [AtBudget(metric, budget, ours, theirs, (mine[budget], other[budget])) for budget in mine if budget in other]
 
 
 def _comparison(report: Report, metric: str, cost: str, ours: str, theirs: str) -> Comparison:
@@ -200,20 +271,22 @@ def _sizes(report: Report, kind: str, images: int, metric: str, cost: Callable[[
 
 
 def sentences(report: Report) -> list[str]:
-    """Return a sentence for each other family against the first one of the recipe, by the main metric at equal Gflops."""
+    """Return a sentence for each other family against the first one of the recipe, by the main metric at equal Gflops; in a
+    study, by the held-out loss at its largest budget with a minimum of both.
+    """
     first, *others = report.families or [""]
+    if report.recipe.isoflop:
+        return [found[-1].sentence for other in others if (found := _at_budgets(report, HELD_OUT, first, other))]
     return [_comparison(report, report.metric, "Gflops", first, other).sentence for other in others]
 
 
-def table(sweep: str, found: list[Comparison]) -> Table:
+def table(sweep: str, found: Sequence[Comparison | AtBudget]) -> Table:
     """Return a table with every size and seed beside the other family's curve; the sentences are its caption."""
     ours, theirs = found[0].ours, found[0].theirs
     out = Table(title=f"{sweep}: {ours} against {theirs}", caption="\n".join(each.sentence for each in found))
     for column in ("metric", "at equal", "model", "cost", "each seed", f"curve of {theirs}", "difference"):
         out.add_column(column, justify="left" if column in ("metric", "at equal", "model") else "right")
     for each in found:
-        for size, curve in zip(each.found.sizes, each.found.curve, strict=True) if each.found else ():
-            seeds = ", ".join(f"{value:.4g}" for value in size.values)
-            change = f"{math.expm1(size.log - math.log(curve)):+.1%}"
-            out.add_row(each.metric, each.cost, size.point.model, f"{size.cost:.4g}", seeds, f"{curve:.4g}", change)
+        for row in each.rows():
+            out.add_row(*row)
     return out

@@ -118,11 +118,13 @@ def student_margin(x: np.ndarray, residuals: np.ndarray) -> float:
     return float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * spread
 
 
-def bootstrap_tail(freedom: int) -> float:
+def bootstrap_tail(freedom: int, drawn: int | None = None) -> float:
     """Return the share below the percentile interval's lower end, smaller for few degrees of freedom, where plain percentiles are
     too narrow (the expanded percentile interval of Hesterberg 2015).
+
+    They are narrower still where so many values themselves were `drawn` with replacement, not scaled residuals.
     """
-    return float(ndtr(stdtrit(freedom, (1 - CONFIDENCE) / 2)))
+    return float(ndtr(math.sqrt(drawn / freedom if drawn else 1) * stdtrit(freedom, (1 - CONFIDENCE) / 2)))
 
 
 def differ(change: float, errors: Sequence[float], counts: Sequence[int]) -> bool:

@@ -13,8 +13,10 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from dis_scale.recipe import MAIN
+from dis_scale.report import loss_law
 from dis_scale.report.fits import PowerLaw, bootstrap_tail, lack_of_fit, limited_law, student_margin
-from dis_scale.report.points import HELD_OUT, Point, Report
+from dis_scale.report.loss_law import Runs
+from dis_scale.report.points import HELD_OUT, Report
 
 LEAST_SIZES = 4
 """Sizes that a parabola needs here: one more than it has coefficients."""
@@ -116,18 +118,28 @@ class Laws:
     """Share of resamples with a minimum at an end of the sizes."""
 
 
-def profiles(report: Report, metric: str) -> dict[str, list[Profile]]:
-    """Return the profiles of each measured family, by rising budget, of the budgets with enough sizes. Each seed is a run."""
-    runs = defaultdict[tuple[str, float], list[Point]](list)
+def runs_of(report: Report, metric: str) -> dict[str, Runs]:
+    """Return the runs of each measured family. Each seed is a run."""
+    families = defaultdict[str, list[list[float]]](list)
     for p in report.points:
         if p.variant == MAIN and p.budget is not None and p.values.get(metric, 0) > 0:
-            runs[p.kind, p.budget].append(p)
-    families: dict[str, list[Profile]] = {kind: [] for kind, _ in runs}
-    for (kind, budget), points in sorted(runs.items()):
-        columns = zip(*((p.cost.parameters, p.images_seen, p.values[metric]) for p in points), strict=True)
-        if profile := Profile.of(budget, *map(np.array, columns)):
-            families[kind].append(profile)
-    return families
+            families[p.kind].append([p.cost.parameters, p.images_seen, p.budget, p.values[metric]])
+    columns = {kind: np.array(rows).T for kind, rows in sorted(families.items())}
+    return {
+        kind: Runs(N, D, budgets, values, report.unique_images) for kind, (N, D, budgets, values) in columns.items()
+    }
+
+
+def profiles(report: Report, metric: str) -> dict[str, list[Profile]]:
+    """Return the profiles of each measured family, by rising budget, of the budgets with enough sizes."""
+    return {kind: profiles_of(runs) for kind, runs in runs_of(report, metric).items()}
+
+
+def profiles_of(runs: Runs) -> list[Profile]:
+    """Return the profiles of one family."""
+    budgets = [(float(budget), runs.of(runs.budgets == budget)) for budget in np.unique(runs.budgets)]
+    every = [Profile.of(budget, run.parameters, run.images, run.values) for budget, run in budgets]
+    return [profile for profile in every if profile]
 
 
 def laws(family: list[Profile], resamples: int = RESAMPLES) -> Laws | None:
@@ -154,6 +166,26 @@ def laws(family: list[Profile], resamples: int = RESAMPLES) -> Laws | None:
         value=values.law_with_limit() if len(inner) >= LEAST_WITH_LIMIT else None,
         at_edge=1 - float(np.all([each.inside for each in tries], axis=0).mean()),
     )
+
+
+class Lowest(NamedTuple):
+    """Logarithm of the lowest value of a budget, and its standard error, from residuals of so many degrees of freedom."""
+
+    log: float
+    error: float
+    freedom: int
+
+
+def lowest(family: list[Profile]) -> dict[float, Lowest]:
+    """Return the minima of one family by budget, with the error of the runs' spread about all its parabolas."""
+    inner = [profile for profile in family if profile.minimum.inside]
+    if not inner:
+        return {}
+    freedom, tries = _resampled(inner, RESAMPLES)
+    return {
+        profile.budget: Lowest(float(profile.minimum.value), float(minimum.value.std()), freedom)
+        for profile, minimum in zip(inner, tries, strict=True)
+    }
 
 
 def _resampled(family: list[Profile], resamples: int) -> tuple[int, list[Minimum]]:
@@ -214,10 +246,16 @@ def lines(report: Report) -> list[str]:
     """Return the best size of each budget and the laws, a line each, and what the intervals hold."""
     out = list[str]()
     for metric in dict.fromkeys((HELD_OUT, report.metric)):
-        for kind, family in profiles(report, metric).items():
+        for kind, runs in runs_of(report, metric).items():
+            family = profiles_of(runs)
+            fitted = laws(family)
             out += [f"{metric}, {kind} {_minimum_words(profile)}" for profile in family]
             out += [f"{metric}, {kind} {words}" for words in _unfitted_words(report, family)]
-            out += [f"{metric}, {kind}: {words}" for words in _law_words(laws(family), metric)]
+            out += [f"{metric}, {kind}: {words}" for words in _law_words(fitted, metric)]
+            if metric == HELD_OUT and report.recipe.isoflop:
+                largest = report.recipe.isoflop.flops[-1]
+                found = [*loss_law_words(runs, fitted), *prediction_words(runs, family, largest)]
+                out += [f"{metric}, {kind}: {words}" for words in found]
     return [
         *out,
         "the intervals hold the spread of runs about the parabolas and of the minima about their law; not what runs share: "
@@ -253,3 +291,45 @@ def _law_words(fitted: Laws | None, metric: str) -> list[str]:
         words.append(f"{metric} = {law.limit_words} + {law.factor:.3g} x compute^{law.exponent_words}")
     edge = f"{fitted.at_edge:.0%} of the resamples have a minimum at an end of the sizes, which bounds the intervals"
     return [*words, edge] if fitted.at_edge else words
+
+
+def loss_law_words(runs: Runs, parabolas: Laws | None) -> list[str]:
+    """Return the law of all runs in words, or that it and the parabolas refute each other."""
+    law = loss_law.fit(runs)
+    if law is None:
+        return []
+    size, other = law.size_exponent, parabolas and parabolas.parameters.interval
+    if other and (size.high < other[0] or other[1] < size.low):
+        return [
+            f"one law of all runs gives best size ~ compute^{size.words('.2f')}, outside of the parabolas' interval: they "
+            "disagree, so neither is a result"
+        ]
+    a, b = law.exponents
+    words = [
+        f"{law.limit.words('.3g')} + A / parameters^{a.words('.2f')} + B / images^{b.words('.2f')}, one law of {len(runs.values)} "
+        f"runs: best size ~ compute^{size.words('.2f')}"
+    ]
+    if runs.repeated:
+        times = law.repetition
+        words.append(f"an image seen again is worth 1/e of a new one after {times.words('.0f')} times")
+    return words
+
+
+def prediction_words(runs: Runs, family: list[Profile], budget: float) -> list[str]:
+    """Return what smaller budgets predict of one, beside what was measured there."""
+    predicted = loss_law.predict(runs, budget)
+    if predicted is None:
+        return []
+    words = (
+        f"{budget:g} FLOPs, predicted by the law of the smaller budgets: lowest {predicted.loss.words('.4g')} at "
+        f"{predicted.size.words(',.0f')} parameters"
+    )
+    measured = next((profile.best for profile in family if profile.budget == budget), None)
+    if measured is None:
+        return [f"{words}; not measured yet, or without a minimum within the sizes"]
+    size, _, value = measured
+    inside = "inside" if predicted.loss.low <= value <= predicted.loss.high else "outside"
+    return [
+        f"{words}; measured {value:.4g} at {size:,.0f}: the loss is missed by {predicted.loss.value / value - 1:+.1%}, {inside} "
+        "its interval"
+    ]

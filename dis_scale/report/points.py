@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import MAIN, Recipe, Sampling
 from dis_scale.sweep import Sampled, Sweep, state
-from dis_scale.sweep.documents import Metrics, Origin
+from dis_scale.sweep.documents import LatentsManifest, Metrics, Origin
 from dis_scale.weights.ema import start_share
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ class Report:
     """Of real images, then of their reconstructions; empty if they are not measured."""
     no_floor: str | None
     """The reason why they could not be measured."""
+    unique_images: int | None = None
+    """Different images that are trained on, without flips; None if the latents were deleted."""
 
     @property
     def main(self) -> list[Point]:
@@ -239,8 +241,13 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
     return Report(
         sweep=sweep.folder.name, metric=recipe.evaluate.metric, points=points, failed=failed,
         skipped=state.skipped(sweep), recipe=recipe, groups=groups, vae=state.latents_vae(sweep), floors=_floors(sweep),
-        no_floor=state.floor_skipped(sweep),
+        no_floor=state.floor_skipped(sweep), unique_images=_unique_images(sweep),
     )  # fmt: skip
+
+
+def _unique_images(sweep: Sweep) -> int | None:
+    latents = state.find_latents(sweep.folder)
+    return LatentsManifest.require(latents).count - sweep.recipe.data.held_out_images if latents else None
 
 
 def _random_share(recipe: Recipe, model: str, images_seen: int, origins: Mapping[str, Origin | None]) -> float:

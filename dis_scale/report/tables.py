@@ -136,7 +136,7 @@ def notes(report: Report) -> list[str]:
 
 
 def _of_families(report: Report) -> list[str]:
-    if len(report.families) < 2 or report.recipe.isoflop:
+    if len(report.families) < 2:
         return []
     from dis_scale.report import families  # here: scipy takes a second
 

@@ -1,0 +1,220 @@
+"""One law of all runs of a study: loss = E + A / N^a + B / D^b for N parameters and D images (Hoffmann et al. 2022, approach 3).
+
+A parabola knows its own budget only. This law has the same coefficients at each, so it can be tested where it was not fitted: it is
+fitted without the largest budget, whose lowest loss and best size it then predicts.
+
+Images that were seen before are worth less: D counts the effective ones (Muennighoff et al. 2023, arXiv 2305.16264, equation 5).
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
+
+import numpy as np
+from scipy.special import huber
+
+from dis_scale.report.fits import bootstrap_tail
+
+LEAST_RUNS = 10
+"""Runs that a fit needs: two for each coefficient."""
+LEAST_APART = 3
+"""Different budgets, and different sizes, that it needs."""
+REPEATS = np.array([np.inf, *2.0 ** np.arange(9)])
+"""Constants of repetition that are tried: the times after which a further one is worth 1/e of a new image."""
+HALF_APART = 2**0.5
+"""Half the distance of neighbours among them, as a factor."""
+ROBUST = 1.345
+"""Residuals beyond as many standard deviations count less (Huber's loss, with 95 % of the efficiency of least squares)."""
+RESAMPLES = 400
+STEPS = 30
+"""Of the descent; simulated studies take about 20."""
+LEAST_COEFFICIENTS, MOST_COEFFICIENTS = np.array([-30, -30, -30, 0.01, 0.01]), np.array([30, 30, 30, 3, 3])
+TINY = 1e-12
+
+
+class Interval(NamedTuple):
+    """A value of the fit, and its interval at 95 %."""
+
+    value: float
+    low: float
+    high: float
+
+    def words(self, form: str) -> str:
+        return f"{self.value:{form}} (95 % interval {self.low:{form}} to {self.high:{form}})"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs of one family: parameters, images seen, budgets and values, each of the shape (runs,); `unique` images are different."""
+
+    parameters: np.ndarray
+    images: np.ndarray
+    budgets: np.ndarray
+    values: np.ndarray
+    unique: int | None = None
+
+    def of(self, chosen: np.ndarray) -> Self:
+        """Return some of the runs."""
+        columns = {name: getattr(self, name)[chosen] for name in ("parameters", "images", "budgets", "values")}
+        return replace(self, **columns)
+
+    @property
+    def repeated(self) -> bool:
+        return self.unique is not None and bool(self.images.max() > self.unique)
+
+    def images_at(self, sizes: np.ndarray, budget: float) -> np.ndarray:
+        """Return the images that a budget gives sizes, from the operations for an image of the nearest ones."""
+        order = np.argsort(self.parameters)
+        flops = np.log(self.budgets / self.images)[order]
+        images: np.ndarray = budget / np.exp(np.interp(np.log(sizes), np.log(self.parameters)[order], flops))
+        return images
+
+
+@dataclass(frozen=True)
+class LossLaw:
+    """A fit and its resamples, in this order along the first axis.
+
+    `coefficients`, shape (samples, 5): the logarithms of E, A and B, the latter two at the `centre` of the runs' log N and log D,
+    and the exponents a and b; `repeats`, shape (samples,), is infinite where a repeated image is worth as much as a new one.
+    """
+
+    coefficients: np.ndarray
+    repeats: np.ndarray
+    centre: np.ndarray
+    runs: Runs
+
+    def at(self, parameters: np.ndarray, images: np.ndarray) -> np.ndarray:
+        """Return the losses of runs, shape (samples, runs)."""
+        worth = np.log(_effective(images, self.runs.unique, self.repeats[:, None]))
+        logs = _model(self.coefficients, np.log(parameters) - self.centre[0], worth - self.centre[1])[0]
+        losses: np.ndarray = np.exp(logs)
+        return losses
+
+    def estimate(self, samples: np.ndarray) -> Interval:
+        """Return the first of the samples, and the interval of the others, which holds the first."""
+        runs = len(self.runs.values)
+        tail = bootstrap_tail(runs - 5 - self.runs.repeated, runs)
+        low, high = np.quantile(samples[1:], [tail, 1 - tail], method="nearest").tolist()
+        first = float(samples[0])
+        return Interval(first, min(low, first), max(high, first))
+
+    @property
+    def limit(self) -> Interval:
+        """E, the loss that neither size nor images remove."""
+        return self.estimate(np.exp(self.coefficients[:, 0]))
+
+    @property
+    def exponents(self) -> tuple[Interval, Interval]:
+        """a of the parameters, and b of the images."""
+        return self.estimate(self.coefficients[:, 3]), self.estimate(self.coefficients[:, 4])
+
+    @property
+    def repetition(self) -> Interval:
+        """The times that an image is seen again until a further one is worth 1/e of a new image."""
+        value, low, high = self.estimate(self.repeats)
+        return Interval(value, low / HALF_APART, high * HALF_APART)
+
+    def lowest(self, budget: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the best sizes of a budget within the sizes of the runs, and their losses, each of the shape (samples,)."""
+        sizes = np.geomspace(self.runs.parameters.min(), self.runs.parameters.max(), 200)
+        losses = self.at(sizes, self.runs.images_at(sizes, budget))
+        best = losses.argmin(1)
+        return sizes[best], np.take_along_axis(losses, best[:, None], 1)[:, 0]
+
+    @property
+    def size_exponent(self) -> Interval:
+        """Exponent of compute in the best size, between the smallest and the largest budget of the runs."""
+        ends = np.array([self.runs.budgets.min(), self.runs.budgets.max()])
+        low, high = (np.log(self.lowest(budget)[0]) for budget in ends)
+        return self.estimate((high - low) / np.log(ends[1] / ends[0]))
+
+
+class Prediction(NamedTuple):
+    """Best size of a budget, and its loss, by the law of smaller budgets only."""
+
+    budget: float
+    size: Interval
+    loss: Interval
+
+
+def predict(runs: Runs, budget: float) -> Prediction | None:
+    """Predict a budget without its own runs; None if the smaller ones are too few for a fit."""
+    law = fit(runs.of(runs.budgets < budget))
+    return Prediction(budget, *map(law.estimate, law.lowest(budget))) if law else None
+
+
+def fit(runs: Runs, resamples: int = RESAMPLES) -> LossLaw | None:
+    """Fit the law by Huber's loss of log losses, from 27 starts, and to runs that are drawn with replacement.
+
+    None for too few runs, budgets or sizes.
+    """
+    apart = min(len(np.unique(runs.budgets)), len(np.unique(runs.parameters)))
+    if len(runs.values) < LEAST_RUNS or apart < LEAST_APART:
+        return None
+    count, tried = len(runs.values), REPEATS if runs.repeated else REPEATS[:1]
+    x, logs = np.log(runs.parameters), np.log(runs.values)
+    y = np.log(_effective(runs.images, runs.unique, tried[:, None]))  # (tried, runs)
+    centre = np.array([x.mean(), np.log(runs.images).mean()])
+    data, each = (x - centre[0], y - centre[1], logs), np.arange(len(tried))
+    starts, ones = np.repeat(_starts(logs)[:, None], len(tried), 1), np.ones(count)
+    found, misfits = _descend(starts, *data, ones, np.inf)
+    found = found[misfits.argmin(0), each]  # the best start of each constant
+    residuals = _model(found, *data[:2])[0][misfits.min(0).argmin()] - logs
+    spread = 1.4826 * float(np.median(np.abs(residuals))) * np.sqrt(count / (count - found.shape[1]))
+    width = max(ROBUST * spread, 1e-9)
+    found, misfits = _descend(found[None], *data, ones, width)
+    drawn = np.random.default_rng(0).multinomial(count, ones / count, size=resamples)
+    again, again_misfits = _descend(np.repeat(found, resamples, 0), *data, drawn[:, None], width)
+    chosen = np.append(misfits, again_misfits, 0).argmin(1)  # the best constant of each
+    return LossLaw(np.append(found, again, 0)[np.arange(resamples + 1), chosen], tried[chosen], centre, runs)
+
+
+def _starts(logs: np.ndarray) -> np.ndarray:
+    """Return coefficients to begin from, shape (27, 5): shares of E in the lowest loss, and exponents."""
+    shares, a, b = (each.ravel() for each in np.meshgrid((0.1, 0.5, 0.9), (0.2, 0.5, 1.0), (0.2, 0.5, 1.0)))
+    rest = logs.min() + np.log((1 - shares) / 2)
+    return np.stack([logs.min() + np.log(shares), rest, rest, a, b], 1)
+
+
+def _effective(images: np.ndarray, unique: int | None, repeats: np.ndarray) -> np.ndarray:
+    """Return how many new images the images seen are worth, if `unique` of them are different."""
+    again = np.maximum(images / (unique or np.inf) - 1, 0)
+    finite = np.where(np.isinf(repeats), 1, repeats)
+    lost = np.where(np.isinf(repeats), 0, again + finite * np.expm1(-again / finite))
+    worth: np.ndarray = images - lost * (unique or 0)
+    return worth
+
+
+def _model(coefficients: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return log losses (..., runs) at log N and log D, and the shares of the law's three terms in each, (..., runs, 3)."""
+    limit, size, images, a, b = (coefficients[..., k, None] for k in range(5))
+    terms = np.stack(np.broadcast_arrays(limit, size - a * x, images - b * y), -1)
+    top = terms.max(-1, keepdims=True)
+    shares = np.exp(terms - top)
+    total = shares.sum(-1, keepdims=True)
+    return (top + np.log(total))[..., 0], shares / total
+
+
+def _descend(
+    coefficients: np.ndarray, x: np.ndarray, y: np.ndarray, logs: np.ndarray, weights: np.ndarray, width: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return coefficients at minima of Huber's loss, and the losses: steps of Levenberg and Marquardt from all starts at once.
+
+    Shapes: coefficients (samples, tried, 5), x and logs (runs,), y (tried, runs), weights of runs (samples, 1, runs) or (runs,).
+    """
+    damping, losses = np.full(coefficients.shape[:-1], 1e-2), np.full(coefficients.shape[:-1], np.inf)
+    for _ in range(STEPS):
+        values, shares = _model(coefficients, x, y)
+        residuals = values - logs
+        losses = (weights * huber(width, residuals)).sum(-1)
+        slopes = shares[..., [0, 1, 2, 1, 2]] * np.stack(np.broadcast_arrays(1.0, 1.0, 1.0, -x, -y), -1)
+        weighted = slopes * (weights * np.minimum(1, width / np.maximum(np.abs(residuals), TINY)))[..., None]
+        curvature = np.swapaxes(weighted, -1, -2) @ slopes
+        diagonal = np.einsum("...ii->...i", curvature) + TINY
+        curvature[..., range(5), range(5)] += damping[..., None] * diagonal
+        gradient = (weighted * residuals[..., None]).sum(-2)
+        moved = coefficients - np.linalg.solve(curvature, gradient[..., None])[..., 0]
+        moved = np.clip(moved, LEAST_COEFFICIENTS, MOST_COEFFICIENTS)
+        better = (weights * huber(width, _model(moved, x, y)[0] - logs)).sum(-1) < losses
+        coefficients = np.where(better[..., None], moved, coefficients)
+        damping = np.clip(np.where(better, damping / 3, damping * 5), 1e-9, 1e9)
+    return coefficients, losses
