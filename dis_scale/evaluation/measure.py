@@ -100,7 +100,7 @@ class _Pass:
         for one_score in self._scores.values():
             assert features.logits is not None
             one_score.add(features.logits)
-        if self._requested & {"kid", "precision_recall", "distance_infinity"}:
+        if self._requested & {"kid", "precision_recall", "distance_infinity", "copy_rate"}:
             self._kept.append(features.pooled)
 
     def estimates(self) -> Iterator[tuple[str, Estimate]]:
@@ -123,6 +123,10 @@ class _Pass:
             # The balls around the real images are fixed, so the error of precision is binomial; those of recall vary.
             yield "precision", Estimate(precision, float(np.sqrt(precision * (1 - precision) / n)))
             yield "recall", Estimate(recall)
+        if "copy_rate" in self._requested and real is not None:
+            ratios = sets.nearest_ratios(features_ND, real)
+            yield "copy_rate", Estimate(*sets.copy_rate(ratios, len(real), self._reference.pooled.count))
+            yield "nearest_ratio", Estimate(float(np.median(ratios)))
         if "distance_infinity" in self._requested:
             yield "fid_infinity", metrics.infinity(features_ND, frechet, seed=self._settings.samples)
 

@@ -1,4 +1,4 @@
-"""Metrics of two complete sets of features, by torch-fidelity: the Kernel Inception Distance, precision and recall."""
+"""Metrics of two complete sets of features: by torch-fidelity the Kernel Inception Distance, precision and recall; copies."""
 
 import numpy as np
 import torch
@@ -7,6 +7,8 @@ from dis_scale.process.errors import DisScaleError
 from dis_scale.recipe.evaluate import KID_SUBSET_IMAGES
 
 NEIGHBOURS = 3
+COPY_RATIO = 1 / 3
+"""A copy is nearer than this share of the second nearest image's distance (Yoon et al. 2023; Gu et al., arXiv 2310.02664)."""
 ROWS = 1000
 """Rows of distances in memory at a time, never an N x N matrix."""
 
@@ -43,3 +45,26 @@ def precision_recall(generated_ND: np.ndarray, real_MD: np.ndarray) -> tuple[flo
         prc_neighborhood=NEIGHBOURS, prc_batch_size=ROWS, save_cpu_ram=True, verbose=False,
     )  # fmt: skip
     return shares["precision"], shares["recall"]
+
+
+def nearest_ratios(generated_ND: np.ndarray, real_MD: np.ndarray) -> np.ndarray:
+    """Return (N) distances to the nearest real image over those to the second nearest: 0 is a copy, 1 as near to both.
+
+    The two are found by products and measured again by differences, since products lose the distance of a copy to rounding.
+    """
+    centre, ratios = real_MD.mean(0, dtype=np.float64).astype(np.float32), list[np.ndarray]()
+    real = torch.from_numpy(real_MD - centre)
+    for rows in torch.from_numpy(generated_ND - centre).split(ROWS):
+        two = torch.cdist(rows, real).topk(2, largest=False).indices
+        first, second = (rows[:, None] - real[two]).double().norm(dim=2).sort(1).values.unbind(1)
+        ratios.append((first / second.clamp(min=torch.finfo(torch.float64).tiny)).numpy())
+    return np.concatenate(ratios)
+
+
+def copy_rate(ratios_N: np.ndarray, known: int, images: float) -> tuple[float, float]:
+    """Return the share of samples that copy one of so many training images, of which only `known` were compared; and its error.
+
+    A copy of any image is found with the probability known / images. One sample found, or none, has the error of one.
+    """
+    found, scale = int((ratios_N < COPY_RATIO).sum()), images / known / len(ratios_N)
+    return found * scale, max(found, 1) ** 0.5 * scale

@@ -65,7 +65,14 @@ class ExportedExtractor(Settings):
 
 ExtractorSettings = Annotated[TrainedExtractor | InceptionExtractor | ExportedExtractor, Field(discriminator="kind")]
 Metric = Literal[
-    "distance", "sfid", "inception_score", "inception_score_adm", "kid", "precision_recall", "distance_infinity"
+    "distance",
+    "distance_infinity",
+    "sfid",
+    "inception_score",
+    "inception_score_adm",
+    "kid",
+    "precision_recall",
+    "copy_rate",
 ]
 INCEPTION_METRICS = {"sfid", "inception_score", "inception_score_adm"}
 
@@ -126,7 +133,8 @@ class Evaluate(Sampling):
     also: tuple[ExtractorSettings, ...] = ()
     """Other extractors, in the same pass over the same images."""
     metrics: tuple[Metric, ...] = Field(("distance",), json_schema_extra={"role": "extent"})
-    """Metrics under each extractor; sFID and the Inception Scores under Inception only."""
+    """Metrics under each extractor; sFID and the Inception Scores under Inception only. The first distance
+    is the curve's."""
     reference: str | None = None
     """An ADM reference `.npz` (path or URL) instead of the source images' statistics."""
     block_images: Count = 250
@@ -160,8 +168,9 @@ class Evaluate(Sampling):
 
     @property
     def metric(self) -> str:
-        """The main distance's name."""
-        return self.metric_name("fid", self.extractor.name)
+        """Name of the curve's metric, a distance under the main extractor."""
+        first = next(metric for metric in self.metrics if metric.startswith("distance"))
+        return self.metric_name({"distance": "fid", "distance_infinity": "fid_infinity"}[first], self.extractor.name)
 
     def metric_name(self, stem: str, extractor: str) -> str:
         """Return the field's term under Inception, otherwise one with the extractor's name; with the samples unless 50,000.
@@ -213,6 +222,8 @@ class Evaluate(Sampling):
         names = [extractor.name for extractor in self.extractors]
         if self.reference and set(names) != {"inception"}:
             raise ValueError(f"reference: an ADM file has Inception's statistics only, and the extractors are {names}")
+        if self.reference and "copy_rate" in self.metrics:
+            raise ValueError("metrics: copy_rate compares with the images that are trained on: remove it, or reference")
         return self
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ import hashlib
 import io
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,11 +18,12 @@ from dis_scale.evaluation.reference import Reference
 from dis_scale.evaluation.sampling import SampleBlock, require_finite
 from dis_scale.process.errors import DisScaleError, StorageError, UserError
 from dis_scale.recipe import Evaluate, ExportedExtractor, InceptionExtractor, Recipe, reading
+from dis_scale.recipe.evaluate import Metric
 from dis_scale.recipe.identity import identity_differences
 from tests.conftest import TINY
 from tests.support.evaluations import evaluate
 
-EVERY = ("distance", "sfid", "inception_score", "inception_score_adm", "kid", "precision_recall", "distance_infinity")
+EVERY = get_args(Metric)
 
 
 def inception_settings(**changed: Any) -> Evaluate:
@@ -93,6 +94,8 @@ def test_each_metric_has_its_name_its_value_and_its_error(
         "kid_1200": sets.kid(pooled, kept), "precision_1200": precision[0], "recall_1200": precision[1],
         "precision_1200_error": np.sqrt(precision[0] * (1 - precision[0]) / 1200),
         "fid_infinity_1200": limit, "fid_infinity_1200_error": limit_error,
+        "copy_rate_1200": 0, "copy_rate_1200_error": 1 / 1200,
+        "nearest_ratio_1200": float(np.median(sets.nearest_ratios(pooled, kept))),
     } | {name: inception_score(generated.logits, splits) for name, splits in cuts.items()}  # fmt: skip
     errors = {"fid_1200_error", "sfid_1200_error", "is_1200_error"}  # ADM's score is of one split here
     assert values.keys() == expected.keys() | errors
@@ -261,6 +264,12 @@ def test_a_recipe_that_cannot_be_measured_is_refused(settings: list[str], messag
     with pytest.raises(UserError) as caught:
         reading.load(TINY, settings)
     assert message in str(caught.value)
+
+
+def test_the_first_distance_is_the_curve() -> None:
+    settings = inception_settings(samples=50_000, metrics=("distance_infinity", "distance"))
+    assert settings.metric == "fid_infinity"
+    assert inception_settings(samples=50_000, metrics=("kid", "distance", "distance_infinity")).metric == "fid"
 
 
 def test_metrics_may_be_added_and_extractors_may_not(tiny: Recipe) -> None:
