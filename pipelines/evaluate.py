@@ -29,6 +29,8 @@ POLL_EVERY_S, LONGEST_POLL_S = 2.0, 30.0
 """Interval of polls for news of training: a twentieth of the wait so far, within these. Each poll costs several requests."""
 BACKLOG_EVERY_S = 600.0
 """Interval at which the backlog is counted during an evaluation."""
+GIVE_UP_S = 86_400.0
+"""Time without a new publication or resume point after which evaluation ends with an error."""
 
 
 def evaluate_published(job: StageJob) -> None:
@@ -160,16 +162,17 @@ def evaluate_all(
 
 
 def wait_for_training(job: StageJob, news: Callable[[], bool], poll_every_s: float = POLL_EVERY_S) -> None:
-    """Wait for `news`; DisScaleError if for `give_up_after_s` nothing is published or saved either."""
-    give_up_s = job.recipe.evaluate.give_up_after_s
+    """Wait for `news`; DisScaleError if for a day nothing is published or saved either."""
     began_s = since_s = job.now_s()
     before = None
     while not news():
         job.raise_if_stopped()
         job.show_alive()
-        if job.now_s() - since_s > give_up_s:
+        if job.now_s() - since_s > GIVE_UP_S:
             if before == (now := _signs_of_training(job.sweep)):
-                raise DisScaleError(f"nothing was published or saved for {give_up_s:.0f} s: is training running?")
+                raise DisScaleError(
+                    f"nothing was published or saved for {GIVE_UP_S / 3600:.0f} h: is training running?"
+                )
             since_s, before = job.now_s(), now
         job.pause(min(LONGEST_POLL_S, max(poll_every_s, (job.now_s() - began_s) / 20)))
 

@@ -148,8 +148,6 @@ class Evaluate(Sampling):
     """Most evaluators that work at the same time."""
     gpu_share: Annotated[float, Field(gt=0, lt=1)] | None = runtime(None)
     """Fraction of a GPU's memory for an evaluator beside training, if training leaves it no GPU; default: evaluation waits."""
-    give_up_after_s: Annotated[float, Field(gt=0)] = runtime(86_400.0)
-    """Seconds without a new publication or resume point after which evaluation ends with an error."""
 
     @property
     def sampling(self) -> Sampling:

@@ -8,11 +8,13 @@ time step, W taps of the convolution. The residual stream is float32 whatever th
 import math
 from collections.abc import Collection, Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dis_scale.models.checkpointing import recompute_every, run_block
+from dis_scale.models.dis.orders import orders_of
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.tokens import Backbone, Linear, PatchEmbed, TimeEmbedding, modulate, unpatchify, wide, zero_
 from dis_scale.process.settings import LatentShape
@@ -86,10 +88,10 @@ class Mixer(nn.Module):
         self.scan = scan
         self.in_proj = uniform(2 * E, D, bound=D**-0.5)
         self.conv_weight, self.conv_bias = _conv_parameters(E)
-        if settings.directions == 2:
+        if settings.ways == 2:
             self.back_conv_weight, self.back_conv_bias = _conv_parameters(E)
         self.rightward = DirectionProjections(settings, reverse=False)
-        self.leftward = DirectionProjections(settings, reverse=True) if settings.directions == 2 else None
+        self.leftward = DirectionProjections(settings, reverse=True) if settings.ways == 2 else None
         self.out_proj = uniform(D, E, bound=(E * settings.depth) ** -0.5)  # GPT-2's 1 / sqrt(depth)
 
     def forward(self, h_BLD: Tensor) -> Tensor:
@@ -110,10 +112,19 @@ def _conv_parameters(E: int) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 class DiSBlock(nn.Module):
-    """One block: add to the stream, normalise, mix. Maps (branch h, stream r) to (branch h, stream r); no MLP."""
+    """One block: add to the stream, normalise, mix. Maps (branch h, stream r) to (branch h, stream r); no MLP.
 
-    def __init__(self, settings: Dis, scan: str, skip: bool):
+    The mixer gets the tokens in the block's `order`, a permutation (L), if it is not theirs.
+    """
+
+    order: Tensor | None
+    place: Tensor | None
+
+    def __init__(self, settings: Dis, scan: str, skip: bool, order: Tensor | None = None):
         super().__init__()
+        # Computed, not learned: not persistent, so that the state dict holds exactly what is trained.
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("place", None if order is None else order.argsort(), persistent=False)
         D = settings.width
         self.norm = nn.Parameter(torch.ones(D))
         self.mixer = Mixer(settings, scan)
@@ -131,10 +142,16 @@ class DiSBlock(nn.Module):
         r_BLD = add_to_stream(r_BLD, h_BLD, drop_B)
         n_BLD = normalised(r_BLD, self.norm, h_BLD.dtype)
         if self.modulation is None:
-            return self.mixer(n_BLD), r_BLD
+            return self._mix(n_BLD), r_BLD
         shift_BD, scale_BD, *gate_BD = self.modulation(F.silu(c_BD)).chunk(2 + self.gated, dim=1)
-        mixed_BLD = self.mixer(modulate(n_BLD, shift_BD, scale_BD))
+        mixed_BLD = self._mix(modulate(n_BLD, shift_BD, scale_BD))
         return gate_BD[0].unsqueeze(1) * mixed_BLD if self.gated else mixed_BLD, r_BLD
+
+    def _mix(self, n_BLD: Tensor) -> Tensor:
+        if self.order is not None:
+            n_BLD = n_BLD.index_select(1, self.order)
+        mixed_BLD: Tensor = self.mixer(n_BLD)
+        return mixed_BLD if self.place is None else mixed_BLD.index_select(1, self.place)
 
 
 def add_to_stream(r_BLD: Tensor | None, h_BLD: Tensor, drop_B: Tensor | None) -> Tensor:
@@ -181,7 +198,10 @@ class DiS(Backbone):
         self.extras = settings.extra_tokens(num_classes)
         self.length = self.extras + (shape.size // settings.patch) ** 2
         self.position = nn.Parameter(torch.zeros(1, self.length, D)) if settings.position == "learned" else None
-        self.blocks = nn.ModuleList(DiSBlock(settings, scan, skip=i > half) for i in range(2 * half + 1))
+        orders = _token_orders(settings, self.extras, shape.size // settings.patch)
+        self.blocks = nn.ModuleList(
+            DiSBlock(settings, scan, i > half, orders[i % len(orders)]) for i in range(2 * half + 1)
+        )
         self.norm = nn.Parameter(torch.ones(D))
         self.modulation = None if num_classes is None else Linear(D, 2 * D)
         self.final = Linear(D, settings.patch**2 * 2 * shape.channels)
@@ -235,7 +255,7 @@ class DiS(Backbone):
         """All passes of these image counts. A recomputed block's second forward pass keeps states; the first has no backward."""
         mode, sizes = self.checkpointing if training else "none", self.scan_sizes
         passes = [(training and recompute_every(mode) != 1, False), (True, True)][: 1 if mode == "none" else 2]
-        return [Case(*sizes, count, self.settings.directions, *each) for count in images for each in passes]
+        return [Case(*sizes, count, self.settings.ways, *each) for count in images for each in passes]
 
     def scale_initial(self, weights: Mapping[str, Tensor], growth: Mapping[str, float], base_width: int) -> None:  # noqa: ARG002
         """B and C have as many values at each width."""
@@ -269,6 +289,14 @@ class DiS(Backbone):
             shift_BD, scale_BD = self.modulation(F.silu(c_BD)).chunk(2, dim=1)
             x_BTD = modulate(x_BTD, shift_BD, scale_BD)
         return unpatchify(self.final(x_BTD), self.patch)
+
+
+def _token_orders(settings: Dis, extras: int, side: int) -> list[Tensor | None]:
+    """Return the orders of all tokens that blocks take in turn: label and time first, then the patches; None for theirs."""
+    raster = np.arange(side**2)
+    patches = orders_of(settings.order, side, settings.directions == "alternate")
+    every = [np.concatenate([np.arange(extras), extras + order]) for order in patches]
+    return [None if np.array_equal(p, raster) else torch.tensor(o) for p, o in zip(patches, every, strict=True)]
 
 
 def resized_positions(position_1LD: Tensor, extras: int, patches: int) -> Tensor:

@@ -25,7 +25,13 @@ NAMES = {
     "modulation": "final_layer.adaLN_modulation.1",
     "final": "final_layer.linear",
 }
-PUBLISHED: dict[str, Any] = {"conditioning": "tokens", "skip": "concat", "directions": 2, "position": "learned"}
+PUBLISHED: dict[str, Any] = {
+    "conditioning": "tokens",
+    "skip": "concat",
+    "directions": 2,
+    "position": "learned",
+    "order": ("raster",),
+}
 """Options of the public code."""
 
 

@@ -31,10 +31,21 @@ class Dis(FamilySettings):
     by norms with shift and scale alone."""
     skip: Literal["concat", "add", "none"] = "concat"
     """How an out-block takes in an in-block's branch: by a product of both, by their sum, or not at all."""
-    directions: Literal[1, 2] = 2
-    """1: blocks scan from the first token to the last only, which sees label and time but no later patch."""
+    directions: Literal[1, 2, "alternate"] = 2
+    """1: blocks scan from the first token to the last only, which sees label and time but no later patch. `alternate`: one
+    direction, but of the patches the other one in every second round of `order`."""
+    order: Annotated[tuple[Literal["raster", "column", "zigzag", "zigzag8", "hilbert"], ...], Field(min_length=1)] = (
+        "raster",
+    )
+    """Orders in which the blocks scan the patches, in turn: `[raster, column]` scans by rows and by columns. `zigzag8` are ZigMa's
+    eight, from each corner."""
     position: Literal["learned", "none"] = "learned"
     """Learned embeddings of the positions, or none."""
+
+    @property
+    def ways(self) -> Literal[1, 2]:
+        """Scans of a block."""
+        return 2 if self.directions == 2 else 1
 
     def extra_tokens(self, num_classes: int | None) -> int:
         """Return the number of tokens before the patches: label and time."""

@@ -1,0 +1,53 @@
+"""Orders in which blocks scan the patches of a square image: permutations of its row-major positions.
+
+Neighbouring rows are a whole row apart for a scan by rows. Blocks that scan by turns in other orders make them neighbours too.
+"""
+
+import numpy as np
+
+from dis_scale.process.errors import UserError
+
+
+def orders_of(names: tuple[str, ...], side: int, alternate: bool) -> list[np.ndarray]:
+    """Return the permutations (side^2) that blocks take in turn; with `alternate` all of them, and then all of them reversed.
+
+    UserError for a Hilbert curve whose side is no power of two.
+    """
+    grid = np.arange(side * side).reshape(side, side)
+    paths = [path for name in names for path in _paths(name, grid)]
+    return paths + [path[::-1] for path in paths] if alternate else paths
+
+
+def _paths(name: str, grid: np.ndarray) -> list[np.ndarray]:
+    match name:
+        case "raster":
+            return [grid.ravel()]
+        case "column":
+            return [grid.T.ravel()]
+        case "zigzag":
+            return [_zigzag(grid)]
+        case "zigzag8":
+            corners = (grid, grid[:, ::-1], grid[::-1], grid[::-1, ::-1])
+            return [_zigzag(each) for corner in corners for each in (corner, corner.T)]
+        case "hilbert":
+            side = len(grid)
+            if side & (side - 1):
+                raise UserError(f"order hilbert needs a power of two patches on a side, got {side}: choose zigzag8")
+            return [np.argsort(_hilbert(side).ravel())]
+    raise AssertionError(name)
+
+
+def _zigzag(grid: np.ndarray) -> np.ndarray:
+    """Row after row, every second one backwards, so that each step goes to a neighbour (ZigMa, arXiv 2403.13802)."""
+    turned = grid.copy()
+    turned[1::2] = turned[1::2, ::-1]
+    return turned.ravel()
+
+
+def _hilbert(side: int) -> np.ndarray:
+    """Return the place of each patch on Hilbert's curve: four curves of half the side, the first and the last of them turned."""
+    if side == 1:
+        return np.zeros((1, 1), int)
+    half = _hilbert(side // 2)
+    count = half.size
+    return np.block([[half.T, count + half], [3 * count + half.T[::-1, ::-1], 2 * count + half]])

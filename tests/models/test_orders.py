@@ -1,0 +1,91 @@
+"""Orders of the scan: equal to the public lists, restored after each block, and nothing but another order."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dis_scale.models import build, public
+from dis_scale.models.dis.network import DiS
+from dis_scale.models.dis.orders import orders_of
+from dis_scale.models.dis.settings import Dis
+from dis_scale.process.errors import UserError
+from dis_scale.recipe import LatentShape
+
+SHAPE = LatentShape(2, 4)
+HILBERT = [0, 4, 5, 1, 2, 3, 7, 6, 10, 11, 15, 14, 13, 9, 8, 12]
+"""ZigMa's `gilbert_zigzag_path(4)`: its positions in their order."""
+ZIGZAG8 = {4: "a7a0754137618819", 16: "dfe51cdf56197994"}
+"""Beginning of the sha256 of ZigMa's and DiMSUM's eight paths, one after the other, as int64, by the grid's side."""
+
+
+def dis(**changed: Any) -> DiS:
+    settings = Dis(kind="dis", width=16, depth=2, patch=1, drop_path=0.0).model_copy(update=changed)
+    model = build(settings, SHAPE, 10, seed=0)
+    assert isinstance(model, DiS)
+    with torch.no_grad():
+        model.position.normal_(generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(2)
+    return torch.randn(3, 2, 4, 4, generator=rng), torch.rand(3, generator=rng) * 999, torch.tensor([1, 2, 10])
+
+
+def test_the_lists_are_the_public_ones() -> None:
+    assert orders_of(("raster", "column"), 3, alternate=False)[1].tolist() == [0, 3, 6, 1, 4, 7, 2, 5, 8]
+    assert orders_of(("hilbert",), 4, alternate=False)[0].tolist() == HILBERT
+    for side, known in ZIGZAG8.items():
+        paths = np.concatenate(orders_of(("zigzag8",), side, alternate=False)).astype("<i8")
+        assert hashlib.sha256(paths.tobytes()).hexdigest().startswith(known)
+
+
+@pytest.mark.parametrize("side", [1, 2, 8, 16])
+@pytest.mark.parametrize("alternate", [False, True])
+def test_each_order_visits_each_patch_once_and_curves_go_to_neighbours(side: int, alternate: bool) -> None:
+    rounds = orders_of(("raster", "column", "zigzag", "zigzag8", "hilbert"), side, alternate)
+    assert len(rounds) == (24 if alternate else 12)
+    for number, order in enumerate(rounds):
+        assert sorted(order.tolist()) == list(range(side * side))
+        if number % 12 > 1:
+            rows, columns = np.divmod(order, side)
+            assert (np.abs(np.diff(rows)) + np.abs(np.diff(columns)) == 1).all()
+
+
+def test_a_curve_that_does_not_fit_the_grid_is_refused() -> None:
+    with pytest.raises(UserError, match="order hilbert needs a power of two patches on a side, got 6"):
+        orders_of(("raster", "hilbert"), 6, alternate=False)
+
+
+def test_columns_of_an_image_are_rows_of_its_transpose() -> None:
+    """So another order changes nothing else, and each block restores the tokens' places for skips, positions and output."""
+    rows, columns = dis(), dis(order=("column",))
+    columns.load_state_dict(rows.state_dict())
+    with torch.no_grad():
+        grid = rows.position[:, 2:].unflatten(1, (4, 4)).transpose(1, 2).flatten(1, 2)
+        columns.position.copy_(torch.cat([rows.position[:, :2], grid], dim=1))
+    x, t, y = inputs()
+    expected = rows(x, t, y)
+    assert torch.allclose(columns(x.transpose(2, 3), t, y).transpose(2, 3), expected, atol=1e-6)
+    assert not torch.allclose(columns(x, t, y), expected, atol=1e-2)
+
+
+def test_blocks_take_the_orders_in_turn_and_then_reversed() -> None:
+    """A block of one direction gets the last patch first in every second round; label and time stay before the patches."""
+    model = dis(depth=4, directions="alternate", order=("raster", "column"))
+    plain = torch.arange(16).view(4, 4)
+    expected = [plain, plain.T, plain.flip(0, 1), plain.T.flip(0, 1), plain]
+    for block, order in zip(model.blocks, expected, strict=True):
+        got = torch.arange(18) if block.order is None else block.order
+        assert got.tolist() == [0, 1, *(2 + order.flatten()).tolist()]
+    assert model.blocks[0].mixer.leftward is None
+
+
+def test_the_published_order_adds_nothing_and_others_are_not_exported_as_published() -> None:
+    assert list(dis().buffers()) == []
+    assert dis().state_dict().keys() == dis(order=("hilbert", "zigzag")).state_dict().keys()
+    with pytest.raises(UserError, match=r"the public layout of DiS has no order: \('column',\)"):
+        public.to_official(dis(order=("column",)))
