@@ -155,6 +155,16 @@ def time_features(t_B: Tensor, dim: int) -> Tensor:
     return F.pad(features, (0, 1)) if dim % 2 else features
 
 
+def uniform(*shape: int, bound: float) -> nn.Parameter:
+    """A parameter, uniform in [-bound, bound]. PyTorch's default for a product or a convolution is 1 / sqrt(fan_in)."""
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
+def product(x_BLI: Tensor, weight_OI: Tensor) -> Tensor:
+    """x W^T in x's type. The weights are rounded to it at each use, never in place."""
+    return F.linear(x_BLI, weight_OI.to(x_BLI.dtype))
+
+
 class Linear(nn.Linear):
     """A product in the type of its input. The weights are rounded to it at each use, never in place."""
 

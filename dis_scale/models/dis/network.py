@@ -5,6 +5,7 @@ time step, W taps of the convolution. The residual stream is float32 whatever th
 ../../scan.
 """
 
+import itertools
 import math
 from collections.abc import Collection, Mapping
 
@@ -14,9 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dis_scale.models.checkpointing import recompute_every, run_block
+from dis_scale.models.dis.attention import Attention
 from dis_scale.models.dis.orders import orders_of
 from dis_scale.models.dis.settings import Dis
-from dis_scale.models.tokens import Backbone, Linear, PatchEmbed, TimeEmbedding, modulate, unpatchify, wide, zero_
+from dis_scale.models.tokens import (
+    Backbone,
+    Linear,
+    PatchEmbed,
+    TimeEmbedding,
+    modulate,
+    product,
+    uniform,
+    unpatchify,
+    wide,
+    zero_,
+)
 from dis_scale.process.settings import LatentShape
 from dis_scale.scan import Direction, causal_conv_silu, choose, selective_scan, two_way_conv_silu, two_way_scan
 from dis_scale.scan.counts import fused
@@ -36,16 +49,6 @@ def inner_width(width: int) -> int:
 def step_rank(width: int) -> int:
     """R: rank of the projection that gives the time step (Mamba's `dt_rank = "auto"`)."""
     return math.ceil(width / 16)
-
-
-def uniform(*shape: int, bound: float) -> nn.Parameter:
-    """A parameter, uniform in [-bound, bound]. PyTorch's default for a product or a convolution is 1 / sqrt(fan_in)."""
-    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
-
-
-def product(x_BLI: Tensor, weight_OI: Tensor) -> Tensor:
-    """x W^T in x's type. The weights are rounded to it at each use, never in place."""
-    return F.linear(x_BLI, weight_OI.to(x_BLI.dtype))
 
 
 class DirectionProjections(nn.Module):
@@ -114,20 +117,27 @@ def _conv_parameters(E: int) -> tuple[nn.Parameter, nn.Parameter]:
 class DiSBlock(nn.Module):
     """One block: add to the stream, normalise, mix. Maps (branch h, stream r) to (branch h, stream r); no MLP.
 
-    The mixer gets the tokens in the block's `order`, a permutation (L), if it is not theirs.
+    The mixer gets the tokens in the block's `order`, a permutation (L), if it is not theirs. Given `attention`, it is the mixer.
     """
 
     order: Tensor | None
     place: Tensor | None
 
-    def __init__(self, settings: Dis, scan: str, skip: bool, order: Tensor | None = None):
+    def __init__(
+        self,
+        settings: Dis,
+        scan: str,
+        skip: bool,
+        order: Tensor | None = None,
+        attention: Attention | None = None,
+    ):
         super().__init__()
         # Computed, not learned: not persistent, so that the state dict holds exactly what is trained.
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("place", None if order is None else order.argsort(), persistent=False)
         D = settings.width
         self.norm = nn.Parameter(torch.ones(D))
-        self.mixer = Mixer(settings, scan)
+        self.mixer = attention or Mixer(settings, scan)
         self.skip = _zero_bias(Linear(2 * D, D)) if skip and settings.skip == "concat" else None
         self.gated = settings.conditioning.startswith("adaln_zero")
         self.modulation = None if settings.conditioning == "tokens" else Linear(D, (2 + self.gated) * D)
@@ -198,10 +208,15 @@ class DiS(Backbone):
         self.extras = settings.extra_tokens(num_classes)
         self.length = self.extras + (shape.size // settings.patch) ** 2
         self.position = nn.Parameter(torch.zeros(1, self.length, D)) if settings.position == "learned" else None
-        orders = _token_orders(settings, self.extras, shape.size // settings.patch)
-        self.blocks = nn.ModuleList(
-            DiSBlock(settings, scan, i > half, orders[i % len(orders)]) for i in range(2 * half + 1)
-        )
+        side, every = shape.size // settings.patch, settings.attention_every
+        orders = itertools.cycle(_token_orders(settings, self.extras, side))
+        self.blocks = nn.ModuleList()
+        for i in range(2 * half + 1):
+            if every and (i + 1) % every == 0:
+                block = DiSBlock(settings, scan, i > half, attention=Attention(D, settings.depth, self.extras, side))
+            else:
+                block = DiSBlock(settings, scan, i > half, next(orders))
+            self.blocks.append(block)
         self.norm = nn.Parameter(torch.ones(D))
         self.modulation = None if num_classes is None else Linear(D, 2 * D)
         self.final = Linear(D, settings.patch**2 * 2 * shape.channels)

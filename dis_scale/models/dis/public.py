@@ -31,6 +31,7 @@ PUBLISHED: dict[str, Any] = {
     "directions": 2,
     "position": "learned",
     "order": ("raster",),
+    "attention_every": None,
 }
 """Options of the public code."""
 

@@ -1,11 +1,15 @@
 """Settings of a DiS."""
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dis_scale.models.settings import FamilySettings
 from dis_scale.process.settings import Count, Fraction
+
+HEAD_SIZE = 64
+"""Most channels of a head of attention."""
 
 
 class Dis(FamilySettings):
@@ -42,6 +46,23 @@ class Dis(FamilySettings):
     position: Literal["learned", "none"] = "learned"
     """Learned embeddings of the positions, or none."""
 
+    attention_every: Count | None = None
+    """Every so many blocks, the last of them has attention in place of the scans; 1: all have. Default: none."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.attention_every and self.width % 4:
+            raise ValueError(f"attention_every needs a width that is a multiple of 4, got {self.width}")
+        return self
+
+    def base_width_refusal(self, base_width: int, others: Mapping[str, Self]) -> str | None:
+        """Rates transfer between attentions whose heads have one size."""
+        del others
+        ours, base = head_size(self.width), head_size(base_width) if base_width % 4 == 0 else 0
+        if self.attention_every and ours != base:
+            return f"attention's heads have {ours} channels here and {base} at base_width {base_width}: choose multiples of 64"
+        return None
+
     @property
     def ways(self) -> Literal[1, 2]:
         """Scans of a block."""
@@ -50,3 +71,8 @@ class Dis(FamilySettings):
     def extra_tokens(self, num_classes: int | None) -> int:
         """Return the number of tokens before the patches: label and time."""
         return 0 if self.conditioning.endswith("_alone") else 1 if num_classes is None else 2
+
+
+def head_size(width: int) -> int:
+    """Return the channels of a head of attention: the largest divisor of the width up to 64 with whole pairs for both axes."""
+    return max(size for size in range(4, HEAD_SIZE + 1, 4) if width % size == 0)
