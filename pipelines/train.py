@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,11 +35,14 @@ from pipelines.ray_private import Resources
 from pipelines.restarts import with_restarts
 from pipelines.stage import StageJob
 from pipelines.waiting import Wait, capacity
-from pipelines.watching import Watch, watch
+from pipelines.watching import FIRST, Watch, watch
 from pipelines.worker import Request, Worker, request_for, spawn
 
 CAPACITY_WAIT_S = 5.0
 """Longest wait for resources that the previous attempt has not freed yet."""
+
+LOGS_WITHIN_S = 600.0
+"""Time after a hang in which the watch, also of a busy driver, has logged the stacks of all workers."""
 
 FITS = "needs less memory: smaller train.micro_images, train.checkpointing=block, larger train.zero_stage, more train.workers"
 
@@ -81,13 +84,13 @@ class Trainer(Worker):
         super().report(done)
         self.context.images = done
 
-    def check(self, rank_environment: dict[str, Any], device: str) -> None:
+    def check(self, rank_environment: dict[str, Any], device: str, waits_s: float) -> None:
         """Join the process group and check this worker's device and connections; BrokenDevice if one fails."""
         os.environ.update({key: str(value) for key, value in rank_environment.items()})
         from dis_scale.training import engine
 
         devices.check_device(where := devices.torch_device(device))
-        engine.connect(where)
+        engine.connect(where, waits_s)
         devices.check_group(where)
 
     def train(
@@ -212,7 +215,8 @@ class TrainingRun:
             "WORLD_SIZE": len(ranks.workers), "MASTER_ADDR": first.ip, "MASTER_PORT": first.port, "LOCAL_RANK": 0,
         }  # fmt: skip
         checks = [
-            worker.check.remote(variables | {"RANK": rank}, self.device) for rank, worker in enumerate(ranks.workers)
+            worker.check.remote(variables | {"RANK": rank}, self.device, group_waits_s(self.settings))
+            for rank, worker in enumerate(ranks.workers)
         ]
         watch(self.job, ranks.workers, checks, policy=Watch(hang_after_s=self.settings.hang_after_s))
 
@@ -232,8 +236,7 @@ class TrainingRun:
                 grows = time.monotonic() > grow_at_s and self._can_grow(len(ranks.workers), avoided)
                 return math.inf if grows else None
 
-            # After the last step there is only storage to wait for, which has a patience of its own.
-            policy = Watch(hang_after_s=self.settings.hang_after_s, stop_early=left_s, last=self.settings.images)
+            policy = replace(training_watch(self.settings), stop_early=left_s)
             return min(watch(self.job, ranks.workers, results, self._report, policy))
 
     def _report(self, done: list[int]) -> None:
@@ -314,6 +317,16 @@ class TrainingRun:
                 f"{self.model}: capacity for {larger} workers: {world} stop at a resume point and continue as {larger}"
             )
         return grows
+
+
+def training_watch(settings: Train) -> Watch:
+    """Return what counts as a hang in training; after the last step it waits for storage, which has a patience of its own."""
+    return Watch(hang_after_s=settings.hang_after_s, first=FIRST, last=settings.images)
+
+
+def group_waits_s(settings: Train) -> float:
+    """Return the time limit of a collective: longer than the watch needs to find a hang and to log the stacks."""
+    return FIRST * settings.hang_after_s + LOGS_WITHIN_S
 
 
 def rank_order(places: Sequence[Place]) -> list[int]:

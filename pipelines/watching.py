@@ -23,7 +23,7 @@ STAGE_HANGS_AFTER_S = 900.0
 MEDIANS = 10
 """A worker may take so many times what it usually takes."""
 FIRST = 4
-"""How many times as long it may take while nothing is known of that: it loads networks and compiles kernels."""
+"""How many times as long the first may take: it reads a resume point or networks, and compiles kernels."""
 Report = Callable[[list[int]], None]
 """Called with each worker's progress, in the order of the workers."""
 
@@ -35,6 +35,8 @@ class Watch:
     hang_after_s: float = STAGE_HANGS_AFTER_S
     """A hang: no worker has made progress for this long, and not all have made the progress `last`. Of independent workers each is
     watched by itself (`Pace`), and one that hangs is killed."""
+    first: int = 1
+    """How many times as long the first progress may take."""
     last: float = float("inf")
     stop_early: Callable[[], float | None] = lambda: None
     """Asked once a poll until it returns the seconds that the workers have to save: they are then requested to stop."""
@@ -57,7 +59,8 @@ class Watch:
 
     def hangs(self, progress: Sequence[int], silent_s: float) -> bool:
         """Whether workers hang that have made this progress, and none for `silent_s`. After `last` they only write."""
-        return silent_s > self.hang_after_s and min(progress) < self.last
+        limit_s = self.hang_after_s * (1 if any(progress) else self.first)
+        return silent_s > limit_s and min(progress) < self.last
 
 
 SILENT = Watch(hang_after_s=FIRST * STAGE_HANGS_AFTER_S)

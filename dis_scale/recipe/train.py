@@ -127,7 +127,8 @@ class Train(Settings):
     """Train a run from the beginning although it was further, if none of its resume points can be used any more.
     `dis-scale resume` forgets it."""
     hang_after_s: Annotated[float, Field(gt=0)] = runtime(900.0)
-    """Seconds without a finished step after which an attempt counts as hanging: its stacks are logged and it restarts."""
+    """Seconds without a finished step after which an attempt counts as hanging: its stacks are logged and it restarts. Its first
+    step may take four times as long."""
     skips_in_a_row: Count = runtime(20)
     """Consecutive steps skipped for gradients that are not finite, after which a run stops."""
 

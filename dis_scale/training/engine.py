@@ -15,6 +15,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -167,11 +168,19 @@ def _require_equal(here: torch.Tensor, stored: torch.Tensor, s: Segment) -> None
         )
 
 
-def connect(device: torch.device) -> None:
-    """Join the process group that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)."""
-    deepspeed = _deepspeed(device)
+def connect(device: torch.device, waits_s: float = 1800.0) -> None:
+    """Join the process group that the environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+
+    A collective of it, or of any later group, fails after `waits_s`.
+    """
+    deepspeed, timeout = _deepspeed(device), timedelta(seconds=waits_s)
+    for default in (
+        "default_pg_timeout",
+        "default_pg_nccl_timeout",
+    ):  # DeepSpeed reduces in a group made without a timeout
+        setattr(dist.distributed_c10d, default, timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, auto_mpi_discovery=False, verbose=False)
 
 
 def start(

@@ -379,7 +379,7 @@ def _agreed_resume_point(attempt: Attempt) -> ResumePoint | None:
         if point is None and branch:
             point = resume.branch_point(attempt.sweep, branch)
     others: list[ResumePoint | None] = [point and ResumePoint(point.folder, point.manifest)]  # without what it has read
-    dist.broadcast_object_list(others)
+    dist.broadcast_object_list(others, group=dist.new_group(backend="gloo"))  # the others sleep while rank 0 reads
     return point or others[0]
 
 

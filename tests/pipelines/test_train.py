@@ -10,7 +10,7 @@ from dis_scale.recipe import Recipe, reading
 from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking.mlflow import RunCopy
 from dis_scale.tracking.rows import RowWriter
-from pipelines.train import Place, RowCopies, largest_fitting, rank_order
+from pipelines.train import Place, RowCopies, group_waits_s, largest_fitting, rank_order, training_watch
 from pipelines.waiting import capacity
 from tests.conftest import TINY
 from tests.support.stage_jobs import RecordedJob, job_of
@@ -37,6 +37,15 @@ def test_ranks_are_in_the_order_of_nodes_and_gpus() -> None:
     ]  # fmt: skip
     assert rank_order(places) == [3, 2, 1, 0]
     assert [places[::-1][n] for n in rank_order(places[::-1])] == [places[n] for n in rank_order(places)]
+
+
+@pytest.mark.parametrize("hang_after_s", [1.0, 900.0, 86_400.0])
+def test_a_hang_is_logged_before_a_collective_fails(hang_after_s: float) -> None:
+    """Also before the first step, which may take longer: NCCL ends the process of a rank whose collective fails."""
+    settings = reading.load(TINY, [f"train.hang_after_s={hang_after_s}"]).train
+    policy, fails_s = training_watch(settings), group_waits_s(settings)
+    for done in (0, 16):
+        assert policy.hangs([done], fails_s - 2 * policy.answer_s - policy.poll_every_s - 60)
 
 
 @pytest.mark.parametrize(("tracked", "away"), [(False, 0.0), (True, 1.0)])

@@ -12,11 +12,17 @@ from pipelines.worker import Worker
 
 @pytest.mark.parametrize(
     ("done", "silent_s", "hangs"),
-    [([160, 304], 11.0, True), ([160, 304], 9.0, False), ([320, 304], 11.0, True), ([320, 320], 11.0, False)],
-    ids=["silent", "not for long", "one is not at the end", "after the last step they only write"],
-)
+    [
+        ([160, 304], 11.0, True), ([160, 304], 9.0, False), ([320, 304], 11.0, True), ([320, 320], 11.0, False),
+        ([0, 0], 39.0, False), ([0, 0], 41.0, True), ([0, 16], 11.0, True),
+    ],
+    ids=[
+        "silent", "not for long", "one is not at the end", "after the last step they only write",
+        "reading a resume point", "never a first step", "one has no first step",
+    ],
+)  # fmt: skip
 def test_a_hang_is_a_silence_before_the_last_step(done: list[int], silent_s: float, hangs: bool) -> None:
-    assert Watch(hang_after_s=10.0, last=320).hangs(done, silent_s) == hangs
+    assert Watch(hang_after_s=10.0, first=4, last=320).hangs(done, silent_s) == hangs
 
 
 def hanging(took_s: list[float], hangs_after_s: float) -> float | None:

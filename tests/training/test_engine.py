@@ -31,6 +31,7 @@ from tests.support import ranks
 SHAPE = LatentShape(4, 8)
 DIS = Dis(kind="dis", width=16, depth=2, patch=2)
 DIFFUSSM = DiffuSsm(kind="diffussm", width=16, depth=1)
+WAITS_S = 4200.0
 
 
 def train(**settings: Any) -> Train:
@@ -49,8 +50,16 @@ def _on_rank(rank: int, world: int, port: int, check: Callable[..., None], *argu
     place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in place.items()})
     torch.set_num_threads(1)
-    engine.connect(torch.device("cpu"))
+    engine.connect(torch.device("cpu"), WAITS_S)
     check(*arguments)
+
+
+def require_time_limits(state: Engine) -> None:
+    """Each group has the connection's, also the one that DeepSpeed makes to reduce: NCCL's own is ten minutes, gloo's thirty."""
+    groups = dist.group.WORLD, state.deepspeed.optimizer.dp_process_group, state.hosts, dist.new_group(backend="gloo")
+    limits = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+    assert limits == [WAITS_S] * 4
+    assert dist.distributed_c10d._get_default_timeout(dist.Backend.NCCL).total_seconds() == WAITS_S
 
 
 @pytest.mark.parametrize("failing", [{1}, {0, 1, 2}, set()], ids=["one", "all", "none"])
@@ -218,7 +227,7 @@ def a_moved_partition_is_named() -> None:
         engine.start(model, train(), torch.device("cpu"), resume.fresh(model), adam_step=0)
 
 
-def test_gradients_are_reduced_during_the_backward_pass() -> None:
+def test_gradients_are_reduced_during_the_backward_pass_and_with_the_time_limit_of_the_connection() -> None:
     on_ranks(2, at_each_stage, communication_overlaps, (1, 2))
 
 
@@ -232,6 +241,7 @@ def communication_overlaps(stage: int) -> None:
     backward_ends = max(e.time_range.end for e in events if e.name.startswith("autograd::engine::evaluate_function"))
     reductions = [e.time_range.start for e in events if e.name == "c10d::allreduce_"]
     assert sum(start < backward_ends for start in reductions) >= 4
+    require_time_limits(state)
 
 
 def test_averages_are_gathered_in_host_memory() -> None:
