@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dis_scale.scan import triton_backward, triton_conv, triton_scan
-from dis_scale.scan.triton_fill import FULL, Filling, busy, filling
+from dis_scale.scan.triton_fill import FULL, LANES_OF_A_CHANNEL, Filling, filling
 from dis_scale.scan.triton_launch import CHUNK, LANES, WARPS
 from dis_scale.scan.triton_numbers import ROWS, SEGMENT
 
@@ -35,23 +35,12 @@ B, L, E, N = 32, 258, 2048, 16
 MULTIPROCESSORS, REGISTERS, CLOCK_HZ, BYTES_PER_S = 132, 65536, 1.98e9, 4.8e12
 """An H200 at its highest clock; its copies reach 4.3 of the datasheet's 4.8 TB/s."""
 SCHEDULERS = 4 * MULTIPROCESSORS
-LANES_OF_A_CHANNEL = 1, 2, 4, 8
 SHAPES = (32, 258), (8, 1026), (2, 4098)
 """Images and tokens: at 256 pixels, and at 512 pixels with patches of 2 and 1, about the same number of tokens each."""
 CYCLES = {"MUFU": 8, "LSU": 4}
 UNITS = {"MUFU": "MUFU", **dict.fromkeys(("LDG", "STG", "LDS", "STS", "LDL", "STL", "SHFL"), "LSU")}
-SCAN = {
-    "LANES": LANES,
-    "WARPS": WARPS,
-    "SPLIT": 1,
-    "CHUNK": CHUNK,
-    "E": E,
-    "L": L,
-    "N": N,
-    "GATED": True,
-    "STATE_ROWS": CHUNK,
-}
-SCAN |= {"u_row": E, "delta_row": E, "z_row": 2 * E, "dy_row": E}  # z is half of a product
+SCAN = {"LANES": LANES, "WARPS": WARPS, "SPLIT": 1, "CHUNK": CHUNK, "E": E, "L": L, "N": N, "STATE_ROWS": CHUNK}
+SCAN |= {"GATED": True, "u_row": E, "delta_row": E, "z_row": 2 * E, "dy_row": E}  # z is half of a product
 CONV = {"LANES": LANES * WARPS, "ROWS": ROWS, "TAPS": 4, "E": E, "L": L, "FORWARD": True, "BACKWARD": True}
 CONV |= {"x_row": 2 * E}
 FUNCTIONS: dict[str, Any] = {
@@ -227,6 +216,12 @@ def launches(names: Sequence[str], fill: Filling, images: int, tokens: int, chan
         seconds += time + summed / BYTES_PER_S
         all_programs, busiest = [*all_programs, programs], [*busiest, -(-programs // MULTIPROCESSORS)]
     return Launches(sorted({*all_programs}), sorted({*busiest}), 1e6 * seconds)
+
+
+def busy(programs: int, multiprocessors: int, resident: int) -> int:
+    """Return the time of the busiest multiprocessor, in programs at full issue: `resident` run at a time, one alone takes two."""
+    rounds, last = divmod(-(-programs // multiprocessors), resident)
+    return rounds * max(2, resident) + (max(2, last) if last else 0)
 
 
 def rounded(name: str, lanes: int, tokens: int) -> int:

@@ -7,27 +7,18 @@ and neither computes an exponential twice:
     both        the backward pass computes both directions in one launch
 
 Other lanes sum in another order, so results differ in the last bits between batch sizes and GPUs, never between two runs of one
-shape on one kind of GPU. benchmarks/results/kernels.md has the counts.
+shape on one kind of GPU. More images never get more lanes, so that few kernels are compiled. benchmarks/results/kernels.md has
+the counts.
 """
 
-import functools
-from collections.abc import Iterator
 from typing import NamedTuple
 
-FORWARD_CYCLES = {1: 18.0, 2: 18.0, 4: 19.3, 8: 23.3}
-BACKWARD_CYCLES = {1: 22.4, 2: 24.4, 4: 25.8, 8: 28.9}
-"""Cycles per state, step and warp by lanes of a channel, counted by benchmarks/instructions.py: both directions forward, one
-backward."""
-FORWARD_RESIDENT, BACKWARD_RESIDENT = 4, 2
-"""Programs of 128 threads that a multiprocessor holds at a time, by their registers."""
-ALONE = 2
-"""Time of a program alone on a multiprocessor, relative to its share of a full one: a single warp per scheduler is assumed to
-issue every second cycle, since nothing hides its latency."""
-
-
-ENOUGH = 3
-"""Programs of a multiprocessor from which on a GPU counts as full: one more or less in the last round is no reason for other
-kernels."""
+LANES_OF_A_CHANNEL = 1, 2, 4, 8
+FORWARD_ENOUGH, BACKWARD_ENOUGH = 1.6, 3
+"""Programs of a multiprocessor from which on more lanes gain nothing. By the counted cycles a launch takes at most 1.21 and 1.26
+times as long as with the best lanes for its number of programs, on average 1.03 and 1.06 times."""
+MOST_STATES = 16
+"""States of a lane: with 64 a thread needs more registers than it has, and the compiler a minute and a half."""
 
 
 class Filling(NamedTuple):
@@ -42,30 +33,18 @@ FULL = Filling(1, 1, False)
 """Enough programs: the kernels with the fewest instructions."""
 
 
-@functools.cache
 def filling(programs: int, states: int, directions: int, multiprocessors: int) -> Filling:
-    """Return the way of the least time by the count of instructions; `programs` is that of a launch with one lane per channel."""
+    """Return the fewest lanes that fill the GPU; `programs` is that of a launch with one lane per channel.
 
-    def forward_time(lanes: int) -> float:
-        return FORWARD_CYCLES[lanes] * busy(programs * lanes, multiprocessors, FORWARD_RESIDENT) / lanes
+    With one lane the directions follow each other: their common kernel takes twice as long to compile as with two.
+    """
+    dividing = [lanes for lanes in LANES_OF_A_CHANNEL if states % lanes == 0]
+    possible = [lanes for lanes in dividing if states <= lanes * MOST_STATES] or dividing[-1:]
+    each = programs / multiprocessors
 
-    def backward_time(way: tuple[int, int]) -> float:
-        lanes, at_once = way
-        programs_at_once = programs * lanes * at_once
-        return BACKWARD_CYCLES[lanes] * busy(programs_at_once, multiprocessors, BACKWARD_RESIDENT) / (lanes * at_once)
+    def fewest(enough: float, at_once: int) -> int:
+        fitting = (lanes for lanes in possible if each * lanes * (at_once if lanes > 1 else 1) >= enough)
+        return next(fitting, possible[-1])
 
-    if programs >= ENOUGH * multiprocessors:
-        return FULL
-    possible = [lanes for lanes in FORWARD_CYCLES if states % lanes == 0]
-    lanes, at_once = min(((lanes, n) for lanes in possible for n in range(1, directions + 1)), key=backward_time)
-    return Filling(min(possible, key=forward_time), lanes, at_once == 2)
-
-
-def busy(programs: int, multiprocessors: int, resident: int) -> int:
-    """Time that the busiest multiprocessor takes, in programs at full issue; `resident` programs run at a time."""
-    return sum(max(ALONE, together) for together in _rounds(-(-programs // multiprocessors), resident))
-
-
-def _rounds(programs: int, resident: int) -> Iterator[int]:
-    for done in range(0, programs, resident):
-        yield min(resident, programs - done)
+    backward = fewest(BACKWARD_ENOUGH, directions)
+    return Filling(fewest(FORWARD_ENOUGH, 1), backward, directions == 2 and backward > 1 and each < BACKWARD_ENOUGH)

@@ -26,8 +26,9 @@ from benchmarks.instructions import FORWARD, code, compiled, counted, registers,
 from dis_scale.process.errors import UserError
 from dis_scale.scan import Direction, triton_conv, triton_layout, triton_numbers, triton_scan
 from dis_scale.scan import triton as scan_triton
-from dis_scale.scan.triton_fill import BACKWARD_CYCLES, FORWARD_CYCLES, FULL
+from dis_scale.scan.triton_fill import FULL
 from dis_scale.scan.triton_launch import CHUNK, MOST_PROGRAMS, Launch, compile_together
+from tests.support.scans import BACKWARD_CYCLES, FORWARD_CYCLES
 
 INTERPRETED = Path(__file__).parent.parent / "support" / "interpreted_triton.py"
 # Of the variants of scan_forward and scan_backward `make test` compiles those with the most registers.
