@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dis_scale import diffusion, vae
 from dis_scale.data.latents import Micro
@@ -102,33 +103,56 @@ def test_state_is_filled_averaged_and_stepped_on_the_gpu(fake: None, monkeypatch
     assert {part.device.type for kind in state.kinds for part in state.segments(kind).values()} == {"cpu"}
 
 
-@FAMILIES
-@pytest.mark.parametrize(
-    ("process", "sampler"),
-    [(Gaussian(kind="gaussian"), name) for name in GAUSSIAN_SAMPLERS]
-    + [(Flow(kind="flow"), name) for name in FLOW_SAMPLERS],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_each_sampler_with_guidance(
-    fake: None, monkeypatch: pytest.MonkeyPatch, family: str, process: Any, sampler: str
-) -> None:
-    """In bf16, where types can be mixed too."""
-    monkeypatch.setattr("dis_scale.diffusion.generate.check_labels", lambda *_: None)  # fake labels have no values
-    model, sampling = model_on_gpu(SETTINGS[family], "bf16"), Sampling(sampler=sampler, steps=3, guidance=1.5)
-    latents = generate(model, diffusion.build(process, model.shape), [1, 2, 3], range(3), sampling, device=CUDA)
-    assert (latents.device.type, latents.dtype, latents.shape) == ("cuda", torch.float32, (3, 4, 8, 8))
-
-
 @pytest.fixture
 def on_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values that leave the GPU: zeros, if they were copied to the host."""
+    """Values that leave the GPU, if they were copied to the host: zeros, and 500 as a time."""
 
     def numpy(x: torch.Tensor) -> np.ndarray:
         assert x.device.type == "cpu", "copied to the host first"
         return np.zeros(x.shape)
 
+    def time(x: torch.Tensor) -> float:
+        assert x.device.type == "cpu", "asked of the GPU, which has to end all work for it"
+        return 500.0
+
     monkeypatch.setattr(torch.Tensor, "numpy", numpy)
+    monkeypatch.setattr(torch.Tensor, "__float__", time)
     monkeypatch.setattr(torch.Tensor, "__int__", lambda _: 0)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the copies from the host to the GPU."""
+
+    copies = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.copies += args[0].device.type == "cpu" and out.device.type == "cuda"
+        return out
+
+
+SAMPLERS = [(Gaussian(kind="gaussian"), name) for name in GAUSSIAN_SAMPLERS] + [
+    (Flow(kind="flow"), name) for name in FLOW_SAMPLERS
+]
+
+
+@FAMILIES
+@pytest.mark.parametrize(("process", "sampler"), SAMPLERS, ids=lambda value: value if isinstance(value, str) else "")
+def test_each_sampler_with_guidance(
+    on_host: None, fake: None, monkeypatch: pytest.MonkeyPatch, family: str, process: Any, sampler: str
+) -> None:
+    """In bf16, where types can be mixed too. A step waits for the GPU only to get its noise, if it has some."""
+    monkeypatch.setattr("dis_scale.diffusion.generate.check_labels", lambda *_: None)  # fake labels have no values
+    model, built, copies = model_on_gpu(SETTINGS[family], "bf16"), diffusion.build(process, SHAPE), []
+    for steps in (2, 4):
+        sampling = Sampling(sampler=sampler, steps=steps, guidance=1.5, guidance_interval=(200.0, 700.0))
+        with Waits() as waits:
+            latents = generate(model, built, [1, 2, 3], range(3), sampling, device=CUDA)
+        assert (latents.device.type, latents.dtype, latents.shape) == ("cuda", torch.float32, (3, 4, 8, 8))
+        copies.append(waits.copies)
+    noisy = sampler in ("ddpm", "euler_maruyama")
+    assert copies[1] - copies[0] == 2 * noisy
 
 
 def test_the_vae_encodes_and_decodes(on_host: None) -> None:

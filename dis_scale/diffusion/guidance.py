@@ -33,8 +33,8 @@ def guided(
     """Return a model function u + scale (c - u) on the first guided channels (by default all noise channels).
 
     Scale 1 is the conditional model. An interval limits guidance to model times low <= t <= high (Kynkaanniemi et al.
-    2024). The variance channels are those of the conditional model. UserError if labels and model do not fit, or if an
-    unconditional model is to be guided.
+    2024). The variance channels are those of the conditional model. The times are on the host, so that no step asks a GPU
+    for one, and the same for all samples. UserError if labels and model do not fit, or if an unconditional model is to be guided.
     """
     scale, interval = sampling.guidance, sampling.guidance_interval
     if y_B is None or model.num_classes is None:
@@ -42,11 +42,13 @@ def guided(
             raise UserError(f"labels and model do not fit: num_classes is {model.num_classes}, labels are {y_B}")
         if scale != 1:
             raise UserError(f"guidance {scale:g}: an unconditional model cannot be guided, expected 1")
-        return lambda x_BCHW, t_B: model(x_BCHW, t_B)
+        return lambda x_BCHW, t_B: model(x_BCHW, _filled(t_B, x_BCHW))
     both_2B = torch.cat([y_B, torch.full_like(y_B, model.num_classes)])
 
     def model_fn(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
-        if scale == 1 or (interval is not None and not interval[0] <= float(t_B[0]) <= interval[1]):
+        guides = scale != 1 and (interval is None or interval[0] <= float(t_B[0]) <= interval[1])
+        t_B = _filled(t_B, x_BCHW)
+        if not guides:
             return model(x_BCHW, t_B, y_B)
         n = min(sampling.guidance_channels or x_BCHW.shape[1], x_BCHW.shape[1])
         with_BCHW, without_BCHW = model(torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), both_2B).chunk(2)
@@ -54,6 +56,11 @@ def guided(
         return torch.cat([noise_BCHW, with_BCHW[:, n:]], dim=1)
 
     return model_fn
+
+
+def _filled(t_B: Tensor, x_BCHW: Tensor) -> Tensor:
+    """Return the times on the device of the images; to fill a tensor there needs no copy, which could wait for a GPU."""
+    return t_B.new_full(t_B.shape, float(t_B[0]), device=x_BCHW.device)
 
 
 def forward_images(batches: Collection[int], sampling: Sampling) -> set[int]:

@@ -44,7 +44,7 @@ def sample(
     progress: Progress | None = None,
     eta: float = 0.0,
 ) -> Tensor:
-    """Sample latents (B, C, H, W) from the noise `x_T`, in its dtype and on its device.
+    """Sample latents (B, C, H, W) from the noise `x_T`, in its dtype and on its device; the model function gets times on the host.
 
     `steps` is a number of steps, or for a Gaussian process the caller's chain. `eta` is DDIM's share of noise. UserError for
     a sampler that does not fit, a wrong number of steps, or missing noise, before any computation.
@@ -74,8 +74,8 @@ def _gaussian(
 ) -> Tensor:
     x_BCHW, x0_before = x_T, None
     for step, k in enumerate(reversed(range(len(chain)))):
-        c = chain.at(torch.tensor([k], device=x_T.device), x_T)
-        time_B = torch.full((len(x_T),), chain.times_K[k], dtype=_real(x_T), device=x_T.device)
+        c = chain.at(torch.full((1,), k, device=x_T.device), x_T)  # filled there: a copy would wait for the GPU
+        time_B = torch.full((len(x_T),), chain.times_K[k], dtype=_real(x_T))
         eps_BCHW, v_BCHW = model_fn(x_BCHW, time_B).to(x_T.dtype).chunk(2, dim=1)
         x0_BCHW = predict_x0(c, x_BCHW, eps_BCHW)
         if name == "ddpm":
@@ -128,7 +128,7 @@ def _flow(
 ) -> Tensor:
     x_BCHW, steps = x_T, len(grid) - 1
     for step, (now, after) in enumerate(pairwise(grid)):
-        now_B, after_B = (torch.full((len(x_T),), t, dtype=_real(x_T), device=x_T.device) for t in (now, after))
+        now_B, after_B = (torch.full((len(x_T),), t, dtype=_real(x_T)) for t in (now, after))
         v_BCHW = velocity(model_fn, x_BCHW, now_B)
         if name == "euler_maruyama":
             x_BCHW = _euler_maruyama(x_BCHW, v_BCHW, now, after, noise, step)
