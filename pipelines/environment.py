@@ -1,7 +1,7 @@
 """Environment variables of our processes.
 
 Read when a process starts: how threads wait, and what becomes of freed memory. Read when a process group is made: its network
-interface, its algorithm, and what is recorded for a hang. A variable that the node's environment sets is left as it is.
+interface, and what is recorded for a hang. A variable that the node's environment sets is left as it is.
 """
 
 import os
@@ -17,14 +17,16 @@ benchmarks/results/training.md has the measurement.
 """
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(10 * 2**30)}
 """glibc keeps freed memory; by default each step returns its large tensors to the kernel and faults them in again."""
+EXPANDABLE_SEGMENTS = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+"""Freed memory of a GPU serves tensors of any size. The self-test and two sizes of forward passes would leave gaps otherwise."""
 
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 RECORDED_COLLECTIVES = {"TORCH_FR_BUFFER_SIZE": "2000"}
 """PyTorch's flight recorder keeps this many collectives of each process."""
 NAMED_FAULTS = {"TORCH_NCCL_RETHROW_CUDA_ERRORS": "0"}
 """A GPU's error is raised where training waits for the GPU; NCCL's watchdog would end the process without a reason first."""
-REPRODUCIBLE = {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-"""Sums in a fixed order: NCCL would choose an algorithm by topology, and cuBLAS a workspace by stream."""
+REPRODUCIBLE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""Sums in a fixed order: cuBLAS would choose a workspace by stream."""
 
 
 def interface_of(ip: str) -> str | None:

@@ -30,7 +30,7 @@ from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway
 from dis_scale.sweep import Sweep
 from pipelines import lines
 from pipelines.cluster import START_TIMEOUT_S, Cluster, client_of, own_job, ray_address
-from pipelines.environment import KEEP_FREED_MEMORY, PASSIVE, SPINNING
+from pipelines.environment import EXPANDABLE_SEGMENTS, KEEP_FREED_MEMORY, PASSIVE, SPINNING
 
 T = TypeVar("T")
 ENDED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
@@ -201,7 +201,7 @@ def _environment(cluster: Cluster, sweep: Sweep, alone: bool) -> dict[str, str]:
     """Variables that a job's processes read when they start. `alone`: no other process of ours shares their cores."""
     job = {"RAY_JOB_STOP_WAIT_TIME_S": str(int(sweep.recipe.grace_s)), "PYTHONUNBUFFERED": "1"}
     waiting = SPINNING if alone else PASSIVE
-    return KEEP_FREED_MEMORY | waiting | cluster.runtime_env.get("env_vars", {}) | job
+    return KEEP_FREED_MEMORY | EXPANDABLE_SEGMENTS | waiting | cluster.runtime_env.get("env_vars", {}) | job
 
 
 def submit_new(

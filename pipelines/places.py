@@ -98,6 +98,12 @@ class Places:
             return every
         return every + self._sharing(settings.workers - own)
 
+    @property
+    def shared(self) -> float:
+        """Fraction of a GPU's memory that evaluators may take beside training."""
+        gpus = sum(int(node.get("GPU", 0)) for node in self._resources)
+        return self.recipe.evaluate.shared(gpus, self.spare_gpus())
+
     def _sharing(self, count: int) -> list[tuple[int, Request]]:
         """Return evaluators that share training's GPUs, spread over nodes and devices by their number.
 

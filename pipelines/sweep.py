@@ -207,7 +207,7 @@ def await_nodes(driver: Driver, cluster: Cluster) -> None:
 
 def require_memory(plan: Plan, cluster: Cluster) -> None:
     """UserError if the cluster's GPUs are too small for a model at one of the world sizes."""
-    shared = plan.recipe.evaluate.gpu_share
+    shared = _shared(plan.recipe, cluster)
     device, _ = devices.device_of(plan.recipe, cluster.gpus)
     if cluster.gpu_bytes is None or device == "cpu":
         return
@@ -217,15 +217,18 @@ def require_memory(plan: Plan, cluster: Cluster) -> None:
             lanes_at_once(model, cost, settings, world, cluster.gpu_bytes, shared)
 
 
+def _shared(recipe: Recipe, cluster: Cluster) -> float:
+    """The fraction of a GPU's memory that evaluators may take beside training."""
+    return recipe.evaluate.shared(cluster.gpus, cluster.gpus - cluster.capacity * recipe.train.most_workers)
+
+
 def _require_share(recipe: Recipe, cluster: Cluster) -> None:
     """UserError if the evaluators that share one GPU with training would leave it no memory."""
-    settings, training = recipe.evaluate, cluster.capacity * recipe.train.most_workers
-    sharing = settings.workers - max(0, cluster.gpus - training)
-    on_one = -(-sharing // cluster.gpus)
-    if settings.gpu_share is not None and sharing > 0 and on_one * settings.gpu_share >= 1:
+    share, shared = recipe.evaluate.gpu_share, _shared(recipe, cluster)
+    if share is not None and shared >= 1:
         raise UserError(
-            f"evaluate.gpu_share: {on_one} evaluators with {settings.gpu_share:g} of each GPU's memory leave training none: "
-            f"expected less than {1 / on_one:.2g}, or fewer evaluate.workers"
+            f"evaluate.gpu_share: {shared / share:.0f} evaluators with {share:g} of each GPU's memory leave training none: "
+            f"expected less than {share / shared:.2g}, or fewer evaluate.workers"
         )
 
 

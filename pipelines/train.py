@@ -31,6 +31,7 @@ from dis_scale.training.lanes import largest_share
 from pipelines import environment, metrics, nodes, packages, ray_private
 from pipelines.failures import DeviceFailure, WorkerFailure, describe
 from pipelines.nodes import choose_device
+from pipelines.places import Places
 from pipelines.ray_private import Resources
 from pipelines.restarts import with_restarts
 from pipelines.stage import StageJob
@@ -99,10 +100,11 @@ class Trainer(Worker):
         model: str,
         held_lease: lease.Lease,
         device: str,
-        requested_at: float,
-        silent_s: float | None,
+        start: tuple[float, float | None],
+        shared: float,
+        more_passes: int,
     ) -> int:
-        """Train as one rank after `check`; return the images seen. `requested_at` and `silent_s` are as in `loop.Start`."""
+        """Train as one rank after `check`; return the images seen. the last three arguments are as in `loop.Attempt`."""
         import torch
 
         from dis_scale.training.loop import Attempt, Start, train_model
@@ -113,8 +115,8 @@ class Trainer(Worker):
         attempt = Attempt(
             sweep=sweep, model=model, latents=state.require_latents(sweep.folder), number=held_lease.number,
             device=devices.torch_device(device),
-            start=Start(requested_at, silent_s), require_held=held_lease.require_held, stop_by=self.stop_by,
-            report=self.report, log=self.log, emit=self.emit,
+            start=Start(*start), require_held=held_lease.require_held, stop_by=self.stop_by,
+            report=self.report, log=self.log, emit=self.emit, shared=shared, more_passes=more_passes,
         )  # fmt: skip
         return train_model(attempt)
 
@@ -161,6 +163,8 @@ class TrainingRun:
     device: str
     request: Request = field(default_factory=lambda: Request({}))
     """That of one worker on the nodes that the current attempt began with."""
+    more_passes: int = 0
+    """Forward passes of a step besides those that memory seems to need: one after a GPU's memory was too small."""
 
     @property
     def settings(self) -> Train:
@@ -180,7 +184,7 @@ class TrainingRun:
 
     def _attempt(self, failure: WorkerFailure | None) -> int:
         """Run one attempt at a fixed world size; return the images seen, fewer if it stopped to move."""
-        requested_at, silent_s = (failure.at, failure.silent_s) if failure else (time.time(), None)
+        start = (failure.at, failure.silent_s) if failure else (time.time(), None)
         self.request = request_for("train", self.device, 1)
         avoided = nodes.excluded(self.job, nodes.living(), self._fits_without)
         world, group = self._place(avoided)
@@ -188,11 +192,16 @@ class TrainingRun:
         try:
             ranks = self._start(group, world)
             self._check(ranks)
-            return self._train(ranks, avoided, requested_at, silent_s)
+            return self._train(ranks, avoided, start)
         except DeviceFailure as broken:
             if ranks:
                 nodes.record_failure(self.job, self.model, nodes.name_of(ranks.places[broken.worker].node), str(broken))
             raise
+        except OutOfMemory as error:  # computed memory leaves out what fragments: smaller passes may fit
+            if self.more_passes:
+                raise
+            self.more_passes = 1
+            raise WorkerFailure(f"{error}; a step has one forward pass more from now on") from error
         finally:
             remove_placement_group(group)
 
@@ -220,13 +229,14 @@ class TrainingRun:
         ]
         watch(self.job, ranks.workers, checks, policy=Watch(hang_after_s=self.settings.hang_after_s))
 
-    def _train(self, ranks: Ranks, avoided: Collection[str], requested_at: float, silent_s: float | None) -> int:
+    def _train(self, ranks: Ranks, avoided: Collection[str], start: tuple[float, float | None]) -> int:
         """Train under a lease of its own."""
         sweep, grow_at_s = self.job.sweep, time.monotonic() + self.settings.grow_after_s
         used = {place.node for place in ranks.places}
         with lease.hold(sweep.run(self.model).lease) as held:
             state.record_device(sweep.run(self.model), self.device)
-            arguments = (sweep, self.model, held, self.device, requested_at, silent_s)
+            shared = Places.now(self.job.recipe).shared if self.device == "cuda" else 0.0
+            arguments = (sweep, self.model, held, self.device, start, shared, self.more_passes)
             results = [worker.train.remote(*arguments) for worker in ranks.workers]
 
             def left_s() -> float | None:

@@ -13,6 +13,7 @@ happened, for all processes of the machine that share the plan, so that a restar
     hang at step rank=0 images=160              the process hangs for ever
     nan at loss images=160 times=2              the loss's gradient is not a number
     broken at check times=2                     the device reports an uncorrectable memory error
+    memory at step images=160                   the device has no memory left
 
 Points: `step` and `loss` (training/loop.py), `check` (a training worker's check of its device), `poll` (a stage's driver, once
 per second; `path` is the stage), each storage verb before it, `written` after a write. `path` is a part of the
@@ -33,7 +34,8 @@ from typing import Any
 from dis_scale.process.errors import UserError
 
 VARIABLE = "DIS_SCALE_FAULTS"
-ACTIONS = ("kill", "stop", "flip", "fail", "gone", "full", "jump", "hang", "nan", "broken")
+ACTIONS = ("kill", "stop", "flip", "fail", "gone", "full", "jump", "hang", "nan", "broken", "memory")
+CUDA_ERRORS = {"broken": "uncorrectable ECC error encountered", "memory": "out of memory"}
 POINTS = ("step", "loss", "check", "poll", "read", "write", "written", "create", "list", "delete")
 CONDITIONS = {"rank": int, "images": int, "path": str, "nth": int, "times": int, "seconds": float}
 
@@ -146,8 +148,8 @@ def _inject(fault: Fault, where: dict[str, Any]) -> None:
         case "jump":
             clock = time.time
             time.time = lambda: clock() + fault.seconds
-        case "broken":
-            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+        case "broken" | "memory":
+            raise RuntimeError(f"CUDA error: {CUDA_ERRORS[fault.action]}")
         case "hang":
             threading.Event().wait()
         case "nan":

@@ -154,6 +154,10 @@ class Evaluate(Sampling):
         """The settings of one sample."""
         return Sampling.model_construct(**{name: getattr(self, name) for name in Sampling.model_fields})
 
+    def shared(self, gpus: int, own: int) -> float:
+        """Return the fraction of a GPU's memory that its evaluators may take, of `gpus`, if `own` evaluators may have one each."""
+        return (self.gpu_share or 0.0) * -(-max(0, self.workers - max(0, own)) // max(1, gpus))
+
     @property
     def extractors(self) -> tuple[ExtractorSettings, ...]:
         """The main extractor, then the others."""

@@ -28,6 +28,12 @@ def forward_passes(lanes: int, rank: int, world: int, at_once: int) -> list[Forw
     return [ForwardPass(part or range(first, first + 1), len(part) * passes * world / lanes) for part in parts]
 
 
+def with_more_passes(lanes: int, world: int, at_once: int, more: int) -> int:
+    """Return the lanes at once with which a step has at least `more` forward passes more; one if they cannot be as many."""
+    share = largest_share(lanes, world)
+    return max(1, share // (-(-share // at_once) + more)) if more else at_once
+
+
 def image_counts(passes: Iterable[ForwardPass], lane_images: int) -> set[int]:
     """Return the images of these forward passes: one number, or two if the lanes cannot be shared evenly."""
     return {len(one.lanes) * lane_images for one in passes}

@@ -38,7 +38,7 @@ from dis_scale.training.bad_step import dump_step
 from dis_scale.training.devices import check_on_all_ranks
 from dis_scale.training.engine import Engine
 from dis_scale.training.inputs import StepInput, step_inputs, to_device
-from dis_scale.training.lanes import ForwardPass, forward_passes, image_counts
+from dis_scale.training.lanes import ForwardPass, forward_passes, image_counts, with_more_passes
 from dis_scale.training.memory import lanes_at_once
 from dis_scale.training.resume import Keep, ResumePoint, Saver
 from dis_scale.training.schedule import learning_rate
@@ -85,6 +85,10 @@ class Attempt:
     log: Callable[[str], None]
     emit: Callable[..., None]
     """Called with the name and the facts of an event."""
+    shared: float = 0.0
+    """Fraction of each GPU's memory that evaluators may take."""
+    more_passes: int = 0
+    """Forward passes of a step besides those that memory seems to need."""
 
     @property
     def recipe(self) -> Recipe:
@@ -264,7 +268,8 @@ def open_training(attempt: Attempt, on_this_node: int, log_rates: Callable[[str]
     memory: list[int | None] = [None] * world
     dist.all_gather_object(memory, gpu_bytes(attempt.device))
     smallest = min(memory, key=lambda size: size or 0)  # all ranks run equally many passes, and refuse together
-    at_once = lanes_at_once(attempt.model, price, settings, world, smallest, recipe.evaluate.gpu_share)
+    at_once = lanes_at_once(attempt.model, price, settings, world, smallest, attempt.shared)
+    at_once = with_more_passes(settings.lanes, world, at_once, attempt.more_passes)
     passes = forward_passes(settings.lanes, rank, world, at_once)
     images = image_counts(passes, settings.lane_images)
     state, model, images_seen, resumed, earlier = start(attempt, latents, len(passes), images)

@@ -62,7 +62,7 @@ def most_images(cost: Cost, settings: Train, world: int, usable_bytes: float) ->
 
 
 def lanes_at_once(
-    model: str, cost: Cost, settings: Train, world: int, gpu_bytes: int | None, shared: float | None = None
+    model: str, cost: Cost, settings: Train, world: int, gpu_bytes: int | None, shared: float = 0.0
 ) -> int:
     """Return how many lanes share a forward pass: as the recipe says, or as many as a GPU of `gpu_bytes` holds.
 
@@ -73,7 +73,7 @@ def lanes_at_once(
     wanted = settings.micro_images and min(share, settings.micro_images // settings.lane_images)
     if gpu_bytes is None:
         return wanted or 1
-    usable = USABLE * (1 - (shared or 0)) * gpu_bytes
+    usable = USABLE * (1 - shared) * gpu_bytes
 
     def need(lanes: int, changed: Train = settings) -> int:
         return worker_bytes(cost, changed, world, lanes * settings.lane_images)

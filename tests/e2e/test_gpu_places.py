@@ -68,8 +68,9 @@ def recipe_of(*settings: str) -> Recipe:
 
 
 def test_an_evaluator_without_a_gpu_shares_those_of_the_node_that_has_some(node: str) -> None:
-    recipe = recipe_of("evaluate.workers=4", "evaluate.gpu_share=0.2", "train.workers=1")
+    recipe = recipe_of("evaluate.workers=4", "evaluate.gpu_share=0.2", "train.workers=1", f"models={ONE_MODEL}")
     asked = Places.now(recipe).evaluators("cuda", 1)
+    assert Places.now(recipe).shared == pytest.approx(0.4), "two of them are on one"
     assert [shared for shared, _ in asked] == [None, 1, 0, 1]
     job = job_of(recipe)
     probes = [spawn(job, Probe, request) for _, request in asked]

@@ -28,24 +28,24 @@ def test_each_address_leads_to_its_interface() -> None:
     assert environment.interface_of("192.0.2.255") is None
 
 
-def test_a_group_uses_the_nodes_interface_and_one_order_of_sums() -> None:
+def test_a_group_uses_the_nodes_interface_and_nccls_own_algorithm() -> None:
     lo = addresses()["127.0.0.1"]
     assert environment.prepare_group("127.0.0.1", "cuda") == f"gloo on {lo}, NCCL on {lo}"
     expected = {
         "GLOO_SOCKET_IFNAME": lo,
         "NCCL_SOCKET_IFNAME": f"={lo}",
-        "NCCL_ALGO": "Ring",
         "TORCH_FR_BUFFER_SIZE": "2000",
     }
     assert {variable: environment.os.environ[variable] for variable in expected} == expected
     assert environment.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert "NCCL_ALGO" not in environment.os.environ
 
 
 def test_what_the_node_sets_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
-    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     assert environment.prepare_group("127.0.0.1", "cuda").endswith("NCCL on ib0")
-    assert environment.os.environ["NCCL_ALGO"] == "Tree"
+    assert environment.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
 def test_an_address_that_no_interface_owns_leaves_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:

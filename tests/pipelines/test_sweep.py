@@ -244,6 +244,15 @@ def test_a_gpu_that_is_too_small_is_refused_before_anything_is_spent(tiny: Recip
         pipeline.require_memory(plan, replace(gpus, gpu_bytes=2**20))
 
 
+@pytest.mark.parametrize(
+    ("gpus", "own", "shared"), [(1, 0, 0.8), (1, -3, 0.8), (2, 0, 0.4), (2, 1, 0.4), (8, 4, 0.0), (8, 3, 0.2)]
+)
+def test_evaluators_that_share_a_gpu_are_counted_together(gpus: int, own: int, shared: float) -> None:
+    """Four of a fifth each on the only GPU leave training a fifth."""
+    recipe = reading.load(TINY, ["evaluate.workers=4", "evaluate.gpu_share=0.2"])
+    assert recipe.evaluate.shared(gpus, own) == pytest.approx(shared)
+
+
 def test_shares_of_a_gpu_that_leave_training_none_are_refused(tmp_path: Path) -> None:
     settings = ["device=cuda", "train.workers=2", "evaluate.workers=4"]
     two_gpus = replace(cluster("here"), gpus=2)

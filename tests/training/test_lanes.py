@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dis_scale.training.lanes import forward_passes, image_counts
+from dis_scale.training.lanes import forward_passes, image_counts, with_more_passes
 
 
 @given(st.integers(1, 64).flatmap(lambda lanes: st.tuples(st.just(lanes), st.integers(1, lanes))), st.integers(1, 9))
@@ -37,3 +37,17 @@ def test_lanes_that_cannot_be_shared_evenly_make_passes_of_two_sizes() -> None:
     """Seven lanes of four images: one rank has three of them in two passes, the other four."""
     assert [image_counts(forward_passes(7, rank, 2, at_once=2), 4) for rank in (0, 1)] == [{4, 8}, {8}]
     assert image_counts(forward_passes(8, 0, 2, at_once=2), 4) == {8}
+
+
+@given(st.integers(1, 64).flatmap(lambda lanes: st.tuples(st.just(lanes), st.integers(1, lanes))), st.integers(1, 64))
+def test_one_pass_more_makes_each_smaller_until_they_have_one_lane(
+    lanes_and_world: tuple[int, int], at_once: int
+) -> None:
+    lanes, world = lanes_and_world
+
+    def largest(at_once: int) -> int:
+        return max(len(part) for rank in range(world) for part, _ in forward_passes(lanes, rank, world, at_once))
+
+    fewer = with_more_passes(lanes, world, at_once, 1)
+    assert largest(fewer) < largest(at_once) or largest(at_once) == 1
+    assert with_more_passes(lanes, world, at_once, 0) == at_once
