@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,41 @@ from tests.support.documents import made_from
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 TIMEOUT_S = 400
+WAITS_S = 4200.0
+"""Time limit of a collective."""
 PRELOAD = ["deepspeed", "torch._dynamo", "dis_scale.training.loop"]
 multiprocessing.set_forkserver_preload(PRELOAD)
+
+
+def on_ranks(world: int, check: Callable[..., None], *arguments: object) -> None:
+    """Run a check on each rank of a process group of new processes: DeepSpeed starts once per process."""
+    mp.start_processes(_checked, (world, _free_port(), check, *arguments), world, start_method="forkserver")
+
+
+def _checked(rank: int, world: int, port: int, check: Callable[..., None], *arguments: object) -> None:
+    _join(rank, world, port)
+    check(*arguments)
+
+
+def at_each_stage(check: Callable[[int], None], stages: tuple[int, ...] = (1, 2, 3)) -> None:
+    for stage in stages:
+        check(stage)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _join(rank: int, world: int, port: int) -> None:
+    """Join the process group as one rank, which computes in one thread on the CPU."""
+    place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()})
+    torch.set_num_threads(1)
+    from dis_scale.training import engine
+
+    engine.connect(torch.device("cpu"), WAITS_S)
 
 
 def make_latents(at: Folder, recipe: Recipe) -> Folder:
@@ -57,10 +91,7 @@ def run(
     latents = open_folder(root) / "latents"
     if not latents.exists("manifest.json"):
         make_latents(latents, recipe)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = (world, port, recipe, model, str(root), attempt, stop_at, faults)
+    arguments = (world, _free_port(), recipe, model, str(root), attempt, stop_at, faults)
     ranks = mp.start_processes(_rank, arguments, world, join=False, start_method="forkserver")
     # If one rank dies, the others get SIGTERM. To them it is a stop request, so they are killed after a second.
     deadline = time.monotonic() + TIMEOUT_S
@@ -72,18 +103,14 @@ def _rank(
     rank: int, world: int, port: int, recipe: Recipe, model: str, root: str, attempt: int, stop_at: int | None,
     plan: Path | None,
 ) -> None:  # fmt: skip
-    place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in place.items()})
-    torch.set_num_threads(1)
     from dis_scale.process import faults
-    from dis_scale.training import engine
     from dis_scale.training.loop import Attempt, Start, train_model
 
     faults.use(plan)
     asked = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked.set())
     device = torch.device("cpu")
-    engine.connect(device)
+    _join(rank, world, port)
     _note_inputs(Path(root) / "inputs", rank)
     steps = iter(range(1, 10**9))
 

@@ -1,0 +1,121 @@
+"""Twenty steps under DeepSpeed against the same in plain PyTorch: releases of it have had wrong gradients and silent optimizers."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.utils import clip_grad_norm_
+
+from dis_scale import diffusion
+from dis_scale.data.latents import Micro
+from dis_scale.models import build
+from dis_scale.models.dit.settings import Dit
+from dis_scale.models.tokens import Backbone
+from dis_scale.recipe import Flow, LatentShape, Train
+from dis_scale.training import engine, loop, resume
+from dis_scale.training.inputs import StepInput
+from dis_scale.training.lanes import forward_passes
+from dis_scale.training.schedule import learning_rate
+from dis_scale.weights import ema
+from tests.support.ranks import at_each_stage, on_ranks
+
+SHAPE, STEPS, LANES = LatentShape(3, 6), 20, 4
+DIT = Dit(kind="dit", width=20, depth=2, heads=2, patch=2)
+SETTINGS = Train(
+    publish_images=(8 * STEPS,), batch_images=8, lanes=LANES, learning_rate=3e-3, warmup_images=64, weight_decay=0.1,
+    clip=0.5, base_width=10, ema=0.8, power_ema=(0.05, 0.1),
+)  # fmt: skip
+PROCESS = diffusion.build(Flow(kind="flow"), SHAPE)
+MOMENTS, MOVES = 1e-6, 2e-4
+"""Largest relative errors. float32 rounds a gradient to 6e-8: moments agree to 1.4e-7. Weights move by 6e-5 otherwise, since
+attention's keys have a bias without a gradient: Adam divides its rounding errors by their own size."""
+
+
+def initial_model() -> Backbone:
+    """No weight is zero: gradients that are, but for rounding, would move weights by a complete step of Adam."""
+    model, random = build(DIT, SHAPE, 10), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=random)
+    return model
+
+
+def lane_input(step: int, lane: int, weight: float = 1.0) -> StepInput:
+    random = torch.Generator().manual_seed(100 * step + lane)
+    x_BCHW, noise_BCHW = torch.randn(2, 2, 3, 6, 6, generator=random)
+    return StepInput(
+        Micro(x_BCHW, torch.tensor([lane, step % 10]), noise_BCHW), torch.rand(2, generator=random), None, weight
+    )
+
+
+def loss_of_lane(model: Backbone, step: int, lane: int) -> torch.Tensor:
+    micro, t_B, drop, _ = lane_input(step, lane)
+    return loop._loss(model, PROCESS, micro, t_B, drop)
+
+
+class Plain:
+    """The weights, moments and averages after each step of PyTorch's own AdamW, and the norms of the gradients."""
+
+    def __init__(self) -> None:
+        self.model = initial_model()
+        self.names = [name for name, _ in self.model.named_parameters()]
+        groups = engine.parameter_groups(self.model, SETTINGS)
+        self.optimizer = torch.optim.AdamW(groups, betas=SETTINGS.betas, fused=True)
+        self.averages = {name: self.weights() for name in ema.names(SETTINGS)}
+        self.norms = [self.step(step) for step in range(STEPS)]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone().flatten() for name, p in self.model.named_parameters()}
+
+    def step(self, step: int) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(SETTINGS, 8 * step) * group["rate"]
+        self.optimizer.zero_grad()
+        for lane in range(LANES):
+            (loss_of_lane(self.model, step, lane) / LANES).backward()
+        norm = float(clip_grad_norm_(self.model.parameters(), SETTINGS.clip))
+        self.optimizer.step()
+        for name, decay in ema.decays(SETTINGS, step + 1).items():
+            for parameter, weight in self.weights().items():
+                self.averages[name][parameter].lerp_(weight, 1 - decay)
+        return norm
+
+    def state(self, kind: str) -> dict[str, torch.Tensor]:
+        if kind in engine.MOMENTS:
+            moments = (self.optimizer.state[p][kind] for p in self.model.parameters())
+            return dict(zip(self.names, (moment.flatten() for moment in moments), strict=True))
+        return self.averages.get(kind) or self.weights()
+
+
+@functools.cache
+def plain() -> Plain:
+    return Plain()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_deepspeed_takes_the_steps_of_plain_pytorch(world: int) -> None:
+    """At each stage, with 4, 2 and 2 forward passes a step; of three workers' six one repeats a lane with the weight 0."""
+    on_ranks(world, at_each_stage, takes_the_same_steps)
+
+
+def takes_the_same_steps(stage: int) -> None:
+    settings, model = SETTINGS.model_copy(update={"zero_stage": stage}), initial_model()
+    begin = {name: p.detach().clone().flatten() for name, p in model.named_parameters()}
+    passes = forward_passes(LANES, dist.get_rank(), dist.get_world_size(), 1)
+    state = engine.start(model, settings, torch.device("cpu"), resume.fresh(model), 0, len(passes))
+    state.set_learning_rate(learning_rate(settings, 0))
+    norms = []
+    for step in range(STEPS):
+        inputs = [lane_input(step, lanes[0], weight) for lanes, weight in passes]
+        loop.train_step(state, PROCESS, settings, inputs, 8 * step)
+        norms.append(state.gradient_norm)
+    assert norms == pytest.approx(plain().norms, rel=MOMENTS)
+    assert min(norms) < settings.clip < max(norms), "some steps are clipped"
+    for kind in state.kinds:
+        expected, error, size = plain().state(kind), 0.0, 0.0
+        for s, flat in state.segments(kind).items():
+            exact, before = (x[s.name][s.start : s.end].double() for x in (expected, begin))
+            error += float((flat - exact).square().sum())
+            size += float((exact - (0 if kind in engine.MOMENTS else before)).square().sum())
+        assert 0 < (error / size) ** 0.5 < (MOMENTS if kind in engine.MOMENTS else MOVES), (stage, kind)
