@@ -26,8 +26,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dis_scale.scan import triton_backward, triton_conv, triton_scan
-from dis_scale.scan.triton_fill import FULL, LANES_OF_A_CHANNEL, Filling, filling
+from dis_scale.scan import triton_backward, triton_conv, triton_fill, triton_scan
+from dis_scale.scan.triton_fill import FULL, Filling, filling
 from dis_scale.scan.triton_launch import CHUNK, LANES, WARPS
 from dis_scale.scan.triton_numbers import ROWS, SEGMENT
 
@@ -257,7 +257,7 @@ def shapes() -> None:
 
 def by_lanes() -> None:
     """Print cycles per state, step and warp, and registers in parentheses, by lanes of a channel."""
-    print(f"\n{'lanes of a channel':38}", *(f"{lanes:>11}" for lanes in LANES_OF_A_CHANNEL))
+    print(f"\n{'lanes of a channel':38}", *(f"{lanes:>11}" for lanes in triton_fill.FORWARD))
     for name, dtype in (
         (FORWARD[0], "bf16"),
         (FORWARD[1], "bf16"),
@@ -265,7 +265,7 @@ def by_lanes() -> None:
         ("scan_backward", "fp32"),
     ):
         cells = []
-        for lanes in LANES_OF_A_CHANNEL:
+        for lanes in triton_fill.FORWARD:
             program = compiled(name, 90, dtype, lanes)
             cells.append(f"{max(counted(program, work(name, lanes)).values()):5.1f} ({registers(program).used:3})")
         print(f"{f'{name}, {dtype}':38}", *cells)

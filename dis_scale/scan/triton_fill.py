@@ -13,10 +13,10 @@ the counts.
 
 from typing import NamedTuple
 
-LANES_OF_A_CHANNEL = 1, 2, 4, 8
-FORWARD_ENOUGH, BACKWARD_ENOUGH = 1.6, 3
-"""Programs of a multiprocessor from which on more lanes gain nothing. By the counted cycles a launch takes at most 1.21 and 1.26
-times as long as with the best lanes for its number of programs, on average 1.03 and 1.06 times."""
+FORWARD = {1: 1.5, 2: 0.75, 4: 0.25, 8: 0.0}
+BACKWARD = {1: 3.0, 2: 0.75, 4: 0.125, 8: 0.0}
+"""Programs of a multiprocessor with one lane, above which so many lanes are enough. By the counted cycles a launch takes at most
+1.12 and 1.19 times as long as with the best lanes for its number of programs, on average 1.03 and 1.07 times."""
 MOST_STATES = 16
 """States of a lane: with 64 a thread needs more registers than it has, and the compiler a minute and a half."""
 
@@ -38,13 +38,10 @@ def filling(programs: int, states: int, directions: int, multiprocessors: int) -
 
     With one lane the directions follow each other: their common kernel takes twice as long to compile as with two.
     """
-    dividing = [lanes for lanes in LANES_OF_A_CHANNEL if states % lanes == 0]
+    dividing = [lanes for lanes in FORWARD if states % lanes == 0]
     possible = [lanes for lanes in dividing if states <= lanes * MOST_STATES] or dividing[-1:]
     each = programs / multiprocessors
-
-    def fewest(enough: float, at_once: int) -> int:
-        fitting = (lanes for lanes in possible if each * lanes * (at_once if lanes > 1 else 1) >= enough)
-        return next(fitting, possible[-1])
-
-    backward = fewest(BACKWARD_ENOUGH, directions)
-    return Filling(fewest(FORWARD_ENOUGH, 1), backward, directions == 2 and backward > 1 and each < BACKWARD_ENOUGH)
+    forward = next((lanes for lanes in possible if each > FORWARD[lanes]), possible[-1])
+    at_once = {1: each, 2: each * directions / 2}
+    backward = next((lanes for lanes in possible if at_once[min(lanes, 2)] > BACKWARD[lanes]), possible[-1])
+    return Filling(forward, backward, directions == 2 and backward > 1 and each <= BACKWARD[1])
