@@ -5,7 +5,7 @@ Threads, because Pillow and PyTorch release Python's lock and images need no cop
 processes, Ray tasks and Ray Data. Read next: shards.py, making.py, pipelines/precompute.py.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +20,8 @@ from dis_scale.data.shards import EncodedShard, Sample, shard_positions
 from dis_scale.data.sources import Source, select_decodable
 from dis_scale.data.staging import MixedOrder
 from dis_scale.process.errors import DisScaleError, UndecodableImage, UserError
-from dis_scale.process.threads import batched, in_order
-from dis_scale.recipe import Recipe
+from dis_scale.process.threads import batched, in_order, one_ahead
+from dis_scale.recipe import Precompute, Recipe
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep.documents import Encoding, Hardware
 from dis_scale.vae import Vae
@@ -134,8 +134,9 @@ def encode_mixed(setup: Setup, numbers: Iterable[int], refused: Collection[str])
             encoded = [n for n in shard_positions(part, mixer.images, settings) if names[n] not in refused]
             for batch in batched(encoded, settings.encode_images):
                 if not wanted.isdisjoint(batch):
-                    pixels = [(n, setup.source.pixels(n, setup.recipe.data.resolution)) for n in batch]
-                    samples |= {sample.position: sample for sample in _encode_batch(setup, pixels)}
+                    pixels = [setup.source.pixels(n, setup.recipe.data.resolution) for n in batch]
+                    moments = begin_encoding(setup.vae, pixels, settings)()
+                    samples |= {sample.position: sample for sample in _samples(setup, batch, moments)}
         yield EncodedShard(
             number, [samples[n] for n in entries if n in samples], [names[n] for n in entries if n not in samples]
         )
@@ -162,29 +163,30 @@ def _decoded(setup: Setup, numbers: Iterable[int]) -> Iterator[_DecodedRange]:
 def _encode_shard(
     setup: Setup, ranges: Iterable[_DecodedRange], report: Callable[[int], None]
 ) -> tuple[list[Sample], list[str]]:
-    """Return a shard's samples and the names of its skipped images. Only its last encode batch may be short."""
-    size, names = setup.recipe.precompute.encode_images, setup.source.names
-    samples, refused, waiting = list[Sample](), list[str](), list[tuple[int, np.ndarray]]()
-    for part in ranges:
-        decodable, skipped = select_decodable(part.positions, part.images, setup.recipe.data.undecodable)
-        if skipped:
-            refused += [names[position] for position in skipped]
-            report(len(skipped))
-        waiting += decodable
-        while len(waiting) >= size:
-            batch, waiting = waiting[:size], waiting[size:]
-            samples += _encode_batch(setup, batch)
-            report(len(batch))
-    if waiting:
-        samples += _encode_batch(setup, waiting)
-        report(len(waiting))
+    """Return a shard's samples and the names of its skipped images. Only its last encode batch may be short.
+
+    While the device encodes a batch, the one before it becomes samples.
+    """
+    settings, samples, refused = setup.recipe.precompute, list[Sample](), list[str]()
+
+    def decodable() -> Iterator[tuple[int, np.ndarray]]:
+        for part in ranges:
+            images, skipped = select_decodable(part.positions, part.images, setup.recipe.data.undecodable)
+            if skipped:
+                refused.extend(setup.source.names[position] for position in skipped)
+                report(len(skipped))
+            yield from images
+
+    batches = (tuple(zip(*batch, strict=True)) for batch in batched(decodable(), settings.encode_images))
+    begun = ((positions, begin_encoding(setup.vae, pixels, settings)) for positions, pixels in batches)
+    for positions, wait in one_ahead(begun):
+        samples += _samples(setup, positions, wait())
+        report(len(positions))
     return samples, refused
 
 
-def _encode_batch(setup: Setup, batch: list[tuple[int, np.ndarray]]) -> list[Sample]:
-    positions, pixels = zip(*batch, strict=True)
-    samples, settings = [], setup.recipe.precompute
-    batch_moments = encode_images(setup.vae, np.stack(pixels), settings.encode_images, settings.precision)
+def _samples(setup: Setup, positions: Iterable[int], batch_moments: Iterable[np.ndarray]) -> list[Sample]:
+    samples = []
     for position, moments in zip(positions, batch_moments, strict=True):
         entry = setup.source.listing[position]
         if not np.isfinite(moments).all():
@@ -193,13 +195,11 @@ def _encode_batch(setup: Setup, batch: list[tuple[int, np.ndarray]]) -> list[Sam
     return samples
 
 
-def encode_images(vae: Vae, pixels_BHWC: np.ndarray, size: int, precision: str = "fp32") -> np.ndarray:
-    """Encode up to `size` images and their horizontal flips to moments, float16 (B, 2, 2C or C, h, w); pads the batch to `size`.
+def begin_encoding(vae: Vae, pixels: Sequence[np.ndarray], settings: Precompute) -> Callable[[], np.ndarray]:
+    """Begin to encode at most `encode_images` images (H, W, 3) and their horizontal flips; the function waits for their moments,
+    float16 (B, 2, 2C or C, h, w).
 
-    `precision` is that of `Precompute`; TF32 is set by `compute_exactly`.
+    The network always gets `encode_images` images, the last one repeated; TF32 is set by `compute_exactly`.
     """
-    padding = np.repeat(pixels_BHWC[-1:], size - len(pixels_BHWC), axis=0)
-    padded = np.concatenate([pixels_BHWC, padding])
-    with torch.autocast(vae.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        sides = [vae.encode(side).half().cpu().numpy() for side in (padded, padded[:, :, ::-1])]
-    return np.stack(sides, axis=1)[: len(pixels_BHWC)]
+    wait = vae.begin(np.stack([*pixels, *[pixels[-1]] * (settings.encode_images - len(pixels))]), settings.precision)
+    return lambda: wait()[: len(pixels)]

@@ -51,3 +51,13 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
+
+
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """Yield each item when the one after it has been taken."""
+    iterator = iter(items)
+    for item in islice(iterator, 1):
+        for following in iterator:
+            yield item
+            item = following
+        yield item

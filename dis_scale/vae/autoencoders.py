@@ -71,7 +71,7 @@ class DiffusersVae(Vae):
         return list(values[key]) if all(values.values()) else []
 
     def _encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        (encoded,) = self.net.encode(images_BCHW.to(self.device), return_dict=False)
+        (encoded,) = self.net.encode(images_BCHW, return_dict=False)
         return torch.cat([encoded.mean, encoded.logvar], dim=1) if self.posterior else encoded
 
     def _decode(self, latents_BCHW: torch.Tensor) -> torch.Tensor:

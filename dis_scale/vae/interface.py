@@ -5,6 +5,7 @@ Read next: autoencoders.py, for those of diffusers.
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -57,7 +58,7 @@ class Vae(ABC):
 
     @abstractmethod
     def _encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """Return the moments of images in [-1, 1] on the CPU."""
+        """Return the moments of images in [-1, 1], on the network's device or on the CPU."""
 
     @abstractmethod
     def _decode(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
@@ -76,7 +77,28 @@ class Vae(ABC):
     @torch.no_grad()
     def encode(self, pixels_BHWC: np.ndarray) -> torch.Tensor:
         """Return the moments of uint8 images (B, H, W, 3)."""
-        return self._encode(to_unit(pixels_BHWC))
+        return self._encode(to_unit(pixels_BHWC, self.device))
+
+    @torch.no_grad()
+    def begin(self, pixels_BHWC: np.ndarray, precision: str = "fp32") -> Callable[[], np.ndarray]:
+        """Begin to encode uint8 images and their horizontal flips; the function waits for moments, float16 (B, 2, 2C or C, h, w).
+
+        A GPU gets bytes and computes the rest; until the function is called nothing waits for it.
+        """
+        images_BCHW = to_unit(pixels_BHWC, self.device, pinned=self.device.type == "cuda")
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            sides = [self._encode(side).half() for side in (images_BCHW, images_BCHW.flip(3))]
+        moments = torch.stack(sides, dim=1)
+        if moments.device.type != "cuda":
+            return moments.numpy
+        on_host = torch.empty_like(moments, device="cpu", pin_memory=True).copy_(moments, non_blocking=True)
+        (copied := torch.cuda.Event()).record()
+
+        def wait() -> np.ndarray:
+            copied.synchronize()
+            return on_host.numpy()
+
+        return wait
 
     @torch.no_grad()
     def decode(self, latents_BCHW: torch.Tensor) -> np.ndarray:
@@ -120,9 +142,19 @@ class PixelVae(Vae):
         return latents_BCHW
 
 
-def to_unit(pixels_BHWC: np.ndarray) -> torch.Tensor:
-    """Convert uint8 (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels_BHWC.transpose(0, 3, 1, 2))).float().div_(127.5).sub_(1)
+def to_unit(pixels_BHWC: np.ndarray, device: torch.device | None = None, pinned: bool = False) -> torch.Tensor:
+    """Convert uint8 (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1], on the device; a copy from pinned memory waits for nothing."""
+    pixels = torch.from_numpy(np.ascontiguousarray(pixels_BHWC))
+    unit = (
+        (pixels.pin_memory() if pinned else pixels)
+        .to(device, non_blocking=True)
+        .permute(0, 3, 1, 2)
+        .contiguous()
+        .float()
+    )
+    return unit.div_(unit.new_full((), 127.5)).sub_(
+        1
+    )  # a GPU divides by a Python number by multiplying, which rounds twice
 
 
 def to_pixels(images_BCHW: torch.Tensor) -> np.ndarray:

@@ -6,9 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from PIL import Image
 
 from dis_scale import vae
 from dis_scale.data import shards
-from dis_scale.data.encode import Setup, encode_images, encode_shards, require_same_hardware
+from dis_scale.data.encode import Setup, begin_encoding, encode_shards, require_same_hardware
 from dis_scale.data.latents import open_latents
 from dis_scale.data.making import require_one_kind
 from dis_scale.data.sources import Source, open_source
 from dis_scale.process.errors import Preempted, StorageError, UndecodableImage, UserError
-from dis_scale.recipe import Recipe, TrainedVae, reading
+from dis_scale.recipe import Precompute, Recipe, TrainedVae, reading
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.sweep import Sweep, state
@@ -159,8 +160,9 @@ def test_a_set_has_one_kind_of_device_and_one_listing(photos: Recipe, tmp_path: 
 
 def test_the_padding_of_the_last_batch_changes_no_other_sample(sweep: Sweep) -> None:
     source, encoder = open_source(sweep.recipe.data), vae.load(sweep)
-    images = np.stack([source.pixels(i, 32) for i in range(4)])
-    np.testing.assert_array_equal(encode_images(encoder, images[:3], 4), encode_images(encoder, images, 4)[:3])
+    images, settings = [source.pixels(i, 32) for i in range(4)], sweep.recipe.precompute
+    complete = begin_encoding(encoder, images, settings)()
+    np.testing.assert_array_equal(begin_encoding(encoder, images[:3], settings)(), complete[:3])
 
 
 def test_bf16_rounds_the_products_and_is_a_set_of_its_own(sweep: Sweep) -> None:
@@ -169,8 +171,10 @@ def test_bf16_rounds_the_products_and_is_a_set_of_its_own(sweep: Sweep) -> None:
     other = replace(sweep, recipe=sweep.recipe.model_copy(update={"precompute": rounded}))
     assert (facts.made_from.precision, made(other).made_from.precision) == ("fp32", "bf16")
     assert latents_of(other) != latents_of(sweep)
-    images, encoder = np.stack([source.pixels(i, 32) for i in range(4)]), vae.load(sweep)
-    exact, bf16 = (encode_images(encoder, images, 4, precision).astype(np.float32) for precision in ("fp32", "bf16"))
+    images, encoder = [source.pixels(i, 32) for i in range(4)], vae.load(sweep)
+    exact, bf16 = (
+        begin_encoding(encoder, images, one.recipe.precompute)().astype(np.float32) for one in (sweep, other)
+    )
     difference = np.linalg.norm(bf16 - exact) / np.linalg.norm(exact)
     assert 1e-4 < difference < 0.02
 
@@ -178,7 +182,7 @@ def test_bf16_rounds_the_products_and_is_a_set_of_its_own(sweep: Sweep) -> None:
 def test_the_horizontal_flip_is_encoded_with_the_image(sweep: Sweep) -> None:
     source, encoder = open_source(sweep.recipe.data), vae.load(sweep)
     image = source.pixels(0, 32)[None]
-    (moments,) = encode_images(encoder, image, 1)
+    (moments,) = encoder.begin(image)()
     np.testing.assert_array_equal(moments[1], encoder.encode(image[:, :, ::-1]).half().numpy()[0])
     assert not np.array_equal(moments[0], moments[1])
 
@@ -195,6 +199,36 @@ def test_every_shard_holds_its_positions_in_their_order(sweep: Sweep) -> None:
             setup.source.names[sample.position],
             setup.source.labels[sample.position],
         )
+
+
+BATCH_S, HOST_S = 0.1, 0.05
+
+
+@dataclass(frozen=True)
+class Simulated(vae.PixelVae):
+    """A device that encodes one batch after the other, each for BATCH_S, while the host continues."""
+
+    ends_s: list[float] = field(default_factory=list)
+
+    def begin(self, pixels_BHWC: np.ndarray, precision: str = "fp32") -> Callable[[], np.ndarray]:
+        result = super().begin(pixels_BHWC, precision)
+        self.ends_s.append(end_s := max(time.monotonic(), *self.ends_s[-1:], 0.0) + BATCH_S)
+
+        def wait() -> np.ndarray:
+            time.sleep(max(0.0, end_s - time.monotonic()))
+            return result()
+
+        return wait
+
+
+def test_encoding_takes_the_time_of_the_network(sweep: Sweep) -> None:
+    """At least 90 % of it, though the host needs half as long for each batch: it works while the next batch is encoded."""
+    device = Simulated()
+    one = sweep.recipe.model_copy(update={"precompute": Precompute(shard_images=26, encode_images=3)})
+    (shard,) = encode_shards(Setup(open_source(one.data), device, one), [0], lambda _: time.sleep(HOST_S))
+    took_s = device.ends_s[-1] - device.ends_s[0] + BATCH_S
+    assert (len(shard.samples), len(device.ends_s)) == (26, 9)
+    assert len(device.ends_s) * BATCH_S / took_s > 0.9
 
 
 # -- reruns after a failure --------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import torch
 
 from dis_scale import vae
 from dis_scale.data import shards
-from dis_scale.data.encode import encode_images
 from dis_scale.recipe import LatentShape, TrainedVae, reading
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sweep
@@ -24,7 +23,7 @@ def test_identity_and_bytes_of_earlier_latents_are_kept() -> None:
     pixels = vae.PixelVae()
     assert pixels.identity == "e0b5b11904328dce9d6f5fa42252696d6b4c3192b3b39eeac0049941b228a014"
     image = np.arange(3 * 256, dtype=np.uint8).reshape(1, 16, 16, 3)
-    shard = shards.pack([shards.Sample(0, "a", 1, encode_images(pixels, image, 2)[0])])
+    shard = shards.pack([shards.Sample(0, "a", 1, pixels.begin(image)()[0])])
     assert hashlib.sha256(shard).hexdigest() == "c509c413a8ac804dd8c18e1bfe46d33ae4731146125e30a003592e054dd16aaa"
 
 
