@@ -120,15 +120,8 @@ def main() -> None:
         seconds = 1e-9 * sum(ns) * length * (settings.depth + 1)
         kernels, us = work.launches + SCAN_KERNELS + CONV_KERNELS, 1e-3 * sum(ns) * count
         row = (
-            *ns,
-            sum(ns),
-            flops / seconds / PEAK,
-            waves(programs),
-            waves(programs * fill.backward),
-            kernels,
-            us,
-            us / kernels,
-        )
+            *ns, sum(ns), flops / seconds / PEAK, waves(programs), waves(programs * fill.backward), kernels, us, us / kernels,
+        )  # fmt: skip
         print(f"{name:10}", *(f"{x:9.2f}" for x in row))
 
 

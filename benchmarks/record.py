@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from dis_scale.training.throughput import processor
+from dis_scale.process.machine import processor
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = (
+PACKAGES = [
     "torch",
     "triton",
     "mamba-ssm",
@@ -31,7 +31,7 @@ PACKAGES = (
     "webdataset",
     "diffusers",
     "torch-fidelity",
-)
+]
 
 
 def machine() -> dict[str, Any]:
@@ -51,17 +51,18 @@ def installed(package: str) -> str | None:
 
 
 def rows(module: str) -> Iterator[dict[str, Any]]:
-    """Run a benchmark, print its output, and yield its JSON lines as they come; a last one if it fails."""
+    """Run a benchmark, print its output, and yield its JSON lines as they come; a last one if it fails, with its last words."""
     command = [sys.executable, "-m", f"benchmarks.{module}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
         assert running.stdout is not None
+        line = ""
         for line in running.stdout:
             print(line, end="", flush=True)
             with contextlib.suppress(json.JSONDecodeError):  # lines of several processes may mix
                 if line.startswith("{"):
                     yield json.loads(line)
     if running.returncode:
-        yield {"failed": running.returncode}
+        yield {"failed": running.returncode, "last_line": line.strip()}
 
 
 def read(path: Path) -> dict[str, Any]:

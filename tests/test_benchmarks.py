@@ -53,7 +53,7 @@ def test_a_later_part_keeps_the_earlier_ones(results: Path, monkeypatch: pytest.
 
 def test_results_of_other_versions_are_not_kept(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_modules(monkeypatch, one=[{"a": 1}])
-    monkeypatch.setattr(record, "PACKAGES", ("numpy",))
+    monkeypatch.setattr(record, "PACKAGES", ["numpy"])
     run_modules(monkeypatch, two=[{"b": 2}])
     assert recorded(results) == {"two": [{"b": 2}]}
 
@@ -71,7 +71,21 @@ def test_rows_are_written_as_they_come(results: Path, monkeypatch: pytest.Monkey
 
 def test_a_failed_benchmark_is_recorded_and_the_next_one_runs(results: Path) -> None:
     assert record.main("name", "nothing", "rows") == 1
-    assert recorded(results) == {"nothing": [{"failed": 1}], "rows": []}
+    (why,) = recorded(results).pop("nothing")
+    assert (why["failed"], why["last_line"].split()[-1]) == (1, "benchmarks.nothing")
+    assert recorded(results)["rows"] == []
+
+
+BARE = "import sys\nfor name in {missing}: sys.modules[name] = None\nimport benchmarks.record, benchmarks.{module}"
+
+
+@pytest.mark.parametrize("module", ["scan_gpu", "kernels"])
+def test_the_first_rows_of_a_gpu_need_pytorch_and_triton_only(module: str) -> None:
+    """An image of PyTorch has no other package."""
+    missing = ["pydantic", "fsspec", "psutil", "deepspeed", "diffusers", "webdataset", "ray", "mlflow"]
+    program = BARE.format(missing=missing, module=module)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def quick(module: str) -> list[dict[str, Any]]:

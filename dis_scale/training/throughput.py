@@ -4,16 +4,15 @@ MFU is model FLOPs over peak FLOPs (Chowdhery et al. 2022, arXiv 2204.02311, app
 and one backward pass, even if checkpointing computes parts twice. Read next: models/cost.py for the count.
 """
 
-import platform
 import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from dis_scale.models.cost import Cost
+from dis_scale.process.machine import processor
 from dis_scale.recipe import Train
 from dis_scale.tracking.goodput import MEMORY
 
@@ -107,12 +106,6 @@ def machine_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor()} (CPU)"
-
-
-def processor() -> str:
-    """Return the name of this machine's processor."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def synchronize(device: torch.device) -> None:
