@@ -17,6 +17,7 @@ from rich.console import Console
 from dis_scale import report, vae
 from dis_scale.data.sources import open_source, require_source
 from dis_scale.evaluation.features import require_weights
+from dis_scale.evaluation.sampling import real_grid
 from dis_scale.planning import isoflop
 from dis_scale.planning.plan import Plan, price_reading, price_sweep, table
 from dis_scale.process import jsonlog
@@ -29,7 +30,7 @@ from dis_scale.recipe import Recipe, reading
 from dis_scale.recipe.identity import identity_differences
 from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder, open_folder
-from dis_scale.sweep import RECIPE, Sampled, Sweep, command_lease, state
+from dis_scale.sweep import REAL, RECIPE, Sampled, Sweep, command_lease, state
 from dis_scale.sweep.documents import TrackingIds
 from dis_scale.tracking import mlflow, mlflow_copy
 from dis_scale.training import devices
@@ -52,6 +53,8 @@ from pipelines.places import Places
 from pipelines.signals import obeying_signals
 from pipelines.waiting import Wait
 
+PAGE_EVERY_S, PAGE_SHARE = 30.0, 0.03
+"""Least interval at which the page of a running sweep is written, and most of the time that this takes."""
 ENDED = "sweep_ended_timestamp_seconds"
 DELETED = "its published weights were deleted, and only training makes them: restore them, or remove the count from the recipe"
 
@@ -125,7 +128,10 @@ def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
         if not cluster.ours:
             await_nodes(driver, cluster)
         require_memory(plan, cluster)
-        with stopping_jobs(driver, joined=first):  # the first command also stops jobs that a killed one left
+        with (
+            stopping_jobs(driver, joined=first),  # the first command also stops jobs that a killed one left
+            writing_page(driver, plan) if first else contextlib.nullcontext(),
+        ):
             if not state.prepared(sweep):
                 run_stage(driver, cluster, "prepare")
             if state.find_latents(sweep.folder) is None:
@@ -136,6 +142,23 @@ def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
         if not failures.words():
             driver.gauge(ENDED, time.time())
     return failures
+
+
+@contextlib.contextmanager
+def writing_page(driver: Driver, plan: Plan) -> Iterator[None]:
+    """Write the page of the running sweep during the block, at once and then at intervals, in `PAGE_SHARE` of the time at most."""
+    due_s = 0.0
+
+    def write() -> None:
+        nonlocal due_s
+        if (began_s := time.monotonic()) >= due_s:
+            report.write_page(driver.sweep, report.collect(driver.sweep, plan))
+            due_s = time.monotonic() + (time.monotonic() - began_s) / PAGE_SHARE
+
+    driver.board.say(f"page     {driver.sweep.report}/{report.PAGE}")
+    with repeating(write, PAGE_EVERY_S, "page") as thread:
+        yield
+    thread.join()  # it may still write, and the report follows
 
 
 def require_starts(sweep: Sweep, plan: Plan) -> None:
@@ -163,6 +186,11 @@ def list_images(driver: Driver, plan: Plan, store: Folder) -> None:
     if source.left_out:
         driver.board.say(f"left out {source.left_out}")
     driver.board.say(f"data     {price_reading(recipe, plan.shape, len(source))}")
+    if not driver.sweep.folder.exists(REAL):
+        try:
+            driver.sweep.folder.write(REAL, real_grid(source, recipe.data.resolution))
+        except StorageError as error:
+            driver.board.say(f"source   its images are not shown in the report: {error}")
 
 
 def _name_deleted_weights(sweep: Sweep, board: Board) -> None:

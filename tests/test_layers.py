@@ -50,7 +50,7 @@ DOORS = {
     "s3fs": "dis_scale/storage/folder.py",
     "botocore": "dis_scale/storage/folder.py",
     "pyarrow": "dis_scale/data/parquet.py",
-    "matplotlib": "dis_scale/report/figures.py dis_scale/api.py",
+    "matplotlib": "dis_scale/report/drawing.py dis_scale/report/figures.py dis_scale/api.py",
     "pandas": "dis_scale/api.py",
     "scipy": "dis_scale/report/fits.py dis_scale/report/loss_law.py dis_scale/evaluation",
     "typer": "dis_scale/cli",

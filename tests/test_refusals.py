@@ -45,10 +45,10 @@ def sweep(tmp_path: Path, tiny: Recipe) -> Path:
             "tiny has fd_digits_80, 32 pixels and 10 classes, reference of its own images, no point at 102,400,000 images",
         ),
         (
-            ["compare", "{}", "{}", "--figure", "both.pdf"],
-            "--figure both.pdf: expected a file that ends in .png or .svg",
+            ["compare", "{}", "{}", "--page", "{}/none/both.html"],
+            "both.html: there is no folder",
         ),
-        (["compare", "{}", "{}"], "tiny and tiny have no model at one image count in common"),
+        (["compare", "{}", "{}"], "tiny have no model at one image count in common"),
     ],
 )
 def test_an_impossible_command_is_refused_in_one_line(

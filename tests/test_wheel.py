@@ -28,7 +28,7 @@ def invoke(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Invoke:
 
 
 def test_a_wheel_has_every_file_of_the_packages(wheel: Path) -> None:
-    kinds = (".py", ".cpp", ".inl", ".typed")
+    kinds = (".py", ".cpp", ".css", ".inl", ".js", ".typed")
     files = [
         path for folder in ("dis_scale", "pipelines") for path in (ROOT / folder).rglob("*") if path.suffix in kinds
     ]

@@ -1,11 +1,12 @@
 """Commands that show what was evaluated, and evaluate one checkpoint at other settings."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dis_scale.cli.shared import AsJson, At, Model, SweepUrl, console, say, show
+from dis_scale.cli.shared import AsJson, At, Model, SweepUrl, console, require_folder, say, show
 from dis_scale.process.errors import UserError
 
 
@@ -15,6 +16,10 @@ def report(
         bool,
         typer.Option("--published", help="Show published points of DiT, SiT and DiG, those of the sweep's sampler."),
     ] = False,
+    serve: Annotated[
+        bool,
+        typer.Option("--serve", help="Show the stored page at an address of this machine; rebuild only a missing one."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Rebuild a sweep's table, figures and page from what was evaluated."""
@@ -22,6 +27,12 @@ def report(
     from dis_scale.sweep import Sweep
 
     opened = Sweep.open(sweep)
+    if serve:
+        from dis_scale.report.serving import serve as serve_folder
+
+        if not opened.report.exists(PAGE):
+            write(opened, collect(opened, plan_of(opened)), published)
+        return serve_folder(opened.report, say)
     points = collect(opened, plan_of(opened))
     write(opened, points, published)
     page = f"{opened.report}/{PAGE}"
@@ -43,17 +54,19 @@ def compare(
     by_cost: Annotated[
         bool, typer.Option("--by-cost", help="Compare models of about one cost instead of one name.")
     ] = False,
-    figure: Annotated[Path | None, typer.Option(help="Draw the curves of both into this file (.png or .svg).")] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="The page of two sweeps to write; default: comparison.html, none with --json.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show two sweeps, or two families of one sweep, side by side, with the errors of their differences."""
-    from dis_scale.report import collect, plan_of
+    from dis_scale.report import collect, compare_page, plan_of
     from dis_scale.report import compare as comparison
     from dis_scale.sweep import Sweep
 
     if families:
-        if b or pair or by_cost or figure:
-            raise UserError("--families compares within one sweep, without --pair, --by-cost and --figure")
+        if b or pair or by_cost:
+            raise UserError("--families compares within one sweep, without --pair and --by-cost")
         from dis_scale.report import families as within
 
         measured = collect(opened := Sweep.open(a), plan_of(opened))
@@ -62,14 +75,15 @@ def compare(
         return
     if b is None:
         raise UserError("compare: expected two sweeps, or one with --families A B")
-    if figure:
-        from dis_scale.report import figures
-
-        endings = [f".{kind}" for kind in figures.FORMATS]
-        if figure.suffix not in endings:
-            raise UserError(f"--figure {figure}: expected a file that ends in {' or '.join(endings)}")
-
-    first, second = (collect(sweep, plan_of(sweep)) for sweep in (Sweep.open(a), Sweep.open(b)))
+    page = page or (None if as_json else Path("comparison.html"))
+    if page:
+        require_folder(page, "--page")
+    opened_both = Sweep.open(a), Sweep.open(b)
+    first, second = (collect(sweep, plan_of(sweep)) for sweep in opened_both)
+    if first.sweep == second.sweep:  # of two storage roots
+        first, second = (
+            replace(each, sweep=str(sweep)) for each, sweep in zip((first, second), opened_both, strict=True)
+        )
     pairs = (comparison.by_cost if by_cost else comparison.by_name)(first, second)
     if pair:
         if not all(name.count("=") == 1 for name in pair):
@@ -77,15 +91,11 @@ def compare(
                 f"--pair {' '.join(pair)}: expected NAME=NAME, a model of the first sweep and one of the second"
             )
         pairs = dict(name.split("=") for name in pair)
-    table = comparison.comparison_table(first, second, pairs)  # refuses sweeps without common points
-    found = comparison.differences(first, second, pairs) if as_json or figure else []
-    show(as_json, [each.to_json() for each in found], table)
-    if figure:
-        drawn = [d for d in found if not d.a.variant and d.a.images_seen in (first.counts[-1], second.counts[-1])]
-        unlike = comparison.unlike_words(first, second, drawn)
-        figure.write_bytes(figures.render(figures.both(first, second, unlike))[figure.suffix.removeprefix(".")])
-        if not as_json:
-            say(f"figure   {figure}")
+    found = comparison.differences(first, second, pairs)
+    table = comparison.comparison_table(first, second, found)
+    if page:
+        page.write_bytes(compare_page(opened_both, (first, second), table))
+    show(as_json, [each.to_json() for each in found], table, f"page     {page}")
 
 
 def measure(

@@ -6,6 +6,7 @@ have a fixed size, because the last digits of a model's sums depend on it.
 
 import contextlib
 import io
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +15,11 @@ from importlib.metadata import distribution
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from dis_scale import diffusion, models
 from dis_scale.data.encode import allow_tf32
+from dis_scale.data.sources import Source
 from dis_scale.diffusion.generate import batch_sizes, generate
 from dis_scale.diffusion.guidance import forward_images
 from dis_scale.evaluation import npz
@@ -35,11 +38,16 @@ from dis_scale.weights.published import load_average, load_published
 
 COLUMNS, ROWS = 10, 10
 """Classes in the grid, and samples of each."""
+REAL_ROWS = 2
+"""Rows of real images."""
+NEIGHBOURS = 2048
+"""Entries of a listing at each of `COLUMNS` positions, among which real images are chosen."""
 PARTS = ("sampling", "decoding", "features")
 """Timed parts of sampling."""
 GOLDEN = (5**0.5 - 1) / 2
 FONT = "matplotlib/mpl-data/fonts/ttf/DejaVuSans.ttf"
 """A file of matplotlib: Pillow's own font has no letters beyond English."""
+COLUMN_NAMES = "columns"
 FIELDS = ("identity", "pooled", "spatial", "logits")
 """Fields of `Features`, as a block's file names them."""
 
@@ -236,6 +244,20 @@ def column_names(sweep: Sweep, labels: np.ndarray) -> list[str]:
     return [names.get(label, str(label)) for label in labels[grid_numbers(labels)][: grid_columns(labels)].tolist()]
 
 
+def real_grid(source: Source, resolution: int) -> bytes:
+    """Return a grid of the source's images as `grid` makes it, a column for each class; an undecodable image is white."""
+    starts = np.linspace(0, max(0, len(source) - NEIGHBOURS), COLUMNS).astype(int).tolist()
+    positions = sorted({i for start in starts for i in range(start, min(start + NEIGHBOURS, len(source)))})
+    named = bool(source.label_names)
+    labels = np.array([source.labels[i] for i in positions]) if named else np.arange(len(positions)) % COLUMNS
+    columns = grid_columns(labels)
+    numbers = grid_numbers(labels)[: REAL_ROWS * columns]
+    images = [source.decoded(range(positions[n], positions[n] + 1), resolution)[0] for n in numbers]
+    white = np.full((resolution, resolution, 3), 255, np.uint8)
+    pictures = np.stack([image if isinstance(image, np.ndarray) else white for image in images])
+    return grid(pictures, columns, [source.label_names[label] for label in labels[numbers[:columns]]] if named else [])
+
+
 def cell_pixels(size: int) -> int:
     """Return the size of a picture in a grid: small ones are enlarged by a whole factor, to at most 64 pixels."""
     return size * max(1, 64 // size)
@@ -244,7 +266,7 @@ def cell_pixels(size: int) -> int:
 def grid(pictures: np.ndarray, columns: int, names: Sequence[str] = ()) -> bytes:
     """Return a PNG of uint8 pictures (N, H, W, 3), row by row, under the columns' names, if any.
 
-    The names add a quarter of a cell to the height.
+    The names add a quarter of a cell to the height, and are in the PNG's text `COLUMN_NAMES`, as JSON.
     """
     n, height, width, _ = pictures.shape
     cell, rows = cell_pixels(height), -(-n // columns)
@@ -258,8 +280,9 @@ def grid(pictures: np.ndarray, columns: int, names: Sequence[str] = ()) -> bytes
     image.paste(enlarged, (0, header))
     for i, name in enumerate(names):
         _write_name(ImageDraw.Draw(image), name, i * enlarged.width // columns, cell)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    buffer, words = io.BytesIO(), PngInfo()
+    words.add_itxt(COLUMN_NAMES, json.dumps(list(names)))
+    image.save(buffer, "PNG", pnginfo=words)
     return buffer.getvalue()
 
 

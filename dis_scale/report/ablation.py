@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from dis_scale.report import figures
+from dis_scale.report import drawing, figures
 from dis_scale.report.compare import paired_error
 from dis_scale.report.tables import csv_bytes, with_error
 from dis_scale.sweep import Sampled, Sweep, images_name, state
@@ -26,7 +26,7 @@ def write(
     distances, errors = [row[metric] for row in rows], [row.get(f"{metric}_error", float("nan")) for row in rows]
     name = f"{setting.replace('_', '-')}-{model}-{images_name(images_seen)}"
     figure = figures.curve(title, metric, setting, values, distances, errors)
-    files = {f"{name}.{ending}": data for ending, data in figures.render(figure).items()}
+    files = {f"{name}.{ending}": data for ending, data in drawing.render(figure).items()}
     for file, data in (files | {f"{name}.csv": _csv(setting, values, rows)}).items():
         sweep.report.write(file, data)
     console.print(title, highlight=False)

@@ -1,7 +1,7 @@
 """Two sweeps side by side: the differences of their models, with errors, and everything else in which the sweeps differ."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -158,10 +158,11 @@ def _weights(report: Report) -> list[str]:
     return sorted(identity[:12] for identity in known)
 
 
-def comparison_table(a: Report, b: Report, pairs: Mapping[str, str]) -> Table:
+def comparison_table(a: Report, b: Report, found: Sequence[Difference]) -> Table:
     """Return a table with a row for each common point, bold if the difference is significant over seeds."""
-    found = differences(a, b, pairs)
-    out = Table(title=f"{a.sweep} against {b.sweep}: {a.metric}", caption=Text("\n".join(_notes(a, b, found))))
+    out = Table(
+        title=f"{a.sweep} against {b.sweep}: {a.metric}", caption=Text("\n".join(_notes(a, b, found))), caption_justify="left",
+    )  # fmt: skip
     for column in ("model", "sampling", "images", a.sweep, b.sweep, "difference", "in errors"):
         out.add_column(column, justify="left" if column in ("model", "sampling") else "right")
     for difference in found:
@@ -176,7 +177,7 @@ def comparison_table(a: Report, b: Report, pairs: Mapping[str, str]) -> Table:
     return out
 
 
-def _notes(a: Report, b: Report, found: list[Difference]) -> list[str]:
+def _notes(a: Report, b: Report, found: Sequence[Difference]) -> list[str]:
     """Return the table's footnotes: what the errors hold, points of one sweep only, and all other differences."""
     lines = []
     if any(each.over_seeds for each in found):
@@ -193,14 +194,14 @@ def _notes(a: Report, b: Report, found: list[Difference]) -> list[str]:
             "samples of the same noise and labels: the error is that of the difference, by the paired jackknife"
         )
     if any(each.a.unfinished or each.b.unfinished for each in found):
-        lines.append(f"{UNFINISHED.strip()} the learning rate was to fall further")
+        lines.append(f"{UNFINISHED.strip()} measured before the learning rate had fallen to its end")
     taken = {(q.group, q.variant, q.images_seen) for _, q, *_ in found}
     if alone := len(a.means) + len(b.means) - len(found) - len(taken):
         lines.append(f"{alone} points are in one sweep only")
-    return lines + unlike_words(a, b, found)
+    return lines + _unlike_words(a, b, found)
 
 
-def unlike_words(a: Report, b: Report, found: list[Difference]) -> list[str]:
+def _unlike_words(a: Report, b: Report, found: Sequence[Difference]) -> list[str]:
     """Return a line for each setting that differs between the points of these differences."""
     vae = [f"VAE differs: {a.vae[:12]} and {b.vae[:12]}"] if a.vae and b.vae and a.vae != b.vae else []
     unlike = {line for difference in found for line in _unlike(a, b, difference)}

@@ -1,70 +1,81 @@
-"""The figures. Families differ by marker and line, image counts by grey, so figures are readable in black and white."""
+"""The figures of a report: which there are, and what each shows. Read next: drawing.py for how they are drawn."""
 
-import io
-import textwrap
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from matplotlib.transforms import Bbox
+from matplotlib.ticker import LogLocator
 
 from dis_scale.models import families
-from dis_scale.report import fits, isoflop
+from dis_scale.report import drawing, fits, isoflop
 from dis_scale.report.points import HELD_OUT, Point, Report
 from dis_scale.report.published import MARKERS as PUBLISHED_MARKERS
-from dis_scale.report.published import PUBLISHED, families_alike
+from dis_scale.report.published import PUBLISHED, families_alike, published_differences
+from dis_scale.tracking.rows import Row
 
-MOST_LINES = 8
-"""Most lines below a figure."""
-HOLLOW = 3
-"""Above the filled markers, which error bars draw at 2.1."""
-FLOOR_LINES = ":", (0, (5, 3))
-"""Lines of the real images and of their reconstructions."""
 COMPUTE = "training compute (EFLOP, two operations a multiply-add)"
 GFLOPS = "Gflops (multiply-adds, DiT's convention)"
 COMPUTE_FLOPS = "training compute (FLOPs, two a multiply-add)"
-SIZE = (7.2, 4.8)
-WIDE = (11.0, 4.8)
-FORMATS = ("png", "svg")
+CURVE_POINTS = 200
+"""Most points of a curve of training."""
+MAIN = "gflops_fid"
+"""Name of the curve that a sweep is about."""
 
 
-def gflops_distance(report: Report, published: bool = False) -> Figure:
+def every(
+    report: Report, losses: Mapping[str, Sequence[Row]], published: bool = False
+) -> dict[str, tuple[Figure, str]]:
+    """Return the figures of a sweep with their captions, by name: those for which something is measured."""
+    loss = "Training compute against the loss on images that training never saw"
+    by_sampling = "Time of a sample against distance, under each sampling setting"
+    at_counts = "Gflops against distance at each image count" + (published_differences(report) if published else "")
+    of_points = {
+        MAIN: (gflops_distance(report, published), at_counts),
+        "compute_fid": (compute_distance(report), "Training compute against distance, with its lower hull"),
+        "fid_images": (distance_images(report), "Distance over images seen"),
+        "compute_loss": (compute_loss(report), loss),
+        "hours_fid": (hours_distance(report), "Training time against distance"),
+        "sample_ms_fid": (sample_distance(report), by_sampling),
+        "memory_fid": (memory_distance(report), "Peak memory of training against distance"),
+    }
+    wanted = of_study(report) | of_points if report.main else {}
+    wanted["training_loss"] = training_loss(report, losses), "Training loss over images seen"
+    return {name: (figure, caption) for name, (figure, caption) in wanted.items() if figure}
+
+
+def gflops_distance(report: Report, published: bool = False, size: tuple[float, float] = drawing.WIDE) -> Figure:
     """Plot Gflops against distance: a line for each family and image count, and a thin line for the fit at the last count."""
-    figure, axes = _axes(report, GFLOPS)
-    shades = np.linspace(0.7, 0.0, len(report.counts)) if len(report.counts) > 1 else [0.0]
-    for images, shade in zip(report.counts, shades, strict=False):
+    figure, axes = drawing.new_axes(report, GFLOPS, size)
+    ends = list[drawing.Name]()
+    for images in report.counts:
         for kind in report.families:
-            family = report.family(kind, images)
-            unnamed = report.recipe.isoflop and len(family) == 1  # in a study almost each point has a count of its own
-            _line(axes, report, family, kind, str(shade), "" if unnamed else f"{kind} at {images:,}", "gmacs")
+            if family := report.family(kind, images):
+                drawing.draw_line(axes, report, family, "gmacs")
+                of_study = report.recipe.isoflop and len(family) == 1  # there almost each point has a count of its own
+                if not of_study and (len(family) > 1 or kind == report.families[0]):
+                    ends.append(drawing.Name(f"{images:,} images", family[-1].gmacs, report.distance(family[-1])))
     _fit(axes, report)
     if published:
         _published(axes, families_alike(report))
     drawn = [p for images in report.counts for kind in report.families for p in report.family(kind, images)]
-    _name_last(axes, report, drawn)
-    return _remove_overlapping(_finish(figure, axes, report), axes)
+    return drawing.finish(figure, axes, report, drawing.last_names(report, drawn, "gmacs") + ends)
 
 
-def both(a: Report, b: Report, unlike: Sequence[str] = ()) -> Figure:
-    """Plot Gflops against distance of two sweeps at the last count of each: the second's lines are grey.
-
-    What is `unlike` is written below, since figures leave their tables. A floor is drawn if it is that of both.
-    """
-    figure, axes = _axes(a, GFLOPS)
-    axes.set_title(f"{a.sweep} and {b.sweep}")
-    for report, shade in ((a, "0.0"), (b, "0.6")):
+def both(a: Report, b: Report, size: tuple[float, float] = drawing.WIDE) -> Figure:
+    """Plot Gflops against distance of two sweeps at the last count of each: a colour for each. Floors are drawn that both have."""
+    figure, axes = drawing.new_axes(a, GFLOPS, size)
+    ends, keys = list[drawing.Name](), []
+    for report, colour in ((a, drawing.COLOURS[0]), (b, drawing.COLOURS[1])):
         for kind in report.families if report.counts else []:
             last = report.counts[-1]
-            _line(axes, report, report.family(kind, last), kind, shade, f"{report.sweep}: {kind} at {last:,}", "gmacs")
-    more = [f"and {len(unlike) - MOST_LINES} more: dis-scale compare"] if len(unlike) > MOST_LINES else []
-    lines = [textwrap.shorten(line, 120, placeholder=" ...") for line in unlike[:MOST_LINES]] + more
-    figure.supxlabel("\n".join(lines), fontsize=7)
-    return _finish(figure, axes, replace(a, floors=[floor for floor in a.floors if floor in b.floors]))
+            if family := report.family(kind, last):
+                drawing.draw_line(axes, report, family, "gmacs", colour)
+                keys.append(drawing.key(kind, f"{report.sweep}: {kind} at {last:,}", colour))
+                ends += [drawing.Name(p.model, p.gmacs, report.distance(p), colour) for p in family]
+    axes.legend(handles=keys, fontsize=8, frameon=False)
+    return drawing.finish(figure, axes, replace(a, floors=[floor for floor in a.floors if floor in b.floors]), ends)
 
 
 def compute_distance(report: Report) -> Figure:
@@ -72,17 +83,17 @@ def compute_distance(report: Report) -> Figure:
 
     The hull has the points alone whose schedule has ended.
     """
-    figure, axes = _axes(report, COMPUTE)
+    figure, axes = drawing.new_axes(report, COMPUTE)
     trained = [p for p in report.main if p.images_seen]
-    _lines(axes, report, trained, "eflops")
+    names = drawing.draw_lines(axes, report, trained, "eflops")
     if ended := [p for p in trained if not p.unfinished]:
         hull = fits.lower_hull([p.eflops for p in ended], [report.distance(p) for p in ended])
         best = [ended[i] for i in hull]
         axes.plot(
-            [p.eflops for p in best], [report.distance(p) for p in best], color="black", linewidth=4, alpha=0.25,
+            [p.eflops for p in best], [report.distance(p) for p in best], color=drawing.QUIET, linewidth=6, alpha=0.3, zorder=1,
             label="lower hull", solid_capstyle="round",
         )  # fmt: skip
-    return _finish(figure, axes, report)
+    return drawing.finish(figure, axes, report, names)
 
 
 def compute_loss(report: Report) -> Figure | None:
@@ -91,10 +102,23 @@ def compute_loss(report: Report) -> Figure | None:
     trained = [p for p in loss.main if p.images_seen]
     if not trained:
         return None
-    figure, axes = _axes(loss, COMPUTE)
+    figure, axes = drawing.new_axes(loss, COMPUTE)
     axes.set_ylabel("held-out loss")
-    _lines(axes, loss, trained, "eflops")
-    return _finish(figure, axes, loss)
+    return drawing.finish(figure, axes, loss, drawing.draw_lines(axes, loss, trained, "eflops"))
+
+
+def training_loss(report: Report, rows: Mapping[str, Sequence[Row]]) -> Figure | None:
+    """Plot the loss of training over images seen: a line for each model, the mean of neighbouring rows. None without rows."""
+    figure, axes = drawing.new_axes(report, "images seen")
+    axes.set_ylabel("training loss")
+    ends = list[drawing.Name]()
+    for model, known in rows.items():
+        if values := [(row.images, row.value) for row in known if row.images and row.value > 0]:
+            means = np.array([part.mean(0) for part in np.array_split(values, min(CURVE_POINTS, len(values)))])
+            colour, line = drawing.colours_of(report)[model], families.find(report.recipe.models[model].kind).line
+            axes.plot(*means.T, color=colour, linestyle=line, linewidth=1.2)
+            ends.append(drawing.Name(model, means[-1][0], means[-1][1], colour))
+    return drawing.finish(figure, axes, replace(report, floors=[]), ends) if ends else None
 
 
 def of_study(report: Report) -> dict[str, tuple[Figure | None, str]]:
@@ -112,25 +136,24 @@ def isoflop_profiles(report: Report, metric: str) -> Figure | None:
     families = isoflop.profiles(report, metric)
     if not any(families.values()):
         return None
-    figure = Figure(figsize=WIDE, layout="constrained")
+    figure = Figure(figsize=drawing.WIDE, layout="constrained")
     profiles, minima = figure.subplots(1, 2)
-    figure.suptitle(report.sweep)
-    _log_axes(profiles, "parameters", metric)
+    drawing.log_axes(profiles, "parameters", metric)
     profiles.yaxis.set_major_locator(LogLocator(subs=range(1, 10)))  # losses span less than a decade
-    _log_axes(minima, COMPUTE_FLOPS, "at the minimum")
+    drawing.log_axes(minima, COMPUTE_FLOPS, "at the minimum")
     for kind, family in families.items():
-        for profile, shade in zip(family, np.linspace(0.7, 0.0, len(family)), strict=True):
-            _profile(profiles, profile, kind, str(shade))
+        for profile, shade in zip(family, drawing.shades(len(family)), strict=True):
+            _profile(profiles, profile, kind, shade)
         _minima(minima, [profile for profile in family if profile.best], isoflop.laws(family), kind)
     for axes in (profiles, minima):
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, frameon=False)
     return figure
 
 
 def _profile(axes: Axes, profile: isoflop.Profile, kind: str, shade: str) -> None:
     """Plot the runs of a budget, their parabola, and a cross at its minimum; runs that are not fitted are hollow."""
-    sizes, family = np.geomspace(*_ends(profile.parameters.tolist()), 100), families.find(kind)
+    sizes, family = np.geomspace(*drawing.ends(profile.parameters.tolist()), 100), families.find(kind)
     label = f"{kind}, {profile.budget:g} FLOPs"
     axes.plot(*profile.beyond, family.marker, color=shade, markerfacecolor="white")
     axes.plot(profile.parameters, profile.values, family.marker, color=shade, label=label)
@@ -196,40 +219,27 @@ def _measured(report: Report, points: list[Point], along: str, xlabel: str) -> F
     """Plot a measured value against distance: a line for each model, in the value's order; None without points."""
     if not points:
         return None
-    figure, axes = _axes(report, xlabel)
-    _lines(axes, report, sorted(points, key=lambda p: getattr(p, along)), along)
-    return _finish(figure, axes, report)
+    figure, axes = drawing.new_axes(report, xlabel)
+    names = drawing.draw_lines(axes, report, sorted(points, key=lambda p: getattr(p, along)), along)
+    return drawing.finish(figure, axes, report, names)
 
 
 def distance_images(report: Report) -> Figure:
     """Plot distance over images seen: a line for each model, without the untrained models."""
-    figure, axes = _axes(report, "images seen")
+    figure, axes = drawing.new_axes(report, "images seen")
     trained = [p for p in report.main if p.images_seen]
-    _lines(axes, report, trained, "images_seen")
-    return _finish(figure, axes, report)
+    return drawing.finish(figure, axes, report, drawing.draw_lines(axes, report, trained, "images_seen"))
 
 
 def curve(
     title: str, metric: str, setting: str, values: Sequence[float], distances: Sequence[float], errors: Sequence[float]
 ) -> Figure:
     """Plot one model's distance against one sampling setting."""
-    figure = Figure(figsize=SIZE, layout="constrained")
+    figure = Figure(figsize=drawing.SIZE, layout="constrained")
     axes = figure.add_subplot()
     axes.errorbar(values, distances, errors, marker="o", capsize=2, color="black")
     axes.set(xlabel=setting, ylabel=metric, title=title)
     return figure
-
-
-def render(figure: Figure) -> dict[str, bytes]:
-    """Render PNG and SVG, by file ending; the same figure gives the same bytes."""
-    files = {}
-    with rc_context({"svg.hashsalt": "dis-scale"}):
-        for ending in FORMATS:
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=ending, dpi=160, metadata={"Date": None} if ending == "svg" else None)
-            figure.set_layout_engine("none")  # all formats share the first one's layout, which takes as long as drawing
-            files[ending] = buffer.getvalue()
-    return files
 
 
 def correlations(report: Report) -> list[str]:
@@ -262,92 +272,10 @@ def _laws(report: Report) -> list[tuple[str, fits.PowerLaw]]:
     return laws
 
 
-def _axes(report: Report, xlabel: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.add_subplot(title=report.sweep)
-    _log_axes(axes, xlabel, report.metric)
-    return figure, axes
-
-
-def _log_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
-    axes.margins(x=0.12)
-    axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-        axis.set_minor_formatter(NullFormatter())
-
-
-def _finish(figure: Figure, axes: Axes, report: Report) -> Figure:
-    """Add the limits, the floors and the legend."""
-    _widen(axes, [each.distance for each in report.floors])
-    for (text, distance, error), line, side in zip(report.floors, FLOOR_LINES, ("top", "bottom"), strict=False):
-        axes.axhline(distance, linestyle=line, color="black", linewidth=1)
-        if error is not None:
-            axes.axhspan(max(distance - error, distance / 2), distance + error, color="black", alpha=0.12, linewidth=0)
-        axes.annotate(text, (0.99, distance), xycoords=("axes fraction", "data"), ha="right", va=side, fontsize=8)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8)
-    return figure
-
-
-def _remove_overlapping(figure: Figure, axes: Axes) -> Figure:
-    """Remove each text that overlaps one before it: a study has more models than a figure has room for names."""
-    figure.draw_without_rendering()  # gives the texts their places
-    kept: list[Bbox] = []
-    for text in list(axes.texts):
-        box = text.get_window_extent()
-        if any(box.overlaps(other) for other in kept):
-            text.remove()
-        else:
-            kept.append(box)
-    return figure
-
-
-def _widen(axes: Axes, floors: list[float]) -> None:
-    """Widen an axis of almost one value, before anything asks for the view: matplotlib would compute it, with a warning."""
-    x, y = _ends(axes.xaxis.get_data_interval()), _ends([*axes.yaxis.get_data_interval(), *floors])
-    if 0 < x[0] <= x[1] < 1.5 * x[0]:
-        axes.autoscale(enable=False, axis="x")
-        axes.set_xlim(x[0] / 2, x[1] * 2)
-    if 0 < y[0] <= y[1] < 1.5 * y[0]:
-        axes.autoscale(enable=False, axis="y")
-        axes.set_ylim(y[0] / 2, y[1] * 2)
-
-
-def _lines(axes: Axes, report: Report, points: list[Point], along: str) -> None:
-    """Plot a line for each model, and one for the cooled-down points of each trunk."""
-    for model, line in _by_model(points).items():
-        _line(axes, report, line, line[0].kind, _shade(report, line[0].model), model, along)
-
-
-def _line(axes: Axes, report: Report, points: list[Point], kind: str, shade: str, label: str, along: str) -> None:
-    """Plot points with their errors, if known, as one line; hollow markers for schedules that have not ended."""
-    if points:
-        known = [report.error(p) for p in points]
-        errors = [float("nan") if error is None else error for error in known] if any(known) else None
-        x, y = [getattr(p, along) for p in points], [report.distance(p) for p in points]
-        axes.errorbar(
-            x,
-            y,
-            errors,
-            marker=families.find(kind).marker,
-            linestyle=families.find(kind).line,
-            capsize=2,
-            color=shade,
-            label=label,
-        )
-        if hollow := [i for i, p in enumerate(points) if p.unfinished]:
-            axes.plot(
-                [x[i] for i in hollow], [y[i] for i in hollow], families.find(kind).marker, color=shade, markerfacecolor="white",
-                zorder=HOLLOW,
-            )  # fmt: skip
-
-
 def _fit(axes: Axes, report: Report) -> None:
     """Plot the power laws as thin lines, labelled as fits."""
     for kind, law in _laws(report):
-        costs = np.geomspace(*_ends([p.gmacs for p in report.family(kind, report.counts[-1])]), 50)
+        costs = np.geomspace(*drawing.ends([p.gmacs for p in report.family(kind, report.counts[-1])]), 50)
         axes.plot(costs, law.at(costs), color="black", linewidth=0.8, linestyle=(0, (1, 3)), label=f"fit: {kind}")
 
 
@@ -357,37 +285,5 @@ def _published(axes: Axes, names: list[str]) -> None:
         points = [p for p in PUBLISHED if p.family == family]
         axes.plot(
             [p.gmacs for p in points], [p.fid for p in points], PUBLISHED_MARKERS[family], color="black", markersize=9,
-            label=f"{family}, published (ImageNet 256, 102.4M images, no guidance, uniform labels, ADM's reference)",
+            label=f"{family}, published",
         )  # fmt: skip
-
-
-def _name_last(axes: Axes, report: Report, drawn: list[Point]) -> None:
-    """Write each model's name next to its last point of those that are drawn."""
-    for name, points in _by_model(drawn).items():
-        last = points[-1]
-        axes.annotate(
-            name, (last.gmacs, report.distance(last)), xytext=(5, -11), textcoords="offset points", fontsize=8
-        )
-
-
-def _by_model(points: list[Point]) -> dict[str, list[Point]]:
-    """Return each model's points by rising images seen; those of all branches of a trunk together."""
-    lines = defaultdict[str, list[Point]](list)
-    for p in sorted(points, key=lambda p: p.images_seen):
-        lines[_line_of(p)].append(p)
-    return {line: lines[line] for line in dict.fromkeys(_line_of(p) for p in points)}
-
-
-def _line_of(p: Point) -> str:
-    return p.model if p.trunk == p.group else f"{p.trunk}, cooled down"
-
-
-def _shade(report: Report, model: str) -> str:
-    """Return a grey, darker for a costlier model."""
-    costs = {p.model: p.gmacs for p in report.main}
-    rank = sorted(costs, key=lambda name: costs[name]).index(model)
-    return str(0.7 * (1 - (rank + 1) / len(costs)))
-
-
-def _ends(values: Sequence[float]) -> tuple[float, float]:
-    return min(values), max(values)

@@ -1,74 +1,241 @@
-"""The report as one self-contained HTML page, and a second one that compares samples."""
+"""The report as self-contained HTML: the page of a sweep, running or finished, of a comparison, and of samples side by side.
 
-import base64
-from html import escape
-
-from dis_scale.report import figures, tables
-from dis_scale.report.points import Report
-from dis_scale.report.samples import Strip
-
-SAMPLES = "samples.html"
-"""The second page."""
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #111; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
-th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; }
-figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; }
-.names { margin: 1.5rem 0 0; } .names img { max-width: 100%; display: block; } .names + figure { margin-top: 0; }
-figcaption, .note { color: #555; font-size: .9rem; } .missing { color: #a00; }
+Styles are in page.css, the script in page.js; both are written into the page, which loads nothing.
 """
 
+import base64
+import re
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
 
-def render_page(report: Report, plots: dict[str, bytes], grids: dict[str, bytes]) -> bytes:
-    """Return the HTML of the report; `plots` are SVGs by caption, `grids` PNGs of samples by caption."""
+from rich.table import Table
+
+from dis_scale.process.progress import time_words
+from dis_scale.report import figures, tables
+from dis_scale.report.points import Point, Report
+from dis_scale.report.samples import Picture, Strip
+from dis_scale.upkeep.status import Status
+
+RELOAD_S = 60
+"""Interval at which the page of a running sweep is loaded again."""
+
+
+class Plot(NamedTuple):
+    """A figure as SVG; `narrow` is the same for half a page or a phone, empty if the figure is of that size itself."""
+
+    caption: str
+    svg: bytes
+    narrow: bytes = b""
+
+
+class Facts(NamedTuple):
+    """How far a sweep is at a time, the images of its latents, and the times of the first and the last value measured, if known.
+
+    All times are Unix times.
+    """
+
+    status: Status
+    now: float
+    images: int | None
+    times: tuple[float, float] | None
+
+
+def render_page(
+    report: Report, facts: Facts, plots: Sequence[Plot], pictures: Sequence[Picture], more: str = ""
+) -> bytes:
+    """Return the page of a sweep; `pictures` are real images and samples, `more` is the page of all samples."""
+    status = facts.status
     parts = [
-        f"<h1>{escape(report.sweep)}: Gflops against {escape(report.metric)}</h1>",
-        *(f"<p class='missing'>{escape(line)}</p>" for line in tables.missing(report)),
-        *(_figure(caption, _picture(svg, "svg+xml")) for caption, svg in plots.items()),
-        *(f"<p>{escape(line)}</p>" for line in figures.correlations(report)),
-        "<h2>Every point</h2>",
-        _table(report),
-        *(f"<p class='note'>{escape(line)}</p>" for line in tables.notes(report)),
-        "<h2>Samples at the last count</h2>" if grids else "",
-        f"<p><a href='{SAMPLES}'>All models side by side, and each over its training</a></p>" if grids else "",
-        *(_figure(caption, _picture(png, "png")) for caption, png in grids.items()),
+        f"<header><h1>{escape(report.sweep)}</h1>",
+        f"<p class='quiet'>{escape(_metric(report))}</p>{_list(_facts(report, facts))}</header>",
+        *(
+            f"<p class='bad'>{escape(line)}</p>"
+            for line in [*tables.missing(report), *([status.stopped] if status.stopped else [])]
+        ),
+        _progress(facts) if status.doing != "done" else "",
+        f"<h2>Samples</h2><div class='figures'>{_pictures(pictures)}</div>" if pictures else "",
+        f"<p><a href='{more}'>All models side by side, and each over its training</a></p>" if more else "",
+        _figures(plots),
+        _table(tables.table(report), "Every point") if report.points else "",
+        _folded("How these numbers were measured", [*figures.correlations(report), *tables.notes(report)]),
     ]
-    return _document(report.sweep, parts)
+    running = status.doing != "done" and not status.stopped
+    return _document(report.sweep, parts, RELOAD_S if running else None)
+
+
+def render_comparison(a: Report, b: Report, table: Table, plot: Plot, pictures: Sequence[Picture]) -> bytes:
+    """Return the page of two sweeps side by side; the caption of `table` is folded."""
+    facts = {report.sweep: _best(report) for report in (a, b)}
+    parts = [
+        f"<header><h1>{escape(a.sweep)} against {escape(b.sweep)}</h1>",
+        f"<p class='quiet'>{escape(_metric(a))}</p>{_list(facts)}</header>",
+        f"<h2>Samples</h2><div class='figures'>{_pictures(pictures)}</div>" if pictures else "",
+        _figures([plot]),
+        _table(table, "Differences"),
+        _folded("How the sweeps were compared", str(table.caption or "").splitlines()),
+    ]
+    return _document(f"{a.sweep} against {b.sweep}", parts)
 
 
 def render_samples(report: Report, strips: list[Strip]) -> bytes:
-    """Return the HTML of the samples side by side."""
+    """Return the page of samples side by side, with a slider for those over a training."""
     parts = [
-        f"<h1>{escape(report.sweep)}: samples side by side</h1>",
-        "<p>The pictures at one position of two parts have the same label and the same noise.</p>",
+        f"<header><h1>{escape(report.sweep)}: samples</h1>",
+        "<p class='quiet'>Samples at one position of two pictures have the same label and the same noise.</p></header>",
     ]
-    for title, names, pictures in strips:
-        parts += [f"<h2>{escape(title)}</h2>", *([f"<p class='names'>{_picture(names, 'png')}</p>"] if names else [])]
-        parts += [_figure(words, _picture(png, "png")) for words, png in pictures]
+    for strip in strips:
+        words = f"<h2>{escape(strip.title)}</h2>"
+        if strip.turning:
+            name = escape(f"images seen, {strip.title}", quote=True)
+            words += f"<input type='range' max='{strip.turning - 1}' value='{strip.turning - 1}' aria-label='{name}'>"
+        parts.append(f"<section>{words}<div class='figures'>{_pictures(strip.parts, strip.turning)}</div></section>")
     return _document(f"{report.sweep}: samples", parts)
 
 
-def _document(title: str, parts: list[str]) -> bytes:
-    head = (
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>",
-        f"<meta name='viewport' content='width=device-width'><style>{STYLE}</style></head><body>",
+def _metric(report: Report) -> str:
+    """Return what the distance is, in words."""
+    settings = report.recipe.evaluate
+    features = "Inception-v3" if settings.extractor.name == "inception" else f"the extractor {settings.extractor.name}"
+    floors = "".join(f" For {f.words} it is {tables.with_error(f.distance, f.error)}." for f in report.floors)
+    return (
+        f"{report.metric} is the Fréchet distance of {settings.samples:,} samples from the real images under the features of "
+        f"{features}: lower is better.{floors}"
     )
-    return "\n".join([*head, *parts, "</body></html>\n"]).encode()
 
 
-def _figure(caption: str, inner: str) -> str:
-    return f"<figure>{inner}<figcaption>{escape(caption)}</figcaption></figure>"
+def best_point(report: Report) -> Point | None:
+    """Return the trained point with the lowest distance, of ended schedules if any has ended."""
+    trained = [p for p in report.main if p.images_seen]
+    return min([p for p in trained if not p.unfinished] or trained, key=report.distance, default=None)
 
 
-def _picture(data: bytes, kind: str) -> str:
-    """Embed an image as a data URL: inline SVGs in one document would share the names of their parts."""
-    return f"<img alt='' src='data:image/{kind};base64,{base64.b64encode(data).decode()}'>"
+def _best(report: Report) -> tuple[str, str]:
+    if not (p := best_point(report)):
+        return "none yet", "no model is measured"
+    return (
+        p.model,
+        f"{report.metric} {tables.with_error(report.distance(p), report.error(p))} after {p.images_seen:,} images",
+    )
 
 
-def _table(report: Report) -> str:
-    columns = tables.columns(report)
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    rows = ("".join(f"<td>{escape(cell(p))}</td>" for cell in columns.values()) for p in report.means)
-    return f"<table><tr>{head}</tr>{''.join(f'<tr>{cells}</tr>' for cells in rows)}</table>"
+def _facts(report: Report, facts: Facts) -> dict[str, tuple[str, str]]:
+    """Return the best model, what was trained on what, when and how long: each by its title, a short value and more words."""
+    recipe, (status, _, images, times) = report.recipe, facts
+    source, classes = recipe.data.source, recipe.data.num_classes
+    kinds, most = (
+        {model.kind for model in recipe.models.values()},
+        max(recipe.train_of(name).images for name in recipe.models),
+    )
+    of_images = f"{getattr(source, 'url', source.kind)}, {f'{classes:,} classes, ' if classes else ''}"
+    found = {
+        "Best model": _best(report),
+        "Images": (f"{images:,}" if images else "not counted yet", f"{of_images}{recipe.data.resolution} pixels wide"),
+        "Models": (f"{len(recipe.models)}", f"{', '.join(sorted(kinds))}; up to {most:,} images each"),
+    }
+    if times:
+        first, last = (datetime.fromtimestamp(each, UTC) for each in times)
+        span = f"{first:%H:%M} to {'' if first.date() == last.date() else f'{last:%Y-%m-%d} '}{last:%H:%M} UTC"
+        found["Stopped" if status.stopped else status.doing.capitalize()] = (
+            f"{time_words(times[1] - times[0])}",
+            f"{first:%Y-%m-%d} {span}",
+        )
+    return found
+
+
+def _list(facts: dict[str, tuple[str, str]]) -> str:
+    rows = (
+        f"<div><dt>{escape(name)}</dt><dd><b>{escape(value)}</b>{escape(more)}</dd></div>"
+        for name, (value, more) in facts.items()
+    )
+    return f"<dl>{''.join(rows)}</dl>"
+
+
+def _progress(facts: Facts) -> str:
+    """Return how far a sweep and its models are."""
+    rows = []
+    for run in facts.status.runs:
+        left = "" if run.left_s is None else f"{time_words(run.left_s)} left"
+        rows.append(
+            f"<tr><td class='left'>{escape(run.model)}</td><td class='left'>{run.doing}</td>"
+            f"<td class='bar'><progress max='{run.images}' value='{run.images_seen}'></progress></td>"
+            f"<td>{run.images_seen:,} of {run.images:,} images</td><td>{left}</td></tr>"
+        )
+    now = f"{datetime.fromtimestamp(facts.now, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    head = f"<h2>{escape(facts.status.doing.capitalize())}</h2><p class='quiet'>as of {now}</p>"
+    return f"{head}<div class='scroll'><table>{''.join(rows)}</table></div>"
+
+
+def _figures(plots: Sequence[Plot]) -> str:
+    """Return the figures, the first ones wide; their points are in colours of the models and markers of the families."""
+    if not plots:
+        return ""
+    figures = []
+    for plot in plots:
+        inner, kind = _svg(plot.svg, plot.caption), ""
+        if plot.narrow:
+            narrow, kind = _svg(plot.narrow, plot.caption), " class='wide'"
+            inner = f"<div class='broad'>{inner}</div><div class='narrow'>{narrow}</div>"
+        figures.append(f"<figure{kind}>{inner}<figcaption>{escape(plot.caption)}</figcaption></figure>")
+    return f"<h2>Curves</h2><div class='figures'>{''.join(figures)}</div>"
+
+
+def _svg(svg: bytes, alt: str) -> str:
+    """Return matplotlib's SVG as a part of a page: in its colours, with points to touch, without ids that other figures have."""
+    text = svg.decode()[svg.decode().index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' id="[\w.]+_\d+"', "", text).replace("#000000", "currentColor").replace("#ffffff", "var(--paper)")
+    text = re.sub(
+        r'<a xlink:href="#([^"]*)"[^>]*>(\s*<use [^>]*x="([^"]+)" y="([^"]+)"[^>]*>)\s*</a>',
+        r'<g class="point" tabindex="0" role="img" aria-label="\1">\2<circle cx="\3" cy="\4" r="10"/></g>',
+        text,
+    )
+    return text.replace("<svg", f"<svg role='group' aria-label='{escape(alt, quote=True)}'", 1)
+
+
+def _pictures(parts: Sequence[Picture], turning: int = 0) -> str:
+    """Return pictures with the names of their columns; the first `turning` are for a slider."""
+    figures = []
+    for i, part in enumerate(parts):
+        words, names = escape(part.words), "".join(f"<span>{escape(name)}</span>" for name in part.names)
+        head = f"<div class='names' aria-hidden='true'>{names}</div>" if names else ""
+        turn = " data-turn" if i < turning else ""
+        figures.append(f"<figure{turn}>{head}{_picture(part.picture, words)}<figcaption>{words}</figcaption></figure>")
+    return "".join(figures)
+
+
+def _picture(data: bytes, alt: str) -> str:
+    return f"<img alt='{alt}' src='data:image/png;base64,{base64.b64encode(data).decode()}'>"
+
+
+def _table(table: Table, title: str) -> str:
+    """Return a terminal's table; columns of words are on the left."""
+    side = [" class='left'" if column.justify == "left" else "" for column in table.columns]
+    head = "".join(
+        f"<th{left}>{escape(str(column.header))}</th>" for left, column in zip(side, table.columns, strict=True)
+    )
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    body = "".join(
+        f"<tr>{''.join(f'<td{left}>{escape(str(cell))}</td>' for left, cell in zip(side, row, strict=True))}</tr>"
+        for row in rows
+    )
+    return f"<h2>{escape(title)}</h2><div class='scroll'><table><tr>{head}</tr>{body}</table></div>"
+
+
+def _folded(title: str, lines: Iterable[str]) -> str:
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<details><summary>{escape(title)}</summary><ul>{items}</ul></details>" if items else ""
+
+
+def _document(title: str, parts: list[str], reload_s: int | None = None) -> bytes:
+    style, script = (Path(__file__).with_name(f"page.{ending}").read_text() for ending in ("css", "js"))
+    again = f"<meta http-equiv='refresh' content='{reload_s}'>" if reload_s else ""
+    head = (
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>{again}",
+        f"<meta name='viewport' content='width=device-width'><style>{style}</style></head><body>",
+    )
+    return "\n".join(
+        [*head, *parts, f"<div id='tip' role='status' hidden></div><script>{script}</script></body></html>\n"]
+    ).encode()

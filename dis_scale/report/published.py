@@ -82,5 +82,6 @@ def published_differences(report: Report) -> str:
         for name in MARKERS
         if name not in families_alike(report)
     ]
+    words.append("published points are of ImageNet 256, 102.4M images, no guidance, uniform labels, ADM's reference")
     words += [f"published points have batch {BATCH}, here it is {batch:,}" for batch in sorted(batches)]
     return "".join(f"; {each}" for each in words)

@@ -11,6 +11,8 @@ from rich.text import Text
 
 from dis_scale.report.points import Point, Report
 
+WIDTH = 78
+"""Characters of the table, which fits a terminal of 80."""
 UNFINISHED = " *"
 """Mark of a point taken before its schedule has ended."""
 NOTED_START = 0.01
@@ -56,33 +58,27 @@ def table(report: Report) -> Table:
     """Return a table with a row for each point, and below it the footnotes and the missing points."""
     caption = Text("\n".join(notes(report))).append("".join(f"\n{line}" for line in missing(report)), style="red")
     out = Table(
-        title=f"{report.sweep}: Gflops against {report.metric}", caption=caption, box=box.SIMPLE_HEAD, padding=0
-    )
+        title=f"{report.sweep}: Gflops against {report.metric}", box=box.SIMPLE_HEAD, padding=0, min_width=WIDTH,
+        caption=caption, caption_justify="left",
+    )  # fmt: skip
     shown = columns(report)
     for name in shown:
-        out.add_column(name, justify="left" if name in ("model", "sampling", "sampler") else "right", no_wrap=True)
+        out.add_column(name, justify="left" if name in ("model", "sampling") else "right", no_wrap=True)
     for point in report.means:
         out.add_row(*(cell(point) for cell in shown.values()))
     return out
 
 
 def columns(report: Report) -> dict[str, Callable[[Point], str]]:
-    """Return the cell of a point in each column, by names that are short enough for a terminal of 120 characters."""
+    """Return the cell of a point in each column, by names that fit a terminal of 80 characters; the CSV has every value."""
     judged = any("class_accuracy" in p.values for p in report.points)
-    papers = any(p.cost.paper.gflops for p in report.points)
     shown: dict[str, Callable[[Point], str] | None] = {
         "model": lambda p: f"{p.model} ({p.seeds} seeds)" if p.seeds > 1 else p.model,
         "sampling": (lambda p: p.variant or "main") if len(report.samplings) > 1 else None,
-        "parameters": lambda p: f"{p.cost.parameters:,}",
-        "Gflops": lambda p: f"{p.gmacs:.3g}",
-        "thop x 2": (lambda p: f"{p.cost.paper.gflops:.3g}" if p.cost.paper.gflops else "") if papers else None,
         "images": lambda p: f"{p.images_seen:,}",
-        "EFLOP": lambda p: f"{p.eflops:.3g}",
-        "goodput": lambda p: "" if p.goodput is None else f"{p.goodput:.0%}",
+        "Gflops": lambda p: f"{p.gmacs:.3g}",
         report.metric: lambda p: with_error(report.distance(p), report.error(p)) + (UNFINISHED if p.unfinished else ""),
         "class acc.": _accuracy if judged else None,
-        "sampler": lambda p: f"{p.sampling.sampler} {p.sampling.steps}",
-        "guidance": lambda p: f"{p.sampling.guidance:g}",
     }
     return {name: cell for name, cell in shown.items() if cell}
 
@@ -106,7 +102,7 @@ def notes(report: Report) -> list[str]:
     lines = [f"Gflops are multiply-adds of one forward pass (DiT's convention), ± is one standard error, {error}"]
     if any(p.unfinished for p in report.points):
         lines.append(
-            f"{UNFINISHED.strip()} the learning rate was to fall further: not in the hull of what a budget buys"
+            f"{UNFINISHED.strip()} measured before the learning rate had fallen to its end: not in the lower hull"
         )
     for p in report.means:
         if p.seeds < (expected := report.trainings(p)):

@@ -1,6 +1,7 @@
 """A block is a function of (recipe, published weights, its number): bit-equal for any worker and order."""
 
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,10 +15,12 @@ import torch
 from PIL import Image
 
 from dis_scale import models, vae
+from dis_scale.data.sources import open_source
 from dis_scale.evaluation import sampling
 from dis_scale.evaluation.classifiers import Classifier
 from dis_scale.evaluation.features import store_classifier
 from dis_scale.evaluation.sampling import (
+    COLUMN_NAMES,
     PARTS,
     BlockSampler,
     arrange,
@@ -25,9 +28,10 @@ from dis_scale.evaluation.sampling import (
     grid,
     grid_numbers,
     open_sampler,
+    real_grid,
     sample_labels,
 )
-from dis_scale.recipe import LatentShape, Recipe, TrainedVae, reading
+from dis_scale.recipe import Data, DigitsSource, LatentShape, Recipe, TrainedVae, reading
 from dis_scale.recipe.evaluate import JUDGE
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
@@ -186,6 +190,21 @@ def test_the_grid_is_under_the_names_of_its_columns() -> None:
     header = np.asarray(named)[:16]
     assert (header[:, :64] == 255).all()
     assert (header[:, 64:] < 128).any()
+
+
+def test_real_images_are_in_the_layout_of_the_samples() -> None:
+    """Each column has images of its class, which the PNG names; without classes they are ten at a time."""
+    source = open_source(Data(source=DigitsSource(kind="digits"), resolution=8, num_classes=10))
+    shown = Image.open(io.BytesIO(real_grid(source, 8)))
+    assert json.loads(shown.info[COLUMN_NAMES]) == list("0123456789")
+    cells = np.asarray(shown)[16:][::8, ::8].reshape(2, 8, 10, 8, 3).swapaxes(1, 2)
+    of_class = {
+        label: [source.pixels(i, 8) for i in range(len(source)) if source.labels[i] == label] for label in (0, 9)
+    }
+    for label, images in of_class.items():
+        assert all(any(np.array_equal(cells[row, label], image) for image in images) for row in range(2))
+    unnamed = Image.open(io.BytesIO(real_grid(replace(source, label_names=[]), 8)))
+    assert (unnamed.size, json.loads(unnamed.info[COLUMN_NAMES])) == ((640, 128), [])
 
 
 def test_the_columns_have_the_names_of_the_classes(tmp_path: Path, tiny: Recipe) -> None:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,15 +54,10 @@ def test_the_points_and_differences_are_json_for_programs(sweep: Sweep, tmp_path
     )
 
 
-def test_the_page_is_self_contained(sweep: Sweep) -> None:
+def test_the_files_of_a_report_are_the_figures_the_pages_and_the_csv(sweep: Sweep) -> None:
     text = reports.write(sweep, collect(sweep))[reports.PAGE].decode()
-    assert text.count("data:image/svg+xml;base64,") == 3
-    assert text.count("data:image/png;base64,") == 4
-    assert "n = 4 (few points)" in text
     assert "dit failed" in text
-    assert [link for link in re.findall(r"(?:src|href)=['\"]([^'\"#]+)", text) if not link.startswith("data:")] == [
-        "samples.html"
-    ]
+    assert "n = 4 (few points)" in text
     assert sorted(sweep.report.list()) == sorted(
         [reports.CSV, reports.PAGE, "samples.html"]
         + [f"{name}.{ending}" for name in ("gflops_fid", "compute_fid", "fid_images") for ending in ("png", "svg")]
@@ -72,7 +66,7 @@ def test_the_page_is_self_contained(sweep: Sweep) -> None:
 
 def test_a_sweep_without_evaluations_has_a_report(tmp_path: Path, recipe: Recipe) -> None:
     empty = sweep_at(tmp_path, "tiny", recipe)
-    assert len(reports.write(empty, collect(empty))) == 8
+    assert sorted(reports.write(empty, collect(empty))) == [reports.CSV, reports.PAGE]
 
 
 def imagenet(report: reports.Report, changes: dict[str, Any], **sampling: Any) -> reports.Report:
@@ -97,7 +91,7 @@ def imagenet(report: reports.Report, changes: dict[str, Any], **sampling: Any) -
 def test_published_points_are_drawn_beside_the_same_images_reference_and_samples_only(sweep: Sweep) -> None:
     report = collect(sweep)
     page = reports.write(sweep, imagenet(report, {}), published=True)[reports.PAGE].decode()
-    assert "; SiT is not drawn (its sampler is euler_maruyama); published points have batch 256, here it is 16<" in page
+    assert "ADM&#x27;s reference; published points have batch 256, here it is 16<" in page
     digits = replace(report, metric="fid", points=[replace(p, values={"fid": 20.0}) for p in report.points])
     for unlike, words in (
         (

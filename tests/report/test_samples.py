@@ -9,8 +9,8 @@ from PIL import Image
 from dis_scale import report as reports
 from dis_scale.evaluation.sampling import grid
 from dis_scale.recipe import Recipe
-from dis_scale.report.samples import CELL, MOST_COUNTS, _evenly, strips
-from dis_scale.sweep import GRID, Sampled, Sweep
+from dis_scale.report.samples import CELL, GAP, MOST_COUNTS, _evenly, strips
+from dis_scale.sweep import GRID, REAL, Sampled, Sweep
 from tests.support.evaluations import collect, put, sweep_at
 
 
@@ -25,23 +25,28 @@ def show(sweep: Sweep, model: str, images: int, shade: int, names: list[str]) ->
 
 def greys(png: bytes) -> tuple[tuple[int, int], list[int]]:
     image = Image.open(io.BytesIO(png))
-    return image.size, np.unique(np.asarray(image)).tolist()
+    pixels = np.asarray(image)
+    assert (pixels[CELL, :, 3] == 0).all(), "a gap"
+    return image.size, np.unique(pixels[pixels[:, :, 3] > 0][:, :3]).tolist()
 
 
 def test_models_are_side_by_side_and_each_over_its_training(tmp_path: Path, tiny: Recipe) -> None:
     sweep = sweep_at(tmp_path, "tiny", tiny)
     for model, images, shade in [("dis", 0, 10), ("dis", 160, 20), ("dit", 160, 30)]:
         show(sweep, model, images, shade, ["cat", "dog"])
+    size = sweep.recipe.data.resolution
+    sweep.folder.write(REAL, grid(np.full((4, size, size, 3), 40, np.uint8), 2, ["cat", "dog"]))
     every, dis = strips(sweep, collect(sweep))
-    assert [(every.title, words) for words, _ in every.parts] == [
-        ("All models", "dis, 160 images, fd_digits_80 4.5 ± 0.5"),
-        ("All models", "dit, 160 images, fd_digits_80 4.5 ± 0.5"),
+    assert (every.title, every.turning) == ("All models", 0)
+    assert [part.words for part in every.parts] == [
+        "real images",
+        "dis, 160 images, fd_digits_80 4.5 ± 0.5",
+        "dit, 160 images, fd_digits_80 4.5 ± 0.5",
     ]
-    assert [greys(png) for _, png in every.parts] == [((128, 128), [20]), ((128, 128), [30])]
-    assert dis.title == "dis over its training"
-    assert [greys(png)[1] for _, png in dis.parts] == [[10], [20]]
-    assert dis.names is not None
-    assert greys(dis.names)[0] == (128, 16)
+    assert [greys(part.picture) for part in every.parts] == [((131, 131), [grey]) for grey in (40, 20, 30)]
+    assert (dis.title, dis.turning) == ("dis over its training", 2)
+    assert [greys(part.picture)[1] for part in dis.parts] == [[10], [20], [40]]
+    assert [part.names for part in dis.parts] == [["cat", "dog"]] * 3
 
 
 def test_the_page_of_samples_is_complete(tmp_path: Path, tiny: Recipe) -> None:
@@ -62,9 +67,7 @@ def test_large_pictures_are_made_smaller(tmp_path: Path, tiny: Recipe) -> None:
     sweep = sweep_at(tmp_path, "tiny", tiny.model_copy(update={"data": data}))
     show(sweep, "dis", 160, 20, ["cat", "dog"])
     (every,) = strips(sweep, collect(sweep))
-    assert greys(every.parts[0][1]) == ((2 * CELL, 2 * CELL), [20])
-    assert every.names is not None
-    assert greys(every.names)[0] == (2 * CELL, CELL // 4)
+    assert greys(every.parts[0].picture) == ((2 * CELL + GAP, 2 * CELL + GAP), [20])
 
 
 def test_many_counts_are_thinned_out_evenly() -> None:

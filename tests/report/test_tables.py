@@ -1,6 +1,9 @@
 """The table of points, and its notes on what is missing or differs."""
 
+import io
 from pathlib import Path
+
+from rich.console import Console
 
 from dis_scale import report as reports
 from dis_scale.recipe import Recipe, reading
@@ -28,6 +31,17 @@ def test_a_start_from_other_weights_is_noted_and_not_called_random(tmp_path: Pat
     text = shown(reports.table(collect(made)))
     assert "random start" not in text
     assert "dit: began with weights of h at 1,600 images of s3://b/sweeps/small, whose training its images and" in text
+
+
+def test_the_table_fits_a_terminal_of_80_characters(sweep: Sweep) -> None:
+    put(sweep, Sampled("dis128", 320), 1234.5, 67.8)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(reports.table(collect(sweep)))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    for words in ("dis128", "1234 ± 68", "50.0%", "main: 60 samples, ddim, 3 steps, guidance 1.5, fp32"):
+        assert any(words in line for line in lines), f"{words} is complete, on one line"
+    assert "…" not in "".join(lines)
 
 
 def test_missing_points_are_named(sweep: Sweep) -> None:

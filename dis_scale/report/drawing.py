@@ -1,0 +1,236 @@
+"""How figures are drawn. A model has one colour, a family one marker and one line, in all of them; lines are named at their ends.
+
+Text is text and what is not a model is black, so that a page can show the SVGs in its own font and in dark. Each point is a link
+whose target is its words, which a page shows when it is touched. Read next: figures.py for which figures there are.
+"""
+
+import io
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Annotation
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
+
+from dis_scale.models import families
+from dis_scale.report.points import Point, Report
+from dis_scale.report.tables import with_error
+
+HOLLOW = 3
+"""Order of drawing of hollow markers, above lines and filled ones."""
+FLOOR_LINES = ":", (0, (5, 3))
+"""Lines of the real images and of their reconstructions."""
+QUIET = "grey"
+"""Of what is no model: visible on white and on black."""
+WIDE, SIZE = SIZES = (9.0, 4.8), (5.0, 3.8)
+"""Inches of a figure for a page, and for half a page or a phone."""
+COLOURS = ("#2d6996", "#d2870f", "#4ba596", "#782dff", "#8787ff", "#875a2d")
+"""Of the first models: apart for colour-blind eyes, too, and visible on white and on black; more models take shades."""
+NEAR = 5
+"""Pixels around a point that no name covers."""
+LETTER = 7
+"""Pixels of a letter of a name."""
+BESIDE = [(x, y) for y in (-3, 8, -14, 19, -25, 30, -36) for x in (7, -7)]
+"""Positions of a name beside its point in points, the best first; at a negative x it ends there."""
+FORMATS = ("png", "svg")
+
+
+def new_axes(report: Report, xlabel: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
+    """Return a figure of `size` inches with logarithmic axes, distance upwards."""
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    log_axes(axes, xlabel, f"{report.metric} (lower is better)")
+    return figure, axes
+
+
+def log_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
+    """Make both axes logarithmic, with plain numbers."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="black", alpha=0.08)
+    axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+    axes.margins(x=0.12, y=0.12)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
+class Name(NamedTuple):
+    """Words to write beside a point."""
+
+    words: str
+    x: float
+    y: float
+    colour: str = "black"
+
+
+def finish(figure: Figure, axes: Axes, report: Report, names: Sequence[Name]) -> Figure:
+    """Add the floors, the families' markers, other lines' words, and the names of points, each where it covers nothing."""
+    _widen(axes, [each.distance for each in report.floors])
+    for (text, distance, error), line, above in zip(report.floors, FLOOR_LINES, _above(report), strict=False):
+        axes.axhline(distance, linestyle=line, color="black", linewidth=1)
+        low, high = max(distance - (error or 0), distance / 2), distance + (error or 0)
+        axes.axhspan(low, high, color=QUIET, alpha=0.2, linewidth=0)
+        axes.annotate(
+            text, (0.01, high if above else low), xytext=(0, 3 if above else -3), xycoords=("axes fraction", "data"),
+            textcoords="offset points", va="bottom" if above else "top", fontsize=8,
+        )  # fmt: skip
+    handles: list[Artist] = [key(kind) for kind in report.families if len(report.families) > 1]
+    handles += [line for line in axes.get_legend_handles_labels()[0] if not isinstance(line, ErrorbarContainer)]
+    if handles and not axes.get_legend():
+        axes.legend(handles=handles, fontsize=8, frameon=False)
+    _write_names(figure, axes, names)
+    return figure
+
+
+def key(kind: str, label: str = "", colour: str = QUIET) -> Line2D:
+    """Return a family's marker and line for a legend."""
+    family = families.find(kind)
+    return Line2D([], [], color=colour, marker=family.marker, ls=family.line, label=label or kind)
+
+
+def _above(report: Report) -> list[bool]:
+    """Whether the words of each floor are above its band: those of the lower one of two are below."""
+    return [each.distance == max(floor.distance for floor in report.floors) for each in report.floors]
+
+
+def _write_names(figure: Figure, axes: Axes, names: Sequence[Name]) -> None:
+    """Write each name once, where it covers no point, no other text and as little of the lines as can be; or not at all."""
+    low, high = axes.get_xlim()
+    longest = max((len(name.words) for name in names), default=0) * LETTER
+    axes.set_xlim(low, high * (high / low) ** (longest / axes.bbox.width))  # for the names of the last points
+    if high > 200 * low:
+        axes.xaxis.set_major_locator(LogLocator())  # or the numbers touch
+    figure.draw_without_rendering()  # gives everything its place
+    taken = [text.get_window_extent() for text in axes.texts]
+    taken += [legend.get_window_extent()] if (legend := axes.get_legend()) else []
+    points, lines = list[np.ndarray](), [np.empty((0, 2))]
+    for line in axes.lines:
+        at = axes.transData.transform(line.get_xydata())
+        points += [at[0]] if line.get_url() else []
+        lines += [np.linspace(a, b, 50) for a, b in pairwise(at)]
+    taken += [Bbox.from_extents(*(point - NEAR), *(point + NEAR)) for point in points]
+    along = np.concatenate(lines)
+    for words, x, y, colour in names:
+        text = axes.annotate(
+            words, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=8.5, color=colour, in_layout=False
+        )
+
+        def place(offset: tuple[float, float], text: Annotation = text) -> Bbox:
+            text.xyann = offset
+            text.set_horizontalalignment("left" if offset[0] > 0 else "right")
+            return text.get_window_extent()
+
+        boxes = {offset: place(offset) for offset in BESIDE}
+        free = [
+            offset
+            for offset, box in boxes.items()
+            if axes.bbox.x0 < box.x0 and box.x1 < figure.bbox.x1 and not box.count_overlaps(taken)
+        ]
+        if free:
+            taken.append(
+                place(min(free, key=lambda offset: boxes[offset].count_contains(along) + 3 * BESIDE.index(offset)))
+            )
+        else:
+            text.remove()
+
+
+def _widen(axes: Axes, floors: list[float]) -> None:
+    """Widen an axis of almost one value, before anything asks for the view: matplotlib would compute it, with a warning."""
+    x, y = ends(axes.xaxis.get_data_interval()), ends([*axes.yaxis.get_data_interval(), *floors])
+    if 0 < x[0] <= x[1] < 1.5 * x[0]:
+        axes.autoscale(enable=False, axis="x")
+        axes.set_xlim(x[0] / 2, x[1] * 2)
+    if 0 < y[0] <= y[1] < 1.5 * y[0]:
+        axes.autoscale(enable=False, axis="y")
+        axes.set_ylim(y[0] / 2, y[1] * 2)
+
+
+def draw_lines(axes: Axes, report: Report, points: list[Point], along: str) -> list[Name]:
+    """Plot a line for each model, and one for the cooled-down points of each trunk; return their names."""
+    for model, line in _by_model(points).items():
+        draw_line(axes, report, line, along, colours_of(report)[line[0].trunk], model)
+    return last_names(report, points, along)
+
+
+def draw_line(axes: Axes, report: Report, points: list[Point], along: str, colour: str = "", label: str = "") -> None:
+    """Plot points with their errors, if known, as one line, which is grey without a colour of its own.
+
+    Markers of unfinished schedules are hollow.
+    """
+    family, x = families.find(points[0].kind), [getattr(p, along) for p in points]
+    y = [report.distance(p) for p in points]
+    errors = [float("nan") if (error := report.error(p)) is None else error for p in points]
+    axes.errorbar(
+        x, y, None if np.isnan(errors).all() else errors, linestyle=family.line, linewidth=1.5, capsize=2, color=colour or QUIET,
+        label=label,
+    )  # fmt: skip
+    for p, left, up in zip(points, x, y, strict=True):
+        own = colour or colours_of(report)[p.trunk]
+        face, order = ("white", HOLLOW) if p.unfinished else (own, HOLLOW - 0.5)
+        axes.plot(left, up, family.marker, color=own, markerfacecolor=face, zorder=order, url=f"#{_words(report, p)}")
+
+
+def _words(report: Report, p: Point) -> str:
+    """Return a point in words."""
+    sampling = f" ({p.variant})" if p.variant else ""
+    return f"{p.model}{sampling}, {p.images_seen:,} images: {report.metric} {with_error(report.distance(p), report.error(p))}"
+
+
+def last_names(report: Report, drawn: list[Point], along: str) -> list[Name]:
+    """Return each model's name at its last point of those that are drawn."""
+    lasts = {name: points[-1] for name, points in _by_model(drawn).items()}
+    return [Name(name, getattr(p, along), report.distance(p), colours_of(report)[p.trunk]) for name, p in lasts.items()]
+
+
+def _by_model(points: list[Point]) -> dict[str, list[Point]]:
+    """Return each model's points by rising images seen; those of all branches of a trunk together."""
+    lines = defaultdict[str, list[Point]](list)
+    for p in sorted(points, key=lambda p: p.images_seen):
+        lines[_line_of(p)].append(p)
+    return {line: lines[line] for line in dict.fromkeys(_line_of(p) for p in points)}
+
+
+def _line_of(p: Point) -> str:
+    return p.model if p.trunk == p.group else f"{p.trunk}, cooled down"
+
+
+def colours_of(report: Report) -> dict[str, str]:
+    """Return the colour of each model, in the recipe's order; seeds and branches of one model have its own."""
+    branches = {name: settings.branch for name, settings in report.recipe.models.items()}
+    trunks = {name: report.groups[branch.of if branch else name] for name, branch in branches.items()}
+    order = list(dict.fromkeys(trunks.values()))
+    colours = dict(zip(order, COLOURS if len(order) <= len(COLOURS) else shades(len(order)), strict=False))
+    return {name: colours[trunk] for name, trunk in trunks.items()}
+
+
+def shades(count: int) -> list[str]:
+    """Return colours that are read as an order."""
+    return [to_hex(shade) for shade in colormaps["viridis"](np.linspace(0.15, 0.8, count))]
+
+
+def ends(values: Sequence[float]) -> tuple[float, float]:
+    """Return the least and the largest value."""
+    return min(values), max(values)
+
+
+def render(figure: Figure, name: str = "", formats: Sequence[str] = FORMATS) -> dict[str, bytes]:
+    """Render PNG and SVG, by file ending; the same figure gives the same bytes. SVGs of other names share no id of a part."""
+    files = {}
+    with rc_context({"svg.hashsalt": name or "dis-scale", "svg.fonttype": "none"}):
+        for ending in formats:
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=ending, dpi=160, metadata={"Date": None} if ending == "svg" else None)
+            figure.set_layout_engine("none")  # all formats share the first one's layout, which takes as long as drawing
+            files[ending] = buffer.getvalue()
+    return files

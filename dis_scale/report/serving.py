@@ -1,0 +1,49 @@
+"""The report of a sweep over HTTP: read from storage at each request, for this machine only."""
+
+import mimetypes
+from collections.abc import Callable
+from functools import partial
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from dis_scale.process.errors import DisScaleError
+from dis_scale.report.files import PAGE
+from dis_scale.storage.folder import Folder
+
+LOOPBACK = "127.0.0.1"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers with the files of one folder, not of folders below it."""
+
+    def __init__(self, folder: Folder, *connection: Any) -> None:
+        self._folder = folder
+        super().__init__(*connection)
+
+    def do_GET(self) -> None:
+        name = self.path.partition("?")[0].removeprefix("/") or PAGE
+        try:
+            data = self._folder.read(name) if name in self._folder.list() else None
+        except (DisScaleError, FileNotFoundError) as error:
+            return self.send_error(HTTPStatus.BAD_GATEWAY, explain=str(error))
+        if data is None:
+            return self.send_error(HTTPStatus.NOT_FOUND)
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", mimetypes.guess_type(name)[0] or "application/octet-stream")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        """Log nothing: errors are in the answers."""
+
+
+def serve(folder: Folder, say: Callable[[str], None], port: int = 0) -> None:
+    """Serve a report's folder until it is interrupted; port 0 is any free one."""
+    with ThreadingHTTPServer((LOOPBACK, port), partial(_Handler, folder)) as server:
+        taken = server.server_address[1]
+        say(
+            f"serving  http://{LOOPBACK}:{taken}, until Ctrl-C; from another machine first: ssh -L {taken}:{LOOPBACK}:{taken} HOST"
+        )
+        server.serve_forever()
