@@ -80,6 +80,11 @@ def open_cluster(recipe: Recipe) -> Iterator[Cluster]:
         head = None
         try:
             gpus, fault = usable_gpus()
+            if recipe.device == "cuda" and gpus < recipe.train.world_sizes[-1]:
+                raise UserError(
+                    f"device: cuda for {recipe.train.workers} workers, but this machine has {gpus} GPUs"
+                    f"{fault and f'; {fault}'}: --set device=auto takes what is there"
+                )
             head, dashboard = _start_head(recipe, folder, gpus)
             yield Cluster(
                 client_of(dashboard), {}, f"a local Ray that this command started ({dashboard})",

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Event
@@ -12,7 +12,7 @@ from dis_scale.process.progress import Board
 from dis_scale.recipe import Branch
 from dis_scale.storage import lease
 from dis_scale.sweep import Sweep, state
-from dis_scale.sweep.documents import Ended
+from dis_scale.sweep.documents import Ended, StageProgress
 from pipelines import lines
 from pipelines.cluster import Cluster, in_ray_job
 from pipelines.jobs import Job, Silence, stop_jobs, submit
@@ -25,6 +25,8 @@ class Drained(DisScaleError):
     exit_code = StorageAway.exit_code
 
 
+STAGES = ("prepare", "precompute")
+"""Stages before training, whose progress is stored: training's is in its rows."""
 ASK_EVERY_S = 10.0
 """Interval at which storage is asked whether a branch can begin."""
 
@@ -222,7 +224,11 @@ def _poll(driver: Driver, job: Job, name: str) -> None:
     for raw in job.lines():
         line = lines.parse(raw)
         if line and line.kind == "progress":
-            driver.board.update(name, *(line.facts[part] for part in ("done", "total", "unit")))
+            progress = {part: line.facts[part] for part in ("done", "total", "unit")}
+            driver.board.update(name, **progress)
+            if name in STAGES:
+                with suppress(DisScaleError):  # only people read it
+                    StageProgress(stage=name, at=time.time(), **progress).write(driver.sweep.folder)
         elif line and driver.as_json:
             lines.write(raw)
         elif line and line.kind == "message":

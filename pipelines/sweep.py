@@ -207,10 +207,6 @@ def require_device(driver: Driver, cluster: Cluster) -> None:
     needed_here = recipe.device != "cpu" and (device == "cpu" or cluster.ours)
     fault = f"; {cluster.gpu_fault}" if cluster.gpu_fault and needed_here else ""
     driver.board.say(f"device   {device} ({why}{fault})")
-    if device == "cuda" and cluster.ours and cluster.gpus < recipe.train.world_sizes[-1]:
-        raise UserError(
-            f"device: cuda for {recipe.train.workers} workers, but this machine has {cluster.gpus} GPUs{fault}"
-        )
     try:
         recipe.require_scan_on(device)
     except ValueError as error:

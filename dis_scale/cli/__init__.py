@@ -12,11 +12,12 @@ from typing import Annotated
 
 import typer
 
+from dis_scale import __version__
 from dis_scale.cli import checkpoints, pricing, recipes, results, running, sampling, starting, stored
 from dis_scale.cli.help import EXAMPLES, EXIT_CODES
 from dis_scale.process import jsonlog
 from dis_scale.process.context import Context
-from dis_scale.process.errors import DisScaleError, UserError
+from dis_scale.process.errors import DisScaleError, Preempted, UserError
 
 NAME = "dis-scale"
 
@@ -63,8 +64,19 @@ app.add_typer(data, name="data")
 app.add_typer(_group("mlflow ", "MLflow, a copy of what is in storage.", sync=results.sync), name="mlflow")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"{NAME} {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options(_: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def _options(
+    _: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    __: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     pass
 
 
@@ -82,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     except DisScaleError as error:
         if "--debug" in words:
             raise
-        words_of_error = f"error: {error}"
+        words_of_error = str(error) if isinstance(error, Preempted) else f"error: {error}"
         if drives and os.environ.get(jsonlog.VARIABLE) == "json":
             words_of_error = jsonlog.entry(context, "error", "error", message=str(error))
         print(words_of_error, file=sys.stderr, flush=True)

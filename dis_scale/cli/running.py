@@ -79,7 +79,9 @@ def stop(
 
 
 def status(
-    sweep: SweepUrl,
+    sweep: Annotated[
+        str, typer.Argument(help="A sweep's folder or URL, or a storage root: all sweeps below it.")
+    ] = "outputs",
     as_json: AsJson = False,
     every: Annotated[float | None, typer.Option("--watch", help="Show it again every so many seconds.", min=1)] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit code 1 if something is wrong; for a timer.")] = False,
@@ -89,19 +91,25 @@ def status(
     A sweep is wrong that stopped before it was done or is silent, that has a failed model, a skipped evaluation or a damaged file.
     """
 
-    from dis_scale.sweep import Sweep
+    from dis_scale.storage.folder import open_folder
+    from dis_scale.sweep import RECIPE, Sweep, sweeps_below
     from dis_scale.upkeep import status as statuses
 
-    opened = Sweep.open(sweep)
-    if every and (as_json or check):
-        raise UserError("status: expected --watch alone, got it with --json or --check")
+    root = open_folder(sweep)
+    below = [] if root.exists(RECIPE) else [folder for folder in sweeps_below(root) if folder.exists(RECIPE)]
+    opened = [Sweep.open(folder.url) for folder in below] or [Sweep.open(sweep)]
+    if every and (as_json or check or below):
+        raise UserError("status: expected --watch alone, with one sweep")
     if every:
-        return statuses.watch(opened, every, console())
-    found = statuses.collect(opened, opened.folder.time_s())
-    show(as_json, asdict(found), statuses.table(found))
-    if check and found.wrong:
-        more = f"; and {len(found.wrong) - 1} more" if len(found.wrong) > 1 else ""
-        raise DisScaleError(f"{sweep}: {found.wrong[0]}{more}")
+        return statuses.watch(opened[0], every, console())
+    found = [statuses.collect(each, each.folder.time_s()) for each in opened]
+    if below:
+        show(as_json, [asdict(each) for each in found], statuses.overview(found))
+    else:
+        show(as_json, asdict(found[0]), statuses.table(found[0]))
+    wrong = [f"{each.sweep}: {line}" for each in found for line in each.wrong]
+    if check and wrong:
+        raise DisScaleError(f"{wrong[0]}{f'; and {len(wrong) - 1} more' if len(wrong) > 1 else ''}")
 
 
 def logs(
@@ -109,6 +117,7 @@ def logs(
     model: Annotated[str | None, typer.Argument(help="A model: the logs of its training.", show_default=False)] = None,
     stage: Annotated[str | None, typer.Option(help="A stage instead: prepare, precompute or evaluate.")] = None,
     attempt: Annotated[str | None, typer.Option(help="When it began, as listed; default: the newest.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Print the lines as they are stored: JSON.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the logs that attempts left in storage, or print those of one attempt: of its driver and of each worker."""
@@ -127,7 +136,7 @@ def logs(
     folder = opened.logs(stage or "train", model)
     texts = attempt_logs.read_attempt(folder, attempt)
     files = {f"{folder}/{name}": text for name, text in texts.items()}
-    show(as_json, files, *(f"==> {file} <==\n{readable(text)}" for file, text in files.items()))
+    show(as_json, files, *(f"==> {file} <==\n{text if raw else readable(text)}" for file, text in files.items()))
 
 
 def fork(

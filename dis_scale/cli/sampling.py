@@ -8,7 +8,6 @@ import typer
 
 from dis_scale.cli.checkpoints import Heads
 from dis_scale.cli.shared import CHECKPOINT, AsJson, VaeOption, console, require_folder, say, say_aside, show
-from dis_scale.process.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +24,9 @@ COLUMNS = 10
 
 def sample(
     checkpoint: Annotated[str, typer.Option(help=CHECKPOINT)],
-    classes: Annotated[str | None, typer.Option(help="Labels to sample in turn, such as 1,7; default: all.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Labels or classes to sample in turn, such as 1,7 or cat,dog; default: all.")
+    ] = None,
     count: Annotated[
         int | None,
         typer.Option(
@@ -55,6 +56,9 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Sample a grid of images from one checkpoint, or a file of many for ADM's evaluator; on a GPU if there is one."""
+    aside = say_aside if as_json else say
+    require_folder(npz or out, "--npz" if npz else "--out")
+    aside("loading  the model; its kernels are compiled at their first use on a machine")
     import numpy as np
     import torch
 
@@ -64,12 +68,10 @@ def sample(
     from dis_scale.training.throughput import machine_name
     from dis_scale.weights import opening as pictures
 
-    chosen = _labels(classes)
-    require_folder(npz or out, "--npz" if npz else "--out")
     opened = pictures.open_for_sampling(checkpoint, vae, heads)
-    aside = say_aside if as_json else say
     for line in opened.notes:
         aside(line)
+    chosen = None if classes is None else pictures.labels_in_words(opened, classes)
     each = len(chosen or range(opened.model.num_classes or 1))
     images = count or (ADM_SAMPLES if npz else each if chosen else min(each, MOST_IN_A_GRID))
     if npz and chosen is None:
@@ -80,13 +82,16 @@ def sample(
         sampler=sampler, steps=steps, guidance=guidance, guidance_channels=guidance_channels
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    aside(f"sampling {sampling}, fp32 on {machine_name(device)}")
+    aside(f"sampling {opened.located}: {sampling}, fp32 on {machine_name(device)}")
     parts = pictures.sample_pictures(opened, each_label, sampling=sampling, seed=seed, batch=batch, device=device)
-    if npz is None:
-        out.write_bytes(grid(np.concatenate(list(parts)), columns=grid_columns(each, images)))
-    else:
-        with Board(console(stderr=as_json)) as board:
-            adm.write_samples(npz, images, _counted(parts, lambda n: board.update("sample", n, images, "images")))
+    with Board(console(stderr=as_json)) as board:
+        counted = _counted(parts, lambda n: board.update("sample", n, images, "images"))
+        if npz:
+            adm.write_samples(npz, images, counted)
+        else:
+            columns = grid_columns(each, images)
+            names = pictures.column_names(opened, each_label, columns)
+            out.write_bytes(grid(np.concatenate(list(counted)), columns, names))
     how = {"sampler": sampling.sampler, "steps": sampling.steps, "guidance": sampling.guidance, "seed": seed}
     found = {"file": str(npz or out), "images": images, **how, "device": machine_name(device), "notes": opened.notes}
     show(as_json, found, f"{images} images in {npz or out}")
@@ -104,11 +109,3 @@ def _counted(parts: "Iterable[np.ndarray]", report: "ReportDone") -> "Iterator[n
         yield part
         done += len(part)
         report(done)
-
-
-def _labels(classes: str | None) -> list[int] | None:
-    if classes is None:
-        return None
-    if not all(word.strip().isdecimal() and len(word.strip()) < 10 for word in classes.split(",")):
-        raise UserError(f"--classes {classes!r}: expected labels with commas between them, for example 1,7")
-    return [int(word) for word in classes.split(",")]

@@ -170,9 +170,13 @@ def data_show(
     vae: VaeOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON; write no images.")] = False,
 ) -> None:
-    """Show totals, labels, statistics and identity of latents; write a grid of decoded images."""
+    """Show totals, labels, statistics and identity of latents; write a grid of images above what the VAE makes of them."""
+    import numpy as np
+
     from dis_scale.data import maintenance
-    from dis_scale.evaluation.sampling import grid
+    from dis_scale.evaluation.sampling import COLUMNS, grid
+    from dis_scale.process.progress import listing_words
+    from dis_scale.sweep import Sweep
     from dis_scale.sweep.documents import LatentsManifest
 
     sweep, latents = maintenance.locate_latents(url)
@@ -185,5 +189,17 @@ def data_show(
         say("grid     none: to decode images, give the sweep's folder or --vae")
         return
     require_folder(out)
-    out.write_bytes(grid(maintenance.decode_examples(latents, decoder), columns=10))
+    examples = maintenance.decode_examples(latents, decoder)
+    pictures = examples.decoded
+    try:
+        originals = examples.originals(Sweep.open(sweep.url), listing_words(say)) if sweep else None
+    except DisScaleError as error:
+        originals = None
+        say(f"error    not known, the originals cannot be read: {error}")
+    if originals is not None:
+        say(f"error    {examples.error_words(originals)}")
+        rows = [rows[i : i + COLUMNS] for i in range(0, len(pictures), COLUMNS) for rows in (originals, pictures)]
+        blank = np.full((-len(pictures) % COLUMNS, *pictures.shape[1:]), 255, np.uint8)  # below an incomplete row
+        pictures = np.concatenate([part for row in rows for part in (row, blank[: COLUMNS - len(row)])])
+    out.write_bytes(grid(pictures, COLUMNS))
     say(f"grid     {out}")

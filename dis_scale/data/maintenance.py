@@ -5,7 +5,7 @@ A rebuilt shard is compared with the manifest before it is written: it has the s
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from dis_scale.sweep.documents import Hardware, LatentsManifest, LatentsPointer,
 from dis_scale.sweep.state import require_latents, require_same_vae
 from dis_scale.vae import PixelVae, Vae
 
-GRID, GRID_SHARDS = 100, 10
+GRID, GRID_SHARDS = 50, 10
 """Most images in the grid of `dis-scale data show`, and most shards that they come from."""
 AT_ONCE = 8
 """Images decoded together: some GB of memory at Stable Diffusion's size."""
@@ -133,19 +133,46 @@ def load_decoder(sweep: Folder | None, latents: Folder, path: str | None) -> Vae
     return decoder
 
 
-def decode_examples(latents: Folder, decoder: Vae) -> np.ndarray:
-    """Decode up to `GRID` images, evenly from up to ten shards, to uint8 (N, H, W, 3): means of posteriors, or stored latents."""
+class Examples(NamedTuple):
+    """Positions in the listing (N), and the images there as their latents are decoded, uint8 (N, H, W, 3)."""
+
+    positions: list[int]
+    decoded: np.ndarray
+
+    def originals(self, sweep: Sweep, report: ReportDone) -> np.ndarray:
+        """Return the same images of the sweep's source, uint8 (N, H, W, 3); DisScaleError if it cannot be read."""
+        source = open_source(sweep.recipe.data, sweep.store, report)
+        return np.stack([source.pixels(i, sweep.recipe.data.resolution) for i in self.positions])
+
+    def error_words(self, originals: np.ndarray) -> str:
+        """Return how far the decoded images are from the originals: in all pixels, and in the mean colour of an image."""
+        difference = self.decoded.astype(np.float64) - originals
+        colour = np.abs(difference.mean((1, 2))).mean()
+        with np.errstate(divide="ignore"):  # of equal images it is infinite
+            decibels = 10 * np.log10(255**2 / (difference**2).mean())
+        return (
+            f"PSNR {decibels:.1f} dB; the mean of a colour is off by {colour:.1f} of 255; "
+            "originals are above what the VAE makes of them"
+        )
+
+
+def decode_examples(latents: Folder, decoder: Vae) -> Examples:
+    """Decode up to `GRID` images, evenly from up to ten shards: means of posteriors, or stored latents."""
     manifest = LatentsManifest.require(latents)
     entries, (channels, _) = [entry for entry in manifest.shards if entry.count], manifest.encoding.latent
     chosen = entries[:: -(-len(entries) // GRID_SHARDS)]
-    per_shard, images = GRID // len(chosen), []
+    per_shard, positions, images = GRID // len(chosen), list[int](), []
     for entry in chosen:
-        moments = shards.unpack(read_verified(latents, entry.name, entry.digest), f"{latents}/{entry.name}").moments
-        originals = moments[:: max(1, len(moments) // per_shard)][:per_shard, 0]  # 1 is the horizontal flip
-        mean = originals[:, :channels].astype(np.float32)  # the variance, if any, follows
+        data = read_verified(latents, entry.name, entry.digest)
+        moments = shards.unpack(data, f"{latents}/{entry.name}").moments
+        some_of = slice(None, None, max(1, len(moments) // per_shard))
+        positions += shards.positions(data)[some_of][:per_shard]
+        mean = moments[some_of][:per_shard, 0, :channels].astype(
+            np.float32
+        )  # 1 is the flip; the variance, if any, follows
         batches = torch.from_numpy(decoder.scaling.apply(mean)).split(AT_ONCE)
         images += [decoder.decode(latents_BCHW) for latents_BCHW in batches]
-    return np.concatenate(images)
+    return Examples(positions, np.concatenate(images))
 
 
 def _damage(latents: Folder, entry: ShardEntry) -> str | None:

@@ -146,6 +146,12 @@ def _npy_header(shape: tuple[int, ...]) -> bytes:
     return file.getvalue()
 
 
+def positions(data: bytes) -> list[int]:
+    """Return the positions in the listing of the samples in a shard's tar, in its order."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        return [int(name.partition(".")[0]) for name in tar.getnames() if name.endswith(".json")]
+
+
 def unpack(data: bytes, where: str) -> Shard:
     """Return the shard in a tar's bytes, as a read-only view of them if possible; StorageError if it is not a shard."""
     try:

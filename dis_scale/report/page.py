@@ -164,7 +164,8 @@ def _progress(facts: Facts) -> str:
             f"<td>{run.images_seen:,} of {run.images:,} images</td><td>{left}</td></tr>"
         )
     now = f"{datetime.fromtimestamp(facts.now, UTC):%Y-%m-%d %H:%M:%S} UTC"
-    head = f"<h2>{escape(facts.status.doing.capitalize())}</h2><p class='quiet'>as of {now}</p>"
+    stage = f"{escape(facts.status.stage)}; " if facts.status.stage else ""
+    head = f"<h2>{escape(facts.status.doing.capitalize())}</h2><p class='quiet'>{stage}as of {now}</p>"
     return f"{head}<div class='scroll'><table>{''.join(rows)}</table></div>"
 
 

@@ -125,8 +125,9 @@ class Sweep:
         """
         folder = open_folder(url).patient if patient else open_folder(url)
         if not folder.exists(RECIPE):
+            meant = nearest(folder.name, Folder(folder.url.rpartition("/")[0]).folders())
             raise UserError(
-                f"no sweep at {folder}: expected a folder with {RECIPE}, for example outputs/sweeps/digits; a first start "
+                f"no sweep at {folder}{meant}: expected a folder with {RECIPE}, for example outputs/sweeps/digits; a first start "
                 "writes it when it has listed its images"
             )
         try:

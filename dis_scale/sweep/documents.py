@@ -57,6 +57,17 @@ class LastRay(Document):
     """ID of the Slurm job; None elsewhere."""
 
 
+class StageProgress(Document):
+    """How far the last running stage before training is: `done` of `total` units, of when (Unix seconds)."""
+
+    NAME: ClassVar[str] = "progress.json"
+    stage: str
+    done: int
+    total: int
+    unit: str
+    at: float
+
+
 class LatentsPointer(Document):
     """The latents that a sweep uses, which sweeps below one root share."""
 

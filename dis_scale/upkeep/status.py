@@ -5,7 +5,7 @@ Reads listings, the newest of everything, and no history, so it takes seconds fo
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -20,10 +20,12 @@ from dis_scale.storage import lease
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.lease import Holding
 from dis_scale.sweep import PointName, Run, Sampled, Sweep, state
-from dis_scale.sweep.documents import Metrics, ResumePointManifest
+from dis_scale.sweep.documents import Metrics, ResumePointManifest, StageProgress
 from dis_scale.tracking import rows
 
 Doing = Literal["waiting", "training", "silent", "stopped", "failed", "trained"]
+STAGES = ("preparing", "encoding latents")
+"""What a sweep is doing while a stage before training runs."""
 QUIET_S = 300.0
 """Time without a new metric row after which a run counts as silent."""
 ENDS = 3
@@ -78,6 +80,8 @@ class Status:
     """Why no process works on it; empty while one does, and once it is done."""
     holder: str
     """Host and process of a sweep command that has not ended its lease, alive or not."""
+    stage: str
+    """Progress of the stage that runs before training; empty later."""
     runs: list[RunStatus]
     backlog: int
     """Evaluations that are due."""
@@ -143,7 +147,8 @@ def _collect(reader: _Reader) -> Status:
         wrong.append(f"no sweep command runs, and its jobs do: dis-scale resume {sweep} joins them")
     skipped = reader.read("the reason of a skipped evaluation", lambda: state.why_skipped(sweep, left)) or {}
     wrong += [*_wrong(reader, runs), *(f"skipped: {each}: {why}" for each, why in skipped.items()), *reader.damaged]
-    return Status(str(sweep), doing, stopped, _holder(held[0]), runs, len(left), wrong)
+    stage = _stage(sweep, now) if doing in STAGES else ""
+    return Status(str(sweep), doing, stopped, _holder(held[0]), stage, runs, len(left), wrong)
 
 
 def _holder(holding: Holding | None) -> str:
@@ -226,6 +231,14 @@ def _doing(sweep: Sweep, runs: list[RunStatus], backlog: int) -> str:
     return "encoding latents" if state.prepared(sweep) else "preparing"
 
 
+def _stage(sweep: Sweep, now: float) -> str:
+    """Return how far the stage before training was when it last said so."""
+    if not (known := StageProgress.find_intact(sweep.folder)):
+        return ""
+    age = _span(now - known.at, " ago")
+    return f"{known.stage} {known.done:,} of {known.total:,} {known.unit}, {age}"
+
+
 def _wrong(reader: _Reader, runs: list[RunStatus]) -> list[str]:
     """Return what is wrong with the models and the nodes, the most urgent first."""
     lines = []
@@ -249,6 +262,7 @@ def _wrong(reader: _Reader, runs: list[RunStatus]) -> list[str]:
 def table(status: Status) -> Table:
     """Return one row per model."""
     how = f"stopped ({status.doing})" if status.stopped else status.doing
+    how += f": {status.stage}" if status.stage else ""
     attempts = [f"{run.model}: {', '.join([*_held(run), *run.ends])}" for run in status.runs if run.holder or run.ends]
     # as Text, since a name or an error may look like markup
     out = Table(
@@ -264,6 +278,19 @@ def table(status: Status) -> Table:
             "" if run.images_per_s is None else f"{run.images_per_s:,.0f}", _span(run.left_s), _span(run.resume_age_s, " ago"),
             f"{run.attempts}", f"{run.evaluated}/{run.published}", f"{run.backlog}",
             "" if run.metric is None else f"{run.metric:.4g}",
+        )  # fmt: skip
+    return out
+
+
+def overview(found: Sequence[Status]) -> Table:
+    """Return one row per sweep."""
+    out = Table("sweep", "doing", "models", "images", "evaluations due", "wrong")
+    for status in found:
+        seen, images = (sum(getattr(run, name) for run in status.runs) for name in ("images_seen", "images"))
+        trained = sum(run.doing == "trained" for run in status.runs)
+        out.add_row(
+            Text(status.sweep), f"stopped ({status.doing})" if status.stopped else status.doing,
+            f"{trained} of {len(status.runs)} trained", f"{seen / images:.0%}", f"{status.backlog}", f"{len(status.wrong)}",
         )  # fmt: skip
     return out
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dis_scale.process.errors import UserError
 from dis_scale.storage.folder import Folder, locate, open_folder
-from dis_scale.sweep import RECIPE, Sampled, Sweep, state
+from dis_scale.sweep import RECIPE, Run, Sampled, Sweep, state
 from dis_scale.sweep.documents import PublishedManifest
 from dis_scale.weights.published import WEIGHTS_FILE, stored_file
 
@@ -48,15 +48,20 @@ class Located:
 
 
 def find_checkpoint(at: str) -> Located:
-    """Return the checkpoint at a path or URL; UserError if there is none."""
+    """Return the checkpoint at a path or URL, the newest of a run's folder; UserError if there is none."""
     folder = open_folder(at)
+    a_file = folder.local and not folder.local.is_dir()
+    if not a_file and (counts := state.published_counts(Run(folder))):
+        folder = Run(folder).published_at(counts[-1])
     if folder.local.is_dir() if folder.local else PublishedManifest.exists(folder):
         manifest = PublishedManifest.find(folder)
         name = (stored_file(WEIGHTS_FILE, manifest) if manifest else None) or WEIGHTS_FILE
     else:
         folder, name = locate(folder.url)
     if not folder.exists(name):
-        raise UserError(f"no checkpoint at {at}: expected a published folder, a .safetensors file or a public .pt")
+        raise UserError(
+            f"no checkpoint at {at}: expected a published folder, a run of a sweep, a .safetensors file or a public .pt"
+        )
     return Located(folder, name, _sweep_around(folder))
 
 

@@ -17,10 +17,12 @@ from dis_scale.diffusion.guidance import forward_images
 from dis_scale.models import verify_kernels
 from dis_scale.models.tokens import Backbone, check_labels
 from dis_scale.process import seeds
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import UserError, nearest
+from dis_scale.process.progress import some
 from dis_scale.recipe import Flow, Gaussian, Recipe, Sampling
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sweep, state
+from dis_scale.sweep.documents import LatentsManifest
 from dis_scale.vae import PixelVae, Vae
 from dis_scale.weights.checkpoints import Located, find_checkpoint
 from dis_scale.weights.export import SamplingFacts, open_checkpoint, sampling_facts
@@ -40,6 +42,12 @@ class OpenCheckpoint:
     recipe: Recipe | None
     """That of its sweep, None outside one."""
     located: Located
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes that its sweep's images have; empty outside a sweep, or without names."""
+        latents = state.find_latents(self.located.sweep.folder) if self.located.sweep else None
+        return LatentsManifest.require(latents).made_from.label_names if latents else ()
 
     def sampling_with(self, **changes: Any) -> Sampling:
         """Return its sampling settings with other values for those that are not None.
@@ -123,6 +131,20 @@ def _require_fit(model: Backbone, decoder: Vae, vae_path: str) -> None:
         )
 
 
+def labels_in_words(opened: OpenCheckpoint, words: str) -> list[int]:
+    """Return the labels of words with commas between them, each a label or a class's name; UserError for any other."""
+    labels, names = list[int](), opened.class_names
+    for word in map(str.strip, words.split(",")):
+        number = word.isdecimal() and len(word) < 10
+        if not number and word not in names:
+            known = f", or names: {some(list(names))}" if names else ", for example 1,7"
+            raise UserError(
+                f"--classes: got {word!r}{nearest(word, names)}, expected labels with commas between them{known}"
+            )
+        labels.append(int(word) if number else names.index(word))
+    return labels
+
+
 def labels_in_turn(opened: OpenCheckpoint, classes: list[int] | None, count: int) -> list[int] | int:
     """Return labels for `count` samples: these classes in turn, by default all; the count for a model without classes.
 
@@ -137,6 +159,14 @@ def labels_in_turn(opened: OpenCheckpoint, classes: list[int] | None, count: int
         return [i % known for i in range(count)]
     check_labels(torch.tensor(classes), known)
     return [classes[i % len(classes)] for i in range(count)]
+
+
+def column_names(opened: OpenCheckpoint, labels: Sequence[int] | int, columns: int) -> list[str]:
+    """Return the class of each column of a grid of these labels; empty if a column has several, or without names."""
+    names = opened.class_names
+    if isinstance(labels, int) or not names or any(labels[i] != labels[i % columns] for i in range(len(labels))):
+        return []
+    return [names[label] if label < len(names) else "" for label in labels[:columns]]
 
 
 def labels_of_all(

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import typer.main
 
+import dis_scale
 from dis_scale import cli
 from dis_scale.cli import running, shared
 from dis_scale.cli.help import EXAMPLES, EXIT_CODES
@@ -72,10 +73,15 @@ def test_each_kind_of_error_has_its_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: DisScaleError, code: int
 ) -> None:
     replace_sweep(monkeypatch, error)
-    assert invoke("sweep", str(TINY)) == (code, f"error: {error}\n")
+    line = f"{error}\n" if isinstance(error, Preempted) else f"error: {error}\n"
+    assert invoke("sweep", str(TINY)) == (code, line), "a stop that was requested is no error"
     with pytest.raises(SystemExit):
         cli.main(["sweep", str(TINY)])
-    assert capsys.readouterr() == ("", f"error: {error}\n"), "an error is printed on stderr"
+    assert capsys.readouterr() == ("", line), "an error is printed on stderr"
+
+
+def test_the_version_is_printed() -> None:
+    assert invoke("--version") == (0, f"dis-scale {dis_scale.__version__}\n")
 
 
 @pytest.mark.parametrize("at", [0, 1, 2], ids=["before the command", "after it", "after its arguments"])

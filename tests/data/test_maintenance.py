@@ -1,8 +1,10 @@
 """`dis-scale data`: damage is named and repaired byte for byte; a set is described."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -37,6 +39,24 @@ def photos(store: Folder, images: Path, how: str = "{kind: trained, widths: [8, 
 
 def run(*arguments: str) -> tuple[int, str]:
     return invoke("data", *arguments)
+
+
+def test_images_are_shown_above_what_the_latents_hold_of_them(tmp_path: Path) -> None:
+    """Latents of pixels hold the images themselves, so another image's would be another picture."""
+    sweep, _ = photos(open_folder(tmp_path) / "store", tmp_path / "images", how="{kind: none}")
+    code, output = run("show", sweep.folder.url, "--out", str(tmp_path / "latents.png"))
+    (decibels,) = re.findall(
+        r"^error    PSNR (\S+) dB; the mean of a colour is off by 0.0 of 255", output, re.MULTILINE
+    )
+    assert (code, float(decibels) > 45) == (0, True), "float16"
+    rows = np.asarray(Image.open(tmp_path / "latents.png")).astype(int).reshape(-1, 2, 64, 640, 3)
+    assert len(rows) == 3, "25 images in rows of ten"
+    assert np.abs(rows[:, 0] - rows[:, 1]).max() <= 1
+    assert len(np.unique(rows[0, 0][:, ::64], axis=1)[0]) > 5, "they differ from each other"
+    (tmp_path / "images" / "a" / "00.png").unlink()
+    code, output = run("show", sweep.folder.url, "--out", str(tmp_path / "latents.png"))
+    assert (code, "error    not known, the originals cannot be read: " in output) == (0, True)
+    assert Image.open(tmp_path / "latents.png").size == (640, 3 * 64)
 
 
 def test_damage_is_named_and_repaired_to_the_same_bytes(store_url: str, tmp_path: Path) -> None:
@@ -137,7 +157,7 @@ def test_show_describes_a_set_and_its_images(tmp_path: Path) -> None:
     assert lines["source"].startswith(f"url {tmp_path}/images, kind folder; listing ")
     assert lines["vae"] == vae.load(sweep).identity[:12]
     assert lines["grid"] == f"{tmp_path}/grid.png"
-    assert Image.open(tmp_path / "grid.png").size == (10 * 64, 3 * 64)
+    assert Image.open(tmp_path / "grid.png").size == (10 * 64, 6 * 64)
 
     code, output = run("show", latents.url)
     assert (code, output.splitlines()[-1]) == (

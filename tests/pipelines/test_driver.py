@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 from ray.job_submission import JobStatus
 
+from dis_scale.process.context import Context
 from dis_scale.process.errors import DisScaleError, Held, Preempted, StorageAway, UserError
 from dis_scale.recipe import reading
 from dis_scale.sweep import Sweep, state
+from dis_scale.sweep.documents import StageProgress
 from pipelines.cluster import Cluster
-from pipelines.driver import Drained, Driver, Failures, raise_if_stopped, stopping_jobs, train_and_evaluate
+from pipelines.driver import Drained, Driver, Failures, raise_if_stopped, run_stage, stopping_jobs, train_and_evaluate
+from pipelines.lines import Log
 from pipelines.sweep import seen_alive
 from tests.conftest import TINY
 from tests.support.documents import put_published
@@ -47,6 +50,17 @@ class FakeJob:
         return type(self.failure)(words)
 
 
+@dataclass
+class Printing(FakeJob):
+    """A job without Ray that prints lines at its first poll."""
+
+    printed: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        lines, self.printed = self.printed, []
+        return lines
+
+
 def failed(why: str) -> FakeJob:
     return FakeJob([JobStatus.FAILED], DisScaleError(why))
 
@@ -62,6 +76,18 @@ def driver(tmp_path: Path) -> Driver:
     """A sweep whose models are `evaluate`, like the stage, and `dit`."""
     model = "{kind: dit, width: 16, depth: 1, heads: 2, patch: 4}"
     return driver_of(reading.load(TINY, [f"models={{evaluate: {model}, dit: {model}}}"]), tmp_path)
+
+
+def test_the_progress_of_a_stage_before_training_is_stored(driver: Driver) -> None:
+    """For `dis-scale status` on any machine; that of training is in its rows."""
+    written = list[str]()
+    for stage in ("prepare", "evaluate"):
+        Log(Context(sweep="tiny", stage=stage), written.append).progress(3, 40, "steps")
+        job = Printing([JobStatus.SUCCEEDED], printed=written[-1:])
+        driver.poll_every_s, driver.submit = 0.0, lambda *_, job=job: job  # type: ignore[assignment,misc]
+        run_stage(driver, cluster("here"), stage)
+    known = StageProgress.read(driver.sweep.folder)
+    assert (known.stage, known.done, known.total, known.unit) == ("prepare", 3, 40, "steps")
 
 
 SUCCEEDED = FakeJob([JobStatus.SUCCEEDED])

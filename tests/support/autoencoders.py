@@ -156,4 +156,4 @@ def require_stored(reader: Latents, decoder: Vae, settings: VaeSettings, *, post
     assert abs(entry.size_bytes / entry.count - shards.sample_bytes(LatentShape(channels, size), posterior)) < 20
     assert ("without variance" in describe(latents)[2]) == (not posterior)
     assert len(made.mean) == channels
-    assert decode_examples(latents, decoder).shape[1:] == (32, 32, 3)
+    assert decode_examples(latents, decoder).decoded.shape[1:] == (32, 32, 3)

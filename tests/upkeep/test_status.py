@@ -19,13 +19,14 @@ from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.lease import Holder
 from dis_scale.sweep import PointName, Sampled, Sweep, state
-from dis_scale.sweep.documents import Ended, Metrics
+from dis_scale.sweep.documents import Ended, Metrics, StageProgress
 from dis_scale.tracking import rows
 from dis_scale.tracking.rows import RowWriter
 from dis_scale.upkeep import status
 from dis_scale.upkeep.status import RunStatus, Status
 from tests.conftest import TINY
 from tests.support import store_requests
+from tests.support.commands import answer, invoke
 from tests.support.documents import put_metrics, put_published, put_resume_point
 
 NOW = 2e9
@@ -70,6 +71,25 @@ def test_a_sweep_that_has_not_begun(sweep: Sweep) -> None:
     assert (found.doing, found.stopped, found.backlog) == ("preparing", "no sweep command has run yet", 0)
     assert (run.doing, run.images_seen, run.attempts, run.published) == ("waiting", 0, 0, 0)
     assert found.wrong == [f"stopped: no sweep command has run yet; to continue: dis-scale resume {sweep}"]
+
+
+def test_a_stage_before_training_tells_how_far_it_is(sweep: Sweep) -> None:
+    StageProgress(stage="prepare", done=347, total=4200, unit="steps", at=time.time() - 90).write(sweep.folder)
+    found, _ = of(sweep, "dis")
+    assert found.stage == "prepare 347 of 4,200 steps, 2 min ago"
+    assert " ".join(found.stage.split()[:3]) in " ".join(printed(found).split())
+
+
+def test_all_sweeps_below_a_root_are_listed_and_checked(sweep: Sweep, tmp_path: Path, tiny: Recipe) -> None:
+    other = Sweep.below(open_folder(tmp_path), tiny.model_copy(update={"name": "other"}))
+    other.save_recipe()
+    with lease.hold(other.lease("sweep")):
+        code, output = invoke("status", str(tmp_path), "--check")
+        listed = answer("status", str(tmp_path), "--json")
+    assert (code, f"{sweep}: stopped: no sweep command has run yet" in output) == (1, True)
+    assert [(each["sweep"], bool(each["stopped"])) for each in listed] == [(str(other), False), (str(sweep), True)]
+    code, output = invoke("status", f"{sweep}y")
+    assert (code, "no sweep at" in output, "(did you mean 'tiny'?)" in output) == (2, True, True)
 
 
 def test_a_check_fails_while_something_is_wrong(

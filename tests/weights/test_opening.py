@@ -18,13 +18,22 @@ from dis_scale.recipe import Flow, Gaussian, LatentShape, Recipe, Sampling, Trai
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import EncodedBy
+from dis_scale.vae import PixelVae
 from dis_scale.vae.scaling import Scaling
 from dis_scale.weights import opening as pictures
 from dis_scale.weights.export import SamplingFacts, save
-from dis_scale.weights.opening import labels_in_turn, labels_of_all, open_for_sampling, sample_pictures
+from dis_scale.weights.opening import (
+    column_names,
+    labels_in_turn,
+    labels_in_words,
+    labels_of_all,
+    open_for_sampling,
+    sample_pictures,
+)
 from tests.conftest import TINY
 from tests.support import ranks
 from tests.support.commands import answer, invoke
+from tests.support.documents import put_latents, put_published
 from tests.support.published import published_sweep
 
 
@@ -57,6 +66,26 @@ def test_the_command_writes_a_grid(files: tuple[Path, Path], tmp_path: Path) -> 
     assert Image.open(tmp_path / "grid.png").size == (2 * 64, 64)
     found = answer(*command, "--out", str(tmp_path / "grid.png"), "--json")
     assert (found["images"], found["sampler"], found["steps"]) == (2, "ddpm", 2)
+
+
+def test_classes_have_their_names_and_a_run_its_newest_weights(tmp_path: Path) -> None:
+    sweep = published_sweep(str(tmp_path))
+    names = [f"kind {letter}" for letter in "abcdefghij"]
+    latents = sweep.store / "latents/some"
+    put_latents(latents, PixelVae().identity, (3, 32), label_names=tuple(names))
+    state.use_latents(sweep, latents, PixelVae().identity)
+    weights = sweep.run("dis").published_at(320)
+    put_published(sweep.run("dis").published_at(160), b"older", images=160)
+    opened = open_for_sampling(sweep.run("dis").folder.url, None)
+    assert opened.located.folder == weights
+    assert labels_in_words(opened, "kind c, 1,kind a") == [2, 1, 0]
+    with pytest.raises(
+        UserError, match=r"--classes: got 'kin c' \(did you mean 'kind c'\?\), expected labels .*, or names: kind a"
+    ):
+        labels_in_words(opened, "kind a,kin c")
+    assert column_names(opened, [2, 0, 2, 0], 2) == ["kind c", "kind a"]
+    assert column_names(opened, [2, 0, 1, 0], 2) == [], "a column of two classes"
+    assert column_names(opened, 4, 2) == []
 
 
 def test_without_classes_the_command_samples_all_of_them_in_turn(files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -226,7 +255,7 @@ def test_what_a_file_does_not_tell_is_assumed_in_a_line(files: tuple[Path, Path]
     command = ["sample", "--checkpoint", str(files[0]), "--vae", str(files[1]), "--classes", "1", "--steps", "1"]
     code, output = invoke(*command, "--out", str(tmp_path / "grid.png"))
     words = "assumed  gaussian process, linear betas, 1000 steps; latents by scale 0.18215 and shift 0.0"
-    assert (code, output.splitlines()[0].startswith(words)) == (0, True)
+    assert (code, output.splitlines()[1].startswith(words)) == (0, True)
 
 
 def test_pixels_need_no_autoencoder(tmp_path: Path, tiny: Recipe) -> None:
@@ -246,8 +275,8 @@ def test_pixels_need_no_autoencoder(tmp_path: Path, tiny: Recipe) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--classes", "1,x"], "--classes '1,x': expected labels with commas between them"),
-        (["--classes", "1²"], "--classes '1²': expected labels with commas between them"),
+        (["--classes", "1,x"], "--classes: got 'x', expected labels with commas between them"),
+        (["--classes", "1²"], "--classes: got '1²', expected labels with commas between them"),
         (["--classes", "9" * 20], "expected labels with commas between them"),
         (["--classes", "11"], "label 11 is out of range: expected 0 to 9"),
         (["--classes", "1", "--sampler", "euler"], "euler"),
