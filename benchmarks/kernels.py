@@ -54,7 +54,7 @@ def comparisons(backend: str, chosen: Options) -> Iterator[tuple[Case, torch.dty
 
 
 def compare(name: str, find: Callable[[], Mapping[str, tuple[float, float]]], again: bool, **facts: object) -> bool:
-    """Print a row of the worst error, each with the largest allowed one; return whether all are right. `again`: and a later start."""
+    """Print a row of worst errors, each with the largest allowed; return whether all are right. `again`: a later start, too."""
     for time_ in ("first_s", "again_s")[: 1 + again]:
         began = time.perf_counter()
         found = find()
