@@ -4,8 +4,9 @@ A node is known by its name in Ray: its id changes with each start of Ray. By de
 Kubernetes set it to the machine's name, since the address of a pod that is gone goes to another.
 """
 
+import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -20,6 +21,9 @@ from pipelines.stage import StageJob
 
 ON_EACH_S = 120.0
 """Time for a task that runs on each node."""
+ASKED_AGAIN, ASK_AGAIN_S = 4, 15.0
+"""How often the living nodes are asked again if one is lost, and after which pause: Ray calls a silent node dead after 30 s."""
+T = TypeVar("T")
 NODE_ID = "ray.io/node-id"
 """Label that Ray gives each node."""
 
@@ -47,12 +51,34 @@ def only(node_id: str) -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(node_id, soft=False)
 
 
+class LostNode(DisScaleError):
+    """A node that was to be asked is gone, or takes no task."""
+
+
+def of_living(
+    ask: Callable[[list[Node]], T],
+    known: Callable[[], list[Node]] = living,
+    pause: Callable[[float], None] = time.sleep,
+) -> T:
+    """Return what is asked of all nodes that are alive; of those that are left, after a pause, if one was lost meanwhile.
+
+    LostNode if one is lost each time.
+    """
+    for _ in range(ASKED_AGAIN):
+        try:
+            return ask(known())
+        except LostNode:
+            pause(ASK_AGAIN_S)
+    return ask(known())
+
+
 def on_each(
-    nodes: Sequence[Node], task: Any, *arguments: object, failure: Callable[[str, Exception], DisScaleError]
+    nodes: Sequence[Node], task: Any, *arguments: object, failure: Callable[[str, Exception], Exception]
 ) -> list[Any]:
     """Run a task on each of these nodes at the same time; return its results in the order of the nodes.
 
-    Raises `failure` of a node's name and Ray's error for a task that failed, did not end in time, or was lost with its node.
+    Raises `failure` of a node's name and the error for a task that failed or did not end in time; LostNode for one that was lost
+    with its node, or for want of memory.
     """
     calls = [task.options(scheduling_strategy=only(node.id)).remote(*arguments) for node in nodes]
     ray.wait(calls, num_returns=len(calls), timeout=ON_EACH_S)
@@ -60,8 +86,11 @@ def on_each(
     for node, call in zip(nodes, calls, strict=True):
         try:
             results.append(ray.get(call, timeout=0))
-        except ray.exceptions.RayError as error:
+        except (ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError) as error:
             raise failure(node.name, error) from error
+        except ray.exceptions.RayError as error:
+            why = " ".join(str(error).split())[:200]
+            raise LostNode(f"node {node.name} gave no answer, run the command again: {why}") from error
     return results
 
 

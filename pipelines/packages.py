@@ -1,6 +1,7 @@
 """Packages and files of the families that other packages bring: each node must have them before anything is spent."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import ray
 
@@ -19,17 +20,20 @@ def require_on_nodes(recipe: Recipe) -> None:
     """NoFamily names the nodes of this process's cluster that lack a package or a file."""
     if not (codes := brought(recipe)):
         return
-    alive = nodes.living()
-    reasons = nodes.on_each(alive, _missing, codes, failure=_unchecked)
-    missing = [(node.name, reason) for node, reason in zip(alive, reasons, strict=True) if reason]
-    if missing:
+    if missing := nodes.of_living(partial(_lacking, codes)):
         name, reason = missing[0]
         others = f" (and {len(missing) - 1} other nodes)" if len(missing) > 1 else ""
         raise NoFamily(f"node {name}{others}: {reason}")
 
 
+def _lacking(codes: dict[str, str], alive: list[nodes.Node]) -> list[tuple[str, str]]:
+    """Return the name of each node that lacks something, and what."""
+    reasons = nodes.on_each(alive, _missing, codes, failure=_unchecked)
+    return [(node.name, reason) for node, reason in zip(alive, reasons, strict=True) if reason]
+
+
 def _unchecked(name: str, error: Exception) -> DisScaleError:
-    """Return the error for a node that gave no answer: it was lost, or takes no task."""
+    """Return the error for a node whose check failed or did not end."""
     why = " ".join(str(error).split())[:200]
     return DisScaleError(f"node {name}: its packages are not checked, run the command again: {why}")
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import ray
 
-from dis_scale.process.errors import DisScaleError, UserError
+from dis_scale.process.errors import UserError
 from dis_scale.storage.folder import open_folder
 from pipelines import nodes
 
@@ -18,7 +18,10 @@ CURE = "or give an object store, for example --set storage.root=s3://bucket/pref
 
 def require_shared(url: str) -> None:
     """UserError unless the cluster's nodes see each other's files in this folder at once, and one of many creators wins."""
-    alive = nodes.living()
+    nodes.of_living(partial(_require_shared, url))
+
+
+def _require_shared(url: str, alive: list[nodes.Node]) -> None:
     probe = open_folder(url) / f".probe-{uuid.uuid4().hex}"
     run = partial(nodes.on_each, alive, failure=partial(failure_on, url))
     try:
@@ -42,11 +45,9 @@ def require_shared(url: str) -> None:
         )
 
 
-def failure_on(url: str, node: str, error: Exception) -> DisScaleError:
-    """Return the error to raise for a failure on a node of this name: only the folder's own is a user's mistake."""
+def failure_on(url: str, node: str, error: Exception) -> UserError:
+    """Return the error to raise for the folder's failure on a node of this name."""
     why = " ".join(str(getattr(error, "cause", error)).split())[:200]
-    if not isinstance(error, ray.exceptions.RayTaskError | ray.exceptions.GetTimeoutError):
-        return DisScaleError(f"storage.root: not tried on {node}, run the command again: {why}")
     return UserError(f"storage.root: {url} cannot be used on {node}: {why}; {CURE}")
 
 

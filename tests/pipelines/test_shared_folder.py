@@ -1,25 +1,39 @@
 """What the probe of a shared folder says of a node on which it failed. The probe itself: tests/e2e/test_shared_folder.py."""
 
 import pytest
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayTaskError
 
-from dis_scale.process.errors import DisScaleError, UserError
+from pipelines import nodes
+from pipelines.nodes import LostNode, Node
 from pipelines.shared_folder import failure_on
 
 REFUSED = RayTaskError("_create", "Traceback ...", PermissionError("read-only file system"), pid=1, ip="192.0.2.1")
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "words"),
+    ("error", "words"),
     [
-        (REFUSED, UserError, "/nfs cannot be used on a-node: read-only file system"),
-        (GetTimeoutError("timed out"), UserError, "/nfs cannot be used on a-node: timed out"),
-        (OutOfMemoryError("killed"), DisScaleError, "not tried on a-node, run the command again: killed"),
+        (REFUSED, "/nfs cannot be used on a-node: read-only file system"),
+        (GetTimeoutError("timed out"), "/nfs cannot be used on a-node: timed out"),
     ],
-    ids=["read-only", "hangs", "no memory for the probe"],
+    ids=["read-only", "hangs"],
 )
-def test_only_the_folders_own_failure_is_a_mistake(error: Exception, kind: type, words: str) -> None:
-    """A user's mistake, exit code 2, is never repeated by a RayJob; a node that ran out of memory may be."""
-    failure = failure_on("/nfs", "a-node", error)
-    assert type(failure) is kind
-    assert words in str(failure)
+def test_the_folders_own_failure_is_a_mistake(error: Exception, words: str) -> None:
+    """Exit code 2, which a RayJob never repeats."""
+    assert words in str(failure_on("/nfs", "a-node", error))
+
+
+def test_a_node_that_dies_while_it_is_asked_is_left_out() -> None:
+    """Ray still lists it for a while: the first two questions go to it."""
+    a, b = (Node(name, name, {}) for name in "ab")
+    listed, pauses = [[a, b], [a, b], [a]], list[float]()
+
+    def ask(alive: list[Node]) -> list[Node]:
+        if b in alive:
+            raise LostNode("b")
+        return alive
+
+    assert nodes.of_living(ask, lambda: listed.pop(0), pauses.append) == [a]
+    assert pauses == [nodes.ASK_AGAIN_S] * 2
+    with pytest.raises(LostNode):
+        nodes.of_living(ask, lambda: [a, b], pauses.append)
