@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
 from dis_scale.models import families
@@ -17,7 +18,7 @@ from dis_scale.tracking.rows import Row
 
 COMPUTE = "training compute (EFLOP, two operations a multiply-add)"
 GFLOPS = "Gflops (multiply-adds, DiT's convention)"
-COMPUTE_FLOPS = "training compute (FLOPs, two a multiply-add)"
+COMPUTE_FLOPS = "training FLOPs"
 CURVE_POINTS = 200
 """Most points of a curve of training."""
 MAIN = "gflops_fid"
@@ -124,62 +125,76 @@ def training_loss(report: Report, rows: Mapping[str, Sequence[Row]]) -> Figure |
 def of_study(report: Report) -> dict[str, tuple[Figure | None, str]]:
     """Return the figures of a study of budgets with their captions, by name; None for each in any other sweep."""
     metrics = {"isoflop_loss": HELD_OUT, "isoflop_fid": report.metric}
-    words = "parabola of each budget, and its minimum against compute"
+    words = "parabola of each budget, its best size and its lowest value against compute"
     return {name: (isoflop_profiles(report, metric), f"{metric}: {words}") for name, metric in metrics.items()}
 
 
 def isoflop_profiles(report: Report, metric: str) -> Figure | None:
-    """Plot the parabola of each budget, and beside it size and images of the minima against compute, with their power laws.
+    """Plot the parabola of each budget; beside it the best size, with its power law, and the lowest value against compute.
 
     None for a sweep without a study, or without enough measured sizes.
     """
-    families = isoflop.profiles(report, metric)
-    if not any(families.values()):
+    measured = isoflop.profiles(report, metric)
+    if not any(measured.values()):
         return None
-    figure = Figure(figsize=drawing.WIDE, layout="constrained")
-    profiles, minima = figure.subplots(1, 2)
+    width, height = drawing.WIDE
+    figure = Figure(figsize=(1.4 * width, height), layout="constrained")
+    profiles, sizes, lowest = figure.subplots(1, 3, width_ratios=(2, 1, 1))
     drawing.log_axes(profiles, "parameters", metric)
-    profiles.yaxis.set_major_locator(LogLocator(subs=range(1, 10)))  # losses span less than a decade
-    drawing.log_axes(minima, COMPUTE_FLOPS, "at the minimum")
-    for kind, family in families.items():
-        for profile, shade in zip(family, drawing.shades(len(family)), strict=True):
-            _profile(profiles, profile, kind, shade)
-        _minima(minima, [profile for profile in family if profile.best], isoflop.laws(family), kind)
-    for axes in (profiles, minima):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8, frameon=False)
+    drawing.log_axes(sizes, COMPUTE_FLOPS, "best size, parameters")
+    drawing.log_axes(lowest, COMPUTE_FLOPS, f"lowest {metric}")
+    for axes in (profiles, lowest):
+        axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10)))  # losses span less than a decade
+    budgets = sorted({profile.budget for family in measured.values() for profile in family})
+    shades = dict(zip(budgets, drawing.shades(len(budgets)), strict=True))
+    for kind, family in measured.items():
+        for profile in family:
+            _profile(profiles, profile, kind, shades[profile.budget])
+        _minima(sizes, lowest, family, kind)
+    named = [Line2D([], [], color=shade, label=f"{budget:g} FLOPs") for budget, shade in shades.items()]
+    above = {"fontsize": 8, "frameon": False, "loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+    profiles.legend(handles=named, ncols=len(named), **above)
+    if sizes.get_legend_handles_labels()[0]:
+        sizes.legend(**above)
+        lowest.legend(**above)
     return figure
 
 
 def _profile(axes: Axes, profile: isoflop.Profile, kind: str, shade: str) -> None:
     """Plot the runs of a budget, their parabola, and a cross at its minimum; runs that are not fitted are hollow."""
     sizes, family = np.geomspace(*drawing.ends(profile.parameters.tolist()), 100), families.find(kind)
-    label = f"{kind}, {profile.budget:g} FLOPs"
-    axes.plot(*profile.beyond, family.marker, color=shade, markerfacecolor="white")
-    axes.plot(profile.parameters, profile.values, family.marker, color=shade, label=label)
+    axes.plot(*profile.beyond, family.marker, color=shade, markerfacecolor="white", markersize=5)
+    axes.plot(profile.parameters, profile.values, family.marker, color=shade, markersize=5)
     axes.plot(sizes, profile.at(sizes), family.line, color=shade, linewidth=1)
     if profile.best:
         parameters, _, value = profile.best
         axes.plot(parameters, value, "x", color=shade, markersize=10, markeredgewidth=2)
 
 
-def _minima(axes: Axes, found: list[isoflop.Profile], fitted: isoflop.Laws | None, kind: str) -> None:
-    """Plot the best sizes (filled) and their images (hollow), and the laws as lines."""
-    budgets, best = [profile.budget for profile in found], [profile.best for profile in found if profile.best]
-    family = families.find(kind)
-    for column, (name, face) in enumerate({"parameters": "black", "images": "white"}.items()):
-        law = fitted and (fitted.parameters, fitted.images)[column]
-        words = f": compute^{law.exponent_words}" if law else ""
-        axes.plot(
-            budgets,
-            [each[column] for each in best],
-            family.marker,
-            color="black",
-            markerfacecolor=face,
-            label=f"{kind}, {name}{words}",
-        )
-        if law:
-            axes.plot(budgets, law.at(np.array(budgets)), family.line, color="black", linewidth=1)
+def _minima(sizes: Axes, values: Axes, profiles: list[isoflop.Profile], kind: str) -> None:
+    """Plot the best sizes and their law as a line, and the lowest values with their errors."""
+    best = {profile.budget: profile.best[0] for profile in profiles if profile.best}
+    if not best:
+        return
+    family, law, lowest = families.find(kind), isoflop.laws(profiles), isoflop.lowest(profiles)
+    label = f"{kind}: compute^{law.parameters.exponent_words}" if law else kind
+    sizes.plot(list(best), list(best.values()), family.marker, color="black", label=label)
+    if law:
+        budgets = np.array(list(best))
+        sizes.plot(budgets, law.parameters.at(budgets), family.line, color="black", linewidth=1)
+    middle = np.exp([low.log for low in lowest.values()])
+    errors = middle * np.array([low.error for low in lowest.values()])
+    values.errorbar(
+        list(lowest),
+        middle,
+        errors,
+        label=kind,
+        marker=family.marker,
+        linestyle=family.line,
+        color="black",
+        capsize=2,
+        linewidth=1,
+    )
 
 
 def hours_distance(report: Report) -> Figure | None:

@@ -221,19 +221,21 @@ def test_the_report_of_a_study_has_its_profiles_and_laws(measured: Report) -> No
 def test_the_figure_marks_the_minima(measured: Report) -> None:
     figure = figures.isoflop_profiles(measured, HELD_OUT)
     assert figure
-    parabolas, minima = figure.axes
+    parabolas, minima, lowest = figure.axes
     crosses = [line.get_xdata()[0] for line in parabolas.lines if line.get_marker() == "x"]
     assert crosses == pytest.approx([3e4, 3e4 * 2**0.5, 6e4], rel=1e-3)
-    sizes = next(line for line in minima.lines if "parameters" in line.get_label())
+    sizes = next(line for line in minima.lines if "dis: compute^" in line.get_label())
     assert list(sizes.get_xdata()) == [1e10, 2e10, 4e10]
     assert list(sizes.get_ydata()) == pytest.approx(crosses)
+    assert list(lowest.lines[0].get_xdata()) == [1e10, 2e10, 4e10]
+    assert list(lowest.lines[0].get_ydata()) == pytest.approx([1, 1, 1])
 
 
 def test_the_page_begins_with_the_study(measured: Report, tmp_path: Path) -> None:
     files = reports.write(sweep_at(tmp_path, "tiny", measured.recipe), measured)
     assert {"isoflop_loss.png", "isoflop_fid.svg"} <= files.keys()
     captions = re.findall(r"<figcaption>([^<]+)", files[reports.PAGE].decode())
-    assert captions[0] == "held_out_loss: parabola of each budget, and its minimum against compute"
+    assert captions[0] == "held_out_loss: parabola of each budget, its best size and its lowest value against compute"
     legend = figures.gflops_distance(measured).axes[0].get_legend_handles_labels()[1]
     assert legend == [], "each count has one point"
 
