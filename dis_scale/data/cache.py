@@ -1,11 +1,14 @@
 """A cache of shards on a node's disk: shared by the node's processes, bounded in bytes, least recently used evicted first.
 
-A file is named by its sha256 and checked against it at each read, so the cache never returns wrong bytes.
+A file is named by its sha256 and checked against it at the first read of each process. Processes map it, so that a node has one
+copy in memory, and a worker reads the pages of its own samples only.
 The cache never stops a run: on a full or broken disk, training continues without it.
 """
 
 import fcntl
+import hashlib
 import math
+import mmap
 import os
 import re
 import tempfile
@@ -43,27 +46,44 @@ class Cache:
     def __init__(self, folder: Path, bound_bytes: int, say: Callable[[str], None]) -> None:
         self.folder, self.bound_bytes, self._say = folder, bound_bytes, say
         self._disabled = False
+        self._checked: dict[str, int] = {}
+        """Inodes of the files whose bytes this process has checked, by sha256."""
 
-    def get(self, shard: Digest, fetch: Callable[[], bytes]) -> bytes:
+    def get(self, shard: Digest, fetch: Callable[[], bytes]) -> bytes | mmap.mmap:
         """Return the shard with this digest: cached, or by `fetch`, in one process of the node at a time."""
-        with self._locked(f"lock-{int(shard.sha256, 16) % _LOCKS:02d}"):
-            data = self._cached(shard)
-            counts.add(counts.CACHE_MISSES if data is None else counts.CACHE_HITS)
-            if data is None:
-                data = fetch()
-                self._store(shard, data)
-            return data
+        lock = f"lock-{int(shard.sha256, 16) % _LOCKS:02d}"
+        with self._locked(lock, fcntl.LOCK_SH):
+            cached = self._cached(shard)
+        if cached is None:
+            with self._locked(lock):
+                cached = self._cached(shard)  # another process may have fetched it
+                if cached is None:
+                    counts.add(counts.CACHE_MISSES)
+                    data = fetch()
+                    self._store(shard, data)
+                    return data
+        counts.add(counts.CACHE_HITS)
+        return cached
 
-    def _cached(self, shard: Digest) -> bytes | None:
-        """Read the file and update its time; None if it is missing or damaged. A damaged file is deleted."""
+    def _cached(self, shard: Digest) -> mmap.mmap | None:
+        """Map the file and update its time; None if it is missing or damaged. A damaged file is deleted."""
         path = self.folder / shard.sha256
         try:
-            data = path.read_bytes()
-            if Digest.of(data).sha256 == shard.sha256:
+            with path.open("rb") as file:
+                inode, size = (stat := os.fstat(file.fileno())).st_ino, stat.st_size
+                right = size == shard.size_bytes and (
+                    self._checked.get(shard.sha256)
+                    == inode  # read, not mapped: a broken disk is an error, not a signal
+                    or hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+                )
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if right else None
+            if data:
+                self._checked[shard.sha256] = inode
+                data.madvise(mmap.MADV_WILLNEED)  # the kernel reads it while the block before is used
                 with suppress(OSError):  # another process may have evicted it; the bytes are still right
                     os.utime(path)
                 return data
-            path.unlink()
+            path.unlink(missing_ok=True)
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -94,14 +114,14 @@ class Cache:
             used -= stat.st_size
 
     @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        """Hold this node-wide lock, unless the cache is disabled. A lock ends with its process."""
+    def _locked(self, name: str, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+        """Hold this node-wide lock, unless the cache is disabled: alone, or shared with other readers. It ends with its process."""
         file = None
         try:
             if not self._disabled:
                 self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
                 file = (self.folder / name).open("ab")
-                fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.flock(file, kind)
         except OSError as error:
             self._disable(error)
         try:

@@ -49,7 +49,7 @@ class Latents:
         self.scaling = Scaling.of(self.manifest, normalise)
         counts = [shard.count for shard in self.manifest.shards]
         self.order = Order(counts, seed, held_out=held_out, order_seed=order_seed)
-        self._cache, self._buffer = cache, MemoryBuffer(self._load, keep_all)
+        self._cache, self._keep_all, self._buffer = cache, keep_all, MemoryBuffer(self._load, keep_all)
 
     @property
     def identity(self) -> str:
@@ -96,6 +96,9 @@ class Latents:
             return read_verified(self.folder, shard.name, shard.digest)
 
         data = self._cache.get(shard.digest, fetch) if self._cache else fetch()
+        data = (
+            bytes(data) if self._keep_all else data
+        )  # the disk of a file that is evicted is not free while it is mapped
         return unpack(data, f"{self.folder}/{shard.name}")
 
 

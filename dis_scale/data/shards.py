@@ -13,6 +13,7 @@ import tarfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cache
+from mmap import mmap
 from typing import NamedTuple
 
 import numpy as np
@@ -152,7 +153,7 @@ def positions(data: bytes) -> list[int]:
         return [int(name.partition(".")[0]) for name in tar.getnames() if name.endswith(".json")]
 
 
-def unpack(data: bytes, where: str) -> Shard:
+def unpack(data: bytes | mmap, where: str) -> Shard:
     """Return the shard in a tar's bytes, as a read-only view of them if possible; StorageError if it is not a shard."""
     try:
         return _strided(data) or _parsed(data, where)
@@ -160,7 +161,7 @@ def unpack(data: bytes, where: str) -> Shard:
         raise StorageError(f"{where}: not a latent shard: {error}") from error
 
 
-def _strided(data: bytes) -> Shard | None:
+def _strided(data: bytes | mmap) -> Shard | None:
     """Read a tar of `pack`: each sample is two headers and two files at equal distances, so all moments are one view.
 
     None if the tar has another layout: from another writer, or with a name too long for one block of a tar.
@@ -190,7 +191,7 @@ def _alike(heads: np.ndarray) -> bool:
     return bool((constant == constant[0]).all() and (keys[0] == keys[1]).all())
 
 
-def _parsed(data: bytes, where: str) -> Shard:
+def _parsed(data: bytes | mmap, where: str) -> Shard:
     """Read any WebDataset tar with the same members."""
     import webdataset as wds
 

@@ -1,6 +1,8 @@
 """The cache is shared, bounded and verified: it returns the manifest's bytes, whatever happens to its folder."""
 
 import errno
+import fcntl
+import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +24,7 @@ class Storage:
     def __init__(self) -> None:
         self.fetched: list[int] = []
 
-    def get(self, cache: Cache, i: int) -> bytes:
+    def get(self, cache: Cache, i: int) -> bytes | mmap.mmap:
         def fetch() -> bytes:
             self.fetched.append(i)
             return SHARDS[i]
@@ -42,16 +44,39 @@ def test_one_of_many_readers_fetches_a_shard(tmp_path: Path) -> None:
     storage = Storage()
     caches = [Cache(tmp_path, 10_000, pytest.fail) for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        assert set(pool.map(lambda cache: storage.get(cache, 3), caches)) == {SHARDS[3]}
+        assert {bytes(data) for data in pool.map(lambda cache: storage.get(cache, 3), caches)} == {SHARDS[3]}
     assert storage.fetched == [3]
     assert files(tmp_path) == {name(3)}
+
+
+def test_a_hit_waits_for_no_other_reader(tmp_path: Path) -> None:
+    """Eight workers read and check one after the other otherwise."""
+    cache, storage = Cache(tmp_path, 10_000, pytest.fail), Storage()
+    storage.get(cache, 3)
+    (lock,) = (path for path in tmp_path.glob("lock-*") if path.name != "lock-capacity")
+    with ThreadPoolExecutor(1) as pool, lock.open("rb") as reader:
+        fcntl.flock(reader, fcntl.LOCK_SH)
+        assert bytes(pool.submit(storage.get, cache, 3).result(timeout=30)) == SHARDS[3]
+
+
+def test_a_process_checks_a_file_once_and_its_replacement_again(tmp_path: Path) -> None:
+    cache, storage, file = Cache(tmp_path, 10_000, pytest.fail), Storage(), tmp_path / name(1)
+    for _ in range(2):
+        storage.get(cache, 1)
+    wrong = SHARDS[1][:-1] + b"x"
+    file.write_bytes(wrong)
+    assert bytes(storage.get(cache, 1)) == wrong
+    file.with_suffix(".new").write_bytes(wrong)
+    file.with_suffix(".new").replace(file)
+    assert bytes(storage.get(cache, 1)) == SHARDS[1]
+    assert storage.fetched == [1, 1]
 
 
 def test_a_damaged_file_is_fetched_again(tmp_path: Path) -> None:
     cache, storage = Cache(tmp_path, 10_000, pytest.fail), Storage()
     storage.get(cache, 1)
     (tmp_path / name(1)).write_bytes(SHARDS[1][:-1] + b"x")
-    assert [storage.get(cache, 1) for _ in range(2)] == [SHARDS[1]] * 2
+    assert [bytes(storage.get(cache, 1)) for _ in range(2)] == [SHARDS[1]] * 2
     assert storage.fetched == [1, 1]
 
 
@@ -85,7 +110,7 @@ def test_a_full_disk_is_logged_once_and_reads_continue(tmp_path: Path, monkeypat
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    assert [storage.get(cache, i) for i in (1, 2, 0)] == [SHARDS[1], SHARDS[2], SHARDS[0]]
+    assert [bytes(storage.get(cache, i)) for i in (1, 2, 0)] == [SHARDS[1], SHARDS[2], SHARDS[0]]
     assert lines == [f"cache {tmp_path}: No space left on device: training continues without it"]
     assert storage.fetched == [0, 1, 2]
     assert files(tmp_path) == {name(0)}
@@ -119,7 +144,7 @@ def test_other_files_are_neither_counted_nor_touched(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 600, print)
     assert cache.get(Digest.of(data), lambda: data) == data
     assert (tmp_path / "thesis.txt").stat().st_size == 900
-    assert cache.get(Digest.of(data), lambda: b"fetched again") == data
+    assert bytes(cache.get(Digest.of(data), lambda: b"fetched again")) == data
 
 
 @pytest.mark.parametrize("cached", [0.0, 0.25, 0.5, 0.9, 1.0, 2.0])
