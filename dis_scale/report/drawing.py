@@ -139,7 +139,7 @@ def _write_names(figure: Figure, axes: Axes, names: Sequence[Name]) -> None:
         ]
         if free:
             taken.append(
-                place(min(free, key=lambda offset: boxes[offset].count_contains(along) + 3 * BESIDE.index(offset)))
+                place(min(free, key=lambda offset: boxes[offset].count_contains(along) + 2 * BESIDE.index(offset)))
             )
         else:
             text.remove()

@@ -28,6 +28,7 @@ from tests.support.commands import invoke
 from tests.support.documents import put_metrics, put_published, put_resume_point
 from tests.support.drivers import cluster, driver_of, logged
 from tests.support.studies import study
+from tests.support.waiting import wait_until
 
 
 def test_a_second_sweep_joins_on_the_same_ray_and_is_refused_on_another(tiny: Recipe, tmp_path: Path) -> None:
@@ -54,6 +55,19 @@ def test_a_missing_start_is_refused_before_anything_begins(tmp_path: Path) -> No
     assert (driver.jobs, driver.sweep.folder.list()) == ([], [])
     put_resume_point(driver.sweep.run("dit").resume_point(PointName(16, 1)))
     pipeline.require_starts(driver.sweep, plan)  # a training that has begun needs its start no more
+
+
+def test_a_running_sweep_has_its_page_from_the_beginning(tiny: Recipe, tmp_path: Path) -> None:
+    driver = driver_of(tiny, tmp_path)
+    with (
+        pipeline.one_at_a_time(driver, cluster("here")),
+        pipeline.writing_page(driver, price_sweep(tiny, LatentShape(4, 8))),
+    ):
+        wait_until(lambda: driver.sweep.report.exists(report.PAGE))
+    page = driver.sweep.report.read(report.PAGE).decode()
+    assert "http-equiv='refresh'" in page, "a command runs"
+    assert "0 of 320 images" in page
+    assert f"page     {driver.sweep.report}/{report.PAGE}" in logged(driver)
 
 
 def test_a_stop_request_reaches_a_command_that_has_no_job_yet(
