@@ -152,7 +152,7 @@ def writing_page(driver: Driver, plan: Plan) -> Iterator[None]:
     def write() -> None:
         nonlocal due_s
         if (began_s := time.monotonic()) >= due_s:
-            report.write_page(driver.sweep, report.collect(driver.sweep, plan))
+            report.write(driver.sweep, report.collect(driver.sweep, plan), running=True)
             due_s = time.monotonic() + (time.monotonic() - began_s) / PAGE_SHARE
 
     driver.board.say(f"page     {driver.sweep.report}/{report.PAGE}")

@@ -5,20 +5,8 @@ drawing.py, page.py makes the HTML pages, samples.py their samples, files.py wri
 two sweeps, api.py is the Python API.
 """
 
-from dis_scale.report.files import CSV, PAGE, compare_page, write, write_page
+from dis_scale.report.files import CSV, PAGE, compare_page, write
 from dis_scale.report.points import Point, Report, collect, plan_of
 from dis_scale.report.tables import table, to_json
 
-__all__ = [
-    "CSV",
-    "PAGE",
-    "Point",
-    "Report",
-    "collect",
-    "compare_page",
-    "plan_of",
-    "table",
-    "to_json",
-    "write",
-    "write_page",
-]
+__all__ = ["CSV", "PAGE", "Point", "Report", "collect", "compare_page", "plan_of", "table", "to_json", "write"]

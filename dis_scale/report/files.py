@@ -1,6 +1,7 @@
 """The report's files below `report/`: figures, the CSV, the pages."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -12,41 +13,43 @@ from dis_scale.sweep.documents import LatentsManifest
 from dis_scale.tracking.rows import Row, RowReader
 from dis_scale.upkeep import status
 
+if TYPE_CHECKING:
+    from dis_scale.report.page import Facts
+
 CSV, PAGE = "gflops_fid.csv", "index.html"
 SAMPLES = "samples.html"
 
 
-def write(sweep: Sweep, report: Report, published: bool = False) -> dict[str, bytes]:
-    """Write the figures, the pages and, last, the CSV below `report/`; return them by name.
+def write(sweep: Sweep, report: Report, published: bool = False, running: bool = False) -> dict[str, bytes]:
+    """Write the figures, the pages and, last, the CSV below `report/`, of a `running` sweep the pages only; return them by name.
 
-    `published` adds published results to the plot; UserError if the sweep measures another quantity.
+    `published` adds published results to the plot; UserError if the sweep measures another quantity. Beside the real images are
+    samples of the best point, of the newest until the sweep is done.
     """
     if published:
         require_published_protocol(report)
-    from dis_scale.report import drawing, figures  # here: matplotlib and scipy take two seconds
+    from dis_scale.report import drawing, figures, page, samples  # here: matplotlib and scipy take two seconds
 
     losses = _losses(sweep)
     every = figures.every(report, losses, published)
-    rendered = {name: drawing.render(figure, name) for name, (figure, _) in every.items()}
-    files = {f"{name}.{ending}": data for name, kinds in rendered.items() for ending, data in kinds.items()}
-    svgs = {name: (kinds["svg"], every[name][1]) for name, kinds in rendered.items()}
-    files |= _pages(sweep, report, svgs, losses, published) | {CSV: to_csv(report)}
+    kinds = ("svg",) if running else drawing.FORMATS
+    rendered = {name: drawing.render(figure, name, kinds) for name, (figure, _) in every.items()}
+    narrow = figures.gflops_distance(report, published, drawing.SIZE) if figures.MAIN in every else None
+    narrows = {figures.MAIN: drawing.render(narrow, "narrow", ("svg",))["svg"]} if narrow else {}
+    plots = [page.Plot(words, rendered[name]["svg"], narrows.get(name, b"")) for name, (_, words) in every.items()]
+    facts = _facts(sweep, report, losses)
+    newest = max(report.main, key=lambda p: p.evaluation.time, default=None)
+    shown = page.best_point(report) if facts.status.doing == "done" else newest
+    pictures, strips = samples.real(sweep), samples.strips(sweep, report)
+    pictures += samples.of_point(sweep, shown) if shown else []
+    files = {SAMPLES: page.render_samples(report, strips)} if strips else {}
+    files[PAGE] = page.render_page(report, facts, plots, pictures, SAMPLES if strips else "")
+    if not running:
+        files |= {f"{name}.{ending}": data for name, each in rendered.items() for ending, data in each.items()}
+        files[CSV] = to_csv(report)
     for name, data in files.items():
         sweep.report.write(name, data)
     return files
-
-
-def write_page(sweep: Sweep, report: Report) -> None:
-    """Write the page of a running sweep."""
-    from dis_scale.report import drawing, figures
-
-    losses = _losses(sweep)
-    svgs = {
-        name: (drawing.render(figure, name, ["svg"])["svg"], caption)
-        for name, (figure, caption) in figures.every(report, losses).items()
-    }
-    for name, data in _pages(sweep, report, svgs, losses).items():
-        sweep.report.write(name, data)
 
 
 def compare_page(sweeps: tuple[Sweep, Sweep], reports: tuple[Report, Report], table: Table) -> bytes:
@@ -63,33 +66,20 @@ def compare_page(sweeps: tuple[Sweep, Sweep], reports: tuple[Report, Report], ta
     return page.render_comparison(*reports, table, page.Plot("Gflops against distance of both", wide, narrow), pictures)
 
 
-def _pages(
-    sweep: Sweep,
-    report: Report,
-    svgs: Mapping[str, tuple[bytes, str]],
-    losses: Mapping[str, Sequence[Row]],
-    published: bool = False,
-) -> dict[str, bytes]:
-    """Return the pages by name. Beside the real images are samples of the best point, of the newest while the sweep runs."""
-    from dis_scale.report import drawing, figures, page, samples
+def _facts(sweep: Sweep, report: Report, losses: Mapping[str, Sequence[Row]]) -> "Facts":
+    """Return what the head of the page tells."""
+    from dis_scale.report.page import Facts
 
-    narrow = drawing.render(figures.gflops_distance(report, published, drawing.SIZE), "narrow", ["svg"])["svg"]
-    plots = [page.Plot(caption, svg, narrow if name == figures.MAIN else b"") for name, (svg, caption) in svgs.items()]
-    now_s = sweep.folder.time_s()
-    now, strips = status.collect(sweep, now_s), samples.strips(sweep, report)
-    newest = max(report.main, key=lambda p: p.evaluation.time, default=None)
-    shown = page.best_point(report) if now.doing == "done" else newest
-    pictures = samples.real(sweep) + (samples.of_point(sweep, shown) if shown else [])
-    times = [row.time for rows in losses.values() for row in rows] + [p.evaluation.time for p in report.points]
-    latents = state.find_latents(sweep.folder)
-    facts = page.Facts(
+    now, latents = sweep.folder.time_s(), state.find_latents(sweep.folder)
+    times = [row.time for rows in losses.values() for row in rows] + [
+        p.evaluation.time for p in report.points if p.evaluation.time
+    ]
+    return Facts(
+        status.collect(sweep, now),
         now,
-        now_s,
         images=LatentsManifest.require(latents).count if latents else None,
-        times=(min(times), max(times)) if any(times) else None,
+        times=(min(times), max(times)) if times else None,
     )
-    pages = {SAMPLES: page.render_samples(report, strips)} if strips else {}
-    return pages | {PAGE: page.render_page(report, facts, plots, pictures, SAMPLES if strips else "")}
 
 
 def _losses(sweep: Sweep) -> dict[str, list[Row]]:

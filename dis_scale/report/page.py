@@ -51,12 +51,9 @@ def render_page(
     parts = [
         f"<header><h1>{escape(report.sweep)}</h1>",
         f"<p class='quiet'>{escape(_metric(report))}</p>{_list(_facts(report, facts))}</header>",
-        *(
-            f"<p class='bad'>{escape(line)}</p>"
-            for line in [*tables.missing(report), *([status.stopped] if status.stopped else [])]
-        ),
+        *(f"<p class='bad'>{escape(line)}</p>" for line in [*tables.missing(report), status.stopped] if line),
         _progress(facts) if status.doing != "done" else "",
-        f"<h2>Samples</h2><div class='figures'>{_pictures(pictures)}</div>" if pictures else "",
+        _section("Samples", pictures),
         f"<p><a href='{more}'>All models side by side, and each over its training</a></p>" if more else "",
         _figures(plots),
         _table(tables.table(report), "Every point") if report.points else "",
@@ -72,7 +69,7 @@ def render_comparison(a: Report, b: Report, table: Table, plot: Plot, pictures: 
     parts = [
         f"<header><h1>{escape(a.sweep)} against {escape(b.sweep)}</h1>",
         f"<p class='quiet'>{escape(_metric(a))}</p>{_list(facts)}</header>",
-        f"<h2>Samples</h2><div class='figures'>{_pictures(pictures)}</div>" if pictures else "",
+        _section("Samples", pictures),
         _figures([plot]),
         _table(table, "Differences"),
         _folded("How the sweeps were compared", str(table.caption or "").splitlines()),
@@ -86,12 +83,7 @@ def render_samples(report: Report, strips: list[Strip]) -> bytes:
         f"<header><h1>{escape(report.sweep)}: samples</h1>",
         "<p class='quiet'>Samples at one position of two pictures have the same label and the same noise.</p></header>",
     ]
-    for strip in strips:
-        words = f"<h2>{escape(strip.title)}</h2>"
-        if strip.turning:
-            name = escape(f"images seen, {strip.title}", quote=True)
-            words += f"<input type='range' max='{strip.turning - 1}' value='{strip.turning - 1}' aria-label='{name}'>"
-        parts.append(f"<section>{words}<div class='figures'>{_pictures(strip.parts, strip.turning)}</div></section>")
+    parts += [_section(strip.title, strip.parts, strip.turning) for strip in strips]
     return _document(f"{report.sweep}: samples", parts)
 
 
@@ -196,15 +188,18 @@ def _svg(svg: bytes, alt: str) -> str:
     return text.replace("<svg", f"<svg role='group' aria-label='{escape(alt, quote=True)}'", 1)
 
 
-def _pictures(parts: Sequence[Picture], turning: int = 0) -> str:
-    """Return pictures with the names of their columns; the first `turning` are for a slider."""
+def _section(title: str, pictures: Sequence[Picture], turning: int = 0) -> str:
+    """Return pictures with the names of their columns; of the first `turning` a slider shows one at a time."""
     figures = []
-    for i, part in enumerate(parts):
-        words, names = escape(part.words), "".join(f"<span>{escape(name)}</span>" for name in part.names)
+    for i, each in enumerate(pictures):
+        words, names = escape(each.words), "".join(f"<span>{escape(name)}</span>" for name in each.names)
         head = f"<div class='names' aria-hidden='true'>{names}</div>" if names else ""
         turn = " data-turn" if i < turning else ""
-        figures.append(f"<figure{turn}>{head}{_picture(part.picture, words)}<figcaption>{words}</figcaption></figure>")
-    return "".join(figures)
+        figures.append(f"<figure{turn}>{head}{_picture(each.picture, words)}<figcaption>{words}</figcaption></figure>")
+    last = turning - 1
+    slider = f"<input type='range' max='{last}' value='{last}' aria-label='images seen'>" if turning else ""
+    inner = f"<h2>{escape(title)}</h2>{slider}<div class='figures'>{''.join(figures)}</div>"
+    return f"<section>{inner}</section>" if figures else ""
 
 
 def _picture(data: bytes, alt: str) -> str:

@@ -117,7 +117,7 @@ def test_a_running_sweep_has_a_page_before_anything_is_evaluated(tmp_path: Path,
         rows.add(images, {"loss": 1 / images, "images_per_s": 4.0})
     rows.close()
     with lease.hold(command_lease(running.folder), "a cluster"), lease.hold(running.run("dis").lease, "a cluster"):
-        reports.write_page(running, collect(running))
+        reports.write(running, collect(running), running=True)
     page = Page(running.report.read(reports.PAGE))
     assert running.report.list() == [reports.PAGE]
     assert [meta["content"] for meta in page.of("meta") if meta.get("http-equiv") == "refresh"] == ["60"]
