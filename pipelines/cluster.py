@@ -80,11 +80,7 @@ def open_cluster(recipe: Recipe) -> Iterator[Cluster]:
         head = None
         try:
             gpus, fault = usable_gpus()
-            if recipe.device == "cuda" and gpus < recipe.train.world_sizes[-1]:
-                raise UserError(
-                    f"device: cuda for {recipe.train.workers} workers, but this machine has {gpus} GPUs"
-                    f"{fault and f'; {fault}'}: --set device=auto takes what is there"
-                )
+            require_gpus(recipe, gpus, fault)
             head, dashboard = _start_head(recipe, folder, gpus)
             yield Cluster(
                 client_of(dashboard), {}, f"a local Ray that this command started ({dashboard})",
@@ -97,6 +93,16 @@ def open_cluster(recipe: Recipe) -> Iterator[Cluster]:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     head.wait(20)
                 head.kill()
+
+
+def require_gpus(recipe: Recipe, gpus: int, fault: str) -> None:
+    """UserError if the recipe asks for more GPUs than this machine has; `fault` is why others cannot be used."""
+    if recipe.device == "cuda" and gpus < recipe.train.world_sizes[-1]:
+        why = f"; {fault}" if fault else ""
+        raise UserError(
+            f"device: cuda for {recipe.train.workers} workers, but this machine has {gpus} GPUs{why}: "
+            "--set device=auto takes what is there"
+        )
 
 
 def try_cluster(recipe: Recipe) -> str:

@@ -3,15 +3,21 @@
 A damaged file counts as missing: the sweep may then continue anywhere.
 """
 
+import contextlib
 import os
 import shlex
+import signal
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from dis_scale.process.errors import UserError
+from dis_scale.storage import lease
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.documents import LastRay
 from pipelines.cluster import Cluster, ray_address
+
+ASK_EVERY_S, KILLED_WITHIN_S = 0.2, 10.0
 
 
 def cancel_hint(last: LastRay) -> str:
@@ -47,6 +53,32 @@ def record(sweep: Sweep, cluster: Cluster) -> None:
     kuberay, slurm = map(os.environ.get, ("RAY_CLUSTER_NAME", "SLURM_JOB_ID"))
     last = LastRay(address=cluster.address, host=socket.gethostname(), gpus=cluster.gpus, kuberay=kuberay, slurm=slurm)
     last.write(sweep.folder)
+
+
+def end_left_jobs(sweep: Sweep, say: Callable[[str], None], raise_if_stopped: Callable[[], None]) -> None:
+    """End the jobs that a killed command of this machine left: they hold leases until they notice that their Ray is gone.
+
+    Each is requested to stop, and killed after the recipe's grace period. Only for a command that holds the sweep's lease.
+    """
+    last = LastRay.find_intact(sweep.folder)
+    if last is None or not last.address or last.host != socket.gethostname():
+        return  # a cluster's jobs are joined, or refuse this command
+    leases = {name: sweep.lease(name) for name in ("prepare", "evaluate")}
+    leases |= {f"train {model}": sweep.run(model).lease for model in sweep.recipe.models}
+    held = {name: holding for name, folder in leases.items() if (holding := lease.last_holding(folder))}
+    left = {name: holding for name, holding in held.items() if holding.end is None and holding.alive}
+    for name, holding in left.items():
+        say(
+            f"left     {name} of a command that was killed, process {holding.holder}: stopped before this one continues"
+        )
+    for number, wait_s in ((signal.SIGTERM, sweep.recipe.grace_s), (signal.SIGKILL, KILLED_WITHIN_S)):
+        alive, deadline = [each for each in left.values() if each.alive], time.monotonic() + wait_s
+        for holding in alive:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(holding.holder.pid, number)
+        while any(holding.alive for holding in alive) and time.monotonic() < deadline:
+            raise_if_stopped()
+            time.sleep(ASK_EVERY_S)
 
 
 def refuse_local_after_cluster(sweep: Sweep, overrides: Sequence[str] = ()) -> None:

@@ -123,6 +123,8 @@ def run_stages(driver: Driver, plan: Plan, store: Folder) -> Failures:
         list_images(driver, plan, store)
         driver.sweep = sweep = store_recipe(driver, first)
         begin_tracking(driver, plan, sweep.recipe.tracking.uri or mlflow.default_uri(store))
+        if first:
+            last_ray.end_left_jobs(sweep, board.say, partial(raise_if_stopped, driver))
         last_ray.record(sweep, cluster)
         require_device(driver, cluster)
         if not cluster.ours:

@@ -79,7 +79,7 @@ class Status:
     stopped: str
     """Why no process works on it; empty while one does, and once it is done."""
     holder: str
-    """Host and process of a sweep command that has not ended its lease, alive or not."""
+    """Host and process of the sweep command that works, if any."""
     stage: str
     """Progress of the stage that runs before training; empty later."""
     runs: list[RunStatus]
@@ -144,11 +144,13 @@ def _collect(reader: _Reader) -> Status:
     cure = "" if "to continue: " in stopped else f"; to continue: dis-scale resume {sweep}"
     wrong = [f"stopped: {stopped}{cure}"] if stopped else []
     if not stopped and not commanded and doing != "done":
-        wrong.append(f"no sweep command runs, and its jobs do: dis-scale resume {sweep} joins them")
+        wrong.append(
+            f"no sweep command runs, and its jobs do: dis-scale resume {sweep} joins them, or ends those of a killed command"
+        )
     skipped = reader.read("the reason of a skipped evaluation", lambda: state.why_skipped(sweep, left)) or {}
     wrong += [*_wrong(reader, runs), *(f"skipped: {each}: {why}" for each, why in skipped.items()), *reader.damaged]
     stage = _stage(sweep, now) if doing in STAGES else ""
-    return Status(str(sweep), doing, stopped, _holder(held[0]), stage, runs, len(left), wrong)
+    return Status(str(sweep), doing, stopped, _holder(held[0]) if commanded else "", stage, runs, len(left), wrong)
 
 
 def _holder(holding: Holding | None) -> str:

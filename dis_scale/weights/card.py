@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from dis_scale import __version__
 from dis_scale.models.cost import Cost, price_model
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Recipe
@@ -64,7 +65,8 @@ def _manifest(sweep: Sweep, published: Sampled) -> PublishedManifest | None:
 def _use(opened: OpenCheckpoint) -> str:
     labels, sampling = "class_labels=[0]" if opened.model.num_classes else "num_images=1", opened.sampling
     return (
-        "It needs `pip install dis-scale`, whose code it runs.\n\n```python\nfrom diffusers import DiffusionPipeline\n\n"
+        f"It runs the code of dis-scale {__version__}, which no package index has: `pip install -c constraints.txt .` in its "
+        "repository, or install its wheel.\n\n```python\nfrom diffusers import DiffusionPipeline\n\n"
         'pipeline = DiffusionPipeline.from_pretrained("FOLDER", custom_pipeline="FOLDER", trust_remote_code=True)\n'
         f'pipeline({labels}, sampler="{sampling.sampler}", num_inference_steps={sampling.steps}, '
         f"guidance_scale={sampling.guidance:g})"

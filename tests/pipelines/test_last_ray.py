@@ -2,6 +2,10 @@
 
 import io
 import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +13,9 @@ from rich.console import Console
 
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import reading
-from dis_scale.storage.folder import open_folder
+from dis_scale.storage import lease
+from dis_scale.storage.folder import Folder, open_folder
+from dis_scale.storage.lease import Holding
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.documents import LastRay
 from pipelines import last_ray
@@ -45,6 +51,50 @@ def test_the_ray_is_named_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert console.export_text().startswith("ray      one of its own on this machine (no RAY_ADDRESS)\nsweep ")
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert last_ray.words() == "the cluster at RAY_ADDRESS=10.0.0.1:6379"
+
+
+HOLD = """
+import os, signal, sys, time
+from dis_scale.storage import lease
+from dis_scale.storage.folder import open_folder
+if os.fork():
+    os._exit(0)  # as a job whose command was killed: nobody of this test waits for it
+with lease.hold(open_folder(sys.argv[1])):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if sys.argv[2] == "deaf" else lambda *_: sys.exit(75))
+    while True:
+        time.sleep(0.05)
+"""
+
+
+def leave(folder: Folder, how: str) -> Holding:
+    """Let a process that no command owns hold a lease."""
+    subprocess.run([sys.executable, "-c", HOLD, folder.url, how], check=True)
+    deadline = time.monotonic() + 60
+    while not (holding := lease.last_holding(folder)) or not holding.alive:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return holding
+
+
+def test_jobs_that_a_killed_command_left_are_ended_before_the_next_continues(tmp_path: Path) -> None:
+    """By a request to stop, and by force if they do not hear it; those of a cluster are left alone."""
+    sweep = stored(tmp_path, ON_A_CLUSTER)
+    sweep = replace(sweep, recipe=sweep.recipe.model_copy(update={"grace_s": 1.0}))
+    evaluate, train = leave(sweep.lease("evaluate"), "listening"), leave(sweep.run("dis").lease, "deaf")
+    said = list[str]()
+    last_ray.end_left_jobs(sweep, said.append, lambda: None)
+    assert (said, evaluate.alive, train.alive) == ([], True, True)
+    ON_THIS_MACHINE.write(sweep.folder)
+    last_ray.end_left_jobs(sweep, said.append, lambda: None)
+    assert [line.partition(", process")[0] for line in said] == [
+        "left     evaluate of a command that was killed",
+        "left     train dis of a command that was killed",
+    ]
+    assert (evaluate.gone, train.gone) == (True, True)
+    with lease.hold(sweep.lease("evaluate")), lease.hold(sweep.run("dis").lease) as next_one:
+        assert next_one.number == 2
+    last_ray.end_left_jobs(sweep, said.append, lambda: None)
+    assert len(said) == 2, "nothing is left"
 
 
 def test_the_sweep_of_a_cluster_does_not_start_here_and_says_what_to_type(
