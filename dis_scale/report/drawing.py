@@ -111,7 +111,9 @@ def _write_names(figure: Figure, axes: Axes, names: Sequence[Name]) -> None:
     axes.set_xlim(low, high * (high / low) ** (longest / axes.bbox.width))  # for the names of the last points
     if high > 200 * low:
         axes.xaxis.set_major_locator(LogLocator())  # or the numbers touch
-    figure.draw_without_rendering()  # gives everything its place
+    if layout := figure.get_layout_engine():
+        layout.execute(figure)  # gives everything its place, once: it takes as long as drawing
+        figure.set_layout_engine("none")
     taken = [text.get_window_extent() for text in axes.texts]
     taken += [legend.get_window_extent()] if (legend := axes.get_legend()) else []
     points, lines = list[np.ndarray](), [np.empty((0, 2))]
@@ -139,7 +141,7 @@ def _write_names(figure: Figure, axes: Axes, names: Sequence[Name]) -> None:
         ]
         if free:
             taken.append(
-                place(min(free, key=lambda offset: boxes[offset].count_contains(along) + 2 * BESIDE.index(offset)))
+                place(min(free, key=lambda offset: boxes[offset].count_contains(along) + BESIDE.index(offset)))
             )
         else:
             text.remove()
