@@ -154,9 +154,10 @@ def isoflop_profiles(report: Report, metric: str) -> Figure | None:
     named = [Line2D([], [], color=shade, label=f"{budget:g} FLOPs") for budget, shade in shades.items()]
     above = {"fontsize": 8, "frameon": False, "loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
     profiles.legend(handles=named, ncols=len(named), **above)
-    if sizes.get_legend_handles_labels()[0]:
-        sizes.legend(**above)
-        lowest.legend(**above)
+    for axes in (sizes, lowest):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(**above).set_in_layout(False)
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 0.88))  # room for the legends
     return figure
 
 
@@ -177,7 +178,8 @@ def _minima(sizes: Axes, values: Axes, profiles: list[isoflop.Profile], kind: st
     if not best:
         return
     family, law, lowest = families.find(kind), isoflop.laws(profiles), isoflop.lowest(profiles)
-    label = f"{kind}: compute^{law.parameters.exponent_words}" if law else kind
+    law_words = law and law.parameters.exponent_words.replace("95 % interval ", "")
+    label = f"{kind}: compute^{law_words}" if law else kind
     sizes.plot(list(best), list(best.values()), family.marker, color="black", label=label)
     if law:
         budgets = np.array(list(best))

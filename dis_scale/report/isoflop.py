@@ -311,7 +311,11 @@ def loss_law_words(runs: Runs, parabolas: Laws | None) -> list[str]:
     ]
     if runs.repeated:
         times = law.repetition
-        words.append(f"an image seen again is worth 1/e of a new one after {times.words('.0f')} times")
+        words.append(
+            f"an image seen again is worth 1/e of a new one after {times.words('.0f')} times"
+            if np.isfinite(times.value)
+            else f"no sign that images seen again are worth less, up to {times.low:.0f} times at least"
+        )
     return words
 
 

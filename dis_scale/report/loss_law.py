@@ -28,6 +28,8 @@ RESAMPLES = 400
 STEPS = 30
 """Of the descent; simulated studies take about 20."""
 LEAST_COEFFICIENTS, MOST_COEFFICIENTS = np.array([-30, -30, -30, 0.01, 0.01]), np.array([30, 30, 30, 3, 3])
+NOTHING = 1e-6
+"""Limit that is none: a sum's term that has vanished."""
 TINY = 1e-12
 
 
@@ -100,7 +102,8 @@ class LossLaw:
     @property
     def limit(self) -> Interval:
         """E, the loss that neither size nor images remove."""
-        return self.estimate(np.exp(self.coefficients[:, 0]))
+        limits = np.exp(self.coefficients[:, 0])
+        return self.estimate(np.where(limits < NOTHING, 0, limits))
 
     @property
     def exponents(self) -> tuple[Interval, Interval]:
