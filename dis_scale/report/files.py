@@ -36,7 +36,10 @@ def write(sweep: Sweep, report: Report, published: bool = False, running: bool =
     rendered = {name: drawing.render(figure, name, kinds) for name, (figure, _) in every.items()}
     narrow = figures.gflops_distance(report, published, drawing.SIZE) if figures.MAIN in every else None
     narrows = {figures.MAIN: drawing.render(narrow, "narrow", ("svg",))["svg"]} if narrow else {}
-    plots = [page.Plot(words, rendered[name]["svg"], narrows.get(name, b"")) for name, (_, words) in every.items()]
+    plots = [
+        page.Plot(words, rendered[name]["svg"], figure.get_figwidth() > drawing.SIZE[0], narrows.get(name, b""))
+        for name, (figure, words) in every.items()
+    ]
     facts = _facts(sweep, report, losses)
     newest = max(report.main, key=lambda p: p.evaluation.time, default=None)
     shown = page.best_point(report) if facts.status.doing == "done" else newest
@@ -63,7 +66,9 @@ def compare_page(sweeps: tuple[Sweep, Sweep], reports: tuple[Report, Report], ta
     for sweep, report in zip(sweeps, reports, strict=True):
         if best := page.best_point(report):
             pictures += [part._replace(words=f"{report.sweep}: {part.words}") for part in samples.of_point(sweep, best)]
-    return page.render_comparison(*reports, table, page.Plot("Gflops against distance of both", wide, narrow), pictures)
+    return page.render_comparison(
+        *reports, table, page.Plot("Gflops against distance of both", wide, True, narrow), pictures
+    )
 
 
 def _facts(sweep: Sweep, report: Report, losses: Mapping[str, Sequence[Row]]) -> "Facts":

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from rich.table import Table
 
 from dis_scale.process.progress import time_words
+from dis_scale.process.redaction import redact
 from dis_scale.report import figures, tables
 from dis_scale.report.points import Point, Report
 from dis_scale.report.samples import Picture, Strip
@@ -24,10 +25,11 @@ RELOAD_S = 60
 
 
 class Plot(NamedTuple):
-    """A figure as SVG; `narrow` is the same for half a page or a phone, empty if the figure is of that size itself."""
+    """A figure as SVG, `wide` if it needs the width of the page; `narrow` is the same for a phone, if there is one."""
 
     caption: str
     svg: bytes
+    wide: bool = False
     narrow: bytes = b""
 
 
@@ -117,15 +119,13 @@ def _facts(report: Report, facts: Facts) -> dict[str, tuple[str, str]]:
     """Return the best model, what was trained on what, when and how long: each by its title, a short value and more words."""
     recipe, (status, _, images, times) = report.recipe, facts
     source, classes = recipe.data.source, recipe.data.num_classes
-    kinds, most = (
-        {model.kind for model in recipe.models.values()},
-        max(recipe.train_of(name).images for name in recipe.models),
-    )
-    of_images = f"{getattr(source, 'url', source.kind)}, {f'{classes:,} classes, ' if classes else ''}"
+    kinds = sorted({model.kind for model in recipe.models.values()})
+    most = max(recipe.train_of(name).images for name in recipe.models)
+    of_images = f"{redact(getattr(source, 'url', source.kind))}, {f'{classes:,} classes, ' if classes else ''}"
     found = {
         "Best model": _best(report),
         "Images": (f"{images:,}" if images else "not counted yet", f"{of_images}{recipe.data.resolution} pixels wide"),
-        "Models": (f"{len(recipe.models)}", f"{', '.join(sorted(kinds))}; up to {most:,} images each"),
+        "Models": (f"{len(recipe.models)}", f"{', '.join(kinds)}; up to {most:,} images each"),
     }
     if times:
         first, last = (datetime.fromtimestamp(each, UTC) for each in times)
@@ -162,17 +162,14 @@ def _progress(facts: Facts) -> str:
 
 
 def _figures(plots: Sequence[Plot]) -> str:
-    """Return the figures, the first ones wide; their points are in colours of the models and markers of the families."""
-    if not plots:
-        return ""
+    """Return the figures with their captions."""
     figures = []
     for plot in plots:
-        inner, kind = _svg(plot.svg, plot.caption), ""
+        inner, kind = _svg(plot.svg, plot.caption), " class='wide'" if plot.wide else ""
         if plot.narrow:
-            narrow, kind = _svg(plot.narrow, plot.caption), " class='wide'"
-            inner = f"<div class='broad'>{inner}</div><div class='narrow'>{narrow}</div>"
+            inner = f"<div class='broad'>{inner}</div><div class='narrow'>{_svg(plot.narrow, plot.caption)}</div>"
         figures.append(f"<figure{kind}>{inner}<figcaption>{escape(plot.caption)}</figcaption></figure>")
-    return f"<h2>Curves</h2><div class='figures'>{''.join(figures)}</div>"
+    return f"<h2>Curves</h2><div class='figures'>{''.join(figures)}</div>" if figures else ""
 
 
 def _svg(svg: bytes, alt: str) -> str:

@@ -236,6 +236,7 @@ def test_the_page_begins_with_the_study(measured: Report, tmp_path: Path) -> Non
     assert {"isoflop_loss.png", "isoflop_fid.svg"} <= files.keys()
     captions = re.findall(r"<figcaption>([^<]+)", files[reports.PAGE].decode())
     assert captions[0] == "held_out_loss: parabola of each budget, its best size and its lowest value against compute"
+    assert files[reports.PAGE].decode().count("<figure class='wide'>") == 3, "of three plots each, and the curve"
     legend = figures.gflops_distance(measured).axes[0].get_legend_handles_labels()[1]
     assert legend == [], "each count has one point"
 
