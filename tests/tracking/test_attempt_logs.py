@@ -1,5 +1,6 @@
 """Logs of attempts in storage: bounded, there after a kill, without secrets, and never a reason to stop."""
 
+import json
 import os
 import signal
 import subprocess
@@ -190,6 +191,8 @@ def test_the_command_lists_and_prints_an_attempt(tmp_path: Path, tiny: Recipe) -
     Log(Context(), lambda line: folder.write("20261121T180300-0000.log", f"{line}\n".encode())).say("dit: attempt 4")
     _, printed = invoke("logs", str(tmp_path / "tiny"), "dit")
     assert printed.splitlines()[-2].endswith("  dit: attempt 4"), "people read words"
+    _, printed = invoke("logs", str(tmp_path / "tiny"), "dit", "--raw")
+    assert json.loads(printed.splitlines()[-2])["message"] == "dit: attempt 4"
     assert (
         '"message": "dit: attempt 4"'
         in answer("logs", str(tmp_path / "tiny"), "dit", "--json")[f"{folder}/20261121T180300-0000.log"]
