@@ -78,9 +78,8 @@ def sample(
         each_label = pictures.labels_of_all(opened, labels, images, seed)
     else:
         each_label = pictures.labels_in_turn(opened, chosen, images)
-    sampling = opened.sampling_with(
-        sampler=sampler, steps=steps, guidance=guidance, guidance_channels=guidance_channels
-    )
+    changes = {"sampler": sampler, "steps": steps, "guidance": guidance, "guidance_channels": guidance_channels}
+    sampling = opened.sampling_with(**changes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     aside(f"sampling {opened.located}: {sampling}, fp32 on {machine_name(device)}")
     parts = pictures.sample_pictures(opened, each_label, sampling=sampling, seed=seed, batch=batch, device=device)
@@ -89,8 +88,7 @@ def sample(
         if npz:
             adm.write_samples(npz, images, counted)
         else:
-            columns = grid_columns(each, images)
-            names = pictures.column_names(opened, each_label, columns)
+            names = pictures.column_names(opened, each_label, columns := grid_columns(each, images))
             out.write_bytes(grid(np.concatenate(list(counted)), columns, names))
     how = {"sampler": sampling.sampler, "steps": sampling.steps, "guidance": sampling.guidance, "seed": seed}
     found = {"file": str(npz or out), "images": images, **how, "device": machine_name(device), "notes": opened.notes}
