@@ -95,7 +95,7 @@ TOTALS = {
     "scan, forward and backward": (
         *FORWARD, *(f"{name}, for backward" for name in FORWARD), "scan_backward", "scan_backward",
     ),
-    "scan, recomputed forward and backward": (
+    "scan, states kept": (
         *(f"{name}, keeps" for name in FORWARD), "scan_backward", "scan_backward, of the gate, too",
     ),
     "convolution, forward and backward": ("conv_forward", "conv_backward"),

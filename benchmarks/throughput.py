@@ -31,9 +31,9 @@ from dis_scale.models.families import preset
 from dis_scale.recipe import LatentShape, Recipe, Sampling, reading
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
-from dis_scale.training.memory import state_bytes, worker_bytes
+from dis_scale.training.memory import keeps_states, state_bytes, worker_bytes
 from dis_scale.training.profile import profile_training
-from dis_scale.training.throughput import synchronize
+from dis_scale.training.throughput import gpu_bytes, synchronize
 from dis_scale.vae import DiffusersVae
 from tests.support.documents import made_from
 
@@ -114,16 +114,18 @@ def train(job: Job, device: str) -> None:
         sweep = Sweep.below(open_folder(scratch), recipe)
         random_latents(sweep, job.shape)
         rates = profile_training(sweep, "model", job.steps, None, lambda line: print(line, file=sys.stderr))
-    row = rates | computed(job, recipe)
+    row = rates | computed(job, recipe, device)
     if device == "cuda":  # on a CPU the measured memory is the process's
         row["memory_by_formula"] = row["memory_gib"] / row["formula_gib"]  # goal: 0.9 to 1.1
     print_row(f"train {job.name}", row)
 
 
-def computed(job: Job, recipe: Recipe) -> dict[str, float]:
+def computed(job: Job, recipe: Recipe, device: str) -> dict[str, float]:
     """Memory in GiB by the formula of training/memory.py, and its part that does not depend on the images."""
     cost = price_model(recipe.models["model"], job.shape, CLASSES)
     complete = worker_bytes(cost, recipe.train, 1, job.images)
+    if device == "cuda" and keeps_states(cost, recipe.train, 1, job.images, gpu_bytes(torch.device(device))):
+        complete += job.images * cost.kept_in(recipe.train.precision).states
     return {"formula_gib": complete / 2**30, "states_gib": sum(state_bytes(cost, recipe.train, 1).values()) / 2**30}
 
 

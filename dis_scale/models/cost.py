@@ -47,6 +47,8 @@ class Kept:
     blocks: list[Saved]
     image: list[int]
     fixed: list[int]
+    states: int
+    """Bytes of an image that all scans keep besides, if there is memory for them."""
 
     def image_bytes(self, checkpointing: str) -> int:
         """Return the bytes of an image at the peak, when one recomputed block is in memory besides."""
@@ -173,7 +175,7 @@ def _count(model: Backbone, images: int) -> CountedPass:
 def _kept(less: CountedPass, more: CountedPass) -> Kept:
     image = [b - a for a, b in zip(less.bytes, more.bytes, strict=True)]
     fixed = [a - IMAGES[0] * each for a, each in zip(less.bytes, image, strict=True)]
-    return Kept(less.outside, less.blocks, image, fixed)
+    return Kept(less.outside, less.blocks, image, fixed, more.states - less.states)
 
 
 def _by_part(counts: Iterable[tuple[str, int]]) -> dict[str, int]:

@@ -50,6 +50,7 @@ class CountedPass(TorchDispatchMode):
         self.operations: dict[tuple[str, bool], Operation] = {}
         """By name, and whether it is within the blocks."""
         self.outside, self.blocks = Saved(), list[Saved]()
+        self.states = 0
         self.bytes: list[int] = []
         """Size of each storage."""
         self._names = {_address(weight): name for name, weight in parameters}

@@ -44,6 +44,8 @@ class Backbone(nn.Module):
     precision: Precision = "fp32"
     """`bf16`: products compute in bfloat16. Weights and the dynamics of the scans stay float32, and so does DiS's stream."""
     drop_rates: tuple[float, ...] = ()
+    keeps_states: bool = False
+    """Whether scans keep their states for the backward pass, which then repeats none of them; with Triton's only."""
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ DAY_S = 86_400.0
 MOST_GPUS = 1024
 NODE_GPUS = 8
 ASSUMED_MFU = 0.15
-"""Share of a GPU's peak that training reaches. No GPU was measured; the kernels' instructions allow 0.30 of DiS-L/2."""
+"""Share of a GPU's peak that training reaches. No GPU was measured; the kernels' instructions allow DiS-L/2 0.31."""
 
 
 class Gpu(NamedTuple):

@@ -22,6 +22,9 @@ SCAN_MACS = 4.5
 class Counter(Protocol):
     """What a network that is priced reports to."""
 
+    states: int
+    """Bytes that scans keep besides where they may (`KeepingStates`)."""
+
     def add(self, name: str, macs: float, passes: int = 3) -> None:
         """Count multiply-adds of a forward pass; training needs `passes` times as many."""
         ...
@@ -89,6 +92,10 @@ def _scans(*directions: Direction, gate: tuple[Tensor, ...] = ()) -> Tensor:
     (B, L, E), N = directions[0].u_BLE.shape, directions[0].A_EN.shape[1]
     report("scan", len(directions) * B * L * E * N * SCAN_MACS)
     report("D u and gate", len(directions) * 2 * B * L * E)
+    if counter := active.get():
+        counter.states += (
+            B * L * E * (4 * len(directions) * max(16, N) // 16 + len(gate) * directions[0].u_BLE.element_size())
+        )
     inputs, states = [x for direction in directions for x in direction], (L - 1) // NATIVE_CHUNK
     kept = directions[0].A_EN.new_empty(B, len(directions) * E * N * states)
     return keeping(_like_first, *inputs, *gate, kept)

@@ -39,7 +39,7 @@ from dis_scale.training.devices import check_on_all_ranks
 from dis_scale.training.engine import Engine
 from dis_scale.training.inputs import StepInput, step_inputs, to_device
 from dis_scale.training.lanes import ForwardPass, forward_passes, image_counts, with_more_passes
-from dis_scale.training.memory import lanes_at_once
+from dis_scale.training.memory import keeps_states, lanes_at_once
 from dis_scale.training.resume import Keep, ResumePoint, Saver
 from dis_scale.training.schedule import learning_rate
 from dis_scale.training.stop import StopAgreement
@@ -271,13 +271,16 @@ def open_training(attempt: Attempt, on_this_node: int, log_rates: Callable[[str]
     at_once = lanes_at_once(attempt.model, price, settings, world, smallest, attempt.shared)
     at_once = with_more_passes(settings.lanes, world, at_once, attempt.more_passes)
     passes = forward_passes(settings.lanes, rank, world, at_once)
-    images = image_counts(passes, settings.lane_images)
-    state, model, images_seen, resumed, earlier = start(attempt, latents, len(passes), images)
-    micro_images = at_once * settings.lane_images
+    images, micro_images = image_counts(passes, settings.lane_images), at_once * settings.lane_images
+    keeps = not attempt.more_passes and keeps_states(price, settings, world, micro_images, smallest, attempt.shared)
+    state, model, images_seen, resumed, earlier = start(attempt, latents, len(passes), images, keeps)
     if rank == 0:
         for line in how:
             attempt.log(f"{attempt.model}: {line}")
-        attempt.log(f"{attempt.model}: {len(passes)} forward passes of up to {micro_images} images a worker and step")
+        kept = ", which keep the states of their scans" if keeps else ""
+        attempt.log(
+            f"{attempt.model}: {len(passes)} forward passes of up to {micro_images} images a worker and step{kept}"
+        )
     meter = open_meter(price, settings, micro_images, world, attempt.device, log_rates)
     process = diffusion.build(recipe.diffusion, latents.shape)
     return Opened(latents, process, state, model, passes, meter, images_seen, resumed, earlier)
@@ -330,11 +333,11 @@ def _workers_on_this_node(world: int) -> int:
 
 
 def start(
-    attempt: Attempt, latents: Latents, passes: int, images: set[int]
+    attempt: Attempt, latents: Latents, passes: int, images: set[int], keeps: bool
 ) -> tuple[Engine, Backbone, int, bool, RunState | None]:
     """Return the engine, its model, and the last fields of `Opened`: from the newest resume point or from initial weights.
 
-    A step has `passes` forward passes on each rank, whose image counts are in `images`.
+    A step has `passes` forward passes on each rank, whose image counts are in `images`; scans keep their states if `keeps`.
     """
     settings, recipe = attempt.recipe.train, attempt.recipe
     seed = seeds.seed("init", recipe.seed_of(attempt.model)) % 2**63
@@ -342,6 +345,7 @@ def start(
         recipe.models[attempt.model], latents.shape, recipe.data.num_classes, scan=settings.scan,
         checkpointing=settings.checkpointing, precision=settings.precision, seed=seed,
     )  # fmt: skip
+    model.keeps_states = keeps
     if settings.base_width:
         transfer.scale_initial(model, settings.base_width)
     if settings.compile:

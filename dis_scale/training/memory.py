@@ -61,6 +61,19 @@ def most_images(cost: Cost, settings: Train, world: int, usable_bytes: float) ->
     return max(0, int((free - fixed) // image)) if free >= joined else 0
 
 
+def keeps_states(
+    cost: Cost, settings: Train, world: int, images: int, gpu_bytes: int | None, shared: float = 0.0
+) -> bool:
+    """Return whether a GPU has memory left for the states of all scans, with `images` in a forward pass and nothing recomputed.
+
+    No setting: kept states need only memory that nothing else uses, and the loss is the same but for rounding.
+    """
+    states = images * cost.kept_in(settings.precision).states
+    if not (gpu_bytes and states) or settings.checkpointing != "none":
+        return False
+    return worker_bytes(cost, settings, world, images) + states <= USABLE * (1 - shared) * gpu_bytes
+
+
 def lanes_at_once(
     model: str, cost: Cost, settings: Train, world: int, gpu_bytes: int | None, shared: float = 0.0
 ) -> int:

@@ -102,17 +102,18 @@ def launches_of(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> s
     return seen
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize(("checkpointing", "keeps"), [("none", False), ("none", True), ("block", False)])
 @pytest.mark.parametrize("directions", [2, 1])
 def test_a_model_compiles_nothing_after_the_self_test(
-    monkeypatch: pytest.MonkeyPatch, directions: Literal[1, 2], checkpointing: str
+    monkeypatch: pytest.MonkeyPatch, directions: Literal[1, 2], checkpointing: str, keeps: bool
 ) -> None:
-    """In training, in bfloat16. Its tensors have the types and the strides of the self-test's."""
+    """In training, in bfloat16, with tensors of the self-test's types and strides; also if all scans keep their states."""
     pytest.importorskip("triton", reason="Triton comes only with PyTorch's builds for Linux")
     monkeypatch.setattr("dis_scale.scan.problem", lambda *_: None)
     settings = Dis(kind="dis", width=64, depth=2, patch=2, directions=directions)
     options = {"scan": "triton", "checkpointing": checkpointing, "precision": "bf16"}
     model = models.build(settings, LatentShape(4, 8), 10, **options)  # type: ignore[arg-type]
+    model.keeps_states = keeps
     images, t, y = torch.randn(3, 4, 8, 8), torch.zeros(3), torch.zeros(3, dtype=torch.int64)
     cases = model._cases([3], training=True)  # type: ignore[operator]
     try:
@@ -123,6 +124,8 @@ def test_a_model_compiles_nothing_after_the_self_test(
         _choose.cache_clear()
     assert {name for name, *_ in launched} >= {"scan_forward", "scan_backward", "conv_forward", "conv_backward"}
     assert launched <= compared
+    keeping = {("KEEP", "True") in launch for launch in launched if launch[0] == "scan_forward"}
+    assert keeping == {"none": {keeps}, "block": {False, True}}[checkpointing]
 
 
 def wrong_gradient(direction: Direction, reverse: bool) -> Tensor:

@@ -8,6 +8,7 @@ time step, W taps of the convolution. The residual stream is float32 whatever th
 import itertools
 import math
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from dis_scale.models.tokens import (
 )
 from dis_scale.process.settings import LatentShape
 from dis_scale.scan import Direction, causal_conv_silu, choose, selective_scan, two_way_conv_silu, two_way_scan
+from dis_scale.scan.backend import KeepingStates
 from dis_scale.scan.counts import fused
 from dis_scale.scan.selftest import Case, distinct, verify
 
@@ -269,7 +271,8 @@ class DiS(Backbone):
     def _cases(self, images: Collection[int], training: bool) -> list[Case]:
         """All passes of these image counts. A recomputed block's second forward pass keeps states; the first has no backward."""
         mode, sizes = self.checkpointing if training else "none", self.scan_sizes
-        passes = [(training and recompute_every(mode) != 1, False), (True, True)][: 1 if mode == "none" else 2]
+        first = training and recompute_every(mode) != 1
+        passes = [(first, first and self.keeps_states), (True, True)][: 1 if mode == "none" else 2]
         return [Case(*sizes, count, self.settings.ways, *each) for count in images for each in passes]
 
     def scale_initial(self, weights: Mapping[str, Tensor], growth: Mapping[str, float], base_width: int) -> None:  # noqa: ARG002
@@ -289,11 +292,12 @@ class DiS(Backbone):
         half = len(self.blocks) // 2
         skips: list[Tensor] = []
         r_BLD: Tensor | None = None
-        for i, block in enumerate(self.blocks):
-            inputs = (h_BLD, r_BLD, c_BD, skips.pop() if i > half and skips else None, drops[i])
-            h_BLD, r_BLD = run_block(self.checkpointing, i, block, *inputs)
-            if i < half and self.settings.skip != "none":
-                skips.append(h_BLD)
+        with KeepingStates() if self.keeps_states else nullcontext():
+            for i, block in enumerate(self.blocks):
+                inputs = (h_BLD, r_BLD, c_BD, skips.pop() if i > half and skips else None, drops[i])
+                h_BLD, r_BLD = run_block(self.checkpointing, i, block, *inputs)
+                if i < half and self.settings.skip != "none":
+                    skips.append(h_BLD)
         return h_BLD, r_BLD
 
     def _image(self, r_BLD: Tensor, c_BD: Tensor, dtype: torch.dtype) -> Tensor:
