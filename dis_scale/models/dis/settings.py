@@ -12,6 +12,9 @@ HEAD_SIZE = 64
 """Most channels of a head of attention."""
 
 
+Order = Literal["raster", "column", "zigzag", "zigzag8", "hilbert"]
+
+
 class Dis(FamilySettings):
     """DiS: bidirectional Mamba blocks with long skips (arXiv 2402.05608)."""
 
@@ -38,9 +41,7 @@ class Dis(FamilySettings):
     directions: Literal[1, 2, "alternate"] = 2
     """1: blocks scan from the first token to the last only, which sees label and time but no later patch. `alternate`: one
     direction, but of the patches the other one in every second round of `order`."""
-    order: Annotated[tuple[Literal["raster", "column", "zigzag", "zigzag8", "hilbert"], ...], Field(min_length=1)] = (
-        "raster",
-    )
+    order: Annotated[tuple[Order, ...], Field(min_length=1, strict=False)] = ("raster",)
     """Orders in which the blocks scan the patches, in turn: `[raster, column]` scans by rows and by columns. `zigzag8` are ZigMa's
     eight, from each corner."""
     position: Literal["learned", "none"] = "learned"
