@@ -20,12 +20,14 @@ from dis_scale.process import seeds
 from dis_scale.process.errors import UserError, nearest
 from dis_scale.process.progress import some
 from dis_scale.recipe import Flow, Gaussian, Recipe, Sampling
-from dis_scale.storage.folder import Folder
-from dis_scale.sweep import Sweep, state
+from dis_scale.sweep import state
 from dis_scale.sweep.documents import LatentsManifest
 from dis_scale.vae import PixelVae, Vae
 from dis_scale.weights.checkpoints import Located, find_checkpoint
 from dis_scale.weights.export import SamplingFacts, open_checkpoint, sampling_facts
+
+BESIDE = "vae"
+"""Folder beside a copied file of weights, with the autoencoder of its latents."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def open_for_sampling(at: str | Path, vae_path: str | None, heads: int | None = 
         model, in_file = open_checkpoint(file, heads), sampling_facts(file)
     path, sweep = located.folder / located.name, located.sweep
     facts = in_file or (SamplingFacts.of_sweep(sweep) if sweep else None)
-    decoder, notes = _decoder(path, vae_path, sweep, facts), list[str]()
+    decoder, notes = _decoder(located, vae_path, facts), list[str]()
     if vae_path is not None:
         _require_fit(model, decoder, vae_path)
     if facts and facts.vae.identity != decoder.identity:
@@ -106,15 +108,22 @@ def open_for_sampling(at: str | Path, vae_path: str | None, heads: int | None = 
     return OpenCheckpoint(model, process, decoder, sampling, notes, sweep.recipe if sweep else None, located)
 
 
-def _decoder(path: Folder, vae_path: str | None, sweep: Sweep | None, facts: SamplingFacts | None) -> Vae:
-    """Load the VAE at `vae_path`, else the sweep's, else `PixelVae` if the latents are pixels; UserError otherwise."""
+def _decoder(located: Located, vae_path: str | None, facts: SamplingFacts | None) -> Vae:
+    """Load the VAE at `vae_path`, else the sweep's, else `PixelVae` if the latents are pixels, else the one in `vae/` beside the
+    weights; UserError otherwise.
+    """
     if vae_path is not None:
         return vae.from_path(vae_path, facts.vae if facts else None)
-    if sweep is not None:
-        return vae.load(sweep)
+    if located.sweep is not None:
+        return vae.load(located.sweep)
     if facts and facts.vae.identity == PixelVae().identity:
         return PixelVae()
-    raise UserError(f"{path} is not in a sweep, so name the VAE of its latents: --vae FOLDER, hub id, or none")
+    if (beside := located.folder / BESIDE).list():
+        return vae.from_path(beside.url, facts.vae if facts else None)
+    raise UserError(
+        f"{located} is not in a sweep, so name the VAE of its latents: --vae FOLDER, hub id, or none; or put its folder there as "
+        f"{BESIDE}/"
+    )
 
 
 def _require_fit(model: Backbone, decoder: Vae, vae_path: str) -> None:

@@ -1,5 +1,6 @@
 """`dis-scale sample`: equal pictures at any batch size, and one line for each mistake."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
 import dis_scale
 from dis_scale import models, vae
@@ -35,6 +37,8 @@ from tests.support import ranks
 from tests.support.commands import answer, invoke
 from tests.support.documents import put_latents, put_published
 from tests.support.published import published_sweep
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -304,5 +308,24 @@ def test_an_autoencoder_of_other_channels_is_refused(files: tuple[Path, Path], t
 
 
 def test_weights_outside_a_sweep_need_a_vae(files: tuple[Path, Path]) -> None:
+    """Or one beside them."""
+    identity = open_for_sampling(files[0], None).decoder.identity
+    assert identity == open_for_sampling(files[0], str(files[1])).decoder.identity
+    files[1].rename(files[1].with_name("elsewhere"))
     code, output = invoke("sample", "--checkpoint", str(files[0]), "--classes", "1")
     assert (code, "is not in a sweep, so name the VAE of its latents" in output) == (2, True)
+
+
+def test_the_examples_weights_draw_the_digits_that_are_asked_for() -> None:
+    """By the nearest mean of the real digits; the files are those that the page names."""
+    page = (ROOT / "examples/digits/README.md").read_text()
+    for file in (ROOT / "examples/digits").rglob("*.safetensors"):
+        assert hashlib.sha256(file.read_bytes()).hexdigest() in page
+    opened = open_for_sampling(ROOT / "examples/digits", None)
+    labels = labels_in_turn(opened, None, 20)
+    pictures_BHW = np.concatenate(list(sample_pictures(opened, labels)))[..., 0]
+    small_B64 = pictures_BHW.reshape(20, 8, 4, 8, 4).mean((2, 4)).reshape(20, 64) / 16
+    images, digits = load_digits(return_X_y=True)
+    means = np.stack([images[digits == digit].mean(0) for digit in range(10)])
+    nearest = np.square(small_B64[:, None] - means).sum(2).argmin(1)
+    assert (nearest == labels).mean() > 0.7
