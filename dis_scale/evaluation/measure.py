@@ -124,8 +124,8 @@ class _Pass:
             yield "precision", Estimate(precision, float(np.sqrt(precision * (1 - precision) / n)))
             yield "recall", Estimate(recall)
         if "copy_rate" in self._requested and real is not None:
-            ratios = sets.nearest_ratios(features_ND, real)
-            yield "copy_rate", Estimate(*sets.copy_rate(ratios, len(real), self._reference.pooled.count))
+            ratios, nearest = sets.nearest_ratios(features_ND, real)
+            yield "copy_rate", Estimate(*sets.copy_rate(ratios, nearest, len(real), self._reference.pooled.count))
             yield "nearest_ratio", Estimate(float(np.median(ratios)))
         if "distance_infinity" in self._requested:
             yield "fid_infinity", metrics.infinity(features_ND, frechet, seed=self._settings.samples)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dis_scale.process.errors import DisScaleError
 from dis_scale.recipe.evaluate import KID_SUBSET_IMAGES
@@ -47,24 +48,28 @@ def precision_recall(generated_ND: np.ndarray, real_MD: np.ndarray) -> tuple[flo
     return shares["precision"], shares["recall"]
 
 
-def nearest_ratios(generated_ND: np.ndarray, real_MD: np.ndarray) -> np.ndarray:
-    """Return (N) distances to the nearest real image over those to the second nearest: 0 is a copy, 1 as near to both.
+def nearest_ratios(generated_ND: np.ndarray, real_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (N) distances to the nearest real image over those to the second nearest, 0 is a copy, and (N) the nearest's numbers.
 
     The two are found by products and measured again by differences, since products lose the distance of a copy to rounding.
     """
-    centre, ratios = real_MD.mean(0, dtype=np.float64).astype(np.float32), list[np.ndarray]()
+    centre, ratios, nearest = real_MD.mean(0, dtype=np.float64).astype(np.float32), list[Tensor](), list[Tensor]()
     real = torch.from_numpy(real_MD - centre)
     for rows in torch.from_numpy(generated_ND - centre).split(ROWS):
         two = torch.cdist(rows, real).topk(2, largest=False).indices
-        first, second = (rows[:, None] - real[two]).double().norm(dim=2).sort(1).values.unbind(1)
-        ratios.append((first / second.clamp(min=torch.finfo(torch.float64).tiny)).numpy())
-    return np.concatenate(ratios)
+        distances, order = (rows[:, None] - real[two]).double().norm(dim=2).sort(1)
+        first, second = distances.unbind(1)
+        nearest.append(two.gather(1, order)[:, 0])
+        ratios.append(first / second.clamp(min=torch.finfo(torch.float64).tiny))
+    return torch.cat(ratios).numpy(), torch.cat(nearest).numpy()
 
 
-def copy_rate(ratios_N: np.ndarray, known: int, images: float) -> tuple[float, float]:
+def copy_rate(ratios_N: np.ndarray, nearest_N: np.ndarray, known: int, images: float) -> tuple[float, float]:
     """Return the share of samples that copy one of so many training images, of which only `known` were compared; and its error.
 
-    A copy of any image is found with the probability known / images. One sample found, or none, has the error of one.
+    A copied image is among those with the probability known / images, and with it all its copies: the error is that of the number
+    of images found, each with its copies. One sample found, or none, has the error of one.
     """
-    found, scale = int((ratios_N < COPY_RATIO).sum()), images / known / len(ratios_N)
-    return found * scale, max(found, 1) ** 0.5 * scale
+    scale = images / known / len(ratios_N)
+    _, copies = np.unique(nearest_N[ratios_N < COPY_RATIO], return_counts=True)
+    return min(1.0, float(copies.sum()) * scale), max(float(np.square(copies).sum()), 1.0) ** 0.5 * scale

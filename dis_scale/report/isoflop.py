@@ -15,7 +15,7 @@ import numpy as np
 from dis_scale.recipe import MAIN
 from dis_scale.report import loss_law
 from dis_scale.report.fits import PowerLaw, bootstrap_tail, lack_of_fit, limited_law, student_margin
-from dis_scale.report.loss_law import Runs
+from dis_scale.report.loss_law import LossLaw, Runs
 from dis_scale.report.points import HELD_OUT, Report
 
 LEAST_SIZES = 4
@@ -122,7 +122,7 @@ def runs_of(report: Report, metric: str) -> dict[str, Runs]:
     """Return the runs of each measured family. Each seed is a run."""
     families = defaultdict[str, list[list[float]]](list)
     for p in report.points:
-        if p.variant == MAIN and p.budget is not None and p.values.get(metric, 0) > 0:
+        if p.variant == MAIN and p.budget is not None and 0 < p.values.get(metric, 0) < np.inf:
             families[p.kind].append([p.cost.parameters, p.images_seen, p.budget, p.values[metric]])
     columns = {kind: np.array(rows).T for kind, rows in sorted(families.items())}
     return {
@@ -248,19 +248,26 @@ def lines(report: Report) -> list[str]:
     for metric in dict.fromkeys((HELD_OUT, report.metric)):
         for kind, runs in runs_of(report, metric).items():
             family = profiles_of(runs)
-            fitted = laws(family)
-            out += [f"{metric}, {kind} {_minimum_words(profile)}" for profile in family]
-            out += [f"{metric}, {kind} {words}" for words in _unfitted_words(report, family)]
-            out += [f"{metric}, {kind}: {words}" for words in _law_words(fitted, metric)]
-            if metric == HELD_OUT and report.recipe.isoflop:
-                largest = report.recipe.isoflop.flops[-1]
-                found = [*loss_law_words(runs, fitted), *prediction_words(runs, family, largest)]
-                out += [f"{metric}, {kind}: {words}" for words in found]
+            words = [_minimum_words(profile) for profile in family] + _unfitted_words(report, family)
+            out += [f"{metric}, {kind} {line}" for line in words]
+            largest = report.recipe.isoflop.flops[-1] if report.recipe.isoflop and metric == HELD_OUT else None
+            out += [f"{metric}, {kind}: {line}" for line in _laws_words(runs, family, metric, largest)]
     return [
         *out,
         "the intervals hold the spread of runs about the parabolas and of the minima about their law; not what runs share: "
         "the trunk of a size's branches, learning rate, held-out images, a seed's order of images, the range of sizes",
     ]
+
+
+def _laws_words(runs: Runs, family: list[Profile], metric: str, largest: float | None) -> list[str]:
+    """Return the laws in words. Given a largest budget, also that of all runs, and what it predicts there."""
+    parabolas, law = laws(family), loss_law.fit(runs) if largest else None
+    if law and parabolas and (why := refuted(law, parabolas)):
+        return [why]
+    words = _law_words(parabolas, metric)
+    if law and largest:
+        words += loss_law_words(runs, law) + prediction_words(runs, family, largest)
+    return words
 
 
 def _unfitted_words(report: Report, family: list[Profile]) -> list[str]:
@@ -293,30 +300,34 @@ def _law_words(fitted: Laws | None, metric: str) -> list[str]:
     return [*words, edge] if fitted.at_edge else words
 
 
-def loss_law_words(runs: Runs, parabolas: Laws | None) -> list[str]:
-    """Return the law of all runs in words, or that it and the parabolas refute each other."""
-    law = loss_law.fit(runs)
-    if law is None:
-        return []
-    size, other = law.size_exponent, parabolas and parabolas.parameters.interval
-    if other and (size.high < other[0] or other[1] < size.low):
-        return [
-            f"one law of all runs gives best size ~ compute^{size.words('.2f')}, outside of the parabolas' interval: they "
-            "disagree, so neither is a result"
-        ]
+def loss_law_words(runs: Runs, law: LossLaw) -> list[str]:
+    """Return the law of all runs in words."""
     a, b = law.exponents
+    size = law.size_exponent
+    best = f"best size ~ compute^{size.words('.2f')}" if size else "its best sizes are beyond those of the runs"
     words = [
         f"{law.limit.words('.3g')} + A / parameters^{a.words('.2f')} + B / images^{b.words('.2f')}, one law of {len(runs.values)} "
-        f"runs: best size ~ compute^{size.words('.2f')}"
+        f"runs: {best}"
     ]
-    if runs.repeated:
-        times = law.repetition
+    if runs.repeated and runs.unique:
+        times, most = law.repetition, runs.images.max() / runs.unique
         words.append(
             f"an image seen again is worth 1/e of a new one after {times.words('.0f')} times"
             if np.isfinite(times.value)
-            else f"no sign that images seen again are worth less, up to {times.low:.0f} times at least"
+            else f"no sign that images seen again are worth less, up to {most:,.0f} times"
         )
     return words
+
+
+def refuted(law: LossLaw, parabolas: Laws) -> str:
+    """Return why neither law of the best size is a result: their intervals exclude each other; empty if they do not."""
+    size, other = law.size_exponent, parabolas.parameters.interval
+    if not size or not other or (size.low <= other[1] and other[0] <= size.high):
+        return ""
+    return (
+        f"best size ~ compute^{size.words('.2f')} by one law of all runs, compute^{parabolas.parameters.exponent_words} by the "
+        "parabolas: they disagree, so neither is a result"
+    )
 
 
 def prediction_words(runs: Runs, family: list[Profile], budget: float) -> list[str]:
@@ -324,10 +335,10 @@ def prediction_words(runs: Runs, family: list[Profile], budget: float) -> list[s
     predicted = loss_law.predict(runs, budget)
     if predicted is None:
         return []
-    words = (
-        f"{budget:g} FLOPs, predicted by the law of the smaller budgets: lowest {predicted.loss.words('.4g')} at "
-        f"{predicted.size.words(',.0f')} parameters"
-    )
+    start = f"{budget:g} FLOPs, predicted by the law of the smaller budgets:"
+    if predicted.at_end:
+        return [f"{start} the best size is beyond those of the runs: list larger or smaller models"]
+    words = f"{start} lowest {predicted.loss.words('.4g')} at {predicted.size.words(',.0f')} parameters"
     measured = next((profile.best for profile in family if profile.budget == budget), None)
     if measured is None:
         return [f"{words}; not measured yet, or without a minimum within the sizes"]

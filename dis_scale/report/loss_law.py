@@ -25,8 +25,8 @@ HALF_APART = 2**0.5
 ROBUST = 1.345
 """Residuals beyond as many standard deviations count less (Huber's loss, with 95 % of the efficiency of least squares)."""
 RESAMPLES = 400
-STEPS = 30
-"""Of the descent; simulated studies take about 20."""
+STEPS = 60
+"""Of the descent; most fits take about 20."""
 LEAST_COEFFICIENTS, MOST_COEFFICIENTS = np.array([-30, -30, -30, 0.01, 0.01]), np.array([30, 30, 30, 3, 3])
 NOTHING = 1e-6
 """Limit that is none: a sum's term that has vanished."""
@@ -41,7 +41,8 @@ class Interval(NamedTuple):
     high: float
 
     def words(self, form: str) -> str:
-        return f"{self.value:{form}} (95 % interval {self.low:{form}} to {self.high:{form}})"
+        high = f"to {self.high:{form}}" if np.isfinite(self.high) else "without an upper end"
+        return f"{self.value:{form}} (95 % interval {self.low:{form}} {high})"
 
 
 @dataclass(frozen=True)
@@ -116,39 +117,53 @@ class LossLaw:
         value, low, high = self.estimate(self.repeats)
         return Interval(value, low / HALF_APART, high * HALF_APART)
 
-    def lowest(self, budget: float) -> tuple[np.ndarray, np.ndarray]:
-        """Return the best sizes of a budget within the sizes of the runs, and their losses, each of the shape (samples,)."""
+    def lowest(self, budget: float) -> "Lowest":
+        """Return the best size of a budget within the sizes of the runs."""
         sizes = np.geomspace(self.runs.parameters.min(), self.runs.parameters.max(), 200)
         losses = self.at(sizes, self.runs.images_at(sizes, budget))
         best = losses.argmin(1)
-        return sizes[best], np.take_along_axis(losses, best[:, None], 1)[:, 0]
+        lowest = np.take_along_axis(losses, best[:, None], 1)[:, 0]
+        return Lowest(sizes[best], lowest, bool(best[0] in (0, len(sizes) - 1)))
 
     @property
-    def size_exponent(self) -> Interval:
-        """Exponent of compute in the best size, between the smallest and the largest budget of the runs."""
+    def size_exponent(self) -> Interval | None:
+        """Exponent of compute in the best size, from the smallest to the largest budget; None if one is at an end of the sizes."""
         ends = np.array([self.runs.budgets.min(), self.runs.budgets.max()])
-        low, high = (np.log(self.lowest(budget)[0]) for budget in ends)
-        return self.estimate((high - low) / np.log(ends[1] / ends[0]))
+        low, high = (self.lowest(budget) for budget in ends)
+        if low.at_end or high.at_end:
+            return None
+        return self.estimate(np.log(high.sizes / low.sizes) / np.log(ends[1] / ends[0]))
+
+
+class Lowest(NamedTuple):
+    """Best sizes of a budget and their losses, each of the shape (samples,), and whether the fit's is at an end of the sizes."""
+
+    sizes: np.ndarray
+    losses: np.ndarray
+    at_end: bool
 
 
 class Prediction(NamedTuple):
-    """Best size of a budget, and its loss, by the law of smaller budgets only."""
+    """Best size of a budget, and its loss, by the law of smaller budgets only; `at_end` as in `Lowest`."""
 
     budget: float
     size: Interval
     loss: Interval
+    at_end: bool
 
 
 def predict(runs: Runs, budget: float) -> Prediction | None:
-    """Predict a budget without its own runs; None if the smaller ones are too few for a fit."""
-    law = fit(runs.of(runs.budgets < budget))
-    return Prediction(budget, *map(law.estimate, law.lowest(budget))) if law else None
+    """Predict a budget without its own runs; None without a law of the smaller ones."""
+    if not (law := fit(runs.of(runs.budgets < budget))):
+        return None
+    best = law.lowest(budget)
+    return Prediction(budget, law.estimate(best.sizes), law.estimate(best.losses), best.at_end)
 
 
 def fit(runs: Runs, resamples: int = RESAMPLES) -> LossLaw | None:
     """Fit the law by Huber's loss of log losses, from 27 starts, and to runs that are drawn with replacement.
 
-    None for too few runs, budgets or sizes.
+    None for too few runs, budgets or sizes, and if the runs do not determine it: an exponent is at a limit of those tried.
     """
     apart = min(len(np.unique(runs.budgets)), len(np.unique(runs.parameters)))
     if len(runs.values) < LEAST_RUNS or apart < LEAST_APART:
@@ -165,6 +180,9 @@ def fit(runs: Runs, resamples: int = RESAMPLES) -> LossLaw | None:
     spread = 1.4826 * float(np.median(np.abs(residuals))) * np.sqrt(count / (count - found.shape[1]))
     width = max(ROBUST * spread, 1e-9)
     found, misfits = _descend(found[None], *data, ones, width)
+    best = found[0, misfits[0].argmin()]
+    if not ((best > LEAST_COEFFICIENTS)[3:] & (best < MOST_COEFFICIENTS)[3:]).all():
+        return None
     drawn = np.random.default_rng(0).multinomial(count, ones / count, size=resamples)
     again, again_misfits = _descend(np.repeat(found, resamples, 0), *data, drawn[:, None], width)
     chosen = np.append(misfits, again_misfits, 0).argmin(1)  # the best constant of each

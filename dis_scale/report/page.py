@@ -94,8 +94,9 @@ def _metric(report: Report) -> str:
     settings = report.recipe.evaluate
     features = "Inception-v3" if settings.extractor.name == "inception" else f"the extractor {settings.extractor.name}"
     floors = "".join(f" For {f.words} it is {tables.with_error(f.distance, f.error)}." for f in report.floors)
+    samples = "endless" if "infinity" in report.metric else f"{settings.samples:,}"
     return (
-        f"{report.metric} is the Fréchet distance of {settings.samples:,} samples from the real images under the features of "
+        f"{report.metric} is the Fréchet distance of {samples} samples from the real images under the features of "
         f"{features}: lower is better.{floors}"
     )
 

@@ -241,8 +241,16 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
     return Report(
         sweep=sweep.folder.name, metric=recipe.evaluate.metric, points=points, failed=failed,
         skipped=state.skipped(sweep), recipe=recipe, groups=groups, vae=state.latents_vae(sweep), floors=_floors(sweep),
-        no_floor=state.floor_skipped(sweep), unique_images=_unique_images(sweep),
+        no_floor=state.floor_skipped(sweep) or _other_floor(sweep), unique_images=_unique_images(sweep),
     )  # fmt: skip
+
+
+def _other_floor(sweep: Sweep) -> str | None:
+    """Return why a measured floor is not that of the curve."""
+    metric = sweep.recipe.evaluate.metric
+    floor = state.floor(sweep)
+    known = not floor or any(metric in values for values in floor.values.values())
+    return None if known else f"the floors are those of the distance at {sweep.recipe.evaluate.samples:,} samples"
 
 
 def _unique_images(sweep: Sweep) -> int | None:

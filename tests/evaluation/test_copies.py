@@ -21,8 +21,8 @@ def test_a_part_of_the_training_images_tells_the_rate_of_all() -> None:
     rng, estimates, inside = np.random.default_rng(0), [], []
     for seed in range(20):
         real = rng.standard_normal((2000, 16)).astype(np.float32)
-        ratios = sets.nearest_ratios(samples_of(real, 1000, 1 + seed), real[::4])
-        rate, error = sets.copy_rate(ratios, known=500, images=2000)
+        found = sets.nearest_ratios(samples_of(real, 1000, 1 + seed), real[::4])
+        rate, error = sets.copy_rate(*found, known=500, images=2000)
         estimates.append(rate)
         inside.append(abs(rate - COPIED) < 2 * error)
     assert np.mean(estimates) == pytest.approx(COPIED, abs=0.015)
@@ -32,11 +32,29 @@ def test_a_part_of_the_training_images_tells_the_rate_of_all() -> None:
 def test_exact_copies_have_no_distance_even_far_from_zero() -> None:
     """Products of features of this size lose distances under one."""
     real = (1e3 + np.random.default_rng(0).standard_normal((1500, 64))).astype(np.float32)
-    assert sets.nearest_ratios(real[:1200], real).max() == 0
-    assert sets.copy_rate(sets.nearest_ratios(real[:1200], real), 1500, 1500)[0] == 1
+    ratios, nearest = sets.nearest_ratios(real[:1200], real)
+    assert ratios.max() == 0
+    assert nearest.tolist() == list(range(1200))
+    assert sets.copy_rate(ratios, nearest, 1500, 1500)[0] == 1
 
 
 def test_new_images_are_no_copies_and_the_error_is_that_of_one() -> None:
     rng = np.random.default_rng(0)
     new, real = (rng.standard_normal((500, 16)).astype(np.float32) for _ in range(2))
-    assert sets.copy_rate(sets.nearest_ratios(new, real), known=500, images=5000) == (0, pytest.approx(10 / 500))
+    assert sets.copy_rate(*sets.nearest_ratios(new, real), known=500, images=5000) == (0, pytest.approx(10 / 500))
+
+
+def test_copies_of_few_images_have_the_error_of_few() -> None:
+    """All samples copy one of four images of 2,000, of which a quarter is compared: none, one or a few of the four are in it."""
+    rng, estimates, errors = np.random.default_rng(1), [], []
+    for _ in range(200):
+        real = rng.standard_normal((2000, 16)).astype(np.float32)
+        samples = real[rng.choice(2000, 4, replace=False)][rng.integers(0, 4, 400)]
+        rate, error = sets.copy_rate(*sets.nearest_ratios(samples, real[:500]), known=500, images=2000)
+        estimates.append(rate)
+        errors.append(error)
+    assert np.mean(np.array(estimates) > 0) == pytest.approx(1 - 0.75**4, abs=0.1)
+    assert max(estimates) <= 1
+    assert np.median([e for r, e in zip(estimates, errors, strict=True) if r]) > 0.5, (
+        "of samples alone it would be 0.08"
+    )

@@ -95,7 +95,7 @@ def test_each_metric_has_its_name_its_value_and_its_error(
         "precision_1200_error": np.sqrt(precision[0] * (1 - precision[0]) / 1200),
         "fid_infinity_1200": limit, "fid_infinity_1200_error": limit_error,
         "copy_rate_1200": 0, "copy_rate_1200_error": 1 / 1200,
-        "nearest_ratio_1200": float(np.median(sets.nearest_ratios(pooled, kept))),
+        "nearest_ratio_1200": float(np.median(sets.nearest_ratios(pooled, kept)[0])),
     } | {name: inception_score(generated.logits, splits) for name, splits in cuts.items()}  # fmt: skip
     errors = {"fid_1200_error", "sfid_1200_error", "is_1200_error"}  # ADM's score is of one split here
     assert values.keys() == expected.keys() | errors

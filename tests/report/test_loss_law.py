@@ -47,6 +47,8 @@ def test_the_law_and_a_budget_that_was_not_run_are_inside_their_intervals() -> N
         law, predicted = fit(runs), loss_law.predict(runs, float(BUDGETS[-1]))
         assert predicted
         known = [LIMIT, SIZE, IMAGES, IMAGES / (SIZE + IMAGES), lowest]
+        assert law.size_exponent
+        assert not predicted.at_end
         found = [law.limit, *law.exponents, law.size_exponent, predicted.loss]
         held.append([each.low <= true <= each.high for each, true in zip(found, known, strict=True)])
         assert predicted.loss.high / predicted.loss.low < 1.15
@@ -83,12 +85,38 @@ def test_too_few_runs_have_no_law() -> None:
 
 
 def test_a_law_that_the_parabolas_refute_is_no_result() -> None:
-    """The best size grows faster than compute: a sum of powers of size and images has no such law."""
+    """The best size falls with compute: a sum of powers of size and images has no such law."""
     runs = study(3)
-    best = 2e4 * (runs.budgets / BUDGETS[0]) ** 1.1
+    best = 1e5 * (runs.budgets / BUDGETS[0]) ** -0.5
     refuted = Runs(runs.parameters, runs.images, runs.budgets, np.exp(0.1 * np.log(runs.parameters / best) ** 2))
-    (words,) = isoflop.loss_law_words(refuted, isoflop.laws(isoflop.profiles_of(refuted), resamples=300))
-    assert words.endswith("they disagree, so neither is a result")
+    parabolas = isoflop.laws(isoflop.profiles_of(refuted), resamples=300)
+    assert parabolas
+    assert isoflop.refuted(fit(refuted), parabolas).endswith("they disagree, so neither is a result")
+    fitting = isoflop.laws(isoflop.profiles_of(runs), resamples=300)
+    assert fitting
+    assert isoflop.refuted(fit(runs), fitting) == ""
+
+
+@pytest.mark.parametrize("sizes", [SIZES[3:], SIZES[:4] / 10], ids=["too large", "too small"])
+def test_a_best_size_beyond_those_of_the_runs_is_no_result(sizes: np.ndarray) -> None:
+    """Its exponent would be 0 with an interval of no width."""
+    sizes = np.geomspace(sizes[0], sizes[-1], 6)
+    runs, budgets = study(5), np.repeat(BUDGETS, 6)
+    images = budgets / FLOPS / np.tile(sizes, 4)
+    values = losses(np.tile(sizes, 4), images) * runs.values / losses(runs.parameters, runs.images)
+    beyond = Runs(np.tile(sizes, 4), images, budgets, values)
+    law = fit(beyond)
+    assert law.size_exponent is None
+    assert isoflop.loss_law_words(beyond, law)[0].endswith("its best sizes are beyond those of the runs")
+    (words,) = isoflop.prediction_words(beyond, [], float(BUDGETS[-1]))
+    assert words.endswith("the best size is beyond those of the runs: list larger or smaller models")
+
+
+def test_runs_that_do_not_determine_the_law_have_none() -> None:
+    """Equal losses, and losses that rise with the images, as those of small sets do."""
+    runs = study(6)
+    for values in (np.ones_like(runs.values), 1 + runs.images / runs.images.max()):
+        assert loss_law.fit(Runs(runs.parameters, runs.images, runs.budgets, values)) is None
 
 
 def test_a_prediction_is_compared_once_its_budget_is_measured() -> None:

@@ -34,7 +34,7 @@ def _public() -> PublicLayout:
 
 def _published(settings: Dis, shape: LatentShape, num_classes: int | None) -> PaperNumbers:
     """thop x 2 on the public code: it counts module calls only (no mixer), and 2 per element for a layer norm."""
-    if (settings.skip, settings.conditioning) != ("concat", "tokens"):
+    if settings.unpublished:
         return PaperNumbers()
     D, P, T = settings.width, shape.channels * settings.patch**2, (shape.size // settings.patch) ** 2
     L = T + settings.extra_tokens(num_classes)

@@ -273,6 +273,8 @@ class DiS(Backbone):
         mode, sizes = self.checkpointing if training else "none", self.scan_sizes
         first = training and recompute_every(mode) != 1
         passes = [(first, first and self.keeps_states), (True, True)][: 1 if mode == "none" else 2]
+        if self.settings.attention_every == 1:
+            return []
         return [Case(*sizes, count, self.settings.ways, *each) for count in images for each in passes]
 
     def scale_initial(self, weights: Mapping[str, Tensor], growth: Mapping[str, float], base_width: int) -> None:  # noqa: ARG002

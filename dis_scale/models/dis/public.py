@@ -1,7 +1,6 @@
 """The layout of DiS's public weights (feizc/DiS). Read next: ../public.py."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,15 +24,6 @@ NAMES = {
     "modulation": "final_layer.adaLN_modulation.1",
     "final": "final_layer.linear",
 }
-PUBLISHED: dict[str, Any] = {
-    "conditioning": "tokens",
-    "skip": "concat",
-    "directions": 2,
-    "position": "learned",
-    "order": ("raster",),
-    "attention_every": None,
-}
-"""Options of the public code."""
 
 
 def recognises(state_dict: StateDict) -> bool:
@@ -63,9 +53,10 @@ def model(state_dict: StateDict, heads: int | None = None) -> DiS:
 def rename(ours: str, model: Backbone) -> str:
     """Return the public name of a weight. UserError for options that the public code lacks."""
     assert isinstance(model, DiS)
-    given = {name: getattr(model.settings, name) for name in PUBLISHED}
-    if unlike := [name for name, public in PUBLISHED.items() if given[name] != public]:
-        raise UserError(f"the public layout of DiS has no {unlike[0]}: {given[unlike[0]]}: export another way")
+    if unlike := model.settings.unpublished:
+        raise UserError(
+            f"the public layout of DiS has no {unlike}: {getattr(model.settings, unlike)}: export another way"
+        )
     if not ours.startswith("blocks."):
         return renamed(ours, NAMES)
     _, index, rest = ours.split(".", 2)

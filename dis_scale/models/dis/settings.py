@@ -1,7 +1,7 @@
 """Settings of a DiS."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,15 @@ HEAD_SIZE = 64
 """Most channels of a head of attention."""
 
 
+PUBLISHED: dict[str, Any] = {
+    "conditioning": "tokens",
+    "skip": "concat",
+    "directions": 2,
+    "position": "learned",
+    "order": ("raster",),
+    "attention_every": None,
+}
+"""Options of the public code."""
 Order = Literal["raster", "column", "zigzag", "zigzag8", "hilbert"]
 
 
@@ -39,8 +48,8 @@ class Dis(FamilySettings):
     skip: Literal["concat", "add", "none"] = "concat"
     """How an out-block takes in an in-block's branch: by a product of both, by their sum, or not at all."""
     directions: Literal[1, 2, "alternate"] = 2
-    """1: blocks scan from the first token to the last only, which sees label and time but no later patch. `alternate`: one
-    direction, but of the patches the other one in every second round of `order`."""
+    """1: blocks scan from the first token to the last only; with one order, a patch sees label and time but no later patch.
+    `alternate`: one direction, but of the patches the other one in every second round of `order`."""
     order: Annotated[tuple[Order, ...], Field(min_length=1, strict=False)] = ("raster",)
     """Orders in which the blocks scan the patches, in turn: `[raster, column]` scans by rows and by columns. `zigzag8` are ZigMa's
     eight, from each corner."""
@@ -63,6 +72,11 @@ class Dis(FamilySettings):
         if self.attention_every and ours != base:
             return f"attention's heads have {ours} channels here and {base} at base_width {base_width}: choose multiples of 64"
         return None
+
+    @property
+    def unpublished(self) -> str | None:
+        """Name of the first setting that the public code lacks; None if it has all."""
+        return next((name for name, public in PUBLISHED.items() if getattr(self, name) != public), None)
 
     @property
     def ways(self) -> Literal[1, 2]:
