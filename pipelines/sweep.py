@@ -153,8 +153,13 @@ def writing_page(driver: Driver, plan: Plan) -> Iterator[None]:
 
     def write() -> None:
         nonlocal due_s
-        if (began_s := time.monotonic()) >= due_s:
+        if (began_s := time.monotonic()) < due_s:
+            return
+        try:
             report.write(driver.sweep, report.collect(driver.sweep, plan), running=True)
+        except Exception as error:  # the sweep goes on without its page
+            driver.board.say(f"page     not written: {error}")
+        finally:
             due_s = time.monotonic() + (time.monotonic() - began_s) / PAGE_SHARE
 
     driver.board.say(f"page     {driver.sweep.report}/{report.PAGE}")

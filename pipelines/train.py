@@ -201,7 +201,9 @@ class TrainingRun:
             if self.more_passes:
                 raise
             self.more_passes = 1
-            raise WorkerFailure(f"{error}; a step has one forward pass more from now on") from error
+            raise WorkerFailure(
+                f"{error}; forward passes are smaller from now on, if they have several lanes"
+            ) from error
         finally:
             remove_placement_group(group)
 
@@ -227,7 +229,7 @@ class TrainingRun:
             worker.check.remote(variables | {"RANK": rank}, self.device, group_waits_s(self.settings))
             for rank, worker in enumerate(ranks.workers)
         ]
-        watch(self.job, ranks.workers, checks, policy=Watch(hang_after_s=self.settings.hang_after_s))
+        watch(self.job, ranks.workers, checks, policy=Watch(hang_after_s=FIRST * self.settings.hang_after_s))
 
     def _train(self, ranks: Ranks, avoided: Collection[str], start: tuple[float, float | None]) -> int:
         """Train under a lease of its own."""

@@ -55,7 +55,7 @@ def compare(
         bool, typer.Option("--by-cost", help="Compare models of about one cost instead of one name.")
     ] = False,
     page: Annotated[
-        Path | None, typer.Option(help="The page of two sweeps to write; default: comparison.html, none with --json.")
+        Path | None, typer.Option(help="Write a page of two sweeps to this file, such as comparison.html.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -65,8 +65,8 @@ def compare(
     from dis_scale.sweep import Sweep
 
     if families:
-        if b or pair or by_cost:
-            raise UserError("--families compares within one sweep, without --pair and --by-cost")
+        if b or pair or by_cost or page:
+            raise UserError("--families compares within one sweep, without --pair, --by-cost and --page")
         from dis_scale.report import families as within
 
         measured = collect(opened := Sweep.open(a), plan_of(opened))
@@ -75,7 +75,6 @@ def compare(
         return
     if b is None:
         raise UserError("compare: expected two sweeps, or one with --families A B")
-    page = page or (None if as_json else Path("comparison.html"))
     if page:
         require_folder(page, "--page")
     opened_both = Sweep.open(a), Sweep.open(b)
@@ -95,7 +94,7 @@ def compare(
     table = comparison.comparison_table(first, second, found)
     if page:
         page.write_bytes(compare_page(opened_both, (first, second), table))
-    show(as_json, [each.to_json() for each in found], table, f"page     {page}")
+    show(as_json, [each.to_json() for each in found], table, *([f"page     {page}"] if page else []))
 
 
 def measure(

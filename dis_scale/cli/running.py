@@ -97,17 +97,25 @@ def status(
 
     root = open_folder(sweep)
     below = [] if root.exists(RECIPE) else [folder for folder in sweeps_below(root) if folder.exists(RECIPE)]
-    opened = [Sweep.open(folder.url) for folder in below] or [Sweep.open(sweep)]
     if every and (as_json or check or below):
         raise UserError("status: expected --watch alone, with one sweep")
     if every:
-        return statuses.watch(opened[0], every, console())
-    found = [statuses.collect(each, each.folder.time_s()) for each in opened]
+        return statuses.watch(Sweep.open(sweep), every, console())
+    found, unread = list[statuses.Status](), list[str]()
+    for url in [folder.url for folder in below] or [sweep]:
+        try:
+            opened = Sweep.open(url)
+            found.append(statuses.collect(opened, opened.folder.time_s()))
+        except DisScaleError as error:
+            if not below:
+                raise
+            unread.append(str(error))
+            say_aside(f"not read: {error}")
     if below:
         show(as_json, [asdict(each) for each in found], statuses.overview(found))
     else:
         show(as_json, asdict(found[0]), statuses.table(found[0]))
-    wrong = [f"{each.sweep}: {line}" for each in found for line in each.wrong]
+    wrong = unread + [f"{each.sweep}: {line}" for each in found for line in each.wrong]
     if check and wrong:
         raise DisScaleError(f"{wrong[0]}{f'; and {len(wrong) - 1} more' if len(wrong) > 1 else ''}")
 

@@ -12,8 +12,9 @@ import mmap
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from dis_scale.process import counts
@@ -46,8 +47,8 @@ class Cache:
     def __init__(self, folder: Path, bound_bytes: int, say: Callable[[str], None]) -> None:
         self.folder, self.bound_bytes, self._say = folder, bound_bytes, say
         self._disabled = False
-        self._checked: dict[str, int] = {}
-        """Inodes of the files whose bytes this process has checked, by sha256."""
+        self._checked: dict[str, tuple[int, int]] = {}
+        """Inode and time of the last change of the files whose bytes this process has checked, by sha256."""
 
     def get(self, shard: Digest, fetch: Callable[[], bytes]) -> bytes | mmap.mmap:
         """Return the shard with this digest: cached, or by `fetch`, in one process of the node at a time."""
@@ -66,22 +67,23 @@ class Cache:
         return cached
 
     def _cached(self, shard: Digest) -> mmap.mmap | None:
-        """Map the file and update its time; None if it is missing or damaged. A damaged file is deleted."""
+        """Map the file and update the time of its last use; None if it is missing or damaged. A damaged file is deleted."""
         path = self.folder / shard.sha256
         try:
             with path.open("rb") as file:
-                inode, size = (stat := os.fstat(file.fileno())).st_ino, stat.st_size
-                right = size == shard.size_bytes and (
-                    self._checked.get(shard.sha256)
-                    == inode  # read, not mapped: a broken disk is an error, not a signal
+                stat = os.fstat(file.fileno())
+                known = stat.st_ino, stat.st_mtime_ns
+                right = stat.st_size == shard.size_bytes and (
+                    self._checked.get(shard.sha256) == known
+                    # read, not mapped: what a disk has lost until now is an error, not a signal
                     or hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
                 )
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if right else None
+                if data:
+                    os.utime(file.fileno(), ns=(time.time_ns(), stat.st_mtime_ns))
             if data:
-                self._checked[shard.sha256] = inode
+                self._checked[shard.sha256] = known
                 data.madvise(mmap.MADV_WILLNEED)  # the kernel reads it while the block before is used
-                with suppress(OSError):  # another process may have evicted it; the bytes are still right
-                    os.utime(path)
                 return data
             path.unlink(missing_ok=True)
         except FileNotFoundError:
@@ -107,7 +109,7 @@ class Cache:
     def _evict(self, size_bytes: int) -> None:
         files = [(e.stat(), e) for e in os.scandir(self.folder) if _OURS.fullmatch(e.name)]
         used = sum(stat.st_size for stat, _ in files)
-        for stat, entry in sorted(files, key=lambda f: (not f[1].name.endswith(".part"), f[0].st_mtime_ns)):
+        for stat, entry in sorted(files, key=lambda f: (not f[1].name.endswith(".part"), f[0].st_atime_ns)):
             if used + size_bytes <= self.bound_bytes and not entry.name.endswith(".part"):
                 return
             Path(entry.path).unlink(missing_ok=True)

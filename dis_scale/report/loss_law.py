@@ -117,13 +117,13 @@ class LossLaw:
         value, low, high = self.estimate(self.repeats)
         return Interval(value, low / HALF_APART, high * HALF_APART)
 
-    def lowest(self, budget: float) -> "Lowest":
+    def lowest(self, budget: float) -> "Best":
         """Return the best size of a budget within the sizes of the runs."""
         sizes = np.geomspace(self.runs.parameters.min(), self.runs.parameters.max(), 200)
         losses = self.at(sizes, self.runs.images_at(sizes, budget))
         best = losses.argmin(1)
         lowest = np.take_along_axis(losses, best[:, None], 1)[:, 0]
-        return Lowest(sizes[best], lowest, bool(best[0] in (0, len(sizes) - 1)))
+        return Best(sizes[best], lowest, bool(best[0] in (0, len(sizes) - 1)))
 
     @property
     def size_exponent(self) -> Interval | None:
@@ -135,7 +135,7 @@ class LossLaw:
         return self.estimate(np.log(high.sizes / low.sizes) / np.log(ends[1] / ends[0]))
 
 
-class Lowest(NamedTuple):
+class Best(NamedTuple):
     """Best sizes of a budget and their losses, each of the shape (samples,), and whether the fit's is at an end of the sizes."""
 
     sizes: np.ndarray
@@ -144,7 +144,7 @@ class Lowest(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """Best size of a budget, and its loss, by the law of smaller budgets only; `at_end` as in `Lowest`."""
+    """Best size of a budget, and its loss, by the law of smaller budgets only; `at_end` as in `Best`."""
 
     budget: float
     size: Interval

@@ -5,13 +5,17 @@ In all grids of a sweep's main sampling, the pictures at one position have the s
 
 import io
 import json
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from dis_scale.evaluation.sampling import COLUMN_NAMES, cell_pixels
+from dis_scale.process.errors import StorageError
+from dis_scale.process.threads import in_order
 from dis_scale.report.points import Point, Report
 from dis_scale.report.tables import with_error
 from dis_scale.sweep import GRID, REAL, Sampled, Sweep
@@ -22,6 +26,8 @@ MOST_COUNTS = 8
 """Most counts of images seen of one model."""
 CELL = 64
 """Largest picture, in pixels: the page stays small, and samples.png has the picture itself."""
+AT_ONCE = 16
+"""Pictures that are read at the same time."""
 GAP = 3
 """Pixels between pictures."""
 
@@ -44,38 +50,50 @@ class Strip(NamedTuple):
 
 def real(sweep: Sweep) -> list[Picture]:
     """Return the real images; none for a sweep that was begun before they were kept."""
-    if not sweep.folder.exists(REAL):
+    try:
+        return [_part("real images", sweep.folder.read(REAL), sweep.recipe.data.resolution)]
+    except (FileNotFoundError, StorageError):
         return []
-    return [_part("real images", sweep.folder.read(REAL), sweep.recipe.data.resolution)]
 
 
 def of_point(sweep: Sweep, point: Point) -> list[Picture]:
     """Return the samples of a point, if they are stored."""
     folder = sweep.evaluation(Sampled(point.model, point.images_seen))
     words = f"{point.model} after {point.images_seen:,} images"
-    return [_part(words, folder.read(GRID), sweep.recipe.data.resolution)] if folder.exists(GRID) else []
+    try:
+        return [_part(words, folder.read(GRID), sweep.recipe.data.resolution)]
+    except (FileNotFoundError, StorageError):  # the page shows the others; `verify` names a damaged file
+        return []
 
 
 def strips(sweep: Sweep, report: Report) -> list[Strip]:
     """Return all models at their last counts, then each model with several counts over its training."""
-    trained: dict[str, list[Picture]] = {}
+    points = defaultdict[str, list[Point]](list)
     for p in report.main:
+        points[p.model].append(p)
+    chosen = [p for of_model in points.values() for p in _evenly(of_model)]
+    trained = defaultdict[str, list[Picture]](list)
+    for p, parts in zip(chosen, in_order(chosen, partial(of_point, sweep), AT_ONCE), strict=True):
         words = (
             f"{p.model}, {p.images_seen:,} images, {report.metric} {with_error(report.distance(p), report.error(p))}"
         )
-        trained.setdefault(p.model, []).extend(part._replace(words=words) for part in of_point(sweep, p))
-    trained = {model: parts for model, parts in trained.items() if parts}
-    every = [Strip("All models", real(sweep) + [parts[-1] for parts in trained.values()])] if trained else []
+        trained[p.model] += [part._replace(words=words) for part in parts]
+    own, last = real(sweep), [parts[-1] for parts in trained.values() if parts]
+    every = [Strip("All models", own + last)] if last else []
     return every + [
-        Strip(f"{model} over its training", chosen + real(sweep), len(chosen))
+        Strip(f"{model} over its training", parts + own, len(parts))
         for model, parts in trained.items()
-        if len(chosen := _evenly(parts)) > 1
+        if len(parts) > 1
     ]
 
 
 def _part(words: str, grid: bytes, resolution: int) -> Picture:
     """Return the first rows of a grid, in cells of at most `CELL` pixels with gaps between them."""
-    image, cell = Image.open(io.BytesIO(grid)), cell_pixels(resolution)
+    try:
+        image, cell = Image.open(io.BytesIO(grid)), cell_pixels(resolution)
+        image.load()
+    except OSError as error:
+        raise StorageError(f"the picture of {words} is damaged: {error}") from error
     header, side = image.height % cell, min(cell, CELL)
     columns, rows = image.width // cell, min(SHOWN_ROWS, image.height // cell)
     sheet = Image.new("RGBA", (columns * (side + GAP) - GAP, rows * (side + GAP) - GAP))
@@ -89,7 +107,7 @@ def _part(words: str, grid: bytes, resolution: int) -> Picture:
     return Picture(words, json.loads(image.info.get(COLUMN_NAMES, "[]")), buffer.getvalue())
 
 
-def _evenly(parts: Sequence[Picture]) -> list[Picture]:
-    """Return at most `MOST_COUNTS` parts, with the first and the last."""
-    chosen = np.linspace(0, len(parts) - 1, min(MOST_COUNTS, len(parts))).round().astype(int)
-    return [parts[i] for i in chosen]
+def _evenly(points: Sequence[Point]) -> list[Point]:
+    """Return at most `MOST_COUNTS` points, with the first and the last."""
+    chosen = np.linspace(0, len(points) - 1, min(MOST_COUNTS, len(points))).round().astype(int)
+    return [points[i] for i in chosen]

@@ -1,11 +1,13 @@
 """The report of a sweep over HTTP: read from storage at each request, for this machine only."""
 
+import contextlib
 import mimetypes
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 from dis_scale.process.errors import DisScaleError
 from dis_scale.report.files import PAGE
@@ -19,10 +21,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def __init__(self, folder: Folder, *connection: Any) -> None:
         self._folder = folder
+        self._port = connection[2].server_port
         super().__init__(*connection)
 
     def do_GET(self) -> None:
-        name = self.path.partition("?")[0].removeprefix("/") or PAGE
+        if self.headers["Host"] not in {f"{name}:{self._port}" for name in (LOOPBACK, "localhost")}:
+            return self.send_error(HTTPStatus.MISDIRECTED_REQUEST)  # a page elsewhere whose name was pointed here
+        name = unquote(self.path.partition("?")[0]).removeprefix("/") or PAGE
         try:
             data = self._folder.read(name) if name in self._folder.list() else None
         except (DisScaleError, FileNotFoundError) as error:
@@ -33,7 +38,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", mimetypes.guess_type(name)[0] or "application/octet-stream")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        with contextlib.suppress(ConnectionError):  # the browser left
+            self.wfile.write(data)
 
     def log_message(self, *_: Any) -> None:
         """Log nothing: errors are in the answers."""

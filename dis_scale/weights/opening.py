@@ -143,14 +143,18 @@ def _require_fit(model: Backbone, decoder: Vae, vae_path: str) -> None:
 def labels_in_words(opened: OpenCheckpoint, words: str) -> list[int]:
     """Return the labels of words with commas between them, each a label or a class's name; UserError for any other."""
     labels, names = list[int](), opened.class_names
-    for word in map(str.strip, words.split(",")):
+    for word in [words] if words in names else map(str.strip, words.split(",")):
         number = word.isdecimal() and len(word) < 10
         if not number and word not in names:
             known = f", or names: {some(list(names))}" if names else ", for example 1,7"
             raise UserError(
                 f"--classes: got {word!r}{nearest(word, names)}, expected labels with commas between them{known}"
             )
-        labels.append(int(word) if number else names.index(word))
+        if number and word in names and names.index(word) != int(word):
+            raise UserError(
+                f"--classes: {word} is a label, and the name of label {names.index(word)}: rename the class"
+            )
+        labels.append(names.index(word) if word in names else int(word))
     return labels
 
 

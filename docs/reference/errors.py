@@ -63,7 +63,7 @@ KINDS = {
         "Wait for it, or stop it: `dis-scale stop SWEEP`. See [another-cluster](../ops/runbooks/another-cluster.md).",
     ),
     "OutOfMemory": Kind(
-        "The memory of a GPU is too small for the settings, in training also with one forward pass more in a step. A rerun would "
+        "The memory of a GPU is too small for the settings, in training also with smaller forward passes. A rerun would "
         "fail in the same way.",
         "Smaller `train.micro_images`, `train.checkpointing`, a higher `train.zero_stage`, or smaller `evaluate.batch_images`. See "
         "[out-of-memory](../ops/runbooks/out-of-memory.md).",

@@ -74,3 +74,13 @@ def test_many_counts_are_thinned_out_evenly() -> None:
     shown = _evenly(range(50))  # type: ignore[arg-type]
     assert (len(shown), shown[0], shown[-1]) == (MOST_COUNTS, 0, 49)
     assert set(np.diff(shown)) == {7}
+
+
+def test_a_damaged_picture_is_left_out_and_costs_no_page(tmp_path: Path, tiny: Recipe) -> None:
+    sweep = sweep_at(tmp_path, "tiny", tiny)
+    for model in ("dis", "dit"):
+        show(sweep, model, 160, 20, [])
+    (whole := sweep.evaluation(Sampled("dis", 160))).write(GRID, whole.read(GRID)[:-60])
+    sweep.folder.write(REAL, b"")
+    (every,) = strips(sweep, collect(sweep))
+    assert [part.words.split(",")[0] for part in every.parts] == ["dit"]

@@ -18,7 +18,7 @@ from dis_scale.recipe import Recipe, reading
 from dis_scale.storage import lease, manifest
 from dis_scale.storage.folder import Folder, open_folder
 from dis_scale.storage.lease import Holder
-from dis_scale.sweep import PointName, Sampled, Sweep, state
+from dis_scale.sweep import RECIPE, PointName, Sampled, Sweep, state
 from dis_scale.sweep.documents import Ended, Metrics, StageProgress
 from dis_scale.tracking import rows
 from dis_scale.tracking.rows import RowWriter
@@ -88,6 +88,11 @@ def test_all_sweeps_below_a_root_are_listed_and_checked(sweep: Sweep, tmp_path: 
         listed = answer("status", str(tmp_path), "--json")
     assert (code, f"{sweep}: stopped: no sweep command has run yet" in output) == (1, True)
     assert [(each["sweep"], bool(each["stopped"])) for each in listed] == [(str(other), False), (str(sweep), True)]
+    other.folder.write(RECIPE, b"name: [")
+    code, output = invoke("status", str(tmp_path), "--check")
+    assert (code, f"not read: {other}/recipe.yaml" in output, "and 1 more" in output) == (1, True, True)
+    (readable,) = answer("status", str(tmp_path), "--json")
+    assert readable["sweep"] == str(sweep), "one that cannot be read hides no other"
     code, output = invoke("status", f"{sweep}y")
     assert (code, "no sweep at" in output, "(did you mean 'tiny'?)" in output) == (2, True, True)
 

@@ -87,6 +87,11 @@ def test_classes_have_their_names_and_a_run_its_newest_weights(tmp_path: Path) -
         UserError, match=r"--classes: got 'kin c' \(did you mean 'kind c'\?\), expected labels .*, or names: kind a"
     ):
         labels_in_words(opened, "kind a,kin c")
+    put_latents(latents, PixelVae().identity, (3, 32), label_names=("tench, Tinca tinca", "0", *names[2:]))
+    assert labels_in_words(opened, "tench, Tinca tinca") == [0], "as ImageNet's names are"
+    with pytest.raises(UserError, match="--classes: 0 is a label, and the name of label 1: rename the class"):
+        labels_in_words(opened, "0")
+    put_latents(latents, PixelVae().identity, (3, 32), label_names=tuple(names))
     assert column_names(opened, [2, 0, 2, 0], 2) == ["kind c", "kind a"]
     assert column_names(opened, [2, 0, 1, 0], 2) == [], "a column of two classes"
     assert column_names(opened, 4, 2) == []
