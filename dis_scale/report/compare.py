@@ -11,12 +11,9 @@ from rich.text import Text
 from dis_scale.evaluation.metrics import jackknife_error
 from dis_scale.process.errors import UserError
 from dis_scale.recipe.identity import as_yaml, differing
-from dis_scale.report.points import Point, Report
+from dis_scale.report.points import ALIKE, Point, Report
 from dis_scale.report.tables import SAMPLING, UNFINISHED, TableColumn, with_error
 from dis_scale.sweep.documents import Metrics
-
-ALIKE = 0.1
-"""Largest relative difference of multiply-adds at which two models of other names count as equally costly."""
 
 
 class Difference(NamedTuple):

@@ -17,8 +17,7 @@ from rich.table import Table
 from dis_scale.evaluation.metrics import FOLDS, jackknife_error
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import MAIN
-from dis_scale.report.compare import ALIKE
-from dis_scale.report.points import HELD_OUT, Point, Report
+from dis_scale.report.points import ALIKE, HELD_OUT, Point, Report
 
 if TYPE_CHECKING:
     from dis_scale.report import isoflop

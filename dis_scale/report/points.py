@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from dis_scale.models.cost import Cost
     from dis_scale.planning.plan import Plan
 
+ALIKE = 0.1
+"""Largest relative difference of costs at which two models of other names count as equally costly."""
 HELD_OUT = "held_out_loss"
 SAMPLING_RATE = "sampling_images_per_s"
 
