@@ -1,4 +1,4 @@
-// Words of a point while it is touched, and sliders over pictures. Without scripts, all pictures are shown.
+// Words of a point while it is touched, sliders over pictures, and the page's age. Without scripts, all pictures are shown.
 const tip = document.getElementById("tip");
 function show(event) {
   const point = event.target.closest(".point");
@@ -17,4 +17,10 @@ for (const slider of document.querySelectorAll("input[type=range]")) {
   const turn = () => pictures.forEach((picture, i) => { picture.hidden = i !== Number(slider.value); });
   slider.addEventListener("input", turn);
   turn();
+}
+const written = document.querySelector("[data-at]");  // a sweep that has stopped writes no page any more
+if (written) {
+  const minutes = Math.floor((Date.now() / 1000 - written.dataset.at) / 60);
+  if (minutes > 1) written.textContent += `, ${minutes} minutes ago`;
+  if (minutes > 120) written.textContent += ": the sweep may have stopped (dis-scale status)";
 }

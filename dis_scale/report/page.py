@@ -158,7 +158,7 @@ def _progress(facts: Facts) -> str:
         )
     now = f"{datetime.fromtimestamp(facts.now, UTC):%Y-%m-%d %H:%M:%S} UTC"
     stage = f"{escape(facts.status.stage)}; " if facts.status.stage else ""
-    head = f"<h2>{escape(facts.status.doing.capitalize())}</h2><p class='quiet'>{stage}as of {now}</p>"
+    head = f"<h2>{escape(facts.status.doing.capitalize())}</h2><p class='quiet' data-at='{facts.now:.0f}'>{stage}as of {now}</p>"
     return f"{head}<div class='scroll'><table>{''.join(rows)}</table></div>"
 
 
