@@ -143,7 +143,7 @@ def isoflop_profiles(report: Report, metric: str) -> Figure | None:
     drawing.log_axes(profiles, "parameters", metric)
     drawing.log_axes(sizes, COMPUTE_FLOPS, "best size, parameters")
     drawing.log_axes(lowest, COMPUTE_FLOPS, f"lowest {metric}")
-    for axes in (profiles, lowest):
+    for axes in (profiles, lowest) if metric == HELD_OUT else ():
         axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10)))  # losses span less than a decade
     budgets = sorted({profile.budget for family in measured.values() for profile in family})
     shades = dict(zip(budgets, drawing.shades(len(budgets)), strict=True))
