@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import threading
+import traceback
 import weakref
 from collections import defaultdict
 from functools import partial
@@ -28,6 +29,7 @@ from dis_scale.scan import Direction, triton_conv, triton_layout, triton_numbers
 from dis_scale.scan import triton as scan_triton
 from dis_scale.scan.triton_fill import FULL
 from dis_scale.scan.triton_launch import CHUNK, MOST_PROGRAMS, Launch, compile_together
+from tests.support.alone import in_its_own_process
 from tests.support.scans import BACKWARD_CYCLES, FORWARD_CYCLES
 
 INTERPRETED = Path(__file__).parent.parent / "support" / "interpreted_triton.py"
@@ -233,6 +235,7 @@ def let_wait_for_each_other(monkeypatch: pytest.MonkeyPatch, *kernels: Any) -> l
     return failed
 
 
+@in_its_own_process
 def test_kernels_compile_together_and_are_those_that_a_launch_takes(
     monkeypatch: pytest.MonkeyPatch, compiles: list[str]
 ) -> None:
@@ -242,13 +245,14 @@ def test_kernels_compile_together_and_are_those_that_a_launch_takes(
     inputs, z = [torch.ones(shape) for shape in shapes * 2], torch.ones(1, 5, 16)[..., 8:]
     kind, directions = scan_triton._kind(False, z, inputs, FULL)
     compile_together(lambda: scan_triton.compile_forward(kind, z, directions, keep=False))
-    assert not failed, [repr(error) for error in failed]
+    assert not failed, ["".join(traceback.format_exception(error)) for error in failed]
     assert sorted(compiles) == ["by_state", "scan_forward", "scan_forward"]
     monkeypatch.setattr(Launch, "__call__", only_compile)
     scan_triton._forward(triton_numbers.scan_forward(kind, False), kind, z, directions, keep=False)
     assert len(compiles) == 3
 
 
+@in_its_own_process
 def test_the_convolutions_kernels_compile_together(monkeypatch: pytest.MonkeyPatch, compiles: list[str]) -> None:
     """Those of the backward pass: the forward pass has only one."""
     failed = let_wait_for_each_other(monkeypatch, triton_conv.conv_backward, triton_layout.sum_conv)
