@@ -104,7 +104,7 @@ class Trainer(Worker):
         shared: float,
         more_passes: int,
     ) -> int:
-        """Train as one rank after `check`; return the images seen. the last three arguments are as in `loop.Attempt`."""
+        """Train as one rank after `check`; return the images seen. `start`, `shared` and `more_passes` are as in `loop.Attempt`."""
         import torch
 
         from dis_scale.training.loop import Attempt, Start, train_model
