@@ -79,8 +79,9 @@ def run_sweep(recipe: Recipe, console: Console, here: bool = False, overrides: S
     failures = Failures()
     with Board(console) as board:
         _name_deleted_weights(sweep, board)
-        done = state.all_evaluated(sweep) and not state.outdated(sweep) and state.floor_settled(sweep)
-        if done and sweep.report.exists(report.CSV):
+        measured = state.all_evaluated(sweep) and not state.outdated(sweep) and state.floor_settled(sweep)
+        done = measured and sweep.report.exists(report.CSV)
+        if done:
             board.say("nothing to do: every model is trained and evaluated at every published count")
         else:
             if not here:
@@ -88,8 +89,10 @@ def run_sweep(recipe: Recipe, console: Console, here: bool = False, overrides: S
             driver = Driver(sweep, board, as_json=jsonlog.wanted())
             failures = run_stages(driver, plan, store)
             sweep = driver.sweep  # of the running sweep, if it joined one
-            _write_report(sweep, plan, failures)
-    _print_results(sweep, plan, console)
+        points = report.collect(sweep, plan)
+        if not done:
+            _write_report(sweep, points, failures)
+    _print_results(sweep, points, console)
     if words := failures.words():
         raise DisScaleError(f"{words}; {how_to_continue(sweep)}")
 
@@ -157,7 +160,7 @@ def writing_page(driver: Driver, plan: Plan) -> Iterator[None]:
             return
         try:
             report.write(driver.sweep, report.collect(driver.sweep, plan), running=True)
-        except Exception as error:  # the sweep goes on without its page
+        except Exception as error:  # the sweep continues without its page
             driver.board.say(f"page     not written: {error}")
         finally:
             due_s = time.monotonic() + (time.monotonic() - began_s) / PAGE_SHARE
@@ -363,16 +366,16 @@ def begin_tracking(driver: Driver, plan: Plan, uri: str) -> None:
         driver.board.say(f"tracking MLflow cannot be reached at {uri}, results are in storage only: {why}")
 
 
-def _write_report(sweep: Sweep, plan: Plan, failures: Failures) -> None:
+def _write_report(sweep: Sweep, points: report.Report, failures: Failures) -> None:
     """Write the report; copy it and the end of each failed run to MLflow."""
-    report.write(sweep, report.collect(sweep, plan))
+    report.write(sweep, points)
     mlflow_copy.copy_report(sweep, "FAILED" if failures.models or failures.evaluation is not None else "FINISHED")
     for model in failures.models:
         mlflow.RunCopy(sweep, model).finish("FAILED")
 
 
-def _print_results(sweep: Sweep, plan: Plan, console: Console) -> None:
-    console.print(report.table(report.collect(sweep, plan)))
+def _print_results(sweep: Sweep, points: report.Report, console: Console) -> None:
+    console.print(report.table(points))
     console.print(f"figure   {sweep.report}/gflops_fid.png", highlight=False, soft_wrap=True)
     console.print(f"page     {sweep.report}/{report.PAGE}", highlight=False, soft_wrap=True)
     if tracking := TrackingIds.find_intact(sweep.folder):

@@ -160,8 +160,9 @@ def _widen(axes: Axes, floors: list[float]) -> None:
 
 def draw_lines(axes: Axes, report: Report, points: list[Point], along: str) -> list[Name]:
     """Plot a line for each model, and one for the cooled-down points of each trunk; return their names."""
+    colours = colours_of(report)
     for model, line in _by_model(points).items():
-        draw_line(axes, report, line, along, colours_of(report)[line[0].trunk], model)
+        draw_line(axes, report, line, along, colours[line[0].trunk], model)
     return last_names(report, points, along)
 
 
@@ -170,7 +171,7 @@ def draw_line(axes: Axes, report: Report, points: list[Point], along: str, colou
 
     Markers of unfinished schedules are hollow.
     """
-    family, x = families.find(points[0].kind), [getattr(p, along) for p in points]
+    family, colours, x = families.find(points[0].kind), colours_of(report), [getattr(p, along) for p in points]
     y = [report.distance(p) for p in points]
     errors = [float("nan") if (error := report.error(p)) is None else error for p in points]
     axes.errorbar(
@@ -178,7 +179,7 @@ def draw_line(axes: Axes, report: Report, points: list[Point], along: str, colou
         label=label,
     )  # fmt: skip
     for p, left, up in zip(points, x, y, strict=True):
-        own = colour or colours_of(report)[p.trunk]
+        own = colour or colours[p.trunk]
         face, order = ("white", HOLLOW) if p.unfinished else (own, HOLLOW - 0.5)
         axes.plot(left, up, family.marker, color=own, markerfacecolor=face, zorder=order, url=f"#{_words(report, p)}")
 
@@ -191,8 +192,8 @@ def _words(report: Report, p: Point) -> str:
 
 def last_names(report: Report, drawn: list[Point], along: str) -> list[Name]:
     """Return each model's name at its last point of those that are drawn."""
-    lasts = {name: points[-1] for name, points in _by_model(drawn).items()}
-    return [Name(name, getattr(p, along), report.distance(p), colours_of(report)[p.trunk]) for name, p in lasts.items()]
+    lasts, colours = {name: points[-1] for name, points in _by_model(drawn).items()}, colours_of(report)
+    return [Name(name, getattr(p, along), report.distance(p), colours[p.trunk]) for name, p in lasts.items()]
 
 
 def _by_model(points: list[Point]) -> dict[str, list[Point]]:

@@ -112,11 +112,11 @@ def training_loss(report: Report, rows: Mapping[str, Sequence[Row]]) -> Figure |
     """Plot the loss of training over images seen: a line for each model, the mean of neighbouring rows. None without rows."""
     figure, axes = drawing.new_axes(report, "images seen")
     axes.set_ylabel("training loss")
-    ends = list[drawing.Name]()
+    ends, colours = list[drawing.Name](), drawing.colours_of(report)
     for model, known in rows.items():
         if values := [(row.images, row.value) for row in known if row.images and row.value > 0]:
             means = np.array([part.mean(0) for part in np.array_split(values, min(CURVE_POINTS, len(values)))])
-            colour, line = drawing.colours_of(report)[model], families.find(report.recipe.models[model].kind).line
+            colour, line = colours[model], families.find(report.recipe.models[model].kind).line
             axes.plot(*means.T, color=colour, linestyle=line, linewidth=1.2)
             ends.append(drawing.Name(model, means[-1][0], means[-1][1], colour))
     return drawing.finish(figure, axes, replace(report, floors=[]), ends) if ends else None
@@ -178,8 +178,10 @@ def _minima(sizes: Axes, values: Axes, profiles: list[isoflop.Profile], kind: st
     if not best:
         return
     family, law, lowest = families.find(kind), isoflop.laws(profiles), isoflop.lowest(profiles)
-    law_words = law and law.parameters.exponent_words.replace("95 % interval ", "")
-    label = f"{kind}: compute^{law_words}" if law else kind
+    label = kind
+    if law and law.parameters.interval:
+        least, most = law.parameters.interval
+        label += f": compute^{law.parameters.exponent:.2f} ({least:.2f} to {most:.2f})"
     sizes.plot(list(best), list(best.values()), family.marker, color="black", label=label)
     if law:
         budgets = np.array(list(best))

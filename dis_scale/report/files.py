@@ -8,8 +8,7 @@ from rich.table import Table
 from dis_scale.report.points import Report
 from dis_scale.report.published import require_published_protocol
 from dis_scale.report.tables import to_csv
-from dis_scale.sweep import Sweep, state
-from dis_scale.sweep.documents import LatentsManifest
+from dis_scale.sweep import Sweep
 from dis_scale.tracking.rows import Row, RowReader
 from dis_scale.upkeep import status
 
@@ -75,16 +74,10 @@ def _facts(sweep: Sweep, report: Report, losses: Mapping[str, Sequence[Row]]) ->
     """Return what the head of the page tells."""
     from dis_scale.report.page import Facts
 
-    now, latents = sweep.folder.time_s(), state.find_latents(sweep.folder)
-    times = [row.time for rows in losses.values() for row in rows] + [
-        p.evaluation.time for p in report.points if p.evaluation.time
-    ]
-    return Facts(
-        status.collect(sweep, now),
-        now,
-        images=LatentsManifest.require(latents).count if latents else None,
-        times=(min(times), max(times)) if times else None,
-    )
+    now = sweep.folder.time_s()
+    times = [row.time for rows in losses.values() for row in rows]
+    times += [p.evaluation.time for p in report.points if p.evaluation.time]
+    return Facts(status.collect(sweep, now), now, (min(times), max(times)) if times else None)
 
 
 def _losses(sweep: Sweep) -> dict[str, list[Row]]:

@@ -34,14 +34,13 @@ class Plot(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """How far a sweep is at a time, the images of its latents, and the times of the first and the last value measured, if known.
+    """How far a sweep is at a time, and the times of the first and the last value measured, if known.
 
     All times are Unix times.
     """
 
     status: Status
     now: float
-    images: int | None
     times: tuple[float, float] | None
 
 
@@ -58,7 +57,7 @@ def render_page(
         _section("Samples", pictures),
         f"<p><a href='{more}'>All models side by side, and each over its training</a></p>" if more else "",
         _figures(plots),
-        _table(tables.table(report), "Every point") if report.points else "",
+        _table(tables.points_table(report), "Every point") if report.points else "",
         _folded("How these numbers were measured", [*figures.correlations(report), *tables.notes(report)]),
     ]
     running = status.doing != "done" and not status.stopped
@@ -118,14 +117,17 @@ def _best(report: Report) -> tuple[str, str]:
 
 def _facts(report: Report, facts: Facts) -> dict[str, tuple[str, str]]:
     """Return the best model, what was trained on what, when and how long: each by its title, a short value and more words."""
-    recipe, (status, _, images, times) = report.recipe, facts
+    recipe, (status, _, times) = report.recipe, facts
     source, classes = recipe.data.source, recipe.data.num_classes
     kinds = sorted({model.kind for model in recipe.models.values()})
     most = max(recipe.train_of(name).images for name in recipe.models)
     of_images = f"{redact(getattr(source, 'url', source.kind))}, {f'{classes:,} classes, ' if classes else ''}"
     found = {
         "Best model": _best(report),
-        "Images": (f"{images:,}" if images else "not counted yet", f"{of_images}{recipe.data.resolution} pixels wide"),
+        "Images": (
+            f"{report.images:,}" if report.images else "not counted yet",
+            f"{of_images}{recipe.data.resolution} pixels wide",
+        ),
         "Models": (f"{len(recipe.models)}", f"{', '.join(kinds)}; up to {most:,} images each"),
     }
     if times:

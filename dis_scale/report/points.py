@@ -111,8 +111,8 @@ class Report:
     """Of real images, then of their reconstructions; empty if they are not measured."""
     no_floor: str | None
     """The reason why they could not be measured."""
-    unique_images: int | None = None
-    """Different images that are trained on, without flips; None if the latents were deleted."""
+    images: int | None = None
+    """Images of the latents, without flips; None if these were deleted."""
 
     @property
     def main(self) -> list[Point]:
@@ -132,6 +132,11 @@ class Report:
     def trainings(self, point: Point) -> int:
         """Return the number of the model's trainings, one for each seed, measured or not."""
         return sum(group == point.group for group in self.groups.values())
+
+    @property
+    def unique_images(self) -> int | None:
+        """Different images that are trained on; None if it is not known."""
+        return None if self.images is None else self.images - self.recipe.data.held_out_images
 
     @property
     def counts(self) -> list[int]:
@@ -240,24 +245,12 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
                 )  # fmt: skip
                 points.append(point)
     failed = {model: why for model in plan.costs if (why := state.ended(sweep, model))}
+    (floors, no_floor), latents = _floors(sweep), state.find_latents(sweep.folder)
     return Report(
         sweep=sweep.folder.name, metric=recipe.evaluate.metric, points=points, failed=failed,
-        skipped=state.skipped(sweep), recipe=recipe, groups=groups, vae=state.latents_vae(sweep), floors=_floors(sweep),
-        no_floor=state.floor_skipped(sweep) or _other_floor(sweep), unique_images=_unique_images(sweep),
+        skipped=state.skipped(sweep), recipe=recipe, groups=groups, vae=state.latents_vae(sweep), floors=floors,
+        no_floor=no_floor, images=LatentsManifest.require(latents).count if latents else None,
     )  # fmt: skip
-
-
-def _other_floor(sweep: Sweep) -> str | None:
-    """Return why a measured floor is not that of the curve."""
-    metric = sweep.recipe.evaluate.metric
-    floor = state.floor(sweep)
-    known = not floor or any(metric in values for values in floor.values.values())
-    return None if known else f"the floors are those of the distance at {sweep.recipe.evaluate.samples:,} samples"
-
-
-def _unique_images(sweep: Sweep) -> int | None:
-    latents = state.find_latents(sweep.folder)
-    return LatentsManifest.require(latents).count - sweep.recipe.data.held_out_images if latents else None
 
 
 def _random_share(recipe: Recipe, model: str, images_seen: int, origins: Mapping[str, Origin | None]) -> float:
@@ -273,13 +266,15 @@ def _random_share(recipe: Recipe, model: str, images_seen: int, origins: Mapping
     return _random_share(recipe, of, since, origins) * start_share(recipe.train_of(model), images_seen, since)
 
 
-def _floors(sweep: Sweep) -> list[Floor]:
-    """Return the floors under the main metric."""
-    settings, floor = sweep.recipe.evaluate, state.floor(sweep)
+def _floors(sweep: Sweep) -> tuple[list[Floor], str | None]:
+    """Return the floors under the main metric, and the reason if there are none although they were tried."""
+    settings, floor, skipped = sweep.recipe.evaluate, state.floor(sweep), state.floor_skipped(sweep)
     if not floor:
-        return []
+        return [], skipped
     images = floor.images if settings.reference else settings.samples
     which = "of the source" if settings.reference else "held out of the reference"
     words = {"real": f"{images:,} real images {which}", "reconstructed": "their reconstructions by the VAE"}
     every = [(words[kind], values, settings.metric) for kind, values in floor.values.items() if kind in words]
-    return [Floor(text, v[metric], v.get(f"{metric}_error")) for text, v, metric in every if metric in v]
+    floors = [Floor(text, v[metric], v.get(f"{metric}_error")) for text, v, metric in every if metric in v]
+    other = None if floors else f"the floors are those of the distance at {settings.samples:,} samples"
+    return floors, skipped or other

@@ -56,10 +56,16 @@ SAMPLING = (
 
 def table(report: Report) -> Table:
     """Return a table with a row for each point, and below it the footnotes and the missing points."""
-    caption = Text("\n".join(notes(report))).append("".join(f"\n{line}" for line in missing(report)), style="red")
+    out = points_table(report)
+    out.caption = Text("\n".join(notes(report))).append("".join(f"\n{line}" for line in missing(report)), style="red")
+    return out
+
+
+def points_table(report: Report) -> Table:
+    """Return a table with a row for each point."""
     out = Table(
         title=f"{report.sweep}: Gflops against {report.metric}", box=box.SIMPLE_HEAD, padding=0, min_width=WIDTH,
-        caption=caption, caption_justify="left",
+        caption_justify="left",
     )  # fmt: skip
     shown = columns(report)
     for name in shown:
