@@ -113,6 +113,15 @@ def _errors(sizes: list[Size], factors: np.ndarray) -> tuple[Error, ...]:
     return ()
 
 
+def _apart(change: float) -> str:
+    """Return how far a value is from another one, whose logarithm differs by `change`."""
+    return f"{abs(math.expm1(change)):.1%} {'above' if change > 0 else 'below'}"
+
+
+def _verdict(significant: bool) -> str:
+    return "a difference at 5 %" if significant else "no difference at 5 %"
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One family against another by one metric at equal cost of one kind, at one count of images seen."""
@@ -131,16 +140,15 @@ class Comparison:
         start = f"{self.metric} at equal {self.cost}"
         if self.found is None:
             return f"{start}: {self.ours} and {self.theirs} cannot be compared: {self.why_not}"
-        share, error = math.expm1(self.found.change), self.found.error
-        words = f"{self.ours} is {abs(share):.1%} {'above' if share > 0 else 'below'} the curve of {self.theirs}"
+        error = self.found.error
+        words = f"{self.ours} is {_apart(self.found.change)} the curve of {self.theirs}"
         words += (
             f", mean of {len(self.found.sizes)} sizes at {self.images:,} images" if len(self.found.sizes) > 1 else ""
         )
         if error is None:
             return f"{start}: {words}; its error is not known"
         spread = "over seeds" if self.found.over_seeds else "of sampling alone, not between trainings"
-        verdict = "a difference at 5 %" if self.found.significant else "no difference at 5 %"
-        return f"{start}: {words}, ± {error:.1%} ({spread}, and of the curve): {verdict}"
+        return f"{start}: {words}, ± {error:.1%} ({spread}, and of the curve): {_verdict(self.found.significant)}"
 
     def rows(self) -> Iterator[list[str]]:
         """Yield a row of the table for each size, with every seed beside the other family's curve."""
@@ -192,10 +200,9 @@ class AtBudget:
 
     @property
     def sentence(self) -> str:
-        words = f"the best {self.ours} is {abs(math.expm1(self.change)):.1%} {'above' if self.change > 0 else 'below'} the best"
-        verdict = "a difference at 5 %" if self.significant else "no difference at 5 %"
+        words = f"the best {self.ours} is {_apart(self.change)} the best {self.theirs}"
         spread = f"± {self.error:.1%} (runs about their parabolas)"
-        return f"{self.metric} at {self.budget:g} FLOPs: {words} {self.theirs}, {spread}: {verdict}"
+        return f"{self.metric} at {self.budget:g} FLOPs: {words}, {spread}: {_verdict(self.significant)}"
 
     def rows(self) -> Iterator[list[str]]:
         """Yield the table's row."""

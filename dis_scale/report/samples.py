@@ -18,6 +18,7 @@ from dis_scale.process.errors import StorageError
 from dis_scale.process.threads import in_order
 from dis_scale.report.points import Point, Report
 from dis_scale.report.tables import with_error
+from dis_scale.storage.folder import Folder
 from dis_scale.sweep import GRID, REAL, Sampled, Sweep
 
 SHOWN_ROWS = 2
@@ -50,20 +51,13 @@ class Strip(NamedTuple):
 
 def real(sweep: Sweep) -> list[Picture]:
     """Return the real images; none for a sweep that was begun before they were kept."""
-    try:
-        return [_part("real images", sweep.folder.read(REAL), sweep.recipe.data.resolution)]
-    except (FileNotFoundError, StorageError):
-        return []
+    return _read("real images", sweep.folder, REAL, sweep.recipe.data.resolution)
 
 
 def of_point(sweep: Sweep, point: Point) -> list[Picture]:
     """Return the samples of a point, if they are stored."""
     folder = sweep.evaluation(Sampled(point.model, point.images_seen))
-    words = f"{point.model} after {point.images_seen:,} images"
-    try:
-        return [_part(words, folder.read(GRID), sweep.recipe.data.resolution)]
-    except (FileNotFoundError, StorageError):  # the page shows the others; `verify` names a damaged file
-        return []
+    return _read(f"{point.model} after {point.images_seen:,} images", folder, GRID, sweep.recipe.data.resolution)
 
 
 def strips(sweep: Sweep, report: Report) -> list[Strip]:
@@ -87,13 +81,18 @@ def strips(sweep: Sweep, report: Report) -> list[Strip]:
     ]
 
 
-def _part(words: str, grid: bytes, resolution: int) -> Picture:
-    """Return the first rows of a grid, in cells of at most `CELL` pixels with gaps between them."""
+def _read(words: str, folder: Folder, name: str, resolution: int) -> list[Picture]:
+    """Return the first rows of a stored grid; none if it is missing or damaged, since a page shows the others."""
     try:
-        image, cell = Image.open(io.BytesIO(grid)), cell_pixels(resolution)
+        image = Image.open(io.BytesIO(folder.read(name)))
         image.load()
-    except OSError as error:
-        raise StorageError(f"the picture of {words} is damaged: {error}") from error
+    except (OSError, StorageError):
+        return []
+    return [_part(words, image, cell_pixels(resolution))]
+
+
+def _part(words: str, image: Image.Image, cell: int) -> Picture:
+    """Return the first rows of a grid, in cells of at most `CELL` pixels with gaps between them."""
     header, side = image.height % cell, min(cell, CELL)
     columns, rows = image.width // cell, min(SHOWN_ROWS, image.height // cell)
     sheet = Image.new("RGBA", (columns * (side + GAP) - GAP, rows * (side + GAP) - GAP))
