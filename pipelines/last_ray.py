@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from dis_scale.process.errors import UserError
+from dis_scale.process.threads import in_order
 from dis_scale.storage import lease
 from dis_scale.sweep import Sweep
 from dis_scale.sweep.documents import LastRay
@@ -65,8 +66,9 @@ def end_left_jobs(sweep: Sweep, say: Callable[[str], None], raise_if_stopped: Ca
         return  # a cluster's jobs are joined, or refuse this command
     leases = {name: sweep.lease(name) for name in ("prepare", "evaluate")}
     leases |= {f"train {model}": sweep.run(model).lease for model in sweep.recipe.models}
-    held = {name: holding for name, folder in leases.items() if (holding := lease.last_holding(folder))}
-    left = {name: holding for name, holding in held.items() if holding.end is None and holding.alive}
+    last_holdings = in_order(leases.values(), lease.last_holding, lease.AT_ONCE)
+    holdings = {name: holding for name, holding in zip(leases, last_holdings, strict=True) if holding}
+    left = {name: holding for name, holding in holdings.items() if holding.end is None and holding.alive}
     for name, holding in left.items():
         say(
             f"left     {name} of a command that was killed, process {holding.holder}: stopped before this one continues"
