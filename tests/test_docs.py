@@ -51,7 +51,7 @@ def test_the_site_builds_without_warnings(site: Path) -> None:
 
 @needs_mkdocs
 def test_the_site_is_searched_from_disk(site: Path) -> None:
-    """There browsers load no JSON and start no worker: the index is a script, and ours stands in for the worker."""
+    """There browsers load no JSON and start no worker: the index is a script, and ours replaces the worker."""
     assert (site / "search/search_index.js").read_text().startswith("var __index = {")
     assert '<script src="../iframe-worker.js">' in (site / "runbooks/disk-full.html").read_text()
     assert "window.Worker = " in (site / "iframe-worker.js").read_text()

@@ -96,9 +96,8 @@ class Latents:
             return read_verified(self.folder, shard.name, shard.digest)
 
         data = self._cache.get(shard.digest, fetch) if self._cache else fetch()
-        data = (
-            bytes(data) if self._keep_all else data
-        )  # the disk of a file that is evicted is not free while it is mapped
+        if self._keep_all:  # the disk of a file that is evicted is not free while it is mapped
+            data = bytes(data)
         return unpack(data, f"{self.folder}/{shard.name}")
 
 

@@ -167,9 +167,8 @@ def decode_examples(latents: Folder, decoder: Vae) -> Examples:
         moments = shards.unpack(data, f"{latents}/{entry.name}").moments
         some_of = slice(None, None, max(1, len(moments) // per_shard))
         positions += shards.positions(data)[some_of][:per_shard]
-        mean = moments[some_of][:per_shard, 0, :channels].astype(
-            np.float32
-        )  # 1 is the flip; the variance, if any, follows
+        unflipped = moments[some_of][:per_shard, 0]
+        mean = unflipped[:, :channels].astype(np.float32)  # the variance, if any, follows
         batches = torch.from_numpy(decoder.scaling.apply(mean)).split(AT_ONCE)
         images += [decoder.decode(latents_BCHW) for latents_BCHW in batches]
     return Examples(positions, np.concatenate(images))

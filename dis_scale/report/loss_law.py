@@ -29,7 +29,7 @@ STEPS = 60
 """Of the descent; most fits take about 20."""
 LEAST_COEFFICIENTS, MOST_COEFFICIENTS = np.array([-30, -30, -30, 0.01, 0.01]), np.array([30, 30, 30, 3, 3])
 NOTHING = 1e-6
-"""Limit that is none: a sum's term that has vanished."""
+"""A smaller limit is zero: the term of the sum has vanished."""
 TINY = 1e-12
 
 

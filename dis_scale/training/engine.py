@@ -174,10 +174,7 @@ def connect(device: torch.device, waits_s: float = 1800.0) -> None:
     A collective of it, or of any later group, fails after `waits_s`.
     """
     deepspeed, timeout = _deepspeed(device), timedelta(seconds=waits_s)
-    for default in (
-        "default_pg_timeout",
-        "default_pg_nccl_timeout",
-    ):  # DeepSpeed reduces in a group made without a timeout
+    for default in ("default_pg_timeout", "default_pg_nccl_timeout"):  # that of DeepSpeed's own group
         setattr(dist.distributed_c10d, default, timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, auto_mpi_discovery=False, verbose=False)

@@ -145,16 +145,11 @@ class PixelVae(Vae):
 def to_unit(pixels_BHWC: np.ndarray, device: torch.device | None = None, pinned: bool = False) -> torch.Tensor:
     """Convert uint8 (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1], on the device; a copy from pinned memory waits for nothing."""
     pixels = torch.from_numpy(np.ascontiguousarray(pixels_BHWC))
-    unit = (
-        (pixels.pin_memory() if pinned else pixels)
-        .to(device, non_blocking=True)
-        .permute(0, 3, 1, 2)
-        .contiguous()
-        .float()
-    )
-    return unit.div_(unit.new_full((), 127.5)).sub_(
-        1
-    )  # a GPU divides by a Python number by multiplying, which rounds twice
+    if pinned:
+        pixels = pixels.pin_memory()
+    unit = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float()
+    # By a tensor: a GPU divides by a Python number by multiplying, which rounds twice.
+    return unit.div_(unit.new_full((), 127.5)).sub_(1)
 
 
 def to_pixels(images_BCHW: torch.Tensor) -> np.ndarray:

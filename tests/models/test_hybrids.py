@@ -1,4 +1,4 @@
-"""Attention among the scans of a DiS: by its definition, where it stands, and what it costs."""
+"""Attention among the scans of a DiS: by its definition, where it is, and what it costs."""
 
 import pytest
 import torch

@@ -180,7 +180,7 @@ def test_an_evaluation_without_its_processes_is_stopped(sweep: Sweep) -> None:
     assert found.stopped == ""
     cure = f"dis-scale resume {sweep} joins them, or ends those of a killed command"
     assert found.wrong[0] == f"no sweep command runs, and its jobs do: {cure}"
-    assert "run by" not in printed(found), "one thing is told"
+    assert "run by" not in printed(found), "one thing is shown"
 
 
 def test_a_process_that_was_killed_on_this_machine_is_not_waited_for(sweep: Sweep) -> None:
