@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dis_scale.data import shards
@@ -39,6 +40,7 @@ def on_ranks(world: int, check: Callable[..., None], *arguments: object) -> None
 def _checked(rank: int, world: int, port: int, check: Callable[..., None], *arguments: object) -> None:
     _join(rank, world, port)
     check(*arguments)
+    dist.barrier()  # rank 0 holds the store, which another may still need to make its last group
 
 
 def at_each_stage(check: Callable[[int], None], stages: tuple[int, ...] = (1, 2, 3)) -> None:
