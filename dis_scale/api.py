@@ -1,10 +1,15 @@
-"""The Python API: a stored sweep's results, weights, samples and figure. `dis_scale.Sweep` is its class.
+"""The Python API: a stored sweep's results, curves, weights, samples and figure, and what a recipe would cost.
 
-It writes nothing to storage. The folder of a sweep and its paths are in sweep/; weights/opening.py samples.
+`dis_scale.Sweep`, `dis_scale.open_weights` and `dis_scale.plan` are all of it. It writes nothing to storage. The folder of a sweep
+and its paths are in sweep/; weights/opening.py samples.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,15 +17,21 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dis_scale import vae
 from dis_scale.models.tokens import Backbone
+from dis_scale.planning import isoflop
+from dis_scale.planning.plan import derive, price_sweep
 from dis_scale.process.errors import UserError
+from dis_scale.recipe import reading
 from dis_scale.report import figures, tables
 from dis_scale.report.points import Report, collect, plan_of
 from dis_scale.storage.folder import Folder
 from dis_scale.sweep import Sweep, state
+from dis_scale.tracking.rows import Row, RowReader
+from dis_scale.upkeep import status
 from dis_scale.weights.checkpoints import find_checkpoint
 from dis_scale.weights.export import open_checkpoint
-from dis_scale.weights.opening import labels_in_turn, open_for_sampling, sample_pictures
+from dis_scale.weights.opening import OpenCheckpoint, class_names, labels_in_turn, open_for_sampling, sample_pictures
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,6 +70,24 @@ class StoredSweep:
         """Return the plot of forward Gflops against distance; UserError if there is nothing to report yet."""
         return figures.gflops_distance(self._report())
 
+    def curves(self, model: str) -> pd.DataFrame:
+        """Return a row for each logged count of images seen, with a column for each metric of a model's training, such as `loss`.
+
+        Empty cells were not measured there; UserError for an unknown model.
+        """
+        rows = RowReader(self.stored.run(model).log).new()
+        frame = pd.DataFrame(rows, columns=Row._fields).pivot(index="images", columns="name", values="value")
+        return frame.rename_axis(columns=None)
+
+    def state(self) -> status.Status:
+        """Return what the sweep and each of its models does now, as `dis-scale status` shows it."""
+        return status.collect(self.stored, self.stored.folder.time_s())
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, by label; empty without names, or before the latents are complete."""
+        return class_names(self.stored)
+
     def load(self, model: str, images: int | None = None) -> Backbone:
         """Return a model with its published weights (the exponential average), in evaluation mode, on the CPU.
 
@@ -68,36 +97,36 @@ class StoredSweep:
         with find_checkpoint(self._published(model, images).url).fetched() as file:
             return open_checkpoint(file)
 
-    def sample(
-        self,
-        model: str,
-        images: int | None = None,
-        *,
-        classes: Sequence[int] | None = None,
-        count: int | None = None,
-        sampler: str | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        seed: int = 0,
-        batch: int = 64,
-        device: torch.device | str | None = None,
-    ) -> list[Image.Image]:
-        """Return RGB images of a model with its published weights.
+    def weights(self, model: str, images: int | None = None) -> "Weights":
+        """Return a model's published weights, ready to sample; errors as `load`."""
+        return open_weights(self._published(model, images).url)
 
-        The labels are `classes` in turn, by default all classes. `count` is by default one image for each of them; `sampler`,
-        `steps` and `guidance` are by default the sweep's own, whose channels and times of guidance always hold; `device` is a
-        GPU if there is one. An image depends on the seed, its number and its label, not on `batch`. UserError for weights,
-        classes or settings that the model does not have.
-        """
-        opened = open_for_sampling(self._published(model, images).url, None)
-        count = count or len(classes or range(opened.model.num_classes or 1))
-        labels = labels_in_turn(opened, None if classes is None else list(classes), count)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        parts = sample_pictures(
-            opened, labels, sampling=opened.sampling_with(sampler=sampler, steps=steps, guidance=guidance),
-            seed=seed, batch=batch, device=device,
-        )  # fmt: skip
-        return [Image.fromarray(pixels) for pixels in np.concatenate(list(parts))]
+    def sample(self, model: str, images: int | None = None, **settings: Any) -> list[Image.Image]:
+        """Return RGB images of a model with its published weights; the settings are those of `Weights.sample`."""
+        return self.weights(model, images).sample(**settings)
+
+    def encode(self, pixels_BHWC: np.ndarray) -> torch.Tensor:
+        """Return the scaled latents (B, C, h, w) of uint8 images (B, H, W, 3), each the mean of its posterior; on the CPU."""
+        moments_BXHW = self._vae.encode(pixels_BHWC)
+        means_BCHW = moments_BXHW.chunk(2, 1)[0] if self._vae.posterior else moments_BXHW
+        return torch.from_numpy(self._vae.scaling.apply(means_BCHW.float().numpy(force=True)))
+
+    def decode(self, latents_BCHW: torch.Tensor) -> np.ndarray:
+        """Return the uint8 images (B, H, W, 3) of scaled latents (B, C, h, w), such as a model's samples."""
+        return self._vae.decode(latents_BCHW)
+
+    @cached_property
+    def _vae(self) -> vae.Vae:
+        return vae.for_samples(self.stored, vae.load(self.stored))
+
+    def _repr_html_(self) -> str:
+        """For notebooks: its name and the evaluated points, or what it does while there is nothing to report."""
+        try:
+            points = self.results()
+        except UserError:
+            points = pd.DataFrame()
+        table = points.dropna(axis=1, how="all").to_html(index=False) if len(points) else escape(self.state().doing)
+        return f"<p>{escape(repr(self))}</p>{table}"
 
     def _report(self) -> Report:
         return collect(self.stored, plan_of(self.stored))
@@ -110,3 +139,67 @@ class StoredSweep:
             known = ", ".join(f"{count:,}" for count in counts) or "none yet"
             raise UserError(f"{self.stored}: {model} has no published weights{at}: published are {known}")
         return self.stored.run(model).published_at(counts[-1] if images is None else images)
+
+
+@dataclass(frozen=True, repr=False)
+class Weights:
+    """A model with its weights, the decoder of its latents, and the settings that it is sampled with."""
+
+    opened: OpenCheckpoint
+
+    def __repr__(self) -> str:
+        return f"Weights({str(self.opened.located)!r})"
+
+    @property
+    def model(self) -> Backbone:
+        """The network, in evaluation mode."""
+        return self.opened.model
+
+    def sample(
+        self,
+        *,
+        classes: Sequence[int] | None = None,
+        count: int | None = None,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        batch: int = 64,
+        device: torch.device | str | None = None,
+    ) -> list[Image.Image]:
+        """Return RGB images.
+
+        The labels are `classes` in turn, by default all classes. `count` is by default one image for each of them; `sampler`,
+        `steps` and `guidance` are by default the sweep's own, whose channels and times of guidance always hold; `device` is a
+        GPU if there is one. An image depends on the seed, its number and its label, not on `batch`. UserError for weights,
+        classes or settings that the model does not have.
+        """
+        count = count or len(classes or range(self.opened.model.num_classes or 1))
+        labels = labels_in_turn(self.opened, None if classes is None else list(classes), count)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        parts = sample_pictures(
+            self.opened, labels, sampling=self.opened.sampling_with(sampler=sampler, steps=steps, guidance=guidance),
+            seed=seed, batch=batch, device=device,
+        )  # fmt: skip
+        return [Image.fromarray(pixels) for pixels in np.concatenate(list(parts))]
+
+
+def open_weights(at: str | Path, autoencoder: str | None = None) -> Weights:
+    """Return the weights at a path or URL: of a sweep, a copied folder or file, or a public `.pt` file of DiS, DiT or SiT.
+
+    `autoencoder` is needed only where the sweep's is not beside the weights: a folder, a hub id, or `none` for pixels. UserError
+    if there are no weights, or no autoencoder that fits them.
+    """
+    return Weights(open_for_sampling(at, autoencoder))
+
+
+def plan(recipe: str | Path, overrides: list[str] | None = None, images: int | None = None) -> pd.DataFrame:
+    """Return a row for each model of a recipe's file or shipped name: parameters, multiply-adds, operations to train and to sample.
+
+    `overrides` are `a.b=value`; without the number of the source's `images`, epochs are unknown. UserError for a wrong recipe.
+    """
+    settings = reading.load(recipe, overrides)
+    shape = vae.planned_shape(settings.vae, settings.data.resolution)
+    priced = price_sweep(isoflop.written_out(settings, shape), shape)
+    numbers = derive(priced, images, "not given")
+    return pd.DataFrame({name: asdict(model) for name, model in numbers.models.items()}).T.rename_axis("model")

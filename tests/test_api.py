@@ -1,5 +1,6 @@
 """The Python API on a sweep of one published and evaluated model."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import dis_scale
 from dis_scale import report as reports
 from dis_scale.process.errors import Damaged, UserError
 from dis_scale.sweep import Sampled
+from dis_scale.tracking.rows import RowWriter
 from tests.support.evaluations import put
 from tests.support.published import published_sweep
 
@@ -57,6 +59,46 @@ def test_a_model_has_its_published_weights(sweep: dis_scale.Sweep) -> None:
     assert all(torch.equal(weight, same[name]) for name, weight in model.state_dict().items())
 
 
+def test_the_curves_have_a_column_for_each_metric(sweep: dis_scale.Sweep) -> None:
+    rows = RowWriter(sweep.stored.run("dis").log, attempt=1)
+    rows.add(32, {"loss": 0.5})
+    rows.add(64, {"loss": 0.25, "held_out_loss": 0.375})
+    rows.close()
+    curves = sweep.curves("dis")
+    assert curves["loss"].to_dict() == {32: 0.5, 64: 0.25}
+    assert curves["held_out_loss"].dropna().to_dict() == {64: 0.375}
+    assert sweep.curves("dit").empty
+
+
+def test_the_state_and_the_page_of_a_notebook(sweep: dis_scale.Sweep) -> None:
+    assert [run.model for run in sweep.state().runs] == ["dis", "dit"]
+    assert sweep.class_names == ()
+    assert "<td>4.5</td>" in sweep._repr_html_()
+
+
+def test_pixels_come_back_from_latents(sweep: dis_scale.Sweep) -> None:
+    pixels = np.random.default_rng(0).integers(256, size=(2, 32, 32, 3), dtype=np.uint8)
+    latents = sweep.encode(pixels)
+    assert (latents.shape, latents.dtype) == ((2, 3, 32, 32), torch.float32)
+    assert np.array_equal(sweep.decode(latents), pixels)
+
+
+def test_weights_outside_their_sweep_sample_in_one_line(sweep: dis_scale.Sweep, tmp_path: Path) -> None:
+    stored = sweep.stored.run("dis").published_at(320).url
+    copied = shutil.copytree(stored, tmp_path / "copied")
+    (own,) = sweep.sample("dis", classes=[3], steps=1)
+    (there,) = dis_scale.open_weights(stored).sample(classes=[3], steps=1)
+    assert np.array_equal(there, own)
+    (outside,) = dis_scale.open_weights(copied, "none").sample(classes=[3], steps=1)
+    assert outside.size == (32, 32)
+
+
+def test_a_recipe_has_its_price() -> None:
+    planned = dis_scale.plan("digits", ["train.publish_images=[640]"], images=1797)
+    assert planned.loc["dis-m"].images == 640
+    assert planned.loc["dis-m"].epochs == pytest.approx(640 / 1797)
+
+
 def test_damaged_weights_are_refused(sweep: dis_scale.Sweep) -> None:
     file = sweep.stored.run("dis").published_at(320).local / "weights-0001.safetensors"  # type: ignore[operator]
     data = bytearray(file.read_bytes())
@@ -96,5 +138,6 @@ def test_a_sweep_without_evaluations_has_no_points(tmp_path: Path) -> None:
     empty = dis_scale.Sweep.open(published_sweep(str(tmp_path)).folder.url)
     with pytest.raises(UserError, match="nothing to report yet"):
         empty.results()
+    assert empty.state().doing in empty._repr_html_()
     with pytest.raises(UserError, match=r"no sweep at .*none"):
         dis_scale.Sweep.open(f"{tmp_path}/none")

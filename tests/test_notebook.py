@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dis_scale.sweep import Sampled
+from dis_scale.tracking.rows import RowWriter
 from tests.support.evaluations import put
 from tests.support.published import published_sweep
 
@@ -18,13 +19,19 @@ CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 def test_its_cells_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = published_sweep(str(tmp_path))
     put(sweep, Sampled("dis", 320), 4.5)
+    rows = RowWriter(sweep.run("dis").log, attempt=1)
+    rows.add(32, {"loss": 0.5})
+    rows.close()
     monkeypatch.setenv("SWEEP", sweep.folder.url)
     names: dict[str, Any] = {}
-    published, table, best, figure, model, picture = (displayed("".join(cell["source"]), names) for cell in CODE)
+    published, table, best, figure, losses, model, picture = (
+        displayed("".join(cell["source"]), names) for cell in CODE
+    )
     assert published == {"dis": [320], "dit": []}
     assert table.columns[-1] == sweep.recipe.evaluate.metric
     assert best.values.tolist() == [[320, "dis", 4.5]]
     assert figure.width > 500
+    assert losses.width > 500
     assert model.startswith("dis: ")
     assert picture.size == (10 * 32 * 2, 32 * 2)
 

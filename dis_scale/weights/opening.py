@@ -20,7 +20,7 @@ from dis_scale.process import seeds
 from dis_scale.process.errors import UserError, nearest
 from dis_scale.process.progress import some
 from dis_scale.recipe import Flow, Gaussian, Recipe, Sampling
-from dis_scale.sweep import state
+from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import LatentsManifest
 from dis_scale.vae import PixelVae, Vae
 from dis_scale.weights.checkpoints import Located, find_checkpoint
@@ -48,8 +48,7 @@ class OpenCheckpoint:
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes that its sweep's images have; empty outside a sweep, or without names."""
-        latents = state.find_latents(self.located.sweep.folder) if self.located.sweep else None
-        return LatentsManifest.require(latents).made_from.label_names if latents else ()
+        return class_names(self.located.sweep) if self.located.sweep else ()
 
     def sampling_with(self, **changes: Any) -> Sampling:
         """Return its sampling settings with other values for those that are not None.
@@ -62,6 +61,12 @@ class OpenCheckpoint:
         if self.recipe and (refusal := self.recipe.guidance_refusal(sampling.guidance)):
             raise UserError(f"--guidance: {refusal}")
         return sampling
+
+
+def class_names(sweep: Sweep) -> tuple[str, ...]:
+    """Return the names of the classes of a sweep's images by label; empty without names, or before the latents are complete."""
+    latents = state.find_latents(sweep.folder)
+    return LatentsManifest.require(latents).made_from.label_names if latents else ()
 
 
 def open_for_sampling(at: str | Path, vae_path: str | None, heads: int | None = None) -> OpenCheckpoint:
