@@ -1,4 +1,4 @@
-// Words of a point while it is touched, sliders over pictures, and the page's age. Without scripts, all pictures are shown.
+// Words of a point while it is touched, sliders over pictures, all that is folded on paper, and the page's age. Without scripts, all pictures are shown.
 const tip = document.getElementById("tip");
 function show(event) {
   const point = event.target.closest(".point");
@@ -18,6 +18,7 @@ for (const slider of document.querySelectorAll("input[type=range]")) {
   slider.addEventListener("input", turn);
   turn();
 }
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach(folded => { folded.open = true; }));
 const written = document.querySelector("[data-at]");  // a sweep that has stopped writes no page any more
 if (written) {
   const minutes = Math.floor((Date.now() / 1000 - written.dataset.at) / 60);
