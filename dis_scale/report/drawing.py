@@ -19,7 +19,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Annotation
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from dis_scale.models import families
@@ -111,6 +111,10 @@ def _write_names(figure: Figure, axes: Axes, names: Sequence[Name]) -> None:
     axes.set_xlim(low, high * (high / low) ** (longest / axes.bbox.width))  # for the names of the last points
     if high > 200 * low:
         axes.xaxis.set_major_locator(LogLocator())  # or the numbers touch
+    elif np.divide(*reversed(axes.get_xlim())) < 2.5:
+        axes.xaxis.set_major_locator(
+            MaxNLocator(4)
+        )  # hardly a power's 1, 2 or 5, in whose place there would be ten numbers
     if layout := figure.get_layout_engine():
         layout.execute(figure)  # gives everything its place, once: it takes as long as drawing
         figure.set_layout_engine("none")

@@ -65,6 +65,20 @@ def test_measured_costs_have_figures_that_name_the_machine(sweep: Sweep) -> None
     assert sweep.report.exists("hours_fid.svg")
 
 
+def test_the_numbers_of_a_short_axis_do_not_touch(sweep: Sweep) -> None:
+    """Of small costs that hardly differ, in which no power of ten has its 1, 2 or 5."""
+    for model, hours in (("dis", 0.00111), ("dis32", 0.0016), ("dis64", 0.00215)):
+        spend(sweep, Sampled(model, 160), hours)
+    figure = figures.hours_distance(collect(sweep))
+    assert figure is not None
+    figure.canvas.draw()
+    low, high = figure.axes[0].get_xlim()
+    ticks = [t.label1 for t in figure.axes[0].xaxis.get_major_ticks() if low <= t.get_loc() <= high]
+    assert len(ticks) >= 2
+    boxes = [label.get_window_extent() for label in ticks]
+    assert not [pair for pair in combinations(boxes, 2) if Bbox.intersection(*pair)]
+
+
 def spend(sweep: Sweep, sampled: Sampled, hours: float, images_per_s: float = 10.0) -> None:
     """Add the measured costs to an evaluation."""
     cost, folder = RunCost(worker_hours=hours, memory_gib=1.5, trained_on=("NVIDIA H200",)), sweep.evaluation(sampled)
