@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --editable
 
-.PHONY: demo test faults soak drills lint docs venv
+.PHONY: demo test test-newest faults soak drills lint docs venv
 
 demo: $(VENV)/installed
 	$(BIN)/python -m dis_scale.sweep configs/digits.yaml
@@ -14,6 +14,12 @@ demo: $(VENV)/installed
 # pyproject.toml, which hides pytest's first lines: what is skipped, and why.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -v -n 3 --dist worksteal
+
+# The same tests with the newest packages that pyproject.toml allows, in an environment of their own.
+test-newest: | $(BIN)/python
+	$(PYTHON) -m venv build/newest
+	build/newest/bin/python -m pip --disable-pip-version-check install --upgrade --upgrade-strategy eager --editable '.[dev]'
+	build/newest/bin/python -m pytest -v -n 3 --dist worksteal
 
 # All tables of faults, and each test that is too long for `make test`; and random kills: `make soak KILLS=20 SEED=1`.
 faults: $(VENV)/installed-dev

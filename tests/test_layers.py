@@ -55,6 +55,7 @@ DOORS = {
     "scipy": "dis_scale/report/fits.py dis_scale/report/loss_law.py dis_scale/evaluation",
     "typer": "dis_scale/cli",
     "rich": "dis_scale/planning dis_scale/report dis_scale/upkeep dis_scale/process dis_scale/cli pipelines",
+    "packaging": "dis_scale/upkeep/doctor.py",
     "psutil": "dis_scale/storage/lease.py pipelines/environment.py",
     "mamba_ssm": "dis_scale/scan",
     "causal_conv1d": "dis_scale/scan",

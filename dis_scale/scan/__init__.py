@@ -162,7 +162,7 @@ def problem(name: str, device: str) -> DisScaleError | None:
         module = _module(name)
     except ImportError as error:
         return UserError(f"the {name} scan needs {GPU_BACKENDS[name]} (got: {error})")
-    return None if interpreted or name == "mamba" else module.problem()
+    return None if interpreted else module.problem()
 
 
 def _module(name: str) -> Any:

@@ -13,11 +13,26 @@ from causal_conv1d import causal_conv1d_fn
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from torch import Tensor
 
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.scan.backend import Backend, Direction
 
 TAPS = (2, 3, 4)
 """Widths for which causal-conv1d has kernels."""
+
+
+def problem() -> DisScaleError | None:
+    """Return why the kernels do not run, or None: a package may be there without them, and would fail at its first call."""
+    try:
+        one = torch.ones(1, 1, 2, device="cuda")
+        causal_conv_silu(one, torch.ones(2, TAPS[0], device="cuda"), one[0, 0], False)
+        selective_scan(
+            Direction(one, one, -torch.ones(2, 1, device="cuda"), *(one[..., :1],) * 2, *one[0].expand(2, 2)), False
+        )
+    except Exception as error:
+        return UserError(
+            f"the mamba scan does not run here, build its packages again ({type(error).__name__}: {error})"
+        )
+    return None
 
 
 def _time_last(x_BLX: Tensor, reverse: bool) -> Tensor:

@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from packaging.requirements import Requirement
+
 from dis_scale.models import families
 from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.process.redaction import redact
@@ -132,20 +134,20 @@ def _python(_: Needs) -> Result:
 
 
 def packages(needs: Needs) -> Result:
-    """Compare the installed packages with those that the project names and its tests ran with."""
-    pins = dict(
-        re.findall(r"^([\w-]+)(?:\[\w+\])?==([\w.]+)$", "\n".join(metadata.requires("dis-scale") or []), re.MULTILINE)
-    )
+    """Compare the installed packages with the versions that the project allows."""
+    allowed = [Requirement(line) for line in metadata.requires("dis-scale") or []]
+    allowed = [each for each in allowed if not each.marker]  # those of extras have one
     other = []
-    for name, tested in pins.items():
+    for each in allowed:
         try:
-            version = needs.here.version(name).partition("+")[0]
+            version = needs.here.version(each.name).partition("+")[0]
         except metadata.PackageNotFoundError:
             version = "none"
-        other += [f"{name} {version} instead of {tested}"] if version != tested else []
+        if version == "none" or not each.specifier.contains(version, prereleases=True):
+            other.append(f"{each.name} {version} instead of {each.specifier}")
     if other:
         raise UserError(f"{', '.join(other)}: {INSTALL}")
-    return Result(f"all {len(pins)} in the tested version")
+    return Result(f"all {len(allowed)} in versions that are allowed; the tested ones are in constraints.txt")
 
 
 def _torch(_: Needs) -> Result:

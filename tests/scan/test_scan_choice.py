@@ -91,8 +91,21 @@ def test_without_mamba_ssm_the_error_gives_the_install_command() -> None:
         "'dis-scale[gpu]' (got: No module named 'causal_conv1d')"
     )
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
-    assert {name.split("==")[0] for name in extras} == {"mamba-ssm", "causal-conv1d"}
+    assert {name.split(">=")[0] for name in extras} == {"mamba-ssm", "causal-conv1d"}
     assert "--build-arg EXTRAS=gpu" in (ROOT / "cluster" / "Dockerfile").read_text()
+
+
+def test_mamba_ssm_that_imports_without_its_kernels_is_an_error(a_gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As releases after 2.3 install themselves unless MAMBA_KEEP_CUDA_BUILD=TRUE: the function is there, and raises."""
+    kernels = {"causal_conv1d.py": "causal_conv1d_fn", "mamba_ssm/ops/selective_scan_interface.py": "selective_scan_fn"}
+    for file, function in kernels.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(f"def {function}(*_, **__): raise RuntimeError('the extension was not built')\n")
+    a_gpu.syspath_prepend(tmp_path)
+    ones = torch.ones
+    a_gpu.setattr(torch, "ones", lambda *shape, **_: ones(*shape))  # in host memory: there is no GPU
+    with pytest.raises(UserError, match=r"the mamba scan does not run here.*RuntimeError: the extension was not built"):
+        choose("mamba", "cuda")
 
 
 @pytest.fixture
