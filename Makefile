@@ -17,7 +17,7 @@ test: $(VENV)/installed-dev
 
 # The same tests with the newest packages that pyproject.toml allows, in an environment of their own.
 test-newest: | $(BIN)/python
-	$(PYTHON) -m venv build/newest
+	$(BIN)/python -m venv build/newest
 	build/newest/bin/python -m pip --disable-pip-version-check install --upgrade --upgrade-strategy eager --editable '.[dev]'
 	build/newest/bin/python -m pytest -v -n 3 --dist worksteal
 

@@ -16,8 +16,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from packaging.requirements import Requirement
-
 from dis_scale.models import families
 from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.process.redaction import redact
@@ -135,6 +133,8 @@ def _python(_: Needs) -> Result:
 
 def packages(needs: Needs) -> Result:
     """Compare the installed packages with the versions that the project allows."""
+    from packaging.requirements import Requirement
+
     allowed = [Requirement(line) for line in metadata.requires("dis-scale") or []]
     allowed = [each for each in allowed if not each.marker]  # those of extras have one
     other = []

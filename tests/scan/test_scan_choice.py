@@ -91,7 +91,7 @@ def test_without_mamba_ssm_the_error_gives_the_install_command() -> None:
         "'dis-scale[gpu]' (got: No module named 'causal_conv1d')"
     )
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
-    assert {name.split(">=")[0] for name in extras} == {"mamba-ssm", "causal-conv1d"}
+    assert {name.split("==")[0] for name in extras} == {"mamba-ssm", "causal-conv1d"}
     assert "--build-arg EXTRAS=gpu" in (ROOT / "cluster" / "Dockerfile").read_text()
 
 
@@ -104,7 +104,9 @@ def test_mamba_ssm_that_imports_without_its_kernels_is_an_error(a_gpu: pytest.Mo
     a_gpu.syspath_prepend(tmp_path)
     ones = torch.ones
     a_gpu.setattr(torch, "ones", lambda *shape, **_: ones(*shape))  # in host memory: there is no GPU
-    with pytest.raises(UserError, match=r"the mamba scan does not run here.*RuntimeError: the extension was not built"):
+    with pytest.raises(
+        UserError, match=r"the mamba scan does not run here \(RuntimeError: the extension was not built\)"
+    ):
         choose("mamba", "cuda")
 
 
