@@ -109,12 +109,12 @@ def _write_names(figure: Figure, axes: Axes, names: Sequence[Name]) -> None:
     low, high = axes.get_xlim()
     longest = max((len(name.words) for name in names), default=0) * LETTER
     axes.set_xlim(low, high * (high / low) ** (longest / axes.bbox.width))  # for the names of the last points
+    left, right = axes.get_xlim()
     if high > 200 * low:
         axes.xaxis.set_major_locator(LogLocator())  # or the numbers touch
-    elif np.divide(*reversed(axes.get_xlim())) < 2.5:
-        axes.xaxis.set_major_locator(
-            MaxNLocator(4)
-        )  # hardly a power's 1, 2 or 5, in whose place there would be ten numbers
+    elif right < 10 * left and sum(left <= tick <= right for tick in axes.get_xticks()) > 4:
+        # of a power's 1, 2 and 5 at most one is there, so matplotlib numbers the axis as a linear one, however long the numbers are
+        axes.xaxis.set_major_locator(MaxNLocator(4))
     if layout := figure.get_layout_engine():
         layout.execute(figure)  # gives everything its place, once: it takes as long as drawing
         figure.set_layout_engine("none")

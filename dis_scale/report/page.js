@@ -18,7 +18,9 @@ for (const slider of document.querySelectorAll("input[type=range]")) {
   slider.addEventListener("input", turn);
   turn();
 }
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach(folded => { folded.open = true; }));
+const folded = document.querySelectorAll("details:not([open])");
+addEventListener("beforeprint", () => folded.forEach(notes => { notes.open = true; }));
+addEventListener("afterprint", () => folded.forEach(notes => { notes.open = false; }));
 const written = document.querySelector("[data-at]");  // a sweep that has stopped writes no page any more
 if (written) {
   const minutes = Math.floor((Date.now() / 1000 - written.dataset.at) / 60);
