@@ -4,6 +4,7 @@
 and its paths are in sweep/; weights/opening.py samples.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ from dis_scale import vae
 from dis_scale.models.tokens import Backbone
 from dis_scale.planning import isoflop
 from dis_scale.planning.plan import derive, price_sweep
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.recipe import reading
 from dis_scale.report import figures, tables
 from dis_scale.report.points import Report, collect, plan_of
@@ -107,6 +108,8 @@ class StoredSweep:
 
     def encode(self, pixels_BHWC: np.ndarray) -> torch.Tensor:
         """Return the scaled latents (B, C, h, w) of uint8 images (B, H, W, 3), each the mean of its posterior; on the CPU."""
+        if pixels_BHWC.dtype != np.uint8 or pixels_BHWC.ndim != 4 or pixels_BHWC.shape[3] != 3:
+            raise UserError(f"got {pixels_BHWC.dtype} of shape {pixels_BHWC.shape}, expected uint8 images (B, H, W, 3)")
         moments_BXHW = self._vae.encode(pixels_BHWC)
         means_BCHW = moments_BXHW.chunk(2, 1)[0] if self._vae.posterior else moments_BXHW
         return torch.from_numpy(self._vae.scaling.apply(means_BCHW.float().numpy(force=True)))
@@ -117,13 +120,16 @@ class StoredSweep:
 
     @cached_property
     def _vae(self) -> vae.Vae:
-        return vae.for_samples(self.stored, vae.load(self.stored))
+        loaded = vae.load(self.stored)
+        if state.latents_vae(self.stored):
+            state.require_sweep_vae(self.stored, loaded.identity)
+        return vae.for_samples(self.stored, loaded)
 
     def _repr_html_(self) -> str:
         """For notebooks: its name and the evaluated points, or what it does while there is nothing to report."""
         try:
             points = self.results()
-        except UserError:
+        except DisScaleError:
             points = pd.DataFrame()
         table = points.dropna(axis=1, how="all").to_html(index=False) if len(points) else escape(self.state().doing)
         return f"<p>{escape(repr(self))}</p>{table}"
@@ -174,8 +180,11 @@ class Weights:
         GPU if there is one. An image depends on the seed, its number and its label, not on `batch`. UserError for weights,
         classes or settings that the model does not have.
         """
-        count = count or len(classes or range(self.opened.model.num_classes or 1))
-        labels = labels_in_turn(self.opened, None if classes is None else list(classes), count)
+        if count is None:
+            count = len(range(self.opened.model.num_classes or 1) if classes is None else classes)
+        if min(count, batch) < 1:
+            raise UserError(f"got count {count} and batch {batch}, expected at least 1")
+        labels = labels_in_turn(self.opened, None if classes is None else [int(label) for label in classes], count)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         parts = sample_pictures(
             self.opened, labels, sampling=self.opened.sampling_with(sampler=sampler, steps=steps, guidance=guidance),
@@ -184,22 +193,29 @@ class Weights:
         return [Image.fromarray(pixels) for pixels in np.concatenate(list(parts))]
 
 
-def open_weights(at: str | Path, autoencoder: str | None = None) -> Weights:
+def open_weights(at: str | Path, vae: str | Path | None = None, heads: int | None = None) -> Weights:
     """Return the weights at a path or URL: of a sweep, a copied folder or file, or a public `.pt` file of DiS, DiT or SiT.
 
-    `autoencoder` is needed only where the sweep's is not beside the weights: a folder, a hub id, or `none` for pixels. UserError
-    if there are no weights, or no autoencoder that fits them.
+    `vae` is needed only where the sweep's autoencoder is not beside the weights: a folder, a hub id, or `none` for pixels;
+    `heads` for a public DiT of no published size. It warns of what is assumed, or differs.
+
+    UserError if there are no weights, or no autoencoder that fits them.
     """
-    return Weights(open_for_sampling(at, autoencoder))
+    opened = open_for_sampling(at, None if vae is None else str(vae), heads)
+    for note in opened.notes:
+        warnings.warn(note, stacklevel=2)
+    return Weights(opened)
 
 
 def plan(recipe: str | Path, overrides: list[str] | None = None, images: int | None = None) -> pd.DataFrame:
-    """Return a row for each model of a recipe's file or shipped name: parameters, multiply-adds, operations to train and to sample.
+    """Return a row for each model of a recipe: parameters, multiply-adds, operations of its training and of one evaluation.
 
-    `overrides` are `a.b=value`; without the number of the source's `images`, epochs are unknown. UserError for a wrong recipe.
+    `recipe` is a file or a shipped name, `overrides` are `a.b=value`; without the number of the source's `images`, epochs are
+    unknown. UserError for a wrong recipe.
     """
     settings = reading.load(recipe, overrides)
     shape = vae.planned_shape(settings.vae, settings.data.resolution)
     priced = price_sweep(isoflop.written_out(settings, shape), shape)
     numbers = derive(priced, images, "not given")
-    return pd.DataFrame({name: asdict(model) for name, model in numbers.models.items()}).T.rename_axis("model")
+    models = {name: asdict(model) for name, model in numbers.models.items()}
+    return pd.DataFrame.from_dict(models, orient="index").rename_axis("model")

@@ -81,6 +81,8 @@ def test_pixels_come_back_from_latents(sweep: dis_scale.Sweep) -> None:
     latents = sweep.encode(pixels)
     assert (latents.shape, latents.dtype) == ((2, 3, 32, 32), torch.float32)
     assert np.array_equal(sweep.decode(latents), pixels)
+    with pytest.raises(UserError, match=r"got float64 of shape \(2, 32, 32, 3\), expected uint8 images"):
+        sweep.encode(pixels / 255)
 
 
 def test_weights_outside_their_sweep_sample_in_one_line(sweep: dis_scale.Sweep, tmp_path: Path) -> None:
@@ -89,7 +91,12 @@ def test_weights_outside_their_sweep_sample_in_one_line(sweep: dis_scale.Sweep, 
     (own,) = sweep.sample("dis", classes=[3], steps=1)
     (there,) = dis_scale.open_weights(stored).sample(classes=[3], steps=1)
     assert np.array_equal(there, own)
-    (outside,) = dis_scale.open_weights(copied, "none").sample(classes=[3], steps=1)
+    with pytest.warns(UserWarning, match="assumed  gaussian process"):
+        weights = dis_scale.open_weights(copied, "none")
+    (outside,) = weights.sample(classes=np.array([3]), steps=1)
+    for wrong in ({"classes": []}, {"count": 0}, {"batch": 0}, {"classes": [11]}):
+        with pytest.raises(UserError, match=r"expected|classes"):
+            weights.sample(**wrong)
     assert outside.size == (32, 32)
 
 

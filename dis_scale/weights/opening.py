@@ -175,6 +175,8 @@ def labels_in_turn(opened: OpenCheckpoint, classes: list[int] | None, count: int
         return count
     if classes is None:
         return [i % known for i in range(count)]
+    if not classes:
+        raise UserError("--classes: got none, expected at least one label")
     check_labels(torch.tensor(classes), known)
     return [classes[i % len(classes)] for i in range(count)]
 
