@@ -21,7 +21,7 @@ from PIL import Image
 from dis_scale import vae
 from dis_scale.models.tokens import Backbone
 from dis_scale.planning import isoflop
-from dis_scale.planning.plan import derive, price_sweep
+from dis_scale.planning.plan import derive
 from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.recipe import reading
 from dis_scale.report import figures, tables
@@ -121,8 +121,8 @@ class StoredSweep:
     @cached_property
     def _vae(self) -> vae.Vae:
         loaded = vae.load(self.stored)
-        if state.latents_vae(self.stored):
-            state.require_sweep_vae(self.stored, loaded.identity)
+        if known := state.latents_vae(self.stored):
+            state.require_same_vae(self.stored.folder, known, loaded.identity)
         return vae.for_samples(self.stored, loaded)
 
     def _repr_html_(self) -> str:
@@ -213,9 +213,6 @@ def plan(recipe: str | Path, overrides: list[str] | None = None, images: int | N
     `recipe` is a file or a shipped name, `overrides` are `a.b=value`; without the number of the source's `images`, epochs are
     unknown. UserError for a wrong recipe.
     """
-    settings = reading.load(recipe, overrides)
-    shape = vae.planned_shape(settings.vae, settings.data.resolution)
-    priced = price_sweep(isoflop.written_out(settings, shape), shape)
-    numbers = derive(priced, images, "not given")
+    numbers = derive(isoflop.price(reading.load(recipe, overrides)), images, "not given")
     models = {name: asdict(model) for name, model in numbers.models.items()}
     return pd.DataFrame.from_dict(models, orient="index").rename_axis("model")

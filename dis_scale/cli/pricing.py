@@ -54,13 +54,11 @@ def plan(
     given = {"count": count, "price": price, "preemptions_per_day": preemptions_per_day, "mfu": mfu}
     fleet = _fleet(settings, gpu, {name: value for name, value in given.items() if value is not None})
 
-    from dis_scale import vae
     from dis_scale.planning import isoflop
     from dis_scale.planning.plan import derive, on_fleet, price_reading, price_sweep, table
 
-    shape = vae.planned_shape(settings.vae, settings.data.resolution)
-    study = isoflop.cells(price_sweep(settings, shape))
-    priced = price_sweep(isoflop.written_out(settings, shape), shape)
+    priced = isoflop.price(settings)
+    study = isoflop.cells(price_sweep(settings, priced.shape))
     forecast = on_fleet(priced, fleet) if fleet else None
     if not as_json:
         console().print(table(priced))
@@ -76,7 +74,7 @@ def plan(
     show(
         as_json,
         document,
-        f"data     {price_reading(settings, shape, source)}" if source else f"data     unknown: {unknown}",
+        f"data     {price_reading(settings, priced.shape, source)}" if source else f"data     unknown: {unknown}",
         *([isoflop.table(priced, study, source)] if study else []),
         *(_forecast(forecast, priced.recipe.train) if forecast else []),
     )

@@ -90,13 +90,10 @@ def _open(url: str, overrides: list[str] | None = None) -> "Recipe":
 
 def _derived(recipe: "Recipe", images: int | None) -> "Numbers":
     """Return the numbers that follow from a recipe; without epochs if the source cannot be listed."""
-    from dis_scale import vae
     from dis_scale.planning import isoflop
-    from dis_scale.planning.plan import derive, price_sweep
+    from dis_scale.planning.plan import derive
 
-    shape = vae.planned_shape(recipe.vae, recipe.data.resolution)
-    plan = price_sweep(isoflop.written_out(recipe, shape), shape)
-    return derive(plan, *source_images(recipe, images))
+    return derive(isoflop.price(recipe), *source_images(recipe, images))
 
 
 def _lines(recipe: "Recipe", numbers: "Numbers") -> list[str]:

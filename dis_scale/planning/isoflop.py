@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 from rich.table import Table
 
+from dis_scale import vae
 from dis_scale.planning.plan import Plan, price_sweep
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import MODEL_NAME_CHARACTERS, LatentShape, Recipe, reading
@@ -41,6 +42,12 @@ def _cell(plan: Plan, size: str, budget: float) -> Cell:
     elif study.most_images is not None and images > study.most_images:
         refusal = f"over {study.most_images:,} images"
     return Cell(size, budget, images, steps, refusal)
+
+
+def price(recipe: Recipe) -> Plan:
+    """Return the plan of a recipe, with its study written out; UserError for one that cannot be trained."""
+    shape = vae.planned_shape(recipe.vae, recipe.data.resolution)
+    return price_sweep(written_out(recipe, shape), shape)
 
 
 def written_out(recipe: Recipe, shape: LatentShape) -> Recipe:
