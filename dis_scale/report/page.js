@@ -1,4 +1,5 @@
-// Words of a point while it is touched, sliders over pictures, all that is folded on paper, and the page's age. Without scripts, all pictures are shown.
+// Words of a point while it is touched, sliders over pictures, folded notes on paper, and the page's age. Without scripts, all
+// pictures are shown.
 const tip = document.getElementById("tip");
 function show(event) {
   const point = event.target.closest(".point");

@@ -267,7 +267,7 @@ def _random_share(recipe: Recipe, model: str, images_seen: int, origins: Mapping
 
 
 def _floors(sweep: Sweep) -> tuple[list[Floor], str | None]:
-    """Return the floors under the main metric, and the reason if there are none although they were tried."""
+    """Return the floors under the main metric, and the reason if they were tried and cannot be drawn."""
     settings, floor, skipped = sweep.recipe.evaluate, state.floor(sweep), state.floor_skipped(sweep)
     if not floor:
         return [], skipped

@@ -38,7 +38,7 @@ def test_a_lane_has_no_more_states_than_registers_hold(states: int, least: int) 
 
 @pytest.mark.parametrize("directions", [1, 2])
 def test_more_images_never_get_more_lanes(directions: int) -> None:
-    """Each choice is a set of kernels to compile: there is none with one lane for both directions, which takes longest."""
+    """Each choice is a set of kernels to compile: no set has one lane for both directions, which takes longest."""
     each = [filling(programs, 16, directions, H200) for programs in range(1, 600)]
     assert all(a.forward >= b.forward and a.backward >= b.backward for a, b in pairwise(each))
     assert {fill.both for fill in each if fill.backward > 1} == {directions == 2}
