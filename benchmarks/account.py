@@ -21,7 +21,7 @@ from benchmarks.dit_counts import Counts
 from benchmarks.instructions import BYTES_PER_S, TOTALS, launches
 from benchmarks.instructions import MULTIPROCESSORS as SMS
 from dis_scale.models.cost import price_model
-from dis_scale.models.dis import network as dis
+from dis_scale.models.dis import network, s6
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.families import preset
 from dis_scale.recipe import LatentShape
@@ -75,18 +75,20 @@ class _Nothing(torch.autograd.Function):
 
 def operations(settings: Dis, skip: bool) -> Work:
     """Count a block's training pass."""
-    nothing = patch.multiple(
-        dis,
+    norm = patch.object(
+        network, "rms_norm", lambda *inputs: _Nothing.apply(1, *inputs)[0]
+    )  # on the CPU it is not one kernel
+    scans = patch.multiple(
+        s6,
         two_way_scan=lambda f, b, z, **_: _Nothing.apply(1, *f, *b, z)[0],
         two_way_conv_silu=lambda *inputs, **_: _Nothing.apply(2, *inputs),
-        rms_norm=lambda *inputs: _Nothing.apply(1, *inputs)[0],  # on the CPU it is not one kernel
     )
     T, D, half = tokens(settings), settings.width, torch.bfloat16
-    block = dis.DiSBlock(settings, "auto", skip)
+    block = network.DiSBlock(settings, "auto", skip)
     h_BLD, skip_BLD = (torch.empty(IMAGES, T, D, dtype=half, requires_grad=True) for _ in range(2))
     r_BLD, c_BD = torch.empty(IMAGES, T, D, requires_grad=True), torch.empty(IMAGES, D, dtype=half)
     inputs = [h_BLD, r_BLD, *([skip_BLD] if skip else []), *block.parameters()]
-    with nothing, Products() as counts:
+    with norm, scans, Products() as counts:
         outs = block(h_BLD, r_BLD, c_BD, skip_BLD if skip else None, None)
         torch.autograd.grad(outs, inputs, [torch.empty_like(out) for out in outs])
     return Work(counts.launches + NORM_KERNELS, counts.flops, counts.bytes + NORM_BYTES * r_BLD.numel())
@@ -110,7 +112,7 @@ def main() -> None:
     print(f"{'':10}", *(f"{head:>9}" for head in heads))
     for name in ("DiS-S/2", "DiS-B/2", "DiS-M/2", "DiS-L/2", "DiS-H/2"):
         settings = Dis(**preset(name))
-        length, E = tokens(settings), dis.inner_width(settings.width)
+        length, E = tokens(settings), s6.inner_width(settings.width)
         with FakeTensorMode():
             both = [operations(settings, skip) for skip in (False, True)]
         work = Work(*(sum(x) / 2 for x in zip(*both, strict=True)))

@@ -1,4 +1,4 @@
-"""Cost of a step by checkpointing mode, and compared with DiT: `python -m benchmarks.step [rounds]`.
+"""Cost of a step by checkpointing mode, and compared with DiT and DiS2: `python -m benchmarks.step [rounds]`.
 
 Forward and backward at 256 pixels: on a GPU DiS-L/2 and DiT-L/2, 32 images in bf16; on a CPU S/2, four in fp32. Memory is the peak
 that a step adds to the model and its gradients, as counted by the allocator.
@@ -32,7 +32,7 @@ PER_GMAC, MFU = {"cpu": 0.8, "cuda": 0.7}, {"cpu": None, "cuda": 0.3}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PRECISION: Precision = "bf16" if DEVICE.type == "cuda" else "fp32"
 SIZE, BATCH = ("L/2", 32) if DEVICE.type == "cuda" else ("S/2", 4)
-DIS, DIT = Dis(**preset(f"DiS-{SIZE}")), Dit(**preset(f"DiT-{SIZE}"))
+DIS, DIS2, DIT = Dis(**preset(f"DiS-{SIZE}")), Dis(**preset(f"DiS2-{SIZE}")), Dit(**preset(f"DiT-{SIZE}"))
 
 
 def model(settings: Dis | Dit) -> Backbone:
@@ -89,7 +89,8 @@ def main(rounds: int = 10) -> None:
     dis = model(DIS)
     added = {kind: added_bytes(dis, kind) for kind in KINDS}
     print(json.dumps({"added_gib": {kind: size / 2**30 for kind, size in added.items()}}))
-    seconds = least_times({kind: step_job(dis, kind) for kind in KINDS} | {"DiT": step_job(model(DIT), "none")}, rounds)
+    others = {"DiS2": step_job(model(DIS2), "none"), "DiT": step_job(model(DIT), "none")}
+    seconds = least_times({kind: step_job(dis, kind) for kind in KINDS} | others, rounds)
     work = [BATCH * price_model(settings, SHAPE, CLASSES).gmacs_training for settings in (DIS, DIT)]
     rows = [Row(f"checkpointing {kind}, time", kind, "none", TIME.get(kind), False) for kind in KINDS[1:]]
     rows += [
@@ -97,6 +98,7 @@ def main(rounds: int = 10) -> None:
             f"DiS-{SIZE}'s GMAC/s, against DiT-{SIZE}'s", "none", "DiT", PER_GMAC[DEVICE.type], True, (work[0], work[1])
         ),
         Row(f"DiS-{SIZE}, share of peak (MFU)", "none", "peak", MFU[DEVICE.type], True),
+        Row(f"DiS2-{SIZE}'s step against DiS-{SIZE}'s", "DiS2", "none", 1.0, False),
         Row(f"DiT-{SIZE}, share of peak", "DiT", "DiT at peak", None, True),
     ]
     at_peak = {"peak": 2e9 * work[0] / peak, "DiT at peak": 2e9 * work[1] / peak}

@@ -22,7 +22,7 @@ from dis_scale.evaluation.features import Extractor
 from dis_scale.models import build
 from dis_scale.models.cost import price_model
 from dis_scale.models.diffussm.settings import DiffuSsm
-from dis_scale.models.dis import network as dis
+from dis_scale.models.dis import s6
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.settings import Dit
 from dis_scale.models.tokens import Backbone
@@ -181,8 +181,8 @@ def test_a_gpu_keeps_the_counted_bytes(
     """
     settings = SETTINGS[family].model_copy(update={"width": 256, "depth": 8})
     counted = price_model(settings, SHAPE, 10).kept_in(precision)
-    monkeypatch.setattr(dis, "two_way_scan", lambda f, b, z, **_: _Scan.apply(*f, *b, z))
-    monkeypatch.setattr(dis, "two_way_conv_silu", lambda *inputs, **_: _Conv.apply(*inputs))
+    monkeypatch.setattr(s6, "two_way_scan", lambda f, b, z, **_: _Scan.apply(*f, *b, z))
+    monkeypatch.setattr(s6, "two_way_conv_silu", lambda *inputs, **_: _Conv.apply(*inputs))
     with FakeTensorMode(allow_non_fake_inputs=True):
         two, four = (_kept_bytes(model_on_gpu(settings, precision, checkpointing), batch) for batch in (2, 4))
     assert (four - two) / 2 == pytest.approx(counted.left_bytes(checkpointing), rel=0.1)

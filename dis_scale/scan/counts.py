@@ -80,7 +80,8 @@ def fused(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return keeping(function, *inputs) if active.get() else function(*inputs)
 
 
-def _like_first(x_BLE: Tensor, *_: Tensor) -> Tensor:
+def like_first(x_BLE: Tensor, *_: Tensor) -> Tensor:
+    """Return uninitialised memory of the first shape."""
     return torch.empty_like(x_BLE, memory_format=torch.contiguous_format)
 
 
@@ -98,7 +99,7 @@ def _scans(*directions: Direction, gate: tuple[Tensor, ...] = ()) -> Tensor:
         )
     inputs, states = [x for direction in directions for x in direction], (L - 1) // NATIVE_CHUNK
     kept = directions[0].A_EN.new_empty(B, len(directions) * E * N * states)
-    return keeping(_like_first, *inputs, *gate, kept)
+    return keeping(like_first, *inputs, *gate, kept)
 
 
 def _two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None) -> Tensor:
@@ -107,7 +108,7 @@ def _two_way_scan(forward: Direction, backward: Direction, z_BLE: Tensor | None)
 
 def _conv(x_BLE: Tensor, weight_EW: Tensor, bias_E: Tensor, reverse: bool) -> Tensor:  # noqa: ARG001
     report("conv", x_BLE.numel() * weight_EW.shape[1])
-    return keeping(_like_first, x_BLE, weight_EW, bias_E)
+    return keeping(like_first, x_BLE, weight_EW, bias_E)
 
 
 backend = from_one_way(_scan, _conv)._replace(two_way_scan=_two_way_scan)

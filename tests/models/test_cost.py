@@ -14,7 +14,8 @@ from dis_scale.models.checkpointing import WORTH_KEEPING_MACS
 from dis_scale.models.cost import Cost, price_model
 from dis_scale.models.diffussm import s4d
 from dis_scale.models.diffussm.settings import DiffuSsm
-from dis_scale.models.dis import network as dis
+from dis_scale.models.dis import s6
+from dis_scale.models.dis import ssd as duality
 from dis_scale.models.dis.settings import Dis
 from dis_scale.models.dit.settings import Dit
 from dis_scale.models.settings import FamilySettings
@@ -110,10 +111,12 @@ SETTINGS = {
     "dis with added skips": Dis(kind="dis", width=64, depth=4, patch=2, skip="add", position="none"),
     "dis in one direction": Dis(kind="dis", width=64, depth=4, patch=2, directions=1),
     "dis by norms alone": Dis(kind="dis", width=64, depth=4, patch=2, conditioning="adaln_zero_alone"),
+    "ssd": Dis(kind="dis", width=64, depth=4, patch=2, mixer="ssd"),
+    "hydra": Dis(kind="dis", width=64, depth=4, patch=2, mixer="ssd", combine="hydra"),
     "diffussm in patches": DiffuSsm(kind="diffussm", width=64, depth=4, patch=2, position="sine"),
     "diffussm in one direction": DiffuSsm(kind="diffussm", width=64, depth=4, bidirectional=False),
 }
-NOT_PRODUCTS = ("conv", "scan", "D u and gate", "FFT", "spectra's product")
+NOT_PRODUCTS = ("conv", "scan", "ssd", "D u and gate", "FFT", "spectra's product")
 
 
 @pytest.fixture
@@ -133,7 +136,9 @@ def counted(monkeypatch):
     def count(settings, backward):
         with monkeypatch.context() as patched:
             for name, function in replaced.items():
-                patched.setattr(dis, name, function)
+                patched.setattr(s6, name, function)
+            patched.setattr(duality, "causal_conv_silu", replaced["causal_conv_silu"])
+            patched.setattr(duality, "ssd", _without_products)
             two, one = _macs(settings, 2, backward), _macs(settings, 1, backward)
         return {kind: two[kind] - one[kind] for kind in one}
 
@@ -158,12 +163,17 @@ def _use_inputs(f, b):
     return (f.B_BLN * f.C_BLN + b.B_BLN * b.C_BLN).sum(-1, keepdim=True)
 
 
+def _without_products(x, own, *ways, **_):
+    uses = [way.step_BLH[..., None] * (way.B_BLN * way.C_BLN).sum(-1)[..., None, None] for way in ways if way]
+    return sum(uses, own[..., None]) * x
+
+
 def _convolutions(x_BLE, w_f, b_f, w_b, b_b, **_):
     return _convolution(x_BLE, w_f, b_f), _convolution(x_BLE, w_b, b_b)
 
 
 def _convolution(x_BLE, w, b):
-    return F.conv1d(F.pad(x_BLE.transpose(1, 2), (3, 0)), w[:, None], b, groups=len(b)).transpose(1, 2)
+    return F.conv1d(F.pad(x_BLE.transpose(1, 2), (w.shape[1] - 1, 0)), w[:, None], b, groups=len(b)).transpose(1, 2)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -188,7 +198,10 @@ def by_formula(settings: FamilySettings, size: int) -> dict[str, float]:
     L, D = (size // settings.patch) ** 2, settings.width
     if isinstance(settings, Dis):
         L += settings.extra_tokens(10)
-        channels = (settings.depth + 1) * settings.directions * dis.inner_width(D)
+        channels = (settings.depth + 1) * settings.directions * s6.inner_width(D)
+        if settings.mixer == "ssd":
+            own = 1 if settings.combine == "hydra" else 2
+            return {"ssd": (2.5 * settings.state_size + own / 2) * channels * L}
         return {"scan": 4.5 * channels * L * settings.state_size, "D u and gate": 2 * channels * L}
     if isinstance(settings, DiffuSsm):
         channels = settings.depth * (2 if settings.bidirectional else 1) * D

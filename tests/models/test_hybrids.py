@@ -6,7 +6,8 @@ import torch
 from dis_scale.models import build, public
 from dis_scale.models.cost import price_model
 from dis_scale.models.dis.attention import Attention, axial_angles
-from dis_scale.models.dis.network import DiS, Mixer
+from dis_scale.models.dis.network import DiS
+from dis_scale.models.dis.s6 import Mixer
 from dis_scale.models.dis.settings import Dis, head_size
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import LatentShape, reading

@@ -19,7 +19,11 @@ SHAPE = LatentShape(4, 8)
 DIS = Dis(kind="dis", width=32, depth=4, patch=2)
 DIT = Dit(kind="dit", width=32, depth=2, heads=2, patch=2)
 DIFFUSSM = DiffuSsm(kind="diffussm", width=32, depth=2, state_size=8)
-MODELS = pytest.mark.parametrize("settings", [DIS, DIT, DIFFUSSM], ids=["dis", "dit", "diffussm"])
+SSD = DIS.model_copy(update={"mixer": "ssd", "state_size": 8})
+HYDRA = SSD.model_copy(update={"combine": "hydra"})
+MODELS = pytest.mark.parametrize(
+    "settings", [DIS, SSD, HYDRA, DIT, DIFFUSSM], ids=["dis", "ssd", "hydra", "dit", "diffussm"]
+)
 
 
 def inputs(batch=3, shape=SHAPE, seed=1):

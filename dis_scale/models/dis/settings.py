@@ -13,6 +13,7 @@ HEAD_SIZE = 64
 
 
 PUBLISHED: dict[str, Any] = {
+    "mixer": "s6",
     "conditioning": "tokens",
     "skip": "concat",
     "directions": 2,
@@ -36,6 +37,12 @@ class Dis(FamilySettings):
     """Blocks in addition to the middle one: depth / 2 in-blocks, 1 middle block, depth / 2 out-blocks."""
     patch: Count
     """Pixels of the latent per side of a patch, which is one token."""
+    mixer: Literal["s6", "ssd"] = "s6"
+    """The selective scan with a decay for each channel and state, or Mamba-2's state-space duality: one for each head, of up to
+    64 channels."""
+    combine: Literal["sum", "hydra"] = "sum"
+    """How `ssd` joins its directions: their sum, each behind a causal convolution of its own; or as Hydra: one convolution around
+    a token and one quasi-separable matrix a head, in which a token's weight on itself is free."""
     state_size: Count = 16
     """States of the scan per channel."""
     drop_path: Fraction = 0.1
@@ -63,11 +70,17 @@ class Dis(FamilySettings):
     def _heads_fit(self) -> Self:
         if self.attention_every and self.width % 4:
             raise ValueError(f"attention_every needs a width that is a multiple of 4, got {self.width}")
+        if self.mixer == "ssd" and self.width % 2:
+            raise ValueError(f"mixer ssd needs an even width, got {self.width}")
+        if self.mixer == "s6" and self.combine != "sum":
+            raise ValueError(f"combine: {self.combine} is of the mixer ssd, got mixer: s6: set mixer: ssd")
         return self
 
     def base_width_refusal(self, base_width: int, others: Mapping[str, Self]) -> str | None:
-        """Rates transfer between attentions whose heads have one size."""
+        """Rates transfer between attentions whose heads have one size, and nobody knows how they do with `ssd`."""
         del others
+        if self.mixer == "ssd":
+            return "how rates of the mixer ssd follow from a width is not known: set train.learning_rate for each model"
         ours, base = head_size(self.width), head_size(base_width) if base_width % 4 == 0 else 0
         if self.attention_every and ours != base:
             return f"attention's heads have {ours} channels here and {base} at base_width {base_width}: choose multiples of 64"

@@ -1,0 +1,88 @@
+"""The mixer of state-space duality (Mamba-2; Dao and Gu, arXiv 2405.21060) in both directions. Read next: ../../scan/duality.py.
+
+One product gives all inputs of both directions. Short convolutions see x, B and C. The output is normalised behind its gate.
+
+Axes: B samples, L tokens, D width, E = 2D inner width, H heads, P channels of a head, N states.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dis_scale.models.dis.s6 import conv_parameters, inner_width, log_uniform_steps
+from dis_scale.models.dis.settings import Dis, head_size
+from dis_scale.models.tokens import product, uniform, wide
+from dis_scale.scan import causal_conv_silu
+from dis_scale.scan.duality import Way, ssd
+
+AROUND = 7
+"""Taps of Hydra's convolution, which is centred on a token."""
+EPS = 1e-5
+
+
+class SsdMixer(nn.Module):
+    """norm((y_f + y_b) SiLU(z)) between two products, or norm(y_f SiLU(z)).
+
+    `sum`: each direction has its own convolution, and a token's weight on itself is step C . B + D. `hydra`: both share one
+    convolution, and that weight is a product of x and D, so that the directions need only mix the other tokens.
+    """
+
+    def __init__(self, settings: Dis, scan: str):
+        super().__init__()
+        D, E, N, ways = settings.width, inner_width(settings.width), settings.state_size, settings.ways
+        self.scan, self.ways, self.head, self.hydra = scan, ways, head_size(E), settings.combine == "hydra"
+        H = E // self.head
+        self.mixed = [N, N, E, N, N][: 2 * ways + 1]
+        """B and C of the forward direction, x, B and C of the backward direction."""
+        self.sizes = [sum(self.mixed), E, ways * H]
+        self.in_proj = uniform(sum(self.sizes), D, bound=D**-0.5)
+        convolved = sum(self.mixed) if self.hydra else E + 2 * N
+        self.conv_weight, self.conv_bias = conv_parameters(convolved, *([AROUND] if self.hydra else []))
+        if ways == 2 and not self.hydra:
+            self.back_conv_weight, self.back_conv_bias = conv_parameters(convolved)
+        self.own_proj = uniform(H, E, bound=E**-0.5) if self.hydra else None
+        # Of both directions, in one axis: vectors to an optimizer.
+        self.dt_bias = nn.Parameter(log_uniform_steps(ways * H))
+        self.A_log = nn.Parameter(torch.empty(ways * H).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(H if self.hydra else ways * H))
+        self.norm = nn.Parameter(torch.ones(E))
+        self.out_proj = uniform(D, E, bound=(E * settings.depth) ** -0.5)
+
+    def forward(self, h_BLD: Tensor) -> Tensor:
+        mixed_BLX, z_BLE, raw_BLH = product(h_BLD, self.in_proj).split(self.sizes, dim=-1)
+        steps = F.softplus(wide(raw_BLH) + self.dt_bias).chunk(self.ways, dim=-1)
+        decays = (-wide(self.A_log).exp()).chunk(self.ways)
+        y_BLE = (self._hydra if self.hydra else self._sum)(mixed_BLX, steps, decays).flatten(2)
+        gated_BLE = F.rms_norm(wide(y_BLE) * F.silu(wide(z_BLE)), self.norm.shape, wide(self.norm), EPS)
+        return product(gated_BLE.to(h_BLD.dtype), self.out_proj)
+
+    def _sum(self, mixed_BLX: Tensor, steps: tuple[Tensor, ...], decays: tuple[Tensor, ...]) -> Tensor:
+        """Sum of both directions, each of its own convolution of x, B and C."""
+        convs = [(self.conv_weight, self.conv_bias)]
+        if self.ways == 2:
+            convs.append((self.back_conv_weight, self.back_conv_bias))
+        ys, D_of = [], self.D.chunk(self.ways)
+        for i, conv in enumerate(convs):
+            sizes = self.mixed[2 * i : 2 * i + 3]
+            part_BLX = mixed_BLX[..., -sum(sizes) :] if i else mixed_BLX[..., : sum(sizes)]
+            parts = causal_conv_silu(part_BLX, *conv, reverse=bool(i), backend=self.scan).split(sizes, dim=-1)
+            x_BLE, B_BLN, C_BLN = parts if i else (parts[2], parts[0], parts[1])
+            way = Way(steps[i], decays[i], B_BLN, C_BLN)
+            own_BLH = steps[i] * (wide(B_BLN) * C_BLN).sum(-1, keepdim=True) + D_of[i]
+            ys.append(self._mix(x_BLE, own_BLH, None if i else way, way if i else None))
+        return sum(ys[1:], ys[0])
+
+    def _hydra(self, mixed_BLX: Tensor, steps: tuple[Tensor, ...], decays: tuple[Tensor, ...]) -> Tensor:
+        """Hydra's matrix: a token takes from each direction what its neighbour there would."""
+        half = AROUND // 2
+        padded_BLX = F.pad(mixed_BLX, (0, 0, 0, half))
+        convolved_BLX = causal_conv_silu(padded_BLX, self.conv_weight, self.conv_bias, backend=self.scan)[:, half:]
+        B_BLN, C_BLN, x_BLE, *back = convolved_BLX.split(self.mixed, dim=-1)
+        earlier = Way(steps[0], decays[0], B_BLN, F.pad(C_BLN[:, :-1], (0, 0, 1, 0)))
+        later = Way(steps[1], decays[1], back[0], F.pad(back[1][:, 1:], (0, 0, 0, 1))) if back else None
+        assert self.own_proj is not None
+        return self._mix(x_BLE, wide(product(x_BLE, self.own_proj)) + self.D, earlier, later)
+
+    def _mix(self, x_BLE: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | None) -> Tensor:
+        x_BLHP = x_BLE.unflatten(-1, (-1, self.head))
+        return ssd(x_BLHP, own_BLH, earlier, later, exclusive=self.hydra, backend=self.scan)

@@ -1,0 +1,191 @@
+"""State-space duality (SSD, Mamba-2; Dao and Gu, arXiv 2405.21060) in both directions: each head forgets by one factor a token.
+
+So a chunk of tokens is mixed by products of matrices, where the selective scan goes from token to token. Each pair of tokens
+belongs to one direction: the earlier tokens of a token to `earlier`, the later ones to `later`. `own` is the token's weight on
+itself: both directions of Hydra (Hwang et al., arXiv 2407.09941) are one matrix for each head.
+
+Axes: B batch, L tokens, H heads, P channels of a head, N states, K chunks, Q tokens of a chunk. Read next: ../models/dis/ssd.py.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dis_scale.process.errors import UserError
+from dis_scale.scan import choose, counts
+from dis_scale.scan.graphs import outside_graphs
+
+CHUNK = 128
+"""Most tokens of a chunk: where a chunk's products cost as much as its state's."""
+MACS = 2.5
+"""Multiply-adds per channel, state, token and direction, as a recurrence: 5 FLOPs."""
+LEAST_STEP = 1e-30
+"""Its logarithm is finite."""
+
+Form = Callable[[Tensor, Tensor, "Way | None", "Way | None", bool], Tensor]
+
+
+class Way(NamedTuple):
+    """What one direction mixes by: the positive step, the negative A, and the heads' common B and C."""
+
+    step_BLH: Tensor
+    A_H: Tensor
+    B_BLN: Tensor
+    C_BLN: Tensor
+
+
+@outside_graphs
+def ssd(
+    x_BLHP: Tensor,
+    own_BLH: Tensor,
+    earlier: Way | None,
+    later: Way | None,
+    exclusive: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """y_BLHP: for each token own_i x_i + C_i . S_i, with the state S_i of the tokens before it, plus the same of those after it.
+
+    S_i = a_i (S_{i-1} + step_{i-1} B_{i-1} x_{i-1}) with a_i = exp(step_i A): what is earlier has decayed by the token's own
+    factor, as in Mamba-2. `exclusive` leaves that factor out, as Hydra, which shifts outputs by one. float32, or float64 if x
+    is. The `reference` backend is the recurrence, all others compute in chunks.
+    """
+    ways = [way for way in (earlier, later) if way]
+    _check(x_BLHP, own_BLH, ways)
+    if counts.active.get():
+        counts.report("ssd", MACS * len(ways) * x_BLHP.numel() * ways[0].B_BLN.shape[-1] + x_BLHP.numel())
+        return counts.keeping(counts.like_first, x_BLHP, own_BLH, *itertools.chain(*ways))
+    dtype = torch.promote_types(x_BLHP.dtype, torch.float32)
+    inputs = [x.to(dtype) for x in (x_BLHP, own_BLH, *itertools.chain(*ways))]
+    present = earlier is not None, later is not None
+    if choose(backend, x_BLHP.device).name == "reference":
+        return _of_tensors(recurrence, present, exclusive, inputs).to(x_BLHP.dtype)
+    y_BLHP: Tensor = _Recomputed.apply(present, exclusive, *inputs)
+    return y_BLHP.to(x_BLHP.dtype)
+
+
+def recurrence(x_BLHP: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | None, exclusive: bool) -> Tensor:
+    """The definition: a plain loop over the tokens."""
+    y_BLHP = own_BLH[..., None] * x_BLHP
+    if earlier:
+        y_BLHP = y_BLHP + _one_way(x_BLHP, earlier, exclusive)
+    if later:
+        reverse = Way(*[x.flip(1) if x.ndim == 3 else x for x in later])
+        y_BLHP = y_BLHP + _one_way(x_BLHP.flip(1), reverse, exclusive).flip(1)
+    return y_BLHP
+
+
+def _one_way(x_BLHP: Tensor, way: Way, exclusive: bool) -> Tensor:
+    step_BLH, A_H, B_BLN, C_BLN = way
+    tokens = zip(*[x.unbind(1) for x in (x_BLHP, step_BLH, B_BLN, C_BLN)], strict=True)
+    S_BHNP, ys = x_BLHP.new_zeros(()), []
+    for x_BHP, step_BH, B_BN, C_BN in tokens:
+        decayed = (step_BH * A_H).exp()[..., None, None] * S_BHNP
+        ys.append((C_BN[:, None, :, None] * (S_BHNP if exclusive else decayed)).sum(2).expand_as(x_BHP))
+        S_BHNP = decayed + B_BN[:, None, :, None] * (step_BH[..., None] * x_BHP)[:, :, None]
+    return torch.stack(ys, 1)
+
+
+class _Recomputed(torch.autograd.Function):
+    """`chunked`, of which a backward pass keeps only the inputs: all pairs of tokens would take many times as much."""
+
+    @staticmethod
+    def forward(ctx: Any, present: tuple[bool, bool], exclusive: bool, *inputs: Tensor) -> Tensor:
+        ctx.present, ctx.exclusive = present, exclusive
+        ctx.save_for_backward(*inputs)
+        return _of_tensors(chunked, present, exclusive, inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BLHP: Tensor) -> tuple[Tensor | None, ...]:
+        leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            y_BLHP = _of_tensors(chunked, ctx.present, ctx.exclusive, leaves)
+        return None, None, *torch.autograd.grad(y_BLHP, leaves, dy_BLHP)
+
+
+def _of_tensors(form: Form, present: tuple[bool, bool], exclusive: bool, inputs: Sequence[Tensor]) -> Tensor:
+    """Apply `recurrence` or `chunked` to x, own and the tensors of the ways that are present."""
+    ways = [Way(*each) for each in zip(*[iter(inputs[2:])] * len(Way._fields), strict=True)]
+    earlier, later = ways[0] if present[0] else None, ways[-1] if present[1] else None
+    return form(inputs[0], inputs[1], earlier, later, exclusive)
+
+
+def chunked(x_BLHP: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | None, exclusive: bool) -> Tensor:
+    """Products within chunks of equal length, and a state from chunk to chunk."""
+    L = x_BLHP.shape[1]
+    K = math.ceil(L / CHUNK)
+    cut = functools.partial(_cut, K=K, Q=math.ceil(L / K))
+    x_BKQHP = cut(x_BLHP)
+    token = torch.arange(x_BKQHP.shape[2], device=x_BLHP.device)
+    exponent, product, passed = x_BLHP.new_tensor(-math.inf), x_BLHP.new_zeros(()), x_BLHP.new_zeros(())
+    for way, reverse, mine_QQ in ((earlier, False, token[:, None] > token), (later, True, token[:, None] < token)):
+        if way is None:
+            continue
+        one = _Exponents.of(cut(way.step_BLH), way.A_H, exclusive, reverse)
+        B_BKQN, C_BKQN = cut(way.B_BLN), cut(way.C_BLN)
+        exponent = torch.where(mine_QQ, one.reach_BKHQ[..., None] + one.leave_BKHQ[..., None, :], exponent)
+        product = torch.where(mine_QQ, C_BKQN @ B_BKQN.transpose(2, 3), product)
+        if K > 1:
+            passed = passed + _passed(x_BKQHP, one, B_BKQN, C_BKQN, reverse)
+    mixing_BKHQQ = exponent.exp() * product.unsqueeze(2)
+    y_BKQHP = passed + (mixing_BKHQQ @ x_BKQHP.transpose(2, 3)).transpose(2, 3)
+    return y_BKQHP.flatten(1, 2)[:, :L] + own_BLH[..., None] * x_BLHP
+
+
+def _cut(x: Tensor, K: int, Q: int) -> Tensor:
+    """(B, L, ...) to (B, K, Q, ...), padded with zeros."""
+    padded: Tensor = F.pad(x, (0, 0) * (x.ndim - 2) + (0, K * Q - x.shape[1]))
+    cut: Tensor = padded.unflatten(1, (K, Q))
+    return cut
+
+
+class _Exponents(NamedTuple):
+    """Token i takes exp(reach_i + leave_j) of token j of its chunk, and exp(reach_i) of the state that entered the chunk."""
+
+    reach_BKHQ: Tensor
+    leave_BKHQ: Tensor
+    total_BKH: Tensor
+    """Of the whole chunk, by which the state that entered it decays."""
+
+    @classmethod
+    def of(cls, step_BKQH: Tensor, A_H: Tensor, exclusive: bool, reverse: bool) -> "_Exponents":
+        step_BKHQ = step_BKQH.transpose(2, 3)
+        decay_BKHQ = step_BKHQ * A_H[:, None]
+        sums = decay_BKHQ.flip(-1).cumsum(-1).flip(-1) if reverse else decay_BKHQ.cumsum(-1)
+        leave_BKHQ = step_BKHQ.clamp(min=LEAST_STEP).log() - sums
+        return cls(sums - decay_BKHQ if exclusive else sums, leave_BKHQ, sums[..., 0 if reverse else -1])
+
+
+def _passed(x_BKQHP: Tensor, one: _Exponents, B_BKQN: Tensor, C_BKQN: Tensor, reverse: bool) -> Tensor:
+    """What the tokens of each chunk take of the states that enter it."""
+    H, P = x_BKQHP.shape[-2:]
+    weight_BKQH = (one.total_BKH[..., None] + one.leave_BKHQ).exp().transpose(2, 3)
+    added = (B_BKQN.transpose(2, 3) @ (weight_BKQH[..., None] * x_BKQHP).flatten(3)).unflatten(3, (H, P))
+    state, entering = torch.zeros_like(added[:, 0]), []
+    chunks = list(zip(added.unbind(1), one.total_BKH.exp().unbind(1), strict=True))
+    for added_BNHP, decay_BH in reversed(chunks) if reverse else chunks:
+        entering.append(state)
+        state = decay_BH[:, None, :, None] * state + added_BNHP
+    states_BKNHP = torch.stack(entering[::-1] if reverse else entering, 1)
+    taken_BKQHP: Tensor = (C_BKQN @ states_BKNHP.flatten(3)).unflatten(3, (H, P))
+    return one.reach_BKHQ.exp().transpose(2, 3)[..., None] * taken_BKQHP
+
+
+def _check(x_BLHP: Tensor, own_BLH: Tensor, ways: list[Way]) -> None:
+    if x_BLHP.ndim != 4 or 0 in x_BLHP.shape or not ways or ways[0].B_BLN.ndim != 3:
+        raise UserError(f"ssd: x_BLHP is {tuple(x_BLHP.shape)}, expected 4 axes, none empty, and a direction at least")
+    B, L, H, _ = x_BLHP.shape
+    N = ways[0].B_BLN.shape[2]
+    expected = {"own_BLH": (B, L, H), "step_BLH": (B, L, H), "A_H": (H,), "B_BLN": (B, L, N), "C_BLN": (B, L, N)}
+    given = [("own_BLH", own_BLH)] + [named for way in ways for named in way._asdict().items()]
+    for name, x in given:
+        shape = expected[name]
+        if x.shape != shape or x.device != x_BLHP.device:
+            raise UserError(f"ssd: {name} is {tuple(x.shape)} on {x.device}, expected {shape} on {x_BLHP.device}")

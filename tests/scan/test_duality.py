@@ -1,0 +1,103 @@
+"""State-space duality: three forms of one function, its gradients, and what it refuses."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dis_scale.process.errors import UserError
+from dis_scale.scan import duality as module
+from dis_scale.scan.duality import Way, chunked, recurrence, ssd
+
+Inputs = tuple[Tensor, Tensor, Way, Way]
+
+
+def inputs(L: int, H: int, P: int, N: int, dtype: torch.dtype = torch.float64) -> Inputs:
+    """Of two images. Decays as in a trained mixer: some heads forget at once, some hardly."""
+    random = torch.Generator().manual_seed(L)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=dtype)
+
+    ways = [Way(normal(2, L, H).exp() / 10, -normal(H).exp() * 4, normal(2, L, N), normal(2, L, N)) for _ in range(2)]
+    return normal(2, L, H, P), normal(2, L, H), ways[0], ways[1]
+
+
+def dense(x_BLHP: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | None, exclusive: bool) -> Tensor:
+    """The masked quadratic form, one pair of tokens at a time: each weight is a product of the factors between them."""
+    y_BLHP = own_BLH[..., None] * x_BLHP
+    for way, sign in ((earlier, 1), (later, -1)):
+        if way is None:
+            continue
+        factor_BLH = (way.step_BLH * way.A_H).exp()
+        for i in range(x_BLHP.shape[1]):
+            weight_BH = x_BLHP.new_ones(()) if exclusive else factor_BLH[:, i]
+            for j in range(i - sign, x_BLHP.shape[1] if sign < 0 else -1, -sign):
+                score_B1 = (way.C_BLN[:, i] * way.B_BLN[:, j]).sum(-1, keepdim=True)
+                y_BLHP[:, i] += (weight_BH * score_B1 * way.step_BLH[:, j])[..., None] * x_BLHP[:, j]
+                weight_BH = weight_BH * factor_BLH[:, j]
+    return y_BLHP
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 1, 4, 16), (7, 2, 3, 16), (35, 1, 8, 128)])
+def test_recurrence_and_chunks_are_the_quadratic_form(
+    sizes: tuple[int, int, int, int], exclusive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of one direction, and of a length that chunks do not divide."""
+    monkeypatch.setattr(module, "CHUNK", 8)
+    x, own, earlier, later = inputs(*sizes)
+    for ways in ((earlier, later), (earlier, None), (None, later)):
+        expected = dense(x, own, *ways, exclusive)
+        for form in (recurrence, chunked):
+            assert torch.allclose(
+                form(x, own, *ways, exclusive), expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item()
+            )
+
+
+@pytest.mark.parametrize("sizes", [(66, 4, 64, 64), (258, 1, 16, 16), (131, 2, 64, 128)])
+def test_float32_has_outputs_and_gradients_of_float64(sizes: tuple[int, int, int, int]) -> None:
+    x, own, *ways = inputs(*sizes)
+    exact = [t.requires_grad_() for t in (x, own, *ways[0], *ways[1])]
+    rounded = [t.detach().float().requires_grad_() for t in exact]
+    results = []
+    for leaves in (exact, rounded):
+        y = ssd(leaves[0], leaves[1], Way(*leaves[2:6]), Way(*leaves[6:]), exclusive=True, backend="chunked")
+        results.append([y, *torch.autograd.grad(y, leaves, torch.cos(torch.arange(y.numel()).to(y)).view_as(y))])
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_gradients_are_those_of_differences(exclusive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 3)
+    x, own, *ways = inputs(5, 2, 2, 3)
+    leaves = [t.requires_grad_() for t in (x, own, *ways[0], *ways[1])]
+
+    def function(x: Tensor, own: Tensor, *ways: Tensor) -> Tensor:
+        return ssd(x, own, Way(*ways[:4]), Way(*ways[4:]), exclusive, backend="chunked")
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+def test_the_later_tokens_are_the_earlier_ones_of_the_image_turned_around() -> None:
+    x, own, earlier, later = inputs(19, 2, 4, 16)
+    turned = [Way(*[t.flip(1) if t.ndim == 3 else t for t in way]) for way in (later, earlier)]
+    assert torch.allclose(ssd(x, own, earlier, later), ssd(x.flip(1), own.flip(1), *turned).flip(1))
+
+
+def test_a_step_of_zero_and_a_decay_to_nothing_have_finite_gradients() -> None:
+    """softplus gives zero for -104 in float32, and a factor of exp(-800) is zero."""
+    x, own, earlier, later = inputs(9, 1, 2, 4, torch.float32)
+    step = torch.tensor([0.0, 1e-38, 100.0] * 3).view(1, 9, 1).expand(2, 9, 1)
+    leaves = [t.clone().requires_grad_() for t in (x, own, step, *earlier[1:])]
+    y = ssd(leaves[0], leaves[1], Way(*leaves[2:]), later._replace(A_H=torch.tensor([-800.0])))
+    assert y.isfinite().all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), leaves))
+
+
+def test_inputs_that_do_not_fit_are_named() -> None:
+    x, own, earlier, later = inputs(4, 2, 4, 8)
+    with pytest.raises(UserError, match=r"ssd: C_BLN is \(2, 3, 8\) on cpu, expected \(2, 4, 8\) on cpu"):
+        ssd(x, own, earlier, later._replace(C_BLN=later.C_BLN[:, 1:]))
+    with pytest.raises(UserError, match="a direction at least"):
+        ssd(x, own, None, None)
