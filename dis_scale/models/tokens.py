@@ -143,9 +143,11 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def stream_norm(x_BTD: Tensor, dtype: torch.dtype) -> Tensor:
-    """Layer norm of a float32 stream without parameters, in the type of the products."""
-    return F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6).to(dtype)
+def stream_norm(x_BTD: Tensor, dtype: torch.dtype, weight_D: Tensor | None = None) -> Tensor:
+    """Layer norm of a float32 stream without parameters, or the RMS norm with a weight, in the type of the products."""
+    if weight_D is None:
+        return F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6).to(dtype)
+    return F.rms_norm(x_BTD, weight_D.shape, weight_D.to(x_BTD.dtype), 1e-6).to(dtype)
 
 
 def time_features(t_B: Tensor, dim: int) -> Tensor:
@@ -225,8 +227,31 @@ def position_table(side: int, width: int) -> Tensor:
     return table.float().unsqueeze(0)
 
 
-def modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+def axial_angles(side: int, size: int) -> Tensor:
+    """Return the angles (side^2, size / 2) of a head's pairs: the first half turn with the row, the others with the column.
+
+    Axial rotary positions as in EVA-02 (arXiv 2303.11331).
+    """
+    quarter = size // 4
+    place = torch.arange(side, dtype=torch.float32)
+    axis = place[:, None] * 10000.0 ** (-torch.arange(quarter, dtype=torch.float32) / quarter)
+    return torch.cat([axis.repeat_interleave(side, dim=0), axis.repeat(side, 1)], dim=1)
+
+
+def rotate(x_BLHd: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Turn each pair of neighbouring channels of a head by its token's angles, whose cosines and sines are (L, d / 2).
+
+    Attention's output has the layout of its queries: heads last but one, it need not be copied.
+    """
+    a, b = x_BLHd.unflatten(-1, (-1, 2)).unbind(-1)
+    cosines, sines = cosines.unsqueeze(1), sines.unsqueeze(1)
+    return torch.stack([a * cosines - b * sines, a * sines + b * cosines], dim=-1).flatten(-2)
+
+
+def modulate(x_BLD: Tensor, shift_BD: Tensor | None, scale_BD: Tensor) -> Tensor:
     """Adaptive layer norm's affine part (DiT): x (1 + scale) + shift."""
+    if shift_BD is None:
+        return x_BLD * (1 + scale_BD).unsqueeze(1)
     return torch.addcmul(shift_BD.unsqueeze(1), x_BLD, (1 + scale_BD).unsqueeze(1))
 
 

@@ -105,8 +105,10 @@ def test_shares_of_the_multiply_adds_of_h():
 SETTINGS = {
     "dis": Dis(kind="dis", width=64, depth=4, patch=2),
     "dit": Dit(kind="dit", width=64, depth=4, heads=4, patch=2),
+    "modern dit": Dit(**families.preset("DiT+-S/2") | {"width": 64, "depth": 4, "heads": 4}),
     "diffussm": DiffuSsm(kind="diffussm", width=64, depth=4),
     "diffussm-4": DiffuSsm(kind="diffussm", width=64, depth=4, hourglass=4),
+    "hybrid": Dis(kind="dis", width=64, depth=4, patch=2, attention_every=2),
     "dis without skips": Dis(kind="dis", width=64, depth=4, patch=2, skip="none"),
     "dis with added skips": Dis(kind="dis", width=64, depth=4, patch=2, skip="add", position="none"),
     "dis in one direction": Dis(kind="dis", width=64, depth=4, patch=2, directions=1),
@@ -198,7 +200,8 @@ def by_formula(settings: FamilySettings, size: int) -> dict[str, float]:
     L, D = (size // settings.patch) ** 2, settings.width
     if isinstance(settings, Dis):
         L += settings.extra_tokens(10)
-        channels = (settings.depth + 1) * settings.directions * s6.inner_width(D)
+        mixers = settings.depth + 1 - (settings.depth + 1) // (settings.attention_every or settings.depth + 2)
+        channels = mixers * settings.directions * s6.inner_width(D)
         if settings.mixer == "ssd":
             own = 1 if settings.combine == "hydra" else 2
             return {"ssd": (2.5 * settings.state_size + own / 2) * channels * L}

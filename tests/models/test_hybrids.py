@@ -5,10 +5,11 @@ import torch
 
 from dis_scale.models import build, public
 from dis_scale.models.cost import price_model
-from dis_scale.models.dis.attention import Attention, axial_angles
+from dis_scale.models.dis.attention import Attention
 from dis_scale.models.dis.network import DiS
 from dis_scale.models.dis.s6 import Mixer
 from dis_scale.models.dis.settings import Dis, head_size
+from dis_scale.models.tokens import axial_angles
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import LatentShape, reading
 from tests.conftest import TINY
@@ -34,7 +35,7 @@ def by_definition(layer: Attention, h_BLD: torch.Tensor) -> torch.Tensor:
             turned = []
             for x, weight in ((q, layer.q_norm), (k, layer.k_norm)):
                 x = x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt() * weight
-                turned.append(torch.complex(*x.chunk(2, 1)) * torch.polar(torch.ones_like(angles), angles))
+                turned.append(torch.complex(x[:, ::2], x[:, 1::2]) * torch.polar(torch.ones_like(angles), angles))
             scores = (turned[0] @ turned[1].conj().T).real / size**0.5
             out[image, :, head * size : (head + 1) * size] = scores.softmax(1) @ v
     return out @ layer.out_proj.T

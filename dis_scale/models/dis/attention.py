@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dis_scale.models.dis.settings import head_size
-from dis_scale.models.tokens import product, uniform, wide
+from dis_scale.models.tokens import axial_angles, product, rotate, uniform, wide
 
 EPS = 1e-6
 
@@ -13,8 +13,7 @@ EPS = 1e-6
 class Attention(nn.Module):
     """Attention of all tokens; queries and keys are normalised, and those of a patch rotate with its row and column.
 
-    The first `extras` tokens, label and time, do not rotate. Axial rotary positions as in EVA-02 (arXiv 2303.11331), normalised
-    queries and keys as in ViT-22B (arXiv 2302.05442).
+    The first `extras` tokens, label and time, do not rotate. Normalised queries and keys as in ViT-22B (arXiv 2302.05442).
     """
 
     cosines: Tensor
@@ -34,21 +33,13 @@ class Attention(nn.Module):
     def forward(self, h_BLD: Tensor) -> Tensor:
         """Map tokens to tokens, (B, L, D)."""
         size = len(self.q_norm)
-        q_BHLd, k_BHLd, v_BHLd = product(h_BLD, self.qkv).unflatten(-1, (3, -1, size)).permute(2, 0, 3, 1, 4)
-        q_BHLd, k_BHLd = self._placed(q_BHLd, self.q_norm), self._placed(k_BHLd, self.k_norm)
+        q_BLHd, k_BLHd, v_BLHd = product(h_BLD, self.qkv).unflatten(-1, (3, -1, size)).unbind(2)
+        q_BLHd, k_BLHd = self._placed(q_BLHd, self.q_norm), self._placed(k_BLHd, self.k_norm)
+        q_BHLd, k_BHLd, v_BHLd = (x_BLHd.transpose(1, 2) for x_BLHd in (q_BLHd, k_BLHd, v_BLHd))
         y_BHLd = F.scaled_dot_product_attention(q_BHLd, k_BHLd, v_BHLd)
         return product(y_BHLd.transpose(1, 2).flatten(2), self.out_proj)
 
-    def _placed(self, x_BHLd: Tensor, weight_d: Tensor) -> Tensor:
+    def _placed(self, x_BLHd: Tensor, weight_d: Tensor) -> Tensor:
         """Normalise and rotate, in float32 or better."""
-        a, b = F.rms_norm(wide(x_BHLd), weight_d.shape, wide(weight_d), EPS).chunk(2, dim=-1)
-        turned = torch.cat([a * self.cosines - b * self.sines, a * self.sines + b * self.cosines], dim=-1)
-        return turned.to(x_BHLd.dtype)
-
-
-def axial_angles(side: int, size: int) -> Tensor:
-    """Return the angles (side^2, size / 2) of a head's pairs: the first half turn with the row, the others with the column."""
-    quarter = size // 4
-    place = torch.arange(side, dtype=torch.float32)
-    axis = place[:, None] * 10000.0 ** (-torch.arange(quarter, dtype=torch.float32) / quarter)
-    return torch.cat([axis.repeat_interleave(side, dim=0), axis.repeat(side, 1)], dim=1)
+        normal_BLHd = F.rms_norm(wide(x_BLHd), weight_d.shape, wide(weight_d), EPS)
+        return rotate(normal_BLHd, self.cosines, self.sines).to(x_BLHd.dtype)

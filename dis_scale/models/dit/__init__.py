@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from dis_scale.models.dit.settings import SIZES, Dit
+from dis_scale.models.dit.settings import MODERN, SIZES, Dit
 from dis_scale.models.family import Family, PublicLayout
 
 if TYPE_CHECKING:
@@ -24,7 +24,12 @@ def _public() -> PublicLayout:
 FAMILY = Family(
     Dit,
     _network,
-    presets={f"{name}/{patch}": sizes | {"patch": patch} for name, sizes in SIZES.items() for patch in (2, 4, 8)},
+    presets={
+        f"{name.replace('DiT', kind)}/{patch}": sizes | parts | {"patch": patch}
+        for kind, parts in {"DiT": {}, "DiT+": {"modern": MODERN}}.items()
+        for name, sizes in SIZES.items()
+        for patch in (2, 4, 8)
+    },
     marker="s",
     line="--",
     transfers=True,

@@ -74,8 +74,13 @@ def model(state_dict: StateDict, heads: int | None = None) -> DiT:
     return empty
 
 
-def rename(ours: str, model: Backbone) -> str:  # noqa: ARG001
-    """Return the public name of a weight."""
+def rename(ours: str, model: Backbone) -> str:
+    """Return the public name of a weight. UserError for a model with parts that the public code lacks."""
+    assert isinstance(model, DiT)
+    if model.settings.modern:
+        raise UserError(
+            f"the public layout of DiT has no modern: [{', '.join(model.settings.modern)}]: export another way"
+        )
     if not ours.startswith("blocks."):
         return renamed(ours, NAMES)
     _, index, rest = ours.split(".", 2)

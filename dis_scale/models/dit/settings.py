@@ -1,9 +1,9 @@
 """Settings of a DiT, and its published sizes."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from dis_scale.models.settings import FamilySettings
 from dis_scale.process.settings import Count
@@ -14,6 +14,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "DiT-L": {"width": 1024, "depth": 24, "heads": 16},
     "DiT-XL": {"width": 1152, "depth": 28, "heads": 16},
 }
+Part = Literal["rms_norm", "qk_norm", "rotary", "swiglu", "no_shift"]
+MODERN: tuple[Part, ...] = ("rms_norm", "qk_norm", "rotary", "swiglu", "no_shift")
+"""All parts of LightningDiT (arXiv 2501.01423) that DiT lacks."""
 
 
 class Dit(FamilySettings):
@@ -28,6 +31,9 @@ class Dit(FamilySettings):
     """Heads of the attention."""
     patch: Count
     """Pixels of the latent per side of a patch, which is one token."""
+    modern: Annotated[tuple[Part, ...], Field(strict=False)] = ()
+    """Parts of later models, as in LightningDiT: `rms_norm` with weights, `qk_norm` of queries and keys, `rotary` positions of rows
+    and columns besides the table, `swiglu` in the MLP, and blocks with `no_shift`."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -35,6 +41,12 @@ class Dit(FamilySettings):
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}: choose heads that divide it")
         if self.width % 4:
             raise ValueError(f"DiT's table of positions needs a width that is a multiple of 4, got {self.width}")
+        if "rotary" in self.modern and self.head_size % 4:
+            raise ValueError(
+                f"rotary needs heads whose size is a multiple of 4, got {self.head_size}: choose other heads"
+            )
+        if len(set(self.modern)) < len(self.modern):
+            raise ValueError(f"modern names a part twice: {', '.join(self.modern)}")
         return self
 
     @property
