@@ -44,6 +44,11 @@ def default() -> Family:
     return next(iter(known().values()))
 
 
+def of_curve(curve: str) -> Family:
+    """Return the family of a curve's name (`FamilySettings.curve`)."""
+    return find(curve.partition(" + ")[0])
+
+
 def find(kind: str, code: str = "") -> Family:
     """Return a family. NoFamily if it is not here, or is not of this package and version or of a file with this hash.
 

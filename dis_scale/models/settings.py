@@ -25,6 +25,11 @@ class FamilySettings(Settings):
         return str(getattr(self, "code", ""))
 
     @property
+    def curve(self) -> str:
+        """Name of the curve on which the model's points lie: its kind, and ` + ` with options that make it another backbone."""
+        return self.kind
+
+    @property
     def sizes(self) -> dict[str, Any]:
         """What the network is, apart from its training."""
         return self.model_dump(exclude=set(self.beside))

@@ -95,7 +95,7 @@ def finish(figure: Figure, axes: Axes, report: Report, names: Sequence[Name]) ->
 
 def key(kind: str, label: str = "", colour: str = QUIET) -> Line2D:
     """Return a family's marker and line for a legend."""
-    family = families.find(kind)
+    family = families.of_curve(kind)
     return Line2D([], [], color=colour, marker=family.marker, ls=family.line, label=label or kind)
 
 
@@ -175,7 +175,7 @@ def draw_line(axes: Axes, report: Report, points: list[Point], along: str, colou
 
     Markers of unfinished schedules are hollow.
     """
-    family, colours, x = families.find(points[0].kind), colours_of(report), [getattr(p, along) for p in points]
+    family, colours, x = families.of_curve(points[0].kind), colours_of(report), [getattr(p, along) for p in points]
     y = [report.distance(p) for p in points]
     errors = [float("nan") if (error := report.error(p)) is None else error for p in points]
     axes.errorbar(

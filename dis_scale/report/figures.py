@@ -163,7 +163,7 @@ def isoflop_profiles(report: Report, metric: str) -> Figure | None:
 
 def _profile(axes: Axes, profile: isoflop.Profile, kind: str, shade: str) -> None:
     """Plot the runs of a budget, their parabola, and a cross at its minimum; runs that are not fitted are hollow."""
-    sizes, family = np.geomspace(*drawing.ends(profile.parameters.tolist()), 100), families.find(kind)
+    sizes, family = np.geomspace(*drawing.ends(profile.parameters.tolist()), 100), families.of_curve(kind)
     axes.plot(*profile.beyond, family.marker, color=shade, markerfacecolor="white", markersize=5)
     axes.plot(profile.parameters, profile.values, family.marker, color=shade, markersize=5)
     axes.plot(sizes, profile.at(sizes), family.line, color=shade, linewidth=1)
@@ -177,7 +177,7 @@ def _minima(sizes: Axes, values: Axes, profiles: list[isoflop.Profile], kind: st
     best = {profile.budget: profile.best[0] for profile in profiles if profile.best}
     if not best:
         return
-    family, law, lowest = families.find(kind), isoflop.laws(profiles), isoflop.lowest(profiles)
+    family, law, lowest = families.of_curve(kind), isoflop.laws(profiles), isoflop.lowest(profiles)
     label = kind
     if law and law.parameters.interval:
         least, most = law.parameters.interval

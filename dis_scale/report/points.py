@@ -30,6 +30,7 @@ class Point:
 
     model: str
     kind: str
+    """The curve that it lies on: the model's kind, with options that make it another backbone (`FamilySettings.curve`)."""
     variant: str
     images_seen: int
     cost: "Cost"
@@ -235,7 +236,7 @@ def collect(sweep: Sweep, plan: "Plan") -> Report:
                 values = {name: value for name, value in evaluation.values.items() if not name.endswith("_floor")}
                 if origin and origin.model in origins and images_seen <= origin.images:
                     continue  # copied: it is the origin's point
-                kind = recipe.models[model].kind
+                kind = recipe.models[model].curve
                 point = Point(
                     model=model, kind=kind, variant=variant, images_seen=images_seen, cost=cost,
                     values=values, evaluation=evaluation, group=group, trunk=trunk,

@@ -11,6 +11,7 @@ from dis_scale.process.errors import UserError
 from dis_scale.recipe import Recipe
 from dis_scale.report import families
 from dis_scale.report.families import Gap, Size
+from dis_scale.report.figures import gflops_distance
 from dis_scale.sweep import Sampled
 from tests.support.commands import invoke
 from tests.support.evaluations import collect, put, sweep_at
@@ -138,6 +139,22 @@ def test_a_sweep_says_what_its_families_show(sweep: Any) -> None:
     assert other.endswith("dis and dit cannot be compared: dit has 1 of the 3 sizes that a curve needs")
     with pytest.raises(UserError, match=r"--families: both has no points of mamba: it has dis, dit"):
         list(families.comparisons(report, "dis", "mamba"))
+
+
+def test_another_mixer_or_other_parts_are_another_curve(tmp_path: Path, recipe: Recipe) -> None:
+    """Though of one kind; and the figures draw both."""
+    text = recipe.model_dump(mode="json")
+    text["models"]["ssd"] = text["models"]["dis64"] | {"mixer": "ssd", "combine": "hydra", "state_size": 8}
+    text["models"]["dit"] |= {"modern": ["swiglu"]}
+    made = sweep_at(tmp_path, "mixers", Recipe.model_validate(text, strict=False))
+    made.save_recipe()
+    for model, distance in (("dis", 9.0), ("dis32", 6.0), ("dis64", 4.0), ("dis128", 2.7), ("ssd", 7.0), ("dit", 8.0)):
+        put(made, Sampled(model, 160), distance)
+    report = collect(made)
+    assert report.families == ["dis", "dit + swiglu", "dis + ssd hydra"]
+    assert [p.model for p in report.family("dis + ssd hydra", 160)] == ["ssd"]
+    assert any(each.found for each in families.comparisons(report, "dis + ssd hydra", "dis"))
+    assert gflops_distance(report).axes
 
 
 def test_the_command_shows_every_size_beside_the_curve(sweep: Any) -> None:

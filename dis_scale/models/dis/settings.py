@@ -87,6 +87,14 @@ class Dis(FamilySettings):
         return None
 
     @property
+    def curve(self) -> str:
+        """Other mixers, attention and orders: `dis + ssd hydra`, `dis + attention 4`, `dis + raster column`."""
+        options = [f"ssd {self.combine}"] if self.mixer == "ssd" else []
+        options += [f"attention {self.attention_every}"] if self.attention_every else []
+        options += [" ".join(self.order)] if self.order != PUBLISHED["order"] else []
+        return " + ".join([self.kind, *options])
+
+    @property
     def unpublished(self) -> str | None:
         """Name of the first setting that the public code lacks; None if it has all."""
         return next((name for name, public in PUBLISHED.items() if getattr(self, name) != public), None)

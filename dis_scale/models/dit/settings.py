@@ -50,6 +50,12 @@ class Dit(FamilySettings):
         return self
 
     @property
+    def curve(self) -> str:
+        """`dit + modern` with all parts, else with the parts' names."""
+        parts = "modern" if set(self.modern) == set(MODERN) else " ".join(self.modern)
+        return " + ".join([self.kind, parts] if parts else [self.kind])
+
+    @property
     def head_size(self) -> int:
         return self.width // self.heads
 
