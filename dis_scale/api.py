@@ -193,15 +193,18 @@ class Weights:
         return [Image.fromarray(pixels) for pixels in np.concatenate(list(parts))]
 
 
-def open_weights(at: str | Path, vae: str | Path | None = None, heads: int | None = None) -> Weights:
+def open_weights(
+    at: str | Path, vae: str | Path | None = None, heads: int | None = None, guide: str | Path | None = None
+) -> Weights:
     """Return the weights at a path or URL: of a sweep, a copied folder or file, or a public `.pt` file of DiS, DiT or SiT.
 
     `vae` is needed only where the sweep's autoencoder is not beside the weights: a folder, a hub id, or `none` for pixels;
-    `heads` for a public DiT of no published size. It warns of what is assumed, or differs.
+    `heads` for a public DiT of no published size. `guide` is a worse model that guides it (arXiv 2406.02507). It warns
+    of what is assumed, or differs.
 
     UserError if there are no weights, or no autoencoder that fits them.
     """
-    opened = open_for_sampling(at, None if vae is None else str(vae), heads)
+    opened = open_for_sampling(at, None if vae is None else str(vae), heads, guide)
     for note in opened.notes:
         warnings.warn(note, stacklevel=2)
     return Weights(opened)

@@ -10,8 +10,9 @@ from rich.console import Console
 
 from dis_scale.process.errors import UserError
 from dis_scale.process.progress import Board
+from dis_scale.recipe.evaluate import Autoguidance
 from dis_scale.report import ablation
-from dis_scale.sweep import Sweep, state
+from dis_scale.sweep import Sampled, Sweep, state
 from dis_scale.weights import ema
 from dis_scale.weights.ema import Snapshot
 from dis_scale.weights.published import snapshots
@@ -27,22 +28,28 @@ LARGEST_MISFIT = 0.25
 
 
 def run_ablation(
-    sweep: Sweep, model: str, at_images: int | None, setting: str, values: Sequence[float], console: Console
+    sweep: Sweep,
+    model: str,
+    at_images: int | None,
+    setting: str,
+    values: Sequence[float],
+    console: Console,
+    by: Sampled | None = None,
 ) -> dict[float, dict[str, float]]:
     """Evaluate what is missing and write the table and the figure below `report/`; return the metrics of each value.
 
-    UserError for an impossible value. `at_images` is a published count; default: the last.
+    UserError for an impossible value. `at_images` is a published count; default: the last. `by` guides, if given.
     """
     images_seen, values = _published(sweep, model, at_images), sorted({float(f"{value:g}") for value in values})
-    _require_possible(sweep, model, images_seen, setting, values)
+    _require_possible(sweep, model, images_seen, setting, values, by)
     console.print(f"ray      {last_ray.words()}", highlight=False, soft_wrap=True)
     with Board(console) as board:
         driver = Driver(sweep, board)
         with obeying_signals(driver.stop_requested), open_cluster(sweep.recipe) as cluster:
             words = [f"{value:g}" for value in values]
             with stopping_jobs(driver):
-                run_stage(driver, cluster, "ablate", model, str(images_seen), setting, *words)
-    return ablation.write(sweep, model, images_seen, setting, values, console)
+                run_stage(driver, cluster, "ablate", model, str(images_seen), state.ablation_name(setting, by), *words)
+    return ablation.write(sweep, model, images_seen, setting, values, console, by)
 
 
 def _published(sweep: Sweep, model: str, at_images: int | None) -> int:
@@ -54,7 +61,9 @@ def _published(sweep: Sweep, model: str, at_images: int | None) -> int:
     return counts[-1] if at_images is None else at_images
 
 
-def _require_possible(sweep: Sweep, model: str, images_seen: int, setting: str, values: Sequence[float]) -> None:
+def _require_possible(
+    sweep: Sweep, model: str, images_seen: int, setting: str, values: Sequence[float], by: Sampled | None
+) -> None:
     train = sweep.recipe.train_of(model)
     if setting == WIDTH and train.power_ema is None:
         raise UserError("no width can be rebuilt: this sweep tracked no power-function averages (train.power_ema)")
@@ -62,7 +71,8 @@ def _require_possible(sweep: Sweep, model: str, images_seen: int, setting: str, 
     for value in values:
         if not 0 <= value < math.inf:
             raise UserError(f"{setting} {value:g}: expected 0 or more")
-        if setting == GUIDANCE and (refusal := sweep.recipe.guidance_refusal(value)):
+        guidance = Autoguidance(by=by.model, images=by.images_seen, scale=value) if by else value
+        if setting == GUIDANCE and (refusal := sweep.recipe.guidance_refusal(guidance)):
             raise UserError(f"{setting}: {refusal}")
         if setting == WIDTH and known:
             misfit = ema.misfit(known, Snapshot(images_seen // train.batch_images, value))

@@ -107,10 +107,11 @@ def await_gpus(job: StageJob, free: Callable[[], int | None], poll_every_s: floa
 
 def ablate(job: StageJob) -> None:
     """Evaluate one published checkpoint with other values of one setting, each a variant of its own; keep finished ones."""
-    model, images, setting, *values = job.arguments
+    model, images, name, *values = job.arguments
+    setting, guide = state.parse_ablation_name(name)
     job.connect()
     device, _ = choose_device(job.recipe)
-    samplings = state.ablations(job.recipe.evaluate, setting, [float(value) for value in values])
+    samplings = state.ablations(job.recipe.evaluate, setting, [float(value) for value in values], guide)
     gpus = max(1, Places.now(job.recipe).most_evaluators())
     evaluation, _ = open_evaluation(job, device, gpus, samplings, checkpoints=1)
     for variant in samplings:

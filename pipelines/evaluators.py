@@ -64,16 +64,17 @@ class Evaluator(Worker):
             folder, images, before = self.sweep.evaluation(sampled), 0, dict(self.sampler.seconds)
 
             @cache
-            def model() -> "Backbone":
-                """Loaded for the first block only; never if no block is left."""
-                loaded = self.sampler.model(sampled.model, sampled.images_seen, settings)
+            def models() -> "tuple[Backbone, Backbone | None]":
+                """The model and the one that guides it, loaded for the first block only; never if no block is left."""
+                loaded = self.sampler.model(sampled.model, sampled.images_seen, settings), self.sampler.guide(settings)
                 self.emit("work")
                 return loaded
 
             for number in iter(deal, None):
                 if self.stop_requested():
                     break
-                block = self.sampler.sample(model(), settings, number)
+                model, guide = models()
+                block = self.sampler.sample(model, settings, number, guide)
                 folder.write(block_name(number), block.to_bytes())
                 self.report(self._done + 1)
                 images += len(block.right)

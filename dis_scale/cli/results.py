@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dis_scale.cli.shared import AsJson, At, Model, SweepUrl, console, require_folder, say, show
 from dis_scale.process.errors import UserError
+
+if TYPE_CHECKING:
+    from dis_scale.sweep import Sampled
 
 
 def report(
@@ -131,12 +134,24 @@ def guidance(
     model: Model,
     scales: Annotated[str, typer.Option(help="Guidance scales, separated by commas.")] = "1,1.25,1.5,2,3",
     at: At = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="Guide by another published model, MODEL@IMAGES, such as dis-s@24000; default: without labels."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the curve of guidance against distance."""
+    from dis_scale.sweep import Sampled
     from pipelines.ablate import GUIDANCE
 
-    _ablate(sweep, model, at, GUIDANCE, _numbers("--scales", scales), as_json)
+    name, _, images = (by or "").rpartition("@")
+    if by and not (name and images.isdecimal()):
+        raise UserError(f"--by: got {by!r}, expected MODEL@IMAGES, such as dis-s@24000")
+    _ablate(
+        sweep, model, at, GUIDANCE, _numbers("--scales", scales), as_json, Sampled(name, int(images)) if by else None
+    )
 
 
 def ema(
@@ -152,11 +167,13 @@ def ema(
     _ablate(sweep, model, at, WIDTH, _numbers("--widths", widths), as_json)
 
 
-def _ablate(url: str, model: str, at: int | None, setting: str, values: list[float], as_json: bool) -> None:
+def _ablate(
+    url: str, model: str, at: int | None, setting: str, values: list[float], as_json: bool, by: "Sampled | None" = None
+) -> None:
     from dis_scale.sweep import Sweep
     from pipelines.ablate import run_ablation
 
-    found = run_ablation(Sweep.open(url), model, at, setting, values, console(stderr=as_json))
+    found = run_ablation(Sweep.open(url), model, at, setting, values, console(stderr=as_json), by)
     show(as_json, [{setting: value, "values": metrics} for value, metrics in found.items()])
 
 

@@ -8,6 +8,7 @@ import typer
 
 from dis_scale.cli.checkpoints import Heads
 from dis_scale.cli.shared import CHECKPOINT, AsJson, VaeOption, console, require_folder, say, say_aside, show
+from dis_scale.process.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,6 +45,10 @@ def sample(
         typer.Option(help="With --npz: each class equally often, or independent labels, all equally likely."),
     ] = "balanced",
     guidance: Annotated[float | None, typer.Option(min=0, help="Default: as for the sampler, or 1: none.")] = None,
+    guide: Annotated[
+        str | None,
+        typer.Option(help="A worse checkpoint that guides, as --checkpoint; default: the sweep's own, or no labels."),
+    ] = None,
     guidance_channels: Annotated[
         int | None, typer.Option(min=1, help="Guide so many channels, the first; default: as for the sampler, or all.")
     ] = None,
@@ -68,7 +73,7 @@ def sample(
     from dis_scale.training.throughput import machine_name
     from dis_scale.weights import opening as pictures
 
-    opened = pictures.open_for_sampling(checkpoint, vae, heads)
+    opened = pictures.open_for_sampling(checkpoint, vae, heads, guide)
     for line in opened.notes:
         aside(line)
     chosen = None if classes is None else pictures.labels_in_words(opened, classes)
@@ -80,6 +85,8 @@ def sample(
         each_label = pictures.labels_in_turn(opened, chosen, images)
     changes = {"sampler": sampler, "steps": steps, "guidance": guidance, "guidance_channels": guidance_channels}
     sampling = opened.sampling_with(**changes)
+    if guide and sampling.scale == 1:
+        raise UserError("--guide: at guidance 1 nothing guides: set --guidance, such as 2")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     aside(f"sampling {opened.located}: {sampling}, fp32 on {machine_name(device)}")
     parts = pictures.sample_pictures(opened, each_label, sampling=sampling, seed=seed, batch=batch, device=device)
@@ -90,7 +97,7 @@ def sample(
         else:
             names = pictures.column_names(opened, each_label, columns := grid_columns(each, images))
             out.write_bytes(grid(np.concatenate(list(counted)), columns, names))
-    how = {"sampler": sampling.sampler, "steps": sampling.steps, "guidance": sampling.guidance, "seed": seed}
+    how = {"sampler": sampling.sampler, "steps": sampling.steps, "guidance": sampling.scale, "seed": seed}
     found = {"file": str(npz or out), "images": images, **how, "device": machine_name(device), "notes": opened.notes}
     show(as_json, found, f"{images} images in {npz or out}")
 

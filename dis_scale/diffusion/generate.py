@@ -57,19 +57,21 @@ def generate(
     *,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    guide: Generator | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Generate latents (B, C, H, W), float32, of the samples with these numbers and labels (None for a model without classes).
 
-    Noise is bit-equal for any split of the numbers into batches; the model's sums may differ in the last digits. UserError
-    for invalid labels, steps or sampler, before any computation. Exported pipelines import this function by name.
+    `guide` is a worse model that guides instead of the model without labels. Noise is bit-equal for any split of the numbers into
+    batches; the model's sums may differ in the last digits. UserError for invalid labels, steps or sampler, before any
+    computation. Exported pipelines import this function by name.
     """
     check_sampler(sampling.sampler, process)
     noise = SampleNoise(seed, numbers)
     y_B = None if labels is None else torch.tensor(list(labels), dtype=torch.int64)
     if y_B is not None and model.num_classes is not None:
         check_labels(y_B, model.num_classes)  # on the host: the answer of a GPU would stall it
-    model_fn = guided(model, None if y_B is None else y_B.to(device), sampling)
+    model_fn = guided(model, None if y_B is None else y_B.to(device), sampling, guide)
     x_T = noise.start((len(numbers), model.shape.channels, model.shape.size, model.shape.size)).to(device)
     return sample(model_fn, process, sampling.sampler, sampling.steps, x_T, noise, progress)
 

@@ -96,6 +96,12 @@ class BlockSampler:
     def recipe(self) -> Recipe:
         return self.sweep.recipe
 
+    def guide(self, settings: Evaluate) -> Backbone | None:
+        """Load the model that guides, if any: its exponential average; StorageError if it is not published, or damaged."""
+        if settings.guide is None:
+            return None
+        return self.model(settings.guide.by, settings.guide.images, settings.model_copy(update={"ema_width": None}))
+
     def model(self, name: str, images_seen: int, settings: Evaluate) -> Backbone:
         """Load a published model or one of its averages, as `settings` says; StorageError names a damaged one."""
         run, train = self.sweep.run(name), self.recipe.train_of(name)
@@ -107,25 +113,25 @@ class BlockSampler:
         verify_sampling(model, settings, self.device)
         return model
 
-    def sample(self, model: Backbone, settings: Evaluate, block: int) -> SampleBlock:
+    def sample(self, model: Backbone, settings: Evaluate, block: int, guide: Backbone | None = None) -> SampleBlock:
         """Sample one block: guide, decode, extract features, judge."""
         numbers = block_numbers(settings.samples, settings.block_images, block)
         micro = settings.batch_images
-        parts = [self._pixels(model, settings, numbers[i : i + micro]) for i in range(0, len(numbers), micro)]
+        parts = [self._pixels(model, settings, numbers[i : i + micro], guide) for i in range(0, len(numbers), micro)]
         pixels, labels = np.concatenate(parts), self.labels[numbers.start : numbers.stop]
         with self._timed("features"):
             features, right = {e.name: e(pixels) for e in self.extractors}, self._judge(pixels, labels)
         shown = set(grid_numbers(self.labels))
         return SampleBlock(features, right, pixels[[number in shown for number in numbers]])
 
-    def _pixels(self, model: Backbone, settings: Evaluate, numbers: range) -> np.ndarray:
+    def _pixels(self, model: Backbone, settings: Evaluate, numbers: range, guide: Backbone | None) -> np.ndarray:
         """Return the images of a micro-batch, uint8 (B, H, W, 3)."""
         labels = None if model.num_classes is None else self.labels[numbers.start : numbers.stop].tolist()
         with self._timed("sampling"), torch.no_grad():
             allow_tf32(settings.precision == "tf32")
             latents = generate(
                 model, diffusion.build(self.recipe.diffusion, model.shape), labels, numbers, settings,
-                seed=self.recipe.seed, device=self.device,
+                seed=self.recipe.seed, device=self.device, guide=guide,
             )  # fmt: skip
             allow_tf32(False)
             require_finite(latents, numbers)
@@ -168,7 +174,7 @@ def verify_sampling(model: Backbone, settings: Evaluate, device: torch.device) -
     model.precision = "bf16" if settings.precision == "bf16" else "fp32"
     blocks = batch_sizes(settings.samples, settings.block_images)
     batches = {images for block in blocks for images in batch_sizes(block, settings.batch_images)}
-    images = forward_images(batches, settings)
+    images = forward_images(batches, settings, settings.guide is not None)
     models.verify_kernels(model, device, images, training=False)
 
 

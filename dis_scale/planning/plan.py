@@ -40,10 +40,14 @@ class Plan:
         return self.training_flops(model) * (self.recipe.train_of(model).images - (branch.at if branch else 0))
 
     def sampling_flops(self, model: str, settings: Evaluate | None = None) -> float:
-        """FLOPs of the samples of one evaluation, by default under the main settings: two passes if guided, two for Heun."""
+        """FLOPs of the samples of one evaluation, by default under the main settings: guidance adds a pass, its own or that
+        of the model that guides, and Heun's method doubles them."""
         settings = settings or self.recipe.evaluate
-        passes = (1 if settings.guidance == 1 else 2) * (2 if settings.sampler == "heun" else 1)
-        return 2e9 * self.costs[model].gmacs_forward * passes * settings.steps * settings.samples
+        gmacs = self.costs[model].gmacs_forward * (1 if settings.scale == 1 or settings.guide else 2)
+        if settings.guide:
+            gmacs += self.costs[settings.guide.by].gmacs_forward
+        passes = 2 if settings.sampler == "heun" else 1
+        return 2e9 * gmacs * passes * settings.steps * settings.samples
 
     def evaluation_s(self, model: str, fleet: Fleet) -> float:
         """Seconds of one GPU for the samples of all evaluations of a model."""

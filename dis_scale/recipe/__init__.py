@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from dis_scale.process.errors import nearest
 from dis_scale.process.settings import CHECKPOINTING, LatentShape, Precision, Settings, extent, runtime
 from dis_scale.recipe.data import (
     CsvSource,
@@ -30,9 +31,11 @@ from dis_scale.recipe.data import (
 from dis_scale.recipe.evaluate import (
     FLOW_SAMPLERS,
     MAIN,
+    Autoguidance,
     Evaluate,
     ExportedExtractor,
     ExtractorSettings,
+    Guidance,
     InceptionExtractor,
     Sampling,
     TrainedExtractor,
@@ -261,8 +264,11 @@ class Recipe(Settings):
                 f"train.scan {self.train.scan} does not run on {device}: set train.scan to auto, or another device"
             )
 
-    def guidance_refusal(self, scale: float) -> str | None:
-        """Return why the models cannot be guided by this scale; None if they can."""
+    def guidance_refusal(self, guidance: Guidance) -> str | None:
+        """Return why the models cannot be guided so; None if they can."""
+        if isinstance(guidance, Autoguidance):
+            return self._guide_refusal(guidance)
+        scale = guidance
         if scale == 1 or (self.data.num_classes is not None and self.train.label_dropout > 0):
             return None
         if self.data.num_classes is None:
@@ -271,6 +277,14 @@ class Recipe(Settings):
             f"got {scale:g}, expected 1: train.label_dropout is 0, so no model learns to do without labels: set it to 1, or "
             "train.label_dropout to 0.1"
         )
+
+    def _guide_refusal(self, guide: Autoguidance) -> str | None:
+        if guide.by not in self.models:
+            return f"no model {guide.by!r}{nearest(guide.by, self.models)}: expected one of {', '.join(self.models)}"
+        counts = self.train_of(guide.by).publish_images
+        if guide.images not in counts:
+            return f"{guide.by} is not published at {guide.images:,} images: expected {' or '.join(f'{n:,}' for n in counts)}"
+        return None
 
     def _sampling_fits(self, where: str, settings: Evaluate) -> None:
         if (settings.sampler in FLOW_SAMPLERS) != (self.diffusion.kind == "flow"):

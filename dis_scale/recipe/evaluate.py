@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from dis_scale.process.settings import Count, InferencePrecision, Settings, Width, pin, runtime
 
@@ -77,12 +77,32 @@ Metric = Literal[
 INCEPTION_METRICS = {"sfid", "inception_score", "inception_score_adm"}
 
 
+class Autoguidance(Settings):
+    """Guidance by a worse model of the sweep: a smaller one, or one at an earlier count (Karras et al. 2024, arXiv 2406.02507)."""
+
+    by: str
+    """Name of the model that guides."""
+    images: Count
+    """A count at which it is published."""
+    scale: float = Field(ge=0)
+    """1 is without."""
+
+    def __str__(self) -> str:
+        return f"{self.scale:g} by {self.by} at {self.images:,} images"
+
+
+Guidance = Annotated[
+    Annotated[float, Field(ge=0), Tag("number")] | Annotated[Autoguidance, Tag("model")],
+    Discriminator(lambda value: "model" if isinstance(value, dict | Autoguidance) else "number"),
+]
+
+
 class Variant(Settings):
     """Other sampling settings for the same checkpoints; what is left out is as in the main ones."""
 
     sampler: Sampler | None = None
     steps: Count | None = None
-    guidance: float | None = Field(None, ge=0)
+    guidance: Guidance | None = None
     guidance_interval: Interval | None = None
     guidance_channels: Literal[3] | None = None
     ema_width: Width | None = None
@@ -96,16 +116,27 @@ class Sampling(Settings):
     """`ddpm`, `ddim`, `dpm_solver` for a Gaussian process; `euler`, `heun`, `euler_maruyama` for a flow."""
     steps: Count
     """Steps of the sampler."""
-    guidance: float = Field(1.0, ge=0)
-    """Scale of classifier-free guidance; 1 is without. Other values need classes and `train.label_dropout`."""
+    guidance: Guidance = 1.0
+    """Scale of classifier-free guidance; 1 is without. Other values need classes and `train.label_dropout`. Or the model that
+    guides, which needs neither: `{by: dis-s, images: 24000, scale: 2}`."""
     guidance_interval: Interval | None = None
     """Guide only between these times (Kynkaanniemi et al. 2024); default: at all times."""
     guidance_channels: Literal[3] | None = None
     """Guide only the first three channels, as the public code of DiT and DiS does of four; default: all."""
 
+    @property
+    def scale(self) -> float:
+        """Scale of the guidance, of either kind; 1 is without."""
+        return self.guidance.scale if isinstance(self.guidance, Autoguidance) else self.guidance
+
+    @property
+    def guide(self) -> Autoguidance | None:
+        """The model that guides; None for classifier-free guidance, and at scale 1."""
+        return self.guidance if isinstance(self.guidance, Autoguidance) and self.scale != 1 else None
+
     def __str__(self) -> str:
-        text = f"{self.sampler}, {self.steps} steps, guidance {self.guidance:g}"
-        if self.guidance == 1:
+        text = f"{self.sampler}, {self.steps} steps, guidance {self.guide or f'{self.scale:g}'}"
+        if self.scale == 1:
             return text
         text += f" on {self.guidance_channels} channels" if self.guidance_channels else ""
         times = self.guidance_interval
@@ -188,7 +219,9 @@ class Evaluate(Sampling):
     @property
     def samplings(self) -> dict[str, Self]:
         """Sampling settings by name: the main ones, whose name is empty, then the variants."""
-        changes = {name: variant.model_dump(exclude_none=True) for name, variant in self.variants.items()}
+        changes = {
+            name: {key: value for key, value in variant if value is not None} for name, variant in self.variants.items()
+        }
         return {MAIN: self} | {name: self.model_copy(update=change) for name, change in changes.items()}
 
     @model_validator(mode="after")

@@ -16,15 +16,22 @@ ABOVE = "above_lowest"
 
 
 def write(
-    sweep: Sweep, model: str, images_seen: int, setting: str, values: Sequence[float], console: Console
+    sweep: Sweep,
+    model: str,
+    images_seen: int,
+    setting: str,
+    values: Sequence[float],
+    console: Console,
+    guide: Sampled | None = None,
 ) -> dict[float, dict[str, float]]:
     """Write the figure and the CSV below `report/`, print the table, return the metrics; all values must be evaluated."""
-    variants = state.ablations(sweep.recipe.evaluate, setting, values)
+    variants = state.ablations(sweep.recipe.evaluate, setting, values, guide)
     metric = sweep.recipe.evaluate.metric
     rows = _rows([Metrics.read(sweep.evaluation(Sampled(model, images_seen, v))) for v in variants], metric)
-    title = f"{model} after {images_seen:,} images: {metric}"
+    by = f", guided by {guide.model} at {guide.images_seen:,}" if guide else ""
+    title = f"{model} after {images_seen:,} images{by}: {metric}"
     distances, errors = [row[metric] for row in rows], [row.get(f"{metric}_error", float("nan")) for row in rows]
-    name = f"{setting.replace('_', '-')}-{model}-{images_name(images_seen)}"
+    name = f"{state.ablation_name(setting, guide)}-{model}-{images_name(images_seen)}"
     figure = figures.curve(title, metric, setting, values, distances, errors)
     files = {f"{name}.{ending}": data for ending, data in drawing.render(figure).items()}
     for file, data in (files | {f"{name}.csv": _csv(setting, values, rows)}).items():

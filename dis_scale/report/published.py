@@ -55,7 +55,7 @@ def require_published_protocol(report: Report) -> None:
         unlike.append(f"reference {evaluate.reference or 'of its own images'}")
     if IMAGES not in report.counts:
         unlike.append(f"no point at {IMAGES:,} images")
-    unlike += sorted({f"guidance {m.sampling.guidance:g}" for m in made if m.sampling.guidance != 1})
+    unlike += sorted({f"guidance {m.sampling.guide or f'{m.sampling.scale:g}'}" for m in made if m.sampling.scale != 1})
     unlike += sorted({f"{m.sampling.steps} steps" for m in made if m.sampling.steps != STEPS})
     unlike += sorted({m.sampling.sampler for m in made} - set(SAMPLERS.values()))
     unlike += sorted({f"ema_width {m.ema_width:g}" for m in made if m.ema_width})

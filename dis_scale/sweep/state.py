@@ -8,7 +8,7 @@ from typing import TypeVar
 from dis_scale.process.errors import Damaged, UserError, nearest
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import MAIN, Evaluate, LatentShape, TrainedVae
-from dis_scale.recipe.evaluate import JUDGE
+from dis_scale.recipe.evaluate import JUDGE, Autoguidance
 from dis_scale.storage import manifest
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.manifest import Manifest
@@ -284,9 +284,30 @@ def training_over(sweep: Sweep) -> bool:
     return all(trained(sweep, model) or ended(sweep, model) for model in sweep.recipe.models)
 
 
-def ablations(main: Evaluate, setting: str, values: Sequence[float]) -> dict[str, Evaluate]:
-    """Return the main sampling settings with other values of one setting, by name: `vary/guidance-1.25`."""
-    return {f"{ABLATION}/{setting.replace('_', '-')}-{v:g}": main.model_copy(update={setting: v}) for v in values}
+def ablations(
+    main: Evaluate, setting: str, values: Sequence[float], guide: Sampled | None = None
+) -> dict[str, Evaluate]:
+    """Return the main sampling settings with other values of one setting, by name: `vary/guidance-1.25`.
+
+    With a `guide` the values are the scales of guidance by that model: `vary/guidance-by-dis-s-at-24000-1.25`.
+    """
+    settings = dict[str, Evaluate]()
+    for v in values:
+        value = Autoguidance(by=guide.model, images=guide.images_seen, scale=v) if guide else v
+        settings[f"{ABLATION}/{ablation_name(setting, guide)}-{v:g}"] = main.model_copy(update={setting: value})
+    return settings
+
+
+def ablation_name(setting: str, guide: Sampled | None) -> str:
+    """Return the word for what is varied: `ema-width`, `guidance-by-dis-s-at-24000`."""
+    return setting.replace("_", "-") + (f"-by-{guide.model}-at-{guide.images_seen}" if guide else "")
+
+
+def parse_ablation_name(name: str) -> tuple[str, Sampled | None]:
+    """Return the setting that an `ablation_name` is of, and the model that guides, if any."""
+    setting, _, by = name.partition("-by-")
+    model, _, images = by.rpartition("-at-")
+    return setting.replace("-", "_"), Sampled(model, int(images)) if by else None
 
 
 def evaluated_ablations(sweep: Sweep, model: str, images_seen: int) -> list[Sampled]:
@@ -349,6 +370,7 @@ class Backlog:
     """By default all models of the recipe."""
     _published: set[Sampled] = field(default_factory=set)
     _evaluated: set[Sampled] = field(default_factory=set)
+    _guides: set[Sampled] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.models = self.models or tuple(self.sweep.recipe.models)
@@ -367,7 +389,8 @@ class Backlog:
         variants = sweep.recipe.evaluate.samplings
         counts = {model: set(sweep.recipe.train_of(model).publish_images) for model in self.models}
         wanted = [each for each in self._published if each.images_seen in counts[each.model]]
-        due = {each._replace(variant=variant) for each in wanted for variant in variants}
+        ready = [variant for variant, settings in variants.items() if self._guide_is_there(settings.guide)]
+        due = {each._replace(variant=variant) for each in wanted for variant in ready}
         open_ = sorted(due - self._evaluated)
         self._evaluated |= set(_existing(open_, lambda sampled: sweep.evaluation(sampled).exists(Metrics.NAME)))
         sign = -1 if sweep.recipe.evaluate.order == "newest_first" else 1
@@ -375,6 +398,14 @@ class Backlog:
             due - self._evaluated,
             key=lambda sampled: (sampled.variant != MAIN, sign * sampled.images_seen, self.models.index(sampled.model)),
         )
+
+    def _guide_is_there(self, guide: Autoguidance | None) -> bool:
+        """Whether the model that guides, if any, is published; or will never be: then to sample fails, with a reason."""
+        if guide is None or (at := Sampled(guide.by, guide.images)) in self._published | self._guides:
+            return True
+        if self.sweep.run(guide.by).published_at(guide.images).exists(manifest.NAME) or training_over(self.sweep):
+            self._guides.add(at)
+        return at in self._guides
 
 
 def outdated(sweep: Sweep) -> dict[Sampled, str]:

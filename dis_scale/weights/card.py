@@ -69,7 +69,7 @@ def _use(opened: OpenCheckpoint) -> str:
         "repository, or install its wheel.\n\n```python\nfrom diffusers import DiffusionPipeline\n\n"
         'pipeline = DiffusionPipeline.from_pretrained("FOLDER", custom_pipeline="FOLDER", trust_remote_code=True)\n'
         f'pipeline({labels}, sampler="{sampling.sampler}", num_inference_steps={sampling.steps}, '
-        f"guidance_scale={sampling.guidance:g})"
+        f"guidance_scale={1 if opened.guide else sampling.scale:g})"
         ".images[0]\n```"
     )
 

@@ -20,6 +20,7 @@ from dis_scale.process import seeds
 from dis_scale.process.errors import UserError, nearest
 from dis_scale.process.progress import some
 from dis_scale.recipe import Flow, Gaussian, Recipe, Sampling
+from dis_scale.recipe.evaluate import Autoguidance
 from dis_scale.sweep import Sweep, state
 from dis_scale.sweep.documents import LatentsManifest
 from dis_scale.vae import PixelVae, Vae
@@ -44,6 +45,8 @@ class OpenCheckpoint:
     recipe: Recipe | None
     """That of its sweep, None outside one."""
     located: Located
+    guide: Backbone | None = None
+    """A model that guides it, in place of the model without labels."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -51,14 +54,14 @@ class OpenCheckpoint:
         return class_names(self.located.sweep) if self.located.sweep else ()
 
     def sampling_with(self, **changes: Any) -> Sampling:
-        """Return its sampling settings with other values for those that are not None.
+        """Return its sampling settings with other values for those that are not None; `guidance` is the scale, whatever guides.
 
         UserError if the model cannot be guided by their scale.
         """
         sampling = self.sampling.model_copy(
             update={name: value for name, value in changes.items() if value is not None}
         )
-        if self.recipe and (refusal := self.recipe.guidance_refusal(sampling.guidance)):
+        if self.guide is None and self.recipe and (refusal := self.recipe.guidance_refusal(sampling.guidance)):
             raise UserError(f"--guidance: {refusal}")
         return sampling
 
@@ -69,11 +72,14 @@ def class_names(sweep: Sweep) -> tuple[str, ...]:
     return LatentsManifest.require(latents).made_from.label_names if latents else ()
 
 
-def open_for_sampling(at: str | Path, vae_path: str | None, heads: int | None = None) -> OpenCheckpoint:
+def open_for_sampling(
+    at: str | Path, vae_path: str | None, heads: int | None = None, guide_at: str | Path | None = None
+) -> OpenCheckpoint:
     """Open the model at a path or URL. Outside a sweep, it needs `vae_path`, unless its latents are pixels.
 
     The process and the scaling of latents come from the file. If it has none, they come from its sweep, otherwise
-    they are assumed. UserError if the sweep's VAE did not encode the latents; for another one at `vae_path`, a note.
+    they are assumed. `guide_at` is a worse model's path, by default that of the sweep's own guidance. UserError if the sweep's
+    VAE did not encode the latents; for another one at `vae_path`, a note.
     """
     located = find_checkpoint(str(at))
     with located.fetched() as file:
@@ -110,7 +116,29 @@ def open_for_sampling(at: str | Path, vae_path: str | None, heads: int | None = 
         sampling = sweep.recipe.evaluate.sampling
     elif facts:
         sampling = facts.sampling
-    return OpenCheckpoint(model, process, decoder, sampling, notes, sweep.recipe if sweep else None, located)
+    if sampling.guide and sweep and guide_at is None:
+        guide_at = sweep.run(sampling.guide.by).published_at(sampling.guide.images).url
+    if sampling.guide and guide_at is None:
+        notes.append(
+            f"unguided its sweep guides it by {sampling.guide.by} at {sampling.guide.images:,} images: give that model to guide"
+        )
+    guide = None if guide_at is None else _opened_guide(guide_at, model)
+    scale = sampling.scale if guide or not isinstance(sampling.guidance, Autoguidance) else 1.0
+    sampling = sampling.model_copy(update={"guidance": scale})
+    return OpenCheckpoint(model, process, decoder, sampling, notes, sweep.recipe if sweep else None, located, guide)
+
+
+def _opened_guide(at: str | Path, model: Backbone) -> Backbone:
+    """Open a model that guides another one; UserError unless it has the same latents and classes."""
+    located = find_checkpoint(str(at))
+    with located.fetched() as file:
+        guide = open_checkpoint(file)
+    if (guide.shape, guide.num_classes) != (model.shape, model.num_classes):
+        raise UserError(
+            f"{located} cannot guide: it has latents {guide.shape} and {guide.num_classes} classes, expected {model.shape} "
+            f"and {model.num_classes}"
+        )
+    return guide
 
 
 def _decoder(located: Located, vae_path: str | None, facts: SamplingFacts | None) -> Vae:
@@ -218,12 +246,14 @@ def sample_pictures(
     """
     sampling, count = sampling or opened.sampling, labels if isinstance(labels, int) else len(labels)
     process, model = diffusion.build(opened.process, opened.model.shape), opened.model.to(device)
-    images = forward_images(batch_sizes(count, batch), sampling)
-    verify_kernels(model, torch.device(device), images, training=False)
+    guide = opened.guide.to(device) if opened.guide else None
+    images = forward_images(batch_sizes(count, batch), sampling, guide is not None)
+    for each in (model, guide) if guide else (model,):
+        verify_kernels(each, torch.device(device), images, training=False)
     opened.decoder.net.to(device)
     for first in range(0, count, batch):
         numbers = range(first, min(first + batch, count))
         part = None if isinstance(labels, int) else labels[numbers.start : numbers.stop]
         with torch.no_grad():
-            latents = generate(model, process, part, numbers, sampling, seed=seed, device=device)
+            latents = generate(model, process, part, numbers, sampling, seed=seed, device=device, guide=guide)
         yield opened.decoder.decode(latents)

@@ -8,7 +8,7 @@ from dis_scale.diffusion.guidance import OFFICIAL_CHANNELS, forward_images, guid
 from dis_scale.diffusion.samplers import sample
 from dis_scale.process.errors import UserError
 from dis_scale.recipe import Flow, Gaussian, LatentShape, Sampling
-from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS
+from dis_scale.recipe.evaluate import FLOW_SAMPLERS, GAUSSIAN_SAMPLERS, Autoguidance
 from tests.support.gaussian_data import build
 
 PROCESSES = {"gaussian": build(Gaussian(kind="gaussian")), "flow": build(Flow(kind="flow"))}
@@ -73,6 +73,45 @@ def test_guidance_covers_all_noise_channels_or_the_official_three():
     assert torch.equal(guided(model, y, sampling(guidance=3.0, guidance_interval=(400.0, 600.0)))(x, t), out)
 
 
+class Other(Toy):
+    """A worse model."""
+
+    def __call__(self, x, t, y=None):
+        self.calls += len(x)
+        label = 0 if y is None else 0.03 * y[:, None, None, None]
+        return torch.cat([0.2 * x + label + 1e-4 * t[:, None, None, None], torch.ones_like(x)], dim=1)
+
+
+def by(scale):
+    return Autoguidance(by="other", images=1, scale=scale)
+
+
+def test_a_worse_model_guides_by_equation_5_with_the_same_labels():
+    model, worse, y = Toy(), Other(), torch.tensor([1, 2])
+    x, t = torch.randn(2, 4, 3, 3), torch.full((2,), 500.0)
+    good, bad = model(x, t, y), worse(x, t, y)
+    out = guided(model, y, sampling(guidance=by(2.5)), worse)(x, t)
+    assert torch.allclose(out[:, :4], bad[:, :4] + 2.5 * (good - bad)[:, :4], atol=1e-6)
+    assert torch.equal(out[:, 4:], good[:, 4:]), "the variance is never guided"
+    assert torch.allclose(guided(model, y, sampling(guidance=by(2.5)), model)(x, t), good, atol=1e-6), "by itself"
+    early = sampling(guidance=by(2.5), guidance_interval=(0.0, 400.0))
+    assert torch.equal(guided(model, y, early, worse)(x, t), good)
+    worse.calls = 0
+    assert torch.equal(guided(model, y, sampling(guidance=by(1)), worse)(x, t), good)
+    assert worse.calls == 0, "at scale 1 it is not computed"
+    assert forward_images({4}, sampling(guidance=by(2.5)), by_model=True) == {4}
+
+
+def test_a_worse_model_guides_one_without_classes():
+    model, worse = Other(), Other()
+    model.num_classes = worse.num_classes = None
+    x, t = torch.randn(2, 4, 3, 3), torch.full((2,), 500.0)
+    draw = lambda guide, scale: guided(model, None, sampling(guidance=by(scale)), guide)(x, t)  # noqa: E731
+    assert torch.allclose(draw(lambda *_: torch.zeros(2, 8, 3, 3), 3)[:, :4], 3 * draw(None, 1)[:, :4], atol=1e-6)
+    with pytest.raises(UserError, match="guidance 3 by other at 1 images: that model is not given"):
+        draw(None, 3)
+
+
 def test_guidance_of_one_costs_one_pass():
     model = Toy()
     guided(model, torch.tensor([1, 2]), sampling())(torch.randn(2, 4, 3, 3), torch.zeros(2))
@@ -131,7 +170,7 @@ def test_an_unconditional_model_is_sampled_without_labels_and_not_guided():
         return generate(Unconditional(), PROCESSES["flow"], None, [0, 1], sampling("euler", steps=2, **more))
 
     assert draw().shape == (2, 4, 3, 3)
-    with pytest.raises(UserError, match=r"guidance 1.5: an unconditional model cannot be guided, expected 1"):
+    with pytest.raises(UserError, match=r"guidance 1.5: an unconditional model cannot be guided without another one, expected 1"):
         draw(guidance=1.5)
 
 

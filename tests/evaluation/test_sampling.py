@@ -32,7 +32,7 @@ from dis_scale.evaluation.sampling import (
     sample_labels,
 )
 from dis_scale.recipe import Data, DigitsSource, LatentShape, Recipe, TrainedVae, reading
-from dis_scale.recipe.evaluate import JUDGE
+from dis_scale.recipe.evaluate import JUDGE, Autoguidance
 from dis_scale.storage.folder import open_folder
 from dis_scale.sweep import Sweep, state
 from tests.conftest import TINY
@@ -170,6 +170,21 @@ def test_guided_channels_are_those_of_the_recipe(sweep: Sweep) -> None:
     one, guided = sampler(sweep), sweep.recipe.evaluate.model_copy(update={"guidance": 3.0})
     model, three = one.model("dis", 160, guided), guided.model_copy(update={"guidance_channels": 3})
     assert one.sample(model, three, 0).to_bytes() != one.sample(model, guided, 0).to_bytes()
+
+
+def test_a_model_guided_by_itself_samples_as_without_guidance(sweep: Sweep) -> None:
+    """And guided by another it does not."""
+    one = sampler(sweep)
+    itself = sweep.recipe.evaluate.model_copy(update={"guidance": Autoguidance(by="dis", images=160, scale=3)})
+    model, guide = one.model("dis", 160, itself), one.guide(itself)
+    assert guide is not None
+    alone = one.sample(model, itself.model_copy(update={"guidance": 1.0}), 0)
+    guided = one.sample(model, itself, 0, guide)
+    np.testing.assert_allclose(guided.pictures.astype(int), alone.pictures.astype(int), atol=1)
+    with torch.no_grad():
+        guide.final.weight.mul_(2)  # type: ignore[operator, union-attr]
+    assert (one.sample(model, itself, 0, guide).pictures != alone.pictures).any()
+    assert one.guide(sweep.recipe.evaluate) is None
 
 
 def test_the_grid_has_a_column_for_each_class() -> None:

@@ -285,6 +285,16 @@ def test_longer_training_is_refused_if_the_schedule_has_an_end() -> None:
             "evaluate.variants.more.guidance: got 3, expected 1: train.label_dropout is 0",
         ),
         (
+            ["evaluate.guidance={by: diss, images: 320, scale: 2}"],
+            "evaluate.guidance: no model 'diss' (did you mean 'dis'?): expected one of dis, dit",
+        ),
+        (
+            [*UNCONDITIONAL, "evaluate.guidance={by: dit, images: 5, scale: 2}"],
+            "evaluate.guidance: dit is not published at 5 images: expected 0 or 160 or 320",
+        ),
+        (["evaluate.guidance={by: dit, images: 320, scale: -1}"], "evaluate.guidance"),
+        (["evaluate.guidance=-1"], "evaluate.guidance"),
+        (
             [*UNCONDITIONAL, "evaluate.guidance=2"],
             "evaluate.guidance: got 2, expected 1: data.num_classes is none, and guidance needs labels: set it to 1",
         ),

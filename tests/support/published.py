@@ -19,8 +19,14 @@ def published_sweep(root: str, *more: str) -> Sweep:
     recipe = reading.load(TINY, settings)
     sweep = Sweep.below(open_folder(root), recipe)
     sweep.save_recipe()
-    model = models.build(recipe.models["dis"], LatentShape(3, 32), 10)
-    weights = safetensors.torch.save(model.state_dict(), {"dis_scale": json.dumps(describe(model))})
-    folder = sweep.run("dis").published_at(320)
-    put_published(folder, weights, images=320)
+    publish(sweep, 320)
     return sweep
+
+
+def publish(sweep: Sweep, images: int, seed: int = 0) -> str:
+    """Publish random weights of the model at this count; return the folder's URL."""
+    model = models.build(sweep.recipe.models["dis"], LatentShape(3, 32), 10, seed=seed)
+    weights = safetensors.torch.save(model.state_dict(), {"dis_scale": json.dumps(describe(model))})
+    folder = sweep.run("dis").published_at(images)
+    put_published(folder, weights, images=images)
+    return folder.url

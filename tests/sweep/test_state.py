@@ -49,6 +49,19 @@ def test_the_main_settings_come_before_the_variants_and_counts_in_order(sweep: S
     assert newest[:3] == [Sampled("dis", 160), Sampled("dis", 0), Sampled("dit", 0)]
 
 
+def test_what_a_model_guides_waits_for_that_model(sweep: Sweep) -> None:
+    """Or for the end of training: then its evaluation says what is missing."""
+    waiting = given(sweep, "evaluate.variants={wide: {guidance: {by: dit, images: 320, scale: 2}}}")
+    backlog = state.Backlog(waiting)
+    assert {each.variant for each in backlog.left()} == {""}
+    put_published(sweep.run("dit").published_at(320), b"", images=320)
+    assert {each.variant for each in backlog.left()} == {"", "wide"}
+    guide = Sampled("dis-s", 24000)
+    assert [state.parse_ablation_name(state.ablation_name(*each)) for each in (("guidance", guide), ("ema_width", None))] == [
+        ("guidance", guide), ("ema_width", None),
+    ]  # fmt: skip
+
+
 def test_a_metric_added_later_is_measured_again(sweep: Sweep) -> None:
     done = Sampled("dis", 160)
     put_metrics(sweep.evaluation(done))

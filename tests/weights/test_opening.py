@@ -36,7 +36,7 @@ from tests.conftest import TINY
 from tests.support import ranks
 from tests.support.commands import answer, invoke
 from tests.support.documents import put_latents, put_published
-from tests.support.published import published_sweep
+from tests.support.published import publish, published_sweep
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,6 +129,23 @@ def test_the_sweeps_channels_and_times_of_guidance_are_used(tmp_path: Path) -> N
     assert np.array_equal(np.load(tmp_path / "a.npz")["arr_0"], own)
     pictures = dis_scale.Sweep.open(sweep.folder.url).sample("dis", classes=[1, 7], steps=3, guidance=4.0, batch=2)
     assert np.array_equal(np.stack([np.asarray(picture) for picture in pictures]), own)
+
+
+def test_the_model_that_guides_a_sweep_guides_its_samples(tmp_path: Path) -> None:
+    """And any other of its latents and classes does, by the command and the Python API."""
+    sweep = published_sweep(str(tmp_path), "evaluate.guidance={by: dis, images: 160, scale: 3}")
+    published = sweep.run("dis").published_at(320).url
+    other = publish(sweep, 160, seed=5)
+    opened = open_for_sampling(published, None)
+    assert (opened.guide is not None, opened.sampling.scale) == (True, 3)
+    own, plain = (dis_scale.open_weights(published).sample(classes=[1], steps=2, guidance=scale) for scale in (None, 1))
+    assert np.asarray(own[0]).tolist() != np.asarray(plain[0]).tolist()
+    by_path = dis_scale.open_weights(published, guide=other).sample(classes=[1], steps=2, guidance=3)
+    assert np.array_equal(np.asarray(by_path[0]), np.asarray(own[0]))
+    code, output = invoke(
+        "sample", "--checkpoint", published, "--guide", other, "--guidance", "1", "--out", f"{tmp_path}/x.png"
+    )
+    assert (code, "nothing guides" in output) == (2, True), output
 
 
 def test_a_checkpoint_in_an_object_store_gives_the_pictures_of_one_on_disk(tmp_path: Path) -> None:
