@@ -1,8 +1,9 @@
 """Flow matching on the linear path: x_t = (1 - t) x_0 + t eps, velocity v = eps - x_0 (SiT, arXiv 2401.08740).
 
 Data at t = 0, noise at t = 1. The model's input is 1000 t. Of its 2C output channels the first half is the velocity, as in
-SiT with a backbone that learns a variance. Axes: B samples, C channels, H W height and width. Read next:
-samplers.py.
+SiT with a backbone that learns a variance; or the image or the noise, from which the velocity follows.
+
+Axes: B samples, C channels, H W height and width. Read next: samplers.py.
 """
 
 import math
@@ -17,6 +18,9 @@ from dis_scale.recipe import Flow, LatentShape
 
 SHIFTED_FROM = 4096
 """Values of a latent for which `shift: auto` is 1: 4 x 32 x 32 (RAE, arXiv 2510.11690)."""
+
+LEAST_DIVISOR = 0.05
+"""Of a prediction's conversion to a velocity, which would multiply its error without limit (JiT)."""
 
 
 class FlowMatching:
@@ -41,11 +45,33 @@ class FlowMatching:
         return torch.from_numpy(self._shift(t)).float()
 
     def losses(self, model_fn: ModelFn, x0_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Losses:
-        """Mean squared error of the velocity, by sample."""
+        """Mean squared error by sample: of what `loss` says, and as `mse` of the velocity."""
         t = per_sample(t_B, x0_BCHW).to(torch.promote_types(x0_BCHW.dtype, torch.float32))
         xt_BCHW = (1 - t) * x0_BCHW + t * noise_BCHW
-        mse_B = mean_flat((velocity(model_fn, xt_BCHW, t_B) - (noise_BCHW - x0_BCHW)).square())
-        return Losses(mse_B, mse_B, torch.zeros_like(mse_B))
+        out_BCHW = _output(model_fn, xt_BCHW, t_B)
+        v_BCHW = self._velocity(out_BCHW, xt_BCHW, t)
+        mse_B = mean_flat((v_BCHW - (noise_BCHW - x0_BCHW)).square())
+        loss = self.settings.loss
+        if loss == "velocity":
+            return Losses(mse_B, mse_B, torch.zeros_like(mse_B))
+        ours_BCHW = xt_BCHW - t * v_BCHW if loss == "image" else xt_BCHW + (1 - t) * v_BCHW
+        error_BCHW = (out_BCHW if loss == self.settings.predicts else ours_BCHW) - (
+            x0_BCHW if loss == "image" else noise_BCHW
+        )
+        return Losses(mean_flat(error_BCHW.square()), mse_B, torch.zeros_like(mse_B))
+
+    def velocity(self, model_fn: ModelFn, xt_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        """The model's velocity at a time that all samples share, on the host; in the dtype of the images."""
+        return self._velocity(_output(model_fn, xt_BCHW, t_B), xt_BCHW, t_B[0])
+
+    def _velocity(self, out_BCHW: Tensor, xt_BCHW: Tensor, t: Tensor) -> Tensor:
+        match self.settings.predicts:
+            case "velocity":
+                return out_BCHW
+            case "image":
+                return (xt_BCHW - out_BCHW) / t.clamp(min=LEAST_DIVISOR)
+            case "noise":
+                return (out_BCHW - xt_BCHW) / (1 - t).clamp(min=LEAST_DIVISOR)
 
     def grid(self, steps: int) -> NDArray[np.float64]:
         """Times from 1 to 0 in `steps` steps, equally spaced before the shift."""
@@ -56,6 +82,6 @@ class FlowMatching:
         return self.shift * t / (1 + (self.shift - 1) * t)
 
 
-def velocity(model_fn: ModelFn, xt_BCHW: Tensor, t_B: Tensor) -> Tensor:
-    """The model's velocity, in the dtype of the images."""
+def _output(model_fn: ModelFn, xt_BCHW: Tensor, t_B: Tensor) -> Tensor:
+    """The first half of the model's channels, in the dtype of the images."""
     return model_fn(xt_BCHW, 1000 * t_B).to(xt_BCHW.dtype).chunk(2, dim=1)[0]

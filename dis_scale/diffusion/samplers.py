@@ -5,13 +5,14 @@ Axes: B samples, C channels, H W height and width, K steps. Read next: guidance.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dis_scale.diffusion.flow import FlowMatching, velocity
+from dis_scale.diffusion.flow import FlowMatching
 from dis_scale.diffusion.gaussian import Chain, Coefficients, GaussianDiffusion, learned_log_variance, predict_x0
 from dis_scale.diffusion.process import ModelFn
 from dis_scale.process.errors import UserError, nearest
@@ -60,7 +61,7 @@ def sample(
         if isinstance(process, FlowMatching):
             if not isinstance(steps, int):
                 raise UserError("a chain does not fit the process flow: give a number of steps")
-            return _flow(model_fn, process.grid(steps).tolist(), name, x_T, noise, progress)
+            return _flow(model_fn, process, steps, name, x_T, noise, progress)
         chain = process.respaced(steps) if isinstance(steps, int) else steps
         return _gaussian(model_fn, chain, name, x_T, noise, progress, eta)
 
@@ -124,17 +125,23 @@ def _half_log_snr(alpha_bar: float) -> float:
 
 
 def _flow(
-    model_fn: ModelFn, grid: Sequence[float], name: str, x_T: Tensor, noise: NoiseSource, progress: Progress | None
+    model_fn: ModelFn,
+    process: FlowMatching,
+    steps: int,
+    name: str,
+    x_T: Tensor,
+    noise: NoiseSource,
+    progress: Progress | None,
 ) -> Tensor:
-    x_BCHW, steps = x_T, len(grid) - 1
-    for step, (now, after) in enumerate(pairwise(grid)):
+    x_BCHW, velocity = x_T, partial(process.velocity, model_fn)
+    for step, (now, after) in enumerate(pairwise(process.grid(steps).tolist())):
         now_B, after_B = (torch.full((len(x_T),), t, dtype=_real(x_T)) for t in (now, after))
-        v_BCHW = velocity(model_fn, x_BCHW, now_B)
+        v_BCHW = velocity(x_BCHW, now_B)
         if name == "euler_maruyama":
             x_BCHW = _euler_maruyama(x_BCHW, v_BCHW, now, after, noise, step)
-        elif name == "heun":
+        elif name == "heun" and (after > 0 or process.settings.predicts != "image"):  # at 0 an image has no velocity
             guess_BCHW = x_BCHW + (after - now) * v_BCHW
-            x_BCHW = x_BCHW + (after - now) / 2 * (v_BCHW + velocity(model_fn, guess_BCHW, after_B))
+            x_BCHW = x_BCHW + (after - now) / 2 * (v_BCHW + velocity(guess_BCHW, after_B))
         else:
             x_BCHW = x_BCHW + (after - now) * v_BCHW
         if progress is not None:

@@ -38,5 +38,6 @@ def _loss_at(model: Backbone, process: Process, share: torch.Tensor, data: list[
         def model_fn(x_BCHW: torch.Tensor, t_B: torch.Tensor, y_B: torch.Tensor = y_B) -> torch.Tensor:
             return model(x_BCHW, t_B, None if model.num_classes is None else y_B).float()
 
-        each.append(process.losses(model_fn, x_BCHW, t_B, noise_BCHW).total)
+        parts = process.losses(model_fn, x_BCHW, t_B, noise_BCHW)
+        each.append(parts.mse + parts.vb)  # comparable between losses of a flow, which weigh the times differently
     return float(torch.cat(each).double().mean())

@@ -18,14 +18,22 @@ class Gaussian(Settings):
     """Steps of the process, of which a sampler may use fewer."""
 
 
+Prediction = Literal["velocity", "image", "noise"]
+
+
 class Flow(Settings):
-    """Linear path, velocity prediction (SiT, arXiv 2401.08740)."""
+    """Linear path, by default with velocity prediction (SiT, arXiv 2401.08740)."""
 
     kind: Literal["flow"]
     times: Literal["uniform", "logit_normal"] = "uniform"
     """Distribution of the times in training."""
     shift: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
     """Time shift: t <- shift t / (1 + (shift - 1) t) (Esser et al. 2024). `auto`: the root of the latents' values over 4,096."""
+    predicts: Prediction = "velocity"
+    """What the network's output is. Of patches with more values than the network has channels only `image` can be learned (JiT,
+    arXiv 2511.13720)."""
+    loss: Prediction = "velocity"
+    """What the squared error is of; the output is converted to it."""
 
 
 RANGE = re.compile(r"[1-9]\d*\.\.[1-9]\d*")

@@ -170,7 +170,9 @@ def test_an_unconditional_model_is_sampled_without_labels_and_not_guided():
         return generate(Unconditional(), PROCESSES["flow"], None, [0, 1], sampling("euler", steps=2, **more))
 
     assert draw().shape == (2, 4, 3, 3)
-    with pytest.raises(UserError, match=r"guidance 1.5: an unconditional model cannot be guided without another one, expected 1"):
+    with pytest.raises(
+        UserError, match=r"guidance 1.5: an unconditional model cannot be guided without another one, expected 1"
+    ):
         draw(guidance=1.5)
 
 
