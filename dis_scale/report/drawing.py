@@ -85,7 +85,10 @@ def finish(figure: Figure, axes: Axes, report: Report, names: Sequence[Name]) ->
             text, (0.01, high if above else low), xytext=(0, 3 if above else -3), xycoords=("axes fraction", "data"),
             textcoords="offset points", va="bottom" if above else "top", fontsize=8,
         )  # fmt: skip
-    handles: list[Artist] = [key(kind) for kind in report.families if len(report.families) > 1]
+    looks = {
+        families.of_curve(kind).marker: kind for kind in reversed(report.families)
+    }  # curves of one family look alike
+    handles: list[Artist] = [key(kind) for kind in reversed(looks.values()) if len(looks) > 1]
     handles += [line for line in axes.get_legend_handles_labels()[0] if not isinstance(line, ErrorbarContainer)]
     if handles and not axes.get_legend():
         axes.legend(handles=handles, fontsize=8, frameon=False)
@@ -154,10 +157,10 @@ def _write_names(figure: Figure, axes: Axes, names: Sequence[Name]) -> None:
 def _widen(axes: Axes, floors: list[float]) -> None:
     """Widen an axis of almost one value, before anything asks for the view: matplotlib would compute it, with a warning."""
     x, y = ends(axes.xaxis.get_data_interval()), ends([*axes.yaxis.get_data_interval(), *floors])
-    if 0 < x[0] <= x[1] < 1.5 * x[0]:
+    if 0 < x[0] <= x[1] < 1.05 * x[0]:
         axes.autoscale(enable=False, axis="x")
         axes.set_xlim(x[0] / 2, x[1] * 2)
-    if 0 < y[0] <= y[1] < 1.5 * y[0]:
+    if 0 < y[0] <= y[1] < 1.05 * y[0]:
         axes.autoscale(enable=False, axis="y")
         axes.set_ylim(y[0] / 2, y[1] * 2)
 

@@ -29,7 +29,7 @@ def every(
     report: Report, losses: Mapping[str, Sequence[Row]], published: bool = False
 ) -> dict[str, tuple[Figure, str]]:
     """Return the figures of a sweep with their captions, by name: those for which something is measured."""
-    loss = "Training compute against the loss on images that training never saw"
+    loss = "Training compute against the loss on images that training never saw; errors are over seeds"
     by_sampling = "Time of a sample against distance, under each sampling setting"
     at_counts = "Gflops against distance at each image count" + (published_differences(report) if published else "")
     of_points = {

@@ -174,7 +174,8 @@ class Report:
 def _mean(points: list[Point], metric: str) -> Point:
     """Return the mean of a model's trainings, with its error: that of a mean over seeds, and that of sampling.
 
-    The latter does not fall with the seeds, which share the noise and the labels of their samples.
+    The latter does not fall with the seeds, which share the noise and the labels of their samples. The error of the held-out
+    loss, of the same images and noise in all trainings, is over seeds alone.
     """
     first = replace(points[0], model=points[0].group)
     if len(points) == 1:
@@ -184,6 +185,8 @@ def _mean(points: list[Point], metric: str) -> Point:
     spread = statistics.stdev(p.values[metric] for p in points) / math.sqrt(len(points))
     if f"{metric}_error" in values:  # else the error is unknown, since a part of it is
         values[f"{metric}_error"] = math.hypot(spread, values[f"{metric}_error"])
+    if HELD_OUT in values:
+        values[f"{HELD_OUT}_error"] = statistics.stdev(p.values[HELD_OUT] for p in points) / math.sqrt(len(points))
     return replace(first, values=values, seeds=len(points), spread=spread, evaluation=_mean_evaluation(points))
 
 

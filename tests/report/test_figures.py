@@ -7,6 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from matplotlib.transforms import Bbox
 
 from dis_scale import report as reports
@@ -156,15 +157,30 @@ def test_a_branch_takes_its_trunks_place_in_the_curve(tmp_path: Path) -> None:
 def test_the_held_out_loss_is_drawn_where_it_is_measured(tmp_path: Path) -> None:
     made = sweep_at(tmp_path, "tiny", reading.load(TINY))
     for images, loss in [(160, 0.5), (320, 0.4)]:
-        put(made, Sampled("dit", images), 9.0)
-        folder = made.evaluation(Sampled("dit", images))
-        stored = Metrics.read(folder)
-        stored.changed(values=stored.values | {"held_out_loss": loss}).write(folder)
+        put_loss(made, Sampled("dit", images), loss)
     put(made, Sampled("dis", 320), 9.0)
     report = collect(made)
     assert (figure := figures.compute_loss(report))
     assert tuple(figure.axes[0].containers[0].lines[0].get_ydata()) == (0.5, 0.4)
     assert "compute_loss.png" in reports.write(made, report)
+
+
+def test_losses_that_hardly_differ_are_told_apart_with_the_errors_of_their_seeds(tmp_path: Path) -> None:
+    made = sweep_at(tmp_path, "tiny", reading.load(TINY, ["models.dit.seeds=3"]))
+    for model, loss in {"dit": 0.231, "dit-seed-1": 0.232, "dit-seed-2": 0.233, "dis": 0.25}.items():
+        put_loss(made, Sampled(model, 320), loss)
+    axes = figures.compute_loss(collect(made)).axes[0]
+    low, high = axes.get_ylim()
+    assert high < 1.2 * low
+    (ends,) = (each.lines[1] for each in axes.containers if each.get_label() == "dit")
+    assert [end.get_ydata()[0] for end in ends] == pytest.approx([0.232 - 0.001 / 3**0.5, 0.232 + 0.001 / 3**0.5])
+
+
+def put_loss(sweep: Sweep, sampled: Sampled, loss: float) -> None:
+    """Write an evaluation with its held-out loss."""
+    put(sweep, sampled, 9.0)
+    stored = Metrics.read(sweep.evaluation(sampled))
+    stored.changed(values=stored.values | {"held_out_loss": loss}).write(sweep.evaluation(sampled))
 
 
 def test_the_axes_have_plain_numbers(sweep: Sweep) -> None:
