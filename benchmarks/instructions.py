@@ -11,6 +11,7 @@ per channel, and as `triton_fill.filling` fills the GPU. A program that is alone
 time at full issue, since a single warp per scheduler does not issue in each cycle.
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -18,17 +19,19 @@ import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from dis_scale.scan import triton_backward, triton_conv, triton_fill, triton_scan
 from dis_scale.scan.triton_fill import FULL, Filling, filling
-from dis_scale.scan.triton_launch import CHUNK, LANES, WARPS
+from dis_scale.scan.triton_launch import CHUNK, LANES, WARPS, Launch
 from dis_scale.scan.triton_numbers import ROWS, SEGMENT
 
 B, L, E, N = 32, 258, 2048, 16
@@ -158,6 +161,35 @@ def disassembled(program: Any, *options: str) -> str:
         cubin.write(program.asm["cubin"])
         cubin.flush()
         return subprocess.run([tool, *options, cubin.name], capture_output=True, text=True, check=True).stdout
+
+
+class CompileOnly:
+    """A driver of a GPU that compiles and cannot launch."""
+
+    def __init__(self, capability: int = 90):
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def ahead(capability: int = 90) -> Iterator[list[tuple[Launch, tuple[Any, ...], Any]]]:
+    """Compile launches instead of running them, of tensors without memory: each one, its arguments, and its program."""
+    found = list[tuple[Launch, tuple[Any, ...], Any]]()
+
+    def only_compile(launch: Launch, *arguments: Any) -> None:
+        launch.kernel.device_caches.clear()  # a kernel would stay with the first target
+        found.append((launch, arguments, launch.kernel.warmup(*arguments, grid=launch.grid, **launch.numbers)))
+
+    with patch.object(driver, "_active", CompileOnly(capability)), patch.object(Launch, "__call__", only_compile):
+        yield found
 
 
 class Registers(NamedTuple):

@@ -61,10 +61,15 @@ def ssd(
     if counts.active.get():
         counts.report("ssd", MACS * len(ways) * x_BLHP.numel() * ways[0].B_BLN.shape[-1] + x_BLHP.numel())
         return counts.keeping(counts.like_first, x_BLHP, own_BLH, *itertools.chain(*ways))
+    name = choose(backend, x_BLHP.device).name
+    if name == "triton":
+        from dis_scale.scan import triton_ssd  # here: Triton comes only with PyTorch's builds for Linux
+
+        return triton_ssd.ssd(x_BLHP, own_BLH, earlier, later, exclusive)
     dtype = torch.promote_types(x_BLHP.dtype, torch.float32)
     inputs = [x.to(dtype) for x in (x_BLHP, own_BLH, *itertools.chain(*ways))]
     present = earlier is not None, later is not None
-    if choose(backend, x_BLHP.device).name == "reference":
+    if name == "reference":
         return _of_tensors(recurrence, present, exclusive, inputs).to(x_BLHP.dtype)
     y_BLHP: Tensor = _Recomputed.apply(present, exclusive, *inputs)
     return y_BLHP.to(x_BLHP.dtype)
@@ -112,24 +117,29 @@ class _Recomputed(torch.autograd.Function):
 
 def _of_tensors(form: Form, present: tuple[bool, bool], exclusive: bool, inputs: Sequence[Tensor]) -> Tensor:
     """Apply `recurrence` or `chunked` to x, own and the tensors of the ways that are present."""
-    ways = [Way(*each) for each in zip(*[iter(inputs[2:])] * len(Way._fields), strict=True)]
+    ways = ways_of(inputs[2:])
     earlier, later = ways[0] if present[0] else None, ways[-1] if present[1] else None
     return form(inputs[0], inputs[1], earlier, later, exclusive)
+
+
+def ways_of(tensors: Sequence[Tensor]) -> list[Way]:
+    """The directions with these tensors one after the other."""
+    return [Way(*each) for each in zip(*[iter(tensors)] * len(Way._fields), strict=True)]
 
 
 def chunked(x_BLHP: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | None, exclusive: bool) -> Tensor:
     """Products within chunks of equal length, and a state from chunk to chunk."""
     L = x_BLHP.shape[1]
     K = math.ceil(L / CHUNK)
-    cut = functools.partial(_cut, K=K, Q=math.ceil(L / K))
-    x_BKQHP = cut(x_BLHP)
+    parts = functools.partial(cut, K=K, Q=math.ceil(L / K))
+    x_BKQHP = parts(x_BLHP)
     token = torch.arange(x_BKQHP.shape[2], device=x_BLHP.device)
     exponent, product, passed = x_BLHP.new_tensor(-math.inf), x_BLHP.new_zeros(()), x_BLHP.new_zeros(())
     for way, reverse, mine_QQ in ((earlier, False, token[:, None] > token), (later, True, token[:, None] < token)):
         if way is None:
             continue
-        one = _Exponents.of(cut(way.step_BLH), way.A_H, exclusive, reverse)
-        B_BKQN, C_BKQN = cut(way.B_BLN), cut(way.C_BLN)
+        one = Exponents.of(parts(way.step_BLH), way.A_H, exclusive, reverse)
+        B_BKQN, C_BKQN = parts(way.B_BLN), parts(way.C_BLN)
         exponent = torch.where(mine_QQ, one.reach_BKHQ[..., None] + one.leave_BKHQ[..., None, :], exponent)
         product = torch.where(mine_QQ, C_BKQN @ B_BKQN.transpose(2, 3), product)
         if K > 1:
@@ -139,14 +149,14 @@ def chunked(x_BLHP: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | N
     return y_BKQHP.flatten(1, 2)[:, :L] + own_BLH[..., None] * x_BLHP
 
 
-def _cut(x: Tensor, K: int, Q: int) -> Tensor:
+def cut(x: Tensor, K: int, Q: int) -> Tensor:
     """(B, L, ...) to (B, K, Q, ...), padded with zeros."""
     padded: Tensor = F.pad(x, (0, 0) * (x.ndim - 2) + (0, K * Q - x.shape[1]))
-    cut: Tensor = padded.unflatten(1, (K, Q))
-    return cut
+    chunks: Tensor = padded.unflatten(1, (K, Q))
+    return chunks
 
 
-class _Exponents(NamedTuple):
+class Exponents(NamedTuple):
     """Token i takes exp(reach_i + leave_j) of token j of its chunk, and exp(reach_i) of the state that entered the chunk."""
 
     reach_BKHQ: Tensor
@@ -155,7 +165,7 @@ class _Exponents(NamedTuple):
     """Of the whole chunk, by which the state that entered it decays."""
 
     @classmethod
-    def of(cls, step_BKQH: Tensor, A_H: Tensor, exclusive: bool, reverse: bool) -> "_Exponents":
+    def of(cls, step_BKQH: Tensor, A_H: Tensor, exclusive: bool, reverse: bool) -> "Exponents":
         step_BKHQ = step_BKQH.transpose(2, 3)
         decay_BKHQ = step_BKHQ * A_H[:, None]
         sums = decay_BKHQ.flip(-1).cumsum(-1).flip(-1) if reverse else decay_BKHQ.cumsum(-1)
@@ -163,7 +173,7 @@ class _Exponents(NamedTuple):
         return cls(sums - decay_BKHQ if exclusive else sums, leave_BKHQ, sums[..., 0 if reverse else -1])
 
 
-def _passed(x_BKQHP: Tensor, one: _Exponents, B_BKQN: Tensor, C_BKQN: Tensor, reverse: bool) -> Tensor:
+def _passed(x_BKQHP: Tensor, one: Exponents, B_BKQN: Tensor, C_BKQN: Tensor, reverse: bool) -> Tensor:
     """What the tokens of each chunk take of the states that enter it."""
     H, P = x_BKQHP.shape[-2:]
     weight_BKQH = (one.total_BKH[..., None] + one.leave_BKHQ).exp().transpose(2, 3)

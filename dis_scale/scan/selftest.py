@@ -6,7 +6,7 @@ Axes: B batch, L time, E channels, N states.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from math import ceil
 from typing import Any, NamedTuple
@@ -54,7 +54,14 @@ def verify(name: str, device: torch.device, dtype: torch.dtype, case: Case = Cas
 
     Kernels are compiled for L, E and N: after the cases of a model, training and sampling compile nothing. Once per process.
     """
-    for what, error in errors(name, device, dtype, case).items():
+    require_small(errors(name, device, dtype, case), name, device, dtype, case)
+
+
+def require_small(
+    found: Mapping[str, float], name: str, device: torch.device, dtype: torch.dtype, case: object
+) -> None:
+    """Raise a DisScaleError for an error beyond TOLERANCE; it names the backend to set instead."""
+    for what, error in found.items():
         if not error <= TOLERANCE[dtype]:  # it may be NaN
             instead = "reference" if name == "chunked" else "chunked"
             where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
@@ -93,10 +100,10 @@ def errors(name: str, device: torch.device, dtype: torch.dtype, case: Case) -> d
     leaves = _random_leaves(case, dtype)
     expected = _results(leaves, "reference", device, torch.float64, case)
     got = _results(leaves, name, device, None, case)
-    return {what: _largest_error(x, expected[what]) for what, x in got.items()}
+    return {what: largest_error(x, expected[what]) for what, x in got.items()}
 
 
-def _largest_error(x: Tensor, exact: Tensor) -> float:
+def largest_error(x: Tensor, exact: Tensor) -> float:
     """Relative to the largest number; x may have the images of `exact` several times in turn. Few are float64 at a time."""
     largest = [(part.double() - exact[: len(part)]).abs().max() for part in x.split(len(exact))]
     return (torch.stack(largest).max() / exact.abs().max()).item()

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from dis_scale.models import build
 from dis_scale.models.cost import price_model
+from dis_scale.models.dis import ssd as module
 from dis_scale.models.dis.settings import Dis
-from dis_scale.models.dis.ssd import SsdMixer
+from dis_scale.models.dis.ssd import SsdMixer, verify_mixer
 from dis_scale.models.families import preset
-from dis_scale.process.errors import UserError
+from dis_scale.process.errors import DisScaleError, UserError
 from dis_scale.recipe import LatentShape, reading
+from dis_scale.scan.duality import Way, ssd
 from tests.conftest import TINY
 
 E, N, H = 32, 8, 1
@@ -121,3 +123,21 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         build(Dis(kind="dis", width=16, depth=2, patch=2, mixer="ssd"), LatentShape(4, 8), 10).settings.unpublished
         == "mixer"
     )
+
+
+def test_a_mixer_that_computes_wrongly_on_its_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the random state of the model's initial weights stays as it was."""
+    settings = Dis(kind="dis", width=64, depth=2, patch=2, mixer="ssd", combine="hydra", state_size=N)
+    cpu, state = torch.device("cpu"), torch.get_rng_state()
+    verify_mixer(settings, 66, "reference", cpu, torch.float32, True)
+    verify_mixer(settings, 66, "reference", cpu, torch.bfloat16, True)
+    assert torch.equal(state, torch.get_rng_state())
+
+    def forgets(x: Tensor, own: Tensor, earlier: Way, later: Way, exclusive: bool, backend: str) -> Tensor:
+        return ssd(x, own, earlier, later if backend == "chunked" else None, exclusive, backend)
+
+    monkeypatch.setattr(module, "ssd", forgets)
+    with pytest.raises(
+        DisScaleError, match=r"reference scan is wrong on cpu: output is off by .* \(torch.float32, ssd hydra, L8"
+    ):
+        verify_mixer(settings, 8, "reference", cpu, torch.float32, False)

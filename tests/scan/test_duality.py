@@ -7,19 +7,7 @@ from torch import Tensor
 from dis_scale.process.errors import UserError
 from dis_scale.scan import duality as module
 from dis_scale.scan.duality import Way, chunked, recurrence, ssd
-
-Inputs = tuple[Tensor, Tensor, Way, Way]
-
-
-def inputs(L: int, H: int, P: int, N: int, dtype: torch.dtype = torch.float64) -> Inputs:
-    """Of two images. Decays as in a trained mixer: some heads forget at once, some hardly."""
-    random = torch.Generator().manual_seed(L)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random, dtype=dtype)
-
-    ways = [Way(normal(2, L, H).exp() / 10, -normal(H).exp() * 4, normal(2, L, N), normal(2, L, N)) for _ in range(2)]
-    return normal(2, L, H, P), normal(2, L, H), ways[0], ways[1]
+from tests.support.ssd import inputs, outputs_and_gradients
 
 
 def dense(x_BLHP: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | None, exclusive: bool) -> Tensor:
@@ -56,14 +44,8 @@ def test_recurrence_and_chunks_are_the_quadratic_form(
 
 @pytest.mark.parametrize("sizes", [(66, 4, 64, 64), (258, 1, 16, 16), (131, 2, 64, 128)])
 def test_float32_has_outputs_and_gradients_of_float64(sizes: tuple[int, int, int, int]) -> None:
-    x, own, *ways = inputs(*sizes)
-    exact = [t.requires_grad_() for t in (x, own, *ways[0], *ways[1])]
-    rounded = [t.detach().float().requires_grad_() for t in exact]
-    results = []
-    for leaves in (exact, rounded):
-        y = ssd(leaves[0], leaves[1], Way(*leaves[2:6]), Way(*leaves[6:]), exclusive=True, backend="chunked")
-        results.append([y, *torch.autograd.grad(y, leaves, torch.cos(torch.arange(y.numel()).to(y)).view_as(y))])
-    for a, b in zip(*results, strict=True):
+    exact, rounded = (inputs(*sizes, dtype) for dtype in (torch.float64, torch.float32))
+    for a, b in zip(*[outputs_and_gradients(x, True, "chunked") for x in (exact, rounded)], strict=True):
         assert (a - b).abs().max() <= 1e-5 * a.abs().max()
 
 

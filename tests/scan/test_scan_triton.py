@@ -20,13 +20,13 @@ from torch.utils._pytree import tree_leaves
 pytest.importorskip("triton", reason="Triton comes only with PyTorch's builds for Linux")
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from benchmarks.instructions import FORWARD, code, compiled, counted, registers, work
+from benchmarks.instructions import FORWARD, CompileOnly, ahead, code, compiled, counted, registers, work
 from dis_scale.process.errors import UserError
-from dis_scale.scan import Direction, triton_conv, triton_layout, triton_numbers, triton_scan
+from dis_scale.scan import Direction, triton_conv, triton_layout, triton_numbers, triton_scan, triton_ssd
 from dis_scale.scan import triton as scan_triton
+from dis_scale.scan.duality import Way
 from dis_scale.scan.triton_fill import FULL
 from dis_scale.scan.triton_launch import CHUNK, MOST_PROGRAMS, Launch, compile_together
 from tests.support.alone import in_its_own_process
@@ -75,6 +75,29 @@ def check_program(program: Any, name: str, capability: int) -> None:
     if name.startswith("scan"):  # one layout: a thread reads only what it wrote, and sums over lanes are shuffles
         layouts = re.findall(r"#ttg.blocked<{sizePerThread = \[1, 1\], (.*?), order", program.asm["ttgir"])
         assert layouts == ["threadsPerWarp = [32, 1], warpsPerCTA = [1, 4]"], "products need this one"
+
+
+@pytest.mark.parametrize(
+    "capability", [pytest.param(80, marks=pytest.mark.faults), 90, pytest.param(100, marks=pytest.mark.faults)]
+)
+def test_state_space_duality_compiles_ahead(capability: int) -> None:
+    """At DiS2-L/2's sizes: on tensor cores, in 18 KB of shared memory, without atomics; only an A100's spill registers."""
+    with torch.device("meta"), ahead(capability) as launched:
+        bf16, single = (
+            partial(torch.empty, dtype=torch.bfloat16, requires_grad=True),
+            partial(torch.empty, requires_grad=True),
+        )
+        ways = [Way(single(2, 258, 32), single(32), bf16(2, 258, 64), bf16(2, 258, 64)) for _ in range(2)]
+        y = triton_ssd.ssd(bf16(2, 258, 32, 64), single(2, 258, 32), ways[0], ways[1], exclusive=True)
+        y.backward(torch.empty_like(y))
+    kernels = {launch.kernel.__name__ for launch, *_ in launched}
+    assert kernels == {"ssd_states", "ssd_outputs", "ssd_pairs_backward", "ssd_states_backward"}
+    for _, _, program in launched:
+        assert f".target sm_{capability}" in program.asm["ptx"]
+        assert re.search(r"\b(mma\.sync|wgmma|tcgen05\.mma)", program.asm["ptx"])
+        assert not re.search(r"\b(atom|red)\.", program.asm["ptx"])
+        assert program.metadata.shared <= 18 * 1024
+        assert registers(program).spilled_bytes <= (400 if capability == 80 else 0)
 
 
 def test_the_instructions_are_counted() -> None:
@@ -186,19 +209,6 @@ def test_sizes_beyond_a_grid_or_32_bits_are_named(monkeypatch: pytest.MonkeyPatc
     y = backend.selective_scan(Direction(*many), False)
     with pytest.raises(UserError, match=r"got 4,194,304 rows of 1,024: set the backend to chunked"):
         y.backward(torch.empty_like(y))
-
-
-class CompileOnly:
-    """A driver of an H100 that compiles and cannot launch."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, _: int) -> int:
-        return 0
 
 
 def only_compile(launch: Launch, *arguments: Any) -> None:

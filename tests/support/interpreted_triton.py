@@ -5,6 +5,7 @@ cross a border of the kernels, `make faults` the rest.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,15 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from dis_scale.models.checkpointing import run_block
+from dis_scale.models.dis.settings import Dis
+from dis_scale.models.dis.ssd import verify_mixer
 from dis_scale.scan import choose, triton_backward, triton_layout, triton_numbers
 from dis_scale.scan import triton as scan_triton
 from dis_scale.scan.backend import KeepingStates, keeps_states
+from dis_scale.scan.gated_norm import by_definition, gated_rms_norm
 from dis_scale.scan.selftest import Case, verify
 from dis_scale.scan.triton_fill import Filling
+from tests.support import ssd
 from tests.support.scans import (
     CALLS,
     TOLERANCE,
@@ -233,3 +238,60 @@ def test_the_self_test_passes_for_other_kernels(changes: dict[str, Any]) -> None
 
 def test_extreme_gates() -> None:
     check_extreme_gates("triton")
+
+
+@pytest.mark.parametrize("combine", ["sum", "hydra"])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.faults), torch.bfloat16], ids=str)
+def test_the_self_test_of_state_space_duality_passes(
+    combine: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two chunks. The interpreter would multiply the bits of bfloat16 as integers."""
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def multiply_wide(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return multiply(builder, *[builder.cast_impl(x, tl.float32) for x in (a, b)], *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", multiply_wide)
+    settings = {
+        "kind": "dis",
+        "width": 64,
+        "depth": 2,
+        "patch": 2,
+        "mixer": "ssd",
+        "combine": combine,
+        "state_size": 16,
+    }
+    verify_mixer(Dis.model_validate(settings), 66, "triton", torch.device("cpu"), dtype, True)
+
+
+def test_the_norm_behind_a_gate() -> None:
+    """Rows for two programs of the backward pass, of which the second is incomplete; z is a view of a product."""
+    torch.manual_seed(0)
+    y, product, weight = torch.randn(3, 7, 20), torch.randn(3, 7, 50), torch.randn(20)
+    results = []
+    for dtype, norm in ((torch.float64, by_definition), (torch.float32, partial(gated_rms_norm, backend="triton"))):
+        leaves = [x.to(dtype).requires_grad_() for x in (y, product, weight)]
+        out = norm(leaves[0], leaves[1][..., 10:30], leaves[2])
+        results.append([out, *torch.autograd.grad(out, leaves, y.flip(0).to(dtype))])
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() <= 1e-6 * a.abs().max()
+
+
+# L, H, P, N: one chunk; two, the second incomplete, with all states of a presets' mixer; three, for two programs of heads.
+DUAL = [(7, 1, 3, 5), (63, 3, 16, 64), (66, 5, 20, 16)]
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("sizes", DUAL, ids=str)
+def test_state_space_duality(sizes: tuple[int, int, int, int], exclusive: bool) -> None:
+    """Also of one direction; against the recurrence in float64."""
+    exact, single = (ssd.inputs(*sizes, dtype) for dtype in (torch.float64, torch.float32))
+    for present in ((True, True), (True, False), (False, True)):
+        if sizes != DUAL[-1] and not all(present):
+            continue
+        results = []
+        for (x, own, *ways), backend in ((exact, "reference"), (single, "triton")):
+            earlier, later = (way if is_present else None for way, is_present in zip(ways, present, strict=True))
+            results.append(ssd.outputs_and_gradients((x, own, earlier, later), exclusive, backend))
+        for a, b in zip(*results, strict=True):  # A's gradient is a sum over all tokens, in which most cancels
+            assert (a - b).abs().max() <= (5e-5 if a.ndim == 1 else 1e-5) * a.abs().max()

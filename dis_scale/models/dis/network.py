@@ -19,7 +19,7 @@ from dis_scale.models.dis.attention import Attention
 from dis_scale.models.dis.orders import orders_of
 from dis_scale.models.dis.s6 import Mixer, inner_width
 from dis_scale.models.dis.settings import Dis
-from dis_scale.models.dis.ssd import SsdMixer
+from dis_scale.models.dis.ssd import SsdMixer, verify_mixer
 from dis_scale.models.tokens import (
     Backbone,
     Linear,
@@ -190,8 +190,13 @@ class DiS(Backbone):
         return self.length, inner_width(self.settings.width), self.settings.state_size
 
     def verify_kernels(self, device: torch.device, images: Collection[int], training: bool) -> None:
-        """The scan, once for each set of compiled kernels."""
+        """The scan, once for each set of compiled kernels; a mixer of state-space duality as a whole."""
         name = choose(self.scan, device).name
+        if self.settings.attention_every == 1:
+            return
+        if self.settings.mixer == "ssd":
+            verify_mixer(self.settings, self.length, name, device, self.compute_dtype, training)
+            return
         for case in distinct(name, device, self._cases(images, training)):
             verify(name, device, self.compute_dtype, case)
 
@@ -200,8 +205,6 @@ class DiS(Backbone):
         mode, sizes = self.checkpointing if training else "none", self.scan_sizes
         first = training and recompute_every(mode) != 1
         passes = [(first, first and self.keeps_states), (True, True)][: 1 if mode == "none" else 2]
-        if self.settings.attention_every == 1 or self.settings.mixer == "ssd":
-            return []
         return [Case(*sizes, count, self.settings.ways, *each) for count in images for each in passes]
 
     def scale_initial(self, weights: Mapping[str, Tensor], growth: Mapping[str, float], base_width: int) -> None:  # noqa: ARG002

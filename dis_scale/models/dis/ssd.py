@@ -5,6 +5,8 @@ One product gives all inputs of both directions. Short convolutions see x, B and
 Axes: B samples, L tokens, D width, E = 2D inner width, H heads, P channels of a head, N states.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,10 +16,13 @@ from dis_scale.models.dis.settings import Dis, head_size
 from dis_scale.models.tokens import product, uniform, wide
 from dis_scale.scan import causal_conv_silu
 from dis_scale.scan.duality import Way, ssd
+from dis_scale.scan.gated_norm import gated_rms_norm
+from dis_scale.scan.selftest import largest_error, require_small
 
 AROUND = 7
 """Taps of Hydra's convolution, which is centred on a token."""
-EPS = 1e-5
+CANCELLING = 4
+"""By how much the error of a head's number may exceed others': its gradient is a sum over all tokens, in which most cancels."""
 
 
 class SsdMixer(nn.Module):
@@ -53,8 +58,7 @@ class SsdMixer(nn.Module):
         steps = F.softplus(wide(raw_BLH) + self.dt_bias).chunk(self.ways, dim=-1)
         decays = (-wide(self.A_log).exp()).chunk(self.ways)
         y_BLE = (self._hydra if self.hydra else self._sum)(mixed_BLX, steps, decays).flatten(2)
-        gated_BLE = F.rms_norm(wide(y_BLE) * F.silu(wide(z_BLE)), self.norm.shape, wide(self.norm), EPS)
-        return product(gated_BLE.to(h_BLD.dtype), self.out_proj)
+        return product(gated_rms_norm(y_BLE, z_BLE, self.norm, self.scan), self.out_proj)
 
     def _sum(self, mixed_BLX: Tensor, steps: tuple[Tensor, ...], decays: tuple[Tensor, ...]) -> Tensor:
         """Sum of both directions, each of its own convolution of x, B and C."""
@@ -86,3 +90,31 @@ class SsdMixer(nn.Module):
     def _mix(self, x_BLE: Tensor, own_BLH: Tensor, earlier: Way | None, later: Way | None) -> Tensor:
         x_BLHP = x_BLE.unflatten(-1, (-1, self.head))
         return ssd(x_BLHP, own_BLH, earlier, later, exclusive=self.hydra, backend=self.scan)
+
+
+@functools.cache
+def verify_mixer(settings: Dis, L: int, scan: str, device: torch.device, dtype: torch.dtype, training: bool) -> None:
+    """Compare a mixer on the device where it will run with itself in float64 by PyTorch alone; DisScaleError if they differ.
+
+    `dtype` is that of the products. Kernels depend on all sizes but the number of images: training and sampling compile no others.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        exact, made = SsdMixer(settings, "chunked").double(), SsdMixer(settings, scan)
+        made.load_state_dict(exact.state_dict())
+        h_BLD, dy_BLD = torch.randn(2, 2, L, settings.width).to(dtype).unbind()
+    exact_ones = _results(exact.to(device), h_BLD.to(device, torch.float64), dy_BLD, training)
+    errors = dict[str, float]()
+    for what, x in _results(made.to(device), h_BLD.to(device), dy_BLD, training).items():
+        per_head = x.ndim == 1 and len(x) <= len(made.A_log)
+        errors[what] = largest_error(x, exact_ones[what]) / (CANCELLING if per_head else 1)
+    require_small(errors, scan, device, dtype, f"{settings.mixer} {settings.combine}, L{L}, width {settings.width}")
+
+
+def _results(mixer: SsdMixer, h_BLD: Tensor, dy_BLD: Tensor, gradients: bool) -> dict[str, Tensor]:
+    """Its output, and the gradients of its input and of each parameter."""
+    named = {"input": h_BLD.requires_grad_()} | dict(mixer.named_parameters())
+    with torch.set_grad_enabled(gradients):
+        y_BLD = mixer(h_BLD)
+    given = torch.autograd.grad(y_BLD, list(named.values()), dy_BLD.to(y_BLD)) if gradients else ()
+    return {"output": y_BLD.detach()} | {f"gradient of {name}": g for name, g in zip(named, given, strict=gradients)}

@@ -1,0 +1,212 @@
+"""State-space duality on NVIDIA GPUs: what the chunks of duality.py mix, as four Triton kernels for both directions.
+
+A program has a chunk and some of its heads. The scores C . B of its pairs of tokens, which all heads share, are those of the
+earlier direction below the diagonal and of the later one above it, so that one product for each head mixes both. Factors of
+products are rounded to x's type. Exponents, sums, and the states from chunk to chunk are float32; stored states have x's type.
+Nothing is added atomically: heads' parts of gradients that they share are stored, and then summed.
+
+Pointers, for images of K chunks of Q tokens; "chunks" are those of all images:
+
+    x, y, dx, dy    (image, time, head, channel)
+    own, down       (image, time, head), float32
+    scores, dscores (chunk, token, token), where dscores has one part for each program of a chunk, float32
+    U, B, C         (chunk, token, state); dB and dC have parts, as dscores
+    reach, leave, taken, weight   (chunk, head, token), float32, and their gradients, as `Chunks` says
+    decay           (chunk, head), float32
+    states, dstates (chunk, head, state, channel): the state that enters a chunk, and the gradient of the one that leaves it
+
+Sizes and flags, all compile-time constants: L, H, P, N, K and Q as in duality.py, `x_row` and `dy_row` the distance between two
+tokens, EARLIER and LATER the directions that are present, and TOKENS, CHANNELS and STATES tiles of Q, P and N. A direction's
+pointers are tuples; the other one's take the place of those of an absent one, and are not used. Read next: duality.py.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_OF_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _tokens(chunk, K: tl.constexpr, L: tl.constexpr, Q: tl.constexpr, TOKENS: tl.constexpr):
+    """A tile's tokens; the row of the first one in (image, time); whether they are tokens of the chunk, and of the image."""
+    i, first = tl.arange(0, TOKENS), chunk % K * Q
+    return i, chunk // K * L + first, i < Q, (i < Q) & (i < (L - first).to(tl.int32))
+
+
+@triton.jit
+def _matrix(pointer, rows, columns, row, inside_rows, inside_columns):
+    """A tile of a matrix whose rows have this distance; zeros outside. Within a tile, distances fit 32 bits."""
+    at = pointer + (rows[:, None] * row + columns[None, :])
+    return tl.load(at, mask=inside_rows[:, None] & inside_columns[None, :], other=0.0)
+
+
+@triton.jit
+def _factors(early, late, at, i, inside, EARLIER: tl.constexpr, LATER: tl.constexpr):
+    """exp(reach_i + leave_j) of all pairs of tokens, each of its direction; 0 on the diagonal and outside of the chunk."""
+    exponent = tl.full((i.shape[0], i.shape[0]), float("-inf"), tl.float32)
+    if EARLIER:
+        reach = tl.load(early[0] + at + i, mask=inside, other=float("-inf")) * LOG2_OF_E
+        leave = tl.load(early[1] + at + i, mask=inside, other=float("-inf")) * LOG2_OF_E
+        exponent = tl.where(i[:, None] > i[None, :], reach[:, None] + leave[None, :], exponent)
+    if LATER:
+        reach = tl.load(late[0] + at + i, mask=inside, other=float("-inf")) * LOG2_OF_E
+        leave = tl.load(late[1] + at + i, mask=inside, other=float("-inf")) * LOG2_OF_E
+        exponent = tl.where(i[:, None] < i[None, :], reach[:, None] + leave[None, :], exponent)
+    return tl.exp2(exponent)
+
+
+@triton.jit
+def _through_state(way, chunk, head, i, n, p, inside, H, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr):
+    """weight_i (U_i . state) for each token of the chunk and each channel; `way` is U, weight, states."""
+    U, weight, states = way
+    at = chunk * H + head
+    u_QN = _matrix(U + chunk * Q * N, i, n, N, inside, n < N)
+    state_NP = _matrix(states + at * N * P, n, p, P, n < N, p < P)
+    weight_Q = tl.load(weight + at * Q + i, mask=inside, other=0.0)
+    return weight_Q[:, None] * tl.dot(u_QN, state_NP, input_precision="tf32x3")
+
+
+@triton.jit
+def ssd_states(
+    U, v, weight, decay, states,
+    L: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, Q: tl.constexpr,
+    v_row: tl.constexpr, REVERSE: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr,
+):  # fmt: skip
+    """The state that enters each chunk of a head, and after it is decay state + sum of weight_i U_i v_i over its tokens."""
+    image, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    n, p = tl.arange(0, STATES), tl.arange(0, CHANNELS)
+    state_NP = tl.zeros((STATES, CHANNELS), tl.float32)
+    for step in range(K):
+        chunk = image * K + (K - 1 - step if REVERSE else step)
+        at = chunk * H + head
+        inside_NP = (n < N)[:, None] & (p < P)[None, :]
+        tl.store(
+            states + at * N * P + (n[:, None] * P + p[None, :]), state_NP.to(states.dtype.element_ty), mask=inside_NP
+        )
+        if step < K - 1:
+            i, row, inside, present = _tokens(chunk, K, L, Q, TOKENS)
+            u_QN = _matrix(U + chunk * Q * N, i, n, N, inside, n < N)
+            v_QP = _matrix(v + row * v_row + head * P, i, p, v_row, present, p < P)
+            weight_Q = tl.load(weight + at * Q + i, mask=inside, other=0.0)
+            weighted_QP = (v_QP * weight_Q[:, None]).to(v_QP.dtype)
+            state_NP = tl.load(decay + at) * state_NP + tl.dot(tl.trans(u_QN), weighted_QP, input_precision="tf32x3")
+
+
+@triton.jit
+def ssd_outputs(
+    x, own, scores, early, late, early_state, late_state, y,
+    L: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, Q: tl.constexpr,
+    x_row: tl.constexpr, EARLIER: tl.constexpr, LATER: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr, STATES: tl.constexpr,
+):  # fmt: skip
+    """y: what the pairs of a chunk mix, and what its tokens take of the states that enter it. `early` is reach and leave,
+    `early_state` is C, taken and states."""
+    chunk, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
+    i, row, inside, present = _tokens(chunk, K, L, Q, TOKENS)
+    n, p = tl.arange(0, STATES), tl.arange(0, CHANNELS)
+    scores_QQ = _matrix(scores + chunk * Q * Q, i, i, Q, inside, inside)
+    for j in range(HEADS):
+        head = first + j
+        x_QP = _matrix(x + row * x_row + head * P, i, p, x_row, present, p < P)
+        own_Q = tl.load(own + row * H + head + i * H, mask=present, other=0.0)
+        mixing_QQ = scores_QQ * _factors(early, late, (chunk * H + head) * Q, i, inside, EARLIER, LATER)
+        y_QP = own_Q[:, None] * x_QP + tl.dot(mixing_QQ.to(x_QP.dtype), x_QP, input_precision="tf32x3")
+        if K > 1 and EARLIER:
+            y_QP += _through_state(early_state, chunk, head, i, n, p, inside, H, P, N, Q)
+        if K > 1 and LATER:
+            y_QP += _through_state(late_state, chunk, head, i, n, p, inside, H, P, N, Q)
+        at = y + row * (H * P) + head * P + (i[:, None] * (H * P) + p[None, :])
+        tl.store(at, y_QP.to(y.dtype.element_ty), mask=present[:, None] & (p < P)[None, :])
+
+
+@triton.jit
+def ssd_pairs_backward(
+    x, dy, own, scores, early, late, early_state, late_state, dx, down, dscores, d_early, d_late,
+    L: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, Q: tl.constexpr,
+    x_row: tl.constexpr, dy_row: tl.constexpr, EARLIER: tl.constexpr, LATER: tl.constexpr, HEADS: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr,
+):  # fmt: skip
+    """The gradients of x, own, scores, reach and leave. `early_state` is B, weight and dstates, `d_early` dreach and dleave."""
+    chunk, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
+    i, row, inside, present = _tokens(chunk, K, L, Q, TOKENS)
+    n, p = tl.arange(0, STATES), tl.arange(0, CHANNELS)
+    scores_QQ = _matrix(scores + chunk * Q * Q, i, i, Q, inside, inside)
+    dscores_QQ = tl.zeros((TOKENS, TOKENS), tl.float32)
+    for j in range(HEADS):
+        head = first + j
+        at = (chunk * H + head) * Q
+        x_QP = _matrix(x + row * x_row + head * P, i, p, x_row, present, p < P)
+        dy_QP = _matrix(dy + row * dy_row + head * P, i, p, dy_row, present, p < P)
+        own_Q = tl.load(own + row * H + head + i * H, mask=present, other=0.0)
+        factors_QQ = _factors(early, late, at, i, inside, EARLIER, LATER)
+        dmixing_QQ = tl.dot(dy_QP, tl.trans(x_QP), input_precision="tf32x3")
+        down_Q = tl.sum(tl.where(i[:, None] == i[None, :], dmixing_QQ, 0.0), 1)
+        tl.store(down + row * H + head + i * H, down_Q, mask=present)
+        dscores_QQ += dmixing_QQ * factors_QQ
+        mixing_QQ = scores_QQ * factors_QQ
+        dexponent_QQ = dmixing_QQ * mixing_QQ
+        if EARLIER:
+            mine_QQ = tl.where(i[:, None] > i[None, :], dexponent_QQ, 0.0)
+            tl.store(d_early[0] + at + i, tl.sum(mine_QQ, 1), mask=inside)
+            tl.store(d_early[1] + at + i, tl.sum(mine_QQ, 0), mask=inside)
+        if LATER:
+            mine_QQ = tl.where(i[:, None] < i[None, :], dexponent_QQ, 0.0)
+            tl.store(d_late[0] + at + i, tl.sum(mine_QQ, 1), mask=inside)
+            tl.store(d_late[1] + at + i, tl.sum(mine_QQ, 0), mask=inside)
+        dx_QP = own_Q[:, None] * dy_QP
+        dx_QP += tl.dot(tl.trans(mixing_QQ.to(dy_QP.dtype)), dy_QP, input_precision="tf32x3")
+        if K > 1 and EARLIER:
+            dx_QP += _through_state(early_state, chunk, head, i, n, p, inside, H, P, N, Q)
+        if K > 1 and LATER:
+            dx_QP += _through_state(late_state, chunk, head, i, n, p, inside, H, P, N, Q)
+        at_QP = dx + row * (H * P) + head * P + (i[:, None] * (H * P) + p[None, :])
+        tl.store(at_QP, dx_QP.to(dx.dtype.element_ty), mask=present[:, None] & (p < P)[None, :])
+    part = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + chunk
+    at_QQ = dscores + part * Q * Q + (i[:, None] * Q + i[None, :])
+    tl.store(at_QQ, dscores_QQ, mask=inside[:, None] & inside[None, :])
+
+
+@triton.jit
+def _states_backward(
+    v, v_row, U, weight, states, dweight, chunk, head, row, i, n, p, inside, present, H, P: tl.constexpr, N: tl.constexpr,
+    Q: tl.constexpr,
+):  # fmt: skip
+    """A head's part of the gradient of U, and the gradient of weight, of products weight_i U_i . (state v_i)."""
+    at = chunk * H + head
+    v_QP = _matrix(v + row * v_row + head * P, i, p, v_row, present, p < P)
+    state_NP = _matrix(states + at * N * P, n, p, P, n < N, p < P)
+    weight_Q = tl.load(weight + at * Q + i, mask=inside, other=0.0)
+    product_QN = tl.dot(v_QP, tl.trans(state_NP), input_precision="tf32x3")
+    u_QN = _matrix(U + chunk * Q * N, i, n, N, inside, n < N)
+    tl.store(dweight + at * Q + i, tl.sum(product_QN * u_QN, 1), mask=inside)
+    return weight_Q[:, None] * product_QN
+
+
+@triton.jit
+def ssd_states_backward(
+    x, dy, B, C, taken, weight, states, dstates, dB, dC, dtaken, dweight, ddecay,
+    L: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, Q: tl.constexpr,
+    x_row: tl.constexpr, dy_row: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    STATES: tl.constexpr,
+):  # fmt: skip
+    """The gradients of B, C, taken, weight and decay of one direction by the states, without the pairs of tokens."""
+    chunk, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
+    i, row, inside, present = _tokens(chunk, K, L, Q, TOKENS)
+    n, p = tl.arange(0, STATES), tl.arange(0, CHANNELS)
+    dB_QN, dC_QN = tl.zeros((TOKENS, STATES), tl.float32), tl.zeros((TOKENS, STATES), tl.float32)
+    for j in range(HEADS):
+        head = first + j
+        at = chunk * H + head
+        dC_QN += _states_backward(
+            dy, dy_row, C, taken, states, dtaken, chunk, head, row, i, n, p, inside, present, H, P, N, Q
+        )
+        dB_QN += _states_backward(
+            x, x_row, B, weight, dstates, dweight, chunk, head, row, i, n, p, inside, present, H, P, N, Q
+        )
+        state_NP = _matrix(states + at * N * P, n, p, P, n < N, p < P).to(tl.float32)
+        dstate_NP = _matrix(dstates + at * N * P, n, p, P, n < N, p < P)
+        tl.store(ddecay + at, tl.sum(tl.sum(state_NP * dstate_NP, 1), 0))
+    part = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + chunk
+    at_QN, inside_QN = part * Q * N + (i[:, None] * N + n[None, :]), inside[:, None] & (n < N)[None, :]
+    tl.store(dB + at_QN, dB_QN, mask=inside_QN)
+    tl.store(dC + at_QN, dC_QN, mask=inside_QN)
