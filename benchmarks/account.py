@@ -158,10 +158,11 @@ def row(name: str, settings: Dis, images: int, size: int) -> None:
     both = [operations(settings, skip, images, length) for skip in (False, True)]
     kernels, flops, moved = (sum(x) / 2 for x in zip(*[work[:3] for work in both], strict=True))
     count, programs = images * length, images * -(-E // (LANES * WARPS))
-    fill = filling(programs, settings.state_size, 2, SMS)
-    ns, waved = scan_ns(fill, images, E, length), (waves(programs), waves(programs * fill.backward))
     if settings.mixer == "ssd":
         ns, waved = 1e9 * sum(map(max, both[0].scan)) / count, (1.0, 1.0)
+    else:
+        fill = filling(programs, settings.state_size, 2, SMS)
+        ns, waved = scan_ns(fill, images, E, length), (waves(programs), waves(programs * fill.backward))
     times = 1e9 * flops / PRODUCTS / count, ns, conv_ns(settings), 1e9 * moved / BYTES_PER_S / count
     seconds = 1e-9 * sum(times) * length * (settings.depth + 1)
     mfu = price_model(settings, shape, CLASSES).training_flops(images) / seconds / PEAK

@@ -277,7 +277,7 @@ def test_the_norm_behind_a_gate() -> None:
         assert (a - b).abs().max() <= 1e-6 * a.abs().max()
 
 
-# L, H, P, N: one chunk; two, the second incomplete, with all states of a presets' mixer; three, for two programs of heads.
+# L, H, P, N: one chunk; two, the second incomplete, of all heads in one program; three, with a program for each of five heads.
 DUAL = [(7, 1, 3, 5), (63, 3, 16, 64), (66, 5, 20, 16)]
 
 
