@@ -22,6 +22,7 @@ from dis_scale.data.mixing import order_hash, permutation
 from dis_scale.process.errors import Damaged, StorageError, UserError, printable
 from dis_scale.process.progress import ReportDone
 from dis_scale.process.threads import batched
+from dis_scale.storage import npy
 from dis_scale.storage.document import FORMAT
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.manifest import Digest
@@ -297,13 +298,9 @@ class _Part:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "_Part":
-        with np.load(io.BytesIO(data)) as z:
-            if sum(member.file_size for member in z.zip.infolist()) > PART_BYTES:
-                raise ValueError(f"unpacked it has over {PART_BYTES:,} bytes")
-            files = _split(z["files"])
-            versions = _split(z["versions"]) if "versions" in z.files else [""] * len(files)
-            pairs = list(zip(files, versions, strict=True))
-            return cls(z["names"].tobytes(), z["ends"], z["labels"], pairs, z["file_of"], z["places"])
+        z = npy.read_all(data, PART_BYTES)
+        pairs = list(zip(_split(z["files"]), _split(z["versions"]), strict=True))
+        return cls(z["names"].tobytes(), z["ends"], z["labels"], pairs, z["file_of"], z["places"])
 
 
 def _split(words: np.ndarray) -> list[str]:

@@ -22,6 +22,7 @@ from dis_scale.data.mixing import LabelCounts
 from dis_scale.process.errors import StorageError, UserError
 from dis_scale.process.threads import in_order
 from dis_scale.recipe import Data, LatentShape, Precompute
+from dis_scale.storage import npy
 from dis_scale.storage.document import FORMAT
 from dis_scale.storage.folder import Folder
 from dis_scale.storage.manifest import Digest
@@ -168,12 +169,10 @@ def _strided(data: bytes | mmap) -> Shard | None:
     """
     try:
         file = tarfile.TarInfo.frombuf(data[2 * _BLOCK : 3 * _BLOCK], "ascii", "strict")
-        npy = io.BytesIO(data[3 * _BLOCK : 4 * _BLOCK])
-        np.lib.format.read_magic(npy)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(npy)
+        dtype, shape, _, start = npy.header(data[3 * _BLOCK : 4 * _BLOCK])
     except (tarfile.HeaderError, ValueError):
         return None
-    first, stride = 3 * _BLOCK + npy.tell(), 3 * _BLOCK + -(-file.size // _BLOCK) * _BLOCK
+    first, stride = 3 * _BLOCK + start, 3 * _BLOCK + -(-file.size // _BLOCK) * _BLOCK
     everything = np.frombuffer(data, np.uint8)
     slots = everything[: len(data) // stride * stride].reshape(-1, stride)
     parts = slots[: int(np.append(slots[:, 0], 0).argmin())]
@@ -198,7 +197,7 @@ def _parsed(data: bytes | mmap, where: str) -> Shard:
     files = wds.tariterators.tar_file_iterator(io.BytesIO(data))
     moments, labels = [], []
     for sample in wds.tariterators.group_by_keys(file | {"__url__": where} for file in files):
-        moments.append(np.load(io.BytesIO(sample["moments.npy"])))
+        moments.append(npy.read(sample["moments.npy"]))
         labels.append(json.loads(sample["json"])["label"])
     return Shard(np.stack(moments), np.array(labels, dtype=np.int64))
 

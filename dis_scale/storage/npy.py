@@ -1,0 +1,55 @@
+"""Arrays in NumPy's format, read by threads. `numpy.load` parses their headers by `ast`, which in Python 3.11.7 now and then fails.
+
+It does when another thread parses too: "AST constructor recursion depth mismatch" (python/cpython issue 106905).
+"""
+
+import io
+import re
+import zipfile
+from mmap import mmap
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+_MAGIC = b"\x93NUMPY"
+_TYPE = re.compile(rb"'descr': *'([<>|][biufU]\d+)'")
+_SHAPE = re.compile(rb"'shape': *\(([\d, ]*)\)")
+_BY_COLUMNS = re.compile(rb"'fortran_order': *True")
+
+
+class Header(NamedTuple):
+    """Type, shape and order of an array, and the bytes before its values."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    order: Literal["C", "F"]
+    first: int
+
+
+def header(data: bytes | memoryview | mmap) -> Header:
+    """Return the header of an array's file; ValueError if it is none, or not of numbers or text."""
+    start = bytes(data[:12])
+    if start[:6] != _MAGIC:
+        raise ValueError("not an array in NumPy's format" if start else "it is empty (0 bytes)")
+    version, width = start[6], 2 if start[6] == 1 else 4
+    first = 8 + width + int.from_bytes(start[8 : 8 + width], "little")
+    text = bytes(data[8 + width : first])
+    dtype, shape = _TYPE.search(text), _SHAPE.search(text)
+    if version not in (1, 2, 3) or not (dtype and shape):
+        raise ValueError(f"an array of version {version}, {text[:100]!r}; expected numbers or text")
+    sizes = tuple(int(size) for size in shape[1].split(b",") if size.strip())
+    return Header(np.dtype(dtype[1].decode()), sizes, "F" if _BY_COLUMNS.search(text) else "C", first)
+
+
+def read(data: bytes | memoryview) -> np.ndarray:
+    """Return the array of a file, as a read-only view of it; ValueError as `header`, or if its length is another."""
+    dtype, shape, order, first = header(data)
+    return np.frombuffer(data, dtype, offset=first).reshape(shape, order=order)
+
+
+def read_all(data: bytes, most_bytes: int) -> dict[str, np.ndarray]:
+    """Return the arrays of an `.npz` by name; ValueError as `read`, or if they have more bytes than `most_bytes`."""
+    with zipfile.ZipFile(io.BytesIO(data)) as z:
+        if (size := sum(member.file_size for member in z.infolist())) > most_bytes:
+            raise ValueError(f"unpacked it has {size:,} bytes, and at most {most_bytes:,} are read")
+        return {name.removesuffix(".npy"): read(z.read(name)).copy() for name in z.namelist()}
